@@ -170,7 +170,7 @@ def _alternatives(problem: _Problem, seed: int) -> Iterator[_Plan]:
         yield _Plan(forward, "random", spare, seed + rotation)
     # A singular layer has to be adapted before it stands in another layer's system.
     for l in forward[1:]:
-        yield _Plan([l, *forward[:l], *forward[l + 1 :]], "left", spare)
+        yield _Plan([l, *forward[:l], *forward[l + 1 :]], "left")
 
 
 @dataclass

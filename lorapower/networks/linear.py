@@ -1,8 +1,4 @@
-"""Networks as plain tensors in the paper's notation: weights act on column vectors.
-
-Layer ``l`` maps ``z`` to ``W_l z``; inputs are columns, ``x`` has shape ``[..., in, samples]``.
-Every tensor may carry leading batch dimensions: one network or a thousand, one code path.
-"""
+"""Deep linear networks (chapter 1)."""
 
 from __future__ import annotations
 
@@ -17,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import _checks
-from .errors import InputError
+from .. import _checks
+from ..errors import InputError
 
 
 def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:

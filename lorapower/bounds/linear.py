@@ -1,4 +1,4 @@
-"""Rank thresholds and error bounds."""
+"""Rank threshold and least error of a deep linear network (chapter 1)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import lowrank
-from .errors import InputError
-from .networks import LinearNetwork
+from .. import lowrank
+from ..errors import InputError
+from ..networks import LinearNetwork
 
 
 def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, "*batch out in"]:
