@@ -1,26 +1,35 @@
-"""Adapters: which weight gets which low-rank update ``ΔW = A Bᵀ``."""
+"""Adapters: which weight gets which low-rank update ``ΔW = A Bᵀ``, which bias which ``Δb``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from .errors import InputError
 from .lowrank import LowRank
-from .networks import LinearNetwork
+from .networks import FNN, LinearNetwork
+
+N = TypeVar("N", LinearNetwork, FNN)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """One low-rank update for each layer of a network, first layer first.
+    """One low-rank update for each layer of a network, first layer first, and tuned biases.
 
     Attributes
     ----------
     updates : ``L`` factored updates; a layer without an adapter has one of rank 0.
+    bias_updates : ``L`` vectors ``[..., out]`` that are added to the biases, or none of them where
+        the biases stay or the network has none.
     """
 
     updates: tuple[LowRank, ...]
+    bias_updates: tuple[Float[Tensor, "*batch _"], ...] = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -29,30 +38,40 @@ class Adapters:
 
     @property
     def parameter_count(self) -> int:
-        """Tunable numbers of one network's adapters: ``Σ_l R_l (out_l + in_l)``."""
-        return sum(update.parameter_count for update in self.updates)
+        """Tunable numbers of one network: ``Σ_l R_l (out_l + in_l)``, and ``Σ_l out_l`` biases."""
+        factors = sum(update.parameter_count for update in self.updates)
+        return factors + sum(update.shape[-1] for update in self.bias_updates)
 
-    def merge(self, network: LinearNetwork) -> LinearNetwork:
-        """A new network with weights ``W_l + A_l B_lᵀ``.
+    def merge(self, network: N) -> N:
+        """A new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``.
 
         Raises `InputError` when the adapters do not fit the network or the sum is not finite.
         """
         return self._add(network, +1)
 
-    def unmerge(self, network: LinearNetwork) -> LinearNetwork:
-        """A new network with weights ``W_l − A_l B_lᵀ``: undoes `merge` up to rounding."""
+    def unmerge(self, network: N) -> N:
+        """A new network with weights ``W_l − A_l B_lᵀ`` and biases ``b_l − Δb_l``.
+
+        Undoes `merge` up to rounding.
+        """
         return self._add(network, -1)
 
-    def _add(self, network: LinearNetwork, sign: int) -> LinearNetwork:
+    def _add(self, network: N, sign: int) -> N:
         shapes = [(update.A.shape[-2], update.B.shape[-2]) for update in self.updates]
         expected = [tuple(weight.shape[-2:]) for weight in network.weights]
         if shapes != expected:
             raise InputError(
                 "network", allowed=f"of weights {shapes}, as the adapters are", given=expected
             )
-        return LinearNetwork(
-            [
-                torch.add(weight, update.matrix(), alpha=sign)
-                for weight, update in zip(network.weights, self.updates, strict=True)
-            ]
+        weights = _sums(network.weights, [update.matrix() for update in self.updates], sign)
+        if not self.bias_updates:
+            return replace(network, weights=weights)
+        if not isinstance(network, FNN):
+            raise InputError("network", allowed="one with biases, which are tuned", given="linear")
+        return replace(
+            network, weights=weights, biases=_sums(network.biases, self.bias_updates, sign)
         )
+
+
+def _sums(values: Sequence[Tensor], updates: Sequence[Tensor], sign: int) -> list[Tensor]:
+    return [torch.add(v, u, alpha=sign) for v, u in zip(values, updates, strict=True)]

@@ -1,5 +1,16 @@
 """Rank thresholds and error bounds, each with the statement of the book that proves it."""
 
+from .fnn import fnn_block_errors, fnn_error, fnn_error_on, fnn_threshold
 from .linear import error_matrix, error_rank, linear_error, linear_threshold, rounding_scale
 
-__all__ = ["error_matrix", "error_rank", "linear_error", "linear_threshold", "rounding_scale"]
+__all__ = [
+    "error_matrix",
+    "error_rank",
+    "fnn_block_errors",
+    "fnn_error",
+    "fnn_error_on",
+    "fnn_threshold",
+    "linear_error",
+    "linear_threshold",
+    "rounding_scale",
+]

@@ -1,5 +1,5 @@
 """Constructions: for each theorem of the book, the adapters that its proof builds."""
 
-from . import linear
+from . import fnn, linear
 
-__all__ = ["linear"]
+__all__ = ["fnn", "linear"]

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
+from .base import Network, chained, common_batch, uniform
 
 
 def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
@@ -28,7 +27,7 @@ def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*b
 
 
 @dataclass(frozen=True)
-class LinearNetwork:
+class LinearNetwork(Network):
     """A deep linear network ``x ↦ W_L ⋯ W_1 x`` (chapter 1).
 
     Parameters
@@ -42,36 +41,9 @@ class LinearNetwork:
     InputError : no layers, sizes that do not chain, mixed or unusable types, entries not finite.
     """
 
-    weights: tuple[Float[Tensor, "*batch _ _"], ...]
-
     def __init__(self, weights: Any) -> None:
-        if isinstance(weights, Tensor | np.ndarray):
-            weights = _checks.real_tensor("weights", weights, min_dims=3).unbind(-3)
-        if not len(weights):
-            raise InputError("weights", allowed="at least one matrix", given="none")
-        layers = [
-            _checks.real_tensor(f"weight of layer {l}", weight, min_dims=2)
-            for l, weight in enumerate(weights, start=1)
-        ]
-        for l, (inner, outer) in enumerate(pairwise(layers), start=1):
-            if inner.shape[-2] != outer.shape[-1]:
-                raise InputError(
-                    f"weight of layer {l + 1}",
-                    given=f"shape {tuple(outer.shape)}",
-                    allowed=f"of {inner.shape[-2]} columns, the outputs of layer {l}",
-                )
-        if len({layer.dtype for layer in layers}) > 1:
-            raise InputError(
-                "weights", allowed="all float32 or all float64", given="both", remedy="convert one"
-            )
-        try:
-            batch = torch.broadcast_shapes(*(layer.shape[:-2] for layer in layers))
-        except RuntimeError as error:
-            raise InputError(
-                "weights",
-                allowed="of batch shapes that broadcast",
-                given=[tuple(layer.shape[:-2]) for layer in layers],
-            ) from error
+        layers = chained(weights)
+        batch = common_batch("weights", [layer.shape[:-2] for layer in layers])
         expanded = tuple(layer.expand(*batch, *layer.shape[-2:]) for layer in layers)
         object.__setattr__(self, "weights", expanded)
 
@@ -88,31 +60,12 @@ class LinearNetwork:
         """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``."""
         depth = _checks.integer("depth", depth, 1)
         width = _checks.integer("width", width, 1)
-        seed = _checks.integer("seed", seed, 0)
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(
-            *batch_shape, depth, width, width, generator=generator, dtype=torch.float64
+        generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
+        return cls(
+            uniform(
+                *batch_shape, depth, width, width, width=width, generator=generator, dtype=dtype
+            )
         )
-        return cls(((2 * uniform - 1) / width**0.5).to(dtype))
-
-    @property
-    def depth(self) -> int:
-        """Number of layers ``L``."""
-        return len(self.weights)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Sizes along the network, ``(in, …, out)``: ``L + 1`` of them."""
-        return (self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights))
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Leading dimensions: how many networks this object holds."""
-        return self.weights[0].shape[:-2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights[0].dtype
 
     def to(self, dtype: torch.dtype) -> LinearNetwork:
         """The same network with weights rounded to ``dtype``."""
@@ -126,14 +79,7 @@ class LinearNetwork:
         self, x: Float[Tensor, "*batch in samples"]
     ) -> Float[Tensor, "*batch out samples"]:
         """``W_L ⋯ W_1 x``, layer by layer."""
-        x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
-        if x.shape[-2] != self.widths[0]:
-            raise InputError(
-                "x",
-                allowed=f"of shape [..., {self.widths[0]}, samples], columns being inputs",
-                given=f"shape {tuple(x.shape)}",
-            )
-        return reduce(lambda z, weight: weight @ z, self.weights, x)
+        return reduce(lambda z, weight: weight @ z, self.weights, self._inputs(x))
 
     @classmethod
     def from_sequential(cls, module: nn.Sequential) -> LinearNetwork:
@@ -164,13 +110,7 @@ class LinearNetwork:
 
         Raises `InputError` when the network carries batch dimensions: a module is one network.
         """
-        if self.batch_shape:
-            raise InputError(
-                "network",
-                allowed="a single one",
-                given=f"batch shape {tuple(self.batch_shape)}",
-                remedy="pick one member first",
-            )
+        self._require_single()
         layers = []
         for weight in self.weights:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)

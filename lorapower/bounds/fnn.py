@@ -1,0 +1,138 @@
+"""Rank threshold and error bounds of an adapted ReLU network (chapters 2 and 3).
+
+All errors are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's inner layers
+are linear: squared and divided by the number of outputs they bound the mean squared error. For a
+target of one layer they are those of chapter 2, for deeper ones those of chapter 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .. import _checks, lowrank
+from ..errors import InputError
+from ..networks import FNN, Block, Partition, blocks
+from .linear import error_matrix, linear_error, linear_threshold
+
+
+def fnn_threshold(
+    frozen: FNN, target: FNN, partition: Partition | None = None
+) -> Int[Tensor, "*batch"]:
+    """``max_i ⌈rank(E_i) / M_i⌉``: the least equal rank at which the partition is exact.
+
+    ``E_i = W̄_i − ∏_{l∈P_i} W_l`` for block ``P_i`` of ``M_i`` layers, its last weight cut to the
+    rows and its first to the columns that the target layer has. The uniform partition by default.
+    Source: theorem "exactness by partition", chapter 3.
+    """
+    needed = [linear_threshold(b.frozen, b.target) for b in blocks(frozen, target, partition)]
+    return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
+
+
+def fnn_block_errors(
+    frozen: FNN, target: FNN, ranks: int | Sequence[int], partition: Partition | None = None
+) -> Float[Tensor, "*batch blocks"]:
+    """``ε_i = σ_{r_i+1}(E_i)`` with ``r_i = Σ_{l∈P_i} R_l``: what each block leaves undone."""
+    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    return torch.stack(
+        torch.broadcast_tensors(
+            *(block_error(block, ranks) for block in blocks(frozen, target, partition))
+        ),
+        dim=-1,
+    )
+
+
+def fnn_error(
+    frozen: FNN,
+    target: FNN,
+    ranks: int | Sequence[int],
+    inputs: Float[Tensor, "*batch in samples"] | float,
+    partition: Partition | None = None,
+) -> Float[Tensor, "*batch"]:
+    """``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``, ``z̄_i`` the target's activations.
+
+    Parameters
+    ----------
+    inputs : samples, whose own moments are taken: the bound then holds for the error on them. Or
+        the trace of the inputs' second moment, ``tr E[x xᵀ] = E‖x‖²``: the closed form, in which
+        ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``.
+
+    Source: theorem "error of a partition", chapter 3; for a target of one layer, the lemma
+    "linearization", chapter 2.
+    """
+    errors = fnn_block_errors(frozen, target, ranks, partition).unbind(-1)
+    return accumulate_errors(
+        (norm + error, error * size)
+        for norm, error, size in zip(
+            layer_norms(target), errors, activation_sizes(target, inputs), strict=True
+        )
+    )
+
+
+def fnn_error_on(
+    frozen: FNN,
+    target: FNN,
+    ranks: int | Sequence[int],
+    inputs: Float[Tensor, "*batch in samples"],
+    partition: Partition | None = None,
+) -> Float[Tensor, "*batch"]:
+    """``Σ_i [∏_{j>i} ‖M_j‖_2] (E‖(M_i − W̄_i) z̄_{i−1}‖²)^{1/2}``, a sharper bound on given samples.
+
+    ``M_i = W̄_i − E_i + LR_{r_i}(E_i)`` is the map of block ``i`` when it is adapted. Never above
+    `fnn_error` on the same samples. Source: corollary to the theorem "error of a partition",
+    chapter 3.
+    """
+    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    z, terms = inputs, []
+    for i, block in enumerate(blocks(frozen, target, partition)):
+        left = undone(block, ranks)
+        gain = torch.linalg.matrix_norm(block.target.product() - left, ord=2)
+        terms.append((gain, _size(left @ z)))
+        z = target[i : i + 1](z)
+    return accumulate_errors(terms)
+
+
+def block_error(block: Block, ranks: Sequence[int]) -> Float[Tensor, "*batch"]:
+    """``ε = σ_{r+1}(E)`` of one block, given the ranks of all layers."""
+    return linear_error(block.frozen, block.target, sum(block.ranks(ranks)))[0]
+
+
+def undone(block: Block, ranks: Sequence[int]) -> Float[Tensor, "*batch out in"]:
+    """``W̄ − M = E − LR_r(E)``, what an optimally adapted block lacks; given all layers' ranks."""
+    U, S, Vh = torch.linalg.svd(error_matrix(block.frozen, block.target), full_matrices=False)
+    r = sum(block.ranks(ranks))
+    return (U[..., r:] * S[..., None, r:]) @ Vh[..., r:, :]
+
+
+def layer_norms(target: FNN) -> list[Float[Tensor, "*batch"]]:
+    """``‖W̄_i‖_2`` of each layer."""
+    return [torch.linalg.matrix_norm(weight, ord=2) for weight in target.weights]
+
+
+def activation_sizes(
+    target: FNN, inputs: Float[Tensor, "*batch in samples"] | float
+) -> list[Float[Tensor, "*batch"]]:
+    """``(E‖z̄_{i−1}‖²)^{1/2}`` before each layer: measured on samples, or bounded from ``E‖x‖²``."""
+    given = _checks.real_tensor("inputs", inputs, min_dims=0)
+    if given.ndim:
+        return [_size(z) for z in (given, *(p.relu() for p in target.preactivations(given)[:-1]))]
+    if given < 0:
+        raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(given))
+    sizes = [given.to(target.dtype).sqrt()]
+    for norm, bias in zip(layer_norms(target), target.biases[:-1], strict=False):
+        sizes.append(norm * sizes[-1] + torch.linalg.vector_norm(bias, dim=-1))
+    return sizes
+
+
+def accumulate_errors(terms: Iterable[tuple[Tensor, Tensor]]) -> Float[Tensor, "*batch"]:
+    """``Σ_i (∏_{j>i} g_j) p_i`` of gains ``g_i`` and new errors ``p_i``, first block first."""
+    return reduce(lambda error, term: term[0] * error + term[1], terms, torch.zeros(()))
+
+
+def _size(z: Tensor) -> Tensor:
+    """``(E‖z‖²)^{1/2}`` over samples in the last dimension."""
+    return torch.linalg.vector_norm(z, dim=-2).square().mean(-1).sqrt()

@@ -1,0 +1,269 @@
+"""ReLU networks from deeper ones: linearization (chapter 2), block by block (chapter 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .. import _checks
+from ..adapters import Adapters
+from ..bounds.fnn import accumulate_errors, undone
+from ..errors import InputError, PrecisionError, SingularError
+from ..lowrank import LowRank
+from ..networks import FNN, Block, LinearNetwork, Partition, blocks, pad
+from ..networks.base import common_batch
+from ..regions import Region
+from . import linear
+
+
+@dataclass(frozen=True)
+class FNNAdaptation:
+    """Adapters and biases of a ReLU network, with the evidence for them.
+
+    Attributes
+    ----------
+    adapters : ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l`` and ``Δb_l``; `Adapters.merge` applies
+        them.
+    partition : the blocks ``P_i`` that imitate the target's layers.
+    regions : where the activations are before the first block (the region in which all this
+        holds), between the blocks and behind the last one.
+    block_errors : predicted ``‖∏_{l∈P_i}(W_l + ΔW_l) − W̄_i‖_2 = ε_i``; ``[..., L̄]``.
+    error_bound : of ``‖f(x) − f̄(x)‖_2`` at every ``x`` in the region, ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i
+        max‖z_{i−1}‖`` in exact arithmetic; 0 where the adapted network equals the target; ``[...]``.
+    rounding_errors : measured deviation of each block's product from the predicted one;
+        ``[..., L̄]``.
+    condition_numbers : of the worse of the linear systems solved for each layer; ``[..., L]``.
+    plain : whether the splitting of the proof was kept in each block; ``[..., L̄]``.
+    digits_lost : expected loss of decimal digits to the biases in each block, beside evaluating the
+        target layer itself; ``[..., L̄]``.
+    """
+
+    adapters: Adapters
+    partition: Partition
+    regions: tuple[Region, ...]
+    block_errors: Float[Tensor, "*batch blocks"]
+    error_bound: Float[Tensor, "*batch"]
+    rounding_errors: Float[Tensor, "*batch blocks"]
+    condition_numbers: Float[Tensor, "*batch layers"]
+    plain: Bool[Tensor, "*batch blocks"]
+    digits_lost: Float[Tensor, "*batch blocks"]
+
+    @property
+    def region(self) -> Region:
+        """The inputs for which the predictions hold."""
+        return self.regions[0]
+
+    def covers(
+        self, frozen: FNN, x: Float[Tensor, "*batch in samples"]
+    ) -> Bool[Tensor, "*batch samples"]:
+        """Whether the adapted network is, at each input, what the proof needs.
+
+        That is: inner units of every block are active, units that the target layer does not have
+        are not. It can hold outside the region too, which is what is promised beforehand.
+        """
+        reached = self.adapters.merge(frozen).preactivations(pad(x, frozen.widths[0]))
+        good = []
+        for layers, region in zip(self.partition.slices, self.regions[1:], strict=True):
+            good += [(p >= 0).all(-2) for p in reached[layers][:-1]]
+            good.append((reached[layers][-1][..., region.width :, :] <= 0).all(-2))
+        return torch.stack(good).all(0)
+
+
+@torch.no_grad()
+def adapt(
+    frozen: FNN,
+    target: FNN,
+    ranks: int | Sequence[int],
+    region: Region,
+    partition: Partition | None = None,
+    *,
+    scalar_biases: bool = False,
+    input_scale: float = 1.0,
+    max_digits_lost: float | None = None,
+    rtol: float | None = None,
+    seed: int = 0,
+) -> FNNAdaptation:
+    """Adapters and biases that make a ReLU network imitate a shallower one over a region.
+
+    Block ``P_i`` of the frozen layers imitates target layer ``i``. Its weights are adapted as those
+    of a deep linear network (`linear.adapt`). Its inner layers get the least biases with which
+    every unit is active all over the region, so that they are affine maps:
+    ``b̂_l = c_l − (W_l + ΔW_l) c_{l−1}``, where ``c_l``, by unit, is how far
+    ``∏_{j≤l} (W_j + ΔW_j) (x − x_0)`` can go below 0, and ``c_0 = x_0`` the region's centre. The
+    bias of its last layer takes back what they added: the same with ``c_M = M_i x_0 + b̄_i``.
+    The next block's region holds what this one makes of its own.
+
+    A target narrower than the frozen network sits in the first units of every block's end: pad the
+    inputs with zeros (`networks.pad`), read the first outputs. The other units are switched off by
+    their biases, so that what feeds on them does not matter, and the rank that exactness needs
+    does not depend on the frozen width.
+
+    Parameters
+    ----------
+    frozen, target : of one type; batch shapes broadcast, also with the region's.
+    ranks : one for all layers or one per layer, each from 0 to its weight's smaller side.
+    region : `regions.Ball` or `Box` (the result holds everywhere in it), or `Samples`.
+    partition : the blocks; the uniform partition by default.
+    scalar_biases : one number for all units of an inner layer instead of one for each; larger.
+    input_scale : root mean square of the coordinates of inputs that a network usually sees, about
+        the region's centre; the loss of digits is stated for them. Not used with `Samples`.
+    max_digits_lost : acceptable loss, by default half of the digits of the type; ``inf`` accepts
+        any.
+    rtol, seed : of `linear.adapt`.
+
+    Raises
+    ------
+    InputError : ranks out of range, a target deeper or wider than the frozen network, a partition
+        that does not fit the two, a region of another width.
+    SingularError : a block cannot be adapted; names the layer and its condition number.
+    PrecisionError : the biases are expected to cost more digits than accepted.
+
+    Source: lemma "linearization", chapter 2; theorem "exactness by partition", chapter 3.
+    """
+    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    pairs = blocks(frozen, target, partition)
+    if not isinstance(region, Region):
+        raise InputError("region", allowed="a Ball, a Box or Samples", given=repr(region))
+    region = region.fit(target.widths[0], frozen.dtype)
+    batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
+    batch = common_batch("frozen, target and region", batches)
+    if not 0 < input_scale < math.inf:
+        raise InputError("input_scale", allowed="positive and finite", given=input_scale)
+    limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
+    if max_digits_lost is not None:
+        limit = float(max_digits_lost)
+
+    typical = region.typical(input_scale)
+    regions, updates, bias_updates = [region], [], []
+    linears, error_terms, digits_lost = [], [], []
+    for i, block in enumerate(pairs, start=1):
+        own, layer = frozen[block.layers], target[i - 1 : i]
+        found = _adapt_weights(block, ranks, rtol, seed)
+        padded = [
+            LowRank(pad(update.A, weight.shape[-2]), pad(update.B, weight.shape[-1]))
+            for update, weight in zip(found.adapters.updates, own.weights, strict=True)
+        ]
+        weights = Adapters(tuple(padded)).merge(LinearNetwork(own.weights)).weights
+        best_map = block.target.product() - undone(block, ranks)
+        at_centre = best_map @ region.centre + layer.biases[0][..., None]
+        tuned = _biases(weights, own.biases, region, at_centre, scalar_biases)
+
+        lost = _digits_lost(weights, tuned, layer, typical)
+        _require_digits(lost.expand(batch), limit, i, frozen.dtype)
+        adapted = LinearNetwork(weights).product()[..., : at_centre.shape[-2], : region.width]
+        norm = torch.linalg.matrix_norm(layer.weights[0], ord=2)
+        error_terms.append((norm, found.spectral_error * region.largest_norm()))
+        region, typical = region.after(adapted, at_centre), layer(typical)
+
+        updates += padded
+        bias_updates += [update[..., 0] for update in tuned.updates]
+        linears.append(found)
+        digits_lost.append(lost)
+        regions.append(region)
+
+    def stack(values: list[Tensor]) -> Tensor:
+        return torch.stack([value.expand(batch) for value in values], dim=-1)
+
+    conditions = torch.cat([found.condition_numbers for found in linears], dim=-1)
+    return FNNAdaptation(
+        Adapters(tuple(updates), tuple(bias_updates)),
+        partition=Partition([len(block.frozen.weights) for block in pairs]),
+        regions=tuple(regions),
+        block_errors=stack([found.spectral_error for found in linears]),
+        error_bound=accumulate_errors(error_terms).expand(batch),
+        rounding_errors=stack([found.rounding_error for found in linears]),
+        condition_numbers=conditions.expand(*batch, frozen.depth),
+        plain=stack([found.plain for found in linears]),
+        digits_lost=stack(digits_lost),
+    )
+
+
+def _adapt_weights(
+    block: Block, ranks: Sequence[int], rtol: float | None, seed: int
+) -> linear.LinearAdaptation:
+    try:
+        return linear.adapt(block.frozen, block.target, block.ranks(ranks), rtol=rtol, seed=seed)
+    except SingularError as error:
+        layer = block.layers.start + error.layer
+        raise SingularError(layer, error.condition_number, member=error.member) from error
+
+
+class _Biases(NamedTuple):
+    """Of a block's layers, as columns: changes, results, and what each layer sees at the centre."""
+
+    updates: list[Tensor]
+    biases: list[Tensor]
+    values: list[Tensor]
+
+
+def _biases(
+    weights: Sequence[Tensor],
+    frozen: Sequence[Tensor],
+    region: Region,
+    at_centre: Tensor,
+    scalar: bool,
+) -> _Biases:
+    """Biases with which a block's inner layers are affine over the region, its last one right.
+
+    Everything is computed from the rounded biases of the layers before, so that the last one takes
+    back their rounding too.
+    """
+    # Rounding must not switch off a unit at the edge.
+    beyond = 1 + torch.finfo(region.centre.dtype).eps ** 0.5
+    matrix = torch.eye(weights[0].shape[-1], dtype=region.centre.dtype)[:, : region.width]
+    made = _Biases([], [], [pad(region.centre, weights[0].shape[-1])])
+    for l, (weight, bias) in enumerate(zip(weights, frozen, strict=True), start=1):
+        matrix, before = weight @ matrix, weight @ made.values[-1]
+        if l < len(weights):
+            wanted = -beyond * region.lowest(matrix)
+        else:
+            unused = matrix[..., at_centre.shape[-2] :, :]
+            wanted = _stack_rows(at_centre, beyond * region.lowest(-unused))
+        tuned = wanted - before
+        if scalar and l < len(weights):
+            tuned = tuned.amax(-2, keepdim=True).expand_as(tuned)
+        made.updates.append(tuned - bias[..., None])
+        made.biases.append(bias[..., None] + made.updates[-1])
+        made.values.append(before + made.biases[-1])
+    return made
+
+
+def _stack_rows(upper: Tensor, lower: Tensor) -> Tensor:
+    batch = torch.broadcast_shapes(upper.shape[:-2], lower.shape[:-2])
+    return torch.cat([part.expand(*batch, *part.shape[-2:]) for part in (upper, lower)], dim=-2)
+
+
+def _digits_lost(
+    weights: Sequence[Tensor], tuned: _Biases, layer: FNN, typical: Tensor
+) -> Float[Tensor, "*batch"]:
+    """``log10`` of the expected rounding error of a block over that of the target layer.
+
+    Each unit's rounding is taken as independent, of the size of a unit in the last place of the
+    root of its summed squared terms, and carried through the block's later layers, all affine.
+    """
+    covariance = torch.zeros((), dtype=layer.dtype)
+    for weight, bias, value in zip(weights, tuned.biases, tuned.values[:-1], strict=True):
+        own = weight.square() @ value.square() + bias.square()
+        covariance = weight @ covariance @ weight.mT if covariance.ndim else covariance
+        covariance = covariance + torch.diag_embed(own[..., 0])
+    outputs = layer.widths[-1]
+    ours = covariance.diagonal(dim1=-2, dim2=-1)[..., :outputs].mean(-1)
+    moments = typical.square().mean(-1, keepdim=True)
+    theirs = layer.weights[0].square() @ moments + layer.biases[0].square()[..., None]
+    theirs = theirs.mean((-2, -1))
+    return torch.where(ours > theirs, (ours / theirs).log10() / 2, 0)
+
+
+def _require_digits(lost: Tensor, limit: float, block: int, dtype: torch.dtype) -> None:
+    failed = (lost > limit).flatten().nonzero()
+    if len(failed):
+        member = int(failed[0, 0])
+        where = f" of batch member {member}" if lost.ndim else ""
+        digits = float(lost.flatten()[member])
+        raise PrecisionError(block, digits, limit=limit, dtype=dtype, member=where)

@@ -1,0 +1,120 @@
+"""What every kind of network shares: weights that chain, and inputs that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _checks
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers of weights ``W_1, …, W_L`` that chain; what is between them is a subclass's matter.
+
+    Attributes
+    ----------
+    weights : the ``L`` matrices, first layer first, each ``[..., out, in]``, of one type and one
+        batch shape.
+    """
+
+    weights: tuple[Float[Tensor, "*batch _ _"], ...]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers ``L``."""
+        return len(self.weights)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Sizes along the network, ``(in, …, out)``: ``L + 1`` of them."""
+        return (self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights))
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions: how many networks this object holds."""
+        return self.weights[0].shape[:-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+    def _inputs(self, x: Any) -> Float[Tensor, "*batch in samples"]:
+        """``x`` in the network's type, or an `InputError` where its columns are no inputs."""
+        x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
+        if x.shape[-2] != self.widths[0]:
+            raise InputError(
+                "x",
+                allowed=f"of shape [..., {self.widths[0]}, samples], columns being inputs",
+                given=f"shape {tuple(x.shape)}",
+            )
+        return x
+
+    def _require_single(self) -> None:
+        if self.batch_shape:
+            raise InputError(
+                "network",
+                allowed="a single one",
+                given=f"batch shape {tuple(self.batch_shape)}",
+                remedy="pick one member first",
+            )
+
+
+def per_layer(name: str, values: Any, *, min_dims: int) -> list[Tensor]:
+    """One tensor for each layer, from a sequence of them or from one stacked array.
+
+    ``min_dims`` counts the dimensions of one layer. Raises `InputError` for none, for entries that
+    are not finite and for types other than float32 or float64, or mixed.
+    """
+    if isinstance(values, Tensor | np.ndarray):
+        values = _checks.real_tensor(f"{name}s", values, min_dims=min_dims + 1).unbind(-min_dims - 1)
+    if not len(values):
+        raise InputError(f"{name}s", allowed="at least one", given="none")
+    layers = [
+        _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims)
+        for l, value in enumerate(values, start=1)
+    ]
+    if len({layer.dtype for layer in layers}) > 1:
+        raise InputError(
+            f"{name}s", allowed="all float32 or all float64", given="both", remedy="convert one"
+        )
+    return layers
+
+
+def chained(weights: Any) -> list[Tensor]:
+    """Usable weights of a network; raises `InputError` where the sizes of two do not chain."""
+    layers = per_layer("weight", weights, min_dims=2)
+    for l, (inner, outer) in enumerate(pairwise(layers), start=1):
+        if inner.shape[-2] != outer.shape[-1]:
+            raise InputError(
+                f"weight of layer {l + 1}",
+                given=f"shape {tuple(outer.shape)}",
+                allowed=f"of {inner.shape[-2]} columns, the outputs of layer {l}",
+            )
+    return layers
+
+
+def common_batch(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.Size:
+    """The batch shape that all of ``shapes`` broadcast to, or an `InputError`."""
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError as error:
+        raise InputError(
+            name, allowed="of batch shapes that broadcast", given=[tuple(s) for s in shapes]
+        ) from error
+
+
+def uniform(
+    *shape: int, width: int, generator: torch.Generator, dtype: torch.dtype
+) -> Float[Tensor, "..."]:
+    """Numbers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√width``."""
+    drawn = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    return ((2 * drawn - 1) / width**0.5).to(dtype)

@@ -1,0 +1,150 @@
+"""Fully connected ReLU networks (chapters 2 and 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .. import _checks
+from ..errors import InputError
+from .base import Network, chained, common_batch, per_layer, uniform
+
+
+def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
+    """Inputs of a narrower network embedded among ``width`` coordinates: zeros follow them."""
+    return nn.functional.pad(x, (0, 0, 0, width - x.shape[-2]))
+
+
+@dataclass(frozen=True)
+class FNN(Network):
+    """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``, the last one too.
+
+    Parameters
+    ----------
+    weights : the ``L`` matrices, first layer first: a sequence of ``[..., out, in]`` or one stacked
+        array ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all
+        float64. Batch dimensions of all weights and biases broadcast against each other.
+    biases : the ``L`` vectors, a sequence of ``[..., out]`` or one stacked array ``[..., L, D]``.
+
+    Raises
+    ------
+    InputError : no layers, sizes that do not fit, mixed or unusable types, entries not finite.
+    """
+
+    biases: tuple[Float[Tensor, "*batch _"], ...]
+
+    def __init__(self, weights: Any, biases: Any) -> None:
+        matrices, vectors = chained(weights), per_layer("bias", biases, min_dims=1)
+        if len(vectors) != len(matrices):
+            raise InputError(
+                "biases", allowed=f"one for each of the {len(matrices)} layers", given=len(vectors)
+            )
+        for l, (weight, bias) in enumerate(zip(matrices, vectors, strict=True), start=1):
+            if bias.shape[-1] != weight.shape[-2]:
+                raise InputError(
+                    f"bias of layer {l}",
+                    allowed=f"of {weight.shape[-2]} entries, the outputs of its weight",
+                    given=f"shape {tuple(bias.shape)}",
+                )
+        if vectors[0].dtype != matrices[0].dtype:
+            raise InputError(
+                "biases", allowed=f"{matrices[0].dtype}, like the weights", given=vectors[0].dtype
+            )
+        batch = common_batch(
+            "weights and biases", [*(w.shape[:-2] for w in matrices), *(b.shape[:-1] for b in vectors)]
+        )
+        object.__setattr__(
+            self, "weights", tuple(w.expand(*batch, *w.shape[-2:]) for w in matrices)
+        )
+        object.__setattr__(self, "biases", tuple(b.expand(*batch, b.shape[-1]) for b in vectors))
+
+    @classmethod
+    def random(
+        cls,
+        depth: int,
+        width: int,
+        *,
+        batch_shape: tuple[int, ...] = (),
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> FNN:
+        """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``."""
+        depth = _checks.integer("depth", depth, 1)
+        width = _checks.integer("width", width, 1)
+        generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
+        shape = (*batch_shape, depth, width)
+        weights = uniform(*shape, width, width=width, generator=generator, dtype=dtype)
+        return cls(weights, uniform(*shape, width=width, generator=generator, dtype=dtype))
+
+    def to(self, dtype: torch.dtype) -> FNN:
+        """The same network with weights and biases rounded to ``dtype``."""
+        return FNN([w.to(dtype) for w in self.weights], [b.to(dtype) for b in self.biases])
+
+    def __getitem__(self, layers: slice) -> FNN:
+        """The network of some consecutive layers."""
+        return FNN(self.weights[layers], self.biases[layers])
+
+    def preactivations(
+        self, x: Float[Tensor, "*batch in samples"]
+    ) -> list[Float[Tensor, "*batch _ samples"]]:
+        """``W_l z_{l−1} + b_l`` for each layer, where ``z_0 = x`` and ``z_l = ReLU(…)`` of it."""
+        z, found = self._inputs(x), []
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            found.append(weight @ z + bias[..., None])
+            z = found[-1].relu()
+        return found
+
+    def __call__(
+        self, x: Float[Tensor, "*batch in samples"]
+    ) -> Float[Tensor, "*batch out samples"]:
+        """``z_L``: the last layer's ReLU of its pre-activations."""
+        return self.preactivations(x)[-1].relu()
+
+    @classmethod
+    def from_sequential(cls, module: nn.Sequential) -> FNN:
+        """The ReLU network that a `torch.nn.Sequential` of ``Linear, ReLU, …, Linear, ReLU`` is.
+
+        A `Linear` without bias gets one of zeros. Inputs of the module are rows, ours columns:
+        ``network(x.mT).mT`` equals ``module(x)``. Raises `InputError` naming the first layer that
+        is out of its place.
+        """
+        expected = [nn.Linear, nn.ReLU]
+        for position, layer in enumerate(module):
+            if not isinstance(layer, expected[position % 2]):
+                raise InputError(
+                    "module",
+                    allowed="a Sequential of Linear and ReLU layers in turn",
+                    given=f"{layer} at {position}",
+                )
+        if len(module) % 2:
+            raise InputError(
+                "module",
+                allowed="a Sequential that ends with ReLU",
+                given=f"{module[-1]} at its end",
+                remedy="append a ReLU; an affine last layer is not a layer of this kind",
+            )
+        linears = [layer for layer in module if isinstance(layer, nn.Linear)]
+        # Copies: the network must not change when the module is trained on.
+        weights = [layer.weight.detach().clone() for layer in linears]
+        biases = [
+            weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
+            for layer, weight in zip(linears, weights, strict=True)
+        ]
+        return cls(weights, biases)
+
+    def to_sequential(self) -> nn.Sequential:
+        """A `torch.nn.Sequential` of `Linear` and `ReLU` layers that computes this on rows.
+
+        Raises `InputError` when the network carries batch dimensions: a module is one network.
+        """
+        self._require_single()
+        layers: list[nn.Module] = []
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+            layer.weight, layer.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+            layers += [layer, nn.ReLU()]
+        return nn.Sequential(*layers)

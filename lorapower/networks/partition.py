@@ -1,0 +1,141 @@
+"""Partitions of a frozen network's layers into blocks, one for each layer of a target (chapter 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
+
+from .. import _checks
+from ..errors import InputError
+from .fnn import FNN
+from .linear import LinearNetwork
+
+
+class Block(NamedTuple):
+    """Consecutive frozen layers and the target layer that they have to imitate, without biases.
+
+    Attributes
+    ----------
+    layers : where the block lies among the frozen layers.
+    frozen, target : linear networks of equal inputs and outputs: the block's weights, of which the
+        first keeps only the columns, the last only the rows that the target layer has; and the
+        target layer's weight.
+    """
+
+    layers: slice
+    frozen: LinearNetwork
+    target: LinearNetwork
+
+    def ranks(self, ranks: Sequence[int]) -> list[int]:
+        """The block's part of the ranks of all layers, none beyond its weight's smaller side."""
+        return [
+            min(rank, *weight.shape[-2:])
+            for rank, weight in zip(ranks[self.layers], self.frozen.weights, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Consecutive blocks ``P_1, …, P_L̄`` that cover ``L`` layers.
+
+    Parameters
+    ----------
+    sizes : ``M_i = |P_i|``, the number of layers of each block, first block first; each at least 1.
+    """
+
+    sizes: tuple[int, ...]
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        checked = tuple(
+            _checks.integer(f"size of block {i}", size, 1) for i, size in enumerate(sizes, start=1)
+        )
+        if not checked:
+            raise InputError("sizes", allowed="at least one block", given="none")
+        object.__setattr__(self, "sizes", checked)
+
+    @classmethod
+    def uniform(cls, depth: int, blocks: int) -> Partition:
+        """``⌊L/L̄⌋`` layers in each block; the last block takes the remainder as well."""
+        depth = _checks.integer("depth", depth, 1)
+        blocks = _checks.integer("blocks", blocks, 1, depth, limit="the depth")
+        size = depth // blocks
+        return cls([size] * (blocks - 1) + [depth - size * (blocks - 1)])
+
+    @classmethod
+    def of_layers(cls, blocks: Iterable[Iterable[int]]) -> Partition:
+        """From the layers in each block, counted from 1: ``[[1, 2], [3]]`` has sizes 2 and 1.
+
+        Raises `InputError` unless they are ``1, …, L`` in order, none missing and none twice.
+        """
+        listed = [list(block) for block in blocks]
+        layers = list(chain.from_iterable(listed))
+        if layers != list(range(1, len(layers) + 1)):
+            raise InputError(
+                "blocks",
+                allowed="consecutive layers that count 1, 2, … through all blocks",
+                given=listed,
+            )
+        return cls(map(len, listed))
+
+    @property
+    def depth(self) -> int:
+        """Number of layers ``L``."""
+        return sum(self.sizes)
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where each block lies among the layers."""
+        return [slice(*ends) for ends in pairwise(accumulate(self.sizes, initial=0))]
+
+
+def block(frozen: FNN, target: FNN, i: int, layers: slice) -> Block:
+    """Frozen ``layers`` beside target layer ``i``, counted from 0.
+
+    Raises `InputError` where the target is wider than the frozen network at an end of the block.
+    """
+    outputs, inputs = target.weights[i].shape[-2:]
+    for end, needed, layer in (("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)):
+        if needed > frozen.widths[layer]:
+            raise InputError(
+                f"{end} of target layer {i + 1}",
+                allowed=f"at most {frozen.widths[layer]}, what the frozen network has there",
+                given=needed,
+                remedy="adapters leave the widths as they are, and fewer units hold fewer "
+                "directions than the target tells apart",
+            )
+    weights = list(frozen.weights[layers])
+    weights[0] = weights[0][..., :inputs]
+    weights[-1] = weights[-1][..., :outputs, :]
+    return Block(layers, LinearNetwork(weights), LinearNetwork(target.weights[i : i + 1]))
+
+
+def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list[Block]:
+    """The blocks of a partition, the uniform one by default, beside the target's layers.
+
+    Raises `InputError` for a target deeper or wider than the frozen network, and for a partition
+    that does not cover the frozen layers or has not one block for each target layer.
+    """
+    if target.depth > frozen.depth:
+        raise InputError(
+            "target depth",
+            allowed=f"at most {frozen.depth}, the frozen depth",
+            given=target.depth,
+            remedy="each target layer needs a frozen layer at least",
+        )
+    if partition is None:
+        partition = Partition.uniform(frozen.depth, target.depth)
+    if partition.depth != frozen.depth:
+        raise InputError(
+            "partition",
+            allowed=f"a cover of the {frozen.depth} frozen layers",
+            given=f"{partition}, of {partition.depth}",
+        )
+    if len(partition.sizes) != target.depth:
+        raise InputError(
+            "partition",
+            allowed=f"of {target.depth} blocks, one for each target layer",
+            given=f"{partition}, of {len(partition.sizes)}",
+        )
+    return [block(frozen, target, i, layers) for i, layers in enumerate(partition.slices)]

@@ -1,0 +1,242 @@
+"""Input regions: bounded sets of inputs, known by the least value of linear maps over them.
+
+A region is convex with a centre. What a construction promises holds everywhere in it, so all that
+is asked of a region is how far a linear map can go below its value at the centre, and another
+region that holds its image under a layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from numbers import Integral
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import _checks
+from .errors import InputError
+
+
+class Region(ABC):
+    """A bounded convex set of inputs.
+
+    Attributes
+    ----------
+    centre : ``[..., width, 1]``.
+    """
+
+    centre: Float[Tensor, "*batch width 1"]
+
+    @property
+    def width(self) -> int:
+        """Number of coordinates of an input."""
+        return self.centre.shape[-2]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions: how many regions this object holds."""
+        return self.centre.shape[:-2]
+
+    @abstractmethod
+    def fit(self, width: int, dtype: torch.dtype) -> Self:
+        """This region for inputs of ``width`` coordinates, its numbers in ``dtype``.
+
+        Raises `InputError` for a region of another width.
+        """
+
+    @abstractmethod
+    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+        """``min_x M (x − centre)`` over the region, for each row of ``M``; never above 0."""
+
+    @abstractmethod
+    def largest_norm(self) -> Float[Tensor, "*batch"]:
+        """``max_x ‖x‖_2`` over the region."""
+
+    @abstractmethod
+    def sample(
+        self, samples: int, *, edge: bool = False, seed: int = 0
+    ) -> Float[Tensor, "*batch width samples"]:
+        """Random inputs in the region, or with ``edge`` at its edge."""
+
+    def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:
+        """Inputs in the region that stand for those a network usually sees.
+
+        ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates, whose covariance is
+        ``scale² I``; nearer to the centre where that is outside.
+        """
+        identity = torch.eye(self.width, dtype=self.centre.dtype)
+        steps = identity * (-self.lowest(identity)).clamp(max=scale * self.width**0.5)
+        return torch.cat([self.centre + steps, self.centre - steps], dim=-1)
+
+    def after(
+        self, matrix: Float[Tensor, "*batch out width"], at_centre: Float[Tensor, "*batch out 1"]
+    ) -> Region:
+        """A region that holds ``ReLU(M (x − centre) + m)`` for every ``x`` in this one."""
+        low = at_centre + self.lowest(matrix)
+        high = at_centre - self.lowest(-matrix)
+        return Box(low.relu()[..., 0], high.relu()[..., 0])
+
+
+class Ball(Region):
+    """All inputs with ``‖x − centre‖_2 ≤ radius``.
+
+    Parameters
+    ----------
+    radius : finite and at least 0; one number, or ``[...]``.
+    centre : one number for all coordinates, or ``[..., width]``.
+
+    Raises `InputError` for a negative radius (an empty region) and for an infinite one.
+    """
+
+    def __init__(self, radius: Any, centre: Any = 0.0) -> None:
+        self.radius = _numbers("radius", radius)
+        self.centre = torch.atleast_1d(_numbers("centre", centre))[..., None]
+        if (self.radius < 0).any():
+            raise InputError(
+                "radius",
+                allowed="at least 0",
+                given=float(self.radius.min()),
+                remedy="such a ball is empty",
+            )
+
+    def fit(self, width: int, dtype: torch.dtype) -> Ball:
+        _require_width(self, (1, width))
+        return Ball(self.radius.to(dtype), _widened(self.centre, width).to(dtype))
+
+    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+        rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
+        return -self.radius[..., None, None] * rows
+
+    def largest_norm(self) -> Float[Tensor, "*batch"]:
+        return self.radius + torch.linalg.vector_norm(self.centre, dim=(-2, -1))
+
+    def sample(
+        self, samples: int, *, edge: bool = False, seed: int = 0
+    ) -> Float[Tensor, "*batch width samples"]:
+        generator = torch.Generator().manual_seed(seed)
+        batch = torch.broadcast_shapes(self.radius.shape, self.batch_shape)
+        shape, dtype = (*batch, self.width, samples), self.centre.dtype
+        normal = torch.randn(shape, generator=generator, dtype=dtype)
+        direction = normal / torch.linalg.vector_norm(normal, dim=-2, keepdim=True)
+        fraction = torch.rand((*batch, 1, samples), generator=generator, dtype=dtype)
+        reach = 1 if edge else fraction ** (1 / self.width)
+        return self.centre + self.radius[..., None, None] * reach * direction
+
+
+class Box(Region):
+    """All inputs with ``low ≤ x ≤ high`` in every coordinate.
+
+    Parameters
+    ----------
+    low, high : finite; one number for all coordinates, or ``[..., width]``.
+
+    Raises `InputError` for ``low > high`` (an empty region) and for an infinite side.
+    """
+
+    def __init__(self, low: Any, high: Any) -> None:
+        low, high = torch.broadcast_tensors(
+            torch.atleast_1d(_numbers("low", low)), torch.atleast_1d(_numbers("high", high))
+        )
+        empty = low > high
+        if empty.any():
+            raise InputError(
+                "low",
+                allowed="at most high in every coordinate",
+                given=f"{float(low[empty][0])} above {float(high[empty][0])}",
+                remedy="such a box is empty",
+            )
+        # Not (low + high) / 2, which overflows sooner.
+        self.centre = (low / 2 + high / 2)[..., None]
+        self.half = (high / 2 - low / 2)[..., None]
+
+    def fit(self, width: int, dtype: torch.dtype) -> Box:
+        _require_width(self, (1, width))
+        sides = self.centre - self.half, self.centre + self.half
+        return Box(*(_widened(side, width).to(dtype) for side in sides))
+
+    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+        return -(matrix.abs() @ self.half)
+
+    def largest_norm(self) -> Float[Tensor, "*batch"]:
+        return torch.linalg.vector_norm(self.centre.abs() + self.half, dim=(-2, -1))
+
+    def sample(
+        self, samples: int, *, edge: bool = False, seed: int = 0
+    ) -> Float[Tensor, "*batch width samples"]:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (*self.batch_shape, self.width, samples)
+        drawn = 2 * torch.rand(shape, generator=generator, dtype=self.centre.dtype) - 1
+        return self.centre + self.half * (drawn.sign() if edge else drawn)
+
+
+class Samples(Region):
+    """The convex hull of given inputs, made larger about their mean by ``1 + margin``.
+
+    What one layer does to a hull is not a hull: behind the first block of a partition, the region
+    is the hull of the images of the given inputs themselves, made larger by the same margin.
+    For a target of more than one layer this promises the given inputs alone.
+
+    Parameters
+    ----------
+    inputs : columns, ``[..., width, samples]``.
+    margin : finite and at least 0.
+    """
+
+    def __init__(self, inputs: Any, margin: float = 0.1) -> None:
+        self.inputs = _checks.real_tensor("inputs", inputs, min_dims=2)
+        self.margin = float(_numbers("margin", margin))
+        if self.margin < 0:
+            raise InputError("margin", allowed="at least 0", given=self.margin)
+        self.centre = self.inputs.mean(-1, keepdim=True)
+
+    def fit(self, width: int, dtype: torch.dtype) -> Samples:
+        _require_width(self, (width,))
+        return Samples(self.inputs.to(dtype), self.margin)
+
+    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+        return (1 + self.margin) * (matrix @ (self.inputs - self.centre)).amin(-1, keepdim=True)
+
+    def largest_norm(self) -> Float[Tensor, "*batch"]:
+        # A convex function is largest at a corner.
+        return torch.linalg.vector_norm(self._corners(), dim=-2).amax(-1)
+
+    def sample(
+        self, samples: int, *, edge: bool = False, seed: int = 0
+    ) -> Float[Tensor, "*batch width samples"]:
+        generator = torch.Generator().manual_seed(seed)
+        picked = torch.randint(self.inputs.shape[-1], (samples,), generator=generator)
+        return (self._corners() if edge else self.inputs)[..., picked]
+
+    def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:
+        return self.inputs
+
+    def after(
+        self, matrix: Float[Tensor, "*batch out width"], at_centre: Float[Tensor, "*batch out 1"]
+    ) -> Samples:
+        return Samples((matrix @ (self.inputs - self.centre) + at_centre).relu(), self.margin)
+
+    def _corners(self) -> Tensor:
+        return self.centre + (1 + self.margin) * (self.inputs - self.centre)
+
+
+def _require_width(region: Region, allowed: tuple[int, ...]) -> None:
+    if region.width not in allowed:
+        raise InputError(
+            "region",
+            allowed=f"of {allowed[-1]} coordinates, like the inputs",
+            given=region.width,
+        )
+
+
+def _widened(column: Tensor, width: int) -> Tensor:
+    return column[..., 0].expand(*column.shape[:-2], width)
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    """``value`` as a finite tensor of any shape; plain integers are taken as float64."""
+    if isinstance(value, Integral) or (isinstance(value, np.ndarray) and value.dtype.kind == "i"):
+        value = np.float64(value)
+    return _checks.real_tensor(name, value, min_dims=0)
