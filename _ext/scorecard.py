@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nbformat
 from docutils import nodes
 from docutils.statemachine import StringList
 from myst_nb.core.render import MimeData, NbElementRenderer, load_mime_renders
@@ -17,28 +18,31 @@ from sphinx.util.typing import ExtensionMetadata
 
 from lorapower.claims import MIME, Claim, read
 
-_COLUMNS = ("Claim", "Where", "Predicted", "Measured", "Criterion", "Verdict")
+_COLUMNS = ("Verdict", "Claim", "Predicted", "Measured", "Criterion")
 
 
-def _row(cells: tuple[str, ...]) -> list[str]:
+def _title(notebook: Path) -> str:
+    """The notebook's first heading, as Markdown."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return next(line[2:] for line in text.splitlines() if line.startswith("# "))
+
+
+def _row(*cells: str) -> list[str]:
+    """A row of a list-table; a cell is one line."""
     first, *others = (" ".join(cell.split()) for cell in cells)
     return [f"* - {first}", *(f"  - {cell}" for cell in others)]
 
 
 def _table(claims: list[Claim]) -> list[str]:
-    lines = [":::{list-table}", ":header-rows: 1", ":class: scorecard", "", *_row(_COLUMNS)]
+    lines = [":::{list-table}", ":header-rows: 1", ":class: scorecard", "", *_row(*_COLUMNS)]
     for claim in claims:
-        verdict = "✓ holds" if claim.holds else "✗ fails"
-        reference = f"{{prf:ref}}`{claim.label}`"
         lines += _row(
-            (
-                claim.statement,
-                reference,
-                claim.predicted,
-                claim.measured,
-                claim.criterion,
-                verdict,
-            )
+            "✓ holds" if claim.holds else "✗ fails",
+            f"{{prf:ref}}`{claim.label}`: {claim.statement}",
+            claim.predicted,
+            claim.measured,
+            claim.criterion,
         )
     return [*lines, ":::", ""]
 
@@ -51,7 +55,7 @@ class Scorecard(SphinxDirective):
         for docname in self.config.external_site_map:
             path = Path(self.env.doc2path(docname))
             if path.suffix == ".ipynb" and (claims := read(path)):
-                lines += [f"## {{doc}}`/{docname}`", "", *_table(claims)]
+                lines += [f"## {_title(path)}", "", *_table(claims)]
         if not lines:
             raise self.error("no chapter recorded a claim: the scorecard would be empty")
         container = nodes.Element()
