@@ -6,7 +6,7 @@ browser asks for are copied: the bundle, its fonts, and the TeX extensions that 
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -25,9 +25,8 @@ def _point_to_copy(app: Sphinx, config: Config) -> None:
 def _copy(app: Sphinx, error: Exception | None) -> None:
     if error is not None or app.builder.format != "html":
         return
-    spec = find_spec("sphinx-mathjax-offline")
-    assert spec is not None and spec.origin is not None, "pinned in constraints.txt"
-    source = Path(spec.origin).parent / "static" / "mathjax"
+    package = import_module("sphinx-mathjax-offline")  # no name that `import` would take
+    source = Path(package.__path__[0]) / "static" / "mathjax"
     target = Path(app.outdir) / "_static" / "mathjax"
     for part in _PARTS:
         # copy_asset puts a file into the folder that it is given, and a folder's content into it.

@@ -52,14 +52,15 @@ def build(out: Path) -> int:
     started = time.time_ns()
     stage(out / "chapters", source)
     print("Building the HTML", flush=True)
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", source, "-q"]
-    # Its standard output names the folder that is about to be renamed; warnings come on the other.
-    status = subprocess.call(
-        [*command, "-W", "-n", "--keep-going", "--path-output", fresh], stdout=subprocess.DEVNULL
+    jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
+    options = ["-q", "-W", "-n", "--keep-going", "--path-output", str(fresh)]
+    # Warnings come on stderr, as they arise. The rest names the folder that is about to be renamed.
+    run = subprocess.run(
+        [jupyter_book, "build", str(source), *options], stdout=subprocess.PIPE, text=True
     )
-    if status:
-        print("The book is not built: Sphinx's warnings above are errors.", file=sys.stderr)
-        return status
+    if run.returncode:
+        print(run.stdout, "The book is not built: see above.", sep="\n", file=sys.stderr)
+        return run.returncode
     html = fresh / "_build" / "html"
     if missing := missing_pages(source / "_toc.yml", html):
         print(f"The book is not built: pages are missing: {', '.join(missing)}", file=sys.stderr)

@@ -38,7 +38,7 @@ def run(source: Path, target: Path, parameters: dict[str, object]) -> NotebookNo
     """Execute the notebook `source` with `parameters` into `target`, in the folder of `target`."""
     os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    return papermill.execute_notebook(
+    notebook: NotebookNode = papermill.execute_notebook(
         source,
         target,
         parameters,
@@ -47,6 +47,7 @@ def run(source: Path, target: Path, parameters: dict[str, object]) -> NotebookNo
         # Kernels are reached over loopback: the notice that this is not encrypted is noise.
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),
     )
+    return notebook
 
 
 def clean(notebook: NotebookNode, defaults: dict[str, object]) -> str:
@@ -89,7 +90,7 @@ def _defaults(source: Path) -> dict[str, object]:
 
 
 def check(executed: Path) -> None:
-    """Raise ChapterError if a claim fails or the file at `executed` holds a path of this machine."""
+    """Raise ChapterError if the file `executed` holds a failing claim or a path of this machine."""
     failing = [
         f"claim fails: {claim.statement} ({claim.label})\n"
         f"  predicted {claim.predicted}\n  measured  {claim.measured}\n"
