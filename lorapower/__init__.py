@@ -1,0 +1,1 @@
+"""The expressive power of low-rank adaptation: constructions, bounds and networks, all batched."""

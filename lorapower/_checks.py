@@ -1,0 +1,74 @@
+"""Checks of what callers pass in: each returns the usable value or raises `InputError`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+PRECISIONS = (torch.float32, torch.float64)
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None, *, limit: str = "") -> int:
+    """``value`` as an ``int`` between ``low`` and ``high``; ``limit`` says what ``high`` is."""
+    ceiling = "" if high is None else f" to {high}"
+    allowed = f"an integer from {low}{ceiling}" + (f" ({limit})" if limit else "")
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
+        raise InputError(name, allowed=allowed, given=repr(value))
+    if value < low or (high is not None and value > high):
+        raise InputError(name, allowed=allowed, given=int(value))
+    return int(value)
+
+
+def ranks_per_layer(ranks: Any, shapes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """One rank per layer from one number or one per layer, each within its weight's smaller side."""
+    if isinstance(ranks, Integral | str | float) or ranks is None:
+        each = [ranks] * len(shapes)
+    else:
+        each = list(ranks)
+    if len(each) != len(shapes):
+        raise InputError(
+            "ranks", allowed=f"one integer, or one for each of the {len(shapes)} layers",
+            given=f"{len(each)} of them",
+        )
+    if len({min(shape) for shape in shapes}) == 1 and len(set(each)) == 1:
+        return (integer("rank", each[0], 0, min(shapes[0]), limit="the width"),) * len(shapes)
+    return tuple(
+        integer(f"rank of layer {l}", rank, 0, min(shape), limit=f"its weight is {shape[0]}×{shape[1]}")
+        for l, (rank, shape) in enumerate(zip(each, shapes, strict=True), start=1)
+    )
+
+
+def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
+    """``value`` (tensor, array or nested lists) as a finite, non-empty float32 or float64 tensor."""
+    if isinstance(value, Tensor):
+        tensor = value.detach()
+    else:
+        try:
+            array = np.array(value, order="C")
+            tensor = torch.from_numpy(array)
+        except (TypeError, ValueError) as error:
+            raise InputError(name, allowed="a rectangular array of numbers", given=repr(value)) from error
+    if tensor.dtype not in PRECISIONS:
+        raise InputError(
+            name, allowed="float32 or float64", given=str(tensor.dtype).removeprefix("torch."),
+            remedy="convert it first",
+        )
+    if tensor.ndim < min_dims or tensor.numel() == 0:
+        raise InputError(
+            name, allowed=f"a non-empty array of at least {min_dims} dimensions",
+            given=f"shape {tuple(tensor.shape)}",
+        )
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise InputError(
+            name, allowed="finite", given=f"{bad} entries that are NaN or infinite",
+            remedy="look for a diverged training run or a division by zero",
+        )
+    return tensor

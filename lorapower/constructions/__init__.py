@@ -1,0 +1,1 @@
+"""Constructions: for each theorem of the book, the adapters that its proof builds."""

@@ -1,0 +1,289 @@
+"""Optimal adaptation of a deep linear network (theorem of the same name, chapter 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .. import _checks, bounds, lowrank
+from ..adapters import Adapters
+from ..errors import InputError, SingularError
+from ..lowrank import LowRank
+from ..networks import LinearNetwork, product
+
+
+@dataclass(frozen=True)
+class LinearAdaptation:
+    """Adapters of a deep linear network, with the evidence for them.
+
+    Attributes
+    ----------
+    adapters : ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l``; `Adapters.merge` applies them.
+    spectral_error : predicted ``‖∏(W_l + ΔW_l) − W̄‖_2 = σ_{r+1}(E)``, ``r = Σ_l R_l``; ``[...]``.
+    frobenius_error : predicted ``‖∏(W_l + ΔW_l) − W̄‖_F``; ``[...]``.
+    rounding_error : measured ``‖∏(W_l + ΔW_l) − (∏W_l + LR_r(E))‖_2``, which exact arithmetic would
+        make 0: how far the measured error can be from the predicted one; ``[...]``.
+    condition_numbers : of the worse of the two linear systems solved for each layer, 1 where none
+        was needed; ``[..., L]``.
+    plain : whether the splitting of the proof was kept, or else an alternative; ``[...]``.
+
+    The prediction holds for every input: a linear map has no region.
+    """
+
+    adapters: Adapters
+    spectral_error: Float[Tensor, "*batch"]
+    frobenius_error: Float[Tensor, "*batch"]
+    rounding_error: Float[Tensor, "*batch"]
+    condition_numbers: Float[Tensor, "*batch layers"]
+    plain: Bool[Tensor, "*batch"]
+
+
+@torch.no_grad()
+def adapt(
+    frozen: LinearNetwork,
+    target: LinearNetwork,
+    ranks: int | Sequence[int],
+    *,
+    plain_only: bool = False,
+    rtol: float | None = None,
+    seed: int = 0,
+) -> LinearAdaptation:
+    """Adapters that bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as their ranks allow.
+
+    The singular triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of ``R_l``, and
+    ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Linear systems
+    are solved, no inverse is formed. Where rounding errors then exceed a few units of the last
+    place, other splittings of the same best approximation are tried (triplets rotated so that each
+    layer takes what the others pass on most easily, or at random; the layers visited in another
+    order; spare rank spent on the smallest singular values of the frozen layers), and the one of
+    least rounding error is kept, for each member of the batch by itself.
+
+    Parameters
+    ----------
+    frozen, target : same inputs, outputs and type; batch shapes broadcast. Hidden layers of the
+        frozen network may have any width not below its inputs and outputs.
+    ranks : one for all layers or one per layer, each from 0 to its weight's smaller side.
+    plain_only : use the splitting of the proof, whatever its rounding error.
+    rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2 + ∏‖W_l‖_2``; by default
+        ``eps^{1/2}``, half of the digits. ``inf`` accepts whatever comes.
+    seed : of the random rotations.
+
+    Raises
+    ------
+    InputError : ranks out of range, networks that do not fit each other, a hidden width too small.
+    SingularError : nothing tried meets ``rtol``; names the layer and its condition number.
+
+    Source: theorem "optimal adaptation of a deep linear network", chapter 1, and the section on
+    the robust construction there.
+    """
+    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    E = bounds.error_matrix(frozen, target)
+    _check_widths(frozen, ranks)
+
+    batch = E.shape[:-2]
+    spectral, frobenius = lowrank.tail_norms(lowrank.spectrum(E), sum(ranks))
+    best_map = frozen.product() + lowrank.truncated_svd(E, min(sum(ranks), *E.shape[-2:])).matrix()
+    scale = bounds.rounding_scale(frozen, target).expand(batch)
+    problem = _Problem(
+        [w.expand(*batch, *w.shape[-2:]).reshape(-1, *w.shape[-2:]) for w in frozen.weights],
+        best_map.reshape(-1, *E.shape[-2:]),
+        scale.reshape(-1),
+        ranks,
+    )
+
+    last_place = max(E.shape[-2:]) * torch.finfo(E.dtype).eps * problem.scale
+    best = _split(problem, _Plan(range(frozen.depth)))
+    plain = torch.ones(len(last_place), dtype=torch.bool)
+    for plan in () if plain_only else _alternatives(problem, seed):
+        poor = best.rounding > 16 * last_place
+        if not poor.any():
+            break
+        trial = _split(problem.members(poor), plan)
+        improved = trial.rounding < best.rounding[poor]
+        mine = poor.nonzero()[improved, 0]
+        best.put(mine, trial, improved)
+        plain[mine] = False
+
+    limit = torch.finfo(E.dtype).eps ** 0.5 if rtol is None else rtol
+    failed = best.rounding > limit * problem.scale
+    if failed.any():
+        member = int(failed.nonzero()[0, 0])
+        layer = int(best.conditions[member].argmax())
+        where = f" of batch member {member}" if batch else ""
+        raise SingularError(layer + 1, float(best.conditions[member, layer]), member=where)
+
+    def unflatten(flat: Tensor) -> Tensor:
+        return flat.reshape(*batch, *flat.shape[1:])
+
+    return LinearAdaptation(
+        Adapters(tuple(LowRank(unflatten(A), unflatten(B)) for A, B in best.factors)),
+        spectral_error=spectral,
+        frobenius_error=frobenius,
+        rounding_error=unflatten(best.rounding),
+        condition_numbers=unflatten(best.conditions),
+        plain=unflatten(plain),
+    )
+
+
+class _Problem(NamedTuple):
+    """``∏(W_l + ΔW_l) = best_map`` with ``rank ΔW_l ≤ R_l``, for a flat batch."""
+
+    weights: list[Tensor]
+    best_map: Tensor
+    scale: Tensor
+    ranks: Sequence[int]
+
+    def members(self, which: Tensor) -> _Problem:
+        weights = [w[which] for w in self.weights]
+        return _Problem(weights, self.best_map[which], self.scale[which], self.ranks)
+
+
+class _Plan(NamedTuple):
+    """How the best approximation is split: which layer chooses when, and what it takes.
+
+    Of the remaining error ``U S Vᵀ`` a layer takes the leading triplets ("leading"), the directions
+    of ``U`` or of ``V`` that reach it at the least cost ("left", "right"), or any ("random").
+    ``lift`` first spends rank beyond the width on the frozen layers' smallest singular values.
+    """
+
+    order: Sequence[int]
+    take: Literal["leading", "left", "right", "random"] = "leading"
+    lift: bool = False
+    seed: int = 0
+
+
+def _alternatives(problem: _Problem, seed: int) -> Iterator[_Plan]:
+    depth = len(problem.weights)
+    forward, backward = range(depth), range(depth)[::-1]
+    if sum(problem.ranks) > min(problem.best_map.shape[-2:]):
+        yield _Plan(forward, "left", lift=True)
+        yield _Plan(backward, "right", lift=True)
+    yield _Plan(forward, "left")
+    yield _Plan(backward, "right")
+    for rotation in range(4):
+        yield _Plan(forward, "random", seed=seed + rotation)
+    # A singular layer has to be adapted before it stands in another layer's system.
+    for l in forward:
+        yield _Plan([l, *forward[:l], *forward[l + 1 :]], "left")
+
+
+@dataclass
+class _Splitting:
+    """Factors for every layer, condition numbers ``[batch, L]``, rounding errors ``[batch]``."""
+
+    factors: list[tuple[Tensor, Tensor]]
+    conditions: Tensor
+    rounding: Tensor
+
+    def put(self, mine: Tensor, other: _Splitting, theirs: Tensor) -> None:
+        for (A, B), (other_A, other_B) in zip(self.factors, other.factors, strict=True):
+            A[mine], B[mine] = other_A[theirs], other_B[theirs]
+        self.conditions[mine] = other.conditions[theirs]
+        self.rounding[mine] = other.rounding[theirs]
+
+
+def _split(problem: _Problem, plan: _Plan) -> _Splitting:
+    """Visit the layers in the plan's order; each takes its share of the error that remains.
+
+    Adapting layer ``l`` changes the product by ``(∏_{j>l}) A_l B_lᵀ (∏_{j<l})``, whatever the other
+    layers' present weights are, so the order is free. The remaining error is computed anew for
+    each layer, so that later layers make up for the rounding of earlier ones.
+    """
+    weights, best_map, scale, ranks = problem
+    width = min(best_map.shape[-2:])
+    generator = torch.Generator().manual_seed(plan.seed)
+    noise = max(best_map.shape[-2:]) * torch.finfo(best_map.dtype).eps * scale
+    factors = [
+        (w.new_zeros(*w.shape[:-1], R), w.new_zeros(len(w), w.shape[-1], R))
+        for w, R in zip(weights, ranks, strict=True)
+    ]
+    shares = list(ranks)
+    if plan.lift:
+        ends = [round(width * part / sum(ranks)) for part in accumulate(ranks, initial=0)]
+        shares = [end - start for start, end in pairwise(ends)]
+        for w, (A, B), R, share in zip(weights, factors, ranks, shares, strict=True):
+            A[..., share:], B[..., share:] = _lift(w, R - share)
+    current = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
+    conditions = best_map.new_ones(len(best_map), len(weights))
+
+    for l in plan.order:
+        U, S, Vh = torch.linalg.svd(best_map - product(current), full_matrices=False)
+        unvisited = plan.order[plan.order.index(l) :]
+        s = min(sum(shares[j] for j in unvisited), int((S > noise[:, None]).sum(-1).max()))
+        k = min(shares[l], s)
+        if k == 0:
+            continue
+        left, right = _systems(current, l)
+        A, B = lowrank.solve(left, U[..., :s]), lowrank.solve(right, Vh.mT[..., :s])
+        P = _directions(plan.take, A, B, k, generator)
+        SP = S[:, :s, None] * P
+        A, B = (A @ SP, B @ P) if plan.take == "right" else (A @ P, B @ SP)
+        # Pieces of zeros (of a target that is reached already) need no system, singular or not.
+        needed = torch.linalg.vector_norm(SP, dim=-2, keepdim=True) > noise[:, None, None]
+        factors[l][0][..., :k] = torch.where(needed, A, 0)
+        factors[l][1][..., :k] = torch.where(needed, B, 0)
+        current[l] = current[l] + factors[l][0][..., :k] @ factors[l][1][..., :k].mT
+        worse = torch.maximum(lowrank.condition_number(left), lowrank.condition_number(right))
+        conditions[:, l] = torch.where(needed.any((-2, -1)), worse, 1)
+
+    merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
+    residual = product(merged) - best_map
+    finite = residual.isfinite().all((-2, -1))
+    residual = torch.where(finite[:, None, None], residual, 0)
+    rounding = torch.where(finite, torch.linalg.matrix_norm(residual, ord=2), torch.inf)
+    return _Splitting(factors, conditions, rounding)
+
+
+def _directions(take: str, A: Tensor, B: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal ``[batch, s, k]``: the combinations of the ``s`` triplets that a layer takes."""
+    size = A.shape[-1]
+    if take == "leading":
+        return torch.eye(size, k, dtype=A.dtype).expand(len(A), size, k)
+    if take == "random":
+        normal = torch.randn(size, size, generator=generator, dtype=A.dtype)
+        return torch.linalg.qr(normal)[0][:, :k].expand(len(A), size, k)
+    cost = (A if take == "left" else B).nan_to_num()
+    return torch.linalg.svd(cost, full_matrices=False)[2].mT[..., -k:]
+
+
+def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the update that raises the ``rank`` smallest singular values to the largest."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    tail = slice(S.shape[-1] - rank, None)
+    return U[..., tail] * (S[:, None, :1] - S[:, None, tail]), Vh.mT[..., tail]
+
+
+def _systems(weights: list[Tensor], l: int) -> tuple[Tensor, Tensor]:
+    """``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``, the identity where there are no such layers.
+
+    Each is multiplied outwards in: the second as the forward pass does it, so that its rounding is
+    the forward pass's own, the first in the mirrored order. The other association loses several
+    digits in deep networks.
+    """
+    outputs, inputs = (weights[-1].shape[-2], weights[0].shape[-1])
+    identity = [torch.eye(n, dtype=weights[0].dtype).expand(len(weights[0]), n, n) for n in (outputs, inputs)]
+    left = product([identity[0], *(w.mT for w in reversed(weights[l + 1 :]))]).mT
+    right = product([identity[1], *weights[:l]]).mT
+    return left, right
+
+
+def _check_widths(frozen: LinearNetwork, ranks: Sequence[int]) -> None:
+    """The systems for layer ``l`` are solvable only if no width between hides an input or output."""
+    inputs, *hidden, outputs = frozen.widths
+    for l, rank in enumerate(ranks):
+        narrow = [w for w in hidden[l:] if w < outputs] + [w for w in hidden[:l] if w < inputs]
+        if rank and narrow:
+            raise InputError(
+                "hidden widths",
+                allowed=f"at least {outputs} (the outputs) after layer {l + 1} and at least "
+                f"{inputs} (the inputs) before it",
+                given=hidden,
+                remedy="a narrower layer hides part of the target from the adapters; give rank 0 "
+                f"to layer {l + 1}",
+            )

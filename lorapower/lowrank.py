@@ -1,0 +1,141 @@
+"""Low-rank matrices: truncated SVD, spectra, numerical rank, condition numbers, solves.
+
+Everything broadcasts over leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import _checks
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix held as its factors, ``A @ B.mT``: the update ``ΔW = A Bᵀ`` of an adapter.
+
+    Attributes
+    ----------
+    A : ``[..., out, rank]``
+    B : ``[..., in, rank]``
+    """
+
+    A: Float[Tensor, "*batch out rank"]
+    B: Float[Tensor, "*batch in rank"]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of the factors; the matrix has at most this rank."""
+        return self.A.shape[-1]
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers stored for one matrix: ``(out + in) · rank``."""
+        return (self.A.shape[-2] + self.B.shape[-2]) * self.rank
+
+    def matrix(self) -> Float[Tensor, "*batch out in"]:
+        """The product ``A Bᵀ``."""
+        return self.A @ self.B.mT
+
+
+def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"]:
+    """Singular values ``σ_1 ≥ σ_2 ≥ …``, ``k = min(out, in)`` of them.
+
+    Raises `InputError` for anything but a finite float32 or float64 matrix.
+    """
+    return torch.linalg.svdvals(_checks.real_tensor("matrix", matrix, min_dims=2))
+
+
+def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
+    """Best rank-``rank`` approximation ``LR_r(M) = Σ_{d≤r} σ_d u_d v_dᵀ``, as ``A = UΣ, B = V``.
+
+    Best in spectral and Frobenius norm (Eckart–Young–Mirsky, chapter 1). Raises `InputError` for a
+    rank outside ``0…min(out, in)`` or a matrix that is not finite float32 or float64.
+    """
+    matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
+    rank = _checks.integer("rank", rank, 0, min(matrix.shape[-2:]), limit="the smaller side")
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return LowRank(U[..., :rank] * S[..., None, :rank], Vh.mT[..., :rank])
+
+
+def tail_norms(
+    singular_values: Float[Tensor, "*batch k"], rank: int
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Norms of what rank ``rank`` leaves out: ``σ_{r+1}`` and ``(Σ_{d>r} σ_d²)^{1/2}``, 0 past the end.
+
+    These are the spectral and the Frobenius distance to the nearest matrix of rank ``r``
+    (Eckart–Young–Mirsky, chapter 1).
+    """
+    tail = singular_values[..., rank:]
+    spectral = tail[..., 0] if tail.shape[-1] else torch.zeros_like(singular_values[..., 0])
+    return spectral, torch.linalg.vector_norm(tail, dim=-1)
+
+
+def rank(
+    matrix: Float[Tensor, "*batch out in"], *, scale: Tensor | float | None = None
+) -> Int[Tensor, "*batch"]:
+    """Numerical rank: how many ``σ_d`` exceed ``max(out, in) · eps · scale``.
+
+    ``scale`` is the size of the numbers that the matrix was computed from, by default its own
+    ``σ_1``; a difference of nearly equal matrices needs the size of its terms, or its rounding
+    errors would count.
+    """
+    singular_values = spectrum(matrix)
+    scale = singular_values[..., 0] if scale is None else torch.as_tensor(scale)
+    threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * scale
+    return (singular_values > threshold[..., None]).sum(-1)
+
+
+def condition_number(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
+    """``σ_1 / σ_min(out, in)``: 1 at best, infinite for a matrix without full rank."""
+    singular_values = spectrum(matrix)
+    largest, smallest = singular_values[..., 0], singular_values[..., -1]
+    # Also for a zero matrix, whose quotient would be 0/0.
+    return torch.where(smallest > 0, largest / smallest, torch.inf)
+
+
+def solve(
+    matrix: Float[Tensor, "*batch rows cols"], right: Float[Tensor, "*batch rows k"]
+) -> Float[Tensor, "*batch cols k"]:
+    """The smallest ``X`` with ``M X = Y`` for a matrix ``M`` of full row rank (``rows ≤ cols``).
+
+    By a QR factorization of ``Mᵀ``, which is backward stable and forms no inverse. Where ``M`` is
+    singular the result is not finite: look at `condition_number` first. Raises `InputError` when
+    ``rows > cols``, since then no solution exists in general.
+    """
+    rows, cols = matrix.shape[-2:]
+    if rows > cols:
+        raise InputError("matrix", allowed="at least as wide as high", given=f"{rows}×{cols}")
+    Q, R = torch.linalg.qr(matrix.mT)
+    return Q @ torch.linalg.solve_triangular(R.mT, right, upper=False)
+
+
+def random_matrix(
+    rows: int,
+    cols: int,
+    *,
+    condition_number: float,
+    batch_shape: tuple[int, ...] = (),
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Float[Tensor, "*batch rows cols"]:
+    """``Q_1 diag(σ) Q_2ᵀ`` with random orthonormal ``Q_1, Q_2``, ``σ`` log-spaced from 1 to ``1/κ``.
+
+    ``κ`` is the given condition number, at least 1. For experiments on rounding errors.
+    """
+    if not 1 <= condition_number < float("inf"):
+        raise InputError("condition_number", allowed="finite, at least 1", given=condition_number)
+    generator = torch.Generator().manual_seed(seed)
+    size = min(rows, cols)
+
+    def orthonormal(n: int) -> Tensor:
+        normal = torch.randn(*batch_shape, n, size, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(normal)[0]
+
+    sigma = torch.logspace(0, -1, size, base=condition_number, dtype=torch.float64)
+    return ((orthonormal(rows) * sigma) @ orthonormal(cols).mT).to(dtype)

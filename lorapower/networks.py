@@ -1,0 +1,172 @@
+"""Networks as plain tensors in the paper's notation: weights act on column vectors.
+
+Layer ``l`` maps ``z`` to ``W_l z``; inputs are columns, ``x`` has shape ``[..., in, samples]``.
+Every tensor may carry leading batch dimensions: one network or a thousand, one code path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import _checks
+from .errors import InputError
+
+
+def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
+    """``∏_l W_l = W_L ⋯ W_1``: the first factor of the sequence acts first (rightmost).
+
+    Raises `InputError` for an empty sequence, whose product has no size.
+    """
+    if not weights:
+        raise InputError("weights", allowed="at least one matrix", given="none")
+    return reduce(lambda inner, outer: outer @ inner, weights)
+
+
+@dataclass(frozen=True)
+class LinearNetwork:
+    """A deep linear network ``x ↦ W_L ⋯ W_1 x`` (chapter 1).
+
+    Parameters
+    ----------
+    weights : the ``L`` matrices, first layer first: a sequence of ``[..., out, in]`` or one stacked
+        array ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all
+        float64. Batch dimensions of the layers broadcast against each other.
+
+    Raises
+    ------
+    InputError : no layers, sizes that do not chain, mixed or unusable types, entries not finite.
+    """
+
+    weights: tuple[Float[Tensor, "*batch _ _"], ...]
+
+    def __init__(self, weights: Any) -> None:
+        if isinstance(weights, Tensor | np.ndarray):
+            weights = _checks.real_tensor("weights", weights, min_dims=3).unbind(-3)
+        if not len(weights):
+            raise InputError("weights", allowed="at least one matrix", given="none")
+        layers = [
+            _checks.real_tensor(f"weight of layer {l}", weight, min_dims=2)
+            for l, weight in enumerate(weights, start=1)
+        ]
+        for l, (inner, outer) in enumerate(pairwise(layers), start=1):
+            if inner.shape[-2] != outer.shape[-1]:
+                raise InputError(
+                    f"weight of layer {l + 1}", given=f"shape {tuple(outer.shape)}",
+                    allowed=f"of {inner.shape[-2]} columns, the outputs of layer {l}",
+                )
+        if len({layer.dtype for layer in layers}) > 1:
+            raise InputError(
+                "weights", allowed="all float32 or all float64", given="both", remedy="convert one"
+            )
+        try:
+            batch = torch.broadcast_shapes(*(layer.shape[:-2] for layer in layers))
+        except RuntimeError as error:
+            raise InputError(
+                "weights", allowed="of batch shapes that broadcast",
+                given=[tuple(layer.shape[:-2]) for layer in layers],
+            ) from error
+        expanded = tuple(layer.expand(*batch, *layer.shape[-2:]) for layer in layers)
+        object.__setattr__(self, "weights", expanded)
+
+    @classmethod
+    def random(
+        cls,
+        depth: int,
+        width: int,
+        *,
+        batch_shape: tuple[int, ...] = (),
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> LinearNetwork:
+        """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``."""
+        depth = _checks.integer("depth", depth, 1)
+        width = _checks.integer("width", width, 1)
+        seed = _checks.integer("seed", seed, 0)
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(
+            *batch_shape, depth, width, width, generator=generator, dtype=torch.float64
+        )
+        return cls(((2 * uniform - 1) / width**0.5).to(dtype))
+
+    @property
+    def depth(self) -> int:
+        """Number of layers ``L``."""
+        return len(self.weights)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Sizes along the network, ``(in, …, out)``: ``L + 1`` of them."""
+        return (self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights))
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions: how many networks this object holds."""
+        return self.weights[0].shape[:-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+    def to(self, dtype: torch.dtype) -> LinearNetwork:
+        """The same network with weights rounded to ``dtype``."""
+        return LinearNetwork([weight.to(dtype) for weight in self.weights])
+
+    def product(self) -> Float[Tensor, "*batch out in"]:
+        """The matrix ``∏_l W_l`` that the network applies."""
+        return product(self.weights)
+
+    def __call__(self, x: Float[Tensor, "*batch in samples"]) -> Float[Tensor, "*batch out samples"]:
+        """``W_L ⋯ W_1 x``, layer by layer."""
+        x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
+        if x.shape[-2] != self.widths[0]:
+            raise InputError(
+                "x", allowed=f"of shape [..., {self.widths[0]}, samples], columns being inputs",
+                given=f"shape {tuple(x.shape)}",
+            )
+        return reduce(lambda z, weight: weight @ z, self.weights, x)
+
+    @classmethod
+    def from_sequential(cls, module: nn.Sequential) -> LinearNetwork:
+        """The linear network that a `torch.nn.Sequential` of bias-free `Linear` layers computes.
+
+        Its inputs are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``. Raises
+        `InputError` for any other layer, and for a bias, naming its position.
+        """
+        for position, layer in enumerate(module):
+            if not isinstance(layer, nn.Linear):
+                raise InputError(
+                    "module", allowed="a Sequential of Linear layers", given=f"{layer} at {position}"
+                )
+            if layer.bias is not None:
+                raise InputError(
+                    "module", allowed="without biases", given=f"a bias in {layer} at {position}",
+                    remedy="make the layer with bias=False",
+                )
+        # Copies: the network must not change when the module is trained on.
+        return cls([layer.weight.detach().clone() for layer in module])
+
+    def to_sequential(self) -> nn.Sequential:
+        """A `torch.nn.Sequential` of bias-free `Linear` layers that computes this network on rows.
+
+        Raises `InputError` when the network carries batch dimensions: a module is one network.
+        """
+        if self.batch_shape:
+            raise InputError(
+                "network", allowed="a single one", given=f"batch shape {tuple(self.batch_shape)}",
+                remedy="pick one member first",
+            )
+        layers = []
+        for weight in self.weights:
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+            layer.weight = nn.Parameter(weight.clone())
+            layers.append(layer)
+        return nn.Sequential(*layers)
