@@ -23,6 +23,13 @@ need_python := needs Python 3.11 or newer with venv and pip: install it (on Debi
 need_compiler := if a package above failed to compile, a C compiler is missing: install one \
 	(on Debian or Ubuntu: apt-get install build-essential)
 
+# pyvenv.cfg marks the folder as an environment, which may be emptied: so it comes first and goes
+# last, lest an interrupted installation look like somebody's own folder.
+check_venv := [ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] \
+	|| { echo '$(VENV) is no Python environment: left alone; name another with VENV=' >&2; exit 1; }
+empty_venv := mkdir -p $(VENV) && touch $(VENV)/pyvenv.cfg \
+	&& find $(VENV) -mindepth 1 -maxdepth 1 ! -name pyvenv.cfg -exec rm -rf {} +
+
 bin   := $(VENV)/bin
 out   := _build/$(PROFILE)
 # Exists only once everything is installed, so that an interrupted installation is done again.
@@ -68,14 +75,16 @@ clean: ## remove what was built
 	@[ ! -e $(VENV) ] || echo 'The environment $(VENV) stays; make distclean removes it too.'
 
 distclean: clean ## remove the environment too
-	@[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || { echo '$(VENV) is no Python environment: left alone' >&2; exit 1; }
+	@$(check_venv)
+	@$(empty_venv)
 	rm -rf $(VENV)
 
 $(ready): pyproject.toml constraints.txt
 	@'$(PYTHON)' -c '$(python_suits)' 2>/dev/null || { echo 'make $(strip $(need_python))' >&2; exit 1; }
-	@[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || { echo '$(VENV) exists and is no Python environment: name another with VENV=' >&2; exit 1; }
+	@$(check_venv)
 	@echo 'Installing the environment in $(VENV): some minutes, once.'
-	@'$(PYTHON)' -m venv --clear $(VENV)
+	@$(empty_venv)
+	@'$(PYTHON)' -m venv $(VENV)
 	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]' \
 		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }
 	@touch $@

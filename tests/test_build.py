@@ -262,7 +262,7 @@ def bare(tmp_path: Path) -> Path:
     """A folder of programs for PATH: a machine that has what make needs and no more."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("chmod", "echo", "expand", "find", "make", "mkdir", "sed", "sh", "touch"):
+    for name in ("chmod", "echo", "expand", "find", "make", "mkdir", "rm", "sed", "sh", "touch"):
         program = shutil.which(name)
         assert program
         (folder / name).symlink_to(program)
@@ -287,7 +287,6 @@ def test_unsuitable_python_is_one_line(small: Book, bare: Path, installed: str) 
 BROKEN = (
     '[ "$1" = -m ] || exit 0',
     "mkdir -p no/bin",
-    "touch no/pyvenv.cfg",
     "echo 'echo pip was here; exit 1' >no/bin/python",
     'exec chmod 755 "$PWD/no/bin/python"',
 )
@@ -299,6 +298,21 @@ def test_failed_installation_is_done_again_and_says_what_may_lack(small: Book, b
         output = small.make("VENV=no", "ready=no/.ready", "no/.ready", status=2, PATH=str(bare))
         assert "pip was here" in output
         assert "apt-get install build-essential" in output
+
+
+def test_interrupted_installation_is_done_again(small: Book, bare: Path) -> None:
+    (bare / "sleep").symlink_to(str(shutil.which("sleep")))
+    write_program(bare / "python3", '[ "$1" = -m ] || exit 0', "touch started", "sleep 300")
+    arguments = ("VENV=no", "ready=no/.ready", "no/.ready")
+    process = small.start(*arguments, PATH=str(bare))
+    wait_for((small.folder / "started").exists, "the installation")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    (small.folder / "no" / "left").touch()
+
+    write_program(bare / "python3", *BROKEN)
+    assert "pip was here" in small.make(*arguments, status=2, PATH=str(bare))
+    assert not (small.folder / "no" / "left").exists()
 
 
 def test_installation_spares_a_folder_that_is_no_environment(small: Book) -> None:
