@@ -27,26 +27,29 @@ def integer(name: str, value: Any, low: int, high: int | None = None, *, limit: 
 
 
 def ranks_per_layer(ranks: Any, shapes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """One rank per layer from one number or one per layer, each within its weight's smaller side."""
+    """One rank per layer, from one number or one for each, within its weight's smaller side."""
     if isinstance(ranks, Integral | str | float) or ranks is None:
         each = [ranks] * len(shapes)
     else:
         each = list(ranks)
     if len(each) != len(shapes):
         raise InputError(
-            "ranks", allowed=f"one integer, or one for each of the {len(shapes)} layers",
+            "ranks",
+            allowed=f"one integer, or one for each of the {len(shapes)} layers",
             given=f"{len(each)} of them",
         )
     if len({min(shape) for shape in shapes}) == 1 and len(set(each)) == 1:
         return (integer("rank", each[0], 0, min(shapes[0]), limit="the width"),) * len(shapes)
     return tuple(
-        integer(f"rank of layer {l}", rank, 0, min(shape), limit=f"its weight is {shape[0]}×{shape[1]}")
+        integer(
+            f"rank of layer {l}", rank, 0, min(shape), limit=f"its weight is {shape[0]}×{shape[1]}"
+        )
         for l, (rank, shape) in enumerate(zip(each, shapes, strict=True), start=1)
     )
 
 
 def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
-    """``value`` (tensor, array or nested lists) as a finite, non-empty float32 or float64 tensor."""
+    """``value`` (tensor, array, lists) as a finite, non-empty float32 or float64 tensor."""
     if isinstance(value, Tensor):
         tensor = value.detach()
     else:
@@ -54,21 +57,28 @@ def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
             array = np.array(value, order="C")
             tensor = torch.from_numpy(array)
         except (TypeError, ValueError) as error:
-            raise InputError(name, allowed="a rectangular array of numbers", given=repr(value)) from error
+            raise InputError(
+                name, allowed="a rectangular array of numbers", given=repr(value)
+            ) from error
     if tensor.dtype not in PRECISIONS:
         raise InputError(
-            name, allowed="float32 or float64", given=str(tensor.dtype).removeprefix("torch."),
+            name,
+            allowed="float32 or float64",
+            given=str(tensor.dtype).removeprefix("torch."),
             remedy="convert it first",
         )
     if tensor.ndim < min_dims or tensor.numel() == 0:
         raise InputError(
-            name, allowed=f"a non-empty array of at least {min_dims} dimensions",
+            name,
+            allowed=f"a non-empty array of at least {min_dims} dimensions",
             given=f"shape {tuple(tensor.shape)}",
         )
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise InputError(
-            name, allowed="finite", given=f"{bad} entries that are NaN or infinite",
+            name,
+            allowed="finite",
+            given=f"{bad} entries that are NaN or infinite",
             remedy="look for a diverged training run or a division by zero",
         )
     return tensor

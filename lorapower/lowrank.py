@@ -66,7 +66,7 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
 def tail_norms(
     singular_values: Float[Tensor, "*batch k"], rank: int
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Norms of what rank ``rank`` leaves out: ``σ_{r+1}`` and ``(Σ_{d>r} σ_d²)^{1/2}``, 0 past the end.
+    """Norms of what rank ``r`` leaves out: ``σ_{r+1}`` (0 past the end), ``(Σ_{d>r} σ_d²)^{1/2}``.
 
     These are the spectral and the Frobenius distance to the nearest matrix of rank ``r``
     (Eckart–Young–Mirsky, chapter 1).
@@ -124,7 +124,7 @@ def random_matrix(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "*batch rows cols"]:
-    """``Q_1 diag(σ) Q_2ᵀ`` with random orthonormal ``Q_1, Q_2``, ``σ`` log-spaced from 1 to ``1/κ``.
+    """``Q_1 diag(σ) Q_2ᵀ``: random orthonormal ``Q_1, Q_2``; ``σ`` log-spaced from 1 to ``1/κ``.
 
     ``κ`` is the given condition number, at least 1. For experiments on rounding errors.
     """

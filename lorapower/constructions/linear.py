@@ -57,7 +57,7 @@ def adapt(
     """Adapters that bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as their ranks allow.
 
     The singular triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of ``R_l``, and
-    ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Linear systems
+    ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Systems
     are solved, no inverse is formed. Where rounding errors then exceed a few units of the last
     place, other splittings of the same best approximation are tried (triplets rotated so that each
     layer takes what the others pass on most easily, or at random; the layers visited in another
@@ -119,7 +119,7 @@ def adapt(
         raise SingularError(layer + 1, float(best.conditions[member, layer]), member=where)
 
     def unflatten(flat: Tensor) -> Tensor:
-        return flat.reshape(*batch, *flat.shape[1:])
+        return flat.reshape((*batch, *flat.shape[1:]))
 
     return LinearAdaptation(
         Adapters(tuple(LowRank(unflatten(A), unflatten(B)) for A, B in best.factors)),
@@ -161,15 +161,15 @@ class _Plan(NamedTuple):
 def _alternatives(problem: _Problem, seed: int) -> Iterator[_Plan]:
     depth = len(problem.weights)
     forward, backward = range(depth), range(depth)[::-1]
-    if sum(problem.ranks) > min(problem.best_map.shape[-2:]):
-        yield _Plan(forward, "left", lift=True)
-        yield _Plan(backward, "right", lift=True)
-    yield _Plan(forward, "left")
-    yield _Plan(backward, "right")
-    for rotation in range(4):
-        yield _Plan(forward, "random", seed=seed + rotation)
+    spare = sum(problem.ranks) > min(problem.best_map.shape[-2:])
+    for lift in (True, False) if spare else (False,):
+        yield _Plan(forward, "left", lift)
+        yield _Plan(backward, "right", lift)
+    # Costs tell nothing apart in a special network, such as one of identities.
+    for rotation in range(3):
+        yield _Plan(forward, "random", spare, seed + rotation)
     # A singular layer has to be adapted before it stands in another layer's system.
-    for l in forward:
+    for l in forward[1:]:
         yield _Plan([l, *forward[:l], *forward[l + 1 :]], "left")
 
 
@@ -215,40 +215,44 @@ def _split(problem: _Problem, plan: _Plan) -> _Splitting:
     for l in plan.order:
         U, S, Vh = torch.linalg.svd(best_map - product(current), full_matrices=False)
         unvisited = plan.order[plan.order.index(l) :]
-        s = min(sum(shares[j] for j in unvisited), int((S > noise[:, None]).sum(-1).max()))
+        s = min(sum(shares[j] for j in unvisited), int(torch.gt(S, noise[:, None]).sum(-1).max()))
         k = min(shares[l], s)
         if k == 0:
             continue
+        U, S, V = U[..., :s], S[:, :s, None], Vh.mT[..., :s]
         left, right = _systems(current, l)
-        A, B = lowrank.solve(left, U[..., :s]), lowrank.solve(right, Vh.mT[..., :s])
-        P = _directions(plan.take, A, B, k, generator)
-        SP = S[:, :s, None] * P
-        A, B = (A @ SP, B @ P) if plan.take == "right" else (A @ P, B @ SP)
+        if plan.take == "right":
+            P = _directions(plan.take, right, V, k, generator)
+            A, B = lowrank.solve(left, U @ (S * P)), lowrank.solve(right, V @ P)
+        else:
+            P = _directions(plan.take, left, U, k, generator)
+            A, B = lowrank.solve(left, U @ P), lowrank.solve(right, V @ (S * P))
         # Pieces of zeros (of a target that is reached already) need no system, singular or not.
-        needed = torch.linalg.vector_norm(SP, dim=-2, keepdim=True) > noise[:, None, None]
-        factors[l][0][..., :k] = torch.where(needed, A, 0)
-        factors[l][1][..., :k] = torch.where(needed, B, 0)
+        needed = torch.linalg.vector_norm(S * P, dim=-2, keepdim=True) > noise[:, None, None]
+        # An unsolvable one gives nothing; what is left undone is measured at the end.
+        solved = needed & (A.isfinite().all((-2, -1)) & B.isfinite().all((-2, -1)))[:, None, None]
+        factors[l][0][..., :k] = torch.where(solved, A, 0)
+        factors[l][1][..., :k] = torch.where(solved, B, 0)
         current[l] = current[l] + factors[l][0][..., :k] @ factors[l][1][..., :k].mT
         worse = torch.maximum(lowrank.condition_number(left), lowrank.condition_number(right))
         conditions[:, l] = torch.where(needed.any((-2, -1)), worse, 1)
 
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
-    residual = product(merged) - best_map
-    finite = residual.isfinite().all((-2, -1))
-    residual = torch.where(finite[:, None, None], residual, 0)
-    rounding = torch.where(finite, torch.linalg.matrix_norm(residual, ord=2), torch.inf)
+    rounding = torch.linalg.matrix_norm(product(merged) - best_map, ord=2)
     return _Splitting(factors, conditions, rounding)
 
 
-def _directions(take: str, A: Tensor, B: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def _directions(
+    take: str, system: Tensor, basis: Tensor, k: int, generator: torch.Generator
+) -> Tensor:
     """Orthonormal ``[batch, s, k]``: the combinations of the ``s`` triplets that a layer takes."""
-    size = A.shape[-1]
+    size = basis.shape[-1]
     if take == "leading":
-        return torch.eye(size, k, dtype=A.dtype).expand(len(A), size, k)
+        return torch.eye(size, k, dtype=basis.dtype).expand(len(basis), size, k)
     if take == "random":
-        normal = torch.randn(size, size, generator=generator, dtype=A.dtype)
-        return torch.linalg.qr(normal)[0][:, :k].expand(len(A), size, k)
-    cost = (A if take == "left" else B).nan_to_num()
+        normal = torch.randn(size, size, generator=generator, dtype=basis.dtype)
+        return torch.linalg.qr(normal)[0][:, :k].expand(len(basis), size, k)
+    cost = lowrank.solve(system, basis).nan_to_num()
     return torch.linalg.svd(cost, full_matrices=False)[2].mT[..., -k:]
 
 
@@ -266,15 +270,18 @@ def _systems(weights: list[Tensor], l: int) -> tuple[Tensor, Tensor]:
     the forward pass's own, the first in the mirrored order. The other association loses several
     digits in deep networks.
     """
-    outputs, inputs = (weights[-1].shape[-2], weights[0].shape[-1])
-    identity = [torch.eye(n, dtype=weights[0].dtype).expand(len(weights[0]), n, n) for n in (outputs, inputs)]
-    left = product([identity[0], *(w.mT for w in reversed(weights[l + 1 :]))]).mT
-    right = product([identity[1], *weights[:l]]).mT
+    left = product([_identity(weights[-1].mT), *(w.mT for w in reversed(weights[l + 1 :]))]).mT
+    right = product([_identity(weights[0]), *weights[:l]]).mT
     return left, right
 
 
+def _identity(weight: Tensor) -> Tensor:
+    """The identity on the inputs of ``weight``, one for each member of the batch."""
+    return torch.eye(weight.shape[-1], dtype=weight.dtype).expand(len(weight), -1, -1)
+
+
 def _check_widths(frozen: LinearNetwork, ranks: Sequence[int]) -> None:
-    """The systems for layer ``l`` are solvable only if no width between hides an input or output."""
+    """Layer ``l``'s systems are solvable only if no width hides an input or an output."""
     inputs, *hidden, outputs = frozen.widths
     for l, rank in enumerate(ranks):
         narrow = [w for w in hidden[l:] if w < outputs] + [w for w in hidden[:l] if w < inputs]

@@ -1,8 +1,4 @@
-"""Networks as plain tensors in the paper's notation: weights act on column vectors.
-
-Layer ``l`` maps ``z`` to ``W_l z``; inputs are columns, ``x`` has shape ``[..., in, samples]``.
-Every tensor may carry leading batch dimensions: one network or a thousand, one code path.
-"""
+"""Deep linear networks (chapter 1)."""
 
 from __future__ import annotations
 
@@ -17,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import _checks
-from .errors import InputError
+from .. import _checks
+from ..errors import InputError
 
 
 def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
@@ -60,7 +56,8 @@ class LinearNetwork:
         for l, (inner, outer) in enumerate(pairwise(layers), start=1):
             if inner.shape[-2] != outer.shape[-1]:
                 raise InputError(
-                    f"weight of layer {l + 1}", given=f"shape {tuple(outer.shape)}",
+                    f"weight of layer {l + 1}",
+                    given=f"shape {tuple(outer.shape)}",
                     allowed=f"of {inner.shape[-2]} columns, the outputs of layer {l}",
                 )
         if len({layer.dtype for layer in layers}) > 1:
@@ -71,7 +68,8 @@ class LinearNetwork:
             batch = torch.broadcast_shapes(*(layer.shape[:-2] for layer in layers))
         except RuntimeError as error:
             raise InputError(
-                "weights", allowed="of batch shapes that broadcast",
+                "weights",
+                allowed="of batch shapes that broadcast",
                 given=[tuple(layer.shape[:-2]) for layer in layers],
             ) from error
         expanded = tuple(layer.expand(*batch, *layer.shape[-2:]) for layer in layers)
@@ -124,12 +122,15 @@ class LinearNetwork:
         """The matrix ``∏_l W_l`` that the network applies."""
         return product(self.weights)
 
-    def __call__(self, x: Float[Tensor, "*batch in samples"]) -> Float[Tensor, "*batch out samples"]:
+    def __call__(
+        self, x: Float[Tensor, "*batch in samples"]
+    ) -> Float[Tensor, "*batch out samples"]:
         """``W_L ⋯ W_1 x``, layer by layer."""
         x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
         if x.shape[-2] != self.widths[0]:
             raise InputError(
-                "x", allowed=f"of shape [..., {self.widths[0]}, samples], columns being inputs",
+                "x",
+                allowed=f"of shape [..., {self.widths[0]}, samples], columns being inputs",
                 given=f"shape {tuple(x.shape)}",
             )
         return reduce(lambda z, weight: weight @ z, self.weights, x)
@@ -144,11 +145,15 @@ class LinearNetwork:
         for position, layer in enumerate(module):
             if not isinstance(layer, nn.Linear):
                 raise InputError(
-                    "module", allowed="a Sequential of Linear layers", given=f"{layer} at {position}"
+                    "module",
+                    allowed="a Sequential of Linear layers",
+                    given=f"{layer} at {position}",
                 )
             if layer.bias is not None:
                 raise InputError(
-                    "module", allowed="without biases", given=f"a bias in {layer} at {position}",
+                    "module",
+                    allowed="without biases",
+                    given=f"a bias in {layer} at {position}",
                     remedy="make the layer with bias=False",
                 )
         # Copies: the network must not change when the module is trained on.
@@ -161,7 +166,9 @@ class LinearNetwork:
         """
         if self.batch_shape:
             raise InputError(
-                "network", allowed="a single one", given=f"batch shape {tuple(self.batch_shape)}",
+                "network",
+                allowed="a single one",
+                given=f"batch shape {tuple(self.batch_shape)}",
                 remedy="pick one member first",
             )
         layers = []

@@ -1,4 +1,4 @@
-"""Rank thresholds and error bounds."""
+"""Rank threshold and least error of a deep linear network (chapter 1)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import lowrank
-from .errors import InputError
-from .networks import LinearNetwork
+from .. import lowrank
+from ..errors import InputError
+from ..networks import LinearNetwork
 
 
-def error_matrix(
-    frozen: LinearNetwork, target: LinearNetwork
-) -> Float[Tensor, "*batch out in"]:
+def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, "*batch out in"]:
     """``E = W̄ − ∏_l W_l``: what adapters of a linear network have to make up for (chapter 1).
 
     Raises `InputError` when input or output sizes, types or batch shapes of the two do not match.
@@ -21,26 +19,30 @@ def error_matrix(
     ends = [(network.widths[0], network.widths[-1]) for network in (frozen, target)]
     if ends[0] != ends[1]:
         raise InputError(
-            "target", given="{} inputs and {} outputs".format(*ends[1]),
+            "target",
+            given="{} inputs and {} outputs".format(*ends[1]),
             allowed="of {} inputs and {} outputs, like the frozen network".format(*ends[0]),
         )
     if frozen.dtype != target.dtype:
         raise InputError(
-            "target", allowed=f"{frozen.dtype}, like the frozen network", given=target.dtype,
+            "target",
+            allowed=f"{frozen.dtype}, like the frozen network",
+            given=target.dtype,
             remedy="convert one with .to(dtype)",
         )
     try:
         torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
     except RuntimeError as error:
         raise InputError(
-            "target", given=tuple(target.batch_shape),
+            "target",
+            given=tuple(target.batch_shape),
             allowed=f"of a batch shape that broadcasts with {tuple(frozen.batch_shape)}",
         ) from error
     return target.product() - frozen.product()
 
 
 def rounding_scale(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, "*batch"]:
-    """``‖W̄‖_2 + ∏_l ‖W_l‖_2``: singular values of ``E`` below ``D · eps`` times this are rounding."""
+    """``‖W̄‖_2 + ∏_l ‖W_l‖_2``: what in ``E`` is below ``D · eps`` times this is rounding."""
     sizes = [
         torch.stack([lowrank.spectrum(weight)[..., 0] for weight in network.weights]).prod(0)
         for network in (frozen, target)
