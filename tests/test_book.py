@@ -15,6 +15,8 @@ from conftest import CHAPTERS, ROOT
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, sync_playwright
 from sphinx_external_toc.parsing import parse_toc_yaml
 
+from lorapower.claims import read
+
 PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
 WIDTHS = {"desktop": 1280, "phone": 390}
 SCHEMES = ("light", "dark")
@@ -178,8 +180,6 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_scorecard_shows_every_claim(book: Path) -> None:
-    from lorapower.claims import read
-
     claims = [
         claim
         for chapter in CHAPTERS

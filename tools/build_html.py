@@ -20,6 +20,8 @@ from pathlib import Path
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+# That extension touches every living object, at which torch's deprecated ones protest.
+_QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning:sphinx_external_toc.collectors"}
 _SOURCES = ("_config.yml", "_toc.yml", "_ext", "_static", "chapters", "index.md", "references.bib")
 
 
@@ -56,7 +58,10 @@ def build(out: Path) -> int:
     options = ["-q", "-W", "-n", "--keep-going", "--path-output", str(fresh)]
     # Warnings come on stderr, as they arise. The rest names the folder that is about to be renamed.
     run = subprocess.run(
-        [jupyter_book, "build", str(source), *options], stdout=subprocess.PIPE, text=True
+        [jupyter_book, "build", str(source), *options],
+        env=os.environ | _QUIET,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if run.returncode:
         print(run.stdout, "The book is not built: see above.", sep="\n", file=sys.stderr)
