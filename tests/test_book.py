@@ -198,11 +198,11 @@ def test_folded_solutions_open(browser: Browser, book: Path) -> None:
     page = browser.new_page()
     for chapter in CHAPTERS:
         page.goto((book / "chapters" / f"{chapter.stem}.html").as_uri())
-        solutions = page.locator("details.sd-dropdown")
+        solutions = page.locator("div.admonition.dropdown")
         assert solutions.count() > 0
-        content = solutions.first.locator(".sd-summary-content")
+        content = solutions.first.locator("p:not(.admonition-title)").first
         assert not content.is_visible()
-        solutions.first.locator("summary").click()
+        solutions.first.locator("p.admonition-title").click()
         assert content.is_visible()
     page.close()
 
@@ -210,5 +210,7 @@ def test_folded_solutions_open(browser: Browser, book: Path) -> None:
 def test_code_can_be_copied(browser: Browser, book: Path) -> None:
     page = browser.new_page()
     page.goto((book / "chapters" / f"{CHAPTERS[0].stem}.html").as_uri())
-    assert page.locator("button.copybtn").count() == page.locator("div.cell_input pre").count()
+    cells = page.locator("div.cell_input")
+    assert cells.count() == page.locator("div.cell_input:has(button.copybtn)").count() > 0
+    assert page.locator("div.cell_output button.copybtn").count() == 0
     page.close()

@@ -38,6 +38,14 @@ claim = {
 }
 display({"application/vnd.lorapower.claim+json": claim, "text/plain": "claim"}, raw=True)"""
 
+FIGURE = """\
+%config InlineBackend.figure_formats = ["svg"]
+import matplotlib.pyplot as plt
+
+plt.rcParams["svg.hashsalt"] = "fixed"
+plt.plot([1, 2])
+plt.show()"""
+
 THEOREM = """\
 # A sum
 
@@ -177,6 +185,16 @@ def test_executed_chapter_holds_only_its_results(small: Book) -> None:
     assert [set(cell.metadata) - {"tags"} for cell in notebook.cells] == [set()] * 5
     assert "noise" not in str([cell.get("outputs") for cell in notebook.cells])
     assert str(small.folder) not in small.executed.read_text()
+
+
+def test_executed_chapter_is_the_same_in_every_run(small: Book) -> None:
+    small.write_chapter("01-sum", THEOREM, FIGURE)
+    small.execute()
+    first = small.executed.read_text()
+    assert "<svg" in first
+    small.executed.unlink()
+    small.execute()
+    assert small.executed.read_text() == first
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from papermill.exceptions import PapermillExecutionError
 from lorapower.claims import read
 
 LONGEST_CELL = 25
+IMAGES = {"image/png", "image/svg+xml"}
 
 # Parameters at which each chapter runs in seconds. Every chapter has a line here.
 SMALL: dict[str, dict[str, Any]] = {
@@ -121,7 +122,7 @@ def test_chapter_runs_at_another_size_from_another_folder(
     assert claims, "the chapter records no claim"
     assert [claim for claim in claims if not claim.holds] == []
     for cell in code_cells(notebook):
-        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+        if any(IMAGES & set(output.get("data", {})) for output in cell.outputs):
             assert_described(cell)
 
 

@@ -37,6 +37,8 @@ class ChapterError(Exception):
 def run(source: Path, target: Path, parameters: dict[str, object]) -> NotebookNode:
     """Execute the notebook `source` with `parameters` into `target`, in the folder of `target`."""
     os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython"))
+    # Figures carry the time at which they were drawn: one and the same in each run.
+    os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
     target.parent.mkdir(parents=True, exist_ok=True)
     notebook: NotebookNode = papermill.execute_notebook(
         source,
@@ -66,8 +68,10 @@ def clean(notebook: NotebookNode, defaults: dict[str, object]) -> str:
         if cell.execution_count is None:
             raise ChapterError(f"the run stopped before this cell was done:\n{cell.source}")
         tags = cell.metadata.get("tags", [])
-        if "injected-parameters" in tags and _assigned(cell.source).items() <= defaults.items():
-            tags.append("remove-cell")
+        if "injected-parameters" in tags:
+            cell.id = "injected-parameters"  # papermill draws one at random
+            if _assigned(cell.source).items() <= defaults.items():
+                tags.append("remove-cell")
         if not tags:
             cell.metadata.pop("tags", None)
         messages += [o.text for o in cell.outputs if o.get("name") == "stderr"]
