@@ -1,0 +1,96 @@
+# The book "The Expressive Power of Low-Rank Adaptation". `make help` lists the commands.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+PROFILE ?= quick
+PORT    ?= 8000
+VENV    ?= .venv
+PYTHON  ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c '$(python_suits)' 2>/dev/null && { echo $$python; break; }; done)
+
+ifneq ($(PROFILE),quick)
+ifneq ($(PROFILE),paper)
+$(error PROFILE must be quick or paper; got '$(PROFILE)')
+endif
+endif
+
+python_suits := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+need_python := needs Python 3.11 or newer with venv and pip: install it (on Debian or Ubuntu: \
+	apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python3
+need_compiler := if a package above failed to compile, a C compiler is missing: install one \
+	(on Debian or Ubuntu: apt-get install build-essential)
+
+# pyvenv.cfg marks the folder as an environment, which may be emptied: so it comes first and goes
+# last, lest an interrupted installation look like somebody's own folder.
+check_venv := [ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] \
+	|| { echo '$(VENV) is no Python environment: left alone; name another with VENV=' >&2; exit 1; }
+empty_venv := mkdir -p $(VENV) && touch $(VENV)/pyvenv.cfg \
+	&& find $(VENV) -mindepth 1 -maxdepth 1 ! -name pyvenv.cfg -exec rm -rf {} +
+
+bin   := $(VENV)/bin
+out   := _build/$(PROFILE)
+# Exists only once everything is installed, so that an interrupted installation is done again.
+ready := $(VENV)/.ready
+
+package  := $(shell find lorapower -name '*.py')
+pages    := index.md references.bib _config.yml _toc.yml \
+	$(shell find _ext _static chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
+executed := $(patsubst %,$(out)/%,$(wildcard chapters/*.ipynb))
+
+# Each project keeps its own IPython profile: a reader's start-up files must not change results.
+export IPYTHONDIR := $(CURDIR)/_build/ipython
+
+.PHONY: help book test lab serve tidy clean distclean
+
+help: ## list these commands
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@echo 'Variables: PROFILE=quick|paper (now $(PROFILE)), PORT=$(PORT), VENV=$(VENV), PYTHON=…'
+
+book: $(out)/html/index.html ## execute the chapters and build the HTML
+	@ln -sfn $(PROFILE)/html _build/html
+	@$(bin)/python tools/build_html.py --where $(out)
+
+test: book ## check style, types and behaviour of the package and the book
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+	$(bin)/pytest
+
+lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)
+	$(bin)/jupyter lab --notebook-dir=chapters $(LAB_ARGS)
+
+serve: book ## serve the built book on this machine, on port PORT
+	$(bin)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+tidy: $(ready) ## format the sources and strip the chapters of their outputs
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+	$(bin)/nbstripout --keep-id --extra-keys metadata.language_info chapters/*.ipynb
+
+clean: ## remove what was built
+	rm -rf _build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@[ ! -e $(VENV) ] || echo 'The environment $(VENV) stays; make distclean removes it too.'
+
+distclean: clean ## remove the environment too
+	@$(check_venv)
+	@$(empty_venv)
+	rm -rf $(VENV)
+
+$(ready): pyproject.toml constraints.txt
+	@'$(PYTHON)' -c '$(python_suits)' 2>/dev/null || { echo 'make $(strip $(need_python))' >&2; exit 1; }
+	@$(check_venv)
+	@echo 'Installing the environment in $(VENV): some minutes, once.'
+	@$(empty_venv)
+	@'$(PYTHON)' -m venv $(VENV)
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]' \
+		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }
+	@touch $@
+
+$(out)/chapters/%.ipynb: chapters/%.ipynb $(package) tools/execute.py $(ready)
+	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE)
+
+$(out)/html/index.html: $(pages) $(executed) tools/build_html.py $(ready)
+	@$(bin)/python tools/build_html.py $(out)

@@ -1,0 +1,114 @@
+"""Claims: what a chapter predicted, what it measured, and whether the one meets the other.
+
+A claim at the end of a notebook cell shows itself there and leaves a record in the cell's output.
+`read` collects the records of an executed notebook; the book's scorecard is made of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import InputError
+
+MIME = "application/vnd.lorapower.claim+json"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One checked statement; all fields but ``holds`` are Markdown.
+
+    Attributes
+    ----------
+    statement : what is claimed.
+    label : of the theorem, proposition or example of the book that it belongs to.
+    predicted, measured : what the mathematics says and what the run gave.
+    criterion : the comparison that decided.
+    holds : its result.
+    """
+
+    statement: str
+    label: str
+    predicted: str
+    measured: str
+    criterion: str
+    holds: bool
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        verdict = "✓ holds" if self.holds else "✗ fails"
+        return {
+            MIME: asdict(self),
+            "text/markdown": f"**{verdict}**: {self.statement}. Predicted {self.predicted}; "
+            f"measured {self.measured}; criterion: {self.criterion}.",
+        }
+
+
+def equal(
+    statement: str,
+    label: str,
+    *,
+    predicted: ArrayLike,
+    measured: ArrayLike,
+    rtol: float = 0.0,
+    scale: ArrayLike | None = None,
+) -> Claim:
+    """``|measured − predicted| ≤ rtol · scale`` for all entries; broadcasts.
+
+    ``scale`` is by default ``|predicted|``. With ``rtol = 0`` the values must be the same.
+    """
+    expected, found = _numbers("predicted", predicted), _numbers("measured", measured)
+    unit = np.abs(expected) if scale is None else _numbers("scale", scale)
+    # `<=` is false for NaN, so that a value that is no number never holds.
+    holds = np.abs(found - expected) <= rtol * unit
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviation = np.nan_to_num(np.abs(found - expected) / unit).max()
+    return Claim(
+        statement,
+        label,
+        predicted=_range(expected),
+        measured=f"{_range(found)}, deviation at most {deviation:.1e}" if rtol else _range(found),
+        criterion=f"relative deviation at most {rtol:.0e}" if rtol else "equal",
+        holds=bool(holds.all()),
+    )
+
+
+def at_most(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike) -> Claim:
+    """``measured ≤ bound`` for all entries; broadcasts."""
+    found, limit = _numbers("measured", measured), _numbers("bound", bound)
+    holds = bool((found <= limit).all())
+    return Claim(statement, label, f"≤ {_range(limit)}", _range(found), "measured ≤ bound", holds)
+
+
+def at_least(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike) -> Claim:
+    """``measured ≥ bound`` for all entries; broadcasts."""
+    found, limit = _numbers("measured", measured), _numbers("bound", bound)
+    holds = bool((found >= limit).all())
+    return Claim(statement, label, f"≥ {_range(limit)}", _range(found), "measured ≥ bound", holds)
+
+
+def read(path: str | Path) -> list[Claim]:
+    """The claims that an executed notebook recorded, in its order."""
+    notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+    return [
+        Claim(**output["data"][MIME])
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", ())
+        if MIME in output.get("data", {})
+    ]
+
+
+def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    numbers = np.asarray(values, dtype=np.float64)
+    if not numbers.size:
+        raise InputError(name, allowed="at least one number", given="none: nothing was checked")
+    return numbers
+
+
+def _range(numbers: NDArray[np.float64]) -> str:
+    low, high = (f"{value:.4g}" for value in (numbers.min(), numbers.max()))
+    return low if low == high else f"{low} … {high}"

@@ -1,0 +1,43 @@
+"""Parameters of the book's chapters: checked before a chapter does any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import _checks
+from .errors import InputError
+
+PROFILES = ("quick", "paper")
+
+
+def check(**given: Any) -> list[Any]:
+    """The parameters, checked and completed, in the order in which they are given.
+
+    ``profile``: quick or paper. ``seed``: from 0. ``width``: 1 to 512. ``depth``: 1 to 64.
+    ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
+    these. Raises `InputError` for the first that is not usable, naming it.
+    """
+    return [_RULES[name](value, given) for name, value in given.items()]
+
+
+def _profile(value: Any, _: dict[str, Any]) -> str:
+    if value not in PROFILES:
+        raise InputError("profile", allowed=" or ".join(PROFILES), given=repr(value))
+    return str(value)
+
+
+def _ranks(value: Any, given: dict[str, Any]) -> list[int]:
+    width = given["width"]
+    ranks = value if isinstance(value, list) else [value]
+    checked = [_checks.integer("ranks", rank, 0, width, limit="the width") for rank in ranks]
+    return sorted(set(checked)) or list(range(width + 1))
+
+
+_RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "profile": _profile,
+    "seed": lambda value, _: _checks.integer("seed", value, 0),
+    "width": lambda value, _: _checks.integer("width", value, 1, 512),
+    "depth": lambda value, _: _checks.integer("depth", value, 1, 64),
+    "ranks": _ranks,
+}

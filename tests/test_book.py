@@ -1,0 +1,216 @@
+"""The built book, opened from disk in headless Chromium with the network blocked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from conftest import CHAPTERS, ROOT
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, sync_playwright
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+from lorapower.claims import read
+
+PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
+WIDTHS = {"desktop": 1280, "phone": 390}
+SCHEMES = ("light", "dark")
+OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+MATHJAX_IS_DONE = "() => window.MathJax?.startup?.promise.then(() => null)"
+# MathJax shows what it cannot read in red: text for an unknown macro, a box for an error.
+UNREAD_MATHEMATICS = """() => [...document.querySelectorAll("span.math, div.math")]
+    .filter((element) => !element.querySelector("mjx-container")
+        || element.querySelector("mjx-merror, [data-mjx-error], [style*='color: red']"))
+    .map((element) => element.textContent)"""
+FAULTY_IMAGES = """() => [...document.images]
+    .filter((image) => !image.complete || image.naturalWidth === 0 || !image.alt)
+    .map((image) => image.outerHTML)"""
+
+
+def chromium() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    for path in (os.environ.get("CHROMIUM"), *map(shutil.which, names)):
+        if path:
+            return path
+    lack = "no Chromium: install it (on Debian: apt-get install chromium) or name it in CHROMIUM"
+    if os.environ.get("CI"):
+        pytest.fail(lack)
+    pytest.skip(lack)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    executable = chromium()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """One browser page; `requests` are those to the network, `complaints` the console's errors."""
+
+    def __init__(self, page: Page, book: Path) -> None:
+        self.page = page
+        self.book = book
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        page.on("console", self._hear)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.route(lambda url: not url.startswith(("file:", "data:")), self._block)
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+    def _block(self, route: Route, request: Request) -> None:
+        self.requests.append(request.url)
+        route.abort()
+
+    def open(self, docname: str, query: str = "") -> None:
+        self.page.goto((self.book / f"{docname}.html").as_uri() + query)
+        self.page.evaluate(MATHJAX_IS_DONE)
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=WIDTHS)
+def reader(
+    browser: Browser, book: Path, scheme: str, request: pytest.FixtureRequest
+) -> Iterator[Reader]:
+    context = browser.new_context(
+        viewport={"width": WIDTHS[request.param], "height": 844},
+        color_scheme="dark" if scheme == "dark" else "light",
+    )
+    yield Reader(context.new_page(), book)
+    context.close()
+
+
+def soup(book: Path, docname: str) -> BeautifulSoup:
+    return BeautifulSoup((book / f"{docname}.html").read_text(encoding="utf-8"), "html.parser")
+
+
+@pytest.mark.parametrize("docname", PAGES)
+def test_page_reads_well(reader: Reader, scheme: str, docname: str) -> None:
+    reader.requests.clear()
+    reader.complaints.clear()
+    reader.open(docname)
+    page = reader.page
+    assert page.locator("html").get_attribute("data-theme") == scheme
+    assert page.evaluate(UNREAD_MATHEMATICS) == []
+    assert page.evaluate(FAULTY_IMAGES) == []
+    width, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert width <= room, "the page must not scroll sideways"
+    assert reader.requests == []
+    assert reader.complaints == []
+
+
+@pytest.mark.parametrize("word", ["rank"])
+def test_search_finds_a_word(reader: Reader, word: str) -> None:
+    reader.requests.clear()
+    reader.complaints.clear()
+    reader.open("search", f"?q={word}")
+    results = reader.page.locator("#search-results ul.search li a")
+    results.first.wait_for()
+    titles = results.all_inner_texts()
+    assert any(titles)
+    results.first.click()
+    assert reader.page.url.split("?")[0] != (reader.book / "search.html").as_uri()
+    assert reader.requests == []
+    assert reader.complaints == []
+
+
+def test_every_page_of_the_contents_is_built(book: Path) -> None:
+    assert [docname for docname in PAGES if not (book / f"{docname}.html").is_file()] == []
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_shows_what_its_source_holds(book: Path, chapter: Path) -> None:
+    """Mathematics, boxes, figures with captions, code to copy, the notebook to download."""
+    page = soup(book, f"chapters/{chapter.stem}")
+    assert page.select("span.math, div.math")
+    assert page.select("div.proof.admonition:not(#proof)")
+    assert page.select("div.cell_input")
+    for figure in page.select("div.cell_output figure"):
+        assert figure.select_one("figcaption") is not None
+    download = page.select_one("a.btn-download-source-button")
+    assert download is not None
+    notebook = (book / "chapters" / str(download["href"])).resolve()
+    assert nbformat.read(notebook, as_version=4).cells
+    text = notebook.read_text(encoding="utf-8")
+    assert str(ROOT) not in text
+
+
+@pytest.mark.parametrize("docname", [*PAGES, "search", "genindex"])
+def test_internal_links_resolve(book: Path, docname: str) -> None:
+    here = book / f"{docname}.html"
+    broken = []
+    for link in soup(book, docname).select("a[href]"):
+        address = urlsplit(str(link["href"]))
+        if address.scheme or address.netloc:
+            continue
+        target = (here.parent / unquote(address.path)).resolve() if address.path else here
+        fragment = unquote(address.fragment)
+        if not target.is_file() or (fragment and not anchors(target) >= {fragment}):
+            broken.append(link["href"])
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    return {
+        str(element["id"])
+        for element in BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").select("[id]")
+    }
+
+
+def test_scorecard_shows_every_claim(book: Path) -> None:
+    claims = [
+        claim
+        for chapter in CHAPTERS
+        for claim in read(book / "_sources" / "chapters" / chapter.name)
+    ]
+    page = soup(book, "chapters/scorecard")
+    rows = page.select("table.scorecard tbody tr")
+    assert len(rows) == len(claims) > 0
+    for row in rows:
+        assert row.select_one("td")
+        assert "✓ holds" in row.get_text()
+        assert row.select("a.reference.internal")
+
+
+def test_folded_solutions_open(browser: Browser, book: Path) -> None:
+    page = browser.new_page()
+    for chapter in CHAPTERS:
+        page.goto((book / "chapters" / f"{chapter.stem}.html").as_uri())
+        solutions = page.locator("div.admonition.dropdown")
+        assert solutions.count() > 0
+        content = solutions.first.locator("p:not(.admonition-title)").first
+        assert not content.is_visible()
+        solutions.first.locator("p.admonition-title").click()
+        assert content.is_visible()
+    page.close()
+
+
+def test_code_can_be_copied(browser: Browser, book: Path) -> None:
+    page = browser.new_page()
+    page.goto((book / "chapters" / f"{CHAPTERS[0].stem}.html").as_uri())
+    cells = page.locator("div.cell_input")
+    assert cells.count() == page.locator("div.cell_input:has(button.copybtn)").count() > 0
+    assert page.locator("div.cell_output button.copybtn").count() == 0
+    page.close()

@@ -1,0 +1,94 @@
+"""Build the HTML of the book from its pages and the executed chapters.
+
+usage: python tools/build_html.py _build/quick
+
+Stages the book's sources in ``_build/quick/source`` and builds them, with every warning an error,
+into a new folder, which replaces ``_build/quick/html`` only if it is complete. Always from nothing:
+Sphinx reports a warning only when it reads a page, so an incremental build would forget it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+# That extension touches every living object, at which torch's deprecated ones protest.
+_QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning:sphinx_external_toc.collectors"}
+_SOURCES = ("_config.yml", "_toc.yml", "_ext", "_static", "chapters", "index.md", "references.bib")
+
+
+def stage(executed: Path, target: Path) -> None:
+    """Fill the folder `target` with the sources, each notebook replaced by its executed form."""
+    target.mkdir()
+    ignore = shutil.ignore_patterns("*.ipynb", ".*", "__pycache__")
+    for name in _SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=ignore)
+        else:
+            shutil.copy(source, target / name)
+    for notebook in sorted((ROOT / "chapters").glob("*.ipynb")):
+        shutil.copy(executed / notebook.name, target / "chapters" / notebook.name)
+
+
+def missing_pages(toc: Path, html: Path) -> list[str]:
+    """The pages that the table of contents `toc` names and the folder `html` lacks."""
+    pages = (f"{docname}.html" for docname in parse_toc_yaml(toc))
+    return [page for page in pages if not (html / page).is_file()]
+
+
+def build(out: Path) -> int:
+    """Replace ``out/html`` by a newly built book; on failure leave it and return nonzero."""
+    source, fresh, final = out / "source", out / "fresh", out / "html"
+    for folder in (source, fresh):
+        shutil.rmtree(folder, ignore_errors=True)
+    # The page carries the time at which its inputs were read: what changes meanwhile is newer.
+    started = time.time_ns()
+    stage(out / "chapters", source)
+    print("Building the HTML", flush=True)
+    jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
+    options = ["-q", "-W", "-n", "--keep-going", "--path-output", str(fresh)]
+    # Warnings come on stderr, as they arise. The rest names the folder that is about to be renamed.
+    run = subprocess.run(
+        [jupyter_book, "build", str(source), *options],
+        env=os.environ | _QUIET,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if run.returncode:
+        print(run.stdout, "The book is not built: see above.", sep="\n", file=sys.stderr)
+        return run.returncode
+    html = fresh / "_build" / "html"
+    if missing := missing_pages(source / "_toc.yml", html):
+        print(f"The book is not built: pages are missing: {', '.join(missing)}", file=sys.stderr)
+        return 1
+    os.utime(html / "index.html", ns=(started, started))
+    shutil.rmtree(final, ignore_errors=True)
+    html.replace(final)
+    shutil.rmtree(fresh)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--where", action="store_true", help="only say where the built book is")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    if not arguments.where:
+        return build(out)
+    page = out / "html" / "index.html"
+    print(f"The book is up to date: {page}\nOpen it in a browser: {page.as_uri()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Execute one chapter with papermill; a finished file appears only if everything in it succeeded.
+
+usage: python tools/execute.py chapters/NN-name.ipynb _build/quick/chapters/NN-name.ipynb
+
+A chapter fails if a cell raises, if a claim that it records does not hold, or if its outputs hold
+a path of this machine. A failed run is kept beside the target as ``NN-name.failed.ipynb``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbclient.exceptions import DeadKernelError
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from lorapower.claims import read
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What papermill and its client write beside the results: times, paths, states of the run.
+_RUN_METADATA = ("papermill", "execution")
+
+
+class ChapterError(Exception):
+    """A chapter that must not enter the book; the message says why."""
+
+
+def run(source: Path, target: Path, parameters: dict[str, object]) -> NotebookNode:
+    """Execute the notebook `source` with `parameters` into `target`, in the folder of `target`."""
+    os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython"))
+    # Figures carry the time at which they were drawn: one and the same in each run.
+    os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    notebook: NotebookNode = papermill.execute_notebook(
+        source,
+        target,
+        parameters,
+        kernel_name="python3",
+        cwd=target.parent,
+        # Kernels are reached over loopback: the notice that this is not encrypted is noise.
+        config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+    )
+    return notebook
+
+
+def clean(notebook: NotebookNode, defaults: dict[str, object]) -> str:
+    """Strip `notebook` of all that is not its result, in place; return what it wrote to stderr.
+
+    The cell of injected parameters is hidden unless it differs from `defaults`, so that the page
+    always shows the parameters with which it was made.
+    """
+    messages = []
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for key in _RUN_METADATA:
+            cell.metadata.pop(key, None)
+        if cell.cell_type != "code":
+            continue
+        if cell.execution_count is None:
+            raise ChapterError(f"the run stopped before this cell was done:\n{cell.source}")
+        tags = cell.metadata.get("tags", [])
+        if "injected-parameters" in tags:
+            cell.id = "injected-parameters"  # papermill draws one at random
+            if _assigned(cell.source).items() <= defaults.items():
+                tags.append("remove-cell")
+        if not tags:
+            cell.metadata.pop("tags", None)
+        messages += [o.text for o in cell.outputs if o.get("name") == "stderr"]
+        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    return "".join(messages)
+
+
+def _assigned(source: str) -> dict[str, object]:
+    """The literals that a cell of parameters assigns, by name."""
+    return {
+        ast.unparse(statement.targets[0]): ast.literal_eval(statement.value)
+        for statement in ast.parse(source).body
+        if isinstance(statement, ast.Assign)
+    }
+
+
+def _defaults(source: Path) -> dict[str, object]:
+    declared = papermill.inspect_notebook(source)
+    return {name: ast.literal_eval(about["default"]) for name, about in declared.items()}
+
+
+def check(executed: Path) -> None:
+    """Raise ChapterError if the file `executed` holds a failing claim or a path of this machine."""
+    failing = [
+        f"claim fails: {claim.statement} ({claim.label})\n"
+        f"  predicted {claim.predicted}\n  measured  {claim.measured}\n"
+        f"  criterion {claim.criterion}"
+        for claim in read(executed)
+        if not claim.holds
+    ]
+    text = executed.read_text(encoding="utf-8")
+    failing += [
+        f"an output holds the path {path}: print nothing that depends on the machine"
+        for path in sorted({str(ROOT), sys.prefix})
+        if path in text
+    ]
+    if failing:
+        raise ChapterError("\n".join(failing))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--profile", required=True)
+    arguments = parser.parse_args()
+    source, target = arguments.source, arguments.target
+    partial, failed = (target.with_suffix(f".{end}.ipynb") for end in ("partial", "failed"))
+    # The file carries the time at which its inputs were read: what changes during the run is newer.
+    started = time.time_ns()
+    print(f"Executing {source} (profile {arguments.profile})", flush=True)
+    try:
+        notebook = run(source, partial, {"profile": arguments.profile})
+        messages = clean(notebook, _defaults(source))
+        nbformat.write(notebook, partial)
+        check(partial)
+    except (ChapterError, DeadKernelError, PapermillExecutionError) as error:
+        print(f"{source} failed: {error}", file=sys.stderr)
+        if partial.exists():
+            partial.replace(failed)
+            print(f"The failed run is kept in {failed.resolve()}", file=sys.stderr)
+        return 1
+    if messages:
+        print(f"{source} wrote to stderr:\n{messages}", file=sys.stderr)
+    os.utime(partial, ns=(started, started))
+    partial.replace(target)
+    failed.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
