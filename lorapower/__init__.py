@@ -1,19 +1,21 @@
 """The expressive power of low-rank adaptation: networks, adapters, constructions and bounds.
 
 ``adapters``, ``bounds``, ``constructions`` and ``networks`` are the mathematics, built on
-``lowrank``; ``figures``, ``claims`` and ``parameters`` serve the book's chapters.
+``lowrank``; ``regions`` are sets of inputs; ``figures``, ``claims`` and ``parameters`` serve the book's chapters.
 """
 
-from . import adapters, bounds, constructions, lowrank, networks
-from .errors import InputError, LorapowerError, SingularError
+from . import adapters, bounds, constructions, lowrank, networks, regions
+from .errors import InputError, LorapowerError, PrecisionError, SingularError
 
 __all__ = [
     "InputError",
     "LorapowerError",
+    "PrecisionError",
     "SingularError",
     "adapters",
     "bounds",
     "constructions",
     "lowrank",
     "networks",
+    "regions",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,13 @@ def integer(name: str, value: Any, low: int, high: int | None = None, *, limit: 
     if value < low or (high is not None and value > high):
         raise InputError(name, allowed=allowed, given=int(value))
     return int(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """``value`` as a finite ``float`` above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+        raise InputError(name, allowed="a finite number above 0", given=repr(value))
+    return float(value)
 
 
 def ranks_per_layer(ranks: Any, shapes: Sequence[tuple[int, int]]) -> tuple[int, ...]:

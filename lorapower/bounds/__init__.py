@@ -1,11 +1,15 @@
 """Rank thresholds and error bounds, each with the statement of the book that proves it."""
 
+from .final_layers import Floor, colliding_inputs, final_layers_floor
 from .fnn import fnn_block_errors, fnn_error, fnn_error_on, fnn_threshold
 from .linear import error_matrix, error_rank, linear_error, linear_threshold, rounding_scale
 
 __all__ = [
+    "Floor",
+    "colliding_inputs",
     "error_matrix",
     "error_rank",
+    "final_layers_floor",
     "fnn_block_errors",
     "fnn_error",
     "fnn_error_on",

@@ -133,8 +133,7 @@ def adapt(
     region = region.fit(target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
     batch = common_batch("frozen, target and region", batches)
-    if not 0 < input_scale < math.inf:
-        raise InputError("input_scale", allowed="positive and finite", given=input_scale)
+    input_scale = _checks.positive("input_scale", input_scale)
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
     if max_digits_lost is not None:
         limit = float(max_digits_lost)
@@ -188,7 +187,9 @@ def _adapt_weights(
     block: Block, ranks: Sequence[int], rtol: float | None, seed: int
 ) -> linear.LinearAdaptation:
     try:
-        return linear.adapt(block.frozen, block.target, block.ranks(ranks), rtol=rtol, seed=seed)
+        return linear.adapt(
+            block.frozen, block.target, block.ranks(ranks), rtol=rtol, enough=1, seed=seed
+        )
     except SingularError as error:
         layer = block.layers.start + error.layer
         raise SingularError(layer, error.condition_number, member=error.member) from error

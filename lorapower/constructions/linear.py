@@ -52,13 +52,14 @@ def adapt(
     *,
     plain_only: bool = False,
     rtol: float | None = None,
+    enough: float = 16.0,
     seed: int = 0,
 ) -> LinearAdaptation:
     """Adapters that bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as their ranks allow.
 
     The singular triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of ``R_l``, and
     ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Systems
-    are solved, no inverse is formed. Where rounding errors then exceed a few units of the last
+    are solved, no inverse is formed. Where rounding errors then exceed a few units in the last
     place, other splittings of the same best approximation are tried (triplets rotated so that each
     layer takes what the others pass on most easily, or at random; the layers visited in another
     order; spare rank spent on the smallest singular values of the frozen layers), and the one of
@@ -72,6 +73,9 @@ def adapt(
     plain_only : use the splitting of the proof, whatever its rounding error.
     rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2 + ∏‖W_l‖_2``; by default
         ``eps^{1/2}``, half of the digits. ``inf`` accepts whatever comes.
+    enough : rounding error, in units in the last place of that sum, with which a splitting is kept
+        and no other is tried. What runs the layers one by one, as a ReLU network does, gains from
+        less: the units that rounding loses there are those that it loses in the product.
     seed : of the random rotations.
 
     Raises
@@ -101,7 +105,7 @@ def adapt(
     best = _split(problem, _Plan(range(frozen.depth)))
     plain = torch.ones(len(last_place), dtype=torch.bool)
     for plan in () if plain_only else _alternatives(problem, seed):
-        poor = best.rounding > 16 * last_place
+        poor = best.rounding > enough * last_place
         if not poor.any():
             break
         trial = _split(problem.members(poor), plan)

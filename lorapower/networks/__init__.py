@@ -7,6 +7,16 @@ or a thousand, one code path.
 
 from .fnn import FNN, pad
 from .linear import LinearNetwork, product
-from .partition import Block, Partition, block, blocks
+from .partition import Block, Partition, block, blocks, fits
 
-__all__ = ["FNN", "Block", "LinearNetwork", "Partition", "block", "blocks", "pad", "product"]
+__all__ = [
+    "FNN",
+    "Block",
+    "LinearNetwork",
+    "Partition",
+    "block",
+    "blocks",
+    "fits",
+    "pad",
+    "product",
+]

@@ -47,7 +47,7 @@ class Network:
     def dtype(self) -> torch.dtype:
         return self.weights[0].dtype
 
-    def _inputs(self, x: Any) -> Float[Tensor, "*batch in samples"]:
+    def as_inputs(self, x: Any) -> Float[Tensor, "*batch in samples"]:
         """``x`` in the network's type, or an `InputError` where its columns are no inputs."""
         x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
         if x.shape[-2] != self.widths[0]:

@@ -92,7 +92,7 @@ class FNN(Network):
         self, x: Float[Tensor, "*batch in samples"]
     ) -> list[Float[Tensor, "*batch _ samples"]]:
         """``W_l z_{l−1} + b_l`` for each layer, where ``z_0 = x`` and ``z_l = ReLU(…)`` of it."""
-        z, found = self._inputs(x), []
+        z, found = self.as_inputs(x), []
         for weight, bias in zip(self.weights, self.biases, strict=True):
             found.append(weight @ z + bias[..., None])
             z = found[-1].relu()

@@ -79,7 +79,7 @@ class LinearNetwork(Network):
         self, x: Float[Tensor, "*batch in samples"]
     ) -> Float[Tensor, "*batch out samples"]:
         """``W_L ⋯ W_1 x``, layer by layer."""
-        return reduce(lambda z, weight: weight @ z, self.weights, self._inputs(x))
+        return reduce(lambda z, weight: weight @ z, self.weights, self.as_inputs(x))
 
     @classmethod
     def from_sequential(cls, module: nn.Sequential) -> LinearNetwork:

@@ -111,6 +111,13 @@ def block(frozen: FNN, target: FNN, i: int, layers: slice) -> Block:
     return Block(layers, LinearNetwork(weights), LinearNetwork(target.weights[i : i + 1]))
 
 
+def fits(frozen: FNN, target: FNN, i: int, layers: slice) -> bool:
+    """Whether frozen ``layers`` are nowhere too narrow for target layer ``i``, counted from 0."""
+    outputs, inputs = target.weights[i].shape[-2:]
+    first, *inner, last = frozen.widths[layers.start : layers.stop + 1]
+    return first >= inputs and last >= outputs and all(w >= max(inputs, outputs) for w in inner)
+
+
 def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list[Block]:
     """The blocks of a partition, the uniform one by default, beside the target's layers.
 

@@ -1,0 +1,144 @@
+"""What tuning the final layers cannot do: the frozen first layer has lost it (chapter 3).
+
+Whatever is tuned above the first layer sees of an input ``x`` only ``h(x) = ReLU(W_1 x + b_1)``.
+Units that are active at ``x`` fix the values of linear maps of it, units that are not say only that
+others are not positive: within those limits inputs can move unseen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _checks
+from ..errors import InputError
+from ..networks import FNN
+
+
+@dataclass(frozen=True)
+class Floor:
+    """An estimate with its standard error.
+
+    Attributes
+    ----------
+    mean_squared_error : mean over samples and coordinates; ``[...]``.
+    standard_error : of that mean; ``[...]``.
+    """
+
+    mean_squared_error: Float[Tensor, "*batch"]
+    standard_error: Float[Tensor, "*batch"]
+
+
+@torch.no_grad()
+def colliding_inputs(
+    frozen: FNN, x: Float[Tensor, "*batch in samples"], *, reach: float = 1.0, seed: int = 0
+) -> Float[Tensor, "*batch in samples"]:
+    """For each input another one that the frozen first layer cannot tell from it.
+
+    It lies as far from ``x`` as the inactive units let it, ``reach`` at most, in a random
+    direction that the active units do not see. Where these see all directions it is ``x`` itself.
+    Source: lemma "final layers", chapter 3.
+    """
+    x = frozen.as_inputs(x).double()
+    reach = _checks.positive("reach", reach)
+    lines = _Lines(frozen, x)
+    generator = torch.Generator().manual_seed(seed)
+    direction = lines.direction(generator)
+    low, high = lines.interval(x, direction)
+    step = torch.where(high >= -low, high.clamp(max=reach), low.clamp(min=-reach))
+    return (x + step * direction).to(frozen.dtype)
+
+
+@torch.no_grad()
+def final_layers_floor(
+    frozen: FNN, target: FNN, *, samples: int = 4096, steps: int = 64, seed: int = 0
+) -> Floor:
+    """What no tuning of the layers above the frozen first one gets below, for ``x ~ N(0, I)``.
+
+    For every function ``g`` of what the first layer passes on,
+    ``E‖g(h(x)) − f̄(x)‖² ≥ E tr Cov(f̄(x) | h(x))``, and the right-hand side is
+    ``E‖f̄(x) − f̄(x')‖² / 2`` for ``x'`` drawn like ``x`` from all inputs with the same ``h``. Given
+    ``h`` these are normal, restricted to a polytope in an affine subspace. Here ``x'`` comes from
+    ``x`` by steps of hit-and-run: a random direction in the subspace, then a draw from the
+    restricted normal distribution along that line. A step leaves the distribution as it is, so
+    that ``x'`` has the right one after any number of them; and averaging over a line is an
+    orthogonal projection in mean square, so that ``f̄(x)`` and ``f̄(x')`` can only be correlated
+    positively. Hence the estimate is, for every number of steps, an unbiased one of a number that
+    is **at most** the floor; with more steps that number rises to it.
+
+    Parameters
+    ----------
+    frozen, target : of equal inputs and type; batch shapes broadcast. Only the first layer of the
+        frozen network counts: keeping more of its layers can only raise the floor.
+    samples : independent inputs ``x``.
+    steps : of hit-and-run from each.
+
+    Returns the floor of the mean squared error (by coordinate) with the standard error of the
+    estimate over the samples. Source: proposition "floor for the final layers", chapter 3.
+    """
+    samples = _checks.integer("samples", samples, 2)
+    steps = _checks.integer("steps", steps, 1)
+    if (target.widths[0], target.dtype) != (frozen.widths[0], frozen.dtype):
+        raise InputError(
+            "target",
+            allowed=f"of {frozen.widths[0]} inputs and {frozen.dtype}, like the frozen network",
+            given=f"{target.widths[0]} inputs and {target.dtype}",
+        )
+    generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
+    shape = (*frozen.batch_shape, frozen.widths[0], samples)
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    lines, x = _Lines(frozen, start), start
+    for _ in range(steps):
+        direction = lines.direction(generator)
+        low, high = lines.interval(x, direction)
+        # Along the line the normal density is centred where the line is nearest to the origin.
+        offset = (x * direction).sum(-2, keepdim=True)
+        x = x + (_restricted_normal(low + offset, high + offset, generator) - offset) * direction
+    squares = (target(start) - target(x)).square().mean(-2) / 2
+    return Floor(squares.mean(-1), squares.std(-1) / samples**0.5)
+
+
+class _Lines:
+    """Lines through inputs along which the first layer's activations stay the same, in float64."""
+
+    def __init__(self, frozen: FNN, x: Tensor) -> None:
+        self.weight, self.bias = frozen.weights[0].double(), frozen.biases[0].double()[..., None]
+        before = self.weight @ x.double() + self.bias
+        self.active = before > 0
+        rows = self.active.mT[..., None] * self.weight[..., None, :, :]
+        _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
+        seen = S > max(rows.shape[-2:]) * torch.finfo(S.dtype).eps * S[..., :1]
+        self.seen = Vh * seen[..., None]
+        self.free = seen.sum(-1) < x.shape[-2]
+
+    def direction(self, generator: torch.Generator) -> Tensor:
+        """Random, of length 1, orthogonal to the active rows; 0 where these leave none."""
+        shape = (*self.seen.shape[:-2], self.seen.shape[-1], 1)
+        normal = torch.randn(shape, generator=generator, dtype=self.seen.dtype)
+        unseen = (normal - self.seen.mT @ (self.seen @ normal))[..., 0]
+        unit = unseen / torch.linalg.vector_norm(unseen, dim=-1, keepdim=True)
+        return torch.where(self.free[..., None], unit, 0).mT
+
+    def interval(self, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """``t`` from where to where ``x + t · direction`` leaves inactive units inactive."""
+        # Rounding may have taken a unit at the limit a little beyond it.
+        before = (self.weight @ x + self.bias).clamp(max=0)
+        slope = torch.where(self.active, 0, self.weight @ direction)
+        limit = -before / slope
+        high = torch.where(slope > 0, limit, torch.inf).amin(-2, keepdim=True)
+        low = torch.where(slope < 0, limit, -torch.inf).amax(-2, keepdim=True)
+        return low, high
+
+
+def _restricted_normal(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws from ``N(0, 1)`` restricted to ``low … high``, by inverting its distribution."""
+    # In the lower half the distribution function keeps its relative precision.
+    flip = low + high > 0
+    a, b = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    start, stop = torch.special.ndtr(a), torch.special.ndtr(b)
+    drawn = torch.rand(a.shape, generator=generator, dtype=a.dtype)
+    value = torch.special.ndtri(start + drawn * (stop - start)).clamp(a, b)
+    return torch.where(flip, -value, value)

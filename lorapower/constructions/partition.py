@@ -1,0 +1,111 @@
+"""Optimal partitions of a frozen network's layers, by dynamic programming (chapter 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+from .. import _checks, bounds
+from ..bounds.fnn import activation_sizes, block_error, layer_norms
+from ..errors import InputError
+from ..networks import FNN, Partition, block, fits
+
+
+@dataclass(frozen=True)
+class OptimalPartition:
+    """The best partition for each member of a batch.
+
+    Attributes
+    ----------
+    sizes : number of layers of each block; ``[..., L̄]``.
+    value : what the partition attains, a rank or an error; ``[...]``.
+    """
+
+    sizes: Int[Tensor, "*batch blocks"]
+    value: Num[Tensor, "*batch"]
+
+    def partition(self, *member: int) -> Partition:
+        """The partition of one member of the batch."""
+        return Partition(self.sizes[member].tolist())
+
+
+def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
+    """The partition that is exact at the least equal rank, ``max_i ⌈rank(E_i) / M_i⌉``.
+
+    Among partitions of equal rank any may be returned. Raises `InputError` for a target deeper or
+    wider than the frozen network. Source: proposition "optimal partitions", chapter 3.
+    """
+
+    def step(i: int, layers: slice, before: Tensor) -> Tensor:
+        here = block(frozen, target, i, layers)
+        needed = bounds.linear_threshold(here.frozen, here.target)
+        return torch.maximum(before, needed.to(before.dtype))
+
+    found = _search(frozen, target, step)
+    return replace(found, value=found.value.long())
+
+
+def least_error(
+    frozen: FNN,
+    target: FNN,
+    ranks: int | Sequence[int],
+    inputs: Float[Tensor, "*batch in samples"] | float,
+) -> OptimalPartition:
+    """The partition of the least error bound at given ranks, `bounds.fnn_error` of ``inputs``.
+
+    Raises `InputError` for ranks out of range, for a target deeper or wider than the frozen
+    network. Source: proposition "optimal partitions", chapter 3.
+    """
+    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    norms, sizes = layer_norms(target), activation_sizes(target, inputs)
+
+    def step(i: int, layers: slice, before: Tensor) -> Tensor:
+        error = block_error(block(frozen, target, i, layers), ranks)
+        return (norms[i] + error) * before + error * sizes[i]
+
+    return _search(frozen, target, step)
+
+
+def _search(
+    frozen: FNN, target: FNN, step: Callable[[int, slice, Tensor], Tensor]
+) -> OptimalPartition:
+    """Least value over all partitions, block by block and for every layer a block may end with.
+
+    ``step`` makes the value with one more block from the value before. It must not fall where that
+    rises: then the best partition of all layers begins with a best partition of the first ones.
+    """
+    values = {0: torch.zeros((), dtype=frozen.dtype)}
+    starts: list[dict[int, Tensor]] = []
+    for i in range(target.depth):
+        reached, chosen = {}, {}
+        # Each of the later blocks needs a layer.
+        for end in range(i + 1, frozen.depth - target.depth + i + 2):
+            open_starts = [s for s in values if s < end and fits(frozen, target, i, slice(s, end))]
+            if open_starts:
+                found = [step(i, slice(s, end), values[s]) for s in open_starts]
+                reached[end], best = torch.stack(torch.broadcast_tensors(*found)).min(0)
+                chosen[end] = torch.tensor(open_starts)[best]
+        values = reached
+        starts.append(chosen)
+    if frozen.depth not in values:
+        raise InputError(
+            "target",
+            allowed=f"no deeper and no wider than the frozen network of widths {frozen.widths}",
+            given=f"widths {target.widths}",
+        )
+
+    value = values[frozen.depth]
+    end = torch.full(value.shape, frozen.depth)
+    sizes = []
+    for chosen in reversed(starts):
+        table = torch.zeros(frozen.depth + 1, *value.shape, dtype=torch.long)
+        for layer, start in chosen.items():
+            table[layer] = start
+        start = table.gather(0, end[None])[0]
+        sizes.append(end - start)
+        end = start
+    return OptimalPartition(torch.stack(sizes[::-1], dim=-1), value)
