@@ -114,6 +114,10 @@ class LinearNetwork:
     def dtype(self) -> torch.dtype:
         return self.weights[0].dtype
 
+    def __getitem__(self, index: Any) -> LinearNetwork:
+        """The member, or members, of the batch at ``index``."""
+        return LinearNetwork([weight[index] for weight in self.weights])
+
     def to(self, dtype: torch.dtype) -> LinearNetwork:
         """The same network with weights rounded to ``dtype``."""
         return LinearNetwork([weight.to(dtype) for weight in self.weights])
@@ -133,7 +137,7 @@ class LinearNetwork:
                 allowed=f"of shape [..., {self.widths[0]}, samples], columns being inputs",
                 given=f"shape {tuple(x.shape)}",
             )
-        return reduce(lambda z, weight: weight @ z, self.weights, x)
+        return product([x, *self.weights])
 
     @classmethod
     def from_sequential(cls, module: nn.Sequential) -> LinearNetwork:
@@ -142,6 +146,7 @@ class LinearNetwork:
         Its inputs are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``. Raises
         `InputError` for any other layer, and for a bias, naming its position.
         """
+        weights: list[Tensor] = []
         for position, layer in enumerate(module):
             if not isinstance(layer, nn.Linear):
                 raise InputError(
@@ -149,15 +154,16 @@ class LinearNetwork:
                     allowed="a Sequential of Linear layers",
                     given=f"{layer} at {position}",
                 )
-            if layer.bias is not None:
+            if "bias" in dict(layer.named_parameters()):
                 raise InputError(
                     "module",
                     allowed="without biases",
                     given=f"a bias in {layer} at {position}",
                     remedy="make the layer with bias=False",
                 )
+            weights.append(layer.weight)
         # Copies: the network must not change when the module is trained on.
-        return cls([layer.weight.detach().clone() for layer in module])
+        return cls([weight.detach().clone() for weight in weights])
 
     def to_sequential(self) -> nn.Sequential:
         """A `torch.nn.Sequential` of bias-free `Linear` layers that computes this network on rows.
