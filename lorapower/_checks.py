@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,24 +22,23 @@ def integer(name: str, value: Any, low: int, high: int | None = None, *, limit: 
     allowed = f"an integer from {low}{ceiling}" + (f" ({limit})" if limit else "")
     if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
         raise InputError(name, allowed=allowed, given=repr(value))
-    if value < low or (high is not None and value > high):
-        raise InputError(name, allowed=allowed, given=int(value))
-    return int(value)
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise InputError(name, allowed=allowed, given=number)
+    return number
 
 
 def positive(name: str, value: Any) -> float:
     """``value`` as a finite ``float`` above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < inf:
         raise InputError(name, allowed="a finite number above 0", given=repr(value))
     return float(value)
 
 
-def ranks_per_layer(ranks: Any, shapes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """One rank per layer, from one number or one for each, within its weight's smaller side."""
-    if isinstance(ranks, Integral | str | float) or ranks is None:
-        each = [ranks] * len(shapes)
-    else:
-        each = list(ranks)
+    several = isinstance(ranks, Sequence | np.ndarray | Tensor) and not isinstance(ranks, str)
+    each = list(ranks) if several else [ranks] * len(shapes)
     if len(each) != len(shapes):
         raise InputError(
             "ranks",

@@ -73,5 +73,5 @@ class Adapters:
         )
 
 
-def _sums(values: Sequence[Tensor], updates: Sequence[Tensor], sign: int) -> list[Tensor]:
-    return [torch.add(v, u, alpha=sign) for v, u in zip(values, updates, strict=True)]
+def _sums(values: Sequence[Tensor], updates: Sequence[Tensor], sign: int) -> tuple[Tensor, ...]:
+    return tuple(torch.add(v, u, alpha=sign) for v, u in zip(values, updates, strict=True))

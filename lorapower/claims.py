@@ -71,8 +71,10 @@ def equal(
         statement,
         label,
         predicted=_range(expected),
-        measured=f"{_range(found)}, deviation at most {deviation:.1e}" if rtol else _range(found),
-        criterion=f"relative deviation at most {rtol:.0e}" if rtol else "equal",
+        measured=f"{_range(found)}, deviation at most {_number(deviation, 2)}"
+        if rtol
+        else _range(found),
+        criterion=f"relative deviation at most {_number(rtol, 1)}" if rtol else "equal",
         holds=bool(holds.all()),
     )
 
@@ -110,5 +112,14 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 def _range(numbers: NDArray[np.float64]) -> str:
-    low, high = (f"{value:.4g}" for value in (numbers.min(), numbers.max()))
+    low, high = (_number(value, 4) for value in (numbers.min(), numbers.max()))
     return low if low == high else f"{low} … {high}"
+
+
+def _number(value: float, digits: int) -> str:
+    """Markdown for a number: powers of ten are typeset."""
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    if not exponent:
+        return mantissa
+    factor = "" if mantissa == "1" else rf"{mantissa}\times"
+    return f"${factor}10^{{{int(exponent)}}}$"

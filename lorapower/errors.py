@@ -25,23 +25,28 @@ class InputError(LorapowerError, ValueError):
 
 
 class SingularError(LorapowerError, ArithmeticError):
-    """The non-singularity assumption of a construction fails.
+    """No splitting that was tried adapts a linear network with the accuracy asked for.
 
     Attributes
     ----------
-    layer : the layer, counted from 1, whose linear system cannot be solved.
-    condition_number : of that system, for the best splitting that was tried.
+    layer : counted from 1, the one with the worst-conditioned system.
+    condition_number : of that system.
+    rounding_error : relative, of the best splitting.
+    rtol : what was accepted.
     member : words that say which member of a batch, or an empty string for a single network.
     """
 
-    def __init__(self, layer: int, condition_number: float, *, member: str = "") -> None:
-        self.layer, self.condition_number, self.member = layer, condition_number, member
+    def __init__(
+        self, layer: int, condition_number: float, rounding_error: float, rtol: float, member: str
+    ) -> None:
+        self.layer, self.condition_number = layer, condition_number
+        self.rounding_error, self.rtol, self.member = rounding_error, rtol, member
         super().__init__(
-            f"the system to be solved for layer {layer}{member} is singular "
-            f"(condition number {condition_number:.1e}), in the plain order and in every "
-            "alternative tried: the non-singularity assumption of the optimal adaptation of a "
-            "deep linear network fails (chapter 1); give more rank to a singular layer, give "
-            "this layer rank 0, or perturb the frozen weights"
+            f"the products that the adapter of layer {layer}{member} acts through are singular or "
+            f"nearly so (condition number {condition_number:.1e}). The best splitting tried leaves "
+            f"a relative error of {rounding_error:.1e}, more than rtol = {rtol:.1e}: the "
+            "assumption of non-singularity fails (chapter 1). Give more rank to a singular "
+            "layer, give this layer rank 0, or perturb the frozen weights"
         )
 
 

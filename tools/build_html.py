@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,20 @@ def stage(executed: Path, target: Path) -> None:
             shutil.copy(source, target / name)
     for notebook in sorted((ROOT / "chapters").glob("*.ipynb")):
         shutil.copy(executed / notebook.name, target / "chapters" / notebook.name)
+        _write_glued_figures(executed / notebook.name, target / "chapters")
+
+
+def _write_glued_figures(executed: Path, folder: Path) -> None:
+    """Write each figure that a chapter glues as ``NAME.svg``, for other pages to show.
+
+    MyST-NB can glue a figure from another page, but without caption and alternative text.
+    """
+    for cell in nbformat.read(executed, as_version=4).cells:
+        for output in cell.get("outputs", ()):
+            name = output.get("metadata", {}).get("scrapbook", {}).get("name")
+            svg = output.get("data", {}).get("application/papermill.record/image/svg+xml")
+            if name and svg:
+                (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
 def missing_pages(toc: Path, html: Path) -> list[str]:

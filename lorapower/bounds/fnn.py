@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _checks, lowrank
+from .. import _checks
 from ..errors import InputError
 from ..networks import FNN, Block, Partition, blocks
 from .linear import error_matrix, linear_error, linear_threshold
@@ -37,7 +37,7 @@ def fnn_block_errors(
     frozen: FNN, target: FNN, ranks: int | Sequence[int], partition: Partition | None = None
 ) -> Float[Tensor, "*batch blocks"]:
     """``ε_i = σ_{r_i+1}(E_i)`` with ``r_i = Σ_{l∈P_i} R_l``: what each block leaves undone."""
-    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     return torch.stack(
         torch.broadcast_tensors(
             *(block_error(block, ranks) for block in blocks(frozen, target, partition))
@@ -86,13 +86,13 @@ def fnn_error_on(
     `fnn_error` on the same samples. Source: corollary to the theorem "error of a partition",
     chapter 3.
     """
-    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     z, terms = inputs, []
     for i, block in enumerate(blocks(frozen, target, partition)):
         left = undone(block, ranks)
         gain = torch.linalg.matrix_norm(block.target.product() - left, ord=2)
         terms.append((gain, _size(left @ z)))
-        z = target[i : i + 1](z)
+        z = target.layers(slice(i, i + 1))(z)
     return accumulate_errors(terms)
 
 

@@ -35,7 +35,7 @@ class FNNAdaptation:
         holds), between the blocks and behind the last one.
     block_errors : predicted ``‖∏_{l∈P_i}(W_l + ΔW_l) − W̄_i‖_2 = ε_i``; ``[..., L̄]``.
     error_bound : of ``‖f(x) − f̄(x)‖_2`` at every ``x`` in the region, ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i
-        max‖z_{i−1}‖`` in exact arithmetic; 0 where the adapted network equals the target; ``[...]``.
+        max‖z_{i−1}‖`` in exact arithmetic, 0 where the adapted network is the target; ``[...]``.
     rounding_errors : measured deviation of each block's product from the predicted one;
         ``[..., L̄]``.
     condition_numbers : of the worse of the linear systems solved for each layer; ``[..., L]``.
@@ -126,7 +126,7 @@ def adapt(
 
     Source: lemma "linearization", chapter 2; theorem "exactness by partition", chapter 3.
     """
-    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     pairs = blocks(frozen, target, partition)
     if not isinstance(region, Region):
         raise InputError("region", allowed="a Ball, a Box or Samples", given=repr(region))
@@ -142,7 +142,7 @@ def adapt(
     regions, updates, bias_updates = [region], [], []
     linears, error_terms, digits_lost = [], [], []
     for i, block in enumerate(pairs, start=1):
-        own, layer = frozen[block.layers], target[i - 1 : i]
+        own, layer = frozen.layers(block.layers), target.layers(slice(i - 1, i))
         found = _adapt_weights(block, ranks, rtol, seed)
         padded = [
             LowRank(pad(update.A, weight.shape[-2]), pad(update.B, weight.shape[-1]))
@@ -191,8 +191,13 @@ def _adapt_weights(
             block.frozen, block.target, block.ranks(ranks), rtol=rtol, enough=1, seed=seed
         )
     except SingularError as error:
-        layer = block.layers.start + error.layer
-        raise SingularError(layer, error.condition_number, member=error.member) from error
+        raise SingularError(
+            block.layers.start + error.layer,
+            error.condition_number,
+            error.rounding_error,
+            error.rtol,
+            error.member,
+        ) from error
 
 
 class _Biases(NamedTuple):

@@ -86,19 +86,20 @@ def adapt(
     Source: theorem "optimal adaptation of a deep linear network", chapter 1, and the section on
     the robust construction there.
     """
-    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     E = bounds.error_matrix(frozen, target)
-    _check_widths(frozen, ranks)
+    _check_widths(frozen, per_layer)
 
     batch = E.shape[:-2]
-    spectral, frobenius = lowrank.tail_norms(lowrank.spectrum(E), sum(ranks))
-    best_map = frozen.product() + lowrank.truncated_svd(E, min(sum(ranks), *E.shape[-2:])).matrix()
+    spectral, frobenius = lowrank.tail_norms(lowrank.spectrum(E), sum(per_layer))
+    attainable = min(sum(per_layer), *E.shape[-2:])
+    best_map = frozen.product() + lowrank.truncated_svd(E, attainable).matrix()
     scale = bounds.rounding_scale(frozen, target).expand(batch)
     problem = _Problem(
         [w.expand(*batch, *w.shape[-2:]).reshape(-1, *w.shape[-2:]) for w in frozen.weights],
         best_map.reshape(-1, *E.shape[-2:]),
         scale.reshape(-1),
-        ranks,
+        per_layer,
     )
 
     last_place = max(E.shape[-2:]) * torch.finfo(E.dtype).eps * problem.scale
@@ -114,13 +115,18 @@ def adapt(
         best.put(mine, trial, improved)
         plain[mine] = False
 
-    limit = torch.finfo(E.dtype).eps ** 0.5 if rtol is None else rtol
-    failed = best.rounding > limit * problem.scale
-    if failed.any():
-        member = int(failed.nonzero()[0, 0])
+    rtol = torch.finfo(E.dtype).eps ** 0.5 if rtol is None else rtol
+    relative = best.rounding / problem.scale.clamp(min=torch.finfo(E.dtype).tiny)
+    if (relative > rtol).any():
+        member = int(relative.argmax())
         layer = int(best.conditions[member].argmax())
-        where = f" of batch member {member}" if batch else ""
-        raise SingularError(layer + 1, float(best.conditions[member, layer]), member=where)
+        raise SingularError(
+            layer + 1,
+            float(best.conditions[member, layer]),
+            float(relative[member]),
+            rtol,
+            f" of batch member {member}" if batch else "",
+        )
 
     def unflatten(flat: Tensor) -> Tensor:
         return flat.reshape((*batch, *flat.shape[1:]))

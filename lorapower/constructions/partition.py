@@ -60,7 +60,7 @@ def least_error(
     Raises `InputError` for ranks out of range, for a target deeper or wider than the frozen
     network. Source: proposition "optimal partitions", chapter 3.
     """
-    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     norms, sizes = layer_norms(target), activation_sizes(target, inputs)
 
     def step(i: int, layers: slice, before: Tensor) -> Tensor:
@@ -99,13 +99,10 @@ def _search(
         )
 
     value = values[frozen.depth]
-    end = torch.full(value.shape, frozen.depth)
-    sizes = []
+    ends = [torch.full(value.shape, frozen.depth)]
     for chosen in reversed(starts):
         table = torch.zeros(frozen.depth + 1, *value.shape, dtype=torch.long)
         for layer, start in chosen.items():
             table[layer] = start
-        start = table.gather(0, end[None])[0]
-        sizes.append(end - start)
-        end = start
-    return OptimalPartition(torch.stack(sizes[::-1], dim=-1), value)
+        ends.append(table.gather(0, ends[-1][None])[0])
+    return OptimalPartition(torch.stack(ends[::-1], dim=-1).diff(dim=-1), value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -68,23 +68,26 @@ class Network:
             )
 
 
-def per_layer(name: str, values: Any, *, min_dims: int) -> list[Tensor]:
+def per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -> list[Tensor]:
     """One tensor for each layer, from a sequence of them or from one stacked array.
 
     ``min_dims`` counts the dimensions of one layer. Raises `InputError` for none, for entries that
     are not finite and for types other than float32 or float64, or mixed.
     """
+    plural = {"weight": "weights", "bias": "biases"}[name]
     if isinstance(values, Tensor | np.ndarray):
-        values = _checks.real_tensor(f"{name}s", values, min_dims=min_dims + 1).unbind(-min_dims - 1)
+        stacked = _checks.real_tensor(plural, values, min_dims=min_dims + 1)
+        values = stacked.unbind(-min_dims - 1)
     if not len(values):
-        raise InputError(f"{name}s", allowed="at least one", given="none")
+        one = {1: "vector", 2: "matrix"}[min_dims]
+        raise InputError(plural, allowed=f"at least one {one}", given="none")
     layers = [
         _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims)
         for l, value in enumerate(values, start=1)
     ]
     if len({layer.dtype for layer in layers}) > 1:
         raise InputError(
-            f"{name}s", allowed="all float32 or all float64", given="both", remedy="convert one"
+            plural, allowed="all float32 or all float64", given="both", remedy="convert one"
         )
     return layers
 
@@ -114,7 +117,7 @@ def common_batch(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.Size:
 
 def uniform(
     *shape: int, width: int, generator: torch.Generator, dtype: torch.dtype
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, ...]:
     """Numbers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√width``."""
     drawn = torch.rand(*shape, generator=generator, dtype=torch.float64)
     return ((2 * drawn - 1) / width**0.5).to(dtype)

@@ -55,7 +55,8 @@ class FNN(Network):
                 "biases", allowed=f"{matrices[0].dtype}, like the weights", given=vectors[0].dtype
             )
         batch = common_batch(
-            "weights and biases", [*(w.shape[:-2] for w in matrices), *(b.shape[:-1] for b in vectors)]
+            "weights and biases",
+            [*(w.shape[:-2] for w in matrices), *(b.shape[:-1] for b in vectors)],
         )
         object.__setattr__(
             self, "weights", tuple(w.expand(*batch, *w.shape[-2:]) for w in matrices)
@@ -84,9 +85,13 @@ class FNN(Network):
         """The same network with weights and biases rounded to ``dtype``."""
         return FNN([w.to(dtype) for w in self.weights], [b.to(dtype) for b in self.biases])
 
-    def __getitem__(self, layers: slice) -> FNN:
+    def __getitem__(self, index: Any) -> FNN:
+        """The member, or members, of the batch at ``index``."""
+        return FNN([w[index] for w in self.weights], [b[index] for b in self.biases])
+
+    def layers(self, which: slice) -> FNN:
         """The network of some consecutive layers."""
-        return FNN(self.weights[layers], self.biases[layers])
+        return FNN(self.weights[which], self.biases[which])
 
     def preactivations(
         self, x: Float[Tensor, "*batch in samples"]

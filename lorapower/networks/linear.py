@@ -67,6 +67,10 @@ class LinearNetwork(Network):
             )
         )
 
+    def __getitem__(self, index: Any) -> LinearNetwork:
+        """The member, or members, of the batch at ``index``."""
+        return LinearNetwork([weight[index] for weight in self.weights])
+
     def to(self, dtype: torch.dtype) -> LinearNetwork:
         """The same network with weights rounded to ``dtype``."""
         return LinearNetwork([weight.to(dtype) for weight in self.weights])
@@ -79,7 +83,7 @@ class LinearNetwork(Network):
         self, x: Float[Tensor, "*batch in samples"]
     ) -> Float[Tensor, "*batch out samples"]:
         """``W_L ⋯ W_1 x``, layer by layer."""
-        return reduce(lambda z, weight: weight @ z, self.weights, self.as_inputs(x))
+        return product([self.as_inputs(x), *self.weights])
 
     @classmethod
     def from_sequential(cls, module: nn.Sequential) -> LinearNetwork:
@@ -88,6 +92,7 @@ class LinearNetwork(Network):
         Its inputs are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``. Raises
         `InputError` for any other layer, and for a bias, naming its position.
         """
+        weights: list[Tensor] = []
         for position, layer in enumerate(module):
             if not isinstance(layer, nn.Linear):
                 raise InputError(
@@ -95,15 +100,16 @@ class LinearNetwork(Network):
                     allowed="a Sequential of Linear layers",
                     given=f"{layer} at {position}",
                 )
-            if layer.bias is not None:
+            if "bias" in dict(layer.named_parameters()):
                 raise InputError(
                     "module",
                     allowed="without biases",
                     given=f"a bias in {layer} at {position}",
                     remedy="make the layer with bias=False",
                 )
+            weights.append(layer.weight)
         # Copies: the network must not change when the module is trained on.
-        return cls([layer.weight.detach().clone() for layer in module])
+        return cls([weight.detach().clone() for weight in weights])
 
     def to_sequential(self) -> nn.Sequential:
         """A `torch.nn.Sequential` of bias-free `Linear` layers that computes this network on rows.

@@ -1,4 +1,4 @@
-"""Partitions of a frozen network's layers into blocks, one for each layer of a target (chapter 3)."""
+"""Partitions of a frozen network's layers into blocks, one for each target layer (chapter 3)."""
 
 from __future__ import annotations
 
