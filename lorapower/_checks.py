@@ -89,3 +89,14 @@ def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
             remedy="look for a diverged training run or a division by zero",
         )
     return tensor
+
+
+def common_shape(
+    name: str, shapes: Sequence[tuple[int, ...]], *, what: str = "batch shapes"
+) -> torch.Size:
+    """What all of ``shapes`` broadcast to; ``what`` says what they are."""
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError as error:
+        given = [tuple(shape) for shape in shapes]
+        raise InputError(name, allowed=f"of {what} that broadcast", given=given) from error

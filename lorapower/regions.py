@@ -93,7 +93,10 @@ class Ball(Region):
 
     def __init__(self, radius: Any, centre: Any = 0.0) -> None:
         self.radius = _numbers("radius", radius)
-        self.centre = torch.atleast_1d(_numbers("centre", centre))[..., None]
+        column = torch.atleast_1d(_numbers("centre", centre))[..., None]
+        shapes = [self.radius.shape, column.shape[:-2]]
+        batch = _checks.common_shape("radius and centre", shapes)
+        self.centre = column.expand(*batch, *column.shape[-2:])
         if (self.radius < 0).any():
             raise InputError(
                 "radius",
@@ -117,11 +120,10 @@ class Ball(Region):
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
         generator = torch.Generator().manual_seed(seed)
-        batch = torch.broadcast_shapes(self.radius.shape, self.batch_shape)
-        shape, dtype = (*batch, self.width, samples), self.centre.dtype
+        shape, dtype = (*self.batch_shape, self.width, samples), self.centre.dtype
         normal = torch.randn(shape, generator=generator, dtype=dtype)
         direction = normal / torch.linalg.vector_norm(normal, dim=-2, keepdim=True)
-        fraction = torch.rand((*batch, 1, samples), generator=generator, dtype=dtype)
+        fraction = torch.rand((*self.batch_shape, 1, samples), generator=generator, dtype=dtype)
         reach = 1 if edge else fraction ** (1 / self.width)
         return self.centre + self.radius[..., None, None] * reach * direction
 
@@ -137,9 +139,9 @@ class Box(Region):
     """
 
     def __init__(self, low: Any, high: Any) -> None:
-        low, high = torch.broadcast_tensors(
-            torch.atleast_1d(_numbers("low", low)), torch.atleast_1d(_numbers("high", high))
-        )
+        low, high = torch.atleast_1d(_numbers("low", low), _numbers("high", high))
+        shape = _checks.common_shape("low and high", [low.shape, high.shape], what="shapes")
+        low, high = low.expand(shape), high.expand(shape)
         empty = low > high
         if empty.any():
             raise InputError(

@@ -117,10 +117,12 @@ class _Lines:
     def direction(self, generator: torch.Generator) -> Tensor:
         """Random, of length 1, orthogonal to the active rows; 0 where these leave none."""
         shape = (*self.seen.shape[:-2], self.seen.shape[-1], 1)
-        normal = torch.randn(shape, generator=generator, dtype=self.seen.dtype)
-        unseen = (normal - self.seen.mT @ (self.seen @ normal))[..., 0]
-        unit = unseen / torch.linalg.vector_norm(unseen, dim=-1, keepdim=True)
-        return torch.where(self.free[..., None], unit, 0).mT
+        unit = torch.randn(shape, generator=generator, dtype=self.seen.dtype)
+        # Little may be left of it the first time; the second takes the rounding of that away.
+        for _ in range(2):
+            unseen = unit - self.seen.mT @ (self.seen @ unit)
+            unit = unseen / torch.linalg.vector_norm(unseen, dim=-2, keepdim=True)
+        return torch.where(self.free[..., None], unit[..., 0], 0).mT
 
     def interval(self, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """``t`` from where to where ``x + t · direction`` leaves inactive units inactive."""

@@ -17,7 +17,6 @@ from ..bounds.fnn import accumulate_errors, undone
 from ..errors import InputError, PrecisionError, SingularError
 from ..lowrank import LowRank
 from ..networks import FNN, Block, LinearNetwork, Partition, blocks, pad
-from ..networks.base import common_batch
 from ..regions import Region
 from . import linear
 
@@ -132,7 +131,7 @@ def adapt(
         raise InputError("region", allowed="a Ball, a Box or Samples", given=repr(region))
     region = region.fit(target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
-    batch = common_batch("frozen, target and region", batches)
+    batch = _checks.common_shape("frozen, target and region", batches)
     input_scale = _checks.positive("input_scale", input_scale)
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
     if max_digits_lost is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -103,16 +102,6 @@ def chained(weights: Any) -> list[Tensor]:
                 allowed=f"of {inner.shape[-2]} columns, the outputs of layer {l}",
             )
     return layers
-
-
-def common_batch(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.Size:
-    """The batch shape that all of ``shapes`` broadcast to, or an `InputError`."""
-    try:
-        return torch.broadcast_shapes(*shapes)
-    except RuntimeError as error:
-        raise InputError(
-            name, allowed="of batch shapes that broadcast", given=[tuple(s) for s in shapes]
-        ) from error
 
 
 def uniform(

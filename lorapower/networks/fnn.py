@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
-from .base import Network, chained, common_batch, per_layer, uniform
+from .base import Network, chained, per_layer, uniform
 
 
 def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
@@ -54,7 +54,7 @@ class FNN(Network):
             raise InputError(
                 "biases", allowed=f"{matrices[0].dtype}, like the weights", given=vectors[0].dtype
             )
-        batch = common_batch(
+        batch = _checks.common_shape(
             "weights and biases",
             [*(w.shape[:-2] for w in matrices), *(b.shape[:-1] for b in vectors)],
         )

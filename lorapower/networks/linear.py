@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
-from .base import Network, chained, common_batch, uniform
+from .base import Network, chained, uniform
 
 
 def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
@@ -43,7 +43,7 @@ class LinearNetwork(Network):
 
     def __init__(self, weights: Any) -> None:
         layers = chained(weights)
-        batch = common_batch("weights", [layer.shape[:-2] for layer in layers])
+        batch = _checks.common_shape("weights", [layer.shape[:-2] for layer in layers])
         expanded = tuple(layer.expand(*batch, *layer.shape[-2:]) for layer in layers)
         object.__setattr__(self, "weights", expanded)
 

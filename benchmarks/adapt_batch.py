@@ -1,0 +1,63 @@
+"""Time to adapt many ReLU networks in one call, beside a Python loop over single ones.
+
+    python benchmarks/adapt_batch.py [--networks 1000] [--width 16] [--depth 4] [--layers 2]
+
+The loop's time is that of all networks, measured and not scaled up. Both must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+from time import perf_counter
+
+import torch
+
+from lorapower.bounds import fnn_threshold
+from lorapower.constructions import fnn
+from lorapower.networks import FNN
+from lorapower.regions import Ball
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", type=int, default=1000)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2, help="of the targets")
+    chosen = parser.parse_args()
+
+    batch = (chosen.networks,)
+    frozen = FNN.random(chosen.depth, chosen.width, batch_shape=batch, seed=1)
+    target = FNN.random(chosen.layers, chosen.width, batch_shape=batch, seed=2)
+    rank = int(fnn_threshold(frozen, target).max())
+    region = Ball(2.0 * chosen.width**0.5)
+    fnn.adapt(frozen[:1], target[:1], rank, region)
+
+    start = perf_counter()
+    together = fnn.adapt(frozen, target, rank, region)
+    in_one_call = perf_counter() - start
+
+    start = perf_counter()
+    alone = [fnn.adapt(frozen[k], target[k], rank, region) for k in range(chosen.networks)]
+    in_a_loop = perf_counter() - start
+
+    x = together.region.sample(100, edge=True)
+    y = target(x)
+    difference = together.adapters.merge(frozen)(x) - y
+    worst = (difference.square().mean((-2, -1)) / y.square().mean((-2, -1))).max()
+    differences = [found.digits_lost - together.digits_lost[k] for k, found in enumerate(alone)]
+    print(
+        f"{chosen.networks} networks of width {chosen.width}, {chosen.depth} layers for "
+        f"{chosen.layers}, rank {rank}, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"one call {in_one_call:.2f} s, loop {in_a_loop:.2f} s: {in_a_loop / in_one_call:.1f} times"
+    )
+    print(
+        f"largest error relative to the signal {worst:.1e}, digits lost differ by "
+        f"{torch.stack(differences).abs().max():.1e} at most"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What tuning the final layers cannot reach, against exact values and against attempts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import batch_shapes, dtypes, seeds
+from torch import Tensor
+
+from lorapower import InputError, bounds
+from lorapower.constructions import fnn
+from lorapower.networks import FNN
+from lorapower.regions import Samples
+
+
+def normal_inputs(width: int, samples: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(width, samples, generator=generator, dtype=torch.float64)
+
+
+def single(weight: Tensor, bias: Tensor) -> FNN:
+    return FNN([weight.double()], [bias.double()])
+
+
+@given(st.integers(2, 10), batch_shapes, dtypes, seeds)
+def test_colliding_inputs_look_the_same_behind_the_first_layer(
+    width: int, batch: tuple[int, ...], dtype: torch.dtype, seed: int
+) -> None:
+    frozen = FNN.random(2, width, batch_shape=batch, seed=seed, dtype=dtype)
+    x = normal_inputs(width, 50, seed).to(dtype)
+    other = bounds.colliding_inputs(frozen, x, reach=2.0, seed=seed)
+    h = frozen.layers(slice(0, 1))
+    tolerance = 100 * torch.finfo(dtype).eps
+    assert (h(x) - h(other)).abs().max() <= tolerance
+    assert (frozen(x) - frozen(other)).abs().max() <= tolerance
+    distance = (other - x).norm(dim=-2)
+    assert distance.max() <= 2 * (1 + tolerance)
+    active = (h(x) > 0).sum(-2)
+    assert (distance[active == width] == 0).all()
+    assert (distance[active < width] > 0).all()
+
+
+def test_they_lie_as_far_as_the_inactive_units_allow() -> None:
+    # One inactive unit on each of two coordinates: from (-1, -2) the first leaves at 0.
+    frozen = single(torch.eye(2), torch.zeros(2))
+    x = torch.tensor([[-1.0], [-2.0]]).double()
+    for seed in range(20):
+        other = bounds.colliding_inputs(frozen, x, reach=100.0, seed=seed)
+        assert (other <= 1e-12).all()
+        assert (other - x).norm() == pytest.approx(100) or other.max().abs() < 1e-12
+
+
+def test_adapters_tell_apart_what_the_final_layers_cannot() -> None:
+    frozen, target = FNN.random(2, 16, seed=1), FNN.random(1, 16, seed=2)
+    x = normal_inputs(16, 200)
+    other = bounds.colliding_inputs(frozen, x, reach=2.0)
+    apart = (target(x) - target(other)).norm(dim=0)
+    assert apart.median() > 0.1
+    both = torch.cat([x, other], dim=1)
+    adapted = fnn.adapt(frozen, target, 8, Samples(both)).adapters.merge(frozen)
+    torch.testing.assert_close(adapted(both), target(both), atol=1e-10, rtol=0)
+
+
+def test_the_floor_of_half_lines_is_the_variance_of_a_half_normal() -> None:
+    # h keeps the positive part of each coordinate, the target asks for the negative part.
+    for width in (1, 3):
+        frozen = single(torch.eye(width), torch.zeros(width))
+        target = single(-torch.eye(width), torch.zeros(width))
+        found = bounds.final_layers_floor(frozen, target, samples=20000, steps=100)
+        exact = (1 - 2 / np.pi) / 2
+        assert abs(float(found.mean_squared_error) - exact) < 4 * float(found.standard_error)
+        assert float(found.standard_error) < 0.02 * exact
+
+
+def test_fewer_steps_only_lower_the_estimate() -> None:
+    frozen, target = FNN.random(2, 16, seed=1), FNN.random(1, 16, seed=2)
+    estimates = [
+        bounds.final_layers_floor(frozen, target, samples=4000, steps=steps, seed=steps)
+        for steps in (1, 4, 16, 64, 128)
+    ]
+    means = [float(e.mean_squared_error) for e in estimates]
+    noise = 4 * max(float(e.standard_error) for e in estimates)
+    assert means[0] < means[1] < means[2]
+    assert means[2] < means[3] + noise
+    assert means[3] == pytest.approx(means[4], abs=noise)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_floor_is_the_conditional_variance_found_by_rejection(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    W, b, V, c = (rng.normal(size=size) / 2 for size in ((3, 4), 3, (4, 4), 4))
+    variances = []
+    for x in rng.normal(size=(1000, 4)):
+        active = W @ x + b > 0
+        _, _, Vh = np.linalg.svd(W[active], full_matrices=True)
+        free = Vh[active.sum() :].T if active.any() else np.eye(4)
+        start = x - free @ (free.T @ x)
+        same = np.empty((0, 4))
+        while len(same) < 200:
+            moved = start + rng.normal(size=(5000, free.shape[1])) @ free.T
+            kept = moved[((moved @ W[~active].T + b[~active]) <= 0).all(1)]
+            same = np.concatenate([same, kept])
+        variances.append(np.maximum(same @ V.T + c, 0).var(0, ddof=1).mean())
+    found = bounds.final_layers_floor(
+        FNN([W], [b]), FNN([V], [c]), samples=20000, steps=150, seed=seed
+    )
+    noise = np.hypot(np.std(variances) / len(variances) ** 0.5, float(found.standard_error))
+    assert abs(np.mean(variances) - float(found.mean_squared_error)) < 4 * noise
+
+
+def test_nothing_that_sees_only_the_first_layer_gets_below() -> None:
+    width, samples = 6, 40000
+    frozen, target = FNN.random(2, width, seed=3), FNN.random(1, width, seed=4)
+    x = normal_inputs(width, 2 * samples, seed=5)
+    h = frozen.layers(slice(0, 1))(x)
+    # Least squares on many random features of h, tested on fresh inputs.
+    generator = torch.Generator().manual_seed(6)
+    mix = torch.randn(300, width, generator=generator, dtype=torch.float64)
+    shift = torch.randn(300, 1, generator=generator, dtype=torch.float64)
+    features = torch.cat([h, (mix @ h + shift).relu(), torch.ones(1, 2 * samples).double()])
+    y = target(x)
+    fit = torch.linalg.lstsq(features[:, :samples].mT, y[:, :samples].mT, driver="gelsd").solution
+    mse = float((fit.mT @ features[:, samples:] - y[:, samples:]).square().mean())
+    found = bounds.final_layers_floor(frozen, target, samples=samples, steps=100)
+    floor = float(found.mean_squared_error)
+    assert mse > floor - 3 * float(found.standard_error)
+    # And it is no idle bound: the fit comes near.
+    assert mse < 1.3 * floor
+
+
+def test_there_is_no_floor_where_the_first_layer_keeps_everything() -> None:
+    frozen = single(torch.eye(4), torch.full((4,), 50.0))
+    found = bounds.final_layers_floor(frozen, FNN.random(1, 4), samples=100)
+    assert found.mean_squared_error == 0
+    x = normal_inputs(4, 5)
+    assert torch.equal(bounds.colliding_inputs(frozen, x), x)
+
+
+@given(batch_shapes, seeds)
+def test_batches_have_their_members_floors(batch: tuple[int, ...], seed: int) -> None:
+    frozen = FNN.random(1, 3, batch_shape=batch, seed=seed)
+    found = bounds.final_layers_floor(frozen, FNN.random(2, 3, seed=seed), samples=50, steps=3)
+    assert found.mean_squared_error.shape == found.standard_error.shape == batch
+    assert (found.mean_squared_error >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"samples": 1}, "samples must be an integer from 2; got 1"),
+        ({"steps": 0}, "steps must be an integer from 1; got 0"),
+        ({"target": FNN.random(1, 5)}, "target must be of 4 inputs and torch.float64.*5 inputs"),
+    ],
+)
+def test_unusable_arguments_are_refused(change: dict[str, object], complaint: str) -> None:
+    usual: dict[str, object] = {"frozen": FNN.random(2, 4), "target": FNN.random(1, 4)}
+    with pytest.raises(InputError, match=complaint):
+        bounds.final_layers_floor(**(usual | change))  # type: ignore[arg-type]
+
+
+def test_reach_is_positive() -> None:
+    with pytest.raises(InputError, match="reach must be a finite number above 0"):
+        bounds.colliding_inputs(FNN.random(1, 2), torch.ones(2, 1).double(), reach=0)

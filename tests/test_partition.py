@@ -1,0 +1,183 @@
+"""Partitions, and the search for the best one against exhaustive search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import seeds
+
+from lorapower import InputError, bounds
+from lorapower.constructions import fnn, partition
+from lorapower.networks import FNN, Partition, blocks
+from lorapower.regions import Ball
+
+
+def every_partition(depth: int, count: int) -> Iterator[Partition]:
+    for cuts in combinations(range(1, depth), count - 1):
+        yield Partition([end - start for start, end in pairwise((0, *cuts, depth))])
+
+
+def near_to_its_first_layer(seed: int = 0, width: int = 16) -> tuple[FNN, FNN]:
+    """Six frozen layers; a target whose first layer is almost the first frozen one."""
+    frozen, target = FNN.random(6, width, seed=seed), FNN.random(2, width, seed=seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, width, 1, generator=generator, dtype=torch.float64)
+    return frozen, FNN([frozen.weights[0] + a @ b.mT, target.weights[1]], target.biases)
+
+
+@given(st.integers(1, 20), st.data())
+def test_uniform_blocks_are_equal_but_for_the_remainder(depth: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, depth))
+    sizes = Partition.uniform(depth, count).sizes
+    assert sum(sizes) == depth
+    assert set(sizes[:-1]) <= {depth // count}
+    assert sizes[-1] == depth // count + depth % count
+
+
+def test_partitions_name_their_layers() -> None:
+    assert Partition.of_layers([[1, 2], [3]]) == Partition([2, 1])
+    assert Partition([2, 1, 3]).slices == [slice(0, 2), slice(2, 3), slice(3, 6)]
+    assert Partition([2, 1, 3]).depth == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: Partition.of_layers([[1, 3], [2]]), "blocks must be consecutive layers"),
+        (lambda: Partition.of_layers([[1], [3]]), "blocks must be consecutive layers"),
+        (lambda: Partition.of_layers([[1, 2], [2, 3]]), "blocks must be consecutive layers"),
+        (lambda: Partition.of_layers([[1], []]), "size of block 2 must be an integer from 1"),
+        (lambda: Partition([]), "sizes must be at least one block"),
+        (lambda: Partition([2, 0]), "size of block 2 must be an integer from 1; got 0"),
+        (lambda: Partition([1.5]), "size of block 1 must be an integer"),  # type: ignore[list-item]
+        (lambda: Partition.uniform(3, 4), r"blocks must be an integer from 1 to 3 \(the depth\)"),
+    ],
+)
+def test_impossible_partitions_are_refused(make: object, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "complaint"),
+    [
+        ([1, 2], r"partition must be a cover of the 4 frozen layers; got .*\(1, 2\)"),
+        ([1, 1, 2], "partition must be of 2 blocks, one for each target layer"),
+    ],
+)
+def test_partitions_of_other_networks_are_refused(sizes: list[int], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        fnn.adapt(FNN.random(4, 3), FNN.random(2, 3), 2, Ball(1.0), Partition(sizes))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), seeds)
+def test_every_partition_is_exact_at_its_own_threshold(
+    width: int, count: int, more: int, seed: int
+) -> None:
+    frozen = FNN.random(count + more, width, seed=seed)
+    target = FNN.random(count, width, seed=seed + 1)
+    for sizes in every_partition(frozen.depth, count):
+        rank = int(bounds.fnn_threshold(frozen, target, sizes))
+        accept = {"rtol": float("inf"), "max_digits_lost": float("inf")}
+        found = fnn.adapt(frozen, target, rank, Ball(2.0), sizes, **accept)  # type: ignore[arg-type]
+        assert found.partition == sizes
+        if found.digits_lost.max() + found.rounding_errors.max().log10() + 16 > 10:
+            continue  # too ill-conditioned to tell exact from nearly so
+        x = found.region.sample(50, edge=True, seed=seed)
+        assert (found.adapters.merge(frozen)(x) - target(x)).abs().max() < 1e-6
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 4), st.integers(0, 2), seeds)
+def test_the_search_finds_what_exhaustive_search_finds(
+    width: int, count: int, more: int, near: int, seed: int
+) -> None:
+    depth = count + more
+    frozen = FNN.random(depth, width, batch_shape=(2,), seed=seed)
+    target = FNN.random(count, width, batch_shape=(2,), seed=seed + 1)
+    # Some target layers are products of frozen ones, so that partitions differ in rank.
+    weights = list(target.weights)
+    for i in range(min(near, count)):
+        weights[i] = blocks(frozen, target)[i].frozen.product()
+    target = FNN(weights, target.biases)
+    every = list(every_partition(depth, count))
+
+    ranks = torch.stack([bounds.fnn_threshold(frozen, target, p) for p in every])
+    least = partition.least_rank(frozen, target)
+    assert torch.equal(least.value, ranks.amin(0))
+    generator = torch.Generator().manual_seed(seed)
+    given_ranks = torch.randint(0, width + 1, (depth,), generator=generator).tolist()
+    x = torch.randn(width, 30, generator=generator, dtype=torch.float64)
+    for inputs in (x, 3.0):
+        errors = torch.stack(
+            [bounds.fnn_error(frozen, target, given_ranks, inputs, p) for p in every]
+        )
+        best = partition.least_error(frozen, target, given_ranks, inputs)
+        torch.testing.assert_close(best.value, errors.amin(0))
+        for member in range(2):
+            chosen = every.index(best.partition(member))
+            torch.testing.assert_close(errors[chosen, member], errors[:, member].amin())
+    for member in range(2):
+        assert ranks[every.index(least.partition(member)), member] == least.value[member]
+
+
+def test_the_best_partition_can_need_much_less_rank_than_the_uniform_one() -> None:
+    frozen, target = near_to_its_first_layer()
+    best = partition.least_rank(frozen, target)
+    assert best.partition() == Partition([1, 5])
+    assert int(best.value) == 4
+    assert int(bounds.fnn_threshold(frozen, target)) == 6
+    found = fnn.adapt(frozen, target, 4, Ball(6.0), best.partition())
+    x = found.region.sample(500, edge=True)
+    y = target(x)
+    error = (found.adapters.merge(frozen)(x) - y).square().mean()
+    uniform = fnn.adapt(frozen, target, 4, Ball(6.0)).adapters.merge(frozen)
+    assert error < 1e-18 * y.square().mean()
+    assert (uniform(x) - y).square().mean() > 1e-6 * y.square().mean()
+
+
+def test_the_least_bound_can_be_far_below_that_of_the_uniform_partition() -> None:
+    frozen, target = near_to_its_first_layer()
+    best = partition.least_error(frozen, target, 3, 16.0)
+    assert best.value < bounds.fnn_error(frozen, target, 3, 16.0) / 2
+
+
+def test_layers_of_unequal_rank_draw_the_cuts() -> None:
+    frozen, target = FNN.random(6, 8, seed=1), FNN.random(2, 8, seed=2)
+    early = partition.least_error(frozen, target, [8, 2, 2, 2, 2, 2], 8.0)
+    late = partition.least_error(frozen, target, [2, 2, 2, 2, 2, 8], 8.0)
+    # A layer of full rank makes a block of its own exact, whatever its neighbours.
+    assert early.sizes.tolist() == [1, 5]
+    assert late.sizes.tolist()[0] >= 4
+
+
+def test_blocks_end_only_where_the_frozen_network_is_wide_enough() -> None:
+    widths = (6, 3, 6, 6, 6)
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn(b, a, generator=generator, dtype=torch.float64) for a, b in pairwise(widths)
+    ]
+    frozen = FNN(weights, [torch.zeros(b, dtype=torch.float64) for b in widths[1:]])
+    target = FNN.random(1, 6)
+    # A target layer of width 3 in the middle lets the narrow one be a block's end, no other can.
+    hourglass = FNN(
+        [torch.ones(3, 6).double(), torch.ones(6, 3).double()],
+        [torch.zeros(3).double(), torch.zeros(6).double()],
+    )
+    assert partition.least_rank(frozen, hourglass).sizes.tolist() == [1, 3]
+    with pytest.raises(InputError, match="target must be no deeper and no wider"):
+        partition.least_rank(frozen, target)
+
+
+def test_deeper_and_wider_targets_are_refused() -> None:
+    frozen = FNN.random(2, 4)
+    for target in (FNN.random(3, 4), FNN.random(1, 5)):
+        with pytest.raises(InputError, match=r"no wider .* of widths \(4, 4, 4\); got widths"):
+            partition.least_rank(frozen, target)
+    with pytest.raises(InputError, match="rank must be an integer from 0 to 4"):
+        partition.least_error(frozen, FNN.random(1, 4), 5, 4.0)

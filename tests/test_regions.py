@@ -1,0 +1,151 @@
+"""Regions: what linear maps and layers do over them, against random and extreme members."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import dtypes, seeds
+
+from lorapower import InputError
+from lorapower.regions import Ball, Box, Region, Samples
+
+
+def some_region(kind: str, width: int, seed: int) -> Region:
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(width, generator=generator, dtype=torch.float64)
+    if kind == "ball":
+        return Ball(2.5, centre)
+    if kind == "box":
+        return Box(centre - 1, centre + torch.rand(width, generator=generator).double())
+    return Samples(torch.randn(width, 20, generator=generator, dtype=torch.float64), margin=0.3)
+
+
+kinds = st.sampled_from(["ball", "box", "samples"])
+
+
+@given(kinds, st.integers(1, 6), seeds)
+def test_no_member_goes_below_the_lowest_value_and_one_reaches_it(
+    kind: str, width: int, seed: int
+) -> None:
+    region = some_region(kind, width, seed)
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(4, width, generator=generator, dtype=torch.float64)
+    lowest = region.lowest(matrix)
+    for edge in (False, True):
+        values = matrix @ (region.sample(500, edge=edge, seed=seed) - region.centre)
+        assert (values >= lowest - 1e-12).all()
+    if isinstance(region, Ball):
+        extreme = -region.radius * (matrix / matrix.norm(dim=1, keepdim=True)).mT
+    elif isinstance(region, Box):
+        extreme = -region.half * matrix.mT.sign()
+    else:
+        corners = 1.3 * (region.inputs - region.centre)  # type: ignore[attr-defined]
+        extreme = corners[:, (matrix @ corners).argmin(1)]
+    torch.testing.assert_close((matrix @ extreme).diagonal()[:, None], lowest)
+
+
+@given(kinds, st.integers(1, 6), seeds)
+def test_the_largest_norm_is_reached_by_no_member_but_at_the_edge(
+    kind: str, width: int, seed: int
+) -> None:
+    region = some_region(kind, width, seed)
+    largest = region.largest_norm()
+    for edge in (False, True):
+        norms = region.sample(500, edge=edge, seed=seed).norm(dim=0)
+        assert (norms <= largest * (1 + 1e-12)).all()
+    if not isinstance(region, Ball):
+        assert region.sample(20000, edge=True).norm(dim=0).max() >= largest * (1 - 1e-12)
+    else:
+        torch.testing.assert_close(largest, region.radius + region.centre.norm())
+
+
+@given(st.sampled_from(["ball", "box"]), st.integers(1, 6), seeds)
+def test_the_region_after_a_layer_holds_the_images(kind: str, width: int, seed: int) -> None:
+    region = some_region(kind, width, seed)
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(3, width, generator=generator, dtype=torch.float64)
+    bias = torch.randn(3, 1, generator=generator, dtype=torch.float64)
+    after = region.after(matrix, matrix @ region.centre + bias)
+    assert isinstance(after, Box)
+    for edge in (False, True):
+        images = (matrix @ region.sample(500, edge=edge, seed=seed) + bias).relu()
+        assert ((images - after.centre).abs() <= after.half + 1e-12).all()
+
+
+def test_the_region_after_a_layer_of_samples_is_that_of_their_images() -> None:
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    region = Samples(x)
+    after = region.after(torch.eye(4).double(), region.centre + 1)
+    torch.testing.assert_close(after.inputs, (x + 1).relu())
+    assert after.margin == region.margin
+
+
+@given(st.integers(1, 6), st.floats(0.1, 10), seeds)
+def test_typical_inputs_have_the_given_scale_and_are_in_the_region(
+    width: int, scale: float, seed: int
+) -> None:
+    wide = Ball(1e3).fit(width, torch.float64)
+    inputs = wide.typical(scale)
+    covariance = inputs @ inputs.mT / inputs.shape[1]
+    torch.testing.assert_close(covariance, scale**2 * torch.eye(width).double())
+    for kind in ("ball", "box"):
+        region = some_region(kind, width, seed)
+        identity = torch.eye(width, dtype=torch.float64)
+        beyond = (region.typical(scale) - region.centre).abs() + region.lowest(identity)
+        assert (beyond <= 1e-12).all()
+
+
+@given(kinds, st.integers(1, 6), dtypes, seeds)
+def test_batches_of_regions_are_their_members(
+    kind: str, width: int, dtype: torch.dtype, seed: int
+) -> None:
+    members = [some_region(kind, width, seed + k) for k in range(3)]
+    if kind == "ball":
+        together: Region = Ball(
+            torch.tensor([2.5] * 3).double(), torch.stack([m.centre[:, 0] for m in members])
+        )
+    elif kind == "box":
+        sides = [
+            torch.stack([(m.centre + sign * m.half)[:, 0] for m in members])  # type: ignore[attr-defined]
+            for sign in (-1, 1)
+        ]
+        together = Box(*sides)
+    else:
+        together = Samples(torch.stack([m.inputs for m in members]), 0.3)  # type: ignore[attr-defined]
+    matrix = torch.randn(3, 2, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    alone = [m.fit(width, dtype).lowest(A) for m, A in zip(members, matrix, strict=True)]
+    torch.testing.assert_close(together.fit(width, dtype).lowest(matrix), torch.stack(alone))
+    assert together.fit(width, dtype).largest_norm().shape == (3,)
+    assert together.fit(width, dtype).sample(5).shape == (3, width, 5)
+
+
+def test_plain_numbers_and_arrays_make_regions() -> None:
+    assert Ball(2).fit(3, torch.float32).centre.dtype == torch.float32
+    assert Box(-1, 1).fit(3, torch.float64).half.flatten().tolist() == [1, 1, 1]
+    assert Box(np.zeros(2), np.ones(2)).centre.flatten().tolist() == [0.5, 0.5]
+    assert Ball(0).fit(2, torch.float64).sample(3, edge=True).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: Ball(-1.0), "radius must be at least 0; got -1.0: such a ball is empty"),
+        (lambda: Ball(float("inf")), "radius must be finite"),
+        (lambda: Ball(float("nan")), "radius must be finite"),
+        (lambda: Ball("wide"), "radius must be"),
+        (lambda: Box(1.0, 0.0), "low must be at most high .* got 1.0 above 0.0.* empty"),
+        (lambda: Box(-np.inf, 0.0), "low must be finite"),
+        (lambda: Box([0.0, 0.0], [1.0, 1.0, 1.0]), "broadcast"),
+        (lambda: Samples(torch.ones(3, 0)), "inputs must be a non-empty array"),
+        (lambda: Samples(torch.ones(3, 2), margin=-0.1), "margin must be at least 0"),
+        (lambda: Samples(torch.ones(3, 2).half()), "inputs must be float32 or float64"),
+        (lambda: Ball(1.0, torch.zeros(3)).fit(4, torch.float64), "region must be of 4 coord.* 3"),
+        (lambda: Samples(torch.ones(1, 2)).fit(4, torch.float64), "region must be of 4 coord"),
+    ],
+)
+def test_empty_and_unbounded_regions_are_refused(make: object, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        make()  # type: ignore[operator]
