@@ -43,6 +43,6 @@ class SingularError(LorapowerError, ArithmeticError):
             f"the products that the adapter of layer {layer}{member} acts through are singular or "
             f"nearly so (condition number {condition_number:.1e}). The best splitting tried leaves "
             f"a relative error of {rounding_error:.1e}, more than rtol = {rtol:.1e}: the "
-            "assumption of non-singularity fails (chapter 1). Give more rank to a singular layer, give this "
-            "layer rank 0, or perturb the frozen weights"
+            "assumption of non-singularity fails (chapter 1). Give more rank to a singular "
+            "layer, give this layer rank 0, or perturb the frozen weights"
         )
