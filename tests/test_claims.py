@@ -1,0 +1,72 @@
+"""Claims hold when, and only when, their criterion is met; records survive the notebook."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from lorapower import InputError, claims
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "options", "holds"),
+    [
+        (1.0, 1.0, {}, True),
+        (1.0, 1.0 + 1e-12, {}, False),
+        (1.0, 1.0 + 1e-12, {"rtol": 1e-11}, True),
+        ([1.0, 2.0], [1.0, 2.1], {"rtol": 1e-2}, False),
+        ([1.0, 2.0], [1.0, 2.1], {"rtol": 1e-1}, True),
+        (0.0, 1e-15, {"rtol": 1e-10}, False),
+        (0.0, 1e-15, {"rtol": 1e-10, "scale": 1.0}, True),
+        (0.0, 0.0, {"rtol": 1e-10}, True),
+        (1.0, NAN, {"rtol": 1.0}, False),
+        (NAN, NAN, {"rtol": 1.0}, False),
+        (torch.ones(3, 2), torch.ones(2), {}, True),
+    ],
+)
+def test_equal(predicted: object, measured: object, options: dict[str, float], holds: bool) -> None:
+    claim = claims.equal("s", "l", predicted=predicted, measured=measured, **options)  # type: ignore[arg-type]
+    assert claim.holds is holds
+
+
+@pytest.mark.parametrize(
+    ("measured", "bound", "below", "above"),
+    [(1, 2, True, False), (2, 1, False, True), (1, 1, True, True), (NAN, 1, False, False)],
+)
+def test_inequalities(measured: float, bound: float, below: bool, above: bool) -> None:
+    assert claims.at_most("s", "l", measured=[measured, 1], bound=bound).holds is (below)
+    assert claims.at_least("s", "l", measured=[measured, 2], bound=bound).holds is (above)
+
+
+def test_nothing_checked_is_no_claim() -> None:
+    with pytest.raises(InputError, match="measured must be at least one number; got none"):
+        claims.at_most("s", "l", measured=[], bound=1)
+
+
+def test_numbers_are_readable_markdown() -> None:
+    claim = claims.equal("s", "l", predicted=[0, 2.5e-7], measured=[0, 2.5e-7], rtol=1e-10)
+    assert claim.predicted == r"0 … $2.5\times10^{-7}$"
+    assert claim.criterion == "relative deviation at most $10^{-10}$"
+
+
+def test_an_executed_notebook_yields_its_claims_in_order(tmp_path: Path) -> None:
+    recorded = [
+        claims.at_most("first $x$", "lem-a", measured=1, bound=2),
+        claims.at_least("second", "lem-b", measured=1, bound=2),
+    ]
+    notebook = nbformat.v4.new_notebook()
+    for claim in recorded:
+        output = nbformat.v4.new_output("display_data", claim._repr_mimebundle_())
+        notebook.cells.append(nbformat.v4.new_code_cell("…", outputs=[output]))
+    notebook.cells.append(nbformat.v4.new_markdown_cell("text"))
+    path = tmp_path / "executed.ipynb"
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    assert claims.read(path) == recorded
+    assert [claim.holds for claim in claims.read(path)] == [True, False]
+    assert "✗ fails" in recorded[1]._repr_mimebundle_()["text/markdown"]

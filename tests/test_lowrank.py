@@ -1,0 +1,124 @@
+"""Low-rank matrices against numpy and against their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import batch_shapes, dtypes, seeds
+
+from lorapower import InputError, lowrank
+
+sides = st.integers(1, 12)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@given(sides, sides, batch_shapes, dtypes, seeds, st.data())
+def test_truncated_svd_is_the_best_approximation(
+    rows: int,
+    cols: int,
+    batch: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    rank = data.draw(st.integers(0, min(rows, cols)))
+    matrix = normal(*batch, rows, cols, seed=seed, dtype=dtype)
+    approximation = lowrank.truncated_svd(matrix, rank)
+    assert approximation.rank == rank
+    assert approximation.parameter_count == (rows + cols) * rank
+    sigma = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    left_out = np.concatenate([sigma[..., rank:], np.zeros((*batch, 1))], -1)
+    difference = (matrix - approximation.matrix()).double().numpy()
+    tolerance = 20 * torch.finfo(dtype).eps * max(rows, cols) * sigma.max()
+    spectral, frobenius = lowrank.tail_norms(lowrank.spectrum(matrix), rank)
+    for norm, expected, predicted in (
+        (np.linalg.norm(difference, 2, (-2, -1)), left_out.max(-1), spectral),
+        (np.linalg.norm(difference, "fro", (-2, -1)), np.sqrt((left_out**2).sum(-1)), frobenius),
+    ):
+        np.testing.assert_allclose(norm, expected, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(predicted.numpy(), expected, rtol=0, atol=tolerance)
+
+
+@given(st.integers(1, 10), st.data(), seeds)
+def test_rank_counts_the_terms_of_a_sum(width: int, data: st.DataObject, seed: int) -> None:
+    rank = data.draw(st.integers(0, width))
+    factors = normal(2, width, rank, seed=seed)
+    matrix = factors[0] @ factors[1].mT
+    assert lowrank.rank(matrix) == np.linalg.matrix_rank(matrix.numpy()) == rank
+
+
+def test_rank_of_a_difference_ignores_the_rounding_of_its_terms() -> None:
+    matrix = normal(8, 8)
+    noise = (matrix * 3) / 3 - matrix
+    assert noise.any()
+    assert lowrank.rank(noise) > 0
+    assert lowrank.rank(noise, scale=lowrank.spectrum(matrix)[0]) == 0
+
+
+@given(sides, sides, st.floats(1, 1e8), seeds)
+def test_random_matrix_has_the_condition_number_asked_for(
+    rows: int, cols: int, kappa: float, seed: int
+) -> None:
+    matrix = lowrank.random_matrix(rows, cols, condition_number=kappa, seed=seed)
+    expected = kappa if min(rows, cols) > 1 else 1
+    assert lowrank.condition_number(matrix) == pytest.approx(expected, rel=1e-6)
+    assert lowrank.spectrum(matrix)[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kappa", [0.5, float("inf"), float("nan")])
+def test_random_matrix_refuses_other_condition_numbers(kappa: float) -> None:
+    with pytest.raises(InputError, match="condition_number must be finite, at least 1"):
+        lowrank.random_matrix(2, 2, condition_number=kappa)
+
+
+@pytest.mark.parametrize("matrix", [torch.zeros(3, 3), torch.diag(torch.tensor([1.0, 0.0]))])
+def test_singular_matrices_have_an_infinite_condition_number(matrix: torch.Tensor) -> None:
+    assert lowrank.condition_number(matrix) == torch.inf
+
+
+@given(sides, sides, batch_shapes, seeds)
+def test_solve_gives_the_smallest_solution(
+    rows: int, more: int, batch: tuple[int, ...], seed: int
+) -> None:
+    matrix = lowrank.random_matrix(
+        rows, rows + more - 1, condition_number=10, batch_shape=batch, seed=seed
+    )
+    right = normal(*batch, rows, 2, seed=seed)
+    expected = np.linalg.pinv(matrix.numpy()) @ right.numpy()
+    np.testing.assert_allclose(lowrank.solve(matrix, right).numpy(), expected, atol=1e-11)
+
+
+def test_solve_refuses_a_tall_matrix() -> None:
+    with pytest.raises(InputError, match="at least as wide as high; got 3×2"):
+        lowrank.solve(torch.ones(3, 2), torch.ones(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "complaint"),
+    [
+        (torch.tensor([[1, 2]]), "must be float32 or float64; got int64"),
+        (torch.ones(2, 2, dtype=torch.float16), "got float16"),
+        (torch.tensor([[1.0, torch.nan]]), "must be finite; got 1 entries"),
+        (torch.tensor([[1.0, torch.inf]]), "must be finite"),
+        (torch.ones(0, 2), r"non-empty array of at least 2 dimensions; got shape \(0, 2\)"),
+        (torch.ones(3), r"got shape \(3,\)"),
+        ([[1.0, 2.0], [3.0]], "rectangular array of numbers"),
+        (np.array([["a"]]), "rectangular array of numbers"),
+    ],
+)
+def test_unusable_matrices_are_refused(matrix: object, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        lowrank.truncated_svd(matrix, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", [-1, 3, 1.0, "one", True, None])
+def test_unusable_ranks_are_refused(rank: object) -> None:
+    with pytest.raises(InputError, match=r"rank must be an integer from 0 to 2 \(the smaller side"):
+        lowrank.truncated_svd(torch.ones(2, 5), rank)  # type: ignore[arg-type]

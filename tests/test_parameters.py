@@ -1,0 +1,41 @@
+"""Parameters of chapters: completed when they are right, named when they are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorapower import InputError, parameters
+
+RIGHT: dict[str, Any] = {"profile": "quick", "seed": 0, "width": 16, "depth": 6, "ranks": [4, 1]}
+
+
+def test_right_parameters_come_back_in_order() -> None:
+    assert parameters.check(**RIGHT) == ["quick", 0, 16, 6, [1, 4]]
+    assert parameters.check(width=2, ranks=[]) == [2, [0, 1, 2]]
+    assert parameters.check(width=2, ranks=1) == [2, [1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("profile", "fast", "profile must be quick or paper; got 'fast'"),
+        ("profile", None, "got None"),
+        ("seed", -1, "seed must be an integer from 0; got -1"),
+        ("seed", 0.5, "got 0.5"),
+        ("width", 0, "width must be an integer from 1 to 512; got 0"),
+        ("width", "16", "got '16'"),
+        ("width", True, "got True"),
+        ("depth", "two", "depth must be an integer from 1 to 64; got 'two'"),
+        ("depth", 65, "got 65"),
+        ("ranks", -1, r"ranks must be an integer from 0 to 16 \(the width\); got -1"),
+        ("ranks", 17, "got 17"),
+        ("ranks", [0, 17], "got 17"),
+        ("ranks", [0.5], "got 0.5"),
+        ("ranks", "all", "got 'all'"),
+    ],
+)
+def test_wrong_parameters_are_named(name: str, value: object, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        parameters.check(**RIGHT | {name: value})
