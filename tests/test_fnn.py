@@ -250,6 +250,21 @@ def test_scalar_biases_are_one_number_and_cost_more_digits() -> None:
     assert single.digits_lost.median() < scalar.digits_lost.median() - 0.2
 
 
+@pytest.mark.parametrize("depth", [3, 4, 5])
+def test_more_rank_costs_no_digits(depth: int) -> None:
+    frozen = FNN.random(depth, 16, batch_shape=(50,), seed=3)
+    target = FNN.random(1, 16, batch_shape=(50,), seed=4)
+    least = -(-16 // depth)
+    lost = [
+        fnn.adapt(frozen, target, rank, Ball(8.0)).digits_lost
+        for rank in (least, least + 2, least + 4, 16)
+    ]
+    for fewer, more in pairwise(lost):
+        assert more.median() < fewer.median() + 0.1
+        assert more.max() < fewer.max() + 0.5
+    assert lost[0].max() < 6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("radius", [4.0, 1e2, 1e4])
 def test_digits_are_lost_as_expected(dtype: torch.dtype, radius: float) -> None:

@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "_checks",
     "lowrank",
+    "regions",
     "networks",
     "adapters",
     "bounds",
@@ -65,11 +66,12 @@ def test_code_in_the_text_runs(document: Path) -> None:
     names: dict[str, object] = {}
     exec(
         "import torch\n"
-        "from lorapower import adapters, bounds, lowrank, networks\n"
+        "from lorapower import adapters, bounds, lowrank, networks, regions\n"
         "from lorapower.adapters import Adapters\n"
-        "from lorapower.constructions import linear\n"
+        "from lorapower.constructions import fnn, linear, partition\n"
         "from lorapower.lowrank import LowRank\n"
-        "from lorapower.networks import LinearNetwork\n",
+        "from lorapower.networks import FNN, LinearNetwork, Partition\n"
+        "from lorapower.regions import Ball, Box, Samples\n",
         names,
     )
     for indent, block in blocks:

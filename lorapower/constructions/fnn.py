@@ -187,7 +187,7 @@ def _adapt_weights(
 ) -> linear.LinearAdaptation:
     try:
         return linear.adapt(
-            block.frozen, block.target, block.ranks(ranks), rtol=rtol, enough=1, seed=seed
+            block.frozen, block.target, block.ranks(ranks), layerwise=True, rtol=rtol, seed=seed
         )
     except SingularError as error:
         raise SingularError(

@@ -51,15 +51,15 @@ def adapt(
     ranks: int | Sequence[int],
     *,
     plain_only: bool = False,
+    layerwise: bool = False,
     rtol: float | None = None,
-    enough: float = 16.0,
     seed: int = 0,
 ) -> LinearAdaptation:
     """Adapters that bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as their ranks allow.
 
     The singular triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of ``R_l``, and
     ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Systems
-    are solved, no inverse is formed. Where rounding errors then exceed a few units in the last
+    are solved, no inverse is formed. Where rounding errors then exceed a few units of the last
     place, other splittings of the same best approximation are tried (triplets rotated so that each
     layer takes what the others pass on most easily, or at random; the layers visited in another
     order; spare rank spent on the smallest singular values of the frozen layers), and the one of
@@ -71,11 +71,12 @@ def adapt(
         frozen network may have any width not below its inputs and outputs.
     ranks : one for all layers or one per layer, each from 0 to its weight's smaller side.
     plain_only : use the splitting of the proof, whatever its rounding error.
+    layerwise : judge splittings by what each layer's rounding can become in the product,
+        ``eps Σ_l ‖∏_{j>l} Ŵ_j‖ ‖Ŵ_l‖ ‖∏_{j<l} Ŵ_j‖`` (Frobenius norms), not by the rounding error
+        measured. Where biases stand between the layers, what goes into a layer is not small in the
+        directions that the layers before make small, and this is what counts.
     rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2 + ∏‖W_l‖_2``; by default
         ``eps^{1/2}``, half of the digits. ``inf`` accepts whatever comes.
-    enough : rounding error, in units in the last place of that sum, with which a splitting is kept
-        and no other is tried. What runs the layers one by one, as a ReLU network does, gains from
-        less: the units that rounding loses there are those that it loses in the product.
     seed : of the random rotations.
 
     Raises
@@ -100,17 +101,18 @@ def adapt(
         best_map.reshape(-1, *E.shape[-2:]),
         scale.reshape(-1),
         per_layer,
+        layerwise,
     )
 
     last_place = max(E.shape[-2:]) * torch.finfo(E.dtype).eps * problem.scale
     best = _split(problem, _Plan(range(frozen.depth)))
     plain = torch.ones(len(last_place), dtype=torch.bool)
     for plan in () if plain_only else _alternatives(problem, seed):
-        poor = best.rounding > enough * last_place
+        poor = best.judged > 16 * last_place
         if not poor.any():
             break
         trial = _split(problem.members(poor), plan)
-        improved = trial.rounding < best.rounding[poor]
+        improved = trial.judged < best.judged[poor]
         mine = poor.nonzero()[improved, 0]
         best.put(mine, trial, improved)
         plain[mine] = False
@@ -148,10 +150,13 @@ class _Problem(NamedTuple):
     best_map: Tensor
     scale: Tensor
     ranks: Sequence[int]
+    layerwise: bool
 
     def members(self, which: Tensor) -> _Problem:
         weights = [w[which] for w in self.weights]
-        return _Problem(weights, self.best_map[which], self.scale[which], self.ranks)
+        return self._replace(
+            weights=weights, best_map=self.best_map[which], scale=self.scale[which]
+        )
 
 
 class _Plan(NamedTuple):
@@ -185,17 +190,22 @@ def _alternatives(problem: _Problem, seed: int) -> Iterator[_Plan]:
 
 @dataclass
 class _Splitting:
-    """Factors for every layer, condition numbers ``[batch, L]``, rounding errors ``[batch]``."""
+    """Factors for every layer, condition numbers ``[batch, L]``, rounding errors ``[batch]``.
+
+    ``judged`` is the number by which splittings are compared, ``[batch]``.
+    """
 
     factors: list[tuple[Tensor, Tensor]]
     conditions: Tensor
     rounding: Tensor
+    judged: Tensor
 
     def put(self, mine: Tensor, other: _Splitting, theirs: Tensor) -> None:
         for (A, B), (other_A, other_B) in zip(self.factors, other.factors, strict=True):
             A[mine], B[mine] = other_A[theirs], other_B[theirs]
         self.conditions[mine] = other.conditions[theirs]
         self.rounding[mine] = other.rounding[theirs]
+        self.judged[mine] = other.judged[theirs]
 
 
 def _split(problem: _Problem, plan: _Plan) -> _Splitting:
@@ -205,7 +215,7 @@ def _split(problem: _Problem, plan: _Plan) -> _Splitting:
     layers' present weights are, so the order is free. The remaining error is computed anew for
     each layer, so that later layers make up for the rounding of earlier ones.
     """
-    weights, best_map, scale, ranks = problem
+    weights, best_map, scale, ranks, layerwise = problem
     width = min(best_map.shape[-2:])
     generator = torch.Generator().manual_seed(plan.seed)
     noise = max(best_map.shape[-2:]) * torch.finfo(best_map.dtype).eps * scale
@@ -249,7 +259,20 @@ def _split(problem: _Problem, plan: _Plan) -> _Splitting:
 
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
     rounding = torch.linalg.matrix_norm(product(merged) - best_map, ord=2)
-    return _Splitting(factors, conditions, rounding)
+    judged = _layerwise_rounding(merged) if layerwise else rounding
+    return _Splitting(factors, conditions, rounding, judged)
+
+
+def _layerwise_rounding(weights: list[Tensor]) -> Tensor:
+    def size(matrix: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(matrix)
+
+    systems = [_systems(weights, l) for l in range(len(weights))]
+    terms = [
+        size(left) * size(w) * size(right)
+        for w, (left, right) in zip(weights, systems, strict=True)
+    ]
+    return torch.finfo(weights[0].dtype).eps * torch.stack(terms).sum(0)
 
 
 def _directions(
