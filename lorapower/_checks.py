@@ -35,9 +35,18 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def tolerance(name: str, value: Any) -> float:
+    """``value`` as a ``float`` that is at least 0; infinity is allowed."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
+        raise InputError(name, allowed="a number of at least 0", given=repr(value))
+    return float(value)
+
+
 def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """One rank per layer, from one number or one for each, within its weight's smaller side."""
-    several = isinstance(ranks, Sequence | np.ndarray | Tensor) and not isinstance(ranks, str)
+    if isinstance(ranks, np.ndarray | Tensor):
+        ranks = ranks.tolist()
+    several = isinstance(ranks, Sequence) and not isinstance(ranks, str)
     each = list(ranks) if several else [ranks] * len(shapes)
     if len(each) != len(shapes):
         raise InputError(
@@ -45,8 +54,8 @@ def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, .
             allowed=f"one integer, or one for each of the {len(shapes)} layers",
             given=f"{len(each)} of them",
         )
-    if len({min(shape) for shape in shapes}) == 1 and len(set(each)) == 1:
-        return (integer("rank", each[0], 0, min(shapes[0]), limit="the width"),) * len(shapes)
+    if not several and len({min(shape) for shape in shapes}) == 1:
+        return (integer("rank", ranks, 0, min(shapes[0]), limit="the width"),) * len(shapes)
     return tuple(
         integer(
             f"rank of layer {l}", rank, 0, min(shape), limit=f"its weight is {shape[0]}×{shape[1]}"

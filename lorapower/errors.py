@@ -33,20 +33,37 @@ class SingularError(LorapowerError, ArithmeticError):
     condition_number : of that system.
     rounding_error : relative, of the best splitting.
     rtol : what was accepted.
+    singular_from : the condition number from which on a product counts as singular.
     member : words that say which member of a batch, or an empty string for a single network.
     """
 
     def __init__(
-        self, layer: int, condition_number: float, rounding_error: float, rtol: float, member: str
+        self,
+        layer: int,
+        condition_number: float,
+        rounding_error: float,
+        rtol: float,
+        singular_from: float,
+        member: str,
     ) -> None:
         self.layer, self.condition_number = layer, condition_number
-        self.rounding_error, self.rtol, self.member = rounding_error, rtol, member
+        self.rounding_error, self.rtol = rounding_error, rtol
+        self.singular_from, self.member = singular_from, member
+        where = f"the products that the adapter of layer {layer}{member} acts through"
+        if condition_number > singular_from:
+            cause = (
+                f"{where} are singular (condition number {condition_number:.1e}), so that the "
+                "assumption of non-singularity fails (chapter 1): give more rank to a singular "
+                "layer, give this layer rank 0, or perturb the frozen weights"
+            )
+        else:
+            cause = (
+                f"{where} are ill-conditioned (condition number {condition_number:.1e}): use "
+                "float64, give more rank, or accept it with a larger rtol"
+            )
         super().__init__(
-            f"the products that the adapter of layer {layer}{member} acts through are singular or "
-            f"nearly so (condition number {condition_number:.1e}). The best splitting tried leaves "
-            f"a relative error of {rounding_error:.1e}, more than rtol = {rtol:.1e}: the "
-            "assumption of non-singularity fails (chapter 1). Give more rank to a singular "
-            "layer, give this layer rank 0, or perturb the frozen weights"
+            "the best splitting tried leaves a relative rounding error of "
+            f"{rounding_error:.1e}, more than rtol = {rtol:.1e}; {cause}"
         )
 
 

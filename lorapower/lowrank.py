@@ -15,7 +15,7 @@ from . import _checks
 from .errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """A matrix held as its factors, ``A @ B.mT``: the update ``ΔW = A Bᵀ`` of an adapter.
 
@@ -69,9 +69,9 @@ def tail_norms(
     """Norms of what rank ``r`` leaves out: ``σ_{r+1}`` (0 past the end), ``(Σ_{d>r} σ_d²)^{1/2}``.
 
     These are the spectral and the Frobenius distance to the nearest matrix of rank ``r``
-    (Eckart–Young–Mirsky, chapter 1).
+    (Eckart–Young–Mirsky, chapter 1). Raises `InputError` for a negative rank.
     """
-    tail = singular_values[..., rank:]
+    tail = singular_values[..., _checks.integer("rank", rank, 0) :]
     spectral = tail[..., 0] if tail.shape[-1] else torch.zeros_like(singular_values[..., 0])
     return spectral, torch.linalg.vector_norm(tail, dim=-1)
 

@@ -25,7 +25,9 @@ def minimize(
     batch and all starts are minimized together, as one sum. Factors start at ``N(0, 0.25²)``.
     Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
     """
+    frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
     bounds.error_matrix(frozen, target)
+    starts = _checks.integer("starts", starts, 1)
     ranks = _checks.ranks_per_layer(rank, [tuple(w.shape[-2:]) for w in frozen.weights])
     generator = torch.Generator().manual_seed(seed)
 

@@ -122,3 +122,9 @@ def test_unusable_matrices_are_refused(matrix: object, complaint: str) -> None:
 def test_unusable_ranks_are_refused(rank: object) -> None:
     with pytest.raises(InputError, match=r"rank must be an integer from 0 to 2 \(the smaller side"):
         lowrank.truncated_svd(torch.ones(2, 5), rank)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", [-1, None, 0.5])
+def test_tails_begin_at_a_rank(rank: object) -> None:
+    with pytest.raises(InputError, match="rank must be an integer from 0"):
+        lowrank.tail_norms(torch.ones(3), rank)  # type: ignore[arg-type]

@@ -16,6 +16,13 @@ from lorapower import InputError
 from lorapower.networks import LinearNetwork, product
 
 
+class Doubled(nn.Linear):
+    """A layer that is a `Linear` by name only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
 @given(st.integers(1, 6), st.integers(1, 8), batch_shapes, dtypes, seeds)
 def test_network_is_its_product(
     depth: int, width: int, batch: tuple[int, ...], dtype: torch.dtype, seed: int
@@ -60,6 +67,12 @@ def test_batches_of_layers_broadcast_and_can_be_picked_apart() -> None:
     assert network[1:3].batch_shape == (2,)
 
 
+@pytest.mark.parametrize("index", [5, (0, 0), (slice(None), 0)])
+def test_only_the_batch_is_indexed(index: object) -> None:
+    with pytest.raises(InputError, match=r"index must be one into batch shape \(3,\)"):
+        LinearNetwork.random(2, 4, batch_shape=(3,))[index]
+
+
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=5), dtypes, seeds)
 def test_sequential_round_trip(widths: list[int], dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed % 2**31)
@@ -93,6 +106,7 @@ def test_the_network_does_not_follow_its_module() -> None:
             r"Linear layers; got ReLU\(\) at 1",
         ),
         (nn.Sequential(), "at least one matrix; got none"),
+        (nn.Sequential(Doubled(2, 2, bias=False)), "Linear layers; got Doubled"),
     ],
 )
 def test_other_modules_are_refused(module: nn.Sequential, complaint: str) -> None:
@@ -108,7 +122,8 @@ def test_a_batch_is_no_module() -> None:
 @pytest.mark.parametrize(
     ("weights", "complaint"),
     [
-        ([], "at least one matrix"),
+        ([], "at least one matrix; got none"),
+        (None, "at least one matrix; got NoneType"),
         ([torch.ones(2, 3), torch.ones(2, 3)], "weight of layer 2 must be of 2 columns"),
         ([torch.ones(2, 2), torch.ones(2, 2).double()], "all float32 or all float64; got both"),
         ([torch.ones(2, 1, 1), torch.ones(3, 1, 1)], "batch shapes that broadcast"),

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import lowrank
+from .. import _checks, lowrank
 from ..errors import InputError
-from ..networks import LinearNetwork
+from ..networks import LinearNetwork, product
 
 
 def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, "*batch out in"]:
@@ -16,6 +16,7 @@ def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, 
 
     Raises `InputError` when input or output sizes, types or batch shapes of the two do not match.
     """
+    frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
     ends = [(network.widths[0], network.widths[-1]) for network in (frozen, target)]
     if ends[0] != ends[1]:
         raise InputError(
@@ -30,28 +31,50 @@ def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, 
             given=target.dtype,
             remedy="convert one with .to(dtype)",
         )
-    try:
-        torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
-    except RuntimeError as error:
+    _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
+    E = target.product() - frozen.product()
+    if not E.isfinite().all():
         raise InputError(
-            "target",
-            given=tuple(target.batch_shape),
-            allowed=f"of a batch shape that broadcasts with {tuple(frozen.batch_shape)}",
-        ) from error
-    return target.product() - frozen.product()
+            "frozen and target",
+            allowed="of finite products",
+            given="a product that overflows",
+            remedy="scale the weights down",
+        )
+    return E
 
 
 def rounding_scale(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, "*batch"]:
-    """``‖W̄‖_2 + ∏_l ‖W_l‖_2``: what in ``E`` is below ``D · eps`` times this is rounding."""
-    sizes = [
-        torch.stack([lowrank.spectrum(weight)[..., 0] for weight in network.weights]).prod(0)
-        for network in (frozen, target)
-    ]
-    return sizes[0] + sizes[1]
+    """What in ``E`` is below ``D · eps`` times this may be rounding.
+
+    Two bounds on the rounding of a product, and the smaller one counts: entry by entry,
+    ``‖∏_l |W_l|‖_2``, and layer by layer, ``max_l ‖∏_{j>l} W_j‖ ‖W_l‖ ‖∏_{j<l} W_j‖``. To that of
+    the frozen network comes that of the target.
+    """
+    return _product_scale(frozen) + _product_scale(target)
+
+
+def _product_scale(network: LinearNetwork) -> Tensor:
+    def norm(matrix: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(matrix, ord=2)
+
+    inner = [torch.eye(network.widths[0], dtype=network.dtype)]
+    outer = [torch.eye(network.widths[-1], dtype=network.dtype)]
+    for low, high in zip(network.weights[:-1], reversed(network.weights[1:]), strict=True):
+        inner.append(low @ inner[-1])
+        outer.append(outer[-1] @ high)
+    layers = zip(outer[::-1], network.weights, inner, strict=True)
+    layerwise = torch.stack([norm(a) * norm(w) * norm(b) for a, w, b in layers]).amax(0)
+    entrywise = product([weight.abs() for weight in network.weights]).nan_to_num()
+    return torch.minimum(layerwise, norm(entrywise))
 
 
 def error_rank(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
-    """``rank E``, counting only singular values above the rounding of ``E`` itself."""
+    """``rank E``, counting only singular values above the rounding of ``E`` itself.
+
+    In a network so deep or so large that all of ``E`` may be rounding (`rounding_scale`), it is 0:
+    in that arithmetic nothing can be told.
+    """
+    frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
     E = error_matrix(frozen, target)
     return lowrank.rank(E, scale=rounding_scale(frozen, target))
 
@@ -61,7 +84,7 @@ def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor
 
     Source: corollary "exactness threshold", chapter 1.
     """
-    return -(-error_rank(frozen, target) // frozen.depth)
+    return -(-error_rank(frozen, target) // LinearNetwork.of(frozen).depth)
 
 
 def linear_error(

@@ -186,15 +186,14 @@ def _adapt_weights(
     block: Block, ranks: Sequence[int], rtol: float | None, seed: int
 ) -> linear.LinearAdaptation:
     try:
-        return linear.adapt(
-            block.frozen, block.target, block.ranks(ranks), layerwise=True, rtol=rtol, seed=seed
-        )
+        return linear.adapt(block.frozen, block.target, block.ranks(ranks), rtol=rtol, seed=seed)
     except SingularError as error:
         raise SingularError(
             block.layers.start + error.layer,
             error.condition_number,
             error.rounding_error,
             error.rtol,
+            error.singular_from,
             error.member,
         ) from error
 

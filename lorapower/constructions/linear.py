@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,7 +18,7 @@ from ..lowrank import LowRank
 from ..networks import LinearNetwork, product
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearAdaptation:
     """Adapters of a deep linear network, with the evidence for them.
 
@@ -28,7 +28,7 @@ class LinearAdaptation:
     spectral_error : predicted ``‖∏(W_l + ΔW_l) − W̄‖_2 = σ_{r+1}(E)``, ``r = Σ_l R_l``; ``[...]``.
     frobenius_error : predicted ``‖∏(W_l + ΔW_l) − W̄‖_F``; ``[...]``.
     rounding_error : measured ``‖∏(W_l + ΔW_l) − (∏W_l + LR_r(E))‖_2``, which exact arithmetic would
-        make 0: how far the measured error can be from the predicted one; ``[...]``.
+        make 0, the larger of the products multiplied from either end; ``[...]``.
     condition_numbers : of the worse of the two linear systems solved for each layer, 1 where none
         was needed; ``[..., L]``.
     plain : whether the splitting of the proof was kept, or else an alternative; ``[...]``.
@@ -46,12 +46,11 @@ class LinearAdaptation:
 
 @torch.no_grad()
 def adapt(
-    frozen: LinearNetwork,
-    target: LinearNetwork,
+    frozen: LinearNetwork | Any,
+    target: LinearNetwork | Any,
     ranks: int | Sequence[int],
     *,
     plain_only: bool = False,
-    layerwise: bool = False,
     rtol: float | None = None,
     seed: int = 0,
 ) -> LinearAdaptation:
@@ -67,58 +66,60 @@ def adapt(
 
     Parameters
     ----------
-    frozen, target : same inputs, outputs and type; batch shapes broadcast. Hidden layers of the
+    frozen, target : networks, or what `LinearNetwork.of` makes one from, such as a matrix for the
+        target; same inputs, outputs and type; batch shapes broadcast. Hidden layers of the
         frozen network may have any width not below its inputs and outputs.
     ranks : one for all layers or one per layer, each from 0 to its weight's smaller side.
     plain_only : use the splitting of the proof, whatever its rounding error.
-    layerwise : judge splittings by what each layer's rounding can become in the product,
-        ``eps Σ_l ‖∏_{j>l} Ŵ_j‖ ‖Ŵ_l‖ ‖∏_{j<l} Ŵ_j‖`` (Frobenius norms), not by the rounding error
-        measured. Where biases stand between the layers, what goes into a layer is not small in the
-        directions that the layers before make small, and this is what counts.
-    rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2 + ∏‖W_l‖_2``; by default
-        ``eps^{1/2}``, half of the digits. ``inf`` accepts whatever comes.
+    rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2`` (or to the predicted error,
+        if that is larger, or to ``‖E‖_2`` for a target of zeros); by default ``eps^{1/2}``, half of
+        the digits. ``inf`` accepts whatever comes.
     seed : of the random rotations.
 
     Raises
     ------
     InputError : ranks out of range, networks that do not fit each other, a hidden width too small.
-    SingularError : nothing tried meets ``rtol``; names the layer and its condition number.
+    SingularError : nothing tried meets ``rtol``: a singular layer, or too few digits; names the
+        layer and its condition number.
 
     Source: theorem "optimal adaptation of a deep linear network", chapter 1, and the section on
     the robust construction there.
     """
+    frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     E = bounds.error_matrix(frozen, target)
     _check_widths(frozen, per_layer)
+    rtol = _checks.tolerance("rtol", torch.finfo(E.dtype).eps ** 0.5 if rtol is None else rtol)
 
     batch = E.shape[:-2]
     spectral, frobenius = lowrank.tail_norms(lowrank.spectrum(E), sum(per_layer))
     attainable = min(sum(per_layer), *E.shape[-2:])
     best_map = frozen.product() + lowrank.truncated_svd(E, attainable).matrix()
-    scale = bounds.rounding_scale(frozen, target).expand(batch)
+    last_place = max(E.shape[-2:]) * torch.finfo(E.dtype).eps
     problem = _Problem(
         [w.expand(*batch, *w.shape[-2:]).reshape(-1, *w.shape[-2:]) for w in frozen.weights],
         best_map.reshape(-1, *E.shape[-2:]),
-        scale.reshape(-1),
+        last_place * bounds.rounding_scale(frozen, target).expand(batch).reshape(-1),
         per_layer,
-        layerwise,
     )
 
-    last_place = max(E.shape[-2:]) * torch.finfo(E.dtype).eps * problem.scale
+    # Of the target, or of the error where that is predicted to be larger or the target is zero.
+    sizes = [torch.linalg.matrix_norm(M, ord=2) for M in (target.product(), E)]
+    scale = torch.maximum(torch.where(sizes[0] > 0, sizes[0], sizes[1]), spectral)
+    scale = scale.expand(batch).reshape(-1)
     best = _split(problem, _Plan(range(frozen.depth)))
-    plain = torch.ones(len(last_place), dtype=torch.bool)
+    plain = torch.ones(len(scale), dtype=torch.bool)
     for plan in () if plain_only else _alternatives(problem, seed):
-        poor = best.judged > 16 * last_place
+        poor = best.rounding > 16 * last_place * scale
         if not poor.any():
             break
         trial = _split(problem.members(poor), plan)
-        improved = trial.judged < best.judged[poor]
+        improved = trial.rounding < best.rounding[poor]
         mine = poor.nonzero()[improved, 0]
         best.put(mine, trial, improved)
         plain[mine] = False
 
-    rtol = torch.finfo(E.dtype).eps ** 0.5 if rtol is None else rtol
-    relative = best.rounding / problem.scale.clamp(min=torch.finfo(E.dtype).tiny)
+    relative = best.rounding / scale.clamp(min=torch.finfo(E.dtype).tiny)
     if (relative > rtol).any():
         member = int(relative.argmax())
         layer = int(best.conditions[member].argmax())
@@ -127,6 +128,7 @@ def adapt(
             float(best.conditions[member, layer]),
             float(relative[member]),
             rtol,
+            1 / last_place,
             f" of batch member {member}" if batch else "",
         )
 
@@ -148,14 +150,13 @@ class _Problem(NamedTuple):
 
     weights: list[Tensor]
     best_map: Tensor
-    scale: Tensor
+    noise: Tensor
     ranks: Sequence[int]
-    layerwise: bool
 
     def members(self, which: Tensor) -> _Problem:
         weights = [w[which] for w in self.weights]
         return self._replace(
-            weights=weights, best_map=self.best_map[which], scale=self.scale[which]
+            weights=weights, best_map=self.best_map[which], noise=self.noise[which]
         )
 
 
@@ -190,22 +191,17 @@ def _alternatives(problem: _Problem, seed: int) -> Iterator[_Plan]:
 
 @dataclass
 class _Splitting:
-    """Factors for every layer, condition numbers ``[batch, L]``, rounding errors ``[batch]``.
-
-    ``judged`` is the number by which splittings are compared, ``[batch]``.
-    """
+    """Factors for every layer, condition numbers ``[batch, L]``, rounding errors ``[batch]``."""
 
     factors: list[tuple[Tensor, Tensor]]
     conditions: Tensor
     rounding: Tensor
-    judged: Tensor
 
     def put(self, mine: Tensor, other: _Splitting, theirs: Tensor) -> None:
         for (A, B), (other_A, other_B) in zip(self.factors, other.factors, strict=True):
             A[mine], B[mine] = other_A[theirs], other_B[theirs]
         self.conditions[mine] = other.conditions[theirs]
         self.rounding[mine] = other.rounding[theirs]
-        self.judged[mine] = other.judged[theirs]
 
 
 def _split(problem: _Problem, plan: _Plan) -> _Splitting:
@@ -215,10 +211,9 @@ def _split(problem: _Problem, plan: _Plan) -> _Splitting:
     layers' present weights are, so the order is free. The remaining error is computed anew for
     each layer, so that later layers make up for the rounding of earlier ones.
     """
-    weights, best_map, scale, ranks, layerwise = problem
+    weights, best_map, noise, ranks = problem
     width = min(best_map.shape[-2:])
     generator = torch.Generator().manual_seed(plan.seed)
-    noise = max(best_map.shape[-2:]) * torch.finfo(best_map.dtype).eps * scale
     factors = [
         (w.new_zeros(*w.shape[:-1], R), w.new_zeros(len(w), w.shape[-1], R))
         for w, R in zip(weights, ranks, strict=True)
@@ -233,7 +228,8 @@ def _split(problem: _Problem, plan: _Plan) -> _Splitting:
     conditions = best_map.new_ones(len(best_map), len(weights))
 
     for l in plan.order:
-        U, S, Vh = torch.linalg.svd(best_map - product(current), full_matrices=False)
+        remaining = (best_map - product(current)).nan_to_num(0, 0, 0)  # of a plan that overflowed
+        U, S, Vh = torch.linalg.svd(remaining, full_matrices=False)
         unvisited = plan.order[plan.order.index(l) :]
         s = min(sum(shares[j] for j in unvisited), int(torch.gt(S, noise[:, None]).sum(-1).max()))
         k = min(shares[l], s)
@@ -258,21 +254,25 @@ def _split(problem: _Problem, plan: _Plan) -> _Splitting:
         conditions[:, l] = torch.where(needed.any((-2, -1)), worse, 1)
 
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
-    rounding = torch.linalg.matrix_norm(product(merged) - best_map, ord=2)
-    judged = _layerwise_rounding(merged) if layerwise else rounding
-    return _Splitting(factors, conditions, rounding, judged)
+    rounding = torch.stack([_distance(map_, best_map) for map_ in _both_ways(merged)]).amax(0)
+    return _Splitting(factors, conditions, rounding)
 
 
-def _layerwise_rounding(weights: list[Tensor]) -> Tensor:
-    def size(matrix: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(matrix)
+def _both_ways(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The product from the first layer on, as the forward pass does it, and from the last.
 
-    systems = [_systems(weights, l) for l in range(len(weights))]
-    terms = [
-        size(left) * size(w) * size(right)
-        for w, (left, right) in zip(weights, systems, strict=True)
-    ]
-    return torch.finfo(weights[0].dtype).eps * torch.stack(terms).sum(0)
+    The construction makes up for the very rounding errors of the first. The second has others, as
+    a forward pass on other inputs has, so that the larger error of the two is the honest one.
+    """
+    return product(weights), product([w.mT for w in reversed(weights)]).mT
+
+
+def _distance(matrix: Tensor, other: Tensor) -> Tensor:
+    """Spectral norm of the difference, infinite where one is not finite."""
+    difference = matrix - other
+    finite = difference.isfinite().all((-2, -1))
+    norm = torch.linalg.matrix_norm(difference.nan_to_num(0, 0, 0), ord=2)
+    return torch.where(finite, norm, torch.inf)
 
 
 def _directions(
@@ -305,7 +305,7 @@ def _systems(weights: list[Tensor], l: int) -> tuple[Tensor, Tensor]:
     """
     left = product([_identity(weights[-1].mT), *(w.mT for w in reversed(weights[l + 1 :]))]).mT
     right = product([_identity(weights[0]), *weights[:l]]).mT
-    return left, right
+    return left.nan_to_num(0, 0, 0), right.nan_to_num(0, 0, 0)
 
 
 def _identity(weight: Tensor) -> Tensor:

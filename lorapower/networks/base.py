@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from .. import _checks
 from ..errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
     """Layers of weights ``W_1, …, W_L`` that chain; what is between them is a subclass's matter.
 
@@ -45,6 +46,18 @@ class Network:
     @property
     def dtype(self) -> torch.dtype:
         return self.weights[0].dtype
+
+    def members(self, index: Any) -> Tensor:
+        """Positions, in the flattened batch, of the members at ``index`` of the batch dimensions.
+
+        Raises `InputError` for an index that the batch does not have.
+        """
+        try:
+            return torch.arange(self.batch_shape.numel()).reshape(self.batch_shape)[index]
+        except IndexError as error:
+            raise InputError(
+                "index", allowed=f"one into batch shape {tuple(self.batch_shape)}", given=index
+            ) from error
 
     def as_inputs(self, x: Any) -> Float[Tensor, "*batch in samples"]:
         """``x`` in the network's type, or an `InputError` where its columns are no inputs."""
@@ -77,9 +90,10 @@ def per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) ->
     if isinstance(values, Tensor | np.ndarray):
         stacked = _checks.real_tensor(plural, values, min_dims=min_dims + 1)
         values = stacked.unbind(-min_dims - 1)
-    if not len(values):
+    if not isinstance(values, Sequence) or not len(values):
         one = {1: "vector", 2: "matrix"}[min_dims]
-        raise InputError(plural, allowed=f"at least one {one}", given="none")
+        given = "none" if isinstance(values, Sequence) else type(values).__name__
+        raise InputError(plural, allowed=f"at least one {one}", given=given)
     layers = [
         _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims)
         for l, value in enumerate(values, start=1)

@@ -19,7 +19,7 @@ def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*ba
     return nn.functional.pad(x, (0, 0, 0, width - x.shape[-2]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FNN(Network):
     """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``, the last one too.
 
@@ -87,7 +87,11 @@ class FNN(Network):
 
     def __getitem__(self, index: Any) -> FNN:
         """The member, or members, of the batch at ``index``."""
-        return FNN([w[index] for w in self.weights], [b[index] for b in self.biases])
+        members = self.members(index)
+        return FNN(
+            [w.reshape(-1, *w.shape[-2:])[members] for w in self.weights],
+            [b.reshape(-1, b.shape[-1])[members] for b in self.biases],
+        )
 
     def layers(self, which: slice) -> FNN:
         """The network of some consecutive layers."""
@@ -119,7 +123,7 @@ class FNN(Network):
         """
         expected = [nn.Linear, nn.ReLU]
         for position, layer in enumerate(module):
-            if not isinstance(layer, expected[position % 2]):
+            if type(layer) is not expected[position % 2]:
                 raise InputError(
                     "module",
                     allowed="a Sequential of Linear and ReLU layers in turn",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*b
     return reduce(lambda inner, outer: outer @ inner, weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearNetwork(Network):
     """A deep linear network ``x ↦ W_L ⋯ W_1 x`` (chapter 1).
 
@@ -46,6 +47,21 @@ class LinearNetwork(Network):
         batch = _checks.common_shape("weights", [layer.shape[:-2] for layer in layers])
         expanded = tuple(layer.expand(*batch, *layer.shape[-2:]) for layer in layers)
         object.__setattr__(self, "weights", expanded)
+
+    @classmethod
+    def of(cls, value: Any) -> LinearNetwork:
+        """``value`` itself if it is one, or the network that it stands for.
+
+        A `torch.nn.Sequential`, one matrix ``[out, in]`` (a network of one layer), or whatever the
+        class takes as ``weights``.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, nn.Sequential):
+            return cls.from_sequential(value)
+        if isinstance(value, Tensor | np.ndarray) and value.ndim == 2:
+            return cls([value])
+        return cls(value)
 
     @classmethod
     def random(
@@ -69,7 +85,8 @@ class LinearNetwork(Network):
 
     def __getitem__(self, index: Any) -> LinearNetwork:
         """The member, or members, of the batch at ``index``."""
-        return LinearNetwork([weight[index] for weight in self.weights])
+        members = self.members(index)
+        return LinearNetwork([w.reshape(-1, *w.shape[-2:])[members] for w in self.weights])
 
     def to(self, dtype: torch.dtype) -> LinearNetwork:
         """The same network with weights rounded to ``dtype``."""
@@ -94,7 +111,7 @@ class LinearNetwork(Network):
         """
         weights: list[Tensor] = []
         for position, layer in enumerate(module):
-            if not isinstance(layer, nn.Linear):
+            if type(layer) is not nn.Linear:  # a subclass may compute anything
                 raise InputError(
                     "module",
                     allowed="a Sequential of Linear layers",
