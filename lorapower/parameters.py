@@ -17,7 +17,8 @@ def check(**given: Any) -> list[Any]:
     ``profile``: quick or paper. ``seed``: from 0. ``width``: 1 to 512. ``depth``: 1 to 64.
     ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
     ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
-    these. Raises `InputError` for the first that is not usable, naming it.
+    these, or 17 spread evenly where there are more. Raises `InputError` for the first that is not
+    usable, naming it.
     """
     return [_RULES[name](value, given) for name, value in given.items()]
 
@@ -32,7 +33,8 @@ def _ranks(value: Any, given: dict[str, Any]) -> list[int]:
     width = given["width"]
     ranks = value if isinstance(value, list) else [value]
     checked = [_checks.integer("ranks", rank, 0, width, limit="the width") for rank in ranks]
-    return sorted(set(checked)) or list(range(width + 1))
+    spread = {round(i * width / 16) for i in range(17)} if width > 16 else range(width + 1)
+    return sorted(set(checked) or spread)
 
 
 _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {

@@ -15,6 +15,8 @@ def test_right_parameters_come_back_in_order() -> None:
     assert parameters.check(**RIGHT) == ["quick", 0, 16, 6, [1, 4]]
     assert parameters.check(width=2, ranks=[]) == [2, [0, 1, 2]]
     assert parameters.check(width=2, ranks=1) == [2, [1]]
+    assert parameters.check(width=16, ranks=[])[1] == list(range(17))
+    assert parameters.check(width=64, ranks=[])[1] == list(range(0, 65, 4))
 
 
 @pytest.mark.parametrize(
