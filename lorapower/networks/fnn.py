@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,12 @@ class FNN(Network):
     def __getitem__(self, index: Any) -> FNN:
         """The member, or members, of the batch at ``index``."""
         return FNN([w[index] for w in self.weights], [b[index] for b in self.biases])
+
+    def with_parameters(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+    ) -> FNN:
+        """The network of other weights and, where given, other biases."""
+        return FNN(weights, self.biases if biases is None else biases)
 
     def layers(self, which: slice) -> FNN:
         """The network of some consecutive layers."""
