@@ -102,11 +102,12 @@ def transformer_error(
 ) -> Float[Tensor, "*batch"]:
     """A bound of the largest error ``‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
 
-    Block by block, with ``r`` the largest norm of the target's columns ``y``, ``δ`` that of their
-    error and ``r̂ = r + δ``: the scores of head ``h`` are off by at most ``s = ‖M_QK‖ δ (r + r̂) +
-    ε_QK r̂²``, a column of the softmax by ``min(s, 2)`` in ``ℓ_1``, and the next columns by
-    ``Σ_h [‖M_VO‖ (r min(s, 2) + δ) + ε_VO r̂]``. At the end ``‖W_out W_2‖ δ + ε_out r̂`` with the
-    activations for ``y``. A worst case, and far above the typical error after several blocks.
+    Block by block, with ``r`` the largest norm of a column ``a`` that enters it (of the input, or
+    of the activations before), ``q`` that of ``y = a + c``, ``δ`` that of the error, ``r̂ = r + δ``
+    and ``q̂ = q + δ``: the scores of head ``h`` are off by at most ``s = ‖M_QK‖ δ (r̂ + q) + ε_QK r̂
+    q̂``, a column of the softmax by ``min(s, 2)`` in ``ℓ_1``, and the next columns by ``Σ_h [‖M_VO‖
+    (r min(s, 2) + δ) + ε_VO r̂]``. At the end ``‖W_out W_2‖ δ + ε_out r̂``. A worst case, far above
+    the typical error after several blocks; the rounding of evaluating the networks comes on top.
 
     Parameters
     ----------
@@ -120,14 +121,12 @@ def transformer_error(
     delta = torch.zeros((), dtype=target.dtype)
     columns = target.as_inputs(x)
     for l, block in enumerate(target.trace(x)):
-        if l:
-            columns = columns + cut.shift[..., l - 1, :, None]
-        r, delta = _longest(columns)[..., None], delta[..., None]
+        shifted = columns + cut.shift[..., l - 1, :, None] if l else columns
+        r, q, delta = (size[..., None] for size in (_longest(columns), _longest(shifted), delta))
         scores, values = (norm[..., l, :] for norm in norms)
         score_errors, value_errors = errors.query_key[..., l, :], errors.value_output[..., l, :]
-        beyond = r + delta
-        off = (scores * delta * (r + beyond) + score_errors * beyond.square()).clamp(max=2)
-        delta = (values * (r * off + delta) + value_errors * beyond).sum(-1)
+        off = scores * delta * (r + delta + q) + score_errors * (r + delta) * (q + delta)
+        delta = (values * (r * off.clamp(max=2) + delta) + value_errors * (r + delta)).sum(-1)
         columns = block.preactivations.relu()
     return _norm(cut.output.target.product()) * delta + errors.output * (_longest(columns) + delta)
 

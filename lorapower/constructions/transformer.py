@@ -87,9 +87,10 @@ def adapt(
 
     What lies between two non-linearities is a deep linear network (`networks.segments`), of which
     two neighbouring layers are adapted by `linear.adapt`: ``W_Q`` and ``W_K`` before a softmax,
-    ``W_V`` and ``W_O`` before a ReLU, ``W_2`` and ``W_out`` at the end. Biases: ``b̂_1 = b̄_1``;
-    ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last, where ``Ŵ_out b̂_2 =
-    W̄_out b̄_2``.
+    ``W_V`` and ``W_O`` before a ReLU, ``W_2`` and ``W_out`` at the end. Biases: ``b̂_2 = W_2 c``
+    with ``W̄_2 c = b̄_2`` in all blocks but the last, where ``Ŵ_out b̂_2 = W̄_out b̄_2``; and ``b̂_1
+    = b̄_1 + Σ_h (M̄ − M̂) c`` with the target's and the adapted value–output segments ``M`` and the
+    ``c`` before the block, which is ``b̄_1`` where these are equal.
 
     Parameters
     ----------
@@ -151,7 +152,12 @@ def adapt(
     wanted = target.W_out @ target.b_2[..., -1, :, None]
     adapted_out = frozen.W_out + of_out.matrix()
     b_2.append(lowrank.solve(adapted_out, wanted)[..., 0])
-    biases = [*target.b_1.unbind(-2), *b_2]
+    # Columns of a softmax sum to 1: what inexact segments make of the shift is constant.
+    reached = value_output.adapters.merge(cut.value_output.frozen).product()
+    missed = (cut.value_output.target.product() - reached).sum(-3)[..., 1:, :, :]
+    b_1 = target.b_1.expand(*cut.shift.shape[:-2], *target.b_1.shape[-2:]).clone()
+    b_1[..., 1:, :] += (missed @ cut.shift[..., None])[..., 0]
+    biases = [*b_1.unbind(-2), *b_2]
     changes = tuple(new - old for new, old in zip(biases, frozen.biases, strict=True))
     return TransformerAdaptation(
         Adapters(tuple(updates), changes),
