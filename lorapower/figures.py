@@ -6,17 +6,20 @@ a dark page.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike, NDArray
 
 MARKERS = "osD^vPX*"
+# More entries would hide the curves.
+LEGEND_FITS = 4
+GUIDES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def use_style() -> None:
@@ -96,13 +99,14 @@ def precision(
     errors: Mapping[str, ArrayLike],
     *,
     guides: Mapping[str, ArrayLike] | None = None,
+    marks: Mapping[str, float] | None = None,
     xlabel: str,
     ylabel: str = "relative rounding error",
     logx: bool = True,
 ) -> Figure:
-    """Rounding errors against what causes them: median and range of ``[len(x), samples]``.
+    """Errors against what causes them: median and range of ``[len(x), samples]``.
 
-    Guides are dashed lines, named in the legend.
+    Guides are dashed lines, named in the legend; so are marks, dotted vertical ones.
     """
     figure, ax = plt.subplots()
     for (label, values), marker in zip(errors.items(), MARKERS, strict=False):
@@ -110,11 +114,133 @@ def precision(
         (line,) = ax.plot(x, np.median(samples, 1), marker=marker, label=label)
         low, high = samples.min(1), samples.max(1)
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
-    for (label, values), style in zip((guides or {}).items(), ("--", ":"), strict=False):
-        ax.plot(x, np.asarray(values), style, color="0.4", lw=1.5, label=label)
+    for (label, values), style in zip((guides or {}).items(), GUIDES, strict=False):
+        ax.plot(x, np.asarray(values), ls=style, color="0.4", lw=1.5, label=label)
+    for label, position in (marks or {}).items():
+        ax.axvline(position, color="0.4", ls=":", lw=1.5, zorder=0, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log", xscale="log" if logx else "linear")
-    if not logx:
+    if logx:
+        # Labels between powers of ten run into each other.
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    else:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(ax.get_legend_handles_labels()[0]) > LEGEND_FITS:
+        figure.legend(loc="outside upper center", ncols=2)
+    else:
+        ax.legend()
+    return figure
+
+
+def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) -> Figure:
+    """Lowest and highest value of each unit as a bar, one panel for each group.
+
+    What is below zero, where a ReLU cuts, is shaded.
+    """
+    figure, axes = plt.subplots(1, len(groups), sharey=True, squeeze=False)
+    ends = [(np.asarray(low), np.asarray(high)) for low, high in groups.values()]
+    bottom, top = min(low.min() for low, _ in ends), max(high.max() for _, high in ends)
+    for ax, title, (low, high) in zip(axes[0], groups, ends, strict=True):
+        units = np.arange(1, len(low) + 1)
+        ax.bar(units, high - low, bottom=low, width=0.6)
+        ax.axhspan(min(bottom, 0) - 0.05 * (top - bottom), 0, color="0.85", zorder=0)
+        ax.axhline(0, color="0.2", lw=1)
+        ax.set(title=title, xlabel="unit")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(visible=False, axis="x")
+    axes[0, 0].set(ylabel=ylabel)
+    return figure
+
+
+def error_and_bounds(
+    ranks: ArrayLike,
+    measured: ArrayLike,
+    bounds: Mapping[str, ArrayLike],
+    *,
+    ylabel: str,
+) -> Figure:
+    """Measured errors ``[ranks, samples]`` (median and range) below their bounds (medians)."""
+    figure, ax = plt.subplots()
+    errors = np.asarray(measured)
+    (line,) = ax.plot(ranks, np.median(errors, 1), "o", ls="", label="measured")
+    low, high = errors.min(1), errors.max(1)
+    ax.fill_between(ranks, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    colors = sns.color_palette("colorblind", len(bounds) + 1)[1:]
+    for (label, values), style, color in zip(bounds.items(), GUIDES, colors, strict=False):
+        ax.plot(ranks, np.median(np.asarray(values), 1), ls=style, lw=2, color=color, label=label)
+    ax.set(xlabel="rank $R$ of each adapter", ylabel=ylabel, yscale="log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend()
+    return figure
+
+
+def partitions(rows: Mapping[str, Sequence[tuple[int, str]]]) -> Figure:
+    """Frozen layers as squares, first layer leftmost, joined to blocks; one partition a row.
+
+    Each block is its number of layers and a text that is written into it.
+    """
+    figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.8 * len(rows)))
+    for y, blocks in enumerate(rows.values()):
+        start = 0
+        colors = sns.color_palette("colorblind", len(blocks))
+        for (size, text), color in zip(blocks, colors, strict=True):
+            ax.barh(y, size - 0.1, left=start + 0.05, height=0.62, color=color, alpha=0.35)
+            for layer in range(start + 1, start + size):
+                ax.plot([layer, layer], [y - 0.31, y + 0.31], color="white", lw=1.5)
+            ax.text(start + size / 2, y, text, ha="center", va="center", fontsize="small")
+            start += size
+    ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel="frozen layer $l$")
+    ax.set(xticks=np.arange(start) + 0.5, xticklabels=range(1, start + 1), xlim=(0, start))
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    ax.spines[["left", "bottom"]].set_visible(False)
+    ax.tick_params(length=0)
+    return figure
+
+
+def plane(
+    values: Callable[[NDArray[np.float64]], ArrayLike],
+    lines: Iterable[tuple[ArrayLike, float]],
+    pairs: tuple[ArrayLike, ArrayLike],
+    *,
+    half_width: float = 3.0,
+    label: str,
+) -> Figure:
+    """A function of two inputs as shades, lines ``w·x + b = 0``, and pairs of inputs, joined.
+
+    ``values`` takes columns ``[2, samples]``; the pairs are two such arrays.
+    """
+    axis = np.linspace(-half_width, half_width, 201)
+    grid = np.stack(np.meshgrid(axis, axis))
+    figure, ax = plt.subplots(figsize=(6.4, 5.4))
+    shades = np.asarray(values(grid.reshape(2, -1))).reshape(grid.shape[1:])
+    mesh = ax.pcolormesh(axis, axis, shades, cmap="cividis", rasterized=True)
+    figure.colorbar(mesh, label=label)
+    for weight, bias in lines:
+        side = np.tensordot(np.asarray(weight), grid, 1) + float(bias)
+        ax.contour(axis, axis, side, levels=[0], colors="white", linestyles="--", linewidths=1.5)
+    one, other = (np.asarray(inputs) for inputs in pairs)
+    ax.plot(*np.stack([one, other], axis=1), color="#ff9e4a", lw=2)
+    ax.plot(*np.concatenate([one, other], axis=1), "o", color="#ff9e4a", mec="black", ms=6)
+    ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    ax.set(xlim=(-half_width, half_width), ylim=(-half_width, half_width))
+    ax.grid(visible=False)
+    return figure
+
+
+def error_against_budget(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    floor: float,
+    floor_label: str,
+    xlabel: str,
+    ylabel: str,
+) -> Figure:
+    """Errors against what they cost, which is on a logarithmic axis; a floor as a dashed line."""
+    figure, ax = plt.subplots()
+    for (label, (x, y)), marker in zip(curves.items(), MARKERS, strict=False):
+        ax.plot(np.asarray(x), np.asarray(y), marker=marker, label=label)
+    ax.axhline(floor, color="0.3", ls="--", lw=1.5, label=floor_label)
+    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log", ylim=(0, None))
     ax.legend()
     return figure
 

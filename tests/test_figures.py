@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 from lorapower import figures
 
@@ -68,6 +69,64 @@ def test_precision_shows_medians_and_guides(logx: bool, scale: str) -> None:
     np.testing.assert_array_equal(lines(ax), [[2, 4], [7, 8]])
     assert legend(ax) == ["a", "g"]
     assert ax.get_xscale() == scale
+
+
+def test_precision_marks_and_moves_a_long_legend_out() -> None:
+    few = figures.precision([1, 2], {"a": [[1], [2]]}, marks={"m": 1.5}, xlabel="x")
+    assert legend(few.axes[0]) == ["a", "m"]
+    np.testing.assert_array_equal(few.axes[0].lines[1].get_xdata(), [1.5, 1.5])
+    many = figures.precision([1, 2], {name: [[1], [2]] for name in "abcde"}, xlabel="x")
+    assert many.axes[0].get_legend() is None
+    assert [text.get_text() for text in many.legends[0].get_texts()] == list("abcde")
+
+
+def test_ranges_are_bars_from_lowest_to_highest() -> None:
+    before, after = figures.ranges(
+        {"before": ([-1, -2], [3, 4]), "after": ([0, 0], [4, 6])}, ylabel="y"
+    ).axes
+    boxes = [bar.get_bbox() for bar in before.patches[:2] if isinstance(bar, Rectangle)]
+    assert [(box.y0, box.y1) for box in boxes] == [(-1, 3), (-2, 4)]
+    assert before.get_ylim() == after.get_ylim()
+    assert (before.get_title(), after.get_title()) == ("before", "after")
+
+
+def test_error_and_bounds_shows_medians() -> None:
+    (ax,) = figures.error_and_bounds(
+        [0, 1], [[1, 2, 9], [1, 1, 1]], {"b": [[5, 6, 7], [3, 3, 3]]}, ylabel="e"
+    ).axes
+    np.testing.assert_array_equal(lines(ax), [[2, 1], [6, 3]])
+    assert legend(ax) == ["measured", "b"]
+
+
+def test_partitions_draw_every_layer_and_write_into_blocks() -> None:
+    (ax,) = figures.partitions({"one": [(1, "a"), (3, "b")], "two": [(2, "c"), (2, "d")]}).axes
+    assert [text.get_text() for text in ax.texts] == ["a", "b", "c", "d"]
+    widths = [bar.get_bbox().width for bar in ax.patches if isinstance(bar, Rectangle)]
+    np.testing.assert_allclose(widths, [0.9, 2.9, 1.9, 1.9])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "3", "4"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["one", "two"]
+
+
+def test_plane_joins_the_pairs() -> None:
+    one, other = np.array([[0.0, 1], [2, 0]]), np.array([[1.0, 1], [2, 1]])
+    ax, _ = figures.plane(
+        lambda x: x[0] + x[1], [(np.array([1.0, 0]), 0.5)], (one, other), label="v"
+    ).axes
+    first, second, points = ax.lines
+    np.testing.assert_array_equal(first.get_xydata(), [[0, 2], [1, 2]])
+    np.testing.assert_array_equal(second.get_xydata(), [[1, 0], [1, 1]])
+    assert np.shape(points.get_xydata()) == (4, 2)
+    shades = np.asarray(ax.collections[0].get_array())
+    assert (shades.min(), shades.max()) == (-6, 6)
+
+
+def test_error_against_budget_shows_curves_and_floor() -> None:
+    (ax,) = figures.error_against_budget(
+        {"a": ([1, 10], [2, 0])}, floor=0.5, floor_label="f", xlabel="x", ylabel="y"
+    ).axes
+    np.testing.assert_array_equal(lines(ax), [[2, 0], [0.5, 0.5]])
+    assert legend(ax) == ["a", "f"]
+    assert ax.get_ylim()[0] == 0
 
 
 def test_figures_are_opaque() -> None:

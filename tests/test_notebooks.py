@@ -22,6 +22,8 @@ IMAGES = {"image/png", "image/svg+xml"}
 # Parameters at which each chapter runs in seconds. Every chapter has a line here.
 SMALL: dict[str, dict[str, Any]] = {
     "01-linear": {"width": 6, "depth": 2, "ranks": [0, 1, 2, 3]},
+    "02-linearization": {"width": 6, "layers": 2, "ranks": [0, 1, 2, 3]},
+    "03-partitions": {"width": 6, "layers": 3, "ranks": [0, 1, 2, 3]},
 }
 
 # For each chapter: a parameter, a value that it must refuse, and the part that the message shows.
@@ -34,6 +36,15 @@ BAD: list[tuple[str, str, object, str]] = [
     ("01-linear", "ranks", 17, "17"),
     ("01-linear", "ranks", [-1], "-1"),
     ("01-linear", "ranks", [0, 17], "17"),
+    ("02-linearization", "profile", "fast", "fast"),
+    ("02-linearization", "width", 513, "513"),
+    ("02-linearization", "layers", 1, "1"),
+    ("02-linearization", "ranks", "all", "all"),
+    ("03-partitions", "seed", 0.5, "0.5"),
+    ("03-partitions", "layers", 6, "6"),
+    ("03-partitions", "blocks", 1, "1"),
+    ("03-partitions", "blocks", "two", "two"),
+    ("03-partitions", "ranks", [17], "17"),
 ]
 
 PARAMETER_LINE = re.compile(r"\w+: [\w\[\], |]+ = [^#]+  # \S.*")

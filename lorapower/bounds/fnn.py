@@ -61,8 +61,8 @@ def fnn_error(
         the trace of the inputs' second moment, ``tr E[x xᵀ] = E‖x‖²``: the closed form, in which
         ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``.
 
-    Source: theorem "error of a partition", chapter 3; for a target of one layer, the lemma
-    "linearization", chapter 2.
+    Source: theorem "error of a partition", chapter 3; for a target of one layer, the one
+    "one ReLU layer from many", chapter 2.
     """
     errors = fnn_block_errors(frozen, target, ranks, partition).unbind(-1)
     return accumulate_errors(
@@ -83,8 +83,7 @@ def fnn_error_on(
     """``Σ_i [∏_{j>i} ‖M_j‖_2] (E‖(M_i − W̄_i) z̄_{i−1}‖²)^{1/2}``, a sharper bound on given samples.
 
     ``M_i = W̄_i − E_i + LR_{r_i}(E_i)`` is the map of block ``i`` when it is adapted. Never above
-    `fnn_error` on the same samples. Source: corollary to the theorem "error of a partition",
-    chapter 3.
+    `fnn_error` on the same samples. Source: theorem "error of a partition", chapter 3.
     """
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     z, terms = inputs, []

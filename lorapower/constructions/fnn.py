@@ -123,7 +123,8 @@ def adapt(
     SingularError : a block cannot be adapted; names the layer and its condition number.
     PrecisionError : the biases are expected to cost more digits than accepted.
 
-    Source: lemma "linearization", chapter 2; theorem "exactness by partition", chapter 3.
+    Source: theorem "one ReLU layer from many", chapter 2; theorem "exactness by partition" and
+    proposition "narrower targets", chapter 3.
     """
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     pairs = blocks(frozen, target, partition)

@@ -71,10 +71,10 @@ def adapt(
         frozen network may have any width not below its inputs and outputs.
     ranks : one for all layers or one per layer, each from 0 to its weight's smaller side.
     plain_only : use the splitting of the proof, whatever its rounding error.
-    layerwise : judge splittings by what each layer's rounding can become in the product,
-        ``eps Σ_l ‖∏_{j>l} Ŵ_j‖ ‖Ŵ_l‖ ‖∏_{j<l} Ŵ_j‖`` (Frobenius norms), not by the rounding error
-        measured. Where biases stand between the layers, what goes into a layer is not small in the
-        directions that the layers before make small, and this is what counts.
+    layerwise : judge splittings also by what each layer's rounding can become in the product,
+        ``eps Σ_l ‖∏_{j>l} Ŵ_j‖ ‖Ŵ_l‖ ‖∏_{j<l} Ŵ_j‖`` (Frobenius norms), which is added to the
+        rounding error measured. Where biases stand between the layers, what goes into a layer is
+        not small in the directions that the layers before make small, and this is what counts.
     rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2 + ∏‖W_l‖_2``; by default
         ``eps^{1/2}``, half of the digits. ``inf`` accepts whatever comes.
     seed : of the random rotations.
@@ -259,7 +259,7 @@ def _split(problem: _Problem, plan: _Plan) -> _Splitting:
 
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
     rounding = torch.linalg.matrix_norm(product(merged) - best_map, ord=2)
-    judged = _layerwise_rounding(merged) if layerwise else rounding
+    judged = rounding + _layerwise_rounding(merged) if layerwise else rounding
     return _Splitting(factors, conditions, rounding, judged)
 
 
