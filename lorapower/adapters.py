@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,20 +12,21 @@ from torch import Tensor
 
 from .errors import InputError
 from .lowrank import LowRank
-from .networks import FNN, LinearNetwork
+from .networks import FNN, LinearNetwork, Transformer
 
-N = TypeVar("N", LinearNetwork, FNN)
+N = TypeVar("N", LinearNetwork, FNN, Transformer)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """One low-rank update for each layer of a network, first layer first, and tuned biases.
+    """One low-rank update for each weight of a network, and tuned biases.
 
     Attributes
     ----------
-    updates : ``L`` factored updates; a layer without an adapter has one of rank 0.
-    bias_updates : ``L`` vectors ``[..., out]`` that are added to the biases, or none of them where
-        the biases stay or the network has none.
+    updates : factored updates in the order of the network's ``weights``, in a chain of layers the
+        first layer first; a weight without an adapter has one of rank 0.
+    bias_updates : vectors ``[..., out]`` that are added to the network's ``biases``, or none of
+        them where the biases stay or the network has none.
     """
 
     updates: tuple[LowRank, ...]
@@ -33,7 +34,7 @@ class Adapters:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each layer's update."""
+        """Rank of each weight's update."""
         return tuple(update.rank for update in self.updates)
 
     @property
@@ -65,12 +66,10 @@ class Adapters:
             )
         weights = _sums(network.weights, [update.matrix() for update in self.updates], sign)
         if not self.bias_updates:
-            return replace(network, weights=weights)
-        if not isinstance(network, FNN):
+            return network.with_parameters(weights)
+        if isinstance(network, LinearNetwork):
             raise InputError("network", allowed="one with biases, which are tuned", given="linear")
-        return replace(
-            network, weights=weights, biases=_sums(network.biases, self.bias_updates, sign)
-        )
+        return network.with_parameters(weights, _sums(network.biases, self.bias_updates, sign))
 
 
 def _sums(values: Sequence[Tensor], updates: Sequence[Tensor], sign: int) -> tuple[Tensor, ...]:

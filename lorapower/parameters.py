@@ -15,6 +15,7 @@ def check(**given: Any) -> list[Any]:
     """The parameters, checked and completed, in the order in which they are given.
 
     ``profile``: quick or paper. ``seed``: from 0. ``width``: 1 to 512. ``depth``: 1 to 64.
+    ``heads``: 1 to 16. ``tokens`` (in a sequence): 1 to 1000.
     ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
     ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
     these, or 17 spread evenly where there are more. Raises `InputError` for the first that is not
@@ -42,6 +43,8 @@ _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "seed": lambda value, _: _checks.integer("seed", value, 0),
     "width": lambda value, _: _checks.integer("width", value, 1, 512),
     "depth": lambda value, _: _checks.integer("depth", value, 1, 64),
+    "heads": lambda value, _: _checks.integer("heads", value, 1, 16),
+    "tokens": lambda value, _: _checks.integer("tokens", value, 1, 1000),
     "layers": lambda value, _: _checks.integer("layers", value, 2, 5),
     "blocks": lambda value, _: _checks.integer("blocks", value, 2, 4),
     "ranks": _ranks,

@@ -132,3 +132,45 @@ def test_error_against_budget_shows_curves_and_floor() -> None:
 def test_figures_are_opaque() -> None:
     assert mpl.rcParams["savefig.facecolor"] == "white"
     assert not mpl.rcParams["savefig.transparent"]
+
+
+def test_error_against_rank_without_predictions_names_its_levels() -> None:
+    figure = figures.error_against_rank(
+        {"a": [0, 1]}, {}, {"a": [3, 0.5]}, levels={"constant": 1.0}, ylabel="e"
+    )
+    assert legend(figure.axes[0]) == ["a", "constant"]
+    for ax in figure.axes:
+        predicted, measured, level = lines(ax)
+        assert np.isnan(predicted).all()
+        assert measured.tolist() == [3, 0.5]
+        assert level.tolist() == [1, 1]
+
+
+def test_scatter_shows_every_point_and_the_guide() -> None:
+    (ax,) = figures.scatter(
+        {"a": ([1, 10], [2, 3]), "b": ([5], [6])},
+        guides={"g": ([1, 10], [1, 10])},
+        xlabel="x",
+        ylabel="y",
+    ).axes
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [line.tolist() for line in lines(ax)] == [[2, 3], [6], [1, 10]]
+    assert legend(ax) == ["a", "b", "g"]
+
+
+def test_patterns_are_shades_of_one_scale() -> None:
+    first, second, bar = figures.patterns(
+        {"a": np.eye(2), "b": np.full((2, 3), 0.5)}, xlabel="x", ylabel="y", label="p"
+    ).axes
+    for ax, shape in ((first, (2, 2)), (second, (2, 3))):
+        (image,) = ax.images
+        assert np.asarray(image.get_array()).shape == shape
+        assert image.get_clim() == (0, 1)
+    assert [first.get_title(), second.get_title(), bar.get_ylabel()] == ["a", "b", "p"]
+
+
+def test_transformer_segments_name_every_weight() -> None:
+    (ax,) = figures.transformer_segments().axes
+    shown = " ".join(text.get_text() for text in ax.texts)
+    for part in ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "out", "softmax", "ReLU"):
+        assert part in shown

@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "01-linear": {"width": 6, "depth": 2, "ranks": [0, 1, 2, 3]},
     "02-linearization": {"width": 6, "layers": 2, "ranks": [0, 1, 2, 3]},
     "03-partitions": {"width": 6, "layers": 3, "ranks": [0, 1, 2, 3]},
+    "04-transformers": {"width": 6, "depth": 2, "tokens": 4, "ranks": [0, 1, 2, 3]},
 }
 
 # For each chapter: a parameter, a value that it must refuse, and the part that the message shows.
@@ -45,6 +46,13 @@ BAD: list[tuple[str, str, object, str]] = [
     ("03-partitions", "blocks", 1, "1"),
     ("03-partitions", "blocks", "two", "two"),
     ("03-partitions", "ranks", [17], "17"),
+    ("04-transformers", "profile", "fast", "fast"),
+    ("04-transformers", "seed", -1, "-1"),
+    ("04-transformers", "width", 0, "0"),
+    ("04-transformers", "heads", 17, "17"),
+    ("04-transformers", "depth", 0, "0"),
+    ("04-transformers", "tokens", 0, "0"),
+    ("04-transformers", "ranks", 17, "17"),
 ]
 
 PARAMETER_LINE = re.compile(r"\w+: [\w\[\], |]+ = [^#]+  # \S.*")

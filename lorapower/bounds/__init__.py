@@ -3,9 +3,16 @@
 from .final_layers import Floor, colliding_inputs, final_layers_floor
 from .fnn import fnn_block_errors, fnn_error, fnn_error_on, fnn_threshold
 from .linear import error_matrix, error_rank, linear_error, linear_threshold, rounding_scale
+from .transformer import (
+    PerSegment,
+    transformer_error,
+    transformer_ranks,
+    transformer_threshold,
+)
 
 __all__ = [
     "Floor",
+    "PerSegment",
     "colliding_inputs",
     "error_matrix",
     "error_rank",
@@ -17,4 +24,7 @@ __all__ = [
     "linear_error",
     "linear_threshold",
     "rounding_scale",
+    "transformer_error",
+    "transformer_ranks",
+    "transformer_threshold",
 ]

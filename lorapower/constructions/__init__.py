@@ -1,5 +1,5 @@
 """Constructions: for each theorem of the book, the adapters that its proof builds."""
 
-from . import fnn, linear, partition
+from . import fnn, linear, narrow, partition, transformer
 
-__all__ = ["fnn", "linear", "partition"]
+__all__ = ["fnn", "linear", "narrow", "partition", "transformer"]

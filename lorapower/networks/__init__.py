@@ -8,15 +8,21 @@ or a thousand, one code path.
 from .fnn import FNN, pad
 from .linear import LinearNetwork, product
 from .partition import Block, Partition, block, blocks, fits
+from .segments import Segment, Segments, segments
+from .transformer import Transformer
 
 __all__ = [
     "FNN",
     "Block",
     "LinearNetwork",
     "Partition",
+    "Segment",
+    "Segments",
+    "Transformer",
     "block",
     "blocks",
     "fits",
     "pad",
     "product",
+    "segments",
 ]

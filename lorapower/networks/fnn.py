@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,12 @@ class FNN(Network):
             [w.reshape(-1, *w.shape[-2:])[members] for w in self.weights],
             [b.reshape(-1, b.shape[-1])[members] for b in self.biases],
         )
+
+    def with_parameters(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+    ) -> FNN:
+        """The network of other weights and, where given, other biases."""
+        return FNN(weights, self.biases if biases is None else biases)
 
     def layers(self, which: slice) -> FNN:
         """The network of some consecutive layers."""

@@ -92,6 +92,10 @@ class LinearNetwork(Network):
         """The same network with weights rounded to ``dtype``."""
         return LinearNetwork([weight.to(dtype) for weight in self.weights])
 
+    def with_parameters(self, weights: Sequence[Tensor]) -> LinearNetwork:
+        """The network of other weights."""
+        return LinearNetwork(weights)
+
     def product(self) -> Float[Tensor, "*batch out in"]:
         """The matrix ``∏_l W_l`` that the network applies."""
         return product(self.weights)

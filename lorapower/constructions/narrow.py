@@ -1,0 +1,129 @@
+"""Exact adaptation of two factors through a narrow middle (proposition "narrow heads", chapter 4).
+
+Where ``d`` units stand between two factors of larger matrices, ``X̂ Ŷ = X̄ Ȳ`` leaves no choice but
+``X̂ = X̄ G^{-1}``, ``Ŷ = G Ȳ`` with a non-singular ``G``. It is chosen so that ``X̂ − X`` and
+``Ŷ − Y`` have the least ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import lowrank
+from ..adapters import Adapters
+from ..bounds.transformer import halves, pair_ranks
+from ..errors import InputError
+from ..lowrank import LowRank
+from ..networks import Segment
+from .linear import LinearAdaptation
+
+
+def require_ranks(segment: Segment, ranks: Mapping[str, int]) -> None:
+    """Raise `InputError` where ``ranks`` of the two middle layers, by name, are not enough.
+
+    That is, below those of `bounds.transformer.pair_ranks` for a member of the batch.
+    """
+    least = [int(needed.max()) for needed in pair_ranks(segment)]
+    given = list(ranks.values())
+    if given[0] < least[0] or given[1] < least[1] or sum(given) < least[2]:
+        raise InputError(
+            "ranks of {} and {}".format(*ranks),
+            allowed=f"at least {least[0]} and {least[1]}, together at least {least[2]}",
+            given="{} and {}".format(*given),
+            remedy="heads narrower than the tokens are adapted exactly or not at all (chapter 4)",
+        )
+
+
+@torch.no_grad()
+def adapt(segment: Segment, inner_rank: int, outer_rank: int, *, seed: int = 0) -> LinearAdaptation:
+    """Adapters of the two middle layers of four with which the segment equals its target.
+
+    Parameters
+    ----------
+    segment : the middle layers map to ``d`` units and from them, ``d`` not above their other sides.
+    inner_rank, outer_rank : of the adapter of the factor that acts first, and of the other; enough
+        in the sense of `require_ranks`.
+    seed : of the random completions of ``G`` that are tried.
+    """
+    (Y, X), (Y_target, X_target) = halves(segment.frozen), halves(segment.target)
+    size = Y.shape[-2]
+    kept = (max(0, size - inner_rank), max(0, size - outer_rank))
+    flat = (m.flatten(0, -3) for m in (Y, X, Y_target, X_target))
+    G = torch.stack([_gauge(member, kept, seed) for member in zip(*flat, strict=True)])
+    G = G.reshape(*Y.shape[:-2], size, size)
+
+    before, inner, outer, after = segment.frozen.weights
+    wanted_inner = lowrank.solve(before.mT, (G @ Y_target).mT).mT
+    wanted_outer = lowrank.solve(after, lowrank.solve(G.mT, X_target.mT).mT)
+    updates = (
+        _none(before),
+        lowrank.truncated_svd(wanted_inner - inner, inner_rank),
+        lowrank.truncated_svd(wanted_outer - outer, outer_rank),
+        _none(after),
+    )
+    adapters = Adapters(updates)
+    made, wanted = adapters.merge(segment.frozen).product(), segment.target.product()
+    one, of_G = torch.ones_like(made[..., 0, 0]), lowrank.condition_number(G)
+    systems = [torch.maximum(lowrank.condition_number(side), of_G) for side in (before, after)]
+    return LinearAdaptation(
+        adapters,
+        spectral_error=0 * one,
+        frobenius_error=0 * one,
+        rounding_error=torch.linalg.matrix_norm(made - wanted, ord=2),
+        condition_numbers=torch.stack([one, *systems, one], dim=-1),
+        plain=torch.full(one.shape, kept == (0, 0)),
+    )
+
+
+def _none(weight: Tensor) -> LowRank:
+    """The update of a layer without an adapter."""
+    return LowRank(weight[..., :0], weight.mT[..., :0])
+
+
+def _gauge(
+    sides: tuple[Tensor, ...], kept: tuple[int, int], seed: int
+) -> Float[Tensor, "size size"]:
+    """``G`` with which ``kept`` dimensions of ``Y`` and of ``X`` stay as they are.
+
+    ``X̄ G^{-1} − X`` vanishes on ``G a`` where ``X̄ a + X b = 0`` and ``G a = −b``; ``G Ȳ − Y``
+    vanishes from the left on ``d`` where ``cᵀ Ȳ + dᵀ Y = 0`` and ``Gᵀ d = −c``. Both can be asked
+    of one ``G`` for pairs ``(a, b)`` and ``(c, d)`` with ``cᵀ a = dᵀ b``. What is left open of it
+    is the best conditioned of the identity and a few random matrices.
+    """
+    Y, X, Y_target, X_target = sides
+    size = len(Y)
+    outer, inner = _relations(X_target, X), _relations(Y_target.mT, Y.mT)
+    form = inner[:size].mT @ outer[:size] - inner[size:].mT @ outer[size:]
+    U, S, Vh = torch.linalg.svd(form)
+    # The last of V annihilate most; of U those that meet no part of V that was taken.
+    a_b = outer @ Vh.mT[:, len(Vh) - kept[1] :]
+    conflict = torch.zeros(len(U), dtype=Y.dtype)
+    conflict[: len(S)] = torch.where(torch.arange(len(S)) >= len(Vh) - kept[1], S, 0)
+    c_d = inner @ U[:, conflict.argsort()[: kept[0]]]
+    a, b, c, d = a_b[:size], a_b[size:], c_d[:size], c_d[size:]
+
+    d_inverse, a_inverse = torch.linalg.pinv(d), torch.linalg.pinv(a)
+    free_left = torch.eye(size, dtype=Y.dtype) - d @ d_inverse
+    free_right = torch.eye(size, dtype=Y.dtype) - a @ a_inverse
+    fixed = -free_left @ b @ a_inverse - d_inverse.mT @ c.mT
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linalg.matrix_norm(fixed, ord=2).item() or 1.0
+    trials = [torch.eye(size, dtype=Y.dtype)]
+    for _ in range(8 if any(kept) else 0):
+        normal = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        trials.append(torch.linalg.qr(normal)[0].to(Y.dtype))
+    found = torch.stack([fixed + scale * free_left @ trial @ free_right for trial in trials])
+    return found[lowrank.condition_number(found).argmin()]
+
+
+def _relations(left: Tensor, right: Tensor) -> Float[Tensor, "two_sizes k"]:
+    """Columns ``(a, b)`` that span the solutions of ``left a + right b = 0``."""
+    scales = [torch.linalg.matrix_norm(m, ord=2) for m in (left, right)]
+    sides = torch.cat([m / s for m, s in zip((left, right), scales, strict=True)], dim=-1)
+    solutions = torch.linalg.svd(sides)[2][int(lowrank.rank(sides)) :].mT
+    parts = zip(solutions.tensor_split(2), scales, strict=True)
+    return torch.cat([part / scale for part, scale in parts])

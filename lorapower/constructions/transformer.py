@@ -1,0 +1,228 @@
+"""Transformers cut at their non-linearities (theorem of the same subject, chapter 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _checks, bounds, lowrank
+from ..adapters import Adapters
+from ..bounds import PerSegment
+from ..errors import InputError, SingularError
+from ..lowrank import LowRank
+from ..networks import Segment, Transformer, segments
+from . import linear, narrow
+
+ADAPTED = ("W_Q", "W_K", "W_V", "W_O", "W_2", "W_out")
+
+
+@dataclass(frozen=True)
+class TransformerAdaptation:
+    """Adapters and biases of a transformer, with the evidence for them.
+
+    Attributes
+    ----------
+    adapters : of every weight in the order of `Transformer.weights`, rank 0 for those that stay:
+        ``W_1`` of every block and ``W_2`` of all but the last; and of all biases.
+    query_key, value_output : what was done in each head's segments, deep linear networks of four
+        layers of which the middle two are adapted; ``[..., L, H]``.
+    output : the same for ``W_2`` of the last block and ``W_out``; ``[...]``.
+    shift_condition_numbers : of the target's ``W_2`` of all blocks but the last, and of ``Ŵ_out``:
+        the systems from which each ``b̂_2`` is found; ``[..., L]``.
+
+    Where all predicted errors are 0 the adapted network equals the target for every input, up to
+    rounding.
+    """
+
+    adapters: Adapters
+    query_key: linear.LinearAdaptation
+    value_output: linear.LinearAdaptation
+    output: linear.LinearAdaptation
+    shift_condition_numbers: Float[Tensor, "*batch _"]
+
+    @property
+    def errors(self) -> PerSegment:
+        """Distance ``‖M̂ − M̄‖_2`` of each adapted segment from the target's, at most.
+
+        The predicted one, 0 where the rank suffices, plus the measured rounding error.
+        """
+        return PerSegment(*(part.spectral_error + part.rounding_error for part in self._parts))
+
+    @property
+    def condition_numbers(self) -> PerSegment:
+        """The worst of the linear systems solved for each segment."""
+        return PerSegment(*(part.condition_numbers.amax(-1) for part in self._parts))
+
+    @property
+    def condition_number(self) -> Float[Tensor, "*batch"]:
+        """The largest of all condition numbers, times those of the shifts between blocks.
+
+        Errors of the adapted network's outputs, relative to the numbers that they are sums of, are
+        seldom much larger than ``eps`` times this.
+        """
+        between, last = self.shift_condition_numbers.tensor_split([-1], dim=-1)
+        return torch.maximum(self.condition_numbers.largest(), last[..., 0]) * between.prod(-1)
+
+    @property
+    def _parts(self) -> tuple[linear.LinearAdaptation, ...]:
+        return self.query_key, self.value_output, self.output
+
+
+@torch.no_grad()
+def adapt(
+    frozen: Transformer,
+    target: Transformer,
+    ranks: int | Mapping[str, int],
+    *,
+    plain_only: bool = False,
+    rtol: float | None = None,
+    seed: int = 0,
+) -> TransformerAdaptation:
+    """Adapters of attention and output, and biases, that make a transformer imitate another.
+
+    What lies between two non-linearities is a deep linear network (`networks.segments`), of which
+    two neighbouring layers are adapted by `linear.adapt`: ``W_Q`` and ``W_K`` before a softmax,
+    ``W_V`` and ``W_O`` before a ReLU, ``W_2`` and ``W_out`` at the end. Biases: ``b̂_2 = W_2 c``
+    with ``W̄_2 c = b̄_2`` in all blocks but the last, where ``Ŵ_out b̂_2 = W̄_out b̄_2``; and ``b̂_1
+    = b̄_1 + Σ_h (M̄ − M̂) c`` with the target's and the adapted value–output segments ``M`` and the
+    ``c`` before the block, which is ``b̄_1`` where these are equal.
+
+    Parameters
+    ----------
+    frozen, target : of equal sizes and type; batch shapes broadcast.
+    ranks : one for all, from 0 to the width, of which no weight takes more than its smaller side;
+        or one for each of ``W_Q, W_K, W_V, W_O, W_2, W_out``.
+    plain_only : use the splitting of the linear theorem's proof, whatever its rounding error.
+    rtol : largest acceptable rounding error of a segment, relative to the product of the norms of
+        its factors plus that of the target's; by default half of the digits, ``inf`` accepts any.
+    seed : of random rotations.
+
+    Raises
+    ------
+    InputError : ranks out of range; transformers of different sizes; a singular ``W_1`` or ``W_2``;
+        heads narrower than the tokens with less rank than their exact adaptation needs (see
+        `bounds.transformer_ranks`).
+    SingularError : a segment is not reached within ``rtol``; names it.
+
+    Source: theorem "exact adaptation of a transformer", chapter 4.
+    """
+    each = _ranks(ranks, frozen)
+    cut = segments(frozen, target)
+    parts = [
+        (cut.query_key, "W_Q", "W_K", "query–key"),
+        (cut.value_output, "W_V", "W_O", "value–output"),
+        (cut.output, "W_2", "W_out", "output"),
+    ]
+    for segment, inner, outer, _ in parts:
+        if _is_narrow(segment):
+            narrow.require_ranks(segment, {inner: each[inner], outer: each[outer]})
+
+    found = []
+    for segment, inner, outer, words in parts:
+        pair = (each[inner], each[outer])
+        if _is_narrow(segment):
+            solution = narrow.adapt(segment, *pair, seed=seed)
+        else:
+            solution = linear.adapt(
+                *segment,
+                pair if segment is cut.output else [0, *pair, 0],
+                plain_only=plain_only,
+                rtol=torch.inf,
+                seed=seed,
+            )
+        _require_accuracy(solution, segment, f"{words} segment", rtol)
+        found.append(solution)
+    query_key, value_output, output = found
+
+    _, of_Q, of_KT, _ = query_key.adapters.updates
+    _, of_V, of_O, _ = value_output.adapters.updates
+    of_2, of_out = output.adapters.updates
+    per_head = {"W_Q": of_Q, "W_K": LowRank(of_KT.B, of_KT.A), "W_V": of_V, "W_O": of_O}
+    updates = [one for name in ("W_Q", "W_K", "W_V", "W_O") for one in _one_by_one(per_head[name])]
+    none = LowRank(of_2.A[..., :0], of_2.B[..., :0])
+    updates += [none] * frozen.depth + [none] * (frozen.depth - 1) + [of_2, of_out]
+
+    b_2 = [*(frozen.W_2[..., :-1, :, :] @ cut.shift[..., None])[..., 0].unbind(-2)]
+    wanted = target.W_out @ target.b_2[..., -1, :, None]
+    adapted_out = frozen.W_out + of_out.matrix()
+    b_2.append(lowrank.solve(adapted_out, wanted)[..., 0])
+    # Columns of a softmax sum to 1: what inexact segments make of the shift is constant.
+    reached = value_output.adapters.merge(cut.value_output.frozen).product()
+    missed = (cut.value_output.target.product() - reached).sum(-3)[..., 1:, :, :]
+    b_1 = target.b_1.expand(*cut.shift.shape[:-2], *target.b_1.shape[-2:]).clone()
+    b_1[..., 1:, :] += (missed @ cut.shift[..., None])[..., 0]
+    biases = [*b_1.unbind(-2), *b_2]
+    changes = tuple(new - old for new, old in zip(biases, frozen.biases, strict=True))
+    return TransformerAdaptation(
+        Adapters(tuple(updates), changes),
+        query_key,
+        value_output,
+        output,
+        torch.cat(
+            [
+                lowrank.condition_number(target.W_2)[..., :-1].expand(cut.shift.shape[:-1]),
+                lowrank.condition_number(adapted_out)[..., None],
+            ],
+            dim=-1,
+        ),
+    )
+
+
+def _is_narrow(segment: Segment) -> bool:
+    """Whether heads are narrower than the tokens; the output segment has none."""
+    _, width, size, *heads = segment.frozen.widths
+    return bool(heads) and size < width
+
+
+def _ranks(ranks: Any, network: Transformer) -> dict[str, int]:
+    """The rank of each adapted kind of weight."""
+    shapes = {name: getattr(network, name).shape[-2:] for name in ADAPTED}
+    if not isinstance(ranks, Mapping):
+        rank = _checks.integer("rank", ranks, 0, network.width, limit="the width")
+        return {name: min(rank, *shape) for name, shape in shapes.items()}
+    if set(ranks) != set(ADAPTED):
+        raise InputError(
+            "ranks",
+            allowed=f"one integer, or one for each of {', '.join(ADAPTED)}",
+            given=sorted(map(str, ranks)),
+        )
+    return {
+        name: _checks.integer(f"rank of {name}", ranks[name], 0, min(shape), limit="smaller side")
+        for name, shape in shapes.items()
+    }
+
+
+def _one_by_one(update: LowRank) -> list[LowRank]:
+    """Updates of single weights, from one stacked over blocks and heads."""
+    factors = (factor.flatten(-4, -3).unbind(-3) for factor in (update.A, update.B))
+    return [LowRank(A, B) for A, B in zip(*factors, strict=True)]
+
+
+def _require_accuracy(
+    found: linear.LinearAdaptation, segment: Segment, words: str, rtol: float | None
+) -> None:
+    rtol = torch.finfo(segment.frozen.dtype).eps ** 0.5 if rtol is None else rtol
+    scale = bounds.rounding_scale(*segment)
+    relative = found.rounding_error / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+    bad = relative.isfinite().logical_not() | (relative > rtol)
+    if not bad.any():
+        return
+    place = tuple(bad.nonzero()[0].tolist())
+    layer = int(found.condition_numbers[place].argmax())
+    member = place
+    if segment.frozen.depth == 4:
+        block, head = place[-2:]
+        member, words = place[:-2], f"{words} of block {block + 1}, head {head + 1}"
+    where = f", batch member {member}" if member else ""
+    raise SingularError(
+        layer + 1,
+        float(found.condition_numbers[place][layer]),
+        float(relative[place]),
+        rtol,
+        f" of the {words}{where}",
+    )

@@ -1,0 +1,274 @@
+"""Transformers: attention and a ReLU layer in turn (chapter 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _checks
+from ..errors import InputError
+from .base import uniform
+
+# The last dimensions of every parameter; equal names are equal sizes.
+SHAPES = {
+    "W_Q": ("blocks", "heads", "query size", "width"),
+    "W_K": ("blocks", "heads", "query size", "width"),
+    "W_V": ("blocks", "heads", "value size", "width"),
+    "W_O": ("blocks", "heads", "width", "value size"),
+    "W_1": ("blocks", "hidden", "width"),
+    "b_1": ("blocks", "hidden"),
+    "W_2": ("blocks", "width", "hidden"),
+    "b_2": ("blocks", "width"),
+    "W_out": ("outputs", "width"),
+}
+WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out")
+BIASES = ("b_1", "b_2")
+
+
+class BlockTrace(NamedTuple):
+    """What happens in a block.
+
+    Attributes
+    ----------
+    patterns : what the softmax returns, ``[..., heads, N, N]``; columns sum to 1.
+    preactivations : what the ReLU receives, ``[..., hidden, N]``.
+    outputs : of the block, ``[..., width, N]``.
+    """
+
+    patterns: Float[Tensor, "*batch heads n n"]
+    preactivations: Float[Tensor, "*batch hidden n"]
+    outputs: Float[Tensor, "*batch width n"]
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """``L`` blocks of attention with ``H`` heads and a ReLU layer, and an output matrix.
+
+    Block ``l`` maps the columns of ``Z`` (one for each token) to ``W_2 ReLU(W_1 Attn(Z) + b_1) +
+    b_2``, where ``Attn(Z) = Σ_h W_O^h W_V^h Z softmax(Zᵀ W_K^hᵀ W_Q^h Z)`` with the softmax of each
+    column. The network's output is ``W_out Z_L``. No residual connections, no normalization.
+
+    Parameters
+    ----------
+    W_Q, W_K, W_V : ``[..., L, H, d, D]``; the size ``d`` of the heads is that of queries and keys
+        for the first two, of values for the third. The paper's heads are square, ``d = D``.
+    W_O : ``[..., L, H, D, d]``.
+    W_1, b_1 : ``[..., L, F, D]``, ``[..., L, F]``.
+    W_2, b_2 : ``[..., L, D, F]``, ``[..., L, D]``.
+    W_out : ``[..., out, D]``.
+
+    Tensors, arrays or nested lists, all float32 or all float64; batch dimensions broadcast.
+
+    Raises
+    ------
+    InputError : sizes that do not fit, mixed or unusable types, entries not finite.
+    """
+
+    W_Q: Float[Tensor, "*batch blocks heads query width"]
+    W_K: Float[Tensor, "*batch blocks heads query width"]
+    W_V: Float[Tensor, "*batch blocks heads value width"]
+    W_O: Float[Tensor, "*batch blocks heads width value"]
+    W_1: Float[Tensor, "*batch blocks hidden width"]
+    b_1: Float[Tensor, "*batch blocks hidden"]
+    W_2: Float[Tensor, "*batch blocks width hidden"]
+    b_2: Float[Tensor, "*batch blocks width"]
+    W_out: Float[Tensor, "*batch out width"]
+
+    def __post_init__(self) -> None:
+        given = {
+            name: _checks.real_tensor(name, getattr(self, name), min_dims=len(shape))
+            for name, shape in SHAPES.items()
+        }
+        sizes: dict[str, int] = {}
+        for name, shape in SHAPES.items():
+            own = given[name].shape[-len(shape) :]
+            wanted = tuple(sizes.setdefault(side, n) for side, n in zip(shape, own, strict=True))
+            if tuple(own) != wanted:
+                raise InputError(
+                    name,
+                    allowed=f"[..., {', '.join(shape)}] = [..., {', '.join(map(str, wanted))}]",
+                    given=f"shape {tuple(given[name].shape)}",
+                )
+        if len({tensor.dtype for tensor in given.values()}) > 1:
+            raise InputError(
+                "weights and biases",
+                allowed="all float32 or all float64",
+                given="both",
+                remedy="convert one",
+            )
+        batch = _checks.common_shape(
+            "weights and biases",
+            [given[name].shape[: -len(shape)] for name, shape in SHAPES.items()],
+        )
+        for name, shape in SHAPES.items():
+            own = given[name].shape[-len(shape) :]
+            object.__setattr__(self, name, given[name].expand(*batch, *own))
+
+    @classmethod
+    def random(
+        cls,
+        depth: int,
+        width: int,
+        heads: int,
+        *,
+        head_size: int | None = None,
+        scale: float = 1.0,
+        batch_shape: tuple[int, ...] = (),
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> Transformer:
+        """Attention weights normal of standard deviation ``scale``, the others ``±1/√D``.
+
+        The paper's attention weights have ``scale = 1``; ``D^{-1/2}`` keeps scores of moderate
+        size. All others, biases too, are drawn as `torch.nn.Linear` draws its own.
+        """
+        depth = _checks.integer("depth", depth, 1)
+        width = _checks.integer("width", width, 1)
+        heads = _checks.integer("heads", heads, 1)
+        head_size = width if head_size is None else _checks.integer("head_size", head_size, 1)
+        scale = _checks.positive("scale", scale)
+        generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
+        sizes = {
+            "blocks": depth,
+            "heads": heads,
+            "query size": head_size,
+            "value size": head_size,
+            "width": width,
+            "hidden": width,
+            "outputs": width,
+        }
+
+        def draw(name: str) -> Tensor:
+            shape = (*batch_shape, *(sizes[side] for side in SHAPES[name]))
+            if "heads" not in SHAPES[name]:
+                return uniform(*shape, width=width, generator=generator, dtype=dtype)
+            normal = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return (scale * normal).to(dtype)
+
+        return cls(**{name: draw(name) for name in SHAPES})
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks ``L``."""
+        return self.W_1.shape[-3]
+
+    @property
+    def heads(self) -> int:
+        """Number of heads ``H`` in each block."""
+        return self.W_Q.shape[-3]
+
+    @property
+    def width(self) -> int:
+        """Size ``D`` of a token."""
+        return self.W_1.shape[-1]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Every size by its name: blocks, heads, query size, value size, width, hidden, outputs."""
+        return {
+            side: n
+            for name, shape in SHAPES.items()
+            for side, n in zip(shape, getattr(self, name).shape[-len(shape) :], strict=True)
+        }
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions: how many networks this object holds."""
+        return self.W_out.shape[:-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_out.dtype
+
+    @property
+    def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:
+        """All matrices, one by one: by kind in the order of `WEIGHTS`, then by block and head."""
+        return tuple(w for name in WEIGHTS for w in self._unstacked(name, 2))
+
+    @property
+    def biases(self) -> tuple[Float[Tensor, "*batch _"], ...]:
+        """All vectors, one by one: ``b_1`` of every block, then ``b_2`` of every block."""
+        return tuple(b for name in BIASES for b in self._unstacked(name, 1))
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """For each of `weights` what it is, such as ``"W_Q of block 1, head 2"``."""
+        blocks, heads = range(1, self.depth + 1), range(1, self.heads + 1)
+        names: list[str] = []
+        for name in WEIGHTS:
+            if "heads" in SHAPES[name]:
+                names += [f"{name} of block {l}, head {h}" for l in blocks for h in heads]
+            elif "blocks" in SHAPES[name]:
+                names += [f"{name} of block {l}" for l in blocks]
+            else:
+                names.append(name)
+        return tuple(names)
+
+    def with_parameters(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+    ) -> Transformer:
+        """The network of other `weights` and, where given, other `biases`, in their order."""
+        stacks = {
+            **self._stacked(WEIGHTS, weights, 2),
+            **self._stacked(BIASES, self.biases if biases is None else biases, 1),
+        }
+        return Transformer(**stacks)
+
+    def _unstacked(self, name: str, dims: int) -> tuple[Tensor, ...]:
+        stack: Tensor = getattr(self, name)
+        first = stack.ndim - len(SHAPES[name])
+        return stack.unsqueeze(first).flatten(first, -dims - 1).unbind(first)
+
+    def _stacked(
+        self, names: Sequence[str], values: Sequence[Tensor], dims: int
+    ) -> dict[str, Tensor]:
+        remaining, stacks = iter(values), {}
+        for name in names:
+            sizes = getattr(self, name).shape[-len(SHAPES[name]) : -dims]
+            members = torch.broadcast_tensors(*(next(remaining) for _ in range(sizes.numel())))
+            stack = torch.stack(members, -dims - 1)
+            shape = (*stack.shape[: -dims - 1], *sizes, *stack.shape[-dims:])
+            stacks[name] = stack.reshape(shape)
+        return stacks
+
+    def to(self, dtype: torch.dtype) -> Transformer:
+        """The same network with all numbers rounded to ``dtype``."""
+        return Transformer(*(getattr(self, field.name).to(dtype) for field in fields(self)))
+
+    def __getitem__(self, index: Any) -> Transformer:
+        """The member, or members, of the batch at ``index``."""
+        return Transformer(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def as_inputs(self, x: Any) -> Float[Tensor, "*batch width n"]:
+        """``x`` in the network's type, or an `InputError` where it is no sequence of tokens."""
+        x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
+        if x.shape[-2] != self.width:
+            raise InputError(
+                "x",
+                allowed=f"of shape [..., {self.width}, tokens], columns being tokens",
+                given=f"shape {tuple(x.shape)}",
+            )
+        _checks.common_shape("x and network", [tuple(x.shape[:-2]), tuple(self.batch_shape)])
+        return x
+
+    def trace(self, x: Float[Tensor, "*batch width n"]) -> list[BlockTrace]:
+        """What happens in each block, first block first."""
+        z, found = self.as_inputs(x), []
+        for l in range(self.depth):
+            Q, K, V, O = (w[..., l, :, :, :] for w in (self.W_Q, self.W_K, self.W_V, self.W_O))
+            tokens = z.unsqueeze(-3)
+            patterns = ((K @ tokens).mT @ (Q @ tokens)).softmax(-2)
+            attention = (O @ (V @ tokens @ patterns)).sum(-3)
+            hidden = self.W_1[..., l, :, :] @ attention + self.b_1[..., l, :, None]
+            z = self.W_2[..., l, :, :] @ hidden.relu() + self.b_2[..., l, :, None]
+            found.append(BlockTrace(patterns, hidden, z))
+        return found
+
+    def __call__(self, x: Float[Tensor, "*batch width n"]) -> Float[Tensor, "*batch out n"]:
+        """``W_out Z_L``, token by token; leading dimensions of ``x`` broadcast with the batch."""
+        return self.W_out @ self.trace(x)[-1].outputs

@@ -1,0 +1,442 @@
+"""Transformers, their segments and adaptations, against numpy and against the theorem."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import batch_shapes, dtypes, seeds
+
+from lorapower import InputError, SingularError, bounds
+from lorapower.constructions import transformer
+from lorapower.networks import Transformer, segments
+
+FULL = dict.fromkeys(transformer.ADAPTED, 4)
+
+
+def tokens(network: Transformer, length: int = 7, *, seed: int = 0, sequences: int = 5) -> Any:
+    shape = (sequences, *network.batch_shape, network.width, length)
+    return torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).to(network.dtype)
+
+
+def reference(network: Transformer, x: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """One sequence through one network in numpy, token by token: ReLU inputs, and outputs."""
+    p = {field.name: getattr(network, field.name).double().numpy() for field in fields(network)}
+    z, seen = x.astype(float), []
+    for l in range(network.depth):
+        attention = np.zeros_like(z)
+        for h in range(network.heads):
+            for j in range(z.shape[1]):
+                query = p["W_Q"][l, h] @ z[:, j]
+                scores = np.array([(p["W_K"][l, h] @ z[:, i]) @ query for i in range(z.shape[1])])
+                weights = np.exp(scores - scores.max())
+                mixed = (z * weights).sum(1) / weights.sum()
+                attention[:, j] += p["W_O"][l, h] @ (p["W_V"][l, h] @ mixed)
+        seen.append(p["W_1"][l] @ attention + p["b_1"][l][:, None])
+        z = p["W_2"][l] @ np.maximum(seen[-1], 0) + p["b_2"][l][:, None]
+    return seen, p["W_out"] @ z
+
+
+def mean_square(values: torch.Tensor) -> torch.Tensor:
+    """Over sequences, coordinates and tokens, one for each network."""
+    return values.double().square().mean((0, -2, -1))
+
+
+def relative_error(adapted: Transformer, target: Transformer, x: torch.Tensor) -> torch.Tensor:
+    return mean_square(adapted(x) - target(x)) / mean_square(target(x))
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(1, 10),
+    st.integers(1, 6),
+    batch_shapes,
+    dtypes,
+    seeds,
+)
+def test_forward_pass_is_numpys(
+    depth: int,
+    width: int,
+    heads: int,
+    size: int,
+    length: int,
+    batch: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    network = Transformer.random(
+        depth,
+        width,
+        heads,
+        head_size=size,
+        scale=width**-0.5,
+        batch_shape=batch,
+        seed=seed,
+        dtype=dtype,
+    )
+    assert network.batch_shape == batch
+    x = tokens(network, length, seed=seed, sequences=2)
+    trace, outputs = network.trace(x), network(x)
+    single = tuple(0 for _ in batch)
+    seen, expected = reference(network[single], x[(0, *single)].numpy())
+    # Scores carry the rounding of products of this size, and the softmax passes it on.
+    unit = 1e4 * torch.finfo(dtype).eps * (1 + np.abs(expected).max())
+    np.testing.assert_allclose(outputs[(0, *single)].numpy(), expected, atol=unit)
+    for block, pre in zip(trace, seen, strict=True):
+        scale = 1e4 * torch.finfo(dtype).eps * (1 + np.abs(pre).max())
+        np.testing.assert_allclose(block.preactivations[(0, *single)].numpy(), pre, atol=scale)
+        columns = block.patterns.sum(-2)
+        torch.testing.assert_close(columns, torch.ones_like(columns))
+
+
+@given(st.integers(1, 3), st.integers(1, 3), batch_shapes, seeds)
+def test_weights_one_by_one_are_the_network(
+    depth: int, heads: int, batch: tuple[int, ...], seed: int
+) -> None:
+    network = Transformer.random(depth, 3, heads, head_size=2, batch_shape=batch, seed=seed)
+    assert len(network.weights) == len(network.weight_names) == depth * (4 * heads + 2) + 1
+    again = network.with_parameters(network.weights, network.biases)
+    for field in fields(network):
+        assert torch.equal(getattr(again, field.name), getattr(network, field.name))
+    names = dict(zip(network.weight_names, network.weights, strict=True))
+    last = names[f"W_K of block {depth}, head {heads}"]
+    assert torch.equal(last, network.W_K[..., -1, -1, :, :])
+    assert torch.equal(names[f"W_2 of block {depth}"], network.W_2[..., -1, :, :])
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    batch_shapes,
+    batch_shapes,
+    dtypes,
+    st.booleans(),
+    seeds,
+)
+def test_exact_at_the_threshold_segment_by_segment(
+    depth: int,
+    width: int,
+    heads: int,
+    length: int,
+    batch: tuple[int, ...],
+    other: tuple[int, ...],
+    dtype: torch.dtype,
+    saturated: bool,
+    seed: int,
+) -> None:
+    other = other if other in (batch, ()) else ()
+    scale = 1.0 if saturated else width**-0.5
+    frozen, target = (
+        Transformer.random(depth, width, heads, scale=scale, batch_shape=shape, seed=s, dtype=dtype)
+        for shape, s in ((batch, seed), (other, seed + 1))
+    )
+    rank = int(bounds.transformer_threshold(frozen, target).max())
+    assert rank == -(-width // 2)
+    solution = transformer.adapt(frozen, target, rank, rtol=torch.inf)
+    adapted = solution.adapters.merge(frozen)
+    assert adapted.batch_shape == batch
+    assert torch.equal(adapted.W_1, frozen.W_1)
+    assert torch.equal(adapted.W_2[..., :-1, :, :], frozen.W_2[..., :-1, :, :])
+    x = tokens(adapted, length, seed=seed)
+    ours, theirs = adapted.trace(x), target.trace(x)
+    assert solution.condition_number.shape == batch
+    allowed = (100 * torch.finfo(dtype).eps * solution.condition_number.double()) ** 2
+    for mine, wanted in zip(ours, theirs, strict=True):
+        off = mean_square(mine.preactivations - wanted.preactivations)
+        assert (off <= allowed * mean_square(wanted.preactivations)).all()
+        off = mean_square((mine.patterns - wanted.patterns).flatten(-3, -2))
+        assert (off <= allowed).all()
+    # Terms may cancel in the outputs, in very small networks above all.
+    terms = target.W_2[..., -1, :, :].abs() @ theirs[-1].preactivations.relu()
+    terms = target.W_out.abs() @ (terms + target.b_2[..., -1, :, None].abs())
+    assert (mean_square(adapted(x) - target(x)) <= allowed * mean_square(terms)).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_fifty_networks_of_width_16(depth: int, scale: float) -> None:
+    options: Any = {"scale": scale, "batch_shape": (50,)}
+    frozen = Transformer.random(depth, 16, 2, seed=1, **options)
+    target = Transformer.random(depth, 16, 2, seed=1000, **options)
+    assert (bounds.transformer_threshold(frozen, target) == 8).all()
+    x = tokens(frozen, 10, sequences=10)
+    longest = torch.linalg.vector_norm
+
+    for rank in (0, 4, 7, 8):
+        solution = transformer.adapt(frozen, target, rank)
+        adapted = solution.adapters.merge(frozen)
+        error = relative_error(adapted, target, x)
+        worst = longest(adapted(x) - target(x), dim=-2).amax(-1)
+        assert (bounds.transformer_error(frozen, target, solution.errors, x) >= worst).all()
+        if rank < 8:
+            assert (error > 1e-6).all()
+            continue
+        assert (error < 1e-16).float().mean() >= 0.95
+        for mine, wanted in zip(adapted.trace(x), target.trace(x), strict=True):
+            off = (mine.patterns - wanted.patterns).abs().amax((0, 2, 3, 4))
+            assert (off < 1e-7).float().mean() >= 0.95
+            off = mean_square(mine.preactivations - wanted.preactivations)
+            off = off / mean_square(wanted.preactivations)
+            assert (off < 1e-16).float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("scale", [1.0, 32**-0.5])
+def test_networks_of_width_32_and_which_are_hard(scale: float) -> None:
+    options: Any = {"scale": scale, "batch_shape": (20,)}
+    frozen = Transformer.random(3, 32, 4, seed=1, **options)
+    target = Transformer.random(3, 32, 4, seed=1000, **options)
+    solution = transformer.adapt(frozen, target, 16)
+    error = relative_error(solution.adapters.merge(frozen), target, tokens(frozen, 10))
+    hard = solution.condition_number.argsort(descending=True)[:2]
+    assert (error < 1e-16).float().mean() >= 0.95
+    assert set((error >= 1e-16).nonzero().flatten().tolist()) <= set(hard.tolist())
+
+
+def test_condition_numbers_single_out_the_hard_networks() -> None:
+    frozen = Transformer.random(2, 6, 2, scale=0.4, batch_shape=(8,), seed=3)
+    target = Transformer.random(2, 6, 2, scale=0.4, batch_shape=(8,), seed=4)
+    U, S, Vh = torch.linalg.svd(target.W_2)
+    S[5, 0, -1] = 1e-9 * S[5, 0, 0]
+    target = replace(target, W_2=U @ torch.diag_embed(S) @ Vh)
+    solution = transformer.adapt(frozen, target, 3)
+    error = relative_error(solution.adapters.merge(frozen), target, tokens(frozen))
+    assert error.argmax() == 5
+    assert error[5] > 1e3 * error.median()
+    assert solution.condition_number.argmax() == 5
+    assert solution.shift_condition_numbers[5, 0] == pytest.approx(1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("starved", transformer.ADAPTED)
+def test_every_segment_needs_its_rank(starved: str) -> None:
+    frozen, target = (Transformer.random(2, 6, 2, scale=0.4, seed=s) for s in (1, 2))
+    x = tokens(frozen)
+    ranks = dict.fromkeys(transformer.ADAPTED, 3)
+    exact = transformer.adapt(frozen, target, ranks).adapters.merge(frozen)
+    less = transformer.adapt(frozen, target, ranks | {starved: 2}).adapters.merge(frozen)
+    assert relative_error(exact, target, x) < 1e-16
+    assert relative_error(less, target, x) > 1e-8
+
+
+def test_a_segment_that_is_reached_needs_nothing() -> None:
+    frozen, target = (Transformer.random(1, 5, 2, scale=0.4, seed=s) for s in (1, 2))
+    target = replace(target, W_Q=frozen.W_Q, W_K=frozen.W_K)
+    ranks = bounds.transformer_ranks(frozen, target)
+    assert ranks.query_key.tolist() == [[0, 0]]
+    assert ranks.value_output.tolist() == [[3, 3]]
+    assert ranks.output == 3
+    each = dict.fromkeys(transformer.ADAPTED, 3) | {"W_Q": 0, "W_K": 0}
+    solution = transformer.adapt(frozen, target, each)
+    assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 2), st.integers(2, 8), st.data(), st.integers(1, 2), seeds)
+def test_narrow_heads_are_exact_with_no_more_rank_than_others(
+    depth: int, width: int, data: st.DataObject, heads: int, seed: int
+) -> None:
+    size = data.draw(st.integers(1, width - 1))
+    frozen, target = (
+        Transformer.random(depth, width, heads, head_size=size, scale=width**-0.5, seed=s)
+        for s in (seed, seed + 1)
+    )
+    ranks = bounds.transformer_ranks(frozen, target)
+    assert (ranks.query_key == min(size, -(-width // 2))).all()
+    assert (ranks.value_output == min(size, -(-width // 2))).all()
+    solution = transformer.adapt(frozen, target, -(-width // 2), rtol=torch.inf)
+    adapted = solution.adapters.merge(frozen)
+    unit = 100 * torch.finfo(torch.float64).eps * solution.condition_number
+    assert relative_error(adapted, target, tokens(frozen)) <= unit**2
+
+
+def test_narrow_heads_close_to_the_target_need_what_the_proposition_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    frozen = Transformer.random(1, 8, 1, head_size=3, scale=0.4, seed=1)
+    low = torch.randn(3, 1, generator=generator).double() @ torch.randn(
+        1, 8, generator=generator
+    ).to(torch.float64)
+    target = replace(frozen, W_Q=frozen.W_Q + 0.3 * low)
+    ranks = bounds.transformer_ranks(frozen, target)
+    # All of the difference lies in W_Q: an adapter of W_K cannot take half of it.
+    assert ranks.query_key.tolist() == [[1]]
+    each = dict.fromkeys(transformer.ADAPTED, 0) | {"W_Q": 1}
+    solution = transformer.adapt(frozen, target, each)
+    assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
+    with pytest.raises(InputError, match="ranks of W_Q and W_K must be at least 1 and 0"):
+        transformer.adapt(frozen, target, each | {"W_Q": 0, "W_K": 1})
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_narrow_heads_below_their_threshold_are_refused(size: int) -> None:
+    frozen, target = (Transformer.random(1, 6, 2, head_size=size, seed=s) for s in (1, 2))
+    needed = int(bounds.transformer_ranks(frozen, target).query_key.max())
+    transformer.adapt(frozen, target, 3)
+    with pytest.raises(InputError, match="exactly or not at all"):
+        transformer.adapt(frozen, target, needed - 1)
+
+
+def test_heads_wider_than_the_tokens_are_like_square_ones() -> None:
+    frozen, target = (Transformer.random(1, 4, 2, head_size=6, scale=0.4, seed=s) for s in (1, 2))
+    solution = transformer.adapt(frozen, target, 2)
+    assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
+
+
+def test_adapters_merge_unmerge_and_count() -> None:
+    frozen, target = (Transformer.random(2, 6, 3, scale=0.4, seed=s) for s in (1, 2))
+    adapters = transformer.adapt(frozen, target, 2).adapters
+    back = adapters.unmerge(adapters.merge(frozen))
+    for field in fields(frozen):
+        torch.testing.assert_close(getattr(back, field.name), getattr(frozen, field.name))
+    # Four matrices a head, and two at the end; two biases a block.
+    assert adapters.parameter_count == (2 * 3 * 4 + 2) * 2 * 12 + 2 * 2 * 6
+
+
+def test_one_token_sees_itself_and_none_is_refused() -> None:
+    frozen, target = (Transformer.random(2, 5, 2, seed=s) for s in (1, 2))
+    adapted = transformer.adapt(frozen, target, 3).adapters.merge(frozen)
+    x = tokens(frozen, 1)
+    assert all((block.patterns == 1).all() for block in adapted.trace(x))
+    assert relative_error(adapted, target, x) < 1e-16
+    with pytest.raises(InputError, match=r"x must be a non-empty array .* \(5, 0\)"):
+        frozen(torch.ones(5, 0))
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        ((1, 5, 2), "target's blocks must be 2, as in the frozen network; got 1"),
+        ((2, 5, 3), "target's heads must be 2"),
+        ((2, 6, 2), "target's query size must be 5"),
+    ],
+)
+def test_transformers_of_other_sizes_are_refused(
+    other: tuple[int, int, int], complaint: str
+) -> None:
+    frozen = Transformer.random(2, 5, 2)
+    with pytest.raises(InputError, match=complaint):
+        transformer.adapt(frozen, Transformer.random(*other), 3)
+
+
+def test_unlike_types_and_batches_are_refused() -> None:
+    frozen = Transformer.random(1, 3, 1, batch_shape=(2,))
+    with pytest.raises(InputError, match=r"target must be torch.float64.*convert one"):
+        transformer.adapt(frozen, Transformer.random(1, 3, 1).to(torch.float32), 2)
+    with pytest.raises(InputError, match="batch shapes that broadcast"):
+        transformer.adapt(frozen, Transformer.random(1, 3, 1, batch_shape=(3,)), 2)
+    with pytest.raises(InputError, match="x and network must be of batch shapes that broadcast"):
+        frozen(torch.ones(3, 3, 4))
+    with pytest.raises(InputError, match=r"x must be of shape \[..., 3, tokens\]"):
+        frozen(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(("kind", "owner"), [("W_1", ""), ("W_2", ""), ("W_2", "target's ")])
+def test_singular_layers_are_named(kind: str, owner: str) -> None:
+    networks = {"": Transformer.random(2, 4, 1, seed=1), "target's ": Transformer.random(2, 4, 1)}
+    broken = getattr(networks[owner], kind).clone()
+    broken[0, 1] = broken[0, 0]
+    networks[owner] = replace(networks[owner], **{kind: broken})
+    with pytest.raises(InputError, match=f"^{owner}{kind} of block 1 must be non-singular; got co"):
+        transformer.adapt(networks[""], networks["target's "], 2)
+
+
+def test_the_member_of_a_batch_with_a_singular_layer_is_named() -> None:
+    frozen = Transformer.random(1, 4, 1, batch_shape=(3,))
+    broken = frozen.W_1.clone()
+    broken[2] = 0
+    with pytest.raises(InputError, match=r"W_1 of block 1 in batch member \(2,\).* number inf"):
+        transformer.adapt(replace(frozen, W_1=broken), Transformer.random(1, 4, 1, seed=1), 2)
+
+
+def test_a_segment_that_cannot_be_reached_is_named() -> None:
+    frozen, target = (Transformer.random(2, 4, 2, seed=s) for s in (1, 2))
+    zero = torch.zeros_like(frozen.W_Q)
+    frozen = replace(frozen, W_Q=zero, W_K=zero)
+    with pytest.raises(SingularError, match=r"query–key segment of block \d, head \d"):
+        transformer.adapt(frozen, target, 2)
+    frozen = Transformer.random(1, 4, 1, batch_shape=(2,))
+    frozen = replace(frozen, W_out=torch.zeros(4, 4, dtype=torch.float64))
+    ranks = FULL | {"W_2": 4, "W_out": 0}
+    with pytest.raises(SingularError, match=r"output segment, batch member \(0,\)"):
+        transformer.adapt(frozen, Transformer.random(1, 4, 1, seed=2), ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "complaint"),
+    [
+        (-1, r"rank must be an integer from 0 to 4 \(the width\); got -1"),
+        (5, "got 5"),
+        (2.0, "got 2.0"),
+        (None, "got None"),
+        ({"W_Q": 1}, r"one for each of W_Q, .*; got \['W_Q'\]"),
+        (FULL | {"W_V": 5}, r"rank of W_V must be an integer from 0 to 4 \(smaller side\); got 5"),
+    ],
+)
+def test_unusable_ranks_are_refused(ranks: Any, complaint: str) -> None:
+    frozen, target = (Transformer.random(1, 4, 1, seed=s) for s in (1, 2))
+    with pytest.raises(InputError, match=complaint):
+        transformer.adapt(frozen, target, ranks)
+
+
+def test_unusable_weights_are_refused() -> None:
+    network = Transformer.random(2, 4, 3, head_size=2)
+    with pytest.raises(InputError, match="W_O must be finite; got 48 entries"):
+        replace(network, W_O=network.W_O * torch.nan)
+    with pytest.raises(InputError, match=r"W_K must be \[..., blocks, heads, query size, width\]"):
+        replace(network, W_K=network.W_K.mT)
+    with pytest.raises(InputError, match="all float32 or all float64; got both"):
+        replace(network, b_1=network.b_1.float())
+    with pytest.raises(InputError, match="batch shapes that broadcast"):
+        replace(network, b_1=network.b_1.expand(2, 2, 4), b_2=network.b_2.expand(3, 2, 4))
+    wide = replace(
+        network,
+        W_1=torch.ones(2, 8, 4).double(),
+        b_1=torch.ones(2, 8).double(),
+        W_2=torch.ones(2, 4, 8).double(),
+    )
+    assert wide(tokens(wide)).shape == (5, 4, 7)
+    with pytest.raises(InputError, match="W_1 must be square"):
+        segments(wide, wide)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"depth": 0}, {"width": 0}, {"heads": 0}, {"head_size": 0}, {"seed": -1}]
+)
+def test_random_transformers_need_sizes(wrong: dict[str, int]) -> None:
+    (name,) = wrong
+    sizes: Any = {"depth": 1, "width": 2, "heads": 1} | wrong
+    with pytest.raises(InputError, match=f"{name} must be an integer from"):
+        Transformer.random(**sizes)
+    with pytest.raises(InputError, match="scale must be a finite number above 0"):
+        Transformer.random(1, 2, 1, scale=0)
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 2), st.integers(2, 6), st.integers(1, 2), st.integers(1, 5), st.data(), seeds)
+def test_the_bound_is_not_below_what_is_measured(
+    depth: int, width: int, heads: int, length: int, data: st.DataObject, seed: int
+) -> None:
+    rank = data.draw(st.integers(0, -(-width // 2)))
+    scale = data.draw(st.sampled_from([0.05, width**-0.5, 1.0]))
+    frozen, target = (
+        Transformer.random(depth, width, heads, scale=scale, seed=s) for s in (seed, seed + 1)
+    )
+    solution = transformer.adapt(frozen, target, rank, rtol=torch.inf)
+    x = tokens(frozen, length, seed=seed)
+    difference = solution.adapters.merge(frozen)(x) - target(x)
+    measured = torch.linalg.vector_norm(difference, dim=-2).amax(-1)
+    bound = bounds.transformer_error(frozen, target, solution.errors, x)
+    # The bound knows the rounding in the weights, not that of evaluating the networks.
+    rounding = 1e-13 * torch.linalg.vector_norm(target(x), dim=-2).amax(-1)
+    assert (bound + rounding >= measured).all()
