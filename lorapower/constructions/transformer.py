@@ -224,5 +224,6 @@ def _require_accuracy(
         float(found.condition_numbers[place][layer]),
         float(relative[place]),
         rtol,
+        1 / (max(segment.frozen.widths) * torch.finfo(scale.dtype).eps),
         f" of the {words}{where}",
     )
