@@ -410,3 +410,24 @@ def test_a_singular_block_is_named_by_its_layer_in_the_network() -> None:
     with pytest.raises(SingularError, match=r"layer [34] ") as error:
         fnn.adapt(FNN(weights, frozen.biases), FNN.random(2, 4, seed=1), 2, Ball(1.0))
     assert error.value.layer in (3, 4)
+
+
+def test_nothing_is_certified_for_inputs_of_another_width() -> None:
+    frozen, target = FNN.random(2, 6), FNN.random(1, 4, seed=1)
+    solution = fnn.adapt(frozen, target, 4, Ball(2.0))
+    for x in (torch.ones(6, 5), torch.ones(3, 5), torch.ones(4)):
+        with pytest.raises(InputError, match="x must be"):
+            solution.covers(frozen, x.double())
+
+
+@pytest.mark.parametrize("limit", [float("nan"), -1, "a"])
+def test_only_a_number_limits_the_digits_lost(limit: object) -> None:
+    frozen, target = FNN.random(2, 4), FNN.random(1, 4, seed=1)
+    with pytest.raises(InputError, match="max_digits_lost must be a number of at least 0"):
+        fnn.adapt(frozen, target, 4, Ball(2.0), max_digits_lost=limit)  # type: ignore[arg-type]
+
+
+def test_a_partition_is_a_partition() -> None:
+    frozen, target = FNN.random(2, 4), FNN.random(1, 4, seed=1)
+    with pytest.raises(InputError, match="partition must be a Partition"):
+        fnn.adapt(frozen, target, 4, Ball(2.0), (2,))  # type: ignore[arg-type]

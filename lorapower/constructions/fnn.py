@@ -55,7 +55,10 @@ class FNNAdaptation:
 
     @property
     def region(self) -> Region:
-        """The inputs for which the predictions hold."""
+        """The inputs for which the predictions hold.
+
+        With `Samples` and a target of more than one layer, the samples themselves.
+        """
         return self.regions[0]
 
     def covers(
@@ -66,6 +69,13 @@ class FNNAdaptation:
         That is: inner units of every block are active, units that the target layer does not have
         are not. It can hold outside the region too, which is what is promised beforehand.
         """
+        x = _checks.real_tensor("x", x, min_dims=2)
+        if x.shape[-2] != self.region.width:
+            raise InputError(
+                "x",
+                allowed=f"of shape [..., {self.region.width}, samples], like the target's inputs",
+                given=f"shape {tuple(x.shape)}",
+            )
         reached = self.adapters.merge(frozen).preactivations(pad(x, frozen.widths[0]))
         good = []
         for layers, region in zip(self.partition.slices, self.regions[1:], strict=True):
@@ -136,7 +146,7 @@ def adapt(
     input_scale = _checks.positive("input_scale", input_scale)
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
     if max_digits_lost is not None:
-        limit = float(max_digits_lost)
+        limit = _checks.tolerance("max_digits_lost", max_digits_lost)
 
     typical = region.typical(input_scale)
     regions, updates, bias_updates = [region], [], []

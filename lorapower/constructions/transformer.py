@@ -206,7 +206,8 @@ def _one_by_one(update: LowRank) -> list[LowRank]:
 def _require_accuracy(
     found: linear.LinearAdaptation, segment: Segment, words: str, rtol: float | None
 ) -> None:
-    rtol = torch.finfo(segment.frozen.dtype).eps ** 0.5 if rtol is None else rtol
+    default = torch.finfo(segment.frozen.dtype).eps ** 0.5
+    rtol = default if rtol is None else _checks.tolerance("rtol", rtol)
     scale = bounds.rounding_scale(*segment)
     relative = found.rounding_error / scale.clamp(min=torch.finfo(scale.dtype).tiny)
     bad = relative.isfinite().logical_not() | (relative > rtol)

@@ -133,6 +133,10 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
         )
     if partition is None:
         partition = Partition.uniform(frozen.depth, target.depth)
+    if not isinstance(partition, Partition):
+        raise InputError(
+            "partition", allowed="a Partition, such as Partition([2, 2])", given=repr(partition)
+        )
     if partition.depth != frozen.depth:
         raise InputError(
             "partition",
