@@ -209,6 +209,15 @@ class Transformer:
                 names.append(name)
         return tuple(names)
 
+    @property
+    def adapted(self) -> tuple[bool, ...]:
+        """For each of `weights` whether the theorem on exact adaptation (chapter 4) adapts it.
+
+        It adapts all of the attention, ``W_2`` of the last block and ``W_out``.
+        """
+        frozen = [f"W_2 of block {l}" for l in range(1, self.depth)]
+        return tuple(not name.startswith("W_1 ") and name not in frozen for name in self.weight_names)
+
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> Transformer:

@@ -1,4 +1,4 @@
-"""Gradient training of adapters, many at once."""
+"""An adversary of the constructions for linear networks, which knows only error and gradient."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import _checks, bounds
-from .networks import LinearNetwork, product
+from .. import _checks, bounds
+from ..networks import LinearNetwork, product
 
 
 def minimize(

@@ -1,0 +1,7 @@
+"""Gradient training: of many adapters at once by Adam, and of linear networks by L-BFGS."""
+
+from .data import Data, Fixed, Fresh
+from .engine import Training, Tuning, train
+from .lbfgs import minimize
+
+__all__ = ["Data", "Fixed", "Fresh", "Training", "Tuning", "minimize", "train"]

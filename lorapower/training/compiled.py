@@ -1,0 +1,621 @@
+"""Training steps compiled for processors: one run at a time, all its numbers in the cache.
+
+`reference` computes the same in a readable way, for all runs at once and on any device; the tests
+compare the two. What makes this one fast: samples are the last dimension of every array, so that
+each loop over them becomes vector instructions; samples go through the network in tiles that fit
+the cache; ``W_Kᵀ W_Q`` and ``W_O W_V`` are multiplied once for all tokens; a run computes only the
+ranks that it has. A run's numbers do not depend on the others, which share nothing but inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+T = TypeVar("T")
+
+# Sums may be reordered, which vector instructions need; NaN and infinity keep their meaning.
+_compiled = njit(
+    nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}
+)
+_F = np.float32
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+
+class Structure(NamedTuple):
+    """What the runs of a batch have in common.
+
+    Attributes
+    ----------
+    relu : whether a ReLU follows each layer of a chain.
+    blocks, heads, tokens : of a transformer; 0, 0 and 1 for a chain of layers.
+    outputs : number of coordinates of an output that count in the squared error.
+    classes : number of classes, or 0 for the squared error.
+    class_of : class to which each output coordinate votes, or −1; ``[D]``.
+    tile : number of samples that go through the network together.
+    """
+
+    relu: bool
+    blocks: int
+    heads: int
+    tokens: int
+    outputs: int
+    classes: int
+    class_of: NDArray[np.int64]
+    tile: int
+
+
+class State(NamedTuple, Generic[T]):
+    """All runs of a batch, stacked along the first dimension.
+
+    ``M`` weights and ``P`` biases of width ``D``. A row of factors is one direction: ``ΔW = Σ_r
+    A[r] B[r]ᵀ``. Where a weight is tuned in full, ``A`` holds the weight itself.
+
+    Attributes
+    ----------
+    problem : which frozen network, inputs and targets each run has.
+    frozen : weights, ``[problems, M, D, D]``.
+    ranks : number of rows of the factors that count; −1 where the weight is tuned in full.
+    tuned : which biases are tuned, ``[runs, P]``.
+    rate, decay : of each run.
+    A, B, b : ``[runs, M, D, D]`` twice and ``[runs, P, D]``; Adam's first and second moments of
+        them, ``[runs, M, 2, D, D]`` and ``[runs, P, 2, 1, D]``; and their values at the least
+        validation loss.
+    goal : the part of the first validation loss at which a run stops; once known, that loss itself.
+    best, best_step : the least validation loss and its step.
+    stopped : whether a run is over, by its goal or by a loss that is no number.
+    training, validation : loss curves, ``[runs, points]``.
+    """
+
+    problem: T
+    frozen: T
+    ranks: T
+    tuned: T
+    rate: T
+    decay: T
+    A: T
+    B: T
+    b: T
+    A_moments: T
+    B_moments: T
+    b_moments: T
+    A_best: T
+    B_best: T
+    b_best: T
+    goal: T
+    best: T
+    best_step: T
+    stopped: T
+    training: T
+    validation: T
+
+
+@_compiled
+def _apply(W: Array, x: Array, out: Array) -> None:
+    """``out += W x``, four rows and columns of ``W`` at a time; its sizes are multiples of 4."""
+    for i in range(0, W.shape[0], 4):
+        o0, o1, o2, o3 = out[i], out[i + 1], out[i + 2], out[i + 3]
+        for k in range(0, W.shape[1], 4):
+            x0, x1, x2, x3 = x[k], x[k + 1], x[k + 2], x[k + 3]
+            w00, w01, w02, w03 = W[i, k], W[i, k + 1], W[i, k + 2], W[i, k + 3]
+            w10, w11, w12, w13 = W[i + 1, k], W[i + 1, k + 1], W[i + 1, k + 2], W[i + 1, k + 3]
+            w20, w21, w22, w23 = W[i + 2, k], W[i + 2, k + 1], W[i + 2, k + 2], W[i + 2, k + 3]
+            w30, w31, w32, w33 = W[i + 3, k], W[i + 3, k + 1], W[i + 3, k + 2], W[i + 3, k + 3]
+            for s in range(x.shape[1]):
+                p, q, r, t = x0[s], x1[s], x2[s], x3[s]
+                o0[s] += w00 * p + w01 * q + w02 * r + w03 * t
+                o1[s] += w10 * p + w11 * q + w12 * r + w13 * t
+                o2[s] += w20 * p + w21 * q + w22 * r + w23 * t
+                o3[s] += w30 * p + w31 * q + w32 * r + w33 * t
+
+
+@_compiled
+def _outer(d: Array, x: Array, G: Array) -> None:
+    """``G += d xᵀ``, four rows and columns at a time."""
+    for i in range(0, d.shape[0], 4):
+        d0, d1, d2, d3 = d[i], d[i + 1], d[i + 2], d[i + 3]
+        for k in range(0, x.shape[0], 4):
+            x0, x1, x2, x3 = x[k], x[k + 1], x[k + 2], x[k + 3]
+            g00 = g01 = g02 = g03 = g10 = g11 = g12 = g13 = _F(0)
+            g20 = g21 = g22 = g23 = g30 = g31 = g32 = g33 = _F(0)
+            for s in range(x.shape[1]):
+                p, q, r, t = x0[s], x1[s], x2[s], x3[s]
+                e, f, g, h = d0[s], d1[s], d2[s], d3[s]
+                g00 += e * p
+                g01 += e * q
+                g02 += e * r
+                g03 += e * t
+                g10 += f * p
+                g11 += f * q
+                g12 += f * r
+                g13 += f * t
+                g20 += g * p
+                g21 += g * q
+                g22 += g * r
+                g23 += g * t
+                g30 += h * p
+                g31 += h * q
+                g32 += h * r
+                g33 += h * t
+            for row, (a, b, c, e) in enumerate(
+                (
+                    (g00, g01, g02, g03),
+                    (g10, g11, g12, g13),
+                    (g20, g21, g22, g23),
+                    (g30, g31, g32, g33),
+                )
+            ):
+                G[i + row, k] += a
+                G[i + row, k + 1] += b
+                G[i + row, k + 2] += c
+                G[i + row, k + 3] += e
+
+
+@_compiled
+def _exp(x: Array) -> None:
+    """Exponential in place, of numbers of at most 0; to single precision, vectorized."""
+    for s in range(x.size):
+        v = max(x[s], _F(-87))
+        k = np.int32(v * _F(1.44269504) - _F(0.5))
+        # The logarithm of 2 in two parts: the first times k is exact.
+        u = v - _F(k) * _F(0.693359375) + _F(k) * _F(2.12194440e-4)
+        p = _F(1 / 24) + u * (_F(1 / 120) + u * (_F(1 / 720) + u * _F(1 / 5040)))
+        p = _F(1) + u * (_F(1) + u * (_F(1 / 2) + u * (_F(1 / 6) + u * p)))
+        x[s] = p * np.int32((k + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@_compiled
+def _set_rows(bias: Array, out: Array) -> None:
+    for i in range(out.shape[0]):
+        out[i] = bias[i]
+
+
+@_compiled
+def _add_rows(x: Array, sums: Array) -> None:
+    for i in range(x.shape[0]):
+        total = _F(0)
+        row = x[i]
+        for s in range(row.size):
+            total += row[s]
+        sums[i] += total
+
+
+@_compiled
+def _relu(x: Array) -> None:
+    flat = x.reshape(-1)
+    for s in range(flat.size):
+        # Not max(), which would turn NaN into 0.
+        flat[s] = _F(0) if flat[s] < _F(0) else flat[s]
+
+
+@_compiled
+def _gate(active: Array, d: Array) -> None:
+    """Gradient through a ReLU that returned ``active``."""
+    a, flat = active.reshape(-1), d.reshape(-1)
+    for s in range(flat.size):
+        flat[s] = flat[s] if a[s] > _F(0) else _F(0)
+
+
+@_compiled
+def _loss(out: Array, y: Array, samples: int, structure: Structure, d: Array) -> float:
+    """Loss of a tile, a part of the mean over all samples; its gradient in ``d``."""
+    if structure.classes == 0:
+        total = _F(0)
+        unit = _F(1) / _F(structure.outputs * structure.tokens * samples)
+        o, g, f = out.reshape(-1), y.reshape(-1), d.reshape(-1)
+        for s in range(o.size):
+            difference = o[s] - g[s]
+            total += difference * difference
+            f[s] = _F(2) * unit * difference
+        return total * unit
+    return _cross_entropy(out, y, samples, structure, d)
+
+
+@_compiled
+def _cross_entropy(out: Array, y: Array, samples: int, structure: Structure, d: Array) -> float:
+    """Of the softmax of the classes' votes, against probabilities ``y[c]``."""
+    width, t = out.shape[0], y.shape[1]
+    votes = np.zeros((structure.classes, t), np.float32)
+    for i in range(width):
+        c = structure.class_of[i]
+        if c >= 0:
+            for j in range(structure.tokens):
+                votes[c] += out[i, j * t : (j + 1) * t]
+    total = 0.0
+    for s in range(t):
+        top = votes[:, s].max()
+        normalizer = np.log(np.exp(votes[:, s] - top).sum()) + top
+        for c in range(structure.classes):
+            if y[c, s] > 0:
+                total += y[c, s] * (normalizer - votes[c, s])
+            votes[c, s] = (np.exp(votes[c, s] - normalizer) - y[c, s]) / samples
+    for i in range(width):
+        c = structure.class_of[i]
+        for j in range(structure.tokens):
+            if c >= 0:
+                d[i, j * t : (j + 1) * t] = votes[c]
+            else:
+                d[i, j * t : (j + 1) * t] = _F(0)
+    return total / samples
+
+
+@_compiled
+def chain(
+    W: Array,
+    b: Array,
+    x: Array,
+    y: Array,
+    samples: int,
+    structure: Structure,
+    tuned: NDArray[np.bool_],
+    work: Array,
+    dW: Array,
+    db: Array,
+) -> float:
+    """Loss of a chain of layers on a batch; its gradient is added to ``dW`` and ``db``.
+
+    ``tuned`` says for each weight whether it, or the bias beside it, is to have a gradient. If none
+    is, only the loss is computed.
+    """
+    depth, width = W.shape[0], W.shape[1]
+    loss, first = 0.0, depth
+    for l in range(depth - 1, -1, -1):
+        if tuned[l]:
+            first = l
+    rows = structure.classes if structure.classes else width
+    for start in range(0, samples, structure.tile):
+        t = min(structure.tile, samples - start)
+        inputs = x[start * width : (start + t) * width].reshape(width, t)
+        goal = y[start * rows : (start + t) * rows].reshape(rows, t)
+        size = width * t
+        z = work[: depth * size].reshape(depth, width, t)
+        d = work[depth * size : (depth + 2) * size].reshape(2, width, t)
+        for l in range(depth):
+            _set_rows(b[l], z[l])
+            _apply(W[l], inputs if l == 0 else z[l - 1], z[l])
+            if structure.relu:
+                _relu(z[l])
+        loss += _loss(z[depth - 1], goal, samples, structure, d[0])
+        now = 0
+        for l in range(depth - 1, first - 1, -1):
+            if structure.relu:
+                _gate(z[l], d[now])
+            if tuned[l]:
+                _outer(d[now], inputs if l == 0 else z[l - 1], dW[l])
+                _add_rows(d[now], db[l])
+            if l > first:
+                d[1 - now] = _F(0)
+                _apply(W[l].T, d[now], d[1 - now])
+                now = 1 - now
+    return loss
+
+
+@_compiled
+def _contract(x: Array, y: Array, n: int, out: Array) -> None:
+    """``out[i, j] += Σ_d x[d, i] y[d, j]`` over pairs of ``n`` tokens, sample by sample."""
+    t = x.shape[1] // n
+    for k in range(0, x.shape[0], 4):
+        for i in range(n):
+            a, b = i * t, (i + 1) * t
+            x0, x1, x2, x3 = x[k, a:b], x[k + 1, a:b], x[k + 2, a:b], x[k + 3, a:b]
+            for j in range(n):
+                a, b = j * t, (j + 1) * t
+                y0, y1, y2, y3 = y[k, a:b], y[k + 1, a:b], y[k + 2, a:b], y[k + 3, a:b]
+                o = out[i * n + j]
+                for s in range(t):
+                    o[s] += x0[s] * y0[s] + x1[s] * y1[s] + x2[s] * y2[s] + x3[s] * y3[s]
+
+
+@_compiled
+def _mix(x: Array, p: Array, n: int, transposed: bool, out: Array) -> None:
+    """``out[d, j] += Σ_i x[d, i] p[i, j]``, or with ``p[j, i]``, sample by sample."""
+    t = x.shape[1] // n
+    for k in range(x.shape[0]):
+        for j in range(n):
+            o = out[k, j * t : (j + 1) * t]
+            for i in range(n):
+                q = p[j * n + i] if transposed else p[i * n + j]
+                y = x[k, i * t : (i + 1) * t]
+                for s in range(t):
+                    o[s] += y[s] * q[s]
+
+
+@_compiled
+def _softmax(p: Array, n: int) -> None:
+    """Of each column of the ``n × n`` scores of each sample, in place."""
+    t = p.shape[1]
+    top, total = np.empty(t, np.float32), np.empty(t, np.float32)
+    for j in range(n):
+        top[:] = p[j]
+        for i in range(1, n):
+            row = p[i * n + j]
+            for s in range(t):
+                top[s] = max(top[s], row[s])
+        total[:] = _F(0)
+        for i in range(n):
+            row = p[i * n + j]
+            for s in range(t):
+                row[s] -= top[s]
+            _exp(row)
+            for s in range(t):
+                total[s] += row[s]
+        for i in range(n):
+            row = p[i * n + j]
+            for s in range(t):
+                row[s] /= total[s]
+
+
+@_compiled
+def _softmax_gradient(p: Array, n: int, d: Array) -> None:
+    """In place: ``d ← p (d − Σ_i p d)`` in each column."""
+    total = np.empty(p.shape[1], np.float32)
+    for j in range(n):
+        total[:] = _F(0)
+        for i in range(n):
+            a, g = p[i * n + j], d[i * n + j]
+            for s in range(total.size):
+                total[s] += a[s] * g[s]
+        for i in range(n):
+            a, g = p[i * n + j], d[i * n + j]
+            for s in range(total.size):
+                g[s] = a[s] * (g[s] - total[s])
+
+
+@_compiled
+def transformer(
+    W: Array,
+    b: Array,
+    x: Array,
+    y: Array,
+    samples: int,
+    structure: Structure,
+    tuned: NDArray[np.bool_],
+    work: Array,
+    dW: Array,
+    db: Array,
+) -> float:
+    """Loss of a transformer on a batch; like `chain`. Weights in `Transformer`'s order."""
+    D, n, L, H = W.shape[1], structure.tokens, structure.blocks, structure.heads
+    K, V, O, W_1, W_2 = L * H, 2 * L * H, 3 * L * H, 4 * L * H, 4 * L * H + L
+    last = 4 * L * H + 2 * L
+    backward = tuned.any()
+    merged = np.zeros((4, L * H, D, D), np.float32)
+    KQ, OV, dKQ, dOV = merged[0], merged[1], merged[2], merged[3]
+    for h in range(L * H):
+        _apply(W[K + h].T, W[h], KQ[h])
+        _apply(W[O + h], W[V + h], OV[h])
+    loss = 0.0
+    classes = structure.classes
+    for start in range(0, samples, structure.tile):
+        t = min(structure.tile, samples - start)
+        size, square = D * n * t, n * n * t
+        inputs = x[start * D * n : (start + t) * D * n].reshape(D, n * t)
+        if classes:
+            goal = y[start * classes : (start + t) * classes].reshape(classes, t)
+        else:
+            goal = y[start * D * n : (start + t) * D * n].reshape(D, n * t)
+        at = 0
+        z = work[at : at + L * size].reshape(L, D, n * t)
+        at += L * size
+        u = work[at : at + L * H * size].reshape(L * H, D, n * t)
+        at += L * H * size
+        v = work[at : at + L * H * size].reshape(L * H, D, n * t)
+        at += L * H * size
+        attention = work[at : at + L * size].reshape(L, D, n * t)
+        at += L * size
+        hidden = work[at : at + L * size].reshape(L, D, n * t)
+        at += L * size
+        d = work[at : at + 4 * size].reshape(4, D, n * t)
+        at += 4 * size
+        p = work[at : at + L * H * square].reshape(L * H, n * n, t)
+        at += L * H * square
+        dp = work[at : at + square].reshape(n * n, t)
+        for l in range(L):
+            tokens = inputs if l == 0 else z[l - 1]
+            attention[l] = _F(0)
+            for h in range(l * H, (l + 1) * H):
+                u[h] = _F(0)
+                _apply(KQ[h], tokens, u[h])
+                p[h] = _F(0)
+                _contract(tokens, u[h], n, p[h])
+                _softmax(p[h], n)
+                v[h] = _F(0)
+                _apply(OV[h], tokens, v[h])
+                _mix(v[h], p[h], n, False, attention[l])
+            _set_rows(b[l], hidden[l])
+            _apply(W[W_1 + l], attention[l], hidden[l])
+            _relu(hidden[l])
+            _set_rows(b[L + l], z[l])
+            _apply(W[W_2 + l], hidden[l], z[l])
+        out, dout = d[0], d[1]
+        out[:] = _F(0)
+        _apply(W[last], z[L - 1], out)
+        loss += _loss(out, goal, samples, structure, dout)
+        if not backward:
+            continue
+        dz, dh = d[2], d[3]
+        _outer(dout, z[L - 1], dW[last])
+        dz[:] = _F(0)
+        _apply(W[last].T, dout, dz)
+        for l in range(L - 1, -1, -1):
+            tokens = inputs if l == 0 else z[l - 1]
+            _outer(dz, hidden[l], dW[W_2 + l])
+            _add_rows(dz, db[L + l])
+            dh[:] = _F(0)
+            _apply(W[W_2 + l].T, dz, dh)
+            _gate(hidden[l], dh)
+            _outer(dh, attention[l], dW[W_1 + l])
+            _add_rows(dh, db[l])
+            dattention = d[0]
+            dattention[:] = _F(0)
+            _apply(W[W_1 + l].T, dh, dattention)
+            dz[:] = _F(0)
+            for h in range(l * H, (l + 1) * H):
+                dp[:] = _F(0)
+                _contract(v[h], dattention, n, dp)
+                _softmax_gradient(p[h], n, dp)
+                dv = d[1]
+                dv[:] = _F(0)
+                _mix(dattention, p[h], n, True, dv)
+                _outer(dv, tokens, dOV[h])
+                du = d[3]
+                du[:] = _F(0)
+                _mix(tokens, dp, n, False, du)
+                _outer(du, tokens, dKQ[h])
+                if l > 0:
+                    _apply(OV[h].T, dv, dz)
+                    _mix(u[h], dp, n, True, dz)
+                    _apply(KQ[h].T, du, dz)
+    if backward:
+        for h in range(L * H):
+            _apply(W[K + h], dKQ[h], dW[h])
+            _outer(W[h], dKQ[h], dW[K + h])
+            _apply(W[O + h].T, dOV[h], dW[V + h])
+            _outer(dOV[h], W[V + h], dW[O + h])
+    return loss
+
+
+@_compiled
+def _adam(
+    values: Array, gradient: Array, moments: Array, rate: float, decay: float, step: int, rows: int
+) -> None:
+    """One step of Adam with L2 penalty, as `torch.optim.Adam` takes it, of the first rows."""
+    beta_1, beta_2 = _F(BETA_1), _F(BETA_2)
+    length = _F(rate / (1 - BETA_1**step))
+    root = _F(1 / (1 - BETA_2**step) ** 0.5)
+    for i in range(rows):
+        value, first, second, slope = values[i], moments[0, i], moments[1, i], gradient[i]
+        for s in range(value.size):
+            g = slope[s] + _F(decay) * value[s]
+            first[s] = beta_1 * first[s] + (_F(1) - beta_1) * g
+            second[s] = beta_2 * second[s] + (_F(1) - beta_2) * g * g
+            value[s] -= length * first[s] / (np.sqrt(second[s]) * root + _F(EPSILON))
+
+
+@_compiled
+def _weights(state: State[Any], run: int, W: Array) -> None:
+    """The adapted weights of a run."""
+    for m in range(W.shape[0]):
+        rank = state.ranks[run, m]
+        if rank < 0:
+            W[m] = state.A[run, m]
+            continue
+        W[m] = state.frozen[state.problem[run], m]
+        for r in range(rank):
+            for i in range(W.shape[1]):
+                a, row = state.A[run, m, r, i], state.B[run, m, r]
+                for k in range(W.shape[1]):
+                    W[m, i, k] += a * row[k]
+
+
+@_compiled
+def _update(state: State[Any], run: int, dW: Array, db: Array, step: int) -> None:
+    """Factors, full weights and biases of a run after one step down the gradient."""
+    D = dW.shape[1]
+    rate, decay = state.rate[run], state.decay[run]
+    dA, dB = np.empty((D, D), np.float32), np.empty((D, D), np.float32)
+    for m in range(dW.shape[0]):
+        rank = state.ranks[run, m]
+        A, B = state.A[run, m], state.B[run, m]
+        if rank < 0:
+            _adam(A, dW[m], state.A_moments[run, m], rate, decay, step, D)
+        if rank <= 0:
+            continue
+        for r in range(rank):
+            dB[r] = _F(0)
+            for i in range(D):
+                total = _F(0)
+                for k in range(D):
+                    total += dW[m, i, k] * B[r, k]
+                    dB[r, k] += A[r, i] * dW[m, i, k]
+                dA[r, i] = total
+        _adam(A, dA, state.A_moments[run, m], rate, decay, step, rank)
+        _adam(B, dB, state.B_moments[run, m], rate, decay, step, rank)
+    b = state.b[run]
+    for l in range(len(b)):
+        if state.tuned[run, l]:
+            value, slope = b[l].reshape(1, -1), db[l].reshape(1, -1)
+            _adam(value, slope, state.b_moments[run, l], rate, decay, step, 1)
+
+
+@_compiled
+def _validate(state: State[Any], run: int, loss: float, step: int, every: int) -> None:
+    """Record a validation loss, keep the parameters if it is the least, stop if that is enough."""
+    state.validation[run, step // every] = loss
+    if step == 0:
+        state.goal[run] *= loss
+    if not np.isfinite(loss):
+        state.stopped[run] = True
+    elif loss < state.best[run]:
+        state.best[run], state.best_step[run] = loss, step
+        for m in range(state.ranks.shape[1]):
+            rows = state.A.shape[2] if state.ranks[run, m] < 0 else state.ranks[run, m]
+            state.A_best[run, m, :rows] = state.A[run, m, :rows]
+            state.B_best[run, m, :rows] = state.B[run, m, :rows]
+        state.b_best[run] = state.b[run]
+        if loss <= state.goal[run]:
+            state.stopped[run] = True
+
+
+@_compiled
+def advance(
+    model: Any,
+    structure: Structure,
+    state: State[Any],
+    runs: NDArray[np.int64],
+    x: Array,
+    y: Array,
+    samples: int,
+    x_validation: Array,
+    y_validation: Array,
+    validation_samples: int,
+    start: int,
+    every: int,
+    work: Array,
+) -> None:
+    """Some steps of some runs, from step ``start`` on; ``model`` is `chain` or `transformer`.
+
+    ``x`` and ``y`` are ``[problems, steps, numbers of a batch]``, tile after tile, each tile
+    ``[D, tokens · samples]``; the validation data ``[problems, numbers]``.
+    """
+    M, D = state.ranks.shape[1], state.frozen.shape[2]
+    W, dW = np.empty((M, D, D), np.float32), np.empty((M, D, D), np.float32)
+    db = np.empty(state.b.shape[1:], np.float32)
+    none = np.zeros(M, np.bool_)
+    for run in runs:
+        problem, b = state.problem[run], state.b[run]
+        tuned = state.ranks[run] != 0
+        for l in range(state.tuned.shape[1]):
+            # Of a chain, the bias beside a weight; of a transformer, all have gradients anyway.
+            tuned[min(l, M - 1)] |= state.tuned[run, l]
+        _weights(state, run, W)
+        for step in range(start, start + x.shape[1]):
+            if state.stopped[run]:
+                break
+            if step == 0:
+                loss = model(
+                    W, b, x_validation[problem], y_validation[problem], validation_samples,
+                    structure, none, work, dW, db,
+                )  # fmt: skip
+                _validate(state, run, loss, 0, every)
+            dW[:], db[:] = _F(0), _F(0)
+            loss = model(
+                W, b, x[problem, step - start], y[problem, step - start], samples,
+                structure, tuned, work, dW, db,
+            )  # fmt: skip
+            if not np.isfinite(loss):
+                state.stopped[run] = True
+                break
+            _update(state, run, dW, db, step + 1)
+            _weights(state, run, W)
+            if (step + 1) % every == 0:
+                state.training[run, (step + 1) // every] = loss
+                loss = model(
+                    W, b, x_validation[problem], y_validation[problem], validation_samples,
+                    structure, none, work, dW, db,
+                )  # fmt: skip
+                _validate(state, run, loss, step + 1, every)

@@ -1,0 +1,140 @@
+"""Inputs and what a network should return for them, batch after batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _checks
+from ..errors import InputError
+from ..networks import FNN, LinearNetwork, Transformer
+
+Labelled = tuple[Float[Tensor, "*batch in samples"], Float[Tensor, "*batch out samples"]]
+
+
+def generator(seed: int, purpose: int) -> torch.Generator:
+    """Random numbers that depend on both arguments, and not on what was drawn for others."""
+    state = np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+class Data(ABC):
+    """Batches to train on, and labelled inputs to validate with.
+
+    Inputs are as the network takes them: ``[..., D, samples]``, for transformers ``[..., samples,
+    D, N]``. What the network should return is of the same form, or, to be compared by cross-entropy,
+    one class for each sample, integers ``[..., samples]``.
+
+    Attributes
+    ----------
+    validation : the labelled inputs on which the best parameters are chosen.
+    """
+
+    # Batches come in blocks, so that they do not depend on how many are asked for.
+    BLOCK = 50
+
+    validation: Labelled
+
+    @abstractmethod
+    def block(self, index: int) -> Labelled:
+        """The batches of steps ``BLOCK · index`` to ``BLOCK · (index + 1)``; ``[BLOCK, …]``."""
+
+
+class Fresh(Data):
+    """Inputs ``N(0, I)`` drawn anew for every step, labelled by a function.
+
+    Parameters
+    ----------
+    label : a target network, or another function of inputs.
+    shape : of one input, ``(D,)`` or ``(D, N)``.
+    samples : in each batch.
+    validation_samples : drawn once.
+    seed : equal seeds give equal inputs, whatever is trained on them.
+    """
+
+    def __init__(
+        self,
+        label: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        *,
+        samples: int = 256,
+        validation_samples: int = 256,
+        seed: int = 0,
+    ) -> None:
+        if len(shape) not in (1, 2):
+            raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
+        # Training is in single precision, and so is what it is told.
+        self.label = label.to(torch.float32) if isinstance(label, LinearNetwork | FNN | Transformer) else label
+        self.shape = tuple(_checks.integer("shape", size, 1) for size in shape)
+        self.samples = _checks.integer("samples", samples, 1)
+        self.seed = _checks.integer("seed", seed, 0)
+        count = _checks.integer("validation_samples", validation_samples, 1)
+        self.validation = self._draw((), count, purpose=0)
+
+    def block(self, index: int) -> Labelled:
+        return self._draw((self.BLOCK,), self.samples, purpose=2 + index)
+
+    def test(self, samples: int) -> Labelled:
+        """Labelled inputs that are drawn for nothing else."""
+        return self._draw((), _checks.integer("samples", samples, 1), purpose=1)
+
+    def _draw(self, batch: tuple[int, ...], samples: int, *, purpose: int) -> Labelled:
+        one = (samples, *self.shape) if len(self.shape) == 2 else (*self.shape, samples)
+        x = torch.randn(*batch, *one, generator=generator(self.seed, purpose))
+        return x, self.label(x)
+
+
+class Fixed(Data):
+    """Given labelled inputs, all of them in every step or in batches that are drawn once an epoch.
+
+    Parameters
+    ----------
+    training, validation : labelled inputs, of a form that `Data` describes.
+    samples : in each batch, at most as many as there are; all by default.
+    seed : of the order in which batches are drawn.
+    """
+
+    def __init__(
+        self,
+        training: Labelled,
+        validation: Labelled,
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.training, self.validation = training, validation
+        self.sample_dim = 0 if training[0].ndim == 3 else -1
+        count = training[0].shape[self.sample_dim]
+        if training[1].shape[self.sample_dim] != count:
+            raise InputError(
+                "training",
+                allowed=f"of as many labels as inputs, {count}",
+                given=training[1].shape[self.sample_dim],
+            )
+        self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
+        self.seed = _checks.integer("seed", seed, 0)
+
+    def block(self, index: int) -> Labelled:
+        x, y = self.training
+        count = x.shape[self.sample_dim]
+        if self.samples == count:
+            return tuple(part.expand(self.BLOCK, *part.shape) for part in (x, y))  # type: ignore[return-value]
+        per_epoch = count // self.samples
+        picked = []
+        for step in range(index * self.BLOCK, (index + 1) * self.BLOCK):
+            epoch, batch = divmod(step, per_epoch)
+            order = self._order(epoch, count)
+            picked.append(order[batch * self.samples : (batch + 1) * self.samples])
+        return tuple(  # type: ignore[return-value]
+            torch.stack([part.index_select(self.sample_dim, chosen) for chosen in picked])
+            for part in (x, y)
+        )
+
+    def _order(self, epoch: int, count: int) -> Tensor:
+        return torch.randperm(count, generator=generator(self.seed, epoch))
