@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
@@ -242,6 +244,54 @@ def error_against_budget(
     ax.axhline(floor, color="0.3", ls="--", lw=1.5, label=floor_label)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log", ylim=(0, None))
     ax.legend()
+    return figure
+
+
+def medians(
+    panels: Mapping[str, Mapping[str, pd.DataFrame]],
+    x: str,
+    y: str,
+    *,
+    published: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]] | None = None,
+    levels: Mapping[str, float] | None = None,
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "linear",
+    yscale: str = "log",
+) -> Figure:
+    """Medians over the rows of equal ``x`` of tables of runs, and their range as a band.
+
+    One panel below the other for each entry, titled by it; a line for each table in it. Published
+    values, by panel, are stars, levels dashed horizontal lines; both are named in the legend.
+    """
+    figure, axes = plt.subplots(
+        len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 3.4 * len(panels))
+    )
+    labels = list(dict.fromkeys(label for tables in panels.values() for label in tables))
+    colors = dict(zip(labels, sns.color_palette("colorblind", len(labels)), strict=True))
+    for ax, (title, tables) in zip(axes[:, 0], panels.items(), strict=True):
+        for label, table in tables.items():
+            rows = table.groupby(x)[y].agg(["median", "min", "max"])
+            color, marker = colors[label], MARKERS[labels.index(label) % len(MARKERS)]
+            ax.plot(rows.index, rows["median"], marker=marker, color=color, label=label)
+            ax.fill_between(rows.index, rows["min"], rows["max"], color=color, alpha=0.15, lw=0)
+        for label, (at, values) in (published or {}).get(title, {}).items():
+            color = colors.get(label.removesuffix(" (published)"), "0.2")
+            style = {"ls": "", "marker": "*", "ms": 15, "mec": "0.1", "mew": 0.8}
+            ax.plot(at, values, color=color, label=label, **style)
+        for label, level in (levels or {}).items():
+            ax.axhline(level, color="0.4", ls="--", lw=1.5, zorder=0, label=label)
+        ax.set(title=title, ylabel=ylabel, xscale=xscale, yscale=yscale)
+        if yscale == "linear":
+            ax.set_ylim(0, None)
+    axes[-1, 0].set(xlabel=xlabel)
+    if xscale == "linear":
+        axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    named: dict[str, Artist] = {}
+    for ax in axes[:, 0]:
+        lines, labels = ax.get_legend_handles_labels()
+        named |= dict(zip(labels, lines, strict=True))
+    figure.legend([*named.values()], [*named], loc="outside upper center", ncols=2)
     return figure
 
 

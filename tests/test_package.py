@@ -21,6 +21,8 @@ ORDER = (
     "bounds",
     "constructions",
     "training",
+    "sweeps",
+    "experiments",
     "parameters",
     "claims",
     "figures",

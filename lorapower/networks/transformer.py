@@ -216,7 +216,9 @@ class Transformer:
         It adapts all of the attention, ``W_2`` of the last block and ``W_out``.
         """
         frozen = [f"W_2 of block {l}" for l in range(1, self.depth)]
-        return tuple(not name.startswith("W_1 ") and name not in frozen for name in self.weight_names)
+        return tuple(
+            not name.startswith("W_1 ") and name not in frozen for name in self.weight_names
+        )
 
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +27,8 @@ class Data(ABC):
     """Batches to train on, and labelled inputs to validate with.
 
     Inputs are as the network takes them: ``[..., D, samples]``, for transformers ``[..., samples,
-    D, N]``. What the network should return is of the same form, or, to be compared by cross-entropy,
-    one class for each sample, integers ``[..., samples]``.
+    D, N]``. What the network should return is of the same form, or, to be compared by
+    cross-entropy, one class for each sample, integers ``[..., samples]``.
 
     Attributes
     ----------
@@ -70,7 +69,11 @@ class Fresh(Data):
         if len(shape) not in (1, 2):
             raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
         # Training is in single precision, and so is what it is told.
-        self.label = label.to(torch.float32) if isinstance(label, LinearNetwork | FNN | Transformer) else label
+        self.label = (
+            label.to(torch.float32)
+            if isinstance(label, LinearNetwork | FNN | Transformer)
+            else label
+        )
         self.shape = tuple(_checks.integer("shape", size, 1) for size in shape)
         self.samples = _checks.integer("samples", samples, 1)
         self.seed = _checks.integer("seed", seed, 0)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -87,9 +88,9 @@ class Training(Generic[N]):
     steps: Int[Tensor, " points"]
     training_loss: Float[Tensor, "tunings *batch points"]
     validation_loss: Float[Tensor, "tunings *batch points"]
-    best_loss: Float[Tensor, "tunings *batch"]
-    best_step: Int[Tensor, "tunings *batch"]
-    diverged: Bool[Tensor, "tunings *batch"]
+    best_loss: Float[Tensor, " tunings *batch"]
+    best_step: Int[Tensor, " tunings *batch"]
+    diverged: Bool[Tensor, " tunings *batch"]
 
 
 def train(
@@ -288,7 +289,9 @@ class _Stack(Generic[N]):
         factors = np.zeros((len(self.shapes), self.width, self.width), np.float32)
         for m, (outer, inner) in enumerate(self.shapes):
             rank = min(outer, inner)
-            drawn = torch.randn(rank, inner, generator=generator(_checks.integer("seed", seed, 0), m))
+            drawn = torch.randn(
+                rank, inner, generator=generator(_checks.integer("seed", seed, 0), m)
+            )
             factors[m, :rank, :inner] = FACTOR_SCALE * drawn
         return factors
 
@@ -363,10 +366,8 @@ class _Batches:
         )
 
     def _padded(self, values: Tensor, size: int, name: str) -> Tensor:
-        if self.structure.blocks:
-            values = values.movedim(-3, -1)
-        else:
-            values = values.unsqueeze(-2)
+        sequences = bool(self.structure.blocks)
+        values = values.movedim(-3, -1) if sequences else values.unsqueeze(-2)
         if values.shape[-3] != size:
             raise InputError(
                 f"data's {name}", allowed=f"of {size} coordinates", given=values.shape[-3]
@@ -418,7 +419,7 @@ def _run_compiled(
     validation = [tiles(part) for part in batches.validation]
     validation_samples = batches.validation[0].shape[-1]
 
-    def work(part: Any, x: Any, y: Any, samples: int, start: int) -> None:
+    def advance(x: Any, y: Any, samples: int, start: int, part: Any) -> None:
         compiled.advance(
             model, structure, state, part, x, y, samples,
             validation[0], validation[1], validation_samples,
@@ -429,7 +430,8 @@ def _run_compiled(
         for index, start, count in _blocks(steps):
             x, y = batches.block(index)
             packed = [tiles(part[:, :count]) for part in (x, y)]
-            list(pool.map(lambda part: work(part, *packed, x.shape[-1], start), parts))
+            work = partial(advance, packed[0], packed[1], x.shape[-1], start)
+            list(pool.map(work, parts))
 
 
 def _scratch(structure: Structure, width: int, weights: int) -> int:
