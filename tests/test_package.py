@@ -21,6 +21,7 @@ ORDER = (
     "bounds",
     "constructions",
     "training",
+    "sweeps",
     "parameters",
     "claims",
     "figures",
