@@ -100,6 +100,17 @@ def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
     return tensor
 
 
+def like_frozen(target: torch.dtype, frozen: torch.dtype) -> None:
+    """Refuse a target whose numbers are not of the frozen network's type."""
+    if target != frozen:
+        raise InputError(
+            "target",
+            allowed=f"{frozen}, like the frozen network",
+            given=target,
+            remedy="convert one with .to(dtype)",
+        )
+
+
 def common_shape(
     name: str, shapes: Sequence[tuple[int, ...]], *, what: str = "batch shapes"
 ) -> torch.Size:

@@ -81,11 +81,12 @@ def final_layers_floor(
     """
     samples = _checks.integer("samples", samples, 2)
     steps = _checks.integer("steps", steps, 1)
-    if (target.widths[0], target.dtype) != (frozen.widths[0], frozen.dtype):
+    _checks.like_frozen(target.dtype, frozen.dtype)
+    if target.widths[0] != frozen.widths[0]:
         raise InputError(
             "target",
-            allowed=f"of {frozen.widths[0]} inputs and {frozen.dtype}, like the frozen network",
-            given=f"{target.widths[0]} inputs and {target.dtype}",
+            allowed=f"of {frozen.widths[0]} inputs, like the frozen network",
+            given=f"{target.widths[0]} inputs",
         )
     generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
     shape = (*frozen.batch_shape, frozen.widths[0], samples)

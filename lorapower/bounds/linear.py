@@ -24,13 +24,7 @@ def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, 
             given="{} inputs and {} outputs".format(*ends[1]),
             allowed="of {} inputs and {} outputs, like the frozen network".format(*ends[0]),
         )
-    if frozen.dtype != target.dtype:
-        raise InputError(
-            "target",
-            allowed=f"{frozen.dtype}, like the frozen network",
-            given=target.dtype,
-            remedy="convert one with .to(dtype)",
-        )
+    _checks.like_frozen(target.dtype, frozen.dtype)
     _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
     E = target.product() - frozen.product()
     if not E.isfinite().all():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
-from .base import Network, chained, uniform
+from .base import Network, chained, random_weights
 
 
 def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
@@ -74,14 +74,8 @@ class LinearNetwork(Network):
         dtype: torch.dtype = torch.float64,
     ) -> LinearNetwork:
         """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``."""
-        depth = _checks.integer("depth", depth, 1)
-        width = _checks.integer("width", width, 1)
-        generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
-        return cls(
-            uniform(
-                *batch_shape, depth, width, width, width=width, generator=generator, dtype=dtype
-            )
-        )
+        weights, _ = random_weights(depth, width, batch_shape=batch_shape, seed=seed, dtype=dtype)
+        return cls(weights)
 
     def __getitem__(self, index: Any) -> LinearNetwork:
         """The member, or members, of the batch at ``index``."""

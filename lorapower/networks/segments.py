@@ -94,13 +94,7 @@ def _check(frozen: Transformer, target: Transformer) -> torch.Size:
                 given=target.sizes[side],
                 remedy="segments are matched one to one, and adapters leave all sizes as they are",
             )
-    if frozen.dtype != target.dtype:
-        raise InputError(
-            "target",
-            allowed=f"{frozen.dtype}, like the frozen network",
-            given=target.dtype,
-            remedy="convert one with .to(dtype)",
-        )
+    _checks.like_frozen(target.dtype, frozen.dtype)
     if frozen.sizes["hidden"] != frozen.width:
         raise InputError(
             "W_1",
