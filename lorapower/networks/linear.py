@@ -49,11 +49,11 @@ class LinearNetwork(Network):
         object.__setattr__(self, "weights", expanded)
 
     @classmethod
-    def of(cls, value: Any) -> LinearNetwork:
+    def of(cls, value: Any, name: str = "network") -> LinearNetwork:
         """``value`` itself if it is one, or the network that it stands for.
 
         A `torch.nn.Sequential`, one matrix ``[out, in]`` (a network of one layer), or whatever the
-        class takes as ``weights``.
+        class takes as ``weights``. Raises `InputError` for anything else, which it calls ``name``.
         """
         if isinstance(value, cls):
             return value
@@ -61,6 +61,8 @@ class LinearNetwork(Network):
             return cls.from_sequential(value)
         if isinstance(value, Tensor | np.ndarray) and value.ndim == 2:
             return cls([value])
+        if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
+            _checks.kind(cls, **{name: value})
         return cls(value)
 
     @classmethod

@@ -56,6 +56,7 @@ def segments(frozen: Transformer, target: Transformer) -> Segments:
     as wide as the tokens, and for ``W_1`` or ``W_2`` singular in working precision: those of the
     frozen network, and the target's ``W_2`` of all blocks but the last.
     """
+    _checks.kind(Transformer, frozen=frozen, target=target)
     batch = _check(frozen, target)
     for owner, network, kinds in (("", frozen, ("W_1", "W_2")), ("target's ", target, ("W_2",))):
         for kind in kinds:
