@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import _checks
 from .errors import InputError
 from .lowrank import LowRank
 from .networks import FNN, LinearNetwork, Transformer
@@ -46,7 +47,8 @@ class Adapters:
     def merge(self, network: N) -> N:
         """A new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``.
 
-        Raises `InputError` when the adapters do not fit the network or the sum is not finite.
+        Raises `InputError` for no network, for one that the adapters do not fit, and where the
+        sum is not finite.
         """
         return self._add(network, +1)
 
@@ -58,6 +60,7 @@ class Adapters:
         return self._add(network, -1)
 
     def _add(self, network: N, sign: int) -> N:
+        _checks.kind(LinearNetwork, FNN, Transformer, network=network)
         shapes = [(update.A.shape[-2], update.B.shape[-2]) for update in self.updates]
         expected = [tuple(weight.shape[-2:]) for weight in network.weights]
         if shapes != expected:

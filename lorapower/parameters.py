@@ -14,8 +14,9 @@ PROFILES = ("quick", "paper")
 def check(**given: Any) -> list[Any]:
     """The parameters, checked and completed, in the order in which they are given.
 
-    ``profile``: quick or paper. ``seed``: from 0. ``width``: 1 to 512. ``depth``: 1 to 64.
-    ``heads``: 1 to 16. ``tokens`` (in a sequence): 1 to 1000.
+    ``profile``: quick or paper. ``seed``: from 0. ``width``: 1 to 512; where there are ``heads``,
+    which can be narrower, from 2. ``depth``: 1 to 64. ``heads``: 1 to 16. ``tokens`` (in a
+    sequence): 1 to 1000.
     ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
     ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
     these, or 17 spread evenly where there are more. Raises `InputError` for the first that is not
@@ -30,6 +31,10 @@ def _profile(value: Any, _: dict[str, Any]) -> str:
     return str(value)
 
 
+def _width(value: Any, given: dict[str, Any]) -> int:
+    return _checks.integer("width", value, 2 if "heads" in given else 1, 512)
+
+
 def _ranks(value: Any, given: dict[str, Any]) -> list[int]:
     width = given["width"]
     ranks = value if isinstance(value, list) else [value]
@@ -41,7 +46,7 @@ def _ranks(value: Any, given: dict[str, Any]) -> list[int]:
 _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "profile": _profile,
     "seed": lambda value, _: _checks.integer("seed", value, 0),
-    "width": lambda value, _: _checks.integer("width", value, 1, 512),
+    "width": _width,
     "depth": lambda value, _: _checks.integer("depth", value, 1, 64),
     "heads": lambda value, _: _checks.integer("heads", value, 1, 16),
     "tokens": lambda value, _: _checks.integer("tokens", value, 1, 1000),
