@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from .errors import InputError
 from .lowrank import LowRank
 from .networks import FNN, LinearNetwork, Transformer
 
-N = TypeVar("N", LinearNetwork, FNN, Transformer)
+N = TypeVar("N", bound=LinearNetwork | FNN | Transformer)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Adapters:
         """
         return self._add(network, -1)
 
-    def _add(self, network: N, sign: int) -> N:
+    def _add(self, network: Any, sign: int) -> Any:
         shapes = [(update.A.shape[-2], update.B.shape[-2]) for update in self.updates]
         expected = [tuple(weight.shape[-2:]) for weight in network.weights]
         if shapes != expected:

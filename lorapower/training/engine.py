@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..adapters import N
 from ..errors import InputError
 from . import compiled, reference
 from .compiled import State, Structure
 from .data import Data
 from .stack import Batches, Stack
-from .tuning import N, Training, Tuning
+from .tuning import Training, Tuning
 
 
 @torch.no_grad()

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters
+from ..adapters import Adapters, N
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks import FNN, LinearNetwork, Transformer
 from .compiled import UNROLLED, Array, State, Structure, tile
 from .data import Data, Labelled, generator
-from .tuning import N, Training, Tuning
+from .tuning import Training, Tuning
 
 # Standard deviation of B's entries at the start, where A is 0.
 FACTOR_SCALE = 0.25

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters
+from ..adapters import Adapters, N
 from ..errors import InputError
-from ..networks import FNN, LinearNetwork, Transformer
 
 LARGEST = torch.finfo(torch.float32).max
-N = TypeVar("N", bound=LinearNetwork | FNN | Transformer)
 
 
 @dataclass(frozen=True)
