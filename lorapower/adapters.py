@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from .errors import InputError
 from .lowrank import LowRank
 from .networks import FNN, LinearNetwork, Transformer
 
-N = TypeVar("N", LinearNetwork, FNN, Transformer)
+N = TypeVar("N", bound=LinearNetwork | FNN | Transformer)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Adapters:
         """
         return self._add(network, -1)
 
-    def _add(self, network: N, sign: int) -> N:
+    def _add(self, network: Any, sign: int) -> Any:
         _checks.kind(LinearNetwork, FNN, Transformer, network=network)
         shapes = [(update.A.shape[-2], update.B.shape[-2]) for update in self.updates]
         expected = [tuple(weight.shape[-2:]) for weight in network.weights]
