@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -235,7 +237,7 @@ def one_step(
             for p in true
         )
     )
-    x, y = (part[:, :1].double() for part in batches.block(0))
+    x, y = (part[:, :1].double() for part in batches.first)
     x_validation, y_validation = (part.double() for part in batches.validation)
     reference.advance(structure, true, x, y, x_validation, y_validation, 0, 1)
     return state, true
@@ -709,3 +711,13 @@ def test_data_that_changes_later_is_refused() -> None:
 
     with pytest.raises(InputError, match="alike in every block"):
         run(data=Shrinking(), steps=STEPS)
+
+
+def test_code_that_cannot_be_kept_is_compiled_all_the_same() -> None:
+    script = """
+from numba.core import caching
+caching.CompileResultCacheImpl._locator_classes = []
+from lorapower.training import compiled
+assert not compiled.advance.stats.cache_path
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -9,6 +9,7 @@ ranks that it has. A run's numbers do not depend on the others, which share noth
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -624,7 +625,7 @@ def _network(
     return _chain(W, b, x, y, samples, structure, tuned, work, dW, db)
 
 
-@_compiled(cache=True)
+@_compiled()
 def advance(
     structure: Structure,
     state: State[Any],
@@ -681,3 +682,8 @@ def advance(
                 break
             _update(state, run, dW, db, step + 1)
             _weights(state, run, W)
+
+
+# The machine code is kept for later processes, where there is a folder to write it to.
+with suppress(RuntimeError):
+    advance.enable_caching()

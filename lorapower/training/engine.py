@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from numbers import Integral
@@ -54,7 +54,8 @@ def train(
         cross-entropy. None: mean squared error over outputs, tokens and samples.
     until : a run ends when its validation loss is at most this part of that before the first step.
     seed : of the factors; one for each member of the batch, or one for all.
-    threads : of processors, all by default.
+    threads : how many runs advance at a time, by default one on each processor; another thread
+        makes the inputs.
     device : where it runs. By default a GPU if torch finds one, else processors with compiled code;
         naming ``"cpu"`` computes the same with torch, slowly.
 
@@ -106,12 +107,6 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
 
 
-def _blocks(steps: int) -> Iterator[tuple[int, int, int]]:
-    """Of the blocks of batches: the index, the first step and how many steps it has."""
-    for index, start in enumerate(range(0, steps, Data.BLOCK)):
-        yield index, start, min(Data.BLOCK, steps - start)
-
-
 def _run_compiled(
     structure: Structure, state: State[Any], batches: Batches, steps: int, every: int, threads: int
 ) -> None:
@@ -140,8 +135,8 @@ def _run_compiled(
         )
 
     with ThreadPoolExecutor(threads) as pool:
-        for index, start, count in _blocks(steps):
-            x, y = (compiled.tiles(part[:, :count], structure) for part in batches.block(index))
+        for start, *block in batches.blocks(steps):
+            x, y = (compiled.tiles(part, structure) for part in block)
             list(pool.map(partial(advance, x=x, y=y, start=start), parts))
 
 
@@ -155,8 +150,8 @@ def _run_torch(
 ) -> None:
     there: State[Tensor] = State(*(torch.from_numpy(part).to(device) for part in state))
     x_validation, y_validation = (part.to(device) for part in batches.validation)
-    for index, start, count in _blocks(steps):
-        x, y = (part[:, :count].to(device) for part in batches.block(index))
+    for start, *block in batches.blocks(steps):
+        x, y = (part.to(device) for part in block)
         reference.advance(structure, there, x, y, x_validation, y_validation, start, every)
     for part, result in zip(state, there, strict=True):
         part[...] = result.cpu().numpy()

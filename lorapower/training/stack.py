@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic
 
 import numpy as np
@@ -240,8 +241,22 @@ class Batches:
                 given=f"{self.tokens} and {self.validation[0].shape[-2]}",
             )
 
-    def block(self, index: int) -> tuple[Tensor, Tensor]:
-        """The batches of `Data.BLOCK` steps of each source, ``[sources, steps, …]``."""
+    def blocks(self, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of each block of batches the first step, inputs and labels, ``[sources, steps, …]``.
+
+        It is made while the one before is in use.
+        """
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(self._block, 0)
+            for index, start in enumerate(range(0, steps, Data.BLOCK)):
+                x, y = coming.result()
+                if start + Data.BLOCK < steps:
+                    coming = ahead.submit(self._block, index + 1)
+                yield start, x[:, : steps - start], y[:, : steps - start]
+
+    # A thread does not inherit this.
+    @torch.no_grad()
+    def _block(self, index: int) -> tuple[Tensor, Tensor]:
         if index == 0:
             return self.first
         x, y = self._joined([source.block(index) for source in self.distinct], Data.BLOCK)
