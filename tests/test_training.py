@@ -477,6 +477,23 @@ def test_a_run_ends_at_its_goal(device: str | None) -> None:
     assert result.diverged.tolist() == [False, False]
 
 
+@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+def test_no_more_data_is_made_when_all_runs_have_ended(device: str | None) -> None:
+    asked = []
+
+    class Counted(Fresh):
+        def block(self, index: int) -> tuple[Tensor, Tensor]:
+            asked.append(index)
+            return super().block(index)
+
+    frozen, data = network("fnn"), fresh("fnn")
+    counted = Counted(data.label, data.shape, seed=data.seed)
+    result = train(
+        frozen, [Tuning(6, learning_rate=1e-2)], counted, steps=5000, until=0.5, device=device
+    )
+    assert max(asked) <= int(result.best_step[0]) // Fresh.BLOCK + 2
+
+
 # --- Runs that diverge ----------------------------------------------------------------------------
 
 

@@ -138,6 +138,8 @@ def _run_compiled(
         for start, *block in batches.blocks(steps):
             x, y = (compiled.tiles(part, structure) for part in block)
             list(pool.map(partial(advance, x=x, y=y, start=start), parts))
+            if state.stopped.all():
+                break
 
 
 def _run_torch(
@@ -153,5 +155,7 @@ def _run_torch(
     for start, *block in batches.blocks(steps):
         x, y = (part.to(device) for part in block)
         reference.advance(structure, there, x, y, x_validation, y_validation, start, every)
+        if there.stopped.all():
+            break
     for part, result in zip(state, there, strict=True):
         part[...] = result.cpu().numpy()
