@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from . import _checks
@@ -11,18 +12,21 @@ from .errors import InputError
 PROFILES = ("quick", "paper")
 
 
-def check(**given: Any) -> list[Any]:
-    """The parameters, checked and completed, in the order in which they are given.
+def check(chapter: str = "", /, **given: Any) -> list[Any]:
+    """The parameters of a chapter, checked and completed, in the order in which they are given.
 
     ``profile``: quick or paper. ``seed``: from 0. ``width``: 1 to 512; where there are ``heads``,
     which can be narrower, from 2. ``depth``: 1 to 64. ``heads``: 1 to 16. ``tokens`` (in a
     sequence): 1 to 1000.
     ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
     ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
-    these, or 17 spread evenly where there are more. Raises `InputError` for the first that is not
-    usable, naming it.
+    these, or 17 spread evenly where there are more.
+    ``results``: the folder that keeps the chapter's runs. An empty text means none in profile
+    quick, and in profile paper ``results/<chapter>`` in the folder in which the chapter runs.
+    Raises `InputError` for the first that is not usable, naming it.
     """
-    return [_RULES[name](value, given) for name, value in given.items()]
+    about = given | {"chapter": chapter}
+    return [_RULES[name](value, about) for name, value in given.items()]
 
 
 def _profile(value: Any, _: dict[str, Any]) -> str:
@@ -43,6 +47,14 @@ def _ranks(value: Any, given: dict[str, Any]) -> list[int]:
     return sorted(set(checked) or spread)
 
 
+def _results(value: Any, given: dict[str, Any]) -> Path | None:
+    if not isinstance(value, str):
+        raise InputError("results", allowed="the name of a folder, or empty", given=repr(value))
+    if value:
+        return Path(value).expanduser()
+    return Path("results", given["chapter"]) if given["profile"] == "paper" else None
+
+
 _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "profile": _profile,
     "seed": lambda value, _: _checks.integer("seed", value, 0),
@@ -53,4 +65,5 @@ _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "layers": lambda value, _: _checks.integer("layers", value, 2, 5),
     "blocks": lambda value, _: _checks.integer("blocks", value, 2, 4),
     "ranks": _ranks,
+    "results": _results,
 }

@@ -56,6 +56,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         ({"weight_decay": -1.0}, "weight_decay must be"),
         ({"weight_decay": math.nan}, "weight_decay must be"),
         ({"scale": math.inf}, "scale must be"),
+        ({"gain": 0.0}, "gain must be"),
         ({"pretraining": 0.0}, "pretraining must be"),
         ({"distance": -1.0, "distance_rank": 1}, "distance must be"),
         ({"distance_rank": 17}, "distance_rank must be"),
@@ -64,6 +65,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         ({"method": "final", "final": 3}, "from 0 to 2"),
         ({"model": "transformer", "depth": 2}, "depth must be target_depth"),
         ({"model": "transformer", "depth": 1, "fixed": True}, "model must be linear or fnn"),
+        ({"model": "transformer", "depth": 1, "gain": 2.0}, "fixed or gain"),
         ({"model": "linear", "task": "binary"}, "task must be regression"),
         ({"task": "binary", "width": 1}, "at least 2"),
     ],
@@ -252,3 +254,34 @@ def test_sweeps_give_a_row_for_each_setting_in_order(tmp_path: Path) -> None:
             name: wanted[name] for name in ("error", "validation_loss", "best_step")
         }
     assert len(best(table)) == 4
+
+
+def test_gain_scales_the_frozen_weights_alone() -> None:
+    settings = Setting(depth=3, width=5), Setting(depth=3, width=5, gain=2.0)
+    networks: Any = [setting.networks() for setting in settings]
+    (plain, target), (scaled, same) = networks
+    for one, other in zip(plain.weights, scaled.weights, strict=True):
+        torch.testing.assert_close(2 * one, other, rtol=0, atol=0)
+    for one, other in zip(
+        [*plain.biases, *target.weights, *target.biases],
+        [*scaled.biases, *same.weights, *same.biases],
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def mean_square(setting: Setting) -> float:
+    frozen, target = setting.start()
+    data, _ = setting.data(target)
+    x, y = (part.double() for part in data.validation)
+    return float((frozen(x) - y).square().mean())
+
+
+def test_start_is_as_drawn_or_pretrained_to_the_given_part_of_the_loss() -> None:
+    setting = Setting(depth=2, width=6, seed=4)
+    for one, other in zip(setting.start()[0].weights, setting.networks()[0].weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    losses = [mean_square(Setting(depth=2, width=6, seed=4, pretraining=p)) for p in (1.0, 0.25)]
+    assert losses[1] <= 0.25 * losses[0] * (1 + 1e-5)
+    # A step earlier it was above, and one step of this learning rate changes little.
+    assert losses[1] >= 0.2 * losses[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,22 @@ def test_right_parameters_come_back_in_order() -> None:
 
 
 @pytest.mark.parametrize(
+    ("profile", "results", "folder"),
+    [
+        ("quick", "", None),
+        ("paper", "", Path("results", "05-gradient")),
+        ("quick", "runs/mine", Path("runs", "mine")),
+        ("paper", "runs/mine", Path("runs", "mine")),
+        ("quick", "~/runs", Path.home() / "runs"),
+    ],
+)
+def test_results_are_kept_where_they_are_wanted(
+    profile: str, results: str, folder: Path | None
+) -> None:
+    assert parameters.check("05-gradient", profile=profile, results=results) == [profile, folder]
+
+
+@pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
         ("profile", "fast", "profile must be quick or paper; got 'fast'"),
@@ -42,6 +59,7 @@ def test_right_parameters_come_back_in_order() -> None:
         ("ranks", [0, 17], "got 17"),
         ("ranks", [0.5], "got 0.5"),
         ("ranks", "all", "got 'all'"),
+        ("results", None, "results must be the name of a folder, or empty; got None"),
     ],
 )
 def test_wrong_parameters_are_named(name: str, value: object, complaint: str) -> None:
