@@ -1,17 +1,18 @@
 """The expressive power of low-rank adaptation: networks, adapters, constructions and bounds.
 
 ``adapters``, ``bounds``, ``constructions`` and ``networks`` are the mathematics, built on
-``lowrank``; ``regions`` are sets of inputs. ``figures``, ``claims`` and ``parameters`` serve the
-book's chapters.
+``lowrank``; ``regions`` are sets of inputs. ``sweeps`` runs experiments; ``figures``, ``claims``
+and ``parameters`` serve the book's chapters.
 """
 
 from . import adapters, bounds, constructions, lowrank, networks, regions
-from .errors import InputError, LorapowerError, PrecisionError, SingularError
+from .errors import InputError, LorapowerError, PrecisionError, ResultsError, SingularError
 
 __all__ = [
     "InputError",
     "LorapowerError",
     "PrecisionError",
+    "ResultsError",
     "SingularError",
     "adapters",
     "bounds",

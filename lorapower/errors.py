@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import copyreg
+from pathlib import Path
+from typing import Any
+
 
 class LorapowerError(Exception):
     """Base class of every error that this package raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled, as on the way from another process, an exception is otherwise made anew from its
+        # message alone, which is not what these constructors take.
+        return copyreg.__newobj__, (type(self),), {**vars(self), "args": self.args}  # type: ignore[attr-defined]
 
 
 class InputError(LorapowerError, ValueError):
@@ -85,3 +94,18 @@ class PrecisionError(LorapowerError, ArithmeticError):
             f"cost about {digits_lost:.1f} of the decimal digits of {dtype}; at most {limit:.1f} "
             "are accepted: take a smaller region, a wider type, or pass a higher max_digits_lost"
         )
+
+
+class ResultsError(LorapowerError, OSError):
+    """A folder of results cannot be used as it is; nothing that it holds is lost.
+
+    Attributes
+    ----------
+    path : the folder or the file in it.
+    problem : what is the matter with it.
+    remedy : what to do about it.
+    """
+
+    def __init__(self, path: Path, problem: str, *, remedy: str) -> None:
+        self.path, self.problem, self.remedy = path, problem, remedy
+        super().__init__(f"{path} {problem}: {remedy}")
