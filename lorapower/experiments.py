@@ -65,6 +65,8 @@ class Setting:
     model : ``"linear"``, ``"fnn"`` or ``"transformer"``.
     width, target_depth, depth : ``D``, ``L̄`` and ``L``. Transformers are of equal depth.
     heads, tokens, scale : of transformers; the standard deviation of attention weights.
+    gain : factor on the frozen weights, not those of transformers. ``6^{1/2}`` makes the variance
+        of uniform ones ``2/D``, with which ReLU layers keep the size of what passes through them.
     pretraining : part of its initial loss to which the frozen network was first trained, in full,
         on the target, within 1000 steps: 1 for a random network, 1/3 for the study's pretrained
         ones.
@@ -95,6 +97,7 @@ class Setting:
     heads: int = 2
     tokens: int = 10
     scale: float = 1.0
+    gain: float = 1.0
     pretraining: float = RANDOM
     distance: float = 0.0
     distance_rank: int = 0
@@ -124,6 +127,7 @@ class Setting:
         _checks.integer("seed", self.seed, 0)
         _checks.integer("distance_rank", self.distance_rank, 0, self.width, limit="the width")
         _checks.positive("scale", self.scale)
+        _checks.positive("gain", self.gain)
         _checks.positive("pretraining", self.pretraining)
         _checks.tolerance("distance", self.distance)
         self.tuning()
@@ -142,10 +146,12 @@ class Setting:
                 allowed=f"target_depth, {self.target_depth}, for a transformer",
                 given=self.depth,
             )
-        if self.model == "transformer" and (self.distance_rank or self.final or self.fixed):
+        if self.model == "transformer" and (
+            self.distance_rank or self.final or self.fixed or self.gain != 1
+        ):
             raise InputError(
                 "model",
-                allowed="linear or fnn with distance_rank, final or fixed",
+                allowed="linear or fnn with distance_rank, final, fixed or gain",
                 given="'transformer'",
             )
         if self.task != "regression" and self.model != "fnn":
@@ -182,8 +188,17 @@ class Setting:
             return frozen, target
         kind = {"linear": LinearNetwork, "fnn": FNN}[self.model]
         frozen = kind.random(self.depth, self.width, seed=seeds[0])
+        frozen = frozen.with_parameters([self.gain * weight for weight in frozen.weights])
         target = kind.random(self.target_depth, self.width, seed=seeds[1])
         return frozen, self._near(frozen, target) if self.distance_rank else target
+
+    def start(self) -> tuple[Network, Network]:
+        """The network that is adapted, pretrained where the setting says so, and the target."""
+        problem = self.problem
+        frozen, target = problem.networks()
+        if problem.pretraining < 1:
+            frozen = _pretrained(problem, frozen, target)
+        return frozen, target
 
     def _near(self, frozen: LinearNetwork | FNN, target: Any) -> Any:
         """The target with weights that differ from the frozen blocks by a matrix of given size."""
@@ -235,10 +250,8 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     problem = settings[0].problem
     if any(setting.problem != problem for setting in settings):
         raise InputError("settings", allowed="of one problem", given="several")
-    frozen, target = problem.networks()
+    frozen, target = problem.start()
     data, fresh = problem.data(target)
-    if problem.pretraining < 1:
-        frozen = _pretrained(problem, frozen, target)
     trained = [s for s in settings if s.method != "construction"]
     results: dict[Setting, dict[str, Any]] = {}
     tests = _Tests(problem, target, data, fresh)
