@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from .errors import InputError
 
@@ -98,6 +99,31 @@ def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
             remedy="look for a diverged training run or a division by zero",
         )
     return tensor
+
+
+def kind(*expected: type, **given: Any) -> None:
+    """Refuse whatever of ``given``, by the caller's name of it, is none of ``expected``."""
+    for name, value in given.items():
+        if not isinstance(value, expected):
+            classes = " or ".join(one.__name__ for one in expected)
+            convertible = isinstance(value, Module) and hasattr(expected[0], "from_sequential")
+            raise InputError(
+                name,
+                allowed=f"of class {classes} (lorapower.networks)",
+                given=type(value).__name__,
+                remedy="from_sequential makes one of fitting layers" if convertible else "",
+            )
+
+
+def like_frozen(target: torch.dtype, frozen: torch.dtype) -> None:
+    """Refuse a target whose numbers are not of the frozen network's type."""
+    if target != frozen:
+        raise InputError(
+            "target",
+            allowed=f"{frozen}, like the frozen network",
+            given=target,
+            remedy="convert one with .to(dtype)",
+        )
 
 
 def common_shape(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import _checks
 from .errors import InputError
 from .lowrank import LowRank
 from .networks import FNN, LinearNetwork, Transformer
 
-N = TypeVar("N", LinearNetwork, FNN, Transformer)
+N = TypeVar("N", bound=LinearNetwork | FNN | Transformer)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Adapters:
     def merge(self, network: N) -> N:
         """A new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``.
 
-        Raises `InputError` when the adapters do not fit the network or the sum is not finite.
+        Raises `InputError` for no network, for one that the adapters do not fit, and where the
+        sum is not finite.
         """
         return self._add(network, +1)
 
@@ -57,7 +59,8 @@ class Adapters:
         """
         return self._add(network, -1)
 
-    def _add(self, network: N, sign: int) -> N:
+    def _add(self, network: Any, sign: int) -> Any:
+        _checks.kind(LinearNetwork, FNN, Transformer, network=network)
         shapes = [(update.A.shape[-2], update.B.shape[-2]) for update in self.updates]
         expected = [tuple(weight.shape[-2:]) for weight in network.weights]
         if shapes != expected:

@@ -71,10 +71,10 @@ def equal(
         statement,
         label,
         predicted=_range(expected),
-        measured=f"{_range(found)}, deviation at most {_number(deviation, 2)}"
+        measured=f"{_range(found)}, deviation at most {number(deviation, 2)}"
         if rtol
         else _range(found),
-        criterion=f"relative deviation at most {_number(rtol, 1)}" if rtol else "equal",
+        criterion=f"relative deviation at most {number(rtol, 1)}" if rtol else "equal",
         holds=bool(holds.all()),
     )
 
@@ -91,6 +91,15 @@ def at_least(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLik
     found, limit = _numbers("measured", measured), _numbers("bound", bound)
     holds = bool((found >= limit).all())
     return Claim(statement, label, f"≥ {_range(limit)}", _range(found), "measured ≥ bound", holds)
+
+
+def number(value: float, digits: int) -> str:
+    """Markdown for a number of so many significant digits: powers of ten are typeset."""
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    if not exponent:
+        return mantissa
+    factor = "" if mantissa == "1" else rf"{mantissa}\times"
+    return f"${factor}10^{{{int(exponent)}}}$"
 
 
 def read(path: str | Path) -> list[Claim]:
@@ -112,14 +121,5 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 def _range(numbers: NDArray[np.float64]) -> str:
-    low, high = (_number(value, 4) for value in (numbers.min(), numbers.max()))
+    low, high = (number(value, 4) for value in (numbers.min(), numbers.max()))
     return low if low == high else f"{low} … {high}"
-
-
-def _number(value: float, digits: int) -> str:
-    """Markdown for a number: powers of ten are typeset."""
-    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
-    if not exponent:
-        return mantissa
-    factor = "" if mantissa == "1" else rf"{mantissa}\times"
-    return f"${factor}10^{{{int(exponent)}}}$"

@@ -144,6 +144,16 @@ class Setting:
                 allowed="above 0 with method 'final', and 0 with others",
                 given=f"{self.final} with {self.method!r}",
             )
+        if isinstance(self.ranks, tuple):
+            blocks = self.model == "transformer"
+            weights = (4 * self.heads + 2) * self.depth + 1 if blocks else self.depth
+            if len(self.ranks) != weights or (blocks and self.method == "construction"):
+                several = f" or {weights}, one for each weight"
+                raise InputError(
+                    "ranks",
+                    allowed="one" + ("" if blocks and self.method == "construction" else several),
+                    given=f"{len(self.ranks)} of them",
+                )
         if self.model == "transformer" and self.depth != self.target_depth:
             raise InputError(
                 "depth",
@@ -176,7 +186,7 @@ class Setting:
     @property
     def problem(self) -> Setting:
         """The same problem with no method, equal for all settings that share it."""
-        plain = {field.name: field.default for field in fields(Setting)}
+        plain: Any = {field.name: field.default for field in fields(Setting)}
         return replace(self, **{name: plain[name] for name in OF_METHOD})
 
     @property
@@ -196,7 +206,7 @@ class Setting:
                 for s in seeds
             )
             return frozen, target
-        kind = {"linear": LinearNetwork, "fnn": FNN}[self.model]
+        kind: Any = {"linear": LinearNetwork, "fnn": FNN}[self.model]
         frozen = kind.random(self.depth, self.width, seed=seeds[0])
         frozen = frozen.with_parameters([self.gain * weight for weight in frozen.weights])
         target = kind.random(self.target_depth, self.width, seed=seeds[1])
@@ -320,9 +330,9 @@ def _pretrained(problem: Setting, frozen: Network, target: Network) -> Network:
     return runs.network[0].to(torch.float64)
 
 
-def _construction(frozen: Network, target: Network, setting: Setting) -> Adapters:
+def _construction(frozen: Any, target: Any, setting: Setting) -> Adapters:
     """The theorems' adapters, whatever digits rounding leaves."""
-    lax = {"rtol": math.inf}
+    lax: Any = {"rtol": math.inf}
     if isinstance(frozen, LinearNetwork):
         return constructions.linear.adapt(frozen, target, setting.ranks, **lax).adapters
     if isinstance(frozen, FNN):
@@ -331,7 +341,8 @@ def _construction(frozen: Network, target: Network, setting: Setting) -> Adapter
         return constructions.fnn.adapt(
             frozen, target, setting.ranks, region, max_digits_lost=math.inf, **lax
         ).adapters
-    return constructions.transformer.adapt(frozen, target, setting.ranks, **lax).adapters
+    ranks: Any = setting.ranks
+    return constructions.transformer.adapt(frozen, target, ranks, **lax).adapters
 
 
 class _Tests:

@@ -15,8 +15,9 @@ PROFILES = ("quick", "paper")
 def check(chapter: str = "", /, **given: Any) -> list[Any]:
     """The parameters of a chapter, checked and completed, in the order in which they are given.
 
-    ``profile``: quick or paper. ``seed``: from 0. ``width``: 1 to 512. ``depth``: 1 to 64.
-    ``heads``: 1 to 16. ``tokens`` (in a sequence): 1 to 1000.
+    ``profile``: quick or paper. ``seed``: from 0. ``width``: 1 to 512; where there are ``heads``,
+    which can be narrower, from 2. ``depth``: 1 to 64. ``heads``: 1 to 16. ``tokens`` (in a
+    sequence): 1 to 1000.
     ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
     ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
     these, or 17 spread evenly where there are more.
@@ -32,6 +33,10 @@ def _profile(value: Any, _: dict[str, Any]) -> str:
     if value not in PROFILES:
         raise InputError("profile", allowed=" or ".join(PROFILES), given=repr(value))
     return str(value)
+
+
+def _width(value: Any, given: dict[str, Any]) -> int:
+    return _checks.integer("width", value, 2 if "heads" in given else 1, 512)
 
 
 def _ranks(value: Any, given: dict[str, Any]) -> list[int]:
@@ -53,7 +58,7 @@ def _results(value: Any, given: dict[str, Any]) -> Path | None:
 _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "profile": _profile,
     "seed": lambda value, _: _checks.integer("seed", value, 0),
-    "width": lambda value, _: _checks.integer("width", value, 1, 512),
+    "width": _width,
     "depth": lambda value, _: _checks.integer("depth", value, 1, 64),
     "heads": lambda value, _: _checks.integer("heads", value, 1, 16),
     "tokens": lambda value, _: _checks.integer("tokens", value, 1, 1000),

@@ -23,12 +23,23 @@ from .errors import InputError
 class Region(ABC):
     """A bounded convex set of inputs.
 
-    Attributes
-    ----------
-    centre : ``[..., width, 1]``.
+    A region that was given by single numbers for all coordinates has no width before `fit`. Until
+    then it can only say how low a map goes; all else raises `InputError`.
     """
 
-    centre: Float[Tensor, "*batch width 1"]
+    _centre: Tensor
+    _fitted: bool = True
+
+    @property
+    def centre(self) -> Float[Tensor, "*batch width 1"]:
+        if not self._fitted:
+            raise InputError(
+                "region",
+                allowed="of a known width for this",
+                given="single numbers for all coordinates",
+                remedy="fit it to a width first, .fit(width, dtype)",
+            )
+        return self._centre
 
     @property
     def width(self) -> int:
@@ -38,14 +49,22 @@ class Region(ABC):
     @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions: how many regions this object holds."""
-        return self.centre.shape[:-2]
+        return self._centre.shape[:-2]
 
     @abstractmethod
     def fit(self, width: int, dtype: torch.dtype) -> Self:
         """This region for inputs of ``width`` coordinates, its numbers in ``dtype``.
 
-        Raises `InputError` for a region of another width.
+        Raises `InputError` for a region that has another width.
         """
+
+    def _column(self, width: int) -> Float[Tensor, "*batch width 1"]:
+        """The centre in ``width`` coordinates, or an `InputError` where they are not as many."""
+        if self._fitted and self.width != width:
+            raise InputError(
+                "region", allowed=f"of {width} coordinates, like the inputs", given=self.width
+            )
+        return self._centre.expand(*self.batch_shape, width, 1)
 
     @abstractmethod
     def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
@@ -92,11 +111,12 @@ class Ball(Region):
     """
 
     def __init__(self, radius: Any, centre: Any = 0.0) -> None:
-        self.radius = _numbers("radius", radius)
-        column = torch.atleast_1d(_numbers("centre", centre))[..., None]
+        self.radius, middle = _numbers("radius", radius), _numbers("centre", centre)
+        self._fitted = middle.ndim > 0
+        column = torch.atleast_1d(middle)[..., None]
         shapes = [self.radius.shape, column.shape[:-2]]
         batch = _checks.common_shape("radius and centre", shapes)
-        self.centre = column.expand(*batch, *column.shape[-2:])
+        self._centre = column.expand(*batch, *column.shape[-2:])
         if (self.radius < 0).any():
             raise InputError(
                 "radius",
@@ -106,8 +126,7 @@ class Ball(Region):
             )
 
     def fit(self, width: int, dtype: torch.dtype) -> Ball:
-        _require_width(self, (1, width))
-        return Ball(self.radius.to(dtype), _widened(self.centre, width).to(dtype))
+        return Ball(self.radius.to(dtype), self._column(width)[..., 0].to(dtype))
 
     def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
         rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
@@ -139,7 +158,9 @@ class Box(Region):
     """
 
     def __init__(self, low: Any, high: Any) -> None:
-        low, high = torch.atleast_1d(_numbers("low", low), _numbers("high", high))
+        low, high = _numbers("low", low), _numbers("high", high)
+        self._fitted = max(low.ndim, high.ndim) > 0
+        low, high = torch.atleast_1d(low, high)
         shape = _checks.common_shape("low and high", [low.shape, high.shape], what="shapes")
         low, high = low.expand(shape), high.expand(shape)
         empty = low > high
@@ -151,16 +172,16 @@ class Box(Region):
                 remedy="such a box is empty",
             )
         # Not (low + high) / 2, which overflows sooner.
-        self.centre = (low / 2 + high / 2)[..., None]
+        self._centre = (low / 2 + high / 2)[..., None]
         self.half = (high / 2 - low / 2)[..., None]
 
     def fit(self, width: int, dtype: torch.dtype) -> Box:
-        _require_width(self, (1, width))
-        sides = self.centre - self.half, self.centre + self.half
-        return Box(*(_widened(side, width).to(dtype) for side in sides))
+        centre = self._column(width)
+        sides = centre - self.half, centre + self.half
+        return Box(*(side[..., 0].to(dtype) for side in sides))
 
     def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
-        return -(matrix.abs() @ self.half)
+        return -(matrix.abs() * self.half.mT).sum(-1, keepdim=True)
 
     def largest_norm(self) -> Float[Tensor, "*batch"]:
         return torch.linalg.vector_norm(self.centre.abs() + self.half, dim=(-2, -1))
@@ -192,10 +213,10 @@ class Samples(Region):
         self.margin = float(_numbers("margin", margin))
         if self.margin < 0:
             raise InputError("margin", allowed="at least 0", given=self.margin)
-        self.centre = self.inputs.mean(-1, keepdim=True)
+        self._centre = self.inputs.mean(-1, keepdim=True)
 
     def fit(self, width: int, dtype: torch.dtype) -> Samples:
-        _require_width(self, (width,))
+        self._column(width)
         return Samples(self.inputs.to(dtype), self.margin)
 
     def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
@@ -222,19 +243,6 @@ class Samples(Region):
 
     def _corners(self) -> Tensor:
         return self.centre + (1 + self.margin) * (self.inputs - self.centre)
-
-
-def _require_width(region: Region, allowed: tuple[int, ...]) -> None:
-    if region.width not in allowed:
-        raise InputError(
-            "region",
-            allowed=f"of {allowed[-1]} coordinates, like the inputs",
-            given=region.width,
-        )
-
-
-def _widened(column: Tensor, width: int) -> Tensor:
-    return column[..., 0].expand(*column.shape[:-2], width)
 
 
 def _numbers(name: str, value: Any) -> Tensor:

@@ -264,7 +264,7 @@ class _Finished:
                 ) from error
 
     def _admit(self, results: Any, count: int) -> list[Row]:
-        """Results of ``count`` runs; raises `InputError` unless they go into one table with ours."""
+        """Results of ``count`` runs; raises `InputError` unless one table can hold them and ours."""
         promise = "a function that returns"
         try:
             rows = [{name: _plain(value) for name, value in row.items()} for row in results]

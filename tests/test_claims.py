@@ -55,6 +55,11 @@ def test_numbers_are_readable_markdown() -> None:
     assert claim.criterion == "relative deviation at most $10^{-10}$"
 
 
+def test_numbers_keep_their_digits_and_typeset_powers_of_ten() -> None:
+    written = [claims.number(value, 2) for value in (0.0, 12.34, 1e-7, -3.21e-7, 1234.0)]
+    assert written == ["0", "12", "$10^{-7}$", r"$-3.2\times10^{-7}$", r"$1.2\times10^{3}$"]
+
+
 def test_an_executed_notebook_yields_its_claims_in_order(tmp_path: Path) -> None:
     recorded = [
         claims.at_most("first $x$", "lem-a", measured=1, bound=2),

@@ -152,7 +152,8 @@ def test_batches_have_their_members_floors(batch: tuple[int, ...], seed: int) ->
     [
         ({"samples": 1}, "samples must be an integer from 2; got 1"),
         ({"steps": 0}, "steps must be an integer from 1; got 0"),
-        ({"target": FNN.random(1, 5)}, "target must be of 4 inputs and torch.float64.*5 inputs"),
+        ({"target": FNN.random(1, 5)}, "target must be of 4 inputs, like the frozen.*5 inputs"),
+        ({"target": FNN.random(1, 4).to(torch.float32)}, "target must be torch.float64.*float32"),
     ],
 )
 def test_unusable_arguments_are_refused(change: dict[str, object], complaint: str) -> None:

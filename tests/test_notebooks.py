@@ -49,7 +49,7 @@ BAD: list[tuple[str, str, object, str]] = [
     ("03-partitions", "ranks", [17], "17"),
     ("04-transformers", "profile", "fast", "fast"),
     ("04-transformers", "seed", -1, "-1"),
-    ("04-transformers", "width", 0, "0"),
+    ("04-transformers", "width", 1, "1"),
     ("04-transformers", "heads", 17, "17"),
     ("04-transformers", "depth", 0, "0"),
     ("04-transformers", "tokens", 0, "0"),

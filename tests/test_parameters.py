@@ -12,6 +12,12 @@ from lorapower import InputError, parameters
 RIGHT: dict[str, Any] = {"profile": "quick", "seed": 0, "width": 16, "depth": 6, "ranks": [4, 1]}
 
 
+def test_a_token_of_one_coordinate_has_no_narrower_heads() -> None:
+    assert parameters.check(width=2, heads=1) == [2, 1]
+    with pytest.raises(InputError, match="width must be an integer from 2 to 512; got 1"):
+        parameters.check(width=1, heads=1)
+
+
 def test_right_parameters_come_back_in_order() -> None:
     assert parameters.check(**RIGHT) == ["quick", 0, 16, 6, [1, 4]]
     assert parameters.check(width=2, ranks=[]) == [2, [0, 1, 2]]

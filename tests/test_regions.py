@@ -122,6 +122,33 @@ def test_batches_of_regions_are_their_members(
     assert together.fit(width, dtype).sample(5).shape == (3, width, 5)
 
 
+@pytest.mark.parametrize("region", [Ball(2.0), Ball([1.0, 2.0]), Ball(1, 0.5), Box(-1, 2)])
+def test_single_numbers_need_a_width_first(region: Region) -> None:
+    matrix = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    needs_width = [
+        lambda: region.width,
+        lambda: region.centre,
+        lambda: region.sample(5),
+        lambda: region.typical(1.0),
+        region.largest_norm,
+    ]
+    for use in needs_width:
+        with pytest.raises(InputError, match=r"region must be of a known width.*fit it to a width"):
+            use()
+    fitted = region.fit(3, torch.float64)
+    torch.testing.assert_close(region.lowest(matrix), fitted.lowest(matrix))
+    assert region.batch_shape == fitted.batch_shape
+    assert fitted.sample(5).shape == (*fitted.batch_shape, 3, 5)
+    with pytest.raises(InputError, match=r"region must be of 4 coordinates.*got 3"):
+        fitted.fit(4, torch.float64)
+
+
+def test_a_vector_of_one_coordinate_is_a_width() -> None:
+    assert Ball(1.0, [0.0]).sample(5).shape == Box([0.0], 1.0).sample(5).shape == (1, 5)
+    with pytest.raises(InputError, match=r"region must be of 4 coordinates.*got 1"):
+        Box([0.0], 1.0).fit(4, torch.float64)
+
+
 def test_plain_numbers_and_arrays_make_regions() -> None:
     assert Ball(2).fit(3, torch.float32).centre.dtype == torch.float32
     assert Box(-1, 1).fit(3, torch.float64).half.flatten().tolist() == [1, 1, 1]

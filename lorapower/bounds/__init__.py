@@ -1,4 +1,7 @@
-"""Rank thresholds and error bounds, each with the statement of the book that proves it."""
+"""Rank thresholds and error bounds, each with the statement of the book that proves it.
+
+All raise `InputError` for a network of another kind than the one they are for.
+"""
 
 from .final_layers import Floor, colliding_inputs, final_layers_floor
 from .fnn import fnn_block_errors, fnn_error, fnn_error_on, fnn_threshold

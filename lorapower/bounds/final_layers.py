@@ -42,6 +42,7 @@ def colliding_inputs(
     direction that the active units do not see. Where these see all directions it is ``x`` itself.
     Source: lemma "final layers", chapter 3.
     """
+    _checks.kind(FNN, frozen=frozen)
     x = frozen.as_inputs(x).double()
     reach = _checks.positive("reach", reach)
     lines = _Lines(frozen, x)
@@ -79,13 +80,15 @@ def final_layers_floor(
     Returns the floor of the mean squared error (by coordinate) with the standard error of the
     estimate over the samples. Source: proposition "floor for the final layers", chapter 3.
     """
+    _checks.kind(FNN, frozen=frozen, target=target)
     samples = _checks.integer("samples", samples, 2)
     steps = _checks.integer("steps", steps, 1)
-    if (target.widths[0], target.dtype) != (frozen.widths[0], frozen.dtype):
+    _checks.like_frozen(target.dtype, frozen.dtype)
+    if target.widths[0] != frozen.widths[0]:
         raise InputError(
             "target",
-            allowed=f"of {frozen.widths[0]} inputs and {frozen.dtype}, like the frozen network",
-            given=f"{target.widths[0]} inputs and {target.dtype}",
+            allowed=f"of {frozen.widths[0]} inputs, like the frozen network",
+            given=f"{target.widths[0]} inputs",
         )
     generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
     shape = (*frozen.batch_shape, frozen.widths[0], samples)

@@ -37,13 +37,10 @@ def fnn_block_errors(
     frozen: FNN, target: FNN, ranks: int | Sequence[int], partition: Partition | None = None
 ) -> Float[Tensor, "*batch blocks"]:
     """``ε_i = σ_{r_i+1}(E_i)`` with ``r_i = Σ_{l∈P_i} R_l``: what each block leaves undone."""
+    pairs = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    return torch.stack(
-        torch.broadcast_tensors(
-            *(block_error(block, ranks) for block in blocks(frozen, target, partition))
-        ),
-        dim=-1,
-    )
+    errors = torch.broadcast_tensors(*(block_error(block, ranks) for block in pairs))
+    return torch.stack(errors, dim=-1)
 
 
 def fnn_error(
@@ -85,9 +82,10 @@ def fnn_error_on(
     ``M_i = W̄_i − E_i + LR_{r_i}(E_i)`` is the map of block ``i`` when it is adapted. Never above
     `fnn_error` on the same samples. Source: theorem "error of a partition", chapter 3.
     """
+    pairs = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     z, terms = inputs, []
-    for i, block in enumerate(blocks(frozen, target, partition)):
+    for i, block in enumerate(pairs):
         left = undone(block, ranks)
         gain = torch.linalg.matrix_norm(block.target.product() - left, ord=2)
         terms.append((gain, _size(left @ z)))

@@ -16,7 +16,7 @@ def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, 
 
     Raises `InputError` when input or output sizes, types or batch shapes of the two do not match.
     """
-    frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
+    frozen, target = LinearNetwork.of(frozen, "frozen"), LinearNetwork.of(target, "target")
     ends = [(network.widths[0], network.widths[-1]) for network in (frozen, target)]
     if ends[0] != ends[1]:
         raise InputError(
@@ -24,13 +24,7 @@ def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, 
             given="{} inputs and {} outputs".format(*ends[1]),
             allowed="of {} inputs and {} outputs, like the frozen network".format(*ends[0]),
         )
-    if frozen.dtype != target.dtype:
-        raise InputError(
-            "target",
-            allowed=f"{frozen.dtype}, like the frozen network",
-            given=target.dtype,
-            remedy="convert one with .to(dtype)",
-        )
+    _checks.like_frozen(target.dtype, frozen.dtype)
     _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
     E = target.product() - frozen.product()
     if not E.isfinite().all():
@@ -50,6 +44,7 @@ def rounding_scale(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor
     ``‖∏_l |W_l|‖_2``, and layer by layer, ``max_l ‖∏_{j>l} W_j‖ ‖W_l‖ ‖∏_{j<l} W_j‖``. To that of
     the frozen network comes that of the target.
     """
+    frozen, target = LinearNetwork.of(frozen, "frozen"), LinearNetwork.of(target, "target")
     return _product_scale(frozen) + _product_scale(target)
 
 
@@ -74,7 +69,7 @@ def error_rank(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*ba
     In a network so deep or so large that all of ``E`` may be rounding (`rounding_scale`), it is 0:
     in that arithmetic nothing can be told.
     """
-    frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
+    frozen, target = LinearNetwork.of(frozen, "frozen"), LinearNetwork.of(target, "target")
     E = error_matrix(frozen, target)
     return lowrank.rank(E, scale=rounding_scale(frozen, target))
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import lowrank
+from .. import _checks, lowrank
 from ..networks import LinearNetwork, Segment, Transformer, product, segments
 from .linear import error_rank
 
@@ -63,6 +63,7 @@ def pair_ranks(segment: Segment) -> PairRanks:
     that are not narrower than the tokens. They are necessary where ``X̄`` and ``Ȳ`` have rank ``d``.
     Source: proposition "narrow heads", chapter 4.
     """
+    _checks.kind(Segment, segment=segment)
     (Y, X), (Y_target, X_target) = halves(segment.frozen), halves(segment.target)
     size = Y.shape[-2]
     inner = _rank_beside(Y_target.mT, Y.mT) - size

@@ -69,6 +69,7 @@ class FNNAdaptation:
         That is: inner units of every block are active, units that the target layer does not have
         are not. It can hold outside the region too, which is what is promised beforehand.
         """
+        _checks.kind(FNN, frozen=frozen)
         x = _checks.real_tensor("x", x, min_dims=2)
         if x.shape[-2] != self.region.width:
             raise InputError(
@@ -136,8 +137,8 @@ def adapt(
     Source: theorem "one ReLU layer from many", chapter 2; theorem "exactness by partition" and
     proposition "narrower targets", chapter 3.
     """
-    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     pairs = blocks(frozen, target, partition)
+    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     if not isinstance(region, Region):
         raise InputError("region", allowed="a Ball, a Box or Samples", given=repr(region))
     region = region.fit(target.widths[0], frozen.dtype)

@@ -85,7 +85,7 @@ def adapt(
     Source: theorem "optimal adaptation of a deep linear network", chapter 1, and the section on
     the robust construction there.
     """
-    frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
+    frozen, target = LinearNetwork.of(frozen, "frozen"), LinearNetwork.of(target, "target")
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     E = bounds.error_matrix(frozen, target)
     _check_widths(frozen, per_layer)

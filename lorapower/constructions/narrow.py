@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import lowrank
+from .. import _checks, lowrank
 from ..adapters import Adapters
 from ..bounds.transformer import halves, pair_ranks
 from ..errors import InputError
@@ -49,6 +49,7 @@ def adapt(segment: Segment, inner_rank: int, outer_rank: int, *, seed: int = 0) 
         in the sense of `require_ranks`.
     seed : of the random completions of ``G`` that are tried.
     """
+    _checks.kind(Segment, segment=segment)
     (Y, X), (Y_target, X_target) = halves(segment.frozen), halves(segment.target)
     size = Y.shape[-2]
     kept = (max(0, size - inner_rank), max(0, size - outer_rank))

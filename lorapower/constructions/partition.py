@@ -40,6 +40,8 @@ def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
     wider than the frozen network. Source: proposition "optimal partitions", chapter 3.
     """
 
+    _checks.kind(FNN, frozen=frozen, target=target)
+
     def step(i: int, layers: slice, before: Tensor) -> Tensor:
         here = block(frozen, target, i, layers)
         needed = bounds.linear_threshold(here.frozen, here.target)
@@ -60,6 +62,7 @@ def least_error(
     Raises `InputError` for ranks out of range, for a target deeper or wider than the frozen
     network. Source: proposition "optimal partitions", chapter 3.
     """
+    _checks.kind(FNN, frozen=frozen, target=target)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     norms, sizes = layer_norms(target), activation_sizes(target, inputs)
 

@@ -111,8 +111,8 @@ def adapt(
 
     Source: theorem "exact adaptation of a transformer", chapter 4.
     """
-    each = _ranks(ranks, frozen)
     cut = segments(frozen, target)
+    each = _ranks(ranks, frozen)
     parts = [
         (cut.query_key, "W_Q", "W_K", "query–key"),
         (cut.value_output, "W_V", "W_O", "value–output"),

@@ -124,3 +124,17 @@ def uniform(
     """Numbers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√width``."""
     drawn = torch.rand(*shape, generator=generator, dtype=torch.float64)
     return ((2 * drawn - 1) / width**0.5).to(dtype)
+
+
+def random_weights(
+    depth: int, width: int, *, batch_shape: tuple[int, ...], seed: int, dtype: torch.dtype
+) -> tuple[Float[Tensor, "*batch depth width width"], torch.Generator]:
+    """Square layers drawn by `uniform`, and the generator, for what is drawn after them.
+
+    Raises `InputError` for a depth or width below 1 and for a negative seed.
+    """
+    depth = _checks.integer("depth", depth, 1)
+    width = _checks.integer("width", width, 1)
+    generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
+    shape = (*batch_shape, depth, width, width)
+    return uniform(*shape, width=width, generator=generator, dtype=dtype), generator

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
-from .base import Network, chained, per_layer, uniform
+from .base import Network, chained, per_layer, random_weights, uniform
 
 
 def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
@@ -75,11 +75,10 @@ class FNN(Network):
         dtype: torch.dtype = torch.float64,
     ) -> FNN:
         """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``."""
-        depth = _checks.integer("depth", depth, 1)
-        width = _checks.integer("width", width, 1)
-        generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
-        shape = (*batch_shape, depth, width)
-        weights = uniform(*shape, width, width=width, generator=generator, dtype=dtype)
+        weights, generator = random_weights(
+            depth, width, batch_shape=batch_shape, seed=seed, dtype=dtype
+        )
+        shape = weights.shape[:-1]
         return cls(weights, uniform(*shape, width=width, generator=generator, dtype=dtype))
 
     def to(self, dtype: torch.dtype) -> FNN:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
-from .base import Network, chained, uniform
+from .base import Network, chained, random_weights
 
 
 def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
@@ -49,11 +49,11 @@ class LinearNetwork(Network):
         object.__setattr__(self, "weights", expanded)
 
     @classmethod
-    def of(cls, value: Any) -> LinearNetwork:
+    def of(cls, value: Any, name: str = "network") -> LinearNetwork:
         """``value`` itself if it is one, or the network that it stands for.
 
         A `torch.nn.Sequential`, one matrix ``[out, in]`` (a network of one layer), or whatever the
-        class takes as ``weights``.
+        class takes as ``weights``. Raises `InputError` for anything else, which it calls ``name``.
         """
         if isinstance(value, cls):
             return value
@@ -61,6 +61,8 @@ class LinearNetwork(Network):
             return cls.from_sequential(value)
         if isinstance(value, Tensor | np.ndarray) and value.ndim == 2:
             return cls([value])
+        if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
+            _checks.kind(cls, **{name: value})
         return cls(value)
 
     @classmethod
@@ -74,14 +76,8 @@ class LinearNetwork(Network):
         dtype: torch.dtype = torch.float64,
     ) -> LinearNetwork:
         """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``."""
-        depth = _checks.integer("depth", depth, 1)
-        width = _checks.integer("width", width, 1)
-        generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
-        return cls(
-            uniform(
-                *batch_shape, depth, width, width, width=width, generator=generator, dtype=dtype
-            )
-        )
+        weights, _ = random_weights(depth, width, batch_shape=batch_shape, seed=seed, dtype=dtype)
+        return cls(weights)
 
     def __getitem__(self, index: Any) -> LinearNetwork:
         """The member, or members, of the batch at ``index``."""

@@ -124,6 +124,7 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
     Raises `InputError` for a target deeper or wider than the frozen network, and for a partition
     that does not cover the frozen layers or has not one block for each target layer.
     """
+    _checks.kind(FNN, frozen=frozen, target=target)
     if target.depth > frozen.depth:
         raise InputError(
             "target depth",

@@ -56,6 +56,7 @@ def segments(frozen: Transformer, target: Transformer) -> Segments:
     as wide as the tokens, and for ``W_1`` or ``W_2`` singular in working precision: those of the
     frozen network, and the target's ``W_2`` of all blocks but the last.
     """
+    _checks.kind(Transformer, frozen=frozen, target=target)
     batch = _check(frozen, target)
     for owner, network, kinds in (("", frozen, ("W_1", "W_2")), ("target's ", target, ("W_2",))):
         for kind in kinds:
@@ -94,13 +95,7 @@ def _check(frozen: Transformer, target: Transformer) -> torch.Size:
                 given=target.sizes[side],
                 remedy="segments are matched one to one, and adapters leave all sizes as they are",
             )
-    if frozen.dtype != target.dtype:
-        raise InputError(
-            "target",
-            allowed=f"{frozen.dtype}, like the frozen network",
-            given=target.dtype,
-            remedy="convert one with .to(dtype)",
-        )
+    _checks.like_frozen(target.dtype, frozen.dtype)
     if frozen.sizes["hidden"] != frozen.width:
         raise InputError(
             "W_1",

@@ -9,21 +9,35 @@ ranks that it has. A run's numbers do not depend on the others, which share noth
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+import torch
+from jaxtyping import Float
 from numba import njit
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.float32]
 T = TypeVar("T")
 
-# Sums may be reordered, which vector instructions need; NaN and infinity keep their meaning.
-_compiled = njit(
-    nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}
+_compiled = partial(
+    njit,
+    nogil=True,
+    error_model="numpy",
+    # Sums may be reordered, which vector instructions need; NaN and infinity stay what they are.
+    fastmath={"reassoc", "contract", "nsz", "arcp"},
 )
 _F = np.float32
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+# Sizes of matrices are multiples of this.
+UNROLLED = 4
+# Numbers that a tile has in each layer, at most: several such arrays fit a core's cache.
+TILE = 2**13
+# Samples in a tile are a multiple of this: numbers of single precision in a vector register.
+LANES = 16
 
 
 class Structure(NamedTuple):
@@ -57,7 +71,8 @@ class State(NamedTuple, Generic[T]):
 
     Attributes
     ----------
-    problem : which frozen network, inputs and targets each run has.
+    problem : which frozen network each run has.
+    source : which inputs and targets.
     frozen : weights, ``[problems, M, D, D]``.
     ranks : number of rows of the factors that count; −1 where the weight is tuned in full.
     tuned : which biases are tuned, ``[runs, P]``.
@@ -72,6 +87,7 @@ class State(NamedTuple, Generic[T]):
     """
 
     problem: T
+    source: T
     frozen: T
     ranks: T
     tuned: T
@@ -94,7 +110,35 @@ class State(NamedTuple, Generic[T]):
     validation: T
 
 
-@_compiled
+def tile(width: int, tokens: int) -> int:
+    """Number of samples that go through the network together."""
+    return max(TILE // (width * tokens) // LANES, 1) * LANES
+
+
+def tiles(values: Float[Tensor, "*lead D tokens samples"], structure: Structure) -> Array:
+    """``[..., D · tokens · samples]``: one tile after the other, of ``[D, tokens, samples]``."""
+    return torch.cat([part.flatten(-3) for part in values.split(structure.tile, -1)], -1).numpy()
+
+
+def scratch(structure: Structure, weights: int, width: int) -> int:
+    """Numbers that are kept while a tile goes through the network and back."""
+    layer = width * structure.tokens * structure.tile
+    if not structure.blocks:
+        return (weights + 2) * layer
+    pairs = structure.blocks * structure.heads
+    square = structure.tokens**2 * structure.tile
+    return (3 * structure.blocks + 2 * pairs + 4) * layer + (pairs + 1) * square
+
+
+@_compiled()
+def _copy(values: Array, out: Array) -> None:
+    # Much less code than an assignment, which foresees overlap.
+    flat, to = values.reshape(-1), out.reshape(-1)
+    for s in range(flat.size):
+        to[s] = flat[s]
+
+
+@_compiled()
 def _apply(W: Array, x: Array, out: Array) -> None:
     """``out += W x``, four rows and columns of ``W`` at a time; its sizes are multiples of 4."""
     for i in range(0, W.shape[0], 4):
@@ -113,7 +157,7 @@ def _apply(W: Array, x: Array, out: Array) -> None:
                 o3[s] += w30 * p + w31 * q + w32 * r + w33 * t
 
 
-@_compiled
+@_compiled()
 def _outer(d: Array, x: Array, G: Array) -> None:
     """``G += d xᵀ``, four rows and columns at a time."""
     for i in range(0, d.shape[0], 4):
@@ -155,7 +199,7 @@ def _outer(d: Array, x: Array, G: Array) -> None:
                 G[i + row, k + 3] += e
 
 
-@_compiled
+@_compiled()
 def _exp(x: Array) -> None:
     """Exponential in place, of numbers of at most 0; to single precision, vectorized."""
     for s in range(x.size):
@@ -168,13 +212,13 @@ def _exp(x: Array) -> None:
         x[s] = p * np.int32((k + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@_compiled
+@_compiled()
 def _set_rows(bias: Array, out: Array) -> None:
     for i in range(out.shape[0]):
         out[i] = bias[i]
 
 
-@_compiled
+@_compiled()
 def _add_rows(x: Array, sums: Array) -> None:
     for i in range(x.shape[0]):
         total = _F(0)
@@ -184,7 +228,7 @@ def _add_rows(x: Array, sums: Array) -> None:
         sums[i] += total
 
 
-@_compiled
+@_compiled()
 def _relu(x: Array) -> None:
     flat = x.reshape(-1)
     for s in range(flat.size):
@@ -192,7 +236,7 @@ def _relu(x: Array) -> None:
         flat[s] = _F(0) if flat[s] < _F(0) else flat[s]
 
 
-@_compiled
+@_compiled()
 def _gate(active: Array, d: Array) -> None:
     """Gradient through a ReLU that returned ``active``."""
     a, flat = active.reshape(-1), d.reshape(-1)
@@ -200,8 +244,8 @@ def _gate(active: Array, d: Array) -> None:
         flat[s] = flat[s] if a[s] > _F(0) else _F(0)
 
 
-@_compiled
-def _loss(out: Array, y: Array, samples: int, structure: Structure, d: Array) -> float:
+@_compiled()
+def _loss(out: Array, y: Array, samples: int, structure: Structure, d: Array) -> Any:
     """Loss of a tile, a part of the mean over all samples; its gradient in ``d``."""
     if structure.classes == 0:
         total = _F(0)
@@ -215,36 +259,38 @@ def _loss(out: Array, y: Array, samples: int, structure: Structure, d: Array) ->
     return _cross_entropy(out, y, samples, structure, d)
 
 
-@_compiled
+@_compiled()
 def _cross_entropy(out: Array, y: Array, samples: int, structure: Structure, d: Array) -> float:
     """Of the softmax of the classes' votes, against probabilities ``y[c]``."""
-    width, t = out.shape[0], y.shape[1]
+    t = y.shape[1]
     votes = np.zeros((structure.classes, t), np.float32)
-    for i in range(width):
+    for i in range(out.shape[0]):
         c = structure.class_of[i]
         if c >= 0:
-            for j in range(structure.tokens):
-                votes[c] += out[i, j * t : (j + 1) * t]
+            for s in range(out.shape[1]):
+                votes[c, s % t] += out[i, s]
     total = 0.0
     for s in range(t):
-        top = votes[:, s].max()
-        normalizer = np.log(np.exp(votes[:, s] - top).sum()) + top
+        top = votes[0, s]
+        for c in range(1, structure.classes):
+            top = max(top, votes[c, s])
+        normalizer = _F(0)
+        for c in range(structure.classes):
+            normalizer += np.exp(votes[c, s] - top)
+        normalizer = np.log(normalizer) + top
         for c in range(structure.classes):
             if y[c, s] > 0:
                 total += y[c, s] * (normalizer - votes[c, s])
-            votes[c, s] = (np.exp(votes[c, s] - normalizer) - y[c, s]) / samples
-    for i in range(width):
+            votes[c, s] = (np.exp(votes[c, s] - normalizer) - y[c, s]) / _F(samples)
+    for i in range(out.shape[0]):
         c = structure.class_of[i]
-        for j in range(structure.tokens):
-            if c >= 0:
-                d[i, j * t : (j + 1) * t] = votes[c]
-            else:
-                d[i, j * t : (j + 1) * t] = _F(0)
+        for s in range(out.shape[1]):
+            d[i, s] = votes[c, s % t] if c >= 0 else _F(0)
     return total / samples
 
 
-@_compiled
-def chain(
+@_compiled()
+def _chain(
     W: Array,
     b: Array,
     x: Array,
@@ -294,7 +340,7 @@ def chain(
     return loss
 
 
-@_compiled
+@_compiled()
 def _contract(x: Array, y: Array, n: int, out: Array) -> None:
     """``out[i, j] += Σ_d x[d, i] y[d, j]`` over pairs of ``n`` tokens, sample by sample."""
     t = x.shape[1] // n
@@ -310,7 +356,7 @@ def _contract(x: Array, y: Array, n: int, out: Array) -> None:
                     o[s] += x0[s] * y0[s] + x1[s] * y1[s] + x2[s] * y2[s] + x3[s] * y3[s]
 
 
-@_compiled
+@_compiled()
 def _mix(x: Array, p: Array, n: int, transposed: bool, out: Array) -> None:
     """``out[d, j] += Σ_i x[d, i] p[i, j]``, or with ``p[j, i]``, sample by sample."""
     t = x.shape[1] // n
@@ -324,13 +370,13 @@ def _mix(x: Array, p: Array, n: int, transposed: bool, out: Array) -> None:
                     o[s] += y[s] * q[s]
 
 
-@_compiled
+@_compiled()
 def _softmax(p: Array, n: int) -> None:
     """Of each column of the ``n × n`` scores of each sample, in place."""
     t = p.shape[1]
     top, total = np.empty(t, np.float32), np.empty(t, np.float32)
     for j in range(n):
-        top[:] = p[j]
+        _copy(p[j], top)
         for i in range(1, n):
             row = p[i * n + j]
             for s in range(t):
@@ -349,7 +395,7 @@ def _softmax(p: Array, n: int) -> None:
                 row[s] /= total[s]
 
 
-@_compiled
+@_compiled()
 def _softmax_gradient(p: Array, n: int, d: Array) -> None:
     """In place: ``d ← p (d − Σ_i p d)`` in each column."""
     total = np.empty(p.shape[1], np.float32)
@@ -365,8 +411,8 @@ def _softmax_gradient(p: Array, n: int, d: Array) -> None:
                 g[s] = a[s] * (g[s] - total[s])
 
 
-@_compiled
-def transformer(
+@_compiled()
+def _transformer(
     W: Array,
     b: Array,
     x: Array,
@@ -378,7 +424,7 @@ def transformer(
     dW: Array,
     db: Array,
 ) -> float:
-    """Loss of a transformer on a batch; like `chain`. Weights in `Transformer`'s order."""
+    """Loss of a transformer on a batch; like `_chain`. Weights in `Transformer`'s order."""
     D, n, L, H = W.shape[1], structure.tokens, structure.blocks, structure.heads
     K, V, O, W_1, W_2 = L * H, 2 * L * H, 3 * L * H, 4 * L * H, 4 * L * H + L
     last = 4 * L * H + 2 * L
@@ -479,7 +525,7 @@ def transformer(
     return loss
 
 
-@_compiled
+@_compiled()
 def _adam(
     values: Array, gradient: Array, moments: Array, rate: float, decay: float, step: int, rows: int
 ) -> None:
@@ -496,15 +542,15 @@ def _adam(
             value[s] -= length * first[s] / (np.sqrt(second[s]) * root + _F(EPSILON))
 
 
-@_compiled
+@_compiled()
 def _weights(state: State[Any], run: int, W: Array) -> None:
     """The adapted weights of a run."""
     for m in range(W.shape[0]):
         rank = state.ranks[run, m]
         if rank < 0:
-            W[m] = state.A[run, m]
+            _copy(state.A[run, m], W[m])
             continue
-        W[m] = state.frozen[state.problem[run], m]
+        _copy(state.frozen[state.problem[run], m], W[m])
         for r in range(rank):
             for i in range(W.shape[1]):
                 a, row = state.A[run, m, r, i], state.B[run, m, r]
@@ -512,7 +558,7 @@ def _weights(state: State[Any], run: int, W: Array) -> None:
                     W[m, i, k] += a * row[k]
 
 
-@_compiled
+@_compiled()
 def _update(state: State[Any], run: int, dW: Array, db: Array, step: int) -> None:
     """Factors, full weights and biases of a run after one step down the gradient."""
     D = dW.shape[1]
@@ -542,7 +588,7 @@ def _update(state: State[Any], run: int, dW: Array, db: Array, step: int) -> Non
             _adam(value, slope, state.b_moments[run, l], rate, decay, step, 1)
 
 
-@_compiled
+@_compiled()
 def _validate(state: State[Any], run: int, loss: float, step: int, every: int) -> None:
     """Record a validation loss, keep the parameters if it is the least, stop if that is enough."""
     state.validation[run, step // every] = loss
@@ -552,18 +598,34 @@ def _validate(state: State[Any], run: int, loss: float, step: int, every: int) -
         state.stopped[run] = True
     elif loss < state.best[run]:
         state.best[run], state.best_step[run] = loss, step
-        for m in range(state.ranks.shape[1]):
-            rows = state.A.shape[2] if state.ranks[run, m] < 0 else state.ranks[run, m]
-            state.A_best[run, m, :rows] = state.A[run, m, :rows]
-            state.B_best[run, m, :rows] = state.B[run, m, :rows]
-        state.b_best[run] = state.b[run]
+        _copy(state.A[run], state.A_best[run])
+        _copy(state.B[run], state.B_best[run])
+        _copy(state.b[run], state.b_best[run])
         if loss <= state.goal[run]:
             state.stopped[run] = True
 
 
-@_compiled
+@_compiled()
+def _network(
+    W: Array,
+    b: Array,
+    x: Array,
+    y: Array,
+    samples: int,
+    structure: Structure,
+    tuned: NDArray[np.bool_],
+    work: Array,
+    dW: Array,
+    db: Array,
+) -> float:
+    """`_transformer` or `_chain`, as ``structure`` says."""
+    if structure.blocks:
+        return _transformer(W, b, x, y, samples, structure, tuned, work, dW, db)
+    return _chain(W, b, x, y, samples, structure, tuned, work, dW, db)
+
+
+@_compiled(cache=True)
 def advance(
-    model: Any,
     structure: Structure,
     state: State[Any],
     runs: NDArray[np.int64],
@@ -577,34 +639,41 @@ def advance(
     every: int,
     work: Array,
 ) -> None:
-    """Some steps of some runs, from step ``start`` on; ``model`` is `chain` or `transformer`.
+    """Some steps of some runs, from step ``start`` on.
 
-    ``x`` and ``y`` are ``[problems, steps, numbers of a batch]``, tile after tile, each tile
-    ``[D, tokens · samples]``; the validation data ``[problems, numbers]``.
+    ``x`` and ``y`` are ``[sources, steps, numbers of a batch]`` as `tiles` arranges them, the
+    validation data ``[sources, numbers]``; ``work`` has the size of `scratch`.
     """
     M, D = state.ranks.shape[1], state.frozen.shape[2]
     W, dW = np.empty((M, D, D), np.float32), np.empty((M, D, D), np.float32)
     db = np.empty(state.b.shape[1:], np.float32)
     none = np.zeros(M, np.bool_)
     for run in runs:
-        problem, b = state.problem[run], state.b[run]
+        source, b = state.source[run], state.b[run]
         tuned = state.ranks[run] != 0
         for l in range(state.tuned.shape[1]):
             # Of a chain, the bias beside a weight; of a transformer, all have gradients anyway.
             tuned[min(l, M - 1)] |= state.tuned[run, l]
         _weights(state, run, W)
-        for step in range(start, start + x.shape[1]):
+        # One place for each of the two uses of the network, which is much code: a step begins with
+        # what is to be recorded of the one before.
+        loss = 0.0
+        for step in range(start, start + x.shape[1] + 1):
             if state.stopped[run]:
                 break
-            if step == 0:
-                loss = model(
-                    W, b, x_validation[problem], y_validation[problem], validation_samples,
+            if step % every == 0 and (step > start or step == 0):
+                if step > 0:
+                    state.training[run, step // every] = loss
+                loss = _network(
+                    W, b, x_validation[source], y_validation[source], validation_samples,
                     structure, none, work, dW, db,
                 )  # fmt: skip
-                _validate(state, run, loss, 0, every)
+                _validate(state, run, loss, step, every)
+            if step == start + x.shape[1] or state.stopped[run]:
+                break
             dW[:], db[:] = _F(0), _F(0)
-            loss = model(
-                W, b, x[problem, step - start], y[problem, step - start], samples,
+            loss = _network(
+                W, b, x[source, step - start], y[source, step - start], samples,
                 structure, tuned, work, dW, db,
             )  # fmt: skip
             if not np.isfinite(loss):
@@ -612,10 +681,3 @@ def advance(
                 break
             _update(state, run, dW, db, step + 1)
             _weights(state, run, W)
-            if (step + 1) % every == 0:
-                state.training[run, (step + 1) // every] = loss
-                loss = model(
-                    W, b, x_validation[problem], y_validation[problem], validation_samples,
-                    structure, none, work, dW, db,
-                )  # fmt: skip
-                _validate(state, run, loss, step + 1, every)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,13 +95,17 @@ class Fresh(Data):
 
 
 class Fixed(Data):
-    """Given labelled inputs, all of them in every step or in batches that are drawn once an epoch.
+    """Given labelled inputs, all of them in every step or in batches in an order new in each epoch.
+
+    In an epoch each sample is used once, but for those that are too few for another batch.
 
     Parameters
     ----------
     training, validation : labelled inputs, of a form that `Data` describes.
     samples : in each batch, at most as many as there are; all by default.
-    seed : of the order in which batches are drawn.
+    seed : of the order.
+
+    Raises `InputError` for numbers that are not finite, and for labels that do not fit inputs.
     """
 
     def __init__(
@@ -111,14 +116,16 @@ class Fixed(Data):
         samples: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.training, self.validation = training, validation
-        self.sample_dim = 0 if training[0].ndim == 3 else -1
-        count = training[0].shape[self.sample_dim]
-        if training[1].shape[self.sample_dim] != count:
+        self.training = _usable("training", *training)
+        self.validation = _usable("validation", *validation)
+        self.sample_dim = 0 if self.training[0].ndim == 3 else -1
+        x, y = self.training
+        count = x.shape[self.sample_dim]
+        if y.ndim == 0 or y.shape[self.sample_dim] != count:
             raise InputError(
                 "training",
                 allowed=f"of as many labels as inputs, {count}",
-                given=training[1].shape[self.sample_dim],
+                given=f"labels of shape {tuple(y.shape)}",
             )
         self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
         self.seed = _checks.integer("seed", seed, 0)
@@ -127,17 +134,24 @@ class Fixed(Data):
         x, y = self.training
         count = x.shape[self.sample_dim]
         if self.samples == count:
-            return tuple(part.expand(self.BLOCK, *part.shape) for part in (x, y))  # type: ignore[return-value]
+            return x.expand(self.BLOCK, *x.shape), y.expand(self.BLOCK, *y.shape)
         per_epoch = count // self.samples
-        picked = []
-        for step in range(index * self.BLOCK, (index + 1) * self.BLOCK):
-            epoch, batch = divmod(step, per_epoch)
-            order = self._order(epoch, count)
-            picked.append(order[batch * self.samples : (batch + 1) * self.samples])
-        return tuple(  # type: ignore[return-value]
-            torch.stack([part.index_select(self.sample_dim, chosen) for chosen in picked])
-            for part in (x, y)
-        )
+        places = [divmod(self.BLOCK * index + step, per_epoch) for step in range(self.BLOCK)]
+        orders = {
+            epoch: torch.randperm(count, generator=generator(self.seed, epoch))
+            for epoch in {epoch for epoch, _ in places}
+        }
+        batches = [orders[epoch].split(self.samples)[batch] for epoch, batch in places]
 
-    def _order(self, epoch: int, count: int) -> Tensor:
-        return torch.randperm(count, generator=generator(self.seed, epoch))
+        def picked(part: Tensor) -> Tensor:
+            return torch.stack([part.index_select(self.sample_dim, batch) for batch in batches])
+
+        return picked(x), picked(y)
+
+
+def _usable(name: str, x: Any, y: Any) -> Labelled:
+    """Inputs and labels as tensors, which are finite numbers; labels may be integers."""
+    inputs = _checks.real_tensor(f"{name} inputs", x, min_dims=2)
+    if isinstance(y, Tensor) and y.dtype not in _checks.PRECISIONS:
+        return inputs, y
+    return inputs, _checks.real_tensor(f"{name} labels", y, min_dims=1)

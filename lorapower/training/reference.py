@@ -54,7 +54,7 @@ def loss(out: Tensor, y: Tensor, structure: Structure) -> Float[Tensor, " runs"]
     counted = class_of >= 0
     votes = out.new_zeros(len(out), structure.classes, out.shape[-1])
     votes = votes.index_add(1, class_of[counted], out[:, counted].sum(2))
-    return -(y * votes.log_softmax(1)).sum(1).mean(-1)
+    return -(y.squeeze(2) * votes.log_softmax(1)).sum(1).mean(-1)
 
 
 def weights(state: State[Tensor], A: Tensor, B: Tensor) -> Float[Tensor, "runs M D D"]:
@@ -65,13 +65,14 @@ def weights(state: State[Tensor], A: Tensor, B: Tensor) -> Float[Tensor, "runs M
     return torch.where(full, A, state.frozen[state.problem] + updates)
 
 
+@torch.no_grad()
 def advance(
     structure: Structure,
     state: State[Tensor],
-    x: Float[Tensor, "problems steps D n samples"],
-    y: Float[Tensor, "problems steps out n samples"],
-    x_validation: Float[Tensor, "problems D n samples"],
-    y_validation: Float[Tensor, "problems out n samples"],
+    x: Float[Tensor, "sources steps D n samples"],
+    y: Float[Tensor, "sources steps out n samples"],
+    x_validation: Float[Tensor, "sources D n samples"],
+    y_validation: Float[Tensor, "sources out n samples"],
     start: int,
     every: int,
 ) -> None:
@@ -80,29 +81,29 @@ def advance(
         _validate(structure, state, x_validation, y_validation, 0, every)
     for step in range(start, start + x.shape[1]):
         tuned = [t.detach().requires_grad_() for t in (state.A, state.B, state.b)]
-        out = outputs(
-            weights(state, *tuned[:2]), tuned[2], x[state.problem, step - start], structure
-        )
-        losses = loss(out, y[state.problem, step - start], structure)
+        with torch.enable_grad():
+            out = outputs(
+                weights(state, *tuned[:2]), tuned[2], x[state.source, step - start], structure
+            )
+            losses = loss(out, y[state.source, step - start], structure)
+            gradients = torch.autograd.grad(losses.sum(), tuned, allow_unused=True)
         going = ~state.stopped & losses.isfinite()
         state.stopped.logical_or_(~losses.isfinite())
-        gradients = torch.autograd.grad(losses.sum(), tuned, allow_unused=True)
-        with torch.no_grad():
-            rows = torch.arange(state.A.shape[-2], device=state.A.device)
-            factor_rows = (rows < state.ranks[..., None])[..., None]
-            full = (state.ranks < 0)[..., None, None]
-            for values, moments, gradient, counts in (
-                (state.A, state.A_moments, gradients[0], factor_rows | full),
-                (state.B, state.B_moments, gradients[1], factor_rows),
-                (state.b, state.b_moments[..., 0, :], gradients[2], state.tuned[..., None]),
-            ):
-                if gradient is not None:
-                    moves = counts & going.reshape(-1, *[1] * (values.ndim - 1))
-                    _adam(state, values, moments, gradient, moves, step + 1)
-            if (step + 1) % every == 0:
-                point = (step + 1) // every
-                state.training[going, point] = losses[going].detach()
-                _validate(structure, state, x_validation, y_validation, step + 1, every)
+        rows = torch.arange(state.A.shape[-2], device=state.A.device)
+        factor_rows = (rows < state.ranks[..., None])[..., None]
+        full = (state.ranks < 0)[..., None, None]
+        for values, moments, gradient, counts in (
+            (state.A, state.A_moments, gradients[0], factor_rows | full),
+            (state.B, state.B_moments, gradients[1], factor_rows),
+            (state.b, state.b_moments[..., 0, :], gradients[2], state.tuned[..., None]),
+        ):
+            if gradient is not None:
+                moves = counts & going.reshape(-1, *[1] * (values.ndim - 1))
+                _adam(state, values, moments, gradient, moves, step + 1)
+        if (step + 1) % every == 0:
+            point = (step + 1) // every
+            state.training[going, point] = losses[going]
+            _validate(structure, state, x_validation, y_validation, step + 1, every)
 
 
 def _adam(
@@ -119,12 +120,11 @@ def _adam(
     values.sub_(torch.where(moves, rate / (1 - BETA_1**step) * first / denominator, 0))
 
 
-@torch.no_grad()
 def _validate(
     structure: Structure, state: State[Tensor], x: Tensor, y: Tensor, step: int, every: int
 ) -> None:
-    out = outputs(weights(state, state.A, state.B), state.b, x[state.problem], structure)
-    losses = loss(out, y[state.problem], structure)
+    out = outputs(weights(state, state.A, state.B), state.b, x[state.source], structure)
+    losses = loss(out, y[state.source], structure)
     if step == 0:
         state.goal.mul_(losses)
     going = ~state.stopped

@@ -1,0 +1,303 @@
+"""Networks and data as the training steps take them: stacked, padded, in single precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import _checks
+from ..adapters import Adapters, N
+from ..errors import InputError
+from ..lowrank import LowRank
+from ..networks import FNN, LinearNetwork, Transformer
+from .compiled import UNROLLED, Array, State, Structure, tile
+from .data import Data, Labelled, generator
+from .tuning import Training, Tuning
+
+# Standard deviation of B's entries at the start, where A is 0.
+FACTOR_SCALE = 0.25
+
+
+class Stack(Generic[N]):
+    """Networks as square matrices, padded by zeros, which stay zeros."""
+
+    def __init__(self, frozen: N) -> None:
+        if not isinstance(frozen, LinearNetwork | FNN | Transformer):
+            raise InputError(
+                "frozen", allowed="a LinearNetwork, FNN or Transformer", given=type(frozen).__name__
+            )
+        # The network's own checks refuse numbers too large for single precision.
+        self.network: Any = frozen.to(torch.float32)
+        self.shapes = [tuple(weight.shape[-2:]) for weight in frozen.weights]
+        largest = max(max(shape) for shape in self.shapes)
+        self.width = -(-largest // UNROLLED) * UNROLLED
+        self.members = frozen.batch_shape.numel()
+        self.biases = () if isinstance(self.network, LinearNetwork) else self.network.biases
+        self.weights = self._padded(self.network.weights, 2)
+        # A linear network has biases too: zeros, which stay.
+        self.padded_biases = self._padded(
+            self.biases or [torch.zeros(self.members, 1)] * len(self.shapes), 1
+        )
+
+    @property
+    def inputs(self) -> int:
+        """Number of coordinates of an input, or of each of its tokens."""
+        return self.shapes[0][1]
+
+    @property
+    def outputs(self) -> int:
+        """Number of coordinates of an output, or of each of its tokens."""
+        return self.shapes[-1][0]
+
+    def structure(self, batches: Batches) -> Structure:
+        """What all runs have in common."""
+        votes = batches.votes
+        blocks, heads = (
+            (self.network.depth, self.network.heads)
+            if isinstance(self.network, Transformer)
+            else (0, 0)
+        )
+        return Structure(
+            relu=isinstance(self.network, FNN),
+            blocks=blocks,
+            heads=heads,
+            tokens=batches.tokens,
+            outputs=self.outputs,
+            classes=batches.classes,
+            class_of=np.pad(votes, (0, self.width - len(votes)), constant_values=-1),
+            tile=tile(self.width, batches.tokens),
+        )
+
+    def state(
+        self,
+        tunings: Sequence[Tuning],
+        seeds: Sequence[int],
+        sources: NDArray[np.int64],
+        points: int,
+        until: float,
+    ) -> State[Any]:
+        """All runs before their first step; ``sources`` says which data each member has."""
+        ranks = np.repeat(np.array([self._ranks(t) for t in tunings]), self.members, 0)
+        runs, M, D = len(ranks), len(self.shapes), self.width
+        problem = np.tile(np.arange(self.members), len(tunings))
+        A = np.zeros((runs, M, D, D), np.float32)
+        B = np.stack([self._first_factors(seed) for seed in seeds])[problem]
+        B *= np.arange(D)[:, None] < ranks[..., None, None]
+        full = ranks < 0
+        A[full] = self.weights[problem][full]
+        b = self.padded_biases[problem]
+        tuned = np.zeros(b.shape[:2], bool)
+        tuned[:, : len(self.biases)] = np.repeat(
+            np.array([self._tuned_biases(t) for t in tunings], bool), self.members, 0
+        )
+
+        def per_run(values: list[float]) -> Any:
+            return np.repeat(np.array(values, np.float32), self.members)
+
+        return State(
+            problem=problem,
+            source=sources[problem],
+            frozen=self.weights,
+            ranks=ranks,
+            tuned=tuned,
+            rate=per_run([t.learning_rate for t in tunings]),
+            decay=per_run([t.weight_decay for t in tunings]),
+            A=A,
+            B=B,
+            b=b,
+            A_moments=np.zeros((runs, M, 2, D, D), np.float32),
+            B_moments=np.zeros((runs, M, 2, D, D), np.float32),
+            b_moments=np.zeros((*b.shape[:2], 2, 1, D), np.float32),
+            A_best=A.copy(),
+            B_best=B.copy(),
+            b_best=b.copy(),
+            goal=np.full(runs, until, np.float32),
+            best=np.full(runs, np.inf, np.float32),
+            best_step=np.zeros(runs, np.int64),
+            stopped=np.zeros(runs, bool),
+            training=np.full((runs, points), np.nan, np.float32),
+            validation=np.full((runs, points), np.nan, np.float32),
+        )
+
+    def training(self, state: State[Any], every: int) -> Training[N]:
+        """What the runs gave, at the least validation loss of each."""
+
+        def shaped(values: Any) -> Tensor:
+            values = torch.as_tensor(values)
+            return values.reshape(-1, *self.network.batch_shape, *values.shape[1:])
+
+        largest = max(int(state.ranks.max()), 0)
+        A, B, b = (shaped(values) for values in (state.A_best, state.B_best, state.b_best))
+        full = shaped(state.ranks < 0)
+        updates, weights = [], []
+        for m, (outer, inner) in enumerate(self.shapes):
+            rows = slice(0, min(largest, outer, inner))
+            adapted = ~full[..., m, None, None]
+            # Rows past a run's rank hold zeros in A.
+            update = LowRank(
+                (A[..., m, rows, :outer] * adapted).mT, (B[..., m, rows, :inner] * adapted).mT
+            )
+            sums = self.network.weights[m] + update.matrix()
+            weights.append(torch.where(adapted, sums, A[..., m, :outer, :inner]))
+            updates.append(update)
+        biases = [b[..., l, : old.shape[-1]] for l, old in enumerate(self.biases)]
+        changes = tuple(new - old for new, old in zip(biases, self.biases, strict=True))
+        best = shaped(state.best)
+        return Training(
+            self.network.with_parameters(weights, *([biases] if biases else [])),
+            Adapters(tuple(updates), changes),
+            steps=torch.arange(state.training.shape[1]) * every,
+            training_loss=shaped(state.training),
+            validation_loss=shaped(state.validation),
+            best_loss=best,
+            best_step=shaped(state.best_step),
+            diverged=shaped(state.stopped) & ~(best <= shaped(state.goal)),
+        )
+
+    def _padded(self, values: Sequence[Tensor], dims: int) -> Array:
+        """``[members, values, …]``, the last ``dims`` dimensions padded to the width."""
+        padded = np.zeros((self.members, len(values), *[self.width] * dims), np.float32)
+        for i, value in enumerate(values):
+            sizes = value.shape[-dims:]
+            padded[:, i][(slice(None), *map(slice, sizes))] = value.reshape(-1, *sizes)
+        return padded
+
+    def _ranks(self, tuning: Tuning) -> list[int]:
+        """Of each weight's adapter; −1 where the weight is tuned in full."""
+        network, count = self.network, len(self.shapes)
+        if tuning.final:
+            last = _checks.integer("final", tuning.final, 0, count, limit="the number of weights")
+            return [0] * (count - last) + [-1] * last
+        if isinstance(network, Transformer) and isinstance(tuning.ranks, int):
+            rank = _checks.integer("rank", tuning.ranks, 0, network.width, limit="the width")
+            return [
+                min(rank, *shape) if of_theorem else 0
+                for shape, of_theorem in zip(self.shapes, network.adapted, strict=True)
+            ]
+        return list(_checks.ranks_per_layer(tuning.ranks, self.shapes))
+
+    def _tuned_biases(self, tuning: Tuning) -> list[bool]:
+        count = len(self.biases)
+        if not tuning.final or tuning.final == len(self.shapes):
+            return [tuning.biases] * count
+        if isinstance(self.network, Transformer):
+            # The last weight is W_out, which has no bias beside it.
+            return [False] * count
+        return [tuning.biases and l >= count - tuning.final for l in range(count)]
+
+    def _first_factors(self, seed: int) -> Array:
+        """``Bᵀ`` of every weight, a row for each direction, at the largest rank."""
+        factors = np.zeros((len(self.shapes), self.width, self.width), np.float32)
+        for m, (outer, inner) in enumerate(self.shapes):
+            rank = min(outer, inner)
+            drawn = torch.randn(rank, inner, generator=generator(seed, m))
+            factors[m, :rank, :inner] = FACTOR_SCALE * drawn
+        return factors
+
+
+def _class_of(classes: Sequence[int], outputs: int) -> NDArray[np.int64]:
+    """The class to which each output votes, checked; empty for the squared error."""
+    if len(classes) not in (0, outputs):
+        raise InputError(
+            "classes", allowed=f"none, or one for each of {outputs} outputs", given=list(classes)
+        )
+    votes = np.array([_checks.integer("classes", c, -1) for c in classes], np.int64)
+    missing = set(range(int(votes.max(initial=-1)) + 1)) - set(votes.tolist())
+    if missing or (len(votes) and votes.max() < 0):
+        raise InputError(
+            "classes",
+            allowed="such that each class from 0 to the last has a vote",
+            given=list(classes),
+        )
+    return votes
+
+
+class Batches:
+    """Labelled inputs, ``[..., D, tokens, samples]``, and what outputs are compared with there."""
+
+    def __init__(self, data: Sequence[Data], stack: Stack[Any], classes: Sequence[int]) -> None:
+        self.stack = stack
+        self.votes = _class_of(classes, stack.outputs)
+        self.classes = int(self.votes.max(initial=-1)) + 1
+        self.sequences = isinstance(stack.network, Transformer)
+        # Members that share their data share what is made of it.
+        distinct = {id(source): source for source in data}
+        self.distinct = list(distinct.values())
+        self.sources = np.array([list(distinct).index(id(source)) for source in data])
+        self.validation = self._joined([source.validation for source in self.distinct])
+        self.first = self._joined([source.block(0) for source in self.distinct], Data.BLOCK)
+        self.tokens = self.first[0].shape[-2]
+        if self.validation[0].shape[-2] != self.tokens:
+            raise InputError(
+                "data",
+                allowed="of equally many tokens for training and validation",
+                given=f"{self.tokens} and {self.validation[0].shape[-2]}",
+            )
+
+    def block(self, index: int) -> tuple[Tensor, Tensor]:
+        """The batches of `Data.BLOCK` steps of each source, ``[sources, steps, …]``."""
+        if index == 0:
+            return self.first
+        x, y = self._joined([source.block(index) for source in self.distinct], Data.BLOCK)
+        if x.shape != self.first[0].shape:
+            raise InputError("data", allowed="alike in every block", given=f"block {index} unlike")
+        return x, y
+
+    def _joined(self, given: Sequence[Labelled], *lead: int) -> tuple[Tensor, Tensor]:
+        inputs, wanted = zip(*(self._arranged(x, y, lead) for x, y in given), strict=True)
+        shapes = {tuple(x.shape[-2:]) for x in inputs}
+        if len(shapes) > 1:
+            raise InputError(
+                "data",
+                allowed="of equally many tokens and samples for all networks",
+                given=f"[tokens, samples] = {sorted(map(list, shapes))}",
+            )
+        return torch.stack(inputs), torch.stack(wanted)
+
+    def _arranged(self, x: Any, y: Any, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        x = _checks.real_tensor("data's inputs", x, min_dims=1)
+        D = self.stack.inputs
+        form = [
+            *map(str, lead),
+            *(["samples", str(D), "tokens"] if self.sequences else [str(D), "samples"]),
+        ]
+        if x.ndim != len(form) or x.shape[: len(lead)] != lead or x.shape[-2] != D:
+            raise InputError(
+                "data's inputs", allowed=f"of shape [{', '.join(form)}]", given=tuple(x.shape)
+            )
+        if self.classes:
+            samples = x.shape[len(lead)] if self.sequences else x.shape[-1]
+            return self._features(x), self._one_hot(y, (*lead, samples))
+        y = _checks.real_tensor("data's labels", y, min_dims=1)
+        self._check_labels(y, (*x.shape[:-2], self.stack.outputs, x.shape[-1]))
+        return self._features(x), self._features(y)
+
+    def _features(self, values: Tensor) -> Float[Tensor, "*lead D tokens samples"]:
+        values = values.movedim(-3, -1) if self.sequences else values.unsqueeze(-2)
+        padding = self.stack.width - values.shape[-3]
+        return torch.nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).to(torch.float32)
+
+    def _one_hot(self, y: Any, shape: tuple[int, ...]) -> Float[Tensor, "*lead classes 1 samples"]:
+        y = torch.as_tensor(y)
+        self._check_labels(y, shape)
+        integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+        if not integers or y.min() < 0 or y.max() >= self.classes:
+            raise InputError(
+                "data's labels",
+                allowed=f"classes, integers from 0 to {self.classes - 1}",
+                given=f"{y.dtype} from {y.min()} to {y.max()}",
+            )
+        hot = torch.nn.functional.one_hot(y.long(), self.classes)
+        return hot.movedim(-1, -2).unsqueeze(-2).to(torch.float32)
+
+    def _check_labels(self, y: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(y.shape) != shape:
+            raise InputError(
+                "data's labels", allowed=f"of shape {shape}, to fit inputs", given=tuple(y.shape)
+            )

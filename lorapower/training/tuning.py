@@ -1,0 +1,90 @@
+"""What training runs are told, and what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .. import _checks
+from ..adapters import Adapters, N
+from ..errors import InputError
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What one run tunes, and how fast.
+
+    Attributes
+    ----------
+    ranks : of the adapters: one for all weights, or one for each in the order of the network's
+        ``weights``. One number gives a transformer the adapters of the theorem on its exact
+        adaptation: on its attention, ``W_2`` of the last block, and ``W_out``.
+    final : tune, instead of adapters, the last so many ``weights`` in full, biases beside them.
+    biases : whether biases are tuned: all of them beside adapters.
+    learning_rate, weight_decay : of Adam; the decay is its L2 penalty.
+
+    Raises `InputError` for a value that has no meaning for any network.
+    """
+
+    ranks: int | tuple[int, ...] = 0
+    final: int = 0
+    biases: bool = True
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.ranks, Sequence) and not isinstance(self.ranks, str)
+        each = tuple(
+            _checks.integer("ranks", rank, 0)
+            for rank in (self.ranks if several else (self.ranks,))  # type: ignore[union-attr]
+        )
+        object.__setattr__(self, "ranks", each if several else each[0])
+        _checks.integer("final", self.final, 0)
+        if self.final and any(each):
+            raise InputError(
+                "final",
+                allowed="0 where adapters have a rank",
+                given=f"{self.final} with ranks {self.ranks}",
+            )
+        if not isinstance(self.biases, bool):
+            raise InputError("biases", allowed="True or False", given=repr(self.biases))
+        _checks.positive("learning_rate", self.learning_rate)
+        _checks.tolerance("weight_decay", self.weight_decay)
+        for name in ("learning_rate", "weight_decay"):
+            if getattr(self, name) > LARGEST:
+                raise InputError(
+                    name, allowed="a number of single precision", given=getattr(self, name)
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Training(Generic[N]):
+    """Trained networks: one for each `Tuning` (first dimension) and each frozen network.
+
+    Attributes
+    ----------
+    network : at each run's least validation loss, batch shape ``[tunings, *batch]``.
+    adapters : its updates, padded with zeros to the largest rank, and its bias updates; the updates
+        of weights that were tuned in full are 0.
+    steps : those at which the losses below were taken; 0 is before the first step.
+    training_loss : of the batch of each of these steps; NaN at step 0.
+    validation_loss : after each of these steps; NaN after a run has ended.
+    best_loss, best_step : the least validation loss and when it was reached.
+    diverged : whether a loss was no finite number, at which a run ends.
+    """
+
+    network: N
+    adapters: Adapters
+    steps: Int[Tensor, " points"]
+    training_loss: Float[Tensor, "tunings *batch points"]
+    validation_loss: Float[Tensor, "tunings *batch points"]
+    best_loss: Float[Tensor, " tunings *batch"]
+    best_step: Int[Tensor, " tunings *batch"]
+    diverged: Bool[Tensor, " tunings *batch"]

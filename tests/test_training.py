@@ -1,0 +1,711 @@
+"""Training many adapters at once: against torch's own Adam, itself in other company, and data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from lorapower import InputError
+from lorapower.networks import FNN, LinearNetwork, Transformer
+from lorapower.training import Data, Fixed, Fresh, Training, Tuning, reference, train
+from lorapower.training.engine import _run_compiled
+from lorapower.training.stack import Batches, Stack
+
+Network = LinearNetwork | FNN | Transformer
+KINDS = ("linear", "fnn", "transformer")
+# More than a block of batches.
+STEPS = Data.BLOCK + 10
+
+
+def network(
+    kind: str, depth: int = 2, width: int = 6, *, seed: int = 0, batch: tuple[int, ...] = ()
+) -> Any:
+    if kind == "transformer":
+        # Scores of moderate size: saturated softmax amplifies rounding.
+        return Transformer.random(
+            depth, width, 2, scale=width**-0.5, seed=seed, batch_shape=batch, dtype=torch.float32
+        )
+    network: type[Any] = {"linear": LinearNetwork, "fnn": FNN}[kind]
+    return network.random(depth, width, seed=seed, batch_shape=batch, dtype=torch.float32)
+
+
+def fresh(kind: str, width: int = 6, *, samples: int = 20, seed: int = 0) -> Fresh:
+    shape = (width, 3) if kind == "transformer" else (width,)
+    target = network(kind, 1, width, seed=seed + 100)
+    return Fresh(target, shape, samples=samples, validation_samples=13, seed=seed)
+
+
+def parts(result: Training[Any], *index: Any) -> list[np.ndarray[Any, Any]]:
+    """All numbers of some runs."""
+    chosen = result.network[index]
+    tensors = [
+        *chosen.weights,
+        *([] if isinstance(chosen, LinearNetwork) else chosen.biases),
+        *(
+            getattr(result, name)[index]
+            for name in ("training_loss", "validation_loss", "best_loss", "best_step", "diverged")
+        ),
+    ]
+    return [tensor.numpy() for tensor in tensors]
+
+
+def assert_same(found: Sequence[Any], wanted: Sequence[Any]) -> None:
+    """Bit by bit."""
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+
+
+def start_factors(frozen: Any, tuning: Tuning, data: Data, **options: Any) -> list[Tensor]:
+    """Each weight's ``B`` before the first step."""
+    still = replace(tuning, learning_rate=1e-30)
+    updates = train(frozen, [still], data, steps=1, **options).adapters.updates
+    return [update.B[0] for update in updates]
+
+
+# --- Against torch's own Adam, layers and attention -----------------------------------------------
+
+
+def forward(network: Network, weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Tensor:
+    """What the network of these parameters returns, by torch's functions on rows; ``[…, out]``."""
+    if not isinstance(network, Transformer):
+        z = x.mT
+        for l, weight in enumerate(weights):
+            z = functional.linear(z, weight, biases[l] if biases else None)
+            z = z.relu() if biases else z
+        return z
+    L, H = network.depth, network.heads
+    Q, K, V, O = (weights[i * L * H : (i + 1) * L * H] for i in range(4))
+    rest = weights[4 * L * H :]
+    z = x.mT
+    for l in range(L):
+        heads = [
+            functional.scaled_dot_product_attention(z @ Q[h].T, z @ K[h].T, z @ V[h].T, scale=1.0)
+            @ O[h].T
+            for h in range(l * H, (l + 1) * H)
+        ]
+        z = functional.linear(sum(heads, torch.zeros(())), rest[l], biases[l]).relu()
+        z = functional.linear(z, rest[L + l], biases[L + l])
+    return z @ rest[-1].T
+
+
+def mean_loss(network: Network, out: Tensor, y: Tensor, classes: Sequence[int]) -> Tensor:
+    if not classes:
+        return functional.mse_loss(out, y.mT)
+    votes = torch.stack(
+        [out[..., [v == c for v in classes]].sum(-1) for c in range(max(classes) + 1)], -1
+    )
+    return functional.cross_entropy(votes.sum(-2) if votes.ndim == 3 else votes, y)
+
+
+def plain_loop(
+    frozen: Any,
+    tuning: Tuning,
+    ranks: Sequence[int],
+    data: Data,
+    steps: int,
+    classes: Sequence[int] = (),
+) -> tuple[list[float], list[float]]:
+    """Training and validation losses of one run, in double precision."""
+    starts = start_factors(frozen, tuning, data, classes=classes)
+    weights = [weight.double() for weight in frozen.weights]
+    biases = [] if isinstance(frozen, LinearNetwork) else [b.double() for b in frozen.biases]
+    first = len(weights) - tuning.final
+    full = {m: weights[m].clone().requires_grad_() for m in range(first, len(weights))}
+    factors = {
+        m: (
+            torch.zeros(len(weights[m]), rank, dtype=torch.float64, requires_grad=True),
+            starts[m][:, :rank].double().requires_grad_(),
+        )
+        for m, rank in enumerate(ranks)
+        if rank
+    }
+    beside = (
+        range(len(biases))
+        if not tuning.final or first == 0
+        else range(0 if isinstance(frozen, Transformer) else first, len(biases))
+    )
+    if isinstance(frozen, Transformer) and tuning.final and first:
+        beside = range(0)
+    biases = [
+        b.clone().requires_grad_() if tuning.biases and l in beside else b
+        for l, b in enumerate(biases)
+    ]
+    parameters = [*full.values(), *(f for pair in factors.values() for f in pair)]
+    parameters += [b for b in biases if b.requires_grad]
+    adam = torch.optim.Adam(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        adapted = [
+            full[m] if m in full else w + factors[m][0] @ factors[m][1].T if m in factors else w
+            for m, w in enumerate(weights)
+        ]
+        wanted = y if classes else y.double()
+        return mean_loss(frozen, forward(frozen, adapted, biases, x.double()), wanted, classes)
+
+    training, validation = [math.nan], [loss(*data.validation).item()]
+    for step in range(steps):
+        x, y = (part[step % Data.BLOCK] for part in data.block(step // Data.BLOCK))
+        adam.zero_grad()
+        value = loss(x, y)
+        value.backward()
+        adam.step()
+        training.append(value.item())
+        validation.append(loss(*data.validation).item())
+    return training, validation
+
+
+@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+@pytest.mark.parametrize(
+    ("kind", "tuning", "ranks"),
+    [
+        ("linear", Tuning(2), (2, 2)),
+        ("linear", Tuning(final=1), (0, 0)),
+        ("fnn", Tuning(3), (3, 3)),
+        ("fnn", Tuning(6, biases=False), (6, 6)),
+        ("fnn", Tuning(0), (0, 0)),
+        ("fnn", Tuning((1, 4), learning_rate=1e-2, weight_decay=1e-2), (1, 4)),
+        ("fnn", Tuning(final=1, weight_decay=1e-2), (0, 0)),
+        ("fnn", Tuning(final=2, biases=False), (0, 0)),
+        ("transformer", Tuning(2), (2,) * 16 + (0, 0) + (0, 2) + (2,)),
+        ("transformer", Tuning((1, 2, 0) * 7, biases=False), (1, 2, 0) * 7),
+        ("transformer", Tuning(final=1), (0,) * 21),
+        ("transformer", Tuning(final=21, weight_decay=1e-3), (0,) * 21),
+    ],
+    ids=str,
+)
+def test_losses_are_those_of_a_plain_loop_with_torchs_adam(
+    kind: str, tuning: Tuning, ranks: tuple[int, ...], device: str | None
+) -> None:
+    frozen, data = network(kind), fresh(kind)
+    result = train(frozen, [tuning], data, steps=STEPS, device=device)
+    training, validation = plain_loop(frozen, tuning, ranks, data, STEPS)
+    # Adam divides by a gradient's size, so that the rounding of small ones counts.
+    np.testing.assert_allclose(result.training_loss[0], training, rtol=1e-4)
+    np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [(0, 1, 2, 3, 4, 5), (0, 0, 0, 1, 1, 1), (2, -1, 0, 1, -1, 2)])
+def test_classes_are_learnt_by_torchs_cross_entropy(
+    kind: str, classes: tuple[int, ...], device: str | None
+) -> None:
+    frozen, data = network(kind), fresh(kind)
+
+    def label(x: Tensor) -> Tensor:
+        out = data.label(x)
+        out = out.sum(-1) if kind == "transformer" else out.movedim(-2, -1)
+        return out[..., : max(classes) + 1].argmax(-1)
+
+    labelled = Fresh(label, data.shape, samples=20, seed=3)
+    tuning = Tuning(2, learning_rate=1e-2)
+    result = train(frozen, [tuning], labelled, steps=STEPS, classes=classes, device=device)
+    ranks = (2,) * 16 + (0, 0) + (0, 2) + (2,) if kind == "transformer" else (2, 2)
+    training, validation = plain_loop(frozen, tuning, ranks, labelled, STEPS, classes)
+    np.testing.assert_allclose(result.training_loss[0], training, rtol=1e-4)
+    np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+
+
+# --- Compiled steps against the reference ---------------------------------------------------------
+
+
+def one_step(
+    frozen: Any, tunings: list[Tuning], data: list[Data], classes: Sequence[int]
+) -> tuple[Any, Any]:
+    """The state of all runs after one step: compiled, and by the reference in double precision."""
+    stack: Stack[Any] = Stack(frozen)
+    batches = Batches(data, stack, classes)
+    structure = stack.structure(batches)
+    seeds = list(range(stack.members))
+    state, true = (stack.state(tunings, seeds, batches.sources, 2, 0.0) for _ in range(2))
+    _run_compiled(structure, state, batches, 1, 1, threads=1)
+    true = type(true)(
+        *(
+            torch.from_numpy(p).double() if p.dtype == np.float32 else torch.from_numpy(p)
+            for p in true
+        )
+    )
+    x, y = (part[:, :1].double() for part in batches.block(0))
+    x_validation, y_validation = (part.double() for part in batches.validation)
+    reference.advance(structure, true, x, y, x_validation, y_validation, 0, 1)
+    return state, true
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 300),
+    st.integers(0, 3),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_gradients_are_those_of_the_reference(
+    kind: str,
+    depth: int,
+    width: int,
+    tokens: int,
+    samples: int,
+    members: int,
+    classify: bool,
+    seed: int,
+) -> None:
+    batch = (members,) if members else ()
+    frozen = network(kind, depth, width, seed=seed, batch=batch)
+    count, draw = len(frozen.weights), np.random.default_rng(seed)
+    uneven = tuple(int(r) for r in draw.integers(0, width + 1, count))
+    tunings = [Tuning(uneven, weight_decay=0.1), Tuning(width, biases=False)]
+    tunings += [Tuning(final=f) for f in (1, count)]
+    classes = [int(c) for c in draw.permutation(width)] if classify else []
+    if classify and width > 2:
+        classes[classes.index(width - 1)] = -1
+    shape = (width, tokens) if kind == "transformer" else (width,)
+
+    def label(x: Tensor) -> Tensor:
+        y = 2 * x.roll(1, -2)
+        if not classify:
+            return y
+        y = y.sum(-1) if kind == "transformer" else y.movedim(-2, -1)
+        return y[..., : max(classes) + 1].argmax(-1)
+
+    sources: list[Data] = [
+        Fresh(label, shape, samples=samples, validation_samples=samples + 3, seed=s)
+        for s in range(max(members, 1))
+    ]
+    state, true = one_step(frozen, tunings, sources, classes)
+    for name in ("training", "validation"):
+        np.testing.assert_allclose(getattr(state, name), getattr(true, name), rtol=2e-5)
+    for run in range(len(state.problem)):
+        names = ("A_moments", "B_moments", "b_moments")
+        slopes = [getattr(state, name)[run][:, 0] for name in names]
+        wanted = [getattr(true, name)[run][:, 0].numpy() for name in names]
+        # Sums of up to some thousand products in single precision, some of which cancel.
+        size = max(abs(slope).max() for slope in wanted)
+        for slope, other in zip(slopes, wanted, strict=True):
+            np.testing.assert_allclose(slope, other, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("sizes", [(3, 7, 5), (9, 2, 2, 6), (1, 1), (5, 1)])
+@pytest.mark.parametrize("kind", ["linear", "fnn"])
+def test_layers_need_not_be_square(kind: str, sizes: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
+    weights = [torch.randn(shape, generator=draw) for shape in shapes]
+    frozen: Any = (
+        LinearNetwork(weights)
+        if kind == "linear"
+        else FNN(weights, [torch.rand(o, generator=draw) for o, _ in shapes])
+    )
+    data = Fresh(lambda x: x[..., :1, :].expand(*x.shape[:-2], sizes[-1], -1), sizes[:1], seed=1)
+    for tuning in (Tuning(1), Tuning(min(map(min, shapes))), Tuning(final=len(shapes))):
+        ranks = [tuning.ranks] * len(shapes)
+        result = train(frozen, [tuning], data, steps=20)
+        _, validation = plain_loop(frozen, tuning, ranks, data, 20)  # type: ignore[arg-type]
+        np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+        assert [w.shape[-2:] for w in result.network.weights] == shapes
+
+
+def test_transformers_need_not_be_square() -> None:
+    draw = torch.Generator().manual_seed(0)
+    L, H, D, d, v, F, out = 2, 3, 5, 2, 7, 6, 4
+    shapes = [(L, H, d, D)] * 2 + [(L, H, v, D), (L, H, D, v)]
+    shapes_rest = [(L, F, D), (L, F), (L, D, F), (L, D), (out, D)]
+    frozen = Transformer(*(0.4 * torch.randn(s, generator=draw) for s in shapes + shapes_rest))
+    data = Fresh(lambda x: x[..., :out, :], (D, 4), samples=30, seed=1)
+    ranks = [r for r, w in zip([2] * 100, frozen.weights, strict=False) for _ in (w,)]
+    result = train(frozen, [Tuning(tuple(ranks))], data, steps=20)
+    _, validation = plain_loop(frozen, Tuning(tuple(ranks)), ranks, data, 20)
+    np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+
+
+# --- What a run gives does not depend on its company ----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_the_same_alone_in_any_order_and_on_any_threads(kind: str) -> None:
+    frozen, data = network(kind), fresh(kind, samples=70)
+    tunings = [
+        Tuning(2),
+        Tuning(5, learning_rate=1e-2),
+        Tuning(0),
+        Tuning(final=1, weight_decay=1e-2),
+        Tuning(2, biases=False),
+        Tuning(4, learning_rate=1e3),
+        Tuning(final=2),
+    ]
+    together = train(frozen, tunings, data, steps=STEPS, threads=1)
+    backwards = train(frozen, tunings[::-1], data, steps=STEPS, threads=3)
+    for i, tuning in enumerate(tunings):
+        wanted = parts(together, i)
+        assert_same(parts(backwards, len(tunings) - 1 - i), wanted)
+        assert_same(parts(train(frozen, [tuning], data, steps=STEPS), 0), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_member_of_a_batch_is_the_same_alone(kind: str) -> None:
+    frozen = network(kind, batch=(2, 2))
+    data = [fresh(kind, seed=s) for s in (0, 1, 1, 2)]
+    seeds = [5, 6, 7, 7]
+    tunings = [Tuning(1), Tuning(3)]
+    together = train(frozen, tunings, data, steps=STEPS, seed=seeds)
+    assert together.network.batch_shape == (2, 2, 2)
+    assert together.best_loss.shape == (2, 2, 2)
+    for i, (source, seed) in enumerate(zip(data, seeds, strict=True)):
+        at = divmod(i, 2)
+        alone = train(frozen[at], tunings, source, steps=STEPS, seed=seed)
+        assert_same(parts(alone), parts(together, slice(None), *at))
+
+
+def test_one_source_serves_all_members() -> None:
+    frozen, data = network("fnn", batch=(3,)), fresh("fnn")
+    shared = train(frozen, [Tuning(2)], data, steps=5)
+    each = train(frozen, [Tuning(2)], [fresh("fnn") for _ in range(3)], steps=5)
+    assert_same(parts(shared), parts(each))
+
+
+def test_seeds_decide_the_factors() -> None:
+    frozen, data = network("fnn"), fresh("fnn")
+    first, again, other = (
+        parts(train(frozen, [Tuning(2)], data, steps=5, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert_same(first, again)
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_first_factors_are_normal_and_shared_by_all_ranks() -> None:
+    frozen, data = network("fnn", 2, 64), fresh("fnn", 64)
+    largest = start_factors(frozen, Tuning(64), data)
+    for m, B in enumerate(start_factors(frozen, Tuning(10), data)):
+        assert torch.equal(B, largest[m][:, :10])
+    entries = torch.stack(largest).flatten()
+    # Standard errors of the mean and of the standard deviation of as many normal numbers.
+    assert abs(entries.mean()) < 4 * 0.25 / math.sqrt(len(entries))
+    assert abs(entries.std() - 0.25) < 4 * 0.25 / math.sqrt(2 * len(entries))
+
+
+# --- What is returned -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_network_is_that_of_the_least_validation_loss(kind: str) -> None:
+    frozen, data = network(kind), fresh(kind)
+    # A high learning rate, so that the last step is not the best.
+    tunings = [Tuning(3, learning_rate=rate) for rate in (1e-3, 3.0)] + [Tuning(final=1)]
+    result = train(frozen, tunings, data, steps=STEPS)
+    assert result.best_step.tolist() == result.validation_loss.argmin(-1).tolist()
+    assert_same([result.best_loss], [result.validation_loss.amin(-1)])
+    assert result.best_step[1] < STEPS
+    x, y = (part.double() for part in data.validation)
+    for i in range(len(tunings)):
+        loss = (result.network[i].to(torch.float64)(x) - y).square().mean()
+        # Outputs in single precision, whose error cancels in small differences from labels.
+        assert loss.item() == pytest.approx(float(result.best_loss[i]), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_what_was_added(kind: str) -> None:
+    frozen = network(kind, batch=(2,))
+    result = train(frozen, [Tuning(1), Tuning(4)], fresh(kind), steps=20)
+    merged = result.adapters.merge(frozen)
+    assert_same([w.numpy() for w in merged.weights], [w.numpy() for w in result.network.weights])
+    if not isinstance(merged, LinearNetwork):
+        for found, wanted in zip(merged.biases, result.network.biases, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)
+    for m, update in enumerate(result.adapters.updates):
+        ranks = torch.linalg.matrix_rank(update.matrix().double(), rtol=1e-6)
+        adapted = not isinstance(frozen, Transformer) or frozen.adapted[m]
+        assert ranks.tolist() == ([[1, 1], [4, 4]] if adapted else [[0, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_tuned_stays(kind: str) -> None:
+    frozen, data = network(kind), fresh(kind)
+    count = len(frozen.weights)
+    tunings = [Tuning(0, biases=False), Tuning((1,) + (0,) * (count - 1)), Tuning(final=1)]
+    result = train(frozen, tunings, data, steps=20)
+
+    def changed(run: int, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[bool]:
+        return [not torch.equal(a[run], b) for a, b in zip(new, old, strict=True)]
+
+    weights = [changed(i, result.network.weights, frozen.weights) for i in range(3)]
+    assert weights[0] == [False] * count
+    assert weights[1] == [True] + [False] * (count - 1)
+    assert weights[2] == [False] * (count - 1) + [True]
+    assert result.best_step[0] == 0
+    assert len(set(result.validation_loss[0].tolist())) == 1
+    if kind != "linear":
+        biases = [changed(i, result.network.biases, frozen.biases) for i in range(3)]
+        last = [False] * (len(frozen.biases) - 1)
+        assert biases == [[False, *last], [True] * (len(last) + 1), [*last, kind == "fnn"]]
+
+
+def test_losses_may_be_taken_less_often() -> None:
+    frozen, data = network("fnn"), fresh("fnn")
+    all_steps, some = (train(frozen, [Tuning(2)], data, steps=STEPS, every=e) for e in (1, 7))
+    assert some.steps.tolist() == list(range(0, STEPS + 1, 7))
+    assert_same([some.validation_loss], [all_steps.validation_loss[:, ::7]])
+    assert_same([some.training_loss[:, 1:]], [all_steps.training_loss[:, 7::7]])
+    assert some.training_loss[0, 0].isnan()
+    assert some.best_step.item() % 7 == 0
+
+
+@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+def test_a_run_ends_at_its_goal(device: str | None) -> None:
+    frozen, data = network("fnn"), fresh("fnn")
+    tunings = [Tuning(6, learning_rate=rate) for rate in (1e-2, 1e-6)]
+    result = train(frozen, tunings, data, steps=400, until=0.5, device=device)
+    reached, short = result.validation_loss
+    end = int(result.best_step[0])
+    assert 0 < end < 400
+    assert reached[end] <= 0.5 * reached[0] < reached[:end].min()
+    assert reached[end + 1 :].isnan().all()
+    assert short.isfinite().all()
+    assert result.diverged.tolist() == [False, False]
+
+
+# --- Runs that diverge ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergence_is_marked_and_harms_nobody(kind: str, device: str | None) -> None:
+    frozen, data = network(kind, 4), fresh(kind)
+    good, bad = Tuning(2), Tuning(2, learning_rate=1e6)
+    alone = train(frozen, [good], data, steps=STEPS, device=device)
+    result = train(frozen, [good, bad, good], data, steps=STEPS, device=device)
+    assert result.diverged.tolist() == [False, True, False]
+    assert result.validation_loss[1, -1].isnan()
+    assert result.best_loss[1].isfinite()
+    assert all(w.isfinite().all() for w in result.network.weights)
+    if device is None:
+        assert_same(parts(result, 0), parts(alone, 0))
+        assert_same(parts(result, 2), parts(alone, 0))
+
+
+@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", [1e10, 1e25, 1e38])
+def test_no_learning_rate_is_too_high_to_be_marked(
+    kind: str, rate: float, device: str | None
+) -> None:
+    tunings = [Tuning(r, learning_rate=rate) for r in range(6)] + [Tuning(final=2)]
+    result = train(network(kind, 3), tunings, fresh(kind), steps=STEPS, device=device)
+    curves = result.validation_loss
+    assert (result.diverged == ~curves[:, -1].isfinite()).all()
+    assert result.diverged.any()
+
+
+def test_networks_that_overflow_from_the_start_diverge() -> None:
+    frozen = FNN([torch.full((4, 4), 1e25)] * 2, [torch.zeros(4)] * 2)
+    data = Fresh(network("fnn", 1, 4), (4,), seed=0)
+    result = train(frozen, [Tuning(1)], data, steps=3)
+    assert result.diverged.all()
+    assert result.best_loss.isinf().all()
+    assert_same([result.network.weights[0][0].numpy()], [frozen.weights[0].numpy()])
+
+
+@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+def test_scores_that_overflow_are_not_hidden_by_the_softmax(device: str | None) -> None:
+    frozen = network("transformer")
+    weights = [1e30 * w if m < 8 else w for m, w in enumerate(frozen.weights)]
+    result = train(
+        frozen.with_parameters(weights), [Tuning(1)], fresh("transformer"), steps=3, device=device
+    )
+    assert result.diverged.all()
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def test_fresh_batches_depend_on_seed_and_index_alone() -> None:
+    one, same, other = (fresh("fnn", seed=0), fresh("fnn", seed=0), fresh("fnn", seed=1))
+    late = one.block(3)
+    assert_same(late, same.block(3))
+    assert_same(one.block(0), same.block(0))
+    blocks = [one.block(0)[0], one.block(1)[0], other.block(0)[0]]
+    inputs = [*(b for block in blocks for b in block.mT.flatten(0, 1)), *one.validation[0].mT]
+    inputs += [*one.test(50)[0].mT]
+    assert len(torch.stack(inputs).unique(dim=0)) == len(inputs)
+
+
+def test_fresh_inputs_are_normal_and_labelled() -> None:
+    data = fresh("transformer", samples=40)
+    x, y = data.block(0)
+    assert x.shape == (Data.BLOCK, 40, 6, 3)
+    assert abs(x.mean()) < 4 / math.sqrt(x.numel())
+    assert abs(x.var() - 1) < 4 * math.sqrt(2 / x.numel())
+    torch.testing.assert_close(y[7], data.label(x[7]))
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(0, 2**31))
+def test_fixed_batches_use_each_sample_once_an_epoch(
+    count: int, samples: int, sequences: bool, seed: int
+) -> None:
+    samples = min(samples, count)
+    x = torch.arange(count).float()
+    x = x.reshape(count, 1, 1) if sequences else x.reshape(1, count)
+    data = Fixed((x, 2 * x), (x, 2 * x), samples=samples, seed=seed)
+    batches: list[Tensor] = []
+    for index in range(3):
+        inputs, labels = data.block(index)
+        assert torch.equal(labels, 2 * inputs)
+        batches += [batch.flatten() for batch in inputs]
+    per_epoch = count // samples
+    epochs = [batches[i : i + per_epoch] for i in range(0, len(batches) - per_epoch, per_epoch)]
+    for epoch in epochs:
+        used = torch.cat(epoch)
+        assert len(used) == len(used.unique()) == per_epoch * samples
+    if count > 20 and samples < count and len(epochs) > 1:
+        assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
+    assert_same(data.block(1), Fixed((x, 2 * x), (x, 2 * x), samples=samples, seed=seed).block(1))
+
+
+def test_fixed_data_is_trained_on_in_full_by_default() -> None:
+    frozen, source = network("fnn"), fresh("fnn", samples=30)
+    x, y = (part[0] for part in source.block(0))
+    result = train(frozen, [Tuning(2)], Fixed((x, y), source.validation), steps=3)
+
+    class Repeated(Data):
+        validation = source.validation
+
+        def block(self, index: int) -> tuple[Tensor, Tensor]:
+            return x.expand(self.BLOCK, *x.shape), y.expand(self.BLOCK, *y.shape)
+
+    assert_same(parts(result), parts(train(frozen, [Tuning(2)], Repeated(), steps=3)))
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+X, Y = torch.ones(6, 8), torch.ones(6, 8)
+CLASSES = torch.arange(8) % 6
+
+
+def given_data(x: Any = X, y: Any = Y, x_validation: Any = X, y_validation: Any = Y) -> Data:
+    class Given(Data):
+        validation = (x_validation, y_validation)
+
+        def block(self, index: int) -> tuple[Tensor, Tensor]:
+            return x.expand(self.BLOCK, *x.shape), y.expand(self.BLOCK, *y.shape)
+
+    return Given()
+
+
+def run(kind: str = "fnn", tuning: Tuning = Tuning(1), data: Any = None, **options: Any) -> Any:  # noqa: B008
+    data = fresh(kind) if data is None else data
+    return train(network(kind), [tuning], data, **{"steps": 1, **options})
+
+
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "no tunings": (lambda: train(network("fnn"), [], fresh("fnn")), "tunings must be at least"),
+    "no network": (lambda: train(torch.nn.Linear(2, 2), [Tuning(1)], fresh("fnn")), "got Linear"),
+    "rank above width": (lambda: run(tuning=Tuning(7)), "rank must be an integer from 0 to 6"),
+    "rank above width of tokens": (lambda: run("transformer", Tuning(7)), "from 0 to 6"),
+    "rank below 0": (lambda: Tuning(-1), "ranks must be an integer from 0"),
+    "rank no integer": (lambda: Tuning(1.5), "ranks must be an integer"),  # type: ignore[arg-type]
+    "ranks of other layers": (lambda: run(tuning=Tuning((1, 1, 1))), "one for each of the 2"),
+    "one rank too high": (lambda: run(tuning=Tuning((1, 9))), "rank of layer 2"),
+    "final above depth": (lambda: run(tuning=Tuning(final=3)), "final must be an integer from 0"),
+    "final and ranks": (lambda: Tuning(1, final=1), "final must be 0"),
+    "biases no bool": (lambda: Tuning(1, biases="no"), "biases must be True or False"),  # type: ignore[arg-type]
+    "learning rate 0": (lambda: Tuning(learning_rate=0), "learning_rate must be"),
+    "learning rate NaN": (lambda: Tuning(learning_rate=math.nan), "learning_rate must be"),
+    "learning rate too large": (lambda: Tuning(learning_rate=1e39), "single precision"),
+    "weight decay below 0": (lambda: Tuning(weight_decay=-1), "weight_decay must be"),
+    "weight decay infinite": (lambda: Tuning(weight_decay=math.inf), "single precision"),
+    "no steps": (lambda: run(steps=0), "steps must be"),
+    "every 0": (lambda: run(every=0), "every must be"),
+    "every above steps": (lambda: run(steps=3, every=4), "from 1 to 3"),
+    "until below 0": (lambda: run(until=-1.0), "until must be"),
+    "no threads": (lambda: run(threads=0), "threads must be"),
+    "seed below 0": (lambda: run(seed=-1), "seed must be"),
+    "seed no integer": (lambda: run(seed="a"), "seed must be"),
+    "seeds of other members": (lambda: run(seed=[1, 2]), "one for each of 1 networks"),
+    "data of other members": (lambda: run(data=[fresh("fnn")] * 2), "one for each of 1"),
+    "no data": (lambda: run(data=Y), "data must be one Data"),
+    "too few classes": (lambda: run(classes=[0, 1]), "one for each of 6 outputs"),
+    "class below -1": (lambda: run(classes=[-2] * 6), "classes must be an integer from -1"),
+    "class without votes": (lambda: run(classes=[0, 2] * 3), "each class from 0"),
+    "no votes at all": (lambda: run(classes=[-1] * 6), "each class from 0"),
+    "labels no classes": (lambda: run(classes=[0, 1] * 3), "data's labels must be of shape"),
+    "labels no integers": (
+        lambda: run(data=Fixed((X, X[0]), (X, X[0])), classes=[0, 1] * 3),
+        "integers from 0 to 1",
+    ),
+    "labels out of range": (
+        lambda: run(data=Fixed((X, CLASSES), (X, CLASSES)), classes=[0, 1] * 3),
+        "integers from 0 to 1; got torch.int64 from 0 to 5",
+    ),
+    "classes as values": (lambda: run(data=Fixed((X, CLASSES), (X, CLASSES))), "float32"),
+    "inputs of other width": (lambda: run(data=fresh("fnn", 5)), r"of shape \[6, samples\]"),
+    "tokens for an FNN": (lambda: run(data=fresh("transformer")), "data's inputs must be of shape"),
+    "no tokens": (lambda: run("transformer", data=fresh("fnn")), r"\[samples, 6, tokens\]"),
+    "labels of other width": (lambda: run(data=given_data(y=Y[:5])), "data's labels must be"),
+    "labels of other number": (lambda: run(data=given_data(y=Y[:, :5])), "data's labels must be"),
+    "validation labels": (lambda: run(data=given_data(y_validation=Y[:, :5])), "data's labels"),
+    "validation inputs": (lambda: run(data=given_data(x_validation=X[:5])), "data's inputs"),
+    "other tokens in validation": (
+        lambda: run(
+            "transformer",
+            data=Fixed((torch.ones(4, 6, 3),) * 2, (torch.ones(4, 6, 2),) * 2),
+        ),
+        "equally many tokens",
+    ),
+    "other samples for another member": (
+        lambda: train(
+            network("fnn", batch=(2,)), [Tuning(1)], [fresh("fnn"), fresh("fnn", samples=9)]
+        ),
+        "equally many tokens and samples",
+    ),
+    "labels NaN": (
+        lambda: run(data=Fresh(lambda x: x * math.nan, (6,))),
+        "data's labels must be finite",
+    ),
+    "fixed inputs NaN": (lambda: Fixed((X * math.nan, Y), (X, Y)), "training inputs must be fin"),
+    "fixed labels NaN": (lambda: Fixed((X, Y), (X, Y * math.inf)), "validation labels must be fin"),
+    "fixed labels missing": (lambda: Fixed((X, Y[:, :3]), (X, Y)), "as many labels as inputs"),
+    "more samples than there are": (lambda: Fixed((X, Y), (X, Y), samples=9), "from 1 to 8"),
+    "shape of three": (lambda: Fresh(network("fnn"), (1, 2, 3)), "shape must be"),
+    "no samples": (lambda: Fresh(network("fnn"), (6,), samples=0), "samples must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_any_step(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("compiled", "reference"):
+        monkeypatch.setattr(
+            f"lorapower.training.{backend}.advance", lambda *_: pytest.fail("a step was taken")
+        )
+    call, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_numbers_beyond_single_precision_are_refused() -> None:
+    frozen = LinearNetwork(torch.full((1, 6, 6), 1e39, dtype=torch.float64))
+    with pytest.raises(InputError, match="finite"):
+        train(frozen, [Tuning(1)], fresh("linear"))
+
+
+def test_data_that_changes_later_is_refused() -> None:
+    class Shrinking(Data):
+        validation = (X, Y)
+
+        def block(self, index: int) -> tuple[Tensor, Tensor]:
+            x = X[:, : 8 - index].expand(self.BLOCK, -1, -1)
+            return x, x
+
+    with pytest.raises(InputError, match="alike in every block"):
+        run(data=Shrinking(), steps=STEPS)
