@@ -56,7 +56,7 @@ BAD: list[tuple[str, str, object, str]] = [
     ("04-transformers", "ranks", 17, "17"),
     ("07-generalization", "profile", "fast", "fast"),
     ("07-generalization", "seed", -1, "-1"),
-    ("07-generalization", "width", 0, "0"),
+    ("07-generalization", "width", 1, "1"),
     ("07-generalization", "ranks", [17], "17"),
     ("07-generalization", "results", 1, "1"),
 ]
