@@ -28,7 +28,7 @@ MODELS = ("linear", "fnn", "transformer")
 METHODS = ("construction", "lora", "final")
 TASKS = ("regression", "multiclass", "binary")
 # What a method tunes and how: settings that differ only in these have one problem.
-OF_METHOD = ("method", "ranks", "final", "biases", "learning_rate", "weight_decay")
+OF_METHOD = ("method", "ranks", "final", "biases", "region", "learning_rate", "weight_decay")
 
 # Names of the two published kinds of frozen networks, and the part of the initial loss at which
 # pretraining stops.
@@ -84,6 +84,8 @@ class Setting:
     ranks : of adapters, one for all or one for each weight.
     final : number of last layers.
     biases : whether they are tuned.
+    region : radius of the ball over which a ReLU network's construction holds, in units of one that
+        hardly any input is outside of.
     learning_rate, weight_decay : of Adam.
     seed : of the problem's networks and inputs and of the first factors.
 
@@ -110,6 +112,7 @@ class Setting:
     ranks: int | tuple[int, ...] = 0
     final: int = 0
     biases: bool = True
+    region: float = 1.0
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     seed: int = 0
@@ -129,6 +132,7 @@ class Setting:
         _checks.positive("scale", self.scale)
         _checks.positive("gain", self.gain)
         _checks.positive("pretraining", self.pretraining)
+        _checks.positive("region", self.region)
         _checks.tolerance("distance", self.distance)
         self.tuning()
         for rank in self.ranks if isinstance(self.ranks, tuple) else (self.ranks,):
@@ -166,6 +170,12 @@ class Setting:
             )
         if self.task != "regression" and self.model != "fnn":
             raise InputError("task", allowed="regression, but for model 'fnn'", given=self.task)
+        if self.region != 1 and (self.model, self.method) != ("fnn", "construction"):
+            raise InputError(
+                "region",
+                allowed="1, but for the construction of model 'fnn'",
+                given=f"{self.region} for {self.method!r} of {self.model!r}",
+            )
         if self.task == "binary" and self.width < 2:
             raise InputError("width", allowed="at least 2 for a binary task", given=self.width)
 
@@ -326,8 +336,8 @@ def _construction(frozen: Any, target: Any, setting: Setting) -> Adapters:
     if isinstance(frozen, LinearNetwork):
         return constructions.linear.adapt(frozen, target, setting.ranks, **lax).adapters
     if isinstance(frozen, FNN):
-        # Hardly any of the normal inputs that are used here is outside.
-        region = Ball(setting.width**0.5 + 4)
+        # Hardly any of the normal inputs that are used here is outside √D + 4.
+        region = Ball(setting.region * (setting.width**0.5 + 4))
         return constructions.fnn.adapt(
             frozen, target, setting.ranks, region, max_digits_lost=math.inf, **lax
         ).adapters

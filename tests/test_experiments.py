@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorapower import InputError, experiments
-from lorapower.experiments import PRETRAINED, Setting, best, measure
+from lorapower.experiments import PRETRAINED, SHIFT, Setting, best, measure
 
 SMALL: dict[str, Setting] = {
     "linear": Setting("linear", width=6, steps=20, samples=30),
@@ -270,6 +270,13 @@ def test_gain_scales_the_frozen_weights_alone() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_gain_is_a_factor_and_not_for_transformers() -> None:
+    with pytest.raises(InputError, match="gain"):
+        Setting(gain=0.0)
+    with pytest.raises(InputError, match="gain"):
+        Setting(model="transformer", depth=1, gain=2.0)
+
+
 def mean_square(setting: Setting) -> float:
     frozen, target = setting.start()
     data, _ = setting.data(target)
@@ -285,3 +292,21 @@ def test_start_is_as_drawn_or_pretrained_to_the_given_part_of_the_loss() -> None
     assert losses[1] <= 0.25 * losses[0] * (1 + 1e-5)
     # A step earlier it was above, and one step of this learning rate changes little.
     assert losses[1] >= 0.2 * losses[0]
+
+
+def test_region_decides_where_a_construction_is_exact() -> None:
+    near, far = measure(
+        [Setting(width=6, method="construction", ranks=3, region=region) for region in (1.0, SHIFT)]
+    )
+    for found in (near, far):
+        assert found["error"] < 1e-20 * found["signal"]
+    assert far["shifted_error"] < 1e-18 * SHIFT**2 * far["signal"]
+    assert near["shifted_error"] > 1e-4 * SHIFT**2 * near["signal"]
+
+
+def test_region_is_of_constructions_of_relu_networks() -> None:
+    for refused in ({"region": 2.0}, {"region": 0.0, "method": "construction"}):
+        with pytest.raises(InputError, match="region"):
+            Setting(**refused)
+    with pytest.raises(InputError, match="region"):
+        Setting(model="linear", method="construction", region=2.0)
