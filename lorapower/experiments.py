@@ -28,7 +28,7 @@ MODELS = ("linear", "fnn", "transformer")
 METHODS = ("construction", "lora", "final")
 TASKS = ("regression", "multiclass", "binary")
 # What a method tunes and how: settings that differ only in these have one problem.
-OF_METHOD = ("method", "ranks", "final", "biases", "learning_rate", "weight_decay")
+OF_METHOD = ("method", "ranks", "final", "biases", "region", "learning_rate", "weight_decay")
 
 # Names of the two published kinds of frozen networks, and the part of the initial loss at which
 # pretraining stops.
@@ -65,6 +65,8 @@ class Setting:
     model : ``"linear"``, ``"fnn"`` or ``"transformer"``.
     width, target_depth, depth : ``D``, ``L̄`` and ``L``. Transformers are of equal depth.
     heads, tokens, scale : of transformers; the standard deviation of attention weights.
+    gain : factor on the frozen weights, not those of transformers. ``6^{1/2}`` makes the variance
+        of uniform ones ``2/D``, with which ReLU layers keep the size of what passes through them.
     pretraining : part of its initial loss to which the frozen network was first trained, in full,
         on the target, within 1000 steps: 1 for a random network, 1/3 for the study's pretrained
         ones.
@@ -82,6 +84,8 @@ class Setting:
     ranks : of adapters, one for all or one for each weight.
     final : number of last layers.
     biases : whether they are tuned.
+    region : radius of the ball over which a ReLU network's construction holds, in units of one that
+        hardly any input is outside of.
     learning_rate, weight_decay : of Adam.
     seed : of the problem's networks and inputs and of the first factors.
 
@@ -95,6 +99,7 @@ class Setting:
     heads: int = 2
     tokens: int = 10
     scale: float = 1.0
+    gain: float = 1.0
     pretraining: float = RANDOM
     distance: float = 0.0
     distance_rank: int = 0
@@ -107,6 +112,7 @@ class Setting:
     ranks: int | tuple[int, ...] = 0
     final: int = 0
     biases: bool = True
+    region: float = 1.0
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     seed: int = 0
@@ -124,7 +130,9 @@ class Setting:
         _checks.integer("seed", self.seed, 0)
         _checks.integer("distance_rank", self.distance_rank, 0, self.width, limit="the width")
         _checks.positive("scale", self.scale)
+        _checks.positive("gain", self.gain)
         _checks.positive("pretraining", self.pretraining)
+        _checks.positive("region", self.region)
         _checks.tolerance("distance", self.distance)
         self.tuning()
         for rank in self.ranks if isinstance(self.ranks, tuple) else (self.ranks,):
@@ -152,14 +160,22 @@ class Setting:
                 allowed=f"target_depth, {self.target_depth}, for a transformer",
                 given=self.depth,
             )
-        if self.model == "transformer" and (self.distance_rank or self.final or self.fixed):
+        if self.model == "transformer" and (
+            self.distance_rank or self.final or self.fixed or self.gain != 1
+        ):
             raise InputError(
                 "model",
-                allowed="linear or fnn with distance_rank, final or fixed",
+                allowed="linear or fnn with distance_rank, final, fixed or gain",
                 given="'transformer'",
             )
         if self.task != "regression" and self.model != "fnn":
             raise InputError("task", allowed="regression, but for model 'fnn'", given=self.task)
+        if self.region != 1 and (self.model, self.method) != ("fnn", "construction"):
+            raise InputError(
+                "region",
+                allowed="1, but for the construction of model 'fnn'",
+                given=f"{self.region} for {self.method!r} of {self.model!r}",
+            )
         if self.task == "binary" and self.width < 2:
             raise InputError("width", allowed="at least 2 for a binary task", given=self.width)
 
@@ -192,8 +208,17 @@ class Setting:
             return frozen, target
         kind: Any = {"linear": LinearNetwork, "fnn": FNN}[self.model]
         frozen = kind.random(self.depth, self.width, seed=seeds[0])
+        frozen = frozen.with_parameters([self.gain * weight for weight in frozen.weights])
         target = kind.random(self.target_depth, self.width, seed=seeds[1])
         return frozen, self._near(frozen, target) if self.distance_rank else target
+
+    def start(self) -> tuple[Network, Network]:
+        """The network that is adapted, pretrained where the setting says so, and the target."""
+        problem = self.problem
+        frozen, target = problem.networks()
+        if problem.pretraining < 1:
+            frozen = _pretrained(problem, frozen, target)
+        return frozen, target
 
     def _near(self, frozen: LinearNetwork | FNN, target: Any) -> Any:
         """The target with weights that differ from the frozen blocks by a matrix of given size."""
@@ -245,10 +270,8 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     problem = settings[0].problem
     if any(setting.problem != problem for setting in settings):
         raise InputError("settings", allowed="of one problem", given="several")
-    frozen, target = problem.networks()
+    frozen, target = problem.start()
     data, fresh = problem.data(target)
-    if problem.pretraining < 1:
-        frozen = _pretrained(problem, frozen, target)
     trained = [s for s in settings if s.method != "construction"]
     results: dict[Setting, dict[str, Any]] = {}
     tests = _Tests(problem, target, data, fresh)
@@ -313,8 +336,8 @@ def _construction(frozen: Any, target: Any, setting: Setting) -> Adapters:
     if isinstance(frozen, LinearNetwork):
         return constructions.linear.adapt(frozen, target, setting.ranks, **lax).adapters
     if isinstance(frozen, FNN):
-        # Hardly any of the normal inputs that are used here is outside.
-        region = Ball(setting.width**0.5 + 4)
+        # Hardly any of the normal inputs that are used here is outside √D + 4.
+        region = Ball(setting.region * (setting.width**0.5 + 4))
         return constructions.fnn.adapt(
             frozen, target, setting.ranks, region, max_digits_lost=math.inf, **lax
         ).adapters

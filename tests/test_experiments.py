@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorapower import InputError, experiments
-from lorapower.experiments import PRETRAINED, Setting, best, measure
+from lorapower.experiments import PRETRAINED, SHIFT, Setting, best, measure
 
 SMALL: dict[str, Setting] = {
     "linear": Setting("linear", width=6, steps=20, samples=30),
@@ -56,6 +56,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         ({"weight_decay": -1.0}, "weight_decay must be"),
         ({"weight_decay": math.nan}, "weight_decay must be"),
         ({"scale": math.inf}, "scale must be"),
+        ({"gain": 0.0}, "gain must be"),
         ({"pretraining": 0.0}, "pretraining must be"),
         ({"distance": -1.0, "distance_rank": 1}, "distance must be"),
         ({"distance_rank": 17}, "distance_rank must be"),
@@ -64,6 +65,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         ({"method": "final", "final": 3}, "from 0 to 2"),
         ({"model": "transformer", "depth": 2}, "depth must be target_depth"),
         ({"model": "transformer", "depth": 1, "fixed": True}, "model must be linear or fnn"),
+        ({"model": "transformer", "depth": 1, "gain": 2.0}, "fixed or gain"),
         ({"model": "linear", "task": "binary"}, "task must be regression"),
         ({"task": "binary", "width": 1}, "at least 2"),
     ],
@@ -252,3 +254,59 @@ def test_sweeps_give_a_row_for_each_setting_in_order(tmp_path: Path) -> None:
             name: wanted[name] for name in ("error", "validation_loss", "best_step")
         }
     assert len(best(table)) == 4
+
+
+def test_gain_scales_the_frozen_weights_alone() -> None:
+    settings = Setting(depth=3, width=5), Setting(depth=3, width=5, gain=2.0)
+    networks: Any = [setting.networks() for setting in settings]
+    (plain, target), (scaled, same) = networks
+    for one, other in zip(plain.weights, scaled.weights, strict=True):
+        torch.testing.assert_close(2 * one, other, rtol=0, atol=0)
+    for one, other in zip(
+        [*plain.biases, *target.weights, *target.biases],
+        [*scaled.biases, *same.weights, *same.biases],
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_gain_is_a_factor_and_not_for_transformers() -> None:
+    with pytest.raises(InputError, match="gain"):
+        Setting(gain=0.0)
+    with pytest.raises(InputError, match="gain"):
+        Setting(model="transformer", depth=1, gain=2.0)
+
+
+def mean_square(setting: Setting) -> float:
+    frozen, target = setting.start()
+    data, _ = setting.data(target)
+    x, y = (part.double() for part in data.validation)
+    return float((frozen(x) - y).square().mean())
+
+
+def test_start_is_as_drawn_or_pretrained_to_the_given_part_of_the_loss() -> None:
+    setting = Setting(depth=2, width=6, seed=4)
+    for one, other in zip(setting.start()[0].weights, setting.networks()[0].weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    losses = [mean_square(Setting(depth=2, width=6, seed=4, pretraining=p)) for p in (1.0, 0.25)]
+    assert losses[1] <= 0.25 * losses[0] * (1 + 1e-5)
+    # A step earlier it was above, and one step of this learning rate changes little.
+    assert losses[1] >= 0.2 * losses[0]
+
+
+def test_region_decides_where_a_construction_is_exact() -> None:
+    near, far = measure(
+        [Setting(width=6, method="construction", ranks=3, region=region) for region in (1.0, SHIFT)]
+    )
+    for found in (near, far):
+        assert found["error"] < 1e-20 * found["signal"]
+    assert far["shifted_error"] < 1e-18 * SHIFT**2 * far["signal"]
+    assert near["shifted_error"] > 1e-4 * SHIFT**2 * near["signal"]
+
+
+def test_region_is_of_constructions_of_relu_networks() -> None:
+    for refused in ({"region": 2.0}, {"region": 0.0, "method": "construction"}):
+        with pytest.raises(InputError, match="region"):
+            Setting(**refused)
+    with pytest.raises(InputError, match="region"):
+        Setting(model="linear", method="construction", region=2.0)

@@ -25,6 +25,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "02-linearization": {"width": 6, "layers": 2, "ranks": [0, 1, 2, 3]},
     "03-partitions": {"width": 6, "layers": 3, "ranks": [0, 1, 2, 3]},
     "04-transformers": {"width": 6, "depth": 2, "tokens": 4, "ranks": [0, 1, 2, 3]},
+    "06-rank": {"width": 6, "ranks": [0, 1, 2, 3]},
+    "07-generalization": {"width": 8, "ranks": [4]},
 }
 
 # For each chapter: a parameter, a value that it must refuse, and the part that the message shows.
@@ -53,6 +55,16 @@ BAD: list[tuple[str, str, object, str]] = [
     ("04-transformers", "depth", 0, "0"),
     ("04-transformers", "tokens", 0, "0"),
     ("04-transformers", "ranks", 17, "17"),
+    ("06-rank", "profile", "fast", "fast"),
+    ("06-rank", "seed", -1, "-1"),
+    ("06-rank", "width", 5, "5"),
+    ("06-rank", "ranks", [0, 17], "17"),
+    ("06-rank", "results", 3, "3"),
+    ("07-generalization", "profile", "fast", "fast"),
+    ("07-generalization", "seed", -1, "-1"),
+    ("07-generalization", "width", 1, "1"),
+    ("07-generalization", "ranks", [17], "17"),
+    ("07-generalization", "results", 1, "1"),
 ]
 
 PARAMETER_LINE = re.compile(r"\w+: [\w\[\], |]+ = [^#]+  # \S.*")
