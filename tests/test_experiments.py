@@ -227,7 +227,7 @@ def test_the_best_grid_point_has_the_least_validation_loss() -> None:
         for decay in (0.0, 0.1)
     ]
     settings.append(replace(SMALL["fnn"], ranks=1, method="construction"))
-    losses = [5, 2, math.nan, 3, 2.5, 9] + [math.inf, math.nan, 1, 1, 4, 7] + [math.nan]
+    losses = [5, 2, math.nan, 3, 2.5, 9, math.inf, math.nan, 1, 1, 4, 7, math.nan]
     rows = [
         {**asdict(setting), "validation_loss": loss}
         for setting, loss in zip(settings, losses, strict=True)
