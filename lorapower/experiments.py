@@ -263,7 +263,8 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     ``accuracy`` and ``shifted_accuracy`` the parts of these inputs that are put into the target's
     class, where there are classes. ``validation_loss`` is the least one met in training, at step
     ``best_step``, by which grid points are compared. What does not apply is NaN, or step −1.
-    ``signal`` is the target's mean square output over the test inputs.
+    ``signal`` is the target's mean square output over the test inputs, and ``variance`` what is
+    left of it when each output's mean is subtracted: the error of the best constant.
 
     Raises `InputError` for settings of several problems.
     """
@@ -371,7 +372,13 @@ class _Tests:
             if self.problem.classes:
                 classes = (self.problem.votes(y).argmax(-2) for y in (out, wanted))
                 found[f"{kind}accuracy"] = float(torch.eq(*classes).double().mean())
-        return {**found, "signal": float(self.wanted[""].square().mean())}
+        wanted = self.wanted[""]
+        each = wanted.movedim(-2, 0).flatten(1)
+        return {
+            **found,
+            "signal": float(wanted.square().mean()),
+            "variance": float(each.var(-1, correction=0).mean()),
+        }
 
 
 def sweep(

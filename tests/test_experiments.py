@@ -127,6 +127,9 @@ def test_errors_are_mean_squares_over_fresh_inputs(model: str) -> None:
         wanted = (frozen(inputs) - target(inputs)).square().mean().item()
         assert row[name] == pytest.approx(wanted, rel=1e-5)
     assert row["signal"] == pytest.approx(target(x).square().mean().item(), rel=1e-12)
+    best_constant = target(x).transpose(0, -2).flatten(1).mean(1, keepdim=True)
+    left = target(x) - best_constant
+    assert row["variance"] == pytest.approx(left.square().mean().item(), rel=1e-9)
     x, y = (part.double() for part in fresh.validation)
     wanted = (frozen(x) - y).square().mean().item()
     assert row["validation_loss"] == pytest.approx(wanted, rel=1e-5)
