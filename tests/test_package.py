@@ -68,9 +68,10 @@ def test_code_in_the_text_runs(document: Path) -> None:
     names: dict[str, object] = {}
     exec(
         "import torch\n"
-        "from lorapower import adapters, bounds, lowrank, networks, regions\n"
+        "from lorapower import adapters, bounds, experiments, lowrank, networks, regions\n"
         "from lorapower.adapters import Adapters\n"
         "from lorapower.constructions import fnn, linear, partition, transformer\n"
+        "from lorapower.experiments import Setting\n"
         "from lorapower.lowrank import LowRank\n"
         "from lorapower.networks import FNN, LinearNetwork, Partition, Transformer\n"
         "from lorapower.regions import Ball, Box, Samples\n",

@@ -648,6 +648,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "every 0": (lambda: run(every=0), "every must be"),
     "every above steps": (lambda: run(steps=3, every=4), "from 1 to 3"),
     "until below 0": (lambda: run(until=-1.0), "until must be"),
+    "no device": (lambda: run(device="abacus"), "device must be one that torch finds"),
     "no threads": (lambda: run(threads=0), "threads must be"),
     "seed below 0": (lambda: run(seed=-1), "seed must be"),
     "seed no integer": (lambda: run(seed="a"), "seed must be"),

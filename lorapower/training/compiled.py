@@ -36,7 +36,7 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 # Sizes of matrices are multiples of this.
 UNROLLED = 4
 # Numbers that a tile has in each layer, at most: several such arrays fit a core's cache.
-TILE = 2**13
+TILE = 2**14
 # Samples in a tile are a multiple of this: numbers of single precision in a vector register.
 LANES = 16
 

@@ -70,6 +70,7 @@ def train(
     every = _checks.integer("every", every, 1, steps, limit="the steps")
     until = _checks.tolerance("until", until)
     threads = _processors() if threads is None else _checks.integer("threads", threads, 1)
+    place = _device(device)
     stack = Stack(frozen)
     seeds = [
         _checks.integer("seed", each, 0)
@@ -81,10 +82,10 @@ def train(
     if not tunings:
         raise InputError("tunings", allowed="at least one", given="none")
     state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until)
-    if device is None and not torch.cuda.is_available():
+    if place is None:
         _run_compiled(structure, state, batches, steps, every, threads)
     else:
-        _run_torch(structure, state, batches, steps, every, torch.device(device or "cuda"))
+        _run_torch(structure, state, batches, steps, every, place)
     return stack.training(state, every)
 
 
@@ -105,6 +106,16 @@ def _processors() -> int:
     # Not every system knows of such limits.
     limited = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    """Where torch is to compute, or ``None`` where compiled code does."""
+    if device is None:
+        return torch.device("cuda") if torch.cuda.is_available() else None
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise InputError("device", allowed="one that torch finds here", given=device) from error
 
 
 def _run_compiled(
