@@ -5,6 +5,9 @@ compare the two. What makes this one fast: samples are the last dimension of eve
 each loop over them becomes vector instructions; samples go through the network in tiles that fit
 the cache; ``W_Kᵀ W_Q`` and ``W_O W_V`` are multiplied once for all tokens; a run computes only the
 ranks that it has. A run's numbers do not depend on the others, which share nothing but inputs.
+
+All compiled code is in this one file: the kept machine code is made anew when the file of `advance`
+changes, and numba does not look at others.
 """
 
 from __future__ import annotations
