@@ -74,7 +74,7 @@ def equal(
         measured=f"{_range(found)}, deviation at most {number(deviation, 2)}"
         if rtol
         else _range(found),
-        criterion=f"relative deviation at most {number(rtol, 1)}" if rtol else "equal",
+        criterion=f"relative deviation at most {number(rtol, 3)}" if rtol else "equal",
         holds=bool(holds.all()),
     )
 

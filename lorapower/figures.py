@@ -272,8 +272,10 @@ def medians(
     for ax, (title, tables) in zip(axes[:, 0], panels.items(), strict=True):
         for label, table in tables.items():
             rows = table.groupby(x)[y].agg(["median", "min", "max"])
-            color, marker = colors[label], MARKERS[labels.index(label) % len(MARKERS)]
-            ax.plot(rows.index, rows["median"], marker=marker, color=color, label=label)
+            i, color = labels.index(label), colors[label]
+            # Lines that coincide stay visible by markers inside one another.
+            style = {"marker": MARKERS[i % len(MARKERS)], "ms": max(10 - 1.5 * i, 4), "mfc": "none"}
+            ax.plot(rows.index, rows["median"], color=color, label=label, mew=1.5, **style)
             ax.fill_between(rows.index, rows["min"], rows["max"], color=color, alpha=0.15, lw=0)
         for label, (at, values) in (published or {}).get(title, {}).items():
             color = colors.get(label.removesuffix(" (published)"), "0.2")

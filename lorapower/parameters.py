@@ -21,8 +21,9 @@ def check(chapter: str = "", /, **given: Any) -> list[Any]:
     ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
     ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
     these, or 17 spread evenly where there are more.
-    ``results``: the folder that keeps the chapter's runs. An empty text means none in profile
-    quick, and in profile paper ``results/<chapter>`` in the folder in which the chapter runs.
+    ``results``: a folder in which one with the chapter's name keeps the runs of its sweeps. An
+    empty text means none in profile quick, and in profile paper ``results``, where the chapter
+    runs.
     Raises `InputError` for the first that is not usable, naming it.
     """
     about = given | {"chapter": chapter}
@@ -50,9 +51,9 @@ def _ranks(value: Any, given: dict[str, Any]) -> list[int]:
 def _results(value: Any, given: dict[str, Any]) -> Path | None:
     if not isinstance(value, str):
         raise InputError("results", allowed="the name of a folder, or empty", given=repr(value))
-    if value:
-        return Path(value).expanduser()
-    return Path("results", given["chapter"]) if given["profile"] == "paper" else None
+    if not value and given["profile"] == "quick":
+        return None
+    return Path(value or "results").expanduser() / given["chapter"]
 
 
 _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {

@@ -127,9 +127,13 @@ def run(
     results for such records, is in use by another sweep or cannot be written. What ``work`` raises
     ends the sweep. In each case finished batches are kept, and the same call resumes.
     """
+    if not isinstance(records, Sequence):
+        raise InputError("records", allowed="a list, as `grid` makes it", given=repr(records))
     table = _Table.of(records)
     keys = table.keys(records)
     size = _checks.integer("size", size, 1)
+    if not callable(batch):
+        raise InputError("batch", allowed="a function of a record", given=repr(batch))
     place = None if folder is None else Path(folder)
     with _client(scheduler) as client, _opened(place, table, type(records[0])) as finished:
         missing = [r for r, key in zip(records, keys, strict=True) if key not in finished.rows]
@@ -463,7 +467,13 @@ def _same(one: Row, other: Row) -> bool:
 def _batches(records: Sequence[R], batch: Callable[[R], Hashable], size: int) -> list[list[R]]:
     groups = defaultdict(list)
     for record in records:
-        groups[batch(record)].append(record)
+        group = batch(record)
+        try:
+            groups[group].append(record)
+        except TypeError as error:
+            raise InputError(
+                "batch", allowed="a function whose results are hashable", given=repr(group)
+            ) from error
     return [
         group[start : start + size]
         for group in groups.values()

@@ -108,6 +108,7 @@ def test_sequential_round_trip(
         (nn.Sequential(nn.ReLU()), r"Linear and ReLU layers in turn; got ReLU\(\) at 0"),
         (nn.Sequential(nn.Linear(2, 2), nn.Tanh()), r"in turn; got Tanh\(\) at 1"),
         (nn.Sequential(), "at least one matrix; got none"),
+        (nn.Linear(2, 2), "module must be a torch.nn.Sequential of layers; got Linear"),
     ],
 )
 def test_other_modules_are_refused(module: nn.Sequential, complaint: str) -> None:

@@ -106,6 +106,7 @@ def test_the_network_does_not_follow_its_module() -> None:
             r"Linear layers; got ReLU\(\) at 1",
         ),
         (nn.Sequential(), "at least one matrix; got none"),
+        (nn.Linear(2, 2), "module must be a torch.nn.Sequential of layers; got Linear"),
         (nn.Sequential(Doubled(2, 2, bias=False)), "Linear layers; got Doubled"),
     ],
 )

@@ -31,9 +31,9 @@ def test_right_parameters_come_back_in_order() -> None:
     [
         ("quick", "", None),
         ("paper", "", Path("results", "05-gradient")),
-        ("quick", "runs/mine", Path("runs", "mine")),
-        ("paper", "runs/mine", Path("runs", "mine")),
-        ("quick", "~/runs", Path.home() / "runs"),
+        ("quick", "runs/mine", Path("runs", "mine", "05-gradient")),
+        ("paper", "runs/mine", Path("runs", "mine", "05-gradient")),
+        ("quick", "~/runs", Path.home() / "runs" / "05-gradient"),
     ],
 )
 def test_results_are_kept_where_they_are_wanted(

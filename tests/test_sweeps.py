@@ -342,6 +342,7 @@ class TestBadInput:
         ("records", "message"),
         [
             ([], "records must be at least one; got none"),
+            (Setting(1), "records must be a list, as `grid` makes it; got Setting"),
             ([Setting(1), Other(1)], "records must be of one type; got Other, Setting"),
             ([Setting(1), Setting(2), Setting(1)], "different from one another; got 2 times Set"),
             ([3], "record must be a dataclass; got <class 'int'>"),
@@ -403,6 +404,12 @@ class TestBadInput:
     def test_size(self) -> None:
         with pytest.raises(InputError, match="size must be an integer from 1; got 0"):
             quiet(GRID, never, size=0)
+
+    def test_batch(self) -> None:
+        with pytest.raises(InputError, match="batch must be a function of a record; got 3"):
+            quiet(GRID, never, batch=3)
+        with pytest.raises(InputError, match=r"batch must be .* hashable; got \[1\]"):
+            quiet(GRID, never, batch=lambda record: [1])
 
     @pytest.mark.parametrize(
         "error",

@@ -628,7 +628,19 @@ def run(kind: str = "fnn", tuning: Tuning = Tuning(1), data: Any = None, **optio
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
-    "no tunings": (lambda: train(network("fnn"), [], fresh("fnn")), "tunings must be at least"),
+    "no tunings": (lambda: train(network("fnn"), [], fresh("fnn")), "tunings must be a list of"),
+    "one tuning": (
+        lambda: train(network("fnn"), Tuning(1), fresh("fnn")),  # type: ignore[arg-type]
+        r"such as \[Tuning\(ranks=4\)\]; got Tuning",
+    ),
+    "tunings of another kind": (
+        lambda: train(network("fnn"), [1], fresh("fnn")),  # type: ignore[list-item]
+        r"tunings must be a list of Tuning.*got \[1\]",
+    ),
+    "labels not paired": (
+        lambda: Fixed(X, Y),  # type: ignore[arg-type]
+        "training must be a pair of inputs and labels; got a Tensor",
+    ),
     "no network": (lambda: train(torch.nn.Linear(2, 2), [Tuning(1)], fresh("fnn")), "got Linear"),
     "rank above width": (lambda: run(tuning=Tuning(7)), "rank must be an integer from 0 to 6"),
     "rank above width of tokens": (lambda: run("transformer", Tuning(7)), "from 0 to 6"),

@@ -124,9 +124,10 @@ class FNN(Network):
         """The ReLU network that a `torch.nn.Sequential` of ``Linear, ReLU, …, Linear, ReLU`` is.
 
         A `Linear` without bias gets one of zeros. Inputs of the module are rows, ours columns:
-        ``network(x.mT).mT`` equals ``module(x)``. Raises `InputError` naming the first layer that
-        is out of its place.
+        ``network(x.mT).mT`` equals ``module(x)``. Raises `InputError` for another module, naming
+        the first layer that is out of its place.
         """
+        _checks.sequential(module)
         expected = [nn.Linear, nn.ReLU]
         for position, layer in enumerate(module):
             if type(layer) is not expected[position % 2]:

@@ -107,8 +107,9 @@ class LinearNetwork(Network):
         """The linear network that a `torch.nn.Sequential` of bias-free `Linear` layers computes.
 
         Its inputs are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``. Raises
-        `InputError` for any other layer, and for a bias, naming its position.
+        `InputError` for any other module or layer, and for a bias, naming its position.
         """
+        _checks.sequential(module)
         weights: list[Tensor] = []
         for position, layer in enumerate(module):
             if type(layer) is not nn.Linear:  # a subclass may compute anything

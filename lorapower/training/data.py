@@ -105,7 +105,8 @@ class Fixed(Data):
     samples : in each batch, at most as many as there are; all by default.
     seed : of the order.
 
-    Raises `InputError` for numbers that are not finite, and for labels that do not fit inputs.
+    Raises `InputError` for what is no pair, numbers that are not finite, and labels that do not fit
+    inputs.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class Fixed(Data):
         samples: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.training = _usable("training", *training)
-        self.validation = _usable("validation", *validation)
+        self.training = _usable("training", training)
+        self.validation = _usable("validation", validation)
         self.sample_dim = 0 if self.training[0].ndim == 3 else -1
         x, y = self.training
         count = x.shape[self.sample_dim]
@@ -149,8 +150,13 @@ class Fixed(Data):
         return picked(x), picked(y)
 
 
-def _usable(name: str, x: Any, y: Any) -> Labelled:
+def _usable(name: str, labelled: Any) -> Labelled:
     """Inputs and labels as tensors, which are finite numbers; labels may be integers."""
+    if not isinstance(labelled, tuple | list) or len(labelled) != 2:
+        raise InputError(
+            name, allowed="a pair of inputs and labels", given=f"a {type(labelled).__name__}"
+        )
+    x, y = labelled
     inputs = _checks.real_tensor(f"{name} inputs", x, min_dims=2)
     if isinstance(y, Tensor) and y.dtype not in _checks.PRECISIONS:
         return inputs, y

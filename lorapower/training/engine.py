@@ -61,8 +61,8 @@ def train(
 
     Raises
     ------
-    InputError : ranks or layers out of range, data that does not fit the network or the loss, a
-        value that has no meaning.
+    InputError : no tunings, ranks or layers out of range, data that does not fit the network or the
+        loss, a value that has no meaning.
 
     Source: the protocol of the study's experiments, chapter 5.
     """
@@ -78,9 +78,14 @@ def train(
     ]
     batches = Batches(_for_each("data", data, Data, stack.members), stack, classes)
     structure = stack.structure(batches)
-    tunings = list(tunings)
-    if not tunings:
-        raise InputError("tunings", allowed="at least one", given="none")
+    if (
+        not isinstance(tunings, Sequence)
+        or not tunings
+        or not all(isinstance(tuning, Tuning) for tuning in tunings)
+    ):
+        raise InputError(
+            "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=repr(tunings)
+        )
     state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until)
     if place is None:
         _run_compiled(structure, state, batches, steps, every, threads)
