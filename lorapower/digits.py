@@ -43,6 +43,10 @@ PRETRAINING = Tuning(learning_rate=3e-3)
 PRETRAINING_STEPS = 1500
 BATCH, EVERY = 100, 10
 
+# Model and depth of the frozen networks of chapter 8, and the ranks that it tries.
+CASES = (("fnn", 2), ("fnn", 4), ("transformer", 1))
+RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 64)
+TRAINED_RANKS = {"quick": (1, 2, 4, 8, 16, 32), "paper": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)}
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {"learning_rate": [1e-2], "steps": 1000, "seed": range(3)},
     "paper": {"learning_rate": [1e-2, 3e-3, 1e-3], "steps": 3000, "seed": range(5)},
@@ -127,6 +131,16 @@ def accuracy(network: FNN | Transformer, labelled: Labelled) -> float:
     return float((votes(network, x).argmax(-2) == y).double().mean())
 
 
+def error(network: FNN | Transformer, target: FNN | Transformer, x: Tensor) -> float:
+    """Mean squared difference of the votes from the target's, over the variance of these.
+
+    Means are over classes and samples, the variance of each class's votes is about their mean.
+    """
+    found, wanted = votes(network, x), votes(target, x)
+    variance = wanted.var(-1, correction=0).mean()
+    return float((found - wanted).square().mean() / variance)
+
+
 @dataclass(frozen=True)
 class Setting:
     """One run: a frozen network and a target, and a method that adapts the one to the other.
@@ -188,7 +202,7 @@ class Setting:
 
     @property
     def width(self) -> int:
-        """Of the layers, or of a token."""
+        """Of the layers, or of a token; no rank is above it."""
         return PIXELS if self.model == "fnn" else 2 * SIDE
 
     @property
@@ -277,9 +291,9 @@ def _data(split: Split, seed: int) -> Fixed:
 def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     """What each setting of one problem reaches on the test images.
 
-    ``accuracy`` is the part of them that is read rightly, ``error`` the mean squared difference of
-    the votes from the target's, over the variance of these about their means; ``bound`` is what
-    `bounds.fnn_error_on` says of ``error`` for the plain construction of a ReLU network.
+    ``accuracy`` is the part of them that is read rightly, ``error`` that of the function of this
+    name; ``bound`` is what `bounds.fnn_error_on` says of it for the plain construction of a ReLU
+    network.
     ``target_accuracy`` and ``frozen_accuracy`` are those of the two networks; ``validation_loss``
     is the least one met in training, at step ``best_step``. What does not apply is NaN, or step −1.
 
@@ -290,8 +304,7 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
         raise InputError("settings", allowed="of one problem", given="several")
     frozen, wanted = problem.networks()
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
-    right = votes(wanted, x)
-    variance = right.var(-1, correction=0).mean()
+    variance = votes(wanted, x).var(-1, correction=0).mean()
     of_problem = {
         "target_accuracy": accuracy(wanted, (x, y)),
         "frozen_accuracy": accuracy(frozen, (x, y)),
@@ -309,7 +322,6 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     rows = []
     for setting, (network, about) in zip(settings, found, strict=True):
         network = network.to(torch.float64)
-        missed = (votes(network, x) - right).square().mean()
         bound = math.nan
         if (setting.model, setting.method) == ("fnn", "construction"):
             norm = bounds.fnn_error_on(frozen, wanted, setting.of_weights, x)
@@ -317,7 +329,7 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "accuracy": accuracy(network, (x, y)),
-                "error": float(missed / variance),
+                "error": error(network, wanted, x),
                 "bound": bound,
                 **of_problem,
                 **about,
