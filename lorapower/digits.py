@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from . import _checks, bounds, constructions, experiments
 from .adapters import Adapters
 from .errors import InputError
-from .networks import FNN, Transformer
+from .networks import FNN, Transformer, blocks, segments
 from .regions import Box
 from .training import Fixed, Tuning, train
 from .training.data import Labelled, generator
@@ -41,14 +42,14 @@ HEADS = 2
 LIFT = 10.0
 PRETRAINING = Tuning(learning_rate=3e-3)
 PRETRAINING_STEPS = 1500
-BATCH, EVERY = 100, 10
+BATCH, EVERY = 100, 20
 
 # Model and depth of the frozen networks of chapter 8, and the ranks that it tries.
 CASES = (("fnn", 2), ("fnn", 4), ("transformer", 1))
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 64)
 TRAINED_RANKS = {"quick": (1, 2, 4, 8, 16, 32), "paper": (1, 2, 3, 4, 6, 8, 12, 16, 32)}
 GRIDS: dict[str, dict[str, Any]] = {
-    "quick": {"learning_rate": [1e-2], "steps": 1000, "seed": range(3)},
+    "quick": {"learning_rate": [1e-2], "steps": 800, "seed": range(3)},
     "paper": {"learning_rate": [1e-2, 3e-3], "steps": 2000, "seed": range(5)},
 }
 
@@ -242,6 +243,66 @@ class Setting:
         """The frozen network and the target, in double precision."""
         made = pretrained if self.start == "pretrained" else random
         return made(self.model, self.depth, self.seed), target(self.model, self.angle, self.seed)
+
+    def threshold(self) -> int:
+        """The least equal rank at which the construction is exact."""
+        frozen, target = self.networks()
+        least = bounds.fnn_threshold if self.model == "fnn" else bounds.transformer_threshold
+        return int(least(frozen, target))
+
+    def error_matrices(self) -> dict[str, Float[Tensor, "heads out in"]]:
+        """What adapters have to make up for, by name.
+
+        Of a ReLU network ``first``, the first block's ``E_1``, and ``on data``, ``E_1`` times the
+        training images about their mean over the root of their number, whose singular values are
+        those of ``E_1 C^{1/2}``. Of a transformer ``scores`` and ``values``, those of its heads.
+        """
+        frozen, target = self.networks()
+        if self.model == "transformer":
+            cut = segments(frozen, target)
+            pairs = {"scores": cut.query_key, "values": cut.value_output}
+            return {name: bounds.error_matrix(*pair)[0] for name, pair in pairs.items()}
+        block, *_ = blocks(frozen, target)
+        E = bounds.error_matrix(block.frozen, block.target)
+        x = self.task.training[0].to(E.dtype)
+        shifted = (x - x.mean(1, keepdim=True)) / x.shape[1] ** 0.5
+        return {"first": E[None], "on data": (E @ shifted)[None]}
+
+
+def spectra(settings: Sequence[Setting]) -> pd.DataFrame:
+    """Singular values ``sigma`` of each of the settings' error matrices.
+
+    One row for each value, with its index ``d`` from 1, the ``matrix`` by its name in
+    `Setting.error_matrices`, and the setting's ``start`` and ``angle``.
+    """
+    rows = []
+    for setting in settings:
+        same = {"start": setting.start, "angle": setting.angle}
+        for name, matrices in setting.error_matrices().items():
+            for values in torch.linalg.svdvals(matrices).tolist():
+                rows += [
+                    same | {"matrix": name, "d": d, "sigma": v} for d, v in enumerate(values, 1)
+                ]
+    return pd.DataFrame(rows)
+
+
+def needed(table: pd.DataFrame, tolerance: float = 0.1, points: float = 0.01) -> dict[str, float]:
+    """The least rank in a table of runs at which each of three aims is met, medians over seeds.
+
+    ``bound``: the bound is at most the tolerance. ``error``: the error is. ``accuracy``: it is at
+    most so much below the target's. Infinite where half of the seeds or more meet it at no rank.
+    """
+    met = {
+        "bound": table.bound <= tolerance,
+        "error": table.error <= tolerance,
+        # A tie of two shares of 500 images must not depend on rounding.
+        "accuracy": table.accuracy >= table.target_accuracy - points - 1e-9,
+    }
+    least = {
+        name: table.ranks.where(good, math.inf).groupby(table.seed).min()
+        for name, good in met.items()
+    }
+    return {name: float(ranks.median()) for name, ranks in least.items()}
 
 
 def random(model: str, depth: int, seed: int) -> FNN | Transformer:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lorapower import InputError, bounds, digits, experiments
+from lorapower import InputError, digits, experiments
 from lorapower.digits import CLASSES, LIFT, SIZES, Setting, measure
 from lorapower.networks import FNN, Transformer
 
@@ -156,13 +156,8 @@ def test_no_vote_of_a_relu_network_is_cut_off_at_the_start() -> None:
 def test_constructions_equal_the_target_from_the_threshold(model: str, start: str) -> None:
     depth = 2 * digits.DEPTHS[model] if model == "fnn" else 1
     setting = Setting(model, depth, start, method="construction", steps=20)
-    frozen, target = setting.networks()
-    if isinstance(frozen, FNN):
-        threshold = int(bounds.fnn_threshold(frozen, target))
-        assert threshold == 32
-    else:
-        threshold = int(bounds.transformer_threshold(frozen, target))
-        assert threshold == 8
+    threshold = setting.threshold()
+    assert threshold == {"fnn": 32, "transformer": 8}[model]
     few, below, at = measure([replace(setting, ranks=r) for r in (1, threshold - 1, threshold)])
     assert at["error"] < 1e-20 < below["error"] < few["error"]
     assert at["accuracy"] == at["target_accuracy"] > few["accuracy"]
@@ -226,6 +221,50 @@ def test_sweeps_keep_runs_and_choose_the_best(tmp_path: Path) -> None:
     for ranks, rows in table.groupby("ranks"):
         wanted = rows.validation_loss.min()
         assert best[best.ranks == ranks].validation_loss.tolist() == [wanted]
+
+
+def test_spectra_are_those_of_the_error_matrices() -> None:
+    settings = [Setting(angle=15.0), Setting("transformer", 1, "random")]
+    table = digits.spectra(settings)
+    assert set(table.columns) == {"start", "angle", "matrix", "d", "sigma"}
+    frozen, target = settings[0].networks()
+    E = target.weights[0] - frozen.weights[0]
+    covariance = settings[0].task.training[0].double().cov(correction=0)
+    first = table[table.matrix == "first"]
+    assert first.d.tolist() == list(range(1, 65))
+    assert set(first.angle) == {15.0}
+    assert first.sigma.tolist() == pytest.approx(torch.linalg.svdvals(E).tolist(), abs=1e-12)
+    squares = table[table.matrix == "on data"].sigma ** 2
+    wanted = torch.linalg.eigvalsh(E @ covariance @ E.T).flip(0)
+    assert squares.tolist() == pytest.approx(wanted.tolist(), abs=1e-9)
+    frozen, target = settings[1].networks()
+
+    def scores(network: Any, head: int) -> torch.Tensor:
+        return network.W_K[0, head].T @ network.W_Q[0, head]
+
+    heads = table[table.matrix == "scores"]
+    assert set(heads.start) == {"random"}
+    for head in range(2):
+        wanted = torch.linalg.svdvals(scores(target, head) - scores(frozen, head))
+        found = heads.sigma.tolist()[16 * head : 16 * (head + 1)]
+        assert found == pytest.approx(wanted.tolist(), abs=1e-12)
+    assert len(table) == 2 * 64 + 2 * 2 * 16
+
+
+def test_needed_ranks_are_medians_of_the_least() -> None:
+    columns = ["seed", "ranks", "bound", "error", "accuracy", "target_accuracy"]
+    rows = [
+        (0, 1, math.nan, 0.3, 0.90, 0.95),
+        (0, 2, math.nan, 0.1, 0.94, 0.95),
+        (0, 4, math.nan, 0.2, 0.97, 0.95),
+        (1, 4, 0.05, 0.1, 0.90, 0.91),
+        (1, 2, 0.20, 0.3, 0.80, 0.91),
+        (2, 8, 0.01, 0.5, 0.10, 0.91),
+    ]
+    found = digits.needed(pd.DataFrame(rows, columns=columns))
+    assert found == {"bound": 8, "error": 4, "accuracy": 4}
+    stricter = digits.needed(pd.DataFrame(rows, columns=columns), 0.02, 0.0)
+    assert stricter == {"bound": math.inf, "error": math.inf, "accuracy": math.inf}
 
 
 def test_networks_are_of_the_kinds_named() -> None:
