@@ -7,7 +7,7 @@ A problem is a frozen network and a target drawn by a seed; a method adapts the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,13 +19,14 @@ from . import _checks, constructions, sweeps
 from .adapters import Adapters
 from .errors import InputError
 from .networks import FNN, LinearNetwork, Partition, Transformer
-from .regions import Ball
+from .regions import Ball, Region
 from .training import Data, Fixed, Fresh, Tuning, train
 
 Network = LinearNetwork | FNN | Transformer
 
 MODELS = ("linear", "fnn", "transformer")
-METHODS = ("construction", "lora", "final")
+TRAINED = ("lora", "final")
+METHODS = ("construction", *TRAINED)
 TASKS = ("regression", "multiclass", "binary")
 # What a method tunes and how: settings that differ only in these have one problem.
 OF_METHOD = ("method", "ranks", "final", "biases", "region", "learning_rate", "weight_decay")
@@ -273,44 +274,62 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
         raise InputError("settings", allowed="of one problem", given="several")
     frozen, target = problem.start()
     data, fresh = problem.data(target)
-    trained = [s for s in settings if s.method != "construction"]
-    results: dict[Setting, dict[str, Any]] = {}
     tests = _Tests(problem, target, data, fresh)
-    if trained:
-        runs = train(
-            frozen,
-            [setting.tuning() for setting in trained],
-            data,
-            steps=problem.steps,
-            every=problem.every,
-            classes=problem.classes,
-            seed=problem.seed,
-        )
-        for i, setting in enumerate(trained):
-            results[setting] = {
-                **tests.of(runs.network[i]),
+    # Hardly any of the normal inputs that are used here is outside √D + 4.
+    usual = problem.width**0.5 + 4
+    found = adapted(
+        settings,
+        frozen,
+        data,
+        lambda s: construct(frozen, target, s.ranks, Ball(s.region * usual)),
+        steps=problem.steps,
+        every=problem.every,
+        classes=problem.classes,
+        seed=problem.seed,
+    )
+    return [{**tests.of(network), **about} for network, about in found]
+
+
+def adapted(
+    settings: Sequence[Any],
+    frozen: Network,
+    data: Data,
+    construction: Callable[[Any], Adapters],
+    **training: Any,
+) -> list[tuple[Any, dict[str, Any]]]:
+    """For each setting of one problem the adapted network, and how its training went.
+
+    A setting whose ``method`` is ``"lora"`` or ``"final"`` is trained with its ``tuning()`` and the
+    options of `training.train`, all of these at once; the adapters of others are what
+    ``construction`` returns. What is known of the training is as `measure` describes it.
+    """
+    place = {s: i for i, s in enumerate(s for s in settings if s.method in TRAINED)}
+    if place:
+        runs = train(frozen, [setting.tuning() for setting in place], data, **training)
+    found = []
+    for setting in settings:
+        if setting in place:
+            i = place[setting]
+            about = {
                 "validation_loss": float(runs.best_loss[i]),
                 "best_step": int(runs.best_step[i]),
                 "diverged": bool(runs.diverged[i]),
             }
-    for setting in settings:
-        if setting.method == "construction":
-            results[setting] = {
-                **tests.of(_construction(frozen, target, setting).merge(frozen)),
-                "validation_loss": math.nan,
-                "best_step": -1,
-                "diverged": False,
-            }
-    return [results[setting] for setting in settings]
+            found.append((runs.network[i], about))
+        else:
+            about = {"validation_loss": math.nan, "best_step": -1, "diverged": False}
+            found.append((construction(setting).merge(frozen), about))
+    return found
 
 
-def best(table: pd.DataFrame) -> pd.DataFrame:
+def best(table: pd.DataFrame, record: type = Setting) -> pd.DataFrame:
     """For each setting but for learning rate and weight decay, the row of least validation loss.
 
-    Constructions have one row each, which stays. A grid point that diverged counts up to there.
+    ``record`` is the class of the settings. Constructions have one row each, which stays. A grid
+    point that diverged counts up to there.
     """
     of_grid = ("learning_rate", "weight_decay")
-    same = [field.name for field in fields(Setting) if field.name not in of_grid]
+    same = [field.name for field in fields(record) if field.name not in of_grid]
     ordered = table.sort_values("validation_loss", kind="stable", na_position="last")
     return ordered.groupby(same, sort=False, dropna=False).head(1).sort_index()
 
@@ -331,18 +350,14 @@ def _pretrained(problem: Setting, frozen: Network, target: Network) -> Network:
     return runs.network[0].to(torch.float64)
 
 
-def _construction(frozen: Any, target: Any, setting: Setting) -> Adapters:
-    """The theorems' adapters, whatever digits rounding leaves."""
+def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:
+    """The theorems' adapters, whatever digits rounding leaves; a ReLU network's over a region."""
     lax: Any = {"rtol": math.inf}
     if isinstance(frozen, LinearNetwork):
-        return constructions.linear.adapt(frozen, target, setting.ranks, **lax).adapters
+        return constructions.linear.adapt(frozen, target, ranks, **lax).adapters
     if isinstance(frozen, FNN):
-        # Hardly any of the normal inputs that are used here is outside √D + 4.
-        region = Ball(setting.region * (setting.width**0.5 + 4))
-        return constructions.fnn.adapt(
-            frozen, target, setting.ranks, region, max_digits_lost=math.inf, **lax
-        ).adapters
-    ranks: Any = setting.ranks
+        lax["max_digits_lost"] = math.inf
+        return constructions.fnn.adapt(frozen, target, ranks, region, **lax).adapters
     return constructions.transformer.adapt(frozen, target, ranks, **lax).adapters
 
 
@@ -382,17 +397,18 @@ class _Tests:
 
 
 def sweep(
-    settings: Sequence[Setting],
+    settings: Sequence[Any],
     folder: Any = None,
     *,
+    work: Any = measure,
     size: int = 256,
     scheduler: Any = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """`sweeps.run` of `measure`, problem by problem."""
+    """`sweeps.run` of ``work``, problem by problem."""
     return sweeps.run(
         settings,
-        measure,
+        work,
         folder,
         batch=lambda setting: setting.problem,
         size=size,

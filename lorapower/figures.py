@@ -333,6 +333,22 @@ def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, lab
     return figure
 
 
+def pictures(rows: Mapping[str, ArrayLike]) -> Figure:
+    """Images of grey values from 0 (paper) to 1 (ink), ``[images, height, width]`` in each row."""
+    images = [np.asarray(row) for row in rows.values()]
+    most = max(map(len, images))
+    figure, axes = plt.subplots(
+        len(rows), most, squeeze=False, figsize=(6.4, 0.2 + 0.62 * len(rows))
+    )
+    for line, label, row in zip(axes, rows, images, strict=True):
+        for ax, image in zip(line, row, strict=False):
+            ax.imshow(image, vmin=0, vmax=1, cmap="Greys")
+        for ax in line:
+            ax.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+    return figure
+
+
 def transformer_segments() -> Figure:
     """One block of a transformer and what follows it, cut at its non-linearities.
 

@@ -15,7 +15,8 @@ PROFILES = ("quick", "paper")
 def check(chapter: str = "", /, **given: Any) -> list[Any]:
     """The parameters of a chapter, checked and completed, in the order in which they are given.
 
-    ``profile``: quick or paper. ``seed``: from 0. ``width``: 1 to 512; where there are ``heads``,
+    ``profile``: quick or paper. ``seed``: from 0. ``seeds`` (how many): 1 to 100, or 0 for those of
+    the profile. ``width``: 1 to 512; where there are ``heads``,
     which can be narrower, from 2. ``depth``: 1 to 64. ``heads``: 1 to 16. ``tokens`` (in a
     sequence): 1 to 1000.
     ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
@@ -59,6 +60,7 @@ def _results(value: Any, given: dict[str, Any]) -> Path | None:
 _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "profile": _profile,
     "seed": lambda value, _: _checks.integer("seed", value, 0),
+    "seeds": lambda value, _: _checks.integer("seeds", value, 0, 100),
     "width": _width,
     "depth": lambda value, _: _checks.integer("depth", value, 1, 64),
     "heads": lambda value, _: _checks.integer("heads", value, 1, 16),

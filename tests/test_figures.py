@@ -174,3 +174,15 @@ def test_transformer_segments_name_every_weight() -> None:
     shown = " ".join(text.get_text() for text in ax.texts)
     for part in ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "out", "softmax", "ReLU"):
         assert part in shown
+
+
+def test_pictures_are_rows_of_images() -> None:
+    images = np.linspace(0, 1, 24).reshape(2, 4, 3)
+    axes = figures.pictures({"two": images, "one": images[:1]}).axes
+    shown = [[np.asarray(image.get_array()) for image in ax.images] for ax in axes]
+    np.testing.assert_array_equal([shown[0], shown[1], shown[2]], images[[0, 1, 0], None])
+    assert not shown[3]
+    assert [ax.get_ylabel() for ax in axes] == ["two", "", "one", ""]
+    # Ink is dark, and equally so in all images.
+    assert {image.get_clim() for ax in axes for image in ax.images} == {(0.0, 1.0)}
+    assert axes[0].images[0].get_cmap()(1.0)[0] < axes[0].images[0].get_cmap()(0.0)[0]

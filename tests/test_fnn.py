@@ -432,3 +432,48 @@ def test_a_partition_is_a_partition() -> None:
     frozen, target = FNN.random(2, 4), FNN.random(1, 4, seed=1)
     with pytest.raises(InputError, match="partition must be a Partition"):
         fnn.adapt(frozen, target, 4, Ball(2.0), (2,))  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 6), dtypes, seeds)
+@settings(deadline=None, max_examples=40)
+def test_reachable_layers_are_the_nearest_of_their_rank(
+    blocks: int, width: int, rank: int, dtype: torch.dtype, seed: int
+) -> None:
+    rank = min(rank, width)
+    frozen = benign(2 * blocks, width, seed=seed).to(dtype)
+    target = benign(blocks, width, seed=seed + 1).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(width, width, generator=generator).double() ** 3
+    x = 1 + mixed @ torch.randn(width, 50, generator=generator).double()
+    near = fnn.reachable(frozen, target, rank, x.to(dtype))
+    z, eps = x.to(dtype), torch.finfo(dtype).eps
+    for i in range(blocks):
+        product = frozen.weights[2 * i + 1] @ frozen.weights[2 * i]
+        weight, bias = near.weights[i], near.biases[i][:, None]
+        values = torch.linalg.svdvals(weight - product)
+        assert (values[2 * rank :] <= 100 * eps * (1 + values[0])).all()
+        wanted = target.weights[i] @ z + target.biases[i][:, None]
+        missed = (weight @ z + bias - wanted).double()
+        # Least squares over all offsets and all updates of that rank, by Eckart and Young.
+        centred = ((target.weights[i] - product) @ (z - z.mean(1, keepdim=True))).double()
+        least = torch.linalg.svdvals(centred)[2 * rank :].square().sum()
+        scale = float(wanted.double().square().sum() + centred.square().sum())
+        assert float(missed.square().sum()) == pytest.approx(float(least), abs=100 * eps * scale)
+        z = target.layers(slice(i, i + 1))(z)
+
+
+def test_inputs_that_span_less_need_less_rank() -> None:
+    frozen, target = benign(2, 8, seed=0), benign(1, 8, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    span = torch.rand(8, 4, generator=generator).double()
+    x = 1 + span @ torch.randn(4, 300, generator=generator).double()
+    region = Ball(float(x.norm(dim=0).max()))
+    assert bounds.fnn_threshold(frozen, target) == 4
+    near = fnn.reachable(frozen, target, 2, x)
+    for goal, exact in ((near, True), (target, False)):
+        adapted = fnn.adapt(frozen, goal, 2, region).adapters.merge(frozen)
+        assert bool(((adapted(x) - target(x)).abs() < 1e-9).all()) == exact
+    with pytest.raises(InputError, match="x must be"):
+        fnn.reachable(frozen, target, 2, x[:4])
+    with pytest.raises(InputError, match="rank must be"):
+        fnn.reachable(frozen, target, 9, x)

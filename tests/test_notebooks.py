@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "05-gradient": {"width": 6, "tokens": 4, "ranks": [1, 3, 6]},
     "06-rank": {"width": 6, "ranks": [0, 1, 2, 3]},
     "07-generalization": {"width": 8, "ranks": [4]},
+    "08-real-data": {"seeds": 1, "ranks": [8]},
 }
 
 # For each chapter: a parameter, a value that it must refuse, and the part that the message shows.
@@ -71,6 +72,11 @@ BAD: list[tuple[str, str, object, str]] = [
     ("07-generalization", "width", 1, "1"),
     ("07-generalization", "ranks", [17], "17"),
     ("07-generalization", "results", 1, "1"),
+    ("08-real-data", "profile", "fast", "fast"),
+    ("08-real-data", "seed", -1, "-1"),
+    ("08-real-data", "seeds", 101, "101"),
+    ("08-real-data", "ranks", [65], "65"),
+    ("08-real-data", "results", 1, "1"),
 ]
 
 PARAMETER_LINE = re.compile(r"\w+: [\w\[\], |]+ = [^#]+  # \S.*")

@@ -23,6 +23,7 @@ ORDER = (
     "training",
     "sweeps",
     "experiments",
+    "digits",
     "parameters",
     "claims",
     "figures",

@@ -9,7 +9,14 @@ import pytest
 
 from lorapower import InputError, parameters
 
-RIGHT: dict[str, Any] = {"profile": "quick", "seed": 0, "width": 16, "depth": 6, "ranks": [4, 1]}
+RIGHT: dict[str, Any] = {
+    "profile": "quick",
+    "seed": 0,
+    "width": 16,
+    "depth": 6,
+    "ranks": [4, 1],
+    "seeds": 0,
+}
 
 
 def test_a_token_of_one_coordinate_has_no_narrower_heads() -> None:
@@ -19,7 +26,7 @@ def test_a_token_of_one_coordinate_has_no_narrower_heads() -> None:
 
 
 def test_right_parameters_come_back_in_order() -> None:
-    assert parameters.check(**RIGHT) == ["quick", 0, 16, 6, [1, 4]]
+    assert parameters.check(**RIGHT) == ["quick", 0, 16, 6, [1, 4], 0]
     assert parameters.check(width=2, ranks=[]) == [2, [0, 1, 2]]
     assert parameters.check(width=2, ranks=1) == [2, [1]]
     assert parameters.check(width=16, ranks=[])[1] == list(range(17))
@@ -49,6 +56,8 @@ def test_results_are_kept_where_they_are_wanted(
         ("profile", None, "got None"),
         ("seed", -1, "seed must be an integer from 0; got -1"),
         ("seed", 0.5, "got 0.5"),
+        ("seeds", -1, "seeds must be an integer from 0 to 100; got -1"),
+        ("seeds", 101, "got 101"),
         ("width", 0, "width must be an integer from 1 to 512; got 0"),
         ("width", "16", "got '16'"),
         ("width", True, "got True"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _checks
 from ..adapters import Adapters
 from ..bounds.fnn import accumulate_errors, undone
+from ..bounds.linear import error_matrix
 from ..errors import InputError, PrecisionError, SingularError
 from ..lowrank import LowRank
 from ..networks import FNN, Block, LinearNetwork, Partition, blocks, pad
@@ -192,6 +193,39 @@ def adapt(
         plain=stack([found.plain for found in linears]),
         digits_lost=stack(digits_lost),
     )
+
+
+@torch.no_grad()
+def reachable(
+    frozen: FNN,
+    target: FNN,
+    ranks: int | Sequence[int],
+    inputs: Float[Tensor, "*batch in samples"],
+    partition: Partition | None = None,
+) -> FNN:
+    """A target that `adapt` reaches exactly with these ranks, near to the given one on inputs.
+
+    Layer ``i`` is ``P_i + U Uᵀ E_i`` with the product ``P_i`` of the frozen block and the ``r_i``
+    principal directions ``U`` of the missing pre-activations ``E_i z̄_{i−1}`` about their mean; its
+    bias makes up for the mean of the others. Of all layers that differ from ``P_i`` by rank
+    ``r_i``, its pre-activations at the target's activations ``z̄_{i−1}`` are the nearest to the
+    target's, in mean square. Where the directions suffice the two networks agree on all inputs.
+
+    Raises `InputError` for what `adapt` refuses in ``frozen``, ``target``, ``ranks`` and
+    ``partition``, and for unusable inputs. Source: proposition "least rank on data", chapter 8.
+    """
+    pairs = blocks(frozen, target, partition)
+    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
+    z, weights, biases = target.as_inputs(inputs), [], []
+    for i, block in enumerate(pairs):
+        mean = z.mean(-1, keepdim=True)
+        missing = error_matrix(block.frozen, block.target)
+        U, _, _ = torch.linalg.svd(missing @ (z - mean), full_matrices=False)
+        U = U[..., : sum(block.ranks(ranks))]
+        weights.append(block.frozen.product() + U @ (U.mT @ missing))
+        biases.append(target.biases[i] + ((target.weights[i] - weights[-1]) @ mean)[..., 0])
+        z = target.layers(slice(i, i + 1))(z)
+    return FNN(weights, biases)
 
 
 def _adapt_weights(

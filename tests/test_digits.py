@@ -1,0 +1,272 @@
+"""Real images, the tasks made of them, and what is measured on these."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from lorapower import InputError, digits, experiments
+from lorapower.digits import CLASSES, LIFT, SIZES, Setting, measure
+from lorapower.networks import FNN, Transformer
+
+each_model = pytest.mark.parametrize("model", digits.MODELS)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Networks trained for a short time, which no other test meets."""
+    monkeypatch.setattr(digits, "PRETRAINING_STEPS", 150)
+    digits.pretrained.cache_clear()
+    digits.target.cache_clear()
+    yield
+    digits.pretrained.cache_clear()
+    digits.target.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "cnn"}, "model must be one of fnn, transformer; got 'cnn'"),
+        ({"start": "trained"}, "start must be one of pretrained, random"),
+        ({"method": "adam"}, "method must be one of construction, fitted, lora, final"),
+        ({"depth": 1}, "depth must be an integer from 2"),
+        ({"model": "transformer"}, "depth must be an integer from 1 to 1"),
+        ({"angle": 361.0}, "angle must be from -360 to 360 degrees; got 361"),
+        ({"angle": math.nan}, "angle must be"),
+        ({"ranks": 65}, r"from 0 to 64 \(the width\)"),
+        ({"model": "transformer", "depth": 1, "ranks": 17}, "from 0 to 16"),
+        ({"final": 1}, "final must be above 0 with method 'final', and 0 with others"),
+        ({"method": "final"}, "final must be above 0"),
+        ({"method": "final", "final": 3}, "from 0 to 2"),
+        ({"steps": 9}, "steps must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"learning_rate": 0.0}, "learning_rate must be"),
+        ({"model": "transformer", "depth": 1, "method": "fitted"}, "'fitted' for model 'fnn'"),
+    ],
+    ids=str,
+)
+def test_settings_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Setting(**values)
+
+
+def test_settings_of_one_problem_differ_in_the_method_alone() -> None:
+    one, other = Setting(ranks=3, learning_rate=1e-2), Setting(method="final", final=1)
+    assert one.problem == other.problem
+    for changed in ({"seed": 1}, {"angle": 9.0}, {"depth": 3}, {"start": "random"}, {"steps": 20}):
+        assert replace(one, **changed).problem != one.problem
+    with pytest.raises(InputError, match="of one problem"):
+        measure([one, replace(one, seed=1)])
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    digits.images.cache_clear()
+    with pytest.raises(InputError, match=r"scikit-learn is installed.*extra `glue`"):
+        digits.images()
+
+
+def test_images_are_grey_values_with_their_digits() -> None:
+    pictures, classes = digits.images()
+    assert pictures.shape == (1797, 8, 8)
+    assert pictures.min() == 0
+    assert pictures.max() == 1
+    assert sorted(set(classes.tolist())) == list(range(10))
+    # A zero has a hole where a one has its stroke.
+    middle = pictures[:, 3:5, 3:5].mean((1, 2))
+    assert middle[classes == 0].mean() < 0.3 < middle[classes == 1].mean()
+
+
+def test_turning_is_exact_at_right_angles_and_goes_back() -> None:
+    pictures, _ = digits.images()
+    for quarter in range(-1, 3):
+        wanted = torch.rot90(pictures, quarter, (1, 2))
+        assert torch.equal(digits.turned(pictures, 90.0 * quarter), wanted)
+    there = digits.turned(pictures, 20.0)
+    assert there.min() == 0
+    assert there.max() <= 1
+    back = (digits.turned(there, -20.0) - pictures).square().mean()
+    assert 0 < back < 0.4 * (digits.turned(there, 20.0) - pictures).square().mean()
+
+
+@each_model
+def test_tasks_split_the_same_images(model: str) -> None:
+    upright, turned = (digits.task(model, angle, 3) for angle in (0.0, 90.0))
+    assert [len(y) for _, y in upright] == [*SIZES.values()]
+    pictures, classes = digits.images()
+    seen = []
+    for (x, y), (turned_x, turned_y) in zip(upright, turned, strict=True):
+        assert torch.equal(y, turned_y)
+        if model == "fnn":
+            own, other = (part.mT.unflatten(1, (8, 8)) for part in (x, turned_x))
+        else:
+            own, other = (part[:, :8].mT for part in (x, turned_x))
+            assert torch.equal(x[:, 8:], torch.eye(8).expand(len(x), 8, 8))
+        assert torch.equal(other, torch.rot90(own, 1, (1, 2)))
+        seen.append(own)
+    # Each image once, and those of equal digits with equal digits.
+    rows = torch.cat(seen).flatten(1)
+    order = torch.cdist(rows, pictures.flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == list(range(1797))
+    assert torch.equal(classes[order], torch.cat([y for _, y in upright]))
+    assert not torch.equal(upright.test[0], digits.task(model, 0.0, 4).test[0])
+
+
+def test_votes_of_transformers_are_sums_over_tokens() -> None:
+    network = digits.random("transformer", 1, 0)
+    x = digits.task("transformer", 0.0, 0).test[0][:5]
+    wanted = torch.stack([network(one).sum(-1) for one in x], dim=1)
+    torch.testing.assert_close(digits.votes(network, x), wanted)
+
+
+@each_model
+def test_trained_networks_read_their_digits(model: str) -> None:
+    depth = digits.DEPTHS[model]
+    frozen, target = digits.pretrained(model, depth, 0), digits.target(model, 90.0, 0)
+    random = digits.random(model, depth, 0)
+    # Equal shapes, as adapters need.
+    for one, other in zip(frozen.weights, target.weights, strict=True):
+        assert one.shape == other.shape
+    for network, angle in ((frozen, 0.0), (target, 90.0)):
+        own, others = (digits.task(model, a, 0).test for a in (angle, 90.0 - angle))
+        assert digits.accuracy(network, own) > 0.7
+        if network is frozen:
+            assert digits.accuracy(network, others) < 0.4
+        assert digits.accuracy(random, own) < 0.3
+    assert digits.pretrained(model, depth, 0) is frozen
+
+
+def test_no_vote_of_a_relu_network_is_cut_off_at_the_start() -> None:
+    network = digits.random("fnn", 4, 0)
+    assert network.weights[-1].shape == (CLASSES, 64)
+    x = digits.task("fnn", 90.0, 0).training[0]
+    assert (digits.votes(network, x) > LIFT / 2).all()
+
+
+@each_model
+@pytest.mark.parametrize("start", digits.STARTS)
+def test_constructions_equal_the_target_from_the_threshold(model: str, start: str) -> None:
+    depth = 2 * digits.DEPTHS[model] if model == "fnn" else 1
+    setting = Setting(model, depth, start, method="construction", steps=20)
+    threshold = setting.threshold()
+    assert threshold == {"fnn": 32, "transformer": 8}[model]
+    few, below, at = measure([replace(setting, ranks=r) for r in (1, threshold - 1, threshold)])
+    assert at["error"] < 1e-20 < below["error"] < few["error"]
+    assert at["accuracy"] == at["target_accuracy"] > few["accuracy"]
+    if model == "fnn":
+        assert few["error"] <= few["bound"]
+        assert at["bound"] < 1e-20
+
+
+def test_fitted_adapters_are_nearer_with_the_same_rank() -> None:
+    setting = Setting(method="construction", ranks=8, steps=20)
+    plain, fitted = measure([setting, replace(setting, method="fitted")])
+    assert fitted["error"] < plain["error"] / 2
+    assert fitted["accuracy"] > plain["accuracy"]
+    assert math.isnan(fitted["bound"])
+    (exact,) = measure([replace(setting, method="fitted", ranks=64)])
+    assert exact["error"] < 1e-20
+
+
+@each_model
+def test_rows_say_what_a_network_does_on_the_test_images(model: str) -> None:
+    setting = Setting(model, digits.DEPTHS[model], method="construction", steps=20)
+    frozen, target = setting.networks()
+    # No adapters; the biases alone are those of the construction.
+    adapted = setting.construct(frozen, target).merge(frozen)
+    (row,) = measure([setting])
+    x, y = setting.task.test
+    got, wanted = (digits.votes(network, x) for network in (adapted, target))
+    assert row["accuracy"] == (got.argmax(0) == y).double().mean()
+    means = wanted.mean(1, keepdim=True)
+    error = (got - wanted).square().sum() / (wanted - means).square().sum()
+    assert row["error"] == pytest.approx(float(error), rel=1e-9)
+    assert row["target_accuracy"] == (wanted.argmax(0) == y).double().mean()
+    assert row["frozen_accuracy"] == digits.accuracy(frozen, (x, y))
+    assert row["best_step"] == -1
+
+
+@each_model
+def test_training_adapts_to_the_task(model: str) -> None:
+    setting = Setting(model, digits.DEPTHS[model], ranks=4, steps=150, learning_rate=1e-2)
+    full = replace(setting, ranks=0, method="final", final=setting.weights)
+    together = measure([setting, full])
+    for row in together:
+        assert row["accuracy"] > row["frozen_accuracy"] + 0.3
+        assert 0 < row["best_step"] <= 150
+        assert math.isfinite(row["validation_loss"])
+    (alone,) = measure([setting])
+    pd.testing.assert_frame_equal(pd.DataFrame([alone]), pd.DataFrame([together[0]]))
+
+
+def test_sweeps_keep_runs_and_choose_the_best(tmp_path: Path) -> None:
+    settings = [
+        Setting(ranks=ranks, learning_rate=rate, steps=20)
+        for ranks in (1, 64)
+        for rate in (1e-2, 1e-3)
+    ]
+    table = experiments.sweep(settings, tmp_path, work=digits.measure, progress=False)
+    again = experiments.sweep(settings, tmp_path, work=None, progress=False)
+    pd.testing.assert_frame_equal(table, again)
+    best = experiments.best(table, Setting)
+    assert best.ranks.tolist() == [1, 64]
+    for ranks, rows in table.groupby("ranks"):
+        wanted = rows.validation_loss.min()
+        assert best[best.ranks == ranks].validation_loss.tolist() == [wanted]
+
+
+def test_spectra_are_those_of_the_error_matrices() -> None:
+    settings = [Setting(angle=15.0), Setting("transformer", 1, "random")]
+    table = digits.spectra(settings)
+    assert set(table.columns) == {"start", "angle", "matrix", "d", "sigma"}
+    frozen, target = settings[0].networks()
+    E = target.weights[0] - frozen.weights[0]
+    covariance = settings[0].task.training[0].double().cov(correction=0)
+    first = table[table.matrix == "first"]
+    assert first.d.tolist() == list(range(1, 65))
+    assert set(first.angle) == {15.0}
+    assert first.sigma.tolist() == pytest.approx(torch.linalg.svdvals(E).tolist(), abs=1e-12)
+    squares = table[table.matrix == "on data"].sigma ** 2
+    wanted = torch.linalg.eigvalsh(E @ covariance @ E.T).flip(0)
+    assert squares.tolist() == pytest.approx(wanted.tolist(), abs=1e-9)
+    frozen, target = settings[1].networks()
+
+    def scores(network: Any, head: int) -> torch.Tensor:
+        return network.W_K[0, head].T @ network.W_Q[0, head]
+
+    heads = table[table.matrix == "scores"]
+    assert set(heads.start) == {"random"}
+    for head in range(2):
+        wanted = torch.linalg.svdvals(scores(target, head) - scores(frozen, head))
+        found = heads.sigma.tolist()[16 * head : 16 * (head + 1)]
+        assert found == pytest.approx(wanted.tolist(), abs=1e-12)
+    assert len(table) == 2 * 64 + 2 * 2 * 16
+
+
+def test_needed_ranks_are_medians_of_the_least() -> None:
+    columns = ["seed", "ranks", "bound", "error", "accuracy", "target_accuracy"]
+    rows = [
+        (0, 1, math.nan, 0.3, 0.90, 0.95),
+        (0, 2, math.nan, 0.1, 0.94, 0.95),
+        (0, 4, math.nan, 0.2, 0.97, 0.95),
+        (1, 4, 0.05, 0.1, 0.90, 0.91),
+        (1, 2, 0.20, 0.3, 0.80, 0.91),
+        (2, 8, 0.01, 0.5, 0.10, 0.91),
+    ]
+    found = digits.needed(pd.DataFrame(rows, columns=columns))
+    assert found == {"bound": 8, "error": 4, "accuracy": 4}
+    stricter = digits.needed(pd.DataFrame(rows, columns=columns), 0.02, 0.0)
+    assert stricter == {"bound": math.inf, "error": math.inf, "accuracy": math.inf}
+
+
+def test_networks_are_of_the_kinds_named() -> None:
+    assert isinstance(digits.random("fnn", 3, 0), FNN)
+    assert isinstance(digits.random("transformer", 1, 0), Transformer)
