@@ -8,6 +8,7 @@ from typing import Any
 
 from . import _checks
 from .errors import InputError
+from .finetuning import sources
 
 PROFILES = ("quick", "paper")
 
@@ -21,6 +22,10 @@ def check(chapter: str = "", /, **given: Any) -> list[Any]:
     ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
     ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
     these, or 17 spread evenly where there are more.
+    ``source`` of the texts to fine-tune on: empty for the packaged reviews, ``"hub"``, or a folder
+    in GLUE's layout. ``tasks``: their names; an empty list means all that the source has, but
+    of the reviews in profile quick only ``condition``.
+    ``model``: the encoder, empty for the packaged one, a folder, or a name on the hub.
     ``results``: the folder that keeps the chapter's runs. An empty text means none in profile
     quick, and in profile paper ``results/<chapter>`` in the folder in which the chapter runs.
     Raises `InputError` for the first that is not usable, naming it.
@@ -55,6 +60,31 @@ def _results(value: Any, given: dict[str, Any]) -> Path | None:
     return Path("results", given["chapter"]) if given["profile"] == "paper" else None
 
 
+def _source(value: Any, _: dict[str, Any]) -> str:
+    if not isinstance(value, str):
+        raise InputError("source", allowed="a folder, hub, or empty", given=repr(value))
+    source = value or sources.PACKAGED
+    sources.check(next(iter(sources.tasks_of(source))), source)
+    return source
+
+
+def _tasks(value: Any, given: dict[str, Any]) -> list[str]:
+    if not isinstance(value, list):
+        raise InputError("tasks", allowed="a list of names", given=repr(value))
+    source = _source(given["source"], given)
+    for name in value:
+        sources.check(name, source)
+    quick = given["profile"] == "quick" and source == sources.PACKAGED
+    wanted = value or (["condition"] if quick else sources.tasks_of(source))
+    return [name for name in sources.tasks_of(source) if name in wanted]
+
+
+def _model(value: Any, _: dict[str, Any]) -> str:
+    if not isinstance(value, str):
+        raise InputError("model", allowed="a folder, a hub name, or empty", given=repr(value))
+    return value or sources.PACKAGED
+
+
 _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "profile": _profile,
     "seed": lambda value, _: _checks.integer("seed", value, 0),
@@ -65,5 +95,8 @@ _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "layers": lambda value, _: _checks.integer("layers", value, 2, 5),
     "blocks": lambda value, _: _checks.integer("blocks", value, 2, 4),
     "ranks": _ranks,
+    "source": _source,
+    "tasks": _tasks,
+    "model": _model,
     "results": _results,
 }

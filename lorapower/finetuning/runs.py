@@ -18,10 +18,29 @@ from . import encoders, installed, sources
 from .encoders import METHODS, TARGETS
 from .tasks import Task, find
 
+# Adapters of some ranks. Quick is for a processor, and for a few hundred samples.
 GRIDS: dict[str, dict[str, Any]] = {
-    "quick": {"rank": [1, 4, 16], "epochs": 4, "tokens": 32, "seed": range(2)},
-    "paper": {"rank": [2, 4, 6, 8, 10, 12], "epochs": 10, "tokens": 128, "seed": range(5)},
+    "quick": {
+        "rank": [1, 4, 16],
+        "learning_rate": 5e-3,
+        "epochs": 3,
+        "batch": 16,
+        "tokens": 24,
+        "samples": 256,
+        "seed": range(2),
+    },
+    "paper": {
+        "rank": [2, 4, 6, 8, 10, 12],
+        "learning_rate": 5e-4,
+        "epochs": 20,
+        "batch": 32,
+        "tokens": 128,
+        "samples": 0,
+        "seed": range(5),
+    },
 }
+# The final layer in full takes smaller steps: none of its weights is a product of small factors.
+FINAL_RATE = 1 / 5
 
 
 @dataclass(frozen=True)
@@ -53,10 +72,10 @@ class Setting:
     method: str = "lora"
     targets: str = "all"
     rank: int = 4
-    learning_rate: float = 3e-3
-    epochs: int = 4
+    learning_rate: float = 5e-3
+    epochs: int = 3
     batch: int = 16
-    tokens: int = 32
+    tokens: int = 24
     samples: int = 0
     seed: int = 0
 
@@ -92,6 +111,23 @@ class Setting:
         _checks.integer("seed", self.seed, 0, 2**32 - 1)
 
 
+def protocol(
+    profile: str, tasks: Sequence[str], source: str, model: str, *, seed: int = 0
+) -> list[Setting]:
+    """The study's settings for these tasks: each rank, for either kind of weights, of adapters for
+    the attention and for all layers; and, for comparison, the final layer in full."""
+    axes = GRIDS[profile] | {
+        "task": [*tasks],
+        "source": source,
+        "model": model,
+        "pretrained": [True, False],
+        "seed": [seed + s for s in GRIDS[profile]["seed"]],
+    }
+    rate = FINAL_RATE * axes["learning_rate"]
+    final = axes | {"method": "final", "targets": "", "rank": 0, "learning_rate": rate}
+    return [*sweeps.grid(Setting, **axes, targets=[*TARGETS]), *sweeps.grid(Setting, **final)]
+
+
 def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     """What each setting reaches on the validation set of its task after training.
 
@@ -115,9 +151,7 @@ def sweep(
     progress: bool = True,
 ) -> pd.DataFrame:
     """`sweeps.run` of `measure`, one run after the other, each kept when it is finished."""
-    return sweeps.run(
-        settings, measure, folder, size=1, scheduler=scheduler, progress=progress
-    )
+    return sweeps.run(settings, measure, folder, size=1, scheduler=scheduler, progress=progress)
 
 
 def _run(setting: Setting) -> dict[str, Any]:
@@ -194,9 +228,7 @@ def _fits(setting: Setting, network: Any) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenized(
-    task: str, source: str, model: str, tokens: int
-) -> tuple[dict[str, list[dict[str, Any]]], float]:
+def _tokenized(task: str, source: str, model: str, tokens: int) -> tuple[dict[str, Any], float]:
     """Training and validation set as the model takes them, and the part of texts cut off."""
     words = encoders.tokenizer(model)
     found, lengths = {}, []

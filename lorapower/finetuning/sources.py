@@ -43,19 +43,22 @@ class Examples:
     left_out: int = 0
 
 
+def tasks_of(source: str) -> dict[str, Task]:
+    """The tasks that a source has."""
+    return REVIEWS if source == PACKAGED else GLUE
+
+
 def check(task: str, source: str) -> None:
     """Raise `InputError` unless ``source`` is one for this task, and a folder, if it is one."""
     find(task)
     if not isinstance(source, str) or not source:
-        raise InputError(
-            "source", allowed=f"{PACKAGED!r}, {HUB!r} or a folder", given=repr(source)
-        )
-    allowed = REVIEWS if source == PACKAGED else GLUE
+        raise InputError("source", allowed=f"{PACKAGED!r}, {HUB!r} or a folder", given=repr(source))
+    allowed = tasks_of(source)
     if task not in allowed:
         raise InputError(
             "task", allowed=f"one of {', '.join(allowed)} with source {source!r}", given=repr(task)
         )
-    if source not in (PACKAGED, HUB) and not Path(source).is_dir():
+    if source not in (PACKAGED, HUB) and not Path(source).expanduser().is_dir():
         raise InputError(
             "source",
             allowed=f"{HUB!r} or a folder that exists",
@@ -129,7 +132,7 @@ def _file(folder: Path, task: Task, split: str) -> Examples:
     path = folder / task.folder / f"{split.replace('validation', 'dev')}.tsv"
     try:
         # The marks of byte order that some of the files begin with are no text.
-        text = path.read_text(encoding="utf-8-sig", newline="\n")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise InputError(
             f"source for {task.name}",
@@ -162,9 +165,7 @@ def _file(folder: Path, task: Task, split: str) -> Examples:
             if len(fields) != len(header):
                 torn += 1
                 if torn > allowed_torn:
-                    raise InputError(
-                        place, allowed=f"of {len(header)} columns", given=len(fields)
-                    )
+                    raise InputError(place, allowed=f"of {len(header)} columns", given=len(fields))
                 continue
             row = dict(zip(header, fields, strict=True))
             texts = [row[name] for name in task.columns]
@@ -195,8 +196,10 @@ def _hub(task: Task, split: str) -> Examples:
             if labelled and not task.regression and label in range(task.outputs):
                 label = task.classes[label]
             texts = [row[name] for name in task.texts]
-            yield f"{HUB_NAME}, {task.name}, {split}, row {number}", texts, (
-                label if labelled else None
+            yield (
+                f"{HUB_NAME}, {task.name}, {split}, row {number}",
+                texts,
+                (label if labelled else None),
             )
 
     return _examples(task, rows())

@@ -82,7 +82,7 @@ class Task:
         functions = {
             "accuracy": lambda: metrics.accuracy_score(wanted, given),
             "f1": lambda: metrics.f1_score(wanted, given, zero_division=0.0),
-            "matthews": lambda: metrics.matthews_corrcoef(wanted, given),
+            "matthews": lambda: 0.0 if constant else metrics.matthews_corrcoef(wanted, given),
             "pearson": lambda: 0.0 if constant else stats.pearsonr(given, wanted).statistic,
             "spearman": lambda: 0.0 if constant else stats.spearmanr(given, wanted).statistic,
         }
