@@ -23,8 +23,9 @@ def check(chapter: str = "", /, **given: Any) -> list[Any]:
     ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
     these, or 17 spread evenly where there are more.
     ``source`` of the texts to fine-tune on: empty for the packaged reviews, ``"hub"``, or a folder
-    in GLUE's layout. ``tasks``: their names; an empty list means all that the source has, but
-    of the reviews in profile quick only ``condition``.
+    in GLUE's layout. ``tasks``: a list of their names, or a text of names separated by
+    commas; empty means all that the source has, but of the reviews in profile quick only
+    ``condition``.
     ``model``: the encoder, empty for the packaged one, a folder, or a name on the hub.
     ``results``: the folder that keeps the chapter's runs. An empty text means none in profile
     quick, and in profile paper ``results/<chapter>`` in the folder in which the chapter runs.
@@ -69,13 +70,14 @@ def _source(value: Any, _: dict[str, Any]) -> str:
 
 
 def _tasks(value: Any, given: dict[str, Any]) -> list[str]:
-    if not isinstance(value, list):
+    names = value.replace(" ", "").split(",") if isinstance(value, str) and value else value
+    if not isinstance(names, list | str):
         raise InputError("tasks", allowed="a list of names", given=repr(value))
     source = _source(given["source"], given)
-    for name in value:
+    for name in names:
         sources.check(name, source)
     quick = given["profile"] == "quick" and source == sources.PACKAGED
-    wanted = value or (["condition"] if quick else sources.tasks_of(source))
+    wanted = names or (["condition"] if quick else sources.tasks_of(source))
     return [name for name in sources.tasks_of(source) if name in wanted]
 
 

@@ -598,7 +598,7 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
     axes = runs.GRIDS[profile]
     assert len(settings) == 2 * 2 * len(axes["seed"]) * (2 * len(axes["rank"]) + 1)
     assert min(s.seed for s in settings) == 7
-    of_method = {"method": "lora", "targets": "all", "rank": 1, "learning_rate": 1.0}
+    of_method: Any = {"method": "lora", "targets": "all", "rank": 1, "learning_rate": 1.0}
     plain = [replace(s, **of_method) for s in settings]
     assert set(Counter(plain).values()) == {2 * len(axes["rank"]) + 1}
     rates = {s.method: s.learning_rate for s in settings}

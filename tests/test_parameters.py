@@ -43,12 +43,16 @@ def test_results_are_kept_where_they_are_wanted(
 
 
 def test_texts_are_the_packaged_ones_by_default(tmp_path: Path) -> None:
-    def of(profile: str, source: str, names: list[str], model: str = "") -> list[Any]:
+    def of(profile: str, source: str, names: Any, model: str = "") -> list[Any]:
         return parameters.check(profile=profile, source=source, tasks=names, model=model)[1:]
 
     assert of("quick", "", []) == ["packaged", ["condition"], "packaged"]
     assert of("paper", "", []) == ["packaged", ["condition", "rating"], "packaged"]
     assert of("quick", "hub", ["rte", "cola"])[:2] == ["hub", ["cola", "rte"]]
+    # As papermill's option -p gives them.
+    assert of("quick", "hub", "rte, cola")[1] == of("quick", "hub", ["rte", "cola"])[1]
+    assert of("quick", "hub", "rte")[1] == ["rte"]
+    assert len(of("quick", "hub", "")[1]) == 9
     folder, every, model = of("quick", str(tmp_path), [], "roberta-base")
     assert (folder, len(every), model) == (str(tmp_path), 9, "roberta-base")
 
@@ -59,7 +63,8 @@ def test_texts_are_the_packaged_ones_by_default(tmp_path: Path) -> None:
         ("", ["cola"], "task must be one of condition, rating with source 'packaged'; got 'cola'"),
         ("hub", ["rating"], "task must be one of cola, sst2, .* with source 'hub'"),
         ("hub", ["CoLA"], "task must be one of .*; got 'CoLA'"),
-        ("hub", "cola", "tasks must be a list of names; got 'cola'"),
+        ("hub", "cola,ms", "task must be one of .*; got 'ms'"),
+        ("hub", 1, "tasks must be a list of names; got 1"),
         ("hub", [1], "got 1"),
         (
             "no/such/folder",
