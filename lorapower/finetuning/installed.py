@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,10 @@ def check() -> None:
             given=f"no {', no '.join(missing)}",
             remedy="install the extra `glue` of lorapower",
         )
+    with warnings.catch_warnings():
+        # They import it, and in a notebook without widgets it warns that its bars are plain.
+        warnings.filterwarnings("ignore", "IProgress not found")
+        import tqdm.auto  # noqa: F401
 
 
 def folder(package: str) -> Path:
