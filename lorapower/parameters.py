@@ -26,6 +26,7 @@ def check(chapter: str = "", /, **given: Any) -> list[Any]:
     in GLUE's layout. ``tasks``: a list of their names, or a text of names separated by
     commas; empty means all that the source has, but of the reviews in profile quick only
     ``condition``.
+    ``text_ranks``: one rank of the encoder's adapters or a list, from 1; empty: the profile's.
     ``model``: the encoder, empty for the packaged one, a folder, or a name on the hub.
     ``results``: the folder that keeps the chapter's runs. An empty text means none in profile
     quick, and in profile paper ``results/<chapter>`` in the folder in which the chapter runs.
@@ -74,11 +75,19 @@ def _tasks(value: Any, given: dict[str, Any]) -> list[str]:
     if not isinstance(names, list | str):
         raise InputError("tasks", allowed="a list of names", given=repr(value))
     source = _source(given["source"], given)
+    allowed = sources.tasks_of(source)
     for name in names:
-        sources.check(name, source)
+        if name not in allowed:
+            among = f"among {', '.join(allowed)} with source {source!r}"
+            raise InputError("tasks", allowed=among, given=repr(name))
     quick = given["profile"] == "quick" and source == sources.PACKAGED
-    wanted = names or (["condition"] if quick else sources.tasks_of(source))
-    return [name for name in sources.tasks_of(source) if name in wanted]
+    wanted = names or (["condition"] if quick else allowed)
+    return [name for name in allowed if name in wanted]
+
+
+def _text_ranks(value: Any, _: dict[str, Any]) -> list[int]:
+    ranks = value if isinstance(value, list) else [value]
+    return sorted({_checks.integer("text_ranks", rank, 1) for rank in ranks})
 
 
 def _model(value: Any, _: dict[str, Any]) -> str:
@@ -100,5 +109,6 @@ _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "source": _source,
     "tasks": _tasks,
     "model": _model,
+    "text_ranks": _text_ranks,
     "results": _results,
 }

@@ -112,15 +112,25 @@ class Setting:
 
 
 def protocol(
-    profile: str, tasks: Sequence[str], source: str, model: str, *, seed: int = 0
+    profile: str,
+    tasks: Sequence[str],
+    source: str,
+    model: str,
+    *,
+    ranks: Sequence[int] = (),
+    seed: int = 0,
 ) -> list[Setting]:
-    """The study's settings for these tasks: each rank, for either kind of weights, of adapters for
-    the attention and for all layers; and, for comparison, the final layer in full."""
+    """The study's settings for these tasks: for pretrained and for random weights, adapters of each
+    rank for the attention and for all layers; and, for comparison, the final layer in full.
+
+    Ranks are by default those of the profile; seeds are as many as it has, from ``seed`` on.
+    """
     axes = GRIDS[profile] | {
         "task": [*tasks],
         "source": source,
         "model": model,
         "pretrained": [True, False],
+        "rank": [*(ranks or GRIDS[profile]["rank"])],
         "seed": [seed + s for s in GRIDS[profile]["seed"]],
     }
     rate = FINAL_RATE * axes["learning_rate"]
