@@ -165,7 +165,7 @@ def broken(tmp_path: Path, name: str, old: str, new: str) -> str:
         ("mrpc", "MRPC/train", "Quality", "quality", "none named Quality"),
         ("cola", "CoLA/train", "gj04\t0", "gj04 0", "line 1 must be of 4 columns; got 3"),
         ("rte", "RTE/train", "No.\t", "No.\t\t", "line 8 must be of 4 columns; got 5"),
-        ("qqp", "QQP/dev", "No.\t", "No.\t\t", "line 8 must be of 6 columns; got 7"),
+        ("qnli", "QNLI/dev", "No.\t", "No.\t\t", "line 8 must be of 4 columns; got 5"),
         (
             "rte",
             "RTE/train",
@@ -198,18 +198,28 @@ def test_lines_of_windows_and_a_missing_last_end_are_read(tmp_path: Path, glue: 
     assert sources.read("sst2", str(folder), "train") == sources.read("sst2", str(glue), "train")
 
 
-def test_torn_lines_of_qqp_are_left_out_and_counted(tmp_path: Path) -> None:
-    torn = '7\t1\t2\t"\tWas he a real\n'
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('7\t1\t2\t"\tWas he a real\n', "of 6 columns; got 5"),
+        ("7\t1\t2\tWas he?\t\t1\n", r"without empty texts; got \['Was he\?', ''\]"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "dev"])
+def test_spoiled_lines_of_qqp_are_left_out_and_counted(
+    tmp_path: Path, part: str, line: str, complaint: str
+) -> None:
     folder = glue_files.write(tmp_path)
-    path = folder / "QQP" / "train.tsv"
+    path = folder / "QQP" / f"{part}.tsv"
     whole = path.read_bytes()
-    path.write_bytes(whole + torn.encode() * 2)
-    found = sources.read("qqp", str(folder), "train")
-    assert (len(found.labels), found.left_out) == (8, 2)
+    path.write_bytes(whole + line.encode() * 100)
+    of = part.replace("dev", "validation")
+    found = sources.read("qqp", str(folder), of)
+    assert (len(found.labels), found.left_out) == (8, 100)
     sources.read.cache_clear()
-    path.write_bytes(whole + torn.encode() * 101)
-    with pytest.raises(InputError, match="line 110 must be of 6 columns; got 5"):
-        sources.read("qqp", str(folder), "train")
+    path.write_bytes(whole + line.encode() * 101)
+    with pytest.raises(InputError, match=f"line 110 must be {complaint}"):
+        sources.read("qqp", str(folder), of)
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:

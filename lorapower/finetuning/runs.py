@@ -30,9 +30,9 @@ GRIDS: dict[str, dict[str, Any]] = {
         "seed": range(2),
     },
     "paper": {
-        "rank": [2, 4, 6, 8, 10, 12],
-        "learning_rate": 5e-4,
-        "epochs": 20,
+        "rank": [2, 4, 8, 12],
+        "learning_rate": 1e-3,
+        "epochs": 10,
         "batch": 32,
         "tokens": 128,
         "samples": 0,

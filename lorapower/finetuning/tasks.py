@@ -32,8 +32,8 @@ class Task:
         task that has two.)
     sets : endings of the names of validation and test sets, for a task that has several.
     header : the columns of training and validation files that have no line of names.
-    torn : how many lines of the training file may have a wrong number of columns, as they are in
-        the distributed file; they are left out and counted.
+    spoiled : how many lines of a training or validation set may have a wrong number of columns or
+        an empty text, as they do in the distributed files; they are left out and counted.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     sets: tuple[str, ...] = ("",)
     header: tuple[str, ...] = ()
-    torn: int = 0
+    spoiled: int = 0
 
     # Of a regression, whose only task is STS-B.
     LOWEST, HIGHEST = 0.0, 5.0
@@ -132,7 +132,7 @@ GLUE = {
             "is_duplicate",
             _BINARY,
             ("accuracy", "f1"),
-            torn=100,
+            spoiled=100,
         ),
         Task(
             "mnli",
