@@ -1,7 +1,8 @@
 """The expressive power of low-rank adaptation: networks, adapters, constructions and bounds.
 
 ``adapters``, ``bounds``, ``constructions`` and ``networks`` are the mathematics, built on
-``lowrank``; ``regions`` are sets of inputs. ``sweeps`` runs experiments; ``figures``, ``claims``
+``lowrank``; ``regions`` are sets of inputs. ``sweeps`` runs experiments, and
+``finetuning`` adapts text encoders; ``figures``, ``claims``
 and ``parameters`` serve the book's chapters.
 """
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import _checks
 from .errors import InputError
+from .finetuning import sources
 
 PROFILES = ("quick", "paper")
 
@@ -22,6 +23,12 @@ def check(chapter: str = "", /, **given: Any) -> list[Any]:
     ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
     ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
     these, or 17 spread evenly where there are more.
+    ``source`` of the texts to fine-tune on: empty for the packaged reviews, ``"hub"``, or a folder
+    in GLUE's layout. ``tasks``: a list of their names, or a text of names separated by
+    commas; empty means all that the source has, but of the reviews in profile quick only
+    ``condition``.
+    ``text_ranks``: one rank of the encoder's adapters or a list, from 1; empty: the profile's.
+    ``model``: the encoder, empty for the packaged one, a folder, or a name on the hub.
     ``results``: a folder in which one with the chapter's name keeps the runs of its sweeps. An
     empty text means none in profile quick, and in profile paper ``results``, where the chapter
     runs.
@@ -57,6 +64,40 @@ def _results(value: Any, given: dict[str, Any]) -> Path | None:
     return Path(value or "results").expanduser() / given["chapter"]
 
 
+def _source(value: Any, _: dict[str, Any]) -> str:
+    if not isinstance(value, str):
+        raise InputError("source", allowed="a folder, hub, or empty", given=repr(value))
+    source = value or sources.PACKAGED
+    sources.check(next(iter(sources.tasks_of(source))), source)
+    return source
+
+
+def _tasks(value: Any, given: dict[str, Any]) -> list[str]:
+    names = value.replace(" ", "").split(",") if isinstance(value, str) and value else value
+    if not isinstance(names, list | str):
+        raise InputError("tasks", allowed="a list of names", given=repr(value))
+    source = _source(given["source"], given)
+    allowed = sources.tasks_of(source)
+    for name in names:
+        if name not in allowed:
+            among = f"among {', '.join(allowed)} with source {source!r}"
+            raise InputError("tasks", allowed=among, given=repr(name))
+    quick = given["profile"] == "quick" and source == sources.PACKAGED
+    wanted = names or (["condition"] if quick else allowed)
+    return [name for name in allowed if name in wanted]
+
+
+def _text_ranks(value: Any, _: dict[str, Any]) -> list[int]:
+    ranks = value if isinstance(value, list) else [value]
+    return sorted({_checks.integer("text_ranks", rank, 1) for rank in ranks})
+
+
+def _model(value: Any, _: dict[str, Any]) -> str:
+    if not isinstance(value, str):
+        raise InputError("model", allowed="a folder, a hub name, or empty", given=repr(value))
+    return value or sources.PACKAGED
+
+
 _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "profile": _profile,
     "seed": lambda value, _: _checks.integer("seed", value, 0),
@@ -68,5 +109,9 @@ _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "layers": lambda value, _: _checks.integer("layers", value, 2, 5),
     "blocks": lambda value, _: _checks.integer("blocks", value, 2, 4),
     "ranks": _ranks,
+    "source": _source,
+    "tasks": _tasks,
+    "model": _model,
+    "text_ranks": _text_ranks,
     "results": _results,
 }

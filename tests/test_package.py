@@ -24,6 +24,7 @@ ORDER = (
     "sweeps",
     "experiments",
     "digits",
+    "finetuning",
     "parameters",
     "claims",
     "figures",

@@ -49,6 +49,46 @@ def test_results_are_kept_where_they_are_wanted(
     assert parameters.check("05-gradient", profile=profile, results=results) == [profile, folder]
 
 
+def test_texts_are_the_packaged_ones_by_default(tmp_path: Path) -> None:
+    def of(profile: str, source: str, names: Any, model: str = "") -> list[Any]:
+        return parameters.check(profile=profile, source=source, tasks=names, model=model)[1:]
+
+    assert of("quick", "", []) == ["packaged", ["condition"], "packaged"]
+    assert of("paper", "", []) == ["packaged", ["condition", "rating"], "packaged"]
+    assert of("quick", "hub", ["rte", "cola"])[:2] == ["hub", ["cola", "rte"]]
+    # As papermill's option -p gives them.
+    assert of("quick", "hub", "rte, cola")[1] == of("quick", "hub", ["rte", "cola"])[1]
+    assert of("quick", "hub", "rte")[1] == ["rte"]
+    assert len(of("quick", "hub", "")[1]) == 9
+    assert parameters.check(text_ranks=[4, 1, 4]) == [[1, 4]]
+    assert parameters.check(text_ranks=2) == [[2]]
+    assert parameters.check(text_ranks=[]) == [[]]
+    folder, every, model = of("quick", str(tmp_path), [], "roberta-base")
+    assert (folder, len(every), model) == (str(tmp_path), 9, "roberta-base")
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "complaint"),
+    [
+        ("", ["cola"], "tasks must be among condition, rating with source 'packaged'; got 'cola'"),
+        ("hub", ["rating"], "tasks must be among cola, sst2, .* with source 'hub'"),
+        ("hub", ["CoLA"], "tasks must be among .*; got 'CoLA'"),
+        ("hub", "cola,ms", "tasks must be among .*; got 'ms'"),
+        ("hub", 1, "tasks must be a list of names; got 1"),
+        ("hub", [1], "got 1"),
+        (
+            "no/such/folder",
+            [],
+            "source must be 'hub' or a folder that exists; got 'no/such/folder'",
+        ),
+        (None, [], "source must be a folder, hub, or empty; got None"),
+    ],
+)
+def test_tasks_are_those_of_the_source(source: Any, names: Any, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        parameters.check(profile="quick", source=source, tasks=names)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
@@ -68,6 +108,9 @@ def test_results_are_kept_where_they_are_wanted(
         ("ranks", [0, 17], "got 17"),
         ("ranks", [0.5], "got 0.5"),
         ("ranks", "all", "got 'all'"),
+        ("text_ranks", [2, 0], "text_ranks must be an integer from 1; got 0"),
+        ("text_ranks", "all", "got 'all'"),
+        ("model", None, "model must be a folder, a hub name, or empty; got None"),
         ("results", None, "results must be the name of a folder, or empty; got None"),
     ],
 )

@@ -39,6 +39,9 @@ def run(source: Path, target: Path, parameters: dict[str, object]) -> NotebookNo
     os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython"))
     # Figures carry the time at which they were drawn: one and the same in each run.
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
+    # Threads that spin while they wait for one another take the time of those that they wait for,
+    # where there are more of them than free processors.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     target.parent.mkdir(parents=True, exist_ok=True)
     notebook: NotebookNode = papermill.execute_notebook(
         source,

