@@ -28,7 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "05-gradient": {"width": 6, "tokens": 4, "ranks": [1, 3, 6]},
     "06-rank": {"width": 6, "ranks": [0, 1, 2, 3]},
     "07-generalization": {"width": 8, "ranks": [4]},
-    "08-real-data": {"seeds": 1, "ranks": [8]},
+    "08-real-data": {"seeds": 1, "ranks": [8], "text_ranks": [2]},
 }
 
 # For each chapter: a parameter, a value that it must refuse, and the part that the message shows.

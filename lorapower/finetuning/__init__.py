@@ -4,3 +4,7 @@
 a model and makes adapters for it, ``runs`` trains. The libraries that do the work are the extra
 ``glue`` of this package, and are imported only when they are used.
 """
+
+from . import encoders, runs, sources, tasks
+
+__all__ = ["encoders", "runs", "sources", "tasks"]

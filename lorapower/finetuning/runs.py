@@ -119,11 +119,12 @@ def protocol(
     *,
     ranks: Sequence[int] = (),
     seed: int = 0,
+    seeds: int = 0,
 ) -> list[Setting]:
     """The study's settings for these tasks: for pretrained and for random weights, adapters of each
     rank for the attention and for all layers; and, for comparison, the final layer in full.
 
-    Ranks are by default those of the profile; seeds are as many as it has, from ``seed`` on.
+    Ranks, and the number of seeds from ``seed`` on, are by default those of the profile.
     """
     axes = GRIDS[profile] | {
         "task": [*tasks],
@@ -131,7 +132,7 @@ def protocol(
         "model": model,
         "pretrained": [True, False],
         "rank": [*(ranks or GRIDS[profile]["rank"])],
-        "seed": [seed + s for s in GRIDS[profile]["seed"]],
+        "seed": range(seed, seed + (seeds or len(GRIDS[profile]["seed"]))),
     }
     rate = FINAL_RATE * axes["learning_rate"]
     final = axes | {"method": "final", "targets": "", "rank": 0, "learning_rate": rate}
