@@ -25,8 +25,7 @@ def check(chapter: str = "", /, **given: Any) -> list[Any]:
     these, or 17 spread evenly where there are more.
     ``source`` of the texts to fine-tune on: empty for the packaged reviews, ``"hub"``, or a folder
     in GLUE's layout. ``tasks``: a list of their names, or a text of names separated by
-    commas; empty means all that the source has, but of the reviews in profile quick only
-    ``condition``.
+    commas; empty means all nine of GLUE, or ``condition`` of the reviews.
     ``text_ranks``: one rank of the encoder's adapters or a list, from 1; empty: the profile's.
     ``model``: the encoder, empty for the packaged one, a folder, or a name on the hub.
     ``results``: a folder in which one with the chapter's name keeps the runs of its sweeps. An
@@ -82,8 +81,7 @@ def _tasks(value: Any, given: dict[str, Any]) -> list[str]:
         if name not in allowed:
             among = f"among {', '.join(allowed)} with source {source!r}"
             raise InputError("tasks", allowed=among, given=repr(name))
-    quick = given["profile"] == "quick" and source == sources.PACKAGED
-    wanted = names or (["condition"] if quick else allowed)
+    wanted = names or (["condition"] if source == sources.PACKAGED else allowed)
     return [name for name in allowed if name in wanted]
 
 

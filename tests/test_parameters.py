@@ -50,20 +50,19 @@ def test_results_are_kept_where_they_are_wanted(
 
 
 def test_texts_are_the_packaged_ones_by_default(tmp_path: Path) -> None:
-    def of(profile: str, source: str, names: Any, model: str = "") -> list[Any]:
-        return parameters.check(profile=profile, source=source, tasks=names, model=model)[1:]
+    def of(source: str, names: Any, model: str = "") -> list[Any]:
+        return parameters.check(source=source, tasks=names, model=model)
 
-    assert of("quick", "", []) == ["packaged", ["condition"], "packaged"]
-    assert of("paper", "", []) == ["packaged", ["condition", "rating"], "packaged"]
-    assert of("quick", "hub", ["rte", "cola"])[:2] == ["hub", ["cola", "rte"]]
+    assert of("", []) == ["packaged", ["condition"], "packaged"]
+    assert of("hub", ["rte", "cola"])[:2] == ["hub", ["cola", "rte"]]
     # As papermill's option -p gives them.
-    assert of("quick", "hub", "rte, cola")[1] == of("quick", "hub", ["rte", "cola"])[1]
-    assert of("quick", "hub", "rte")[1] == ["rte"]
-    assert len(of("quick", "hub", "")[1]) == 9
+    assert of("hub", "rte, cola")[1] == of("hub", ["rte", "cola"])[1]
+    assert of("hub", "rte")[1] == ["rte"]
+    assert len(of("hub", "")[1]) == 9
     assert parameters.check(text_ranks=[4, 1, 4]) == [[1, 4]]
     assert parameters.check(text_ranks=2) == [[2]]
     assert parameters.check(text_ranks=[]) == [[]]
-    folder, every, model = of("quick", str(tmp_path), [], "roberta-base")
+    folder, every, model = of(str(tmp_path), [], "roberta-base")
     assert (folder, len(every), model) == (str(tmp_path), 9, "roberta-base")
 
 
@@ -86,7 +85,7 @@ def test_texts_are_the_packaged_ones_by_default(tmp_path: Path) -> None:
 )
 def test_tasks_are_those_of_the_source(source: Any, names: Any, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        parameters.check(profile="quick", source=source, tasks=names)
+        parameters.check(source=source, tasks=names)
 
 
 @pytest.mark.parametrize(

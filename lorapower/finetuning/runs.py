@@ -21,7 +21,7 @@ from .tasks import Task, find
 # Adapters of some ranks. Quick is for a processor, and for a few hundred samples.
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
-        "rank": [1, 2, 8],
+        "rank": [2, 8],
         "learning_rate": 5e-3,
         "epochs": 3,
         "batch": 16,
