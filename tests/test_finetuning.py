@@ -611,8 +611,9 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
     of_method: Any = {"method": "lora", "targets": "all", "rank": 1, "learning_rate": 1.0}
     plain = [replace(s, **of_method) for s in settings]
     assert set(Counter(plain).values()) == {2 * len(axes["rank"]) + 1}
-    some = runs.protocol(profile, ["rating"], "packaged", "packaged", ranks=[3])
+    some = runs.protocol(profile, ["rating"], "packaged", "packaged", ranks=[3], seed=4, seeds=2)
     assert {s.rank for s in some} == {0, 3}
+    assert {s.seed for s in some} == {4, 5}
     rates = {s.method: s.learning_rate for s in settings}
     assert rates["final"] < rates["lora"] == axes["learning_rate"]
 

@@ -76,6 +76,10 @@ BAD: list[tuple[str, str, object, str]] = [
     ("08-real-data", "seed", -1, "-1"),
     ("08-real-data", "seeds", 101, "101"),
     ("08-real-data", "ranks", [65], "65"),
+    ("08-real-data", "source", "nowhere", "nowhere"),
+    ("08-real-data", "tasks", ["cola"], "cola"),
+    ("08-real-data", "model", 3, "3"),
+    ("08-real-data", "text_ranks", [0], "0"),
     ("08-real-data", "results", 1, "1"),
 ]
 
