@@ -33,7 +33,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "rank": [2, 4, 8, 12],
         "learning_rate": 1e-3,
         "epochs": 10,
-        "batch": 32,
+        "batch": 16,
         "tokens": 128,
         "samples": 0,
         "seed": range(5),
