@@ -504,6 +504,21 @@ def test_settings_without_meaning_are_refused(values: dict[str, Any], message: s
         Setting(**values)
 
 
+def test_what_is_not_usable_is_found_before_the_first_run(tiny: Setting, tmp_path: Path) -> None:
+    good = [replace(tiny, rank=rank, task=task) for task in ("cola", "rte") for rank in (1, 16)]
+    runs.check(good)
+    for wrong, message in (
+        (replace(tiny, rank=17), "rank must be an integer from 1 to 16"),
+        (replace(tiny, tokens=100), "tokens must be an integer from 8 to 32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            runs.check([wrong, *good])
+    source = glue_files.write(tmp_path)
+    (source / "RTE" / "dev.tsv").unlink()
+    with pytest.raises(InputError, match=r"a folder that holds RTE/dev.tsv"):
+        runs.check([replace(setting, source=str(source)) for setting in good])
+
+
 @pytest.mark.parametrize("task", GLUE)
 def test_every_task_runs(task: str, tiny: Setting) -> None:
     (found,) = measure([replace(tiny, task=task, tokens=28)])

@@ -139,6 +139,21 @@ def protocol(
     return [*sweeps.grid(Setting, **axes, targets=[*TARGETS]), *sweeps.grid(Setting, **final)]
 
 
+def check(settings: Sequence[Setting]) -> None:
+    """Read the texts of all tasks and adapt each model once, for the highest of its ranks.
+
+    So whatever of the settings is not usable is found before the first run. Raises `InputError`
+    for texts, models and ranks, as `measure` does when it comes to them.
+    """
+    installed.check()
+    for task, source in dict.fromkeys((s.task, s.source) for s in settings):
+        for part in ("train", "validation"):
+            sources.read(task, source, part)
+    ordered = sorted(settings, key=lambda s: (s.rank, s.pretrained))
+    for last in {(s.model, s.method, s.targets, s.tokens): s for s in ordered}.values():
+        _network(last)
+
+
 def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     """What each setting reaches on the validation set of its task after training.
 
@@ -174,13 +189,7 @@ def _run(setting: Setting) -> dict[str, Any]:
     )
     words = encoders.tokenizer(setting.model)
     samples, cut_off = _tokenized(setting.task, setting.source, setting.model, setting.tokens)
-    network = encoders.classifier(
-        setting.model, task, pretrained=setting.pretrained, seed=setting.seed
-    )
-    _fits(setting, network)
-    network = encoders.adapt(
-        network, setting.method, setting.targets, setting.rank, seed=setting.seed
-    )
+    network = _network(setting)
     chosen = np.random.default_rng(setting.seed).permutation(len(train.labels))
     with tempfile.TemporaryDirectory() as unused, encoders._quiet():
         trainer = Trainer(
@@ -215,6 +224,15 @@ def _run(setting: Setting) -> dict[str, Any]:
         "cut_off": cut_off,
         "left_out": train.left_out + validation.left_out,
     }
+
+
+def _network(setting: Setting) -> Any:
+    """The model with a head for the task, and what is tuned of it."""
+    network = encoders.classifier(
+        setting.model, find(setting.task), pretrained=setting.pretrained, seed=setting.seed
+    )
+    _fits(setting, network)
+    return encoders.adapt(network, setting.method, setting.targets, setting.rank, seed=setting.seed)
 
 
 def _by_set(task: Task, answers: Any, validation: sources.Examples) -> dict[str, float]:
