@@ -27,7 +27,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "batch": 16,
         "tokens": 24,
         "samples": 256,
-        "seed": range(2),
+        "seed": range(3),
     },
     "paper": {
         "rank": [2, 4, 8, 12],
