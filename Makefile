@@ -56,11 +56,12 @@ book: $(out)/html/index.html ## execute the chapters and build the HTML
 	@ln -sfn $(PROFILE)/html _build/html
 	@$(bin)/python tools/build_html.py --where $(out)
 
+# Tests that run side by side must not spin while they wait for one another's threads.
 test: book ## check style, types and behaviour of the package and the book
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
-	$(bin)/pytest
+	OMP_WAIT_POLICY=passive $(bin)/pytest -n auto --maxprocesses 4
 
 lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)
 	$(bin)/jupyter lab --notebook-dir=chapters $(LAB_ARGS)
