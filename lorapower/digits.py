@@ -106,8 +106,10 @@ def task(model: str, angle: float, seed: int) -> Split:
 
     A ReLU network sees the 64 pixels of an image, ``[64, samples]``. A transformer sees a token for
     each row, ``[samples, 16, 8]``: its eight pixels, and a one in the coordinate that says which
-    row it is.
+    row it is. Raises `InputError` for another model.
     """
+    if model not in MODELS:
+        raise InputError("model", allowed=" or ".join(MODELS), given=repr(model))
     pictures, classes = images()
     pictures = turned(pictures, angle)
     order = torch.randperm(len(classes), generator=generator(seed, 0))

@@ -270,3 +270,8 @@ def test_needed_ranks_are_medians_of_the_least() -> None:
 def test_networks_are_of_the_kinds_named() -> None:
     assert isinstance(digits.random("fnn", 3, 0), FNN)
     assert isinstance(digits.random("transformer", 1, 0), Transformer)
+
+
+def test_tasks_are_for_the_two_models() -> None:
+    with pytest.raises(InputError, match="model must be fnn or transformer; got 'cnn'"):
+        digits.task("cnn", 15.0, 0)

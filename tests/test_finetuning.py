@@ -385,6 +385,24 @@ def test_heads_depend_on_the_seed_alone(roberta: str) -> None:
     assert not torch.equal(one, head(pretrained=True, seed=2))
 
 
+def test_a_pooling_layer_that_is_not_shipped_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=12,
+    )  # fmt: skip
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+
+    def pooler(state: int, **options: Any) -> torch.Tensor:
+        torch.manual_seed(state)
+        network = encoders.classifier(str(tmp_path), GLUE["rte"], **options)
+        return network.bert.pooler.dense.weight
+
+    one = pooler(0, pretrained=True, seed=1)
+    assert torch.equal(one, pooler(1, pretrained=True, seed=1))
+    assert torch.equal(one, pooler(2, pretrained=False, seed=1))
+    assert not torch.equal(one, pooler(0, pretrained=True, seed=2))
+
+
 def tuned(network: Any) -> set[str]:
     return {name for name, p in network.named_parameters() if p.requires_grad}
 
@@ -458,6 +476,10 @@ def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) ->
         encoders.adapt(Plain(), "final", "", 0, seed=0)
     with pytest.raises(InputError, match="model must be a folder with a configuration"):
         encoders.tokenizer(str(tmp_path))
+    with pytest.raises(InputError, match=r"model must be a folder that exists; got './nowhere'"):
+        encoders.tokenizer("./nowhere")
+    with pytest.raises(InputError, match="pairs must be at least one pair of texts; got none"):
+        encoders.similarities(roberta, [])
 
 
 def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
@@ -631,6 +653,11 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
     assert {s.seed for s in some} == {4, 5}
     rates = {s.method: s.learning_rate for s in settings}
     assert rates["final"] < rates["lora"] == axes["learning_rate"]
+
+
+def test_only_the_profiles_that_there_are() -> None:
+    with pytest.raises(InputError, match="profile must be quick or paper; got 'slow'"):
+        runs.protocol("slow", ["rating"], "packaged", "packaged")
 
 
 def test_all_tasks_have_a_source() -> None:

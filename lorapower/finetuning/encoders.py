@@ -40,24 +40,14 @@ def encoder(model: str) -> Any:
 
     Raises `InputError` where it cannot be found, or where weights that it uses are not among them.
     """
-    installed.check()
-    from transformers import AutoModel
-
-    found, about = _load(AutoModel, model, output_loading_info=True)
-    # A pooling layer of which nothing is known may be there without being used.
-    if lacking := sorted(key for key in about["missing_keys"] if not key.startswith("pooler.")):
-        raise InputError(
-            "model",
-            allowed="one whose weights are all there",
-            given=f"{model!r}, which lacks {_some(lacking)}",
-        )
-    return found
+    return _shipped(model)[0]
 
 
 def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
     """The encoder with a head for the task: weights as shipped, or drawn as its configuration says.
 
-    The seed alone draws the head, which is the same for both. Raises `InputError` for a model that
+    The seed alone draws the head, and a pooling layer that is not shipped; both are the same with
+    pretrained and random weights. Raises `InputError` for a model that
     cannot be found, lacks weights or cannot have such a head.
     """
     installed.check()
@@ -76,8 +66,9 @@ def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
                 given=f"{model!r} ({type(config).__name__})",
             ) from error
     if pretrained:
-        weights, own = encoder(model).state_dict(), whole.base_model.state_dict()
-        whole.base_model.load_state_dict({key: weights[key] for key in own})
+        shipped, lacking = _shipped(model)
+        weights, own = shipped.state_dict(), whole.base_model.state_dict()
+        whole.base_model.load_state_dict(own | {key: weights[key] for key in own.keys() - lacking})
     return whole
 
 
@@ -135,8 +126,11 @@ def adapt(network: Any, method: str, targets: str, rank: int, *, seed: int) -> A
 def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, " pairs"]:
     """Cosine of the angle between the two texts of each pair: the means over their tokens.
 
-    It is how sentence encoders are made to be used (Reimers and Gurevych, 2019).
+    It is how sentence encoders are made to be used (Reimers and Gurevych, 2019). Raises
+    `InputError` for no pairs, and as `encoder` does.
     """
+    if not pairs:
+        raise InputError("pairs", allowed="at least one pair of texts", given="none")
     words, network = tokenizer(model), encoder(model).eval()
     means = []
     for texts in zip(*pairs, strict=True):
@@ -146,6 +140,23 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
         present = tokens["attention_mask"].unsqueeze(-1)
         means.append((outputs * present).sum(1) / present.sum(1))
     return torch.cosine_similarity(*means)
+
+
+def _shipped(model: str) -> tuple[Any, set[str]]:
+    """The encoder, and the names of its weights that are not shipped and drawn anew each time."""
+    installed.check()
+    from transformers import AutoModel
+
+    found, about = _load(AutoModel, model, output_loading_info=True)
+    lacking = set(about["missing_keys"])
+    # A pooling layer of which nothing is known may be there without being used.
+    if needed := sorted(key for key in lacking if not key.startswith("pooler.")):
+        raise InputError(
+            "model",
+            allowed="one whose weights are all there",
+            given=f"{model!r}, which lacks {_some(needed)}",
+        )
+    return found, lacking
 
 
 def _of_attention(name: str) -> bool:
@@ -176,6 +187,8 @@ def _load(kind: Any, model: str, **options: Any) -> Any:
     if model == PACKAGED:
         place = installed.folder(_PACKAGE) / "model"
     here = place.is_dir()
+    if not here and model.startswith(("/", ".", "~")):
+        raise InputError("model", allowed="a folder that exists", given=repr(model))
     try:
         with _quiet():
             return kind.from_pretrained(

@@ -124,8 +124,11 @@ def protocol(
     """The study's settings for these tasks: for pretrained and for random weights, adapters of each
     rank for the attention and for all layers; and, for comparison, the final layer in full.
 
-    Ranks, and the number of seeds from ``seed`` on, are by default those of the profile.
+    Ranks, and the number of seeds from ``seed`` on, are by default those of the profile. Raises
+    `InputError` for a profile that there is not.
     """
+    if profile not in GRIDS:
+        raise InputError("profile", allowed=" or ".join(GRIDS), given=repr(profile))
     axes = GRIDS[profile] | {
         "task": [*tasks],
         "source": source,
