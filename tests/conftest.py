@@ -20,6 +20,9 @@ CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")
 
+# What runs in the background ignores interrupts, and so would all that the tests start there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 class Make(Protocol):
     def __call__(

@@ -40,6 +40,7 @@ CALLS: dict[Callable[..., Any], tuple[type, Callable[[Any, Any], Any]]] = {
     bounds.fnn_threshold: (FNN, bounds.fnn_threshold),
     bounds.final_layers_floor: (FNN, bounds.final_layers_floor),
     fnn.adapt: (FNN, lambda f, t: fnn.adapt(f, t, 2, Ball(1.0))),
+    fnn.reachable: (FNN, lambda f, t: fnn.reachable(f, t, 1, X)),
     partition.least_error: (FNN, lambda f, t: partition.least_error(f, t, 1, X)),
     partition.least_rank: (FNN, partition.least_rank),
     bounds.transformer_error: (
