@@ -55,7 +55,7 @@ def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
 
     kind = "regression" if task.regression else "single_label_classification"
     config = _load(AutoConfig, model, num_labels=task.outputs, problem_type=kind)
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         try:
             whole = AutoModelForSequenceClassification.from_config(config)
@@ -118,7 +118,7 @@ def adapt(network: Any, method: str, targets: str, rank: int, *, seed: int) -> A
         target_modules=[f"{prefix}.{name}" for name in chosen],
         modules_to_save=[*heads],
     )
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         return get_peft_model(network, config)
 
@@ -190,7 +190,7 @@ def _load(kind: Any, model: str, **options: Any) -> Any:
     if not here and model.startswith(("/", ".", "~")):
         raise InputError("model", allowed="a folder that exists", given=repr(model))
     try:
-        with _quiet():
+        with quiet():
             return kind.from_pretrained(
                 str(place) if here else model, local_files_only=here, **options
             )
@@ -206,7 +206,7 @@ def _load(kind: Any, model: str, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the bars and reports of the libraries, which are then as they were."""
     from transformers.utils import logging
 

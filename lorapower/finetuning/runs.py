@@ -194,7 +194,7 @@ def _run(setting: Setting) -> dict[str, Any]:
     samples, cut_off = _tokenized(setting.task, setting.source, setting.model, setting.tokens)
     network = _network(setting)
     chosen = np.random.default_rng(setting.seed).permutation(len(train.labels))
-    with tempfile.TemporaryDirectory() as unused, encoders._quiet():
+    with tempfile.TemporaryDirectory() as unused, encoders.quiet():
         trainer = Trainer(
             model=network,
             args=TrainingArguments(
@@ -267,7 +267,7 @@ def _tokenized(task: str, source: str, model: str, tokens: int) -> tuple[dict[st
     for part in ("train", "validation"):
         examples = sources.read(task, source, part)
         columns = [list(column) for column in zip(*examples.texts, strict=True)]
-        with encoders._quiet():
+        with encoders.quiet():
             encoded = words(*columns, truncation=True, max_length=tokens)
             lengths += [len(ids) for ids in words(*columns)["input_ids"]]
         kind = float if find(task).regression else int
