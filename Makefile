@@ -61,6 +61,7 @@ test: book ## check style, types and behaviour of the package and the book
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
+	$(bin)/lint-imports
 	OMP_WAIT_POLICY=passive $(bin)/pytest -n auto --maxprocesses 4
 
 lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)

@@ -16,7 +16,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
-from lorapower.claims import MIME, Claim, read
+from lorapower.book.claims import MIME, Claim, read
 
 _COLUMNS = ("Verdict", "Claim", "Predicted", "Measured", "Criterion")
 

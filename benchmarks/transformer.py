@@ -17,6 +17,7 @@ from time import perf_counter
 
 import torch
 
+from lorapower import randomness
 from lorapower.constructions import transformer
 from lorapower.networks import Transformer
 
@@ -46,7 +47,9 @@ def main() -> None:
             for seed in (1, 2)
         )
         rank = -(-width // 2)
-        x = torch.randn(20, width, 10, dtype=frozen.dtype, generator=torch.manual_seed(0))
+        x = torch.randn(
+            20, width, 10, dtype=frozen.dtype, generator=randomness.generator(0, "inputs")
+        )
         solution = transformer.adapt(frozen, target, rank)
         difference = solution.adapters.merge(frozen)(x) - target(x)
         error = difference.square().mean() / target(x).square().mean()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import _checks
+from . import _checks, randomness
 from .errors import InputError
 
 
@@ -122,15 +122,17 @@ def random_matrix(
     condition_number: float,
     batch_shape: tuple[int, ...] = (),
     seed: int = 0,
+    purpose: str = "matrix",
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "*batch rows cols"]:
     """``Q_1 diag(σ) Q_2ᵀ``: random orthonormal ``Q_1, Q_2``; ``σ`` log-spaced from 1 to ``1/κ``.
 
-    ``κ`` is the given condition number, at least 1. For experiments on rounding errors.
+    ``κ`` is the given condition number, at least 1. For experiments on rounding errors. Matrices of
+    one seed and different purposes are independent.
     """
     if not 1 <= condition_number < float("inf"):
         raise InputError("condition_number", allowed="finite, at least 1", given=condition_number)
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "conditioned", purpose)
     size = min(rows, cols)
 
     def orthonormal(n: int) -> Tensor:

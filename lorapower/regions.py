@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import _checks
+from . import _checks, randomness
 from .errors import InputError
 
 
@@ -138,7 +138,7 @@ class Ball(Region):
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = randomness.generator(seed, "inputs in a region")
         shape, dtype = (*self.batch_shape, self.width, samples), self.centre.dtype
         normal = torch.randn(shape, generator=generator, dtype=dtype)
         direction = normal / torch.linalg.vector_norm(normal, dim=-2, keepdim=True)
@@ -189,7 +189,7 @@ class Box(Region):
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = randomness.generator(seed, "inputs in a region")
         shape = (*self.batch_shape, self.width, samples)
         drawn = 2 * torch.rand(shape, generator=generator, dtype=self.centre.dtype) - 1
         return self.centre + self.half * (drawn.sign() if edge else drawn)
@@ -229,7 +229,7 @@ class Samples(Region):
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = randomness.generator(seed, "inputs in a region")
         picked = torch.randint(self.inputs.shape[-1], (samples,), generator=generator)
         return (self._corners() if edge else self.inputs)[..., picked]
 

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batch_shapes, seeds
 
-from lorapower import InputError
+from lorapower import InputError, randomness
 from lorapower.adapters import Adapters
 from lorapower.lowrank import LowRank
 from lorapower.networks import LinearNetwork
 
 
 def random_adapters(network: LinearNetwork, ranks: list[int], seed: int) -> Adapters:
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     return Adapters(
         tuple(
             LowRank(

@@ -15,7 +15,7 @@ from conftest import CHAPTERS, ROOT
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, sync_playwright
 from sphinx_external_toc.parsing import parse_toc_yaml
 
-from lorapower.claims import read
+from lorapower.book.claims import read
 
 PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
 WIDTHS = {"desktop": 1280, "phone": 390}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import conditioned, seeds
 
-from lorapower import InputError, bounds
+from lorapower import InputError, bounds, randomness
 from lorapower.adapters import Adapters
 from lorapower.lowrank import LowRank
 from lorapower.networks import LinearNetwork
@@ -21,7 +21,7 @@ def test_threshold_of_a_target_that_adapters_made(
     frozen = conditioned(depth, width, seed=seed)
     ranks = data.draw(st.lists(st.integers(0, 2), min_size=depth, max_size=depth))
     ranks = [min(rank, width) for rank in ranks]
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     updates = [
         LowRank(*torch.randn(2, width, rank, generator=generator, dtype=torch.float64))
         for rank in ranks

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 import torch
 
-from lorapower import InputError, claims
+from lorapower import InputError
+from lorapower.book import claims
 
 NAN = float("nan")
 

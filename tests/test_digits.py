@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lorapower import InputError, digits, experiments
-from lorapower.digits import CLASSES, LIFT, SIZES, Setting, measure
+from lorapower import InputError
+from lorapower.experiments import digits, synthetic
+from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Setting, measure
 from lorapower.networks import FNN, Transformer
 
 each_model = pytest.mark.parametrize("model", digits.MODELS)
@@ -213,10 +214,10 @@ def test_sweeps_keep_runs_and_choose_the_best(tmp_path: Path) -> None:
         for ranks in (1, 64)
         for rate in (1e-2, 1e-3)
     ]
-    table = experiments.sweep(settings, tmp_path, work=digits.measure, progress=False)
-    again = experiments.sweep(settings, tmp_path, work=None, progress=False)
+    table = synthetic.sweep(settings, tmp_path, work=digits.measure, progress=False)
+    again = synthetic.sweep(settings, tmp_path, work=None, progress=False)
     pd.testing.assert_frame_equal(table, again)
-    best = experiments.best(table, Setting)
+    best = synthetic.best(table, Setting)
     assert best.ranks.tolist() == [1, 64]
     for ranks, rows in table.groupby("ranks"):
         wanted = rows.validation_loss.min()

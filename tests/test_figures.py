@@ -11,7 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from lorapower import figures
+from lorapower.book import figures
 
 mpl.use("agg")
 

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, seeds
 from torch import Tensor
 
-from lorapower import InputError, bounds
+from lorapower import InputError, bounds, randomness
 from lorapower.constructions import fnn
 from lorapower.networks import FNN
 from lorapower.regions import Samples
 
 
 def normal_inputs(width: int, samples: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     return torch.randn(width, samples, generator=generator, dtype=torch.float64)
 
 
@@ -117,7 +117,7 @@ def test_nothing_that_sees_only_the_first_layer_gets_below() -> None:
     x = normal_inputs(width, 2 * samples, seed=5)
     h = frozen.layers(slice(0, 1))(x)
     # Least squares on many random features of h, tested on fresh inputs.
-    generator = torch.Generator().manual_seed(6)
+    generator = randomness.generator(6, "test")
     mix = torch.randn(300, width, generator=generator, dtype=torch.float64)
     shift = torch.randn(300, 1, generator=generator, dtype=torch.float64)
     features = torch.cat([h, (mix @ h + shift).relu(), torch.ones(1, 2 * samples).double()])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, conditioned, dtypes, seeds
 from torch import Tensor, nn
 
-from lorapower import InputError, PrecisionError, SingularError, bounds
+from lorapower import InputError, PrecisionError, SingularError, bounds, randomness
 from lorapower.adapters import Adapters
 from lorapower.constructions import fnn
 from lorapower.lowrank import LowRank
@@ -36,7 +36,7 @@ def benign(depth: int, width: int, *, batch: tuple[int, ...] = (), seed: int = 0
 
 
 def region_of(kind: str, width: int, seed: int) -> Region:
-    x = torch.randn(width, 40, generator=torch.Generator().manual_seed(seed)).double()
+    x = torch.randn(width, 40, generator=randomness.generator(seed, "inputs")).double()
     return {"ball": Ball(4.0, x[:, 0]), "box": Box(-3.0, 2.0), "samples": Samples(x)}[kind]
 
 
@@ -66,7 +66,7 @@ def test_network_is_layer_after_layer(
 ) -> None:
     network = FNN.random(depth, width, batch_shape=batch, seed=seed, dtype=dtype)
     assert (network.depth, network.batch_shape, network.dtype) == (depth, batch, dtype)
-    x = torch.randn(width, 7, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(width, 7, dtype=dtype, generator=randomness.generator(seed, "inputs"))
     atol = 100 * torch.finfo(dtype).eps
     np.testing.assert_allclose(network(x).numpy(), forward(network, x), atol=atol)
     before = network.preactivations(x)
@@ -88,10 +88,10 @@ def test_members_of_a_batch_can_be_picked() -> None:
 def test_sequential_round_trip(
     widths: list[int], biased: bool, dtype: torch.dtype, seed: int
 ) -> None:
-    torch.manual_seed(seed % 2**31)
     layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b, bias=biased, dtype=dtype), nn.ReLU()]
+    with randomness.seeded(seed, "module"):
+        for a, b in pairwise(widths):
+            layers += [nn.Linear(a, b, bias=biased, dtype=dtype), nn.ReLU()]
     module = nn.Sequential(*layers)
     network = FNN.from_sequential(module)
     assert network.widths == tuple(widths)
@@ -226,7 +226,7 @@ def test_biases_are_the_least_that_the_region_allows(
 
 def test_far_outside_the_region_the_network_is_another_one() -> None:
     frozen, target = FNN.random(2, 16, seed=1), FNN.random(1, 16, seed=2)
-    x = torch.randn(16, 1000, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(16, 1000, generator=randomness.generator(0, "inputs")).double()
     found = fnn.adapt(frozen, target, 8, Samples(x))
     adapted = found.adapters.merge(frozen)
 
@@ -273,7 +273,7 @@ def test_digits_are_lost_as_expected(dtype: torch.dtype, radius: float) -> None:
     target = FNN.random(2, 16, batch_shape=(40,), seed=4, dtype=dtype)
     accept = {"max_digits_lost": float("inf"), "rtol": float("inf")}
     found = fnn.adapt(frozen, target, 8, Ball(radius), **accept)  # type: ignore[arg-type]
-    x = torch.randn(16, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(16, 500, generator=randomness.generator(0, "inputs")).to(dtype)
     x = x * (4.0 / x.norm(dim=0)).clamp(max=1)
     exact = target.to(torch.float64)(x.double())
     errors = (found.adapters.merge(frozen)(x).double() - exact).square().mean((-2, -1)).sqrt()
@@ -302,7 +302,7 @@ def test_a_region_that_swallows_the_precision_is_refused_unless_accepted() -> No
 def test_error_below_the_threshold_is_that_of_the_published_setting() -> None:
     frozen = FNN.random(4, 16, batch_shape=(100,), seed=1)
     target = FNN.random(2, 16, batch_shape=(100,), seed=2)
-    x = torch.randn(16, 2000, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(16, 2000, generator=randomness.generator(0, "inputs")).double()
     medians = []
     for rank in (1, 4, 6, 7):
         adapted = fnn.adapt(frozen, target, rank, Samples(x)).adapters.merge(frozen)
@@ -335,7 +335,7 @@ def test_a_narrower_target_needs_a_rank_that_the_frozen_width_has_no_part_in(
 
 def test_frozen_widths_may_vary() -> None:
     weights = [
-        torch.randn(*s, generator=torch.Generator().manual_seed(3)).double() / 3
+        torch.randn(*s, generator=randomness.generator(3, "inputs")).double() / 3
         for s in ((12, 9), (10, 12), (11, 10), (9, 11))
     ]
     frozen = FNN(weights, [torch.zeros(len(w)).double() for w in weights])
@@ -442,7 +442,7 @@ def test_reachable_layers_are_the_nearest_of_their_rank(
     rank = min(rank, width)
     frozen = benign(2 * blocks, width, seed=seed).to(dtype)
     target = benign(blocks, width, seed=seed + 1).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     mixed = torch.randn(width, width, generator=generator).double() ** 3
     x = 1 + mixed @ torch.randn(width, 50, generator=generator).double()
     near = fnn.reachable(frozen, target, rank, x.to(dtype))
@@ -464,7 +464,7 @@ def test_reachable_layers_are_the_nearest_of_their_rank(
 
 def test_inputs_that_span_less_need_less_rank() -> None:
     frozen, target = benign(2, 8, seed=0), benign(1, 8, seed=1)
-    generator = torch.Generator().manual_seed(0)
+    generator = randomness.generator(0, "test")
     span = torch.rand(8, 4, generator=generator).double()
     x = 1 + span @ torch.randn(4, 300, generator=generator).double()
     region = Ball(float(x.norm(dim=0).max()))

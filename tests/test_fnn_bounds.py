@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 from torch import Tensor
 
-from lorapower import InputError, bounds
+from lorapower import InputError, bounds, randomness
 from lorapower.constructions import fnn
 from lorapower.networks import FNN, Partition
 from lorapower.regions import Ball, Box, Samples
@@ -25,7 +25,7 @@ def rms(difference: Tensor) -> Tensor:
 
 
 def normal_inputs(width: int, samples: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     return torch.randn(width, samples, generator=generator, dtype=torch.float64)
 
 

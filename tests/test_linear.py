@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import batch_shapes, conditioned, dtypes, seeds
 
-from lorapower import InputError, SingularError, bounds, lowrank, training
+from lorapower import InputError, SingularError, bounds, lowrank, randomness, training
 from lorapower.constructions import linear
 from lorapower.networks import LinearNetwork
 
@@ -102,7 +102,9 @@ def test_rectangular_networks(
             for l, (a, b) in enumerate(itertools.pairwise(sizes))
         ]
     )
-    target = LinearNetwork([lowrank.random_matrix(outputs, inputs, condition_number=2, seed=seed)])
+    target = LinearNetwork(
+        [lowrank.random_matrix(outputs, inputs, condition_number=2, seed=seed, purpose="target")]
+    )
     ranks = [data.draw(st.integers(0, min(a, b))) for a, b in itertools.pairwise(sizes)]
     solution = linear.adapt(frozen, target, ranks)
     predicted, _ = tails(frozen, target, sum(ranks))
@@ -124,7 +126,7 @@ def test_no_nearby_adapters_do_better(depth: int, width: int, seed: int) -> None
     frozen = conditioned(depth, width, seed=seed)
     target = LinearNetwork.random(1, width, seed=seed)
     solution = linear.adapt(frozen, target, 1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     for update in solution.adapters.updates:
         update.A.add_(1e-3 * torch.randn(update.A.shape, generator=generator).double())
     perturbed = distance(solution.adapters.merge(frozen), target, "fro")
@@ -222,7 +224,7 @@ def test_rounding_is_not_mistaken_for_a_small_error() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_growing_products_are_adapted_well_or_not_at_all(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = randomness.generator(0, "test")
     weights = torch.randn(24, 8, 8, generator=generator, dtype=torch.float64)
     frozen = LinearNetwork(weights).to(dtype)
     target = LinearNetwork.random(1, 8, dtype=dtype)
@@ -241,7 +243,7 @@ def test_reported_rounding_is_what_other_inputs_meet(depth: int, rank: int) -> N
     frozen = LinearNetwork.random(depth, 16, batch_shape=(50,), seed=depth)
     target = LinearNetwork.random(1, 16, batch_shape=(50,), seed=1)
     solution = linear.adapt(frozen, target, rank, rtol=torch.inf)
-    x = torch.randn(50, 16, 200, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(50, 16, 200, generator=randomness.generator(0, "inputs")).double()
     x = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True)
     deviation = torch.linalg.vector_norm(solution.adapters.merge(frozen)(x) - target(x), dim=-2)
     assert (deviation.amax(-1) <= 3 * solution.rounding_error + 1e-14).all()

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, seeds
 
-from lorapower import InputError, lowrank
+from lorapower import InputError, lowrank, randomness
 
 sides = st.integers(1, 12)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, seeds
 from torch import nn
 
-from lorapower import InputError
+from lorapower import InputError, randomness
 from lorapower.networks import LinearNetwork, product
 
 
@@ -32,7 +32,7 @@ def test_network_is_its_product(
     assert network.widths == (width,) * (depth + 1)
     assert network.batch_shape == batch
     assert network.dtype == dtype
-    x = torch.randn(*batch, width, 5, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(*batch, width, 5, dtype=dtype, generator=randomness.generator(seed, "inputs"))
     stacked = np.stack([w.double().numpy() for w in network.weights])
     expected = x.double().numpy()
     for weight in stacked:
@@ -44,8 +44,8 @@ def test_network_is_its_product(
 
 def test_random_weights_are_drawn_as_torch_draws_its_own() -> None:
     ours = torch.stack(LinearNetwork.random(50, 16, seed=1).weights)
-    torch.manual_seed(1)
-    theirs = torch.stack([nn.Linear(16, 16).weight for _ in range(50)]).detach()
+    with randomness.seeded(1, "theirs"):
+        theirs = torch.stack([nn.Linear(16, 16).weight for _ in range(50)]).detach()
     assert ours.abs().max() <= 1 / 4
     assert theirs.abs().max() <= 1 / 4
     assert ours.var().item() == pytest.approx(theirs.var().item(), rel=0.05)
@@ -75,10 +75,10 @@ def test_only_the_batch_is_indexed(index: object) -> None:
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=5), dtypes, seeds)
 def test_sequential_round_trip(widths: list[int], dtype: torch.dtype, seed: int) -> None:
-    torch.manual_seed(seed % 2**31)
-    module = nn.Sequential(
-        *(nn.Linear(a, b, bias=False, dtype=dtype) for a, b in itertools.pairwise(widths))
-    )
+    with randomness.seeded(seed, "module"):
+        module = nn.Sequential(
+            *(nn.Linear(a, b, bias=False, dtype=dtype) for a, b in itertools.pairwise(widths))
+        )
     network = LinearNetwork.from_sequential(module)
     x = torch.randn(3, widths[0], dtype=dtype)
     rounding = 50 * torch.finfo(dtype).eps

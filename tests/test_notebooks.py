@@ -14,7 +14,7 @@ from execute import run
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from lorapower.claims import read
+from lorapower.book.claims import read
 
 LONGEST_CELL = 25
 IMAGES = {"image/png", "image/svg+xml"}

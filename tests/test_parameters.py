@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lorapower import InputError, parameters
+from lorapower import InputError
+from lorapower.book import parameters
 
 RIGHT: dict[str, Any] = {
     "profile": "quick",

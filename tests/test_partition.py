@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import seeds
 
-from lorapower import InputError, bounds
+from lorapower import InputError, bounds, randomness
 from lorapower.constructions import fnn, partition
 from lorapower.networks import FNN, Partition, blocks
 from lorapower.regions import Ball
@@ -25,7 +25,7 @@ def every_partition(depth: int, count: int) -> Iterator[Partition]:
 def near_to_its_first_layer(seed: int = 0, width: int = 16) -> tuple[FNN, FNN]:
     """Six frozen layers; a target whose first layer is almost the first frozen one."""
     frozen, target = FNN.random(6, width, seed=seed), FNN.random(2, width, seed=seed + 1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     a, b = torch.randn(2, width, 1, generator=generator, dtype=torch.float64)
     return frozen, FNN([frozen.weights[0] + a @ b.mT, target.weights[1]], target.biases)
 
@@ -110,7 +110,7 @@ def test_the_search_finds_what_exhaustive_search_finds(
     ranks = torch.stack([bounds.fnn_threshold(frozen, target, p) for p in every])
     least = partition.least_rank(frozen, target)
     assert torch.equal(least.value, ranks.amin(0))
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     given_ranks = torch.randint(0, width + 1, (depth,), generator=generator).tolist()
     x = torch.randn(width, 30, generator=generator, dtype=torch.float64)
     for inputs in (x, 3.0):
@@ -158,7 +158,7 @@ def test_layers_of_unequal_rank_draw_the_cuts() -> None:
 
 def test_blocks_end_only_where_the_frozen_network_is_wide_enough() -> None:
     widths = (6, 3, 6, 6, 6)
-    generator = torch.Generator().manual_seed(0)
+    generator = randomness.generator(0, "test")
     weights = [
         torch.randn(b, a, generator=generator, dtype=torch.float64) for a, b in pairwise(widths)
     ]

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import dtypes, seeds
 
-from lorapower import InputError
+from lorapower import InputError, randomness
 from lorapower.regions import Ball, Box, Region, Samples
 
 
 def some_region(kind: str, width: int, seed: int) -> Region:
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     centre = torch.randn(width, generator=generator, dtype=torch.float64)
     if kind == "ball":
         return Ball(2.5, centre)
@@ -31,7 +31,7 @@ def test_no_member_goes_below_the_lowest_value_and_one_reaches_it(
     kind: str, width: int, seed: int
 ) -> None:
     region = some_region(kind, width, seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     matrix = torch.randn(4, width, generator=generator, dtype=torch.float64)
     lowest = region.lowest(matrix)
     for edge in (False, True):
@@ -65,7 +65,7 @@ def test_the_largest_norm_is_reached_by_no_member_but_at_the_edge(
 @given(st.sampled_from(["ball", "box"]), st.integers(1, 6), seeds)
 def test_the_region_after_a_layer_holds_the_images(kind: str, width: int, seed: int) -> None:
     region = some_region(kind, width, seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "test")
     matrix = torch.randn(3, width, generator=generator, dtype=torch.float64)
     bias = torch.randn(3, 1, generator=generator, dtype=torch.float64)
     after = region.after(matrix, matrix @ region.centre + bias)
@@ -76,7 +76,7 @@ def test_the_region_after_a_layer_holds_the_images(kind: str, width: int, seed: 
 
 
 def test_the_region_after_a_layer_of_samples_is_that_of_their_images() -> None:
-    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(4, 10, generator=randomness.generator(0, "inputs"), dtype=torch.float64)
     region = Samples(x)
     after = region.after(torch.eye(4).double(), region.centre + 1)
     torch.testing.assert_close(after.inputs, (x + 1).relu())
@@ -115,7 +115,7 @@ def test_batches_of_regions_are_their_members(
         together = Box(*sides)
     else:
         together = Samples(torch.stack([m.inputs for m in members]), 0.3)  # type: ignore[attr-defined]
-    matrix = torch.randn(3, 2, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    matrix = torch.randn(3, 2, width, generator=randomness.generator(seed, "inputs")).to(dtype)
     alone = [m.fit(width, dtype).lowest(A) for m, A in zip(members, matrix, strict=True)]
     torch.testing.assert_close(together.fit(width, dtype).lowest(matrix), torch.stack(alone))
     assert together.fit(width, dtype).largest_norm().shape == (3,)
@@ -124,7 +124,7 @@ def test_batches_of_regions_are_their_members(
 
 @pytest.mark.parametrize("region", [Ball(2.0), Ball([1.0, 2.0]), Ball(1, 0.5), Box(-1, 2)])
 def test_single_numbers_need_a_width_first(region: Region) -> None:
-    matrix = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    matrix = torch.randn(4, 3, generator=randomness.generator(0, "inputs")).double()
     needs_width = [
         lambda: region.width,
         lambda: region.centre,

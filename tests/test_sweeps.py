@@ -34,8 +34,8 @@ from distributed import Client, LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorapower import sweeps
 from lorapower.errors import InputError, LorapowerError, PrecisionError, ResultsError
+from lorapower.experiments import sweeps
 
 SCALAR = st.one_of(
     st.none(),
@@ -159,7 +159,7 @@ def start() -> Iterator[Start]:
     """Start `endless` in a process of its own; returns that and what it has to say."""
     # Each is forked from one that has imported already what takes long.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["distributed", "hypothesis", "lorapower.sweeps"])
+    context.set_forkserver_preload(["distributed", "hypothesis", "lorapower.experiments.sweeps"])
     started: list[ForkServerProcess] = []
 
     def start_(folder: Path, log: Path) -> tuple[ForkServerProcess, Connection]:

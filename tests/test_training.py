@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from lorapower import InputError
+from lorapower import InputError, randomness
 from lorapower.networks import FNN, LinearNetwork, Transformer
 from lorapower.training import Data, Fixed, Fresh, Training, Tuning, reference, train
 from lorapower.training.engine import _run_compiled
@@ -302,7 +302,7 @@ def test_gradients_are_those_of_the_reference(
 @pytest.mark.parametrize("sizes", [(3, 7, 5), (9, 2, 2, 6), (1, 1), (5, 1)])
 @pytest.mark.parametrize("kind", ["linear", "fnn"])
 def test_layers_need_not_be_square(kind: str, sizes: tuple[int, ...]) -> None:
-    draw = torch.Generator().manual_seed(0)
+    draw = randomness.generator(0, "inputs")
     shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
     weights = [torch.randn(shape, generator=draw) for shape in shapes]
     frozen: Any = (
@@ -320,7 +320,7 @@ def test_layers_need_not_be_square(kind: str, sizes: tuple[int, ...]) -> None:
 
 
 def test_transformers_need_not_be_square() -> None:
-    draw = torch.Generator().manual_seed(0)
+    draw = randomness.generator(0, "inputs")
     L, H, D, d, v, F, out = 2, 3, 5, 2, 7, 6, 4
     shapes = [(L, H, d, D)] * 2 + [(L, H, v, D), (L, H, D, v)]
     shapes_rest = [(L, F, D), (L, F), (L, D, F), (L, D), (out, D)]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, seeds
 
-from lorapower import InputError, SingularError, bounds
+from lorapower import InputError, SingularError, bounds, randomness
 from lorapower.constructions import transformer
 from lorapower.networks import Transformer, segments
 
@@ -22,7 +22,7 @@ FULL = dict.fromkeys(transformer.ADAPTED, 4)
 def tokens(network: Transformer, length: int = 7, *, seed: int = 0, sequences: int = 5) -> Any:
     shape = (sequences, *network.batch_shape, network.width, length)
     return torch.randn(
-        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        shape, dtype=torch.float64, generator=randomness.generator(seed, "inputs")
     ).to(network.dtype)
 
 
@@ -262,7 +262,7 @@ def test_narrow_heads_are_exact_with_no_more_rank_than_others(
 
 
 def test_narrow_heads_close_to_the_target_need_what_the_proposition_says() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = randomness.generator(0, "test")
     frozen = Transformer.random(1, 8, 1, head_size=3, scale=0.4, seed=1)
     low = torch.randn(3, 1, generator=generator).double() @ torch.randn(
         1, 8, generator=generator

@@ -22,7 +22,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from lorapower.claims import read
+from lorapower.book.claims import read
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, randomness
 from ..errors import InputError
 from ..networks import FNN
 
@@ -46,7 +46,7 @@ def colliding_inputs(
     x = frozen.as_inputs(x).double()
     reach = _checks.positive("reach", reach)
     lines = _Lines(frozen, x)
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "colliding inputs")
     direction = lines.direction(generator)
     low, high = lines.interval(x, direction)
     step = torch.where(high >= -low, high.clamp(max=reach), low.clamp(min=-reach))
@@ -90,7 +90,7 @@ def final_layers_floor(
             allowed=f"of {frozen.widths[0]} inputs, like the frozen network",
             given=f"{target.widths[0]} inputs",
         )
-    generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
+    generator = randomness.generator(seed, "floor for the final layers")
     shape = (*frozen.batch_shape, frozen.widths[0], samples)
     start = torch.randn(shape, generator=generator, dtype=torch.float64)
     lines, x = _Lines(frozen, start), start

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, bounds, lowrank
+from .. import _checks, bounds, lowrank, randomness
 from ..adapters import Adapters
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
@@ -172,6 +172,7 @@ class _Plan(NamedTuple):
     take: Literal["leading", "left", "right", "random"] = "leading"
     lift: bool = False
     seed: int = 0
+    rotation: int = 0
 
 
 def _alternatives(problem: _Problem, seed: int) -> Iterator[_Plan]:
@@ -183,7 +184,7 @@ def _alternatives(problem: _Problem, seed: int) -> Iterator[_Plan]:
         yield _Plan(backward, "right", lift)
     # Costs tell nothing apart in a special network, such as one of identities.
     for rotation in range(3):
-        yield _Plan(forward, "random", spare, seed + rotation)
+        yield _Plan(forward, "random", spare, seed, rotation)
     # A singular layer has to be adapted before it stands in another layer's system.
     for l in forward[1:]:
         yield _Plan([l, *forward[:l], *forward[l + 1 :]], "left")
@@ -213,7 +214,7 @@ def _split(problem: _Problem, plan: _Plan) -> _Splitting:
     """
     weights, best_map, noise, ranks = problem
     width = min(best_map.shape[-2:])
-    generator = torch.Generator().manual_seed(plan.seed)
+    generator = randomness.generator(plan.seed, "rotation", plan.rotation)
     factors = [
         (w.new_zeros(*w.shape[:-1], R), w.new_zeros(len(w), w.shape[-1], R))
         for w, R in zip(weights, ranks, strict=True)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, lowrank
+from .. import _checks, lowrank, randomness
 from ..adapters import Adapters
 from ..bounds.transformer import halves, pair_ranks
 from ..errors import InputError
@@ -111,7 +111,7 @@ def _gauge(
     free_left = torch.eye(size, dtype=Y.dtype) - d @ d_inverse
     free_right = torch.eye(size, dtype=Y.dtype) - a @ a_inverse
     fixed = -free_left @ b @ a_inverse - d_inverse.mT @ c.mT
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "completions")
     scale = torch.linalg.matrix_norm(fixed, ord=2).item() or 1.0
     trials = [torch.eye(size, dtype=Y.dtype)]
     for _ in range(8 if any(kept) else 0):

@@ -127,14 +127,15 @@ def uniform(
 
 
 def random_weights(
-    depth: int, width: int, *, batch_shape: tuple[int, ...], seed: int, dtype: torch.dtype
-) -> tuple[Float[Tensor, "*batch depth width width"], torch.Generator]:
-    """Square layers drawn by `uniform`, and the generator, for what is drawn after them.
-
-    Raises `InputError` for a depth or width below 1 and for a negative seed.
-    """
+    depth: int,
+    width: int,
+    *,
+    batch_shape: tuple[int, ...],
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*batch depth width width"]:
+    """Square layers drawn by `uniform`; raises `InputError` for a depth or width below 1."""
     depth = _checks.integer("depth", depth, 1)
     width = _checks.integer("width", width, 1)
-    generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
     shape = (*batch_shape, depth, width, width)
-    return uniform(*shape, width=width, generator=generator, dtype=dtype), generator
+    return uniform(*shape, width=width, generator=generator, dtype=dtype)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _checks, randomness
 from ..errors import InputError
 from .base import Network, chained, per_layer, random_weights, uniform
 
@@ -72,11 +72,16 @@ class FNN(Network):
         *,
         batch_shape: tuple[int, ...] = (),
         seed: int = 0,
+        purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> FNN:
-        """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``."""
-        weights, generator = random_weights(
-            depth, width, batch_shape=batch_shape, seed=seed, dtype=dtype
+        """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``.
+
+        Networks of one seed and different purposes are independent.
+        """
+        generator = randomness.generator(seed, "ReLU network", purpose)
+        weights = random_weights(
+            depth, width, batch_shape=batch_shape, generator=generator, dtype=dtype
         )
         shape = weights.shape[:-1]
         return cls(weights, uniform(*shape, width=width, generator=generator, dtype=dtype))

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _checks, randomness
 from ..errors import InputError
 from .base import Network, chained, random_weights
 
@@ -73,11 +73,17 @@ class LinearNetwork(Network):
         *,
         batch_shape: tuple[int, ...] = (),
         seed: int = 0,
+        purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> LinearNetwork:
-        """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``."""
-        weights, _ = random_weights(depth, width, batch_shape=batch_shape, seed=seed, dtype=dtype)
-        return cls(weights)
+        """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``.
+
+        Networks of one seed and different purposes are independent.
+        """
+        generator = randomness.generator(seed, "linear network", purpose)
+        return cls(
+            random_weights(depth, width, batch_shape=batch_shape, generator=generator, dtype=dtype)
+        )
 
     def __getitem__(self, index: Any) -> LinearNetwork:
         """The member, or members, of the batch at ``index``."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, randomness
 from ..errors import InputError
 from .base import uniform
 
@@ -120,19 +120,21 @@ class Transformer:
         scale: float = 1.0,
         batch_shape: tuple[int, ...] = (),
         seed: int = 0,
+        purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> Transformer:
         """Attention weights normal of standard deviation ``scale``, the others ``±1/√D``.
 
         The paper's attention weights have ``scale = 1``; ``D^{-1/2}`` keeps scores of moderate
-        size. All others, biases too, are drawn as `torch.nn.Linear` draws its own.
+        size. All others, biases too, are drawn as `torch.nn.Linear` draws its own. Transformers
+        of one seed and different purposes are independent.
         """
         depth = _checks.integer("depth", depth, 1)
         width = _checks.integer("width", width, 1)
         heads = _checks.integer("heads", heads, 1)
         head_size = width if head_size is None else _checks.integer("head_size", head_size, 1)
         scale = _checks.positive("scale", scale)
-        generator = torch.Generator().manual_seed(_checks.integer("seed", seed, 0))
+        generator = randomness.generator(seed, "transformer", purpose)
         sizes = {
             "blocks": depth,
             "heads": heads,

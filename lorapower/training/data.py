@@ -6,22 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, randomness
 from ..errors import InputError
 from ..networks import FNN, LinearNetwork, Transformer
 
 Labelled = tuple[Float[Tensor, "*batch in samples"], Float[Tensor, "*batch out samples"]]
-
-
-def generator(seed: int, purpose: int) -> torch.Generator:
-    """Random numbers that depend on both arguments, and not on what was drawn for others."""
-    state = np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
 class Data(ABC):
@@ -79,18 +72,18 @@ class Fresh(Data):
         self.samples = _checks.integer("samples", samples, 1)
         self.seed = _checks.integer("seed", seed, 0)
         count = _checks.integer("validation_samples", validation_samples, 1)
-        self.validation = self._draw((), count, purpose=0)
+        self.validation = self._draw((), count, "validation inputs")
 
     def block(self, index: int) -> Labelled:
-        return self._draw((self.BLOCK,), self.samples, purpose=2 + index)
+        return self._draw((self.BLOCK,), self.samples, "inputs", index)
 
     def test(self, samples: int) -> Labelled:
         """Labelled inputs that are drawn for nothing else."""
-        return self._draw((), _checks.integer("samples", samples, 1), purpose=1)
+        return self._draw((), _checks.integer("samples", samples, 1), "test inputs")
 
-    def _draw(self, batch: tuple[int, ...], samples: int, *, purpose: int) -> Labelled:
+    def _draw(self, batch: tuple[int, ...], samples: int, *purpose: str | int) -> Labelled:
         one = (samples, *self.shape) if len(self.shape) == 2 else (*self.shape, samples)
-        x = torch.randn(*batch, *one, generator=generator(self.seed, purpose))
+        x = torch.randn(*batch, *one, generator=randomness.generator(self.seed, *purpose))
         return x, self.label(x)
 
 
@@ -139,7 +132,7 @@ class Fixed(Data):
         per_epoch = count // self.samples
         places = [divmod(self.BLOCK * index + step, per_epoch) for step in range(self.BLOCK)]
         orders = {
-            epoch: torch.randperm(count, generator=generator(self.seed, epoch))
+            epoch: torch.randperm(count, generator=randomness.generator(self.seed, "order", epoch))
             for epoch in {epoch for epoch, _ in places}
         }
         batches = [orders[epoch].split(self.samples)[batch] for epoch, batch in places]

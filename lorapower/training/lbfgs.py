@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, bounds
+from .. import _checks, bounds, randomness
 from ..networks import LinearNetwork, product
 
 
@@ -29,7 +29,7 @@ def minimize(
     bounds.error_matrix(frozen, target)
     starts = _checks.integer("starts", starts, 1)
     ranks = _checks.ranks_per_layer(rank, [tuple(w.shape[-2:]) for w in frozen.weights])
-    generator = torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed, "starts")
 
     def start(size: int, R: int) -> Tensor:
         shape = (*frozen.batch_shape, starts, size, R)

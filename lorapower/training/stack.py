@@ -12,13 +12,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, randomness
 from ..adapters import Adapters, N
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks import FNN, LinearNetwork, Transformer
 from .compiled import UNROLLED, Array, State, Structure, tile
-from .data import Data, Labelled, generator
+from .data import Data, Labelled
 from .tuning import Training, Tuning
 
 # Standard deviation of B's entries at the start, where A is 0.
@@ -197,7 +197,7 @@ class Stack(Generic[N]):
         factors = np.zeros((len(self.shapes), self.width, self.width), np.float32)
         for m, (outer, inner) in enumerate(self.shapes):
             rank = min(outer, inner)
-            drawn = torch.randn(rank, inner, generator=generator(seed, m))
+            drawn = torch.randn(rank, inner, generator=randomness.generator(seed, "factors", m))
             factors[m, :rank, :inner] = FACTOR_SCALE * drawn
         return factors
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import _checks
-from .errors import InputError
-from .finetuning import sources
+from .. import _checks, hub
+from ..errors import InputError
+from ..experiments.encoders import sources
 
 PROFILES = ("quick", "paper")
 
@@ -66,7 +66,7 @@ def _results(value: Any, given: dict[str, Any]) -> Path | None:
 def _source(value: Any, _: dict[str, Any]) -> str:
     if not isinstance(value, str):
         raise InputError("source", allowed="a folder, hub, or empty", given=repr(value))
-    source = value or sources.PACKAGED
+    source = value or hub.PACKAGED
     sources.check(next(iter(sources.tasks_of(source))), source)
     return source
 
@@ -81,7 +81,7 @@ def _tasks(value: Any, given: dict[str, Any]) -> list[str]:
         if name not in allowed:
             among = f"among {', '.join(allowed)} with source {source!r}"
             raise InputError("tasks", allowed=among, given=repr(name))
-    wanted = names or (["condition"] if source == sources.PACKAGED else allowed)
+    wanted = names or (["condition"] if source == hub.PACKAGED else allowed)
     return [name for name in allowed if name in wanted]
 
 
@@ -93,7 +93,7 @@ def _text_ranks(value: Any, _: dict[str, Any]) -> list[int]:
 def _model(value: Any, _: dict[str, Any]) -> str:
     if not isinstance(value, str):
         raise InputError("model", allowed="a folder, a hub name, or empty", given=repr(value))
-    return value or sources.PACKAGED
+    return value or hub.PACKAGED
 
 
 _RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {

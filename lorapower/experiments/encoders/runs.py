@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
-from .. import _checks, sweeps
-from ..errors import InputError
-from . import encoders, installed, sources
-from .encoders import METHODS, TARGETS
+from ... import _checks, hub, randomness
+from ...errors import InputError
+from .. import sweeps
+from . import models, sources
+from .models import METHODS, TARGETS
 from .tasks import Task, find
 
 # Adapters of some ranks. Quick is for a processor, and for a few hundred samples.
@@ -66,8 +68,8 @@ class Setting:
     """
 
     task: str = "condition"
-    source: str = sources.PACKAGED
-    model: str = sources.PACKAGED
+    source: str = hub.PACKAGED
+    model: str = hub.PACKAGED
     pretrained: bool = True
     method: str = "lora"
     targets: str = "all"
@@ -84,7 +86,7 @@ class Setting:
         if not isinstance(self.model, str) or not self.model:
             raise InputError(
                 "model",
-                allowed=f"{sources.PACKAGED!r}, a folder, or a name on the hub",
+                allowed=f"{hub.PACKAGED!r}, a folder, or a name on the hub",
                 given=repr(self.model),
             )
         if not isinstance(self.pretrained, bool):
@@ -148,7 +150,7 @@ def check(settings: Sequence[Setting]) -> None:
     So whatever of the settings is not usable is found before the first run. Raises `InputError`
     for texts, models and ranks, as `measure` does when it comes to them.
     """
-    installed.check()
+    hub.check()
     for task, source in dict.fromkeys((s.task, s.source) for s in settings):
         for part in ("train", "validation"):
             sources.read(task, source, part)
@@ -168,7 +170,7 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
 
     Raises `InputError` for texts, models and ranks that are not usable.
     """
-    installed.check()
+    hub.check()
     return [_run(setting) for setting in settings]
 
 
@@ -190,11 +192,13 @@ def _run(setting: Setting) -> dict[str, Any]:
     train, validation = (
         sources.read(setting.task, setting.source, part) for part in ("train", "validation")
     )
-    words = encoders.tokenizer(setting.model)
+    words = hub.tokenizer(setting.model)
     samples, cut_off = _tokenized(setting.task, setting.source, setting.model, setting.tokens)
     network = _network(setting)
-    chosen = np.random.default_rng(setting.seed).permutation(len(train.labels))
-    with tempfile.TemporaryDirectory() as unused, encoders.quiet():
+    chosen = torch.randperm(
+        len(train.labels), generator=randomness.generator(setting.seed, "samples")
+    ).tolist()
+    with tempfile.TemporaryDirectory() as unused, hub.quiet():
         trainer = Trainer(
             model=network,
             args=TrainingArguments(
@@ -203,7 +207,7 @@ def _run(setting: Setting) -> dict[str, Any]:
                 num_train_epochs=setting.epochs,
                 per_device_train_batch_size=setting.batch,
                 per_device_eval_batch_size=64,
-                seed=setting.seed,
+                seed=randomness.number(setting.seed, "training"),
                 save_strategy="no",
                 logging_strategy="no",
                 report_to="none",
@@ -231,11 +235,11 @@ def _run(setting: Setting) -> dict[str, Any]:
 
 def _network(setting: Setting) -> Any:
     """The model with a head for the task, and what is tuned of it."""
-    network = encoders.classifier(
+    network = models.classifier(
         setting.model, find(setting.task), pretrained=setting.pretrained, seed=setting.seed
     )
     _fits(setting, network)
-    return encoders.adapt(network, setting.method, setting.targets, setting.rank, seed=setting.seed)
+    return models.adapt(network, setting.method, setting.targets, setting.rank, seed=setting.seed)
 
 
 def _by_set(task: Task, answers: Any, validation: sources.Examples) -> dict[str, float]:
@@ -262,12 +266,12 @@ def _fits(setting: Setting, network: Any) -> None:
 @functools.lru_cache(maxsize=4)
 def _tokenized(task: str, source: str, model: str, tokens: int) -> tuple[dict[str, Any], float]:
     """Training and validation set as the model takes them, and the part of texts cut off."""
-    words = encoders.tokenizer(model)
+    words = hub.tokenizer(model)
     found, lengths = {}, []
     for part in ("train", "validation"):
         examples = sources.read(task, source, part)
         columns = [list(column) for column in zip(*examples.texts, strict=True)]
-        with encoders.quiet():
+        with hub.quiet():
             encoded = words(*columns, truncation=True, max_length=tokens)
             lengths += [len(ids) for ids in words(*columns)["input_ids"]]
         kind = float if find(task).regression else int

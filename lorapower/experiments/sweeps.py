@@ -47,8 +47,8 @@ import pandas as pd
 import pyarrow
 from tqdm import tqdm
 
-from . import _checks
-from .errors import InputError, ResultsError
+from .. import _checks
+from ..errors import InputError, ResultsError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -668,7 +668,7 @@ def _write(path: Path, data: bytes) -> None:
 def _origin() -> Origin:
     """Version of the package, and git revision of its code where that is a checkout."""
     try:
-        version = metadata.version(__package__)
+        version = metadata.version("lorapower")
     except metadata.PackageNotFoundError:
         version = "not installed"
     here = Path(__file__)

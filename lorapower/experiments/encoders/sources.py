@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..errors import InputError
-from . import installed
+from ... import hub
+from ...errors import InputError
+from ...hub import PACKAGED
 from .tasks import GLUE, REVIEWS, Task, find
 
-PACKAGED, HUB = "packaged", "hub"
+HUB = "hub"
 PARTS = ("train", "validation", "test")
 HUB_NAME = "nyu-mll/glue"
 UNLABELLED = -1.0
@@ -184,14 +185,14 @@ def _file(folder: Path, task: Task, split: str) -> Examples:
 
 def _hub(task: Task, split: str) -> Examples:
     """One split as the hub has it, through ``datasets``; kept by it on this machine."""
-    installed.check()
+    hub.check()
     import datasets
 
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(HUB_NAME, task.name, split=split)
     except Exception as error:  # whatever the network, the hub or the cache raise
-        raise unreachable(f"data set {HUB_NAME}, {task.name}", error) from error
+        raise hub.unreachable(f"data set {HUB_NAME}, {task.name}", error) from error
     labelled = not split.startswith("test")
 
     def rows() -> Iterator[Row]:
@@ -210,23 +211,11 @@ def _hub(task: Task, split: str) -> Examples:
     return _examples(task, rows(), spoiled=task.spoiled if labelled else 0)
 
 
-def unreachable(what: str, error: Exception) -> InputError:
-    """That something was looked for on the hub in vain, in one line."""
-    reason = str(error).strip().partition("\n")[0]
-    return InputError(
-        what,
-        allowed="on the hub, or downloaded before",
-        given=f"{type(error).__name__}: {reason}",
-        remedy="connect to the network, name a local folder, or leave the defaults, which need "
-        "neither",
-    )
-
-
 def _packaged(task: Task, part: str) -> Examples:
     """The reviews in the package's archive."""
     if part not in _REVIEW_FILES:
         raise InputError("part", allowed=f"train or validation for {task.name}", given=repr(part))
-    path = installed.folder(_REVIEWS) / _ARCHIVE
+    path = hub.folder(_REVIEWS) / _ARCHIVE
     with zipfile.ZipFile(path) as archive, archive.open(_REVIEW_FILES[part]) as file:
         table = pd.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
     # Each review stands in quotation marks of its own, and escapes characters as HTML does.

@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import _checks, constructions, sweeps
-from .adapters import Adapters
-from .errors import InputError
-from .networks import FNN, LinearNetwork, Partition, Transformer
-from .regions import Ball, Region
-from .training import Data, Fixed, Fresh, Tuning, train
+from .. import _checks, constructions, randomness
+from ..adapters import Adapters
+from ..errors import InputError
+from ..networks import FNN, LinearNetwork, Partition, Transformer
+from ..regions import Ball, Region
+from ..training import Data, Fixed, Fresh, Tuning, train
+from . import sweeps
 
 Network = LinearNetwork | FNN | Transformer
 
@@ -200,17 +201,23 @@ class Setting:
 
     def networks(self) -> tuple[Network, Network]:
         """The frozen network as drawn, and the target, in double precision."""
-        seeds = 2 * self.seed, 2 * self.seed + 1
         if self.model == "transformer":
             frozen, target = (
-                Transformer.random(self.depth, self.width, self.heads, scale=self.scale, seed=s)
-                for s in seeds
+                Transformer.random(
+                    self.depth,
+                    self.width,
+                    self.heads,
+                    scale=self.scale,
+                    seed=self.seed,
+                    purpose=purpose,
+                )
+                for purpose in ("frozen", "target")
             )
             return frozen, target
         kind: Any = {"linear": LinearNetwork, "fnn": FNN}[self.model]
-        frozen = kind.random(self.depth, self.width, seed=seeds[0])
+        frozen = kind.random(self.depth, self.width, seed=self.seed, purpose="frozen")
         frozen = frozen.with_parameters([self.gain * weight for weight in frozen.weights])
-        target = kind.random(self.target_depth, self.width, seed=seeds[1])
+        target = kind.random(self.target_depth, self.width, seed=self.seed, purpose="target")
         return frozen, self._near(frozen, target) if self.distance_rank else target
 
     def start(self) -> tuple[Network, Network]:
@@ -223,12 +230,14 @@ class Setting:
 
     def _near(self, frozen: LinearNetwork | FNN, target: Any) -> Any:
         """The target with weights that differ from the frozen blocks by a matrix of given size."""
-        seed = torch.Generator().manual_seed(self.seed)
+        generator = randomness.generator(self.seed, "perturbation")
         shape = (self.width, self.distance_rank)
         weights = []
         for layers in Partition.uniform(self.depth, self.target_depth).slices:
             block = LinearNetwork(frozen.weights[layers]).product()
-            left, right = (torch.randn(shape, generator=seed, dtype=block.dtype) for _ in range(2))
+            left, right = (
+                torch.randn(shape, generator=generator, dtype=block.dtype) for _ in range(2)
+            )
             change = left @ right.mT
             size = self.distance * torch.linalg.matrix_norm(block)
             weights.append(block + size / torch.linalg.matrix_norm(change) * change)

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lorapower import InputError, experiments
-from lorapower.experiments import PRETRAINED, SHIFT, Setting, best, measure
+from lorapower import InputError
+from lorapower.experiments import synthetic
+from lorapower.experiments.synthetic import PRETRAINED, SHIFT, Setting, best, measure
 
 SMALL: dict[str, Setting] = {
     "linear": Setting("linear", width=6, steps=20, samples=30),
@@ -121,9 +122,9 @@ def test_errors_are_mean_squares_over_fresh_inputs(model: str) -> None:
     frozen, target = setting.networks()
     (row,) = measure([setting])
     fresh = setting.data(target)[1]
-    x = fresh.test(experiments.TEST_SAMPLES)[0].double()
+    x = fresh.test(synthetic.TEST_SAMPLES)[0].double()
     # The network went through training, in single precision, and nothing of it was tuned.
-    for name, inputs in (("error", x), ("shifted_error", experiments.SHIFT * x)):
+    for name, inputs in (("error", x), ("shifted_error", synthetic.SHIFT * x)):
         wanted = (frozen(inputs) - target(inputs)).square().mean().item()
         assert row[name] == pytest.approx(wanted, rel=1e-5)
     assert row["signal"] == pytest.approx(target(x).square().mean().item(), rel=1e-12)
@@ -195,14 +196,14 @@ def test_accuracy_is_the_part_in_the_targets_class(task: str) -> None:
     untuned, constructed = measure([setting, exact])
     assert constructed["accuracy"] == 1
     frozen, target = setting.networks()
-    x = setting.data(target)[1].test(experiments.TEST_SAMPLES)[0].double()
+    x = setting.data(target)[1].test(synthetic.TEST_SAMPLES)[0].double()
 
     def classes(out: torch.Tensor) -> torch.Tensor:
         return out.argmax(0) if task == "multiclass" else (out[3:].sum(0) > out[:3].sum(0)).long()
 
     wanted = (classes(frozen(x)) == classes(target(x))).double().mean().item()
     # Some inputs may be so near a boundary that rounding to single precision decides.
-    assert untuned["accuracy"] == pytest.approx(wanted, abs=2 / experiments.TEST_SAMPLES)
+    assert untuned["accuracy"] == pytest.approx(wanted, abs=2 / synthetic.TEST_SAMPLES)
     tuned = measure([replace(setting, ranks=6, biases=True, steps=300, learning_rate=1e-2)])[0]
     assert tuned["accuracy"] > untuned["accuracy"]
 
@@ -248,8 +249,8 @@ def test_sweeps_give_a_row_for_each_setting_in_order(tmp_path: Path) -> None:
         for ranks in (2, (1, 3))
         for rate in (1e-2, 1e-3)
     ]
-    table = experiments.sweep(settings, tmp_path, progress=False)
-    again = experiments.sweep(settings[::-1], tmp_path, progress=False)
+    table = synthetic.sweep(settings, tmp_path, progress=False)
+    again = synthetic.sweep(settings[::-1], tmp_path, progress=False)
     pd.testing.assert_frame_equal(again[::-1].reset_index(drop=True), table)
     for setting, (_, row) in zip(settings, table.iterrows(), strict=True):
         (wanted,) = measure([setting])

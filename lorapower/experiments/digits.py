@@ -18,13 +18,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import _checks, bounds, constructions, experiments
-from .adapters import Adapters
-from .errors import InputError
-from .networks import FNN, Transformer, blocks, segments
-from .regions import Box
-from .training import Fixed, Tuning, train
-from .training.data import Labelled, generator
+from .. import _checks, bounds, constructions
+from ..adapters import Adapters
+from ..errors import InputError
+from ..networks import FNN, Transformer, blocks, segments
+from ..randomness import generator
+from ..regions import Box
+from ..training import Fixed, Tuning, train
+from ..training.data import Labelled
+from . import synthetic
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
@@ -32,7 +34,7 @@ SIZES = {"training": 1000, "validation": 297, "test": 500}
 
 MODELS = ("fnn", "transformer")
 STARTS = ("pretrained", "random")
-METHODS = ("construction", "fitted", *experiments.TRAINED)
+METHODS = ("construction", "fitted", *synthetic.TRAINED)
 OF_METHOD = ("method", "ranks", "final", "learning_rate")
 # Of targets, and of transformers that are adapted too.
 DEPTHS = {"fnn": 2, "transformer": 1}
@@ -112,7 +114,7 @@ def task(model: str, angle: float, seed: int) -> Split:
         raise InputError("model", allowed=" or ".join(MODELS), given=repr(model))
     pictures, classes = images()
     pictures = turned(pictures, angle)
-    order = torch.randperm(len(classes), generator=generator(seed, 0))
+    order = torch.randperm(len(classes), generator=generator(seed, "split"))
     if model == "fnn":
         parts = [pictures[part].flatten(1).mT for part in order.split([*SIZES.values()])]
     else:
@@ -239,7 +241,7 @@ class Setting:
         if self.method == "fitted":
             inputs = self.task.training[0]
             target = constructions.fnn.reachable(frozen, target, self.of_weights, inputs)
-        return experiments.construct(frozen, target, self.of_weights, Box(0.0, 1.0))
+        return synthetic.construct(frozen, target, self.of_weights, Box(0.0, 1.0))
 
     def networks(self) -> tuple[Any, Any]:
         """The frozen network and the target, in double precision."""
@@ -309,13 +311,13 @@ def needed(table: pd.DataFrame, tolerance: float = 0.1, points: float = 0.01) ->
 
 def random(model: str, depth: int, seed: int) -> FNN | Transformer:
     """A network as drawn, independent of all that `pretrained` makes of the same seed."""
-    return _drawn(model, depth, 2 * seed + 1)
+    return _drawn(model, depth, seed, "random")
 
 
 @functools.cache
 def pretrained(model: str, depth: int, seed: int) -> FNN | Transformer:
     """A network trained in full on upright digits."""
-    return _trained(_drawn(model, depth, 2 * seed), task(model, 0.0, seed), seed)
+    return _trained(_drawn(model, depth, seed, "before pretraining"), task(model, 0.0, seed), seed)
 
 
 @functools.cache
@@ -324,12 +326,14 @@ def target(model: str, angle: float, seed: int) -> FNN | Transformer:
     return _trained(pretrained(model, DEPTHS[model], seed), task(model, angle, seed), seed)
 
 
-def _drawn(model: str, depth: int, seed: int) -> FNN | Transformer:
+def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer:
     if model == "transformer":
         width = 2 * SIDE
-        drawn = Transformer.random(depth, width, HEADS, scale=width**-0.5, seed=seed)
+        drawn = Transformer.random(
+            depth, width, HEADS, scale=width**-0.5, seed=seed, purpose=purpose
+        )
         return drawn.with_parameters([*drawn.weights[:-1], drawn.weights[-1][:CLASSES]])
-    square = FNN.random(depth, PIXELS, seed=seed)
+    square = FNN.random(depth, PIXELS, seed=seed, purpose=purpose)
     *weights, last = square.weights
     *biases, last_bias = square.biases
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
@@ -372,7 +376,7 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
         "target_accuracy": accuracy(wanted, (x, y)),
         "frozen_accuracy": accuracy(frozen, (x, y)),
     }
-    found = experiments.adapted(
+    found = synthetic.adapted(
         settings,
         frozen,
         _data(problem.task, problem.seed),

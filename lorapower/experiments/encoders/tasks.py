@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import InputError
+from ...errors import InputError
 
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 

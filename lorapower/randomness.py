@@ -1,0 +1,63 @@
+"""Random streams: one for each seed and purpose, independent of all others by construction.
+
+Everything random in this package is drawn from `generator`, `seeded` or `number`, so that no two
+things share a stream: what is drawn for one purpose says nothing of what is drawn for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from . import _checks
+
+# Where the state of torch's Mersenne Twister keeps its words, each in 64 bits.
+_WORDS = slice(24, 24 + 8 * 624)
+
+
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """The random numbers of this seed for this purpose.
+
+    All 624 words of its state come from a `numpy.random.SeedSequence` of both. Seeding torch's
+    generator itself would not do: on processors it takes 32 bits of a seed, whatever it is given.
+
+    Parameters
+    ----------
+    seed : an integer from 0.
+    purpose : what is drawn, in words, and which one of several, in numbers:
+        ``generator(seed, "inputs", 3)``.
+
+    Raises `InputError` for a seed that is no integer from 0.
+    """
+    made = torch.Generator()
+    state = made.get_state()
+    words = np.random.MT19937(_sequence(seed, purpose)).state["state"]["key"]
+    state[_WORDS] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
+    made.set_state(state)
+    return made
+
+
+@contextmanager
+def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
+    """Within it, torch's global numbers are those of `generator`; afterwards as if never drawn.
+
+    For code that takes no generator, such as the first weights of `torch.nn.Linear`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator(seed, *purpose).get_state())
+        yield
+
+
+def number(seed: int, *purpose: str | int) -> int:
+    """A seed of 32 bits for libraries that take nothing else."""
+    return int(_sequence(seed, purpose).generate_state(1)[0])
+
+
+def _sequence(seed: int, purpose: tuple[str | int, ...]) -> np.random.SeedSequence:
+    seed = _checks.integer("seed", seed, 0)
+    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=16).digest()
+    return np.random.SeedSequence(seed, spawn_key=np.frombuffer(digest, np.uint32).tolist())

@@ -1,0 +1,165 @@
+"""Random streams: each has its purpose, and no two have anything in common."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHAPTERS, ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+
+from lorapower import InputError, networks, randomness
+from lorapower.experiments import digits, synthetic
+from lorapower.training import Fresh, Tuning, train
+
+BARE = re.compile(r"manual_seed\w*[(]")
+SHOWN = "# bare, to show it"
+purposes = st.lists(st.one_of(st.text(max_size=5), st.integers(0, 9)), max_size=3).map(tuple)
+
+
+@given(seeds, purposes, seeds, purposes)
+def test_equal_numbers_only_for_equal_seed_and_purpose(
+    seed: int, purpose: tuple[Any, ...], other_seed: int, other: tuple[Any, ...]
+) -> None:
+    same = (seed, purpose) == (other_seed, other)
+    one, two = (
+        torch.rand(8, generator=randomness.generator(s, *p))
+        for s, p in ((seed, purpose), (other_seed, other))
+    )
+    assert torch.equal(one, two) == same
+    assert torch.equal(one, torch.rand(8, generator=randomness.generator(seed, *purpose)))
+
+
+def test_seeds_of_more_than_32_bits_count_in_full() -> None:
+    one, two = (torch.rand(8, generator=randomness.generator(s)) for s in (5, 5 + 2**32))
+    assert not torch.equal(one, two)
+    # The reason why torch's own seeds are not used.
+    theirs = [
+        torch.Generator().manual_seed(seed).get_state()[24:]  # bare, to show it
+        for seed in (5, 5 + 2**32)
+    ]
+    assert torch.equal(*theirs)
+
+
+def test_the_state_is_that_of_the_mersenne_twister_of_numpy() -> None:
+    limit = 2**20  # for far larger ones torch takes 64 bits a number
+    ours = torch.randint(limit, (700,), generator=randomness.generator(3, "a", 1))
+    twister = np.random.MT19937(randomness._sequence(3, ("a", 1)))
+    twister.random_raw()  # the last of the words as they were given, which torch leaves out
+    assert ours.tolist() == [int(twister.random_raw()) % limit for _ in range(700)]
+
+
+def test_seeded_leaves_the_global_numbers_as_they_were() -> None:
+    before = torch.get_rng_state()
+    with randomness.seeded(1, "module"):
+        inside = torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(inside, torch.rand(4, generator=randomness.generator(1, "module")))
+    with pytest.raises(ZeroDivisionError), randomness.seeded(1, "module"):
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_numbers_are_seeds_of_32_bits() -> None:
+    found = {randomness.number(seed, "x") for seed in range(100)}
+    assert len(found) == 100
+    assert all(0 <= value < 2**32 for value in found)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "one", None, True])
+def test_unusable_seeds_are_named(seed: Any) -> None:
+    with pytest.raises(InputError, match="seed must be an integer from 0"):
+        randomness.generator(seed, "x")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Any, ...]]:
+    """How often each stream was begun."""
+    count: Counter[tuple[Any, ...]] = Counter()
+    original = randomness.generator
+
+    def counted(seed: int, *purpose: str | int) -> torch.Generator:
+        count[seed, *purpose] += 1
+        return original(seed, *purpose)
+
+    monkeypatch.setattr(randomness, "generator", counted)
+    monkeypatch.setattr(digits, "generator", counted)
+    return count
+
+
+PROBLEMS: list[dict[str, Any]] = [
+    {"model": "linear", "depth": 2, "distance_rank": 2, "distance": 0.5},
+    {"model": "fnn", "depth": 2, "distance_rank": 2, "distance": 0.5, "fixed": True},
+    {"model": "transformer", "depth": 1, "tokens": 3},
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: str(problem["model"]))
+def test_a_run_uses_each_stream_for_one_thing(
+    problem: dict[str, Any], drawn: Counter[tuple[Any, ...]]
+) -> None:
+    setting = synthetic.Setting(width=4, steps=100, every=50, ranks=1, **problem)
+    synthetic.measure([setting])
+    assert len(drawn) >= 7, "the spy saw nothing"
+    # The inputs of the first block are also the training set, where that is fixed.
+    twice = {stream for stream, times in drawn.items() if times > 1}
+    assert twice <= {(0, "inputs", 0)}
+
+
+def test_every_pair_of_streams_is_uncorrelated(drawn: Counter[tuple[Any, ...]]) -> None:
+    """All streams that a run begins, at seeds 0 to 99: their uniform and their normal numbers."""
+    for problem in PROBLEMS:
+        setting = synthetic.Setting(width=4, steps=50, every=50, ranks=1, **problem)
+        synthetic.measure([setting])
+    network = networks.FNN.random(2, 4)
+    train(network, [Tuning(1)], Fresh(network, (4,), samples=8), steps=60)
+    digits.task("fnn", 0.0, 0)
+    names = sorted({stream[1:] for stream in drawn}, key=repr)
+    assert len(names) >= 15
+    size, rows = 512, []
+    for seed, name in itertools.product(range(100), names):
+        for draw in (torch.rand, torch.randn):
+            rows.append(draw(size, generator=randomness.generator(seed, *name), dtype=torch.double))
+    values = torch.stack(rows)
+    # The uniform and the normal numbers of one stream are made of the same bits.
+    values -= values.mean(1, keepdim=True)
+    values /= torch.linalg.vector_norm(values, dim=1, keepdim=True)
+    correlations = (values @ values.mT).abs()
+    stream = torch.arange(len(values)) // 2
+    correlations[stream[:, None] == stream] = 0
+    pairs = len(values) ** 2 / 2
+    # With this many independent pairs a larger one occurs in one of a thousand runs.
+    limit = math.sqrt(2 * math.log(1000 * pairs) / size)
+    assert float(correlations.max()) < limit
+
+
+def test_the_network_says_nothing_of_its_perturbation() -> None:
+    """What once went wrong: normal numbers that were made of the frozen weights' uniform ones."""
+    found = []
+    for seed in range(100):
+        frozen, target = synthetic.Setting(
+            model="linear", depth=1, width=8, distance=1.0, distance_rank=8, seed=seed
+        ).networks()
+        change = target.weights[0] - frozen.weights[0]
+        uniform = (frozen.weights[0] * 8**0.5 + 1).flatten() / 2
+        pairs = uniform.clamp(1e-12, 1 - 1e-12).reshape(2, -1)
+        normal = (-2 * pairs[0].log()).sqrt() * (2 * math.pi * pairs[1]).cos()
+        found.append(torch.corrcoef(torch.stack([normal, change.flatten()[: len(normal)]]))[0, 1])
+    assert float(torch.stack(found).abs().mean()) < 0.25
+
+
+def test_bare_seeds_are_refused() -> None:
+    sources = [*(ROOT / "lorapower").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *CHAPTERS]
+    sources += (ROOT / "tests").glob("*.py")
+    for path in sources:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            bare = BARE.search(line) and not line.endswith(SHOWN)
+            assert not bare, f"{path.name}, line {number}: use lorapower.randomness"
