@@ -264,17 +264,23 @@ def _biases(
     Everything is computed from the rounded biases of the layers before, so that the last one takes
     back their rounding too.
     """
-    # Rounding must not switch off a unit at the edge.
-    beyond = 1 + torch.finfo(region.centre.dtype).eps ** 0.5
+    # Rounding must not switch off a unit at the edge, nor one that the region leaves no play.
+    unit = torch.finfo(region.centre.dtype).eps
+    beyond = 1 + unit**0.5
     matrix = torch.eye(weights[0].shape[-1], dtype=region.centre.dtype)[:, : region.width]
     made = _Biases([], [], [pad(region.centre, weights[0].shape[-1])])
     for l, (weight, bias) in enumerate(zip(weights, frozen, strict=True), start=1):
         matrix, before = weight @ matrix, weight @ made.values[-1]
+        terms = weight.abs() @ made.values[-1].abs() + bias.abs()[..., None]
+        rounding = (weight.shape[-1] + 4) * unit * terms
         if l < len(weights):
-            wanted = -beyond * region.lowest(matrix)
+            wanted = rounding - beyond * region.lowest(matrix)
         else:
-            unused = matrix[..., at_centre.shape[-2] :, :]
-            wanted = _stack_rows(at_centre, beyond * region.lowest(-unused))
+            unused = slice(at_centre.shape[-2], None)
+            wanted = _stack_rows(
+                at_centre,
+                beyond * region.lowest(-matrix[..., unused, :]) - rounding[..., unused, :],
+            )
         tuned = wanted - before
         if scalar and l < len(weights):
             tuned = tuned.amax(-2, keepdim=True).expand_as(tuned)
