@@ -125,7 +125,6 @@ def main() -> int:
     partial, failed = (target.with_suffix(f".{end}.ipynb") for end in ("partial", "failed"))
     # The file carries the time at which its inputs were read: what changes during the run is newer.
     started = time.time_ns()
-    print(f"Executing {source} (profile {arguments.profile})", flush=True)
     try:
         notebook = run(source, partial, {"profile": arguments.profile})
         messages = clean(notebook, _defaults(source))
