@@ -35,6 +35,7 @@ empty_venv := mkdir -p $(VENV) && touch $(VENV)/pyvenv.cfg \
 jobs         = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 synchronized = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 requirements = '$(PYTHON)' tools/requirements.py $(files)
+install      = $(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 define style
 $(bin)/ruff check
@@ -43,7 +44,7 @@ $(bin)/mypy
 $(bin)/lint-imports
 endef
 # Tests that run side by side must not spin while they wait for one another's threads.
-pytest = OMP_WAIT_POLICY=passive $(bin)/pytest -n auto --maxprocesses 4 --dist worksteal
+pytest = OMP_WAIT_POLICY=passive $(bin)/pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bin   := $(VENV)/bin
 out   := _build/$(PROFILE)
@@ -63,7 +64,7 @@ export IPYTHONDIR := $(CURDIR)/_build/ipython
 # The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
 export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
-.PHONY: help book test check chapter lab serve tidy clean distclean install
+.PHONY: help book test check chapter lab serve tidy clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -110,23 +111,23 @@ distclean: clean ## remove the environment too
 # Options of tools in pyproject.toml change nothing that is installed.
 $(ready): pyproject.toml constraints.txt tools/requirements.py
 	@'$(PYTHON)' -c '$(python_suits)' 2>/dev/null || { echo 'make $(strip $(need_python))' >&2; exit 1; }
-	@$(requirements) | cmp -s - $@ || $(MAKE) --no-print-directory install
-
-install:
-	@$(check_venv)
-	@echo 'Installing the environment in $(VENV): some minutes, once.'
-	@$(empty_venv)
-	@'$(PYTHON)' -m venv $(VENV)
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]' \
-		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(files)
-	@$(requirements) >$(ready)
+	@set -e; if $(requirements) | cmp -s - $@; then exit; fi; \
+	$(check_venv); \
+	echo 'Installing the environment in $(VENV): some minutes, once.'; \
+	$(empty_venv); \
+	'$(PYTHON)' -m venv $(VENV); \
+	$(install) -e '.[book,test]' \
+		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }; \
+	$(install) --no-deps $(files); \
+	$(requirements) >$@
 
 # Says what each chapter depends on besides, and names the executed ones, the longest first. Only
-# what is built needs it: other commands must not wait for an environment. The folder changes when a
-# chapter goes.
+# what is built needs it: other commands must not wait for an environment, nor a dry run install it,
+# as make would to have this file. The folder changes when a chapter goes.
+ifeq ($(findstring n,$(firstword -$(MAKEFLAGS))),)
 ifneq ($(filter _build/%,$(MAKECMDGOALS)),)
 include _build/chapters.mk
+endif
 endif
 
 _build/chapters.mk: tools/dependencies.py tools/execute.py tools/build_html.py $(package) \

@@ -9,11 +9,11 @@ import: a chapter has to be executed again once one of these files changed.
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import nbformat
 from grimp import ImportGraph, build_graph
 from grimp.exceptions import SourceSyntaxError
 from IPython.core.inputtransformer2 import TransformerManager
@@ -27,9 +27,10 @@ def code(source: Path) -> str:
     text = source.read_text(encoding="utf-8")
     if source.suffix != ".ipynb":
         return text
-    cells = nbformat.reads(text, as_version=4).cells
+    # Plain JSON: importing nbformat would take longer than all that is done here.
+    cells = (cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
     translate = TransformerManager().transform_cell
-    return "\n".join(translate(cell.source) for cell in cells if cell.cell_type == "code")
+    return "\n".join(translate("".join(cell["source"])) for cell in cells)
 
 
 def names(source: Path) -> Iterator[str]:
@@ -73,13 +74,13 @@ def main() -> int:
     pages = [ROOT / "tools" / "build_html.py", *(ROOT / "_ext").glob("*.py")]
     try:
         graph = build_graph(PACKAGE, cache_dir=None)
-        tools = {*names(tool)}
         needs = {
-            f"chapters/{path.name}": reached(tools.union(names(path)), graph) for path in chapters
+            f"chapters/{path.name}": reached([*names(tool), *names(path)], graph)
+            for path in chapters
         }
         shown = reached((name for page in pages for name in names(page)), graph)
     except (SourceSyntaxError, SyntaxError) as error:
-        print(f"not Python: {error}", file=sys.stderr)
+        print(f"{Path(str(error.filename)).relative_to(ROOT)} is not Python", file=sys.stderr)
         return 1
     # The more of the package a chapter uses, the longer it takes: those go first, lest one that
     # takes long be started last. Of equals the last one, which builds upon the others.

@@ -49,6 +49,7 @@ def run(source: Path, target: Path, parameters: dict[str, object]) -> NotebookNo
         parameters,
         kernel_name="python3",
         cwd=target.parent,
+        progress_bar=False,
         # Kernels are reached over loopback: the notice that this is not encrypted is noise.
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),
     )
