@@ -158,7 +158,6 @@ def assert_described(cell: NotebookNode) -> None:
     assert about["figure"].get("name", "").startswith("fig-"), f"name of figure {cell.id}"
 
 
-@pytest.mark.programs
 def test_chapter_runs_at_another_size_from_another_folder(
     chapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +173,6 @@ def test_chapter_runs_at_another_size_from_another_folder(
             assert_described(cell)
 
 
-@pytest.mark.programs
 @pytest.mark.parametrize(("name", "parameter", "value", "shown"), BAD)
 def test_bad_parameter_stops_the_first_line(
     name: str, parameter: str, value: object, shown: str, tmp_path: Path
