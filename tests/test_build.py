@@ -1,4 +1,4 @@
-"""What the Makefile promises, on a book of two tiny chapters."""
+"""What the Makefile promises, on a small book; and one such book that is really built."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import execute
 import nbformat
 import pytest
 from conftest import ROOT, Make
+from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+Tool = Callable[..., tuple[int, Path]]
+
 PARAMETERS = 'profile: str = "quick"  # quick or paper'
-
-# Each run leaves a line outside the book, by which the tests count the runs.
-RECORD_RUN = """\
-import os
-
-with open(os.environ["RUNS"], "a") as runs:
-    print("{name}", profile, os.getpid(), file=runs)"""
 
 CLAIM = """\
 from IPython.display import display
@@ -63,65 +60,130 @@ chapters:
   - file: chapters/scorecard
 """
 
+# The package of the small book. What `images` imports, it imports in three ways.
+PACKAGE = {
+    "__init__": "",
+    "errors": "",
+    "unused": "",
+    "wing/__init__": "from lorapower import errors",
+    "wing/common": "",
+    "wing/images": "def read():\n    from . import common",
+}
+
+# In place of the tool that executes: it says when it begins and ends, and may wait until another
+# one is at work, or fail.
+EXECUTE = """\
+import os
+import sys
+import time
+from pathlib import Path
+
+source, target, _, profile = sys.argv[1:]
+log = Path(os.environ["RUNS"])
+
+
+def say(what):
+    with log.open("a") as lines:
+        print(what, Path(source).stem, profile, file=lines)
+
+
+say("begins")
+deadline = time.monotonic() + 20
+while log.read_text().count("begins") < int(os.environ.get("TOGETHER", 1)):
+    assert time.monotonic() < deadline, "no other chapter began"
+    time.sleep(0.01)
+for line in range(5):
+    print(source, "line", line, flush=True)
+    time.sleep(0.02)
+if Path(source).stem == os.environ.get("FAILING"):
+    sys.exit(f"{source} does not hold")
+Path(target).parent.mkdir(parents=True, exist_ok=True)
+Path(target).write_text("executed")
+say("ends")
+"""
+
+# In place of the tool that builds the pages.
+BUILD = """\
+import sys
+from pathlib import Path
+
+if "--where" not in sys.argv:
+    html = Path(sys.argv[1], "html")
+    html.mkdir(exist_ok=True)
+    (html / "index.html").write_text(Path("index.md").read_text())
+"""
+
+
+def write_chapter(folder: Path, name: str, text: str, *code: str) -> Path:
+    cells = [
+        new_markdown_cell(text),
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        *map(new_code_cell, code),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = folder / "chapters" / f"{name}.ipynb"
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path
+
 
 class Book:
-    """A small book in `folder`, made by the project's own Makefile and tools."""
+    """A small book in `folder`, made by the project's own Makefile; chapters are not executed."""
 
-    def __init__(self, folder: Path, make: Make, runs: Path) -> None:
+    def __init__(self, folder: Path, make: Make) -> None:
         self.folder = folder
-        self.executed = folder / "_build" / "quick" / "chapters" / "01-sum.ipynb"
         self.page = folder / "_build" / "html" / "index.html"
         self._make = make
-        self._runs = runs
-
-    def write_chapter(self, name: str, text: str, *code: str) -> None:
-        cells = [
-            new_markdown_cell(text),
-            new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-            *map(new_code_cell, (RECORD_RUN.format(name=name), *code)),
-        ]
-        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
-        nbformat.write(notebook, self.folder / "chapters" / f"{name}.ipynb")
+        self._log = folder.parent / "runs"
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return self._make(self.folder, *arguments, RUNS=str(self._runs), **environment)
+        return self._make(self.folder, *arguments, RUNS=str(self._log), **environment)
 
     def make(self, *arguments: str, status: int = 0, **environment: str) -> str:
         """Run make to its end, expect the exit status, return what it printed."""
+        self._log.unlink(missing_ok=True)
         process = self.start(*arguments, **environment)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == status, output
         return output
 
-    def execute(self, status: int = 0) -> str:
-        return self.make(str(self.executed.relative_to(self.folder)), status=status)
+    def runs(self) -> list[tuple[str, str, str]]:
+        """What the last make executed: beginnings and ends, with the chapter and the profile."""
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        return [(what, name, profile) for what, name, profile in map(str.split, lines)]
 
-    def runs(self) -> list[list[str]]:
-        """Name, profile and process of each run so far."""
-        return [line.split() for line in self._runs.read_text().splitlines()]
-
-    def count_runs(self) -> int:
-        return len(self.runs()) if self._runs.exists() else 0
+    def executed(self) -> list[str]:
+        return sorted(name for what, name, _ in self.runs() if what == "ends")
 
 
 @pytest.fixture
 def small(tmp_path: Path, make: Make) -> Book:
     folder = tmp_path / "a book"
+    for name in ("chapters", "lorapower/wing"):
+        (folder / name).mkdir(parents=True)
     for name in ("_ext", "_static", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "_config.yml", "constraints.txt", "pyproject.toml", "references.bib"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("chapters", "lorapower"):
-        (folder / name).mkdir()
-    (folder / "lorapower" / "__init__.py").touch()
+    for module, text in PACKAGE.items():
+        (folder / "lorapower" / f"{module}.py").write_text(text)
+    (folder / "tools" / "execute.py").write_text(EXECUTE)
+    (folder / "tools" / "build_html.py").write_text(BUILD)
     (folder / "_toc.yml").write_text(TOC)
     (folder / "index.md").write_text("# A book\n\nSee {prf:ref}`thm-sum`.\n")
     (folder / "chapters" / "scorecard.md").write_text("# Scorecard\n\n```{scorecard}\n```\n")
-    book = Book(folder, make, tmp_path / "runs")
-    book.write_chapter("01-sum", THEOREM, CLAIM.replace("HOLDS", "True"))
-    book.write_chapter("02-other", "# Another")
-    return book
+    write_chapter(folder, "01-sum", THEOREM, "import lorapower.wing")
+    write_chapter(folder, "02-other", "# Another", "%time\nfrom lorapower.wing import images, os")
+    return Book(folder, make)
+
+
+@pytest.fixture
+def real(small: Book) -> Book:
+    """The same, its chapters and pages made by the project's own tools."""
+    for name in ("execute.py", "build_html.py"):
+        shutil.copy(ROOT / "tools" / name, small.folder / "tools" / name)
+    write_chapter(small.folder, "01-sum", THEOREM, CLAIM.replace("HOLDS", "True"))
+    write_chapter(small.folder, "02-other", "# Another", "print(profile)")
+    return small
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
@@ -139,64 +201,158 @@ def alive(process: int) -> bool:
     return True
 
 
-def test_only_what_changed_is_made_again(small: Book) -> None:
-    first = small.make("-j2", "book")
-    assert small.page.resolve().as_uri() in first
-    assert sorted(name for name, *_ in small.runs()) == ["01-sum", "02-other"]
-    built = small.page.stat().st_mtime_ns
-
-    second = small.make("book")
-    assert "up to date" in second
-    assert small.page.resolve().as_uri() in second
-    assert small.count_runs() == 2
-    assert small.page.stat().st_mtime_ns == built
-
-    (small.folder / "index.md").write_text("# A better book\n")
+def test_only_chapters_that_import_what_changed_are_executed(small: Book) -> None:
+    first, second = "01-sum", "02-other"
     small.make("book")
-    assert small.count_runs() == 2
-    assert "A better book" in small.page.read_text()
-
-    (small.folder / "lorapower" / "__init__.py").touch()
+    assert small.executed() == [first, second]
     small.make("book")
-    assert small.count_runs() == 4
+    assert small.executed() == []
+    for changed, executed in {
+        "index.md": [],
+        "lorapower/unused.py": [],
+        "lorapower/wing/common.py": [second],
+        "chapters/02-other.ipynb": [second],
+        "lorapower/errors.py": [first, second],
+        "lorapower/wing/__init__.py": [first, second],
+        "tools/execute.py": [first, second],
+    }.items():
+        (small.folder / changed).touch()
+        small.make("book")
+        assert small.executed() == executed, f"after a change of {changed}"
+
+
+def test_dependencies_follow_the_imports(small: Book) -> None:
+    small.make("book")
+    wing = small.folder / "lorapower" / "wing"
+    (wing / "common.py").write_text("from .. import unused")
+    small.make("book")
+    assert small.executed() == ["02-other"]
+    (small.folder / "lorapower" / "unused.py").touch()
+    small.make("book")
+    assert small.executed() == ["02-other"]
+
+    (wing / "images.py").rename(wing / "pictures.py")
+    write_chapter(small.folder, "02-other", "# Another", "from lorapower.wing import pictures")
+    small.make("book")
+    assert small.executed() == ["02-other"]
+    (wing / "pictures.py").unlink()
+    small.make("book")
+    assert small.executed() == ["02-other"], "a module that is gone has changed"
+
+
+def test_chapter_that_is_gone_is_not_asked_for(small: Book) -> None:
+    small.make("book")
+    (small.folder / "chapters" / "02-other.ipynb").unlink()
+    small.make("book")
+    assert small.executed() == []
+
+
+@pytest.mark.parametrize("broken", ["chapters/02-other.ipynb", "lorapower/unused.py"])
+def test_what_is_not_python_is_named(small: Book, broken: str) -> None:
+    if broken.startswith("chapters"):
+        write_chapter(small.folder, "02-other", "# Another", "import (")
+    else:
+        (small.folder / broken).write_text("import (")
+    output = small.make("book", status=2)
+    assert f"{broken} is not Python" in output.splitlines()
+    assert "Traceback" not in output
+
+
+def test_two_chapters_are_executed_at_a_time(small: Book) -> None:
+    output = small.make("book", TOGETHER="2")
+    assert [what for what, *_ in small.runs()] == ["begins", "begins", "ends", "ends"]
+    said = [line.split()[0] for line in output.splitlines() if "line" in line]
+    assert said in (sorted(said), sorted(said, reverse=True)), "what they say is interleaved"
+
+
+def test_largest_chapter_is_executed_first(small: Book) -> None:
+    small.make("JOBS=1", "book")
+    assert [(what, name) for what, name, _ in small.runs()] == [
+        ("begins", "02-other"),
+        ("ends", "02-other"),
+        ("begins", "01-sum"),
+        ("ends", "01-sum"),
+    ]
+    write_chapter(small.folder, "01-sum", THEOREM, "from lorapower import unused, wing")
+    write_chapter(small.folder, "02-other", "# Another")
+    small.make("JOBS=1", "book")
+    assert [name for _, name, _ in small.runs()] == ["01-sum"] * 2 + ["02-other"] * 2
+
+
+def test_number_of_jobs_that_make_is_given_counts(small: Book) -> None:
+    write_chapter(small.folder, "03-third", "# A third")
+    assert "warning" not in small.make("-j3", "book", TOGETHER="3")
+    assert [what for what, *_ in small.runs()][:3] == ["begins"] * 3
+
+
+def test_failing_chapter_stops_the_build(small: Book) -> None:
+    output = small.make("book", status=2, FAILING="02-other")
+    assert "chapters/02-other.ipynb does not hold" in output
+    assert not small.page.exists()
+    small.make("book")
+    assert "02-other" in small.executed()
+    assert small.page.exists()
 
 
 def test_profiles_are_kept_apart(small: Book) -> None:
-    target = "_build/{}/chapters/01-sum.ipynb"
-    for profile in ("quick", "paper", "quick"):
-        small.make(f"PROFILE={profile}", target.format(profile))
-    assert [profile for _, profile, _ in small.runs()] == ["quick", "paper"]
-    for profile, hidden in (("quick", True), ("paper", False)):
-        notebook = nbformat.read(small.folder / target.format(profile), as_version=4)
-        (injected,) = (
-            cell
-            for cell in notebook.cells
-            if "injected-parameters" in cell.metadata.get("tags", [])
-        )
-        assert f'profile = "{profile}"' in injected.source
-        assert ("remove-cell" in injected.metadata.tags) is hidden, "hidden if it is the default"
+    for profile, times in (("quick", 1), ("paper", 1), ("quick", 0)):
+        small.make(f"PROFILE={profile}", f"_build/{profile}/chapters/01-sum.ipynb")
+        assert small.runs() == [(what, "01-sum", profile) for what in ("begins", "ends")] * times
 
 
-def test_executed_chapter_holds_only_its_results(small: Book) -> None:
-    small.write_chapter("01-sum", THEOREM, "import sys\n\nprint('noise', file=sys.stderr)")
-    assert "noise" in small.execute()
-    notebook = nbformat.read(small.executed, as_version=4)
+def test_unknown_profile_is_refused(small: Book) -> None:
+    output = small.make("book", "PROFILE=fast", status=2)
+    assert "PROFILE must be quick or paper; got 'fast'" in output
+    assert output.count("\n") == 1
+
+
+@pytest.fixture
+def run_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """Execute a chapter with the project's tool: the exit status, and the target."""
+    (tmp_path / "chapters").mkdir()
+    monkeypatch.setattr(execute, "ROOT", tmp_path)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+
+    def run(source: Path, profile: str = "quick") -> tuple[int, Path]:
+        target = tmp_path / "executed" / source.name
+        monkeypatch.setattr(sys, "argv", ["", str(source), str(target), "--profile", profile])
+        return execute.main(), target
+
+    return run
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+def test_executed_chapter_holds_only_its_results(
+    run_tool: Tool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    profile: str,
+) -> None:
+    noise = "import sys\n\nprint('noise', file=sys.stderr)"
+    status, target = run_tool(write_chapter(tmp_path, "01-sum", THEOREM, noise), profile)
+    assert status == 0
+    assert "noise" in capsys.readouterr().err
+    notebook: NotebookNode = nbformat.read(target, as_version=4)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
-    assert [set(cell.metadata) - {"tags"} for cell in notebook.cells] == [set()] * 5
+    assert [set(cell.metadata) - {"tags"} for cell in notebook.cells] == [set()] * 4
     assert "noise" not in str([cell.get("outputs") for cell in notebook.cells])
-    assert str(small.folder) not in small.executed.read_text()
+    assert str(tmp_path) not in target.read_text()
+    (injected,) = (cell for cell in notebook.cells if cell.id == "injected-parameters")
+    assert f'profile = "{profile}"' in injected.source
+    hidden = "remove-cell" in injected.metadata.tags
+    assert hidden is (profile == "quick"), "hidden if it is the default"
 
 
-def test_executed_chapter_is_the_same_in_every_run(small: Book) -> None:
-    small.write_chapter("01-sum", THEOREM, FIGURE)
-    small.execute()
-    first = small.executed.read_text()
+@pytest.mark.programs
+def test_executed_chapter_is_the_same_in_every_run(run_tool: Tool, tmp_path: Path) -> None:
+    source = write_chapter(tmp_path, "01-sum", THEOREM, FIGURE)
+    first, second = (run_tool(source)[1].read_text() for _ in range(2))
     assert "<svg" in first
-    small.executed.unlink()
-    small.execute()
-    assert small.executed.read_text() == first
+    assert first == second
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -207,66 +363,76 @@ def test_executed_chapter_is_the_same_in_every_run(small: Book) -> None:
     ],
     ids=["raises", "claims-falsely", "shows-a-path", "dies"],
 )
-def test_failing_chapter_leaves_no_finished_file(small: Book, code: str, reason: str) -> None:
-    small.write_chapter("01-sum", THEOREM, code)
-    output = small.execute(status=2)
-    assert reason in output
-    assert not small.executed.exists()
-    failed = small.executed.with_suffix(".failed.ipynb")
-    assert failed.exists()
-    assert str(failed) in output
+def test_failing_chapter_leaves_no_finished_file(
+    run_tool: Tool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    code: str,
+    reason: str,
+) -> None:
+    status, target = run_tool(write_chapter(tmp_path, "01-sum", THEOREM, code))
+    failed = target.with_suffix(".failed.ipynb")
+    said = capsys.readouterr().err
+    assert status == 1
+    assert reason in said
+    assert str(failed) in said
+    assert list(target.parent.iterdir()) == [failed]
 
-    small.write_chapter("01-sum", THEOREM)
-    small.execute()
-    assert small.executed.exists()
-    assert not failed.exists()
+
+@pytest.mark.programs
+def test_change_during_the_run_is_not_missed(
+    run_tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = tmp_path / "executed" / "01-sum.failed.ipynb"
+    failed.parent.mkdir()
+    failed.touch()
+    module = tmp_path / "module.py"
+    touching = f"from pathlib import Path\n\nPath({str(module)!r}).touch()"
+    monkeypatch.setattr(execute, "check", lambda executed: None)  # the source names a path
+    status, target = run_tool(write_chapter(tmp_path, "01-sum", THEOREM, touching))
+    assert status == 0
+    assert target.stat().st_mtime < module.stat().st_mtime
+    assert not failed.exists(), "a chapter that was mended has not failed"
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
-def test_interrupted_run_leaves_no_finished_file(small: Book, blow: signal.Signals) -> None:
-    patient = 'import os, time\n\nif os.environ.get("WAIT"):\n    time.sleep(300)'
-    small.write_chapter("01-sum", THEOREM, patient, CLAIM.replace("HOLDS", "True"))
-    process = small.start("_build/quick/chapters/01-sum.ipynb", WAIT="yes")
-    wait_for(small.count_runs, "the chapter's first cell")
-    ((_, _, kernel),) = small.runs()
+def test_interrupted_run_leaves_no_finished_file(real: Book, blow: signal.Signals) -> None:
+    patient = (
+        "import os, time\n\n"
+        'with open(os.environ["RUNS"], "w") as runs:\n    print(os.getpid(), file=runs, flush=True)'
+        "\n    time.sleep(300)"
+    )
+    write_chapter(real.folder, "01-sum", THEOREM, patient)
+    executed = "_build/quick/chapters/01-sum.ipynb"
+    process = real.start(executed)
+    log = real.folder.parent / "runs"
+    wait_for(lambda: log.exists() and log.read_text(), "the chapter's first cell")
     os.killpg(process.pid, blow)
     process.communicate(timeout=30)
     assert process.returncode != 0
-    assert not small.executed.exists()
-    wait_for(lambda: not alive(int(kernel)), "the end of the kernel")
-
-    small.execute()
-    assert small.executed.exists()
-    assert small.count_runs() == 2
+    assert not (real.folder / executed).exists()
+    wait_for(lambda: not alive(int(log.read_text())), "the end of the kernel")
 
 
-def test_change_during_the_run_is_not_missed(small: Book) -> None:
-    touching = (
-        'import os\nfrom pathlib import Path\n\nPath(os.environ["RUNS"]).with_name("a book")'
-        '.joinpath("lorapower", "__init__.py").touch()'
+def test_book_is_built_and_a_warning_fails_every_build(real: Book) -> None:
+    first = real.make("book")
+    assert real.page.resolve().as_uri() in first
+    assert "claim" not in real.page.read_text()
+    assert (
+        "One and one make" in real.page.with_name("chapters").joinpath("scorecard.html").read_text()
     )
-    small.write_chapter("01-sum", THEOREM, touching)
-    small.execute()
-    small.execute()
-    assert small.count_runs() == 2
+    built = real.page.stat().st_mtime_ns
 
+    second = real.make("book")
+    assert "up to date" in second
+    assert "Executing" not in second
+    assert real.page.stat().st_mtime_ns == built
 
-def test_warning_fails_every_build_until_it_is_mended(small: Book) -> None:
-    small.make("book")
-    index = small.folder / "index.md"
+    index = real.folder / "index.md"
     index.write_text("# A broken book\n\nSee {prf:ref}`thm-nowhere`.\n")
     for _ in range(2):
-        assert "thm-nowhere" in small.make("book", status=2)
-        assert "A broken book" not in small.page.read_text()
-    index.write_text("# A mended book\n")
-    small.make("book")
-    assert "A mended book" in small.page.read_text()
-
-
-def test_unknown_profile_is_refused(small: Book) -> None:
-    output = small.make("book", "PROFILE=fast", status=2)
-    assert "PROFILE must be quick or paper; got 'fast'" in output
-    assert output.count("\n") == 1
+        assert "thm-nowhere" in real.make("book", status=2)
+        assert real.page.stat().st_mtime_ns == built
 
 
 def write_program(path: Path, *lines: str) -> str:
@@ -280,7 +446,8 @@ def bare(tmp_path: Path) -> Path:
     """A folder of programs for PATH: a machine that has what make needs and no more."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("chmod", "echo", "expand", "find", "make", "mkdir", "rm", "sed", "sh", "touch"):
+    programs = "chmod cmp echo expand find make mkdir rm sed sh touch"
+    for name in programs.split():
         program = shutil.which(name)
         assert program
         (folder / name).symlink_to(program)
@@ -288,48 +455,83 @@ def bare(tmp_path: Path) -> Path:
 
 
 OLD = "import sys; sys.version_info = (3, 10, 14); exec(sys.argv[2])"
+INSTALLING = ("VENV=no", "ready=no/.ready", "no/.ready")
 
 
 @pytest.mark.parametrize("installed", ["none", "old"])
 def test_unsuitable_python_is_one_line(small: Book, bare: Path, installed: str) -> None:
     if installed == "old":
         write_program(bare / "python3", f"exec '{sys.executable}' -c '{OLD}' \"$@\"")
-    output = small.make("VENV=no", "ready=no/.ready", "no/.ready", status=2, PATH=str(bare))
+    output = small.make(*INSTALLING, status=2, PATH=str(bare))
     line, stop = output.splitlines()
     assert "Python 3.11 or newer" in line
     assert "apt-get install python3 python3-venv" in line
     assert stop.startswith("make: ***")
 
 
-# Makes an environment whose pip fails.
-BROKEN = (
-    '[ "$1" = -m ] || exit 0',
-    "mkdir -p no/bin",
-    "echo 'echo pip was here; exit 1' >no/bin/python",
-    'exec chmod 755 "$PWD/no/bin/python"',
-)
+def python_with(bare: Path, *venv: str) -> None:
+    """A Python whose ``-m venv`` runs the lines `venv`."""
+    write_program(bare / "python3", f'[ "$1" = -m ] || exec \'{sys.executable}\' "$@"', *venv)
+
+
+def pip_that(runs: str) -> tuple[str, str, str]:
+    """Makes an environment whose Python, and so whose pip, runs the line `runs`."""
+    made = 'chmod 755 "$PWD/no/bin/python"'
+    return "mkdir -p no/bin", f"echo '{runs}' >no/bin/python", made
+
+
+def test_environment_is_installed_again_only_when_dependencies_change(
+    small: Book, bare: Path
+) -> None:
+    python_with(bare, *pip_that('echo "pip $*"'))
+    project, versions = small.folder / "pyproject.toml", small.folder / "constraints.txt"
+
+    def installs() -> bool:
+        output = small.make(*INSTALLING, PATH=str(bare))
+        assert ("pip" in output) is ("Installing" in output)
+        return "pip" in output
+
+    def replace(path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    assert installs()
+    assert not installs()
+    replace(project, "line-length = 100", "line-length = 99")
+    replace(versions, "# The versions", "# These versions")
+    before = (small.folder / "no" / ".ready").stat().st_mtime_ns
+    assert not installs()
+    assert (small.folder / "no" / ".ready").stat().st_mtime_ns == before, "or all is made again"
+    replace(project, '    "numba",\n', "")
+    assert installs()
+    replace(versions, "torch>=2.9", "torch>=2.10")
+    assert installs()
+    replace(small.folder / "Makefile", "files := ", "files := another ")
+    (small.folder / "constraints.txt").touch()
+    assert installs()
+    assert not installs()
 
 
 def test_failed_installation_is_done_again_and_says_what_may_lack(small: Book, bare: Path) -> None:
-    write_program(bare / "python3", *BROKEN)
+    python_with(bare, *pip_that("echo pip was here; exit 1"))
     for _ in range(2):
-        output = small.make("VENV=no", "ready=no/.ready", "no/.ready", status=2, PATH=str(bare))
+        output = small.make(*INSTALLING, status=2, PATH=str(bare))
         assert "pip was here" in output
         assert "apt-get install build-essential" in output
 
 
 def test_interrupted_installation_is_done_again(small: Book, bare: Path) -> None:
     (bare / "sleep").symlink_to(str(shutil.which("sleep")))
-    write_program(bare / "python3", '[ "$1" = -m ] || exit 0', "touch started", "sleep 300")
-    arguments = ("VENV=no", "ready=no/.ready", "no/.ready")
-    process = small.start(*arguments, PATH=str(bare))
+    python_with(bare, "touch started", "sleep 300")
+    process = small.start(*INSTALLING, PATH=str(bare))
     wait_for((small.folder / "started").exists, "the installation")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     (small.folder / "no" / "left").touch()
 
-    write_program(bare / "python3", *BROKEN)
-    assert "pip was here" in small.make(*arguments, status=2, PATH=str(bare))
+    python_with(bare, *pip_that("echo pip was here; exit 1"))
+    assert "pip was here" in small.make(*INSTALLING, status=2, PATH=str(bare))
     assert not (small.folder / "no" / "left").exists()
 
 
@@ -343,5 +545,18 @@ def test_installation_spares_a_folder_that_is_no_environment(small: Book) -> Non
 
 def test_help_names_every_command(small: Book) -> None:
     output = small.make()
-    for command in ("book", "test", "lab", "serve", "tidy", "clean", "distclean"):
+    commands = ("book", "test", "check", "chapter", "lab", "serve", "tidy", "clean", "distclean")
+    for command in commands:
         assert f"make {command}" in output
+
+
+def test_makes_of_the_tests_take_nothing_from_the_make_that_runs_them(
+    small: Book, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAKEFLAGS", " -k -- PROFILE=paper OTHER=x")
+    monkeypatch.setenv("MAKEOVERRIDES", "PROFILE=paper")
+    for name in ("PROFILE", "JOBS", "PYTHON", "OTHER"):
+        monkeypatch.setenv(name, "paper")
+    (small.folder / "Makefile").write_text("all:\n\t@env\n")
+    lines = small.make().splitlines()
+    assert not [line for line in lines if "paper" in line or line.startswith("OTHER")]

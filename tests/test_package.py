@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 
 import nbformat
 import pytest
@@ -38,6 +39,33 @@ def test_code_in_the_text_runs(document: Path) -> None:
     )
     for indent, block in blocks:
         exec(re.sub(f"^{indent}", "", block, flags=re.MULTILINE), names)
+
+
+def test_commands_of_the_text_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = set(re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE))
+    variables = {"ARGS", "LAB_ARGS", "NAME", *re.findall(r"^(\w+) *\?=", makefile, re.MULTILINE)}
+    for document in (ROOT / "README.md", ROOT / "index.md"):
+        text = document.read_text(encoding="utf-8")
+        assert set(re.findall(r"\bmake ([a-z]+)(?=[` ]| +#)", text)) <= commands, document.name
+        assert set(re.findall(r"\b([A-Z_]{3,})=", text)) <= variables, document.name
+
+
+def test_layout_of_the_text_is_true() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (`.*?) \| (.*) \|$", text, re.MULTILINE))
+    for path in re.findall(r"`([^`]+)`", " ".join(rows)):
+        assert (ROOT / path).exists(), path
+    modules = {path.relative_to(ROOT / "lorapower") for path in MODULES}
+    top = {path.parts[0].removesuffix(".py") for path in modules}
+    row = rows["`lorapower/`"]
+    named = set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", row)))
+    assert named == {name for name in top if not name.startswith("_")}
+    for wing, inside in re.findall(r"`(\w+)` \((`.*?)\)", row):
+        for name in re.findall(r"`(\w+)`", inside):
+            assert {Path(wing, name, "__init__.py"), Path(wing, f"{name}.py")} & modules, name
+    for name in re.findall(r"`(lorapower(?:\.\w+)+)`", text):
+        assert resolve_name(name), name
 
 
 def test_text_files_speak_of_the_project_alone() -> None:

@@ -49,6 +49,7 @@ def run(source: Path, target: Path, parameters: dict[str, object]) -> NotebookNo
         parameters,
         kernel_name="python3",
         cwd=target.parent,
+        progress_bar=False,
         # Kernels are reached over loopback: the notice that this is not encrypted is noise.
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),
     )
@@ -125,7 +126,6 @@ def main() -> int:
     partial, failed = (target.with_suffix(f".{end}.ipynb") for end in ("partial", "failed"))
     # The file carries the time at which its inputs were read: what changes during the run is newer.
     started = time.time_ns()
-    print(f"Executing {source} (profile {arguments.profile})", flush=True)
     try:
         notebook = run(source, partial, {"profile": arguments.profile})
         messages = clean(notebook, _defaults(source))
