@@ -6,6 +6,7 @@ Everything broadcasts over leading batch dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -51,11 +52,30 @@ def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"
     return torch.linalg.svdvals(_checks.real_tensor("matrix", matrix, min_dims=2))
 
 
+class SVD(NamedTuple):
+    """``U diag(S) Vᵀ`` with ``k`` orthonormal columns in ``U`` and in ``V``, largest ``σ`` first."""
+
+    U: Float[Tensor, "*batch out k"]
+    S: Float[Tensor, "*batch k"]
+    V: Float[Tensor, "*batch in k"]
+
+
+def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
+    """The singular value decomposition of a matrix of finite numbers, ``k = min(out, in)``."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return SVD(U, S, Vh.mT)
+
+
+def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
+    """The spectral norm ``σ_1`` of a matrix of finite numbers."""
+    return torch.linalg.svdvals(matrix)[..., 0]
+
+
 def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     """Best rank-``rank`` approximation ``LR_r(M) = Σ_{d≤r} σ_d u_d v_dᵀ``, as ``A = UΣ, B = V``.
 
-    Best in spectral and Frobenius norm (Eckart–Young–Mirsky, chapter 1). Raises `InputError` for a
-    rank outside ``0…min(out, in)`` or a matrix that is not finite float32 or float64.
+    Best in spectral and Frobenius norm [thm-eckart-young]. Raises `InputError` for a rank outside
+    ``0…min(out, in)`` or a matrix that is not finite float32 or float64.
     """
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(matrix.shape[-2:]), limit="the smaller side")
@@ -69,7 +89,7 @@ def tail_norms(
     """Norms of what rank ``r`` leaves out: ``σ_{r+1}`` (0 past the end), ``(Σ_{d>r} σ_d²)^{1/2}``.
 
     These are the spectral and the Frobenius distance to the nearest matrix of rank ``r``
-    (Eckart–Young–Mirsky, chapter 1). Raises `InputError` for a negative rank.
+    [thm-eckart-young]. Raises `InputError` for a negative rank.
     """
     tail = singular_values[..., _checks.integer("rank", rank, 0) :]
     spectral = tail[..., 0] if tail.shape[-1] else torch.zeros_like(singular_values[..., 0])
