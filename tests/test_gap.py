@@ -103,12 +103,15 @@ def test_a_gap_is_what_numpy_finds(
     sigma = np.linalg.svd(E, compute_uv=False)
     tail = np.concatenate([sigma[..., rank:], np.zeros((*E.shape[:-2], 1))], -1)
     unit = 100 * torch.finfo(dtype).eps * width * (1 + np.abs(E).max() + np.abs(P).max() * 4**depth)
-    np.testing.assert_allclose(gap.error(rank), tail.max(-1), rtol=0, atol=unit)
-    np.testing.assert_allclose(gap.error(rank, "fro"), np.sqrt((tail**2).sum(-1)), atol=unit)
     undone = gap.undone(rank).double().numpy()
-    np.testing.assert_allclose(np.linalg.norm(undone, 2, (-2, -1)), tail.max(-1), atol=unit)
-    np.testing.assert_allclose(gap.best(rank).matrix().double() + undone, E, rtol=0, atol=unit)
-    np.testing.assert_allclose(gap.reached(rank).double() + undone, target.expand(E.shape), atol=unit)
+    for found, expected in (
+        (gap.error(rank), tail.max(-1)),
+        (gap.error(rank, "fro"), np.sqrt((tail**2).sum(-1))),
+        (np.linalg.norm(undone, 2, (-2, -1)), tail.max(-1)),
+        (gap.best(rank).matrix().double().numpy() + undone, E),
+        (gap.reached(rank).double().numpy() + undone, target.double().numpy() + 0 * E),
+    ):
+        np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=unit)
     assert gap.best(rank).rank == min(rank, inputs, outputs)
     assert gap.batch_shape == gap.rank.shape == torch.Size(E.shape[:-2])
 
@@ -281,7 +284,6 @@ def test_an_adapted_linear_network_is_left_alone(
     again = linear.adapt(adapted, target, rank, throw=False)
     good = found.condition_numbers.amax(-1) < 1e4
     assert (sizes(again.adapters)[good] < 1e-6).all()
-    assert (bounds.error_rank(adapted, target)[found.condition_numbers.amax(-1) < 10] == 0).all()
     if width > depth:
         part = linear.adapt(frozen, target, [1] * depth, throw=False)
         more = linear.adapt(part.adapters.merge(frozen), target, [1] * depth, throw=False)

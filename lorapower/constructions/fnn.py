@@ -15,7 +15,7 @@ from .. import _checks, bounds, lowrank
 from ..adapters import Adapters
 from ..errors import InputError, PrecisionError, SingularError
 from ..lowrank import LowRank
-from ..networks import FNN, LinearNetwork, Partition, blocks, pad, shares
+from ..networks import FNN, Partition, blocks, pad, product, shares
 from ..regions import Region
 from . import linear
 
@@ -166,7 +166,7 @@ def adapt(
             LowRank(pad(update.A, weight.shape[-2]), pad(update.B, weight.shape[-1]))
             for update, weight in zip(found.adapters.updates, own.weights, strict=True)
         ]
-        weights = Adapters(tuple(padded)).merge(LinearNetwork(own.weights)).weights
+        weights = [w + update.matrix() for w, update in zip(own.weights, padded, strict=True)]
         best_map = gap.reached(sum(share))
         at_centre = best_map @ region.centre + layer.biases[0][..., None]
         tuned = _biases(weights, own.biases, region, at_centre, scalar_biases)
@@ -174,7 +174,7 @@ def adapt(
         lost = _digits_lost(weights, tuned, layer, typical)
         if throw:
             _require_digits(lost.expand(batch), limit, i + 1, frozen.dtype)
-        adapted = LinearNetwork(weights).product()[..., : at_centre.shape[-2], : region.width]
+        adapted = product(weights)[..., : at_centre.shape[-2], : region.width]
         error_terms.append((gap.target.norm, found.spectral_error * region.largest_norm()))
         region, typical = region.after(adapted, at_centre), layer(typical)
 
@@ -253,17 +253,20 @@ def _biases(
     Everything is computed from the rounded biases of the layers before, so that the last one takes
     back their rounding too.
     """
-    # Rounding must not switch off a unit at the edge.
-    beyond = 1 + torch.finfo(region.centre.dtype).eps ** 0.5
+    # Rounding must not switch off a unit at the edge, even where the region is a single point.
+    eps = torch.finfo(region.centre.dtype).eps
+    beyond = 1 + eps**0.5
     matrix = torch.eye(weights[0].shape[-1], dtype=region.centre.dtype)[:, : region.width]
     made = _Biases([], [], [pad(region.centre, weights[0].shape[-1])])
     for l, (weight, bias) in enumerate(zip(weights, frozen, strict=True), start=1):
         matrix, before = weight @ matrix, weight @ made.values[-1]
+        slack = weight.shape[-1] * eps * (weight.abs() @ made.values[-1].abs() + bias[..., None].abs())
         if l < len(weights):
-            wanted = -beyond * region.lowest(matrix)
+            wanted = slack - beyond * region.lowest(matrix)
         else:
-            unused = matrix[..., at_centre.shape[-2] :, :]
-            wanted = _stack_rows(at_centre, beyond * region.lowest(-unused))
+            used = at_centre.shape[-2]
+            off = beyond * region.lowest(-matrix[..., used:, :]) - slack[..., used:, :]
+            wanted = _stack_rows(at_centre, off)
         tuned = wanted - before
         if scalar and l < len(weights):
             tuned = tuned.amax(-2, keepdim=True).expand_as(tuned)

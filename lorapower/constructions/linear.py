@@ -273,7 +273,13 @@ def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Sp
         A, B = torch.where(taken, A, 0), torch.where(taken, B, 0)
         factors[l][0][..., :k], factors[l][1][..., :k] = A, B
         current[l] = current[l] + A @ B.mT
-        conditions[:, l] = torch.where(needed.any(-1), _worse_condition(left, right), 1)
+        worse = [best_map.new_ones(len(best_map))]
+        for system, layers in ((left, range(l + 1, len(weights))), (right, range(l))):
+            if len(layers) == 1 and current[layers[0]] is weights[layers[0]]:
+                worse.append(lowrank.condition(gap.frozen.spectra[layers[0]]))
+            elif system is not None:
+                worse.append(lowrank.condition_number(system))
+        conditions[:, l] = torch.where(needed.any(-1), torch.stack(worse).amax(0), 1)
 
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
     rounding = torch.stack([_distance(map_, best_map) for map_ in _both_ways(merged)]).amax(0)
@@ -355,12 +361,6 @@ def _systems(weights: list[Tensor], l: int) -> tuple[Tensor | None, Tensor | Non
 
 def _solved(system: Tensor | None, wanted: Tensor) -> Tensor:
     return wanted if system is None else lowrank.solve(system, wanted)
-
-
-def _worse_condition(*systems: Tensor | None) -> Tensor:
-    """The larger condition number, at least 1, which is that of no system at all."""
-    conditions = [lowrank.condition_number(one) for one in systems if one is not None]
-    return torch.stack(conditions).amax(0) if conditions else torch.ones(())
 
 
 def _check_widths(frozen: LinearNetwork, ranks: Sequence[int]) -> None:

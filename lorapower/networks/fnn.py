@@ -94,7 +94,10 @@ class FNN(Layers):
 
     def layers(self, which: slice) -> FNN:
         """The network of some consecutive layers."""
-        return FNN(self.weights[which], self.biases[which])
+        network = object.__new__(FNN)
+        object.__setattr__(network, "weights", self.weights[which])
+        object.__setattr__(network, "biases", self.biases[which])
+        return network
 
     def preactivations(
         self, x: Float[Tensor, "*batch in samples"]

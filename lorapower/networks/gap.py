@@ -165,9 +165,10 @@ class Gap:
 
     def _each(self, change: Callable[[Tensor, int], Tensor]) -> Gap:
         gap = object.__new__(Gap)
-        for name in ("frozen", "target"):
-            weights = [change(weight, 2) for weight in getattr(self, name).weights]
-            object.__setattr__(gap, name, LinearNetwork.unchecked(weights))
+        for name, network in (("frozen", self.frozen), ("target", self.target)):
+            changed = LinearNetwork.unchecked([change(weight, 2) for weight in network.weights])
+            vars(changed)["spectra"] = tuple(change(values, 1) for values in network.spectra)
+            object.__setattr__(gap, name, changed)
         vars(gap)["svd"] = SVD(*(change(p, d) for p, d in zip(self.svd, (2, 1, 2), strict=True)))
         vars(gap)["rounding_scale"] = change(self.rounding_scale, 0)
         return gap

@@ -110,7 +110,12 @@ class LinearNetwork(Layers):
     @cached_property
     def norms(self) -> tuple[Float[Tensor, "*batch"], ...]:
         """``‖W_l‖_2`` of each layer."""
-        return tuple(lowrank.norm(weight) for weight in self.weights)
+        return tuple(values[..., 0] for values in self.spectra)
+
+    @cached_property
+    def spectra(self) -> tuple[Float[Tensor, "*batch k"], ...]:
+        """The singular values of each layer's weight."""
+        return tuple(lowrank.spectrum(weight) for weight in self.weights)
 
     @cached_property
     def norm(self) -> Float[Tensor, "*batch"]:
