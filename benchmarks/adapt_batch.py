@@ -19,7 +19,6 @@ from lorapower.constructions import fnn
 from lorapower.networks import FNN
 from lorapower.regions import Ball
 
-
 # Stages by the names of torch's own functions.
 STAGES = {
     "singular value decompositions": ("svd",),

@@ -62,7 +62,7 @@ class SingularError(LorapowerError, ArithmeticError):
         if condition_number > singular_from:
             cause = (
                 f"{where} are singular (condition number {condition_number:.1e}), so that the "
-                "assumption of non-singularity fails [ass-nonsingular]: give more rank to a singular "
+                "assumption of non-singularity fails: give more rank to a singular "
                 "layer, give this layer rank 0, or perturb the frozen weights"
             )
         else:

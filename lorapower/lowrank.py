@@ -17,7 +17,6 @@ from torch import Tensor
 from . import _checks, randomness
 from .errors import InputError
 
-
 # Members of a batch for each thread from which on threads pay.
 SHARED_OUT = 64
 
@@ -59,7 +58,7 @@ def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"
 
 
 class SVD(NamedTuple):
-    """``U diag(S) Vᵀ`` with ``k`` orthonormal columns in ``U`` and in ``V``, largest ``σ`` first."""
+    """``U diag(S) Vᵀ``: ``k`` orthonormal columns in ``U`` and in ``V``, largest ``σ`` first."""
 
     U: Float[Tensor, "*batch out k"]
     S: Float[Tensor, "*batch k"]

@@ -368,7 +368,7 @@ def test_a_segment_that_cannot_be_reached_is_named() -> None:
     frozen = Transformer.random(1, 4, 1, batch_shape=(2,))
     frozen = replace(frozen, W_out=torch.zeros(4, 4, dtype=torch.float64))
     ranks = FULL | {"W_2": 4, "W_out": 0}
-    with pytest.raises(SingularError, match=r"output segment of batch member 0 \(one of 2 that fail: 0, 1\)"):
+    with pytest.raises(SingularError, match=r"output segment of batch member 0 \(one of 2 "):
         transformer.adapt(frozen, Transformer.random(1, 4, 1, seed=2), ranks)
 
 

@@ -104,9 +104,7 @@ def activation_sizes(
         raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(given))
     sizes = [given.to(target.dtype).sqrt()]
     for weight, bias in zip(target.weights[:-1], target.biases[:-1], strict=True):
-        sizes.append(
-            lowrank.norm(weight) * sizes[-1] + torch.linalg.vector_norm(bias, dim=-1)
-        )
+        sizes.append(lowrank.norm(weight) * sizes[-1] + torch.linalg.vector_norm(bias, dim=-1))
     return sizes
 
 

@@ -17,12 +17,12 @@ def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, 
 
 
 def rounding_scale(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, "*batch"]:
-    """What in ``E`` is below ``D · eps`` times this may be rounding: `networks.Gap.rounding_scale`."""
+    """What in ``E`` is below ``D · eps`` times this may be rounding: that of a `networks.Gap`."""
     return Gap(frozen, target).rounding_scale
 
 
 def error_rank(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
-    """``rank E``, counting only singular values above the rounding of ``E``: `networks.Gap.rank`."""
+    """``rank E``, counting only singular values above its rounding: that of a `networks.Gap`."""
     return Gap(frozen, target).rank
 
 
@@ -40,8 +40,8 @@ def linear_error(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Least spectral and Frobenius error of any adapters of total rank ``r = Σ_l R_l``.
 
-    ``σ_{r+1}(E)`` and ``(Σ_{d>r} σ_d(E)²)^{1/2}``. Source: [thm-optimal-adaptation]; the lower bound
-    needs no assumption.
+    ``σ_{r+1}(E)`` and ``(Σ_{d>r} σ_d(E)²)^{1/2}``. Source: [thm-optimal-adaptation]; the lower
+    bound needs no assumption.
     """
     gap = Gap(frozen, target)
     return gap.error(total_rank), gap.error(total_rank, "fro")

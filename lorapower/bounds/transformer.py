@@ -16,8 +16,9 @@ def pair_ranks(
     """Least ranks on the two middle layers of a segment of four: inner, outer, both together.
 
     With ``X Y`` the frozen, ``X̄ Ȳ`` the target product, cut in the middle where ``d`` units stand:
-    ``rank[Ȳ; Y] − d``, ``rank[X̄, X] − d``, and ``rank(X̄ Ȳ − X Y)`` for both together. The first two are 0 for heads
-    that are not narrower than the tokens. They are necessary where ``X̄`` and ``Ȳ`` have rank ``d``.
+    ``rank[Ȳ; Y] − d``, ``rank[X̄, X] − d``, and ``rank(X̄ Ȳ − X Y)`` for both together. The first
+    two are 0 for heads that are not narrower than the tokens. They are necessary where ``X̄`` and
+    ``Ȳ`` have rank ``d``.
     Source: [prop-narrow-heads].
     """
     _checks.kind(Gap, gap=gap)

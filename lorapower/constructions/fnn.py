@@ -198,7 +198,12 @@ def adapt(
         condition_numbers=conditions.expand(*batch, frozen.depth),
         plain=stack([found.plain for found in linears]),
         digits_lost=stack(digits_lost),
-        success=stack([found.success & (lost <= limit) for found, lost in zip(linears, digits_lost, strict=True)]).all(-1),
+        success=stack(
+            [
+                found.success & (lost <= limit)
+                for found, lost in zip(linears, digits_lost, strict=True)
+            ]
+        ).all(-1),
     )
 
 
@@ -260,7 +265,9 @@ def _biases(
     made = _Biases([], [], [pad(region.centre, weights[0].shape[-1])])
     for l, (weight, bias) in enumerate(zip(weights, frozen, strict=True), start=1):
         matrix, before = weight @ matrix, weight @ made.values[-1]
-        slack = weight.shape[-1] * eps * (weight.abs() @ made.values[-1].abs() + bias[..., None].abs())
+        slack = (
+            weight.shape[-1] * eps * (weight.abs() @ made.values[-1].abs() + bias[..., None].abs())
+        )
         if l < len(weights):
             wanted = slack - beyond * region.lowest(matrix)
         else:

@@ -286,9 +286,7 @@ def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Sp
     return _Splitting(factors, conditions, rounding)
 
 
-def _whole(
-    remaining: Tensor, basis: Tensor, noise: Tensor, of_rows: bool
-) -> tuple[Tensor, Tensor]:
+def _whole(remaining: Tensor, basis: Tensor, noise: Tensor, of_rows: bool) -> tuple[Tensor, Tensor]:
     """Factors of all that remains, whose range is known: the last layer takes it as it is.
 
     ``basis`` spans the columns of ``remaining``, or its rows, up to the rounding of what the layers
@@ -329,7 +327,7 @@ def _distance(matrix: Tensor, other: Tensor) -> Tensor:
 def _directions(
     take: str, system: Tensor | None, basis: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Orthogonal ``[batch, s, s]``: the combinations of triplets, first those that a layer takes."""
+    """Orthogonal ``[batch, s, s]``: combinations of triplets, first those that a layer takes."""
     size = basis.shape[-1]
     if take == "leading":
         return torch.eye(size, dtype=basis.dtype).expand(len(basis), size, size)
@@ -355,7 +353,9 @@ def _systems(weights: list[Tensor], l: int) -> tuple[Tensor | None, Tensor | Non
     digits in deep networks.
     """
     outer, inner = [w.mT for w in reversed(weights[l + 1 :])], weights[:l]
-    left, right = (product(part).nan_to_num(0, 0, 0).mT if part else None for part in (outer, inner))
+    left, right = (
+        product(part).nan_to_num(0, 0, 0).mT if part else None for part in (outer, inner)
+    )
     return left, right
 
 

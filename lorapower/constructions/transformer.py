@@ -227,7 +227,10 @@ def _judged(
         failed = ~success
         if gap.frozen.depth == 4:
             block, head = place[-2:]
-            words, failed = f"{words} of block {block + 1}, head {head + 1}", failed[..., block, head]
+            words, failed = (
+                f"{words} of block {block + 1}, head {head + 1}",
+                failed[..., block, head],
+            )
         raise SingularError(
             layer + 1,
             float(found.condition_numbers[place][layer]),

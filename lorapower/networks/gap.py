@@ -100,7 +100,7 @@ class Gap:
 
     @property
     def noise(self) -> Float[Tensor, "*batch"]:
-        """``max(out, in) · eps · rounding_scale``: what in ``E`` is not above this may be rounding."""
+        """``max(out, in) · eps · rounding_scale``: what is not above this may be rounding."""
         sides = self.frozen.widths[0], self.frozen.widths[-1]
         return max(sides) * torch.finfo(self.frozen.dtype).eps * self.rounding_scale
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,8 +37,8 @@ class Segments(NamedTuple, Generic[T]):
     value_output: T
     output: T
 
-    def largest(self: Segments[Tensor]) -> Tensor:
-        """The largest of a network's numbers; ``[...]``."""
+    def largest(self: Segments[Any]) -> Tensor:
+        """The largest of a network's numbers, where something is one number; ``[...]``."""
         heads = torch.maximum(self.query_key, self.value_output).amax((-2, -1))
         return torch.maximum(heads, self.output)
 
@@ -69,7 +69,7 @@ def regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch"]:
 
 
 def missing_shift(target: Transformer) -> Float[Tensor, "*batch _ width"]:
-    """``c`` of a target, ``W_{2,l} c = b_{2,l}``, for all blocks but the last; ``[..., L − 1, D]``."""
+    """``c`` with ``W_{2,l} c = b_{2,l}`` for all blocks but the last; ``[..., L − 1, D]``."""
     return lowrank.solve(target.W_2[..., :-1, :, :], target.b_2[..., :-1, :, None])[..., 0]
 
 
@@ -125,10 +125,12 @@ def _check(frozen: Transformer, target: Transformer) -> torch.Size:
 def _require_regular(name: str, conditions: Float[Tensor, "*batch _"], limit: float) -> None:
     bad = conditions > limit
     if bad.any():
-        block = int(bad.flatten(0, -2).any(0).nonzero()[0]) if bad.ndim > 1 else int(bad.nonzero()[0])
+        block = (
+            int(bad.flatten(0, -2).any(0).nonzero()[0]) if bad.ndim > 1 else int(bad.nonzero()[0])
+        )
         raise InputError(
             f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
             allowed="non-singular",
             given=f"condition number {float(conditions[..., block].max()):.1e}",
-            remedy="the theorem [thm-transformer] inverts it; perturb it",
+            remedy="the theorem inverts it; perturb it",
         )

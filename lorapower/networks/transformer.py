@@ -182,13 +182,14 @@ class Transformer(Network):
             for side, n in zip(shape, getattr(self, name).shape[-len(shape) :], strict=True)
         }
 
+    # Kept in stacks, so that both are read only.
     @cached_property
-    def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:
+    def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:  # type: ignore[override]
         """All matrices, one by one: by kind in the order of `WEIGHTS`, then by block and head."""
         return tuple(w for name in WEIGHTS for w in self._unstacked(name, 2))
 
     @cached_property
-    def biases(self) -> tuple[Float[Tensor, "*batch _"], ...]:
+    def biases(self) -> tuple[Float[Tensor, "*batch _"], ...]:  # type: ignore[override]
         """All vectors, one by one: ``b_1`` of every block, then ``b_2`` of every block."""
         return tuple(b for name in BIASES for b in self._unstacked(name, 1))
 

@@ -57,9 +57,7 @@ class Stack(Generic[N]):
         """What all runs have in common."""
         votes = batches.votes
         blocks, heads = (
-            (self.network.depth, self.network.heads)
-            if self.network.sequences
-            else (0, 0)
+            (self.network.depth, self.network.heads) if self.network.sequences else (0, 0)
         )
         return Structure(
             relu=self.network.relu,
