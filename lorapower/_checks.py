@@ -134,6 +134,23 @@ def like_frozen(target: torch.dtype, frozen: torch.dtype) -> None:
         )
 
 
+def failed_members(bad: Tensor, shown: int | None = None) -> str:
+    """Words that name the members of a batch where ``bad`` holds; nothing for a single network.
+
+    ``shown``, by default the first of them, is the flat position of the one that is spoken of.
+    """
+    if not bad.ndim:
+        return ""
+    places = [place[0] if len(place) == 1 else tuple(place) for place in bad.nonzero().tolist()]
+    one = int(bad.flatten().nonzero()[0]) if shown is None else shown
+    index = tuple(int(i) for i in np.unravel_index(one, bad.shape))
+    words = f" of batch member {index[0] if len(index) == 1 else index}"
+    if len(places) > 1:
+        listed = ", ".join(map(str, places[:8])) + (", …" if len(places) > 8 else "")
+        words += f" (one of {len(places)} that fail: {listed})"
+    return words
+
+
 def common_shape(
     name: str, shapes: Sequence[tuple[int, ...]], *, what: str = "batch shapes"
 ) -> torch.Size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,14 +13,14 @@ from torch import Tensor
 from . import _checks
 from .errors import InputError
 from .lowrank import LowRank
-from .networks import FNN, LinearNetwork, Transformer
+from .networks import Network
 
-N = TypeVar("N", bound=LinearNetwork | FNN | Transformer)
+N = TypeVar("N", bound=Network)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """One low-rank update for each weight of a network, and tuned biases.
+    """One low-rank update for each weight of a network, and tuned biases [def-adapter].
 
     Attributes
     ----------
@@ -59,8 +59,8 @@ class Adapters:
         """
         return self._add(network, -1)
 
-    def _add(self, network: Any, sign: int) -> Any:
-        _checks.kind(LinearNetwork, FNN, Transformer, network=network)
+    def _add(self, network: N, sign: int) -> N:
+        _checks.kind(Network, network=network)
         shapes = [(update.A.shape[-2], update.B.shape[-2]) for update in self.updates]
         expected = [tuple(weight.shape[-2:]) for weight in network.weights]
         if shapes != expected:
@@ -70,8 +70,8 @@ class Adapters:
         weights = _sums(network.weights, [update.matrix() for update in self.updates], sign)
         if not self.bias_updates:
             return network.with_parameters(weights)
-        if isinstance(network, LinearNetwork):
-            raise InputError("network", allowed="one with biases, which are tuned", given="linear")
+        if not network.biases:
+            raise InputError("network", allowed="one with biases, which are tuned", given="none")
         return network.with_parameters(weights, _sums(network.biases, self.bias_updates, sign))
 
 

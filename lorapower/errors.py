@@ -62,7 +62,7 @@ class SingularError(LorapowerError, ArithmeticError):
         if condition_number > singular_from:
             cause = (
                 f"{where} are singular (condition number {condition_number:.1e}), so that the "
-                "assumption of non-singularity fails (chapter 1): give more rank to a singular "
+                "assumption of non-singularity fails: give more rank to a singular "
                 "layer, give this layer rank 0, or perturb the frozen weights"
             )
         else:
@@ -73,6 +73,17 @@ class SingularError(LorapowerError, ArithmeticError):
         super().__init__(
             "the best splitting tried leaves a relative rounding error of "
             f"{rounding_error:.1e}, more than rtol = {rtol:.1e}; {cause}"
+        )
+
+    def at_layer(self, layer: int) -> SingularError:
+        """The same error, of a layer that is counted in a larger network."""
+        return SingularError(
+            layer,
+            self.condition_number,
+            self.rounding_error,
+            self.rtol,
+            self.singular_from,
+            self.member,
         )
 
 

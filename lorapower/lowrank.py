@@ -5,7 +5,10 @@ Everything broadcasts over leading batch dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +16,9 @@ from torch import Tensor
 
 from . import _checks, randomness
 from .errors import InputError
+
+# Members of a batch for each thread from which on threads pay.
+SHARED_OUT = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,19 +54,66 @@ def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"
 
     Raises `InputError` for anything but a finite float32 or float64 matrix.
     """
-    return torch.linalg.svdvals(_checks.real_tensor("matrix", matrix, min_dims=2))
+    return _values(_checks.real_tensor("matrix", matrix, min_dims=2))
+
+
+class SVD(NamedTuple):
+    """``U diag(S) Vᵀ``: ``k`` orthonormal columns in ``U`` and in ``V``, largest ``σ`` first."""
+
+    U: Float[Tensor, "*batch out k"]
+    S: Float[Tensor, "*batch k"]
+    V: Float[Tensor, "*batch in k"]
+
+
+def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
+    """The singular value decomposition of a matrix of finite numbers, ``k = min(out, in)``."""
+    U, S, Vh = _member_by_member(lambda m: torch.linalg.svd(m, full_matrices=False), matrix)
+    return SVD(U, S, Vh.mT)
+
+
+def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
+    """The spectral norm ``σ_1`` of a matrix of finite numbers."""
+    return _values(matrix)[..., 0]
+
+
+def _values(matrix: Tensor) -> Tensor:
+    (values,) = _member_by_member(lambda m: (torch.linalg.svdvals(m),), matrix)
+    return values
+
+
+def _member_by_member(
+    function: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor
+) -> tuple[Tensor, ...]:
+    """``function`` of a batch of matrices, which LAPACK would take one after the other.
+
+    Members that are one and the same by expansion are taken once, and many are shared out among
+    torch's threads.
+    """
+    batch = matrix.shape[:-2]
+    for dim in range(len(batch)):
+        if matrix.stride(dim) == 0:
+            matrix = matrix.narrow(dim, 0, 1)
+    own = matrix.shape[:-2]
+    threads = torch.get_num_threads()
+    if threads == 1 or own.numel() < SHARED_OUT * threads:
+        found = function(matrix)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(function, matrix.flatten(0, -3).chunk(threads))
+            found = tuple(torch.cat(each).unflatten(0, own) for each in zip(*parts, strict=True))
+    return tuple(each.expand((*batch, *each.shape[len(batch) :])) for each in found)
 
 
 def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     """Best rank-``rank`` approximation ``LR_r(M) = Σ_{d≤r} σ_d u_d v_dᵀ``, as ``A = UΣ, B = V``.
 
-    Best in spectral and Frobenius norm (Eckart–Young–Mirsky, chapter 1). Raises `InputError` for a
-    rank outside ``0…min(out, in)`` or a matrix that is not finite float32 or float64.
+    Best in spectral and Frobenius norm [thm-eckart-young]. Raises `InputError` for a rank outside
+    ``0…min(out, in)`` or a matrix that is not finite float32 or float64.
     """
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(matrix.shape[-2:]), limit="the smaller side")
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return LowRank(U[..., :rank] * S[..., None, :rank], Vh.mT[..., :rank])
+    U, S, V = svd(matrix)
+    return LowRank(U[..., :rank] * S[..., None, :rank], V[..., :rank])
 
 
 def tail_norms(
@@ -69,7 +122,7 @@ def tail_norms(
     """Norms of what rank ``r`` leaves out: ``σ_{r+1}`` (0 past the end), ``(Σ_{d>r} σ_d²)^{1/2}``.
 
     These are the spectral and the Frobenius distance to the nearest matrix of rank ``r``
-    (Eckart–Young–Mirsky, chapter 1). Raises `InputError` for a negative rank.
+    [thm-eckart-young]. Raises `InputError` for a negative rank.
     """
     tail = singular_values[..., _checks.integer("rank", rank, 0) :]
     spectral = tail[..., 0] if tail.shape[-1] else torch.zeros_like(singular_values[..., 0])
@@ -93,7 +146,11 @@ def rank(
 
 def condition_number(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
     """``σ_1 / σ_min(out, in)``: 1 at best, infinite for a matrix without full rank."""
-    singular_values = spectrum(matrix)
+    return condition(spectrum(matrix))
+
+
+def condition(singular_values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+    """``σ_1 / σ_k``, infinite for ``σ_k = 0``."""
     largest, smallest = singular_values[..., 0], singular_values[..., -1]
     # Also for a zero matrix, whose quotient would be 0/0.
     return torch.where(smallest > 0, largest / smallest, torch.inf)
@@ -111,7 +168,7 @@ def solve(
     rows, cols = matrix.shape[-2:]
     if rows > cols:
         raise InputError("matrix", allowed="at least as wide as high", given=f"{rows}×{cols}")
-    Q, R = torch.linalg.qr(matrix.mT)
+    Q, R = _member_by_member(torch.linalg.qr, matrix.mT)
     return Q @ torch.linalg.solve_triangular(R.mT, right, upper=False)
 
 

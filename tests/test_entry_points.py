@@ -77,7 +77,15 @@ def test_the_table_of_calls_is_complete() -> None:
     functions = set().union(*map(public, modules))
     of_two = {f for f in functions if {"frozen", "target"} <= set(inspect.signature(f).parameters)}
     assert of_two == set(CALLS)
-    assert functions - of_two == {bounds.colliding_inputs, narrow.adapt, narrow.require_ranks}
+    assert functions - of_two == {
+        bounds.accumulate_errors,
+        bounds.activation_sizes,
+        bounds.colliding_inputs,
+        bounds.pair_ranks,
+        linear.close,
+        narrow.adapt,
+        narrow.require_ranks,
+    }
 
 
 @pytest.mark.parametrize("function", CALLS, ids=lambda f: f"{f.__module__}.{f.__name__}")
@@ -110,15 +118,19 @@ def test_one_network(wrong: Any) -> None:
         ADAPTED.covers(wrong, X)
     adapters: Adapters = ADAPTED.adapters
     for change in (adapters.merge, adapters.unmerge):
-        with pytest.raises(InputError, match="LinearNetwork or FNN or Transformer "):
+        with pytest.raises(InputError, match="network must be of class Network "):
             change(wrong)
 
 
-def test_segments_are_not_networks() -> None:
+def test_gaps_are_not_networks() -> None:
     networks: Any = RIGHT[Transformer]
     with pytest.raises(InputError, match="frozen must be of class Transformer "):
         segments(None, networks[1])  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="segment must be of class Segment "):
-        narrow.adapt(networks[0], 1, 1)
-    with pytest.raises(InputError, match="segment must be of class Segment "):
-        narrow.require_ranks(networks[0], {"W_Q": 1, "W_K": 1})
+    for function in (
+        bounds.pair_ranks,
+        lambda gap: linear.close(gap, 1),
+        lambda gap: narrow.adapt(gap, 1, 1),
+        lambda gap: narrow.require_ranks(gap, {"W_Q": 1, "W_K": 1}),
+    ):
+        with pytest.raises(InputError, match="gap must be of class Gap "):
+            function(networks[0])

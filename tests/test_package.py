@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -73,3 +75,54 @@ def test_text_files_speak_of_the_project_alone() -> None:
     for path in [*DOCUMENTS, *MODULES, ROOT / "constraints.txt", ROOT / "pyproject.toml"]:
         found = machine.search(path.read_text(encoding="utf-8"))
         assert not found, f"{path.name} names {found and found.group()}"
+
+
+def docstrings(module: Path) -> Iterator[str]:
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, documented):
+            yield ast.get_docstring(node) or ""
+
+
+def labels() -> set[str]:
+    """Of the statements in the chapters."""
+    texts = [
+        cell.source
+        for chapter in CHAPTERS
+        for cell in nbformat.read(chapter, as_version=4).cells
+        if cell.cell_type == "markdown"
+    ]
+    found = re.findall(
+        r"^:{3,}\{prf:\w+\}.*\n(?:^:\w+:.*\n)*?^:label: ([\w-]+)$", "\n".join(texts), re.MULTILINE
+    )
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def test_docstrings_cite_statements_by_labels_that_exist() -> None:
+    cited = {
+        label
+        for module in MODULES
+        for text in docstrings(module)
+        for label in re.findall(r"\[([a-z]+-[a-z-]+)\]", text)
+    }
+    known = labels()
+    assert {"thm-optimal-adaptation", "thm-partition", "thm-transformer"} <= cited
+    assert cited <= known, f"no statement is labelled {sorted(cited - known)}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+def test_docstrings_count_on_no_chapter_numbers(module: Path) -> None:
+    for text in docstrings(module):
+        found = re.search(r"[Cc]hapters? \d", text)
+        assert not found, f"{module.name} cites {found and found.group()}"
+
+
+def test_modules_can_be_read_in_one_go() -> None:
+    long = {
+        module.name
+        for module in MODULES
+        if len(module.read_text(encoding="utf-8").splitlines()) > 450
+    }
+    # The engine says why it is one module.
+    assert long <= {"compiled.py", "sweeps.py"}

@@ -4,18 +4,21 @@ All raise `InputError` for a network of another kind than the one they are for.
 """
 
 from .final_layers import Floor, colliding_inputs, final_layers_floor
-from .fnn import fnn_block_errors, fnn_error, fnn_error_on, fnn_threshold
-from .linear import error_matrix, error_rank, linear_error, linear_threshold, rounding_scale
-from .transformer import (
-    PerSegment,
-    transformer_error,
-    transformer_ranks,
-    transformer_threshold,
+from .fnn import (
+    accumulate_errors,
+    activation_sizes,
+    fnn_block_errors,
+    fnn_error,
+    fnn_error_on,
+    fnn_threshold,
 )
+from .linear import error_matrix, error_rank, linear_error, linear_threshold, rounding_scale
+from .transformer import pair_ranks, transformer_error, transformer_ranks, transformer_threshold
 
 __all__ = [
     "Floor",
-    "PerSegment",
+    "accumulate_errors",
+    "activation_sizes",
     "colliding_inputs",
     "error_matrix",
     "error_rank",
@@ -26,6 +29,7 @@ __all__ = [
     "fnn_threshold",
     "linear_error",
     "linear_threshold",
+    "pair_ranks",
     "rounding_scale",
     "transformer_error",
     "transformer_ranks",

@@ -1,4 +1,4 @@
-"""What tuning the final layers cannot do: the frozen first layer has lost it (chapter 3).
+"""What tuning the final layers cannot do: the frozen first layer has lost it [lem-final-layers].
 
 Whatever is tuned above the first layer sees of an input ``x`` only ``h(x) = ReLU(W_1 x + b_1)``.
 Units that are active at ``x`` fix the values of linear maps of it, units that are not say only that
@@ -40,7 +40,7 @@ def colliding_inputs(
 
     It lies as far from ``x`` as the inactive units let it, ``reach`` at most, in a random
     direction that the active units do not see. Where these see all directions it is ``x`` itself.
-    Source: lemma "final layers", chapter 3.
+    Source: [lem-final-layers].
     """
     _checks.kind(FNN, frozen=frozen)
     x = frozen.as_inputs(x).double()
@@ -78,7 +78,7 @@ def final_layers_floor(
     steps : of hit-and-run from each.
 
     Returns the floor of the mean squared error (by coordinate) with the standard error of the
-    estimate over the samples. Source: proposition "floor for the final layers", chapter 3.
+    estimate over the samples. Source: [prop-floor].
     """
     _checks.kind(FNN, frozen=frozen, target=target)
     samples = _checks.integer("samples", samples, 2)

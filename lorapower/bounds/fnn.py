@@ -1,8 +1,8 @@
-"""Rank threshold and error bounds of an adapted ReLU network (chapters 2 and 3).
+"""Rank threshold and error bounds of an adapted ReLU network.
 
 All errors are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's inner layers
 are linear: squared and divided by the number of outputs they bound the mean squared error. For a
-target of one layer they are those of chapter 2, for deeper ones those of chapter 3.
+target of one layer they are those of [thm-one-layer], for deeper ones [thm-partition-error].
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, lowrank
 from ..errors import InputError
-from ..networks import FNN, Block, Partition, blocks
-from .linear import error_matrix, linear_error, linear_threshold
+from ..networks import FNN, Partition, blocks, shares
 
 
 def fnn_threshold(
@@ -27,9 +26,9 @@ def fnn_threshold(
 
     ``E_i = W̄_i − ∏_{l∈P_i} W_l`` for block ``P_i`` of ``M_i`` layers, its last weight cut to the
     rows and its first to the columns that the target layer has. The uniform partition by default.
-    Source: theorem "exactness by partition", chapter 3.
+    Source: [thm-partition].
     """
-    needed = [linear_threshold(b.frozen, b.target) for b in blocks(frozen, target, partition)]
+    needed = [-(-gap.rank // gap.frozen.depth) for gap in blocks(frozen, target, partition)]
     return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
 
 
@@ -37,9 +36,10 @@ def fnn_block_errors(
     frozen: FNN, target: FNN, ranks: int | Sequence[int], partition: Partition | None = None
 ) -> Float[Tensor, "*batch blocks"]:
     """``ε_i = σ_{r_i+1}(E_i)`` with ``r_i = Σ_{l∈P_i} R_l``: what each block leaves undone."""
-    pairs = blocks(frozen, target, partition)
+    gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    errors = torch.broadcast_tensors(*(block_error(block, ranks) for block in pairs))
+    pairs = zip(gaps, shares(gaps, ranks), strict=True)
+    errors = torch.broadcast_tensors(*(gap.error(sum(share)) for gap, share in pairs))
     return torch.stack(errors, dim=-1)
 
 
@@ -58,16 +58,16 @@ def fnn_error(
         the trace of the inputs' second moment, ``tr E[x xᵀ] = E‖x‖²``: the closed form, in which
         ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``.
 
-    Source: theorem "error of a partition", chapter 3; for a target of one layer, the one
-    "one ReLU layer from many", chapter 2.
+    Source: [thm-partition-error]; for a target of one layer [thm-one-layer].
     """
-    errors = fnn_block_errors(frozen, target, ranks, partition).unbind(-1)
-    return accumulate_errors(
-        (norm + error, error * size)
-        for norm, error, size in zip(
-            layer_norms(target), errors, activation_sizes(target, inputs), strict=True
-        )
-    )
+    gaps = blocks(frozen, target, partition)
+    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
+    sizes = activation_sizes(target, inputs)
+    terms = []
+    for gap, share, size in zip(gaps, shares(gaps, ranks), sizes, strict=True):
+        error = gap.error(sum(share))
+        terms.append((gap.target.norm + error, error * size))
+    return accumulate_errors(terms)
 
 
 def fnn_error_on(
@@ -80,34 +80,17 @@ def fnn_error_on(
     """``Σ_i [∏_{j>i} ‖M_j‖_2] (E‖(M_i − W̄_i) z̄_{i−1}‖²)^{1/2}``, a sharper bound on given samples.
 
     ``M_i = W̄_i − E_i + LR_{r_i}(E_i)`` is the map of block ``i`` when it is adapted. Never above
-    `fnn_error` on the same samples. Source: theorem "error of a partition", chapter 3.
+    `fnn_error` on the same samples. Source: [thm-partition-error].
     """
-    pairs = blocks(frozen, target, partition)
+    gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     z, terms = inputs, []
-    for i, block in enumerate(pairs):
-        left = undone(block, ranks)
-        gain = torch.linalg.matrix_norm(block.target.product() - left, ord=2)
+    for i, (gap, share) in enumerate(zip(gaps, shares(gaps, ranks), strict=True)):
+        left = gap.undone(sum(share))
+        gain = lowrank.norm(gap.target.product() - left)
         terms.append((gain, _size(left @ z)))
         z = target.layers(slice(i, i + 1))(z)
     return accumulate_errors(terms)
-
-
-def block_error(block: Block, ranks: Sequence[int]) -> Float[Tensor, "*batch"]:
-    """``ε = σ_{r+1}(E)`` of one block, given the ranks of all layers."""
-    return linear_error(block.frozen, block.target, sum(block.ranks(ranks)))[0]
-
-
-def undone(block: Block, ranks: Sequence[int]) -> Float[Tensor, "*batch out in"]:
-    """``W̄ − M = E − LR_r(E)``, what an optimally adapted block lacks; given all layers' ranks."""
-    U, S, Vh = torch.linalg.svd(error_matrix(block.frozen, block.target), full_matrices=False)
-    r = sum(block.ranks(ranks))
-    return (U[..., r:] * S[..., None, r:]) @ Vh[..., r:, :]
-
-
-def layer_norms(target: FNN) -> list[Float[Tensor, "*batch"]]:
-    """``‖W̄_i‖_2`` of each layer."""
-    return [torch.linalg.matrix_norm(weight, ord=2) for weight in target.weights]
 
 
 def activation_sizes(
@@ -120,8 +103,8 @@ def activation_sizes(
     if given < 0:
         raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(given))
     sizes = [given.to(target.dtype).sqrt()]
-    for norm, bias in zip(layer_norms(target), target.biases[:-1], strict=False):
-        sizes.append(norm * sizes[-1] + torch.linalg.vector_norm(bias, dim=-1))
+    for weight, bias in zip(target.weights[:-1], target.biases[:-1], strict=True):
+        sizes.append(lowrank.norm(weight) * sizes[-1] + torch.linalg.vector_norm(bias, dim=-1))
     return sizes
 
 

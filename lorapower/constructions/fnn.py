@@ -1,4 +1,4 @@
-"""ReLU networks from deeper ones: linearization (chapter 2), block by block (chapter 3)."""
+"""ReLU networks from deeper ones: linearization [lem-linearization], block by block."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, bounds, lowrank
 from ..adapters import Adapters
-from ..bounds.fnn import accumulate_errors, undone
-from ..bounds.linear import error_matrix
 from ..errors import InputError, PrecisionError, SingularError
 from ..lowrank import LowRank
-from ..networks import FNN, Block, LinearNetwork, Partition, blocks, pad
+from ..networks import FNN, Partition, blocks, pad, product, shares
 from ..regions import Region
 from . import linear
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FNNAdaptation:
     """Adapters and biases of a ReLU network, with the evidence for them.
 
@@ -42,6 +40,8 @@ class FNNAdaptation:
     plain : whether the splitting of the proof was kept in each block; ``[..., L̄]``.
     digits_lost : expected loss of decimal digits to the biases in each block, beside evaluating the
         target layer itself; ``[..., L̄]``.
+    success : whether every block is adapted acceptably and loses no more digits than accepted;
+        ``[...]``. Where it is not, the adapters are the best that were found.
     """
 
     adapters: Adapters
@@ -53,6 +53,7 @@ class FNNAdaptation:
     condition_numbers: Float[Tensor, "*batch layers"]
     plain: Bool[Tensor, "*batch blocks"]
     digits_lost: Float[Tensor, "*batch blocks"]
+    success: Bool[Tensor, "*batch"]
 
     @property
     def region(self) -> Region:
@@ -98,6 +99,7 @@ def adapt(
     input_scale: float = 1.0,
     max_digits_lost: float | None = None,
     rtol: float | None = None,
+    throw: bool = True,
     seed: int = 0,
 ) -> FNNAdaptation:
     """Adapters and biases that make a ReLU network imitate a shallower one over a region.
@@ -126,7 +128,7 @@ def adapt(
         the region's centre; the loss of digits is stated for them. Not used with `Samples`.
     max_digits_lost : acceptable loss, by default half of the digits of the type; ``inf`` accepts
         any.
-    rtol, seed : of `linear.adapt`.
+    rtol, throw, seed : of `linear.adapt`.
 
     Raises
     ------
@@ -135,10 +137,9 @@ def adapt(
     SingularError : a block cannot be adapted; names the layer and its condition number.
     PrecisionError : the biases are expected to cost more digits than accepted.
 
-    Source: theorem "one ReLU layer from many", chapter 2; theorem "exactness by partition" and
-    proposition "narrower targets", chapter 3.
+    Source: [thm-one-layer], [thm-partition], [prop-narrower]; for the regions [prop-regions].
     """
-    pairs = blocks(frozen, target, partition)
+    gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     if not isinstance(region, Region):
         raise InputError("region", allowed="a Ball, a Box or Samples", given=repr(region))
@@ -153,23 +154,28 @@ def adapt(
     typical = region.typical(input_scale)
     regions, updates, bias_updates = [region], [], []
     linears, error_terms, digits_lost = [], [], []
-    for i, block in enumerate(pairs, start=1):
-        own, layer = frozen.layers(block.layers), target.layers(slice(i - 1, i))
-        found = _adapt_weights(block, ranks, rtol, seed)
+    partition = Partition([gap.frozen.depth for gap in gaps])
+    parts = zip(gaps, shares(gaps, ranks), partition.slices, strict=True)
+    for i, (gap, share, layers) in enumerate(parts):
+        own, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
+        try:
+            found = linear.close(gap, share, rtol=rtol, throw=throw, seed=seed)
+        except SingularError as error:
+            raise error.at_layer(layers.start + error.layer) from None
         padded = [
             LowRank(pad(update.A, weight.shape[-2]), pad(update.B, weight.shape[-1]))
             for update, weight in zip(found.adapters.updates, own.weights, strict=True)
         ]
-        weights = Adapters(tuple(padded)).merge(LinearNetwork(own.weights)).weights
-        best_map = block.target.product() - undone(block, ranks)
+        weights = [w + update.matrix() for w, update in zip(own.weights, padded, strict=True)]
+        best_map = gap.reached(sum(share))
         at_centre = best_map @ region.centre + layer.biases[0][..., None]
         tuned = _biases(weights, own.biases, region, at_centre, scalar_biases)
 
         lost = _digits_lost(weights, tuned, layer, typical)
-        _require_digits(lost.expand(batch), limit, i, frozen.dtype)
-        adapted = LinearNetwork(weights).product()[..., : at_centre.shape[-2], : region.width]
-        norm = torch.linalg.matrix_norm(layer.weights[0], ord=2)
-        error_terms.append((norm, found.spectral_error * region.largest_norm()))
+        if throw:
+            _require_digits(lost.expand(batch), limit, i + 1, frozen.dtype)
+        adapted = product(weights)[..., : at_centre.shape[-2], : region.width]
+        error_terms.append((gap.target.norm, found.spectral_error * region.largest_norm()))
         region, typical = region.after(adapted, at_centre), layer(typical)
 
         updates += padded
@@ -184,14 +190,20 @@ def adapt(
     conditions = torch.cat([found.condition_numbers for found in linears], dim=-1)
     return FNNAdaptation(
         Adapters(tuple(updates), tuple(bias_updates)),
-        partition=Partition([len(block.frozen.weights) for block in pairs]),
+        partition=partition,
         regions=tuple(regions),
         block_errors=stack([found.spectral_error for found in linears]),
-        error_bound=accumulate_errors(error_terms).expand(batch),
+        error_bound=bounds.accumulate_errors(error_terms).expand(batch),
         rounding_errors=stack([found.rounding_error for found in linears]),
         condition_numbers=conditions.expand(*batch, frozen.depth),
         plain=stack([found.plain for found in linears]),
         digits_lost=stack(digits_lost),
+        success=stack(
+            [
+                found.success & (lost <= limit)
+                for found, lost in zip(linears, digits_lost, strict=True)
+            ]
+        ).all(-1),
     )
 
 
@@ -212,36 +224,18 @@ def reachable(
     target's, in mean square. Where the directions suffice the two networks agree on all inputs.
 
     Raises `InputError` for what `adapt` refuses in ``frozen``, ``target``, ``ranks`` and
-    ``partition``, and for unusable inputs. Source: proposition "least rank on data", chapter 8.
+    ``partition``, and for unusable inputs. Source: [prop-data-rank].
     """
-    pairs = blocks(frozen, target, partition)
+    gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     z, weights, biases = target.as_inputs(inputs), [], []
-    for i, block in enumerate(pairs):
+    for i, (gap, share) in enumerate(zip(gaps, shares(gaps, ranks), strict=True)):
         mean = z.mean(-1, keepdim=True)
-        missing = error_matrix(block.frozen, block.target)
-        U, _, _ = torch.linalg.svd(missing @ (z - mean), full_matrices=False)
-        U = U[..., : sum(block.ranks(ranks))]
-        weights.append(block.frozen.product() + U @ (U.mT @ missing))
+        U = lowrank.svd(gap.matrix @ (z - mean)).U[..., : sum(share)]
+        weights.append(gap.frozen.product() + U @ (U.mT @ gap.matrix))
         biases.append(target.biases[i] + ((target.weights[i] - weights[-1]) @ mean)[..., 0])
         z = target.layers(slice(i, i + 1))(z)
     return FNN(weights, biases)
-
-
-def _adapt_weights(
-    block: Block, ranks: Sequence[int], rtol: float | None, seed: int
-) -> linear.LinearAdaptation:
-    try:
-        return linear.adapt(block.frozen, block.target, block.ranks(ranks), rtol=rtol, seed=seed)
-    except SingularError as error:
-        raise SingularError(
-            block.layers.start + error.layer,
-            error.condition_number,
-            error.rounding_error,
-            error.rtol,
-            error.singular_from,
-            error.member,
-        ) from error
 
 
 class _Biases(NamedTuple):
@@ -264,23 +258,21 @@ def _biases(
     Everything is computed from the rounded biases of the layers before, so that the last one takes
     back their rounding too.
     """
-    # Rounding must not switch off a unit at the edge, nor one that the region leaves no play.
-    unit = torch.finfo(region.centre.dtype).eps
-    beyond = 1 + unit**0.5
+    # Rounding must not switch off a unit at the edge, even where the region is a single point.
+    eps = torch.finfo(region.centre.dtype).eps
+    beyond = 1 + eps**0.5
     matrix = torch.eye(weights[0].shape[-1], dtype=region.centre.dtype)[:, : region.width]
     made = _Biases([], [], [pad(region.centre, weights[0].shape[-1])])
     for l, (weight, bias) in enumerate(zip(weights, frozen, strict=True), start=1):
         matrix, before = weight @ matrix, weight @ made.values[-1]
         terms = weight.abs() @ made.values[-1].abs() + bias.abs()[..., None]
-        rounding = (weight.shape[-1] + 4) * unit * terms
+        slack = (weight.shape[-1] + 4) * eps * terms
         if l < len(weights):
-            wanted = rounding - beyond * region.lowest(matrix)
+            wanted = slack - beyond * region.lowest(matrix)
         else:
-            unused = slice(at_centre.shape[-2], None)
-            wanted = _stack_rows(
-                at_centre,
-                beyond * region.lowest(-matrix[..., unused, :]) - rounding[..., unused, :],
-            )
+            used = at_centre.shape[-2]
+            off = beyond * region.lowest(-matrix[..., used:, :]) - slack[..., used:, :]
+            wanted = _stack_rows(at_centre, off)
         tuned = wanted - before
         if scalar and l < len(weights):
             tuned = tuned.amax(-2, keepdim=True).expand_as(tuned)
@@ -317,9 +309,8 @@ def _digits_lost(
 
 
 def _require_digits(lost: Tensor, limit: float, block: int, dtype: torch.dtype) -> None:
-    failed = (lost > limit).flatten().nonzero()
-    if len(failed):
-        member = int(failed[0, 0])
-        where = f" of batch member {member}" if lost.ndim else ""
-        digits = float(lost.flatten()[member])
+    failed = lost > limit
+    if failed.any():
+        digits = float(lost[failed][0])
+        where = _checks.failed_members(failed)
         raise PrecisionError(block, digits, limit=limit, dtype=dtype, member=where)

@@ -1,4 +1,4 @@
-"""Optimal adaptation of a deep linear network (theorem of the same name, chapter 1)."""
+"""Optimal adaptation of a deep linear network [thm-optimal-adaptation]."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, bounds, lowrank, randomness
+from .. import _checks, lowrank, randomness
 from ..adapters import Adapters
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
-from ..networks import LinearNetwork, product
+from ..networks import Gap, LinearNetwork, product
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,8 @@ class LinearAdaptation:
     condition_numbers : of the worse of the two linear systems solved for each layer, 1 where none
         was needed; ``[..., L]``.
     plain : whether the splitting of the proof was kept, or else an alternative; ``[...]``.
+    success : whether the rounding error is acceptable; ``[...]``. Where it is not, the adapters are
+        the best that were found; where a product overflows they are 0 and the errors NaN.
 
     The prediction holds for every input: a linear map has no region.
     """
@@ -42,9 +44,9 @@ class LinearAdaptation:
     rounding_error: Float[Tensor, "*batch"]
     condition_numbers: Float[Tensor, "*batch layers"]
     plain: Bool[Tensor, "*batch"]
+    success: Bool[Tensor, "*batch"]
 
 
-@torch.no_grad()
 def adapt(
     frozen: LinearNetwork | Any,
     target: LinearNetwork | Any,
@@ -52,6 +54,7 @@ def adapt(
     *,
     plain_only: bool = False,
     rtol: float | None = None,
+    throw: bool = True,
     seed: int = 0,
 ) -> LinearAdaptation:
     """Adapters that bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as their ranks allow.
@@ -74,53 +77,67 @@ def adapt(
     rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2`` (or to the predicted error,
         if that is larger, or to ``‖E‖_2`` for a target of zeros); by default ``eps^{1/2}``, half of
         the digits. ``inf`` accepts whatever comes.
+    throw : raise an error where a member of the batch is not adapted acceptably, or else go on and
+        say so in ``success``.
     seed : of the random rotations.
 
     Raises
     ------
     InputError : ranks out of range, networks that do not fit each other, a hidden width too small.
     SingularError : nothing tried meets ``rtol``: a singular layer, or too few digits; names the
-        layer and its condition number.
+        layer, its condition number and the members of the batch that fail.
 
-    Source: theorem "optimal adaptation of a deep linear network", chapter 1, and the section on
-    the robust construction there.
+    Source: [thm-optimal-adaptation]; for the splittings [prop-splittings].
     """
-    frozen, target = LinearNetwork.of(frozen, "frozen"), LinearNetwork.of(target, "target")
+    gap = Gap(frozen, target)
+    return close(gap, ranks, plain_only=plain_only, rtol=rtol, throw=throw, seed=seed)
+
+
+@torch.no_grad()
+def close(
+    gap: Gap,
+    ranks: int | Sequence[int],
+    *,
+    plain_only: bool = False,
+    rtol: float | None = None,
+    throw: bool = True,
+    seed: int = 0,
+) -> LinearAdaptation:
+    """What `adapt` does, of a gap whose decomposition may be at hand."""
+    _checks.kind(Gap, gap=gap)
+    frozen = gap.frozen
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    E = bounds.error_matrix(frozen, target)
     _check_widths(frozen, per_layer)
-    rtol = _checks.tolerance("rtol", torch.finfo(E.dtype).eps ** 0.5 if rtol is None else rtol)
+    rtol = _checks.tolerance("rtol", torch.finfo(frozen.dtype).eps ** 0.5 if rtol is None else rtol)
+    finite = gap.finite
+    if not throw and not finite.all():
+        gap = gap.zeroed(~finite)
 
-    batch = E.shape[:-2]
-    spectral, frobenius = lowrank.tail_norms(lowrank.spectrum(E), sum(per_layer))
-    attainable = min(sum(per_layer), *E.shape[-2:])
-    best_map = frozen.product() + lowrank.truncated_svd(E, attainable).matrix()
-    last_place = max(E.shape[-2:]) * torch.finfo(E.dtype).eps
-    problem = _Problem(
-        [w.expand(*batch, *w.shape[-2:]).reshape(-1, *w.shape[-2:]) for w in frozen.weights],
-        best_map.reshape(-1, *E.shape[-2:]),
-        last_place * bounds.rounding_scale(frozen, target).expand(batch).reshape(-1),
-        per_layer,
-    )
-
+    batch, total = gap.batch_shape, sum(per_layer)
+    spectral, frobenius = gap.error(total), gap.error(total, "fro")
+    last_place = max(frozen.widths[0], frozen.widths[-1]) * torch.finfo(frozen.dtype).eps
     # Of the target, or of the error where that is predicted to be larger or the target is zero.
-    sizes = [torch.linalg.matrix_norm(M, ord=2) for M in (target.product(), E)]
-    scale = torch.maximum(torch.where(sizes[0] > 0, sizes[0], sizes[1]), spectral)
-    scale = scale.expand(batch).reshape(-1)
-    best = _split(problem, _Plan(range(frozen.depth)))
+    size = gap.target.norm
+    scale = torch.maximum(torch.where(size > 0, size, gap.error(0)), spectral)
+    scale = scale.expand(batch).flatten()
+
+    gap = gap.flat()
+    best_map = gap.reached(total)
+    best = _split(gap, best_map, per_layer, _Plan(range(frozen.depth)))
     plain = torch.ones(len(scale), dtype=torch.bool)
-    for plan in () if plain_only else _alternatives(problem, seed):
+    for plan in () if plain_only else _alternatives(gap, per_layer, seed):
         poor = best.rounding > 16 * last_place * scale
         if not poor.any():
             break
-        trial = _split(problem.members(poor), plan)
+        trial = _split(gap.members(poor), best_map[poor], per_layer, plan)
         improved = trial.rounding < best.rounding[poor]
         mine = poor.nonzero()[improved, 0]
         best.put(mine, trial, improved)
         plain[mine] = False
 
-    relative = best.rounding / scale.clamp(min=torch.finfo(E.dtype).tiny)
-    if (relative > rtol).any():
+    relative = best.rounding / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+    success = (relative <= rtol).reshape(batch) & finite
+    if throw and not success.all():
         member = int(relative.argmax())
         layer = int(best.conditions[member].argmax())
         raise SingularError(
@@ -129,35 +146,27 @@ def adapt(
             float(relative[member]),
             rtol,
             1 / last_place,
-            f" of batch member {member}" if batch else "",
+            _checks.failed_members(~success, member),
         )
 
-    def unflatten(flat: Tensor) -> Tensor:
-        return flat.reshape((*batch, *flat.shape[1:]))
+    def measured(flat: Tensor) -> Tensor:
+        values = flat.reshape((*batch, *flat.shape[1:]))
+        return torch.where(finite.reshape((*batch, *[1] * (flat.ndim - 1))), values, torch.nan)
 
     return LinearAdaptation(
-        Adapters(tuple(LowRank(unflatten(A), unflatten(B)) for A, B in best.factors)),
-        spectral_error=spectral,
-        frobenius_error=frobenius,
-        rounding_error=unflatten(best.rounding),
-        condition_numbers=unflatten(best.conditions),
-        plain=unflatten(plain),
+        Adapters(
+            tuple(
+                LowRank(*(factor.reshape((*batch, *factor.shape[1:])) for factor in pair))
+                for pair in best.factors
+            )
+        ),
+        spectral_error=measured(spectral.flatten()),
+        frobenius_error=measured(frobenius.flatten()),
+        rounding_error=measured(best.rounding),
+        condition_numbers=measured(best.conditions),
+        plain=plain.reshape(batch),
+        success=success,
     )
-
-
-class _Problem(NamedTuple):
-    """``∏(W_l + ΔW_l) = best_map`` with ``rank ΔW_l ≤ R_l``, for a flat batch."""
-
-    weights: list[Tensor]
-    best_map: Tensor
-    noise: Tensor
-    ranks: Sequence[int]
-
-    def members(self, which: Tensor) -> _Problem:
-        weights = [w[which] for w in self.weights]
-        return self._replace(
-            weights=weights, best_map=self.best_map[which], noise=self.noise[which]
-        )
 
 
 class _Plan(NamedTuple):
@@ -175,10 +184,10 @@ class _Plan(NamedTuple):
     rotation: int = 0
 
 
-def _alternatives(problem: _Problem, seed: int) -> Iterator[_Plan]:
-    depth = len(problem.weights)
+def _alternatives(gap: Gap, ranks: Sequence[int], seed: int) -> Iterator[_Plan]:
+    depth = len(ranks)
     forward, backward = range(depth), range(depth)[::-1]
-    spare = sum(problem.ranks) > min(problem.best_map.shape[-2:])
+    spare = sum(ranks) > gap.spectrum.shape[-1]
     for lift in (True, False) if spare else (False,):
         yield _Plan(forward, "left", lift)
         yield _Plan(backward, "right", lift)
@@ -205,113 +214,153 @@ class _Splitting:
         self.rounding[mine] = other.rounding[theirs]
 
 
-def _split(problem: _Problem, plan: _Plan) -> _Splitting:
+def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Splitting:
     """Visit the layers in the plan's order; each takes its share of the error that remains.
 
     Adapting layer ``l`` changes the product by ``(∏_{j>l}) A_l B_lᵀ (∏_{j<l})``, whatever the other
     layers' present weights are, so the order is free. The remaining error is computed anew for
     each layer, so that later layers make up for the rounding of earlier ones.
     """
-    weights, best_map, noise, ranks = problem
-    width = min(best_map.shape[-2:])
+    weights, noise = gap.frozen.weights, gap.noise[:, None]
     generator = randomness.generator(plan.seed, "rotation", plan.rotation)
     factors = [
         (w.new_zeros(*w.shape[:-1], R), w.new_zeros(len(w), w.shape[-1], R))
         for w, R in zip(weights, ranks, strict=True)
     ]
-    shares = list(ranks)
+    current, shares = list(weights), list(ranks)
     if plan.lift:
+        width = min(best_map.shape[-2:])
         ends = [round(width * part / sum(ranks)) for part in accumulate(ranks, initial=0)]
         shares = [end - start for start, end in pairwise(ends)]
-        for w, (A, B), R, share in zip(weights, factors, ranks, shares, strict=True):
-            A[..., share:], B[..., share:] = _lift(w, R - share)
-    current = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
+        for l, ((A, B), R, share) in enumerate(zip(factors, ranks, shares, strict=True)):
+            A[..., share:], B[..., share:] = _lift(weights[l], R - share)
+            current[l] = weights[l] + A @ B.mT
     conditions = best_map.new_ones(len(best_map), len(weights))
 
-    for l in plan.order:
-        remaining = (best_map - product(current)).nan_to_num(0, 0, 0)  # of a plan that overflowed
-        U, S, Vh = torch.linalg.svd(remaining, full_matrices=False)
-        unvisited = plan.order[plan.order.index(l) :]
-        s = min(sum(shares[j] for j in unvisited), int(torch.gt(S, noise[:, None]).sum(-1).max()))
-        k = min(shares[l], s)
-        if k == 0:
-            continue
-        U, S, V = U[..., :s], S[:, :s, None], Vh.mT[..., :s]
+    visits = [l for l in plan.order if shares[l]]
+    passed_on: Tensor | None = None
+    for visit, l in enumerate(visits):
         left, right = _systems(current, l)
-        if plan.take == "right":
-            P = _directions(plan.take, right, V, k, generator)
-            A, B = lowrank.solve(left, U @ (S * P)), lowrank.solve(right, V @ P)
+        if visit == 0 and not plan.lift:
+            remaining, triplets = best_map, gap.svd
         else:
-            P = _directions(plan.take, left, U, k, generator)
-            A, B = lowrank.solve(left, U @ P), lowrank.solve(right, V @ (S * P))
+            # What a plan that overflowed leaves is not finite.
+            remaining = (best_map - product(current)).nan_to_num(0, 0, 0)
+            triplets = None
+        if l == visits[-1] and passed_on is not None and passed_on.shape[-1] == shares[l]:
+            outer, inner = _whole(remaining, passed_on, noise, plan.take == "right")
+        else:
+            U, S, V = triplets or lowrank.svd(remaining)
+            s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).sum(-1).max()))
+            k = min(shares[l], s)
+            if k == 0:
+                continue
+            U, S, V = U[..., :s], S[:, :s, None], V[..., :s]
+            if plan.take == "right":
+                P = _directions(plan.take, right, V, generator)
+                outer, inner, passed_on = U @ (S * P[..., :k]), V @ P[..., :k], V @ P[..., k:]
+            else:
+                P = _directions(plan.take, left, U, generator)
+                outer, inner, passed_on = U @ P[..., :k], V @ (S * P[..., :k]), U @ P[..., k:]
+        k = outer.shape[-1]
+        A, B = _solved(left, outer), _solved(right, inner)
         # Pieces of zeros (of a target that is reached already) need no system, singular or not.
-        needed = torch.linalg.vector_norm(S * P, dim=-2, keepdim=True) > noise[:, None, None]
+        sizes = [torch.linalg.vector_norm(part, dim=-2) for part in (outer, inner)]
+        needed = sizes[0] * sizes[1] > noise
         # An unsolvable one gives nothing; what is left undone is measured at the end.
-        solved = needed & (A.isfinite().all((-2, -1)) & B.isfinite().all((-2, -1)))[:, None, None]
-        factors[l][0][..., :k] = torch.where(solved, A, 0)
-        factors[l][1][..., :k] = torch.where(solved, B, 0)
-        current[l] = current[l] + factors[l][0][..., :k] @ factors[l][1][..., :k].mT
-        worse = torch.maximum(lowrank.condition_number(left), lowrank.condition_number(right))
-        conditions[:, l] = torch.where(needed.any((-2, -1)), worse, 1)
+        solvable = (A.isfinite().all((-2, -1)) & B.isfinite().all((-2, -1)))[:, None]
+        taken = (needed & solvable)[:, None]
+        A, B = torch.where(taken, A, 0), torch.where(taken, B, 0)
+        factors[l][0][..., :k], factors[l][1][..., :k] = A, B
+        current[l] = current[l] + A @ B.mT
+        worse = [best_map.new_ones(len(best_map))]
+        for system, layers in ((left, range(l + 1, len(weights))), (right, range(l))):
+            if len(layers) == 1 and current[layers[0]] is weights[layers[0]]:
+                worse.append(lowrank.condition(gap.frozen.spectra[layers[0]]))
+            elif system is not None:
+                worse.append(lowrank.condition_number(system))
+        conditions[:, l] = torch.where(needed.any(-1), torch.stack(worse).amax(0), 1)
 
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
     rounding = torch.stack([_distance(map_, best_map) for map_ in _both_ways(merged)]).amax(0)
     return _Splitting(factors, conditions, rounding)
 
 
-def _both_ways(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _whole(remaining: Tensor, basis: Tensor, noise: Tensor, of_rows: bool) -> tuple[Tensor, Tensor]:
+    """Factors of all that remains, whose range is known: the last layer takes it as it is.
+
+    ``basis`` spans the columns of ``remaining``, or its rows, up to the rounding of what the layers
+    before took; one multiplication by it finds the other side as well as a decomposition would.
+    Members of which that rounding has made something else are decomposed.
+    """
+    matrix = remaining.mT if of_rows else remaining
+    one = torch.linalg.qr(matrix.mT @ basis)[0]
+    other = matrix @ one
+    size = torch.linalg.vector_norm(matrix, dim=(-2, -1))
+    left_out = torch.linalg.vector_norm(matrix - other @ one.mT, dim=(-2, -1))
+    lost = (left_out > torch.finfo(size.dtype).eps ** 0.5 * size) & (size > noise[:, 0])
+    if lost.any():
+        U, S, V = (part[..., : basis.shape[-1]] for part in lowrank.svd(matrix[lost]))
+        other[lost], one[lost] = U * S[:, None], V
+    return (one, other) if of_rows else (other, one)
+
+
+def _both_ways(weights: list[Tensor]) -> list[Tensor]:
     """The product from the first layer on, as the forward pass does it, and from the last.
 
     The construction makes up for the very rounding errors of the first. The second has others, as
-    a forward pass on other inputs has, so that the larger error of the two is the honest one.
+    a forward pass on other inputs has, so that the larger error of the two is the honest one. Of
+    one or two layers there is only one product.
     """
-    return product(weights), product([w.mT for w in reversed(weights)]).mT
+    found = [product(weights)]
+    return found if len(weights) < 3 else [*found, product([w.mT for w in reversed(weights)]).mT]
 
 
 def _distance(matrix: Tensor, other: Tensor) -> Tensor:
     """Spectral norm of the difference, infinite where one is not finite."""
     difference = matrix - other
     finite = difference.isfinite().all((-2, -1))
-    norm = torch.linalg.matrix_norm(difference.nan_to_num(0, 0, 0), ord=2)
+    norm = lowrank.norm(difference.nan_to_num(0, 0, 0))
     return torch.where(finite, norm, torch.inf)
 
 
 def _directions(
-    take: str, system: Tensor, basis: Tensor, k: int, generator: torch.Generator
+    take: str, system: Tensor | None, basis: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Orthonormal ``[batch, s, k]``: the combinations of the ``s`` triplets that a layer takes."""
+    """Orthogonal ``[batch, s, s]``: combinations of triplets, first those that a layer takes."""
     size = basis.shape[-1]
     if take == "leading":
-        return torch.eye(size, k, dtype=basis.dtype).expand(len(basis), size, k)
+        return torch.eye(size, dtype=basis.dtype).expand(len(basis), size, size)
     if take == "random":
         normal = torch.randn(size, size, generator=generator, dtype=basis.dtype)
-        return torch.linalg.qr(normal)[0][:, :k].expand(len(basis), size, k)
-    cost = lowrank.solve(system, basis).nan_to_num()
-    return torch.linalg.svd(cost, full_matrices=False)[2].mT[..., -k:]
+        return torch.linalg.qr(normal)[0].expand(len(basis), size, size)
+    cost = _solved(system, basis).nan_to_num()
+    return lowrank.svd(cost).V.flip(-1)
 
 
 def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors of the update that raises the ``rank`` smallest singular values to the largest."""
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    U, S, V = lowrank.svd(weight)
     tail = slice(S.shape[-1] - rank, None)
-    return U[..., tail] * (S[:, None, :1] - S[:, None, tail]), Vh.mT[..., tail]
+    return U[..., tail] * (S[:, None, :1] - S[:, None, tail]), V[..., tail]
 
 
-def _systems(weights: list[Tensor], l: int) -> tuple[Tensor, Tensor]:
-    """``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``, the identity where there are no such layers.
+def _systems(weights: list[Tensor], l: int) -> tuple[Tensor | None, Tensor | None]:
+    """``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``, none where there are no such layers.
 
     Each is multiplied outwards in: the second as the forward pass does it, so that its rounding is
     the forward pass's own, the first in the mirrored order. The other association loses several
     digits in deep networks.
     """
-    left = product([_identity(weights[-1].mT), *(w.mT for w in reversed(weights[l + 1 :]))]).mT
-    right = product([_identity(weights[0]), *weights[:l]]).mT
-    return left.nan_to_num(0, 0, 0), right.nan_to_num(0, 0, 0)
+    outer, inner = [w.mT for w in reversed(weights[l + 1 :])], weights[:l]
+    left, right = (
+        product(part).nan_to_num(0, 0, 0).mT if part else None for part in (outer, inner)
+    )
+    return left, right
 
 
-def _identity(weight: Tensor) -> Tensor:
-    """The identity on the inputs of ``weight``, one for each member of the batch."""
-    return torch.eye(weight.shape[-1], dtype=weight.dtype).expand(len(weight), -1, -1)
+def _solved(system: Tensor | None, wanted: Tensor) -> Tensor:
+    return wanted if system is None else lowrank.solve(system, wanted)
 
 
 def _check_widths(frozen: LinearNetwork, ranks: Sequence[int]) -> None:

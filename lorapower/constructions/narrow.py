@@ -1,4 +1,4 @@
-"""Exact adaptation of two factors through a narrow middle (proposition "narrow heads", chapter 4).
+"""Exact adaptation of two factors through a narrow middle [prop-narrow-heads].
 
 Where ``d`` units stand between two factors of larger matrices, ``X̂ Ŷ = X̄ Ȳ`` leaves no choice but
 ``X̂ = X̄ G^{-1}``, ``Ŷ = G Ȳ`` with a non-singular ``G``. It is chosen so that ``X̂ − X`` and
@@ -13,70 +13,72 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, lowrank, randomness
+from .. import _checks, bounds, lowrank, randomness
 from ..adapters import Adapters
-from ..bounds.transformer import halves, pair_ranks
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks import Segment
+from ..networks import Gap
 from .linear import LinearAdaptation
 
 
-def require_ranks(segment: Segment, ranks: Mapping[str, int]) -> None:
+def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
     """Raise `InputError` where ``ranks`` of the two middle layers, by name, are not enough.
 
-    That is, below those of `bounds.transformer.pair_ranks` for a member of the batch.
+    That is, below those of `bounds.pair_ranks` for a member of the batch.
     """
-    least = [int(needed.max()) for needed in pair_ranks(segment)]
+    least = [int(needed.max()) for needed in bounds.pair_ranks(gap)]
     given = list(ranks.values())
     if given[0] < least[0] or given[1] < least[1] or sum(given) < least[2]:
         raise InputError(
             "ranks of {} and {}".format(*ranks),
             allowed=f"at least {least[0]} and {least[1]}, together at least {least[2]}",
             given="{} and {}".format(*given),
-            remedy="heads narrower than the tokens are adapted exactly or not at all (chapter 4)",
+            remedy="heads narrower than the tokens are adapted exactly or not at all",
         )
 
 
 @torch.no_grad()
-def adapt(segment: Segment, inner_rank: int, outer_rank: int, *, seed: int = 0) -> LinearAdaptation:
+def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> LinearAdaptation:
     """Adapters of the two middle layers of four with which the segment equals its target.
 
     Parameters
     ----------
-    segment : the middle layers map to ``d`` units and from them, ``d`` not above their other sides.
+    gap : of a segment whose middle layers map to ``d`` units and from them, ``d`` not above their
+        other sides.
     inner_rank, outer_rank : of the adapter of the factor that acts first, and of the other; enough
-        in the sense of `require_ranks`.
+        in the sense of `require_ranks`, or what is measured as rounding error is more than that.
     seed : of the random completions of ``G`` that are tried.
     """
-    _checks.kind(Segment, segment=segment)
-    (Y, X), (Y_target, X_target) = halves(segment.frozen), halves(segment.target)
+    _checks.kind(Gap, gap=gap)
+    (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
     size = Y.shape[-2]
     kept = (max(0, size - inner_rank), max(0, size - outer_rank))
     flat = (m.flatten(0, -3) for m in (Y, X, Y_target, X_target))
     G = torch.stack([_gauge(member, kept, seed) for member in zip(*flat, strict=True)])
     G = G.reshape(*Y.shape[:-2], size, size)
 
-    before, inner, outer, after = segment.frozen.weights
+    before, inner, outer, after = gap.frozen.weights
     wanted_inner = lowrank.solve(before.mT, (G @ Y_target).mT).mT
     wanted_outer = lowrank.solve(after, lowrank.solve(G.mT, X_target.mT).mT)
     updates = (
         _none(before),
-        lowrank.truncated_svd(wanted_inner - inner, inner_rank),
-        lowrank.truncated_svd(wanted_outer - outer, outer_rank),
+        # Where a system is singular nothing is finite; what stays undone is measured below.
+        lowrank.truncated_svd((wanted_inner - inner).nan_to_num(0, 0, 0), inner_rank),
+        lowrank.truncated_svd((wanted_outer - outer).nan_to_num(0, 0, 0), outer_rank),
         _none(after),
     )
     adapters = Adapters(updates)
-    made, wanted = adapters.merge(segment.frozen).product(), segment.target.product()
+    made, wanted = adapters.merge(gap.frozen).product(), gap.target.product()
     one, of_G = torch.ones_like(made[..., 0, 0]), lowrank.condition_number(G)
     systems = [torch.maximum(lowrank.condition_number(side), of_G) for side in (before, after)]
     return LinearAdaptation(
         adapters,
         spectral_error=0 * one,
         frobenius_error=0 * one,
-        rounding_error=torch.linalg.matrix_norm(made - wanted, ord=2),
+        rounding_error=lowrank.norm(made - wanted),
         condition_numbers=torch.stack([one, *systems, one], dim=-1),
         plain=torch.full(one.shape, kept == (0, 0)),
+        success=torch.ones_like(one, dtype=torch.bool),
     )
 
 

@@ -1,4 +1,4 @@
-"""Optimal partitions of a frozen network's layers, by dynamic programming (chapter 3)."""
+"""Optimal partitions of a frozen network's layers, by dynamic programming."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from .. import _checks, bounds
-from ..bounds.fnn import activation_sizes, block_error, layer_norms
 from ..errors import InputError
-from ..networks import FNN, Partition, block, fits
+from ..networks import FNN, Gap, Partition, Pieces
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,12 @@ def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
     """The partition that is exact at the least equal rank, ``max_i ⌈rank(E_i) / M_i⌉``.
 
     Among partitions of equal rank any may be returned. Raises `InputError` for a target deeper or
-    wider than the frozen network. Source: proposition "optimal partitions", chapter 3.
+    wider than the frozen network. Source: [prop-optimal-partition].
     """
-
     _checks.kind(FNN, frozen=frozen, target=target)
 
-    def step(i: int, layers: slice, before: Tensor) -> Tensor:
-        here = block(frozen, target, i, layers)
-        needed = bounds.linear_threshold(here.frozen, here.target)
-        return torch.maximum(before, needed.to(before.dtype))
+    def step(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
+        return torch.maximum(before, (-(-gap.rank // gap.frozen.depth)).to(before.dtype))
 
     found = _search(frozen, target, step)
     return replace(found, value=found.value.long())
@@ -60,38 +56,42 @@ def least_error(
     """The partition of the least error bound at given ranks, `bounds.fnn_error` of ``inputs``.
 
     Raises `InputError` for ranks out of range, for a target deeper or wider than the frozen
-    network. Source: proposition "optimal partitions", chapter 3.
+    network. Source: [prop-optimal-partition].
     """
     _checks.kind(FNN, frozen=frozen, target=target)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    norms, sizes = layer_norms(target), activation_sizes(target, inputs)
+    sizes = bounds.activation_sizes(target, inputs)
 
-    def step(i: int, layers: slice, before: Tensor) -> Tensor:
-        error = block_error(block(frozen, target, i, layers), ranks)
-        return (norms[i] + error) * before + error * sizes[i]
+    def step(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
+        error = gap.error(sum(gap.ranks(ranks[layers])))
+        return (gap.target.norm + error) * before + error * sizes[i]
 
     return _search(frozen, target, step)
 
 
 def _search(
-    frozen: FNN, target: FNN, step: Callable[[int, slice, Tensor], Tensor]
+    frozen: FNN, target: FNN, step: Callable[[int, slice, Gap, Tensor], Tensor]
 ) -> OptimalPartition:
     """Least value over all partitions, block by block and for every layer a block may end with.
 
     ``step`` makes the value with one more block from the value before. It must not fall where that
     rises: then the best partition of all layers begins with a best partition of the first ones.
     """
+    pieces = Pieces(frozen, target)
     values = {0: torch.zeros((), dtype=frozen.dtype)}
     starts: list[dict[int, Tensor]] = []
     for i in range(target.depth):
         reached, chosen = {}, {}
         # Each of the later blocks needs a layer.
         for end in range(i + 1, frozen.depth - target.depth + i + 2):
-            open_starts = [s for s in values if s < end and fits(frozen, target, i, slice(s, end))]
-            if open_starts:
-                found = [step(i, slice(s, end), values[s]) for s in open_starts]
+            runs = [slice(start, end) for start in values if start < end]
+            runs = [layers for layers in runs if pieces.fits(i, layers)]
+            if runs:
+                found = [
+                    step(i, layers, pieces.gap(i, layers), values[layers.start]) for layers in runs
+                ]
                 reached[end], best = torch.stack(torch.broadcast_tensors(*found)).min(0)
-                chosen[end] = torch.tensor(open_starts)[best]
+                chosen[end] = torch.tensor([layers.start for layers in runs])[best]
         values = reached
         starts.append(chosen)
     if frozen.depth not in values:

@@ -1,27 +1,26 @@
-"""Transformers cut at their non-linearities (theorem of the same subject, chapter 4)."""
+"""Transformers cut at their non-linearities [thm-transformer]."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, bounds, lowrank
+from .. import _checks, lowrank
 from ..adapters import Adapters
-from ..bounds import PerSegment
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
-from ..networks import Segment, Transformer, segments
+from ..networks import Gap, Segments, Transformer, missing_shift, regular, segments
 from . import linear, narrow
 
 ADAPTED = ("W_Q", "W_K", "W_V", "W_O", "W_2", "W_out")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TransformerAdaptation:
     """Adapters and biases of a transformer, with the evidence for them.
 
@@ -34,6 +33,8 @@ class TransformerAdaptation:
     output : the same for ``W_2`` of the last block and ``W_out``; ``[...]``.
     shift_condition_numbers : of the target's ``W_2`` of all blocks but the last, and of ``Ŵ_out``:
         the systems from which each ``b̂_2`` is found; ``[..., L]``.
+    success : whether every segment is adapted acceptably; ``[...]``. Where it is not, the adapters
+        are the best that were found.
 
     Where all predicted errors are 0 the adapted network equals the target for every input, up to
     rounding.
@@ -44,19 +45,20 @@ class TransformerAdaptation:
     value_output: linear.LinearAdaptation
     output: linear.LinearAdaptation
     shift_condition_numbers: Float[Tensor, "*batch _"]
+    success: Bool[Tensor, "*batch"]
 
     @property
-    def errors(self) -> PerSegment:
+    def errors(self) -> Segments[Tensor]:
         """Distance ``‖M̂ − M̄‖_2`` of each adapted segment from the target's, at most.
 
         The predicted one, 0 where the rank suffices, plus the measured rounding error.
         """
-        return PerSegment(*(part.spectral_error + part.rounding_error for part in self._parts))
+        return Segments(*(part.spectral_error + part.rounding_error for part in self._parts))
 
     @property
-    def condition_numbers(self) -> PerSegment:
+    def condition_numbers(self) -> Segments[Tensor]:
         """The worst of the linear systems solved for each segment."""
-        return PerSegment(*(part.condition_numbers.amax(-1) for part in self._parts))
+        return Segments(*(part.condition_numbers.amax(-1) for part in self._parts))
 
     @property
     def condition_number(self) -> Float[Tensor, "*batch"]:
@@ -69,8 +71,8 @@ class TransformerAdaptation:
         return torch.maximum(self.condition_numbers.largest(), last[..., 0]) * between.prod(-1)
 
     @property
-    def _parts(self) -> tuple[linear.LinearAdaptation, ...]:
-        return self.query_key, self.value_output, self.output
+    def _parts(self) -> Segments[linear.LinearAdaptation]:
+        return Segments(self.query_key, self.value_output, self.output)
 
 
 @torch.no_grad()
@@ -81,12 +83,13 @@ def adapt(
     *,
     plain_only: bool = False,
     rtol: float | None = None,
+    throw: bool = True,
     seed: int = 0,
 ) -> TransformerAdaptation:
     """Adapters of attention and output, and biases, that make a transformer imitate another.
 
     What lies between two non-linearities is a deep linear network (`networks.segments`), of which
-    two neighbouring layers are adapted by `linear.adapt`: ``W_Q`` and ``W_K`` before a softmax,
+    two neighbouring layers are adapted by `linear.close`: ``W_Q`` and ``W_K`` before a softmax,
     ``W_V`` and ``W_O`` before a ReLU, ``W_2`` and ``W_out`` at the end. Biases: ``b̂_2 = W_2 c``
     with ``W̄_2 c = b̄_2`` in all blocks but the last, where ``Ŵ_out b̂_2 = W̄_out b̄_2``; and ``b̂_1
     = b̄_1 + Σ_h (M̄ − M̂) c`` with the target's and the adapted value–output segments ``M`` and the
@@ -100,6 +103,8 @@ def adapt(
     plain_only : use the splitting of the linear theorem's proof, whatever its rounding error.
     rtol : largest acceptable rounding error of a segment, relative to the product of the norms of
         its factors plus that of the target's; by default half of the digits, ``inf`` accepts any.
+    throw : raise an error where a member of the batch is not adapted acceptably, or else go on and
+        say so in ``success``.
     seed : of random rotations.
 
     Raises
@@ -109,35 +114,35 @@ def adapt(
         `bounds.transformer_ranks`).
     SingularError : a segment is not reached within ``rtol``; names it.
 
-    Source: theorem "exact adaptation of a transformer", chapter 4.
+    Source: [thm-transformer]; for narrow heads [prop-narrow-heads].
     """
-    cut = segments(frozen, target)
+    cut = segments(frozen, target, throw=throw)
     each = _ranks(ranks, frozen)
     parts = [
         (cut.query_key, "W_Q", "W_K", "query–key"),
         (cut.value_output, "W_V", "W_O", "value–output"),
         (cut.output, "W_2", "W_out", "output"),
     ]
-    for segment, inner, outer, _ in parts:
-        if _is_narrow(segment):
-            narrow.require_ranks(segment, {inner: each[inner], outer: each[outer]})
+    for gap, inner, outer, _ in parts if throw else ():
+        if _is_narrow(gap):
+            narrow.require_ranks(gap, {inner: each[inner], outer: each[outer]})
 
     found = []
-    for segment, inner, outer, words in parts:
+    for gap, inner, outer, words in parts:
         pair = (each[inner], each[outer])
-        if _is_narrow(segment):
-            solution = narrow.adapt(segment, *pair, seed=seed)
+        if _is_narrow(gap):
+            solution = narrow.adapt(gap, *pair, seed=seed)
         else:
-            solution = linear.adapt(
-                *segment,
-                pair if segment is cut.output else [0, *pair, 0],
+            solution = linear.close(
+                gap,
+                pair if gap is cut.output else [0, *pair, 0],
                 plain_only=plain_only,
-                rtol=torch.inf,
+                throw=False,
                 seed=seed,
             )
-        _require_accuracy(solution, segment, f"{words} segment", rtol)
-        found.append(solution)
+        found.append(_judged(solution, gap, f"{words} segment", rtol, throw))
     query_key, value_output, output = found
+    success = query_key.success.all((-2, -1)) & value_output.success.all((-2, -1)) & output.success
 
     _, of_Q, of_KT, _ = query_key.adapters.updates
     _, of_V, of_O, _ = value_output.adapters.updates
@@ -147,15 +152,18 @@ def adapt(
     none = LowRank(of_2.A[..., :0], of_2.B[..., :0])
     updates += [none] * frozen.depth + [none] * (frozen.depth - 1) + [of_2, of_out]
 
-    b_2 = [*(frozen.W_2[..., :-1, :, :] @ cut.shift[..., None])[..., 0].unbind(-2)]
+    # Where a system is singular its member fails, and its solution is not finite.
+    shift = missing_shift(target).nan_to_num(0, 0, 0)
+    shift = shift.expand(*success.shape, *shift.shape[-2:])
+    b_2 = [*(frozen.W_2[..., :-1, :, :] @ shift[..., None])[..., 0].unbind(-2)]
     wanted = target.W_out @ target.b_2[..., -1, :, None]
     adapted_out = frozen.W_out + of_out.matrix()
-    b_2.append(lowrank.solve(adapted_out, wanted)[..., 0])
+    b_2.append(lowrank.solve(adapted_out, wanted)[..., 0].nan_to_num(0, 0, 0))
     # Columns of a softmax sum to 1: what inexact segments make of the shift is constant.
     reached = value_output.adapters.merge(cut.value_output.frozen).product()
     missed = (cut.value_output.target.product() - reached).sum(-3)[..., 1:, :, :]
-    b_1 = target.b_1.expand(*cut.shift.shape[:-2], *target.b_1.shape[-2:]).clone()
-    b_1[..., 1:, :] += (missed @ cut.shift[..., None])[..., 0]
+    b_1 = target.b_1.expand(*success.shape, *target.b_1.shape[-2:]).clone()
+    b_1[..., 1:, :] += (missed @ shift[..., None])[..., 0]
     biases = [*b_1.unbind(-2), *b_2]
     changes = tuple(new - old for new, old in zip(biases, frozen.biases, strict=True))
     return TransformerAdaptation(
@@ -165,17 +173,18 @@ def adapt(
         output,
         torch.cat(
             [
-                lowrank.condition_number(target.W_2)[..., :-1].expand(cut.shift.shape[:-1]),
+                lowrank.condition_number(target.W_2)[..., :-1].expand(shift.shape[:-1]),
                 lowrank.condition_number(adapted_out)[..., None],
             ],
             dim=-1,
         ),
+        success & regular(frozen, target),
     )
 
 
-def _is_narrow(segment: Segment) -> bool:
+def _is_narrow(gap: Gap) -> bool:
     """Whether heads are narrower than the tokens; the output segment has none."""
-    _, width, size, *heads = segment.frozen.widths
+    _, width, size, *heads = gap.frozen.widths
     return bool(heads) and size < width
 
 
@@ -203,28 +212,31 @@ def _one_by_one(update: LowRank) -> list[LowRank]:
     return [LowRank(A, B) for A, B in zip(*factors, strict=True)]
 
 
-def _require_accuracy(
-    found: linear.LinearAdaptation, segment: Segment, words: str, rtol: float | None
-) -> None:
-    default = torch.finfo(segment.frozen.dtype).eps ** 0.5
-    rtol = default if rtol is None else _checks.tolerance("rtol", rtol)
-    scale = bounds.rounding_scale(*segment)
+def _judged(
+    found: linear.LinearAdaptation, gap: Gap, words: str, rtol: float | None, throw: bool
+) -> linear.LinearAdaptation:
+    """What was found, with the verdict on its rounding error, or that verdict as an error."""
+    eps = torch.finfo(gap.frozen.dtype).eps
+    rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
+    scale = gap.rounding_scale
     relative = found.rounding_error / scale.clamp(min=torch.finfo(scale.dtype).tiny)
-    bad = relative.isfinite().logical_not() | (relative > rtol)
-    if not bad.any():
-        return
-    place = tuple(bad.nonzero()[0].tolist())
-    layer = int(found.condition_numbers[place].argmax())
-    member = place
-    if segment.frozen.depth == 4:
-        block, head = place[-2:]
-        member, words = place[:-2], f"{words} of block {block + 1}, head {head + 1}"
-    where = f", batch member {member}" if member else ""
-    raise SingularError(
-        layer + 1,
-        float(found.condition_numbers[place][layer]),
-        float(relative[place]),
-        rtol,
-        1 / (max(segment.frozen.widths) * torch.finfo(scale.dtype).eps),
-        f" of the {words}{where}",
-    )
+    success = relative.isfinite() & (relative <= rtol)
+    if throw and not success.all():
+        place = tuple((~success).nonzero()[0].tolist())
+        layer = int(found.condition_numbers[place].argmax())
+        failed = ~success
+        if gap.frozen.depth == 4:
+            block, head = place[-2:]
+            words, failed = (
+                f"{words} of block {block + 1}, head {head + 1}",
+                failed[..., block, head],
+            )
+        raise SingularError(
+            layer + 1,
+            float(found.condition_numbers[place][layer]),
+            float(relative[place]),
+            rtol,
+            1 / (max(gap.frozen.widths) * eps),
+            f" of the {words}{_checks.failed_members(failed)}",
+        )
+    return replace(found, success=success)

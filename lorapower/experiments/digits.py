@@ -46,7 +46,7 @@ PRETRAINING = Tuning(learning_rate=3e-3)
 PRETRAINING_STEPS = 1500
 BATCH, EVERY = 100, 20
 
-# Model and depth of the frozen networks of chapter 8, and the ranks that it tries.
+# Model and depth of the frozen networks, and the ranks that are tried.
 CASES = (("fnn", 2), ("fnn", 4), ("transformer", 1))
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 64)
 TRAINED_RANKS = {"quick": (1, 2, 4, 8, 16, 32), "paper": (1, 2, 3, 4, 6, 8, 12, 16, 32)}
@@ -127,7 +127,7 @@ def task(model: str, angle: float, seed: int) -> Split:
 
 def votes(network: FNN | Transformer, x: Tensor) -> Float[Tensor, "classes samples"]:
     """Votes of a network for each digit; a transformer's are summed over its tokens."""
-    return network(x) if isinstance(network, FNN) else network(x).sum(-1).mT
+    return network(x).sum(-1).mT if network.sequences else network(x)
 
 
 def accuracy(network: FNN | Transformer, labelled: Labelled) -> float:
@@ -264,10 +264,8 @@ class Setting:
         frozen, target = self.networks()
         if self.model == "transformer":
             cut = segments(frozen, target)
-            pairs = {"scores": cut.query_key, "values": cut.value_output}
-            return {name: bounds.error_matrix(*pair)[0] for name, pair in pairs.items()}
-        block, *_ = blocks(frozen, target)
-        E = bounds.error_matrix(block.frozen, block.target)
+            return {"scores": cut.query_key.matrix[0], "values": cut.value_output.matrix[0]}
+        E = blocks(frozen, target)[0].matrix
         x = self.task.training[0].to(E.dtype)
         shifted = (x - x.mean(1, keepdim=True)) / x.shape[1] ** 0.5
         return {"first": E[None], "on data": (E @ shifted)[None]}

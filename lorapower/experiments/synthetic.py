@@ -361,13 +361,11 @@ def _pretrained(problem: Setting, frozen: Network, target: Network) -> Network:
 
 def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:
     """The theorems' adapters, whatever digits rounding leaves; a ReLU network's over a region."""
-    lax: Any = {"rtol": math.inf}
     if isinstance(frozen, LinearNetwork):
-        return constructions.linear.adapt(frozen, target, ranks, **lax).adapters
+        return constructions.linear.adapt(frozen, target, ranks, throw=False).adapters
     if isinstance(frozen, FNN):
-        lax["max_digits_lost"] = math.inf
-        return constructions.fnn.adapt(frozen, target, ranks, region, **lax).adapters
-    return constructions.transformer.adapt(frozen, target, ranks, **lax).adapters
+        return constructions.fnn.adapt(frozen, target, ranks, region, throw=False).adapters
+    return constructions.transformer.adapt(frozen, target, ranks, throw=False).adapters
 
 
 class _Tests:

@@ -5,24 +5,28 @@ Layer ``l`` maps ``z`` to ``W_l z`` (linear) or ``ReLU(W_l z + b_l)`` (FNN); inp
 or a thousand, one code path.
 """
 
+from .base import Network
 from .fnn import FNN, pad
+from .gap import Gap
 from .linear import LinearNetwork, product
-from .partition import Block, Partition, block, blocks, fits
-from .segments import Segment, Segments, segments
+from .partition import Partition, Pieces, blocks, shares
+from .segments import Segments, missing_shift, regular, segments
 from .transformer import Transformer
 
 __all__ = [
     "FNN",
-    "Block",
+    "Gap",
     "LinearNetwork",
+    "Network",
     "Partition",
-    "Segment",
+    "Pieces",
     "Segments",
     "Transformer",
-    "block",
     "blocks",
-    "fits",
+    "missing_shift",
     "pad",
     "product",
+    "regular",
     "segments",
+    "shares",
 ]

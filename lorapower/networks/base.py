@@ -1,11 +1,12 @@
-"""What every kind of network shares: weights that chain, and inputs that fit them."""
+"""What every kind of network shares: parameters, batches of members, inputs that fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -16,27 +17,52 @@ from .. import _checks
 from ..errors import InputError
 
 
-@dataclass(frozen=True, eq=False)
-class Network:
-    """Layers of weights ``W_1, …, W_L`` that chain; what is between them is a subclass's matter.
+class Network(ABC):
+    """One network, or as many as the batch shape says, as matrices and vectors.
+
+    All that adapters and training need to know of a network's kind is said here.
 
     Attributes
     ----------
-    weights : the ``L`` matrices, first layer first, each ``[..., out, in]``, of one type and one
-        batch shape.
+    weights : the matrices, each ``[..., out, in]``, of one type and one batch shape.
+    biases : the vectors, each ``[..., out]``; none in a linear network.
+    relu : whether every layer ends with a ReLU.
+    sequences : whether an input is a sequence of tokens, ``[..., width, tokens]``.
     """
 
     weights: tuple[Float[Tensor, "*batch _ _"], ...]
+    biases: tuple[Float[Tensor, "*batch _"], ...] = ()
+    relu: ClassVar[bool] = False
+    sequences: ClassVar[bool] = False
 
-    @property
-    def depth(self) -> int:
-        """Number of layers ``L``."""
-        return len(self.weights)
+    @abstractmethod
+    def __call__(self, x: Float[Tensor, "*batch in n"]) -> Float[Tensor, "*batch out n"]:
+        """The outputs for the columns of ``x``."""
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Sizes along the network, ``(in, …, out)``: ``L + 1`` of them."""
-        return (self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights))
+    @abstractmethod
+    def with_parameters(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+    ) -> Self:
+        """The network of other `weights` and, where given, other `biases`, in their order."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The network whose weights and biases are what ``change`` makes of this one's."""
+        return self.with_parameters(
+            [change(weight) for weight in self.weights], [change(bias) for bias in self.biases]
+        )
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same network with all numbers rounded to ``dtype``."""
+        return self.map(lambda values: values.to(dtype))
+
+    def __getitem__(self, index: Any) -> Self:
+        """The member, or members, of the batch at ``index``.
+
+        Raises `InputError` for an index that the batch does not have.
+        """
+        members = self.members(index)
+        own = len(self.batch_shape)
+        return self.map(lambda values: values.reshape(-1, *values.shape[own:])[members])
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -59,16 +85,35 @@ class Network:
                 "index", allowed=f"one into batch shape {tuple(self.batch_shape)}", given=index
             ) from error
 
-    def as_inputs(self, x: Any) -> Float[Tensor, "*batch in samples"]:
+    def as_inputs(self, x: Any) -> Float[Tensor, "*batch in n"]:
         """``x`` in the network's type, or an `InputError` where its columns are no inputs."""
         x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
-        if x.shape[-2] != self.widths[0]:
+        inputs = self.weights[0].shape[-1]
+        columns, are = ("tokens", "tokens") if self.sequences else ("samples", "inputs")
+        if x.shape[-2] != inputs:
             raise InputError(
                 "x",
-                allowed=f"of shape [..., {self.widths[0]}, samples], columns being inputs",
+                allowed=f"of shape [..., {inputs}, {columns}], columns being {are}",
                 given=f"shape {tuple(x.shape)}",
             )
         return x
+
+
+@dataclass(frozen=True, eq=False)
+class Layers(Network):
+    """Layers of weights ``W_1, …, W_L`` that chain; what is between them is a subclass's matter."""
+
+    weights: tuple[Float[Tensor, "*batch _ _"], ...]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers ``L``."""
+        return len(self.weights)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Sizes along the network, ``(in, …, out)``: ``L + 1`` of them."""
+        return (self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights))
 
     def _require_single(self) -> None:
         if self.batch_shape:

@@ -1,10 +1,10 @@
-"""Fully connected ReLU networks (chapters 2 and 3)."""
+"""Fully connected ReLU networks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks, randomness
 from ..errors import InputError
-from .base import Network, chained, per_layer, random_weights, uniform
+from .base import Layers, chained, per_layer, random_weights, uniform
 
 
 def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
@@ -21,7 +21,7 @@ def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*ba
 
 
 @dataclass(frozen=True, eq=False)
-class FNN(Network):
+class FNN(Layers):
     """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``, the last one too.
 
     Parameters
@@ -37,6 +37,7 @@ class FNN(Network):
     """
 
     biases: tuple[Float[Tensor, "*batch _"], ...]
+    relu: ClassVar[bool] = True
 
     def __init__(self, weights: Any, biases: Any) -> None:
         matrices, vectors = chained(weights), per_layer("bias", biases, min_dims=1)
@@ -86,27 +87,17 @@ class FNN(Network):
         shape = weights.shape[:-1]
         return cls(weights, uniform(*shape, width=width, generator=generator, dtype=dtype))
 
-    def to(self, dtype: torch.dtype) -> FNN:
-        """The same network with weights and biases rounded to ``dtype``."""
-        return FNN([w.to(dtype) for w in self.weights], [b.to(dtype) for b in self.biases])
-
-    def __getitem__(self, index: Any) -> FNN:
-        """The member, or members, of the batch at ``index``."""
-        members = self.members(index)
-        return FNN(
-            [w.reshape(-1, *w.shape[-2:])[members] for w in self.weights],
-            [b.reshape(-1, b.shape[-1])[members] for b in self.biases],
-        )
-
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> FNN:
-        """The network of other weights and, where given, other biases."""
         return FNN(weights, self.biases if biases is None else biases)
 
     def layers(self, which: slice) -> FNN:
         """The network of some consecutive layers."""
-        return FNN(self.weights[which], self.biases[which])
+        network = object.__new__(FNN)
+        object.__setattr__(network, "weights", self.weights[which])
+        object.__setattr__(network, "biases", self.biases[which])
+        return network
 
     def preactivations(
         self, x: Float[Tensor, "*batch in samples"]

@@ -1,10 +1,10 @@
-"""Deep linear networks (chapter 1)."""
+"""Deep linear networks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .. import _checks, randomness
+from .. import _checks, lowrank, randomness
 from ..errors import InputError
-from .base import Network, chained, random_weights
+from .base import Layers, chained, random_weights
 
 
 def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
@@ -28,8 +28,8 @@ def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*b
 
 
 @dataclass(frozen=True, eq=False)
-class LinearNetwork(Network):
-    """A deep linear network ``x ↦ W_L ⋯ W_1 x`` (chapter 1).
+class LinearNetwork(Layers):
+    """A deep linear network ``x ↦ W_L ⋯ W_1 x``.
 
     Parameters
     ----------
@@ -85,22 +85,66 @@ class LinearNetwork(Network):
             random_weights(depth, width, batch_shape=batch_shape, generator=generator, dtype=dtype)
         )
 
-    def __getitem__(self, index: Any) -> LinearNetwork:
-        """The member, or members, of the batch at ``index``."""
-        members = self.members(index)
-        return LinearNetwork([w.reshape(-1, *w.shape[-2:])[members] for w in self.weights])
+    @classmethod
+    def unchecked(cls, weights: Sequence[Float[Tensor, "*batch _ _"]]) -> LinearNetwork:
+        """The network of weights of one batch shape that have been checked already."""
+        network = object.__new__(cls)
+        object.__setattr__(network, "weights", tuple(weights))
+        return network
 
-    def to(self, dtype: torch.dtype) -> LinearNetwork:
-        """The same network with weights rounded to ``dtype``."""
-        return LinearNetwork([weight.to(dtype) for weight in self.weights])
-
-    def with_parameters(self, weights: Sequence[Tensor]) -> LinearNetwork:
-        """The network of other weights."""
+    def with_parameters(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+    ) -> LinearNetwork:
+        """The network of other weights; there are no biases."""
         return LinearNetwork(weights)
 
     def product(self) -> Float[Tensor, "*batch out in"]:
         """The matrix ``∏_l W_l`` that the network applies."""
         return product(self.weights)
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The product of the first half of the layers, and that of the others."""
+        middle = self.depth // 2
+        return product(self.weights[:middle]), product(self.weights[middle:])
+
+    @cached_property
+    def norms(self) -> tuple[Float[Tensor, "*batch"], ...]:
+        """``‖W_l‖_2`` of each layer."""
+        return tuple(values[..., 0] for values in self.spectra)
+
+    @cached_property
+    def spectra(self) -> tuple[Float[Tensor, "*batch k"], ...]:
+        """The singular values of each layer's weight."""
+        return tuple(lowrank.spectrum(weight) for weight in self.weights)
+
+    @cached_property
+    def norm(self) -> Float[Tensor, "*batch"]:
+        """``‖∏_l W_l‖_2``."""
+        return self.norms[0] if self.depth == 1 else lowrank.norm(self.product())
+
+    @cached_property
+    def rounding_scale(self) -> Float[Tensor, "*batch"]:
+        """What in the product is below ``D · eps`` times this may be rounding.
+
+        Two bounds on the rounding of a product, and the smaller one counts: layer by layer,
+        ``max_l ‖∏_{j>l} W_j‖ ‖W_l‖ ‖∏_{j<l} W_j‖``, and entry by entry ``‖∏_l |W_l|‖_2``, itself
+        bounded by the root of its largest row sum times its largest column sum.
+        """
+        if self.depth == 1:
+            return self.norms[0]
+        first, *middle, last = self.weights
+        inner, outer = [first], [last]
+        for low, high in zip(middle, reversed(middle), strict=True):
+            inner.append(low @ inner[-1])
+            outer.append(outer[-1] @ high)
+        one = torch.ones_like(self.norms[0])
+        before = [one, self.norms[0], *map(lowrank.norm, inner[1:])]
+        after = [one, self.norms[-1], *map(lowrank.norm, outer[1:])]
+        layers = zip(after[::-1], self.norms, before, strict=True)
+        layerwise = torch.stack([a * w * b for a, w, b in layers]).amax(0)
+        sizes = product([weight.abs() for weight in self.weights]).nan_to_num()
+        entrywise = sizes.sum(-1).amax(-1).sqrt() * sizes.sum(-2).amax(-1).sqrt()
+        return torch.minimum(layerwise, entrywise)
 
     def __call__(
         self, x: Float[Tensor, "*batch in samples"]

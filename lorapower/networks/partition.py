@@ -1,44 +1,21 @@
-"""Partitions of a frozen network's layers into blocks, one for each target layer (chapter 3)."""
+"""Partitions of a frozen network's layers into blocks, one for each target layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
-from typing import NamedTuple
 
 from .. import _checks
 from ..errors import InputError
 from .fnn import FNN
+from .gap import Gap
 from .linear import LinearNetwork
-
-
-class Block(NamedTuple):
-    """Consecutive frozen layers and the target layer that they have to imitate, without biases.
-
-    Attributes
-    ----------
-    layers : where the block lies among the frozen layers.
-    frozen, target : linear networks of equal inputs and outputs: the block's weights, of which the
-        first keeps only the columns, the last only the rows that the target layer has; and the
-        target layer's weight.
-    """
-
-    layers: slice
-    frozen: LinearNetwork
-    target: LinearNetwork
-
-    def ranks(self, ranks: Sequence[int]) -> list[int]:
-        """The block's part of the ranks of all layers, none beyond its weight's smaller side."""
-        return [
-            min(rank, *weight.shape[-2:])
-            for rank, weight in zip(ranks[self.layers], self.frozen.weights, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Consecutive blocks ``P_1, …, P_L̄`` that cover ``L`` layers.
+    """Consecutive blocks ``P_1, …, P_L̄`` that cover ``L`` layers [def-partition].
 
     Parameters
     ----------
@@ -90,36 +67,58 @@ class Partition:
         return [slice(*ends) for ends in pairwise(accumulate(self.sizes, initial=0))]
 
 
-def block(frozen: FNN, target: FNN, i: int, layers: slice) -> Block:
-    """Frozen ``layers`` beside target layer ``i``, counted from 0.
+class Pieces:
+    """Runs of frozen layers beside the target layers that they may imitate, each made once.
 
-    Raises `InputError` where the target is wider than the frozen network at an end of the block.
+    Of a run the first weight keeps only the columns, the last only the rows that the target layer
+    has; biases are left out.
     """
-    outputs, inputs = target.weights[i].shape[-2:]
-    for end, needed, layer in (("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)):
-        if needed > frozen.widths[layer]:
-            raise InputError(
-                f"{end} of target layer {i + 1}",
-                allowed=f"at most {frozen.widths[layer]}, what the frozen network has there",
-                given=needed,
-                remedy="adapters leave the widths as they are, and fewer units hold fewer "
-                "directions than the target tells apart",
-            )
-    weights = list(frozen.weights[layers])
-    weights[0] = weights[0][..., :inputs]
-    weights[-1] = weights[-1][..., :outputs, :]
-    return Block(layers, LinearNetwork(weights), LinearNetwork(target.weights[i : i + 1]))
+
+    def __init__(self, frozen: FNN, target: FNN) -> None:
+        self.frozen, self.target = frozen, target
+        self._goals = [LinearNetwork.unchecked([weight]) for weight in target.weights]
+        self._runs: dict[tuple[int, ...], LinearNetwork] = {}
+
+    def gap(self, i: int, layers: slice) -> Gap:
+        """Frozen ``layers`` against target layer ``i``, counted from 0.
+
+        Raises `InputError` where the target is wider than the frozen network at an end.
+        """
+        outputs, inputs = self.target.weights[i].shape[-2:]
+        sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
+        for end, needed, layer in sides:
+            if needed > self.frozen.widths[layer]:
+                raise InputError(
+                    f"{end} of target layer {i + 1}",
+                    allowed=f"at most {self.frozen.widths[layer]}, what the frozen network has "
+                    "there",
+                    given=needed,
+                    remedy="adapters leave the widths as they are, and fewer units hold fewer "
+                    "directions than the target tells apart",
+                )
+        which = (layers.start, layers.stop, inputs, outputs)
+        if which not in self._runs:
+            weights = list(self.frozen.weights[layers])
+            weights[0] = weights[0][..., :inputs]
+            weights[-1] = weights[-1][..., :outputs, :]
+            self._runs[which] = LinearNetwork.unchecked(weights)
+        return Gap(self._runs[which], self._goals[i])
+
+    def fits(self, i: int, layers: slice) -> bool:
+        """Whether frozen ``layers`` are nowhere too narrow for target layer ``i``."""
+        outputs, inputs = self.target.weights[i].shape[-2:]
+        first, *inner, last = self.frozen.widths[layers.start : layers.stop + 1]
+        return first >= inputs and last >= outputs and all(w >= max(inputs, outputs) for w in inner)
 
 
-def fits(frozen: FNN, target: FNN, i: int, layers: slice) -> bool:
-    """Whether frozen ``layers`` are nowhere too narrow for target layer ``i``, counted from 0."""
-    outputs, inputs = target.weights[i].shape[-2:]
-    first, *inner, last = frozen.widths[layers.start : layers.stop + 1]
-    return first >= inputs and last >= outputs and all(w >= max(inputs, outputs) for w in inner)
+def shares(gaps: Sequence[Gap], ranks: Sequence[int]) -> list[list[int]]:
+    """The ranks of all layers cut into those of each block, none beyond a weight's smaller side."""
+    ends = accumulate((gap.frozen.depth for gap in gaps), initial=0)
+    return [gap.ranks(ranks[a:b]) for gap, (a, b) in zip(gaps, pairwise(ends), strict=True)]
 
 
-def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list[Block]:
-    """The blocks of a partition, the uniform one by default, beside the target's layers.
+def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list[Gap]:
+    """The blocks of a partition, the uniform one by default, against the target's layers.
 
     Raises `InputError` for a target deeper or wider than the frozen network, and for a partition
     that does not cover the frozen layers or has not one block for each target layer.
@@ -150,4 +149,5 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
             allowed=f"of {target.depth} blocks, one for each target layer",
             given=f"{partition}, of {len(partition.sizes)}",
         )
-    return [block(frozen, target, i, layers) for i, layers in enumerate(partition.slices)]
+    pieces = Pieces(frozen, target)
+    return [pieces.gap(i, layers) for i, layers in enumerate(partition.slices)]

@@ -1,72 +1,87 @@
-"""Segments of a transformer: what lies between two of its non-linearities (chapter 4)."""
+"""Segments of a transformer: what lies between two of its non-linearities [lem-segments]."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
+from .gap import Gap
 from .linear import LinearNetwork
 from .transformer import Transformer
 
-
-class Segment(NamedTuple):
-    """Deep linear networks of equal layers: what a frozen and a target transformer do there.
-
-    Attributes
-    ----------
-    frozen, target : of one batch shape: that of the transformers, followed by blocks and heads
-        where there is a segment for each of them.
-    """
-
-    frozen: LinearNetwork
-    target: LinearNetwork
+T = TypeVar("T")
 
 
-class Segments(NamedTuple):
-    """A transformer cut at its non-linearities, in coordinates in which nothing is absorbed.
+class Segments(NamedTuple, Generic[T]):
+    """A transformer cut at its non-linearities: something for each kind of segment.
 
     The tokens of block ``l`` are ``z = W_{2,l−1} y`` with ``y = a + c``, ``a`` the activations of
     the block before and ``W_{2,l−1} c = b_{2,l−1}`` (for the first block ``y`` is the input and the
-    identity stands for ``W_2``). The target's are the same with its own weights, and both networks
-    are equal when all of the following are, and ``c`` is.
+    identity stands for ``W_2``). In these coordinates nothing is absorbed. The target's are the
+    same with its own weights, and both networks are equal when all segments are, and ``c`` is.
 
     Attributes
     ----------
     query_key : scores are ``yᵀ M y`` with ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
     value_output : the ReLU receives ``Σ_h M_h y`` with ``M = W_1 W_O W_V W_2``; ``[..., L, H]``.
     output : ``W_out W_{2,L}``; ``[...]``.
-    shift : ``c`` of the target, for all blocks but the first; ``[..., L − 1, D]``.
     """
 
-    query_key: Segment
-    value_output: Segment
-    output: Segment
-    shift: Float[Tensor, "*batch _ width"]
+    query_key: T
+    value_output: T
+    output: T
+
+    def largest(self: Segments[Any]) -> Tensor:
+        """The largest of a network's numbers, where something is one number; ``[...]``."""
+        heads = torch.maximum(self.query_key, self.value_output).amax((-2, -1))
+        return torch.maximum(heads, self.output)
 
 
-def segments(frozen: Transformer, target: Transformer) -> Segments:
-    """The segments of two transformers, side by side.
+def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) -> Segments[Gap]:
+    """The segments of a frozen against those of a target transformer.
 
     Raises `InputError` for transformers of different sizes or types, for a ReLU layer that is not
-    as wide as the tokens, and for ``W_1`` or ``W_2`` singular in working precision: those of the
-    frozen network, and the target's ``W_2`` of all blocks but the last.
+    as wide as the tokens, and, unless ``throw`` is false, where the two are not `regular`.
     """
     _checks.kind(Transformer, frozen=frozen, target=target)
     batch = _check(frozen, target)
-    for owner, network, kinds in (("", frozen, ("W_1", "W_2")), ("target's ", target, ("W_2",))):
-        for kind in kinds:
-            blocks = getattr(network, kind)
-            _require_regular(owner + kind, blocks if kind == "W_1" else blocks[..., :-1, :, :])
-    ours, theirs = _chains(frozen, batch), _chains(target, batch)
-    shift = lowrank.solve(target.W_2[..., :-1, :, :], target.b_2[..., :-1, :, None])[..., 0]
-    query_key, value_output, output = (Segment(*pair) for pair in zip(ours, theirs, strict=True))
-    shift = shift.expand(*batch, *shift.shape[-2:])
-    return Segments(query_key, value_output, output, shift)
+    if throw:
+        for name, conditions, limit in _inverted(frozen, target):
+            _require_regular(name, conditions, limit)
+    pairs = zip(_chains(frozen, batch), _chains(target, batch), strict=True)
+    return Segments(*(Gap(ours, theirs) for ours, theirs in pairs))
+
+
+def regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch"]:
+    """Whether what the theorem inverts is non-singular in working precision [ass-regular].
+
+    That is, ``W_1`` and ``W_2`` of the frozen network, and the target's ``W_2`` of all blocks but
+    the last.
+    """
+    parts = [(c <= limit).all(-1) for _, c, limit in _inverted(frozen, target)]
+    return torch.stack(torch.broadcast_tensors(*parts)).all(0)
+
+
+def missing_shift(target: Transformer) -> Float[Tensor, "*batch _ width"]:
+    """``c`` with ``W_{2,l} c = b_{2,l}`` for all blocks but the last; ``[..., L − 1, D]``."""
+    return lowrank.solve(target.W_2[..., :-1, :, :], target.b_2[..., :-1, :, None])[..., 0]
+
+
+def _inverted(
+    frozen: Transformer, target: Transformer
+) -> Iterator[tuple[str, Float[Tensor, "*batch _"], float]]:
+    """Name, condition numbers and their limit for each kind of weight that has to be inverted."""
+    limit = 1 / (frozen.width * torch.finfo(frozen.dtype).eps)
+    first = slice(None, -1)
+    yield "W_1", lowrank.condition_number(frozen.W_1), limit
+    yield "W_2", lowrank.condition_number(frozen.W_2)[..., first], limit
+    yield "target's W_2", lowrank.condition_number(target.W_2)[..., first], limit
 
 
 def _chains(network: Transformer, batch: torch.Size) -> list[LinearNetwork]:
@@ -107,18 +122,15 @@ def _check(frozen: Transformer, target: Transformer) -> torch.Size:
     return _checks.common_shape("frozen and target", shapes)
 
 
-def _require_regular(name: str, stack: Float[Tensor, "*batch blocks width width"]) -> None:
-    if not stack.shape[-3]:
-        return
-    conditions = lowrank.condition_number(stack)
-    limit = 1 / (stack.shape[-1] * torch.finfo(stack.dtype).eps)
-    bad = (conditions > limit).nonzero()
-    if len(bad):
-        *member, block = bad[0].tolist()
-        where = f" in batch member {tuple(member)}" if member else ""
+def _require_regular(name: str, conditions: Float[Tensor, "*batch _"], limit: float) -> None:
+    bad = conditions > limit
+    if bad.any():
+        block = (
+            int(bad.flatten(0, -2).any(0).nonzero()[0]) if bad.ndim > 1 else int(bad.nonzero()[0])
+        )
         raise InputError(
-            f"{name} of block {block + 1}{where}",
+            f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
             allowed="non-singular",
-            given=f"condition number {float(conditions[tuple(bad[0])]):.1e}",
-            remedy="the theorem inverts it (chapter 4); perturb it",
+            given=f"condition number {float(conditions[..., block].max()):.1e}",
+            remedy="the theorem inverts it; perturb it",
         )

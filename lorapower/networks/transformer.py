@@ -1,10 +1,11 @@
-"""Transformers: attention and a ReLU layer in turn (chapter 4)."""
+"""Transformers: attention and a ReLU layer in turn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..errors import InputError
-from .base import uniform
+from .base import Network, uniform
 
 # The last dimensions of every parameter; equal names are equal sizes.
 SHAPES = {
@@ -45,13 +46,14 @@ class BlockTrace(NamedTuple):
     outputs: Float[Tensor, "*batch width n"]
 
 
-@dataclass(frozen=True)
-class Transformer:
+@dataclass(frozen=True, eq=False)
+class Transformer(Network):
     """``L`` blocks of attention with ``H`` heads and a ReLU layer, and an output matrix.
 
     Block ``l`` maps the columns of ``Z`` (one for each token) to ``W_2 ReLU(W_1 Attn(Z) + b_1) +
     b_2``, where ``Attn(Z) = Σ_h W_O^h W_V^h Z softmax(Zᵀ W_K^hᵀ W_Q^h Z)`` with the softmax of each
-    column. The network's output is ``W_out Z_L``. No residual connections, no normalization.
+    column. The network's output is ``W_out Z_L``. No residual connections, no normalization
+    [def-transformer].
 
     Parameters
     ----------
@@ -78,6 +80,8 @@ class Transformer:
     W_2: Float[Tensor, "*batch blocks width hidden"]
     b_2: Float[Tensor, "*batch blocks width"]
     W_out: Float[Tensor, "*batch out width"]
+
+    sequences: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = {
@@ -178,22 +182,14 @@ class Transformer:
             for side, n in zip(shape, getattr(self, name).shape[-len(shape) :], strict=True)
         }
 
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Leading dimensions: how many networks this object holds."""
-        return self.W_out.shape[:-2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.W_out.dtype
-
-    @property
-    def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:
+    # Kept in stacks, so that both are read only.
+    @cached_property
+    def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:  # type: ignore[override]
         """All matrices, one by one: by kind in the order of `WEIGHTS`, then by block and head."""
         return tuple(w for name in WEIGHTS for w in self._unstacked(name, 2))
 
-    @property
-    def biases(self) -> tuple[Float[Tensor, "*batch _"], ...]:
+    @cached_property
+    def biases(self) -> tuple[Float[Tensor, "*batch _"], ...]:  # type: ignore[override]
         """All vectors, one by one: ``b_1`` of every block, then ``b_2`` of every block."""
         return tuple(b for name in BIASES for b in self._unstacked(name, 1))
 
@@ -213,7 +209,7 @@ class Transformer:
 
     @property
     def adapted(self) -> tuple[bool, ...]:
-        """For each of `weights` whether the theorem on exact adaptation (chapter 4) adapts it.
+        """For each of `weights` whether the theorem [thm-transformer] adapts it.
 
         It adapts all of the attention, ``W_2`` of the last block and ``W_out``.
         """
@@ -225,7 +221,6 @@ class Transformer:
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> Transformer:
-        """The network of other `weights` and, where given, other `biases`, in their order."""
         stacks = {
             **self._stacked(WEIGHTS, weights, 2),
             **self._stacked(BIASES, self.biases if biases is None else biases, 1),
@@ -249,23 +244,8 @@ class Transformer:
             stacks[name] = stack.reshape(shape)
         return stacks
 
-    def to(self, dtype: torch.dtype) -> Transformer:
-        """The same network with all numbers rounded to ``dtype``."""
-        return Transformer(*(getattr(self, field.name).to(dtype) for field in fields(self)))
-
-    def __getitem__(self, index: Any) -> Transformer:
-        """The member, or members, of the batch at ``index``."""
-        return Transformer(*(getattr(self, field.name)[index] for field in fields(self)))
-
     def as_inputs(self, x: Any) -> Float[Tensor, "*batch width n"]:
-        """``x`` in the network's type, or an `InputError` where it is no sequence of tokens."""
-        x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
-        if x.shape[-2] != self.width:
-            raise InputError(
-                "x",
-                allowed=f"of shape [..., {self.width}, tokens], columns being tokens",
-                given=f"shape {tuple(x.shape)}",
-            )
+        x = super().as_inputs(x)
         _checks.common_shape("x and network", [tuple(x.shape[:-2]), tuple(self.batch_shape)])
         return x
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..errors import InputError
-from ..networks import FNN, LinearNetwork, Transformer
+from ..networks import Network
 
 Labelled = tuple[Float[Tensor, "*batch in samples"], Float[Tensor, "*batch out samples"]]
 
@@ -63,11 +63,7 @@ class Fresh(Data):
         if len(shape) not in (1, 2):
             raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
         # Training is in single precision, and so is what it is told.
-        self.label = (
-            label.to(torch.float32)
-            if isinstance(label, LinearNetwork | FNN | Transformer)
-            else label
-        )
+        self.label = label.to(torch.float32) if isinstance(label, Network) else label
         self.shape = tuple(_checks.integer("shape", size, 1) for size in shape)
         self.samples = _checks.integer("samples", samples, 1)
         self.seed = _checks.integer("seed", seed, 0)

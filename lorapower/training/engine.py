@@ -64,7 +64,7 @@ def train(
     InputError : no tunings, ranks or layers out of range, data that does not fit the network or the
         loss, a value that has no meaning.
 
-    Source: the protocol of the study's experiments, chapter 5.
+    Source: the protocol of the study's experiments.
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")

@@ -16,7 +16,7 @@ from .. import _checks, randomness
 from ..adapters import Adapters, N
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks import FNN, LinearNetwork, Transformer
+from ..networks import Network
 from .compiled import UNROLLED, Array, State, Structure, tile
 from .data import Data, Labelled
 from .tuning import Training, Tuning
@@ -29,17 +29,14 @@ class Stack(Generic[N]):
     """Networks as square matrices, padded by zeros, which stay zeros."""
 
     def __init__(self, frozen: N) -> None:
-        if not isinstance(frozen, LinearNetwork | FNN | Transformer):
-            raise InputError(
-                "frozen", allowed="a LinearNetwork, FNN or Transformer", given=type(frozen).__name__
-            )
+        _checks.kind(Network, frozen=frozen)
         # The network's own checks refuse numbers too large for single precision.
         self.network: Any = frozen.to(torch.float32)
         self.shapes = [tuple(weight.shape[-2:]) for weight in frozen.weights]
         largest = max(max(shape) for shape in self.shapes)
         self.width = -(-largest // UNROLLED) * UNROLLED
         self.members = frozen.batch_shape.numel()
-        self.biases = () if isinstance(self.network, LinearNetwork) else self.network.biases
+        self.biases = self.network.biases
         self.weights = self._padded(self.network.weights, 2)
         # A linear network has biases too: zeros, which stay.
         self.padded_biases = self._padded(
@@ -60,12 +57,10 @@ class Stack(Generic[N]):
         """What all runs have in common."""
         votes = batches.votes
         blocks, heads = (
-            (self.network.depth, self.network.heads)
-            if isinstance(self.network, Transformer)
-            else (0, 0)
+            (self.network.depth, self.network.heads) if self.network.sequences else (0, 0)
         )
         return Structure(
-            relu=isinstance(self.network, FNN),
+            relu=self.network.relu,
             blocks=blocks,
             heads=heads,
             tokens=batches.tokens,
@@ -175,7 +170,7 @@ class Stack(Generic[N]):
         if tuning.final:
             last = _checks.integer("final", tuning.final, 0, count, limit="the number of weights")
             return [0] * (count - last) + [-1] * last
-        if isinstance(network, Transformer) and isinstance(tuning.ranks, int):
+        if network.sequences and isinstance(tuning.ranks, int):
             rank = _checks.integer("rank", tuning.ranks, 0, network.width, limit="the width")
             return [
                 min(rank, *shape) if of_theorem else 0
@@ -187,7 +182,7 @@ class Stack(Generic[N]):
         count = len(self.biases)
         if not tuning.final or tuning.final == len(self.shapes):
             return [tuning.biases] * count
-        if isinstance(self.network, Transformer):
+        if self.network.sequences:
             # The last weight is W_out, which has no bias beside it.
             return [False] * count
         return [tuning.biases and l >= count - tuning.final for l in range(count)]
@@ -226,7 +221,7 @@ class Batches:
         self.stack = stack
         self.votes = _class_of(classes, stack.outputs)
         self.classes = int(self.votes.max(initial=-1)) + 1
-        self.sequences = isinstance(stack.network, Transformer)
+        self.sequences = stack.network.sequences
         # Members that share their data share what is made of it.
         distinct = {id(source): source for source in data}
         self.distinct = list(distinct.values())

@@ -1,0 +1,174 @@
+"""A frozen piece of a network against the target's piece: how far apart, and which rank closes it.
+
+Pieces are deep linear networks: a whole one, a block of a partition beside its target layer, a
+segment of a transformer beside the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .. import _checks, lowrank
+from ..errors import InputError
+from ..lowrank import SVD, LowRank
+from .linear import LinearNetwork
+
+
+@dataclass(frozen=True, eq=False)
+class Gap:
+    """``E = W̄ − ∏_l W_l``: what the adapters of a frozen piece have to make up for.
+
+    All that is decomposed is decomposed once, when it is first asked for.
+
+    Parameters
+    ----------
+    frozen, target : deep linear networks, or what `LinearNetwork.of` makes one from; of equal
+        inputs, outputs and type; batch shapes broadcast.
+
+    Raises `InputError` for pieces that do not match, and, as soon as ``E`` is asked for, where a
+    product overflows.
+    """
+
+    frozen: LinearNetwork
+    target: LinearNetwork
+
+    def __init__(self, frozen: LinearNetwork | Any, target: LinearNetwork | Any) -> None:
+        frozen, target = LinearNetwork.of(frozen, "frozen"), LinearNetwork.of(target, "target")
+        ends = [(network.widths[0], network.widths[-1]) for network in (frozen, target)]
+        if ends[0] != ends[1]:
+            raise InputError(
+                "target",
+                given="{} inputs and {} outputs".format(*ends[1]),
+                allowed="of {} inputs and {} outputs, like the frozen network".format(*ends[0]),
+            )
+        _checks.like_frozen(target.dtype, frozen.dtype)
+        _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
+        object.__setattr__(self, "frozen", frozen)
+        object.__setattr__(self, "target", target)
+
+    @cached_property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions: how many gaps this object holds."""
+        return torch.broadcast_shapes(self.frozen.batch_shape, self.target.batch_shape)
+
+    @cached_property
+    def finite(self) -> Bool[Tensor, "*batch"]:
+        """Whether no product overflows."""
+        return self._difference.isfinite().all((-2, -1))
+
+    @property
+    def matrix(self) -> Float[Tensor, "*batch out in"]:
+        """``E`` itself."""
+        if not self.finite.all():
+            raise InputError(
+                "frozen and target",
+                allowed="of finite products",
+                given="a product that overflows",
+                remedy="scale the weights down",
+            )
+        return self._difference
+
+    @cached_property
+    def _difference(self) -> Float[Tensor, "*batch out in"]:
+        return self.target.product() - self.frozen.product()
+
+    @cached_property
+    def svd(self) -> SVD:
+        """The singular value decomposition of ``E``."""
+        return lowrank.svd(self.matrix)
+
+    @property
+    def spectrum(self) -> Float[Tensor, "*batch k"]:
+        """``σ_1 ≥ σ_2 ≥ …`` of ``E``."""
+        return self.svd.S if "svd" in vars(self) else self._singular_values
+
+    @cached_property
+    def _singular_values(self) -> Float[Tensor, "*batch k"]:
+        return lowrank.spectrum(self.matrix)
+
+    @cached_property
+    def rounding_scale(self) -> Float[Tensor, "*batch"]:
+        """That of the frozen plus that of the target product, `LinearNetwork.rounding_scale`."""
+        return self.frozen.rounding_scale + self.target.rounding_scale
+
+    @property
+    def noise(self) -> Float[Tensor, "*batch"]:
+        """``max(out, in) · eps · rounding_scale``: what is not above this may be rounding."""
+        sides = self.frozen.widths[0], self.frozen.widths[-1]
+        return max(sides) * torch.finfo(self.frozen.dtype).eps * self.rounding_scale
+
+    @property
+    def rank(self) -> Int[Tensor, "*batch"]:
+        """``rank E``, counting only singular values above the `noise` of ``E`` itself.
+
+        In a network so deep or so large that all of ``E`` may be rounding, it is 0: in that
+        arithmetic nothing can be told.
+        """
+        return (self.spectrum > self.noise[..., None]).sum(-1)
+
+    def error(self, rank: int, ord: Literal[2, "fro"] = 2) -> Float[Tensor, "*batch"]:
+        """Least distance of any adapters of total rank ``r`` [thm-optimal-adaptation].
+
+        ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
+        """
+        return lowrank.tail_norms(self.spectrum, rank)[ord == "fro"]
+
+    def best(self, rank: int) -> LowRank:
+        """``LR_r(E)``, as ``A = U Σ, B = V``; no more columns than ``E`` has singular values."""
+        U, S, V = (part[..., : _checks.integer("rank", rank, 0)] for part in self.svd)
+        return LowRank(U * S[..., None, :], V)
+
+    def undone(self, rank: int) -> Float[Tensor, "*batch out in"]:
+        """``E − LR_r(E)``: what the best adapters of total rank ``r`` still lack."""
+        U, S, V = (part[..., _checks.integer("rank", rank, 0) :] for part in self.svd)
+        return (U * S[..., None, :]) @ V.mT
+
+    def reached(self, rank: int) -> Float[Tensor, "*batch out in"]:
+        """``∏_l W_l + LR_r(E) = W̄ − undone``: the map of the best adapters of total rank ``r``."""
+        return self.target.product() - self.undone(rank)
+
+    def ranks(self, ranks: Any) -> list[int]:
+        """``ranks`` of the frozen layers, none beyond its weight's smaller side."""
+        return [min(r, *w.shape[-2:]) for r, w in zip(ranks, self.frozen.weights, strict=True)]
+
+    def flat(self) -> Gap:
+        """The same gaps along one batch dimension; what was computed is kept."""
+        batch = self.batch_shape
+
+        def flatten(values: Tensor, dims: int) -> Tensor:
+            rest = values.shape[values.ndim - dims :]
+            return values.expand((*batch, *rest)).reshape(-1, *rest)
+
+        return self._each(flatten)
+
+    def members(self, which: Tensor) -> Gap:
+        """Those of flat gaps that a mask selects; what was computed is kept."""
+        return self._each(lambda values, dims: values[which])
+
+    def zeroed(self, which: Bool[Tensor, "*batch"]) -> Gap:
+        """The gaps with all weights 0 where a mask says so."""
+        return Gap(
+            *(
+                LinearNetwork.unchecked(
+                    [torch.where(which[..., None, None], 0, weight) for weight in network.weights]
+                )
+                for network in (self.frozen, self.target)
+            )
+        )
+
+    def _each(self, change: Callable[[Tensor, int], Tensor]) -> Gap:
+        gap = object.__new__(Gap)
+        for name, network in (("frozen", self.frozen), ("target", self.target)):
+            changed = LinearNetwork.unchecked([change(weight, 2) for weight in network.weights])
+            vars(changed)["spectra"] = tuple(change(values, 1) for values in network.spectra)
+            object.__setattr__(gap, name, changed)
+        vars(gap)["svd"] = SVD(*(change(p, d) for p, d in zip(self.svd, (2, 1, 2), strict=True)))
+        vars(gap)["rounding_scale"] = change(self.rounding_scale, 0)
+        return gap

@@ -1,0 +1,465 @@
+"""A gap against numpy, its decompositions counted, and what every construction shares.
+
+Rotated networks have rotated adapters, adapted networks need no more, bounds fall with the rank.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import batch_shapes, conditioned, dtypes, seeds
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorapower import InputError, PrecisionError, SingularError, bounds, lowrank, randomness
+from lorapower.adapters import Adapters
+from lorapower.constructions import fnn, linear, partition, transformer
+from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer, segments
+from lorapower.regions import Ball, Samples
+
+
+class Decompositions(TorchDispatchMode):
+    """Counts the singular value decompositions, full ones or of the values alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "linalg_svd" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def rotation(size: int, seed: int, purpose: str) -> Tensor:
+    generator = randomness.generator(seed, "rotation in a test", purpose)
+    normal = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(normal)[0]
+
+
+def benign(depth: int, width: int, batch: tuple[int, ...], seed: int) -> FNN:
+    weights = conditioned(depth, width, batch_shape=batch, seed=seed).weights
+    return FNN(weights, FNN.random(depth, width, batch_shape=batch, seed=seed).biases)
+
+
+def moderate(depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int) -> Transformer:
+    """A transformer of well-conditioned matrices."""
+    network = Transformer.random(depth, width, heads, batch_shape=batch, seed=seed)
+    matrices = {
+        name: lowrank.random_matrix(
+            width,
+            width,
+            condition_number=3,
+            batch_shape=getattr(network, name).shape[:-2],
+            seed=seed,
+            purpose=name,
+        )
+        for name in ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out")
+    }
+    return Transformer(**matrices, b_1=network.b_1, b_2=network.b_2)
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.integers(1, 3),
+    batch_shapes,
+    batch_shapes,
+    dtypes,
+    seeds,
+    st.data(),
+)
+def test_a_gap_is_what_numpy_finds(
+    inputs: int,
+    outputs: int,
+    depth: int,
+    batch: tuple[int, ...],
+    other: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    other = other if other in (batch, ()) else ()
+    width = max(inputs, outputs)
+    generator = randomness.generator(seed, "test")
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    sizes = [inputs, *[width] * (depth - 1), outputs]
+    frozen = [normal(*batch, b, a) for a, b in pairwise(sizes)]
+    target = normal(*other, outputs, inputs)
+    gap = Gap(frozen, LinearNetwork([target]))
+    E = target.double().numpy()
+    P = np.eye(inputs)
+    for weight in frozen:
+        P = weight.double().numpy() @ P
+    E = E - P
+    rank = data.draw(st.integers(0, min(inputs, outputs) + 1))
+    sigma = np.linalg.svd(E, compute_uv=False)
+    tail = np.concatenate([sigma[..., rank:], np.zeros((*E.shape[:-2], 1))], -1)
+    unit = 100 * torch.finfo(dtype).eps * width * (1 + np.abs(E).max() + np.abs(P).max() * 4**depth)
+    undone = gap.undone(rank).double().numpy()
+    for found, expected in (
+        (gap.error(rank), tail.max(-1)),
+        (gap.error(rank, "fro"), np.sqrt((tail**2).sum(-1))),
+        (np.linalg.norm(undone, 2, (-2, -1)), tail.max(-1)),
+        (gap.best(rank).matrix().double().numpy() + undone, E),
+        (gap.reached(rank).double().numpy() + undone, target.double().numpy() + 0 * E),
+    ):
+        np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=unit)
+    assert gap.best(rank).rank == min(rank, inputs, outputs)
+    assert gap.batch_shape == gap.rank.shape == torch.Size(E.shape[:-2])
+
+
+def test_a_gap_decomposes_once() -> None:
+    gap = Gap(conditioned(3, 6), LinearNetwork.random(1, 6))
+    with Decompositions() as found:
+        for _ in range(2):
+            assert gap.best(2).rank == 2
+            assert gap.undone(1).shape == gap.matrix.shape
+            assert gap.error(3) <= gap.error(2, "fro")
+    assert found.count == 1
+    with Decompositions() as found:
+        for _ in range(2):
+            assert gap.rank == 6
+            assert gap.noise < gap.error(0)
+            assert gap.reached(2).shape == gap.matrix.shape
+    # The norms of three frozen layers, of the products of the first and of the last two of them,
+    # and of the target's layer.
+    assert found.count == 3 + 2 + 1
+
+
+def test_constructions_decompose_little() -> None:
+    frozen, target = FNN.random(4, 16, seed=1), FNN.random(2, 16, seed=2)
+    with Decompositions() as found:
+        fnn.adapt(frozen, target, 8, Ball(8.0))
+    # Of each block: E, the norms of two frozen and a target layer, two systems, the rounding.
+    assert found.count == 2 * 7
+    with Decompositions() as found:
+        partition.least_rank(FNN.random(8, 16, seed=1), FNN.random(3, 16, seed=2))
+    runs = 8 * 9 // 2 + 2 * 3
+    assert found.count < 8 * runs
+
+
+def test_gaps_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="target must be of 2 inputs and 2 outputs"):
+        Gap(LinearNetwork.random(1, 2), LinearNetwork.random(1, 3))
+    with pytest.raises(InputError, match="rank must be an integer from 0"):
+        Gap(LinearNetwork.random(1, 2), LinearNetwork.random(1, 2)).best(-1)
+    huge = LinearNetwork(torch.full((2, 2, 2), 1e200, dtype=torch.float64))
+    gap = Gap(huge, LinearNetwork.random(1, 2))
+    assert not gap.finite
+    with pytest.raises(InputError, match="a product that overflows"):
+        print(gap.rank)
+
+
+@pytest.mark.parametrize("kind", [LinearNetwork, FNN, Transformer])
+@given(batch_shapes, seeds)
+def test_every_kind_is_a_network(kind: type[Network], batch: tuple[int, ...], seed: int) -> None:
+    options: dict[str, Any] = {"heads": 2} if kind is Transformer else {}
+    network: Any = kind.random(2, 3, batch_shape=batch, seed=seed, **options)  # type: ignore[attr-defined]
+    assert isinstance(network, Network)
+    again = network.with_parameters(network.weights, network.biases)
+    doubled = network.map(lambda values: 2 * values)
+    for changed, factor in ((again, 1), (doubled, 2), (network.to(torch.float64), 1)):
+        for mine, ours in zip(
+            (*changed.weights, *changed.biases), (*network.weights, *network.biases), strict=True
+        ):
+            assert torch.equal(mine, factor * ours)
+    x = torch.randn(3, 4, generator=randomness.generator(seed, "inputs")).double()
+    for index in np.ndindex(batch):
+        torch.testing.assert_close(network[index](x), network(x)[index])
+    with pytest.raises(InputError, match="index must be one into batch shape"):
+        network[(0,) * (len(batch) + 1)]
+
+
+# Rotations of inputs and outputs. Rounding and the sign of singular vectors leave the splitting of
+# the proof alone as one that turns with the network: the random rotations of others are fixed.
+
+
+@given(st.integers(1, 4), st.integers(1, 8), batch_shapes, seeds, st.data())
+def test_rotated_linear_networks_have_rotated_adapters(
+    depth: int, width: int, batch: tuple[int, ...], seed: int, data: st.DataObject
+) -> None:
+    ranks = data.draw(st.lists(st.integers(0, width), min_size=depth, max_size=depth))
+    frozen = conditioned(depth, width, batch_shape=batch, seed=seed)
+    target = LinearNetwork.random(1, width, seed=seed, purpose="target")
+    P, Q = rotation(width, seed, "inputs"), rotation(width, seed, "outputs")
+
+    def turned(network: LinearNetwork) -> LinearNetwork:
+        weights = list(network.weights)
+        weights[0] = weights[0] @ P.mT
+        weights[-1] = Q @ weights[-1]
+        return LinearNetwork(weights)
+
+    options: dict[str, Any] = {"plain_only": True, "throw": False}
+    found = linear.adapt(frozen, target, ranks, **options)
+    other = linear.adapt(turned(frozen), turned(target), ranks, **options)
+    assume_well_conditioned = found.condition_numbers.amax(-1) < 1e3
+    gaps = Gap(frozen, target).spectrum.diff(dim=-1).abs() > 1e-3
+    good = assume_well_conditioned & gaps.all(-1)
+    updates = [update.matrix() for update in found.adapters.updates]
+    updates[0] = updates[0] @ P.mT
+    updates[-1] = Q @ updates[-1]
+    for mine, theirs in zip(updates, other.adapters.updates, strict=True):
+        off = (mine - theirs.matrix()).abs().amax((-2, -1))
+        assert (off[good] < 1e-6).all()
+    for name in ("spectral_error", "frobenius_error"):
+        torch.testing.assert_close(getattr(found, name), getattr(other, name))
+
+
+@given(st.integers(1, 4), st.integers(1, 6), batch_shapes, seeds, st.data())
+def test_rotated_inputs_and_permuted_outputs_of_relu_networks(
+    depth: int, width: int, batch: tuple[int, ...], seed: int, data: st.DataObject
+) -> None:
+    """ReLU layers commute with permutations of units only, and balls alone are round."""
+    rank = data.draw(st.integers(0, width))
+    frozen, target = benign(depth, width, batch, seed), FNN.random(1, width, seed=seed + 1)
+    P = rotation(width, seed, "inputs")
+    order = torch.randperm(width, generator=randomness.generator(seed, "test"))
+
+    def turned(network: FNN) -> FNN:
+        weights, biases = list(network.weights), list(network.biases)
+        weights[0] = weights[0] @ P.mT
+        weights[-1], biases[-1] = weights[-1][..., order, :], biases[-1][..., order]
+        return FNN(weights, biases)
+
+    found = fnn.adapt(frozen, target, rank, Ball(3.0), throw=False)
+    other = fnn.adapt(turned(frozen), turned(target), rank, Ball(3.0), throw=False)
+    torch.testing.assert_close(found.block_errors, other.block_errors)
+    torch.testing.assert_close(found.error_bound, other.error_bound)
+    x = found.region.sample(20, seed=seed)
+    y = found.adapters.merge(frozen)(x)[..., order, :]
+    turned_y = other.adapters.merge(turned(frozen))(P @ x)
+    spread = Gap(LinearNetwork(frozen.weights), LinearNetwork(target.weights)).spectrum
+    good = (spread.diff(dim=-1).abs() > 1e-3).all(-1) & (found.digits_lost < 6).all(-1)
+    good = good & (found.rounding_errors < 1e-10).all(-1) & (other.rounding_errors < 1e-10).all(-1)
+    assert ((y - turned_y).abs().amax((-2, -1))[good] < 1e-6).all()
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 2), st.integers(2, 5), st.integers(1, 2), batch_shapes, seeds)
+def test_rotated_tokens_and_outputs_of_transformers(
+    depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int
+) -> None:
+    frozen, target = (moderate(depth, width, heads, batch, seed + k) for k in (0, 1))
+    P, Q = rotation(width, seed, "inputs"), rotation(width, seed, "outputs")
+
+    def turned(network: Transformer) -> Transformer:
+        weights = dict(zip(network.weight_names, network.weights, strict=True))
+        for name in weights:
+            if "block 1," in name and name[:3] in ("W_Q", "W_K", "W_V"):
+                weights[name] = weights[name] @ P.mT
+        weights["W_out"] = Q @ weights["W_out"]
+        return network.with_parameters(tuple(weights.values()))
+
+    rank = -(-width // 2)
+    found = transformer.adapt(frozen, target, rank, throw=False)
+    other = transformer.adapt(turned(frozen), turned(target), rank, throw=False)
+    x = torch.randn(width, 4, generator=randomness.generator(seed, "inputs")).double()
+    y, turned_y = found.adapters.merge(frozen)(x), other.adapters.merge(turned(frozen))(P @ x)
+    good = (found.condition_number < 1e5) & (other.condition_number < 1e5)
+    assert ((Q @ y - turned_y).abs().amax((-2, -1))[good] < 1e-6).all()
+
+
+# An adapted network is its target from the threshold on. Below it there is more to do: the next
+# adapters take the next singular values.
+
+
+def sizes(adapters: Adapters) -> Tensor:
+    return torch.stack([update.matrix().abs().amax((-2, -1)) for update in adapters.updates]).amax(
+        0
+    )
+
+
+@given(st.integers(1, 4), st.integers(1, 8), batch_shapes, seeds)
+def test_an_adapted_linear_network_is_left_alone(
+    depth: int, width: int, batch: tuple[int, ...], seed: int
+) -> None:
+    frozen = conditioned(depth, width, batch_shape=batch, seed=seed)
+    target = LinearNetwork.random(1, width, seed=seed, purpose="target")
+    rank = -(-width // depth)
+    found = linear.adapt(frozen, target, rank, throw=False)
+    adapted = found.adapters.merge(frozen)
+    again = linear.adapt(adapted, target, rank, throw=False)
+    good = found.condition_numbers.amax(-1) < 1e4
+    assert (sizes(again.adapters)[good] < 1e-6).all()
+    if width > depth:
+        part = linear.adapt(frozen, target, [1] * depth, throw=False)
+        more = linear.adapt(part.adapters.merge(frozen), target, [1] * depth, throw=False)
+        expected = bounds.linear_error(frozen, target, 2 * depth)[0]
+        rounding = 1e-6 * (1 + part.condition_numbers.amax(-1) + more.condition_numbers.amax(-1))
+        assert ((more.spectral_error - expected).abs() < rounding).all()
+
+
+@given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 6), batch_shapes, seeds)
+def test_an_adapted_relu_network_is_left_alone(
+    size: int, layers: int, width: int, batch: tuple[int, ...], seed: int
+) -> None:
+    frozen, target = benign(size * layers, width, batch, seed), FNN.random(layers, width, seed=seed)
+    rank = -(-width // size)
+    found = fnn.adapt(frozen, target, rank, Ball(3.0), throw=False)
+    again = fnn.adapt(found.adapters.merge(frozen), target, rank, Ball(3.0), throw=False)
+    good = (found.condition_numbers < 1e4).all(-1) & (found.digits_lost < 5).all(-1)
+    assert (sizes(again.adapters)[good] < 1e-6).all()
+    changes = torch.stack([b.abs().amax(-1) for b in again.adapters.bias_updates]).amax(0)
+    scale = torch.stack([b.abs().amax(-1) for b in found.adapters.bias_updates]).amax(0)
+    assert (changes <= 1e-6 * (1 + scale))[good].all()
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 2), st.integers(1, 5), st.integers(1, 2), batch_shapes, seeds)
+def test_an_adapted_transformer_is_left_alone(
+    depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int
+) -> None:
+    frozen, target = (moderate(depth, width, heads, batch, seed + k) for k in (0, 1))
+    rank = -(-width // 2)
+    found = transformer.adapt(frozen, target, rank, throw=False)
+    again = transformer.adapt(found.adapters.merge(frozen), target, rank, throw=False)
+    good = (found.condition_number < 1e4) & (again.condition_number < 1e4)
+    assert (sizes(again.adapters)[good] < 1e-6).all()
+    changes = torch.stack([b.abs().amax(-1) for b in again.adapters.bias_updates]).amax(0)
+    assert (changes[good] < 1e-6).all()
+
+
+# Bounds fall with the rank. `bounds.fnn_error_on` need not for more than one layer: its gains are
+# the norms of the adapted maps, which may grow.
+
+
+def falls(values: list[Tensor]) -> bool:
+    stacked = torch.stack(torch.broadcast_tensors(*values))
+    return bool((stacked.diff(dim=0) <= 1e-12 * (1 + stacked[:-1].abs())).all())
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(1, 5),
+    batch_shapes,
+    st.booleans(),
+    seeds,
+)
+def test_bounds_of_relu_networks_fall_with_the_rank(
+    layers: int, more: int, width: int, batch: tuple[int, ...], samples: bool, seed: int
+) -> None:
+    frozen = FNN.random(layers + more, width, batch_shape=batch, seed=seed)
+    target = FNN.random(layers, width, seed=seed + 1)
+    x = torch.randn(width, 20, generator=randomness.generator(seed, "inputs")).double()
+    inputs: Any = x if samples else 3.0
+    ranks = range(width + 1)
+    assert falls([bounds.fnn_error(frozen, target, r, inputs) for r in ranks])
+    assert falls([bounds.fnn_block_errors(frozen, target, r) for r in ranks])
+    assert falls([partition.least_error(frozen, target, r, inputs).value for r in ranks])
+    if layers == 1:
+        assert falls([bounds.fnn_error_on(frozen, target, r, x) for r in ranks])
+    region = Samples(x) if samples else Ball(2.0)
+    if layers == 1:
+        found = [fnn.adapt(frozen, target, r, region, throw=False) for r in ranks]
+        assert falls([one.error_bound for one in found])
+
+
+@given(st.integers(1, 4), st.integers(1, 6), batch_shapes, seeds)
+def test_bounds_of_linear_networks_fall_with_the_rank(
+    depth: int, width: int, batch: tuple[int, ...], seed: int
+) -> None:
+    frozen = LinearNetwork.random(depth, width, batch_shape=batch, seed=seed)
+    gap = Gap(frozen, LinearNetwork.random(1, width, seed=seed, purpose="target"))
+    for norm in (2, "fro"):
+        errors = [gap.error(r, norm) for r in range(width + 2)]
+        assert falls(errors)
+        assert (errors[width] == 0).all()
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 2), st.integers(1, 4), st.integers(1, 2), batch_shapes, seeds)
+def test_the_bound_of_transformers_falls_with_the_rank(
+    depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int
+) -> None:
+    frozen, target = (moderate(depth, width, heads, batch, seed + k) for k in (0, 1))
+    x = torch.randn(width, 3, generator=randomness.generator(seed, "inputs")).double()
+    cut = segments(frozen, target)
+    found = [
+        bounds.transformer_error(frozen, target, type(cut)(*(gap.error(2 * r) for gap in cut)), x)  # type: ignore[arg-type]
+        for r in range(width + 1)
+    ]
+    assert falls(found)
+
+
+# One bad member of a batch.
+
+
+def test_a_batch_goes_on_without_its_bad_members() -> None:
+    frozen = conditioned(2, 4, batch_shape=(5,))
+    weights = [weight.clone() for weight in frozen.weights]
+    for weight in weights:
+        weight[1] = 0
+        weight[3] = 1e200
+    broken, target = LinearNetwork(weights), LinearNetwork.random(1, 4)
+    with pytest.raises(InputError, match="a product that overflows"):
+        linear.adapt(broken, target, 2)
+    found = linear.adapt(broken, target, 2, throw=False)
+    assert found.success.tolist() == [True, False, True, False, True]
+    assert found.spectral_error[3].isnan()
+    assert found.rounding_error[3].isnan()
+    assert found.rounding_error[1] > 0.01
+    alone = linear.adapt(frozen, target, 2)
+    for k in (0, 2, 4):
+        for mine, ours in zip(found.adapters.updates, alone.adapters.updates, strict=True):
+            torch.testing.assert_close(mine.matrix()[k], ours.matrix()[k])
+    # The batch can be merged, bad members and all.
+    assert found.adapters.merge(broken).batch_shape == (5,)
+    weights = [torch.where(torch.arange(5)[:, None, None] == 3, 0, weight) for weight in weights]
+    with pytest.raises(SingularError, match=r"batch member \d \(one of 2 that fail: 1, 3\)"):
+        linear.adapt(LinearNetwork(weights), target, 2)
+
+
+def test_a_batch_of_relu_networks_goes_on_without_its_bad_members() -> None:
+    frozen, target = benign(2, 4, (4,), 1), FNN.random(1, 4, seed=2)
+    radii = torch.tensor([1.0, 1e12, 1.0, 1.0], dtype=torch.float64)
+    weights = [weight.clone() for weight in frozen.weights]
+    for weight in weights:
+        weight[2] = 0
+    broken = FNN(weights, frozen.biases)
+    found = fnn.adapt(broken, target, 2, Ball(radii), throw=False)
+    assert found.success.tolist() == [True, False, False, True]
+    x = found.region.sample(50, edge=True)
+    error = (found.adapters.merge(broken)(x) - target(x)).abs().amax((-2, -1))
+    assert (error[[0, 3]] < 1e-10).all()
+    with pytest.raises(PrecisionError, match="block 1 of batch member 1 "):
+        fnn.adapt(frozen, target, 2, Ball(radii))
+    with pytest.raises(SingularError, match="of batch member 2 "):
+        fnn.adapt(broken, target, 2, Ball(1.0))
+
+
+def test_a_batch_of_transformers_goes_on_without_its_bad_members() -> None:
+    frozen, target = moderate(2, 4, 2, (4,), 1), moderate(2, 4, 2, (), 2)
+    W_1, W_Q = frozen.W_1.clone(), frozen.W_Q.clone()
+    W_1[1], W_Q[2] = 0, 0
+    parts = {name: getattr(frozen, name) for name in ("W_V", "W_O", "b_1", "W_2", "b_2", "W_out")}
+    W_K = torch.where(torch.arange(4)[:, None, None, None, None] == 2, 0, frozen.W_K)
+    broken = Transformer(W_Q=W_Q, W_K=W_K, W_1=W_1, **parts)
+    with pytest.raises(InputError, match="W_1 of block 1 of batch member 1 must be non-singular"):
+        transformer.adapt(broken, target, 2)
+    found = transformer.adapt(broken, target, 2, throw=False)
+    assert found.success.tolist() == [True, False, False, True]
+    x = torch.randn(4, 6, generator=randomness.generator(0, "inputs")).double()
+    error = (found.adapters.merge(broken)(x) - target(x)).abs().amax((-2, -1))
+    assert (error[[0, 3]] < 1e-9).all()
+
+
+@pytest.mark.parametrize("batch", [(), (2, 2)])
+def test_heads_too_narrow_for_their_rank_fail_by_themselves(batch: tuple[int, ...]) -> None:
+    frozen, target = (
+        Transformer.random(1, 6, 2, head_size=2, scale=0.4, batch_shape=batch, seed=s)
+        for s in (1, 2)
+    )
+    found = transformer.adapt(frozen, target, 1, throw=False)
+    assert found.success.shape == batch
+    assert not found.success.any()
+    assert transformer.adapt(frozen, target, 3, throw=False).success.all()
