@@ -38,6 +38,12 @@ class Record(BaseModel):
         return type(self)(**dict(self) | changes)
 
 
+class Results(Record):
+    """Base of what runs give: numbers, truth values, texts; numbers may be NaN or infinite."""
+
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
+
+
 def plain(value: Any) -> Any:
     """``value`` with Python's numbers and truth values in place of NumPy's, also in sequences."""
     if isinstance(value, list | tuple):
