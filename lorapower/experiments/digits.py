@@ -199,7 +199,7 @@ class Problem(Record):
     def task(self) -> Split:
         return task(self.model, self.angle, self.seed)
 
-    def construct(self, frozen: Any, target: Any, method: Construction | Fitted) -> Adapters:
+    def adapters(self, frozen: Any, target: Any, method: Construction | Fitted) -> Adapters:
         """The method's adapters, for ReLU networks over all images that there can be."""
         if isinstance(method, Fitted):
             inputs = self.task.training[0]
@@ -370,7 +370,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     frozen, wanted = problem.networks()
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
     variance = votes(wanted, x).var(-1, correction=0).mean()
-    of_problem = {
+    of_problem: dict[str, Any] = {
         "target_accuracy": accuracy(wanted, (x, y)),
         "frozen_accuracy": accuracy(frozen, (x, y)),
     }
@@ -379,7 +379,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         fitting,
         frozen,
         _data(problem.task, problem.seed),
-        lambda method: problem.construct(frozen, wanted, method),
+        lambda method: problem.adapters(frozen, wanted, method),
         steps=problem.steps,
         every=EVERY,
         classes=range(CLASSES),

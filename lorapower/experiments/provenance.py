@@ -85,11 +85,11 @@ def code(work: Callable[..., Any]) -> Code:
     if _ours(module):
         return Code(_digest(own), _reached([module]))
     if file.is_file():
-        source = file.read_text(encoding="utf-8")
-        return Code(_digest([*own, _bare(source)]), _reached(_imported(source)))
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        return Code(_digest([*own, _bare(tree)]), _reached(_imported(tree)))
     try:
-        own.append(_bare(textwrap.dedent(inspect.getsource(function))))
-    except (OSError, TypeError):
+        own.append(_bare(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+    except (OSError, TypeError, SyntaxError):  # also of what is only a part of a line
         own.append(_bytecode(function))
     return Code(_digest(own), _reached(_graph().modules))
 
@@ -115,10 +115,10 @@ def _reached(modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(name for name in found if name in LIBRARIES or _ours(name)))
 
 
-def _imported(source: str) -> set[str]:
+def _imported(tree: ast.Module) -> set[str]:
     """What a file may import, the names of what is no module among them."""
     found = set[str]()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -139,7 +139,8 @@ def _package(modules: tuple[str, ...]) -> str:
             spec = find_spec(name)
             assert spec is not None
             assert spec.origin is not None
-            parts.append(f"{name} {_bare(Path(spec.origin).read_text(encoding='utf-8'))}")
+            tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+            parts.append(f"{name} {_bare(tree)}")
         else:
             parts.append(f"{name} {_version(LIBRARIES[name])}")
     return _digest(parts)
@@ -156,12 +157,8 @@ def _bytes(found: CodeType) -> list[Any]:
     return [found.co_code, found.co_names, constants]
 
 
-def _bare(source: str) -> str:
-    """The source's syntax tree without docstrings; the source itself where it is only a part."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return source
+def _bare(tree: ast.Module) -> str:
+    """The tree in words, without docstrings."""
     for node in ast.walk(tree):
         match node:
             case (

@@ -157,9 +157,10 @@ def _explained(path: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         raise _unwritable(path, str(error)) from error
     except (sqlite3.DatabaseError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise ResultsError(
             path,
-            f"is damaged, or no file of a sweep ({error})",
+            f"is damaged, or no file of a sweep ({reason})",
             remedy="move it away, or name another file",
         ) from error
 

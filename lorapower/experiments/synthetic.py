@@ -315,10 +315,10 @@ class _Tests:
         self.inputs = {name: x.to(torch.float64) for name, x in inputs.items()}
         self.wanted = {name: target(x) for name, x in self.inputs.items()}
 
-    def of(self, network: Network) -> dict[str, float]:
+    def of(self, network: Network) -> dict[str, Any]:
         """Errors, and for a classification the accuracies, of one network."""
         network = network.to(torch.float64)
-        found = {}
+        found = dict[str, Any]()
         for kind, x in self.inputs.items():
             out, wanted = network(x), self.wanted[kind]
             found[f"{kind}error"] = float((out - wanted).square().mean())

@@ -39,7 +39,7 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
     rows = list(rows)
     parts: list[list[dict[str, Any]]] = [
         [dict(_leaves(json.loads(row.setting))) for row in rows],
-        [json.loads(row.results) for row in rows],
+        [dict(_leaves(json.loads(row.results))) for row in rows],
         [row.origin._asdict() for row in rows],
     ]
     return pd.concat([pd.DataFrame(part) for part in parts], axis=1)
