@@ -484,7 +484,7 @@ class TestKills:
         for _ in range(5):
             process, channel = start(path)
             assert channel.recv() == "started"
-            time.sleep(moments.uniform(0, whole / 4))
+            time.sleep(moments.uniform(0, whole / 6))
             process.kill()
             process.join()
             assert process.exitcode == -signal.SIGKILL
