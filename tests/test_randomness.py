@@ -18,6 +18,7 @@ from strategies import seeds
 
 from lorapower import InputError, networks, randomness
 from lorapower.experiments import digits, synthetic
+from lorapower.experiments.methods import Lora
 from lorapower.training import Fresh, Tuning, train
 
 BARE = re.compile(r"manual_seed\w*[(]")
@@ -106,7 +107,9 @@ PROBLEMS: list[dict[str, Any]] = [
 def test_a_run_uses_each_stream_for_one_thing(
     problem: dict[str, Any], drawn: Counter[tuple[Any, ...]]
 ) -> None:
-    setting = synthetic.Setting(width=4, steps=100, every=50, ranks=1, **problem)
+    setting = synthetic.Setting(
+        problem=synthetic.Problem(width=4, steps=100, every=50, **problem), method=Lora(ranks=1)
+    )
     synthetic.measure([setting])
     assert len(drawn) >= 7, "the spy saw nothing"
     # The inputs of the first block are also the training set, where that is fixed.
@@ -117,7 +120,9 @@ def test_a_run_uses_each_stream_for_one_thing(
 def test_every_pair_of_streams_is_uncorrelated(drawn: Counter[tuple[Any, ...]]) -> None:
     """All streams that a run begins, at seeds 0 to 99: their uniform and their normal numbers."""
     for problem in PROBLEMS:
-        setting = synthetic.Setting(width=4, steps=50, every=50, ranks=1, **problem)
+        setting = synthetic.Setting(
+            problem=synthetic.Problem(width=4, steps=50, every=50, **problem), method=Lora(ranks=1)
+        )
         synthetic.measure([setting])
     network = networks.FNN.random(2, 4)
     train(network, [Tuning(1)], Fresh(network, (4,), samples=8), steps=60)
@@ -145,7 +150,7 @@ def test_the_network_says_nothing_of_its_perturbation() -> None:
     """What once went wrong: normal numbers that were made of the frozen weights' uniform ones."""
     found = []
     for seed in range(100):
-        frozen, target = synthetic.Setting(
+        frozen, target = synthetic.Problem(
             model="linear", depth=1, width=8, distance=1.0, distance_rank=8, seed=seed
         ).networks()
         change = target.weights[0] - frozen.weights[0]

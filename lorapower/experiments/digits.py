@@ -10,15 +10,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import _checks, bounds, constructions
+from .._records import Record
 from ..adapters import Adapters
 from ..errors import InputError
 from ..networks import FNN, Transformer, blocks, segments
@@ -26,16 +28,17 @@ from ..randomness import generator
 from ..regions import Box
 from ..training import Fixed, Tuning, train
 from ..training.data import Labelled
-from . import synthetic
+from . import methods
+from .methods import Construction, Final, Fitted, Lora, Trained
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
 SIZES = {"training": 1000, "validation": 297, "test": 500}
 
-MODELS = ("fnn", "transformer")
-STARTS = ("pretrained", "random")
-METHODS = ("construction", "fitted", *synthetic.TRAINED)
-OF_METHOD = ("method", "ranks", "final", "learning_rate")
+Model = Literal["fnn", "transformer"]
+Start = Literal["pretrained", "random"]
+MODELS: tuple[Model, ...] = get_args(Model)
+STARTS: tuple[Start, ...] = get_args(Start)
 # Of targets, and of transformers that are adapted too.
 DEPTHS = {"fnn": 2, "transformer": 1}
 HEADS = 2
@@ -50,9 +53,15 @@ BATCH, EVERY = 100, 20
 CASES = (("fnn", 2), ("fnn", 4), ("transformer", 1))
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 64)
 TRAINED_RANKS = {"quick": (1, 2, 4, 8, 16, 32), "paper": (1, 2, 3, 4, 6, 8, 12, 16, 32)}
-GRIDS: dict[str, dict[str, Any]] = {
-    "quick": {"learning_rate": [1e-2], "steps": 800, "seed": range(3)},
-    "paper": {"learning_rate": [1e-2, 3e-3], "steps": 2000, "seed": range(5)},
+GRIDS: dict[str, dict[str, dict[str, Any]]] = {
+    "quick": {
+        "problem": {"steps": 800, "seed": range(3)},
+        "optimizer": {"learning_rate": [1e-2]},
+    },
+    "paper": {
+        "problem": {"steps": 2000, "seed": range(5)},
+        "optimizer": {"learning_rate": [1e-2, 3e-3]},
+    },
 }
 
 
@@ -146,9 +155,8 @@ def error(network: FNN | Transformer, target: FNN | Transformer, x: Tensor) -> f
     return float((found - wanted).square().mean() / variance)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One run: a frozen network and a target, and a method that adapts the one to the other.
+class Problem(Record):
+    """A frozen network and a target, trained on digits or drawn, and the digits to adapt it with.
 
     Attributes
     ----------
@@ -158,52 +166,24 @@ class Setting:
     start : the frozen network is ``"pretrained"`` on upright digits, or ``"random"``.
     angle : of the task, in degrees; the target was trained on it in full, starting from the network
         of its depth that was pretrained on upright digits.
-    method : ``"construction"``: the theorems' adapters. ``"fitted"``: the construction for the
-        nearest target on the training images that the ranks reach (`constructions.fnn.reachable`).
-        ``"lora"``: adapters by Adam, which sees digits and not the target. ``"final"``: the last
-        weights in full by Adam.
-    ranks : of every adapter.
-    final : number of last weights.
-    steps, learning_rate : of Adam.
+    steps : of Adam.
     seed : of the split, of the networks before their training, and of the first factors.
 
     Raises `InputError` for a value that has no meaning, alone or with the others.
     """
 
-    model: str = "fnn"
+    model: Model = "fnn"
     depth: int = 2
-    start: str = "pretrained"
-    angle: float = 90.0
-    method: str = "lora"
-    ranks: int = 0
-    final: int = 0
-    steps: int = 1000
-    learning_rate: float = 3e-3
-    seed: int = 0
+    start: Start = "pretrained"
+    angle: float = Field(90.0, ge=-360, le=360)
+    steps: int = Field(1000, ge=EVERY)
+    seed: int = Field(0, ge=0)
 
-    def __post_init__(self) -> None:
-        for name, allowed in (("model", MODELS), ("start", STARTS), ("method", METHODS)):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    name, allowed=f"one of {', '.join(allowed)}", given=repr(getattr(self, name))
-                )
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
         least = DEPTHS[self.model]
         _checks.integer("depth", self.depth, least, least if self.model == "transformer" else 16)
-        if not -360 <= self.angle <= 360:
-            raise InputError("angle", allowed="from -360 to 360 degrees", given=self.angle)
-        _checks.integer("ranks", self.ranks, 0, self.width, limit="the width")
-        _checks.integer("final", self.final, 0, self.weights, limit="the weights")
-        _checks.integer("steps", self.steps, EVERY)
-        _checks.integer("seed", self.seed, 0)
-        self.tuning()
-        if (self.method == "final") != (self.final > 0):
-            raise InputError(
-                "final",
-                allowed="above 0 with method 'final', and 0 with others",
-                given=f"{self.final} with {self.method!r}",
-            )
-        if self.method == "fitted" and self.model == "transformer":
-            raise InputError("method", allowed="'fitted' for model 'fnn'", given=self.model)
+        return self
 
     @property
     def width(self) -> int:
@@ -212,36 +192,19 @@ class Setting:
 
     @property
     def weights(self) -> int:
-        """Number of the frozen network's weights, which are tuned in full if ``final`` is this."""
+        """Number of the frozen network's weights; tuning as many of the last ones tunes all."""
         return self.depth if self.model == "fnn" else (4 * HEADS + 2) * self.depth + 1
-
-    @property
-    def problem(self) -> Setting:
-        """The same problem with no method, equal for all settings that share it."""
-        plain: Any = {field.name: field.default for field in fields(Setting)}
-        return replace(self, **{name: plain[name] for name in OF_METHOD})
 
     @property
     def task(self) -> Split:
         return task(self.model, self.angle, self.seed)
 
-    def tuning(self) -> Tuning:
-        """What gradient training makes of it."""
-        return Tuning(self.of_weights, self.final, learning_rate=self.learning_rate)
-
-    @property
-    def of_weights(self) -> int | tuple[int, ...]:
-        """Rank of the adapter of each weight: ``ranks``, but no more than its smaller side."""
-        if self.model == "transformer":
-            return self.ranks
-        return (self.ranks,) * (self.depth - 1) + (min(self.ranks, CLASSES),)
-
-    def construct(self, frozen: Any, target: Any) -> Adapters:
-        """The construction's adapters, for ReLU networks over all images that there can be."""
-        if self.method == "fitted":
+    def adapters(self, frozen: Any, target: Any, method: Construction | Fitted) -> Adapters:
+        """The method's adapters, for ReLU networks over all images that there can be."""
+        if isinstance(method, Fitted):
             inputs = self.task.training[0]
-            target = constructions.fnn.reachable(frozen, target, self.of_weights, inputs)
-        return synthetic.construct(frozen, target, self.of_weights, Box(0.0, 1.0))
+            target = constructions.fnn.reachable(frozen, target, method.ranks, inputs)
+        return methods.construct(frozen, target, method.ranks, Box(0.0, 1.0))
 
     def networks(self) -> tuple[Any, Any]:
         """The frozen network and the target, in double precision."""
@@ -271,16 +234,46 @@ class Setting:
         return {"first": E[None], "on data": (E @ shifted)[None]}
 
 
-def spectra(settings: Sequence[Setting]) -> pd.DataFrame:
-    """Singular values ``sigma`` of each of the settings' error matrices.
+class Setting(Record):
+    """One run. ``ranks`` is one number for all weights, and no more of it than a weight's side.
+
+    Raises `InputError` for a method that does not fit the problem.
+    """
+
+    problem: Problem = Problem()
+    method: Annotated[Construction | Fitted | Lora | Final, Field(discriminator="kind")] = Lora()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        problem, method = self.problem, self.method
+        if isinstance(method, Final):
+            _checks.integer("final", method.final, 1, problem.weights, limit="the weights")
+        else:
+            _checks.integer("ranks", method.ranks, 0, problem.width, limit="the width")
+        if isinstance(method, Fitted) and problem.model == "transformer":
+            raise InputError("method", allowed="'fitted' for model 'fnn'", given=problem.model)
+        return self
+
+    @property
+    def fitting(self) -> Construction | Fitted | Lora | Final:
+        """The method with a rank for each weight of a ReLU network, of which the last is flat."""
+        method, problem = self.method, self.problem
+        if isinstance(method, Final) or problem.model == "transformer":
+            return method
+        last = min(method.ranks, CLASSES)
+        return method.replace(ranks=(method.ranks,) * (problem.depth - 1) + (last,))
+
+
+def spectra(problems: Sequence[Problem]) -> pd.DataFrame:
+    """Singular values ``sigma`` of each of the problems' error matrices.
 
     One row for each value, with its index ``d`` from 1, the ``matrix`` by its name in
-    `Setting.error_matrices`, and the setting's ``start`` and ``angle``.
+    `Problem.error_matrices`, and the problem's ``start`` and ``angle``.
     """
     rows = []
-    for setting in settings:
-        same = {"start": setting.start, "angle": setting.angle}
-        for name, matrices in setting.error_matrices().items():
+    for problem in problems:
+        same = {"start": problem.start, "angle": problem.angle}
+        for name, matrices in problem.error_matrices().items():
             for values in torch.linalg.svdvals(matrices).tolist():
                 rows += [
                     same | {"matrix": name, "d": d, "sigma": v} for d, v in enumerate(values, 1)
@@ -353,51 +346,57 @@ def _data(split: Split, seed: int) -> Fixed:
     return Fixed(split.training, split.validation, samples=BATCH, seed=seed)
 
 
-def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    """What each setting of one problem reaches on the test images.
+class Found(Trained):
+    """What a run reaches on the test images.
 
     ``accuracy`` is the part of them that is read rightly, ``error`` that of the function of this
     name; ``bound`` is what `bounds.fnn_error_on` says of it for the plain construction of a ReLU
-    network.
-    ``target_accuracy`` and ``frozen_accuracy`` are those of the two networks; ``validation_loss``
-    is the least one met in training, at step ``best_step``. What does not apply is NaN, or step −1.
-
-    Raises `InputError` for settings of several problems.
+    network, and NaN elsewhere. ``target_accuracy`` and ``frozen_accuracy`` are those of the two
+    networks. ``validation_loss`` is the least one met in training.
     """
-    problem = settings[0].problem
-    if any(setting.problem != problem for setting in settings):
-        raise InputError("settings", allowed="of one problem", given="several")
+
+    accuracy: float
+    error: float
+    bound: float = math.nan
+    target_accuracy: float
+    frozen_accuracy: float
+
+
+def measure(settings: Sequence[Setting]) -> list[Found]:
+    """What each setting of one problem reaches; raises `InputError` for several problems."""
+    problem: Problem = methods.common_problem(settings)
     frozen, wanted = problem.networks()
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
     variance = votes(wanted, x).var(-1, correction=0).mean()
-    of_problem = {
+    of_problem: dict[str, Any] = {
         "target_accuracy": accuracy(wanted, (x, y)),
         "frozen_accuracy": accuracy(frozen, (x, y)),
     }
-    found = synthetic.adapted(
-        settings,
+    fitting = [setting.fitting for setting in settings]
+    found = methods.adapted(
+        fitting,
         frozen,
         _data(problem.task, problem.seed),
-        lambda setting: setting.construct(frozen, wanted),
+        lambda method: problem.adapters(frozen, wanted, method),
         steps=problem.steps,
         every=EVERY,
         classes=range(CLASSES),
         seed=problem.seed,
     )
     rows = []
-    for setting, (network, about) in zip(settings, found, strict=True):
+    for method, (network, about) in zip(fitting, found, strict=True):
         network = network.to(torch.float64)
         bound = math.nan
-        if (setting.model, setting.method) == ("fnn", "construction"):
-            norm = bounds.fnn_error_on(frozen, wanted, setting.of_weights, x)
+        if problem.model == "fnn" and isinstance(method, Construction):
+            norm = bounds.fnn_error_on(frozen, wanted, method.ranks, x)
             bound = float(norm.square() / CLASSES / variance)
         rows.append(
-            {
-                "accuracy": accuracy(network, (x, y)),
-                "error": error(network, wanted, x),
-                "bound": bound,
+            Found(
+                accuracy=accuracy(network, (x, y)),
+                error=error(network, wanted, x),
+                bound=bound,
                 **of_problem,
-                **about,
-            }
+                **dict(about),
+            )
         )
     return rows

@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from ... import _checks, hub, randomness
+from ..._records import Record
 from ...errors import InputError
 from .tasks import Task
 
-METHODS = ("lora", "final")
-TARGETS = ("attention", "all")
+Targets = Literal["attention", "all"]
+TARGETS: tuple[Targets, ...] = get_args(Targets)
 # Adapters are multiplied by SCALE/√R, with which a step of Adam changes a weight about as much at
 # each rank (Kalajdzievski, 2023), so that one learning rate suits them all.
 SCALE = 4
+
+
+class Lora(Record):
+    """Adapters, through ``peft``, on the linear layers of the attention, or on all of the encoder.
+
+    Attributes
+    ----------
+    targets : ``"attention"`` or ``"all"``.
+    rank : of each adapter.
+    learning_rate : of AdamW without weight decay, from which it falls linearly to 0.
+    """
+
+    kind: Literal["lora"] = "lora"
+    targets: Targets = "all"
+    rank: int = Field(4, ge=1)
+    learning_rate: float = Field(5e-3, gt=0)
+
+
+class Final(Record):
+    """The last layer, and the pooling layer after it, in full; the learning rate as of `Lora`."""
+
+    kind: Literal["final"] = "final"
+    learning_rate: float = Field(1e-3, gt=0)
 
 
 def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
@@ -48,12 +73,10 @@ def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
     return whole
 
 
-def adapt(network: Any, method: str, targets: str, rank: int, *, seed: int) -> Any:
-    """What of the network is tuned, the rest being frozen; its head is tuned in any case.
+def adapt(network: Any, method: Lora | Final, *, seed: int) -> Any:
+    """What of the network the method tunes, the rest being frozen; its head is tuned in any case.
 
-    ``"lora"``: adapters of this rank, through ``peft``, on the linear layers of its attention, or
-    on ``"all"`` of the encoder. ``"final"``: its last layer, and the pooling layer after it, in
-    full. Raises `InputError` for a network without such layers, or a rank above a layer's size.
+    Raises `InputError` for a network without such layers, or a rank above a layer's size.
     """
     body = network.base_model
     prefix = network.base_model_prefix
@@ -62,7 +85,7 @@ def adapt(network: Any, method: str, targets: str, rank: int, *, seed: int) -> A
         for name, module in network.named_children()
         if name != prefix and any(True for _ in module.parameters())
     }
-    if method == "final":
+    if isinstance(method, Final):
         last = _last_layer(body)
         pooler = getattr(body, "pooler", None)
         network.requires_grad_(False)
@@ -73,22 +96,28 @@ def adapt(network: Any, method: str, targets: str, rank: int, *, seed: int) -> A
     from peft import LoraConfig, TaskType, get_peft_model
 
     layers = {name: m for name, m in body.named_modules() if isinstance(m, nn.Linear)}
-    chosen = {name: m for name, m in layers.items() if targets == "all" or _of_attention(name)}
+    chosen = {
+        name: m for name, m in layers.items() if method.targets == "all" or _of_attention(name)
+    }
     if not chosen:
         kinds = sorted({type(module).__name__ for module in body.modules()})
         raise InputError(
             "model",
-            allowed=f"an encoder with linear layers for targets {targets!r}",
+            allowed=f"an encoder with linear layers for targets {method.targets!r}",
             given=f"one of {hub.some(sorted(layers) or kinds)}",
         )
     for name, layer in chosen.items():
         shape = tuple(layer.weight.shape)
         _checks.integer(
-            "rank", rank, 1, min(shape), limit=f"the weight of {name} is {shape[0]}×{shape[1]}"
+            "rank",
+            method.rank,
+            1,
+            min(shape),
+            limit=f"the weight of {name} is {shape[0]}×{shape[1]}",
         )
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        r=rank,
+        r=method.rank,
         lora_alpha=SCALE,
         use_rslora=True,
         target_modules=[f"{prefix}.{name}" for name in chosen],
