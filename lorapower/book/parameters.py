@@ -1,115 +1,164 @@
-"""Parameters of the book's chapters: checked before a chapter does any work."""
+"""Parameters of the book's chapters: their types, and how they are checked and completed.
+
+A chapter declares a model with a field for each of its parameters; what it calls them and what each
+may be then stands in one place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from .. import _checks, hub
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
+
 from ..errors import InputError
-from ..experiments.encoders import sources
+from ..hub import PACKAGED
 
-PROFILES = ("quick", "paper")
+# The folder of results of chapters that are given none, and the folder of profile paper.
+RESULTS = "LORAPOWER_RESULTS"
+_PAPER_RESULTS = "results"
 
 
-def check(chapter: str = "", /, **given: Any) -> list[Any]:
-    """The parameters of a chapter, checked and completed, in the order in which they are given.
+def _listed(value: Any) -> Any:
+    """Several values, one, or a text such as ``1,4`` or ``[1, 4]``, as a list.
 
-    ``profile``: quick or paper. ``seed``: from 0. ``seeds`` (how many): 1 to 100, or 0 for those of
-    the profile. ``width``: 1 to 512; where there are ``heads``,
-    which can be narrower, from 2. ``depth``: 1 to 64. ``heads``: 1 to 16. ``tokens`` (in a
-    sequence): 1 to 1000.
-    ``layers`` (frozen, for one of the target's): 2 to 5. ``blocks`` (of them): 2 to 4.
-    ``ranks``: one rank or a list of them, each from 0 to the width; an empty list means all of
-    these, or 17 spread evenly where there are more.
-    ``source`` of the texts to fine-tune on: empty for the packaged reviews, ``"hub"``, or a folder
-    in GLUE's layout. ``tasks``: a list of their names, or a text of names separated by
-    commas; empty means all nine of GLUE, or ``condition`` of the reviews.
-    ``text_ranks``: one rank of the encoder's adapters or a list, from 1; empty: the profile's.
-    ``model``: the encoder, empty for the packaged one, a folder, or a name on the hub.
-    ``results``: a folder in which one with the chapter's name keeps the runs of its sweeps. An
-    empty text means none in profile quick, and in profile paper ``results``, where the chapter
-    runs.
-    Raises `InputError` for the first that is not usable, naming it.
+    So papermill's option ``-p``, which gives texts and numbers, gives lists too.
     """
-    about = given | {"chapter": chapter}
-    return [_RULES[name](value, about) for name, value in given.items()]
+    if not isinstance(value, str):
+        return list(value) if isinstance(value, Iterable) else [value]
+    parts = [part.strip(" '\"") for part in value.strip(" []").split(",")]
+    return [int(part) if part.lstrip("-").isdecimal() else part for part in parts if part]
 
 
-def _profile(value: Any, _: dict[str, Any]) -> str:
-    if value not in PROFILES:
-        raise InputError("profile", allowed=" or ".join(PROFILES), given=repr(value))
-    return str(value)
+def _sorted(values: list[int]) -> list[int]:
+    return sorted(set(values))
 
 
-def _width(value: Any, given: dict[str, Any]) -> int:
-    return _checks.integer("width", value, 2 if "heads" in given else 1, 512)
-
-
-def _ranks(value: Any, given: dict[str, Any]) -> list[int]:
-    width = given["width"]
-    ranks = value if isinstance(value, list) else [value]
-    checked = [_checks.integer("ranks", rank, 0, width, limit="the width") for rank in ranks]
+def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
+    """Each once, by size, none above the width; of none, all, or 17 where there are more."""
+    width = info.data.get("width")
+    if width is None:  # is itself refused
+        return ranks
+    if high := [rank for rank in ranks if rank > width]:
+        raise InputError(
+            str(info.field_name), allowed=f"at most {width} (the width)", given=high[0]
+        )
     spread = {round(i * width / 16) for i in range(17)} if width > 16 else range(width + 1)
-    return sorted(set(checked) or spread)
+    return _sorted(ranks or [*spread])
 
 
-def _results(value: Any, given: dict[str, Any]) -> Path | None:
-    if not isinstance(value, str):
-        raise InputError("results", allowed="the name of a folder, or empty", given=repr(value))
-    if not value and given["profile"] == "quick":
-        return None
-    return Path(value or "results").expanduser() / given["chapter"]
+def _folder(value: str, info: ValidationInfo) -> Path | None:
+    paper = _PAPER_RESULTS if info.data.get("profile") == "paper" else ""
+    folder = value or os.environ.get(RESULTS) or paper
+    assert info.context, "`Parameters.checked` says which chapter it is"
+    return Path(folder).expanduser() / info.context["chapter"] if folder else None
 
 
-def _source(value: Any, _: dict[str, Any]) -> str:
-    if not isinstance(value, str):
-        raise InputError("source", allowed="a folder, hub, or empty", given=repr(value))
-    source = value or hub.PACKAGED
-    sources.check(next(iter(sources.tasks_of(source))), source)
-    return source
+def whole(low: int, high: int | None = None) -> Any:
+    """The type of an integer from ``low`` to ``high``."""
+    return Annotated[int, Field(ge=low, le=high, strict=True)]
 
 
-def _tasks(value: Any, given: dict[str, Any]) -> list[str]:
-    names = value.replace(" ", "").split(",") if isinstance(value, str) and value else value
-    if not isinstance(names, list | str):
-        raise InputError("tasks", allowed="a list of names", given=repr(value))
-    source = _source(given["source"], given)
-    allowed = sources.tasks_of(source)
-    for name in names:
-        if name not in allowed:
-            among = f"among {', '.join(allowed)} with source {source!r}"
-            raise InputError("tasks", allowed=among, given=repr(name))
-    wanted = names or (["condition"] if source == hub.PACKAGED else allowed)
-    return [name for name in allowed if name in wanted]
+def wholes(low: int, high: int | None = None) -> Any:
+    """The type of a list of such integers, each of them once, by size; it may be empty."""
+    return Annotated[list[whole(low, high)], _LISTED, AfterValidator(_sorted)]  # type: ignore[misc]
 
 
-def _text_ranks(value: Any, _: dict[str, Any]) -> list[int]:
-    ranks = value if isinstance(value, list) else [value]
-    return sorted({_checks.integer("text_ranks", rank, 1) for rank in ranks})
+_LISTED = BeforeValidator(_listed)
+_PACKAGED = AfterValidator(lambda name: name or PACKAGED)
+
+Natural = Annotated[int, Field(ge=0, strict=True)]
+WIDEST = 512
+Width = whole(1, WIDEST)
+Depth = whole(1, 64)
+Heads = whole(1, 16)
+Tokens = whole(1, 1000)  # in a sequence
+Layers = whole(2, 5)  # frozen, for one of the target's
+Blocks = whole(2, 4)  # of these layers
+Seeds = whole(0, 100)  # how many; 0: those of the profile
+Ranks = Annotated[list[Natural], _LISTED, AfterValidator(_within_width)]  # below the field `width`
+Source = Annotated[str, _PACKAGED]  # of texts
+Model = Annotated[str, _PACKAGED]
+Tasks = Annotated[list[str], _LISTED]
+Results = Annotated[str, AfterValidator(_folder)]
 
 
-def _model(value: Any, _: dict[str, Any]) -> str:
-    if not isinstance(value, str):
-        raise InputError("model", allowed="a folder, a hub name, or empty", given=repr(value))
-    return value or hub.PACKAGED
+class Parameters(BaseModel):
+    """The parameters that all chapters have; a chapter's model adds its own, and their limits.
+
+    Attributes
+    ----------
+    profile : quick or paper.
+    seed : of all random draws.
+    """
+
+    profile: Literal["quick", "paper"]
+    seed: Natural
+
+    @classmethod
+    def checked(cls, given: Mapping[str, Any], *, chapter: str) -> Self:
+        """The parameters of a chapter with their completed values.
+
+        Raises `InputError` for names that are not among its own, and for the first value that is
+        not usable.
+        """
+        if unknown := [name for name in given if name not in cls.model_fields]:
+            near = difflib.get_close_matches(unknown[0], cls.model_fields, 1)
+            raise InputError(
+                f"parameters of {chapter}",
+                allowed=f"among {', '.join(cls.model_fields)}",
+                given=", ".join(unknown),
+                remedy=f"did you mean {near[0]}?" if near else "",
+            )
+        try:
+            return cls.model_validate(given, context={"chapter": chapter})
+        except ValidationError as error:
+            raise cls._refusal(error) from None
+
+    @classmethod
+    def _refusal(cls, error: ValidationError) -> InputError:
+        first = error.errors()[0]
+        if "error" in (about := first.get("ctx", {})):
+            return about["error"]
+        name = str(first["loc"][0])
+        given = "nothing" if first["type"] == "missing" else repr(first["input"])
+        return InputError(name, allowed=_words(cls.bounds(name)), given=given)
+
+    @classmethod
+    def bounds(cls, name: str) -> dict[str, Any]:
+        """JSON schema of one parameter, or, where it is a list, of its items."""
+        about = cls.model_json_schema()["properties"][name]
+        return about.get("items", about)
 
 
-_RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
-    "profile": _profile,
-    "seed": lambda value, _: _checks.integer("seed", value, 0),
-    "seeds": lambda value, _: _checks.integer("seeds", value, 0, 100),
-    "width": _width,
-    "depth": lambda value, _: _checks.integer("depth", value, 1, 64),
-    "heads": lambda value, _: _checks.integer("heads", value, 1, 16),
-    "tokens": lambda value, _: _checks.integer("tokens", value, 1, 1000),
-    "layers": lambda value, _: _checks.integer("layers", value, 2, 5),
-    "blocks": lambda value, _: _checks.integer("blocks", value, 2, 4),
-    "ranks": _ranks,
-    "source": _source,
-    "tasks": _tasks,
-    "model": _model,
-    "text_ranks": _text_ranks,
-    "results": _results,
-}
+def injected(cells: Sequence[str]) -> dict[str, Any]:
+    """What papermill's cell of parameters assigned, the last one among executed cells."""
+    for cell in reversed(cells):
+        if cell.startswith("# Parameters\n"):
+            return {
+                ast.unparse(statement.targets[0]): ast.literal_eval(statement.value)
+                for statement in ast.parse(cell).body
+                if isinstance(statement, ast.Assign)
+            }
+    return {}
+
+
+def _words(schema: Mapping[str, Any]) -> str:
+    """What a JSON schema allows, in words."""
+    if "enum" in schema:
+        return " or ".join(schema["enum"])
+    if schema["type"] == "string":
+        return "a text, or empty"
+    high = f" to {schema['maximum']}" if "maximum" in schema else ""
+    return f"an integer from {schema['minimum']}{high}"
