@@ -178,7 +178,7 @@ def test_the_model_has_the_parameters_of_the_cell(chapter: Path, head: Head) -> 
     model = head.model()
     assert list(papermill.inspect_notebook(chapter)) == list(model.model_fields)
     # What the cell says is usable, and so is what the tests run.
-    declared: dict[str, object] = {}
+    declared: dict[str, Any] = {}
     exec(head.cells[0], declared)
     given = {name: declared[name] for name in model.model_fields}
     completed = dict(model(**given))

@@ -20,10 +20,10 @@ from lorapower.experiments.encoders import sources
 class All(book.Parameters):
     """Every type of parameter that there is."""
 
-    width: book.Width  # type: ignore[valid-type]
-    depth: book.Depth  # type: ignore[valid-type]
-    seeds: book.Seeds  # type: ignore[valid-type]
-    ranks: book.Ranks  # type: ignore[valid-type]
+    width: book.Width
+    depth: book.Depth
+    seeds: book.Seeds
+    ranks: book.Ranks
     few: book.wholes(1, 9)  # type: ignore[valid-type]
     source: book.Source
     tasks: book.Tasks
@@ -176,8 +176,8 @@ def test_of_two_wrong_parameters_the_first_is_named() -> None:
 
 
 class Small(book.Parameters):
-    width: book.Width  # type: ignore[valid-type]
-    ranks: book.Ranks  # type: ignore[valid-type]
+    width: book.Width
+    ranks: book.Ranks
     results: book.results("05-gradient")  # type: ignore[valid-type]
 
 

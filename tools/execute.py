@@ -13,6 +13,7 @@ import ast
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -35,7 +36,7 @@ class ChapterError(Exception):
 
 
 def run(
-    source: Path, target: Path, parameters: dict[str, object], folder: Path | None = None
+    source: Path, target: Path, parameters: Mapping[str, object], folder: Path | None = None
 ) -> NotebookNode:
     """Execute the notebook `source` with `parameters` into `target`.
 
@@ -51,7 +52,7 @@ def run(
     notebook: NotebookNode = papermill.execute_notebook(
         source,
         target,
-        parameters,
+        dict(parameters),
         kernel_name="python3",
         cwd=folder or target.parent,
         # Kernels are reached over loopback: the notice that this is not encrypted is noise.

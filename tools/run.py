@@ -1,6 +1,6 @@
 """Run one chapter with parameters of one's own, and open it in JupyterLab.
 
-usage: python tools/run_chapter.py 05 width=24 ranks=1,4
+usage: python tools/run.py 05 -p width 24 -p ranks 1,4
 
 The chapter is named as its file begins. It runs in the present folder; the executed notebook is
 ``_build/run/NN-name.ipynb``.
@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from execute import ROOT, run
+import execute
 from papermill.exceptions import PapermillExecutionError
 
 from lorapower.book.claims import read
 
-CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+CHAPTERS = sorted((execute.ROOT / "chapters").glob("*.ipynb"))
+RUNS = execute.ROOT / "_build" / "run"
 
 
 def chapter(name: str) -> Path:
@@ -31,24 +32,24 @@ def chapter(name: str) -> Path:
     return found[0]
 
 
-def parameter(text: str) -> tuple[str, int | str]:
-    """Name and value of ``name=value``; the chapter itself reads lists out of texts."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
-    return name, int(value) if value.lstrip("-").isdecimal() else value
+def value(text: str) -> int | str:
+    """A number or a text; the chapter itself reads lists out of texts."""
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("chapter", type=chapter)
-    parser.add_argument("parameters", nargs="*", type=parameter, metavar="name=value")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters"
+    )
     parser.add_argument("--only-run", action="store_true", help="do not open JupyterLab")
     given = parser.parse_args(arguments)
-    target = ROOT / "_build" / "run" / given.chapter.name
+    target = RUNS / given.chapter.name
+    parameters = {name: value(text) for name, text in given.parameters}
     try:
-        run(given.chapter, target, dict(given.parameters), folder=Path.cwd())
+        execute.run(given.chapter, target, parameters, folder=Path.cwd())
     except PapermillExecutionError as error:
         print(f"{given.chapter.stem} stopped: {error.ename}: {error.evalue}", file=sys.stderr)
         return 1
