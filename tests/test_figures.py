@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lorapower import InputError
 from lorapower.book import figures
 
 mpl.use("agg")
@@ -32,6 +36,52 @@ def legend(ax: Axes) -> list[str]:
     shown = ax.get_legend()
     assert shown is not None
     return [text.get_text() for text in shown.get_texts()]
+
+
+MANY = [f"line {i}" for i in range(12)]
+
+
+def twelve(values: Any) -> dict[str, Any]:
+    return dict.fromkeys(MANY, values)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: figures.spectrum(twelve([2, 1])),
+        lambda: figures.error_against_rank(twelve([0, 1]), {}, twelve([2, 1]), ylabel="e"),
+        lambda: figures.precision([1, 2], twelve([[1], [2]]), xlabel="x"),
+        lambda: figures.precision([1, 2], {"a": [[1], [2]]}, guides=twelve([1, 2]), xlabel="x"),
+        lambda: figures.error_and_bounds([0, 1], [[1], [2]], twelve([[3], [4]]), ylabel="e"),
+        lambda: figures.error_against_budget(
+            twelve(([1, 2], [1, 2])), floor=1, floor_label="f", xlabel="x", ylabel="y"
+        ),
+        lambda: figures.medians(
+            {"a": twelve(pd.DataFrame({"x": [1, 2], "y": [1, 2]}))}, "x", "y", xlabel="", ylabel=""
+        ),
+        lambda: figures.scatter(twelve(([1, 2], [1, 2])), xlabel="x", ylabel="y"),
+        lambda: figures.scatter(
+            {"a": ([1], [2])}, guides=twelve(([1, 2], [1, 2])), xlabel="x", ylabel="y"
+        ),
+    ],
+)
+def test_every_line_given_is_drawn_and_named(draw: Callable[[], Figure]) -> None:
+    drawn = draw()
+    for ax in drawn.axes:
+        assert set(MANY) <= {str(line.get_label()) for line in ax.lines}
+    legends = [*drawn.legends, *filter(None, (ax.get_legend() for ax in drawn.axes))]
+    assert set(MANY) <= {text.get_text() for shown in legends for text in shown.get_texts()}
+
+
+@pytest.mark.parametrize("errors", [{}, {"a": []}])
+def test_error_against_rank_of_nothing_is_refused(errors: dict[str, list[float]]) -> None:
+    with pytest.raises(InputError, match="measured must be errors at one rank or more; got none"):
+        figures.error_against_rank(errors, {}, errors, ylabel="e")
+
+
+def test_error_against_rank_draws_a_single_rank() -> None:
+    for ax in figures.error_against_rank({"a": [1]}, {"a": [0]}, {"a": [2]}, ylabel="e").axes:
+        assert [line.tolist() for line in lines(ax)][1] == [2]
 
 
 def test_spectrum_shows_medians_from_index_one() -> None:

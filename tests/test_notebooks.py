@@ -3,85 +3,29 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import matplotlib as mpl
 import nbformat
 import papermill
 import pytest
-from conftest import CHAPTERS
+import torch
+from conftest import CHAPTERS, ROOT
 from execute import run
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
+from lorapower import InputError, book
 from lorapower.book.claims import read
+from lorapower.book.parameters import RESULTS
 
 LONGEST_CELL = 25
 IMAGES = {"image/png", "image/svg+xml"}
-
-# Parameters at which each chapter runs in seconds. Every chapter has a line here.
-SMALL: dict[str, dict[str, Any]] = {
-    "01-linear": {"width": 6, "depth": 2, "ranks": [0, 1, 2, 3]},
-    "02-linearization": {"width": 6, "layers": 2, "ranks": [0, 1, 2, 3]},
-    "03-partitions": {"width": 6, "layers": 3, "ranks": [0, 1, 2, 3]},
-    "04-transformers": {"width": 6, "depth": 2, "tokens": 4, "ranks": [0, 1, 2, 3]},
-    "05-gradient": {"width": 6, "tokens": 4, "ranks": [1, 3, 6]},
-    "06-rank": {"width": 6, "ranks": [0, 1, 2, 3]},
-    "07-generalization": {"width": 8, "ranks": [4]},
-    "08-real-data": {"seeds": 1, "ranks": [8], "text_ranks": [2]},
-}
-
-# For each chapter: a parameter, a value that it must refuse, and the part that the message shows.
-BAD: list[tuple[str, str, object, str]] = [
-    ("01-linear", "profile", "fast", "fast"),
-    ("01-linear", "seed", -1, "-1"),
-    ("01-linear", "width", 0, "0"),
-    ("01-linear", "depth", "two", "two"),
-    ("01-linear", "ranks", -1, "-1"),
-    ("01-linear", "ranks", 17, "17"),
-    ("01-linear", "ranks", [-1], "-1"),
-    ("01-linear", "ranks", [0, 17], "17"),
-    ("02-linearization", "profile", "fast", "fast"),
-    ("02-linearization", "width", 513, "513"),
-    ("02-linearization", "layers", 1, "1"),
-    ("02-linearization", "ranks", "all", "all"),
-    ("03-partitions", "seed", 0.5, "0.5"),
-    ("03-partitions", "layers", 6, "6"),
-    ("03-partitions", "blocks", 1, "1"),
-    ("03-partitions", "blocks", "two", "two"),
-    ("03-partitions", "ranks", [17], "17"),
-    ("04-transformers", "profile", "fast", "fast"),
-    ("04-transformers", "seed", -1, "-1"),
-    ("04-transformers", "width", 1, "1"),
-    ("04-transformers", "heads", 17, "17"),
-    ("04-transformers", "depth", 0, "0"),
-    ("04-transformers", "tokens", 0, "0"),
-    ("04-transformers", "ranks", 17, "17"),
-    ("05-gradient", "profile", "fast", "fast"),
-    ("05-gradient", "seed", -1, "-1"),
-    ("05-gradient", "width", 1, "1"),
-    ("05-gradient", "ranks", [17], "17"),
-    ("05-gradient", "results", None, "None"),
-    ("06-rank", "profile", "fast", "fast"),
-    ("06-rank", "seed", -1, "-1"),
-    ("06-rank", "width", 5, "5"),
-    ("06-rank", "ranks", [0, 17], "17"),
-    ("06-rank", "results", 3, "3"),
-    ("07-generalization", "profile", "fast", "fast"),
-    ("07-generalization", "seed", -1, "-1"),
-    ("07-generalization", "width", 1, "1"),
-    ("07-generalization", "ranks", [17], "17"),
-    ("07-generalization", "results", 1, "1"),
-    ("08-real-data", "profile", "fast", "fast"),
-    ("08-real-data", "seed", -1, "-1"),
-    ("08-real-data", "seeds", 101, "101"),
-    ("08-real-data", "ranks", [65], "65"),
-    ("08-real-data", "source", "nowhere", "nowhere"),
-    ("08-real-data", "tasks", ["cola"], "cola"),
-    ("08-real-data", "model", 3, "3"),
-    ("08-real-data", "text_ranks", [0], "0"),
-    ("08-real-data", "results", 1, "1"),
-]
 
 PARAMETER_LINE = re.compile(r"\w+: [\w\[\], |]+ = [^#]+  # \S.*")
 
@@ -106,6 +50,14 @@ def is_parameters(cell: NotebookNode) -> bool:
     return "parameters" in cell.metadata.get("tags", [])
 
 
+def small(notebook: NotebookNode) -> dict[str, Any]:
+    """Parameters at which the chapter runs in seconds."""
+    about = notebook.metadata.get("lorapower", {})
+    assert about.get("small"), "add `lorapower: {small: {name: value, …}}` to the metadata"
+    parameters: dict[str, Any] = about["small"]
+    return parameters
+
+
 def test_source_holds_nothing_of_a_run(notebook: NotebookNode) -> None:
     nbformat.validate(notebook)
     for cell in code_cells(notebook):
@@ -117,7 +69,7 @@ def test_source_holds_nothing_of_a_run(notebook: NotebookNode) -> None:
 
 def test_source_holds_nothing_of_a_machine(notebook: NotebookNode) -> None:
     assert notebook.metadata.kernelspec.name == "python3"
-    about = set(notebook.metadata) - {"kernelspec", "language_info"}
+    about = set(notebook.metadata) - {"kernelspec", "language_info", "lorapower"}
     assert not about, f"metadata {about}: run `make tidy`"
     assert set(notebook.metadata.get("language_info", {})) <= {"name"}, "run `make tidy`"
     for cell in notebook.cells:
@@ -159,12 +111,11 @@ def assert_described(cell: NotebookNode) -> None:
 
 
 def test_chapter_runs_at_another_size_from_another_folder(
-    chapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chapter: Path, notebook: NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert chapter.stem in SMALL, f"add small parameters of {chapter.stem} to SMALL in this file"
     monkeypatch.chdir(tmp_path)
     executed = tmp_path / "elsewhere" / chapter.name
-    notebook = run(chapter, executed, SMALL[chapter.stem])
+    notebook = run(chapter, executed, small(notebook))
     claims = read(executed)
     assert claims, "the chapter records no claim"
     assert [claim for claim in claims if not claim.holds] == []
@@ -173,22 +124,110 @@ def test_chapter_runs_at_another_size_from_another_folder(
             assert_described(cell)
 
 
-@pytest.mark.parametrize(("name", "parameter", "value", "shown"), BAD)
-def test_bad_parameter_stops_the_first_line(
-    name: str, parameter: str, value: object, shown: str, tmp_path: Path
+@dataclass
+class Head:
+    """The cells with which a chapter begins, run without a kernel, as papermill would run them."""
+
+    cells: list[str]
+    variables: dict[str, Any]
+
+    def run(self, **given: object) -> None:
+        injected = "".join(f"{name} = {value!r}\n" for name, value in given.items())
+        parameters, first = self.cells
+        self.variables["In"] = []
+        for cell in (parameters, f"# Parameters\n{injected}", first):
+            self.variables["In"].append(cell)
+            exec(cell, self.variables)
+
+    def model(self) -> type[book.Parameters]:
+        """The chapter's model of its parameters."""
+        with pytest.raises(InputError, match="nothing_of_the_kind"):
+            self.run(nothing_of_the_kind=1)
+        model: type[book.Parameters] = self.variables["Parameters"]
+        return model
+
+
+@pytest.fixture
+def head(notebook: NotebookNode, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+    module = ModuleType("a_chapter")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delenv(RESULTS, raising=False)
+    threads = torch.get_num_threads()
+    with mpl.rc_context():
+        yield Head([cell.source for cell in code_cells(notebook)[:2]], vars(module))
+    torch.set_num_threads(threads)
+
+
+def bad_values(schema: dict[str, Any]) -> Iterator[object]:
+    """Values that the JSON schema of a parameter excludes."""
+    if "enum" in schema:
+        yield "no such word"
+    elif schema["type"] == "integer":
+        yield from ("two", 0.5, True, None, schema["minimum"] - 1)
+        if "maximum" in schema:
+            yield schema["maximum"] + 1
+    elif schema["type"] == "string":
+        yield from (None, 3)
+    else:
+        assert schema["type"] == "array", "a type of which no bad value is known"
+        for value in bad_values(schema["items"]):
+            yield from (value, [value])
+
+
+def test_the_model_has_the_parameters_of_the_cell(chapter: Path, head: Head) -> None:
+    model = head.model()
+    assert list(papermill.inspect_notebook(chapter)) == list(model.model_fields)
+    # What the cell says is usable, and so is what the tests run.
+    declared: dict[str, Any] = {}
+    exec(head.cells[0], declared)
+    given = {name: declared[name] for name in model.model_fields}
+    completed = dict(model(**given))
+    if "results" in completed:
+        assert completed["results"] is None
+        assert dict(model(**given | {"results": "runs"}))["results"] == Path("runs", chapter.stem)
+
+
+def test_a_chapter_refuses_every_bad_value_in_its_first_line(head: Head) -> None:
+    model = head.model()
+    for name, schema in model.model_json_schema()["properties"].items():
+        for value in bad_values(schema):
+            with pytest.raises(InputError) as caught:
+                head.run(**{name: value})
+            assert caught.value.name == name, f"{name} = {value!r}"
+            assert re.search(rf"\b{name} must be .*; got ", str(caught.value))
+
+
+def test_ranks_are_bounded_in_every_chapter(head: Head) -> None:
+    width = head.model().model_fields.get("width")
+    most = 16 if width else 64
+    with pytest.raises(InputError, match=rf"ranks must be .*{most}.*; got {most + 1}"):
+        head.run(ranks=f"1,{most + 1}")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"source": "nowhere"}, "source must be .* a folder that exists; got 'nowhere'"),
+        ({"tasks": "cola"}, "task must be one of condition, rating .*; got 'cola'"),
+        ({"model": "./nowhere"}, "model must be a folder that exists; got './nowhere'"),
+    ],
+)
+@pytest.mark.parametrize("chapter", [ROOT / "chapters" / "08-real-data.ipynb"], indirect=True)
+def test_texts_and_models_are_looked_for_in_the_first_line(
+    given: dict[str, str], message: str, head: Head
 ) -> None:
-    (chapter,) = (path for path in CHAPTERS if path.stem == name)
+    with pytest.raises(InputError, match=message):
+        head.run(**given)
+
+
+def test_a_kernel_stops_in_the_first_line(tmp_path: Path) -> None:
+    chapter = ROOT / "chapters" / "05-gradient.ipynb"
     with pytest.raises(PapermillExecutionError) as caught:
-        run(chapter, tmp_path / "out.ipynb", {parameter: value})
+        run(chapter, tmp_path / "out.ipynb", {"ranks": "4,17"})
     error = caught.value
     assert error.ename == "InputError"
-    assert re.search(rf"\b{parameter}\b", error.evalue)
-    assert shown in error.evalue
+    assert error.evalue == "ranks must be at most 16 (the width); got 17"
     cells = nbformat.read(chapter, as_version=4).cells
     (declared,) = (i for i, cell in enumerate(cells) if is_parameters(cell))
     first = next(i for i in range(declared + 1, len(cells)) if cells[i].cell_type == "code")
     assert error.cell_index == first + 1, "one later than in the source, by the injected cell"
-
-
-def test_every_chapter_refuses_bad_parameters(chapter: Path) -> None:
-    assert chapter.stem in {name for name, *_ in BAD}, f"add bad parameters of {chapter.stem}"

@@ -13,6 +13,7 @@ import ast
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -34,8 +35,13 @@ class ChapterError(Exception):
     """A chapter that must not enter the book; the message says why."""
 
 
-def run(source: Path, target: Path, parameters: dict[str, object]) -> NotebookNode:
-    """Execute the notebook `source` with `parameters` into `target`, in the folder of `target`."""
+def run(
+    source: Path, target: Path, parameters: Mapping[str, object], folder: Path | None = None
+) -> NotebookNode:
+    """Execute the notebook `source` with `parameters` into `target`.
+
+    It runs in `folder`, by default that of `target`.
+    """
     os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython"))
     # Figures carry the time at which they were drawn: one and the same in each run.
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
@@ -46,9 +52,9 @@ def run(source: Path, target: Path, parameters: dict[str, object]) -> NotebookNo
     notebook: NotebookNode = papermill.execute_notebook(
         source,
         target,
-        parameters,
+        dict(parameters),
         kernel_name="python3",
-        cwd=target.parent,
+        cwd=folder or target.parent,
         progress_bar=False,
         # Kernels are reached over loopback: the notice that this is not encrypted is noise.
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),
@@ -63,7 +69,8 @@ def clean(notebook: NotebookNode, defaults: dict[str, object]) -> str:
     always shows the parameters with which it was made.
     """
     messages = []
-    notebook.metadata.pop("papermill", None)
+    for key in ("papermill", "lorapower"):
+        notebook.metadata.pop(key, None)
     for cell in notebook.cells:
         for key in _RUN_METADATA:
             cell.metadata.pop(key, None)

@@ -1,5 +1,46 @@
-"""What only the book's chapters need: their parameters, claims and figures."""
+"""What only the book's chapters need: their head, parameters, claims and figures."""
 
-from . import claims, figures, parameters
+from . import claims, figures
+from .notebook import THREADS, quote, setup
+from .parameters import (
+    WIDEST,
+    Blocks,
+    Depth,
+    Heads,
+    Layers,
+    Model,
+    Parameters,
+    Ranks,
+    Seeds,
+    Source,
+    Tasks,
+    Tokens,
+    Width,
+    results,
+    whole,
+    wholes,
+)
 
-__all__ = ["claims", "figures", "parameters"]
+__all__ = [
+    "THREADS",
+    "WIDEST",
+    "Blocks",
+    "Depth",
+    "Heads",
+    "Layers",
+    "Model",
+    "Parameters",
+    "Ranks",
+    "Seeds",
+    "Source",
+    "Tasks",
+    "Tokens",
+    "Width",
+    "claims",
+    "figures",
+    "quote",
+    "results",
+    "setup",
+    "whole",
+    "wholes",
+]

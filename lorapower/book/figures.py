@@ -7,6 +7,7 @@ a dark page.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -17,6 +18,8 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InputError
 
 MARKERS = "osD^vPX*"
 # More entries would hide the curves.
@@ -48,7 +51,7 @@ def spectrum(singular_values: Mapping[str, ArrayLike]) -> Figure:
     Values are ``[samples, k]``; a single sample is a plain line.
     """
     figure, ax = plt.subplots()
-    for (label, values), marker in zip(singular_values.items(), MARKERS, strict=False):
+    for (label, values), marker in zip(singular_values.items(), cycle(MARKERS), strict=False):
         sigma = np.atleast_2d(np.asarray(values))
         d = np.arange(1, sigma.shape[1] + 1)
         (line,) = ax.plot(d, np.median(sigma, 0), marker=marker, label=label)
@@ -73,14 +76,19 @@ def error_against_rank(
 
     Above on a linear axis, below on a logarithmic one. One colour for each entry; its threshold,
     where given, is a dotted vertical line. Levels are dashed horizontal ones, named in the legend.
+
+    Raises `InputError` where there is an entry without ranks, or none.
     """
+    if not measured or not all(map(np.size, measured.values())):
+        raise InputError("measured", allowed="errors at one rank or more", given="none")
     figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6.4, 6.8))
     colors = sns.color_palette("colorblind", len(measured))
-    for i, (label, color) in enumerate(zip(measured, colors, strict=True)):
+    styles = zip(measured, colors, cycle(MARKERS), strict=False)
+    for i, (label, color, marker) in enumerate(styles):
         # Predictions of exactly 0 have no place on a logarithmic axis: the line ends there.
         line = np.asarray(predicted.get(label, np.full(len(np.asarray(ranks[label])), np.nan)))
         # Markers that coincide stay visible inside one another.
-        style = {"ls": "", "marker": MARKERS[i], "markersize": max(12 - 2.2 * i, 4), "mew": 1.8}
+        style = {"ls": "", "marker": marker, "markersize": max(12 - 2.2 * i, 4), "mew": 1.8}
         for ax in axes:
             ax.plot(ranks[label], np.where(line > 0, line, np.nan), color=color, lw=1.5)
             ax.plot(ranks[label], measured[label], color=color, label=label, mfc="none", **style)
@@ -111,12 +119,12 @@ def precision(
     Guides are dashed lines, named in the legend; so are marks, dotted vertical ones.
     """
     figure, ax = plt.subplots()
-    for (label, values), marker in zip(errors.items(), MARKERS, strict=False):
+    for (label, values), marker in zip(errors.items(), cycle(MARKERS), strict=False):
         samples = np.asarray(values)
         (line,) = ax.plot(x, np.median(samples, 1), marker=marker, label=label)
         low, high = samples.min(1), samples.max(1)
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
-    for (label, values), style in zip((guides or {}).items(), GUIDES, strict=False):
+    for (label, values), style in zip((guides or {}).items(), cycle(GUIDES), strict=False):
         ax.plot(x, np.asarray(values), ls=style, color="0.4", lw=1.5, label=label)
     for label, position in (marks or {}).items():
         ax.axvline(position, color="0.4", ls=":", lw=1.5, zorder=0, label=label)
@@ -167,7 +175,7 @@ def error_and_bounds(
     low, high = errors.min(1), errors.max(1)
     ax.fill_between(ranks, low, high, color=line.get_color(), alpha=0.15, lw=0)
     colors = sns.color_palette("colorblind", len(bounds) + 1)[1:]
-    for (label, values), style, color in zip(bounds.items(), GUIDES, colors, strict=False):
+    for (label, values), style, color in zip(bounds.items(), cycle(GUIDES), colors, strict=False):
         ax.plot(ranks, np.median(np.asarray(values), 1), ls=style, lw=2, color=color, label=label)
     ax.set(xlabel="rank $R$ of each adapter", ylabel=ylabel, yscale="log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -239,7 +247,7 @@ def error_against_budget(
 ) -> Figure:
     """Errors against what they cost, which is on a logarithmic axis; a floor as a dashed line."""
     figure, ax = plt.subplots()
-    for (label, (x, y)), marker in zip(curves.items(), MARKERS, strict=False):
+    for (label, (x, y)), marker in zip(curves.items(), cycle(MARKERS), strict=False):
         ax.plot(np.asarray(x), np.asarray(y), marker=marker, label=label)
     ax.axhline(floor, color="0.3", ls="--", lw=1.5, label=floor_label)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log", ylim=(0, None))
@@ -306,10 +314,10 @@ def scatter(
 ) -> Figure:
     """Points on two logarithmic axes, one colour and marker for each entry; guides are dashed."""
     figure, ax = plt.subplots()
-    for (label, (x, y)), marker in zip(points.items(), MARKERS, strict=False):
+    for (label, (x, y)), marker in zip(points.items(), cycle(MARKERS), strict=False):
         ax.plot(np.asarray(x), np.asarray(y), marker, ls="", mfc="none", mew=1.5, label=label)
-    for (label, (x, y)), style in zip((guides or {}).items(), ("--", ":"), strict=False):
-        ax.plot(np.asarray(x), np.asarray(y), style, color="0.4", lw=1.5, label=label)
+    for (label, (x, y)), style in zip((guides or {}).items(), cycle(GUIDES), strict=False):
+        ax.plot(np.asarray(x), np.asarray(y), ls=style, color="0.4", lw=1.5, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
     ax.legend()
     return figure

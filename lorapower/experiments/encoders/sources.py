@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,18 @@ class Examples:
 def tasks_of(source: str) -> dict[str, Task]:
     """The tasks that a source has."""
     return REVIEWS if source == PACKAGED else GLUE
+
+
+def chosen(names: Sequence[str], source: str) -> list[str]:
+    """The tasks of these names, in the source's order; of none, all of GLUE's, or ``condition``.
+
+    Raises `InputError` for a name that the source has not, and for a source that there is not.
+    """
+    every = [*tasks_of(source)]
+    wanted = names or (["condition"] if source == PACKAGED else every)
+    for name in wanted:
+        check(name, source)
+    return [name for name in every if name in wanted]
 
 
 def check(task: str, source: str) -> None:

@@ -1,0 +1,87 @@
+"""What a chapter does at its head, and how its numbers get into its text.
+
+What they import of notebooks themselves is installed with the extra ``book``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from . import claims, figures
+from .parameters import Parameters
+
+# As torch found them; `setup` takes one.
+THREADS = torch.get_num_threads()
+# The notebook's variable that remembers, by parameter, its completed value and what was given.
+_COMPLETED = "_completed"
+
+
+def setup(model: type[Parameters]) -> None:
+    """Check and complete the parameters of a chapter, and set up figures and threads.
+
+    The parameters are the variables of the notebook that declares ``model``, and get completed
+    values there. It may be called again after some were changed: what it had completed is
+    completed anew from what was given.
+
+    Raises `InputError` for names that papermill was given and that the model has not, and for the
+    first value that is not usable.
+    """
+    from IPython import get_ipython
+
+    notebook = vars(sys.modules[model.__module__])
+    _refuse_unknown(_injected(notebook.get("In", ())), [*model.model_fields])
+    completed: dict[str, tuple[Any, Any]] = notebook.setdefault(_COMPLETED, {})
+    given = {}
+    for name in notebook.keys() & model.model_fields:
+        value, origin = completed.get(name, (None, None))
+        given[name] = origin if notebook[name] is value else notebook[name]
+    for name, value in model(**given):
+        notebook[name] = value
+        completed[name] = value, given[name]
+    if shell := get_ipython():
+        shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
+    figures.use_style()
+    # On matrices as small as most are here, threads mostly wait for each other.
+    torch.set_num_threads(1)
+
+
+def quote(name: str, value: Any, *, digits: int | None = None) -> None:
+    """Let the text quote a number, a text or a figure as ``{glue:…}`name```.
+
+    With ``digits``, a number becomes Markdown of so many significant ones, in which powers of ten
+    are typeset (`claims.number`).
+    """
+    from IPython.display import Markdown
+    from myst_nb import glue
+
+    if hasattr(value, "item"):
+        value = value.item()  # a plain number, whose format the text chooses
+    shown = value if digits is None else Markdown(claims.number(value, digits))
+    glue(name, shown, display=False)
+
+
+def _injected(cells: Sequence[str]) -> list[str]:
+    """The names that papermill's cell of parameters assigned, the last such cell that ran."""
+    for cell in reversed(cells):
+        if cell.startswith("# Parameters\n"):
+            assigned = [node for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+            return [ast.unparse(target) for node in assigned for target in node.targets]
+    return []
+
+
+def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise InputError(
+            "parameters",
+            allowed=f"among {', '.join(known)}",
+            given=", ".join(unknown),
+            remedy=f"did you mean {near[0]}?" if near else "",
+        )

@@ -1,0 +1,40 @@
+"""One chapter is run with parameters by one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import run
+
+
+@pytest.mark.parametrize("name", ["05", "05-grad", "05-gradient"])
+def test_a_chapter_is_named_as_its_file_begins(name: str) -> None:
+    assert run.chapter(name).name == "05-gradient.ipynb"
+
+
+@pytest.mark.parametrize("name", ["0", "99", "gradient"])
+def test_what_names_no_single_chapter_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run.main([name])
+    assert f"{name!r} is not the beginning of one of 01-linear, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("24", 24), ("-1", -1), ("1,4", "1,4"), ("0.5", "0.5"), ("", "")]
+)
+def test_values_are_numbers_or_texts(text: str, expected: int | str) -> None:
+    assert run.value(text) == expected
+
+
+def test_an_unknown_parameter_stops_the_run_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    assert run.main(["05", "-p", "wdith", "24", "--only-run"]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+    assert len(said) == 1
+    assert said[0].startswith("05-gradient stopped: InputError: parameters must be among profile,")
+    assert said[0].endswith("got wdith: did you mean width?")
