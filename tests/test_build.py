@@ -142,7 +142,7 @@ class Book:
         """Run make to its end, expect the exit status, return what it printed."""
         self._log.unlink(missing_ok=True)
         process = self.start(*arguments, **environment)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == status, output
         return output
 

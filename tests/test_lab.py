@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
@@ -19,16 +21,22 @@ TOKEN = "a-token-for-this-test"
 
 
 def running_server(lab: subprocess.Popen[str], runtime: Path, seconds: float = 60) -> str:
-    """The address of the server once it listens; it leaves a description in its runtime folder."""
+    """The address of the server once it listens; before, it describes itself in `runtime`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and lab.poll() is None:
         for description in runtime.glob("jpserver-*.json"):
-            text = description.read_text()
-            if text:
-                return str(json.loads(text)["url"])
+            with suppress(ValueError, ConnectionRefusedError):  # half written, not yet listening
+                address = str(json.loads(description.read_text())["url"])
+                connect(address)
+                return address
         time.sleep(0.1)
     lab.kill()
     pytest.fail(f"JupyterLab did not start:\n{lab.communicate()[0]}")
+
+
+def connect(address: str) -> None:
+    parts = urlsplit(address)
+    socket.create_connection((parts.hostname, parts.port)).close()
 
 
 def test_lab_serves_the_chapters(make: Make, tmp_path: Path) -> None:
@@ -48,6 +56,5 @@ def test_lab_serves_the_chapters(make: Make, tmp_path: Path) -> None:
 
     os.killpg(lab.pid, signal.SIGTERM)
     lab.communicate(timeout=30)
-    host, _, end = address.removeprefix("http://").partition(":")
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((host, int(end.split("/")[0])))
+        connect(address)
