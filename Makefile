@@ -81,7 +81,7 @@ test: book ## check style, types and behaviour of the package and the book
 	$(style)
 	$(pytest)
 
-check: $(ready) ## the same without the book, and without tests that start programs: two minutes
+check: $(ready) ## the same without the book, and without tests that start programs
 	$(style)
 	$(pytest) -m 'not book and not programs'
 

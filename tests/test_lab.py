@@ -39,11 +39,13 @@ def connect(address: str) -> None:
     socket.create_connection((parts.hostname, parts.port)).close()
 
 
-def test_lab_serves_the_chapters(make: Make, tmp_path: Path) -> None:
+def test_lab_serves_the_chapters(run_make: Make, tmp_path: Path) -> None:
     options = f"--no-browser --allow-root --ip=127.0.0.1 --IdentityProvider.token={TOKEN}"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    lab = make(ROOT, "lab", f"LAB_ARGS={options} --port={port}", JUPYTER_RUNTIME_DIR=str(tmp_path))
+    lab = run_make(
+        ROOT, "lab", f"LAB_ARGS={options} --port={port}", JUPYTER_RUNTIME_DIR=str(tmp_path)
+    )
     address = running_server(lab, tmp_path)
     for chapter in CHAPTERS:
         with urlopen(f"{address}api/contents/{chapter.name}?token={TOKEN}") as response:
