@@ -32,7 +32,7 @@ empty_venv := mkdir -p $(VENV) && touch $(VENV)/pyvenv.cfg \
 	&& find $(VENV) -mindepth 1 -maxdepth 1 ! -name pyvenv.cfg -exec rm -rf {} +
 
 # As many chapters at a time as JOBS says, unless make was called with -j.
-jobs         = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
+jobs         = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS))
 synchronized = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 requirements = '$(PYTHON)' tools/requirements.py $(files)
 install      = $(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -81,7 +81,7 @@ test: book ## check style, types and behaviour of the package and the book
 	$(style)
 	$(pytest)
 
-check: $(ready) ## the same without the book, and without tests that start programs: two minutes
+check: $(ready) ## the same without the book, and without tests that start programs
 	$(style)
 	$(pytest) -m 'not book and not programs'
 

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         if "book" in fixtures:
             item.add_marker("book")
-        if "make" in fixtures:
+        if "run_make" in fixtures:
             item.add_marker("programs")
     items.sort(key=lambda item: item.get_closest_marker("programs") is None)
 
@@ -62,7 +62,7 @@ class Make(Protocol):
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
+def run_make(tmp_path: Path) -> Iterator[Make]:
     """Start `make` with the environment that runs the tests, which counts as installed.
 
     Returns the process, whose two output streams are one pipe. It leads a group of its own, which

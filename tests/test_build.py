@@ -129,10 +129,10 @@ def write_chapter(folder: Path, name: str, text: str, *code: str) -> Path:
 class Book:
     """A small book in `folder`, made by the project's own Makefile; chapters are not executed."""
 
-    def __init__(self, folder: Path, make: Make) -> None:
+    def __init__(self, folder: Path, run_make: Make) -> None:
         self.folder = folder
         self.page = folder / "_build" / "html" / "index.html"
-        self._make = make
+        self._make = run_make
         self._log = folder.parent / "runs"
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -142,7 +142,7 @@ class Book:
         """Run make to its end, expect the exit status, return what it printed."""
         self._log.unlink(missing_ok=True)
         process = self.start(*arguments, **environment)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == status, output
         return output
 
@@ -156,7 +156,7 @@ class Book:
 
 
 @pytest.fixture
-def small(tmp_path: Path, make: Make) -> Book:
+def small(tmp_path: Path, run_make: Make) -> Book:
     folder = tmp_path / "a book"
     for name in ("chapters", "lorapower/wing"):
         (folder / name).mkdir(parents=True)
@@ -173,7 +173,7 @@ def small(tmp_path: Path, make: Make) -> Book:
     (folder / "chapters" / "scorecard.md").write_text("# Scorecard\n\n```{scorecard}\n```\n")
     write_chapter(folder, "01-sum", THEOREM, "import lorapower.wing")
     write_chapter(folder, "02-other", "# Another", "%time\nfrom lorapower.wing import images, os")
-    return Book(folder, make)
+    return Book(folder, run_make)
 
 
 @pytest.fixture

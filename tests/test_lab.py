@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
@@ -19,23 +21,31 @@ TOKEN = "a-token-for-this-test"
 
 
 def running_server(lab: subprocess.Popen[str], runtime: Path, seconds: float = 60) -> str:
-    """The address of the server once it listens; it leaves a description in its runtime folder."""
+    """The address of the server once it listens; before, it describes itself in `runtime`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and lab.poll() is None:
         for description in runtime.glob("jpserver-*.json"):
-            text = description.read_text()
-            if text:
-                return str(json.loads(text)["url"])
+            with suppress(ValueError, ConnectionRefusedError):  # half written, not yet listening
+                address = str(json.loads(description.read_text())["url"])
+                connect(address)
+                return address
         time.sleep(0.1)
     lab.kill()
     pytest.fail(f"JupyterLab did not start:\n{lab.communicate()[0]}")
 
 
-def test_lab_serves_the_chapters(make: Make, tmp_path: Path) -> None:
+def connect(address: str) -> None:
+    parts = urlsplit(address)
+    socket.create_connection((parts.hostname, parts.port)).close()
+
+
+def test_lab_serves_the_chapters(run_make: Make, tmp_path: Path) -> None:
     options = f"--no-browser --allow-root --ip=127.0.0.1 --IdentityProvider.token={TOKEN}"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    lab = make(ROOT, "lab", f"LAB_ARGS={options} --port={port}", JUPYTER_RUNTIME_DIR=str(tmp_path))
+    lab = run_make(
+        ROOT, "lab", f"LAB_ARGS={options} --port={port}", JUPYTER_RUNTIME_DIR=str(tmp_path)
+    )
     address = running_server(lab, tmp_path)
     for chapter in CHAPTERS:
         with urlopen(f"{address}api/contents/{chapter.name}?token={TOKEN}") as response:
@@ -48,6 +58,5 @@ def test_lab_serves_the_chapters(make: Make, tmp_path: Path) -> None:
 
     os.killpg(lab.pid, signal.SIGTERM)
     lab.communicate(timeout=30)
-    host, _, end = address.removeprefix("http://").partition(":")
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((host, int(end.split("/")[0])))
+        connect(address)

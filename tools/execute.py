@@ -149,6 +149,7 @@ def main() -> int:
     os.utime(partial, ns=(started, started))
     partial.replace(target)
     failed.unlink(missing_ok=True)
+    print(f"Executed {source} in {(time.time_ns() - started) / 1e9:.0f} s")
     return 0
 
 
