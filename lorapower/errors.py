@@ -108,11 +108,11 @@ class PrecisionError(LorapowerError, ArithmeticError):
 
 
 class ResultsError(LorapowerError, OSError):
-    """A folder of results cannot be used as it is; nothing that it holds is lost.
+    """A file of results cannot be used as it is; nothing that it holds is lost.
 
     Attributes
     ----------
-    path : the folder or the file in it.
+    path : the file.
     problem : what is the matter with it.
     remedy : what to do about it.
     """

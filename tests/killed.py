@@ -8,6 +8,7 @@ from __future__ import annotations
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from lorapower.experiments import sweeps, synthetic
@@ -22,7 +23,7 @@ TRAININGS = grid(
 )
 
 
-def run(path: Path | None, channel: Connection | None = None) -> object:
+def run(path: Path | None, channel: Connection | None = None) -> pd.DataFrame:
     """The table; what is said through ``channel`` is when it starts."""
     # What forks must not have started threads, and numbers must not depend on how many there are.
     threads = torch.get_num_threads()

@@ -74,7 +74,7 @@ def test_methods_that_do_not_fit_are_refused(
 ) -> None:
     problem = Problem(model=model, depth=digits.DEPTHS[model])
     with pytest.raises(InputError, match=message):
-        Setting(problem=problem, method=method)
+        Setting(problem=problem, method=method)  # type: ignore[arg-type]
 
 
 def test_several_problems_are_refused_together() -> None:

@@ -194,11 +194,6 @@ class TestGrid:
             ({"width": []}, "width must be a value or a list of at least one; got []"),
             ({"width": np.ones((2, 2))}, "width must be of one dimension; got shape (2, 2)"),
             ({"width": [1, -1]}, "width must be greater than or equal to 0; got -1"),
-            ({"width": True}, "width must be a valid integer; got True"),
-            ({"width": 1.0}, "width must be a valid integer; got 1.0"),
-            ({"scale": np.float64("nan")}, "scale must be a finite number; got nan"),
-            ({"scale": math.inf}, "scale must be a finite number; got inf"),
-            ({"note": 3}, "note must be a valid string; got 3"),
         ],
     )
     def test_refuses(self, values: dict[str, Any], message: str) -> None:
@@ -214,6 +209,7 @@ class TestTable:
             *("loss", "steps", "exact", "device", "shape"),
             *("version", "revision", "fingerprint"),
         ]
+        assert [*table.columns][:7] == tables.columns(Setting)
         assert table.width.tolist() == [s.problem.width for s in GRID]
         assert table.method.tolist() == [s.method.kind for s in GRID]
         assert table.ranks.tolist()[:2] == [2, (2, 4, 8)]
@@ -221,9 +217,6 @@ class TestTable:
         assert table.loss.isna().tolist() == (table.width == 3).tolist()
         assert table.exact.dtype == bool
         assert table.fingerprint.nunique() == 1
-
-    def test_columns_are_known_from_the_class(self) -> None:
-        assert [*quiet(GRID, work)][:7] == tables.columns(Setting)
 
     def test_revision_is_the_checkout_s(self) -> None:
         revision = quiet(GRID[:1], work).revision[0]
@@ -234,37 +227,31 @@ class TestTable:
         changed = subprocess.check_output(["git", "diff", "HEAD", "--name-only"], cwd=ROOT)
         assert revision == head + "-dirty" * bool(changed)
 
-    @settings(max_examples=30)
+    @settings(max_examples=20)
     @given(st.dictionaries(SETTING, FOUND, min_size=1, max_size=8), st.integers(1, 8))
     def test_is_what_was_given_bit_by_bit(self, runs: dict[Setting, Found], size: int) -> None:
+        cells = {
+            s.model_dump_json(): dict(s.problem)
+            | {"method": s.method.kind}
+            | s.method.model_dump(exclude={"kind"})
+            | dict(found)
+            for s, found in runs.items()
+        }
         wanted = [*runs]
 
         def given_results(batch: list[Setting]) -> list[Found]:
             return [runs.pop(setting) for setting in batch]
 
-        results = [*runs.values()]
         with TemporaryDirectory() as folder:
-            table = quiet(wanted, given_results, Path(folder, "runs"), size=size)
-            again = quiet(wanted, given_results, Path(folder, "runs"))
-            read = sweeps.read(Path(folder, "runs"))
-        same(again, table)
-        assert len(read) == len(wanted)
-        expected = [
-            dict(s.problem) | {"method": s.method.kind} | dict(s.method) | dict(found)
-            for s, found in zip(wanted, results, strict=True)
-        ]
-        for (_, row), values in zip(table.iterrows(), expected, strict=True):
-            for name in values.keys() - {"kind"}:
-                value = values[name]
-                if value is None:
-                    assert pd.isna(row[name])
-                elif name not in ("ranks", "steps"):
-                    assert repr(plainly(row[name])) == repr(value)
-                # Integers beside missing ones are floats, as pandas has it.
-                elif not isinstance(row[name], float):
-                    assert row[name] == value
+            path = Path(folder, "runs")
+            table = quiet(wanted, given_results, path, size=size)
+            same(quiet(wanted, given_results, path), table)
+            rows = store.newest(path)
+        # Zero's sign, each bit of a float, and the types of all count.
+        kept = {row.setting: tables.flat(row.setting) | tables.flat(row.results) for row in rows}
+        assert {key: repr(kept[key]) for key in cells} == {k: repr(v) for k, v in cells.items()}
 
-    @settings(max_examples=15)
+    @settings(max_examples=12)
     @given(st.data())
     def test_is_the_same_after_interruptions(self, data: st.DataObject) -> None:
         wanted = data.draw(st.lists(st.sampled_from(GRID), min_size=1, unique=True))
@@ -316,10 +303,6 @@ class TestTable:
         assert capsys.readouterr() == ("", "")
         sweeps.run([*GRID, Setting(problem=Problem(width=100))], work, path)
         assert re.search(r"25/25 \[.*run/s\]", capsys.readouterr().err)
-
-
-def plainly(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
 
 
 class TestBadInput:
@@ -575,7 +558,7 @@ class TestProvenance:
         for name, changed in (
             ("same", source),
             ("comment", "# A comment.\n" + source.replace('"""', '"""Other words. ', 1)),
-            ("code", source.replace(" + ", " - ", 1)),
+            ("code", f"{source}\nONE_MORE = 1\n"),
         ):
             copy = tmp_path / f"{name}.py"
             copy.write_text(changed)
@@ -660,7 +643,3 @@ class TestCluster:
         monkeypatch.setitem(sys.modules, "distributed", None)
         with pytest.raises(InputError, match=r"where dask and distributed are not.*: install"):
             quiet(GRID, never, scheduler="tcp://127.0.0.1:1")
-
-
-def test_rows_are_of_the_store_s_columns() -> None:
-    assert store.COLUMNS.split(", ") == ["setting", "results", *provenance.Origin._fields]

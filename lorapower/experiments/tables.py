@@ -38,11 +38,16 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
     """One line per row, in their order."""
     rows = list(rows)
     parts: list[list[dict[str, Any]]] = [
-        [dict(_leaves(json.loads(row.setting))) for row in rows],
-        [dict(_leaves(json.loads(row.results))) for row in rows],
+        [flat(row.setting) for row in rows],
+        [flat(row.results) for row in rows],
         [row.origin._asdict() for row in rows],
     ]
     return pd.concat([pd.DataFrame(part) for part in parts], axis=1)
+
+
+def flat(text: str) -> dict[str, Any]:
+    """The cells of a record that is kept as this text, by their columns."""
+    return dict(_leaves(json.loads(text)))
 
 
 def is_record(kind: Any) -> bool:

@@ -1,0 +1,103 @@
+"""Records: what they take, and the one line in which they refuse the rest."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import pytest
+from pydantic import Field, model_validator
+
+from lorapower import InputError
+from lorapower._records import Record, Results
+
+Rank = Annotated[int, Field(ge=0)]
+
+
+class Kind(Record):
+    kind: Literal["one"] = "one"
+    ranks: Rank | tuple[Rank, ...] = 0
+    rate: float = Field(1e-3, gt=0)
+
+
+class Other(Record):
+    kind: Literal["two"] = "two"
+    on: bool
+
+
+class Whole(Record):
+    part: Annotated[Kind | Other, Field(discriminator="kind")] = Kind()
+    width: int = Field(3, ge=1, le=9)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.width == 5:
+            raise InputError("width", allowed="other than 5", given=5)
+        if self.width == 7:
+            raise ValueError("other than 7")
+        return self
+
+
+class Found(Results):
+    loss: float
+
+
+@pytest.mark.parametrize(
+    ("record", "values", "message"),
+    [
+        (Kind, {"ranks": True}, "ranks must be a valid integer or a valid tuple; got True"),
+        (Kind, {"ranks": -1}, "ranks must be greater than or equal to 0 or a valid tuple; got -1"),
+        (Kind, {"ranks": [1]}, "ranks must be a valid integer or a valid tuple; got [1]"),
+        (Kind, {"rate": "1"}, "rate must be a valid number; got '1'"),
+        (Kind, {"rate": np.nan}, "rate must be a finite number; got nan"),
+        (Kind, {"rat": 1.0}, "names must be among kind, ranks, rate (of Kind); got rat"),
+        (Other, {}, "on must be given (of Other); got nothing"),
+        (Other, {"on": 1}, "on must be a valid boolean; got 1"),
+        (Whole, {"width": 10}, "width must be less than or equal to 9; got 10"),
+        (Whole, {"width": 5}, "width must be other than 5; got 5"),
+        (Whole, {"part": {"kind": "two", "on": "x"}}, "on must be a valid boolean; got 'x'"),
+        (Whole, {"part": {"kind": "three"}}, "part must be one of 'one', 'two'; got 'three'"),
+        (Found, {"loss": None}, "loss must be a valid number; got None"),
+    ],
+)
+def test_what_is_refused_is_named_in_one_line(
+    record: type[Record], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$") as caught:
+        record(**values)
+    assert caught.value.__cause__ is None
+
+
+def test_other_errors_of_validators_and_long_values_are_one_line_too() -> None:
+    with pytest.raises(InputError, match=r"^Whole must be other than 7; got ") as caught:
+        Whole(width=7)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        Kind(ranks="x\n" * 1000)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 120
+
+
+def test_numpy_s_scalars_are_python_s() -> None:
+    ranks: Any = (np.int64(1), np.int32(2))
+    found = Kind(ranks=ranks, rate=np.float64(0.1))
+    assert found == Kind(ranks=(1, 2), rate=0.1)
+    assert [type(rank) for rank in found.ranks] == [int, int]  # type: ignore[union-attr]
+    assert Other(on=np.bool_(True)).on is True  # type: ignore[arg-type]
+    assert type(Kind(rate=1).rate) is float
+
+
+def test_records_are_values() -> None:
+    one = Whole(part=Kind(ranks=(1, 2)))
+    assert len({one, Whole(part=Kind(ranks=(1, 2))), one.replace(width=4)}) == 2
+    assert pickle.loads(pickle.dumps(one)) == one
+    with pytest.raises(InputError, match="width must be other than 5"):
+        one.replace(width=5)
+    with pytest.raises(ValueError, match="frozen"):
+        one.width = 4  # type: ignore[misc]
+
+
+def test_results_may_be_no_numbers() -> None:
+    texts = [Found(loss=x).model_dump_json() for x in (np.nan, np.inf, -np.inf)]
+    assert texts == ['{"loss":NaN}', '{"loss":Infinity}', '{"loss":-Infinity}']
