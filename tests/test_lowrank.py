@@ -128,3 +128,21 @@ def test_unusable_ranks_are_refused(rank: object) -> None:
 def test_tails_begin_at_a_rank(rank: object) -> None:
     with pytest.raises(InputError, match="rank must be an integer from 0"):
         lowrank.tail_norms(torch.ones(3), rank)  # type: ignore[arg-type]
+
+
+def test_threads_and_expansion_change_nothing() -> None:
+    matrix = normal(50, 1, 6, 4).expand(50, 5, 6, 4)
+    distinct = normal(200, 6, 4, seed=1)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append([*lowrank.svd(matrix), *lowrank.svd(distinct), lowrank.spectrum(distinct)])
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+    U, S, V = lowrank.svd(distinct)
+    torch.testing.assert_close(U * S[:, None] @ V.mT, distinct)
+    assert lowrank.svd(matrix).U.shape == (50, 5, 6, 4)
