@@ -137,7 +137,7 @@ class Head:
         self.variables["In"] = []
         for cell in (parameters, f"# Parameters\n{injected}", first):
             self.variables["In"].append(cell)
-            exec(cell, self.variables)
+            exec(compile(cell, "a cell", "exec", dont_inherit=True), self.variables)
 
     def model(self) -> type[book.Parameters]:
         """The chapter's model of its parameters."""

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
 
@@ -153,6 +154,7 @@ def test_tasks_are_those_of_the_source(source: str, names: list[str], complaint:
         ("ranks", [0.5], "got 0.5"),
         ("ranks", "0.5", "got '0.5'"),
         ("ranks", "all", "got 'all'"),
+        ("ranks", "--4", "got '--4'"),
         ("few", [2, 0], "few must be .* 1; got 0"),
         ("few", None, "got None"),
         ("tasks", 1, "tasks must be .*; got 1"),
@@ -243,3 +245,31 @@ def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str,
 def test_other_variables_are_nobodys_parameters(notebook: dict[str, Any]) -> None:
     notebook |= {"wdith": 24, "In": ["wdith = 24", "# Parameters of mine\nwdith = 24"]}
     book.setup(Small)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (2, 2),
+        (torch.tensor(2), 2),
+        (torch.tensor(0.5, dtype=torch.float64), 0.5),
+        (np.float64(0.5), 0.5),
+        (np.int64(2), 2),
+        ("2, 4", "2, 4"),
+    ],
+)
+def test_the_text_quotes_plain_numbers_and_texts(
+    value: object, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quoted: dict[str, Any] = {}
+    monkeypatch.setattr("myst_nb.glue", lambda name, value, display: quoted.update({name: value}))
+    book.quote("it", value)
+    assert quoted == {"it": expected}
+    assert type(quoted["it"]) is type(expected)
+
+
+def test_the_text_quotes_very_small_numbers_typeset(monkeypatch: pytest.MonkeyPatch) -> None:
+    quoted: dict[str, Any] = {}
+    monkeypatch.setattr("myst_nb.glue", lambda name, value, display: quoted.update({name: value}))
+    book.quote("it", torch.tensor(2.34e-7, dtype=torch.float64), digits=2)
+    assert quoted["it"].data == r"$2.3\times10^{-7}$"

@@ -23,7 +23,8 @@ def test_what_names_no_single_chapter_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("24", 24), ("-1", -1), ("1,4", "1,4"), ("0.5", "0.5"), ("", "")]
+    ("text", "expected"),
+    [("24", 24), ("-1", -1), ("1,4", "1,4"), ("0.5", "0.5"), ("--1", "--1"), ("", "")],
 )
 def test_values_are_numbers_or_texts(text: str, expected: int | str) -> None:
     assert run.value(text) == expected

@@ -9,6 +9,7 @@ The chapter is named as its file begins. It runs in the present folder; the exec
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def chapter(name: str) -> Path:
 
 def value(text: str) -> int | str:
     """A number or a text; the chapter itself reads lists out of texts."""
-    return int(text) if text.lstrip("-").isdecimal() else text
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ it is completed to, comes with the field's type.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,7 +56,7 @@ def _listed(given: Any) -> Any:
     if not isinstance(given, str):
         return list(given) if isinstance(given, Iterable) else [given]
     parts = [part.strip(" '\"") for part in given.strip(" []").split(",")]
-    return [int(part) if part.lstrip("-").isdecimal() else part for part in parts if part]
+    return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts if part]
 
 
 def _sorted(values: list[int]) -> list[int]:
