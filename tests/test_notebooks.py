@@ -110,6 +110,7 @@ def assert_described(cell: NotebookNode) -> None:
     assert about["figure"].get("name", "").startswith("fig-"), f"name of figure {cell.id}"
 
 
+@pytest.mark.programs
 def test_chapter_runs_at_another_size_from_another_folder(
     chapter: Path, notebook: NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +221,7 @@ def test_texts_and_models_are_looked_for_in_the_first_line(
         head.run(**given)
 
 
+@pytest.mark.programs
 def test_a_kernel_stops_in_the_first_line(tmp_path: Path) -> None:
     chapter = ROOT / "chapters" / "05-gradient.ipynb"
     with pytest.raises(PapermillExecutionError) as caught:
