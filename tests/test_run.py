@@ -30,6 +30,7 @@ def test_values_are_numbers_or_texts(text: str, expected: int | str) -> None:
     assert run.value(text) == expected
 
 
+@pytest.mark.programs
 def test_an_unknown_parameter_stops_the_run_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
