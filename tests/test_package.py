@@ -31,6 +31,7 @@ def test_code_in_the_text_runs(document: Path) -> None:
         "from lorapower import adapters, bounds, lowrank, networks, randomness, regions\n"
         "from lorapower.adapters import Adapters\n"
         "from lorapower.constructions import fnn, linear, partition, transformer\n"
+        "from lorapower.experiments import synthetic\n"
         "from lorapower.experiments.synthetic import Setting\n"
         "from lorapower.lowrank import LowRank\n"
         "from lorapower.networks import FNN, LinearNetwork, Partition, Transformer\n"
