@@ -6,7 +6,6 @@ Everything broadcasts over leading batch dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +15,6 @@ from torch import Tensor
 
 from . import _checks, randomness
 from .errors import InputError
-
-# Members of a batch for each thread from which on threads pay.
-SHARED_OUT = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +63,7 @@ class SVD(NamedTuple):
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
     """The singular value decomposition of a matrix of finite numbers, ``k = min(out, in)``."""
-    U, S, Vh = _member_by_member(lambda m: torch.linalg.svd(m, full_matrices=False), matrix)
+    U, S, Vh = _of_distinct(lambda m: torch.linalg.svd(m, full_matrices=False), matrix)
     return SVD(U, S, Vh.mT)
 
 
@@ -77,30 +73,19 @@ def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
 
 
 def _values(matrix: Tensor) -> Tensor:
-    (values,) = _member_by_member(lambda m: (torch.linalg.svdvals(m),), matrix)
+    (values,) = _of_distinct(lambda m: (torch.linalg.svdvals(m),), matrix)
     return values
 
 
-def _member_by_member(
+def _of_distinct(
     function: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor
 ) -> tuple[Tensor, ...]:
-    """``function`` of a batch of matrices, which LAPACK would take one after the other.
-
-    Members that are one and the same by expansion are taken once, and many are shared out among
-    torch's threads.
-    """
+    """``function`` of a batch of matrices; members that are one by expansion are taken once."""
     batch = matrix.shape[:-2]
     for dim in range(len(batch)):
         if matrix.stride(dim) == 0:
             matrix = matrix.narrow(dim, 0, 1)
-    own = matrix.shape[:-2]
-    threads = torch.get_num_threads()
-    if threads == 1 or own.numel() < SHARED_OUT * threads:
-        found = function(matrix)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            parts = pool.map(function, matrix.flatten(0, -3).chunk(threads))
-            found = tuple(torch.cat(each).unflatten(0, own) for each in zip(*parts, strict=True))
+    found = function(matrix)
     return tuple(each.expand((*batch, *each.shape[len(batch) :])) for each in found)
 
 
@@ -168,7 +153,7 @@ def solve(
     rows, cols = matrix.shape[-2:]
     if rows > cols:
         raise InputError("matrix", allowed="at least as wide as high", given=f"{rows}×{cols}")
-    Q, R = _member_by_member(torch.linalg.qr, matrix.mT)
+    Q, R = _of_distinct(torch.linalg.qr, matrix.mT)
     return Q @ torch.linalg.solve_triangular(R.mT, right, upper=False)
 
 

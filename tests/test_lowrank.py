@@ -130,19 +130,10 @@ def test_tails_begin_at_a_rank(rank: object) -> None:
         lowrank.tail_norms(torch.ones(3), rank)  # type: ignore[arg-type]
 
 
-def test_threads_and_expansion_change_nothing() -> None:
-    matrix = normal(50, 1, 6, 4).expand(50, 5, 6, 4)
-    distinct = normal(200, 6, 4, seed=1)
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            found.append([*lowrank.svd(matrix), *lowrank.svd(distinct), lowrank.spectrum(distinct)])
-    finally:
-        torch.set_num_threads(threads)
-    for one, two in zip(*found, strict=True):
-        assert torch.equal(one, two)
-    U, S, V = lowrank.svd(distinct)
-    torch.testing.assert_close(U * S[:, None] @ V.mT, distinct)
-    assert lowrank.svd(matrix).U.shape == (50, 5, 6, 4)
+def test_members_that_are_one_by_expansion_are_as_good_as_others() -> None:
+    matrix = normal(3, 1, 6, 4).expand(3, 5, 6, 4)
+    for mine, ours in zip(lowrank.svd(matrix), lowrank.svd(matrix.contiguous()), strict=True):
+        assert torch.equal(mine, ours)
+    U, S, V = lowrank.svd(matrix)
+    torch.testing.assert_close(U * S[..., None, :] @ V.mT, matrix)
+    assert lowrank.norm(matrix).shape == (3, 5)
