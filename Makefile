@@ -111,7 +111,7 @@ distclean: clean ## remove the environment too
 # Options of tools in pyproject.toml change nothing that is installed.
 $(ready): pyproject.toml constraints.txt tools/requirements.py
 	@'$(PYTHON)' -c '$(python_suits)' 2>/dev/null || { echo 'make $(strip $(need_python))' >&2; exit 1; }
-	@set -e; if $(requirements) | cmp -s - $@; then exit; fi; \
+	@set -e; [ "$$($(requirements))" != "$$(cat $@ 2>/dev/null)" ] || exit 0; \
 	$(check_venv); \
 	echo 'Installing the environment in $(VENV): some minutes, once.'; \
 	$(empty_venv); \
