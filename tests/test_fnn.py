@@ -381,7 +381,7 @@ def test_extremes_of_size() -> None:
         ({"target": FNN.random(2, 4, dtype=torch.float32)}, "target must be torch.float64"),
         (
             {"target": FNN.random(2, 4, batch_shape=(5,))},
-            "frozen, target and region must be of batch shapes",
+            "frozen and target must be of batch shapes",
         ),
         ({"ranks": 5}, r"rank must be an integer from 0 to 4 \(the width\); got 5"),
         ({"ranks": [1, 1]}, "ranks must be one integer, or one for each of the 4 layers; got 2"),
