@@ -43,8 +43,8 @@ $(bin)/ruff format --check
 $(bin)/mypy
 $(bin)/lint-imports
 endef
-# Tests that run side by side must not spin while they wait for one another's threads.
-pytest = OMP_WAIT_POLICY=passive $(bin)/pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+# Tests run side by side: threads within one would take the time of another.
+pytest = OMP_NUM_THREADS=1 $(bin)/pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bin   := $(VENV)/bin
 out   := _build/$(PROFILE)
@@ -137,7 +137,7 @@ _build/chapters.mk: tools/dependencies.py tools/execute.py tools/build_html.py $
 
 $(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 	+@echo 'Executing $< (profile $(PROFILE))'
-	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE)
+	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE) --jobs $(JOBS)
 
 $(out)/html/index.html: $(pages) $(executed) tools/build_html.py $(ready)
 	@$(bin)/python tools/build_html.py $(out)

@@ -446,7 +446,7 @@ def bare(tmp_path: Path) -> Path:
     """A folder of programs for PATH: a machine that has what make needs and no more."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    programs = "chmod cmp echo expand find make mkdir rm sed sh touch"
+    programs = "cat chmod echo expand find make mkdir rm sed sh touch"
     for name in programs.split():
         program = shutil.which(name)
         assert program

@@ -128,7 +128,11 @@ def main() -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--profile", required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="chapters executed at a time")
     arguments = parser.parse_args()
+    # Each has its part of the processors: threads of one would take the time of another.
+    share = max(1, (os.cpu_count() or 1) // max(1, arguments.jobs))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
     source, target = arguments.source, arguments.target
     partial, failed = (target.with_suffix(f".{end}.ipynb") for end in ("partial", "failed"))
     # The file carries the time at which its inputs were read: what changes during the run is newer.
