@@ -518,7 +518,7 @@ class TestProvenance:
             "def work(batch):\n    return [Found(loss=1.0) for _ in batch]\n"
         )
         old = quiet(runs, self.study(tmp_path, first), path)
-        assert capsys.readouterr().out == ""
+        assert capsys.readouterr().err == ""
         # What does not change what is computed does not count.
         for same_code in (
             first.replace("def work(batch):", 'def work(batch):\n    """Results."""'),
@@ -527,7 +527,7 @@ class TestProvenance:
             same(quiet(runs, self.study(tmp_path, same_code), path), old)
         other = first.replace("1.0", "2.0")
         new = quiet([*runs, GRID[5]], self.study(tmp_path, other), path)
-        said = capsys.readouterr().out
+        said = capsys.readouterr().err
         assert said == f"{path}: 4 runs were made by other code; kept aside, done again\n"
         assert new.loss.tolist() == [2.0] * 5
         assert {*new.fingerprint}.isdisjoint(old.fingerprint)
@@ -535,7 +535,7 @@ class TestProvenance:
         assert sweeps.read(path).loss.tolist() == [2.0] * 5
         # Back at the old code, its rows count again.
         same(quiet(runs, self.study(tmp_path, first), path), old)
-        assert (capsys.readouterr().out, count(path)) == ("", 9)
+        assert (capsys.readouterr().err, count(path)) == ("", 9)
 
     def test_covers_the_modules_that_work_imports(self) -> None:
         code = provenance.code(synthetic.measure)

@@ -7,6 +7,7 @@ a run does with its setting is the caller's ``work``; nothing here knows of netw
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -87,7 +88,9 @@ def run(
         rows = kept.rows(fingerprint)
         missing = [setting for setting in settings if keys[setting] not in rows]
         if aside := len({keys[setting] for setting in missing} & kept.settings()):
-            tqdm.write(f"{place}: {aside} runs were made by other code; kept aside, done again")
+            # Not among the results of a notebook's cell.
+            about = f"{place}: {aside} runs were made by other code; kept aside, done again"
+            tqdm.write(about, file=sys.stderr)
         batches = _batches(missing, size)
         with (
             closing(
