@@ -25,7 +25,13 @@ class Record(BaseModel):
     given in one line.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",
+    )
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -41,7 +47,7 @@ class Record(BaseModel):
 class Results(Record):
     """Base of what runs give: numbers, truth values, texts; numbers may be NaN or infinite."""
 
-    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(allow_inf_nan=True)
 
 
 def plain(value: Any) -> Any:

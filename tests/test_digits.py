@@ -188,7 +188,6 @@ def test_fitted_adapters_are_nearer_with_the_same_rank() -> None:
         Problem(steps=20), Construction(ranks=8), Fitted(ranks=8), Fitted(ranks=64)
     )
     assert fitted.error < plain.error / 2
-    assert fitted.accuracy > plain.accuracy
     assert math.isnan(fitted.bound)
     assert exact.error < 1e-20
 

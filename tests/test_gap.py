@@ -463,3 +463,38 @@ def test_heads_too_narrow_for_their_rank_fail_by_themselves(batch: tuple[int, ..
     assert found.success.shape == batch
     assert not found.success.any()
     assert transformer.adapt(frozen, target, 3, throw=False).success.all()
+
+
+@pytest.mark.parametrize("kind", ["fnn", "transformer"])
+@pytest.mark.parametrize("size", [1e120, 1e160, 1e200])
+def test_members_that_overflow_fail_alone(kind: str, size: float) -> None:
+    frozen: Any = FNN.random(2, 4, batch_shape=(3,), seed=1)
+    target: Any = FNN.random(1, 4, seed=2)
+    if kind == "transformer":
+        frozen = Transformer.random(1, 4, 2, batch_shape=(3,), seed=1)
+        target = Transformer.random(1, 4, 2, seed=2)
+    scale = torch.tensor([1.0, size, 1.0], dtype=torch.float64)[:, None, None]
+    large = frozen.with_parameters([weight * scale for weight in frozen.weights], frozen.biases)
+    others = torch.tensor([0, 2])
+    found: Any
+    alone: Any
+    if kind == "fnn":
+        found = fnn.adapt(large, target, 4, Ball(4.0), throw=False)
+        alone = fnn.adapt(frozen[others], target, 4, Ball(4.0), throw=False)
+    else:
+        found = transformer.adapt(large, target, 4, throw=False)
+        alone = transformer.adapt(frozen[others], target, 4, throw=False)
+    assert found.success.tolist() == [True, False, True]
+    merged, expected = found.adapters.merge(large)[others], alone.adapters.merge(frozen[others])
+    for mine, other in zip(merged.weights, expected.weights, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_biases_that_swallow_everything_are_no_success(dtype: torch.dtype) -> None:
+    frozen, target = (FNN.random(d, 6, seed=d, dtype=dtype) for d in (4, 1))
+    radius = torch.tensor([torch.finfo(dtype).max ** 0.6, 1.0], dtype=dtype)
+    found = fnn.adapt(frozen, target, 6, Ball(radius), throw=False)
+    assert found.success.tolist() == [False, True]
+    with pytest.raises(PrecisionError):
+        fnn.adapt(frozen, target, 6, Ball(radius))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -314,6 +316,10 @@ class TestBadInput:
             ([Setting(), Other(width=1)], "settings must be records of one class; got Other, Set"),
             ([Setting(), Setting()], "settings must be different .*; got 2 times Setting"),
             ([3], "settings must be records of one class; got int"),
+            (
+                [Setting(problem=Problem(scale=scale)) for scale in (0.0, -0.0)],
+                "settings must be different .*; got 2 times Setting",
+            ),
         ],
     )
     def test_settings(self, given: Any, message: str) -> None:
@@ -536,6 +542,51 @@ class TestProvenance:
         # Back at the old code, its rows count again.
         same(quiet(runs, self.study(tmp_path, first), path), old)
         assert (capsys.readouterr().err, count(path)) == ("", 9)
+
+    def test_covers_what_a_function_carries(self) -> None:
+        """Arguments, objects and defaults in full, and the packages that its module is in."""
+
+        def of(function: Callable[..., Any]) -> str:
+            return provenance.code(function).own
+
+        anything: Any = work
+
+        long, other = np.zeros(3000), np.zeros(3000)
+        other[1500] = 1
+        assert of(functools.partial(anything, long)) != of(functools.partial(anything, other))
+        assert of(functools.partial(anything, long)) == of(functools.partial(anything, long.copy()))
+        assert of(Fraction(1).limit_denominator) != of(Fraction(2).limit_denominator)
+        with pytest.raises(InputError, match="work must be a function of what can be pickled"):
+            of(functools.partial(anything, lambda: None))
+        names: dict[str, Any] = {"__name__": "nowhere"}
+        for value in (1, 2):
+            exec(f"def f_{value}(batch, value={value}): return value", names)
+            names[f"f_{value}"].__qualname__ = "f"
+        assert of(names["f_1"]) != of(names["f_2"])
+        modules = {*provenance.code(synthetic.measure).modules}
+        assert {"lorapower", "lorapower.experiments"} < modules
+
+    def test_settings_within_settings_count_by_their_own_fields(self, tmp_path: Path) -> None:
+        class Wider(Problem):
+            extra: int = 0
+
+        def found(batch: list[Setting]) -> list[Found]:
+            return [Found(loss=float(getattr(s.problem, "extra", -1))) for s in batch]
+
+        runs = [Setting(problem=Problem()), *(Setting(problem=Wider(extra=e)) for e in (1, 2))]
+        for run in runs:
+            quiet([run], found, tmp_path / "runs")
+        assert sweeps.read(tmp_path / "runs").loss.tolist() == [-1.0, 1.0, 2.0]
+
+    def test_a_file_has_one_writer_whatever_it_is_called(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(tmp_path / "runs")
+
+        def nested(batch: list[Setting]) -> list[Found]:
+            with pytest.raises(ResultsError, match="is in use by another sweep"):
+                quiet(GRID, never, tmp_path / "link")
+            return work(batch)
+
+        quiet(GRID[:2], nested, tmp_path / "runs")
 
     def test_covers_the_modules_that_work_imports(self) -> None:
         code = provenance.code(synthetic.measure)

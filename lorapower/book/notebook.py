@@ -9,6 +9,7 @@ import ast
 import difflib
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from .parameters import Parameters
 
 # As torch found them; `setup` takes one.
 THREADS = torch.get_num_threads()
-# The notebook's variable that remembers, by parameter, its completed value and what was given.
+# The notebook's variable that remembers, by parameter, its completed value, a copy of that, since
+# lists can be changed in place, and what was given.
 _COMPLETED = "_completed"
 
 
@@ -37,14 +39,15 @@ def setup(model: type[Parameters]) -> None:
 
     notebook = vars(sys.modules[model.__module__])
     _refuse_unknown(_injected(notebook.get("In", ())), [*model.model_fields])
-    completed: dict[str, tuple[Any, Any]] = notebook.setdefault(_COMPLETED, {})
+    completed: dict[str, tuple[Any, Any, Any]] = notebook.setdefault(_COMPLETED, {})
     given = {}
     for name in notebook.keys() & model.model_fields:
-        value, origin = completed.get(name, (None, None))
-        given[name] = origin if notebook[name] is value else notebook[name]
+        value, copy, origin = completed.get(name, (None, None, None))
+        same = notebook[name] is value and value == copy
+        given[name] = origin if same else notebook[name]
     for name, value in model(**given):
         notebook[name] = value
-        completed[name] = value, given[name]
+        completed[name] = value, deepcopy(value), given[name]
     if shell := get_ipython():
         shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
     figures.use_style()

@@ -146,6 +146,10 @@ def adapt(
     region = region.fit(target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
     batch = _checks.common_shape("frozen, target and region", batches)
+    finite = torch.stack([gap.finite.expand(batch) for gap in gaps]).all(0)
+    if not throw and not finite.all():
+        frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
+        gaps = blocks(frozen, target, partition)
     input_scale = _checks.positive("input_scale", input_scale)
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
     if max_digits_lost is not None:
@@ -175,6 +179,9 @@ def adapt(
         if throw:
             _require_digits(lost.expand(batch), limit, i + 1, frozen.dtype)
         adapted = product(weights)[..., : at_centre.shape[-2], : region.width]
+        # Where all is lost nothing can be said of what comes behind.
+        sound = lost.isfinite()[..., None, None]
+        adapted, at_centre = (torch.where(sound, part, 0) for part in (adapted, at_centre))
         error_terms.append((gap.target.norm, found.spectral_error * region.largest_norm()))
         region, typical = region.after(adapted, at_centre), layer(typical)
 
@@ -203,7 +210,8 @@ def adapt(
                 found.success & (lost <= limit)
                 for found, lost in zip(linears, digits_lost, strict=True)
             ]
-        ).all(-1),
+        ).all(-1)
+        & finite,
     )
 
 
@@ -305,7 +313,9 @@ def _digits_lost(
     moments = typical.square().mean(-1, keepdim=True)
     theirs = layer.weights[0].square() @ moments + layer.biases[0].square()[..., None]
     theirs = theirs.mean((-2, -1))
-    return torch.where(ours > theirs, (ours / theirs).log10() / 2, 0)
+    # Sums that overflow tell nothing: all may be lost.
+    lost = torch.where(ours <= theirs, 0, (ours / theirs).log10() / 2)
+    return lost.nan_to_num(torch.inf, torch.inf)
 
 
 def _require_digits(lost: Tensor, limit: float, block: int, dtype: torch.dtype) -> None:

@@ -117,6 +117,11 @@ def adapt(
     Source: [thm-transformer]; for narrow heads [prop-narrow-heads].
     """
     cut = segments(frozen, target, throw=throw)
+    heads = (cut.query_key.finite & cut.value_output.finite).all((-2, -1))
+    finite = heads & cut.output.finite
+    if not throw and not finite.all():
+        frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
+        cut = segments(frozen, target, throw=False)
     each = _ranks(ranks, frozen)
     parts = [
         (cut.query_key, "W_Q", "W_K", "query–key"),
@@ -178,7 +183,7 @@ def adapt(
             ],
             dim=-1,
         ),
-        success & regular(frozen, target),
+        success & regular(frozen, target) & finite,
     )
 
 

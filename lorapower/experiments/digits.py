@@ -308,13 +308,15 @@ def random(model: str, depth: int, seed: int) -> FNN | Transformer:
 @functools.cache
 def pretrained(model: str, depth: int, seed: int) -> FNN | Transformer:
     """A network trained in full on upright digits."""
-    return _trained(_drawn(model, depth, seed, "before pretraining"), task(model, 0.0, seed), seed)
+    drawn = _drawn(model, depth, seed, f"before pretraining, depth {depth}")
+    return _trained(drawn, task(model, 0.0, seed), seed, f"pretraining, depth {depth}")
 
 
 @functools.cache
 def target(model: str, angle: float, seed: int) -> FNN | Transformer:
     """The pretrained network of the target's depth, trained in full on digits that are turned."""
-    return _trained(pretrained(model, DEPTHS[model], seed), task(model, angle, seed), seed)
+    start = pretrained(model, DEPTHS[model], seed)
+    return _trained(start, task(model, angle, seed), seed, "target")
 
 
 def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer:
@@ -330,11 +332,11 @@ def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
 
 
-def _trained(network: Any, split: Split, seed: int) -> Any:
+def _trained(network: Any, split: Split, seed: int, purpose: str) -> Any:
     runs = train(
         network,
         [replace(PRETRAINING, final=len(network.weights))],
-        _data(split, seed),
+        _data(split, seed, purpose),
         steps=PRETRAINING_STEPS,
         every=EVERY,
         classes=range(CLASSES),
@@ -342,8 +344,8 @@ def _trained(network: Any, split: Split, seed: int) -> Any:
     return runs.network[0].to(torch.float64)
 
 
-def _data(split: Split, seed: int) -> Fixed:
-    return Fixed(split.training, split.validation, samples=BATCH, seed=seed)
+def _data(split: Split, seed: int, *purpose: str) -> Fixed:
+    return Fixed(split.training, split.validation, samples=BATCH, seed=seed, purpose=purpose)
 
 
 class Found(Trained):

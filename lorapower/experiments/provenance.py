@@ -6,6 +6,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -26,16 +27,7 @@ KEEPERS = {f"{PACKAGE}.experiments.{name}" for name in ("provenance", "store", "
 # Distributions, by the name they are imported by, whose versions can change a result.
 LIBRARIES = {
     name: name.replace("sklearn", "scikit-learn")
-    for name in (
-        "numba",
-        "numpy",
-        "peft",
-        "scipy",
-        "sklearn",
-        "tokenizers",
-        "torch",
-        "transformers",
-    )
+    for name in ("numba", "numpy", "peft", "scipy", "sklearn", "torch", "transformers")
 }
 
 
@@ -66,16 +58,21 @@ def code(work: Callable[..., Any]) -> Code:
       not seen.
 
     Comments, docstrings and layout do not count; a function's name does, and so do the arguments of
-    a `functools.partial`, but not what a closure holds. Files are read when this is first asked in
-    a process, so code that was edited after it was imported belongs into a new process. Raises
-    `InputError` for what is no function.
+    a `functools.partial` and the object whose method or whose call it is, but not what a closure
+    holds, nor what is read from files. Sources are read when this is first asked in a process, so
+    code that was edited after it was imported belongs into a new process. Raises `InputError` for
+    what is no function, and for arguments and objects that cannot be pickled.
     """
     bound: list[str] = []
     while isinstance(work, functools.partial):
-        bound.append(repr((work.args, sorted(work.keywords.items()))))
+        bound.append(_pickled((work.args, sorted(work.keywords.items()))))
         work = work.func
     if not callable(work):
         raise InputError("work", allowed="a function of a list of settings", given=repr(work))
+    if not inspect.isroutine(work):
+        bound.append(_pickled(work))
+    elif not inspect.ismodule(owner := getattr(work, "__self__", None)) and owner is not None:
+        bound.append(_pickled(owner))
     function: Any = work if inspect.isroutine(work) else type(work)
     module = function.__module__ or ""
     file = Path(getattr(sys.modules.get(module), "__file__", None) or "nowhere.py")
@@ -105,12 +102,16 @@ def _graph() -> grimp.ImportGraph:
 
 
 def _reached(modules: Iterable[str]) -> tuple[str, ...]:
-    """These modules, and all of the package and of `LIBRARIES` that they import at any remove."""
+    """These modules, and all of the package and of `LIBRARIES` that they import at any remove.
+
+    The packages that a module is in run before it.
+    """
     known = _graph().modules
     found, new = set[str](), known.intersection(modules) - KEEPERS
     while new:
         found |= new
         new = {up for name in new for up in _graph().find_modules_directly_imported_by(name)}
+        new |= {name.rpartition(".")[0] for name in found if "." in name}
         new -= found | KEEPERS
     return tuple(sorted(name for name in found if name in LIBRARIES or _ours(name)))
 
@@ -146,9 +147,20 @@ def _package(modules: tuple[str, ...]) -> str:
     return _digest(parts)
 
 
+def _pickled(value: Any) -> str:
+    try:
+        return hashlib.blake2b(pickle.dumps(value)).hexdigest()
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise InputError(
+            "work", allowed="a function of what can be pickled", given=f"{value!r} ({error})"
+        ) from error
+
+
 def _bytecode(function: Any) -> str:
     found = getattr(function, "__code__", None)
-    return repr(_bytes(found)) if found else repr(function)
+    if found is None:
+        return repr(function)
+    return repr((_bytes(found), function.__defaults__, function.__kwdefaults__))
 
 
 def _bytes(found: CodeType) -> list[Any]:

@@ -168,7 +168,7 @@ def _explained(path: Path) -> Iterator[None]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """``path`` for this process alone."""
-    lock = filelock.FileLock(f"{path}.lock", blocking=False)
+    lock = filelock.FileLock(f"{path.resolve()}.lock", blocking=False)
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")

@@ -147,15 +147,16 @@ def _keys(settings: Sequence[R]) -> dict[R, str]:
     if len(kinds := {type(setting) for setting in settings}) > 1 or not tables.is_record(*kinds):
         given = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError("settings", allowed="records of one class", given=given)
-    (setting, count), *_ = Counter(settings).most_common(1)
-    if count > 1:
-        raise InputError(
-            "settings", allowed="different from one another", given=f"{count} times {setting!r}"
-        )
     tables.distinct(
         type(settings[0]).__name__, [*tables.columns(type(settings[0])), *Origin._fields]
     )
-    return {setting: setting.model_dump_json() for setting in settings}
+    texts = [setting.model_dump_json(serialize_as_any=True) for setting in settings]
+    keys = dict(zip(settings, texts, strict=True))
+    (twice, count), *_ = Counter(settings).most_common(1)
+    if count > 1 or len({*texts}) < len(texts):
+        given = f"{count} times {twice!r}" if count > 1 else "two that are written alike"
+        raise InputError("settings", allowed="different from one another", given=given)
+    return keys
 
 
 def _texts(results: Any, batch: list[Any]) -> list[str]:

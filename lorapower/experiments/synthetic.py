@@ -166,12 +166,12 @@ class Problem(Record):
             weights.append(block + size / torch.linalg.matrix_norm(change) * change)
         return target.with_parameters(weights)
 
-    def data(self, target: Network) -> tuple[Data, Fresh]:
-        """What to train on, and a source of fresh inputs to test on."""
+    def data(self, target: Network, *purpose: str) -> tuple[Data, Fresh]:
+        """What to train on, and a source of fresh inputs to test on; others for each purpose."""
         label = self._label(target)
         sequence = self.model == "transformer"
         shape = (self.width, self.tokens) if sequence else (self.width,)
-        fresh = Fresh(label, shape, samples=self.samples, seed=self.seed)
+        fresh = Fresh(label, shape, samples=self.samples, seed=self.seed, purpose=purpose)
         if not self.fixed:
             return fresh, fresh
         x, y = (part[0] for part in fresh.block(0))
@@ -290,7 +290,7 @@ def best(table: pd.DataFrame, record: type[Record] = Setting) -> pd.DataFrame:
 def _pretrained(problem: Problem, frozen: Network, target: Network) -> Network:
     """The frozen network after training all of it until its loss is a part of what it was."""
     plain = problem.replace(task="regression", fixed=False, samples=256)
-    data, _ = plain.data(target)
+    data, _ = plain.data(target, "pretraining")
     tuning = replace(PRETRAINING, final=len(frozen.weights))
     runs = train(
         frozen,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import _checks
@@ -49,6 +49,13 @@ class Network(ABC):
         """The network whose weights and biases are what ``change`` makes of this one's."""
         return self.with_parameters(
             [change(weight) for weight in self.weights], [change(bias) for bias in self.biases]
+        )
+
+    def zeroed(self, which: Bool[Tensor, "*batch"]) -> Self:
+        """The network with all numbers 0 in the members that a mask selects."""
+        return self.with_parameters(
+            [torch.where(which[..., None, None], 0, weight) for weight in self.weights],
+            [torch.where(which[..., None], 0, bias) for bias in self.biases],
         )
 
     def to(self, dtype: torch.dtype) -> Self:

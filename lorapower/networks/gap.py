@@ -25,7 +25,8 @@ from .linear import LinearNetwork
 class Gap:
     """``E = W̄ − ∏_l W_l``: what the adapters of a frozen piece have to make up for.
 
-    All that is decomposed is decomposed once, when it is first asked for.
+    All that is decomposed is decomposed once, when it is first asked for: the weights must not be
+    changed in place afterwards.
 
     Parameters
     ----------
@@ -100,9 +101,10 @@ class Gap:
 
     @property
     def noise(self) -> Float[Tensor, "*batch"]:
-        """``max(out, in) · eps · rounding_scale``: what is not above this may be rounding."""
+        """``max(out, in, L) · eps · rounding_scale``: what is not above this may be rounding."""
         sides = self.frozen.widths[0], self.frozen.widths[-1]
-        return max(sides) * torch.finfo(self.frozen.dtype).eps * self.rounding_scale
+        largest = max(*sides, self.frozen.depth, self.target.depth)
+        return largest * torch.finfo(self.frozen.dtype).eps * self.rounding_scale
 
     @property
     def rank(self) -> Int[Tensor, "*batch"]:
@@ -154,14 +156,7 @@ class Gap:
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Gap:
         """The gaps with all weights 0 where a mask says so."""
-        return Gap(
-            *(
-                LinearNetwork.unchecked(
-                    [torch.where(which[..., None, None], 0, weight) for weight in network.weights]
-                )
-                for network in (self.frozen, self.target)
-            )
-        )
+        return Gap(self.frozen.zeroed(which), self.target.zeroed(which))
 
     def _each(self, change: Callable[[Tensor, int], Tensor]) -> Gap:
         gap = object.__new__(Gap)

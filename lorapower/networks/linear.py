@@ -142,7 +142,7 @@ class LinearNetwork(Layers):
         after = [one, self.norms[-1], *map(lowrank.norm, outer[1:])]
         layers = zip(after[::-1], self.norms, before, strict=True)
         layerwise = torch.stack([a * w * b for a, w, b in layers]).amax(0)
-        sizes = product([weight.abs() for weight in self.weights]).nan_to_num()
+        sizes = product([weight.abs() for weight in self.weights]).nan_to_num(torch.inf)
         entrywise = sizes.sum(-1).amax(-1).sqrt() * sizes.sum(-2).amax(-1).sqrt()
         return torch.minimum(layerwise, entrywise)
 

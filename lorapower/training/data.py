@@ -48,7 +48,8 @@ class Fresh(Data):
     shape : of one input, ``(D,)`` or ``(D, N)``.
     samples : in each batch.
     validation_samples : drawn once.
-    seed : equal seeds give equal inputs, whatever is trained on them.
+    seed, purpose : equal ones give equal inputs, whatever is trained on them; those of one seed and
+        different purposes are independent.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Fresh(Data):
         samples: int = 256,
         validation_samples: int = 256,
         seed: int = 0,
+        purpose: tuple[str, ...] = (),
     ) -> None:
         if len(shape) not in (1, 2):
             raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
@@ -67,6 +69,7 @@ class Fresh(Data):
         self.shape = tuple(_checks.integer("shape", size, 1) for size in shape)
         self.samples = _checks.integer("samples", samples, 1)
         self.seed = _checks.integer("seed", seed, 0)
+        self.purpose = purpose
         count = _checks.integer("validation_samples", validation_samples, 1)
         self.validation = self._draw((), count, "validation inputs")
 
@@ -77,9 +80,10 @@ class Fresh(Data):
         """Labelled inputs that are drawn for nothing else."""
         return self._draw((), _checks.integer("samples", samples, 1), "test inputs")
 
-    def _draw(self, batch: tuple[int, ...], samples: int, *purpose: str | int) -> Labelled:
+    def _draw(self, batch: tuple[int, ...], samples: int, *part: str | int) -> Labelled:
         one = (samples, *self.shape) if len(self.shape) == 2 else (*self.shape, samples)
-        x = torch.randn(*batch, *one, generator=randomness.generator(self.seed, *purpose))
+        generator = randomness.generator(self.seed, *self.purpose, *part)
+        x = torch.randn(*batch, *one, generator=generator)
         return x, self.label(x)
 
 
@@ -92,7 +96,7 @@ class Fixed(Data):
     ----------
     training, validation : labelled inputs, of a form that `Data` describes.
     samples : in each batch, at most as many as there are; all by default.
-    seed : of the order.
+    seed, purpose : of the order.
 
     Raises `InputError` for what is no pair, numbers that are not finite, and labels that do not fit
     inputs.
@@ -105,6 +109,7 @@ class Fixed(Data):
         *,
         samples: int | None = None,
         seed: int = 0,
+        purpose: tuple[str, ...] = (),
     ) -> None:
         self.training = _usable("training", training)
         self.validation = _usable("validation", validation)
@@ -118,7 +123,7 @@ class Fixed(Data):
                 given=f"labels of shape {tuple(y.shape)}",
             )
         self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
-        self.seed = _checks.integer("seed", seed, 0)
+        self.seed, self.purpose = _checks.integer("seed", seed, 0), purpose
 
     def block(self, index: int) -> Labelled:
         x, y = self.training
@@ -127,16 +132,17 @@ class Fixed(Data):
             return x.expand(self.BLOCK, *x.shape), y.expand(self.BLOCK, *y.shape)
         per_epoch = count // self.samples
         places = [divmod(self.BLOCK * index + step, per_epoch) for step in range(self.BLOCK)]
-        orders = {
-            epoch: torch.randperm(count, generator=randomness.generator(self.seed, "order", epoch))
-            for epoch in {epoch for epoch, _ in places}
-        }
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
         batches = [orders[epoch].split(self.samples)[batch] for epoch, batch in places]
 
         def picked(part: Tensor) -> Tensor:
             return torch.stack([part.index_select(self.sample_dim, batch) for batch in batches])
 
         return picked(x), picked(y)
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = randomness.generator(self.seed, *self.purpose, "order", epoch)
+        return torch.randperm(self.training[0].shape[self.sample_dim], generator=generator)
 
 
 def _usable(name: str, labelled: Any) -> Labelled:

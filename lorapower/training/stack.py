@@ -83,7 +83,8 @@ class Stack(Generic[N]):
         runs, M, D = len(ranks), len(self.shapes), self.width
         problem = np.tile(np.arange(self.members), len(tunings))
         A = np.zeros((runs, M, D, D), np.float32)
-        B = np.stack([self._first_factors(seed) for seed in seeds])[problem]
+        adapted = np.any(ranks > 0, axis=0)
+        B = np.stack([self._first_factors(seed, adapted) for seed in seeds])[problem]
         B *= np.arange(D)[:, None] < ranks[..., None, None]
         full = ranks < 0
         A[full] = self.weights[problem][full]
@@ -187,12 +188,15 @@ class Stack(Generic[N]):
             return [False] * count
         return [tuning.biases and l >= count - tuning.final for l in range(count)]
 
-    def _first_factors(self, seed: int) -> Array:
-        """``Bᵀ`` of every weight, a row for each direction, at the largest rank."""
+    def _first_factors(self, seed: int, adapted: Any) -> Array:
+        """``Bᵀ`` of every adapted weight, a row for each direction, at the largest rank."""
         factors = np.zeros((len(self.shapes), self.width, self.width), np.float32)
-        for m, (outer, inner) in enumerate(self.shapes):
+        for m in adapted.nonzero()[0]:
+            outer, inner = self.shapes[m]
             rank = min(outer, inner)
-            drawn = torch.randn(rank, inner, generator=randomness.generator(seed, "factors", m))
+            drawn = torch.randn(
+                rank, inner, generator=randomness.generator(seed, "factors", int(m))
+            )
             factors[m, :rank, :inner] = FACTOR_SCALE * drawn
         return factors
 
