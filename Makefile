@@ -86,7 +86,8 @@ check: $(ready) ## the same without the book, and without tests that start progr
 	$(pytest) -m 'not book and not programs'
 
 chapter: $(ready) ## run and open one: NAME=05-gradient ARGS='-p width 24'
-	@$(bin)/python tools/run.py $(NAME) $(ARGS)
+	@$(if $(NAME),,echo 'name a chapter: make chapter NAME=05' >&2; exit 2;) \
+	$(bin)/python tools/run.py $(NAME) $(ARGS)
 
 lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)
 	$(bin)/jupyter lab --notebook-dir=chapters $(LAB_ARGS)

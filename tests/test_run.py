@@ -8,7 +8,9 @@ import pytest
 import run
 
 
-@pytest.mark.parametrize("name", ["05", "05-grad", "05-gradient"])
+@pytest.mark.parametrize(
+    "name", ["05", "5", "05-grad", "05-gradient", "chapters/05-gradient.ipynb"]
+)
 def test_a_chapter_is_named_as_its_file_begins(name: str) -> None:
     assert run.chapter(name).name == "05-gradient.ipynb"
 

@@ -58,6 +58,10 @@ class Fast(Record):
     rate: float = Field(1e-3, gt=0)
 
 
+class Listed(Record):
+    values: list[int]
+
+
 class Setting(Record):
     problem: Problem = Problem()
     method: Annotated[Plain | Fast, Field(discriminator="kind")] = Plain()
@@ -313,13 +317,17 @@ class TestBadInput:
         [
             ([], r"settings must be a list of at least one; got \[\]"),
             (Setting(), "settings must be a list of at least one; got Setting"),
-            ([Setting(), Other(width=1)], "settings must be records of one class; got Other, Set"),
+            (
+                [Setting(), Other(width=1)],
+                "settings must be of one class, .*; got Other, Set",
+            ),
             ([Setting(), Setting()], "settings must be different .*; got 2 times Setting"),
-            ([3], "settings must be records of one class; got int"),
+            ([3], "settings must be of one class, made from sweeps.Record; got int"),
             (
                 [Setting(problem=Problem(scale=scale)) for scale in (0.0, -0.0)],
                 "settings must be different .*; got 2 times Setting",
             ),
+            ([Listed(values=[1])], "settings must be of hashable fields.*: make lists tuples"),
         ],
     )
     def test_settings(self, given: Any, message: str) -> None:
@@ -344,7 +352,9 @@ class TestBadInput:
         [None, [], [Found()], [Found()] * 3, [{"loss": 1.0}] * 2, [Found(), Other(width=1)]],
     )
     def test_results(self, results: Any, tmp_path: Path) -> None:
-        promise = "work must be a function that returns 2 records of results of one class for as"
+        promise = (
+            "work must be a function that returns a list of sweeps.Results of one class, here 2"
+        )
         with pytest.raises(InputError, match=promise):
             quiet(GRID[:2], lambda batch: results, tmp_path / "runs")
         assert sweeps.read(tmp_path / "runs").empty
@@ -543,12 +553,15 @@ class TestProvenance:
         same(quiet(runs, self.study(tmp_path, first), path), old)
         assert (capsys.readouterr().err, count(path)) == ("", 9)
 
-    def test_covers_what_a_function_carries(self) -> None:
+    def test_covers_what_a_function_carries(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Arguments, objects and defaults in full, and the packages that its module is in."""
 
         def of(function: Callable[..., Any]) -> str:
             return provenance.code(function).own
 
+        monkeypatch.setitem(sys.modules, "study", None)  # as it was, in the end
         anything: Any = work
 
         long, other = np.zeros(3000), np.zeros(3000)
@@ -563,6 +576,13 @@ class TestProvenance:
             exec(f"def f_{value}(batch, value={value}): return value", names)
             names[f"f_{value}"].__qualname__ = "f"
         assert of(names["f_1"]) != of(names["f_2"])
+        started = "\nif __name__ == '__main__':\n    print(work)\n"
+        same_but_for_its_start = [
+            of(self.study(tmp_path, f"def work(batch):\n    return {value}\n{start}"))
+            for value, start in ((1, ""), (1, started), (2, started))
+        ]
+        assert same_but_for_its_start[0] == same_but_for_its_start[1]
+        assert same_but_for_its_start[1] != same_but_for_its_start[2]
         modules = {*provenance.code(synthetic.measure).modules}
         assert {"lorapower", "lorapower.experiments"} < modules
 

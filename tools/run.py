@@ -2,8 +2,8 @@
 
 usage: python tools/run.py 05 -p width 24 -p ranks 1,4
 
-The chapter is named as its file begins. It runs in the present folder; the executed notebook is
-``_build/run/NN-name.ipynb``.
+The chapter is named as its file begins, or by its number. It runs in the present folder; the
+executed notebook is ``_build/run/NN-name.ipynb``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ RUNS = execute.ROOT / "_build" / "run"
 
 def chapter(name: str) -> Path:
     """The one chapter whose file begins with ``name``."""
-    found = [path for path in CHAPTERS if path.stem.startswith(name)]
+    stem = Path(name).name.removesuffix(".ipynb").zfill(2)
+    found = [path for path in CHAPTERS if path.stem.startswith(stem)]
     if len(found) != 1:
-        every = ", ".join(path.stem for path in found or CHAPTERS)
+        every = ", ".join(path.stem for path in CHAPTERS)
         raise argparse.ArgumentTypeError(f"{name!r} is not the beginning of one of {every}")
     return found[0]
 
@@ -41,9 +42,15 @@ def value(text: str) -> int | str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("chapter", type=chapter)
+    parser.add_argument("chapter", type=chapter, help="such as 05, or 05-gradient")
     parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters"
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PARAMETER", "VALUE"),
+        dest="parameters",
+        help="one of its parameters; any number of times",
     )
     parser.add_argument("--only-run", action="store_true", help="do not open JupyterLab")
     given = parser.parse_args(arguments)

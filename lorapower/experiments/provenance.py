@@ -51,8 +51,9 @@ def code(work: Callable[..., Any]) -> Code:
 
     - Of a function of this package: its module, and all modules of the package that this imports,
       at any remove.
-    - Of a function of another module: this module's source, and what it imports of this package.
-      Other modules are not followed.
+    - Of a function of another module: this module's source, but for what it does when it is started
+      (``if __name__ == "__main__"``), and what it imports of this package. Other modules are not
+      followed.
     - Of a function without such a module, as in a notebook or at a prompt: its own source, or where
       there is none its bytecode and constants, and this package as a whole. What else it calls is
       not seen.
@@ -83,6 +84,7 @@ def code(work: Callable[..., Any]) -> Code:
         return Code(_digest(own), _reached([module]))
     if file.is_file():
         tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree.body = [part for part in tree.body if not _starts(part)]
         return Code(_digest([*own, _bare(tree)]), _reached(_imported(tree)))
     try:
         own.append(_bare(ast.parse(textwrap.dedent(inspect.getsource(function)))))
@@ -125,6 +127,11 @@ def _imported(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def _starts(part: ast.stmt) -> bool:
+    """Whether this is what a script does only when it is started."""
+    return isinstance(part, ast.If) and ast.unparse(part.test) == "__name__ == '__main__'"
 
 
 def _ours(name: str) -> bool:

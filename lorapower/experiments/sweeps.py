@@ -1,7 +1,8 @@
 """Sweeps: settings → runs → one tidy table, kept as it goes, resumable.
 
-Settings and results are records, and a setting may consist of a ``problem`` and a ``method``. What
-a run does with its setting is the caller's ``work``; nothing here knows of networks.
+Settings are of a subclass of `Record`, results of one of `Results`. A setting may consist of a
+``problem`` and a ``method``. What a run does with its setting is the caller's ``work``; nothing
+here knows of networks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from .. import _checks
-from .._records import Record
+from .._records import Record as Record
+from .._records import Results as Results
 from ..errors import InputError
 from . import provenance, store, tables
 from .provenance import Code, Origin
@@ -146,22 +148,26 @@ def _keys(settings: Sequence[R]) -> dict[R, str]:
         raise InputError("settings", allowed="a list of at least one", given=repr(settings))
     if len(kinds := {type(setting) for setting in settings}) > 1 or not tables.is_record(*kinds):
         given = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise InputError("settings", allowed="records of one class", given=given)
+        raise InputError("settings", allowed="of one class, made from sweeps.Record", given=given)
     tables.distinct(
         type(settings[0]).__name__, [*tables.columns(type(settings[0])), *Origin._fields]
     )
     texts = [setting.model_dump_json(serialize_as_any=True) for setting in settings]
-    keys = dict(zip(settings, texts, strict=True))
-    (twice, count), *_ = Counter(settings).most_common(1)
+    try:
+        (twice, count), *_ = Counter(settings).most_common(1)
+    except TypeError as error:
+        raise InputError(
+            "settings", allowed="of hashable fields", given=error, remedy="make lists tuples"
+        ) from error
     if count > 1 or len({*texts}) < len(texts):
         given = f"{count} times {twice!r}" if count > 1 else "two that are written alike"
         raise InputError("settings", allowed="different from one another", given=given)
-    return keys
+    return dict(zip(settings, texts, strict=True))
 
 
 def _texts(results: Any, batch: list[Any]) -> list[str]:
     """Results as they are kept; raises `InputError` for what does not fit into one table."""
-    promise = f"a function that returns {len(batch)} records of results of one class for as many"
+    promise = f"a function that returns a list of sweeps.Results of one class, here {len(batch)}"
     kinds = {type(one) for one in results} if isinstance(results, Sequence) else set()
     if len(kinds) != 1 or not tables.is_record(*kinds) or len(results) != len(batch):
         raise InputError("work", allowed=promise, given=repr(results))
