@@ -78,7 +78,7 @@ import sys
 import time
 from pathlib import Path
 
-source, target, _, profile = sys.argv[1:]
+source, target, _, profile, *_ = sys.argv[1:]
 log = Path(os.environ["RUNS"])
 
 
