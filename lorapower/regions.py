@@ -138,7 +138,7 @@ class Ball(Region):
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
-        generator = randomness.generator(seed, "inputs in a region")
+        generator = _drawing(seed)
         shape, dtype = (*self.batch_shape, self.width, samples), self.centre.dtype
         normal = torch.randn(shape, generator=generator, dtype=dtype)
         direction = normal / torch.linalg.vector_norm(normal, dim=-2, keepdim=True)
@@ -189,7 +189,7 @@ class Box(Region):
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
-        generator = randomness.generator(seed, "inputs in a region")
+        generator = _drawing(seed)
         shape = (*self.batch_shape, self.width, samples)
         drawn = 2 * torch.rand(shape, generator=generator, dtype=self.centre.dtype) - 1
         return self.centre + self.half * (drawn.sign() if edge else drawn)
@@ -229,7 +229,7 @@ class Samples(Region):
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
-        generator = randomness.generator(seed, "inputs in a region")
+        generator = _drawing(seed)
         picked = torch.randint(self.inputs.shape[-1], (samples,), generator=generator)
         return (self._corners() if edge else self.inputs)[..., picked]
 
@@ -243,6 +243,10 @@ class Samples(Region):
 
     def _corners(self) -> Tensor:
         return self.centre + (1 + self.margin) * (self.inputs - self.centre)
+
+
+def _drawing(seed: int) -> torch.Generator:
+    return randomness.generator(seed, "inputs in a region")
 
 
 def _numbers(name: str, value: Any) -> Tensor:

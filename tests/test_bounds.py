@@ -11,7 +11,7 @@ from strategies import conditioned, seeds
 from lorapower import InputError, bounds, randomness
 from lorapower.adapters import Adapters
 from lorapower.lowrank import LowRank
-from lorapower.networks import LinearNetwork
+from lorapower.networks import Gap, LinearNetwork
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.data(), seeds)
@@ -31,7 +31,7 @@ def test_threshold_of_a_target_that_adapters_made(
     assert bounds.error_rank(frozen, target) == expected
     assert bounds.linear_threshold(frozen, target) == -(-expected // depth)
     spectral, frobenius = bounds.linear_error(frozen, target, expected)
-    rounding = 1e-13 * float(bounds.rounding_scale(frozen, target))
+    rounding = 1e-13 * float(Gap(frozen, target).rounding_scale)
     assert spectral <= rounding
     assert frobenius <= rounding
     if expected:

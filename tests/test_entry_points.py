@@ -32,7 +32,6 @@ CALLS: dict[Callable[..., Any], tuple[type, Callable[[Any, Any], Any]]] = {
     bounds.error_rank: (LinearNetwork, bounds.error_rank),
     bounds.linear_error: (LinearNetwork, lambda f, t: bounds.linear_error(f, t, 1)),
     bounds.linear_threshold: (LinearNetwork, bounds.linear_threshold),
-    bounds.rounding_scale: (LinearNetwork, bounds.rounding_scale),
     linear.adapt: (LinearNetwork, lambda f, t: linear.adapt(f, t, 1)),
     bounds.fnn_block_errors: (FNN, lambda f, t: bounds.fnn_block_errors(f, t, 1)),
     bounds.fnn_error: (FNN, lambda f, t: bounds.fnn_error(f, t, 1, X)),

@@ -79,7 +79,7 @@ def test_network_is_layer_after_layer(
 
 def test_members_of_a_batch_can_be_picked() -> None:
     network = FNN.random(2, 3, batch_shape=(4,))
-    x = torch.randn(3, 5).double()
+    x = torch.randn(3, 5, generator=randomness.generator(0, "inputs")).double()
     torch.testing.assert_close(network[1](x), network(x)[1])
     assert network.to(torch.float32).dtype == torch.float32
 
@@ -95,7 +95,7 @@ def test_sequential_round_trip(
     module = nn.Sequential(*layers)
     network = FNN.from_sequential(module)
     assert network.widths == tuple(widths)
-    x = torch.randn(3, widths[0], dtype=dtype)
+    x = torch.randn(3, widths[0], dtype=dtype, generator=randomness.generator(seed, "inputs"))
     atol = 50 * torch.finfo(dtype).eps
     torch.testing.assert_close(network(x.mT).mT, module(x), atol=atol, rtol=0)
     torch.testing.assert_close(network.to_sequential()(x), module(x), atol=atol, rtol=0)
@@ -352,7 +352,7 @@ def test_batches_broadcast_and_are_their_members() -> None:
     radii = torch.tensor([[3.0], [4.0], [5.0]], dtype=torch.float64)
     together = fnn.adapt(frozen, target, 2, Ball(radii))
     alone = fnn.adapt(frozen[2, 0], target[1], 2, Ball(5.0))
-    x = torch.randn(6, 10).double() / 3
+    x = torch.randn(6, 10, generator=randomness.generator(0, "inputs")).double() / 3
     torch.testing.assert_close(
         together.adapters.merge(frozen)(x)[2, 1], alone.adapters.merge(frozen[2, 0])(x)
     )

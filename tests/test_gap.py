@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import batch_shapes, conditioned, dtypes, seeds
 from torch import Tensor
@@ -95,15 +95,17 @@ def test_a_gap_is_what_numpy_finds(
     frozen = [normal(*batch, b, a) for a, b in pairwise(sizes)]
     target = normal(*other, outputs, inputs)
     gap = Gap(frozen, LinearNetwork([target]))
-    E = target.double().numpy()
-    P = np.eye(inputs)
+    P, terms = np.eye(inputs), np.eye(inputs)
     for weight in frozen:
         P = weight.double().numpy() @ P
-    E = E - P
+        terms = np.abs(weight.double().numpy()) @ terms
+    E = target.double().numpy() - P
+    terms = terms + np.abs(target.double().numpy())
     rank = data.draw(st.integers(0, min(inputs, outputs) + 1))
     sigma = np.linalg.svd(E, compute_uv=False)
     tail = np.concatenate([sigma[..., rank:], np.zeros((*E.shape[:-2], 1))], -1)
-    unit = 100 * torch.finfo(dtype).eps * width * (1 + np.abs(E).max() + np.abs(P).max() * 4**depth)
+    # Sums of products round by their terms; decompositions by a few units of the largest number.
+    unit = 4 * depth * width * torch.finfo(dtype).eps * np.linalg.norm(terms, axis=(-2, -1)).max()
     undone = gap.undone(rank).double().numpy()
     for found, expected in (
         (gap.error(rank), tail.max(-1)),
@@ -143,8 +145,7 @@ def test_constructions_decompose_little() -> None:
     assert found.count == 2 * 7
     with Decompositions() as found:
         partition.least_rank(FNN.random(8, 16, seed=1), FNN.random(3, 16, seed=2))
-    runs = 8 * 9 // 2 + 2 * 3
-    assert found.count < 8 * runs
+    assert found.count <= 229
 
 
 def test_gaps_that_do_not_fit_are_refused() -> None:
@@ -201,9 +202,9 @@ def test_rotated_linear_networks_have_rotated_adapters(
     options: dict[str, Any] = {"plain_only": True, "throw": False}
     found = linear.adapt(frozen, target, ranks, **options)
     other = linear.adapt(turned(frozen), turned(target), ranks, **options)
-    assume_well_conditioned = found.condition_numbers.amax(-1) < 1e3
     gaps = Gap(frozen, target).spectrum.diff(dim=-1).abs() > 1e-3
-    good = assume_well_conditioned & gaps.all(-1)
+    good = (found.condition_numbers.amax(-1) < 1e3) & gaps.all(-1)
+    assume(good.any())
     updates = [update.matrix() for update in found.adapters.updates]
     updates[0] = updates[0] @ P.mT
     updates[-1] = Q @ updates[-1]
@@ -240,6 +241,7 @@ def test_rotated_inputs_and_permuted_outputs_of_relu_networks(
     spread = Gap(LinearNetwork(frozen.weights), LinearNetwork(target.weights)).spectrum
     good = (spread.diff(dim=-1).abs() > 1e-3).all(-1) & (found.digits_lost < 6).all(-1)
     good = good & (found.rounding_errors < 1e-10).all(-1) & (other.rounding_errors < 1e-10).all(-1)
+    assume(good.any())
     assert ((y - turned_y).abs().amax((-2, -1))[good] < 1e-6).all()
 
 
@@ -265,6 +267,7 @@ def test_rotated_tokens_and_outputs_of_transformers(
     x = torch.randn(width, 4, generator=randomness.generator(seed, "inputs")).double()
     y, turned_y = found.adapters.merge(frozen)(x), other.adapters.merge(turned(frozen))(P @ x)
     good = (found.condition_number < 1e5) & (other.condition_number < 1e5)
+    assume(good.any())
     assert ((Q @ y - turned_y).abs().amax((-2, -1))[good] < 1e-6).all()
 
 
@@ -289,6 +292,7 @@ def test_an_adapted_linear_network_is_left_alone(
     adapted = found.adapters.merge(frozen)
     again = linear.adapt(adapted, target, rank, throw=False)
     good = found.condition_numbers.amax(-1) < 1e4
+    assume(good.any())
     assert (sizes(again.adapters)[good] < 1e-6).all()
     if width > depth:
         part = linear.adapt(frozen, target, [1] * depth, throw=False)
@@ -302,11 +306,13 @@ def test_an_adapted_linear_network_is_left_alone(
 def test_an_adapted_relu_network_is_left_alone(
     size: int, layers: int, width: int, batch: tuple[int, ...], seed: int
 ) -> None:
-    frozen, target = benign(size * layers, width, batch, seed), FNN.random(layers, width, seed=seed)
+    frozen = benign(size * layers, width, batch, seed)
+    target = FNN.random(layers, width, seed=seed, purpose="target")
     rank = -(-width // size)
     found = fnn.adapt(frozen, target, rank, Ball(3.0), throw=False)
     again = fnn.adapt(found.adapters.merge(frozen), target, rank, Ball(3.0), throw=False)
     good = (found.condition_numbers < 1e4).all(-1) & (found.digits_lost < 5).all(-1)
+    assume(good.any())
     assert (sizes(again.adapters)[good] < 1e-6).all()
     changes = torch.stack([b.abs().amax(-1) for b in again.adapters.bias_updates]).amax(0)
     scale = torch.stack([b.abs().amax(-1) for b in found.adapters.bias_updates]).amax(0)
@@ -323,6 +329,7 @@ def test_an_adapted_transformer_is_left_alone(
     found = transformer.adapt(frozen, target, rank, throw=False)
     again = transformer.adapt(found.adapters.merge(frozen), target, rank, throw=False)
     good = (found.condition_number < 1e4) & (again.condition_number < 1e4)
+    assume(good.any())
     assert (sizes(again.adapters)[good] < 1e-6).all()
     changes = torch.stack([b.abs().amax(-1) for b in again.adapters.bias_updates]).amax(0)
     assert (changes[good] < 1e-6).all()

@@ -80,7 +80,7 @@ def test_sequential_round_trip(widths: list[int], dtype: torch.dtype, seed: int)
             *(nn.Linear(a, b, bias=False, dtype=dtype) for a, b in itertools.pairwise(widths))
         )
     network = LinearNetwork.from_sequential(module)
-    x = torch.randn(3, widths[0], dtype=dtype)
+    x = torch.randn(3, widths[0], dtype=dtype, generator=randomness.generator(seed, "inputs"))
     rounding = 50 * torch.finfo(dtype).eps
     torch.testing.assert_close(network(x.mT).mT, module(x), atol=rounding, rtol=0)
     again = network.to_sequential()

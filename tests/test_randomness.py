@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +63,7 @@ def test_the_state_is_that_of_the_mersenne_twister_of_numpy() -> None:
 def test_seeded_leaves_the_global_numbers_as_they_were() -> None:
     before = torch.get_rng_state()
     with randomness.seeded(1, "module"):
-        inside = torch.rand(4)
+        inside = torch.rand(4)  # bare, to show it
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(inside, torch.rand(4, generator=randomness.generator(1, "module")))
     with pytest.raises(ZeroDivisionError), randomness.seeded(1, "module"):
@@ -188,3 +190,35 @@ def test_bare_seeds_are_refused() -> None:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             bare = BARE.search(line) and not line.endswith(SHOWN)
             assert not bare, f"{path.name}, line {number}: use lorapower.randomness"
+
+
+def calls(path: Path, names: set[str]) -> list[ast.Call]:
+    """The calls of functions of these names, whatever they are an attribute of."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [
+        node
+        for node in nodes
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in names
+    ]
+
+
+def test_each_place_of_the_package_has_purposes_of_its_own() -> None:
+    places: Counter[str] = Counter()
+    for path in (ROOT / "lorapower").rglob("*.py"):
+        for call in calls(path, {"generator", "seeded", "number"}):
+            _, *purpose = map(ast.unparse, call.args)
+            if any(word.startswith("'") for word in purpose):
+                places[", ".join(purpose)] += 1
+    assert len(places) >= 15
+    assert {purpose: count for purpose, count in places.items() if count > 1} == {}
+
+
+def test_nothing_is_drawn_without_a_stream() -> None:
+    draws = {"randn", "rand", "randint", "randperm", "default_rng", "Random"}
+    for path in [*(ROOT / "lorapower").rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for call in calls(path, draws):
+            seeded = call.args if "torch" not in ast.unparse(call.func) else ()
+            named = {word.arg for word in call.keywords} & {"generator"}
+            shown = lines[call.lineno - 1].endswith(SHOWN)
+            assert named or seeded or shown, f"{path.name}, line {call.lineno}: name a generator"

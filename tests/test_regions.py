@@ -14,7 +14,7 @@ from lorapower.regions import Ball, Box, Region, Samples
 
 
 def some_region(kind: str, width: int, seed: int) -> Region:
-    generator = randomness.generator(seed, "test")
+    generator = randomness.generator(seed, "region")
     centre = torch.randn(width, generator=generator, dtype=torch.float64)
     if kind == "ball":
         return Ball(2.5, centre)

@@ -12,7 +12,7 @@ from .fnn import (
     fnn_error_on,
     fnn_threshold,
 )
-from .linear import error_matrix, error_rank, linear_error, linear_threshold, rounding_scale
+from .linear import error_matrix, error_rank, linear_error, linear_threshold
 from .transformer import pair_ranks, transformer_error, transformer_ranks, transformer_threshold
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "linear_error",
     "linear_threshold",
     "pair_ranks",
-    "rounding_scale",
     "transformer_error",
     "transformer_ranks",
     "transformer_threshold",

@@ -16,11 +16,6 @@ def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, 
     return Gap(frozen, target).matrix
 
 
-def rounding_scale(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, "*batch"]:
-    """What in ``E`` is below ``D · eps`` times this may be rounding: that of a `networks.Gap`."""
-    return Gap(frozen, target).rounding_scale
-
-
 def error_rank(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
     """``rank E``, counting only singular values above its rounding: that of a `networks.Gap`."""
     return Gap(frozen, target).rank

@@ -64,20 +64,20 @@ def code(work: Callable[..., Any]) -> Code:
     code that was edited after it was imported belongs into a new process. Raises `InputError` for
     what is no function, and for arguments and objects that cannot be pickled.
     """
-    bound: list[str] = []
+    bound: list[Any] = []
     while isinstance(work, functools.partial):
-        bound.append(_pickled((work.args, sorted(work.keywords.items()))))
+        bound += [work.args, sorted(work.keywords.items())]
         work = work.func
     if not callable(work):
         raise InputError("work", allowed="a function of a list of settings", given=repr(work))
-    if not inspect.isroutine(work):
-        bound.append(_pickled(work))
-    elif not inspect.ismodule(owner := getattr(work, "__self__", None)) and owner is not None:
-        bound.append(_pickled(owner))
+    if inspect.ismethod(work):
+        bound.append(work.__self__)
+    elif not inspect.isroutine(work):
+        bound.append(work)
     function: Any = work if inspect.isroutine(work) else type(work)
     module = function.__module__ or ""
     file = Path(getattr(sys.modules.get(module), "__file__", None) or "nowhere.py")
-    own = [module, function.__qualname__, *bound]
+    own = [module, function.__qualname__, *map(_pickled, bound)]
     if function.__name__ == "<lambda>":
         own.append(_bytecode(function))
     if _ours(module):
