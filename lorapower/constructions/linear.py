@@ -248,7 +248,7 @@ def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Sp
             remaining = (best_map - product(current)).nan_to_num(0, 0, 0)
             triplets = None
         if l == visits[-1] and passed_on is not None and passed_on.shape[-1] == shares[l]:
-            outer, inner = _whole(remaining, passed_on, noise, plan.take == "right")
+            outer, inner = _whole(remaining, passed_on, plan.take == "right")
         else:
             U, S, V = triplets or lowrank.svd(remaining)
             s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).sum(-1).max()))
@@ -286,22 +286,15 @@ def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Sp
     return _Splitting(factors, conditions, rounding)
 
 
-def _whole(remaining: Tensor, basis: Tensor, noise: Tensor, of_rows: bool) -> tuple[Tensor, Tensor]:
+def _whole(remaining: Tensor, basis: Tensor, of_rows: bool) -> tuple[Tensor, Tensor]:
     """Factors of all that remains, whose range is known: the last layer takes it as it is.
 
     ``basis`` spans the columns of ``remaining``, or its rows, up to the rounding of what the layers
     before took; one multiplication by it finds the other side as well as a decomposition would.
-    Members of which that rounding has made something else are decomposed.
     """
     matrix = remaining.mT if of_rows else remaining
     one = torch.linalg.qr(matrix.mT @ basis)[0]
     other = matrix @ one
-    size = torch.linalg.vector_norm(matrix, dim=(-2, -1))
-    left_out = torch.linalg.vector_norm(matrix - other @ one.mT, dim=(-2, -1))
-    lost = (left_out > torch.finfo(size.dtype).eps ** 0.5 * size) & (size > noise[:, 0])
-    if lost.any():
-        U, S, V = (part[..., : basis.shape[-1]] for part in lowrank.svd(matrix[lost]))
-        other[lost], one[lost] = U * S[:, None], V
     return (one, other) if of_rows else (other, one)
 
 
