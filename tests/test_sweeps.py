@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import pickle
@@ -646,6 +648,18 @@ class TestProvenance:
             found[name] = provenance.origin(code).fingerprint
         provenance._package.cache_clear()
         assert found["same"] == found["comment"] != found["code"]
+
+    def test_survives_what_another_thread_parses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        wanted, parse, calls = provenance.code(work), ast.parse, itertools.count()
+
+        def disturbed(source: str) -> ast.Module:
+            if next(calls) < 2:
+                raise SystemError("AST constructor recursion depth mismatch (before=147, after=96)")
+            return parse(source)
+
+        monkeypatch.setattr(ast, "parse", disturbed)
+        assert provenance.code(work) == wanted
+        assert next(calls) == 3
 
     def test_tells_functions_without_a_file_apart(self) -> None:
         made = [eval(f"lambda batch: {value}", {"__name__": "__main__"}) for value in (1, 2, 1)]

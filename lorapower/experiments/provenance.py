@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,11 +84,11 @@ def code(work: Callable[..., Any]) -> Code:
     if _ours(module):
         return Code(_digest(own), _reached([module]))
     if file.is_file():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = _tree(file.read_text(encoding="utf-8"))
         tree.body = [part for part in tree.body if not _starts(part)]
         return Code(_digest([*own, _bare(tree)]), _reached(_imported(tree)))
     try:
-        own.append(_bare(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+        own.append(_bare(_tree(textwrap.dedent(inspect.getsource(function)))))
     except (OSError, TypeError, SyntaxError):  # also of what is only a part of a line
         own.append(_bytecode(function))
     return Code(_digest(own), _reached(_graph().modules))
@@ -147,7 +148,7 @@ def _package(modules: tuple[str, ...]) -> str:
             spec = find_spec(name)
             assert spec is not None
             assert spec.origin is not None
-            tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+            tree = _tree(Path(spec.origin).read_text(encoding="utf-8"))
             parts.append(f"{name} {_bare(tree)}")
         else:
             parts.append(f"{name} {_version(LIBRARIES[name])}")
@@ -174,6 +175,18 @@ def _bytes(found: CodeType) -> list[Any]:
     """Bytecode and constants, those of inner functions among them."""
     constants = [_bytes(c) if isinstance(c, CodeType) else c for c in found.co_consts]
     return [found.co_code, found.co_names, constants]
+
+
+def _tree(source: str) -> ast.Module:
+    """The source's syntax tree.
+
+    Before 3.11.8 and 3.12.2, Python counts the depth of all threads' parsing in one place, and
+    raises SystemError where another thread has parsed meanwhile (cpython issue 106905).
+    """
+    for _ in range(9):
+        with suppress(SystemError):
+            return ast.parse(source)
+    return ast.parse(source)
 
 
 def _bare(tree: ast.Module) -> str:
