@@ -61,7 +61,7 @@ class Adapters:
 
     def _add(self, network: N, sign: int) -> N:
         _checks.kind(Network, network=network)
-        shapes = [(update.A.shape[-2], update.B.shape[-2]) for update in self.updates]
+        shapes = [(update.left.shape[-2], update.right.shape[-2]) for update in self.updates]
         expected = [tuple(weight.shape[-2:]) for weight in network.weights]
         if shapes != expected:
             raise InputError(

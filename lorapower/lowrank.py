@@ -19,30 +19,30 @@ from .errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A matrix held as its factors, ``A @ B.mT``: the update ``ΔW = A Bᵀ`` of an adapter.
+    """A matrix held as its factors: the update ``ΔW = A Bᵀ`` of an adapter.
 
     Attributes
     ----------
-    A : ``[..., out, rank]``
-    B : ``[..., in, rank]``
+    left : ``A``, ``[..., out, rank]``.
+    right : ``B``, ``[..., in, rank]``.
     """
 
-    A: Float[Tensor, "*batch out rank"]
-    B: Float[Tensor, "*batch in rank"]
+    left: Float[Tensor, "*batch out rank"]
+    right: Float[Tensor, "*batch in rank"]
 
     @property
     def rank(self) -> int:
         """Number of columns of the factors; the matrix has at most this rank."""
-        return self.A.shape[-1]
+        return self.left.shape[-1]
 
     @property
     def parameter_count(self) -> int:
         """Numbers stored for one matrix: ``(out + in) · rank``."""
-        return (self.A.shape[-2] + self.B.shape[-2]) * self.rank
+        return (self.left.shape[-2] + self.right.shape[-2]) * self.rank
 
     def matrix(self) -> Float[Tensor, "*batch out in"]:
         """The product ``A Bᵀ``."""
-        return self.A @ self.B.mT
+        return self.left @ self.right.mT
 
 
 def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"]:
@@ -90,7 +90,7 @@ def _of_distinct(
 
 
 def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
-    """Best rank-``rank`` approximation ``LR_r(M) = Σ_{d≤r} σ_d u_d v_dᵀ``, as ``A = UΣ, B = V``.
+    """``LR_r(M) = Σ_{d≤r} σ_d u_d v_dᵀ``, the best approximation of rank ``r``: ``A = UΣ``, ``B = V``.
 
     Best in spectral and Frobenius norm [thm-eckart-young]. Raises `InputError` for a rank outside
     ``0…min(out, in)`` or a matrix that is not finite float32 or float64.

@@ -40,7 +40,7 @@ def test_merge_adds_the_products_of_the_factors_and_unmerge_takes_them_away(
     for weight, update, old in zip(merged.weights, adapters.updates, before, strict=True):
         change = sum(
             (
-                torch.einsum("...i,...j->...ij", update.A[..., d], update.B[..., d])
+                torch.einsum("...i,...j->...ij", update.left[..., d], update.right[..., d])
                 for d in range(update.rank)
             ),
             torch.zeros_like(old),

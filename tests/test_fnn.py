@@ -145,7 +145,7 @@ def test_adapters_tune_biases_too(
     for old, new, update in zip(network.biases, merged.biases, change.biases, strict=True):
         torch.testing.assert_close(new, old + update)
     for old, new, factors in zip(network.weights, merged.weights, updates, strict=True):
-        torch.testing.assert_close(new, old + factors.A @ factors.B.mT)
+        torch.testing.assert_close(new, old + factors.left @ factors.right.mT)
     again = adapters.unmerge(merged)
     for pair in zip(
         [*network.weights, *network.biases], [*again.weights, *again.biases], strict=True

@@ -128,7 +128,7 @@ def test_no_nearby_adapters_do_better(depth: int, width: int, seed: int) -> None
     solution = linear.adapt(frozen, target, 1)
     generator = randomness.generator(seed, "test")
     for update in solution.adapters.updates:
-        update.A.add_(1e-3 * torch.randn(update.A.shape, generator=generator).double())
+        update.left.add_(1e-3 * torch.randn(update.left.shape, generator=generator).double())
     perturbed = distance(solution.adapters.merge(frozen), target, "fro")
     assert perturbed >= tails(frozen, target, depth)[1] - 1e-12
 
@@ -265,11 +265,11 @@ def test_only_a_tolerance_is_a_tolerance(rtol: object) -> None:
 
 def test_arrays_matrices_and_modules_stand_for_networks() -> None:
     frozen, target = conditioned(2, 3), LinearNetwork.random(1, 3)
-    expected = linear.adapt(frozen, target, 1).adapters.updates[0].A
+    expected = linear.adapt(frozen, target, 1).adapters.updates[0].left
     arrays = np.stack([w.numpy() for w in frozen.weights])
     for network in (arrays, list(frozen.weights), frozen.to_sequential()):
         assert torch.equal(
-            linear.adapt(network, target.product().numpy(), 1).adapters.updates[0].A, expected
+            linear.adapt(network, target.product().numpy(), 1).adapters.updates[0].left, expected
         )
 
 

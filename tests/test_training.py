@@ -71,7 +71,7 @@ def start_factors(frozen: Any, tuning: Tuning, data: Data, **options: Any) -> li
     """Each weight's ``B`` before the first step."""
     still = replace(tuning, learning_rate=1e-30)
     updates = train(frozen, [still], data, steps=1, **options).adapters.updates
-    return [update.B[0] for update in updates]
+    return [update.right[0] for update in updates]
 
 
 # --- Against torch's own Adam, layers and attention -----------------------------------------------

@@ -167,7 +167,7 @@ def adapt(
         except SingularError as error:
             raise error.at_layer(layers.start + error.layer) from None
         padded = [
-            LowRank(pad(update.A, weight.shape[-2]), pad(update.B, weight.shape[-1]))
+            LowRank(pad(update.left, weight.shape[-2]), pad(update.right, weight.shape[-1]))
             for update, weight in zip(found.adapters.updates, own.weights, strict=True)
         ]
         weights = [w + update.matrix() for w, update in zip(own.weights, padded, strict=True)]

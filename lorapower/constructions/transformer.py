@@ -152,9 +152,9 @@ def adapt(
     _, of_Q, of_KT, _ = query_key.adapters.updates
     _, of_V, of_O, _ = value_output.adapters.updates
     of_2, of_out = output.adapters.updates
-    per_head = {"W_Q": of_Q, "W_K": LowRank(of_KT.B, of_KT.A), "W_V": of_V, "W_O": of_O}
+    per_head = {"W_Q": of_Q, "W_K": LowRank(of_KT.right, of_KT.left), "W_V": of_V, "W_O": of_O}
     updates = [one for name in ("W_Q", "W_K", "W_V", "W_O") for one in _one_by_one(per_head[name])]
-    none = LowRank(of_2.A[..., :0], of_2.B[..., :0])
+    none = LowRank(of_2.left[..., :0], of_2.right[..., :0])
     updates += [none] * frozen.depth + [none] * (frozen.depth - 1) + [of_2, of_out]
 
     # Where a system is singular its member fails, and its solution is not finite.
@@ -213,7 +213,7 @@ def _ranks(ranks: Any, network: Transformer) -> dict[str, int]:
 
 def _one_by_one(update: LowRank) -> list[LowRank]:
     """Updates of single weights, from one stacked over blocks and heads."""
-    factors = (factor.flatten(-4, -3).unbind(-3) for factor in (update.A, update.B))
+    factors = (factor.flatten(-4, -3).unbind(-3) for factor in (update.left, update.right))
     return [LowRank(A, B) for A, B in zip(*factors, strict=True)]
 
 
