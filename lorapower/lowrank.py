@@ -90,10 +90,11 @@ def _of_distinct(
 
 
 def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
-    """``LR_r(M) = Σ_{d≤r} σ_d u_d v_dᵀ``, the best approximation of rank ``r``: ``A = UΣ``, ``B = V``.
+    """``LR_r(M) = Σ_{d≤r} σ_d u_d v_dᵀ``, the best approximation of rank ``r``.
 
-    Best in spectral and Frobenius norm [thm-eckart-young]. Raises `InputError` for a rank outside
-    ``0…min(out, in)`` or a matrix that is not finite float32 or float64.
+    Its factors are ``A = UΣ`` and ``B = V``. Best in spectral and Frobenius norm
+    [thm-eckart-young]. Raises `InputError` for a rank outside ``0…min(out, in)`` or a matrix that
+    is not finite float32 or float64.
     """
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(matrix.shape[-2:]), limit="the smaller side")
