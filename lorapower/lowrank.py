@@ -17,7 +17,7 @@ from . import _checks, randomness
 from .errors import InputError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """A matrix held as its factors: the update ``ΔW = A Bᵀ`` of an adapter.
 
@@ -43,6 +43,11 @@ class LowRank:
     def matrix(self) -> Float[Tensor, "*batch out in"]:
         """The product ``A Bᵀ``."""
         return self.left @ self.right.mT
+
+    def __repr__(self) -> str:
+        (*batch, out, rank), into = self.left.shape, self.right.shape[-2]
+        parts = [f"{out}×{into}", f"rank {rank}", *[f"batch {batch}"] * bool(batch)]
+        return f"LowRank({', '.join(parts)}, {str(self.left.dtype).removeprefix('torch.')})"
 
 
 def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"]:
@@ -102,9 +107,14 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     return LowRank(U[..., :rank] * S[..., None, :rank], V[..., :rank])
 
 
-def tail_norms(
-    singular_values: Float[Tensor, "*batch k"], rank: int
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+class Norms(NamedTuple):
+    """Spectral and Frobenius norm of a matrix."""
+
+    spectral: Float[Tensor, "*batch"]
+    frobenius: Float[Tensor, "*batch"]
+
+
+def tail_norms(singular_values: Float[Tensor, "*batch k"], rank: int) -> Norms:
     """Norms of what rank ``r`` leaves out: ``σ_{r+1}`` (0 past the end), ``(Σ_{d>r} σ_d²)^{1/2}``.
 
     These are the spectral and the Frobenius distance to the nearest matrix of rank ``r``
@@ -112,7 +122,7 @@ def tail_norms(
     """
     tail = singular_values[..., _checks.integer("rank", rank, 0) :]
     spectral = tail[..., 0] if tail.shape[-1] else torch.zeros_like(singular_values[..., 0])
-    return spectral, torch.linalg.vector_norm(tail, dim=-1)
+    return Norms(spectral, torch.linalg.vector_norm(tail, dim=-1))
 
 
 def rank(

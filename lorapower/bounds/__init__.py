@@ -13,10 +13,17 @@ from .fnn import (
     fnn_threshold,
 )
 from .linear import error_matrix, error_rank, linear_error, linear_threshold
-from .transformer import pair_ranks, transformer_error, transformer_ranks, transformer_threshold
+from .transformer import (
+    PairRanks,
+    pair_ranks,
+    transformer_error,
+    transformer_ranks,
+    transformer_threshold,
+)
 
 __all__ = [
     "Floor",
+    "PairRanks",
     "accumulate_errors",
     "activation_sizes",
     "colliding_inputs",

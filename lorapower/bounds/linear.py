@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .. import lowrank
+from ..lowrank import Norms
 from ..networks import Gap, LinearNetwork
 
 
@@ -30,13 +32,10 @@ def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor
     return -(-gap.rank // gap.frozen.depth)
 
 
-def linear_error(
-    frozen: LinearNetwork, target: LinearNetwork, total_rank: int
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) -> Norms:
     """Least spectral and Frobenius error of any adapters of total rank ``r = Σ_l R_l``.
 
     ``σ_{r+1}(E)`` and ``(Σ_{d>r} σ_d(E)²)^{1/2}``. Source: [thm-optimal-adaptation]; the lower
     bound needs no assumption.
     """
-    gap = Gap(frozen, target)
-    return gap.error(total_rank), gap.error(total_rank, "fro")
+    return lowrank.tail_norms(Gap(frozen, target).spectrum, total_rank)

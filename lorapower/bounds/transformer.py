@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,10 +12,16 @@ from .. import _checks, lowrank
 from ..networks import Gap, Segments, Transformer, missing_shift, segments
 
 
-def pair_ranks(
-    gap: Gap,
-) -> tuple[Int[Tensor, "*batch"], Int[Tensor, "*batch"], Int[Tensor, "*batch"]]:
-    """Least ranks on the two middle layers of a segment of four: inner, outer, both together.
+class PairRanks(NamedTuple):
+    """Ranks on the two middle layers of a segment: of the one that acts first, the other, both."""
+
+    inner: Int[Tensor, "*batch"]
+    outer: Int[Tensor, "*batch"]
+    together: Int[Tensor, "*batch"]
+
+
+def pair_ranks(gap: Gap) -> PairRanks:
+    """Least ranks on the two middle layers of a segment of four.
 
     With ``X Y`` the frozen, ``X̄ Ȳ`` the target product, cut in the middle where ``d`` units stand:
     ``rank[Ȳ; Y] − d``, ``rank[X̄, X] − d``, and ``rank(X̄ Ȳ − X Y)`` for both together. The first
@@ -26,7 +34,7 @@ def pair_ranks(
     size = Y.shape[-2]
     inner = _rank_beside(Y_target.mT, Y.mT) - size
     outer = _rank_beside(X_target, X) - size
-    return inner.clamp(min=0), outer.clamp(min=0), gap.rank
+    return PairRanks(inner.clamp(min=0), outer.clamp(min=0), gap.rank)
 
 
 def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
@@ -44,8 +52,8 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
     cut = segments(frozen, target)
 
     def equal(gap: Gap) -> Tensor:
-        inner, outer, together = pair_ranks(gap)
-        return torch.stack([inner, outer, -(-together // 2)]).amax(0)
+        least = pair_ranks(gap)
+        return torch.stack([least.inner, least.outer, -(-least.together // 2)]).amax(0)
 
     return Segments(equal(cut.query_key), equal(cut.value_output), -(-cut.output.rank // 2))
 

@@ -26,13 +26,13 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
 
     That is, below those of `bounds.pair_ranks` for a member of the batch.
     """
-    least = [int(needed.max()) for needed in bounds.pair_ranks(gap)]
-    given = list(ranks.values())
-    if given[0] < least[0] or given[1] < least[1] or sum(given) < least[2]:
+    needed_inner, needed_outer, together = (int(each.max()) for each in bounds.pair_ranks(gap))
+    inner, outer = ranks.values()
+    if inner < needed_inner or outer < needed_outer or inner + outer < together:
         raise InputError(
             "ranks of {} and {}".format(*ranks),
-            allowed=f"at least {least[0]} and {least[1]}, together at least {least[2]}",
-            given="{} and {}".format(*given),
+            allowed=f"at least {needed_inner} and {needed_outer}, together at least {together}",
+            given=f"{inner} and {outer}",
             remedy="heads narrower than the tokens are adapted exactly or not at all",
         )
 

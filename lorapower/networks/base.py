@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks
+from .. import _batches, _checks
 from ..errors import InputError
 
 
@@ -85,12 +85,7 @@ class Network(ABC):
 
         Raises `InputError` for an index that the batch does not have.
         """
-        try:
-            return torch.arange(self.batch_shape.numel()).reshape(self.batch_shape)[index]
-        except IndexError as error:
-            raise InputError(
-                "index", allowed=f"one into batch shape {tuple(self.batch_shape)}", given=index
-            ) from error
+        return _batches.positions(self.batch_shape, index)
 
     def as_inputs(self, x: Any) -> Float[Tensor, "*batch in n"]:
         """``x`` in the network's type, or an `InputError` where its columns are no inputs."""

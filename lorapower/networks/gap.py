@@ -120,7 +120,8 @@ class Gap:
 
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
-        return lowrank.tail_norms(self.spectrum, rank)[ord == "fro"]
+        norms = lowrank.tail_norms(self.spectrum, rank)
+        return norms.frobenius if ord == "fro" else norms.spectral
 
     def best(self, rank: int) -> LowRank:
         """``LR_r(E)``, as ``A = U Σ, B = V``; no more columns than ``E`` has singular values."""

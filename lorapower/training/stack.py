@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import Any, Generic
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _checks, randomness
-from ..adapters import Adapters, N
+from ..adapters import Adapters, N, Tuned
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks import Network
@@ -129,12 +130,11 @@ class Stack(Generic[N]):
             values = torch.as_tensor(values)
             return values.reshape(-1, *self.network.batch_shape, *values.shape[1:])
 
-        largest = max(int(state.ranks.max()), 0)
         A, B, b = (shaped(values) for values in (state.A_best, state.B_best, state.b_best))
-        full = shaped(state.ranks < 0)
+        ranks, full = shaped(state.ranks.clip(0)), shaped(state.ranks < 0)
         updates, weights = [], []
         for m, (outer, inner) in enumerate(self.shapes):
-            rows = slice(0, min(largest, outer, inner))
+            rows = slice(0, min(outer, inner))
             adapted = ~full[..., m, None, None]
             # Rows past a run's rank hold zeros in A.
             update = LowRank(
@@ -145,10 +145,12 @@ class Stack(Generic[N]):
             updates.append(update)
         biases = [b[..., l, : old.shape[-1]] for l, old in enumerate(self.biases)]
         changes = tuple(new - old for new, old in zip(biases, self.biases, strict=True))
+        tuned = Tuned(ranks, shaped(state.tuned)[..., : len(biases)])
         best = shaped(state.best)
         return Training(
             self.network.with_parameters(weights, *([biases] if biases else [])),
-            Adapters(tuple(updates), changes),
+            Adapters.trimmed(updates, changes, tuned),
+            parameter_count=self._counts(full, tuned),
             steps=torch.arange(state.training.shape[1]) * every,
             training_loss=shaped(state.training),
             validation_loss=shaped(state.validation),
@@ -156,6 +158,13 @@ class Stack(Generic[N]):
             best_step=shaped(state.best_step),
             diverged=shaped(state.stopped) & ~(best <= shaped(state.goal)),
         )
+
+    def _counts(self, full: Tensor, tuned: Tuned) -> Tensor:
+        """How many numbers each run tunes: of adapters, of weights in full, and of biases."""
+        sides, sizes = (torch.tensor([of(shape) for shape in self.shapes]) for of in (sum, prod))
+        lengths = torch.tensor([bias.shape[-1] for bias in self.biases], dtype=torch.long)
+        counts = (tuned.ranks * sides, full * sizes, tuned.biases * lengths)
+        return torch.stack([of_each.sum(-1) for of_each in counts]).sum(0)
 
     def _padded(self, values: Sequence[Tensor], dims: int) -> Array:
         """``[members, values, …]``, the last ``dims`` dimensions padded to the width."""

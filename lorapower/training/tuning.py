@@ -64,15 +64,17 @@ class Tuning:
                 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Training(Generic[N]):
     """Trained networks: one for each `Tuning` (first dimension) and each frozen network.
 
     Attributes
     ----------
     network : at each run's least validation loss, batch shape ``[tunings, *batch]``.
-    adapters : its updates, padded with zeros to the largest rank, and its bias updates; the updates
-        of weights that were tuned in full are 0.
+    adapters : its updates and bias updates; as one batch they are padded with zeros to the largest
+        rank, ``adapters[i]`` has the ranks of its own `Tuning`. Of a weight that was tuned in full
+        there is no adapter, and the run's adapters do not count it.
+    parameter_count : how many numbers each run tuned: of adapters, of weights in full, of biases.
     steps : those at which the losses below were taken; 0 is before the first step.
     training_loss : of the batch of each of these steps; NaN at step 0.
     validation_loss : after each of these steps; NaN after a run has ended.
@@ -82,9 +84,14 @@ class Training(Generic[N]):
 
     network: N
     adapters: Adapters
+    parameter_count: Int[Tensor, " tunings *batch"]
     steps: Int[Tensor, " points"]
     training_loss: Float[Tensor, "tunings *batch points"]
     validation_loss: Float[Tensor, "tunings *batch points"]
     best_loss: Float[Tensor, " tunings *batch"]
     best_step: Int[Tensor, " tunings *batch"]
     diverged: Bool[Tensor, " tunings *batch"]
+
+    def __repr__(self) -> str:
+        kind, batch = type(self.network).__name__, list(self.best_loss.shape)
+        return f"Training({kind}, batch {batch}, {int(self.steps[-1])} steps)"

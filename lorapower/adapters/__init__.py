@@ -1,0 +1,5 @@
+"""Adapters: which weight gets which low-rank update ``ΔW = A Bᵀ``, which bias which ``Δb``."""
+
+from .core import Adapters, N, Tuned
+
+__all__ = ["Adapters", "N", "Tuned"]

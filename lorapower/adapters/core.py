@@ -1,0 +1,238 @@
+"""Adapters of a network: merged into it, picked out of a batch, written to files and read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .. import _batches, _checks
+from ..errors import InputError
+from ..lowrank import LowRank
+from ..networks import Network
+from . import files, peft
+
+N = TypeVar("N", bound=Network)
+
+
+class Tuned(NamedTuple):
+    """What is tuned in each member of a batch whose members differ in it.
+
+    Attributes
+    ----------
+    ranks : of each weight's adapter; the columns past it are zeros.
+    biases : whether each bias is tuned; the update of one that is not is zeros.
+    """
+
+    ranks: Int[Tensor, "*batch weights"]
+    biases: Bool[Tensor, "*batch biases"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adapters:
+    """One low-rank update for each weight of a network, and tuned biases [def-adapter].
+
+    As with networks, only one and the same object is equal.
+
+    Attributes
+    ----------
+    updates : factored updates in the order of the network's ``weights``, in a chain of layers the
+        first layer first; a weight without an adapter has one of rank 0.
+    bias_updates : vectors ``[..., out]`` that are added to the network's ``biases``, or none of
+        them where the biases stay or the network has none.
+    tuned : what is tuned in each member of a batch whose members differ in it, as runs of training
+        do; nothing where all columns and biases are.
+    """
+
+    updates: tuple[LowRank, ...]
+    bias_updates: tuple[Float[Tensor, "*batch _"], ...] = ()
+    tuned: Tuned | None = None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each weight's update; of a batch the largest."""
+        return tuple(update.rank for update in self.updates)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """``(out, in)`` of each weight."""
+        return [(update.left.shape[-2], update.right.shape[-2]) for update in self.updates]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions: for how many networks these are."""
+        factors = [f.shape[:-2] for update in self.updates for f in (update.left, update.right)]
+        return torch.broadcast_shapes(*factors, *(b.shape[:-1] for b in self.bias_updates))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.updates[0].left.dtype
+
+    @property
+    def parameter_count(self) -> int:
+        """Tunable numbers of one network: ``Σ_l R_l (out_l + in_l)``, and ``Σ_l out_l`` biases.
+
+        Biases that are not tuned count nothing. Raises `InputError` for a batch whose members
+        differ in what is tuned.
+        """
+        factors = sum(update.parameter_count for update in self.updates)
+        count = factors + sum(update.shape[-1] for update in self.bias_updates)
+        counts = {count} if self.tuned is None else set(self._counts(*self.tuned))
+        if len(counts) != 1:
+            raise InputError(
+                "adapters",
+                allowed="of one network, or of several that tune equally many numbers",
+                given=f"some that tune {sorted(counts)}",
+                remedy="pick one first, adapters[i]",
+            )
+        return counts.pop()
+
+    def _counts(self, ranks: Tensor, biases: Tensor) -> list[int]:
+        sides = torch.tensor([sum(shape) for shape in self.shapes], device=ranks.device)
+        lengths = [update.shape[-1] for update in self.bias_updates]
+        of_biases = biases * torch.tensor(lengths, dtype=torch.long, device=biases.device)
+        return ((ranks * sides).sum(-1) + of_biases.sum(-1)).flatten().tolist()
+
+    def __repr__(self) -> str:
+        ranks = ", ".join(map(str, self.ranks[:8])) + (", …" if len(self.ranks) > 8 else "")
+        parts = [f"ranks {ranks}", *["biases tuned"] * bool(self.bias_updates)]
+        parts += [f"batch {list(self.batch_shape)}"] * bool(self.batch_shape)
+        return f"Adapters({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')})"
+
+    def __getitem__(self, index: Any) -> Adapters:
+        """Those of the member, or members, of the batch at ``index``, as `Network` has it.
+
+        Only the columns and the biases that some of these members tune are left. Raises
+        `InputError` for an index that the batch does not have.
+        """
+        batch = self.batch_shape
+        members = _batches.positions(batch, index)
+
+        def pick(values: Tensor, dims: int) -> Tensor:
+            rest = values.shape[values.ndim - dims :]
+            return values.expand((*batch, *rest)).reshape(-1, *rest)[members]
+
+        updates = [LowRank(pick(u.left, 2), pick(u.right, 2)) for u in self.updates]
+        biases = [pick(update, 1) for update in self.bias_updates]
+        if self.tuned is None:
+            return Adapters(tuple(updates), tuple(biases))
+        return Adapters.trimmed(updates, biases, Tuned(*(pick(part, 1) for part in self.tuned)))
+
+    @classmethod
+    def trimmed(
+        cls, updates: Sequence[LowRank], bias_updates: Sequence[Tensor], tuned: Tuned
+    ) -> Adapters:
+        """Adapters without the columns that no member tunes, and without biases if none does."""
+        ranks = tuned.ranks.reshape(-1, len(updates))
+        largest = ranks.amax(0).tolist() if len(ranks) else [0] * len(updates)
+        kept = tuple(
+            LowRank(update.left[..., :R], update.right[..., :R])
+            for update, R in zip(updates, largest, strict=True)
+        )
+        if tuned.biases.any():
+            return cls(kept, tuple(bias_updates), tuned)
+        return cls(kept, (), tuned._replace(biases=tuned.biases[..., :0]))
+
+    def merge(self, network: N) -> N:
+        """A new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``, of its type.
+
+        Raises `InputError` for no network, for one that the adapters do not fit, and where the
+        sum is not finite.
+        """
+        return self._add(network, +1)
+
+    def unmerge(self, network: N) -> N:
+        """A new network with weights ``W_l − A_l B_lᵀ`` and biases ``b_l − Δb_l``, of its type.
+
+        Undoes `merge` up to rounding.
+        """
+        return self._add(network, -1)
+
+    def _add(self, network: N, sign: int) -> N:
+        self._require_fit(network)
+        weights = _sums(network.weights, [update.matrix() for update in self.updates], sign)
+        biases = _sums(network.biases, self.bias_updates, sign) if self.bias_updates else None
+        return network.with_parameters(weights, biases)
+
+    def _require_fit(self, network: Network) -> None:
+        _checks.kind(Network, network=network)
+        expected = [tuple(weight.shape[-2:]) for weight in network.weights]
+        if self.shapes != expected:
+            raise InputError(
+                "network", allowed=f"of weights {self.shapes}, as the adapters are", given=expected
+            )
+        if self.bias_updates and not network.biases:
+            raise InputError("network", allowed="one with biases, which are tuned", given="none")
+
+    def save(self, path: str | Path, network: Network) -> None:
+        """Write the adapters to one file of safetensors, with the network that they are for.
+
+        Of the network the file's header has the kind, sizes, type, batch shape, and a digest of its
+        numbers. An older file of this name is replaced when all is written, or else stays.
+
+        Raises `InputError` for no network and for one that the adapters do not fit; `ResultsError`
+        where the file cannot be written.
+        """
+        self._require_fit(network)
+        tensors = {f"bias_updates.{l}": update for l, update in enumerate(self.bias_updates)}
+        for l, update in enumerate(self.updates):
+            tensors |= {f"left.{l}": update.left, f"right.{l}": update.right}
+        if self.tuned is not None:
+            tensors |= {f"tuned.{name}": part for name, part in self.tuned._asdict().items()}
+        files.write(Path(path), tensors, network)
+
+    @classmethod
+    def load(cls, path: str | Path, network: Network | None = None) -> Adapters:
+        """The adapters in a file that `save` has written, bit by bit the same.
+
+        With a network they come to its device, if it is the one that they were saved for.
+
+        Raises `ResultsError` for a file that is not there, damaged, or none of adapters;
+        `InputError` for another network, with what differs.
+        """
+        if network is not None:
+            _checks.kind(Network, network=network)
+        tensors = files.read(Path(path), network)
+
+        def several(name: str) -> list[Tensor]:
+            return [tensors[f"{name}.{l}"] for l in range(sum(f"{name}." in t for t in tensors))]
+
+        pairs = zip(several("left"), several("right"), strict=True)
+        tuned = [tensors[f"tuned.{name}"] for name in Tuned._fields if f"tuned.{name}" in tensors]
+        return cls(
+            tuple(LowRank(*pair) for pair in pairs),
+            tuple(several("bias_updates")),
+            Tuned(*tuned) if tuned else None,
+        )
+
+    def to_peft(self, folder: str | Path, module: nn.Sequential) -> None:
+        """Write the adapters to a folder that ``peft.PeftModel.from_pretrained`` reads.
+
+        The module is that of the network: its `Linear` layers, also those of inner ``Sequential``,
+        are the adapted ones. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``, scaled
+        by 1; layers of rank 0 are left out. All numbers take the module's type. Tuned biases are
+        written as ``b_l + Δb_l`` and replace the module's own (``peft``'s ``bias="all"``), so that
+        disabling the adapters in ``peft`` does not bring these back.
+
+        Raises `InputError` for what is no ``Sequential``, for one whose layers the adapters do not
+        fit, for a tuned bias of a layer without one, and for a batch; `ResultsError` where the
+        folder cannot be written.
+        """
+        if self.batch_shape:
+            raise InputError(
+                "adapters",
+                allowed="of one network",
+                given=f"batch shape {tuple(self.batch_shape)}",
+                remedy="pick one first, adapters[i]",
+            )
+        peft.write(Path(folder), module, self.updates, self.bias_updates)
+
+
+def _sums(values: Sequence[Tensor], updates: Sequence[Tensor], sign: int) -> tuple[Tensor, ...]:
+    sums = (torch.add(v, u, alpha=sign) for v, u in zip(values, updates, strict=True))
+    return tuple(total.to(v.dtype) for total, v in zip(sums, values, strict=True))

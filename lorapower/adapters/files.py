@@ -1,0 +1,129 @@
+"""Files of adapters: safetensors, with a header that says for which network they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..errors import InputError, ResultsError
+from ..networks import Network
+
+CONTENT = "adapters of lorapower"
+FORMAT = "1"
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], network: Network) -> None:
+    """Write named tensors, and which network they belong to."""
+    numbers = {name: owned(values) for name, values in tensors.items()}
+    header = {
+        "content": CONTENT,
+        "format": FORMAT,
+        "package": metadata.version("lorapower"),
+        "network": json.dumps(description(network)),
+    }
+    header["digest"] = _digest(header, numbers)
+    put(path, safetensors.torch.save(numbers, header))
+
+
+def read(path: Path, network: Network | None) -> dict[str, Tensor]:
+    """What `write` has written, on the network's device.
+
+    Raises `ResultsError` unless it is whole, and `InputError` for another network.
+    """
+    if not path.is_file():
+        raise ResultsError(path, "is no file", remedy="name one that Adapters.save has written")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = dict(file.metadata() or {})
+            numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ResultsError(
+            path, f"is damaged, or no file of adapters ({reason})", remedy="save the adapters again"
+        ) from error
+    if header.get("content") != CONTENT:
+        raise ResultsError(
+            path, "is no file of adapters", remedy="name one that Adapters.save has written"
+        )
+    if header.get("format") != FORMAT:
+        raise ResultsError(
+            path,
+            f"is of format {header.get('format')}, this version of the package has format {FORMAT}",
+            remedy="save the adapters again",
+        )
+    if header.pop("digest", "") != _digest(header, numbers):
+        raise ResultsError(path, "is damaged", remedy="save the adapters again")
+    if network is None:
+        return numbers
+    _require_same(path, json.loads(header["network"]), description(network))
+    return {name: values.to(network.weights[0].device) for name, values in numbers.items()}
+
+
+def description(network: Network) -> dict[str, Any]:
+    """What tells a network from others, by name, as JSON has it."""
+    names = [n for n in ("widths", "linear_last", "sizes") if hasattr(network, n)]
+    numbers = {str(i): owned(p) for i, p in enumerate((*network.weights, *network.biases))}
+    about = {
+        "kind": type(network).__name__,
+        **{name: getattr(network, name) for name in names},
+        "type": str(network.dtype),
+        "batch shape": list(network.batch_shape),
+        "numbers": _digest({}, numbers),
+    }
+    return dict(json.loads(json.dumps(about)))
+
+
+def owned(values: Tensor) -> Tensor:
+    """A copy in memory of its own: tensors that share some cannot be written."""
+    return values.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResultsError(
+            path,
+            f"cannot be written ({error.strerror or error})",
+            remedy="make room or give access, or name another file",
+        ) from error
+
+
+def _require_same(path: Path, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse another network than the one the adapters are for, with the first difference."""
+    for name in {**wanted, **given}:
+        theirs, ours = wanted.get(name, "unknown"), given.get(name, "unknown")
+        if theirs != ours:
+            ours, theirs = (f"{name} {value}" for value in (ours, theirs))
+            if name == "numbers":
+                ours, theirs = "one of other weights or biases", "the same weights and biases"
+            raise InputError("network", allowed=f"that of {path}, of {theirs}", given=ours)
+
+
+def _digest(header: Mapping[str, str], numbers: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(json.dumps(sorted(header.items())).encode())
+    for name, values in sorted(numbers.items()):
+        found.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+        found.update(values.numpy().tobytes())
+    return found.hexdigest()
