@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Module, Sequential
+from torch.nn import Module
 
 from .errors import InputError
 
@@ -113,14 +113,6 @@ def kind(*expected: type, **given: Any) -> None:
                 given=type(value).__name__,
                 remedy="from_sequential makes one of fitting layers" if convertible else "",
             )
-
-
-def sequential(module: Any) -> None:
-    """Refuse what is no `torch.nn.Sequential`."""
-    if not isinstance(module, Sequential):
-        raise InputError(
-            "module", allowed="a torch.nn.Sequential of layers", given=type(module).__name__
-        )
 
 
 def like_frozen(target: torch.dtype, frozen: torch.dtype) -> None:

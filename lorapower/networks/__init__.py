@@ -6,6 +6,7 @@ or a thousand, one code path.
 """
 
 from .base import Network
+from .conversion import as_network
 from .fnn import FNN, pad
 from .gap import Gap
 from .linear import LinearNetwork, product
@@ -22,6 +23,7 @@ __all__ = [
     "Pieces",
     "Segments",
     "Transformer",
+    "as_network",
     "blocks",
     "missing_shift",
     "pad",

@@ -26,14 +26,17 @@ class Network(ABC):
     ----------
     weights : the matrices, each ``[..., out, in]``, of one type and one batch shape.
     biases : the vectors, each ``[..., out]``; none in a linear network.
-    relu : whether every layer ends with a ReLU.
     sequences : whether an input is a sequence of tokens, ``[..., width, tokens]``.
     """
 
     weights: tuple[Float[Tensor, "*batch _ _"], ...]
     biases: tuple[Float[Tensor, "*batch _"], ...] = ()
-    relu: ClassVar[bool] = False
     sequences: ClassVar[bool] = False
+
+    @property
+    def relus(self) -> int:
+        """How many of the first layers of a chain a ReLU follows."""
+        return 0
 
     @abstractmethod
     def __call__(self, x: Float[Tensor, "*batch in n"]) -> Float[Tensor, "*batch out n"]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .. import _checks, randomness
 from ..errors import InputError
 from .base import Layers, chained, per_layer, random_weights, uniform
+from .modules import dense_layers
 
 
 def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
@@ -22,7 +24,10 @@ def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*ba
 
 @dataclass(frozen=True, eq=False)
 class FNN(Layers):
-    """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``, the last one too.
+    """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``.
+
+    The last one does too, or else ends with ``W_L z + b_L``, as networks do whose outputs are
+    logits or values of a regression.
 
     Parameters
     ----------
@@ -30,6 +35,7 @@ class FNN(Layers):
         array ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all
         float64. Batch dimensions of all weights and biases broadcast against each other.
     biases : the ``L`` vectors, a sequence of ``[..., out]`` or one stacked array ``[..., L, D]``.
+    linear_last : whether the last layer is without a ReLU.
 
     Raises
     ------
@@ -37,9 +43,11 @@ class FNN(Layers):
     """
 
     biases: tuple[Float[Tensor, "*batch _"], ...]
-    relu: ClassVar[bool] = True
+    linear_last: bool = False
 
-    def __init__(self, weights: Any, biases: Any) -> None:
+    def __init__(self, weights: Any, biases: Any, *, linear_last: bool = False) -> None:
+        if not isinstance(linear_last, bool):
+            raise InputError("linear_last", allowed="True or False", given=repr(linear_last))
         matrices, vectors = chained(weights), per_layer("bias", biases, min_dims=1)
         if len(vectors) != len(matrices):
             raise InputError(
@@ -64,6 +72,7 @@ class FNN(Layers):
             self, "weights", tuple(w.expand(*batch, *w.shape[-2:]) for w in matrices)
         )
         object.__setattr__(self, "biases", tuple(b.expand(*batch, b.shape[-1]) for b in vectors))
+        object.__setattr__(self, "linear_last", linear_last)
 
     @classmethod
     def random(
@@ -71,6 +80,7 @@ class FNN(Layers):
         depth: int,
         width: int,
         *,
+        linear_last: bool = False,
         batch_shape: tuple[int, ...] = (),
         seed: int = 0,
         purpose: str = "network",
@@ -85,18 +95,27 @@ class FNN(Layers):
             depth, width, batch_shape=batch_shape, generator=generator, dtype=dtype
         )
         shape = weights.shape[:-1]
-        return cls(weights, uniform(*shape, width=width, generator=generator, dtype=dtype))
+        biases = uniform(*shape, width=width, generator=generator, dtype=dtype)
+        return cls(weights, biases, linear_last=linear_last)
+
+    @property
+    def relus(self) -> int:
+        """How many of the first layers a ReLU follows: all, or all but the last."""
+        return self.depth - self.linear_last
 
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> FNN:
-        return FNN(weights, self.biases if biases is None else biases)
+        tuned = self.biases if biases is None else biases
+        return FNN(weights, tuned, linear_last=self.linear_last)
 
     def layers(self, which: slice) -> FNN:
-        """The network of some consecutive layers."""
+        """The network of some consecutive layers; only the last of all can be linear."""
+        has_last = self.depth - 1 in range(self.depth)[which]
         network = object.__new__(FNN)
         object.__setattr__(network, "weights", self.weights[which])
         object.__setattr__(network, "biases", self.biases[which])
+        object.__setattr__(network, "linear_last", self.linear_last and has_last)
         return network
 
     def preactivations(
@@ -112,41 +131,45 @@ class FNN(Layers):
     def __call__(
         self, x: Float[Tensor, "*batch in samples"]
     ) -> Float[Tensor, "*batch out samples"]:
-        """``z_L``: the last layer's ReLU of its pre-activations."""
-        return self.preactivations(x)[-1].relu()
+        """``z_L``: the last layer's pre-activations, or the ReLU of them."""
+        last = self.preactivations(x)[-1]
+        return last if self.linear_last else last.relu()
 
     @classmethod
-    def from_sequential(cls, module: nn.Sequential) -> FNN:
-        """The ReLU network that a `torch.nn.Sequential` of ``Linear, ReLU, …, Linear, ReLU`` is.
+    def from_sequential(
+        cls, module: nn.Sequential, *, dtype: torch.dtype | None = None, name: str = "module"
+    ) -> FNN:
+        """The ReLU network that a `torch.nn.Sequential` of `Linear` and `ReLU` layers is.
 
-        A `Linear` without bias gets one of zeros. Inputs of the module are rows, ours columns:
-        ``network(x.mT).mT`` equals ``module(x)``. Raises `InputError` for another module, naming
-        the first layer that is out of its place.
+        A ReLU stands between any two `Linear` layers; the module ends with either, and a network
+        that ends with `Linear` has a linear last layer. A `Linear` without bias gets one of zeros.
+        Sequentials may be nested. `Identity` and `Dropout` are left out, the network computes what
+        the module does in evaluation; so is a leading `Flatten`. Inputs of the module are rows,
+        ours columns: ``network(x.mT).mT`` equals ``module(x)``.
+
+        Parameters
+        ----------
+        dtype : converts all numbers; by default they stay as they are, float32 or float64.
+        name : what errors call the module.
+
+        Raises `InputError` for any other module, layer or type of numbers; it names the first layer
+        that does not fit by its place, as a ``state_dict`` does.
         """
-        _checks.sequential(module)
-        expected = [nn.Linear, nn.ReLU]
-        for position, layer in enumerate(module):
-            if type(layer) is not expected[position % 2]:
+        layers = dense_layers(module, name, dtype)
+        for inner, outer in pairwise(layers):
+            if not inner.relu:
                 raise InputError(
-                    "module",
-                    allowed="a Sequential of Linear and ReLU layers in turn",
-                    given=f"{layer} at {position}",
+                    name,
+                    allowed="a Sequential with a ReLU between any two Linear layers",
+                    given=f"none between {inner.words} and {outer.words}",
+                    remedy="multiply the two into one",
                 )
-        if len(module) % 2:
-            raise InputError(
-                "module",
-                allowed="a Sequential that ends with ReLU",
-                given=f"{module[-1]} at its end",
-                remedy="append a ReLU; an affine last layer is not a layer of this kind",
-            )
-        linears = [layer for layer in module if isinstance(layer, nn.Linear)]
-        # Copies: the network must not change when the module is trained on.
-        weights = [layer.weight.detach().clone() for layer in linears]
         biases = [
-            weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
-            for layer, weight in zip(linears, weights, strict=True)
+            layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+            for layer in layers
         ]
-        return cls(weights, biases)
+        weights = [layer.weight for layer in layers]
+        return cls(weights, biases, linear_last=bool(layers) and not layers[-1].relu)
 
     def to_sequential(self) -> nn.Sequential:
         """A `torch.nn.Sequential` of `Linear` and `ReLU` layers that computes this on rows.
@@ -159,4 +182,4 @@ class FNN(Layers):
             layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
             layer.weight, layer.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
             layers += [layer, nn.ReLU()]
-        return nn.Sequential(*layers)
+        return nn.Sequential(*layers[: self.depth + self.relus])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import _checks, lowrank, randomness
 from ..errors import InputError
 from .base import Layers, chained, random_weights
+from .modules import dense_layers
 
 
 def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
@@ -58,7 +59,7 @@ class LinearNetwork(Layers):
         if isinstance(value, cls):
             return value
         if isinstance(value, nn.Sequential):
-            return cls.from_sequential(value)
+            return cls.from_sequential(value, name=name)
         if isinstance(value, Tensor | np.ndarray) and value.ndim == 2:
             return cls([value])
         if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
@@ -153,31 +154,34 @@ class LinearNetwork(Layers):
         return product([self.as_inputs(x), *self.weights])
 
     @classmethod
-    def from_sequential(cls, module: nn.Sequential) -> LinearNetwork:
+    def from_sequential(
+        cls, module: nn.Sequential, *, dtype: torch.dtype | None = None, name: str = "module"
+    ) -> LinearNetwork:
         """The linear network that a `torch.nn.Sequential` of bias-free `Linear` layers computes.
 
-        Its inputs are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``. Raises
-        `InputError` for any other module or layer, and for a bias, naming its position.
+        Sequentials may be nested. `Identity` and `Dropout` are left out, the network computes what
+        the module does in evaluation; so is a leading `Flatten`. Inputs of the module are rows,
+        ours columns: ``network(x.mT).mT`` equals ``module(x)``.
+
+        Parameters
+        ----------
+        dtype : converts all numbers; by default they stay as they are, float32 or float64.
+        name : what errors call the module.
+
+        Raises `InputError` for any other module, layer or type of numbers, and for a bias; it names
+        the first layer that does not fit by its place, as a ``state_dict`` does.
         """
-        _checks.sequential(module)
-        weights: list[Tensor] = []
-        for position, layer in enumerate(module):
-            if type(layer) is not nn.Linear:  # a subclass may compute anything
+        layers = dense_layers(module, name, dtype)
+        for layer in layers:
+            if layer.relu or layer.bias is not None:
+                what = "a ReLU after" if layer.relu else "a bias in"
                 raise InputError(
-                    "module",
-                    allowed="a Sequential of Linear layers",
-                    given=f"{layer} at {position}",
+                    name,
+                    allowed="without ReLU and biases",
+                    given=f"{what} {layer.words}",
+                    remedy="FNN.from_sequential takes both",
                 )
-            if "bias" in dict(layer.named_parameters()):
-                raise InputError(
-                    "module",
-                    allowed="without biases",
-                    given=f"a bias in {layer} at {position}",
-                    remedy="make the layer with bias=False",
-                )
-            weights.append(layer.weight)
-        # Copies: the network must not change when the module is trained on.
-        return cls([weight.detach().clone() for weight in weights])
+        return cls([layer.weight for layer in layers])
 
     def to_sequential(self) -> nn.Sequential:
         """A `torch.nn.Sequential` of bias-free `Linear` layers that computes this network on rows.

@@ -49,7 +49,7 @@ class Structure(NamedTuple):
 
     Attributes
     ----------
-    relu : whether a ReLU follows each layer of a chain.
+    relus : how many of the first layers of a chain a ReLU follows.
     blocks, heads, tokens : of a transformer; 0, 0 and 1 for a chain of layers.
     outputs : number of coordinates of an output that count in the squared error.
     classes : number of classes, or 0 for the squared error.
@@ -57,7 +57,7 @@ class Structure(NamedTuple):
     tile : number of samples that go through the network together.
     """
 
-    relu: bool
+    relus: int
     blocks: int
     heads: int
     tokens: int
@@ -327,12 +327,12 @@ def _chain(
         for l in range(depth):
             _set_rows(b[l], z[l])
             _apply(W[l], inputs if l == 0 else z[l - 1], z[l])
-            if structure.relu:
+            if l < structure.relus:
                 _relu(z[l])
         loss += _loss(z[depth - 1], goal, samples, structure, d[0])
         now = 0
         for l in range(depth - 1, first - 1, -1):
-            if structure.relu:
+            if l < structure.relus:
                 _gate(z[l], d[now])
             if tuned[l]:
                 _outer(d[now], inputs if l == 0 else z[l - 1], dW[l])

@@ -24,7 +24,7 @@ def outputs(
     z = x.flatten(-2)
     for l in range(W.shape[1]):
         z = W[:, l] @ z + b[:, l, :, None]
-        z = z.relu() if structure.relu else z
+        z = z.relu() if l < structure.relus else z
     return z.unflatten(-1, x.shape[-2:])
 
 

@@ -61,7 +61,7 @@ class Stack(Generic[N]):
             (self.network.depth, self.network.heads) if self.network.sequences else (0, 0)
         )
         return Structure(
-            relu=self.network.relu,
+            relus=self.network.relus,
             blocks=blocks,
             heads=heads,
             tokens=batches.tokens,

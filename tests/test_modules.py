@@ -1,0 +1,205 @@
+"""Networks from `torch.nn.Sequential`: which modules are read, and what is said of others."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import dtypes, seeds
+from torch import Tensor, nn
+
+from lorapower import InputError, randomness
+from lorapower.networks import FNN, LinearNetwork, Transformer, as_network
+
+KINDS: tuple[type[FNN] | type[LinearNetwork], ...] = (FNN, LinearNetwork)
+
+
+class Doubled(nn.Linear):
+    """A layer that is a `Linear` by name only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Backwards(nn.Sequential):
+    """A Sequential by name only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in reversed(self):
+            x = layer(x)
+        return x
+
+
+class Named(nn.Sequential):
+    """A Sequential of another name."""
+
+
+@st.composite
+def modules(draw: st.DrawFn, *, linear: bool) -> tuple[nn.Sequential, list[int]]:
+    """A module of random layers, some of them nested, and its sizes."""
+    sizes = draw(st.lists(st.integers(1, 5), min_size=2, max_size=4))
+    dtype, biased = draw(dtypes), not linear and draw(st.booleans())
+    last = not linear and draw(st.booleans())
+    relu = nn.ReLU()  # one layer in many places
+    idle = st.sampled_from([nn.Identity(), nn.Dropout(0.9)])
+    layers: list[nn.Module] = draw(st.lists(idle, max_size=1))
+    layers += draw(st.sampled_from([[], [nn.Flatten()]]))
+    with randomness.seeded(draw(seeds), "module"):
+        for l in range(1, len(sizes)):
+            layers += draw(st.lists(idle, max_size=2))
+            layers.append(nn.Linear(sizes[l - 1], sizes[l], bias=biased, dtype=dtype))
+            layers += draw(st.lists(idle, max_size=1))
+            if not linear and (l < len(sizes) - 1 or last):
+                layers.append(relu)
+    cut = draw(st.integers(0, len(layers)))
+    inner: nn.Sequential = draw(st.sampled_from([nn.Sequential, Named]))(*layers[cut:])
+    nested = [inner] if draw(st.booleans()) else layers[cut:]
+    return nn.Sequential(*layers[:cut], *nested), sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data(), seeds)
+def test_a_module_and_its_network_compute_the_same(
+    kind: type[FNN] | type[LinearNetwork], data: st.DataObject, seed: int
+) -> None:
+    module, sizes = data.draw(modules(linear=kind is LinearNetwork))
+    network = kind.from_sequential(module.eval())
+    assert network.widths == tuple(sizes)
+    generator = randomness.generator(seed, "inputs")
+    x = torch.randn(3, sizes[0], dtype=network.dtype, generator=generator)
+    atol = 200 * torch.finfo(network.dtype).eps
+    torch.testing.assert_close(network(x.mT).mT, module(x), atol=atol, rtol=0)
+    again = network.to_sequential()
+    torch.testing.assert_close(again(x), module(x), atol=atol, rtol=0)
+    there = kind.from_sequential(again)
+    for mine, theirs in zip(
+        (*there.weights, *there.biases), (*network.weights, *network.biases), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    assert there.relus == network.relus
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_network_does_not_follow_its_module(kind: type[FNN] | type[LinearNetwork]) -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False))
+    for dtype in (None, torch.float32, torch.float64):
+        network = kind.from_sequential(module, dtype=dtype)
+        before = network.weights[0].clone()
+        with torch.no_grad():
+            next(module.parameters()).add_(1)
+        assert torch.equal(network.weights[0], before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_are_converted_on_request(
+    kind: type[FNN] | type[LinearNetwork], given_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    with randomness.seeded(0, "module"):
+        module = nn.Sequential(nn.Linear(3, 2, bias=kind is FNN).to(given_dtype))
+    network = kind.from_sequential(module, dtype=dtype)
+    assert network.dtype == dtype
+    assert torch.equal(network.weights[0], next(module.parameters()).to(dtype))
+
+
+FIRST = nn.Linear(2, 2, bias=False)
+TAKEN = "a Sequential of Linear and ReLU layers; got "
+# For each kind of unusable module what is said of it.
+WRONG: dict[str, tuple[Any, str]] = {
+    "no Sequential": (FIRST, "a torch.nn.Sequential of layers; got Linear"),
+    "GELU": (nn.Sequential(FIRST, nn.Sequential(nn.GELU())), rf"{TAKEN}GELU\(.*\) at 1\.0: Re"),
+    "Tanh": (nn.Sequential(FIRST, nn.Tanh()), rf"{TAKEN}Tanh\(\) at 1: ReLU is the only act"),
+    "Softmax": (nn.Sequential(FIRST, nn.Softmax(-1)), rf"{TAKEN}Softmax\(.*\) at 1: leave it"),
+    "LayerNorm": (
+        nn.Sequential(OrderedDict(a=FIRST, norm=nn.LayerNorm(2))),
+        rf"{TAKEN}LayerNorm\(.*\) at norm: no construction covers it",
+    ),
+    "BatchNorm": (nn.Sequential(FIRST, nn.BatchNorm1d(2)), rf"{TAKEN}BatchNorm.* at 1: in ev"),
+    "Conv": (nn.Sequential(nn.Conv1d(1, 1, 1)), rf"{TAKEN}Conv1d\(.*\) at 0: it is a linear"),
+    "layers inside": (
+        nn.Sequential(nn.Sequential(nn.TransformerEncoderLayer(2, 1, 2))),
+        rf"{TAKEN}TransformerEncoderLayer at 0\.0: no construction",
+    ),
+    "attention": (
+        nn.Sequential(nn.MultiheadAttention(2, 1)),
+        rf"{TAKEN}MultiheadAttention at 0: see networks.Transformer",
+    ),
+    "subclass": (nn.Sequential(Doubled(2, 2)), rf"{TAKEN}Doubled\(.*\) at 0: make it a plain"),
+    "own forward": (Backwards(FIRST), rf"{TAKEN}Backwards: no construction"),
+    "own forward inside": (nn.Sequential(Backwards(FIRST)), rf"{TAKEN}Backwards at 0: no con"),
+    "ReLU first": (nn.Sequential(nn.ReLU(), FIRST), rf"{TAKEN}ReLU\(\) at 0: begin with"),
+    "late Flatten": (nn.Sequential(FIRST, nn.Flatten()), rf"{TAKEN}Flatten\(.*\) at 1: only"),
+    "Flatten of samples": (nn.Sequential(nn.Flatten(0), FIRST), rf"{TAKEN}Flatten\(.*\) at 0"),
+    "half": (
+        nn.Sequential(nn.Linear(2, 2, bias=False).half()),
+        r"of float32 or float64 numbers; got torch.float16 in Linear\(.*\) at 0: from_sequenti",
+    ),
+    "meta": (
+        nn.Sequential(nn.Sequential(nn.Linear(2, 2, bias=False, device="meta"))),
+        r"of layers that hold numbers; got Linear\(.*\) at 0\.0 on the meta device: load its w",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", WRONG)
+def test_other_modules_are_refused_in_one_line(
+    kind: type[FNN] | type[LinearNetwork], case: str
+) -> None:
+    module, said = WRONG[case]
+    with pytest.raises(InputError, match=f"^module must be {said}") as caught:
+        kind.from_sequential(module)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=f"^mine must be {said}"):
+        kind.from_sequential(module, name="mine")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, "float32"])
+def test_other_types_of_numbers_are_refused(dtype: Any) -> None:
+    with pytest.raises(InputError, match=r"dtype must be torch\.float32 or torch.float64; got "):
+        FNN.from_sequential(nn.Sequential(nn.Linear(2, 2)), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [FNN.random(1, 2), LinearNetwork.random(1, 2), Transformer.random(1, 2, 1)],
+    ids=lambda network: type(network).__name__,
+)
+def test_a_network_stands_for_itself(value: Any) -> None:
+    assert as_network(value) is value
+
+
+def test_modules_and_matrices_stand_for_networks() -> None:
+    matrix = np.eye(2)
+    plain, biased = (nn.Linear(2, 2, bias=bias) for bias in (False, True))
+    kinds: list[tuple[Any, type, int]] = [
+        (nn.Sequential(plain, nn.Dropout(), nn.Sequential(plain)), LinearNetwork, 2),
+        (nn.Sequential(plain, nn.Sequential(nn.ReLU())), FNN, 1),
+        (nn.Sequential(biased), FNN, 1),
+        (matrix, LinearNetwork, 1),
+        (torch.as_tensor(matrix), LinearNetwork, 1),
+        ([matrix, matrix], LinearNetwork, 2),
+        (np.stack([matrix] * 3), LinearNetwork, 3),
+    ]
+    for value, kind, depth in kinds:
+        network = as_network(value)
+        assert (type(network), len(network.weights)) == (kind, depth)
+
+
+@pytest.mark.parametrize("value", [None, "a network", 3, nn.Linear(2, 2), {"W": np.eye(2)}])
+def test_other_values_are_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=r"^target must be a network .*; got \w+$"):
+        as_network(value, "target")
+
+
+@pytest.mark.parametrize("case", [case for case in WRONG if case != "no Sequential"])
+def test_what_is_refused_has_its_callers_name(case: str) -> None:
+    module, said = WRONG[case]
+    with pytest.raises(InputError, match=f"^frozen must be {said}"):
+        as_network(module, "frozen")
