@@ -10,7 +10,6 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
-from .. import _checks
 from ..errors import InputError
 from ..lowrank import LowRank
 from . import files
@@ -50,8 +49,11 @@ def write(
 
 def _layers(module: nn.Sequential, updates: Sequence[LowRank]) -> dict[str, nn.Linear]:
     """The `Linear` layers by name, which the updates must fit."""
-    _checks.sequential(module)
-    named = module.named_modules(remove_duplicate=False)
+    if not isinstance(module, nn.Sequential):
+        raise InputError(
+            "module", allowed="the network's torch.nn.Sequential", given=type(module).__name__
+        )
+    named = module.named_modules()
     layers = {name: layer for name, layer in named if isinstance(layer, nn.Linear)}
     expected = [(update.left.shape[-2], update.right.shape[-2]) for update in updates]
     given = [tuple(layer.weight.shape) for layer in layers.values()]

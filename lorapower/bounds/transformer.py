@@ -63,6 +63,31 @@ def transformer_threshold(frozen: Transformer, target: Transformer) -> Int[Tenso
     return transformer_ranks(frozen, target).largest()
 
 
+def transformer_errors(frozen: Transformer, target: Transformer, rank: int) -> Segments[Tensor]:
+    """``ε = σ_{r+1}(E)`` of each segment where each adapted weight has at most this rank.
+
+    ``r`` is the sum over the segment's two adapted weights, of which none takes more than its
+    smaller side. Heads narrower than the tokens are adapted exactly or not at all: ``ε`` is
+    infinite for too low a rank (`pair_ranks`), or else 0. Raises what `networks.segments` raises,
+    and `InputError` for a rank outside 0 to the width. Source: [thm-transformer],
+    [prop-narrow-heads].
+    """
+    cut = segments(frozen, target)
+    rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
+
+    def of_heads(gap: Gap) -> Tensor:
+        inner, outer = gap.ranks([0, rank, rank, 0])[1:3]
+        _, width, size, *_ = gap.frozen.widths
+        if size >= width:
+            return gap.error(inner + outer)
+        least = pair_ranks(gap)
+        lacking = (least.inner > inner) | (least.outer > outer) | (least.together > inner + outer)
+        return torch.where(lacking, torch.inf, torch.zeros_like(gap.error(0)))
+
+    of_output = cut.output.error(sum(cut.output.ranks([rank, rank])))
+    return Segments(of_heads(cut.query_key), of_heads(cut.value_output), of_output)
+
+
 def transformer_error(
     frozen: Transformer,
     target: Transformer,

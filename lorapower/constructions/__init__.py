@@ -4,5 +4,18 @@ All raise `InputError` for a network of another kind than the one they are for.
 """
 
 from . import fnn, linear, narrow, partition, transformer
+from .adaptation import Adaptation
+from .general import adapt
+from .ranks import NeededRank, rank_for_error
 
-__all__ = ["fnn", "linear", "narrow", "partition", "transformer"]
+__all__ = [
+    "Adaptation",
+    "NeededRank",
+    "adapt",
+    "fnn",
+    "linear",
+    "narrow",
+    "partition",
+    "rank_for_error",
+    "transformer",
+]

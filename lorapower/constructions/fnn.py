@@ -18,16 +18,15 @@ from ..lowrank import LowRank
 from ..networks import FNN, Partition, blocks, pad, product, shares
 from ..regions import Region
 from . import linear
+from .adaptation import Adaptation
 
 
-@dataclass(frozen=True, eq=False)
-class FNNAdaptation:
+@dataclass(frozen=True, eq=False, repr=False)
+class FNNAdaptation(Adaptation):
     """Adapters and biases of a ReLU network, with the evidence for them.
 
     Attributes
     ----------
-    adapters : ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l`` and ``Δb_l``; `Adapters.merge` applies
-        them.
     partition : the blocks ``P_i`` that imitate the target's layers.
     regions : where the activations are before the first block (the region in which all this
         holds), between the blocks and behind the last one.
@@ -40,11 +39,10 @@ class FNNAdaptation:
     plain : whether the splitting of the proof was kept in each block; ``[..., L̄]``.
     digits_lost : expected loss of decimal digits to the biases in each block, beside evaluating the
         target layer itself; ``[..., L̄]``.
-    success : whether every block is adapted acceptably and loses no more digits than accepted;
-        ``[...]``. Where it is not, the adapters are the best that were found.
+
+    It is a success where every block is adapted acceptably and loses no more digits than accepted.
     """
 
-    adapters: Adapters
     partition: Partition
     regions: tuple[Region, ...]
     block_errors: Float[Tensor, "*batch blocks"]
@@ -53,7 +51,6 @@ class FNNAdaptation:
     condition_numbers: Float[Tensor, "*batch layers"]
     plain: Bool[Tensor, "*batch blocks"]
     digits_lost: Float[Tensor, "*batch blocks"]
-    success: Bool[Tensor, "*batch"]
 
     @property
     def region(self) -> Region:

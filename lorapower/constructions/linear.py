@@ -16,15 +16,15 @@ from ..adapters import Adapters
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
 from ..networks import Gap, LinearNetwork, product
+from .adaptation import Adaptation
 
 
-@dataclass(frozen=True, eq=False)
-class LinearAdaptation:
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearAdaptation(Adaptation):
     """Adapters of a deep linear network, with the evidence for them.
 
     Attributes
     ----------
-    adapters : ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l``; `Adapters.merge` applies them.
     spectral_error : predicted ``‖∏(W_l + ΔW_l) − W̄‖_2 = σ_{r+1}(E)``, ``r = Σ_l R_l``; ``[...]``.
     frobenius_error : predicted ``‖∏(W_l + ΔW_l) − W̄‖_F``; ``[...]``.
     rounding_error : measured ``‖∏(W_l + ΔW_l) − (∏W_l + LR_r(E))‖_2``, which exact arithmetic would
@@ -32,19 +32,16 @@ class LinearAdaptation:
     condition_numbers : of the worse of the two linear systems solved for each layer, 1 where none
         was needed; ``[..., L]``.
     plain : whether the splitting of the proof was kept, or else an alternative; ``[...]``.
-    success : whether the rounding error is acceptable; ``[...]``. Where it is not, the adapters are
-        the best that were found; where a product overflows they are 0 and the errors NaN.
 
-    The prediction holds for every input: a linear map has no region.
+    It is a success where the rounding error is acceptable; where a product overflows the adapters
+    are 0 and the errors NaN. The prediction holds for every input: a linear map has no region.
     """
 
-    adapters: Adapters
     spectral_error: Float[Tensor, "*batch"]
     frobenius_error: Float[Tensor, "*batch"]
     rounding_error: Float[Tensor, "*batch"]
     condition_numbers: Float[Tensor, "*batch layers"]
     plain: Bool[Tensor, "*batch"]
-    success: Bool[Tensor, "*batch"]
 
 
 def adapt(

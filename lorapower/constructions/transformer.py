@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, lowrank
@@ -16,36 +16,33 @@ from ..errors import InputError, SingularError
 from ..lowrank import LowRank
 from ..networks import Gap, Segments, Transformer, missing_shift, regular, segments
 from . import linear, narrow
+from .adaptation import Adaptation
 
 ADAPTED = ("W_Q", "W_K", "W_V", "W_O", "W_2", "W_out")
 
 
-@dataclass(frozen=True, eq=False)
-class TransformerAdaptation:
+@dataclass(frozen=True, eq=False, repr=False)
+class TransformerAdaptation(Adaptation):
     """Adapters and biases of a transformer, with the evidence for them.
 
     Attributes
     ----------
-    adapters : of every weight in the order of `Transformer.weights`, rank 0 for those that stay:
-        ``W_1`` of every block and ``W_2`` of all but the last; and of all biases.
     query_key, value_output : what was done in each head's segments, deep linear networks of four
         layers of which the middle two are adapted; ``[..., L, H]``.
     output : the same for ``W_2`` of the last block and ``W_out``; ``[...]``.
     shift_condition_numbers : of the target's ``W_2`` of all blocks but the last, and of ``Ŵ_out``:
         the systems from which each ``b̂_2`` is found; ``[..., L]``.
-    success : whether every segment is adapted acceptably; ``[...]``. Where it is not, the adapters
-        are the best that were found.
 
-    Where all predicted errors are 0 the adapted network equals the target for every input, up to
-    rounding.
+    There are adapters of every weight in the order of `Transformer.weights`, of rank 0 for those
+    that stay: ``W_1`` of every block and ``W_2`` of all but the last; and of all biases. It is a
+    success where every segment is adapted acceptably. Where all predicted errors are 0 the adapted
+    network equals the target for every input, up to rounding.
     """
 
-    adapters: Adapters
     query_key: linear.LinearAdaptation
     value_output: linear.LinearAdaptation
     output: linear.LinearAdaptation
     shift_condition_numbers: Float[Tensor, "*batch _"]
-    success: Bool[Tensor, "*batch"]
 
     @property
     def errors(self) -> Segments[Tensor]:
@@ -173,6 +170,7 @@ def adapt(
     changes = tuple(new - old for new, old in zip(biases, frozen.biases, strict=True))
     return TransformerAdaptation(
         Adapters(tuple(updates), changes),
+        success & regular(frozen, target) & finite,
         query_key,
         value_output,
         output,
@@ -183,7 +181,6 @@ def adapt(
             ],
             dim=-1,
         ),
-        success & regular(frozen, target) & finite,
     )
 
 

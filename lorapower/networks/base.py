@@ -90,14 +90,14 @@ class Network(ABC):
         """
         return _batches.positions(self.batch_shape, index)
 
-    def as_inputs(self, x: Any) -> Float[Tensor, "*batch in n"]:
+    def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch in n"]:
         """``x`` in the network's type, or an `InputError` where its columns are no inputs."""
-        x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
+        x = _checks.real_tensor(name, x, min_dims=2).to(self.dtype)
         inputs = self.weights[0].shape[-1]
         columns, are = ("tokens", "tokens") if self.sequences else ("samples", "inputs")
         if x.shape[-2] != inputs:
             raise InputError(
-                "x",
+                name,
                 allowed=f"of shape [..., {inputs}, {columns}], columns being {are}",
                 given=f"shape {tuple(x.shape)}",
             )

@@ -244,9 +244,9 @@ class Transformer(Network):
             stacks[name] = stack.reshape(shape)
         return stacks
 
-    def as_inputs(self, x: Any) -> Float[Tensor, "*batch width n"]:
-        x = super().as_inputs(x)
-        _checks.common_shape("x and network", [tuple(x.shape[:-2]), tuple(self.batch_shape)])
+    def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch width n"]:
+        x = super().as_inputs(x, name)
+        _checks.common_shape(f"{name} and network", [tuple(x.shape[:-2]), tuple(self.batch_shape)])
         return x
 
     def trace(self, x: Float[Tensor, "*batch width n"]) -> list[BlockTrace]:

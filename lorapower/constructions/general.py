@@ -1,0 +1,74 @@
+"""One call for every kind of network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import InputError
+from ..networks import FNN, LinearNetwork, Network, Transformer, as_network
+from ..regions import Region, Samples
+from . import fnn, linear, transformer
+from .adaptation import Adaptation
+
+CONSTRUCTIONS: dict[type[Network], Callable[..., Adaptation]] = {
+    LinearNetwork: linear.adapt,
+    FNN: fnn.adapt,
+    Transformer: transformer.adapt,
+}
+
+
+def adapt(
+    frozen: Any,
+    target: Any,
+    ranks: int | Sequence[int] | Mapping[str, int],
+    inputs: Any = None,
+    **options: Any,
+) -> Adaptation:
+    """Adapters, and biases, that make a frozen network imitate a target of its kind.
+
+    Parameters
+    ----------
+    frozen, target : networks, or what `networks.as_network` makes one from: a
+        `torch.nn.Sequential`, or matrices.
+    ranks : one for all weights, or as the construction for this kind of network takes them.
+    inputs : for ReLU networks, where the target is to be imitated: a `regions.Ball` or `Box`, or
+        `Samples`, or inputs as columns ``[..., width, samples]``, of which `Samples` are made.
+        Linear networks and transformers are adapted for all inputs.
+    options : of the construction: `linear.adapt`, `fnn.adapt` or `transformer.adapt`.
+
+    Returns what that construction does: adapters with the evidence for them. Raises what it raises,
+    and `InputError` for inputs that are missing or not used, and for an option that it has not.
+
+    Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer].
+    """
+    frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
+    construct = CONSTRUCTIONS[type(frozen)]
+    known = list(inspect.signature(construct).parameters)[3:]
+    for option in options:
+        if option not in known:
+            allowed = f"among {', '.join(known)}, for networks of class {type(frozen).__name__}"
+            raise InputError("options", allowed=allowed, given=option)
+    if isinstance(frozen, FNN):
+        return construct(frozen, target, ranks, _region(inputs), **options)
+    if inputs is not None:
+        raise InputError(
+            "inputs",
+            allowed="left out for linear networks and transformers",
+            given=type(inputs).__name__,
+            remedy="these are adapted for all inputs",
+        )
+    return construct(frozen, target, ranks, **options)
+
+
+def _region(inputs: Any) -> Region:
+    if inputs is None:
+        raise InputError(
+            "inputs",
+            allowed="given for a ReLU network",
+            given="none",
+            remedy="its biases are tuned for a region, such as regions.Ball(3.0), or for samples, "
+            "columns [..., width, samples]",
+        )
+    return inputs if isinstance(inputs, Region) else Samples(inputs)

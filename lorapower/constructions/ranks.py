@@ -1,0 +1,204 @@
+"""The rank that an error needs [def-needed-rank]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .. import _checks, bounds
+from ..errors import InputError
+from ..networks import FNN, LinearNetwork, Network, Partition, Transformer, as_network, pad
+from ..regions import Samples
+from .general import adapt
+
+# The mean squared error at a rank, or a bound of it, for each member of the batch.
+Measure = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class NeededRank:
+    """The least rank that meets an error, with what the ranks below it leave.
+
+    Attributes
+    ----------
+    rank : the least one tried whose error is small enough; where none is, the largest; ``[...]``.
+    error : what it leaves, relative to the mean square of the target's outputs; ``[...]``.
+    tried : all ranks that were tried, the least first.
+    errors : what each of them leaves; ``[ranks, ...]``.
+    success : whether the error is met; ``[...]``.
+    """
+
+    rank: Int[Tensor, "*batch"]
+    error: Float[Tensor, "*batch"]
+    tried: Int[Tensor, " ranks"]
+    errors: Float[Tensor, " ranks *batch"]
+    success: Bool[Tensor, "*batch"]
+
+    def __repr__(self) -> str:
+        rank, last = self.rank.tolist(), int(self.tried[-1])
+        return f"NeededRank({rank} of {len(self.tried)} tried up to {last})"
+
+
+@torch.no_grad()
+def rank_for_error(
+    frozen: Any,
+    target: Any,
+    error: float,
+    inputs: Any,
+    *,
+    by: Literal["bound", "trial"] = "bound",
+    ranks: Sequence[int] | None = None,
+    partition: Partition | None = None,
+    throw: bool = True,
+    seed: int = 0,
+) -> NeededRank:
+    """The least rank at which adapters leave at most a given error on given inputs.
+
+    The error is the mean squared one, over outputs and inputs, divided by the mean square of the
+    target's outputs. A rank is one for all layers, of which none takes more than its weight's
+    smaller side. Ranks are tried from below until each member of the batch has its own.
+
+    Parameters
+    ----------
+    frozen, target : networks of one kind, or what `networks.as_network` makes one from.
+    error : at least 0.
+    inputs : columns ``[..., width, samples]``; of a transformer one sequence ``[width, tokens]``,
+        or ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
+    by : ``"bound"``, what the theorems promise of these inputs: `bounds.linear_error_on` (which is
+        no bound but the error itself), `fnn_error_on`, `transformer_error`. In exact arithmetic,
+        and where the construction's assumptions hold, the error is met for certain, and a lower
+        rank may be enough. Or ``"trial"``: the construction is made, for ReLU networks over the
+        inputs' `Samples`, and its error is measured.
+    ranks : those to try; by default all from 0 on.
+    partition : of ReLU networks: the blocks, by default uniform.
+    throw : raise an error where no rank is enough, or else say so in ``success``.
+    seed : of the construction's random rotations.
+
+    Raises `InputError` where no rank is enough, saying what the largest leaves; for unusable
+    inputs, ranks and options; and for what the construction refuses.
+
+    Source: [def-needed-rank].
+    """
+    frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
+    _checks.kind(type(frozen), target=target)
+    error = _checks.tolerance("error", error)
+    if by not in ("bound", "trial"):
+        raise InputError("by", allowed='"bound" or "trial"', given=repr(by))
+    if partition is not None and not isinstance(frozen, FNN):
+        raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
+    x = _grouped(inputs, frozen, target)
+    signal = _mean_square(target(x))
+    if by == "trial":
+        squared = _trial(frozen, target, x, partition, seed)
+    else:
+        squared = _BOUNDS[type(frozen)](frozen, target, x, partition)
+
+    tried: list[int] = []
+    errors: list[Tensor] = []
+    met: list[Tensor] = []
+    for rank in _tried(frozen, ranks):
+        left = squared(rank)
+        # Nothing is no error even of a target that is 0 itself.
+        relative = torch.where(left == 0, 0, left / signal).nan_to_num(torch.inf, torch.inf)
+        tried.append(rank)
+        errors.append(relative)
+        met.append(relative <= error)
+        if torch.stack(met).any(0).all():
+            break
+
+    stacked, enough = torch.stack(errors), torch.stack(met)
+    success = enough.any(0)
+    if throw and not success.all():
+        most = float(stacked[-1][~success][0])
+        raise InputError(
+            "error",
+            allowed="met by a rank that is tried",
+            given=f"{error:.3g}, where rank {tried[-1]}, the largest, leaves {most:.3g}"
+            f"{_checks.failed_members(~success)}",
+        )
+    place = torch.where(success, enough.long().argmax(0), len(tried) - 1)
+    found = torch.tensor(tried, device=place.device)
+    return NeededRank(found[place], stacked.gather(0, place[None])[0], found, stacked, success)
+
+
+def _tried(frozen: Network, ranks: Sequence[int] | None) -> list[int]:
+    largest = max(min(weight.shape[-2:]) for weight in frozen.weights)
+    if ranks is None:
+        return list(range(largest + 1))
+    if not isinstance(ranks, Sequence) or not ranks:
+        raise InputError("ranks", allowed="a list of ranks to try", given=repr(ranks))
+    limit = "the largest smaller side"
+    return sorted({_checks.integer("ranks", rank, 0, largest, limit=limit) for rank in ranks})
+
+
+def _grouped(inputs: Any, frozen: Network, target: Network) -> Tensor:
+    """Inputs ``[groups, ..., width, n]``, of a transformer a group for each sequence.
+
+    The dimensions between are those of a batch, as many as the networks have at least.
+    """
+    x = _checks.real_tensor("inputs", inputs, min_dims=2)
+    x = x.movedim(-3, 0) if target.sequences and x.ndim > 2 else x[None]
+    groups, *batch = x.shape[:-2]
+    missing = max(len(network.batch_shape) for network in (frozen, target)) - len(batch)
+    x = target.as_inputs(x.reshape(groups, *[1] * missing, *batch, *x.shape[-2:]), "inputs")
+    shapes = [tuple(batch), tuple(frozen.batch_shape), tuple(target.batch_shape)]
+    _checks.common_shape("inputs, frozen and target", shapes)
+    return x
+
+
+def _mean_square(outputs: Tensor) -> Tensor:
+    return outputs.square().mean((0, -2, -1))
+
+
+def _trial(
+    frozen: Network, target: Network, x: Tensor, partition: Partition | None, seed: int
+) -> Measure:
+    wanted, padded = target(x), pad(x, frozen.weights[0].shape[-1])
+    region = Samples(x[0]) if isinstance(frozen, FNN) else None
+    options = {} if partition is None else {"partition": partition}
+
+    def squared(rank: int) -> Tensor:
+        found = adapt(frozen, target, rank, region, throw=False, seed=seed, **options)
+        outputs = found.adapters.merge(frozen)(padded)
+        return _mean_square(outputs[..., : wanted.shape[-2], :] - wanted)
+
+    return squared
+
+
+def _linear(frozen: Any, target: Any, x: Tensor, partition: None) -> Measure:
+    def squared(rank: int) -> Tensor:
+        total = sum(min(rank, *weight.shape[-2:]) for weight in frozen.weights)
+        return bounds.linear_error_on(frozen, target, total, x[0]).square() / target.widths[-1]
+
+    return squared
+
+
+def _fnn(frozen: Any, target: Any, x: Tensor, partition: Partition | None) -> Measure:
+    def squared(rank: int) -> Tensor:
+        bound = bounds.fnn_error_on(frozen, target, rank, x[0], partition)
+        return bound.square() / target.widths[-1]
+
+    return squared
+
+
+def _transformer(frozen: Any, target: Any, x: Tensor, partition: None) -> Measure:
+    def squared(rank: int) -> Tensor:
+        errors = bounds.transformer_errors(frozen, target, rank)
+        bound = bounds.transformer_error(frozen, target, errors, x)
+        # A softmax bounds what may come of a segment that cannot be adapted at all.
+        bound = torch.where(errors.largest().isfinite(), bound, torch.inf)
+        return bound.square().mean(0) / target.sizes["outputs"]
+
+    return squared
+
+
+_BOUNDS: dict[type[Network], Callable[..., Measure]] = {
+    LinearNetwork: _linear,
+    FNN: _fnn,
+    Transformer: _transformer,
+}
