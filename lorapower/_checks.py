@@ -44,25 +44,37 @@ def tolerance(name: str, value: Any) -> float:
 
 
 def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """One rank per layer, from one number or one for each, within its weight's smaller side."""
+    """One rank per layer, from one for all (see `capped_ranks`) or one for each.
+
+    One for each is within its own weight's smaller side.
+    """
     if isinstance(ranks, np.ndarray | Tensor):
         ranks = ranks.tolist()
-    several = isinstance(ranks, Sequence) and not isinstance(ranks, str)
-    each = list(ranks) if several else [ranks] * len(shapes)
-    if len(each) != len(shapes):
+    if not isinstance(ranks, Sequence) or isinstance(ranks, str):
+        return capped_ranks(ranks, shapes)
+    if len(ranks) != len(shapes):
         raise InputError(
             "ranks",
             allowed=f"one integer, or one for each of the {len(shapes)} layers",
-            given=f"{len(each)} of them",
+            given=f"{len(ranks)} of them",
         )
-    if not several and len({min(shape) for shape in shapes}) == 1:
-        return (integer("rank", ranks, 0, min(shapes[0]), limit="the width"),) * len(shapes)
     return tuple(
         integer(
             f"rank of layer {l}", rank, 0, min(shape), limit=f"its weight is {shape[0]}×{shape[1]}"
         )
-        for l, (rank, shape) in enumerate(zip(each, shapes, strict=True), start=1)
+        for l, (rank, shape) in enumerate(zip(ranks, shapes, strict=True), start=1)
     )
+
+
+def capped_ranks(rank: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """One rank for all weights, of which none takes more than its smaller side.
+
+    It is refused where it is beyond all of them.
+    """
+    sides = [min(shape) for shape in shapes]
+    limit = "the width" if len(set(sides)) == 1 else "the largest smaller side of a weight"
+    cap = integer("rank", rank, 0, max(sides), limit=limit)
+    return tuple(min(cap, side) for side in sides)
 
 
 def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:

@@ -22,13 +22,14 @@ from ..networks import FNN, Partition, blocks, shares
 def fnn_threshold(
     frozen: FNN, target: FNN, partition: Partition | None = None
 ) -> Int[Tensor, "*batch"]:
-    """``max_i ⌈rank(E_i) / M_i⌉``: the least equal rank at which the partition is exact.
+    """``max_i ⌈rank(E_i) / M_i⌉``: the least rank for all layers at which the partition is exact.
 
     ``E_i = W̄_i − ∏_{l∈P_i} W_l`` for block ``P_i`` of ``M_i`` layers, its last weight cut to the
-    rows and its first to the columns that the target layer has. The uniform partition by default.
-    Source: [thm-partition].
+    rows and its first to the columns that the target layer has. More where a layer's smaller side
+    is below it, and `InputError` where a hidden layer is too narrow for any rank: that of a
+    `networks.Gap`. The uniform partition by default. Source: [thm-partition].
     """
-    needed = [-(-gap.rank // gap.frozen.depth) for gap in blocks(frozen, target, partition)]
+    needed = [gap.threshold for gap in blocks(frozen, target, partition)]
     return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
 
 

@@ -24,12 +24,12 @@ def error_rank(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*ba
 
 
 def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
-    """``⌈rank(E) / L⌉``: the least equal rank at which a linear network is adapted exactly.
+    """``⌈rank(E) / L⌉``: the least rank for all layers with which they are adapted exactly.
 
-    Source: [cor-threshold].
+    More where a layer's smaller side is below it, and `InputError` where a hidden layer is too
+    narrow for any rank: that of a `networks.Gap`. Source: [cor-threshold].
     """
-    gap = Gap(frozen, target)
-    return -(-gap.rank // gap.frozen.depth)
+    return Gap(frozen, target).threshold
 
 
 def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) -> Norms:

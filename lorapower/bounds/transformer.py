@@ -55,7 +55,7 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
         least = pair_ranks(gap)
         return torch.stack([least.inner, least.outer, -(-least.together // 2)]).amax(0)
 
-    return Segments(equal(cut.query_key), equal(cut.value_output), -(-cut.output.rank // 2))
+    return Segments(equal(cut.query_key), equal(cut.value_output), cut.output.threshold)
 
 
 def transformer_threshold(frozen: Transformer, target: Transformer) -> Int[Tensor, "*batch"]:

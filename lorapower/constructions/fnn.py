@@ -117,7 +117,8 @@ def adapt(
     Parameters
     ----------
     frozen, target : of one type; batch shapes broadcast, also with the region's.
-    ranks : one for all layers or one per layer, each from 0 to its weight's smaller side.
+    ranks : one for all layers, of which none takes more than its weight's smaller side; or one per
+        layer, each from 0 to that side.
     region : `regions.Ball` or `Box` (the result holds everywhere in it), or `Samples`.
     partition : the blocks; the uniform partition by default.
     scalar_biases : one number for all units of an inner layer instead of one for each; larger.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks, lowrank, randomness
 from ..adapters import Adapters
-from ..errors import InputError, SingularError
+from ..errors import SingularError
 from ..lowrank import LowRank
 from ..networks import Gap, LinearNetwork, product
 from .adaptation import Adaptation
@@ -69,7 +69,8 @@ def adapt(
     frozen, target : networks, or what `LinearNetwork.of` makes one from, such as a matrix for the
         target; same inputs, outputs and type; batch shapes broadcast. Hidden layers of the
         frozen network may have any width not below its inputs and outputs.
-    ranks : one for all layers or one per layer, each from 0 to its weight's smaller side.
+    ranks : one for all layers, of which none takes more than its weight's smaller side; or one per
+        layer, each from 0 to that side.
     plain_only : use the splitting of the proof, whatever its rounding error.
     rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2`` (or to the predicted error,
         if that is larger, or to ``‖E‖_2`` for a target of zeros); by default ``eps^{1/2}``, half of
@@ -103,12 +104,12 @@ def close(
     """What `adapt` does, of a gap whose decomposition may be at hand."""
     _checks.kind(Gap, gap=gap)
     frozen = gap.frozen
-    per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    _check_widths(frozen, per_layer)
+    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     rtol = _checks.tolerance("rtol", torch.finfo(frozen.dtype).eps ** 0.5 if rtol is None else rtol)
     finite = gap.finite
     if not throw and not finite.all():
         gap = gap.zeroed(~finite)
+    per_layer = gap.ranks(ranks)
 
     batch, total = gap.batch_shape, sum(per_layer)
     spectral, frobenius = gap.error(total), gap.error(total, "fro")
@@ -351,19 +352,3 @@ def _systems(weights: list[Tensor], l: int) -> tuple[Tensor | None, Tensor | Non
 
 def _solved(system: Tensor | None, wanted: Tensor) -> Tensor:
     return wanted if system is None else lowrank.solve(system, wanted)
-
-
-def _check_widths(frozen: LinearNetwork, ranks: Sequence[int]) -> None:
-    """Layer ``l``'s systems are solvable only if no width hides an input or an output."""
-    inputs, *hidden, outputs = frozen.widths
-    for l, rank in enumerate(ranks):
-        narrow = [w for w in hidden[l:] if w < outputs] + [w for w in hidden[:l] if w < inputs]
-        if rank and narrow:
-            raise InputError(
-                "hidden widths",
-                allowed=f"at least {outputs} (the outputs) after layer {l + 1} and at least "
-                f"{inputs} (the inputs) before it",
-                given=hidden,
-                remedy="a narrower layer hides part of the target from the adapters; give rank 0 "
-                f"to layer {l + 1}",
-            )

@@ -33,15 +33,16 @@ class OptimalPartition:
 
 
 def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
-    """The partition that is exact at the least equal rank, ``max_i ⌈rank(E_i) / M_i⌉``.
+    """The partition of the least rank for all layers at which it is exact, `bounds.fnn_threshold`.
 
-    Among partitions of equal rank any may be returned. Raises `InputError` for a target deeper or
+    Among partitions of equal rank any may be returned; blocks with a hidden layer that is too
+    narrow for their target layer are left out. Raises `InputError` for a target deeper or
     wider than the frozen network. Source: [prop-optimal-partition].
     """
     _checks.kind(FNN, frozen=frozen, target=target)
 
     def step(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
-        return torch.maximum(before, (-(-gap.rank // gap.frozen.depth)).to(before.dtype))
+        return torch.maximum(before, gap.threshold.to(before.dtype))
 
     found = _search(frozen, target, step)
     return replace(found, value=found.value.long())

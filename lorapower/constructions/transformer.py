@@ -95,8 +95,8 @@ def adapt(
     Parameters
     ----------
     frozen, target : of equal sizes and type; batch shapes broadcast.
-    ranks : one for all, from 0 to the width, of which no weight takes more than its smaller side;
-        or one for each of ``W_Q, W_K, W_V, W_O, W_2, W_out``.
+    ranks : one for all, of which no weight takes more than its smaller side; or one for each of
+        ``W_Q, W_K, W_V, W_O, W_2, W_out``.
     plain_only : use the splitting of the linear theorem's proof, whatever its rounding error.
     rtol : largest acceptable rounding error of a segment, relative to the product of the norms of
         its factors plus that of the target's; by default half of the digits, ``inf`` accepts any.
@@ -194,8 +194,7 @@ def _ranks(ranks: Any, network: Transformer) -> dict[str, int]:
     """The rank of each adapted kind of weight."""
     shapes = {name: getattr(network, name).shape[-2:] for name in ADAPTED}
     if not isinstance(ranks, Mapping):
-        rank = _checks.integer("rank", ranks, 0, network.width, limit="the width")
-        return {name: min(rank, *shape) for name, shape in shapes.items()}
+        return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
     if set(ranks) != set(ADAPTED):
         raise InputError(
             "ranks",

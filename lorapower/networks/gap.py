@@ -6,7 +6,7 @@ segment of a transformer beside the target's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -137,9 +137,42 @@ class Gap:
         """``∏_l W_l + LR_r(E) = W̄ − undone``: the map of the best adapters of total rank ``r``."""
         return self.target.product() - self.undone(rank)
 
-    def ranks(self, ranks: Any) -> list[int]:
-        """``ranks`` of the frozen layers, none beyond its weight's smaller side."""
-        return [min(r, *w.shape[-2:]) for r, w in zip(ranks, self.frozen.weights, strict=True)]
+    @property
+    def threshold(self) -> Int[Tensor, "*batch"]:
+        """The least rank for all layers, each within its smaller side, that closes the gap.
+
+        That is the least ``R`` with ``Σ_l min(R, d_l) ≥ rank E``, where ``d_l`` is the smaller side
+        of layer ``l``: ``⌈rank(E) / L⌉`` unless a side is below it. Raises what `ranks` raises.
+        Source: [cor-threshold].
+        """
+        rank = self.rank
+        self.ranks([1] * self.frozen.depth)
+        sides = torch.tensor([min(weight.shape[-2:]) for weight in self.frozen.weights])
+        together = torch.minimum(torch.arange(int(sides.max()))[:, None], sides).sum(-1)
+        return (together < rank[..., None]).sum(-1)
+
+    def ranks(self, ranks: Sequence[int]) -> list[int]:
+        """``ranks`` of the frozen layers, of which none has more than it can use.
+
+        That is its weight's smaller side. A layer that a narrower one cuts off from an input or an
+        output cannot be adapted: its rank becomes 0 where nothing is to be done. Raises
+        `InputError` where something is, and the rank of such a layer is not 0.
+        """
+        inputs, *hidden, outputs = self.frozen.widths
+        usable = []
+        for l, (rank, weight) in enumerate(zip(ranks, self.frozen.weights, strict=True)):
+            cut_off = any(w < inputs for w in hidden[:l]) or any(w < outputs for w in hidden[l:])
+            if rank and cut_off and self.rank.any():
+                raise InputError(
+                    "hidden widths",
+                    allowed=f"at least {outputs} (the outputs) after each layer of a rank above 0 "
+                    f"and at least {inputs} (the inputs) before it",
+                    given=hidden,
+                    remedy="a narrower layer hides part of the target from the adapters; give rank "
+                    "0 to the layers that it cuts off",
+                )
+            usable.append(0 if cut_off else min(rank, *weight.shape[-2:]))
+        return usable
 
     def flat(self) -> Gap:
         """The same gaps along one batch dimension; what was computed is kept."""

@@ -180,13 +180,13 @@ class Stack(Generic[N]):
         if tuning.final:
             last = _checks.integer("final", tuning.final, 0, count, limit="the number of weights")
             return [0] * (count - last) + [-1] * last
+        ranks = _checks.ranks_per_layer(tuning.ranks, self.shapes)
         if network.sequences and isinstance(tuning.ranks, int):
-            rank = _checks.integer("rank", tuning.ranks, 0, network.width, limit="the width")
             return [
-                min(rank, *shape) if of_theorem else 0
-                for shape, of_theorem in zip(self.shapes, network.adapted, strict=True)
+                rank if of_theorem else 0
+                for rank, of_theorem in zip(ranks, network.adapted, strict=True)
             ]
-        return list(_checks.ranks_per_layer(tuning.ranks, self.shapes))
+        return list(ranks)
 
     def _tuned_biases(self, tuning: Tuning) -> list[bool]:
         count = len(self.biases)

@@ -23,9 +23,10 @@ class Tuning:
 
     Attributes
     ----------
-    ranks : of the adapters: one for all weights, or one for each in the order of the network's
-        ``weights``. One number gives a transformer the adapters of the theorem
-        [thm-transformer]: on its attention, ``W_2`` of the last block, and ``W_out``.
+    ranks : of the adapters: one for all weights, of which none takes more than its smaller side, or
+        one for each in the order of the network's ``weights``. One number gives a transformer the
+        adapters of the theorem [thm-transformer]: on its attention, ``W_2`` of the last block, and
+        ``W_out``.
     final : tune, instead of adapters, the last so many ``weights`` in full, biases beside them.
     biases : whether biases are tuned: all of them beside adapters.
     learning_rate, weight_decay : of Adam; the decay is its L2 penalty.
