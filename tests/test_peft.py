@@ -123,7 +123,7 @@ def test_what_the_adapters_do_not_fit_is_refused(tmp_path: Path) -> None:
         (module[:4], r"module must be of Linear layers \[\(7, 5\), .*as the adapters are; got"),
     ):
         with pytest.raises(InputError, match=said):
-            adapters.to_peft(tmp_path, wrong)
+            adapters.to_peft(tmp_path, wrong)  # type: ignore[arg-type]
     batch = FNN.random(2, 3, batch_shape=(2,))
     update = LowRank(torch.zeros(2, 3, 1).double(), torch.zeros(2, 3, 1).double())
     with pytest.raises(InputError, match=r"of one network; got batch shape \(2,\): pick one first"):

@@ -115,7 +115,7 @@ class Adapters:
 
         def pick(values: Tensor, dims: int) -> Tensor:
             rest = values.shape[values.ndim - dims :]
-            return values.expand((*batch, *rest)).reshape(-1, *rest)[members]
+            return values.expand((*batch, *rest)).reshape(batch.numel(), *rest)[members]
 
         updates = [LowRank(pick(u.left, 2), pick(u.right, 2)) for u in self.updates]
         biases = [pick(update, 1) for update in self.bias_updates]

@@ -12,7 +12,7 @@ from .fnn import (
     fnn_error_on,
     fnn_threshold,
 )
-from .linear import error_matrix, error_rank, linear_error, linear_error_on, linear_threshold
+from .linear import error_matrix, error_rank, linear_error, linear_threshold
 from .transformer import (
     PairRanks,
     pair_ranks,
@@ -36,7 +36,6 @@ __all__ = [
     "fnn_error_on",
     "fnn_threshold",
     "linear_error",
-    "linear_error_on",
     "linear_threshold",
     "pair_ranks",
     "transformer_error",

@@ -39,18 +39,3 @@ def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) 
     bound needs no assumption.
     """
     return lowrank.tail_norms(Gap(frozen, target).spectrum, total_rank)
-
-
-def linear_error_on(
-    frozen: LinearNetwork,
-    target: LinearNetwork,
-    total_rank: int,
-    inputs: Float[Tensor, "*batch in samples"],
-) -> Float[Tensor, "*batch"]:
-    """``(E‖(E − LR_r(E)) x‖²)^{1/2}`` on given samples, of the best adapters of total rank ``r``.
-
-    Not only a bound: `constructions.linear.adapt` leaves this, in exact arithmetic.
-    Source: [thm-optimal-adaptation].
-    """
-    left = Gap(frozen, target).undone(total_rank) @ LinearNetwork.of(target).as_inputs(inputs)
-    return left.square().sum(-2).mean(-1).sqrt()

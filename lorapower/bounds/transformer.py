@@ -76,12 +76,12 @@ def transformer_errors(frozen: Transformer, target: Transformer, rank: int) -> S
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
 
     def of_heads(gap: Gap) -> Tensor:
-        inner, outer = gap.ranks([0, rank, rank, 0])[1:3]
         _, width, size, *_ = gap.frozen.widths
         if size >= width:
-            return gap.error(inner + outer)
-        least = pair_ranks(gap)
-        lacking = (least.inner > inner) | (least.outer > outer) | (least.together > inner + outer)
+            return gap.error(sum(gap.ranks([0, rank, rank, 0])))
+        own, least = min(rank, size), pair_ranks(gap)
+        lacking = torch.maximum(least.inner, least.outer) > own
+        lacking = lacking | (least.together > 2 * own)
         return torch.where(lacking, torch.inf, torch.zeros_like(gap.error(0)))
 
     of_output = cut.output.error(sum(cut.output.ranks([rank, rank])))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks, bounds
 from ..errors import InputError
-from ..networks import FNN, LinearNetwork, Network, Partition, Transformer, as_network, pad
+from ..networks import FNN, Gap, LinearNetwork, Network, Partition, Transformer, as_network, pad
 from ..regions import Samples
 from .general import adapt
 
@@ -69,11 +69,10 @@ def rank_for_error(
     error : at least 0.
     inputs : columns ``[..., width, samples]``; of a transformer one sequence ``[width, tokens]``,
         or ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
-    by : ``"bound"``, what the theorems promise of these inputs: `bounds.linear_error_on` (which is
-        no bound but the error itself), `fnn_error_on`, `transformer_error`. In exact arithmetic,
-        and where the construction's assumptions hold, the error is met for certain, and a lower
-        rank may be enough. Or ``"trial"``: the construction is made, for ReLU networks over the
-        inputs' `Samples`, and its error is measured.
+    by : ``"bound"``: what the theorems promise on these inputs, that is, `bounds.fnn_error_on`, or
+        `bounds.transformer_error`; of a linear network, the error itself. Where the construction's
+        assumptions hold it is met for certain, rounding apart; less rank may be enough. Or
+        ``"trial"``: adapters are made, of a ReLU network for `Samples`, and the error is measured.
     ranks : those to try; by default all from 0 on.
     partition : of ReLU networks: the blocks, by default uniform.
     throw : raise an error where no rank is enough, or else say so in ``success``.
@@ -171,9 +170,10 @@ def _trial(
 
 
 def _linear(frozen: Any, target: Any, x: Tensor, partition: None) -> Measure:
+    gap = Gap(frozen, target)
+
     def squared(rank: int) -> Tensor:
-        total = sum(min(rank, *weight.shape[-2:]) for weight in frozen.weights)
-        return bounds.linear_error_on(frozen, target, total, x[0]).square() / target.widths[-1]
+        return _mean_square(gap.undone(sum(gap.ranks([rank] * frozen.depth))) @ x)
 
     return squared
 
