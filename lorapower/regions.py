@@ -1,8 +1,8 @@
 """Input regions: bounded sets of inputs, known by the least value of linear maps over them.
 
 A region is convex with a centre. What a construction promises holds everywhere in it, so all that
-is asked of a region is how far a linear map can go below its value at the centre, and another
-region that holds its image under a layer.
+is asked of a region is how far a linear map can go below its value at the centre, and other regions
+that hold its image under an affine map and under a ReLU.
 """
 
 from __future__ import annotations
@@ -90,13 +90,21 @@ class Region(ABC):
         steps = identity * (-self.lowest(identity)).clamp(max=scale * self.width**0.5)
         return torch.cat([self.centre + steps, self.centre - steps], dim=-1)
 
-    def after(
+    def image(
         self, matrix: Float[Tensor, "*batch out width"], at_centre: Float[Tensor, "*batch out 1"]
     ) -> Region:
-        """A region that holds ``ReLU(M (x − centre) + m)`` for every ``x`` in this one."""
-        low = at_centre + self.lowest(matrix)
-        high = at_centre - self.lowest(-matrix)
-        return Box(low.relu()[..., 0], high.relu()[..., 0])
+        """A region that holds ``M (x − centre) + m`` for every ``x`` in this one."""
+        return Box(*self._ends(matrix, at_centre))
+
+    def relu(self) -> Region:
+        """A region that holds ``ReLU(x)`` for every ``x`` in this one."""
+        identity = torch.eye(self.width, dtype=self.centre.dtype)
+        return Box(*(end.relu() for end in self._ends(identity, self.centre)))
+
+    def _ends(self, matrix: Tensor, at_centre: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest value of each row of ``M (x − centre) + m``; ``[..., out]``."""
+        low, high = at_centre + self.lowest(matrix), at_centre - self.lowest(-matrix)
+        return low[..., 0], high[..., 0]
 
 
 class Ball(Region):
@@ -236,10 +244,13 @@ class Samples(Region):
     def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:
         return self.inputs
 
-    def after(
+    def image(
         self, matrix: Float[Tensor, "*batch out width"], at_centre: Float[Tensor, "*batch out 1"]
     ) -> Samples:
-        return Samples((matrix @ (self.inputs - self.centre) + at_centre).relu(), self.margin)
+        return Samples(matrix @ (self.inputs - self.centre) + at_centre, self.margin)
+
+    def relu(self) -> Samples:
+        return Samples(self.inputs.relu(), self.margin)
 
     def _corners(self) -> Tensor:
         return self.centre + (1 + self.margin) * (self.inputs - self.centre)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from hypothesis import strategies as st
 
-from lorapower import lowrank
-from lorapower.networks import LinearNetwork
+from lorapower import lowrank, randomness
+from lorapower.networks import FNN, LinearNetwork
 
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from([torch.float32, torch.float64])
@@ -33,3 +36,16 @@ def conditioned(
             dtype=dtype,
         )
     )
+
+
+def of_widths(
+    widths: Sequence[int], *, linear_last: bool = False, seed: int = 0, purpose: str = "network"
+) -> FNN:
+    """A network of layers of these sizes, each of condition number 3."""
+    weights = [
+        lowrank.random_matrix(b, a, condition_number=3, seed=seed, purpose=f"{purpose} {l}")
+        for l, (a, b) in enumerate(pairwise(widths))
+    ]
+    generator = randomness.generator(seed, "biases in tests", purpose)
+    biases = [torch.randn(b, generator=generator).double() for b in widths[1:]]
+    return FNN(weights, biases, linear_last=linear_last)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, dtypes, seeds
+from strategies import batch_shapes, dtypes, of_widths, seeds
 from torch import Tensor
 
 from lorapower import InputError, bounds, randomness
@@ -51,6 +51,37 @@ def test_they_lie_as_far_as_the_inactive_units_allow() -> None:
         other = bounds.colliding_inputs(frozen, x, reach=100.0, seed=seed)
         assert (other <= 1e-12).all()
         assert (other - x).norm() == pytest.approx(100) or other.max().abs() < 1e-12
+
+
+@given(st.integers(1, 6), st.integers(1, 6), seeds)
+def test_all_units_of_a_linear_layer_are_seen(units: int, inputs: int, seed: int) -> None:
+    frozen = of_widths([inputs, units], linear_last=True, seed=seed)
+    x = 3 * normal_inputs(inputs, 40, seed)
+    other = bounds.colliding_inputs(frozen, x, reach=1.5, seed=seed)
+    torch.testing.assert_close(frozen(other), frozen(x), rtol=0, atol=1e-12)
+    distance = (other - x).norm(dim=0)
+    # No unit limits the way, where there is one.
+    expected = torch.full_like(distance, 1.5 if units < inputs else 0.0)
+    torch.testing.assert_close(distance, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("linear_last", [False, True])
+def test_the_floor_behind_a_linear_layer_is_what_its_null_space_holds(linear_last: bool) -> None:
+    frozen = of_widths([6, 4], linear_last=True, seed=1)
+    target = of_widths([6, 3], linear_last=linear_last, seed=2)
+    found = bounds.final_layers_floor(frozen, target, samples=20000, steps=32)
+    # Given what the layer passes on, x is normal in its null space about the projection of x.
+    null = torch.linalg.svd(frozen.weights[0])[2][4:]
+    if linear_last:
+        exact = float((target.weights[0] @ null.mT).square().sum() / 3)
+    else:
+        x, noise, other = (normal_inputs(n, 200000, seed=k) for k, n in enumerate((6, 2, 2)))
+        x = x - null.mT @ (null @ x)
+        exact = float((target(x + null.mT @ noise) - target(x + null.mT @ other)).square().mean())
+        exact /= 2
+    assert abs(found.mean_squared_error - exact) < 4 * found.standard_error + 0.01 * exact
+    whole = of_widths([6, 6], linear_last=True, seed=1)
+    assert bounds.final_layers_floor(whole, target, samples=50).mean_squared_error < 1e-24
 
 
 def test_adapters_tell_apart_what_the_final_layers_cannot() -> None:

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import batch_shapes, conditioned, dtypes, seeds
+from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
 from torch import Tensor, nn
 
 from lorapower import InputError, PrecisionError, SingularError, bounds, randomness
 from lorapower.adapters import Adapters
 from lorapower.constructions import fnn
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, LinearNetwork, pad
+from lorapower.networks import FNN, LinearNetwork, blocks, pad
 from lorapower.regions import Ball, Box, Region, Samples
 
 
 def forward(network: FNN, x: Tensor) -> np.ndarray:
     """By numpy, in double precision."""
-    z = x.double().numpy()
+    z = before = x.double().numpy()
     for weight, bias in zip(network.weights, network.biases, strict=True):
-        z = np.maximum(weight.double().numpy() @ z + bias.double().numpy()[..., None], 0)
-    return z
+        before = weight.double().numpy() @ z + bias.double().numpy()[..., None]
+        z = np.maximum(before, 0)
+    return before if network.linear_last else z
 
 
-def benign(depth: int, width: int, *, batch: tuple[int, ...] = (), seed: int = 0) -> FNN:
+def benign(
+    depth: int,
+    width: int,
+    *,
+    linear_last: bool = False,
+    batch: tuple[int, ...] = (),
+    seed: int = 0,
+) -> FNN:
     """A network of well-conditioned layers."""
     weights = conditioned(depth, width, batch_shape=batch, seed=seed).weights
     biases = FNN.random(depth, width, batch_shape=batch, seed=seed).biases
-    return FNN(weights, biases)
+    return FNN(weights, biases, linear_last=linear_last)
 
 
 def region_of(kind: str, width: int, seed: int) -> Region:
@@ -58,21 +69,54 @@ def tolerance(found: fnn.FNNAdaptation, outputs: Tensor) -> Tensor:
     return 30 * unit + 30 * found.rounding_errors.amax(-1) * (1 + found.region.largest_norm())
 
 
-@given(st.integers(1, 5), st.integers(1, 6), batch_shapes, dtypes, seeds)
+@given(st.integers(1, 5), st.integers(1, 6), st.booleans(), batch_shapes, dtypes, seeds)
 def test_network_is_layer_after_layer(
-    depth: int, width: int, batch: tuple[int, ...], dtype: torch.dtype, seed: int
+    depth: int,
+    width: int,
+    linear_last: bool,
+    batch: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
-    network = FNN.random(depth, width, batch_shape=batch, seed=seed, dtype=dtype)
+    network = FNN.random(
+        depth, width, linear_last=linear_last, batch_shape=batch, seed=seed, dtype=dtype
+    )
+    assert network.relus == depth - linear_last
     assert (network.depth, network.batch_shape, network.dtype) == (depth, batch, dtype)
     x = torch.randn(width, 7, dtype=dtype, generator=randomness.generator(seed, "inputs"))
     atol = 100 * torch.finfo(dtype).eps
     np.testing.assert_allclose(network(x).numpy(), forward(network, x), atol=atol)
     before = network.preactivations(x)
     assert len(before) == depth
-    torch.testing.assert_close(before[-1].relu(), network(x))
-    tail = network.layers(slice(1, depth)) if depth > 1 else None
-    if tail:
-        torch.testing.assert_close(tail(before[0].relu()), network(x))
+    z = x
+    for l in range(depth):
+        z = network.layers(slice(l, l + 1))(z)
+        expected = before[l] if linear_last and l == depth - 1 else before[l].relu()
+        torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(z, network(x))
+    if depth > 1:
+        torch.testing.assert_close(network.layers(slice(1, None))(before[0].relu()), network(x))
+        assert not network.layers(slice(0, -1)).linear_last
+
+
+@given(st.integers(1, 3), st.booleans(), seeds)
+def test_a_linear_last_layer_stays_one(depth: int, linear_last: bool, seed: int) -> None:
+    network = FNN.random(depth, 3, linear_last=linear_last, batch_shape=(2,), seed=seed)
+    none = torch.zeros(2, dtype=torch.bool)
+    for made in (
+        network.with_parameters(network.weights),
+        network.with_parameters(network.weights, network.biases),
+        network.to(torch.float32),
+        network.map(lambda values: -values),
+        network.zeroed(none),
+        network[1],
+        network.layers(slice(None)),
+        network.layers(slice(depth - 1, depth)),
+        FNN.from_sequential(network[0].to_sequential()),
+    ):
+        assert made.linear_last == linear_last
+    with pytest.raises(InputError, match="linear_last must be True or False; got 1"):
+        FNN(network.weights, network.biases, linear_last=1)  # type: ignore[arg-type]
 
 
 def test_members_of_a_batch_can_be_picked() -> None:
@@ -141,6 +185,7 @@ def test_adapters_tune_biases_too(
     batch_shapes,
     st.sampled_from(["ball", "box", "samples"]),
     st.booleans(),
+    st.booleans(),
     seeds,
 )
 def test_exact_from_the_threshold_on_all_over_the_region(
@@ -151,10 +196,11 @@ def test_exact_from_the_threshold_on_all_over_the_region(
     batch: tuple[int, ...],
     kind: str,
     scalar: bool,
+    linear_last: bool,
     seed: int,
 ) -> None:
-    frozen = benign(layers * size, width, batch=batch, seed=seed)
-    target = FNN.random(layers, width, seed=seed + 1)
+    frozen = benign(layers * size, width, linear_last=linear_last, batch=batch, seed=seed)
+    target = FNN.random(layers, width, linear_last=linear_last, seed=seed + 1)
     rank = min(int(bounds.fnn_threshold(frozen, target).max()) + spare, width)
     region = region_of(kind, width, seed)
     found = fnn.adapt(
@@ -306,6 +352,102 @@ def test_a_narrower_target_needs_a_rank_that_the_frozen_width_has_no_part_in(
         assert found.covers(frozen, x).all()
 
 
+@given(st.integers(1, 4), st.integers(5, 9), st.integers(1, 2), st.integers(1, 3), seeds)
+def test_behind_a_linear_last_layer_nothing_is_switched_off(
+    narrow: int, width: int, layers: int, size: int, seed: int
+) -> None:
+    frozen = benign(layers * size, width, linear_last=True, seed=seed)
+    target = FNN.random(layers, narrow, linear_last=True, seed=seed + 1)
+    rank = -(-narrow // size)
+    assert int(bounds.fnn_threshold(frozen, target)) <= rank
+    found = fnn.adapt(frozen, target, rank, Ball(3.0), max_digits_lost=float("inf"))
+    adapted = found.adapters.merge(frozen)
+    assert torch.equal(adapted.biases[-1][narrow:], frozen.biases[-1][narrow:])
+    x = found.region.sample(200, edge=True, seed=seed)
+    wanted = target(x)
+    allowed = 10 * tolerance(found, x) * (1 + wanted.abs().max())
+    assert ((adapted(pad(x, width))[:narrow] - wanted).abs() <= allowed).all()
+    assert found.covers(frozen, x).all()
+    # The region behind the last block holds the outputs, negative ones too.
+    last = found.regions[-1]
+    assert isinstance(last, Box)
+    assert ((wanted - last.centre).abs() <= last.half * (1 + 1e-9) + allowed).all()
+
+
+@given(st.integers(1, 6), st.integers(0, 2), st.integers(0, 6), seeds)
+def test_a_last_block_of_one_linear_layer_needs_no_region(
+    width: int, before: int, rank: int, seed: int
+) -> None:
+    rank = min(rank, width)
+    frozen = benign(before + 1, width, linear_last=True, seed=seed)
+    last = FNN.random(1, width, linear_last=True, seed=seed + 1)
+    # The layers before are the target's own, so that nothing there is to be made affine.
+    target = FNN(
+        [*frozen.weights[:-1], *last.weights],
+        [*frozen.biases[:-1], *last.biases],
+        linear_last=True,
+    )
+    found = fnn.adapt(frozen, target, [0] * before + [rank], Ball(0.1))
+    adapted = found.adapters.merge(frozen)
+    x = 1e3 * torch.randn(width, 50, generator=randomness.generator(seed, "inputs")).double()
+    assert found.covers(frozen, x).all()
+    inner = target.layers(slice(0, before))(x) if before else x
+    off = (adapted(x) - target(x)).norm(dim=0)
+    limit = found.block_errors[-1] * inner.norm(dim=0)
+    assert (off <= limit * (1 + 1e-9) + 1e-9).all()
+    if before == 0:
+        # In one direction the bound is reached: nothing is clipped.
+        E = target.weights[0] - adapted.weights[0]
+        along = 1e3 * torch.linalg.svd(E)[2][:1].mT
+        least = float(found.block_errors[-1] * 1e3)
+        assert (adapted(along) - target(along)).norm() == pytest.approx(least, rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=150)
+@given(st.booleans(), seeds, st.data())
+def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
+    linear_last: bool, seed: int, data: st.DataObject
+) -> None:
+    sizes = st.integers(1, 6)
+    widths = data.draw(st.lists(sizes, min_size=2, max_size=5))
+    goal = data.draw(st.lists(sizes, min_size=2, max_size=len(widths)))
+    if data.draw(st.booleans()):
+        goal = [min(goal[0], widths[0]), *goal[1:-1], min(goal[-1], widths[-1])]
+    frozen = of_widths(widths, linear_last=linear_last, seed=seed, purpose="frozen")
+    target = of_widths(goal, linear_last=linear_last, seed=seed, purpose="target")
+    accept: dict[str, Any] = {"max_digits_lost": torch.inf, "rtol": torch.inf}
+    largest = max(min(weight.shape) for weight in frozen.weights)
+    try:
+        # Of some target layers the frozen blocks are already what they should be.
+        weights = [
+            gap.frozen.product() if data.draw(st.booleans()) else weight
+            for gap, weight in zip(blocks(frozen, target), target.weights, strict=True)
+        ]
+        target = target.with_parameters(weights)
+        threshold = int(bounds.fnn_threshold(frozen, target))
+    except InputError as refused:
+        for R in range(1, largest + 1):
+            with pytest.raises(InputError, match=f"^{re.escape(str(refused))}$"):
+                fnn.adapt(frozen, target, R, Ball(2.0), **accept)
+        return
+    for R in range(threshold, largest + 1):
+        found = fnn.adapt(frozen, target, R, Ball(2.0), **accept)
+        x = found.region.sample(100, edge=True, seed=seed)
+        wanted = target(x)
+        off = found.adapters.merge(frozen)(pad(x, widths[0]))[: goal[-1]] - wanted
+        # What is reached without adapters is so up to the rounding of products.
+        assert found.error_bound <= 1e-12 * (1 + wanted.norm(dim=0).max())
+        assert off.abs().max() <= 10 * tolerance(found, x) * (1 + wanted.abs().max())
+        assert found.covers(frozen, x).all()
+    for R in range(threshold):
+        found = fnn.adapt(frozen, target, R, Ball(2.0), **accept)
+        # The bound may be 0: no input may reach a block that is off.
+        assert found.block_errors.max() > 1e-6
+        x = found.region.sample(100, edge=True, seed=seed)
+        off = found.adapters.merge(frozen)(pad(x, widths[0]))[: goal[-1]] - target(x)
+        assert off.norm(dim=0).max() <= found.error_bound + 1e3 * tolerance(found, x)
+
+
 def test_frozen_widths_may_vary() -> None:
     weights = [
         torch.randn(*s, generator=randomness.generator(3, "inputs")).double() / 3
@@ -364,6 +506,11 @@ def test_extremes_of_size() -> None:
             {"region": Ball(torch.ones(7).double())},
             "frozen, target and region must be of batch shapes",
         ),
+        (
+            {"target": FNN.random(2, 4, linear_last=True)},
+            "target must be a network that ends with a ReLU, like the frozen one; got one that "
+            "ends with a linear layer: adapters leave the end as it is",
+        ),
         ({"input_scale": 0}, "input_scale must be a finite number above 0; got 0"),
     ],
 )
@@ -407,20 +554,21 @@ def test_a_partition_is_a_partition() -> None:
         fnn.adapt(frozen, target, 4, Ball(2.0), (2,))  # type: ignore[arg-type]
 
 
-@given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 6), dtypes, seeds)
+@given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 6), st.booleans(), dtypes, seeds)
 @settings(deadline=None, max_examples=40)
 def test_reachable_layers_are_the_nearest_of_their_rank(
-    blocks: int, width: int, rank: int, dtype: torch.dtype, seed: int
+    layers: int, width: int, rank: int, linear_last: bool, dtype: torch.dtype, seed: int
 ) -> None:
     rank = min(rank, width)
-    frozen = benign(2 * blocks, width, seed=seed).to(dtype)
-    target = benign(blocks, width, seed=seed + 1).to(dtype)
+    frozen = benign(2 * layers, width, linear_last=linear_last, seed=seed).to(dtype)
+    target = benign(layers, width, linear_last=linear_last, seed=seed + 1).to(dtype)
     generator = randomness.generator(seed, "test")
     mixed = torch.randn(width, width, generator=generator).double() ** 3
     x = 1 + mixed @ torch.randn(width, 50, generator=generator).double()
     near = fnn.reachable(frozen, target, rank, x.to(dtype))
+    assert near.linear_last == linear_last
     z, eps = x.to(dtype), torch.finfo(dtype).eps
-    for i in range(blocks):
+    for i in range(layers):
         product = frozen.weights[2 * i + 1] @ frozen.weights[2 * i]
         weight, bias = near.weights[i], near.biases[i][:, None]
         values = torch.linalg.svdvals(weight - product)

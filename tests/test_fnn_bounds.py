@@ -77,14 +77,24 @@ def test_every_bound_is_above_the_error_at_every_rank(layers: int, depth: int) -
     st.integers(1, 3),
     st.integers(1, 3),
     st.sampled_from(["ball", "box"]),
+    st.booleans(),
     seeds,
     st.data(),
 )
 def test_bounds_hold_for_any_ranks_and_partition(
-    width: int, layers: int, size: int, kind: str, seed: int, data: st.DataObject
+    width: int,
+    layers: int,
+    size: int,
+    kind: str,
+    linear_last: bool,
+    seed: int,
+    data: st.DataObject,
 ) -> None:
     depth = layers * size
-    frozen, target = FNN.random(depth, width, seed=seed), FNN.random(layers, width, seed=seed + 1)
+    frozen, target = (
+        FNN.random(count, width, linear_last=linear_last, seed=seed + shift)
+        for shift, count in enumerate((depth, layers))
+    )
     ranks = data.draw(st.lists(st.integers(0, width), min_size=depth, max_size=depth))
     cuts = data.draw(
         st.sets(st.integers(1, depth - 1), min_size=layers - 1, max_size=layers - 1)
@@ -122,6 +132,18 @@ def test_the_bound_takes_the_trace_of_the_second_moment() -> None:
     assert squared > 0.9 * sigma**2 * D
     assert squared <= bounds.fnn_error(frozen, target, 0, x.square().sum(0).mean()) ** 2 * 1.001
     assert bounds.fnn_error(frozen, target, 0, float(D)) ** 2 == pytest.approx(sigma**2 * D)
+
+
+def test_nothing_hides_the_error_of_a_linear_layer() -> None:
+    frozen, target = (
+        FNN.random(depth, 8, linear_last=True, seed=seed) for depth, seed in ((3, 1), (1, 2))
+    )
+    x = normal_inputs(8, 500)
+    for rank in range(3):
+        found = fnn.adapt(frozen, target, rank, Samples(x))
+        measured = rms(found.adapters.merge(frozen)(x) - target(x))
+        on = bounds.fnn_error_on(frozen, target, rank, x)
+        torch.testing.assert_close(measured, on, rtol=1e-9, atol=1e-10)
 
 
 def test_one_layer_is_bounded_by_the_next_singular_value() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import batch_shapes, conditioned, dtypes, seeds
+from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,6 +117,41 @@ def test_a_gap_is_what_numpy_finds(
         np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=unit)
     assert gap.best(rank).rank == min(rank, inputs, outputs)
     assert gap.batch_shape == gap.rank.shape == torch.Size(E.shape[:-2])
+
+
+@given(st.lists(st.integers(1, 7), min_size=2, max_size=5), st.integers(0, 7), seeds)
+def test_the_threshold_is_the_first_rank_for_all_layers_that_is_enough(
+    widths: list[int], rank: int, seed: int
+) -> None:
+    network = of_widths(widths, seed=seed)
+    rank = min(rank, widths[0], widths[-1])
+    generator = randomness.generator(seed, "test")
+    change = torch.randn(widths[-1], rank, generator=generator).double()
+    change = change @ torch.randn(rank, widths[0], generator=generator).double()
+    frozen = LinearNetwork(network.weights)
+    gap = Gap(frozen, [frozen.product() + change])
+    assert gap.rank == rank
+    sides = [min(pair) for pair in pairwise(widths)]
+    narrow = any(width < max(widths[0], widths[-1]) for width in widths[1:-1])
+    if rank and narrow:
+        for ask in (lambda: gap.threshold, lambda: gap.ranks([1] * len(sides))):
+            with pytest.raises(InputError, match=r"^hidden widths must be at least"):
+                ask()
+    else:
+        enough = [r for r in range(8) if sum(min(r, side) for side in sides) >= rank]
+        assert gap.threshold == enough[0]
+    # By layer, those that are not cut off may have ranks.
+    for l, side in enumerate(sides):
+        ranks = [0] * len(sides)
+        ranks[l] = side + 1
+        before, after = widths[1 : l + 1], widths[l + 1 : -1]
+        if all(w >= widths[0] for w in before) and all(w >= widths[-1] for w in after):
+            assert gap.ranks(ranks)[l] == side
+        elif rank:
+            with pytest.raises(InputError, match=r"^hidden widths must be at least"):
+                gap.ranks(ranks)
+        else:
+            assert gap.ranks(ranks) == [0] * len(sides)
 
 
 def test_a_gap_decomposes_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import batch_shapes, conditioned, dtypes, seeds
+from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
 
 from lorapower import InputError, SingularError, bounds, lowrank, randomness, training
 from lorapower.constructions import linear
@@ -109,6 +110,36 @@ def test_rectangular_networks(
     solution = linear.adapt(frozen, target, ranks)
     predicted, _ = tails(frozen, target, sum(ranks))
     assert distance(solution.adapters.merge(frozen), target) == pytest.approx(predicted, abs=1e-10)
+
+
+@settings(max_examples=150)
+@given(st.lists(st.integers(1, 7), min_size=2, max_size=5), st.integers(0, 7), seeds)
+def test_one_rank_for_layers_of_any_sizes(widths: list[int], rank: int, seed: int) -> None:
+    frozen = LinearNetwork(of_widths(widths, seed=seed).weights)
+    rank = min(rank, widths[0], widths[-1])
+    change = lowrank.random_matrix(widths[-1], widths[0], condition_number=2, seed=seed)
+    target = LinearNetwork([frozen.product() + lowrank.truncated_svd(change, rank).matrix()])
+    sides = [min(weight.shape) for weight in frozen.weights]
+    try:
+        threshold = int(bounds.linear_threshold(frozen, target))
+    except InputError as refused:
+        for R in range(1, max(sides) + 1):
+            with pytest.raises(InputError, match=f"^{re.escape(str(refused))}$"):
+                linear.adapt(frozen, target, R)
+        return
+    for R in range(threshold, max(sides) + 1):
+        found = linear.adapt(frozen, target, R)
+        pairs = zip(found.adapters.ranks, sides, strict=True)
+        assert threshold == 0 or all(r == min(R, side) for r, side in pairs)
+        assert distance(found.adapters.merge(frozen), target) <= 1e-10
+    for R in range(threshold):
+        found = linear.adapt(frozen, target, R)
+        assert found.spectral_error >= 1 / 2 - 1e-10
+        assert distance(found.adapters.merge(frozen), target) == pytest.approx(
+            float(found.spectral_error), abs=1e-10
+        )
+    with pytest.raises(InputError, match=f"rank must be an integer from 0 to {max(sides)} "):
+        linear.adapt(frozen, target, max(sides) + 1)
 
 
 @pytest.mark.parametrize(("depth", "rank"), [(1, 2), (2, 1), (3, 1)])

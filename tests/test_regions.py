@@ -63,24 +63,34 @@ def test_the_largest_norm_is_reached_by_no_member_but_at_the_edge(
 
 
 @given(st.sampled_from(["ball", "box"]), st.integers(1, 6), seeds)
-def test_the_region_after_a_layer_holds_the_images(kind: str, width: int, seed: int) -> None:
+def test_regions_of_images_hold_them(kind: str, width: int, seed: int) -> None:
     region = some_region(kind, width, seed)
     generator = randomness.generator(seed, "test")
     matrix = torch.randn(3, width, generator=generator, dtype=torch.float64)
     bias = torch.randn(3, 1, generator=generator, dtype=torch.float64)
-    after = region.after(matrix, matrix @ region.centre + bias)
-    assert isinstance(after, Box)
+    affine = region.image(matrix, matrix @ region.centre + bias)
     for edge in (False, True):
-        images = (matrix @ region.sample(500, edge=edge, seed=seed) + bias).relu()
-        assert ((images - after.centre).abs() <= after.half + 1e-12).all()
+        x = region.sample(500, edge=edge, seed=seed)
+        images = matrix @ x + bias
+        for values, holds in (
+            (images, affine),
+            (images.relu(), affine.relu()),
+            (x.relu(), region.relu()),
+        ):
+            assert isinstance(holds, Box)
+            assert ((values - holds.centre).abs() <= holds.half + 1e-12).all()
+            # No more than that: of a single coordinate the values fill the box.
+            if edge and width == 1:
+                assert (values.amax(-1) - values.amin(-1) >= 2 * holds.half[:, 0] - 1e-12).all()
 
 
-def test_the_region_after_a_layer_of_samples_is_that_of_their_images() -> None:
+def test_the_image_of_samples_is_that_of_each() -> None:
     x = torch.randn(4, 10, generator=randomness.generator(0, "inputs"), dtype=torch.float64)
     region = Samples(x)
-    after = region.after(torch.eye(4).double(), region.centre + 1)
-    torch.testing.assert_close(after.inputs, (x + 1).relu())
-    assert after.margin == region.margin
+    image = region.image(torch.eye(4).double(), region.centre + 1)
+    torch.testing.assert_close(image.inputs, x + 1)
+    torch.testing.assert_close(image.relu().inputs, (x + 1).relu())
+    assert image.margin == image.relu().margin == region.margin
 
 
 @given(st.integers(1, 6), st.floats(0.1, 10), seeds)

@@ -25,6 +25,7 @@ from lorapower.training.stack import Batches, Stack
 
 Network = LinearNetwork | FNN | Transformer
 KINDS = ("linear", "fnn", "transformer")
+LINEAR_LAST = "fnn, linear last"
 # More than a block of batches.
 STEPS = Data.BLOCK + 10
 
@@ -37,8 +38,10 @@ def network(
         return Transformer.random(
             depth, width, 2, scale=width**-0.5, seed=seed, batch_shape=batch, dtype=torch.float32
         )
-    network: type[Any] = {"linear": LinearNetwork, "fnn": FNN}[kind]
-    return network.random(depth, width, seed=seed, batch_shape=batch, dtype=torch.float32)
+    options: dict[str, Any] = {"seed": seed, "batch_shape": batch, "dtype": torch.float32}
+    if kind == "linear":
+        return LinearNetwork.random(depth, width, **options)
+    return FNN.random(depth, width, linear_last=kind == LINEAR_LAST, **options)
 
 
 def fresh(kind: str, width: int = 6, *, samples: int = 20, seed: int = 0) -> Fresh:
@@ -83,7 +86,8 @@ def forward(network: Network, weights: list[Tensor], biases: list[Tensor], x: Te
         z = x.mT
         for l, weight in enumerate(weights):
             z = functional.linear(z, weight, biases[l] if biases else None)
-            z = z.relu() if biases else z
+            last = isinstance(network, FNN) and network.linear_last and l == len(weights) - 1
+            z = z.relu() if biases and not last else z
         return z
     L, H = network.depth, network.heads
     Q, K, V, O = (weights[i * L * H : (i + 1) * L * H] for i in range(4))
@@ -178,6 +182,9 @@ def plain_loop(
         ("fnn", Tuning((1, 4), learning_rate=1e-2, weight_decay=1e-2), (1, 4)),
         ("fnn", Tuning(final=1, weight_decay=1e-2), (0, 0)),
         ("fnn", Tuning(final=2, biases=False), (0, 0)),
+        (LINEAR_LAST, Tuning(3), (3, 3)),
+        (LINEAR_LAST, Tuning((0, 2), learning_rate=1e-2, weight_decay=1e-2), (0, 2)),
+        (LINEAR_LAST, Tuning(final=1), (0, 0)),
         ("transformer", Tuning(2), (2,) * 16 + (0, 0) + (0, 2) + (2,)),
         ("transformer", Tuning((1, 2, 0) * 7, biases=False), (1, 2, 0) * 7),
         ("transformer", Tuning(final=1), (0,) * 21),
@@ -243,9 +250,9 @@ def one_step(
     return state, true
 
 
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(
-    st.sampled_from(KINDS),
+    st.sampled_from([*KINDS, LINEAR_LAST]),
     st.integers(1, 3),
     st.integers(1, 9),
     st.integers(1, 5),
@@ -300,7 +307,7 @@ def test_gradients_are_those_of_the_reference(
 
 
 @pytest.mark.parametrize("sizes", [(3, 7, 5), (9, 2, 2, 6), (1, 1), (5, 1)])
-@pytest.mark.parametrize("kind", ["linear", "fnn"])
+@pytest.mark.parametrize("kind", ["linear", "fnn", LINEAR_LAST])
 def test_layers_need_not_be_square(kind: str, sizes: tuple[int, ...]) -> None:
     draw = randomness.generator(0, "inputs")
     shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
@@ -308,15 +315,25 @@ def test_layers_need_not_be_square(kind: str, sizes: tuple[int, ...]) -> None:
     frozen: Any = (
         LinearNetwork(weights)
         if kind == "linear"
-        else FNN(weights, [torch.rand(o, generator=draw) for o, _ in shapes])
+        else FNN(
+            weights,
+            [torch.rand(o, generator=draw) for o, _ in shapes],
+            linear_last=kind == LINEAR_LAST,
+        )
     )
     data = Fresh(lambda x: x[..., :1, :].expand(*x.shape[:-2], sizes[-1], -1), sizes[:1], seed=1)
-    for tuning in (Tuning(1), Tuning(min(map(min, shapes))), Tuning(final=len(shapes))):
-        ranks = [tuning.ranks] * len(shapes)
+    # One rank for all is a cap.
+    for tuning in (Tuning(1), Tuning(max(map(min, shapes))), Tuning(final=len(shapes))):
+        ranks = [min(tuning.ranks, *shape) for shape in shapes]
         result = train(frozen, [tuning], data, steps=20)
         _, validation = plain_loop(frozen, tuning, ranks, data, 20)  # type: ignore[arg-type]
         np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
         assert [w.shape[-2:] for w in result.network.weights] == shapes
+        assert result.network.relus == frozen.relus
+        for update, rank in zip(result.adapters.updates, ranks, strict=True):
+            assert torch.linalg.matrix_rank(update.matrix()[0]) <= rank
+    with pytest.raises(InputError, match=f"rank must be an integer from 0 to {max(ranks)} "):
+        train(frozen, [Tuning(max(map(min, shapes)) + 1)], data, steps=1)
 
 
 def test_transformers_need_not_be_square() -> None:

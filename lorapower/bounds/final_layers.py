@@ -2,7 +2,8 @@
 
 Whatever is tuned above the first layer sees of an input ``x`` only ``h(x) = ReLU(W_1 x + b_1)``.
 Units that are active at ``x`` fix the values of linear maps of it, units that are not say only that
-others are not positive: within those limits inputs can move unseen.
+others are not positive: within those limits inputs can move unseen. Where no ReLU follows, every
+unit counts as active.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class _Lines:
     def __init__(self, frozen: FNN, x: Tensor) -> None:
         self.weight, self.bias = frozen.weights[0].double(), frozen.biases[0].double()[..., None]
         before = self.weight @ x.double() + self.bias
-        self.active = before > 0
+        self.active = before > 0 if frozen.relus else torch.ones_like(before, dtype=torch.bool)
         rows = self.active.mT[..., None] * self.weight[..., None, :, :]
         _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
         seen = S > max(rows.shape[-2:]) * torch.finfo(S.dtype).eps * S[..., :1]

@@ -66,7 +66,8 @@ class FNNAdaptation(Adaptation):
         """Whether the adapted network is, at each input, what the proof needs.
 
         That is: inner units of every block are active, units that the target layer does not have
-        are not. It can hold outside the region too, which is what is promised beforehand.
+        are not, unless no ReLU follows them. It can hold outside the region too, which is what is
+        promised beforehand.
         """
         _checks.kind(FNN, frozen=frozen)
         x = _checks.real_tensor("x", x, min_dims=2)
@@ -80,7 +81,8 @@ class FNNAdaptation(Adaptation):
         good = []
         for layers, region in zip(self.partition.slices, self.regions[1:], strict=True):
             good += [(p >= 0).all(-2) for p in reached[layers][:-1]]
-            good.append((reached[layers][-1][..., region.width :, :] <= 0).all(-2))
+            off = region.width if layers.stop <= frozen.relus else frozen.widths[-1]
+            good.append((reached[layers][-1][..., off:, :] <= 0).all(-2))
         return torch.stack(good).all(0)
 
 
@@ -112,11 +114,13 @@ def adapt(
     A target narrower than the frozen network sits in the first units of every block's end: pad the
     inputs with zeros (`networks.pad`), read the first outputs. The other units are switched off by
     their biases, so that what feeds on them does not matter, and the rank that exactness needs
-    does not depend on the frozen width.
+    does not depend on the frozen width. Behind a linear last layer nothing feeds on them, and they
+    keep their biases.
 
     Parameters
     ----------
-    frozen, target : of one type; batch shapes broadcast, also with the region's.
+    frozen, target : of one type, both ending with a ReLU or both with a linear layer; batch shapes
+        broadcast, also with the region's.
     ranks : one for all layers, of which none takes more than its weight's smaller side; or one per
         layer, each from 0 to that side.
     region : `regions.Ball` or `Box` (the result holds everywhere in it), or `Samples`.
@@ -130,8 +134,9 @@ def adapt(
 
     Raises
     ------
-    InputError : ranks out of range, a target deeper or wider than the frozen network, a partition
-        that does not fit the two, a region of another width.
+    InputError : ranks out of range, a target deeper or wider than the frozen network or of another
+        end, a hidden width too small, a partition that does not fit the two, a region of another
+        width.
     SingularError : a block cannot be adapted; names the layer and its condition number.
     PrecisionError : the biases are expected to cost more digits than accepted.
 
@@ -171,7 +176,7 @@ def adapt(
         weights = [w + update.matrix() for w, update in zip(own.weights, padded, strict=True)]
         best_map = gap.reached(sum(share))
         at_centre = best_map @ region.centre + layer.biases[0][..., None]
-        tuned = _biases(weights, own.biases, region, at_centre, scalar_biases)
+        tuned = _biases(weights, own, region, at_centre, scalar_biases)
 
         lost = _digits_lost(weights, tuned, layer, typical)
         if throw:
@@ -181,7 +186,8 @@ def adapt(
         sound = lost.isfinite()[..., None, None]
         adapted, at_centre = (torch.where(sound, part, 0) for part in (adapted, at_centre))
         error_terms.append((gap.target.norm, found.spectral_error * region.largest_norm()))
-        region, typical = region.after(adapted, at_centre), layer(typical)
+        region, typical = region.image(adapted, at_centre), layer(typical)
+        region = region.relu() if layer.relus else region
 
         updates += padded
         bias_updates += [update[..., 0] for update in tuned.updates]
@@ -241,7 +247,7 @@ def reachable(
         weights.append(gap.frozen.product() + U @ (U.mT @ gap.matrix))
         biases.append(target.biases[i] + ((target.weights[i] - weights[-1]) @ mean)[..., 0])
         z = target.layers(slice(i, i + 1))(z)
-    return FNN(weights, biases)
+    return target.with_parameters(weights, biases)
 
 
 class _Biases(NamedTuple):
@@ -254,7 +260,7 @@ class _Biases(NamedTuple):
 
 def _biases(
     weights: Sequence[Tensor],
-    frozen: Sequence[Tensor],
+    frozen: FNN,
     region: Region,
     at_centre: Tensor,
     scalar: bool,
@@ -269,19 +275,20 @@ def _biases(
     beyond = 1 + eps**0.5
     matrix = torch.eye(weights[0].shape[-1], dtype=region.centre.dtype)[:, : region.width]
     made = _Biases([], [], [pad(region.centre, weights[0].shape[-1])])
-    for l, (weight, bias) in enumerate(zip(weights, frozen, strict=True), start=1):
+    for l, (weight, bias) in enumerate(zip(weights, frozen.biases, strict=True), start=1):
         matrix, before = weight @ matrix, weight @ made.values[-1]
         terms = weight.abs() @ made.values[-1].abs() + bias.abs()[..., None]
         slack = (weight.shape[-1] + 4) * eps * terms
         if l < len(weights):
-            wanted = slack - beyond * region.lowest(matrix)
+            tuned = slack - beyond * region.lowest(matrix) - before
+            tuned = tuned.amax(-2, keepdim=True).expand_as(tuned) if scalar else tuned
         else:
             used = at_centre.shape[-2]
-            off = beyond * region.lowest(-matrix[..., used:, :]) - slack[..., used:, :]
-            wanted = _stack_rows(at_centre, off)
-        tuned = wanted - before
-        if scalar and l < len(weights):
-            tuned = tuned.amax(-2, keepdim=True).expand_as(tuned)
+            rest = bias[..., used:, None]
+            if frozen.relus == l:
+                off = beyond * region.lowest(-matrix[..., used:, :]) - slack[..., used:, :]
+                rest = off - before[..., used:, :]
+            tuned = _stack_rows(at_centre - before[..., :used, :], rest)
         made.updates.append(tuned - bias[..., None])
         made.biases.append(bias[..., None] + made.updates[-1])
         made.values.append(before + made.biases[-1])

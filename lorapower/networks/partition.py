@@ -71,10 +71,18 @@ class Pieces:
     """Runs of frozen layers beside the target layers that they may imitate, each made once.
 
     Of a run the first weight keeps only the columns, the last only the rows that the target layer
-    has; biases are left out.
+    has; biases are left out. Raises `InputError` where only one of the two ends with a ReLU.
     """
 
     def __init__(self, frozen: FNN, target: FNN) -> None:
+        if frozen.linear_last != target.linear_last:
+            ends = {True: "with a linear layer", False: "with a ReLU"}
+            raise InputError(
+                "target",
+                allowed=f"a network that ends {ends[frozen.linear_last]}, like the frozen one",
+                given=f"one that ends {ends[target.linear_last]}",
+                remedy="adapters leave the end as it is; FNN(…, linear_last=…) says which it is",
+            )
         self.frozen, self.target = frozen, target
         self._goals = [LinearNetwork.unchecked([weight]) for weight in target.weights]
         self._runs: dict[tuple[int, ...], LinearNetwork] = {}
@@ -120,8 +128,9 @@ def shares(gaps: Sequence[Gap], ranks: Sequence[int]) -> list[list[int]]:
 def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list[Gap]:
     """The blocks of a partition, the uniform one by default, against the target's layers.
 
-    Raises `InputError` for a target deeper or wider than the frozen network, and for a partition
-    that does not cover the frozen layers or has not one block for each target layer.
+    Raises `InputError` for a target deeper or wider than the frozen network, where only one of the
+    two ends with a ReLU, and for a partition that does not cover the frozen layers or has not one
+    block for each target layer.
     """
     _checks.kind(FNN, frozen=frozen, target=target)
     if target.depth > frozen.depth:
