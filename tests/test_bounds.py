@@ -35,7 +35,7 @@ def test_threshold_of_a_target_that_adapters_made(
     assert spectral <= rounding
     assert frobenius <= rounding
     if expected:
-        assert bounds.linear_error(frozen, target, expected - 1)[0] > rounding
+        assert bounds.linear_error(frozen, target, expected - 1).spectral > rounding
 
 
 def test_a_batch_has_one_threshold_for_each_member() -> None:
