@@ -118,6 +118,8 @@ def test_what_is_missing_or_not_used_is_said_in_one_line() -> None:
             lorapower.adapt(start, goal, 2, x)
         with pytest.raises(InputError, match=r"^options must be among plain_only, rtol, throw"):
             lorapower.adapt(start, goal, 2, partition=Partition([2, 2]))
+    with pytest.raises(InputError, match=r"^options must be among partition, .*; got region$"):
+        lorapower.adapt(frozen, target, 2, x, region=Ball(1.0))
     for ours, theirs, name in (
         (frozen, problem("linear")[1], "target must be of class FNN"),
         (problem("transformer")[0], target, "target must be of class Transformer"),
@@ -240,7 +242,9 @@ def test_no_rank_is_enough() -> None:
     assert found.rank.tolist() == [1, 1, 1]
     assert torch.equal(found.error, found.errors[-1])
     assert found.tried.tolist() == [0, 1]
-    assert repr(found) == "NeededRank([1, 1, 1] of 2 tried up to 1)"
+    assert repr(found) == "NeededRank(batch [3], success of 0 in 3)"
+    one = lorapower.rank_for_error(frozen, target[0], 2.0, x)
+    assert repr(one) == f"NeededRank(rank {int(one.rank)}, error {float(one.error):.3g})"
 
 
 def test_nothing_is_needed_where_nothing_is_to_be_done() -> None:
@@ -266,6 +270,18 @@ def test_heads_that_are_narrow_need_what_they_need() -> None:
     found = lorapower.rank_for_error(frozen, target, 1e-20, x)
     assert int(found.rank) == least
     assert found.errors[:least].isinf().any()
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_hidden_layer_that_is_too_narrow_is_said_to_be(by: Literal["bound", "trial"]) -> None:
+    _, target, x = problem("linear")
+    frozen = LinearNetwork([target.weights[0][:2], target.weights[0].mT[:, :2]])
+    with pytest.raises(InputError, match=r"^hidden widths must be at least 4"):
+        lorapower.rank_for_error(frozen, target, 1e-3, x, by=by, throw=False)
+    # As it is it leaves something, which may be all that is asked for.
+    found = lorapower.rank_for_error(frozen, target, 100.0, x, by=by)
+    assert int(found.rank) == 0
+    assert float(found.error) > 1e-3
 
 
 def test_layers_of_several_sizes_and_a_narrower_target() -> None:

@@ -440,3 +440,20 @@ def test_the_bound_is_not_below_what_is_measured(
     # The bound knows the rounding in the weights, not that of evaluating the networks.
     rounding = 1e-13 * torch.linalg.vector_norm(target(x), dim=-2).amax(-1)
     assert (bound + rounding >= measured).all()
+
+
+@given(st.integers(1, 2), st.integers(2, 4), st.integers(1, 2), seeds)
+@settings(max_examples=20)
+def test_segments_are_missed_by_what_is_predicted_of_them(
+    depth: int, width: int, heads: int, seed: int
+) -> None:
+    frozen, target = (
+        Transformer.random(depth, width, heads, seed=seed, purpose=purpose)
+        for purpose in ("frozen", "target")
+    )
+    for rank in range(width + 1):
+        predicted = bounds.transformer_errors(frozen, target, rank)
+        found = transformer.adapt(frozen, target, rank, throw=False)
+        parts = (found.query_key, found.value_output, found.output)
+        for wanted, part in zip(predicted, parts, strict=True):
+            torch.testing.assert_close(part.spectral_error, wanted)

@@ -29,7 +29,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], network: Network) -> None:
     header = {
         "content": CONTENT,
         "format": FORMAT,
-        "package": metadata.version("lorapower"),
+        "package": _version(),
         "network": json.dumps(description(network)),
     }
     header["digest"] = _digest(header, numbers)
@@ -119,6 +119,13 @@ def _require_same(path: Path, wanted: Mapping[str, Any], given: Mapping[str, Any
             if name == "numbers":
                 ours, theirs = "one of other weights or biases", "the same weights and biases"
             raise InputError("network", allowed=f"that of {path}, of {theirs}", given=ours)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("lorapower")
+    except metadata.PackageNotFoundError:  # run from its sources
+        return "not installed"
 
 
 def _digest(header: Mapping[str, str], numbers: Mapping[str, Tensor]) -> str:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .. import _checks
 from ..errors import InputError
 from ..networks import FNN, LinearNetwork, Network, Transformer, as_network
 from ..regions import Region, Samples
@@ -17,6 +18,9 @@ CONSTRUCTIONS: dict[type[Network], Callable[..., Adaptation]] = {
     FNN: fnn.adapt,
     Transformer: transformer.adapt,
 }
+
+# What `adapt` gives to a construction by itself; the region is made of its inputs.
+OWN = ("frozen", "target", "ranks", "region")
 
 
 def adapt(
@@ -44,13 +48,14 @@ def adapt(
     Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer].
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
-    construct = CONSTRUCTIONS[type(frozen)]
-    known = list(inspect.signature(construct).parameters)[3:]
+    kind = kind_of(frozen)
+    construct = CONSTRUCTIONS[kind]
+    known = [name for name in inspect.signature(construct).parameters if name not in OWN]
     for option in options:
         if option not in known:
-            allowed = f"among {', '.join(known)}, for networks of class {type(frozen).__name__}"
+            allowed = f"among {', '.join(known)} for a frozen {kind.__name__}"
             raise InputError("options", allowed=allowed, given=option)
-    if isinstance(frozen, FNN):
+    if kind is FNN:
         return construct(frozen, target, ranks, _region(inputs), **options)
     if inputs is not None:
         raise InputError(
@@ -60,6 +65,12 @@ def adapt(
             remedy="these are adapted for all inputs",
         )
     return construct(frozen, target, ranks, **options)
+
+
+def kind_of(frozen: Network) -> type[Network]:
+    """The class of networks, among those that there is a construction for, that it is of."""
+    _checks.kind(*CONSTRUCTIONS, frozen=frozen)
+    return next(kind for kind in CONSTRUCTIONS if isinstance(frozen, kind))
 
 
 def _region(inputs: Any) -> Region:

@@ -14,13 +14,13 @@ from .. import _checks, bounds
 from ..errors import InputError
 from ..networks import FNN, Gap, LinearNetwork, Network, Partition, Transformer, as_network, pad
 from ..regions import Samples
-from .general import adapt
+from .general import adapt, kind_of
 
 # The mean squared error at a rank, or a bound of it, for each member of the batch.
 Measure = Callable[[int], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NeededRank:
     """The least rank that meets an error, with what the ranks below it leave.
 
@@ -40,8 +40,11 @@ class NeededRank:
     success: Bool[Tensor, "*batch"]
 
     def __repr__(self) -> str:
-        rank, last = self.rank.tolist(), int(self.tried[-1])
-        return f"NeededRank({rank} of {len(self.tried)} tried up to {last})"
+        if not self.rank.ndim:
+            verdict = "" if self.success else ", no success"
+            return f"NeededRank(rank {int(self.rank)}, error {float(self.error):.3g}{verdict})"
+        good, members = int(self.success.sum()), self.success.numel()
+        return f"NeededRank(batch {list(self.rank.shape)}, success of {good} in {members})"
 
 
 @torch.no_grad()
@@ -84,18 +87,19 @@ def rank_for_error(
     Source: [def-needed-rank].
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
-    _checks.kind(type(frozen), target=target)
+    kind = kind_of(frozen)
+    _checks.kind(kind, target=target)
     error = _checks.tolerance("error", error)
     if by not in ("bound", "trial"):
         raise InputError("by", allowed='"bound" or "trial"', given=repr(by))
-    if partition is not None and not isinstance(frozen, FNN):
+    if partition is not None and kind is not FNN:
         raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
     x = _grouped(inputs, frozen, target)
     signal = _mean_square(target(x))
     if by == "trial":
         squared = _trial(frozen, target, x, partition, seed)
     else:
-        squared = _BOUNDS[type(frozen)](frozen, target, x, partition)
+        squared = _BOUNDS[kind](frozen, target, x, partition)
 
     tried: list[int] = []
     errors: list[Tensor] = []

@@ -122,11 +122,8 @@ def adapted(
 
 def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:
     """The theorems' adapters, whatever digits rounding leaves; a ReLU network's over a region."""
-    if isinstance(frozen, LinearNetwork):
-        return constructions.linear.adapt(frozen, target, ranks, throw=False).adapters
-    if isinstance(frozen, FNN):
-        return constructions.fnn.adapt(frozen, target, ranks, region, throw=False).adapters
-    return constructions.transformer.adapt(frozen, target, ranks, throw=False).adapters
+    inputs = region if isinstance(frozen, FNN) else None
+    return constructions.adapt(frozen, target, ranks, inputs, throw=False).adapters
 
 
 def _trains(method: Any) -> bool:
