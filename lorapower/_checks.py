@@ -72,7 +72,8 @@ def capped_ranks(rank: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     It is refused where it is beyond all of them.
     """
     sides = [min(shape) for shape in shapes]
-    limit = "the width" if len(set(sides)) == 1 else "the largest smaller side of a weight"
+    square = len({size for shape in shapes for size in shape}) == 1
+    limit = "the width" if square else "the largest smaller side of a weight"
     cap = integer("rank", rank, 0, max(sides), limit=limit)
     return tuple(min(cap, side) for side in sides)
 

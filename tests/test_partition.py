@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import combinations, pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import seeds
+from strategies import of_widths, seeds
 
 from lorapower import InputError, bounds, randomness
 from lorapower.constructions import fnn, partition
@@ -126,6 +127,28 @@ def test_the_search_finds_what_exhaustive_search_finds(
         assert ranks[every.index(least.partition(member)), member] == least.value[member]
 
 
+@settings(max_examples=60)
+@given(st.booleans(), seeds, st.data())
+def test_the_search_passes_over_blocks_that_are_too_narrow(
+    linear_last: bool, seed: int, data: st.DataObject
+) -> None:
+    sizes = st.integers(1, 5)
+    widths = data.draw(st.lists(sizes, min_size=2, max_size=6))
+    goal = data.draw(st.lists(sizes, min_size=2, max_size=len(widths)))
+    frozen = of_widths(widths, linear_last=linear_last, seed=seed, purpose="frozen")
+    target = of_widths(goal, linear_last=linear_last, seed=seed, purpose="target")
+    needed = {}
+    for cut in every_partition(frozen.depth, target.depth):
+        with suppress(InputError):
+            needed[cut] = int(bounds.fnn_threshold(frozen, target, cut))
+    if needed:
+        best = partition.least_rank(frozen, target)
+        assert best.value == min(needed.values()) == needed[best.partition()]
+    else:
+        with pytest.raises(InputError, match="target must be no deeper and no wider"):
+            partition.least_rank(frozen, target)
+
+
 def test_the_best_partition_can_need_much_less_rank_than_the_uniform_one() -> None:
     frozen, target = near_to_its_first_layer()
     best = partition.least_rank(frozen, target)
@@ -176,6 +199,8 @@ def test_blocks_end_only_where_the_frozen_network_is_wide_enough() -> None:
 
 def test_deeper_and_wider_targets_are_refused() -> None:
     frozen = FNN.random(2, 4)
+    with pytest.raises(InputError, match="that ends with a ReLU, like the frozen one"):
+        partition.least_rank(frozen, FNN.random(1, 4, linear_last=True))
     for target in (FNN.random(3, 4), FNN.random(1, 5)):
         with pytest.raises(InputError, match=r"no wider .* of widths \(4, 4, 4\); got widths"):
             partition.least_rank(frozen, target)

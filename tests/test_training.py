@@ -332,8 +332,9 @@ def test_layers_need_not_be_square(kind: str, sizes: tuple[int, ...]) -> None:
         assert result.network.relus == frozen.relus
         for update, rank in zip(result.adapters.updates, ranks, strict=True):
             assert torch.linalg.matrix_rank(update.matrix()[0]) <= rank
-    with pytest.raises(InputError, match=f"rank must be an integer from 0 to {max(ranks)} "):
-        train(frozen, [Tuning(max(map(min, shapes)) + 1)], data, steps=1)
+    largest = max(map(min, shapes))
+    with pytest.raises(InputError, match=f"rank must be an integer from 0 to {largest} "):
+        train(frozen, [Tuning(largest + 1)], data, steps=1)
 
 
 def test_transformers_need_not_be_square() -> None:
