@@ -222,6 +222,16 @@ def test_inputs_have_batch_dimensions_too(kind: str) -> None:
         assert float(together.error[i]) == pytest.approx(float(alone.error), rel=1e-6)
 
 
+@pytest.mark.parametrize("by", BY)
+def test_modules_need_the_rank_of_their_networks(by: Literal["bound", "trial"]) -> None:
+    frozen, target, x = problem("fnn")
+    modules = frozen.to_sequential(), target.to_sequential()
+    found = lorapower.rank_for_error(*modules, 0.05, x.tolist(), by=by)
+    wanted = lorapower.rank_for_error(frozen, target, 0.05, x, by=by)
+    assert int(found.rank) == int(wanted.rank)
+    assert torch.equal(found.errors, wanted.errors)
+
+
 def test_sequences_count_alike() -> None:
     frozen, target, x = problem("transformer")
     one = lorapower.rank_for_error(frozen, target, 0.1, x[0], by="trial")

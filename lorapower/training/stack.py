@@ -161,8 +161,12 @@ class Stack(Generic[N]):
 
     def _counts(self, full: Tensor, tuned: Tuned) -> Tensor:
         """How many numbers each run tunes: of adapters, of weights in full, and of biases."""
-        sides, sizes = (torch.tensor([of(shape) for shape in self.shapes]) for of in (sum, prod))
-        lengths = torch.tensor([bias.shape[-1] for bias in self.biases], dtype=torch.long)
+
+        def whole(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.long, device=tuned.ranks.device)
+
+        sides, sizes = (whole([of(shape) for shape in self.shapes]) for of in (sum, prod))
+        lengths = whole([bias.shape[-1] for bias in self.biases])
         counts = (tuned.ranks * sides, full * sizes, tuned.biases * lengths)
         return torch.stack([of_each.sum(-1) for of_each in counts]).sum(0)
 
