@@ -25,9 +25,9 @@ def fnn_threshold(
     """``max_i ⌈rank(E_i) / M_i⌉``: the least rank for all layers at which the partition is exact.
 
     ``E_i = W̄_i − ∏_{l∈P_i} W_l`` for block ``P_i`` of ``M_i`` layers, its last weight cut to the
-    rows and its first to the columns that the target layer has. More where a layer's smaller side
-    is below it, and `InputError` where a hidden layer is too narrow for any rank: that of a
-    `networks.Gap`. The uniform partition by default. Source: [thm-partition].
+    rows and its first to the columns that the target layer has. The uniform partition by default.
+    Raises `InputError` where a hidden layer of a block is too narrow for any rank. Source:
+    [thm-partition].
     """
     needed = [gap.threshold for gap in blocks(frozen, target, partition)]
     return torch.stack(torch.broadcast_tensors(*needed)).amax(0)

@@ -26,8 +26,7 @@ def error_rank(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*ba
 def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
     """``⌈rank(E) / L⌉``: the least rank for all layers with which they are adapted exactly.
 
-    More where a layer's smaller side is below it, and `InputError` where a hidden layer is too
-    narrow for any rank: that of a `networks.Gap`. Source: [cor-threshold].
+    Raises `InputError` where a hidden layer is too narrow for any rank. Source: [cor-threshold].
     """
     return Gap(frozen, target).threshold
 

@@ -139,17 +139,13 @@ class Gap:
 
     @property
     def threshold(self) -> Int[Tensor, "*batch"]:
-        """The least rank for all layers, each within its smaller side, that closes the gap.
+        """``⌈rank(E) / L⌉``: the least rank for all layers that closes the gap.
 
-        That is the least ``R`` with ``Σ_l min(R, d_l) ≥ rank E``, where ``d_l`` is the smaller side
-        of layer ``l``: ``⌈rank(E) / L⌉`` unless a side is below it. Raises what `ranks` raises.
-        Source: [cor-threshold].
+        Layers may differ in size: no smaller side is below ``rank E``, unless a hidden layer is too
+        narrow for any rank. Then raises what `ranks` raises. Source: [cor-threshold].
         """
-        rank = self.rank
         self.ranks([1] * self.frozen.depth)
-        sides = torch.tensor([min(weight.shape[-2:]) for weight in self.frozen.weights])
-        together = torch.minimum(torch.arange(int(sides.max()))[:, None], sides).sum(-1)
-        return (together < rank[..., None]).sum(-1)
+        return -(-self.rank // self.frozen.depth)
 
     def ranks(self, ranks: Sequence[int]) -> list[int]:
         """``ranks`` of the frozen layers, of which none has more than it can use.
