@@ -18,7 +18,7 @@ from sphinx.util.typing import ExtensionMetadata
 
 from lorapower.book.claims import MIME, Claim, read
 
-_COLUMNS = ("Verdict", "Claim", "Predicted", "Measured", "Criterion")
+_COLUMNS = ("Verdict", "Claim", "Predicted or required", "Measured", "Criterion")
 
 
 def _title(notebook: Path) -> str:

@@ -76,3 +76,12 @@ def test_an_executed_notebook_yields_its_claims_in_order(tmp_path: Path) -> None
     assert claims.read(path) == recorded
     assert [claim.holds for claim in claims.read(path)] == [True, False]
     assert "✗ fails" in recorded[1]._repr_mimebundle_()["text/markdown"]
+
+
+def test_only_what_is_proved_is_predicted() -> None:
+    words = {
+        label: claims.at_most("s", label, measured=1, bound=2)._repr_mimebundle_()["text/markdown"]
+        for label in ("thm-a", "obs-a")
+    }
+    assert "Predicted ≤ 2; measured 1" in words["thm-a"]
+    assert "Required ≤ 2; measured 1" in words["obs-a"]

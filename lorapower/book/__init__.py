@@ -1,6 +1,6 @@
 """What only the book's chapters need: their head, parameters, claims and figures."""
 
-from . import claims, figures
+from . import claims, figures, outputs
 from .notebook import THREADS, quote, setup
 from .parameters import (
     WIDEST,
@@ -38,6 +38,7 @@ __all__ = [
     "Width",
     "claims",
     "figures",
+    "outputs",
     "quote",
     "results",
     "setup",

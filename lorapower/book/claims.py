@@ -26,8 +26,9 @@ class Claim:
     Attributes
     ----------
     statement : what is claimed.
-    label : of the theorem, proposition or example of the book that it belongs to.
-    predicted, measured : what the mathematics says and what the run gave.
+    label : of the theorem, proposition or observation of the book that it belongs to.
+    predicted, measured : what the mathematics says, or an observation requires, and what the run
+        gave.
     criterion : the comparison that decided.
     holds : its result.
     """
@@ -39,12 +40,20 @@ class Claim:
     criterion: str
     holds: bool
 
+    @property
+    def expected(self) -> str:
+        """What ``predicted`` is: ``"required"`` by an observation, whose bar was set by hand.
+
+        Else ``"predicted"`` by a statement that is proved.
+        """
+        return "required" if self.label.startswith("obs-") else "predicted"
+
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         verdict = "✓ holds" if self.holds else "✗ fails"
         return {
             MIME: asdict(self),
-            "text/markdown": f"**{verdict}**: {self.statement}. Predicted {self.predicted}; "
-            f"measured {self.measured}; criterion: {self.criterion}.",
+            "text/markdown": f"**{verdict}**: {self.statement}. {self.expected.capitalize()} "
+            f"{self.predicted}; measured {self.measured}; criterion: {self.criterion}.",
         }
 
 

@@ -104,7 +104,7 @@ def adapt(
     """Adapters and biases that make a ReLU network imitate a shallower one over a region.
 
     Block ``P_i`` of the frozen layers imitates target layer ``i``. Its weights are adapted as those
-    of a deep linear network (`linear.adapt`). Its inner layers get the least biases with which
+    of a deep linear network (`linear.adapt`). Its inner layers get the least shifts with which
     every unit is active all over the region, so that they are affine maps:
     ``b̂_l = c_l − (W_l + ΔW_l) c_{l−1}``, where ``c_l``, by unit, is how far
     ``∏_{j≤l} (W_j + ΔW_j) (x − x_0)`` can go below 0, and ``c_0 = x_0`` the region's centre. The
