@@ -1,8 +1,8 @@
 """The expressive power of low-rank adaptation: networks, adapters, constructions and bounds.
 
-``adapters``, ``bounds``, ``constructions`` and ``networks`` are the mathematics, built on
-``lowrank``; ``regions`` are sets of inputs, ``randomness`` has the random streams. ``training`` is
-by gradient, ``experiments`` repeats the study, and ``book`` serves the chapters.
+`adapters`, `bounds`, `constructions` and `networks` are the mathematics, built on `lowrank`;
+`regions` are sets of inputs, `randomness` has the random streams. `training` is by gradient,
+`experiments` repeats the study, and `book` serves the chapters.
 """
 
 from . import adapters, bounds, constructions, lowrank, networks, regions

@@ -119,7 +119,7 @@ class FNN(Layers):
     def from_sequential(cls, module: nn.Sequential) -> FNN:
         """The ReLU network that a `torch.nn.Sequential` of ``Linear, ReLU, …, Linear, ReLU`` is.
 
-        A `Linear` without bias gets one of zeros. Inputs of the module are rows, ours columns:
+        A ``Linear`` without bias gets one of zeros. Inputs of the module are rows, ours columns:
         ``network(x.mT).mT`` equals ``module(x)``. Raises `InputError` for another module, naming
         the first layer that is out of its place.
         """
@@ -149,7 +149,7 @@ class FNN(Layers):
         return cls(weights, biases)
 
     def to_sequential(self) -> nn.Sequential:
-        """A `torch.nn.Sequential` of `Linear` and `ReLU` layers that computes this on rows.
+        """A `torch.nn.Sequential` of ``Linear`` and ``ReLU`` layers that computes this on rows.
 
         Raises `InputError` when the network carries batch dimensions: a module is one network.
         """

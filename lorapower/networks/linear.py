@@ -154,7 +154,7 @@ class LinearNetwork(Layers):
 
     @classmethod
     def from_sequential(cls, module: nn.Sequential) -> LinearNetwork:
-        """The linear network that a `torch.nn.Sequential` of bias-free `Linear` layers computes.
+        """The linear network that a `torch.nn.Sequential` of bias-free ``Linear`` layers computes.
 
         Its inputs are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``. Raises
         `InputError` for any other module or layer, and for a bias, naming its position.
@@ -180,7 +180,7 @@ class LinearNetwork(Layers):
         return cls([weight.detach().clone() for weight in weights])
 
     def to_sequential(self) -> nn.Sequential:
-        """A `torch.nn.Sequential` of bias-free `Linear` layers that computes this network on rows.
+        """A `torch.nn.Sequential` of bias-free ``Linear`` layers that computes this on rows.
 
         Raises `InputError` when the network carries batch dimensions: a module is one network.
         """
