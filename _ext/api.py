@@ -16,7 +16,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from itertools import pairwise
 from pkgutil import resolve_name
@@ -42,6 +42,7 @@ _NAME = re.compile(r"\"[^\"]*\"|'[^']*'|(?P<name>[A-Za-z_][\w.]*)")
 _MARKUP = re.compile(r"``.+?``(?!`)|`(?P<name>[^`]+)`|\[(?P<label>[a-z]+-[a-z-]+)\]", re.DOTALL)
 
 
+@cache
 def public(module: ModuleType) -> dict[str, object]:
     """What a module offers, by name; other modules are not among it."""
     names = getattr(module, "__all__", None) or [
@@ -53,6 +54,7 @@ def public(module: ModuleType) -> dict[str, object]:
     return {name: value for name, value in found.items() if not inspect.ismodule(value)}
 
 
+@cache
 def comments(module: ModuleType) -> dict[str, list[str]]:
     """Lines about the constants that a module defines, or that a package has from its modules."""
     found: dict[str, list[str]] = {}
@@ -82,22 +84,23 @@ def members(kind: type, module: ModuleType) -> list[str]:
     ]
 
 
-def full_name(path: str, scope: object) -> str | None:
+def full_name(path: str, scope: Any) -> str | None:
     """The name, from its module on, of what ``path`` leads to from a class or module ``scope``."""
+    holder, part = scope, path
     for part in path.split("."):
         holder, scope = scope, getattr(scope, part, None)
         if scope is None:
             return None
-    if inspect.ismodule(scope):
-        return scope.__name__
-    if _is_code(scope):
-        return f"{scope.__module__}.{scope.__qualname__}"
-    if inspect.ismodule(holder):
-        return f"{holder.__name__}.{part}"
-    return f"{holder.__module__}.{holder.__qualname__}.{part}"
+    return _own_name(scope) or f"{_own_name(holder)}.{part}"
 
 
-def _is_code(value: object) -> bool:
+def _own_name(value: Any) -> str | None:
+    if inspect.ismodule(value):
+        return value.__name__
+    return f"{value.__module__}.{value.__qualname__}" if _is_code(value) else None
+
+
+def _is_code(value: Any) -> bool:
     return inspect.isclass(value) or inspect.isfunction(inspect.unwrap(value))
 
 
@@ -115,8 +118,7 @@ def listed(lines: list[str]) -> Iterator[str]:
             section = line
             yield from ("", f":{section}:", "")
         elif section and (item := re.fullmatch(r"(\w[\w, ]*) : (.*)", line)):
-            mark = "`" if section == "Raises" else "**"
-            yield "    " + re.sub(r"\w+", rf"{mark}\g<0>{mark}", item[1])
+            yield f"    `{item[1]}`" if section == "Raises" else f"    **{item[1]}**"
             yield f"        {item[2]}"
         elif section and line[:1].strip():
             section = ""
@@ -169,7 +171,7 @@ def _process_docstring(
 ) -> None:
     text = "\n".join(listed(lines))
     if what == "module":
-        scopes, own = [obj, sys.modules[obj.__package__]], set()
+        scopes, own = [obj, sys.modules[obj.__package__]], set[str]()
     else:
         code = getattr(obj, "fget", None) or getattr(obj, "func", obj)
         holder = resolve_name(name.rpartition(".")[0])
@@ -218,14 +220,12 @@ class Package(SphinxDirective):
     def _name_as_defined(self, module: ModuleType) -> None:
         """Let what is imported from another module be found by its name there as well."""
         domain = cast(PythonDomain, self.env.get_domain("py"))
-        for name, value in public(module).items():
+        for name in public(module):
             here, there = f"{module.__name__}.{name}", full_name(name, module)
-            for entry in list(domain.objects):
-                if f"{entry}.".startswith(f"{here}."):
-                    other = there + entry.removeprefix(here)
-                    if other not in domain.objects:
-                        about = domain.objects[entry]
-                        domain.note_object(other, about.objtype, about.node_id, aliased=True)
+            for entry, about in list(domain.objects.items()):
+                other = f"{there}{entry.removeprefix(here)}"
+                if f"{entry}.".startswith(f"{here}.") and other not in domain.objects:
+                    domain.note_object(other, about.objtype, about.node_id, aliased=True)
 
 
 def _process_signature(
@@ -235,8 +235,7 @@ def _process_signature(
     if not given:
         return None
     found = inspect.signature(obj)
-    first = 1 if what == "method" and not inspect.ismethod(obj) else 0
-    shown = [_shown(parameter, obj) for parameter in [*found.parameters.values()][first:]]
+    shown = [_shown(each, obj) for each in found.parameters.values() if each.name != "self"]
     text = stringify_signature(found.replace(parameters=shown), show_return_annotation=False)
     return text, "" if inspect.isclass(obj) else _type(found.return_annotation, obj)
 
