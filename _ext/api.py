@@ -86,7 +86,6 @@ def members(kind: type, module: ModuleType) -> list[str]:
 
 def full_name(path: str, scope: Any) -> str | None:
     """The name, from its module on, of what ``path`` leads to from a class or module ``scope``."""
-    holder, part = scope, path
     for part in path.split("."):
         holder, scope = scope, getattr(scope, part, None)
         if scope is None:
@@ -166,7 +165,7 @@ def _parameters(code: Any) -> set[str]:
         return set()
 
 
-def _process_docstring(
+def process_docstring(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     text = "\n".join(listed(lines))
@@ -293,7 +292,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.setup_extension("sphinx.ext.autodoc")
     app.setup_extension("sphinx.ext.autosummary")
     app.add_directive("package", Package)
-    app.connect("autodoc-process-docstring", _process_docstring)
+    app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
     app.connect("missing-reference", _leave_unlinked)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
