@@ -57,7 +57,7 @@ ready := $(VENV)/.ready
 
 package := $(shell find lorapower -name '*.py')
 pages   := index.md references.bib _config.yml _toc.yml \
-	$(shell find _ext _static chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
+	$(shell find _ext _static api chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
 
 # Each project keeps its own IPython profile: a reader's start-up files must not change results.
 export IPYTHONDIR := $(CURDIR)/_build/ipython
@@ -131,8 +131,8 @@ include _build/chapters.mk
 endif
 endif
 
-_build/chapters.mk: tools/dependencies.py tools/execute.py tools/build_html.py $(package) \
-		$(wildcard _ext/*.py chapters/*.ipynb) chapters $(ready)
+_build/chapters.mk: tools/dependencies.py tools/execute.py $(package) \
+		$(wildcard chapters/*.ipynb) chapters $(ready)
 	@mkdir -p $(@D)
 	@$(bin)/python tools/dependencies.py >$@
 
@@ -140,5 +140,5 @@ $(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 	+@echo 'Executing $< (profile $(PROFILE))'
 	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE) --jobs $(JOBS)
 
-$(out)/html/index.html: $(pages) $(executed) tools/build_html.py $(ready)
+$(out)/html/index.html: $(pages) $(package) $(executed) tools/build_html.py $(ready)
 	@$(bin)/python tools/build_html.py $(out)

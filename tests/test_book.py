@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -19,6 +22,12 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 
 from lorapower.book.claims import read
 
+# The modules that each page on the package shows.
+PACKAGE = {
+    f"api/{page.stem}": re.findall(r"^\.\. package:: (\S+)$", page.read_text(), re.MULTILINE)
+    for page in sorted((ROOT / "api").glob("*.rst"))
+    if page.stem != "index"
+}
 PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
 WIDTHS = {"desktop": 1280, "phone": 390}
 SCHEMES = ("light", "dark")
@@ -123,8 +132,8 @@ def test_page_reads_well(reader: Reader, scheme: str, docname: str) -> None:
     assert reader.complaints == []
 
 
-@pytest.mark.parametrize("word", ["rank"])
-def test_search_finds_a_word(reader: Reader, word: str) -> None:
+@pytest.mark.parametrize(("word", "place"), [("rank", ""), ("fnn_threshold", "api/bounds.html")])
+def test_search_finds_a_word(reader: Reader, word: str, place: str) -> None:
     reader.requests.clear()
     reader.complaints.clear()
     reader.open("search", f"?q={word}")
@@ -134,6 +143,7 @@ def test_search_finds_a_word(reader: Reader, word: str) -> None:
     assert any(titles)
     results.first.click()
     assert reader.page.url.split("?")[0] != (reader.book / "search.html").as_uri()
+    assert place in reader.page.url
     assert reader.requests == []
     assert reader.complaints == []
 
@@ -159,7 +169,7 @@ def test_chapter_shows_what_its_source_holds(book: Path, chapter: Path) -> None:
     assert str(ROOT) not in text
 
 
-@pytest.mark.parametrize("docname", [*PAGES, "search", "genindex"])
+@pytest.mark.parametrize("docname", [*PAGES, "search", "genindex", "py-modindex"])
 def test_internal_links_resolve(book: Path, docname: str) -> None:
     here = book / f"{docname}.html"
     broken = []
@@ -192,6 +202,52 @@ def test_scorecard_shows_every_claim(book: Path) -> None:
         assert row.select_one("td")
         assert "✓ holds" in row.get_text()
         assert row.select("a.reference.internal")
+
+
+def defined(module: str) -> set[str]:
+    """What ``__all__`` has, or else the functions and classes that the source has at its top."""
+    found = importlib.import_module(module)
+    assert found.__file__
+    top = ast.parse(Path(found.__file__).read_text(encoding="utf-8")).body
+    named = [node.name for node in top if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    names = getattr(found, "__all__", [name for name in named if not name.startswith("_")])
+    return {name for name in names if not inspect.ismodule(getattr(found, name))}
+
+
+@pytest.mark.parametrize("docname", PACKAGE)
+def test_page_on_the_package_has_every_public_name(book: Path, docname: str) -> None:
+    modules = PACKAGE[docname]
+    expected = {f"{module}.{name}" for module in modules for name in defined(module)}
+    shown = {str(entry["id"]) for entry in soup(book, docname).select("dt.sig[id]")}
+    assert expected <= shown
+    assert {f"module-{module}" for module in modules} <= anchors(book / f"{docname}.html")
+
+
+def test_labels_in_docstrings_lead_to_their_statements(book: Path) -> None:
+    numbered = re.compile(r"(Assumption|Corollary|Definition|Lemma|Proposition|Theorem) \d+\.\d+")
+    found = {}
+    for docname in PACKAGE:
+        page = soup(book, docname)
+        assert not re.search(r"\[[a-z]+-[a-z-]+\]", page.get_text()), docname
+        for link in page.select("dl.py a[href*='chapters/']"):
+            assert numbered.fullmatch(link.get_text()), link
+            found[str(link["href"]).partition("#")[2]] = link.get_text()
+    assert {"thm-optimal-adaptation", "thm-partition", "thm-transformer"} <= found.keys()
+    assert found["thm-optimal-adaptation"].startswith("Theorem 1.")
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_names_in_code_lead_to_the_package(book: Path, chapter: Path) -> None:
+    links = soup(book, f"chapters/{chapter.stem}").select("div.cell_input pre a")
+    assert links
+    for link in links:
+        page, _, entry = str(link["href"]).partition("#")
+        assert page.startswith("../api/")
+        assert link.get_text().split(".")[-1] == entry.split(".")[-1]
+    if chapter.stem == "03-partitions":
+        targets = {link.get_text(): str(link["href"]) for link in links}
+        assert targets["bounds.fnn_threshold"].endswith("#lorapower.bounds.fnn_threshold")
+        assert targets["FNN.random"].endswith("#lorapower.networks.FNN.random")
 
 
 def test_folded_solutions_open(browser: Browser, book: Path) -> None:

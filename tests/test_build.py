@@ -158,7 +158,7 @@ class Book:
 @pytest.fixture
 def small(tmp_path: Path, run_make: Make) -> Book:
     folder = tmp_path / "a book"
-    for name in ("chapters", "lorapower/wing"):
+    for name in ("api", "chapters", "lorapower/wing"):
         (folder / name).mkdir(parents=True)
     for name in ("_ext", "_static", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

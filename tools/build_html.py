@@ -23,7 +23,16 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 ROOT = Path(__file__).resolve().parent.parent
 # That extension touches every living object, at which torch's deprecated ones protest.
 _QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning:sphinx_external_toc.collectors"}
-_SOURCES = ("_config.yml", "_toc.yml", "_ext", "_static", "chapters", "index.md", "references.bib")
+_SOURCES = (
+    "_config.yml",
+    "_toc.yml",
+    "_ext",
+    "_static",
+    "api",
+    "chapters",
+    "index.md",
+    "references.bib",
+)
 
 
 def stage(executed: Path, target: Path) -> None:

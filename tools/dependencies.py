@@ -1,4 +1,4 @@
-"""Print, as part of a makefile, which modules of the package each chapter and the pages depend on.
+"""Print, as part of a makefile, which modules of the package each chapter depends on.
 
 usage: python tools/dependencies.py
 
@@ -71,14 +71,12 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"), reverse=True)
     tool = ROOT / "tools" / "execute.py"
-    pages = [ROOT / "tools" / "build_html.py", *(ROOT / "_ext").glob("*.py")]
     try:
         graph = build_graph(PACKAGE, cache_dir=None)
         needs = {
             f"chapters/{path.name}": reached([*names(tool), *names(path)], graph)
             for path in chapters
         }
-        shown = reached((name for page in pages for name in names(page)), graph)
     except (SourceSyntaxError, SyntaxError) as error:
         print(f"{Path(str(error.filename)).relative_to(ROOT)} is not Python", file=sys.stderr)
         return 1
@@ -86,11 +84,10 @@ def main() -> int:
     # takes long be started last. Of equals the last one, which builds upon the others.
     executed = sorted(needs, key=lambda name: -len(needs[name]))
     print("executed :=", *(f"$(out)/{name}" for name in executed))
-    print(rule("html/index.html", map(file, shown)))
     for name in executed:
         print(rule(name, map(file, needs[name])))
     # A file that is gone counts as changed, and is not missed.
-    for module in sorted(set().union(shown, *needs.values())):
+    for module in sorted(set().union(*needs.values())):
         print(f"{file(module)}:")
     return 0
 

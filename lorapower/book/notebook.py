@@ -18,7 +18,7 @@ from ..errors import InputError
 from . import claims, figures
 from .parameters import Parameters
 
-# As torch found them; `setup` takes one.
+#: Threads that torch takes by itself; `setup` leaves it one.
 THREADS = torch.get_num_threads()
 # The notebook's variable that remembers, by parameter, its completed value, a copy of that, since
 # lists can be changed in place, and what was given.

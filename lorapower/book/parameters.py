@@ -20,6 +20,7 @@ from ..hub import PACKAGED
 
 # Names the folder of results of those that are given none.
 RESULTS = "LORAPOWER_RESULTS"
+#: The largest `Width`.
 WIDEST = 512
 
 
@@ -78,16 +79,28 @@ def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
 _LISTED = BeforeValidator(_listed)
 _PACKAGED = AfterValidator(lambda name: name or PACKAGED)
 
+#: Width of a layer, from 1 to `WIDEST`.
 Width = whole(1, WIDEST)
+#: Number of layers, or of a transformer's blocks.
 Depth = whole(1, 64)
+#: Attention heads of a block.
 Heads = whole(1, 16)
-Tokens = whole(1, 1000)  # in a sequence
-Layers = whole(2, 5)  # frozen, for one of the target's
-Blocks = whole(2, 4)  # of these layers
-Seeds = whole(0, 100)  # how many; 0: those of the profile
-Ranks: Any = Annotated[wholes(0), AfterValidator(_within_width)]  # up to the field `width`
-Source = Annotated[str, _PACKAGED]  # of texts
+#: Tokens of a sequence.
+Tokens = whole(1, 1000)
+#: Frozen layers for each layer of the target.
+Layers = whole(2, 5)
+#: Layers of the target, each of which gets `Layers`.
+Blocks = whole(2, 4)
+#: How many seeds; 0 stands for as many as the profile has.
+Seeds = whole(0, 100)
+#: Ranks up to the parameter ``width``, which is declared before them; none stand for all of them,
+#: or for 17 where there are more.
+Ranks: Any = Annotated[wholes(0), AfterValidator(_within_width)]
+#: Where texts come from; an empty name stands for the packaged ones.
+Source = Annotated[str, _PACKAGED]
+#: Name of an encoder; an empty one stands for the packaged encoder.
 Model = Annotated[str, _PACKAGED]
+#: Names of tasks.
 Tasks = Annotated[list[str], _LISTED]
 
 

@@ -56,7 +56,7 @@ class FNNAdaptation(Adaptation):
     def region(self) -> Region:
         """The inputs for which the predictions hold.
 
-        With `Samples` and a target of more than one layer, the samples themselves.
+        With `regions.Samples` and a target of more than one layer, the samples themselves.
         """
         return self.regions[0]
 
@@ -123,11 +123,13 @@ def adapt(
         broadcast, also with the region's.
     ranks : one for all layers, of which none takes more than its weight's smaller side; or one per
         layer, each from 0 to that side.
-    region : `regions.Ball` or `Box` (the result holds everywhere in it), or `Samples`.
+    region : `regions.Ball` or `regions.Box` (the result holds everywhere in it), or
+        `regions.Samples`.
     partition : the blocks; the uniform partition by default.
     scalar_biases : one number for all units of an inner layer instead of one for each; larger.
     input_scale : root mean square of the coordinates of inputs that a network usually sees, about
-        the region's centre; the loss of digits is stated for them. Not used with `Samples`.
+        the region's centre; the loss of digits is stated for them. Not used with
+        `regions.Samples`.
     max_digits_lost : acceptable loss, by default half of the digits of the type; ``inf`` accepts
         any.
     rtol, throw, seed : of `linear.adapt`.

@@ -70,7 +70,7 @@ def images() -> tuple[Float[Tensor, "samples side side"], Int[Tensor, " samples"
     """All images, grey values from 0 (paper) to 1 (ink), and the digits that they show.
 
     Raises `InputError` where scikit-learn, in which the images are, is not installed. Source:
-    `alpaydin1998` in the book's bibliography.
+    Alpaydin and Kaynak (1998).
     """
     try:
         from sklearn.datasets import load_digits

@@ -20,8 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .. import _checks
-from .._records import Record as Record
-from .._records import Results as Results
+from .._records import Record, Results
 from ..errors import InputError
 from . import provenance, store, tables
 from .provenance import Code, Origin
@@ -29,6 +28,8 @@ from .store import Row
 
 if TYPE_CHECKING:
     from distributed import Client
+
+__all__ = ["Record", "Results", "grid", "read", "run"]
 
 R = TypeVar("R", bound=Record)
 Work = Callable[[list[R]], Sequence[Record]]

@@ -141,10 +141,10 @@ class FNN(Layers):
     ) -> FNN:
         """The ReLU network that a `torch.nn.Sequential` of `Linear` and `ReLU` layers is.
 
-        A ReLU stands between any two `Linear` layers; the module ends with either, and a network
-        that ends with `Linear` has a linear last layer. A `Linear` without bias gets one of zeros.
-        Sequentials may be nested. `Identity` and `Dropout` are left out, the network computes what
-        the module does in evaluation; so is a leading `Flatten`. Inputs of the module are rows,
+        A ReLU stands between any two ``Linear`` layers; the module ends with either, and a network
+        that ends with ``Linear`` has a linear last layer. A ``Linear`` without bias gets one of zeros.
+        Sequentials may be nested. ``Identity`` and ``Dropout`` are left out, the network computes what
+        the module does in evaluation; so is a leading ``Flatten``. Inputs of the module are rows,
         ours columns: ``network(x.mT).mT`` equals ``module(x)``.
 
         Parameters
@@ -172,7 +172,7 @@ class FNN(Layers):
         return cls(weights, biases, linear_last=bool(layers) and not layers[-1].relu)
 
     def to_sequential(self) -> nn.Sequential:
-        """A `torch.nn.Sequential` of `Linear` and `ReLU` layers that computes this on rows.
+        """A `torch.nn.Sequential` of ``Linear`` and ``ReLU`` layers that computes this on rows.
 
         Raises `InputError` when the network carries batch dimensions: a module is one network.
         """

@@ -157,7 +157,7 @@ class LinearNetwork(Layers):
     def from_sequential(
         cls, module: nn.Sequential, *, dtype: torch.dtype | None = None, name: str = "module"
     ) -> LinearNetwork:
-        """The linear network that a `torch.nn.Sequential` of bias-free `Linear` layers computes.
+        """The linear network that a `torch.nn.Sequential` of bias-free ``Linear`` layers computes.
 
         Sequentials may be nested. `Identity` and `Dropout` are left out, the network computes what
         the module does in evaluation; so is a leading `Flatten`. Inputs of the module are rows,
@@ -184,7 +184,7 @@ class LinearNetwork(Layers):
         return cls([layer.weight for layer in layers])
 
     def to_sequential(self) -> nn.Sequential:
-        """A `torch.nn.Sequential` of bias-free `Linear` layers that computes this network on rows.
+        """A `torch.nn.Sequential` of bias-free ``Linear`` layers that computes this on rows.
 
         Raises `InputError` when the network carries batch dimensions: a module is one network.
         """

@@ -185,7 +185,7 @@ class Transformer(Network):
     # Kept in stacks, so that both are read only.
     @cached_property
     def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:  # type: ignore[override]
-        """All matrices, one by one: by kind in the order of `WEIGHTS`, then by block and head."""
+        """All matrices, one by one: by kind in the order of parameters, then by block and head."""
         return tuple(w for name in WEIGHTS for w in self._unstacked(name, 2))
 
     @cached_property

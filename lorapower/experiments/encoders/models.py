@@ -131,7 +131,7 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
     """Cosine of the angle between the two texts of each pair: the means over their tokens.
 
     It is how sentence encoders are made to be used (Reimers and Gurevych, 2019). Raises
-    `InputError` for no pairs, and as `encoder` does.
+    `InputError` for no pairs, and as `hub.encoder` does.
     """
     if not pairs:
         raise InputError("pairs", allowed="at least one pair of texts", given="none")

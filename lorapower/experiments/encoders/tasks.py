@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...errors import InputError
 
+#: Names of all scores.
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 
@@ -100,6 +101,7 @@ class Task:
 _BINARY = ("0", "1")
 _PAIR = ("sentence1", "sentence2")
 
+#: GLUE's tasks, by name.
 GLUE = {
     task.name: task
     for task in (
@@ -156,7 +158,8 @@ GLUE = {
     )
 }
 
-# Of the packaged reviews. Conditions are the most frequent ones; other rows are of no use then.
+# Conditions are the most frequent ones; other rows are of no use then.
+#: Tasks on the packaged reviews, by name.
 REVIEWS = {
     task.name: task
     for task in (
@@ -181,9 +184,10 @@ REVIEWS = {
     )
 }
 
+#: All of them.
 TASKS = GLUE | REVIEWS
 
-# Of RoBERTa-base with adapters of rank 2, pretrained and random: Zeng and Lee (2024).
+#: Scores of RoBERTa-base with adapters of rank 2, pretrained and random: Zeng and Lee (2024).
 PUBLISHED = {
     "mnli": (0.861, 0.523),
     "sst2": (0.950, 0.775),

@@ -1,0 +1,120 @@
+"""What the book's pages on the package make of docstrings."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import import_module
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+import api
+import lorapower
+from lorapower import bounds, networks
+from lorapower.networks import FNN, base
+
+PAGES = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "api").glob("*.rst"))
+SHOWN = re.findall(r"^\.\. package:: (\S+)$", PAGES, re.MULTILINE)
+
+
+def test_every_module_of_the_package_has_a_place() -> None:
+    top = {path.stem for path in (ROOT / "lorapower").iterdir() if not path.name.startswith("_")}
+    assert {name.split(".")[1] for name in SHOWN} == top - {"py"}
+    assert len(SHOWN) == len(set(SHOWN))
+    listed = set(
+        re.findall(r"^   ([\w.]+)$", (ROOT / "api" / "index.rst").read_text(), re.MULTILINE)
+    )
+    assert {name.split(".")[1] for name in SHOWN} == {name.split(".")[0] for name in listed}
+
+
+def test_sections_become_fields() -> None:
+    lines = """A sum.
+
+    Parameters
+    ----------
+    a, b : numbers,
+        of any size.
+    c : another.
+
+    Raises `InputError` for texts.
+
+    Raises
+    ------
+    InputError : texts.
+    """
+    assert "\n".join(api.listed(inspect.cleandoc(lines).split("\n"))) == inspect.cleandoc(
+        """A sum.
+
+
+        :Parameters:
+
+            **a, b**
+                numbers,
+                of any size.
+            **c**
+                another.
+
+
+        Raises `InputError` for texts.
+
+
+        :Raises:
+
+            `InputError`
+                texts."""
+    )
+
+
+def test_names_become_links_or_code() -> None:
+    text = api.linked(
+        "`pad` and `FNN.random` of ``x `y` z``, `given`, `torch.nn.Linear`, `nowhere`, "
+        "`bounds.fnn_error` by [thm-partition], ``[a-b]``.",
+        [networks],
+        {"given"},
+    )
+    assert text == (
+        ":py:obj:`pad <lorapower.networks.fnn.pad>` and "
+        ":py:obj:`FNN.random <lorapower.networks.fnn.FNN.random>` of ``x `y` z``, ``given``, "
+        "``torch.nn.Linear``, `nowhere`, :py:obj:`bounds.fnn_error <lorapower.bounds.fnn_error>` "
+        "by [:prf:ref:`thm-partition`], ``[a-b]``."
+    )
+
+
+def test_public_is_what_all_lists() -> None:
+    assert {*api.public(bounds)} == {*bounds.__all__}
+    assert {*api.public(lorapower)} == {name for name in lorapower.__all__ if name[0].isupper()}
+    assert "Layers" in api.public(base)
+    assert not {"Tensor", "N", "_checks"} & {*api.public(base)}
+
+
+def test_members_come_from_bases_without_an_entry() -> None:
+    found = api.members(FNN, networks)
+    assert {"__call__", "random", "depth"} <= {*found}
+    # The first is said at the base, which has an entry; the second has no docstring of its own.
+    assert not {"map", "with_parameters"} & {*found}
+
+
+def entries() -> list[Any]:
+    found = []
+    for module in map(import_module, SHOWN):
+        found.append(pytest.param("module", module.__name__, module, id=module.__name__))
+        for name, value in api.public(module).items():
+            place = f"{module.__name__}.{name}"
+            if inspect.isclass(value):
+                for member in api.members(value, module):
+                    path = f"{place}.{member}"
+                    found.append(pytest.param("", path, getattr(value, member), id=path))
+            if inspect.isclass(value) or inspect.isfunction(value):
+                found.append(pytest.param("", place, value, id=place))
+    return found
+
+
+@pytest.mark.parametrize(("what", "name", "value"), entries())
+def test_names_in_docstrings_lead_somewhere(what: str, name: str, value: Any) -> None:
+    lines = (inspect.getdoc(value) or "").split("\n")
+    app: Any = None
+    api.process_docstring(app, what, name, value, None, lines)
+    text = re.sub(r"``.+?``(?!`)|:[\w:]+:`.+?`", "", "\n".join(lines), flags=re.DOTALL)
+    assert "`" not in text
