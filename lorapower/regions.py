@@ -209,7 +209,7 @@ class Samples(Region):
     """
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:
-        self.inputs = _checks.real_tensor("inputs", inputs, min_dims=2)
+        self.inputs = _checks.real_tensor("inputs", inputs, min_dims=2, copy=True)
         self.margin = float(_numbers("margin", margin))
         if self.margin < 0:
             raise InputError("margin", allowed="at least 0", given=self.margin)
@@ -251,6 +251,6 @@ def _drawing(seed: int) -> torch.Generator:
 
 def _numbers(name: str, value: Any) -> Tensor:
     """``value`` as a finite tensor of any shape; plain integers are taken as float64."""
-    if isinstance(value, Integral) or (isinstance(value, np.ndarray) and value.dtype.kind == "i"):
+    if isinstance(value, Integral | np.ndarray) and np.asarray(value).dtype.kind == "i":
         value = np.float64(value)
-    return _checks.real_tensor(name, value, min_dims=0)
+    return _checks.real_tensor(name, value, min_dims=0, copy=True)

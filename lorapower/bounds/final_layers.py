@@ -83,7 +83,7 @@ def final_layers_floor(
     _checks.kind(FNN, frozen=frozen, target=target)
     samples = _checks.integer("samples", samples, 2)
     steps = _checks.integer("steps", steps, 1)
-    _checks.like_frozen(target.dtype, frozen.dtype)
+    _checks.like_frozen(target, frozen)
     if target.widths[0] != frozen.widths[0]:
         raise InputError(
             "target",
@@ -101,7 +101,10 @@ def final_layers_floor(
         offset = (x * direction).sum(-2, keepdim=True)
         x = x + (_restricted_normal(low + offset, high + offset, generator) - offset) * direction
     squares = (target(start) - target(x)).square().mean(-2) / 2
-    return Floor(squares.mean(-1), squares.std(-1) / samples**0.5)
+    mean = squares.mean(-1)
+    # Not std, which warns of empty batches.
+    variance = (squares - mean[..., None]).square().sum(-1) / (samples - 1)
+    return Floor(mean, (variance / samples).sqrt())
 
 
 class _Lines:

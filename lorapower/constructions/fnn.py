@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks, bounds, lowrank
 from ..adapters import Adapters
-from ..errors import InputError, PrecisionError, SingularError
+from ..errors import InputError, PrecisionError, SingularError, brief
 from ..lowrank import LowRank
 from ..networks import FNN, Partition, blocks, pad, product, shares
 from ..regions import Region
@@ -142,7 +142,7 @@ def adapt(
     gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     if not isinstance(region, Region):
-        raise InputError("region", allowed="a Ball, a Box or Samples", given=repr(region))
+        raise InputError("region", allowed="a Ball, a Box or Samples", given=brief(region))
     region = region.fit(target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
     batch = _checks.common_shape("frozen, target and region", batches)

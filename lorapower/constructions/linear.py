@@ -251,7 +251,7 @@ def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Sp
             outer, inner = _whole(remaining, passed_on, plan.take == "right")
         else:
             U, S, V = triplets or lowrank.svd(remaining)
-            s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).sum(-1).max()))
+            s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).any(0).sum()))
             k = min(shares[l], s)
             if k == 0:
                 continue

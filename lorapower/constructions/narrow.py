@@ -7,7 +7,7 @@ Where ``d`` units stand between two factors of larger matrices, ``X̂ Ŷ = X̄ �
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
 
     That is, below those of `bounds.pair_ranks` for a member of the batch.
     """
-    least = [int(needed.max()) for needed in bounds.pair_ranks(gap)]
+    least = [max(needed.flatten().tolist(), default=0) for needed in bounds.pair_ranks(gap)]
     given = list(ranks.values())
     if given[0] < least[0] or given[1] < least[1] or sum(given) < least[2]:
         raise InputError(
@@ -54,8 +54,9 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
     size = Y.shape[-2]
     kept = (max(0, size - inner_rank), max(0, size - outer_rank))
     flat = (m.flatten(0, -3) for m in (Y, X, Y_target, X_target))
-    G = torch.stack([_gauge(member, kept, seed) for member in zip(*flat, strict=True)])
-    G = G.reshape(*Y.shape[:-2], size, size)
+    G = Y.new_empty(*Y.shape[:-2], size, size)
+    for member, *sides in zip(G.view(-1, size, size), *flat, strict=True):
+        member.copy_(_gauge(sides, kept, seed))
 
     before, inner, outer, after = gap.frozen.weights
     wanted_inner = lowrank.solve(before.mT, (G @ Y_target).mT).mT
@@ -87,9 +88,7 @@ def _none(weight: Tensor) -> LowRank:
     return LowRank(weight[..., :0], weight.mT[..., :0])
 
 
-def _gauge(
-    sides: tuple[Tensor, ...], kept: tuple[int, int], seed: int
-) -> Float[Tensor, "size size"]:
+def _gauge(sides: Sequence[Tensor], kept: tuple[int, int], seed: int) -> Float[Tensor, "size size"]:
     """``G`` with which ``kept`` dimensions of ``Y`` and of ``X`` stay as they are.
 
     ``X̄ G^{-1} − X`` vanishes on ``G a`` where ``X̄ a + X b = 0`` and ``G a = −b``; ``G Ȳ − Y``

@@ -20,6 +20,9 @@ from ..errors import InputError
 class Network(ABC):
     """One network, or as many as the batch shape says, as matrices and vectors.
 
+    A network has numbers of its own: what it is made from is copied, be it tensors, arrays or
+    lists, and may be changed or trained on afterwards. No gradients flow into or through it.
+
     All that adapters and training need to know of a network's kind is said here.
 
     Attributes
@@ -58,9 +61,17 @@ class Network(ABC):
             [torch.where(which[..., None], 0, bias) for bias in self.biases],
         )
 
-    def to(self, dtype: torch.dtype) -> Self:
-        """The same network with all numbers rounded to ``dtype``."""
-        return self.map(lambda values: values.to(dtype))
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Self:
+        """The same network with all numbers rounded to ``dtype``, on ``device``.
+
+        What is not given stays as it is. Raises `InputError` for a type other than float32 and
+        float64, and for a device that torch does not find.
+        """
+        dtype = self.dtype if dtype is None else _checks.precision(dtype)
+        device = self.device if device is None else _checks.device(device)
+        return self.map(lambda values: values.to(device, dtype))
 
     def __getitem__(self, index: Any) -> Self:
         """The member, or members, of the batch at ``index``.
@@ -80,6 +91,10 @@ class Network(ABC):
     def dtype(self) -> torch.dtype:
         return self.weights[0].dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0].device
+
     def members(self, index: Any) -> Tensor:
         """Positions, in the flattened batch, of the members at ``index`` of the batch dimensions.
 
@@ -93,8 +108,8 @@ class Network(ABC):
             ) from error
 
     def as_inputs(self, x: Any) -> Float[Tensor, "*batch in n"]:
-        """``x`` in the network's type, or an `InputError` where its columns are no inputs."""
-        x = _checks.real_tensor("x", x, min_dims=2).to(self.dtype)
+        """``x`` in the network's type and on its device; `InputError` where it is no inputs."""
+        x = _checks.real_tensor("x", x, min_dims=2).to(self.device, self.dtype)
         inputs = self.weights[0].shape[-1]
         columns, are = ("tokens", "tokens") if self.sequences else ("samples", "inputs")
         if x.shape[-2] != inputs:
@@ -147,7 +162,7 @@ def per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) ->
         given = "none" if isinstance(values, Sequence) else type(values).__name__
         raise InputError(plural, allowed=f"at least one {one}", given=given)
     layers = [
-        _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims)
+        _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims, copy=True)
         for l, value in enumerate(values, start=1)
     ]
     if len({layer.dtype for layer in layers}) > 1:

@@ -49,7 +49,7 @@ class Gap:
                 given="{} inputs and {} outputs".format(*ends[1]),
                 allowed="of {} inputs and {} outputs, like the frozen network".format(*ends[0]),
             )
-        _checks.like_frozen(target.dtype, frozen.dtype)
+        _checks.like_frozen(target, frozen)
         _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
         object.__setattr__(self, "frozen", frozen)
         object.__setattr__(self, "target", target)

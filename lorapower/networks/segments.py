@@ -94,11 +94,13 @@ def _chains(network: Transformer, batch: torch.Size) -> list[LinearNetwork]:
         [before, network.W_V, network.W_O, after],
     ]
     inner = [
-        LinearNetwork([w.expand(*batch, *network.W_Q.shape[-4:-2], *w.shape[-2:]) for w in chain])
+        LinearNetwork.unchecked(
+            [w.expand(*batch, *network.W_Q.shape[-4:-2], *w.shape[-2:]) for w in chain]
+        )
         for chain in chains
     ]
     outputs = (network.W_2[..., -1, :, :], network.W_out)
-    return [*inner, LinearNetwork([w.expand(*batch, *w.shape[-2:]) for w in outputs])]
+    return [*inner, LinearNetwork.unchecked([w.expand(*batch, *w.shape[-2:]) for w in outputs])]
 
 
 def _check(frozen: Transformer, target: Transformer) -> torch.Size:
@@ -110,7 +112,7 @@ def _check(frozen: Transformer, target: Transformer) -> torch.Size:
                 given=target.sizes[side],
                 remedy="segments are matched one to one, and adapters leave all sizes as they are",
             )
-    _checks.like_frozen(target.dtype, frozen.dtype)
+    _checks.like_frozen(target, frozen)
     if frozen.sizes["hidden"] != frozen.width:
         raise InputError(
             "W_1",

@@ -85,7 +85,7 @@ class Transformer(Network):
 
     def __post_init__(self) -> None:
         given = {
-            name: _checks.real_tensor(name, getattr(self, name), min_dims=len(shape))
+            name: _checks.real_tensor(name, getattr(self, name), min_dims=len(shape), copy=True)
             for name, shape in SHAPES.items()
         }
         sizes: dict[str, int] = {}

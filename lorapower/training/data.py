@@ -152,7 +152,7 @@ def _usable(name: str, labelled: Any) -> Labelled:
             name, allowed="a pair of inputs and labels", given=f"a {type(labelled).__name__}"
         )
     x, y = labelled
-    inputs = _checks.real_tensor(f"{name} inputs", x, min_dims=2)
+    inputs = _checks.real_tensor(f"{name} inputs", x, min_dims=2, copy=True)
     if isinstance(y, Tensor) and y.dtype not in _checks.PRECISIONS:
-        return inputs, y
-    return inputs, _checks.real_tensor(f"{name} labels", y, min_dims=1)
+        return inputs, y.clone()
+    return inputs, _checks.real_tensor(f"{name} labels", y, min_dims=1, copy=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import N
-from ..errors import InputError
+from ..errors import InputError, brief
 from . import compiled, reference
 from .compiled import State, Structure
 from .data import Data
@@ -84,7 +84,7 @@ def train(
         or not all(isinstance(tuning, Tuning) for tuning in tunings)
     ):
         raise InputError(
-            "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=repr(tunings)
+            "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=brief(tunings)
         )
     state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until)
     if place is None:
@@ -98,7 +98,7 @@ def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
     """One value for each member of the batch, from one for all or from that many."""
     values = [given] * members if isinstance(given, kind) else given
     if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
-        raise InputError(name, allowed=f"one {kind.__name__}, or several", given=repr(given))
+        raise InputError(name, allowed=f"one {kind.__name__}, or several", given=brief(given))
     if len(values) != members:
         raise InputError(
             name, allowed=f"one, or one for each of {members} networks", given=len(values)

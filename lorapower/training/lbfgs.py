@@ -64,5 +64,6 @@ def minimize(
         total.backward()
         return total
 
-    optimizer.step(loss)
+    if any(factor.numel() for pair in factors for factor in pair):
+        optimizer.step(loss)
     return squared_errors().detach().sqrt()

@@ -30,6 +30,12 @@ class Stack(Generic[N]):
 
     def __init__(self, frozen: N) -> None:
         _checks.kind(Network, frozen=frozen)
+        if not frozen.batch_shape.numel():
+            raise InputError(
+                "frozen",
+                allowed="at least one network",
+                given=f"batch shape {tuple(frozen.batch_shape)}",
+            )
         # The network's own checks refuse numbers too large for single precision.
         self.network: Any = frozen.to(torch.float32)
         self.shapes = [tuple(weight.shape[-2:]) for weight in frozen.weights]
