@@ -143,7 +143,7 @@ def condition(singular_values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*bat
 
 
 def solve(
-    matrix: Float[Tensor, "*batch rows cols"], right: Float[Tensor, "*batch rows k"]
+    matrix: Float[Tensor, "*#batch rows cols"], right: Float[Tensor, "*#batch rows k"]
 ) -> Float[Tensor, "*batch cols k"]:
     """The smallest ``X`` with ``M X = Y`` for a matrix ``M`` of full row rank (``rows ≤ cols``).
 

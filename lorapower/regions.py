@@ -67,7 +67,7 @@ class Region(ABC):
         return self._centre.expand(*self.batch_shape, width, 1)
 
     @abstractmethod
-    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+    def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         """``min_x M (x − centre)`` over the region, for each row of ``M``; never above 0."""
 
     @abstractmethod
@@ -91,7 +91,7 @@ class Region(ABC):
         return torch.cat([self.centre + steps, self.centre - steps], dim=-1)
 
     def after(
-        self, matrix: Float[Tensor, "*batch out width"], at_centre: Float[Tensor, "*batch out 1"]
+        self, matrix: Float[Tensor, "*#batch out width"], at_centre: Float[Tensor, "*#batch out 1"]
     ) -> Region:
         """A region that holds ``ReLU(M (x − centre) + m)`` for every ``x`` in this one."""
         low = at_centre + self.lowest(matrix)
@@ -128,7 +128,7 @@ class Ball(Region):
     def fit(self, width: int, dtype: torch.dtype) -> Ball:
         return Ball(self.radius.to(dtype), self._column(width)[..., 0].to(dtype))
 
-    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+    def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
         return -self.radius[..., None, None] * rows
 
@@ -180,7 +180,7 @@ class Box(Region):
         sides = centre - self.half, centre + self.half
         return Box(*(side[..., 0].to(dtype) for side in sides))
 
-    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+    def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         return -(matrix.abs() * self.half.mT).sum(-1, keepdim=True)
 
     def largest_norm(self) -> Float[Tensor, "*batch"]:
@@ -219,7 +219,7 @@ class Samples(Region):
         self._column(width)
         return Samples(self.inputs.to(dtype), self.margin)
 
-    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+    def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         return (1 + self.margin) * (matrix @ (self.inputs - self.centre)).amin(-1, keepdim=True)
 
     def largest_norm(self) -> Float[Tensor, "*batch"]:
@@ -237,7 +237,7 @@ class Samples(Region):
         return self.inputs
 
     def after(
-        self, matrix: Float[Tensor, "*batch out width"], at_centre: Float[Tensor, "*batch out 1"]
+        self, matrix: Float[Tensor, "*#batch out width"], at_centre: Float[Tensor, "*#batch out 1"]
     ) -> Samples:
         return Samples((matrix @ (self.inputs - self.centre) + at_centre).relu(), self.margin)
 

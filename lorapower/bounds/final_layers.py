@@ -34,7 +34,7 @@ class Floor:
 
 @torch.no_grad()
 def colliding_inputs(
-    frozen: FNN, x: Float[Tensor, "*batch in samples"], *, reach: float = 1.0, seed: int = 0
+    frozen: FNN, x: Float[Tensor, "*#batch in samples"], *, reach: float = 1.0, seed: int = 0
 ) -> Float[Tensor, "*batch in samples"]:
     """For each input another one that the frozen first layer cannot tell from it.
 

@@ -18,6 +18,9 @@ from .. import _checks, lowrank
 from ..errors import InputError
 from ..networks import FNN, Partition, blocks, shares
 
+# Samples, or the trace of their second moment.
+Inputs = Float[Tensor, "*#batch in samples"] | Float[Tensor, ""] | float
+
 
 def fnn_threshold(
     frozen: FNN, target: FNN, partition: Partition | None = None
@@ -47,7 +50,7 @@ def fnn_error(
     frozen: FNN,
     target: FNN,
     ranks: int | Sequence[int],
-    inputs: Float[Tensor, "*batch in samples"] | float,
+    inputs: Inputs,
     partition: Partition | None = None,
 ) -> Float[Tensor, "*batch"]:
     """``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``, ``z̄_i`` the target's activations.
@@ -74,7 +77,7 @@ def fnn_error_on(
     frozen: FNN,
     target: FNN,
     ranks: int | Sequence[int],
-    inputs: Float[Tensor, "*batch in samples"],
+    inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> Float[Tensor, "*batch"]:
     """``Σ_i [∏_{j>i} ‖M_j‖_2] (E‖(M_i − W̄_i) z̄_{i−1}‖²)^{1/2}``, a sharper bound on given samples.
@@ -93,9 +96,7 @@ def fnn_error_on(
     return accumulate_errors(terms)
 
 
-def activation_sizes(
-    target: FNN, inputs: Float[Tensor, "*batch in samples"] | float
-) -> list[Float[Tensor, "*batch"]]:
+def activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch"]]:
     """``(E‖z̄_{i−1}‖²)^{1/2}`` before each layer: measured on samples, or bounded from ``E‖x‖²``."""
     given = _checks.real_tensor("inputs", inputs, min_dims=0)
     if given.ndim:

@@ -59,7 +59,7 @@ def transformer_error(
     frozen: Transformer,
     target: Transformer,
     errors: Segments[Tensor],
-    x: Float[Tensor, "*batch width n"],
+    x: Float[Tensor, "*#batch width n"],
 ) -> Float[Tensor, "*batch"]:
     """A bound of the largest error ``‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
 

@@ -64,7 +64,7 @@ class FNNAdaptation:
         return self.regions[0]
 
     def covers(
-        self, frozen: FNN, x: Float[Tensor, "*batch in samples"]
+        self, frozen: FNN, x: Float[Tensor, "*#batch in samples"]
     ) -> Bool[Tensor, "*batch samples"]:
         """Whether the adapted network is, at each input, what the proof needs.
 
@@ -220,7 +220,7 @@ def reachable(
     frozen: FNN,
     target: FNN,
     ranks: int | Sequence[int],
-    inputs: Float[Tensor, "*batch in samples"],
+    inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> FNN:
     """A target that `adapt` reaches exactly with these ranks, near to the given one on inputs.

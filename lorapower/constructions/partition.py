@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from .. import _checks, bounds
+from ..bounds.fnn import Inputs
 from ..errors import InputError
 from ..networks import FNN, Gap, Partition, Pieces
 
@@ -51,7 +52,7 @@ def least_error(
     frozen: FNN,
     target: FNN,
     ranks: int | Sequence[int],
-    inputs: Float[Tensor, "*batch in samples"] | float,
+    inputs: Inputs,
 ) -> OptimalPartition:
     """The partition of the least error bound at given ranks, `bounds.fnn_error` of ``inputs``.
 

@@ -39,7 +39,7 @@ class Network(ABC):
     sequences: ClassVar[bool] = False
 
     @abstractmethod
-    def __call__(self, x: Float[Tensor, "*batch in n"]) -> Float[Tensor, "*batch out n"]:
+    def __call__(self, x: Float[Tensor, "*#batch in n"]) -> Float[Tensor, "*batch out n"]:
         """The outputs for the columns of ``x``."""
 
     @abstractmethod

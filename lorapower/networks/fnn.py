@@ -100,7 +100,7 @@ class FNN(Layers):
         return network
 
     def preactivations(
-        self, x: Float[Tensor, "*batch in samples"]
+        self, x: Float[Tensor, "*#batch in samples"]
     ) -> list[Float[Tensor, "*batch _ samples"]]:
         """``W_l z_{l−1} + b_l`` for each layer, where ``z_0 = x`` and ``z_l = ReLU(…)`` of it."""
         z, found = self.as_inputs(x), []
@@ -110,7 +110,7 @@ class FNN(Layers):
         return found
 
     def __call__(
-        self, x: Float[Tensor, "*batch in samples"]
+        self, x: Float[Tensor, "*#batch in samples"]
     ) -> Float[Tensor, "*batch out samples"]:
         """``z_L``: the last layer's ReLU of its pre-activations."""
         return self.preactivations(x)[-1].relu()

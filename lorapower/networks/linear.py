@@ -17,7 +17,7 @@ from ..errors import InputError
 from .base import Layers, chained, random_weights
 
 
-def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
+def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*batch out in"]:
     """``∏_l W_l = W_L ⋯ W_1``: the first factor of the sequence acts first (rightmost).
 
     Raises `InputError` for an empty sequence, whose product has no size.
@@ -147,7 +147,7 @@ class LinearNetwork(Layers):
         return torch.minimum(layerwise, entrywise)
 
     def __call__(
-        self, x: Float[Tensor, "*batch in samples"]
+        self, x: Float[Tensor, "*#batch in samples"]
     ) -> Float[Tensor, "*batch out samples"]:
         """``W_L ⋯ W_1 x``, layer by layer."""
         return product([self.as_inputs(x), *self.weights])

@@ -83,10 +83,22 @@ class Transformer(Network):
 
     sequences: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        W_Q: Any,
+        W_K: Any,
+        W_V: Any,
+        W_O: Any,
+        W_1: Any,
+        b_1: Any,
+        W_2: Any,
+        b_2: Any,
+        W_out: Any,
+    ) -> None:
+        values = (W_Q, W_K, W_V, W_O, W_1, b_1, W_2, b_2, W_out)
         given = {
-            name: _checks.real_tensor(name, getattr(self, name), min_dims=len(shape), copy=True)
-            for name, shape in SHAPES.items()
+            name: _checks.real_tensor(name, value, min_dims=len(shape), copy=True)
+            for (name, shape), value in zip(SHAPES.items(), values, strict=True)
         }
         sizes: dict[str, int] = {}
         for name, shape in SHAPES.items():
@@ -249,7 +261,7 @@ class Transformer(Network):
         _checks.common_shape("x and network", [tuple(x.shape[:-2]), tuple(self.batch_shape)])
         return x
 
-    def trace(self, x: Float[Tensor, "*batch width n"]) -> list[BlockTrace]:
+    def trace(self, x: Float[Tensor, "*#batch width n"]) -> list[BlockTrace]:
         """What happens in each block, first block first."""
         z, found = self.as_inputs(x), []
         for l in range(self.depth):
@@ -262,6 +274,6 @@ class Transformer(Network):
             found.append(BlockTrace(patterns, hidden, z))
         return found
 
-    def __call__(self, x: Float[Tensor, "*batch width n"]) -> Float[Tensor, "*batch out n"]:
+    def __call__(self, x: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
         """``W_out Z_L``, token by token; leading dimensions of ``x`` broadcast with the batch."""
         return self.W_out @ self.trace(x)[-1].outputs

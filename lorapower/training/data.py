@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from .. import _checks, randomness
 from ..errors import InputError
 from ..networks import Network
 
-Labelled = tuple[Float[Tensor, "*batch in samples"], Float[Tensor, "*batch out samples"]]
+# Of a form that `Data` describes.
+Labelled = tuple[Float[Tensor, "..."], Num[Tensor, "..."]]
 
 
 class Data(ABC):
@@ -104,8 +105,8 @@ class Fixed(Data):
 
     def __init__(
         self,
-        training: Labelled,
-        validation: Labelled,
+        training: tuple[Any, Any],
+        validation: tuple[Any, Any],
         *,
         samples: int | None = None,
         seed: int = 0,
