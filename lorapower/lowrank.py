@@ -125,7 +125,9 @@ def rank(
     errors would count.
     """
     singular_values = spectrum(matrix)
-    scale = singular_values[..., 0] if scale is None else torch.as_tensor(scale)
+    scale = (
+        singular_values[..., 0] if scale is None else torch.as_tensor(scale, device=matrix.device)
+    )
     threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * scale
     return (singular_values > threshold[..., None]).sum(-1)
 
@@ -179,8 +181,8 @@ def random_matrix(
     size = min(rows, cols)
 
     def orthonormal(n: int) -> Tensor:
-        normal = torch.randn(*batch_shape, n, size, generator=generator, dtype=torch.float64)
+        normal = randomness.normal(generator, *batch_shape, n, size)
         return torch.linalg.qr(normal)[0]
 
-    sigma = torch.logspace(0, -1, size, base=condition_number, dtype=torch.float64)
+    sigma = torch.logspace(0, -1, size, base=condition_number, dtype=torch.float64, device="cpu")
     return ((orthonormal(rows) * sigma) @ orthonormal(cols).mT).to(dtype)

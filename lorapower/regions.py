@@ -86,7 +86,7 @@ class Region(ABC):
         ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates, whose covariance is
         ``scale² I``; nearer to the centre where that is outside.
         """
-        identity = torch.eye(self.width, dtype=self.centre.dtype)
+        identity = torch.eye(self.width, dtype=self.centre.dtype, device=self.centre.device)
         steps = identity * (-self.lowest(identity)).clamp(max=scale * self.width**0.5)
         return torch.cat([self.centre + steps, self.centre - steps], dim=-1)
 
@@ -139,10 +139,11 @@ class Ball(Region):
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
         generator = _drawing(seed)
-        shape, dtype = (*self.batch_shape, self.width, samples), self.centre.dtype
-        normal = torch.randn(shape, generator=generator, dtype=dtype)
+        kind: Any = {"dtype": self.centre.dtype, "device": self.centre.device}
+        shape = (*self.batch_shape, self.width, samples)
+        normal = randomness.normal(generator, *shape, **kind)
         direction = normal / torch.linalg.vector_norm(normal, dim=-2, keepdim=True)
-        fraction = torch.rand((*self.batch_shape, 1, samples), generator=generator, dtype=dtype)
+        fraction = randomness.uniform(generator, *self.batch_shape, 1, samples, **kind)
         reach = 1 if edge else fraction ** (1 / self.width)
         return self.centre + self.radius[..., None, None] * reach * direction
 
@@ -191,7 +192,8 @@ class Box(Region):
     ) -> Float[Tensor, "*batch width samples"]:
         generator = _drawing(seed)
         shape = (*self.batch_shape, self.width, samples)
-        drawn = 2 * torch.rand(shape, generator=generator, dtype=self.centre.dtype) - 1
+        kind: Any = {"dtype": self.centre.dtype, "device": self.centre.device}
+        drawn = 2 * randomness.uniform(generator, *shape, **kind) - 1
         return self.centre + self.half * (drawn.sign() if edge else drawn)
 
 
@@ -230,7 +232,9 @@ class Samples(Region):
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
         generator = _drawing(seed)
-        picked = torch.randint(self.inputs.shape[-1], (samples,), generator=generator)
+        count = self.inputs.shape[-1]
+        picked = torch.randint(count, (samples,), generator=generator, device="cpu")
+        picked = picked.to(self.inputs.device)
         return (self._corners() if edge else self.inputs)[..., picked]
 
     def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:

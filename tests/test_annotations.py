@@ -75,6 +75,5 @@ def test_the_package_is_checked() -> None:
     network = FNN.random(2, 3)
     for function in (lowrank.spectrum, FNN.preactivations, type(network).random.__func__):  # type: ignore[attr-defined]
         assert function.__code__.co_filename == jaxtyping.jaxtyped.__code__.co_filename
-    # Without the check of shapes, this would be the sum.
     with pytest.raises(jaxtyping.TypeCheckError):
-        lowrank.tail_norms(torch.ones(2, dtype=torch.int64), 1)
+        lowrank.condition(torch.ones(2, dtype=torch.int64))

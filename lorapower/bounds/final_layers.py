@@ -92,7 +92,7 @@ def final_layers_floor(
         )
     generator = randomness.generator(seed, "floor for the final layers")
     shape = (*frozen.batch_shape, frozen.widths[0], samples)
-    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    start = randomness.normal(generator, *shape, device=frozen.device)
     lines, x = _Lines(frozen, start), start
     for _ in range(steps):
         direction = lines.direction(generator)
@@ -123,7 +123,7 @@ class _Lines:
     def direction(self, generator: torch.Generator) -> Tensor:
         """Random, of length 1, orthogonal to the active rows; 0 where these leave none."""
         shape = (*self.seen.shape[:-2], self.seen.shape[-1], 1)
-        unit = torch.randn(shape, generator=generator, dtype=self.seen.dtype)
+        unit = randomness.normal(generator, *shape, device=self.seen.device)
         # Little may be left of it the first time; the second takes the rounding of that away.
         for _ in range(2):
             unseen = unit - self.seen.mT @ (self.seen @ unit)
@@ -147,6 +147,6 @@ def _restricted_normal(low: Tensor, high: Tensor, generator: torch.Generator) ->
     flip = low + high > 0
     a, b = torch.where(flip, -high, low), torch.where(flip, -low, high)
     start, stop = torch.special.ndtr(a), torch.special.ndtr(b)
-    drawn = torch.rand(a.shape, generator=generator, dtype=a.dtype)
+    drawn = randomness.uniform(generator, *a.shape, device=a.device)
     value = torch.special.ndtri(start + drawn * (stop - start)).clamp(a, b)
     return torch.where(flip, -value, value)

@@ -103,15 +103,22 @@ def activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch"
         return [_size(z) for z in (given, *(p.relu() for p in target.preactivations(given)[:-1]))]
     if given < 0:
         raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(given))
-    sizes = [given.to(target.dtype).sqrt()]
+    sizes = [given.to(target.device, target.dtype).sqrt()]
     for weight, bias in zip(target.weights[:-1], target.biases[:-1], strict=True):
         sizes.append(lowrank.norm(weight) * sizes[-1] + torch.linalg.vector_norm(bias, dim=-1))
     return sizes
 
 
 def accumulate_errors(terms: Iterable[tuple[Tensor, Tensor]]) -> Float[Tensor, "*batch"]:
-    """``Σ_i (∏_{j>i} g_j) p_i`` of gains ``g_i`` and new errors ``p_i``, first block first."""
-    return reduce(lambda error, term: term[0] * error + term[1], terms, torch.zeros(()))
+    """``Σ_i (∏_{j>i} g_j) p_i`` of gains ``g_i`` and new errors ``p_i``, first block first.
+
+    Raises `InputError` for none.
+    """
+    terms = list(terms)
+    if not terms:
+        raise InputError("terms", allowed="at least one pair of a gain and an error", given="none")
+    (_, error), *later = terms
+    return reduce(lambda error, term: term[0] * error + term[1], later, error)
 
 
 def _size(z: Tensor) -> Tensor:

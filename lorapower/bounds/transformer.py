@@ -79,7 +79,7 @@ def transformer_error(
     """
     cut, shift = segments(frozen, target), missing_shift(target)
     norms = Segments(*(lowrank.norm(gap.target.product()) for gap in cut))
-    delta = torch.zeros((), dtype=target.dtype)
+    delta = torch.zeros((), dtype=target.dtype, device=target.device)
     columns = target.as_inputs(x)
     for l, block in enumerate(target.trace(x)):
         shifted = columns + shift[..., l - 1, :, None] if l else columns

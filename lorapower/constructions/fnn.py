@@ -269,7 +269,9 @@ def _biases(
     # Rounding must not switch off a unit at the edge, even where the region is a single point.
     eps = torch.finfo(region.centre.dtype).eps
     beyond = 1 + eps**0.5
-    matrix = torch.eye(weights[0].shape[-1], dtype=region.centre.dtype)[:, : region.width]
+    centre = region.centre
+    matrix = torch.eye(weights[0].shape[-1], dtype=centre.dtype, device=centre.device)
+    matrix = matrix[:, : region.width]
     made = _Biases([], [], [pad(region.centre, weights[0].shape[-1])])
     for l, (weight, bias) in enumerate(zip(weights, frozen, strict=True), start=1):
         matrix, before = weight @ matrix, weight @ made.values[-1]
@@ -303,7 +305,7 @@ def _digits_lost(
     Each unit's rounding is taken as independent, of the size of a unit in the last place of the
     root of its summed squared terms, and carried through the block's later layers, all affine.
     """
-    covariance = torch.zeros((), dtype=layer.dtype)
+    covariance = torch.zeros((), dtype=layer.dtype, device=layer.device)
     for weight, bias, value in zip(weights, tuned.biases, tuned.values[:-1], strict=True):
         own = weight.square() @ value.square() + bias.square()
         covariance = weight @ covariance @ weight.mT if covariance.ndim else covariance

@@ -124,7 +124,7 @@ def close(
     gap = gap.flat()
     best_map = gap.reached(total)
     best = _split(gap, best_map, per_layer, _Plan(range(frozen.depth)))
-    plain = torch.ones(len(scale), dtype=torch.bool)
+    plain = torch.ones_like(scale, dtype=torch.bool)
     for plan in () if plain_only else _alternatives(gap, per_layer, seed):
         poor = best.rounding > 16 * last_place * scale
         if not poor.any():
@@ -323,9 +323,9 @@ def _directions(
     """Orthogonal ``[batch, s, s]``: combinations of triplets, first those that a layer takes."""
     size = basis.shape[-1]
     if take == "leading":
-        return torch.eye(size, dtype=basis.dtype).expand(len(basis), size, size)
+        return torch.eye(size, dtype=basis.dtype, device=basis.device).expand(len(basis), -1, -1)
     if take == "random":
-        normal = torch.randn(size, size, generator=generator, dtype=basis.dtype)
+        normal = randomness.normal(generator, size, size, dtype=basis.dtype, device=basis.device)
         return torch.linalg.qr(normal)[0].expand(len(basis), size, size)
     cost = _solved(system, basis).nan_to_num()
     return lowrank.svd(cost).V.flip(-1)

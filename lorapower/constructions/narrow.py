@@ -78,7 +78,7 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
         frobenius_error=0 * one,
         rounding_error=lowrank.norm(made - wanted),
         condition_numbers=torch.stack([one, *systems, one], dim=-1),
-        plain=torch.full(one.shape, kept == (0, 0)),
+        plain=torch.full_like(one, kept == (0, 0), dtype=torch.bool),
         success=torch.ones_like(one, dtype=torch.bool),
     )
 
@@ -103,20 +103,21 @@ def _gauge(sides: Sequence[Tensor], kept: tuple[int, int], seed: int) -> Float[T
     U, S, Vh = torch.linalg.svd(form)
     # The last of V annihilate most; of U those that meet no part of V that was taken.
     a_b = outer @ Vh.mT[:, len(Vh) - kept[1] :]
-    conflict = torch.zeros(len(U), dtype=Y.dtype)
-    conflict[: len(S)] = torch.where(torch.arange(len(S)) >= len(Vh) - kept[1], S, 0)
+    conflict = Y.new_zeros(len(U))
+    place = torch.arange(len(S), device=S.device)
+    conflict[: len(S)] = torch.where(place >= len(Vh) - kept[1], S, 0)
     c_d = inner @ U[:, conflict.argsort()[: kept[0]]]
     a, b, c, d = a_b[:size], a_b[size:], c_d[:size], c_d[size:]
 
     d_inverse, a_inverse = torch.linalg.pinv(d), torch.linalg.pinv(a)
-    free_left = torch.eye(size, dtype=Y.dtype) - d @ d_inverse
-    free_right = torch.eye(size, dtype=Y.dtype) - a @ a_inverse
+    identity = torch.eye(size, dtype=Y.dtype, device=Y.device)
+    free_left, free_right = identity - d @ d_inverse, identity - a @ a_inverse
     fixed = -free_left @ b @ a_inverse - d_inverse.mT @ c.mT
     generator = randomness.generator(seed, "completions")
     scale = torch.linalg.matrix_norm(fixed, ord=2).item() or 1.0
-    trials = [torch.eye(size, dtype=Y.dtype)]
+    trials = [identity]
     for _ in range(8 if any(kept) else 0):
-        normal = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        normal = randomness.normal(generator, size, size, device=Y.device)
         trials.append(torch.linalg.qr(normal)[0].to(Y.dtype))
     found = torch.stack([fixed + scale * free_left @ trial @ free_right for trial in trials])
     return found[lowrank.condition_number(found).argmin()]

@@ -79,7 +79,7 @@ def _search(
     rises: then the best partition of all layers begins with a best partition of the first ones.
     """
     pieces = Pieces(frozen, target)
-    values = {0: torch.zeros((), dtype=frozen.dtype)}
+    values = {0: torch.zeros((), dtype=frozen.dtype, device=frozen.device)}
     starts: list[dict[int, Tensor]] = []
     for i in range(target.depth):
         reached, chosen = {}, {}
@@ -92,7 +92,8 @@ def _search(
                     step(i, layers, pieces.gap(i, layers), values[layers.start]) for layers in runs
                 ]
                 reached[end], best = torch.stack(torch.broadcast_tensors(*found)).min(0)
-                chosen[end] = torch.tensor([layers.start for layers in runs])[best]
+                firsts = [layers.start for layers in runs]
+                chosen[end] = torch.tensor(firsts, device=best.device)[best]
         values = reached
         starts.append(chosen)
     if frozen.depth not in values:
@@ -103,9 +104,9 @@ def _search(
         )
 
     value = values[frozen.depth]
-    ends = [torch.full(value.shape, frozen.depth)]
+    ends = [torch.full_like(value, frozen.depth, dtype=torch.long)]
     for chosen in reversed(starts):
-        table = torch.zeros(frozen.depth + 1, *value.shape, dtype=torch.long)
+        table = ends[0].new_zeros(frozen.depth + 1, *value.shape)
         for layer, start in chosen.items():
             table[layer] = start
         ends.append(table.gather(0, ends[-1][None])[0])

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, randomness
 from ..errors import InputError
 
 
@@ -101,7 +101,9 @@ class Network(ABC):
         Raises `InputError` for an index that the batch does not have.
         """
         try:
-            return torch.arange(self.batch_shape.numel()).reshape(self.batch_shape)[index]
+            return torch.arange(self.batch_shape.numel(), device=self.device).reshape(
+                self.batch_shape
+            )[index]
         except IndexError as error:
             raise InputError(
                 "index", allowed=f"one into batch shape {tuple(self.batch_shape)}", given=index
@@ -189,7 +191,7 @@ def uniform(
     *shape: int, width: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Float[Tensor, ...]:
     """Numbers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√width``."""
-    drawn = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    drawn = randomness.uniform(generator, *shape)
     return ((2 * drawn - 1) / width**0.5).to(dtype)
 
 

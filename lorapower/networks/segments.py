@@ -86,7 +86,8 @@ def _inverted(
 
 def _chains(network: Transformer, batch: torch.Size) -> list[LinearNetwork]:
     width = network.width
-    identity = torch.eye(width, dtype=network.dtype).expand(*network.batch_shape, 1, -1, -1)
+    identity = torch.eye(width, dtype=network.dtype, device=network.device)
+    identity = identity.expand(*network.batch_shape, 1, -1, -1)
     before = torch.cat([identity, network.W_2[..., :-1, :, :]], dim=-3)[..., None, :, :]
     after = network.W_1[..., None, :, :]
     chains = [

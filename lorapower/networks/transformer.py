@@ -165,8 +165,7 @@ class Transformer(Network):
             shape = (*batch_shape, *(sizes[side] for side in SHAPES[name]))
             if "heads" not in SHAPES[name]:
                 return uniform(*shape, width=width, generator=generator, dtype=dtype)
-            normal = torch.randn(*shape, generator=generator, dtype=torch.float64)
-            return (scale * normal).to(dtype)
+            return (scale * randomness.normal(generator, *shape)).to(dtype)
 
         return cls(**{name: draw(name) for name in SHAPES})
 

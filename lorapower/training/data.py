@@ -45,7 +45,7 @@ class Fresh(Data):
 
     Parameters
     ----------
-    label : a target network, or another function of inputs.
+    label : a target network, or another function of inputs; these lie where its labels do.
     shape : of one input, ``(D,)`` or ``(D, N)``.
     samples : in each batch.
     validation_samples : drawn once.
@@ -84,8 +84,9 @@ class Fresh(Data):
     def _draw(self, batch: tuple[int, ...], samples: int, *part: str | int) -> Labelled:
         one = (samples, *self.shape) if len(self.shape) == 2 else (*self.shape, samples)
         generator = randomness.generator(self.seed, *self.purpose, *part)
-        x = torch.randn(*batch, *one, generator=generator)
-        return x, self.label(x)
+        x = randomness.normal(generator, *batch, *one, dtype=torch.float32)
+        y = self.label(x)
+        return x.to(y.device), y
 
 
 class Fixed(Data):
@@ -143,7 +144,9 @@ class Fixed(Data):
 
     def _order(self, epoch: int) -> Tensor:
         generator = randomness.generator(self.seed, *self.purpose, "order", epoch)
-        return torch.randperm(self.training[0].shape[self.sample_dim], generator=generator)
+        x, _ = self.training
+        count = x.shape[self.sample_dim]
+        return torch.randperm(count, generator=generator, device="cpu").to(x.device)
 
 
 def _usable(name: str, labelled: Any) -> Labelled:

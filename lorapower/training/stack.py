@@ -46,7 +46,7 @@ class Stack(Generic[N]):
         self.weights = self._padded(self.network.weights, 2)
         # A linear network has biases too: zeros, which stay.
         self.padded_biases = self._padded(
-            self.biases or [torch.zeros(self.members, 1)] * len(self.shapes), 1
+            self.biases or [torch.zeros(self.members, 1, device="cpu")] * len(self.shapes), 1
         )
 
     @property
@@ -132,7 +132,7 @@ class Stack(Generic[N]):
         """What the runs gave, at the least validation loss of each."""
 
         def shaped(values: Any) -> Tensor:
-            values = torch.as_tensor(values)
+            values = torch.as_tensor(values, device=self.network.device)
             return values.reshape(-1, *self.network.batch_shape, *values.shape[1:])
 
         largest = max(int(state.ranks.max()), 0)
@@ -155,7 +155,7 @@ class Stack(Generic[N]):
         return Training(
             self.network.with_parameters(weights, *([biases] if biases else [])),
             Adapters(tuple(updates), changes),
-            steps=torch.arange(state.training.shape[1]) * every,
+            steps=torch.arange(state.training.shape[1], device=best.device) * every,
             training_loss=shaped(state.training),
             validation_loss=shaped(state.validation),
             best_loss=best,
@@ -168,7 +168,7 @@ class Stack(Generic[N]):
         padded = np.zeros((self.members, len(values), *[self.width] * dims), np.float32)
         for i, value in enumerate(values):
             sizes = value.shape[-dims:]
-            padded[:, i][(slice(None), *map(slice, sizes))] = value.reshape(-1, *sizes)
+            padded[:, i][(slice(None), *map(slice, sizes))] = value.reshape(-1, *sizes).cpu()
         return padded
 
     def _ranks(self, tuning: Tuning) -> list[int]:
@@ -200,9 +200,8 @@ class Stack(Generic[N]):
         for m in adapted.nonzero()[0]:
             outer, inner = self.shapes[m]
             rank = min(outer, inner)
-            drawn = torch.randn(
-                rank, inner, generator=randomness.generator(seed, "factors", int(m))
-            )
+            generator = randomness.generator(seed, "factors", int(m))
+            drawn = randomness.normal(generator, rank, inner, dtype=torch.float32)
             factors[m, :rank, :inner] = FACTOR_SCALE * drawn
         return factors
 
@@ -301,10 +300,10 @@ class Batches:
     def _features(self, values: Tensor) -> Float[Tensor, "*lead D tokens samples"]:
         values = values.movedim(-3, -1) if self.sequences else values.unsqueeze(-2)
         padding = self.stack.width - values.shape[-3]
-        return torch.nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).to(torch.float32)
+        return torch.nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).to("cpu", torch.float32)
 
     def _one_hot(self, y: Any, shape: tuple[int, ...]) -> Float[Tensor, "*lead classes 1 samples"]:
-        y = torch.as_tensor(y)
+        y = torch.as_tensor(y, device="cpu")
         self._check_labels(y, shape)
         integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
         if not integers or y.min() < 0 or y.max() >= self.classes:
