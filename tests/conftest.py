@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-import annotations as _annotations
 import pytest
+import typechecks
 from hypothesis import settings
 
-_annotations.install()
+typechecks.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))

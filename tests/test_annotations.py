@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-import annotations
 import jaxtyping
 import pytest
 import torch
+import typechecks
 from jaxtyping import Float
 from torch import Tensor
 
 from lorapower import InputError, lowrank
 from lorapower.networks import FNN
 
-checked = jaxtyping.jaxtyped(typechecker=annotations.checked)
+checked = jaxtyping.jaxtyped(typechecker=typechecks.checked)
 ONES = torch.ones(3, 4)
 
 
@@ -70,8 +71,10 @@ def test_a_function_may_refuse_what_its_annotations_exclude() -> None:
 
 def test_the_package_is_checked() -> None:
     assert {"lorapower.lowrank", "lorapower.networks.fnn", "lorapower.book.figures"} <= {
-        *annotations.modules()
+        *typechecks.modules()
     }
+    for module in typechecks.modules():
+        import_module(module)
     network = FNN.random(2, 3)
     for function in (lowrank.spectrum, FNN.preactivations, type(network).random.__func__):  # type: ignore[attr-defined]
         assert function.__code__.co_filename == jaxtyping.jaxtyped.__code__.co_filename

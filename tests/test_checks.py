@@ -168,7 +168,7 @@ MADE: dict[str, Any] = {
     "stacked": lambda a: LinearNetwork(a(3, 2, 2)),
     "FNN": lambda a: FNN(a(3, 2, 2), a(3, 2)),
     "Transformer": lambda a: Transformer(
-        *(a(1, 1, 2, 2) for _ in range(4)),
+        **{name: a(1, 1, 2, 2) for name in ("W_Q", "W_K", "W_V", "W_O")},
         **{"W_1": a(1, 2, 2), "b_1": a(1, 2), "W_2": a(1, 2, 2), "b_2": a(1, 2)},
         W_out=a(2, 2),
     ),

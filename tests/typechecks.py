@@ -51,5 +51,6 @@ def _known(hint: Any) -> Any:
     """``hint``, or any value's where beartype does not know it."""
     kind = get_origin(hint) or hint
     generic_tuple = isclass(kind) and issubclass(kind, tuple) and issubclass(kind, Generic)
+    protocol = getattr(kind, "_is_protocol", False)
     # `Self` it knows only within classes that it decorates.
-    return Any if hint is Self or generic_tuple else hint
+    return Any if hint is Self or generic_tuple or protocol else hint
