@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Module, Sequential
 
 from .errors import InputError, brief
 
 PRECISIONS = (torch.float32, torch.float64)
+# One for all layers, or one for each.
+Ranks = int | Sequence[int] | Int[Tensor, " layers"] | Int[np.ndarray, " layers"]
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None, *, limit: str = "") -> int:

@@ -18,7 +18,7 @@ from .networks import Network
 N = TypeVar("N", bound=Network)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapters:
     """One low-rank update for each weight of a network, and tuned biases [def-adapter].
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import _checks, randomness
+from . import _checks, _values, randomness
 from .errors import InputError
 
 
@@ -59,6 +59,8 @@ class SVD(NamedTuple):
     U: Float[Tensor, "*batch out k"]
     S: Float[Tensor, "*batch k"]
     V: Float[Tensor, "*batch in k"]
+
+    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__
 
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:

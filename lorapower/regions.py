@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import _checks, randomness
+from . import _checks, _values, randomness
 from .errors import InputError
 
 
@@ -45,6 +45,16 @@ class Region(ABC):
     def width(self) -> int:
         """Number of coordinates of an input."""
         return self.centre.shape[-2]
+
+    def __repr__(self) -> str:
+        width = f"width {self.width}" if self._fitted else "any width"
+        return _values.summary(
+            self, width, *self._extent(), like=self._centre, batch=self.batch_shape
+        )
+
+    def _extent(self) -> list[str]:
+        """Words on how far it reaches, where that is one number."""
+        return []
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -124,6 +134,9 @@ class Ball(Region):
                 given=float(self.radius.min()),
                 remedy="such a ball is empty",
             )
+
+    def _extent(self) -> list[str]:
+        return [] if self.radius.ndim else [f"radius {float(self.radius):g}"]
 
     def fit(self, width: int, dtype: torch.dtype) -> Ball:
         return Ball(self.radius.to(dtype), self._column(width)[..., 0].to(dtype))
@@ -216,6 +229,9 @@ class Samples(Region):
         if self.margin < 0:
             raise InputError("margin", allowed="at least 0", given=self.margin)
         self._centre = self.inputs.mean(-1, keepdim=True)
+
+    def _extent(self) -> list[str]:
+        return [f"{self.inputs.shape[-1]} samples", f"margin {self.margin:g}"]
 
     def fit(self, width: int, dtype: torch.dtype) -> Samples:
         self._column(width)

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, randomness
+from .. import _checks, _values, randomness
 from ..errors import InputError
 from ..networks import FNN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Floor:
     """An estimate with its standard error.
 
@@ -30,6 +30,8 @@ class Floor:
 
     mean_squared_error: Float[Tensor, "*batch"]
     standard_error: Float[Tensor, "*batch"]
+
+    __repr__ = _values.fields
 
 
 @torch.no_grad()

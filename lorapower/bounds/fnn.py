@@ -7,7 +7,7 @@ target of one layer they are those of [thm-one-layer], for deeper ones [thm-part
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import reduce
 
 import torch
@@ -36,7 +36,7 @@ def fnn_threshold(
 
 
 def fnn_block_errors(
-    frozen: FNN, target: FNN, ranks: int | Sequence[int], partition: Partition | None = None
+    frozen: FNN, target: FNN, ranks: _checks.Ranks, partition: Partition | None = None
 ) -> Float[Tensor, "*batch blocks"]:
     """``ε_i = σ_{r_i+1}(E_i)`` with ``r_i = Σ_{l∈P_i} R_l``: what each block leaves undone."""
     gaps = blocks(frozen, target, partition)
@@ -49,7 +49,7 @@ def fnn_block_errors(
 def fnn_error(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     inputs: Inputs,
     partition: Partition | None = None,
 ) -> Float[Tensor, "*batch"]:
@@ -76,7 +76,7 @@ def fnn_error(
 def fnn_error_on(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> Float[Tensor, "*batch"]:

@@ -91,7 +91,7 @@ class FNNAdaptation:
 def adapt(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     region: Region,
     partition: Partition | None = None,
     *,
@@ -219,7 +219,7 @@ def adapt(
 def reachable(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> FNN:

@@ -50,7 +50,7 @@ class LinearAdaptation:
 def adapt(
     frozen: LinearNetwork | Any,
     target: LinearNetwork | Any,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     *,
     plain_only: bool = False,
     rtol: float | None = None,
@@ -96,7 +96,7 @@ def adapt(
 @torch.no_grad()
 def close(
     gap: Gap,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     *,
     plain_only: bool = False,
     rtol: float | None = None,

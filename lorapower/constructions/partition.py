@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
-from .. import _checks, bounds
+from .. import _checks, _values, bounds
 from ..bounds.fnn import Inputs
 from ..errors import InputError
 from ..networks import FNN, Gap, Partition, Pieces
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OptimalPartition:
     """The best partition for each member of a batch.
 
@@ -27,6 +27,8 @@ class OptimalPartition:
 
     sizes: Int[Tensor, "*batch blocks"]
     value: Num[Tensor, "*batch"]
+
+    __repr__ = _values.fields
 
     def partition(self, *member: int) -> Partition:
         """The partition of one member of the batch."""
@@ -51,7 +53,7 @@ def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
 def least_error(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     inputs: Inputs,
 ) -> OptimalPartition:
     """The partition of the least error bound at given ranks, `bounds.fnn_error` of ``inputs``.

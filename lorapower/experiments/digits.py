@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, bounds, constructions
+from .. import _checks, _values, bounds, constructions
 from .._records import Record
 from ..adapters import Adapters
 from ..errors import InputError
@@ -110,6 +110,8 @@ class Split(NamedTuple):
     training: Labelled
     validation: Labelled
     test: Labelled
+
+    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__
 
 
 @functools.cache

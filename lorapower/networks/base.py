@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, randomness
+from .. import _checks, _values, randomness
 from ..errors import InputError
 
 
@@ -82,6 +82,14 @@ class Network(ABC):
         own = len(self.batch_shape)
         return self.map(lambda values: values.reshape(-1, *values.shape[own:])[members])
 
+    def __repr__(self) -> str:
+        return _values.summary(self, self.sides, like=self.weights[0], batch=self.batch_shape)
+
+    @property
+    @abstractmethod
+    def sides(self) -> str:
+        """Its sizes in words."""
+
     @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions: how many networks this object holds."""
@@ -123,7 +131,7 @@ class Network(ABC):
         return x
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layers(Network):
     """Layers of weights ``W_1, …, W_L`` that chain; what is between them is a subclass's matter."""
 
@@ -138,6 +146,11 @@ class Layers(Network):
     def widths(self) -> tuple[int, ...]:
         """Sizes along the network, ``(in, …, out)``: ``L + 1`` of them."""
         return (self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights))
+
+    @property
+    def sides(self) -> str:
+        """The widths, in the order of the layers."""
+        return "→".join(map(str, self.widths))
 
     def _require_single(self) -> None:
         if self.batch_shape:

@@ -20,7 +20,7 @@ def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*ba
     return nn.functional.pad(x, (0, 0, 0, width - x.shape[-2]))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FNN(Layers):
     """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``, the last one too.
 

@@ -27,7 +27,7 @@ def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*
     return reduce(lambda inner, outer: outer @ inner, weights)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearNetwork(Layers):
     """A deep linear network ``x ↦ W_L ⋯ W_1 x``.
 

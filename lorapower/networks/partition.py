@@ -79,6 +79,9 @@ class Pieces:
         self._goals = [LinearNetwork.unchecked([weight]) for weight in target.weights]
         self._runs: dict[tuple[int, ...], LinearNetwork] = {}
 
+    def __repr__(self) -> str:
+        return f"Pieces(frozen={self.frozen}, target={self.target})"
+
     def gap(self, i: int, layers: slice) -> Gap:
         """Frozen ``layers`` against target layer ``i``, counted from 0.
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, randomness
+from .. import _checks, _values, randomness
 from ..errors import InputError
 from .base import Network, uniform
 
@@ -45,8 +45,10 @@ class BlockTrace(NamedTuple):
     preactivations: Float[Tensor, "*batch hidden n"]
     outputs: Float[Tensor, "*batch width n"]
 
+    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Transformer(Network):
     """``L`` blocks of attention with ``H`` heads and a ReLU layer, and an output matrix.
 
@@ -192,6 +194,14 @@ class Transformer(Network):
             for name, shape in SHAPES.items()
             for side, n in zip(shape, getattr(self, name).shape[-len(shape) :], strict=True)
         }
+
+    @property
+    def sides(self) -> str:
+        """Blocks, heads, the size of these, and the sizes along a block and of an output."""
+        n = self.sizes
+        heads = f"{n['heads']} heads of {n['query size']} and {n['value size']}"
+        layers = f"{n['width']}→{n['hidden']}→{n['width']}, {n['outputs']} outputs"
+        return f"{n['blocks']} blocks, {heads}, {layers}"
 
     # Kept in stacks, so that both are read only.
     @cached_property

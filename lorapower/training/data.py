@@ -74,6 +74,9 @@ class Fresh(Data):
         count = _checks.integer("validation_samples", validation_samples, 1)
         self.validation = self._draw((), count, "validation inputs")
 
+    def __repr__(self) -> str:
+        return f"Fresh(shape {self.shape}, {self.samples} samples, seed {self.seed})"
+
     def block(self, index: int) -> Labelled:
         return self._draw((self.BLOCK,), self.samples, "inputs", index)
 
@@ -126,6 +129,10 @@ class Fixed(Data):
             )
         self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
         self.seed, self.purpose = _checks.integer("seed", seed, 0), purpose
+
+    def __repr__(self) -> str:
+        x, y = self.training
+        return f"Fixed({list(x.shape)} to {list(y.shape)}, {self.samples} samples)"
 
     def block(self, index: int) -> Labelled:
         x, y = self.training
