@@ -10,13 +10,13 @@ from torch import Tensor
 from .errors import InputError
 
 
-def positions(batch_shape: torch.Size, index: Any) -> Tensor:
+def positions(batch_shape: torch.Size, index: Any, device: torch.device) -> Tensor:
     """Where in the flattened batch the members are that an index of the batch dimensions selects.
 
     Raises `InputError` for an index that the batch does not have.
     """
     try:
-        return torch.arange(batch_shape.numel(), device="cpu").reshape(batch_shape)[index]
+        return torch.arange(batch_shape.numel(), device=device).reshape(batch_shape)[index]
     except IndexError as error:
         raise InputError(
             "index", allowed=f"one into batch shape {tuple(batch_shape)}", given=index

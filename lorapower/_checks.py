@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
+from math import inf, nan
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Module
 
-from .errors import InputError
+from .errors import InputError, brief
 
 PRECISIONS = (torch.float32, torch.float64)
+# One for all layers, or one for each.
+Ranks = int | Sequence[int] | Int[Tensor, " layers"] | Int[np.ndarray, " layers"]
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None, *, limit: str = "") -> int:
@@ -22,7 +25,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None, *, limit: 
     ceiling = "" if high is None else f" to {high}"
     allowed = f"an integer from {low}{ceiling}" + (f" ({limit})" if limit else "")
     if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
-        raise InputError(name, allowed=allowed, given=repr(value))
+        raise InputError(name, allowed=allowed, given=brief(value))
     number = int(value)
     if number < low or (high is not None and number > high):
         raise InputError(name, allowed=allowed, given=number)
@@ -31,16 +34,60 @@ def integer(name: str, value: Any, low: int, high: int | None = None, *, limit: 
 
 def positive(name: str, value: Any) -> float:
     """``value`` as a finite ``float`` above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < inf:
-        raise InputError(name, allowed="a finite number above 0", given=repr(value))
-    return float(value)
+    number = _real(value)
+    if not 0 < number < inf:
+        raise InputError(name, allowed="a finite number above 0", given=brief(value))
+    return number
 
 
 def tolerance(name: str, value: Any) -> float:
     """``value`` as a ``float`` that is at least 0; infinity is allowed."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
-        raise InputError(name, allowed="a number of at least 0", given=repr(value))
-    return float(value)
+    number = _real(value)
+    if not number >= 0:
+        raise InputError(name, allowed="a number of at least 0", given=brief(value))
+    return number
+
+
+def _real(value: Any) -> float:
+    """``value`` as a ``float``, infinite where that cannot hold it; NaN for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return nan
+    try:
+        return float(value)
+    except OverflowError:
+        return inf if value > 0 else -inf  # type: ignore[operator]
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value`` as a ``bool``, which nothing else stands for."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(name, allowed="True or False", given=brief(value))
+    return bool(value)
+
+
+def precision(value: Any) -> torch.dtype:
+    """``value`` if it is a type that the package computes in."""
+    if not isinstance(value, torch.dtype) or value not in PRECISIONS:
+        raise InputError("dtype", allowed="torch.float32 or torch.float64", given=brief(value))
+    return value
+
+
+def device(value: Any) -> torch.device:
+    """``value`` as a device that torch finds here and that holds numbers."""
+    try:
+        found = torch.empty(0, device=value).device
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError("device", allowed="one that torch finds here", given=value) from error
+    if found.type == "meta":
+        raise InputError("device", allowed="one that holds numbers", given="meta, which has none")
+    return found
+
+
+def sizes(name: str, value: Any, low: int = 0) -> tuple[int, ...]:
+    """``value`` as a tuple of integers from ``low``, such as a batch shape."""
+    if not isinstance(value, tuple | list):
+        raise InputError(name, allowed="a tuple of integers", given=brief(value))
+    return tuple(integer(name, size, low) for size in value)
 
 
 def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -48,9 +95,9 @@ def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, .
 
     One for each is within its own weight's smaller side.
     """
-    if isinstance(ranks, np.ndarray | Tensor):
+    if isinstance(ranks, np.ndarray) or (isinstance(ranks, Tensor) and not ranks.is_meta):
         ranks = ranks.tolist()
-    if not isinstance(ranks, Sequence) or isinstance(ranks, str):
+    if not isinstance(ranks, Sequence) or isinstance(ranks, str | bytes):
         return capped_ranks(ranks, shapes)
     if len(ranks) != len(shapes):
         raise InputError(
@@ -78,18 +125,22 @@ def capped_ranks(rank: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(min(cap, side) for side in sides)
 
 
-def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
-    """``value`` (tensor, array, lists) as a finite, non-empty float32 or float64 tensor."""
-    if isinstance(value, Tensor):
-        tensor = value.detach()
-    else:
-        try:
-            array = np.array(value, order="C")
-            tensor = torch.from_numpy(array)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                name, allowed="a rectangular array of numbers", given=repr(value)
-            ) from error
+def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> Tensor:
+    """``value`` (tensor, array, lists) as a float32 or float64 tensor of finite numbers.
+
+    Its last ``min_dims`` dimensions are not empty. Numbers alone are taken, without gradients: a
+    tensor's are shared, or with ``copy`` its own, as those of an array or of lists always are.
+    """
+    tensor = value.detach() if isinstance(value, Tensor) else _from_array(name, value)
+    if tensor.is_meta:
+        raise InputError(
+            name, allowed="a tensor of numbers", given="one on device meta, which has none"
+        )
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise InputError(
+            name, allowed="a dense tensor", given=f"layout {layout}", remedy="convert it first"
+        )
     if tensor.dtype not in PRECISIONS:
         raise InputError(
             name,
@@ -97,7 +148,7 @@ def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
             given=str(tensor.dtype).removeprefix("torch."),
             remedy="convert it first",
         )
-    if tensor.ndim < min_dims or tensor.numel() == 0:
+    if tensor.ndim < min_dims or 0 in tensor.shape[tensor.ndim - min_dims :]:
         raise InputError(
             name,
             allowed=f"a non-empty array of at least {min_dims} dimensions",
@@ -111,7 +162,17 @@ def real_tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
             given=f"{bad} entries that are NaN or infinite",
             remedy="look for a diverged training run or a division by zero",
         )
-    return tensor
+    return tensor.clone() if copy and isinstance(value, Tensor) else tensor
+
+
+def _from_array(name: str, value: Any) -> Tensor:
+    try:
+        array = np.array(value, order="C")
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except (OverflowError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            name, allowed="a rectangular array of numbers", given=brief(value)
+        ) from error
 
 
 def kind(*expected: type, **given: Any) -> None:
@@ -128,15 +189,17 @@ def kind(*expected: type, **given: Any) -> None:
             )
 
 
-def like_frozen(target: torch.dtype, frozen: torch.dtype) -> None:
-    """Refuse a target whose numbers are not of the frozen network's type."""
-    if target != frozen:
-        raise InputError(
-            "target",
-            allowed=f"{frozen}, like the frozen network",
-            given=target,
-            remedy="convert one with .to(dtype)",
-        )
+def like_frozen(target: Any, frozen: Any) -> None:
+    """Refuse a target whose numbers are of another type or on another device than the frozen's."""
+    for aspect in ("dtype", "device"):
+        own, wanted = getattr(target, aspect), getattr(frozen, aspect)
+        if own != wanted:
+            raise InputError(
+                "target",
+                allowed=f"{wanted}, like the frozen network",
+                given=own,
+                remedy=f"convert one with .to({aspect}=…)",
+            )
 
 
 def failed_members(bad: Tensor, shown: int | None = None) -> str:

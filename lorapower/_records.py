@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import InputError
+from .errors import InputError, brief
 
 
 class Record(BaseModel):
@@ -65,7 +64,7 @@ def translated(error: ValidationError, record: type[BaseModel]) -> InputError:
         if isinstance(own, InputError):
             return own
         name = _name(first) or record.__name__
-        return InputError(name, allowed=str(own), given=reprlib.repr(first["input"]))
+        return InputError(name, allowed=str(own), given=brief(first["input"]))
     if first["type"] == "extra_forbidden":
         known = ", ".join(record.model_fields)
         return InputError(
@@ -74,16 +73,14 @@ def translated(error: ValidationError, record: type[BaseModel]) -> InputError:
     if first["type"] == "union_tag_invalid":
         about = first["ctx"]
         return InputError(
-            _name(first), allowed=f"one of {about['expected_tags']}", given=repr(about["tag"])
+            _name(first), allowed=f"one of {about['expected_tags']}", given=brief(about["tag"])
         )
     if first["type"] == "missing":
         return InputError(_name(first), allowed=f"given (of {record.__name__})", given="nothing")
     # The members of a union complain one by one, of the value or of what is in it.
     same = [one for one in errors if one["loc"][:1] == first["loc"][:1]]
     allowed = dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in same)
-    return InputError(
-        _name(first), allowed=" or ".join(allowed), given=reprlib.repr(first["input"])
-    )
+    return InputError(_name(first), allowed=" or ".join(allowed), given=brief(first["input"]))
 
 
 def _name(error: Mapping[str, Any]) -> str:

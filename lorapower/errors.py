@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import copyreg
+import reprlib
 from pathlib import Path
 from typing import Any
+
+# Characters that a message spends on one of its parts, and on one value in it, at most.
+LONGEST = 300
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 60
+
+
+def brief(value: object) -> str:
+    """``repr(value)`` as a message can show it: on one line, long ones in part."""
+    try:
+        return shortened(_SHOWN.repr(value))
+    except ValueError:  # Python writes out no integer of thousands of digits
+        return f"a value of class {type(value).__name__}"
+
+
+def shortened(text: str) -> str:
+    """``text`` on one line and without its middle, where it is longer than a message shows."""
+    line = " ".join(text.split())
+    half = (LONGEST - 3) // 2
+    return line if len(line) <= LONGEST else f"{line[:half]}...{line[-half:]}"
 
 
 class LorapowerError(Exception):
@@ -19,18 +40,21 @@ class LorapowerError(Exception):
 class InputError(LorapowerError, ValueError):
     """An argument is not usable; raised before any work starts.
 
+    The message is one line of bounded length, whatever was passed.
+
     Attributes
     ----------
     name : the argument, as the caller knows it.
     allowed : what would have been accepted, in words.
-    given : what was passed (a value, or a short description of it).
+    given : what was passed: a value, or a description of it.
     remedy : what to do about it, or an empty string where ``allowed`` says it.
     """
 
     def __init__(self, name: str, *, allowed: str, given: object, remedy: str = "") -> None:
         self.name, self.allowed, self.given, self.remedy = name, allowed, given, remedy
-        advice = f": {remedy}" if remedy else ""
-        super().__init__(f"{name} must be {allowed}; got {given}{advice}")
+        shown = shortened(given) if isinstance(given, str) else brief(given)
+        advice = f": {shortened(remedy)}" if remedy else ""
+        super().__init__(f"{shortened(name)} must be {shortened(allowed)}; got {shown}{advice}")
 
 
 class SingularError(LorapowerError, ArithmeticError):

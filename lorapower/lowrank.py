@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import _checks, randomness
+from . import _checks, _values, randomness
 from .errors import InputError
 
 
@@ -55,7 +55,7 @@ def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"
 
     Raises `InputError` for anything but a finite float32 or float64 matrix.
     """
-    return _values(_checks.real_tensor("matrix", matrix, min_dims=2))
+    return _singular_values(_checks.real_tensor("matrix", matrix, min_dims=2))
 
 
 class SVD(NamedTuple):
@@ -64,6 +64,8 @@ class SVD(NamedTuple):
     U: Float[Tensor, "*batch out k"]
     S: Float[Tensor, "*batch k"]
     V: Float[Tensor, "*batch in k"]
+
+    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__  # type: ignore[misc]
 
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
@@ -74,10 +76,10 @@ def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
 
 def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
     """The spectral norm ``σ_1`` of a matrix of finite numbers."""
-    return _values(matrix)[..., 0]
+    return _singular_values(matrix)[..., 0]
 
 
-def _values(matrix: Tensor) -> Tensor:
+def _singular_values(matrix: Tensor) -> Tensor:
     (values,) = _of_distinct(lambda m: (torch.linalg.svdvals(m),), matrix)
     return values
 
@@ -135,7 +137,9 @@ def rank(
     errors would count.
     """
     singular_values = spectrum(matrix)
-    scale = singular_values[..., 0] if scale is None else torch.as_tensor(scale)
+    scale = (
+        singular_values[..., 0] if scale is None else torch.as_tensor(scale, device=matrix.device)
+    )
     threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * scale
     return (singular_values > threshold[..., None]).sum(-1)
 
@@ -153,7 +157,7 @@ def condition(singular_values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*bat
 
 
 def solve(
-    matrix: Float[Tensor, "*batch rows cols"], right: Float[Tensor, "*batch rows k"]
+    matrix: Float[Tensor, "*#batch rows cols"], right: Float[Tensor, "*#batch rows k"]
 ) -> Float[Tensor, "*batch cols k"]:
     """The smallest ``X`` with ``M X = Y`` for a matrix ``M`` of full row rank (``rows ≤ cols``).
 
@@ -189,8 +193,8 @@ def random_matrix(
     size = min(rows, cols)
 
     def orthonormal(n: int) -> Tensor:
-        normal = torch.randn(*batch_shape, n, size, generator=generator, dtype=torch.float64)
+        normal = randomness.normal(generator, *batch_shape, n, size)
         return torch.linalg.qr(normal)[0]
 
-    sigma = torch.logspace(0, -1, size, base=condition_number, dtype=torch.float64)
+    sigma = torch.logspace(0, -1, size, base=condition_number, dtype=torch.float64, device="cpu")
     return ((orthonormal(rows) * sigma) @ orthonormal(cols).mT).to(dtype)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from . import _checks
 
@@ -55,6 +57,30 @@ def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
 def number(seed: int, *purpose: str | int) -> int:
     """A seed of 32 bits for libraries that take nothing else."""
     return int(_sequence(seed, purpose).generate_state(1)[0])
+
+
+def normal(
+    generator: torch.Generator,
+    *shape: int,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> Float[Tensor, ...]:
+    """Standard normal numbers on ``device``, as `generator` gives them.
+
+    As with `uniform`, they are drawn where the generator is, on processors, so that equal seeds
+    give equal numbers wherever these are needed.
+    """
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(device)
+
+
+def uniform(
+    generator: torch.Generator,
+    *shape: int,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> Float[Tensor, ...]:
+    """Numbers that are uniform on 0 to 1; else like `normal`."""
+    return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(device)
 
 
 def _sequence(seed: int, purpose: tuple[str | int, ...]) -> np.random.SeedSequence:

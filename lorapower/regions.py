@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import _checks, randomness
+from . import _checks, _values, randomness
 from .errors import InputError
 
 
@@ -46,6 +46,16 @@ class Region(ABC):
         """Number of coordinates of an input."""
         return self.centre.shape[-2]
 
+    def __repr__(self) -> str:
+        width = f"width {self.width}" if self._fitted else "any width"
+        return _values.summary(
+            self, width, *self._extent(), like=self._centre, batch=self.batch_shape
+        )
+
+    def _extent(self) -> list[str]:
+        """Words on how far it reaches, where that is one number."""
+        return []
+
     @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions: how many regions this object holds."""
@@ -67,7 +77,7 @@ class Region(ABC):
         return self._centre.expand(*self.batch_shape, width, 1)
 
     @abstractmethod
-    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+    def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         """``min_x M (x − centre)`` over the region, for each row of ``M``; never above 0."""
 
     @abstractmethod
@@ -86,12 +96,12 @@ class Region(ABC):
         ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates, whose covariance is
         ``scale² I``; nearer to the centre where that is outside.
         """
-        identity = torch.eye(self.width, dtype=self.centre.dtype)
+        identity = torch.eye(self.width, dtype=self.centre.dtype, device=self.centre.device)
         steps = identity * (-self.lowest(identity)).clamp(max=scale * self.width**0.5)
         return torch.cat([self.centre + steps, self.centre - steps], dim=-1)
 
     def image(
-        self, matrix: Float[Tensor, "*batch out width"], at_centre: Float[Tensor, "*batch out 1"]
+        self, matrix: Float[Tensor, "*#batch out width"], at_centre: Float[Tensor, "*#batch out 1"]
     ) -> Region:
         """A region that holds ``M (x − centre) + m`` for every ``x`` in this one."""
         return Box(*self._ends(matrix, at_centre))
@@ -133,10 +143,13 @@ class Ball(Region):
                 remedy="such a ball is empty",
             )
 
+    def _extent(self) -> list[str]:
+        return [] if self.radius.ndim else [f"radius {float(self.radius):g}"]
+
     def fit(self, width: int, dtype: torch.dtype) -> Ball:
         return Ball(self.radius.to(dtype), self._column(width)[..., 0].to(dtype))
 
-    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+    def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
         return -self.radius[..., None, None] * rows
 
@@ -147,10 +160,11 @@ class Ball(Region):
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
         generator = _drawing(seed)
-        shape, dtype = (*self.batch_shape, self.width, samples), self.centre.dtype
-        normal = torch.randn(shape, generator=generator, dtype=dtype)
+        kind: Any = {"dtype": self.centre.dtype, "device": self.centre.device}
+        shape = (*self.batch_shape, self.width, samples)
+        normal = randomness.normal(generator, *shape, **kind)
         direction = normal / torch.linalg.vector_norm(normal, dim=-2, keepdim=True)
-        fraction = torch.rand((*self.batch_shape, 1, samples), generator=generator, dtype=dtype)
+        fraction = randomness.uniform(generator, *self.batch_shape, 1, samples, **kind)
         reach = 1 if edge else fraction ** (1 / self.width)
         return self.centre + self.radius[..., None, None] * reach * direction
 
@@ -188,7 +202,7 @@ class Box(Region):
         sides = centre - self.half, centre + self.half
         return Box(*(side[..., 0].to(dtype) for side in sides))
 
-    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+    def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         return -(matrix.abs() * self.half.mT).sum(-1, keepdim=True)
 
     def largest_norm(self) -> Float[Tensor, "*batch"]:
@@ -199,7 +213,8 @@ class Box(Region):
     ) -> Float[Tensor, "*batch width samples"]:
         generator = _drawing(seed)
         shape = (*self.batch_shape, self.width, samples)
-        drawn = 2 * torch.rand(shape, generator=generator, dtype=self.centre.dtype) - 1
+        kind: Any = {"dtype": self.centre.dtype, "device": self.centre.device}
+        drawn = 2 * randomness.uniform(generator, *shape, **kind) - 1
         return self.centre + self.half * (drawn.sign() if edge else drawn)
 
 
@@ -217,17 +232,20 @@ class Samples(Region):
     """
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:
-        self.inputs = _checks.real_tensor("inputs", inputs, min_dims=2)
+        self.inputs = _checks.real_tensor("inputs", inputs, min_dims=2, copy=True)
         self.margin = float(_numbers("margin", margin))
         if self.margin < 0:
             raise InputError("margin", allowed="at least 0", given=self.margin)
         self._centre = self.inputs.mean(-1, keepdim=True)
 
+    def _extent(self) -> list[str]:
+        return [f"{self.inputs.shape[-1]} samples", f"margin {self.margin:g}"]
+
     def fit(self, width: int, dtype: torch.dtype) -> Samples:
         self._column(width)
         return Samples(self.inputs.to(dtype), self.margin)
 
-    def lowest(self, matrix: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out 1"]:
+    def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         return (1 + self.margin) * (matrix @ (self.inputs - self.centre)).amin(-1, keepdim=True)
 
     def largest_norm(self) -> Float[Tensor, "*batch"]:
@@ -238,14 +256,16 @@ class Samples(Region):
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
         generator = _drawing(seed)
-        picked = torch.randint(self.inputs.shape[-1], (samples,), generator=generator)
+        count = self.inputs.shape[-1]
+        picked = torch.randint(count, (samples,), generator=generator, device="cpu")
+        picked = picked.to(self.inputs.device)
         return (self._corners() if edge else self.inputs)[..., picked]
 
     def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:
         return self.inputs
 
     def image(
-        self, matrix: Float[Tensor, "*batch out width"], at_centre: Float[Tensor, "*batch out 1"]
+        self, matrix: Float[Tensor, "*#batch out width"], at_centre: Float[Tensor, "*#batch out 1"]
     ) -> Samples:
         return Samples(matrix @ (self.inputs - self.centre) + at_centre, self.margin)
 
@@ -262,6 +282,6 @@ def _drawing(seed: int) -> torch.Generator:
 
 def _numbers(name: str, value: Any) -> Tensor:
     """``value`` as a finite tensor of any shape; plain integers are taken as float64."""
-    if isinstance(value, Integral) or (isinstance(value, np.ndarray) and value.dtype.kind == "i"):
+    if isinstance(value, Integral | np.ndarray) and np.asarray(value).dtype.kind == "i":
         value = np.float64(value)
-    return _checks.real_tensor(name, value, min_dims=0)
+    return _checks.real_tensor(name, value, min_dims=0, copy=True)

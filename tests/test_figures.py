@@ -79,6 +79,20 @@ def test_error_against_rank_of_nothing_is_refused(errors: dict[str, list[float]]
         figures.error_against_rank(errors, {}, errors, ylabel="e")
 
 
+@pytest.mark.parametrize(
+    ("ranks", "measured", "said"),
+    [
+        ([0, 1], {"a": [2, 1]}, "ranks must be a mapping from labels to values; got list"),
+        ({"a": [0, 1]}, [2, 1], "measured must be a mapping from labels to values; got list"),
+        ({}, {"a": [2, 1]}, r"ranks of a must be as many .* of shape \(2,\); got none"),
+        ({"a": [0]}, {"a": [2, 1]}, r"ranks of a must be .* \(2,\); got shape \(1,\)"),
+    ],
+)
+def test_error_against_rank_says_what_does_not_fit(ranks: Any, measured: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        figures.error_against_rank(ranks, {}, measured, ylabel="e")
+
+
 def test_error_against_rank_draws_a_single_rank() -> None:
     for ax in figures.error_against_rank({"a": [1]}, {"a": [0]}, {"a": [2]}, ylabel="e").axes:
         assert [line.tolist() for line in lines(ax)][1] == [2]

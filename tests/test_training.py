@@ -170,7 +170,7 @@ def plain_loop(
     return training, validation
 
 
-@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
 @pytest.mark.parametrize(
     ("kind", "tuning", "ranks"),
     [
@@ -193,21 +193,21 @@ def plain_loop(
     ids=str,
 )
 def test_losses_are_those_of_a_plain_loop_with_torchs_adam(
-    kind: str, tuning: Tuning, ranks: tuple[int, ...], device: str | None
+    kind: str, tuning: Tuning, ranks: tuple[int, ...], backend: Any
 ) -> None:
     frozen, data = network(kind), fresh(kind)
-    result = train(frozen, [tuning], data, steps=STEPS, device=device)
+    result = train(frozen, [tuning], data, steps=STEPS, backend=backend)
     training, validation = plain_loop(frozen, tuning, ranks, data, STEPS)
     # Adam divides by a gradient's size, so that the rounding of small ones counts.
     np.testing.assert_allclose(result.training_loss[0], training, rtol=1e-4)
     np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
 
 
-@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [(0, 1, 2, 3, 4, 5), (0, 0, 0, 1, 1, 1), (2, -1, 0, 1, -1, 2)])
 def test_classes_are_learnt_by_torchs_cross_entropy(
-    kind: str, classes: tuple[int, ...], device: str | None
+    kind: str, classes: tuple[int, ...], backend: Any
 ) -> None:
     frozen, data = network(kind), fresh(kind)
 
@@ -218,7 +218,7 @@ def test_classes_are_learnt_by_torchs_cross_entropy(
 
     labelled = Fresh(label, data.shape, samples=20, seed=3)
     tuning = Tuning(2, learning_rate=1e-2)
-    result = train(frozen, [tuning], labelled, steps=STEPS, classes=classes, device=device)
+    result = train(frozen, [tuning], labelled, steps=STEPS, classes=classes, backend=backend)
     ranks = (2,) * 16 + (0, 0) + (0, 2) + (2,) if kind == "transformer" else (2, 2)
     training, validation = plain_loop(frozen, tuning, ranks, labelled, STEPS, classes)
     np.testing.assert_allclose(result.training_loss[0], training, rtol=1e-4)
@@ -481,11 +481,11 @@ def test_losses_may_be_taken_less_often() -> None:
     assert some.best_step.item() % 7 == 0
 
 
-@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
-def test_a_run_ends_at_its_goal(device: str | None) -> None:
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
+def test_a_run_ends_at_its_goal(backend: Any) -> None:
     frozen, data = network("fnn"), fresh("fnn")
     tunings = [Tuning(6, learning_rate=rate) for rate in (1e-2, 1e-6)]
-    result = train(frozen, tunings, data, steps=400, until=0.5, device=device)
+    result = train(frozen, tunings, data, steps=400, until=0.5, backend=backend)
     reached, short = result.validation_loss
     end = int(result.best_step[0])
     assert 0 < end < 400
@@ -495,8 +495,8 @@ def test_a_run_ends_at_its_goal(device: str | None) -> None:
     assert result.diverged.tolist() == [False, False]
 
 
-@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
-def test_no_more_data_is_made_when_all_runs_have_ended(device: str | None) -> None:
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
+def test_no_more_data_is_made_when_all_runs_have_ended(backend: Any) -> None:
     asked = []
 
     class Counted(Fresh):
@@ -507,7 +507,7 @@ def test_no_more_data_is_made_when_all_runs_have_ended(device: str | None) -> No
     frozen, data = network("fnn"), fresh("fnn")
     counted = Counted(data.label, data.shape, seed=data.seed)
     result = train(
-        frozen, [Tuning(6, learning_rate=1e-2)], counted, steps=5000, until=0.5, device=device
+        frozen, [Tuning(6, learning_rate=1e-2)], counted, steps=5000, until=0.5, backend=backend
     )
     assert max(asked) <= int(result.best_step[0]) // Fresh.BLOCK + 2
 
@@ -515,30 +515,28 @@ def test_no_more_data_is_made_when_all_runs_have_ended(device: str | None) -> No
 # --- Runs that diverge ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_divergence_is_marked_and_harms_nobody(kind: str, device: str | None) -> None:
+def test_divergence_is_marked_and_harms_nobody(kind: str, backend: Any) -> None:
     frozen, data = network(kind, 4), fresh(kind)
     good, bad = Tuning(2), Tuning(2, learning_rate=1e6)
-    alone = train(frozen, [good], data, steps=STEPS, device=device)
-    result = train(frozen, [good, bad, good], data, steps=STEPS, device=device)
+    alone = train(frozen, [good], data, steps=STEPS, backend=backend)
+    result = train(frozen, [good, bad, good], data, steps=STEPS, backend=backend)
     assert result.diverged.tolist() == [False, True, False]
     assert result.validation_loss[1, -1].isnan()
     assert result.best_loss[1].isfinite()
     assert all(w.isfinite().all() for w in result.network.weights)
-    if device is None:
+    if backend == "compiled":
         assert_same(parts(result, 0), parts(alone, 0))
         assert_same(parts(result, 2), parts(alone, 0))
 
 
-@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rate", [1e10, 1e25, 1e38])
-def test_no_learning_rate_is_too_high_to_be_marked(
-    kind: str, rate: float, device: str | None
-) -> None:
+def test_no_learning_rate_is_too_high_to_be_marked(kind: str, rate: float, backend: Any) -> None:
     tunings = [Tuning(r, learning_rate=rate) for r in range(6)] + [Tuning(final=2)]
-    result = train(network(kind, 3), tunings, fresh(kind), steps=STEPS, device=device)
+    result = train(network(kind, 3), tunings, fresh(kind), steps=STEPS, backend=backend)
     curves = result.validation_loss
     assert (result.diverged == ~curves[:, -1].isfinite()).all()
     assert result.diverged.any()
@@ -553,12 +551,12 @@ def test_networks_that_overflow_from_the_start_diverge() -> None:
     assert_same([result.network.weights[0][0].numpy()], [frozen.weights[0].numpy()])
 
 
-@pytest.mark.parametrize("device", [None, "cpu"], ids=["compiled", "torch"])
-def test_scores_that_overflow_are_not_hidden_by_the_softmax(device: str | None) -> None:
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
+def test_scores_that_overflow_are_not_hidden_by_the_softmax(backend: Any) -> None:
     frozen = network("transformer")
     weights = [1e30 * w if m < 8 else w for m, w in enumerate(frozen.weights)]
     result = train(
-        frozen.with_parameters(weights), [Tuning(1)], fresh("transformer"), steps=3, device=device
+        frozen.with_parameters(weights), [Tuning(1)], fresh("transformer"), steps=3, backend=backend
     )
     assert result.diverged.all()
 
@@ -679,6 +677,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "every above steps": (lambda: run(steps=3, every=4), "from 1 to 3"),
     "until below 0": (lambda: run(until=-1.0), "until must be"),
     "no device": (lambda: run(device="abacus"), "device must be one that torch finds"),
+    "no backend": (lambda: run(backend="numpy"), "backend must be 'compiled' or 'torch'; got"),
+    "nowhere": (lambda: run(device="meta"), "one that holds numbers; got meta, which has none"),
     "no threads": (lambda: run(threads=0), "threads must be"),
     "seed below 0": (lambda: run(seed=-1), "seed must be"),
     "seed no integer": (lambda: run(seed="a"), "seed must be"),
@@ -769,3 +769,14 @@ from lorapower.training import compiled
 assert not compiled.advance.stats.cache_path
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_compiled_code_runs_whatever_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    frozen, data = network("fnn", 1), fresh("fnn")
+    by_default = train(frozen, [Tuning(1)], data, steps=3)
+    compiled = train(frozen, [Tuning(1)], data, steps=3, backend="compiled", device="cpu")
+    assert torch.equal(by_default.validation_loss, compiled.validation_loss)
+    by_torch = train(frozen, [Tuning(1)], data, steps=3, backend="torch")
+    assert not torch.equal(by_torch.validation_loss, compiled.validation_loss)
+    torch.testing.assert_close(by_torch.best_loss, compiled.best_loss)

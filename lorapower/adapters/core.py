@@ -111,7 +111,7 @@ class Adapters:
         `InputError` for an index that the batch does not have.
         """
         batch = self.batch_shape
-        members = _batches.positions(batch, index)
+        members = _batches.positions(batch, index, self.updates[0].left.device)
 
         def pick(values: Tensor, dims: int) -> Tensor:
             rest = values.shape[values.ndim - dims :]
@@ -213,8 +213,8 @@ class Adapters:
     def to_peft(self, folder: str | Path, module: nn.Sequential) -> None:
         """Write the adapters to a folder that ``peft.PeftModel.from_pretrained`` reads.
 
-        The module is that of the network: its `Linear` layers, also those of inner ``Sequential``,
-        are the adapted ones. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``, scaled
+        The module is that of the network: its ``Linear`` layers, those of inner ``Sequential``
+        too, are the adapted ones. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``, scaled
         by 1; layers of rank 0 are left out. All numbers take the module's type. Tuned biases are
         written as ``b_l + Δb_l`` and replace the module's own (``peft``'s ``bias="all"``), so that
         disabling the adapters in ``peft`` does not bring these back.

@@ -21,7 +21,7 @@ NO_MODULES = "dummy-target-modules"
 def write(
     folder: Path, module: nn.Sequential, updates: Sequence[LowRank], biases: Sequence[Tensor]
 ) -> None:
-    """The configuration and the weights for the `Linear` layers of a module."""
+    """The configuration and the weights for the ``Linear`` layers of a module."""
     layers = _layers(module, updates)
     adapted = {name: u for name, u in zip(layers, updates, strict=True) if u.rank}
     config = _config({name: update.rank for name, update in adapted.items()}, bool(biases))
@@ -48,7 +48,7 @@ def write(
 
 
 def _layers(module: nn.Sequential, updates: Sequence[LowRank]) -> dict[str, nn.Linear]:
-    """The `Linear` layers by name, which the updates must fit."""
+    """The ``Linear`` layers by name, which the updates must fit."""
     if not isinstance(module, nn.Sequential):
         raise InputError(
             "module", allowed="the network's torch.nn.Sequential", given=type(module).__name__

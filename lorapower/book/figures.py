@@ -1,13 +1,14 @@
 """Figures: one function for each kind, all in one style.
 
 The style is legible on a phone and for colour-blind readers, and opaque, so that it can stand on
-a dark page.
+a dark page. All raise `InputError` where what is to be drawn is no mapping, or an empty one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -45,11 +46,29 @@ def use_style() -> None:
     }
 
 
+def _check_named(**given: Any) -> None:
+    """Refuse what has no labels for what is to be drawn."""
+    for name, entries in given.items():
+        if not isinstance(entries, Mapping):
+            raise InputError(
+                name, allowed="a mapping from labels to values", given=type(entries).__name__
+            )
+
+
+def _check_some(**given: Any) -> None:
+    """Refuse what has no labels, or nothing that is to be drawn."""
+    _check_named(**given)
+    for name, entries in given.items():
+        if not entries:
+            raise InputError(name, allowed="a mapping with an entry or more", given="none")
+
+
 def spectrum(singular_values: Mapping[str, ArrayLike]) -> Figure:
     """Singular values ``σ_d`` against ``d``, one line for each entry: median and range.
 
     Values are ``[samples, k]``; a single sample is a plain line.
     """
+    _check_some(singular_values=singular_values)
     figure, ax = plt.subplots()
     for (label, values), marker in zip(singular_values.items(), cycle(MARKERS), strict=False):
         sigma = np.atleast_2d(np.asarray(values))
@@ -77,10 +96,19 @@ def error_against_rank(
     Above on a linear axis, below on a logarithmic one. One colour for each entry; its threshold,
     where given, is a dotted vertical line. Levels are dashed horizontal ones, named in the legend.
 
-    Raises `InputError` where there is an entry without ranks, or none.
+    Raises `InputError` for what is no mapping, where there is no entry, and where an entry has
+    other than as many ranks as measured errors.
     """
+    _check_named(ranks=ranks, predicted=predicted, measured=measured)
     if not measured or not all(map(np.size, measured.values())):
         raise InputError("measured", allowed="errors at one rank or more", given="none")
+    for label, errors in measured.items():
+        if label not in ranks or np.shape(ranks[label]) != np.shape(errors):
+            raise InputError(
+                f"ranks of {label}",
+                allowed=f"as many as its errors, of shape {np.shape(errors)}",
+                given=f"shape {np.shape(ranks[label])}" if label in ranks else "none",
+            )
     figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6.4, 6.8))
     colors = sns.color_palette("colorblind", len(measured))
     styles = zip(measured, colors, cycle(MARKERS), strict=False)
@@ -118,6 +146,7 @@ def precision(
 
     Guides are dashed lines, named in the legend; so are marks, dotted vertical ones.
     """
+    _check_some(errors=errors)
     figure, ax = plt.subplots()
     for (label, values), marker in zip(errors.items(), cycle(MARKERS), strict=False):
         samples = np.asarray(values)
@@ -146,6 +175,7 @@ def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) ->
 
     What is below zero, where a ReLU cuts, is shaded.
     """
+    _check_some(groups=groups)
     figure, axes = plt.subplots(1, len(groups), sharey=True, squeeze=False)
     ends = [(np.asarray(low), np.asarray(high)) for low, high in groups.values()]
     bottom, top = min(low.min() for low, _ in ends), max(high.max() for _, high in ends)
@@ -169,6 +199,7 @@ def error_and_bounds(
     ylabel: str,
 ) -> Figure:
     """Measured errors ``[ranks, samples]`` (median and range) below their bounds (medians)."""
+    _check_some(bounds=bounds)
     figure, ax = plt.subplots()
     errors = np.asarray(measured)
     (line,) = ax.plot(ranks, np.median(errors, 1), "o", ls="", label="measured")
@@ -188,6 +219,7 @@ def partitions(rows: Mapping[str, Sequence[tuple[int, str]]]) -> Figure:
 
     Each block is its number of layers and a text that is written into it.
     """
+    _check_some(rows=rows)
     figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.8 * len(rows)))
     for y, blocks in enumerate(rows.values()):
         start = 0
@@ -246,6 +278,7 @@ def error_against_budget(
     ylabel: str,
 ) -> Figure:
     """Errors against what they cost, which is on a logarithmic axis; a floor as a dashed line."""
+    _check_some(curves=curves)
     figure, ax = plt.subplots()
     for (label, (x, y)), marker in zip(curves.items(), cycle(MARKERS), strict=False):
         ax.plot(np.asarray(x), np.asarray(y), marker=marker, label=label)
@@ -272,6 +305,7 @@ def medians(
     One panel below the other for each entry, titled by it; a line for each table in it. Published
     values, by panel, are stars, levels dashed horizontal lines; both are named in the legend.
     """
+    _check_some(panels=panels)
     figure, axes = plt.subplots(
         len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 3.4 * len(panels))
     )
@@ -313,6 +347,7 @@ def scatter(
     ylabel: str,
 ) -> Figure:
     """Points on two logarithmic axes, one colour and marker for each entry; guides are dashed."""
+    _check_some(points=points)
     figure, ax = plt.subplots()
     for (label, (x, y)), marker in zip(points.items(), cycle(MARKERS), strict=False):
         ax.plot(np.asarray(x), np.asarray(y), marker, ls="", mfc="none", mew=1.5, label=label)
@@ -325,6 +360,7 @@ def scatter(
 
 def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, label: str) -> Figure:
     """Matrices of numbers from 0 to 1 side by side, as shades."""
+    _check_some(matrices=matrices)
     figure, axes = plt.subplots(1, len(matrices), squeeze=False, figsize=(6.4, 3.6), sharey=True)
     for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
         shades = np.asarray(matrix)
@@ -343,6 +379,7 @@ def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, lab
 
 def pictures(rows: Mapping[str, ArrayLike]) -> Figure:
     """Images of grey values from 0 (paper) to 1 (ink), ``[images, height, width]`` in each row."""
+    _check_some(rows=rows)
     images = [np.asarray(row) for row in rows.values()]
     most = max(map(len, images))
     figure, axes = plt.subplots(

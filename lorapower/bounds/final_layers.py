@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, randomness
+from .. import _checks, _values, randomness
 from ..errors import InputError
 from ..networks import FNN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Floor:
     """An estimate with its standard error.
 
@@ -32,10 +32,12 @@ class Floor:
     mean_squared_error: Float[Tensor, "*batch"]
     standard_error: Float[Tensor, "*batch"]
 
+    __repr__ = _values.fields
+
 
 @torch.no_grad()
 def colliding_inputs(
-    frozen: FNN, x: Float[Tensor, "*batch in samples"], *, reach: float = 1.0, seed: int = 0
+    frozen: FNN, x: Float[Tensor, "*#batch in samples"], *, reach: float = 1.0, seed: int = 0
 ) -> Float[Tensor, "*batch in samples"]:
     """For each input another one that the frozen first layer cannot tell from it.
 
@@ -84,7 +86,7 @@ def final_layers_floor(
     _checks.kind(FNN, frozen=frozen, target=target)
     samples = _checks.integer("samples", samples, 2)
     steps = _checks.integer("steps", steps, 1)
-    _checks.like_frozen(target.dtype, frozen.dtype)
+    _checks.like_frozen(target, frozen)
     if target.widths[0] != frozen.widths[0]:
         raise InputError(
             "target",
@@ -93,7 +95,7 @@ def final_layers_floor(
         )
     generator = randomness.generator(seed, "floor for the final layers")
     shape = (*frozen.batch_shape, frozen.widths[0], samples)
-    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    start = randomness.normal(generator, *shape, device=frozen.device)
     lines, x = _Lines(frozen, start), start
     for _ in range(steps):
         direction = lines.direction(generator)
@@ -102,7 +104,10 @@ def final_layers_floor(
         offset = (x * direction).sum(-2, keepdim=True)
         x = x + (_restricted_normal(low + offset, high + offset, generator) - offset) * direction
     squares = (target(start) - target(x)).square().mean(-2) / 2
-    return Floor(squares.mean(-1), squares.std(-1) / samples**0.5)
+    mean = squares.mean(-1)
+    # Not std, which warns of empty batches.
+    variance = (squares - mean[..., None]).square().sum(-1) / (samples - 1)
+    return Floor(mean, (variance / samples).sqrt())
 
 
 class _Lines:
@@ -121,7 +126,7 @@ class _Lines:
     def direction(self, generator: torch.Generator) -> Tensor:
         """Random, of length 1, orthogonal to the active rows; 0 where these leave none."""
         shape = (*self.seen.shape[:-2], self.seen.shape[-1], 1)
-        unit = torch.randn(shape, generator=generator, dtype=self.seen.dtype)
+        unit = randomness.normal(generator, *shape, device=self.seen.device)
         # Little may be left of it the first time; the second takes the rounding of that away.
         for _ in range(2):
             unseen = unit - self.seen.mT @ (self.seen @ unit)
@@ -145,6 +150,6 @@ def _restricted_normal(low: Tensor, high: Tensor, generator: torch.Generator) ->
     flip = low + high > 0
     a, b = torch.where(flip, -high, low), torch.where(flip, -low, high)
     start, stop = torch.special.ndtr(a), torch.special.ndtr(b)
-    drawn = torch.rand(a.shape, generator=generator, dtype=a.dtype)
+    drawn = randomness.uniform(generator, *a.shape, device=a.device)
     value = torch.special.ndtri(start + drawn * (stop - start)).clamp(a, b)
     return torch.where(flip, -value, value)

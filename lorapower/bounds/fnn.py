@@ -7,7 +7,7 @@ target of one layer they are those of [thm-one-layer], for deeper ones [thm-part
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import reduce
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from .. import _checks, lowrank
 from ..errors import InputError
 from ..networks import FNN, Partition, blocks, shares
+
+# Samples, or the trace of their second moment.
+Inputs = Float[Tensor, "*#batch in samples"] | Float[Tensor, ""] | float
 
 
 def fnn_threshold(
@@ -34,7 +37,7 @@ def fnn_threshold(
 
 
 def fnn_block_errors(
-    frozen: FNN, target: FNN, ranks: int | Sequence[int], partition: Partition | None = None
+    frozen: FNN, target: FNN, ranks: _checks.Ranks, partition: Partition | None = None
 ) -> Float[Tensor, "*batch blocks"]:
     """``ε_i = σ_{r_i+1}(E_i)`` with ``r_i = Σ_{l∈P_i} R_l``: what each block leaves undone."""
     gaps = blocks(frozen, target, partition)
@@ -47,8 +50,8 @@ def fnn_block_errors(
 def fnn_error(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
-    inputs: Float[Tensor, "*batch in samples"] | float,
+    ranks: _checks.Ranks,
+    inputs: Inputs,
     partition: Partition | None = None,
 ) -> Float[Tensor, "*batch"]:
     """``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``, ``z̄_i`` the target's activations.
@@ -74,8 +77,8 @@ def fnn_error(
 def fnn_error_on(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
-    inputs: Float[Tensor, "*batch in samples"],
+    ranks: _checks.Ranks,
+    inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> Float[Tensor, "*batch"]:
     """``Σ_i [∏_{j>i} ‖M_j‖_2] (E‖(M_i − W̄_i) z̄_{i−1}‖²)^{1/2}``, a sharper bound on given samples.
@@ -94,24 +97,29 @@ def fnn_error_on(
     return accumulate_errors(terms)
 
 
-def activation_sizes(
-    target: FNN, inputs: Float[Tensor, "*batch in samples"] | float
-) -> list[Float[Tensor, "*batch"]]:
+def activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch"]]:
     """``(E‖z̄_{i−1}‖²)^{1/2}`` before each layer: measured on samples, or bounded from ``E‖x‖²``."""
     given = _checks.real_tensor("inputs", inputs, min_dims=0)
     if given.ndim:
         return [_size(z) for z in (given, *(p.relu() for p in target.preactivations(given)[:-1]))]
     if given < 0:
         raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(given))
-    sizes = [given.to(target.dtype).sqrt()]
+    sizes = [given.to(target.device, target.dtype).sqrt()]
     for weight, bias in zip(target.weights[:-1], target.biases[:-1], strict=True):
         sizes.append(lowrank.norm(weight) * sizes[-1] + torch.linalg.vector_norm(bias, dim=-1))
     return sizes
 
 
 def accumulate_errors(terms: Iterable[tuple[Tensor, Tensor]]) -> Float[Tensor, "*batch"]:
-    """``Σ_i (∏_{j>i} g_j) p_i`` of gains ``g_i`` and new errors ``p_i``, first block first."""
-    return reduce(lambda error, term: term[0] * error + term[1], terms, torch.zeros(()))
+    """``Σ_i (∏_{j>i} g_j) p_i`` of gains ``g_i`` and new errors ``p_i``, first block first.
+
+    Raises `InputError` for none.
+    """
+    terms = list(terms)
+    if not terms:
+        raise InputError("terms", allowed="at least one pair of a gain and an error", given="none")
+    (_, error), *later = terms
+    return reduce(lambda error, term: term[0] * error + term[1], later, error)
 
 
 def _size(z: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def transformer_error(
     frozen: Transformer,
     target: Transformer,
     errors: Segments[Tensor],
-    x: Float[Tensor, "*batch width n"],
+    x: Float[Tensor, "*#batch width n"],
 ) -> Float[Tensor, "*batch"]:
     """A bound of the largest error ``‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
 
@@ -112,7 +112,7 @@ def transformer_error(
     """
     cut, shift = segments(frozen, target), missing_shift(target)
     norms = Segments(*(lowrank.norm(gap.target.product()) for gap in cut))
-    delta = torch.zeros((), dtype=target.dtype)
+    delta = torch.zeros((), dtype=target.dtype, device=target.device)
     columns = target.as_inputs(x)
     for l, block in enumerate(target.trace(x)):
         shifted = columns + shift[..., l - 1, :, None] if l else columns

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks, bounds, lowrank
 from ..adapters import Adapters
-from ..errors import InputError, PrecisionError, SingularError
+from ..errors import InputError, PrecisionError, SingularError, brief
 from ..lowrank import LowRank
 from ..networks import FNN, Partition, blocks, pad, product, shares
 from ..regions import Region
@@ -61,7 +61,7 @@ class FNNAdaptation(Adaptation):
         return self.regions[0]
 
     def covers(
-        self, frozen: FNN, x: Float[Tensor, "*batch in samples"]
+        self, frozen: FNN, x: Float[Tensor, "*#batch in samples"]
     ) -> Bool[Tensor, "*batch samples"]:
         """Whether the adapted network is, at each input, what the proof needs.
 
@@ -90,7 +90,7 @@ class FNNAdaptation(Adaptation):
 def adapt(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     region: Region,
     partition: Partition | None = None,
     *,
@@ -147,7 +147,7 @@ def adapt(
     gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     if not isinstance(region, Region):
-        raise InputError("region", allowed="a Ball, a Box or Samples", given=repr(region))
+        raise InputError("region", allowed="a Ball, a Box or Samples", given=brief(region))
     region = region.fit(target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
     batch = _checks.common_shape("frozen, target and region", batches)
@@ -225,8 +225,8 @@ def adapt(
 def reachable(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
-    inputs: Float[Tensor, "*batch in samples"],
+    ranks: _checks.Ranks,
+    inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> FNN:
     """A target that `adapt` reaches exactly with these ranks, near to the given one on inputs.
@@ -275,7 +275,9 @@ def _biases(
     # Rounding must not switch off a unit at the edge, even where the region is a single point.
     eps = torch.finfo(region.centre.dtype).eps
     beyond = 1 + eps**0.5
-    matrix = torch.eye(weights[0].shape[-1], dtype=region.centre.dtype)[:, : region.width]
+    centre = region.centre
+    matrix = torch.eye(weights[0].shape[-1], dtype=centre.dtype, device=centre.device)
+    matrix = matrix[:, : region.width]
     made = _Biases([], [], [pad(region.centre, weights[0].shape[-1])])
     for l, (weight, bias) in enumerate(zip(weights, frozen.biases, strict=True), start=1):
         matrix, before = weight @ matrix, weight @ made.values[-1]
@@ -310,7 +312,7 @@ def _digits_lost(
     Each unit's rounding is taken as independent, of the size of a unit in the last place of the
     root of its summed squared terms, and carried through the block's later layers, all affine.
     """
-    covariance = torch.zeros((), dtype=layer.dtype)
+    covariance = torch.zeros((), dtype=layer.dtype, device=layer.device)
     for weight, bias, value in zip(weights, tuned.biases, tuned.values[:-1], strict=True):
         own = weight.square() @ value.square() + bias.square()
         covariance = weight @ covariance @ weight.mT if covariance.ndim else covariance

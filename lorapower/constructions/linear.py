@@ -47,7 +47,7 @@ class LinearAdaptation(Adaptation):
 def adapt(
     frozen: LinearNetwork | Any,
     target: LinearNetwork | Any,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     *,
     plain_only: bool = False,
     rtol: float | None = None,
@@ -94,7 +94,7 @@ def adapt(
 @torch.no_grad()
 def close(
     gap: Gap,
-    ranks: int | Sequence[int],
+    ranks: _checks.Ranks,
     *,
     plain_only: bool = False,
     rtol: float | None = None,
@@ -122,7 +122,7 @@ def close(
     gap = gap.flat()
     best_map = gap.reached(total)
     best = _split(gap, best_map, per_layer, _Plan(range(frozen.depth)))
-    plain = torch.ones(len(scale), dtype=torch.bool)
+    plain = torch.ones_like(scale, dtype=torch.bool)
     for plan in () if plain_only else _alternatives(gap, per_layer, seed):
         poor = best.rounding > 16 * last_place * scale
         if not poor.any():
@@ -249,7 +249,7 @@ def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Sp
             outer, inner = _whole(remaining, passed_on, plan.take == "right")
         else:
             U, S, V = triplets or lowrank.svd(remaining)
-            s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).sum(-1).max()))
+            s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).any(0).sum()))
             k = min(shares[l], s)
             if k == 0:
                 continue
@@ -321,9 +321,9 @@ def _directions(
     """Orthogonal ``[batch, s, s]``: combinations of triplets, first those that a layer takes."""
     size = basis.shape[-1]
     if take == "leading":
-        return torch.eye(size, dtype=basis.dtype).expand(len(basis), size, size)
+        return torch.eye(size, dtype=basis.dtype, device=basis.device).expand(len(basis), -1, -1)
     if take == "random":
-        normal = torch.randn(size, size, generator=generator, dtype=basis.dtype)
+        normal = randomness.normal(generator, size, size, dtype=basis.dtype, device=basis.device)
         return torch.linalg.qr(normal)[0].expand(len(basis), size, size)
     cost = _solved(system, basis).nan_to_num()
     return lowrank.svd(cost).V.flip(-1)

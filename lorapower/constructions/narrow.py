@@ -7,7 +7,7 @@ Where ``d`` units stand between two factors of larger matrices, ``X̂ Ŷ = X̄ �
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,9 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
 
     That is, below those of `bounds.pair_ranks` for a member of the batch.
     """
-    needed_inner, needed_outer, together = (int(each.max()) for each in bounds.pair_ranks(gap))
+    needed_inner, needed_outer, together = (
+        max(each.flatten().tolist(), default=0) for each in bounds.pair_ranks(gap)
+    )
     inner, outer = ranks.values()
     if inner < needed_inner or outer < needed_outer or inner + outer < together:
         raise InputError(
@@ -54,8 +56,9 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
     size = Y.shape[-2]
     kept = (max(0, size - inner_rank), max(0, size - outer_rank))
     flat = (m.flatten(0, -3) for m in (Y, X, Y_target, X_target))
-    G = torch.stack([_gauge(member, kept, seed) for member in zip(*flat, strict=True)])
-    G = G.reshape(*Y.shape[:-2], size, size)
+    G = Y.new_empty(*Y.shape[:-2], size, size)
+    for member, *sides in zip(G.view(-1, size, size), *flat, strict=True):
+        member.copy_(_gauge(sides, kept, seed))
 
     before, inner, outer, after = gap.frozen.weights
     wanted_inner = lowrank.solve(before.mT, (G @ Y_target).mT).mT
@@ -77,7 +80,7 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
         frobenius_error=0 * one,
         rounding_error=lowrank.norm(made - wanted),
         condition_numbers=torch.stack([one, *systems, one], dim=-1),
-        plain=torch.full(one.shape, kept == (0, 0)),
+        plain=torch.full_like(one, kept == (0, 0), dtype=torch.bool),
         success=torch.ones_like(one, dtype=torch.bool),
     )
 
@@ -87,9 +90,7 @@ def _none(weight: Tensor) -> LowRank:
     return LowRank(weight[..., :0], weight.mT[..., :0])
 
 
-def _gauge(
-    sides: tuple[Tensor, ...], kept: tuple[int, int], seed: int
-) -> Float[Tensor, "size size"]:
+def _gauge(sides: Sequence[Tensor], kept: tuple[int, int], seed: int) -> Float[Tensor, "size size"]:
     """``G`` with which ``kept`` dimensions of ``Y`` and of ``X`` stay as they are.
 
     ``X̄ G^{-1} − X`` vanishes on ``G a`` where ``X̄ a + X b = 0`` and ``G a = −b``; ``G Ȳ − Y``
@@ -104,20 +105,21 @@ def _gauge(
     U, S, Vh = torch.linalg.svd(form)
     # The last of V annihilate most; of U those that meet no part of V that was taken.
     a_b = outer @ Vh.mT[:, len(Vh) - kept[1] :]
-    conflict = torch.zeros(len(U), dtype=Y.dtype)
-    conflict[: len(S)] = torch.where(torch.arange(len(S)) >= len(Vh) - kept[1], S, 0)
+    conflict = Y.new_zeros(len(U))
+    place = torch.arange(len(S), device=S.device)
+    conflict[: len(S)] = torch.where(place >= len(Vh) - kept[1], S, 0)
     c_d = inner @ U[:, conflict.argsort()[: kept[0]]]
     a, b, c, d = a_b[:size], a_b[size:], c_d[:size], c_d[size:]
 
     d_inverse, a_inverse = torch.linalg.pinv(d), torch.linalg.pinv(a)
-    free_left = torch.eye(size, dtype=Y.dtype) - d @ d_inverse
-    free_right = torch.eye(size, dtype=Y.dtype) - a @ a_inverse
+    identity = torch.eye(size, dtype=Y.dtype, device=Y.device)
+    free_left, free_right = identity - d @ d_inverse, identity - a @ a_inverse
     fixed = -free_left @ b @ a_inverse - d_inverse.mT @ c.mT
     generator = randomness.generator(seed, "completions")
     scale = torch.linalg.matrix_norm(fixed, ord=2).item() or 1.0
-    trials = [torch.eye(size, dtype=Y.dtype)]
+    trials = [identity]
     for _ in range(8 if any(kept) else 0):
-        normal = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        normal = randomness.normal(generator, size, size, device=Y.device)
         trials.append(torch.linalg.qr(normal)[0].to(Y.dtype))
     found = torch.stack([fixed + scale * free_left @ trial @ free_right for trial in trials])
     return found[lowrank.condition_number(found).argmin()]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Int, Num
 from torch import Tensor
 
-from .. import _checks, bounds
+from .. import _checks, _values, bounds
+from ..bounds.fnn import Inputs
 from ..errors import InputError
 from ..networks import FNN, Gap, Partition, Pieces
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OptimalPartition:
     """The best partition for each member of a batch.
 
@@ -26,6 +27,8 @@ class OptimalPartition:
 
     sizes: Int[Tensor, "*batch blocks"]
     value: Num[Tensor, "*batch"]
+
+    __repr__ = _values.fields
 
     def partition(self, *member: int) -> Partition:
         """The partition of one member of the batch."""
@@ -51,8 +54,8 @@ def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
 def least_error(
     frozen: FNN,
     target: FNN,
-    ranks: int | Sequence[int],
-    inputs: Float[Tensor, "*batch in samples"] | float,
+    ranks: _checks.Ranks,
+    inputs: Inputs,
 ) -> OptimalPartition:
     """The partition of the least error bound at given ranks, `bounds.fnn_error` of ``inputs``.
 
@@ -79,7 +82,7 @@ def _search(
     rises: then the best partition of all layers begins with a best partition of the first ones.
     """
     pieces = Pieces(frozen, target)
-    values = {0: torch.zeros((), dtype=frozen.dtype)}
+    values = {0: torch.zeros((), dtype=frozen.dtype, device=frozen.device)}
     starts: list[dict[int, Tensor]] = []
     for i in range(target.depth):
         reached, chosen = {}, {}
@@ -92,7 +95,8 @@ def _search(
                     step(i, layers, pieces.gap(i, layers), values[layers.start]) for layers in runs
                 ]
                 reached[end], best = torch.stack(torch.broadcast_tensors(*found)).min(0)
-                chosen[end] = torch.tensor([layers.start for layers in runs])[best]
+                firsts = [layers.start for layers in runs]
+                chosen[end] = torch.tensor(firsts, device=best.device)[best]
         values = reached
         starts.append(chosen)
     if frozen.depth not in values:
@@ -103,9 +107,9 @@ def _search(
         )
 
     value = values[frozen.depth]
-    ends = [torch.full(value.shape, frozen.depth)]
+    ends = [torch.full_like(value, frozen.depth, dtype=torch.long)]
     for chosen in reversed(starts):
-        table = torch.zeros(frozen.depth + 1, *value.shape, dtype=torch.long)
+        table = ends[0].new_zeros(frozen.depth + 1, *value.shape)
         for layer, start in chosen.items():
             table[layer] = start
         ends.append(table.gather(0, ends[-1][None])[0])

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, bounds, constructions
+from .. import _checks, _values, bounds, constructions
 from .._records import Record
 from ..adapters import Adapters
 from ..errors import InputError
@@ -82,7 +82,8 @@ def images() -> tuple[Float[Tensor, "samples side side"], Int[Tensor, " samples"
             remedy="install it (it is in the extra `glue`)",
         ) from error
     found = load_digits()
-    return torch.tensor(found.images / 16, dtype=torch.float32), torch.tensor(found.target)
+    pictures = torch.from_numpy(found.images / 16).to(torch.float32)
+    return pictures, torch.from_numpy(found.target)
 
 
 def turned(
@@ -93,8 +94,8 @@ def turned(
     Grey values are interpolated linearly, and rounded to multiples of 1/256, without which hardly
     any pixel would be free of ink; what comes from outside is 0.
     """
-    phi = torch.tensor(math.radians(angle))
-    matrix = torch.tensor([[phi.cos(), -phi.sin(), 0.0], [phi.sin(), phi.cos(), 0.0]])
+    phi = pictures.new_tensor(math.radians(angle))
+    matrix = pictures.new_tensor([[phi.cos(), -phi.sin(), 0.0], [phi.sin(), phi.cos(), 0.0]])
     shape = len(pictures), 1, *pictures.shape[1:]
     places = torch.nn.functional.affine_grid(
         matrix.expand(len(pictures), 2, 3), list(shape), align_corners=False
@@ -110,6 +111,8 @@ class Split(NamedTuple):
     validation: Labelled
     test: Labelled
 
+    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__  # type: ignore[misc]
+
 
 @functools.cache
 def task(model: str, angle: float, seed: int) -> Split:
@@ -123,11 +126,11 @@ def task(model: str, angle: float, seed: int) -> Split:
         raise InputError("model", allowed=" or ".join(MODELS), given=repr(model))
     pictures, classes = images()
     pictures = turned(pictures, angle)
-    order = torch.randperm(len(classes), generator=generator(seed, "split"))
+    order = torch.randperm(len(classes), generator=generator(seed, "split"), device="cpu")
     if model == "fnn":
         parts = [pictures[part].flatten(1).mT for part in order.split([*SIZES.values()])]
     else:
-        places = torch.eye(SIDE).expand(len(pictures), SIDE, SIDE)
+        places = torch.eye(SIDE, device=pictures.device).expand(len(pictures), SIDE, SIDE)
         tokens = torch.cat([pictures.mT, places], dim=1)
         parts = [tokens[part] for part in order.split([*SIZES.values()])]
     labels = [classes[part] for part in order.split([*SIZES.values()])]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import grimp
 
-from ..errors import InputError
+from ..errors import InputError, brief
 
 PACKAGE = __name__.partition(".")[0]
 # They start runs and keep what these give, which they have no part in.
@@ -70,7 +70,7 @@ def code(work: Callable[..., Any]) -> Code:
         bound += [work.args, sorted(work.keywords.items())]
         work = work.func
     if not callable(work):
-        raise InputError("work", allowed="a function of a list of settings", given=repr(work))
+        raise InputError("work", allowed="a function of a list of settings", given=brief(work))
     if inspect.ismethod(work):
         bound.append(work.__self__)
     elif not inspect.isroutine(work):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .. import _checks
 from .._records import Record, Results
-from ..errors import InputError
+from ..errors import InputError, brief
 from . import provenance, store, tables
 from .provenance import Code, Origin
 from .store import Row
@@ -139,14 +139,14 @@ def _axis(name: str, value: Any) -> list[Any]:
     if not isinstance(value, list | range):
         return [value]
     if not value:
-        raise InputError(name, allowed="a value or a list of at least one", given=repr(value))
+        raise InputError(name, allowed="a value or a list of at least one", given=brief(value))
     return list(value)
 
 
 def _keys(settings: Sequence[R]) -> dict[R, str]:
     """What each setting is called in the file; raises `InputError` for what makes no table."""
     if not isinstance(settings, Sequence) or not settings:
-        raise InputError("settings", allowed="a list of at least one", given=repr(settings))
+        raise InputError("settings", allowed="a list of at least one", given=brief(settings))
     if len(kinds := {type(setting) for setting in settings}) > 1 or not tables.is_record(*kinds):
         given = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError("settings", allowed="of one class, made from sweeps.Record", given=given)
@@ -171,7 +171,7 @@ def _texts(results: Any, batch: list[Any]) -> list[str]:
     promise = f"a function that returns a list of sweeps.Results of one class, here {len(batch)}"
     kinds = {type(one) for one in results} if isinstance(results, Sequence) else set()
     if len(kinds) != 1 or not tables.is_record(*kinds) or len(results) != len(batch):
-        raise InputError("work", allowed=promise, given=repr(results))
+        raise InputError("work", allowed=promise, given=brief(results))
     (kind,) = kinds
     names = [*kind.model_fields]
     tables.distinct(kind.__name__, [*tables.columns(type(batch[0])), *names, *Origin._fields])
@@ -221,7 +221,7 @@ def _client(scheduler: str | Client | None) -> Iterator[Client | None]:
         raise InputError(
             "scheduler",
             allowed="None where dask and distributed are not installed",
-            given=repr(scheduler),
+            given=brief(scheduler),
             remedy="install them (they are the extra `cluster`)",
         ) from error
     if isinstance(scheduler, Client):

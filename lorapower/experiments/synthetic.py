@@ -159,7 +159,8 @@ class Problem(Record):
         for layers in Partition.uniform(self.depth, self.target_depth).slices:
             block = LinearNetwork(frozen.weights[layers]).product()
             left, right = (
-                torch.randn(shape, generator=generator, dtype=block.dtype) for _ in range(2)
+                randomness.normal(generator, *shape, dtype=block.dtype, device=block.device)
+                for _ in range(2)
             )
             change = left @ right.mT
             size = self.distance * torch.linalg.matrix_norm(block)
@@ -185,7 +186,7 @@ class Problem(Record):
     def votes(self, outputs: Tensor) -> Tensor:
         """Sums of the outputs that vote for each class, ``[..., classes, samples]``."""
         votes = outputs.new_zeros(*outputs.shape[:-2], max(self.classes) + 1, outputs.shape[-1])
-        return votes.index_add(-2, torch.tensor(self.classes), outputs)
+        return votes.index_add(-2, torch.tensor(self.classes, device=outputs.device), outputs)
 
 
 class Construction(methods.Construction):

@@ -13,12 +13,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _batches, _checks
+from .. import _batches, _checks, _values, randomness
 from ..errors import InputError
 
 
 class Network(ABC):
     """One network, or as many as the batch shape says, as matrices and vectors.
+
+    A network has numbers of its own: what it is made from is copied, be it tensors, arrays or
+    lists, and may be changed or trained on afterwards. No gradients flow into or through it.
 
     All that adapters and training need to know of a network's kind is said here.
 
@@ -39,7 +42,7 @@ class Network(ABC):
         return 0
 
     @abstractmethod
-    def __call__(self, x: Float[Tensor, "*batch in n"]) -> Float[Tensor, "*batch out n"]:
+    def __call__(self, x: Float[Tensor, "*#batch in n"]) -> Float[Tensor, "*batch out n"]:
         """The outputs for the columns of ``x``."""
 
     @abstractmethod
@@ -61,9 +64,17 @@ class Network(ABC):
             [torch.where(which[..., None], 0, bias) for bias in self.biases],
         )
 
-    def to(self, dtype: torch.dtype) -> Self:
-        """The same network with all numbers rounded to ``dtype``."""
-        return self.map(lambda values: values.to(dtype))
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Self:
+        """The same network with all numbers rounded to ``dtype``, on ``device``.
+
+        What is not given stays as it is. Raises `InputError` for a type other than float32 and
+        float64, and for a device that torch does not find.
+        """
+        dtype = self.dtype if dtype is None else _checks.precision(dtype)
+        device = self.device if device is None else _checks.device(device)
+        return self.map(lambda values: values.to(device, dtype))
 
     def __getitem__(self, index: Any) -> Self:
         """The member, or members, of the batch at ``index``.
@@ -74,6 +85,14 @@ class Network(ABC):
         own = len(self.batch_shape)
         return self.map(lambda values: values.reshape(-1, *values.shape[own:])[members])
 
+    def __repr__(self) -> str:
+        return _values.summary(self, self.sides, like=self.weights[0], batch=self.batch_shape)
+
+    @property
+    @abstractmethod
+    def sides(self) -> str:
+        """Its sizes in words."""
+
     @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions: how many networks this object holds."""
@@ -83,16 +102,20 @@ class Network(ABC):
     def dtype(self) -> torch.dtype:
         return self.weights[0].dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0].device
+
     def members(self, index: Any) -> Tensor:
         """Positions, in the flattened batch, of the members at ``index`` of the batch dimensions.
 
         Raises `InputError` for an index that the batch does not have.
         """
-        return _batches.positions(self.batch_shape, index)
+        return _batches.positions(self.batch_shape, index, self.device)
 
     def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch in n"]:
-        """``x`` in the network's type, or an `InputError` where its columns are no inputs."""
-        x = _checks.real_tensor(name, x, min_dims=2).to(self.dtype)
+        """``x`` in the network's type and on its device; `InputError` where it is no inputs."""
+        x = _checks.real_tensor(name, x, min_dims=2).to(self.device, self.dtype)
         inputs = self.weights[0].shape[-1]
         columns, are = ("tokens", "tokens") if self.sequences else ("samples", "inputs")
         if x.shape[-2] != inputs:
@@ -104,7 +127,7 @@ class Network(ABC):
         return x
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layers(Network):
     """Layers of weights ``W_1, …, W_L`` that chain; what is between them is a subclass's matter."""
 
@@ -119,6 +142,11 @@ class Layers(Network):
     def widths(self) -> tuple[int, ...]:
         """Sizes along the network, ``(in, …, out)``: ``L + 1`` of them."""
         return (self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights))
+
+    @property
+    def sides(self) -> str:
+        """The widths, in the order of the layers."""
+        return "→".join(map(str, self.widths))
 
     def _require_single(self) -> None:
         if self.batch_shape:
@@ -145,7 +173,7 @@ def per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) ->
         given = "none" if isinstance(values, Sequence) else type(values).__name__
         raise InputError(plural, allowed=f"at least one {one}", given=given)
     layers = [
-        _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims)
+        _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims, copy=True)
         for l, value in enumerate(values, start=1)
     ]
     if len({layer.dtype for layer in layers}) > 1:
@@ -172,7 +200,7 @@ def uniform(
     *shape: int, width: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Float[Tensor, ...]:
     """Numbers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√width``."""
-    drawn = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    drawn = randomness.uniform(generator, *shape)
     return ((2 * drawn - 1) / width**0.5).to(dtype)
 
 

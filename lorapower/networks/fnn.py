@@ -22,7 +22,7 @@ def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*ba
     return nn.functional.pad(x, (0, 0, 0, width - x.shape[-2]))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FNN(Layers):
     """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``.
 
@@ -119,7 +119,7 @@ class FNN(Layers):
         return network
 
     def preactivations(
-        self, x: Float[Tensor, "*batch in samples"]
+        self, x: Float[Tensor, "*#batch in samples"]
     ) -> list[Float[Tensor, "*batch _ samples"]]:
         """``W_l z_{l−1} + b_l`` for each layer, where ``z_0 = x`` and ``z_l = ReLU(…)`` of it."""
         z, found = self.as_inputs(x), []
@@ -129,7 +129,7 @@ class FNN(Layers):
         return found
 
     def __call__(
-        self, x: Float[Tensor, "*batch in samples"]
+        self, x: Float[Tensor, "*#batch in samples"]
     ) -> Float[Tensor, "*batch out samples"]:
         """``z_L``: the last layer's pre-activations, or the ReLU of them."""
         last = self.preactivations(x)[-1]
@@ -139,13 +139,13 @@ class FNN(Layers):
     def from_sequential(
         cls, module: nn.Sequential, *, dtype: torch.dtype | None = None, name: str = "module"
     ) -> FNN:
-        """The ReLU network that a `torch.nn.Sequential` of `Linear` and `ReLU` layers is.
+        """The ReLU network that a `torch.nn.Sequential` of ``Linear`` and ``ReLU`` layers is.
 
         A ReLU stands between any two ``Linear`` layers; the module ends with either, and a network
-        that ends with ``Linear`` has a linear last layer. A ``Linear`` without bias gets one of zeros.
-        Sequentials may be nested. ``Identity`` and ``Dropout`` are left out, the network computes what
-        the module does in evaluation; so is a leading ``Flatten``. Inputs of the module are rows,
-        ours columns: ``network(x.mT).mT`` equals ``module(x)``.
+        that ends with ``Linear`` has a linear last layer. A ``Linear`` without bias gets one of
+        zeros. Sequentials may be nested. ``Identity`` and ``Dropout`` are left out, the network
+        computes what the module does in evaluation; so is a leading ``Flatten``. Inputs of the
+        module are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``.
 
         Parameters
         ----------

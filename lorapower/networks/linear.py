@@ -18,7 +18,7 @@ from .base import Layers, chained, random_weights
 from .modules import dense_layers
 
 
-def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*batch out in"]:
+def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*batch out in"]:
     """``∏_l W_l = W_L ⋯ W_1``: the first factor of the sequence acts first (rightmost).
 
     Raises `InputError` for an empty sequence, whose product has no size.
@@ -28,7 +28,7 @@ def product(weights: Sequence[Float[Tensor, "*batch _ _"]]) -> Float[Tensor, "*b
     return reduce(lambda inner, outer: outer @ inner, weights)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearNetwork(Layers):
     """A deep linear network ``x ↦ W_L ⋯ W_1 x``.
 
@@ -148,7 +148,7 @@ class LinearNetwork(Layers):
         return torch.minimum(layerwise, entrywise)
 
     def __call__(
-        self, x: Float[Tensor, "*batch in samples"]
+        self, x: Float[Tensor, "*#batch in samples"]
     ) -> Float[Tensor, "*batch out samples"]:
         """``W_L ⋯ W_1 x``, layer by layer."""
         return product([self.as_inputs(x), *self.weights])
@@ -159,9 +159,9 @@ class LinearNetwork(Layers):
     ) -> LinearNetwork:
         """The linear network that a `torch.nn.Sequential` of bias-free ``Linear`` layers computes.
 
-        Sequentials may be nested. `Identity` and `Dropout` are left out, the network computes what
-        the module does in evaluation; so is a leading `Flatten`. Inputs of the module are rows,
-        ours columns: ``network(x.mT).mT`` equals ``module(x)``.
+        Sequentials may be nested. ``Identity`` and ``Dropout`` are left out, the network computes
+        what the module does in evaluation; so is a leading ``Flatten``. Inputs of the module are
+        rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``.
 
         Parameters
         ----------

@@ -30,7 +30,7 @@ OTHER_LAYER = "no construction covers it: convert what lies before it and behind
 
 
 class Dense(NamedTuple):
-    """A `Linear` layer of a module.
+    """A ``Linear`` layer of a module.
 
     Attributes
     ----------
@@ -46,10 +46,10 @@ class Dense(NamedTuple):
 
 
 def dense_layers(module: Any, name: str, dtype: torch.dtype | None) -> list[Dense]:
-    """The `Linear` layers of a `torch.nn.Sequential`, those of nested ones too, in their order.
+    """The ``Linear`` layers of a `torch.nn.Sequential`, those of nested ones too, in their order.
 
-    All is as in evaluation, where `Identity` and `Dropout` layers do nothing. A `Flatten` before
-    all other layers is left out too: inputs of a network are columns already.
+    All is as in evaluation, where ``Identity`` and ``Dropout`` layers do nothing. A ``Flatten``
+    before all other layers is left out too: inputs of a network are columns already.
 
     Parameters
     ----------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 
 from .. import _checks
-from ..errors import InputError
+from ..errors import InputError, brief
 from .fnn import FNN
 from .gap import Gap
 from .linear import LinearNetwork
@@ -87,6 +87,9 @@ class Pieces:
         self._goals = [LinearNetwork.unchecked([weight]) for weight in target.weights]
         self._runs: dict[tuple[int, ...], LinearNetwork] = {}
 
+    def __repr__(self) -> str:
+        return f"Pieces(frozen={self.frozen}, target={self.target})"
+
     def gap(self, i: int, layers: slice) -> Gap:
         """Frozen ``layers`` against target layer ``i``, counted from 0.
 
@@ -144,7 +147,7 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
         partition = Partition.uniform(frozen.depth, target.depth)
     if not isinstance(partition, Partition):
         raise InputError(
-            "partition", allowed="a Partition, such as Partition([2, 2])", given=repr(partition)
+            "partition", allowed="a Partition, such as Partition([2, 2])", given=brief(partition)
         )
     if partition.depth != frozen.depth:
         raise InputError(

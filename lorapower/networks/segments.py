@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, lowrank
+from .. import _checks, _values, lowrank
 from ..errors import InputError
 from .gap import Gap
 from .linear import LinearNetwork
@@ -36,6 +36,8 @@ class Segments(NamedTuple, Generic[T]):
     query_key: T
     value_output: T
     output: T
+
+    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__  # type: ignore[misc]
 
     def largest(self: Segments[Any]) -> Tensor:
         """The largest of a network's numbers, where something is one number; ``[...]``."""
@@ -86,7 +88,8 @@ def _inverted(
 
 def _chains(network: Transformer, batch: torch.Size) -> list[LinearNetwork]:
     width = network.width
-    identity = torch.eye(width, dtype=network.dtype).expand(*network.batch_shape, 1, -1, -1)
+    identity = torch.eye(width, dtype=network.dtype, device=network.device)
+    identity = identity.expand(*network.batch_shape, 1, -1, -1)
     before = torch.cat([identity, network.W_2[..., :-1, :, :]], dim=-3)[..., None, :, :]
     after = network.W_1[..., None, :, :]
     chains = [
@@ -94,11 +97,13 @@ def _chains(network: Transformer, batch: torch.Size) -> list[LinearNetwork]:
         [before, network.W_V, network.W_O, after],
     ]
     inner = [
-        LinearNetwork([w.expand(*batch, *network.W_Q.shape[-4:-2], *w.shape[-2:]) for w in chain])
+        LinearNetwork.unchecked(
+            [w.expand(*batch, *network.W_Q.shape[-4:-2], *w.shape[-2:]) for w in chain]
+        )
         for chain in chains
     ]
     outputs = (network.W_2[..., -1, :, :], network.W_out)
-    return [*inner, LinearNetwork([w.expand(*batch, *w.shape[-2:]) for w in outputs])]
+    return [*inner, LinearNetwork.unchecked([w.expand(*batch, *w.shape[-2:]) for w in outputs])]
 
 
 def _check(frozen: Transformer, target: Transformer) -> torch.Size:
@@ -110,7 +115,7 @@ def _check(frozen: Transformer, target: Transformer) -> torch.Size:
                 given=target.sizes[side],
                 remedy="segments are matched one to one, and adapters leave all sizes as they are",
             )
-    _checks.like_frozen(target.dtype, frozen.dtype)
+    _checks.like_frozen(target, frozen)
     if frozen.sizes["hidden"] != frozen.width:
         raise InputError(
             "W_1",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, randomness
+from .. import _checks, _values, randomness
 from ..errors import InputError
 from .base import Network, uniform
 
@@ -45,8 +45,10 @@ class BlockTrace(NamedTuple):
     preactivations: Float[Tensor, "*batch hidden n"]
     outputs: Float[Tensor, "*batch width n"]
 
+    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__  # type: ignore[misc]
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Transformer(Network):
     """``L`` blocks of attention with ``H`` heads and a ReLU layer, and an output matrix.
 
@@ -83,10 +85,22 @@ class Transformer(Network):
 
     sequences: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        W_Q: Any,
+        W_K: Any,
+        W_V: Any,
+        W_O: Any,
+        W_1: Any,
+        b_1: Any,
+        W_2: Any,
+        b_2: Any,
+        W_out: Any,
+    ) -> None:
+        values = (W_Q, W_K, W_V, W_O, W_1, b_1, W_2, b_2, W_out)
         given = {
-            name: _checks.real_tensor(name, getattr(self, name), min_dims=len(shape))
-            for name, shape in SHAPES.items()
+            name: _checks.real_tensor(name, value, min_dims=len(shape), copy=True)
+            for (name, shape), value in zip(SHAPES.items(), values, strict=True)
         }
         sizes: dict[str, int] = {}
         for name, shape in SHAPES.items():
@@ -153,8 +167,7 @@ class Transformer(Network):
             shape = (*batch_shape, *(sizes[side] for side in SHAPES[name]))
             if "heads" not in SHAPES[name]:
                 return uniform(*shape, width=width, generator=generator, dtype=dtype)
-            normal = torch.randn(*shape, generator=generator, dtype=torch.float64)
-            return (scale * normal).to(dtype)
+            return (scale * randomness.normal(generator, *shape)).to(dtype)
 
         return cls(**{name: draw(name) for name in SHAPES})
 
@@ -181,6 +194,14 @@ class Transformer(Network):
             for name, shape in SHAPES.items()
             for side, n in zip(shape, getattr(self, name).shape[-len(shape) :], strict=True)
         }
+
+    @property
+    def sides(self) -> str:
+        """Blocks, heads, the size of these, and the sizes along a block and of an output."""
+        n = self.sizes
+        heads = f"{n['heads']} heads of {n['query size']} and {n['value size']}"
+        layers = f"{n['width']}→{n['hidden']}→{n['width']}, {n['outputs']} outputs"
+        return f"{n['blocks']} blocks, {heads}, {layers}"
 
     # Kept in stacks, so that both are read only.
     @cached_property
@@ -249,7 +270,7 @@ class Transformer(Network):
         _checks.common_shape(f"{name} and network", [tuple(x.shape[:-2]), tuple(self.batch_shape)])
         return x
 
-    def trace(self, x: Float[Tensor, "*batch width n"]) -> list[BlockTrace]:
+    def trace(self, x: Float[Tensor, "*#batch width n"]) -> list[BlockTrace]:
         """What happens in each block, first block first."""
         z, found = self.as_inputs(x), []
         for l in range(self.depth):
@@ -262,6 +283,6 @@ class Transformer(Network):
             found.append(BlockTrace(patterns, hidden, z))
         return found
 
-    def __call__(self, x: Float[Tensor, "*batch width n"]) -> Float[Tensor, "*batch out n"]:
+    def __call__(self, x: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
         """``W_out Z_L``, token by token; leading dimensions of ``x`` broadcast with the batch."""
         return self.W_out @ self.trace(x)[-1].outputs

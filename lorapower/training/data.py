@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from .. import _checks, randomness
 from ..errors import InputError
 from ..networks import Network
 
-Labelled = tuple[Float[Tensor, "*batch in samples"], Float[Tensor, "*batch out samples"]]
+# Of a form that `Data` describes.
+Labelled = tuple[Float[Tensor, "..."], Num[Tensor, "..."]]
 
 
 class Data(ABC):
@@ -44,7 +45,7 @@ class Fresh(Data):
 
     Parameters
     ----------
-    label : a target network, or another function of inputs.
+    label : a target network, or another function of inputs; these lie where its labels do.
     shape : of one input, ``(D,)`` or ``(D, N)``.
     samples : in each batch.
     validation_samples : drawn once.
@@ -73,6 +74,9 @@ class Fresh(Data):
         count = _checks.integer("validation_samples", validation_samples, 1)
         self.validation = self._draw((), count, "validation inputs")
 
+    def __repr__(self) -> str:
+        return f"Fresh(shape {self.shape}, {self.samples} samples, seed {self.seed})"
+
     def block(self, index: int) -> Labelled:
         return self._draw((self.BLOCK,), self.samples, "inputs", index)
 
@@ -83,8 +87,9 @@ class Fresh(Data):
     def _draw(self, batch: tuple[int, ...], samples: int, *part: str | int) -> Labelled:
         one = (samples, *self.shape) if len(self.shape) == 2 else (*self.shape, samples)
         generator = randomness.generator(self.seed, *self.purpose, *part)
-        x = torch.randn(*batch, *one, generator=generator)
-        return x, self.label(x)
+        x = randomness.normal(generator, *batch, *one, dtype=torch.float32)
+        y = self.label(x)
+        return x.to(y.device), y
 
 
 class Fixed(Data):
@@ -104,8 +109,8 @@ class Fixed(Data):
 
     def __init__(
         self,
-        training: Labelled,
-        validation: Labelled,
+        training: tuple[Any, Any],
+        validation: tuple[Any, Any],
         *,
         samples: int | None = None,
         seed: int = 0,
@@ -125,6 +130,10 @@ class Fixed(Data):
         self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
         self.seed, self.purpose = _checks.integer("seed", seed, 0), purpose
 
+    def __repr__(self) -> str:
+        x, y = self.training
+        return f"Fixed({list(x.shape)} to {list(y.shape)}, {self.samples} samples)"
+
     def block(self, index: int) -> Labelled:
         x, y = self.training
         count = x.shape[self.sample_dim]
@@ -142,7 +151,9 @@ class Fixed(Data):
 
     def _order(self, epoch: int) -> Tensor:
         generator = randomness.generator(self.seed, *self.purpose, "order", epoch)
-        return torch.randperm(self.training[0].shape[self.sample_dim], generator=generator)
+        x, _ = self.training
+        count = x.shape[self.sample_dim]
+        return torch.randperm(count, generator=generator, device="cpu").to(x.device)
 
 
 def _usable(name: str, labelled: Any) -> Labelled:
@@ -152,7 +163,7 @@ def _usable(name: str, labelled: Any) -> Labelled:
             name, allowed="a pair of inputs and labels", given=f"a {type(labelled).__name__}"
         )
     x, y = labelled
-    inputs = _checks.real_tensor(f"{name} inputs", x, min_dims=2)
+    inputs = _checks.real_tensor(f"{name} inputs", x, min_dims=2, copy=True)
     if isinstance(y, Tensor) and y.dtype not in _checks.PRECISIONS:
-        return inputs, y
-    return inputs, _checks.real_tensor(f"{name} labels", y, min_dims=1)
+        return inputs, y.clone()
+    return inputs, _checks.real_tensor(f"{name} labels", y, min_dims=1, copy=True)

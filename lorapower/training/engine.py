@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import N
-from ..errors import InputError
+from ..errors import InputError, brief
 from . import compiled, reference
 from .compiled import State, Structure
 from .data import Data
@@ -35,6 +35,7 @@ def train(
     until: float = 0.0,
     seed: int | Sequence[int] = 0,
     threads: int | None = None,
+    backend: Literal["compiled", "torch"] = "compiled",
     device: str | torch.device | None = None,
 ) -> Training[N]:
     """Tune adapters, final layers or everything of frozen networks by Adam, all runs at once.
@@ -56,8 +57,11 @@ def train(
     seed : of the factors; one for each member of the batch, or one for all.
     threads : how many runs advance at a time, by default one on each processor; another thread
         makes the inputs.
-    device : where it runs. By default a GPU if torch finds one, else processors with compiled code;
-        naming ``"cpu"`` computes the same with torch, slowly.
+    backend : ``"compiled"`` code for processors, whatever torch finds beside them, so that a run
+        gives the same wherever it is repeated; ``"torch"`` computes the same by its operations,
+        slowly on processors.
+    device : of backend ``"torch"``, by default where the frozen network lies. What is returned lies
+        there whatever the backend.
 
     Raises
     ------
@@ -70,7 +74,7 @@ def train(
     every = _checks.integer("every", every, 1, steps, limit="the steps")
     until = _checks.tolerance("until", until)
     threads = _processors() if threads is None else _checks.integer("threads", threads, 1)
-    place = _device(device)
+    place = _place(backend, device)
     stack = Stack(frozen)
     seeds = [
         _checks.integer("seed", each, 0)
@@ -84,13 +88,13 @@ def train(
         or not all(isinstance(tuning, Tuning) for tuning in tunings)
     ):
         raise InputError(
-            "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=repr(tunings)
+            "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=brief(tunings)
         )
     state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until)
-    if place is None:
+    if backend == "compiled":
         _run_compiled(structure, state, batches, steps, every, threads)
     else:
-        _run_torch(structure, state, batches, steps, every, place)
+        _run_torch(structure, state, batches, steps, every, place or frozen.device)
     return stack.training(state, every)
 
 
@@ -98,7 +102,7 @@ def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
     """One value for each member of the batch, from one for all or from that many."""
     values = [given] * members if isinstance(given, kind) else given
     if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
-        raise InputError(name, allowed=f"one {kind.__name__}, or several", given=repr(given))
+        raise InputError(name, allowed=f"one {kind.__name__}, or several", given=brief(given))
     if len(values) != members:
         raise InputError(
             name, allowed=f"one, or one for each of {members} networks", given=len(values)
@@ -113,14 +117,21 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
 
 
-def _device(device: str | torch.device | None) -> torch.device | None:
-    """Where torch is to compute, or ``None`` where compiled code does."""
+def _place(backend: str, device: str | torch.device | None) -> torch.device | None:
+    """The device that was asked for, if any, where the backend computes there."""
+    if backend not in ("compiled", "torch"):
+        raise InputError("backend", allowed="'compiled' or 'torch'", given=brief(backend))
     if device is None:
-        return torch.device("cuda") if torch.cuda.is_available() else None
-    try:
-        return torch.empty(0, device=device).device
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise InputError("device", allowed="one that torch finds here", given=device) from error
+        return None
+    place = _checks.device(device)
+    if backend == "compiled" and place.type != "cpu":
+        raise InputError(
+            "device",
+            allowed="cpu for compiled code",
+            given=place,
+            remedy="choose backend='torch' for another",
+        )
+    return place
 
 
 def _run_compiled(

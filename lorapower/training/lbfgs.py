@@ -33,7 +33,8 @@ def minimize(
 
     def start(size: int, R: int) -> Tensor:
         shape = (*frozen.batch_shape, starts, size, R)
-        factor = 0.25 * torch.randn(shape, dtype=frozen.dtype, generator=generator)
+        drawn = randomness.normal(generator, *shape, dtype=frozen.dtype, device=frozen.device)
+        factor = 0.25 * drawn
         return factor.requires_grad_()
 
     factors = [
@@ -64,5 +65,6 @@ def minimize(
         total.backward()
         return total
 
-    optimizer.step(loss)
+    if any(factor.numel() for pair in factors for factor in pair):
+        optimizer.step(loss)
     return squared_errors().detach().sqrt()

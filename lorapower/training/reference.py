@@ -70,9 +70,9 @@ def advance(
     structure: Structure,
     state: State[Tensor],
     x: Float[Tensor, "sources steps D n samples"],
-    y: Float[Tensor, "sources steps out n samples"],
-    x_validation: Float[Tensor, "sources D n samples"],
-    y_validation: Float[Tensor, "sources out n samples"],
+    y: Float[Tensor, "sources steps _ _ samples"],
+    x_validation: Float[Tensor, "sources D n others"],
+    y_validation: Float[Tensor, "sources _ _ others"],
     start: int,
     every: int,
 ) -> None:

@@ -31,6 +31,12 @@ class Stack(Generic[N]):
 
     def __init__(self, frozen: N) -> None:
         _checks.kind(Network, frozen=frozen)
+        if not frozen.batch_shape.numel():
+            raise InputError(
+                "frozen",
+                allowed="at least one network",
+                given=f"batch shape {tuple(frozen.batch_shape)}",
+            )
         # The network's own checks refuse numbers too large for single precision.
         self.network: Any = frozen.to(torch.float32)
         self.shapes = [tuple(weight.shape[-2:]) for weight in frozen.weights]
@@ -41,7 +47,7 @@ class Stack(Generic[N]):
         self.weights = self._padded(self.network.weights, 2)
         # A linear network has biases too: zeros, which stay.
         self.padded_biases = self._padded(
-            self.biases or [torch.zeros(self.members, 1)] * len(self.shapes), 1
+            self.biases or [torch.zeros(self.members, 1, device="cpu")] * len(self.shapes), 1
         )
 
     @property
@@ -127,7 +133,7 @@ class Stack(Generic[N]):
         """What the runs gave, at the least validation loss of each."""
 
         def shaped(values: Any) -> Tensor:
-            values = torch.as_tensor(values)
+            values = torch.as_tensor(values, device=self.network.device)
             return values.reshape(-1, *self.network.batch_shape, *values.shape[1:])
 
         A, B, b = (shaped(values) for values in (state.A_best, state.B_best, state.b_best))
@@ -151,7 +157,7 @@ class Stack(Generic[N]):
             self.network.with_parameters(weights, *([biases] if biases else [])),
             Adapters.trimmed(updates, changes, tuned),
             parameter_count=self._counts(full, tuned),
-            steps=torch.arange(state.training.shape[1]) * every,
+            steps=torch.arange(state.training.shape[1], device=best.device) * every,
             training_loss=shaped(state.training),
             validation_loss=shaped(state.validation),
             best_loss=best,
@@ -175,7 +181,7 @@ class Stack(Generic[N]):
         padded = np.zeros((self.members, len(values), *[self.width] * dims), np.float32)
         for i, value in enumerate(values):
             sizes = value.shape[-dims:]
-            padded[:, i][(slice(None), *map(slice, sizes))] = value.reshape(-1, *sizes)
+            padded[:, i][(slice(None), *map(slice, sizes))] = value.reshape(-1, *sizes).cpu()
         return padded
 
     def _ranks(self, tuning: Tuning) -> list[int]:
@@ -207,9 +213,8 @@ class Stack(Generic[N]):
         for m in adapted.nonzero()[0]:
             outer, inner = self.shapes[m]
             rank = min(outer, inner)
-            drawn = torch.randn(
-                rank, inner, generator=randomness.generator(seed, "factors", int(m))
-            )
+            generator = randomness.generator(seed, "factors", int(m))
+            drawn = randomness.normal(generator, rank, inner, dtype=torch.float32)
             factors[m, :rank, :inner] = FACTOR_SCALE * drawn
         return factors
 
@@ -308,10 +313,10 @@ class Batches:
     def _features(self, values: Tensor) -> Float[Tensor, "*lead D tokens samples"]:
         values = values.movedim(-3, -1) if self.sequences else values.unsqueeze(-2)
         padding = self.stack.width - values.shape[-3]
-        return torch.nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).to(torch.float32)
+        return torch.nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).to("cpu", torch.float32)
 
     def _one_hot(self, y: Any, shape: tuple[int, ...]) -> Float[Tensor, "*lead classes 1 samples"]:
-        y = torch.as_tensor(y)
+        y = torch.as_tensor(y, device="cpu")
         self._check_labels(y, shape)
         integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
         if not integers or y.min() < 0 or y.max() >= self.classes:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters, N
-from ..errors import InputError
+from ..errors import InputError, brief
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -55,7 +55,7 @@ class Tuning:
                 given=f"{self.final} with ranks {self.ranks}",
             )
         if not isinstance(self.biases, bool):
-            raise InputError("biases", allowed="True or False", given=repr(self.biases))
+            raise InputError("biases", allowed="True or False", given=brief(self.biases))
         _checks.positive("learning_rate", self.learning_rate)
         _checks.tolerance("weight_decay", self.weight_decay)
         for name in ("learning_rate", "weight_decay"):

@@ -178,7 +178,7 @@ def _run(setting: Setting) -> Found:
     samples, cut_off = _tokenized(problem.task, problem.source, problem.model, problem.tokens)
     network = _network(setting)
     chosen = torch.randperm(
-        len(train.labels), generator=randomness.generator(problem.seed, "samples")
+        len(train.labels), generator=randomness.generator(problem.seed, "samples"), device="cpu"
     ).tolist()
     with tempfile.TemporaryDirectory() as unused, hub.quiet():
         trainer = Trainer(

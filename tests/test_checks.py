@@ -1,0 +1,203 @@
+"""Tensors, arrays and lists: which are taken, what is said of others, whose numbers they are."""
+
+from __future__ import annotations
+
+import warnings
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorapower import InputError, _checks
+from lorapower.errors import LONGEST, brief, shortened
+from lorapower.networks import FNN, LinearNetwork, Transformer
+from lorapower.regions import Ball, Box, Samples
+from lorapower.training import Fixed
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+def quantized() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch will give them up
+        return torch.quantize_per_tensor(torch.ones(2, 2), 1.0, 0, torch.quint8)
+
+
+LOOP: list[Any] = []
+LOOP.append(LOOP)
+
+UNUSABLE: dict[str, tuple[Any, str]] = {
+    "float16": (torch.ones(2, 2).half(), "float32 or float64; got float16: convert it first"),
+    "bfloat16": (torch.ones(2, 2).bfloat16(), "float32 or float64; got bfloat16: convert it first"),
+    "complex": (torch.ones(2, 2) + 1j, "float32 or float64; got complex64: convert it first"),
+    "integers": (torch.ones(2, 2).long(), "float32 or float64; got int64: convert it first"),
+    "truth values": (torch.ones(2, 2).bool(), "float32 or float64; got bool: convert it first"),
+    "quantized": (
+        quantized(),
+        "float32 or float64; got quint8: convert it first",
+    ),
+    "meta": (
+        torch.ones(2, 2, device="meta"),
+        "a tensor of numbers; got one on device meta, which has none",
+    ),
+    "sparse": (
+        torch.eye(2).to_sparse(),
+        "a dense tensor; got layout sparse_coo: convert it first",
+    ),
+    "integer lists": ([[1, 2], [3, 4]], "float32 or float64; got int64: convert it first"),
+    "float16 array": (
+        np.ones((2, 2), np.float16),
+        "float32 or float64; got float16: convert it first",
+    ),
+    "objects": (
+        np.array([[None]], object),
+        "a rectangular array of numbers; got array([[None]], dtype=object)",
+    ),
+    "texts": ([["a"]], "a rectangular array of numbers; got [['a']]"),
+    "ragged": ([[1.0], [1.0, 2.0]], "a rectangular array of numbers; got [[1.0], [1.0, 2.0]]"),
+    "huge": ([[10**400]], "a rectangular array of numbers; got [["),
+    "without a repr": (
+        Unprintable(),
+        "a rectangular array of numbers; got <Unprintable instance at",
+    ),
+    "endless": (LOOP, "a rectangular array of numbers; got [[[[[[[...]]]]]]]"),
+    "a mapping": ({"a": 1.0}, "a rectangular array of numbers; got {'a': 1.0}"),
+    "nothing": (None, "a rectangular array of numbers; got None"),
+    "list of gradients": (
+        [torch.ones(2, requires_grad=True)],
+        "a rectangular array of numbers; got [tensor([1., 1.], requires_grad=True)]",
+    ),
+    "NaN": ([[0.0, np.nan, np.inf]], "finite; got 2 entries that are NaN or infinite: look for"),
+    "too few dimensions": (
+        [1.0],
+        "a non-empty array of at least 2 dimensions; got shape (1,)",
+    ),
+    "no columns": (
+        torch.ones(3, 2, 0),
+        "a non-empty array of at least 2 dimensions; got shape (3, 2, 0)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("value", "said"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_values_are_told_in_a_line(value: Any, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        _checks.real_tensor("it", value, min_dims=2)
+    message = str(caught.value)
+    assert message.startswith(f"it must be {said}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("dtype", [">f8", "<f8", ">f4", "<f4"])
+def test_arrays_of_any_order_and_strides(dtype: str) -> None:
+    array = np.arange(12.0).reshape(3, 4).astype(dtype)
+    array.setflags(write=False)
+    for view in (array, array.T, array[::-1, ::2]):
+        assert _checks.real_tensor("it", view, min_dims=2).tolist() == view.tolist()
+
+
+@given(st.integers(LONGEST // 2, 20 * LONGEST), st.integers(1, 5))
+def test_messages_are_bounded_lines(length: int, lines: int) -> None:
+    ragged = [[0.0] * length, *[[1.0]] * lines]
+    with pytest.raises(InputError) as caught:
+        _checks.real_tensor("it", ragged, min_dims=2)
+    assert caught.value.given == brief(ragged)
+    for long in ("a" * length, "a\n" * length, "a " * length):
+        message = str(InputError(long, allowed=long, given=long, remedy=long))
+        assert len(message) <= 4 * LONGEST + len(" must be ; got : ")
+        assert "\n" not in message
+        assert shortened(long)[0] == shortened(long)[-1] == "a"
+    assert brief([0] * length) == "[0, 0, 0, 0, 0, 0, ...]"
+    assert len(brief(torch.ones(lines, length))) <= 60
+    assert brief(10**length * 10**4400) == "a value of class int"
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Z", "C"]), max_size=LONGEST))
+def test_what_fits_is_shown_as_it_is(text: str) -> None:
+    assert str(InputError("it", allowed="it", given=text)) == f"it must be it; got {text}"
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "result"),
+    [
+        (_checks.positive, 10**400, None),
+        (_checks.positive, Fraction(1, 10**400), None),
+        (_checks.tolerance, -(10**400), None),
+        (_checks.positive, True, None),
+        (_checks.positive, np.float32(2), 2.0),
+        (_checks.positive, Fraction(1, 2), 0.5),
+        (_checks.positive, float("nan"), None),
+        (_checks.tolerance, 10**400, float("inf")),
+        (_checks.tolerance, float("inf"), float("inf")),
+        (_checks.tolerance, float("nan"), None),
+        (_checks.tolerance, "0", None),
+    ],
+)
+def test_numbers_of_all_sizes(check: Any, value: Any, result: float | None) -> None:
+    if result is None:
+        with pytest.raises(InputError, match=r"^it must be a"):
+            check("it", value)
+    else:
+        assert check("it", value) == result
+
+
+def values(made: Any) -> list[float]:
+    """The numbers that something was made from."""
+    if isinstance(made, Fixed):
+        parts = [*made.training, *made.validation]
+    elif isinstance(made, Samples):
+        parts = [made.inputs]
+    elif isinstance(made, Ball):
+        parts = [made.radius, made.centre]
+    elif isinstance(made, Box):
+        parts = [made.centre, made.half]
+    else:
+        parts = [*made.weights, *made.biases]
+    return torch.cat([part.flatten() for part in parts]).tolist()
+
+
+MADE: dict[str, Any] = {
+    "LinearNetwork": lambda a: LinearNetwork([a(2, 2), a(3, 2)]),
+    "stacked": lambda a: LinearNetwork(a(3, 2, 2)),
+    "FNN": lambda a: FNN(a(3, 2, 2), a(3, 2)),
+    "Transformer": lambda a: Transformer(
+        **{name: a(1, 1, 2, 2) for name in ("W_Q", "W_K", "W_V", "W_O")},
+        **{"W_1": a(1, 2, 2), "b_1": a(1, 2), "W_2": a(1, 2, 2), "b_2": a(1, 2)},
+        W_out=a(2, 2),
+    ),
+    "Ball": lambda a: Ball(a(3), a(3, 2)),
+    "Box": lambda a: Box(-a(2), a(2)),
+    "Samples": lambda a: Samples(a(2, 3)),
+    "Fixed": lambda a: Fixed((a(2, 3), a(2, 3)), (a(2, 3), a(2, 3))),
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+@pytest.mark.parametrize("kind", [np.ones, torch.ones])
+def test_what_is_made_has_numbers_of_its_own(make: Any, kind: Any) -> None:
+    given = []
+
+    def made(*shape: int) -> Any:
+        given.append(kind(shape))
+        return given[-1]
+
+    result = make(made)
+    before = values(result)
+    for part in given:
+        part *= 2
+    assert values(result) == before
+
+
+def test_no_gradients_flow_into_a_network() -> None:
+    weight = torch.ones(2, 2, requires_grad=True)
+    x = torch.ones(2, 3, requires_grad=True)
+    network = LinearNetwork([weight])
+    assert not network.weights[0].requires_grad
+    assert not network(x).requires_grad

@@ -1,0 +1,56 @@
+"""Annotations that are checked when the package's functions return, shapes by name included.
+
+A function may be given what its annotations exclude: then it must refuse it itself. So arguments
+are checked, with what is returned, only once a function has returned: what is found then is an
+annotation that is not true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import get_annotations, isclass, signature
+from pathlib import Path
+from typing import Any, Generic, Self, get_origin
+
+import jaxtyping
+from beartype import BeartypeConf, beartype
+
+PACKAGE = Path(__file__).resolve().parent.parent / "lorapower"
+INTEGERS_ARE_FLOATS = BeartypeConf(is_pep484_tower=True)
+# Compiled functions are no Python functions.
+UNCHECKED = {"lorapower.training.compiled"}
+
+
+def modules() -> list[str]:
+    """The modules whose annotations are checked; packages have no functions of their own."""
+    paths = (path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in paths}
+    return sorted(names - UNCHECKED)
+
+
+def install() -> None:
+    """Check the annotations of all modules that are imported from now on."""
+    jaxtyping.install_import_hook(modules(), f"{__name__}.checked")
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Beartype, for jaxtyping, which hands it two functions in the place of each of the package's.
+
+    One takes the arguments, before the call; the other, afterwards, takes also what was returned,
+    as a last argument. Only that one is checked.
+    """
+    *_, last = "", *signature(function).parameters
+    if not (last.startswith("ret") and last[3:].isdigit()):
+        return function
+    hints = get_annotations(function).items()
+    function.__annotations__ = {name: _known(hint) for name, hint in hints}
+    return beartype(conf=INTEGERS_ARE_FLOATS)(function)
+
+
+def _known(hint: Any) -> Any:
+    """``hint``, or any value's where beartype does not know it."""
+    kind = get_origin(hint) or hint
+    generic_tuple = isclass(kind) and issubclass(kind, tuple) and issubclass(kind, Generic)
+    protocol = getattr(kind, "_is_protocol", False)
+    # `Self` it knows only within classes that it decorates.
+    return Any if hint is Self or generic_tuple or protocol else hint
