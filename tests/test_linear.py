@@ -346,7 +346,7 @@ def test_one_rank_for_all_is_a_cap(shapes: list[tuple[int, int]], rank: int) -> 
         assert _checks.ranks_per_layer(rank, shapes) == capped
         assert _checks.ranks_per_layer(list(capped), shapes) == capped
     if rank > min(sides):
-        with pytest.raises(InputError, match="^rank of layer"):
+        with pytest.raises(InputError, match=r"^rank of layer"):
             _checks.ranks_per_layer([rank] * len(shapes), shapes)
 
 
