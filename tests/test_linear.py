@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
 
-from lorapower import InputError, SingularError, bounds, lowrank, randomness, training
+from lorapower import InputError, SingularError, _checks, bounds, lowrank, randomness, training
 from lorapower.constructions import linear
 from lorapower.networks import LinearNetwork
 
@@ -333,6 +333,21 @@ def test_unusable_ranks_are_refused(ranks: object, complaint: str) -> None:
     frozen, target = LinearNetwork.random(2, 4), LinearNetwork.random(1, 4)
     with pytest.raises(InputError, match=complaint):
         linear.adapt(frozen, target, ranks)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1), st.integers(0, 9))
+def test_one_rank_for_all_is_a_cap(shapes: list[tuple[int, int]], rank: int) -> None:
+    sides = [min(shape) for shape in shapes]
+    if rank > max(sides):
+        with pytest.raises(InputError, match=f"^rank must be an integer from 0 to {max(sides)} "):
+            _checks.ranks_per_layer(rank, shapes)
+    else:
+        capped = tuple(min(rank, side) for side in sides)
+        assert _checks.ranks_per_layer(rank, shapes) == capped
+        assert _checks.ranks_per_layer(list(capped), shapes) == capped
+    if rank > min(sides):
+        with pytest.raises(InputError, match=r"^rank of layer"):
+            _checks.ranks_per_layer([rank] * len(shapes), shapes)
 
 
 def test_ranks_may_come_from_numpy_and_torch() -> None:
