@@ -402,3 +402,12 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(
     monkeypatch.undo()
     with pytest.raises(ResultsError, match="cannot be written"):
         random_adapters(network, [2, 2], 1).save(tmp_path, network)
+
+
+def test_who_reads_the_old_file_reads_on(tmp_path: Path) -> None:
+    path, network = saved(tmp_path)
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        random_adapters(network, [2, 2], 1).save(path, network)
+        assert reader.read() == before
+    assert path.read_bytes() != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -280,6 +281,19 @@ def test_heads_that_are_narrow_need_what_they_need() -> None:
     found = lorapower.rank_for_error(frozen, target, 1e-20, x)
     assert int(found.rank) == least
     assert found.errors[:least].isinf().any()
+
+
+def test_scores_that_narrow_heads_cannot_have_bound_nothing() -> None:
+    frozen, other = (
+        Transformer.random(1, 4, 2, head_size=2, scale=0.5, seed=seed) for seed in (0, 1)
+    )
+    # Only the scores differ, and a softmax bounds what comes of any scores.
+    target = replace(frozen, W_Q=other.W_Q, W_K=other.W_K)
+    x = problem("transformer")[2]
+    least = int(bounds.transformer_ranks(frozen, target).query_key.max())
+    found = lorapower.rank_for_error(frozen, target, 1e-20, x)
+    assert int(found.rank) == least > 0
+    assert found.errors[:least].isinf().all()
 
 
 @pytest.mark.parametrize("by", BY)
