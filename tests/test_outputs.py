@@ -29,7 +29,7 @@ def drawn(batch: tuple[int, ...], width: int, seed: int) -> tuple[FNN, FNN, torc
 def test_dead_outputs_are_those_whose_weights_have_no_gradient(
     batch: tuple[int, ...], width: int, seed: int
 ) -> None:
-    network, target, x = drawn(batch, width, seed)
+    network, _, x = drawn(batch, width, seed)
     bias = network.biases[1].clone().requires_grad_()
     hidden = network.layers(slice(0, 1))(x)
     found = (network.weights[1] @ hidden + bias[..., None]).relu()
