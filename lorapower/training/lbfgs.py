@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +15,7 @@ from ..networks import LinearNetwork, product
 def minimize(
     frozen: LinearNetwork,
     target: LinearNetwork,
-    rank: int,
+    ranks: int | Sequence[int],
     *,
     starts: int = 16,
     iterations: int = 2000,
@@ -23,12 +25,13 @@ def minimize(
 
     Independent of every construction: it knows only the error and its gradient. All members of the
     batch and all starts are minimized together, as one sum. Factors start at ``N(0, 0.25²)``.
+    ``ranks`` are one for all layers, or one for each.
     Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
     """
     frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
     bounds.error_matrix(frozen, target)
     starts = _checks.integer("starts", starts, 1)
-    ranks = _checks.ranks_per_layer(rank, [tuple(w.shape[-2:]) for w in frozen.weights])
+    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
     generator = randomness.generator(seed, "starts")
 
     def start(size: int, R: int) -> Tensor:
