@@ -214,9 +214,9 @@ class Adapters:
         """Write the adapters to a folder that ``peft.PeftModel.from_pretrained`` reads.
 
         The module is that of the network: its ``Linear`` layers, those of inner ``Sequential``
-        too, are the adapted ones. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``, scaled
-        by 1; layers of rank 0 are left out. All numbers take the module's type. Tuned biases are
-        written as ``b_l + Δb_l`` and replace the module's own (``peft``'s ``bias="all"``), so that
+        too, are the adapted ones. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``,
+        scaled by 1; layers of rank 0 are left out. All numbers take the module's type. Tuned biases
+        are written as ``b_l + Δb_l`` and replace the module's own (``peft``'s ``bias="all"``), so that
         disabling the adapters in ``peft`` does not bring these back.
 
         Raises `InputError` for what is no ``Sequential``, for one whose layers the adapters do not
