@@ -18,7 +18,10 @@ CODE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
-def test_code_in_the_text_runs(document: Path) -> None:
+def test_code_in_the_text_runs(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     if document.suffix == ".ipynb":
         cells = nbformat.read(document, as_version=4).cells
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")

@@ -216,8 +216,8 @@ class Adapters:
         The module is that of the network: its ``Linear`` layers, those of inner ``Sequential``
         too, are the adapted ones. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``,
         scaled by 1; layers of rank 0 are left out. All numbers take the module's type. Tuned biases
-        are written as ``b_l + Δb_l`` and replace the module's own (``peft``'s ``bias="all"``), so that
-        disabling the adapters in ``peft`` does not bring these back.
+        are written as ``b_l + Δb_l`` and replace the module's own (``peft``'s ``bias="all"``), so
+        that disabling the adapters in ``peft`` does not bring these back.
 
         Raises `InputError` for what is no ``Sequential``, for one whose layers the adapters do not
         fit, for a tuned bias of a layer without one, and for a batch; `ResultsError` where the
