@@ -16,8 +16,13 @@ from .base import Layers, chained, per_layer, random_weights, uniform
 
 
 def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
-    """Inputs of a narrower network embedded among ``width`` coordinates: zeros follow them."""
-    return nn.functional.pad(x, (0, 0, 0, width - x.shape[-2]))
+    """Inputs of a narrower network embedded among ``width`` coordinates: zeros follow them.
+
+    Raises `InputError` for a width below theirs.
+    """
+    inputs = _checks.tensor("x", x, min_dims=2).shape[-2]
+    width = _checks.integer("width", width, inputs)
+    return nn.functional.pad(x, (0, 0, 0, width - inputs))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,7 +98,8 @@ class FNN(Layers):
         return FNN(weights, self.biases if biases is None else biases)
 
     def layers(self, which: slice) -> FNN:
-        """The network of some consecutive layers."""
+        """The network of some consecutive layers; raises `InputError` for none of them."""
+        which = _checks.run("which", which, self.depth)
         network = object.__new__(FNN)
         object.__setattr__(network, "weights", self.weights[which])
         object.__setattr__(network, "biases", self.biases[which])

@@ -6,7 +6,7 @@ segment of a transformer beside the target's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .. import _checks, _values, lowrank
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..lowrank import SVD, LowRank
 from .linear import LinearNetwork
 
@@ -124,6 +124,8 @@ class Gap:
 
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
+        if ord not in (2, "fro"):
+            raise InputError("ord", allowed="2 or 'fro'", given=brief(ord))
         return lowrank.tail_norms(self.spectrum, rank)[ord == "fro"]
 
     def best(self, rank: int) -> LowRank:
@@ -142,6 +144,10 @@ class Gap:
 
     def ranks(self, ranks: Any) -> list[int]:
         """``ranks`` of the frozen layers, none beyond its weight's smaller side."""
+        depth = self.frozen.depth
+        if not isinstance(ranks, Sequence) or len(ranks) != depth:
+            raise InputError("ranks", allowed=f"one for each of {depth} layers", given=brief(ranks))
+        ranks = [_checks.integer("rank", rank, 0) for rank in ranks]
         return [min(r, *w.shape[-2:]) for r, w in zip(ranks, self.frozen.weights, strict=True)]
 
     def flat(self) -> Gap:
