@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import inf, nan
 from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,14 @@ def tolerance(name: str, value: Any) -> float:
     return number
 
 
+def finite(name: str, value: Any) -> float:
+    """``value`` as a finite ``float``."""
+    number = _real(value)
+    if not -inf < number < inf:
+        raise InputError(name, allowed="a finite number", given=brief(value))
+    return number
+
+
 def _real(value: Any) -> float:
     """``value`` as a ``float``, infinite where that cannot hold it; NaN for what is no number."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -69,6 +79,48 @@ def precision(value: Any) -> torch.dtype:
     """``value`` if it is a type that the package computes in."""
     if not isinstance(value, torch.dtype) or value not in PRECISIONS:
         raise InputError("dtype", allowed="torch.float32 or torch.float64", given=brief(value))
+    return value
+
+
+def function(name: str, value: Any) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise InputError(name, allowed="a function", given=brief(value))
+
+
+def several(name: str, value: Any, kind: type, *, what: str) -> list[Any]:
+    """``value`` as a list of at least one of a class; ``what`` says what they are."""
+    found = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+    if not found or not all(isinstance(one, kind) for one in found):
+        raise InputError(name, allowed=f"at least one {what}", given=brief(value))
+    return found
+
+
+def path(name: str, value: Any) -> Path:
+    """``value`` as a path."""
+    if not isinstance(value, str | PathLike):
+        raise InputError(name, allowed="a path", given=brief(value))
+    return Path(value)
+
+
+def run(name: str, value: Any, depth: int) -> slice:
+    """``value`` as a slice of one or more neighbours of ``depth`` layers."""
+    try:
+        start, stop, step = value.indices(depth)
+    except (AttributeError, TypeError, ValueError):
+        start = stop = step = 0
+    if step != 1 or start >= stop:
+        raise InputError(
+            name, allowed=f"a slice of one or more of {depth} layers", given=brief(value)
+        )
+    return slice(start, stop)
+
+
+def tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
+    """``value`` if it is a tensor of at least so many dimensions, whatever its numbers are."""
+    if not isinstance(value, Tensor) or value.ndim < min_dims:
+        shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
+        raise InputError(name, allowed=f"a tensor of at least {min_dims} dimensions", given=shape)
     return value
 
 

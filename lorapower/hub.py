@@ -90,6 +90,8 @@ def load(kind: Any, model: str, **options: Any) -> Any:
     """What ``kind`` has for a model. What lies here is not asked of the hub."""
     from safetensors import SafetensorError
 
+    if not isinstance(model, str):
+        raise InputError("model", allowed="a name or a folder", given=model)
     place = Path(model).expanduser()
     if model == PACKAGED:
         place = folder(_PACKAGE) / "model"

@@ -30,6 +30,14 @@ class LowRank:
     left: Float[Tensor, "*batch out rank"]
     right: Float[Tensor, "*batch in rank"]
 
+    def __post_init__(self) -> None:
+        left, right = (
+            _checks.tensor(name, getattr(self, name), min_dims=2).shape[-1]
+            for name in ("left", "right")
+        )
+        if left != right:
+            raise InputError("right", allowed=f"of {left} columns, like left", given=right)
+
     @property
     def rank(self) -> int:
         """Number of columns of the factors; the matrix has at most this rank."""
@@ -70,13 +78,14 @@ class SVD(NamedTuple):
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
     """The singular value decomposition of a matrix of finite numbers, ``k = min(out, in)``."""
+    _checks.tensor("matrix", matrix, min_dims=2)
     U, S, Vh = _of_distinct(lambda m: torch.linalg.svd(m, full_matrices=False), matrix)
     return SVD(U, S, Vh.mT)
 
 
 def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
     """The spectral norm ``σ_1`` of a matrix of finite numbers."""
-    return _singular_values(matrix)[..., 0]
+    return _singular_values(_checks.tensor("matrix", matrix, min_dims=2))[..., 0]
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
@@ -122,6 +131,7 @@ def tail_norms(singular_values: Float[Tensor, "*batch k"], rank: int) -> Norms:
     These are the spectral and the Frobenius distance to the nearest matrix of rank ``r``
     [thm-eckart-young]. Raises `InputError` for a negative rank.
     """
+    _checks.tensor("singular_values", singular_values, min_dims=1)
     tail = singular_values[..., _checks.integer("rank", rank, 0) :]
     spectral = tail[..., 0] if tail.shape[-1] else torch.zeros_like(singular_values[..., 0])
     return Norms(spectral, torch.linalg.vector_norm(tail, dim=-1))
@@ -136,10 +146,12 @@ def rank(
     ``σ_1``; a difference of nearly equal matrices needs the size of its terms, or its rounding
     errors would count.
     """
-    singular_values = spectrum(matrix)
-    scale = (
-        singular_values[..., 0] if scale is None else torch.as_tensor(scale, device=matrix.device)
-    )
+    matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
+    singular_values = _singular_values(matrix)
+    if scale is None:
+        scale = singular_values[..., 0]
+    elif not isinstance(scale, Tensor):
+        scale = singular_values.new_tensor(_checks.tolerance("scale", scale))
     threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * scale
     return (singular_values > threshold[..., None]).sum(-1)
 
@@ -151,6 +163,7 @@ def condition_number(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*
 
 def condition(singular_values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
     """``σ_1 / σ_k``, infinite for ``σ_k = 0``."""
+    _checks.tensor("singular_values", singular_values, min_dims=1)
     largest, smallest = singular_values[..., 0], singular_values[..., -1]
     # Also for a zero matrix, whose quotient would be 0/0.
     return torch.where(smallest > 0, largest / smallest, torch.inf)
@@ -165,7 +178,10 @@ def solve(
     singular the result is not finite: look at `condition_number` first. Raises `InputError` when
     ``rows > cols``, since then no solution exists in general.
     """
-    rows, cols = matrix.shape[-2:]
+    rows, cols = _checks.tensor("matrix", matrix, min_dims=2).shape[-2:]
+    height = _checks.tensor("right", right, min_dims=2).shape[-2]
+    if height != rows:
+        raise InputError("right", allowed=f"of {rows} rows, like the matrix", given=height)
     if rows > cols:
         raise InputError("matrix", allowed="at least as wide as high", given=f"{rows}×{cols}")
     Q, R = _of_distinct(torch.linalg.qr, matrix.mT)
@@ -187,7 +203,10 @@ def random_matrix(
     ``κ`` is the given condition number, at least 1. For experiments on rounding errors. Matrices of
     one seed and different purposes are independent.
     """
-    if not 1 <= condition_number < float("inf"):
+    rows, cols = _checks.integer("rows", rows, 1), _checks.integer("cols", cols, 1)
+    batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
+    condition_number = _checks.positive("condition_number", condition_number)
+    if condition_number < 1:
         raise InputError("condition_number", allowed="finite, at least 1", given=condition_number)
     generator = randomness.generator(seed, "conditioned", purpose)
     size = min(rows, cols)

@@ -7,8 +7,9 @@ things share a stream: what is drawn for one purpose says nothing of what is dra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import _checks
+from .errors import InputError, brief
 
 # Where the state of torch's Mersenne Twister keeps its words, each in 64 bits.
 _WORDS = slice(24, 24 + 8 * 624)
@@ -70,7 +72,7 @@ def normal(
     As with `uniform`, they are drawn where the generator is, on processors, so that equal seeds
     give equal numbers wherever these are needed.
     """
-    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(device)
+    return _drawn(torch.randn, generator, shape, dtype).to(device)
 
 
 def uniform(
@@ -80,7 +82,16 @@ def uniform(
     device: torch.device | None = None,
 ) -> Float[Tensor, ...]:
     """Numbers that are uniform on 0 to 1; else like `normal`."""
-    return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(device)
+    return _drawn(torch.rand, generator, shape, dtype).to(device)
+
+
+def _drawn(
+    draw: Callable[..., Tensor], generator: torch.Generator, shape: Any, dtype: torch.dtype
+) -> Tensor:
+    if not isinstance(generator, torch.Generator):
+        raise InputError("generator", allowed="one of `generator`", given=brief(generator))
+    shape, dtype = _checks.sizes("shape", shape), _checks.precision(dtype)
+    return draw(shape, generator=generator, dtype=dtype, device="cpu")
 
 
 def _sequence(seed: int, purpose: tuple[str | int, ...]) -> np.random.SeedSequence:

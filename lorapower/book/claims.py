@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import InputError
+from .. import _checks
+from ..errors import InputError, brief
 
 MIME = "application/vnd.lorapower.claim+json"
 
@@ -72,6 +74,8 @@ def equal(
     """
     expected, found = _numbers("predicted", predicted), _numbers("measured", measured)
     unit = np.abs(expected) if scale is None else _numbers("scale", scale)
+    rtol = _checks.tolerance("rtol", rtol)
+    _check_shapes(predicted=expected, measured=found, scale=unit)
     # `<=` is false for NaN, so that a value that is no number never holds.
     holds = np.abs(found - expected) <= rtol * unit
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -91,6 +95,7 @@ def equal(
 def at_most(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike) -> Claim:
     """``measured ≤ bound`` for all entries; broadcasts."""
     found, limit = _numbers("measured", measured), _numbers("bound", bound)
+    _check_shapes(measured=found, bound=limit)
     holds = bool((found <= limit).all())
     return Claim(statement, label, f"≤ {_range(limit)}", _range(found), "measured ≤ bound", holds)
 
@@ -98,12 +103,16 @@ def at_most(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike
 def at_least(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike) -> Claim:
     """``measured ≥ bound`` for all entries; broadcasts."""
     found, limit = _numbers("measured", measured), _numbers("bound", bound)
+    _check_shapes(measured=found, bound=limit)
     holds = bool((found >= limit).all())
     return Claim(statement, label, f"≥ {_range(limit)}", _range(found), "measured ≥ bound", holds)
 
 
-def number(value: float, digits: int) -> str:
+def number(value: Any, digits: int) -> str:
     """Markdown for a number of so many significant digits: powers of ten are typeset."""
+    digits = _checks.integer("digits", digits, 1)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError("value", allowed="a number", given=brief(value))
     mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
     if not exponent:
         return mantissa
@@ -113,7 +122,11 @@ def number(value: float, digits: int) -> str:
 
 def read(path: str | Path) -> list[Claim]:
     """The claims that an executed notebook recorded, in its order."""
-    notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+    place = _checks.path("path", path)
+    try:
+        notebook = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError("path", allowed="of a notebook", given=f"{place} ({error})") from error
     return [
         Claim(**output["data"][MIME])
         for cell in notebook["cells"]
@@ -123,10 +136,19 @@ def read(path: str | Path) -> list[Claim]:
 
 
 def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    numbers = np.asarray(values, dtype=np.float64)
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(name, allowed="numbers", given=brief(values)) from error
     if not numbers.size:
         raise InputError(name, allowed="at least one number", given="none: nothing was checked")
     return numbers
+
+
+def _check_shapes(**given: NDArray[np.float64]) -> None:
+    _checks.common_shape(
+        " and ".join(given), [numbers.shape for numbers in given.values()], what="shapes"
+    )
 
 
 def _range(numbers: NDArray[np.float64]) -> str:

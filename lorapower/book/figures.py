@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import InputError
+from .. import _checks
+from ..errors import InputError, brief
 
 MARKERS = "osD^vPX*"
 # More entries would hide the curves.
@@ -63,6 +64,25 @@ def _check_some(**given: Any) -> None:
             raise InputError(name, allowed="a mapping with an entry or more", given="none")
 
 
+def _numbers(name: str, values: Any, count: int | None = None) -> NDArray[np.float64]:
+    """Numbers that can be drawn, ``count`` of them (or rows of them)."""
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(name, allowed="numbers", given=brief(values)) from error
+    if count is not None and (not numbers.ndim or len(numbers) != count):
+        raise InputError(name, allowed=f"{count} of them", given=f"shape {numbers.shape}")
+    return numbers
+
+
+def _points(name: str, pair: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Coordinates of points that can be drawn."""
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise InputError(name, allowed="a pair of x and y", given=brief(pair))
+    x = np.atleast_1d(_numbers(f"x of {name}", pair[0]))
+    return x, np.atleast_1d(_numbers(f"y of {name}", np.atleast_1d(pair[1]), len(x)))
+
+
 def spectrum(singular_values: Mapping[str, ArrayLike]) -> Figure:
     """Singular values ``σ_d`` against ``d``, one line for each entry: median and range.
 
@@ -71,7 +91,7 @@ def spectrum(singular_values: Mapping[str, ArrayLike]) -> Figure:
     _check_some(singular_values=singular_values)
     figure, ax = plt.subplots()
     for (label, values), marker in zip(singular_values.items(), cycle(MARKERS), strict=False):
-        sigma = np.atleast_2d(np.asarray(values))
+        sigma = np.atleast_2d(_numbers(label, values))
         d = np.arange(1, sigma.shape[1] + 1)
         (line,) = ax.plot(d, np.median(sigma, 0), marker=marker, label=label)
         ax.fill_between(d, sigma.min(0), sigma.max(0), color=line.get_color(), alpha=0.15, lw=0)
@@ -149,12 +169,12 @@ def precision(
     _check_some(errors=errors)
     figure, ax = plt.subplots()
     for (label, values), marker in zip(errors.items(), cycle(MARKERS), strict=False):
-        samples = np.asarray(values)
+        samples = _numbers(label, values, len(x))
         (line,) = ax.plot(x, np.median(samples, 1), marker=marker, label=label)
         low, high = samples.min(1), samples.max(1)
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
     for (label, values), style in zip((guides or {}).items(), cycle(GUIDES), strict=False):
-        ax.plot(x, np.asarray(values), ls=style, color="0.4", lw=1.5, label=label)
+        ax.plot(x, _numbers(label, values, len(x)), ls=style, color="0.4", lw=1.5, label=label)
     for label, position in (marks or {}).items():
         ax.axvline(position, color="0.4", ls=":", lw=1.5, zorder=0, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log", xscale="log" if logx else "linear")
@@ -201,13 +221,20 @@ def error_and_bounds(
     """Measured errors ``[ranks, samples]`` (median and range) below their bounds (medians)."""
     _check_some(bounds=bounds)
     figure, ax = plt.subplots()
-    errors = np.asarray(measured)
+    errors = _numbers("measured", measured, np.size(ranks))
     (line,) = ax.plot(ranks, np.median(errors, 1), "o", ls="", label="measured")
     low, high = errors.min(1), errors.max(1)
     ax.fill_between(ranks, low, high, color=line.get_color(), alpha=0.15, lw=0)
     colors = sns.color_palette("colorblind", len(bounds) + 1)[1:]
     for (label, values), style, color in zip(bounds.items(), cycle(GUIDES), colors, strict=False):
-        ax.plot(ranks, np.median(np.asarray(values), 1), ls=style, lw=2, color=color, label=label)
+        ax.plot(
+            ranks,
+            np.median(_numbers(label, values, len(errors)), 1),
+            ls=style,
+            lw=2,
+            color=color,
+            label=label,
+        )
     ax.set(xlabel="rank $R$ of each adapter", ylabel=ylabel, yscale="log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
@@ -251,6 +278,7 @@ def plane(
 
     ``values`` takes columns ``[2, samples]``; the pairs are two such arrays.
     """
+    _checks.function("values", values)
     axis = np.linspace(-half_width, half_width, 201)
     grid = np.stack(np.meshgrid(axis, axis))
     figure, ax = plt.subplots(figsize=(6.4, 5.4))
@@ -280,8 +308,8 @@ def error_against_budget(
     """Errors against what they cost, which is on a logarithmic axis; a floor as a dashed line."""
     _check_some(curves=curves)
     figure, ax = plt.subplots()
-    for (label, (x, y)), marker in zip(curves.items(), cycle(MARKERS), strict=False):
-        ax.plot(np.asarray(x), np.asarray(y), marker=marker, label=label)
+    for (label, pair), marker in zip(curves.items(), cycle(MARKERS), strict=False):
+        ax.plot(*_points(label, pair), marker=marker, label=label)
     ax.axhline(floor, color="0.3", ls="--", lw=1.5, label=floor_label)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log", ylim=(0, None))
     ax.legend()
@@ -312,7 +340,10 @@ def medians(
     labels = list(dict.fromkeys(label for tables in panels.values() for label in tables))
     colors = dict(zip(labels, sns.color_palette("colorblind", len(labels)), strict=True))
     for ax, (title, tables) in zip(axes[:, 0], panels.items(), strict=True):
+        _check_named(panels=tables)
         for label, table in tables.items():
+            if not isinstance(table, pd.DataFrame) or not {x, y} <= {*table.columns}:
+                raise InputError(label, allowed=f"a table with {x} and {y}", given=type(table))
             rows = table.groupby(x)[y].agg(["median", "min", "max"])
             i, color = labels.index(label), colors[label]
             # Lines that coincide stay visible by markers inside one another.
@@ -349,10 +380,10 @@ def scatter(
     """Points on two logarithmic axes, one colour and marker for each entry; guides are dashed."""
     _check_some(points=points)
     figure, ax = plt.subplots()
-    for (label, (x, y)), marker in zip(points.items(), cycle(MARKERS), strict=False):
-        ax.plot(np.asarray(x), np.asarray(y), marker, ls="", mfc="none", mew=1.5, label=label)
-    for (label, (x, y)), style in zip((guides or {}).items(), cycle(GUIDES), strict=False):
-        ax.plot(np.asarray(x), np.asarray(y), ls=style, color="0.4", lw=1.5, label=label)
+    for (label, pair), marker in zip(points.items(), cycle(MARKERS), strict=False):
+        ax.plot(*_points(label, pair), marker, ls="", mfc="none", mew=1.5, label=label)
+    for (label, pair), style in zip((guides or {}).items(), cycle(GUIDES), strict=False):
+        ax.plot(*_points(label, pair), ls=style, color="0.4", lw=1.5, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
     ax.legend()
     return figure

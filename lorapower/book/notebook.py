@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from . import claims, figures
 from .parameters import Parameters
 
@@ -37,6 +37,8 @@ def setup(model: type[Parameters]) -> None:
     """
     from IPython import get_ipython
 
+    if not isinstance(model, type) or not issubclass(model, Parameters):
+        raise InputError("model", allowed="a class made from Parameters", given=brief(model))
     notebook = vars(sys.modules[model.__module__])
     _refuse_unknown(_injected(notebook.get("In", ())), [*model.model_fields])
     completed: dict[str, tuple[Any, Any, Any]] = notebook.setdefault(_COMPLETED, {})

@@ -88,7 +88,7 @@ def fnn_error_on(
     """
     gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    z, terms = inputs, []
+    z, terms = target.as_inputs(inputs), []
     for i, (gap, share) in enumerate(zip(gaps, shares(gaps, ranks), strict=True)):
         left = gap.undone(sum(share))
         gain = lowrank.norm(gap.target.product() - left)
@@ -99,6 +99,7 @@ def fnn_error_on(
 
 def activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch"]]:
     """``(E‖z̄_{i−1}‖²)^{1/2}`` before each layer: measured on samples, or bounded from ``E‖x‖²``."""
+    _checks.kind(FNN, target=target)
     given = _checks.real_tensor("inputs", inputs, min_dims=0)
     if given.ndim:
         return [_size(z) for z in (given, *(p.relu() for p in target.preactivations(given)[:-1]))]
@@ -115,10 +116,8 @@ def accumulate_errors(terms: Iterable[tuple[Tensor, Tensor]]) -> Float[Tensor, "
 
     Raises `InputError` for none.
     """
-    terms = list(terms)
-    if not terms:
-        raise InputError("terms", allowed="at least one pair of a gain and an error", given="none")
-    (_, error), *later = terms
+    pairs = _checks.several("terms", terms, tuple, what="pair of a gain and an error")
+    (_, error), *later = pairs
     return reduce(lambda error, term: term[0] * error + term[1], later, error)
 
 

@@ -110,6 +110,7 @@ def transformer_error(
 
     Source: [prop-transformer-error].
     """
+    _checks.kind(Segments, errors=errors)
     cut, shift = segments(frozen, target), missing_shift(target)
     norms = Segments(*(lowrank.norm(gap.target.product()) for gap in cut))
     delta = torch.zeros((), dtype=target.dtype, device=target.device)

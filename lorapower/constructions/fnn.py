@@ -146,6 +146,7 @@ def adapt(
     """
     gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
+    throw, scalar = _checks.flag("throw", throw), _checks.flag("scalar_biases", scalar_biases)
     if not isinstance(region, Region):
         raise InputError("region", allowed="a Ball, a Box or Samples", given=brief(region))
     region = region.fit(target.widths[0], frozen.dtype)
@@ -178,7 +179,7 @@ def adapt(
         weights = [w + update.matrix() for w, update in zip(own.weights, padded, strict=True)]
         best_map = gap.reached(sum(share))
         at_centre = best_map @ region.centre + layer.biases[0][..., None]
-        tuned = _biases(weights, own, region, at_centre, scalar_biases)
+        tuned = _biases(weights, own, region, at_centre, scalar)
 
         lost = _digits_lost(weights, tuned, layer, typical)
         if throw:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checks, bounds, lowrank, randomness
 from ..adapters import Adapters
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks import Gap
 from .linear import LinearAdaptation
@@ -26,10 +26,13 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
 
     That is, below those of `bounds.pair_ranks` for a member of the batch.
     """
+    if not isinstance(ranks, Mapping) or len(ranks) != 2:
+        raise InputError("ranks", allowed="those of two layers by their names", given=brief(ranks))
+    _checks.kind(Gap, gap=gap)
     needed_inner, needed_outer, together = (
         max(each.flatten().tolist(), default=0) for each in bounds.pair_ranks(gap)
     )
-    inner, outer = ranks.values()
+    inner, outer = (_checks.integer(f"rank of {name}", rank, 0) for name, rank in ranks.items())
     if inner < needed_inner or outer < needed_outer or inner + outer < together:
         raise InputError(
             "ranks of {} and {}".format(*ranks),
@@ -52,6 +55,10 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
     seed : of the random completions of ``G`` that are tried.
     """
     _checks.kind(Gap, gap=gap)
+    if gap.frozen.depth != 4:
+        raise InputError("gap", allowed="of four frozen layers", given=gap)
+    inner_rank = _checks.integer("inner_rank", inner_rank, 0)
+    outer_rank = _checks.integer("outer_rank", outer_rank, 0)
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
     size = Y.shape[-2]
     kept = (max(0, size - inner_rank), max(0, size - outer_rank))

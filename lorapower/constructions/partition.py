@@ -31,7 +31,13 @@ class OptimalPartition:
     __repr__ = _values.fields
 
     def partition(self, *member: int) -> Partition:
-        """The partition of one member of the batch."""
+        """The partition of one member; raises `InputError` for one that the batch has not."""
+        batch = tuple(self.value.shape)
+        inside = len(member) == len(batch) and all(
+            isinstance(i, int) and -n <= i < n for i, n in zip(member, batch, strict=True)
+        )
+        if not inside:
+            raise InputError("member", allowed=f"one of batch shape {batch}", given=member)
         return Partition(self.sizes[member].tolist())
 
 

@@ -113,6 +113,7 @@ def adapt(
 
     Source: [thm-transformer]; for narrow heads [prop-narrow-heads].
     """
+    plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
     cut = segments(frozen, target, throw=throw)
     heads = (cut.query_key.finite & cut.value_output.finite).all((-2, -1))
     finite = heads & cut.output.finite

@@ -22,13 +22,13 @@ from torch import Tensor
 from .. import _checks, _values, bounds, constructions
 from .._records import Record
 from ..adapters import Adapters
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..networks import FNN, Transformer, blocks, segments
 from ..randomness import generator
 from ..regions import Box
 from ..training import Fixed, Tuning, train
 from ..training.data import Labelled
-from . import methods
+from . import methods, tables
 from .methods import Construction, Final, Fitted, Lora, Trained
 
 SIDE, CLASSES = 8, 10
@@ -94,6 +94,8 @@ def turned(
     Grey values are interpolated linearly, and rounded to multiples of 1/256, without which hardly
     any pixel would be free of ink; what comes from outside is 0.
     """
+    _checks.tensor("pictures", pictures, min_dims=3)
+    angle = _checks.finite("angle", angle)
     phi = pictures.new_tensor(math.radians(angle))
     matrix = pictures.new_tensor([[phi.cos(), -phi.sin(), 0.0], [phi.sin(), phi.cos(), 0.0]])
     shape = len(pictures), 1, *pictures.shape[1:]
@@ -122,8 +124,7 @@ def task(model: str, angle: float, seed: int) -> Split:
     each row, ``[samples, 16, 8]``: its eight pixels, and a one in the coordinate that says which
     row it is. Raises `InputError` for another model.
     """
-    if model not in MODELS:
-        raise InputError("model", allowed=" or ".join(MODELS), given=repr(model))
+    _check_model(model)
     pictures, classes = images()
     pictures = turned(pictures, angle)
     order = torch.randperm(len(classes), generator=generator(seed, "split"), device="cpu")
@@ -137,13 +138,21 @@ def task(model: str, angle: float, seed: int) -> Split:
     return Split(*zip(parts, labels, strict=True))
 
 
+def _check_model(model: Any) -> None:
+    if model not in MODELS:
+        raise InputError("model", allowed=" or ".join(MODELS), given=brief(model))
+
+
 def votes(network: FNN | Transformer, x: Tensor) -> Float[Tensor, "classes samples"]:
     """Votes of a network for each digit; a transformer's are summed over its tokens."""
+    _checks.kind(FNN, Transformer, network=network)
     return network(x).sum(-1).mT if network.sequences else network(x)
 
 
 def accuracy(network: FNN | Transformer, labelled: Labelled) -> float:
     """Part of the images whose digit gets the most votes."""
+    if not isinstance(labelled, tuple) or len(labelled) != 2:
+        raise InputError("labelled", allowed="a pair of inputs and labels", given=brief(labelled))
     x, y = labelled
     return float((votes(network, x).argmax(-2) == y).double().mean())
 
@@ -274,7 +283,7 @@ def spectra(problems: Sequence[Problem]) -> pd.DataFrame:
     `Problem.error_matrices`, and the problem's ``start`` and ``angle``.
     """
     rows = []
-    for problem in problems:
+    for problem in _checks.several("problems", problems, Problem, what="Problem"):
         same = {"start": problem.start, "angle": problem.angle}
         for name, matrices in problem.error_matrices().items():
             for values in torch.linalg.svdvals(matrices).tolist():
@@ -290,6 +299,7 @@ def needed(table: pd.DataFrame, tolerance: float = 0.1, points: float = 0.01) ->
     ``bound``: the bound is at most the tolerance. ``error``: the error is. ``accuracy``: it is at
     most so much below the target's. Infinite where half of the seeds or more meet it at no rank.
     """
+    tables.require(table, "bound", "error", "accuracy", "target_accuracy", "ranks", "seed")
     met = {
         "bound": table.bound <= tolerance,
         "error": table.error <= tolerance,
@@ -318,11 +328,13 @@ def pretrained(model: str, depth: int, seed: int) -> FNN | Transformer:
 @functools.cache
 def target(model: str, angle: float, seed: int) -> FNN | Transformer:
     """The pretrained network of the target's depth, trained in full on digits that are turned."""
+    _check_model(model)
     start = pretrained(model, DEPTHS[model], seed)
     return _trained(start, task(model, angle, seed), seed, "target")
 
 
 def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer:
+    _check_model(model)
     if model == "transformer":
         width = 2 * SIDE
         drawn = Transformer.random(

@@ -11,7 +11,7 @@ from pydantic import Field
 from .. import constructions
 from .._records import Record, Results
 from ..adapters import Adapters
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..networks import FNN, LinearNetwork, Transformer
 from ..regions import Region
 from ..training import Data, Tuning, train
@@ -84,6 +84,10 @@ class Trained(Results):
 
 def common_problem(settings: Sequence[Any]) -> Any:
     """The problem that all of the settings have; raises `InputError` for several."""
+    if not isinstance(settings, Sequence) or not settings:
+        raise InputError("settings", allowed="a list of at least one", given=brief(settings))
+    if not all(hasattr(setting, "problem") for setting in settings):
+        raise InputError("settings", allowed="of a problem", given=brief(settings))
     problem, *others = dict.fromkeys(setting.problem for setting in settings)
     if others:
         raise InputError("settings", allowed="of one problem", given=f"{len(others) + 1} of them")

@@ -44,6 +44,8 @@ def grid(record: type[R], /, **values: Any) -> list[R]:
     ``grid(Setting, problem=grid(Problem, seed=range(3)), method=[Construction(ranks=2)])``. Raises
     `InputError` for an empty axis, and what ``record`` itself raises.
     """
+    if not tables.is_record(record):
+        raise InputError("record", allowed="a class of records", given=brief(record))
     axes = [_axis(name, value) for name, value in values.items()]
     return [record(**dict(zip(values, point, strict=True))) for point in itertools.product(*axes)]
 
@@ -83,7 +85,7 @@ def run(
     code = provenance.code(work)
     fingerprint = provenance.origin(code).fingerprint
     record = type(settings[0])
-    place = None if path is None else Path(path)
+    place = None if path is None else _checks.path("path", path)
     with (
         _client(scheduler) as client,
         store.opened(place, f"{record.__module__}.{record.__qualname__}") as kept,
@@ -128,7 +130,7 @@ def read(path: Path | str) -> pd.DataFrame:
     Whichever code made them, which ``fingerprint`` tells apart, and also while a sweep is at work.
     Raises `ResultsError` when it is no file of a sweep, or is damaged.
     """
-    return tables.frame(store.newest(Path(path)))
+    return tables.frame(store.newest(_checks.path("path", path)))
 
 
 def _axis(name: str, value: Any) -> list[Any]:

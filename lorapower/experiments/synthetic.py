@@ -282,6 +282,7 @@ def best(table: pd.DataFrame, record: type[Record] = Setting) -> pd.DataFrame:
     ``record`` is the class of the settings. Constructions have one row each, which stays. A grid
     point that diverged counts up to there.
     """
+    tables.require(table, "validation_loss")
     of_grid = ("learning_rate", "weight_decay")
     same = [name for name in tables.columns(record) if name in table and name not in of_grid]
     ordered = table.sort_values("validation_loss", kind="stable", na_position="last")

@@ -50,6 +50,13 @@ def flat(text: str) -> dict[str, Any]:
     return dict(_leaves(json.loads(text)))
 
 
+def require(table: Any, *names: str) -> None:
+    """Refuse what is no table with these columns."""
+    if not isinstance(table, pd.DataFrame) or not {*names} <= {*table.columns}:
+        given = [*table.columns] if isinstance(table, pd.DataFrame) else type(table).__name__
+        raise InputError("table", allowed=f"a table with {', '.join(names)}", given=given)
+
+
 def is_record(kind: Any) -> bool:
     """Whether this is a class of records."""
     return isinstance(kind, type) and issubclass(kind, Record)

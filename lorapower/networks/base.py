@@ -53,12 +53,15 @@ class Network(ABC):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The network whose weights and biases are what ``change`` makes of this one's."""
+        _checks.function("change", change)
         return self.with_parameters(
             [change(weight) for weight in self.weights], [change(bias) for bias in self.biases]
         )
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Self:
         """The network with all numbers 0 in the members that a mask selects."""
+        if _checks.tensor("which", which, min_dims=0).dtype != torch.bool:
+            raise InputError("which", allowed="a mask of truth values", given=which.dtype)
         return self.with_parameters(
             [torch.where(which[..., None, None], 0, weight) for weight in self.weights],
             [torch.where(which[..., None], 0, bias) for bias in self.biases],
@@ -212,8 +215,12 @@ def random_weights(
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch depth width width"]:
-    """Square layers drawn by `uniform`; raises `InputError` for a depth or width below 1."""
+    """Square layers drawn by `uniform`; raises `InputError` for a depth or width below 1.
+
+    And for a batch shape or a type that is none.
+    """
     depth = _checks.integer("depth", depth, 1)
     width = _checks.integer("width", width, 1)
+    batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
     shape = (*batch_shape, depth, width, width)
     return uniform(*shape, width=width, generator=generator, dtype=dtype)

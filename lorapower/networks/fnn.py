@@ -18,8 +18,13 @@ from .modules import dense_layers
 
 
 def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
-    """Inputs of a narrower network embedded among ``width`` coordinates: zeros follow them."""
-    return nn.functional.pad(x, (0, 0, 0, width - x.shape[-2]))
+    """Inputs of a narrower network embedded among ``width`` coordinates: zeros follow them.
+
+    Raises `InputError` for a width below theirs.
+    """
+    inputs = _checks.tensor("x", x, min_dims=2).shape[-2]
+    width = _checks.integer("width", width, inputs)
+    return nn.functional.pad(x, (0, 0, 0, width - inputs))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,7 +115,11 @@ class FNN(Layers):
         return FNN(weights, tuned, linear_last=self.linear_last)
 
     def layers(self, which: slice) -> FNN:
-        """The network of some consecutive layers; only the last of all can be linear."""
+        """The network of some consecutive layers; only the last of all can be linear.
+
+        Raises `InputError` for none of them.
+        """
+        which = _checks.run("which", which, self.depth)
         has_last = self.depth - 1 in range(self.depth)[which]
         network = object.__new__(FNN)
         object.__setattr__(network, "weights", self.weights[which])

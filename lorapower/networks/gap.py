@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .. import _checks, _values, lowrank
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..lowrank import SVD, LowRank
 from .linear import LinearNetwork
 
@@ -124,6 +124,8 @@ class Gap:
 
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
+        if ord not in (2, "fro"):
+            raise InputError("ord", allowed="2 or 'fro'", given=brief(ord))
         norms = lowrank.tail_norms(self.spectrum, rank)
         return norms.frobenius if ord == "fro" else norms.spectral
 
@@ -158,6 +160,10 @@ class Gap:
         output cannot be adapted: its rank becomes 0 where nothing is to be done. Raises
         `InputError` where something is, and the rank of such a layer is not 0.
         """
+        depth = self.frozen.depth
+        if not isinstance(ranks, Sequence) or len(ranks) != depth:
+            raise InputError("ranks", allowed=f"one for each of {depth} layers", given=brief(ranks))
+        ranks = [_checks.integer("rank", rank, 0) for rank in ranks]
         inputs, *hidden, outputs = self.frozen.widths
         usable = []
         for l, (rank, weight) in enumerate(zip(ranks, self.frozen.weights, strict=True)):

@@ -21,10 +21,19 @@ from .modules import dense_layers
 def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*batch out in"]:
     """``∏_l W_l = W_L ⋯ W_1``: the first factor of the sequence acts first (rightmost).
 
-    Raises `InputError` for an empty sequence, whose product has no size.
+    Raises `InputError` for an empty sequence, whose product has no size, and for sizes that do not
+    chain.
     """
-    if not weights:
-        raise InputError("weights", allowed="at least one matrix", given="none")
+    if not isinstance(weights, Sequence) or not weights:
+        given = "none" if isinstance(weights, Sequence) else type(weights).__name__
+        raise InputError("weights", allowed="at least one matrix", given=given)
+    inner, *outer = (_checks.tensor("weights", w, min_dims=2).shape[-2:] for w in weights)
+    for shape in outer:
+        if shape[1] != inner[0]:
+            raise InputError(
+                "weights", allowed=f"one of {inner[0]} columns after another", given=tuple(shape)
+            )
+        inner = shape
     return reduce(lambda inner, outer: outer @ inner, weights)
 
 

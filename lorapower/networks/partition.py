@@ -25,6 +25,8 @@ class Partition:
     sizes: tuple[int, ...]
 
     def __init__(self, sizes: Iterable[int]) -> None:
+        if not isinstance(sizes, Iterable):
+            raise InputError("sizes", allowed="numbers such as [2, 2]", given=brief(sizes))
         checked = tuple(
             _checks.integer(f"size of block {i}", size, 1) for i, size in enumerate(sizes, start=1)
         )
@@ -46,7 +48,9 @@ class Partition:
 
         Raises `InputError` unless they are ``1, …, L`` in order, none missing and none twice.
         """
-        listed = [list(block) for block in blocks]
+        if not isinstance(blocks, Iterable):
+            raise InputError("blocks", allowed="lists such as [[1, 2], [3]]", given=brief(blocks))
+        listed = [list(block) if isinstance(block, Iterable) else [block] for block in blocks]
         layers = list(chain.from_iterable(listed))
         if layers != list(range(1, len(layers) + 1)):
             raise InputError(
@@ -75,6 +79,7 @@ class Pieces:
     """
 
     def __init__(self, frozen: FNN, target: FNN) -> None:
+        _checks.kind(FNN, frozen=frozen, target=target)
         if frozen.linear_last != target.linear_last:
             ends = {True: "with a linear layer", False: "with a ReLU"}
             raise InputError(
@@ -95,6 +100,8 @@ class Pieces:
 
         Raises `InputError` where the target is wider than the frozen network at an end.
         """
+        i = _checks.integer("i", i, 0, self.target.depth - 1, limit="the target's last layer")
+        layers = _checks.run("layers", layers, self.frozen.depth)
         outputs, inputs = self.target.weights[i].shape[-2:]
         sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
         for end, needed, layer in sides:
@@ -124,6 +131,10 @@ class Pieces:
 
 def shares(gaps: Sequence[Gap], ranks: Sequence[int]) -> list[list[int]]:
     """The ranks of all layers cut into those of each block, none beyond a weight's smaller side."""
+    gaps = _checks.several("gaps", gaps, Gap, what="Gap")
+    depth = sum(gap.frozen.depth for gap in gaps)
+    if not isinstance(ranks, Sequence) or len(ranks) != depth:
+        raise InputError("ranks", allowed=f"one for each of {depth} layers", given=brief(ranks))
     ends = accumulate((gap.frozen.depth for gap in gaps), initial=0)
     return [gap.ranks(ranks[a:b]) for gap, (a, b) in zip(gaps, pairwise(ends), strict=True)]
 

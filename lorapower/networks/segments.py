@@ -41,6 +41,8 @@ class Segments(NamedTuple, Generic[T]):
 
     def largest(self: Segments[Any]) -> Tensor:
         """The largest of a network's numbers, where something is one number; ``[...]``."""
+        for name, part in self._asdict().items():
+            _checks.tensor(name, part, min_dims=0 if name == "output" else 2)
         heads = torch.maximum(self.query_key, self.value_output).amax((-2, -1))
         return torch.maximum(heads, self.output)
 
@@ -66,12 +68,14 @@ def regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch"]:
     That is, ``W_1`` and ``W_2`` of the frozen network, and the target's ``W_2`` of all blocks but
     the last.
     """
+    _checks.kind(Transformer, frozen=frozen, target=target)
     parts = [(c <= limit).all(-1) for _, c, limit in _inverted(frozen, target)]
     return torch.stack(torch.broadcast_tensors(*parts)).all(0)
 
 
 def missing_shift(target: Transformer) -> Float[Tensor, "*batch _ width"]:
     """``c`` with ``W_{2,l} c = b_{2,l}`` for all blocks but the last; ``[..., L − 1, D]``."""
+    _checks.kind(Transformer, target=target)
     return lowrank.solve(target.W_2[..., :-1, :, :], target.b_2[..., :-1, :, None])[..., 0]
 
 

@@ -152,6 +152,7 @@ class Transformer(Network):
         heads = _checks.integer("heads", heads, 1)
         head_size = width if head_size is None else _checks.integer("head_size", head_size, 1)
         scale = _checks.positive("scale", scale)
+        batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
         generator = randomness.generator(seed, "transformer", purpose)
         sizes = {
             "blocks": depth,
@@ -242,6 +243,14 @@ class Transformer(Network):
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> Transformer:
+        for name, given, own in (
+            ("weights", weights, self.weights),
+            ("biases", biases, self.biases),
+        ):
+            if given is not None and len(given) != len(own):
+                raise InputError(
+                    name, allowed=f"{len(own)}, in the order of this network's", given=len(given)
+                )
         stacks = {
             **self._stacked(WEIGHTS, weights, 2),
             **self._stacked(BIASES, self.biases if biases is None else biases, 1),

@@ -11,7 +11,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from .. import _checks, randomness
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..networks import Network
 
 # Of a form that `Data` describes.
@@ -63,14 +63,16 @@ class Fresh(Data):
         seed: int = 0,
         purpose: tuple[str, ...] = (),
     ) -> None:
+        _checks.function("label", label)
+        shape = _checks.sizes("shape", shape, 1)
         if len(shape) not in (1, 2):
             raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
         # Training is in single precision, and so is what it is told.
         self.label = label.to(torch.float32) if isinstance(label, Network) else label
-        self.shape = tuple(_checks.integer("shape", size, 1) for size in shape)
+        self.shape = shape
         self.samples = _checks.integer("samples", samples, 1)
         self.seed = _checks.integer("seed", seed, 0)
-        self.purpose = purpose
+        self.purpose = _words(purpose)
         count = _checks.integer("validation_samples", validation_samples, 1)
         self.validation = self._draw((), count, "validation inputs")
 
@@ -78,6 +80,7 @@ class Fresh(Data):
         return f"Fresh(shape {self.shape}, {self.samples} samples, seed {self.seed})"
 
     def block(self, index: int) -> Labelled:
+        index = _checks.integer("index", index, 0)
         return self._draw((self.BLOCK,), self.samples, "inputs", index)
 
     def test(self, samples: int) -> Labelled:
@@ -89,6 +92,8 @@ class Fresh(Data):
         generator = randomness.generator(self.seed, *self.purpose, *part)
         x = randomness.normal(generator, *batch, *one, dtype=torch.float32)
         y = self.label(x)
+        if not isinstance(y, Tensor):
+            raise InputError("label", allowed="a function to tensors", given=brief(y))
         return x.to(y.device), y
 
 
@@ -128,13 +133,14 @@ class Fixed(Data):
                 given=f"labels of shape {tuple(y.shape)}",
             )
         self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
-        self.seed, self.purpose = _checks.integer("seed", seed, 0), purpose
+        self.seed, self.purpose = _checks.integer("seed", seed, 0), _words(purpose)
 
     def __repr__(self) -> str:
         x, y = self.training
         return f"Fixed({list(x.shape)} to {list(y.shape)}, {self.samples} samples)"
 
     def block(self, index: int) -> Labelled:
+        index = _checks.integer("index", index, 0)
         x, y = self.training
         count = x.shape[self.sample_dim]
         if self.samples == count:
@@ -154,6 +160,12 @@ class Fixed(Data):
         x, _ = self.training
         count = x.shape[self.sample_dim]
         return torch.randperm(count, generator=generator, device="cpu").to(x.device)
+
+
+def _words(purpose: Any) -> tuple[str, ...]:
+    if not isinstance(purpose, tuple) or not all(isinstance(word, str) for word in purpose):
+        raise InputError("purpose", allowed="a tuple of words", given=brief(purpose))
+    return purpose
 
 
 def _usable(name: str, labelled: Any) -> Labelled:

@@ -31,6 +31,7 @@ def minimize(
     frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
     bounds.error_matrix(frozen, target)
     starts = _checks.integer("starts", starts, 1)
+    iterations = _checks.integer("iterations", iterations, 1)
     ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
     generator = randomness.generator(seed, "starts")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..adapters import Adapters, N, Tuned
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks import Network
 from .compiled import UNROLLED, Array, State, Structure, tile
@@ -221,9 +221,9 @@ class Stack(Generic[N]):
 
 def _class_of(classes: Sequence[int], outputs: int) -> NDArray[np.int64]:
     """The class to which each output votes, checked; empty for the squared error."""
-    if len(classes) not in (0, outputs):
+    if not isinstance(classes, Sequence) or len(classes) not in (0, outputs):
         raise InputError(
-            "classes", allowed=f"none, or one for each of {outputs} outputs", given=list(classes)
+            "classes", allowed=f"none, or one for each of {outputs} outputs", given=brief(classes)
         )
     votes = np.array([_checks.integer("classes", c, -1) for c in classes], np.int64)
     missing = set(range(int(votes.max(initial=-1)) + 1)) - set(votes.tolist())
