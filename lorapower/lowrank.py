@@ -73,14 +73,14 @@ class SVD(NamedTuple):
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
     """The singular value decomposition of a matrix of finite numbers, ``k = min(out, in)``."""
-    _checks.tensor("matrix", matrix, min_dims=2)
+    matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     U, S, Vh = _of_distinct(lambda m: torch.linalg.svd(m, full_matrices=False), matrix)
     return SVD(U, S, Vh.mT)
 
 
 def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
     """The spectral norm ``σ_1`` of a matrix of finite numbers."""
-    return _values(_checks.tensor("matrix", matrix, min_dims=2))[..., 0]
+    return spectrum(matrix)[..., 0]
 
 
 def _values(matrix: Tensor) -> Tensor:
@@ -123,7 +123,9 @@ def tail_norms(
     """
     _checks.tensor("singular_values", singular_values, min_dims=1)
     tail = singular_values[..., _checks.integer("rank", rank, 0) :]
-    spectral = tail[..., 0] if tail.shape[-1] else torch.zeros_like(singular_values[..., 0])
+    spectral = (
+        tail[..., 0] if tail.shape[-1] else singular_values.new_zeros(singular_values.shape[:-1])
+    )
     return spectral, torch.linalg.vector_norm(tail, dim=-1)
 
 
@@ -140,7 +142,9 @@ def rank(
     singular_values = _values(matrix)
     if scale is None:
         scale = singular_values[..., 0]
-    elif not isinstance(scale, Tensor):
+    elif isinstance(scale, Tensor):
+        scale = _checks.real_tensor("scale", scale, min_dims=0)
+    else:
         scale = singular_values.new_tensor(_checks.tolerance("scale", scale))
     threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * scale
     return (singular_values > threshold[..., None]).sum(-1)
@@ -195,9 +199,7 @@ def random_matrix(
     """
     rows, cols = _checks.integer("rows", rows, 1), _checks.integer("cols", cols, 1)
     batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
-    condition_number = _checks.positive("condition_number", condition_number)
-    if condition_number < 1:
-        raise InputError("condition_number", allowed="finite, at least 1", given=condition_number)
+    condition_number = _checks.finite("condition_number", condition_number, 1)
     generator = randomness.generator(seed, "conditioned", purpose)
     size = min(rows, cols)
 

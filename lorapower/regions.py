@@ -8,7 +8,6 @@ region that holds its image under a layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from math import inf
 from numbers import Integral
 from typing import Any, Self
 
@@ -237,9 +236,7 @@ class Samples(Region):
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:
         self.inputs = _checks.real_tensor("inputs", inputs, min_dims=2, copy=True)
-        self.margin = _checks.tolerance("margin", margin)
-        if self.margin == inf:
-            raise InputError("margin", allowed="finite", given=self.margin)
+        self.margin = _checks.finite("margin", margin, 0)
         self._centre = self.inputs.mean(-1, keepdim=True)
 
     def _extent(self) -> list[str]:

@@ -101,10 +101,11 @@ def at_least(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLik
 
 def number(value: float, digits: int) -> str:
     """Markdown for a number of so many significant digits: powers of ten are typeset."""
-    digits = _checks.integer("digits", digits, 1)
+    digits = _checks.integer("digits", digits, 1, 17)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError("value", allowed="a number", given=brief(value))
-    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    (double,) = _numbers("value", [value])
+    mantissa, _, exponent = f"{double:.{digits}g}".partition("e")
     if not exponent:
         return mantissa
     factor = "" if mantissa == "1" else rf"{mantissa}\times"
@@ -129,7 +130,7 @@ def read(path: str | Path) -> list[Claim]:
 def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     try:
         numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise InputError(name, allowed="numbers", given=brief(values)) from error
     if not numbers.size:
         raise InputError(name, allowed="at least one number", given="none: nothing was checked")

@@ -57,8 +57,7 @@ class Network(ABC):
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Self:
         """The network with all numbers 0 in the members that a mask selects."""
-        if _checks.tensor("which", which, min_dims=0).dtype != torch.bool:
-            raise InputError("which", allowed="a mask of truth values", given=which.dtype)
+        _checks.tensor("which", which, min_dims=0, types=[torch.bool])
         return self.with_parameters(
             [torch.where(which[..., None, None], 0, weight) for weight in self.weights],
             [torch.where(which[..., None], 0, bias) for bias in self.biases],

@@ -124,7 +124,7 @@ class Gap:
 
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
-        if ord not in (2, "fro"):
+        if not isinstance(ord, int | str) or ord not in (2, "fro"):
             raise InputError("ord", allowed="2 or 'fro'", given=brief(ord))
         return lowrank.tail_norms(self.spectrum, rank)[ord == "fro"]
 

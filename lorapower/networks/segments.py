@@ -16,6 +16,8 @@ from .linear import LinearNetwork
 from .transformer import Transformer
 
 T = TypeVar("T")
+# Ranks or errors.
+NUMBERS = (*_checks.PRECISIONS, torch.int64)
 
 
 class Segments(NamedTuple, Generic[T]):
@@ -42,7 +44,7 @@ class Segments(NamedTuple, Generic[T]):
     def largest(self: Segments[Any]) -> Tensor:
         """The largest of a network's numbers, where something is one number; ``[...]``."""
         for name, part in self._asdict().items():
-            _checks.tensor(name, part, min_dims=0 if name == "output" else 2)
+            _checks.tensor(name, part, min_dims=0 if name == "output" else 2, types=NUMBERS)
         heads = torch.maximum(self.query_key, self.value_output).amax((-2, -1))
         return torch.maximum(heads, self.output)
 
