@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import _checks, _values, randomness
+from . import _checks, _objects, randomness
 from .errors import InputError
 
 
@@ -61,14 +61,13 @@ def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"
     return _values(_checks.real_tensor("matrix", matrix, min_dims=2))
 
 
+@_objects.held
 class SVD(NamedTuple):
     """``U diag(S) Vᵀ``: ``k`` orthonormal columns in ``U`` and in ``V``, largest ``σ`` first."""
 
     U: Float[Tensor, "*batch out k"]
     S: Float[Tensor, "*batch k"]
     V: Float[Tensor, "*batch in k"]
-
-    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__
 
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
@@ -141,12 +140,12 @@ def rank(
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     singular_values = _values(matrix)
     if scale is None:
-        scale = singular_values[..., 0]
+        size = singular_values[..., 0]
     elif isinstance(scale, Tensor):
-        scale = _checks.real_tensor("scale", scale, min_dims=0)
+        size = _checks.real_tensor("scale", scale, min_dims=0)
     else:
-        scale = singular_values.new_tensor(_checks.tolerance("scale", scale))
-    threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * scale
+        size = singular_values.new_tensor(_checks.tolerance("scale", scale))
+    threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * size
     return (singular_values > threshold[..., None]).sum(-1)
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import _checks, _values, randomness
+from . import _checks, _objects, randomness
 from .errors import InputError
 
 
@@ -48,7 +48,7 @@ class Region(ABC):
 
     def __repr__(self) -> str:
         width = f"width {self.width}" if self._fitted else "any width"
-        return _values.summary(
+        return _objects.summary(
             self, width, *self._extent(), like=self._centre, batch=self.batch_shape
         )
 

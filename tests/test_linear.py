@@ -307,7 +307,7 @@ def test_unusable_ranks_are_refused(ranks: object, complaint: str) -> None:
 def test_ranks_may_come_from_numpy_and_torch() -> None:
     frozen, target = conditioned(2, 4), LinearNetwork.random(1, 4)
     for ranks in (np.array([1, 2]), torch.tensor([1, 2])):
-        solution = linear.adapt(frozen, target, ranks)  # type: ignore[arg-type]
+        solution = linear.adapt(frozen, target, ranks)
         assert solution.adapters.ranks == (1, 2)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +101,6 @@ def at_least(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLik
 def number(value: float, digits: int) -> str:
     """Markdown for a number of so many significant digits: powers of ten are typeset."""
     digits = _checks.integer("digits", digits, 1, 17)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError("value", allowed="a number", given=brief(value))
     (double,) = _numbers("value", [value])
     mantissa, _, exponent = f"{double:.{digits}g}".partition("e")
     if not exponent:

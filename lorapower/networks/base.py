@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, _values, randomness
+from .. import _checks, _objects, randomness
 from ..errors import InputError
 
 
@@ -85,7 +85,7 @@ class Network(ABC):
         return self.map(lambda values: values.reshape(-1, *values.shape[own:])[members])
 
     def __repr__(self) -> str:
-        return _values.summary(self, self.sides, like=self.weights[0], batch=self.batch_shape)
+        return _objects.summary(self, self.sides, like=self.weights[0], batch=self.batch_shape)
 
     @property
     @abstractmethod

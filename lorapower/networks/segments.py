@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, _values, lowrank
+from .. import _checks, _objects, lowrank
 from ..errors import InputError
 from .gap import Gap
 from .linear import LinearNetwork
@@ -20,6 +20,7 @@ T = TypeVar("T")
 NUMBERS = (*_checks.PRECISIONS, torch.int64)
 
 
+@_objects.held
 class Segments(NamedTuple, Generic[T]):
     """A transformer cut at its non-linearities: something for each kind of segment.
 
@@ -38,8 +39,6 @@ class Segments(NamedTuple, Generic[T]):
     query_key: T
     value_output: T
     output: T
-
-    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__
 
     def largest(self: Segments[Any]) -> Tensor:
         """The largest of a network's numbers, where something is one number; ``[...]``."""
