@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -27,7 +28,7 @@ def held(cls: type[C]) -> type[C]:
 
 def fields(value: Any) -> str:
     """``Name(field=…, …)`` of a dataclass or a named tuple, without the numbers of its tensors."""
-    named = value._fields if isinstance(value, tuple) else value.__dataclass_fields__
+    named = value.__dataclass_fields__ if is_dataclass(value) else value._fields
     shown = ", ".join(f"{name}={_shown(getattr(value, name))}" for name in named)
     return f"{type(value).__name__}({shown})"
 

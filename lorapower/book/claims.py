@@ -101,8 +101,10 @@ def at_least(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLik
 def number(value: float, digits: int) -> str:
     """Markdown for a number of so many significant digits: powers of ten are typeset."""
     digits = _checks.integer("digits", digits, 1, 17)
-    (double,) = _numbers("value", [value])
-    mantissa, _, exponent = f"{double:.{digits}g}".partition("e")
+    double = _numbers("value", value)
+    if double.ndim:
+        raise InputError("value", allowed="one number", given=brief(value))
+    mantissa, _, exponent = f"{double.item():.{digits}g}".partition("e")
     if not exponent:
         return mantissa
     factor = "" if mantissa == "1" else rf"{mantissa}\times"
