@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from math import inf, nan
 from numbers import Integral, Real
 from os import PathLike
@@ -18,20 +19,30 @@ from torch.nn import Module
 from .errors import InputError, brief
 
 PRECISIONS = (torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LARGEST = sys.maxsize
 # One for all layers, or one for each.
 Ranks = int | Sequence[int] | Int[Tensor, " layers"] | Int[np.ndarray, " layers"]
 
 
-def integer(name: str, value: Any, low: int, high: int | None = None, *, limit: str = "") -> int:
-    """``value`` as an ``int`` between ``low`` and ``high``; ``limit`` says what ``high`` is."""
-    ceiling = "" if high is None else f" to {high}"
-    allowed = f"an integer from {low}{ceiling}" + (f" ({limit})" if limit else "")
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
-        raise InputError(name, allowed=allowed, given=brief(value))
-    number = int(value)
+def integer(name: str, value: Any, low: int, high: int | None = LARGEST, *, limit: str = "") -> int:
+    """``value`` as an ``int`` between ``low`` and ``high``; ``limit`` says what ``high`` is.
+
+    By default ``high`` is the largest size that anything can have.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
+    number = int(value) if whole else low - 1
     if number < low or (high is not None and number > high):
-        raise InputError(name, allowed=allowed, given=number)
+        shown = high is not None and (high < LARGEST or number > high)
+        ceiling = f" to {high}" if shown else ""
+        allowed = f"an integer from {low}{ceiling}" + (f" ({limit})" if limit else "")
+        raise InputError(name, allowed=allowed, given=brief(value))
     return number
+
+
+def seed(value: Any) -> int:
+    """``value`` as a seed, which may be of any size."""
+    return integer("seed", value, 0, None)
 
 
 def positive(name: str, value: Any) -> float:
@@ -50,11 +61,12 @@ def tolerance(name: str, value: Any) -> float:
     return number
 
 
-def finite(name: str, value: Any) -> float:
-    """``value`` as a finite ``float``."""
+def finite(name: str, value: Any, low: float = -inf) -> float:
+    """``value`` as a finite ``float`` of at least ``low``."""
     number = _real(value)
-    if not -inf < number < inf:
-        raise InputError(name, allowed="a finite number", given=brief(value))
+    if not low <= number < inf or number == -inf:
+        allowed = "a finite number" if low == -inf else f"finite, at least {low:g}"
+        raise InputError(name, allowed=allowed, given=brief(value))
     return number
 
 
@@ -88,9 +100,19 @@ def function(name: str, value: Any) -> None:
         raise InputError(name, allowed="a function", given=brief(value))
 
 
+def items(name: str, value: Any, *, what: str) -> list[Any]:
+    """``value`` as a list; ``what`` says of what."""
+    try:
+        if not isinstance(value, str | bytes):
+            return [*value]
+    except TypeError:
+        pass
+    raise InputError(name, allowed=what, given=brief(value))
+
+
 def several(name: str, value: Any, kind: type, *, what: str) -> list[Any]:
     """``value`` as a list of at least one of a class; ``what`` says what they are."""
-    found = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+    found = items(name, value, what=f"at least one {what}")
     if not found or not all(isinstance(one, kind) for one in found):
         raise InputError(name, allowed=f"at least one {what}", given=brief(value))
     return found
@@ -116,11 +138,19 @@ def run(name: str, value: Any, depth: int) -> slice:
     return slice(start, stop)
 
 
-def tensor(name: str, value: Any, *, min_dims: int) -> Tensor:
-    """``value`` if it is a tensor of at least so many dimensions, whatever its numbers are."""
-    if not isinstance(value, Tensor) or value.ndim < min_dims:
-        shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
-        raise InputError(name, allowed=f"a tensor of at least {min_dims} dimensions", given=shape)
+def tensor(
+    name: str, value: Any, *, min_dims: int, types: Sequence[torch.dtype] = PRECISIONS
+) -> Tensor:
+    """``value`` if it is a tensor that can be computed with, whatever its numbers are."""
+    if not isinstance(value, Tensor):
+        raise InputError(name, allowed="a tensor", given=brief(value))
+    _usable(name, value, types)
+    if value.ndim < min_dims:
+        raise InputError(
+            name,
+            allowed=f"a tensor of at least {min_dims} dimensions",
+            given=f"shape {tuple(value.shape)}",
+        )
     return value
 
 
@@ -147,7 +177,9 @@ def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, .
 
     One for each is within its own weight's smaller side.
     """
-    if isinstance(ranks, np.ndarray) or (isinstance(ranks, Tensor) and not ranks.is_meta):
+    if isinstance(ranks, Tensor):
+        ranks = tensor("ranks", ranks, min_dims=0, types=INTEGERS)
+    if isinstance(ranks, np.ndarray | Tensor):
         ranks = ranks.tolist()
     if not isinstance(ranks, Sequence) or isinstance(ranks, str | bytes):
         return capped_ranks(ranks, shapes)
@@ -184,22 +216,7 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
     tensor's are shared, or with ``copy`` its own, as those of an array or of lists always are.
     """
     tensor = value.detach() if isinstance(value, Tensor) else _from_array(name, value)
-    if tensor.is_meta:
-        raise InputError(
-            name, allowed="a tensor of numbers", given="one on device meta, which has none"
-        )
-    if tensor.is_nested or tensor.layout != torch.strided:
-        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise InputError(
-            name, allowed="a dense tensor", given=f"layout {layout}", remedy="convert it first"
-        )
-    if tensor.dtype not in PRECISIONS:
-        raise InputError(
-            name,
-            allowed="float32 or float64",
-            given=str(tensor.dtype).removeprefix("torch."),
-            remedy="convert it first",
-        )
+    _usable(name, tensor, PRECISIONS)
     if tensor.ndim < min_dims or 0 in tensor.shape[tensor.ndim - min_dims :]:
         raise InputError(
             name,
@@ -215,6 +232,26 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
             remedy="look for a diverged training run or a division by zero",
         )
     return tensor.clone() if copy and isinstance(value, Tensor) else tensor
+
+
+def _usable(name: str, tensor: Tensor, types: Sequence[torch.dtype]) -> None:
+    """Refuse a tensor that lacks numbers, that is not dense, or that is of no such type."""
+    if tensor.is_meta:
+        raise InputError(
+            name, allowed="a tensor of numbers", given="one on device meta, which has none"
+        )
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise InputError(
+            name, allowed="a dense tensor", given=f"layout {layout}", remedy="convert it first"
+        )
+    if tensor.dtype not in types:
+        raise InputError(
+            name,
+            allowed=" or ".join(str(one).removeprefix("torch.") for one in types),
+            given=str(tensor.dtype).removeprefix("torch."),
+            remedy="convert it first",
+        )
 
 
 def _from_array(name: str, value: Any) -> Tensor:

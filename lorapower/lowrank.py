@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import _checks, _values, randomness
+from . import _checks, _objects, randomness
 from .errors import InputError
 
 
@@ -66,6 +66,7 @@ def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"
     return _singular_values(_checks.real_tensor("matrix", matrix, min_dims=2))
 
 
+@_objects.held
 class SVD(NamedTuple):
     """``U diag(S) Vᵀ``: ``k`` orthonormal columns in ``U`` and in ``V``, largest ``σ`` first."""
 
@@ -73,19 +74,17 @@ class SVD(NamedTuple):
     S: Float[Tensor, "*batch k"]
     V: Float[Tensor, "*batch in k"]
 
-    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__  # type: ignore[misc]
-
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
     """The singular value decomposition of a matrix of finite numbers, ``k = min(out, in)``."""
-    _checks.tensor("matrix", matrix, min_dims=2)
+    matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     U, S, Vh = _of_distinct(lambda m: torch.linalg.svd(m, full_matrices=False), matrix)
     return SVD(U, S, Vh.mT)
 
 
 def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
     """The spectral norm ``σ_1`` of a matrix of finite numbers."""
-    return _singular_values(_checks.tensor("matrix", matrix, min_dims=2))[..., 0]
+    return spectrum(matrix)[..., 0]
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
@@ -133,7 +132,9 @@ def tail_norms(singular_values: Float[Tensor, "*batch k"], rank: int) -> Norms:
     """
     _checks.tensor("singular_values", singular_values, min_dims=1)
     tail = singular_values[..., _checks.integer("rank", rank, 0) :]
-    spectral = tail[..., 0] if tail.shape[-1] else torch.zeros_like(singular_values[..., 0])
+    spectral = (
+        tail[..., 0] if tail.shape[-1] else singular_values.new_zeros(singular_values.shape[:-1])
+    )
     return Norms(spectral, torch.linalg.vector_norm(tail, dim=-1))
 
 
@@ -149,10 +150,12 @@ def rank(
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     singular_values = _singular_values(matrix)
     if scale is None:
-        scale = singular_values[..., 0]
-    elif not isinstance(scale, Tensor):
-        scale = singular_values.new_tensor(_checks.tolerance("scale", scale))
-    threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * scale
+        size = singular_values[..., 0]
+    elif isinstance(scale, Tensor):
+        size = _checks.real_tensor("scale", scale, min_dims=0)
+    else:
+        size = singular_values.new_tensor(_checks.tolerance("scale", scale))
+    threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * size
     return (singular_values > threshold[..., None]).sum(-1)
 
 
@@ -205,9 +208,7 @@ def random_matrix(
     """
     rows, cols = _checks.integer("rows", rows, 1), _checks.integer("cols", cols, 1)
     batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
-    condition_number = _checks.positive("condition_number", condition_number)
-    if condition_number < 1:
-        raise InputError("condition_number", allowed="finite, at least 1", given=condition_number)
+    condition_number = _checks.finite("condition_number", condition_number, 1)
     generator = randomness.generator(seed, "conditioned", purpose)
     size = min(rows, cols)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,14 +45,18 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     return made
 
 
-@contextmanager
-def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
+def seeded(seed: int, *purpose: str | int) -> AbstractContextManager[None]:
     """Within it, torch's global numbers are those of `generator`; afterwards as if never drawn.
 
     For code that takes no generator, such as the first weights of `torch.nn.Linear`.
     """
+    return _in_state(generator(seed, *purpose).get_state())
+
+
+@contextmanager
+def _in_state(state: Tensor) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(generator(seed, *purpose).get_state())
+        torch.set_rng_state(state)
         yield
 
 
@@ -95,6 +99,6 @@ def _drawn(
 
 
 def _sequence(seed: int, purpose: tuple[str | int, ...]) -> np.random.SeedSequence:
-    seed = _checks.integer("seed", seed, 0)
+    seed = _checks.seed(seed)
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=16).digest()
     return np.random.SeedSequence(seed, spawn_key=np.frombuffer(digest, np.uint32).tolist())

@@ -8,7 +8,6 @@ that hold its image under an affine map and under a ReLU.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from math import inf
 from numbers import Integral
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import _checks, _values, randomness
+from . import _checks, _objects, randomness
 from .errors import InputError
 
 
@@ -49,7 +48,7 @@ class Region(ABC):
 
     def __repr__(self) -> str:
         width = f"width {self.width}" if self._fitted else "any width"
-        return _values.summary(
+        return _objects.summary(
             self, width, *self._extent(), like=self._centre, batch=self.batch_shape
         )
 
@@ -245,9 +244,7 @@ class Samples(Region):
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:
         self.inputs = _checks.real_tensor("inputs", inputs, min_dims=2, copy=True)
-        self.margin = _checks.tolerance("margin", margin)
-        if self.margin == inf:
-            raise InputError("margin", allowed="finite", given=self.margin)
+        self.margin = _checks.finite("margin", margin, 0)
         self._centre = self.inputs.mean(-1, keepdim=True)
 
     def _extent(self) -> list[str]:

@@ -79,4 +79,4 @@ def test_the_package_is_checked() -> None:
     for function in (lowrank.spectrum, FNN.preactivations, type(network).random.__func__):  # type: ignore[attr-defined]
         assert function.__code__.co_filename == jaxtyping.jaxtyped.__code__.co_filename
     with pytest.raises(jaxtyping.TypeCheckError):
-        lowrank.condition(torch.ones(2, dtype=torch.int64))
+        lowrank.spectrum([[1.0]])  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +109,11 @@ def at_least(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLik
 
 def number(value: Any, digits: int) -> str:
     """Markdown for a number of so many significant digits: powers of ten are typeset."""
-    digits = _checks.integer("digits", digits, 1)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError("value", allowed="a number", given=brief(value))
-    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    digits = _checks.integer("digits", digits, 1, 17)
+    double = _numbers("value", value)
+    if double.ndim:
+        raise InputError("value", allowed="one number", given=brief(value))
+    mantissa, _, exponent = f"{double.item():.{digits}g}".partition("e")
     if not exponent:
         return mantissa
     factor = "" if mantissa == "1" else rf"{mantissa}\times"
@@ -138,7 +138,7 @@ def read(path: str | Path) -> list[Claim]:
 def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     try:
         numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise InputError(name, allowed="numbers", given=brief(values)) from error
     if not numbers.size:
         raise InputError(name, allowed="at least one number", given="none: nothing was checked")

@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _values, randomness
+from .. import _checks, _objects, randomness
 from ..errors import InputError
 from ..networks import FNN
 
 
-@dataclass(frozen=True, eq=False)
+@_objects.held
+@dataclass(frozen=True)
 class Floor:
     """An estimate with its standard error.
 
@@ -31,8 +32,6 @@ class Floor:
 
     mean_squared_error: Float[Tensor, "*batch"]
     standard_error: Float[Tensor, "*batch"]
-
-    __repr__ = _values.fields
 
 
 @torch.no_grad()

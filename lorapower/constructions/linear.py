@@ -104,7 +104,7 @@ def close(
     """What `adapt` does, of a gap whose decomposition may be at hand."""
     _checks.kind(Gap, gap=gap)
     plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
-    seed = _checks.integer("seed", seed, 0)
+    seed = _checks.seed(seed)
     frozen = gap.frozen
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     rtol = _checks.tolerance("rtol", torch.finfo(frozen.dtype).eps ** 0.5 if rtol is None else rtol)

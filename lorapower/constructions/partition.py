@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
-from .. import _checks, _values, bounds
+from .. import _checks, _objects, bounds
 from ..bounds.fnn import Inputs
 from ..errors import InputError
 from ..networks import FNN, Gap, Partition, Pieces
 
 
-@dataclass(frozen=True, eq=False)
+@_objects.held
+@dataclass(frozen=True)
 class OptimalPartition:
     """The best partition for each member of a batch.
 
@@ -27,8 +28,6 @@ class OptimalPartition:
 
     sizes: Int[Tensor, "*batch blocks"]
     value: Num[Tensor, "*batch"]
-
-    __repr__ = _values.fields
 
     def partition(self, *member: int) -> Partition:
         """The partition of one member; raises `InputError` for one that the batch has not."""

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, _values, bounds, constructions
+from .. import _checks, _objects, bounds, constructions
 from .._records import Record
 from ..adapters import Adapters
 from ..errors import InputError, brief
@@ -106,14 +106,13 @@ def turned(
     return (256 * found[:, 0]).round().clamp(0, 256) / 256
 
 
+@_objects.held
 class Split(NamedTuple):
     """Labelled images as a network takes them; no image is in two of the three."""
 
     training: Labelled
     validation: Labelled
     test: Labelled
-
-    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__  # type: ignore[misc]
 
 
 @functools.cache

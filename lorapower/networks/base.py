@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _batches, _checks, _values, randomness
+from .. import _batches, _checks, _objects, randomness
 from ..errors import InputError
 
 
@@ -60,8 +60,7 @@ class Network(ABC):
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Self:
         """The network with all numbers 0 in the members that a mask selects."""
-        if _checks.tensor("which", which, min_dims=0).dtype != torch.bool:
-            raise InputError("which", allowed="a mask of truth values", given=which.dtype)
+        _checks.tensor("which", which, min_dims=0, types=[torch.bool])
         return self.with_parameters(
             [torch.where(which[..., None, None], 0, weight) for weight in self.weights],
             [torch.where(which[..., None], 0, bias) for bias in self.biases],
@@ -89,7 +88,7 @@ class Network(ABC):
         return self.map(lambda values: values.reshape(-1, *values.shape[own:])[members])
 
     def __repr__(self) -> str:
-        return _values.summary(self, self.sides, like=self.weights[0], batch=self.batch_shape)
+        return _objects.summary(self, self.sides, like=self.weights[0], batch=self.batch_shape)
 
     @property
     @abstractmethod

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .. import _checks, _values, lowrank
+from .. import _checks, _objects, lowrank
 from ..errors import InputError, brief
 from ..lowrank import SVD, LowRank
 from .linear import LinearNetwork
@@ -56,7 +56,7 @@ class Gap:
 
     def __repr__(self) -> str:
         words = f"frozen {self.frozen.sides}", f"target {self.target.sides}"
-        return _values.summary(self, *words, like=self.frozen.weights[0], batch=self.batch_shape)
+        return _objects.summary(self, *words, like=self.frozen.weights[0], batch=self.batch_shape)
 
     @cached_property
     def batch_shape(self) -> torch.Size:
@@ -124,7 +124,7 @@ class Gap:
 
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
-        if ord not in (2, "fro"):
+        if not isinstance(ord, int | str) or ord not in (2, "fro"):
             raise InputError("ord", allowed="2 or 'fro'", given=brief(ord))
         norms = lowrank.tail_norms(self.spectrum, rank)
         return norms.frobenius if ord == "fro" else norms.spectral

@@ -25,10 +25,9 @@ class Partition:
     sizes: tuple[int, ...]
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        if not isinstance(sizes, Iterable):
-            raise InputError("sizes", allowed="numbers such as [2, 2]", given=brief(sizes))
+        listed = _checks.items("sizes", sizes, what="numbers of layers, such as [2, 2]")
         checked = tuple(
-            _checks.integer(f"size of block {i}", size, 1) for i, size in enumerate(sizes, start=1)
+            _checks.integer(f"size of block {i}", size, 1) for i, size in enumerate(listed, start=1)
         )
         if not checked:
             raise InputError("sizes", allowed="at least one block", given="none")
@@ -48,10 +47,12 @@ class Partition:
 
         Raises `InputError` unless they are ``1, …, L`` in order, none missing and none twice.
         """
-        if not isinstance(blocks, Iterable):
-            raise InputError("blocks", allowed="lists such as [[1, 2], [3]]", given=brief(blocks))
-        listed = [list(block) if isinstance(block, Iterable) else [block] for block in blocks]
-        layers = list(chain.from_iterable(listed))
+        what = "lists of layers, such as [[1, 2], [3]]"
+        listed = [
+            _checks.items("blocks", block, what=what)
+            for block in _checks.items("blocks", blocks, what=what)
+        ]
+        layers = [_checks.integer("layer", layer, 0) for layer in chain.from_iterable(listed)]
         if layers != list(range(1, len(layers) + 1)):
             raise InputError(
                 "blocks",

@@ -9,15 +9,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, _values, lowrank
+from .. import _checks, _objects, lowrank
 from ..errors import InputError
 from .gap import Gap
 from .linear import LinearNetwork
 from .transformer import Transformer
 
 T = TypeVar("T")
+# Ranks or errors.
+NUMBERS = (*_checks.PRECISIONS, torch.int64)
 
 
+@_objects.held
 class Segments(NamedTuple, Generic[T]):
     """A transformer cut at its non-linearities: something for each kind of segment.
 
@@ -37,12 +40,10 @@ class Segments(NamedTuple, Generic[T]):
     value_output: T
     output: T
 
-    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__  # type: ignore[misc]
-
     def largest(self: Segments[Any]) -> Tensor:
         """The largest of a network's numbers, where something is one number; ``[...]``."""
         for name, part in self._asdict().items():
-            _checks.tensor(name, part, min_dims=0 if name == "output" else 2)
+            _checks.tensor(name, part, min_dims=0 if name == "output" else 2, types=NUMBERS)
         heads = torch.maximum(self.query_key, self.value_output).amax((-2, -1))
         return torch.maximum(heads, self.output)
 

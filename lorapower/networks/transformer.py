@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _values, randomness
+from .. import _checks, _objects, randomness
 from ..errors import InputError
 from .base import Network, uniform
 
@@ -31,6 +31,7 @@ WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out")
 BIASES = ("b_1", "b_2")
 
 
+@_objects.held
 class BlockTrace(NamedTuple):
     """What happens in a block.
 
@@ -44,8 +45,6 @@ class BlockTrace(NamedTuple):
     patterns: Float[Tensor, "*batch heads n n"]
     preactivations: Float[Tensor, "*batch hidden n"]
     outputs: Float[Tensor, "*batch width n"]
-
-    __repr__, __eq__, __hash__ = _values.fields, _values.same, object.__hash__  # type: ignore[misc]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

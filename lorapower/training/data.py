@@ -71,7 +71,7 @@ class Fresh(Data):
         self.label = label.to(torch.float32) if isinstance(label, Network) else label
         self.shape = shape
         self.samples = _checks.integer("samples", samples, 1)
-        self.seed = _checks.integer("seed", seed, 0)
+        self.seed = _checks.seed(seed)
         self.purpose = _words(purpose)
         count = _checks.integer("validation_samples", validation_samples, 1)
         self.validation = self._draw((), count, "validation inputs")
@@ -133,7 +133,7 @@ class Fixed(Data):
                 given=f"labels of shape {tuple(y.shape)}",
             )
         self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
-        self.seed, self.purpose = _checks.integer("seed", seed, 0), _words(purpose)
+        self.seed, self.purpose = _checks.seed(seed), _words(purpose)
 
     def __repr__(self) -> str:
         x, y = self.training

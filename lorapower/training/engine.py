@@ -76,10 +76,7 @@ def train(
     threads = _processors() if threads is None else _checks.integer("threads", threads, 1)
     place = _place(backend, device)
     stack = Stack(frozen)
-    seeds = [
-        _checks.integer("seed", each, 0)
-        for each in _for_each("seed", seed, Integral, stack.members)
-    ]
+    seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]
     batches = Batches(_for_each("data", data, Data, stack.members), stack, classes)
     structure = stack.structure(batches)
     if (
@@ -119,7 +116,7 @@ def _processors() -> int:
 
 def _place(backend: str, device: str | torch.device | None) -> torch.device | None:
     """The device that was asked for, if any, where the backend computes there."""
-    if backend not in ("compiled", "torch"):
+    if not isinstance(backend, str) or backend not in ("compiled", "torch"):
         raise InputError("backend", allowed="'compiled' or 'torch'", given=brief(backend))
     if device is None:
         return None

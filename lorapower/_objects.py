@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+C = TypeVar("C")
 
 
 def summary(value: object, *words: str, like: Tensor, batch: tuple[int, ...]) -> str:
@@ -16,18 +18,22 @@ def summary(value: object, *words: str, like: Tensor, batch: tuple[int, ...]) ->
     return f"{type(value).__name__}({', '.join([*words, *members, kind, *place])})"
 
 
+def held(cls: type[C]) -> type[C]:
+    """A class that only holds tensors, under names: shown by `fields`, equal only to itself."""
+    methods = {"__repr__": fields, "__eq__": _same, "__hash__": object.__hash__}
+    for name, method in methods.items():
+        setattr(cls, name, method)
+    return cls
+
+
 def fields(value: Any) -> str:
     """``Name(field=…, …)`` of a dataclass or a named tuple, without the numbers of its tensors."""
-    if isinstance(value, tuple):
-        held = value._asdict()  # type: ignore[attr-defined]
-    else:
-        held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    shown = ", ".join(f"{name}={_shown(part)}" for name, part in held.items())
+    named = value.__dataclass_fields__ if is_dataclass(value) else value._fields
+    shown = ", ".join(f"{name}={_shown(getattr(value, name))}" for name in named)
     return f"{type(value).__name__}({shown})"
 
 
-def same(value: object, other: object) -> bool:
-    """Equality of named tuples of tensors, which are equal only to themselves, as tensors are."""
+def _same(value: object, other: object) -> bool:
     return value is other
 
 

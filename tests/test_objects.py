@@ -121,7 +121,7 @@ def test_comparing_does_not_raise(make: Callable[[], Any]) -> None:
 
 def test_all_classes_that_hold_tensors_are_compared() -> None:
     """Those of dataclasses, named tuples, networks and regions outside of experiments."""
-    inside = {"_values", "stack", "compiled", "reference", "engine", "methods", "store"}
+    inside = {"_objects", "stack", "compiled", "reference", "engine", "methods", "store"}
     found = set()
     for name in typechecks.modules():
         _, part, *rest = name.split(".")
