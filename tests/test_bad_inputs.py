@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from inspect import isclass, isfunction
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import typechecks
 
 from lorapower import (
     LorapowerError,
+    adapters,
     bounds,
+    constructions,
     lowrank,
     networks,
     randomness,
@@ -25,7 +28,7 @@ from lorapower import (
     training,
 )
 from lorapower.book import claims, figures
-from lorapower.constructions import fnn, linear, partition, transformer
+from lorapower.constructions import fnn, general, linear, partition, transformer
 from lorapower.errors import LONGEST, brief
 from lorapower.experiments import digits, methods, synthetic
 from lorapower.networks import (
@@ -61,20 +64,26 @@ TAKE_NOTHING = {
 }
 # Made by the package itself, to hold what it found: whatever they are given they hold.
 HOLD = {
+    adapters.Tuned,
     bounds.Floor,
+    bounds.PairRanks,
     claims.Claim,
     digits.Split,
     fnn.FNNAdaptation,
     linear.LinearAdaptation,
+    constructions.Adaptation,
+    constructions.NeededRank,
+    lowrank.Norms,
     lowrank.SVD,
     transformer.TransformerAdaptation,
     training.Training,
 }
 # Called by the package alone, with what it has checked.
-WITHIN = {methods.adapted, methods.construct}
+WITHIN = {general.kind_of, methods.adapted, methods.construct}
 # Likewise all of these modules, but for what is listed by a package or has a row above.
 INSIDE = (
     "lorapower.errors",
+    "lorapower.adapters",
     "lorapower.book.parameters",
     "lorapower.experiments.encoders",
     "lorapower.experiments.provenance",
@@ -90,7 +99,8 @@ INSIDE = (
 # What the table's calls are made of, beside the names above.
 MODULES = (
     *("adapters", "bounds", "hub", "lowrank", "networks", "randomness", "regions", "training"),
-    *("book.claims", "book.figures", "book.notebook", "book.parameters"),
+    *("book.claims", "book.figures", "book.notebook", "book.outputs", "book.parameters"),
+    "constructions",
     *("constructions.fnn", "constructions.linear", "constructions.narrow"),
     *("constructions.partition", "constructions.transformer", "experiments.digits"),
     *("experiments.methods", "experiments.sweeps", "experiments.synthetic"),
@@ -132,9 +142,13 @@ def test_bad_input_is_told_in_a_line(call: str, said: str) -> None:
 def public() -> set[Any]:
     """Functions and classes that users are offered: listed by packages, or a module's own."""
     found = set()
-    listed = [networks, bounds, training]
+    listed = [networks, adapters, bounds, constructions, training]
     for module in listed:
-        found |= {getattr(module, name) for name in module.__all__}
+        found |= {
+            each
+            for each in map(vars(module).get, module.__all__)
+            if isfunction(each) or isclass(each)
+        }
     for name in typechecks.modules():
         if name.startswith(INSIDE):
             continue

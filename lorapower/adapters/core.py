@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .. import _batches, _checks
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks import Network
 from . import files, peft
@@ -52,6 +52,12 @@ class Adapters:
     updates: tuple[LowRank, ...]
     bias_updates: tuple[Float[Tensor, "*batch _"], ...] = ()
     tuned: Tuned | None = None
+
+    def __post_init__(self) -> None:
+        given = self.updates
+        if not isinstance(given, tuple) or not given or {type(u) for u in given} != {LowRank}:
+            allowed = "a tuple of LowRank, one for each weight"
+            raise InputError("updates", allowed=allowed, given=brief(given))
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -179,12 +185,13 @@ class Adapters:
         where the file cannot be written.
         """
         self._require_fit(network)
+        file = _checks.path("path", path)
         tensors = {f"bias_updates.{l}": update for l, update in enumerate(self.bias_updates)}
         for l, update in enumerate(self.updates):
             tensors |= {f"left.{l}": update.left, f"right.{l}": update.right}
         if self.tuned is not None:
             tensors |= {f"tuned.{name}": part for name, part in self.tuned._asdict().items()}
-        files.write(Path(path), tensors, network)
+        files.write(file, tensors, network)
 
     @classmethod
     def load(cls, path: str | Path, network: Network | None = None) -> Adapters:
@@ -197,7 +204,7 @@ class Adapters:
         """
         if network is not None:
             _checks.kind(Network, network=network)
-        tensors = files.read(Path(path), network)
+        tensors = files.read(_checks.path("path", path), network)
 
         def several(name: str) -> list[Tensor]:
             return [tensors[f"{name}.{l}"] for l in range(sum(f"{name}." in t for t in tensors))]
@@ -230,7 +237,7 @@ class Adapters:
                 given=f"batch shape {tuple(self.batch_shape)}",
                 remedy="pick one first, adapters[i]",
             )
-        peft.write(Path(folder), module, self.updates, self.bias_updates)
+        peft.write(_checks.path("folder", folder), module, self.updates, self.bias_updates)
 
 
 def _sums(values: Sequence[Tensor], updates: Sequence[Tensor], sign: int) -> tuple[Tensor, ...]:

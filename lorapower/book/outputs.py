@@ -5,10 +5,12 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .. import _checks
+
 
 def dead(outputs: Float[Tensor, "*batch out samples"]) -> Bool[Tensor, "*batch out"]:
     """Which outputs are 0 at all samples, so that no error at these brings them back."""
-    return (outputs == 0).all(-1)
+    return (_checks.tensor("outputs", outputs, min_dims=2) == 0).all(-1)
 
 
 def share(
@@ -18,5 +20,5 @@ def share(
 
     Not a number where there is no error.
     """
-    errors = difference.square().sum(-1)
+    errors = _checks.tensor("difference", difference, min_dims=2).square().sum(-1)
     return (errors * chosen).sum(-1) / errors.sum(-1)

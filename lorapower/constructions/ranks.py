@@ -158,9 +158,7 @@ def _mean_square(outputs: Tensor) -> Tensor:
     return outputs.square().mean((0, -2, -1))
 
 
-def _trial(
-    frozen: Network, target: Network, x: Tensor, partition: Partition | None, seed: int
-) -> Measure:
+def _trial(frozen: Network, target: Network, x: Tensor, partition: Any, seed: int) -> Measure:
     wanted, padded = target(x), pad(x, frozen.weights[0].shape[-1])
     region = Samples(x[0]) if isinstance(frozen, FNN) else None
     options = {} if partition is None else {"partition": partition}
@@ -182,7 +180,7 @@ def _linear(frozen: Any, target: Any, x: Tensor, partition: None) -> Measure:
     return squared
 
 
-def _fnn(frozen: Any, target: Any, x: Tensor, partition: Partition | None) -> Measure:
+def _fnn(frozen: Any, target: Any, x: Tensor, partition: Any) -> Measure:
     def squared(rank: int) -> Tensor:
         bound = bounds.fnn_error_on(frozen, target, rank, x[0], partition)
         return bound.square() / target.widths[-1]
