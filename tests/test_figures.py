@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from lorapower import InputError
 from lorapower.book import figures
 from lorapower.book.figures.rounding import strip
+from lorapower.book.figures.style import ROLES
 
 mpl.use("agg")
 
@@ -232,7 +233,7 @@ def test_depths_and_blocks_have_one_colour() -> None:
 
 def test_roles_of_one_figure_take_no_colour_that_means_something() -> None:
     own = figures.looks([f"line {i}" for i in range(8)]).values()
-    fixed = {str(color).lower() for color, _ in figures.ROLES.values()}
+    fixed = {str(color).lower() for color, _ in ROLES.values()}
     assert not fixed & {str(look.color).lower() for look in own}
     assert len({(look.color, look.marker) for look in own}) == 8
 

@@ -12,10 +12,9 @@ from .curves import (
     spectrum,
 )
 from .drawings import partitions, patterns, pictures, plane, ranges, transformer_segments
-from .style import ROLES, Look, looks, use_style
+from .style import Look, looks, use_style
 
 __all__ = [
-    "ROLES",
     "Look",
     "curves",
     "error_against_budget",

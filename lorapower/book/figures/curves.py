@@ -189,8 +189,12 @@ def medians(
                 ax.plot(rows.index, rows["median"], label=label, **look.style(size))
                 aside = rows.index[-1] * _ASIDE ** (1 + labels.index(label))
                 ax.vlines(aside, *rows.iloc[-1][["min", "max"]], color=look.color, lw=2)
-        for label, (at, value) in (published or {}).get(title, {}).items():
-            _star(ax, at, value, look_of[label].color if label in look_of else GREY)
+        stars = (published or {}).get(title, {})
+        for label, (at, value) in stars.items():
+            color = look_of[label].color if label in look_of else GREY
+            # Numbers of stars at one x stay apart: the highest has its own above it.
+            above = value == max(value for _, value in stars.values())
+            _star(ax, at, value, color, 5 if above else -14)
         for label, level in (levels or {}).items():
             ax.axhline(level, label=label, **_LEVEL)
         _label(ax, "", ylabel, xscale=xscale, yscale=yscale, rounding=rounding)
@@ -253,10 +257,10 @@ def _band(
     ax.fill_between(x, low, high, color=look.color, alpha=0.15, lw=0)
 
 
-def _star(ax: Axes, at: float, value: float, color: Any) -> None:
-    """A published value, with its number."""
+def _star(ax: Axes, at: float, value: float, color: Any, aside: float) -> None:
+    """A published value, with its number aside by so many points upwards."""
     ax.plot(at, value, "*", color=color, label="published", ms=15, mec="0.1", mew=0.8, zorder=3)
-    ax.annotate(f"{value:g}", (at, value), (10, 4), textcoords="offset points", fontsize="small")
+    ax.annotate(f"{value:g}", (at, value), (9, aside), textcoords="offset points", fontsize="small")
 
 
 def _label(
