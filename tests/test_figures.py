@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -136,6 +136,7 @@ def test_medians_of_few_samples_are_means_of_the_two_in_the_middle() -> None:
     assert lines(drawn.axes[0])[0].tolist() == [3]
 
 
+@settings(max_examples=25)
 @given(
     st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9),
     st.lists(st.floats(0, 1e-12), min_size=1, max_size=9),
@@ -221,6 +222,12 @@ def test_what_else_a_label_says_is_the_kind_of_line_in_every_role() -> None:
         assert random.color == pretrained.color == figures.looks([name])[name].color
         assert (random.line, pretrained.line) == ("-", "--")
         assert random.fill != pretrained.fill
+
+
+def test_a_plain_line_of_a_role_differs_from_the_others() -> None:
+    found = figures.looks(["trained, enlarged", "trained", "trained adapters"])
+    assert found["trained"] == found["trained adapters"]
+    assert found["trained"].line == "-" != found["trained, enlarged"].line
 
 
 def test_depths_and_blocks_have_one_colour() -> None:

@@ -27,7 +27,7 @@ _PALETTE = sns.color_palette("colorblind").as_hex()
 ROLES: dict[str, tuple[ColorType, str]] = {
     "construction": (_PALETTE[0], "o"),
     "fitted": (_PALETTE[2], "D"),
-    "trained": (_PALETTE[3], "s"),
+    "trained(?: adapters)?": (_PALETTE[3], "s"),
     "final layers?": (_PALETTE[4], "^"),
     "all weights": (_PALETTE[1], "v"),
     "random": (_PALETTE[5], "P"),
@@ -38,8 +38,8 @@ ROLES: dict[str, tuple[ColorType, str]] = {
 }
 #: Levels, which are no curves, are dashed everywhere.
 _LEVELS = ("floor", "best constant")
-#: Beside one another, a bound is a line and what was measured markers; alone, neither is said.
-_EVIDENCE = ("", "bound", "measured")
+#: Said of the plain kind of a line; beside one another, a bound is a line, the measured markers.
+_PLAIN = ("", "bound", "measured")
 #: Starts of trainings: a role of their own, or else always these kinds of a method's line.
 _STARTS = ("random", "pretrained")
 _DEPTH = re.compile(r"depth (\d+)|(\d+) blocks?")
@@ -96,8 +96,8 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
     Lines of one role differ by what else their labels say, equally in all roles of the figure.
     """
     read = {label: _read(label) for label in labels}
-    said = dict.fromkeys(rest for _, rest in read.values() if rest not in _EVIDENCE)
-    first = [start for start in _STARTS if not said.keys().isdisjoint(_STARTS)]
+    said = dict.fromkeys("" if rest in _PLAIN else rest for _, rest in read.values())
+    first = [rest for rest in ("", *_STARTS) if rest in said or (rest and said.keys() & {*_STARTS})]
     kinds = {rest: i for i, rest in enumerate(dict.fromkeys([*first, *said]))}
     own = dict.fromkeys(role for role, _ in read.values() if _fixed(role) is None)
     free = dict(zip(own, zip(cycle(_FREE), cycle(MARKERS), strict=False), strict=False))
