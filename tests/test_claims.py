@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from scorecard import total
 
 from lorapower import InputError
 from lorapower.book import claims
@@ -104,3 +105,10 @@ def test_a_claim_says_how_many_seeds_it_rests_on(seeds: int | None, said: str) -
         claims.at_least("s", "l", measured=1, bound=1, seeds=seeds),
     ):
         assert claim.statement == "s" + said
+
+
+def test_the_scorecard_counts_both_kinds_and_what_fails() -> None:
+    good, bad = (claims.at_most("s", "thm-a", measured=m, bound=1) for m in (0, 2))
+    seen = claims.at_most("s", "obs-a", measured=0, bound=1)
+    assert total([good, seen, good]) == "3 claims, all hold: 2 of theorems, 1 of observations."
+    assert total([good, bad, seen]) == "3 claims, 1 fail: 2 of theorems, 1 of observations."

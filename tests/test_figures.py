@@ -115,7 +115,7 @@ def test_error_against_rank_predicts_nothing_below_rounding(yscale: str) -> None
     figure = figures.error_against_rank(
         {"a": [0, 1, 2]},
         {"a": [1, 0.5, 1e-17]},
-        {"a": [[1, 1], [0.25, 0.75], [1e-16, 3e-16]]},
+        {"a": np.array([[1, 1], [0.25, 0.75], [1e-16, 3e-16]])},
         thresholds={"a": 2},
         line="bound",
         yscale=yscale,
@@ -249,7 +249,7 @@ TABLE = pd.DataFrame({"x": [1, 1, 2, 2], "y": [1.0, 3.0, 5.0, 9.0]})
 
 
 def test_medians_without_bands_show_the_range_at_the_end_beside_the_line() -> None:
-    axes = {"xlabel": "", "ylabel": "", "xscale": "log"}
+    axes: dict[str, Any] = {"xlabel": "", "ylabel": "", "xscale": "log"}
     (ax,) = figures.medians({"p": {"a": TABLE}}, "x", "y", bands=False, **axes).axes
     (bar,) = ax.collections
     (ends,) = (np.asarray(path.vertices) for path in bar.get_paths())

@@ -39,7 +39,7 @@ def spectrum(singular_values: Mapping[str, ArrayLike]) -> Figure:
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(singular_values):
         sigma = np.atleast_2d(np.asarray(singular_values[label])).T
-        _band(ax, np.arange(1, len(sigma) + 1), *_middle_and_ends(sigma), label, look, size)
+        _band(ax, np.arange(1, len(sigma) + 1), _middle_and_ends(sigma), label, look, size)
     ax.set(xlabel="index $d$", ylabel=r"singular value $\sigma_d$", ylim=(0, None))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure)
@@ -119,7 +119,7 @@ def curves(
     check_some(samples=samples)
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(samples):
-        _band(ax, x, *_middle_and_ends(samples[label]), label, look, size)
+        _band(ax, x, _middle_and_ends(samples[label]), label, look, size)
     for (label, values), ls in zip((guides or {}).items(), cycle(LINES[1:]), strict=False):
         ax.plot(x, np.asarray(values), label=label, **_LEVEL | {"ls": ls})
     for label, position in (marks or {}).items():
@@ -184,7 +184,7 @@ def medians(
                 continue
             rows = tables[label].groupby(x)[y].agg(["median", "min", "max"])
             if bands:
-                _band(ax, rows.index, rows["median"], rows["min"], rows["max"], label, look, size)
+                _band(ax, rows.index, [*rows.T.to_numpy()], label, look, size)
             else:
                 ax.plot(rows.index, rows["median"], label=label, **look.style(size))
                 aside = rows.index[-1] * _ASIDE ** (1 + labels.index(label))
@@ -236,7 +236,7 @@ def _median(values: ArrayLike) -> NDArray[np.float64]:
     return np.median(numbers.reshape(len(numbers), -1), 1)
 
 
-def _middle_and_ends(values: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+def _middle_and_ends(values: ArrayLike) -> Sequence[NDArray[np.float64]]:
     """Median, lowest and highest of ``[len(x), samples]``."""
     numbers = np.asarray(values, dtype=float)
     return _median(numbers), numbers.min(1), numbers.max(1)
@@ -245,14 +245,13 @@ def _middle_and_ends(values: ArrayLike) -> tuple[NDArray[np.float64], ...]:
 def _band(
     ax: Axes,
     x: ArrayLike,
-    middle: ArrayLike,
-    low: ArrayLike,
-    high: ArrayLike,
+    samples: Sequence[NDArray[np.float64]],
     label: str,
     look: Look,
     size: float,
 ) -> None:
-    """A line, and a band about it from low to high."""
+    """A line of medians, and a band about it from the lowest to the highest."""
+    middle, low, high = samples
     ax.plot(x, middle, label=label, **look.style(size))
     ax.fill_between(x, low, high, color=look.color, alpha=0.15, lw=0)
 
