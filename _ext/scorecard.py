@@ -1,12 +1,13 @@
 """The directive ``{scorecard}``: every claim that the executed chapters recorded, as tables.
 
-One section per chapter, in the order of the table of contents; a chapter without claims has none.
-The fields of a claim are inline Markdown and may hold mathematics.
+A sentence says how many there are and whether they hold. Then come two parts, of what is proved
+and of what is observed, each with a table for every chapter that has any, in the order of the
+table of contents. The fields of a claim are inline Markdown and may hold mathematics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import nbformat
@@ -18,7 +19,19 @@ from sphinx.util.typing import ExtensionMetadata
 
 from lorapower.book.claims import MIME, Claim, read
 
-_COLUMNS = ("Verdict", "Claim", "Predicted or required", "Measured", "Criterion")
+# Each part's title, and what its claims were to be; by whether they belong to observations.
+_PARTS = {False: ("Theorems", "Predicted"), True: ("Observations", "Required")}
+
+
+def total(claims: Iterable[Claim]) -> str:
+    """How many claims there are, of either kind, and whether they hold."""
+    every = list(claims)
+    observed = sum(claim.observed for claim in every)
+    failing = sum(not claim.holds for claim in every)
+    return (
+        f"{len(every)} claims, {f'{failing} fail' if failing else 'all hold'}: "
+        f"{len(every) - observed} of theorems, {observed} of observations."
+    )
 
 
 def _title(notebook: Path) -> str:
@@ -29,40 +42,47 @@ def _title(notebook: Path) -> str:
 
 
 def _cells(claim: Claim) -> tuple[str, ...]:
-    return (
-        "✓ holds" if claim.holds else "✗ fails",
-        f"{{prf:ref}}`{claim.label}`: {claim.statement}",
-        claim.predicted,
-        claim.measured,
-        claim.criterion,
-    )
+    statement = f"{{prf:ref}}`{claim.label}`: {claim.statement}"
+    return claim.verdict, statement, claim.measured, claim.predicted
 
 
 class Scorecard(SphinxDirective):
-    """Sections with one table of claims for each chapter that recorded any."""
+    """A total, and two sections of tables."""
 
     def run(self) -> list[nodes.Node]:
-        sections: list[nodes.Node] = []
-        for docname in self.config.external_site_map:
-            path = Path(self.env.doc2path(docname))
-            if path.suffix == ".ipynb" and (claims := read(path)):
-                section = nodes.section(ids=[nodes.make_id(path.stem)])
-                section += nodes.title("", "", *self._inline(_title(path)))
-                section += self._table(map(_cells, claims))
-                sections.append(section)
-        if not sections:
+        paths = [Path(self.env.doc2path(docname)) for docname in self.config.external_site_map]
+        chapters = {path: read(path) for path in paths if path.suffix == ".ipynb"}
+        every = [claim for claims in chapters.values() for claim in claims]
+        if not every:
             raise self.error("no chapter recorded a claim: the scorecard would be empty")
-        return sections
+        return [nodes.paragraph("", total(every)), *self._parts(chapters)]
+
+    def _parts(self, chapters: Mapping[Path, list[Claim]]) -> Iterable[nodes.section]:
+        for observed, (name, expected) in _PARTS.items():
+            part = self._section(name.lower(), name)
+            for path, claims in chapters.items():
+                if chosen := [claim for claim in claims if claim.observed is observed]:
+                    section = self._section(f"{name} {path.stem}", _title(path))
+                    section += self._table(expected, map(_cells, chosen))
+                    part += section
+            if len(part) > 1:
+                yield part
+
+    def _section(self, name: str, title: str) -> nodes.section:
+        return nodes.section(
+            "", nodes.title("", "", *self._inline(title)), ids=[nodes.make_id(name)]
+        )
 
     def _inline(self, markdown: str) -> list[nodes.Node]:
         parsed, messages = self.state.inline_text(markdown, self.lineno)
         return [*parsed, *messages]
 
-    def _table(self, rows: Iterable[tuple[str, ...]]) -> nodes.table:
-        group = nodes.tgroup("", *(nodes.colspec() for _ in _COLUMNS), cols=len(_COLUMNS))
-        group += nodes.thead("", self._row(_COLUMNS))
+    def _table(self, expected: str, rows: Iterable[tuple[str, ...]]) -> nodes.table:
+        head = ("Verdict", "Claim", "Measured", expected)
+        group = nodes.tgroup("", *(nodes.colspec() for _ in head), cols=len(head))
+        group += nodes.thead("", self._row(head))
         group += nodes.tbody("", *map(self._row, rows))
-        return nodes.table("", group, classes=["scorecard"])
+        return nodes.table("", group, classes=["scorecard", expected.lower()])
 
     def _row(self, cells: tuple[str, ...]) -> nodes.row:
         return nodes.row(

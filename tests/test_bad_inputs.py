@@ -72,6 +72,7 @@ HOLD = {
     fnn.FNNAdaptation,
     linear.LinearAdaptation,
     constructions.Adaptation,
+    figures.Look,
     constructions.NeededRank,
     lowrank.Norms,
     lowrank.SVD,
@@ -84,6 +85,7 @@ WITHIN = {general.kind_of, methods.adapted, methods.construct}
 INSIDE = (
     "lorapower.errors",
     "lorapower.adapters",
+    "lorapower.book.figures",
     "lorapower.book.parameters",
     "lorapower.experiments.encoders",
     "lorapower.experiments.provenance",
@@ -142,7 +144,7 @@ def test_bad_input_is_told_in_a_line(call: str, said: str) -> None:
 def public() -> set[Any]:
     """Functions and classes that users are offered: listed by packages, or a module's own."""
     found = set()
-    listed = [networks, adapters, bounds, constructions, training]
+    listed = [networks, adapters, bounds, constructions, training, figures]
     for module in listed:
         found |= {
             each

@@ -196,12 +196,14 @@ def test_scorecard_shows_every_claim(book: Path) -> None:
         for claim in read(book / "_sources" / "chapters" / chapter.name)
     ]
     page = soup(book, "chapters/scorecard")
-    rows = page.select("table.scorecard tbody tr")
-    assert len(rows) == len(claims) > 0
-    for row in rows:
-        assert row.select_one("td")
-        assert "✓ holds" in row.get_text()
-        assert row.select("a.reference.internal")
+    assert f"{len(claims)} claims, all hold" in page.get_text()
+    for kind, observed in (("predicted", False), ("required", True)):
+        rows = page.select(f"table.scorecard.{kind} tbody tr")
+        assert len(rows) == sum(claim.observed is observed for claim in claims) > 0
+        for row in rows:
+            assert row.select_one("td")
+            assert "✓ Holds" in row.get_text()
+            assert row.select("a.reference.internal")
 
 
 def defined(module: str) -> set[str]:

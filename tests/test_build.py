@@ -30,7 +30,6 @@ claim = {
     "label": "thm-sum",
     "predicted": "2",
     "measured": str(1 + 1),
-    "criterion": "equal",
     "holds": HOLDS,
 }
 display({"application/vnd.lorapower.claim+json": claim, "text/plain": "claim"}, raw=True)"""

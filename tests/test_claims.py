@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from scorecard import total
 
 from lorapower import InputError
 from lorapower.book import claims
@@ -52,8 +53,8 @@ def test_nothing_checked_is_no_claim() -> None:
 
 def test_numbers_are_readable_markdown() -> None:
     claim = claims.equal("s", "l", predicted=[0, 2.5e-7], measured=[0, 2.5e-7], rtol=1e-10)
-    assert claim.predicted == r"0 … $2.5\times10^{-7}$"
-    assert claim.criterion == "relative deviation at most $10^{-10}$"
+    assert claim.predicted == r"0 … $2.5\times10^{-7}$, within $10^{-10}$ relative"
+    assert claim.measured == "off by 0"
 
 
 def test_numbers_keep_their_digits_and_typeset_powers_of_ten() -> None:
@@ -75,13 +76,39 @@ def test_an_executed_notebook_yields_its_claims_in_order(tmp_path: Path) -> None
     path.write_text(json.dumps(notebook), encoding="utf-8")
     assert claims.read(path) == recorded
     assert [claim.holds for claim in claims.read(path)] == [True, False]
-    assert "✗ fails" in recorded[1]._repr_mimebundle_()["text/markdown"]
+    assert "✗ Fails: second" in recorded[1]._repr_mimebundle_()["text/markdown"]
 
 
-def test_only_what_is_proved_is_predicted() -> None:
-    words = {
-        label: claims.at_most("s", label, measured=1, bound=2)._repr_mimebundle_()["text/markdown"]
-        for label in ("thm-a", "obs-a")
-    }
-    assert "Predicted ≤ 2; measured 1" in words["thm-a"]
-    assert "Required ≤ 2; measured 1" in words["obs-a"]
+def shown(claim: claims.Claim) -> str:
+    return str(claim._repr_mimebundle_()["text/markdown"])
+
+
+@pytest.mark.parametrize(
+    ("label", "word"), [("thm-a", "predicted"), ("rem-a", "predicted"), ("obs-a", "required")]
+)
+def test_a_claim_is_one_line_and_only_what_is_proved_is_predicted(label: str, word: str) -> None:
+    claim = claims.at_most("all is well", label, measured=[0, 1], bound=2)
+    assert shown(claim) == f"✓ Holds: all is well (measured 0 … 1; {word} ≤ 2)"
+    assert claim.observed is (word == "required")
+
+
+def test_bounds_that_differ_are_no_interval() -> None:
+    claim = claims.at_least("s", "obs-a", measured=[1, 3], bound=[1, 2])
+    assert shown(claim) == "✓ Holds: s (measured 1 … 3; required ≥ 1 … 2, each its own)"
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(None, ""), (1, " (one seed)"), (3, " (3 seeds)")])
+def test_a_claim_says_how_many_seeds_it_rests_on(seeds: int | None, said: str) -> None:
+    for claim in (
+        claims.equal("s", "l", predicted=1, measured=1, seeds=seeds),
+        claims.at_most("s", "l", measured=1, bound=1, seeds=seeds),
+        claims.at_least("s", "l", measured=1, bound=1, seeds=seeds),
+    ):
+        assert claim.statement == "s" + said
+
+
+def test_the_scorecard_counts_both_kinds_and_what_fails() -> None:
+    good, bad = (claims.at_most("s", "thm-a", measured=m, bound=1) for m in (0, 2))
+    seen = claims.at_most("s", "obs-a", measured=0, bound=1)
+    assert total([good, seen, good]) == "3 claims, all hold: 2 of theorems, 1 of observations."
+    assert total([good, bad, seen]) == "3 claims, 1 fail: 2 of theorems, 1 of observations."

@@ -10,12 +10,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lorapower import InputError
 from lorapower.book import figures
+from lorapower.book.figures.rounding import strip
+from lorapower.book.figures.style import ROLES
 
 mpl.use("agg")
 
@@ -32,9 +36,8 @@ def lines(ax: Axes) -> list[np.ndarray]:
     return [np.asarray(line.get_ydata(), dtype=float) for line in ax.lines]
 
 
-def legend(ax: Axes) -> list[str]:
-    shown = ax.get_legend()
-    assert shown is not None
+def legend(figure: Figure) -> list[str]:
+    (shown,) = figure.legends
     return [text.get_text() for text in shown.get_texts()]
 
 
@@ -50,9 +53,10 @@ def twelve(values: Any) -> dict[str, Any]:
     [
         lambda: figures.spectrum(twelve([2, 1])),
         lambda: figures.error_against_rank(twelve([0, 1]), {}, twelve([2, 1]), ylabel="e"),
-        lambda: figures.precision([1, 2], twelve([[1], [2]]), xlabel="x"),
-        lambda: figures.precision([1, 2], {"a": [[1], [2]]}, guides=twelve([1, 2]), xlabel="x"),
-        lambda: figures.error_and_bounds([0, 1], [[1], [2]], twelve([[3], [4]]), ylabel="e"),
+        lambda: figures.curves([1, 2], twelve([[1], [2]]), xlabel="x", ylabel="y"),
+        lambda: figures.curves(
+            [1, 2], {"a": [[1], [2]]}, guides=twelve([1, 2]), xlabel="x", ylabel="y"
+        ),
         lambda: figures.error_against_budget(
             twelve(([1, 2], [1, 2])), floor=1, floor_label="f", xlabel="x", ylabel="y"
         ),
@@ -69,8 +73,7 @@ def test_every_line_given_is_drawn_and_named(draw: Callable[[], Figure]) -> None
     drawn = draw()
     for ax in drawn.axes:
         assert set(MANY) <= {str(line.get_label()) for line in ax.lines}
-    legends = [*drawn.legends, *filter(None, (ax.get_legend() for ax in drawn.axes))]
-    assert set(MANY) <= {text.get_text() for shown in legends for text in shown.get_texts()}
+    assert set(MANY) <= set(legend(drawn))
 
 
 @pytest.mark.parametrize("errors", [{}, {"a": []}])
@@ -94,54 +97,179 @@ def test_error_against_rank_says_what_does_not_fit(ranks: Any, measured: Any, sa
 
 
 def test_error_against_rank_draws_a_single_rank() -> None:
-    for ax in figures.error_against_rank({"a": [1]}, {"a": [0]}, {"a": [2]}, ylabel="e").axes:
-        assert [line.tolist() for line in lines(ax)][1] == [2]
+    (ax,) = figures.error_against_rank({"a": [1]}, {"a": [0]}, {"a": [2]}, ylabel="e").axes
+    assert lines(ax)[1].tolist() == [2]
 
 
 def test_spectrum_shows_medians_from_index_one() -> None:
     values = np.array([[3.0, 1.0], [5.0, 2.0], [4.0, 0.0]])
-    (ax,) = figures.spectrum({"a": values, "b": values[0]}).axes
+    figure = figures.spectrum({"a": values, "b": values[0]})
+    (ax,) = figure.axes
     np.testing.assert_array_equal(lines(ax), [[4, 1], [3, 1]])
     np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1, 2])
-    assert legend(ax) == ["a", "b"]
+    assert legend(figure) == ["a", "b"]
 
 
-def test_error_against_rank_leaves_out_predictions_of_zero() -> None:
+@pytest.mark.parametrize("yscale", ["linear", "log"])
+def test_error_against_rank_predicts_nothing_below_rounding(yscale: str) -> None:
     figure = figures.error_against_rank(
         {"a": [0, 1, 2]},
-        {"a": [1, 0.5, 0]},
-        {"a": [1, 0.5, 1e-16]},
+        {"a": [1, 0.5, 1e-17]},
+        {"a": np.array([[1, 1], [0.25, 0.75], [1e-16, 3e-16]])},
         thresholds={"a": 2},
+        line="bound",
+        yscale=yscale,
         ylabel="e",
     )
-    linear, logarithmic = figure.axes
-    assert (linear.get_yscale(), logarithmic.get_yscale()) == ("linear", "log")
-    for ax in figure.axes:
-        predicted, measured, threshold = lines(ax)
-        np.testing.assert_array_equal(predicted, [1, 0.5, np.nan])
-        np.testing.assert_array_equal(measured, [1, 0.5, 1e-16])
-        np.testing.assert_array_equal(ax.lines[2].get_xdata(), [2, 2])
-        assert threshold.tolist() == [0, 1]
+    (ax,) = figure.axes
+    predicted, measured, threshold = lines(ax)[:3]
+    np.testing.assert_array_equal(predicted, [1, 0.5, np.nan])
+    np.testing.assert_array_equal(measured, [1, 0.5, 2e-16])
+    np.testing.assert_array_equal(ax.lines[2].get_xdata(), [2, 2])
+    assert threshold.tolist() == [0, 1]
+    assert legend(figure) == ["a", "measured", "bound", "threshold"]
+    assert [text.get_text() for text in ax.texts] == ["rounding"]
 
 
-@pytest.mark.parametrize(("logx", "scale"), [(True, "log"), (False, "linear")])
-def test_precision_shows_medians_and_guides(logx: bool, scale: str) -> None:
-    figure = figures.precision(
-        [1, 2], {"a": [[1, 2, 9], [3, 4, 5]]}, guides={"g": [7, 8]}, xlabel="x", logx=logx
+def test_medians_of_few_samples_are_means_of_the_two_in_the_middle() -> None:
+    drawn = figures.error_against_rank({"a": [0]}, {}, {"a": [[1, 2, 4, 100]]}, ylabel="e")
+    assert lines(drawn.axes[0])[0].tolist() == [3]
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9),
+    st.lists(st.floats(0, 1e-12), min_size=1, max_size=9),
+    st.sampled_from(["linear", "log"]),
+)
+def test_rounding_takes_one_strip_at_the_foot(
+    above: list[float], below: list[float], yscale: str
+) -> None:
+    ax = Figure().add_subplot()
+    ax.plot(above + below)
+    ax.set_yscale(yscale)
+    strip(ax, 1e-9)
+
+    def place(y: list[float]) -> np.ndarray:
+        points = ax.transData.transform(np.column_stack([np.zeros(len(y)), y]))
+        return np.asarray(ax.transAxes.inverted().transform(points)[:, 1])
+
+    low, high = place(sorted(below)), place(sorted(above))
+    assert ((low > 0) & (low < 0.14)).all()
+    assert ((high > 0.13) & (high < 1)).all()
+    assert (np.diff(low) >= -1e-9).all()
+    assert (np.diff(high) >= -1e-9).all()
+    # What is not rounding stands on the axis as it would without a strip.
+    some = np.array([0.3, 0.7]) * (1 - 0.14) + 0.14
+    heights = ax.transData.inverted().transform(
+        ax.transAxes.transform(np.column_stack([np.zeros(2), some]))
+    )
+    np.testing.assert_allclose(place(heights[:, 1].tolist()), some, rtol=1e-6)
+
+
+@pytest.mark.parametrize("heights", [[1.0, 2.0], [1e-20, 1e-19], []])
+def test_without_both_sides_there_is_no_strip(heights: list[float]) -> None:
+    _, ax = plt.subplots()
+    ax.plot(heights)
+    strip(ax, 1e-9)
+    assert ax.get_yscale() == "linear"
+    assert not ax.texts
+
+
+def test_missing_values_are_not_drawn_in_the_strip() -> None:
+    _, ax = plt.subplots()
+    ax.plot([1, np.nan, 1e-20])
+    strip(ax, 1e-9)
+    assert np.isnan(ax.transScale.transform([(0, np.nan)])[0, 1])
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+def test_curves_show_medians_and_guides(scale: str) -> None:
+    samples = {"a": [[1, 2, 9], [3, 4, 5]]}
+    figure = figures.curves(
+        [1, 2],
+        samples,
+        guides={"g": [7, 8]},
+        marks={"m": 1.5},
+        xlabel="x",
+        ylabel="y",
+        xscale=scale,
     )
     (ax,) = figure.axes
-    np.testing.assert_array_equal(lines(ax), [[2, 4], [7, 8]])
-    assert legend(ax) == ["a", "g"]
+    np.testing.assert_array_equal(lines(ax)[:2], [[2, 4], [7, 8]])
+    np.testing.assert_array_equal(ax.lines[2].get_xdata(), [1.5, 1.5])
+    assert legend(figure) == ["a", "g", "m"]
     assert ax.get_xscale() == scale
 
 
-def test_precision_marks_and_moves_a_long_legend_out() -> None:
-    few = figures.precision([1, 2], {"a": [[1], [2]]}, marks={"m": 1.5}, xlabel="x")
-    assert legend(few.axes[0]) == ["a", "m"]
-    np.testing.assert_array_equal(few.axes[0].lines[1].get_xdata(), [1.5, 1.5])
-    many = figures.precision([1, 2], {name: [[1], [2]] for name in "abcde"}, xlabel="x")
-    assert many.axes[0].get_legend() is None
-    assert [text.get_text() for text in many.legends[0].get_texts()] == list("abcde")
+METHODS = ("construction", "fitted", "trained", "final layers", "all weights")
+
+
+def test_a_role_looks_the_same_in_all_company() -> None:
+    alone = {name: figures.looks([name])[name] for name in METHODS}
+    together = figures.looks(["something else", *reversed(METHODS), "bound from norms"])
+    assert {name: together[name] for name in METHODS} == alone
+    assert len({look.color for look in alone.values()}) == len(METHODS)
+    assert len({look.marker for look in alone.values()}) == len(METHODS)
+    assert figures.looks(["final layer"])["final layer"] == alone["final layers"]
+
+
+def test_what_else_a_label_says_is_the_kind_of_line_in_every_role() -> None:
+    labels = [f"{name}, {start}" for start in ("pretrained", "random") for name in METHODS]
+    found = figures.looks(labels)
+    for name in METHODS:
+        random, pretrained = (found[f"{name}, {start}"] for start in ("random", "pretrained"))
+        assert random.color == pretrained.color == figures.looks([name])[name].color
+        assert (random.line, pretrained.line) == ("-", "--")
+        assert random.fill != pretrained.fill
+
+
+def test_a_plain_line_of_a_role_differs_from_the_others() -> None:
+    found = figures.looks(["trained, enlarged", "trained", "trained adapters"])
+    assert found["trained"] == found["trained adapters"]
+    assert found["trained"].line == "-" != found["trained, enlarged"].line
+
+
+def test_depths_and_blocks_have_one_colour() -> None:
+    found = figures.looks(["depth 3", "3 blocks", "bound, 3 blocks", "measured, 3 blocks"])
+    assert len({look.color for look in found.values()}) == 1
+    assert found["bound, 3 blocks"].marker == found["measured, 3 blocks"].line == ""
+    many = figures.looks([f"depth {L}" for L in range(1, 15)])
+    assert len({look.color for look in many.values()}) == 14
+
+
+def test_roles_of_one_figure_take_no_colour_that_means_something() -> None:
+    own = figures.looks([f"line {i}" for i in range(8)]).values()
+    fixed = {str(color).lower() for color, _ in ROLES.values()}
+    assert not fixed & {str(look.color).lower() for look in own}
+    assert len({(look.color, look.marker) for look in own}) == 8
+
+
+TABLE = pd.DataFrame({"x": [1, 1, 2, 2], "y": [1.0, 3.0, 5.0, 9.0]})
+
+
+def test_medians_without_bands_show_the_range_at_the_end_beside_the_line() -> None:
+    axes: dict[str, Any] = {"xlabel": "", "ylabel": "", "xscale": "log"}
+    (ax,) = figures.medians({"p": {"a": TABLE}}, "x", "y", bands=False, **axes).axes
+    (bar,) = ax.collections
+    (ends,) = (np.asarray(path.vertices) for path in bar.get_paths())
+    np.testing.assert_array_equal(ends[:, 1], [5, 9])
+    assert (ends[:, 0] > 2).all()
+
+
+def test_published_values_are_stars_with_their_numbers() -> None:
+    figure = figures.medians(
+        {"p": {"trained": TABLE}},
+        "x",
+        "y",
+        published={"p": {"trained": (1, 0.28), "both": (2, 3.0)}},
+        xlabel="",
+        ylabel="",
+    )
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.texts] == ["0.28", "3"]
+    assert ax.lines[1].get_color() == ax.lines[0].get_color() != ax.lines[2].get_color()
+    assert legend(figure) == ["trained", "published"]
 
 
 def test_ranges_are_bars_from_lowest_to_highest() -> None:
@@ -152,14 +280,6 @@ def test_ranges_are_bars_from_lowest_to_highest() -> None:
     assert [(box.y0, box.y1) for box in boxes] == [(-1, 3), (-2, 4)]
     assert before.get_ylim() == after.get_ylim()
     assert (before.get_title(), after.get_title()) == ("before", "after")
-
-
-def test_error_and_bounds_shows_medians() -> None:
-    (ax,) = figures.error_and_bounds(
-        [0, 1], [[1, 2, 9], [1, 1, 1]], {"b": [[5, 6, 7], [3, 3, 3]]}, ylabel="e"
-    ).axes
-    np.testing.assert_array_equal(lines(ax), [[2, 1], [6, 3]])
-    assert legend(ax) == ["measured", "b"]
 
 
 def test_partitions_draw_every_layer_and_write_into_blocks() -> None:
@@ -181,15 +301,16 @@ def test_plane_joins_the_pairs() -> None:
     np.testing.assert_array_equal(second.get_xydata(), [[1, 0], [1, 1]])
     assert np.shape(points.get_xydata()) == (4, 2)
     shades = np.asarray(ax.collections[0].get_array())
-    assert (shades.min(), shades.max()) == (-6, 6)
+    assert shades.max() == -shades.min() > 4, "all of the pairs are in the picture"
 
 
 def test_error_against_budget_shows_curves_and_floor() -> None:
-    (ax,) = figures.error_against_budget(
+    figure = figures.error_against_budget(
         {"a": ([1, 10], [2, 0])}, floor=0.5, floor_label="f", xlabel="x", ylabel="y"
-    ).axes
+    )
+    (ax,) = figure.axes
     np.testing.assert_array_equal(lines(ax), [[2, 0], [0.5, 0.5]])
-    assert legend(ax) == ["a", "f"]
+    assert legend(figure) == ["a", "f"]
     assert ax.get_ylim()[0] == 0
 
 
@@ -202,24 +323,23 @@ def test_error_against_rank_without_predictions_names_its_levels() -> None:
     figure = figures.error_against_rank(
         {"a": [0, 1]}, {}, {"a": [3, 0.5]}, levels={"constant": 1.0}, ylabel="e"
     )
-    assert legend(figure.axes[0]) == ["a", "constant"]
-    for ax in figure.axes:
-        predicted, measured, level = lines(ax)
-        assert np.isnan(predicted).all()
-        assert measured.tolist() == [3, 0.5]
-        assert level.tolist() == [1, 1]
+    assert legend(figure) == ["a", "constant", "measured"]
+    measured, level = lines(figure.axes[0])
+    assert measured.tolist() == [3, 0.5]
+    assert level.tolist() == [1, 1]
 
 
 def test_scatter_shows_every_point_and_the_guide() -> None:
-    (ax,) = figures.scatter(
+    figure = figures.scatter(
         {"a": ([1, 10], [2, 3]), "b": ([5], [6])},
         guides={"g": ([1, 10], [1, 10])},
         xlabel="x",
         ylabel="y",
-    ).axes
+    )
+    (ax,) = figure.axes
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert [line.tolist() for line in lines(ax)] == [[2, 3], [6], [1, 10]]
-    assert legend(ax) == ["a", "b", "g"]
+    assert legend(figure) == ["a", "b", "g"]
 
 
 def test_patterns_are_shades_of_one_scale() -> None:

@@ -26,6 +26,7 @@ from lorapower.book.claims import read
 from lorapower.book.parameters import RESULTS
 
 LONGEST_CELL = 25
+WORDS_PER_LINE = 15
 IMAGES = {"image/png", "image/svg+xml"}
 
 PARAMETER_LINE = re.compile(r"\w+: [\w\[\], |]+ = [^#]+  # \S.*")
@@ -102,6 +103,26 @@ def test_figures_that_the_source_declares_are_complete(notebook: NotebookNode) -
     for cell in code_cells(notebook):
         if "mystnb" in cell.metadata and {"image", "figure"} & set(cell.metadata.mystnb):
             assert_described(cell)
+
+
+def is_visible(cell: NotebookNode) -> bool:
+    return not {"hide-input", "hide-cell", "remove-input", "remove-cell"} & set(
+        cell.metadata.get("tags", [])
+    )
+
+
+def test_claims_and_figures_are_folded(notebook: NotebookNode) -> None:
+    for cell in code_cells(notebook):
+        if "mystnb" in cell.metadata or re.search(r"\b(claims|figures)\.\w+\(", cell.source):
+            assert not is_visible(cell), f"fold cell {cell.id} by the tag hide-input"
+
+
+def test_reading_comes_first(notebook: NotebookNode) -> None:
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    code = [cell.source for cell in code_cells(notebook) if is_visible(cell)]
+    words = sum(len(source.split()) for source in prose)
+    lines = sum(bool(line.strip()) for source in code for line in source.splitlines())
+    assert words >= WORDS_PER_LINE * lines, f"{words} words of prose, {lines} lines of code"
 
 
 def assert_described(cell: NotebookNode) -> None:

@@ -85,7 +85,7 @@ SHOWN: dict[str, tuple[Callable[[], Any], str]] = {
         "Split(training=(float64[3, 4], float64[4]), validation=(float64[3, 4], float64[4]), "
         "test=(float64[3, 4], float64[4]))",
     ),
-    "Claim": (lambda: Claim("a", "thm-a", "1", "2", "c", True), ""),
+    "Claim": (lambda: Claim("a", "thm-a", "1", "2", True), ""),
 }
 # What they show is not short, or no concern here.
 COMPARED: dict[str, Callable[[], Any]] = {

@@ -108,8 +108,7 @@ def check(executed: Path) -> None:
     """Raise ChapterError if the file `executed` holds a failing claim or a path of this machine."""
     failing = [
         f"claim fails: {claim.statement} ({claim.label})\n"
-        f"  predicted {claim.predicted}\n  measured  {claim.measured}\n"
-        f"  criterion {claim.criterion}"
+        f"  {claim.expected:9} {claim.predicted}\n  measured  {claim.measured}"
         for claim in read(executed)
         if not claim.holds
     ]

@@ -26,35 +26,39 @@ class Claim:
 
     Attributes
     ----------
-    statement : what is claimed.
+    statement : what is claimed, to be understood by itself.
     label : of the theorem, proposition or observation of the book that it belongs to.
-    predicted, measured : what the mathematics says, or an observation requires, and what the run
-        gave.
-    criterion : the comparison that decided.
-    holds : its result.
+    predicted : what decides: what the mathematics says, or an observation requires.
+    measured : what the run gave.
+    holds : whether the one meets the other.
     """
 
     statement: str
     label: str
     predicted: str
     measured: str
-    criterion: str
     holds: bool
 
     @property
-    def expected(self) -> str:
-        """What ``predicted`` is: ``"required"`` by an observation, whose bar was set by hand.
+    def observed(self) -> bool:
+        """Whether it belongs to an observation: its bar was set by hand, nothing is proved."""
+        return self.label.startswith("obs-")
 
-        Else ``"predicted"`` by a statement that is proved.
-        """
-        return "required" if self.label.startswith("obs-") else "predicted"
+    @property
+    def expected(self) -> str:
+        """What ``predicted`` is: ``"required"`` by an observation, else ``"predicted"``."""
+        return "required" if self.observed else "predicted"
+
+    @property
+    def verdict(self) -> str:
+        """A sign and a word."""
+        return "✓ Holds" if self.holds else "✗ Fails"
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
-        verdict = "✓ holds" if self.holds else "✗ fails"
         return {
             MIME: asdict(self),
-            "text/markdown": f"**{verdict}**: {self.statement}. {self.expected.capitalize()} "
-            f"{self.predicted}; measured {self.measured}; criterion: {self.criterion}.",
+            "text/markdown": f"{self.verdict}: {self.statement} "
+            f"(measured {self.measured}; {self.expected} {self.predicted})",
         }
 
 
@@ -66,10 +70,12 @@ def equal(
     measured: ArrayLike,
     rtol: float = 0.0,
     scale: ArrayLike | None = None,
+    seeds: int | None = None,
 ) -> Claim:
     """``|measured − predicted| ≤ rtol · scale`` for all entries; broadcasts.
 
     ``scale`` is by default ``|predicted|``. With ``rtol = 0`` the values must be the same.
+    With ``seeds`` the statement says how many of them it rests on.
     """
     expected, found = _numbers("predicted", predicted), _numbers("measured", measured)
     unit = np.abs(expected) if scale is None else _numbers("scale", scale)
@@ -79,32 +85,48 @@ def equal(
     holds = np.abs(found - expected) <= rtol * unit
     with np.errstate(divide="ignore", invalid="ignore"):
         deviation = np.nan_to_num(np.abs(found - expected) / unit).max()
-    return Claim(
-        statement,
-        label,
-        predicted=_range(expected),
-        measured=f"{_range(found)}, deviation at most {number(deviation, 2)}"
-        if rtol
-        else _range(found),
-        criterion=f"relative deviation at most {number(rtol, 3)}" if rtol else "equal",
-        holds=bool(holds.all()),
-    )
+    if rtol:
+        allowed = f"{_range(expected)}, within {number(rtol, 3)} relative"
+        shown = f"off by {number(deviation, 2)}"
+    else:
+        allowed, shown = _range(expected), _range(found)
+    return Claim(_resting(statement, seeds), label, allowed, shown, bool(holds.all()))
 
 
-def at_most(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike) -> Claim:
-    """``measured ≤ bound`` for all entries; broadcasts."""
+def at_most(
+    statement: str,
+    label: str,
+    *,
+    measured: ArrayLike,
+    bound: ArrayLike,
+    seeds: int | None = None,
+) -> Claim:
+    """``measured ≤ bound`` for all entries; broadcasts.
+
+    With ``seeds`` the statement says how many of them it rests on.
+    """
     found, limit = _numbers("measured", measured), _numbers("bound", bound)
     _check_shapes(measured=found, bound=limit)
     holds = bool((found <= limit).all())
-    return Claim(statement, label, f"≤ {_range(limit)}", _range(found), "measured ≤ bound", holds)
+    return Claim(_resting(statement, seeds), label, f"≤ {_limits(limit)}", _range(found), holds)
 
 
-def at_least(statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike) -> Claim:
-    """``measured ≥ bound`` for all entries; broadcasts."""
+def at_least(
+    statement: str,
+    label: str,
+    *,
+    measured: ArrayLike,
+    bound: ArrayLike,
+    seeds: int | None = None,
+) -> Claim:
+    """``measured ≥ bound`` for all entries; broadcasts.
+
+    With ``seeds`` the statement says how many of them it rests on.
+    """
     found, limit = _numbers("measured", measured), _numbers("bound", bound)
     _check_shapes(measured=found, bound=limit)
     holds = bool((found >= limit).all())
-    return Claim(statement, label, f"≥ {_range(limit)}", _range(found), "measured ≥ bound", holds)
+    return Claim(_resting(statement, seeds), label, f"≥ {_limits(limit)}", _range(found), holds)
 
 
 def number(value: Any, digits: int) -> str:
@@ -152,5 +174,16 @@ def _check_shapes(**given: NDArray[np.float64]) -> None:
 
 
 def _range(numbers: NDArray[np.float64]) -> str:
-    low, high = (number(value, 4) for value in (numbers.min(), numbers.max()))
+    low, high = (number(value, 3) for value in (numbers.min(), numbers.max()))
     return low if low == high else f"{low} … {high}"
+
+
+def _limits(numbers: NDArray[np.float64]) -> str:
+    """Bounds that differ are told from an interval that all values may be in."""
+    return _range(numbers) + ("" if numbers.min() == numbers.max() else ", each its own")
+
+
+def _resting(statement: str, seeds: int | None) -> str:
+    if seeds is None:
+        return statement
+    return f"{statement} ({'one seed' if seeds == 1 else f'{seeds} seeds'})"

@@ -37,8 +37,9 @@ def adapt(
     frozen, target : networks, or what `networks.as_network` makes one from: a
         `torch.nn.Sequential`, or matrices.
     ranks : one for all weights, or as the construction for this kind of network takes them.
-    inputs : for ReLU networks, where the target is to be imitated: a `regions.Ball` or `Box`, or
-        `Samples`, or inputs as columns ``[..., width, samples]``, of which `Samples` are made.
+    inputs : for ReLU networks, where the target is to be imitated: a `regions.Ball` or
+        `regions.Box`, or `regions.Samples`, or inputs as columns ``[..., width, samples]``, of
+        which samples are made.
         Linear networks and transformers are adapted for all inputs.
     options : of the construction: `linear.adapt`, `fnn.adapt` or `transformer.adapt`.
 

@@ -19,7 +19,8 @@ def as_network(value: Any, name: str = "network") -> Network:
 
     A `torch.nn.Sequential` stands for a `LinearNetwork` where it has neither ReLU nor bias, or else
     for an `FNN`; a matrix, or several, for a `LinearNetwork`. Raises `InputError` for anything
-    else, and for what `from_sequential` and `LinearNetwork.of` refuse; it calls the value ``name``.
+    else, and for what `FNN.from_sequential` and `LinearNetwork.of` refuse; it calls the value
+    ``name``.
     """
     if isinstance(value, Network):
         return value

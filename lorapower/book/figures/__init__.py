@@ -1,0 +1,33 @@
+"""Figures: one function for each kind, all in one style.
+
+All raise `InputError` where what is to be drawn is no mapping, or an empty one.
+"""
+
+from .curves import (
+    curves,
+    error_against_budget,
+    error_against_rank,
+    medians,
+    scatter,
+    spectrum,
+)
+from .drawings import partitions, patterns, pictures, plane, ranges, transformer_segments
+from .style import Look, looks, use_style
+
+__all__ = [
+    "Look",
+    "curves",
+    "error_against_budget",
+    "error_against_rank",
+    "looks",
+    "medians",
+    "partitions",
+    "patterns",
+    "pictures",
+    "plane",
+    "ranges",
+    "scatter",
+    "spectrum",
+    "transformer_segments",
+    "use_style",
+]

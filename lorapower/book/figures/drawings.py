@@ -1,0 +1,176 @@
+"""Figures that are no curves: bars, blocks, planes, shades, images and a chart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from ... import _checks
+from .given import check_some
+
+
+def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) -> Figure:
+    """Lowest and highest value of each unit as a bar, one panel for each group.
+
+    What is below zero, where a ReLU cuts, is shaded.
+    """
+    check_some(groups=groups)
+    figure, axes = plt.subplots(1, len(groups), sharey=True, squeeze=False)
+    ends = [(np.asarray(low), np.asarray(high)) for low, high in groups.values()]
+    bottom, top = min(low.min() for low, _ in ends), max(high.max() for _, high in ends)
+    for ax, title, (low, high) in zip(axes[0], groups, ends, strict=True):
+        units = np.arange(1, len(low) + 1)
+        ax.bar(units, high - low, bottom=low, width=0.6)
+        ax.axhspan(min(bottom, 0) - 0.05 * (top - bottom), 0, color="0.85", zorder=0)
+        ax.axhline(0, color="0.2", lw=1)
+        ax.set(title=title, xlabel="unit")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(visible=False, axis="x")
+    axes[0, 0].set(ylabel=ylabel)
+    return figure
+
+
+def partitions(rows: Mapping[str, Sequence[tuple[int, str]]]) -> Figure:
+    """Frozen layers as squares, first layer leftmost, joined to blocks; one partition a row.
+
+    Each block is its number of layers and a text that is written into it.
+    """
+    check_some(rows=rows)
+    figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.8 * len(rows)))
+    for y, blocks in enumerate(rows.values()):
+        start = 0
+        colors = sns.color_palette("colorblind", len(blocks))
+        for (size, text), color in zip(blocks, colors, strict=True):
+            ax.barh(y, size - 0.1, left=start + 0.05, height=0.62, color=color, alpha=0.35)
+            for layer in range(start + 1, start + size):
+                ax.plot([layer, layer], [y - 0.31, y + 0.31], color="white", lw=1.5)
+            ax.text(start + size / 2, y, text, ha="center", va="center", fontsize="small")
+            start += size
+    ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel="frozen layer $l$")
+    ax.set(xticks=np.arange(start) + 0.5, xticklabels=range(1, start + 1), xlim=(0, start))
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    ax.spines[["left", "bottom"]].set_visible(False)
+    ax.tick_params(length=0)
+    return figure
+
+
+def plane(
+    values: Callable[[NDArray[np.float64]], ArrayLike],
+    lines: Iterable[tuple[ArrayLike, float]],
+    pairs: tuple[ArrayLike, ArrayLike],
+    *,
+    label: str,
+) -> Figure:
+    """A function of two inputs as shades, lines ``w·x + b = 0``, and pairs of inputs, joined.
+
+    ``values`` takes columns ``[2, samples]``; the pairs are two such arrays, all of which are in
+    the picture.
+    """
+    one, other = (np.asarray(inputs) for inputs in pairs)
+    half_width = 1.05 * max(np.abs(one).max(), np.abs(other).max())
+    _checks.function("values", values)
+    axis = np.linspace(-half_width, half_width, 201)
+    grid = np.stack(np.meshgrid(axis, axis))
+    figure, ax = plt.subplots(figsize=(6.4, 5.4))
+    shades = np.asarray(values(grid.reshape(2, -1))).reshape(grid.shape[1:])
+    mesh = ax.pcolormesh(axis, axis, shades, cmap="cividis", rasterized=True)
+    figure.colorbar(mesh, label=label)
+    for weight, bias in lines:
+        side = np.tensordot(np.asarray(weight), grid, 1) + float(bias)
+        ax.contour(axis, axis, side, levels=[0], colors="white", linestyles="--", linewidths=1.5)
+    ax.plot(*np.stack([one, other], axis=1), color="#ff9e4a", lw=2)
+    ax.plot(*np.concatenate([one, other], axis=1), "o", color="#ff9e4a", mec="black", ms=6)
+    ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    ax.set(xlim=(-half_width, half_width), ylim=(-half_width, half_width))
+    ax.grid(visible=False)
+    return figure
+
+
+def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, label: str) -> Figure:
+    """Matrices of numbers from 0 to 1 side by side, as shades."""
+    check_some(matrices=matrices)
+    figure, axes = plt.subplots(1, len(matrices), squeeze=False, figsize=(6.4, 3.6), sharey=True)
+    for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
+        shades = np.asarray(matrix)
+        n, m = shades.shape
+        image = ax.imshow(
+            shades, vmin=0, vmax=1, cmap="cividis", extent=(0.5, m + 0.5, n + 0.5, 0.5)
+        )
+        ax.set(title=title, xlabel=xlabel)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(visible=False)
+    axes[0, 0].set(ylabel=ylabel)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+    return figure
+
+
+def pictures(rows: Mapping[str, ArrayLike]) -> Figure:
+    """Images of grey values from 0 (paper) to 1 (ink), ``[images, height, width]`` in each row."""
+    check_some(rows=rows)
+    images = [np.asarray(row) for row in rows.values()]
+    most = max(map(len, images))
+    figure, axes = plt.subplots(
+        len(rows), most, squeeze=False, figsize=(6.4, 0.2 + 0.62 * len(rows))
+    )
+    for line, label, row in zip(axes, rows, images, strict=True):
+        for ax, image in zip(line, row, strict=False):
+            ax.imshow(image, vmin=0, vmax=1, cmap="Greys")
+        for ax in line:
+            ax.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+    return figure
+
+
+def transformer_segments() -> Figure:
+    """One block of a transformer and what follows it, cut at its non-linearities.
+
+    Weights are boxes in the colour of their segment, those with adapters framed twice as thick.
+    """
+    figure, ax = plt.subplots(figsize=(6.4, 6.6))
+    query_key, value_output, after = sns.color_palette("colorblind", 3)
+    weights = [
+        (1.4, 1.6, "$W_Q,\\ W_K$", query_key, True),
+        (4.6, 1.6, "$W_V$", value_output, True),
+        (4.6, 3.8, "$W_O$", value_output, True),
+        (4.6, 5.0, "$W_1,\\ b_1$", value_output, False),
+        (4.6, 7.4, "$W_2,\\ b_2$", after, True),
+        (4.6, 8.6, r"$W_{\rm out}$", after, True),
+    ]
+    steps = [(1.4, 2.8, "softmax"), (4.6, 6.2, "ReLU")]
+    for x, y, text, color, adapted in weights:
+        box = {"boxstyle": "round,pad=0.45", "fc": (*color, 0.25), "ec": color}
+        ax.text(x, y, text, ha="center", va="center", bbox=box | {"lw": 3 if adapted else 1})
+    for x, y, text in steps:
+        box = {"boxstyle": "round4,pad=0.45", "fc": "white", "ec": "0.2"}
+        ax.text(x, y, text, ha="center", va="center", bbox=box)
+        ax.plot([x - 1.6, x], [y, y], color="0.2", ls="--", lw=1.5, zorder=0)
+    ax.text(4.6, 2.8, r"$\times$", ha="center", va="center", fontsize="x-large")
+    ax.text(3.0, 0.3, "tokens", ha="center", va="center")
+    ax.text(4.6, 9.8, "output", ha="center", va="center")
+    arrow = {"arrowstyle": "->", "color": "0.3", "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
+    paths = [((2.7, 0.55), (1.4, 1.1)), ((3.3, 0.55), (4.6, 1.1)), ((1.4, 2.1), (1.4, 2.35))]
+    paths += [((2.3, 2.8), (4.3, 2.8))]
+    levels = [
+        (2.1, 2.55),
+        (3.05, 3.3),
+        (4.3, 4.5),
+        (5.5, 5.75),
+        (6.65, 6.9),
+        (7.9, 8.1),
+        (9.1, 9.6),
+    ]
+    paths += [((4.6, low), (4.6, high)) for low, high in levels]
+    for start, end in paths:
+        ax.annotate("", xy=end, xytext=start, arrowprops=arrow)
+    ax.text(5.3, 3.8, "summed over heads", ha="left", va="center", fontsize="small", color="0.3")
+    ax.set(xlim=(-0.4, 7.6), ylim=(0, 10.1))
+    ax.axis("off")
+    return figure
