@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -72,7 +71,7 @@ HOLD = {
 }
 # Called by the package alone, with what it has checked.
 WITHIN = {methods.adapted, methods.construct}
-# Likewise all of these modules, but for what is listed by a package or has a row above.
+# Likewise private modules and all of these, but for what is listed by a package or has a row above.
 INSIDE = (
     "lorapower.errors",
     "lorapower.book.parameters",
@@ -83,7 +82,6 @@ INSIDE = (
     "lorapower.hub",
     "lorapower.training",
     "lorapower.networks",
-    "lorapower._",
 )
 
 
@@ -136,7 +134,7 @@ def public() -> set[Any]:
     for module in listed:
         found |= {getattr(module, name) for name in module.__all__}
     for name in typechecks.modules():
-        if name.startswith(INSIDE):
+        if name.startswith(INSIDE) or "._" in name:
             continue
         module = import_module(name)
         found |= {
@@ -245,16 +243,7 @@ JUNK: list[Any] = [
 ]
 
 
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """What a function takes beyond its annotations is no concern here."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("call", VALID, ids=lambda call: call[0].__qualname__)
 def test_junk_is_taken_or_refused_in_a_line(
     call: tuple[Callable[..., Any], dict[str, Any]],

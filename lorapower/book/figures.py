@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -21,7 +20,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _checks
-from ..errors import InputError, brief
+from ..errors import InputError
+from . import _given
 
 MARKERS = "osD^vPX*"
 # More entries would hide the curves.
@@ -47,51 +47,15 @@ def use_style() -> None:
     }
 
 
-def _check_named(**given: Any) -> None:
-    """Refuse what has no labels for what is to be drawn."""
-    for name, entries in given.items():
-        if not isinstance(entries, Mapping):
-            raise InputError(
-                name, allowed="a mapping from labels to values", given=type(entries).__name__
-            )
-
-
-def _check_some(**given: Any) -> None:
-    """Refuse what has no labels, or nothing that is to be drawn."""
-    _check_named(**given)
-    for name, entries in given.items():
-        if not entries:
-            raise InputError(name, allowed="a mapping with an entry or more", given="none")
-
-
-def _numbers(name: str, values: Any, count: int | None = None) -> NDArray[np.float64]:
-    """Numbers that can be drawn, ``count`` of them (or rows of them)."""
-    try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(name, allowed="numbers", given=brief(values)) from error
-    if count is not None and (not numbers.ndim or len(numbers) != count):
-        raise InputError(name, allowed=f"{count} of them", given=f"shape {numbers.shape}")
-    return numbers
-
-
-def _points(name: str, pair: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Coordinates of points that can be drawn."""
-    if not isinstance(pair, Sequence) or len(pair) != 2:
-        raise InputError(name, allowed="a pair of x and y", given=brief(pair))
-    x = np.atleast_1d(_numbers(f"x of {name}", pair[0]))
-    return x, np.atleast_1d(_numbers(f"y of {name}", np.atleast_1d(pair[1]), len(x)))
-
-
 def spectrum(singular_values: Mapping[str, ArrayLike]) -> Figure:
     """Singular values ``σ_d`` against ``d``, one line for each entry: median and range.
 
     Values are ``[samples, k]``; a single sample is a plain line.
     """
-    _check_some(singular_values=singular_values)
+    _given.check_some(singular_values=singular_values)
     figure, ax = plt.subplots()
     for (label, values), marker in zip(singular_values.items(), cycle(MARKERS), strict=False):
-        sigma = np.atleast_2d(_numbers(label, values))
+        sigma = np.atleast_2d(_given.numbers(label, values))
         d = np.arange(1, sigma.shape[1] + 1)
         (line,) = ax.plot(d, np.median(sigma, 0), marker=marker, label=label)
         ax.fill_between(d, sigma.min(0), sigma.max(0), color=line.get_color(), alpha=0.15, lw=0)
@@ -119,7 +83,7 @@ def error_against_rank(
     Raises `InputError` for what is no mapping, where there is no entry, and where an entry has
     other than as many ranks as measured errors.
     """
-    _check_named(ranks=ranks, predicted=predicted, measured=measured)
+    _given.check_named(ranks=ranks, predicted=predicted, measured=measured)
     if not measured or not all(map(np.size, measured.values())):
         raise InputError("measured", allowed="errors at one rank or more", given="none")
     for label, errors in measured.items():
@@ -166,15 +130,17 @@ def precision(
 
     Guides are dashed lines, named in the legend; so are marks, dotted vertical ones.
     """
-    _check_some(errors=errors)
+    _given.check_some(errors=errors)
     figure, ax = plt.subplots()
     for (label, values), marker in zip(errors.items(), cycle(MARKERS), strict=False):
-        samples = _numbers(label, values, len(x))
+        samples = _given.numbers(label, values, len(x))
         (line,) = ax.plot(x, np.median(samples, 1), marker=marker, label=label)
         low, high = samples.min(1), samples.max(1)
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
     for (label, values), style in zip((guides or {}).items(), cycle(GUIDES), strict=False):
-        ax.plot(x, _numbers(label, values, len(x)), ls=style, color="0.4", lw=1.5, label=label)
+        ax.plot(
+            x, _given.numbers(label, values, len(x)), ls=style, color="0.4", lw=1.5, label=label
+        )
     for label, position in (marks or {}).items():
         ax.axvline(position, color="0.4", ls=":", lw=1.5, zorder=0, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log", xscale="log" if logx else "linear")
@@ -195,7 +161,7 @@ def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) ->
 
     What is below zero, where a ReLU cuts, is shaded.
     """
-    _check_some(groups=groups)
+    _given.check_some(groups=groups)
     figure, axes = plt.subplots(1, len(groups), sharey=True, squeeze=False)
     ends = [(np.asarray(low), np.asarray(high)) for low, high in groups.values()]
     bottom, top = min(low.min() for low, _ in ends), max(high.max() for _, high in ends)
@@ -219,9 +185,9 @@ def error_and_bounds(
     ylabel: str,
 ) -> Figure:
     """Measured errors ``[ranks, samples]`` (median and range) below their bounds (medians)."""
-    _check_some(bounds=bounds)
+    _given.check_some(bounds=bounds)
     figure, ax = plt.subplots()
-    errors = _numbers("measured", measured, np.size(ranks))
+    errors = _given.numbers("measured", measured, np.size(ranks))
     (line,) = ax.plot(ranks, np.median(errors, 1), "o", ls="", label="measured")
     low, high = errors.min(1), errors.max(1)
     ax.fill_between(ranks, low, high, color=line.get_color(), alpha=0.15, lw=0)
@@ -229,7 +195,7 @@ def error_and_bounds(
     for (label, values), style, color in zip(bounds.items(), cycle(GUIDES), colors, strict=False):
         ax.plot(
             ranks,
-            np.median(_numbers(label, values, len(errors)), 1),
+            np.median(_given.numbers(label, values, len(errors)), 1),
             ls=style,
             lw=2,
             color=color,
@@ -246,7 +212,7 @@ def partitions(rows: Mapping[str, Sequence[tuple[int, str]]]) -> Figure:
 
     Each block is its number of layers and a text that is written into it.
     """
-    _check_some(rows=rows)
+    _given.check_some(rows=rows)
     figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.8 * len(rows)))
     for y, blocks in enumerate(rows.values()):
         start = 0
@@ -306,10 +272,10 @@ def error_against_budget(
     ylabel: str,
 ) -> Figure:
     """Errors against what they cost, which is on a logarithmic axis; a floor as a dashed line."""
-    _check_some(curves=curves)
+    _given.check_some(curves=curves)
     figure, ax = plt.subplots()
     for (label, pair), marker in zip(curves.items(), cycle(MARKERS), strict=False):
-        ax.plot(*_points(label, pair), marker=marker, label=label)
+        ax.plot(*_given.points(label, pair), marker=marker, label=label)
     ax.axhline(floor, color="0.3", ls="--", lw=1.5, label=floor_label)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log", ylim=(0, None))
     ax.legend()
@@ -333,14 +299,14 @@ def medians(
     One panel below the other for each entry, titled by it; a line for each table in it. Published
     values, by panel, are stars, levels dashed horizontal lines; both are named in the legend.
     """
-    _check_some(panels=panels)
+    _given.check_some(panels=panels)
     figure, axes = plt.subplots(
         len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 3.4 * len(panels))
     )
     labels = list(dict.fromkeys(label for tables in panels.values() for label in tables))
     colors = dict(zip(labels, sns.color_palette("colorblind", len(labels)), strict=True))
     for ax, (title, tables) in zip(axes[:, 0], panels.items(), strict=True):
-        _check_named(panels=tables)
+        _given.check_named(panels=tables)
         for label, table in tables.items():
             if not isinstance(table, pd.DataFrame) or not {x, y} <= {*table.columns}:
                 raise InputError(label, allowed=f"a table with {x} and {y}", given=type(table))
@@ -378,12 +344,12 @@ def scatter(
     ylabel: str,
 ) -> Figure:
     """Points on two logarithmic axes, one colour and marker for each entry; guides are dashed."""
-    _check_some(points=points)
+    _given.check_some(points=points)
     figure, ax = plt.subplots()
     for (label, pair), marker in zip(points.items(), cycle(MARKERS), strict=False):
-        ax.plot(*_points(label, pair), marker, ls="", mfc="none", mew=1.5, label=label)
+        ax.plot(*_given.points(label, pair), marker, ls="", mfc="none", mew=1.5, label=label)
     for (label, pair), style in zip((guides or {}).items(), cycle(GUIDES), strict=False):
-        ax.plot(*_points(label, pair), ls=style, color="0.4", lw=1.5, label=label)
+        ax.plot(*_given.points(label, pair), ls=style, color="0.4", lw=1.5, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
     ax.legend()
     return figure
@@ -391,7 +357,7 @@ def scatter(
 
 def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, label: str) -> Figure:
     """Matrices of numbers from 0 to 1 side by side, as shades."""
-    _check_some(matrices=matrices)
+    _given.check_some(matrices=matrices)
     figure, axes = plt.subplots(1, len(matrices), squeeze=False, figsize=(6.4, 3.6), sharey=True)
     for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
         shades = np.asarray(matrix)
@@ -410,7 +376,7 @@ def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, lab
 
 def pictures(rows: Mapping[str, ArrayLike]) -> Figure:
     """Images of grey values from 0 (paper) to 1 (ink), ``[images, height, width]`` in each row."""
-    _check_some(rows=rows)
+    _given.check_some(rows=rows)
     images = [np.asarray(row) for row in rows.values()]
     most = max(map(len, images))
     figure, axes = plt.subplots(

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import _checks, _objects, randomness
-from ..errors import InputError
+from ..errors import InputError, brief
 
 
 class Network(ABC):
@@ -116,7 +116,9 @@ class Network(ABC):
             )[index]
         except IndexError as error:
             raise InputError(
-                "index", allowed=f"one into batch shape {tuple(self.batch_shape)}", given=index
+                "index",
+                allowed=f"one into batch shape {tuple(self.batch_shape)}",
+                given=brief(index),
             ) from error
 
     def as_inputs(self, x: Any) -> Float[Tensor, "*batch in n"]:
