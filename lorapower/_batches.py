@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, brief
 
 
 def positions(batch_shape: torch.Size, index: Any, device: torch.device) -> Tensor:
@@ -19,5 +19,5 @@ def positions(batch_shape: torch.Size, index: Any, device: torch.device) -> Tens
         return torch.arange(batch_shape.numel(), device=device).reshape(batch_shape)[index]
     except IndexError as error:
         raise InputError(
-            "index", allowed=f"one into batch shape {tuple(batch_shape)}", given=index
+            "index", allowed=f"one into batch shape {tuple(batch_shape)}", given=brief(index)
         ) from error

@@ -159,7 +159,9 @@ def device(value: Any) -> torch.device:
     try:
         found = torch.empty(0, device=value).device
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError("device", allowed="one that torch finds here", given=value) from error
+        raise InputError(
+            "device", allowed="one that torch finds here", given=brief(value)
+        ) from error
     if found.type == "meta":
         raise InputError("device", allowed="one that holds numbers", given="meta, which has none")
     return found

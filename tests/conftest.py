@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-import typechecks
 from hypothesis import settings
-
-typechecks.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))

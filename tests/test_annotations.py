@@ -1,9 +1,13 @@
-"""All tests check the annotations of the package; here, that untrue ones are found."""
+"""The annotations of the package are true, and untrue ones are found."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -69,6 +73,7 @@ def test_a_function_may_refuse_what_its_annotations_exclude() -> None:
         refuses("text")  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(not typechecks.installed, reason="annotations have a run of their own")
 def test_the_package_is_checked() -> None:
     expected = {"lorapower.lowrank", "lorapower.networks.fnn", "lorapower.book.figures.curves"}
     assert expected <= {*typechecks.modules()}
@@ -79,3 +84,26 @@ def test_the_package_is_checked() -> None:
         assert function.__code__.co_filename == jaxtyping.jaxtyped.__code__.co_filename
     with pytest.raises(jaxtyping.TypeCheckError):
         lowrank.spectrum([[1.0]])  # type: ignore[arg-type]
+
+
+# Together they call all that has annotations of shapes, and take a minute.
+FILES = ["adapters", "annotations", "bounds", "claims", "devices", "empty", "figures", "lowrank"]
+FILES += ["networks", "objects", "regions"]
+
+
+@pytest.mark.programs
+@pytest.mark.skipif(typechecks.installed, reason="this is that run")
+def test_the_annotations_of_the_package_are_true() -> None:
+    tests = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "typechecks"]
+        + [str(tests / f"test_{name}.py") for name in FILES],
+        cwd=tests.parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr
+    # Nothing was checked where the one test that only that run has was left out.
+    assert "annotations have a run of their own" not in run.stdout

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from inspect import isclass, isfunction
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -81,7 +80,7 @@ HOLD = {
 }
 # Called by the package alone, with what it has checked.
 WITHIN = {general.kind_of, methods.adapted, methods.construct}
-# Likewise all of these modules, but for what is listed by a package or has a row above.
+# Likewise private modules and all of these, but for what is listed by a package or has a row above.
 INSIDE = (
     "lorapower.errors",
     "lorapower.adapters",
@@ -94,7 +93,6 @@ INSIDE = (
     "lorapower.hub",
     "lorapower.training",
     "lorapower.networks",
-    "lorapower._",
 )
 
 
@@ -152,7 +150,7 @@ def public() -> set[Any]:
             if isfunction(each) or isclass(each)
         }
     for name in typechecks.modules():
-        if name.startswith(INSIDE):
+        if name.startswith(INSIDE) or "._" in name:
             continue
         module = import_module(name)
         found |= {
@@ -261,16 +259,7 @@ JUNK: list[Any] = [
 ]
 
 
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """What a function takes beyond its annotations is no concern here."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("call", VALID, ids=lambda call: call[0].__qualname__)
 def test_junk_is_taken_or_refused_in_a_line(
     call: tuple[Callable[..., Any], dict[str, Any]],

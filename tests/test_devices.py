@@ -251,8 +251,8 @@ def test_devices_that_are_refused(kind: Any) -> None:
     network: Network = pair(kind, CPU)[0]
     for given, said in {
         "meta": "device must be one that holds numbers; got meta, which has none",
-        "abacus": "device must be one that torch finds here; got abacus",
-        "cuda:99": "device must be one that torch finds here; got cuda:99",
+        "abacus": "device must be one that torch finds here; got 'abacus'",
+        "cuda:99": "device must be one that torch finds here; got 'cuda:99'",
     }.items():
         with pytest.raises(InputError, match=said):
             network.to(device=given)

@@ -1,5 +1,8 @@
 """Annotations that are checked when the package's functions return, shapes by name included.
 
+This is a plugin, ``pytest -p typechecks``, and not for all tests: in those that call small things
+often it takes almost as long as the tests themselves. `test_annotations` runs it on some of them.
+
 A function may be given what its annotations exclude: then it must refuse it itself. So arguments
 are checked, with what is returned, only once a function has returned: what is found then is an
 annotation that is not true.
@@ -18,6 +21,7 @@ from beartype import BeartypeConf, beartype
 PACKAGE = Path(__file__).resolve().parent.parent / "lorapower"
 INTEGERS_ARE_FLOATS = BeartypeConf(is_pep484_tower=True)
 # Compiled functions are no Python functions.
+installed = False
 UNCHECKED = {"lorapower.training.compiled"}
 
 
@@ -28,9 +32,11 @@ def modules() -> list[str]:
     return sorted(names - UNCHECKED)
 
 
-def install() -> None:
-    """Check the annotations of all modules that are imported from now on."""
+def pytest_configure() -> None:
+    """As a plugin of pytest: check the annotations of all modules, none of which is there yet."""
+    global installed
     jaxtyping.install_import_hook(modules(), f"{__name__}.checked")
+    installed = True
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

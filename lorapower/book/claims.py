@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _checks
 from ..errors import InputError, brief
+from . import _given
 
 MIME = "application/vnd.lorapower.claim+json"
 
@@ -158,10 +159,7 @@ def read(path: str | Path) -> list[Claim]:
 
 
 def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (OverflowError, TypeError, ValueError) as error:
-        raise InputError(name, allowed="numbers", given=brief(values)) from error
+    numbers = _given.numbers(name, values)
     if not numbers.size:
         raise InputError(name, allowed="at least one number", given="none: nothing was checked")
     return numbers
