@@ -7,15 +7,18 @@ import functools
 import importlib
 import inspect
 import os
+import platform
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 from conftest import CHAPTERS, ROOT
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, sync_playwright
 from sphinx_external_toc.parsing import parse_toc_yaml
@@ -270,3 +273,102 @@ def test_code_can_be_copied(browser: Browser, book: Path) -> None:
     assert cells.count() == page.locator("div.cell_input:has(button.copybtn)").count() > 0
     assert page.locator("div.cell_output button.copybtn").count() == 0
     page.close()
+
+
+def test_front_page_answers_with_numbers_of_the_run(book: Path) -> None:
+    rows = soup(book, "index").select("table.answers tbody tr")
+    assert len(rows) >= 10
+    for row in rows:
+        question, answer, where = row.select("td")
+        assert question.get_text().strip().endswith("?")
+        assert answer.get_text().strip()
+        assert where.select("a.reference.internal")
+    quoted = [number.get_text() for row in rows for number in row.select("span.pasted-text")]
+    asked = re.findall(r"\{quoted\}`", (ROOT / "index.md").read_text(encoding="utf-8"))
+    assert len(quoted) == len(asked) >= 10
+    assert all(re.search(r"\d", number) and "nan" not in number for number in quoted)
+
+
+class Shown:
+    """A statement as its chapter's page shows it; `uses` are anchors in it and in its proofs."""
+
+    def __init__(self, box: Tag) -> None:
+        number, name = box.select_one("span.caption-number"), box.select_one("p.admonition-title")
+        assert number is not None
+        assert name is not None
+        self.number = number.get_text().strip()
+        self.name = name.get_text().removeprefix(number.get_text()).strip()[1:-1]
+        self.uses = {anchor for anchor in referred(box) if anchor.startswith(("ass-", "def-"))}
+
+
+def referred(part: Tag) -> set[str]:
+    """The anchors that links in a part of a page lead to, but for those beside headings."""
+    links = part.select("a.reference.internal[href*='#']")
+    return {str(link["href"]).partition("#")[2] for link in links}
+
+
+@pytest.fixture(scope="module")
+def shown(book: Path) -> dict[str, Shown]:
+    found: dict[str, Shown] = {}
+    for chapter in CHAPTERS:
+        label = ""
+        for box in soup(book, f"chapters/{chapter.stem}").select("div.proof.admonition"):
+            if "proof" in box.get_attribute_list("id"):
+                found[label].uses |= {one for one in referred(box) if re.match("[a-z]{3,4}-", one)}
+            else:
+                label = str(box["id"])
+                found[label] = Shown(box)
+    for one in found.values():
+        one.uses &= found.keys()
+    return found
+
+
+@pytest.fixture(scope="module")
+def checks(book: Path) -> Counter[str]:
+    folder = book / "_sources" / "chapters"
+    return Counter(claim.label for path in CHAPTERS for claim in read(folder / path.name))
+
+
+def test_index_has_every_statement(
+    book: Path, shown: dict[str, Shown], checks: Counter[str]
+) -> None:
+    found = {}
+    for row in soup(book, "chapters/statements").select("table.statements tbody tr"):
+        name, statement, chapter, uses, number = row.select("td")
+        (label,) = referred(statement)
+        assert chapter.select("a.reference.internal")
+        found[label] = name.get_text(), statement.get_text(), referred(uses), number.get_text()
+    expected = {
+        label: (one.name, one.number, one.uses, str(checks[label] or "–"))
+        for label, one in shown.items()
+    }
+    assert found.keys() == expected.keys()
+    for label, of_the_index in found.items():
+        assert of_the_index == expected[label], label
+
+
+def test_map_draws_what_the_index_lists(
+    book: Path, shown: dict[str, Shown], checks: Counter[str]
+) -> None:
+    drawn = soup(book, "chapters/statements").select_one("div.statement-map svg")
+    assert drawn is not None
+    boxes = {str(box["href"]).partition("#")[2]: box for box in drawn.select("a")}
+    proved = ("ass-", "cor-", "lem-", "prop-", "thm-")
+    assert boxes.keys() == {label for label in shown if label.startswith(proved)}
+    for label, box in boxes.items():
+        text = box.select_one("text")
+        assert text is not None
+        assert text.get_text().split()[-1] == shown[label].number.split()[-1]
+        assert ("checked" in box.get_attribute_list("class")) is (checks[label] > 0)
+    lines = {tuple(line.get_attribute_list("class")) for line in drawn.select("path")}
+    assert lines == {(label, used) for label in boxes for used in shown[label].uses & boxes.keys()}
+
+
+def test_page_on_the_build_names_all_chapters(book: Path) -> None:
+    facts, times, versions = soup(book, "chapters/built").select("table.colophon")
+    assert platform.python_version() in facts.get_text()
+    assert "processors" in facts.get_text()
+    assert len(times.select("tbody a")) == len(CHAPTERS)
+    for row in times.select("tbody tr"):
+        assert float(row.select("td")[1].get_text()) > 0
+    assert f"torch{metadata.version('torch')}" in re.sub(r"\s", "", versions.get_text())
