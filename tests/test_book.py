@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import inspect
+import json
 import os
 import platform
 import re
@@ -372,3 +373,90 @@ def test_page_on_the_build_names_all_chapters(book: Path) -> None:
     for row in times.select("tbody tr"):
         assert float(row.select("td")[1].get_text()) > 0
     assert f"torch{metadata.version('torch')}" in re.sub(r"\s", "", versions.get_text())
+
+
+def test_every_reference_to_a_statement_or_an_equation_has_a_preview(book: Path) -> None:
+    text = (book / "_static" / "preview-data.js").read_text(encoding="utf-8")
+    previews = json.loads(text.removeprefix("window.previews = ").removesuffix(";\n"))
+    anchors = set().union(*(referred(soup(book, docname)) for docname in PAGES))
+    kinds = ("ass-", "cor-", "def-", "equation-", "lem-", "obs-", "prop-", "rem-", "thm-")
+    asked = {anchor for anchor in anchors if anchor.startswith(kinds)}
+    assert asked
+    assert asked <= previews.keys()
+    for html in previews.values():
+        content = BeautifulSoup(html, "html.parser")
+        assert content.get_text().strip()
+        assert not content.select("a, [id]")
+
+
+REFERENCE = ".bd-article a.reference[href$='#thm-one-layer']"
+
+
+@pytest.fixture(params=[False, True], ids=["mouse", "touch"])
+def pointer(browser: Browser, book: Path, request: pytest.FixtureRequest) -> Iterator[Reader]:
+    context = browser.new_context(
+        viewport={"width": 390 if request.param else 1280, "height": 844}, has_touch=request.param
+    )
+    reader = Reader(context.new_page(), book)
+    reader.open("chapters/03-partitions")
+    reader.page.wait_for_function("window.previews")
+    yield reader
+    assert reader.requests == []
+    assert reader.complaints == []
+    context.close()
+
+
+def test_reference_shows_its_statement(pointer: Reader, request: pytest.FixtureRequest) -> None:
+    page, touch = pointer.page, "touch" in request.node.callspec.id
+    link, box = page.locator(REFERENCE).first, page.locator("div.preview")
+    here = page.url
+    link.scroll_into_view_if_needed()
+    assert not box.is_visible()
+    if touch:
+        link.tap()
+    else:
+        link.hover()
+    box.locator("mjx-container").first.wait_for()
+    assert page.url == here
+    assert "One ReLU layer from many" in box.inner_text()
+    left, right, room = box.evaluate(
+        "box => [box.getBoundingClientRect().left, box.getBoundingClientRect().right, innerWidth]"
+    )
+    assert 0 <= left < right <= room
+    assert box.evaluate("box => !box.querySelector('mjx-merror')")
+    page.keyboard.press("Escape")
+    assert not box.is_visible()
+    if touch:
+        link.tap()
+        assert page.url == here
+        link.tap()
+    else:
+        link.click()
+    page.wait_for_url("**/02-linearization.html#thm-one-layer")
+
+
+def test_reference_in_focus_shows_its_statement(browser: Browser, book: Path) -> None:
+    page = browser.new_page()
+    page.goto((book / "chapters" / "03-partitions.html").as_uri())
+    page.wait_for_function("window.previews")
+    page.locator(".bd-article").click(position={"x": 2, "y": 2})
+    box = page.locator("div.preview")
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if box.is_visible():
+            break
+    focused = page.evaluate("document.activeElement.getAttribute('aria-describedby')")
+    assert focused == box.get_attribute("id")
+    page.keyboard.press("Escape")
+    assert not box.is_visible()
+    page.close()
+
+
+def test_without_scripts_a_reference_is_a_link(browser: Browser, book: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((book / "chapters" / "03-partitions.html").as_uri())
+    page.locator(REFERENCE).first.click()
+    assert page.url.endswith("02-linearization.html#thm-one-layer")
+    assert page.locator("div.preview").count() == 0
+    context.close()
