@@ -6,16 +6,20 @@ import ast
 import functools
 import importlib
 import inspect
+import json
 import os
+import platform
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 from conftest import CHAPTERS, ROOT
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, sync_playwright
 from sphinx_external_toc.parsing import parse_toc_yaml
@@ -272,3 +276,189 @@ def test_code_can_be_copied(browser: Browser, book: Path) -> None:
     assert cells.count() == page.locator("div.cell_input:has(button.copybtn)").count() > 0
     assert page.locator("div.cell_output button.copybtn").count() == 0
     page.close()
+
+
+def test_front_page_answers_with_numbers_of_the_run(book: Path) -> None:
+    rows = soup(book, "index").select("table.answers tbody tr")
+    assert len(rows) >= 10
+    for row in rows:
+        question, answer, where = row.select("td")
+        assert question.get_text().strip().endswith("?")
+        assert answer.get_text().strip()
+        assert where.select("a.reference.internal")
+    quoted = [number.get_text() for row in rows for number in row.select("span.pasted-text")]
+    asked = re.findall(r"\{quoted\}`", (ROOT / "index.md").read_text(encoding="utf-8"))
+    assert len(quoted) == len(asked) >= 10
+    assert all(re.search(r"\d", number) and "nan" not in number for number in quoted)
+
+
+class Shown:
+    """A statement as its chapter's page shows it; `uses` are anchors in it and in its proofs."""
+
+    def __init__(self, box: Tag) -> None:
+        number, name = box.select_one("span.caption-number"), box.select_one("p.admonition-title")
+        assert number is not None
+        assert name is not None
+        self.number = number.get_text().strip()
+        self.name = name.get_text().removeprefix(number.get_text()).strip()[1:-1]
+        self.uses = {anchor for anchor in referred(box) if anchor.startswith(("ass-", "def-"))}
+
+
+def referred(part: Tag) -> set[str]:
+    """The anchors that links in a part of a page lead to, but for those beside headings."""
+    links = part.select("a.reference.internal[href*='#']")
+    return {str(link["href"]).partition("#")[2] for link in links}
+
+
+@pytest.fixture(scope="module")
+def shown(book: Path) -> dict[str, Shown]:
+    found: dict[str, Shown] = {}
+    for chapter in CHAPTERS:
+        label = ""
+        for box in soup(book, f"chapters/{chapter.stem}").select("div.proof.admonition"):
+            if "proof" in box.get_attribute_list("id"):
+                found[label].uses |= {one for one in referred(box) if re.match("[a-z]{3,4}-", one)}
+            else:
+                label = str(box["id"])
+                found[label] = Shown(box)
+    for one in found.values():
+        one.uses &= found.keys()
+    return found
+
+
+@pytest.fixture(scope="module")
+def checks(book: Path) -> Counter[str]:
+    folder = book / "_sources" / "chapters"
+    return Counter(claim.label for path in CHAPTERS for claim in read(folder / path.name))
+
+
+def test_index_has_every_statement(
+    book: Path, shown: dict[str, Shown], checks: Counter[str]
+) -> None:
+    found = {}
+    for row in soup(book, "chapters/statements").select("table.statements tbody tr"):
+        name, statement, chapter, uses, number = row.select("td")
+        (label,) = referred(statement)
+        assert chapter.select("a.reference.internal")
+        found[label] = name.get_text(), statement.get_text(), referred(uses), number.get_text()
+    expected = {
+        label: (one.name, one.number, one.uses, str(checks[label] or "–"))
+        for label, one in shown.items()
+    }
+    assert found.keys() == expected.keys()
+    for label, of_the_index in found.items():
+        assert of_the_index == expected[label], label
+
+
+def test_map_draws_what_the_index_lists(
+    book: Path, shown: dict[str, Shown], checks: Counter[str]
+) -> None:
+    drawn = soup(book, "chapters/statements").select_one("div.statement-map svg")
+    assert drawn is not None
+    boxes = {str(box["href"]).partition("#")[2]: box for box in drawn.select("a")}
+    proved = ("ass-", "cor-", "lem-", "prop-", "thm-")
+    assert boxes.keys() == {label for label in shown if label.startswith(proved)}
+    for label, box in boxes.items():
+        text = box.select_one("text")
+        assert text is not None
+        assert text.get_text().split()[-1] == shown[label].number.split()[-1]
+        assert ("checked" in box.get_attribute_list("class")) is (checks[label] > 0)
+    lines = {tuple(line.get_attribute_list("class")) for line in drawn.select("path")}
+    assert lines == {(label, used) for label in boxes for used in shown[label].uses & boxes.keys()}
+
+
+def test_page_on_the_build_names_all_chapters(book: Path) -> None:
+    facts, times, versions = soup(book, "chapters/built").select("table.colophon")
+    assert platform.python_version() in facts.get_text()
+    assert "processors" in facts.get_text()
+    assert len(times.select("tbody a")) == len(CHAPTERS)
+    for row in times.select("tbody tr"):
+        assert float(row.select("td")[1].get_text()) > 0
+    assert f"torch{metadata.version('torch')}" in re.sub(r"\s", "", versions.get_text())
+
+
+def test_every_reference_to_a_statement_or_an_equation_has_a_preview(book: Path) -> None:
+    text = (book / "_static" / "preview-data.js").read_text(encoding="utf-8")
+    previews = json.loads(text.removeprefix("window.previews = ").removesuffix(";\n"))
+    anchors = set().union(*(referred(soup(book, docname)) for docname in PAGES))
+    kinds = ("ass-", "cor-", "def-", "equation-", "lem-", "obs-", "prop-", "rem-", "thm-")
+    asked = {anchor for anchor in anchors if anchor.startswith(kinds)}
+    assert asked
+    assert asked <= previews.keys()
+    for html in previews.values():
+        content = BeautifulSoup(html, "html.parser")
+        assert content.get_text().strip()
+        assert not content.select("a, [id]")
+
+
+REFERENCE = ".bd-article a.reference[href$='#thm-one-layer']"
+
+
+@pytest.fixture(params=[False, True], ids=["mouse", "touch"])
+def pointer(browser: Browser, book: Path, request: pytest.FixtureRequest) -> Iterator[Reader]:
+    context = browser.new_context(
+        viewport={"width": 390 if request.param else 1280, "height": 844}, has_touch=request.param
+    )
+    reader = Reader(context.new_page(), book)
+    reader.open("chapters/03-partitions")
+    reader.page.wait_for_function("window.previews")
+    yield reader
+    assert reader.requests == []
+    assert reader.complaints == []
+    context.close()
+
+
+def test_reference_shows_its_statement(pointer: Reader, request: pytest.FixtureRequest) -> None:
+    page, touch = pointer.page, "touch" in request.node.callspec.id
+    link, box = page.locator(REFERENCE).first, page.locator("div.preview")
+    here = page.url
+    link.scroll_into_view_if_needed()
+    assert not box.is_visible()
+    if touch:
+        link.tap()
+    else:
+        link.hover()
+    box.locator("mjx-container").first.wait_for()
+    assert page.url == here
+    assert "One ReLU layer from many" in box.inner_text()
+    left, right, room = box.evaluate(
+        "box => [box.getBoundingClientRect().left, box.getBoundingClientRect().right, innerWidth]"
+    )
+    assert 0 <= left < right <= room
+    assert box.evaluate("box => !box.querySelector('mjx-merror')")
+    page.keyboard.press("Escape")
+    assert not box.is_visible()
+    if touch:
+        link.tap()
+        assert page.url == here
+        link.tap()
+    else:
+        link.click()
+    page.wait_for_url("**/02-linearization.html#thm-one-layer")
+
+
+def test_reference_in_focus_shows_its_statement(browser: Browser, book: Path) -> None:
+    page = browser.new_page()
+    page.goto((book / "chapters" / "03-partitions.html").as_uri())
+    page.wait_for_function("window.previews")
+    page.locator(".bd-article").click(position={"x": 2, "y": 2})
+    box = page.locator("div.preview")
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if box.is_visible():
+            break
+    focused = page.evaluate("document.activeElement.getAttribute('aria-describedby')")
+    assert focused == box.get_attribute("id")
+    page.keyboard.press("Escape")
+    assert not box.is_visible()
+    page.close()
+
+
+def test_without_scripts_a_reference_is_a_link(browser: Browser, book: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((book / "chapters" / "03-partitions.html").as_uri())
+    page.locator(REFERENCE).first.click()
+    assert page.url.endswith("02-linearization.html#thm-one-layer")
+    assert page.locator("div.preview").count() == 0
+    context.close()

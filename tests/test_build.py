@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -341,6 +342,10 @@ def test_executed_chapter_holds_only_its_results(
     assert f'profile = "{profile}"' in injected.source
     hidden = "remove-cell" in injected.metadata.tags
     assert hidden is (profile == "quick"), "hidden if it is the default"
+    record = json.loads(target.with_suffix(".json").read_text())
+    assert record["profile"] == profile
+    assert record["seconds"] > 0
+    assert f"{os.cpu_count()} processors" in record["machine"]
 
 
 @pytest.mark.programs
@@ -428,9 +433,11 @@ def test_book_is_built_and_a_warning_fails_every_build(real: Book) -> None:
     assert real.page.stat().st_mtime_ns == built
 
     index = real.folder / "index.md"
-    index.write_text("# A broken book\n\nSee {prf:ref}`thm-nowhere`.\n")
+    index.write_text("# A broken book\n\nSee {prf:ref}`thm-nowhere`, {quoted}`01-sum::nothing`.\n")
     for _ in range(2):
-        assert "thm-nowhere" in real.make("book", status=2)
+        said = real.make("book", status=2)
+        assert "thm-nowhere" in said
+        assert "{quoted}`01-sum::nothing` quotes nothing" in said
         assert real.page.stat().st_mtime_ns == built
 
 

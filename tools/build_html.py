@@ -36,7 +36,10 @@ _SOURCES = (
 
 
 def stage(executed: Path, target: Path) -> None:
-    """Fill the folder `target` with the sources, each notebook replaced by its executed form."""
+    """Fill the folder `target` with the sources, each notebook replaced by its executed form.
+
+    The record of its run comes with it.
+    """
     target.mkdir()
     ignore = shutil.ignore_patterns("*.ipynb", ".*", "__pycache__")
     for name in _SOURCES:
@@ -46,7 +49,8 @@ def stage(executed: Path, target: Path) -> None:
         else:
             shutil.copy(source, target / name)
     for notebook in sorted((ROOT / "chapters").glob("*.ipynb")):
-        shutil.copy(executed / notebook.name, target / "chapters" / notebook.name)
+        for name in (notebook.name, f"{notebook.stem}.json"):
+            shutil.copy(executed / name, target / "chapters" / name)
         _write_glued_figures(executed / notebook.name, target / "chapters")
 
 

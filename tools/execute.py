@@ -2,6 +2,8 @@
 
 usage: python tools/execute.py chapters/NN-name.ipynb _build/quick/chapters/NN-name.ipynb
 
+Beside it ``NN-name.json`` says in which profile, on which machine and in what time it ran.
+
 A chapter fails if a cell raises, if a claim that it records does not hold, or if its outputs hold
 a path of this machine. A failed run is kept beside the target as ``NN-name.failed.ipynb``.
 """
@@ -10,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -122,6 +126,15 @@ def check(executed: Path) -> None:
         raise ChapterError("\n".join(failing))
 
 
+def machine() -> str:
+    """In words, what the chapters run on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{os.cpu_count()} processors ({platform.machine()}), {memory:.0f} GiB of memory, "
+        f"{platform.system()}"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("source", type=Path)
@@ -149,10 +162,13 @@ def main() -> int:
         return 1
     if messages:
         print(f"{source} wrote to stderr:\n{messages}", file=sys.stderr)
+    seconds = (time.time_ns() - started) / 1e9
+    about = {"profile": arguments.profile, "machine": machine(), "seconds": seconds}
+    target.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
     os.utime(partial, ns=(started, started))
     partial.replace(target)
     failed.unlink(missing_ok=True)
-    print(f"Executed {source} in {(time.time_ns() - started) / 1e9:.0f} s")
+    print(f"Executed {source} in {seconds:.0f} s")
     return 0
 
 

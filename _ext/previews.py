@@ -1,0 +1,53 @@
+"""What ``_static/previews.js`` shows: each statement and each numbered equation, by its anchor.
+
+Taken from the written pages, in which numbers and references are resolved. Links are left out: a
+preview is no place to go on from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from bs4 import BeautifulSoup
+from bs4.filter import SoupStrainer
+from executed import chapters
+from sphinx.application import Sphinx
+from sphinx.util.typing import ExtensionMetadata
+
+_BOXES = "div.proof.admonition[id]:not(#proof)"
+_EQUATIONS = "div.math[id^='equation-']"
+
+
+def previews(html: str) -> Iterator[tuple[str, str]]:
+    """The anchors of a page's statements and equations, and their HTML."""
+    page = BeautifulSoup(html, "html.parser", parse_only=SoupStrainer("article"))
+    for part in page.select(f"{_BOXES}, {_EQUATIONS}"):
+        anchor = str(part["id"])
+        # A copy, as an equation may be within a statement.
+        copy = BeautifulSoup(str(part), "html.parser")
+        for link in copy.select("a"):
+            if "headerlink" in link.get_attribute_list("class"):
+                link.decompose()
+            else:
+                link.unwrap()
+        for named in copy.select("[id]"):
+            del named["id"]
+        yield anchor, str(copy)
+
+
+def _write(app: Sphinx, error: Exception | None) -> None:
+    if error is not None or app.builder.format != "html":
+        return
+    folder = Path(app.outdir)
+    found: dict[str, str] = {}
+    for docname in chapters(app.env):
+        found.update(previews((folder / f"{docname}.html").read_text(encoding="utf-8")))
+    text = f"window.previews = {json.dumps(found, ensure_ascii=False)};\n"
+    (folder / "_static" / "preview-data.js").write_text(text, encoding="utf-8")
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    app.connect("build-finished", _write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,103 @@
+// A reference to a statement or an equation shows what it refers to: to a pointer that rests on it,
+// to a keyboard that reaches it, to a finger at the first tap; the second tap follows it. What can be
+// shown, by its anchor, is in preview-data.js, as pages from disk may not fetch. Without scripts a
+// reference is a link.
+document.addEventListener("DOMContentLoaded", () => {
+  const article = document.querySelector(".bd-article");
+  if (!article) return;
+  const REST = 250; // milliseconds for which a pointer has to rest, or may be away
+  const MARGIN = 8;
+  const box = document.createElement("div");
+  box.className = "preview";
+  box.id = "preview";
+  box.role = "tooltip";
+  box.hidden = true;
+  document.body.append(box);
+  let shown = null; // the link whose preview is open
+  let timer = 0;
+  let touched = false; // whether the last pointer was a finger
+
+  const data = document.createElement("script");
+  data.src = `${document.documentElement.dataset.content_root}_static/preview-data.js`;
+  document.head.append(data);
+
+  const preview = (link) => {
+    const anchor = decodeURIComponent(link.getAttribute("href").split("#")[1]);
+    return window.previews && Object.hasOwn(window.previews, anchor) && window.previews[anchor];
+  };
+
+  const linkAt = (target) => {
+    const link = target.closest?.("a[href*='#']:not(.headerlink)");
+    return link && article.contains(link) && preview(link) ? link : null;
+  };
+
+  // Below the link or above it, where there is more room.
+  const place = () => {
+    const at = shown.getBoundingClientRect();
+    const below = innerHeight - at.bottom - 2 * MARGIN;
+    const above = at.top - 2 * MARGIN;
+    box.style.maxHeight = `${Math.max(below, above)}px`;
+    const { width, height } = box.getBoundingClientRect();
+    const right = document.documentElement.clientWidth - width - MARGIN;
+    const top = height <= below || below > above ? at.bottom + MARGIN : at.top - MARGIN - height;
+    box.style.left = `${scrollX + Math.max(MARGIN, Math.min(at.left, right))}px`;
+    box.style.top = `${scrollY + top}px`;
+  };
+
+  const hide = () => {
+    clearTimeout(timer);
+    if (!shown) return;
+    shown.removeAttribute("aria-describedby");
+    shown = null;
+    box.hidden = true;
+    window.MathJax?.typesetClear?.([box]);
+  };
+
+  const show = async (link) => {
+    clearTimeout(timer);
+    if (shown === link) return;
+    hide();
+    shown = link;
+    box.innerHTML = preview(link);
+    box.hidden = false;
+    box.scrollTop = 0;
+    link.setAttribute("aria-describedby", box.id);
+    place();
+    await window.MathJax?.startup?.promise;
+    if (shown !== link) return;
+    await window.MathJax?.typesetPromise?.([box]);
+    if (shown === link) place();
+  };
+
+  const soon = (action) => {
+    clearTimeout(timer);
+    timer = setTimeout(action, REST);
+  };
+
+  document.addEventListener("pointerdown", (event) => {
+    touched = event.pointerType === "touch";
+  }, true);
+  document.addEventListener("pointerover", (event) => {
+    if (event.pointerType === "touch") return;
+    const link = linkAt(event.target);
+    if (link) soon(() => show(link));
+    else if (box.contains(event.target)) clearTimeout(timer);
+    else soon(hide);
+  });
+  document.addEventListener("focusin", (event) => {
+    const link = linkAt(event.target);
+    if (link?.matches(":focus-visible") && !touched) show(link);
+  });
+  document.addEventListener("focusout", () => soon(hide));
+  document.addEventListener("keydown", (event) => {
+    touched = false;
+    if (event.key === "Escape") hide();
+  });
+  document.addEventListener("click", (event) => {
+    const link = linkAt(event.target);
+    if (link && touched && shown !== link) {
+      event.preventDefault();
+      show(link);
+    } else if (!box.contains(event.target)) hide();
+  });
+});
