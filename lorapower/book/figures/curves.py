@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from ...errors import InputError
-from .given import check_named, check_some, numbers
-from .given import points as coordinates
+from .._given import check_named, check_some, numbers
+from .._given import points as coordinates
 from .rounding import strip
 from .style import GREY, LINES, Look, looks
 

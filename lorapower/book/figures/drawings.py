@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from ... import _checks
-from .given import check_some
+from .._given import check_some
 
 
 def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) -> Figure:

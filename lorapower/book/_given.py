@@ -1,4 +1,4 @@
-"""What figures are given: mappings from labels to what is to be drawn."""
+"""Checks of what claims and figures are given; all raise `InputError`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError, brief
+from ..errors import InputError, brief
 
 
 def check_named(**given: Any) -> None:
@@ -29,10 +29,10 @@ def check_some(**given: Any) -> None:
 
 
 def numbers(name: str, values: Any, count: int | None = None) -> NDArray[np.float64]:
-    """Numbers that can be drawn, ``count`` of them (or rows of them)."""
+    """Numbers in double precision, ``count`` of them (or rows of them)."""
     try:
         found = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise InputError(name, allowed="numbers", given=brief(values)) from error
     if count is not None and (not found.ndim or len(found) != count):
         raise InputError(name, allowed=f"{count} of them", given=f"shape {found.shape}")
@@ -40,7 +40,7 @@ def numbers(name: str, values: Any, count: int | None = None) -> NDArray[np.floa
 
 
 def points(name: str, pair: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Coordinates ``x``, and ``y`` or rows of them, of points that can be drawn."""
+    """Coordinates of points that can be drawn."""
     if not isinstance(pair, Sequence) or len(pair) != 2:
         raise InputError(name, allowed="a pair of x and y", given=brief(pair))
     x = np.atleast_1d(numbers(f"x of {name}", pair[0]))
