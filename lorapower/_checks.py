@@ -120,7 +120,8 @@ def several(name: str, value: Any, kind: type, *, what: str) -> list[Any]:
 
 def path(name: str, value: Any) -> Path:
     """``value`` as a path."""
-    if not isinstance(value, str | PathLike):
+    usable = isinstance(value, str | PathLike) and str(value) and "\0" not in str(value)
+    if not usable:
         raise InputError(name, allowed="a path", given=brief(value))
     return Path(value)
 

@@ -203,3 +203,12 @@ def test_what_is_refused_has_its_callers_name(case: str) -> None:
     module, said = WRONG[case]
     with pytest.raises(InputError, match=f"^frozen must be {said}"):
         as_network(module, "frozen")
+
+
+def test_hooks_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+    handle = module[1][1].register_forward_hook(lambda module, x, y: -y)
+    with pytest.raises(InputError, match=r"module must be without hooks.*; got one at 1\.1: rem"):
+        FNN.from_sequential(module)
+    handle.remove()
+    assert FNN.from_sequential(module).linear_last

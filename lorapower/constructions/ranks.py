@@ -27,6 +27,7 @@ class NeededRank:
     Attributes
     ----------
     rank : the least one tried whose error is small enough; where none is, the largest; ``[...]``.
+        One is for all layers of a member; ``int(rank.max())`` is enough for all members.
     error : what it leaves, relative to the mean square of the target's outputs; ``[...]``.
     tried : all ranks that were tried, the least first.
     errors : what each of them leaves; ``[ranks, ...]``.
@@ -75,7 +76,9 @@ def rank_for_error(
     by : ``"bound"``: what the theorems promise on these inputs, that is, `bounds.fnn_error_on`, or
         `bounds.transformer_error`; of a linear network, the error itself. Where the construction's
         assumptions hold it is met for certain, rounding apart; less rank may be enough. Or
-        ``"trial"``: adapters are made, of a ReLU network for `Samples`, and the error is measured.
+        ``"trial"``: adapters are made, of a ReLU network for `Samples`, and the error is measured,
+        rounding included. `adapt` may call the rounding unacceptable all the same: it then takes
+        ``throw=False``, or a larger ``rtol``.
     ranks : those to try; by default all from 0 on.
     partition : of ReLU networks: the blocks, by default uniform.
     throw : raise an error where no rank is enough, or else say so in ``success``.

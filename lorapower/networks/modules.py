@@ -57,12 +57,19 @@ def dense_layers(module: Any, name: str, dtype: torch.dtype | None) -> list[Dens
     dtype : what all numbers are converted to; by default they stay as they are.
 
     Raises `InputError` for another module, for a layer of another class, for numbers that are
-    neither float32 nor float64 and not converted, and for layers without numbers (meta tensors).
-    It names the layer by its place, as a ``state_dict`` does.
+    neither float32 nor float64 and not converted, for layers without numbers (meta tensors), and
+    for forward hooks. It names the layer by its place, as a ``state_dict`` does.
     """
     if not isinstance(module, nn.Sequential):
         raise InputError(
             name, allowed="a torch.nn.Sequential of layers", given=type(module).__name__
+        )
+    if hooked := [place for place, layer in module.named_modules() if _has_hooks(layer)]:
+        raise InputError(
+            name,
+            allowed="without hooks, which may change what a layer computes",
+            given=f"one at {hooked[0] or 'the module itself'}",
+            remedy="remove it first",
         )
     if dtype not in (None, *_checks.PRECISIONS):
         raise InputError("dtype", allowed="torch.float32 or torch.float64", given=dtype)
@@ -82,6 +89,10 @@ def dense_layers(module: Any, name: str, dtype: torch.dtype | None) -> list[Dens
                 remedy=_remedy(layer),
             )
     return found
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _does_nothing(layer: nn.Module, *, leading: bool) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Num
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks, randomness
 from ..errors import InputError, brief
@@ -67,6 +67,13 @@ class Fresh(Data):
         shape = _checks.sizes("shape", shape, 1)
         if len(shape) not in (1, 2):
             raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
+        if isinstance(label, nn.Module):
+            raise InputError(
+                "label",
+                allowed="a network, or a function of columns",
+                given=f"{type(label).__name__}, a module, which takes rows",
+                remedy="networks.as_network makes a network of a Sequential",
+            )
         # Training is in single precision, and so is what it is told.
         self.label = label.to(torch.float32) if isinstance(label, Network) else label
         self.shape = shape

@@ -306,6 +306,14 @@ class Batches:
         if self.classes:
             samples = x.shape[len(lead)] if self.sequences else x.shape[-1]
             return self._features(x), self._one_hot(y, (*lead, samples))
+        if isinstance(y, Tensor) and y.dtype in _checks.INTEGERS:
+            raise InputError(
+                "data's labels",
+                allowed="float32 or float64 where no classes are given",
+                given=f"integers, {y.dtype}",
+                remedy=f"if they are classes, say for which of them each output votes, such as "
+                f"classes=range({self.stack.outputs})",
+            )
         y = _checks.real_tensor("data's labels", y, min_dims=1)
         self._check_labels(y, (*x.shape[:-2], self.stack.outputs, x.shape[-1]))
         return self._features(x), self._features(y)
