@@ -206,8 +206,9 @@ def test_what_is_refused_has_its_callers_name(case: str) -> None:
 
 
 def test_hooks_are_refused() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
-    handle = module[1][1].register_forward_hook(lambda module, x, y: -y)
+    last = nn.Linear(2, 2)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), last))
+    handle = last.register_forward_hook(lambda module, x, y: -y)
     with pytest.raises(InputError, match=r"module must be without hooks.*; got one at 1\.1: rem"):
         FNN.from_sequential(module)
     handle.remove()
