@@ -117,6 +117,7 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     return LowRank(U[..., :rank] * S[..., None, :rank], V[..., :rank])
 
 
+@_objects.held
 class Norms(NamedTuple):
     """Spectral and Frobenius norm of a matrix."""
 

@@ -124,7 +124,7 @@ class Region(ABC):
 
     def relu(self) -> Region:
         """A region that holds ``ReLU(x)`` for every ``x`` in this one."""
-        identity = torch.eye(self.width, dtype=self.centre.dtype)
+        identity = torch.eye(self.width, dtype=self.centre.dtype, device=self.centre.device)
         return Box(*(end.relu() for end in self._ends(identity, self.centre)))
 
     def _ends(self, matrix: Tensor, at_centre: Tensor) -> tuple[Tensor, Tensor]:

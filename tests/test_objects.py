@@ -11,8 +11,8 @@ import pytest
 import torch
 import typechecks
 
-from lorapower import bounds, lowrank
-from lorapower.adapters import Adapters
+from lorapower import bounds, lowrank, rank_for_error
+from lorapower.adapters import Adapters, Tuned
 from lorapower.book.claims import Claim
 from lorapower.constructions import fnn, linear, partition, transformer
 from lorapower.experiments import digits
@@ -95,6 +95,10 @@ COMPARED: dict[str, Callable[[], Any]] = {
     "FNNAdaptation": lambda: fnn.adapt(*FNNS, 3, Ball(1.0)),
     "TransformerAdaptation": lambda: transformer.adapt(*TRANSFORMERS, 3),
     "Training": lambda: train(FNNS[0], [Tuning(1)], Fresh(FNNS[1], (3,), samples=4), steps=1),
+    "Norms": lambda: bounds.linear_error(*LINEARS, 1),
+    "PairRanks": lambda: bounds.pair_ranks(segments(*TRANSFORMERS).query_key),
+    "Tuned": lambda: Tuned(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)),
+    "NeededRank": lambda: rank_for_error(*LINEARS, 0.5, X),
     "Segments of gaps": lambda: segments(*TRANSFORMERS),
 }
 
@@ -121,7 +125,7 @@ def test_comparing_does_not_raise(make: Callable[[], Any]) -> None:
 
 def test_all_classes_that_hold_tensors_are_compared() -> None:
     """Those of dataclasses, named tuples, networks and regions outside of experiments."""
-    inside = {"_objects", "stack", "compiled", "reference", "engine", "methods", "store"}
+    inside = {"_objects", "stack", "compiled", "reference", "engine", "methods", "modules", "store"}
     found = set()
     for name in typechecks.modules():
         _, part, *rest = name.split(".")
@@ -136,4 +140,4 @@ def test_all_classes_that_hold_tensors_are_compared() -> None:
             and not inspect.isabstract(cls)
             and not cls.__name__.startswith("_")
         }
-    assert found - {"Layers"} <= {*SHOWN, *COMPARED}
+    assert found - {"Layers", "Adaptation"} <= {*SHOWN, *COMPARED}

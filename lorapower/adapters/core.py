@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .. import _batches, _checks
+from .. import _batches, _checks, _objects
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks import Network
@@ -20,6 +20,7 @@ from . import files, peft
 N = TypeVar("N", bound=Network)
 
 
+@_objects.held
 class Tuned(NamedTuple):
     """What is tuned in each member of a batch whose members differ in it.
 

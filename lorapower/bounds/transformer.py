@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _checks, lowrank
+from .. import _checks, _objects, lowrank
 from ..networks import Gap, Segments, Transformer, missing_shift, segments
 
 
+@_objects.held
 class PairRanks(NamedTuple):
     """Ranks on the two middle layers of a segment: of the one that acts first, the other, both."""
 
