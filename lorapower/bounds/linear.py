@@ -26,7 +26,8 @@ def error_rank(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*ba
 def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
     """``⌈rank(E) / L⌉``: the least rank for all layers with which they are adapted exactly.
 
-    Raises `InputError` where a hidden layer is too narrow for any rank. Source: [cor-threshold].
+    Raises `InputError` where a hidden layer is narrower than the inputs or outputs. Source:
+    [cor-threshold].
     """
     return Gap(frozen, target).threshold
 

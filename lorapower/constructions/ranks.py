@@ -75,7 +75,8 @@ def rank_for_error(
         or ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
     by : ``"bound"``: what the theorems promise on these inputs, that is, `bounds.fnn_error_on`, or
         `bounds.transformer_error`; of a linear network, the error itself. Where the construction's
-        assumptions hold it is met for certain, rounding apart; less rank may be enough. Or
+        assumptions hold, which is not checked, it is met for certain, rounding apart; less rank
+        may be enough. Or
         ``"trial"``: adapters are made, of a ReLU network for `Samples`, and the error is measured,
         rounding included. `adapt` may call the rounding unacceptable all the same: it then takes
         ``throw=False``, or a larger ``rtol``.

@@ -145,10 +145,11 @@ class Gap:
 
     @property
     def threshold(self) -> Int[Tensor, "*batch"]:
-        """``⌈rank(E) / L⌉``: the least rank for all layers that closes the gap.
+        """``⌈rank(E) / L⌉``: no smaller rank for all layers closes the gap.
 
-        Layers may differ in size: no smaller side is below ``rank E``, unless a hidden layer is too
-        narrow for any rank. Then raises what `ranks` raises. Source: [cor-threshold].
+        This one does where [ass-nonsingular] holds. Layers may differ in size: no smaller side is
+        below ``rank E``, unless a hidden layer is narrower than the inputs or outputs. Then raises
+        what `ranks` raises. Source: [cor-threshold].
         """
         self.ranks([1] * self.frozen.depth)
         return -(-self.rank // self.frozen.depth)
@@ -157,7 +158,7 @@ class Gap:
         """``ranks`` of the frozen layers, of which none has more than it can use.
 
         That is its weight's smaller side. A layer that a narrower one cuts off from an input or an
-        output cannot be adapted: its rank becomes 0 where nothing is to be done. Raises
+        output is not adapted: its rank becomes 0 where nothing is to be done. Raises
         `InputError` where something is, and the rank of such a layer is not 0.
         """
         depth = self.frozen.depth
