@@ -184,4 +184,5 @@ def _limits(numbers: NDArray[np.float64]) -> str:
 def _resting(statement: str, seeds: int | None) -> str:
     if seeds is None:
         return statement
-    return f"{statement} ({'one seed' if seeds == 1 else f'{seeds} seeds'})"
+    count = _checks.integer("seeds", seeds, 1)
+    return f"{statement} ({'one seed' if count == 1 else f'{count} seeds'})"
