@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import nbformat
 from docutils import nodes
+from executed import chapters, title
+from markdown_table import table
 from myst_nb.core.render import MimeData, NbElementRenderer, load_mime_renders
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -34,13 +35,6 @@ def total(claims: Iterable[Claim]) -> str:
     )
 
 
-def _title(notebook: Path) -> str:
-    """The notebook's first heading."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    return next(line[2:] for line in text.splitlines() if line.startswith("# "))
-
-
 def _cells(claim: Claim) -> tuple[str, ...]:
     statement = f"{{prf:ref}}`{claim.label}`: {claim.statement}"
     return claim.verdict, statement, claim.measured, claim.predicted
@@ -50,44 +44,30 @@ class Scorecard(SphinxDirective):
     """A total, and two sections of tables."""
 
     def run(self) -> list[nodes.Node]:
-        paths = [Path(self.env.doc2path(docname)) for docname in self.config.external_site_map]
-        chapters = {path: read(path) for path in paths if path.suffix == ".ipynb"}
-        every = [claim for claims in chapters.values() for claim in claims]
+        recorded = {path: read(path) for path in chapters(self.env).values()}
+        every = [claim for claims in recorded.values() for claim in claims]
         if not every:
             raise self.error("no chapter recorded a claim: the scorecard would be empty")
-        return [nodes.paragraph("", total(every)), *self._parts(chapters)]
+        return [nodes.paragraph("", total(every)), *self._parts(recorded)]
 
-    def _parts(self, chapters: Mapping[Path, list[Claim]]) -> Iterable[nodes.section]:
+    def _parts(self, recorded: Mapping[Path, list[Claim]]) -> Iterable[nodes.section]:
         for observed, (name, expected) in _PARTS.items():
             part = self._section(name.lower(), name)
-            for path, claims in chapters.items():
+            for path, claims in recorded.items():
                 if chosen := [claim for claim in claims if claim.observed is observed]:
-                    section = self._section(f"{name} {path.stem}", _title(path))
-                    section += self._table(expected, map(_cells, chosen))
+                    section = self._section(f"{name} {path.stem}", title(path))
+                    heads = ("Verdict", "Claim", "Measured", expected)
+                    kind = f"scorecard {expected.lower()}"
+                    section += table(self, heads, map(_cells, chosen), kind)
                     part += section
             if len(part) > 1:
                 yield part
 
-    def _section(self, name: str, title: str) -> nodes.section:
-        return nodes.section(
-            "", nodes.title("", "", *self._inline(title)), ids=[nodes.make_id(name)]
-        )
-
-    def _inline(self, markdown: str) -> list[nodes.Node]:
-        parsed, messages = self.state.inline_text(markdown, self.lineno)
-        return [*parsed, *messages]
-
-    def _table(self, expected: str, rows: Iterable[tuple[str, ...]]) -> nodes.table:
-        head = ("Verdict", "Claim", "Measured", expected)
-        group = nodes.tgroup("", *(nodes.colspec() for _ in head), cols=len(head))
-        group += nodes.thead("", self._row(head))
-        group += nodes.tbody("", *map(self._row, rows))
-        return nodes.table("", group, classes=["scorecard", expected.lower()])
-
-    def _row(self, cells: tuple[str, ...]) -> nodes.row:
-        return nodes.row(
-            "", *(nodes.entry("", nodes.paragraph("", "", *self._inline(cell))) for cell in cells)
-        )
+    def _section(self, name: str, heading: str) -> nodes.section:
+        parsed, messages = self.state.inline_text(heading, self.lineno)
+        section = nodes.section(ids=[nodes.make_id(name)])
+        section += nodes.title("", "", *parsed, *messages)
+        return section
 
 
 class ClaimRenderer:

@@ -86,7 +86,7 @@ def test_the_package_is_checked() -> None:
         lowrank.spectrum([[1.0]])  # type: ignore[arg-type]
 
 
-# Together they call all that has annotations of shapes, and take a minute.
+# Together they call all that has annotations of shapes, and take half a minute.
 FILES = ["adapters", "annotations", "bounds", "claims", "devices", "empty", "figures", "lowrank"]
 FILES += ["networks", "objects", "regions"]
 

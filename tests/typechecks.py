@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, Generic, Self, get_origin
 
 import jaxtyping
+import pytest
 from beartype import BeartypeConf, beartype
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lorapower"
 INTEGERS_ARE_FLOATS = BeartypeConf(is_pep484_tower=True)
-# Compiled functions are no Python functions.
+# Whether annotations are checked in this run.
 installed = False
+# Compiled functions are no Python functions.
 UNCHECKED = {"lorapower.training.compiled"}
 
 
@@ -32,9 +34,13 @@ def modules() -> list[str]:
     return sorted(names - UNCHECKED)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """As a plugin of pytest: check the annotations of all modules, none of which is there yet."""
     global installed
+    # Beartype picks items of lists by it, also where a strategy draws.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Do not use the `random` module inside strategies"
+    )
     jaxtyping.install_import_hook(modules(), f"{__name__}.checked")
     installed = True
 

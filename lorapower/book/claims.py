@@ -106,10 +106,7 @@ def at_most(
 
     With ``seeds`` the statement says how many of them it rests on.
     """
-    found, limit = _numbers("measured", measured), _numbers("bound", bound)
-    _check_shapes(measured=found, bound=limit)
-    holds = bool((found <= limit).all())
-    return Claim(_resting(statement, seeds), label, f"≤ {_limits(limit)}", _range(found), holds)
+    return _bounded("≤", np.less_equal, statement, label, measured, bound, seeds)
 
 
 def at_least(
@@ -124,10 +121,7 @@ def at_least(
 
     With ``seeds`` the statement says how many of them it rests on.
     """
-    found, limit = _numbers("measured", measured), _numbers("bound", bound)
-    _check_shapes(measured=found, bound=limit)
-    holds = bool((found >= limit).all())
-    return Claim(_resting(statement, seeds), label, f"≥ {_limits(limit)}", _range(found), holds)
+    return _bounded("≥", np.greater_equal, statement, label, measured, bound, seeds)
 
 
 def number(value: Any, digits: int) -> str:
@@ -156,6 +150,23 @@ def read(path: str | Path) -> list[Claim]:
         for output in cell.get("outputs", ())
         if MIME in output.get("data", {})
     ]
+
+
+def _bounded(
+    sign: str,
+    compare: np.ufunc,
+    statement: str,
+    label: str,
+    measured: ArrayLike,
+    bound: ArrayLike,
+    seeds: int | None,
+) -> Claim:
+    found, limit = _numbers("measured", measured), _numbers("bound", bound)
+    _check_shapes(measured=found, bound=limit)
+    holds = bool(compare(found, limit).all())
+    return Claim(
+        _resting(statement, seeds), label, f"{sign} {_limits(limit)}", _range(found), holds
+    )
 
 
 def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:

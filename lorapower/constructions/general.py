@@ -39,8 +39,7 @@ def adapt(
     ranks : one for all weights, or as the construction for this kind of network takes them.
     inputs : for ReLU networks, where the target is to be imitated: a `regions.Ball` or
         `regions.Box`, or `regions.Samples`, or inputs as columns ``[..., width, samples]``, of
-        which samples are made.
-        Linear networks and transformers are adapted for all inputs.
+        which samples are made. Linear networks and transformers are adapted for all inputs.
     options : of the construction: `linear.adapt`, `fnn.adapt` or `transformer.adapt`.
 
     Returns what that construction does: adapters with the evidence for them. Raises what it raises,

@@ -34,7 +34,7 @@ class Dense(NamedTuple):
 
     Attributes
     ----------
-    weight, bias : copies of its numbers, ``[out, in]`` and ``[out]``; ``None`` without a bias.
+    weight, bias : its numbers, ``[out, in]`` and ``[out]``; ``None`` without a bias.
     relu : whether a ReLU follows it.
     words : what it is and where, such as ``"Linear(…) at 1.0"``.
     """
@@ -71,8 +71,8 @@ def dense_layers(module: Any, name: str, dtype: torch.dtype | None) -> list[Dens
             given=f"one at {hooked[0] or 'the module itself'}",
             remedy="remove it first",
         )
-    if dtype not in (None, *_checks.PRECISIONS):
-        raise InputError("dtype", allowed="torch.float32 or torch.float64", given=dtype)
+    if dtype is not None:
+        _checks.precision(dtype)
     found: list[Dense] = []
     # A layer that stands in two places is two layers.
     for place, layer in module.named_modules(remove_duplicate=False):
@@ -121,9 +121,8 @@ def _dense(layer: nn.Linear, words: str, name: str, dtype: torch.dtype | None) -
                 given=f"{values.dtype} in {words}",
                 remedy="from_sequential(module, dtype=torch.float32) converts them",
             )
-    # Copies: the network must not change when the module is trained on.
-    copies = {key: values.detach().to(dtype, copy=True) for key, values in parameters.items()}
-    return Dense(copies["weight"], copies.get("bias"), relu=False, words=words)
+    numbers = {key: values.detach().to(dtype) for key, values in parameters.items()}
+    return Dense(numbers["weight"], numbers.get("bias"), relu=False, words=words)
 
 
 def _words(layer: nn.Module, place: str) -> str:
