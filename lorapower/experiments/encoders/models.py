@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from ..._records import Record
 from ...errors import InputError
 from .tasks import Task
 
-Targets = Literal["attention", "all"]
+Targets = Literal["attention", "feed-forward", "all"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)
 # Adapters are multiplied by SCALE/√R, with which a step of Adam changes a weight about as much at
 # each rank (Kalajdzievski, 2023), so that one learning rate suits them all.
@@ -23,11 +23,12 @@ SCALE = 4
 
 
 class Lora(Record):
-    """Adapters, through ``peft``, on the linear layers of the attention, or on all of the encoder.
+    """Adapters, through ``peft``, on linear layers of the encoder.
 
     Attributes
     ----------
-    targets : ``"attention"`` or ``"all"``.
+    targets : ``"attention"``; ``"feed-forward"``, all others of the equal layers that the encoder
+        consists of; or ``"all"``, with those outside these too.
     rank : of each adapter.
     learning_rate : of AdamW without weight decay, from which it falls linearly to 0.
     """
@@ -45,6 +46,16 @@ class Final(Record):
     learning_rate: float = Field(1e-3, gt=0)
 
 
+class Full(Record):
+    """All weights; the learning rate as of `Lora`."""
+
+    kind: Literal["full"] = "full"
+    learning_rate: float = Field(1e-4, gt=0)
+
+
+Method: TypeAlias = Lora | Final | Full
+
+
 def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
     """The encoder with a head for the task: weights as shipped, or drawn as its configuration says.
 
@@ -52,20 +63,9 @@ def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
     pretrained and random weights. Raises `InputError` for a model that
     cannot be found, lacks weights or cannot have such a head.
     """
-    hub.check()
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     kind = "regression" if task.regression else "single_label_classification"
-    config = hub.load(AutoConfig, model, num_labels=task.outputs, problem_type=kind)
-    with randomness.seeded(seed, "head"), hub.quiet():
-        try:
-            whole = AutoModelForSequenceClassification.from_config(config)
-        except ValueError as error:
-            raise InputError(
-                "model",
-                allowed="an encoder that transformers can give a head for classes",
-                given=f"{model!r} ({type(config).__name__})",
-            ) from error
+    with randomness.seeded(seed, "head"):
+        whole = _drawn(model, num_labels=task.outputs, problem_type=kind)
     if pretrained:
         shipped, lacking = hub.shipped(model)
         weights, own = shipped.state_dict(), whole.base_model.state_dict()
@@ -73,11 +73,13 @@ def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
     return whole
 
 
-def adapt(network: Any, method: Lora | Final, *, seed: int) -> Any:
+def adapt(network: Any, method: Method, *, seed: int) -> Any:
     """What of the network the method tunes, the rest being frozen; its head is tuned in any case.
 
     Raises `InputError` for a network without such layers, or a rank above a layer's size.
     """
+    if isinstance(method, Full):
+        return network.requires_grad_(True)
     body = network.base_model
     prefix = network.base_model_prefix
     heads = {
@@ -95,17 +97,7 @@ def adapt(network: Any, method: Lora | Final, *, seed: int) -> Any:
         return network
     from peft import LoraConfig, TaskType, get_peft_model
 
-    layers = {name: m for name, m in body.named_modules() if isinstance(m, nn.Linear)}
-    chosen = {
-        name: m for name, m in layers.items() if method.targets == "all" or _of_attention(name)
-    }
-    if not chosen:
-        kinds = sorted({type(module).__name__ for module in body.modules()})
-        raise InputError(
-            "model",
-            allowed=f"an encoder with linear layers for targets {method.targets!r}",
-            given=f"one of {hub.some(sorted(layers) or kinds)}",
-        )
+    chosen = targeted(body, method.targets)
     for name, layer in chosen.items():
         shape = tuple(layer.weight.shape)
         _checks.integer(
@@ -127,6 +119,35 @@ def adapt(network: Any, method: Lora | Final, *, seed: int) -> Any:
         return get_peft_model(network, config)
 
 
+def targeted(body: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
+    """The linear layers of an encoder, by name, that `Lora` adapts for these targets.
+
+    Raises `InputError` for an encoder without such layers.
+    """
+    layers = {name: m for name, m in body.named_modules() if isinstance(m, nn.Linear)}
+    chosen = {name: m for name, m in layers.items() if targets in ("all", _kind(name))}
+    if not chosen:
+        kinds = sorted({type(module).__name__ for module in body.modules()})
+        raise InputError(
+            "model",
+            allowed=f"an encoder with linear layers for targets {targets!r}",
+            given=f"one of {hub.some(sorted(layers) or kinds)}",
+        )
+    return chosen
+
+
+def equal_ranks(model: str, rank: int) -> dict[Targets, int]:
+    """For each choice of targets, the rank whose adapters have most nearly as many numbers as those
+    of rank ``rank`` on all linear layers; at least 1."""
+    with torch.device("meta"):
+        body = _drawn(model).base_model
+    sizes = {
+        targets: sum(sum(layer.weight.shape) for layer in targeted(body, targets).values())
+        for targets in TARGETS
+    }
+    return {targets: max(1, round(rank * sizes["all"] / size)) for targets, size in sizes.items()}
+
+
 def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, " pairs"]:
     """Cosine of the angle between the two texts of each pair: the means over their tokens.
 
@@ -146,8 +167,29 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
     return torch.cosine_similarity(*means)
 
 
-def _of_attention(name: str) -> bool:
-    return any("attention" in part or "attn" in part for part in name.split("."))
+def _drawn(model: str, **options: Any) -> Any:
+    """The model with random weights and a head for classes, as its configuration says."""
+    hub.check()
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = hub.load(AutoConfig, model, **options)
+    with hub.quiet():
+        try:
+            return AutoModelForSequenceClassification.from_config(config)
+        except ValueError as error:
+            raise InputError(
+                "model",
+                allowed="an encoder that transformers can give a head for classes",
+                given=f"{model!r} ({type(config).__name__})",
+            ) from error
+
+
+def _kind(name: str) -> str:
+    """What a linear layer is for: attention, feed-forward, or neither, outside the equal layers."""
+    parts = name.split(".")
+    if any("attention" in part or "attn" in part for part in parts):
+        return "attention"
+    return "feed-forward" if any(part.isdigit() for part in parts) else ""
 
 
 def _last_layer(body: nn.Module) -> nn.Module:

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import tempfile
-from collections.abc import Sequence
-from typing import Annotated, Any, Self
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from torch.utils.data import DataLoader
 
 from ... import _checks, hub, randomness
 from ..._records import Record, Results
 from ...errors import InputError
-from .. import sweeps
 from . import models, sources
-from .models import TARGETS, Final, Lora
+from .examples import Examples
+from .models import Full, Lora, Method
+from .rated import RATED
 from .tasks import Task, find
 
-# Adapters of some ranks. Quick is for a processor, and for a few hundred samples.
-GRIDS: dict[str, dict[str, dict[str, Any]]] = {
-    "quick": {
-        "problem": {"epochs": 3, "batch": 16, "tokens": 24, "samples": 256, "seed": range(3)},
-        "adapters": {"rank": [2, 8], "learning_rate": 5e-3},
-    },
-    "paper": {
-        "problem": {"epochs": 10, "batch": 16, "tokens": 128, "samples": 0, "seed": range(5)},
-        "adapters": {"rank": [2, 4, 8, 12], "learning_rate": 1e-3},
-    },
-}
-# The final layer in full takes smaller steps: none of its weights is a product of small factors.
-FINAL_RATE = 1 / 5
+# So many batches at a time have their texts sorted by length.
+POOL = 8
 
 
 class Problem(Record):
@@ -40,33 +35,39 @@ class Problem(Record):
 
     Attributes
     ----------
-    task, source : name of the task, and where its texts are: ``"packaged"``, ``"hub"`` or a folder
-        in GLUE's layout.
+    task, source : name of the task, and where its texts are: ``"rated"``, ``"hub"`` or a folder in
+        GLUE's layout.
     model : encoder: ``"packaged"``, a folder, or a name on the hub.
     pretrained : whether it has its weights, or random ones of the same configuration.
     epochs, batch : of training.
     tokens : to which longer texts are cut off; fewer than 8 have no place for a text beside the
         marks of where texts begin and end.
     samples : of the training set, drawn by the seed; 0 means all.
+    part : on which scores are taken; GLUE's test sets have no labels.
     seed : of the head, the random weights and factors, the samples, their order, and dropout. Equal
         seeds give equal heads, samples and orders whatever the rest.
 
     Raises `InputError` for a value that has no meaning, alone or with the others.
     """
 
-    task: str = "condition"
-    source: str = hub.PACKAGED
+    task: str = "movies"
+    source: str = RATED
     model: str = hub.PACKAGED
     pretrained: bool = True
     epochs: int = Field(3, ge=1)
     batch: int = Field(16, ge=1)
-    tokens: int = Field(24, ge=8)
+    tokens: int = Field(48, ge=8)
     samples: int = Field(0, ge=0)
+    part: Literal["validation", "test"] = "validation"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         sources.check(self.task, self.source)
+        if self.part == "test" and self.source != RATED:
+            raise InputError(
+                "part", allowed=f"validation but for source {RATED!r}", given=self.part
+            )
         if not self.model:
             raise InputError(
                 "model",
@@ -80,39 +81,7 @@ class Setting(Record):
     """One run; whatever the method tunes, the head is tuned too."""
 
     problem: Problem = Problem()
-    method: Annotated[Lora | Final, Field(discriminator="kind")] = Lora()
-
-
-def protocol(
-    profile: str,
-    tasks: Sequence[str],
-    source: str,
-    model: str,
-    *,
-    ranks: Sequence[int] = (),
-    seed: int = 0,
-    seeds: int = 0,
-) -> list[Setting]:
-    """The study's settings for these tasks: for pretrained and for random weights, adapters of each
-    rank for the attention and for all layers; and, for comparison, the final layer in full.
-
-    Ranks, and the number of seeds from ``seed`` on, are by default those of the profile. Raises
-    `InputError` for a profile that there is not.
-    """
-    if profile not in GRIDS:
-        raise InputError("profile", allowed=" or ".join(GRIDS), given=repr(profile))
-    problem, adapters = GRIDS[profile]["problem"], GRIDS[profile]["adapters"]
-    problem = problem | {"seed": range(seed, seed + (seeds or len(problem["seed"])))}
-    adapters = adapters | {"rank": [*(ranks or adapters["rank"])]}
-    texts: Any = {"task": [*tasks], "source": source, "model": model}
-    return sweeps.grid(
-        Setting,
-        problem=sweeps.grid(Problem, **texts, pretrained=[True, False], **problem),
-        method=[
-            *sweeps.grid(Lora, targets=[*TARGETS], **adapters),
-            Final(learning_rate=FINAL_RATE * adapters["learning_rate"]),
-        ],
-    )
+    method: Annotated[Method, Field(discriminator="kind")] = Lora()
 
 
 def check(settings: Sequence[Setting]) -> None:
@@ -123,9 +92,10 @@ def check(settings: Sequence[Setting]) -> None:
     """
     hub.check()
     problems = [setting.problem for setting in settings]
-    for task, source in dict.fromkeys((p.task, p.source) for p in problems):
-        for part in ("train", "validation"):
-            sources.read(task, source, part)
+    for problem in dict.fromkeys(p.replace(seed=0, pretrained=True) for p in problems):
+        there = len(sources.read(problem.task, problem.source, "train").labels)
+        sources.read(problem.task, problem.source, problem.part)
+        _checks.integer("samples", problem.samples, 0, there, limit="all there are to train on")
     highest = {}
     for setting in sorted(settings, key=lambda s: (_rank(s.method), s.problem.pretrained)):
         targets = getattr(setting.method, "targets", None)
@@ -135,14 +105,15 @@ def check(settings: Sequence[Setting]) -> None:
 
 
 class Found(Results):
-    """What a run reaches on the validation set of its task after training.
+    """What a run reaches on held-out texts after training.
 
     ``accuracy`` to ``spearman`` are `tasks.METRICS`, NaN where they are none of the task's;
     ``score``, that by which the task is judged; ``accuracy_matched`` and ``accuracy_mismatched``
     are of MNLI's two validation sets; ``baseline``, the score of the best constant answer;
     ``training_loss``, the mean over the steps; ``parameters``, number of those that are tuned;
-    ``cut_off``, part of the texts that had more tokens than are used; ``left_out``, rows of the
-    source that were of no use.
+    ``cut_off``, part of the texts that had more tokens than are used; ``right``, whether the class
+    of each held-out text was found (`hits`); ``changes``, what tuning all weights did to each
+    linear layer (`spectra`); both are empty where there is none; ``seconds``, of training alone.
     """
 
     accuracy: float
@@ -157,7 +128,9 @@ class Found(Results):
     training_loss: float
     parameters: int
     cut_off: float
-    left_out: int
+    right: str = ""
+    changes: str = ""
+    seconds: float
 
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
@@ -166,28 +139,50 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     return [_run(setting) for setting in settings]
 
 
+def hits(right: str, texts: int) -> NDArray[np.bool_]:
+    """Of ``Found.right``, for each held-out text: whether its class was found."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(right), dtype=np.uint8))
+    return bits[:texts].astype(bool)
+
+
+def spectra(changes: str) -> pd.DataFrame:
+    """Of ``Found.changes``: a row for each linear layer of the encoder.
+
+    Columns are ``layer``, its name; ``norm``, of the change against that of the weights
+    (Frobenius); ``half`` and ``most``, the least rank with half and nine tenths of the change's
+    squared norm; and ``1``, ``2``, ``4``, …, its singular values of these numbers against the
+    first.
+    """
+    return pd.DataFrame(json.loads(changes))
+
+
 def _run(setting: Setting) -> Found:
     from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
     problem = setting.problem
     task = find(problem.task)
-    train, validation = (
-        sources.read(problem.task, problem.source, part) for part in ("train", "validation")
+    train = sources.read(problem.task, problem.source, "train")
+    held_out = sources.read(problem.task, problem.source, problem.part)
+    samples, cut_off = _tokenized(
+        problem.task, problem.source, problem.model, problem.tokens, problem.part
     )
-    words = hub.tokenizer(problem.model)
-    samples, cut_off = _tokenized(problem.task, problem.source, problem.model, problem.tokens)
     network = _network(setting)
-    chosen = torch.randperm(
-        len(train.labels), generator=randomness.generator(problem.seed, "samples"), device="cpu"
-    ).tolist()
+    before = _weights(network) if isinstance(setting.method, Full) else {}
+    steps = _batches(problem, _lengths(samples["train"]))
+    asked = samples[problem.part]
+    order = np.argsort(_lengths(asked), kind="stable")
+
+    class Ordered(Trainer):
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(samples["train"], batch_sampler=steps, collate_fn=self.data_collator)
+
     with tempfile.TemporaryDirectory() as unused, hub.quiet():
-        trainer = Trainer(
+        trainer = Ordered(
             model=network,
             args=TrainingArguments(
                 output_dir=unused,
                 learning_rate=setting.method.learning_rate,
-                num_train_epochs=problem.epochs,
-                per_device_train_batch_size=problem.batch,
+                num_train_epochs=1,
                 per_device_eval_batch_size=64,
                 seed=randomness.number(problem.seed, "training"),
                 save_strategy="no",
@@ -196,26 +191,81 @@ def _run(setting: Setting) -> Found:
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
             ),
-            train_dataset=[samples["train"][i] for i in chosen[: problem.samples or None]],
-            data_collator=DataCollatorWithPadding(words),
+            train_dataset=samples["train"],
+            data_collator=DataCollatorWithPadding(hub.tokenizer(problem.model)),
         )
         trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
         loss = trainer.train().training_loss
-        outputs = trainer.predict(samples["validation"]).predictions
-    answers = task.answers(outputs)
+        seconds = time.perf_counter() - start
+        outputs = np.empty((len(asked), task.outputs))
+        ordered: Any = [asked[i] for i in order]
+        outputs[order] = trainer.predict(ordered).predictions
+    answers, wanted = task.answers(outputs), np.array(held_out.labels)
     baseline = np.full(len(answers), task.constant(train.labels))
     return Found(
-        **task.scores(answers, validation.labels),
-        **_by_set(task, answers, validation),
-        baseline=task.scores(baseline, validation.labels)["score"],
+        **task.scores(answers, wanted),
+        **_by_set(task, answers, held_out),
+        baseline=task.scores(baseline, wanted)["score"],
         training_loss=float(loss),
         parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
         cut_off=cut_off,
-        left_out=train.left_out + validation.left_out,
+        right="" if task.regression else np.packbits(answers == wanted).tobytes().hex(),
+        changes=_changes(before, _weights(network)) if before else "",
+        seconds=seconds,
     )
 
 
-def _rank(method: Lora | Final) -> int:
+def _batches(problem: Problem, lengths: NDArray[np.int64]) -> list[list[int]]:
+    """The training texts of each step, of all epochs.
+
+    Texts of about one length go together, as padding costs as much as text: of a few batches at a
+    time, drawn at random, the texts are sorted, and the batches of an epoch are then shuffled.
+    """
+    draw = np.random.default_rng(randomness.number(problem.seed, "samples"))
+    chosen = draw.permutation(len(lengths))[: problem.samples or None]
+    found = []
+    for _ in range(problem.epochs):
+        epoch = []
+        for pool in _cut(draw.permutation(chosen), POOL * problem.batch):
+            epoch += _cut(pool[np.argsort(lengths[pool], kind="stable")], problem.batch)
+        found += [epoch[i].tolist() for i in draw.permutation(len(epoch))]
+    return found
+
+
+def _cut(values: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return np.split(values, range(size, len(values), size))
+
+
+def _lengths(samples: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
+    return np.array([len(sample["input_ids"]) for sample in samples])
+
+
+def _weights(network: Any) -> dict[str, torch.Tensor]:
+    layers = models.targeted(network.base_model, "all")
+    return {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+
+def _changes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> str:
+    """What `spectra` reads."""
+    rows = []
+    for name, weight in before.items():
+        change = after[name] - weight
+        values = torch.linalg.svdvals(change.double())
+        carried = values.square().cumsum(0) / values.square().sum()
+        numbers = [2**i for i in range(len(values).bit_length())]
+        rows.append(
+            {"layer": name, "norm": float(change.norm() / weight.norm())}
+            | {
+                part: int((carried < share).sum()) + 1
+                for part, share in (("half", 0.5), ("most", 0.9))
+            }
+            | {str(number): float(values[number - 1] / values[0]) for number in numbers}
+        )
+    return json.dumps(rows)
+
+
+def _rank(method: Method) -> int:
     return method.rank if isinstance(method, Lora) else 0
 
 
@@ -229,7 +279,7 @@ def _network(setting: Setting) -> Any:
     return models.adapt(network, setting.method, seed=problem.seed)
 
 
-def _by_set(task: Task, answers: Any, validation: sources.Examples) -> dict[str, Any]:
+def _by_set(task: Task, answers: Any, validation: Examples) -> dict[str, Any]:
     """Accuracies on MNLI's two validation sets."""
     if len(validation.sizes) == 1:
         return {}
@@ -254,19 +304,21 @@ def _fits(problem: Problem, network: Any) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenized(task: str, source: str, model: str, tokens: int) -> tuple[dict[str, Any], float]:
-    """Training and validation set as the model takes them, and the part of texts cut off."""
+def _tokenized(
+    task: str, source: str, model: str, tokens: int, part: str
+) -> tuple[dict[str, Any], float]:
+    """Training set and another part as the model takes them, and the part of texts cut off."""
     words = hub.tokenizer(model)
     found, lengths = {}, []
-    for part in ("train", "validation"):
-        examples = sources.read(task, source, part)
+    for name in ("train", part):
+        examples = sources.read(task, source, name)
         columns = [list(column) for column in zip(*examples.texts, strict=True)]
         with hub.quiet():
             encoded = words(*columns, truncation=True, max_length=tokens)
             lengths += [len(ids) for ids in words(*columns)["input_ids"]]
         kind = float if find(task).regression else int
-        found[part] = [
-            {name: values[i] for name, values in encoded.items()} | {"label": kind(label)}
+        found[name] = [
+            {key: values[i] for key, values in encoded.items()} | {"label": kind(label)}
             for i, label in enumerate(examples.labels)
         ]
     return found, float(np.mean(np.array(lengths) > tokens))

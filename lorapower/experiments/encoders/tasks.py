@@ -35,6 +35,7 @@ class Task:
     header : the columns of training and validation files that have no line of names.
     spoiled : how many lines of a training or validation set may have a wrong number of columns or
         an empty text, as they do in the distributed files; they are left out and counted.
+    limits : least and greatest number of a regression.
     """
 
     name: str
@@ -47,13 +48,11 @@ class Task:
     sets: tuple[str, ...] = ("",)
     header: tuple[str, ...] = ()
     spoiled: int = 0
-
-    # Of a regression, whose only task is STS-B.
-    LOWEST, HIGHEST = 0.0, 5.0
+    limits: tuple[float, float] = (0.0, 5.0)
 
     @property
     def regression(self) -> bool:
-        """Whether labels are numbers from 0 to 5, and not classes."""
+        """Whether labels are numbers, and not classes."""
         return not self.classes
 
     @property
@@ -158,34 +157,45 @@ GLUE = {
     )
 }
 
-# Conditions are the most frequent ones; other rows are of no use then.
-#: Tasks on the packaged reviews, by name.
-REVIEWS = {
+_KINDS = {
+    "movies": "movieReviewSnippets",
+    "tweets": "tweets",
+    "products": "amazonReviewSnippets",
+    "editorials": "nytEditorialSnippets",
+}
+
+#: Tasks on the rated sentences, by name: for each kind of text the sign of the mean rating, and,
+#: with ``-rating`` after its name, the mean rating itself.
+SENTENCES = {
     task.name: task
+    for kind, file in _KINDS.items()
     for task in (
         Task(
-            "condition",
-            "",
-            ("review",),
-            ("review",),
-            "condition",
-            ("Birth Control", "Depression", "Pain"),
+            kind,
+            file,
+            ("text",),
+            ("text",),
+            "rating",
+            ("negative", "positive"),
             ("accuracy", "matthews"),
+            spoiled=100,
         ),
         Task(
+            f"{kind}-rating",
+            file,
+            ("text",),
+            ("text",),
             "rating",
-            "",
-            ("review",),
-            ("review",),
-            "rating",
-            ("negative", "neutral", "positive"),
-            ("accuracy", "matthews"),
+            (),
+            ("pearson", "spearman"),
+            spoiled=100,
+            limits=(-4.0, 4.0),
         ),
     )
 }
 
 #: All of them.
-TASKS = GLUE | REVIEWS
+TASKS = GLUE | SENTENCES
 
 #: Scores of RoBERTa-base with adapters of rank 2, pretrained and random: Zeng and Lee (2024).
 PUBLISHED = {

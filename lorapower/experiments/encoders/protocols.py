@@ -1,0 +1,157 @@
+"""Which runs are compared: settings by profile, and the search for learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from ...errors import InputError
+from .. import sweeps
+from . import models, sources
+from .models import Final, Full, Lora, Method
+from .runs import Problem, Setting
+
+#: Of each profile: what all runs share; the ranks; the numbers of training samples; and the
+#: learning rates that `search` tries for each kind of method, of which the first is the default.
+#: Quick is for a processor and some minutes.
+GRIDS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "problem": {"epochs": 1, "batch": 32, "tokens": 48, "seed": range(1)},
+        "ranks": [1, 8],
+        "samples": [256, 768],
+        "rates": {"lora": [5e-3], "final": [1e-3], "full": [2e-4]},
+    },
+    "paper": {
+        "problem": {"epochs": 3, "batch": 32, "tokens": 64, "seed": range(3)},
+        "ranks": [1, 2, 4, 8],
+        "samples": [250, 1000, 4000],
+        "rates": {
+            "lora": [3e-3, 1e-3, 1e-2],
+            "final": [1e-3, 3e-4, 3e-3],
+            "full": [1e-4, 3e-5, 3e-4],
+        },
+    },
+}
+#: Learning rates, by kind of method and whether the weights are pretrained.
+Rates = Mapping[tuple[str, bool], float]
+
+
+def compared(
+    profile: str,
+    tasks: Sequence[str],
+    source: str,
+    model: str,
+    *,
+    ranks: Sequence[int] = (),
+    seed: int = 0,
+    seeds: int = 0,
+    rates: Rates | None = None,
+) -> list[Setting]:
+    """Settings that compare ranks, layers, weights and numbers of samples, for each task and seed.
+
+    From pretrained weights and the most samples: adapters of each rank on all linear layers, and
+    for attention and for feed-forward layers of the rank at which they have as many numbers as the
+    highest on all (`models.equal_ranks`), in paper also of each rank; the last layer; all weights.
+    From random weights: the highest rank on all layers, in paper each, and the last two. With
+    fewer samples: the lowest and the highest rank on all layers, and all weights.
+
+    Ranks, and the number of seeds from ``seed`` on, are by default those of the profile; learning
+    rates, its first (`best_rates` finds others). Raises `InputError` for a profile that there is
+    not.
+    """
+    grid = _grid(profile)
+    chosen = sorted(ranks or grid["ranks"])
+    whole = profile == "paper"
+    equal = models.equal_ranks(model, chosen[-1])
+    parts = [targets for targets in models.TARGETS if targets != "all"]
+    everywhere = [Lora(rank=rank) for rank in chosen]
+    fewer: list[Method] = [everywhere[0], everywhere[-1], Full()]
+    pretrained: list[Method] = [
+        *everywhere,
+        *(Lora(targets=targets, rank=equal[targets]) for targets in parts),
+        *(Lora(targets=targets, rank=rank) for targets in parts for rank in chosen if whole),
+        Final(),
+        Full(),
+    ]
+    drawn: list[Method] = [*everywhere, Final(), Full()] if whole else [everywhere[-1]]
+    *few, most = grid["samples"]
+    wanted = [
+        *((True, most, method) for method in pretrained),
+        *((False, most, method) for method in drawn),
+        *((True, samples, method) for samples in few for method in fewer),
+    ]
+    return [
+        Setting(
+            problem=problem.replace(pretrained=shipped, samples=samples),
+            method=_at(method, (rates or {}).get((method.kind, shipped), _first(grid, method))),
+        )
+        for problem in _problems(grid, tasks, source, model, seed, seeds)
+        for shipped, samples, method in dict.fromkeys(wanted)
+    ]
+
+
+def search(
+    profile: str, tasks: Sequence[str], source: str, model: str, *, seed: int = 0
+) -> list[Setting]:
+    """Settings that try the profile's learning rates for each kind of method.
+
+    Scores are taken on the validation set, which nothing else uses where there is a test set with
+    labels; for the first task, one seed, and the most samples but one. Raises `InputError` for a
+    profile that there is not.
+    """
+    grid = _grid(profile)
+    (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
+    methods: list[Method] = [Lora(rank=4), Final(), Full()]
+    return [
+        Setting(
+            problem=problem.replace(
+                pretrained=shipped, samples=grid["samples"][-2], part="validation"
+            ),
+            method=_at(method, rate),
+        )
+        for shipped in (True, False)
+        for method in methods
+        for rate in sorted(grid["rates"][method.kind])
+    ]
+
+
+def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], float]:
+    """Of a table of runs of `search`: the learning rate with the best score; of two, the lower."""
+    best = table.loc[table.groupby(["kind", "pretrained"]).score.idxmax()]
+    return {
+        (kind, bool(shipped)): float(rate)
+        for kind, shipped, rate in zip(
+            best["kind"], best["pretrained"], best["learning_rate"], strict=True
+        )
+    }
+
+
+def _grid(profile: str) -> dict[str, Any]:
+    if profile not in GRIDS:
+        raise InputError("profile", allowed=" or ".join(GRIDS), given=repr(profile))
+    return GRIDS[profile]
+
+
+def _at(method: Method, rate: float) -> Method:
+    return method.replace(learning_rate=rate)
+
+
+def _first(grid: dict[str, Any], method: Method) -> float:
+    rate: float = grid["rates"][method.kind][0]
+    return rate
+
+
+def _problems(
+    grid: dict[str, Any], tasks: Sequence[str], source: str, model: str, seed: int, seeds: int
+) -> list[Problem]:
+    own = grid["problem"]
+    return sweeps.grid(
+        Problem,
+        task=[*tasks],
+        source=source,
+        model=model,
+        part=sources.held_out(source),
+        **own | {"seed": range(seed, seed + (seeds or len(own["seed"])))},
+    )
