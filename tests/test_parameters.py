@@ -59,7 +59,7 @@ def completed(**given: object) -> All:
 def test_right_parameters_are_completed() -> None:
     found = completed()
     assert (found.profile, found.seed, found.width, found.depth) == ("quick", 0, 16, 6)
-    assert (found.source, found.model, found.tasks) == ("packaged", "packaged", [])
+    assert (found.source, found.model, found.tasks) == ("rated", "packaged", [])
     assert completed(source="hub", model="roberta-base").model == "roberta-base"
     assert completed(width=2, ranks=[]).ranks == [0, 1, 2]
     assert completed(width=16, ranks=[]).ranks == list(range(17))
@@ -114,7 +114,7 @@ def test_results_are_kept_where_they_are_wanted(
 
 
 def test_tasks_are_completed_in_the_order_of_their_source(tmp_path: Path) -> None:
-    assert sources.chosen([], "packaged") == ["condition"]
+    assert sources.chosen([], "rated") == ["movies"]
     assert sources.chosen(["rte", "cola"], "hub") == ["cola", "rte"]
     assert len(sources.chosen([], str(tmp_path))) == 9
 
@@ -122,8 +122,8 @@ def test_tasks_are_completed_in_the_order_of_their_source(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("source", "names", "complaint"),
     [
-        ("packaged", ["cola"], "task must be one of condition, rating .* got 'cola'"),
-        ("hub", ["rating"], "task must be one of cola, sst2, .* with source 'hub'"),
+        ("rated", ["cola"], "task must be one of movies, movies-rating, .* got 'cola'"),
+        ("hub", ["tweets"], "task must be one of cola, sst2, .* with source 'hub'"),
         ("hub", ["CoLA"], "task must be one of .*; got 'CoLA'"),
         ("hub", ["cola", "ms"], "task must be one of .*; got 'ms'"),
         ("no/such/folder", [], "a folder that exists; got 'no/such/folder'"),

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from .._records import Record
 from ..errors import InputError
+from ..experiments.encoders.rated import RATED
 from ..hub import PACKAGED
 
 # Names the folder of results of those that are given none.
@@ -77,7 +78,6 @@ def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
 
 
 _LISTED = BeforeValidator(_listed)
-_PACKAGED = AfterValidator(lambda name: name or PACKAGED)
 
 #: Width of a layer, from 1 to `WIDEST`.
 Width = whole(1, WIDEST)
@@ -96,10 +96,10 @@ Seeds = whole(0, 100)
 #: Ranks up to the parameter ``width``, which is declared before them; none stand for all of them,
 #: or for 17 where there are more.
 Ranks: Any = Annotated[wholes(0), AfterValidator(_within_width)]
-#: Where texts come from; an empty name stands for the packaged ones.
-Source = Annotated[str, _PACKAGED]
+#: Where texts come from; an empty name stands for the rated sentences.
+Source = Annotated[str, AfterValidator(lambda name: name or RATED)]
 #: Name of an encoder; an empty one stands for the packaged encoder.
-Model = Annotated[str, _PACKAGED]
+Model = Annotated[str, AfterValidator(lambda name: name or PACKAGED)]
 #: Names of tasks.
 Tasks = Annotated[list[str], _LISTED]
 
