@@ -173,6 +173,16 @@ def test_chapter_shows_what_its_source_holds(book: Path, chapter: Path) -> None:
     assert str(ROOT) not in text
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_has_the_number_of_its_file(book: Path, chapter: Path) -> None:
+    """In all parts of the book; its statements and figures count from there."""
+    page, number = soup(book, f"chapters/{chapter.stem}"), int(chapter.stem[:2])
+    counters = page.select("h1 .section-number, article .caption-number")
+    assert len(counters) > 1
+    for counter in counters:
+        assert re.search(rf"\b{number}\.", counter.get_text()), counter
+
+
 @pytest.mark.parametrize("docname", [*PAGES, "search", "genindex", "py-modindex"])
 def test_internal_links_resolve(book: Path, docname: str) -> None:
     here = book / f"{docname}.html"
