@@ -141,6 +141,31 @@ def test_matthews_is_the_correlation_of_classes(wanted: list[int], data: st.Data
     assert found == pytest.approx(GLUE["stsb"].scores(answers, wanted)["pearson"], abs=1e-9)
 
 
+@each_task
+def test_contributions_have_the_score_as_mean(task: Task) -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, task.outputs if task.classes else 6, 200).astype(float)
+    same = random.random(200) < 0.7
+    given = np.where(same, labels, random.permutation(labels))
+    found = task.contributions(given, labels)
+    assert found.mean() == pytest.approx(task.scores(given, labels)["score"])
+    assert not task.contributions(np.zeros(200), labels + 1).any()
+
+
+@pytest.mark.parametrize("name", ["stsb", "cola", "rte"])
+def test_contributions_have_the_error_of_the_score(name: str) -> None:
+    """Against the bootstrap."""
+    task, random = GLUE[name], np.random.default_rng(0)
+    x = random.normal(size=(2, 1000))
+    labels, given = x[0], 0.8 * x[0] + 0.6 * x[1]
+    if task.classes:
+        labels, given = (labels > 0.3).astype(float), (given > 0.3).astype(float)
+    draws = random.integers(0, 1000, (400, 1000))
+    scores = [task.scores(given[draw], labels[draw])["score"] for draw in draws]
+    error = task.contributions(given, labels).std() / math.sqrt(1000)
+    assert error == pytest.approx(np.std(scores), rel=0.12)
+
+
 def test_answers_are_the_largest_output_or_the_number() -> None:
     assert GLUE["mnli"].answers([[0.1, 0.3, 0.2], [3.0, 2.0, 1.0]]).tolist() == [1, 0]
     assert GLUE["stsb"].answers([[0.25], [4.5]]).tolist() == [0.25, 4.5]
@@ -811,19 +836,13 @@ def test_equal_ranks_have_nearly_as_many_numbers(roberta: str) -> None:
             assert abs(found[targets] * size - rank * whole) == min(others)  # type: ignore[index]
 
 
-def test_hits_are_those_of_the_score(tiny: Problem) -> None:
-    (found,) = measure(tiny.replace(task="mnli"))
-    right = runs.hits(found.right, 16)
-    assert right.mean() == pytest.approx(found.accuracy)
-    assert right[:8].mean() == pytest.approx(found.accuracy_matched)
-    (found,) = measure(tiny.replace(task="stsb"))
-    assert found.right == ""
-
-
-@given(st.lists(st.booleans(), min_size=1))
-def test_hits_are_kept_as_digits(right: list[bool]) -> None:
-    text = np.packbits(np.array(right)).tobytes().hex()
-    assert runs.hits(text, len(right)).tolist() == right
+@pytest.mark.parametrize("task", ["mnli", "stsb", "cola"])
+def test_answers_are_kept(task: str, tiny: Problem) -> None:
+    (found,) = measure(tiny.replace(task=task, tokens=28))
+    about, labels = GLUE[task], sources.read(task, tiny.source, "validation").labels
+    given = runs.answers(found.answers)
+    assert len(given) == len(labels)
+    assert about.scores(given, labels)["score"] == pytest.approx(found.score, abs=1e-6)
 
 
 def test_spectra_are_those_of_the_change() -> None:

@@ -211,6 +211,32 @@ def medians(
     return figure
 
 
+def intervals(
+    rows: Mapping[str, Sequence[float]],
+    *,
+    levels: Mapping[str, float] | None = None,
+    xlabel: str,
+) -> Figure:
+    """A row for each entry, from above: a mean, and a bar from the lower to the upper limit.
+
+    Entries are (mean, low, high). Levels are dashed vertical lines, named in the legend.
+    """
+    check_some(rows=rows)
+    figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.34 * len(rows)))
+    for y, (label, look) in enumerate(looks(rows).items()):
+        mean, low, high = numbers(label, rows[label], 3)
+        ax.plot([low, high], [y, y], color=look.color, lw=2)
+        ax.plot(mean, y, **look.style() | {"ls": ""})
+    for label, level in (levels or {}).items():
+        ax.axvline(level, label=label, **_LEVEL)
+    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
+    ax.set_yticks(range(len(rows)), [*rows])
+    ax.grid(axis="y", visible=False)
+    if levels:
+        _legend(figure)
+    return figure
+
+
 def scatter(
     points: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,

@@ -1,4 +1,4 @@
-"""Intervals for accuracies and for their differences, from what single texts show."""
+"""Intervals for scores and for their differences, from what single texts contribute."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Interval(NamedTuple):
 def interval(values: ArrayLike) -> Interval:
     """The mean of ``values`` ``[seeds, texts]`` over other texts and other seeds like these.
 
-    Values are whether a run found a text's class, or, for two methods on the same texts and seeds,
-    the difference of both, which pairs them. The variance of the mean is
+    Values are what texts contribute to a score (`Task.contributions`), or, for two methods on the
+    same texts and seeds, the difference of both, which pairs them. The variance of the mean is
     ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and over texts.
     Each holds part of the other's noise, so that the interval is rather too wide than too narrow.
     One seed says nothing of the second part, which then is left out.

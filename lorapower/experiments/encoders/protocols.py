@@ -13,8 +13,8 @@ from . import models, sources
 from .models import Final, Full, Lora, Method
 from .runs import Problem, Setting
 
-#: Of each profile: what all runs share; the ranks; the numbers of training samples; and the
-#: learning rates that `search` tries for each kind of method, of which the first is the default.
+#: Of each profile: what all runs share; the ranks; the numbers of training samples, 0 for all; and
+#: the learning rates that `search` tries for each kind of method, the first being the default.
 #: Quick is for a processor and some minutes.
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -26,7 +26,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "paper": {
         "problem": {"epochs": 3, "batch": 32, "tokens": 64, "seed": range(3)},
         "ranks": [1, 2, 4, 8],
-        "samples": [250, 1000, 4000],
+        "samples": [250, 1000, 4000, 0],
         "rates": {
             "lora": [3e-3, 1e-3, 1e-2],
             "final": [1e-3, 3e-4, 3e-3],
@@ -76,20 +76,22 @@ def compared(
         Full(),
     ]
     drawn: list[Method] = [*everywhere, Final(), Full()] if whole else [everywhere[-1]]
-    *few, most = grid["samples"]
-    wanted = [
-        *((True, most, method) for method in pretrained),
-        *((False, most, method) for method in drawn),
-        *((True, samples, method) for samples in few for method in fewer),
-    ]
-    return [
-        Setting(
-            problem=problem.replace(pretrained=shipped, samples=samples),
-            method=_at(method, (rates or {}).get((method.kind, shipped), _first(grid, method))),
-        )
-        for problem in _problems(grid, tasks, source, model, seed, seeds)
-        for shipped, samples, method in dict.fromkeys(wanted)
-    ]
+    found = []
+    for problem in _problems(grid, tasks, source, model, seed, seeds):
+        *few, most = _samples(grid, problem)
+        wanted = [
+            *((True, most, method) for method in pretrained),
+            *((False, most, method) for method in drawn),
+            *((True, samples, method) for samples in few for method in fewer),
+        ]
+        found += [
+            Setting(
+                problem=problem.replace(pretrained=shipped, samples=samples),
+                method=_at(method, (rates or {}).get((method.kind, shipped), _first(grid, method))),
+            )
+            for shipped, samples, method in dict.fromkeys(wanted)
+        ]
+    return found
 
 
 def search(
@@ -98,17 +100,16 @@ def search(
     """Settings that try the profile's learning rates for each kind of method.
 
     Scores are taken on the validation set, which nothing else uses where there is a test set with
-    labels; for the first task, one seed, and the most samples but one. Raises `InputError` for a
-    profile that there is not.
+    labels; for the first task, one seed, and the least number of samples but one. Raises
+    `InputError` for a profile that there is not.
     """
     grid = _grid(profile)
     (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
     methods: list[Method] = [Lora(rank=4), Final(), Full()]
+    samples = _samples(grid, problem)[:2][-1]
     return [
         Setting(
-            problem=problem.replace(
-                pretrained=shipped, samples=grid["samples"][-2], part="validation"
-            ),
+            problem=problem.replace(pretrained=shipped, samples=samples, part="validation"),
             method=_at(method, rate),
         )
         for shipped in (True, False)
@@ -132,6 +133,13 @@ def _grid(profile: str) -> dict[str, Any]:
     if profile not in GRIDS:
         raise InputError("profile", allowed=" or ".join(GRIDS), given=repr(profile))
     return GRIDS[profile]
+
+
+def _samples(grid: dict[str, Any], problem: Problem) -> list[int]:
+    """The profile's numbers of samples, from least to most; 0 instead of more than there are."""
+    there = len(sources.read(problem.task, problem.source, "train").labels)
+    fewer = [samples for samples in grid["samples"] if 0 < samples < there]
+    return fewer if len(fewer) == len(grid["samples"]) else [*fewer, 0]
 
 
 def _at(method: Method, rate: float) -> Method:

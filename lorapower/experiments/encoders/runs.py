@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import math
@@ -111,9 +112,9 @@ class Found(Results):
     ``score``, that by which the task is judged; ``accuracy_matched`` and ``accuracy_mismatched``
     are of MNLI's two validation sets; ``baseline``, the score of the best constant answer;
     ``training_loss``, the mean over the steps; ``parameters``, number of those that are tuned;
-    ``cut_off``, part of the texts that had more tokens than are used; ``right``, whether the class
-    of each held-out text was found (`hits`); ``changes``, what tuning all weights did to each
-    linear layer (`spectra`); both are empty where there is none; ``seconds``, of training alone.
+    ``cut_off``, part of the texts that had more tokens than are used; ``answers``, to each held-out
+    text (`answers`); ``changes``, what tuning all weights did to each linear layer (`spectra`), or
+    nothing; ``seconds``, of training alone.
     """
 
     accuracy: float
@@ -128,7 +129,7 @@ class Found(Results):
     training_loss: float
     parameters: int
     cut_off: float
-    right: str = ""
+    answers: str
     changes: str = ""
     seconds: float
 
@@ -139,10 +140,9 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     return [_run(setting) for setting in settings]
 
 
-def hits(right: str, texts: int) -> NDArray[np.bool_]:
-    """Of ``Found.right``, for each held-out text: whether its class was found."""
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(right), dtype=np.uint8))
-    return bits[:texts].astype(bool)
+def answers(text: str) -> NDArray[np.float64]:
+    """Of ``Found.answers``, for each held-out text: number of the class, or the number."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
 
 
 def spectra(changes: str) -> pd.DataFrame:
@@ -201,16 +201,16 @@ def _run(setting: Setting) -> Found:
         outputs = np.empty((len(asked), task.outputs))
         ordered: Any = [asked[i] for i in order]
         outputs[order] = trainer.predict(ordered).predictions
-    answers, wanted = task.answers(outputs), np.array(held_out.labels)
-    baseline = np.full(len(answers), task.constant(train.labels))
+    given, wanted = task.answers(outputs), np.array(held_out.labels)
+    baseline = np.full(len(given), task.constant(train.labels))
     return Found(
-        **task.scores(answers, wanted),
-        **_by_set(task, answers, held_out),
+        **task.scores(given, wanted),
+        **_by_set(task, given, held_out),
         baseline=task.scores(baseline, wanted)["score"],
         training_loss=float(loss),
         parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
         cut_off=cut_off,
-        right="" if task.regression else np.packbits(answers == wanted).tobytes().hex(),
+        answers=base64.b64encode(given.astype("<f4").tobytes()).decode(),
         changes=_changes(before, _weights(network)) if before else "",
         seconds=seconds,
     )

@@ -91,6 +91,23 @@ class Task:
         }
         return found | {"score": found[self.metrics[0]]}
 
+    def contributions(self, answers: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+        """Of each text: a number such that their mean is the score, and their spread its error.
+
+        For an accuracy that is 1 where the answer is right, else 0. For a correlation ``r``, of
+        answers ``x`` and labels ``y`` brought to mean 0 and variance 1, it is
+        ``r + xy - r(x² + y²)/2``: with this influence function the standard error of ``r`` is that
+        of a mean, to first order. Answers that are all the same correlate with nothing: 0.
+        """
+        given, wanted = (np.asarray(a, dtype=np.float64) for a in (answers, labels))
+        if self.metrics[0] == "accuracy":
+            return (given == wanted).astype(np.float64)
+        if np.ptp(given) == 0 or np.ptp(wanted) == 0:
+            return np.zeros(len(given))
+        x, y = ((values - values.mean()) / values.std() for values in (given, wanted))
+        r = (x * y).mean()
+        return np.asarray(r + x * y - r * (x**2 + y**2) / 2)
+
     def constant(self, labels: Sequence[float]) -> float:
         """The best answer for all samples alike: the most frequent class, or the mean."""
         values, counts = np.unique(np.asarray(labels), return_counts=True)
