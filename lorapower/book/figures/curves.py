@@ -178,7 +178,7 @@ def medians(
     for tables in panels.values():
         check_named(panels=tables)
     figure, axes = plt.subplots(
-        len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 2.6 * len(panels))
+        len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 2.4 * len(panels))
     )
     labels = list(dict.fromkeys(label for tables in panels.values() for label in tables))
     look_of = looks(labels)
