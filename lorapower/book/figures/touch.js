@@ -5,12 +5,12 @@
   const data = JSON.parse(root.querySelector("[type='application/json']").textContent);
   const names = Object.keys(data.spectra);
   const [WIDTH, HEIGHT] = [360, 262];
-  const BOX = { left: 44, right: WIDTH - 12, top: 38, bottom: HEIGHT - 40 };
+  const BOX = { left: 62, right: WIDTH - 12, top: 38, bottom: HEIGHT - 40 };
   const STRIP = 0.15; // the part of the axis that holds all that is rounding
   const LEAST = 1e-17; // drawn at the foot of the strip
 
   const make = (name, attributes = {}, ...children) => {
-    const space = /^(svg|g|path|line|circle|rect|text)$/.test(name)
+    const space = /^(svg|path|line|circle|rect|text)$/.test(name)
       ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
     const element = document.createElementNS(space, name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -56,7 +56,9 @@
   const state = make("p", { class: "touch-state", "aria-live": "polite" });
 
   const panel = (title, xlabel, legend) => {
-    const layer = make("g");
+    // What leaves the axes is cut there.
+    const [edge, room] = [BOX.top - 4, BOX.bottom - BOX.top + 12];
+    const layer = make("svg", { y: edge, width: WIDTH, height: room, viewBox: `0 ${edge} ${WIDTH} ${room}` });
     const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title },
       text(BOX.left, 14, title), text((BOX.left + BOX.right) / 2, HEIGHT - 4, xlabel, "middle"),
       line(BOX.left, BOX.bottom, BOX.right, BOX.bottom, "grid"));
@@ -83,7 +85,7 @@
     : withinY(Math.log10(Math.max(value, LEAST)));
   error.svg.append(
     make("rect", { x: BOX.left, y: cut, width: BOX.right - BOX.left, height: BOX.bottom - cut, class: "strip" }),
-    text(BOX.left + 4, BOX.bottom - 4, "rounding"));
+    text(BOX.left - 5, (cut + BOX.bottom) / 2 + 4, "rounding", "end"));
   for (let power = Math.ceil(bottom); power <= top; power += 1) {
     error.svg.append(line(BOX.left, aboveY(power), BOX.right, aboveY(power), "grid"),
       text(BOX.left - 5, aboveY(power) + 4, String(Number(`1e${power}`)), "end"));

@@ -83,15 +83,15 @@ class Touch:
         shapes: dict[str, tuple[int, ...]] = {
             "layers": cases[:1],
             "thresholds": cases,
-            **dict.fromkeys(("errors", "bounds"), tried),
+            "errors": tried,
+            "bounds": tried,
             "target": points,
             "frozen": (*cases, *points),
             "adapted": (*tried, *points),
         }
         for name, shape in shapes.items():
-            if np.shape(getattr(self, name)) != shape:
-                given = f"shape {np.shape(getattr(self, name))}"
-                raise InputError(name, allowed=f"of shape {shape}", given=given)
+            if (found := self._arrays[name].shape) != shape:
+                raise InputError(name, allowed=f"of shape {shape}", given=f"shape {found}")
         settings = self.ranks, self.depths, [*self.spectra]
         if len(self.start) != 3 or any(map(lambda s, all_: s not in all_, self.start, settings)):
             raise InputError(
@@ -101,20 +101,22 @@ class Touch:
     @cached_property
     def data(self) -> dict[str, Any]:
         """What the script draws from, in plain numbers; functions are flat lists of x and y."""
-        low, high = self._ends
+        arrays = self._arrays
         return {
             "ranks": [*self.ranks],
             "depths": [*self.depths],
             "layers": [*self.layers],
-            "spectra": {name: _digits(sigma) for name, sigma in self.spectra.items()},
-            "thresholds": np.asarray(self.thresholds, dtype=int).tolist(),
-            "errors": _digits(self.errors),
-            "bounds": _digits(self.bounds),
+            "spectra": {
+                name: _digits(numbers(name, sigma)) for name, sigma in self.spectra.items()
+            },
+            "thresholds": arrays["thresholds"].astype(int).tolist(),
+            "errors": _digits(arrays["errors"]),
+            "bounds": _digits(arrays["bounds"]),
             "rounding": self.rounding,
-            "ends": [low, high],
-            "target": self._bends(self.target),
-            "frozen": self._bends(self.frozen),
-            "adapted": self._bends(self.adapted),
+            "ends": [*self._ends],
+            "target": self._bends(arrays["target"]),
+            "frozen": self._bends(arrays["frozen"]),
+            "adapted": self._bends(arrays["adapted"]),
             "start": [*self._start],
             "said": [text.replace("{rounding}", _power(self.rounding)) for text in _SAID],
         }
@@ -124,40 +126,41 @@ class Touch:
         """The first setting and its error in words."""
         rank, depth, spectrum = self.start
         r, i, j = self._start
-        error, bound = (np.asarray(values)[i, j, r] for values in (self.errors, self.bounds))
+        error = self._arrays["errors"][i, j, r]
         return self.data["said"][int(error < self.rounding)].format(
             rank=rank,
             depth=depth,
             spectrum=spectrum,
             error=f"{error:.2g}",
-            bound=f"{bound:.2g}",
-            threshold=np.asarray(self.thresholds)[i, j],
+            bound=f"{self._arrays['bounds'][i, j, r]:.2g}",
+            threshold=self.data["thresholds"][i][j],
         )
 
     def picture(self) -> Figure:
         """The first setting, for where there are no scripts."""
         r, i, j = self._start
+        arrays = self._arrays
         look = looks(("construction", "frozen", "target"))
-        blue = look["construction"].color
+        own, before = look["construction"], look["frozen"]
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
-        errors, bounds = (np.asarray(each)[i, j] for each in (self.errors, self.bounds))
+        errors, bounds = arrays["errors"][i, j], arrays["bounds"][i, j]
         bounds = np.where(bounds >= self.rounding, bounds, np.nan)
-        left.plot(self.ranks, errors, label="measured", **look["construction"].style() | {"ls": ""})
-        left.plot(self.ranks[r], errors[r], "o", color=blue)
-        left.plot(self.ranks, bounds, color=blue, lw=1.5, label="bound")
-        threshold = float(np.asarray(self.thresholds)[i, j])
-        left.axvline(threshold, color=look["frozen"].color, ls=":", label="threshold")
+        left.plot(self.ranks, errors, label="measured", **own.style() | {"ls": ""})
+        left.plot(self.ranks[r], errors[r], "o", color=own.color)
+        left.plot(self.ranks, bounds, color=own.color, lw=1.5, label="bound")
+        left.axvline(arrays["thresholds"][i, j], color=before.color, ls=":", label="threshold")
         left.set(xlabel="rank $R$ of each adapter", title="relative error", yscale="log")
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
         strip(left, self.rounding)
-        drawn = {"target": self.target, "frozen": np.asarray(self.frozen)[i, j]}
-        for name, values in drawn.items():
-            right.plot(self.at, values, color=look[name].color, ls=look[name].line, label=name)
-        right.plot(self.at, np.asarray(self.adapted)[i, j, r], color=blue, label="adapted")
-        low, high = self._ends
-        right.set(xlabel="place on a line of inputs", title="one output", ylim=(low, high))
+        ink = look["target"].color
+        right.plot(arrays["at"], arrays["target"], color=ink, alpha=0.35, lw=4.5, label="target")
+        drawn = {"frozen": (before, arrays["frozen"][i, j])}
+        drawn |= {"adapted": (own, arrays["adapted"][i, j, r])}
+        for name, (kind, values) in drawn.items():
+            right.plot(arrays["at"], values, color=kind.color, ls=kind.line, label=name)
+        right.set(xlabel="place on a line of inputs", title="one output", ylim=self._ends)
         for ax in (left, right):
-            ax.legend(loc="best", fontsize="small")
+            ax.legend(fontsize="small")
         return figure
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
@@ -182,6 +185,11 @@ class Touch:
         )
         return {"text/html": html, "image/svg+xml": svg, "text/plain": self.sentence}
 
+    @cached_property
+    def _arrays(self) -> dict[str, NDArray[np.float64]]:
+        names = ("layers", "thresholds", "errors", "bounds", "at", "target", "frozen", "adapted")
+        return {name: numbers(name, getattr(self, name)) for name in names}
+
     @property
     def _start(self) -> tuple[int, int, int]:
         rank, depth, spectrum = self.start
@@ -193,30 +201,28 @@ class Touch:
 
     @cached_property
     def _ends(self) -> tuple[float, float]:
-        """Of the function's axis, on which all settings have room."""
-        drawn = [np.ravel(values) for values in (self.target, self.frozen, self.adapted)]
-        low, high = (float(end(np.concatenate(drawn))) for end in (np.min, np.max))
-        margin = 0.05 * (high - low) or 1.0
-        return low - margin, high + margin
+        """Of the function's axis: twice the target's range, or less if nothing goes beyond."""
+        drawn = [self._arrays[name] for name in ("target", "frozen", "adapted")]
+        low, high = float(drawn[0].min()), float(drawn[0].max())
+        span = high - low or 1.0
+        low = max(low - span, min(float(values.min()) for values in drawn))
+        high = min(high + span, max(float(values.max()) for values in drawn))
+        return low - 0.05 * span, high + 0.05 * span
 
-    def _bends(self, values: ArrayLike) -> Any:
+    def _bends(self, y: NDArray[np.float64]) -> Any:
         """The points between which functions are straight: nested lists ``x, y, x, y, …``."""
-        y = np.asarray(values, dtype=float)
         if y.ndim > 1:
             return [self._bends(row) for row in y]
         low, high = self._ends
         bent = np.abs(np.diff(y, 2)) > _STRAIGHT * (high - low)
         kept = np.concatenate([[True], bent, [True]])
-        points = np.stack([numbers("at", self.at)[kept], y[kept]], axis=1)
+        points = np.stack([self._arrays["at"][kept], y[kept]], axis=1)
         return [round(value, 4) for value in points.ravel().tolist()]
 
 
-def _digits(values: ArrayLike) -> Any:
+def _digits(values: NDArray[np.float64]) -> Any:
     """Nested lists of numbers to three digits."""
-    found: NDArray[np.float64] = np.asarray(values, dtype=float)
-    if found.ndim:
-        return [_digits(row) for row in found]
-    return float(f"{float(found):.3g}")
+    return [_digits(row) for row in values] if values.ndim else float(f"{float(values):.3g}")
 
 
 def _power(value: float) -> str:
