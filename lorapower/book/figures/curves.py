@@ -29,6 +29,8 @@ _LEVEL: dict[str, Any] = {"color": GREY, "ls": "--", "lw": 1.5, "zorder": 0.5}
 _MARK: dict[str, Any] = {"color": GREY, "ls": ":", "lw": 1.5, "zorder": 0.5}
 # On logarithmic axes neighbours stand so far apart, where they would cover one another.
 _ASIDE = 1.07
+# Three names of so many letters are as wide as a figure.
+_SHORT = 18
 
 
 def spectrum(singular_values: Mapping[str, ArrayLike]) -> Figure:
@@ -296,4 +298,5 @@ def _legend(figure: Figure, more: Mapping[str, Artist] | None = None) -> None:
         lines, labels = ax.get_legend_handles_labels()
         named = dict(zip(labels, lines, strict=True)) | named
     named |= more or {}
-    figure.legend([*named.values()], [*named], loc="outside upper center", ncols=2)
+    columns = 3 if max(map(len, named)) <= _SHORT else 2
+    figure.legend([*named.values()], [*named], loc="outside upper center", ncols=columns)
