@@ -1,7 +1,7 @@
 """What the writers of HTML get wrong for who listens to a page, put right in the written page.
 
-Folded cells are all announced under the same name, which is not the text they show. Parameters in
-lines of their own make a list of definitions that define nothing. The bibliography is a list without
+Folded cells are all announced under one name, which is not the text they show. Parameters in lines
+of their own make a list of definitions that define nothing. The bibliography is a list without
 items. And what unfolds a part of the contents has a picture for a name.
 """
 
@@ -27,7 +27,7 @@ def mended(body: str) -> str:
     for theirs, ours in _SUBSTITUTES.items():
         body = body.replace(theirs, ours)
     return _PARAMETERS.sub(
-        lambda found: f"<ul class=\"sig-params\">{found[1].replace('dd>', 'li>')}</ul>", body
+        lambda found: f'<ul class="sig-params">{found[1].replace("dd>", "li>")}</ul>', body
     )
 
 
