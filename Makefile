@@ -98,7 +98,8 @@ serve: book ## serve the built book on this machine, on port PORT
 tidy: $(ready) ## format the sources and strip the chapters of their outputs
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/nbstripout --keep-id --extra-keys metadata.language_info chapters/*.ipynb
+	$(bin)/nbstripout --keep-id chapters/*.ipynb \
+		--extra-keys 'metadata.language_info cell.metadata.user_expressions'
 
 clean: ## remove what was built
 	rm -rf _build .hypothesis .mypy_cache .pytest_cache .ruff_cache
