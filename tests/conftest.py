@@ -13,6 +13,7 @@ from typing import Protocol
 
 import pytest
 from hypothesis import settings
+from print_pdf import NO_CHROMIUM, chromium
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
@@ -53,6 +54,15 @@ def own_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in taken and not name.startswith(("MAKE", "MFLAGS", "GNUMAKEFLAGS"))
     }
+
+
+def chromium_or_skip() -> str:
+    """The browser; where there is none, the test is skipped, or fails if `CI` is set."""
+    if program := chromium():
+        return program
+    if os.environ.get("CI"):
+        pytest.fail(NO_CHROMIUM)
+    pytest.skip(NO_CHROMIUM)
 
 
 class Make(Protocol):
