@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import nbformat
+from nbformat import NotebookNode
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
 
@@ -21,7 +22,7 @@ def _attach(app: Sphinx, docname: str, source: list[str]) -> None:
     if Path(app.env.doc2path(docname)).suffix != ".ipynb":
         return
     notebook = nbformat.reads(source[0], as_version=4)
-    cells = []
+    cells: list[NotebookNode] = []
     for cell in notebook.cells:
         found = CAPTION.fullmatch(cell.source) if cell.cell_type == "markdown" else None
         if found:
