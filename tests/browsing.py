@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
+import print_pdf
 import pytest
 from playwright.sync_api import ConsoleMessage, Page, Request, Route
+from print_pdf import MATHJAX_IS_DONE, NO_CHROMIUM, OPTIONS
+
+__all__ = ["MATHJAX_IS_DONE", "OPTIONS", "SCHEMES", "WIDTHS", "Reader", "chromium"]
 
 WIDTHS = {"desktop": 1280, "phone": 390}
 SCHEMES = ("light", "dark")
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-MATHJAX_IS_DONE = "() => window.MathJax?.startup?.promise.then(() => null)"
 
 
 def chromium() -> str:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    for path in (os.environ.get("CHROMIUM"), *map(shutil.which, names)):
-        if path:
-            return path
-    lack = "no Chromium: install it (on Debian: apt-get install chromium) or name it in CHROMIUM"
+    """The browser; where there is none, the test is skipped, or fails if ``CI`` is set."""
+    if program := print_pdf.chromium():
+        return program
     if os.environ.get("CI"):
-        pytest.fail(lack)
-    pytest.skip(lack)
+        pytest.fail(NO_CHROMIUM)
+    pytest.skip(NO_CHROMIUM)
 
 
 class Reader:

@@ -395,3 +395,32 @@ def test_without_scripts_a_reference_is_a_link(browser: Browser, book: Path) -> 
     assert page.url.endswith("02-linearization.html#thm-one-layer")
     assert page.locator("div.preview").count() == 0
     context.close()
+
+
+def test_downloads_are_saved_from_disk(browser: Browser, book: Path, tmp_path: Path) -> None:
+    """The executed notebook as it is, and its text with numbers and references as on the page."""
+    page = browser.new_page()
+    for chapter in CHAPTERS:
+        page.goto((book / "chapters" / f"{chapter.stem}.html").as_uri())
+        for ending in (".ipynb", ".md"):
+            page.locator(".dropdown-download-buttons > button").click()
+            with page.expect_download() as saved:
+                page.locator("a.btn-download-source-button", has_text=ending).click()
+            name = f"{chapter.stem}{ending}"
+            assert saved.value.suggested_filename == name
+            saved.value.save_as(tmp_path / name)
+            source = book / "_sources" / "chapters" / name
+            assert (tmp_path / name).read_bytes() == source.read_bytes()
+    page.close()
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_the_downloaded_markdown_reads_well(book: Path, chapter: Path) -> None:
+    text = (book / "_sources" / "chapters" / f"{chapter.stem}.md").read_text(encoding="utf-8")
+    assert re.match(r"# \d+\. \w", text)
+    assert re.search(r"^> \*\*(Theorem|Proposition|Observation) \d+\.\d+", text, re.MULTILINE)
+    assert re.search(r"^Fig\. \d+\.\d+ \w", text, re.MULTILINE)
+    assert re.search(r"^```python$", text, re.MULTILINE)
+    assert re.search(r"\$[^$\n]+\$", text)
+    for left in ("base64", "<svg", "{eval}", "{prf:", ":::", "\\(", str(ROOT), "Show code cell"):
+        assert left not in text

@@ -12,8 +12,8 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
-from test_book import OPTIONS, Reader, chromium
+from browsing import Reader
+from playwright.sync_api import Browser, Page
 
 from lorapower import bounds, randomness
 from lorapower.book import figures
@@ -67,15 +67,6 @@ def results() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def bundle(results: dict[str, Any]) -> dict[str, str]:
     return figures.Touch(**results)._repr_mimebundle_()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = chromium()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
