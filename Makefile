@@ -57,7 +57,7 @@ texts := vaderSentiment
 # again.
 ready := $(VENV)/.ready
 
-package := $(shell find lorapower -name '*.py')
+package := $(shell find lorapower -type f ! -name "*.pyc")
 pages   := index.md references.bib _config.yml _toc.yml \
 	$(shell find _ext _static api chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
 
@@ -66,7 +66,7 @@ export IPYTHONDIR := $(CURDIR)/_build/ipython
 # The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
 export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
-.PHONY: help book test check chapter lab serve tidy clean distclean
+.PHONY: help book test check chapter lab serve pdf tidy clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -97,10 +97,14 @@ lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)
 serve: book ## serve the built book on this machine, on port PORT
 	$(bin)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
+pdf: book ## print the book as one PDF (needs Chromium)
+	@$(bin)/python tools/print_pdf.py $(out)/html $(out)/lorapower.pdf
+
 tidy: $(ready) ## format the sources and strip the chapters of their outputs
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/nbstripout --keep-id --extra-keys metadata.language_info chapters/*.ipynb
+	$(bin)/nbstripout --keep-id chapters/*.ipynb \
+		--extra-keys 'metadata.language_info cell.metadata.user_expressions'
 
 clean: ## remove what was built
 	rm -rf _build .hypothesis .mypy_cache .pytest_cache .ruff_cache

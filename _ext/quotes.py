@@ -1,9 +1,8 @@
-"""The role ``{quoted}``: what a chapter quotes of its run, on a page that is no chapter.
+"""The roles ``{eval}`` and ``{quoted}``: what a chapter quotes of its run.
 
-``{quoted}`06-rank::plain_4:.0f` `` is the number that the executed chapter ``06-rank`` glued as
-``plain_4``, in the format behind the second colon; what was glued as Markdown has no format. It is
-what ``{glue:text}`` and ``{glue:md}`` are inside the chapter: MyST-NB takes only the former across
-pages.
+In the chapter ``06-rank``, ``{eval}`book.quoted["plain_4:.0f"]` `` is the number that it glued as
+``plain_4``, in the format behind the colon; what was glued as Markdown has no format. JupyterLab
+asks the kernel for it. On any other page it is ``{quoted}`06-rank::plain_4:.0f` ``.
 """
 
 from __future__ import annotations
@@ -20,27 +19,31 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxRole
 from sphinx.util.typing import ExtensionMetadata
 
-_QUOTED = re.compile(r"(?P<chapter>[\w-]+)::(?P<name>\w+)(?::(?P<format>.+))?")
+_NAMED = r"(?P<name>\w+)(?::(?P<format>[^\"]+))?"
+_HERE = re.compile(rf'book\.quoted\["{_NAMED}"\]')
+_ELSEWHERE = re.compile(rf"(?P<chapter>[\w-]+)::{_NAMED}")
 
 
 class Quoted(SphinxRole):
-    """A number or a text of another page's run."""
+    """A number or a text of a run, of this page's or another's."""
 
     def run(self) -> tuple[list[Node], list[system_message]]:
         try:
             return self._nodes()
         except (OSError, LookupError, ValueError, SyntaxError) as error:
             message = self.inliner.reporter.error(
-                f"{{quoted}}`{self.text}` quotes nothing: {error!r}", line=self.lineno
+                f"{{{self.name}}}`{self.text}` quotes nothing: {error!r}", line=self.lineno
             )
             return [], [message]
 
     def _nodes(self) -> tuple[list[Node], list[system_message]]:
-        parts = _QUOTED.fullmatch(self.text)
-        if parts is None:
-            raise ValueError("write chapter::name, or chapter::name:format")
-        docname = f"chapters/{parts['chapter']}"
-        self.env.note_dependency(self.env.doc2path(docname))
+        if parts := _HERE.fullmatch(self.text):
+            docname = self.env.docname
+        elif parts := _ELSEWHERE.fullmatch(self.text):
+            docname = f"chapters/{parts['chapter']}"
+            self.env.note_dependency(self.env.doc2path(docname))
+        else:
+            raise ValueError('write book.quoted["name"], or chapter::name; then :format')
         forms = glued(Path(self.env.doc2path(docname)))[parts["name"]]
         if "text/markdown" not in forms:
             text = format_plain_text(forms["text/plain"], parts["format"] or "s")
@@ -58,5 +61,6 @@ class Quoted(SphinxRole):
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
+    app.add_role("eval", Quoted(), override=True)  # MyST-NB's own asks a kernel
     app.add_role("quoted", Quoted())
     return {"parallel_read_safe": True, "parallel_write_safe": True}

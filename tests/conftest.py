@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from browsing import OPTIONS, SCHEMES, WIDTHS, Reader, chromium
 from hypothesis import settings
+from playwright.sync_api import Browser, sync_playwright
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+# Pages of the book: those of the table of contents, and those that Sphinx adds.
+PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
+OTHERS = ["genindex", "py-modindex", "search"]
 
 # No limit on the time of one example: the machine may be busy. The same examples in every run; to
 # look for new ones, `--hypothesis-profile=explore`, which says how to see a failing one again.
@@ -108,3 +114,29 @@ def book() -> Path:
     if not (html / "index.html").is_file():
         pytest.fail("the book is not built: run `make book` (`make test` does)")
     return html.resolve()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    executable = chromium()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=WIDTHS)
+def reader(
+    browser: Browser, book: Path, scheme: str, request: pytest.FixtureRequest
+) -> Iterator[Reader]:
+    context = browser.new_context(
+        viewport={"width": WIDTHS[request.param], "height": 844},
+        color_scheme="dark" if scheme == "dark" else "light",
+    )
+    yield Reader(context.new_page(), book)
+    context.close()

@@ -26,7 +26,7 @@ from lorapower import (
     regions,
     training,
 )
-from lorapower.book import claims, figures
+from lorapower.book import claims, figures, notebook
 from lorapower.constructions import fnn, general, linear, partition, transformer
 from lorapower.errors import LONGEST, brief
 from lorapower.experiments import digits, methods, synthetic
@@ -75,6 +75,7 @@ HOLD = {
     constructions.NeededRank,
     lowrank.Norms,
     lowrank.SVD,
+    notebook.Quoted,
     transformer.TransformerAdaptation,
     training.Training,
 }

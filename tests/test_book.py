@@ -7,10 +7,8 @@ import functools
 import importlib
 import inspect
 import json
-import os
 import platform
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
@@ -19,10 +17,10 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
+from browsing import Reader
 from bs4 import BeautifulSoup, Tag
-from conftest import CHAPTERS, ROOT
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, sync_playwright
-from sphinx_external_toc.parsing import parse_toc_yaml
+from conftest import CHAPTERS, OTHERS, PAGES, ROOT
+from playwright.sync_api import Browser
 
 from lorapower.book.claims import read
 
@@ -32,19 +30,6 @@ PACKAGE = {
     for page in sorted((ROOT / "api").glob("*.rst"))
     if page.stem != "index"
 }
-PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
-WIDTHS = {"desktop": 1280, "phone": 390}
-SCHEMES = ("light", "dark")
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-MATHJAX_IS_DONE = "() => window.MathJax?.startup?.promise.then(() => null)"
 # MathJax shows what it cannot read in red: text for an unknown macro, a box for an error.
 UNREAD_MATHEMATICS = """() => [...document.querySelectorAll("span.math, div.math")]
     .filter((element) => !element.querySelector("mjx-container")
@@ -53,68 +38,6 @@ UNREAD_MATHEMATICS = """() => [...document.querySelectorAll("span.math, div.math
 FAULTY_IMAGES = """() => [...document.images]
     .filter((image) => !image.complete || image.naturalWidth === 0 || !image.alt)
     .map((image) => image.outerHTML)"""
-
-
-def chromium() -> str:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    for path in (os.environ.get("CHROMIUM"), *map(shutil.which, names)):
-        if path:
-            return path
-    lack = "no Chromium: install it (on Debian: apt-get install chromium) or name it in CHROMIUM"
-    if os.environ.get("CI"):
-        pytest.fail(lack)
-    pytest.skip(lack)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = chromium()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
-        yield browser
-        browser.close()
-
-
-class Reader:
-    """One browser page; `requests` are those to the network, `complaints` the console's errors."""
-
-    def __init__(self, page: Page, book: Path) -> None:
-        self.page = page
-        self.book = book
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        page.on("console", self._hear)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.route(lambda url: not url.startswith(("file:", "data:")), self._block)
-
-    def _hear(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
-            self.complaints.append(message.text)
-
-    def _block(self, route: Route, request: Request) -> None:
-        self.requests.append(request.url)
-        route.abort()
-
-    def open(self, docname: str, query: str = "") -> None:
-        self.page.goto((self.book / f"{docname}.html").as_uri() + query)
-        self.page.evaluate(MATHJAX_IS_DONE)
-
-
-@pytest.fixture(scope="module", params=SCHEMES)
-def scheme(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module", params=WIDTHS)
-def reader(
-    browser: Browser, book: Path, scheme: str, request: pytest.FixtureRequest
-) -> Iterator[Reader]:
-    context = browser.new_context(
-        viewport={"width": WIDTHS[request.param], "height": 844},
-        color_scheme="dark" if scheme == "dark" else "light",
-    )
-    yield Reader(context.new_page(), book)
-    context.close()
 
 
 def soup(book: Path, docname: str) -> BeautifulSoup:
@@ -183,7 +106,7 @@ def test_chapter_has_the_number_of_its_file(book: Path, chapter: Path) -> None:
         assert re.search(rf"\b{number}\.", counter.get_text()), counter
 
 
-@pytest.mark.parametrize("docname", [*PAGES, "search", "genindex", "py-modindex"])
+@pytest.mark.parametrize("docname", [*PAGES, *OTHERS])
 def test_internal_links_resolve(book: Path, docname: str) -> None:
     here = book / f"{docname}.html"
     broken = []
@@ -472,3 +395,32 @@ def test_without_scripts_a_reference_is_a_link(browser: Browser, book: Path) -> 
     assert page.url.endswith("02-linearization.html#thm-one-layer")
     assert page.locator("div.preview").count() == 0
     context.close()
+
+
+def test_downloads_are_saved_from_disk(browser: Browser, book: Path, tmp_path: Path) -> None:
+    """The executed notebook as it is, and its text with numbers and references as on the page."""
+    page = browser.new_page()
+    for chapter in CHAPTERS:
+        page.goto((book / "chapters" / f"{chapter.stem}.html").as_uri())
+        for ending in (".ipynb", ".md"):
+            page.locator(".dropdown-download-buttons > button").click()
+            with page.expect_download() as saved:
+                page.locator("a.btn-download-source-button", has_text=ending).click()
+            name = f"{chapter.stem}{ending}"
+            assert saved.value.suggested_filename == name
+            saved.value.save_as(tmp_path / name)
+            source = book / "_sources" / "chapters" / name
+            assert (tmp_path / name).read_bytes() == source.read_bytes()
+    page.close()
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_the_downloaded_markdown_reads_well(book: Path, chapter: Path) -> None:
+    text = (book / "_sources" / "chapters" / f"{chapter.stem}.md").read_text(encoding="utf-8")
+    assert re.match(r"# \d+\. \w", text)
+    assert re.search(r"^> \*\*(Theorem|Proposition|Observation) \d+\.\d+", text, re.MULTILINE)
+    assert re.search(r"^Fig\. \d+\.\d+ \w", text, re.MULTILINE)
+    assert re.search(r"^```python$", text, re.MULTILINE)
+    assert re.search(r"\$[^$\n]+\$", text)
+    for left in ("base64", "<svg", "{eval}", "{prf:", ":::", "\\(", str(ROOT), "Show code cell"):
+        assert left not in text

@@ -945,7 +945,7 @@ def test_rates_are_chosen_on_texts_of_their_own() -> None:
     assert len(tried) == 6
     table = pd.DataFrame(
         {
-            "kind": ["lora"] * 4 + ["full"] * 2,
+            "method": ["lora"] * 4 + ["full"] * 2,
             "pretrained": [True, True, False, False, True, True],
             "learning_rate": [0.1, 0.2, 0.1, 0.2, 0.1, 0.2],
             "score": [0.8, 0.9, 0.7, 0.6, 0.5, 0.5],

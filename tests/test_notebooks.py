@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import nbformat
 import papermill
 import pytest
 import torch
+from captions import CAPTION
 from conftest import CHAPTERS, ROOT
 from execute import run
 from nbformat import NotebookNode
@@ -100,9 +102,21 @@ def test_one_cell_declares_the_parameters(chapter: Path, notebook: NotebookNode)
 
 
 def test_figures_that_the_source_declares_are_complete(notebook: NotebookNode) -> None:
-    for cell in code_cells(notebook):
-        if "mystnb" in cell.metadata and {"image", "figure"} & set(cell.metadata.mystnb):
-            assert_described(cell)
+    for cell, after in pairwise(notebook.cells):
+        if "mystnb" in cell.metadata:
+            assert_described(cell, after)
+
+
+def test_every_caption_is_below_a_figure(notebook: NotebookNode) -> None:
+    for cell, after in pairwise(notebook.cells):
+        if "{figure}" in after.source:
+            assert CAPTION.fullmatch(after.source), f"cell {after.id} is no caption and no more"
+            assert "mystnb" in cell.metadata, f"no figure above the caption of cell {after.id}"
+
+
+def test_jupyterlab_can_show_what_the_text_quotes(notebook: NotebookNode) -> None:
+    for cell in notebook.cells:
+        assert "{glue:" not in cell.source, 'write {eval}`book.quoted["name:.2f"]`'
 
 
 def is_visible(cell: NotebookNode) -> bool:
@@ -125,11 +139,12 @@ def test_reading_comes_first(notebook: NotebookNode) -> None:
     assert words >= WORDS_PER_LINE * lines, f"{words} words of prose, {lines} lines of code"
 
 
-def assert_described(cell: NotebookNode) -> None:
+def assert_described(cell: NotebookNode, after: NotebookNode) -> None:
     about = cell.metadata.get("mystnb", {})
     assert about.get("image", {}).get("alt"), f"figure of cell {cell.id} has no alternative text"
-    assert about.get("figure", {}).get("caption"), f"figure of cell {cell.id} has no caption"
-    assert about["figure"].get("name", "").startswith("fig-"), f"name of figure {cell.id}"
+    caption = CAPTION.fullmatch(after.source)
+    assert caption, f"figure of cell {cell.id} has no caption below it"
+    assert caption["name"].startswith("fig-"), f"name of figure {cell.id}"
 
 
 @pytest.mark.programs
@@ -146,9 +161,12 @@ def test_chapter_runs_at_another_size_from_another_folder(
     claims = read(executed)
     assert claims, "the chapter records no claim"
     assert [claim for claim in claims if not claim.holds] == []
-    for cell in code_cells(notebook):
-        if any(IMAGES & set(output.get("data", {})) for output in cell.outputs):
-            assert_described(cell)
+    for cell, after in pairwise(notebook.cells):
+        if any(IMAGES & set(output.get("data", {})) for output in cell.get("outputs", ())):
+            assert_described(cell, after)
+    for cell in notebook.cells:
+        for asked in cell.metadata.get("user_expressions", ()):
+            assert "…" not in str(asked.result.data), f"{asked.expression} is quoted nowhere"
 
 
 @dataclass

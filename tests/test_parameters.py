@@ -273,3 +273,16 @@ def test_the_text_quotes_very_small_numbers_typeset(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("myst_nb.glue", lambda name, value, display: quoted.update({name: value}))
     book.quote("it", torch.tensor(2.34e-7, dtype=torch.float64), digits=2)
     assert quoted["it"].data == r"$2.3\times10^{-7}$"
+
+
+def test_jupyterlab_is_told_what_the_text_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("myst_nb.glue", lambda name, value, display: None)
+    book.quote("error", torch.tensor(0.0567, dtype=torch.float64))
+    book.quote("count", 4.0)
+    book.quote("tiny", 2.34e-7, digits=2)
+    book.quote("short", 0.21, digits=2)
+    assert book.quoted["error:.2f"] == "0.06"
+    assert book.quoted["count:d"] == "4"
+    assert book.quoted["short"] == "0.21"
+    assert book.quoted["tiny"].data == r"$2.3\times10^{-7}$"
+    assert book.quoted["yet_to_come:.2f"] == "…"

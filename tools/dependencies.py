@@ -9,6 +9,7 @@ import: a chapter has to be executed again once one of these files changed.
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -57,10 +58,12 @@ def reached(imported: Iterable[str], graph: ImportGraph) -> set[str]:
     return found
 
 
-def file(module: str) -> str:
-    """Where `module` is, from the root of the project."""
+def files(module: str) -> list[str]:
+    """Where `module` is, from the root of the project; and the files of its name that it reads."""
     path = Path(*module.split("."))
-    return str(path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py"))
+    if (ROOT / path).is_dir():
+        return [str(path / "__init__.py")]
+    return [str(each.relative_to(ROOT)) for each in (ROOT / path).parent.glob(f"{path.name}.*")]
 
 
 def rule(target: str, sources: Iterable[str]) -> str:
@@ -85,10 +88,10 @@ def main() -> int:
     executed = sorted(needs, key=lambda name: -len(needs[name]))
     print("executed :=", *(f"$(out)/{name}" for name in executed))
     for name in executed:
-        print(rule(name, map(file, needs[name])))
+        print(rule(name, itertools.chain(*map(files, needs[name]))))
     # A file that is gone counts as changed, and is not missed.
-    for module in sorted(set().union(*needs.values())):
-        print(f"{file(module)}:")
+    for path in sorted({path for module in set().union(*needs.values()) for path in files(module)}):
+        print(f"{path}:")
     return 0
 
 

@@ -15,6 +15,7 @@ import ast
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -22,17 +23,20 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from IPython.core.formatters import DisplayFormatter
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from lorapower.book.claims import read
+from lorapower.book.notebook import Quoted
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # What papermill and its client write beside the results: times, paths, states of the run.
 _RUN_METADATA = ("papermill", "execution")
+_ASKED = re.compile(r'\{eval\}`book\.quoted\["([^"]+)"\]`')
 
 
 class ChapterError(Exception):
@@ -63,7 +67,31 @@ def run(
         # Kernels are reached over loopback: the notice that this is not encrypted is noise.
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),
     )
+    answer(notebook)
+    nbformat.write(notebook, target)
     return notebook
+
+
+def answer(notebook: NotebookNode) -> None:
+    """Put what the text asks of the run beside it, in place: JupyterLab needs no kernel then."""
+    quoted = Quoted()
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if about := output.get("metadata", {}).get("scrapbook"):
+                forms = {
+                    kind.removeprefix(about.mime_prefix): text for kind, text in output.data.items()
+                }
+                quoted[about.name] = forms.get("text/markdown", forms["text/plain"])
+    show = DisplayFormatter().format
+    for cell in notebook.cells:
+        if keys := _ASKED.findall(cell.source) if cell.cell_type == "markdown" else ():
+            cell.metadata["user_expressions"] = [
+                {
+                    "expression": f'book.quoted["{key}"]',
+                    "result": {"status": "ok", "data": show(quoted[key])[0], "metadata": {}},
+                }
+                for key in keys
+            ]
 
 
 def clean(notebook: NotebookNode, defaults: dict[str, object]) -> str:

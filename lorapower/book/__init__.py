@@ -1,7 +1,7 @@
 """What only the book's chapters need: their head, parameters, claims and figures."""
 
 from . import claims, figures, outputs
-from .notebook import THREADS, quote, setup
+from .notebook import THREADS, quote, quoted, setup
 from .parameters import (
     WIDEST,
     Blocks,
@@ -40,6 +40,7 @@ __all__ = [
     "figures",
     "outputs",
     "quote",
+    "quoted",
     "results",
     "setup",
     "whole",

@@ -57,8 +57,29 @@ def setup(model: type[Parameters]) -> None:
     torch.set_num_threads(1)
 
 
+class Quoted(dict[str, Any]):
+    """What `quote` was given, by name, as the text shows it.
+
+    ``quoted["error:.2f"]`` is the text of what was quoted as ``error``, in the format behind the
+    colon; typeset powers of ten are ``IPython.display.Latex``. What is yet to come is "…".
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        from IPython.display import Latex
+        from myst_nb.core.variables import format_plain_text
+
+        name, _, form = key.partition(":")
+        text = format_plain_text(str(self.get(name)), form) if name in self else "…"
+        return Latex(text) if text.startswith("$") else text
+
+
+#: What the notebook has quoted so far, for its text: ``{eval}`book.quoted["name:.2f"]``` in
+#: JupyterLab, once the cell was run.
+quoted = Quoted()
+
+
 def quote(name: str, value: Any, *, digits: int | None = None) -> None:
-    """Let the text quote a number, a text or a figure as ``{glue:…}`name```.
+    """Let the text quote a number, a text or a figure as ``{eval}`book.quoted["name"]```.
 
     With ``digits``, a number becomes Markdown of so many significant ones, in which powers of ten
     are typeset (`claims.number`).
@@ -68,7 +89,11 @@ def quote(name: str, value: Any, *, digits: int | None = None) -> None:
 
     if hasattr(value, "item"):
         value = value.item()  # a plain number, whose format the text chooses
-    shown = value if digits is None else Markdown(claims.number(value, digits))
+    if digits is None:
+        quoted[name] = shown = value
+    else:
+        quoted[name] = number = claims.number(value, digits)
+        shown = Markdown(number)
     glue(name, shown, display=False)
 
 

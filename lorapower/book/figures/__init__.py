@@ -14,9 +14,11 @@ from .curves import (
 )
 from .drawings import partitions, patterns, pictures, plane, ranges, transformer_segments
 from .style import Look, looks, use_style
+from .touch import Touch
 
 __all__ = [
     "Look",
+    "Touch",
     "curves",
     "error_against_budget",
     "error_against_rank",

@@ -29,6 +29,8 @@ _LEVEL: dict[str, Any] = {"color": GREY, "ls": "--", "lw": 1.5, "zorder": 0.5}
 _MARK: dict[str, Any] = {"color": GREY, "ls": ":", "lw": 1.5, "zorder": 0.5}
 # On logarithmic axes neighbours stand so far apart, where they would cover one another.
 _ASIDE = 1.07
+# Three names of so many letters are as wide as a figure.
+_SHORT = 18
 
 
 def spectrum(singular_values: Mapping[str, ArrayLike]) -> Figure:
@@ -178,7 +180,7 @@ def medians(
     for tables in panels.values():
         check_named(panels=tables)
     figure, axes = plt.subplots(
-        len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 2.6 * len(panels))
+        len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 2.4 * len(panels))
     )
     labels = list(dict.fromkeys(label for tables in panels.values() for label in tables))
     look_of = looks(labels)
@@ -322,4 +324,5 @@ def _legend(figure: Figure, more: Mapping[str, Artist] | None = None) -> None:
         lines, labels = ax.get_legend_handles_labels()
         named = dict(zip(labels, lines, strict=True)) | named
     named |= more or {}
-    figure.legend([*named.values()], [*named], loc="outside upper center", ncols=2)
+    columns = 3 if max(map(len, named)) <= _SHORT else 2
+    figure.legend([*named.values()], [*named], loc="outside upper center", ncols=columns)

@@ -42,7 +42,7 @@ def partitions(rows: Mapping[str, Sequence[tuple[int, str]]]) -> Figure:
     Each block is its number of layers and a text that is written into it.
     """
     check_some(rows=rows)
-    figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.8 * len(rows)))
+    figure, ax = plt.subplots(figsize=(6.4, 0.8 + 0.55 * len(rows)))
     for y, blocks in enumerate(rows.values()):
         start = 0
         colors = sns.color_palette("colorblind", len(blocks))
@@ -78,7 +78,7 @@ def plane(
     _checks.function("values", values)
     axis = np.linspace(-half_width, half_width, 201)
     grid = np.stack(np.meshgrid(axis, axis))
-    figure, ax = plt.subplots(figsize=(6.4, 5.4))
+    figure, ax = plt.subplots(figsize=(6.4, 4.6))
     shades = np.asarray(values(grid.reshape(2, -1))).reshape(grid.shape[1:])
     mesh = ax.pcolormesh(axis, axis, shades, cmap="cividis", rasterized=True)
     figure.colorbar(mesh, label=label)
@@ -134,7 +134,7 @@ def transformer_segments() -> Figure:
 
     Weights are boxes in the colour of their segment, those with adapters framed twice as thick.
     """
-    figure, ax = plt.subplots(figsize=(6.4, 6.6))
+    figure, ax = plt.subplots(figsize=(6.4, 6.2))
     query_key, value_output, after = sns.color_palette("colorblind", 3)
     weights = [
         (1.4, 1.6, "$W_Q,\\ W_K$", query_key, True),

@@ -34,12 +34,14 @@ ROLES: dict[str, tuple[ColorType, str]] = {
     "all weights": (_PALETTE[1], "v"),
     "random": (_PALETTE[5], "P"),
     "pretrained": (_PALETTE[9], "X"),
+    "target": ("0.15", ""),
+    "frozen": (GREY, ""),
     "bound": ("0.15", ""),
     "floor": (GREY, ""),
     "best constant": (GREY, ""),
 }
-#: Levels, which are no curves, are dashed everywhere.
-_LEVELS = ("floor", "best constant")
+#: Levels, which are no curves, and what is before any adaptation are dashed everywhere.
+_DASHED = ("floor", "best constant", "frozen")
 #: Said of the plain kind of a line; beside one another, a bound is a line, the measured markers.
 _PLAIN = ("", "bound", "measured")
 #: Starts of trainings: a role of their own, or else always these kinds of a method's line.
@@ -82,7 +84,7 @@ def use_style() -> None:
         "axes.spines.right": False,
         "axes.spines.top": False,
         "figure.constrained_layout.use": True,
-        "figure.figsize": (6.4, 4.4),
+        "figure.figsize": (6.4, 3.7),
         "grid.color": "0.9",
         "legend.edgecolor": "white",
         "legend.framealpha": 0.9,
@@ -111,7 +113,7 @@ def looks(labels: Collection[str]) -> dict[str, Look]:
         color, marker = _fixed(role) or free[role]
         kind = kinds.get(rest, 0)
         line, fill = LINES[kind % len(LINES)], _FILLS[kind % len(_FILLS)]
-        if role in _LEVELS:
+        if role in _DASHED:
             line = "--"
         elif rest == "bound":
             marker = ""

@@ -120,11 +120,11 @@ def search(
 
 def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], float]:
     """Of a table of runs of `search`: the learning rate with the best score; of two, the lower."""
-    best = table.loc[table.groupby(["kind", "pretrained"]).score.idxmax()]
+    best = table.loc[table.groupby(["method", "pretrained"]).score.idxmax()]
     return {
         (kind, bool(shipped)): float(rate)
         for kind, shipped, rate in zip(
-            best["kind"], best["pretrained"], best["learning_rate"], strict=True
+            best["method"], best["pretrained"], best["learning_rate"], strict=True
         )
     }
 

@@ -1,0 +1,175 @@
+"""Print the built book as one PDF, with headless Chromium.
+
+usage: python tools/print_pdf.py _build/quick/html _build/quick/lorapower.pdf
+
+All pages of the table of contents but those on the package become one document, so that
+references, page numbers and bookmarks go through all of it. How it looks is in
+``_static/print.css``. A file appears only if it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urldefrag, urljoin
+
+import yaml
+from bs4 import BeautifulSoup, Tag
+from playwright.sync_api import Error, sync_playwright
+from pypdf import PdfWriter
+from pypdf.generic import DictionaryObject, NameObject, TextStringObject
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_CHROMIUM = "no Chromium: install it (on Debian: apt-get install chromium) or name it in CHROMIUM"
+OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+MATHJAX_IS_DONE = "() => window.MathJax?.startup?.promise.then(() => null)"
+_FOOTER = """<p style="font: 8pt sans-serif; margin: auto"><span class="pageNumber"></span></p>"""
+_PATIENCE = 300_000  # milliseconds: all of a book's mathematics is typeset at once
+
+
+def chromium() -> str | None:
+    """The browser's program, as ``CHROMIUM`` names it or as it is found."""
+    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def document(pages: Sequence[Path]) -> str:
+    """The articles of all `pages` in one page, to be read at the address of `base(pages)`.
+
+    Anchors get the name of their page, and links lead to them; what leads to other files of the
+    book is no link any more.
+    """
+    keys = {page.as_uri(): f"page-{number}" for number, page in enumerate(pages)}
+    whole = _soup(base(pages))
+    assert whole.body is not None
+    whole.body.clear()
+    content = whole.new_tag("main", attrs={"class": "bd-content"})
+    whole.body.append(content)
+    content.append(_title_page(whole))
+    for page in pages:
+        article = _soup(page).select_one("article.bd-article")
+        assert article is not None, page
+        _rename(article, page.as_uri(), keys)
+        article["id"] = keys[page.as_uri()]
+        content.append(article)
+    return str(whole)
+
+
+def base(pages: Sequence[Path]) -> Path:
+    """The first page that loads MathJax, which Sphinx gives to pages with mathematics alone."""
+    return next((page for page in pages if "mathjax" in page.read_text(encoding="utf-8")), pages[0])
+
+
+def _soup(page: Path) -> BeautifulSoup:
+    return BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+
+
+def _rename(article: Tag, address: str, keys: dict[str, str]) -> None:
+    for part in article.select("[id]"):
+        part["id"] = f"{keys[address]}-{part['id']}"
+    for picture in article.select("img[src]"):
+        picture["src"] = urljoin(address, str(picture["src"]))
+    for link in article.select("a[href]"):
+        page, anchor = urldefrag(urljoin(address, str(link["href"])))
+        if key := keys.get(page):
+            link["href"] = f"#{key}-{anchor}" if anchor else f"#{key}"
+        elif page.startswith("file:"):
+            del link["href"]
+
+
+def _title_page(page: BeautifulSoup) -> Tag:
+    settings = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    header = page.new_tag("header", attrs={"class": "print-title"})
+    for part in ("title", "author"):
+        header.append(page.new_tag("p", attrs={"class": part}, string=settings[part]))
+    return header
+
+
+def print_book(html: Path, target: Path, program: str) -> None:
+    """Write the book in the folder `html` to the file `target`."""
+    names = [name for name in parse_toc_yaml(ROOT / "_toc.yml") if not name.startswith("api/")]
+    pages = [(html / f"{name}.html").resolve() for name in names]
+    print_pages(pages, target, program)
+
+
+def print_pages(pages: Sequence[Path], target: Path, program: str) -> None:
+    """Write `pages` of the built book to the file `target`, which is complete or not there."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
+        page = browser.new_page(color_scheme="light")
+        page.set_default_timeout(_PATIENCE)
+        page.emulate_media(media="print", color_scheme="light")
+        page.goto(base(pages).as_uri())
+        page.set_content(document(pages), wait_until="load")
+        page.evaluate(MATHJAX_IS_DONE)
+        headings = page.locator("main :is(h1, h2, h3, h4, h5, h6)").all_inner_texts()
+        printed = page.pdf(
+            format="A4",
+            margin={"top": "20mm", "bottom": "20mm", "left": "18mm", "right": "18mm"},
+            display_header_footer=True,
+            header_template="<span></span>",
+            footer_template=_FOOTER,
+            print_background=True,
+            outline=True,
+            tagged=True,
+        )
+        browser.close()
+    partial = target.with_suffix(".partial.pdf")
+    _titled(printed, headings).write(partial)
+    partial.replace(target)
+
+
+def _titled(printed: bytes, headings: Sequence[str]) -> PdfWriter:
+    """The document with each bookmark as its heading, which Chromium spoils where lines end."""
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # Chromium counts its objects otherwise
+    writer = PdfWriter(clone_from=BytesIO(printed))
+    left = iter(headings)
+
+    def name(items: Iterable[Any]) -> None:
+        for item in items:
+            if isinstance(item, list):
+                name(item)
+            else:
+                entry = cast(DictionaryObject, item.node)
+                entry[NameObject("/Title")] = TextStringObject(" ".join(next(left).split()))
+
+    name(writer.outline)
+    return writer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("html", type=Path)
+    parser.add_argument("target", type=Path)
+    arguments = parser.parse_args()
+    program = chromium()
+    if program is None:
+        print(NO_CHROMIUM, file=sys.stderr)
+        return 1
+    try:
+        print_book(arguments.html, arguments.target, program)
+    except Error as error:
+        print(f"The book is not printed: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    print(f"The book is printed: {arguments.target.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
