@@ -47,6 +47,7 @@ def compared(
     ranks: Sequence[int] = (),
     seed: int = 0,
     seeds: int = 0,
+    samples: int = 0,
     rates: Rates | None = None,
 ) -> list[Setting]:
     """Settings that compare ranks, layers, weights and numbers of samples, for each task and seed.
@@ -57,9 +58,9 @@ def compared(
     From random weights: the highest rank on all layers, in paper each, and the last two. With
     fewer samples: the lowest and the highest rank on all layers, and all weights.
 
-    Ranks, and the number of seeds from ``seed`` on, are by default those of the profile; learning
-    rates, its first (`best_rates` finds others). Raises `InputError` for a profile that there is
-    not.
+    Ranks, the number of seeds from ``seed`` on, and the most samples are by default those of the
+    profile; learning rates, its first (`best_rates` finds others). Raises `InputError` for a
+    profile that there is not.
     """
     grid = _grid(profile)
     chosen = sorted(ranks or grid["ranks"])
@@ -78,18 +79,18 @@ def compared(
     drawn: list[Method] = [*everywhere, Final(), Full()] if whole else [everywhere[-1]]
     found = []
     for problem in _problems(grid, tasks, source, model, seed, seeds):
-        *few, most = _samples(grid, problem)
+        *few, most = _samples(grid, problem, samples)
         wanted = [
             *((True, most, method) for method in pretrained),
             *((False, most, method) for method in drawn),
-            *((True, samples, method) for samples in few for method in fewer),
+            *((True, less, method) for less in few for method in fewer),
         ]
         found += [
             Setting(
-                problem=problem.replace(pretrained=shipped, samples=samples),
+                problem=problem.replace(pretrained=shipped, samples=size),
                 method=_at(method, (rates or {}).get((method.kind, shipped), _first(grid, method))),
             )
-            for shipped, samples, method in dict.fromkeys(wanted)
+            for shipped, size, method in dict.fromkeys(wanted)
         ]
     return found
 
@@ -135,11 +136,14 @@ def _grid(profile: str) -> dict[str, Any]:
     return GRIDS[profile]
 
 
-def _samples(grid: dict[str, Any], problem: Problem) -> list[int]:
-    """The profile's numbers of samples, from least to most; 0 instead of more than there are."""
+def _samples(grid: dict[str, Any], problem: Problem, most: int = 0) -> list[int]:
+    """Numbers of samples, from least to ``most`` or the profile's; 0 for more than there are."""
+    sizes = (
+        [size for size in grid["samples"] if 0 < size < most] + [most] if most else grid["samples"]
+    )
     there = len(sources.read(problem.task, problem.source, "train").labels)
-    fewer = [samples for samples in grid["samples"] if 0 < samples < there]
-    return fewer if len(fewer) == len(grid["samples"]) else [*fewer, 0]
+    fewer = [size for size in sizes if 0 < size < there]
+    return fewer if len(fewer) == len(sizes) else [*fewer, 0]
 
 
 def _at(method: Method, rate: float) -> Method:
