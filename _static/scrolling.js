@@ -3,6 +3,7 @@
 document.addEventListener("DOMContentLoaded", async () => {
   const NAMES = {
     "mjx-container[display='true']": "Equation",
+    "span.math": "Formula",
     "div.pst-scrollable-table-container": "Table",
     "div.output": "Output",
     "div.statement-map": "Map",
@@ -17,7 +18,7 @@ document.addEventListener("DOMContentLoaded", async () => {
   };
 
   const mark = (box) => {
-    const scrolls = box.scrollWidth > box.clientWidth + 1;
+    const scrolls = box.scrollWidth > box.clientWidth + 2; // an italic letter leans out
     box.classList.toggle("scrolls", scrolls);
     if (scrolls) {
       const selector = Object.keys(NAMES).find((one) => box.matches(one));

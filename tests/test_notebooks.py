@@ -166,7 +166,7 @@ def test_chapter_runs_at_another_size_from_another_folder(
             assert_described(cell, after)
     for cell in notebook.cells:
         for asked in cell.metadata.get("user_expressions", ()):
-            assert "…" not in str(asked.result.data), f"{asked.expression} is quoted nowhere"
+            assert "…" not in str(asked["result"]), f"{asked['expression']} is quoted nowhere"
 
 
 @dataclass
