@@ -20,7 +20,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
         "problem": {"epochs": 1, "batch": 32, "tokens": 48, "seed": range(1)},
         "ranks": [1, 8],
-        "samples": [256, 768],
+        "samples": [192, 640],
         "rates": {"lora": [5e-3], "final": [1e-3], "full": [2e-4]},
     },
     "paper": {
