@@ -926,36 +926,54 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
             assert {*equal.items()} <= adapters
         else:
             assert ("all", ranks[-1]) in adapters
-    rates = {("lora", True): 0.5, ("lora", False): 0.25}
+    rates = {("lora", True): {1: 0.5, 9: 0.125}, ("lora", False): {1: 0.25}}
     some = protocols.compared(
         profile, ["tweets"], "rated", "packaged", ranks=[3], seed=4, seeds=2, rates=rates
     )
     assert {s.problem.seed for s in some} == {4, 5}
     for one in some:
-        if isinstance(one.method, Lora):
-            assert one.method.learning_rate == rates["lora", one.problem.pretrained]
-            assert one.method.targets != "all" or one.method.rank == 3
+        if isinstance(one.method, Lora) and one.method.targets == "all":
+            assert one.method.rank == 3
+            wanted = 0.25  # halfway on a logarithmic scale
+            assert one.method.learning_rate == pytest.approx(wanted)
+    most = protocols.compared(profile, ["tweets"], "rated", "packaged", samples=64)
+    assert {s.problem.samples for s in most} == {64}
+    every = protocols.compared(profile, ["tweets"], "rated", "packaged", samples=10**6)
+    assert max(grid["samples"][:-1]) in {s.problem.samples for s in every}
+    assert 0 in {s.problem.samples for s in every}
 
 
 def test_rates_are_chosen_on_texts_of_their_own() -> None:
     settings = protocols.search("paper", ["movies"], "rated", "packaged")
     assert {s.problem.part for s in settings} == {"validation"}
-    tried = Counter((s.method.kind, s.problem.pretrained) for s in settings)
+    tried = Counter(
+        (s.method.kind, getattr(s.method, "rank", 0), s.problem.pretrained) for s in settings
+    )
     assert set(tried.values()) == {3}
-    assert len(tried) == 6
+    assert len(tried) == 8
     table = pd.DataFrame(
         {
-            "method": ["lora"] * 4 + ["full"] * 2,
-            "pretrained": [True, True, False, False, True, True],
-            "learning_rate": [0.1, 0.2, 0.1, 0.2, 0.1, 0.2],
-            "score": [0.8, 0.9, 0.7, 0.6, 0.5, 0.5],
+            "method": ["lora"] * 5 + ["full"] * 2,
+            "rank": [1, 1, 8, 1, 1, math.nan, math.nan],
+            "pretrained": [True, True, True, False, False, True, True],
+            "learning_rate": [0.1, 0.2, 0.3, 0.1, 0.2, 0.1, 0.2],
+            "score": [0.8, 0.9, 0.5, 0.7, 0.6, 0.5, 0.5],
         }
     )
     assert protocols.best_rates(table) == {
-        ("lora", True): 0.2,
-        ("lora", False): 0.1,
-        ("full", True): 0.1,
+        ("lora", True): {1: 0.2, 8: 0.3},
+        ("lora", False): {1: 0.1},
+        ("full", True): {0: 0.1},
     }
+
+
+def test_rates_of_ranks_between_are_between() -> None:
+    by_rank = {1: 0.01, 4: 0.005, 16: 0.001}
+    for rank, wanted in by_rank.items():
+        assert protocols.rate(by_rank, rank) == pytest.approx(wanted)
+    assert protocols.rate(by_rank, 2) == pytest.approx(math.sqrt(0.01 * 0.005))
+    assert protocols.rate(by_rank, 64) == pytest.approx(0.0002)
+    assert protocols.rate({0: 0.3}, 0) == 0.3
 
 
 def test_only_the_profiles_that_there_are() -> None:

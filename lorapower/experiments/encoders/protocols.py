@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ...errors import InputError
@@ -14,28 +16,33 @@ from .models import Final, Full, Lora, Method
 from .runs import Problem, Setting
 
 #: Of each profile: what all runs share; the ranks; the numbers of training samples, 0 for all; and
-#: the learning rates that `search` tries for each kind of method, the first being the default.
-#: Quick is for a processor and some minutes.
+#: the learning rates of each kind of method, of adapters by rank. `search` tries all; the first is
+#: the default. Quick is for a processor and some minutes.
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
-        "problem": {"epochs": 1, "batch": 32, "tokens": 48, "seed": range(1)},
+        "problem": {"epochs": 1, "batch": 8, "tokens": 48, "seed": range(1)},
         "ranks": [1, 8],
         "samples": [192, 640],
-        "rates": {"lora": [5e-3], "final": [1e-3], "full": [2e-4]},
+        "rates": {
+            "lora": {1: [5e-3], 8: [2e-3]},
+            "final": {0: [1e-3]},
+            "full": {0: [2e-4]},
+        },
     },
     "paper": {
-        "problem": {"epochs": 3, "batch": 32, "tokens": 64, "seed": range(3)},
+        "problem": {"epochs": 3, "batch": 16, "tokens": 64, "seed": range(3)},
         "ranks": [1, 2, 4, 8],
         "samples": [250, 1000, 4000, 0],
         "rates": {
-            "lora": [3e-3, 1e-3, 1e-2],
-            "final": [1e-3, 3e-4, 3e-3],
-            "full": [1e-4, 3e-5, 3e-4],
+            "lora": {1: [5e-3, 2e-3, 1e-2], 8: [1e-3, 5e-4, 2e-3]},
+            "final": {0: [1e-3, 3e-4, 3e-3]},
+            "full": {0: [1e-4, 5e-5, 2e-4]},
         },
     },
 }
-#: Learning rates, by kind of method and whether the weights are pretrained.
-Rates = Mapping[tuple[str, bool], float]
+#: Learning rates by kind of method and whether the weights are pretrained; for each by rank, which
+#: is 0 where there is none. `rate` has those of ranks between.
+Rates = Mapping[tuple[str, bool], Mapping[int, float]]
 
 
 def compared(
@@ -77,6 +84,10 @@ def compared(
         Full(),
     ]
     drawn: list[Method] = [*everywhere, Final(), Full()] if whole else [everywhere[-1]]
+    default = {
+        kind: {rank: tried[0] for rank, tried in by_rank.items()}
+        for kind, by_rank in grid["rates"].items()
+    }
     found = []
     for problem in _problems(grid, tasks, source, model, seed, seeds):
         *few, most = _samples(grid, problem, samples)
@@ -88,7 +99,12 @@ def compared(
         found += [
             Setting(
                 problem=problem.replace(pretrained=shipped, samples=size),
-                method=_at(method, (rates or {}).get((method.kind, shipped), _first(grid, method))),
+                method=method.replace(
+                    learning_rate=rate(
+                        (rates or {}).get((method.kind, shipped), default[method.kind]),
+                        _rank(method),
+                    )
+                ),
             )
             for shipped, size, method in dict.fromkeys(wanted)
         ]
@@ -106,28 +122,43 @@ def search(
     """
     grid = _grid(profile)
     (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
-    methods: list[Method] = [Lora(rank=4), Final(), Full()]
-    samples = _samples(grid, problem)[:2][-1]
+    methods = {"lora": Lora, "final": Final, "full": Full}
+    size = _samples(grid, problem)[:2][-1]
     return [
         Setting(
-            problem=problem.replace(pretrained=shipped, samples=samples, part="validation"),
-            method=_at(method, rate),
+            problem=problem.replace(pretrained=shipped, samples=size, part="validation"),
+            method=methods[kind](learning_rate=tried, **({"rank": rank} if rank else {})),
         )
         for shipped in (True, False)
-        for method in methods
-        for rate in sorted(grid["rates"][method.kind])
+        for kind, by_rank in grid["rates"].items()
+        for rank, rates in by_rank.items()
+        for tried in sorted(rates)
     ]
 
 
-def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], float]:
-    """Of a table of runs of `search`: the learning rate with the best score; of two, the lower."""
-    best = table.loc[table.groupby(["method", "pretrained"]).score.idxmax()]
-    return {
-        (kind, bool(shipped)): float(rate)
-        for kind, shipped, rate in zip(
-            best["method"], best["pretrained"], best["learning_rate"], strict=True
-        )
-    }
+def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
+    """Of a table of runs of `search`: `Rates` with the best scores; of equal ones, the lowest."""
+    ranked = table.assign(rank=table["rank"].fillna(0).astype(int))
+    keys = ["method", "pretrained", "rank"]
+    best = ranked.loc[ranked.groupby(keys).score.idxmax(), [*keys, "learning_rate"]]
+    found: dict[tuple[str, bool], dict[int, float]] = {}
+    for kind, shipped, rank, value in best.itertuples(index=False):
+        found.setdefault((kind, bool(shipped)), {})[int(rank)] = float(value)
+    return found
+
+
+def rate(by_rank: Mapping[int, float], rank: int) -> float:
+    """The learning rate of a rank: on a logarithmic scale, between those of the ranks around it.
+
+    Outside, it goes on as between the nearest two.
+    """
+    ranks = sorted(by_rank)
+    if len(ranks) == 1:
+        return by_rank[ranks[0]]
+    at = min(max(1, int(np.searchsorted(ranks, rank))), len(ranks) - 1)
+    low, high = ranks[at - 1], ranks[at]
+    part = math.log(rank / low) / math.log(high / low)
+    return by_rank[low] ** (1 - part) * by_rank[high] ** part
 
 
 def _grid(profile: str) -> dict[str, Any]:
@@ -146,13 +177,8 @@ def _samples(grid: dict[str, Any], problem: Problem, most: int = 0) -> list[int]
     return fewer if len(fewer) == len(sizes) else [*fewer, 0]
 
 
-def _at(method: Method, rate: float) -> Method:
-    return method.replace(learning_rate=rate)
-
-
-def _first(grid: dict[str, Any], method: Method) -> float:
-    rate: float = grid["rates"][method.kind][0]
-    return rate
+def _rank(method: Method) -> int:
+    return method.rank if isinstance(method, Lora) else 0
 
 
 def _problems(

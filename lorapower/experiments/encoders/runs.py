@@ -29,6 +29,8 @@ from .tasks import Task, find
 
 # So many batches at a time have their texts sorted by length.
 POOL = 8
+# The learning rate rises over this part of the steps.
+WARMUP = 0.1
 
 
 class Problem(Record):
@@ -183,6 +185,7 @@ def _run(setting: Setting) -> Found:
                 output_dir=unused,
                 learning_rate=setting.method.learning_rate,
                 num_train_epochs=1,
+                warmup_steps=WARMUP,
                 per_device_eval_batch_size=64,
                 seed=randomness.number(problem.seed, "training"),
                 save_strategy="no",
