@@ -17,6 +17,8 @@ from .tasks import Task
 
 Targets = Literal["attention", "feed-forward", "all"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)
+#: The head that ``transformers`` has for an encoder, or `Mean`.
+Head = Literal["own", "mean"]
 # Adapters are multiplied by SCALE/√R, with which a step of Adam changes a weight about as much at
 # each rank (Kalajdzievski, 2023), so that one learning rate suits them all.
 SCALE = 4
@@ -56,16 +58,52 @@ class Full(Record):
 Method: TypeAlias = Lora | Final | Full
 
 
-def classifier(model: str, task: Task, *, pretrained: bool, seed: int) -> Any:
+class Mean(nn.Module):
+    """An encoder with a linear head on the mean of its outputs over the tokens of a text.
+
+    It is how sentence encoders are made to be used (Reimers and Gurevych, 2019). Takes what models
+    of ``transformers`` take, and returns ``loss``, where there are labels, and ``logits``.
+    """
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, encoder: Any, outputs: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = encoder.config
+        self.classifier = nn.Linear(encoder.config.hidden_size, outputs)
+
+    @property
+    def base_model(self) -> Any:
+        """The encoder."""
+        return self.encoder
+
+    def forward(
+        self,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+        logits = self.classifier(_mean(hidden, attention_mask))
+        if labels is None:
+            return {"logits": logits}
+        if self.config.problem_type == "regression":
+            return {"loss": nn.functional.mse_loss(logits[:, 0], labels), "logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def classifier(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = "own") -> Any:
     """The encoder with a head for the task: weights as shipped, or drawn as its configuration says.
 
-    The seed alone draws the head, and a pooling layer that is not shipped; both are the same with
-    pretrained and random weights. Raises `InputError` for a model that
-    cannot be found, lacks weights or cannot have such a head.
+    The head is the one that ``transformers`` has for the encoder, or `Mean`. The seed alone draws
+    it, and a pooling layer that is not shipped; both are the same with pretrained and random
+    weights. Raises `InputError` for a model that cannot be found, lacks weights or cannot have such
+    a head.
     """
     kind = "regression" if task.regression else "single_label_classification"
     with randomness.seeded(seed, "head"):
-        whole = _drawn(model, num_labels=task.outputs, problem_type=kind)
+        whole = _drawn(model, head, num_labels=task.outputs, problem_type=kind)
     if pretrained:
         shipped, lacking = hub.shipped(model)
         weights, own = shipped.state_dict(), whole.base_model.state_dict()
@@ -136,11 +174,11 @@ def targeted(body: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
     return chosen
 
 
-def equal_ranks(model: str, rank: int) -> dict[Targets, int]:
+def equal_ranks(model: str, rank: int, head: Head = "own") -> dict[Targets, int]:
     """For each choice of targets, the rank whose adapters have most nearly as many numbers as those
     of rank ``rank`` on all linear layers; at least 1."""
     with torch.device("meta"):
-        body = _drawn(model).base_model
+        body = _drawn(model, head).base_model
     sizes = {
         targets: sum(sum(layer.weight.shape) for layer in targeted(body, targets).values())
         for targets in TARGETS
@@ -162,18 +200,22 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
         tokens = words(list(texts), padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
             outputs = network(**tokens).last_hidden_state
-        present = tokens["attention_mask"].unsqueeze(-1)
-        means.append((outputs * present).sum(1) / present.sum(1))
-    return torch.cosine_similarity(*means)
+        means.append(_mean(outputs, tokens["attention_mask"]))
+    one, other = means
+    return torch.cosine_similarity(one, other)
 
 
-def _drawn(model: str, **options: Any) -> Any:
-    """The model with random weights and a head for classes, as its configuration says."""
+def _drawn(model: str, head: Head, **options: Any) -> Any:
+    """The model with random weights and a head, as its configuration says."""
     hub.check()
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     config = hub.load(AutoConfig, model, **options)
     with hub.quiet():
+        if head == "mean":
+            encoder = AutoModel.from_config(config)
+            encoder.pooler = None  # its outputs are not used
+            return Mean(encoder, config.num_labels)
         try:
             return AutoModelForSequenceClassification.from_config(config)
         except ValueError as error:
@@ -182,6 +224,14 @@ def _drawn(model: str, **options: Any) -> Any:
                 allowed="an encoder that transformers can give a head for classes",
                 given=f"{model!r} ({type(config).__name__})",
             ) from error
+
+
+def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the tokens that are there."""
+    if mask is None:
+        return hidden.mean(1)
+    present = mask.unsqueeze(-1)
+    return (hidden * present).sum(1) / present.sum(1)
 
 
 def _kind(name: str) -> str:

@@ -13,6 +13,7 @@ from ...errors import InputError
 from .. import sweeps
 from . import models, sources
 from .models import Final, Full, Lora, Method
+from .rated import RATED
 from .runs import Problem, Setting
 
 #: Of each profile: what all runs share; the ranks; the numbers of training samples, 0 for all; and
@@ -20,11 +21,11 @@ from .runs import Problem, Setting
 #: the default. Quick is for a processor and some minutes.
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
-        "problem": {"epochs": 1, "batch": 8, "tokens": 48, "seed": range(1)},
+        "problem": {"epochs": 1, "batch": 16, "tokens": 48, "seed": range(1)},
         "ranks": [1, 8],
-        "samples": [192, 640],
+        "samples": [160, 640],
         "rates": {
-            "lora": {1: [5e-3], 8: [2e-3]},
+            "lora": {1: [4e-3], 8: [2e-3]},
             "final": {0: [1e-3]},
             "full": {0: [2e-4]},
         },
@@ -34,7 +35,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "ranks": [1, 2, 4, 8],
         "samples": [250, 1000, 4000, 0],
         "rates": {
-            "lora": {1: [5e-3, 2e-3, 1e-2], 8: [1e-3, 5e-4, 2e-3]},
+            "lora": {1: [2e-3, 1e-3, 4e-3], 8: [1e-3, 5e-4, 2e-3]},
             "final": {0: [1e-3, 3e-4, 3e-3]},
             "full": {0: [1e-4, 5e-5, 2e-4]},
         },
@@ -72,7 +73,7 @@ def compared(
     grid = _grid(profile)
     chosen = sorted(ranks or grid["ranks"])
     whole = profile == "paper"
-    equal = models.equal_ranks(model, chosen[-1])
+    equal = models.equal_ranks(model, chosen[-1], _head(source))
     parts = [targets for targets in models.TARGETS if targets != "all"]
     everywhere = [Lora(rank=rank) for rank in chosen]
     fewer: list[Method] = [everywhere[0], everywhere[-1], Full()]
@@ -177,6 +178,10 @@ def _samples(grid: dict[str, Any], problem: Problem, most: int = 0) -> list[int]
     return fewer if len(fewer) == len(sizes) else [*fewer, 0]
 
 
+def _head(source: str) -> models.Head:
+    return "mean" if source == RATED else "own"
+
+
 def _rank(method: Method) -> int:
     return method.rank if isinstance(method, Lora) else 0
 
@@ -191,5 +196,6 @@ def _problems(
         source=source,
         model=model,
         part=sources.held_out(source),
+        head=_head(source),
         **own | {"seed": range(seed, seed + (seeds or len(own["seed"])))},
     )

@@ -42,6 +42,8 @@ class Problem(Record):
         GLUE's layout.
     model : encoder: ``"packaged"``, a folder, or a name on the hub.
     pretrained : whether it has its weights, or random ones of the same configuration.
+    head : ``"mean"``, linear on the mean over the tokens (`models.Mean`), or ``"own"``, that which
+        ``transformers`` has for the encoder, as in the published scores of GLUE.
     epochs, batch : of training.
     tokens : to which longer texts are cut off; fewer than 8 have no place for a text beside the
         marks of where texts begin and end.
@@ -57,6 +59,7 @@ class Problem(Record):
     source: str = RATED
     model: str = hub.PACKAGED
     pretrained: bool = True
+    head: models.Head = "mean"
     epochs: int = Field(3, ge=1)
     batch: int = Field(16, ge=1)
     tokens: int = Field(48, ge=8)
@@ -191,6 +194,7 @@ def _run(setting: Setting) -> Found:
                 save_strategy="no",
                 logging_strategy="no",
                 report_to="none",
+                remove_unused_columns=False,
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
             ),
@@ -276,7 +280,11 @@ def _network(setting: Setting) -> Any:
     """The model with a head for the task, and what is tuned of it."""
     problem = setting.problem
     network = models.classifier(
-        problem.model, find(problem.task), pretrained=problem.pretrained, seed=problem.seed
+        problem.model,
+        find(problem.task),
+        pretrained=problem.pretrained,
+        seed=problem.seed,
+        head=problem.head,
     )
     _fits(problem, network)
     return models.adapt(network, setting.method, seed=problem.seed)
