@@ -63,6 +63,7 @@ def twelve(values: Any) -> dict[str, Any]:
         lambda: figures.medians(
             {"a": twelve(pd.DataFrame({"x": [1, 2], "y": [1, 2]}))}, "x", "y", xlabel="", ylabel=""
         ),
+        lambda: figures.intervals({"a": [1, 0, 2]}, levels=twelve(1), xlabel="x"),
         lambda: figures.scatter(twelve(([1, 2], [1, 2])), xlabel="x", ylabel="y"),
         lambda: figures.scatter(
             {"a": ([1], [2])}, guides=twelve(([1, 2], [1, 2])), xlabel="x", ylabel="y"
@@ -327,6 +328,17 @@ def test_error_against_rank_without_predictions_names_its_levels() -> None:
     measured, level = lines(figure.axes[0])
     assert measured.tolist() == [3, 0.5]
     assert level.tolist() == [1, 1]
+
+
+def test_intervals_stand_in_rows_from_above() -> None:
+    figure = figures.intervals({"a": (2, 1, 4), "b": (0, -1, 1)}, levels={"none": 0}, xlabel="x")
+    (ax,) = figure.axes
+    bars = [line for line in ax.lines if np.shape(line.get_xdata()) == (2,)]
+    assert [np.asarray(line.get_xdata()).tolist() for line in bars[:2]] == [[1, 4], [-1, 1]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in bars[:2]] == [[0, 0], [1, 1]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert ax.yaxis_inverted()
+    assert legend(figure) == ["none"]
 
 
 def test_scatter_shows_every_point_and_the_guide() -> None:

@@ -14,7 +14,7 @@ WIDTH = 1.96
 
 
 class Interval(NamedTuple):
-    """A mean, its standard error, and the limits of its interval of 95 %."""
+    """A mean, its standard error, and the limits of its interval of 95%."""
 
     mean: float
     error: float
@@ -25,9 +25,9 @@ class Interval(NamedTuple):
 def interval(values: ArrayLike) -> Interval:
     """The mean of ``values`` ``[seeds, texts]`` over other texts and other seeds like these.
 
-    Values are what texts contribute to a score (`Task.contributions`), or, for two methods on the
-    same texts and seeds, the difference of both, which pairs them. The variance of the mean is
-    ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and over texts.
+    Values are what texts contribute to a score (`tasks.Task.contributions`), or, for two methods
+    on the same texts and seeds, the difference of both, which pairs them. The variance of the mean
+    is ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and texts.
     Each holds part of the other's noise, so that the interval is rather too wide than too narrow.
     One seed says nothing of the second part, which then is left out.
 
