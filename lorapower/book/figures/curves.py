@@ -233,7 +233,7 @@ def intervals(
         ax.axvline(level, label=label, **_LEVEL)
     ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     ax.set_yticks(range(len(rows)), [*rows])
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="y", visible=False)
     if levels:
         _legend(figure)

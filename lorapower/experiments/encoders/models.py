@@ -19,8 +19,8 @@ Targets = Literal["attention", "feed-forward", "all"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)
 #: The head that ``transformers`` has for an encoder, or `Mean`.
 Head = Literal["own", "mean"]
-# Adapters are multiplied by SCALE/√R, with which a step of Adam changes a weight about as much at
-# each rank (Kalajdzievski, 2023), so that one learning rate suits them all.
+# Adapters are multiplied by SCALE/√R, with which a first step of Adam changes a weight about as
+# much at each rank (Kalajdzievski, 2023).
 SCALE = 4
 
 
@@ -32,7 +32,8 @@ class Lora(Record):
     targets : ``"attention"``; ``"feed-forward"``, all others of the equal layers that the encoder
         consists of; or ``"all"``, with those outside these too.
     rank : of each adapter.
-    learning_rate : of AdamW without weight decay, from which it falls linearly to 0.
+    learning_rate : the highest of AdamW without weight decay; it rises over the first tenth of the
+        steps, then falls linearly to 0.
     """
 
     kind: Literal["lora"] = "lora"
@@ -55,7 +56,14 @@ class Full(Record):
     learning_rate: float = Field(1e-4, gt=0)
 
 
-Method: TypeAlias = Lora | Final | Full
+class Alone(Record):
+    """Nothing but the head, which is tuned in any case; the learning rate as of `Lora`."""
+
+    kind: Literal["head"] = "head"
+    learning_rate: float = Field(1e-2, gt=0)
+
+
+Method: TypeAlias = Lora | Final | Full | Alone
 
 
 class Mean(nn.Module):
@@ -93,6 +101,11 @@ class Mean(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+def rank_of(method: Method) -> int:
+    """The rank of a method's adapters; 0 where it has none."""
+    return method.rank if isinstance(method, Lora) else 0
+
+
 def classifier(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = "own") -> Any:
     """The encoder with a head for the task: weights as shipped, or drawn as its configuration says.
 
@@ -125,11 +138,11 @@ def adapt(network: Any, method: Method, *, seed: int) -> Any:
         for name, module in network.named_children()
         if name != prefix and any(True for _ in module.parameters())
     }
-    if isinstance(method, Final):
-        last = _last_layer(body)
-        pooler = getattr(body, "pooler", None)
+    if isinstance(method, Final | Alone):
+        whole = isinstance(method, Final)
+        tuned = (_last_layer(body), getattr(body, "pooler", None)) if whole else ()
         network.requires_grad_(False)
-        for module in (last, pooler, *heads.values()):
+        for module in (*tuned, *heads.values()):
             if module is not None:
                 module.requires_grad_(True)
         return network
@@ -176,14 +189,18 @@ def targeted(body: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
 
 def equal_ranks(model: str, rank: int, head: Head = "own") -> dict[Targets, int]:
     """For each choice of targets, the rank whose adapters have most nearly as many numbers as those
-    of rank ``rank`` on all linear layers; at least 1."""
+    of rank ``rank`` on all linear layers; at least 1, at most what their layers can have."""
     with torch.device("meta"):
         body = _drawn(model, head).base_model
-    sizes = {
-        targets: sum(sum(layer.weight.shape) for layer in targeted(body, targets).values())
+    shapes = {
+        targets: [layer.weight.shape for layer in targeted(body, targets).values()]
         for targets in TARGETS
     }
-    return {targets: max(1, round(rank * sizes["all"] / size)) for targets, size in sizes.items()}
+    size = {targets: sum(map(sum, each)) for targets, each in shapes.items()}
+    return {
+        targets: min(max(1, round(rank * size["all"] / size[targets])), *map(min, each))
+        for targets, each in shapes.items()
+    }
 
 
 def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, " pairs"]:

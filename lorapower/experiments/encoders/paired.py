@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike
 
 from ...errors import InputError
 
-#: Half the width of an interval, in standard errors: nineteen of twenty intervals hold the mean.
-WIDTH = 1.96
+#: The share of intervals that hold the mean.
+LEVEL = 0.95
 
 
 class Interval(NamedTuple):
@@ -27,17 +27,24 @@ def interval(values: ArrayLike) -> Interval:
 
     Values are what texts contribute to a score (`tasks.Task.contributions`), or, for two methods
     on the same texts and seeds, the difference of both, which pairs them. The variance of the mean
-    is ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and texts.
-    Each holds part of the other's noise, so that the interval is rather too wide than too narrow.
-    One seed says nothing of the second part, which then is left out.
+    is ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and texts,
+    and limits are those of Student's distribution with Satterthwaite's degrees of freedom. One seed
+    says nothing of the second part: the interval then is one for these trained networks, and what
+    another training would change is not in it.
 
     Raises `InputError` for values of other shape, or for fewer than two texts.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
         raise InputError("values", allowed="[seeds, at least two texts]", given=table.shape)
-    variance = table.mean(0).var(ddof=1) / table.shape[1]
-    if len(table) > 1:
-        variance += table.mean(1).var(ddof=1) / len(table)
+    from scipy import stats
+
+    seeds, texts = table.shape
+    parts = [(table.mean(0).var(ddof=1) / texts, texts - 1)]
+    if seeds > 1:
+        parts.append((table.mean(1).var(ddof=1) / seeds, seeds - 1))
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / freedom for part, freedom in parts)
+    width = stats.t.ppf((1 + LEVEL) / 2, variance**2 / spread) if spread else 0.0
     mean, error = float(table.mean()), float(np.sqrt(variance))
-    return Interval(mean, error, mean - WIDTH * error, mean + WIDTH * error)
+    return Interval(mean, error, mean - width * error, mean + width * error)

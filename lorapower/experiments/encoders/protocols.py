@@ -12,7 +12,7 @@ import pandas as pd
 from ...errors import InputError
 from .. import sweeps
 from . import models, sources
-from .models import Final, Full, Lora, Method
+from .models import Alone, Final, Full, Lora, Method
 from .rated import RATED
 from .runs import Problem, Setting
 
@@ -28,6 +28,7 @@ GRIDS: dict[str, dict[str, Any]] = {
             "lora": {1: [4e-3], 8: [2e-3]},
             "final": {0: [1e-3]},
             "full": {0: [2e-4]},
+            "head": {0: [1e-2]},
         },
     },
     "paper": {
@@ -38,6 +39,7 @@ GRIDS: dict[str, dict[str, Any]] = {
             "lora": {1: [2e-3, 1e-3, 4e-3], 8: [1e-3, 5e-4, 2e-3]},
             "final": {0: [1e-3, 3e-4, 3e-3]},
             "full": {0: [1e-4, 5e-5, 2e-4]},
+            "head": {0: [1e-2, 3e-3, 3e-2]},
         },
     },
 }
@@ -62,7 +64,8 @@ def compared(
 
     From pretrained weights and the most samples: adapters of each rank on all linear layers, and
     for attention and for feed-forward layers of the rank at which they have as many numbers as the
-    highest on all (`models.equal_ranks`), in paper also of each rank; the last layer; all weights.
+    highest on all (`models.equal_ranks`), in paper also of each rank; the last layer; all weights;
+    the head alone.
     From random weights: the highest rank on all layers, in paper each, and the last two. With
     fewer samples: the lowest and the highest rank on all layers, and all weights.
 
@@ -83,6 +86,7 @@ def compared(
         *(Lora(targets=targets, rank=rank) for targets in parts for rank in chosen if whole),
         Final(),
         Full(),
+        Alone(),
     ]
     drawn: list[Method] = [*everywhere, Final(), Full()] if whole else [everywhere[-1]]
     default = {
@@ -103,7 +107,7 @@ def compared(
                 method=method.replace(
                     learning_rate=rate(
                         (rates or {}).get((method.kind, shipped), default[method.kind]),
-                        _rank(method),
+                        models.rank_of(method),
                     )
                 ),
             )
@@ -123,7 +127,7 @@ def search(
     """
     grid = _grid(profile)
     (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
-    methods = {"lora": Lora, "final": Final, "full": Full}
+    methods = {"lora": Lora, "final": Final, "full": Full, "head": Alone}
     size = _samples(grid, problem)[:2][-1]
     return [
         Setting(
@@ -180,10 +184,6 @@ def _samples(grid: dict[str, Any], problem: Problem, most: int = 0) -> list[int]
 
 def _head(source: str) -> models.Head:
     return "mean" if source == RATED else "own"
-
-
-def _rank(method: Method) -> int:
-    return method.rank if isinstance(method, Lora) else 0
 
 
 def _problems(

@@ -1,8 +1,8 @@
 """The rated sentences of Hutto and Gilbert (2014), from the archive in which they are published.
 
-Four kinds of text, each with the mean of twenty people's ratings from −4 to 4. They lie in the
-source archive of a package; nothing of it is imported. Its digest is known, so that the sentences
-are the same everywhere.
+Four kinds of text, each with the mean of fifteen or more people's ratings from −4 to 4. They lie in
+the source archive of a package; nothing of it is imported. Its digest is known, so that the
+sentences are the same everywhere.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import html
 import io
+import math
 import sys
 import tarfile
 from collections import Counter
@@ -23,7 +24,7 @@ from .tasks import Task
 
 #: Name of this source.
 RATED = "rated"
-#: Mean ratings no farther from 0 than this have no sign that twenty people agree on.
+#: Mean ratings no farther from 0 than this count as neither positive nor negative.
 NEUTRAL = 0.5
 #: Shares of the distinct sentences, by part, in the order of their digests.
 SHARES = {"train": 0.75, "validation": 0.1, "test": 0.15}
@@ -89,10 +90,12 @@ def _part(words: str) -> str:
 
 def _number(place: str, rating: str) -> float:
     try:
-        return float(rating)
-    except ValueError as error:
-        allowed = "a mean rating and a text"
-        raise InputError(place, allowed=allowed, given=repr(rating)) from error
+        value = float(rating)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(place, allowed="a mean rating and a text", given=repr(rating))
+    return value
 
 
 def _lines(task: Task) -> Iterator[tuple[str, list[str] | InputError, str]]:

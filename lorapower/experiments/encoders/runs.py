@@ -103,7 +103,7 @@ def check(settings: Sequence[Setting]) -> None:
         sources.read(problem.task, problem.source, problem.part)
         _checks.integer("samples", problem.samples, 0, there, limit="all there are to train on")
     highest = {}
-    for setting in sorted(settings, key=lambda s: (_rank(s.method), s.problem.pretrained)):
+    for setting in sorted(settings, key=lambda s: (models.rank_of(s.method), s.problem.pretrained)):
         targets = getattr(setting.method, "targets", None)
         highest[setting.problem.model, setting.problem.tokens, targets] = setting
     for setting in highest.values():
@@ -115,11 +115,11 @@ class Found(Results):
 
     ``accuracy`` to ``spearman`` are `tasks.METRICS`, NaN where they are none of the task's;
     ``score``, that by which the task is judged; ``accuracy_matched`` and ``accuracy_mismatched``
-    are of MNLI's two validation sets; ``baseline``, the score of the best constant answer;
-    ``training_loss``, the mean over the steps; ``parameters``, number of those that are tuned;
-    ``cut_off``, part of the texts that had more tokens than are used; ``answers``, to each held-out
-    text (`answers`); ``changes``, what tuning all weights did to each linear layer (`spectra`), or
-    nothing; ``seconds``, of training alone.
+    are of MNLI's two validation sets; ``baseline``, the score of the best constant answer, chosen
+    in hindsight; ``training_loss``, the mean over the steps; ``parameters``, number of those
+    that are tuned; ``cut_off``, part of the task's texts that had more tokens than are used;
+    ``answers``, to each held-out text (`answers`); ``changes``, what tuning all weights did to each
+    linear layer (`spectra`), or nothing; ``seconds``, of training alone.
     """
 
     accuracy: float
@@ -166,7 +166,6 @@ def _run(setting: Setting) -> Found:
 
     problem = setting.problem
     task = find(problem.task)
-    train = sources.read(problem.task, problem.source, "train")
     held_out = sources.read(problem.task, problem.source, problem.part)
     samples, cut_off = _tokenized(
         problem.task, problem.source, problem.model, problem.tokens, problem.part
@@ -209,7 +208,7 @@ def _run(setting: Setting) -> Found:
         ordered: Any = [asked[i] for i in order]
         outputs[order] = trainer.predict(ordered).predictions
     given, wanted = task.answers(outputs), np.array(held_out.labels)
-    baseline = np.full(len(given), task.constant(train.labels))
+    baseline = np.full(len(given), task.constant(held_out.labels))
     return Found(
         **task.scores(given, wanted),
         **_by_set(task, given, held_out),
@@ -259,6 +258,7 @@ def _changes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tenso
     for name, weight in before.items():
         change = after[name] - weight
         values = torch.linalg.svdvals(change.double())
+        values = values / values[0].clamp(min=torch.finfo(values.dtype).tiny)
         carried = values.square().cumsum(0) / values.square().sum()
         numbers = [2**i for i in range(len(values).bit_length())]
         rows.append(
@@ -267,13 +267,9 @@ def _changes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tenso
                 part: int((carried < share).sum()) + 1
                 for part, share in (("half", 0.5), ("most", 0.9))
             }
-            | {str(number): float(values[number - 1] / values[0]) for number in numbers}
+            | {str(number): float(values[number - 1]) for number in numbers}
         )
     return json.dumps(rows)
-
-
-def _rank(method: Method) -> int:
-    return method.rank if isinstance(method, Lora) else 0
 
 
 def _network(setting: Setting) -> Any:

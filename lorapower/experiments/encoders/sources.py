@@ -55,7 +55,7 @@ def check(task: str, source: str) -> None:
     if source not in (RATED, HUB) and not Path(source).expanduser().is_dir():
         raise InputError(
             "source",
-            allowed=f"{HUB!r} or a folder that exists",
+            allowed=f"{RATED!r}, {HUB!r} or a folder that exists",
             given=repr(source),
             remedy="name the folder that holds CoLA, SST-2 and the others",
         )

@@ -97,7 +97,8 @@ class Task:
         For an accuracy that is 1 where the answer is right, else 0. For a correlation ``r``, of
         answers ``x`` and labels ``y`` brought to mean 0 and variance 1, it is
         ``r + xy - r(x² + y²)/2``: with this influence function the standard error of ``r`` is that
-        of a mean, to first order. Answers that are all the same correlate with nothing: 0.
+        of a mean, to first order. Answers that are all the same correlate with nothing: 0, of
+        which this knows no error.
         """
         given, wanted = (np.asarray(a, dtype=np.float64) for a in (answers, labels))
         if self.metrics[0] == "accuracy":
