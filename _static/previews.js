@@ -1,4 +1,4 @@
-// A reference to a statement or an equation shows what it refers to: to a pointer that rests on it,
+// A reference to a statement, an equation or a figure shows what it refers to: to a pointer that rests on it,
 // to a keyboard that reaches it, to a finger at the first tap; the second tap follows it. What can be
 // shown, by its anchor, is in preview-data.js, as pages from disk may not fetch. Without scripts a
 // reference is a link.
@@ -17,8 +17,9 @@ document.addEventListener("DOMContentLoaded", () => {
   let timer = 0;
   let touched = false; // whether the last pointer was a finger
 
+  const root = document.documentElement.dataset.content_root;
   const data = document.createElement("script");
-  data.src = `${document.documentElement.dataset.content_root}_static/preview-data.js`;
+  data.src = `${root}_static/preview-data.js`;
   document.head.append(data);
 
   const preview = (link) => {
@@ -59,6 +60,10 @@ document.addEventListener("DOMContentLoaded", () => {
     hide();
     shown = link;
     box.innerHTML = preview(link);
+    for (const picture of box.querySelectorAll("img[data-src]")) {
+      picture.src = root + picture.dataset.src;
+      picture.onload = () => shown === link && place();
+    }
     box.hidden = false;
     box.scrollTop = 0;
     link.setAttribute("aria-describedby", box.id);

@@ -310,18 +310,20 @@ def test_page_on_the_build_names_all_chapters(book: Path) -> None:
     assert f"torch{metadata.version('torch')}" in re.sub(r"\s", "", versions.get_text())
 
 
-def test_every_reference_to_a_statement_or_an_equation_has_a_preview(book: Path) -> None:
+def test_every_reference_within_the_book_has_a_preview(book: Path) -> None:
     text = (book / "_static" / "preview-data.js").read_text(encoding="utf-8")
     previews = json.loads(text.removeprefix("window.previews = ").removesuffix(";\n"))
     anchors = set().union(*(referred(soup(book, docname)) for docname in PAGES))
-    kinds = ("ass-", "cor-", "def-", "equation-", "lem-", "obs-", "prop-", "rem-", "thm-")
+    kinds = ("ass-", "cor-", "def-", "equation-", "fig-", "lem-", "obs-", "prop-", "rem-", "thm-")
     asked = {anchor for anchor in anchors if anchor.startswith(kinds)}
     assert asked
     assert asked <= previews.keys()
     for html in previews.values():
         content = BeautifulSoup(html, "html.parser")
         assert content.get_text().strip()
-        assert not content.select("a, [id]")
+        assert not content.select("a, [id], script")
+        for picture in content.select("img[data-src]"):
+            assert (book / str(picture["data-src"])).is_file()
 
 
 REFERENCE = ".bd-article a.reference[href$='#thm-one-layer']"
@@ -384,6 +386,18 @@ def test_reference_in_focus_shows_its_statement(browser: Browser, book: Path) ->
     assert focused == box.get_attribute("id")
     page.keyboard.press("Escape")
     assert not box.is_visible()
+    page.close()
+
+
+def test_reference_shows_a_figure_of_another_page(browser: Browser, book: Path) -> None:
+    page = browser.new_page()
+    page.goto((book / "index.html").as_uri())
+    page.wait_for_function("window.previews")
+    page.locator("a.reference[href$='#fig-texts-paired']").first.hover()
+    picture = page.locator("div.preview img")
+    picture.wait_for()
+    page.wait_for_function("document.querySelector('div.preview img').naturalWidth > 100")
+    assert "Fig. 9." in page.locator("div.preview").inner_text()
     page.close()
 
 
