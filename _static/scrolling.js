@@ -3,7 +3,6 @@
 document.addEventListener("DOMContentLoaded", async () => {
   const NAMES = {
     "mjx-container[display='true']": "Equation",
-    "span.math": "Formula",
     "div.pst-scrollable-table-container": "Table",
     "div.output": "Output",
     "div.statement-map": "Map",
@@ -18,7 +17,7 @@ document.addEventListener("DOMContentLoaded", async () => {
   };
 
   const mark = (box) => {
-    const scrolls = box.scrollWidth > box.clientWidth + 2; // an italic letter leans out
+    const scrolls = box.scrollWidth > box.clientWidth + 1;
     box.classList.toggle("scrolls", scrolls);
     if (scrolls) {
       const selector = Object.keys(NAMES).find((one) => box.matches(one));

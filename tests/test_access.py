@@ -19,7 +19,7 @@ SILENT_BOXES = """async () => {
     document.querySelectorAll("details").forEach((details) => { details.open = true; });
     const silent = () => [...document.querySelectorAll(".bd-main *")]
         .filter((box) => /auto|scroll/.test(getComputedStyle(box).overflowX))
-        .filter((box) => box.clientWidth && box.scrollWidth > box.clientWidth + 2)
+        .filter((box) => box.clientWidth && box.scrollWidth > box.clientWidth + 1)
         .filter((box) => box.tabIndex || !box.ariaLabel || !box.matches(".more-right")
             || getComputedStyle(box).maskImage === "none")
         .map((box) => box.outerHTML.slice(0, 200));
