@@ -253,7 +253,7 @@ def test_ranks_are_bounded_in_every_chapter(head: Head) -> None:
     ("given", "message"),
     [
         ({"source": "nowhere"}, "source must be .* a folder that exists; got 'nowhere'"),
-        ({"tasks": "cola"}, "task must be one of movies, movies-rating .*; got 'cola'"),
+        ({"tasks": "cola"}, "task must be one of movies, movies-rating,.*; got 'cola'"),
         ({"model": "./nowhere"}, "model must be a folder that exists; got './nowhere'"),
     ],
 )
