@@ -34,6 +34,13 @@ OUTLINED = """() => [document.activeElement, ...document.activeElement.children]
     .some((style) => style.outlineStyle !== "none" || style.boxShadow !== "none")"""
 
 
+# On a phone, dark pages have the colours that they have on a desktop.
+@pytest.mark.parametrize(
+    ("scheme", "reader"),
+    [("light", "desktop"), ("light", "phone"), ("dark", "desktop")],
+    indirect=True,
+    scope="module",
+)
 @pytest.mark.parametrize("docname", [*PAGES, *OTHERS])
 def test_page_bars_nobody(reader: Reader, docname: str) -> None:
     reader.open(docname)
