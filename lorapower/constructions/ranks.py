@@ -76,10 +76,9 @@ def rank_for_error(
     by : ``"bound"``: what the theorems promise on these inputs, that is, `bounds.fnn_error_on`, or
         `bounds.transformer_error`; of a linear network, the error itself. Where the construction's
         assumptions hold, which is not checked, it is met for certain, rounding apart; less rank
-        may be enough. Or
-        ``"trial"``: adapters are made, of a ReLU network for `Samples`, and the error is measured,
-        rounding included. `adapt` may call the rounding unacceptable all the same: it then takes
-        ``throw=False``, or a larger ``rtol``.
+        may be enough. Or ``"trial"``: adapters are made, of a ReLU network for `Samples`, and the
+        error is measured, rounding included. `adapt` may call the rounding unacceptable all the
+        same: it then takes ``throw=False``, or a larger ``rtol``.
     ranks : those to try; by default all from 0 on.
     partition : of ReLU networks: the blocks, by default uniform.
     throw : raise an error where no rank is enough, or else say so in ``success``.

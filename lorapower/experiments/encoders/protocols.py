@@ -65,9 +65,9 @@ def compared(
     From pretrained weights and the most samples: adapters of each rank on all linear layers, and
     for attention and for feed-forward layers of the rank at which they have as many numbers as the
     highest on all (`models.equal_ranks`), in paper also of each rank; the last layer; all weights;
-    the head alone.
-    From random weights: the highest rank on all layers, in paper each, and the last two. With
-    fewer samples: the lowest and the highest rank on all layers, and all weights.
+    the head alone. From random weights: the highest rank on all layers, in paper each, the last
+    layer and all weights. With fewer samples: the lowest and the highest rank on all layers, and
+    all weights.
 
     Ranks, the number of seeds from ``seed`` on, and the most samples are by default those of the
     profile; learning rates, its first (`best_rates` finds others). Raises `InputError` for a
@@ -174,9 +174,9 @@ def _grid(profile: str) -> dict[str, Any]:
 
 def _samples(grid: dict[str, Any], problem: Problem, most: int = 0) -> list[int]:
     """Numbers of samples, from least to ``most`` or the profile's; 0 for more than there are."""
-    sizes = (
-        [size for size in grid["samples"] if 0 < size < most] + [most] if most else grid["samples"]
-    )
+    sizes = grid["samples"]
+    if most:
+        sizes = [*(size for size in sizes if 0 < size < most), most]
     there = len(sources.read(problem.task, problem.source, "train").labels)
     fewer = [size for size in sizes if 0 < size < there]
     return fewer if len(fewer) == len(sizes) else [*fewer, 0]

@@ -70,7 +70,7 @@ class Problem(Record):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         sources.check(self.task, self.source)
-        if self.part == "test" and self.source != RATED:
+        if self.part == "test" and sources.held_out(self.source) != "test":
             raise InputError(
                 "part", allowed=f"validation but for source {RATED!r}", given=self.part
             )
