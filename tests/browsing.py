@@ -14,6 +14,9 @@ __all__ = ["MATHJAX_IS_DONE", "OPTIONS", "SCHEMES", "WIDTHS", "Reader", "chromiu
 
 WIDTHS = {"desktop": 1280, "phone": 390}
 SCHEMES = ("light", "dark")
+# Colours of buttons go over into those of the dark when a page's script has found that it is dark.
+_STANDS_STILL = """() => Promise.allSettled(
+    document.getAnimations().map((animation) => animation.finished)).then(() => null)"""
 
 
 def chromium() -> str:
@@ -48,3 +51,4 @@ class Reader:
     def open(self, docname: str, query: str = "") -> None:
         self.page.goto((self.book / f"{docname}.html").as_uri() + query)
         self.page.evaluate(MATHJAX_IS_DONE)
+        self.page.evaluate(_STANDS_STILL)
