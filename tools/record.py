@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from lorapower.experiments import encoders, sweeps
+from lorapower.experiments import encoders, sweeps, tables
+from lorapower.experiments.encoders import runs
 
 
 def record(files: Sequence[Path | str], place: Path) -> pd.DataFrame:
     """The runs of all files as one compressed table, in an order that does not depend on theirs."""
     table = pd.concat([sweeps.read(file) for file in files])
-    settings = [*table.columns[: table.columns.get_loc("learning_rate") + 1]]
+    settings = tables.columns(runs.Setting)
     table = table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
     # The moment of writing is no part of the contents.
     table.to_csv(place, index=False, compression={"method": "gzip", "mtime": 0})
