@@ -1016,7 +1016,7 @@ def test_rates_are_chosen_on_texts_of_their_own() -> None:
     }
     assert protocols.best_rates(table) == best
     assert protocols.best_rates(pd.concat([table[1::2], table[::2]])) == best
-    assert protocols.best_rates(table.set_index([[0] * len(table)])) == best
+    assert protocols.best_rates(table.set_axis([0] * len(table))) == best
 
 
 def test_rates_of_ranks_between_are_between() -> None:
