@@ -143,11 +143,10 @@ def search(
 
 def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
     """Of a table of runs of `search`: `Rates` with the best scores; of equal ones, the lowest."""
-    # Of tables that were put together, two rows may have one index.
-    ranked = table.reset_index(drop=True)
-    ranked["rank"] = ranked["rank"].fillna(0).astype(int)
+    ranked = table.assign(rank=table["rank"].fillna(0).astype(int))
+    ranked = ranked.sort_values(["score", "learning_rate"], ascending=[False, True])
     keys = ["method", "pretrained", "rank"]
-    best = ranked.loc[ranked.groupby(keys).score.idxmax(), [*keys, "learning_rate"]]
+    best = ranked.drop_duplicates(keys)[[*keys, "learning_rate"]]
     found: dict[tuple[str, bool], dict[int, float]] = {}
     for kind, shipped, rank, value in best.itertuples(index=False):
         found.setdefault((kind, bool(shipped)), {})[int(rank)] = float(value)
