@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import html
 import io
@@ -18,13 +19,14 @@ import glue_files
 import numpy as np
 import pandas as pd
 import pytest
+import record
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import InputError, hub, randomness
-from lorapower.experiments import sweeps
+from lorapower.experiments import sweeps, tables
 from lorapower.experiments.encoders import models, paired, protocols, rated, runs, sources
 from lorapower.experiments.encoders.examples import Examples
 from lorapower.experiments.encoders.models import Alone, Final, Full, Lora, Method
@@ -1031,6 +1033,45 @@ def test_rates_of_ranks_between_are_between() -> None:
     assert protocols.rate(by_rank, 2) == pytest.approx(math.sqrt(0.01 * 0.005))
     assert protocols.rate(by_rank, 64) == pytest.approx(0.0002)
     assert protocols.rate({0: 0.3}, 0) == 0.3
+
+
+def test_the_recorded_run_is_part_of_the_protocol() -> None:
+    table = protocols.recorded()
+    on_validation = table[table.part == "validation"]
+    rates = protocols.best_rates(on_validation)
+    about = (["movies"], "rated", "packaged")
+    seeds = table.seed.nunique()
+    settings = [
+        *protocols.search("paper", *about),
+        *protocols.compared("paper", *about, samples=4000, seeds=seeds, rates=rates),
+    ]
+    columns = tables.columns(Setting)
+    known = pd.DataFrame([tables.flat(one.model_dump_json()) for one in settings])[columns]
+    recorded = table[columns]
+    assert not recorded.duplicated().any()
+    assert len(recorded.merge(known)) == len(recorded)
+    assert len(on_validation) == len(protocols.search("paper", *about))
+
+
+def test_recorded_scores_are_those_of_the_recorded_answers() -> None:
+    task = find("movies")
+    for part, rows in protocols.recorded().groupby("part"):
+        labels = np.array(sources.read("movies", "rated", str(part)).labels)
+        for score, answers in zip(rows.score, rows.answers, strict=True):
+            assert task.scores(runs.answers(answers), labels)["score"] == score
+
+
+def test_records_do_not_depend_on_the_order_of_files(tiny: Problem, tmp_path: Path) -> None:
+    files = []
+    for seed in range(2):
+        files.append(tmp_path / f"{seed}.sqlite")
+        settings = [Setting(problem=tiny.replace(seed=seed), method=Lora(rank=1))]
+        sweeps.run(settings, runs.measure, files[-1], progress=False)
+    places = [tmp_path / "one.csv.gz", tmp_path / "other.csv.gz"]
+    for place, order in zip(places, (files, [*files[::-1], files[0]]), strict=True):
+        assert len(record.record(order, place)) == 2
+    one, other = (gzip.decompress(place.read_bytes()) for place in places)
+    assert one == other
 
 
 def test_only_the_profiles_that_there_are() -> None:

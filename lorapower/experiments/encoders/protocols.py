@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,15 @@ from .models import Alone, Final, Full, Lora, Method
 from .rated import RATED
 from .runs import Problem, Setting
 
-#: Of each profile: what all runs share; the ranks; the numbers of training samples, 0 for all; and
-#: the learning rates of each kind of method, of adapters by rank. `search` tries all; the first is
-#: the default. Quick is for a processor and some minutes.
+#: Of each profile: what all runs share; the ranks; the numbers of training samples, 0 for all; the
+#: learning rates of each kind of method, of adapters by rank, of which the first is the default;
+#: and how `search` tries all of them. Quick is for a processor and some minutes.
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
         "problem": {"epochs": 1, "batch": 16, "tokens": 48, "seed": range(1)},
         "ranks": [1, 8],
-        "samples": [160, 640],
+        "samples": [640],
+        "search": {"epochs": 1, "samples": 640},
         "rates": {
             "lora": {1: [4e-3], 8: [2e-3]},
             "final": {0: [1e-3]},
@@ -32,9 +34,10 @@ GRIDS: dict[str, dict[str, Any]] = {
         },
     },
     "paper": {
-        "problem": {"epochs": 3, "batch": 16, "tokens": 64, "seed": range(3)},
+        "problem": {"epochs": 1, "batch": 16, "tokens": 64, "seed": range(3)},
         "ranks": [1, 2, 4, 8],
-        "samples": [250, 1000, 4000, 0],
+        "samples": [1000, 2000, 4000, 0],
+        "search": {"epochs": 3, "samples": 1000},
         "rates": {
             "lora": {1: [2e-3, 1e-3, 4e-3], 8: [1e-3, 5e-4, 2e-3]},
             "final": {0: [1e-3, 3e-4, 3e-3]},
@@ -43,6 +46,8 @@ GRIDS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# Made by tools/record.py.
+RECORDED = "movies.csv.gz"
 #: Learning rates by kind of method and whether the weights are pretrained; for each by rank, which
 #: is 0 where there is none. `rate` has those of ranks between.
 Rates = Mapping[tuple[str, bool], Mapping[int, float]]
@@ -122,16 +127,17 @@ def search(
     """Settings that try the profile's learning rates for each kind of method.
 
     Scores are taken on the validation set, which nothing else uses where there is a test set with
-    labels; for the first task, one seed, and the least number of samples but one. Raises
-    `InputError` for a profile that there is not.
+    labels; for the first task, one seed, and few samples, so often that there are about as many
+    steps as in most of the runs. Raises `InputError` for a profile that there is not.
     """
     grid = _grid(profile)
     (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
     methods = {"lora": Lora, "final": Final, "full": Full, "head": Alone}
-    size = _samples(grid, problem)[:2][-1]
+    (size,) = _fewer([grid["search"]["samples"]], problem) or (0,)
+    problem = problem.replace(**grid["search"] | {"samples": size}, part="validation")
     return [
         Setting(
-            problem=problem.replace(pretrained=shipped, samples=size, part="validation"),
+            problem=problem.replace(pretrained=shipped),
             method=methods[kind](learning_rate=tried, **({"rank": rank} if rank else {})),
         )
         for shipped in (True, False)
@@ -151,6 +157,17 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
     for kind, shipped, rank, value in best.itertuples(index=False):
         found.setdefault((kind, bool(shipped)), {})[int(rank)] = float(value)
     return found
+
+
+def recorded() -> pd.DataFrame:
+    """The part of profile paper that was run once, on ``movies``: a table as `sweeps.run` makes it.
+
+    Rows with the ``part`` ``"validation"`` are those of `search`, by which learning rates were
+    chosen; the others are of `compared`. ``seconds`` are those of one thread of a processor.
+    """
+    with resources.as_file(resources.files(__package__) / RECORDED) as path:
+        table = pd.read_csv(path)
+    return table.fillna({"changes": "", "revision": ""})
 
 
 def rate(by_rank: Mapping[int, float], rank: int) -> float:
@@ -178,9 +195,14 @@ def _samples(grid: dict[str, Any], problem: Problem, most: int = 0) -> list[int]
     sizes = grid["samples"]
     if most:
         sizes = [*(size for size in sizes if 0 < size < most), most]
-    there = len(sources.read(problem.task, problem.source, "train").labels)
-    fewer = [size for size in sizes if 0 < size < there]
+    fewer = _fewer(sizes, problem)
     return fewer if len(fewer) == len(sizes) else [*fewer, 0]
+
+
+def _fewer(sizes: Sequence[int], problem: Problem) -> list[int]:
+    """Those of these numbers that are less than all samples there are."""
+    there = len(sources.read(problem.task, problem.source, "train").labels)
+    return [size for size in sizes if 0 < size < there]
 
 
 def _head(source: str) -> models.Head:

@@ -1,0 +1,34 @@
+"""Put the long run of the text encoders' chapter into the package, for `protocols.recorded`.
+
+Takes the files that profile paper leaves in its folder of results::
+
+    python tools/record.py runs/rates.sqlite runs/texts.sqlite
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import pandas as pd
+
+from lorapower.experiments import encoders, sweeps, tables
+from lorapower.experiments.encoders import runs
+
+
+def record(files: Sequence[Path | str], place: Path) -> pd.DataFrame:
+    """The runs of all files as one compressed table, in an order that does not depend on theirs."""
+    table = pd.concat([sweeps.read(file) for file in files])
+    settings = tables.columns(runs.Setting)
+    table = table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
+    # The moment of writing is no part of the contents.
+    table.to_csv(place, index=False, compression={"method": "gzip", "mtime": 0})
+    return table
+
+
+if __name__ == "__main__":
+    folder = resources.files(encoders.__name__)
+    found = record(sys.argv[1:], Path(str(folder)) / encoders.protocols.RECORDED)
+    print(f"{len(found)} runs, {found.seconds.sum() / 3600:.1f} hours of training")
