@@ -1,7 +1,7 @@
 """Models of transformers, from the hub, a folder or a package, and what they need installed.
 
-Both wings use it: `experiments.encoders` adapts what it loads, and so will whatever plans adapters
-for checkpoints. The libraries that do the work are the extra ``glue`` of this package, and are
+Both wings use it: `experiments.encoders` adapts what it loads, `checkpoints` plans adapters for it.
+The libraries that do the work are the extra ``glue`` of this package, and are
 imported only when they are used.
 """
 
@@ -53,6 +53,11 @@ def folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def packaged() -> Path:
+    """The folder of the packaged encoder."""
+    return folder(_PACKAGE) / "model"
+
+
 def tokenizer(model: str) -> Any:
     """The tokenizer of a model: ``"packaged"``, a folder, or a name on the hub."""
     check()
@@ -94,7 +99,7 @@ def load(kind: Any, model: str, **options: Any) -> Any:
         raise InputError("model", allowed="a name or a folder", given=model)
     place = Path(model).expanduser()
     if model == PACKAGED:
-        place = folder(_PACKAGE) / "model"
+        place = packaged()
     here = place.is_dir()
     if not here and model.startswith(("/", ".", "~")):
         raise InputError("model", allowed="a folder that exists", given=repr(model))

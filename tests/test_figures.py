@@ -382,3 +382,41 @@ def test_pictures_are_rows_of_images() -> None:
     # Ink is dark, and equally so in all images.
     assert {image.get_clim() for ax in axes for image in ax.images} == {(0.0, 1.0)}
     assert axes[0].images[0].get_cmap()(1.0)[0] < axes[0].images[0].get_cmap()(0.0)[0]
+
+
+def test_frames_hold_every_picture_and_show_one() -> None:
+    table = pd.DataFrame([[1, 0], [20, 3]], index=[1, 2], columns=["query", "key"])
+    made = figures.Frames(
+        "stated error",
+        {value: counts(table) for value in ("0.1", "0.2")},
+        {"0.1": "Much rank.", "0.2": "Little <rank>."},
+        "0.2",
+    )
+    bundle = made._repr_mimebundle_()
+    assert bundle["text/html"].count("<img") == 2
+    assert bundle["text/html"].count(" hidden>") == 1
+    assert 'alt="Little &lt;rank&gt;."' in bundle["text/html"]
+    assert bundle["text/plain"] == "Little <rank>."
+    assert bundle["image/svg+xml"] == made.drawn["0.2"]
+    assert not plt.get_fignums()
+
+
+def counts(table: pd.DataFrame) -> Figure:
+    return figures.counts(table, most=20, xlabel="part", ylabel="layer", label="ranks")
+
+
+def test_counts_are_written_on_their_shades() -> None:
+    table = pd.DataFrame([[1, 0], [20, 3]], index=[1, 2], columns=["query", "key"])
+    (ax,) = counts(table).axes
+    assert [text.get_text() for text in ax.texts] == ["1", "0", "20", "3"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["query", "key"]
+
+
+def test_frames_that_do_not_fit_are_refused() -> None:
+    figure = plt.figure()
+    with pytest.raises(InputError, match="pictures must be"):
+        figures.Frames("error", {}, {}, "1")
+    with pytest.raises(InputError, match="sentences must be of"):
+        figures.Frames("error", {"1": figure}, {"2": "two"}, "1")
+    with pytest.raises(InputError, match="start must be among"):
+        figures.Frames("error", {"1": figure}, {"1": "one"}, "2")

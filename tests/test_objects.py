@@ -24,6 +24,10 @@ from lorapower.training import Fixed, Fresh, Tuning, train
 X = torch.ones(3, 4).double() + torch.eye(3, 4)
 
 
+# Of settings and results, of chapters, and of checkpoints.
+APART = ("experiments", "book", "hub", "errors", "_records", "checkpoints", "cli")
+
+
 def networks(kind: Any, **options: Any) -> tuple[Any, Any]:
     size = (3, 2) if kind is Transformer else (3,)
     frozen, target = (kind.random(2, *size, seed=seed, **options) for seed in (0, 1))
@@ -124,12 +128,12 @@ def test_comparing_does_not_raise(make: Callable[[], Any]) -> None:
 
 
 def test_all_classes_that_hold_tensors_are_compared() -> None:
-    """Those of dataclasses, named tuples, networks and regions outside of experiments."""
+    """Those of dataclasses, named tuples, networks and regions outside of `APART`."""
     inside = {"_objects", "stack", "compiled", "reference", "engine", "methods", "modules", "store"}
     found = set()
     for name in typechecks.modules():
         _, part, *rest = name.split(".")
-        if part in ("experiments", "book", "hub", "errors", "_records") or {part, *rest} & inside:
+        if part in APART or {part, *rest} & inside:
             continue
         module = import_module(name)
         found |= {

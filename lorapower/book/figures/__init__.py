@@ -13,12 +13,15 @@ from .curves import (
     spectrum,
 )
 from .drawings import partitions, patterns, pictures, plane, ranges, transformer_segments
+from .frames import Frames, counts
 from .style import Look, looks, use_style
 from .touch import Touch
 
 __all__ = [
+    "Frames",
     "Look",
     "Touch",
+    "counts",
     "curves",
     "error_against_budget",
     "error_against_rank",

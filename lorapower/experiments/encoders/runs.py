@@ -161,24 +161,53 @@ def spectra(changes: str) -> pd.DataFrame:
     return pd.DataFrame(json.loads(changes))
 
 
-def _run(setting: Setting) -> Found:
-    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+def tuned(setting: Setting) -> Any:
+    """The network of a setting after its training; raises what `measure` raises."""
+    hub.check()
+    return _trained(setting)[0].model
 
+
+def _run(setting: Setting) -> Found:
     problem = setting.problem
     task = find(problem.task)
     held_out = sources.read(problem.task, problem.source, problem.part)
-    samples, cut_off = _tokenized(
-        problem.task, problem.source, problem.model, problem.tokens, problem.part
-    )
-    network = _network(setting)
-    before = _weights(network) if isinstance(setting.method, Full) else {}
-    steps = _batches(problem, _lengths(samples["train"]))
+    samples, cut_off = _samples(problem)
+    trainer, before, loss, seconds = _trained(setting)
+    network = trainer.model
     asked = samples[problem.part]
     order = np.argsort(_lengths(asked), kind="stable")
+    ordered: Any = [asked[i] for i in order]
+    outputs = np.empty((len(asked), task.outputs))
+    with hub.quiet():
+        outputs[order] = trainer.predict(ordered).predictions
+    given, wanted = task.answers(outputs), np.array(held_out.labels)
+    baseline = np.full(len(given), task.constant(held_out.labels))
+    return Found(
+        **task.scores(given, wanted),
+        **_by_set(task, given, held_out),
+        baseline=task.scores(baseline, wanted)["score"],
+        training_loss=loss,
+        parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        cut_off=cut_off,
+        answers=base64.b64encode(given.astype("<f4").tobytes()).decode(),
+        changes=_changes(before, _weights(network)) if before else "",
+        seconds=seconds,
+    )
+
+
+def _trained(setting: Setting) -> tuple[Any, dict[str, torch.Tensor], float, float]:
+    """The trainer when it is done, weights before full tuning, the mean loss, and seconds."""
+    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+
+    problem = setting.problem
+    train = _samples(problem)[0]["train"]
+    network = _network(setting)
+    before = _weights(network) if isinstance(setting.method, Full) else {}
+    steps = _batches(problem, _lengths(train))
 
     class Ordered(Trainer):
         def get_train_dataloader(self) -> DataLoader[Any]:
-            return DataLoader(samples["train"], batch_sampler=steps, collate_fn=self.data_collator)
+            return DataLoader(train, batch_sampler=steps, collate_fn=self.data_collator)
 
     with tempfile.TemporaryDirectory() as unused, hub.quiet():
         trainer = Ordered(
@@ -197,29 +226,17 @@ def _run(setting: Setting) -> Found:
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
             ),
-            train_dataset=samples["train"],
+            train_dataset=train,
             data_collator=DataCollatorWithPadding(hub.tokenizer(problem.model)),
         )
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
-        loss = trainer.train().training_loss
-        seconds = time.perf_counter() - start
-        outputs = np.empty((len(asked), task.outputs))
-        ordered: Any = [asked[i] for i in order]
-        outputs[order] = trainer.predict(ordered).predictions
-    given, wanted = task.answers(outputs), np.array(held_out.labels)
-    baseline = np.full(len(given), task.constant(held_out.labels))
-    return Found(
-        **task.scores(given, wanted),
-        **_by_set(task, given, held_out),
-        baseline=task.scores(baseline, wanted)["score"],
-        training_loss=float(loss),
-        parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
-        cut_off=cut_off,
-        answers=base64.b64encode(given.astype("<f4").tobytes()).decode(),
-        changes=_changes(before, _weights(network)) if before else "",
-        seconds=seconds,
-    )
+        loss = float(trainer.train().training_loss)
+    return trainer, before, loss, time.perf_counter() - start
+
+
+def _samples(problem: Problem) -> tuple[dict[str, Any], float]:
+    return _tokenized(problem.task, problem.source, problem.model, problem.tokens, problem.part)
 
 
 def _batches(problem: Problem, lengths: NDArray[np.int64]) -> list[list[int]]:

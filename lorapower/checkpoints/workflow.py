@@ -1,0 +1,410 @@
+"""Ranks for a stated error, the adapter that has it, anybody's adapter measured: a call each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .. import _checks
+from ..errors import InputError, LorapowerError
+from . import export
+from .adapter import Adapter
+from .measuring import Measured, Reference
+from .pair import Pair
+from .planner import METHODS, PATHS, STEPS, Planner, Report, silent
+from .texts import count, whole
+
+#: What is aimed at where nothing is asked for.
+ERROR = 0.1
+# Held-out texts are looked at again when they show more error than was aimed at.
+LOOKS = 4
+RELOADED = 1e-5
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """Ranks of modules, the adapter that has them, and what it loses.
+
+    Attributes
+    ----------
+    planner : the pair and its texts, made ready.
+    adapter : factors and biases.
+    method : which of `METHODS` chose its ranks.
+    repaired : whether it was fitted to the tuned network after that.
+    measured : on held-out texts.
+    predicted : the error to first order, of the adapter before repair.
+    aim : the error that was asked for, or nothing.
+    looks : how often held-out texts were looked at before this was chosen, at least 1.
+    shares : of each module the part of the effect that its missing directions cost alone, predicted
+        and measured, in plans without repair.
+    baselines : the error on held-out texts of each method at as many parameters, without repair.
+    attention : the error on held-out texts with all attention modules as tuned and no other.
+    seconds : that it took.
+    """
+
+    planner: Planner
+    adapter: Adapter
+    method: str
+    repaired: bool
+    measured: Measured
+    predicted: float
+    aim: float | None
+    looks: int
+    shares: dict[str, tuple[float, float]]
+    baselines: dict[str, float]
+    attention: float
+    seconds: float
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of all modules, also those of rank 0."""
+        return {name: self.adapter.ranks.get(name, 0) for name in self.planner.modules}
+
+    @property
+    def reached(self) -> bool:
+        """Whether the error on held-out texts is at most what was asked for."""
+        return self.aim is None or self.measured.error <= self.aim
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan(error {self.measured.error:.3g}, at most {self.measured.error_upper:.3g}; "
+            f"{self.adapter.parameters} parameters, ranks to "
+            f"{max(self.adapter.ranks.values(), default=0)})"
+        )
+
+    def table(self) -> pd.DataFrame:
+        """A row for each module: its size, rank, and the shares that its missing part costs."""
+        modules = self.planner.modules.values()
+        return pd.DataFrame(
+            {
+                "module": [module.name for module in modules],
+                "kind": [module.kind for module in modules],
+                "out": [module.shape[0] for module in modules],
+                "in": [module.shape[1] for module in modules],
+                "rank": [*self.ranks.values()],
+                **{
+                    name: [self.shares.get(m.name, (math.nan,) * 2)[i] for m in modules]
+                    for i, name in enumerate(("predicted", "measured"))
+                },
+            }
+        )
+
+    def report(self) -> dict[str, Any]:
+        """All of it for machines: numbers and texts under names; nothing for what is NaN."""
+        planner = self.planner
+        measured = {k: v for k, v in self.measured._asdict().items() if k != "texts"}
+        found = {
+            "base": planner.pair.base.source,
+            "tuned": planner.pair.tuned.source,
+            "architecture": planner.pair.family.architecture,
+            **measured,
+            "predicted_error": self.predicted,
+            "asked_error": self.aim,
+            "reached": self.reached,
+            "equal": planner.equal,
+            "parameters": self.adapter.parameters,
+            "modules": len(planner.pair.modules),
+            "ranks": {name: rank for name, rank in self.ranks.items() if rank},
+            "method": self.method,
+            "repaired": self.repaired,
+            "baseline_errors": self.baselines,
+            "attention_only": self.attention,
+            "not_low_rank": planner.pair.not_low_rank,
+            "left_out": sorted(planner.leave),
+            "texts": count(planner.texts.fitting) + count(planner.texts.choosing),
+            "held_out_texts": self.measured.texts,
+            "cut_texts": planner.texts.cut,
+            "looks": self.looks,
+            "seconds": self.seconds,
+            "versions": {
+                name: metadata.version(name)
+                for name in ("lorapower", "torch", "transformers", "peft")
+            },
+        }
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in found.items()
+        }
+
+
+def plan(
+    base: str,
+    tuned: str,
+    texts: Sequence[str],
+    *,
+    error: float | None = None,
+    parameters: int | None = None,
+    rank: int | None = None,
+    repair: bool = False,
+    steps: int = STEPS,
+    by_module: bool = True,
+    report: Report = silent,
+    **options: Any,
+) -> Plan:
+    """Which rank each module needs: for a stated error, or for so many parameters.
+
+    Parameters
+    ----------
+    base, tuned : as for `Pair.open`.
+    texts : at least 120 like those that the model is for; labels are not needed.
+    error : the part of the tuning's effect that may be lost (`Measured`); `ERROR` if nothing else
+        is asked for. The least number of parameters is looked for.
+    parameters : numbers of the factors, at most.
+    rank : as many parameters as this rank for all modules takes.
+    repair : whether the adapter is fitted to the tuned network (`Planner.repaired`).
+    steps : of repair by gradient.
+    by_module : whether what each module alone costs is measured.
+    report : is told of progress.
+    options : of `Planner`: ``held_out``, ``modules``, ``leave``, ``tokens``, ``max_rank``,
+        ``bucket``, ``seed``.
+
+    An error that the highest ranks do not reach is no failure: ``reached`` says so, and the plan is
+    the nearest. Raises `InputError` for what is not usable, before any text is passed.
+    """
+    start = time.perf_counter()
+    asked = {"error": error, "parameters": parameters, "rank": rank}
+    if len(given := [name for name, value in asked.items() if value is not None]) > 1:
+        raise InputError(
+            "aim", allowed="one of error, parameters and rank", given=" and ".join(given)
+        )
+    aim = (ERROR if not given else None) if error is None else _aim(error)
+    if parameters is not None:
+        _checks.integer("parameters", parameters, 0)
+    if rank is not None:
+        _checks.integer("rank", rank, 0)
+    _checks.integer("steps", steps, 0)
+    planner = Planner(Pair.open(base, tuned), texts, report=report, **options)
+    if planner.equal:
+        return _nothing(planner, aim, time.perf_counter() - start)
+    wanted = parameters if rank is None else planner.parameters(rank)
+    adapter, raw, method, measured, looks = _found(planner, aim, wanted, repair, steps)
+    shares = planner.shares(method, raw) if by_module and not repair else {}
+    baselines = {
+        name: planner.measure(planner.candidate(name, adapter.parameters)).error for name in METHODS
+    }
+    return Plan(
+        planner,
+        adapter,
+        method,
+        repair,
+        measured,
+        planner.predicted(raw),
+        aim,
+        looks,
+        shares,
+        baselines,
+        planner.only("attention"),
+        time.perf_counter() - start,
+    )
+
+
+def extract(
+    base: str,
+    tuned: str,
+    texts: Sequence[str],
+    out: Path | str,
+    *,
+    repair: bool = True,
+    force: bool = False,
+    **options: Any,
+) -> Plan:
+    """Plan an adapter, write it, read it back through peft and measure it again.
+
+    Parameters
+    ----------
+    base, tuned, texts, repair, options : as for `plan`.
+    out : the folder, with the adapter, ``report.json`` and a model card.
+    force : whether an adapter that is there is replaced.
+
+    Nothing is written where the error asked for is not reached. Raises `InputError` as `plan`, and
+    for a folder that exists; `ResultsError` where it cannot be written; `LorapowerError` if what is
+    read back has another error than stated.
+    """
+    folder = export.place(out, force)
+    start = time.perf_counter()
+    found = plan(base, tuned, texts, repair=repair, by_module=False, **options)
+    if not found.reached:
+        return found
+    planner = found.planner
+    with export.written(folder) as partial:
+        export.save(partial, planner.pair, planner.network, found.adapter, leave=planner.leave)
+        planner.network = export.load(partial, planner.pair)
+        again = planner.held_out.measure(planner.network, seed=planner.seed)
+        stated = found.measured.error
+        if not abs(again.error - stated) <= max(RELOADED * stated, 1e-6):
+            raise LorapowerError(
+                f"the adapter read back has error {again.error:.6g}, not the {stated:.6g} that was "
+                "measured: nothing was written; please report this with the names of both models"
+            )
+        found = replace(found, seconds=time.perf_counter() - start)
+        written = found.report() | {
+            "adapter_bytes": export.size(partial),
+            "reloaded_error": again.error,
+        }
+        export.describe(partial, written)
+    return found
+
+
+def check(
+    base: str,
+    adapter: str,
+    tuned: str,
+    texts: Sequence[str],
+    *,
+    report: Report = silent,
+    **options: Any,
+) -> Measured:
+    """What anybody's adapter of peft loses against the tuned model, on all texts.
+
+    Parameters
+    ----------
+    base, adapter, tuned : checkpoints, and the adapter's folder.
+    texts : at least 60.
+    report : is told of progress.
+    options : ``tokens`` and ``seed``, as of `Planner`.
+
+    Raises `InputError` for what is not usable.
+    """
+    pair = Pair.open(base, tuned)
+    batches = whole(texts, pair.words, pair.tuned.config, **options)
+    reference = Reference(batches, pair.family.task)
+    network = pair.network()
+    reference.tuned(network)
+    report("passing texts", 1, 3)
+    pair.fill(network, "base")
+    reference.base(network)
+    report("passing texts", 2, 3)
+    del network
+    found = reference.measure(export.load(adapter, pair))
+    report("passing texts", 3, 3)
+    if math.isnan(found.error):
+        raise InputError(
+            "adapter",
+            allowed="one that brings the head that the base lacks",
+            given=f"{adapter}, with which outputs are NaN",
+        )
+    return found
+
+
+def compare(
+    planner: Planner,
+    parameters: Sequence[int],
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    repaired: Collection[int] = (),
+    steps: int = STEPS,
+) -> pd.DataFrame:
+    """Errors of methods at equal numbers of parameters: a row for each, with `Measured`'s columns.
+
+    Parameters
+    ----------
+    planner : the pair and its texts.
+    parameters : numbers of the factors.
+    methods : among `METHODS`.
+    repaired : numbers at which the best of `PATHS`, on the texts for choosing, is repaired as well.
+    steps : of repair.
+
+    ``predicted`` is the error to first order, ``ranks`` are those of the modules, and ``used`` is
+    how many parameters they take.
+    """
+    rows = []
+
+    def add(method: str, asked: int, adapter: Adapter, predicted: float) -> None:
+        rows.append(
+            {
+                "method": method,
+                "parameters": asked,
+                "used": adapter.parameters,
+                "predicted": predicted,
+                **planner.measure(adapter)._asdict(),
+                "ranks": adapter.ranks,
+            }
+        )
+
+    for asked in parameters:
+        for method in methods:
+            adapter = planner.candidate(method, asked)
+            add(method, asked, adapter, planner.predicted(adapter))
+        if asked in repaired:
+            best = _best(planner, asked)[1]
+            add("repaired", asked, planner.repaired(best, steps=steps), math.nan)
+    return pd.DataFrame(rows)
+
+
+def _aim(error: float) -> float:
+    value = _checks.positive("error", error)
+    if value > 1:
+        raise InputError("error", allowed="above 0 and at most 1, the base's own", given=value)
+    return value
+
+
+def _nothing(planner: Planner, aim: float | None, seconds: float) -> Plan:
+    """The plan for two checkpoints that do the same."""
+    adapter = Adapter({}, {})
+    same = Measured(0.0, 0.0, 1.0, 1.0, 0.0, count(planner.texts.held_out))
+    baselines = dict.fromkeys(METHODS, 0.0)
+    return Plan(planner, adapter, "uniform", False, same, 0.0, aim, 1, {}, baselines, 0.0, seconds)
+
+
+def _best(planner: Planner, parameters: int) -> tuple[str, Adapter, float]:
+    """Of the methods by gain for cost the one with the least error on the texts for choosing."""
+    found = [(name, planner.candidate(name, parameters)) for name in PATHS]
+    errors = [planner.error(adapter) for _, adapter in found]
+    i = errors.index(min(errors))
+    return *found[i], errors[i]
+
+
+def _found(
+    planner: Planner, aim: float | None, wanted: int | None, repair: bool, steps: int
+) -> tuple[Adapter, Adapter, str, Measured, int]:
+    """The adapter, as it was before repair, its method, its errors, and looks at held-out texts."""
+    if aim is None:
+        assert wanted is not None
+        method, raw, _ = _best(planner, wanted)
+        adapter = planner.repaired(raw, steps=steps) if repair else raw
+        return adapter, raw, method, planner.measure(adapter), 1
+    target, before, look = aim, -1, 0
+    while True:
+        look += 1
+        found = _least(planner, target, repair, steps)
+        measured = planner.measure(found[0])
+        if measured.error <= aim or found[0].parameters == before or look == LOOKS:
+            return *found, measured, look
+        # What was enough for the texts for choosing was not for these.
+        target *= 0.95 * aim / measured.error
+        before = found[0].parameters
+
+
+def _least(
+    planner: Planner, target: float, repair: bool, steps: int
+) -> tuple[Adapter, Adapter, str]:
+    """The smallest adapter with at most an error on the texts for choosing, or the largest."""
+    number = planner.least(target, "two metrics")
+    method, raw, error = _best(planner, planner.most if number is None else number)
+    if method != "two metrics" and number is not None and error < target:
+        smaller = planner.least(target, method)
+        raw = planner.candidate(method, number if smaller is None else smaller)
+    high = raw.parameters
+    if not repair:
+        return raw, raw, method
+    best = (planner.repaired(raw, steps=steps) if number is None else raw), raw
+    if number is not None:
+        low = planner.parameters(1) // 8
+        for _ in range(4):
+            middle = round(math.sqrt(low * high))
+            start = planner.candidate(method, middle)
+            fitted = planner.repaired(start, steps=steps)
+            if planner.error(fitted) <= target:
+                best, high = (fitted, start), middle
+            else:
+                low = middle
+            if high <= 1.2 * low:
+                break
+    return *best, method

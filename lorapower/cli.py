@@ -1,0 +1,295 @@
+"""The command ``lorapower``: plan, extract and check adapters for a pair of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .errors import LorapowerError
+
+# Exit status: done; the error asked for is not reached; bad input.
+DONE, SHORT, BAD = 0, 1, 2
+
+app = typer.Typer(
+    name="lorapower",
+    help="Which rank does a checkpoint need? Ranks for a stated error of the function, and the "
+    "adapter that has it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+said, noted = Console(), Console(stderr=True)
+
+Base = Annotated[str, typer.Argument(help="The base: a folder, a name on the hub, or 'packaged'.")]
+Tuned = Annotated[str, typer.Argument(help="What was tuned from it: a folder or a name.")]
+TextsFile = Annotated[
+    Path, typer.Option(help="Texts like those the model is for: one a line, or .jsonl with 'text'.")
+]
+HeldOut = Annotated[
+    Path | None, typer.Option(help="Other texts, to state errors with. Without: half of the texts.")
+]
+Error = Annotated[
+    float | None, typer.Option(help="Part of the tuning's effect that may be lost. [default: 0.1]")
+]
+Parameters = Annotated[int | None, typer.Option(help="Or: how many numbers factors may have.")]
+Rank = Annotated[int | None, typer.Option(help="Or: as many as this rank everywhere takes.")]
+Modules = Annotated[str, typer.Option(help="all, attention, mlp, or a regular expression.")]
+Leave = Annotated[
+    list[str] | None,
+    typer.Option(help="Kind that stays the base's: bias, norm, embedding, head. May be repeated."),
+]
+MaxRank = Annotated[int, typer.Option(help="Highest rank of a module.")]
+Bucket = Annotated[int, typer.Option(help="Ranks are multiples of this.")]
+Tokens = Annotated[int, typer.Option(help="Texts are cut off after so many.")]
+Seed = Annotated[int, typer.Option(help="Draws texts and probes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
+
+
+@app.command()
+def plan(
+    base: Base,
+    tuned: Tuned,
+    texts: TextsFile,
+    held_out: HeldOut = None,
+    error: Error = None,
+    parameters: Parameters = None,
+    rank: Rank = None,
+    modules: Modules = "all",
+    leave: Leave = None,
+    max_rank: MaxRank = 64,
+    bucket: Bucket = 1,
+    tokens: Tokens = 128,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Say which rank each module needs. Writes nothing."""
+    from . import checkpoints
+
+    with _watched(quiet=as_json) as report:
+        found = checkpoints.plan(
+            base,
+            tuned,
+            _texts(texts),
+            held_out=held_out and _texts(held_out),
+            error=error,
+            parameters=parameters,
+            rank=rank,
+            modules=modules,
+            leave=leave or [],
+            max_rank=max_rank,
+            bucket=bucket,
+            tokens=tokens,
+            seed=seed,
+            report=report,
+        )
+    _end(found, as_json)
+
+
+@app.command()
+def extract(
+    base: Base,
+    tuned: Tuned,
+    texts: TextsFile,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    held_out: HeldOut = None,
+    error: Error = None,
+    parameters: Parameters = None,
+    rank: Rank = None,
+    repair: Annotated[bool, typer.Option(help="Fit the adapter to the tuned model.")] = True,
+    modules: Modules = "all",
+    leave: Leave = None,
+    max_rank: MaxRank = 64,
+    bucket: Bucket = 1,
+    tokens: Tokens = 128,
+    seed: Seed = 0,
+    force: Annotated[bool, typer.Option(help="Replace an adapter that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the adapter as a folder that peft reads, with its errors in report.json."""
+    from . import checkpoints
+
+    with _watched(quiet=as_json) as report:
+        found = checkpoints.extract(
+            base,
+            tuned,
+            _texts(texts),
+            out,
+            held_out=held_out and _texts(held_out),
+            error=error,
+            parameters=parameters,
+            rank=rank,
+            repair=repair,
+            modules=modules,
+            leave=leave or [],
+            max_rank=max_rank,
+            bucket=bucket,
+            tokens=tokens,
+            seed=seed,
+            force=force,
+            report=report,
+        )
+    _end(found, as_json, out)
+
+
+@app.command()
+def check(
+    base: Base,
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter that peft reads.")],
+    tuned: Tuned,
+    texts: TextsFile,
+    tokens: Tokens = 128,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure anybody's adapter against the tuned model."""
+    from . import checkpoints
+
+    with _watched(quiet=as_json) as report:
+        found = checkpoints.check(
+            base, adapter, tuned, _texts(texts), tokens=tokens, seed=seed, report=report
+        )
+    if as_json:
+        _print({name: _number(value) for name, value in found._asdict().items()})
+        return
+    table = Table(title=f"{adapter} against {tuned}", show_header=False)
+    for row in _measured(found):
+        table.add_row(*row)
+    said.print(table)
+
+
+def main() -> NoReturn:
+    """Run the command; errors of this package are one line, with exit status 2."""
+    try:
+        app()
+    except LorapowerError as error:
+        noted.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(BAD) from None
+    raise SystemExit(DONE)
+
+
+def _texts(file: Path) -> list[str]:
+    from .checkpoints import texts
+
+    return texts.read(file)
+
+
+@contextmanager
+def _watched(*, quiet: bool) -> Iterator[Any]:
+    """A report that draws a bar for each stage, on the stream for errors."""
+    from .checkpoints import planner
+
+    if quiet:
+        yield planner.silent
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    progress = Progress(*columns, console=noted, transient=True)
+    bars: dict[str, Any] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        # Not before, as what is refused before any work is one line.
+        progress.start()
+        if stage not in bars:
+            bars[stage] = progress.add_task(stage, total=total)
+        progress.update(bars[stage], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        if bars:
+            progress.stop()
+
+
+def _end(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
+    """Show a plan, and end with the status that it has."""
+    status = DONE if plan.reached else SHORT
+    if as_json:
+        _print(plan.report())
+        raise typer.Exit(status)
+    if not plan.repaired:
+        said.print(_ranks(plan))
+    said.print(_totals(plan))
+    if plan.planner.equal:
+        said.print("Both models give the same on all texts: rank 0 everywhere is exact.")
+    if not plan.reached:
+        said.print(
+            f"An error of {plan.aim:g} is not reached with ranks up to {plan.planner.max_rank}: "
+            f"the nearest is {plan.measured.error:.3g}. Raise --max-rank, or ask for less."
+        )
+    elif out is not None:
+        said.print(f"Written to {out}, read back with the same error.")
+    raise typer.Exit(status)
+
+
+def _ranks(plan: Any) -> Table:
+    table = Table(title="Ranks, and the part of the effect that each module alone loses")
+    for name in ("module", "size", "rank", "predicted", "measured"):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    for row in plan.table().itertuples(index=False):
+        out, into = row[2], row[3]
+        shares = (_percent(share) for share in (row.predicted, row.measured))
+        table.add_row(row.module, f"{out}×{into}", str(row.rank), *shares)
+    return table
+
+
+def _totals(plan: Any) -> Table:
+    pair = plan.planner.pair
+    whole = sum(out * into for out, into in (m.shape for m in pair.modules.values()))
+    table = Table(title="In all", show_header=False)
+    rows = [
+        ("parameters of the factors", f"{plan.adapter.parameters:,} of {whole:,}"),
+        ("method", plan.method + (", repaired" if plan.repaired else "")),
+        *_measured(plan.measured),
+        ("error predicted to first order", _percent(plan.predicted)),
+        ("error with attention alone, in full", _percent(plan.attention)),
+        *((f"error of {name}, unrepaired", _percent(e)) for name, e in plan.baselines.items()),
+        *(
+            (f"{kind}, {'left out' if kind in plan.planner.leave else 'carried over'}", f"{size:,}")
+            for kind, size in pair.not_low_rank.items()
+        ),
+        ("texts cut off", f"{plan.planner.texts.cut}"),
+        ("seconds", f"{plan.seconds:.0f}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _measured(found: Any) -> list[tuple[str, str]]:
+    rows = [
+        ("error (part of the effect that is lost)", _percent(found.error)),
+        ("at most, at 95%", _percent(found.error_upper)),
+    ]
+    if math.isfinite(found.agreement):
+        rows += [
+            ("equal decisions", _percent(found.agreement)),
+            ("at least, at 95%", _percent(found.agreement_lower)),
+            ("mean KL divergence, nats", f"{found.kl:.2e}"),
+        ]
+    return [*rows, ("held-out texts", f"{found.texts}")]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if math.isfinite(share) else "–"
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print(report: dict[str, Any]) -> None:
+    typer.echo(json.dumps(report, indent=2, allow_nan=False))

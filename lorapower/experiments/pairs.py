@@ -1,0 +1,145 @@
+"""Pairs of checkpoints, made here, to plan adapters for: a base and what was tuned from it.
+
+Real pairs are downloaded; these take a minute. The encoder's base is a real one. The decoders are
+small and know little, but their weights are trained ones.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import _checks, hub, randomness
+from .encoders import runs, sources
+from .encoders.models import Full
+from .encoders.rated import RATED
+
+# Of the decoders: tokens in their vocabulary, and to which texts are cut off.
+VOCABULARY, TOKENS = 2000, 64
+END = "<end>"
+
+
+def texts(kind: str, part: str) -> list[str]:
+    """The rated sentences of a kind in a part, without their ratings: those near neutral too."""
+    return [text for (text,) in sources.read(f"{kind}-rating", RATED, part).texts]
+
+
+def encoder(
+    folder: Path | str, *, samples: int = 640, epochs: int = 2, rate: float = 2e-4, seed: int = 0
+) -> None:
+    """Tune all weights of the packaged encoder to tell the sign of movie snippets, and save it.
+
+    With the head that ``transformers`` has for it, so that ``folder`` is a checkpoint like others;
+    its base is ``"packaged"``. Raises `InputError` for what `runs.measure` does not take.
+    """
+    place = _checks.path("folder", folder)
+    problem = runs.Problem(head="own", samples=samples, epochs=epochs, seed=seed)
+    network = runs.tuned(runs.Setting(problem=problem, method=Full(learning_rate=rate)))
+    _save(network, hub.tokenizer(hub.PACKAGED), place)
+
+
+def decoders(
+    base: Path | str,
+    tuned: Path | str,
+    *,
+    kinds: tuple[str, str] = ("editorials", "movies"),
+    samples: int = 0,
+    epochs: tuple[int, int] = (2, 1),
+    width: int = 64,
+    layers: int = 4,
+    seed: int = 0,
+) -> None:
+    """Train a small GPT-2 on sentences of one kind, tune it on another, and save both.
+
+    Parameters
+    ----------
+    base, tuned : folders for the two.
+    kinds : of sentences to train and to tune on; the tokens are those of both.
+    samples : most sentences of each kind; 0 for all of the training part.
+    epochs : of training and of tuning.
+    width, layers : of the network; it has a head for each 16 of its width.
+    seed : of the weights and the order of sentences.
+
+    Raises `InputError` for sizes and kinds of no use.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    places = [_checks.path(name, place) for name, place in (("base", base), ("tuned", tuned))]
+    _checks.integer("width", width, 16)
+    most = _checks.integer("samples", samples, 0) or None
+    shown = [texts(kind, "train")[:most] for kind in kinds]
+    words = _tokenizer([*shown[0], *shown[1]])
+    end = words.convert_tokens_to_ids(END)
+    with randomness.seeded(seed, "decoder"):
+        network = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(words),
+                n_positions=TOKENS,
+                n_embd=width,
+                n_layer=_checks.integer("layers", layers, 1),
+                n_head=width // 16,
+                bos_token_id=end,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+        )
+    for sentences, times, rate, place in zip(shown, epochs, (3e-3, 1e-3), places, strict=True):
+        _train(network, words, sentences, _checks.integer("epochs", times, 1), rate, seed)
+        _save(network, words, place)
+
+
+def _tokenizer(sentences: Sequence[str]) -> Any:
+    """Byte-pair encoding learned from the sentences."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    words = ByteLevelBPETokenizer()
+    words.train_from_iterator(
+        sentences, vocab_size=VOCABULARY, special_tokens=[END], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words._tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=TOKENS,
+    )
+
+
+def _train(
+    network: Any, words: Any, sentences: Sequence[str], epochs: int, rate: float, seed: int
+) -> None:
+    """Teach a language model to tell each sentence's next tokens."""
+    from transformers import DataCollatorForLanguageModeling, PrinterCallback, Trainer
+    from transformers import TrainingArguments as Arguments
+
+    tokens = words([END + text + END for text in sentences], truncation=True)["input_ids"]
+    with tempfile.TemporaryDirectory() as unused, hub.quiet():
+        trainer = Trainer(
+            model=network,
+            args=Arguments(
+                output_dir=unused,
+                learning_rate=rate,
+                num_train_epochs=epochs,
+                warmup_steps=0.1,
+                per_device_train_batch_size=32,
+                seed=randomness.number(seed, "decoder"),
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=[{"input_ids": each} for each in tokens],
+            data_collator=DataCollatorForLanguageModeling(words, mlm=False),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def _save(network: Any, words: Any, folder: Path) -> None:
+    with hub.quiet():
+        network.save_pretrained(folder)
+        words.save_pretrained(folder)

@@ -1,0 +1,124 @@
+"""Small pairs of checkpoints of all architectures, with random weights, and texts for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lorapower import hub, randomness
+
+WORDS = [f"w{i}" for i in range(60)]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+DECODER = {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": SIZES,
+    "camembert": SIZES | {"pad_token_id": 0},
+    "roberta": SIZES | {"pad_token_id": 0},
+    "xlm-roberta": SIZES | {"pad_token_id": 0},
+    "distilbert": {
+        "dim": 24,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 40,
+        "max_position_embeddings": 64,
+    },
+    "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "llama": SIZES | DECODER,
+    "mistral": SIZES | DECODER,
+    "phi3": SIZES | DECODER,
+    "qwen2": SIZES | DECODER,
+    "qwen3": SIZES | DECODER | {"head_dim": 6},
+}
+Change = Callable[[str, torch.Tensor], torch.Tensor | None]
+
+
+def texts(number: int = 140, seed: int = 0) -> list[str]:
+    """Different sentences of some of `WORDS`."""
+    draw = np.random.default_rng(seed)
+    return [" ".join(draw.choice(WORDS, draw.integers(3, 12))) for _ in range(number)]
+
+
+def words() -> Any:
+    """A tokenizer that knows `WORDS`."""
+    known = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", model_max_length=64
+    )
+
+
+@functools.cache
+def byte_words() -> Any:
+    """A tokenizer of bytes and what they often are together in `texts`, as decoders have."""
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(texts(), vocab_size=300, special_tokens=SPECIAL, show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=64
+    )
+
+
+def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0) -> Change:
+    """Matrices of blocks change by ones of this rank, with a decaying spectrum; biases a little."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
+        if "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
+            return None
+        if value.ndim == 1:
+            return 0.02 * torch.randn(value.shape, generator=draw)
+        left, right = (torch.randn(n, rank, generator=draw) for n in value.shape)
+        return size * value.std() * (left * 0.5 ** torch.arange(rank)) @ right.mT
+
+    return change
+
+
+def pair(
+    folder: Path,
+    kind: str = "bert",
+    architecture: str = "BertForSequenceClassification",
+    *,
+    change: Change | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[str, str]:
+    """Write a base and a tuned checkpoint; returns their folders."""
+    made = byte_words()
+    described: Any = transformers.CONFIG_MAPPING[kind]
+    config = described(vocab_size=len(made), **CONFIGS[kind] | options)
+    with randomness.seeded(seed, "checkpoints"), hub.quiet():
+        network = getattr(transformers, architecture)(config).to(dtype)
+        with torch.no_grad():
+            # Drawn so small that attention would not see what tuning changes.
+            for name, value in network.named_parameters():
+                if value.ndim == 2 and "embed" not in name and "wte" not in name:
+                    value.mul_(4)
+        places = []
+        for name in ("base", "tuned"):
+            place = folder / name
+            network.save_pretrained(place)
+            made.save_pretrained(place)
+            places.append(str(place))
+            change = change or low_rank(seed=seed)
+            with torch.no_grad():
+                for key, value in network.named_parameters():
+                    update = change(key, value)
+                    if update is not None:
+                        value.add_(update.to(dtype))
+    return places[0], places[1]

@@ -1,0 +1,583 @@
+"""Planning, repairing, writing and checking adapters for small pairs of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as files
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from scipy import stats
+
+from lorapower import (
+    InputError,
+    LorapowerError,
+    ResultsError,
+    checkpoints,
+    cli,
+    hub,
+    randomness,
+)
+from lorapower.checkpoints import METHODS, Pair, Planner, export, measuring, metrics, workflow
+from lorapower.checkpoints.adapter import Adapter, towards
+from lorapower.checkpoints.measuring import Reference
+
+KINDS = [
+    ("bert", "BertForSequenceClassification"),
+    ("roberta", "RobertaForSequenceClassification"),
+    ("distilbert", "DistilBertModel"),
+    ("gpt2", "GPT2LMHeadModel"),
+    ("gpt2", "GPT2ForSequenceClassification"),
+    ("qwen2", "Qwen2ForCausalLM"),
+    ("phi3", "Phi3ForSequenceClassification"),
+]
+TEXTS = files.texts(140)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return files.pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def planner(places: tuple[str, str]) -> Planner:
+    return Planner(Pair.open(*places), TEXTS, max_rank=8)
+
+
+# What is measured
+
+
+def test_limits_of_shares_are_those_of_the_binomial() -> None:
+    equal, one = np.array([1.0] * 59), np.ones(59)
+    assert measuring.lower(equal, one) == pytest.approx(0.05 ** (1 / 59))
+    equal[:4] = 0
+    low = measuring.lower(equal, one)
+    assert stats.binom.sf(54, 59, low) == pytest.approx(0.05)
+    assert measuring.lower(np.zeros(9), np.ones(9)) == 0
+    assert math.isnan(measuring.lower(np.full(3, np.nan), np.ones(3)))
+
+
+def test_limits_of_shares_within_texts() -> None:
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(3, 20, 80).astype(float)
+    equal = draw.binomial(sizes.astype(int), 0.9).astype(float)
+    share = equal.sum() / sizes.sum()
+    assert 0.85 < measuring.lower(equal, sizes) < share
+    assert 0.9 < measuring.lower(sizes, sizes) < 1
+
+
+def test_limits_of_errors_hold_as_often_as_they_say() -> None:
+    held, draw = 0, np.random.default_rng(1)
+    for trial in range(200):
+        effect = draw.gamma(4, 1, 80)
+        squares = effect * draw.gamma(2, 0.005, 80)  # in the mean .01 of it
+        held += measuring.upper(squares, effect, seed=trial) >= 0.1
+    # 190 are expected; so few or so many fall outside in one case of a thousand.
+    low, high = stats.binom.ppf([0.0005, 0.9995], 200, 0.95)
+    assert low <= held <= high
+
+
+def test_limits_of_errors_that_cannot_be_told() -> None:
+    assert measuring.upper(np.zeros(5), np.ones(5)) == 0
+    assert measuring.upper(np.array([0.0] * 79 + [1.0]), np.ones(80)) == math.inf
+    assert measuring.ratio(np.zeros(2), np.zeros(2)) == 0
+    assert measuring.ratio(np.ones(2), np.zeros(2)) == math.inf
+
+
+def test_base_has_error_1_and_tuned_0(planner: Planner) -> None:
+    planner.pair.fill(planner.network, "base")
+    assert planner.held_out.measure(planner.network).error == 1
+    planner.pair.fill(planner.network, "tuned")
+    tuned = planner.held_out.measure(planner.network)
+    assert tuned.error == 0 == tuned.kl
+    assert tuned.agreement == 1
+
+
+def test_errors_are_those_of_plain_code(planner: Planner) -> None:
+    adapter = planner.candidate("plain", planner.parameters(1))
+    planner.put(adapter)
+    found = planner.held_out.measure(planner.network)
+    ours: list[torch.Tensor] = []
+    wanted: list[torch.Tensor] = []
+    base: list[torch.Tensor] = []
+    for which, kept in (("adapted", ours), ("tuned", wanted), ("base", base)):
+        if which == "adapted":
+            planner.put(adapter)
+        else:
+            planner.pair.fill(planner.network, which)
+        for batch in planner.texts.held_out:
+            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+                logits = planner.network(ids[mask.bool()][None]).logits[0].double()
+                kept.append(logits)
+    f, g, h = (torch.stack(each) for each in (ours, wanted, base))
+    f, g, h = (each - each.mean(1, keepdim=True) for each in (f, g, h))
+    error = ((f - g).square().sum() / (h - g).square().sum()).sqrt()
+    assert found.error == pytest.approx(float(error), rel=1e-4)
+    assert found.agreement == float((f.argmax(1) == g.argmax(1)).double().mean())
+    kl = (g.softmax(1) * (g.log_softmax(1) - f.log_softmax(1))).sum(1).mean()
+    assert found.kl == pytest.approx(float(kl), rel=1e-3)
+
+
+# Moments
+
+
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "BertModel"])
+def test_moments_are_those_of_plain_code(architecture: str, tmp_path: Path) -> None:
+    pair = Pair.open(*files.pair(tmp_path, architecture=architecture))
+    network, task = pair.network(), pair.family.task
+    batches = Planner(pair, TEXTS).texts.choosing
+    name = next(n for n in pair.modules if n.endswith("1.intermediate.dense"))
+    module = pair.modules[name]
+    kept: dict[str, Any] = {}
+
+    def watch(_: Any, inputs: Any, outputs: Any) -> None:
+        outputs.retain_grad()
+        kept.update(x=inputs[0].detach(), y=outputs)
+
+    place = network.get_submodule(name)
+    place.weight.requires_grad_(True)
+    handle = place.register_forward_hook(watch)
+    probes = randomness.generator(0, "probes")
+    gradients, inputs, weights = [], [], []
+    for batch in batches:
+        twice = []
+        for _ in range(metrics.PROBES):
+            found = measuring.outputs(network, batch, task)
+            drawn = randomness.normal(probes, *found.shape, dtype=found.dtype)
+            (found * drawn).sum().backward()
+            twice.append(kept["y"].grad[batch.there])
+        gradients += twice
+        inputs.append(kept["x"][batch.there])
+        weight = sum(g.square().sum(1) for g in twice)
+        weights.append(metrics.EVEN + (1 - metrics.EVEN) * weight / weight.mean())
+    handle.remove()
+    place.weight.requires_grad_(False)
+    G = sum(g.mT @ g for g in gradients) / sum(map(len, (b.input_ids for b in batches)))
+    x, w = torch.cat(inputs), torch.cat(weights)
+    mean = w @ x / w.sum()
+    C = (x - mean).mT @ (w[:, None] * (x - mean)) / w.sum()
+    one = metrics.moments(network, [module], batches, task)[name]
+    assert torch.allclose(one.outputs.mT @ one.outputs, G / metrics.PROBES, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(one.mean, mean, atol=1e-5)
+    assert torch.allclose(one.inputs.mT @ one.inputs, C, rtol=1e-3, atol=1e-5)
+
+
+def test_groups_keep_to_the_memory(planner: Planner) -> None:
+    modules = planner.modules.values()
+    for memory in (1, 20_000, 10**9):
+        found = [*metrics.groups(modules, 100, memory)]
+        assert [m for group in found for m in group] == [*modules]
+    assert len(found) == 1
+    assert all(len(group) == 1 for group in metrics.groups(modules, 100, 1))
+
+
+def test_little_memory_gives_the_same_plan(
+    planner: Planner, places: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = metrics.groups
+    monkeypatch.setattr(metrics, "groups", lambda modules, samples, _: whole(modules, samples, 1))
+    alone = Planner(Pair.open(*places), TEXTS, max_rank=8)
+    number = planner.parameters(2)
+    # Other probes are drawn for each group, so that only what has none is the same.
+    for method in ("plain", "uniform", "energy"):
+        assert alone.ranks(method, number) == planner.ranks(method, number)
+
+
+# Candidates
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_candidates_cost_no_more_than_asked(planner: Planner, method: str) -> None:
+    for rank in (0, 1, 3, 8):
+        number = planner.parameters(rank)
+        adapter = planner.candidate(method, number)
+        assert adapter.parameters == sum(
+            planner.modules[name].cost * r for name, r in adapter.ranks.items()
+        )
+        assert adapter.parameters <= number
+        assert all(r <= 8 for r in adapter.ranks.values())
+
+
+def test_all_of_a_low_rank_change_is_exact(planner: Planner) -> None:
+    for method in METHODS:
+        assert planner.error(planner.candidate(method, planner.most)) < 1e-5
+
+
+def test_prediction_is_exact_for_small_parts(planner: Planner) -> None:
+    adapter = planner.candidate("two metrics", planner.parameters(1))
+    predicted = planner.predicted(adapter)
+    # A hundredth of what is missing loses a hundredth of what first order predicts.
+    towards(planner.pair, planner.network, adapter, 0.02)
+    assert planner.choosing.error(planner.network) == pytest.approx(0.02 * predicted, rel=0.05)
+    towards(planner.pair, planner.network, adapter, 1.0)
+    assert planner.choosing.error(planner.network) == pytest.approx(
+        planner.error(adapter), rel=1e-4
+    )
+
+
+def test_each_module_alone(planner: Planner) -> None:
+    adapter = planner.candidate("two metrics", planner.parameters(1))
+    shares = planner.shares("two metrics", adapter)
+    assert shares.keys() == planner.modules.keys()
+    full = planner.candidate("two metrics", planner.most)
+    assert all(measured < 1e-5 for _, measured in planner.shares("two metrics", full).values())
+    assert all(math.isnan(p) for p, _ in planner.shares("plain", adapter).values())
+
+
+def test_modules_of_a_kind(places: tuple[str, str]) -> None:
+    pair = Pair.open(*places)
+    some = Planner(pair, TEXTS, modules="attention", max_rank=4)
+    assert {module.kind for module in some.modules.values()} == {"attention"}
+    assert some.error(some.candidate("plain", some.most)) == pytest.approx(
+        some.error(some.candidate("uniform", some.most)), rel=1e-3
+    )
+    assert [*checkpoints.planner.chosen(pair, r"layer\.1.*query")] == [
+        "bert.encoder.layer.1.attention.self.query"
+    ]
+    for wrong in ("nothing of this name", "(", 3):
+        with pytest.raises(InputError, match="modules must be"):
+            Planner(pair, TEXTS, modules=wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="leave must be among bias, norm, embedding, head"):
+        Planner(pair, TEXTS, leave=["weights"])
+
+
+# Repair
+
+
+@pytest.mark.parametrize(("kind", "architecture"), KINDS)
+def test_repair_never_makes_worse(kind: str, architecture: str, tmp_path: Path) -> None:
+    pair = Pair.open(*files.pair(tmp_path, kind, architecture))
+    planner = Planner(pair, TEXTS, max_rank=4)
+    start = planner.candidate("two metrics", planner.parameters(1))
+    repaired = planner.repaired(start, steps=8)
+    assert repaired.ranks == start.ranks
+    assert planner.error(repaired) <= planner.error(start) * (1 + 1e-4)
+
+
+def test_repair_finds_what_plain_truncation_misses(planner: Planner) -> None:
+    start = planner.candidate("uniform", planner.parameters(1))
+    repaired = planner.repaired(start, steps=60)
+    assert planner.error(repaired) < 0.5 * planner.error(start)
+
+
+# Plans
+
+
+def test_plans_reach_the_stated_error(places: tuple[str, str]) -> None:
+    plan = checkpoints.plan(*places, TEXTS, error=0.01)
+    assert plan.reached
+    assert plan.measured.error <= 0.01
+    assert plan.measured.error <= plan.measured.error_upper
+    smaller = plan.planner.candidate(plan.method, plan.adapter.parameters // 2)
+    assert plan.planner.measure(smaller).error > 0.01
+    table = plan.table()
+    assert [*table["rank"]] == [*plan.ranks.values()]
+    cost = ((table["out"] + table["in"]) * table["rank"]).sum()
+    assert cost == plan.adapter.parameters
+    assert plan.baselines.keys() == METHODS.keys()
+    json.dumps(plan.report(), allow_nan=False)
+    assert "Plan(error" in repr(plan)
+
+
+def test_plans_with_repair_need_no_more(places: tuple[str, str]) -> None:
+    plan = checkpoints.plan(*places, TEXTS, error=0.01)
+    repaired = checkpoints.plan(*places, TEXTS, error=0.01, repair=True, steps=20)
+    assert repaired.reached
+    assert repaired.adapter.parameters <= plan.adapter.parameters
+
+
+def test_what_is_out_of_reach_is_said(tmp_path: Path) -> None:
+    places = files.pair(tmp_path, change=files.low_rank(rank=16, size=0.4))
+    plan = checkpoints.plan(*places, TEXTS, error=1e-3, max_rank=1)
+    assert not plan.reached
+    assert max(plan.ranks.values()) == 1
+    out = tmp_path / "out"
+    assert not checkpoints.extract(*places, TEXTS, out, error=1e-3, max_rank=1, steps=4).reached
+    assert not out.exists()
+
+
+def test_equal_checkpoints_need_nothing(tmp_path: Path) -> None:
+    base, tuned = files.pair(tmp_path, change=lambda name, value: None)
+    plan = checkpoints.plan(base, tuned, TEXTS)
+    assert plan.planner.equal
+    assert plan.reached
+    assert plan.measured.error == 0 == plan.adapter.parameters
+    found = checkpoints.extract(base, tuned, TEXTS, tmp_path / "out")
+    assert found.adapter.parameters == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"error": 0.0}, "error must be a finite number above 0"),
+        ({"error": 1.1}, "error must be above 0 and at most 1"),
+        ({"error": math.nan}, "error must be a finite number above 0"),
+        ({"error": 0.1, "rank": 2}, "one of error, parameters and rank; got error and rank"),
+        ({"parameters": -1}, "parameters must be an integer from 0"),
+        ({"rank": 1.5}, "rank must be an integer from 0"),
+        ({"steps": -1}, "steps must be an integer from 0"),
+        ({"max_rank": 0}, "max_rank must be an integer from 1"),
+        ({"bucket": 9, "max_rank": 8}, "bucket must be an integer from 1 to 8"),
+        ({"tokens": 3}, "tokens must be an integer from 8"),
+        ({"held_out": TEXTS[:70]}, "70 that are, such as"),
+    ],
+)
+def test_bad_requests(places: tuple[str, str], options: Any, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        checkpoints.plan(*places, TEXTS, **options)
+
+
+def test_methods_side_by_side(planner: Planner) -> None:
+    number = planner.parameters(1)
+    table = checkpoints.compare(planner, [number], repaired=[number], steps=4)
+    assert [*table.method] == [*METHODS, "repaired"]
+    assert (table.used <= number).all()
+    with pytest.raises(InputError, match="method must be among"):
+        planner.candidate("best", 3)
+
+
+# Adapters in files
+
+
+@pytest.mark.parametrize(("kind", "architecture"), KINDS)
+@pytest.mark.parametrize("repair", [False, True])
+def test_written_adapters_have_the_stated_error(
+    kind: str, architecture: str, repair: bool, tmp_path: Path
+) -> None:
+    def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
+        if "wte" in name or "embed" in name:
+            # Some rows of embeddings, which may be tied to the head; positions too.
+            update = torch.zeros_like(value)
+            update[5:9] = 0.05
+            return update
+        return files.low_rank()(name, value)
+
+    base, tuned = files.pair(tmp_path, kind, architecture, change=change)
+    out = tmp_path / "out"
+    plan = checkpoints.extract(base, tuned, TEXTS, out, rank=1, repair=repair, steps=4)
+    report = json.loads((out / export.REPORT).read_text())
+    assert report["error"] == plan.measured.error
+    assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-4)
+    again = checkpoints.check(base, str(out), tuned, TEXTS)
+    assert 0 < again.error < 1
+    # As a stranger would use it.
+    with hub.quiet():
+        network: Any = getattr(transformers, architecture).from_pretrained(base)
+        network.config.pad_token_id = 0
+        loaded = peft.PeftModel.from_pretrained(network, str(out)).eval()
+    reference = plan.planner.held_out
+    assert measuring.ratio(reference._squares(loaded)[0], reference.effect) == pytest.approx(
+        plan.measured.error, rel=1e-3
+    )
+    size = sum(file.stat().st_size for file in out.glob("adapter_model*"))
+    rows = 12 * 24 * 3
+    assert size < 4 * (plan.adapter.parameters + rows + 6000) + 20_000
+    assert "base_model:" in (out / export.CARD).read_text()
+    needed = {
+        *("error", "error_upper", "predicted_error", "agreement", "agreement_lower", "kl"),
+        *("parameters", "adapter_bytes", "ranks", "method", "baseline_errors", "not_low_rank"),
+        *("texts", "held_out_texts", "seconds", "versions"),
+    }
+    assert needed <= report.keys()
+
+
+def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    leave = ["bias", "norm"]
+    plan = checkpoints.extract(
+        *places, TEXTS, out, rank=2, leave=leave, max_rank=4, repair=True, steps=4
+    )
+    assert plan.report()["left_out"] == leave
+    assert not plan.adapter.biases
+    loaded = export.load(out, plan.planner.pair)
+    for name, value in loaded.base_model.model.named_parameters():
+        if name.endswith("LayerNorm.weight"):
+            assert torch.equal(value, plan.planner.pair.base.read(name))
+
+
+def test_ranks_in_buckets(places: tuple[str, str]) -> None:
+    plan = checkpoints.plan(*places, TEXTS, rank=4, max_rank=8, bucket=4, by_module=False)
+    assert {rank % 4 for rank in plan.ranks.values() if rank != 2} <= {0}
+
+
+def test_folders_that_exist_stay_unless_forced(places: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with pytest.raises(InputError, match="out must be a folder that does not exist"):
+        checkpoints.extract(*places, TEXTS, out)
+    with pytest.raises(InputError, match="or one with an adapter to replace"):
+        checkpoints.extract(*places, TEXTS, out, force=True)
+    (out / "mine").unlink()
+    checkpoints.extract(*places, TEXTS, out, force=True, rank=1, repair=False)
+    first = json.loads((out / export.REPORT).read_text())
+    checkpoints.extract(*places, TEXTS, out, force=True, rank=2, repair=False)
+    second = json.loads((out / export.REPORT).read_text())
+    assert second["parameters"] > first["parameters"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_half_written_looks_finished(
+    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "describe", full)
+    with pytest.raises(ResultsError, match=r"cannot be written \(No space left"):
+        checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=1, repair=False)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_wrong_adapter_is_not_written(
+    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = export.save
+
+    def spoiled(folder: Path, pair: Pair, network: Any, adapter: Adapter, **options: Any) -> None:
+        save(folder, pair, network, Adapter({}, adapter.biases), **options)
+
+    monkeypatch.setattr(export, "save", spoiled)
+    with pytest.raises(LorapowerError, match="nothing was written"):
+        checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=4, repair=False)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_adapters_that_do_not_fit(places: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="adapter must be a folder with an adapter of peft"):
+        checkpoints.check(places[0], str(tmp_path), places[1], TEXTS)
+    other = files.pair(tmp_path, "gpt2", "GPT2LMHeadModel")
+    out = tmp_path / "out"
+    checkpoints.extract(*other, TEXTS, out, rank=1, repair=False)
+    with pytest.raises(InputError, match="adapter must be one that peft reads into the base"):
+        checkpoints.check(places[0], str(out), places[1], TEXTS)
+
+
+# The command
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "from lorapower.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("\n".join(TEXTS), encoding="utf-8")
+    return str(path)
+
+
+def called(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lorapower", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    out, err = capsys.readouterr()
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code, out, err
+
+
+def test_the_command_plans_extracts_and_checks(
+    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = [*places, "--texts", file]
+    code, out, _ = called("plan", *pair, "--error", "0.3", "--json", capsys=capsys)
+    report = json.loads(out)
+    assert code == 0
+    assert report["error"] <= 0.3
+    code, out, _ = called("plan", *pair, "--rank", "1", capsys=capsys)
+    assert code == 0
+    assert "attention" in out
+    assert "carried over" in out
+    folder = str(tmp_path / "out")
+    options = ["--rank", "2", "--out", folder, "--no-repair"]
+    code, out, _ = called("extract", *pair, *options, capsys=capsys)
+    assert code == 0
+    assert "Written to" in out
+    code, _, err = called("extract", *pair, *options, capsys=capsys)
+    assert code == 2
+    assert "replace it with --force" in err
+    assert err.count("\n") == 1
+    code, out, _ = called(
+        "check", places[0], folder, places[1], "--texts", file, "--json", capsys=capsys
+    )
+    assert code == 0
+    assert json.loads(out)["texts"] == 140
+
+
+def test_status_1_says_how_near_one_gets(
+    places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--texts", file, "--error", "0.000001", "--max-rank", "1"]
+    code, out, _ = called("plan", *places, *options, capsys=capsys)
+    assert code == 1
+    assert "the nearest is" in " ".join(out.split())
+
+
+def test_status_2_is_bad_input(
+    places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = called("plan", "./nowhere", places[1], "--texts", file, capsys=capsys)
+    assert code == 2
+    assert "a folder that exists" in err
+    code, _, err = called("plan", *places, "--texts", "nowhere.txt", capsys=capsys)
+    assert code == 2
+    assert "UTF-8" in err
+    code, _, err = called("plan", *places, "--texts", file, "--rank", "x", capsys=capsys)
+    assert code == 2
+
+
+def test_the_command_is_installed() -> None:
+    found = run("--help")
+    assert found.returncode == 0
+    assert all(name in found.stdout for name in ("plan", "extract", "check"))
+
+
+def test_killed_at_any_moment_nothing_looks_finished(
+    places: tuple[str, str], file: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code = "from lorapower.cli import main; main()"
+    arguments = ["extract", *places, "--texts", file, "--out", str(out), "--rank", "2"]
+    for sign, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not any(path.name.startswith("torch") for path in mapped(process.pid)):
+            time.sleep(0.1)
+        time.sleep(2)
+        os.kill(process.pid, sign)
+        assert process.wait() in (status, 0, 1)
+        assert not out.exists() or (out / export.REPORT).is_file()
+
+
+def mapped(process: int) -> list[Path]:
+    """Files that a process has mapped."""
+    try:
+        lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+    except OSError:
+        return [Path("torch")]
+    return [Path(line.split()[-1]) for line in lines if "libtorch_cpu" in line] and [Path("torch")]
+
+
+def test_reports_keep_no_numbers_that_json_lacks() -> None:
+    assert workflow.RELOADED <= 1e-5
+    batches: list[Any] = []
+    assert Reference(batches, "encoder").effect.size == 0

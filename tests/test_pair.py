@@ -1,0 +1,301 @@
+"""Pairs of checkpoints: what is read, what differs, what is refused; and the texts for them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as files
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorapower import InputError
+from lorapower.checkpoints import Pair, families, texts
+from lorapower.checkpoints.stored import Stored
+
+ARCHITECTURES = [
+    ("bert", "BertForSequenceClassification"),
+    ("bert", "BertModel"),
+    ("camembert", "CamembertForSequenceClassification"),
+    ("roberta", "RobertaForSequenceClassification"),
+    ("roberta", "RobertaModel"),
+    ("xlm-roberta", "XLMRobertaForSequenceClassification"),
+    ("distilbert", "DistilBertForSequenceClassification"),
+    ("distilbert", "DistilBertModel"),
+    ("gpt2", "GPT2LMHeadModel"),
+    ("gpt2", "GPT2ForSequenceClassification"),
+    ("gpt2", "GPT2Model"),
+    ("llama", "LlamaForCausalLM"),
+    ("llama", "LlamaForSequenceClassification"),
+    ("mistral", "MistralForCausalLM"),
+    ("phi3", "Phi3ForCausalLM"),
+    ("qwen2", "Qwen2ForCausalLM"),
+    ("qwen3", "Qwen3ForCausalLM"),
+    ("qwen3", "Qwen3ForSequenceClassification"),
+]
+
+
+@pytest.mark.parametrize(("kind", "architecture"), ARCHITECTURES)
+def test_pairs_know_modules_and_all_else(kind: str, architecture: str, tmp_path: Path) -> None:
+    pair = Pair.open(*files.pair(tmp_path, kind, architecture))
+    network = pair.network()
+    stored = dict(network.named_parameters())
+    weights = {f"{name}.weight" for name in pair.modules}
+    others = {other.name for other in pair.others}
+    assert weights <= stored.keys()
+    assert not weights & others
+    # Together they are all that differs, and the tuned weights are the base's with them.
+    different = {
+        name
+        for name in stored
+        if not pair.base.has(name) or not torch.equal(pair.base.read(name), pair.tuned.read(name))
+    }
+    assert others <= different <= weights | others
+    for module in pair.modules.values():
+        assert torch.equal(
+            pair.change(module.name),
+            pair.weight("tuned", module) - pair.weight("base", module),
+        )
+        assert pair.change(module.name).shape == module.shape
+        assert module.kind in ("attention", "mlp", "other")
+    halves = {module.kind for module in pair.modules.values()}
+    assert {"attention", "mlp"} <= halves
+    pair.fill(network, "base")
+    for name, value in network.named_parameters():
+        assert torch.equal(value, pair.base.read(name))
+    assert sum(pair.not_low_rank.values()) == sum(other.size for other in pair.others)
+
+
+def test_a_base_without_prefix_or_head(tmp_path: Path) -> None:
+    base, tuned = files.pair(tmp_path)
+    file = Path(base, "model.safetensors")
+    weights = {
+        key.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma"): value
+        for key, value in load_file(file).items()
+        if not key.startswith("classifier")
+    }
+    # Of the head of its own training, and a buffer of older files.
+    weights |= {"cls.bias": torch.zeros(3), "embeddings.position_ids": torch.arange(64)}
+    save_file(weights, file)
+    pair = Pair.open(base, tuned)
+    assert {o.name for o in pair.others if o.kind == "head"} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    network = pair.network()
+    pair.fill(network, "base")
+    assert torch.equal(network.classifier.weight, pair.tuned.read("classifier.weight"))
+
+
+def test_checkpoints_in_several_files(tmp_path: Path) -> None:
+    base, tuned = files.pair(tmp_path)
+    for place in map(Path, (base, tuned)):
+        weights = load_file(place / "model.safetensors")
+        where = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(weights)}
+        for part in set(where.values()):
+            save_file({n: w for n, w in weights.items() if where[n] == part}, place / part)
+        (place / "model.safetensors").unlink()
+        (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert len(Pair.open(base, tuned).modules) == 13
+    Path(base, "part-1.safetensors").unlink()
+    with pytest.raises(InputError, match=r"a folder without part-1\.safetensors"):
+        Pair.open(base, tuned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_in_single(dtype: torch.dtype, tmp_path: Path) -> None:
+    pair = Pair.open(*files.pair(tmp_path, dtype=dtype))
+    assert pair.network().dtype == torch.float32
+    assert pair.change(next(iter(pair.modules))).dtype == torch.float32
+
+
+def altered(place: str, alter: Any) -> None:
+    file = Path(place, "model.safetensors")
+    weights = load_file(file)
+    alter(weights)
+    save_file(weights, file)
+
+
+def configured(place: str, **values: Any) -> None:
+    file = Path(place, "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
+EMBEDDING = "bert.embeddings.word_embeddings.weight"
+
+
+def test_what_cannot_be_planned_for_is_refused(tmp_path: Path) -> None:
+    base, tuned = files.pair(tmp_path / "whole")
+
+    def refused(match: str, alter: Any, name: str = "tuned") -> None:
+        place = tmp_path / "altered"
+        shutil.copytree(tuned if name == "tuned" else base, place)
+        alter(str(place))
+        with pytest.raises(InputError, match=match):
+            Pair.open(*((base, str(place)) if name == "tuned" else (str(place), tuned)))
+        shutil.rmtree(place)
+
+    refused(
+        "tuned must be of one shape with the other checkpoint",
+        lambda place: altered(place, lambda w: w.update({WEIGHT: torch.ones(3, 3)})),
+    )
+    refused(
+        "resize both vocabularies alike",
+        lambda place: altered(place, lambda w: w.update({EMBEDDING: torch.ones(70, 24)})),
+    )
+    refused(
+        f"with all weights of BertForSequenceClassification; got one without {WEIGHT}",
+        lambda place: altered(place, lambda w: w.pop(WEIGHT)),
+    )
+    refused(
+        "base must be with all weights of the blocks",
+        lambda place: altered(place, lambda w: w.pop(WEIGHT)),
+        "base",
+    )
+    refused(
+        "with nothing but weights of BertForSequenceClassification; got one with strange",
+        lambda place: altered(place, lambda w: w.update(strange=torch.ones(2))),
+    )
+    refused(
+        "weights of type i8",
+        lambda place: altered(place, lambda w: w.update(q=torch.ones(2).char())),
+    )
+    refused(
+        "weights of type f8_e4m3",
+        lambda place: altered(place, lambda w: w.update(q=torch.ones(2).to(torch.float8_e4m3fn))),
+    )
+    refused(
+        "weights quantized by gptq",
+        lambda place: configured(place, quantization_config={"quant_method": "gptq", "bits": 4}),
+    )
+    refused("type 'albert'", lambda place: configured(place, model_type="albert"))
+    refused(
+        "got BertForMaskedLM", lambda place: configured(place, architectures=["BertForMaskedLM"])
+    )
+    refused(
+        "an adapter: measure it with `lorapower check",
+        lambda place: Path(place, "adapter_config.json").write_text("{}"),
+    )
+    refused("without config.json", lambda place: Path(place, "config.json").unlink())
+    refused(
+        "without model.safetensors: load it with transformers",
+        lambda place: Path(place, "model.safetensors").unlink(),
+    )
+    refused(
+        "model.safetensors, which is damaged",
+        lambda place: Path(place, "model.safetensors").write_bytes(b"damaged"),
+    )
+
+
+def test_two_architectures_are_refused(tmp_path: Path) -> None:
+    base, _ = files.pair(tmp_path / "bert")
+    _, tuned = files.pair(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
+    with pytest.raises(InputError, match="tuned must be of type 'bert', like the base; got gpt2"):
+        Pair.open(base, tuned)
+
+
+def test_weights_that_are_not_finite_are_refused_when_read(tmp_path: Path) -> None:
+    base, tuned = files.pair(tmp_path)
+    altered(tuned, lambda w: w[WEIGHT].view(-1)[:2].fill_(torch.nan))
+    pair = Pair.open(base, tuned)
+    with pytest.raises(InputError, match=rf"tuned must be of finite weights; got {WEIGHT} with 2"):
+        pair.network()
+
+
+def test_missing_folders_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="base must be a folder that exists"):
+        Stored("base", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="base 'somebody/model' must be on the hub"):
+        Stored("base", "somebody/model")
+
+
+def test_checkpoints_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = files.pair(tmp_path)
+    asked = []
+
+    def fetched(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, tuple(allow_patterns)))
+        return tuned
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    pair = Pair.open(base, "somebody/tuned")
+    assert [name for name, _ in asked] == ["somebody/tuned"]
+    assert "*.safetensors" in asked[0][1]
+    assert "*.bin" not in asked[0][1]
+    assert pair.tuned.source == "somebody/tuned"
+
+
+def test_kinds_are_told_by_place() -> None:
+    assert families.kind("h.3.attn.c_proj", "h") == "attention"
+    assert families.kind("h.3.mlp.c_proj", "h") == "mlp"
+    assert families.kind("pooler.dense", "encoder.layer") == "other"
+
+
+class TestTexts:
+    config = type("Config", (), {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 2})
+    config.vocab_size, config.max_position_embeddings = 64, 10  # type: ignore[attr-defined]
+
+    def prepared(self, given: Any, held_out: Any = None, **options: Any) -> texts.Texts:
+        return texts.prepared(given, held_out, files.words(), self.config, **options)
+
+    def test_parts_share_nothing_and_lose_nothing(self) -> None:
+        given = files.texts(160)
+        found = self.prepared([*given, *given[:20], "  "])
+        there = [
+            tuple(row[mask.bool()].tolist())
+            for part in (found.fitting, found.choosing, found.held_out)
+            for batch in part
+            for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+        ]
+        assert len(there) == len(set(given))
+        assert texts.count(found.held_out) == 80
+        assert (texts.count(found.fitting), texts.count(found.choosing)) == (60, 20)
+        assert found.cut == sum(len(text.split()) > 10 for text in given)
+
+    def test_one_seed_is_one_choice(self) -> None:
+        given = files.texts(160)
+        one, same, other = (self.prepared(given, seed=seed) for seed in (1, 1, 2))
+        assert torch.equal(one.held_out[0].input_ids, same.held_out[0].input_ids)
+        assert one.held_out[0].input_ids.tolist() != other.held_out[0].input_ids.tolist()
+
+    def test_large_networks_get_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(texts, "LOAD", 25 * texts.load(self.config))
+        for batch in self.prepared(files.texts(160)).fitting:
+            assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
+
+    @pytest.mark.parametrize(
+        ("given", "held_out", "match"),
+        [
+            ([], None, r"texts must be at least 120 different texts, 60 of each part"),
+            (files.texts(119), None, "got 119"),
+            ([*files.texts(60)] * 3, None, "got 60"),
+            (files.texts(60), files.texts(59, 1), "held_out must be at least 60 .* got 59"),
+            (files.texts(80), files.texts(80), "80 that are, such as"),
+            ("one text", None, "texts must be texts; got 'one text'"),
+            ([1, 2], None, "texts must be texts; got 1"),
+        ],
+    )
+    def test_too_few_or_wrong_ones_are_refused(self, given: Any, held_out: Any, match: str) -> None:
+        with pytest.raises(InputError, match=match):
+            self.prepared(given, held_out)
+
+    def test_files_of_texts(self, tmp_path: Path) -> None:
+        plain, lines = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
+        plain.write_text("one\ntwo ü\n", encoding="utf-8")
+        lines.write_text('{"text": "one"}\n\n{"text": "two ü"}\n', encoding="utf-8")
+        assert texts.read(plain) == texts.read(lines) == ["one", "two ü"]
+        lines.write_text('{"words": "one"}\n')
+        with pytest.raises(InputError, match="lines of JSON with a field text"):
+            texts.read(lines)
+        plain.write_bytes(b"\xff\xfe")
+        with pytest.raises(InputError, match="a file in UTF-8"):
+            texts.read(plain)
+        with pytest.raises(InputError, match="a file in UTF-8"):
+            texts.read(tmp_path / "nowhere")
