@@ -39,10 +39,13 @@ HeldOut = Annotated[
     Path | None, typer.Option(help="Other texts, to state errors with. Without: half of the texts.")
 ]
 Error = Annotated[
-    float | None, typer.Option(help="Part of the tuning's effect that may be lost. [default: 0.1]")
+    float | None,
+    typer.Option(help="Part of the tuning's effect that may be lost; 0.1 if nothing is asked."),
 ]
-Parameters = Annotated[int | None, typer.Option(help="Or: how many numbers factors may have.")]
-Rank = Annotated[int | None, typer.Option(help="Or: as many as this rank everywhere takes.")]
+Parameters = Annotated[int | None, typer.Option(help="Or: how many numbers the factors may have.")]
+Rank = Annotated[
+    int | None, typer.Option(help="Or: as many numbers as this rank everywhere takes.")
+]
 Modules = Annotated[str, typer.Option(help="all, attention, mlp, or a regular expression.")]
 Leave = Annotated[
     list[str] | None,
@@ -151,7 +154,7 @@ def check(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure anybody's adapter against the tuned model."""
+    """Measure anybody's adapter against the tuned model, on texts that no plan has used."""
     from . import checkpoints
 
     with _watched(quiet=as_json) as report:
@@ -225,24 +228,31 @@ def _end(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
     said.print(_totals(plan))
     if plan.planner.equal:
         said.print("Both models give the same on all texts: rank 0 everywhere is exact.")
+    elif plan.reached and not plan.adapter.parameters:
+        said.print("Nothing but what is carried over is needed: rank 0 everywhere.")
     if not plan.reached:
         said.print(
             f"An error of {plan.aim:g} is not reached with ranks up to {plan.planner.max_rank}: "
             f"the nearest is {plan.measured.error:.3g}. Raise --max-rank, or ask for less."
         )
     elif out is not None:
-        said.print(f"Written to {out}, read back with the same error.")
+        from .checkpoints import export
+
+        size = export.size(out)
+        said.print(f"Written to {out}, {size:,} bytes, read back with the same error.")
     raise typer.Exit(status)
 
 
 def _ranks(plan: Any) -> Table:
     table = Table(title="Ranks, and the part of the effect that each module alone loses")
-    for name in ("module", "size", "rank", "predicted", "measured"):
-        table.add_column(name, justify="left" if name == "module" else "right")
-    for row in plan.table().itertuples(index=False):
-        out, into = row[2], row[3]
-        shares = (_percent(share) for share in (row.predicted, row.measured))
-        table.add_row(row.module, f"{out}×{into}", str(row.rank), *shares)
+    table.add_column("module", overflow="fold")
+    rows = plan.table()
+    known = [name for name in ("predicted", "measured") if rows[name].notna().any()]
+    for name in ("size", "rank", *known):
+        table.add_column(name, justify="right")
+    for row in rows.to_dict("records"):
+        shares = (_percent(row[name]) for name in known)
+        table.add_row(row["module"], f"{row['out']}×{row['in']}", str(row["rank"]), *shares)
     return table
 
 
@@ -264,6 +274,10 @@ def _totals(plan: Any) -> Table:
         ("texts cut off", f"{plan.planner.texts.cut}"),
         ("seconds", f"{plan.seconds:.0f}"),
     ]
+    table.caption = (
+        "uniform: one rank for all; energy: an equal share of each change's squared norm; inputs: "
+        "by the variance of inputs; plain, input metric, two metrics: by gain for cost"
+    )
     for row in rows:
         table.add_row(*row)
     return table
@@ -280,7 +294,7 @@ def _measured(found: Any) -> list[tuple[str, str]]:
             ("at least, at 95%", _percent(found.agreement_lower)),
             ("mean KL divergence, nats", f"{found.kl:.2e}"),
         ]
-    return [*rows, ("held-out texts", f"{found.texts}")]
+    return [*rows, ("texts measured on", f"{found.texts}")]
 
 
 def _percent(share: float) -> str:

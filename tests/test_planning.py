@@ -212,6 +212,13 @@ def test_regression_is_best_of_its_rank(
         assert objective(K, a) >= found - 1e-9 * (1 + found)
 
 
+def test_regression_on_inputs_that_do_not_vary() -> None:
+    E = drawn(0, 3, 4)
+    left, right, shift = repair.regressed(E, torch.ones(9, 4), drawn(1, 9, 3), 2)
+    assert torch.allclose(left @ right.mT, lowrank.truncated_svd(E, 2).matrix())
+    assert torch.allclose(shift, drawn(1, 9, 3).mean(0) - left @ right.mT @ torch.ones(4).double())
+
+
 def test_regression_of_full_rank_and_much_data_is_least_squares() -> None:
     Z, truth = drawn(0, 4000, 5), drawn(1, 3, 5)
     left, right, shift = repair.regressed(truth, Z + 2, (Z + 2) @ truth.mT + 1, 3)

@@ -56,6 +56,8 @@ def written(folder: Path) -> Iterator[Path]:
         try:
             yield partial
             partial.chmod(0o755)
+            for file in partial.iterdir():
+                file.chmod(0o644)
             old = partial.with_name(f"{partial.name}.old")
             if folder.exists():
                 folder.rename(old)
@@ -91,7 +93,6 @@ def save(
     largest = max(adapter.ranks.values(), default=1)
     config = LoraConfig(
         task_type=PEFT_TASKS[pair.family.task],
-        base_model_name_or_path=pair.base.source,
         target_modules="|".join(map(re.escape, adapter.ranks)) or NO_MODULES,
         r=largest,
         lora_alpha=largest,
@@ -114,6 +115,8 @@ def save(
                 module = inner.get_submodule(name)
                 module.lora_A["default"].weight.copy_(factors.right.mT)
                 module.lora_B["default"].weight.copy_(factors.left)
+        # peft takes the name of the network it was given, which is made like the tuned one.
+        wrapped.peft_config["default"].base_model_name_or_path = name_of(pair.base.source)
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
 
 
@@ -147,6 +150,11 @@ def load(folder: Path | str, pair: Pair) -> Any:
             ) from error
 
 
+def name_of(source: str) -> str:
+    """What others call a checkpoint: a folder or a name on the hub."""
+    return hub.PACKAGED_NAME if source == hub.PACKAGED else source
+
+
 def size(folder: Path) -> int:
     """Bytes of an adapter's weights and configuration."""
     return sum(file.stat().st_size for file in folder.glob("adapter_*"))
@@ -165,7 +173,7 @@ def card(report: Mapping[str, Any]) -> str:
     lines = [
         "---",
         "library_name: peft",
-        f"base_model: {report['base']}",
+        f"base_model: {name_of(report['base'])}",
         "tags: [lora, lorapower]",
         "---",
         "",
@@ -180,6 +188,7 @@ def card(report: Mapping[str, Any]) -> str:
         f"| parameters of the factors | {report['parameters']:,} |",
         f"| modules with an adapter | {len(ranks)} of {report['modules']} |",
         f"| highest rank | {max(ranks.values(), default=0)} |",
+        f"| bytes of the adapter's files | {report['adapter_bytes']:,} |",
     ]
     if report["agreement"] is not None:
         lines.append(

@@ -140,7 +140,10 @@ class Pair:
 
     @property
     def not_low_rank(self) -> dict[str, int]:
-        """Numbers, by kind, that differ and that no adapter of low rank carries."""
+        """By kind, numbers of all parameters that differ and that no adapter of low rank carries.
+
+        Of word embeddings an adapter holds only the rows that differ.
+        """
         found = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
         return {kind: size for kind, size in found.items() if size}
 

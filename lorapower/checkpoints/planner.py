@@ -57,8 +57,9 @@ class Planner:
     pair : the checkpoints.
     modules : those that adapters are put on.
     texts : in three parts.
-    fitting, choosing, held_out : outputs on the three parts of the texts; only the last are for
-        stating errors.
+    options : what else was asked for, by name.
+    fitting, choosing, held_out : outputs on the three parts of the texts; errors are stated on the
+        last.
     values, totals : by metric and module the leading ``σ_d``, and ``Σσ_d²`` over all of them.
     """
 
@@ -95,11 +96,20 @@ class Planner:
         Raises `InputError` for texts that are too few or in both parts, and for modules, kinds and
         sizes that there are not.
         """
+        leave = _checks.items("leave", leave, what=f"kinds among {KINDS}")
         self.pair, self.seed, self.report = pair, seed, report
+        self.options = {
+            "modules": modules,
+            "leave": sorted(leave),
+            "tokens": tokens,
+            "max_rank": max_rank,
+            "bucket": bucket,
+            "seed": seed,
+        }
         self.max_rank = _checks.integer("max_rank", max_rank, 1)
         self.bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
         self.modules = chosen(pair, modules)
-        self.leave = frozenset(_checks.items("leave", leave, what=f"kinds among {KINDS}"))
+        self.leave = frozenset(leave)
         if strange := self.leave - set(KINDS):
             raise InputError("leave", allowed=f"among {', '.join(KINDS)}", given=min(strange))
         self.texts: Texts = prepared(

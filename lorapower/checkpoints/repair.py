@@ -39,9 +39,10 @@ def regressed(
 ) -> tuple[Float[Tensor, "out r"], Float[Tensor, "in r"], Float[Tensor, " out"]]:
     """The best ``K`` of a rank, and ``a``, for ``wanted ≈ given Kᵀ + a``: reduced-rank regression.
 
-    The least ``E‖R(wanted − K given − a)‖² + λ‖R(K − E)Λ‖²`` over ``K`` of rank ``≤ r`` and all
-    ``a`` [prop-repair], with ``E`` the change and ``λ`` `SHRINKAGE`; without ``bias``, ``a = 0``.
-    Returns the factors of ``K`` and ``a``.
+    The least ``E‖R(wanted − K given − a)‖² + λ‖R(K − E)‖²`` over ``K`` of rank ``≤ r`` and all
+    ``a`` [prop-repair], with ``E`` the change and ``λ`` the mean variance of what is given times
+    `SHRINKAGE`; without ``bias``, ``a = 0``. Returns the factors of ``K`` and ``a``; where all that
+    is given is the same, ``K`` is the best of the change itself.
     """
     E, Z, Y = change.double(), given.double(), wanted.double()
     mean, shift = (
@@ -50,6 +51,8 @@ def regressed(
     Z, Y = (Z - mean) / len(Z) ** 0.5, (Y - shift) / len(Z) ** 0.5
     level = SHRINKAGE * float(Z.square().sum()) / Z.shape[1]
     C = Z.mT @ Z
+    # Without variance only the second term is left, whatever its weight.
+    level = level or 1.0
     C.diagonal().add_(level)
     L = torch.linalg.cholesky(C)
     # B Lᵀ… with B the shrunken coefficients: (Yᵀ Z + λE) C⁻¹ L = (Yᵀ Z + λE) L⁻ᵀ.

@@ -157,7 +157,13 @@ def _place(name: str, source: str) -> Path:
             with hub.quiet():
                 place = Path(snapshot_download(source, allow_patterns=_FILES))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise hub.unreachable(f"{name} {source!r}", error) from error
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(
+                name,
+                allowed="a folder that exists, or a name on the hub that can be reached or was "
+                "downloaded before",
+                given=f"{source!r}, which is no folder here, and on the hub {reason}",
+            ) from error
     if (place / "adapter_config.json").is_file():
         raise InputError(
             name,

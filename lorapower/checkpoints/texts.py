@@ -48,7 +48,8 @@ class Texts(NamedTuple):
     ----------
     fitting : for metrics and repair.
     choosing : for choosing among candidates.
-    held_out : for what is stated, and nothing else.
+    held_out : for what is stated; a plan for a stated error looks at them until it is reached, a
+        few times at most.
     cut : how many of all texts were longer than the model, or ``tokens``, allows, and were cut.
     """
 
@@ -78,12 +79,21 @@ def read(path: Path | str) -> list[str]:
         ) from error
     if file.suffix != ".jsonl":
         return lines
-    try:
-        return [str(json.loads(line)["text"]) for line in lines if line.strip()]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            "texts", allowed="lines of JSON with a field text", given=f"{path} ({error})"
-        ) from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line)["text"])
+        except (KeyError, TypeError, ValueError):
+            found.append(None)
+        if not isinstance(found[-1], str):
+            raise InputError(
+                "texts",
+                allowed="lines of JSON with a field text, a text",
+                given=f"{path}, line {number}: {line}",
+            )
+    return found
 
 
 def prepared(
@@ -196,7 +206,7 @@ def _enough(name: str, there: int, needed: int) -> None:
             name,
             allowed=f"at least {needed} different texts, {LEAST} of each part (59 on which two "
             "models agree show that they do on 95%)",
-            given=f"{there}",
+            given=f"{there} different ones",
         )
 
 

@@ -41,7 +41,8 @@ class Plan:
     measured : on held-out texts.
     predicted : the error to first order, of the adapter before repair.
     aim : the error that was asked for, or nothing.
-    looks : how often held-out texts were looked at before this was chosen, at least 1.
+    looks : how many adapters were measured on held-out texts until this was taken, at least 1; the
+        limit of the error is meant for 1.
     shares : of each module the part of the effect that its missing directions cost alone, predicted
         and measured, in plans without repair.
     baselines : the error on held-out texts of each method at as many parameters, without repair.
@@ -122,6 +123,7 @@ class Plan:
             "held_out_texts": self.measured.texts,
             "cut_texts": planner.texts.cut,
             "looks": self.looks,
+            "options": planner.options,
             "seconds": self.seconds,
             "versions": {
                 name: metadata.version(name)
@@ -172,7 +174,7 @@ def plan(
     asked = {"error": error, "parameters": parameters, "rank": rank}
     if len(given := [name for name, value in asked.items() if value is not None]) > 1:
         raise InputError(
-            "aim", allowed="one of error, parameters and rank", given=" and ".join(given)
+            "error, parameters, rank", allowed="one of them at most", given=" and ".join(given)
         )
     aim = (ERROR if not given else None) if error is None else _aim(error)
     if parameters is not None:
@@ -339,8 +341,8 @@ def compare(
 
 
 def _aim(error: float) -> float:
-    value = _checks.positive("error", error)
-    if value > 1:
+    value = _checks.finite("error", error)
+    if not 0 < value <= 1:
         raise InputError("error", allowed="above 0 and at most 1, the base's own", given=value)
     return value
 
