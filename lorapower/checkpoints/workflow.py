@@ -237,6 +237,8 @@ def extract(
     planner = found.planner
     with export.written(folder) as partial:
         export.save(partial, planner.pair, planner.network, found.adapter, leave=planner.leave)
+        # One network at a time.
+        planner.network = None
         planner.network = export.load(partial, planner.pair)
         again = planner.held_out.measure(planner.network, seed=planner.seed)
         stated = found.measured.error
