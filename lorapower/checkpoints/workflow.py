@@ -315,18 +315,16 @@ def compare(
     repaired : numbers at which the best of `PATHS`, on the texts for choosing, is repaired as well.
     steps : of repair.
 
-    ``predicted`` is the error to first order, ``ranks`` are those of the modules, and ``used`` is
-    how many parameters they take.
+    ``ranks`` are those of the modules, and ``used`` is how many parameters they take.
     """
     rows = []
 
-    def add(method: str, asked: int, adapter: Adapter, predicted: float) -> None:
+    def add(method: str, asked: int, adapter: Adapter) -> None:
         rows.append(
             {
                 "method": method,
                 "parameters": asked,
                 "used": adapter.parameters,
-                "predicted": predicted,
                 **planner.measure(adapter)._asdict(),
                 "ranks": adapter.ranks,
             }
@@ -334,11 +332,10 @@ def compare(
 
     for asked in parameters:
         for method in methods:
-            adapter = planner.candidate(method, asked)
-            add(method, asked, adapter, planner.predicted(adapter))
+            add(method, asked, planner.candidate(method, asked))
         if asked in repaired:
             best = _best(planner, asked)[1]
-            add("repaired", asked, planner.repaired(best, steps=steps), math.nan)
+            add("repaired", asked, planner.repaired(best, steps=steps))
     return pd.DataFrame(rows)
 
 
