@@ -75,7 +75,7 @@ class Planner:
         max_rank: int = 64,
         bucket: int = 1,
         seed: int = 0,
-        report: Report = silent,
+        report: Report | None = None,
     ) -> None:
         """Pass texts through both networks, and take the directions of all changes.
 
@@ -97,7 +97,7 @@ class Planner:
         sizes that there are not.
         """
         leave = _checks.items("leave", leave, what=f"kinds among {KINDS}")
-        self.pair, self.seed, self.report = pair, seed, report
+        self.pair, self.seed, self.report = pair, seed, report or silent
         self.options = {
             "modules": modules,
             "leave": sorted(leave),
@@ -242,9 +242,7 @@ class Planner:
         self.pair.fill(self.network, "adapted", leave=self.leave, updates=updates)
         return self.held_out.error(self.network)
 
-    def least(
-        self, error: float, method: str, *, repaired: Callable[[Adapter], float] | None = None
-    ) -> int | None:
+    def least(self, error: float, method: str) -> int | None:
         """The least number of parameters with at most an error on the texts for choosing.
 
         By bisection of the method's path, as if the error fell along it; nothing where all of it

@@ -73,7 +73,7 @@ def blocks(
     roots: Callable[[str], Tensor | None],
     *,
     leave: Collection[str] = (),
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int], None] | None = None,
 ) -> Adapter:
     """The adapter with each module of a block fitted in turn, by `regressed`, ranks as they are.
 
@@ -119,7 +119,8 @@ def blocks(
                     biases[module.name] = shift.float()
             put(pair, network, Adapter(factors, biases), leave=leave, within=prefix)
         hidden = _ran(network, block, [], hidden, calls[i], fitting)[1]
-        report(i + 1, number)
+        if report:
+            report(i + 1, number)
     return Adapter(factors, biases)
 
 
@@ -133,7 +134,7 @@ def polish(
     steps: int,
     seed: int = 0,
     leave: Collection[str] = (),
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int], None] | None = None,
 ) -> tuple[Adapter, float]:
     """The adapter after steps of gradient descent on ``Σ‖f̂ − f̄‖²``, and its error.
 
@@ -192,7 +193,8 @@ def polish(
                     best, least = now(), error
                 if not math.isfinite(error):
                     break
-            report(step, steps)
+            if report:
+                report(step, steps)
     return best, least
 
 

@@ -119,7 +119,7 @@ def prepared(
     Raises `InputError` for fewer than `LEAST` different texts of a part, and for texts that are in
     both.
     """
-    order = np.random.default_rng(randomness.number(seed, "texts"))
+    order = np.random.default_rng(randomness.number(seed, "planning texts"))
     limit = _limit(tokens, config)
     planning = _drawn("texts", texts, order)
     if held_out is None:
@@ -158,7 +158,8 @@ def whole(
 
     Raises `InputError` for fewer than `LEAST` different ones.
     """
-    found = _drawn("texts", texts, np.random.default_rng(randomness.number(seed, "texts")))
+    order = np.random.default_rng(randomness.number(seed, "checked texts"))
+    found = _drawn("texts", texts, order)
     _enough("texts", len(found), LEAST)
     return [*_batches(found[:MOST], words, _limit(tokens, config), load(config))]
 

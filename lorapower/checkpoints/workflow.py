@@ -147,7 +147,7 @@ def plan(
     repair: bool = False,
     steps: int = STEPS,
     by_module: bool = True,
-    report: Report = silent,
+    report: Report | None = None,
     **options: Any,
 ) -> Plan:
     """Which rank each module needs: for a stated error, or for so many parameters.
@@ -262,7 +262,7 @@ def check(
     tuned: str,
     texts: Sequence[str],
     *,
-    report: Report = silent,
+    report: Report | None = None,
     **options: Any,
 ) -> Measured:
     """What anybody's adapter of peft loses against the tuned model, on all texts.
@@ -280,14 +280,15 @@ def check(
     batches = whole(texts, pair.words, pair.tuned.config, **options)
     reference = Reference(batches, pair.family.task)
     network = pair.network()
+    told = report or silent
     reference.tuned(network)
-    report("passing texts", 1, 3)
+    told("passing texts", 1, 3)
     pair.fill(network, "base")
     reference.base(network)
-    report("passing texts", 2, 3)
+    told("passing texts", 2, 3)
     del network
     found = reference.measure(export.load(adapter, pair))
-    report("passing texts", 3, 3)
+    told("passing texts", 3, 3)
     if math.isnan(found.error):
         raise InputError(
             "adapter",

@@ -125,7 +125,7 @@ def _train(
                 num_train_epochs=epochs,
                 warmup_steps=0.1,
                 per_device_train_batch_size=32,
-                seed=randomness.number(seed, "decoder"),
+                seed=randomness.number(seed, "order of sentences"),
                 save_strategy="no",
                 logging_strategy="no",
                 report_to="none",
