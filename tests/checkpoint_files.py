@@ -75,14 +75,17 @@ def byte_words() -> Any:
 
 def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0) -> Change:
     """Matrices of blocks change by ones of this rank, with a decaying spectrum; biases a little."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = randomness.generator(seed, "changes")
+
+    def normal(*shape: int) -> torch.Tensor:
+        return randomness.normal(draw, *shape, dtype=torch.float32)
 
     def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
         if "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
             return None
         if value.ndim == 1:
-            return 0.02 * torch.randn(value.shape, generator=draw)
-        left, right = (torch.randn(n, rank, generator=draw) for n in value.shape)
+            return 0.02 * normal(*value.shape)
+        left, right = (normal(n, rank) for n in value.shape)
         return size * value.std() * (left * 0.5 ** torch.arange(rank)) @ right.mT
 
     return change

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapower import lowrank
+from lorapower import lowrank, randomness
 from lorapower.checkpoints import planning, repair
 from lorapower.checkpoints.metrics import Moments, Rows
 from lorapower.checkpoints.pair import Module
@@ -21,8 +21,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return randomness.normal(randomness.generator(seed, "drawn"), *shape)
 
 
 def moments(seed: int, out: int, into: int, samples: int, gradients: int) -> Moments:

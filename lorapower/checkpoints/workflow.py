@@ -195,7 +195,7 @@ def plan(
         planner,
         adapter,
         method,
-        repair,
+        adapter is not raw,
         measured,
         planner.predicted(raw),
         aim,
@@ -375,38 +375,50 @@ def _found(
     target, before, look = aim, -1, 0
     while True:
         look += 1
-        found = _least(planner, target, repair, steps)
-        measured = planner.measure(found[0])
-        if measured.error <= aim or found[0].parameters == before or look == LOOKS:
-            return *found, measured, look
+        raw, method = _least(planner, target)
+        measured = planner.measure(raw)
+        if measured.error <= aim or raw.parameters == before or look == LOOKS:
+            break
         # What was enough for the texts for choosing was not for these.
         target *= 0.95 * aim / measured.error
-        before = found[0].parameters
+        before = raw.parameters
+    if not repair:
+        return raw, raw, method, measured, look
+    # Of repaired ones the smallest that will do, or else one of as many parameters.
+    start, fitted = _smaller(planner, target, method, raw, steps)
+    found, look = planner.measure(fitted), look + 1
+    if found.error > aim and start is not raw:
+        start, fitted = raw, planner.repaired(raw, steps=steps)
+        found, look = planner.measure(fitted), look + 1
+    if found.error <= max(aim, measured.error):
+        return fitted, start, method, found, look
+    return raw, raw, method, measured, look
 
 
-def _least(
-    planner: Planner, target: float, repair: bool, steps: int
-) -> tuple[Adapter, Adapter, str]:
+def _least(planner: Planner, target: float) -> tuple[Adapter, str]:
     """The smallest adapter with at most an error on the texts for choosing, or the largest."""
     number = planner.least(target, "two metrics")
     method, raw, error = _best(planner, planner.most if number is None else number)
     if method != "two metrics" and number is not None and error < target:
         smaller = planner.least(target, method)
         raw = planner.candidate(method, number if smaller is None else smaller)
-    high = raw.parameters
-    if not repair:
-        return raw, raw, method
-    best = (planner.repaired(raw, steps=steps) if number is None else raw), raw
-    if number is not None:
-        low = planner.parameters(1) // 8
-        for _ in range(4):
-            middle = round(math.sqrt(low * high))
-            start = planner.candidate(method, middle)
-            fitted = planner.repaired(start, steps=steps)
-            if planner.error(fitted) <= target:
-                best, high = (fitted, start), middle
-            else:
-                low = middle
-            if high <= 1.2 * low:
-                break
-    return *best, method
+    return raw, method
+
+
+def _smaller(
+    planner: Planner, target: float, method: str, raw: Adapter, steps: int
+) -> tuple[Adapter, Adapter]:
+    """Of fewer parameters, what has at most an error once it is repaired; and repaired."""
+    low, high = planner.parameters(1) // 8, raw.parameters
+    best: tuple[Adapter, Adapter] | None = None
+    for _ in range(4):
+        if high <= 1.2 * low:
+            break
+        middle = round(math.sqrt(low * high))
+        start = planner.candidate(method, middle)
+        fitted = planner.repaired(start, steps=steps)
+        if planner.error(fitted) <= target:
+            best, high = (start, fitted), middle
+        else:
+            low = middle
+    return best or (raw, planner.repaired(raw, steps=steps))
