@@ -39,13 +39,11 @@ PATHS = ("plain", "input metric", "two metrics")
 STEPS = 80
 
 
-class Report(Protocol):
-    """Is told what is done, and how much of it."""
-
-    def __call__(self, stage: str, done: int, total: int, /) -> None: ...
+#: Is told what is done, and how much of it: the stage in words, the steps done, and all of them.
+Report: TypeAlias = Callable[[str, int, int], None]
 
 
-def silent(stage: str, done: int, total: int, /) -> None:
+def silent(stage: str, done: int, total: int) -> None:
     """Tells nobody."""
 
 
