@@ -162,7 +162,7 @@ def check(
             base, adapter, tuned, _texts(texts), tokens=tokens, seed=seed, report=report
         )
     if as_json:
-        _print({name: _number(value) for name, value in found._asdict().items()})
+        _print(checkpoints.workflow.finite(found._asdict()))
         return
     table = Table(title=f"{adapter} against {tuned}", show_header=False)
     for row in _measured(found):
@@ -299,10 +299,6 @@ def _measured(found: Any) -> list[tuple[str, str]]:
 
 def _percent(share: float) -> str:
     return f"{share:.1%}" if math.isfinite(share) else "–"
-
-
-def _number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -29,9 +29,8 @@ from lorapower import (
     hub,
     randomness,
 )
-from lorapower.checkpoints import METHODS, Pair, Planner, export, measuring, metrics, workflow
+from lorapower.checkpoints import METHODS, Pair, Planner, export, measuring, metrics
 from lorapower.checkpoints.adapter import Adapter, towards
-from lorapower.checkpoints.measuring import Reference
 
 KINDS = [
     ("bert", "BertForSequenceClassification"),
@@ -370,7 +369,7 @@ def test_written_adapters_have_the_stated_error(
     plan = checkpoints.extract(base, tuned, TEXTS, out, rank=1, repair=repair, steps=4)
     report = json.loads((out / export.REPORT).read_text())
     assert report["error"] == plan.measured.error
-    assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-4)
+    assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-5, abs=1e-6)
     again = checkpoints.check(base, str(out), tuned, TEXTS)
     assert 0 < again.error < 1
     config = json.loads((out / export.ADAPTER).read_text())
@@ -406,14 +405,20 @@ def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path
     assert plan.report()["left_out"] == leave
     assert not plan.adapter.biases
     loaded = export.load(out, plan.planner.pair)
-    for name, value in loaded.base_model.model.named_parameters():
-        if name.endswith("LayerNorm.weight"):
-            assert torch.equal(value, plan.planner.pair.base.read(name))
+    norms = {
+        name: value
+        for name, value in loaded.base_model.model.named_parameters()
+        if name.endswith("LayerNorm.weight")
+    }
+    assert len(norms) == 5
+    for name, value in norms.items():
+        assert torch.equal(value, plan.planner.pair.base.read(name))
 
 
 def test_ranks_in_buckets(places: tuple[str, str]) -> None:
     plan = checkpoints.plan(*places, TEXTS, rank=4, max_rank=8, bucket=4, by_module=False)
-    assert {rank % 4 for rank in plan.ranks.values() if rank != 2} <= {0}
+    assert {rank % 4 for rank in plan.ranks.values()} == {0}
+    assert any(plan.ranks.values())
 
 
 def test_folders_that_exist_stay_unless_forced(places: tuple[str, str], tmp_path: Path) -> None:
@@ -443,6 +448,41 @@ def test_nothing_half_written_looks_finished(
     with pytest.raises(ResultsError, match=r"cannot be written \(No space left"):
         checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=1, repair=False)
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_was_there_comes_back_if_it_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if (self / "new").exists():
+            raise OSError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with (
+        pytest.raises(ResultsError, match="Permission denied"),
+        export.written(out) as partial,
+    ):
+        (partial / "new").write_text("new")
+    assert (out / "old").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_that_cannot_be_written_to_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match="out must be in a folder that can be written to"):
+        checkpoints.extract("nowhere", "nowhere", TEXTS, tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="out must be in a folder that can be written to"):
+        checkpoints.extract("nowhere", "nowhere", TEXTS, tmp_path / "file" / "out")
 
 
 def test_a_wrong_adapter_is_not_written(
@@ -553,7 +593,7 @@ def test_the_command_is_installed() -> None:
     assert all(name in found.stdout for name in ("plan", "extract", "check"))
 
 
-def test_killed_at_any_moment_nothing_looks_finished(
+def test_killed_in_the_middle_nothing_looks_finished(
     places: tuple[str, str], file: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -582,7 +622,12 @@ def mapped(process: int) -> list[Path]:
     return [Path(line.split()[-1]) for line in lines if "libtorch_cpu" in line] and [Path("torch")]
 
 
-def test_reports_keep_no_numbers_that_json_lacks() -> None:
-    assert workflow.RELOADED <= 1e-5
-    batches: list[Any] = []
-    assert Reference(batches, "encoder").effect.size == 0
+def test_reports_and_cards_of_numbers_that_json_lacks(
+    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "upper", lambda *_, **__: math.inf)
+    out = tmp_path / "out"
+    plan = checkpoints.extract(*places, TEXTS, out, rank=1, repair=False)
+    assert plan.measured.error_upper == math.inf
+    assert json.loads((out / export.REPORT).read_text())["error_upper"] is None
+    assert "no limit can be given" in (out / export.CARD).read_text()

@@ -275,7 +275,7 @@ class TestTexts:
     @pytest.mark.parametrize(
         ("given", "held_out", "match"),
         [
-            ([], None, r"texts must be at least 120 different texts, 60 of each part"),
+            ([], None, r"texts must be at least 120 different texts, as a part to plan with"),
             (files.texts(119), None, "got 119 different ones"),
             ([*files.texts(60)] * 3, None, "got 60"),
             (files.texts(60), files.texts(59, 1), "held_out must be at least 60 .* got 59"),

@@ -167,7 +167,7 @@ def test_rows_have_the_second_moment(
     rows = Rows(centred)
     for part, weight in zip(values.split(7), weights.split(7), strict=True):
         rows.add(part, weight)
-    factor, mean = rows.factor()
+    factor, mean = rows.moment()
     parts = weights / weights.sum()
     expected = parts @ values if centred else torch.zeros(columns).double()
     assert torch.allclose(mean, expected)
@@ -178,7 +178,7 @@ def test_rows_have_the_second_moment(
 def test_rows_without_weight_are_zeros() -> None:
     rows = Rows(True)
     rows.add(drawn(0, 5, 3), torch.zeros(5).double())
-    factor, mean = rows.factor()
+    factor, mean = rows.moment()
     assert not (factor.mT @ factor).any()
     assert not mean.any()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from browsing import Reader
@@ -185,4 +186,32 @@ def test_long_proofs_open_by_key_and_on_paper(browser: Browser, book: Path) -> N
     folded.first.locator("summary").focus()
     page.keyboard.press("Enter")
     assert content.is_visible()
+    page.close()
+
+
+def test_a_slider_steps_through_pictures(browser: Browser, tmp_path: Path) -> None:
+    tables = {value: pd.DataFrame([[n, 1]]) for n, value in enumerate(("0.1", "0.2", "0.5"))}
+    frames = figures.Frames(
+        "Error",
+        {
+            value: figures.counts(table, most=2, xlabel="x", ylabel="y", label=value)
+            for value, table in tables.items()
+        },
+        {value: f"Shows {value}." for value in tables},
+        "0.2",
+    )
+    html = frames._repr_mimebundle_()["text/html"]
+    (tmp_path / "page.html").write_text(
+        f'<!doctype html><meta charset="utf-8">{html}', encoding="utf-8"
+    )
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto((tmp_path / "page.html").as_uri())
+    slider, said = page.get_by_label("Error"), page.locator("[aria-live]")
+    seen = page.locator("img:visible")
+    assert (seen.count(), seen.get_attribute("alt"), said.inner_text()) == (1, *["Shows 0.2."] * 2)
+    for key, value in (("ArrowRight", "0.5"), ("ArrowRight", "0.5"), ("Home", "0.1")):
+        slider.press(key)
+        assert slider.get_attribute("aria-valuetext") == value
+        assert (seen.count(), seen.get_attribute("alt")) == (1, f"Shows {value}.")
+        assert said.inner_text() == f"Shows {value}."
     page.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -31,6 +32,11 @@ def place(out: Path | str, force: bool) -> Path:
     Even then one that is no adapter's is left alone.
     """
     folder = Path(out).expanduser()
+    above = next(place for place in folder.absolute().parents if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(
+            "out", allowed="in a folder that can be written to", given=f"{folder}, in {above}"
+        )
     if not folder.exists():
         return folder
     if not force:
@@ -61,7 +67,12 @@ def written(folder: Path) -> Iterator[Path]:
             old = partial.with_name(f"{partial.name}.old")
             if folder.exists():
                 folder.rename(old)
-            partial.rename(folder)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -170,6 +181,8 @@ def describe(folder: Path, report: Mapping[str, Any]) -> None:
 def card(report: Mapping[str, Any]) -> str:
     """The model card of a report, in Markdown."""
     ranks = report["ranks"]
+    upper = report["error_upper"]
+    limit = "no limit can be given" if upper is None else f"at most about {upper:.1%} at 95%"
     lines = [
         "---",
         "library_name: peft",
@@ -181,7 +194,7 @@ def card(report: Mapping[str, Any]) -> str:
         "",
         f"It stands in for the fine-tuned model. Of what tuning changed in the outputs, "
         f"{report['error']:.1%} is lost (root mean square, {report['held_out_texts']} held-out "
-        f"texts; at most {report['error_upper']:.1%} at 95% confidence, for texts like these).",
+        f"texts; for others like these {limit}).",
         "",
         "| | |",
         "| --- | --- |",
@@ -217,9 +230,9 @@ def _carried(
         if network.get_submodule(owner) is words and pair.base.has(other.name):
             old, new = pair.base.read(other.name), pair.tuned.read(other.name)
             rows[owner] = (old != new).any(1).nonzero().flatten().tolist()
-        elif other.kind == "head" and not owner.startswith(f"{pair.prefix}."):
-            # peft saves a classifier as a whole, and would look in vain for parts of it.
-            whole[owner.partition(".")[0] if pair.family.task != "encoder" else owner] = None
-        else:
+        elif owner.startswith(pair.prefix):
             whole[owner] = None
+        else:
+            # peft saves a head as a whole, and would look in vain for parts of it.
+            whole[owner.partition(".")[0]] = None
     return [*whole], rows

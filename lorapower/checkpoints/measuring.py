@@ -72,8 +72,7 @@ class Reference:
 
     def outputs(self, i: int) -> Tensor:
         """Those of the tuned network for a batch: a row for each text, or each token."""
-        # Copied, as torch wants arrays that it may write to.
-        return torch.from_numpy(np.array(np.load(self._file(i), mmap_mode="r")))
+        return torch.from_numpy(np.load(self._file(i)))
 
     def error(self, network: Any) -> float:
         """``η`` alone."""
@@ -167,11 +166,9 @@ def upper(squares: NDArray[np.float64], effect: NDArray[np.float64], *, seed: in
         scores = (logs - log) / errors
     scores = np.sort(np.where(np.isnan(scores), -math.inf, scores))
     lowest = scores[math.floor(TAIL * DRAWS)]
-    return (
-        max(found, float(math.exp((log - lowest * error) / 2)))
-        if math.isfinite(lowest)
-        else math.inf
-    )
+    if not math.isfinite(lowest):
+        return math.inf
+    return max(found, float(math.exp((log - lowest * error) / 2)))
 
 
 def _log_ratio(squares: Any, effect: Any) -> tuple[Any, Any]:
@@ -193,12 +190,10 @@ def lower(equal: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
     share, n = equal.sum() / sizes.sum(), len(equal)
     if not math.isfinite(share):
         return math.nan
+    if share == 0:
+        return 0.0
     if (sizes == 1).all():
-        return (
-            float(stats.beta.ppf(1 - CONFIDENCE, equal.sum(), n - equal.sum() + 1))
-            if share
-            else 0.0
-        )
+        return float(stats.beta.ppf(1 - CONFIDENCE, equal.sum(), n - equal.sum() + 1))
     terms = (equal - share * sizes) / sizes.mean()
     error = terms.std(ddof=1) / math.sqrt(n)
     if error == 0:

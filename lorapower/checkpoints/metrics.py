@@ -7,7 +7,7 @@ at a time, so that few or dependent samples cost no digits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -64,18 +64,19 @@ class Rows:
             rows = torch.cat([rows.new_ones(len(rows), 1), rows], 1)
         self._parts.append(rows * weights.sqrt()[:, None])
         if sum(map(len, self._parts)) > 4 * rows.shape[1]:
-            self._parts = [self._factor()]
+            self._parts = [self.factor()]
 
-    def factor(self) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " columns"]]:
+    def moment(self) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " columns"]]:
         """Rows whose products are the second moment, and the mean; zeros if none is subtracted."""
-        factor = self._factor()
+        factor = self.factor()
         if not self.total:
             return factor[:, self.centred :], factor.new_zeros(factor.shape[1] - self.centred)
         if not self.centred:
             return factor / self.total**0.5, factor.new_zeros(factor.shape[1])
         return factor[1:, 1:] / self.total**0.5, factor[0, 1:] / factor[0, 0]
 
-    def _factor(self) -> Tensor:
+    def factor(self) -> Float[Tensor, "rows columns"]:
+        """Rows whose products are the weighted sum of those of all rows, not more than columns."""
         rows = torch.cat(self._parts)
         if len(rows) <= rows.shape[1] and not self.centred:
             return rows
@@ -101,7 +102,7 @@ def moments(
     felt = {name: Rows(False) for name in chosen}
     probes = randomness.generator(seed, "probes")
     for batch in batches:
-        with torch.enable_grad(), _watched(network, chosen) as seen:
+        with torch.enable_grad(), watched(network, chosen) as seen:
             found = outputs(network, batch, task)
             after = [given for _, given in seen.values()]
             weights = [torch.zeros(()) for _ in after]
@@ -121,41 +122,34 @@ def moments(
         for (name, (given, _)), weight in zip(seen.items(), weights, strict=True):
             into[name].add(_tokens(given, batch), _mixed(weight))
     size = (count(batches) * PROBES) ** 0.5
-    return {
-        name: Moments(*into[name].factor(), felt[name].factor()[0] * felt[name].total ** 0.5 / size)
-        for name in chosen
-    }
+    return {name: Moments(*into[name].moment(), felt[name].factor() / size) for name in chosen}
 
 
-class _watched:  # noqa: N801
-    """Within it, what modules take in and give is seen: ``{name: (input, output)}``."""
+@contextmanager
+def watched(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Within it, what modules take in and give is seen, ``{name: (input, output)}``.
 
-    def __init__(self, network: Any, modules: Iterable[str]) -> None:
-        self.network, self.modules, self.stack = network, modules, ExitStack()
+    They stand in the order of their calls. Where gradients are on, what they give has one, though
+    no parameter does.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def __enter__(self) -> dict[str, tuple[Tensor, Tensor]]:
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+    def watch(name: str) -> Any:
+        def hook(_: Any, given: tuple[Tensor, ...], found: Tensor) -> None:
+            seen[name] = given[0].detach(), found
 
-        def watch(name: str) -> Any:
-            def hook(_: Any, given: tuple[Tensor, ...], found: Tensor) -> None:
-                seen[name] = given[0].detach(), found
+        return hook
 
-            return hook
+    def start(_: Any, __: Any, found: Tensor) -> Tensor:
+        return found.detach().requires_grad_(torch.is_grad_enabled())
 
-        for name in self.modules:
-            place = self.network.get_submodule(name)
-            self.stack.callback(place.register_forward_hook(watch(name)).remove)
-        first = self.network.get_input_embeddings()
-
-        def start(_: Any, __: Any, found: Tensor) -> Tensor:
-            # No parameter is to have a gradient, but what modules give is.
-            return found.detach().requires_grad_(torch.is_grad_enabled())
-
-        self.stack.callback(first.register_forward_hook(start).remove)
-        return seen
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
+    with ExitStack() as stack:
+        for name in modules:
+            place = network.get_submodule(name)
+            stack.callback(place.register_forward_hook(watch(name)).remove)
+        first = network.get_input_embeddings()
+        stack.callback(first.register_forward_hook(start).remove)
+        yield seen
 
 
 def _tokens(values: Tensor, batch: Batch) -> Float[Tensor, "rows columns"]:

@@ -69,7 +69,8 @@ class Pair:
     ----------
     base, tuned : the checkpoints.
     family : their architecture.
-    prefix : of the names in the model without its head.
+    prefix : of names in the model without its head, such as ``"bert."``; empty where there is no
+        head.
     modules : linear modules that adapters can be put on, by name, in the order of the network.
     others : all else that differs.
     """
@@ -96,26 +97,25 @@ class Pair:
         if ours != theirs:
             raise InputError("tuned", allowed=f"of type {ours!r}, like the base", given=theirs)
         with torch.device("meta"):
-            network = _made(second.config, family, torch.float32)
+            network = _made(second.config, family)
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
-        prefix = network.base_model_prefix
-        body = network.base_model
-        inside = "" if body is network else f"{prefix}."
-        lacking = second.bind(sizes, prefix)
+        stem, body = network.base_model_prefix, network.base_model
+        prefix = "" if body is network else f"{stem}."
+        lacking = second.bind(sizes, stem)
         if lacking:
             raise InputError(
                 "tuned",
                 allowed=f"with all weights of {family.architecture}",
                 given=f"one without {hub.some(sorted(lacking))}",
             )
-        new = first.bind(sizes, prefix)
-        if deep := sorted(n for n in new if n.startswith(f"{inside}{family.blocks}.")):
+        new = first.bind(sizes, stem)
+        if deep := sorted(n for n in new if n.startswith(f"{prefix}{family.blocks}.")):
             raise InputError(
                 "base", allowed="with all weights of the blocks", given=f"no {hub.some(deep)}"
             )
         modules = {
             one.name: one
-            for one in _linear(body, inside, family)
+            for one in _linear(body, prefix, family)
             if not new & {f"{one.name}.weight", f"{one.name}.bias"}
         }
         if extra := sorted(second.others(sizes) - first.others(sizes)):
@@ -158,14 +158,10 @@ class Pair:
         weight = stored.read(f"{module.name}.weight")
         return weight.mT if module.transposed else weight
 
-    def bias(self, module: Module) -> Float[Tensor, " out"] | None:
-        """The tuned bias of a module that has one."""
-        return self.tuned.read(f"{module.name}.bias") if module.bias else None
-
-    def network(self, dtype: torch.dtype = torch.float32) -> Any:
+    def network(self) -> Any:
         """A network of transformers with the tuned weights, to be given others by `fill`."""
         with hub.quiet():
-            network = _made(self.tuned.config, self.family, dtype)
+            network = _made(self.tuned.config, self.family)
         network.eval().requires_grad_(False)
         if network.config.pad_token_id is None:
             # By it a classifier on a decoder finds where texts end.
@@ -228,23 +224,22 @@ class Pair:
         return torch.equal(self.base.read(name), self.tuned.read(name))
 
 
-def _made(config: Any, family: Family, dtype: torch.dtype) -> Any:
+def _made(config: Any, family: Family) -> Any:
     import transformers
 
     # Attention written out: with it gradients and tuned outputs are the same on every machine.
     kind = getattr(transformers, family.architecture)
-    network = kind._from_config(config, attn_implementation="eager", dtype=dtype)
+    network = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
     network.tie_weights()
     return network
 
 
-def _linear(body: nn.Module, inside: str, family: Family) -> Iterable[Module]:
+def _linear(body: nn.Module, prefix: str, family: Family) -> Iterable[Module]:
     from transformers.pytorch_utils import Conv1D
 
     for name, module in body.named_modules():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        of = families.kind(name, family.blocks)
         # A pooling layer has no part in the last hidden states.
         within = name.startswith(f"{family.blocks}.") or (
             name == "pooler.dense" and family.task == "classification"
@@ -253,8 +248,8 @@ def _linear(body: nn.Module, inside: str, family: Family) -> Iterable[Module]:
             turned = isinstance(module, Conv1D)
             rows, cols = module.weight.shape
             yield Module(
-                inside + name,
-                of,
+                prefix + name,
+                families.kind(name, family.blocks),
                 (cols, rows) if turned else (rows, cols),
                 module.bias is not None,
                 turned,

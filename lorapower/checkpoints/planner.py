@@ -26,7 +26,7 @@ from .texts import TOKENS, Texts, prepared
 
 #: Ways to choose ranks, and the metric in which their factors are best. ``uniform``: one rank for
 #: all; ``energy``: an equal share of ``‖ΔW‖²`` (`planning.by_energy`); ``inputs``: by the variance
-#: of inputs (`planning.by_inputs`); the others by gain for cost (`planning.path`).
+#: of inputs (`planning.by_inputs`); `PATHS`: by gain for cost (`planning.path`).
 METHODS: dict[str, Metric] = {
     "uniform": "plain",
     "energy": "plain",
@@ -36,6 +36,7 @@ METHODS: dict[str, Metric] = {
     "two metrics": "both",
 }
 PATHS = ("plain", "input metric", "two metrics")
+#: Of repair by gradient.
 STEPS = 80
 
 
@@ -174,8 +175,7 @@ class Planner:
             if rank:
                 factors[name] = balanced(one.left[:, :rank], one.right[:, :rank])
             if metric != "plain" and module.bias and "bias" not in self.leave:
-                tuned = self.pair.bias(module)
-                assert tuned is not None
+                tuned = self.pair.tuned.read(f"{name}.bias")
                 biases[name] = (tuned + one.bias(rank)).float()
         return Adapter(factors, biases)
 
@@ -263,7 +263,6 @@ class Planner:
         while high - low > max(1, high // 50):
             middle = (low + high) // 2
             low, high = (low, middle) if enough(middle) else (middle, high)
-            self.report("least number of parameters", 1, 1)
         return int(path.costs[high - 1]) if high else 0
 
     def repaired(self, adapter: Adapter, *, steps: int = STEPS) -> Adapter:

@@ -220,9 +220,9 @@ def by_inputs(
 ) -> dict[str, int]:
     """Ranks that follow the variance of what modules take in, for at most so many parameters.
 
-    Directions of all modules are taken by their part of the variance, the largest first: the
-    redistribution of EVA (Paischer et al., 2024), which starts adapters before training. ``spread``
-    has the singular values of each module's inputs; no rank is above ``most``.
+    Directions of all modules are taken by their part of the variance, the largest first. So does
+    EVA (Paischer et al., 2024), before training, with inputs as they are; here ``spread`` has the
+    singular values of each module's inputs as `Moments` weighs them. No rank is above ``most``.
     """
     parts = sorted(
         (

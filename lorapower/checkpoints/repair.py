@@ -20,7 +20,9 @@ from .. import randomness
 from ..lowrank import LowRank
 from .adapter import Adapter, balanced, put
 from .measuring import Reference, outputs
+from .metrics import watched
 from .pair import Module, Pair
+from .texts import Batch
 
 # Coefficients are drawn towards the change itself, by this part of the mean variance of inputs.
 SHRINKAGE = 0.05
@@ -55,10 +57,10 @@ def regressed(
     level = level or 1.0
     C.diagonal().add_(level)
     L = torch.linalg.cholesky(C)
-    # B Lᵀ… with B the shrunken coefficients: (Yᵀ Z + λE) C⁻¹ L = (Yᵀ Z + λE) L⁻ᵀ.
+    # B = (YᵀZ + λE) C⁻¹ are the coefficients, and BL = (YᵀZ + λE) L⁻ᵀ needs no inverse.
     BL = torch.linalg.solve_triangular(L, (Y.mT @ Z + level * E).mT, upper=False).mT
-    R = BL if root is None else root @ BL
-    U = torch.linalg.svd(R, full_matrices=False)[0][:, :rank]
+    weighted = BL if root is None else root @ BL
+    U = torch.linalg.svd(weighted, full_matrices=False)[0][:, :rank]
     B = torch.linalg.solve_triangular(L.mT, BL.mT, upper=True).mT
     left = U if root is None else torch.linalg.solve_triangular(root, U, upper=True)
     right = B.mT @ (U if root is None else root.mT @ U)
@@ -69,7 +71,7 @@ def blocks(
     pair: Pair,
     network: Any,
     adapter: Adapter,
-    fitting: Sequence[Any],
+    fitting: Sequence[Batch],
     roots: Callable[[str], Tensor | None],
     *,
     leave: Collection[str] = (),
@@ -81,7 +83,7 @@ def blocks(
     the tuned one gives there with its own inputs. ``roots`` has the output metric of a module. Only
     one block at a time has the tuned weights, and hidden states are carried from block to block.
     """
-    place = f"{_inside(pair, network)}{pair.family.blocks}"
+    place = f"{pair.prefix}{pair.family.blocks}"
     number = len(network.get_submodule(place))
     pair.fill(network, "tuned")
     wanted, calls = _entered(network, place, fitting)
@@ -169,9 +171,9 @@ def polish(
             return Adapter(factors, biases)
 
         groups = [
-            {"params": [part], "lr": RATE * _size(part, place)}
-            for name, parts in trained.items()
-            for place, part in enumerate(parts)
+            {"params": [part], "lr": RATE * _size(part)}
+            for parts in trained.values()
+            for part in parts
         ]
         optimizer = torch.optim.Adam(groups, lr=RATE)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, steps))
@@ -209,7 +211,7 @@ def _added(parts: Sequence[Tensor], low_rank: bool) -> Callable[..., Tensor]:
     return hook
 
 
-def _size(part: Tensor, place: int) -> float:
+def _size(part: Tensor) -> float:
     """What learning rates are relative to: of factors their root mean square."""
     if part.ndim == 1:
         return 0.01
@@ -224,15 +226,11 @@ def _pace(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _inside(pair: Pair, network: Any) -> str:
-    return "" if network.base_model is network else f"{pair.prefix}."
-
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _entered(
-    network: Any, place: str, batches: Sequence[Any]
+    network: Any, place: str, batches: Sequence[Batch]
 ) -> tuple[list[Tensor], list[list[Call]]]:
     """What the first block is given, by batch; and of each block the rest of its arguments."""
     number = len(network.get_submodule(place))
@@ -259,32 +257,22 @@ def _entered(
 def _ran(
     network: Any,
     block: nn.Module,
-    watched: Sequence[Module],
+    modules: Sequence[Module],
     hidden: Sequence[Tensor],
     calls: Sequence[Call],
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
 ) -> tuple[dict[str, tuple[list[Tensor], list[Tensor]]], list[Tensor]]:
-    """Of watched modules what they take in and give, a row a token; and what the block gives."""
-    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {m.name: ([], []) for m in watched}
+    """Of modules what they take in and give, a row a token; and what the block gives."""
+    kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {m.name: ([], []) for m in modules}
     after = []
-    with ExitStack() as stack, torch.no_grad():
-        there: list[Tensor] = []
-
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> None:
-                for kept, values in zip(seen[name], (given[0], found), strict=True):
-                    kept.append(values[there[-1]])
-
-            return hook
-
-        for module in watched:
-            place = network.get_submodule(module.name)
-            stack.callback(place.register_forward_hook(watch(module.name)).remove)
+    with torch.no_grad(), watched(network, kept) as seen:
         for states, (rest, named), batch in zip(hidden, calls, batches, strict=True):
-            there.append(batch.there)
             found = block(states, *rest, **named)
             after.append(found[0] if isinstance(found, tuple) else found)
-    return seen, after
+            for name, parts in kept.items():
+                for rows, values in zip(parts, seen[name], strict=True):
+                    rows.append(values[batch.there])
+    return kept, after
 
 
 def _targets(
@@ -293,27 +281,17 @@ def _targets(
     modules: Sequence[Module],
     hidden: Sequence[Tensor],
     calls: Sequence[Call],
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
 ) -> tuple[list[list[Module]], dict[str, list[Tensor]], list[Tensor]]:
     """Modules in the order of their calls, those with one input together; what each gives, and
     what the block gives."""
-    seen, after = _ran(network, block, modules, hidden, calls, batches)
-    entered: list[tuple[Tensor, Module]] = []
-    with ExitStack() as stack, torch.no_grad():
-        for module in modules:
-
-            def hook(_: nn.Module, given: Any, __: Any, module: Module = module) -> None:
-                # Kept, so that no other input comes to lie in its place.
-                entered.append((given[0], module))
-
-            place = network.get_submodule(module.name)
-            stack.callback(place.register_forward_hook(hook).remove)
-        rest, named = calls[0]
+    kept, after = _ran(network, block, modules, hidden, calls, batches)
+    known = {module.name: module for module in modules}
+    rest, named = calls[0]
+    with torch.no_grad(), watched(network, known) as seen:
         block(hidden[0], *rest, **named)
-    order: list[list[Module]] = []
-    for i, (given, module) in enumerate(entered):
-        if i and entered[i - 1][0] is given:
-            order[-1].append(module)
-        else:
-            order.append([module])
-    return order, {name: found for name, (_, found) in seen.items()}, after
+    stages: dict[int, list[Module]] = {}
+    for name, (given, _) in seen.items():
+        # Inputs are kept until here, so that none comes to lie in the place of another.
+        stages.setdefault(given.data_ptr(), []).append(known[name])
+    return [*stages.values()], {name: found for name, (_, found) in kept.items()}, after

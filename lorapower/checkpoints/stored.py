@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import hub
 from ..errors import InputError
 
-PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 # Buffers that older files hold and that follow from the configuration.
 _DERIVED = ("position_ids", "token_type_ids", "inv_freq", ".attn.masked_bias", ".attn.bias")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -53,9 +51,10 @@ class Stored:
                 with safe_open(file, framework="pt") as opened:
                     for key in opened.keys():  # noqa: SIM118
                         part = opened.get_slice(key)
-                        name = key.replace(".gamma", ".weight").replace(".beta", ".bias")
-                        self._where[name] = (file, key)
-                        self._about[name] = (tuple(part.get_shape()), part.get_dtype())
+                        # As older files of BERT call them.
+                        new = key.replace(".gamma", ".weight").replace(".beta", ".bias")
+                        self._where[new] = (file, key)
+                        self._about[new] = (tuple(part.get_shape()), part.get_dtype())
             except (OSError, SafetensorError) as error:
                 raise self._unusable(f"{file.name}, which is damaged ({error})") from error
         exotic = {kind for _, kind in self._about.values()} - {"F32", "F16", "BF16", "I64", "BOOL"}

@@ -205,8 +205,8 @@ def _enough(name: str, there: int, needed: int) -> None:
     if there < needed:
         raise InputError(
             name,
-            allowed=f"at least {needed} different texts, {LEAST} of each part (59 on which two "
-            "models agree show that they do on 95%)",
+            allowed=f"at least {needed} different texts, as a part to plan with and one to state "
+            f"errors with need {LEAST} each (on fewer no agreement shows that there is 95%)",
             given=f"{there} different ones",
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -130,10 +130,7 @@ class Plan:
                 for name in ("lorapower", "torch", "transformers", "peft")
             },
         }
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in found.items()
-        }
+        return finite(found)
 
 
 def plan(
@@ -338,6 +335,14 @@ def compare(
             best = _best(planner, asked)[1]
             add("repaired", asked, planner.repaired(best, steps=steps))
     return pd.DataFrame(rows)
+
+
+def finite(found: Mapping[str, Any]) -> dict[str, Any]:
+    """With nothing in place of numbers that JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in found.items()
+    }
 
 
 def _aim(error: float) -> float:
