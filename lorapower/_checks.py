@@ -294,6 +294,13 @@ def like_frozen(target: Any, frozen: Any) -> None:
             )
 
 
+def same_sizes(adapted: Any, target: Any) -> None:
+    """Refuse a target whose weights are not of the sizes of another network's."""
+    ours, theirs = ([tuple(w.shape[-2:]) for w in network.weights] for network in (adapted, target))
+    if ours != theirs:
+        raise InputError("target", allowed=f"of weights {brief(ours)}", given=brief(theirs))
+
+
 def failed_members(bad: Tensor, shown: int | None = None) -> str:
     """Words that name the members of a batch where ``bad`` holds; nothing for a single network.
 

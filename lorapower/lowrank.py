@@ -52,6 +52,14 @@ class LowRank:
         """The product ``A Bᵀ``."""
         return self.left @ self.right.mT
 
+    def balanced(self) -> LowRank:
+        """The same matrix with each column as long in one factor as in the other."""
+        sides = [torch.linalg.vector_norm(f, dim=-2, keepdim=True) for f in (self.left, self.right)]
+        root = (sides[0] / sides[1]).sqrt()
+        # A column of zeros in one factor stays one, whatever stands in the other.
+        root = torch.where(root.isfinite() & (root > 0), root, 1)
+        return LowRank(self.left / root, self.right * root)
+
     def __repr__(self) -> str:
         (*batch, out, rank), into = self.left.shape, self.right.shape[-2]
         parts = [f"{out}×{into}", f"rank {rank}", *[f"batch {batch}"] * bool(batch)]

@@ -145,6 +145,15 @@ class Adapters:
             return cls(kept, tuple(bias_updates), tuned)
         return cls(kept, (), tuned._replace(biases=tuned.biases[..., :0]))
 
+    def to(self, dtype: torch.dtype) -> Adapters:
+        """The same adapters with all numbers rounded to ``dtype``, float32 or float64."""
+        dtype = _checks.precision(dtype)
+        return Adapters(
+            tuple(LowRank(u.left.to(dtype), u.right.to(dtype)) for u in self.updates),
+            tuple(update.to(dtype) for update in self.bias_updates),
+            self.tuned,
+        )
+
     def merge(self, network: N) -> N:
         """A new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``, of its type.
 

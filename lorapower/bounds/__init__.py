@@ -3,6 +3,7 @@
 All raise `InputError` for a network of another kind than the one they are for.
 """
 
+from .data import first_order, fnn_data_threshold
 from .final_layers import Floor, colliding_inputs, final_layers_floor
 from .fnn import (
     accumulate_errors,
@@ -31,7 +32,9 @@ __all__ = [
     "error_matrix",
     "error_rank",
     "final_layers_floor",
+    "first_order",
     "fnn_block_errors",
+    "fnn_data_threshold",
     "fnn_error",
     "fnn_error_on",
     "fnn_threshold",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -120,7 +119,7 @@ def adapt(
     if not throw and not finite.all():
         frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
         cut = segments(frozen, target, throw=False)
-    each = _ranks(ranks, frozen)
+    each = ranks_by_name(ranks, frozen)
     parts = [
         (cut.query_key, "W_Q", "W_K", "query–key"),
         (cut.value_output, "W_V", "W_O", "value–output"),
@@ -191,8 +190,11 @@ def _is_narrow(gap: Gap) -> bool:
     return bool(heads) and size < width
 
 
-def _ranks(ranks: Any, network: Transformer) -> dict[str, int]:
-    """The rank of each adapted kind of weight."""
+def ranks_by_name(ranks: int | Mapping[str, int], network: Transformer) -> dict[str, int]:
+    """The rank of each adapted kind of weight, from one for all, or one for each by its name.
+
+    Raises `InputError` for other names and for ranks out of range.
+    """
     shapes = {name: getattr(network, name).shape[-2:] for name in ADAPTED}
     if not isinstance(ranks, Mapping):
         return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))

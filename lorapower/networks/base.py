@@ -51,6 +51,10 @@ class Network(ABC):
     ) -> Self:
         """The network of other `weights` and, where given, other `biases`, in their order."""
 
+    @abstractmethod
+    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
+        """The network of just these tensors, unchecked: gradients flow through it to them."""
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The network whose weights and biases are what ``change`` makes of this one's."""
         _checks.function("change", change)

@@ -114,6 +114,13 @@ class FNN(Layers):
         tuned = self.biases if biases is None else biases
         return FNN(weights, tuned, linear_last=self.linear_last)
 
+    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> FNN:
+        network = object.__new__(FNN)
+        object.__setattr__(network, "weights", tuple(weights))
+        object.__setattr__(network, "biases", tuple(biases))
+        object.__setattr__(network, "linear_last", self.linear_last)
+        return network
+
     def layers(self, which: slice) -> FNN:
         """The network of some consecutive layers; only the last of all can be linear.
 
@@ -121,9 +128,7 @@ class FNN(Layers):
         """
         which = _checks.run("which", which, self.depth)
         has_last = self.depth - 1 in range(self.depth)[which]
-        network = object.__new__(FNN)
-        object.__setattr__(network, "weights", self.weights[which])
-        object.__setattr__(network, "biases", self.biases[which])
+        network = self.holding(self.weights[which], self.biases[which])
         object.__setattr__(network, "linear_last", self.linear_last and has_last)
         return network
 
@@ -136,6 +141,14 @@ class FNN(Layers):
             found.append(weight @ z + bias[..., None])
             z = found[-1].relu()
         return found
+
+    def behind(
+        self, l: int, p: Float[Tensor, "*#batch _ samples"]
+    ) -> Float[Tensor, "*batch out samples"]:
+        """The outputs for pre-activations of layer ``l``, counted from 0; gradients flow through."""
+        for weight, bias in zip(self.weights[l + 1 :], self.biases[l + 1 :], strict=True):
+            p = weight @ p.relu() + bias[..., None]
+        return p if self.linear_last else p.relu()
 
     def __call__(
         self, x: Float[Tensor, "*#batch in samples"]

@@ -108,6 +108,9 @@ class LinearNetwork(Layers):
         """The network of other weights; there are no biases."""
         return LinearNetwork(weights)
 
+    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> LinearNetwork:
+        return LinearNetwork.unchecked(weights)
+
     def product(self) -> Float[Tensor, "*batch out in"]:
         """The matrix ``∏_l W_l`` that the network applies."""
         return product(self.weights)

@@ -250,11 +250,15 @@ class Transformer(Network):
                 raise InputError(
                     name, allowed=f"{len(own)}, in the order of this network's", given=len(given)
                 )
-        stacks = {
-            **self._stacked(WEIGHTS, weights, 2),
-            **self._stacked(BIASES, self.biases if biases is None else biases, 1),
-        }
-        return Transformer(**stacks)
+        own = self.biases if biases is None else biases
+        return Transformer(**self._stacked(WEIGHTS, weights, 2), **self._stacked(BIASES, own, 1))
+
+    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Transformer:
+        network = object.__new__(Transformer)
+        stacks = self._stacked(WEIGHTS, weights, 2) | self._stacked(BIASES, biases, 1)
+        for name, stack in stacks.items():
+            object.__setattr__(network, name, stack)
+        return network
 
     def _unstacked(self, name: str, dims: int) -> tuple[Tensor, ...]:
         stack: Tensor = getattr(self, name)
@@ -282,15 +286,42 @@ class Transformer(Network):
         """What happens in each block, first block first."""
         z, found = self.as_inputs(x), []
         for l in range(self.depth):
-            Q, K, V, O = (w[..., l, :, :, :] for w in (self.W_Q, self.W_K, self.W_V, self.W_O))
-            tokens = z.unsqueeze(-3)
-            patterns = ((K @ tokens).mT @ (Q @ tokens)).softmax(-2)
-            attention = (O @ (V @ tokens @ patterns)).sum(-3)
-            hidden = self.W_1[..., l, :, :] @ attention + self.b_1[..., l, :, None]
-            z = self.W_2[..., l, :, :] @ hidden.relu() + self.b_2[..., l, :, None]
-            found.append(BlockTrace(patterns, hidden, z))
+            scores = self.scores(l, z)
+            hidden = self.mixed(l, z, scores)
+            z = self.fed_forward(l, hidden)
+            found.append(BlockTrace(scores.softmax(-2), hidden, z))
         return found
+
+    def scores(
+        self, l: int, z: Float[Tensor, "*#batch width n"]
+    ) -> Float[Tensor, "*batch heads n n"]:
+        """``Zᵀ W_K^hᵀ W_Q^h Z`` of block ``l``, counted from 0: of keys, in rows, and queries."""
+        tokens = z.unsqueeze(-3)
+        return (self.W_K[..., l, :, :, :] @ tokens).mT @ (self.W_Q[..., l, :, :, :] @ tokens)
+
+    def mixed(
+        self,
+        l: int,
+        z: Float[Tensor, "*#batch width n"],
+        scores: Float[Tensor, "*#batch heads n n"],
+    ) -> Float[Tensor, "*batch hidden n"]:
+        """What the ReLU of block ``l`` receives where tokens attend by these scores."""
+        values = self.W_V[..., l, :, :, :] @ z.unsqueeze(-3)
+        attention = (self.W_O[..., l, :, :, :] @ (values @ scores.softmax(-2))).sum(-3)
+        return self.W_1[..., l, :, :] @ attention + self.b_1[..., l, :, None]
+
+    def fed_forward(
+        self, l: int, hidden: Float[Tensor, "*#batch hidden n"]
+    ) -> Float[Tensor, "*batch width n"]:
+        """The tokens that block ``l`` makes of what its ReLU receives."""
+        return self.W_2[..., l, :, :] @ hidden.relu() + self.b_2[..., l, :, None]
+
+    def behind(self, l: int, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
+        """The outputs for tokens that enter block ``l``; gradients flow through."""
+        for block in range(l, self.depth):
+            z = self.fed_forward(block, self.mixed(block, z, self.scores(block, z)))
+        return self.W_out @ z
 
     def __call__(self, x: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
         """``W_out Z_L``, token by token; leading dimensions of ``x`` broadcast with the batch."""
-        return self.W_out @ self.trace(x)[-1].outputs
+        return self.behind(0, self.as_inputs(x))

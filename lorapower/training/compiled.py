@@ -55,6 +55,7 @@ class Structure(NamedTuple):
     classes : number of classes, or 0 for the squared error.
     class_of : class to which each output coordinate votes, or −1; ``[D]``.
     tile : number of samples that go through the network together.
+    steps : of the whole training, over which a falling rate falls.
     """
 
     relus: int
@@ -65,6 +66,7 @@ class Structure(NamedTuple):
     classes: int
     class_of: NDArray[np.int64]
     tile: int
+    steps: int
 
 
 class State(NamedTuple, Generic[T]):
@@ -80,7 +82,7 @@ class State(NamedTuple, Generic[T]):
     frozen : weights, ``[problems, M, D, D]``.
     ranks : number of rows of the factors that count; −1 where the weight is tuned in full.
     tuned : which biases are tuned, ``[runs, P]``.
-    rate, decay : of each run.
+    rate, decay : of each run; whether the rate is ``falling``, as half a cosine to 0.
     A, B, b : ``[runs, M, D, D]`` twice and ``[runs, P, D]``; Adam's first and second moments of
         them, ``[runs, M, 2, D, D]`` and ``[runs, P, 2, 1, D]``; and their values at the least
         validation loss.
@@ -96,6 +98,7 @@ class State(NamedTuple, Generic[T]):
     ranks: T
     tuned: T
     rate: T
+    falling: T
     decay: T
     A: T
     B: T
@@ -563,10 +566,12 @@ def _weights(state: State[Any], run: int, W: Array) -> None:
 
 
 @_compiled()
-def _update(state: State[Any], run: int, dW: Array, db: Array, step: int) -> None:
+def _update(state: State[Any], run: int, dW: Array, db: Array, step: int, steps: int) -> None:
     """Factors, full weights and biases of a run after one step down the gradient."""
     D = dW.shape[1]
     rate, decay = state.rate[run], state.decay[run]
+    if state.falling[run]:
+        rate *= _F((1 + np.cos(np.pi * (step - 1) / steps)) / 2)
     dA, dB = np.empty((D, D), np.float32), np.empty((D, D), np.float32)
     for m in range(dW.shape[0]):
         rank = state.ranks[run, m]
@@ -683,7 +688,7 @@ def advance(
             if not np.isfinite(loss):
                 state.stopped[run] = True
                 break
-            _update(state, run, dW, db, step + 1)
+            _update(state, run, dW, db, step + 1, structure.steps)
             _weights(state, run, W)
 
 

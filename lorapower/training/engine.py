@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import N
+from ..adapters import Adapters, N
 from ..errors import InputError, brief
 from . import compiled, reference
 from .compiled import State, Structure
@@ -33,6 +33,7 @@ def train(
     every: int = 1,
     classes: Sequence[int] = (),
     until: float = 0.0,
+    start: Adapters | None = None,
     seed: int | Sequence[int] = 0,
     threads: int | None = None,
     backend: Literal["compiled", "torch"] = "compiled",
@@ -54,6 +55,8 @@ def train(
         votes of all outputs and tokens are summed and their softmax is compared with the label by
         cross-entropy. None: mean squared error over outputs, tokens and samples.
     until : a run ends when its validation loss is at most this part of that before the first step.
+    start : adapters from which runs start, in place of those above: one for all runs, or of as
+        many members as there are runs, each for a tuning and a network in their order.
     seed : of the factors; one for each member of the batch, or one for all.
     threads : how many runs advance at a time, by default one on each processor; another thread
         makes the inputs.
@@ -78,7 +81,7 @@ def train(
     stack = Stack(frozen)
     seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]
     batches = Batches(_for_each("data", data, Data, stack.members), stack, classes)
-    structure = stack.structure(batches)
+    structure = stack.structure(batches, steps)
     if (
         not isinstance(tunings, Sequence)
         or not tunings
@@ -87,7 +90,7 @@ def train(
         raise InputError(
             "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=brief(tunings)
         )
-    state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until)
+    state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until, start)
     if backend == "compiled":
         _run_compiled(structure, state, batches, steps, every, threads)
     else:

@@ -5,6 +5,8 @@ What `compiled` computes, run by run, on processors. Gradients are torch's own.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -99,7 +101,7 @@ def advance(
         ):
             if gradient is not None:
                 moves = counts & going.reshape(-1, *[1] * (values.ndim - 1))
-                _adam(state, values, moments, gradient, moves, step + 1)
+                _adam(state, values, moments, gradient, moves, step + 1, structure.steps)
         if (step + 1) % every == 0:
             point = (step + 1) // every
             state.training[going, point] = losses[going]
@@ -107,11 +109,18 @@ def advance(
 
 
 def _adam(
-    state: State[Tensor], values: Tensor, moments: Tensor, slope: Tensor, moves: Tensor, step: int
+    state: State[Tensor],
+    values: Tensor,
+    moments: Tensor,
+    slope: Tensor,
+    moves: Tensor,
+    step: int,
+    steps: int,
 ) -> None:
     """One step of Adam with L2 penalty, where ``moves`` says so."""
     one = (-1, *[1] * (values.ndim - 1))
-    rate, decay = state.rate.reshape(one), state.decay.reshape(one)
+    part = torch.where(state.falling, (1 + math.cos(math.pi * (step - 1) / steps)) / 2, 1.0)
+    rate, decay = (state.rate * part).reshape(one), state.decay.reshape(one)
     first, second = moments.unbind(2)
     slope = slope + decay * values
     first.copy_(torch.where(moves, BETA_1 * first + (1 - BETA_1) * slope, first))

@@ -60,7 +60,7 @@ class Stack(Generic[N]):
         """Number of coordinates of an output, or of each of its tokens."""
         return self.shapes[-1][0]
 
-    def structure(self, batches: Batches) -> Structure:
+    def structure(self, batches: Batches, steps: int) -> Structure:
         """What all runs have in common."""
         votes = batches.votes
         blocks, heads = (
@@ -75,6 +75,7 @@ class Stack(Generic[N]):
             classes=batches.classes,
             class_of=np.pad(votes, (0, self.width - len(votes)), constant_values=-1),
             tile=tile(self.width, batches.tokens),
+            steps=steps,
         )
 
     def state(
@@ -84,6 +85,7 @@ class Stack(Generic[N]):
         sources: NDArray[np.int64],
         points: int,
         until: float,
+        start: Adapters | None = None,
     ) -> State[Any]:
         """All runs before their first step; ``sources`` says which data each member has."""
         ranks = np.repeat(np.array([self._ranks(t) for t in tunings]), self.members, 0)
@@ -93,9 +95,11 @@ class Stack(Generic[N]):
         adapted = np.any(ranks > 0, axis=0)
         B = np.stack([self._first_factors(seed, adapted) for seed in seeds])[problem]
         B *= np.arange(D)[:, None] < ranks[..., None, None]
+        b = self.padded_biases[problem]
+        if start is not None:
+            A, B, b = self._given(start, ranks, b)
         full = ranks < 0
         A[full] = self.weights[problem][full]
-        b = self.padded_biases[problem]
         tuned = np.zeros(b.shape[:2], bool)
         tuned[:, : len(self.biases)] = np.repeat(
             np.array([self._tuned_biases(t) for t in tunings], bool), self.members, 0
@@ -111,6 +115,7 @@ class Stack(Generic[N]):
             ranks=ranks,
             tuned=tuned,
             rate=per_run([t.learning_rate for t in tunings]),
+            falling=np.repeat([t.schedule == "cosine" for t in tunings], self.members),
             decay=per_run([t.weight_decay for t in tunings]),
             A=A,
             B=B,
@@ -206,6 +211,32 @@ class Stack(Generic[N]):
             # The last weight is W_out, which has no bias beside it.
             return [False] * count
         return [tuning.biases and l >= count - tuning.final for l in range(count)]
+
+    def _given(self, start: Adapters, ranks: Any, b: Array) -> tuple[Array, Array, Array]:
+        """Factors and biases of all runs where they start from given adapters."""
+        _checks.kind(Adapters, start=start)
+        start.merge(self.network)
+        runs, members, D = len(ranks), start.batch_shape.numel(), self.width
+        if not members or runs % members or (ranks < [start.ranks]).any():
+            raise InputError(
+                "start",
+                allowed=f"adapters for each run, of batch shape [{runs}] or one for all, of no more "
+                "rank than it tunes",
+                given=start,
+            )
+
+        def of_runs(values: Tensor, dims: int) -> Array:
+            rest = values.shape[values.ndim - dims :]
+            flat = values.expand(*start.batch_shape, *rest).reshape(members, *rest)
+            return flat.repeat(runs // members, *[1] * dims).to("cpu", torch.float32).numpy()
+
+        A, B = np.zeros((2, *ranks.shape, D, D), np.float32)
+        for m, update in enumerate(start.updates):
+            for factors, given in ((A, update.left), (B, update.right)):
+                factors[:, m, : update.rank, : given.shape[-2]] = of_runs(given.mT, 2)
+        for l, change in enumerate(start.bias_updates):
+            b[:, l, : change.shape[-1]] += of_runs(change, 1)
+        return A, B, b
 
     def _first_factors(self, seed: int, adapted: Any) -> Array:
         """``Bᵀ`` of every adapted weight, a row for each direction, at the largest rank."""

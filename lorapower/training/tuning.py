@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from ..adapters import Adapters, N
 from ..errors import InputError, brief
 
 LARGEST = torch.finfo(torch.float32).max
+Schedule = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Tuning:
     final : tune, instead of adapters, the last so many ``weights`` in full, biases beside them.
     biases : whether biases are tuned: all of them beside adapters.
     learning_rate, weight_decay : of Adam; the decay is its L2 penalty.
+    schedule : the rate stays ``"constant"``, or falls to 0 over all steps as half a ``"cosine"``.
 
     Raises `InputError` for a value that has no meaning for any network.
     """
@@ -39,6 +41,7 @@ class Tuning:
     biases: bool = True
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    schedule: Schedule = "constant"
 
     def __post_init__(self) -> None:
         several = isinstance(self.ranks, Sequence) and not isinstance(self.ranks, str)
@@ -56,6 +59,9 @@ class Tuning:
             )
         if not isinstance(self.biases, bool):
             raise InputError("biases", allowed="True or False", given=brief(self.biases))
+        if self.schedule not in get_args(Schedule):
+            allowed = " or ".join(map(repr, get_args(Schedule)))
+            raise InputError("schedule", allowed=allowed, given=brief(self.schedule))
         _checks.positive("learning_rate", self.learning_rate)
         _checks.tolerance("weight_decay", self.weight_decay)
         for name in ("learning_rate", "weight_decay"):

@@ -1,0 +1,111 @@
+"""What can be said of adapted networks on given inputs: a threshold, and errors to first order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.func import jvp
+
+from .. import _checks, lowrank
+from ..networks import FNN, LinearNetwork, Network, Partition, Transformer, blocks
+
+
+def fnn_data_threshold(
+    frozen: FNN,
+    target: FNN,
+    inputs: Float[Tensor, "*#batch in samples"],
+    partition: Partition | None = None,
+) -> Int[Tensor, "*batch"]:
+    """``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``: the least equal rank that is exact on the inputs.
+
+    ``C_{i−1}`` is the covariance, over the inputs, of the target's activations before layer ``i``.
+    Of each block alone it is the least with which its pre-activations there are the target's, and
+    together they are enough; never above `fnn_threshold`, and far below it where activations span
+    little. Raises what `fnn_threshold` raises, and `InputError` for unusable inputs. Source:
+    [cor-data-threshold].
+    """
+    gaps = blocks(frozen, target, partition)
+    z, needed = target.as_inputs(inputs), []
+    for i, gap in enumerate(gaps):
+        missing = gap.matrix @ (z - z.mean(-1, keepdim=True))
+        size = gap.rounding_scale * torch.linalg.matrix_norm(z, ord=2)
+        needed.append(-(-lowrank.rank(missing, scale=size) // gap.frozen.depth))
+        z = target.layers(slice(i, i + 1))(z)
+    return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
+
+
+def first_order(adapted: Network, target: Network, inputs: Float[Tensor, ...]) -> Float[Tensor, ""]:
+    """``E‖Σ_s J_s δ_s‖²`` over the variance of the target's outputs: an error to first order.
+
+    ``δ_s`` is what segment ``s`` of the adapted network makes of the target's activations before
+    it, less what the target's makes of them, and ``J_s`` the derivative of all that is behind ``s``
+    in the adapted network, at the target's activations. A segment ends before a ReLU, a softmax,
+    or the next block. Relative, like `constructions.fitted`'s errors; of linear networks exact.
+
+    Parameters
+    ----------
+    adapted, target : networks of one kind and of equal sizes, one of each, such as those of a
+        `constructions.fused.Fused`.
+    inputs : columns, of transformers sequences, as the networks take them.
+
+    Raises `InputError` for networks of two kinds or of different sizes.
+
+    Source: [prop-first-order].
+    """
+    _checks.kind(LinearNetwork, FNN, Transformer, adapted=adapted)
+    _checks.kind(type(adapted), target=target)
+    _checks.same_sizes(adapted, target)
+    x = target.as_inputs(inputs, "inputs")
+    with torch.no_grad():
+        moved = sum(
+            jvp(behind, (at,), (missed,))[1] for behind, at, missed in _pieces(adapted, target, x)
+        )
+    wanted = target(x).movedim(-2, 0).flatten(1)
+    return moved.square().mean() / wanted.var(-1, correction=0).mean()
+
+
+# A function, where it is differentiated, and in which direction.
+Piece = tuple[Callable[[Tensor], Tensor], Tensor, Tensor]
+
+
+def _pieces(adapted: Network, target: Network, x: Tensor) -> Iterator[Piece]:
+    if isinstance(adapted, Transformer):
+        assert isinstance(target, Transformer)
+        yield from _transformer(adapted, target, x)
+    elif isinstance(adapted, FNN):
+        assert isinstance(target, FNN)
+        z = x
+        for l, p in enumerate(target.preactivations(x)):
+            ours = adapted.weights[l] @ z + adapted.biases[l][:, None]
+            yield lambda p, l=l: adapted.behind(l, p), p, ours - p  # type: ignore[misc]
+            z = p.relu()
+    else:
+        wanted = target(x)
+        yield lambda p: p, wanted, adapted(x) - wanted
+
+
+def _transformer(adapted: Transformer, target: Transformer, z: Tensor) -> Iterator[Piece]:
+    for l in range(target.depth):
+        scores = target.scores(l, z)
+        hidden = target.mixed(l, z, scores)
+        after = target.fed_forward(l, hidden)
+
+        def by_scores(scores: Tensor, l: int = l, z: Tensor = z) -> Tensor:
+            return by_hidden(adapted.mixed(l, z, scores), l)
+
+        def by_hidden(hidden: Tensor, l: int = l) -> Tensor:
+            return adapted.behind(l + 1, adapted.fed_forward(l, hidden))
+
+        yield by_scores, scores, adapted.scores(l, z) - scores
+        yield by_hidden, hidden, adapted.mixed(l, z, scores) - hidden
+        yield (
+            lambda z, l=l: adapted.behind(l + 1, z),  # type: ignore[misc]
+            after,
+            adapted.fed_forward(l, hidden) - after,
+        )
+        z = after
+    wanted = target.W_out @ z
+    yield lambda y: y, wanted, adapted.W_out @ z - wanted

@@ -1,0 +1,379 @@
+"""Adapters fitted to inputs: closed forms segment by segment, below the threshold and above it.
+
+The theorems' constructions bring every segment as near to the target's as its rank allows, in the
+spectral norm, whatever passes through it. Here each segment is as near as it can be on inputs that
+are given, and makes good what the segments before it have missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _checks, _objects, bounds
+from ..adapters import Adapters
+from ..errors import InputError
+from ..lowrank import LowRank
+from ..networks import FNN, Network, Partition, Transformer, as_network
+from ..regions import Ball, Region
+from ..regression import Regression, reduced_rank, second_moment_root
+from . import attention
+from .adaptation import Adaptation
+from .fused import Fused, fuse
+
+# Of the coefficients towards the error matrix, in mean variances of an input; infinite: all of it.
+SHRINKAGES = (0.0, 0.01, 0.1, 1.0, inf)
+# Part of the identity in an output metric, without which what the inputs never reach is free.
+RIDGE = 1e-3
+# The region of a ReLU network: a ball as large as all inputs, times this.
+REACH = 1.25
+# Half width of a 95% interval, in standard errors.
+NORMAL = 1.96
+
+
+@_objects.held
+@dataclass(frozen=True)
+class Fit:
+    """One fitted network.
+
+    Attributes
+    ----------
+    fused : the frozen network and the target, with one matrix for each segment.
+    factors : adapters of the fused network.
+    chosen : how each segment was adapted, first segment first, or all at once.
+    direct : adapters of the frozen network itself, where these are what was found; there is then no
+        fused network that they make.
+    """
+
+    fused: Fused
+    factors: Adapters
+    chosen: tuple[str, ...]
+    direct: Adapters | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fitted(Adaptation):
+    """Adapters fitted to inputs, with the evidence for them.
+
+    All errors are relative: the mean squared difference of the outputs from the target's, over the
+    variance of these. The best constant has 1.
+
+    Attributes
+    ----------
+    error : measured on the held-out inputs that nothing was chosen by; ``[...]``.
+    low, high : its 95% interval, from the spread over inputs as of a normal mean; ``[...]``.
+    predicted : the error to first order, `bounds.first_order`, on the inputs of the fit; NaN where
+        no fused network was fitted; ``[...]``.
+    fits : of each member of the batch, in order.
+
+    It is a success where what was fitted is carried back to the frozen network acceptably.
+    """
+
+    error: Float[Tensor, "*batch"]
+    low: Float[Tensor, "*batch"]
+    high: Float[Tensor, "*batch"]
+    predicted: Float[Tensor, "*batch"]
+    fits: tuple[Fit, ...]
+
+
+@torch.no_grad()
+def adapt(
+    frozen: Any,
+    target: Any,
+    ranks: Any,
+    inputs: Any,
+    held_out: Any,
+    *,
+    partition: Partition | None = None,
+    region: Region | None = None,
+    throw: bool = True,
+) -> Fitted:
+    """Adapters, and biases, of the least error that closed forms find on given inputs.
+
+    Each segment ``P`` of the fused network (`fused.fuse`) becomes ``P + K``, where ``K`` of the
+    segment's rank and a bias bring it as near as possible, on the adapted network's own
+    activations ``ẑ``, to what the target's segment does on its own (`regression.reduced_rank`).
+    Of a transformer's scores see `attention`. For each segment the theorem's splitting, what is
+    fitted to the target's matrix alone, and several shrinkages towards it are compared on the
+    first half of the held-out inputs, and of ReLU networks also a fit in the metric of what the
+    outputs feel; the theorem's adapters as a whole are never replaced by worse ones. The other
+    half gives the error.
+
+    Parameters
+    ----------
+    frozen, target : networks of one kind, or what `networks.as_network` makes one from; batch
+        shapes broadcast.
+    ranks : as the construction for this kind of network takes them; for heads narrower than the
+        tokens any, also too few for the theorem.
+    inputs : columns ``[width, samples]``, of a transformer sequences ``[samples, width, tokens]``,
+        at least two. Fewer than a few times the width fit their own noise.
+    held_out : others of the same kind, at least four.
+    partition : of ReLU networks: the blocks, by default uniform.
+    region : of ReLU networks: where the adapted network is to be what was fitted; by default a
+        ball about the mean of all inputs, 1.25 times as large as they need.
+    throw : raise an error where the construction loses too many digits, or else say so in
+        ``success``.
+
+    Raises `InputError` for networks, ranks and partitions that do not fit, and for inputs that are
+    too few, of another width, not finite, or held out and not.
+
+    Source: [thm-reduced-rank], [prop-scores]; for what is carried back [lem-any-change].
+    """
+    frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
+    batches = [tuple(network.batch_shape) for network in (frozen, target)]
+    batch = _checks.common_shape("frozen and target", batches)
+    x, others = checked(target, inputs, held_out)
+    if region is not None and not isinstance(frozen, FNN):
+        raise InputError("region", allowed="left out but for ReLU networks", given=region)
+    if partition is not None and not isinstance(frozen, FNN):
+        raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
+    fits = [
+        fit(fuse(one, goal, ranks, partition), x, halves(others)[0])
+        for one, goal in _members(frozen, target, batch)
+    ]
+    return evidence(fits, x, others, batch, region, throw=throw)
+
+
+@torch.no_grad()
+def fit(fused: Fused, inputs: Tensor, select: Tensor) -> Fit:
+    """The least error on ``select`` among the networks that `adapt` compares."""
+    if isinstance(fused.network, Transformer):
+        made = [*attention.candidates(fused, inputs, select)]
+    else:
+        made = [*_layerwise(fused, inputs, select)]
+    goal = fused.goal(select)
+
+    def error(candidate: tuple[Adapters, Any]) -> float:
+        return float((candidate[0].merge(fused.network)(select) - goal).square().mean())
+
+    factors, chosen = min(made, key=error)
+    return Fit(fused, factors, tuple(chosen))
+
+
+def evidence(
+    fits: Sequence[Fit],
+    inputs: Tensor,
+    held_out: Tensor,
+    batch: torch.Size,
+    region: Region | None = None,
+    *,
+    throw: bool = True,
+) -> Fitted:
+    """Fits carried back to their frozen networks, and measured on the rest of the held-out inputs."""
+    if region is None and isinstance(fits[0].fused.frozen, FNN):
+        region = ball(torch.cat([inputs, held_out], -1))
+    test = halves(held_out)[1]
+    adapters, success, columns = [], [], []
+    for one in fits:
+        fused = one.fused
+        if one.direct is None:
+            found = fused.carry_back(one.factors, region, throw=throw)
+            adapters.append(found.adapters)
+            success.append(found.success)
+            first = bounds.first_order(one.factors.merge(fused.network), fused.goal, inputs)
+        else:
+            adapters.append(one.direct)
+            success.append(torch.tensor(True))
+            first = torch.tensor(torch.nan, dtype=test.dtype)
+        measured = relative_error(adapters[-1].merge(fused.frozen), fused.target, test)
+        columns.append(torch.stack([*measured, first]))
+    error, low, high, predicted = torch.stack(columns, -1).reshape(4, *batch).unbind(0)
+    return Fitted(
+        _stacked(adapters, batch),
+        torch.stack(success).reshape(batch),
+        error,
+        low,
+        high,
+        predicted,
+        tuple(fits),
+    )
+
+
+def relative_error(
+    network: Network, target: Network, x: Float[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean squared difference of outputs over the variance of the target's, and its 95% interval.
+
+    Each sample counts as one draw, a sequence with all its tokens; what is drawn of the variance
+    is left out. Outputs narrower than the network's are compared alone.
+    """
+    _checks.kind(Network, network=network, target=target)
+    wanted = target(x)
+    found = network(_padded(x, network))[..., : wanted.shape[-2], :]
+    tokens = wanted.movedim(-2, 0).flatten(1)
+    variance = tokens.var(-1, correction=0).mean()
+    each = (found - wanted).square().mean((-2, -1) if target.sequences else -2) / variance
+    error, half = each.mean(), NORMAL * each.std() / each.numel() ** 0.5
+    return error, (error - half).clamp(min=0), error + half
+
+
+def ball(inputs: Float[Tensor, "width samples"]) -> Ball:
+    """The ball about the mean of inputs that is 1.25 times as large as they need."""
+    x = _checks.real_tensor("inputs", inputs, min_dims=2)
+    centre = x.mean(-1)
+    radius = REACH * torch.linalg.vector_norm(x - centre[:, None], dim=0).amax()
+    return Ball(radius, centre)
+
+
+def halves(held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """The held-out inputs that choose, and those that measure."""
+    dim = 0 if held_out.ndim == 3 else -1
+    first, second = held_out.tensor_split(2, dim)
+    return first, second
+
+
+def checked(target: Network, inputs: Any, held_out: Any) -> tuple[Tensor, Tensor]:
+    """Both sets of inputs as the target takes them, or `InputError`."""
+    dims, least = 2 + target.sequences, {"inputs": 2, "held_out": 4}
+    form = "[samples, width, tokens]" if target.sequences else "[width, samples]"
+    found = []
+    for name, given in (("inputs", inputs), ("held_out", held_out)):
+        x = target.as_inputs(given, name)
+        count = x.shape[0 if target.sequences else -1]
+        if x.ndim != dims or count < least[name]:
+            raise InputError(
+                name,
+                allowed=f"of shape {form}, at least {least[name]} samples",
+                given=f"shape {tuple(x.shape)}",
+            )
+        found.append(x)
+    rows = [set(_rows(x)) for x in found]
+    if shared := len(rows[0] & rows[1]):
+        raise InputError(
+            "held_out",
+            allowed="other inputs than those of the fit",
+            given=f"{shared} that are among them",
+            remedy="what was fitted is not judged by what it was fitted to; split the inputs first",
+        )
+    return found[0], found[1]
+
+
+def _rows(x: Tensor) -> list[bytes]:
+    samples = x.flatten(1) if x.ndim == 3 else x.mT
+    return [row.tobytes() for row in samples.cpu().contiguous().numpy()]
+
+
+def _padded(x: Tensor, network: Network) -> Tensor:
+    missing = network.weights[0].shape[-1] - x.shape[-2]
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def _members(frozen: Network, target: Network, batch: torch.Size) -> Iterator[tuple[Any, Any]]:
+    """Single networks, one pair for each member of the batch."""
+
+    def each(network: Network) -> list[Network]:
+        own = network.batch_shape.numel()
+        places = torch.arange(own).reshape(network.batch_shape).expand(batch).flatten()
+        flat = network.map(
+            lambda values: values.reshape(own, *values.shape[len(network.batch_shape) :])
+        )
+        return [flat[int(place)] for place in places]
+
+    return zip(each(frozen), each(target), strict=True)
+
+
+def _stacked(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
+    """One batch of adapters of equal ranks."""
+
+    def stack(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(parts)).reshape(*batch, *parts[0].shape)
+
+    updates = tuple(
+        LowRank(stack([u.left for u in each]), stack([u.right for u in each]))
+        for each in zip(*(a.updates for a in adapters), strict=True)
+    )
+    biases = tuple(stack(each) for each in zip(*(a.bias_updates for a in adapters), strict=True))
+    return Adapters(updates, biases)
+
+
+def _layerwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapters, list[str]]]:
+    """Adapters of a linear or a ReLU network's layers: the theorem's, and two that are fitted."""
+    network, goal = fused.network, fused.goal
+    ranked = [*zip(network.weights, goal.weights, fused.fused_ranks, strict=True)]
+    theorem = [best_change(W, W_target, rank) for W, W_target, rank in ranked]
+    plain = tuple(b - a for a, b in zip(network.biases, goal.biases, strict=True))
+    yield Adapters(tuple(theorem), plain), ["theorem"] * len(ranked)
+    metrics: list[list[Tensor | None]] = [[None] * len(ranked)]
+    if isinstance(goal, FNN):
+        metrics.append([*_metrics(goal, x)])
+    for of_layers in metrics:
+        updates, biases, chosen = [], [], []
+        own, wanted = (x, select), (x, select)
+        for l, (W, W_target, rank) in enumerate(ranked):
+            bias = goal.biases[l][:, None] if goal.biases else 0.0
+            reach = [W_target @ z + bias for z in wanted]
+            found, words = _layer(
+                W, W_target, rank, own, reach, of_layers[l], theorem[l], goal.biases[l : l + 1]
+            )
+            updates.append(found.change)
+            chosen.append(words + (", outputs' metric" if of_layers[l] is not None else ""))
+            M = W + found.change.matrix()
+            own, wanted = [M @ z + found.intercept[:, None] for z in own], reach
+            if goal.biases:
+                biases.append(found.intercept - network.biases[l])
+            if l < goal.relus:
+                own, wanted = [z.relu() for z in own], [z.relu() for z in wanted]
+        yield Adapters(tuple(updates), tuple(biases)), chosen
+
+
+def _layer(
+    W: Tensor,
+    W_target: Tensor,
+    rank: int,
+    own: Sequence[Tensor],
+    reach: Sequence[Tensor],
+    metric: Tensor | None,
+    theorem: LowRank,
+    bias: Sequence[Tensor],
+) -> tuple[Regression, str]:
+    """The change of one layer, chosen by the second of each pair of inputs and outputs."""
+    E = W_target - W
+    free = bool(bias)
+    candidates = {
+        f"shrinkage {shrinkage:g}"
+        if 0 < shrinkage < inf
+        else ("repair", "inputs")[shrinkage > 0]: (
+            reduced_rank(
+                reach[0] - W @ own[0],
+                own[0],
+                rank,
+                towards=E,
+                shrinkage=shrinkage,
+                metric=metric,
+                intercept=free,
+            )  # fmt: skip
+        )
+        for shrinkage in SHRINKAGES
+    }
+    a = bias[0] if free else torch.zeros_like(W[:, 0])
+    candidates["theorem"] = Regression(theorem, a)
+
+    def error(name: str) -> float:
+        change, a = candidates[name]
+        missed = reach[1] - (W + change.matrix()) @ own[1] - a[:, None]
+        return float((missed if metric is None else metric @ missed).square().mean())
+
+    best = min(candidates, key=error)
+    return candidates[best], best
+
+
+def best_change(W: Tensor, W_target: Tensor, rank: int) -> LowRank:
+    """``LR_r(W̄ − W)``."""
+    U, S, Vh = torch.linalg.svd(W_target - W, full_matrices=False)
+    return LowRank(U[:, :rank] * S[:rank], Vh.mT[:, :rank])
+
+
+def _metrics(goal: FNN, x: Tensor) -> Iterator[Tensor]:
+    """Of each layer's pre-activations, the root of what a small error costs at the outputs."""
+    for l, p in enumerate(goal.preactivations(x)):
+        with torch.enable_grad():
+            p.requires_grad_()
+            rows = goal.behind(l, p)
+            slopes = [torch.autograd.grad(row.sum(), p, retain_graph=True)[0] for row in rows]
+        yield second_moment_root(torch.cat(slopes, -1), RIDGE)
