@@ -147,9 +147,9 @@ class Gap:
     def threshold(self) -> Int[Tensor, "*batch"]:
         """``⌈rank(E) / L⌉``: no smaller rank for all layers closes the gap.
 
-        This one does where [ass-nonsingular] holds. Layers may differ in size: no smaller side is
-        below ``rank E``, unless a hidden layer is narrower than the inputs or outputs. Then raises
-        what `ranks` raises. Source: [cor-threshold].
+        This one does wherever the layers are non-singular [ass-nonsingular]. They may differ in
+        size: no smaller side is below ``rank E``, unless a hidden layer is narrower than the inputs
+        or outputs. Then raises what `ranks` raises. Source: [cor-threshold].
         """
         self.ranks([1] * self.frozen.depth)
         return -(-self.rank // self.frozen.depth)
