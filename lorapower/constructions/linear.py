@@ -126,13 +126,16 @@ def close(
 
     gap = gap.flat()
     best_map = gap.reached(total)
-    best = _split(gap, best_map, per_layer, _Plan(range(frozen.depth), "leading"))
+    best = _split(_Task.of(gap, best_map, per_layer), _Plan(range(frozen.depth), "leading"))
     plain = torch.ones_like(scale, dtype=torch.bool)
+    conditions = torch.stack([lowrank.condition(values) for values in gap.frozen.spectra])
+    regular = conditions.amax(0) < 1 / last_place
     for plan in () if plain_only else _alternatives(per_layer, gap.spectrum.shape[-1], seed):
-        poor = best.rounding > 16 * last_place * scale
+        poor = best.rounding > 4 * last_place * scale
+        poor = poor & ~regular if plan.for_singular else poor
         if not poor.any():
-            break
-        trial = _split(gap.members(poor), best_map[poor], per_layer, plan)
+            continue
+        trial = _split(_Task.of(gap.members(poor), best_map[poor], per_layer), plan)
         improved = trial.rounding < best.rounding[poor]
         mine = poor.nonzero()[improved, 0]
         best.put(mine, trial, improved)
@@ -178,11 +181,15 @@ class _Plan(NamedTuple):
     Of the remaining error ``U S Vᵀ`` a layer takes the leading triplets ("leading"), the piece of
     [lem-splitting] that reaches it at the least cost ("cheapest"), or rotated triplets ("random").
     ``lift`` first spends rank beyond the width on the frozen layers' smallest singular values.
+    ``mirrored`` plans are for the transposed network, whose first layer is the last. A plan
+    ``for_singular`` layers is of no use to others.
     """
 
     order: Sequence[int]
     take: Literal["leading", "cheapest", "random"] = "cheapest"
     lift: bool = False
+    mirrored: bool = False
+    for_singular: bool = False
     seed: int = 0
 
 
@@ -191,11 +198,30 @@ def _alternatives(ranks: Sequence[int], width: int, seed: int) -> Iterator[_Plan
     if sum(ranks) > width:
         yield _Plan(layers, lift=True)
     yield _Plan(layers)
-    # What follows is for singular layers. They have to be adapted before they stand in another
-    # layer's system; the first stands in none, but costs may tell nothing apart.
+    yield _Plan(layers, mirrored=True)
+    # A singular layer has to be adapted before it stands in another layer's system. The first
+    # stands in none, but costs may tell nothing apart.
     for l in layers[1:]:
-        yield _Plan([l, *layers[:l], *layers[l + 1 :]])
-    yield _Plan(layers, "random", seed=seed)
+        yield _Plan([l, *layers[:l], *layers[l + 1 :]], for_singular=True)
+    yield _Plan(layers, "random", for_singular=True, seed=seed)
+
+
+class _Task(NamedTuple):
+    """What is split: flat ``weights``, the map to be reached, the SVD and the noise of ``E``."""
+
+    weights: Sequence[Tensor]
+    ranks: Sequence[int]
+    best_map: Tensor
+    svd: SVD
+    noise: Tensor
+
+    @classmethod
+    def of(cls, gap: Gap, best_map: Tensor, ranks: Sequence[int]) -> _Task:
+        return cls(gap.frozen.weights, ranks, best_map, gap.svd, gap.noise[:, None])
+
+    def mirrored(self) -> _Task:
+        weights, (U, S, V) = [w.mT for w in reversed(self.weights)], self.svd
+        return _Task(weights, self.ranks[::-1], self.best_map.mT, SVD(V, S, U), self.noise)
 
 
 @dataclass
@@ -212,15 +238,21 @@ class _Splitting:
         self.conditions[mine] = other.conditions[theirs]
         self.rounding[mine] = other.rounding[theirs]
 
+    def mirrored(self) -> _Splitting:
+        factors = [(B, A) for A, B in reversed(self.factors)]
+        return _Splitting(factors, self.conditions.flip(-1), self.rounding)
 
-def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Splitting:
+
+def _split(task: _Task, plan: _Plan) -> _Splitting:
     """Visit the layers in the plan's order; each takes its share of the error that remains.
 
     Adapting layer ``l`` changes the product by ``(∏_{j>l}) A_l B_lᵀ (∏_{j<l})``, whatever the other
     layers' present weights are, so the order is free. The remaining error is computed anew for
     each layer, so that later layers make up for the rounding of earlier ones.
     """
-    weights, noise = gap.frozen.weights, gap.noise[:, None]
+    if plan.mirrored:
+        return _split(task.mirrored(), plan._replace(mirrored=False)).mirrored()
+    weights, ranks, best_map, svd, noise = task
     generator = randomness.generator(plan.seed, "rotation")
     factors = [
         (w.new_zeros(*w.shape[:-1], R), w.new_zeros(len(w), w.shape[-1], R))
@@ -241,7 +273,7 @@ def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Sp
         # What a layer that overflowed leaves is not finite.
         reached = product(current).nan_to_num(0, 0, 0)
         first = visit == 0 and not plan.lift
-        U, S, V = gap.svd if first else lowrank.svd((best_map - reached).nan_to_num(0, 0, 0))
+        U, S, V = svd if first else lowrank.svd((best_map - reached).nan_to_num(0, 0, 0))
         left, right = _systems(current, l)
         s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).any(0).sum()))
         k = min(shares[l], s)
@@ -254,7 +286,9 @@ def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Sp
             X = torch.linalg.qr(randomness.normal(generator, s, k).to(outer))[0]
             outer, inner = outer @ X, inner @ X
         else:
-            passed = torch.eye(s).to(outer) + inner.mT @ _solved(lowrank.svd(reached), outer)
+            passed = torch.eye(s, dtype=outer.dtype, device=outer.device) + inner.mT @ _solved(
+                lowrank.svd(reached), outer
+            )
             X = _cheapest(_solved(left, outer), passed)[..., :k]
             X, Y = _complementary(X, passed @ X)
             outer, inner = outer @ X, inner @ Y
