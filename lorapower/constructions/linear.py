@@ -62,7 +62,7 @@ def adapt(
     ``R_l``, and ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``.
     Systems are solved, no inverse is formed. Where partial targets are singular, or so nearly that
     rounding errors exceed a few units of the last place, the splitting of the theorem's proof
-    follows, and for singular layers others (the layers visited in another order, rotated triplets).
+    follows, and for singular layers others (they are visited first and take rotated triplets).
     Rank beyond the width is spent on the smallest singular values of the frozen layers. The
     splitting of least rounding error is kept, for each member of the batch by itself.
 
@@ -79,7 +79,7 @@ def adapt(
         the digits. ``inf`` accepts whatever comes.
     throw : raise an error where a member of the batch is not adapted acceptably, or else go on and
         say so in ``success``.
-    seed : of the random rotation.
+    seed : of the rotations of triplets.
 
     Raises
     ------
@@ -125,17 +125,18 @@ def close(
     scale = scale.expand(batch).flatten()
 
     gap = gap.flat()
-    best_map = gap.reached(total)
-    best = _split(_Task.of(gap, best_map, per_layer), _Plan(range(frozen.depth), "leading"))
+    task = _Task(gap.frozen.weights, gap.reached(total), gap.svd, gap.noise[:, None])
+    best = _split(task, per_layer, _Plan(range(frozen.depth), "leading"))
     plain = torch.ones_like(scale, dtype=torch.bool)
     conditions = torch.stack([lowrank.condition(values) for values in gap.frozen.spectra])
-    regular = conditions.amax(0) < 1 / last_place
+    singular = conditions.amax(0) > 1 / last_place
     for plan in () if plain_only else _alternatives(per_layer, gap.spectrum.shape[-1], seed):
         poor = best.rounding > 4 * last_place * scale
-        poor = poor & ~regular if plan.for_singular else poor
+        if plan.take == "random":
+            poor = poor & singular
         if not poor.any():
             continue
-        trial = _split(_Task.of(gap.members(poor), best_map[poor], per_layer), plan)
+        trial = _split(task.members(poor), per_layer, plan)
         improved = trial.rounding < best.rounding[poor]
         mine = poor.nonzero()[improved, 0]
         best.put(mine, trial, improved)
@@ -181,15 +182,13 @@ class _Plan(NamedTuple):
     Of the remaining error ``U S Vᵀ`` a layer takes the leading triplets ("leading"), the piece of
     [lem-splitting] that reaches it at the least cost ("cheapest"), or rotated triplets ("random").
     ``lift`` first spends rank beyond the width on the frozen layers' smallest singular values.
-    ``mirrored`` plans are for the transposed network, whose first layer is the last. A plan
-    ``for_singular`` layers is of no use to others.
+    ``mirrored`` plans are for the transposed network, whose first layer is the last.
     """
 
     order: Sequence[int]
     take: Literal["leading", "cheapest", "random"] = "cheapest"
     lift: bool = False
     mirrored: bool = False
-    for_singular: bool = False
     seed: int = 0
 
 
@@ -199,29 +198,26 @@ def _alternatives(ranks: Sequence[int], width: int, seed: int) -> Iterator[_Plan
         yield _Plan(layers, lift=True)
     yield _Plan(layers)
     yield _Plan(layers, mirrored=True)
-    # A singular layer has to be adapted before it stands in another layer's system. The first
-    # stands in none, but costs may tell nothing apart.
-    for l in layers[1:]:
-        yield _Plan([l, *layers[:l], *layers[l + 1 :]], for_singular=True)
-    yield _Plan(layers, "random", for_singular=True, seed=seed)
+    # A singular layer has to be adapted before it stands in another layer's system.
+    for l in layers:
+        yield _Plan([l, *layers[:l], *layers[l + 1 :]], "random", seed=seed)
 
 
 class _Task(NamedTuple):
-    """What is split: flat ``weights``, the map to be reached, the SVD and the noise of ``E``."""
+    """What is split: flat weights, the map to be reached, the decomposition and noise of ``E``."""
 
     weights: Sequence[Tensor]
-    ranks: Sequence[int]
     best_map: Tensor
     svd: SVD
     noise: Tensor
 
-    @classmethod
-    def of(cls, gap: Gap, best_map: Tensor, ranks: Sequence[int]) -> _Task:
-        return cls(gap.frozen.weights, ranks, best_map, gap.svd, gap.noise[:, None])
+    def members(self, which: Tensor) -> _Task:
+        weights, svd = [w[which] for w in self.weights], SVD(*(part[which] for part in self.svd))
+        return _Task(weights, self.best_map[which], svd, self.noise[which])
 
     def mirrored(self) -> _Task:
         weights, (U, S, V) = [w.mT for w in reversed(self.weights)], self.svd
-        return _Task(weights, self.ranks[::-1], self.best_map.mT, SVD(V, S, U), self.noise)
+        return _Task(weights, self.best_map.mT, SVD(V, S, U), self.noise)
 
 
 @dataclass
@@ -243,7 +239,7 @@ class _Splitting:
         return _Splitting(factors, self.conditions.flip(-1), self.rounding)
 
 
-def _split(task: _Task, plan: _Plan) -> _Splitting:
+def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
     """Visit the layers in the plan's order; each takes its share of the error that remains.
 
     Adapting layer ``l`` changes the product by ``(∏_{j>l}) A_l B_lᵀ (∏_{j<l})``, whatever the other
@@ -251,8 +247,8 @@ def _split(task: _Task, plan: _Plan) -> _Splitting:
     each layer, so that later layers make up for the rounding of earlier ones.
     """
     if plan.mirrored:
-        return _split(task.mirrored(), plan._replace(mirrored=False)).mirrored()
-    weights, ranks, best_map, svd, noise = task
+        return _split(task.mirrored(), ranks[::-1], plan._replace(mirrored=False)).mirrored()
+    weights, best_map, svd, noise = task
     generator = randomness.generator(plan.seed, "rotation")
     factors = [
         (w.new_zeros(*w.shape[:-1], R), w.new_zeros(len(w), w.shape[-1], R))
@@ -286,9 +282,8 @@ def _split(task: _Task, plan: _Plan) -> _Splitting:
             X = torch.linalg.qr(randomness.normal(generator, s, k).to(outer))[0]
             outer, inner = outer @ X, inner @ X
         else:
-            passed = torch.eye(s, dtype=outer.dtype, device=outer.device) + inner.mT @ _solved(
-                lowrank.svd(reached), outer
-            )
+            passed = inner.mT @ _solved(lowrank.svd(reached), outer)
+            passed.diagonal(dim1=-2, dim2=-1).add_(1)
             X = _cheapest(_solved(left, outer), passed)[..., :k]
             X, Y = _complementary(X, passed @ X)
             outer, inner = outer @ X, inner @ Y
