@@ -71,8 +71,8 @@ def test_measured_error_is_the_predicted_one(
         np.testing.assert_allclose(measured, expected, rtol=0, atol=tolerance * factor)
 
 
-@pytest.mark.parametrize(("depth", "share"), [(2, 1.0), (3, 1.0), (4, 0.95), (5, 0.8), (6, 0.2)])
-def test_default_networks_of_width_16(depth: int, share: float) -> None:
+@pytest.mark.parametrize("depth", [2, 3, 4, 5, 6])
+def test_default_networks_of_width_16(depth: int) -> None:
     frozen = LinearNetwork.random(depth, 16, batch_shape=(100,), seed=depth)
     target = LinearNetwork.random(1, 16, batch_shape=(100,), seed=100 + depth)
     size = np.linalg.norm(target.product().numpy(), 2, (-2, -1))
@@ -83,11 +83,7 @@ def test_default_networks_of_width_16(depth: int, share: float) -> None:
         if depth * R < 16:
             np.testing.assert_allclose(measured, predicted, rtol=1e-10)
         else:
-            # At the threshold deep random networks leave little room for a well-conditioned
-            # splitting; twice that rank leaves enough.
-            enough = depth * R >= 2 * 16
-            assert np.mean(measured / size < 1e-12) >= (1 if enough else share)
-            assert (measured / size < 1e-10).all()
+            assert (measured / size < 1e-12).all()
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), seeds, st.data())
