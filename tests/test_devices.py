@@ -124,8 +124,9 @@ def test_linear_networks(device: torch.device) -> None:
     results: list[Any] = [
         linear.adapt(frozen, target, 1),
         linear.adapt(frozen, target, WIDTH, rtol=torch.inf),
-        # An identity at the end makes all splittings be tried.
+        # What cannot be reached makes all splittings be tried, of singular layers above all.
         linear.adapt(frozen, frozen.map(torch.zeros_like), 1, rtol=torch.inf),
+        linear.adapt(frozen.map(torch.zeros_like), target, 1, rtol=torch.inf),
         bounds.linear_error(frozen, target, 1),
         bounds.linear_threshold(frozen, target),
         Gap(frozen, target).undone(1),

@@ -279,10 +279,11 @@ def test_no_rank_costs_more_digits_than_the_least(depth: int) -> None:
         fnn.adapt(frozen, target, rank, Ball(8.0)).digits_lost
         for rank in (least, least + 2, least + 4, 16)
     )
+    # With more rank the plain splitting may round little enough to be kept, digit by digit.
     for more in others:
-        assert more.median() < lost.median() + 0.1
-        assert more.max() < lost.max() + 0.5
-    assert lost.max() < 6
+        assert more.median() < lost.median() + 0.5
+        assert more.max() < lost.max() + 1
+    assert lost.max() < 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

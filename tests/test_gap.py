@@ -173,11 +173,12 @@ def test_a_gap_decomposes_once() -> None:
 
 
 def test_constructions_decompose_little() -> None:
-    frozen, target = FNN.random(4, 16, seed=1), FNN.random(2, 16, seed=2)
+    frozen, target = of_widths([16] * 5, seed=1), FNN.random(2, 16, seed=2)
     with Decompositions() as found:
-        fnn.adapt(frozen, target, 8, Ball(8.0))
-    # Of each block: E, the norms of two frozen and a target layer, two systems, the rounding.
-    assert found.count == 2 * 7
+        assert fnn.adapt(frozen, target, 8, Ball(8.0)).plain.all()
+    # Of each block: E, values alone and all, the norms of two frozen and a target layer, two
+    # systems, what the first layer leaves to the second, the rounding.
+    assert found.count == 2 * 9
     with Decompositions() as found:
         partition.least_rank(FNN.random(8, 16, seed=1), FNN.random(3, 16, seed=2))
     assert found.count <= 229

@@ -29,8 +29,9 @@ def fnn_threshold(
 
     ``E_i = W̄_i − ∏_{l∈P_i} W_l`` for block ``P_i`` of ``M_i`` layers, its last weight cut to the
     rows and its first to the columns that the target layer has. The uniform partition by default.
-    It is exact where [ass-nonsingular] holds, and no smaller rank is. Raises `InputError` where a
-    hidden layer of a block is narrower than its inputs or outputs. Source: [thm-partition].
+    It is exact where [ass-nonsingular] holds in every block, and no smaller rank is. Raises
+    `InputError` where a hidden layer of a block is narrower than its inputs or outputs. Source:
+    [thm-partition].
     """
     needed = [gap.threshold for gap in blocks(frozen, target, partition)]
     return torch.stack(torch.broadcast_tensors(*needed)).amax(0)

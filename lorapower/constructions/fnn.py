@@ -36,7 +36,7 @@ class FNNAdaptation(Adaptation):
     rounding_errors : measured deviation of each block's product from the predicted one;
         ``[..., L̄]``.
     condition_numbers : of the worse of the linear systems solved for each layer; ``[..., L]``.
-    plain : whether the splitting of the proof was kept in each block; ``[..., L̄]``.
+    plain : whether the plain splitting was kept in each block; ``[..., L̄]``.
     digits_lost : expected loss of decimal digits to the biases in each block, beside evaluating the
         target layer itself; ``[..., L̄]``.
 

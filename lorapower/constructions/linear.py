@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _checks, lowrank, randomness
 from ..adapters import Adapters
 from ..errors import SingularError
-from ..lowrank import LowRank
+from ..lowrank import SVD, LowRank
 from ..networks import Gap, LinearNetwork, product
 from .adaptation import Adaptation
 
@@ -30,8 +30,9 @@ class LinearAdaptation(Adaptation):
     rounding_error : measured ``‖∏(W_l + ΔW_l) − (∏W_l + LR_r(E))‖_2``, which exact arithmetic would
         make 0, the larger of the products multiplied from either end; ``[...]``.
     condition_numbers : of the worse of the two linear systems solved for each layer, 1 where none
-        was needed; ``[..., L]``.
-    plain : whether the splitting of the proof was kept, or else an alternative; ``[...]``.
+        was needed; ``[..., L]``. A system may be singular and still have the solution wanted, as
+        where the best map is singular itself.
+    plain : whether the plain splitting was kept, or else an alternative; ``[...]``.
 
     It is a success where the rounding error is acceptable; where a product overflows the adapters
     are 0 and the errors NaN. The prediction holds for every input: a linear map has no region.
@@ -56,13 +57,14 @@ def adapt(
 ) -> LinearAdaptation:
     """Adapters that bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as their ranks allow.
 
-    The singular triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of ``R_l``, and
-    ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Systems
-    are solved, no inverse is formed. Where rounding errors then exceed a few units of the last
-    place, other splittings of the same best approximation are tried (triplets rotated so that each
-    layer takes what the others pass on most easily, or at random; the layers visited in another
-    order; spare rank spent on the smallest singular values of the frozen layers), and the one of
-    least rounding error is kept, for each member of the batch by itself.
+    This is possible whenever the frozen layers are non-singular. First tried is the plain
+    splitting: the singular triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of
+    ``R_l``, and ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``.
+    Systems are solved, no inverse is formed. Where partial targets are singular, or so nearly that
+    rounding errors exceed a few units of the last place, the splitting of the theorem's proof
+    follows, and for singular layers others (they are visited first and take rotated triplets).
+    Rank beyond the width is spent on the smallest singular values of the frozen layers. The
+    splitting of least rounding error is kept, for each member of the batch by itself.
 
     Parameters
     ----------
@@ -71,13 +73,13 @@ def adapt(
         frozen network may have any width not below its inputs and outputs.
     ranks : one for all layers, of which none takes more than its weight's smaller side; or one per
         layer, each from 0 to that side.
-    plain_only : use the splitting of the proof, whatever its rounding error.
+    plain_only : use the plain splitting, whatever its rounding error.
     rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2`` (or to the predicted error,
         if that is larger, or to ``‖E‖_2`` for a target of zeros); by default ``eps^{1/2}``, half of
         the digits. ``inf`` accepts whatever comes.
     throw : raise an error where a member of the batch is not adapted acceptably, or else go on and
         say so in ``success``.
-    seed : of the random rotations.
+    seed : of the rotations of triplets.
 
     Raises
     ------
@@ -85,7 +87,8 @@ def adapt(
     SingularError : nothing tried meets ``rtol``: a singular layer, or too few digits; names the
         layer, its condition number and the members of the batch that fail.
 
-    Source: [thm-optimal-adaptation]; for the splittings [prop-splittings].
+    Source: [thm-optimal-adaptation], by [lem-splitting] and [lem-any-change]; for the plain
+    splitting [prop-splittings].
     """
     gap = Gap(frozen, target)
     return close(gap, ranks, plain_only=plain_only, rtol=rtol, throw=throw, seed=seed)
@@ -122,14 +125,18 @@ def close(
     scale = scale.expand(batch).flatten()
 
     gap = gap.flat()
-    best_map = gap.reached(total)
-    best = _split(gap, best_map, per_layer, _Plan(range(frozen.depth)))
+    task = _Task(gap.frozen.weights, gap.reached(total), gap.svd, gap.noise[:, None])
+    best = _split(task, per_layer, _Plan(range(frozen.depth), "leading"))
     plain = torch.ones_like(scale, dtype=torch.bool)
-    for plan in () if plain_only else _alternatives(gap, per_layer, seed):
-        poor = best.rounding > 16 * last_place * scale
+    conditions = torch.stack([lowrank.condition(values) for values in gap.frozen.spectra])
+    singular = conditions.amax(0) > 1 / last_place
+    for plan in () if plain_only else _alternatives(per_layer, gap.spectrum.shape[-1], seed):
+        poor = best.rounding > 4 * last_place * scale
+        if plan.take == "random":
+            poor = poor & singular
         if not poor.any():
-            break
-        trial = _split(gap.members(poor), best_map[poor], per_layer, plan)
+            continue
+        trial = _split(task.members(poor), per_layer, plan)
         improved = trial.rounding < best.rounding[poor]
         mine = poor.nonzero()[improved, 0]
         best.put(mine, trial, improved)
@@ -172,31 +179,45 @@ def close(
 class _Plan(NamedTuple):
     """How the best approximation is split: which layer chooses when, and what it takes.
 
-    Of the remaining error ``U S Vᵀ`` a layer takes the leading triplets ("leading"), the directions
-    of ``U`` or of ``V`` that reach it at the least cost ("left", "right"), or any ("random").
+    Of the remaining error ``U S Vᵀ`` a layer takes the leading triplets ("leading"), the piece of
+    [lem-splitting] that reaches it at the least cost ("cheapest"), or rotated triplets ("random").
     ``lift`` first spends rank beyond the width on the frozen layers' smallest singular values.
+    ``mirrored`` plans are for the transposed network, whose first layer is the last.
     """
 
     order: Sequence[int]
-    take: Literal["leading", "left", "right", "random"] = "leading"
+    take: Literal["leading", "cheapest", "random"] = "cheapest"
     lift: bool = False
+    mirrored: bool = False
     seed: int = 0
-    rotation: int = 0
 
 
-def _alternatives(gap: Gap, ranks: Sequence[int], seed: int) -> Iterator[_Plan]:
-    depth = len(ranks)
-    forward, backward = range(depth), range(depth)[::-1]
-    spare = sum(ranks) > gap.spectrum.shape[-1]
-    for lift in (True, False) if spare else (False,):
-        yield _Plan(forward, "left", lift)
-        yield _Plan(backward, "right", lift)
-    # Costs tell nothing apart in a special network, such as one of identities.
-    for rotation in range(3):
-        yield _Plan(forward, "random", spare, seed, rotation)
+def _alternatives(ranks: Sequence[int], width: int, seed: int) -> Iterator[_Plan]:
+    layers = range(len(ranks))
+    if sum(ranks) > width:
+        yield _Plan(layers, lift=True)
+    yield _Plan(layers)
+    yield _Plan(layers, mirrored=True)
     # A singular layer has to be adapted before it stands in another layer's system.
-    for l in forward[1:]:
-        yield _Plan([l, *forward[:l], *forward[l + 1 :]], "left")
+    for l in layers:
+        yield _Plan([l, *layers[:l], *layers[l + 1 :]], "random", seed=seed)
+
+
+class _Task(NamedTuple):
+    """What is split: flat weights, the map to be reached, the decomposition and noise of ``E``."""
+
+    weights: Sequence[Tensor]
+    best_map: Tensor
+    svd: SVD
+    noise: Tensor
+
+    def members(self, which: Tensor) -> _Task:
+        weights, svd = [w[which] for w in self.weights], SVD(*(part[which] for part in self.svd))
+        return _Task(weights, self.best_map[which], svd, self.noise[which])
+
+    def mirrored(self) -> _Task:
+        weights, (U, S, V) = [w.mT for w in reversed(self.weights)], self.svd
+        return _Task(weights, self.best_map.mT, SVD(V, S, U), self.noise)
 
 
 @dataclass
@@ -213,16 +234,22 @@ class _Splitting:
         self.conditions[mine] = other.conditions[theirs]
         self.rounding[mine] = other.rounding[theirs]
 
+    def mirrored(self) -> _Splitting:
+        factors = [(B, A) for A, B in reversed(self.factors)]
+        return _Splitting(factors, self.conditions.flip(-1), self.rounding)
 
-def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Splitting:
+
+def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
     """Visit the layers in the plan's order; each takes its share of the error that remains.
 
     Adapting layer ``l`` changes the product by ``(∏_{j>l}) A_l B_lᵀ (∏_{j<l})``, whatever the other
     layers' present weights are, so the order is free. The remaining error is computed anew for
     each layer, so that later layers make up for the rounding of earlier ones.
     """
-    weights, noise = gap.frozen.weights, gap.noise[:, None]
-    generator = randomness.generator(plan.seed, "rotation", plan.rotation)
+    if plan.mirrored:
+        return _split(task.mirrored(), ranks[::-1], plan._replace(mirrored=False)).mirrored()
+    weights, best_map, svd, noise = task
+    generator = randomness.generator(plan.seed, "rotation")
     factors = [
         (w.new_zeros(*w.shape[:-1], R), w.new_zeros(len(w), w.shape[-1], R))
         for w, R in zip(weights, ranks, strict=True)
@@ -238,64 +265,67 @@ def _split(gap: Gap, best_map: Tensor, ranks: Sequence[int], plan: _Plan) -> _Sp
     conditions = best_map.new_ones(len(best_map), len(weights))
 
     visits = [l for l in plan.order if shares[l]]
-    passed_on: Tensor | None = None
     for visit, l in enumerate(visits):
+        # What a layer that overflowed leaves is not finite.
+        reached = product(current).nan_to_num(0, 0, 0)
+        first = visit == 0 and not plan.lift
+        U, S, V = svd if first else lowrank.svd((best_map - reached).nan_to_num(0, 0, 0))
         left, right = _systems(current, l)
-        if visit == 0 and not plan.lift:
-            remaining, triplets = best_map, gap.svd
+        s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).any(0).sum()))
+        k = min(shares[l], s)
+        if k == 0:
+            continue
+        outer, inner = U[..., :s], V[..., :s] * S[:, None, :s]
+        if plan.take == "leading" or k == s:
+            outer, inner = outer[..., :k], inner[..., :k]
+        elif plan.take == "random":
+            X = torch.linalg.qr(randomness.normal(generator, s, k).to(outer))[0]
+            outer, inner = outer @ X, inner @ X
         else:
-            # What a plan that overflowed leaves is not finite.
-            remaining = (best_map - product(current)).nan_to_num(0, 0, 0)
-            triplets = None
-        if l == visits[-1] and passed_on is not None and passed_on.shape[-1] == shares[l]:
-            outer, inner = _whole(remaining, passed_on, plan.take == "right")
-        else:
-            U, S, V = triplets or lowrank.svd(remaining)
-            s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).any(0).sum()))
-            k = min(shares[l], s)
-            if k == 0:
-                continue
-            U, S, V = U[..., :s], S[:, :s, None], V[..., :s]
-            if plan.take == "right":
-                P = _directions(plan.take, right, V, generator)
-                outer, inner, passed_on = U @ (S * P[..., :k]), V @ P[..., :k], V @ P[..., k:]
-            else:
-                P = _directions(plan.take, left, U, generator)
-                outer, inner, passed_on = U @ P[..., :k], V @ (S * P[..., :k]), U @ P[..., k:]
-        k = outer.shape[-1]
-        A, B = _solved(left, outer), _solved(right, inner)
+            passed = inner.mT @ _solved(lowrank.svd(reached), outer)
+            passed.diagonal(dim1=-2, dim2=-1).add_(1)
+            X = _cheapest(_solved(left, outer), passed)[..., :k]
+            X, Y = _complementary(X, passed @ X)
+            outer, inner = outer @ X, inner @ Y
         # Pieces of zeros (of a target that is reached already) need no system, singular or not.
         sizes = [torch.linalg.vector_norm(part, dim=-2) for part in (outer, inner)]
         needed = sizes[0] * sizes[1] > noise
-        # An unsolvable one gives nothing; what is left undone is measured at the end.
-        solvable = (A.isfinite().all((-2, -1)) & B.isfinite().all((-2, -1)))[:, None]
-        taken = (needed & solvable)[:, None]
-        A, B = torch.where(taken, A, 0), torch.where(taken, B, 0)
+        A = torch.where(needed[:, None], _solved(left, outer), 0)
+        B = torch.where(needed[:, None], _solved(right, inner), 0)
         factors[l][0][..., :k], factors[l][1][..., :k] = A, B
         current[l] = current[l] + A @ B.mT
-        worse = [best_map.new_ones(len(best_map))]
-        for system, layers in ((left, range(l + 1, len(weights))), (right, range(l))):
-            if len(layers) == 1 and current[layers[0]] is weights[layers[0]]:
-                worse.append(lowrank.condition(gap.frozen.spectra[layers[0]]))
-            elif system is not None:
-                worse.append(lowrank.condition_number(system))
-        conditions[:, l] = torch.where(needed.any(-1), torch.stack(worse).amax(0), 1)
+        systems = [lowrank.condition(system.S) for system in (left, right) if system]
+        if systems:
+            worse = torch.stack(systems).amax(0)
+            conditions[:, l] = torch.where(needed.any(-1), worse, 1)
 
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
     rounding = torch.stack([_distance(map_, best_map) for map_ in _both_ways(merged)]).amax(0)
     return _Splitting(factors, conditions, rounding)
 
 
-def _whole(remaining: Tensor, basis: Tensor, of_rows: bool) -> tuple[Tensor, Tensor]:
-    """Factors of all that remains, whose range is known: the last layer takes it as it is.
+def _cheapest(adapter: Tensor, passed: Tensor) -> Tensor:
+    """Orthonormal ``X``, first the columns for which ``‖M X‖`` is largest against ``‖A X‖``.
 
-    ``basis`` spans the columns of ``remaining``, or its rows, up to the rounding of what the layers
-    before took; one multiplication by it finds the other side as well as a decomposition would.
+    ``A`` is the adapter that takes all remaining columns together, ``M`` the matrix ``passed`` of
+    [lem-splitting]. A small adapter rounds little; a large ``M X`` keeps the partial target, and so
+    the systems of the layers to come, far from singular.
     """
-    matrix = remaining.mT if of_rows else remaining
-    one = torch.linalg.qr(matrix.mT @ basis)[0]
-    other = matrix @ one
-    return (one, other) if of_rows else (other, one)
+    _, S, V = lowrank.svd(adapter)
+    scaled = V * _inverted(S, adapter)[:, None]
+    return torch.linalg.qr(scaled @ lowrank.svd(passed @ scaled).V)[0]
+
+
+def _complementary(X: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
+    """``X``, its columns rotated, and ``Y``: ``Yᵀ X = 1``, ``Yᵀ`` injective on ``M X = passed``.
+
+    The columns of ``X`` are rotated so that they make pairs of principal vectors with those of
+    ``passed``. Those of ``Y`` lie half way between: at most 45° from either, whatever these are.
+    """
+    Z = lowrank.svd(passed).U
+    P, cosines, Q = lowrank.svd(X.mT @ Z)
+    X, Z = X @ P, Z @ Q
+    return X, (X + Z) / (1 + cosines[:, None])
 
 
 def _both_ways(weights: list[Tensor]) -> list[Tensor]:
@@ -317,20 +347,6 @@ def _distance(matrix: Tensor, other: Tensor) -> Tensor:
     return torch.where(finite, norm, torch.inf)
 
 
-def _directions(
-    take: str, system: Tensor | None, basis: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Orthogonal ``[batch, s, s]``: combinations of triplets, first those that a layer takes."""
-    size = basis.shape[-1]
-    if take == "leading":
-        return torch.eye(size, dtype=basis.dtype, device=basis.device).expand(len(basis), -1, -1)
-    if take == "random":
-        normal = randomness.normal(generator, size, size, dtype=basis.dtype, device=basis.device)
-        return torch.linalg.qr(normal)[0].expand(len(basis), size, size)
-    cost = _solved(system, basis).nan_to_num()
-    return lowrank.svd(cost).V.flip(-1)
-
-
 def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors of the update that raises the ``rank`` smallest singular values to the largest."""
     U, S, V = lowrank.svd(weight)
@@ -338,7 +354,7 @@ def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return U[..., tail] * (S[:, None, :1] - S[:, None, tail]), V[..., tail]
 
 
-def _systems(weights: list[Tensor], l: int) -> tuple[Tensor | None, Tensor | None]:
+def _systems(weights: list[Tensor], l: int) -> tuple[SVD | None, SVD | None]:
     """``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``, none where there are no such layers.
 
     Each is multiplied outwards in: the second as the forward pass does it, so that its rounding is
@@ -347,10 +363,25 @@ def _systems(weights: list[Tensor], l: int) -> tuple[Tensor | None, Tensor | Non
     """
     outer, inner = [w.mT for w in reversed(weights[l + 1 :])], weights[:l]
     left, right = (
-        product(part).nan_to_num(0, 0, 0).mT if part else None for part in (outer, inner)
+        lowrank.svd(product(part).nan_to_num(0, 0, 0).mT) if part else None
+        for part in (outer, inner)
     )
     return left, right
 
 
-def _solved(system: Tensor | None, wanted: Tensor) -> Tensor:
-    return wanted if system is None else lowrank.solve(system, wanted)
+def _solved(system: SVD | None, wanted: Tensor) -> Tensor:
+    """The least solution. Directions that are 0 but for rounding are left out.
+
+    Those of a partial target that has to be singular are not wanted by [lem-splitting].
+    """
+    if system is None:
+        return wanted
+    U, S, V = system
+    return (V @ (_inverted(S, U, V)[..., None] * (U.mT @ wanted))).nan_to_num(0, 0, 0)
+
+
+def _inverted(singular_values: Tensor, *sides: Tensor) -> Tensor:
+    """``1/σ``, or 0 where ``σ`` is not above the rounding of a matrix of these sides."""
+    largest = max(side.shape[-2] for side in sides)
+    least = largest * torch.finfo(singular_values.dtype).eps * singular_values[..., :1]
+    return torch.where(singular_values > least, 1 / singular_values, 0)

@@ -96,7 +96,7 @@ def adapt(
     frozen, target : of equal sizes and type; batch shapes broadcast.
     ranks : one for all, of which no weight takes more than its smaller side; or one for each of
         ``W_Q, W_K, W_V, W_O, W_2, W_out``.
-    plain_only : use the splitting of the linear theorem's proof, whatever its rounding error.
+    plain_only : use the plain splitting of `linear.adapt`, whatever its rounding error.
     rtol : largest acceptable rounding error of a segment, relative to the product of the norms of
         its factors plus that of the target's; by default half of the digits, ``inf`` accepts any.
     throw : raise an error where a member of the batch is not adapted acceptably, or else go on and

@@ -6,7 +6,7 @@ segment of a transformer beside the target's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -147,9 +147,9 @@ class Gap:
     def threshold(self) -> Int[Tensor, "*batch"]:
         """``⌈rank(E) / L⌉``: no smaller rank for all layers closes the gap.
 
-        This one does where [ass-nonsingular] holds. Layers may differ in size: no smaller side is
-        below ``rank E``, unless a hidden layer is narrower than the inputs or outputs. Then raises
-        what `ranks` raises. Source: [cor-threshold].
+        This one does wherever the layers are non-singular [ass-nonsingular]. They may differ in
+        size: no smaller side is below ``rank E``, unless a hidden layer is narrower than the inputs
+        or outputs. Then raises what `ranks` raises. Source: [cor-threshold].
         """
         self.ranks([1] * self.frozen.depth)
         return -(-self.rank // self.frozen.depth)
@@ -189,22 +189,16 @@ class Gap:
             rest = values.shape[values.ndim - dims :]
             return values.expand((*batch, *rest)).reshape(-1, *rest)
 
-        return self._each(flatten)
-
-    def members(self, which: Tensor) -> Gap:
-        """Those of flat gaps that a mask selects; what was computed is kept."""
-        return self._each(lambda values, dims: values[which])
+        gap = object.__new__(Gap)
+        for name, network in (("frozen", self.frozen), ("target", self.target)):
+            flat = LinearNetwork.unchecked([flatten(weight, 2) for weight in network.weights])
+            vars(flat)["spectra"] = tuple(flatten(values, 1) for values in network.spectra)
+            object.__setattr__(gap, name, flat)
+        parts = zip(self.svd, (2, 1, 2), strict=True)
+        vars(gap)["svd"] = SVD(*(flatten(part, dims) for part, dims in parts))
+        vars(gap)["rounding_scale"] = flatten(self.rounding_scale, 0)
+        return gap
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Gap:
         """The gaps with all weights 0 where a mask says so."""
         return Gap(self.frozen.zeroed(which), self.target.zeroed(which))
-
-    def _each(self, change: Callable[[Tensor, int], Tensor]) -> Gap:
-        gap = object.__new__(Gap)
-        for name, network in (("frozen", self.frozen), ("target", self.target)):
-            changed = LinearNetwork.unchecked([change(weight, 2) for weight in network.weights])
-            vars(changed)["spectra"] = tuple(change(values, 1) for values in network.spectra)
-            object.__setattr__(gap, name, changed)
-        vars(gap)["svd"] = SVD(*(change(p, d) for p, d in zip(self.svd, (2, 1, 2), strict=True)))
-        vars(gap)["rounding_scale"] = change(self.rounding_scale, 0)
-        return gap
