@@ -7,8 +7,8 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,13 +18,16 @@ from .. import _checks, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
 from ..networks import Transformer
+from ..networks.transformer import WEIGHTS
 from ..regression import reduced_rank
 from . import transformer
 from .fused import Fused, is_narrow
 
-SWEEPS, STILL = 30, 1e-7
+SWEEPS, STILL = 30, 1e-5
 # Beyond this the moments of the scores, width⁴ numbers, are not formed.
 WIDEST = 64
+
+T = TypeVar("T")
 
 
 class Scores(NamedTuple):
@@ -69,6 +72,8 @@ class Scores(NamedTuple):
 
         No step makes the sum larger.
         """
+        if not rank:
+            return torch.zeros_like(K)
         best, found = self.left(K), K
         for _ in range(SWEEPS):
             U = lowrank.svd(found).U[:, :rank]
@@ -118,7 +123,8 @@ def closed_form(
 def candidates(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapters, list[str]]]:
     """Adapters of the fused network: the theorem's, and those that are fitted."""
     network, goal = fused.network, fused.goal
-    assert isinstance(network, Transformer) and isinstance(goal, Transformer)
+    assert isinstance(network, Transformer)
+    assert isinstance(goal, Transformer)
     named = zip(network.weight_names, fused.fused_ranks, strict=True)
     # Of the kinds that are adapted in every block the last has the rank of all.
     by_kind = {name.split()[0]: rank for name, rank in named}
@@ -126,222 +132,218 @@ def candidates(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapte
     # Heads that are too narrow for it are adapted as well as they are, and lose the comparison.
     theorem = transformer.adapt(network, goal, ranks, throw=False).adapters
     yield theorem, ["theorem"]
-    fitted = _Builder(fused, x, select)
-    yield fitted.built(), fitted.chosen
+    builder = _Builder(network, goal, theorem.merge(network), ranks, x, select)
+    yield builder.adapters(fused.fused_ranks), builder.chosen
 
 
 class _Builder:
-    """Adapts one block after the other, and keeps what both networks make of the sequences."""
+    """Adapts one block after the other, on what both networks make of the sequences.
 
-    def __init__(self, fused: Fused, x: Tensor, select: Tensor) -> None:
-        assert isinstance(fused.network, Transformer) and isinstance(fused.goal, Transformer)
-        self.frozen, self.goal = fused.network, fused.goal
-        self.rank = dict(zip(self.frozen.weight_names, fused.fused_ranks, strict=True))
-        self.adapted = {name: W.clone() for name, W in zip(
-            self.frozen.weight_names, self.frozen.weights, strict=True
-        )}  # fmt: skip
-        self.tokens = [x, select]
-        self.targets = [x, select]
+    Of everything there are two: sequences to fit, and others to choose by.
+    """
+
+    def __init__(
+        self,
+        frozen: Transformer,
+        goal: Transformer,
+        theorem: Transformer,
+        ranks: Mapping[str, int],
+        x: Tensor,
+        select: Tensor,
+    ) -> None:
+        self.frozen, self.goal, self.theorem, self.ranks = frozen, goal, theorem, ranks
+        self.own = {kind: getattr(frozen, kind).clone() for kind in WEIGHTS}
+        self.biases: dict[str, list[Tensor]] = {"b_1": [], "b_2": [*goal.b_2]}
         self.chosen: list[str] = []
+        self.tokens, self.targets = [x, select], [x, select]
+        for l in range(frozen.depth):
+            self._adapt(l)
 
-    def built(self) -> Adapters:
-        L, H = self.frozen.depth, self.frozen.heads
-        b_1, b_2 = [], [*self.goal.b_2[:-1]]
-        for l in range(L):
-            scores = [self.goal.scores(l, z) for z in self.targets]
-            for h in range(H):
-                self._scores(l, h, [s[:, h] for s in scores])
-            wanted = [self.goal.mixed(l, z, s) for z, s in zip(self.targets, scores, strict=True)]
-            b_1.append(self._values(l, wanted))
-            ours = [self._mixed(l, z, b_1[-1]).relu() for z in self.tokens]
-            if l + 1 < L:
-                self.targets = [self.goal.fed_forward(l, p) for p in wanted]
-                self.tokens = [self.frozen.W_2[l] @ a + self.goal.b_2[l][:, None] for a in ours]
-            else:
-                outputs = [self.goal.fed_forward(l, p) for p in wanted]
-                b_2.append(self._outputs(ours, outputs))
-        updates = [
-            lowrank.truncated_svd(W - frozen, self.rank[name])
-            for (name, W), frozen in zip(self.adapted.items(), self.frozen.weights, strict=True)
-        ]
-        biases = [*b_1, *b_2]
-        changes = [new - old for new, old in zip(biases, self.frozen.biases, strict=True)]
-        return Adapters(tuple(updates), tuple(changes))
+    def adapters(self, ranks: Sequence[int]) -> Adapters:
+        """What was found, for each weight in order."""
+        tuned = self.frozen.holding(
+            [w for stack in self.own.values() for w in stack.reshape(-1, *stack.shape[-2:])],
+            [b for kind in ("b_1", "b_2") for b in self.biases[kind]],
+        )
+        pairs = zip(tuned.weights, self.frozen.weights, ranks, strict=True)
+        updates = tuple(lowrank.truncated_svd(new - old, rank) for new, old, rank in pairs)
+        changes = zip(tuned.biases, self.frozen.biases, strict=True)
+        return Adapters(updates, tuple(new - old for new, old in changes))
 
-    def _name(self, kind: str, l: int, h: int) -> str:
-        return f"{kind} of block {l + 1}, head {h + 1}"
+    def _adapt(self, l: int) -> None:
+        scores = [self.goal.scores(l, z) for z in self.targets]
+        fit_scores, fit_values = self._scores, self._values
+        if is_narrow(self.frozen, "query size"):
+            fit_scores = self._narrow_scores
+        if is_narrow(self.frozen, "value size"):
+            fit_values = self._narrow_values
+        for h in range(self.frozen.heads):
+            fit_scores(l, h, [s[:, h] for s in scores])
+        hidden = [self.goal.mixed(l, z, s) for z, s in zip(self.targets, scores, strict=True)]
+        mixes = [self._patterned(l, z) for z in self.tokens]
+        self.biases["b_1"].append(fit_values(l, mixes, [_columns(p) for p in hidden]))
+        self.targets = [self.goal.fed_forward(l, p) for p in hidden]
+        ours = [self._mixed(l, parts).relu() for parts in mixes]
+        if l + 1 == self.frozen.depth:
+            self._outputs(l, ours, [_columns(z) for z in self.targets])
+        else:
+            made = [self.frozen.W_2[l] @ a + self.goal.b_2[l][:, None] for a in ours]
+            shapes = [(len(z), z.shape[-1]) for z in self.tokens]
+            self.tokens = [
+                part.unflatten(1, shape).movedim(0, 1)
+                for part, shape in zip(made, shapes, strict=True)
+            ]
 
     def _scores(self, l: int, h: int, wanted: list[Tensor]) -> None:
-        Q, K = (self._name(kind, l, h) for kind in ("W_Q", "W_K"))
-        if is_narrow(self.frozen, "query size"):
-            self._narrow_scores(Q, K, wanted)
-            return
-        frozen, W_K = self.adapted[Q], self.adapted[K]
-        theorem = self._theorem("W_Q", l, h)
-        rank = self.rank[Q]
+        frozen, W_K, rank = self.frozen.W_Q[l, h], self.frozen.W_K[l, h], self.ranks["W_Q"]
         keys = [W_K @ z for z in self.tokens]
         missing = [
             s - k.mT @ (frozen @ z) for s, k, z in zip(wanted, keys, self.tokens, strict=True)
         ]
-        E = self._target("W_Q", l, h) - frozen
-        found = {"theorem": theorem, "closed form": closed_form(E, keys[0], self.tokens[0], rank)}
-        if frozen.shape[-1] <= WIDEST:
+        E = self.goal.W_Q[l, h] - frozen
+        found = {
+            "theorem": self.theorem.W_Q[l, h] - frozen,
+            "closed form": closed_form(E, keys[0], self.tokens[0], rank),
+        }
+        if self.frozen.width <= WIDEST:
             moments = Scores.of(keys[0], self.tokens[0], missing[0])
             start = closed_form(moments.free(), keys[0], self.tokens[0], rank)
             start = min((start, *found.values()), key=lambda one: float(moments.left(one)))
             found["alternation"] = moments.improved(start, rank)
 
-        def error(name: str) -> float:
-            left = missing[1] - keys[1].mT @ (found[name] @ self.tokens[1])
-            return float((left - left.mean(-2, keepdim=True)).square().mean())
+        def error(change: Tensor) -> float:
+            return _spread(missing[1] - keys[1].mT @ (change @ self.tokens[1]))
 
-        best = min(found, key=error)
-        self._take(Q, found[best], best)
+        self.own["W_Q"][l, h] = frozen + self._best(found, error)
 
-    def _narrow_scores(self, Q: str, K: str, wanted: list[Tensor]) -> None:
+    def _narrow_scores(self, l: int, h: int, wanted: list[Tensor]) -> None:
         """Both factors in turn, each a step of `Scores` with the other as it is."""
-        z = self.tokens[0]
-        left = torch.inf
+        z, left = self.tokens[0], torch.inf
+        frozen = {kind: getattr(self.frozen, kind)[l, h] for kind in ("W_Q", "W_K")}
+        Q, K = frozen["W_Q"], frozen["W_K"]
         for _ in range(SWEEPS):
-            keys = self.adapted[K] @ z
-            frozen = self._frozen(Q)
-            of_Q = Scores.of(keys, z, wanted[0] - keys.mT @ (frozen @ z))
-            change = of_Q.improved(self.adapted[Q] - frozen, self.rank[Q])
-            if not self.rank[Q]:
-                change = torch.zeros_like(frozen)
-            self.adapted[Q] = frozen + change
-            queries, frozen = self.adapted[Q] @ z, self._frozen(K)
-            of_K = Scores.of(z, queries, wanted[0] - (frozen @ z).mT @ queries)
-            turned = (self.adapted[K] - frozen).mT
-            change = of_K.improved(turned, self.rank[K]) if self.rank[K] else 0 * turned
-            self.adapted[K] = frozen + change.mT
-            now = float(of_K.left(change))
-            if not now < left - 1e-4 * abs(left):
-                break
-            left = now
-        self.chosen.append("alternation of both factors")
-
-    def _values(self, l: int, wanted: list[Tensor]) -> Tensor:
-        """Adapts what all heads add up to before the ReLU; returns the bias."""
-        heads = range(self.frozen.heads)
-        mixes = [self._patterned(l, z) for z in self.tokens]
-        names = [self._name("W_O", l, h) for h in heads]
-        narrow = is_narrow(self.frozen, "value size")
-        flat = [[_columns(part) for part in mix] for mix in mixes]
-        y = [_columns(p) for p in wanted]
-        bias = self.goal.b_1[l]
-        if not narrow:
-            start = {
-                name: self._frozen(name) + self._theorem("W_O", l, h)
-                for h, name in enumerate(names)
-            }
-            self.adapted |= start
-        left = torch.inf
-        for _ in range(SWEEPS):
-            for h, name in enumerate(names):
-                others = sum((self._head(l, g) @ flat[0][g] for g in heads if g != h), 0 * y[0])
-                bias = self._one_head(l, h, name, y[0] - others, flat[0][h], narrow)
-            now = float(self._missed(l, y[0], flat[0], bias))
+            keys = K @ z
+            of_Q = Scores.of(keys, z, wanted[0] - keys.mT @ (frozen["W_Q"] @ z))
+            Q = frozen["W_Q"] + of_Q.improved(Q - frozen["W_Q"], self.ranks["W_Q"])
+            queries = Q @ z
+            of_K = Scores.of(z, queries, wanted[0] - (frozen["W_K"] @ z).mT @ queries)
+            turned = of_K.improved((K - frozen["W_K"]).mT, self.ranks["W_K"])
+            K, now = frozen["W_K"] + turned.mT, float(of_K.left(turned))
             if not now < left * (1 - STILL):
                 break
             left = now
-        if not narrow:
-            fitted = {name: self.adapted[name] for name in names}, bias
-            errors = []
-            for weights, b in (fitted, (start, self.goal.b_1[l])):
-                self.adapted |= weights
-                errors.append(float(self._missed(l, y[1], flat[1], b)))
-            if errors[0] < errors[1]:
-                self.adapted |= fitted[0]
-            else:
-                bias = self.goal.b_1[l]
-            self.chosen.append("heads in turn" if errors[0] < errors[1] else "theorem")
-        else:
-            self.chosen.append("factors of heads in turn")
-        return bias
-
-    def _one_head(
-        self, l: int, h: int, name: str, wanted: Tensor, mix: Tensor, narrow: bool
-    ) -> Tensor:
-        frozen = self._frozen(name)
-        if not narrow:
-            E = self._target("W_O", l, h) - frozen
-            found = reduced_rank(wanted - frozen @ mix, mix, self.rank[name], towards=E)
-            self.adapted[name] = frozen + found.change.matrix()
-            return found.intercept
-        of_V = self._name("W_V", l, h)
-        O, V = self.adapted[name], self._frozen(of_V)
-        inner = torch.linalg.pinv(O) @ wanted - V @ mix
-        found = reduced_rank(inner, mix, self.rank[of_V], metric=O)
-        self.adapted[of_V] = V + found.change.matrix()
-        values = self.adapted[of_V] @ mix
-        found = reduced_rank(wanted - frozen @ values, values, self.rank[name])
-        self.adapted[name] = frozen + found.change.matrix()
-        return found.intercept
-
-    def _outputs(self, ours: list[Tensor], wanted: list[Tensor]) -> Tensor:
-        l = self.frozen.depth - 1
-        name = f"W_2 of block {l + 1}"
-        frozen = self._frozen(name)
-        theorem = _best(self.goal.W_2[l] - frozen, self.rank[name])
-        a, y = [_columns(part) for part in ours], [_columns(part) for part in wanted]
-        found = reduced_rank(
-            y[0] - frozen @ a[0], a[0], self.rank[name], towards=self.goal.W_2[l] - frozen
-        )
-        options = {
-            "repair": (found.change.matrix(), found.intercept),
-            "theorem": (theorem, self.goal.b_2[l]),
+        found = {
+            "alternation": (Q, K),
+            "theorem": (self.theorem.W_Q[l, h], self.theorem.W_K[l, h]),
         }
 
-        def error(option: str) -> float:
-            change, bias = options[option]
-            return float((y[1] - (frozen + change) @ a[1] - bias[:, None]).square().mean())
+        def error(pair: tuple[Tensor, Tensor]) -> float:
+            Q, K = pair
+            return _spread(wanted[1] - (K @ self.tokens[1]).mT @ (Q @ self.tokens[1]))
 
-        best = min(options, key=error)
-        self._take(name, options[best][0], best)
-        return options[best][1]
+        self.own["W_Q"][l, h], self.own["W_K"][l, h] = self._best(found, error)
 
-    def _take(self, name: str, change: Tensor, how: str) -> None:
-        self.adapted[name] = self._frozen(name) + change
-        self.chosen.append(how)
+    def _values(self, l: int, mixes: list[Tensor], wanted: list[Tensor]) -> Tensor:
+        """All heads in turn until they stand still, from the theorem's on; returns the bias."""
 
-    def _frozen(self, name: str) -> Tensor:
-        return self.frozen.weights[self.frozen.weight_names.index(name)]
+        def step(h: int, lacking: Tensor) -> Tensor:
+            frozen, mix = self.frozen.W_O[l, h], mixes[0][h]
+            E, rank = self.goal.W_O[l, h] - frozen, self.ranks["W_O"]
+            found = reduced_rank(lacking - frozen @ mix, mix, rank, towards=E)
+            self.own["W_O"][l, h] = frozen + found.change.matrix()
+            return found.intercept
 
-    def _target(self, kind: str, l: int, h: int) -> Tensor:
-        return self.goal.weights[self.goal.weight_names.index(self._name(kind, l, h))]
+        self.own["W_O"][l] = self.theorem.W_O[l]
+        return self._in_turn(l, mixes, wanted, step)
 
-    def _theorem(self, kind: str, l: int, h: int) -> Tensor:
-        name = self._name(kind, l, h)
-        return _best(self._target(kind, l, h) - self._frozen(name), self.rank[name])
+    def _narrow_values(self, l: int, mixes: list[Tensor], wanted: list[Tensor]) -> Tensor:
+        """The same with the two factors of each head, from the frozen ones on."""
 
-    def _patterned(self, l: int, z: Tensor) -> list[Tensor]:
-        """``Z P_h`` of every head with the adapted scores."""
-        found = []
-        for h in range(self.frozen.heads):
-            Q, K = (self.adapted[self._name(kind, l, h)] for kind in ("W_Q", "W_K"))
-            found.append(z @ ((K @ z).mT @ (Q @ z)).softmax(-2))
-        return found
+        def step(h: int, lacking: Tensor) -> Tensor:
+            O, V, mix = self.own["W_O"][l, h].clone(), self.frozen.W_V[l, h], mixes[0][h]
+            inner = torch.linalg.pinv(O) @ lacking - V @ mix
+            found = reduced_rank(inner, mix, self.ranks["W_V"], metric=O)
+            self.own["W_V"][l, h] = V + found.change.matrix()
+            values, frozen = self.own["W_V"][l, h] @ mix, self.frozen.W_O[l, h]
+            found = reduced_rank(lacking - frozen @ values, values, self.ranks["W_O"])
+            self.own["W_O"][l, h] = frozen + found.change.matrix()
+            return found.intercept
+
+        return self._in_turn(l, mixes, wanted, step)
+
+    def _in_turn(
+        self,
+        l: int,
+        mixes: list[Tensor],
+        wanted: list[Tensor],
+        step: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        heads, left, bias = range(self.frozen.heads), torch.inf, self.goal.b_1[l]
+        for _ in range(SWEEPS):
+            for h in heads:
+                others = [self._head(l, g) @ mixes[0][g] for g in heads if g != h]
+                bias = step(h, wanted[0] - sum(others, 0 * wanted[0]))
+            now = float((wanted[0] - self._sum(l, mixes[0], bias)).square().mean())
+            if not now < left * (1 - STILL):
+                break
+            left = now
+        fitted = {kind: self.own[kind][l].clone() for kind in ("W_V", "W_O")}
+        theorem = {kind: getattr(self.theorem, kind)[l] for kind in fitted}
+        found = {"in turn": (fitted, bias), "theorem": (theorem, self.theorem.b_1[l])}
+
+        def put(weights: Mapping[str, Tensor]) -> None:
+            for kind, stack in weights.items():
+                self.own[kind][l] = stack
+
+        def error(option: tuple[Mapping[str, Tensor], Tensor]) -> float:
+            put(option[0])
+            return float((wanted[1] - self._sum(l, mixes[1], option[1])).square().mean())
+
+        weights, bias = self._best(found, error)
+        put(weights)
+        return bias
+
+    def _outputs(self, l: int, ours: list[Tensor], wanted: list[Tensor]) -> None:
+        frozen = self.frozen.W_2[l]
+        E, rank = self.goal.W_2[l] - frozen, self.ranks["W_2"]
+        fitted = reduced_rank(wanted[0] - frozen @ ours[0], ours[0], rank, towards=E)
+        found = {
+            "repair": (frozen + fitted.change.matrix(), fitted.intercept),
+            "theorem": (self.theorem.W_2[l], self.theorem.b_2[l]),
+        }
+
+        def error(option: tuple[Tensor, Tensor]) -> float:
+            W, bias = option
+            return float((wanted[1] - W @ ours[1] - bias[:, None]).square().mean())
+
+        self.own["W_2"][l], self.biases["b_2"][l] = self._best(found, error)
+
+    def _best(self, options: dict[str, T], error: Callable[[T], float]) -> T:
+        name = min(options, key=lambda name: error(options[name]))
+        self.chosen.append(name)
+        return options[name]
+
+    def _patterned(self, l: int, z: Tensor) -> Float[Tensor, "heads width columns"]:
+        """``Z P_h`` of every head with the adapted scores, of all sequences side by side."""
+        Q, K = (self.own[kind][l] for kind in ("W_Q", "W_K"))
+        tokens = z.unsqueeze(-3)
+        patterns = ((K @ tokens).mT @ (Q @ tokens)).softmax(-2)
+        return (tokens @ patterns).movedim(0, -2).flatten(-2)
 
     def _head(self, l: int, h: int) -> Tensor:
-        O, V = (self.adapted[self._name(kind, l, h)] for kind in ("W_O", "W_V"))
-        return O @ V
+        return self.own["W_O"][l, h] @ self.own["W_V"][l, h]
 
-    def _mixed(self, l: int, z: Tensor, bias: Tensor) -> Tensor:
-        mixes = self._patterned(l, z)
-        heads = range(self.frozen.heads)
-        return sum((self._head(l, h) @ mixes[h] for h in heads), bias[:, None])
+    def _sum(self, l: int, mixes: Tensor, bias: Tensor) -> Tensor:
+        return (self.own["W_O"][l] @ (self.own["W_V"][l] @ mixes)).sum(0) + bias[:, None]
 
-    def _missed(self, l: int, y: Tensor, mixes: list[Tensor], bias: Tensor) -> Tensor:
-        heads = range(self.frozen.heads)
-        return (
-            (y - sum((self._head(l, h) @ mixes[h] for h in heads), bias[:, None])).square().mean()
-        )
+    def _mixed(self, l: int, mixes: Tensor) -> Tensor:
+        return self._sum(l, mixes, self.biases["b_1"][l])
 
 
-def _columns(z: Float[Tensor, "samples width tokens"]) -> Float[Tensor, "width all"]:
+def _columns(z: Float[Tensor, "samples width tokens"]) -> Float[Tensor, "width columns"]:
     return z.movedim(-2, 0).flatten(1)
 
 
-def _best(E: Tensor, rank: int) -> Tensor:
-    return lowrank.truncated_svd(E, rank).matrix()
+def _spread(scores: Float[Tensor, "samples tokens tokens"]) -> float:
+    """The mean square of scores about their mean over the keys."""
+    return float((scores - scores.mean(-2, keepdim=True)).square().mean())

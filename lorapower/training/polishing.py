@@ -16,7 +16,7 @@ from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks import FNN, Network
 from ..regions import Region
-from .data import Fixed
+from .data import Data, Fixed
 from .engine import train
 from .tuning import Tuning
 
@@ -36,6 +36,7 @@ def polish(
     starts: Sequence[Start] = ("fitted",),
     steps: int = 0,
     iterations: int = 300,
+    data: Data | None = None,
     region: Region | None = None,
     seed: int = 0,
     throw: bool = True,
@@ -55,7 +56,9 @@ def polish(
         are usually trained, ``A = 0``; of a transformer in the fused network, which reaches the
         same, of a ReLU network in the frozen network itself, which reaches more. This one needs
         steps.
-    steps : of Adam, on batches of 256 of the inputs, in single precision.
+    steps : of Adam, in single precision.
+    data : the batches of these steps; by default 256 of the inputs at a time. Where inputs
+        can be drawn, fresh ones fit no noise.
     iterations : of L-BFGS; it ends before, where the held-out error stops falling.
     region, throw : as there.
     seed : of the factors of start ``"lora"`` and of the order of batches.
@@ -69,6 +72,8 @@ def polish(
         raise InputError("starts", allowed='some of "fitted", "lora"', given=brief(starts))
     steps = _checks.integer("steps", steps, 0)
     iterations = _checks.integer("iterations", iterations, 0)
+    if data is not None:
+        _checks.kind(Data, data=data)
     if "lora" in starts and not steps:
         raise InputError(
             "steps", allowed='at least 1 from start "lora"', given=0, remedy="such as 4000"
@@ -81,7 +86,7 @@ def polish(
         pairs = (x, fit.fused.target(x)), (select, fit.fused.target(select))
         tried = [fit]
         for i, start in enumerate(starts):
-            tried.append(_polished(fit, start, pairs, steps, iterations, seed + i))
+            tried.append(_polished(fit, start, pairs, data, steps, iterations, seed + i))
         errors = [_error(*_place(one), pairs[1]) for one in tried]
         fits.append(tried[min(range(len(tried)), key=errors.__getitem__)])
     return evidence(fits, x, others, fitted.error.shape, region, throw=throw)
@@ -91,7 +96,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _polished(
-    fit: Fit, start: Start, pairs: tuple[Pair, Pair], steps: int, iterations: int, seed: int
+    fit: Fit,
+    start: Start,
+    pairs: tuple[Pair, Pair],
+    data: Data | None,
+    steps: int,
+    iterations: int,
+    seed: int,
 ) -> Fit:
     fused = fit.fused
     direct = start == "lora" and isinstance(fused.network, FNN)
@@ -103,7 +114,8 @@ def _polished(
     if steps:
         tuning = Tuning(ranks=ranks, learning_rate=RATES[start], schedule="cosine")
         count = pairs[0][0].shape[0 if network.sequences else -1]
-        data = Fixed(*pairs, samples=min(BATCH, count), seed=seed, purpose=("polish",))
+        if data is None:
+            data = Fixed(*pairs, samples=min(BATCH, count), seed=seed, purpose=("polish",))
         given = adapters if start == "fitted" else None
         every = max(1, steps // 100)
         found = train(network, [tuning], data, steps=steps, every=every, start=given, seed=seed)
