@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _checks, _objects, bounds
 from ..adapters import Adapters
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks import FNN, Network, Partition, Transformer, as_network
 from ..regions import Ball, Region
@@ -33,6 +33,7 @@ SHRINKAGES = (0.0, 0.01, 0.1, 1.0, inf)
 RIDGE = 1e-3
 # The region of a ReLU network: a ball as large as all inputs, times this.
 REACH = 1.25
+Metric = Literal["alike", "outputs", "best"]
 # Half width of a 95% interval, in standard errors.
 NORMAL = 1.96
 
@@ -92,6 +93,7 @@ def adapt(
     *,
     partition: Partition | None = None,
     region: Region | None = None,
+    metric: Metric = "best",
     throw: bool = True,
 ) -> Fitted:
     """Adapters, and biases, of the least error that closed forms find on given inputs.
@@ -117,6 +119,8 @@ def adapt(
     partition : of ReLU networks: the blocks, by default uniform.
     region : of ReLU networks: where the adapted network is to be what was fitted; by default a
         ball about the mean of all inputs, 1.25 times as large as they need.
+    metric : of ReLU networks: errors of a layer count ``"alike"``, or by what the ``"outputs"``
+        feel of them, or whichever comes out ``"best"``.
     throw : raise an error where the construction loses too many digits, or else say so in
         ``success``.
 
@@ -133,20 +137,23 @@ def adapt(
         raise InputError("region", allowed="left out but for ReLU networks", given=region)
     if partition is not None and not isinstance(frozen, FNN):
         raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
+    if metric not in get_args(Metric):
+        allowed = ", ".join(map(repr, get_args(Metric)))
+        raise InputError("metric", allowed=allowed, given=brief(metric))
     fits = [
-        fit(fuse(one, goal, ranks, partition), x, halves(others)[0])
+        fit(fuse(one, goal, ranks, partition), x, halves(others)[0], metric)
         for one, goal in _members(frozen, target, batch)
     ]
     return evidence(fits, x, others, batch, region, throw=throw)
 
 
 @torch.no_grad()
-def fit(fused: Fused, inputs: Tensor, select: Tensor) -> Fit:
+def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -> Fit:
     """The least error on ``select`` among the networks that `adapt` compares."""
     if isinstance(fused.network, Transformer):
         made = [*attention.candidates(fused, inputs, select)]
     else:
-        made = [*_layerwise(fused, inputs, select)]
+        made = [*_layerwise(fused, inputs, select, metric)]
     goal = fused.goal(select)
 
     def error(candidate: tuple[Adapters, Any]) -> float:
@@ -154,6 +161,27 @@ def fit(fused: Fused, inputs: Tensor, select: Tensor) -> Fit:
 
     factors, chosen = min(made, key=error)
     return Fit(fused, factors, tuple(chosen))
+
+
+def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
+    """Adapters of a fused ReLU network whose layers are each the nearest to the target's own.
+
+    Layer ``i`` becomes ``P_i + U Uᵀ E_i`` with the principal directions ``U`` of what is missing,
+    ``E_i z̄_{i−1}``, about its mean, at the target's activations; the bias makes up for the mean of
+    the others. Where the ranks suffice the network is the target on all inputs. Raises
+    `InputError` for another kind of network and for unusable inputs. Source: [prop-data-rank].
+    """
+    network, goal = fused.network, fused.goal
+    _checks.kind(FNN, network=network, goal=goal)
+    assert isinstance(goal, FNN)
+    z, updates, biases = goal.as_inputs(inputs, "inputs"), [], []
+    for l, (W, rank) in enumerate(zip(network.weights, fused.fused_ranks, strict=True)):
+        E = goal.weights[l] - W
+        found = reduced_rank(E @ z, z, rank, towards=E, shrinkage=inf)
+        updates.append(found.change)
+        biases.append(goal.biases[l] + found.intercept - network.biases[l])
+        z = goal.layers(slice(l, l + 1))(z)
+    return Adapters(tuple(updates), tuple(biases))
 
 
 def evidence(
@@ -165,7 +193,7 @@ def evidence(
     *,
     throw: bool = True,
 ) -> Fitted:
-    """Fits carried back to their frozen networks, and measured on the rest of the held-out inputs."""
+    """Fits, carried back to their frozen networks and measured on the rest of the held-out."""
     if region is None and isinstance(fits[0].fused.frozen, FNN):
         region = ball(torch.cat([inputs, held_out], -1))
     test = halves(held_out)[1]
@@ -244,7 +272,9 @@ def checked(target: Network, inputs: Any, held_out: Any) -> tuple[Tensor, Tensor
             )
         found.append(x)
     rows = [set(_rows(x)) for x in found]
-    if shared := len(rows[0] & rows[1]):
+    # A few inputs may well be drawn twice.
+    shared = len(rows[0] & rows[1])
+    if 10 * shared > len(rows[1]):
         raise InputError(
             "held_out",
             allowed="other inputs than those of the fit",
@@ -292,19 +322,23 @@ def _stacked(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
     return Adapters(updates, biases)
 
 
-def _layerwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapters, list[str]]]:
+def _layerwise(
+    fused: Fused, x: Tensor, select: Tensor, metric: Metric
+) -> Iterator[tuple[Adapters, list[str]]]:
     """Adapters of a linear or a ReLU network's layers: the theorem's, and two that are fitted."""
     network, goal = fused.network, fused.goal
     ranked = [*zip(network.weights, goal.weights, fused.fused_ranks, strict=True)]
     theorem = [best_change(W, W_target, rank) for W, W_target, rank in ranked]
     plain = tuple(b - a for a, b in zip(network.biases, goal.biases, strict=True))
     yield Adapters(tuple(theorem), plain), ["theorem"] * len(ranked)
-    metrics: list[list[Tensor | None]] = [[None] * len(ranked)]
-    if isinstance(goal, FNN):
+    metrics: list[list[Tensor | None]] = []
+    if metric != "outputs" or not isinstance(goal, FNN):
+        metrics.append([None] * len(ranked))
+    if metric != "alike" and isinstance(goal, FNN):
         metrics.append([*_metrics(goal, x)])
     for of_layers in metrics:
         updates, biases, chosen = [], [], []
-        own, wanted = (x, select), (x, select)
+        own, wanted = [x, select], [x, select]
         for l, (W, W_target, rank) in enumerate(ranked):
             bias = goal.biases[l][:, None] if goal.biases else 0.0
             reach = [W_target @ z + bias for z in wanted]
@@ -347,7 +381,7 @@ def _layer(
                 shrinkage=shrinkage,
                 metric=metric,
                 intercept=free,
-            )  # fmt: skip
+            )
         )
         for shrinkage in SHRINKAGES
     }

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, bounds, lowrank
+from .. import _checks, bounds
 from ..adapters import Adapters
 from ..errors import InputError, PrecisionError, SingularError, brief
 from ..lowrank import LowRank
@@ -220,37 +220,6 @@ def adapt(
         ).all(-1)
         & finite,
     )
-
-
-@torch.no_grad()
-def reachable(
-    frozen: FNN,
-    target: FNN,
-    ranks: _checks.Ranks,
-    inputs: Float[Tensor, "*#batch in samples"],
-    partition: Partition | None = None,
-) -> FNN:
-    """A target that `adapt` reaches exactly with these ranks, near to the given one on inputs.
-
-    Layer ``i`` is ``P_i + U Uᵀ E_i`` with the product ``P_i`` of the frozen block and the ``r_i``
-    principal directions ``U`` of the missing pre-activations ``E_i z̄_{i−1}`` about their mean; its
-    bias makes up for the mean of the others. Of all layers that differ from ``P_i`` by rank
-    ``r_i``, its pre-activations at the target's activations ``z̄_{i−1}`` are the nearest to the
-    target's, in mean square. Where the directions suffice the two networks agree on all inputs.
-
-    Raises `InputError` for what `adapt` refuses in ``frozen``, ``target``, ``ranks`` and
-    ``partition``, and for unusable inputs. Source: [prop-data-rank].
-    """
-    gaps = blocks(frozen, target, partition)
-    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    z, weights, biases = target.as_inputs(inputs), [], []
-    for i, (gap, share) in enumerate(zip(gaps, shares(gaps, ranks), strict=True)):
-        mean = z.mean(-1, keepdim=True)
-        U = lowrank.svd(gap.matrix @ (z - mean)).U[..., : sum(share)]
-        weights.append(gap.frozen.product() + U @ (U.mT @ gap.matrix))
-        biases.append(target.biases[i] + ((target.weights[i] - weights[-1]) @ mean)[..., 0])
-        z = target.layers(slice(i, i + 1))(z)
-    return target.with_parameters(weights, biases)
 
 
 class _Biases(NamedTuple):

@@ -67,11 +67,17 @@ class Fused:
         reached = adapters.merge(self.network)
         if isinstance(reached, FNN):
             _checks.kind(Region, region=region)
-            assert isinstance(self.frozen, FNN) and region is not None
+            assert isinstance(self.frozen, FNN)
+            assert region is not None
             return fnn.adapt(
-                self.frozen, reached, self.ranks, region, self.partition, throw=throw,
+                self.frozen,
+                reached,
+                self.ranks,
+                region,
+                self.partition,
+                throw=throw,
                 max_digits_lost=torch.inf,
-            )  # fmt: skip
+            )
         if isinstance(reached, Transformer):
             assert isinstance(self.frozen, Transformer)
             return transformer.adapt(self.frozen, reached, self.ranks, throw=throw)
@@ -149,7 +155,7 @@ def _transformer(frozen: Transformer, target: Any, ranks: Any) -> Fused:
             given=frozen.sizes["outputs"],
             remedy="fewer coordinates cannot hold a bias for all of them",
         )
-    made = [_fused(network, frozen) for network in (frozen, target)]
+    network, goal = (_fused(one, frozen) for one in (frozen, target))
     width, outputs = frozen.width, frozen.sizes["outputs"]
     by_name = {"W_Q": min(own["W_Q"] + own["W_K"], width), "W_K": 0, "W_V": 0}
     by_name["W_O"] = min(own["W_V"] + own["W_O"], width)
@@ -162,7 +168,7 @@ def _transformer(frozen: Transformer, target: Any, ranks: Any) -> Fused:
         last if name == f"W_2 of block {frozen.depth}" else by_name.get(name.split()[0], 0)
         for name in frozen.weight_names
     ]
-    return Fused(frozen, target, ranks, None, *made, tuple(reach))
+    return Fused(frozen, target, ranks, None, network, goal, tuple(reach))
 
 
 def _fused(network: Transformer, frozen: Transformer) -> Transformer:

@@ -212,10 +212,12 @@ class Problem(Record):
 
     def adapters(self, frozen: Any, target: Any, method: Construction | Fitted) -> Adapters:
         """The method's adapters, for ReLU networks over all images that there can be."""
-        if isinstance(method, Fitted):
-            inputs = self.task.training[0]
-            target = constructions.fnn.reachable(frozen, target, method.ranks, inputs)
-        return methods.construct(frozen, target, method.ranks, Box(0.0, 1.0))
+        region = Box(0.0, 1.0)
+        if not isinstance(method, Fitted):
+            return methods.construct(frozen, target, method.ranks, region)
+        fused = constructions.fused.fuse(frozen, target, method.ranks)
+        nearest = constructions.fitted.nearest(fused, self.task.training[0])
+        return fused.carry_back(nearest, region, throw=False).adapters
 
     def networks(self) -> tuple[Any, Any]:
         """The frozen network and the target, in double precision."""

@@ -32,7 +32,7 @@ class Construction(Record):
 class Fitted(Record):
     """The construction for the nearest target that the ranks reach on the training inputs.
 
-    See `constructions.fnn.reachable`.
+    See `constructions.fitted.nearest`.
     """
 
     kind: Literal["fitted"] = "fitted"

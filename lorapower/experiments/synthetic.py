@@ -16,12 +16,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, randomness
+from .. import _checks, constructions, randomness
 from .._records import Record
+from ..adapters import Adapters
+from ..constructions.fitted import Fitted as FittedAdapters
 from ..errors import InputError
 from ..networks import FNN, LinearNetwork, Partition, Transformer
 from ..regions import Ball
-from ..training import Data, Fixed, Fresh, Tuning, train
+from ..training import Data, Fixed, Fresh, Tuning, polish, train
+from ..training.polishing import Start
 from . import methods, tables
 from .methods import Final, Lora, Network, Trained
 
@@ -31,6 +34,8 @@ RANDOM, PRETRAINED = 1.0, 1 / 3
 PRETRAINING = Tuning(learning_rate=1e-3)
 PRETRAINING_STEPS = 1000
 TEST_SAMPLES = 5000
+# Inputs by which candidates of a fit are compared.
+CHOOSING = 1000
 SHIFT = 5.0
 
 # What the problems and what the optimizer of the study's grids are, beside their networks.
@@ -202,11 +207,27 @@ class Construction(methods.Construction):
     region: float = Field(1.0, gt=0)
 
 
+class Fitted(methods.Fitted):
+    """Adapters fitted to inputs, see `constructions.fitted.adapt`, and where asked for polished.
+
+    Attributes
+    ----------
+    inputs : number of those of the fit, each a sequence for a transformer.
+    starts : of the polish, see `training.polish`; none without it.
+    adam, iterations : steps of Adam, on fresh batches, and of L-BFGS, from each start.
+    """
+
+    inputs: int = Field(4000, ge=2)
+    starts: tuple[Start, ...] = ()
+    adam: int = Field(0, ge=0)
+    iterations: int = Field(400, ge=0)
+
+
 class Setting(Record):
     """One run. Raises `InputError` for a method that does not fit the problem."""
 
     problem: Problem = Problem()
-    method: Annotated[Construction | Lora | Final, Field(discriminator="kind")] = Lora()
+    method: Annotated[Construction | Fitted | Lora | Final, Field(discriminator="kind")] = Lora()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -224,7 +245,7 @@ class Setting(Record):
         for rank in each:
             _checks.integer("ranks", rank, 0, problem.width, limit="the width")
         weights = (4 * problem.heads + 2) * problem.depth + 1 if transformer else problem.depth
-        one = transformer and isinstance(method, Construction)
+        one = transformer and isinstance(method, methods.Construction | Fitted)
         if several and (one or len(each) != weights):
             allowed = "one" if one else f"one or {weights}, one for each weight"
             raise InputError("ranks", allowed=allowed, given=f"{len(each)} of them")
@@ -253,6 +274,7 @@ class Found(Trained):
     training_accuracy: float = math.nan
     signal: float
     variance: float
+    predicted: float = math.nan
 
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
@@ -263,17 +285,62 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     tests = _Tests(problem, target, data, fresh)
     # Hardly any of the normal inputs that are used here is outside √D + 4.
     usual = problem.width**0.5 + 4
+    ball = Ball(usual)
+    fits: dict[Any, FittedAdapters] = {}
+
+    def construct(method: Any) -> Adapters:
+        if not isinstance(method, Fitted):
+            region = Ball(method.region * usual)
+            return methods.construct(frozen, target, method.ranks, region)
+        fits[method] = _fit(problem, frozen, target, method, ball)
+        return fits[method].adapters
+
     found = methods.adapted(
         [setting.method for setting in settings],
         frozen,
         data,
-        lambda m: methods.construct(frozen, target, m.ranks, Ball(m.region * usual)),
+        construct,
         steps=problem.steps,
         every=problem.every,
         classes=problem.classes,
         seed=problem.seed,
     )
-    return [Found(**tests.of(network), **dict(about)) for network, about in found]
+    predicted = [
+        float(fits[setting.method].predicted) if setting.method in fits else math.nan
+        for setting in settings
+    ]
+    return [
+        Found(**tests.of(network), predicted=first, **dict(about))
+        for (network, about), first in zip(found, predicted, strict=True)
+    ]
+
+
+def _fit(
+    problem: Problem, frozen: Network, target: Network, method: Fitted, ball: Ball
+) -> FittedAdapters:
+    """What a method fits, on inputs that are drawn for nothing else."""
+    inputs = [
+        problem.data(target, purpose)[1].test(count)[0].to(torch.float64)
+        for purpose, count in (("calibration", method.inputs), ("choosing", 2 * CHOOSING))
+    ]
+    region = ball if problem.model == "fnn" else None
+    found = constructions.fitted.adapt(
+        frozen, target, method.ranks, *inputs, region=region, throw=False
+    )
+    if not method.starts:
+        return found
+    batches = problem.data(target, "polishing")[1] if method.adam else None
+    return polish(
+        found,
+        *inputs,
+        starts=method.starts,
+        steps=method.adam,
+        iterations=method.iterations,
+        data=batches,
+        region=region,
+        seed=problem.seed,
+        throw=False,
+    )
 
 
 def best(table: pd.DataFrame, record: type[Record] = Setting) -> pd.DataFrame:

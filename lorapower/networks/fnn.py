@@ -145,7 +145,7 @@ class FNN(Layers):
     def behind(
         self, l: int, p: Float[Tensor, "*#batch _ samples"]
     ) -> Float[Tensor, "*batch out samples"]:
-        """The outputs for pre-activations of layer ``l``, counted from 0; gradients flow through."""
+        """The outputs for pre-activations of layer ``l``, from 0; gradients flow through."""
         for weight, bias in zip(self.weights[l + 1 :], self.biases[l + 1 :], strict=True):
             p = weight @ p.relu() + bias[..., None]
         return p if self.linear_last else p.relu()

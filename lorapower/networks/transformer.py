@@ -250,8 +250,8 @@ class Transformer(Network):
                 raise InputError(
                     name, allowed=f"{len(own)}, in the order of this network's", given=len(given)
                 )
-        own = self.biases if biases is None else biases
-        return Transformer(**self._stacked(WEIGHTS, weights, 2), **self._stacked(BIASES, own, 1))
+        tuned = self.biases if biases is None else biases
+        return Transformer(**self._stacked(WEIGHTS, weights, 2), **self._stacked(BIASES, tuned, 1))
 
     def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Transformer:
         network = object.__new__(Transformer)

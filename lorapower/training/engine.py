@@ -33,7 +33,7 @@ def train(
     every: int = 1,
     classes: Sequence[int] = (),
     until: float = 0.0,
-    start: Adapters | None = None,
+    starts: Sequence[Adapters | None] = (),
     seed: int | Sequence[int] = 0,
     threads: int | None = None,
     backend: Literal["compiled", "torch"] = "compiled",
@@ -55,8 +55,8 @@ def train(
         votes of all outputs and tokens are summed and their softmax is compared with the label by
         cross-entropy. None: mean squared error over outputs, tokens and samples.
     until : a run ends when its validation loss is at most this part of that before the first step.
-    start : adapters from which runs start, in place of those above: one for all runs, or of as
-        many members as there are runs, each for a tuning and a network in their order.
+    starts : for each tuning the adapters from which its runs start, of at most its ranks, or None
+        for the factors above; these for all by default.
     seed : of the factors; one for each member of the batch, or one for all.
     threads : how many runs advance at a time, by default one on each processor; another thread
         makes the inputs.
@@ -90,7 +90,8 @@ def train(
         raise InputError(
             "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=brief(tunings)
         )
-    state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until, start)
+    given = _starts(starts, tunings, stack)
+    state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until, given)
     if backend == "compiled":
         _run_compiled(structure, state, batches, steps, every, threads)
     else:
@@ -108,6 +109,25 @@ def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
             name, allowed=f"one, or one for each of {members} networks", given=len(values)
         )
     return list(values)
+
+
+def _starts(starts: Any, tunings: Sequence[Tuning], stack: Stack[Any]) -> list[Any]:
+    """Adapters or nothing for each tuning, whose ranks hold them."""
+    if not isinstance(starts, Sequence) or len(starts) not in (0, len(tunings)):
+        raise InputError(
+            "starts",
+            allowed=f"none, or Adapters or None for each of {len(tunings)} tunings",
+            given=brief(starts),
+        )
+    for start, tuning in zip(starts, tunings, strict=False):
+        if start is not None:
+            _checks.kind(Adapters, starts=start)
+            most = stack.ranks(tuning)
+            if len(most) != len(start.ranks) or any(map(int.__gt__, start.ranks, most)):
+                raise InputError(
+                    "starts", allowed=f"adapters of ranks up to {brief(most)}", given=start
+                )
+    return list(starts) or [None] * len(tunings)
 
 
 def _processors() -> int:

@@ -68,8 +68,13 @@ def polish(
     Source: the adapters are [def-adapter]'s; nothing is promised but what is measured.
     """
     _checks.kind(Fitted, fitted=fitted)
-    if not starts or isinstance(starts, str) or set(starts) - set(get_args(Start)):
-        raise InputError("starts", allowed='some of "fitted", "lora"', given=brief(starts))
+    known = get_args(Start)
+    if not isinstance(starts, list | tuple) or sorted(starts, key=str) != sorted(
+        {*starts} & {*known}
+    ):
+        raise InputError(
+            "starts", allowed='"fitted", "lora" or both, in a list', given=brief(starts)
+        )
     steps = _checks.integer("steps", steps, 0)
     iterations = _checks.integer("iterations", iterations, 0)
     if data is not None:
@@ -83,10 +88,15 @@ def polish(
     select = halves(others)[0]
     fits = []
     for fit in fitted.fits:
-        pairs = (x, fit.fused.target(x)), (select, fit.fused.target(select))
-        tried = [fit]
-        for i, start in enumerate(starts):
-            tried.append(_polished(fit, start, pairs, data, steps, iterations, seed + i))
+        goal = fit.fused.target
+        pairs = (x, goal(x)), (select, goal(select))
+        source = data
+        if source is None:
+            count = x.shape[0 if goal.sequences else -1]
+            samples = min(BATCH, count)
+            source = Fixed(*pairs, samples=samples, seed=seed, purpose=("polish",))
+        tried = [fit, *_begun(fit, starts, source, steps, seed)]
+        tried[1:] = [_descended(one, pairs, iterations) for one in tried[1:]]
         errors = [_error(*_place(one), pairs[1]) for one in tried]
         fits.append(tried[min(range(len(tried)), key=errors.__getitem__)])
     return evidence(fits, x, others, fitted.error.shape, region, throw=throw)
@@ -95,35 +105,42 @@ def polish(
 Pair = tuple[Tensor, Tensor]
 
 
-def _polished(
-    fit: Fit,
-    start: Start,
-    pairs: tuple[Pair, Pair],
-    data: Data | None,
-    steps: int,
-    iterations: int,
-    seed: int,
-) -> Fit:
+def _begun(fit: Fit, starts: Sequence[Start], data: Data, steps: int, seed: int) -> Iterator[Fit]:
+    """From each start what the steps of Adam make of it; those of one network are run at once."""
     fused = fit.fused
-    direct = start == "lora" and isinstance(fused.network, FNN)
-    network: Network = fused.frozen if direct else fused.network
-    ranks = _checks.ranks_per_layer(
-        fused.ranks if direct else fused.fused_ranks, [w.shape[-2:] for w in network.weights]
-    )
-    adapters = fit.factors
-    if steps:
-        tuning = Tuning(ranks=ranks, learning_rate=RATES[start], schedule="cosine")
-        count = pairs[0][0].shape[0 if network.sequences else -1]
-        if data is None:
-            data = Fixed(*pairs, samples=min(BATCH, count), seed=seed, purpose=("polish",))
-        given = adapters if start == "fitted" else None
-        every = max(1, steps // 100)
-        found = train(network, [tuning], data, steps=steps, every=every, start=given, seed=seed)
-        adapters = found.adapters[0].to(network.dtype)
+    places: dict[bool, list[Start]] = {}
+    for start in starts:
+        places.setdefault(start == "lora" and isinstance(fused.network, FNN), []).append(start)
+    for direct, begun in places.items():
+        network: Network = fused.frozen if direct else fused.network
+        found = [fit.factors] * len(begun)
+        if steps:
+            ranks = fused.ranks if direct else fused.fused_ranks
+            each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in network.weights])
+            runs = train(
+                network,
+                [Tuning(ranks=each, learning_rate=RATES[s], schedule="cosine") for s in begun],
+                data,
+                steps=steps,
+                every=max(1, steps // 100),
+                starts=[fit.factors if s == "fitted" else None for s in begun],
+                seed=seed,
+            )
+            found = [runs.adapters[i].to(network.dtype) for i in range(len(begun))]
+        for start, adapters in zip(begun, found, strict=True):
+            chosen = (f"polished from {start}",)
+            if direct:
+                yield replace(fit, direct=adapters, chosen=chosen)
+            else:
+                yield replace(fit, factors=adapters, direct=None, chosen=chosen)
+
+
+def _descended(fit: Fit, pairs: tuple[Pair, Pair], iterations: int) -> Fit:
+    network, adapters = _place(fit)
     adapters = descend(network, adapters, *pairs, iterations=iterations)
-    if direct:
-        return replace(fit, direct=adapters, chosen=(f"polished from {start}",))
-    return replace(fit, factors=adapters, direct=None, chosen=(f"polished from {start}",))
+    if fit.direct is None:
+        return replace(fit, factors=adapters)
+    return replace(fit, direct=adapters)
 
 
 def descend(

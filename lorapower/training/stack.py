@@ -85,10 +85,10 @@ class Stack(Generic[N]):
         sources: NDArray[np.int64],
         points: int,
         until: float,
-        start: Adapters | None = None,
+        starts: Sequence[Adapters | None],
     ) -> State[Any]:
         """All runs before their first step; ``sources`` says which data each member has."""
-        ranks = np.repeat(np.array([self._ranks(t) for t in tunings]), self.members, 0)
+        ranks = np.repeat(np.array([self.ranks(t) for t in tunings]), self.members, 0)
         runs, M, D = len(ranks), len(self.shapes), self.width
         problem = np.tile(np.arange(self.members), len(tunings))
         A = np.zeros((runs, M, D, D), np.float32)
@@ -96,8 +96,7 @@ class Stack(Generic[N]):
         B = np.stack([self._first_factors(seed, adapted) for seed in seeds])[problem]
         B *= np.arange(D)[:, None] < ranks[..., None, None]
         b = self.padded_biases[problem]
-        if start is not None:
-            A, B, b = self._given(start, ranks, b)
+        self._put(starts, A, B, b)
         full = ranks < 0
         A[full] = self.weights[problem][full]
         tuned = np.zeros(b.shape[:2], bool)
@@ -189,7 +188,7 @@ class Stack(Generic[N]):
             padded[:, i][(slice(None), *map(slice, sizes))] = value.reshape(-1, *sizes).cpu()
         return padded
 
-    def _ranks(self, tuning: Tuning) -> list[int]:
+    def ranks(self, tuning: Tuning) -> list[int]:
         """Of each weight's adapter; −1 where the weight is tuned in full."""
         network, count = self.network, len(self.shapes)
         if tuning.final:
@@ -212,31 +211,25 @@ class Stack(Generic[N]):
             return [False] * count
         return [tuning.biases and l >= count - tuning.final for l in range(count)]
 
-    def _given(self, start: Adapters, ranks: Any, b: Array) -> tuple[Array, Array, Array]:
-        """Factors and biases of all runs where they start from given adapters."""
-        _checks.kind(Adapters, start=start)
-        start.merge(self.network)
-        runs, members, D = len(ranks), start.batch_shape.numel(), self.width
-        if not members or runs % members or (ranks < [start.ranks]).any():
-            raise InputError(
-                "start",
-                allowed=f"adapters for each run, of batch shape [{runs}] or one for all, of no more "
-                "rank than it tunes",
-                given=start,
-            )
+    def _put(self, starts: Sequence[Adapters | None], A: Array, B: Array, b: Array) -> None:
+        """Given adapters in the place of the usual factors and biases of their runs."""
+        for i, start in enumerate(starts):
+            if start is None:
+                continue
+            start.merge(self.network)
+            runs = slice(i * self.members, (i + 1) * self.members)
 
-        def of_runs(values: Tensor, dims: int) -> Array:
-            rest = values.shape[values.ndim - dims :]
-            flat = values.expand(*start.batch_shape, *rest).reshape(members, *rest)
-            return flat.repeat(runs // members, *[1] * dims).to("cpu", torch.float32).numpy()
+            def flat(values: Tensor, dims: int) -> Array:
+                rest = values.shape[values.ndim - dims :]
+                every = values.expand(*self.network.batch_shape, *rest)
+                return every.reshape(self.members, *rest).to("cpu", torch.float32).numpy()
 
-        A, B = np.zeros((2, *ranks.shape, D, D), np.float32)
-        for m, update in enumerate(start.updates):
-            for factors, given in ((A, update.left), (B, update.right)):
-                factors[:, m, : update.rank, : given.shape[-2]] = of_runs(given.mT, 2)
-        for l, change in enumerate(start.bias_updates):
-            b[:, l, : change.shape[-1]] += of_runs(change, 1)
-        return A, B, b
+            for m, update in enumerate(start.updates):
+                for factors, given in ((A, update.left), (B, update.right)):
+                    factors[runs, m] = 0
+                    factors[runs, m, : update.rank, : given.shape[-2]] = flat(given.mT, 2)
+            for l, change in enumerate(start.bias_updates):
+                b[runs, l, : change.shape[-1]] += flat(change, 1)
 
     def _first_factors(self, seed: int, adapted: Any) -> Array:
         """``Bᵀ`` of every adapted weight, a row for each direction, at the largest rank."""
