@@ -285,14 +285,33 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     tests = _Tests(problem, target, data, fresh)
     # Hardly any of the normal inputs that are used here is outside √D + 4.
     usual = problem.width**0.5 + 4
-    ball = Ball(usual)
+    region = Ball(usual) if problem.model == "fnn" else None
     fits: dict[Any, FittedAdapters] = {}
 
     def construct(method: Any) -> Adapters:
         if not isinstance(method, Fitted):
-            region = Ball(method.region * usual)
-            return methods.construct(frozen, target, method.ranks, region)
-        fits[method] = _fit(problem, frozen, target, method, ball)
+            return methods.construct(frozen, target, method.ranks, Ball(method.region * usual))
+        # What is polished may have been fitted already.
+        plain = Fitted(ranks=method.ranks, inputs=method.inputs)
+        x = _inputs(problem, target, method)
+        if plain not in fits:
+            fits[plain] = constructions.fitted.adapt(
+                frozen, target, method.ranks, *x, region=region, throw=False
+            )
+        if method.starts:
+            fits[method] = polish(
+                fits[plain],
+                *x,
+                starts=method.starts,
+                steps=method.adam,
+                iterations=method.iterations,
+                data=problem.data(target, "polishing")[1] if method.adam else None,
+                region=region,
+                seed=problem.seed,
+                throw=False,
+            )
+        else:
+            fits[method] = fits[plain]
         return fits[method].adapters
 
     found = methods.adapted(
@@ -315,32 +334,13 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     ]
 
 
-def _fit(
-    problem: Problem, frozen: Network, target: Network, method: Fitted, ball: Ball
-) -> FittedAdapters:
-    """What a method fits, on inputs that are drawn for nothing else."""
-    inputs = [
+def _inputs(problem: Problem, target: Network, method: Fitted) -> list[Tensor]:
+    """Inputs to fit and held-out ones, drawn for nothing else."""
+    counts = {"calibration": method.inputs, "choosing": 2 * CHOOSING}
+    return [
         problem.data(target, purpose)[1].test(count)[0].to(torch.float64)
-        for purpose, count in (("calibration", method.inputs), ("choosing", 2 * CHOOSING))
+        for purpose, count in counts.items()
     ]
-    region = ball if problem.model == "fnn" else None
-    found = constructions.fitted.adapt(
-        frozen, target, method.ranks, *inputs, region=region, throw=False
-    )
-    if not method.starts:
-        return found
-    batches = problem.data(target, "polishing")[1] if method.adam else None
-    return polish(
-        found,
-        *inputs,
-        starts=method.starts,
-        steps=method.adam,
-        iterations=method.iterations,
-        data=batches,
-        region=region,
-        seed=problem.seed,
-        throw=False,
-    )
 
 
 def best(table: pd.DataFrame, record: type[Record] = Setting) -> pd.DataFrame:
