@@ -94,6 +94,14 @@ def precision(value: Any) -> torch.dtype:
     return value
 
 
+def choice(name: str, value: Any, options: Sequence[str]) -> None:
+    """Refuse what is none of some words."""
+    if not isinstance(value, str) or value not in options:
+        words = [repr(option) for option in options]
+        allowed = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+        raise InputError(name, allowed=allowed, given=brief(value))
+
+
 def function(name: str, value: Any) -> None:
     """Refuse what cannot be called."""
     if not callable(value):
@@ -272,10 +280,11 @@ def kind(*expected: type, **given: Any) -> None:
     for name, value in given.items():
         if not isinstance(value, expected):
             classes = " or ".join(one.__name__ for one in expected)
+            home = ".".join(expected[0].__module__.split(".")[:2])
             convertible = isinstance(value, Module) and hasattr(expected[0], "from_sequential")
             raise InputError(
                 name,
-                allowed=f"of class {classes} (lorapower.networks)",
+                allowed=f"of class {classes} ({home})",
                 given=type(value).__name__,
                 remedy="from_sequential makes one of fitting layers" if convertible else "",
             )

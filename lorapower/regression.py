@@ -70,6 +70,7 @@ def reduced_rank(
     out, into = y.shape[-2], z.shape[-2]
     rank = _checks.integer("rank", rank, 0, min(out, into), limit="the smaller side")
     shrinkage = _checks.tolerance("shrinkage", shrinkage)
+    intercept = _checks.flag("intercept", intercept)
     E = z.new_zeros(out, into)
     if towards is not None:
         E = _fitting("towards", towards, (out, into), z)
@@ -79,16 +80,19 @@ def reduced_rank(
     y, z, E = (part.expand(*batch, *part.shape[-2:]) for part in (y, z, E))
     means = [part.mean(-1, keepdim=True) * intercept for part in (y, z)]
     y, z = y - means[0], z - means[1]
+    identity = torch.eye(into, dtype=z.dtype, device=z.device).expand(*batch, into, into)
     if 0 < shrinkage < torch.inf:
         level = z.square().mean((-2, -1), keepdim=True)
-        identity = torch.eye(into, dtype=z.dtype, device=z.device)
         ridge = (shrinkage * level * z.shape[-1]).sqrt() * identity
         y, z = torch.cat([y, E @ ridge], -1), torch.cat([z, ridge], -1)
     B = E
     if shrinkage < torch.inf:
         # A driver for inputs that do not span their space.
         B = E + torch.linalg.lstsq(z.mT, (y - E @ z).mT, driver="gelsd").solution.mT
-    half = torch.linalg.qr(z.mT, mode="r").R.mT
+    # A trace of every direction decides where the data say nothing.
+    level = z.square().mean((-2, -1), keepdim=True) * z.shape[-1]
+    trace = (torch.finfo(z.dtype).eps * torch.where(level > 0, level, 1)).sqrt()
+    half = torch.linalg.qr(torch.cat([z, trace * identity], -1).mT, mode="r").R.mT
     seen = B if R is None else R @ B
     U = lowrank.svd(seen @ half).U[..., :rank]
     left = U if R is None else torch.linalg.pinv(R) @ U
@@ -106,7 +110,7 @@ def second_moment_root(
     direction counts more than another.
     """
     g = _checks.real_tensor("columns", columns, min_dims=2)
-    ridge = _checks.tolerance("ridge", ridge)
+    ridge = _checks.finite("ridge", ridge, 0)
     G = g @ g.mT / g.shape[-1]
     level = g.square().mean((-2, -1))[..., None, None]
     identity = torch.eye(g.shape[-2], dtype=g.dtype, device=g.device)

@@ -24,10 +24,20 @@ from lorapower import (
     networks,
     randomness,
     regions,
+    regression,
     training,
 )
 from lorapower.book import claims, figures, notebook
-from lorapower.constructions import fnn, general, linear, partition, transformer
+from lorapower.constructions import (
+    attention,
+    fitted,
+    fnn,
+    fused,
+    general,
+    linear,
+    partition,
+    transformer,
+)
 from lorapower.errors import LONGEST, brief
 from lorapower.experiments import digits, methods, synthetic
 from lorapower.networks import (
@@ -53,6 +63,9 @@ GAP = Gap(*LINEAR)
 DATA = Fresh(RELU[1], (3,), samples=4)
 SEGMENT = segments(*HEADS).query_key
 ADAPTED = fnn.adapt(*RELU, 3, Ball(1.0))
+FUSED = fused.fuse(*RELU, 1)
+FITTED = fitted.adapt(*RELU, 1, X, 2 * X, throw=False)
+KEYS, QUERIES = X.expand(2, 3, 4), torch.ones(2, 4, 4).double()
 FRAME = {"xlabel": "x", "ylabel": "y"}
 
 # Nothing of a caller's gets into them.
@@ -67,8 +80,13 @@ HOLD = {
     bounds.Floor,
     bounds.PairRanks,
     claims.Claim,
+    attention.Scores,
     digits.Split,
+    fitted.Fit,
+    fitted.Fitted,
     fnn.FNNAdaptation,
+    fused.Fused,
+    regression.Regression,
     linear.LinearAdaptation,
     constructions.Adaptation,
     figures.Look,
@@ -80,7 +98,18 @@ HOLD = {
     training.Training,
 }
 # Called by the package alone, with what it has checked.
-WITHIN = {general.kind_of, methods.adapted, methods.construct}
+WITHIN = {
+    general.kind_of,
+    methods.adapted,
+    methods.construct,
+    attention.candidates,
+    fitted.checked,
+    fitted.evidence,
+    fitted.fit,
+    fitted.halves,
+    fused.is_narrow,
+    transformer.ranks_by_name,
+}
 # Likewise private modules and all of these, but for what is listed by a package or has a row above.
 INSIDE = (
     "lorapower.errors",
@@ -102,9 +131,11 @@ INSIDE = (
 
 # What the table's calls are made of, beside the names above.
 MODULES = (
-    *("adapters", "bounds", "hub", "lowrank", "networks", "randomness", "regions", "training"),
+    *("adapters", "bounds", "hub", "lowrank", "networks", "randomness", "regions"),
+    *("regression", "training"),
     *("book.claims", "book.figures", "book.notebook", "book.outputs", "book.parameters"),
     "constructions",
+    *("constructions.attention", "constructions.fitted", "constructions.fused"),
     *("constructions.fnn", "constructions.linear", "constructions.narrow"),
     *("constructions.partition", "constructions.transformer", "experiments.digits"),
     *("experiments.methods", "experiments.sweeps", "experiments.synthetic"),
@@ -217,7 +248,30 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         {"frozen": RELU[0], "target": RELU[1], "ranks": 1, "region": Ball(1.0), "throw": False}
         | {"partition": None, "input_scale": 1.0, "scalar_biases": False, "max_digits_lost": 9.0},
     ),
-    (fnn.reachable, {"frozen": RELU[0], "target": RELU[1], "ranks": 1, "inputs": X}),
+    (fused.fuse, {"frozen": RELU[0], "target": RELU[1], "ranks": 1, "partition": None}),
+    (fitted.nearest, {"fused": FUSED, "inputs": X}),
+    (
+        fitted.adapt,
+        {"frozen": RELU[0], "target": RELU[1], "ranks": 1, "inputs": X, "held_out": 2 * X}
+        | {"partition": None, "region": Ball(9.0), "metric": "alike", "throw": False},
+    ),
+    (fitted.relative_error, {"network": RELU[1], "target": RELU[1], "x": X}),
+    (fitted.ball, {"inputs": X}),
+    (attention.closed_form, {"E": X, "keys": KEYS, "queries": QUERIES, "rank": 1}),
+    (bounds.fnn_data_threshold, {"frozen": RELU[0], "target": RELU[1], "inputs": X}),
+    (bounds.first_order, {"adapted": RELU[1], "target": RELU[1], "inputs": X}),
+    (
+        regression.reduced_rank,
+        {"wanted": X, "inputs": X, "rank": 1, "towards": None, "shrinkage": 0.1}
+        | {"metric": None, "intercept": True},
+    ),
+    (regression.second_moment_root, {"columns": X, "ridge": 0.0}),
+    (training.polish, {"fitted": FITTED, "inputs": X, "held_out": 2 * X, "starts": ["fitted"]}),
+    (
+        training.descend,
+        {"network": RELU[0], "adapters": ADAPTED.adapters, "iterations": 1}
+        | {"training": (X, X), "validation": (X, X)},
+    ),
     (partition.least_error, {"frozen": RELU[0], "target": RELU[1], "ranks": 1, "inputs": X}),
     (transformer.adapt, {"frozen": HEADS[0], "target": HEADS[1], "ranks": 3, "seed": 0}),
     (lowrank.LowRank, {"left": X, "right": X}),

@@ -174,7 +174,7 @@ def test_bounds_of_relu_networks(device: torch.device) -> None:
         bounds.fnn_error_on(frozen, target, 1, x),
         bounds.colliding_inputs(frozen, x),
         bounds.final_layers_floor(frozen, target, samples=5, steps=2),
-        fnn.reachable(frozen, target, 1, x),
+        bounds.fnn_data_threshold(frozen, target, x),
         partition.least_rank(frozen, target),
         partition.least_error(frozen, target, 1, x),
         partition.least_error(frozen, target, 1, 4.0),

@@ -74,7 +74,7 @@ def test_relu_networks_over_regions(batch: tuple[int, ...], region: Region) -> N
     for values in (found.block_errors, found.rounding_errors, found.plain, found.digits_lost):
         assert values.shape == (*batch, 2)
     assert found.covers(frozen, X).shape == (*batch, 5)
-    assert fnn.reachable(frozen, target, 1, X).batch_shape == batch
+    assert bounds.fnn_data_threshold(frozen, target, X).shape == batch
 
 
 def test_bounds(batch: tuple[int, ...]) -> None:

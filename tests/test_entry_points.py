@@ -14,7 +14,16 @@ from torch import nn
 import lorapower
 from lorapower import InputError, bounds, constructions
 from lorapower.adapters import Adapters
-from lorapower.constructions import fnn, linear, narrow, partition, transformer
+from lorapower.constructions import (
+    attention,
+    fitted,
+    fnn,
+    fused,
+    linear,
+    narrow,
+    partition,
+    transformer,
+)
 from lorapower.networks import FNN, LinearNetwork, Transformer, segments
 from lorapower.regions import Ball
 
@@ -40,7 +49,7 @@ CALLS: dict[Callable[..., Any], tuple[type, Callable[[Any, Any], Any]]] = {
     bounds.fnn_threshold: (FNN, bounds.fnn_threshold),
     bounds.final_layers_floor: (FNN, bounds.final_layers_floor),
     fnn.adapt: (FNN, lambda f, t: fnn.adapt(f, t, 2, Ball(1.0))),
-    fnn.reachable: (FNN, lambda f, t: fnn.reachable(f, t, 1, X)),
+    bounds.fnn_data_threshold: (FNN, lambda f, t: bounds.fnn_data_threshold(f, t, X)),
     partition.least_error: (FNN, lambda f, t: partition.least_error(f, t, 1, X)),
     partition.least_rank: (FNN, partition.least_rank),
     bounds.transformer_error: (
@@ -54,7 +63,12 @@ CALLS: dict[Callable[..., Any], tuple[type, Callable[[Any, Any], Any]]] = {
 }
 
 # Those that take every kind of network; what they refuse is in test_front_door.py.
-OF_EVERY_KIND: set[Callable[..., Any]] = {lorapower.adapt, lorapower.rank_for_error}
+OF_EVERY_KIND: set[Callable[..., Any]] = {
+    lorapower.adapt,
+    lorapower.rank_for_error,
+    fitted.adapt,
+    fused.fuse,
+}
 
 WRONG: list[object] = [
     None,
@@ -85,11 +99,23 @@ def test_the_table_of_calls_is_complete() -> None:
     assert functions - of_two == {
         bounds.accumulate_errors,
         bounds.activation_sizes,
+        attention.candidates,
+        attention.closed_form,
         bounds.colliding_inputs,
+        bounds.first_order,
         bounds.pair_ranks,
+        fitted.ball,
+        fitted.checked,
+        fitted.evidence,
+        fitted.fit,
+        fitted.halves,
+        fitted.nearest,
+        fitted.relative_error,
+        fused.is_narrow,
         linear.close,
         narrow.adapt,
         narrow.require_ranks,
+        transformer.ranks_by_name,
     }
 
 

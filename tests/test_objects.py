@@ -14,11 +14,13 @@ import typechecks
 from lorapower import bounds, lowrank, rank_for_error
 from lorapower.adapters import Adapters, Tuned
 from lorapower.book.claims import Claim
-from lorapower.constructions import fnn, linear, partition, transformer
+from lorapower.constructions import fitted, fnn, fused, linear, partition, transformer
+from lorapower.constructions.attention import Scores
 from lorapower.experiments import digits
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Pieces, Transformer, segments
 from lorapower.regions import Ball, Box, Samples
+from lorapower.regression import reduced_rank
 from lorapower.training import Fixed, Fresh, Tuning, train
 
 X = torch.ones(3, 4).double() + torch.eye(3, 4)
@@ -82,7 +84,8 @@ SHOWN: dict[str, tuple[Callable[[], Any], str]] = {
     "Fixed": (lambda: Fixed((X, X), (X, X)), "Fixed([3, 4] to [3, 4], 4 samples)"),
     "Tuning": (
         lambda: Tuning((1, 2)),
-        "Tuning(ranks=(1, 2), final=0, biases=True, learning_rate=0.001, weight_decay=0.0)",
+        "Tuning(ranks=(1, 2), final=0, biases=True, learning_rate=0.001, "
+        "weight_decay=0.0, schedule='constant')",
     ),
     "Split": (
         lambda: digits.Split(*[(X, X[0])] * 3),
@@ -103,6 +106,11 @@ COMPARED: dict[str, Callable[[], Any]] = {
     "PairRanks": lambda: bounds.pair_ranks(segments(*TRANSFORMERS).query_key),
     "Tuned": lambda: Tuned(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)),
     "NeededRank": lambda: rank_for_error(*LINEARS, 0.5, X),
+    "Fused": lambda: fused.fuse(*FNNS, 1),
+    "Fit": lambda: fitted.adapt(*FNNS, 1, X, 2 * X, throw=False).fits[0],
+    "Fitted": lambda: fitted.adapt(*FNNS, 1, X, 2 * X, throw=False),
+    "Scores": lambda: Scores(X, X, X[0, 0]),
+    "Regression": lambda: reduced_rank(X, X, 1),
     "Segments of gaps": lambda: segments(*TRANSFORMERS),
 }
 

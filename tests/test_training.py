@@ -234,9 +234,9 @@ def one_step(
     """The state of all runs after one step: compiled, and by the reference in double precision."""
     stack: Stack[Any] = Stack(frozen)
     batches = Batches(data, stack, classes)
-    structure = stack.structure(batches)
+    structure = stack.structure(batches, 1)
     seeds = list(range(stack.members))
-    state, true = (stack.state(tunings, seeds, batches.sources, 2, 0.0) for _ in range(2))
+    state, true = (stack.state(tunings, seeds, batches.sources, 2, 0.0, [None]) for _ in range(2))
     _run_compiled(structure, state, batches, 1, 1, threads=1)
     true = type(true)(
         *(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import jvp
+from torch.autograd.functional import jvp
 
 from .. import _checks, lowrank
 from ..networks import FNN, LinearNetwork, Network, Partition, Transformer, blocks
@@ -59,10 +59,8 @@ def first_order(adapted: Network, target: Network, inputs: Float[Tensor, ...]) -
     _checks.kind(type(adapted), target=target)
     _checks.same_sizes(adapted, target)
     x = target.as_inputs(inputs, "inputs")
-    with torch.no_grad():
-        moved = sum(
-            jvp(behind, (at,), (missed,))[1] for behind, at, missed in _pieces(adapted, target, x)
-        )
+    # Twice backward: forward, torch would compile what it deprecates.
+    moved = sum(jvp(behind, at, missed)[1] for behind, at, missed in _pieces(adapted, target, x))
     wanted = target(x).movedim(-2, 0).flatten(1)
     return moved.square().mean() / wanted.var(-1, correction=0).mean()
 

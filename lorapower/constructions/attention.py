@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, lowrank
+from .. import _checks, _objects, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
 from ..networks import Transformer
@@ -30,6 +30,7 @@ WIDEST = 64
 T = TypeVar("T")
 
 
+@_objects.held
 class Scores(NamedTuple):
     """The sum ``E (s − k̃ᵀ K q)²`` over keys and queries as a function of ``K``.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _checks, _objects, bounds
 from ..adapters import Adapters
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks import FNN, Network, Partition, Transformer, as_network
 from ..regions import Ball, Region
@@ -133,13 +133,15 @@ def adapt(
     batches = [tuple(network.batch_shape) for network in (frozen, target)]
     batch = _checks.common_shape("frozen and target", batches)
     x, others = checked(target, inputs, held_out)
+    if region is not None and isinstance(frozen, FNN):
+        _checks.kind(Region, region=region)
+        region = region.fit(target.weights[0].shape[-1], target.dtype)
     if region is not None and not isinstance(frozen, FNN):
         raise InputError("region", allowed="left out but for ReLU networks", given=region)
     if partition is not None and not isinstance(frozen, FNN):
         raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
-    if metric not in get_args(Metric):
-        allowed = ", ".join(map(repr, get_args(Metric)))
-        raise InputError("metric", allowed=allowed, given=brief(metric))
+    _checks.choice("metric", metric, get_args(Metric))
+    throw = _checks.flag("throw", throw)
     fits = [
         fit(fuse(one, goal, ranks, partition), x, halves(others)[0], metric)
         for one, goal in _members(frozen, target, batch)
@@ -171,6 +173,7 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
     the others. Where the ranks suffice the network is the target on all inputs. Raises
     `InputError` for another kind of network and for unusable inputs. Source: [prop-data-rank].
     """
+    _checks.kind(Fused, fused=fused)
     network, goal = fused.network, fused.goal
     _checks.kind(FNN, network=network, goal=goal)
     assert isinstance(goal, FNN)
@@ -328,7 +331,7 @@ def _layerwise(
     """Adapters of a linear or a ReLU network's layers: the theorem's, and two that are fitted."""
     network, goal = fused.network, fused.goal
     ranked = [*zip(network.weights, goal.weights, fused.fused_ranks, strict=True)]
-    theorem = [best_change(W, W_target, rank) for W, W_target, rank in ranked]
+    theorem = [_best_change(W, W_target, rank) for W, W_target, rank in ranked]
     plain = tuple(b - a for a, b in zip(network.biases, goal.biases, strict=True))
     yield Adapters(tuple(theorem), plain), ["theorem"] * len(ranked)
     metrics: list[list[Tensor | None]] = []
@@ -397,7 +400,7 @@ def _layer(
     return candidates[best], best
 
 
-def best_change(W: Tensor, W_target: Tensor, rank: int) -> LowRank:
+def _best_change(W: Tensor, W_target: Tensor, rank: int) -> LowRank:
     """``LR_r(W̄ − W)``."""
     U, S, Vh = torch.linalg.svd(W_target - W, full_matrices=False)
     return LowRank(U[:, :rank] * S[:rank], Vh.mT[:, :rank])

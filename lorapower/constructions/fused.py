@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _objects
 from ..adapters import Adapters
 from ..errors import InputError
 from ..networks import (
@@ -34,7 +34,8 @@ from . import fnn, linear, transformer
 from .adaptation import Adaptation
 
 
-@dataclass(frozen=True, eq=False)
+@_objects.held
+@dataclass(frozen=True)
 class Fused:
     """A frozen network and a target with one matrix for each segment [def-fused].
 

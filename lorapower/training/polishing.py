@@ -68,13 +68,11 @@ def polish(
     Source: the adapters are [def-adapter]'s; nothing is promised but what is measured.
     """
     _checks.kind(Fitted, fitted=fitted)
-    known = get_args(Start)
-    if not isinstance(starts, list | tuple) or sorted(starts, key=str) != sorted(
-        {*starts} & {*known}
-    ):
-        raise InputError(
-            "starts", allowed='"fitted", "lora" or both, in a list', given=brief(starts)
-        )
+    starts = _checks.items("starts", starts, what='"fitted", "lora" or both, in a list')
+    for start in starts:
+        _checks.choice("starts", start, get_args(Start))
+    if not starts or len(set(starts)) < len(starts):
+        raise InputError("starts", allowed='"fitted", "lora" or both', given=brief(starts))
     steps = _checks.integer("steps", steps, 0)
     iterations = _checks.integer("iterations", iterations, 0)
     if data is not None:
@@ -151,7 +149,17 @@ def descend(
     ``training`` and ``validation`` are inputs with the outputs that are wanted. Raises
     `InputError` for adapters that do not fit the network.
     """
+    _checks.kind(Adapters, adapters=adapters)
     adapters.merge(network)
+    for name, pair in (("training", training), ("validation", validation)):
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise InputError(name, allowed="a pair of inputs and outputs", given=brief(pair))
+        y = _checks.real_tensor(f"{name} outputs", pair[1], min_dims=2)
+        wanted = (network(network.as_inputs(pair[0], f"{name} inputs"))).shape
+        if y.shape != wanted:
+            raise InputError(
+                f"{name} outputs", allowed=f"of shape {tuple(wanted)}", given=tuple(y.shape)
+            )
     iterations = _checks.integer("iterations", iterations, 0)
     balanced = [u.balanced() for u in adapters.updates]
     flat = [factor for u in balanced for factor in (u.left, u.right)]

@@ -59,9 +59,7 @@ class Tuning:
             )
         if not isinstance(self.biases, bool):
             raise InputError("biases", allowed="True or False", given=brief(self.biases))
-        if self.schedule not in get_args(Schedule):
-            allowed = " or ".join(map(repr, get_args(Schedule)))
-            raise InputError("schedule", allowed=allowed, given=brief(self.schedule))
+        _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.positive("learning_rate", self.learning_rate)
         _checks.tolerance("weight_decay", self.weight_decay)
         for name in ("learning_rate", "weight_decay"):

@@ -1,0 +1,292 @@
+"""Fitted and polished adapters: optimal segment by segment, exact from the threshold on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import of_widths, seeds
+from torch import Tensor
+
+from lorapower import bounds, randomness
+from lorapower.constructions import attention, fitted, fnn, fused, transformer
+from lorapower.constructions.attention import Scores
+from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
+from lorapower.regions import Ball
+from lorapower.training import Fixed, Fresh, Tuning, polish, train
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return randomness.normal(randomness.generator(seed, "inputs in tests"), *shape)
+
+
+def heads(
+    depth: int, width: int, size: int | None = None, seed: int = 0
+) -> tuple[Transformer, Transformer]:
+    """A frozen transformer and a target."""
+    frozen, target = (
+        Transformer.random(
+            depth, width, 2, head_size=size, scale=width**-0.5, seed=seed, purpose=purpose
+        )
+        for purpose in ("frozen", "target")
+    )
+    return frozen, target
+
+
+def relu(depth: int, layers: int, width: int, **more: Any) -> tuple[FNN, FNN]:
+    """A frozen ReLU network and a target."""
+    frozen, target = (
+        FNN.random(d, width, purpose=p, **more) for d, p in ((depth, "frozen"), (layers, "target"))
+    )
+    return frozen, target
+
+
+@given(st.integers(1, 3), st.integers(2, 5), st.booleans(), seeds)
+@settings(deadline=None, max_examples=20)
+def test_fused_networks_are_the_networks(depth: int, width: int, wide: bool, seed: int) -> None:
+    frozen, target = heads(depth, width, None if wide else max(1, width // 2), seed=seed)
+    pair = fused.fuse(frozen, target, 1)
+    x = normal(3, width, 4, seed=seed)
+    for network, own in ((frozen, pair.network), (target, pair.goal)):
+        assert own(x).allclose(network(x), rtol=1e-6, atol=1e-8)
+    layers = relu(2 * depth, depth, width, seed=seed)
+    pair = fused.fuse(*layers, 1)
+    assert [len(pair.network.weights), *pair.fused_ranks] == [depth, *[min(2, width)] * depth]
+    assert pair.goal(x[0]).equal(layers[1](x[0]))
+
+
+@given(st.integers(1, 2), st.integers(3, 6), st.integers(0, 3), seeds)
+@settings(deadline=None, max_examples=15)
+def test_what_fused_networks_reach_is_carried_back(
+    depth: int, width: int, rank: int, seed: int
+) -> None:
+    for frozen, target, x in (
+        (*relu(2 * depth, depth, width, seed=seed), normal(width, 9, seed=seed)),
+        (*heads(depth, width, seed=seed), normal(3, width, 4, seed=seed)),
+    ):
+        pair = fused.fuse(frozen, target, rank)
+        tuned = train(
+            pair.network, [Tuning(ranks=pair.fused_ranks, learning_rate=1e-2)],
+            Fresh(target, tuple(x.shape[1:]) if x.ndim == 3 else (width,), samples=8), steps=5,
+        ).adapters[0].to(torch.float64)  # fmt: skip
+        region = Ball(20.0) if isinstance(frozen, FNN) else None
+        found = pair.carry_back(tuned, region, throw=False)
+        assert max(found.adapters.ranks, default=0) <= rank
+        made, wanted = found.adapters.merge(frozen)(x), tuned.merge(pair.network)(x)
+        if found.success:
+            assert made.allclose(wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_fits_are_exact_from_the_threshold_on() -> None:
+    x, others = normal(6, 60), normal(6, 80, seed=1)
+    for layers in (1, 2):
+        frozen, target = relu(2 * layers, layers, 6)
+        for rank in (3, 4):
+            assert fitted.adapt(frozen, target, rank, x, others).error < 1e-20
+        assert fitted.adapt(frozen, target, 2, x, others).error > 1e-6
+    x, others = normal(40, 6, 5), normal(40, 6, 5, seed=1)
+    for depth in (1, 2):
+        pair = heads(depth, 6)
+        assert fitted.adapt(*pair, 3, x, others).error < 1e-18
+        assert fitted.adapt(*pair, 2, x, others).error > 1e-6
+    linear = LinearNetwork.random(2, 6), LinearNetwork.random(1, 6, seed=1)
+    assert fitted.adapt(*linear, 3, normal(6, 20), normal(6, 30, seed=1)).error < 1e-20
+
+
+def test_narrow_heads_have_fits_below_their_threshold() -> None:
+    frozen, target = heads(1, 8, 2)
+    x, others = normal(300, 8, 5), normal(300, 8, 5, seed=1)
+    errors = [float(fitted.adapt(frozen, target, R, x, others).error) for R in (0, 1, 2)]
+    assert errors[0] > errors[1] > errors[2]
+    found = fitted.adapt(frozen, target, 2, x, others)
+    theorem = transformer.adapt(frozen, target, 2)
+    # Its heads are exact, and its last segment is fitted besides.
+    test = fitted.halves(others)[1]
+    assert found.error <= fitted.relative_error(theorem.adapters.merge(frozen), target, test)[0]
+
+
+def test_fits_lose_to_no_construction_and_polish_to_no_fit() -> None:
+    frozen, target = relu(4, 2, 8)
+    x, others = normal(8, 400), normal(8, 4000, seed=1)
+    first, test = fitted.halves(others)
+    for rank in (1, 2, 3):
+        found = fitted.adapt(frozen, target, rank, x, others)
+        better = polish(found, x, others, iterations=60)
+        plain = fnn.adapt(frozen, target, rank, fitted.ball(torch.cat([x, others], 1)))
+
+        def error(adapted: Any, x: Tensor) -> float:
+            return float(fitted.relative_error(adapted.adapters.merge(frozen), target, x)[0])
+
+        assert error(found, first) <= error(plain, first) * (1 + 1e-9)
+        assert error(better, first) <= error(found, first) * (1 + 1e-9)
+        assert error(found, test) == pytest.approx(float(found.error))
+        assert found.low <= found.error <= found.high
+        assert max(better.adapters.ranks) <= rank
+
+
+def test_polish_from_the_start_of_lora() -> None:
+    frozen, target = relu(2, 1, 8)
+    x, others = normal(8, 400), normal(8, 800, seed=1)
+    found = fitted.adapt(frozen, target, 1, x, others)
+    both = polish(found, x, others, starts=("fitted", "lora"), steps=400)
+    assert both.error < found.error
+    network, goal = heads(1, 6)
+    x, others = normal(200, 6, 5), normal(400, 6, 5, seed=1)
+    found = fitted.adapt(network, goal, 1, x, others)
+    data = Fresh(goal, (6, 5), samples=64)
+    both = polish(found, x, others, starts=("lora",), steps=200, iterations=20, data=data)
+    assert max(both.adapters.ranks) <= 1
+    assert both.fits[0].chosen in (("polished from lora",), found.fits[0].chosen)
+
+
+def test_batches_partitions_unequal_ranks_and_linear_ends() -> None:
+    frozen, target = relu(5, 2, 6, batch_shape=(2,), linear_last=True)
+    x, others = normal(6, 100), normal(6, 200, seed=1)
+    found = fitted.adapt(frozen, target, [1, 2, 0, 1, 2], x, others, partition=Partition([2, 3]))
+    assert found.error.shape == (2,)
+    assert found.adapters.ranks == (1, 2, 0, 1, 2)
+    for i in range(2):
+        alone = fitted.adapt(
+            frozen[i], target[i], [1, 2, 0, 1, 2], x, others, partition=Partition([2, 3])
+        )
+        # The region of both holds the same inputs.
+        assert float(alone.error) == pytest.approx(float(found.error[i]))
+    assert len(polish(found, x, others, iterations=20).fits) == 2
+
+
+def test_a_narrower_target() -> None:
+    frozen, target = of_widths([8, 8, 8, 8, 8]), of_widths([5, 5, 5], seed=1)
+    x, others = normal(5, 200), normal(5, 400, seed=1)
+    exact = fitted.adapt(frozen, target, 3, x, others)
+    assert exact.error < 1e-18
+    assert fitted.adapt(frozen, target, 2, x, others).error > 1e-9
+
+
+@pytest.mark.parametrize("kind", ["few", "repeated", "zeros", "constant"])
+def test_degenerate_inputs(kind: str) -> None:
+    x, others = normal(6, 40), normal(6, 60, seed=1)
+    x = {"few": x[:, :2], "repeated": x[:, :1].expand(6, 9), "zeros": 0 * x, "constant": x}[kind]
+    if kind == "constant":
+        x = x.clone()
+        x[2] = 1.0
+    for frozen, target in (relu(2, 1, 6), relu(4, 2, 6)):
+        assert fitted.adapt(frozen, target, 3, x, others).error < 1e-18
+        assert fitted.adapt(frozen, target, 1, x, others).error.isfinite()
+        assert polish(fitted.adapt(frozen, target, 1, x, others), x, others).error.isfinite()
+
+
+def test_degenerate_sequences() -> None:
+    frozen, target = heads(2, 6)
+    x, others = normal(1, 6, 1), normal(40, 6, 1, seed=1)
+    for sequences in (x.expand(3, 6, 1), 0 * normal(3, 6, 1)):
+        assert fitted.adapt(frozen, target, 3, sequences, others).error < 1e-16
+        assert fitted.adapt(frozen, target, 1, sequences, others).error.isfinite()
+
+
+@given(st.integers(2, 6), st.integers(1, 4), seeds)
+@settings(deadline=None, max_examples=30)
+def test_nearest_layers_are_the_nearest(width: int, rank: int, seed: int) -> None:
+    frozen, target = relu(4, 2, width, seed=seed)
+    x = 1 + normal(width, width, seed=seed) ** 3 @ normal(width, 50, seed=seed + 1)
+    pair = fused.fuse(frozen, target, min(rank, width))
+    near = fitted.nearest(pair, x).merge(pair.network)
+    z = x
+    for i, P in enumerate(pair.network.weights):
+        wanted = target.weights[i] @ z + target.biases[i][:, None]
+        missed = near.weights[i] @ z + near.biases[i][:, None] - wanted
+        centred = (target.weights[i] - P) @ (z - z.mean(1, keepdim=True))
+        least = torch.linalg.svdvals(centred)[pair.fused_ranks[i] :].square().sum()
+        assert float(missed.square().sum()) == pytest.approx(
+            float(least), rel=1e-8, abs=1e-12 * float(wanted.square().sum())
+        )
+        z = target.layers(slice(i, i + 1))(z)
+
+
+def test_a_threshold_on_data() -> None:
+    frozen, target = relu(4, 2, 8)
+    span = normal(8, 2)
+    x, others = span @ normal(2, 100, seed=1), span @ normal(2, 100, seed=2)
+    assert bounds.fnn_threshold(frozen, target) == 4
+    # The second layer's inputs span more: they come from a ReLU.
+    assert bounds.fnn_data_threshold(frozen, target, x) <= 4
+    shallow = relu(2, 1, 8)
+    assert bounds.fnn_data_threshold(*shallow, x) == 1
+    assert fitted.adapt(*shallow, 1, x, others).error < 1e-20
+    # Fewer inputs than that have no more directions.
+    assert bounds.fnn_data_threshold(*shallow, x[:, :1]) == 0
+
+
+def test_first_order_is_the_limit_of_small_errors() -> None:
+    for target, x in ((relu(1, 3, 6)[1], normal(6, 500)), (heads(2, 6)[1], normal(100, 6, 4))):
+        change = [normal(*w.shape, seed=i) for i, w in enumerate(target.weights)]
+        quotients = []
+        for size in (1e-2, 1e-5):
+            moved = [w + size * c for w, c in zip(target.weights, change, strict=True)]
+            adapted = target.with_parameters(moved)
+            error = fitted.relative_error(adapted, target, x)[0]
+            quotients.append(float(bounds.first_order(adapted, target, x) / error))
+        assert quotients[1] == pytest.approx(1, abs=1e-2)
+        assert abs(quotients[1] - 1) <= abs(quotients[0] - 1) + 1e-3
+        assert bounds.first_order(target, target, x) == 0
+    linear, goal = LinearNetwork.random(1, 6), LinearNetwork.random(1, 6, seed=1)
+    x = normal(6, 50)
+    exact = fitted.relative_error(linear, goal, x)[0]
+    assert float(bounds.first_order(linear, goal, x)) == pytest.approx(float(exact))
+
+
+@given(st.integers(2, 5), st.integers(2, 5), st.integers(1, 4), seeds)
+@settings(deadline=None, max_examples=30)
+def test_scores_are_a_quadratic_function(a: int, b: int, rank: int, seed: int) -> None:
+    keys, queries = normal(20, a, 4, seed=seed), normal(20, b, 4, seed=seed + 1)
+    wanted = normal(20, 4, 4, seed=seed + 2)
+    moments = Scores.of(keys, queries, wanted)
+
+    def left(K: Tensor) -> float:
+        missed = wanted - keys.mT @ (K @ queries)
+        return float((missed - missed.mean(-2, keepdim=True)).square().mean())
+
+    K = normal(a, b, seed=seed + 3)
+    assert float(moments.left(K)) == pytest.approx(left(K), rel=1e-8)
+    rank = min(rank, a, b)
+    start = attention.closed_form(K, keys, queries, rank)
+    better = moments.improved(start, rank)
+    assert left(better) <= left(start) * (1 + 1e-9)
+    assert left(moments.free()) <= left(better) * (1 + 1e-9)
+    assert int((torch.linalg.svdvals(better) > 1e-9).sum()) <= rank
+
+
+def test_training_from_given_adapters() -> None:
+    frozen, target = relu(2, 1, 6)
+    x = normal(6, 300)
+    data = Fixed((x, target(x)), (x, target(x)))
+    first = train(frozen, [Tuning(2, learning_rate=1e-2)], data, steps=300)
+    for backend in ("compiled", "torch"):
+        again = train(
+            frozen,
+            [Tuning(2, learning_rate=1e-3, schedule="cosine"), Tuning(2, learning_rate=1e-2)],
+            data,
+            steps=30,
+            starts=[first.adapters[0], None],
+            backend=backend,
+        )
+        assert float(again.validation_loss[0, 0]) == pytest.approx(
+            float(first.best_loss[0]), rel=1e-4
+        )
+        assert again.best_loss[0] <= first.best_loss[0] * 1.0001
+        assert again.validation_loss[1, 0] > again.validation_loss[0, 0]
+
+
+def test_a_falling_rate_falls_alike_in_both_engines() -> None:
+    frozen, target = relu(2, 1, 6)
+    data = Fresh(target, (6,), samples=32)
+    tunings = [Tuning(2, learning_rate=1e-2, schedule=s) for s in ("constant", "cosine")]
+    found = [
+        train(frozen, tunings, data, steps=40, backend=backend) for backend in ("compiled", "torch")
+    ]
+    assert found[0].validation_loss.allclose(found[1].validation_loss, rtol=1e-3)
+    # The last steps of a rate that falls to 0 are short.
+    steps = found[0].validation_loss.diff(dim=-1).abs()[:, -3:].amax(-1)
+    assert steps[1] < steps[0]

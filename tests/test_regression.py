@@ -1,0 +1,104 @@
+"""Least squares of a given rank, against brute force and against Eckart and Young."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import seeds
+from torch import Tensor
+
+from lorapower import lowrank, randomness
+from lorapower.regression import reduced_rank, second_moment_root
+
+
+def drawn(seed: int, out: int, into: int, samples: int) -> tuple[Tensor, ...]:
+    """Inputs of uneven spread about a mean, outputs, a metric and a matrix to shrink to."""
+    generator = randomness.generator(seed, "regression in tests")
+
+    def normal(*shape: int) -> Tensor:
+        return randomness.normal(generator, *shape)
+
+    z = 1 + normal(into, into) ** 3 @ normal(into, samples)
+    return z, normal(out, samples) + normal(out, into) @ z, normal(out + 1, out), normal(out, into)
+
+
+def left(K: Tensor, y: Tensor, z: Tensor, R: Tensor, penalty: float, E: Tensor) -> float:
+    """The sum that is minimized, after the best intercept."""
+    missed = y - K @ z
+    missed = missed - missed.mean(-1, keepdim=True)
+    return float((R @ missed).square().mean(-1).sum() + penalty * (R @ (K - E)).square().sum())
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 40),
+    st.integers(0, 6),
+    st.sampled_from([0.0, 0.01, 1.0]),
+    seeds,
+)
+@settings(deadline=None, max_examples=60)
+def test_no_matrix_of_the_rank_does_better(
+    out: int, into: int, samples: int, rank: int, shrinkage: float, seed: int
+) -> None:
+    rank = min(rank, out, into)
+    z, y, R, E = drawn(seed, out, into, samples)
+    found = reduced_rank(y, z, rank, towards=E, shrinkage=shrinkage, metric=R)
+    K = found.change.matrix()
+    penalty = shrinkage * float((z - z.mean(-1, keepdim=True)).square().mean())
+    reached = left(K, y, z, R, penalty, E)
+    scale = left(torch.zeros_like(K), y, z, R, penalty, E) + 1e-30
+    assert int((lowrank.spectrum(K) > 1e-9 * (1 + K.norm())).sum()) <= rank
+    # Local search from the solution and from other starts finds nothing below it.
+    generator = randomness.generator(seed, "rivals in tests")
+    for size in (1e-4, 1e-2, 1.0):
+        A, B = (found.change.left, found.change.right)
+        A, B = (f + size * randomness.normal(generator, *f.shape) for f in (A, B))
+        assert left(A @ B.mT, y, z, R, penalty, E) >= reached - 1e-9 * scale
+    missed = (y - K @ z).mean(-1) - found.intercept
+    assert float(missed.abs().max()) <= 1e-9 * (1 + float(y.abs().max()))
+
+
+@pytest.mark.parametrize("samples", [3, 5, 60])
+def test_what_data_leave_open_stays(samples: int) -> None:
+    z, _, R, E = drawn(1, 4, 5, samples)
+    z[2] = 7.0  # a constant coordinate
+    found = reduced_rank(E @ z, z, 4, towards=E, metric=R).change.matrix()
+    assert torch.allclose(found, E, atol=1e-10)
+    small = reduced_rank(E @ z, z, 4, metric=R).change.matrix()
+    assert (small @ (z - z.mean(1, keepdim=True))).allclose(E @ (z - z.mean(1, keepdim=True)))
+    assert float(small.norm()) <= float(E.norm()) + 1e-9
+
+
+def test_infinite_shrinkage_is_the_limit() -> None:
+    z, y, R, E = drawn(2, 4, 5, 50)
+    limit = reduced_rank(y, z, 4, towards=E, shrinkage=torch.inf, metric=R).change.matrix()
+    near = reduced_rank(y, z, 4, towards=E, shrinkage=1e12, metric=R).change.matrix()
+    assert limit.allclose(E)
+    assert near.allclose(E, atol=1e-8)
+
+
+def test_batches_and_one_repeated_input() -> None:
+    z = torch.ones(2, 3, 4, 1).double().expand(2, 3, 4, 9)
+    found = reduced_rank(2 * z[..., :3, :], z, 2)
+    assert found.change.matrix().shape == (2, 3, 3, 4)
+    assert found.intercept.allclose(torch.tensor(2.0).double())
+    assert not found.change.matrix().any()
+
+
+def test_without_intercept_the_mean_counts() -> None:
+    z, _, _, E = drawn(3, 4, 5, 50)
+    found = reduced_rank(E @ z, z, 1, intercept=False)
+    least = lowrank.spectrum(E @ z)[1:].square().sum()
+    assert float((E @ z - found.change.matrix() @ z).square().sum()) == pytest.approx(float(least))
+    assert not found.intercept.any()
+
+
+def test_a_root_is_a_root() -> None:
+    _, y, _, _ = drawn(4, 3, 5, 50)
+    R = second_moment_root(y, 0.1)
+    identity = torch.eye(3).double()
+    assert (R @ R).allclose(y @ y.mT / 50 + 0.1 * y.square().mean() * identity)
+    assert second_moment_root(0 * y).equal(identity)
