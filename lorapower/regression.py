@@ -23,7 +23,8 @@ class Regression(NamedTuple):
 
     Attributes
     ----------
-    change : ``K``, of the rank that was asked for, as its factors.
+    change : ``K`` as its factors, of the rank that was asked for, or of as many columns as the
+        metric has rows.
     intercept : ``a``; zeros where none was fitted.
     """
 
@@ -56,7 +57,7 @@ def reduced_rank(
     rank : at most the smaller side of ``K``.
     towards : ``E``; 0 by default.
     shrinkage : ``λ``, at least 0.
-    metric : ``R``, at least as many rows as ``y`` has; the identity by default.
+    metric : ``R``, ``[..., rows, out]``; the identity by default.
     intercept : whether ``a`` is fitted, or else is 0 and the means stay where they are.
 
     Raises `InputError` for what is not finite or does not fit.
@@ -65,6 +66,9 @@ def reduced_rank(
     """
     y = _checks.real_tensor("wanted", wanted, min_dims=2)
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
+    if (y.dtype, y.device) != (z.dtype, z.device):
+        allowed = f"{z.dtype} on {z.device}, like the inputs"
+        raise InputError("wanted", allowed=allowed, given=f"{y.dtype} on {y.device}")
     if y.shape[-1] != z.shape[-1]:
         raise InputError("wanted", allowed=f"{z.shape[-1]} columns", given=y.shape[-1])
     out, into = y.shape[-2], z.shape[-2]
@@ -76,7 +80,8 @@ def reduced_rank(
         E = _fitting("towards", towards, (out, into), z)
     R = None if metric is None else _fitting("metric", metric, (None, out), z)
 
-    batch = torch.broadcast_shapes(y.shape[:-2], z.shape[:-2], E.shape[:-2])
+    given = [part for part in (y, z, E, R) if part is not None]
+    batch = _checks.common_shape("wanted and inputs", [tuple(p.shape[:-2]) for p in given])
     y, z, E = (part.expand(*batch, *part.shape[-2:]) for part in (y, z, E))
     means = [part.mean(-1, keepdim=True) * intercept for part in (y, z)]
     y, z = y - means[0], z - means[1]
@@ -91,7 +96,7 @@ def reduced_rank(
         B = E + torch.linalg.lstsq(z.mT, (y - E @ z).mT, driver="gelsd").solution.mT
     # A trace of every direction decides where the data say nothing.
     level = z.square().mean((-2, -1), keepdim=True) * z.shape[-1]
-    trace = (torch.finfo(z.dtype).eps * torch.where(level > 0, level, 1)).sqrt()
+    trace = 16 * torch.finfo(z.dtype).eps * torch.where(level > 0, level, 1).sqrt()
     half = torch.linalg.qr(torch.cat([z, trace * identity], -1).mT, mode="r").R.mT
     seen = B if R is None else R @ B
     U = lowrank.svd(seen @ half).U[..., :rank]

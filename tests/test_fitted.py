@@ -108,6 +108,14 @@ def test_narrow_heads_have_fits_below_their_threshold() -> None:
     assert found.error <= fitted.relative_error(theorem.adapters.merge(frozen), target, test)[0]
 
 
+def test_heads_wider_than_the_tokens() -> None:
+    frozen, target = heads(2, 5, 7)
+    x, others = normal(40, 5, 4), normal(60, 5, 4, seed=1)
+    assert fitted.adapt(frozen, target, 3, x, others).error < 1e-16
+    assert fitted.adapt(frozen, target, 2, x, others).error > 1e-6
+    assert fused.fuse(frozen, target, 3).network(x).allclose(frozen(x))
+
+
 def test_fits_lose_to_no_construction_and_polish_to_no_fit() -> None:
     frozen, target = relu(4, 2, 8)
     x, others = normal(8, 400), normal(8, 4000, seed=1)

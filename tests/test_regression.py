@@ -72,6 +72,16 @@ def test_what_data_leave_open_stays(samples: int) -> None:
     assert float(small.norm()) <= float(E.norm()) + 1e-9
 
 
+@pytest.mark.parametrize("small", [1e-3, 1e-9, 1e-12])
+def test_small_directions_count_by_what_they_explain(small: float) -> None:
+    one, other = torch.linalg.qr(drawn(5, 2, 2, 60)[1].mT - 1).Q.mT * 60**0.5
+    one, other = (part - part.mean() for part in (one, other))
+    z, y = torch.stack([one, small * other]), torch.stack([5 * one, other])
+    found = reduced_rank(y, z, 1)
+    missed = y - found.change.matrix() @ z - found.intercept[:, None]
+    assert float(missed.square().sum()) <= 1.01 * float(other.square().sum())
+
+
 def test_infinite_shrinkage_is_the_limit() -> None:
     z, y, R, E = drawn(2, 4, 5, 50)
     limit = reduced_rank(y, z, 4, towards=E, shrinkage=torch.inf, metric=R).change.matrix()

@@ -19,13 +19,12 @@ def fnn_data_threshold(
     inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> Int[Tensor, "*batch"]:
-    """``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``: the least equal rank that is exact on the inputs.
+    """``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``: an equal rank that is enough on the inputs.
 
     ``C_{i−1}`` is the covariance, over the inputs, of the target's activations before layer ``i``.
-    Of each block alone it is the least with which its pre-activations there are the target's, and
-    together they are enough; never above `fnn_threshold`, and far below it where activations span
-    little. Raises what `fnn_threshold` raises, and `InputError` for unusable inputs. Source:
-    [cor-data-threshold].
+    It is the least with which each block by itself has the target's pre-activations there; never
+    above `fnn_threshold`, and far below it where activations span little. Raises what that raises,
+    and `InputError` for unusable inputs. Source: [cor-data-threshold].
     """
     gaps = blocks(frozen, target, partition)
     z, needed = target.as_inputs(inputs), []
@@ -43,7 +42,8 @@ def first_order(adapted: Network, target: Network, inputs: Float[Tensor, ...]) -
     ``δ_s`` is what segment ``s`` of the adapted network makes of the target's activations before
     it, less what the target's makes of them, and ``J_s`` the derivative of all that is behind ``s``
     in the adapted network, at the target's activations. A segment ends before a ReLU, a softmax,
-    or the next block. Relative, like `constructions.fitted`'s errors; of linear networks exact.
+    or the next block. Relative, like `constructions.fitted`'s errors; of linear networks exact. No
+    finite number where the target's outputs do not vary on the inputs.
 
     Parameters
     ----------

@@ -69,9 +69,9 @@ class Scores(NamedTuple):
         return solution.reshape(self.G.shape)
 
     def improved(self, K: Float[Tensor, "a b"], rank: int) -> Float[Tensor, "a b"]:
-        """``K`` after exact half-steps in its two factors, until it stands still [prop-scores].
+        """``K``, of that rank, after exact half-steps in its factors till it stands still.
 
-        No step makes the sum larger.
+        No step makes the sum larger [prop-scores].
         """
         if not rank:
             return torch.zeros_like(K)
@@ -101,16 +101,17 @@ def closed_form(
     queries: Float[Tensor, "samples b tokens"],
     rank: int,
 ) -> Float[Tensor, "a b"]:
-    """``C_k^{-1/2} LR_r(C_k^{1/2} E C_q^{1/2}) C_q^{-1/2}``, ``C_k`` of centred keys [prop-scores].
+    """``(C_k^{1/2})⁺ U_r U_rᵀ C_k^{1/2} E``, ``C_k`` of centred keys [prop-scores].
 
-    The least ``E (k̃ᵀ(E − K) q)²`` of rank ``r`` where keys and queries are independent. Where
-    either does not span its space the inverse roots are pseudo-inverses.
+    ``U_r`` has the first left singular vectors of ``C_k^{1/2} E C_q^{1/2}``. Of rank ``r`` it has
+    the least ``E (k̃ᵀ(E − K) q)²`` where keys and queries are independent. Raises `InputError` for
+    what does not fit.
     """
     E = _checks.real_tensor("E", E, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(E.shape[-2:]), limit="the smaller side")
     roots = []
     for name, x, side, centred in (("keys", keys, 0, True), ("queries", queries, 1, False)):
-        x = _checks.real_tensor(name, x, min_dims=3)
+        x = _checks.real_tensor(name, x, min_dims=3).to(E)
         if x.shape[-2] != E.shape[side]:
             raise InputError(name, allowed=f"of width {E.shape[side]}", given=x.shape[-2])
         x = (x - x.mean(-1, keepdim=True) if centred else x).movedim(-2, 0).flatten(1)
@@ -248,9 +249,10 @@ class _Builder:
         """All heads in turn until they stand still, from the theorem's on; returns the bias."""
 
         def step(h: int, lacking: Tensor) -> Tensor:
-            frozen, mix = self.frozen.W_O[l, h], mixes[0][h]
+            # These do nothing, but to add zeros to heads wider than the tokens.
+            frozen, values = self.frozen.W_O[l, h], self.frozen.W_V[l, h] @ mixes[0][h]
             E, rank = self.goal.W_O[l, h] - frozen, self.ranks["W_O"]
-            found = reduced_rank(lacking - frozen @ mix, mix, rank, towards=E)
+            found = reduced_rank(lacking - frozen @ values, values, rank, towards=E)
             self.own["W_O"][l, h] = frozen + found.change.matrix()
             return found.intercept
 

@@ -118,7 +118,8 @@ def adapt(
     held_out : others of the same kind, at least four.
     partition : of ReLU networks: the blocks, by default uniform.
     region : of ReLU networks: where the adapted network is to be what was fitted; by default a
-        ball about the mean of all inputs, 1.25 times as large as they need.
+        ball about the mean of the inputs and of those that choose, 1.25 times as large as they
+        need.
     metric : of ReLU networks: errors of a layer count ``"alike"``, or by what the ``"outputs"``
         feel of them, or whichever comes out ``"best"``.
     throw : raise an error where the construction loses too many digits, or else say so in
@@ -198,7 +199,7 @@ def evidence(
 ) -> Fitted:
     """Fits, carried back to their frozen networks and measured on the rest of the held-out."""
     if region is None and isinstance(fits[0].fused.frozen, FNN):
-        region = ball(torch.cat([inputs, held_out], -1))
+        region = ball(torch.cat([inputs, halves(held_out)[0]], -1))
     test = halves(held_out)[1]
     adapters, success, columns = [], [], []
     for one in fits:
@@ -210,8 +211,8 @@ def evidence(
             first = bounds.first_order(one.factors.merge(fused.network), fused.goal, inputs)
         else:
             adapters.append(one.direct)
-            success.append(torch.tensor(True))
-            first = torch.tensor(torch.nan, dtype=test.dtype)
+            success.append(torch.tensor(True, device=test.device))
+            first = test.new_tensor(torch.nan)
         measured = relative_error(adapters[-1].merge(fused.frozen), fused.target, test)
         columns.append(torch.stack([*measured, first]))
     error, low, high, predicted = torch.stack(columns, -1).reshape(4, *batch).unbind(0)
@@ -232,13 +233,21 @@ def relative_error(
     """Mean squared difference of outputs over the variance of the target's, and its 95% interval.
 
     Each sample counts as one draw, a sequence with all its tokens; what is drawn of the variance
-    is left out. Outputs narrower than the network's are compared alone.
+    is left out. Outputs narrower than the network's are compared alone. Raises `InputError` for a
+    target that is constant on the inputs.
     """
     _checks.kind(Network, network=network, target=target)
     wanted = target(x)
     found = network(_padded(x, network))[..., : wanted.shape[-2], :]
     tokens = wanted.movedim(-2, 0).flatten(1)
     variance = tokens.var(-1, correction=0).mean()
+    if not variance > 0:
+        raise InputError(
+            "target",
+            allowed="one whose outputs differ from input to input",
+            given="equal outputs for all",
+            remedy="what is relative to their variance has no meaning then",
+        )
     each = (found - wanted).square().mean((-2, -1) if target.sequences else -2) / variance
     error, half = each.mean(), NORMAL * each.std() / each.numel() ** 0.5
     return error, (error - half).clamp(min=0), error + half

@@ -1,4 +1,4 @@
-"""Polish: fitted adapters improved as a whole, by gradient, and never for the worse."""
+"""Polish: fitted adapters improved as a whole, by gradient, and kept only where that is better."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def polish(
     """The fitted adapters after minimizing the error of all segments together.
 
     From each start, all factors and biases first take ``steps`` steps of Adam with a falling rate,
-    where asked for, and then up to so many iterations of L-BFGS, which never make the error on
+    where asked for, and then up to so many iterations of L-BFGS, none of which makes the error on
     ``inputs`` larger. What has the least error on the first half of the held-out inputs is kept, be
     it the fit itself; the other half gives the error that is returned.
 
