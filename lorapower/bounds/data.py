@@ -36,7 +36,9 @@ def fnn_data_threshold(
     return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
 
 
-def first_order(adapted: Network, target: Network, inputs: Float[Tensor, ...]) -> Float[Tensor, ""]:
+def first_order(
+    adapted: Network, target: Network, inputs: Float[Tensor, "*batch width n"]
+) -> Float[Tensor, ""]:
     """``E‖Σ_s J_s δ_s‖²`` over the variance of the target's outputs: an error to first order.
 
     ``δ_s`` is what segment ``s`` of the adapted network makes of the target's activations before

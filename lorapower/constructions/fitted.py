@@ -228,7 +228,7 @@ def evidence(
 
 
 def relative_error(
-    network: Network, target: Network, x: Float[Tensor, ...]
+    network: Network, target: Network, x: Float[Tensor, "*batch width n"]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean squared difference of outputs over the variance of the target's, and its 95% interval.
 
