@@ -70,7 +70,7 @@ def normal(
     *shape: int,
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "*shape"]:
     """Standard normal numbers on ``device``, as `generator` gives them.
 
     As with `uniform`, they are drawn where the generator is, on processors, so that equal seeds
@@ -84,7 +84,7 @@ def uniform(
     *shape: int,
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "*shape"]:
     """Numbers that are uniform on 0 to 1; else like `normal`."""
     return _drawn(torch.rand, generator, shape, dtype).to(device)
 

@@ -204,7 +204,7 @@ def chained(weights: Any) -> list[Tensor]:
 
 def uniform(
     *shape: int, width: int, generator: torch.Generator, dtype: torch.dtype
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "*shape"]:
     """Numbers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√width``."""
     drawn = randomness.uniform(generator, *shape)
     return ((2 * drawn - 1) / width**0.5).to(dtype)
