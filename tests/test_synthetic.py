@@ -78,7 +78,7 @@ def test_problems_without_meaning_are_refused(values: dict[str, Any], message: s
         (
             "fnn",
             {"kind": "adam"},
-            "method must be one of 'construction', 'lora', 'final'; got 'ada",
+            "method must be one of 'construction', 'fitted', 'lora', 'final'; got 'ada",
         ),
         ("fnn", {"kind": "lora", "ranks": 7}, "from 0 to 6"),
         ("fnn", {"kind": "lora", "ranks": -1}, "ranks must be greater than or equal to 0"),

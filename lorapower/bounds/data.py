@@ -11,6 +11,9 @@ from torch.autograd.functional import jvp
 
 from .. import _checks, lowrank
 from ..networks import FNN, LinearNetwork, Network, Partition, Transformer, blocks
+from ..networks.fnn import behind as behind_layer
+from ..networks.transformer import behind as behind_block
+from ..networks.transformer import fed_forward, mixed, scores
 
 
 def fnn_data_threshold(
@@ -80,7 +83,7 @@ def _pieces(adapted: Network, target: Network, x: Tensor) -> Iterator[Piece]:
         z = x
         for l, p in enumerate(target.preactivations(x)):
             ours = adapted.weights[l] @ z + adapted.biases[l][:, None]
-            yield lambda p, l=l: adapted.behind(l, p), p, ours - p  # type: ignore[misc]
+            yield lambda p, l=l: behind_layer(adapted, l, p), p, ours - p  # type: ignore[misc]
             z = p.relu()
     else:
         wanted = target(x)
@@ -89,22 +92,22 @@ def _pieces(adapted: Network, target: Network, x: Tensor) -> Iterator[Piece]:
 
 def _transformer(adapted: Transformer, target: Transformer, z: Tensor) -> Iterator[Piece]:
     for l in range(target.depth):
-        scores = target.scores(l, z)
-        hidden = target.mixed(l, z, scores)
-        after = target.fed_forward(l, hidden)
+        attending = scores(target, l, z)
+        hidden = mixed(target, l, z, attending)
+        after = fed_forward(target, l, hidden)
 
-        def by_scores(scores: Tensor, l: int = l, z: Tensor = z) -> Tensor:
-            return by_hidden(adapted.mixed(l, z, scores), l)
+        def by_scores(attending: Tensor, l: int = l, z: Tensor = z) -> Tensor:
+            return by_hidden(mixed(adapted, l, z, attending), l)
 
         def by_hidden(hidden: Tensor, l: int = l) -> Tensor:
-            return adapted.behind(l + 1, adapted.fed_forward(l, hidden))
+            return behind_block(adapted, l + 1, fed_forward(adapted, l, hidden))
 
-        yield by_scores, scores, adapted.scores(l, z) - scores
-        yield by_hidden, hidden, adapted.mixed(l, z, scores) - hidden
+        yield by_scores, attending, scores(adapted, l, z) - attending
+        yield by_hidden, hidden, mixed(adapted, l, z, attending) - hidden
         yield (
-            lambda z, l=l: adapted.behind(l + 1, z),  # type: ignore[misc]
+            lambda z, l=l: behind_block(adapted, l + 1, z),  # type: ignore[misc]
             after,
-            adapted.fed_forward(l, hidden) - after,
+            fed_forward(adapted, l, hidden) - after,
         )
         z = after
     wanted = target.W_out @ z

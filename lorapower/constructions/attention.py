@@ -18,7 +18,7 @@ from .. import _checks, _objects, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
 from ..networks import Transformer
-from ..networks.transformer import WEIGHTS
+from ..networks.transformer import WEIGHTS, fed_forward, mixed, scores
 from ..regression import reduced_rank
 from . import transformer
 from .fused import Fused, is_narrow
@@ -173,18 +173,19 @@ class _Builder:
         return Adapters(updates, tuple(new - old for new, old in changes))
 
     def _adapt(self, l: int) -> None:
-        scores = [self.goal.scores(l, z) for z in self.targets]
+        attending = [scores(self.goal, l, z) for z in self.targets]
         fit_scores, fit_values = self._scores, self._values
         if is_narrow(self.frozen, "query size"):
             fit_scores = self._narrow_scores
         if is_narrow(self.frozen, "value size"):
             fit_values = self._narrow_values
         for h in range(self.frozen.heads):
-            fit_scores(l, h, [s[:, h] for s in scores])
-        hidden = [self.goal.mixed(l, z, s) for z, s in zip(self.targets, scores, strict=True)]
+            fit_scores(l, h, [s[:, h] for s in attending])
+        pairs = zip(self.targets, attending, strict=True)
+        hidden = [mixed(self.goal, l, z, s) for z, s in pairs]
         mixes = [self._patterned(l, z) for z in self.tokens]
         self.biases["b_1"].append(fit_values(l, mixes, [_columns(p) for p in hidden]))
-        self.targets = [self.goal.fed_forward(l, p) for p in hidden]
+        self.targets = [fed_forward(self.goal, l, p) for p in hidden]
         ours = [self._mixed(l, parts).relu() for parts in mixes]
         if l + 1 == self.frozen.depth:
             self._outputs(l, ours, [_columns(z) for z in self.targets])

@@ -21,6 +21,7 @@ from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks import FNN, Network, Partition, Transformer, as_network
+from ..networks.fnn import behind
 from ..regions import Ball, Region
 from ..regression import Regression, reduced_rank, second_moment_root
 from . import attention
@@ -420,6 +421,6 @@ def _metrics(goal: FNN, x: Tensor) -> Iterator[Tensor]:
     for l, p in enumerate(goal.preactivations(x)):
         with torch.enable_grad():
             p.requires_grad_()
-            rows = goal.behind(l, p)
+            rows = behind(goal, l, p)
             slopes = [torch.autograd.grad(row.sum(), p, retain_graph=True)[0] for row in rows]
         yield second_moment_root(torch.cat(slopes, -1), RIDGE)

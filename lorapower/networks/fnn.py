@@ -142,14 +142,6 @@ class FNN(Layers):
             z = found[-1].relu()
         return found
 
-    def behind(
-        self, l: int, p: Float[Tensor, "*#batch _ samples"]
-    ) -> Float[Tensor, "*batch out samples"]:
-        """The outputs for pre-activations of layer ``l``, from 0; gradients flow through."""
-        for weight, bias in zip(self.weights[l + 1 :], self.biases[l + 1 :], strict=True):
-            p = weight @ p.relu() + bias[..., None]
-        return p if self.linear_last else p.relu()
-
     def __call__(
         self, x: Float[Tensor, "*#batch in samples"]
     ) -> Float[Tensor, "*batch out samples"]:
@@ -205,3 +197,12 @@ class FNN(Layers):
             layer.weight, layer.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
             layers += [layer, nn.ReLU()]
         return nn.Sequential(*layers[: self.depth + self.relus])
+
+
+def behind(
+    network: FNN, l: int, p: Float[Tensor, "*#batch _ samples"]
+) -> Float[Tensor, "*batch out samples"]:
+    """The outputs for pre-activations of layer ``l``, from 0; gradients flow through."""
+    for weight, bias in zip(network.weights[l + 1 :], network.biases[l + 1 :], strict=True):
+        p = weight @ p.relu() + bias[..., None]
+    return p if network.linear_last else p.relu()

@@ -286,42 +286,50 @@ class Transformer(Network):
         """What happens in each block, first block first."""
         z, found = self.as_inputs(x), []
         for l in range(self.depth):
-            scores = self.scores(l, z)
-            hidden = self.mixed(l, z, scores)
-            z = self.fed_forward(l, hidden)
-            found.append(BlockTrace(scores.softmax(-2), hidden, z))
+            attending = scores(self, l, z)
+            hidden = mixed(self, l, z, attending)
+            z = fed_forward(self, l, hidden)
+            found.append(BlockTrace(attending.softmax(-2), hidden, z))
         return found
-
-    def scores(
-        self, l: int, z: Float[Tensor, "*#batch width n"]
-    ) -> Float[Tensor, "*batch heads n n"]:
-        """``Zᵀ W_K^hᵀ W_Q^h Z`` of block ``l``, counted from 0: of keys, in rows, and queries."""
-        tokens = z.unsqueeze(-3)
-        return (self.W_K[..., l, :, :, :] @ tokens).mT @ (self.W_Q[..., l, :, :, :] @ tokens)
-
-    def mixed(
-        self,
-        l: int,
-        z: Float[Tensor, "*#batch width n"],
-        scores: Float[Tensor, "*#batch heads n n"],
-    ) -> Float[Tensor, "*batch hidden n"]:
-        """What the ReLU of block ``l`` receives where tokens attend by these scores."""
-        values = self.W_V[..., l, :, :, :] @ z.unsqueeze(-3)
-        attention = (self.W_O[..., l, :, :, :] @ (values @ scores.softmax(-2))).sum(-3)
-        return self.W_1[..., l, :, :] @ attention + self.b_1[..., l, :, None]
-
-    def fed_forward(
-        self, l: int, hidden: Float[Tensor, "*#batch hidden n"]
-    ) -> Float[Tensor, "*batch width n"]:
-        """The tokens that block ``l`` makes of what its ReLU receives."""
-        return self.W_2[..., l, :, :] @ hidden.relu() + self.b_2[..., l, :, None]
-
-    def behind(self, l: int, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
-        """The outputs for tokens that enter block ``l``; gradients flow through."""
-        for block in range(l, self.depth):
-            z = self.fed_forward(block, self.mixed(block, z, self.scores(block, z)))
-        return self.W_out @ z
 
     def __call__(self, x: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
         """``W_out Z_L``, token by token; leading dimensions of ``x`` broadcast with the batch."""
-        return self.behind(0, self.as_inputs(x))
+        return behind(self, 0, self.as_inputs(x))
+
+
+def scores(
+    network: Transformer, l: int, z: Float[Tensor, "*#batch width n"]
+) -> Float[Tensor, "*batch heads n n"]:
+    """``Zᵀ W_K^hᵀ W_Q^h Z`` of block ``l``, counted from 0: of keys, in rows, and queries."""
+    tokens = z.unsqueeze(-3)
+    Q, K = (w[..., l, :, :, :] for w in (network.W_Q, network.W_K))
+    return (K @ tokens).mT @ (Q @ tokens)
+
+
+def mixed(
+    network: Transformer,
+    l: int,
+    z: Float[Tensor, "*#batch width n"],
+    attending: Float[Tensor, "*#batch heads n n"],
+) -> Float[Tensor, "*batch hidden n"]:
+    """What the ReLU of block ``l`` receives where tokens attend by these scores."""
+    V, O = (w[..., l, :, :, :] for w in (network.W_V, network.W_O))
+    attention = (O @ (V @ z.unsqueeze(-3) @ attending.softmax(-2))).sum(-3)
+    return network.W_1[..., l, :, :] @ attention + network.b_1[..., l, :, None]
+
+
+def fed_forward(
+    network: Transformer, l: int, hidden: Float[Tensor, "*#batch hidden n"]
+) -> Float[Tensor, "*batch width n"]:
+    """The tokens that block ``l`` makes of what its ReLU receives."""
+    return network.W_2[..., l, :, :] @ hidden.relu() + network.b_2[..., l, :, None]
+
+
+def behind(
+    network: Transformer, l: int, z: Float[Tensor, "*#batch width n"]
+) -> Float[Tensor, "*batch out n"]:
+    """The outputs for tokens that enter block ``l``; gradients flow through."""
+    for block in range(l, network.depth):
+        hidden = mixed(network, block, z, scores(network, block, z))
+        z = fed_forward(network, block, hidden)
+    return network.W_out @ z
