@@ -259,6 +259,7 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (fitted.ball, {"inputs": X}),
     (attention.closed_form, {"E": X, "keys": KEYS, "queries": QUERIES, "rank": 1}),
     (bounds.fnn_data_threshold, {"frozen": RELU[0], "target": RELU[1], "inputs": X}),
+    (bounds.variance, {"outputs": X}),
     (bounds.first_order, {"adapted": RELU[1], "target": RELU[1], "inputs": X}),
     (
         regression.reduced_rank,
@@ -267,11 +268,6 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     ),
     (regression.second_moment_root, {"columns": X, "ridge": 0.0}),
     (training.polish, {"fitted": FITTED, "inputs": X, "held_out": 2 * X, "starts": ["fitted"]}),
-    (
-        training.descend,
-        {"network": RELU[0], "adapters": ADAPTED.adapters, "iterations": 1}
-        | {"training": (X, X), "validation": (X, X)},
-    ),
     (partition.least_error, {"frozen": RELU[0], "target": RELU[1], "ranks": 1, "inputs": X}),
     (transformer.adapt, {"frozen": HEADS[0], "target": HEADS[1], "ranks": 3, "seed": 0}),
     (lowrank.LowRank, {"left": X, "right": X}),

@@ -104,6 +104,7 @@ def test_the_table_of_calls_is_complete() -> None:
         bounds.colliding_inputs,
         bounds.first_order,
         bounds.pair_ranks,
+        bounds.variance,
         fitted.ball,
         fitted.checked,
         fitted.evidence,

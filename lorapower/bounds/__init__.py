@@ -3,7 +3,7 @@
 All raise `InputError` for a network of another kind than the one they are for.
 """
 
-from .data import first_order, fnn_data_threshold
+from .data import first_order, fnn_data_threshold, variance
 from .final_layers import Floor, colliding_inputs, final_layers_floor
 from .fnn import (
     accumulate_errors,
@@ -45,4 +45,5 @@ __all__ = [
     "transformer_errors",
     "transformer_ranks",
     "transformer_threshold",
+    "variance",
 ]

@@ -66,8 +66,16 @@ def first_order(
     x = target.as_inputs(inputs, "inputs")
     # Twice backward: forward, torch would compile what it deprecates.
     moved = sum(jvp(behind, at, missed)[1] for behind, at, missed in _pieces(adapted, target, x))
-    wanted = target(x).movedim(-2, 0).flatten(1)
-    return moved.square().mean() / wanted.var(-1, correction=0).mean()
+    return moved.square().mean() / variance(target(x))
+
+
+def variance(outputs: Float[Tensor, "*samples out n"]) -> Float[Tensor, ""]:
+    """The mean squared error of the best constant: each output's variance, and their mean.
+
+    Over all samples and tokens. Raises `InputError` for numbers that are not finite.
+    """
+    y = _checks.real_tensor("outputs", outputs, min_dims=2)
+    return y.movedim(-2, 0).flatten(1).var(-1, correction=0).mean()
 
 
 # A function, where it is differentiated, and in which direction.

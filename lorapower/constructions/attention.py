@@ -186,7 +186,8 @@ class _Builder:
         mixes = [self._patterned(l, z) for z in self.tokens]
         self.biases["b_1"].append(fit_values(l, mixes, [_columns(p) for p in hidden]))
         self.targets = [fed_forward(self.goal, l, p) for p in hidden]
-        ours = [self._mixed(l, parts).relu() for parts in mixes]
+        bias = self.biases["b_1"][l]
+        ours = [self._sum(l, parts, bias).relu() for parts in mixes]
         if l + 1 == self.frozen.depth:
             self._outputs(l, ours, [_columns(z) for z in self.targets])
         else:
@@ -286,7 +287,7 @@ class _Builder:
         for _ in range(SWEEPS):
             for h in heads:
                 others = [self._head(l, g) @ mixes[0][g] for g in heads if g != h]
-                bias = step(h, wanted[0] - sum(others, 0 * wanted[0]))
+                bias = step(h, wanted[0] - sum(others))
             now = float((wanted[0] - self._sum(l, mixes[0], bias)).square().mean())
             if not now < left * (1 - STILL):
                 break
@@ -339,9 +340,6 @@ class _Builder:
 
     def _sum(self, l: int, mixes: Tensor, bias: Tensor) -> Tensor:
         return (self.own["W_O"][l] @ (self.own["W_V"][l] @ mixes)).sum(0) + bias[:, None]
-
-    def _mixed(self, l: int, mixes: Tensor) -> Tensor:
-        return self._sum(l, mixes, self.biases["b_1"][l])
 
 
 def _columns(z: Float[Tensor, "samples width tokens"]) -> Float[Tensor, "width columns"]:

@@ -8,7 +8,7 @@ are given, and makes good what the segments before it have missed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Literal, get_args
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from .. import _checks, _objects, bounds
 from ..adapters import Adapters
 from ..errors import InputError
-from ..lowrank import LowRank
-from ..networks import FNN, Network, Partition, Transformer, as_network
+from ..lowrank import LowRank, truncated_svd
+from ..networks import FNN, Network, Partition, Transformer, as_network, pad
 from ..networks.fnn import behind
 from ..regions import Ball, Region
 from ..regression import Regression, reduced_rank, second_moment_root
@@ -28,8 +28,12 @@ from . import attention
 from .adaptation import Adaptation
 from .fused import Fused, fuse
 
-# Of the coefficients towards the error matrix, in mean variances of an input; infinite: all of it.
-SHRINKAGES = (0.0, 0.01, 0.1, 1.0, inf)
+# Of coefficients towards the error matrix, in mean variances of an input, and how a fit is called.
+SHRINKAGES = {
+    "repair": 0.0,
+    **{f"shrinkage {s}": s for s in (0.01, 0.1, 1.0)},
+    "inputs": inf,
+}
 # Part of the identity in an output metric, without which what the inputs never reach is free.
 RIDGE = 1e-3
 # The region of a ReLU network: a ball as large as all inputs, times this.
@@ -47,16 +51,26 @@ class Fit:
     Attributes
     ----------
     fused : the frozen network and the target, with one matrix for each segment.
-    factors : adapters of the fused network.
+    adapters : what was found.
     chosen : how each segment was adapted, first segment first, or all at once.
-    direct : adapters of the frozen network itself, where these are what was found; there is then no
-        fused network that they make.
+    direct : whether the adapters are those of the frozen network itself, and not of the fused one.
+    region : of a ReLU network: where what is carried back holds.
     """
 
     fused: Fused
-    factors: Adapters
+    adapters: Adapters
     chosen: tuple[str, ...]
-    direct: Adapters | None = None
+    direct: bool = False
+    region: Region | None = None
+
+    @property
+    def network(self) -> Network:
+        """The network that the adapters are for."""
+        return self.fused.frozen if self.direct else self.fused.network
+
+    def error(self, x: Tensor, wanted: Tensor) -> float:
+        """The mean squared difference of the adapted network's outputs from those wanted."""
+        return float((self.adapters.merge(self.network)(x) - wanted).square().mean())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -132,39 +146,38 @@ def adapt(
     Source: [thm-reduced-rank], [prop-scores]; for what is carried back [lem-any-change].
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
+    _checks.kind(type(frozen), target=target)
     batches = [tuple(network.batch_shape) for network in (frozen, target)]
     batch = _checks.common_shape("frozen and target", batches)
     x, others = checked(target, inputs, held_out)
-    if region is not None and isinstance(frozen, FNN):
+    choosing = halves(others)[0]
+    if isinstance(frozen, FNN):
+        region = ball(torch.cat([x, choosing], -1)) if region is None else region
         _checks.kind(Region, region=region)
-        region = region.fit(target.weights[0].shape[-1], target.dtype)
-    if region is not None and not isinstance(frozen, FNN):
-        raise InputError("region", allowed="left out but for ReLU networks", given=region)
-    if partition is not None and not isinstance(frozen, FNN):
-        raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
+        region = region.fit(x.shape[-2], x.dtype)
+    else:
+        for name, given in (("region", region), ("partition", partition)):
+            if given is not None:
+                raise InputError(name, allowed="left out but for ReLU networks", given=given)
     _checks.choice("metric", metric, get_args(Metric))
     throw = _checks.flag("throw", throw)
     fits = [
-        fit(fuse(one, goal, ranks, partition), x, halves(others)[0], metric)
+        replace(fit(fuse(one, goal, ranks, partition), x, choosing, metric), region=region)
         for one, goal in _members(frozen, target, batch)
     ]
-    return evidence(fits, x, others, batch, region, throw=throw)
+    return evidence(fits, x, others, batch, throw=throw)
 
 
 @torch.no_grad()
 def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -> Fit:
     """The least error on ``select`` among the networks that `adapt` compares."""
     if isinstance(fused.network, Transformer):
-        made = [*attention.candidates(fused, inputs, select)]
+        made = attention.candidates(fused, inputs, select)
     else:
-        made = [*_layerwise(fused, inputs, select, metric)]
-    goal = fused.goal(select)
-
-    def error(candidate: tuple[Adapters, Any]) -> float:
-        return float((candidate[0].merge(fused.network)(select) - goal).square().mean())
-
-    factors, chosen = min(made, key=error)
-    return Fit(fused, factors, tuple(chosen))
+        made = _layerwise(fused, inputs, select, metric)
+    wanted = fused.goal(select)
+    found = [Fit(fused, adapters, tuple(chosen)) for adapters, chosen in made]
+    return min(found, key=lambda one: one.error(select, wanted))
 
 
 def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
@@ -194,26 +207,23 @@ def evidence(
     inputs: Tensor,
     held_out: Tensor,
     batch: torch.Size,
-    region: Region | None = None,
     *,
     throw: bool = True,
 ) -> Fitted:
     """Fits, carried back to their frozen networks and measured on the rest of the held-out."""
-    if region is None and isinstance(fits[0].fused.frozen, FNN):
-        region = ball(torch.cat([inputs, halves(held_out)[0]], -1))
     test = halves(held_out)[1]
     adapters, success, columns = [], [], []
     for one in fits:
         fused = one.fused
-        if one.direct is None:
-            found = fused.carry_back(one.factors, region, throw=throw)
-            adapters.append(found.adapters)
-            success.append(found.success)
-            first = bounds.first_order(one.factors.merge(fused.network), fused.goal, inputs)
-        else:
-            adapters.append(one.direct)
+        if one.direct:
+            adapters.append(one.adapters)
             success.append(torch.tensor(True, device=test.device))
             first = test.new_tensor(torch.nan)
+        else:
+            found = fused.carry_back(one.adapters, one.region, throw=throw)
+            adapters.append(found.adapters)
+            success.append(found.success)
+            first = bounds.first_order(one.adapters.merge(fused.network), fused.goal, inputs)
         measured = relative_error(adapters[-1].merge(fused.frozen), fused.target, test)
         columns.append(torch.stack([*measured, first]))
     error, low, high, predicted = torch.stack(columns, -1).reshape(4, *batch).unbind(0)
@@ -239,9 +249,8 @@ def relative_error(
     """
     _checks.kind(Network, network=network, target=target)
     wanted = target(x)
-    found = network(_padded(x, network))[..., : wanted.shape[-2], :]
-    tokens = wanted.movedim(-2, 0).flatten(1)
-    variance = tokens.var(-1, correction=0).mean()
+    found = network(pad(x, network.weights[0].shape[-1]))[..., : wanted.shape[-2], :]
+    variance = bounds.variance(wanted)
     if not variance > 0:
         raise InputError(
             "target",
@@ -302,11 +311,6 @@ def _rows(x: Tensor) -> list[bytes]:
     return [row.tobytes() for row in samples.cpu().contiguous().numpy()]
 
 
-def _padded(x: Tensor, network: Network) -> Tensor:
-    missing = network.weights[0].shape[-1] - x.shape[-2]
-    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
-
-
 def _members(frozen: Network, target: Network, batch: torch.Size) -> Iterator[tuple[Any, Any]]:
     """Single networks, one pair for each member of the batch."""
 
@@ -341,7 +345,7 @@ def _layerwise(
     """Adapters of a linear or a ReLU network's layers: the theorem's, and two that are fitted."""
     network, goal = fused.network, fused.goal
     ranked = [*zip(network.weights, goal.weights, fused.fused_ranks, strict=True)]
-    theorem = [_best_change(W, W_target, rank) for W, W_target, rank in ranked]
+    theorem = [truncated_svd(W_target - W, rank) for W, W_target, rank in ranked]
     plain = tuple(b - a for a, b in zip(network.biases, goal.biases, strict=True))
     yield Adapters(tuple(theorem), plain), ["theorem"] * len(ranked)
     metrics: list[list[Tensor | None]] = []
@@ -382,21 +386,11 @@ def _layer(
     """The change of one layer, chosen by the second of each pair of inputs and outputs."""
     E = W_target - W
     free = bool(bias)
+    options: dict[str, Any] = {"towards": E, "metric": metric, "intercept": free}
+    missing = reach[0] - W @ own[0]
     candidates = {
-        f"shrinkage {shrinkage:g}"
-        if 0 < shrinkage < inf
-        else ("repair", "inputs")[shrinkage > 0]: (
-            reduced_rank(
-                reach[0] - W @ own[0],
-                own[0],
-                rank,
-                towards=E,
-                shrinkage=shrinkage,
-                metric=metric,
-                intercept=free,
-            )
-        )
-        for shrinkage in SHRINKAGES
+        name: reduced_rank(missing, own[0], rank, shrinkage=shrinkage, **options)
+        for name, shrinkage in SHRINKAGES.items()
     }
     a = bias[0] if free else torch.zeros_like(W[:, 0])
     candidates["theorem"] = Regression(theorem, a)
@@ -408,12 +402,6 @@ def _layer(
 
     best = min(candidates, key=error)
     return candidates[best], best
-
-
-def _best_change(W: Tensor, W_target: Tensor, rank: int) -> LowRank:
-    """``LR_r(W̄ − W)``."""
-    U, S, Vh = torch.linalg.svd(W_target - W, full_matrices=False)
-    return LowRank(U[:, :rank] * S[:rank], Vh.mT[:, :rank])
 
 
 def _metrics(goal: FNN, x: Tensor) -> Iterator[Tensor]:

@@ -33,6 +33,9 @@ from ..regions import Region
 from . import fnn, linear, transformer
 from .adaptation import Adaptation
 
+# The two factors of a segment of a head: the one that holds their product, and the other.
+HEADS = {"query size": ("W_Q", "W_K"), "value size": ("W_O", "W_V")}
+
 
 @_objects.held
 @dataclass(frozen=True)
@@ -157,18 +160,13 @@ def _transformer(frozen: Transformer, target: Any, ranks: Any) -> Fused:
             remedy="fewer coordinates cannot hold a bias for all of them",
         )
     network, goal = (_fused(one, frozen) for one in (frozen, target))
-    width, outputs = frozen.width, frozen.sizes["outputs"]
-    by_name = {"W_Q": min(own["W_Q"] + own["W_K"], width), "W_K": 0, "W_V": 0}
-    by_name["W_O"] = min(own["W_V"] + own["W_O"], width)
-    if is_narrow(frozen, "query size"):
-        by_name |= {"W_Q": own["W_Q"], "W_K": own["W_K"]}
-    if is_narrow(frozen, "value size"):
-        by_name |= {"W_V": own["W_V"], "W_O": own["W_O"]}
-    last = min(own["W_2"] + own["W_out"], outputs, width)
-    reach = [
-        last if name == f"W_2 of block {frozen.depth}" else by_name.get(name.split()[0], 0)
-        for name in frozen.weight_names
-    ]
+    for side, (kept, gone) in HEADS.items():
+        if not is_narrow(frozen, side):
+            own |= {kept: min(own[kept] + own[gone], frozen.width), gone: 0}
+    outputs = min(own["W_2"] + own["W_out"], frozen.sizes["outputs"])
+    last = {f"W_2 of block {frozen.depth}": outputs}
+    by_kind = own | {"W_2": 0, "W_out": 0}
+    reach = [last.get(name, by_kind.get(name.split()[0], 0)) for name in frozen.weight_names]
     return Fused(frozen, target, ranks, None, network, goal, tuple(reach))
 
 

@@ -162,8 +162,7 @@ def error(network: FNN | Transformer, target: FNN | Transformer, x: Tensor) -> f
     Means are over classes and samples, the variance of each class's votes is about their mean.
     """
     found, wanted = votes(network, x), votes(target, x)
-    variance = wanted.var(-1, correction=0).mean()
-    return float((found - wanted).square().mean() / variance)
+    return float((found - wanted).square().mean() / bounds.variance(wanted))
 
 
 class Problem(Record):
@@ -385,7 +384,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     problem: Problem = methods.common_problem(settings)
     frozen, wanted = problem.networks()
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
-    variance = votes(wanted, x).var(-1, correction=0).mean()
+    variance = bounds.variance(votes(wanted, x))
     of_problem: dict[str, Any] = {
         "target_accuracy": accuracy(wanted, (x, y)),
         "frozen_accuracy": accuracy(frozen, (x, y)),

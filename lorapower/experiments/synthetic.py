@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, constructions, randomness
+from .. import _checks, bounds, constructions, randomness
 from .._records import Record
 from ..adapters import Adapters
 from ..constructions.fitted import Fitted as FittedAdapters
@@ -263,7 +263,7 @@ class Found(Trained):
     ``validation_loss`` is the least one met in training, by which grid points are compared. What
     does not apply is NaN. ``signal`` is the target's mean square output over the test inputs, and
     ``variance`` what is left of it when each output's mean is subtracted: the error of the best
-    constant.
+    constant. ``predicted`` is the error of a fit to first order, in units of that variance.
     """
 
     error: float
@@ -286,33 +286,35 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     # Hardly any of the normal inputs that are used here is outside √D + 4.
     usual = problem.width**0.5 + 4
     region = Ball(usual) if problem.model == "fnn" else None
-    fits: dict[Any, FittedAdapters] = {}
+    fits: dict[Fitted, FittedAdapters] = {}
+
+    def fit(method: Fitted) -> FittedAdapters:
+        # What is polished may have been fitted already.
+        plain = method.replace(starts=(), adam=0, iterations=0)
+        key = method if method.starts else plain
+        if key not in fits:
+            x = _inputs(problem, target, method)
+            if method.starts:
+                fits[key] = polish(
+                    fit(plain),
+                    *x,
+                    starts=method.starts,
+                    steps=method.adam,
+                    iterations=method.iterations,
+                    data=problem.data(target, "polishing")[1] if method.adam else None,
+                    seed=problem.seed,
+                    throw=False,
+                )
+            else:
+                fits[key] = constructions.fitted.adapt(
+                    frozen, target, method.ranks, *x, region=region, throw=False
+                )
+        return fits[key]
 
     def construct(method: Any) -> Adapters:
-        if not isinstance(method, Fitted):
-            return methods.construct(frozen, target, method.ranks, Ball(method.region * usual))
-        # What is polished may have been fitted already.
-        plain = Fitted(ranks=method.ranks, inputs=method.inputs)
-        x = _inputs(problem, target, method)
-        if plain not in fits:
-            fits[plain] = constructions.fitted.adapt(
-                frozen, target, method.ranks, *x, region=region, throw=False
-            )
-        if method.starts:
-            fits[method] = polish(
-                fits[plain],
-                *x,
-                starts=method.starts,
-                steps=method.adam,
-                iterations=method.iterations,
-                data=problem.data(target, "polishing")[1] if method.adam else None,
-                region=region,
-                seed=problem.seed,
-                throw=False,
-            )
-        else:
-            fits[method] = fits[plain]
-        return fits[method].adapters
+        if isinstance(method, Fitted):
+            return fit(method).adapters
+        return methods.construct(frozen, target, method.ranks, Ball(method.region * usual))
 
     found = methods.adapted(
         [setting.method for setting in settings],
@@ -325,8 +327,8 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         seed=problem.seed,
     )
     predicted = [
-        float(fits[setting.method].predicted) if setting.method in fits else math.nan
-        for setting in settings
+        float(fit(one.method).predicted) if isinstance(one.method, Fitted) else math.nan
+        for one in settings
     ]
     return [
         Found(**tests.of(network), predicted=first, **dict(about))
@@ -395,9 +397,8 @@ class _Tests:
                 classes = (self.problem.votes(y).argmax(-2) for y in (out, wanted))
                 found[f"{kind}accuracy"] = float(torch.eq(*classes).double().mean())
         wanted = self.wanted[""]
-        each = wanted.movedim(-2, 0).flatten(1)
         return {
             **found,
             "signal": float(wanted.square().mean()),
-            "variance": float(each.var(-1, correction=0).mean()),
+            "variance": float(bounds.variance(wanted)),
         }

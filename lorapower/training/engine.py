@@ -139,8 +139,7 @@ def _processors() -> int:
 
 def _place(backend: str, device: str | torch.device | None) -> torch.device | None:
     """The device that was asked for, if any, where the backend computes there."""
-    if not isinstance(backend, str) or backend not in ("compiled", "torch"):
-        raise InputError("backend", allowed="'compiled' or 'torch'", given=brief(backend))
+    _checks.choice("backend", backend, ("compiled", "torch"))
     if device is None:
         return None
     place = _checks.device(device)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters, N
+from ..adapters import Adapters
 from ..constructions.fitted import Fit, Fitted, checked, evidence, halves
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from ..networks import FNN, Network
-from ..regions import Region
+from ..networks import FNN
 from .data import Data, Fixed
 from .engine import train
 from .tuning import Tuning
@@ -24,7 +23,8 @@ Start = Literal["fitted", "lora"]
 # Of a start that is good already, and of one that is none.
 RATES = {"fitted": 3e-3, "lora": 1e-2}
 BATCH = 256
-CHUNK, PATIENCE = 25, 4
+# After so many iterations the held-out error is looked at; it may stand still so many times.
+CHUNK, PATIENCE, STILL = 25, 4, 1e-3
 
 
 @torch.no_grad()
@@ -37,7 +37,6 @@ def polish(
     steps: int = 0,
     iterations: int = 300,
     data: Data | None = None,
-    region: Region | None = None,
     seed: int = 0,
     throw: bool = True,
 ) -> Fitted:
@@ -60,7 +59,7 @@ def polish(
     data : the batches of these steps; by default 256 of the inputs at a time. Where inputs
         can be drawn, fresh ones fit no noise.
     iterations : of L-BFGS; it ends before, where the held-out error stops falling.
-    region, throw : as there.
+    throw : as there.
     seed : of the factors of start ``"lora"`` and of the order of batches.
 
     Raises `InputError` for unknown starts and unusable numbers, and where a start needs steps.
@@ -82,22 +81,20 @@ def polish(
             "steps", allowed='at least 1 from start "lora"', given=0, remedy="such as 4000"
         )
     seed = _checks.seed(seed)
-    x, others = checked(fitted.fits[0].fused.target, inputs, held_out)
+    goals = [fit.fused.target for fit in fitted.fits]
+    x, others = checked(goals[0], inputs, held_out)
     select = halves(others)[0]
     fits = []
-    for fit in fitted.fits:
-        goal = fit.fused.target
+    for fit, goal in zip(fitted.fits, goals, strict=True):
         pairs = (x, goal(x)), (select, goal(select))
         source = data
         if source is None:
-            count = x.shape[0 if goal.sequences else -1]
-            samples = min(BATCH, count)
+            samples = min(BATCH, x.shape[0 if goal.sequences else -1])
             source = Fixed(*pairs, samples=samples, seed=seed, purpose=("polish",))
-        tried = [fit, *_begun(fit, starts, source, steps, seed)]
-        tried[1:] = [_descended(one, pairs, iterations) for one in tried[1:]]
-        errors = [_error(*_place(one), pairs[1]) for one in tried]
-        fits.append(tried[min(range(len(tried)), key=errors.__getitem__)])
-    return evidence(fits, x, others, fitted.error.shape, region, throw=throw)
+        begun = _begun(fit, starts, source, steps, seed)
+        tried = [fit, *(_descended(one, *pairs, iterations) for one in begun)]
+        fits.append(min(tried, key=lambda one: one.error(*pairs[1])))
+    return evidence(fits, x, others, fitted.error.shape, throw=throw)
 
 
 Pair = tuple[Tensor, Tensor]
@@ -105,90 +102,56 @@ Pair = tuple[Tensor, Tensor]
 
 def _begun(fit: Fit, starts: Sequence[Start], data: Data, steps: int, seed: int) -> Iterator[Fit]:
     """From each start what the steps of Adam make of it; those of one network are run at once."""
-    fused = fit.fused
-    places: dict[bool, list[Start]] = {}
+    lora = replace(fit, direct=isinstance(fit.fused.network, FNN))
+    places: dict[bool, list[tuple[Start, Fit]]] = {}
     for start in starts:
-        places.setdefault(start == "lora" and isinstance(fused.network, FNN), []).append(start)
-    for direct, begun in places.items():
-        network: Network = fused.frozen if direct else fused.network
-        found = [fit.factors] * len(begun)
+        one = lora if start == "lora" else fit
+        places.setdefault(one.direct, []).append((start, one))
+    for begun in places.values():
+        found = [one.adapters for _, one in begun]
         if steps:
-            ranks = fused.ranks if direct else fused.fused_ranks
+            network, fused = begun[0][1].network, fit.fused
+            ranks = fused.ranks if begun[0][1].direct else fused.fused_ranks
             each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in network.weights])
             runs = train(
                 network,
-                [Tuning(ranks=each, learning_rate=RATES[s], schedule="cosine") for s in begun],
+                [Tuning(ranks=each, learning_rate=RATES[s], schedule="cosine") for s, _ in begun],
                 data,
                 steps=steps,
                 every=max(1, steps // 100),
-                starts=[fit.factors if s == "fitted" else None for s in begun],
+                starts=[one.adapters if s == "fitted" else None for s, one in begun],
                 seed=seed,
             )
             found = [runs.adapters[i].to(network.dtype) for i in range(len(begun))]
-        for start, adapters in zip(begun, found, strict=True):
-            chosen = (f"polished from {start}",)
-            if direct:
-                yield replace(fit, direct=adapters, chosen=chosen)
-            else:
-                yield replace(fit, factors=adapters, direct=None, chosen=chosen)
+        for (start, one), adapters in zip(begun, found, strict=True):
+            yield replace(one, adapters=adapters, chosen=(f"polished from {start}",))
 
 
-def _descended(fit: Fit, pairs: tuple[Pair, Pair], iterations: int) -> Fit:
-    network, adapters = _place(fit)
-    adapters = descend(network, adapters, *pairs, iterations=iterations)
-    if fit.direct is None:
-        return replace(fit, factors=adapters)
-    return replace(fit, direct=adapters)
+def _descended(fit: Fit, training: Pair, validation: Pair, iterations: int) -> Fit:
+    """The fit after L-BFGS on ``training``: the best on ``validation`` that it met.
 
-
-def descend(
-    network: N, adapters: Adapters, training: Pair, validation: Pair, *, iterations: int
-) -> Adapters:
-    """Adapters after L-BFGS on the mean squared error: the best on other inputs that it met.
-
-    ``training`` and ``validation`` are inputs with the outputs that are wanted. Raises
-    `InputError` for adapters that do not fit the network.
+    Both are inputs with the outputs that are wanted.
     """
-    _checks.kind(Adapters, adapters=adapters)
-    adapters.merge(network)
-    for name, pair in (("training", training), ("validation", validation)):
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise InputError(name, allowed="a pair of inputs and outputs", given=brief(pair))
-        y = _checks.real_tensor(f"{name} outputs", pair[1], min_dims=2)
-        wanted = (network(network.as_inputs(pair[0], f"{name} inputs"))).shape
-        if y.shape != wanted:
-            raise InputError(
-                f"{name} outputs", allowed=f"of shape {tuple(wanted)}", given=tuple(y.shape)
-            )
-    iterations = _checks.integer("iterations", iterations, 0)
-    balanced = [u.balanced() for u in adapters.updates]
-    flat = [factor for u in balanced for factor in (u.left, u.right)]
-    flat += adapters.bias_updates
+    network, count = fit.network, len(fit.network.weights)
+    flat = [f for u in fit.adapters.updates for f in (u.balanced().left, u.balanced().right)]
+    flat += fit.adapters.bias_updates
     parameters = [part.detach().clone(memory_format=torch.contiguous_format) for part in flat]
     tuned = [part.requires_grad_() for part in parameters if part.numel()]
+    if not tuned:
+        return fit
 
-    def assembled() -> Adapters:
-        pairs, changes = (
-            parameters[: 2 * len(network.weights)],
-            parameters[2 * len(network.weights) :],
-        )
-        updates = (LowRank(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True))
-        return Adapters(tuple(updates), tuple(changes))
+    def pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [*zip(parts[: 2 * count : 2], parts[1 : 2 * count : 2], strict=True)]
 
     def loss(pair: Pair) -> Tensor:
-        now = assembled()
-        weights = [w + u.matrix() for w, u in zip(network.weights, now.updates, strict=True)]
-        biases: Sequence[Tensor] = network.biases
-        if now.bias_updates:
-            biases = [b + d for b, d in zip(biases, now.bias_updates, strict=True)]
+        updates = [A @ B.mT for A, B in pairs(parameters)]
+        weights = [w + u for w, u in zip(network.weights, updates, strict=True)]
+        changes = parameters[2 * count :] or [torch.zeros_like(b) for b in network.biases]
+        biases = [b + d for b, d in zip(network.biases, changes, strict=True)]
         return (network.holding(weights, biases)(pair[0]) - pair[1]).square().mean()
 
-    best, kept = float(loss(validation)), [part.detach().clone() for part in parameters]
-    if not tuned or not iterations:
-        return adapters
     optimizer = torch.optim.LBFGS(
         tuned,
-        max_iter=CHUNK,
         history_size=30,
         tolerance_grad=0,
         tolerance_change=0,
@@ -201,29 +164,17 @@ def descend(
         value.backward()
         return value
 
+    best, kept = float(loss(validation)), [part.detach().clone() for part in parameters]
     waited = 0
-    for _ in _chunks(iterations):
+    for done in range(0, iterations, CHUNK):
+        optimizer.param_groups[0]["max_iter"] = min(CHUNK, iterations - done)
         with torch.enable_grad():
             optimizer.step(closure)
         now = float(loss(validation))
-        waited = 0 if now < best * (1 - 1e-3) else waited + 1
+        waited = 0 if now < best * (1 - STILL) else waited + 1
         if now < best:
             best, kept = now, [part.detach().clone() for part in parameters]
         if waited == PATIENCE:
             break
-    parameters = kept
-    return assembled()
-
-
-def _chunks(iterations: int) -> Iterator[None]:
-    yield from [None] * -(-iterations // CHUNK)
-
-
-def _place(fit: Fit) -> tuple[Network, Adapters]:
-    return (
-        (fit.fused.network, fit.factors) if fit.direct is None else (fit.fused.frozen, fit.direct)
-    )
-
-
-def _error(network: Network, adapters: Adapters, pair: Pair) -> float:
-    return float((adapters.merge(network)(pair[0]) - pair[1]).square().mean())
+    updates = tuple(LowRank(*pair) for pair in pairs(kept))
+    return replace(fit, adapters=Adapters(updates, tuple(kept[2 * count :])))
