@@ -18,7 +18,7 @@ from .. import _checks, _objects, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
 from ..networks import Transformer
-from ..networks.transformer import WEIGHTS, fed_forward, mixed, scores
+from ..networks.transformer import fed_forward, mixed, scores
 from ..regression import reduced_rank
 from . import transformer
 from .fused import Fused, is_narrow
@@ -154,7 +154,7 @@ class _Builder:
         select: Tensor,
     ) -> None:
         self.frozen, self.goal, self.theorem, self.ranks = frozen, goal, theorem, ranks
-        self.own = {kind: getattr(frozen, kind).clone() for kind in WEIGHTS}
+        self.own = {kind: getattr(frozen, kind).clone() for kind in frozen.weight_kinds}
         self.biases: dict[str, list[Tensor]] = {"b_1": [], "b_2": [*goal.b_2]}
         self.chosen: list[str] = []
         self.tokens, self.targets = [x, select], [x, select]

@@ -11,6 +11,7 @@ from .fnn import FNN, pad
 from .gap import Gap
 from .linear import LinearNetwork, product
 from .partition import Partition, Pieces, blocks, shares
+from .residual import ResidualTransformer
 from .segments import Segments, missing_shift, regular, segments
 from .transformer import Transformer
 
@@ -21,6 +22,7 @@ __all__ = [
     "Network",
     "Partition",
     "Pieces",
+    "ResidualTransformer",
     "Segments",
     "Transformer",
     "as_network",

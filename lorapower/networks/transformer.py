@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,23 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, _objects, randomness
-from ..errors import InputError
-from .base import Network, uniform
-
-# The last dimensions of every parameter; equal names are equal sizes.
-SHAPES = {
-    "W_Q": ("blocks", "heads", "query size", "width"),
-    "W_K": ("blocks", "heads", "query size", "width"),
-    "W_V": ("blocks", "heads", "value size", "width"),
-    "W_O": ("blocks", "heads", "width", "value size"),
-    "W_1": ("blocks", "hidden", "width"),
-    "b_1": ("blocks", "hidden"),
-    "W_2": ("blocks", "width", "hidden"),
-    "b_2": ("blocks", "width"),
-    "W_out": ("outputs", "width"),
-}
-WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out")
-BIASES = ("b_1", "b_2")
+from .base import uniform
+from .stacked import Stacked
 
 
 @_objects.held
@@ -48,7 +32,7 @@ class BlockTrace(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Transformer(Network):
+class Transformer(Stacked):
     """``L`` blocks of attention with ``H`` heads and a ReLU layer, and an output matrix.
 
     Block ``l`` maps the columns of ``Z`` (one for each token) to ``W_2 ReLU(W_1 Attn(Z) + b_1) +
@@ -82,7 +66,19 @@ class Transformer(Network):
     b_2: Float[Tensor, "*batch blocks width"]
     W_out: Float[Tensor, "*batch out width"]
 
-    sequences: ClassVar[bool] = True
+    SHAPES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "W_Q": ("blocks", "heads", "query size", "width"),
+        "W_K": ("blocks", "heads", "query size", "width"),
+        "W_V": ("blocks", "heads", "value size", "width"),
+        "W_O": ("blocks", "heads", "width", "value size"),
+        "W_1": ("blocks", "hidden", "width"),
+        "b_1": ("blocks", "hidden"),
+        "W_2": ("blocks", "width", "hidden"),
+        "b_2": ("blocks", "width"),
+        "W_out": ("outputs", "width"),
+    }
+    weight_kinds: ClassVar[tuple[str, ...]] = ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out")
+    bias_kinds: ClassVar[tuple[str, ...]] = ("b_1", "b_2")
 
     def __init__(
         self,
@@ -97,34 +93,7 @@ class Transformer(Network):
         W_out: Any,
     ) -> None:
         values = (W_Q, W_K, W_V, W_O, W_1, b_1, W_2, b_2, W_out)
-        given = {
-            name: _checks.real_tensor(name, value, min_dims=len(shape), copy=True)
-            for (name, shape), value in zip(SHAPES.items(), values, strict=True)
-        }
-        sizes: dict[str, int] = {}
-        for name, shape in SHAPES.items():
-            own = given[name].shape[-len(shape) :]
-            wanted = tuple(sizes.setdefault(side, n) for side, n in zip(shape, own, strict=True))
-            if tuple(own) != wanted:
-                raise InputError(
-                    name,
-                    allowed=f"[..., {', '.join(shape)}] = [..., {', '.join(map(str, wanted))}]",
-                    given=f"shape {tuple(given[name].shape)}",
-                )
-        if len({tensor.dtype for tensor in given.values()}) > 1:
-            raise InputError(
-                "weights and biases",
-                allowed="all float32 or all float64",
-                given="both",
-                remedy="convert one",
-            )
-        batch = _checks.common_shape(
-            "weights and biases",
-            [given[name].shape[: -len(shape)] for name, shape in SHAPES.items()],
-        )
-        for name, shape in SHAPES.items():
-            own = given[name].shape[-len(shape) :]
-            object.__setattr__(self, name, given[name].expand(*batch, *own))
+        self._set(dict(zip(self.SHAPES, values, strict=True)))
 
     @classmethod
     def random(
@@ -164,36 +133,12 @@ class Transformer(Network):
         }
 
         def draw(name: str) -> Tensor:
-            shape = (*batch_shape, *(sizes[side] for side in SHAPES[name]))
-            if "heads" not in SHAPES[name]:
+            shape = (*batch_shape, *(sizes[side] for side in cls.SHAPES[name]))
+            if "heads" not in cls.SHAPES[name]:
                 return uniform(*shape, width=width, generator=generator, dtype=dtype)
             return (scale * randomness.normal(generator, *shape)).to(dtype)
 
-        return cls(**{name: draw(name) for name in SHAPES})
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks ``L``."""
-        return self.W_1.shape[-3]
-
-    @property
-    def heads(self) -> int:
-        """Number of heads ``H`` in each block."""
-        return self.W_Q.shape[-3]
-
-    @property
-    def width(self) -> int:
-        """Size ``D`` of a token."""
-        return self.W_1.shape[-1]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Every size by its name: blocks, heads, query size, value size, width, hidden, outputs."""
-        return {
-            side: n
-            for name, shape in SHAPES.items()
-            for side, n in zip(shape, getattr(self, name).shape[-len(shape) :], strict=True)
-        }
+        return cls(**{name: draw(name) for name in cls.SHAPES})
 
     @property
     def sides(self) -> str:
@@ -202,31 +147,6 @@ class Transformer(Network):
         heads = f"{n['heads']} heads of {n['query size']} and {n['value size']}"
         layers = f"{n['width']}→{n['hidden']}→{n['width']}, {n['outputs']} outputs"
         return f"{n['blocks']} blocks, {heads}, {layers}"
-
-    # Kept in stacks, so that both are read only.
-    @cached_property
-    def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:  # type: ignore[override]
-        """All matrices, one by one: by kind in the order of parameters, then by block and head."""
-        return tuple(w for name in WEIGHTS for w in self._unstacked(name, 2))
-
-    @cached_property
-    def biases(self) -> tuple[Float[Tensor, "*batch _"], ...]:  # type: ignore[override]
-        """All vectors, one by one: ``b_1`` of every block, then ``b_2`` of every block."""
-        return tuple(b for name in BIASES for b in self._unstacked(name, 1))
-
-    @property
-    def weight_names(self) -> tuple[str, ...]:
-        """For each of `weights` what it is, such as ``"W_Q of block 1, head 2"``."""
-        blocks, heads = range(1, self.depth + 1), range(1, self.heads + 1)
-        names: list[str] = []
-        for name in WEIGHTS:
-            if "heads" in SHAPES[name]:
-                names += [f"{name} of block {l}, head {h}" for l in blocks for h in heads]
-            elif "blocks" in SHAPES[name]:
-                names += [f"{name} of block {l}" for l in blocks]
-            else:
-                names.append(name)
-        return tuple(names)
 
     @property
     def adapted(self) -> tuple[bool, ...]:
@@ -238,49 +158,6 @@ class Transformer(Network):
         return tuple(
             not name.startswith("W_1 ") and name not in frozen for name in self.weight_names
         )
-
-    def with_parameters(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
-    ) -> Transformer:
-        for name, given, own in (
-            ("weights", weights, self.weights),
-            ("biases", biases, self.biases),
-        ):
-            if given is not None and len(given) != len(own):
-                raise InputError(
-                    name, allowed=f"{len(own)}, in the order of this network's", given=len(given)
-                )
-        tuned = self.biases if biases is None else biases
-        return Transformer(**self._stacked(WEIGHTS, weights, 2), **self._stacked(BIASES, tuned, 1))
-
-    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Transformer:
-        network = object.__new__(Transformer)
-        stacks = self._stacked(WEIGHTS, weights, 2) | self._stacked(BIASES, biases, 1)
-        for name, stack in stacks.items():
-            object.__setattr__(network, name, stack)
-        return network
-
-    def _unstacked(self, name: str, dims: int) -> tuple[Tensor, ...]:
-        stack: Tensor = getattr(self, name)
-        first = stack.ndim - len(SHAPES[name])
-        return stack.unsqueeze(first).flatten(first, -dims - 1).unbind(first)
-
-    def _stacked(
-        self, names: Sequence[str], values: Sequence[Tensor], dims: int
-    ) -> dict[str, Tensor]:
-        remaining, stacks = iter(values), {}
-        for name in names:
-            sizes = getattr(self, name).shape[-len(SHAPES[name]) : -dims]
-            members = torch.broadcast_tensors(*(next(remaining) for _ in range(sizes.numel())))
-            stack = torch.stack(members, -dims - 1)
-            shape = (*stack.shape[: -dims - 1], *sizes, *stack.shape[-dims:])
-            stacks[name] = stack.reshape(shape)
-        return stacks
-
-    def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch width n"]:
-        x = super().as_inputs(x, name)
-        _checks.common_shape(f"{name} and network", [tuple(x.shape[:-2]), tuple(self.batch_shape)])
-        return x
 
     def trace(self, x: Float[Tensor, "*#batch width n"]) -> list[BlockTrace]:
         """What happens in each block, first block first."""
