@@ -14,6 +14,13 @@ from .fnn import (
     fnn_threshold,
 )
 from .linear import error_matrix, error_rank, linear_error, linear_threshold
+from .residual import (
+    AttentionFloor,
+    attention_floor,
+    directions,
+    inner_rank,
+    residual_ranks,
+)
 from .transformer import (
     PairRanks,
     pair_ranks,
@@ -24,11 +31,14 @@ from .transformer import (
 )
 
 __all__ = [
+    "AttentionFloor",
     "Floor",
     "PairRanks",
     "accumulate_errors",
     "activation_sizes",
+    "attention_floor",
     "colliding_inputs",
+    "directions",
     "error_matrix",
     "error_rank",
     "final_layers_floor",
@@ -38,9 +48,11 @@ __all__ = [
     "fnn_error",
     "fnn_error_on",
     "fnn_threshold",
+    "inner_rank",
     "linear_error",
     "linear_threshold",
     "pair_ranks",
+    "residual_ranks",
     "transformer_error",
     "transformer_errors",
     "transformer_ranks",

@@ -4,7 +4,7 @@
 raise `InputError` for a network of another kind than the one they are for.
 """
 
-from . import attention, fitted, fnn, fused, linear, narrow, partition, transformer
+from . import attention, fitted, fnn, fused, heads, linear, narrow, partition, residual, transformer
 from .adaptation import Adaptation
 from .general import adapt
 from .ranks import NeededRank, rank_for_error
@@ -17,9 +17,11 @@ __all__ = [
     "fitted",
     "fnn",
     "fused",
+    "heads",
     "linear",
     "narrow",
     "partition",
     "rank_for_error",
+    "residual",
     "transformer",
 ]

@@ -65,16 +65,25 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
     flat = (m.flatten(0, -3) for m in (Y, X, Y_target, X_target))
     G = Y.new_empty(*Y.shape[:-2], size, size)
     for member, *sides in zip(G.view(-1, size, size), *flat, strict=True):
-        member.copy_(_gauge(sides, kept, seed))
+        *_, of_Y, of_X = sides
+        member.copy_(_gauge(sides, kept, seed) if of_Y.any() and of_X.any() else torch.eye(size))
 
-    before, inner, outer, after = gap.frozen.weights
-    wanted_inner = lowrank.solve(before.mT, (G @ Y_target).mT).mT
-    wanted_outer = lowrank.solve(after, lowrank.solve(G.mT, X_target.mT).mT)
+    before, _, _, after = gap.frozen.weights
+    # The least changes: where the sides hide directions, these stay as they are.
+    of_inner = lowrank.solve(before.mT, (G @ Y_target - Y).mT).mT
+    of_outer = lowrank.solve(after, lowrank.solve(G.mT, X_target.mT).mT - X)
+    silent = (gap.target.product() == 0).all((-2, -1))[..., None, None]
+    of_inner, of_outer = (
+        torch.where(silent, least, change)
+        for least, change in zip(
+            _silenced(gap, inner_rank, outer_rank), (of_inner, of_outer), strict=True
+        )
+    )
     updates = (
         _none(before),
         # Where a system is singular nothing is finite; what stays undone is measured below.
-        lowrank.truncated_svd((wanted_inner - inner).nan_to_num(0, 0, 0), inner_rank),
-        lowrank.truncated_svd((wanted_outer - outer).nan_to_num(0, 0, 0), outer_rank),
+        lowrank.truncated_svd(of_inner.nan_to_num(0, 0, 0), inner_rank),
+        lowrank.truncated_svd(of_outer.nan_to_num(0, 0, 0), outer_rank),
         _none(after),
     )
     adapters = Adapters(updates)
@@ -90,6 +99,15 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
         plain=torch.full_like(one, kept == (0, 0), dtype=torch.bool),
         success=torch.ones_like(one, dtype=torch.bool),
     )
+
+
+def _silenced(gap: Gap, inner_rank: int, outer_rank: int) -> tuple[Tensor, Tensor]:
+    """Changes that make the product 0: some units stop to receive, the others to send."""
+    _, inner, outer, _ = gap.frozen.weights
+    unit = torch.arange(inner.shape[-2], device=inner.device)
+    deaf = unit < inner_rank
+    mute = ~deaf & (unit < inner_rank + outer_rank)
+    return -inner * deaf[:, None], -outer * mute
 
 
 def _none(weight: Tensor) -> LowRank:

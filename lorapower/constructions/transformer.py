@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..adapters import Adapters
-from ..errors import InputError, SingularError
+from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks import Gap, Segments, Transformer, missing_shift, regular, segments
-from . import linear, narrow
+from ..networks import Segments, Transformer, missing_shift, regular, segments
+from . import heads, linear
 from .adaptation import Adaptation
 
 ADAPTED = ("W_Q", "W_K", "W_V", "W_O", "W_2", "W_out")
@@ -114,35 +114,24 @@ def adapt(
     """
     plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
     cut = segments(frozen, target, throw=throw)
-    heads = (cut.query_key.finite & cut.value_output.finite).all((-2, -1))
-    finite = heads & cut.output.finite
+    of_heads = (cut.query_key.finite & cut.value_output.finite).all((-2, -1))
+    finite = of_heads & cut.output.finite
     if not throw and not finite.all():
         frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
         cut = segments(frozen, target, throw=False)
     each = ranks_by_name(ranks, frozen)
     parts = [
-        (cut.query_key, "W_Q", "W_K", "query–key"),
-        (cut.value_output, "W_V", "W_O", "value–output"),
-        (cut.output, "W_2", "W_out", "output"),
+        (gap, {inner: each[inner], outer: each[outer]}, words)
+        for gap, inner, outer, words in (
+            (cut.query_key, "W_Q", "W_K", "query–key"),
+            (cut.value_output, "W_V", "W_O", "value–output"),
+            (cut.output, "W_2", "W_out", "output"),
+        )
     ]
-    for gap, inner, outer, _ in parts if throw else ():
-        if _is_narrow(gap):
-            narrow.require_ranks(gap, {inner: each[inner], outer: each[outer]})
-
-    found = []
-    for gap, inner, outer, words in parts:
-        pair = (each[inner], each[outer])
-        if _is_narrow(gap):
-            solution = narrow.adapt(gap, *pair, seed=seed)
-        else:
-            solution = linear.close(
-                gap,
-                pair if gap is cut.output else [0, *pair, 0],
-                plain_only=plain_only,
-                throw=False,
-                seed=seed,
-            )
-        found.append(_judged(solution, gap, f"{words} segment", rtol, throw))
+    for gap, pair, _ in parts if throw else ():
+        heads.require_ranks(gap, pair)
+    options = {"plain_only": plain_only, "rtol": rtol, "throw": throw, "seed": seed}
+    found = [heads.adapt(*part, **options) for part in parts]
     query_key, value_output, output = found
     success = query_key.success.all((-2, -1)) & value_output.success.all((-2, -1)) & output.success
 
@@ -150,7 +139,9 @@ def adapt(
     _, of_V, of_O, _ = value_output.adapters.updates
     of_2, of_out = output.adapters.updates
     per_head = {"W_Q": of_Q, "W_K": LowRank(of_KT.right, of_KT.left), "W_V": of_V, "W_O": of_O}
-    updates = [one for name in ("W_Q", "W_K", "W_V", "W_O") for one in _one_by_one(per_head[name])]
+    updates = [
+        one for name in ("W_Q", "W_K", "W_V", "W_O") for one in heads.one_by_one(per_head[name])
+    ]
     none = LowRank(of_2.left[..., :0], of_2.right[..., :0])
     updates += [none] * frozen.depth + [none] * (frozen.depth - 1) + [of_2, of_out]
 
@@ -184,12 +175,6 @@ def adapt(
     )
 
 
-def _is_narrow(gap: Gap) -> bool:
-    """Whether heads are narrower than the tokens; the output segment has none."""
-    _, width, size, *heads = gap.frozen.widths
-    return bool(heads) and size < width
-
-
 def ranks_by_name(ranks: int | Mapping[str, int], network: Transformer) -> dict[str, int]:
     """The rank of each adapted kind of weight, from one for all, or one for each by its name.
 
@@ -208,39 +193,3 @@ def ranks_by_name(ranks: int | Mapping[str, int], network: Transformer) -> dict[
         name: _checks.integer(f"rank of {name}", ranks[name], 0, min(shape), limit="smaller side")
         for name, shape in shapes.items()
     }
-
-
-def _one_by_one(update: LowRank) -> list[LowRank]:
-    """Updates of single weights, from one stacked over blocks and heads."""
-    factors = (factor.flatten(-4, -3).unbind(-3) for factor in (update.left, update.right))
-    return [LowRank(A, B) for A, B in zip(*factors, strict=True)]
-
-
-def _judged(
-    found: linear.LinearAdaptation, gap: Gap, words: str, rtol: float | None, throw: bool
-) -> linear.LinearAdaptation:
-    """What was found, with the verdict on its rounding error, or that verdict as an error."""
-    eps = torch.finfo(gap.frozen.dtype).eps
-    rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
-    scale = gap.rounding_scale
-    relative = found.rounding_error / scale.clamp(min=torch.finfo(scale.dtype).tiny)
-    success = relative.isfinite() & (relative <= rtol)
-    if throw and not success.all():
-        place = tuple((~success).nonzero()[0].tolist())
-        layer = int(found.condition_numbers[place].argmax())
-        failed = ~success
-        if gap.frozen.depth == 4:
-            block, head = place[-2:]
-            words, failed = (
-                f"{words} of block {block + 1}, head {head + 1}",
-                failed[..., block, head],
-            )
-        raise SingularError(
-            layer + 1,
-            float(found.condition_numbers[place][layer]),
-            float(relative[place]),
-            rtol,
-            1 / (max(gap.frozen.widths) * eps),
-            f" of the {words}{_checks.failed_members(failed)}",
-        )
-    return replace(found, success=success)

@@ -12,6 +12,8 @@ from .gap import Gap
 from .linear import LinearNetwork, product
 from .partition import Partition, Pieces, blocks, shares
 from .residual import ResidualTransformer
+from .residual_segments import ResidualSegments, residual_segments
+from .rewriting import aligned, enlarged, relabelled, with_gains
 from .segments import Segments, missing_shift, regular, segments
 from .transformer import Transformer
 
@@ -22,15 +24,21 @@ __all__ = [
     "Network",
     "Partition",
     "Pieces",
+    "ResidualSegments",
     "ResidualTransformer",
     "Segments",
     "Transformer",
+    "aligned",
     "as_network",
     "blocks",
+    "enlarged",
     "missing_shift",
     "pad",
     "product",
     "regular",
+    "relabelled",
+    "residual_segments",
     "segments",
     "shares",
+    "with_gains",
 ]

@@ -220,7 +220,7 @@ class ResidualTransformer(Stacked):
         )
 
     @property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         names = ("activation", "norm", "final_norm", "causal", "eps")
         return {name: getattr(self, name) for name in names}
 

@@ -21,8 +21,8 @@ class Stacked(Network):
     Attributes
     ----------
     SHAPES : the last dimensions of every kind of parameter by name; equal names are equal sizes.
-    weight_kinds, bias_kinds : the kinds that are matrices and those that are vectors, in the order of
-        ``weights`` and ``biases``.
+    weight_kinds, bias_kinds : the kinds that are matrices and those that are vectors, in the order
+        of ``weights`` and ``biases``.
     """
 
     SHAPES: ClassVar[Mapping[str, tuple[str, ...]]]
@@ -136,7 +136,7 @@ class Stacked(Network):
         self, weights: Sequence[Tensor], biases: Sequence[Tensor], *, checked: bool
     ) -> Self:
         network = object.__new__(type(self))
-        for name, value in self._settings.items():
+        for name, value in self.settings.items():
             object.__setattr__(network, name, value)
         stacks = self.stacked(weights, biases)
         if checked:
@@ -147,7 +147,7 @@ class Stacked(Network):
         return network
 
     @property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What a network of other numbers has in common with this one, by attribute."""
         return {}
 

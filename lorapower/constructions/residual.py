@@ -1,0 +1,241 @@
+"""Residual transformers cut at their norms and non-linearities [thm-residual]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import _checks, bounds
+from ..adapters import Adapters
+from ..errors import InputError
+from ..lowrank import LowRank
+from ..networks import Gap, ResidualSegments, ResidualTransformer, residual_segments
+from ..networks.rewriting import basis
+from . import heads, linear
+from .adaptation import Adaptation
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ResidualAdaptation(Adaptation):
+    """Adapters, biases, gains and shifts of a residual transformer, with the evidence for them.
+
+    Attributes
+    ----------
+    query_key, value_output : what was done in each head's segments; ``[..., L, H]``.
+    errors : distance ``‖M̂ − M̄‖_2`` of each adapted segment from the target's: the predicted one, 0
+        where the rank suffices, plus the measured rounding error of attention.
+    """
+
+    query_key: linear.LinearAdaptation
+    value_output: linear.LinearAdaptation
+    errors: ResidualSegments[Tensor]
+
+
+@torch.no_grad()
+def adapt(
+    frozen: ResidualTransformer,
+    target: ResidualTransformer,
+    ranks: int | Mapping[str, int],
+    *,
+    rtol: float | None = None,
+    throw: bool = True,
+    seed: int = 0,
+) -> ResidualAdaptation:
+    """Adapters that make a residual transformer imitate another, segment by segment.
+
+    Gains and shifts become the target's. Then each segment (`networks.residual_segments`) comes as
+    near to the target's as its ranks allow: those of attention by the construction for linear
+    networks, or exactly for narrow heads; ``ΔW_1 = LR_R(E) B⁺`` and ``ΔW_2 = Sᵀ LR_R(E)``. What a
+    weight makes of the target's shifts goes to the biases: ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_O
+    = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and ``b̂_Q`` such that ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` is the target's.
+
+    Parameters
+    ----------
+    frozen, target : of equal sizes and type, or a narrower target under RMSNorm, which then stands
+        in the first coordinates; batch shapes broadcast. See `networks.enlarged` for a smaller one,
+        `networks.relabelled` and `networks.aligned` for what lowers the ranks, and
+        `networks.with_gains` for gains that stay.
+    ranks : one for all, of which no weight takes more than its smaller side; or one for each of
+        ``W_Q, W_K, W_V, W_O, W_1, W_2``.
+    rtol, throw, seed : as in `transformer.adapt`.
+
+    Raises
+    ------
+    InputError : ranks out of range; transformers that do not fit; heads narrower than the tokens
+        with less rank than their exact adaptation needs (`bounds.residual_ranks`).
+    SingularError : a segment of attention is not reached within ``rtol``; names it.
+
+    Source: [thm-residual].
+    """
+    throw = _checks.flag("throw", throw)
+    cut = residual_segments(frozen, target)
+    each = ranks_by_name(ranks, frozen)
+    parts = [
+        (gap, {inner: each[inner], outer: each[outer]}, words)
+        for gap, inner, outer, words in (
+            (cut.query_key, "W_Q", "W_K", "query–key"),
+            (cut.value_output, "W_V", "W_O", "value–output"),
+        )
+    ]
+    for gap, pair, _ in parts if throw else ():
+        heads.require_ranks(gap, pair)
+    query_key, value_output = (
+        heads.adapt(*part, rtol=rtol, throw=throw, seed=seed) for part in parts
+    )
+    _, of_Q, of_KT, _ = query_key.adapters.updates
+    _, of_V, of_O, _ = value_output.adapters.updates
+    stacks = {"W_Q": of_Q, "W_K": LowRank(of_KT.right, of_KT.left), "W_V": of_V, "W_O": of_O}
+    inner, outer = cut.inner.best(each["W_1"]), cut.outer.best(each["W_2"])
+    back = torch.linalg.pinv(cut.inner.frozen.weights[0]).mT
+    stacks["W_1"] = LowRank(inner.left, back @ inner.right)
+    stacks["W_2"] = LowRank(cut.outer.frozen.weights[1].mT @ outer.left, outer.right)
+    updates = [one for name, stack in stacks.items() for one in _singles(name, stack, frozen)]
+    plain = Adapters(tuple(updates)).merge(frozen)
+    tuned = _vectors(plain, frozen, target, cut)
+    adapters = Adapters(
+        tuple(updates), tuple(b - a for a, b in zip(frozen.biases, tuned.biases, strict=True))
+    )
+    success = (query_key.success & value_output.success).all((-2, -1))
+    errors = ResidualSegments(
+        query_key.spectral_error + query_key.rounding_error,
+        value_output.spectral_error + value_output.rounding_error,
+        cut.inner.error(each["W_1"]),
+        cut.outer.error(each["W_2"]),
+    )
+    return ResidualAdaptation(adapters, success, query_key, value_output, errors)
+
+
+def ranks_by_name(ranks: int | Mapping[str, int], network: ResidualTransformer) -> dict[str, int]:
+    """The rank of each kind of weight, from one for all, or one for each by its name.
+
+    Raises `InputError` for other names and for ranks out of range.
+    """
+    shapes = {name: getattr(network, name).shape[-2:] for name in network.weight_kinds}
+    if not isinstance(ranks, Mapping):
+        return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
+    if set(ranks) != set(shapes):
+        raise InputError(
+            "ranks",
+            allowed=f"one integer, or one for each of {', '.join(shapes)}",
+            given=sorted(map(str, ranks)),
+        )
+    return {
+        name: _checks.integer(f"rank of {name}", ranks[name], 0, min(shape), limit="smaller side")
+        for name, shape in shapes.items()
+    }
+
+
+@torch.no_grad()
+def attention_only(
+    frozen: ResidualTransformer, target: ResidualTransformer, tokens: Float[Tensor, "width samples"]
+) -> Adapters:
+    """Adapters of attention alone, and ``b_O``, with the least error far out on single tokens.
+
+    The ``W_O`` of the first head of the first block takes on, at any rank, the affine map that
+    `bounds.attention_floor` finds, and what attention of both networks adds to far tokens. As
+    tokens grow their error tends to the floor.
+
+    Raises what `bounds.attention_floor` raises, and `InputError` for batches and for heads
+    narrower than the tokens.
+
+    Source: [prop-floor-attention].
+    """
+    best = bounds.attention_floor(frozen, target, tokens)
+    if best.value.ndim:
+        raise InputError("frozen and target", allowed="one of each", given="a batch")
+    if frozen.sizes["value size"] < frozen.width:
+        raise InputError(
+            "frozen",
+            allowed="with heads as wide as the tokens",
+            given=frozen.sizes["value size"],
+            remedy="narrower ones cannot add every linear map",
+        )
+    V = basis(frozen)
+    slope, offset = best.slope, best.offset
+    for network, sign in ((target, 1), (frozen, -1)):
+        M = (network.W_O @ network.W_V).sum(-3)
+        slope = slope + sign * (M * network.g_1[:, None]).sum(0)
+        moved = (M @ network.s_1[..., None])[..., 0] + network.b_O + network.b_2
+        offset = offset + sign * moved.sum(0)
+    K = slope @ V @ torch.linalg.pinv(frozen.g_1[0][:, None] * V)
+    first = frozen.W_V[0, 0]
+    updates = [LowRank(w[:, :0], w.mT[:, :0]) for w in frozen.weights]
+    place = frozen.weight_names.index("W_O of block 1, head 1")
+    one = torch.eye(len(first), dtype=first.dtype, device=first.device)
+    updates[place] = LowRank(K @ torch.linalg.pinv(first), one)
+    changes = [torch.zeros_like(b) for b in frozen.biases]
+    changes[frozen.bias_names.index("b_O of block 1")] = offset - K @ frozen.s_1[0]
+    return Adapters(tuple(updates), tuple(changes))
+
+
+def _singles(name: str, stack: LowRank, network: ResidualTransformer) -> list[LowRank]:
+    if "heads" in network.SHAPES[name]:
+        return heads.one_by_one(stack)
+    pairs = zip(stack.left.unbind(-3), stack.right.unbind(-3), strict=True)
+    return [LowRank(*pair) for pair in pairs]
+
+
+def _vectors(
+    plain: ResidualTransformer,
+    frozen: ResidualTransformer,
+    target: ResidualTransformer,
+    cut: ResidualSegments[Gap],
+) -> ResidualTransformer:
+    """Adapted weights with the target's gains and shifts, and biases that make up for the rest."""
+    extra = frozen.width - target.width
+
+    def widened(vector: Tensor) -> Tensor:
+        return pad(vector, (0, extra))
+
+    shifts = [widened(s) for s in (target.s_1, target.s_2)]
+    # Norms divide by the root of the width.
+    ratio = (target.width / frozen.width) ** 0.5
+    vectors = {"g_1": ratio * widened(target.g_1), "s_1": shifts[0]}
+    vectors |= {"g_2": ratio * widened(target.g_2), "s_2": shifts[1]}
+    if frozen.final_norm:
+        vectors |= {"g_f": ratio * widened(target.g_f), "s_f": widened(target.s_f)}
+
+    def applied(W: Tensor, s: Tensor) -> Tensor:
+        return (W @ s[..., None])[..., 0]
+
+    of_heads = shifts[0].unsqueeze(-2)
+    vectors["b_1"] = target.b_1 + applied(target.W_1, target.s_2) - applied(plain.W_1, shifts[1])
+    vectors["b_2"] = widened(target.b_2)
+    values = widened(applied(target.W_O, applied(target.W_V, target.s_1.unsqueeze(-2))))
+    own = applied(plain.W_O, applied(plain.W_V, of_heads))
+    vectors["b_O"] = widened(target.b_O) + (values - own).sum(-2)
+    # Queries: what all keys are multiplied by, whatever the token.
+    ours = cut.query_key.frozen.weights[3] @ plain.W_K.mT
+    wanted = applied(
+        cut.query_key.target.weights[3] @ target.W_K.mT,
+        applied(target.W_Q, target.s_1.unsqueeze(-2)) + target.b_Q,
+    )
+    reached = applied(plain.W_Q, of_heads)
+    vectors["b_Q"] = applied(torch.linalg.pinv(ours), wanted) - reached
+    stacks = {name: getattr(plain, name) for name in plain.weight_kinds}
+    return ResidualTransformer(**stacks, **vectors, **frozen.settings)
+
+
+def far_error(
+    network: ResidualTransformer,
+    target: ResidualTransformer,
+    tokens: Float[Tensor, "width samples"],
+    size: float,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Mean squared error of single tokens ``c v``, and its standard error.
+
+    Each token is a sequence of its own, all of mean square ``c²``. Raises `InputError` for
+    networks and tokens that do not fit.
+    """
+    n = bounds.directions(network, target, tokens)
+    size = _checks.positive("size", size)
+    x = size * n.movedim(-1, 0)[..., None]
+    batch = len(torch.broadcast_shapes(network.batch_shape, target.batch_shape))
+    x = x.reshape(len(x), *[1] * batch, *x.shape[-2:])
+    each = (network(x) - target(x)).square().mean((-2, -1))
+    return each.mean(0), each.std(0) / len(x) ** 0.5

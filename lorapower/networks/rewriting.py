@@ -1,0 +1,297 @@
+"""The same function written as another network: other gains, hidden units in another order, more.
+
+What adapters have to change depends on how the target is written down. Each function here returns
+a network that computes what it is given, in the form that suits a frozen one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from .. import _checks, randomness
+from ..errors import InputError
+from .residual import FINAL, ResidualTransformer
+
+# Below this an activation is 0 in double precision.
+SILENT = {"relu": 0.0, "gelu": 40.0, "gelu_tanh": 40.0, "silu": 760.0}
+
+
+def with_gains(target: ResidualTransformer, like: ResidualTransformer) -> ResidualTransformer:
+    """The target with the gains and shifts of another network's blocks, folded into its weights.
+
+    ``W (ḡ ⊙ n + s̄) = W diag(ḡ/g) (g ⊙ n + s) + const``; what is constant goes to the biases. The
+    final norm stays as it is. Raises `InputError` for networks of different depth or width, and
+    for a gain of 0.
+    """
+    _checks.kind(ResidualTransformer, target=target, like=like)
+    _same(target, like, ("blocks", "width"))
+    parts = _parts(target)
+    for name, kinds in {"1": ("W_Q", "W_K", "W_V"), "2": ("W_1",)}.items():
+        gain, own = getattr(like, f"g_{name}"), getattr(target, f"g_{name}")
+        if not gain.all():
+            raise InputError(
+                f"gains g_{name}",
+                allowed="all different from 0",
+                given="one that is 0",
+                remedy="what it hides cannot be read; tune the gains",
+            )
+        factor = own / gain
+        shift = getattr(target, f"s_{name}") - factor * getattr(like, f"s_{name}")
+        for kind in kinds:
+            weight = getattr(target, kind)
+            # Of heads there are several in a block.
+            scale, moved = (
+                part[..., None, :] if kind == "W_1" else part[..., None, None, :]
+                for part in (factor, shift)
+            )
+            constant = (weight * moved).sum(-1)
+            if kind == "W_Q":
+                parts["b_Q"] = parts["b_Q"] + constant
+            if kind == "W_V":
+                added = (target.W_O @ constant[..., None])[..., 0].sum(-2)
+                parts["b_O"] = parts["b_O"] + added
+            if kind == "W_1":
+                parts["b_1"] = parts["b_1"] + constant
+            parts[kind] = weight * scale
+        parts |= {f"g_{name}": gain, f"s_{name}": getattr(like, f"s_{name}")}
+    return _made(target, parts)
+
+
+def relabelled(target: ResidualTransformer, frozen: ResidualTransformer) -> ResidualTransformer:
+    """The target with its hidden units in the order, and for ReLUs of the sizes, of the frozen's.
+
+    Units are matched by the least sum of squared distances of ``(w_1, b_1, w_2)``, a linear
+    assignment in each block. A ReLU unit is rescaled first, ``λ w_1, λ b_1, w_2/λ``, with ``λ > 0``
+    such that ``‖w_1‖/‖w_2‖`` is that of its partner. A target that is the frozen network with its
+    units permuted and rescaled is the frozen network again. Of all orders this is one that is near,
+    not always one of least rank. Raises `InputError` for single networks only, and for other sizes.
+    """
+    _checks.kind(ResidualTransformer, target=target, frozen=frozen)
+    _same(target, frozen, ("blocks", "width", "hidden"))
+    _require_single(target, frozen)
+    parts = _parts(target)
+    for l in range(target.depth):
+        match = _matching(_units(frozen, l), _units(target, l), scaled=target.activation == "relu")
+        _reorder(parts, l, match.theirs, match.scale)
+    return _made(target, parts)
+
+
+def aligned(
+    target: ResidualTransformer, frozen: ResidualTransformer, *, seed: int = 0
+) -> ResidualTransformer:
+    """The target with its ReLU units in an order and of sizes that save a rank on every ``W_1``.
+
+    On the sphere of normalized tokens a unit is its normal vector. With the normals ``a_k`` of the
+    frozen and ``b_k`` of the target's units there is a direction ``x`` in which as many ``a_k·x``
+    as ``b_k·x`` are positive; paired by their signs and rescaled by ``λ_k = a_k·x / b_k·x > 0``,
+    all differences vanish on ``x``. So ``W_1`` needs one rank less than the sphere has dimensions
+    [thm-inner-rank]. The target's gains are the ones that count: see `with_gains`.
+
+    Raises `InputError` for another activation than ReLU, and where no such direction is found.
+    """
+    _checks.kind(ResidualTransformer, target=target, frozen=frozen)
+    _same(target, frozen, ("blocks", "width", "hidden"))
+    _require_single(target, frozen)
+    if target.activation != "relu":
+        raise InputError("target", allowed="with ReLUs", given=target.activation)
+    generator = randomness.generator(_checks.seed(seed), "alignment")
+    parts, V = _parts(target), basis(target)
+    for l in range(target.depth):
+        read = target.g_2[l][:, None] * V
+        a, b = frozen.W_1[l] @ read, target.W_1[l] @ read
+        for _ in range(64):
+            x = _balanced(a, b, generator)
+            if x is not None:
+                break
+        else:
+            raise InputError(
+                "target",
+                allowed="such that some direction has as many units on its side as on the frozen's",
+                given="none found",
+            )
+        ours, theirs = a @ x, b @ x
+        # Sorted, positive meets positive, and large meets large.
+        order = torch.empty(len(ours), dtype=torch.long)
+        order[ours.argsort()] = theirs.argsort()
+        _reorder(parts, l, order, ours / theirs[order])
+    return _made(target, parts)
+
+
+def enlarged(
+    target: ResidualTransformer,
+    frozen: ResidualTransformer,
+    places: Sequence[int] | None = None,
+) -> ResidualTransformer:
+    """The target with as many hidden units, heads and blocks as the frozen network.
+
+    Hidden units that the target does not have are those of the frozen network, switched off by
+    biases: what they read is bounded. They ask for no rank. Heads that it does not have look where
+    the frozen ones do and add nothing, ``W_O W_V = 0``. A block that it does not have consists of
+    such heads and units, and passes tokens on as they are [prop-sizes]. The width stays.
+
+    Parameters
+    ----------
+    places : in which of the frozen blocks, counted from 1, the target's stand; by default the
+        first.
+
+    Raises `InputError` for batches, for a target that is larger than the frozen network, for heads
+    of another size, and for places that are none.
+    """
+    _checks.kind(ResidualTransformer, target=target, frozen=frozen)
+    _require_single(target, frozen)
+    own, wanted = target.sizes, frozen.sizes
+    for side in ("blocks", "heads", "hidden", "width"):
+        if own[side] > wanted[side]:
+            raise InputError(f"target's {side}", allowed=f"at most {wanted[side]}", given=own[side])
+    _same(target, frozen, ("query size", "value size"))
+    places = range(1, target.depth + 1) if places is None else places
+    chosen = [
+        _checks.integer("places", place, 1, frozen.depth, limit="the frozen blocks")
+        for place in _checks.items("places", places, what="numbers of blocks")
+    ]
+    if len(chosen) != target.depth or any(a >= b for a, b in pairwise(chosen)):
+        raise InputError("places", allowed=f"{target.depth} rising numbers of blocks", given=chosen)
+    parts = {}
+    for name, stack in _parts(frozen).items():
+        sides = frozen.SHAPES[name]
+        dim = sides.index("width") if "width" in sides else 0
+        size = own["width"] if "width" in sides else len(stack)
+        parts[name] = stack.narrow(dim, 0, size).clone()
+    parts |= {name: getattr(target, name) for name in FINAL if target.final_norm}
+    for name in ("W_V", "W_O", "b_O", "b_2"):
+        parts[name].zero_()
+    for l in range(frozen.depth):
+        idle = torch.ones(wanted["hidden"], dtype=torch.bool)
+        if l + 1 in chosen:
+            k = chosen.index(l + 1)
+            for name in ("b_O", "b_2", "g_1", "s_1", "g_2", "s_2"):
+                parts[name][l] = getattr(target, name)[k]
+            for name in ("W_Q", "W_K", "b_Q", "W_V", "W_O"):
+                parts[name][l, : target.heads] = getattr(target, name)[k]
+            match = _matching(_units(frozen, l, own["width"]), _units(target, k), scaled=False)
+            parts["W_1"][l, match.ours] = target.W_1[k, match.theirs]
+            parts["b_1"][l, match.ours] = target.b_1[k, match.theirs]
+            parts["W_2"][l][:, match.ours] = target.W_2[k][:, match.theirs]
+            idle[match.ours] = False
+        rows, gain, shift = parts["W_1"][l, idle], parts["g_2"][l], parts["s_2"][l]
+        normals = rows * gain
+        if target.norm == "layer":
+            normals = normals - normals.mean(-1, keepdim=True)
+        size = target.width**0.5 * torch.linalg.vector_norm(normals, dim=-1)
+        # No more than that is read, but for rounding.
+        most = size * (1 + 1e-9) + rows @ shift
+        parts["b_1"][l, idle] = -most - SILENT[target.activation]
+    return _made(target, parts)
+
+
+def basis(network: ResidualTransformer) -> Float[Tensor, "width m"]:
+    """An orthonormal basis of the space of normalized tokens, `ResidualTransformer.dimension`."""
+    one = torch.eye(network.width, dtype=network.dtype, device=network.device)
+    if network.norm == "rms":
+        return one
+    constant = torch.ones_like(one[:, :1])
+    return torch.linalg.qr(torch.cat([constant, one[:, :-1]], 1)).Q[:, 1:]
+
+
+def _parts(network: ResidualTransformer) -> dict[str, Tensor]:
+    return {name: getattr(network, name) for name in (*network.weight_kinds, *network.bias_kinds)}
+
+
+def _made(target: ResidualTransformer, parts: dict[str, Tensor]) -> ResidualTransformer:
+    return ResidualTransformer(**parts, **target.settings)
+
+
+def _reorder(parts: dict[str, Tensor], l: int, order: Tensor, scale: Tensor) -> None:
+    """The hidden units of a block in another order, and then rescaled."""
+    for name in ("W_1", "b_1", "W_2"):
+        parts[name] = parts[name].clone()
+    parts["W_1"][l] = scale[:, None] * parts["W_1"][l][order]
+    parts["b_1"][l] = scale * parts["b_1"][l][order]
+    parts["W_2"][l] = parts["W_2"][l][:, order] / scale
+
+
+class _Match(NamedTuple):
+    """Pairs of hidden units, and the factor that makes each of theirs as large as ours."""
+
+    ours: Tensor
+    theirs: Tensor
+    scale: Tensor
+
+
+def _units(network: ResidualTransformer, l: int, width: int | None = None) -> list[Tensor]:
+    """``w_1, b_1, w_2`` of every unit of a block, in rows."""
+    cut = slice(width)
+    return [network.W_1[l][:, cut], network.b_1[l][:, None], network.W_2[l].mT[:, cut]]
+
+
+def _matching(ours: list[Tensor], theirs: list[Tensor], *, scaled: bool) -> _Match:
+    ours, theirs = ([part.cpu() for part in side] for side in (ours, theirs))
+    scale = torch.ones(len(ours[0]), len(theirs[0]), dtype=ours[0].dtype)
+    if scaled:
+        quotients = [
+            torch.linalg.vector_norm(w_1, dim=-1) / torch.linalg.vector_norm(w_2, dim=-1)
+            for w_1, _, w_2 in (ours, theirs)
+        ]
+        ratio = quotients[0][:, None] / quotients[1]
+        scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1).sqrt()
+    factors = (scale, scale, 1 / scale)
+    cost = sum(
+        (o[:, None] - f[..., None] * t).square().sum(-1)
+        for o, t, f in zip(ours, theirs, factors, strict=True)
+    )
+    rows, columns = map(torch.as_tensor, linear_sum_assignment(cost))
+    return _Match(rows, columns, scale[rows, columns])
+
+
+def _balanced(
+    a: Float[Tensor, "units m"], b: Float[Tensor, "units m"], generator: torch.Generator
+) -> Float[Tensor, " m"] | None:
+    """A direction with equally many positive products with the rows of both, if one is found.
+
+    Turned by half a circle, the difference of the counts changes its sign, one row at a time. Of
+    the arcs where it is 0 the middle of the widest is taken.
+    """
+    u, v = (randomness.normal(generator, a.shape[1], dtype=a.dtype).to(a) for _ in range(2))
+    rows = torch.cat([a, b])
+    side = torch.cat([torch.ones(len(a)), -torch.ones(len(b))]).to(a)
+    # Each row changes sign once, at the angle where cos·(row u) + sin·(row v) = 0.
+    along, across = rows @ u, rows @ v
+    angle = torch.atan2(-along, across) % torch.pi
+    turned = angle.argsort()
+    steps = -2 * side * along.sign()
+    counts = torch.cat([(side * along.sign()).sum()[None], steps[turned]]).cumsum(0)
+    ends = torch.cat([angle.new_zeros(1), angle[turned], angle.new_full((1,), torch.pi)])
+    widths = torch.where(counts == 0, ends.diff(), 0)
+    if not widths.max() > 0:
+        return None
+    place = widths.argmax()
+    middle = (ends[place] + ends[place + 1]) / 2
+    return middle.cos() * u + middle.sin() * v
+
+
+def _same(target: ResidualTransformer, like: ResidualTransformer, sides: Sequence[str]) -> None:
+    for side in sides:
+        if target.sizes[side] != like.sizes[side]:
+            raise InputError(
+                f"target's {side}",
+                allowed=f"{like.sizes[side]}, as in the other network",
+                given=target.sizes[side],
+            )
+
+
+def _require_single(*networks: ResidualTransformer) -> None:
+    for network in networks:
+        if network.batch_shape:
+            raise InputError(
+                "target and frozen",
+                allowed="a single network each",
+                given=f"batch shape {tuple(network.batch_shape)}",
+                remedy="take one after the other",
+            )
