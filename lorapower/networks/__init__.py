@@ -7,6 +7,7 @@ or a thousand, one code path.
 
 from .base import Network
 from .conversion import as_network
+from .decoders import from_decoder, to_decoder
 from .fnn import FNN, pad
 from .gap import Gap
 from .linear import LinearNetwork, product
@@ -32,6 +33,7 @@ __all__ = [
     "as_network",
     "blocks",
     "enlarged",
+    "from_decoder",
     "missing_shift",
     "pad",
     "product",
@@ -40,5 +42,6 @@ __all__ = [
     "residual_segments",
     "segments",
     "shares",
+    "to_decoder",
     "with_gains",
 ]

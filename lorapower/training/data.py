@@ -41,13 +41,14 @@ class Data(ABC):
 
 
 class Fresh(Data):
-    """Inputs ``N(0, I)`` drawn anew for every step, labelled by a function.
+    """Inputs ``N(0, s² I)`` drawn anew for every step, labelled by a function.
 
     Parameters
     ----------
     label : a target network, or another function of inputs; these lie where its labels do.
     shape : of one input, ``(D,)`` or ``(D, N)``.
     samples : in each batch.
+    scale : ``s``; 1 by default.
     validation_samples : drawn once.
     seed, purpose : equal ones give equal inputs, whatever is trained on them; those of one seed and
         different purposes are independent.
@@ -59,6 +60,7 @@ class Fresh(Data):
         shape: tuple[int, ...],
         *,
         samples: int = 256,
+        scale: float = 1.0,
         validation_samples: int = 256,
         seed: int = 0,
         purpose: tuple[str, ...] = (),
@@ -77,6 +79,7 @@ class Fresh(Data):
         # Training is in single precision, and so is what it is told.
         self.label = label.to(torch.float32) if isinstance(label, Network) else label
         self.shape = shape
+        self.scale = _checks.positive("scale", scale)
         self.samples = _checks.integer("samples", samples, 1)
         self.seed = _checks.seed(seed)
         self.purpose = _words(purpose)
@@ -97,7 +100,7 @@ class Fresh(Data):
     def _draw(self, batch: tuple[int, ...], samples: int, *part: str | int) -> Labelled:
         one = (samples, *self.shape) if len(self.shape) == 2 else (*self.shape, samples)
         generator = randomness.generator(self.seed, *self.purpose, *part)
-        x = randomness.normal(generator, *batch, *one, dtype=torch.float32)
+        x = self.scale * randomness.normal(generator, *batch, *one, dtype=torch.float32)
         y = self.label(x)
         if not isinstance(y, Tensor):
             raise InputError("label", allowed="a function to tensors", given=brief(y))

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _checks
 from ..adapters import Adapters, N
 from ..errors import InputError, brief
+from ..networks import Network, ResidualTransformer
 from . import compiled, reference
 from .compiled import State, Structure
 from .data import Data
@@ -36,7 +37,7 @@ def train(
     starts: Sequence[Adapters | None] = (),
     seed: int | Sequence[int] = 0,
     threads: int | None = None,
-    backend: Literal["compiled", "torch"] = "compiled",
+    backend: Literal["compiled", "torch"] | None = None,
     device: str | torch.device | None = None,
 ) -> Training[N]:
     """Tune adapters, final layers or everything of frozen networks by Adam, all runs at once.
@@ -62,7 +63,8 @@ def train(
         makes the inputs.
     backend : ``"compiled"`` code for processors, whatever torch finds beside them, so that a run
         gives the same wherever it is repeated; ``"torch"`` computes the same by its operations,
-        slowly on processors.
+        slowly on processors. By default the first, but for residual transformers, which it does not
+        cover.
     device : of backend ``"torch"``, by default where the frozen network lies. What is returned lies
         there whatever the backend.
 
@@ -77,8 +79,9 @@ def train(
     every = _checks.integer("every", every, 1, steps, limit="the steps")
     until = _checks.tolerance("until", until)
     threads = _processors() if threads is None else _checks.integer("threads", threads, 1)
-    place = _place(backend, device)
     stack = Stack(frozen)
+    backend = _backend(backend, frozen)
+    place = _place(backend, device)
     seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]
     batches = Batches(_for_each("data", data, Data, stack.members), stack, classes)
     structure = stack.structure(batches, steps)
@@ -95,7 +98,7 @@ def train(
     if backend == "compiled":
         _run_compiled(structure, state, batches, steps, every, threads)
     else:
-        _run_torch(structure, state, batches, steps, every, place or frozen.device)
+        _run_torch(stack.network, structure, state, batches, steps, every, place or frozen.device)
     return stack.training(state, every)
 
 
@@ -137,9 +140,19 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
 
 
+def _backend(given: str | None, frozen: Network) -> str:
+    """The one that was asked for, or that is best, where it knows this kind of network."""
+    covered = not isinstance(frozen, ResidualTransformer)
+    if given is None:
+        return "compiled" if covered else "torch"
+    _checks.choice("backend", given, ("compiled", "torch"))
+    if given == "compiled" and not covered:
+        raise InputError("backend", allowed="'torch' for residual transformers", given=given)
+    return given
+
+
 def _place(backend: str, device: str | torch.device | None) -> torch.device | None:
     """The device that was asked for, if any, where the backend computes there."""
-    _checks.choice("backend", backend, ("compiled", "torch"))
     if device is None:
         return None
     place = _checks.device(device)
@@ -189,6 +202,7 @@ def _run_compiled(
 
 
 def _run_torch(
+    network: Network,
     structure: Structure,
     state: State[Any],
     batches: Batches,
@@ -200,7 +214,7 @@ def _run_torch(
     x_validation, y_validation = (part.to(device) for part in batches.validation)
     for start, *block in batches.blocks(steps):
         x, y = (part.to(device) for part in block)
-        reference.advance(structure, there, x, y, x_validation, y_validation, start, every)
+        reference.advance(network, structure, there, x, y, x_validation, y_validation, start, every)
         if there.stopped.all():
             break
     for part, result in zip(state, there, strict=True):

@@ -1,6 +1,7 @@
 """Training steps of all runs at once, as one would write them down; on any device.
 
-What `compiled` computes, run by run, on processors. Gradients are torch's own.
+What `compiled` computes, run by run, on processors, and for every other kind of network. Gradients
+are torch's own.
 """
 
 from __future__ import annotations
@@ -11,48 +12,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..networks import Network
 from .compiled import BETA_1, BETA_2, EPSILON, State, Structure
 
 
 def outputs(
+    network: Network,
     W: Float[Tensor, "runs M D D"],
     b: Float[Tensor, "runs P D"],
     x: Float[Tensor, "runs D n samples"],
-    structure: Structure,
-) -> Float[Tensor, "runs D n samples"]:
-    """What networks return, sample by sample."""
-    if structure.blocks:
-        return _transformer(W, b, x, structure)
-    z = x.flatten(-2)
-    for l in range(W.shape[1]):
-        z = W[:, l] @ z + b[:, l, :, None]
-        z = z.relu() if l < structure.relus else z
-    return z.unflatten(-1, x.shape[-2:])
-
-
-def _transformer(W: Tensor, b: Tensor, x: Tensor, structure: Structure) -> Tensor:
-    L, H = structure.blocks, structure.heads
-    heads = W[:, : 4 * L * H].unflatten(1, (4, L, H))
-    W_1, W_2 = W[:, 4 * L * H :][:, :L], W[:, 4 * L * H + L :][:, :L]
-    z = x
-    for l in range(L):
-        Q, K, V, O = heads[:, :, l].unbind(1)
-        queries, keys, values = (torch.einsum("rhij,rjns->rhins", w, z) for w in (Q, K, V))
-        patterns = torch.einsum("rhiks,rhiqs->rhkqs", keys, queries).softmax(-3)
-        mixed = torch.einsum("rhiks,rhkqs->rhiqs", values, patterns)
-        attention = torch.einsum("rhij,rhjqs->riqs", O, mixed)
-        hidden = torch.einsum("rij,rjns->rins", W_1[:, l], attention) + b[:, l, :, None, None]
-        z = torch.einsum("rij,rjns->rins", W_2[:, l], hidden.relu())
-        z = z + b[:, L + l, :, None, None]
-    return torch.einsum("rij,rjns->rins", W[:, -1], z)
+) -> Float[Tensor, "runs outputs n samples"]:
+    """What networks of these numbers, of the sizes of the given one, return sample by sample."""
+    weights = [W[:, m, : w.shape[-2], : w.shape[-1]] for m, w in enumerate(network.weights)]
+    biases = [b[:, l, : bias.shape[-1]] for l, bias in enumerate(network.biases)]
+    x = x[:, : network.weights[0].shape[-1]]
+    if not network.sequences:
+        return network.holding(weights, biases)(x.flatten(-2)).unflatten(-1, x.shape[-2:])
+    tuned = network.holding([w[:, None] for w in weights], [part[:, None] for part in biases])
+    return tuned(x.movedim(-1, 1)).movedim(1, -1)
 
 
 def loss(out: Tensor, y: Tensor, structure: Structure) -> Float[Tensor, " runs"]:
     """Mean squared error of the outputs, or cross-entropy of the classes' summed votes."""
     if not structure.classes:
-        difference = (out - y.reshape(out.shape))[:, : structure.outputs]
-        return difference.square().mean((1, 2, 3))
-    class_of = torch.as_tensor(structure.class_of, device=out.device)
+        wanted = y[:, : structure.outputs].reshape(out.shape)
+        return (out - wanted).square().mean((1, 2, 3))
+    class_of = torch.as_tensor(structure.class_of[: structure.outputs], device=out.device)
     counted = class_of >= 0
     votes = out.new_zeros(len(out), structure.classes, out.shape[-1])
     votes = votes.index_add(1, class_of[counted], out[:, counted].sum(2))
@@ -69,6 +54,7 @@ def weights(state: State[Tensor], A: Tensor, B: Tensor) -> Float[Tensor, "runs M
 
 @torch.no_grad()
 def advance(
+    network: Network,
     structure: Structure,
     state: State[Tensor],
     x: Float[Tensor, "sources steps D n samples"],
@@ -78,15 +64,14 @@ def advance(
     start: int,
     every: int,
 ) -> None:
-    """Some steps of all runs, from step ``start`` on."""
+    """Some steps of all runs, from step ``start`` on; of a network of this kind and size."""
     if start == 0:
-        _validate(structure, state, x_validation, y_validation, 0, every)
+        _validate(network, structure, state, x_validation, y_validation, 0, every)
     for step in range(start, start + x.shape[1]):
         tuned = [t.detach().requires_grad_() for t in (state.A, state.B, state.b)]
         with torch.enable_grad():
-            out = outputs(
-                weights(state, *tuned[:2]), tuned[2], x[state.source, step - start], structure
-            )
+            inputs = x[state.source, step - start]
+            out = outputs(network, weights(state, *tuned[:2]), tuned[2], inputs)
             losses = loss(out, y[state.source, step - start], structure)
             gradients = torch.autograd.grad(losses.sum(), tuned, allow_unused=True)
         going = ~state.stopped & losses.isfinite()
@@ -105,7 +90,7 @@ def advance(
         if (step + 1) % every == 0:
             point = (step + 1) // every
             state.training[going, point] = losses[going]
-            _validate(structure, state, x_validation, y_validation, step + 1, every)
+            _validate(network, structure, state, x_validation, y_validation, step + 1, every)
 
 
 def _adam(
@@ -130,9 +115,15 @@ def _adam(
 
 
 def _validate(
-    structure: Structure, state: State[Tensor], x: Tensor, y: Tensor, step: int, every: int
+    network: Network,
+    structure: Structure,
+    state: State[Tensor],
+    x: Tensor,
+    y: Tensor,
+    step: int,
+    every: int,
 ) -> None:
-    out = outputs(weights(state, state.A, state.B), state.b, x[state.source], structure)
+    out = outputs(network, weights(state, state.A, state.B), state.b, x[state.source])
     losses = loss(out, y[state.source], structure)
     if step == 0:
         state.goal.mul_(losses)

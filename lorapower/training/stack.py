@@ -17,7 +17,7 @@ from .. import _checks, randomness
 from ..adapters import Adapters, N, Tuned
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from ..networks import Network
+from ..networks import Network, Transformer
 from .compiled import UNROLLED, Array, State, Structure, tile
 from .data import Data, Labelled
 from .tuning import Training, Tuning
@@ -64,7 +64,9 @@ class Stack(Generic[N]):
         """What all runs have in common."""
         votes = batches.votes
         blocks, heads = (
-            (self.network.depth, self.network.heads) if self.network.sequences else (0, 0)
+            (self.network.depth, self.network.heads)
+            if isinstance(self.network, Transformer)
+            else (0, 0)
         )
         return Structure(
             relus=self.network.relus,
@@ -204,6 +206,14 @@ class Stack(Generic[N]):
 
     def _tuned_biases(self, tuning: Tuning) -> list[bool]:
         count = len(self.biases)
+        if isinstance(tuning.biases, tuple):
+            if len(tuning.biases) != count:
+                raise InputError(
+                    "biases",
+                    allowed=f"one word for all, or one for each of {count}",
+                    given=f"{len(tuning.biases)} of them",
+                )
+            return list(tuning.biases)
         if not tuning.final or tuning.final == len(self.shapes):
             return [tuning.biases] * count
         if self.network.sequences:

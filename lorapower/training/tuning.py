@@ -29,7 +29,8 @@ class Tuning:
         adapters of the theorem [thm-transformer]: on its attention, ``W_2`` of the last block, and
         ``W_out``.
     final : tune, instead of adapters, the last so many ``weights`` in full, biases beside them.
-    biases : whether biases are tuned: all of them beside adapters.
+    biases : whether biases are tuned: all of them beside adapters, or those that are named by a
+        tuple of True and False in the order of the network's ``biases``.
     learning_rate, weight_decay : of Adam; the decay is its L2 penalty.
     schedule : the rate stays ``"constant"``, or falls to 0 over all steps as half a ``"cosine"``.
 
@@ -38,7 +39,7 @@ class Tuning:
 
     ranks: int | tuple[int, ...] = 0
     final: int = 0
-    biases: bool = True
+    biases: bool | tuple[bool, ...] = True
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
@@ -57,7 +58,8 @@ class Tuning:
                 allowed="0 where adapters have a rank",
                 given=f"{self.final} with ranks {self.ranks}",
             )
-        if not isinstance(self.biases, bool):
+        words = self.biases if isinstance(self.biases, tuple) else (self.biases,)
+        if not all(isinstance(word, bool) for word in words):
             raise InputError("biases", allowed="True or False", given=brief(self.biases))
         _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.positive("learning_rate", self.learning_rate)
