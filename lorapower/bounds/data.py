@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.autograd.functional import jvp
 
 from .. import _checks, lowrank
-from ..networks import FNN, LinearNetwork, Network, Partition, Transformer, blocks
+from ..networks import (
+    FNN,
+    LinearNetwork,
+    Network,
+    Partition,
+    ResidualTransformer,
+    Transformer,
+    blocks,
+)
 from ..networks.fnn import behind as behind_layer
 from ..networks.transformer import behind as behind_block
 from ..networks.transformer import fed_forward, mixed, scores
@@ -60,7 +68,7 @@ def first_order(
 
     Source: [prop-first-order].
     """
-    _checks.kind(LinearNetwork, FNN, Transformer, adapted=adapted)
+    _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, adapted=adapted)
     _checks.kind(type(adapted), target=target)
     _checks.same_sizes(adapted, target)
     x = target.as_inputs(inputs, "inputs")
@@ -86,6 +94,9 @@ def _pieces(adapted: Network, target: Network, x: Tensor) -> Iterator[Piece]:
     if isinstance(adapted, Transformer):
         assert isinstance(target, Transformer)
         yield from _transformer(adapted, target, x)
+    elif isinstance(adapted, ResidualTransformer):
+        assert isinstance(target, ResidualTransformer)
+        yield from _residual(adapted, target, x)
     elif isinstance(adapted, FNN):
         assert isinstance(target, FNN)
         z = x
@@ -120,3 +131,34 @@ def _transformer(adapted: Transformer, target: Transformer, z: Tensor) -> Iterat
         z = after
     wanted = target.W_out @ z
     yield lambda y: y, wanted, adapted.W_out @ z - wanted
+
+
+def _residual(
+    adapted: ResidualTransformer, target: ResidualTransformer, z: Tensor
+) -> Iterator[Piece]:
+    for l in range(target.depth):
+        attending = target.scores(l, target.reads(z, "1", l))
+        u = target.attended(l, z, target.patterns(attending))
+        hidden = target.hidden(l, u)
+        after = target.fed_forward(l, u, hidden)
+
+        def by_scores(attending: Tensor, l: int = l, z: Tensor = z) -> Tensor:
+            return by_tokens(adapted.attended(l, z, adapted.patterns(attending)), l)
+
+        def by_tokens(u: Tensor, l: int = l) -> Tensor:
+            return by_hidden(adapted.hidden(l, u), l, u)
+
+        def by_hidden(hidden: Tensor, l: int = l, u: Tensor = u) -> Tensor:
+            return adapted.behind(l + 1, adapted.fed_forward(l, u, hidden))
+
+        yield by_scores, attending, adapted.scores(l, adapted.reads(z, "1", l)) - attending
+        yield by_tokens, u, adapted.attended(l, z, target.patterns(attending)) - u
+        yield by_hidden, hidden, adapted.hidden(l, u) - hidden
+        yield (
+            lambda z, l=l: adapted.behind(l + 1, z),  # type: ignore[misc]
+            after,
+            adapted.fed_forward(l, u, hidden) - after,
+        )
+        z = after
+    wanted = target.ended(z)
+    yield lambda y: y, wanted, adapted.ended(z) - wanted

@@ -8,7 +8,7 @@ sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _checks, _objects, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
-from ..networks import Transformer
+from ..networks import ResidualTransformer, Transformer
 from ..networks.transformer import fed_forward, mixed, scores
 from ..regression import reduced_rank
 from . import transformer
@@ -28,6 +28,7 @@ SWEEPS, STILL = 30, 1e-5
 WIDEST = 64
 
 T = TypeVar("T")
+K = TypeVar("K", Transformer, ResidualTransformer)
 
 
 @_objects.held
@@ -134,75 +135,67 @@ def candidates(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapte
     # Heads that are too narrow for it are adapted as well as they are, and lose the comparison.
     theorem = transformer.adapt(network, goal, ranks, throw=False).adapters
     yield theorem, ["theorem"]
-    builder = _Builder(network, goal, theorem.merge(network), ranks, x, select)
+    builder = _Builder(network, goal, theorem.merge(network), ranks, [x, select])
     yield builder.adapters(fused.fused_ranks), builder.chosen
 
 
-class _Builder:
-    """Adapts one block after the other, on what both networks make of the sequences.
+class Builder(Generic[K]):
+    """Adapts the heads of one block after the other, on what both networks make of sequences.
 
-    Of everything there are two: sequences to fit, and others to choose by.
+    Of all data there are two: those to fit, and others to choose by. The rest of a block is a
+    subclass's matter, and so is what ``tokens`` attention reads.
+
+    Attributes
+    ----------
+    own : what was found so far, by kind of parameter.
+    chosen : how each segment was adapted.
     """
 
-    def __init__(
-        self,
-        frozen: Transformer,
-        goal: Transformer,
-        theorem: Transformer,
-        ranks: Mapping[str, int],
-        x: Tensor,
-        select: Tensor,
-    ) -> None:
+    # The bias that is added to what heads send.
+    sends: ClassVar[str]
+
+    def __init__(self, frozen: K, goal: K, theorem: K, ranks: Mapping[str, int]) -> None:
         self.frozen, self.goal, self.theorem, self.ranks = frozen, goal, theorem, ranks
         self.own = {kind: getattr(frozen, kind).clone() for kind in frozen.weight_kinds}
-        self.biases: dict[str, list[Tensor]] = {"b_1": [], "b_2": [*goal.b_2]}
+        self.own |= {kind: getattr(theorem, kind).clone() for kind in frozen.bias_kinds}
         self.chosen: list[str] = []
-        self.tokens, self.targets = [x, select], [x, select]
-        for l in range(frozen.depth):
-            self._adapt(l)
+        self.tokens: list[Tensor] = []
 
     def adapters(self, ranks: Sequence[int]) -> Adapters:
         """What was found, for each weight in order."""
-        tuned = self.frozen.holding(
-            [w for stack in self.own.values() for w in stack.reshape(-1, *stack.shape[-2:])],
-            [b for kind in ("b_1", "b_2") for b in self.biases[kind]],
-        )
+        flat = [
+            [part for kind in kinds for part in self.own[kind].reshape(-1, *shape(kind))]
+            for kinds, shape in (
+                (self.frozen.weight_kinds, lambda kind: self.own[kind].shape[-2:]),
+                (self.frozen.bias_kinds, lambda kind: self.own[kind].shape[-1:]),
+            )
+        ]
+        tuned = self.frozen.holding(*flat)
         pairs = zip(tuned.weights, self.frozen.weights, ranks, strict=True)
         updates = tuple(lowrank.truncated_svd(new - old, rank) for new, old, rank in pairs)
         changes = zip(tuned.biases, self.frozen.biases, strict=True)
         return Adapters(updates, tuple(new - old for new, old in changes))
 
-    def _adapt(self, l: int) -> None:
-        attending = [scores(self.goal, l, z) for z in self.targets]
-        fit_scores, fit_values = self._scores, self._values
-        if is_narrow(self.frozen, "query size"):
-            fit_scores = self._narrow_scores
-        if is_narrow(self.frozen, "value size"):
-            fit_values = self._narrow_values
+    def fit_scores(self, l: int, wanted: list[Float[Tensor, "samples heads n n"]]) -> None:
+        """Scores of all heads of a block."""
+        narrow = is_narrow(self.frozen, "query size")
         for h in range(self.frozen.heads):
-            fit_scores(l, h, [s[:, h] for s in attending])
-        pairs = zip(self.targets, attending, strict=True)
-        hidden = [mixed(self.goal, l, z, s) for z, s in pairs]
+            (self._narrow_scores if narrow else self._scores)(l, h, [s[:, h] for s in wanted])
+
+    def fit_values(self, l: int, wanted: list[Tensor]) -> list[Float[Tensor, "out columns"]]:
+        """What heads of adapted scores send, as near to ``wanted`` as they come; and what it is."""
         mixes = [self._patterned(l, z) for z in self.tokens]
-        self.biases["b_1"].append(fit_values(l, mixes, [_columns(p) for p in hidden]))
-        self.targets = [fed_forward(self.goal, l, p) for p in hidden]
-        bias = self.biases["b_1"][l]
-        ours = [self._sum(l, parts, bias).relu() for parts in mixes]
-        if l + 1 == self.frozen.depth:
-            self._outputs(l, ours, [_columns(z) for z in self.targets])
-        else:
-            made = [self.frozen.W_2[l] @ a + self.goal.b_2[l][:, None] for a in ours]
-            shapes = [(len(z), z.shape[-1]) for z in self.tokens]
-            self.tokens = [
-                part.unflatten(1, shape).movedim(0, 1)
-                for part, shape in zip(made, shapes, strict=True)
-            ]
+        narrow = is_narrow(self.frozen, "value size")
+        bias = (self._narrow_values if narrow else self._values)(l, mixes, wanted)
+        self.own[self.sends][l] = bias
+        return [self._sum(l, parts, bias) for parts in mixes]
 
     def _scores(self, l: int, h: int, wanted: list[Tensor]) -> None:
         frozen, W_K, rank = self.frozen.W_Q[l, h], self.frozen.W_K[l, h], self.ranks["W_Q"]
-        keys = [W_K @ z for z in self.tokens]
+        keys, bias = [W_K @ z for z in self.tokens], self._query_bias(l, h)
         missing = [
-            s - k.mT @ (frozen @ z) for s, k, z in zip(wanted, keys, self.tokens, strict=True)
+            s - k.mT @ (frozen @ z + bias)
+            for s, k, z in zip(wanted, keys, self.tokens, strict=True)
         ]
         E = self.goal.W_Q[l, h] - frozen
         found = {
@@ -224,12 +217,12 @@ class _Builder:
         """Both factors in turn, each a step of `Scores` with the other as it is."""
         z, left = self.tokens[0], torch.inf
         frozen = {kind: getattr(self.frozen, kind)[l, h] for kind in ("W_Q", "W_K")}
-        Q, K = frozen["W_Q"], frozen["W_K"]
+        Q, K, bias = frozen["W_Q"], frozen["W_K"], self._query_bias(l, h)
         for _ in range(SWEEPS):
             keys = K @ z
-            of_Q = Scores.of(keys, z, wanted[0] - keys.mT @ (frozen["W_Q"] @ z))
+            of_Q = Scores.of(keys, z, wanted[0] - keys.mT @ (frozen["W_Q"] @ z + bias))
             Q = frozen["W_Q"] + of_Q.improved(Q - frozen["W_Q"], self.ranks["W_Q"])
-            queries = Q @ z
+            queries = Q @ z + bias
             of_K = Scores.of(z, queries, wanted[0] - (frozen["W_K"] @ z).mT @ queries)
             turned = of_K.improved((K - frozen["W_K"]).mT, self.ranks["W_K"])
             K, now = frozen["W_K"] + turned.mT, float(of_K.left(turned))
@@ -243,7 +236,7 @@ class _Builder:
 
         def error(pair: tuple[Tensor, Tensor]) -> float:
             Q, K = pair
-            return _spread(wanted[1] - (K @ self.tokens[1]).mT @ (Q @ self.tokens[1]))
+            return _spread(wanted[1] - (K @ self.tokens[1]).mT @ (Q @ self.tokens[1] + bias))
 
         self.own["W_Q"][l, h], self.own["W_K"][l, h] = self._best(found, error)
 
@@ -283,7 +276,8 @@ class _Builder:
         wanted: list[Tensor],
         step: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
-        heads, left, bias = range(self.frozen.heads), torch.inf, self.goal.b_1[l]
+        heads, left = range(self.frozen.heads), torch.inf
+        bias = getattr(self.goal, self.sends)[l]
         for _ in range(SWEEPS):
             for h in heads:
                 others = [self._head(l, g) @ mixes[0][g] for g in heads if g != h]
@@ -294,7 +288,10 @@ class _Builder:
             left = now
         fitted = {kind: self.own[kind][l].clone() for kind in ("W_V", "W_O")}
         theorem = {kind: getattr(self.theorem, kind)[l] for kind in fitted}
-        found = {"in turn": (fitted, bias), "theorem": (theorem, self.theorem.b_1[l])}
+        found = {
+            "in turn": (fitted, bias),
+            "theorem": (theorem, getattr(self.theorem, self.sends)[l]),
+        }
 
         def put(weights: Mapping[str, Tensor]) -> None:
             for kind, stack in weights.items():
@@ -307,6 +304,65 @@ class _Builder:
         weights, bias = self._best(found, error)
         put(weights)
         return bias
+
+    def _best(self, options: dict[str, T], error: Callable[[T], float]) -> T:
+        name = min(options, key=lambda name: error(options[name]))
+        self.chosen.append(name)
+        return options[name]
+
+    def _query_bias(self, l: int, h: int) -> Float[Tensor, "size 1"]:
+        """What is added to the queries of a head."""
+        return self.frozen.W_Q[l, h].new_zeros(self.frozen.W_Q.shape[-2], 1)
+
+    def _patterned(self, l: int, z: Tensor) -> Float[Tensor, "heads width columns"]:
+        """``Z P_h`` of every head with the adapted scores, of all sequences side by side."""
+        Q, K = (self.own[kind][l] for kind in ("W_Q", "W_K"))
+        tokens = z.unsqueeze(-3)
+        bias = torch.stack([self._query_bias(l, h) for h in range(self.frozen.heads)])
+        patterns = self._patterns((K @ tokens).mT @ (Q @ tokens + bias))
+        return (tokens @ patterns).movedim(0, -2).flatten(-2)
+
+    def _patterns(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-2)
+
+    def _head(self, l: int, h: int) -> Tensor:
+        return self.own["W_O"][l, h] @ self.own["W_V"][l, h]
+
+    def _sum(self, l: int, mixes: Tensor, bias: Tensor) -> Tensor:
+        return (self.own["W_O"][l] @ (self.own["W_V"][l] @ mixes)).sum(0) + bias[:, None]
+
+
+class _Builder(Builder[Transformer]):
+    """Of a transformer without residual connections."""
+
+    sends: ClassVar[str] = "b_1"
+
+    def __init__(
+        self,
+        frozen: Transformer,
+        goal: Transformer,
+        theorem: Transformer,
+        ranks: Mapping[str, int],
+        x: list[Tensor],
+    ) -> None:
+        super().__init__(frozen, goal, theorem, ranks)
+        self.own["b_2"] = goal.b_2.clone()
+        self.tokens, self.targets = x, x
+        for l in range(frozen.depth):
+            self._adapt(l)
+
+    def _adapt(self, l: int) -> None:
+        attending = [scores(self.goal, l, z) for z in self.targets]
+        self.fit_scores(l, attending)
+        pairs = zip(self.targets, attending, strict=True)
+        hidden = [mixed(self.goal, l, z, s) for z, s in pairs]
+        ours = [p.relu() for p in self.fit_values(l, [columns(p) for p in hidden])]
+        self.targets = [fed_forward(self.goal, l, p) for p in hidden]
+        if l + 1 == self.frozen.depth:
+            self._outputs(l, ours, [columns(z) for z in self.targets])
+        else:
+            made = [self.frozen.W_2[l] @ a + self.goal.b_2[l][:, None] for a in ours]
+            self.tokens = [sequences(part, z) for part, z in zip(made, self.tokens, strict=True)]
 
     def _outputs(self, l: int, ours: list[Tensor], wanted: list[Tensor]) -> None:
         frozen = self.frozen.W_2[l]
@@ -321,29 +377,19 @@ class _Builder:
             W, bias = option
             return float((wanted[1] - W @ ours[1] - bias[:, None]).square().mean())
 
-        self.own["W_2"][l], self.biases["b_2"][l] = self._best(found, error)
-
-    def _best(self, options: dict[str, T], error: Callable[[T], float]) -> T:
-        name = min(options, key=lambda name: error(options[name]))
-        self.chosen.append(name)
-        return options[name]
-
-    def _patterned(self, l: int, z: Tensor) -> Float[Tensor, "heads width columns"]:
-        """``Z P_h`` of every head with the adapted scores, of all sequences side by side."""
-        Q, K = (self.own[kind][l] for kind in ("W_Q", "W_K"))
-        tokens = z.unsqueeze(-3)
-        patterns = ((K @ tokens).mT @ (Q @ tokens)).softmax(-2)
-        return (tokens @ patterns).movedim(0, -2).flatten(-2)
-
-    def _head(self, l: int, h: int) -> Tensor:
-        return self.own["W_O"][l, h] @ self.own["W_V"][l, h]
-
-    def _sum(self, l: int, mixes: Tensor, bias: Tensor) -> Tensor:
-        return (self.own["W_O"][l] @ (self.own["W_V"][l] @ mixes)).sum(0) + bias[:, None]
+        self.own["W_2"][l], self.own["b_2"][l] = self._best(found, error)
 
 
-def _columns(z: Float[Tensor, "samples width tokens"]) -> Float[Tensor, "width columns"]:
+def columns(z: Float[Tensor, "samples width tokens"]) -> Float[Tensor, "width columns"]:
+    """The tokens of all sequences side by side."""
     return z.movedim(-2, 0).flatten(1)
+
+
+def sequences(
+    columns: Float[Tensor, "width columns"], like: Float[Tensor, "samples _ tokens"]
+) -> Float[Tensor, "samples width tokens"]:
+    """Tokens side by side as sequences again, as many and as long as others."""
+    return columns.unflatten(1, (len(like), like.shape[-1])).movedim(0, 1)
 
 
 def _spread(scores: Float[Tensor, "samples tokens tokens"]) -> float:

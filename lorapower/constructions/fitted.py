@@ -20,20 +20,22 @@ from .. import _checks, _objects, bounds
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
-from ..networks import FNN, Network, Partition, Transformer, as_network, pad
+from ..networks import (
+    FNN,
+    Network,
+    Partition,
+    ResidualTransformer,
+    Transformer,
+    as_network,
+    pad,
+)
 from ..networks.fnn import behind
 from ..regions import Ball, Region
-from ..regression import Regression, reduced_rank, second_moment_root
-from . import attention
+from ..regression import reduced_rank, second_moment_root
+from . import attention, layer, residual_fit
 from .adaptation import Adaptation
 from .fused import Fused, fuse
 
-# Of coefficients towards the error matrix, in mean variances of an input, and how a fit is called.
-SHRINKAGES = {
-    "repair": 0.0,
-    **{f"shrinkage {s}": s for s in (0.01, 0.1, 1.0)},
-    "inputs": inf,
-}
 # Part of the identity in an output metric, without which what the inputs never reach is free.
 RIDGE = 1e-3
 # The region of a ReLU network: a ball as large as all inputs, times this.
@@ -171,7 +173,9 @@ def adapt(
 @torch.no_grad()
 def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -> Fit:
     """The least error on ``select`` among the networks that `adapt` compares."""
-    if isinstance(fused.network, Transformer):
+    if isinstance(fused.network, ResidualTransformer):
+        made = residual_fit.candidates(fused, inputs, select)
+    elif isinstance(fused.network, Transformer):
         made = attention.candidates(fused, inputs, select)
     else:
         made = _layerwise(fused, inputs, select, metric)
@@ -359,7 +363,7 @@ def _layerwise(
         for l, (W, W_target, rank) in enumerate(ranked):
             bias = goal.biases[l][:, None] if goal.biases else 0.0
             reach = [W_target @ z + bias for z in wanted]
-            found, words = _layer(
+            found, words = layer.fit(
                 W, W_target, rank, own, reach, of_layers[l], theorem[l], goal.biases[l : l + 1]
             )
             updates.append(found.change)
@@ -371,37 +375,6 @@ def _layerwise(
             if l < goal.relus:
                 own, wanted = [z.relu() for z in own], [z.relu() for z in wanted]
         yield Adapters(tuple(updates), tuple(biases)), chosen
-
-
-def _layer(
-    W: Tensor,
-    W_target: Tensor,
-    rank: int,
-    own: Sequence[Tensor],
-    reach: Sequence[Tensor],
-    metric: Tensor | None,
-    theorem: LowRank,
-    bias: Sequence[Tensor],
-) -> tuple[Regression, str]:
-    """The change of one layer, chosen by the second of each pair of inputs and outputs."""
-    E = W_target - W
-    free = bool(bias)
-    options: dict[str, Any] = {"towards": E, "metric": metric, "intercept": free}
-    missing = reach[0] - W @ own[0]
-    candidates = {
-        name: reduced_rank(missing, own[0], rank, shrinkage=shrinkage, **options)
-        for name, shrinkage in SHRINKAGES.items()
-    }
-    a = bias[0] if free else torch.zeros_like(W[:, 0])
-    candidates["theorem"] = Regression(theorem, a)
-
-    def error(name: str) -> float:
-        change, a = candidates[name]
-        missed = reach[1] - (W + change.matrix()) @ own[1] - a[:, None]
-        return float((missed if metric is None else metric @ missed).square().mean())
-
-    best = min(candidates, key=error)
-    return candidates[best], best
 
 
 def _metrics(goal: FNN, x: Tensor) -> Iterator[Tensor]:

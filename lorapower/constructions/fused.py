@@ -23,14 +23,16 @@ from ..networks import (
     LinearNetwork,
     Network,
     Partition,
+    ResidualTransformer,
     Transformer,
     blocks,
     pad,
+    residual_segments,
     segments,
     shares,
 )
 from ..regions import Region
-from . import fnn, linear, transformer
+from . import fnn, linear, residual, transformer
 from .adaptation import Adaptation
 
 # The two factors of a segment of a head: the one that holds their product, and the other.
@@ -85,12 +87,15 @@ class Fused:
         if isinstance(reached, Transformer):
             assert isinstance(self.frozen, Transformer)
             return transformer.adapt(self.frozen, reached, self.ranks, throw=throw)
+        if isinstance(reached, ResidualTransformer):
+            assert isinstance(self.frozen, ResidualTransformer)
+            return residual.adapt(self.frozen, reached, self.ranks, throw=throw)
         return linear.adapt(self.frozen, reached, self.ranks, throw=throw)
 
 
 def fuse(
-    frozen: LinearNetwork | FNN | Transformer,
-    target: LinearNetwork | FNN | Transformer,
+    frozen: LinearNetwork | FNN | Transformer | ResidualTransformer,
+    target: LinearNetwork | FNN | Transformer | ResidualTransformer,
     ranks: Any,
     partition: Partition | None = None,
 ) -> Fused:
@@ -101,7 +106,8 @@ def fuse(
     fused transformer has the products before the softmax and before the ReLU as ``W_Q`` and
     ``W_O``, that at the end as ``W_2`` of the last block, and the frozen ``W_2`` of the others, in
     whose coordinates the target's tokens are written as well; ``W_K``, ``W_V``, ``W_1`` are
-    identities. Heads narrower than the tokens keep their two factors.
+    identities. A residual one has the products of both factors of attention in the same places, and
+    keeps ``W_1`` and ``W_2``. Heads narrower than the tokens keep their two factors.
 
     Parameters
     ----------
@@ -114,7 +120,7 @@ def fuse(
 
     Source: [def-fused].
     """
-    _checks.kind(LinearNetwork, FNN, Transformer, frozen=frozen)
+    _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, frozen=frozen)
     _checks.kind(type(frozen), target=target)
     for name, network in (("frozen", frozen), ("target", target)):
         if network.batch_shape:
@@ -126,6 +132,8 @@ def fuse(
             )
     if isinstance(frozen, Transformer):
         return _transformer(frozen, target, ranks)
+    if isinstance(frozen, ResidualTransformer):
+        return _residual(frozen, target, ranks)
     each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     if isinstance(frozen, FNN):
         assert isinstance(target, FNN)
@@ -143,7 +151,7 @@ def fuse(
     return Fused(frozen, target, ranks, None, product, goal, reach)
 
 
-def is_narrow(network: Transformer, side: str) -> bool:
+def is_narrow(network: Transformer | ResidualTransformer, side: str) -> bool:
     """Whether heads are narrower than tokens on a side, ``"query size"`` or ``"value size"``."""
     return network.sizes[side] < network.width
 
@@ -168,6 +176,37 @@ def _transformer(frozen: Transformer, target: Any, ranks: Any) -> Fused:
     by_kind = own | {"W_2": 0, "W_out": 0}
     reach = [last.get(name, by_kind.get(name.split()[0], 0)) for name in frozen.weight_names]
     return Fused(frozen, target, ranks, None, network, goal, tuple(reach))
+
+
+def _residual(frozen: ResidualTransformer, target: Any, ranks: Any) -> Fused:
+    # Sizes that match.
+    residual_segments(frozen, target)
+    if target.width != frozen.width:
+        raise InputError("target", allowed=f"of width {frozen.width}", given=target.width)
+    own = residual.ranks_by_name(ranks, frozen)
+    for side, (kept, gone) in HEADS.items():
+        if not is_narrow(frozen, side):
+            own |= {kept: min(own[kept] + own[gone], frozen.width), gone: 0}
+    reach = tuple(own[name.split()[0]] for name in frozen.weight_names)
+    network, goal = (_products(one) for one in (frozen, target))
+    return Fused(frozen, target, ranks, None, network, goal, reach)
+
+
+def _products(network: ResidualTransformer) -> ResidualTransformer:
+    """The network with one matrix for each segment of attention, the other being the identity."""
+    width = network.width
+    one = torch.eye(width, dtype=network.dtype, device=network.device)
+    parts = {name: getattr(network, name) for name in (*network.weight_kinds, *network.bias_kinds)}
+    if not is_narrow(network, "query size"):
+        rows = network.sizes["query size"]
+        product = network.W_K.mT @ network.W_Q
+        parts |= {"W_Q": pad(product, rows), "W_K": pad(one.expand_as(product), rows)}
+        parts["b_Q"] = pad(network.W_K.mT @ network.b_Q[..., None], rows)[..., 0]
+    if not is_narrow(network, "value size"):
+        rows = network.sizes["value size"]
+        product = network.W_O @ network.W_V
+        parts |= {"W_V": pad(one.expand_as(product), rows), "W_O": pad(product.mT, rows).mT}
+    return ResidualTransformer(**parts, **network.settings)
 
 
 def _fused(network: Transformer, frozen: Transformer) -> Transformer:

@@ -272,26 +272,28 @@ class ResidualTransformer(Stacked):
     def scores(
         self, l: int, reads: Float[Tensor, "*#batch width n"]
     ) -> Float[Tensor, "*batch heads n n"]:
-        """Of block ``l``: of keys, in rows, and queries; ``−∞`` where a token must not look."""
+        """``N_1(Z)ᵀ W_Kᵀ (W_Q N_1(Z) + b_Q)`` of block ``l``: of keys, in rows, and queries."""
         tokens = reads.unsqueeze(-3)
         Q, K = (w[..., l, :, :, :] for w in (self.W_Q, self.W_K))
-        found = (K @ tokens).mT @ (Q @ tokens + self.b_Q[..., l, :, :, None])
+        return (K @ tokens).mT @ (Q @ tokens + self.b_Q[..., l, :, :, None])
+
+    def patterns(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+        """How tokens, in columns, attend: the softmax of scores, of earlier tokens if `causal`."""
         if self.causal:
-            later = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).tril(-1)
-            found = found.masked_fill(later, -torch.inf)
-        return found
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(-1)
+            scores = scores.masked_fill(later, -torch.inf)
+        return scores.softmax(-2)
 
     def attended(
         self,
         l: int,
         z: Float[Tensor, "*#batch width n"],
-        reads: Float[Tensor, "*#batch width n"],
-        scores: Float[Tensor, "*#batch heads n n"],
+        patterns: Float[Tensor, "*#batch heads n n"],
     ) -> Float[Tensor, "*batch width n"]:
-        """``U`` of block ``l``: tokens, and what attention by these scores adds to them."""
+        """``U`` of block ``l``: tokens, and what attention in these patterns adds to them."""
         V, O = (w[..., l, :, :, :] for w in (self.W_V, self.W_O))
-        heads = O @ (V @ reads.unsqueeze(-3) @ scores.softmax(-2))
-        return z + heads.sum(-3) + self.b_O[..., l, :, None]
+        values = V @ self.reads(z, "1", l).unsqueeze(-3)
+        return z + (O @ (values @ patterns)).sum(-3) + self.b_O[..., l, :, None]
 
     def hidden(
         self, l: int, u: Float[Tensor, "*#batch width n"]
@@ -314,8 +316,8 @@ class ResidualTransformer(Stacked):
     ) -> Float[Tensor, "*batch width n"]:
         """The outputs for tokens that enter block ``l``; gradients flow through."""
         for block in range(l, self.depth):
-            reads = self.reads(z, "1", block)
-            u = self.attended(block, z, reads, self.scores(block, reads))
+            scores = self.scores(block, self.reads(z, "1", block))
+            u = self.attended(block, z, self.patterns(scores))
             z = self.fed_forward(block, u, self.hidden(block, u))
         return self.ended(z)
 

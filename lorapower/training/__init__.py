@@ -3,7 +3,7 @@
 from .data import Data, Fixed, Fresh
 from .engine import train
 from .lbfgs import minimize
-from .polishing import polish
+from .polishing import descend, polish
 from .tuning import Training, Tuning
 
-__all__ = ["Data", "Fixed", "Fresh", "Training", "Tuning", "minimize", "polish", "train"]
+__all__ = ["Data", "Fixed", "Fresh", "Training", "Tuning", "descend", "minimize", "polish", "train"]

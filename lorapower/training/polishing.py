@@ -14,11 +14,12 @@ from ..adapters import Adapters
 from ..constructions.fitted import Fit, Fitted, checked, evidence, halves
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from ..networks import FNN
+from ..networks import FNN, Network
 from .data import Data, Fixed
 from .engine import train
 from .tuning import Tuning
 
+Pair = tuple[Tensor, Tensor]
 Start = Literal["fitted", "lora"]
 # Of a start that is good already, and of one that is none.
 RATES = {"fitted": 3e-3, "lora": 1e-2}
@@ -92,12 +93,12 @@ def polish(
             samples = min(BATCH, x.shape[0 if goal.sequences else -1])
             source = Fixed(*pairs, samples=samples, seed=seed, purpose=("polish",))
         begun = _begun(fit, starts, source, steps, seed)
-        tried = [fit, *(_descended(one, *pairs, iterations) for one in begun)]
+        tried = [fit]
+        for one in begun:
+            adapters = descend(one.network, one.adapters, *pairs, iterations)
+            tried.append(replace(one, adapters=adapters))
         fits.append(min(tried, key=lambda one: one.error(*pairs[1])))
     return evidence(fits, x, others, fitted.error.shape, throw=throw)
-
-
-Pair = tuple[Tensor, Tensor]
 
 
 def _begun(fit: Fit, starts: Sequence[Start], data: Data, steps: int, seed: int) -> Iterator[Fit]:
@@ -127,24 +128,53 @@ def _begun(fit: Fit, starts: Sequence[Start], data: Data, steps: int, seed: int)
             yield replace(one, adapters=adapters, chosen=(f"polished from {start}",))
 
 
-def _descended(fit: Fit, training: Pair, validation: Pair, iterations: int) -> Fit:
-    """The fit after L-BFGS on ``training``: the best on ``validation`` that it met.
+@torch.no_grad()
+def descend(
+    network: Network, adapters: Adapters, training: Pair, validation: Pair, iterations: int = 300
+) -> Adapters:
+    """Adapters after L-BFGS on the mean squared error: the best on ``validation`` that it met.
 
-    Both are inputs with the outputs that are wanted.
+    All factors move, and the biases that the adapters tune. No iteration makes the error on
+    ``training`` larger.
+
+    Parameters
+    ----------
+    network : the one that the adapters are for.
+    adapters : where it starts.
+    training, validation : inputs as the network takes them, with the outputs that are wanted.
+    iterations : at most; it ends before, where the error on ``validation`` stops falling.
+
+    Raises `InputError` for adapters that do not fit the network, and for batches.
     """
-    network, count = fit.network, len(fit.network.weights)
-    flat = [f for u in fit.adapters.updates for f in (u.balanced().left, u.balanced().right)]
-    flat += fit.adapters.bias_updates
+    _checks.kind(Network, network=network)
+    _checks.kind(Adapters, adapters=adapters)
+    iterations = _checks.integer("iterations", iterations, 0)
+    adapters.merge(network)
+    if adapters.batch_shape or network.batch_shape:
+        raise InputError("adapters", allowed="of a single network", given=adapters)
+    pairs = [
+        (
+            network.as_inputs(x, name),
+            _checks.real_tensor(name, y, min_dims=2).to(network.weights[0]),
+        )
+        for name, (x, y) in (("training", training), ("validation", validation))
+    ]
+    count = len(network.weights)
+    flat = [f for u in adapters.updates for f in (u.balanced().left, u.balanced().right)]
+    flat += adapters.bias_updates
     parameters = [part.detach().clone(memory_format=torch.contiguous_format) for part in flat]
-    tuned = [part.requires_grad_() for part in parameters if part.numel()]
+    moves = [bool(part.numel()) for part in parameters]
+    if adapters.tuned is not None and adapters.bias_updates:
+        moves[2 * count :] = adapters.tuned.biases.tolist()
+    tuned = [p.requires_grad_() for p, moving in zip(parameters, moves, strict=True) if moving]
     if not tuned:
-        return fit
+        return adapters
 
-    def pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def factors(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [*zip(parts[: 2 * count : 2], parts[1 : 2 * count : 2], strict=True)]
 
     def loss(pair: Pair) -> Tensor:
-        updates = [A @ B.mT for A, B in pairs(parameters)]
+        updates = [A @ B.mT for A, B in factors(parameters)]
         weights = [w + u for w, u in zip(network.weights, updates, strict=True)]
         changes = parameters[2 * count :] or [torch.zeros_like(b) for b in network.biases]
         biases = [b + d for b, d in zip(network.biases, changes, strict=True)]
@@ -160,21 +190,21 @@ def _descended(fit: Fit, training: Pair, validation: Pair, iterations: int) -> F
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = loss(training)
+        value = loss(pairs[0])
         value.backward()
         return value
 
-    best, kept = float(loss(validation)), [part.detach().clone() for part in parameters]
+    best, kept = float(loss(pairs[1])), [part.detach().clone() for part in parameters]
     waited = 0
     for done in range(0, iterations, CHUNK):
         optimizer.param_groups[0]["max_iter"] = min(CHUNK, iterations - done)
         with torch.enable_grad():
             optimizer.step(closure)
-        now = float(loss(validation))
+        now = float(loss(pairs[1]))
         waited = 0 if now < best * (1 - STILL) else waited + 1
         if now < best:
             best, kept = now, [part.detach().clone() for part in parameters]
         if waited == PATIENCE:
             break
-    updates = tuple(LowRank(*pair) for pair in pairs(kept))
-    return replace(fit, adapters=Adapters(updates, tuple(kept[2 * count :])))
+    updates = tuple(LowRank(*pair) for pair in factors(kept))
+    return Adapters(updates, tuple(kept[2 * count :]), adapters.tuned)
