@@ -1,13 +1,13 @@
 """The directive ``{scorecard}``: every claim that the executed chapters recorded, as tables.
 
 A sentence says how many there are and whether they hold. Then come two parts, of what is proved
-and of what is observed, each with a table for every chapter that has any, in the order of the
-table of contents. The fields of a claim are inline Markdown and may hold mathematics.
+and of what is observed, each with a folded table for every chapter that has any, in the order of
+the table of contents. The fields of a claim are inline Markdown and may hold mathematics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from docutils import nodes
@@ -22,6 +22,17 @@ from lorapower.book.claims import MIME, Claim, read
 
 # Each part's title, and what its claims were to be; by whether they belong to observations.
 _PARTS = {False: ("Theorems", "Predicted"), True: ("Observations", "Required")}
+
+
+def count(claims: Sequence[Claim]) -> str:
+    """How many claims there are, and how many of them fail."""
+    failing = sum(not claim.holds for claim in claims)
+    verdict = f"{failing} of them fail" if failing else "all hold"
+    return (
+        f"{len(claims)} claims, {verdict}"
+        if len(claims) > 1
+        else "One claim, it " + ("fails" if failing else "holds")
+    )
 
 
 def total(claims: Iterable[Claim]) -> str:
@@ -58,7 +69,10 @@ class Scorecard(SphinxDirective):
                     section = self._section(f"{name} {path.stem}", title(path))
                     heads = ("Verdict", "Claim", "Measured", expected)
                     kind = f"scorecard {expected.lower()}"
-                    section += table(self, heads, map(_cells, chosen), kind)
+                    rows = table(self, heads, map(_cells, chosen), kind)
+                    section += nodes.admonition(
+                        "", nodes.title("", count(chosen)), rows, classes=["dropdown"]
+                    )
                     part += section
             if len(part) > 1:
                 yield part

@@ -246,7 +246,7 @@ def one_step(
     )
     x, y = (part[:, :1].double() for part in batches.first)
     x_validation, y_validation = (part.double() for part in batches.validation)
-    reference.advance(structure, true, x, y, x_validation, y_validation, 0, 1)
+    reference.advance(stack.network, structure, true, x, y, x_validation, y_validation, 0, 1)
     return state, true
 
 

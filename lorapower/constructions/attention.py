@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import _checks, _objects, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
-from ..networks import ResidualTransformer, Transformer
+from ..networks import Transformer
+from ..networks.stacked import Stacked
 from ..networks.transformer import fed_forward, mixed, scores
 from ..regression import reduced_rank
 from . import transformer
@@ -28,7 +29,7 @@ SWEEPS, STILL = 30, 1e-5
 WIDEST = 64
 
 T = TypeVar("T")
-K = TypeVar("K", Transformer, ResidualTransformer)
+N = TypeVar("N", bound=Stacked)
 
 
 @_objects.held
@@ -139,7 +140,7 @@ def candidates(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapte
     yield builder.adapters(fused.fused_ranks), builder.chosen
 
 
-class Builder(Generic[K]):
+class Builder(Generic[N]):
     """Adapts the heads of one block after the other, on what both networks make of sequences.
 
     Of all data there are two: those to fit, and others to choose by. The rest of a block is a
@@ -154,7 +155,7 @@ class Builder(Generic[K]):
     # The bias that is added to what heads send.
     sends: ClassVar[str]
 
-    def __init__(self, frozen: K, goal: K, theorem: K, ranks: Mapping[str, int]) -> None:
+    def __init__(self, frozen: N, goal: N, theorem: N, ranks: Mapping[str, int]) -> None:
         self.frozen, self.goal, self.theorem, self.ranks = frozen, goal, theorem, ranks
         self.own = {kind: getattr(frozen, kind).clone() for kind in frozen.weight_kinds}
         self.own |= {kind: getattr(theorem, kind).clone() for kind in frozen.bias_kinds}

@@ -31,6 +31,7 @@ from ..networks import (
     segments,
     shares,
 )
+from ..networks.stacked import Stacked
 from ..regions import Region
 from . import fnn, linear, residual, transformer
 from .adaptation import Adaptation
@@ -151,7 +152,7 @@ def fuse(
     return Fused(frozen, target, ranks, None, product, goal, reach)
 
 
-def is_narrow(network: Transformer | ResidualTransformer, side: str) -> bool:
+def is_narrow(network: Stacked, side: str) -> bool:
     """Whether heads are narrower than tokens on a side, ``"query size"`` or ``"value size"``."""
     return network.sizes[side] < network.width
 

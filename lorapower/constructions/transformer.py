@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -130,7 +131,7 @@ def adapt(
     ]
     for gap, pair, _ in parts if throw else ():
         heads.require_ranks(gap, pair)
-    options = {"plain_only": plain_only, "rtol": rtol, "throw": throw, "seed": seed}
+    options: dict[str, Any] = {"plain_only": plain_only, "rtol": rtol, "throw": throw, "seed": seed}
     found = [heads.adapt(*part, **options) for part in parts]
     query_key, value_output, output = found
     success = query_key.success.all((-2, -1)) & value_output.success.all((-2, -1)) & output.success

@@ -49,7 +49,7 @@ def from_decoder(module: nn.Module, *, dtype: torch.dtype | None = None) -> Resi
     for block in blocks:
         for name, value in read(block, heads).items():
             stacks.setdefault(name, []).append(value.detach())
-    values = {name: torch.stack(parts) for name, parts in stacks.items()}
+    values: dict[str, Any] = {name: torch.stack(parts) for name, parts in stacks.items()}
     if final is not None:
         values |= {"g_f": final.weight.detach(), "s_f": final.bias.detach()}
     if dtype is not None:

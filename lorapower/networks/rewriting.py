@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -204,7 +204,7 @@ def _parts(network: ResidualTransformer) -> dict[str, Tensor]:
     return {name: getattr(network, name) for name in (*network.weight_kinds, *network.bias_kinds)}
 
 
-def _made(target: ResidualTransformer, parts: dict[str, Tensor]) -> ResidualTransformer:
+def _made(target: ResidualTransformer, parts: dict[str, Any]) -> ResidualTransformer:
     return ResidualTransformer(**parts, **target.settings)
 
 

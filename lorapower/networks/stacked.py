@@ -29,6 +29,9 @@ class Stacked(Network):
     weight_kinds: ClassVar[tuple[str, ...]]
     bias_kinds: ClassVar[tuple[str, ...]]
     W_Q: Float[Tensor, "*batch blocks heads query width"]
+    W_K: Float[Tensor, "*batch blocks heads query width"]
+    W_V: Float[Tensor, "*batch blocks heads value width"]
+    W_O: Float[Tensor, "*batch blocks heads width value"]
     sequences: ClassVar[bool] = True
 
     def _set(self, values: Mapping[str, Any]) -> None:

@@ -80,8 +80,8 @@ def train(
     until = _checks.tolerance("until", until)
     threads = _processors() if threads is None else _checks.integer("threads", threads, 1)
     stack = Stack(frozen)
-    backend = _backend(backend, frozen)
-    place = _place(backend, device)
+    engine = _backend(backend, frozen)
+    place = _place(engine, device)
     seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]
     batches = Batches(_for_each("data", data, Data, stack.members), stack, classes)
     structure = stack.structure(batches, steps)
@@ -95,7 +95,7 @@ def train(
         )
     given = _starts(starts, tunings, stack)
     state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until, given)
-    if backend == "compiled":
+    if engine == "compiled":
         _run_compiled(structure, state, batches, steps, every, threads)
     else:
         _run_torch(stack.network, structure, state, batches, steps, every, place or frozen.device)
