@@ -1,0 +1,253 @@
+"""Experiments on residual transformers: what adapters of one part of the blocks leave.
+
+A problem is a frozen network and a target drawn by a seed. `measure` adapts the one to the other by
+any number of methods, and is what `sweeps.run` is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .. import _checks, bounds, constructions
+from .._records import Record, Results
+from ..adapters import Adapters
+from ..adapters.core import Tuned
+from ..constructions.residual import far_error
+from ..networks import ResidualTransformer
+from ..networks.residual import PARTS, Activation, Norm
+from ..training import Fresh, Tuning, descend, polish, train
+from . import methods
+
+Part = Literal["attention", "mlp", "all"]
+# Vectors by what is tuned: those of the theorem on attention, biases of hidden units too, or all.
+VECTORS = {
+    "free": ("b_Q", "b_O", "b_2"),
+    "biases": ("b_Q", "b_O", "b_2", "b_1"),
+    "all": ("b_Q", "b_O", "b_2", "b_1", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
+}
+FITTING, HELD_OUT, TEST, DIRECTIONS = 2000, 1000, 5000, 20000
+# How far out tokens are for what is said of the limit.
+FAR = 1e4
+
+
+class Problem(Record):
+    """A frozen network and a target of one kind, and inputs ``N(0, c² I)``.
+
+    Attributes
+    ----------
+    width, hidden, heads, head_size : ``D, F, H`` and ``d``; 0 for a size of the width.
+    depth : ``L``, of both networks.
+    tokens, size : of a sequence, and ``c``.
+    steps, samples : of Adam, and sequences in a batch.
+    seed : of networks, inputs and first factors.
+    """
+
+    width: int = Field(8, ge=2)
+    hidden: int = Field(16, ge=1)
+    heads: int = Field(1, ge=1)
+    head_size: int = Field(0, ge=0)
+    depth: int = Field(1, ge=1)
+    activation: Activation = "relu"
+    norm: Norm = "layer"
+    tokens: int = Field(1, ge=1)
+    size: float = Field(1.0, gt=0)
+    steps: int = Field(2000, ge=1)
+    samples: int = Field(256, ge=1)
+    seed: int = Field(0, ge=0)
+
+    def networks(self) -> tuple[ResidualTransformer, ResidualTransformer]:
+        """The frozen network and the target."""
+        frozen, target = (
+            ResidualTransformer.random(
+                self.depth,
+                self.width,
+                self.heads,
+                head_size=self.head_size or self.width,
+                hidden=self.hidden,
+                activation=self.activation,
+                norm=self.norm,
+                seed=self.seed,
+                purpose=purpose,
+            )
+            for purpose in ("frozen", "target")
+        )
+        return frozen, target
+
+    def data(self, target: ResidualTransformer, *purpose: str) -> Fresh:
+        """Labelled inputs; others for each purpose."""
+        return Fresh(
+            target,
+            (self.width, self.tokens),
+            samples=self.samples,
+            scale=self.size,
+            seed=self.seed,
+            purpose=purpose,
+        )
+
+
+class Trained(Record):
+    """Adapters of one rank on a part of the blocks by Adam, its rate falling, then L-BFGS.
+
+    Attributes
+    ----------
+    vectors : which are tuned beside: ``"free"``: ``b_Q, b_O, b_2``; ``"biases"``: ``b_1`` too;
+        ``"all"``: gains and shifts too.
+    iterations : of L-BFGS, on fixed inputs.
+    """
+
+    kind: Literal["trained"] = "trained"
+    part: Part = "attention"
+    rank: int = Field(8, ge=0)
+    vectors: Literal["free", "biases", "all"] = "all"
+    learning_rate: float = Field(1e-2, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    iterations: int = Field(0, ge=0)
+
+
+class Fitted(Record):
+    """Adapters of one rank on a part of the blocks, fitted to inputs, and polished where asked."""
+
+    kind: Literal["fitted"] = "fitted"
+    part: Part = "all"
+    rank: int = Field(1, ge=0)
+    iterations: int = Field(0, ge=0)
+
+
+class Setting(Record):
+    """One run."""
+
+    problem: Problem = Problem()
+    method: Annotated[Trained | Fitted, Field(discriminator="kind")] = Trained()
+
+
+class Found(Results):
+    """What a run reaches: mean squared errors over fresh inputs.
+
+    ``relative`` is the error over the variance of what the target adds to its inputs.
+    ``far_error`` is that of single tokens far out, with its standard error; ``floor`` what
+    `bounds.attention_floor` says of it. ``factors`` counts the numbers of the adapters.
+    """
+
+    error: float
+    relative: float
+    far_error: float
+    far_standard_error: float
+    floor: float
+    floor_standard_error: float
+    factors: int
+    diverged: bool = False
+
+
+def measure(settings: Sequence[Setting]) -> list[Found]:
+    """What each setting of one problem reaches; raises `InputError` for several problems."""
+    problem: Problem = methods.common_problem(settings)
+    frozen, target = problem.networks()
+    asked = [setting.method for setting in settings]
+    trained = [method for method in asked if isinstance(method, Trained)]
+    found: dict[Any, Adapters] = {}
+    lost: set[Any] = set()
+    if trained:
+        runs = train(
+            frozen,
+            [_tuning(method, frozen) for method in trained],
+            problem.data(target),
+            steps=problem.steps,
+            every=max(1, problem.steps // 40),
+            seed=problem.seed,
+        )
+        lost = {method for method, bad in zip(trained, runs.diverged, strict=True) if bad}
+    pairs = _pairs(problem, target)
+    for i, method in enumerate(trained):
+        adapters = runs.adapters[i].to(frozen.dtype)
+        if method.iterations:
+            adapters = descend(frozen, _tuned(adapters, method, frozen), *pairs, method.iterations)
+        found[method] = adapters
+    for method in asked:
+        if isinstance(method, Fitted) and method not in found:
+            found[method] = _fitted(problem, frozen, target, method)
+
+    x, y = (part.to(frozen.dtype) for part in problem.data(target).test(TEST))
+    added = (y - x).movedim(-2, 0).flatten(1)
+    variance = float(added.var(-1, correction=0).mean())
+    far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
+    floor = bounds.attention_floor(frozen, target, far)
+    results = []
+    for method in asked:
+        network = found[method].merge(frozen)
+        error = float((network(x) - y).square().mean())
+        out, spread = far_error(network, target, far, FAR)
+        results.append(
+            Found(
+                error=error,
+                relative=error / variance,
+                far_error=float(out),
+                far_standard_error=float(spread),
+                floor=float(floor.value),
+                floor_standard_error=float(floor.standard_error),
+                factors=sum(u.parameter_count for u in found[method].updates),
+                diverged=method in lost,
+            )
+        )
+    return results
+
+
+def rank_at(network: ResidualTransformer, part: Part, budget: int) -> int:
+    """The largest rank on a part whose adapters have at most so many numbers."""
+    budget = _checks.integer("budget", budget, 0)
+    best = 0
+    for rank in range(1, max(min(w.shape[-2:]) for w in network.weights) + 1):
+        ranks = network.ranks(rank, part)
+        cost = sum(r * sum(w.shape[-2:]) for r, w in zip(ranks, network.weights, strict=True))
+        best = rank if cost <= budget else best
+    return best
+
+
+def _tuning(method: Trained, network: ResidualTransformer) -> Tuning:
+    return Tuning(
+        ranks=network.ranks(method.rank, method.part),
+        biases=_moving(method, network),
+        learning_rate=method.learning_rate,
+        weight_decay=method.weight_decay,
+        schedule="cosine",
+    )
+
+
+def _moving(method: Trained, network: ResidualTransformer) -> tuple[bool, ...]:
+    kinds = VECTORS[method.vectors]
+    return tuple(name.split()[0] in kinds for name in network.bias_names)
+
+
+def _tuned(adapters: Adapters, method: Trained, network: ResidualTransformer) -> Adapters:
+    """Adapters that say which vectors are tuned, of all of which they have a change."""
+    ranks = torch.tensor(adapters.ranks)
+    moving = torch.tensor(_moving(method, network))
+    return Adapters(adapters.updates, adapters.bias_updates, Tuned(ranks, moving))
+
+
+def _pairs(problem: Problem, target: ResidualTransformer) -> list[tuple[Tensor, Tensor]]:
+    """Inputs to fit and held-out ones, with the target's outputs, in its precision."""
+    found = []
+    for purpose, count in {"fitting": FITTING, "choosing": HELD_OUT}.items():
+        x = problem.data(target, purpose).test(count)[0].to(target.dtype)
+        found.append((x, target(x)))
+    return found
+
+
+def _fitted(
+    problem: Problem, frozen: ResidualTransformer, target: ResidualTransformer, method: Fitted
+) -> Adapters:
+    kinds = PARTS[method.part]
+    shapes = {name: getattr(frozen, name).shape[-2:] for name in frozen.weight_kinds}
+    ranks = {
+        name: min(method.rank, *shape) if name in kinds else 0 for name, shape in shapes.items()
+    }
+    (x, _), (held_out, _) = _pairs(problem, target)
+    fit = constructions.fitted.adapt(frozen, target, ranks, x, held_out, throw=False)
+    if method.iterations:
+        fit = polish(fit, x, held_out, iterations=method.iterations, throw=False)
+    return fit.adapters
