@@ -3,6 +3,7 @@
 All raise `InputError` for a network of another kind than the one they are for.
 """
 
+from . import residual
 from .data import first_order, fnn_data_threshold, variance
 from .final_layers import Floor, colliding_inputs, final_layers_floor
 from .fnn import (
@@ -14,13 +15,6 @@ from .fnn import (
     fnn_threshold,
 )
 from .linear import error_matrix, error_rank, linear_error, linear_threshold
-from .residual import (
-    AttentionFloor,
-    attention_floor,
-    directions,
-    inner_rank,
-    residual_ranks,
-)
 from .transformer import (
     PairRanks,
     pair_ranks,
@@ -31,14 +25,11 @@ from .transformer import (
 )
 
 __all__ = [
-    "AttentionFloor",
     "Floor",
     "PairRanks",
     "accumulate_errors",
     "activation_sizes",
-    "attention_floor",
     "colliding_inputs",
-    "directions",
     "error_matrix",
     "error_rank",
     "final_layers_floor",
@@ -48,11 +39,10 @@ __all__ = [
     "fnn_error",
     "fnn_error_on",
     "fnn_threshold",
-    "inner_rank",
     "linear_error",
     "linear_threshold",
     "pair_ranks",
-    "residual_ranks",
+    "residual",
     "transformer_error",
     "transformer_errors",
     "transformer_ranks",

@@ -10,16 +10,9 @@ from torch import Tensor
 from torch.autograd.functional import jvp
 
 from .. import _checks, lowrank
-from ..networks import (
-    FNN,
-    LinearNetwork,
-    Network,
-    Partition,
-    ResidualTransformer,
-    Transformer,
-    blocks,
-)
+from ..networks import FNN, LinearNetwork, Network, Partition, Transformer, blocks
 from ..networks.fnn import behind as behind_layer
+from ..networks.residual import ResidualTransformer
 from ..networks.transformer import behind as behind_block
 from ..networks.transformer import fed_forward, mixed, scores
 

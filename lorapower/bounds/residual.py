@@ -10,18 +10,23 @@ from torch import Tensor
 
 from .. import _checks, _objects
 from ..errors import InputError
-from ..networks import Gap, ResidualSegments, ResidualTransformer, residual_segments
-from ..networks.residual import ACTIVATIONS, Activation, Norm
-from ..networks.rewriting import basis
+from ..networks import Gap
+from ..networks.residual import (
+    ACTIVATIONS,
+    Activation,
+    Norm,
+    ResidualSegments,
+    ResidualTransformer,
+    basis,
+    residual_segments,
+)
 from .transformer import pair_ranks
 
 # How many dimensions the sphere of normalized tokens needs, for the statements on ReLUs.
 LEAST = 3
 
 
-def residual_ranks(
-    frozen: ResidualTransformer, target: ResidualTransformer
-) -> ResidualSegments[Tensor]:
+def ranks(frozen: ResidualTransformer, target: ResidualTransformer) -> ResidualSegments[Tensor]:
     """The rank on each weight of each segment with which it is exact, gains and biases tuned.
 
     ``⌈rank(E)/2⌉`` for the two of a segment of attention, more only where heads are narrower than

@@ -20,16 +20,9 @@ from .. import _checks, _objects, bounds
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
-from ..networks import (
-    FNN,
-    Network,
-    Partition,
-    ResidualTransformer,
-    Transformer,
-    as_network,
-    pad,
-)
+from ..networks import FNN, Network, Partition, Transformer, as_network, pad
 from ..networks.fnn import behind
+from ..networks.residual import ResidualTransformer
 from ..regions import Ball, Region
 from ..regression import reduced_rank, second_moment_root
 from . import attention, layer, residual_fit

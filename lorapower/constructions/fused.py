@@ -23,14 +23,13 @@ from ..networks import (
     LinearNetwork,
     Network,
     Partition,
-    ResidualTransformer,
     Transformer,
     blocks,
     pad,
-    residual_segments,
     segments,
     shares,
 )
+from ..networks.residual import ResidualTransformer, residual_segments
 from ..networks.stacked import Stacked
 from ..regions import Region
 from . import fnn, linear, residual, transformer

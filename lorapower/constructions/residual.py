@@ -14,8 +14,8 @@ from .. import _checks, bounds
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks import Gap, ResidualSegments, ResidualTransformer, residual_segments
-from ..networks.rewriting import basis
+from ..networks import Gap
+from ..networks.residual import ResidualSegments, ResidualTransformer, basis, residual_segments
 from . import heads, linear
 from .adaptation import Adaptation
 
@@ -67,7 +67,7 @@ def adapt(
     Raises
     ------
     InputError : ranks out of range; transformers that do not fit; heads narrower than the tokens
-        with less rank than their exact adaptation needs (`bounds.residual_ranks`).
+        with less rank than their exact adaptation needs (`bounds.residual.ranks`).
     SingularError : a segment of attention is not reached within ``rtol``; names it.
 
     Source: [thm-residual].
@@ -137,15 +137,15 @@ def attention_only(
     """Adapters of attention alone, and ``b_O``, with the least error far out on single tokens.
 
     The ``W_O`` of the first head of the first block takes on, at any rank, the affine map that
-    `bounds.attention_floor` finds, and what attention of both networks adds to far tokens. As
-    tokens grow their error tends to the floor.
+    `bounds.residual.attention_floor` finds, and what attention of both networks adds to far tokens.
+    As tokens grow their error tends to the floor.
 
-    Raises what `bounds.attention_floor` raises, and `InputError` for batches and for heads
+    Raises what `bounds.residual.attention_floor` raises, and `InputError` for batches and for heads
     narrower than the tokens.
 
     Source: [prop-floor-attention].
     """
-    best = bounds.attention_floor(frozen, target, tokens)
+    best = bounds.residual.attention_floor(frozen, target, tokens)
     if best.value.ndim:
         raise InputError("frozen and target", allowed="one of each", given="a batch")
     if frozen.sizes["value size"] < frozen.width:
@@ -232,7 +232,7 @@ def far_error(
     Each token is a sequence of its own, all of mean square ``c²``. Raises `InputError` for
     networks and tokens that do not fit.
     """
-    n = bounds.directions(network, target, tokens)
+    n = bounds.residual.directions(network, target, tokens)
     size = _checks.positive("size", size)
     x = size * n.movedim(-1, 0)[..., None]
     batch = len(torch.broadcast_shapes(network.batch_shape, target.batch_shape))

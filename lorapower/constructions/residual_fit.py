@@ -14,8 +14,7 @@ from torch import Tensor
 
 from .. import lowrank
 from ..adapters import Adapters
-from ..networks import ResidualTransformer
-from ..networks.residual import ACTIVATIONS
+from ..networks.residual import ACTIVATIONS, ResidualTransformer
 from . import layer, residual
 from .attention import Builder, columns, sequences
 from .fused import Fused

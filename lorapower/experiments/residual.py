@@ -18,8 +18,7 @@ from .._records import Record, Results
 from ..adapters import Adapters
 from ..adapters.core import Tuned
 from ..constructions.residual import far_error
-from ..networks import ResidualTransformer
-from ..networks.residual import PARTS, Activation, Norm
+from ..networks.residual import PARTS, Activation, Norm, ResidualTransformer
 from ..training import Fresh, Tuning, descend, polish, train
 from . import methods
 
@@ -130,7 +129,7 @@ class Found(Results):
 
     ``relative`` is the error over the variance of what the target adds to its inputs.
     ``far_error`` is that of single tokens far out, with its standard error; ``floor`` what
-    `bounds.attention_floor` says of it. ``factors`` counts the numbers of the adapters.
+    `bounds.residual.attention_floor` says of it. ``factors`` counts the numbers of the adapters.
     """
 
     error: float
@@ -161,21 +160,21 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
             seed=problem.seed,
         )
         lost = {method for method, bad in zip(trained, runs.diverged, strict=True) if bad}
-    pairs = _pairs(problem, target)
-    for i, method in enumerate(trained):
+    training, validation = _pairs(problem, target)
+    for i, one in enumerate(trained):
         adapters = runs.adapters[i].to(frozen.dtype)
-        if method.iterations:
-            adapters = descend(frozen, _tuned(adapters, method, frozen), *pairs, method.iterations)
-        found[method] = adapters
-    for method in asked:
-        if isinstance(method, Fitted) and method not in found:
-            found[method] = _fitted(problem, frozen, target, method)
+        if one.iterations:
+            start = _tuned(adapters, one, frozen)
+            adapters = descend(frozen, start, training, validation, one.iterations)
+        found[one] = adapters
+    for other in {method for method in asked if isinstance(method, Fitted)}:
+        found[other] = _fitted(frozen, target, other, training[0], validation[0])
 
     x, y = (part.to(frozen.dtype) for part in problem.data(target).test(TEST))
     added = (y - x).movedim(-2, 0).flatten(1)
     variance = float(added.var(-1, correction=0).mean())
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
-    floor = bounds.attention_floor(frozen, target, far)
+    floor = bounds.residual.attention_floor(frozen, target, far)
     results = []
     for method in asked:
         network = found[method].merge(frozen)
@@ -239,14 +238,17 @@ def _pairs(problem: Problem, target: ResidualTransformer) -> list[tuple[Tensor, 
 
 
 def _fitted(
-    problem: Problem, frozen: ResidualTransformer, target: ResidualTransformer, method: Fitted
+    frozen: ResidualTransformer,
+    target: ResidualTransformer,
+    method: Fitted,
+    x: Tensor,
+    held_out: Tensor,
 ) -> Adapters:
     kinds = PARTS[method.part]
     shapes = {name: getattr(frozen, name).shape[-2:] for name in frozen.weight_kinds}
     ranks = {
         name: min(method.rank, *shape) if name in kinds else 0 for name, shape in shapes.items()
     }
-    (x, _), (held_out, _) = _pairs(problem, target)
     fit = constructions.fitted.adapt(frozen, target, ranks, x, held_out, throw=False)
     if method.iterations:
         fit = polish(fit, x, held_out, iterations=method.iterations, throw=False)

@@ -7,14 +7,10 @@ or a thousand, one code path.
 
 from .base import Network
 from .conversion import as_network
-from .decoders import from_decoder, to_decoder
 from .fnn import FNN, pad
 from .gap import Gap
 from .linear import LinearNetwork, product
 from .partition import Partition, Pieces, blocks, shares
-from .residual import ResidualTransformer
-from .residual_segments import ResidualSegments, residual_segments
-from .rewriting import aligned, enlarged, relabelled, with_gains
 from .segments import Segments, missing_shift, regular, segments
 from .transformer import Transformer
 
@@ -25,23 +21,14 @@ __all__ = [
     "Network",
     "Partition",
     "Pieces",
-    "ResidualSegments",
-    "ResidualTransformer",
     "Segments",
     "Transformer",
-    "aligned",
     "as_network",
     "blocks",
-    "enlarged",
-    "from_decoder",
     "missing_shift",
     "pad",
     "product",
     "regular",
-    "relabelled",
-    "residual_segments",
     "segments",
     "shares",
-    "to_decoder",
-    "with_gains",
 ]

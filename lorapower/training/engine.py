@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import _checks
 from ..adapters import Adapters, N
 from ..errors import InputError, brief
-from ..networks import Network, ResidualTransformer
+from ..networks import Network
+from ..networks.residual import ResidualTransformer
 from . import compiled, reference
 from .compiled import State, Structure
 from .data import Data

@@ -8,11 +8,20 @@ from .curves import (
     error_against_budget,
     error_against_rank,
     intervals,
+    lines,
     medians,
     scatter,
     spectrum,
 )
-from .drawings import partitions, patterns, pictures, plane, ranges, transformer_segments
+from .drawings import (
+    partitions,
+    patterns,
+    pictures,
+    plane,
+    ranges,
+    sphere,
+    transformer_segments,
+)
 from .frames import Frames, counts
 from .style import Look, looks, use_style
 from .touch import Touch
@@ -26,6 +35,7 @@ __all__ = [
     "error_against_budget",
     "error_against_rank",
     "intervals",
+    "lines",
     "looks",
     "medians",
     "partitions",
@@ -35,6 +45,7 @@ __all__ = [
     "ranges",
     "scatter",
     "spectrum",
+    "sphere",
     "transformer_segments",
     "use_style",
 ]

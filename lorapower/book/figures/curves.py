@@ -133,6 +133,28 @@ def curves(
     return figure
 
 
+def lines(
+    x: ArrayLike,
+    values: Mapping[str, ArrayLike],
+    *,
+    marks: Mapping[str, float] | None = None,
+    xlabel: str,
+    ylabel: str,
+) -> Figure:
+    """Functions of x as lines without markers; marks are dotted vertical lines, named."""
+    check_some(values=values)
+    figure, ax = plt.subplots()
+    places = numbers("x", x)
+    for label, look, _ in _in_turn(values):
+        y = numbers(label, values[label], len(places))
+        ax.plot(places, y, label=label, color=look.color, ls=look.line, lw=2)
+    for label, position in (marks or {}).items():
+        ax.axvline(position, label=label, **_MARK)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    _legend(figure)
+    return figure
+
+
 def error_against_budget(
     budgets: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,

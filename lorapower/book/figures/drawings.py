@@ -93,6 +93,50 @@ def plane(
     return figure
 
 
+def sphere(
+    values: Callable[[NDArray[np.float64]], ArrayLike],
+    circles: Mapping[str, Iterable[tuple[ArrayLike, float]]],
+    *,
+    label: str,
+) -> Figure:
+    """A function on the unit sphere of three dimensions as shades, seen from two sides.
+
+    ``values`` takes columns ``[3, points]``. Circles are where planes ``w·x + b = 0`` cut the
+    sphere; each group has its own kind of line, named in the legend.
+    """
+    _checks.function("values", values)
+    check_some(circles=circles)
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.9))
+    axis = np.linspace(-1, 1, 241)
+    across, up = np.meshgrid(axis, axis)
+    inside = across**2 + up**2 < 1
+    height = np.sqrt(np.where(inside, 1 - across**2 - up**2, 0))
+    sides = {
+        title: np.stack([sign * across, up, sign * height])
+        for title, sign in {"from the front": 1, "from behind": -1}.items()
+    }
+    shades = {
+        title: np.where(inside, np.asarray(values(x.reshape(3, -1))).reshape(inside.shape), np.nan)
+        for title, x in sides.items()
+    }
+    top = max(np.nanmax(shade) for shade in shades.values())
+    for ax, (title, x) in zip(axes, sides.items(), strict=True):
+        mesh = ax.pcolormesh(
+            axis, axis, shades[title], cmap="cividis", vmin=0, vmax=top, rasterized=True
+        )
+        for (name, planes), line in zip(circles.items(), ("-", ":"), strict=False):
+            look = {"colors": "white", "linestyles": line, "linewidths": 1.5}
+            for weight, bias in planes:
+                side = np.tensordot(np.asarray(weight), x, 1) + float(bias)
+                ax.contour(axis, axis, np.where(inside, side, np.nan), levels=[0], **look)
+            ax.plot([], [], color="0.4", ls=line, lw=1.5, label=name)
+        ax.set(title=title, aspect="equal", xticks=[], yticks=[], frame_on=False)
+        ax.grid(visible=False)
+    figure.colorbar(mesh, ax=axes, label=label, shrink=0.8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
 def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, label: str) -> Figure:
     """Matrices of numbers from 0 to 1 side by side, as shades."""
     check_some(matrices=matrices)

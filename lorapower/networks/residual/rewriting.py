@@ -15,9 +15,9 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .. import _checks, randomness
-from ..errors import InputError
-from .residual import FINAL, ResidualTransformer
+from ... import _checks, randomness
+from ...errors import InputError
+from .network import FINAL, ResidualTransformer
 
 # Below this an activation is 0 in double precision.
 SILENT = {"relu": 0.0, "gelu": 40.0, "gelu_tanh": 40.0, "silu": 760.0}

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
-from ..errors import InputError
-from .residual import ResidualTransformer
+from ... import _checks
+from ...errors import InputError
+from .network import ResidualTransformer
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from .. import _checks, randomness
-from .base import uniform
-from .stacked import Stacked
+from ... import _checks, randomness
+from ..base import uniform
+from ..stacked import Stacked
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 Norm = Literal["layer", "rms"]

@@ -12,11 +12,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _checks, _objects
-from ..errors import InputError
-from .gap import Gap
-from .linear import LinearNetwork
-from .residual import ResidualTransformer
+from ... import _checks, _objects
+from ...errors import InputError
+from ..gap import Gap
+from ..linear import LinearNetwork
+from .network import ResidualTransformer
 from .rewriting import basis
 
 T = TypeVar("T")
