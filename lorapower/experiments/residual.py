@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .. import _checks, bounds, constructions
+from .. import bounds, constructions
 from .._records import Record, Results
 from ..adapters import Adapters
 from ..adapters.core import Tuned
@@ -193,17 +193,6 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
             )
         )
     return results
-
-
-def rank_at(network: ResidualTransformer, part: Part, budget: int) -> int:
-    """The largest rank on a part whose adapters have at most so many numbers."""
-    budget = _checks.integer("budget", budget, 0)
-    best = 0
-    for rank in range(1, max(min(w.shape[-2:]) for w in network.weights) + 1):
-        ranks = network.ranks(rank, part)
-        cost = sum(r * sum(w.shape[-2:]) for r, w in zip(ranks, network.weights, strict=True))
-        best = rank if cost <= budget else best
-    return best
 
 
 def _tuning(method: Trained, network: ResidualTransformer) -> Tuning:

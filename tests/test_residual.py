@@ -1,0 +1,551 @@
+"""Residual transformers: what they compute, how they are written otherwise, and their adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import seeds
+from torch import Tensor
+
+from lorapower import InputError, bounds, lowrank, randomness
+from lorapower.adapters import Adapters, Tuned
+from lorapower.constructions import fitted, narrow, residual
+from lorapower.experiments import residual as trials
+from lorapower.networks import Gap
+from lorapower.networks.residual import (
+    ACTIVATIONS,
+    ResidualTransformer,
+    aligned,
+    basis,
+    enlarged,
+    from_decoder,
+    relabelled,
+    residual_segments,
+    to_decoder,
+    with_gains,
+)
+from lorapower.training import Fixed, Fresh, Tuning, descend, train
+
+NAMES = ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2")
+activations = st.sampled_from(sorted(ACTIVATIONS))
+norms = st.sampled_from(["layer", "rms"])
+
+
+def pair(seed: int, *sizes: int, **options: Any) -> tuple[ResidualTransformer, ResidualTransformer]:
+    frozen, target = (
+        ResidualTransformer.random(*sizes, seed=seed, purpose=purpose, **options)
+        for purpose in ("frozen", "target")
+    )
+    return frozen, target
+
+
+def inputs(seed: int, *shape: int) -> Tensor:
+    return randomness.normal(randomness.generator(seed, "inputs in tests"), *shape)
+
+
+def relative(network: ResidualTransformer, target: ResidualTransformer, x: Tensor) -> float:
+    padded = torch.nn.functional.pad(x, (0, 0, 0, network.width - target.width))
+    wanted, found = target(x), network(padded)
+    assert not (found[..., target.width :, :].abs() > 1e-9).any()
+    return float((found[..., : target.width, :] - wanted).square().mean() / wanted.var())
+
+
+def by_hand(network: ResidualTransformer, z: Tensor) -> Tensor:
+    """The definition, token by token."""
+
+    def norm(z: Tensor, g: Tensor, s: Tensor) -> Tensor:
+        columns = []
+        for token in z.mT:
+            one = token - token.mean() if network.norm == "layer" else token
+            columns.append(g * one / (one.square().mean() + network.eps).sqrt() + s)
+        return torch.stack(columns, 1)
+
+    for l in range(network.depth):
+        n = norm(z, network.g_1[l], network.s_1[l])
+        u = z + network.b_O[l][:, None]
+        for h in range(network.heads):
+            queries = network.W_Q[l, h] @ n + network.b_Q[l, h][:, None]
+            for j in range(z.shape[1]):
+                seen = n[:, : j + 1] if network.causal else n
+                p = ((network.W_K[l, h] @ seen).mT @ queries[:, j]).softmax(0)
+                u[:, j] += network.W_O[l, h] @ network.W_V[l, h] @ (seen @ p)
+        hidden = network.W_1[l] @ norm(u, network.g_2[l], network.s_2[l]) + network.b_1[l][:, None]
+        act = ACTIVATIONS[network.activation]
+        z = u + network.W_2[l] @ act(hidden) + network.b_2[l][:, None]
+    return norm(z, network.g_f, network.s_f) if network.final_norm else z
+
+
+@given(
+    st.integers(1, 2), st.integers(1, 6), activations, norms, st.booleans(), st.booleans(), seeds
+)
+def test_it_computes_what_the_definition_says(
+    depth: int, width: int, activation: Any, norm: Any, causal: bool, final: bool, seed: int
+) -> None:
+    options = {"activation": activation, "norm": norm, "causal": causal, "final_norm": final}
+    network = ResidualTransformer.random(depth, width, 2, head_size=3, seed=seed, **options)
+    x = inputs(seed, width, 4)
+    torch.testing.assert_close(network(x), by_hand(network, x.clone()))
+
+
+def test_members_of_a_batch_are_networks() -> None:
+    many = ResidualTransformer.random(2, 5, 2, batch_shape=(3, 1), final_norm=True)
+    x = inputs(0, 4, 5, 6)
+    torch.testing.assert_close(many(x)[2, 1], many[2, 0](x[1]))
+    again = many.with_parameters(many.weights, many.biases)
+    assert torch.equal(again(x), many(x))
+    assert len(many.weight_names) == len(many.weights)
+    assert len(many.bias_names) == len(many.biases)
+
+
+def test_a_constant_token_has_no_direction() -> None:
+    network = ResidualTransformer.random(1, 4, 1, eps=0.0)
+    x = torch.ones(4, 1).double()
+    assert not network.normalized(x).any()
+    assert network(x).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2 with a head", "opt"])
+def test_modules_of_transformers_compute_the_same(kind: str) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, OPTConfig, OPTModel
+
+    sizes: dict[str, Any] = {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 1}
+    if kind == "opt":
+        sizes |= {"hidden_size": 16, "num_hidden_layers": 2, "ffn_dim": 24, "pad_token_id": 1}
+        sizes |= {"num_attention_heads": 2, "max_position_embeddings": 12}
+        module: Any = OPTModel(OPTConfig(word_embed_proj_dim=16, **sizes)).eval()
+    else:
+        config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=12, **sizes)
+        module = (GPT2LMHeadModel if "head" in kind else GPT2Model)(config).eval()
+    with torch.no_grad(), randomness.seeded(0, kind):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        ids = torch.randint(3, 30, (4, 9))
+        base = module.base_model
+        if kind == "opt":
+            decoder = base.decoder
+            z = decoder.embed_tokens(ids) + decoder.embed_positions(torch.ones(4, 9), 0)
+        else:
+            z = base.wte(ids) + base.wpe(torch.arange(9))
+
+        def shown(module: Any) -> Tensor:
+            state: Tensor = module.base_model(ids).last_hidden_state
+            return state
+
+        network = from_decoder(module)
+        scale = float(shown(module).abs().max())
+        assert float((network(z.mT).mT - shown(module)).abs().max()) <= 1e-6 * scale
+        other = ResidualTransformer.random(
+            2,
+            16,
+            2,
+            head_size=8,
+            hidden=network.sizes["hidden"],
+            activation=network.activation,
+            final_norm=True,
+            causal=True,
+            dtype=torch.float32,
+        )
+        copied = to_decoder(other, module)
+        scale = float(shown(copied).abs().max())
+        assert float((other(z.mT).mT - shown(copied)).abs().max()) <= 1e-6 * scale
+    with pytest.raises(InputError, match="module must be of sizes"):
+        to_decoder(ResidualTransformer.random(1, 16, 2, dtype=torch.float32), module)
+
+
+def test_other_modules_are_refused() -> None:
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+    small = {"num_attention_heads": 1, "num_hidden_layers": 1}
+    bert = BertModel(BertConfig(hidden_size=4, intermediate_size=4, vocab_size=9, **small))
+    with pytest.raises(InputError, match="post-norm"):
+        from_decoder(bert)
+    with pytest.raises(InputError, match="module must be GPT2Model or OPTModel"):
+        from_decoder(torch.nn.Linear(2, 2))
+    config = GPT2Config(n_embd=4, n_layer=1, n_head=1, activation_function="tanh")
+    with pytest.raises(InputError, match="with one of relu"):
+        from_decoder(GPT2Model(config))
+    config = GPT2Config(n_embd=4, n_layer=1, n_head=1, scale_attn_weights=False)
+    with pytest.raises(InputError, match="scale_attn_weights = True"):
+        from_decoder(GPT2Model(config))
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 2), st.integers(4, 7), st.integers(5, 14), activations, norms, seeds)
+def test_written_otherwise_it_is_the_same_function(
+    depth: int, width: int, hidden: int, activation: Any, norm: Any, seed: int
+) -> None:
+    options = {"activation": activation, "norm": norm, "final_norm": True, "causal": True}
+    frozen, target = pair(seed, depth, width, 2, hidden=hidden, **options)
+    x = inputs(seed, 3, width, 4)
+    wanted = target(x)
+    others = [with_gains(target, frozen), relabelled(target, frozen)]
+    larger = ResidualTransformer.random(
+        depth + 1, width, 3, hidden=hidden + 3, seed=seed, purpose="large", **options
+    )
+    others.append(enlarged(target, larger, range(2, depth + 2)))
+    if activation == "relu" and hidden > width:
+        others.append(aligned(target, frozen, seed=seed))
+    for other in others:
+        torch.testing.assert_close(other(x), wanted, rtol=1e-9, atol=1e-9)
+    assert torch.equal(others[0].g_1, frozen.g_1)
+    assert others[2].sizes["hidden"] == hidden + 3
+
+
+@given(st.integers(1, 2), st.integers(2, 12), st.booleans(), seeds)
+def test_permuted_and_rescaled_units_are_found_again(
+    depth: int, hidden: int, relu: bool, seed: int
+) -> None:
+    activation: Any = "relu" if relu else "silu"
+    network, _ = pair(seed, depth, 5, 1, hidden=hidden, activation=activation)
+    draw = randomness.generator(seed, "order")
+    order = torch.randperm(hidden, generator=draw)
+    scale = 0.1 + 10 * randomness.uniform(draw, hidden) if relu else torch.ones(hidden).double()
+    parts = {name: getattr(network, name) for name in (*NAMES, *network.bias_kinds)}
+    parts["W_1"] = scale[:, None] * network.W_1[:, order]
+    parts["b_1"] = scale * network.b_1[:, order]
+    parts["W_2"] = network.W_2[:, :, order] / scale
+    found = relabelled(ResidualTransformer(**parts, **network.settings), network)
+    for name in ("W_1", "b_1", "W_2"):
+        torch.testing.assert_close(getattr(found, name), getattr(network, name))
+
+
+def adapted(
+    frozen: ResidualTransformer, target: ResidualTransformer, **less: int
+) -> residual.ResidualAdaptation:
+    needed = [int(part.max()) for part in bounds.residual.ranks(frozen, target)]
+    each = (needed[0], needed[0], needed[1], needed[1], needed[2], needed[3])
+    ranks = dict(zip(NAMES, each, strict=True))
+    ranks |= {name: ranks[name] - by for name, by in less.items()}
+    return residual.adapt(frozen, target, ranks, throw=not less)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(1, 3),
+    st.integers(4, 8),
+    st.integers(1, 9),
+    st.integers(1, 20),
+    activations,
+    norms,
+    st.booleans(),
+    st.booleans(),
+    seeds,
+)
+def test_the_ranks_of_the_theorem_are_exact(
+    depth: int,
+    width: int,
+    head_size: int,
+    hidden: int,
+    activation: Any,
+    norm: Any,
+    final: bool,
+    gains: bool,
+    seed: int,
+) -> None:
+    options = {"activation": activation, "norm": norm, "final_norm": final, "causal": final}
+    frozen, target = pair(seed, depth, width, 2, head_size=head_size, hidden=hidden, **options)
+    if not gains:
+        target = with_gains(target, frozen)
+    found = adapted(frozen, target)
+    assert found.success.all()
+    x = inputs(seed, 5, width, 4)
+    merged = found.adapters.merge(frozen)
+    # Rounding grows with the condition of what is solved.
+    worst = max(float(p.condition_numbers.max()) for p in (found.query_key, found.value_output))
+    assert relative(merged, target, x) < max(1e-20, (1e-15 * worst) ** 2)
+    assert torch.equal(merged.g_1, target.g_1) or torch.allclose(merged.g_1, target.g_1)
+    for update, name in zip(found.adapters.updates, frozen.weight_names, strict=True):
+        assert update.rank <= min(getattr(frozen, name.split()[0]).shape[-2:])
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 2), norms, st.sampled_from([3, 6]), st.booleans(), seeds)
+def test_one_rank_less_is_not_exact(
+    depth: int, norm: Any, head_size: int, final: bool, seed: int
+) -> None:
+    frozen, target = pair(seed, depth, 6, 1, head_size=head_size, norm=norm, final_norm=final)
+    x = inputs(seed, 5, 6, 4)
+    for less in ({"W_1": 1}, {"W_2": 1}, {"W_Q": 1, "W_K": 1}, {"W_V": 1, "W_O": 1}):
+        found = adapted(frozen, target, **less)
+        assert relative(found.adapters.merge(frozen), target, x) > 1e-14
+
+
+def test_a_target_of_low_rank_takes_low_rank() -> None:
+    frozen, _ = pair(0, 2, 8, 2, hidden=12)
+    draw = randomness.generator(0, "changes")
+
+    def near(w: Tensor, rank: int) -> Tensor:
+        left, right = (randomness.normal(draw, size, rank) for size in w.shape)
+        return w + 0.1 * left @ right.mT
+
+    ranks = {"W_Q": 1, "W_K": 1, "W_V": 2, "W_O": 1, "W_1": 3, "W_2": 2}
+    kinds = [name.split()[0] for name in frozen.weight_names]
+    weights = [near(w, ranks[k]) for w, k in zip(frozen.weights, kinds, strict=True)]
+    target = frozen.with_parameters(weights)
+    needed = bounds.residual.ranks(frozen, target)
+    assert [int(part.max()) for part in needed] == [1, 2, 3, 2]
+    found = adapted(frozen, target)
+    assert relative(found.adapters.merge(frozen), target, inputs(0, 9, 8, 5)) < 1e-20
+
+
+def test_batches_are_adapted_member_by_member() -> None:
+    frozen = ResidualTransformer.random(1, 5, 2, batch_shape=(3,), purpose="frozen")
+    target = ResidualTransformer.random(1, 5, 2, purpose="target")
+    found = residual.adapt(frozen, target, 5)
+    x = inputs(0, 4, 5, 3)
+    merged = found.adapters.merge(frozen)
+    for member in range(3):
+        alone = residual.adapt(frozen[member], target, 5).adapters.merge(frozen[member])
+        torch.testing.assert_close(merged[member](x), target(x))
+        torch.testing.assert_close(alone(x), target(x))
+
+
+def test_narrower_tokens_under_an_rms_norm() -> None:
+    for final in (False, True):
+        _, target = pair(1, 2, 5, 2, head_size=7, norm="rms", final_norm=final)
+        frozen, _ = pair(2, 3, 7, 3, hidden=13, norm="rms", final_norm=final, eps=5e-5 / 7)
+        grown = enlarged(target, frozen, [1, 3])
+        found = adapted(frozen, grown)
+        assert relative(found.adapters.merge(frozen), target, inputs(1, 6, 5, 4)) < 1e-20
+    frozen, _ = pair(2, 2, 7, 2, hidden=10, norm="rms")
+    _, target = pair(1, 2, 5, 2, hidden=10, norm="rms", head_size=7)
+    with pytest.raises(InputError, match="with eps"):
+        residual_segments(frozen, target)
+
+
+@pytest.mark.parametrize("head_size", [3, 6])
+def test_surplus_heads_and_blocks_cost_their_attention(head_size: int) -> None:
+    options = {"head_size": head_size, "activation": "relu"}
+    frozen, _ = pair(0, 3, 6, 3, hidden=15, **options)
+    _, target = pair(0, 1, 6, 1, hidden=9, **options)
+    for place in (1, 2, 3):
+        grown = enlarged(target, frozen, [place])
+        needed = bounds.residual.ranks(frozen, grown)
+        least = -(-min(head_size, 5) // 2)
+        assert needed.query_key[[l for l in range(3) if l + 1 != place]].sum() == 0
+        assert (needed.value_output[[l for l in range(3) if l + 1 != place]] == least).all()
+        assert needed.inner.tolist() == [5 * (l + 1 == place) for l in range(3)]
+        found = adapted(frozen, grown)
+        assert relative(found.adapters.merge(frozen), target, inputs(0, 6, 6, 4)) < 1e-20
+
+
+def test_a_head_of_nothing_is_silenced_with_just_enough_rank() -> None:
+    frozen, _ = pair(0, 1, 6, 1, head_size=3)
+    grown = enlarged(pair(0, 1, 6, 1, head_size=3)[1], frozen)
+    silent = grown.with_parameters(
+        [
+            w * (not n.startswith(("W_V", "W_O")))
+            for n, w in zip(grown.weight_names, grown.weights, strict=True)
+        ]
+    )
+    gap = residual_segments(frozen, silent).value_output
+    for inner, outer in ((3, 0), (0, 3), (1, 2)):
+        found = narrow.adapt(gap, inner, outer)
+        assert found.rounding_error.max() < 1e-12
+    assert narrow.adapt(gap, 1, 1).rounding_error.max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("activation", "norm", "ranks", "frozen_from", "tuned_from"),
+    [
+        ("relu", "layer", 6, 11, 18),
+        ("relu", "rms", 7, 13, 20),
+        ("gelu", "layer", 7, 7, 15),
+        ("silu", "rms", 8, 8, 16),
+    ],
+)
+def test_the_table_of_inner_ranks(
+    activation: Any, norm: Any, ranks: int, frozen_from: int, tuned_from: int
+) -> None:
+    for gains, least in ((False, frozen_from), (True, tuned_from)):
+        kind = {"activation": activation, "norm": norm, "gains": gains}
+        assert bounds.residual.inner_rank(8, least, **kind) == ranks
+        assert bounds.residual.inner_rank(8, least - 1, **kind) < ranks
+
+
+@settings(max_examples=30)
+@given(st.integers(4, 9), st.integers(0, 12), norms, seeds)
+def test_alignment_attains_the_inner_rank(width: int, more: int, norm: Any, seed: int) -> None:
+    hidden = 3 * width - 4 + more
+    frozen, target = pair(seed, 2, width, 1, hidden=hidden, norm=norm)
+    best = aligned(target, frozen, seed=seed)
+    least = bounds.residual.inner_rank(width, hidden, norm=norm)
+    assert bounds.residual.ranks(frozen, best).inner.tolist() == [least, least]
+    assert (best.W_2 * target.W_2.abs().mean()).isfinite().all()
+    found = adapted(frozen, best)
+    x = inputs(seed, 5, width, 3)
+    # Units that are rescaled far lose digits.
+    size = float(best.W_1.abs().max() * best.W_2.abs().max())
+    assert relative(found.adapters.merge(frozen), target, x) < 1e-20 * max(1, size**2)
+
+
+@pytest.mark.parametrize("depths", [(1, 1), (2, 1), (1, 3)])
+def test_the_floor_is_what_outputs_far_out_leave(depths: tuple[int, int]) -> None:
+    frozen, target = (
+        ResidualTransformer.random(L, 6, 1, hidden=9, purpose=purpose)
+        for L, purpose in zip(depths, ("frozen", "target"), strict=True)
+    )
+    v = inputs(0, 6, 4000)
+    floor = bounds.residual.attention_floor(frozen, target, v)
+    n = bounds.residual.directions(frozen, target, v)
+    x = 1e6 * n.mT[..., None]
+    gap = (target(x) - frozen(x))[..., 0].numpy()
+    # Least squares on what the networks put out themselves.
+    rows = np.column_stack([n.mT.numpy(), np.ones(len(x))])
+    solution, *_ = np.linalg.lstsq(rows, gap, rcond=None)
+    left = np.square(gap - rows @ solution).sum() / (len(x) - 6) / 6
+    assert float(floor.value) == pytest.approx(left, rel=1e-4)
+    best = residual.attention_only(frozen, target, v).merge(frozen)
+    errors = [float(residual.far_error(best, target, v, c)[0]) for c in (1e2, 1e4, 1e6)]
+    assert errors[0] > errors[1] > errors[2] * (1 - 1e-6)
+    assert errors[2] == pytest.approx(float(floor.value), rel=4e-3)
+    for name in ("W_1", "b_1", "W_2", "g_1", "s_1", "g_2", "s_2"):
+        assert torch.equal(getattr(best, name), getattr(frozen, name))
+
+
+def test_no_change_of_attention_is_below_the_floor() -> None:
+    frozen, target = pair(3, 1, 5, 1, hidden=8, activation="gelu")
+    v = inputs(3, 5, 6000)
+    floor = bounds.residual.attention_floor(frozen, target, v)
+    for seed in range(8):
+        draw = randomness.generator(seed, "any attention")
+        free = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_O", "b_2", "g_1", "s_1")
+        parts = {name: getattr(frozen, name) for name in (*NAMES, *frozen.bias_kinds)}
+        start = residual.attention_only(frozen, target, v).merge(frozen) if seed % 2 else frozen
+        for name in free:
+            own = getattr(start, name)
+            parts[name] = own + 0.05 * randomness.normal(draw, *own.shape)
+        other = ResidualTransformer(**parts, **frozen.settings)
+        error, spread = residual.far_error(other, target, v, 1e5)
+        assert error > floor.value - spread
+
+
+def test_the_floor_of_equal_feed_forward_layers_is_zero() -> None:
+    frozen, _ = pair(0, 2, 5, 1)
+    names = zip(frozen.weight_names, frozen.weights, strict=True)
+    target = frozen.with_parameters([2 * w if n[:3] == "W_V" else w for n, w in names])
+    assert bounds.residual.attention_floor(frozen, target, inputs(0, 5, 99)).value < 1e-28
+
+
+def test_fits_are_exact_at_the_threshold_and_never_worse_than_the_theorem() -> None:
+    for depth, head_size, norm in ((1, 6, "layer"), (2, 3, "rms"), (1, 8, "rms")):
+        options: Any = {"head_size": head_size, "norm": norm, "hidden": 10}
+        frozen, target = pair(5, depth, 6, 2, **options)
+        x, held_out = inputs(5, 300, 6, 4), inputs(6, 300, 6, 4)
+        assert fitted.adapt(frozen, target, 6, x, held_out).error < 1e-18
+        for rank in (1, 3):
+            found = fitted.adapt(frozen, target, rank, x, held_out, throw=False)
+            choosing = held_out[:150]
+            wanted = found.fits[0].fused.goal(choosing)
+            ranks = dict.fromkeys(NAMES, rank)
+            plain = residual.adapt(frozen, target, ranks, throw=False).adapters.merge(frozen)
+            worst = float((plain(choosing) - wanted).square().mean())
+            assert found.fits[0].error(choosing, wanted) <= worst * (1 + 1e-9)
+            carried = found.adapters.merge(frozen)
+            fused = found.fits[0].adapters.merge(found.fits[0].network)
+            torch.testing.assert_close(carried(choosing), fused(choosing), rtol=1e-6, atol=1e-6)
+            assert all(u.rank <= rank for u in found.adapters.updates)
+
+
+def test_the_first_order_is_near_for_small_errors() -> None:
+    _, target = pair(0, 2, 6, 1, causal=True)
+    draw = randomness.generator(0, "small changes")
+    near = target.map(lambda w: w + 1e-4 * randomness.normal(draw, *w.shape))
+    x = inputs(0, 400, 6, 4)
+    measured, *_ = fitted.relative_error(near, target, x)
+    assert float(bounds.first_order(near, target, x) / measured) == pytest.approx(1, rel=1e-2)
+
+
+def test_training_is_adam_on_what_may_move() -> None:
+    """Against torch's own optimizer, step by step."""
+    frozen, target = pair(0, 1, 4, 1, hidden=6)
+    frozen, target = frozen.to(torch.float32), target.to(torch.float32)
+    x, held_out = (inputs(s, 8, 4, 3).float() for s in (0, 1))
+    moving = tuple(name[:3] in ("b_1", "g_2") for name in frozen.bias_names)
+    ranks = frozen.ranks(2, "mlp")
+    tuning = Tuning(ranks=ranks, biases=moving, learning_rate=1e-2)
+    data = Fixed((x, target(x)), (held_out, target(held_out)))
+    runs = train(frozen, [tuning], data, steps=5, every=5, seed=3)
+    start = train(frozen, [Tuning(ranks=ranks, learning_rate=1e-30)], data, steps=1, seed=3)
+    updates = start.adapters[0].updates
+    factors = [
+        [torch.zeros(*w.shape[:1], R), u.right.clone()]
+        for w, u, R in zip(frozen.weights, updates, ranks, strict=True)
+    ]
+    biases = [b.clone() for b in frozen.biases]
+    tuned = [p for pair_, R in zip(factors, ranks, strict=True) if R for p in pair_]
+    tuned += [b for b, moves in zip(biases, moving, strict=True) if moves]
+    for p in tuned:
+        p.requires_grad_()
+    adam = torch.optim.Adam(tuned, lr=1e-2)
+    for _ in range(5):
+        adam.zero_grad()
+        weights = [w + A @ B.mT for w, (A, B) in zip(frozen.weights, factors, strict=True)]
+        (frozen.holding(weights, biases)(x) - target(x)).square().mean().backward()
+        adam.step()
+    weights = [w + A @ B.mT for w, (A, B) in zip(frozen.weights, factors, strict=True)]
+    for ours, theirs in zip(runs.network[0].weights, weights, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(runs.network[0].biases, biases, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="backend must be 'torch'"):
+        train(frozen, [tuning], data, steps=1, backend="compiled")
+
+
+def test_descent_lowers_the_error_and_moves_what_may_move() -> None:
+    frozen, target = pair(1, 1, 5, 1)
+    x, others = inputs(0, 60, 5, 3), inputs(1, 60, 5, 3)
+    pairs = (x, target(x)), (others, target(others))
+    moving = torch.tensor([name.startswith("b_2") for name in frozen.bias_names])
+    ranks = frozen.ranks(1, "attention")
+    draw = randomness.generator(0, "factors")
+    updates = tuple(
+        lowrank.LowRank(0.1 * randomness.normal(draw, o, R), 0.1 * randomness.normal(draw, i, R))
+        for (o, i), R in zip([w.shape for w in frozen.weights], ranks, strict=True)
+    )
+    zeros = tuple(torch.zeros_like(b) for b in frozen.biases)
+    start = Adapters(updates, zeros, Tuned(torch.tensor(ranks), moving))
+    found = descend(frozen, start, *pairs, 30)
+
+    def error(adapters: Adapters) -> float:
+        return float((adapters.merge(frozen)(others) - pairs[1][1]).square().mean())
+
+    assert error(found) < error(start)
+    for change, moves in zip(found.bias_updates, moving.tolist(), strict=True):
+        assert bool(change.any()) == moves
+    assert found.ranks == start.ranks
+
+
+def test_experiments_measure_every_way() -> None:
+    problem = trials.Problem(width=6, hidden=8, steps=20, samples=16)
+    ways = [
+        trials.Trained(part="attention", vectors="free", rank=6, iterations=5),
+        trials.Trained(part="all", rank=1),
+        trials.Fitted(part="mlp", rank=2),
+        trials.Fitted(part="mlp", rank=2, iterations=5),
+    ]
+    found = trials.measure([trials.Setting(problem=problem, method=way) for way in ways])
+    assert [one.factors for one in found] == [4 * 12 * 6, 4 * 12 + 28, 56, 56]
+    assert found[3].error <= found[2].error * 1.2
+    assert all(one.far_error > one.floor - one.far_standard_error for one in found[:1])
+    assert not any(one.diverged for one in found)
+
+
+def test_segments_read_what_norms_let_through() -> None:
+    _, target = pair(0, 1, 5, 1)
+    V = basis(target)
+    torch.testing.assert_close(V.mT @ V, torch.eye(4).double())
+    assert torch.linalg.vector_norm(V.sum(0)) < 1e-12
+    gap: Gap = residual_segments(*pair(0, 1, 5, 1)).inner
+    assert gap.frozen.widths == (4, 5, 10)
+
+
+def test_fresh_inputs_of_another_size() -> None:
+    _, target = pair(0, 1, 4, 1)
+    small, large = (Fresh(target, (4, 2), scale=c, samples=5) for c in (1.0, 10.0))
+    torch.testing.assert_close(10 * small.validation[0], large.validation[0])
