@@ -34,8 +34,12 @@ from lorapower.constructions import (
     fnn,
     fused,
     general,
+    heads,
+    layer,
     linear,
     partition,
+    residual,
+    residual_fit,
     transformer,
 )
 from lorapower.errors import LONGEST, brief
@@ -48,6 +52,7 @@ from lorapower.networks import (
     Transformer,
     segments,
 )
+from lorapower.networks.residual import ResidualTransformer
 from lorapower.regions import Ball, Box, Samples
 from lorapower.training import Fixed, Fresh, Tuning, train
 
@@ -59,6 +64,8 @@ X = torch.ones(3, 4).double() + torch.eye(3, 4)
 LINEAR = LinearNetwork.random(2, 3), LinearNetwork.random(1, 3, seed=1)
 RELU = FNN.random(2, 3), FNN.random(1, 3, seed=1)
 HEADS = Transformer.random(1, 3, 1), Transformer.random(1, 3, 1, seed=1)
+STREAMS = ResidualTransformer.random(1, 4, 1), ResidualTransformer.random(1, 4, 1, seed=1)
+Y = torch.eye(4, 9).double() + torch.arange(36).reshape(4, 9) % 7
 GAP = Gap(*LINEAR)
 DATA = Fresh(RELU[1], (3,), samples=4)
 SEGMENT = segments(*HEADS).query_key
@@ -82,6 +89,8 @@ HOLD = {
     claims.Claim,
     attention.Scores,
     digits.Split,
+    bounds.residual.AttentionFloor,
+    residual.ResidualAdaptation,
     fitted.Fit,
     fitted.Fitted,
     fnn.FNNAdaptation,
@@ -102,7 +111,16 @@ WITHIN = {
     general.kind_of,
     methods.adapted,
     methods.construct,
+    attention.Builder,
     attention.candidates,
+    attention.columns,
+    attention.sequences,
+    heads.adapt,
+    heads.is_narrow,
+    heads.one_by_one,
+    layer.fit,
+    residual.ranks_by_name,
+    residual_fit.candidates,
     fitted.checked,
     fitted.evidence,
     fitted.fit,
@@ -138,6 +156,7 @@ MODULES = (
     *("constructions.attention", "constructions.fitted", "constructions.fused"),
     *("constructions.fnn", "constructions.linear", "constructions.narrow"),
     *("constructions.partition", "constructions.transformer", "experiments.digits"),
+    *("constructions.heads", "experiments", "experiments.residual", "networks.residual"),
     *("experiments.methods", "experiments.sweeps", "experiments.synthetic"),
     *("experiments.encoders.models", "experiments.encoders.runs", "experiments.encoders.sources"),
     *("experiments.encoders.tasks",),

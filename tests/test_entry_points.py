@@ -19,12 +19,15 @@ from lorapower.constructions import (
     fitted,
     fnn,
     fused,
+    heads,
     linear,
     narrow,
     partition,
+    residual,
     transformer,
 )
 from lorapower.networks import FNN, LinearNetwork, Transformer, segments
+from lorapower.networks.residual import ResidualTransformer
 from lorapower.regions import Ball
 
 X = torch.ones(3, 4).double()
@@ -32,7 +35,12 @@ RIGHT: dict[type, tuple[Any, Any]] = {
     LinearNetwork: (LinearNetwork.random(2, 3), LinearNetwork.random(1, 3, seed=1)),
     FNN: (FNN.random(2, 3), FNN.random(1, 3, seed=1)),
     Transformer: (Transformer.random(1, 3, 1), Transformer.random(1, 3, 1, seed=1)),
+    ResidualTransformer: (
+        ResidualTransformer.random(1, 4, 1),
+        ResidualTransformer.random(1, 4, 1, seed=1),
+    ),
 }
+TOKENS = torch.randn(4, 9).double()
 ADAPTED = fnn.adapt(*RIGHT[FNN], 2, Ball(1.0))
 ERRORS = bounds.transformer_ranks(*RIGHT[Transformer])
 
@@ -60,6 +68,20 @@ CALLS: dict[Callable[..., Any], tuple[type, Callable[[Any, Any], Any]]] = {
     bounds.transformer_ranks: (Transformer, bounds.transformer_ranks),
     bounds.transformer_threshold: (Transformer, bounds.transformer_threshold),
     transformer.adapt: (Transformer, lambda f, t: transformer.adapt(f, t, 2)),
+    bounds.residual.ranks: (ResidualTransformer, bounds.residual.ranks),
+    bounds.residual.attention_floor: (
+        ResidualTransformer,
+        lambda f, t: bounds.residual.attention_floor(f, t, TOKENS),
+    ),
+    bounds.residual.directions: (
+        ResidualTransformer,
+        lambda f, t: bounds.residual.directions(f, t, TOKENS),
+    ),
+    residual.adapt: (ResidualTransformer, lambda f, t: residual.adapt(f, t, 2)),
+    residual.attention_only: (
+        ResidualTransformer,
+        lambda f, t: residual.attention_only(f, t, TOKENS),
+    ),
 }
 
 # Those that take every kind of network; what they refuse is in test_front_door.py.
@@ -78,6 +100,7 @@ WRONG: list[object] = [
     RIGHT[LinearNetwork][0],
     RIGHT[FNN][0],
     RIGHT[Transformer][0],
+    RIGHT[ResidualTransformer][0],
 ]
 
 
@@ -92,7 +115,7 @@ def public(module: ModuleType) -> set[Callable[..., Any]]:
 
 def test_the_table_of_calls_is_complete() -> None:
     parts = (getattr(constructions, name) for name in constructions.__all__)
-    modules = [lorapower, bounds, constructions, *filter(inspect.ismodule, parts)]
+    modules = [lorapower, bounds, bounds.residual, constructions, *filter(inspect.ismodule, parts)]
     functions = set().union(*map(public, modules))
     of_two = {f for f in functions if {"frozen", "target"} <= set(inspect.signature(f).parameters)}
     assert of_two == set(CALLS) | OF_EVERY_KIND
@@ -101,6 +124,15 @@ def test_the_table_of_calls_is_complete() -> None:
         bounds.activation_sizes,
         attention.candidates,
         attention.closed_form,
+        attention.columns,
+        attention.sequences,
+        bounds.residual.inner_rank,
+        heads.adapt,
+        heads.is_narrow,
+        heads.one_by_one,
+        heads.require_ranks,
+        residual.far_error,
+        residual.ranks_by_name,
         bounds.colliding_inputs,
         bounds.first_order,
         bounds.pair_ranks,

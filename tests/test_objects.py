@@ -14,16 +14,18 @@ import typechecks
 from lorapower import bounds, lowrank, rank_for_error
 from lorapower.adapters import Adapters, Tuned
 from lorapower.book.claims import Claim
-from lorapower.constructions import fitted, fnn, fused, linear, partition, transformer
+from lorapower.constructions import fitted, fnn, fused, linear, partition, residual, transformer
 from lorapower.constructions.attention import Scores
 from lorapower.experiments import digits
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Pieces, Transformer, segments
+from lorapower.networks.residual import ResidualTransformer
 from lorapower.regions import Ball, Box, Samples
 from lorapower.regression import reduced_rank
 from lorapower.training import Fixed, Fresh, Tuning, train
 
 X = torch.ones(3, 4).double() + torch.eye(3, 4)
+TOKENS = torch.eye(4).double().repeat(1, 3) + 0.1 * torch.arange(12)
 
 
 # Of settings and results, of chapters, and of checkpoints.
@@ -36,6 +38,7 @@ def networks(kind: Any, **options: Any) -> tuple[Any, Any]:
     return frozen, target
 
 
+STREAMS = ResidualTransformer.random(1, 4, 1), ResidualTransformer.random(1, 4, 1, seed=1)
 FNNS, LINEARS, TRANSFORMERS = (networks(kind) for kind in (FNN, LinearNetwork, Transformer))
 WIDE = LinearNetwork([torch.ones(2, 8, 3), torch.ones(5, 8)])
 
@@ -45,6 +48,15 @@ SHOWN: dict[str, tuple[Callable[[], Any], str]] = {
     "Transformer": (
         lambda: TRANSFORMERS[0],
         "Transformer(2 blocks, 2 heads of 3 and 3, 3→3→3, 3 outputs, float64)",
+    ),
+    "ResidualTransformer": (
+        lambda: STREAMS[0],
+        "ResidualTransformer(1 blocks, 1 heads of 4 and 4, 4→8→4, relu, layer norm, float64)",
+    ),
+    "ResidualSegments": (
+        lambda: bounds.residual.ranks(*STREAMS),
+        "ResidualSegments(query_key=int64[1, 1], value_output=int64[1, 1], inner=int64[1], "
+        "outer=int64[1])",
     ),
     "Gap": (
         lambda: Gap(WIDE, torch.ones(5, 3)),
@@ -101,6 +113,8 @@ COMPARED: dict[str, Callable[[], Any]] = {
     "LinearAdaptation": lambda: linear.adapt(*LINEARS, 1),
     "FNNAdaptation": lambda: fnn.adapt(*FNNS, 3, Ball(1.0)),
     "TransformerAdaptation": lambda: transformer.adapt(*TRANSFORMERS, 3),
+    "ResidualAdaptation": lambda: residual.adapt(*STREAMS, 4),
+    "AttentionFloor": lambda: bounds.residual.attention_floor(*STREAMS, TOKENS),
     "Training": lambda: train(FNNS[0], [Tuning(1)], Fresh(FNNS[1], (3,), samples=4), steps=1),
     "Norms": lambda: bounds.linear_error(*LINEARS, 1),
     "PairRanks": lambda: bounds.pair_ranks(segments(*TRANSFORMERS).query_key),
@@ -152,4 +166,4 @@ def test_all_classes_that_hold_tensors_are_compared() -> None:
             and not inspect.isabstract(cls)
             and not cls.__name__.startswith("_")
         }
-    assert found - {"Layers", "Adaptation"} <= {*SHOWN, *COMPARED}
+    assert found - {"Layers", "Stacked", "Adaptation", "Builder"} <= {*SHOWN, *COMPARED}

@@ -160,7 +160,7 @@ def test_modules_of_transformers_compute_the_same(kind: str) -> None:
 def test_other_modules_are_refused() -> None:
     from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
-    small = {"num_attention_heads": 1, "num_hidden_layers": 1}
+    small: dict[str, Any] = {"num_attention_heads": 1, "num_hidden_layers": 1}
     bert = BertModel(BertConfig(hidden_size=4, intermediate_size=4, vocab_size=9, **small))
     with pytest.raises(InputError, match="post-norm"):
         from_decoder(bert)
@@ -523,7 +523,7 @@ def test_descent_lowers_the_error_and_moves_what_may_move() -> None:
 
 def test_experiments_measure_every_way() -> None:
     problem = trials.Problem(width=6, hidden=8, steps=20, samples=16)
-    ways = [
+    ways: list[Any] = [
         trials.Trained(part="attention", vectors="free", rank=6, iterations=5),
         trials.Trained(part="all", rank=1),
         trials.Fitted(part="mlp", rank=2),

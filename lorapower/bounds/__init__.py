@@ -3,7 +3,7 @@
 All raise `InputError` for a network of another kind than the one they are for.
 """
 
-from . import residual
+from . import residual as residual
 from .data import first_order, fnn_data_threshold, variance
 from .final_layers import Floor, colliding_inputs, final_layers_floor
 from .fnn import (
@@ -42,7 +42,6 @@ __all__ = [
     "linear_error",
     "linear_threshold",
     "pair_ranks",
-    "residual",
     "transformer_error",
     "transformer_errors",
     "transformer_ranks",

@@ -138,7 +138,7 @@ class ResidualTransformer(Stacked):
         for name, value in settings.items():
             object.__setattr__(self, name, value)
         for name in vectors:
-            _checks.choice("keyword", name, self.bias_kinds)
+            _checks.choice("vectors", name, self.bias_kinds)
         weights = dict(zip(self.weight_kinds, (W_Q, W_K, W_V, W_O, W_1, W_2), strict=True))
         given = {
             name: _checks.real_tensor(name, value, min_dims=len(self.SHAPES[name]))
@@ -243,7 +243,7 @@ class ResidualTransformer(Stacked):
         return self.width - (self.norm == "layer")
 
     def ranks(self, rank: int, part: Literal["attention", "mlp", "all"] = "all") -> tuple[int, ...]:
-        """One rank for every weight of a part of the blocks, none for others, as `Tuning` takes it.
+        """One rank for every weight of a part of the blocks, none for others, as `training.Tuning` takes it.
 
         No weight has more than its smaller side. Raises `InputError` for a negative rank and an
         unknown part.

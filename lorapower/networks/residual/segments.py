@@ -84,7 +84,7 @@ def require_alike(frozen: ResidualTransformer, target: ResidualTransformer) -> N
     narrow = frozen.norm == "rms" and target.width < frozen.width
     for side, size in frozen.sizes.items():
         if target.sizes[side] != size and not (narrow and side == "width"):
-            remedy = "networks.enlarged writes a smaller target as one of these sizes"
+            remedy = "networks.residual.enlarged writes a smaller target as one of these sizes"
             raise InputError(
                 f"target's {side}", allowed=f"{size}", given=target.sizes[side], remedy=remedy
             )
