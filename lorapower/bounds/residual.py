@@ -31,8 +31,8 @@ def ranks(frozen: ResidualTransformer, target: ResidualTransformer) -> ResidualS
 
     ``⌈rank(E)/2⌉`` for the two of a segment of attention, more only where heads are narrower than
     the tokens (`pair_ranks`), and ``rank E`` for ``W_1`` and ``W_2``, with ``E`` the difference of
-    target and frozen segment (`networks.residual.residual_segments`). Raises what that raises. Source:
-    [thm-residual].
+    target and frozen segment (`networks.residual.residual_segments`). Raises what that raises.
+    Source: [thm-residual].
     """
     cut = residual_segments(frozen, target)
 
@@ -58,8 +58,8 @@ def inner_rank(
     The least ``r`` with ``(F − r)(m − r) ≤ F``, or ``≤ F + D − 1`` where gains are tuned, for
     ReLUs; with ``≤ 0``, or ``≤ D``, for the others; ``m = D − 1`` under a LayerNorm, ``D`` under
     an RMSNorm. It is ``m − 1`` for ReLUs and ``m`` for the others as soon as there are enough
-    hidden units, and then it is attained (`networks.residual.aligned`). Target and frozen network are of one
-    depth and of equally many hidden units.
+    hidden units, and then it is attained (`networks.residual.aligned`). Target and frozen network
+    are of one depth and of equally many hidden units.
 
     Parameters
     ----------

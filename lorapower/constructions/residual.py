@@ -48,18 +48,18 @@ def adapt(
 ) -> ResidualAdaptation:
     """Adapters that make a residual transformer imitate another, segment by segment.
 
-    Gains and shifts become the target's. Then each segment (`networks.residual.residual_segments`) comes as
-    near to the target's as its ranks allow: those of attention by the construction for linear
-    networks, or exactly for narrow heads; ``ΔW_1 = LR_R(E) B⁺`` and ``ΔW_2 = Sᵀ LR_R(E)``. What a
+    Gains and shifts become the target's. Then each segment (`networks.residual.residual_segments`)
+    comes as near to the target's as its ranks allow: those of attention by the construction for
+    linear networks, or exactly for narrow heads; ``ΔW_1 = LR_R(E) B⁺`` and ``ΔW_2 = Sᵀ LR_R(E)``. What a
     weight makes of the target's shifts goes to the biases: ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_O
     = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and ``b̂_Q`` such that ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` is the target's.
 
     Parameters
     ----------
     frozen, target : of equal sizes and type, or a narrower target under RMSNorm, which then stands
-        in the first coordinates; batch shapes broadcast. See `networks.residual.enlarged` for a smaller one,
-        `networks.residual.relabelled` and `networks.residual.aligned` for what lowers the ranks, and
-        `networks.residual.with_gains` for gains that stay.
+        in the first coordinates; batch shapes broadcast. See `networks.residual.enlarged` for a
+        smaller one, `networks.residual.relabelled` and `networks.residual.aligned` for what lowers
+        the ranks, and `networks.residual.with_gains` for gains that stay.
     ranks : one for all, of which no weight takes more than its smaller side; or one for each of
         ``W_Q, W_K, W_V, W_O, W_1, W_2``.
     rtol, throw, seed : as in `transformer.adapt`.

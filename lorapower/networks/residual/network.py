@@ -243,9 +243,9 @@ class ResidualTransformer(Stacked):
         return self.width - (self.norm == "layer")
 
     def ranks(self, rank: int, part: Literal["attention", "mlp", "all"] = "all") -> tuple[int, ...]:
-        """One rank for every weight of a part of the blocks, none for others, as `training.Tuning` takes it.
+        """One rank for every weight of a part of the blocks, none for the others.
 
-        No weight has more than its smaller side. Raises `InputError` for a negative rank and an
+        So `training.Tuning` takes them. No weight has more than its smaller side. Raises `InputError` for a negative rank and an
         unknown part.
         """
         rank = _checks.integer("rank", rank, 0)
