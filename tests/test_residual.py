@@ -49,9 +49,9 @@ def inputs(seed: int, *shape: int) -> Tensor:
 
 
 def relative(network: ResidualTransformer, target: ResidualTransformer, x: Tensor) -> float:
-    padded = torch.nn.functional.pad(x, (0, 0, 0, network.width - target.width))
-    wanted, found = target(x), network(padded)
-    assert not (found[..., target.width :, :].abs() > 1e-9).any()
+    wanted, found = target(x), network(network.filled(x))
+    if not network.final_norm:
+        torch.testing.assert_close(found, network.filled(found[..., : target.width, :]))
     return float((found[..., : target.width, :] - wanted).square().mean() / wanted.var())
 
 
@@ -305,13 +305,31 @@ def test_batches_are_adapted_member_by_member() -> None:
         torch.testing.assert_close(alone(x), target(x))
 
 
-def test_narrower_tokens_under_an_rms_norm() -> None:
-    for final in (False, True):
-        _, target = pair(1, 2, 5, 2, head_size=7, norm="rms", final_norm=final)
-        frozen, _ = pair(2, 3, 7, 3, hidden=13, norm="rms", final_norm=final, eps=5e-5 / 7)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("final", [False, True])
+def test_narrower_tokens(norm: Any, final: bool) -> None:
+    for head_size in (7, 2):
+        options: Any = {"norm": norm, "final_norm": final, "head_size": head_size}
+        _, target = pair(1, 2, 5, 2, **options)
+        frozen, _ = pair(2, 3, 7, 3, hidden=13, eps=5e-5 / 7, **options)
         grown = enlarged(target, frozen, [1, 3])
         found = adapted(frozen, grown)
         assert relative(found.adapters.merge(frozen), target, inputs(1, 6, 5, 4)) < 1e-20
+    with pytest.raises(InputError, match="query size must be at most"):
+        residual.adapt(_wide(norm, 6, final), _small(norm, 6, final), 5)
+
+
+def _wide(norm: Any, head_size: int, final: bool) -> ResidualTransformer:
+    options: Any = {"norm": norm, "final_norm": final, "head_size": head_size}
+    return ResidualTransformer.random(1, 7, 1, hidden=8, eps=5e-5 / 7, **options)
+
+
+def _small(norm: Any, head_size: int, final: bool) -> ResidualTransformer:
+    options: Any = {"norm": norm, "final_norm": final, "head_size": head_size}
+    return ResidualTransformer.random(1, 5, 1, hidden=8, **options)
+
+
+def test_narrower_tokens_need_a_smaller_epsilon() -> None:
     frozen, _ = pair(2, 2, 7, 2, hidden=10, norm="rms")
     _, target = pair(1, 2, 5, 2, hidden=10, norm="rms", head_size=7)
     with pytest.raises(InputError, match="with eps"):
@@ -319,19 +337,51 @@ def test_narrower_tokens_under_an_rms_norm() -> None:
 
 
 @pytest.mark.parametrize("head_size", [3, 6])
-def test_surplus_heads_and_blocks_cost_their_attention(head_size: int) -> None:
+def test_surplus_heads_cost_their_attention_and_surplus_blocks_nothing(head_size: int) -> None:
     options = {"head_size": head_size, "activation": "relu"}
     frozen, _ = pair(0, 3, 6, 3, hidden=15, **options)
     _, target = pair(0, 1, 6, 1, hidden=9, **options)
+    least = -(-min(head_size, 5) // 2)
     for place in (1, 2, 3):
         grown = enlarged(target, frozen, [place])
         needed = bounds.residual.ranks(frozen, grown)
-        least = -(-min(head_size, 5) // 2)
-        assert needed.query_key[[l for l in range(3) if l + 1 != place]].sum() == 0
-        assert (needed.value_output[[l for l in range(3) if l + 1 != place]] == least).all()
-        assert needed.inner.tolist() == [5 * (l + 1 == place) for l in range(3)]
+        surplus = [l for l in range(3) if l + 1 != place]
+        for part in needed:
+            assert not part[surplus].any()
+        assert (needed.value_output[place - 1, 1:] == least).all()
+        assert not needed.query_key[place - 1, 1:].any()
+        assert int(needed.inner[place - 1]) == 5
         found = adapted(frozen, grown)
         assert relative(found.adapters.merge(frozen), target, inputs(0, 6, 6, 4)) < 1e-20
+
+
+@settings(max_examples=20)
+@given(st.sampled_from([2, 6]), st.integers(0, 6), seeds)
+def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -> None:
+    """Of targets whose scores are singular: some query bias may complete them, or none."""
+    frozen, target = pair(seed, 1, 6, 1, head_size=head_size)
+    names = zip(target.weight_names, target.weights, strict=True)
+    flat = target.with_parameters([0 * w if n[:3] == "W_Q" else w for n, w in names])
+    ranks = dict.fromkeys(NAMES, 6) | dict.fromkeys(NAMES[:4], min(rank, head_size))
+    found = residual.adapt(frozen, flat, ranks, throw=False)
+    exact = all(float(part.max()) < 1e-9 for part in found.errors)
+    if exact and found.success:
+        assert relative(found.adapters.merge(frozen), flat, inputs(seed, 9, 6, 4)) < 1e-18
+    elif not found.success:
+        refused = "non-singular on what norms let through|exactly or not at all"
+        with pytest.raises(InputError, match=refused):
+            residual.adapt(frozen, flat, ranks)
+
+
+def test_attention_that_cannot_reach_the_floor_is_refused() -> None:
+    frozen, target = pair(0, 1, 6, 1)
+    tokens = inputs(0, 6, 99)
+    for name in ("W_V", "g_1"):
+        parts = {n: getattr(frozen, n) for n in (*NAMES, *frozen.bias_kinds)}
+        parts[name] = torch.zeros_like(parts[name])
+        flat = ResidualTransformer(**parts, **frozen.settings)
+        with pytest.raises(InputError, match="of full rank"):
+            residual.attention_only(flat, target, tokens)
 
 
 def test_a_head_of_nothing_is_silenced_with_just_enough_rank() -> None:

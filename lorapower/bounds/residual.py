@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _objects
+from .. import _checks, _objects, lowrank
 from ..errors import InputError
 from ..networks import Gap
 from ..networks.residual import (
@@ -59,11 +59,13 @@ def inner_rank(
     ReLUs; with ``≤ 0``, or ``≤ D``, for the others; ``m = D − 1`` under a LayerNorm, ``D`` under
     an RMSNorm. It is ``m − 1`` for ReLUs and ``m`` for the others as soon as there are enough
     hidden units, and then it is attained (`networks.residual.aligned`). Target and frozen network
-    are of one depth and of equally many hidden units.
+    are of one depth and of equally many hidden units; no two normals in a block of the target are
+    parallel.
 
     Parameters
     ----------
     width, hidden : ``D`` and ``F``.
+    activation : ``"relu"``, ``"gelu"`` or ``"silu"``.
     gains : whether they are tuned.
 
     Raises `InputError` where the sphere of normalized tokens has fewer than three dimensions.
@@ -71,7 +73,7 @@ def inner_rank(
     Source: [thm-inner-rank].
     """
     width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
-    _checks.choice("activation", activation, get_args(Activation))
+    _checks.choice("activation", activation, ("relu", "gelu", "silu"))
     _checks.choice("norm", norm, get_args(Norm))
     gains = _checks.flag("gains", gains)
     m = width - (norm == "layer")
@@ -114,7 +116,8 @@ def attention_floor(
     Parameters
     ----------
     frozen, target : of equal width, norm and activation, without a final norm; of any depth.
-    tokens : directions, more than ``D + 1`` of them, as columns.
+    tokens : directions as columns, more than ``m + 1`` of them, which span the space of normalized
+        tokens.
 
     Raises `InputError` for networks that do not fit, for too few tokens, and for one that is
     constant, which has no direction.
@@ -127,6 +130,9 @@ def attention_floor(
     samples, count = inner.shape[-1], inner.shape[-2]
     if samples <= count:
         raise InputError("tokens", allowed=f"more than {count}", given=samples)
+    if lowrank.rank(inner) < count:
+        allowed = "of directions that span all that norms let through"
+        raise InputError("tokens", allowed=allowed, given="some that do not")
     batch = gap.shape[:-2]
     fit = torch.linalg.lstsq(inner.mT.expand(*batch, -1, -1), gap.mT).solution.mT
     left = (gap - fit @ inner).square().mean(-2)
@@ -159,10 +165,15 @@ def directions(
     _checks.like_frozen(target, frozen)
     _require_sphere(target.dimension, target.width)
     v = target.as_inputs(tokens, "tokens")
+    if v.ndim != 2:
+        raise InputError("tokens", allowed="of shape [width, samples]", given=tuple(v.shape))
+    shapes = [tuple(network.batch_shape) for network in (frozen, target)]
+    _checks.common_shape("frozen and target", shapes)
+    rounding = 16 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
     if target.norm == "layer":
         v = v - v.mean(-2, keepdim=True)
     size = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-    if not (size > 0).all():
+    if not (size > rounding).all():
         raise InputError("tokens", allowed="of different coordinates", given="one without variance")
     return v / size * target.width**0.5
 

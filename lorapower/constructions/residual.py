@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import _checks, bounds
+from .. import _checks, bounds, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
@@ -50,14 +50,16 @@ def adapt(
 
     Gains and shifts become the target's. Then each segment (`networks.residual.residual_segments`)
     comes as near to the target's as its ranks allow: those of attention by the construction for
-    linear networks, or exactly for narrow heads; ``ΔW_1 = LR_R(E) B⁺`` and ``ΔW_2 = Sᵀ LR_R(E)``. What a
-    weight makes of the target's shifts goes to the biases: ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_O
-    = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and ``b̂_Q`` such that ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` is the target's.
+    linear networks, or exactly for narrow heads; ``ΔW_1 = LR_R(E) B⁺`` and ``ΔW_2 = Sᵀ LR_R(E)``.
+    What a weight makes of the target's shifts goes to the biases: ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``,
+    ``b̂_O = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and ``b̂_Q`` such that ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` is the
+    target's.
 
     Parameters
     ----------
-    frozen, target : of equal sizes and type, or a narrower target under RMSNorm, which then stands
-        in the first coordinates; batch shapes broadcast. See `networks.residual.enlarged` for a
+    frozen, target : of equal sizes and type, or a target of narrower tokens, which then stand
+        among the frozen's (`networks.residual.ResidualTransformer.filled`); batch shapes
+        broadcast. See `networks.residual.enlarged` for a
         smaller one, `networks.residual.relabelled` and `networks.residual.aligned` for what lowers
         the ranks, and `networks.residual.with_gains` for gains that stay.
     ranks : one for all, of which no weight takes more than its smaller side; or one for each of
@@ -67,12 +69,15 @@ def adapt(
     Raises
     ------
     InputError : ranks out of range; transformers that do not fit; heads narrower than the tokens
-        with less rank than their exact adaptation needs (`bounds.residual.ranks`).
+        with less rank than their exact adaptation needs (`bounds.residual.ranks`), or wider than
+        a narrower target's; a target whose ``Bᵀ W_Kᵀ W_Q B`` is so singular that no query bias
+        completes its scores.
     SingularError : a segment of attention is not reached within ``rtol``; names it.
 
     Source: [thm-residual].
     """
     throw = _checks.flag("throw", throw)
+    _require_heads(frozen, target)
     cut = residual_segments(frozen, target)
     each = ranks_by_name(ranks, frozen)
     parts = [
@@ -96,7 +101,8 @@ def adapt(
     stacks["W_2"] = LowRank(cut.outer.frozen.weights[1].mT @ outer.left, outer.right)
     updates = [one for name, stack in stacks.items() for one in _singles(name, stack, frozen)]
     plain = Adapters(tuple(updates)).merge(frozen)
-    tuned = _vectors(plain, frozen, target, cut)
+    tuned, missed = _vectors(plain, frozen, target, cut)
+    query_key = _completed(query_key, cut.query_key, missed, rtol, throw)
     adapters = Adapters(
         tuple(updates), tuple(b - a for a, b in zip(frozen.biases, tuned.biases, strict=True))
     )
@@ -156,13 +162,22 @@ def attention_only(
             remedy="narrower ones cannot add every linear map",
         )
     V = basis(frozen)
+    read = frozen.g_1[0][:, None] * V
+    for name, matrix in (("W_V", frozen.W_V[0, 0].mT), ("first gains", read)):
+        if lowrank.rank(matrix) < matrix.shape[-1]:
+            raise InputError(
+                f"frozen's {name} of block 1",
+                allowed="of full rank",
+                given="one that hides directions",
+                remedy="perturb it",
+            )
     slope, offset = best.slope, best.offset
     for network, sign in ((target, 1), (frozen, -1)):
         M = (network.W_O @ network.W_V).sum(-3)
         slope = slope + sign * (M * network.g_1[:, None]).sum(0)
         moved = (M @ network.s_1[..., None])[..., 0] + network.b_O + network.b_2
         offset = offset + sign * moved.sum(0)
-    K = slope @ V @ torch.linalg.pinv(frozen.g_1[0][:, None] * V)
+    K = slope @ V @ torch.linalg.pinv(read)
     first = frozen.W_V[0, 0]
     updates = [LowRank(w[:, :0], w.mT[:, :0]) for w in frozen.weights]
     place = frozen.weight_names.index("W_O of block 1, head 1")
@@ -180,13 +195,55 @@ def _singles(name: str, stack: LowRank, network: ResidualTransformer) -> list[Lo
     return [LowRank(*pair) for pair in pairs]
 
 
+def _require_heads(frozen: ResidualTransformer, target: ResidualTransformer) -> None:
+    _checks.kind(ResidualTransformer, frozen=frozen, target=target)
+    for side in ("query size", "value size"):
+        size = frozen.sizes[side]
+        if target.dimension < size < frozen.width and target.width < frozen.width:
+            raise InputError(
+                f"frozen's {side}",
+                allowed=f"at most {target.dimension}, as a narrower target reads, or at least "
+                f"{frozen.width}",
+                given=size,
+                remedy="no construction covers heads in between",
+            )
+
+
+def _completed(
+    found: linear.LinearAdaptation,
+    gap: Gap,
+    missed: Float[Tensor, "*batch blocks heads"],
+    rtol: float | None,
+    throw: bool,
+) -> linear.LinearAdaptation:
+    """The adaptation with what query biases could not make up for among its rounding errors."""
+    rounding = found.rounding_error + missed
+    limit = torch.finfo(missed.dtype).eps ** 0.5 if rtol is None else rtol
+    # Below the threshold the biases make up for the nearest that is reached.
+    bad = (missed > limit * (gap.rounding_scale + missed.new_tensor(1.0))) & (
+        found.spectral_error <= gap.noise
+    )
+    if throw and bad.any():
+        block, head = bad.reshape(-1, *bad.shape[-2:]).nonzero()[0].tolist()[-2:]
+        raise InputError(
+            f"target's query–key product of block {block + 1}, head {head + 1}",
+            allowed="non-singular on what norms let through",
+            given=f"one whose scores no query bias completes, by {float(missed.max()):.1e}",
+            remedy="perturb the target's W_Q and W_K",
+        )
+    return replace(found, rounding_error=rounding, success=found.success & ~bad)
+
+
 def _vectors(
     plain: ResidualTransformer,
     frozen: ResidualTransformer,
     target: ResidualTransformer,
     cut: ResidualSegments[Gap],
-) -> ResidualTransformer:
-    """Adapted weights with the target's gains and shifts, and biases that make up for the rest."""
+) -> tuple[ResidualTransformer, Float[Tensor, "*batch blocks heads"]]:
+    """Adapted weights with the target's gains and shifts, and biases that make up for the rest.
+
+    And what the biases of queries do not make up for, in each head.
+    """
     extra = frozen.width - target.width
 
     def widened(vector: Tensor) -> Tensor:
@@ -205,10 +262,14 @@ def _vectors(
 
     of_heads = shifts[0].unsqueeze(-2)
     vectors["b_1"] = target.b_1 + applied(target.W_1, target.s_2) - applied(plain.W_1, shifts[1])
-    vectors["b_2"] = widened(target.b_2)
-    values = widened(applied(target.W_O, applied(target.W_V, target.s_1.unsqueeze(-2))))
+
+    def written(vector: Tensor) -> Tensor:
+        return frozen.filled(vector[..., None])[..., 0]
+
+    vectors["b_2"] = written(target.b_2)
+    values = written(applied(target.W_O, applied(target.W_V, target.s_1.unsqueeze(-2))))
     own = applied(plain.W_O, applied(plain.W_V, of_heads))
-    vectors["b_O"] = widened(target.b_O) + (values - own).sum(-2)
+    vectors["b_O"] = written(target.b_O) + (values - own).sum(-2)
     # Queries: what all keys are multiplied by, whatever the token.
     ours = cut.query_key.frozen.weights[3] @ plain.W_K.mT
     wanted = applied(
@@ -216,9 +277,11 @@ def _vectors(
         applied(target.W_Q, target.s_1.unsqueeze(-2)) + target.b_Q,
     )
     reached = applied(plain.W_Q, of_heads)
-    vectors["b_Q"] = applied(torch.linalg.pinv(ours), wanted) - reached
+    queries = applied(torch.linalg.pinv(ours), wanted)
+    missed = torch.linalg.vector_norm(applied(ours, queries) - wanted, dim=-1)
+    vectors["b_Q"] = queries - reached
     stacks = {name: getattr(plain, name) for name in plain.weight_kinds}
-    return ResidualTransformer(**stacks, **vectors, **frozen.settings)
+    return ResidualTransformer(**stacks, **vectors, **frozen.settings), missed
 
 
 def far_error(
@@ -230,10 +293,14 @@ def far_error(
     """Mean squared error of single tokens ``c v``, and its standard error.
 
     Each token is a sequence of its own, all of mean square ``c²``. Raises `InputError` for
-    networks and tokens that do not fit.
+    networks and tokens that do not fit, for a single token, and for a size that leaves fewer than
+    three digits of what a network adds to it.
     """
     n = bounds.residual.directions(network, target, tokens)
-    size = _checks.positive("size", size)
+    size, most = _checks.positive("size", size), 1e-3 / torch.finfo(n.dtype).eps
+    if size > most:
+        raise InputError("size", allowed=f"at most {most:.0e} in {n.dtype}", given=size)
+    _checks.integer("number of tokens", n.shape[-1], 2)
     x = size * n.movedim(-1, 0)[..., None]
     batch = len(torch.broadcast_shapes(network.batch_shape, target.batch_shape))
     x = x.reshape(len(x), *[1] * batch, *x.shape[-2:])

@@ -245,8 +245,8 @@ class ResidualTransformer(Stacked):
     def ranks(self, rank: int, part: Literal["attention", "mlp", "all"] = "all") -> tuple[int, ...]:
         """One rank for every weight of a part of the blocks, none for the others.
 
-        So `training.Tuning` takes them. No weight has more than its smaller side. Raises `InputError` for a negative rank and an
-        unknown part.
+        So `training.Tuning` takes them. No weight has more than its smaller side. Raises
+        `InputError` for a negative rank and an unknown part.
         """
         rank = _checks.integer("rank", rank, 0)
         _checks.choice("part", part, tuple(PARTS))
@@ -254,6 +254,17 @@ class ResidualTransformer(Stacked):
         return tuple(
             min(rank, *w.shape[-2:]) if name.split()[0] in PARTS[part] else 0 for name, w in names
         )
+
+    def filled(self, z: Float[Tensor, "*batch narrower n"]) -> Float[Tensor, "*batch width n"]:
+        """Tokens of a narrower network among this one's: below them zeros, or their mean.
+
+        The mean under a LayerNorm, so that it stays the mean of all. Raises `InputError` for tokens
+        that are wider. Source: [prop-sizes].
+        """
+        z = _checks.real_tensor("z", z, min_dims=2)
+        more = self.width - _checks.integer("width of z", z.shape[-2], 1, self.width)
+        below = z.mean(-2, keepdim=True) * (self.norm == "layer")
+        return torch.cat([z, below.expand(*z.shape[:-2], more, z.shape[-1])], -2)
 
     def normalized(self, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch width n"]:
         """``n``: tokens without mean (LayerNorm) and of mean square 1, but for ``ε``."""

@@ -94,11 +94,13 @@ def aligned(
     all differences vanish on ``x``. So ``W_1`` needs one rank less than the sphere has dimensions
     [thm-inner-rank]. The target's gains are the ones that count: see `with_gains`.
 
-    Raises `InputError` for another activation than ReLU, and where no such direction is found.
+    Raises `InputError` for networks that do not fit, for another activation than ReLU, and where no
+    such direction is found, as may be where normals of the target are parallel.
     """
     _checks.kind(ResidualTransformer, target=target, frozen=frozen)
     _same(target, frozen, ("blocks", "width", "hidden"))
     _require_single(target, frozen)
+    _checks.integer("width", target.width, 2)
     if target.activation != "relu":
         raise InputError("target", allowed="with ReLUs", given=target.activation)
     generator = randomness.generator(_checks.seed(seed), "alignment")
@@ -120,7 +122,14 @@ def aligned(
         # Sorted, positive meets positive, and large meets large.
         order = torch.empty(len(ours), dtype=torch.long)
         order[ours.argsort()] = theirs.argsort()
-        _reorder(parts, l, order, ours / theirs[order])
+        scale = ours / theirs[order]
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise InputError(
+                "hidden units",
+                allowed="such that each reads something",
+                given=f"one in block {l + 1} that does not",
+            )
+        _reorder(parts, l, order, scale)
     return _made(target, parts)
 
 
@@ -133,8 +142,9 @@ def enlarged(
 
     Hidden units that the target does not have are those of the frozen network, switched off by
     biases: what they read is bounded. They ask for no rank. Heads that it does not have look where
-    the frozen ones do and add nothing, ``W_O W_V = 0``. A block that it does not have consists of
-    such heads and units, and passes tokens on as they are [prop-sizes]. The width stays.
+    the frozen ones do and add nothing, ``W_O W_V = 0``. A block that it does not have is the frozen
+    one with gains, shifts and biases of 0: it reads nothing and passes tokens on as they are, at no
+    rank [prop-sizes]. The width stays.
 
     Parameters
     ----------
@@ -150,7 +160,7 @@ def enlarged(
     for side in ("blocks", "heads", "hidden", "width"):
         if own[side] > wanted[side]:
             raise InputError(f"target's {side}", allowed=f"at most {wanted[side]}", given=own[side])
-    _same(target, frozen, ("query size", "value size"))
+    _same(target, frozen, ("query size", "value size"), ("final_norm", "causal"))
     places = range(1, target.depth + 1) if places is None else places
     chosen = [
         _checks.integer("places", place, 1, frozen.depth, limit="the frozen blocks")
@@ -165,21 +175,22 @@ def enlarged(
         size = own["width"] if "width" in sides else len(stack)
         parts[name] = stack.narrow(dim, 0, size).clone()
     parts |= {name: getattr(target, name) for name in FINAL if target.final_norm}
-    for name in ("W_V", "W_O", "b_O", "b_2"):
+    for name in ("b_O", "b_1", "b_2", "g_1", "s_1", "g_2", "s_2"):
         parts[name].zero_()
-    for l in range(frozen.depth):
+    for k, place in enumerate(chosen):
+        l = place - 1
         idle = torch.ones(wanted["hidden"], dtype=torch.bool)
-        if l + 1 in chosen:
-            k = chosen.index(l + 1)
-            for name in ("b_O", "b_2", "g_1", "s_1", "g_2", "s_2"):
-                parts[name][l] = getattr(target, name)[k]
-            for name in ("W_Q", "W_K", "b_Q", "W_V", "W_O"):
-                parts[name][l, : target.heads] = getattr(target, name)[k]
-            match = _matching(_units(frozen, l, own["width"]), _units(target, k), scaled=False)
-            parts["W_1"][l, match.ours] = target.W_1[k, match.theirs]
-            parts["b_1"][l, match.ours] = target.b_1[k, match.theirs]
-            parts["W_2"][l][:, match.ours] = target.W_2[k][:, match.theirs]
-            idle[match.ours] = False
+        for name in ("W_V", "W_O"):
+            parts[name][l].zero_()
+        for name in ("b_O", "b_2", "g_1", "s_1", "g_2", "s_2"):
+            parts[name][l] = getattr(target, name)[k]
+        for name in ("W_Q", "W_K", "b_Q", "W_V", "W_O"):
+            parts[name][l, : target.heads] = getattr(target, name)[k]
+        match = _matching(_units(frozen, l, own["width"]), _units(target, k), scaled=False)
+        parts["W_1"][l, match.ours] = target.W_1[k, match.theirs]
+        parts["b_1"][l, match.ours] = target.b_1[k, match.theirs]
+        parts["W_2"][l][:, match.ours] = target.W_2[k][:, match.theirs]
+        idle[match.ours] = False
         rows, gain, shift = parts["W_1"][l, idle], parts["g_2"][l], parts["s_2"][l]
         normals = rows * gain
         if target.norm == "layer":
@@ -276,7 +287,18 @@ def _balanced(
     return middle.cos() * u + middle.sin() * v
 
 
-def _same(target: ResidualTransformer, like: ResidualTransformer, sides: Sequence[str]) -> None:
+def _same(
+    target: ResidualTransformer,
+    like: ResidualTransformer,
+    sides: Sequence[str],
+    aspects: Sequence[str] = (),
+) -> None:
+    for aspect in ("norm", "activation", *aspects, "dtype", "device"):
+        own, wanted = getattr(target, aspect), getattr(like, aspect)
+        if own != wanted:
+            raise InputError("target", allowed=f"with {aspect} {wanted}", given=own)
+    shapes = [tuple(network.batch_shape) for network in (target, like)]
+    _checks.common_shape("target and the other network", shapes)
     for side in sides:
         if target.sizes[side] != like.sizes[side]:
             raise InputError(

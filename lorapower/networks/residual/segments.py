@@ -55,8 +55,8 @@ def residual_segments(
     """The segments of a frozen against those of a target transformer, read with the target's gains.
 
     The adapted network takes on the target's gains and shifts; for a target with those of the
-    frozen network (`with_gains`) nothing is to be tuned there. A target under RMSNorm may be
-    narrower: its tokens then stand among the frozen's, with zeros below them.
+    frozen network (`with_gains`) nothing is to be tuned there. A target may have narrower tokens,
+    which stand among the frozen's as `ResidualTransformer.filled` writes them.
 
     Raises `InputError` for transformers of different sizes (see `enlarged`), types, norms or
     activations, and for an ``ε`` that is not the target's, of a narrower one in proportion.
@@ -67,9 +67,10 @@ def residual_segments(
     reads = [target.g_1[..., None, :, None] * V, target.g_2[..., None] * V]
     one = torch.eye(frozen.width, dtype=V.dtype, device=V.device)
     into = one[:, : target.width]
-    mean_free = target.final_norm and target.norm == "layer"
+    mean_free = target.final_norm and target.norm == "layer" and target.width == frozen.width
+    written = frozen.filled(one[: target.width, : target.width])
     ours = _chains(frozen, [into @ read for read in reads], V.mT if mean_free else one)
-    theirs = _chains(target, reads, V.mT if mean_free else into)
+    theirs = _chains(target, reads, V.mT if mean_free else written)
     return ResidualSegments(*(Gap(*pair) for pair in zip(ours, theirs, strict=True)))
 
 
@@ -81,7 +82,7 @@ def require_alike(frozen: ResidualTransformer, target: ResidualTransformer) -> N
             raise InputError(
                 "target", allowed=f"with {aspect} {wanted!r}, like the frozen network", given=own
             )
-    narrow = frozen.norm == "rms" and target.width < frozen.width
+    narrow = target.width < frozen.width
     for side, size in frozen.sizes.items():
         if target.sizes[side] != size and not (narrow and side == "width"):
             remedy = "networks.residual.enlarged writes a smaller target as one of these sizes"
