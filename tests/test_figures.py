@@ -420,3 +420,38 @@ def test_frames_that_do_not_fit_are_refused() -> None:
         figures.Frames("error", {"1": figure}, {"2": "two"}, "1")
     with pytest.raises(InputError, match="start must be among"):
         figures.Frames("error", {"1": figure}, {"1": "one"}, "2")
+
+
+def test_lines_have_no_markers() -> None:
+    (ax,) = figures.lines(
+        [0, 1, 2],
+        {"frozen": [1, 2, 3], "other": [3, 2, -1]},
+        marks={"here": 1.0},
+        xlabel="x",
+        ylabel="y",
+    ).axes
+    frozen, other, mark = ax.get_lines()
+    assert frozen.get_marker() in ("", "None")
+    assert list(other.get_ydata()) == [3, 2, -1]
+    assert list(mark.get_xdata()) == [1, 1]
+
+
+def test_a_sphere_is_seen_from_two_sides() -> None:
+    seen: list[Any] = []
+
+    def height(points: Any) -> Any:
+        seen.append(points)
+        return points[2]
+
+    figure = figures.sphere(
+        height, {"target": [([1.0, 0.0, 0.0], 0.0)], "frozen": [([0.0, 0.0, 1.0], 0.5)]}, label="z"
+    )
+    front, behind, *_ = figure.axes
+    assert front.get_title() == "from the front"
+    assert behind.get_title() == "from behind"
+    for points, sign in zip(seen, (1, -1), strict=True):
+        inside = np.square(points[:2]).sum(0) < 1
+        np.testing.assert_allclose(np.linalg.norm(points[:, inside], axis=0), 1)
+        assert (sign * points[2] >= 0).all()
+    texts = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+    assert texts == {"target", "frozen"}
