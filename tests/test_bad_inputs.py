@@ -119,14 +119,13 @@ WITHIN = {
     heads.is_narrow,
     heads.one_by_one,
     layer.fit,
-    residual.ranks_by_name,
+    heads.ranks_by_name,
     residual_fit.candidates,
     fitted.checked,
     fitted.evidence,
     fitted.fit,
     fitted.halves,
     fused.is_narrow,
-    transformer.ranks_by_name,
 }
 # Likewise private modules and all of these, but for what is listed by a package or has a row above.
 INSIDE = (

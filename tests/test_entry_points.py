@@ -130,9 +130,9 @@ def test_the_table_of_calls_is_complete() -> None:
         heads.adapt,
         heads.is_narrow,
         heads.one_by_one,
+        heads.ranks_by_name,
         heads.require_ranks,
         residual.far_error,
-        residual.ranks_by_name,
         bounds.colliding_inputs,
         bounds.first_order,
         bounds.pair_ranks,
@@ -148,7 +148,6 @@ def test_the_table_of_calls_is_complete() -> None:
         linear.close,
         narrow.adapt,
         narrow.require_ranks,
-        transformer.ranks_by_name,
     }
 
 

@@ -432,8 +432,8 @@ def test_lines_have_no_markers() -> None:
     ).axes
     frozen, other, mark = ax.get_lines()
     assert frozen.get_marker() in ("", "None")
-    assert list(other.get_ydata()) == [3, 2, -1]
-    assert list(mark.get_xdata()) == [1, 1]
+    assert np.asarray(other.get_ydata()).tolist() == [3, 2, -1]
+    assert np.asarray(mark.get_xdata()).tolist() == [1, 1]
 
 
 def test_a_sphere_is_seen_from_two_sides() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 from torch import Tensor
 
+import lorapower
 from lorapower import InputError, bounds, lowrank, randomness
 from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import fitted, narrow, residual
@@ -184,6 +185,7 @@ def test_written_otherwise_it_is_the_same_function(
     x = inputs(seed, 3, width, 4)
     wanted = target(x)
     others = [with_gains(target, frozen), relabelled(target, frozen)]
+    others += [relabelled(target, frozen, rescale=True)] * (activation == "relu")
     larger = ResidualTransformer.random(
         depth + 1, width, 3, hidden=hidden + 3, seed=seed, purpose="large", **options
     )
@@ -193,7 +195,7 @@ def test_written_otherwise_it_is_the_same_function(
     for other in others:
         torch.testing.assert_close(other(x), wanted, rtol=1e-9, atol=1e-9)
     assert torch.equal(others[0].g_1, frozen.g_1)
-    assert others[2].sizes["hidden"] == hidden + 3
+    assert {other.sizes["hidden"] for other in others} == {hidden, hidden + 3}
 
 
 @given(st.integers(1, 2), st.integers(2, 12), st.booleans(), seeds)
@@ -209,9 +211,26 @@ def test_permuted_and_rescaled_units_are_found_again(
     parts["W_1"] = scale[:, None] * network.W_1[:, order]
     parts["b_1"] = scale * network.b_1[:, order]
     parts["W_2"] = network.W_2[:, :, order] / scale
-    found = relabelled(ResidualTransformer(**parts, **network.settings), network)
+    found = relabelled(ResidualTransformer(**parts, **network.settings), network, rescale=relu)
     for name in ("W_1", "b_1", "W_2"):
         torch.testing.assert_close(getattr(found, name), getattr(network, name))
+
+
+def test_a_permuted_target_needs_the_rank_of_its_change() -> None:
+    frozen, _ = pair(0, 2, 6, 1, hidden=9, activation="gelu")
+    draw = randomness.generator(0, "order")
+    order = torch.randperm(9, generator=draw)
+    parts = {name: getattr(frozen, name).clone() for name in (*NAMES, *frozen.bias_kinds)}
+    left, right = (0.1 * randomness.normal(draw, 2, n, 1) for n in (9, 6))
+    parts["W_1"] = (parts["W_1"] + left @ right.mT)[:, order]
+    parts["b_1"], parts["W_2"] = parts["b_1"][:, order], parts["W_2"][:, :, order]
+    target = ResidualTransformer(**parts, **frozen.settings)
+    assert bounds.residual.ranks(frozen, target).inner.tolist() == [5, 5]
+    found = bounds.residual.ranks(frozen, relabelled(target, frozen))
+    assert found.inner.tolist() == [1, 1]
+    assert not found.outer.any()
+    with pytest.raises(InputError, match="rescale must be False for gelu"):
+        relabelled(target, frozen, rescale=True)
 
 
 def adapted(
@@ -599,3 +618,17 @@ def test_fresh_inputs_of_another_size() -> None:
     _, target = pair(0, 1, 4, 1)
     small, large = (Fresh(target, (4, 2), scale=c, samples=5) for c in (1.0, 10.0))
     torch.testing.assert_close(10 * small.validation[0], large.validation[0])
+
+
+def test_the_front_door_takes_them() -> None:
+    frozen, target = pair(0, 1, 6, 2, hidden=8)
+    x = inputs(0, 20, 6, 4)
+    found = lorapower.adapt(frozen, target, 6)
+    torch.testing.assert_close(found.adapters.merge(frozen)(x), target(x))
+    needed = lorapower.rank_for_error(frozen, target, 1e-9, x, by="trial")
+    most = max(int(part.max()) for part in bounds.residual.ranks(frozen, target))
+    assert int(needed.rank) == most
+    with pytest.raises(InputError, match='by must be "trial" for a ResidualTransformer'):
+        lorapower.rank_for_error(frozen, target, 1e-9, x)
+    with pytest.raises(InputError, match="inputs must be left out"):
+        lorapower.adapt(frozen, target, 6, x)

@@ -32,7 +32,7 @@ from ..networks import (
 from ..networks.residual import ResidualTransformer, residual_segments
 from ..networks.stacked import Stacked
 from ..regions import Region
-from . import fnn, linear, residual, transformer
+from . import fnn, heads, linear, residual, transformer
 from .adaptation import Adaptation
 
 # The two factors of a segment of a head: the one that holds their product, and the other.
@@ -159,7 +159,7 @@ def is_narrow(network: Stacked, side: str) -> bool:
 def _transformer(frozen: Transformer, target: Any, ranks: Any) -> Fused:
     # Sizes that match, and what has to be inverted.
     segments(frozen, target)
-    own = transformer.ranks_by_name(ranks, frozen)
+    own = heads.ranks_by_name(ranks, frozen, transformer.ADAPTED)
     if frozen.sizes["outputs"] > frozen.width:
         raise InputError(
             "frozen",
@@ -183,7 +183,7 @@ def _residual(frozen: ResidualTransformer, target: Any, ranks: Any) -> Fused:
     residual_segments(frozen, target)
     if target.width != frozen.width:
         raise InputError("target", allowed=f"of width {frozen.width}", given=target.width)
-    own = residual.ranks_by_name(ranks, frozen)
+    own = heads.ranks_by_name(ranks, frozen, frozen.weight_kinds)
     for side, (kept, gone) in HEADS.items():
         if not is_narrow(frozen, side):
             own |= {kept: min(own[kept] + own[gone], frozen.width), gone: 0}

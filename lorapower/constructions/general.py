@@ -9,14 +9,16 @@ from typing import Any
 from .. import _checks
 from ..errors import InputError
 from ..networks import FNN, LinearNetwork, Network, Transformer, as_network
+from ..networks.residual import ResidualTransformer
 from ..regions import Region, Samples
-from . import fnn, linear, transformer
+from . import fnn, linear, residual, transformer
 from .adaptation import Adaptation
 
 CONSTRUCTIONS: dict[type[Network], Callable[..., Adaptation]] = {
     LinearNetwork: linear.adapt,
     FNN: fnn.adapt,
     Transformer: transformer.adapt,
+    ResidualTransformer: residual.adapt,
 }
 
 # What `adapt` gives to a construction by itself; the region is made of its inputs.
@@ -40,12 +42,13 @@ def adapt(
     inputs : for ReLU networks, where the target is to be imitated: a `regions.Ball` or
         `regions.Box`, or `regions.Samples`, or inputs as columns ``[..., width, samples]``, of
         which samples are made. Linear networks and transformers are adapted for all inputs.
-    options : of the construction: `linear.adapt`, `fnn.adapt` or `transformer.adapt`.
+    options : of the construction: `linear.adapt`, `fnn.adapt`, `transformer.adapt` or
+        `constructions.residual.adapt`.
 
     Returns what that construction does: adapters with the evidence for them. Raises what it raises,
     and `InputError` for inputs that are missing or not used, and for an option that it has not.
 
-    Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer].
+    Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer], [thm-residual].
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     kind = kind_of(frozen)

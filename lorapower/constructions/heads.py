@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from .. import _checks
-from ..errors import SingularError
+from ..errors import InputError, SingularError
 from ..lowrank import LowRank
 from ..networks import Gap
+from ..networks.stacked import Stacked
 from . import linear, narrow
 
 
@@ -59,6 +60,28 @@ def adapt(
         each = pair if gap.frozen.depth == 2 else (0, *pair, 0)
         found = linear.close(gap, each, plain_only=plain_only, throw=False, seed=seed)
     return _judged(found, gap, f"{words} segment", rtol, throw)
+
+
+def ranks_by_name(
+    ranks: int | Mapping[str, int], network: Stacked, kinds: Sequence[str]
+) -> dict[str, int]:
+    """The rank of each of some kinds of weights, from one for all, or one for each by its name.
+
+    Raises `InputError` for other names and for ranks out of range.
+    """
+    shapes = {name: getattr(network, name).shape[-2:] for name in kinds}
+    if not isinstance(ranks, Mapping):
+        return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
+    if set(ranks) != set(shapes):
+        raise InputError(
+            "ranks",
+            allowed=f"one integer, or one for each of {', '.join(shapes)}",
+            given=sorted(map(str, ranks)),
+        )
+    return {
+        name: _checks.integer(f"rank of {name}", ranks[name], 0, min(shape), limit="smaller side")
+        for name, shape in shapes.items()
+    }
 
 
 def one_by_one(update: LowRank) -> list[LowRank]:

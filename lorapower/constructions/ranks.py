@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks, bounds
 from ..errors import InputError
 from ..networks import FNN, Gap, LinearNetwork, Network, Partition, Transformer, as_network, pad
+from ..networks.residual import ResidualTransformer
 from ..regions import Samples
 from .general import adapt, kind_of
 
@@ -76,9 +77,10 @@ def rank_for_error(
     by : ``"bound"``: what the theorems promise on these inputs, that is, `bounds.fnn_error_on`, or
         `bounds.transformer_error`; of a linear network, the error itself. Where the construction's
         assumptions hold, which is not checked, it is met for certain, rounding apart; less rank
-        may be enough. Or ``"trial"``: adapters are made, of a ReLU network for `Samples`, and the
-        error is measured, rounding included. `adapt` may call the rounding unacceptable all the
-        same: it then takes ``throw=False``, or a larger ``rtol``.
+        may be enough. There is none for residual transformers. Or ``"trial"``: adapters are made,
+        of a ReLU network for `Samples`, and the error is measured, rounding included. `adapt` may
+        call the rounding unacceptable all the same: it then takes ``throw=False``, or a larger
+        ``rtol``.
     ranks : those to try; by default all from 0 on.
     partition : of ReLU networks: the blocks, by default uniform.
     throw : raise an error where no rank is enough, or else say so in ``success``.
@@ -97,6 +99,8 @@ def rank_for_error(
         raise InputError("by", allowed='"bound" or "trial"', given=repr(by))
     if partition is not None and kind is not FNN:
         raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
+    if by == "bound" and kind not in _BOUNDS:
+        raise InputError("by", allowed=f'"trial" for a {kind.__name__}', given=by)
     x = _grouped(inputs, frozen, target)
     signal = _mean_square(target(x))
     if by == "trial":
@@ -162,7 +166,11 @@ def _mean_square(outputs: Tensor) -> Tensor:
 
 
 def _trial(frozen: Network, target: Network, x: Tensor, partition: Any, seed: int) -> Measure:
-    wanted, padded = target(x), pad(x, frozen.weights[0].shape[-1])
+    wanted = target(x)
+    if isinstance(frozen, ResidualTransformer):
+        padded = frozen.filled(x)
+    else:
+        padded = pad(x, frozen.weights[0].shape[-1])
     region = Samples(x[0]) if isinstance(frozen, FNN) else None
     options = {} if partition is None else {"partition": partition}
 

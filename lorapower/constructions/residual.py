@@ -79,7 +79,7 @@ def adapt(
     throw = _checks.flag("throw", throw)
     _require_heads(frozen, target)
     cut = residual_segments(frozen, target)
-    each = ranks_by_name(ranks, frozen)
+    each = heads.ranks_by_name(ranks, frozen, frozen.weight_kinds)
     parts = [
         (gap, {inner: each[inner], outer: each[outer]}, words)
         for gap, inner, outer, words in (
@@ -114,26 +114,6 @@ def adapt(
         cut.outer.error(each["W_2"]),
     )
     return ResidualAdaptation(adapters, success, query_key, value_output, errors)
-
-
-def ranks_by_name(ranks: int | Mapping[str, int], network: ResidualTransformer) -> dict[str, int]:
-    """The rank of each kind of weight, from one for all, or one for each by its name.
-
-    Raises `InputError` for other names and for ranks out of range.
-    """
-    shapes = {name: getattr(network, name).shape[-2:] for name in network.weight_kinds}
-    if not isinstance(ranks, Mapping):
-        return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
-    if set(ranks) != set(shapes):
-        raise InputError(
-            "ranks",
-            allowed=f"one integer, or one for each of {', '.join(shapes)}",
-            given=sorted(map(str, ranks)),
-        )
-    return {
-        name: _checks.integer(f"rank of {name}", ranks[name], 0, min(shape), limit="smaller side")
-        for name, shape in shapes.items()
-    }
 
 
 @torch.no_grad()

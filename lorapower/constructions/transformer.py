@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..adapters import Adapters
-from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks import Segments, Transformer, missing_shift, regular, segments
 from . import heads, linear
@@ -120,7 +119,7 @@ def adapt(
     if not throw and not finite.all():
         frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
         cut = segments(frozen, target, throw=False)
-    each = ranks_by_name(ranks, frozen)
+    each = heads.ranks_by_name(ranks, frozen, ADAPTED)
     parts = [
         (gap, {inner: each[inner], outer: each[outer]}, words)
         for gap, inner, outer, words in (
@@ -174,23 +173,3 @@ def adapt(
             dim=-1,
         ),
     )
-
-
-def ranks_by_name(ranks: int | Mapping[str, int], network: Transformer) -> dict[str, int]:
-    """The rank of each adapted kind of weight, from one for all, or one for each by its name.
-
-    Raises `InputError` for other names and for ranks out of range.
-    """
-    shapes = {name: getattr(network, name).shape[-2:] for name in ADAPTED}
-    if not isinstance(ranks, Mapping):
-        return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
-    if set(ranks) != set(ADAPTED):
-        raise InputError(
-            "ranks",
-            allowed=f"one integer, or one for each of {', '.join(ADAPTED)}",
-            given=sorted(map(str, ranks)),
-        )
-    return {
-        name: _checks.integer(f"rank of {name}", ranks[name], 0, min(shape), limit="smaller side")
-        for name, shape in shapes.items()
-    }

@@ -66,6 +66,23 @@ class Stacked(Network):
             own = tensor.shape[-len(self.SHAPES[name]) :]
             object.__setattr__(self, name, tensor.expand(*batch, *own))
 
+    @staticmethod
+    def _drawn_sizes(
+        depth: int, width: int, heads: int, head_size: int | None, hidden: int | None, usual: int
+    ) -> dict[str, int]:
+        """Checked sizes of a random network by name; heads are as wide as tokens by default."""
+        width = _checks.integer("width", width, 1)
+        size = width if head_size is None else _checks.integer("head_size", head_size, 1)
+        return {
+            "blocks": _checks.integer("depth", depth, 1),
+            "heads": _checks.integer("heads", heads, 1),
+            "query size": size,
+            "value size": size,
+            "width": width,
+            "hidden": usual * width if hidden is None else _checks.integer("hidden", hidden, 1),
+            "outputs": width,
+        }
+
     @property
     def depth(self) -> int:
         """Number of blocks ``L``."""

@@ -115,22 +115,10 @@ class Transformer(Stacked):
         size. All others, biases too, are drawn as `torch.nn.Linear` draws its own. Transformers
         of one seed and different purposes are independent.
         """
-        depth = _checks.integer("depth", depth, 1)
-        width = _checks.integer("width", width, 1)
-        heads = _checks.integer("heads", heads, 1)
-        head_size = width if head_size is None else _checks.integer("head_size", head_size, 1)
+        sizes = cls._drawn_sizes(depth, width, heads, head_size, None, usual=1)
         scale = _checks.positive("scale", scale)
         batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
         generator = randomness.generator(seed, "transformer", purpose)
-        sizes = {
-            "blocks": depth,
-            "heads": heads,
-            "query size": head_size,
-            "value size": head_size,
-            "width": width,
-            "hidden": width,
-            "outputs": width,
-        }
 
         def draw(name: str) -> Tensor:
             shape = (*batch_shape, *(sizes[side] for side in cls.SHAPES[name]))

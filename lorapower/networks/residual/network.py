@@ -189,24 +189,18 @@ class ResidualTransformer(Stacked):
         default the width, ``hidden`` twice that. Networks of one seed and different purposes are
         independent.
         """
-        depth = _checks.integer("depth", depth, 1)
-        width = _checks.integer("width", width, 1)
-        heads = _checks.integer("heads", heads, 1)
-        head_size = width if head_size is None else _checks.integer("head_size", head_size, 1)
-        hidden = 2 * width if hidden is None else _checks.integer("hidden", hidden, 1)
+        own = cls._drawn_sizes(depth, width, heads, head_size, hidden, usual=2)
         batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
         generator = randomness.generator(seed, "residual transformer", purpose)
-        sizes = {"blocks": depth, "heads": heads, "width": width, "hidden": hidden}
-        sizes |= {"query size": head_size, "value size": head_size}
 
         def draw(name: str) -> Tensor:
             sides = cls.SHAPES[name]
-            shape = (*batch_shape, *(sizes[side] for side in sides))
+            shape = (*batch_shape, *(own[side] for side in sides))
             if name[0] in "gs":
                 drawn = randomness.uniform(generator, *shape) - 0.5
                 return (drawn + (name[0] == "g")).to(dtype)
-            reads = {"b_Q": width, "b_O": width, "b_1": width, "b_2": hidden}
-            size = reads.get(name) or sizes[sides[-1]]
+            reads = {"b_Q": "width", "b_O": "width", "b_1": "width", "b_2": "hidden"}
+            size = own[reads.get(name, sides[-1])]
             return uniform(*shape, width=size, generator=generator, dtype=dtype)
 
         names = [name for name in cls.SHAPES if final_norm or name not in FINAL]

@@ -64,21 +64,29 @@ def with_gains(target: ResidualTransformer, like: ResidualTransformer) -> Residu
     return _made(target, parts)
 
 
-def relabelled(target: ResidualTransformer, frozen: ResidualTransformer) -> ResidualTransformer:
-    """The target with its hidden units in the order, and for ReLUs of the sizes, of the frozen's.
+def relabelled(
+    target: ResidualTransformer, frozen: ResidualTransformer, *, rescale: bool = False
+) -> ResidualTransformer:
+    """The target with its hidden units in the order, and where asked for of the sizes, of another's.
 
     Units are matched by the least sum of squared distances of ``(w_1, b_1, w_2)``, a linear
-    assignment in each block. A ReLU unit is rescaled first, ``λ w_1, λ b_1, w_2/λ``, with ``λ > 0``
-    such that ``‖w_1‖/‖w_2‖`` is that of its partner. A target that is the frozen network with its
-    units permuted and rescaled is the frozen network again. Of all orders this is one that is near,
-    not always one of least rank. Raises `InputError` for single networks only, and for other sizes.
+    assignment in each block. So a target that is the frozen network with its units permuted, and
+    changed by little, differs by that change only. ReLU units may be rescaled first, ``λ w_1, λ b_1,
+    w_2/λ``, with ``λ > 0`` such that ``‖w_1‖/‖w_2‖`` is that of the partner: that finds units that
+    were rescaled, but where they were changed as well it is no longer of the change's rank. Of all
+    orders this is one that is near, not always one of least rank.
+
+    Raises `InputError` for batches, for other sizes, and for rescaling but of ReLUs.
     """
     _checks.kind(ResidualTransformer, target=target, frozen=frozen)
     _same(target, frozen, ("blocks", "width", "hidden"))
     _require_single(target, frozen)
+    rescale = _checks.flag("rescale", rescale)
+    if rescale and target.activation != "relu":
+        raise InputError("rescale", allowed=f"False for {target.activation}", given=rescale)
     parts = _parts(target)
     for l in range(target.depth):
-        match = _matching(_units(frozen, l), _units(target, l), scaled=target.activation == "relu")
+        match = _matching(_units(frozen, l), _units(target, l), scaled=rescale)
         _reorder(parts, l, match.theirs, match.scale)
     return _made(target, parts)
 
