@@ -280,7 +280,9 @@ def kind(*expected: type, **given: Any) -> None:
     for name, value in given.items():
         if not isinstance(value, expected):
             classes = " or ".join(one.__name__ for one in expected)
-            home = ".".join(expected[0].__module__.split(".")[:2])
+            parts = expected[0].__module__.split(".")
+            shown = hasattr(sys.modules[".".join(parts[:2])], expected[0].__name__)
+            home = ".".join(parts[: 2 if shown else 3])
             convertible = isinstance(value, Module) and hasattr(expected[0], "from_sequential")
             raise InputError(
                 name,

@@ -185,7 +185,8 @@ def test_written_otherwise_it_is_the_same_function(
     x = inputs(seed, 3, width, 4)
     wanted = target(x)
     others = [with_gains(target, frozen), relabelled(target, frozen)]
-    others += [relabelled(target, frozen, rescale=True)] * (activation == "relu")
+    if activation == "relu":
+        others.append(relabelled(target, frozen, rescale=True))
     larger = ResidualTransformer.random(
         depth + 1, width, 3, hidden=hidden + 3, seed=seed, purpose="large", **options
     )

@@ -77,6 +77,7 @@ def description(network: Network) -> dict[str, Any]:
     about = {
         "kind": type(network).__name__,
         **{name: getattr(network, name) for name in names},
+        **getattr(network, "settings", {}),
         "type": str(network.dtype),
         "batch shape": list(network.batch_shape),
         "numbers": _digest({}, numbers),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,6 @@ from ..errors import InputError
 from ..networks import Gap
 from ..networks.residual import (
     ACTIVATIONS,
-    Activation,
     Norm,
     ResidualSegments,
     ResidualTransformer,
@@ -28,6 +27,9 @@ LEAST = 3
 
 def ranks(frozen: ResidualTransformer, target: ResidualTransformer) -> ResidualSegments[Tensor]:
     """The rank on each weight of each segment with which it is exact, gains and biases tuned.
+
+    Of attention for each head, ``[..., L, H]``, and of ``inner`` and ``outer``, ``[..., L]``:
+    `constructions.residual.adapt` takes them as they are.
 
     ``⌈rank(E)/2⌉`` for the two of a segment of attention, more only where heads are narrower than
     the tokens (`pair_ranks`), and ``rank E`` for ``W_1`` and ``W_2``, with ``E`` the difference of
@@ -49,7 +51,7 @@ def inner_rank(
     width: int,
     hidden: int,
     *,
-    activation: Activation = "relu",
+    activation: Literal["relu", "gelu", "silu"] = "relu",
     norm: Norm = "layer",
     gains: bool = True,
 ) -> int:
@@ -65,7 +67,7 @@ def inner_rank(
     Parameters
     ----------
     width, hidden : ``D`` and ``F``.
-    activation : ``"relu"``, ``"gelu"`` or ``"silu"``.
+    activation : ``"relu"``, ``"gelu"`` or ``"silu"``; nothing is proved of GELU's approximation.
     gains : whether they are tuned.
 
     Raises `InputError` where the sphere of normalized tokens has fewer than three dimensions.
@@ -156,7 +158,8 @@ def directions(
                 name,
                 allowed="without a final norm",
                 given="one",
-                remedy="with it the outputs for far tokens differ less and less",
+                remedy="with it outputs for far tokens differ less and less; "
+                "from_decoder can leave it out",
             )
     for aspect in ("norm", "activation", "width"):
         own, wanted = getattr(target, aspect), getattr(frozen, aspect)

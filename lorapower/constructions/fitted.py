@@ -121,8 +121,9 @@ def adapt(
     ----------
     frozen, target : networks of one kind, or what `networks.as_network` makes one from; batch
         shapes broadcast.
-    ranks : as the construction for this kind of network takes them; for heads narrower than the
-        tokens any, also too few for the theorem.
+    ranks : as the construction for this kind of network takes them, one for all or, of
+        transformers of either kind, one for each kind of weight by its name; for heads narrower
+        than the tokens any, also too few for the theorem.
     inputs : columns ``[width, samples]``, of a transformer sequences ``[samples, width, tokens]``,
         at least two. Fewer than a few times the width fit their own noise.
     held_out : others of the same kind, at least four.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .. import _checks
 from ..errors import InputError, SingularError
@@ -70,6 +71,10 @@ def ranks_by_name(
     Raises `InputError` for other names and for ranks out of range.
     """
     shapes = {name: getattr(network, name).shape[-2:] for name in kinds}
+    if isinstance(ranks, Sequence | Tensor) and not isinstance(ranks, str):
+        raise InputError(
+            "ranks", allowed=f"one integer, or one for each of {', '.join(shapes)}", given=ranks
+        )
     if not isinstance(ranks, Mapping):
         return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
     if set(ranks) != set(shapes):

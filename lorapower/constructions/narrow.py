@@ -38,7 +38,8 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
             "ranks of {} and {}".format(*ranks),
             allowed=f"at least {needed_inner} and {needed_outer}, together at least {together}",
             given=f"{inner} and {outer}",
-            remedy="heads narrower than the tokens are adapted exactly or not at all",
+            remedy="heads narrower than the tokens are adapted exactly or not at all; "
+            "constructions.fitted.adapt fits less rank to inputs",
         )
 
 

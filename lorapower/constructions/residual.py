@@ -29,6 +29,9 @@ class ResidualAdaptation(Adaptation):
     query_key, value_output : what was done in each head's segments; ``[..., L, H]``.
     errors : distance ``‖M̂ − M̄‖_2`` of each adapted segment from the target's: the predicted one, 0
         where the rank suffices, plus the measured rounding error of attention.
+
+    Success speaks of rounding, and of narrow heads and query biases, not of ranks that are too low
+    otherwise: where all of ``errors`` are 0 but for rounding, the networks are equal.
     """
 
     query_key: linear.LinearAdaptation
@@ -40,7 +43,7 @@ class ResidualAdaptation(Adaptation):
 def adapt(
     frozen: ResidualTransformer,
     target: ResidualTransformer,
-    ranks: int | Mapping[str, int],
+    ranks: int | Mapping[str, int] | ResidualSegments[Tensor],
     *,
     rtol: float | None = None,
     throw: bool = True,
@@ -63,8 +66,13 @@ def adapt(
         smaller one, `networks.residual.relabelled` and `networks.residual.aligned` for what lowers
         the ranks, and `networks.residual.with_gains` for gains that stay.
     ranks : one for all, of which no weight takes more than its smaller side; or one for each of
-        ``W_Q, W_K, W_V, W_O, W_1, W_2``.
-    rtol, throw, seed : as in `transformer.adapt`.
+        ``W_Q, W_K, W_V, W_O, W_1, W_2``, of every head and block; or what `bounds.residual.ranks`
+        returns, of whose kinds the largest are taken.
+    rtol : largest acceptable rounding error of a segment of attention, relative to the product of
+        the norms of its factors plus that of the target's; by default half of the digits.
+    throw : raise an error where a member of the batch is not adapted acceptably, or else go on and
+        say so in ``success``: narrow heads then come as near as their ranks allow.
+    seed : of random rotations.
 
     Raises
     ------
@@ -79,6 +87,9 @@ def adapt(
     throw = _checks.flag("throw", throw)
     _require_heads(frozen, target)
     cut = residual_segments(frozen, target)
+    if isinstance(ranks, ResidualSegments):
+        pairs = zip(ranks, (("W_Q", "W_K"), ("W_V", "W_O"), ("W_1",), ("W_2",)), strict=True)
+        ranks = {name: int(part.max()) for part, names in pairs for name in names}
     each = heads.ranks_by_name(ranks, frozen, frozen.weight_kinds)
     parts = [
         (gap, {inner: each[inner], outer: each[outer]}, words)
@@ -272,9 +283,11 @@ def far_error(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Mean squared error of single tokens ``c v``, and its standard error.
 
-    Each token is a sequence of its own, all of mean square ``c²``. Raises `InputError` for
-    networks and tokens that do not fit, for a single token, and for a size that leaves fewer than
-    three digits of what a network adds to it.
+    Each token is a sequence of its own, all of mean square ``c²``. Tokens other than those that a
+    floor was computed from differ from it by chance, as its standard error says.
+
+    Raises `InputError` for networks and tokens that do not fit, for a single token, and for a size
+    that leaves fewer than three digits of what a network adds to it.
     """
     n = bounds.residual.directions(network, target, tokens)
     size, most = _checks.positive("size", size), 1e-3 / torch.finfo(n.dtype).eps

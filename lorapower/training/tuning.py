@@ -27,7 +27,7 @@ class Tuning:
     ranks : of the adapters: one for all weights, of which none takes more than its smaller side, or
         one for each in the order of the network's ``weights``. One number gives a transformer the
         adapters of the theorem [thm-transformer]: on its attention, ``W_2`` of the last block, and
-        ``W_out``.
+        ``W_out``; a residual one all (``ResidualTransformer.ranks`` gives those of a part).
     final : tune, instead of adapters, the last so many ``weights`` in full, biases beside them.
     biases : whether biases are tuned: all of them beside adapters, or those that are named by a
         tuple of True and False in the order of the network's ``biases``.

@@ -26,22 +26,28 @@ ACTIVATIONS = {
 FAMILIES = "GPT2Model or OPTModel of transformers, or one with a head"
 
 
-def from_decoder(module: nn.Module, *, dtype: torch.dtype | None = None) -> ResidualTransformer:
+def from_decoder(
+    module: nn.Module, *, dtype: torch.dtype | None = None, final_norm: bool = True
+) -> ResidualTransformer:
     """The blocks of a GPT-2 or OPT, and their final norm, as a network of tokens.
 
     ``network(z)`` is the module's last hidden state where ``z`` are the embeddings of tokens and
     positions, ``z.mT`` being what the first block receives. All is as in evaluation, without
     dropout. Scores are scaled within ``W_Q``; biases of keys are left out, those of values added to
-    ``b_O``, which changes no output.
+    ``b_O``, which changes no output. Each head has weights of its own here, so one rank for all
+    weights is as much rank for each head of a packed matrix.
 
     Parameters
     ----------
-    dtype : what all numbers are converted to; by default they stay, float32 or float64.
+    dtype : what all numbers are converted to; by default they stay, float32 or float64. In double
+        precision, what single precision has rounded counts as rank.
+    final_norm : whether it is taken over; without it outputs are what the last block returns.
 
     Raises `InputError` for other modules, for post-norm ones, and for settings that change what a
     block computes.
     """
     kind, blocks, final = _parts(module)
+    final = final if _checks.flag("final_norm", final_norm) else None
     read = {"gpt2": _gpt2_block, "opt": _opt_block}[kind]
     config: Any = module.config
     heads = int(config.num_attention_heads)
@@ -67,9 +73,9 @@ def from_decoder(module: nn.Module, *, dtype: torch.dtype | None = None) -> Resi
 def to_decoder(network: ResidualTransformer, module: M) -> M:
     """A copy of a GPT-2 or OPT whose blocks and final norm compute what the network does.
 
-    Embeddings, positions and a head stay the module's. Biases of keys and values become 0. Raises
-    `InputError` for a module that `from_decoder` refuses, whose sizes or settings are not the
-    network's, and for batches.
+    Embeddings, positions and a head stay the module's, and so does its type of numbers. Biases of
+    keys and values become 0. Raises `InputError` for a module that `from_decoder` refuses, whose
+    sizes or settings are not the network's, and for batches.
     """
     _checks.kind(ResidualTransformer, network=network)
     if network.batch_shape:

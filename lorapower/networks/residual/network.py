@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ... import _checks, randomness
+from ...errors import InputError
 from ..base import uniform
 from ..stacked import Stacked
 
@@ -138,6 +139,8 @@ class ResidualTransformer(Stacked):
         for name, value in settings.items():
             object.__setattr__(self, name, value)
         for name in vectors:
+            if name in FINAL and not final_norm:
+                raise InputError(name, allowed="given with final_norm=True", given="without it")
             _checks.choice("vectors", name, self.bias_kinds)
         weights = dict(zip(self.weight_kinds, (W_Q, W_K, W_V, W_O, W_1, W_2), strict=True))
         given = {
@@ -239,8 +242,8 @@ class ResidualTransformer(Stacked):
     def ranks(self, rank: int, part: Literal["attention", "mlp", "all"] = "all") -> tuple[int, ...]:
         """One rank for every weight of a part of the blocks, none for the others.
 
-        So `training.Tuning` takes them. No weight has more than its smaller side. Raises
-        `InputError` for a negative rank and an unknown part.
+        In the order of ``weights``, as `training.Tuning` takes them; none is above a weight's
+        smaller side. Raises `InputError` for a negative rank and an unknown part.
         """
         rank = _checks.integer("rank", rank, 0)
         _checks.choice("part", part, tuple(PARTS))

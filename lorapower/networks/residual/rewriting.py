@@ -67,14 +67,14 @@ def with_gains(target: ResidualTransformer, like: ResidualTransformer) -> Residu
 def relabelled(
     target: ResidualTransformer, frozen: ResidualTransformer, *, rescale: bool = False
 ) -> ResidualTransformer:
-    """The target with its hidden units in the order, and where asked for of the sizes, of another's.
+    """The target with its hidden units in another's order and, where asked for, of their sizes.
 
     Units are matched by the least sum of squared distances of ``(w_1, b_1, w_2)``, a linear
     assignment in each block. So a target that is the frozen network with its units permuted, and
-    changed by little, differs by that change only. ReLU units may be rescaled first, ``λ w_1, λ b_1,
-    w_2/λ``, with ``λ > 0`` such that ``‖w_1‖/‖w_2‖`` is that of the partner: that finds units that
-    were rescaled, but where they were changed as well it is no longer of the change's rank. Of all
-    orders this is one that is near, not always one of least rank.
+    changed by little, differs by that change only. ReLU units may be rescaled first, to ``λ w_1, λ
+    b_1, w_2/λ``, with ``λ > 0`` such that ``‖w_1‖/‖w_2‖`` is that of the partner: that finds units
+    that were rescaled, but where they were changed as well it is no longer of the change's rank. Of
+    all orders this is one that is near, not always one of least rank.
 
     Raises `InputError` for batches, for other sizes, and for rescaling but of ReLUs.
     """
@@ -152,7 +152,8 @@ def enlarged(
     biases: what they read is bounded. They ask for no rank. Heads that it does not have look where
     the frozen ones do and add nothing, ``W_O W_V = 0``. A block that it does not have is the frozen
     one with gains, shifts and biases of 0: it reads nothing and passes tokens on as they are, at no
-    rank [prop-sizes]. The width stays.
+    rank [prop-sizes]. The width stays; narrower tokens need a frozen network with ``ε`` smaller in
+    proportion.
 
     Parameters
     ----------
