@@ -71,7 +71,7 @@ def ranks_by_name(
     Raises `InputError` for other names and for ranks out of range.
     """
     shapes = {name: getattr(network, name).shape[-2:] for name in kinds}
-    if isinstance(ranks, Sequence | Tensor) and not isinstance(ranks, str):
+    if isinstance(ranks, list | tuple | Tensor):
         raise InputError(
             "ranks", allowed=f"one integer, or one for each of {', '.join(shapes)}", given=ranks
         )
