@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,9 +64,7 @@ def adapt(
     return _judged(found, gap, f"{words} segment", rtol, throw)
 
 
-def ranks_by_name(
-    ranks: int | Mapping[str, int], network: Stacked, kinds: Sequence[str]
-) -> dict[str, int]:
+def ranks_by_name(ranks: Any, network: Stacked, kinds: Sequence[str]) -> dict[str, int]:
     """The rank of each of some kinds of weights, from one for all, or one for each by its name.
 
     Raises `InputError` for other names and for ranks out of range.
