@@ -40,7 +40,7 @@ RIGHT: dict[type, tuple[Any, Any]] = {
         ResidualTransformer.random(1, 4, 1, seed=1),
     ),
 }
-TOKENS = torch.randn(4, 9).double()
+TOKENS = torch.eye(4, 9).double() + torch.arange(36).reshape(4, 9) % 7
 ADAPTED = fnn.adapt(*RIGHT[FNN], 2, Ball(1.0))
 ERRORS = bounds.transformer_ranks(*RIGHT[Transformer])
 
