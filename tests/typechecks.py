@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from inspect import get_annotations, isclass, signature
 from pathlib import Path
-from typing import Any, Generic, Self, get_origin
+from types import UnionType
+from typing import Any, Generic, Self, Union, get_args, get_origin
 
 import jaxtyping
 import pytest
@@ -60,8 +61,10 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _known(hint: Any) -> Any:
-    """``hint``, or any value's where beartype does not know it."""
+    """``hint``, or any value's where beartype does not know it, or one of several that it is."""
     kind = get_origin(hint) or hint
+    if kind in (Union, UnionType) and Any in map(_known, get_args(hint)):
+        return Any
     generic_tuple = isclass(kind) and issubclass(kind, tuple) and issubclass(kind, Generic)
     protocol = getattr(kind, "_is_protocol", False)
     # `Self` it knows only within classes that it decorates.
