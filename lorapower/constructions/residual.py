@@ -62,8 +62,8 @@ def adapt(
     ----------
     frozen, target : of equal sizes and type, or a target of narrower tokens, which then stand
         among the frozen's (`networks.residual.ResidualTransformer.filled`); batch shapes
-        broadcast. See `networks.residual.enlarged` for a smaller one, ``relabelled`` and ``aligned``
-        beside it for what lowers the ranks, and ``with_gains`` for gains that stay.
+        broadcast. See `networks.residual.enlarged` for a smaller one, and beside it ``relabelled``
+        and ``aligned`` for what lowers the ranks, ``with_gains`` for gains that stay.
     ranks : one for all, of which no weight takes more than its smaller side; or one for each of
         ``W_Q, W_K, W_V, W_O, W_1, W_2``, of every head and block; or what `bounds.residual.ranks`
         returns, of whose kinds the largest are taken.
