@@ -280,7 +280,7 @@ def test_the_ranks_of_the_theorem_are_exact(
     # Rounding grows with the condition of what is solved.
     worst = max(float(p.condition_numbers.max()) for p in (found.query_key, found.value_output))
     assert relative(merged, target, x) < max(1e-20, (1e-15 * worst) ** 2)
-    assert torch.equal(merged.g_1, target.g_1) or torch.allclose(merged.g_1, target.g_1)
+    torch.testing.assert_close(merged.g_1, target.g_1)
     for update, name in zip(found.adapters.updates, frozen.weight_names, strict=True):
         assert update.rank <= min(getattr(frozen, name.split()[0]).shape[-2:])
 
@@ -337,18 +337,10 @@ def test_narrower_tokens(norm: Any, final: bool) -> None:
         grown = enlarged(target, frozen, [1, 3])
         found = adapted(frozen, grown)
         assert relative(found.adapters.merge(frozen), target, inputs(1, 6, 5, 4)) < 1e-20
+    options = {"norm": norm, "final_norm": final, "head_size": 6, "hidden": 8}
+    frozen, target = (ResidualTransformer.random(1, D, 1, eps=5e-5 / D, **options) for D in (7, 5))
     with pytest.raises(InputError, match="query size must be at most"):
-        residual.adapt(_wide(norm, 6, final), _small(norm, 6, final), 5)
-
-
-def _wide(norm: Any, head_size: int, final: bool) -> ResidualTransformer:
-    options: Any = {"norm": norm, "final_norm": final, "head_size": head_size}
-    return ResidualTransformer.random(1, 7, 1, hidden=8, eps=5e-5 / 7, **options)
-
-
-def _small(norm: Any, head_size: int, final: bool) -> ResidualTransformer:
-    options: Any = {"norm": norm, "final_norm": final, "head_size": head_size}
-    return ResidualTransformer.random(1, 5, 1, hidden=8, **options)
+        residual.adapt(frozen, target, 5)
 
 
 def test_narrower_tokens_need_a_smaller_epsilon() -> None:
@@ -448,7 +440,7 @@ def test_alignment_attains_the_inner_rank(width: int, more: int, norm: Any, seed
     best = aligned(target, frozen, seed=seed)
     least = bounds.residual.inner_rank(width, hidden, norm=norm)
     assert bounds.residual.ranks(frozen, best).inner.tolist() == [least, least]
-    assert (best.W_2 * target.W_2.abs().mean()).isfinite().all()
+    assert best.W_2.isfinite().all()
     found = adapted(frozen, best)
     x = inputs(seed, 5, width, 3)
     # Units that are rescaled far lose digits.

@@ -111,8 +111,8 @@ def adapt(
     stacks["W_2"] = LowRank(cut.outer.frozen.weights[1].mT @ outer.left, outer.right)
     updates = [one for name, stack in stacks.items() for one in _singles(name, stack, frozen)]
     plain = Adapters(tuple(updates)).merge(frozen)
-    tuned, missed = _vectors(plain, frozen, target, cut)
-    query_key = _completed(query_key, cut.query_key, missed, rtol, throw)
+    tuned, missed, wanted = _vectors(plain, frozen, target, cut)
+    query_key = _completed(query_key, cut.query_key, missed, wanted, rtol, throw)
     adapters = Adapters(
         tuple(updates), tuple(b - a for a, b in zip(frozen.biases, tuned.biases, strict=True))
     )
@@ -203,16 +203,16 @@ def _completed(
     found: linear.LinearAdaptation,
     gap: Gap,
     missed: Float[Tensor, "*batch blocks heads"],
+    wanted: Float[Tensor, "*batch blocks heads"],
     rtol: float | None,
     throw: bool,
 ) -> linear.LinearAdaptation:
-    """The adaptation with what query biases could not make up for among its rounding errors."""
+    """The adaptation with what query biases missed of what is wanted among its rounding errors."""
     rounding = found.rounding_error + missed
     limit = torch.finfo(missed.dtype).eps ** 0.5 if rtol is None else rtol
     # Below the threshold the biases make up for the nearest that is reached.
-    bad = (missed > limit * (gap.rounding_scale + missed.new_tensor(1.0))) & (
-        found.spectral_error <= gap.noise
-    )
+    exact = found.spectral_error <= gap.noise
+    bad = exact & (missed > limit * (gap.rounding_scale + wanted))
     if throw and bad.any():
         block, head = bad.reshape(-1, *bad.shape[-2:]).nonzero()[0].tolist()[-2:]
         raise InputError(
@@ -229,10 +229,10 @@ def _vectors(
     frozen: ResidualTransformer,
     target: ResidualTransformer,
     cut: ResidualSegments[Gap],
-) -> tuple[ResidualTransformer, Float[Tensor, "*batch blocks heads"]]:
+) -> tuple[ResidualTransformer, Tensor, Tensor]:
     """Adapted weights with the target's gains and shifts, and biases that make up for the rest.
 
-    And what the biases of queries do not make up for, in each head.
+    And what the biases of queries do not make up for, in each head, and of how much.
     """
     extra = frozen.width - target.width
 
@@ -268,10 +268,10 @@ def _vectors(
     )
     reached = applied(plain.W_Q, of_heads)
     queries = applied(torch.linalg.pinv(ours), wanted)
-    missed = torch.linalg.vector_norm(applied(ours, queries) - wanted, dim=-1)
+    sizes = [torch.linalg.vector_norm(v, dim=-1) for v in (applied(ours, queries) - wanted, wanted)]
     vectors["b_Q"] = queries - reached
     stacks = {name: getattr(plain, name) for name in plain.weight_kinds}
-    return ResidualTransformer(**stacks, **vectors, **frozen.settings), missed
+    return ResidualTransformer(**stacks, **vectors, **frozen.settings), *sizes
 
 
 def far_error(

@@ -171,8 +171,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         found[other] = _fitted(frozen, target, other, training[0], validation[0])
 
     x, y = (part.to(frozen.dtype) for part in problem.data(target).test(TEST))
-    added = (y - x).movedim(-2, 0).flatten(1)
-    variance = float(added.var(-1, correction=0).mean())
+    variance = float(bounds.variance(y - x))
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
     floor = bounds.residual.attention_floor(frozen, target, far)
     results = []

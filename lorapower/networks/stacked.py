@@ -146,19 +146,14 @@ class Stacked(Network):
     def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
         return self._made_of(weights, biases, checked=False)
 
-    def stacked(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Tensors in the order of `weights` and `biases` as one for each kind of parameter."""
-        return self._stacked(self.weight_kinds, weights, 2) | self._stacked(
-            self.bias_kinds, biases, 1
-        )
-
     def _made_of(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor], *, checked: bool
     ) -> Self:
         network = object.__new__(type(self))
         for name, value in self.settings.items():
             object.__setattr__(network, name, value)
-        stacks = self.stacked(weights, biases)
+        stacks = self._stacked(self.weight_kinds, weights, 2)
+        stacks |= self._stacked(self.bias_kinds, biases, 1)
         if checked:
             network._set(stacks)
         else:
