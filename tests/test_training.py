@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from lorapower import InputError, randomness
 from lorapower.networks import FNN, LinearNetwork, Transformer
-from lorapower.training import Data, Fixed, Fresh, Training, Tuning, reference, train
+from lorapower.training import Data, Fixed, Fresh, Training, Tuning, compiled, reference, train
 from lorapower.training.engine import _run_compiled
 from lorapower.training.stack import Batches, Stack
 
@@ -771,12 +772,29 @@ assert not compiled.advance.stats.cache_path
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_types_are_looked_up_in_one_thread_before_others_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """numba's table of types may not grow in one thread while another goes through it."""
+    calls: list[tuple[int, bool]] = []
+
+    def recorded(*given: Any) -> None:
+        calls.append((len(given[2]), threading.current_thread() is threading.main_thread()))
+        advance(*given)
+
+    advance = compiled.advance
+    monkeypatch.setattr(compiled, "advance", recorded)
+    train(network("fnn", 1), [Tuning(1), Tuning(2)], fresh("fnn"), steps=STEPS, threads=2)
+    assert calls[0] == (0, True)
+    assert all(runs and not main for runs, main in calls[1:])
+
+
 def test_compiled_code_runs_whatever_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     frozen, data = network("fnn", 1), fresh("fnn")
     by_default = train(frozen, [Tuning(1)], data, steps=3)
-    compiled = train(frozen, [Tuning(1)], data, steps=3, backend="compiled", device="cpu")
-    assert torch.equal(by_default.validation_loss, compiled.validation_loss)
+    by_code = train(frozen, [Tuning(1)], data, steps=3, backend="compiled", device="cpu")
+    assert torch.equal(by_default.validation_loss, by_code.validation_loss)
     by_torch = train(frozen, [Tuning(1)], data, steps=3, backend="torch")
-    assert not torch.equal(by_torch.validation_loss, compiled.validation_loss)
-    torch.testing.assert_close(by_torch.best_loss, compiled.best_loss)
+    assert not torch.equal(by_torch.validation_loss, by_code.validation_loss)
+    torch.testing.assert_close(by_torch.best_loss, by_code.best_loss)

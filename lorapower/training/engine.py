@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from numbers import Integral
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,10 @@ from .compiled import State, Structure
 from .data import Data
 from .stack import Batches, Stack
 from .tuning import Training, Tuning
+
+# The first call of compiled code looks its types up and compiles, which must not happen in several
+# threads at once: what one looks up, another changes.
+_FIRST = Lock()
 
 
 @torch.no_grad()
@@ -197,6 +202,9 @@ def _run_compiled(
     with ThreadPoolExecutor(threads) as pool:
         for start, *block in batches.blocks(steps):
             x, y = (compiled.tiles(part, structure) for part in block)
+            if start == 0:
+                with _FIRST:
+                    advance(runs[:0], x, y, start)
             list(pool.map(partial(advance, x=x, y=y, start=start), parts))
             if state.stopped.all():
                 break
