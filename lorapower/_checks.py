@@ -94,12 +94,12 @@ def precision(value: Any) -> torch.dtype:
     return value
 
 
-def choice(name: str, value: Any, options: Sequence[str]) -> None:
+def choice(name: str, value: Any, options: Sequence[str], remedy: str = "") -> None:
     """Refuse what is none of some words."""
     if not isinstance(value, str) or value not in options:
         words = [repr(option) for option in options]
         allowed = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-        raise InputError(name, allowed=allowed, given=brief(value))
+        raise InputError(name, allowed=allowed, given=brief(value), remedy=remedy)
 
 
 def function(name: str, value: Any) -> None:

@@ -308,10 +308,12 @@ def test_training_from_given_adapters() -> None:
     for backend in ("compiled", "torch"):
         again = train(
             frozen,
-            [Tuning(2, learning_rate=1e-3, schedule="cosine"), Tuning(2, learning_rate=1e-2)],
+            [
+                Tuning(2, learning_rate=1e-3, schedule="cosine", start=first.adapters[0]),
+                Tuning(2, learning_rate=1e-2),
+            ],
             data,
             steps=30,
-            starts=[first.adapters[0], None],
             backend=backend,
         )
         assert float(again.validation_loss[0, 0]) == pytest.approx(

@@ -237,7 +237,7 @@ def one_step(
     batches = Batches(data, stack, classes)
     structure = stack.structure(batches, 1)
     seeds = list(range(stack.members))
-    state, true = (stack.state(tunings, seeds, batches.sources, 2, 0.0, [None]) for _ in range(2))
+    state, true = (stack.state(tunings, seeds, batches.sources, 2, 0.0) for _ in range(2))
     _run_compiled(structure, state, batches, 1, 1, threads=1)
     true = type(true)(
         *(

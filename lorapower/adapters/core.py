@@ -154,6 +154,11 @@ class Adapters:
             self.tuned,
         )
 
+    def balanced(self) -> Adapters:
+        """The same updates, each column as long in one factor as in the other."""
+        updates = tuple(update.balanced() for update in self.updates)
+        return Adapters(updates, self.bias_updates, self.tuned)
+
     def merge(self, network: N) -> N:
         """A new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``, of its type.
 

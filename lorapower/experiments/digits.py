@@ -322,7 +322,7 @@ def random(model: str, depth: int, seed: int) -> FNN | Transformer:
 def pretrained(model: str, depth: int, seed: int) -> FNN | Transformer:
     """A network trained in full on upright digits."""
     drawn = _drawn(model, depth, seed, f"before pretraining, depth {depth}")
-    return _trained(drawn, task(model, 0.0, seed), seed, f"pretraining, depth {depth}")
+    return trained(drawn, task(model, 0.0, seed), seed, f"pretraining, depth {depth}")
 
 
 @functools.cache
@@ -330,7 +330,7 @@ def target(model: str, angle: float, seed: int) -> FNN | Transformer:
     """The pretrained network of the target's depth, trained in full on digits that are turned."""
     _check_model(model)
     start = pretrained(model, DEPTHS[model], seed)
-    return _trained(start, task(model, angle, seed), seed, "target")
+    return trained(start, task(model, angle, seed), seed, "target")
 
 
 def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer:
@@ -347,7 +347,8 @@ def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
 
 
-def _trained(network: Any, split: Split, seed: int, purpose: str) -> Any:
+def trained(network: Any, split: Split, seed: int, purpose: str) -> Any:
+    """A network after training of all of it on a split's images, in double precision."""
     runs = train(
         network,
         [replace(PRETRAINING, final=len(network.weights))],

@@ -282,7 +282,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     problem: Problem = methods.common_problem(settings)
     frozen, target = problem.start()
     data, fresh = problem.data(target)
-    tests = _Tests(problem, target, data, fresh)
+    tests = Tests(problem, target, data, fresh)
     # Hardly any of the normal inputs that are used here is outside √D + 4.
     usual = problem.width**0.5 + 4
     region = Ball(usual) if problem.model == "fnn" else None
@@ -293,7 +293,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         plain = method.replace(starts=(), adam=0, iterations=0)
         key = method if method.starts else plain
         if key not in fits:
-            x = _inputs(problem, target, method)
+            x = fitting_inputs(problem, target, method.inputs)
             if method.starts:
                 fits[key] = polish(
                     fit(plain),
@@ -336,12 +336,12 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     ]
 
 
-def _inputs(problem: Problem, target: Network, method: Fitted) -> list[Tensor]:
-    """Inputs to fit and held-out ones, drawn for nothing else."""
-    counts = {"calibration": method.inputs, "choosing": 2 * CHOOSING}
+def fitting_inputs(problem: Problem, target: Network, count: int) -> list[Tensor]:
+    """So many inputs to fit and held-out ones, drawn for nothing else."""
+    counts = {"calibration": count, "choosing": 2 * CHOOSING}
     return [
-        problem.data(target, purpose)[1].test(count)[0].to(torch.float64)
-        for purpose, count in counts.items()
+        problem.data(target, purpose)[1].test(samples)[0].to(torch.float64)
+        for purpose, samples in counts.items()
     ]
 
 
@@ -374,7 +374,7 @@ def _pretrained(problem: Problem, frozen: Network, target: Network) -> Network:
     return runs.network[0].to(torch.float64)
 
 
-class _Tests:
+class Tests:
     """Labelled inputs by which networks of one problem are judged."""
 
     def __init__(self, problem: Problem, target: Network, data: Data, fresh: Fresh) -> None:

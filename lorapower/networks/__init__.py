@@ -10,7 +10,7 @@ from .conversion import as_network
 from .fnn import FNN, pad
 from .gap import Gap
 from .linear import LinearNetwork, product
-from .partition import Partition, Pieces, blocks, shares
+from .partition import Partition, Pieces, blocks, shares, unbent
 from .segments import Segments, missing_shift, regular, segments
 from .transformer import Transformer
 
@@ -31,4 +31,5 @@ __all__ = [
     "regular",
     "segments",
     "shares",
+    "unbent",
 ]

@@ -121,6 +121,12 @@ class FNN(Layers):
         object.__setattr__(network, "linear_last", self.linear_last)
         return network
 
+    def without_last_relu(self) -> FNN:
+        """The network whose outputs are the arguments of its last ReLU."""
+        network = self.holding(self.weights, self.biases)
+        object.__setattr__(network, "linear_last", True)
+        return network
+
     def layers(self, which: slice) -> FNN:
         """The network of some consecutive layers; only the last of all can be linear.
 

@@ -10,7 +10,7 @@ from .. import _checks
 from ..errors import InputError, brief
 from .fnn import FNN
 from .gap import Gap
-from .linear import LinearNetwork
+from .linear import LinearNetwork, product
 
 
 @dataclass(frozen=True)
@@ -175,3 +175,25 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
         )
     pieces = Pieces(frozen, target)
     return [pieces.gap(i, layers) for i, layers in enumerate(partition.slices)]
+
+
+def unbent(network: FNN, partition: Partition) -> FNN:
+    """What a ReLU network is without the ReLUs inside the blocks: one layer for each of them.
+
+    Its weights are the blocks' products, its biases what the blocks' biases come to.
+    Raises `InputError` for a partition that does not cover the network's layers.
+    """
+    _checks.kind(FNN, network=network)
+    _checks.kind(Partition, partition=partition)
+    if partition.depth != network.depth:
+        allowed = f"a cover of the {network.depth} layers"
+        raise InputError("partition", allowed=allowed, given=f"{partition}, of {partition.depth}")
+    weights, biases = [], []
+    for layers in partition.slices:
+        own = network.layers(layers)
+        bias = own.biases[0]
+        for W, b in zip(own.weights[1:], own.biases[1:], strict=True):
+            bias = (W @ bias[..., None])[..., 0] + b
+        weights.append(product(own.weights))
+        biases.append(bias)
+    return FNN(weights, biases, linear_last=network.linear_last)

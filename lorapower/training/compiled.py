@@ -82,7 +82,9 @@ class State(NamedTuple, Generic[T]):
     frozen : weights, ``[problems, M, D, D]``.
     ranks : number of rows of the factors that count; −1 where the weight is tuned in full.
     tuned : which biases are tuned, ``[runs, P]``.
-    rate, decay : of each run; whether the rate is ``falling``, as half a cosine to 0.
+    rate, decay : of each run; whether the rate is ``falling``, as half a cosine to 0; and the
+        ``ratio`` of the rate of ``A`` to that of all else.
+    one_sided : whether the loss that is trained on is.
     A, B, b : ``[runs, M, D, D]`` twice and ``[runs, P, D]``; Adam's first and second moments of
         them, ``[runs, M, 2, D, D]`` and ``[runs, P, 2, 1, D]``; and their values at the least
         validation loss.
@@ -100,6 +102,8 @@ class State(NamedTuple, Generic[T]):
     rate: T
     falling: T
     decay: T
+    ratio: T
+    one_sided: T
     A: T
     B: T
     b: T
@@ -244,6 +248,14 @@ def _relu(x: Array) -> None:
 
 
 @_compiled()
+def _one_sided(x: Array, y: Array) -> None:
+    """A ReLU where an output is to be 0; where it is to be more nothing is cut off."""
+    flat, goal = x.reshape(-1), y.reshape(-1)
+    for s in range(flat.size):
+        flat[s] = _F(0) if flat[s] < _F(0) and goal[s] <= _F(0) else flat[s]
+
+
+@_compiled()
 def _gate(active: Array, d: Array) -> None:
     """Gradient through a ReLU that returned ``active``."""
     a, flat = active.reshape(-1), d.reshape(-1)
@@ -305,6 +317,7 @@ def _chain(
     samples: int,
     structure: Structure,
     tuned: NDArray[np.bool_],
+    one_sided: bool,
     work: Array,
     dW: Array,
     db: Array,
@@ -315,6 +328,7 @@ def _chain(
     is, only the loss is computed.
     """
     depth, width = W.shape[0], W.shape[1]
+    relus = depth - 1 if one_sided else structure.relus
     loss, first = 0.0, depth
     for l in range(depth - 1, -1, -1):
         if tuned[l]:
@@ -330,12 +344,15 @@ def _chain(
         for l in range(depth):
             _set_rows(b[l], z[l])
             _apply(W[l], inputs if l == 0 else z[l - 1], z[l])
-            if l < structure.relus:
+            if l < relus:
                 _relu(z[l])
+        if one_sided:
+            # The error of what it cuts off is 0, and so is the gradient.
+            _one_sided(z[depth - 1], goal)
         loss += _loss(z[depth - 1], goal, samples, structure, d[0])
         now = 0
         for l in range(depth - 1, first - 1, -1):
-            if l < structure.relus:
+            if l < relus:
                 _gate(z[l], d[now])
             if tuned[l]:
                 _outer(d[now], inputs if l == 0 else z[l - 1], dW[l])
@@ -588,7 +605,7 @@ def _update(state: State[Any], run: int, dW: Array, db: Array, step: int, steps:
                     total += dW[m, i, k] * B[r, k]
                     dB[r, k] += A[r, i] * dW[m, i, k]
                 dA[r, i] = total
-        _adam(A, dA, state.A_moments[run, m], rate, decay, step, rank)
+        _adam(A, dA, state.A_moments[run, m], rate * state.ratio[run], decay, step, rank)
         _adam(B, dB, state.B_moments[run, m], rate, decay, step, rank)
     b = state.b[run]
     for l in range(len(b)):
@@ -623,6 +640,7 @@ def _network(
     samples: int,
     structure: Structure,
     tuned: NDArray[np.bool_],
+    one_sided: bool,
     work: Array,
     dW: Array,
     db: Array,
@@ -630,7 +648,7 @@ def _network(
     """`_transformer` or `_chain`, as ``structure`` says."""
     if structure.blocks:
         return _transformer(W, b, x, y, samples, structure, tuned, work, dW, db)
-    return _chain(W, b, x, y, samples, structure, tuned, work, dW, db)
+    return _chain(W, b, x, y, samples, structure, tuned, one_sided, work, dW, db)
 
 
 @_compiled()
@@ -675,7 +693,7 @@ def advance(
                     state.training[run, step // every] = loss
                 loss = _network(
                     W, b, x_validation[source], y_validation[source], validation_samples,
-                    structure, none, work, dW, db,
+                    structure, none, False, work, dW, db,
                 )  # fmt: skip
                 _validate(state, run, loss, step, every)
             if step == start + x.shape[1] or state.stopped[run]:
@@ -683,7 +701,7 @@ def advance(
             dW[:], db[:] = _F(0), _F(0)
             loss = _network(
                 W, b, x[source, step - start], y[source, step - start], samples,
-                structure, tuned, work, dW, db,
+                structure, tuned, state.one_sided[run], work, dW, db,
             )  # fmt: skip
             if not np.isfinite(loss):
                 state.stopped[run] = True

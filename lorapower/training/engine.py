@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import _checks
 from ..adapters import Adapters, N
 from ..errors import InputError, brief
-from ..networks import Network
+from ..networks import FNN, Network
 from ..networks.residual import ResidualTransformer
-from . import compiled, reference
+from . import compiled, reference, starts
 from .compiled import State, Structure
 from .data import Data
 from .stack import Batches, Stack
@@ -40,7 +40,6 @@ def train(
     every: int = 1,
     classes: Sequence[int] = (),
     until: float = 0.0,
-    starts: Sequence[Adapters | None] = (),
     seed: int | Sequence[int] = 0,
     threads: int | None = None,
     backend: Literal["compiled", "torch"] | None = None,
@@ -49,9 +48,9 @@ def train(
     """Tune adapters, final layers or everything of frozen networks by Adam, all runs at once.
 
     Each of ``tunings`` is run on each frozen network. Runs of one network see the same inputs and
-    start from the same factors, ``A = 0`` and ``B ~ N(0, 0.25²)``, of which a run of rank ``R`` has
-    the first ``R`` columns. What a run gives does not depend on what it is run with. In single
-    precision, whatever the type of the network.
+    draw from the same first factors, of which a run of rank ``R`` has the first ``R`` columns. What
+    a run gives does not depend on what it is run with. In single precision, whatever the type of
+    the network.
 
     Parameters
     ----------
@@ -62,8 +61,6 @@ def train(
         votes of all outputs and tokens are summed and their softmax is compared with the label by
         cross-entropy. None: mean squared error over outputs, tokens and samples.
     until : a run ends when its validation loss is at most this part of that before the first step.
-    starts : for each tuning the adapters from which its runs start, of at most its ranks, or None
-        for the factors above; these for all by default.
     seed : of the factors; one for each member of the batch, or one for all.
     threads : how many runs advance at a time, by default one on each processor; another thread
         makes the inputs.
@@ -77,7 +74,7 @@ def train(
     Raises
     ------
     InputError : no tunings, ranks or layers out of range, data that does not fit the network or the
-        loss, a value that has no meaning.
+        loss, a loss or a start that the network does not have, a value that has no meaning.
 
     Source: the protocol of the study's experiments.
     """
@@ -85,12 +82,48 @@ def train(
     every = _checks.integer("every", every, 1, steps, limit="the steps")
     until = _checks.tolerance("until", until)
     threads = _processors() if threads is None else _checks.integer("threads", threads, 1)
-    stack = Stack(frozen)
     engine = _backend(backend, frozen)
     place = _place(engine, device)
+    stack, structure, state, batches = _ready(
+        frozen, tunings, data, seed, classes, (steps, every, until)
+    )
+    if engine == "compiled":
+        _run_compiled(structure, state, batches, steps, every, threads)
+    else:
+        _run_torch(stack.network, structure, state, batches, steps, every, place or frozen.device)
+    return stack.training(state, every)
+
+
+@torch.no_grad()
+def begin(
+    frozen: Network,
+    tunings: Sequence[Tuning],
+    data: Data | Sequence[Data],
+    *,
+    classes: Sequence[int] = (),
+    seed: int | Sequence[int] = 0,
+) -> Adapters:
+    """The adapters that `train` begins with, given the same; batch shape ``[tunings, *batch]``.
+
+    Raises what `train` raises.
+    """
+    stack, _, state, _ = _ready(frozen, tunings, data, seed, classes, (1, 1, 0.0))
+    return stack.training(state, 1).adapters
+
+
+def _ready(
+    frozen: N,
+    tunings: Sequence[Tuning],
+    data: Data | Sequence[Data],
+    seed: int | Sequence[int],
+    classes: Sequence[int],
+    course: tuple[int, int, float],
+) -> tuple[Stack[N], Structure, State[Any], Batches]:
+    """All runs at their starts; ``course`` has ``steps``, ``every`` and ``until``."""
+    steps, every, until = course
+    stack = Stack(frozen)
     seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]
-    batches = Batches(_for_each("data", data, Data, stack.members), stack, classes)
-    structure = stack.structure(batches, steps)
+    sources = _for_each("data", data, Data, stack.members)
     if (
         not isinstance(tunings, Sequence)
         or not tunings
@@ -99,13 +132,11 @@ def train(
         raise InputError(
             "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=brief(tunings)
         )
-    given = _starts(starts, tunings, stack)
-    state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until, given)
-    if engine == "compiled":
-        _run_compiled(structure, state, batches, steps, every, threads)
-    else:
-        _run_torch(stack.network, structure, state, batches, steps, every, place or frozen.device)
-    return stack.training(state, every)
+    batches = Batches(sources, stack, classes, _one_sided(tunings, frozen, classes))
+    structure = stack.structure(batches, steps)
+    state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until)
+    starts.put(stack, structure, state, tunings, batches)
+    return stack, structure, state, batches
 
 
 def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
@@ -120,23 +151,18 @@ def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
     return list(values)
 
 
-def _starts(starts: Any, tunings: Sequence[Tuning], stack: Stack[Any]) -> list[Any]:
-    """Adapters or nothing for each tuning, whose ranks hold them."""
-    if not isinstance(starts, Sequence) or len(starts) not in (0, len(tunings)):
+def _one_sided(tunings: Sequence[Tuning], frozen: Network, classes: Sequence[int]) -> bool:
+    """Whether some loss is one-sided, where that has a meaning."""
+    if not any(tuning.loss == "one-sided" for tuning in tunings):
+        return False
+    if not isinstance(frozen, FNN) or frozen.linear_last or len(classes):
+        given = "classes" if len(classes) else brief(frozen)
         raise InputError(
-            "starts",
-            allowed=f"none, or Adapters or None for each of {len(tunings)} tunings",
-            given=brief(starts),
+            "loss",
+            allowed="'squared', but for ReLU networks that end with a ReLU and a squared error",
+            given=f"'one-sided' for {given}",
         )
-    for start, tuning in zip(starts, tunings, strict=False):
-        if start is not None:
-            _checks.kind(Adapters, starts=start)
-            most = stack.ranks(tuning)
-            if len(most) != len(start.ranks) or any(map(int.__gt__, start.ranks, most)):
-                raise InputError(
-                    "starts", allowed=f"adapters of ranks up to {brief(most)}", given=start
-                )
-    return list(starts) or [None] * len(tunings)
+    return True
 
 
 def _processors() -> int:

@@ -10,22 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters
 from ..constructions.fitted import Fit, Fitted, checked, evidence, halves
 from ..errors import InputError, brief
-from ..lowrank import LowRank
-from ..networks import FNN, Network
+from ..networks import FNN
 from .data import Data, Fixed
+from .descent import descend
 from .engine import train
 from .tuning import Tuning
 
-Pair = tuple[Tensor, Tensor]
 Start = Literal["fitted", "lora"]
 # Of a start that is good already, and of one that is none.
 RATES = {"fitted": 3e-3, "lora": 1e-2}
 BATCH = 256
-# After so many iterations the held-out error is looked at; it may stand still so many times.
-CHUNK, PATIENCE, STILL = 25, 4, 1e-3
 
 
 @torch.no_grad()
@@ -116,95 +112,20 @@ def _begun(fit: Fit, starts: Sequence[Start], data: Data, steps: int, seed: int)
             each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in network.weights])
             runs = train(
                 network,
-                [Tuning(ranks=each, learning_rate=RATES[s], schedule="cosine") for s, _ in begun],
+                [
+                    Tuning(
+                        ranks=each,
+                        learning_rate=RATES[s],
+                        schedule="cosine",
+                        start=one.adapters if s == "fitted" else "study",
+                    )
+                    for s, one in begun
+                ],
                 data,
                 steps=steps,
                 every=max(1, steps // 100),
-                starts=[one.adapters if s == "fitted" else None for s, one in begun],
                 seed=seed,
             )
             found = [runs.adapters[i].to(network.dtype) for i in range(len(begun))]
         for (start, one), adapters in zip(begun, found, strict=True):
             yield replace(one, adapters=adapters, chosen=(f"polished from {start}",))
-
-
-@torch.no_grad()
-def descend(
-    network: Network, adapters: Adapters, training: Pair, validation: Pair, iterations: int = 300
-) -> Adapters:
-    """Adapters after L-BFGS on the mean squared error: the best on ``validation`` that it met.
-
-    All factors move, and the biases that the adapters tune. No iteration makes the error on
-    ``training`` larger.
-
-    Parameters
-    ----------
-    network : the one that the adapters are for.
-    adapters : where it starts.
-    training, validation : inputs as the network takes them, with the outputs that are wanted.
-    iterations : at most; it ends before, where the error on ``validation`` stops falling.
-
-    Raises `InputError` for adapters that do not fit the network, and for batches.
-    """
-    _checks.kind(Network, network=network)
-    _checks.kind(Adapters, adapters=adapters)
-    iterations = _checks.integer("iterations", iterations, 0)
-    adapters.merge(network)
-    if adapters.batch_shape or network.batch_shape:
-        raise InputError("adapters", allowed="of a single network", given=adapters)
-    pairs = [
-        (
-            network.as_inputs(x, name),
-            _checks.real_tensor(name, y, min_dims=2).to(network.weights[0]),
-        )
-        for name, (x, y) in (("training", training), ("validation", validation))
-    ]
-    count = len(network.weights)
-    flat = [f for u in adapters.updates for f in (u.balanced().left, u.balanced().right)]
-    flat += adapters.bias_updates
-    parameters = [part.detach().clone(memory_format=torch.contiguous_format) for part in flat]
-    moves = [bool(part.numel()) for part in parameters]
-    if adapters.tuned is not None and adapters.bias_updates:
-        moves[2 * count :] = adapters.tuned.biases.tolist()
-    tuned = [p.requires_grad_() for p, moving in zip(parameters, moves, strict=True) if moving]
-    if not tuned:
-        return adapters
-
-    def factors(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        return [*zip(parts[: 2 * count : 2], parts[1 : 2 * count : 2], strict=True)]
-
-    def loss(pair: Pair) -> Tensor:
-        updates = [A @ B.mT for A, B in factors(parameters)]
-        weights = [w + u for w, u in zip(network.weights, updates, strict=True)]
-        changes = parameters[2 * count :] or [torch.zeros_like(b) for b in network.biases]
-        biases = [b + d for b, d in zip(network.biases, changes, strict=True)]
-        return (network.holding(weights, biases)(pair[0]) - pair[1]).square().mean()
-
-    optimizer = torch.optim.LBFGS(
-        tuned,
-        history_size=30,
-        tolerance_grad=0,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(pairs[0])
-        value.backward()
-        return value
-
-    best, kept = float(loss(pairs[1])), [part.detach().clone() for part in parameters]
-    waited = 0
-    for done in range(0, iterations, CHUNK):
-        optimizer.param_groups[0]["max_iter"] = min(CHUNK, iterations - done)
-        with torch.enable_grad():
-            optimizer.step(closure)
-        now = float(loss(pairs[1]))
-        waited = 0 if now < best * (1 - STILL) else waited + 1
-        if now < best:
-            best, kept = now, [part.detach().clone() for part in parameters]
-        if waited == PATIENCE:
-            break
-    updates = tuple(LowRank(*pair) for pair in factors(kept))
-    return Adapters(updates, tuple(kept[2 * count :]), adapters.tuned)

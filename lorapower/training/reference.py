@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..networks import Network
+from ..networks import FNN, Network
 from .compiled import BETA_1, BETA_2, EPSILON, State, Structure
 
 
@@ -32,16 +32,41 @@ def outputs(
     return tuned(x.movedim(-1, 1)).movedim(1, -1)
 
 
-def loss(out: Tensor, y: Tensor, structure: Structure) -> Float[Tensor, " runs"]:
-    """Mean squared error of the outputs, or cross-entropy of the classes' summed votes."""
+def loss(
+    out: Tensor, y: Tensor, structure: Structure, one_sided: Tensor | None = None
+) -> Float[Tensor, " runs"]:
+    """Mean squared error of the outputs, or cross-entropy of the classes' summed votes.
+
+    Where ``one_sided`` says for each run whether its loss is, ``out`` are arguments of the last
+    ReLU, which then acts here: in other runs everywhere, in these where an output is to be 0.
+    """
     if not structure.classes:
         wanted = y[:, : structure.outputs].reshape(out.shape)
+        if one_sided is not None:
+            whole = one_sided[:, None, None, None] & (wanted > 0)
+            out = torch.where(whole, out, out.relu())
         return (out - wanted).square().mean((1, 2, 3))
     class_of = torch.as_tensor(structure.class_of[: structure.outputs], device=out.device)
     counted = class_of >= 0
     votes = out.new_zeros(len(out), structure.classes, out.shape[-1])
     votes = votes.index_add(1, class_of[counted], out[:, counted].sum(2))
     return -(y.squeeze(2) * votes.log_softmax(1)).sum(1).mean(-1)
+
+
+def losses(
+    network: Network,
+    structure: Structure,
+    state: State[Tensor],
+    W: Float[Tensor, "runs M D D"],
+    b: Float[Tensor, "runs P D"],
+    x: Float[Tensor, "runs D n samples"],
+    y: Float[Tensor, "runs _ _ samples"],
+) -> Float[Tensor, " runs"]:
+    """What each run is trained on, of networks of these numbers."""
+    if not state.one_sided.any():
+        return loss(outputs(network, W, b, x), y, structure)
+    assert isinstance(network, FNN)
+    return loss(outputs(network.without_last_relu(), W, b, x), y, structure, state.one_sided)
 
 
 def weights(state: State[Tensor], A: Tensor, B: Tensor) -> Float[Tensor, "runs M D D"]:
@@ -71,25 +96,27 @@ def advance(
         tuned = [t.detach().requires_grad_() for t in (state.A, state.B, state.b)]
         with torch.enable_grad():
             inputs = x[state.source, step - start]
-            out = outputs(network, weights(state, *tuned[:2]), tuned[2], inputs)
-            losses = loss(out, y[state.source, step - start], structure)
-            gradients = torch.autograd.grad(losses.sum(), tuned, allow_unused=True)
-        going = ~state.stopped & losses.isfinite()
-        state.stopped.logical_or_(~losses.isfinite())
+            W, labels = weights(state, *tuned[:2]), y[state.source, step - start]
+            now = losses(network, structure, state, W, tuned[2], inputs, labels)
+            gradients = torch.autograd.grad(now.sum(), tuned, allow_unused=True)
+        going = ~state.stopped & now.isfinite()
+        state.stopped.logical_or_(~now.isfinite())
         rows = torch.arange(state.A.shape[-2], device=state.A.device)
         factor_rows = (rows < state.ranks[..., None])[..., None]
         full = (state.ranks < 0)[..., None, None]
-        for values, moments, gradient, counts in (
-            (state.A, state.A_moments, gradients[0], factor_rows | full),
-            (state.B, state.B_moments, gradients[1], factor_rows),
-            (state.b, state.b_moments[..., 0, :], gradients[2], state.tuned[..., None]),
+        ratio = torch.where(full, 1, state.ratio[:, None, None, None])
+        for values, moments, gradient, counts, faster in (
+            (state.A, state.A_moments, gradients[0], factor_rows | full, ratio),
+            (state.B, state.B_moments, gradients[1], factor_rows, 1),
+            (state.b, state.b_moments[..., 0, :], gradients[2], state.tuned[..., None], 1),
         ):
             if gradient is not None:
                 moves = counts & going.reshape(-1, *[1] * (values.ndim - 1))
-                _adam(state, values, moments, gradient, moves, step + 1, structure.steps)
+                step_of = (step + 1, structure.steps)
+                _adam(state, values, moments, gradient, moves, faster, *step_of)
         if (step + 1) % every == 0:
             point = (step + 1) // every
-            state.training[going, point] = losses[going]
+            state.training[going, point] = now[going].detach()
             _validate(network, structure, state, x_validation, y_validation, step + 1, every)
 
 
@@ -99,10 +126,11 @@ def _adam(
     moments: Tensor,
     slope: Tensor,
     moves: Tensor,
+    faster: Tensor | int,
     step: int,
     steps: int,
 ) -> None:
-    """One step of Adam with L2 penalty, where ``moves`` says so."""
+    """One step of Adam with L2 penalty, where ``moves`` says so, so many times as fast."""
     one = (-1, *[1] * (values.ndim - 1))
     part = torch.where(state.falling, (1 + math.cos(math.pi * (step - 1) / steps)) / 2, 1.0)
     rate, decay = (state.rate * part).reshape(one), state.decay.reshape(one)
@@ -111,7 +139,8 @@ def _adam(
     first.copy_(torch.where(moves, BETA_1 * first + (1 - BETA_1) * slope, first))
     second.copy_(torch.where(moves, BETA_2 * second + (1 - BETA_2) * slope.square(), second))
     denominator = second.sqrt() / (1 - BETA_2**step) ** 0.5 + EPSILON
-    values.sub_(torch.where(moves, rate / (1 - BETA_1**step) * first / denominator, 0))
+    length = faster * rate / (1 - BETA_1**step)
+    values.sub_(torch.where(moves, length * first / denominator, 0))
 
 
 def _validate(
@@ -124,17 +153,17 @@ def _validate(
     every: int,
 ) -> None:
     out = outputs(network, weights(state, state.A, state.B), state.b, x[state.source])
-    losses = loss(out, y[state.source], structure)
+    now = loss(out, y[state.source], structure)
     if step == 0:
-        state.goal.mul_(losses)
+        state.goal.mul_(now)
     going = ~state.stopped
-    state.validation[going, step // every] = losses[going]
-    better = going & (losses < state.best)
-    state.best[better], state.best_step[better] = losses[better], step
+    state.validation[going, step // every] = now[going]
+    better = going & (now < state.best)
+    state.best[better], state.best_step[better] = now[better], step
     for best, values in (
         (state.A_best, state.A),
         (state.B_best, state.B),
         (state.b_best, state.b),
     ):
         best[better] = values[better]
-    state.stopped.logical_or_(~losses.isfinite() | (state.best <= state.goal))
+    state.stopped.logical_or_(~now.isfinite() | (state.best <= state.goal))

@@ -87,9 +87,8 @@ class Stack(Generic[N]):
         sources: NDArray[np.int64],
         points: int,
         until: float,
-        starts: Sequence[Adapters | None],
     ) -> State[Any]:
-        """All runs before their first step; ``sources`` says which data each member has."""
+        """All runs at the study's start; ``sources`` says which data each member has."""
         ranks = np.repeat(np.array([self.ranks(t) for t in tunings]), self.members, 0)
         runs, M, D = len(ranks), len(self.shapes), self.width
         problem = np.tile(np.arange(self.members), len(tunings))
@@ -98,7 +97,6 @@ class Stack(Generic[N]):
         B = np.stack([self._first_factors(seed, adapted) for seed in seeds])[problem]
         B *= np.arange(D)[:, None] < ranks[..., None, None]
         b = self.padded_biases[problem]
-        self._put(starts, A, B, b)
         full = ranks < 0
         A[full] = self.weights[problem][full]
         tuned = np.zeros(b.shape[:2], bool)
@@ -118,6 +116,8 @@ class Stack(Generic[N]):
             rate=per_run([t.learning_rate for t in tunings]),
             falling=np.repeat([t.schedule == "cosine" for t in tunings], self.members),
             decay=per_run([t.weight_decay for t in tunings]),
+            ratio=per_run([t.ratio for t in tunings]),
+            one_sided=np.repeat([t.loss == "one-sided" for t in tunings], self.members),
             A=A,
             B=B,
             b=b,
@@ -221,26 +221,6 @@ class Stack(Generic[N]):
             return [False] * count
         return [tuning.biases and l >= count - tuning.final for l in range(count)]
 
-    def _put(self, starts: Sequence[Adapters | None], A: Array, B: Array, b: Array) -> None:
-        """Given adapters in the place of the usual factors and biases of their runs."""
-        for i, start in enumerate(starts):
-            if start is None:
-                continue
-            start.merge(self.network)
-            runs = slice(i * self.members, (i + 1) * self.members)
-
-            def flat(values: Tensor, dims: int) -> Array:
-                rest = values.shape[values.ndim - dims :]
-                every = values.expand(*self.network.batch_shape, *rest)
-                return every.reshape(self.members, *rest).to("cpu", torch.float32).numpy()
-
-            for m, update in enumerate(start.updates):
-                for factors, given in ((A, update.left), (B, update.right)):
-                    factors[runs, m] = 0
-                    factors[runs, m, : update.rank, : given.shape[-2]] = flat(given.mT, 2)
-            for l, change in enumerate(start.bias_updates):
-                b[runs, l, : change.shape[-1]] += flat(change, 1)
-
     def _first_factors(self, seed: int, adapted: Any) -> Array:
         """``Bᵀ`` of every adapted weight, a row for each direction, at the largest rank."""
         factors = np.zeros((len(self.shapes), self.width, self.width), np.float32)
@@ -273,8 +253,14 @@ def _class_of(classes: Sequence[int], outputs: int) -> NDArray[np.int64]:
 class Batches:
     """Labelled inputs, ``[..., D, tokens, samples]``, and what outputs are compared with there."""
 
-    def __init__(self, data: Sequence[Data], stack: Stack[Any], classes: Sequence[int]) -> None:
-        self.stack = stack
+    def __init__(
+        self,
+        data: Sequence[Data],
+        stack: Stack[Any],
+        classes: Sequence[int],
+        one_sided: bool = False,
+    ) -> None:
+        self.stack, self.one_sided = stack, one_sided
         self.votes = _class_of(classes, stack.outputs)
         self.classes = int(self.votes.max(initial=-1)) + 1
         self.sequences = stack.network.sequences
@@ -350,6 +336,12 @@ class Batches:
             )
         y = _checks.real_tensor("data's labels", y, min_dims=1)
         self._check_labels(y, (*x.shape[:-2], self.stack.outputs, x.shape[-1]))
+        if self.one_sided and y.min() < 0:
+            raise InputError(
+                "data's labels",
+                allowed="at least 0 for the one-sided loss, as outputs of a ReLU are",
+                given=float(y.min()),
+            )
         return self._features(x), self._features(y)
 
     def _features(self, values: Tensor) -> Float[Tensor, "*lead D tokens samples"]:

@@ -16,6 +16,8 @@ from ..errors import InputError, brief
 
 LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]
+Loss = Literal["squared", "one-sided"]
+Start = Literal["study", "linearized", "spectral"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,15 @@ class Tuning:
         tuple of True and False in the order of the network's ``biases``.
     learning_rate, weight_decay : of Adam; the decay is its L2 penalty.
     schedule : the rate stays ``"constant"``, or falls to 0 over all steps as half a ``"cosine"``.
+    ratio : of the rate of ``A`` to that of all else [prop-scaling]: 1 as usual, more as in LoRA+.
+    loss : ``"squared"``, or ``"one-sided"`` [def-one-sided] for networks that end with a ReLU and
+        outputs of at least 0. The best parameters are chosen by the squared error either way.
+    start : ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the
+        same, and biases with which ReLU networks are ``blocks`` layers deep for inputs like those
+        of the validation. ``"spectral"``: ``A`` and ``B`` from the leading singular vectors of the
+        gradient on the first batch. Or adapters, of at most these ranks, beside whose columns the
+        study's others stay.
+    blocks : of start ``"linearized"``, all of as many layers; the depth of the target, if known.
 
     Raises `InputError` for a value that has no meaning for any network.
     """
@@ -43,6 +54,10 @@ class Tuning:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
+    ratio: float = 1.0
+    loss: Loss = "squared"
+    start: Start | Adapters = "study"
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         several = isinstance(self.ranks, Sequence) and not isinstance(self.ranks, str)
@@ -62,9 +77,16 @@ class Tuning:
         if not all(isinstance(word, bool) for word in words):
             raise InputError("biases", allowed="True or False", given=brief(self.biases))
         _checks.choice("schedule", self.schedule, get_args(Schedule))
+        _checks.choice("loss", self.loss, get_args(Loss))
+        if not isinstance(self.start, Adapters):
+            _checks.choice("start", self.start, get_args(Start), remedy="or give adapters")
+        if self.final and self.start != "study":
+            raise InputError("start", allowed="'study' for layers in full", given=brief(self.start))
+        _checks.integer("blocks", self.blocks, 1)
         _checks.positive("learning_rate", self.learning_rate)
+        _checks.positive("ratio", self.ratio)
         _checks.tolerance("weight_decay", self.weight_decay)
-        for name in ("learning_rate", "weight_decay"):
+        for name in ("learning_rate", "weight_decay", "ratio"):
             if getattr(self, name) > LARGEST:
                 raise InputError(
                     name, allowed="a number of single precision", given=getattr(self, name)

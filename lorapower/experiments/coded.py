@@ -1,0 +1,169 @@
+"""Adapters in few bits on the digits, and what their number of bits says of new images.
+
+The frozen network has seen none of the images that adapters are trained on: it is random, or was
+pretrained on others. So a code for adapters is fixed before these images are, and their number of
+errors on them bounds the share on new ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .. import _objects, randomness
+from .._records import Record, Results
+from ..adapters import Adapters, decode, encode, quantized
+from ..bounds import samples
+from ..lowrank import LowRank
+from ..networks import FNN
+from ..training.data import Labelled
+from . import digits, methods
+from .digits import CLASSES
+
+SIZES = {"training": 1000, "pretraining": 400, "test": 397}
+DEPTH, RATE, FACTOR = 2, 1e-2, 0.25
+DELTA = 0.05
+
+
+@_objects.held
+class Split(NamedTuple):
+    """Labelled images; no image is in two of the three."""
+
+    training: Labelled
+    pretraining: Labelled
+    test: Labelled
+
+
+class Problem(Record):
+    """A frozen network of two layers, and the digits to adapt it with.
+
+    Attributes
+    ----------
+    start : ``"random"``, or ``"pretrained"`` on 400 upright images that serve for nothing else.
+    angle : by which the images of the task are turned, in degrees.
+    steps : of Adam.
+    seed : of the split, the network and the first factors.
+    """
+
+    start: digits.Start = "pretrained"
+    angle: float = Field(90.0, ge=-360, le=360)
+    steps: int = Field(600, ge=1)
+    seed: int = Field(0, ge=0)
+
+    def split(self, *, angle: float | None = None) -> Split:
+        """The images, turned by the problem's angle or another."""
+        pictures, classes = digits.images()
+        pictures = digits.turned(pictures, self.angle if angle is None else angle)
+        generator = randomness.generator(self.seed, "split for codes")
+        order = torch.randperm(len(classes), generator=generator, device="cpu")
+        parts = order.split([*SIZES.values()])
+        return Split(*((pictures[part].flatten(1).mT, classes[part]) for part in parts))
+
+    def frozen(self) -> FNN:
+        """The network that is adapted, in double precision."""
+        return _frozen(self.start, self.seed)
+
+
+class Coded(Record):
+    """Adapters of one rank whose numbers, and the biases', have so many bits each."""
+
+    ranks: int = Field(1, ge=0, le=digits.PIXELS)
+    bits: int = Field(2, ge=1, le=12)
+
+
+class Setting(Record):
+    """One run."""
+
+    problem: Problem = Problem()
+    method: Coded = Coded()
+
+
+class Found(Results):
+    """What a code says and what happens.
+
+    ``length`` is the number of bits that were written; ``training_error`` and ``test_error`` are
+    shares of images that the network read from them gets wrong, ``occam`` and ``kl`` what
+    `bounds.samples` says of new images, with probability .95.
+    """
+
+    length: int
+    training_error: float
+    test_error: float
+    occam: float
+    kl: float
+
+
+def measure(settings: Sequence[Setting]) -> list[Found]:
+    """What each setting of one problem reaches; raises `InputError` for several problems."""
+    problem: Problem = methods.common_problem(settings)
+    frozen, split = problem.frozen(), problem.split()
+    found = []
+    for method in (setting.method for setting in settings):
+        code = encode(fit(problem, method, frozen, split.training), method.bits)
+        # What counts is what can be read from the code.
+        network = decode(code.data, frozen).merge(frozen)
+        known, new = (
+            1 - digits.accuracy(network, (x.double(), y)) for x, y in (split.training, split.test)
+        )
+        given = (known, code.length, SIZES["training"], DELTA)
+        bounds = {"occam": samples.occam_bound(*given), "kl": samples.kl_bound(*given)}
+        found.append(Found(length=code.length, training_error=known, test_error=new, **bounds))
+    return found
+
+
+def fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Adapters:
+    """Adapters whose rounded ones read the images best, by Adam through the rounding.
+
+    Outputs are computed from rounded numbers, and slopes passed on to the numbers themselves.
+    """
+    x, y = labelled[0].to(frozen.dtype), labelled[1]
+    generator = randomness.generator(problem.seed, "first factors", method.ranks)
+    parts: list[Tensor] = []
+    for weight in frozen.weights:
+        out, into = weight.shape
+        rank = min(method.ranks, out, into)
+        drawn = randomness.normal(generator, into, rank, dtype=frozen.dtype)
+        parts += [weight.new_zeros(out, rank), FACTOR * drawn]
+    parts += [torch.zeros_like(bias)[:, None] for bias in frozen.biases]
+    moving = [part.requires_grad_() for part in parts]
+    optimizer = torch.optim.Adam(moving, lr=RATE)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.steps)
+
+    def adapters(values: Sequence[Tensor]) -> Adapters:
+        count = 2 * len(frozen.weights)
+        factors = zip(values[:count:2], values[1:count:2], strict=True)
+        changes = tuple(part[:, 0] for part in values[count:])
+        return Adapters(tuple(LowRank(*pair) for pair in factors), changes)
+
+    best, kept = float("inf"), [part.detach().clone() for part in parts]
+    for _ in range(problem.steps):
+        rounded = [part + (quantized(part.detach(), method.bits) - part.detach()) for part in parts]
+        now = adapters(rounded)
+        weights = [w + u.matrix() for w, u in zip(frozen.weights, now.updates, strict=True)]
+        biases = [b + d for b, d in zip(frozen.biases, now.bias_updates, strict=True)]
+        votes = frozen.holding(weights, biases)(x)
+        wrong = float((votes.detach().argmax(0) != y).double().mean())
+        if wrong < best:
+            best, kept = wrong, [part.detach().clone() for part in parts]
+        optimizer.zero_grad()
+        cross_entropy(votes.mT, y).backward()
+        optimizer.step()
+        falling.step()
+    return adapters(kept)
+
+
+@functools.cache
+def _frozen(start: str, seed: int) -> FNN:
+    drawn: Any = digits.random("fnn", DEPTH, seed)
+    if start == "random":
+        return drawn
+    # Without images to choose by, those that it is trained on choose.
+    apart = Problem(seed=seed).split(angle=0.0).pretraining
+    split = digits.Split(apart, apart, apart)
+    return digits.trained(drawn, split, seed, f"pretraining apart, {CLASSES} classes")

@@ -1,0 +1,143 @@
+"""Training without the detours of adapters: of one matrix for each segment, carried back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _checks
+from ..adapters import Adapters
+from ..constructions.adaptation import Adaptation
+from ..constructions.fused import Fused, fuse
+from ..errors import InputError
+from ..networks import FNN, LinearNetwork, Partition, Transformer, unbent
+from ..networks.residual import ResidualTransformer
+from ..regions import Ball, Region
+from .data import Data
+from .engine import train
+from .tuning import Training, Tuning
+
+# The inputs that training saw lie in a ball; the adapters hold in one so much larger.
+MARGIN = 1.5
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FusedTraining:
+    """Adapters that were trained in the fused network, with how that went.
+
+    Attributes
+    ----------
+    adaptation : adapters of the frozen network, with the evidence of the construction that carried
+        them back.
+    fused : the network that was trained.
+    training : all runs: for each rate (first dimension) and each start.
+    chosen : rate and start of the least validation loss.
+    """
+
+    adaptation: Adaptation
+    fused: Fused
+    training: Training[Any]
+    chosen: tuple[int, int]
+
+    @property
+    def adapters(self) -> Adapters:
+        """Those of the frozen network."""
+        return self.adaptation.adapters
+
+    @property
+    def validation_loss(self) -> Float[Tensor, "rates starts"]:
+        """The least one of each run."""
+        return self.training.best_loss
+
+    def __repr__(self) -> str:
+        rate, start = self.chosen
+        return f"FusedTraining({self.adapters}, rate {rate}, start {start})"
+
+
+@torch.no_grad()
+def train_fused(
+    frozen: LinearNetwork | FNN | Transformer | ResidualTransformer,
+    ranks: Any,
+    data: Data,
+    *,
+    partition: Partition | None = None,
+    region: Region | None = None,
+    starts: int = 4,
+    learning_rates: Sequence[float] = (1e-2,),
+    steps: int = 5000,
+    every: int = 10,
+    seed: int = 0,
+    threads: int | None = None,
+    throw: bool = True,
+) -> FusedTraining:
+    """Adapters from data alone: train one matrix for each segment, then split it exactly.
+
+    Adapters of ranks ``R_l`` on a segment reach ``P + K`` for every ``K`` of rank at most ``Σ R_l``
+    [lem-any-change]. So ``K = A Bᵀ`` is trained in their place, with the segment's product ``P``
+    frozen, by Adam with a falling rate from several draws of ``B``. The run of least validation
+    loss is kept and its changes are split among the layers. The loss is one-sided [def-one-sided]
+    where the network ends with a ReLU.
+
+    Parameters
+    ----------
+    frozen : a single network.
+    ranks : as the construction for its kind takes them.
+    data : to train on; outputs of at least 0 for a network that ends with a ReLU.
+    partition : of a ReLU network, into as many blocks as layers are to be imitated; by default one
+        block, whose inner ReLUs idle.
+    region : of a ReLU network, where its inner ReLUs are to idle; by default a ball half as large
+        again as one about the validation inputs.
+    starts, learning_rates : all pairs of them are run.
+    steps, every, seed, threads : of `train`.
+    throw : of the construction.
+
+    Raises
+    ------
+    InputError : batches, ranks and data that do not fit, a partition for what is no ReLU network.
+    SingularError, PrecisionError : the changes cannot be split to precision.
+
+    Source: [prop-fused-training].
+    """
+    _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, frozen=frozen)
+    _checks.kind(Data, data=data)
+    starts = _checks.integer("starts", starts, 1)
+    rates = _checks.items("learning_rates", learning_rates, what="rates, such as [1e-2]")
+    relu = isinstance(frozen, FNN)
+    if not relu and (partition is not None or region is not None):
+        name = "region" if partition is None else "partition"
+        raise InputError(name, allowed="none, but for ReLU networks", given=f"one for {frozen}")
+    goal: Any = frozen
+    if isinstance(frozen, FNN):
+        partition = Partition([frozen.depth]) if partition is None else partition
+        goal = unbent(frozen, partition)
+        region = _about(data) if region is None else region
+    pair = fuse(frozen, goal, ranks, partition)
+    loss = "one-sided" if isinstance(frozen, FNN) and not frozen.linear_last else "squared"
+    runs = train(
+        pair.network.map(lambda values: values.expand(starts, *values.shape)),
+        [
+            Tuning(pair.fused_ranks, learning_rate=rate, schedule="cosine", loss=loss)  # type: ignore[arg-type]
+            for rate in rates
+        ],
+        data,
+        steps=steps,
+        every=every,
+        seed=[_checks.seed(seed) * starts + k for k in range(starts)],
+        threads=threads,
+    )
+    best = int(runs.best_loss.nan_to_num(torch.inf).argmin())
+    chosen = divmod(best, starts)
+    found = runs.adapters[chosen].to(frozen.dtype)
+    return FusedTraining(pair.carry_back(found, region, throw=throw), pair, runs, chosen)
+
+
+def _about(data: Data) -> Ball:
+    x = torch.as_tensor(data.validation[0]).double()
+    centre = x.mean(-1, keepdim=True)
+    radius = torch.linalg.vector_norm(x - centre, dim=-2).amax()
+    return Ball(MARGIN * radius, centre[..., 0])

@@ -1,0 +1,682 @@
+"""Losses, starts, rates, Levenberg–Marquardt, flows and landscapes: each against another way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import comb
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import least_squares
+from torch import Tensor
+
+from lorapower import InputError, randomness
+from lorapower.adapters import Adapters
+from lorapower.experiments import optimization, sweeps, synthetic
+from lorapower.experiments.optimization import Fused, Newton, Recipe, Setting
+from lorapower.experiments.synthetic import Problem
+from lorapower.lowrank import LowRank
+from lorapower.networks import FNN, LinearNetwork, Partition, Transformer, unbent
+from lorapower.networks.residual import ResidualTransformer
+from lorapower.training import (
+    Fixed,
+    Fresh,
+    Tuning,
+    begin,
+    conserved,
+    critical_points,
+    flow,
+    learned,
+    newton,
+    time_to,
+    train,
+    train_fused,
+)
+from lorapower.training.descent import _model
+from lorapower.training.free import Free
+
+BACKENDS: tuple[Literal["compiled", "torch"], ...] = ("compiled", "torch")
+
+
+def relu(depth: int, width: int, seed: int = 0, batch: tuple[int, ...] = ()) -> FNN:
+    return FNN.random(depth, width, seed=seed, batch_shape=batch)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return randomness.normal(randomness.generator(seed, "test"), *shape)
+
+
+def fixed(target: Any, x: Tensor) -> Fixed:
+    return Fixed((x, target(x)), (x, target(x)))
+
+
+def drawn(network: Any, rank: int, size: float = 0.5) -> Adapters:
+    """Adapters of which no factor and no bias is 0."""
+    each = iter(range(1000))
+    updates = tuple(
+        LowRank(*(size * normal(side, rank, seed=next(each)) for side in w.shape[-2:]))
+        for w in network.weights
+    )
+    return Adapters(updates, tuple(size * normal(len(b), seed=next(each)) for b in network.biases))
+
+
+def of_last_relu(frozen: FNN, x: Tensor, A: list[Tensor], B: list[Tensor], b: list[Tensor]) -> Any:
+    """Arguments of the last ReLU of an adapted network, by hand."""
+    for l, weight in enumerate(frozen.weights):
+        x = (weight + A[l] @ B[l].mT) @ x + b[l][:, None]
+        x = x if l + 1 == frozen.depth else x.relu()
+    return x
+
+
+# --- The one-sided loss ---------------------------------------------------------------------------
+
+
+def by_hand(p: Tensor, y: Tensor) -> Tensor:
+    """The definition, case by case."""
+    loss = torch.where(y > 0, (p - y).square(), p.clamp(min=0).square())
+    return loss.mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_one_sided_loss_is_its_definition(backend: Any) -> None:
+    """Losses and steps are those of a plain loop with torch's own Adam."""
+    frozen, target = relu(3, 5), relu(1, 5, seed=1)
+    x = normal(5, 40)
+    data, tuning = fixed(target, x), Tuning(2, learning_rate=1e-2, loss="one-sided", ratio=4.0)
+    runs = train(frozen, [tuning], data, steps=30, backend=backend)
+    start = begin(frozen, [tuning], data)[0].to(torch.float64)
+    A = [u.left.clone().requires_grad_() for u in start.updates]
+    B = [u.right.clone().requires_grad_() for u in start.updates]
+    b = [bias.clone().requires_grad_() for bias in frozen.biases]
+    groups = [{"params": A, "lr": 4e-2}, {"params": B + b, "lr": 1e-2}]
+    optimizer, losses, errors = torch.optim.Adam(groups), [], []
+    for _ in range(30):
+        optimizer.zero_grad()
+        p = of_last_relu(frozen, x, A, B, b)
+        loss = by_hand(p, target(x))
+        loss.backward()
+        losses.append(loss.item())
+        errors.append((p.relu() - target(x)).square().mean().item())
+        optimizer.step()
+    np.testing.assert_allclose(runs.training_loss[0, 1:], losses, rtol=1e-4)
+    np.testing.assert_allclose(runs.validation_loss[0, :-1], errors, rtol=1e-4)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 5)), min_size=1, max_size=20))
+def test_it_is_at_least_the_squared_error_and_vanishes_with_it(cells: list[Any]) -> None:
+    p, y = torch.tensor(cells, dtype=torch.float64).unbind(-1)
+    squared = (p.relu() - y).square().mean()
+    assert by_hand(p, y) >= squared
+    zero = torch.where(y > 0, y, -y.new_ones(()))
+    assert by_hand(zero, y) == 0 == (zero.relu() - y).square().mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dead_outputs_come_back_by_the_one_sided_loss_alone(backend: Any) -> None:
+    frozen, target = relu(1, 4), relu(1, 4, seed=1)
+    low = frozen.with_parameters(frozen.weights, [frozen.biases[0] - 5])
+    data = Fresh(target, (4,), samples=64)
+    tunings = [
+        replace(Tuning(4, learning_rate=0.02, schedule="cosine"), loss=loss)
+        for loss in ("squared", "one-sided")
+    ]
+    runs = train(low, tunings, data, steps=1500, backend=backend)
+    assert runs.best_loss[0] == runs.validation_loss[0, 0]
+    assert runs.best_loss[1] < 0.1 * runs.validation_loss[1, 0]
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
+@settings(max_examples=20)
+def test_both_engines_take_the_same_steps(depth: int, width: int, rank: int, seed: int) -> None:
+    frozen, target = relu(depth, width, seed, (2,)), relu(1, width, seed + 1)
+    data = Fresh(target, (width,), samples=24, seed=seed)
+    rank = min(rank, width)
+    both = Tuning(rank, loss="one-sided", start="linearized", ratio=3.0)
+    tunings = [both, replace(both, start="study"), replace(both, loss="squared", ratio=1.0)]
+    found = [train(frozen, tunings, data, steps=4, backend=b).validation_loss for b in BACKENDS]
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=1e-9, equal_nan=True)
+
+
+REFUSED = {
+    "linear network": (LinearNetwork.random(2, 4), "loss must be 'squared', but for ReLU"),
+    "linear end": (FNN.random(2, 4, linear_last=True), "loss must be 'squared', but for ReLU"),
+    "transformer": (Transformer.random(1, 4, 1), "loss must be 'squared', but for ReLU"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_one_sided_loss_needs_a_relu_at_the_end(case: str) -> None:
+    frozen, message = REFUSED[case]
+    shape = (4, 2) if isinstance(frozen, Transformer) else (4,)
+    with pytest.raises(InputError, match=message):
+        train(frozen, [Tuning(1, loss="one-sided")], Fresh(frozen, shape))
+    if not isinstance(frozen, Transformer):
+        x = normal(4, 5)
+        with pytest.raises(InputError, match=message):
+            newton(frozen, drawn(frozen, 1), (x, frozen(x)), (x, frozen(x)), loss="one-sided")
+
+
+def test_a_one_sided_loss_needs_outputs_of_at_least_0() -> None:
+    frozen, x = relu(2, 4), normal(4, 6)
+    data = Fixed((x, -x.abs()), (x, x.abs()))
+    with pytest.raises(InputError, match="labels must be at least 0 for the one-sided loss"):
+        train(frozen, [Tuning(1, loss="one-sided")], data)
+    with pytest.raises(InputError, match="at least 0 for the one-sided loss"):
+        newton(frozen, drawn(frozen, 1), (x, -x.abs()), (x, x.abs()), loss="one-sided")
+    with pytest.raises(InputError, match="loss must be 'squared', but for ReLU"):
+        train(frozen, [Tuning(1, loss="one-sided")], data, classes=range(4))
+
+
+# --- Rates ----------------------------------------------------------------------------------------
+
+
+def test_a_scale_of_the_product_is_a_ratio_of_rates() -> None:
+    """``s A Bᵀ`` by Adam from ``A = 0`` is ``A Bᵀ`` with ``s`` times the rate of ``A``."""
+    W, E, x, s, rate = normal(5, 5), normal(5, 5, seed=1), normal(5, 30, seed=2), 3.0, 1e-2
+
+    def products(scale: float, ratio: float) -> list[Tensor]:
+        A, B = torch.zeros(5, 2, dtype=W.dtype), normal(5, 2, seed=3)
+        A, B = A.requires_grad_(), B.clone().requires_grad_()
+        groups = [{"params": [A], "lr": ratio * rate}, {"params": [B], "lr": rate}]
+        # The first gradient of B is 0, which Adam divides by ε.
+        optimizer, found = torch.optim.Adam(groups, eps=1e-30), []
+        for _ in range(40):
+            optimizer.zero_grad()
+            ((W + scale * A @ B.mT) @ x - E @ x).square().mean().backward()
+            optimizer.step()
+            found.append((scale * A @ B.mT).detach())
+        return found
+
+    for scaled, faster in zip(products(s, 1.0), products(1.0, s), strict=True):
+        torch.testing.assert_close(scaled, faster, rtol=1e-9, atol=1e-12)
+
+
+# --- Starts ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.integers(0, 99))
+@settings(max_examples=25)
+def test_the_linearized_start_bends_nothing_inside_its_blocks(
+    depth: int, width: int, blocks: int, seed: int
+) -> None:
+    blocks = min(blocks, depth)
+    frozen = relu(depth, width, seed, (2,))
+    data = Fresh(relu(1, width, seed), (width,), validation_samples=50, seed=seed)
+    tuning = Tuning(1, start="linearized", blocks=blocks)
+    start = begin(frozen, [tuning], data)[0].to(torch.float64)
+    study = begin(frozen, [Tuning(1)], data)[0].to(torch.float64)
+    for given_, usual in zip(start.updates, study.updates, strict=True):
+        assert torch.equal(given_.left, usual.left)
+        assert torch.equal(given_.right, usual.right)
+    x = data.validation[0].double()
+    partition = Partition.uniform(depth, blocks)
+    goal = unbent(frozen, partition)
+    merged = start.merge(frozen)
+    torch.testing.assert_close(merged(x), goal(x), rtol=1e-4, atol=1e-4)
+    reached = merged.preactivations(x)
+    for layers in partition.slices:
+        assert all((p > -1e-5).all() for p in reached[layers][:-1])
+
+
+def test_unbent_of_one_layer_a_block_is_the_network() -> None:
+    frozen = relu(3, 4)
+    same = unbent(frozen, Partition([1, 1, 1]))
+    assert torch.equal(same(normal(4, 9)), frozen(normal(4, 9)))
+    with pytest.raises(InputError, match="cover of the 3 layers"):
+        unbent(frozen, Partition([2]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["fnn", "linear", "transformer"])
+def test_the_spectral_start_is_the_gradients_best_part(kind: str, backend: Any) -> None:
+    frozen: Any = {
+        "fnn": relu(2, 5),
+        "linear": LinearNetwork.random(2, 5),
+        "transformer": Transformer.random(1, 4, 1, scale=0.5),
+    }[kind]
+    target = type(frozen).random(*((1, 4, 1) if kind == "transformer" else (1, 5)), seed=9)
+    shape = (4, 3) if kind == "transformer" else (5,)
+    data = Fresh(target, shape, samples=50)
+    start = begin(frozen, [Tuning(2, start="spectral")], data)[0].to(torch.float64)
+    x, y = (part[0].double() for part in data.block(0))
+    weights = [w.clone().requires_grad_() for w in frozen.weights]
+    loss = (frozen.holding(weights, frozen.biases)(x) - y).square().mean()
+    slopes = torch.autograd.grad(loss, weights)
+    parts = []
+    for update, slope in zip(start.updates, slopes, strict=True):
+        if update.rank:
+            U, S, Vh = torch.linalg.svd(-slope)
+            parts.append(((U[:, :2] * S[:2]) @ Vh[:2], update.matrix()))
+    wanted, found = (torch.stack(each) for each in zip(*parts, strict=True))
+    # One length for all weights, as of a step down the gradient.
+    length = (found * wanted).sum() / wanted.square().sum()
+    assert length > 0
+    torch.testing.assert_close(found, length * wanted, rtol=1e-3, atol=1e-3 * float(found.max()))
+    after = (start.merge(frozen)(x) - y).square().mean()
+    assert after < loss
+    runs = train(frozen, [Tuning(2, start="spectral")], data, steps=1, backend=backend)
+    x, y = (part.double() for part in data.validation)
+    first = float((start.merge(frozen)(x) - y).square().mean())
+    assert float(runs.validation_loss[0, 0]) == pytest.approx(first, rel=1e-4)
+
+
+def test_given_adapters_keep_the_other_columns() -> None:
+    frozen, data = relu(2, 5), Fresh(relu(1, 5), (5,))
+    few = drawn(frozen, 1)
+    start = begin(frozen, [Tuning(3, start=few)], data)[0].to(torch.float64)
+    usual = begin(frozen, [Tuning(3)], data)[0].to(torch.float64)
+    for got, given_, other in zip(start.updates, few.updates, usual.updates, strict=True):
+        torch.testing.assert_close(got.matrix(), given_.matrix(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(got.right[:, 1:], other.right[:, 1:])
+    with pytest.raises(InputError, match=r"start must be adapters of ranks up to \[2, 2\]"):
+        begin(frozen, [Tuning(2, start=drawn(frozen, 3))], data)
+
+
+BAD_TUNINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "loss": ({"loss": "absolute"}, "loss must be 'squared' or 'one-sided'; got 'absolute'"),
+    "start": ({"start": "zero"}, "start must be .*'spectral'; got 'zero': or give adapters"),
+    "start in full": ({"ranks": 0, "final": 1, "start": "spectral"}, "start must be 'study'"),
+    "blocks": ({"blocks": 0}, "blocks must be"),
+    "ratio": ({"ratio": 0.0}, "ratio must be"),
+    "ratio too large": ({"ratio": 1e39}, "ratio must be a number of single precision"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TUNINGS)
+def test_unknown_options_are_refused(case: str) -> None:
+    options, message = BAD_TUNINGS[case]
+    with pytest.raises(InputError, match=message):
+        Tuning(**{"ranks": 1} | options)
+
+
+def test_starts_that_a_network_does_not_have() -> None:
+    linear = LinearNetwork.random(2, 4)
+    with pytest.raises(InputError, match="start must be 'study', 'spectral' or adapters"):
+        begin(linear, [Tuning(1, start="linearized")], Fresh(linear, (4,)))
+    frozen = relu(2, 4)
+    with pytest.raises(InputError, match="blocks must be"):
+        begin(frozen, [Tuning(1, start="linearized", blocks=3)], Fresh(frozen, (4,)))
+
+
+# --- Levenberg–Marquardt --------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "fnn": relu(2, 3),
+    "linear": LinearNetwork.random(2, 3),
+    "transformer": Transformer.random(1, 3, 1, scale=0.5),
+    "residual": ResidualTransformer.random(1, 4, 1, activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_slope_and_curvature_are_those_of_all_errors(kind: str) -> None:
+    network = SMALL[kind]
+    width = network.weights[0].shape[-1]
+    x = normal(5, width, 2) if network.sequences else normal(width, 7)
+    y = normal(*network(x).shape, seed=1)
+    free = Free.of(network, drawn(network, 1))
+
+    def errors(values: Tensor) -> Tensor:
+        parts = free.moved([torch.zeros_like(p) for p in free.start], values)
+        return (free.merged(parts)(x) - y).flatten()
+
+    values = torch.cat([part.flatten() for part in free.start])
+    J = torch.autograd.functional.jacobian(errors, values)
+    slope, curvature = _model(free, free.start, (x, y), False)
+    count = y.numel()
+    torch.testing.assert_close(slope, J.mT @ errors(values) / count, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(curvature, J.mT @ J / count, rtol=1e-9, atol=1e-11)
+
+
+def test_newton_fits_exactly_what_can_be_fitted_exactly() -> None:
+    frozen = relu(2, 4)
+    exact = drawn(frozen, 2)
+    x = normal(4, 60)
+    pair = x, exact.merge(frozen)(x)
+    near = optimization.perturbed(exact, 1e-3)
+    found = newton(frozen, near, pair, pair, 30)
+    assert found.training_loss[-1] < 1e-28
+    assert (found.training_loss.diff() <= 0).all()
+    assert "30 iterations" in repr(found)
+
+
+@pytest.mark.parametrize("loss", ["squared", "one-sided"])
+def test_newton_ends_where_scipys_does(loss: Any) -> None:
+    """On a problem that has no exact fit: at a minimum that scipy's solver does not leave."""
+    # A loss without kinks, so that minima are where the slope vanishes.
+    one_sided = loss == "one-sided"
+    network: Any = FNN.random(1, 3, seed=2) if one_sided else LinearNetwork.random(1, 3, seed=2)
+    x, y = normal(3, 40), normal(3, 40, seed=1).abs()
+    start = drawn(network, 1, 0.3)
+    found = newton(network, start, (x, y), (x, y), 200, loss=loss)
+
+    def errors(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        A, B, *b = torch.from_numpy(values).split([3, 3, *[3] * one_sided])
+        p = (network.weights[0] + torch.outer(A, B)) @ x
+        if not one_sided:
+            return (p - y).flatten().numpy()
+        p = p + (network.biases[0] + b[0])[:, None]
+        return (torch.where(y > 0, p, p.relu()) - y).flatten().numpy()
+
+    (update,) = found.adapters.updates
+    ours = torch.cat([update.left[:, 0], update.right[:, 0], *found.adapters.bias_updates])
+    again = least_squares(errors, ours.numpy(), xtol=1e-14, ftol=1e-14, gtol=1e-14)
+    value = (errors(ours.numpy()) ** 2).sum() / 2
+    assert again.cost == pytest.approx(value, rel=1e-6)
+    assert value < 0.9 * (errors(np.zeros_like(ours.numpy())) ** 2).sum() / 2
+
+
+def test_newton_of_a_batch_is_that_of_its_members() -> None:
+    frozen = relu(2, 3, batch=(2,))
+    x = normal(2, 3, 30)
+    y = relu(1, 3, seed=3)(x)
+    single = drawn(frozen[0], 1)
+    both = newton(frozen, single, (x, y), (x, y), 5)
+    for i in range(2):
+        alone = newton(frozen[i], single, (x[i], y[i]), (x[i], y[i]), 5)
+        torch.testing.assert_close(both.training_loss[i], alone.training_loss)
+        found = both.adapters[i].merge(frozen[i])(x[i])
+        torch.testing.assert_close(found, alone.adapters.merge(frozen[i])(x[i]))
+
+
+def test_newton_moves_only_what_is_tuned() -> None:
+    frozen, x = relu(2, 4), normal(4, 30)
+    tuning = Tuning(2, biases=(True, False))
+    start = begin(frozen, [tuning], Fresh(frozen, (4,)))[0].to(torch.float64)
+    target = relu(1, 4, seed=1)
+    found = newton(frozen, start, (x, target(x)), (x, target(x)), 8)
+    assert found.training_loss[-1] < found.training_loss[0]
+    assert found.adapters.bias_updates[0].abs().max() > 0
+    assert found.adapters.bias_updates[1].abs().max() == 0
+
+
+def test_newton_refuses_what_is_too_large_and_says_what_to_do() -> None:
+    frozen, x = relu(2, 64), normal(64, 3)
+    with pytest.raises(InputError, match=r"at most 4096 numbers.*got 8320 of them: use descend"):
+        newton(frozen, drawn(frozen, 32), (x, x), (x, x))
+
+
+def test_newton_of_nothing_changes_nothing() -> None:
+    frozen, x = LinearNetwork.random(2, 3), normal(3, 8)
+    found = newton(frozen, drawn(frozen, 0), (x, x), (x, x), 4)
+    assert torch.equal(found.adapters.merge(frozen)(x), frozen(x))
+    assert (found.training_loss == found.training_loss[0]).all()
+
+
+# --- Without detours ------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 99))
+@settings(max_examples=8)
+def test_one_layer_is_found_from_data_alone(width: int, depth: int, seed: int) -> None:
+    """Convex in one matrix: no start, no luck."""
+    frozen, target = relu(depth, width, seed), relu(1, width, seed + 1)
+    data = Fresh(target, (width,), samples=128, seed=seed)
+    found = train_fused(frozen, width, data, starts=1, learning_rates=(3e-2,), steps=3000)
+    x = normal(width, 2000, seed=seed)
+    inside = torch.linalg.vector_norm(x, dim=0) < 1.5 * 2
+    error = (found.adapters.merge(frozen)(x) - target(x)).square()[:, inside].mean()
+    assert error < 1e-9
+    assert found.validation_loss.shape == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "transformer", "fnn, linear last"])
+def test_other_kinds_of_networks_are_fused_too(kind: str) -> None:
+    frozen: Any
+    target: Any
+    options: dict[str, Any] = {"steps": 2000, "starts": 2, "learning_rates": (1e-2, 3e-2)}
+    if kind == "transformer":
+        frozen, target = (Transformer.random(1, 4, 1, scale=0.5, seed=s) for s in range(2))
+        data, ranks = Fresh(target, (4, 3)), 2
+    elif kind == "linear":
+        frozen, target = LinearNetwork.random(2, 4), LinearNetwork.random(1, 4, seed=1)
+        data, ranks = Fresh(target, (4,)), 2
+    else:
+        frozen, target = (FNN.random(d, 4, linear_last=True, seed=d) for d in (2, 1))
+        data, ranks = Fresh(target, (4,)), 2
+    found = train_fused(frozen, ranks, data, **options)
+    x, y = (part.double() for part in data.test(500))
+    error = (found.adapters.merge(frozen)(x) - y).square().mean()
+    # Single precision, and for ReLU networks the inputs outside of the region.
+    assert error < (1e-5 if kind == "transformer" else 1e-9) * y.var()
+    assert found.validation_loss.shape == (2, 2)
+    assert float(found.validation_loss[found.chosen]) == float(found.validation_loss.min())
+    assert max(found.adapters.ranks) <= 2
+    if kind != "fnn, linear last":
+        with pytest.raises(InputError, match="partition must be none, but for ReLU networks"):
+            train_fused(frozen, ranks, data, partition=Partition([1]))
+
+
+def test_below_the_threshold_ranks_are_kept() -> None:
+    frozen, target = relu(4, 6), relu(2, 6, seed=1)
+    data = Fresh(target, (6,))
+    partition = Partition([2, 2])
+    found = train_fused(frozen, 1, data, partition=partition, steps=300, starts=2)
+    assert found.adapters.ranks == (1, 1, 1, 1)
+    assert found.fused.fused_ranks == (2, 2)
+    assert "rate 0" in repr(found)
+
+
+# --- Gradient flow --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "residual"])
+def test_flow_conserves_what_the_proposition_says(kind: str) -> None:
+    network = SMALL[kind]
+    width = network.weights[0].shape[-1]
+    x = normal(6, width, 2) if network.sequences else normal(width, 20)
+    y = normal(*network(x).shape, seed=1)
+    rates = (2.0, 0.5)
+    course = flow(network, drawn(network, 2), (x, y), 1.0, rates=rates, points=5)
+    assert course.losses[-1] < 0.9 * course.losses[0]
+    for kept in conserved(course.adapters, rates=rates):
+        torch.testing.assert_close(kept, kept[:1].expand_as(kept), rtol=0, atol=1e-6)
+    # With other rates it is another quantity, which moves.
+    moved = [(k - k[0]).abs().max() for k in conserved(course.adapters)]
+    assert max(moved) > 1e-3
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_step_down_the_gradient_drifts_by_its_square(kind: str) -> None:
+    """``h² (η_A BᵀGᵀGB − η_B AᵀGGᵀA)``, to rounding, ReLUs or not."""
+    network = SMALL[kind]
+    width = network.weights[0].shape[-1]
+    x = normal(6, width, 2) if network.sequences else normal(width, 20)
+    y, adapters, h, rates = normal(*network(x).shape, seed=1), drawn(network, 2), 1e-2, (2.0, 0.5)
+    free = Free.of(network, adapters)
+    parts = [part.clone().requires_grad_() for part in free.start]
+    (free.merged(parts)(x) - y).square().mean().backward()
+    weights = [w.clone().requires_grad_() for w in adapters.merge(network).weights]
+    (network.holding(weights, adapters.merge(network).biases)(x) - y).square().mean().backward()
+    stepped = []
+    for m, update in enumerate(adapters.updates):
+        own = zip((update.left, update.right), rates, parts[2 * m : 2 * m + 2], strict=True)
+        moved = [f - h * rate * torch.as_tensor(part.grad) for f, rate, part in own]
+        stepped.append(LowRank(*moved))
+    before = conserved(adapters, rates=rates)
+    after = conserved(Adapters(tuple(stepped)), rates=rates)
+    for m, (old, new) in enumerate(zip(before, after, strict=True)):
+        G, A, B = weights[m].grad, adapters.updates[m].left, adapters.updates[m].right
+        assert G is not None
+        drift = h**2 * (rates[0] * B.mT @ G.mT @ G @ B - rates[1] * A.mT @ G @ G.mT @ A)
+        torch.testing.assert_close(new - old, drift, rtol=1e-6, atol=1e-12)
+
+
+@given(st.floats(0.05, 5), st.floats(0.01, 2), st.floats(0.1, 8), st.floats(0.1, 8))
+def test_times_and_what_is_learned_are_inverse(
+    sigma: float, beta: float, eta_A: float, eta_B: float
+) -> None:
+    rates = (eta_A, eta_B)
+    last = 0.0
+    for part in (0.01, 0.3, 0.9, 0.99):
+        time = time_to(sigma, beta, part, rates=rates)
+        assert time > last
+        last = time
+        assert learned(sigma, beta, time, rates=rates) == pytest.approx(part * sigma, rel=1e-6)
+    assert learned(sigma, beta, 1e6, rates=rates) == pytest.approx(sigma, rel=1e-9)
+    assert learned(sigma, beta, 0.0, rates=rates) == 0
+
+
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (16.0, 1.0), (1.0, 4.0)])
+def test_what_is_learned_is_what_flow_learns(rates: tuple[float, float]) -> None:
+    sigma, beta, spread = [2.0, 0.7, 0.2], [0.1, 0.5, 1.5], [1.0, 0.5, 2.0]
+    E, B = (torch.diag(torch.tensor(v, dtype=torch.float64)) for v in (sigma, beta))
+    # Inputs of a diagonal covariance, in other coordinates of outputs and of the factors.
+    Q, P = (torch.linalg.qr(normal(3, 3, seed=s))[0] for s in range(2))
+    x = torch.diag(torch.tensor(spread, dtype=torch.float64).sqrt()) * 3**0.5
+    frozen = LinearNetwork([torch.zeros(3, 3, dtype=torch.float64)])
+    start = Adapters((LowRank(torch.zeros(3, 3, dtype=torch.float64), B @ P),))
+    course = flow(frozen, start, (x, Q @ E @ x), 3.0, rates=rates, points=7)
+    found = (Q.mT @ course.adapters.updates[0].matrix()).diagonal(dim1=-2, dim2=-1)
+    for d in range(3):
+        wanted = [
+            learned(sigma[d], beta[d], spread[d] * float(t), rates=rates) for t in course.times
+        ]
+        np.testing.assert_allclose(found[:, d], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_bad_flows_are_refused() -> None:
+    with pytest.raises(InputError, match="part must be below 1"):
+        time_to(1.0, 1.0, 1.0)
+    with pytest.raises(InputError, match="rates must be two numbers"):
+        learned(1.0, 1.0, 1.0, rates=(1.0,))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="sigma must be"):
+        learned(-1.0, 1.0, 1.0)
+
+
+# --- Landscapes -----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4), st.integers(0, 99))
+@settings(max_examples=30)
+def test_critical_points_are_all_and_saddles_but_for_the_least(
+    out: int, into: int, rank: int, seed: int
+) -> None:
+    E = normal(out, into, seed=seed)
+    mixed = normal(into, into, seed=seed + 1)
+    C = mixed @ mixed.mT + 0.1 * torch.eye(into, dtype=E.dtype)
+    values, vectors = torch.linalg.eigh(C)
+    root = (vectors * values.sqrt()) @ vectors.mT
+    rank = min(rank, out, into)
+    found = list(critical_points(E, rank, covariance=C))
+    assert len(found) == sum(comb(min(out, into), k) for k in range(rank + 1))
+    least = torch.linalg.svdvals(E @ root)[rank:].square().sum() / 2
+
+    def loss(A: Tensor, B: Tensor) -> Tensor:
+        return ((E - A @ B.mT) @ root).square().sum() / 2
+
+    for one in found:
+        A, B = (f.clone().requires_grad_() for f in (one.point.left, one.point.right))
+        slopes = torch.autograd.grad(loss(A, B), (A, B)) if rank else ()
+        assert all(slope.abs().max() < 1e-8 for slope in slopes)
+        value = loss(one.point.left, one.point.right)
+        assert float(value) == pytest.approx(one.loss, rel=1e-8, abs=1e-10)
+        if one.direction is None:
+            assert one.loss == pytest.approx(float(least), rel=1e-8, abs=1e-10)
+            continue
+        assert one.loss > least * (1 + 1e-12)
+        assert one.curvature < 0
+        t = 1e-2
+        at = [
+            loss(one.point.left + s * one.direction.left, one.point.right + s * one.direction.right)
+            for s in (-t, 0, t)
+        ]
+        second = (at[0] + at[2] - 2 * at[1]) / (2 * t * t)
+        # A quartic along the line: what is left of order t² belongs to t⁴.
+        assert float(second) == pytest.approx(one.curvature, abs=1e-2 * (1 + abs(one.curvature)))
+
+
+def test_gradient_descent_from_anywhere_comes_to_the_least_critical_value() -> None:
+    """Independent of the list: where descent ends, it ends at its minimum."""
+    E = normal(4, 3)
+    least = [c for c in critical_points(E, 2) if c.direction is None]
+    assert len(least) == 1
+    for seed in range(5):
+        network = LinearNetwork([torch.zeros(4, 3, dtype=torch.float64)])
+        start = Adapters((LowRank(normal(4, 2, seed=seed), normal(3, 2, seed=seed + 50)),))
+        x = torch.eye(3, dtype=torch.float64) * 3**0.5
+        end = flow(network, start, (x, E @ x), 400.0, points=2).losses[-1]
+        assert float(end) == pytest.approx(least[0].loss, rel=1e-6)
+
+
+def test_bad_landscapes_are_refused() -> None:
+    with pytest.raises(InputError, match="covariance must be positive definite"):
+        next(critical_points(torch.eye(2), 1, covariance=torch.zeros(2, 2)))
+    with pytest.raises(InputError, match="rank must be"):
+        next(critical_points(torch.eye(2), 3))
+
+
+# --- Recipes --------------------------------------------------------------------------------------
+
+
+def test_recipes_measure_what_training_gives() -> None:
+    problem = Problem(width=6, steps=200, every=10, seed=3)
+    ways = [
+        Recipe(ranks=3, learning_rate=1e-2),
+        Recipe(ranks=3, learning_rate=1e-2, loss="one-sided", schedule="cosine"),
+        Recipe(ranks=3, start="construction", learning_rate=1e-5),
+        Recipe(ranks=3, start="fitted", learning_rate=1e-5),
+        Fused(ranks=3, starts=2),
+        Newton(ranks=3, training_samples=200, iterations=15),
+    ]
+    table = sweeps.run(
+        sweeps.grid(Setting, problem=problem, method=ways), optimization.measure, progress=False
+    )
+    assert list(table.method) == ["recipe"] * 4 + ["fused", "newton"]
+    frozen, target = problem.networks()
+    data, fresh = problem.data(target)
+    runs = train(frozen, [Tuning(3, learning_rate=1e-2)], data, steps=200, every=10, seed=3)
+    x, y = fresh.test(synthetic.TEST_SAMPLES)
+    error = (runs.network[0](x) - y).square().mean()
+    assert table.error[0] == pytest.approx(float(error), rel=1e-3)
+    # From exact adapters there is nothing to gain; rounding to single precision is left.
+    assert (table.error[2:4] < 1e-9).all()
+    assert table.error[5] < 1e-2 * table.error[0]
+
+
+def test_best_takes_the_grid_point_of_least_validation_loss() -> None:
+    problem = Problem(width=4, steps=20, every=10)
+    ways = sweeps.grid(Recipe, ranks=2, learning_rate=[1e-2, 1e-4])
+    table = sweeps.run(
+        sweeps.grid(Setting, problem=problem, method=ways), optimization.measure, progress=False
+    )
+    best = optimization.best(table)
+    assert len(best) == 1
+    assert best.validation_loss.iloc[0] == table.validation_loss.min()
+
+
+def test_perturbations_have_the_size_that_is_asked_for() -> None:
+    frozen = relu(1, 60)
+    adapters = drawn(frozen, 40)
+    moved = optimization.perturbed(adapters, 0.1, seed=1)
+    for before, after in zip(adapters.updates, moved.updates, strict=True):
+        for old, new in ((before.left, after.left), (before.right, after.right)):
+            size = float((new - old).square().mean().sqrt() / old.square().mean().sqrt())
+            assert size == pytest.approx(0.1, rel=0.1)
+    same = optimization.perturbed(adapters, 0.0)
+    assert torch.equal(same.updates[0].left, adapters.updates[0].left)
+
+
+BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "task": ({"problem": Problem(task="multiclass")}, "task must be 'regression'"),
+    "rank": ({"method": Recipe(ranks=17)}, "ranks must be"),
+    "linearized": (
+        {"problem": Problem(model="linear"), "method": Recipe(start="linearized")},
+        "start must be another, but for model 'fnn'",
+    ),
+    "one-sided": (
+        {"problem": Problem(model="linear"), "method": Recipe(loss="one-sided")},
+        "loss must be 'squared', but for model 'fnn'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_ways_that_do_not_fit_are_refused(case: str) -> None:
+    options, message = BAD_SETTINGS[case]
+    with pytest.raises(InputError, match=message):
+        Setting(**options)

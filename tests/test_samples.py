@@ -1,0 +1,301 @@
+"""Risks of least squares of a given rank, and adapters in few bits with what they bound."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorapower import InputError, lowrank, randomness
+from lorapower.adapters import Adapters, decode, encode, quantized
+from lorapower.bounds import samples
+from lorapower.experiments import coded, sweeps
+from lorapower.experiments.coded import Coded, Problem, Setting
+from lorapower.lowrank import LowRank
+from lorapower.networks import FNN, LinearNetwork
+from lorapower.regression import reduced_rank
+
+NETWORK: Any = FNN.random(2, 5)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return randomness.normal(randomness.generator(seed, "test of samples"), *shape)
+
+
+# --- Risks ----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+@settings(max_examples=20)
+def test_divergence_is_that_of_the_best_approximation(out: int, span: int, seed: int) -> None:
+    """The trace of the derivative of ``M ↦ LR_r(M)``, by differences."""
+    M = normal(out, span, seed=seed)
+    design = samples.design(10, out, span, 1.0)
+    found = samples.divergence(lowrank.spectrum(M), design)
+    h = 1e-6
+
+    def best(matrix: Tensor, rank: int) -> Tensor:
+        return lowrank.truncated_svd(matrix, rank).matrix()
+
+    for r in range(min(out, span) + 1):
+        total = 0.0
+        for i in range(out):
+            for j in range(span):
+                step = torch.zeros_like(M)
+                step[i, j] = h
+                difference = best(M + step, r)[i, j] - best(M - step, r)[i, j]
+                total += float(difference) / (2 * h)
+        assert float(found[r]) == pytest.approx(total, rel=1e-3, abs=1e-3)
+    assert float(found[-1]) == pytest.approx(out * span)
+    least = torch.arange(len(found)) * (out + span - torch.arange(len(found)))
+    assert (found >= least - 1e-9).all()
+
+
+def draws(
+    E: Tensor, x: Tensor, noise: float, count: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values of observations, risks of all ranks, and norms of projected noise."""
+    rows = lowrank.svd(x).V[:, : int(lowrank.rank(x))]
+    F = E @ x @ rows / x.shape[1] ** 0.5
+    xi = noise / x.shape[1] ** 0.5 * normal(count, *F.shape, seed=seed)
+    U, S, V = lowrank.svd(F + xi)
+    risks = [
+        ((U[..., :r] * S[..., None, :r]) @ V[..., :r].mT - F).square().sum((-2, -1))
+        for r in range(min(F.shape) + 1)
+    ]
+    return S, torch.stack(risks, -1), lowrank.norm(xi)
+
+
+def test_risks_are_those_of_reduced_rank_regression() -> None:
+    """The closed form in the rows of ``X`` is least squares over all matrices of the rank."""
+    E, x, rank = normal(5, 6), normal(6, 4, seed=1), 2
+    y = E @ x + 0.3 * normal(5, 4, seed=2)
+    K = reduced_rank(y, x, rank, intercept=False).change.matrix()
+    rows = lowrank.svd(x).V[:, :4]
+    best = lowrank.truncated_svd(y @ rows, rank).matrix() @ rows.mT
+    torch.testing.assert_close(K @ x, best, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("span", [3, 6])
+def test_the_expansion_is_the_mean_risk_for_small_noise(span: int) -> None:
+    E = normal(5, 6) * torch.tensor([2.0, 1.0, 0.5, 0.25, 0.1, 0.05])
+    x = normal(6, span, seed=1) @ normal(span, 40, seed=2)
+    design = samples.design(40, 5, span, 0.02)
+    f = lowrank.spectrum(E @ x)[: min(5, span)] / 40**0.5
+    S, risks, _ = draws(E, x, design.noise, 4000)
+    predicted = samples.expected_risk(f, design)
+    spread = risks.std(0) / len(risks) ** 0.5
+    excess = predicted - samples.expected_risk(f, design._replace(noise=0.0))
+    assert (
+        (risks.mean(0) - predicted).abs() <= 5 * spread + 0.05 * excess + 1e-12 * predicted
+    ).all()
+    estimates = torch.stack([samples.sure(values, design) for values in S[:1500]])
+    spread = (estimates - risks[:1500]).std(0) / 1500**0.5
+    assert ((estimates - risks[:1500]).mean(0).abs() <= 5 * spread + 1e-10).all()
+
+
+@given(
+    st.integers(1, 8), st.integers(1, 8), st.integers(1, 60), st.floats(0, 3), st.integers(0, 99)
+)
+@settings(max_examples=40)
+def test_the_oracle_inequality_is_never_violated(
+    out: int, into: int, count: int, noise: float, seed: int
+) -> None:
+    E, x = normal(out, into, seed=seed), normal(into, count, seed=seed + 1)
+    span = int(lowrank.rank(x))
+    design = samples.design(count, out, span, noise)
+    f = lowrank.spectrum(E @ x)[: min(out, span)] / count**0.5
+    _, risks, size = draws(E, x, noise, 50, seed)
+    tau = samples.expected_risk(f, design._replace(noise=0.0)).sqrt()
+    r = torch.arange(len(tau))
+    bound = tau + 2 * (2 * r).sqrt() * size[:, None]
+    assert (risks.sqrt() <= bound * (1 + 1e-9) + 1e-9).all()
+    spread = risks.std(0) / len(risks) ** 0.5
+    assert (risks.mean(0) - 4 * spread <= samples.oracle_bound(f, design) + 1e-9).all()
+    assert (risks >= tau.square() * (1 - 1e-9) - 1e-9).all()
+
+
+def test_simple_risks_are_below_and_equal_for_one_strong_spectrum() -> None:
+    design = samples.design(100, 6, 8, 0.5)
+    f = torch.tensor([50.0, 40.0, 0.0, 0.0, 0.0, 0.0])
+    simple, full = samples.simple_risk(f, design), samples.expected_risk(f, design)
+    assert (simple <= full + 1e-12).all()
+    assert float(simple[2]) == pytest.approx(float(full[2]), rel=1e-9)
+    assert int(simple.argmin()) == 2
+
+
+@pytest.mark.parametrize("noise", [None, 0.3])
+def test_the_rank_that_samples_pay_for(noise: float | None) -> None:
+    """A target at a distance of rank 3 from the frozen network, seen through noise."""
+    frozen = LinearNetwork.random(2, 12)
+    change = 3 * normal(12, 3) @ normal(12, 3, seed=1).mT / 12
+    x = normal(12, 400, seed=2)
+    y = (frozen.product() + change) @ x + 0.3 * normal(12, 400, seed=3)
+    found = samples.paid_rank(frozen, x, y, noise=noise)
+    assert found.rank == 3
+    assert found.design.noise == pytest.approx(0.3, rel=0.05)
+    few = samples.paid_rank(frozen, x[:, :8], y[:, :8], noise=30.0)
+    assert few.rank == 0
+    assert few.design.span == 8
+
+
+def test_without_noise_all_ranks_pay() -> None:
+    frozen, x = LinearNetwork.random(2, 5), normal(5, 50)
+    found = samples.paid_rank(frozen, x, normal(5, 5, seed=1) @ x, noise=0.0)
+    assert found.rank == 5
+    assert (found.risks.diff() < 0).all()
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "samples": (lambda: samples.design(0, 1, 1, 0.0), "samples must be"),
+    "span": (lambda: samples.design(3, 1, 4, 0.0), "span must be"),
+    "noise": (lambda: samples.design(3, 1, 1, -1.0), "noise must be"),
+    "values": (
+        lambda: samples.sure(torch.ones(3), samples.design(9, 2, 3, 1.0)),
+        "spectrum must be 2 values",
+    ),
+    "estimate": (
+        lambda: samples.paid_rank(LinearNetwork.random(1, 4), normal(4, 4), normal(4, 4)),
+        "noise must be given where there are no more than 4 samples",
+    ),
+    "outputs": (
+        lambda: samples.paid_rank(LinearNetwork.random(1, 4), normal(4, 9), normal(4, 8)),
+        r"outputs must be of shape \(4, 9\)",
+    ),
+    "share": (lambda: samples.occam_bound(1.5, 8, 10), "error must be a share"),
+    "bits": (lambda: samples.kl_bound(0.1, -1, 10), "bits must be"),
+    "delta": (lambda: samples.kl_bound(0.1, 8, 10, 1.0), "delta must be between 0 and 1"),
+    "no delta": (lambda: samples.occam_bound(0.1, 8, 10, 0.0), "delta must be"),
+    "no samples": (lambda: samples.occam_bound(0.1, 8, 0), "samples must be"),
+    "no bits a number": (lambda: encode(ADAPTERS, 0), "bits must be"),
+    "cut code": (lambda: decode(encode(ADAPTERS, 2).data[:4], NETWORK), "data must be a whole"),
+    "no code": (lambda: decode("01", NETWORK), "data must be bytes"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_samples_are_refused(case: str) -> None:
+    call, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+# --- Bounds by codes ------------------------------------------------------------------------------
+
+
+@given(st.floats(0, 1), st.floats(0, 5000), st.integers(1, 10**6), st.floats(1e-6, 0.99))
+def test_kl_solves_its_equation_and_is_the_sharper(
+    error: float, bits: float, count: int, delta: float
+) -> None:
+    kl, occam = (of(error, bits, count, delta) for of in (samples.kl_bound, samples.occam_bound))
+    assert error <= kl <= 1
+    assert kl <= occam + 1e-9
+    if 1e-6 < error < kl < 1 - 1e-6:
+        cost = (bits * math.log(2) - math.log(delta)) / count
+        terms = error * math.log(error / kl) + (1 - error) * math.log((1 - error) / (1 - kl))
+        assert terms == pytest.approx(cost, rel=1e-4, abs=1e-8)
+
+
+def test_bounds_hold_as_often_as_they_say() -> None:
+    """Random networks of a code of eight words: how often does the best one's bound fail?"""
+    draw = np.random.default_rng(0)
+    true, count, fails = np.linspace(0.1, 0.45, 8), 40, 0
+    for _ in range(2000):
+        seen = draw.binomial(count, true) / count
+        fails += any(
+            samples.kl_bound(s, 3, count, 0.2) < t for s, t in zip(seen, true, strict=True)
+        )
+    assert fails / 2000 <= 0.2
+
+
+# --- Codes ----------------------------------------------------------------------------------------
+
+
+def drawn(network: Any, ranks: tuple[int, ...], seed: int = 0, *, biases: bool = True) -> Adapters:
+    each = iter(range(1000))
+    updates = tuple(
+        LowRank(*(normal(side, R, seed=seed + next(each)) for side in w.shape[-2:]))
+        for w, R in zip(network.weights, ranks, strict=True)
+    )
+    changes = (
+        tuple(normal(len(b), seed=seed + next(each)) for b in network.biases) if biases else ()
+    )
+    return Adapters(updates, changes)
+
+
+ADAPTERS: Adapters = drawn(NETWORK, (2, 1))
+
+
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(1, 8), st.booleans(), st.integers(0, 99))
+@settings(max_examples=40)
+def test_what_is_read_is_what_was_rounded(
+    first: int, second: int, bits: int, biases: bool, seed: int
+) -> None:
+    adapters = drawn(NETWORK, (first, second), seed, biases=biases)
+    code = encode(adapters, bits)
+    read = decode(code.data, NETWORK)
+    assert read.ranks == (first, second)
+    for old, new in zip(adapters.updates, read.updates, strict=True):
+        torch.testing.assert_close(new.left, quantized(old.left, bits), rtol=0, atol=0)
+        torch.testing.assert_close(new.right, quantized(old.right, bits), rtol=0, atol=0)
+    for before, after in zip(adapters.bias_updates, read.bias_updates, strict=True):
+        assert torch.equal(after, quantized(before[:, None], bits)[:, 0])
+    gamma = sum(2 * n.bit_length() - 1 for n in (bits, first + 1, second + 1, 1 + biases))
+    numbers = adapters.parameter_count
+    columns = 2 * (first + second) + 2 * biases
+    assert code.length == gamma + 16 * columns + bits * numbers
+    assert len(code.data) == -(-code.length // 8)
+
+
+def test_no_code_begins_another() -> None:
+    """So Kraft's inequality holds: all that is decoded is decided before the code ends."""
+    codes = []
+    for seed in range(20):
+        for ranks in ((0, 0), (1, 0), (0, 1), (2, 1)):
+            for bits in (1, 2, 3):
+                code = encode(drawn(NETWORK, ranks, seed, biases=bool(seed % 2)), bits)
+                text = "".join(f"{byte:08b}" for byte in code.data)[: code.length]
+                codes.append(text)
+    distinct = sorted(set(codes))
+    assert not any(b.startswith(a) for a, b in pairwise(distinct))
+    assert sum(2.0 ** -len(code) for code in distinct) <= 1
+
+
+def test_more_bits_are_nearer_and_zeros_stay() -> None:
+    part = normal(30, 4)
+    errors = [float((quantized(part, b) - part).square().mean()) for b in (1, 2, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3
+    assert quantized(torch.zeros(3, 2), 2).abs().max() == 0
+    ends = torch.tensor([[-1.0], [1.0]])
+    assert torch.equal(quantized(ends, 1), ends)
+
+
+def test_codes_on_digits() -> None:
+    problem = Problem(angle=15.0, steps=30)
+    split = problem.split()
+    sizes = [len(part[1]) for part in split]
+    assert sizes == [1000, 400, 397]
+    both = torch.cat([split.training[0], split.pretraining[0]], 1).mT
+    assert len(torch.unique(both, dim=0)) >= 1390
+    settings_ = sweeps.grid(Setting, problem=problem, method=sweeps.grid(Coded, ranks=[0, 1]))
+    table = sweeps.run(settings_, coded.measure, progress=False)
+    assert (table.kl <= table.occam + 1e-9).all()
+    assert (table.kl >= table.training_error).all()
+    frozen = problem.frozen()
+    found = coded.fit(problem, Coded(ranks=1), frozen, split.training)
+    code = encode(found, 2)
+    assert table.length[1] == code.length
+    network = decode(code.data, frozen).merge(frozen)
+    wrong = (network(split.test[0].double()).argmax(0) != split.test[1]).double().mean()
+    assert table.test_error[1] == pytest.approx(float(wrong))
+    # The images that it was pretrained on are others, upright.
+    again = problem.split(angle=0.0)
+    assert torch.equal(again.training[1], split.training[1])
