@@ -21,3 +21,10 @@ def positions(batch_shape: torch.Size, index: Any, device: torch.device) -> Tens
         raise InputError(
             "index", allowed=f"one into batch shape {tuple(batch_shape)}", given=brief(index)
         ) from error
+
+
+def first(batch_shape: torch.Size) -> int:
+    """Length of the first batch dimension; raises `InputError` where there is none."""
+    if not batch_shape:
+        raise InputError("batch", allowed="of a dimension or more to go through", given="none")
+    return batch_shape[0]

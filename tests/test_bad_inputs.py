@@ -43,7 +43,7 @@ from lorapower.constructions import (
     transformer,
 )
 from lorapower.errors import LONGEST, brief
-from lorapower.experiments import digits, methods, synthetic
+from lorapower.experiments import coded, digits, methods, synthetic
 from lorapower.networks import (
     FNN,
     Gap,
@@ -86,6 +86,9 @@ HOLD = {
     adapters.Tuned,
     bounds.Floor,
     bounds.PairRanks,
+    bounds.samples.Design,
+    bounds.samples.PaidRank,
+    coded.Split,
     claims.Claim,
     attention.Scores,
     digits.Split,
@@ -104,11 +107,17 @@ HOLD = {
     lowrank.SVD,
     notebook.Quoted,
     transformer.TransformerAdaptation,
+    training.FusedTraining,
+    training.Newton,
     training.Training,
 }
 # Called by the package alone, with what it has checked.
 WITHIN = {
+    coded.fit,
+    digits.trained,
     general.kind_of,
+    synthetic.Tests,
+    synthetic.fitting_inputs,
     methods.adapted,
     methods.construct,
     attention.Builder,
@@ -151,7 +160,7 @@ MODULES = (
     *("adapters", "bounds", "hub", "lowrank", "networks", "randomness", "regions"),
     *("regression", "training"),
     *("book.claims", "book.figures", "book.notebook", "book.outputs", "book.parameters"),
-    "constructions",
+    *("bounds.samples", "constructions", "experiments.coded", "experiments.optimization"),
     *("constructions.attention", "constructions.fitted", "constructions.fused"),
     *("constructions.fnn", "constructions.linear", "constructions.narrow"),
     *("constructions.partition", "constructions.transformer", "experiments.digits"),

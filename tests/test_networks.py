@@ -11,7 +11,7 @@ from strategies import batch_shapes, dtypes, seeds
 from torch import nn
 
 from lorapower import InputError, randomness
-from lorapower.networks import LinearNetwork, product
+from lorapower.networks import FNN, LinearNetwork, product
 
 
 @given(st.integers(1, 6), st.integers(1, 8), batch_shapes, dtypes, seeds)
@@ -117,3 +117,12 @@ def test_random_networks_need_sizes(wrong: dict[str, float]) -> None:
     (name,) = wrong
     with pytest.raises(InputError, match=f"{name} must be an integer from"):
         LinearNetwork.random(**{"depth": 1, "width": 1} | wrong)  # type: ignore[arg-type]
+
+
+def test_batches_are_gone_through_member_by_member() -> None:
+    batch = FNN.random(2, 3, batch_shape=(2, 4))
+    members = [*batch]
+    assert [member.batch_shape for member in members] == [(4,), (4,)]
+    assert torch.equal(members[1].weights[0], batch.weights[0][1])
+    with pytest.raises(InputError, match="batch must be of a dimension or more"):
+        iter(batch[0, 0])

@@ -12,7 +12,7 @@ import torch
 import typechecks
 
 from lorapower import bounds, lowrank, rank_for_error
-from lorapower.adapters import Adapters, Tuned
+from lorapower.adapters import Adapters, Tuned, coding
 from lorapower.book.claims import Claim
 from lorapower.constructions import fitted, fnn, fused, linear, partition, residual, transformer
 from lorapower.constructions.attention import Scores
@@ -22,7 +22,16 @@ from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Pieces, Trans
 from lorapower.networks.residual import ResidualTransformer
 from lorapower.regions import Ball, Box, Samples
 from lorapower.regression import reduced_rank
-from lorapower.training import Fixed, Fresh, Tuning, train
+from lorapower.training import (
+    Fixed,
+    Fresh,
+    Tuning,
+    dynamics,
+    landscape,
+    newton,
+    train,
+    train_fused,
+)
 
 X = torch.ones(3, 4).double() + torch.eye(3, 4)
 TOKENS = torch.eye(4).double().repeat(1, 3) + 0.1 * torch.arange(12)
@@ -40,6 +49,8 @@ def networks(kind: Any, **options: Any) -> tuple[Any, Any]:
 
 STREAMS = ResidualTransformer.random(1, 4, 1), ResidualTransformer.random(1, 4, 1, seed=1)
 FNNS, LINEARS, TRANSFORMERS = (networks(kind) for kind in (FNN, LinearNetwork, Transformer))
+ADAPTERS = fnn.adapt(*FNNS, 1, Ball(1.0), throw=False).adapters
+LINEAR_ADAPTERS = linear.adapt(*LINEARS, 1, throw=False).adapters
 WIDE = LinearNetwork([torch.ones(2, 8, 3), torch.ones(5, 8)])
 
 SHOWN: dict[str, tuple[Callable[[], Any], str]] = {
@@ -97,7 +108,7 @@ SHOWN: dict[str, tuple[Callable[[], Any], str]] = {
     "Tuning": (
         lambda: Tuning((1, 2)),
         "Tuning(ranks=(1, 2), final=0, biases=True, learning_rate=0.001, "
-        "weight_decay=0.0, schedule='constant')",
+        "weight_decay=0.0, schedule='constant', ratio=1.0, loss='squared', start='study', blocks=1)",
     ),
     "Split": (
         lambda: digits.Split(*[(X, X[0])] * 3),
@@ -125,6 +136,15 @@ COMPARED: dict[str, Callable[[], Any]] = {
     "Fitted": lambda: fitted.adapt(*FNNS, 1, X, 2 * X, throw=False),
     "Scores": lambda: Scores(X, X, X[0, 0]),
     "Regression": lambda: reduced_rank(X, X, 1),
+    "Newton": lambda: newton(FNNS[0], ADAPTERS, (X, X), (X, X), 1),
+    "FusedTraining": lambda: train_fused(
+        FNNS[0], 1, Fresh(FNNS[1], (3,), samples=4), starts=1, steps=10
+    ),
+    "Flow": lambda: dynamics.flow(LINEARS[0], LINEAR_ADAPTERS, (X, X), 0.1, points=2),
+    "Critical": lambda: next(landscape.critical_points(X, 1)),
+    "Code": lambda: coding.encode(ADAPTERS, 2),
+    "Design": lambda: bounds.samples.design(9, 3, 3, 1.0),
+    "PaidRank": lambda: bounds.samples.paid_rank(LINEARS[0], X, X, noise=1.0),
     "Segments of gaps": lambda: segments(*TRANSFORMERS),
 }
 
@@ -151,7 +171,17 @@ def test_comparing_does_not_raise(make: Callable[[], Any]) -> None:
 
 def test_all_classes_that_hold_tensors_are_compared() -> None:
     """Those of dataclasses, named tuples, networks and regions outside of `APART`."""
-    inside = {"_objects", "stack", "compiled", "reference", "engine", "methods", "modules", "store"}
+    inside = {
+        "_objects",
+        "free",
+        "stack",
+        "compiled",
+        "reference",
+        "engine",
+        "methods",
+        "modules",
+        "store",
+    }
     found = set()
     for name in typechecks.modules():
         _, part, *rest = name.split(".")

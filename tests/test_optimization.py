@@ -27,17 +27,14 @@ from lorapower.training import (
     Fresh,
     Tuning,
     begin,
-    conserved,
-    critical_points,
-    flow,
-    learned,
     newton,
-    time_to,
     train,
     train_fused,
 )
 from lorapower.training.descent import _model
+from lorapower.training.dynamics import conserved, flow, learned, time_to
 from lorapower.training.free import Free
+from lorapower.training.landscape import critical_points
 
 BACKENDS: tuple[Literal["compiled", "torch"], ...] = ("compiled", "torch")
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorapower import InputError, lowrank, randomness
-from lorapower.adapters import Adapters, decode, encode, quantized
+from lorapower.adapters import Adapters
+from lorapower.adapters.coding import decode, encode, quantized
 from lorapower.bounds import samples
 from lorapower.experiments import coded, sweeps
 from lorapower.experiments.coded import Coded, Problem, Setting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -129,6 +129,10 @@ class Adapters:
         if self.tuned is None:
             return Adapters(tuple(updates), tuple(biases))
         return Adapters.trimmed(updates, biases, Tuned(*(pick(part, 1) for part in self.tuned)))
+
+    def __iter__(self) -> Iterator[Adapters]:
+        """The members along the first batch dimension, in turn."""
+        return (self[i] for i in range(_batches.first(self.batch_shape)))
 
     @classmethod
     def trimmed(

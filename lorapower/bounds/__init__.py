@@ -4,6 +4,7 @@ All raise `InputError` for a network of another kind than the one they are for.
 """
 
 from . import residual as residual
+from . import samples as samples
 from .data import first_order, fnn_data_threshold, variance
 from .final_layers import Floor, colliding_inputs, final_layers_floor
 from .fnn import (

@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 
 from .. import _objects, randomness
 from .._records import Record, Results
-from ..adapters import Adapters, decode, encode, quantized
+from ..adapters import Adapters
+from ..adapters.coding import decode, encode, quantized
 from ..bounds import samples
 from ..lowrank import LowRank
 from ..networks import FNN

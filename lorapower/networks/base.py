@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
@@ -90,6 +90,10 @@ class Network(ABC):
         members = self.members(index)
         own = len(self.batch_shape)
         return self.map(lambda values: values.reshape(-1, *values.shape[own:])[members])
+
+    def __iter__(self) -> Iterator[Self]:
+        """The members along the first batch dimension, in turn."""
+        return (self[i] for i in range(_batches.first(self.batch_shape)))
 
     def __repr__(self) -> str:
         return _objects.summary(self, self.sides, like=self.weights[0], batch=self.batch_shape)

@@ -99,9 +99,10 @@ def train_fused(
     Raises
     ------
     InputError : batches, ranks and data that do not fit, a partition for what is no ReLU network.
-    SingularError, PrecisionError : the changes cannot be split to precision.
+    SingularError : the changes cannot be split among the layers.
+    PrecisionError : they can, but at the price of more digits than accepted.
 
-    Source: [prop-fused-training].
+    Source: [thm-fused-training].
     """
     _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, frozen=frozen)
     _checks.kind(Data, data=data)

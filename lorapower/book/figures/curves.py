@@ -140,6 +140,7 @@ def lines(
     marks: Mapping[str, float] | None = None,
     xlabel: str,
     ylabel: str,
+    xscale: str = "linear",
 ) -> Figure:
     """Functions of x as lines without markers; marks are dotted vertical lines, named."""
     check_some(values=values)
@@ -150,7 +151,7 @@ def lines(
         ax.plot(places, y, label=label, color=look.color, ls=look.line, lw=2)
     for label, position in (marks or {}).items():
         ax.axvline(position, label=label, **_MARK)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale)
     _legend(figure)
     return figure
 
