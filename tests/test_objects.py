@@ -108,7 +108,8 @@ SHOWN: dict[str, tuple[Callable[[], Any], str]] = {
     "Tuning": (
         lambda: Tuning((1, 2)),
         "Tuning(ranks=(1, 2), final=0, biases=True, learning_rate=0.001, "
-        "weight_decay=0.0, schedule='constant', ratio=1.0, loss='squared', start='study', blocks=1)",
+        "weight_decay=0.0, schedule='constant', ratio=1.0, "
+        "loss='squared', start='study', blocks=1)",
     ),
     "Split": (
         lambda: digits.Split(*[(X, X[0])] * 3),
