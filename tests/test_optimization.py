@@ -273,6 +273,43 @@ def test_given_adapters_keep_the_other_columns() -> None:
         begin(frozen, [Tuning(2, start=drawn(frozen, 3))], data)
 
 
+@pytest.mark.parametrize("start", ["linearized", "given"])
+def test_biases_of_a_start_stay_where_they_are_not_tuned(start: Any) -> None:
+    frozen, data = relu(2, 5), Fresh(relu(1, 5), (5,))
+    begun = drawn(frozen, 1) if start == "given" else start
+    tuning = Tuning(1, biases=False, start=begun, learning_rate=1e-2)
+    runs = train(frozen, [tuning], data, steps=20)
+    x = data.test(50)[0]
+    merged = runs.adapters[0].merge(frozen.to(torch.float32))
+    torch.testing.assert_close(runs.network[0](x), merged(x), rtol=1e-3, atol=1e-4)
+    first = begin(frozen, [tuning], data)[0]
+    for before, after in zip(first.bias_updates, runs.adapters[0].bias_updates, strict=True):
+        assert before.abs().max() > 0
+        torch.testing.assert_close(before, after)
+    assert int(runs.parameter_count[0]) == 2 * 10
+
+
+def test_a_spectral_start_of_nothing_is_the_studys() -> None:
+    """Where all outputs are dead no gradient shows a direction."""
+    frozen = relu(2, 4)
+    frozen = frozen.with_parameters(frozen.weights, [frozen.biases[0], frozen.biases[1] - 50])
+    data = Fresh(relu(1, 4, seed=1), (4,))
+    spectral, study = (
+        begin(frozen, [replace(Tuning(2, start="spectral"), start=word)], data)[0]
+        for word in ("spectral", "study")
+    )
+    for one, other in zip(spectral.updates, study.updates, strict=True):
+        assert torch.equal(one.right, other.right)
+        assert torch.equal(one.left, other.left)
+
+
+def test_starts_of_other_batches_are_refused() -> None:
+    frozen, data = relu(2, 4), Fresh(relu(1, 4), (4,))
+    batch = begin(frozen, [Tuning(1), Tuning(1)], data)
+    with pytest.raises(InputError, match=r"start must be of batch shape \(\)"):
+        begin(frozen, [Tuning(1, start=batch)], data)
+
+
 BAD_TUNINGS: dict[str, tuple[dict[str, Any], str]] = {
     "loss": ({"loss": "absolute"}, "loss must be 'squared' or 'one-sided'; got 'absolute'"),
     "start": ({"start": "zero"}, "start must be .*'spectral'; got 'zero': or give adapters"),
@@ -380,6 +417,13 @@ def test_newton_of_a_batch_is_that_of_its_members() -> None:
         torch.testing.assert_close(found, alone.adapters.merge(frozen[i])(x[i]))
 
 
+def test_newton_refuses_samples_of_another_batch() -> None:
+    frozen, single = relu(2, 3), drawn(relu(2, 3), 1)
+    for x in (normal(3, 3, 9), normal(5, 2, 3, 9)):
+        with pytest.raises(InputError, match=r"training must be of a batch shape that broadcasts"):
+            newton(frozen, single, (x, frozen(x)), (x, frozen(x)), 1)
+
+
 def test_newton_moves_only_what_is_tuned() -> None:
     frozen, x = relu(2, 4), normal(4, 30)
     tuning = Tuning(2, biases=(True, False))
@@ -456,6 +500,26 @@ def test_below_the_threshold_ranks_are_kept() -> None:
     assert found.adapters.ranks == (1, 1, 1, 1)
     assert found.fused.fused_ranks == (2, 2)
     assert "rate 0" in repr(found)
+
+
+def test_segments_that_reach_nothing_are_refused() -> None:
+    narrow = LinearNetwork([normal(2, 4), normal(4, 2)])
+    with pytest.raises(InputError, match="ranks must be of segments whose layers are no narrower"):
+        train_fused(narrow, 2, Fresh(narrow, (4,)))
+    frozen = relu(2, 4)
+    with pytest.raises(InputError, match="region must be of class Region"):
+        train_fused(frozen, 1, Fresh(frozen, (4,)), region=3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="learning_rates must be at least one"):
+        train_fused(frozen, 1, Fresh(frozen, (4,)), learning_rates=[])
+
+
+def test_the_region_holds_the_inputs_that_were_trained_on() -> None:
+    frozen, target = relu(2, 4), relu(1, 4, seed=1)
+    x, near = 20 * normal(4, 60), normal(4, 60, seed=1)
+    data = Fixed((x, target(x)), (near, target(near)))
+    found = train_fused(frozen, 2, data, steps=50, starts=1)
+    trained = found.training.network[found.chosen].to(torch.float64)
+    torch.testing.assert_close(found.adapters.merge(frozen)(x), trained(x), rtol=1e-6, atol=1e-5)
 
 
 # --- Gradient flow --------------------------------------------------------------------------------
@@ -598,6 +662,12 @@ def test_gradient_descent_from_anywhere_comes_to_the_least_critical_value() -> N
         x = torch.eye(3, dtype=torch.float64) * 3**0.5
         end = flow(network, start, (x, E @ x), 400.0, points=2).losses[-1]
         assert float(end) == pytest.approx(least[0].loss, rel=1e-6)
+
+
+def test_of_equal_values_any_are_least() -> None:
+    found = {one.kept: one for one in critical_points(torch.eye(3, dtype=torch.float64), 1)}
+    assert all(found[(d,)].direction is None and found[(d,)].loss == 1 for d in range(3))
+    assert found[()].curvature < 0
 
 
 def test_bad_landscapes_are_refused() -> None:

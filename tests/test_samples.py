@@ -166,6 +166,16 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda: samples.paid_rank(LinearNetwork.random(1, 4), normal(4, 4), normal(4, 4)),
         "noise must be given where there are no more than 4 samples",
     ),
+    "narrow": (
+        lambda: samples.paid_rank(
+            LinearNetwork([normal(2, 4), normal(4, 2)]), normal(4, 9), normal(4, 9)
+        ),
+        "frozen must be a network with no layer narrower",
+    ),
+    "zeros": (
+        lambda: samples.paid_rank(LinearNetwork.random(1, 4), 0 * normal(4, 9), normal(4, 9)),
+        "inputs must be not all 0",
+    ),
     "outputs": (
         lambda: samples.paid_rank(LinearNetwork.random(1, 4), normal(4, 9), normal(4, 8)),
         r"outputs must be of shape \(4, 9\)",
@@ -176,9 +186,58 @@ BAD: dict[str, tuple[Any, str]] = {
     "no delta": (lambda: samples.occam_bound(0.1, 8, 10, 0.0), "delta must be"),
     "no samples": (lambda: samples.occam_bound(0.1, 8, 0), "samples must be"),
     "no bits a number": (lambda: encode(ADAPTERS, 0), "bits must be"),
-    "cut code": (lambda: decode(encode(ADAPTERS, 2).data[:4], NETWORK), "data must be a whole"),
+    "cut code": (lambda: decode(encode(ADAPTERS, 2).data[:4], NETWORK), "got a part of one"),
     "no code": (lambda: decode("01", NETWORK), "data must be bytes"),  # type: ignore[arg-type]
 }
+
+
+def test_spans_are_those_of_the_coarser_type() -> None:
+    x = normal(8, 2) @ normal(2, 60, seed=1)
+    y = normal(8, 60, seed=2)
+    for frozen, inputs in (
+        (LinearNetwork.random(1, 8), x.float()),
+        (LinearNetwork.random(1, 8, dtype=torch.float32), x),
+        (LinearNetwork.random(1, 8), x),
+    ):
+        assert samples.paid_rank(frozen, inputs, y).design.span == 2
+
+
+def test_noise_is_estimated_beside_large_changes() -> None:
+    frozen, x = LinearNetwork.random(1, 8), normal(8, 200)
+    y = 1e6 * normal(8, 8, seed=1) @ x + 1e-3 * normal(8, 200, seed=2)
+    assert samples.paid_rank(frozen, x, y).design.noise == pytest.approx(1e-3, rel=0.1)
+
+
+def test_rounding_pays_for_no_rank() -> None:
+    frozen, x = LinearNetwork.random(1, 8), normal(8, 60)
+    change = normal(8, 3, seed=1) @ normal(3, 8, seed=2)
+    y = (frozen.product() + change) @ x
+    assert samples.paid_rank(frozen, x, y, noise=0.0).rank == 3
+
+
+CORRUPT = {
+    "bits": "000000" + "1000001" + "1" * 60,
+    "rank": "010" + "000100000" + "1" * 60,
+    "scale": "1" + "010" + "1" + "1" + "1" * 16 + "0" * 60,
+    "junk": "1" + "1" + "1" + "1" + "0" * 40,
+}
+
+
+@pytest.mark.parametrize("case", CORRUPT)
+def test_what_is_no_code_is_refused(case: str) -> None:
+    text = CORRUPT[case]
+    text = text[: len(text) // 8 * 8]
+    data = int(text, 2).to_bytes(len(text) // 8, "big")
+    with pytest.raises(InputError, match="data must be a code for adapters of this network"):
+        decode(data, NETWORK)
+
+
+def test_numbers_beyond_half_precision_are_refused() -> None:
+    with pytest.raises(InputError, match="part must be of entries up to 65504; got 1e"):
+        quantized(1e5 * torch.ones(3, 1), 2)
+    wide = Adapters((LowRank(normal(5, 6), normal(5, 6)), LowRank(normal(5, 1), normal(5, 1))))
+    with pytest.raises(InputError, match="rank"):
+        encode(wide, 2)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -286,7 +345,8 @@ def test_codes_on_digits() -> None:
     assert sizes == [1000, 400, 397]
     both = torch.cat([split.training[0], split.pretraining[0]], 1).mT
     assert len(torch.unique(both, dim=0)) >= 1390
-    settings_ = sweeps.grid(Setting, problem=problem, method=sweeps.grid(Coded, ranks=[0, 1]))
+    methods = [*sweeps.grid(Coded, ranks=[0, 1]), Coded(ranks=0, biases=False)]
+    settings_ = sweeps.grid(Setting, problem=problem, method=methods)
     table = sweeps.run(settings_, coded.measure, progress=False)
     assert (table.kl <= table.occam + 1e-9).all()
     assert (table.kl >= table.training_error).all()
@@ -297,6 +357,9 @@ def test_codes_on_digits() -> None:
     network = decode(code.data, frozen).merge(frozen)
     wrong = (network(split.test[0].double()).argmax(0) != split.test[1]).double().mean()
     assert table.test_error[1] == pytest.approx(float(wrong))
+    alone = (frozen(split.test[0].double()).argmax(0) != split.test[1]).double().mean()
+    assert table.test_error[2] == pytest.approx(float(alone))
+    assert table.length[2] == 3 + 1 + 1 + 1
     # The images that it was pretrained on are others, upright.
     again = problem.split(angle=0.0)
     assert torch.equal(again.training[1], split.training[1])

@@ -17,7 +17,8 @@ from .core import Adapters
 # Of a number of single precision that scales what is written beside it.
 SCALE_BITS = 16
 # Parts of the largest number that the outermost level may stand for; the nearest to all is taken.
-CLIPS = tuple(np.linspace(0.2, 1.0, 33).tolist())
+CLIPS = tuple(np.linspace(0.0, 1.0, 41).tolist())
+LARGEST = float(np.finfo(np.float16).max)
 
 
 @_objects.held
@@ -38,12 +39,17 @@ def levels(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """For each column its scale and the numbers of its entries' levels, ``0 … 2^bits − 1``.
 
     Level ``k`` stands for the scale times ``(2k − m)/m``, ``m = 2^bits − 1``. The scale is that of
-    some whose squared error is least, rounded to half precision.
+    41, from 0 to the largest entry, whose squared error is least, rounded to half precision.
+
+    Raises `InputError` for entries beyond half precision, and for bits outside 1 to 12.
     """
     bits = _checks.integer("bits", bits, 1, 12)
     if isinstance(part, Tensor) and part.ndim == 2 and not part.shape[1]:
         return part.new_zeros(0), part.long()
     part = _checks.real_tensor("part", part, min_dims=2)
+    if part.abs().max() > LARGEST:
+        given = f"{float(part.abs().max()):.3g}"
+        raise InputError("part", allowed=f"of entries up to {LARGEST:.0f}", given=given)
     steps = 2**bits - 1
     clips = torch.tensor(CLIPS).to(part).reshape(-1, *[1] * part.ndim)
     tried = (clips * part.abs().amax(-2, keepdim=True)).half().to(part)
@@ -56,7 +62,7 @@ def levels(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def quantized(part: Tensor, bits: int) -> Tensor:
-    """The nearest of a part's columns that `encode` can write."""
+    """What `encode` writes of a part's columns: see `levels`."""
     scale, numbers = levels(part, bits)
     return _values(scale, numbers, bits)
 
@@ -72,12 +78,14 @@ def encode(adapters: Adapters, bits: int) -> Code:
     It has the number of bits, the ranks and whether there are biases, each in Elias's gamma code;
     for each column of a factor, and for each bias, a scale of 16 bits; and the numbers themselves.
 
-    Raises `InputError` for batches, and for bits outside 1 to 12.
+    Raises `InputError` for batches, bits outside 1 to 12, ranks above a weight's smaller side, and
+    entries beyond half precision.
     """
     _checks.kind(Adapters, adapters=adapters)
     bits = _checks.integer("bits", bits, 1, 12)
     if adapters.batch_shape:
         raise InputError("adapters", allowed="of one network", given=adapters)
+    _checks.ranks_per_layer(adapters.ranks, adapters.shapes)
     parts = [factor for u in adapters.updates for factor in (u.left, u.right)]
     parts += [bias[:, None] for bias in adapters.bias_updates]
     written = [_gamma(bits), *(_gamma(rank + 1) for rank in adapters.ranks)]
@@ -95,20 +103,22 @@ def encode(adapters: Adapters, bits: int) -> Code:
 def decode(data: bytes, network: Network) -> Adapters:
     """The adapters of a network that a code stands for, as `encode` has rounded them.
 
-    Raises `InputError` for what is no code for this network.
+    Raises `InputError` for what is no code for adapters of a network of these sizes.
     """
     _checks.kind(Network, network=network)
     if not isinstance(data, bytes):
         raise InputError("data", allowed="bytes, as `encode` writes them", given=brief(data))
     reader = _Reader(data)
-    bits = reader.gamma()
-    ranks = [reader.gamma() - 1 for _ in network.weights]
-    biases = reader.gamma() - 1
+    bits = reader.gamma(12)
+    ranks = [reader.gamma(min(weight.shape[-2:]) + 1) - 1 for weight in network.weights]
+    biases = reader.gamma(2) - 1
     like = network.weights[0]
 
     def part(rows: int, columns: int) -> Tensor:
         halves = [reader.number(SCALE_BITS) for _ in range(columns)]
         scale = torch.from_numpy(np.array(halves, np.uint16).view(np.float16).astype(np.float64))
+        if not scale.isfinite().all():
+            raise _no_code("a scale that is no number")
         numbers = torch.tensor([reader.number(bits) for _ in range(rows * columns)])
         return _values(scale, numbers.reshape(rows, columns), bits).to(like)
 
@@ -117,6 +127,8 @@ def decode(data: bytes, network: Network) -> Adapters:
         for weight, rank in zip(network.weights, ranks, strict=True)
     )
     changes = [part(bias.shape[-1], 1)[:, 0] for bias in network.biases] if biases else []
+    if len(reader.rest) >= 8 or "1" in reader.rest:
+        raise _no_code("more behind it")
     return Adapters(updates, tuple(changes))
 
 
@@ -136,12 +148,23 @@ class _Reader:
     def number(self, bits: int) -> int:
         piece = self.text[self.at : self.at + bits]
         if len(piece) < bits:
-            raise InputError("data", allowed="a whole code for this network", given="a part")
+            raise _no_code("a part of one")
         self.at += bits
         return int(piece, 2)
 
-    def gamma(self) -> int:
+    def gamma(self, most: int) -> int:
         zeros = 0
         while self.number(1) == 0:
             zeros += 1
-        return (1 << zeros) | (self.number(zeros) if zeros else 0)
+        found = (1 << zeros) | (self.number(zeros) if zeros else 0)
+        if found > most:
+            raise _no_code(f"{found} where {most} is the most")
+        return found
+
+    @property
+    def rest(self) -> str:
+        return self.text[self.at :]
+
+
+def _no_code(given: str) -> InputError:
+    return InputError("data", allowed="a code for adapters of this network", given=given)

@@ -27,7 +27,7 @@ class Tuned(NamedTuple):
     Attributes
     ----------
     ranks : of each weight's adapter; the columns past it are zeros.
-    biases : whether each bias is tuned; the update of one that is not is zeros.
+    biases : whether each bias is tuned; the update of one that is not stays what it was.
     """
 
     ranks: Int[Tensor, "*batch weights"]
@@ -138,14 +138,14 @@ class Adapters:
     def trimmed(
         cls, updates: Sequence[LowRank], bias_updates: Sequence[Tensor], tuned: Tuned
     ) -> Adapters:
-        """Adapters without the columns that no member tunes, and without biases if none does."""
+        """Adapters without the columns that no member tunes, and without biases that all stay."""
         ranks = tuned.ranks.reshape(-1, len(updates))
         largest = ranks.amax(0).tolist() if len(ranks) else [0] * len(updates)
         kept = tuple(
             LowRank(update.left[..., :R], update.right[..., :R])
             for update, R in zip(updates, largest, strict=True)
         )
-        if tuned.biases.any():
+        if tuned.biases.any() or any(bool(update.any()) for update in bias_updates):
             return cls(kept, tuple(bias_updates), tuned)
         return cls(kept, (), tuned._replace(biases=tuned.biases[..., :0]))
 

@@ -61,7 +61,8 @@ def divergence(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, "
     squares = f.square()
     gap = squares[:, None] - squares[None, :]
     # The approximation jumps where two values are equal, be they 0.
-    pairs = torch.where(gap > 0, squares[:, None] / gap, torch.inf)
+    equal = 8 * len(f) * torch.finfo(f.dtype).eps * squares.max()
+    pairs = torch.where(gap > equal, squares[:, None] / gap, torch.inf)
     shared = torch.stack([2 * pairs[:i, i:].sum() for i in r.tolist()])
     return r * (r + abs(design.outputs - design.span)) + shared
 
@@ -77,9 +78,10 @@ def expected_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor
 
 
 def simple_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """``τ_r² + σ² r (D_out + q − r)/n``: with the least that ``div_r`` can be, which it is nearly.
+    """``τ_r² + σ² r (D_out + q − r)/n``: `expected_risk` with ``div_r`` at its lower bound.
 
-    It counts the numbers of a matrix of rank ``r``. Source: [thm-risk].
+    That is the number of parameters of a matrix of rank ``r``; ``div_r`` is near it where singular
+    values are well apart. Source: [thm-risk].
     """
     f = _values(spectrum, design)
     r = torch.arange(len(f) + 1, dtype=f.dtype)
@@ -136,15 +138,20 @@ def paid_rank(
 ) -> PaidRank:
     """From data alone: the total rank of adapters with the least estimated risk, by `sure`.
 
+    Of ranks whose estimates differ by rounding alone it is the least.
+
     Parameters
     ----------
-    frozen : a linear network; its product is ``P``.
-    inputs, outputs : ``X`` and ``Y``.
+    frozen : a linear network, of square non-singular layers for what is said of its adapters to
+        hold; its product is ``P``.
+    inputs, outputs : ``X`` and ``Y``. Their rank is taken in the coarser of the types of inputs and
+        network.
     noise : ``σ``; by default estimated from what no linear map explains,
         ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``.
 
-    Raises `InputError` for data that do not fit, and where the noise is to be estimated from no
-    more samples than the inputs span.
+    Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
+    inputs that are all 0, and where the noise is to be estimated from no more samples than the
+    inputs span.
 
     Source: [thm-risk].
     """
@@ -156,7 +163,13 @@ def paid_rank(
     wanted = (frozen.widths[-1], x.shape[-1])
     if x.ndim != 2 or tuple(y.shape) != wanted:
         raise InputError("outputs", allowed=f"of shape {wanted}", given=tuple(y.shape))
-    samples, span = x.shape[1], int(lowrank.rank(x))
+    if min(frozen.widths) < min(frozen.widths[0], frozen.widths[-1]):
+        allowed = "a network with no layer narrower than inputs and outputs"
+        raise InputError("frozen", allowed=allowed, given=frozen)
+    coarse = min((torch.as_tensor(inputs).dtype, frozen.dtype), key=lambda t: torch.finfo(t).bits)
+    samples, span = x.shape[1], int(lowrank.rank(x.to(coarse)))
+    if not span:
+        raise InputError("inputs", allowed="not all 0", given="zeros")
     missing = y - frozen.product().double() @ x
     rows = lowrank.svd(x).V[:, :span]
     explained = missing @ rows
@@ -167,12 +180,15 @@ def paid_rank(
                 allowed=f"given where there are no more than {span} samples, which inputs span",
                 given=f"none with {samples}",
             )
-        rest = missing.square().sum() - explained.square().sum()
-        noise = math.sqrt(max(0.0, float(rest)) / (len(y) * (samples - span)))
+        rest = (missing - explained @ rows.mT).square().sum()
+        noise = math.sqrt(float(rest) / (len(y) * (samples - span)))
     made = design(samples, len(y), span, noise)
     observed = lowrank.spectrum(explained) / math.sqrt(samples)
     risks = sure(observed, made)
-    return PaidRank(int(risks.nan_to_num(torch.inf).argmin()), risks, observed, made)
+    rounding = 8 * len(risks) * torch.finfo(risks.dtype).eps * observed.square().sum()
+    least = risks.nan_to_num(torch.inf, torch.inf)
+    paid = int((least <= least.min() + rounding).int().argmax())
+    return PaidRank(paid, risks, observed, made)
 
 
 def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:

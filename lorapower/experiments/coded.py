@@ -72,10 +72,11 @@ class Problem(Record):
 
 
 class Coded(Record):
-    """Adapters of one rank whose numbers, and the biases', have so many bits each."""
+    """Adapters of one rank and, if they are tuned, biases, of so many bits a number."""
 
     ranks: int = Field(1, ge=0, le=digits.PIXELS)
     bits: int = Field(2, ge=1, le=12)
+    biases: bool = True
 
 
 class Setting(Record):
@@ -119,7 +120,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
 
 
 def fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Adapters:
-    """Adapters whose rounded ones read the images best, by Adam through the rounding.
+    """Adapters by Adam through the rounding: those met whose rounded ones read the images best.
 
     Outputs are computed from rounded numbers, and slopes passed on to the numbers themselves.
     """
@@ -131,10 +132,9 @@ def fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Ada
         rank = min(method.ranks, out, into)
         drawn = randomness.normal(generator, into, rank, dtype=frozen.dtype)
         parts += [weight.new_zeros(out, rank), FACTOR * drawn]
-    parts += [torch.zeros_like(bias)[:, None] for bias in frozen.biases]
-    moving = [part.requires_grad_() for part in parts]
-    optimizer = torch.optim.Adam(moving, lr=RATE)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.steps)
+    if method.biases:
+        parts += [torch.zeros_like(bias)[:, None] for bias in frozen.biases]
+    moving = [part.requires_grad_() for part in parts if part.numel()]
 
     def adapters(values: Sequence[Tensor]) -> Adapters:
         count = 2 * len(frozen.weights)
@@ -142,12 +142,17 @@ def fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Ada
         changes = tuple(part[:, 0] for part in values[count:])
         return Adapters(tuple(LowRank(*pair) for pair in factors), changes)
 
+    if not moving:
+        return adapters(parts)
+    optimizer = torch.optim.Adam(moving, lr=RATE)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.steps)
     best, kept = float("inf"), [part.detach().clone() for part in parts]
     for _ in range(problem.steps):
         rounded = [part + (quantized(part.detach(), method.bits) - part.detach()) for part in parts]
         now = adapters(rounded)
         weights = [w + u.matrix() for w, u in zip(frozen.weights, now.updates, strict=True)]
-        biases = [b + d for b, d in zip(frozen.biases, now.bias_updates, strict=True)]
+        changes = now.bias_updates or [torch.zeros_like(b) for b in frozen.biases]
+        biases = [b + d for b, d in zip(frozen.biases, changes, strict=True)]
         votes = frozen.holding(weights, biases)(x)
         wrong = float((votes.detach().argmax(0) != y).double().mean())
         if wrong < best:

@@ -128,7 +128,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
             adapters, loss = _newton(other, problem, frozen, target, data)
         else:
             continue
-        found[other] = {**tests.of(adapters.merge(frozen)), "validation_loss": loss}
+        found[other] = {**tests.of(adapters.merge(frozen)), **loss}
     return [Found(**found[method]) for method in asked]
 
 
@@ -177,7 +177,7 @@ def _tuning(method: Recipe, problem: Problem, frozen: Any, target: Any) -> Tunin
 
 def _fused(
     method: Fused, problem: Problem, frozen: Any, data: Data, course: dict[str, Any]
-) -> tuple[Adapters, float]:
+) -> tuple[Adapters, dict[str, float]]:
     relu = isinstance(frozen, FNN)
     found = train_fused(
         frozen,
@@ -189,12 +189,12 @@ def _fused(
         throw=False,
         **course,
     )
-    return found.adapters, float(found.validation_loss.min())
+    return found.adapters, {"validation_loss": float(found.validation_loss.min())}
 
 
 def _newton(
     method: Newton, problem: Problem, frozen: Any, target: Any, data: Data
-) -> tuple[Adapters, float]:
+) -> tuple[Adapters, dict[str, float]]:
     blocks = problem.target_depth if problem.model == "fnn" else 1
     tuning = Tuning(method.ranks, start=method.start, blocks=blocks)
     start = begin(frozen, [tuning], data, seed=problem.seed)[0].to(torch.float64)
@@ -205,4 +205,5 @@ def _newton(
 
     samples, others = pair("newton", method.training_samples), pair("newton, held out", HELD_OUT)
     found = newton(frozen, start, samples, others, method.iterations, loss=method.loss)
-    return found.adapters, float(found.validation_loss.min())
+    losses = {"validation_loss": found.validation_loss, "training_error": found.training_loss}
+    return found.adapters, {name: float(loss.min()) for name, loss in losses.items()}

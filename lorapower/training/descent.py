@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import get_args
@@ -120,8 +120,8 @@ def newton(
 
     ``r`` are the errors of all outputs on ``training`` and ``J`` their derivatives in all that is
     tuned. The damping ``λ`` falls where a step does what its linear model says, and rises where it
-    does not; a step that makes the error on ``training`` larger is not taken. Where an exact fit is
-    near, errors are squared in each step.
+    does not; a step that makes the loss on ``training`` larger is not taken. Where an exact fit is
+    near, it comes to it in few steps.
 
     Parameters
     ----------
@@ -145,8 +145,17 @@ def newton(
         "network and adapters", [network.batch_shape, adapters.batch_shape]
     )
     pairs = labelled(network, "training", training), labelled(network, "validation", validation)
+    for name, pair in zip(("training", "validation"), pairs, strict=True):
+        for part in pair:
+            given = part.shape[: part.ndim - (3 if network.sequences else 2)]
+            fits = len(given) <= len(batch) and all(
+                size in (1, whole) for size, whole in zip(given[::-1], batch[::-1], strict=False)
+            )
+            if not fits:
+                allowed = f"of a batch shape that broadcasts to {tuple(batch)}"
+                raise InputError(name, allowed=allowed, given=tuple(given))
     if loss == "one-sided":
-        _one_sided(network, [pair[1] for pair in pairs])
+        _one_sided(network, {"training": pairs[0][1], "validation": pairs[1][1]})
     members = []
     for index in product(*map(range, batch)):
         one = network[index] if network.batch_shape else network
@@ -186,18 +195,17 @@ def _member(network: Network, values: Tensor, index: tuple[int, ...]) -> Tensor:
     ]
 
 
-def _one_sided(network: Network, wanted: Sequence[Tensor]) -> None:
+def _one_sided(network: Network, wanted: Mapping[str, Tensor]) -> None:
     if not isinstance(network, FNN) or network.linear_last:
         raise InputError(
             "loss",
             allowed="'squared', but for ReLU networks that end with a ReLU",
             given=f"'one-sided' for {brief(network)}",
         )
-    least = min(float(part.min()) for part in wanted)
-    if least < 0:
-        raise InputError(
-            "training", allowed="outputs of at least 0 for the one-sided loss", given=least
-        )
+    for name, outputs in wanted.items():
+        if outputs.min() < 0:
+            allowed = "outputs of at least 0 for the one-sided loss"
+            raise InputError(name, allowed=allowed, given=float(outputs.min()))
 
 
 def _newton(

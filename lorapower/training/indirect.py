@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +15,7 @@ from .. import _checks
 from ..adapters import Adapters
 from ..constructions.adaptation import Adaptation
 from ..constructions.fused import Fused, fuse
-from ..errors import InputError
+from ..errors import InputError, brief
 from ..networks import FNN, LinearNetwork, Partition, Transformer, unbent
 from ..networks.residual import ResidualTransformer
 from ..regions import Ball, Region
@@ -22,7 +23,8 @@ from .data import Data
 from .engine import train
 from .tuning import Training, Tuning
 
-# The inputs that training saw lie in a ball; the adapters hold in one so much larger.
+# A ball holds the validation inputs and those of the first batches; adapters hold in one so much
+# larger.
 MARGIN = 1.5
 
 
@@ -77,10 +79,11 @@ def train_fused(
 ) -> FusedTraining:
     """Adapters from data alone: train one matrix for each segment, then split it exactly.
 
-    Adapters of ranks ``R_l`` on a segment reach ``P + K`` for every ``K`` of rank at most ``Σ R_l``
-    [lem-any-change]. So ``K = A Bᵀ`` is trained in their place, with the segment's product ``P``
-    frozen, by Adam with a falling rate from several draws of ``B``. The run of least validation
-    loss is kept and its changes are split among the layers. The loss is one-sided [def-one-sided]
+    Adapters of ranks ``R_l`` on a segment of square non-singular layers reach ``P + K`` for every
+    ``K`` of rank at most ``Σ R_l`` [lem-any-change]. So ``K = A Bᵀ`` is trained in their place, the
+    segment's product ``P`` frozen, by Adam with a falling rate from several draws of ``B``. The run
+    of least validation loss is kept and its changes are split among the layers. The loss is
+    one-sided [def-one-sided]
     where the network ends with a ReLU.
 
     Parameters
@@ -90,17 +93,18 @@ def train_fused(
     data : to train on; outputs of at least 0 for a network that ends with a ReLU.
     partition : of a ReLU network, into as many blocks as layers are to be imitated; by default one
         block, whose inner ReLUs idle.
-    region : of a ReLU network, where its inner ReLUs are to idle; by default a ball half as large
-        again as one about the validation inputs.
+    region : of a ReLU network, where its inner ReLUs are to idle, outside of which the adapted
+        network is another than was trained; by default a ball half as large again as one that
+        holds the validation inputs and those of the first batches.
     starts, learning_rates : all pairs of them are run.
     steps, every, seed, threads : of `train`.
     throw : of the construction.
 
     Raises
     ------
-    InputError : batches, ranks and data that do not fit, a partition for what is no ReLU network.
+    InputError : batches, ranks and data that do not fit, a partition for what is no ReLU network,
+        and layers so narrow between wider ones that their ranks reach nothing.
     SingularError : the changes cannot be split among the layers.
-    PrecisionError : they can, but at the price of more digits than accepted.
 
     Source: [thm-fused-training].
     """
@@ -108,6 +112,10 @@ def train_fused(
     _checks.kind(Data, data=data)
     starts = _checks.integer("starts", starts, 1)
     rates = _checks.items("learning_rates", learning_rates, what="rates, such as [1e-2]")
+    if not rates:
+        raise InputError("learning_rates", allowed="at least one", given="none")
+    if region is not None:
+        _checks.kind(Region, region=region)
     relu = isinstance(frozen, FNN)
     if not relu and (partition is not None or region is not None):
         name = "region" if partition is None else "partition"
@@ -118,6 +126,12 @@ def train_fused(
         goal = unbent(frozen, partition)
         region = _about(data) if region is None else region
     pair = fuse(frozen, goal, ranks, partition)
+    if not any(pair.fused_ranks) and np.any(ranks):
+        raise InputError(
+            "ranks",
+            allowed="of segments whose layers are no narrower than their ends",
+            given=f"{brief(ranks)} for {frozen}, which reach no change",
+        )
     loss = "one-sided" if isinstance(frozen, FNN) and not frozen.linear_last else "squared"
     runs = train(
         pair.network.map(lambda values: values.expand(starts, *values.shape)),
@@ -138,7 +152,8 @@ def train_fused(
 
 
 def _about(data: Data) -> Ball:
-    x = torch.as_tensor(data.validation[0]).double()
+    first = torch.as_tensor(data.block(0)[0]).double().movedim(0, -1).flatten(1)
+    x = torch.cat([torch.as_tensor(data.validation[0]).double(), first], -1)
     centre = x.mean(-1, keepdim=True)
     radius = torch.linalg.vector_norm(x - centre, dim=-2).amax()
     return Ball(MARGIN * radius, centre[..., 0])

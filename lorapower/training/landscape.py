@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -46,7 +46,8 @@ def critical_points(
     """The critical points of one layer's loss over adapters of a rank, one of each kind.
 
     With distinct singular values of ``E C^{1/2}`` there is a kind for each set of at most ``rank``
-    of those that are not 0. All others of a kind have the same product and the same loss.
+    of those that are not 0. Points of one kind share product and loss; one of each kind is
+    returned. Where singular values are equal there are others, with the same losses.
 
     Parameters
     ----------
@@ -81,6 +82,12 @@ def critical_points(
             yield _critical(U, S, V, kept, rank, count, back)
 
 
+def _no_less(S: Tensor, own: Sequence[int], missing: int) -> bool:
+    """Whether what is missing is no larger than anything that is kept, but for rounding."""
+    eps = torch.finfo(S.dtype).eps
+    return not own or bool(S[missing] <= S[own[-1]] + 8 * len(S) * eps * S[0])
+
+
 def _critical(
     U: Tensor, S: Tensor, V: Tensor, kept: tuple[int, ...], rank: int, count: int, back: Tensor
 ) -> Critical:
@@ -94,7 +101,9 @@ def _critical(
     # The largest that is missing, and the smallest that is kept in its place.
     missing = rest[0] if rest else None
     to_A, to_B = torch.zeros_like(A), torch.zeros_like(B)
-    if missing is None or (len(own) == rank and (not own or own[-1] < missing)):
+    # Of equal values it does not matter which are kept.
+    least = missing is None or (len(own) == rank and _no_less(S, own, missing))
+    if missing is None or least:
         return Critical(kept, point, loss, None, 0.0)
     if len(own) < rank:
         # A column that is free: it costs nothing to first order to let it grow in both factors.

@@ -59,6 +59,9 @@ def put(
 
 def _given(stack: Stack[Any], state: State[Any], runs: slice, start: Adapters) -> None:
     """Adapters' factors in the place of as many of the study's, and their biases."""
+    batch = stack.network.batch_shape
+    if torch.broadcast_shapes(start.batch_shape, batch) != batch:
+        raise InputError("start", allowed=f"of batch shape {tuple(batch)}", given=start)
     start.merge(stack.network)
 
     def flat(values: Tensor, dims: int) -> Array:
@@ -74,14 +77,17 @@ def _given(stack: Stack[Any], state: State[Any], runs: slice, start: Adapters) -
 
 
 def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
-    """Biases with which inner ReLUs are idle in a ball that holds the validation inputs."""
+    """Biases with which inner ReLUs are idle in a ball that holds the inputs seen so far."""
     network = stack.network
     if not isinstance(network, FNN):
         allowed = "'study', 'spectral' or adapters, but for ReLU networks"
         raise InputError("start", allowed=allowed, given=f"'linearized' for {network}")
     blocks = _checks.integer("blocks", blocks, 1, network.depth, limit="the depth")
     partition = Partition.uniform(network.depth, blocks)
-    x = batches.validation[0][..., : stack.inputs, 0, :].double()
+    # Of the first batches all inputs beside one another.
+    first = batches.first[0].movedim(1, -1).flatten(-2)
+    seen = torch.cat([batches.validation[0], first], -1)
+    x = seen[..., : stack.inputs, 0, :].double()
     centre = x.mean(-1, keepdim=True)
     radius = torch.linalg.vector_norm(x - centre, dim=-2).amax(-1)
     sources = batches.sources.tolist()
@@ -121,6 +127,9 @@ def _spectral(
     direction = (U * S[..., None, :]) @ Vh
     lengths = W.new_tensor([0.5**k for k in range(HALVINGS)])
     tried = torch.stack([losses(W + t * direction) for t in lengths]).nan_to_num(torch.inf)
-    root = (lengths[tried.argmin(0)][:, None, None, None] * S[..., None]).sqrt()
-    state.A[runs] = (root * U.mT).cpu().numpy()
-    state.B[runs] = (root * Vh).cpu().numpy()
+    # A direction of which nothing is learned keeps the study's factors, and so does a run that no
+    # length helps.
+    learned = (S > 0) & (tried.amin(0) < losses(W))[:, None, None]
+    root = (lengths[tried.argmin(0)][:, None, None] * S).sqrt()[..., None]
+    state.A[runs] = torch.where(learned[..., None], root * U.mT, here.A).cpu().numpy()
+    state.B[runs] = torch.where(learned[..., None], root * Vh, here.B).cpu().numpy()

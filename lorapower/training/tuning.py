@@ -39,11 +39,12 @@ class Tuning:
     loss : ``"squared"``, or ``"one-sided"`` [def-one-sided] for networks that end with a ReLU and
         outputs of at least 0. The best parameters are chosen by the squared error either way.
     start : ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the
-        same, and biases with which ReLU networks are ``blocks`` layers deep for inputs like those
-        of the validation. ``"spectral"``: ``A`` and ``B`` from the leading singular vectors of the
-        gradient on the first batch. Or adapters, of at most these ranks, beside whose columns the
-        study's others stay.
-    blocks : of start ``"linearized"``, all of as many layers; the depth of the target, if known.
+        same, and biases with which ReLU networks are ``blocks`` layers deep on a ball that holds
+        the validation inputs and those of the first batches. ``"spectral"``: ``A`` and ``B`` from
+        the leading singular vectors of the gradient on the first batch. Or adapters, of at most
+        these ranks; further columns are drawn as in the study's start.
+    blocks : of start ``"linearized"``, all of as many layers, but that the last takes what is left
+        over; the depth of the target, if known.
 
     Raises `InputError` for a value that has no meaning for any network.
     """
