@@ -315,6 +315,7 @@ BAD_TUNINGS: dict[str, tuple[dict[str, Any], str]] = {
     "start": ({"start": "zero"}, "start must be .*'spectral'; got 'zero': or give adapters"),
     "start in full": ({"ranks": 0, "final": 1, "start": "spectral"}, "start must be 'study'"),
     "blocks": ({"blocks": 0}, "blocks must be"),
+    "blocks of no use": ({"blocks": 2}, "blocks must be 1, but for start 'linearized'; got 2"),
     "ratio": ({"ratio": 0.0}, "ratio must be"),
     "ratio too large": ({"ratio": 1e39}, "ratio must be a number of single precision"),
 }

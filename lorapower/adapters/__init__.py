@@ -1,4 +1,7 @@
-"""Adapters: which weight gets which low-rank update ``ΔW = A Bᵀ``, which bias which ``Δb``."""
+"""Adapters: which weight gets which low-rank update ``ΔW = A Bᵀ``, which bias which ``Δb``.
+
+`coding` writes them in few bits.
+"""
 
 from .core import Adapters, N, Tuned
 

@@ -77,6 +77,9 @@ def encode(adapters: Adapters, bits: int) -> Code:
 
     It has the number of bits, the ranks and whether there are biases, each in Elias's gamma code;
     for each column of a factor, and for each bias, a scale of 16 bits; and the numbers themselves.
+    `decode` takes its ``data``, `bounds.samples.kl_bound` its ``length``. Rounding is coarse:
+    adapters that were not trained through it may lose all, those of constructions, whose biases are
+    large, first.
 
     Raises `InputError` for batches, bits outside 1 to 12, ranks above a weight's smaller side, and
     entries beyond half precision.

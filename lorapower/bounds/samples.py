@@ -206,7 +206,9 @@ def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) ->
 def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
     """The largest ``err`` with ``kl(êrr ‖ err) ≤ (|h| ln 2 + ln 1/δ)/n``: at most `occam_bound`.
 
-    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``. As `occam_bound` otherwise.
+    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``. Arguments, what it says and what it
+    raises are those of `occam_bound`: the share of errors on so many samples, the number of bits of
+    the network's code, ``δ``.
     """
     share, cost = _checked_share(error), _cost(bits, samples, delta)
 

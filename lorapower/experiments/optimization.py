@@ -157,9 +157,9 @@ def perturbed(adapters: Adapters, size: float, seed: int = 0) -> Adapters:
 
 def _tuning(method: Recipe, problem: Problem, frozen: Any, target: Any) -> Tuning:
     own = {"kind", "start", "perturbation"}
-    options = method.model_dump(exclude=own) | {"blocks": problem.target_depth}
-    if problem.model == "transformer":
-        options["blocks"] = 1
+    options = method.model_dump(exclude=own)
+    if method.start == "linearized":
+        options["blocks"] = problem.target_depth
     region = Ball(problem.width**0.5 + 4)
     if method.start == "construction":
         adapters = methods.construct(frozen, target, method.ranks, region)
@@ -195,7 +195,7 @@ def _fused(
 def _newton(
     method: Newton, problem: Problem, frozen: Any, target: Any, data: Data
 ) -> tuple[Adapters, dict[str, float]]:
-    blocks = problem.target_depth if problem.model == "fnn" else 1
+    blocks = problem.target_depth if method.start == "linearized" else 1
     tuning = Tuning(method.ranks, start=method.start, blocks=blocks)
     start = begin(frozen, [tuning], data, seed=problem.seed)[0].to(torch.float64)
 

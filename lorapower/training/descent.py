@@ -93,8 +93,8 @@ class Newton:
     Attributes
     ----------
     adapters : those of the least error on the validation samples.
-    training_loss, validation_loss : mean squared errors before the first iteration and after each
-        one, those of members that have ended before staying as they were.
+    training_loss, validation_loss : mean squared errors, whatever the loss, before the first
+        iteration and after each one, those of members that have ended before staying as they were.
     """
 
     adapters: Adapters
@@ -125,8 +125,11 @@ def newton(
 
     Parameters
     ----------
-    network, adapters, training, validation : as `descend` takes them; here also batches, whose
-        members are adapted one after the other, to samples of their own or the same.
+    network, adapters : the network, and where it starts, such as from `begin`; or batches, whose
+        members are adapted one after the other.
+    training, validation : pairs of inputs as the network takes them and the outputs that are
+        wanted, such as `Fresh.test` gives; for a batch each member's own, or the same. All is
+        computed in the network's precision.
     iterations : at most; a member ends before, where no damping helps.
     loss : ``"one-sided"`` [def-one-sided] lets errors be those before the last ReLU, where an
         output is to be positive.

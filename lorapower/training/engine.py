@@ -105,6 +105,8 @@ def begin(
 ) -> Adapters:
     """The adapters that `train` begins with, given the same; batch shape ``[tunings, *batch]``.
 
+    Those of the first tuning, ``[0]``, are a start for `newton` and `descend`. In single precision.
+
     Raises what `train` raises.
     """
     stack, _, state, _ = _ready(frozen, tunings, data, seed, classes, (1, 1, 0.0))
@@ -118,8 +120,11 @@ def _ready(
     seed: int | Sequence[int],
     classes: Sequence[int],
     course: tuple[int, int, float],
-) -> tuple[Stack[N], Structure, State[Any], Batches]:
-    """All runs at their starts; ``course`` has ``steps``, ``every`` and ``until``."""
+) -> tuple[Stack[N], Structure, Any, Batches]:
+    """All runs at their starts; ``course`` has ``steps``, ``every`` and ``until``.
+
+    The third part is a `State`, of which checks at run time know nothing within a tuple.
+    """
     steps, every, until = course
     stack = Stack(frozen)
     seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]

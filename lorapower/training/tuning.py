@@ -84,6 +84,8 @@ class Tuning:
         if self.final and self.start != "study":
             raise InputError("start", allowed="'study' for layers in full", given=brief(self.start))
         _checks.integer("blocks", self.blocks, 1)
+        if self.blocks > 1 and self.start != "linearized":
+            raise InputError("blocks", allowed="1, but for start 'linearized'", given=self.blocks)
         _checks.positive("learning_rate", self.learning_rate)
         _checks.positive("ratio", self.ratio)
         _checks.tolerance("weight_decay", self.weight_decay)
