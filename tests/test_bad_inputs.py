@@ -176,6 +176,7 @@ NAMES = {
     **globals(),
     **{name.rpartition(".")[2]: import_module(f"lorapower.{name}") for name in MODULES},
     "np": np,
+    "partitions": import_module("lorapower.networks.partition"),
     "pd": pd,
 }
 

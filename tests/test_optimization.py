@@ -20,7 +20,8 @@ from lorapower.experiments import optimization, sweeps, synthetic
 from lorapower.experiments.optimization import Fused, Newton, Recipe, Setting
 from lorapower.experiments.synthetic import Problem
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, LinearNetwork, Partition, Transformer, unbent
+from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
+from lorapower.networks.partition import unbent
 from lorapower.networks.residual import ResidualTransformer
 from lorapower.training import (
     Fixed,

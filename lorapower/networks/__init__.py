@@ -10,7 +10,7 @@ from .conversion import as_network
 from .fnn import FNN, pad
 from .gap import Gap
 from .linear import LinearNetwork, product
-from .partition import Partition, Pieces, blocks, shares, unbent
+from .partition import Partition, Pieces, blocks, shares
 from .segments import Segments, missing_shift, regular, segments
 from .transformer import Transformer
 
@@ -31,5 +31,4 @@ __all__ = [
     "regular",
     "segments",
     "shares",
-    "unbent",
 ]

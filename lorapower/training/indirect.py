@@ -16,7 +16,8 @@ from ..adapters import Adapters
 from ..constructions.adaptation import Adaptation
 from ..constructions.fused import Fused, fuse
 from ..errors import InputError, brief
-from ..networks import FNN, LinearNetwork, Partition, Transformer, unbent
+from ..networks import FNN, LinearNetwork, Partition, Transformer
+from ..networks.partition import unbent
 from ..networks.residual import ResidualTransformer
 from ..regions import Ball, Region
 from .data import Data

@@ -12,7 +12,8 @@ from .. import _checks
 from ..adapters import Adapters
 from ..constructions import fnn
 from ..errors import InputError
-from ..networks import FNN, Partition, unbent
+from ..networks import FNN, Partition
+from ..networks.partition import unbent
 from ..regions import Ball
 from . import reference
 from .compiled import Array, State, Structure
