@@ -482,7 +482,7 @@ class TestKills:
         whole = time.monotonic() - began
         moments = random.Random(0)
         finished = [0]
-        # Later and later, until some batch has finished: a busy machine is slower than it was before.
+        # Later and later, until a batch has finished: a busy machine is slower than it was.
         kills = 0
         while kills < 5 or not finished[-1]:
             kills += 1
