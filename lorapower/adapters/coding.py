@@ -14,9 +14,9 @@ from ..lowrank import LowRank
 from ..networks import Network
 from .core import Adapters
 
-# Of a number of single precision that scales what is written beside it.
+# Of a scale, a number of half precision.
 SCALE_BITS = 16
-# Parts of the largest number that the outermost level may stand for; the nearest to all is taken.
+# Parts of the largest entry that a scale may be.
 CLIPS = tuple(np.linspace(0.0, 1.0, 41).tolist())
 LARGEST = float(np.finfo(np.float16).max)
 

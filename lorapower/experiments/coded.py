@@ -21,14 +21,15 @@ from .._records import Record, Results
 from ..adapters import Adapters
 from ..adapters.coding import decode, encode, quantized
 from ..bounds import samples
-from ..lowrank import LowRank
 from ..networks import FNN
+from ..training import Fixed, Tuning, begin
 from ..training.data import Labelled
+from ..training.free import Free
 from . import digits, methods
 from .digits import CLASSES
 
 SIZES = {"training": 1000, "pretraining": 400, "test": 397}
-DEPTH, RATE, FACTOR = 2, 1e-2, 0.25
+DEPTH, RATE = 2, 1e-2
 DELTA = 0.05
 
 
@@ -125,43 +126,33 @@ def fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Ada
     Outputs are computed from rounded numbers, and slopes passed on to the numbers themselves.
     """
     x, y = labelled[0].to(frozen.dtype), labelled[1]
-    generator = randomness.generator(problem.seed, "first factors", method.ranks)
-    parts: list[Tensor] = []
-    for weight in frozen.weights:
-        out, into = weight.shape
-        rank = min(method.ranks, out, into)
-        drawn = randomness.normal(generator, into, rank, dtype=frozen.dtype)
-        parts += [weight.new_zeros(out, rank), FACTOR * drawn]
-    if method.biases:
-        parts += [torch.zeros_like(bias)[:, None] for bias in frozen.biases]
-    moving = [part.requires_grad_() for part in parts if part.numel()]
-
-    def adapters(values: Sequence[Tensor]) -> Adapters:
-        count = 2 * len(frozen.weights)
-        factors = zip(values[:count:2], values[1:count:2], strict=True)
-        changes = tuple(part[:, 0] for part in values[count:])
-        return Adapters(tuple(LowRank(*pair) for pair in factors), changes)
-
-    if not moving:
-        return adapters(parts)
-    optimizer = torch.optim.Adam(moving, lr=RATE)
+    ranks = tuple(min(method.ranks, *weight.shape) for weight in frozen.weights)
+    data = Fixed(labelled, labelled)
+    tunings = [Tuning(ranks, biases=method.biases)]
+    start = begin(frozen, tunings, data, classes=range(CLASSES), seed=problem.seed)[0]
+    free = Free.of(frozen, start)
+    parts = [part.requires_grad_() for part in free.start]
+    if not free.count:
+        return start
+    optimizer = torch.optim.Adam(parts, lr=RATE)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.steps)
-    best, kept = float("inf"), [part.detach().clone() for part in parts]
+    best, kept = float("inf"), start
     for _ in range(problem.steps):
-        rounded = [part + (quantized(part.detach(), method.bits) - part.detach()) for part in parts]
-        now = adapters(rounded)
-        weights = [w + u.matrix() for w, u in zip(frozen.weights, now.updates, strict=True)]
-        changes = now.bias_updates or [torch.zeros_like(b) for b in frozen.biases]
-        biases = [b + d for b, d in zip(frozen.biases, changes, strict=True)]
-        votes = frozen.holding(weights, biases)(x)
+        rounded = [part + (_rounded(part.detach(), method.bits) - part.detach()) for part in parts]
+        votes = free.merged(rounded)(x)
         wrong = float((votes.detach().argmax(0) != y).double().mean())
         if wrong < best:
-            best, kept = wrong, [part.detach().clone() for part in parts]
+            best, kept = wrong, free.adapters_of([part.clone() for part in parts])
         optimizer.zero_grad()
         cross_entropy(votes.mT, y).backward()
         optimizer.step()
         falling.step()
-    return adapters(kept)
+    return kept
+
+
+def _rounded(part: Tensor, bits: int) -> Tensor:
+    """What `encode` makes of a factor, or of a bias as a column."""
+    return quantized(part, bits) if part.ndim == 2 else quantized(part[:, None], bits)[:, 0]
 
 
 @functools.cache

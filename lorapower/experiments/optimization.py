@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-import pandas as pd
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -23,7 +22,7 @@ from ..networks import FNN, Partition
 from ..regions import Ball
 from ..training import Data, Tuning, begin, newton, train, train_fused
 from ..training.tuning import Loss, Schedule, Start
-from . import methods, tables
+from . import methods
 from .synthetic import Fitted as Fit
 from .synthetic import Found, Problem, Tests, fitting_inputs
 
@@ -132,15 +131,6 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     return [Found(**found[method]) for method in asked]
 
 
-def best(table: pd.DataFrame) -> pd.DataFrame:
-    """For each setting but for learning rate and weight decay, the row of least validation loss."""
-    tables.require(table, "validation_loss")
-    of_grid = ("learning_rate", "weight_decay")
-    same = [name for name in tables.columns(Setting) if name in table and name not in of_grid]
-    ordered = table.sort_values("validation_loss", kind="stable", na_position="last")
-    return ordered.groupby(same, sort=False, dropna=False).head(1).sort_index()
-
-
 def perturbed(adapters: Adapters, size: float, seed: int = 0) -> Adapters:
     """Adapters with normal numbers added to each part, of so many times its root mean square."""
     _checks.kind(Adapters, adapters=adapters)
@@ -156,21 +146,19 @@ def perturbed(adapters: Adapters, size: float, seed: int = 0) -> Adapters:
 
 
 def _tuning(method: Recipe, problem: Problem, frozen: Any, target: Any) -> Tuning:
-    own = {"kind", "start", "perturbation"}
-    options = method.model_dump(exclude=own)
+    options = method.model_dump(exclude={"kind", "start", "perturbation"})
     if method.start == "linearized":
         options["blocks"] = problem.target_depth
     region = Ball(problem.width**0.5 + 4)
     if method.start == "construction":
         adapters = methods.construct(frozen, target, method.ranks, region)
-    elif method.start != "fitted":
-        return Tuning(**options, start=method.start)
-    else:
+    elif method.start == "fitted":
         x = fitting_inputs(problem, target, Fit().inputs)
-        fit = constructions.fitted.adapt(
+        adapters = constructions.fitted.adapt(
             frozen, target, method.ranks, *x, region=region, throw=False
-        )
-        adapters = fit.adapters
+        ).adapters
+    else:
+        return Tuning(**options, start=method.start)
     start = perturbed(adapters.balanced(), method.perturbation, problem.seed)
     return Tuning(**options, start=start)
 

@@ -3,7 +3,7 @@
 from .data import Data, Fixed, Fresh
 from .descent import Newton, descend, newton
 from .engine import begin, train
-from .indirect import FusedTraining, train_fused
+from .fused import FusedTraining, train_fused
 from .lbfgs import minimize
 from .polishing import polish
 from .tuning import Training, Tuning

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import get_args
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters
-from ..errors import InputError, brief
-from ..networks import FNN, Network
+from ..errors import InputError
+from ..networks import Network
 from .free import Free, Parts, labelled
-from .tuning import Loss
+from .tuning import Loss, require_relu_end
 
 Pair = tuple[Tensor, Tensor]
 # After so many iterations the held-out error is looked at; it may stand still so many times.
@@ -148,23 +148,17 @@ def newton(
         "network and adapters", [network.batch_shape, adapters.batch_shape]
     )
     pairs = labelled(network, "training", training), labelled(network, "validation", validation)
-    for name, pair in zip(("training", "validation"), pairs, strict=True):
-        for part in pair:
-            given = part.shape[: part.ndim - (3 if network.sequences else 2)]
-            fits = len(given) <= len(batch) and all(
-                size in (1, whole) for size, whole in zip(given[::-1], batch[::-1], strict=False)
-            )
-            if not fits:
-                allowed = f"of a batch shape that broadcasts to {tuple(batch)}"
-                raise InputError(name, allowed=allowed, given=tuple(given))
     if loss == "one-sided":
-        _one_sided(network, {"training": pairs[0][1], "validation": pairs[1][1]})
+        require_relu_end(network)
+    samples = [
+        _spread(network, name, pair, batch, loss)
+        for name, pair in zip(("training", "validation"), pairs, strict=True)
+    ]
     members = []
     for index in product(*map(range, batch)):
         one = network[index] if network.batch_shape else network
         start = adapters[index] if adapters.batch_shape else adapters
         free = Free.of(one, start, balanced=True)
-        own = (*((_member(network, x, index), _member(network, y, index)) for x, y in pairs),)
         if free.count > LARGEST_SYSTEM:
             raise InputError(
                 "adapters",
@@ -172,7 +166,7 @@ def newton(
                 given=f"{free.count} of them",
                 remedy="use descend",
             )
-        members.append((free, own))
+        members.append((free, [(x[index], y[index]) for x, y in samples]))
     shapes = {tuple(part.shape for part in free.start) for free, _ in members}
     if len(shapes) > 1:
         raise InputError("adapters", allowed="of equal ranks in all members", given=adapters)
@@ -186,29 +180,19 @@ def newton(
     return Newton(free.adapters_of(together), stacked(curves), stacked(held_out))
 
 
-def _member(network: Network, values: Tensor, index: tuple[int, ...]) -> Tensor:
-    """What one member of a batch has of samples."""
+def _spread(network: Network, name: str, pair: Pair, batch: torch.Size, loss: Loss) -> Pair:
+    """Samples for each member of a batch; outputs of at least 0 where the loss is one-sided."""
+    if loss == "one-sided" and pair[1].min() < 0:
+        allowed = "outputs of at least 0 for the one-sided loss"
+        raise InputError(name, allowed=allowed, given=float(pair[1].min()))
     own = 3 if network.sequences else 2
-    batch = values.shape[: values.ndim - own]
-    return values[
-        tuple(
-            0 if size == 1 else i
-            for size, i in zip(batch, index[len(index) - len(batch) :], strict=True)
-        )
-    ]
-
-
-def _one_sided(network: Network, wanted: Mapping[str, Tensor]) -> None:
-    if not isinstance(network, FNN) or network.linear_last:
+    shapes = [tuple(part.shape[: part.ndim - own]) for part in pair]
+    if _checks.common_shape(f"batch and {name}", [batch, *shapes]) != batch:
         raise InputError(
-            "loss",
-            allowed="'squared', but for ReLU networks that end with a ReLU",
-            given=f"'one-sided' for {brief(network)}",
+            name, allowed=f"of a batch shape that broadcasts to {tuple(batch)}", given=shapes[0]
         )
-    for name, outputs in wanted.items():
-        if outputs.min() < 0:
-            allowed = "outputs of at least 0 for the one-sided loss"
-            raise InputError(name, allowed=allowed, given=float(outputs.min()))
+    x, y = (part.expand(*batch, *part.shape[part.ndim - own :]) for part in pair)
+    return x, y
 
 
 def _newton(
@@ -261,7 +245,7 @@ def _missed(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> Tensor:
     x, y = pair
     if not one_sided:
         return free.merged(parts)(x) - y
-    before = free.merged(parts, outputs_cut=False)(x)
+    before = free.merged(parts, last_relu=False)(x)
     return torch.where(y > 0, before, before.relu()) - y
 
 

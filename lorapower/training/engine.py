@@ -17,13 +17,13 @@ from torch import Tensor
 from .. import _checks
 from ..adapters import Adapters, N
 from ..errors import InputError, brief
-from ..networks import FNN, Network
+from ..networks import Network
 from ..networks.residual import ResidualTransformer
 from . import compiled, reference, starts
 from .compiled import State, Structure
 from .data import Data
 from .stack import Batches, Stack
-from .tuning import Training, Tuning
+from .tuning import Training, Tuning, require_relu_end
 
 # The first call of compiled code looks its types up and compiles, which must not happen in several
 # threads at once: what one looks up, another changes.
@@ -84,8 +84,9 @@ def train(
     threads = _processors() if threads is None else _checks.integer("threads", threads, 1)
     engine = _backend(backend, frozen)
     place = _place(engine, device)
+    points = steps // every + 1
     stack, structure, state, batches = _ready(
-        frozen, tunings, data, seed, classes, (steps, every, until)
+        frozen, tunings, data, seed, classes, steps=steps, points=points, until=until
     )
     if engine == "compiled":
         _run_compiled(structure, state, batches, steps, every, threads)
@@ -109,7 +110,7 @@ def begin(
 
     Raises what `train` raises.
     """
-    stack, _, state, _ = _ready(frozen, tunings, data, seed, classes, (1, 1, 0.0))
+    stack, _, state, _ = _ready(frozen, tunings, data, seed, classes)
     return stack.training(state, 1).adapters
 
 
@@ -119,13 +120,15 @@ def _ready(
     data: Data | Sequence[Data],
     seed: int | Sequence[int],
     classes: Sequence[int],
-    course: tuple[int, int, float],
+    *,
+    steps: int = 1,
+    points: int = 2,
+    until: float = 0.0,
 ) -> tuple[Stack[N], Structure, Any, Batches]:
-    """All runs at their starts; ``course`` has ``steps``, ``every`` and ``until``.
+    """All runs at their starts, with room for so many points of their loss curves.
 
     The third part is a `State`, of which checks at run time know nothing within a tuple.
     """
-    steps, every, until = course
     stack = Stack(frozen)
     seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]
     sources = _for_each("data", data, Data, stack.members)
@@ -137,9 +140,12 @@ def _ready(
         raise InputError(
             "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=brief(tunings)
         )
-    batches = Batches(sources, stack, classes, _one_sided(tunings, frozen, classes))
+    one_sided = any(tuning.loss == "one-sided" for tuning in tunings)
+    if one_sided:
+        require_relu_end(frozen, classes)
+    batches = Batches(sources, stack, classes, one_sided)
     structure = stack.structure(batches, steps)
-    state = stack.state(tunings, seeds, batches.sources, steps // every + 1, until)
+    state = stack.state(tunings, seeds, batches.sources, points, until)
     starts.put(stack, structure, state, tunings, batches)
     return stack, structure, state, batches
 
@@ -154,20 +160,6 @@ def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
             name, allowed=f"one, or one for each of {members} networks", given=len(values)
         )
     return list(values)
-
-
-def _one_sided(tunings: Sequence[Tuning], frozen: Network, classes: Sequence[int]) -> bool:
-    """Whether some loss is one-sided, where that has a meaning."""
-    if not any(tuning.loss == "one-sided" for tuning in tunings):
-        return False
-    if not isinstance(frozen, FNN) or frozen.linear_last or len(classes):
-        given = "classes" if len(classes) else brief(frozen)
-        raise InputError(
-            "loss",
-            allowed="'squared', but for ReLU networks that end with a ReLU and a squared error",
-            given=f"'one-sided' for {given}",
-        )
-    return True
 
 
 def _processors() -> int:

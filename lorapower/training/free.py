@@ -76,12 +76,9 @@ class Free:
         updates = tuple(LowRank(*pair) for pair in pairs)
         return Adapters(updates, tuple(values[2 * weights :]), self.tuned)
 
-    def merged(self, parts: Parts, *, outputs_cut: bool = True) -> Any:
-        """The network with these parts, through which gradients flow.
-
-        ``outputs_cut`` False leaves out the last ReLU.
-        """
-        own = self.network if outputs_cut else self.network.without_last_relu()
+    def merged(self, parts: Parts, *, last_relu: bool = True) -> Any:
+        """The network with these parts, through which gradients flow, or without its last ReLU."""
+        own = self.network if last_relu else self.network.without_last_relu()
         count = 2 * len(own.weights)
         factors = zip(parts[:count:2], parts[1:count:2], strict=True)
         weights = [w + A @ B.mT for w, (A, B) in zip(own.weights, factors, strict=True)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks
 from ..adapters import Adapters, N
 from ..errors import InputError, brief
+from ..networks import FNN, Network
 
 LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]
@@ -94,6 +95,17 @@ class Tuning:
                 raise InputError(
                     name, allowed="a number of single precision", given=getattr(self, name)
                 )
+
+
+def require_relu_end(network: Network, classes: Sequence[int] = ()) -> None:
+    """Refuse a one-sided loss of outputs that are no ReLU's, or that vote for classes."""
+    if not isinstance(network, FNN) or network.linear_last or len(classes):
+        given = "classes" if len(classes) else brief(network)
+        raise InputError(
+            "loss",
+            allowed="'squared', but for ReLU networks that end with a ReLU and a squared error",
+            given=f"'one-sided' for {given}",
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)

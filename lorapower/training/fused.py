@@ -84,8 +84,7 @@ def train_fused(
     ``K`` of rank at most ``Σ R_l`` [lem-any-change]. So ``K = A Bᵀ`` is trained in their place, the
     segment's product ``P`` frozen, by Adam with a falling rate from several draws of ``B``. The run
     of least validation loss is kept and its changes are split among the layers. The loss is
-    one-sided [def-one-sided]
-    where the network ends with a ReLU.
+    one-sided [def-one-sided] where the network ends with a ReLU.
 
     Parameters
     ----------
