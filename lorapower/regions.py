@@ -159,6 +159,14 @@ class Ball(Region):
                 remedy="such a ball is empty",
             )
 
+    @classmethod
+    def about(cls, x: Float[Tensor, "*batch width samples"], margin: float = 1.0) -> Ball:
+        """The ball about the mean of some inputs that holds them, its radius times ``margin``."""
+        x, margin = _checks.real_tensor("x", x, min_dims=2), _checks.positive("margin", margin)
+        centre = x.mean(-1, keepdim=True)
+        radius = torch.linalg.vector_norm(x - centre, dim=-2).amax(-1)
+        return cls(margin * radius, centre[..., 0])
+
     def _extent(self) -> list[str]:
         return [] if self.radius.ndim else [f"radius {float(self.radius):g}"]
 

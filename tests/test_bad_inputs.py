@@ -86,7 +86,6 @@ HOLD = {
     adapters.Tuned,
     bounds.Floor,
     bounds.PairRanks,
-    bounds.samples.Design,
     bounds.samples.PaidRank,
     coded.Split,
     claims.Claim,

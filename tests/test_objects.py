@@ -144,7 +144,7 @@ COMPARED: dict[str, Callable[[], Any]] = {
     "Flow": lambda: dynamics.flow(LINEARS[0], LINEAR_ADAPTERS, (X, X), 0.1, points=2),
     "Critical": lambda: next(landscape.critical_points(X, 1)),
     "Code": lambda: coding.encode(ADAPTERS, 2),
-    "Design": lambda: bounds.samples.design(9, 3, 3, 1.0),
+    "Design": lambda: bounds.samples.Design(9, 3, 3, 1.0),
     "PaidRank": lambda: bounds.samples.paid_rank(LINEARS[0], X, X, noise=1.0),
     "Segments of gaps": lambda: segments(*TRANSFORMERS),
 }

@@ -186,3 +186,15 @@ def test_plain_numbers_and_arrays_make_regions() -> None:
 def test_empty_and_unbounded_regions_are_refused(make: object, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         make()  # type: ignore[operator]
+
+
+def test_the_ball_about_inputs_holds_them_and_no_more() -> None:
+    generator = randomness.generator(0, "about")
+    x = 3 + randomness.normal(generator, 2, 4, 30)
+    ball = Ball.about(x)
+    distance = torch.linalg.vector_norm(x - ball.centre, dim=-2)
+    torch.testing.assert_close(distance.amax(-1), ball.radius)
+    torch.testing.assert_close(ball.centre, x.mean(-1, keepdim=True))
+    torch.testing.assert_close(Ball.about(x, 1.5).radius, 1.5 * ball.radius)
+    with pytest.raises(InputError, match="margin must be"):
+        Ball.about(x, 0.0)

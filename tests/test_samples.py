@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -38,7 +39,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_divergence_is_that_of_the_best_approximation(out: int, span: int, seed: int) -> None:
     """The trace of the derivative of ``M ↦ LR_r(M)``, by differences."""
     M = normal(out, span, seed=seed)
-    design = samples.design(10, out, span, 1.0)
+    design = samples.Design(10, out, span, 1.0)
     found = samples.divergence(lowrank.spectrum(M), design)
     h = 1e-6
 
@@ -88,12 +89,12 @@ def test_risks_are_those_of_reduced_rank_regression() -> None:
 def test_the_expansion_is_the_mean_risk_for_small_noise(span: int) -> None:
     E = normal(5, 6) * torch.tensor([2.0, 1.0, 0.5, 0.25, 0.1, 0.05])
     x = normal(6, span, seed=1) @ normal(span, 40, seed=2)
-    design = samples.design(40, 5, span, 0.02)
+    design = samples.Design(40, 5, span, 0.02)
     f = lowrank.spectrum(E @ x)[: min(5, span)] / 40**0.5
     S, risks, _ = draws(E, x, design.noise, 4000)
     predicted = samples.expected_risk(f, design)
     spread = risks.std(0) / len(risks) ** 0.5
-    excess = predicted - samples.expected_risk(f, design._replace(noise=0.0))
+    excess = predicted - samples.expected_risk(f, replace(design, noise=0.0))
     assert (
         (risks.mean(0) - predicted).abs() <= 5 * spread + 0.05 * excess + 1e-12 * predicted
     ).all()
@@ -111,10 +112,10 @@ def test_the_oracle_inequality_is_never_violated(
 ) -> None:
     E, x = normal(out, into, seed=seed), normal(into, count, seed=seed + 1)
     span = int(lowrank.rank(x))
-    design = samples.design(count, out, span, noise)
+    design = samples.Design(count, out, span, noise)
     f = lowrank.spectrum(E @ x)[: min(out, span)] / count**0.5
     _, risks, size = draws(E, x, noise, 50, seed)
-    tau = samples.expected_risk(f, design._replace(noise=0.0)).sqrt()
+    tau = samples.expected_risk(f, replace(design, noise=0.0)).sqrt()
     r = torch.arange(len(tau))
     bound = tau + 2 * (2 * r).sqrt() * size[:, None]
     assert (risks.sqrt() <= bound * (1 + 1e-9) + 1e-9).all()
@@ -124,7 +125,7 @@ def test_the_oracle_inequality_is_never_violated(
 
 
 def test_simple_risks_are_below_and_equal_for_one_strong_spectrum() -> None:
-    design = samples.design(100, 6, 8, 0.5)
+    design = samples.Design(100, 6, 8, 0.5)
     f = torch.tensor([50.0, 40.0, 0.0, 0.0, 0.0, 0.0])
     simple, full = samples.simple_risk(f, design), samples.expected_risk(f, design)
     assert (simple <= full + 1e-12).all()
@@ -155,11 +156,11 @@ def test_without_noise_all_ranks_pay() -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "samples": (lambda: samples.design(0, 1, 1, 0.0), "samples must be"),
-    "span": (lambda: samples.design(3, 1, 4, 0.0), "span must be"),
-    "noise": (lambda: samples.design(3, 1, 1, -1.0), "noise must be"),
+    "samples": (lambda: samples.Design(0, 1, 1, 0.0), "samples must be"),
+    "span": (lambda: samples.Design(3, 1, 4, 0.0), "span must be"),
+    "noise": (lambda: samples.Design(3, 1, 1, -1.0), "noise must be"),
     "values": (
-        lambda: samples.sure(torch.ones(3), samples.design(9, 2, 3, 1.0)),
+        lambda: samples.sure(torch.ones(3), samples.Design(9, 2, 3, 1.0)),
         "spectrum must be 2 values",
     ),
     "estimate": (

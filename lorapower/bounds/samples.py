@@ -9,6 +9,7 @@ E) X‖²_F / n``; ``f_d`` are the singular values of ``E Σ̂^{1/2}``, those of
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ from ..errors import InputError
 from ..networks import LinearNetwork
 
 
-@_objects.held
-class Design(NamedTuple):
+@dataclass(frozen=True)
+class Design:
     """What a risk depends on beside the spectrum.
 
     Attributes
@@ -31,6 +32,8 @@ class Design(NamedTuple):
     outputs : ``D_out``.
     span : ``q``, the rank of the inputs.
     noise : ``σ``.
+
+    Raises `InputError` for counts below 1, a span above ``n``, and negative noise.
     """
 
     samples: int
@@ -38,16 +41,11 @@ class Design(NamedTuple):
     span: int
     noise: float
 
-
-def design(samples: int, outputs: int, span: int, noise: float) -> Design:
-    """A `Design`; raises `InputError` for counts below 1, a span above ``n``, negative noise."""
-    samples = _checks.integer("samples", samples, 1)
-    return Design(
-        samples,
-        _checks.integer("outputs", outputs, 1),
-        _checks.integer("span", span, 1, samples, limit="the samples"),
-        _checks.tolerance("noise", noise),
-    )
+    def __post_init__(self) -> None:
+        _checks.integer("samples", self.samples, 1)
+        _checks.integer("outputs", self.outputs, 1)
+        _checks.integer("span", self.span, 1, self.samples, limit="the samples")
+        _checks.tolerance("noise", self.noise)
 
 
 def divergence(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
@@ -182,7 +180,7 @@ def paid_rank(
             )
         rest = (missing - explained @ rows.mT).square().sum()
         noise = math.sqrt(float(rest) / (len(y) * (samples - span)))
-    made = design(samples, len(y), span, noise)
+    made = Design(samples, len(y), span, noise)
     observed = lowrank.spectrum(explained) / math.sqrt(samples)
     risks = sure(observed, made)
     rounding = 8 * len(risks) * torch.finfo(risks.dtype).eps * observed.square().sum()

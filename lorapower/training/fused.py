@@ -154,6 +154,4 @@ def train_fused(
 def _about(data: Data) -> Ball:
     first = torch.as_tensor(data.block(0)[0]).double().movedim(0, -1).flatten(1)
     x = torch.cat([torch.as_tensor(data.validation[0]).double(), first], -1)
-    centre = x.mean(-1, keepdim=True)
-    radius = torch.linalg.vector_norm(x - centre, dim=-2).amax()
-    return Ball(MARGIN * radius, centre[..., 0])
+    return Ball.about(x, MARGIN)

@@ -88,12 +88,10 @@ def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
     # Of the first batches all inputs beside one another.
     first = batches.first[0].movedim(1, -1).flatten(-2)
     seen = torch.cat([batches.validation[0], first], -1)
-    x = seen[..., : stack.inputs, 0, :].double()
-    centre = x.mean(-1, keepdim=True)
-    radius = torch.linalg.vector_norm(x - centre, dim=-2).amax(-1)
-    sources = batches.sources.tolist()
-    shape = network.batch_shape
-    ball = Ball(radius[sources].reshape(shape), centre[sources, :, 0].reshape(*shape, -1))
+    of_source = Ball.about(seen[..., : stack.inputs, 0, :].double())
+    sources, shape = batches.sources.tolist(), network.batch_shape
+    centres = of_source.centre[sources, :, 0].reshape(*shape, -1)
+    ball = Ball(of_source.radius[sources].reshape(shape), centres)
     # Of rank 0: all that the construction gives are biases.
     exact = network.to(torch.float64, "cpu")
     goal = unbent(exact, partition)
