@@ -6,22 +6,6 @@
 `experiments` repeats the study, and `book` serves the chapters.
 """
 
-from . import adapters, bounds, constructions, lowrank, networks, regions
-from .constructions import adapt, rank_for_error
-from .errors import InputError, LorapowerError, PrecisionError, ResultsError, SingularError
+import lazy_loader
 
-__all__ = [
-    "InputError",
-    "LorapowerError",
-    "PrecisionError",
-    "ResultsError",
-    "SingularError",
-    "adapt",
-    "adapters",
-    "bounds",
-    "constructions",
-    "lowrank",
-    "networks",
-    "rank_for_error",
-    "regions",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

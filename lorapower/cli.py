@@ -76,10 +76,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say which rank each module needs. Writes nothing."""
-    from . import checkpoints
+    from .checkpoints import workflow
 
     with _watched(quiet=as_json) as report:
-        found = checkpoints.plan(
+        found = workflow.plan(
             base,
             tuned,
             _texts(texts),
@@ -119,10 +119,10 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Write the adapter as a folder that peft reads, with its errors in report.json."""
-    from . import checkpoints
+    from .checkpoints import workflow
 
     with _watched(quiet=as_json) as report:
-        found = checkpoints.extract(
+        found = workflow.extract(
             base,
             tuned,
             _texts(texts),
@@ -155,14 +155,14 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Measure anybody's adapter against the tuned model, on texts that no plan has used."""
-    from . import checkpoints
+    from .checkpoints import workflow
 
     with _watched(quiet=as_json) as report:
-        found = checkpoints.check(
+        found = workflow.check(
             base, adapter, tuned, _texts(texts), tokens=tokens, seed=seed, report=report
         )
     if as_json:
-        _print(checkpoints.workflow.finite(found._asdict()))
+        _print(workflow.finite(found._asdict()))
         return
     table = Table(title=f"{adapter} against {tuned}", show_header=False)
     for row in _measured(found):

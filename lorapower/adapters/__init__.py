@@ -3,6 +3,6 @@
 `coding` writes them in few bits.
 """
 
-from .core import Adapters, N, Tuned
+import lazy_loader
 
-__all__ = ["Adapters", "N", "Tuned"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks, _objects
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from ..networks import Network
+from ..networks.base import Network
 from .core import Adapters
 
 # Of a scale, a number of half precision.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import _batches, _checks, _objects
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from ..networks import Network
+from ..networks.base import Network
 from . import files, peft
 
 N = TypeVar("N", bound=Network)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ResultsError
-from ..networks import Network
+from ..networks.base import Network
 
 CONTENT = "adapters of lorapower"
 FORMAT = "1"

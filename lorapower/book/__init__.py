@@ -1,48 +1,5 @@
 """What only the book's chapters need: their head, parameters, claims and figures."""
 
-from . import claims, figures, outputs
-from .notebook import THREADS, quote, quoted, setup
-from .parameters import (
-    WIDEST,
-    Blocks,
-    Depth,
-    Heads,
-    Layers,
-    Model,
-    Parameters,
-    Ranks,
-    Seeds,
-    Source,
-    Tasks,
-    Tokens,
-    Width,
-    results,
-    whole,
-    wholes,
-)
+import lazy_loader
 
-__all__ = [
-    "THREADS",
-    "WIDEST",
-    "Blocks",
-    "Depth",
-    "Heads",
-    "Layers",
-    "Model",
-    "Parameters",
-    "Ranks",
-    "Seeds",
-    "Source",
-    "Tasks",
-    "Tokens",
-    "Width",
-    "claims",
-    "figures",
-    "outputs",
-    "quote",
-    "quoted",
-    "results",
-    "setup",
-    "whole",
-    "wholes",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

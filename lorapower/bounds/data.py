@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.autograd.functional import jvp
 
 from .. import _checks, lowrank
-from ..networks import FNN, LinearNetwork, Network, Partition, Transformer, blocks
+from ..networks.base import Network
+from ..networks.fnn import FNN
 from ..networks.fnn import behind as behind_layer
-from ..networks.residual import ResidualTransformer
+from ..networks.linear import LinearNetwork
+from ..networks.partition import Partition, blocks
+from ..networks.residual.network import ResidualTransformer
+from ..networks.transformer import Transformer, fed_forward, mixed, scores
 from ..networks.transformer import behind as behind_block
-from ..networks.transformer import fed_forward, mixed, scores
 
 
 def fnn_data_threshold(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _checks, _objects, randomness
 from ..errors import InputError
-from ..networks import FNN
+from ..networks.fnn import FNN
 
 
 @_objects.held

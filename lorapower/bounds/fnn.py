@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
-from ..networks import FNN, Partition, blocks, shares
+from ..networks.fnn import FNN
+from ..networks.partition import Partition, blocks, shares
 
 # Samples, or the trace of their second moment.
 Inputs = Float[Tensor, "*#batch in samples"] | Float[Tensor, ""] | float

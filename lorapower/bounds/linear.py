@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import lowrank
 from ..lowrank import Norms
-from ..networks import Gap, LinearNetwork
+from ..networks.gap import Gap
+from ..networks.linear import LinearNetwork
 
 
 def error_matrix(frozen: LinearNetwork, target: LinearNetwork) -> Float[Tensor, "*batch out in"]:

@@ -10,15 +10,10 @@ from torch import Tensor
 
 from .. import _checks, _objects, lowrank
 from ..errors import InputError
-from ..networks import Gap
-from ..networks.residual import (
-    ACTIVATIONS,
-    Norm,
-    ResidualSegments,
-    ResidualTransformer,
-    basis,
-    residual_segments,
-)
+from ..networks.gap import Gap
+from ..networks.residual.network import ACTIVATIONS, Norm, ResidualTransformer
+from ..networks.residual.rewriting import basis
+from ..networks.residual.segments import ResidualSegments, residual_segments
 from .transformer import pair_ranks
 
 # How many dimensions the sphere of normalized tokens needs, for the statements on ReLUs.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _checks, _objects, lowrank
 from ..errors import InputError
-from ..networks import LinearNetwork
+from ..networks.linear import LinearNetwork
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _checks, _objects, lowrank
-from ..networks import Gap, Segments, Transformer, missing_shift, segments
+from ..networks import segments
+from ..networks.gap import Gap
+from ..networks.segments import Segments, missing_shift
+from ..networks.transformer import Transformer
 
 
 @_objects.held

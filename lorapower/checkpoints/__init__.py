@@ -9,22 +9,6 @@ A base and what was tuned from it, both of transformers, and some texts are enou
     checkpoints.extract("base", "tuned", texts, "adapter", error=0.1)
 """
 
-from .measuring import Measured
-from .pair import Module, Other, Pair
-from .planner import METHODS, PATHS, Planner
-from .workflow import Plan, check, compare, extract, plan
+import lazy_loader
 
-__all__ = [
-    "METHODS",
-    "PATHS",
-    "Measured",
-    "Module",
-    "Other",
-    "Pair",
-    "Plan",
-    "Planner",
-    "check",
-    "compare",
-    "extract",
-    "plan",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,24 +4,6 @@
 raise `InputError` for a network of another kind than the one they are for.
 """
 
-from . import attention, fitted, fnn, fused, heads, linear, narrow, partition, residual, transformer
-from .adaptation import Adaptation
-from .general import adapt
-from .ranks import NeededRank, rank_for_error
+import lazy_loader
 
-__all__ = [
-    "Adaptation",
-    "NeededRank",
-    "adapt",
-    "attention",
-    "fitted",
-    "fnn",
-    "fused",
-    "heads",
-    "linear",
-    "narrow",
-    "partition",
-    "rank_for_error",
-    "residual",
-    "transformer",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

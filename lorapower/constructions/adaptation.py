@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..adapters import Adapters
+from ..adapters.core import Adapters
 
 
 @dataclass(frozen=True, eq=False, repr=False)

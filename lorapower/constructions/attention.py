@@ -15,11 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, _objects, lowrank
-from ..adapters import Adapters
+from ..adapters.core import Adapters
 from ..errors import InputError
-from ..networks import Transformer
 from ..networks.stacked import Stacked
-from ..networks.transformer import fed_forward, mixed, scores
+from ..networks.transformer import Transformer, fed_forward, mixed, scores
 from ..regression import reduced_rank
 from . import transformer
 from .fused import Fused, is_narrow

@@ -16,13 +16,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _objects, bounds
-from ..adapters import Adapters
+from .. import _checks, _objects
+from ..adapters.core import Adapters
+from ..bounds.data import first_order
+from ..bounds.data import variance as variance_of
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
-from ..networks import FNN, Network, Partition, Transformer, as_network, pad
-from ..networks.fnn import behind
-from ..networks.residual import ResidualTransformer
+from ..networks.base import Network
+from ..networks.conversion import as_network
+from ..networks.fnn import FNN, behind, pad
+from ..networks.partition import Partition
+from ..networks.residual.network import ResidualTransformer
+from ..networks.transformer import Transformer
 from ..regions import Ball, Region
 from ..regression import reduced_rank, second_moment_root
 from . import attention, layer, residual_fit
@@ -221,7 +226,7 @@ def evidence(
             found = fused.carry_back(one.adapters, one.region, throw=throw)
             adapters.append(found.adapters)
             success.append(found.success)
-            first = bounds.first_order(one.adapters.merge(fused.network), fused.goal, inputs)
+            first = first_order(one.adapters.merge(fused.network), fused.goal, inputs)
         measured = relative_error(adapters[-1].merge(fused.frozen), fused.target, test)
         columns.append(torch.stack([*measured, first]))
     error, low, high, predicted = torch.stack(columns, -1).reshape(4, *batch).unbind(0)
@@ -248,7 +253,7 @@ def relative_error(
     _checks.kind(Network, network=network, target=target)
     wanted = target(x)
     found = network(pad(x, network.weights[0].shape[-1]))[..., : wanted.shape[-2], :]
-    variance = bounds.variance(wanted)
+    variance = variance_of(wanted)
     if not variance > 0:
         raise InputError(
             "target",

@@ -11,11 +11,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, bounds
-from ..adapters import Adapters
+from .. import _checks
+from ..adapters.core import Adapters
+from ..bounds.fnn import accumulate_errors
 from ..errors import InputError, PrecisionError, SingularError, brief
 from ..lowrank import LowRank
-from ..networks import FNN, Partition, blocks, pad, product, shares
+from ..networks.fnn import FNN, pad
+from ..networks.linear import product
+from ..networks.partition import Partition, blocks, shares
 from ..regions import Region
 from . import linear
 from .adaptation import Adaptation
@@ -207,7 +210,7 @@ def adapt(
         partition=partition,
         regions=tuple(regions),
         block_errors=stack([found.spectral_error for found in linears]),
-        error_bound=bounds.accumulate_errors(error_terms).expand(batch),
+        error_bound=accumulate_errors(error_terms).expand(batch),
         rounding_errors=stack([found.rounding_error for found in linears]),
         condition_numbers=conditions.expand(*batch, frozen.depth),
         plain=stack([found.plain for found in linears]),

@@ -15,22 +15,18 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _objects
-from ..adapters import Adapters
+from ..adapters.core import Adapters
 from ..errors import InputError
-from ..networks import (
-    FNN,
-    Gap,
-    LinearNetwork,
-    Network,
-    Partition,
-    Transformer,
-    blocks,
-    pad,
-    segments,
-    shares,
-)
-from ..networks.residual import ResidualTransformer, residual_segments
+from ..networks import segments
+from ..networks.base import Network
+from ..networks.fnn import FNN, pad
+from ..networks.gap import Gap
+from ..networks.linear import LinearNetwork
+from ..networks.partition import Partition, blocks, shares
+from ..networks.residual.network import ResidualTransformer
+from ..networks.residual.segments import residual_segments
 from ..networks.stacked import Stacked
+from ..networks.transformer import Transformer
 from ..regions import Region
 from . import fnn, heads, linear, residual, transformer
 from .adaptation import Adaptation

@@ -8,8 +8,12 @@ from typing import Any
 
 from .. import _checks
 from ..errors import InputError
-from ..networks import FNN, LinearNetwork, Network, Transformer, as_network
-from ..networks.residual import ResidualTransformer
+from ..networks.base import Network
+from ..networks.conversion import as_network
+from ..networks.fnn import FNN
+from ..networks.linear import LinearNetwork
+from ..networks.residual.network import ResidualTransformer
+from ..networks.transformer import Transformer
 from ..regions import Region, Samples
 from . import fnn, linear, residual, transformer
 from .adaptation import Adaptation

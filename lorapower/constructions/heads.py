@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
-from ..networks import Gap
+from ..networks.gap import Gap
 from ..networks.stacked import Stacked
 from . import linear, narrow
 

@@ -12,10 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import _checks, lowrank, randomness
-from ..adapters import Adapters
+from ..adapters.core import Adapters
 from ..errors import SingularError
 from ..lowrank import SVD, LowRank
-from ..networks import Gap, LinearNetwork, product
+from ..networks.gap import Gap
+from ..networks.linear import LinearNetwork, product
 from .adaptation import Adaptation
 
 

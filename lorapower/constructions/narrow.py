@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, bounds, lowrank, randomness
-from ..adapters import Adapters
+from .. import _checks, lowrank, randomness
+from ..adapters.core import Adapters
+from ..bounds.transformer import pair_ranks
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from ..networks import Gap
+from ..networks.gap import Gap
 from .linear import LinearAdaptation
 
 
@@ -30,7 +31,7 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
         raise InputError("ranks", allowed="those of two layers by their names", given=brief(ranks))
     _checks.kind(Gap, gap=gap)
     needed_inner, needed_outer, together = (
-        max(each.flatten().tolist(), default=0) for each in bounds.pair_ranks(gap)
+        max(each.flatten().tolist(), default=0) for each in pair_ranks(gap)
     )
     inner, outer = (_checks.integer(f"rank of {name}", rank, 0) for name, rank in ranks.items())
     if inner < needed_inner or outer < needed_outer or inner + outer < together:

@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
-from .. import _checks, _objects, bounds
-from ..bounds.fnn import Inputs
+from .. import _checks, _objects
+from ..bounds.fnn import Inputs, activation_sizes
 from ..errors import InputError
-from ..networks import FNN, Gap, Partition, Pieces
+from ..networks.fnn import FNN
+from ..networks.gap import Gap
+from ..networks.partition import Partition, Pieces
 
 
 @_objects.held
@@ -69,7 +71,7 @@ def least_error(
     """
     _checks.kind(FNN, frozen=frozen, target=target)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    sizes = bounds.activation_sizes(target, inputs)
+    sizes = activation_sizes(target, inputs)
 
     def step(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
         error = gap.error(sum(gap.ranks(ranks[layers])))

@@ -10,10 +10,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .. import _checks, bounds
+from .. import _checks
+from ..bounds.fnn import fnn_error_on
+from ..bounds.transformer import transformer_error, transformer_errors
 from ..errors import InputError
-from ..networks import FNN, Gap, LinearNetwork, Network, Partition, Transformer, as_network, pad
-from ..networks.residual import ResidualTransformer
+from ..networks.base import Network
+from ..networks.conversion import as_network
+from ..networks.fnn import FNN, pad
+from ..networks.gap import Gap
+from ..networks.linear import LinearNetwork
+from ..networks.partition import Partition
+from ..networks.residual.network import ResidualTransformer
+from ..networks.transformer import Transformer
 from ..regions import Samples
 from .general import adapt, kind_of
 
@@ -193,7 +201,7 @@ def _linear(frozen: Any, target: Any, x: Tensor, partition: None) -> Measure:
 
 def _fnn(frozen: Any, target: Any, x: Tensor, partition: Any) -> Measure:
     def squared(rank: int) -> Tensor:
-        bound = bounds.fnn_error_on(frozen, target, rank, x[0], partition)
+        bound = fnn_error_on(frozen, target, rank, x[0], partition)
         return bound.square() / target.widths[-1]
 
     return squared
@@ -201,8 +209,8 @@ def _fnn(frozen: Any, target: Any, x: Tensor, partition: Any) -> Measure:
 
 def _transformer(frozen: Any, target: Any, x: Tensor, partition: None) -> Measure:
     def squared(rank: int) -> Tensor:
-        errors = bounds.transformer_errors(frozen, target, rank)
-        bound = bounds.transformer_error(frozen, target, errors, x)
+        errors = transformer_errors(frozen, target, rank)
+        bound = transformer_error(frozen, target, errors, x)
         # A softmax bounds what may come of a segment that cannot be adapted at all.
         bound = torch.where(errors.largest().isfinite(), bound, torch.inf)
         return bound.square().mean(0) / target.sizes["outputs"]

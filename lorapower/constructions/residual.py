@@ -10,12 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import _checks, bounds, lowrank
-from ..adapters import Adapters
+from .. import _checks, lowrank
+from ..adapters.core import Adapters
+from ..bounds import residual as residual_bounds
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks import Gap
-from ..networks.residual import ResidualSegments, ResidualTransformer, basis, residual_segments
+from ..networks.gap import Gap
+from ..networks.residual.network import ResidualTransformer
+from ..networks.residual.rewriting import basis
+from ..networks.residual.segments import ResidualSegments, residual_segments
 from . import heads, linear
 from .adaptation import Adaptation
 
@@ -141,7 +144,7 @@ def attention_only(
 
     Source: [prop-floor-attention].
     """
-    best = bounds.residual.attention_floor(frozen, target, tokens)
+    best = residual_bounds.attention_floor(frozen, target, tokens)
     if best.value.ndim:
         raise InputError("frozen and target", allowed="one of each", given="a batch")
     if frozen.sizes["value size"] < frozen.width:
@@ -288,7 +291,7 @@ def far_error(
     Raises `InputError` for networks and tokens that do not fit, for a single token, and for a size
     that leaves fewer than three digits of what a network adds to it.
     """
-    n = bounds.residual.directions(network, target, tokens)
+    n = residual_bounds.directions(network, target, tokens)
     size, most = _checks.positive("size", size), 1e-3 / torch.finfo(n.dtype).eps
     if size > most:
         raise InputError("size", allowed=f"at most {most:.0e} in {n.dtype}", given=size)

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import lowrank
-from ..adapters import Adapters
-from ..networks.residual import ACTIVATIONS, ResidualTransformer
+from ..adapters.core import Adapters
+from ..networks.residual.network import ACTIVATIONS, ResidualTransformer
 from . import layer, residual
 from .attention import Builder, columns, sequences
 from .fused import Fused

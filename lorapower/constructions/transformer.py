@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, lowrank
-from ..adapters import Adapters
+from ..adapters.core import Adapters
 from ..lowrank import LowRank
-from ..networks import Segments, Transformer, missing_shift, regular, segments
+from ..networks import segments
+from ..networks.segments import Segments, missing_shift, regular
+from ..networks.transformer import Transformer
 from . import heads, linear
 from .adaptation import Adaptation
 

@@ -18,13 +18,14 @@ from torch.nn.functional import cross_entropy
 
 from .. import _objects, randomness
 from .._records import Record, Results
-from ..adapters import Adapters
 from ..adapters.coding import decode, encode, quantized
+from ..adapters.core import Adapters
 from ..bounds import samples
-from ..networks import FNN
-from ..training import Fixed, Tuning, begin
-from ..training.data import Labelled
+from ..networks.fnn import FNN
+from ..training.data import Fixed, Labelled
+from ..training.engine import begin
 from ..training.free import Free
+from ..training.tuning import Tuning
 from . import digits, methods
 from .digits import CLASSES
 

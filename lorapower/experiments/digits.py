@@ -19,15 +19,24 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, _objects, bounds, constructions
+from .. import _checks, _objects
 from .._records import Record
-from ..adapters import Adapters
+from ..adapters.core import Adapters
+from ..bounds.data import variance as variance_of
+from ..bounds.fnn import fnn_error_on, fnn_threshold
+from ..bounds.transformer import transformer_threshold
+from ..constructions.fitted import nearest
+from ..constructions.fused import fuse
 from ..errors import InputError, brief
-from ..networks import FNN, Transformer, blocks, segments
+from ..networks import segments
+from ..networks.fnn import FNN
+from ..networks.partition import blocks
+from ..networks.transformer import Transformer
 from ..randomness import generator
 from ..regions import Box
-from ..training import Fixed, Tuning, train
-from ..training.data import Labelled
+from ..training.data import Fixed, Labelled
+from ..training.engine import train
+from ..training.tuning import Tuning
 from . import methods, tables
 from .methods import Construction, Final, Fitted, Lora, Trained
 
@@ -162,7 +171,7 @@ def error(network: FNN | Transformer, target: FNN | Transformer, x: Tensor) -> f
     Means are over classes and samples, the variance of each class's votes is about their mean.
     """
     found, wanted = votes(network, x), votes(target, x)
-    return float((found - wanted).square().mean() / bounds.variance(wanted))
+    return float((found - wanted).square().mean() / variance_of(wanted))
 
 
 class Problem(Record):
@@ -214,9 +223,9 @@ class Problem(Record):
         region = Box(0.0, 1.0)
         if not isinstance(method, Fitted):
             return methods.construct(frozen, target, method.ranks, region)
-        fused = constructions.fused.fuse(frozen, target, method.ranks)
-        nearest = constructions.fitted.nearest(fused, self.task.training[0])
-        return fused.carry_back(nearest, region, throw=False).adapters
+        fused = fuse(frozen, target, method.ranks)
+        adapters = nearest(fused, self.task.training[0])
+        return fused.carry_back(adapters, region, throw=False).adapters
 
     def networks(self) -> tuple[Any, Any]:
         """The frozen network and the target, in double precision."""
@@ -226,7 +235,7 @@ class Problem(Record):
     def threshold(self) -> int:
         """The least equal rank at which the construction is exact."""
         frozen, target = self.networks()
-        least = bounds.fnn_threshold if self.model == "fnn" else bounds.transformer_threshold
+        least = fnn_threshold if self.model == "fnn" else transformer_threshold
         return int(least(frozen, target))
 
     def error_matrices(self) -> dict[str, Float[Tensor, "heads out in"]]:
@@ -385,7 +394,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     problem: Problem = methods.common_problem(settings)
     frozen, wanted = problem.networks()
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
-    variance = bounds.variance(votes(wanted, x))
+    variance = variance_of(votes(wanted, x))
     of_problem: dict[str, Any] = {
         "target_accuracy": accuracy(wanted, (x, y)),
         "frozen_accuracy": accuracy(frozen, (x, y)),
@@ -406,7 +415,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         network = network.to(torch.float64)
         bound = math.nan
         if problem.model == "fnn" and isinstance(method, Construction):
-            norm = bounds.fnn_error_on(frozen, wanted, method.ranks, x)
+            norm = fnn_error_on(frozen, wanted, method.ranks, x)
             bound = float(norm.square() / CLASSES / variance)
         rows.append(
             Found(

@@ -8,14 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .. import constructions
 from .._records import Record, Results
-from ..adapters import Adapters
+from ..adapters.core import Adapters
+from ..constructions.general import adapt
 from ..errors import InputError, brief
-from ..networks import FNN, LinearNetwork, Transformer
+from ..networks.fnn import FNN
+from ..networks.linear import LinearNetwork
+from ..networks.transformer import Transformer
 from ..regions import Region
-from ..training import Data, Tuning, train
-from ..training.tuning import LARGEST
+from ..training.data import Data
+from ..training.engine import train
+from ..training.tuning import LARGEST, Tuning
 
 Network = LinearNetwork | FNN | Transformer
 Rank = Annotated[int, Field(ge=0)]
@@ -127,7 +130,7 @@ def adapted(
 def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:
     """The theorems' adapters, whatever digits rounding leaves; a ReLU network's over a region."""
     inputs = region if isinstance(frozen, FNN) else None
-    return constructions.adapt(frozen, target, ranks, inputs, throw=False).adapters
+    return adapt(frozen, target, ranks, inputs, throw=False).adapters
 
 
 def _trains(method: Any) -> bool:

@@ -13,15 +13,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, constructions, randomness
+from .. import _checks, randomness
 from .._records import Record
-from ..adapters import Adapters
+from ..adapters.core import Adapters
+from ..constructions import fitted
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks import FNN, Partition
+from ..networks.fnn import FNN
+from ..networks.partition import Partition
 from ..regions import Ball
-from ..training import Data, Tuning, begin, newton, train, train_fused
-from ..training.tuning import Loss, Schedule, Start
+from ..training.data import Data
+from ..training.descent import newton
+from ..training.engine import begin, train
+from ..training.fused import train_fused
+from ..training.tuning import Loss, Schedule, Start, Tuning
 from . import methods
 from .synthetic import Fitted as Fit
 from .synthetic import Found, Problem, Tests, fitting_inputs
@@ -154,7 +159,7 @@ def _tuning(method: Recipe, problem: Problem, frozen: Any, target: Any) -> Tunin
         adapters = methods.construct(frozen, target, method.ranks, region)
     elif method.start == "fitted":
         x = fitting_inputs(problem, target, Fit().inputs)
-        adapters = constructions.fitted.adapt(
+        adapters = fitted.adapt(
             frozen, target, method.ranks, *x, region=region, throw=False
         ).adapters
     else:

@@ -13,13 +13,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .. import bounds, constructions
 from .._records import Record, Results
-from ..adapters import Adapters
-from ..adapters.core import Tuned
+from ..adapters.core import Adapters, Tuned
+from ..bounds import residual as residual_bounds
+from ..bounds.data import variance as variance_of
+from ..constructions import fitted
 from ..constructions.residual import far_error
-from ..networks.residual import PARTS, Activation, Norm, ResidualTransformer
-from ..training import Fresh, Tuning, descend, polish, train
+from ..networks.residual.network import PARTS, Activation, Norm, ResidualTransformer
+from ..training.data import Fresh
+from ..training.descent import descend
+from ..training.engine import train
+from ..training.polishing import polish
+from ..training.tuning import Tuning
 from . import methods
 
 Part = Literal["attention", "mlp", "all"]
@@ -171,9 +176,9 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         found[other] = _fitted(frozen, target, other, training[0], validation[0])
 
     x, y = (part.to(frozen.dtype) for part in problem.data(target).test(TEST))
-    variance = float(bounds.variance(y - x))
+    variance = float(variance_of(y - x))
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
-    floor = bounds.residual.attention_floor(frozen, target, far)
+    floor = residual_bounds.attention_floor(frozen, target, far)
     results = []
     for method in asked:
         network = found[method].merge(frozen)
@@ -237,7 +242,7 @@ def _fitted(
     ranks = {
         name: min(method.rank, *shape) if name in kinds else 0 for name, shape in shapes.items()
     }
-    fit = constructions.fitted.adapt(frozen, target, ranks, x, held_out, throw=False)
+    fit = fitted.adapt(frozen, target, ranks, x, held_out, throw=False)
     if method.iterations:
         fit = polish(fit, x, held_out, iterations=method.iterations, throw=False)
     return fit.adapters

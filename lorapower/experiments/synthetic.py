@@ -16,15 +16,22 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, bounds, constructions, randomness
+from .. import _checks, randomness
 from .._records import Record
-from ..adapters import Adapters
+from ..adapters.core import Adapters
+from ..bounds.data import variance as variance_of
+from ..constructions import fitted
 from ..constructions.fitted import Fitted as FittedAdapters
 from ..errors import InputError
-from ..networks import FNN, LinearNetwork, Partition, Transformer
+from ..networks.fnn import FNN
+from ..networks.linear import LinearNetwork
+from ..networks.partition import Partition
+from ..networks.transformer import Transformer
 from ..regions import Ball
-from ..training import Data, Fixed, Fresh, Tuning, polish, train
-from ..training.polishing import Start
+from ..training.data import Data, Fixed, Fresh
+from ..training.engine import train
+from ..training.polishing import Start, polish
+from ..training.tuning import Tuning
 from . import methods, tables
 from .methods import Final, Lora, Network, Trained
 
@@ -306,7 +313,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
                     throw=False,
                 )
             else:
-                fits[key] = constructions.fitted.adapt(
+                fits[key] = fitted.adapt(
                     frozen, target, method.ranks, *x, region=region, throw=False
                 )
         return fits[key]
@@ -400,5 +407,5 @@ class Tests:
         return {
             **found,
             "signal": float(wanted.square().mean()),
-            "variance": float(bounds.variance(wanted)),
+            "variance": float(variance_of(wanted)),
         }

@@ -5,30 +5,6 @@ Layer ``l`` maps ``z`` to ``W_l z`` (linear) or ``ReLU(W_l z + b_l)`` (FNN); inp
 or a thousand, one code path.
 """
 
-from .base import Network
-from .conversion import as_network
-from .fnn import FNN, pad
-from .gap import Gap
-from .linear import LinearNetwork, product
-from .partition import Partition, Pieces, blocks, shares
-from .segments import Segments, missing_shift, regular, segments
-from .transformer import Transformer
+import lazy_loader
 
-__all__ = [
-    "FNN",
-    "Gap",
-    "LinearNetwork",
-    "Network",
-    "Partition",
-    "Pieces",
-    "Segments",
-    "Transformer",
-    "as_network",
-    "blocks",
-    "missing_shift",
-    "pad",
-    "product",
-    "regular",
-    "segments",
-    "shares",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

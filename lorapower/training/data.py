@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks, randomness
 from ..errors import InputError, brief
-from ..networks import Network
+from ..networks.base import Network
 
 # Of a form that `Data` describes.
 Labelled = tuple[Float[Tensor, "..."], Num[Tensor, "..."]]

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters
+from ..adapters.core import Adapters
 from ..errors import InputError
-from ..networks import Network
+from ..networks.base import Network
 from .free import Free, Parts, labelled
 from .tuning import Loss, require_relu_end
 

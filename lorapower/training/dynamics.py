@@ -12,9 +12,9 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from .. import _checks, _objects
-from ..adapters import Adapters
+from ..adapters.core import Adapters
 from ..errors import InputError, brief
-from ..networks import Network
+from ..networks.base import Network
 from .descent import Pair
 from .free import Free, labelled
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters, N
+from ..adapters.core import Adapters, N
 from ..errors import InputError, brief
-from ..networks import Network
-from ..networks.residual import ResidualTransformer
+from ..networks.base import Network
+from ..networks.residual.network import ResidualTransformer
 from . import compiled, reference, starts
 from .compiled import State, Structure
 from .data import Data

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters, Tuned
+from ..adapters.core import Adapters, Tuned
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks import Network
+from ..networks.base import Network
 
 Parts = Sequence[Tensor]
 

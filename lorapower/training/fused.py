@@ -12,13 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters
+from ..adapters.core import Adapters
 from ..constructions.adaptation import Adaptation
 from ..constructions.fused import Fused, fuse
 from ..errors import InputError, brief
-from ..networks import FNN, LinearNetwork, Partition, Transformer
-from ..networks.partition import unbent
-from ..networks.residual import ResidualTransformer
+from ..networks.fnn import FNN
+from ..networks.linear import LinearNetwork
+from ..networks.partition import Partition, unbent
+from ..networks.residual.network import ResidualTransformer
+from ..networks.transformer import Transformer
 from ..regions import Ball, Region
 from .data import Data
 from .engine import train

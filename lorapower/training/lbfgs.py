@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, bounds, randomness
-from ..networks import LinearNetwork, product
+from .. import _checks, randomness
+from ..bounds.linear import error_matrix
+from ..networks.linear import LinearNetwork, product
 
 
 def minimize(
@@ -29,7 +30,7 @@ def minimize(
     Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
     """
     frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
-    bounds.error_matrix(frozen, target)
+    error_matrix(frozen, target)
     starts = _checks.integer("starts", starts, 1)
     iterations = _checks.integer("iterations", iterations, 1)
     ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ..constructions.fitted import Fit, Fitted, checked, evidence, halves
 from ..errors import InputError, brief
-from ..networks import FNN
+from ..networks.fnn import FNN
 from .data import Data, Fixed
 from .descent import descend
 from .engine import train

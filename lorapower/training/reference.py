@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..networks import FNN, Network
+from ..networks.base import Network
+from ..networks.fnn import FNN
 from .compiled import BETA_1, BETA_2, EPSILON, State, Structure
 
 

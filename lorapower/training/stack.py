@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _checks, randomness
-from ..adapters import Adapters, N, Tuned
+from ..adapters.core import Adapters, N, Tuned
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from ..networks import Network, Transformer
+from ..networks.base import Network
+from ..networks.transformer import Transformer
 from .compiled import UNROLLED, Array, State, Structure, tile
 from .data import Data, Labelled
 from .tuning import Training, Tuning

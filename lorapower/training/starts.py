@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters
+from ..adapters.core import Adapters
 from ..constructions import fnn
 from ..errors import InputError
-from ..networks import FNN, Partition
-from ..networks.partition import unbent
+from ..networks.fnn import FNN
+from ..networks.partition import Partition, unbent
 from ..regions import Ball
 from . import reference
 from .compiled import Array, State, Structure

@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .. import _checks
-from ..adapters import Adapters, N
+from ..adapters.core import Adapters, N
 from ..errors import InputError, brief
-from ..networks import FNN, Network
+from ..networks.base import Network
+from ..networks.fnn import FNN
 
 LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]

@@ -5,6 +5,6 @@ the archive), ``models`` gives an encoder a head and adapters, ``runs`` trains, 
 which runs are compared, and ``paired`` how sure a difference is.
 """
 
-from . import models, paired, protocols, rated, runs, sources, tasks
+import lazy_loader
 
-__all__ = ["models", "paired", "protocols", "rated", "runs", "sources", "tasks"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

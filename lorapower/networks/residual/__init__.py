@@ -1,24 +1,5 @@
 """Transformers with residual connections and normalization, and the same written otherwise."""
 
-from .decoders import from_decoder, to_decoder
-from .network import ACTIVATIONS, PARTS, Activation, Norm, ResidualTransformer
-from .rewriting import aligned, basis, enlarged, relabelled, with_gains
-from .segments import ResidualSegments, require_alike, residual_segments
+import lazy_loader
 
-__all__ = [
-    "ACTIVATIONS",
-    "PARTS",
-    "Activation",
-    "Norm",
-    "ResidualSegments",
-    "ResidualTransformer",
-    "aligned",
-    "basis",
-    "enlarged",
-    "from_decoder",
-    "relabelled",
-    "require_alike",
-    "residual_segments",
-    "to_decoder",
-    "with_gains",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

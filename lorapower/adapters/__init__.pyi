@@ -1,0 +1,5 @@
+from .core import Adapters as Adapters
+from .core import N as N
+from .core import Tuned as Tuned
+
+__all__: list[str]

@@ -1,0 +1,26 @@
+from . import residual as residual
+from . import samples as samples
+from .data import first_order as first_order
+from .data import fnn_data_threshold as fnn_data_threshold
+from .data import variance as variance
+from .final_layers import Floor as Floor
+from .final_layers import colliding_inputs as colliding_inputs
+from .final_layers import final_layers_floor as final_layers_floor
+from .fnn import accumulate_errors as accumulate_errors
+from .fnn import activation_sizes as activation_sizes
+from .fnn import fnn_block_errors as fnn_block_errors
+from .fnn import fnn_error as fnn_error
+from .fnn import fnn_error_on as fnn_error_on
+from .fnn import fnn_threshold as fnn_threshold
+from .linear import error_matrix as error_matrix
+from .linear import error_rank as error_rank
+from .linear import linear_error as linear_error
+from .linear import linear_threshold as linear_threshold
+from .transformer import PairRanks as PairRanks
+from .transformer import pair_ranks as pair_ranks
+from .transformer import transformer_error as transformer_error
+from .transformer import transformer_errors as transformer_errors
+from .transformer import transformer_ranks as transformer_ranks
+from .transformer import transformer_threshold as transformer_threshold
+
+__all__: list[str]

@@ -1,0 +1,16 @@
+from . import attention as attention
+from . import fitted as fitted
+from . import fnn as fnn
+from . import fused as fused
+from . import heads as heads
+from . import linear as linear
+from . import narrow as narrow
+from . import partition as partition
+from . import residual as residual
+from . import transformer as transformer
+from .adaptation import Adaptation as Adaptation
+from .general import adapt as adapt
+from .ranks import NeededRank as NeededRank
+from .ranks import rank_for_error as rank_for_error
+
+__all__: list[str]

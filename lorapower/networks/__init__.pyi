@@ -1,0 +1,18 @@
+from .base import Network as Network
+from .conversion import as_network as as_network
+from .fnn import FNN as FNN
+from .fnn import pad as pad
+from .gap import Gap as Gap
+from .linear import LinearNetwork as LinearNetwork
+from .linear import product as product
+from .partition import Partition as Partition
+from .partition import Pieces as Pieces
+from .partition import blocks as blocks
+from .partition import shares as shares
+from .segments import Segments as Segments
+from .segments import missing_shift as missing_shift
+from .segments import regular as regular
+from .segments import segments as segments
+from .transformer import Transformer as Transformer
+
+__all__: list[str]
