@@ -4,9 +4,8 @@ A table of its public names, and each of them with its signature and its docstri
 ``__all__`` lists or, without it, what the module defines under a name without an underscore; of its
 constants those with a comment that begins with ``#:``.
 
-Docstrings are read as they are written in this project: sections of ``name : description``, names
-of the package in single backticks, labels of the book's statements in brackets. All three become
-lists or links.
+Docstrings are numpydoc, for Napoleon to read. Names of the package in single backticks and labels
+of the book's statements in brackets become links.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import sys
 from collections.abc import Iterator
 from functools import cache, cached_property
 from importlib import import_module
-from itertools import pairwise
 from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any, cast
@@ -27,7 +25,7 @@ from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.addnodes import desc_sig_literal_string, pending_xref
 from sphinx.application import Sphinx
-from sphinx.domains.python import PythonDomain
+from sphinx.domains.python import PyObject, PythonDomain
 from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
@@ -39,6 +37,7 @@ PACKAGE = "lorapower"
 _SPECIAL = ("__call__", "__getitem__")
 _DESCRIPTORS = (property, cached_property, classmethod, staticmethod)
 _NAME = re.compile(r"\"[^\"]*\"|'[^']*'|(?P<name>[A-Za-z_][\w.]*)")
+_TYPE = re.compile(r"^(:(?:type|vartype) [^:]*: )(.*)$", re.MULTILINE)
 _MARKUP = re.compile(r"``.+?``(?!`)|`(?P<name>[^`]+)`|\[(?P<label>[a-z]+-[a-z-]+)\]", re.DOTALL)
 
 
@@ -107,25 +106,6 @@ def _is_ours(kind: type) -> bool:
     return kind.__module__.startswith(f"{PACKAGE}.") and "._" not in kind.__module__
 
 
-def listed(lines: list[str]) -> Iterator[str]:
-    """Sections of ``name : description`` as fields that hold a list of definitions."""
-    section = ""
-    for line, after in pairwise([*lines, ""]):
-        if re.fullmatch("-{3,}", line):
-            continue
-        if re.fullmatch("-{3,}", after):
-            section = line
-            yield from ("", f":{section}:", "")
-        elif section and (item := re.fullmatch(r"(\w[\w, ]*) : (.*)", line)):
-            yield f"    `{item[1]}`" if section == "Raises" else f"    **{item[1]}**"
-            yield f"        {item[2]}"
-        elif section and line[:1].strip():
-            section = ""
-            yield from ("", line)
-        else:
-            yield f"    {line}" if section and line else line
-
-
 def linked(text: str, scopes: list[object], own: set[str]) -> str:
     """Names in backticks that lead somewhere from one of `scopes`, and labels, as references.
 
@@ -168,7 +148,7 @@ def _parameters(code: Any) -> set[str]:
 def process_docstring(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    text = "\n".join(listed(lines))
+    text = "\n".join(lines)
     if what == "module":
         scopes, own = [obj, sys.modules[obj.__package__]], set[str]()
     else:
@@ -177,6 +157,7 @@ def process_docstring(
         home = sys.modules[code.__module__]
         scopes = [code, holder, home, sys.modules[home.__package__ or home.__name__]]
         own = _parameters(code)
+        text = _TYPE.sub(lambda found: found[1] + _type(found[2], code), text)
     lines[:] = linked(text, scopes, own).split("\n")
 
 
@@ -291,6 +272,9 @@ def _leave_unlinked(
 def setup(app: Sphinx) -> ExtensionMetadata:
     app.setup_extension("sphinx.ext.autodoc")
     app.setup_extension("sphinx.ext.autosummary")
+    app.setup_extension("sphinx.ext.napoleon")
+    variables = next(field for field in PyObject.doc_field_types if field.name == "variable")
+    variables.label = "Attributes"
     app.add_directive("package", Package)
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", _process_signature)

@@ -44,10 +44,14 @@ class InputError(LorapowerError, ValueError):
 
     Attributes
     ----------
-    name : the argument, as the caller knows it.
-    allowed : what would have been accepted, in words.
-    given : what was passed: a value, or a description of it.
-    remedy : what to do about it, or an empty string where ``allowed`` says it.
+    name : str
+        The argument, as the caller knows it.
+    allowed : str
+        What would have been accepted, in words.
+    given
+        What was passed: a value, or a description of it.
+    remedy : str
+        What to do about it, or an empty string where ``allowed`` says it.
     """
 
     def __init__(self, name: str, *, allowed: str, given: object, remedy: str = "") -> None:
@@ -62,12 +66,18 @@ class SingularError(LorapowerError, ArithmeticError):
 
     Attributes
     ----------
-    layer : counted from 1, the one with the worst-conditioned system.
-    condition_number : of that system.
-    rounding_error : relative, of the best splitting.
-    rtol : what was accepted.
-    singular_from : the condition number from which on a product counts as singular.
-    member : words that say which member of a batch, or an empty string for a single network.
+    layer : int
+        Counted from 1, the one with the worst-conditioned system.
+    condition_number : float
+        Of that system.
+    rounding_error : float
+        Relative, of the best splitting.
+    rtol : float
+        What was accepted.
+    singular_from : float
+        The condition number from which on a product counts as singular.
+    member : str
+        Words that say which member of a batch, or an empty string for a single network.
     """
 
     def __init__(
@@ -116,8 +126,10 @@ class PrecisionError(LorapowerError, ArithmeticError):
 
     Attributes
     ----------
-    block : the block of layers, counted from 1.
-    digits_lost, limit : expected loss of decimal digits, and what was accepted.
+    block : int
+        The block of layers, counted from 1.
+    digits_lost, limit : float
+        Expected loss of decimal digits, and what was accepted.
     """
 
     def __init__(
@@ -136,9 +148,12 @@ class ResultsError(LorapowerError, OSError):
 
     Attributes
     ----------
-    path : the file.
-    problem : what is the matter with it.
-    remedy : what to do about it.
+    path : Path
+        The file.
+    problem : str
+        What is the matter with it.
+    remedy : str
+        What to do about it.
     """
 
     def __init__(self, path: Path, problem: str, *, remedy: str) -> None:

@@ -23,8 +23,10 @@ class LowRank:
 
     Attributes
     ----------
-    left : ``A``, ``[..., out, rank]``.
-    right : ``B``, ``[..., in, rank]``.
+    left : Tensor
+        ``A``, ``[..., out, rank]``.
+    right : Tensor
+        ``B``, ``[..., in, rank]``.
     """
 
     left: Float[Tensor, "*batch out rank"]

@@ -29,13 +29,15 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     All 624 words of its state come from a `numpy.random.SeedSequence` of both. Seeding torch's
     generator itself would not do: on processors it takes 32 bits of a seed, whatever it is given.
 
+    Raises `InputError` for a seed that is no integer from 0.
+
     Parameters
     ----------
-    seed : an integer from 0.
-    purpose : what is drawn, in words, and which one of several, in numbers:
-        ``generator(seed, "inputs", 3)``.
-
-    Raises `InputError` for a seed that is no integer from 0.
+    seed : int
+        An integer from 0.
+    purpose : str or int
+        What is drawn, in words, and which one of several, in numbers: ``generator(seed, "inputs",
+        3)``.
     """
     made = torch.Generator()
     state = made.get_state()

@@ -136,12 +136,14 @@ class Region(ABC):
 class Ball(Region):
     """All inputs with ``‖x − centre‖_2 ≤ radius``.
 
+    Raises `InputError` for a negative radius (an empty region) and for an infinite one.
+
     Parameters
     ----------
-    radius : finite and at least 0; one number, or ``[...]``.
-    centre : one number for all coordinates, or ``[..., width]``.
-
-    Raises `InputError` for a negative radius (an empty region) and for an infinite one.
+    radius
+        Finite and at least 0; one number, or ``[...]``.
+    centre
+        One number for all coordinates, or ``[..., width]``.
     """
 
     def __init__(self, radius: Any, centre: Any = 0.0) -> None:
@@ -194,11 +196,12 @@ class Ball(Region):
 class Box(Region):
     """All inputs with ``low ≤ x ≤ high`` in every coordinate.
 
+    Raises `InputError` for ``low > high`` (an empty region) and for an infinite side.
+
     Parameters
     ----------
-    low, high : finite; one number for all coordinates, or ``[..., width]``.
-
-    Raises `InputError` for ``low > high`` (an empty region) and for an infinite side.
+    low, high
+        Finite; one number for all coordinates, or ``[..., width]``.
     """
 
     def __init__(self, low: Any, high: Any) -> None:
@@ -246,8 +249,10 @@ class Samples(Region):
 
     Parameters
     ----------
-    inputs : columns, ``[..., width, samples]``.
-    margin : finite and at least 0.
+    inputs
+        Columns, ``[..., width, samples]``.
+    margin : float
+        Finite and at least 0.
     """
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:

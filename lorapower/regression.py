@@ -23,9 +23,11 @@ class Regression(NamedTuple):
 
     Attributes
     ----------
-    change : ``K`` as its factors, of the rank that was asked for, or of as many columns as the
-        metric has rows.
-    intercept : ``a``; zeros where none was fitted.
+    change : LowRank
+        ``K`` as its factors, of the rank that was asked for, or of as many columns as the metric
+        has rows.
+    intercept : Tensor
+        ``a``; zeros where none was fitted.
     """
 
     change: LowRank
@@ -51,18 +53,24 @@ def reduced_rank(
     ``λ`` the sum is ``E‖R(y − K z − a)‖² + λ c ‖R(K − E)‖²_F``, ``c`` the mean variance of a
     coordinate of ``z``; an infinite one takes ``B = E``, in the metric of ``z`` alone.
 
-    Parameters
-    ----------
-    wanted, inputs : ``y`` and ``z``, columns of one number of samples.
-    rank : at most the smaller side of ``K``.
-    towards : ``E``; 0 by default.
-    shrinkage : ``λ``, at least 0.
-    metric : ``R``, ``[..., rows, out]``; the identity by default.
-    intercept : whether ``a`` is fitted, or else is 0 and the means stay where they are.
-
     Raises `InputError` for what is not finite or does not fit.
 
     Source: [thm-reduced-rank].
+
+    Parameters
+    ----------
+    wanted, inputs : Tensor
+        ``y`` and ``z``, columns of one number of samples.
+    rank : int
+        At most the smaller side of ``K``.
+    towards : Tensor, optional
+        ``E``; 0 by default.
+    shrinkage : float
+        ``λ``, at least 0.
+    metric : Tensor, optional
+        ``R``, ``[..., rows, out]``; the identity by default.
+    intercept : bool
+        Whether ``a`` is fitted, or else is 0 and the means stay where they are.
     """
     y = _checks.real_tensor("wanted", wanted, min_dims=2)
     z = _checks.real_tensor("inputs", inputs, min_dims=2)

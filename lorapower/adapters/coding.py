@@ -27,8 +27,10 @@ class Code(NamedTuple):
 
     Attributes
     ----------
-    data : the code; the last byte is filled up with zeros.
-    length : its number of bits.
+    data : bytes
+        The code; the last byte is filled up with zeros.
+    length : int
+        Its number of bits.
     """
 
     data: bytes

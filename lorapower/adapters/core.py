@@ -26,8 +26,10 @@ class Tuned(NamedTuple):
 
     Attributes
     ----------
-    ranks : of each weight's adapter; the columns past it are zeros.
-    biases : whether each bias is tuned; the update of one that is not stays what it was.
+    ranks : Tensor
+        Of each weight's adapter; the columns past it are zeros.
+    biases : Tensor
+        Whether each bias is tuned; the update of one that is not stays what it was.
     """
 
     ranks: Int[Tensor, "*batch weights"]
@@ -42,12 +44,15 @@ class Adapters:
 
     Attributes
     ----------
-    updates : factored updates in the order of the network's ``weights``, in a chain of layers the
-        first layer first; a weight without an adapter has one of rank 0.
-    bias_updates : vectors ``[..., out]`` that are added to the network's ``biases``, or none of
-        them where the biases stay or the network has none.
-    tuned : what is tuned in each member of a batch whose members differ in it, as runs of training
-        do; nothing where all columns and biases are.
+    updates : tuple of LowRank
+        Factored updates in the order of the network's ``weights``, in a chain of layers the first
+        layer first; a weight without an adapter has one of rank 0.
+    bias_updates : tuple of Tensor
+        Vectors ``[..., out]`` that are added to the network's ``biases``, or none of them where the
+        biases stay or the network has none.
+    tuned : Tuned or None
+        What is tuned in each member of a batch whose members differ in it, as runs of training do;
+        nothing where all columns and biases are.
     """
 
     updates: tuple[LowRank, ...]

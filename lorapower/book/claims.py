@@ -27,11 +27,16 @@ class Claim:
 
     Attributes
     ----------
-    statement : what is claimed, to be understood by itself.
-    label : of the theorem, proposition or observation of the book that it belongs to.
-    predicted : what decides: what the mathematics says, or an observation requires.
-    measured : what the run gave.
-    holds : whether the one meets the other.
+    statement : str
+        What is claimed, to be understood by itself.
+    label : str
+        Of the theorem, proposition or observation of the book that it belongs to.
+    predicted : str
+        What decides: what the mathematics says, or an observation requires.
+    measured : str
+        What the run gave.
+    holds : bool
+        Whether the one meets the other.
     """
 
     statement: str

@@ -107,12 +107,14 @@ Tasks = Annotated[list[str], _LISTED]
 class Parameters(Record):
     """The parameters that all chapters have; a chapter's model adds its own.
 
+    Raises `InputError` for the first value that is not usable.
+
     Attributes
     ----------
-    profile : quick or paper.
-    seed : of all random draws.
-
-    Raises `InputError` for the first value that is not usable.
+    profile : {"quick", "paper"}
+        Quick or paper.
+    seed
+        Of all random draws.
     """
 
     profile: Literal["quick", "paper"]

@@ -54,15 +54,17 @@ def first_order(
     or the next block. Relative, like `constructions.fitted`'s errors; of linear networks exact. No
     finite number where the target's outputs do not vary on the inputs.
 
-    Parameters
-    ----------
-    adapted, target : networks of one kind and of equal sizes, one of each, such as those of a
-        `constructions.fused.Fused`.
-    inputs : columns, of transformers sequences, as the networks take them.
-
     Raises `InputError` for networks of two kinds or of different sizes.
 
     Source: [prop-first-order].
+
+    Parameters
+    ----------
+    adapted, target : Network
+        Networks of one kind and of equal sizes, one of each, such as those of a
+        `constructions.fused.Fused`.
+    inputs : Tensor
+        Columns, of transformers sequences, as the networks take them.
     """
     _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, adapted=adapted)
     _checks.kind(type(adapted), target=target)

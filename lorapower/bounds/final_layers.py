@@ -26,8 +26,10 @@ class Floor:
 
     Attributes
     ----------
-    mean_squared_error : mean over samples and coordinates; ``[...]``.
-    standard_error : of that mean; ``[...]``.
+    mean_squared_error : Tensor
+        Mean over samples and coordinates; ``[...]``.
+    standard_error : Tensor
+        Of that mean; ``[...]``.
     """
 
     mean_squared_error: Float[Tensor, "*batch"]
@@ -72,15 +74,18 @@ def final_layers_floor(
     positively. Hence the estimate is, for every number of steps, an unbiased one of a number that
     is **at most** the floor; with more steps that number rises to it.
 
-    Parameters
-    ----------
-    frozen, target : of equal inputs and type; batch shapes broadcast. Only the first layer of the
-        frozen network counts: keeping more of its layers can only raise the floor.
-    samples : independent inputs ``x``.
-    steps : of hit-and-run from each.
-
     Returns the floor of the mean squared error (by coordinate) with the standard error of the
     estimate over the samples. Source: [prop-floor].
+
+    Parameters
+    ----------
+    frozen, target : FNN
+        Of equal inputs and type; batch shapes broadcast. Only the first layer of the frozen network
+        counts: keeping more of its layers can only raise the floor.
+    samples : int
+        Independent inputs ``x``.
+    steps : int
+        Of hit-and-run from each.
     """
     _checks.kind(FNN, frozen=frozen, target=target)
     samples = _checks.integer("samples", samples, 2)

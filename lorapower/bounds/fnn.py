@@ -58,13 +58,14 @@ def fnn_error(
 ) -> Float[Tensor, "*batch"]:
     """``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``, ``z̄_i`` the target's activations.
 
+    Source: [thm-partition-error]; for a target of one layer [thm-one-layer].
+
     Parameters
     ----------
-    inputs : samples, whose own moments are taken: the bound then holds for the error on them. Or
-        the trace of the inputs' second moment, ``tr E[x xᵀ] = E‖x‖²``: the closed form, in which
+    inputs : Inputs
+        Samples, whose own moments are taken: the bound then holds for the error on them. Or the
+        trace of the inputs' second moment, ``tr E[x xᵀ] = E‖x‖²``: the closed form, in which
         ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``.
-
-    Source: [thm-partition-error]; for a target of one layer [thm-one-layer].
     """
     gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])

@@ -59,15 +59,18 @@ def inner_rank(
     are of one depth and of equally many hidden units; no two normals in a block of the target are
     parallel.
 
-    Parameters
-    ----------
-    width, hidden : ``D`` and ``F``.
-    activation : ``"relu"``, ``"gelu"`` or ``"silu"``; nothing is proved of GELU's approximation.
-    gains : whether they are tuned.
-
     Raises `InputError` where the sphere of normalized tokens has fewer than three dimensions.
 
     Source: [thm-inner-rank].
+
+    Parameters
+    ----------
+    width, hidden : int
+        ``D`` and ``F``.
+    activation : {"relu", "gelu", "silu"}
+        ``"relu"``, ``"gelu"`` or ``"silu"``; nothing is proved of GELU's approximation.
+    gains : bool
+        Whether they are tuned.
     """
     width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
     _checks.choice("activation", activation, ("relu", "gelu", "silu"))
@@ -85,9 +88,12 @@ class AttentionFloor(NamedTuple):
 
     Attributes
     ----------
-    value : ``min E‖Δ(n) − M n − m‖² / D`` over matrices ``M`` and vectors ``m``; ``[...]``.
-    standard_error : of the value, from the spread over tokens.
-    slope, offset : the best ``M``, ``[..., D, D]``, and ``m``, ``[..., D]``.
+    value : Tensor
+        ``min E‖Δ(n) − M n − m‖² / D`` over matrices ``M`` and vectors ``m``; ``[...]``.
+    standard_error : Tensor
+        Of the value, from the spread over tokens.
+    slope, offset : Tensor
+        The best ``M``, ``[..., D, D]``, and ``m``, ``[..., D]``.
     """
 
     value: Float[Tensor, "*batch"]
@@ -110,16 +116,18 @@ def attention_floor(
     over inputs of one size. The value is that of a least-squares fit, corrected for its degrees of
     freedom.
 
-    Parameters
-    ----------
-    frozen, target : of equal width, norm and activation, without a final norm; of any depth.
-    tokens : directions as columns, more than ``m + 1`` of them, which span the space of normalized
-        tokens.
-
     Raises `InputError` for networks that do not fit, for too few tokens, and for one that is
     constant, which has no direction.
 
     Source: [prop-floor-attention].
+
+    Parameters
+    ----------
+    frozen, target : ResidualTransformer
+        Of equal width, norm and activation, without a final norm; of any depth.
+    tokens : Tensor
+        Directions as columns, more than ``m + 1`` of them, which span the space of normalized
+        tokens.
     """
     n = directions(frozen, target, tokens)
     gap = _far(target, n) - _far(frozen, n)

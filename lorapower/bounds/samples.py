@@ -26,14 +26,18 @@ from ..networks.linear import LinearNetwork
 class Design:
     """What a risk depends on beside the spectrum.
 
+    Raises `InputError` for counts below 1, a span above ``n``, and negative noise.
+
     Attributes
     ----------
-    samples : ``n``.
-    outputs : ``D_out``.
-    span : ``q``, the rank of the inputs.
-    noise : ``σ``.
-
-    Raises `InputError` for counts below 1, a span above ``n``, and negative noise.
+    samples : int
+        ``n``.
+    outputs : int
+        ``D_out``.
+    span : int
+        ``q``, the rank of the inputs.
+    noise : float
+        ``σ``.
     """
 
     samples: int
@@ -115,10 +119,14 @@ class PaidRank(NamedTuple):
 
     Attributes
     ----------
-    rank : of the least estimated risk.
-    risks : `sure` of each rank from 0 on.
-    observed : singular values of ``(Y − P X) Π_X / n^{1/2}``.
-    design : with the noise that was given or estimated.
+    rank : int
+        Of the least estimated risk.
+    risks : Tensor
+        `sure` of each rank from 0 on.
+    observed : Tensor
+        Singular values of ``(Y − P X) Π_X / n^{1/2}``.
+    design : Design
+        With the noise that was given or estimated.
     """
 
     rank: int
@@ -138,20 +146,22 @@ def paid_rank(
 
     Of ranks whose estimates differ by rounding alone it is the least.
 
-    Parameters
-    ----------
-    frozen : a linear network, of square non-singular layers for what is said of its adapters to
-        hold; its product is ``P``.
-    inputs, outputs : ``X`` and ``Y``. Their rank is taken in the coarser of the types of inputs and
-        network.
-    noise : ``σ``; by default estimated from what no linear map explains,
-        ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``.
-
     Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
     inputs that are all 0, and where the noise is to be estimated from no more samples than the
     inputs span.
 
     Source: [thm-risk].
+
+    Parameters
+    ----------
+    frozen : LinearNetwork
+        A linear network, of square non-singular layers for what is said of its adapters to hold;
+        its product is ``P``.
+    inputs, outputs : Tensor
+        ``X`` and ``Y``. Their rank is taken in the coarser of the types of inputs and network.
+    noise : float, optional
+        ``σ``; by default estimated from what no linear map explains, ``σ̂² = ‖(Y − P X)(I −
+        Π_X)‖²_F / (D_out (n − q))``.
     """
     _checks.kind(LinearNetwork, frozen=frozen)
     if frozen.batch_shape:

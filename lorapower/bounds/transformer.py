@@ -107,12 +107,13 @@ def transformer_error(
     (r min(s, 2) + δ) + ε_VO r̂]``. At the end ``‖W_out W_2‖ δ + ε_out r̂``. A worst case, far above
     the typical error after several blocks; the rounding of evaluating the networks comes on top.
 
+    Source: [prop-transformer-error].
+
     Parameters
     ----------
-    errors : spectral distances ``ε`` of the adapted segments from the target's, such as
+    errors : Segments
+        Spectral distances ``ε`` of the adapted segments from the target's, such as
         `constructions.transformer.TransformerAdaptation.errors`.
-
-    Source: [prop-transformer-error].
     """
     _checks.kind(Segments, errors=errors)
     cut, shift = segments(frozen, target), missing_shift(target)

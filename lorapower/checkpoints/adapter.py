@@ -19,8 +19,10 @@ class Adapter(NamedTuple):
 
     Attributes
     ----------
-    factors : by module; one that is not there has rank 0.
-    biases : those of modules that are not the tuned ones.
+    factors : dict
+        By module; one that is not there has rank 0.
+    biases : dict
+        Those of modules that are not the tuned ones.
     """
 
     factors: dict[str, LowRank]

@@ -30,15 +30,20 @@ class Measured(NamedTuple):
 
     Attributes
     ----------
-    error : ``η``, the part of the tuning's effect that is lost,
-        ``(Σ‖f̂ − f̄‖² / Σ‖f_0 − f̄‖²)^{1/2}`` over texts: 0 of the tuned network ``f̄``, 1 of the base
-        ``f_0``. Outputs are logits about their mean over classes or tokens, last hidden states
-        where there is no head.
-    error_upper : an upper limit of it for texts of this kind, at 95% (`upper`).
-    agreement : share of equal decisions: of classes, or of next tokens; NaN without a head.
-    agreement_lower : a lower limit of it at 95% (`lower`).
-    kl : mean divergence ``KL(f̄ ‖ f̂)`` of the distributions, in nats; NaN without a head.
-    texts : how many were measured.
+    error : float
+        ``η``, the part of the tuning's effect that is lost, ``(Σ‖f̂ − f̄‖² / Σ‖f_0 − f̄‖²)^{1/2}``
+        over texts: 0 of the tuned network ``f̄``, 1 of the base ``f_0``. Outputs are logits about
+        their mean over classes or tokens, last hidden states where there is no head.
+    error_upper : float
+        An upper limit of it for texts of this kind, at 95% (`upper`).
+    agreement : float
+        Share of equal decisions: of classes, or of next tokens; NaN without a head.
+    agreement_lower : float
+        A lower limit of it at 95% (`lower`).
+    kl : float
+        Mean divergence ``KL(f̄ ‖ f̂)`` of the distributions, in nats; NaN without a head.
+    texts : int
+        How many were measured.
     """
 
     error: float

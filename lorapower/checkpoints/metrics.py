@@ -32,13 +32,16 @@ class Moments(NamedTuple):
 
     Attributes
     ----------
-    inputs : rows ``Z`` with ``ZᵀZ = C``, the second moment of what it takes in: about the mean
-        where a bias can make up for that, else about 0. Tokens count by the squared gradient of the
+    inputs : Tensor
+        Rows ``Z`` with ``ZᵀZ = C``, the second moment of what it takes in: about the mean where a
+        bias can make up for that, else about 0. Tokens count by the squared gradient of the
         network's outputs there, and in part (`EVEN`) all the same.
-    mean : what was subtracted.
-    outputs : rows ``R`` with ``RᵀR = G``: ``vᵀGv`` is, to first order and in the mean over texts,
-        the sum over tokens of the squared change of the network's outputs if ``v`` is added to the
-        module's for this token.
+    mean : Tensor
+        What was subtracted.
+    outputs : Tensor
+        Rows ``R`` with ``RᵀR = G``: ``vᵀGv`` is, to first order and in the mean over texts, the sum
+        over tokens of the squared change of the network's outputs if ``v`` is added to the module's
+        for this token.
     """
 
     inputs: Float[Tensor, "rows in"]

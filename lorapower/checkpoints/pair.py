@@ -24,11 +24,16 @@ class Module(NamedTuple):
 
     Attributes
     ----------
-    name : in the network.
-    kind : ``"attention"`` or ``"mlp"``, the halves of a block, or ``"other"``.
-    shape : ``(out, in)``.
-    bias : whether it has one.
-    transposed : whether the weight is kept as ``[in, out]``, as GPT-2's are.
+    name : str
+        In the network.
+    kind : Kind
+        ``"attention"`` or ``"mlp"``, the halves of a block, or ``"other"``.
+    shape : tuple
+        ``(out, in)``.
+    bias : bool
+        Whether it has one.
+    transposed : bool
+        Whether the weight is kept as ``[in, out]``, as GPT-2's are.
     """
 
     name: str
@@ -48,9 +53,12 @@ class Other(NamedTuple):
 
     Attributes
     ----------
-    name : in the network.
-    kind : ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack.
-    size : how many numbers it has.
+    name : str
+        In the network.
+    kind : str
+        ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack.
+    size : int
+        How many numbers it has.
     """
 
     name: str
@@ -67,12 +75,16 @@ class Pair:
 
     Attributes
     ----------
-    base, tuned : the checkpoints.
-    family : their architecture.
-    prefix : of names in the model without its head, such as ``"bert."``; empty where there is no
-        head.
-    modules : linear modules that adapters can be put on, by name, in the order of the network.
-    others : all else that differs.
+    base, tuned : Stored
+        The checkpoints.
+    family : Family
+        Their architecture.
+    prefix : str
+        Of names in the model without its head, such as ``"bert."``; empty where there is no head.
+    modules : dict
+        Linear modules that adapters can be put on, by name, in the order of the network.
+    others : tuple of Other
+        All else that differs.
     """
 
     base: Stored

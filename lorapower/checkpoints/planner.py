@@ -53,13 +53,18 @@ class Planner:
 
     Attributes
     ----------
-    pair : the checkpoints.
-    modules : those that adapters are put on.
-    texts : in three parts.
-    options : what else was asked for, by name.
-    fitting, choosing, held_out : outputs on the three parts of the texts; errors are stated on the
-        last.
-    values, totals : by metric and module the leading ``σ_d``, and ``Σσ_d²`` over all of them.
+    pair : Pair
+        The checkpoints.
+    modules : str
+        Those that adapters are put on.
+    texts : sequence of str
+        In three parts.
+    options
+        What else was asked for, by name.
+    fitting, choosing, held_out : sequence of str or None
+        Outputs on the three parts of the texts; errors are stated on the last.
+    values, totals
+        By metric and module the leading ``σ_d``, and ``Σσ_d²`` over all of them.
     """
 
     def __init__(
@@ -78,22 +83,31 @@ class Planner:
     ) -> None:
         """Pass texts through both networks, and take the directions of all changes.
 
-        Parameters
-        ----------
-        pair : the checkpoints.
-        texts, held_out : for planning, and for what is stated; without the second, half of the
-            first are held out.
-        modules : ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression that is searched
-            for in their names. The others stay the base's.
-        leave : kinds of what low rank cannot carry (`Other`) that stay the base's too.
-        tokens : to which texts are cut off.
-        max_rank : of any module.
-        bucket : ranks are multiples of it, up to the highest that a module can have.
-        seed : draws texts, probes and the order of repair.
-        report : is told of progress.
-
         Raises `InputError` for texts that are too few or in both parts, and for modules, kinds and
         sizes that there are not.
+
+        Parameters
+        ----------
+        pair : Pair
+            The checkpoints.
+        texts, held_out
+            For planning, and for what is stated; without the second, half of the first are held
+            out.
+        modules : str
+            ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression that is searched for in
+            their names. The others stay the base's.
+        leave : Collection
+            Kinds of what low rank cannot carry (`Other`) that stay the base's too.
+        tokens : int
+            To which texts are cut off.
+        max_rank : int
+            Of any module.
+        bucket : int
+            Ranks are multiples of it, up to the highest that a module can have.
+        seed : int
+            Draws texts, probes and the order of repair.
+        report : Report, optional
+            Is told of progress.
         """
         leave = _checks.items("leave", leave, what=f"kinds among {KINDS}")
         self.pair, self.seed, self.report = pair, seed, report or silent

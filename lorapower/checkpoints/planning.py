@@ -34,11 +34,16 @@ class Directions(NamedTuple):
 
     Attributes
     ----------
-    left, right : the factors.
-    values : ``σ_d``, falling.
-    total : ``Σσ_d²`` over all directions, also those past the last column.
-    shift : ``(E − K_r)μ`` for rank 0: what the bias takes over of the change at the mean input.
-    mean : ``μ``.
+    left, right : Tensor
+        The factors.
+    values : Tensor
+        ``σ_d``, falling.
+    total : float
+        ``Σσ_d²`` over all directions, also those past the last column.
+    shift : Tensor
+        ``(E − K_r)μ`` for rank 0: what the bias takes over of the change at the mean input.
+    mean : Tensor
+        ``μ``.
     """
 
     left: Float[Tensor, "out k"]
@@ -131,8 +136,10 @@ class Path(NamedTuple):
 
     Attributes
     ----------
-    modules : the module of each step.
-    costs : numbers of parameters after each step.
+    modules : list of str
+        The module of each step.
+    costs : ndarray
+        Numbers of parameters after each step.
     """
 
     modules: list[str]

@@ -22,10 +22,14 @@ class Stored:
 
     Attributes
     ----------
-    name : the argument that named it, ``"base"`` or ``"tuned"``.
-    source : what the caller gave: a folder, or a name on the hub.
-    place : the folder of its files.
-    config : its configuration, of transformers.
+    name : str
+        The argument that named it, ``"base"`` or ``"tuned"``.
+    source : str
+        What the caller gave: a folder, or a name on the hub.
+    place
+        The folder of its files.
+    config
+        Its configuration, of transformers.
     """
 
     def __init__(self, name: str, source: str) -> None:

@@ -46,11 +46,15 @@ class Texts(NamedTuple):
 
     Attributes
     ----------
-    fitting : for metrics and repair.
-    choosing : for choosing among candidates.
-    held_out : for what is stated; a plan for a stated error looks at them until it is reached, a
-        few times at most.
-    cut : how many of all texts were longer than the model, or ``tokens``, allows, and were cut.
+    fitting : list of Batch
+        For metrics and repair.
+    choosing : list of Batch
+        For choosing among candidates.
+    held_out : list of Batch
+        For what is stated; a plan for a stated error looks at them until it is reached, a few times
+        at most.
+    cut : int
+        How many of all texts were longer than the model, or ``tokens``, allows, and were cut.
     """
 
     fitting: list[Batch]
@@ -107,17 +111,23 @@ def prepared(
 ) -> Texts:
     """Texts in three parts, as a network takes them.
 
-    Parameters
-    ----------
-    texts : for planning; where there are no others, half of them are held out.
-    held_out : for what is stated.
-    words : the tokenizer.
-    config : of the model.
-    tokens : to which texts are cut off, if the model takes more.
-    seed : draws the parts, and the texts where there are more than `MOST` of a part.
-
     Raises `InputError` for fewer than `LEAST` different texts of a part, and for texts that are in
     both.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        For planning; where there are no others, half of them are held out.
+    held_out : sequence of str, optional
+        For what is stated.
+    words
+        The tokenizer.
+    config
+        Of the model.
+    tokens : int
+        To which texts are cut off, if the model takes more.
+    seed : int
+        Draws the parts, and the texts where there are more than `MOST` of a part.
     """
     order = np.random.default_rng(randomness.number(seed, "planning texts"))
     limit = _limit(tokens, config)

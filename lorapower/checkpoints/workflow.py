@@ -34,20 +34,32 @@ class Plan:
 
     Attributes
     ----------
-    planner : the pair and its texts, made ready.
-    adapter : factors and biases.
-    method : which of `METHODS` chose its ranks.
-    repaired : whether it was fitted to the tuned network after that.
-    measured : on held-out texts.
-    predicted : the error to first order, of the adapter before repair.
-    aim : the error that was asked for, or nothing.
-    looks : how many adapters were measured on held-out texts until this was taken, at least 1; the
+    planner : Planner
+        The pair and its texts, made ready.
+    adapter : Adapter
+        Factors and biases.
+    method : str
+        Which of `METHODS` chose its ranks.
+    repaired : bool
+        Whether it was fitted to the tuned network after that.
+    measured : Measured
+        On held-out texts.
+    predicted : float
+        The error to first order, of the adapter before repair.
+    aim : float or None
+        The error that was asked for, or nothing.
+    looks : int
+        How many adapters were measured on held-out texts until this was taken, at least 1; the
         limit of the error is meant for 1.
-    shares : of each module the part of the effect that its missing directions cost alone, predicted
-        and measured, in plans without repair.
-    baselines : the error on held-out texts of each method at as many parameters, without repair.
-    attention : the error on held-out texts with all attention modules as tuned and no other.
-    seconds : that it took.
+    shares : dict
+        Of each module the part of the effect that its missing directions cost alone, predicted and
+        measured, in plans without repair.
+    baselines : dict
+        The error on held-out texts of each method at as many parameters, without repair.
+    attention : float
+        The error on held-out texts with all attention modules as tuned and no other.
+    seconds : float
+        That it took.
     """
 
     planner: Planner
@@ -149,23 +161,33 @@ def plan(
 ) -> Plan:
     """Which rank each module needs: for a stated error, or for so many parameters.
 
-    Parameters
-    ----------
-    base, tuned : as for `Pair.open`.
-    texts : at least 120 like those that the model is for; labels are not needed.
-    error : the part of the tuning's effect that may be lost (`Measured`); `ERROR` if nothing else
-        is asked for. The least number of parameters is looked for.
-    parameters : numbers of the factors, at most.
-    rank : as many parameters as this rank for all modules takes.
-    repair : whether the adapter is fitted to the tuned network (`Planner.repaired`).
-    steps : of repair by gradient.
-    by_module : whether what each module alone costs is measured.
-    report : is told of progress.
-    options : of `Planner`: ``held_out``, ``modules``, ``leave``, ``tokens``, ``max_rank``,
-        ``bucket``, ``seed``.
-
     An error that the highest ranks do not reach is no failure: ``reached`` says so, and the plan is
     the nearest. Raises `InputError` for what is not usable, before any text is passed.
+
+    Parameters
+    ----------
+    base, tuned : str
+        As for `Pair.open`.
+    texts : sequence of str
+        At least 120 like those that the model is for; labels are not needed.
+    error : float, optional
+        The part of the tuning's effect that may be lost (`Measured`); `ERROR` if nothing else is
+        asked for. The least number of parameters is looked for.
+    parameters : int, optional
+        Numbers of the factors, at most.
+    rank : int, optional
+        As many parameters as this rank for all modules takes.
+    repair : bool
+        Whether the adapter is fitted to the tuned network (`Planner.repaired`).
+    steps : int
+        Of repair by gradient.
+    by_module : bool
+        Whether what each module alone costs is measured.
+    report : Report, optional
+        Is told of progress.
+    options
+        Of `Planner`: ``held_out``, ``modules``, ``leave``, ``tokens``, ``max_rank``, ``bucket``,
+        ``seed``.
     """
     start = time.perf_counter()
     asked = {"error": error, "parameters": parameters, "rank": rank}
@@ -216,15 +238,18 @@ def extract(
 ) -> Plan:
     """Plan an adapter, write it, read it back through peft and measure it again.
 
-    Parameters
-    ----------
-    base, tuned, texts, repair, options : as for `plan`.
-    out : the folder, with the adapter, ``report.json`` and a model card.
-    force : whether an adapter that is there is replaced.
-
     Nothing is written where the error asked for is not reached. Raises `InputError` as `plan`, and
     for a folder that exists; `ResultsError` where it cannot be written; `LorapowerError` if what is
     read back has another error than stated.
+
+    Parameters
+    ----------
+    base, tuned, texts, repair, options
+        As for `plan`.
+    out : Path or str
+        The folder, with the adapter, ``report.json`` and a model card.
+    force : bool
+        Whether an adapter that is there is replaced.
     """
     folder = export.place(out, force)
     start = time.perf_counter()
@@ -264,14 +289,18 @@ def check(
 ) -> Measured:
     """What anybody's adapter of peft loses against the tuned model, on all texts.
 
+    Raises `InputError` for what is not usable.
+
     Parameters
     ----------
-    base, adapter, tuned : checkpoints, and the adapter's folder.
-    texts : at least 60.
-    report : is told of progress.
-    options : ``tokens`` and ``seed``, as of `Planner`.
-
-    Raises `InputError` for what is not usable.
+    base, adapter, tuned : str
+        Checkpoints, and the adapter's folder.
+    texts : sequence of str
+        At least 60.
+    report : Report, optional
+        Is told of progress.
+    options
+        ``tokens`` and ``seed``, as of `Planner`.
     """
     pair = Pair.open(base, tuned)
     batches = whole(texts, pair.words, pair.tuned.config, **options)
@@ -305,15 +334,20 @@ def compare(
 ) -> pd.DataFrame:
     """Errors of methods at equal numbers of parameters: a row for each, with `Measured`'s columns.
 
+    ``ranks`` are those of the modules, and ``used`` is how many parameters they take.
+
     Parameters
     ----------
-    planner : the pair and its texts.
-    parameters : numbers of the factors.
-    methods : among `METHODS`.
-    repaired : numbers at which the best of `PATHS`, on the texts for choosing, is repaired as well.
-    steps : of repair.
-
-    ``ranks`` are those of the modules, and ``used`` is how many parameters they take.
+    planner : Planner
+        The pair and its texts.
+    parameters : sequence of int
+        Numbers of the factors.
+    methods : sequence of str
+        Among `METHODS`.
+    repaired : Collection
+        Numbers at which the best of `PATHS`, on the texts for choosing, is repaired as well.
+    steps : int
+        Of repair.
     """
     rows = []
 

@@ -16,10 +16,12 @@ class Adaptation:
 
     Attributes
     ----------
-    adapters : ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l``, and ``Δb_l`` where biases are tuned;
+    adapters : Adapters
+        ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l``, and ``Δb_l`` where biases are tuned;
         `Adapters.merge` applies them.
-    success : whether all is adapted acceptably; ``[...]``. Where it is not, the adapters are the
-        best that were found.
+    success : Tensor
+        Whether all is adapted acceptably; ``[...]``. Where it is not, the adapters are the best
+        that were found.
     """
 
     adapters: Adapters

@@ -147,8 +147,10 @@ class Builder(Generic[N]):
 
     Attributes
     ----------
-    own : what was found so far, by kind of parameter.
-    chosen : how each segment was adapted.
+    own
+        What was found so far, by kind of parameter.
+    chosen
+        How each segment was adapted.
     """
 
     # The bias that is added to what heads send.

@@ -50,11 +50,16 @@ class Fit:
 
     Attributes
     ----------
-    fused : the frozen network and the target, with one matrix for each segment.
-    adapters : what was found.
-    chosen : how each segment was adapted, first segment first, or all at once.
-    direct : whether the adapters are those of the frozen network itself, and not of the fused one.
-    region : of a ReLU network: where what is carried back holds.
+    fused : Fused
+        The frozen network and the target, with one matrix for each segment.
+    adapters : Adapters
+        What was found.
+    chosen : tuple of str
+        How each segment was adapted, first segment first, or all at once.
+    direct : bool
+        Whether the adapters are those of the frozen network itself, and not of the fused one.
+    region : Region or None
+        Of a ReLU network: where what is carried back holds.
     """
 
     fused: Fused
@@ -80,15 +85,19 @@ class Fitted(Adaptation):
     All errors are relative: the mean squared difference of the outputs from the target's, over the
     variance of these. The best constant has 1.
 
+    It is a success where what was fitted is carried back to the frozen network acceptably.
+
     Attributes
     ----------
-    error : measured on the held-out inputs that nothing was chosen by; ``[...]``.
-    low, high : its 95% interval, from the spread over inputs as of a normal mean; ``[...]``.
-    predicted : the error to first order, `bounds.first_order`, on the inputs of the fit; NaN where
-        no fused network was fitted; ``[...]``.
-    fits : of each member of the batch, in order.
-
-    It is a success where what was fitted is carried back to the frozen network acceptably.
+    error : Tensor
+        Measured on the held-out inputs that nothing was chosen by; ``[...]``.
+    low, high : Tensor
+        Its 95% interval, from the spread over inputs as of a normal mean; ``[...]``.
+    predicted : Tensor
+        The error to first order, `bounds.first_order`, on the inputs of the fit; NaN where no fused
+        network was fitted; ``[...]``.
+    fits : tuple of Fit
+        Of each member of the batch, in order.
     """
 
     error: Float[Tensor, "*batch"]
@@ -122,29 +131,34 @@ def adapt(
     outputs feel; the theorem's adapters as a whole are never replaced by worse ones. The other
     half gives the error.
 
-    Parameters
-    ----------
-    frozen, target : networks of one kind, or what `networks.as_network` makes one from; batch
-        shapes broadcast.
-    ranks : as the construction for this kind of network takes them, one for all or, of
-        transformers of either kind, one for each kind of weight by its name; for heads narrower
-        than the tokens any, also too few for the theorem.
-    inputs : columns ``[width, samples]``, of a transformer sequences ``[samples, width, tokens]``,
-        at least two. Fewer than a few times the width fit their own noise.
-    held_out : others of the same kind, at least four.
-    partition : of ReLU networks: the blocks, by default uniform.
-    region : of ReLU networks: where the adapted network is to be what was fitted; by default a
-        ball about the mean of the inputs and of those that choose, 1.25 times as large as they
-        need.
-    metric : of ReLU networks: errors of a layer count ``"alike"``, or by what the ``"outputs"``
-        feel of them, or whichever comes out ``"best"``.
-    throw : raise an error where the construction loses too many digits, or else say so in
-        ``success``.
-
     Raises `InputError` for networks, ranks and partitions that do not fit, and for inputs that are
     too few, of another width, not finite, or held out and not.
 
     Source: [thm-reduced-rank], [prop-scores]; for what is carried back [lem-any-change].
+
+    Parameters
+    ----------
+    frozen, target
+        Networks of one kind, or what `networks.as_network` makes one from; batch shapes broadcast.
+    ranks
+        As the construction for this kind of network takes them, one for all or, of transformers of
+        either kind, one for each kind of weight by its name; for heads narrower than the tokens
+        any, also too few for the theorem.
+    inputs
+        Columns ``[width, samples]``, of a transformer sequences ``[samples, width, tokens]``, at
+        least two. Fewer than a few times the width fit their own noise.
+    held_out
+        Others of the same kind, at least four.
+    partition : Partition, optional
+        Of ReLU networks: the blocks, by default uniform.
+    region : Region, optional
+        Of ReLU networks: where the adapted network is to be what was fitted; by default a ball
+        about the mean of the inputs and of those that choose, 1.25 times as large as they need.
+    metric : Metric
+        Of ReLU networks: errors of a layer count ``"alike"``, or by what the ``"outputs"`` feel of
+        them, or whichever comes out ``"best"``.
+    throw : bool
+        Raise an error where the construction loses too many digits, or else say so in ``success``.
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     _checks.kind(type(frozen), target=target)

@@ -28,22 +28,29 @@ from .adaptation import Adaptation
 class FNNAdaptation(Adaptation):
     """Adapters and biases of a ReLU network, with the evidence for them.
 
+    It is a success where every block is adapted acceptably and loses no more digits than accepted.
+
     Attributes
     ----------
-    partition : the blocks ``P_i`` that imitate the target's layers.
-    regions : where the activations are before the first block (the region in which all this
-        holds), between the blocks and behind the last one.
-    block_errors : predicted ``‖∏_{l∈P_i}(W_l + ΔW_l) − W̄_i‖_2 = ε_i``; ``[..., L̄]``.
-    error_bound : of ``‖f(x) − f̄(x)‖_2`` at every ``x`` in the region, ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i
+    partition : Partition
+        The blocks ``P_i`` that imitate the target's layers.
+    regions : tuple of Region
+        Where the activations are before the first block (the region in which all this holds),
+        between the blocks and behind the last one.
+    block_errors : Tensor
+        Predicted ``‖∏_{l∈P_i}(W_l + ΔW_l) − W̄_i‖_2 = ε_i``; ``[..., L̄]``.
+    error_bound : Tensor
+        Of ``‖f(x) − f̄(x)‖_2`` at every ``x`` in the region, ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i
         max‖z_{i−1}‖`` in exact arithmetic, 0 where the adapted network is the target; ``[...]``.
-    rounding_errors : measured deviation of each block's product from the predicted one;
-        ``[..., L̄]``.
-    condition_numbers : of the worse of the linear systems solved for each layer; ``[..., L]``.
-    plain : whether the plain splitting was kept in each block; ``[..., L̄]``.
-    digits_lost : expected loss of decimal digits to the biases in each block, beside evaluating the
-        target layer itself; ``[..., L̄]``.
-
-    It is a success where every block is adapted acceptably and loses no more digits than accepted.
+    rounding_errors : Tensor
+        Measured deviation of each block's product from the predicted one; ``[..., L̄]``.
+    condition_numbers : Tensor
+        Of the worse of the linear systems solved for each layer; ``[..., L]``.
+    plain : Tensor
+        Whether the plain splitting was kept in each block; ``[..., L̄]``.
+    digits_lost : Tensor
+        Expected loss of decimal digits to the biases in each block, beside evaluating the target
+        layer itself; ``[..., L̄]``.
     """
 
     partition: Partition
@@ -120,32 +127,39 @@ def adapt(
     does not depend on the frozen width. Behind a linear last layer nothing feeds on them, and they
     keep their biases.
 
+    Source: [thm-one-layer], [thm-partition], [prop-narrower]; for the regions [prop-regions].
+
     Parameters
     ----------
-    frozen, target : of one type, both ending with a ReLU or both with a linear layer; batch shapes
-        broadcast, also with the region's.
-    ranks : one for all layers, of which none takes more than its weight's smaller side; or one per
+    frozen, target : FNN
+        Of one type, both ending with a ReLU or both with a linear layer; batch shapes broadcast,
+        also with the region's.
+    ranks : Ranks
+        One for all layers, of which none takes more than its weight's smaller side; or one per
         layer, each from 0 to that side.
-    region : `regions.Ball` or `regions.Box` (the result holds everywhere in it), or
-        `regions.Samples`.
-    partition : the blocks; the uniform partition by default.
-    scalar_biases : one number for all units of an inner layer instead of one for each; larger.
-    input_scale : root mean square of the coordinates of inputs that a network usually sees, about
-        the region's centre; the loss of digits is stated for them. Not used with
-        `regions.Samples`.
-    max_digits_lost : acceptable loss, by default half of the digits of the type; ``inf`` accepts
-        any.
-    rtol, throw, seed : of `linear.adapt`.
+    region : Region
+        `regions.Ball` or `regions.Box` (the result holds everywhere in it), or `regions.Samples`.
+    partition : Partition, optional
+        The blocks; the uniform partition by default.
+    scalar_biases : bool
+        One number for all units of an inner layer instead of one for each; larger.
+    input_scale : float
+        Root mean square of the coordinates of inputs that a network usually sees, about the
+        region's centre; the loss of digits is stated for them. Not used with `regions.Samples`.
+    max_digits_lost : float, optional
+        Acceptable loss, by default half of the digits of the type; ``inf`` accepts any.
+    rtol, throw, seed
+        Of `linear.adapt`.
 
     Raises
     ------
-    InputError : ranks out of range, a target deeper or wider than the frozen network or of another
-        end, a hidden width too small, a partition that does not fit the two, a region of another
-        width.
-    SingularError : a block cannot be adapted; names the layer and its condition number.
-    PrecisionError : the biases are expected to cost more digits than accepted.
-
-    Source: [thm-one-layer], [thm-partition], [prop-narrower]; for the regions [prop-regions].
+    InputError
+        Ranks out of range, a target deeper or wider than the frozen network or of another end, a
+        hidden width too small, a partition that does not fit the two, a region of another width.
+    SingularError
+        A block cannot be adapted; names the layer and its condition number.
+    PrecisionError
+        The biases are expected to cost more digits than accepted.
     """
     gaps = blocks(frozen, target, partition)
     ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])

@@ -42,12 +42,17 @@ class Fused:
 
     Attributes
     ----------
-    frozen, target : as they are given.
-    ranks : of the frozen network's adapters, as the construction takes them.
-    partition : of ReLU networks: the blocks.
-    network, goal : the two with fused segments. The first equals the frozen network, but that of a
-        ReLU network the ReLUs within its blocks are gone; the second equals the target.
-    fused_ranks : of each of the fused network's ``weights``: what its segment's adapters reach.
+    frozen, target : Network
+        As they are given.
+    ranks
+        Of the frozen network's adapters, as the construction takes them.
+    partition : Partition or None
+        Of ReLU networks: the blocks.
+    network, goal : Network
+        The two with fused segments. The first equals the frozen network, but that of a ReLU network
+        the ReLUs within its blocks are gone; the second equals the target.
+    fused_ranks : tuple of int
+        Of each of the fused network's ``weights``: what its segment's adapters reach.
     """
 
     frozen: Network
@@ -105,16 +110,19 @@ def fuse(
     identities. A residual one has the products of both factors of attention in the same places, and
     keeps ``W_1`` and ``W_2``. Heads narrower than the tokens keep their two factors.
 
-    Parameters
-    ----------
-    frozen, target : one of each, of one kind.
-    ranks : as the construction for this kind of network takes them.
-    partition : of ReLU networks, by default the uniform one.
-
     Raises `InputError` for what the construction refuses, for batches, and for a transformer of
     more outputs than a token has coordinates.
 
     Source: [def-fused].
+
+    Parameters
+    ----------
+    frozen, target : LinearNetwork or FNN or Transformer or ResidualTransformer
+        One of each, of one kind.
+    ranks
+        As the construction for this kind of network takes them.
+    partition : Partition, optional
+        Of ReLU networks, by default the uniform one.
     """
     _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, frozen=frozen)
     _checks.kind(type(frozen), target=target)

@@ -38,21 +38,25 @@ def adapt(
 ) -> Adaptation:
     """Adapters, and biases, that make a frozen network imitate a target of its kind.
 
-    Parameters
-    ----------
-    frozen, target : networks, or what `networks.as_network` makes one from: a
-        `torch.nn.Sequential`, or matrices.
-    ranks : one for all weights, or as the construction for this kind of network takes them.
-    inputs : for ReLU networks, where the target is to be imitated: a `regions.Ball` or
-        `regions.Box`, or `regions.Samples`, or inputs as columns ``[..., width, samples]``, of
-        which samples are made. Linear networks and transformers are adapted for all inputs.
-    options : of the construction: `linear.adapt`, `fnn.adapt`, `transformer.adapt` or
-        `constructions.residual.adapt`.
-
     Returns what that construction does: adapters with the evidence for them. Raises what it raises,
     and `InputError` for inputs that are missing or not used, and for an option that it has not.
 
     Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer], [thm-residual].
+
+    Parameters
+    ----------
+    frozen, target
+        Networks, or what `networks.as_network` makes one from: a `torch.nn.Sequential`, or
+        matrices.
+    ranks : int or sequence of int or mapping
+        One for all weights, or as the construction for this kind of network takes them.
+    inputs
+        For ReLU networks, where the target is to be imitated: a `regions.Ball` or `regions.Box`, or
+        `regions.Samples`, or inputs as columns ``[..., width, samples]``, of which samples are
+        made. Linear networks and transformers are adapted for all inputs.
+    options
+        Of the construction: `linear.adapt`, `fnn.adapt`, `transformer.adapt` or
+        `constructions.residual.adapt`.
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     kind = kind_of(frozen)

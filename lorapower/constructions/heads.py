@@ -44,15 +44,18 @@ def adapt(
 ) -> linear.LinearAdaptation:
     """Adapters of a segment's two factors: the middle ones of four, or both of two.
 
-    Parameters
-    ----------
-    ranks : of the factor that acts first, and of the other, by their names.
-    words : what the segment is called.
-    rtol, throw : largest acceptable rounding error, relative to the product of the norms of the
-        factors plus that of the target's; by default half of the digits.
-
     Raises `SingularError` where the segment is not reached within ``rtol``, unless ``throw`` is
     false. See `require_ranks` before.
+
+    Parameters
+    ----------
+    ranks : mapping
+        Of the factor that acts first, and of the other, by their names.
+    words : str
+        What the segment is called.
+    rtol, throw
+        Largest acceptable rounding error, relative to the product of the norms of the factors plus
+        that of the target's; by default half of the digits.
     """
     _checks.kind(Gap, gap=gap)
     pair = tuple(ranks.values())

@@ -36,15 +36,17 @@ def fit(
     Several shrinkages towards the target's weight and the theorem's change are compared, in the
     metric that is given.
 
+    Source: [thm-reduced-rank].
+
     Parameters
     ----------
-    W, W_target : the layer's weight and the target's.
-    own, reach : columns that enter the layer and the outputs that are wanted of it, in pairs: the
-        first are fitted, the second choose.
-    theorem, bias : the change of the theorem's construction, and its bias; none where the layer has
-        no bias.
-
-    Source: [thm-reduced-rank].
+    W, W_target : Tensor
+        The layer's weight and the target's.
+    own, reach : sequence of Tensor
+        Columns that enter the layer and the outputs that are wanted of it, in pairs: the first are
+        fitted, the second choose.
+    theorem, bias
+        The change of the theorem's construction, and its bias; none where the layer has no bias.
     """
     E = W_target - W
     free = bool(bias)

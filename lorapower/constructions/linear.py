@@ -24,19 +24,24 @@ from .adaptation import Adaptation
 class LinearAdaptation(Adaptation):
     """Adapters of a deep linear network, with the evidence for them.
 
-    Attributes
-    ----------
-    spectral_error : predicted ``‖∏(W_l + ΔW_l) − W̄‖_2 = σ_{r+1}(E)``, ``r = Σ_l R_l``; ``[...]``.
-    frobenius_error : predicted ``‖∏(W_l + ΔW_l) − W̄‖_F``; ``[...]``.
-    rounding_error : measured ``‖∏(W_l + ΔW_l) − (∏W_l + LR_r(E))‖_2``, which exact arithmetic would
-        make 0, the larger of the products multiplied from either end; ``[...]``.
-    condition_numbers : of the worse of the two linear systems solved for each layer, 1 where none
-        was needed; ``[..., L]``. A system may be singular and still have the solution wanted, as
-        where the best map is singular itself.
-    plain : whether the plain splitting was kept, or else an alternative; ``[...]``.
-
     It is a success where the rounding error is acceptable; where a product overflows the adapters
     are 0 and the errors NaN. The prediction holds for every input: a linear map has no region.
+
+    Attributes
+    ----------
+    spectral_error : Tensor
+        Predicted ``‖∏(W_l + ΔW_l) − W̄‖_2 = σ_{r+1}(E)``, ``r = Σ_l R_l``; ``[...]``.
+    frobenius_error : Tensor
+        Predicted ``‖∏(W_l + ΔW_l) − W̄‖_F``; ``[...]``.
+    rounding_error : Tensor
+        Measured ``‖∏(W_l + ΔW_l) − (∏W_l + LR_r(E))‖_2``, which exact arithmetic would make 0, the
+        larger of the products multiplied from either end; ``[...]``.
+    condition_numbers : Tensor
+        Of the worse of the two linear systems solved for each layer, 1 where none was needed;
+        ``[..., L]``. A system may be singular and still have the solution wanted, as where the best
+        map is singular itself.
+    plain : Tensor
+        Whether the plain splitting was kept, or else an alternative; ``[...]``.
     """
 
     spectral_error: Float[Tensor, "*batch"]
@@ -67,29 +72,37 @@ def adapt(
     Rank beyond the width is spent on the smallest singular values of the frozen layers. The
     splitting of least rounding error is kept, for each member of the batch by itself.
 
+    Source: [thm-optimal-adaptation], by [lem-splitting] and [lem-any-change]; for the plain
+    splitting [prop-splittings].
+
     Parameters
     ----------
-    frozen, target : networks, or what `LinearNetwork.of` makes one from, such as a matrix for the
-        target; same inputs, outputs and type; batch shapes broadcast. Hidden layers of the
-        frozen network may have any width not below its inputs and outputs.
-    ranks : one for all layers, of which none takes more than its weight's smaller side; or one per
+    frozen, target
+        Networks, or what `LinearNetwork.of` makes one from, such as a matrix for the target; same
+        inputs, outputs and type; batch shapes broadcast. Hidden layers of the frozen network may
+        have any width not below its inputs and outputs.
+    ranks : Ranks
+        One for all layers, of which none takes more than its weight's smaller side; or one per
         layer, each from 0 to that side.
-    plain_only : use the plain splitting, whatever its rounding error.
-    rtol : largest acceptable ``rounding_error``, relative to ``‖W̄‖_2`` (or to the predicted error,
-        if that is larger, or to ``‖E‖_2`` for a target of zeros); by default ``eps^{1/2}``, half of
+    plain_only : bool
+        Use the plain splitting, whatever its rounding error.
+    rtol : float, optional
+        Largest acceptable ``rounding_error``, relative to ``‖W̄‖_2`` (or to the predicted error, if
+        that is larger, or to ``‖E‖_2`` for a target of zeros); by default ``eps^{1/2}``, half of
         the digits. ``inf`` accepts whatever comes.
-    throw : raise an error where a member of the batch is not adapted acceptably, or else go on and
-        say so in ``success``.
-    seed : of the rotations of triplets.
+    throw : bool
+        Raise an error where a member of the batch is not adapted acceptably, or else go on and say
+        so in ``success``.
+    seed : int
+        Of the rotations of triplets.
 
     Raises
     ------
-    InputError : ranks out of range, networks that do not fit each other, a hidden width too small.
-    SingularError : nothing tried meets ``rtol``: a singular layer, or too few digits; names the
-        layer, its condition number and the members of the batch that fail.
-
-    Source: [thm-optimal-adaptation], by [lem-splitting] and [lem-any-change]; for the plain
-    splitting [prop-splittings].
+    InputError
+        Ranks out of range, networks that do not fit each other, a hidden width too small.
+    SingularError
+        Nothing tried meets ``rtol``: a singular layer, or too few digits; names the layer, its
+        condition number and the members of the batch that fail.
     """
     gap = Gap(frozen, target)
     return close(gap, ranks, plain_only=plain_only, rtol=rtol, throw=throw, seed=seed)

@@ -50,11 +50,14 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
 
     Parameters
     ----------
-    gap : of a segment whose middle layers map to ``d`` units and from them, ``d`` not above their
+    gap : Gap
+        Of a segment whose middle layers map to ``d`` units and from them, ``d`` not above their
         other sides.
-    inner_rank, outer_rank : of the adapter of the factor that acts first, and of the other; enough
-        in the sense of `require_ranks`, or what is measured as rounding error is more than that.
-    seed : of the random completions of ``G`` that are tried.
+    inner_rank, outer_rank : int
+        Of the adapter of the factor that acts first, and of the other; enough in the sense of
+        `require_ranks`, or what is measured as rounding error is more than that.
+    seed : int
+        Of the random completions of ``G`` that are tried.
     """
     _checks.kind(Gap, gap=gap)
     if gap.frozen.depth != 4:

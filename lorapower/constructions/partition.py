@@ -24,8 +24,10 @@ class OptimalPartition:
 
     Attributes
     ----------
-    sizes : number of layers of each block; ``[..., L̄]``.
-    value : what the partition attains, a rank or an error; ``[...]``.
+    sizes : Tensor
+        Number of layers of each block; ``[..., L̄]``.
+    value : Tensor
+        What the partition attains, a rank or an error; ``[...]``.
     """
 
     sizes: Int[Tensor, "*batch blocks"]

@@ -35,12 +35,17 @@ class NeededRank:
 
     Attributes
     ----------
-    rank : the least one tried whose error is small enough; where none is, the largest; ``[...]``.
-        One is for all layers of a member; ``int(rank.max())`` is enough for all members.
-    error : what it leaves, relative to the mean square of the target's outputs; ``[...]``.
-    tried : all ranks that were tried, the least first.
-    errors : what each of them leaves; ``[ranks, ...]``.
-    success : whether the error is met; ``[...]``.
+    rank : Tensor
+        The least one tried whose error is small enough; where none is, the largest; ``[...]``. One
+        is for all layers of a member; ``int(rank.max())`` is enough for all members.
+    error : Tensor
+        What it leaves, relative to the mean square of the target's outputs; ``[...]``.
+    tried : Tensor
+        All ranks that were tried, the least first.
+    errors : Tensor
+        What each of them leaves; ``[ranks, ...]``.
+    success : Tensor
+        Whether the error is met; ``[...]``.
     """
 
     rank: Int[Tensor, "*batch"]
@@ -76,28 +81,35 @@ def rank_for_error(
     target's outputs. A rank is one for all layers, of which none takes more than its weight's
     smaller side. Ranks are tried from below until each member of the batch has its own.
 
-    Parameters
-    ----------
-    frozen, target : networks of one kind, or what `networks.as_network` makes one from.
-    error : at least 0.
-    inputs : columns ``[..., width, samples]``; of a transformer one sequence ``[width, tokens]``,
-        or ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
-    by : ``"bound"``: what the theorems promise on these inputs, that is, `bounds.fnn_error_on`, or
-        `bounds.transformer_error`; of a linear network, the error itself. Where the construction's
-        assumptions hold, which is not checked, it is met for certain, rounding apart; less rank
-        may be enough. There is none for residual transformers. Or ``"trial"``: adapters are made,
-        of a ReLU network for `Samples`, and the error is measured, rounding included. `adapt` may
-        call the rounding unacceptable all the same: it then takes ``throw=False``, or a larger
-        ``rtol``.
-    ranks : those to try; by default all from 0 on.
-    partition : of ReLU networks: the blocks, by default uniform.
-    throw : raise an error where no rank is enough, or else say so in ``success``.
-    seed : of the construction's random rotations.
-
     Raises `InputError` where no rank is enough, saying what the largest leaves; for unusable
     inputs, ranks and options; and for what the construction refuses.
 
     Source: [def-needed-rank].
+
+    Parameters
+    ----------
+    frozen, target
+        Networks of one kind, or what `networks.as_network` makes one from.
+    error : float
+        At least 0.
+    inputs
+        Columns ``[..., width, samples]``; of a transformer one sequence ``[width, tokens]``, or
+        ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
+    by : {"bound", "trial"}
+        ``"bound"``: what the theorems promise on these inputs, that is, `bounds.fnn_error_on`, or
+        `bounds.transformer_error`; of a linear network, the error itself. Where the construction's
+        assumptions hold, which is not checked, it is met for certain, rounding apart; less rank may
+        be enough. There is none for residual transformers. Or ``"trial"``: adapters are made, of a
+        ReLU network for `Samples`, and the error is measured, rounding included. `adapt` may call
+        the rounding unacceptable all the same: it then takes ``throw=False``, or a larger ``rtol``.
+    ranks : sequence of int, optional
+        Those to try; by default all from 0 on.
+    partition : Partition, optional
+        Of ReLU networks: the blocks, by default uniform.
+    throw : bool
+        Raise an error where no rank is enough, or else say so in ``success``.
+    seed : int
+        Of the construction's random rotations.
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     kind = kind_of(frozen)

@@ -27,14 +27,16 @@ from .adaptation import Adaptation
 class ResidualAdaptation(Adaptation):
     """Adapters, biases, gains and shifts of a residual transformer, with the evidence for them.
 
-    Attributes
-    ----------
-    query_key, value_output : what was done in each head's segments; ``[..., L, H]``.
-    errors : distance ``‖M̂ − M̄‖_2`` of each adapted segment from the target's: the predicted one, 0
-        where the rank suffices, plus the measured rounding error of attention.
-
     Success speaks of rounding, and of narrow heads and query biases, not of ranks that are too low
     otherwise: where all of ``errors`` are 0 but for rounding, the networks are equal.
+
+    Attributes
+    ----------
+    query_key, value_output : LinearAdaptation
+        What was done in each head's segments; ``[..., L, H]``.
+    errors : ResidualSegments
+        Distance ``‖M̂ − M̄‖_2`` of each adapted segment from the target's: the predicted one, 0
+        where the rank suffices, plus the measured rounding error of attention.
     """
 
     query_key: linear.LinearAdaptation
@@ -61,30 +63,37 @@ def adapt(
     ``b̂_O = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and ``b̂_Q`` such that ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` is the
     target's.
 
+    Source: [thm-residual].
+
     Parameters
     ----------
-    frozen, target : of equal sizes and type, or a target of narrower tokens, which then stand
-        among the frozen's (`networks.residual.ResidualTransformer.filled`); batch shapes
-        broadcast. See `networks.residual.enlarged` for a smaller one, and beside it ``relabelled``
-        and ``aligned`` for what lowers the ranks, ``with_gains`` for gains that stay.
-    ranks : one for all, of which no weight takes more than its smaller side; or one for each of
-        ``W_Q, W_K, W_V, W_O, W_1, W_2``, of every head and block; or what `bounds.residual.ranks`
-        returns, of whose kinds the largest are taken.
-    rtol : largest acceptable rounding error of a segment of attention, relative to the product of
-        the norms of its factors plus that of the target's; by default half of the digits.
-    throw : raise an error where a member of the batch is not adapted acceptably, or else go on and
-        say so in ``success``: narrow heads then come as near as their ranks allow.
-    seed : of random rotations.
+    frozen, target : ResidualTransformer
+        Of equal sizes and type, or a target of narrower tokens, which then stand among the frozen's
+        (`networks.residual.ResidualTransformer.filled`); batch shapes broadcast. See
+        `networks.residual.enlarged` for a smaller one, and beside it ``relabelled`` and ``aligned``
+        for what lowers the ranks, ``with_gains`` for gains that stay.
+    ranks : int or mapping or ResidualSegments
+        One for all, of which no weight takes more than its smaller side; or one for each of ``W_Q,
+        W_K, W_V, W_O, W_1, W_2``, of every head and block; or what `bounds.residual.ranks` returns,
+        of whose kinds the largest are taken.
+    rtol : float, optional
+        Largest acceptable rounding error of a segment of attention, relative to the product of the
+        norms of its factors plus that of the target's; by default half of the digits.
+    throw : bool
+        Raise an error where a member of the batch is not adapted acceptably, or else go on and say
+        so in ``success``: narrow heads then come as near as their ranks allow.
+    seed : int
+        Of random rotations.
 
     Raises
     ------
-    InputError : ranks out of range; transformers that do not fit; heads narrower than the tokens
-        with less rank than their exact adaptation needs (`bounds.residual.ranks`), or wider than
-        a narrower target's; a target whose ``Bᵀ W_Kᵀ W_Q B`` is so singular that no query bias
-        completes its scores.
-    SingularError : a segment of attention is not reached within ``rtol``; names it.
-
-    Source: [thm-residual].
+    InputError
+        Ranks out of range; transformers that do not fit; heads narrower than the tokens with less
+        rank than their exact adaptation needs (`bounds.residual.ranks`), or wider than a narrower
+        target's; a target whose ``Bᵀ W_Kᵀ W_Q B`` is so singular that no query bias completes its
+        scores.
+    SingularError
+        A segment of attention is not reached within ``rtol``; names it.
     """
     throw = _checks.flag("throw", throw)
     _require_heads(frozen, target)

@@ -26,18 +26,21 @@ ADAPTED = ("W_Q", "W_K", "W_V", "W_O", "W_2", "W_out")
 class TransformerAdaptation(Adaptation):
     """Adapters and biases of a transformer, with the evidence for them.
 
-    Attributes
-    ----------
-    query_key, value_output : what was done in each head's segments, deep linear networks of four
-        layers of which the middle two are adapted; ``[..., L, H]``.
-    output : the same for ``W_2`` of the last block and ``W_out``; ``[...]``.
-    shift_condition_numbers : of the target's ``W_2`` of all blocks but the last, and of ``Ŵ_out``:
-        the systems from which each ``b̂_2`` is found; ``[..., L]``.
-
     There are adapters of every weight in the order of `Transformer.weights`, of rank 0 for those
     that stay: ``W_1`` of every block and ``W_2`` of all but the last; and of all biases. It is a
     success where every segment is adapted acceptably. Where all predicted errors are 0 the adapted
     network equals the target for every input, up to rounding.
+
+    Attributes
+    ----------
+    query_key, value_output : LinearAdaptation
+        What was done in each head's segments, deep linear networks of four layers of which the
+        middle two are adapted; ``[..., L, H]``.
+    output : LinearAdaptation
+        The same for ``W_2`` of the last block and ``W_out``; ``[...]``.
+    shift_condition_numbers : Tensor
+        Of the target's ``W_2`` of all blocks but the last, and of ``Ŵ_out``: the systems from which
+        each ``b̂_2`` is found; ``[..., L]``.
     """
 
     query_key: linear.LinearAdaptation
@@ -93,26 +96,34 @@ def adapt(
     = b̄_1 + Σ_h (M̄ − M̂) c`` with the target's and the adapted value–output segments ``M`` and the
     ``c`` before the block, which is ``b̄_1`` where these are equal.
 
+    Source: [thm-transformer]; for narrow heads [prop-narrow-heads].
+
     Parameters
     ----------
-    frozen, target : of equal sizes and type; batch shapes broadcast.
-    ranks : one for all, of which no weight takes more than its smaller side; or one for each of
-        ``W_Q, W_K, W_V, W_O, W_2, W_out``.
-    plain_only : use the plain splitting of `linear.adapt`, whatever its rounding error.
-    rtol : largest acceptable rounding error of a segment, relative to the product of the norms of
-        its factors plus that of the target's; by default half of the digits, ``inf`` accepts any.
-    throw : raise an error where a member of the batch is not adapted acceptably, or else go on and
-        say so in ``success``.
-    seed : of random rotations.
+    frozen, target : Transformer
+        Of equal sizes and type; batch shapes broadcast.
+    ranks : int or mapping
+        One for all, of which no weight takes more than its smaller side; or one for each of ``W_Q,
+        W_K, W_V, W_O, W_2, W_out``.
+    plain_only : bool
+        Use the plain splitting of `linear.adapt`, whatever its rounding error.
+    rtol : float, optional
+        Largest acceptable rounding error of a segment, relative to the product of the norms of its
+        factors plus that of the target's; by default half of the digits, ``inf`` accepts any.
+    throw : bool
+        Raise an error where a member of the batch is not adapted acceptably, or else go on and say
+        so in ``success``.
+    seed : int
+        Of random rotations.
 
     Raises
     ------
-    InputError : ranks out of range; transformers of different sizes; a singular ``W_1`` or ``W_2``;
-        heads narrower than the tokens with less rank than their exact adaptation needs (see
+    InputError
+        Ranks out of range; transformers of different sizes; a singular ``W_1`` or ``W_2``; heads
+        narrower than the tokens with less rank than their exact adaptation needs (see
         `bounds.transformer_ranks`).
-    SingularError : a segment is not reached within ``rtol``; names it.
-
-    Source: [thm-transformer]; for narrow heads [prop-narrow-heads].
+    SingularError
+        A segment is not reached within ``rtol``; names it.
     """
     plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
     cut = segments(frozen, target, throw=throw)

@@ -48,10 +48,14 @@ class Problem(Record):
 
     Attributes
     ----------
-    start : ``"random"``, or ``"pretrained"`` on 400 upright images that serve for nothing else.
-    angle : by which the images of the task are turned, in degrees.
-    steps : of Adam.
-    seed : of the split, the network and the first factors.
+    start : Start
+        ``"random"``, or ``"pretrained"`` on 400 upright images that serve for nothing else.
+    angle : float
+        By which the images of the task are turned, in degrees.
+    steps : int
+        Of Adam.
+    seed : int
+        Of the split, the network and the first factors.
     """
 
     start: digits.Start = "pretrained"

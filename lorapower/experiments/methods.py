@@ -47,8 +47,10 @@ class Gradient(Record):
 
     Attributes
     ----------
-    biases : whether they are tuned.
-    learning_rate, weight_decay : of Adam; the decay is its L2 penalty.
+    biases : bool
+        Whether they are tuned.
+    learning_rate, weight_decay : float
+        Of Adam; the decay is its L2 penalty.
     """
 
     biases: bool = True

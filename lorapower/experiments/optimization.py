@@ -40,11 +40,14 @@ class Recipe(methods.Gradient):
 
     Attributes
     ----------
-    schedule, loss, ratio : as `training.Tuning` has them.
-    start : as there; or ``"construction"``, the theorem's adapters, or ``"fitted"``, those that are
+    schedule, loss, ratio
+        As `training.Tuning` has them.
+    start : Start or {"construction", "fitted"}
+        As there; or ``"construction"``, the theorem's adapters, or ``"fitted"``, those that are
         fitted to inputs.
-    perturbation : of these two: each factor and each change of a bias is moved by normal numbers
-        of so many times its own root mean square.
+    perturbation : float
+        Of these two: each factor and each change of a bias is moved by normal numbers of so many
+        times its own root mean square.
     """
 
     kind: Literal["recipe"] = "recipe"
@@ -70,7 +73,8 @@ class Newton(Record):
 
     Attributes
     ----------
-    training_samples : it is given; ``iterations`` at most.
+    training_samples : int
+        It is given; ``iterations`` at most.
     """
 
     kind: Literal["newton"] = "newton"

@@ -53,16 +53,22 @@ def decoders(
 ) -> None:
     """Train a small GPT-2 on sentences of one kind, tune it on another, and save both.
 
+    Raises `InputError` for sizes and kinds of no use.
+
     Parameters
     ----------
-    base, tuned : folders for the two.
-    kinds : of sentences to train and to tune on; the tokens are those of both.
-    samples : most sentences of each kind; 0 for all of the training part.
-    epochs : of training and of tuning.
-    width, layers : of the network; it has a head for each 16 of its width.
-    seed : of the weights and the order of sentences.
-
-    Raises `InputError` for sizes and kinds of no use.
+    base, tuned : Path or str
+        Folders for the two.
+    kinds : tuple
+        Of sentences to train and to tune on; the tokens are those of both.
+    samples : int
+        Most sentences of each kind; 0 for all of the training part.
+    epochs : tuple
+        Of training and of tuning.
+    width, layers : int
+        Of the network; it has a head for each 16 of its width.
+    seed : int
+        Of the weights and the order of sentences.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -44,11 +44,16 @@ class Problem(Record):
 
     Attributes
     ----------
-    width, hidden, heads, head_size : ``D, F, H`` and ``d``; 0 for a size of the width.
-    depth : ``L``, of both networks.
-    tokens, size : of a sequence, and ``c``.
-    steps, samples : of Adam, and sequences in a batch.
-    seed : of networks, inputs and first factors.
+    width, hidden, heads, head_size : int
+        ``D, F, H`` and ``d``; 0 for a size of the width.
+    depth : int
+        ``L``, of both networks.
+    tokens, size
+        Of a sequence, and ``c``.
+    steps, samples : int
+        Of Adam, and sequences in a batch.
+    seed : int
+        Of networks, inputs and first factors.
     """
 
     width: int = Field(8, ge=2)
@@ -99,9 +104,11 @@ class Trained(Record):
 
     Attributes
     ----------
-    vectors : which are tuned beside: ``"free"``: ``b_Q, b_O, b_2``; ``"biases"``: ``b_1`` too;
-        ``"all"``: gains and shifts too.
-    iterations : of L-BFGS, on fixed inputs.
+    vectors : {"free", "biases", "all"}
+        Which are tuned beside: ``"free"``: ``b_Q, b_O, b_2``; ``"biases"``: ``b_1`` too; ``"all"``:
+        gains and shifts too.
+    iterations : int
+        Of L-BFGS, on fixed inputs.
     """
 
     kind: Literal["trained"] = "trained"

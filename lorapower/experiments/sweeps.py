@@ -61,24 +61,30 @@ def run(
 ) -> pd.DataFrame:
     """One row per setting, in the order of ``settings``.
 
-    Parameters
-    ----------
-    settings : records of one class and different from one another.
-    work : takes a list of settings and returns as many records of results, all of one class.
-    path : a file that keeps the finished runs, a batch at a time, each of which is there whole or
-        not at all. Runs that it holds are not repeated, whatever ended the sweep that made them,
-        unless other code made them (`provenance.code`): these are kept aside, which is said in a
-        line. By default nothing is kept.
-    size : most settings that go to ``work`` together; they have the same ``problem``, where
-        settings have one.
-    scheduler : address of a dask scheduler, or a client, on whose workers the batches run; what a
-        worker that dies had not delivered runs again on another. By default they run here.
-    progress : shows the runs done and the time remaining.
-
     Raises `InputError` for settings, work, sizes or a scheduler that are not usable, workers that
     have other code, and when ``work`` returns something else; `ResultsError` when ``path`` is
     another kind of file, is damaged, is in use by another sweep or cannot be written. What ``work``
     raises ends the sweep. In each case finished batches are kept, and the same call resumes.
+
+    Parameters
+    ----------
+    settings
+        Records of one class and different from one another.
+    work : Work
+        Takes a list of settings and returns as many records of results, all of one class.
+    path : Path or str, optional
+        A file that keeps the finished runs, a batch at a time, each of which is there whole or not
+        at all. Runs that it holds are not repeated, whatever ended the sweep that made them, unless
+        other code made them (`provenance.code`): these are kept aside, which is said in a line. By
+        default nothing is kept.
+    size : int
+        Most settings that go to ``work`` together; they have the same ``problem``, where settings
+        have one.
+    scheduler : str or Client, optional
+        Address of a dask scheduler, or a client, on whose workers the batches run; what a worker
+        that dies had not delivered runs again on another. By default they run here.
+    progress : bool
+        Shows the runs done and the time remaining.
     """
     keys = _keys(settings)
     size = _checks.integer("size", size, 1)

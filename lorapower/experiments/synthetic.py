@@ -64,28 +64,36 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
 class Problem(Record):
     """A frozen network, a target, and what there is to train on.
 
+    Raises `InputError` for a value that has no meaning, alone or with the others.
+
     Attributes
     ----------
-    model : ``"linear"``, ``"fnn"`` or ``"transformer"``.
-    width, target_depth, depth : ``D``, ``L̄`` and ``L``. Transformers are of equal depth.
-    heads, tokens, scale : of transformers; the standard deviation of attention weights.
-    gain : factor on the frozen weights, not those of transformers. ``6^{1/2}`` makes the variance
-        of uniform ones ``2/D``, with which ReLU layers keep the size of what passes through them.
-    pretraining : part of its initial loss to which the frozen network was first trained, in full,
-        on the target, within 1000 steps: 1 for a random network, 1/3 for the study's pretrained
-        ones.
-    distance, distance_rank : where the rank is not 0, the target is no independent network but the
-        frozen one's blocks plus a random matrix of that rank and of that Frobenius norm relative to
-        the block's product.
-    task : ``"regression"``: the target's outputs by squared error. ``"multiclass"``: the largest of
+    model : {"linear", "fnn", "transformer"}
+        ``"linear"``, ``"fnn"`` or ``"transformer"``.
+    width, target_depth, depth : int
+        ``D``, ``L̄`` and ``L``. Transformers are of equal depth.
+    heads, tokens, scale
+        Of transformers; the standard deviation of attention weights.
+    gain : float
+        Factor on the frozen weights, not those of transformers. ``6^{1/2}`` makes the variance of
+        uniform ones ``2/D``, with which ReLU layers keep the size of what passes through them.
+    pretraining : float
+        Part of its initial loss to which the frozen network was first trained, in full, on the
+        target, within 1000 steps: 1 for a random network, 1/3 for the study's pretrained ones.
+    distance, distance_rank
+        Where the rank is not 0, the target is no independent network but the frozen one's blocks
+        plus a random matrix of that rank and of that Frobenius norm relative to the block's
+        product.
+    task : {"regression", "multiclass", "binary"}
+        ``"regression"``: the target's outputs by squared error. ``"multiclass"``: the largest of
         the target's outputs, by cross-entropy. ``"binary"``: the larger of the sums of their two
         halves.
-    samples : in each batch of fresh inputs, or, with ``fixed``, in the training set that all steps
-        use.
-    steps, every : of training; the validation loss is taken after every so many steps.
-    seed : of the networks, the inputs and the first factors.
-
-    Raises `InputError` for a value that has no meaning, alone or with the others.
+    samples : int
+        In each batch of fresh inputs, or, with ``fixed``, in the training set that all steps use.
+    steps, every : int
+        Of training; the validation loss is taken after every so many steps.
+    seed : int
+        Of the networks, the inputs and the first factors.
     """
 
     model: Literal["linear", "fnn", "transformer"] = "fnn"
@@ -206,8 +214,10 @@ class Construction(methods.Construction):
 
     Attributes
     ----------
-    ranks : one for all, or one for each weight; for transformers one.
-    region : radius of the ball over which a ReLU network's construction holds, in units of one that
+    ranks
+        One for all, or one for each weight; for transformers one.
+    region : float
+        Radius of the ball over which a ReLU network's construction holds, in units of one that
         hardly any input is outside of.
     """
 
@@ -219,9 +229,12 @@ class Fitted(methods.Fitted):
 
     Attributes
     ----------
-    inputs : number of those of the fit, each a sequence for a transformer.
-    starts : of the polish, see `training.polish`; none without it.
-    adam, iterations : steps of Adam, on fresh batches, and of L-BFGS, from each start.
+    inputs : int
+        Number of those of the fit, each a sequence for a transformer.
+    starts : tuple of Start
+        Of the polish, see `training.polish`; none without it.
+    adam, iterations : int
+        Steps of Adam, on fresh batches, and of L-BFGS, from each start.
     """
 
     inputs: int = Field(4000, ge=2)

@@ -27,9 +27,12 @@ class Network(ABC):
 
     Attributes
     ----------
-    weights : the matrices, each ``[..., out, in]``, of one type and one batch shape.
-    biases : the vectors, each ``[..., out]``; none in a linear network.
-    sequences : whether an input is a sequence of tokens, ``[..., width, tokens]``.
+    weights : tuple of Tensor
+        The matrices, each ``[..., out, in]``, of one type and one batch shape.
+    biases : tuple of Tensor
+        The vectors, each ``[..., out]``; none in a linear network.
+    sequences
+        Whether an input is a sequence of tokens, ``[..., width, tokens]``.
     """
 
     weights: tuple[Float[Tensor, "*batch _ _"], ...]

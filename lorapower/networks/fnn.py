@@ -36,15 +36,19 @@ class FNN(Layers):
 
     Parameters
     ----------
-    weights : the ``L`` matrices, first layer first: a sequence of ``[..., out, in]`` or one stacked
-        array ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all
-        float64. Batch dimensions of all weights and biases broadcast against each other.
-    biases : the ``L`` vectors, a sequence of ``[..., out]`` or one stacked array ``[..., L, D]``.
-    linear_last : whether the last layer is without a ReLU.
+    weights
+        The ``L`` matrices, first layer first: a sequence of ``[..., out, in]`` or one stacked array
+        ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all float64.
+        Batch dimensions of all weights and biases broadcast against each other.
+    biases
+        The ``L`` vectors, a sequence of ``[..., out]`` or one stacked array ``[..., L, D]``.
+    linear_last : bool
+        Whether the last layer is without a ReLU.
 
     Raises
     ------
-    InputError : no layers, sizes that do not fit, mixed or unusable types, entries not finite.
+    InputError
+        No layers, sizes that do not fit, mixed or unusable types, entries not finite.
     """
 
     biases: tuple[Float[Tensor, "*batch _"], ...]
@@ -167,13 +171,15 @@ class FNN(Layers):
         computes what the module does in evaluation; so is a leading ``Flatten``. Inputs of the
         module are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``.
 
-        Parameters
-        ----------
-        dtype : converts all numbers; by default they stay as they are, float32 or float64.
-        name : what errors call the module.
-
         Raises `InputError` for any other module, layer or type of numbers; it names the first layer
         that does not fit by its place, as a ``state_dict`` does.
+
+        Parameters
+        ----------
+        dtype : dtype, optional
+            Converts all numbers; by default they stay as they are, float32 or float64.
+        name : str
+            What errors call the module.
         """
         layers = dense_layers(module, name, dtype)
         for inner, outer in pairwise(layers):

@@ -28,13 +28,14 @@ class Gap:
     All that is decomposed is decomposed once, when it is first asked for: the weights must not be
     changed in place afterwards.
 
-    Parameters
-    ----------
-    frozen, target : deep linear networks, or what `LinearNetwork.of` makes one from; of equal
-        inputs, outputs and type; batch shapes broadcast.
-
     Raises `InputError` for pieces that do not match, and, as soon as ``E`` is asked for, where a
     product overflows.
+
+    Parameters
+    ----------
+    frozen, target
+        Deep linear networks, or what `LinearNetwork.of` makes one from; of equal inputs, outputs
+        and type; batch shapes broadcast.
     """
 
     frozen: LinearNetwork

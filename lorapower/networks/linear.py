@@ -43,13 +43,15 @@ class LinearNetwork(Layers):
 
     Parameters
     ----------
-    weights : the ``L`` matrices, first layer first: a sequence of ``[..., out, in]`` or one stacked
-        array ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all
-        float64. Batch dimensions of the layers broadcast against each other.
+    weights
+        The ``L`` matrices, first layer first: a sequence of ``[..., out, in]`` or one stacked array
+        ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all float64.
+        Batch dimensions of the layers broadcast against each other.
 
     Raises
     ------
-    InputError : no layers, sizes that do not chain, mixed or unusable types, entries not finite.
+    InputError
+        No layers, sizes that do not chain, mixed or unusable types, entries not finite.
     """
 
     def __init__(self, weights: Any) -> None:
@@ -175,13 +177,15 @@ class LinearNetwork(Layers):
         what the module does in evaluation; so is a leading ``Flatten``. Inputs of the module are
         rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``.
 
-        Parameters
-        ----------
-        dtype : converts all numbers; by default they stay as they are, float32 or float64.
-        name : what errors call the module.
-
         Raises `InputError` for any other module, layer or type of numbers, and for a bias; it names
         the first layer that does not fit by its place, as a ``state_dict`` does.
+
+        Parameters
+        ----------
+        dtype : dtype, optional
+            Converts all numbers; by default they stay as they are, float32 or float64.
+        name : str
+            What errors call the module.
         """
         layers = dense_layers(module, name, dtype)
         for layer in layers:

@@ -34,9 +34,12 @@ class Dense(NamedTuple):
 
     Attributes
     ----------
-    weight, bias : its numbers, ``[out, in]`` and ``[out]``; ``None`` without a bias.
-    relu : whether a ReLU follows it.
-    words : what it is and where, such as ``"Linear(…) at 1.0"``.
+    weight, bias
+        Its numbers, ``[out, in]`` and ``[out]``; ``None`` without a bias.
+    relu : bool
+        Whether a ReLU follows it.
+    words : str
+        What it is and where, such as ``"Linear(…) at 1.0"``.
     """
 
     weight: Tensor
@@ -51,14 +54,16 @@ def dense_layers(module: Any, name: str, dtype: torch.dtype | None) -> list[Dens
     All is as in evaluation, where ``Identity`` and ``Dropout`` layers do nothing. A ``Flatten``
     before all other layers is left out too: inputs of a network are columns already.
 
-    Parameters
-    ----------
-    name : what errors call the module.
-    dtype : what all numbers are converted to; by default they stay as they are.
-
     Raises `InputError` for another module, for a layer of another class, for numbers that are
     neither float32 nor float64 and not converted, for layers without numbers (meta tensors), and
     for forward hooks. It names the layer by its place, as a ``state_dict`` does.
+
+    Parameters
+    ----------
+    name : str
+        What errors call the module.
+    dtype : dtype, optional
+        What all numbers are converted to; by default they stay as they are.
     """
     if not isinstance(module, nn.Sequential):
         raise InputError(

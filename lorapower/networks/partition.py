@@ -19,7 +19,8 @@ class Partition:
 
     Parameters
     ----------
-    sizes : ``M_i = |P_i|``, the number of layers of each block, first block first; each at least 1.
+    sizes : iterable of int
+        ``M_i = |P_i|``, the number of layers of each block, first block first; each at least 1.
     """
 
     sizes: tuple[int, ...]

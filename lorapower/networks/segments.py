@@ -31,9 +31,12 @@ class Segments(NamedTuple, Generic[T]):
 
     Attributes
     ----------
-    query_key : scores are ``yᵀ M y`` with ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
-    value_output : the ReLU receives ``Σ_h M_h y`` with ``M = W_1 W_O W_V W_2``; ``[..., L, H]``.
-    output : ``W_out W_{2,L}``; ``[...]``.
+    query_key
+        Scores are ``yᵀ M y`` with ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
+    value_output
+        The ReLU receives ``Σ_h M_h y`` with ``M = W_1 W_O W_V W_2``; ``[..., L, H]``.
+    output
+        ``W_out W_{2,L}``; ``[...]``.
     """
 
     query_key: T

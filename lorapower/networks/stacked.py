@@ -20,9 +20,11 @@ class Stacked(Network):
 
     Attributes
     ----------
-    SHAPES : the last dimensions of every kind of parameter by name; equal names are equal sizes.
-    weight_kinds, bias_kinds : the kinds that are matrices and those that are vectors, in the order
-        of ``weights`` and ``biases``.
+    SHAPES
+        The last dimensions of every kind of parameter by name; equal names are equal sizes.
+    weight_kinds, bias_kinds
+        The kinds that are matrices and those that are vectors, in the order of ``weights`` and
+        ``biases``.
     """
 
     SHAPES: ClassVar[Mapping[str, tuple[str, ...]]]

@@ -21,9 +21,12 @@ class BlockTrace(NamedTuple):
 
     Attributes
     ----------
-    patterns : what the softmax returns, ``[..., heads, N, N]``; columns sum to 1.
-    preactivations : what the ReLU receives, ``[..., hidden, N]``.
-    outputs : of the block, ``[..., width, N]``.
+    patterns : Tensor
+        What the softmax returns, ``[..., heads, N, N]``; columns sum to 1.
+    preactivations : Tensor
+        What the ReLU receives, ``[..., hidden, N]``.
+    outputs : Tensor
+        Of the block, ``[..., width, N]``.
     """
 
     patterns: Float[Tensor, "*batch heads n n"]
@@ -40,20 +43,26 @@ class Transformer(Stacked):
     column. The network's output is ``W_out Z_L``. No residual connections, no normalization
     [def-transformer].
 
+    Tensors, arrays or nested lists, all float32 or all float64; batch dimensions broadcast.
+
     Parameters
     ----------
-    W_Q, W_K, W_V : ``[..., L, H, d, D]``; the size ``d`` of the heads is that of queries and keys
-        for the first two, of values for the third. The paper's heads are square, ``d = D``.
-    W_O : ``[..., L, H, D, d]``.
-    W_1, b_1 : ``[..., L, F, D]``, ``[..., L, F]``.
-    W_2, b_2 : ``[..., L, D, F]``, ``[..., L, D]``.
-    W_out : ``[..., out, D]``.
-
-    Tensors, arrays or nested lists, all float32 or all float64; batch dimensions broadcast.
+    W_Q, W_K, W_V
+        ``[..., L, H, d, D]``; the size ``d`` of the heads is that of queries and keys for the first
+        two, of values for the third. The paper's heads are square, ``d = D``.
+    W_O
+        ``[..., L, H, D, d]``.
+    W_1, b_1
+        ``[..., L, F, D]``, ``[..., L, F]``.
+    W_2, b_2
+        ``[..., L, D, F]``, ``[..., L, D]``.
+    W_out
+        ``[..., out, D]``.
 
     Raises
     ------
-    InputError : sizes that do not fit, mixed or unusable types, entries not finite.
+    InputError
+        Sizes that do not fit, mixed or unusable types, entries not finite.
     """
 
     W_Q: Float[Tensor, "*batch blocks heads query width"]

@@ -49,13 +49,20 @@ class Structure(NamedTuple):
 
     Attributes
     ----------
-    relus : how many of the first layers of a chain a ReLU follows.
-    blocks, heads, tokens : of a transformer; 0, 0 and 1 for a chain of layers.
-    outputs : number of coordinates of an output that count in the squared error.
-    classes : number of classes, or 0 for the squared error.
-    class_of : class to which each output coordinate votes, or −1; ``[D]``.
-    tile : number of samples that go through the network together.
-    steps : of the whole training, over which a falling rate falls.
+    relus : int
+        How many of the first layers of a chain a ReLU follows.
+    blocks, heads, tokens : int
+        Of a transformer; 0, 0 and 1 for a chain of layers.
+    outputs : int
+        Number of coordinates of an output that count in the squared error.
+    classes : int
+        Number of classes, or 0 for the squared error.
+    class_of : NDArray
+        Class to which each output coordinate votes, or −1; ``[D]``.
+    tile : int
+        Number of samples that go through the network together.
+    steps : int
+        Of the whole training, over which a falling rate falls.
     """
 
     relus: int
@@ -77,21 +84,33 @@ class State(NamedTuple, Generic[T]):
 
     Attributes
     ----------
-    problem : which frozen network each run has.
-    source : which inputs and targets.
-    frozen : weights, ``[problems, M, D, D]``.
-    ranks : number of rows of the factors that count; −1 where the weight is tuned in full.
-    tuned : which biases are tuned, ``[runs, P]``.
-    rate, decay : of each run; whether the rate is ``falling``, as half a cosine to 0; and the
-        ``ratio`` of the rate of ``A`` to that of all else.
-    one_sided : whether the loss that is trained on is.
-    A, B, b : ``[runs, M, D, D]`` twice and ``[runs, P, D]``; Adam's first and second moments of
-        them, ``[runs, M, 2, D, D]`` and ``[runs, P, 2, 1, D]``; and their values at the least
-        validation loss.
-    goal : the part of the first validation loss at which a run stops; once known, that loss itself.
-    best, best_step : the least validation loss and its step.
-    stopped : whether a run is over, by its goal or by a loss that is no number.
-    training, validation : loss curves, ``[runs, points]``.
+    problem
+        Which frozen network each run has.
+    source
+        Which inputs and targets.
+    frozen
+        Weights, ``[problems, M, D, D]``.
+    ranks
+        Number of rows of the factors that count; −1 where the weight is tuned in full.
+    tuned
+        Which biases are tuned, ``[runs, P]``.
+    rate, decay
+        Of each run; whether the rate is ``falling``, as half a cosine to 0; and the ``ratio`` of
+        the rate of ``A`` to that of all else.
+    one_sided
+        Whether the loss that is trained on is.
+    A, B, b
+        ``[runs, M, D, D]`` twice and ``[runs, P, D]``; Adam's first and second moments of them,
+        ``[runs, M, 2, D, D]`` and ``[runs, P, 2, 1, D]``; and their values at the least validation
+        loss.
+    goal
+        The part of the first validation loss at which a run stops; once known, that loss itself.
+    best, best_step
+        The least validation loss and its step.
+    stopped
+        Whether a run is over, by its goal or by a loss that is no number.
+    training, validation
+        Loss curves, ``[runs, points]``.
     """
 
     problem: T

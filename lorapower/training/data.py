@@ -27,7 +27,8 @@ class Data(ABC):
 
     Attributes
     ----------
-    validation : the labelled inputs on which the best parameters are chosen.
+    validation : Labelled
+        The labelled inputs on which the best parameters are chosen.
     """
 
     # Batches come in blocks, so that they do not depend on how many are asked for.
@@ -45,13 +46,19 @@ class Fresh(Data):
 
     Parameters
     ----------
-    label : a target network, or another function of inputs; these lie where its labels do.
-    shape : of one input, ``(D,)`` or ``(D, N)``.
-    samples : in each batch.
-    scale : ``s``; 1 by default.
-    validation_samples : drawn once.
-    seed, purpose : equal ones give equal inputs, whatever is trained on them; those of one seed and
-        different purposes are independent.
+    label : callable
+        A target network, or another function of inputs; these lie where its labels do.
+    shape : tuple of int
+        Of one input, ``(D,)`` or ``(D, N)``.
+    samples : int
+        In each batch.
+    scale : float
+        ``s``; 1 by default.
+    validation_samples : int
+        Drawn once.
+    seed, purpose
+        Equal ones give equal inputs, whatever is trained on them; those of one seed and different
+        purposes are independent.
     """
 
     def __init__(
@@ -112,14 +119,17 @@ class Fixed(Data):
 
     In an epoch each sample is used once, but for those that are too few for another batch.
 
-    Parameters
-    ----------
-    training, validation : labelled inputs, of a form that `Data` describes.
-    samples : in each batch, at most as many as there are; all by default.
-    seed, purpose : of the order.
-
     Raises `InputError` for what is no pair, numbers that are not finite, and labels that do not fit
     inputs.
+
+    Parameters
+    ----------
+    training, validation : tuple
+        Labelled inputs, of a form that `Data` describes.
+    samples : int, optional
+        In each batch, at most as many as there are; all by default.
+    seed, purpose
+        Of the order.
     """
 
     def __init__(

@@ -37,14 +37,18 @@ def descend(
     All factors move, and the biases that the adapters tune. No iteration makes the error on
     ``training`` larger.
 
+    Raises `InputError` for adapters that do not fit the network, and for batches.
+
     Parameters
     ----------
-    network : the one that the adapters are for.
-    adapters : where it starts.
-    training, validation : inputs as the network takes them, with the outputs that are wanted.
-    iterations : at most; it ends before, where the error on ``validation`` stops falling.
-
-    Raises `InputError` for adapters that do not fit the network, and for batches.
+    network : Network
+        The one that the adapters are for.
+    adapters : Adapters
+        Where it starts.
+    training, validation : Pair
+        Inputs as the network takes them, with the outputs that are wanted.
+    iterations : int
+        At most; it ends before, where the error on ``validation`` stops falling.
     """
     free = Free.of(network, adapters, balanced=True)
     iterations = _checks.integer("iterations", iterations, 0)
@@ -92,9 +96,11 @@ class Newton:
 
     Attributes
     ----------
-    adapters : those of the least error on the validation samples.
-    training_loss, validation_loss : mean squared errors, whatever the loss, before the first
-        iteration and after each one, those of members that have ended before staying as they were.
+    adapters : Adapters
+        Those of the least error on the validation samples.
+    training_loss, validation_loss : Tensor
+        Mean squared errors, whatever the loss, before the first iteration and after each one, those
+        of members that have ended before staying as they were.
     """
 
     adapters: Adapters
@@ -123,21 +129,25 @@ def newton(
     does not; a step that makes the loss on ``training`` larger is not taken. Where an exact fit is
     near, it comes to it in few steps.
 
-    Parameters
-    ----------
-    network, adapters : the network, and where it starts, such as from `begin`; or batches, whose
-        members are adapted one after the other.
-    training, validation : pairs of inputs as the network takes them and the outputs that are
-        wanted, such as `Fresh.test` gives; for a batch each member's own, or the same. All is
-        computed in the network's precision.
-    iterations : at most; a member ends before, where no damping helps.
-    loss : ``"one-sided"`` [def-one-sided] lets errors be those before the last ReLU, where an
-        output is to be positive.
-
     Raises `InputError` for adapters that tune more than 4096 numbers, for a one-sided loss of
     networks that do not end with a ReLU or of negative outputs, and for what `descend` refuses.
 
     Source: the algorithm is that of Marquardt; the damping is Nielsen's.
+
+    Parameters
+    ----------
+    network, adapters
+        The network, and where it starts, such as from `begin`; or batches, whose members are
+        adapted one after the other.
+    training, validation : Pair
+        Pairs of inputs as the network takes them and the outputs that are wanted, such as
+        `Fresh.test` gives; for a batch each member's own, or the same. All is computed in the
+        network's precision.
+    iterations : int
+        At most; a member ends before, where no damping helps.
+    loss : Loss
+        ``"one-sided"`` [def-one-sided] lets errors be those before the last ReLU, where an output
+        is to be positive.
     """
     _checks.kind(Network, network=network)
     _checks.kind(Adapters, adapters=adapters)

@@ -27,9 +27,12 @@ class Flow(NamedTuple):
 
     Attributes
     ----------
-    times : when it was looked at, from 0 on.
-    adapters : at each of them; as one batch.
-    losses : half of the mean over samples of the summed squared errors.
+    times : Tensor
+        When it was looked at, from 0 on.
+    adapters : Adapters
+        At each of them; as one batch.
+    losses : Tensor
+        Half of the mean over samples of the summed squared errors.
     """
 
     times: Float[Tensor, " points"]
@@ -54,19 +57,25 @@ def flow(
     (scipy's DOP853), in double precision. Where a ReLU of some sample switches the slope jumps, and
     steps are short: ask for less precision there.
 
-    Parameters
-    ----------
-    network, adapters : a single network, and where the flow starts.
-    samples : inputs as the network takes them, with the outputs that are wanted.
-    time : how long it flows.
-    rates : ``η_A`` and ``η_B``.
-    points : when to look, equally spaced, both ends included.
-    rtol : relative error of a step that is accepted.
-
     Raises `InputError` for batches, adapters and samples that do not fit, and a time, rates or a
     tolerance that are not positive.
 
     Source: [prop-conserved] is about it.
+
+    Parameters
+    ----------
+    network, adapters
+        A single network, and where the flow starts.
+    samples : Pair
+        Inputs as the network takes them, with the outputs that are wanted.
+    time : float
+        How long it flows.
+    rates : Rates
+        ``η_A`` and ``η_B``.
+    points : int
+        When to look, equally spaced, both ends included.
+    rtol : float
+        Relative error of a step that is accepted.
     """
     _checks.kind(Network, network=network)
     _checks.kind(Adapters, adapters=adapters)

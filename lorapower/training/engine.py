@@ -52,31 +52,40 @@ def train(
     a run gives does not depend on what it is run with. In single precision, whatever the type of
     the network.
 
+    Source: the protocol of the study's experiments.
+
     Parameters
     ----------
-    frozen : network, or a batch of them.
-    data : for each member of the batch, in order; or one for all.
-    steps, every : number of steps, and after how many of them the validation loss is taken.
-    classes : for classification, the class from 0 to which each output votes, or −1 for none; the
-        votes of all outputs and tokens are summed and their softmax is compared with the label by
+    frozen
+        Network, or a batch of them.
+    data : Data or sequence of Data
+        For each member of the batch, in order; or one for all.
+    steps, every : int
+        Number of steps, and after how many of them the validation loss is taken.
+    classes : sequence of int
+        For classification, the class from 0 to which each output votes, or −1 for none; the votes
+        of all outputs and tokens are summed and their softmax is compared with the label by
         cross-entropy. None: mean squared error over outputs, tokens and samples.
-    until : a run ends when its validation loss is at most this part of that before the first step.
-    seed : of the factors; one for each member of the batch, or one for all.
-    threads : how many runs advance at a time, by default one on each processor; another thread
-        makes the inputs.
-    backend : ``"compiled"`` code for processors, whatever torch finds beside them, so that a run
-        gives the same wherever it is repeated; ``"torch"`` computes the same by its operations,
-        slowly on processors. By default the first, but for residual transformers, which it does not
-        cover.
-    device : of backend ``"torch"``, by default where the frozen network lies. What is returned lies
+    until : float
+        A run ends when its validation loss is at most this part of that before the first step.
+    seed : int or sequence of int
+        Of the factors; one for each member of the batch, or one for all.
+    threads : int, optional
+        How many runs advance at a time, by default one on each processor; another thread makes the
+        inputs.
+    backend : {"compiled", "torch"}, optional
+        ``"compiled"`` code for processors, whatever torch finds beside them, so that a run gives
+        the same wherever it is repeated; ``"torch"`` computes the same by its operations, slowly on
+        processors. By default the first, but for residual transformers, which it does not cover.
+    device : str or device, optional
+        Of backend ``"torch"``, by default where the frozen network lies. What is returned lies
         there whatever the backend.
 
     Raises
     ------
-    InputError : no tunings, ranks or layers out of range, data that does not fit the network or the
-        loss, a loss or a start that the network does not have, a value that has no meaning.
-
-    Source: the protocol of the study's experiments.
+    InputError
+        No tunings, ranks or layers out of range, data that does not fit the network or the loss, a
+        loss or a start that the network does not have, a value that has no meaning.
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")

@@ -24,10 +24,14 @@ class Free:
 
     Attributes
     ----------
-    network : the one that the adapters are for.
-    start : the parts as the adapters have them.
-    moves : which parts hold numbers that are tuned.
-    tuned : what `Adapters` says of it.
+    network
+        The one that the adapters are for.
+    start : tuple of Tensor
+        The parts as the adapters have them.
+    moves : tuple of bool
+        Which parts hold numbers that are tuned.
+    tuned : Tuned or None
+        What `Adapters` says of it.
     """
 
     network: Any

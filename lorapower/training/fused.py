@@ -37,11 +37,15 @@ class FusedTraining:
 
     Attributes
     ----------
-    adaptation : adapters of the frozen network, with the evidence of the construction that carried
-        them back.
-    fused : the network that was trained.
-    training : all runs: for each rate (first dimension) and each start.
-    chosen : rate and start of the least validation loss.
+    adaptation : Adaptation
+        Adapters of the frozen network, with the evidence of the construction that carried them
+        back.
+    fused : Fused
+        The network that was trained.
+    training : Training
+        All runs: for each rate (first dimension) and each start.
+    chosen : tuple
+        Rate and start of the least validation loss.
     """
 
     adaptation: Adaptation
@@ -88,27 +92,37 @@ def train_fused(
     of least validation loss is kept and its changes are split among the layers. The loss is
     one-sided [def-one-sided] where the network ends with a ReLU.
 
+    Source: [thm-fused-training].
+
     Parameters
     ----------
-    frozen : a single network.
-    ranks : as the construction for its kind takes them.
-    data : to train on; outputs of at least 0 for a network that ends with a ReLU.
-    partition : of a ReLU network, into as many blocks as layers are to be imitated; by default one
-        block, whose inner ReLUs idle.
-    region : of a ReLU network, where its inner ReLUs are to idle, outside of which the adapted
-        network is another than was trained; by default a ball half as large again as one that
-        holds the validation inputs and those of the first batches.
-    starts, learning_rates : all pairs of them are run.
-    steps, every, seed, threads : of `train`.
-    throw : of the construction.
+    frozen : LinearNetwork or FNN or Transformer or ResidualTransformer
+        A single network.
+    ranks
+        As the construction for its kind takes them.
+    data : Data
+        To train on; outputs of at least 0 for a network that ends with a ReLU.
+    partition : Partition, optional
+        Of a ReLU network, into as many blocks as layers are to be imitated; by default one block,
+        whose inner ReLUs idle.
+    region : Region, optional
+        Of a ReLU network, where its inner ReLUs are to idle, outside of which the adapted network
+        is another than was trained; by default a ball half as large again as one that holds the
+        validation inputs and those of the first batches.
+    starts, learning_rates
+        All pairs of them are run.
+    steps, every, seed, threads
+        Of `train`.
+    throw : bool
+        Of the construction.
 
     Raises
     ------
-    InputError : batches, ranks and data that do not fit, a partition for what is no ReLU network,
-        and layers so narrow between wider ones that their ranks reach nothing.
-    SingularError : the changes cannot be split among the layers.
-
-    Source: [thm-fused-training].
+    InputError
+        Batches, ranks and data that do not fit, a partition for what is no ReLU network, and layers
+        so narrow between wider ones that their ranks reach nothing.
+    SingularError
+        The changes cannot be split among the layers.
     """
     _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, frozen=frozen)
     _checks.kind(Data, data=data)

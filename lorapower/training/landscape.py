@@ -21,12 +21,16 @@ class Critical(NamedTuple):
 
     Attributes
     ----------
-    kept : which singular triplets of ``E C^{1/2}`` make it up, from 0.
-    point : ``A`` and ``B``.
-    loss : ``½ Σ σ_d²`` over those that are not kept.
-    direction : at a saddle changes of ``A`` and ``B`` along which the loss falls; none at a
-        minimum.
-    curvature : the factor of ``t²`` when going ``t`` times that direction; 0 at a minimum.
+    kept : tuple of int
+        Which singular triplets of ``E C^{1/2}`` make it up, from 0.
+    point : LowRank
+        ``A`` and ``B``.
+    loss : float
+        ``½ Σ σ_d²`` over those that are not kept.
+    direction : LowRank or None
+        At a saddle changes of ``A`` and ``B`` along which the loss falls; none at a minimum.
+    curvature : float
+        The factor of ``t²`` when going ``t`` times that direction; 0 at a minimum.
     """
 
     kept: tuple[int, ...]
@@ -49,15 +53,18 @@ def critical_points(
     of those that are not 0. Points of one kind share product and loss; one of each kind is
     returned. Where singular values are equal there are others, with the same losses.
 
-    Parameters
-    ----------
-    error : ``E``, what the product of the factors is to be.
-    rank : of the factors.
-    covariance : ``C``, positive definite; the identity by default.
-
     Raises `InputError` for a rank out of range and a covariance that is not positive definite.
 
     Source: [thm-landscape].
+
+    Parameters
+    ----------
+    error : Tensor
+        ``E``, what the product of the factors is to be.
+    rank : int
+        Of the factors.
+    covariance : Tensor, optional
+        ``C``, positive definite; the identity by default.
     """
     E = _checks.real_tensor("error", error, min_dims=2)
     if E.ndim != 2:

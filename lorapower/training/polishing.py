@@ -44,24 +44,31 @@ def polish(
     ``inputs`` larger. What has the least error on the first half of the held-out inputs is kept, be
     it the fit itself; the other half gives the error that is returned.
 
-    Parameters
-    ----------
-    fitted : what `constructions.fitted.adapt` returned for these inputs.
-    inputs, held_out : as there.
-    starts : ``"fitted"``: its factors, of the fused network. ``"lora"``: those from which adapters
-        are usually trained, ``A = 0``; of a transformer in the fused network, which reaches the
-        same, of a ReLU network in the frozen network itself, which reaches more. This one needs
-        steps.
-    steps : of Adam, in single precision.
-    data : the batches of these steps; by default 256 of the inputs at a time. Where inputs
-        can be drawn, fresh ones fit no noise.
-    iterations : of L-BFGS; it ends before, where the held-out error stops falling.
-    throw : as there.
-    seed : of the factors of start ``"lora"`` and of the order of batches.
-
     Raises `InputError` for unknown starts and unusable numbers, and where a start needs steps.
 
     Source: the adapters are [def-adapter]'s; nothing is promised but what is measured.
+
+    Parameters
+    ----------
+    fitted : Fitted
+        What `constructions.fitted.adapt` returned for these inputs.
+    inputs, held_out : Tensor
+        As there.
+    starts : sequence of Start
+        ``"fitted"``: its factors, of the fused network. ``"lora"``: those from which adapters are
+        usually trained, ``A = 0``; of a transformer in the fused network, which reaches the same,
+        of a ReLU network in the frozen network itself, which reaches more. This one needs steps.
+    steps : int
+        Of Adam, in single precision.
+    data : Data, optional
+        The batches of these steps; by default 256 of the inputs at a time. Where inputs can be
+        drawn, fresh ones fit no noise.
+    iterations : int
+        Of L-BFGS; it ends before, where the held-out error stops falling.
+    throw : bool
+        As there.
+    seed : int
+        Of the factors of start ``"lora"`` and of the order of batches.
     """
     _checks.kind(Fitted, fitted=fitted)
     starts = _checks.items("starts", starts, what='"fitted", "lora" or both, in a list')

@@ -26,29 +26,38 @@ Start = Literal["study", "linearized", "spectral"]
 class Tuning:
     """What one run tunes, and how fast.
 
+    Raises `InputError` for a value that has no meaning for any network.
+
     Attributes
     ----------
-    ranks : of the adapters: one for all weights, of which none takes more than its smaller side, or
-        one for each in the order of the network's ``weights``. One number gives a transformer the
+    ranks : int or tuple of int
+        Of the adapters: one for all weights, of which none takes more than its smaller side, or one
+        for each in the order of the network's ``weights``. One number gives a transformer the
         adapters of the theorem [thm-transformer]: on its attention, ``W_2`` of the last block, and
         ``W_out``; a residual one all (``ResidualTransformer.ranks`` gives those of a part).
-    final : tune, instead of adapters, the last so many ``weights`` in full, biases beside them.
-    biases : whether biases are tuned: all of them beside adapters, or those that are named by a
-        tuple of True and False in the order of the network's ``biases``.
-    learning_rate, weight_decay : of Adam; the decay is its L2 penalty.
-    schedule : the rate stays ``"constant"``, or falls to 0 over all steps as half a ``"cosine"``.
-    ratio : of the rate of ``A`` to that of all else [prop-scaling]: 1 as usual, more as in LoRA+.
-    loss : ``"squared"``, or ``"one-sided"`` [def-one-sided] for networks that end with a ReLU and
+    final : int
+        Tune, instead of adapters, the last so many ``weights`` in full, biases beside them.
+    biases : bool or tuple of bool
+        Whether biases are tuned: all of them beside adapters, or those that are named by a tuple of
+        True and False in the order of the network's ``biases``.
+    learning_rate, weight_decay : float
+        Of Adam; the decay is its L2 penalty.
+    schedule : Schedule
+        The rate stays ``"constant"``, or falls to 0 over all steps as half a ``"cosine"``.
+    ratio : float
+        Of the rate of ``A`` to that of all else [prop-scaling]: 1 as usual, more as in LoRA+.
+    loss : Loss
+        ``"squared"``, or ``"one-sided"`` [def-one-sided] for networks that end with a ReLU and
         outputs of at least 0. The best parameters are chosen by the squared error either way.
-    start : ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the
+    start : Start or Adapters
+        ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the
         same, and biases with which ReLU networks are ``blocks`` layers deep on a ball that holds
         the validation inputs and those of the first batches. ``"spectral"``: ``A`` and ``B`` from
         the leading singular vectors of the gradient on the first batch. Or adapters, of at most
         these ranks; further columns are drawn as in the study's start.
-    blocks : of start ``"linearized"``, all of as many layers, but that the last takes what is left
-        over; the depth of the target, if known.
-
-    Raises `InputError` for a value that has no meaning for any network.
+    blocks : int
+        Of start ``"linearized"``, all of as many layers, but that the last takes what is left over;
+        the depth of the target, if known.
     """
 
     ranks: int | tuple[int, ...] = 0
@@ -115,16 +124,24 @@ class Training(Generic[N]):
 
     Attributes
     ----------
-    network : at each run's least validation loss, batch shape ``[tunings, *batch]``.
-    adapters : its updates and bias updates; as one batch they are padded with zeros to the largest
-        rank, ``adapters[i]`` has the ranks of its own `Tuning`. Of a weight that was tuned in full
-        there is no adapter, and the run's adapters do not count it.
-    parameter_count : how many numbers each run tuned: of adapters, of weights in full, of biases.
-    steps : those at which the losses below were taken; 0 is before the first step.
-    training_loss : of the batch of each of these steps; NaN at step 0.
-    validation_loss : after each of these steps; NaN after a run has ended.
-    best_loss, best_step : the least validation loss and when it was reached.
-    diverged : whether a loss was no finite number, at which a run ends.
+    network
+        At each run's least validation loss, batch shape ``[tunings, *batch]``.
+    adapters : Adapters
+        Its updates and bias updates; as one batch they are padded with zeros to the largest rank,
+        ``adapters[i]`` has the ranks of its own `Tuning`. Of a weight that was tuned in full there
+        is no adapter, and the run's adapters do not count it.
+    parameter_count : Tensor
+        How many numbers each run tuned: of adapters, of weights in full, of biases.
+    steps : Tensor
+        Those at which the losses below were taken; 0 is before the first step.
+    training_loss : Tensor
+        Of the batch of each of these steps; NaN at step 0.
+    validation_loss : Tensor
+        After each of these steps; NaN after a run has ended.
+    best_loss, best_step : Tensor
+        The least validation loss and when it was reached.
+    diverged : Tensor
+        Whether a loss was no finite number, at which a run ends.
     """
 
     network: N

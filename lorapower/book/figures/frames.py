@@ -29,15 +29,19 @@ class Frames:
 
     A notebook shows it as a figure with a control.
 
-    Parameters
-    ----------
-    label : what the slider sets, in words.
-    pictures : figures by the value of the slider, in its order; closed when they are drawn.
-    sentences : what each shows, in words, which are read aloud and stand above it.
-    start : the value to begin with.
-
     Raises `InputError` for no pictures, for a sentence too many or too few, and for a start that is
     none of the values.
+
+    Parameters
+    ----------
+    label : str
+        What the slider sets, in words.
+    pictures : mapping
+        Figures by the value of the slider, in its order; closed when they are drawn.
+    sentences : mapping
+        What each shows, in words, which are read aloud and stand above it.
+    start : str
+        The value to begin with.
     """
 
     label: str

@@ -47,19 +47,27 @@ class Touch:
     A notebook shows it as a figure with controls: the error against the rank, and the function,
     which is piecewise linear, along a line of inputs. Errors below ``rounding`` are in a strip.
 
+    Raises `InputError` for shapes that do not fit, and for a start that is not among the settings.
+
     Parameters
     ----------
-    ranks, depths : of the adapters and of the frozen network; rising, in equal steps.
-    layers : of a block, whose adapters' ranks add up; ``[depths]``.
-    spectra : singular values of what the adapters of a block have to make up for, by name.
-    thresholds : the ranks from which the construction is exact; ``[depths, spectra]``.
-    errors, bounds : measured and predicted; ``[depths, spectra, ranks]``.
-    at : the places on the line, in equal steps; ``[points]``.
-    target, frozen, adapted : the functions there; ``[points]``, ``[depths, spectra, points]`` and
-        ``[depths, spectra, ranks, points]``.
-    start : rank, depth and spectrum of the first drawing, and of the picture.
-
-    Raises `InputError` for shapes that do not fit, and for a start that is not among the settings.
+    ranks, depths : sequence of int
+        Of the adapters and of the frozen network; rising, in equal steps.
+    layers : sequence of int
+        Of a block, whose adapters' ranks add up; ``[depths]``.
+    spectra : mapping
+        Singular values of what the adapters of a block have to make up for, by name.
+    thresholds : ArrayLike
+        The ranks from which the construction is exact; ``[depths, spectra]``.
+    errors, bounds : ArrayLike
+        Measured and predicted; ``[depths, spectra, ranks]``.
+    at : ArrayLike
+        The places on the line, in equal steps; ``[points]``.
+    target, frozen, adapted : ArrayLike
+        The functions there; ``[points]``, ``[depths, spectra, points]`` and ``[depths, spectra,
+        ranks, points]``.
+    start : tuple
+        Rank, depth and spectrum of the first drawing, and of the picture.
     """
 
     ranks: Sequence[int]

@@ -22,10 +22,14 @@ class Examples:
 
     Attributes
     ----------
-    texts : one text or two of each example.
-    labels : number of the class, or the value of a regression; NaN in test sets that have none.
-    sizes : number of examples of each of the sets that these are, one after the other.
-    left_out : number of rows of the source that were of no use, by reason.
+    texts : tuple of tuple of str
+        One text or two of each example.
+    labels : tuple of float
+        Number of the class, or the value of a regression; NaN in test sets that have none.
+    sizes : tuple of int
+        Number of examples of each of the sets that these are, one after the other.
+    left_out : mapping
+        Number of rows of the source that were of no use, by reason.
     """
 
     texts: tuple[tuple[str, ...], ...]

@@ -29,11 +29,14 @@ class Lora(Record):
 
     Attributes
     ----------
-    targets : ``"attention"``; ``"feed-forward"``, all others of the equal layers that the encoder
+    targets : Targets
+        ``"attention"``; ``"feed-forward"``, all others of the equal layers that the encoder
         consists of; or ``"all"``, with those outside these too.
-    rank : of each adapter.
-    learning_rate : the highest of AdamW without weight decay; it rises over the first tenth of the
-        steps, then falls linearly to 0.
+    rank : int
+        Of each adapter.
+    learning_rate : float
+        The highest of AdamW without weight decay; it rises over the first tenth of the steps, then
+        falls linearly to 0.
     """
 
     kind: Literal["lora"] = "lora"

@@ -36,23 +36,32 @@ WARMUP = 0.1
 class Problem(Record):
     """A task, an encoder, and how long which texts are shown to it.
 
+    Raises `InputError` for a value that has no meaning, alone or with the others.
+
     Attributes
     ----------
-    task, source : name of the task, and where its texts are: ``"rated"``, ``"hub"`` or a folder in
-        GLUE's layout.
-    model : encoder: ``"packaged"``, a folder, or a name on the hub.
-    pretrained : whether it has its weights, or random ones of the same configuration.
-    head : ``"mean"``, linear on the mean over the tokens (`models.Mean`), or ``"own"``, that which
+    task, source : str
+        Name of the task, and where its texts are: ``"rated"``, ``"hub"`` or a folder in GLUE's
+        layout.
+    model : str
+        Encoder: ``"packaged"``, a folder, or a name on the hub.
+    pretrained : bool
+        Whether it has its weights, or random ones of the same configuration.
+    head : Head
+        ``"mean"``, linear on the mean over the tokens (`models.Mean`), or ``"own"``, that which
         ``transformers`` has for the encoder, as in the published scores of GLUE.
-    epochs, batch : of training.
-    tokens : to which longer texts are cut off; fewer than 8 have no place for a text beside the
-        marks of where texts begin and end.
-    samples : of the training set, drawn by the seed; 0 means all.
-    part : on which scores are taken; GLUE's test sets have no labels.
-    seed : of the head, the random weights and factors, the samples, their order, and dropout. Equal
+    epochs, batch : int
+        Of training.
+    tokens : int
+        To which longer texts are cut off; fewer than 8 have no place for a text beside the marks of
+        where texts begin and end.
+    samples : int
+        Of the training set, drawn by the seed; 0 means all.
+    part : {"validation", "test"}
+        On which scores are taken; GLUE's test sets have no labels.
+    seed : int
+        Of the head, the random weights and factors, the samples, their order, and dropout. Equal
         seeds give equal heads, samples and orders whatever the rest.
-
-    Raises `InputError` for a value that has no meaning, alone or with the others.
     """
 
     task: str = "movies"

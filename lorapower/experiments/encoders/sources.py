@@ -65,15 +65,18 @@ def check(task: str, source: str) -> None:
 def read(task: str, source: str, part: str) -> Examples:
     """The examples of a task's training, validation or test set; validation sets are joined.
 
+    Raises `InputError` for what is missing or is not as it should be, with file and line.
+
     Parameters
     ----------
-    task : name of one of `tasks.TASKS`.
-    source : ``"rated"``, ``"hub"``, or a folder that holds GLUE's files as they are distributed:
-        a folder for each task (``CoLA``, ``SST-2``, …) with ``train.tsv``, ``dev.tsv`` and
+    task : str
+        Name of one of `tasks.TASKS`.
+    source : str
+        ``"rated"``, ``"hub"``, or a folder that holds GLUE's files as they are distributed: a
+        folder for each task (``CoLA``, ``SST-2``, …) with ``train.tsv``, ``dev.tsv`` and
         ``test.tsv``, fields separated by tabs, quotation marks being text.
-    part : ``"train"``, ``"validation"`` or ``"test"``.
-
-    Raises `InputError` for what is missing or is not as it should be, with file and line.
+    part : str
+        ``"train"``, ``"validation"`` or ``"test"``.
     """
     if part not in PARTS:
         raise InputError("part", allowed=f"one of {', '.join(PARTS)}", given=repr(part))

@@ -21,21 +21,31 @@ class Task:
 
     Attributes
     ----------
-    name : of the task, as the hub has it.
-    folder : of its files, in the layout in which GLUE is distributed.
-    texts : one column or two, as the hub names them.
-    columns, label : the same columns, and that of the labels, in the files.
-    classes : labels in the files, in the order of the integers that stand for them; none for a
+    name : str
+        Of the task, as the hub has it.
+    folder : str
+        Of its files, in the layout in which GLUE is distributed.
+    texts : tuple of str
+        One column or two, as the hub names them.
+    columns, label
+        The same columns, and that of the labels, in the files.
+    classes : tuple of str
+        Labels in the files, in the order of the integers that stand for them; none for a
         regression.
-    metrics : those of the task. The first is its score, as in the published tables of adapters:
-        Matthews correlation for CoLA, Pearson correlation for STS-B and accuracy for the others,
-        for MNLI over both validation sets. (GLUE's own leaderboard averages the two metrics of a
-        task that has two.)
-    sets : endings of the names of validation and test sets, for a task that has several.
-    header : the columns of training and validation files that have no line of names.
-    spoiled : how many lines of a training or validation set may have a wrong number of columns or
-        an empty text, as they do in the distributed files; they are left out and counted.
-    limits : least and greatest number of a regression.
+    metrics : tuple of str
+        Those of the task. The first is its score, as in the published tables of adapters: Matthews
+        correlation for CoLA, Pearson correlation for STS-B and accuracy for the others, for MNLI
+        over both validation sets. (GLUE's own leaderboard averages the two metrics of a task that
+        has two.)
+    sets : tuple of str
+        Endings of the names of validation and test sets, for a task that has several.
+    header : tuple of str
+        The columns of training and validation files that have no line of names.
+    spoiled : int
+        How many lines of a training or validation set may have a wrong number of columns or an
+        empty text, as they do in the distributed files; they are left out and counted.
+    limits : tuple
+        Least and greatest number of a regression.
     """
 
     name: str

@@ -37,14 +37,16 @@ def from_decoder(
     ``b_O``, which changes no output. Each head has weights of its own here, so one rank for all
     weights is as much rank for each head of a packed matrix.
 
-    Parameters
-    ----------
-    dtype : what all numbers are converted to; by default they stay, float32 or float64. In double
-        precision, what single precision has rounded counts as rank.
-    final_norm : whether it is taken over; without it outputs are what the last block returns.
-
     Raises `InputError` for other modules, for post-norm ones, and for settings that change what a
     block computes.
+
+    Parameters
+    ----------
+    dtype : dtype, optional
+        What all numbers are converted to; by default they stay, float32 or float64. In double
+        precision, what single precision has rounded counts as rank.
+    final_norm : bool
+        Whether it is taken over; without it outputs are what the last block returns.
     """
     kind, blocks, final = _parts(module)
     final = final if _checks.flag("final_norm", final_norm) else None

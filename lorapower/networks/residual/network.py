@@ -45,28 +45,39 @@ class ResidualTransformer(Stacked):
 
     Where ``z̃`` is 0, as of a constant token, ``n`` is 0, also for ``ε = 0``.
 
+    Tensors, arrays or nested lists, all float32 or all float64; batch dimensions broadcast.
+
     Parameters
     ----------
-    W_Q, W_K, W_V, W_O : ``[..., L, H, d, D]``, the last ``[..., L, H, D, d]``; ``d`` is the size of
-        queries and keys for the first two, of values for the others.
-    W_1, W_2 : ``[..., L, F, D]``, ``[..., L, D, F]``.
-    b_Q, b_O, b_1, b_2 : ``[..., L, H, d]``, ``[..., L, D]``, ``[..., L, F]``, ``[..., L, D]``; 0 by
-        default. Biases of keys and values add nothing to these: the softmax ignores the one, and
-        the other is part of ``b_O``.
-    g_1, s_1, g_2, s_2 : gains and shifts of both norms, ``[..., L, D]``; 1 and 0 by default.
-    g_f, s_f : of the final norm, ``[..., D]``.
-    activation : ``σ``: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` (its approximation) or ``"silu"``.
-    norm : ``"layer"`` or ``"rms"``.
-    final_norm : whether there is one.
-    causal : whether a token attends only to those up to itself.
-    eps : ``ε``, at least 0.
-
-    Tensors, arrays or nested lists, all float32 or all float64; batch dimensions broadcast.
+    W_Q, W_K, W_V, W_O
+        ``[..., L, H, d, D]``, the last ``[..., L, H, D, d]``; ``d`` is the size of queries and keys
+        for the first two, of values for the others.
+    W_1, W_2
+        ``[..., L, F, D]``, ``[..., L, D, F]``.
+    b_Q, b_O, b_1, b_2 : Tensor
+        ``[..., L, H, d]``, ``[..., L, D]``, ``[..., L, F]``, ``[..., L, D]``; 0 by default. Biases
+        of keys and values add nothing to these: the softmax ignores the one, and the other is part
+        of ``b_O``.
+    g_1, s_1, g_2, s_2 : Tensor
+        Gains and shifts of both norms, ``[..., L, D]``; 1 and 0 by default.
+    g_f, s_f : Tensor
+        Of the final norm, ``[..., D]``.
+    activation : Activation
+        ``σ``: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` (its approximation) or ``"silu"``.
+    norm : Norm
+        ``"layer"`` or ``"rms"``.
+    final_norm : bool
+        Whether there is one.
+    causal : bool
+        Whether a token attends only to those up to itself.
+    eps : float
+        ``ε``, at least 0.
 
     Raises
     ------
-    InputError : sizes that do not fit, mixed or unusable types, entries not finite; a gain or shift
-        of a final norm that there is not.
+    InputError
+        Sizes that do not fit, mixed or unusable types, entries not finite; a gain or shift of a
+        final norm that there is not.
     """
 
     W_Q: Float[Tensor, "*batch blocks heads query width"]

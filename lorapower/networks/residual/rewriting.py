@@ -155,13 +155,13 @@ def enlarged(
     rank [prop-sizes]. The width stays; narrower tokens need a frozen network with ``ε`` smaller in
     proportion.
 
-    Parameters
-    ----------
-    places : in which of the frozen blocks, counted from 1, the target's stand; by default the
-        first.
-
     Raises `InputError` for batches, for a target that is larger than the frozen network, for heads
     of another size, and for places that are none.
+
+    Parameters
+    ----------
+    places : sequence of int, optional
+        In which of the frozen blocks, counted from 1, the target's stand; by default the first.
     """
     _checks.kind(ResidualTransformer, target=target, frozen=frozen)
     _require_single(target, frozen)

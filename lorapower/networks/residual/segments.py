@@ -32,10 +32,14 @@ class ResidualSegments(NamedTuple, Generic[T]):
 
     Attributes
     ----------
-    query_key : scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``.
-    value_output : tokens receive ``S W_O W_V B``; ``[..., L, H]``.
-    inner : the activation receives ``W_1 B``; ``[..., L]``.
-    outer : tokens receive ``S W_2``; ``[..., L]``.
+    query_key
+        Scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``.
+    value_output
+        Tokens receive ``S W_O W_V B``; ``[..., L, H]``.
+    inner
+        The activation receives ``W_1 B``; ``[..., L]``.
+    outer
+        Tokens receive ``S W_2``; ``[..., L]``.
     """
 
     query_key: T
