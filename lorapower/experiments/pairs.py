@@ -14,7 +14,6 @@ from typing import Any
 from .. import _checks, hub, randomness
 from .encoders import runs, sources
 from .encoders.models import Full
-from .encoders.rated import RATED
 
 # Of the decoders: tokens in their vocabulary, and to which texts are cut off.
 VOCABULARY, TOKENS = 2000, 64
@@ -23,7 +22,7 @@ END = "<end>"
 
 def texts(kind: str, part: str) -> list[str]:
     """The rated sentences of a kind in a part, without their ratings: those near neutral too."""
-    return [text for (text,) in sources.read(f"{kind}-rating", RATED, part).texts]
+    return [text for (text,) in sources.read(f"{kind}-rating", hub.RATED, part).texts]
 
 
 def encoder(

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from ...errors import InputError
+from ...hub import RATED
 from .. import sweeps
 from . import models, sources
 from .models import Alone, Final, Full, Lora, Method
-from .rated import RATED
 from .runs import Problem, Setting
 
 #: Of each profile: what all runs share; the ranks; the numbers of training samples, 0 for all; the

@@ -22,8 +22,6 @@ from . import examples
 from .examples import Examples, Row
 from .tasks import Task
 
-#: Name of this source.
-RATED = "rated"
 #: Mean ratings no farther from 0 than this count as neither positive nor negative.
 NEUTRAL = 0.5
 #: Shares of the distinct sentences, by part, in the order of their digests.

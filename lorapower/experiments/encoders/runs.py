@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from ... import _checks, hub, randomness
 from ..._records import Record, Results
 from ...errors import InputError
+from ...hub import RATED
 from . import models, sources
 from .examples import Examples
 from .models import Full, Lora, Method
-from .rated import RATED
 from .tasks import Task, find
 
 # So many batches at a time have their texts sorted by length.

@@ -10,9 +10,10 @@ from typing import Literal
 
 from ... import hub
 from ...errors import InputError
-from . import examples, rated
+from ...hub import RATED as RATED
+from . import examples
+from . import rated as rated
 from .examples import Examples, Row
-from .rated import RATED
 from .tasks import GLUE, SENTENCES, Task, find
 
 HUB = "hub"
