@@ -1,7 +1,7 @@
-"""Linear least squares of a given rank, in a metric of the inputs and one of the outputs.
+"""Least squares of a given rank: the best map between data, and the best of a given matrix.
 
-Everything broadcasts over leading batch dimensions. No second moments are inverted or formed of
-inputs: all is done on the data, which may be few or degenerate.
+Samples are columns, and everything broadcasts over leading batch dimensions. No second moment is
+inverted, and of inputs none is formed: data may be few or degenerate.
 """
 
 from __future__ import annotations
@@ -12,31 +12,50 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import _checks, _objects, lowrank
+from . import _checks, lowrank, randomness
 from .errors import InputError
-from .lowrank import LowRank
+from .lowrank import SVD, LowRank
+
+# Of an SVD of which only the leading part is found: columns beyond it, and rounds.
+_EXTRA, _ROUNDS = 16, 3
 
 
-@_objects.held
 class Regression(NamedTuple):
-    """The map ``z ↦ K z + a`` that was fitted.
+    """The map ``z ↦ K z + a`` of a fit.
 
     Attributes
     ----------
-    change : LowRank
-        ``K`` as its factors, of the rank that was asked for, or of as many columns as the metric
-        has rows.
+    update : LowRank
+        ``K``, of the rank that was asked for, or of as many columns as the metric has rows.
     intercept : Tensor
-        ``a``; zeros where none was fitted.
+        ``a``, ``[..., out]``; zeros where none was fitted.
     """
 
-    change: LowRank
+    update: LowRank
     intercept: Float[Tensor, "*batch out"]
+
+
+class Truncation(NamedTuple):
+    """The nearest matrix of a rank, and what it leaves out.
+
+    Attributes
+    ----------
+    update : LowRank
+        ``K``. Its first ``s`` columns are the nearest matrix of rank ``s``.
+    values : Tensor
+        ``σ_1 ≥ … ≥ σ_r``: direction ``d`` takes ``σ_d²`` off the squared distance.
+    total : Tensor
+        ``Σ_d σ_d²`` over all directions, the squared distance of rank 0.
+    """
+
+    update: LowRank
+    values: Float[Tensor, "*batch r"]
+    total: Float[Tensor, "*batch"]
 
 
 @torch.no_grad()
 def reduced_rank(
-    wanted: Float[Tensor, "*#batch out samples"],
+    outputs: Float[Tensor, "*#batch out samples"],
     inputs: Float[Tensor, "*#batch in samples"],
     rank: int,
     *,
@@ -45,95 +64,170 @@ def reduced_rank(
     metric: Float[Tensor, "*#batch rows out"] | None = None,
     intercept: bool = True,
 ) -> Regression:
-    """Of all ``K`` of rank at most ``r``, and all ``a``, the least ``E‖R(y − K z − a)‖²``.
+    """Fit outputs ``y`` by ``K z + a`` with a matrix ``K`` of limited rank.
 
-    That is ``K = R⁺ U_r U_rᵀ R B``, with the least-squares coefficients ``B`` of ``y`` on ``z``
-    about their means and the leading left singular vectors ``U_r`` of ``R B C^{1/2}``, ``C`` the
-    covariance of ``z``. Where data leave ``B`` open it is the nearest to ``E``. With shrinkage
-    ``λ`` the sum is ``E‖R(y − K z − a)‖² + λ c ‖R(K − E)‖²_F``, ``c`` the mean variance of a
-    coordinate of ``z``; an infinite one takes ``B = E``, in the metric of ``z`` alone.
+    ``K`` and ``a`` make ``E‖R(y − K z − a)‖² + λ c ‖R(K − E)‖²_F`` least, where ``c`` is the mean
+    variance of a coordinate of ``z``. The solution is ``K = R⁺ U_r U_rᵀ R B``: ``B`` are the
+    coefficients of the fit without a limit of the rank, and ``U_r`` are the leading left singular
+    vectors of ``R B C^{1/2}``, with the covariance ``C`` of ``z``.
 
-    Raises `InputError` for what is not finite or does not fit.
+    Raises `InputError` for numbers that are not finite and for sizes that do not fit.
 
     Source: [thm-reduced-rank].
 
     Parameters
     ----------
-    wanted, inputs : Tensor
-        ``y`` and ``z``, columns of one number of samples.
+    outputs, inputs : Tensor
+        ``y`` and ``z``, ``[..., out, samples]`` and ``[..., in, samples]``.
     rank : int
         At most the smaller side of ``K``.
     towards : Tensor, optional
-        ``E``; 0 by default.
+        ``E``, 0 by default. Where data leave ``B`` open, it is the nearest to ``E``.
     shrinkage : float
-        ``λ``, at least 0.
+        ``λ``, at least 0. An infinite one takes ``B = E``, in the metric of the inputs alone.
     metric : Tensor, optional
-        ``R``, ``[..., rows, out]``; the identity by default.
+        ``R``, ``[..., rows, out]``, the identity by default.
     intercept : bool
-        Whether ``a`` is fitted, or else is 0 and the means stay where they are.
+        Whether ``a`` is fitted. Without it ``a = 0`` and second moments replace covariances.
     """
-    y = _checks.real_tensor("wanted", wanted, min_dims=2)
+    y = _checks.real_tensor("outputs", outputs, min_dims=2)
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
     if (y.dtype, y.device) != (z.dtype, z.device):
         allowed = f"{z.dtype} on {z.device}, like the inputs"
-        raise InputError("wanted", allowed=allowed, given=f"{y.dtype} on {y.device}")
+        raise InputError("outputs", allowed=allowed, given=f"{y.dtype} on {y.device}")
     if y.shape[-1] != z.shape[-1]:
-        raise InputError("wanted", allowed=f"{z.shape[-1]} columns", given=y.shape[-1])
+        raise InputError("outputs", allowed=f"{z.shape[-1]} columns", given=y.shape[-1])
     out, into = y.shape[-2], z.shape[-2]
     rank = _checks.integer("rank", rank, 0, min(out, into), limit="the smaller side")
     shrinkage = _checks.tolerance("shrinkage", shrinkage)
-    intercept = _checks.flag("intercept", intercept)
     E = z.new_zeros(out, into)
     if towards is not None:
         E = _fitting("towards", towards, (out, into), z)
     R = None if metric is None else _fitting("metric", metric, (None, out), z)
 
-    given = [part for part in (y, z, E, R) if part is not None]
-    batch = _checks.common_shape("wanted and inputs", [tuple(p.shape[:-2]) for p in given])
+    parts = [part for part in (y, z, E, R) if part is not None]
+    batch = _checks.common_shape("outputs and inputs", [tuple(p.shape[:-2]) for p in parts])
     y, z, E = (part.expand(*batch, *part.shape[-2:]) for part in (y, z, E))
     means = [part.mean(-1, keepdim=True) * intercept for part in (y, z)]
     y, z = y - means[0], z - means[1]
-    identity = torch.eye(into, dtype=z.dtype, device=z.device).expand(*batch, into, into)
-    if 0 < shrinkage < torch.inf:
-        level = z.square().mean((-2, -1), keepdim=True)
-        ridge = (shrinkage * level * z.shape[-1]).sqrt() * identity
-        y, z = torch.cat([y, E @ ridge], -1), torch.cat([z, ridge], -1)
-    B = E
+    B, root = _coefficients(y - E @ z, z, shrinkage)
+    update = truncate(E + B, rank, inputs=root, metric=R).update
+    return Regression(update, (means[0] - update.matrix() @ means[1])[..., 0])
+
+
+def _coefficients(y: Tensor, z: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Coefficients of ``y`` on ``z``, shrunken to 0, and a square root of ``z zᵀ``."""
+    into, samples = z.shape[-2:]
+    eps = torch.finfo(z.dtype).eps
+    identity = torch.eye(into, dtype=z.dtype, device=z.device).expand(*z.shape[:-2], into, into)
+    if shrinkage < torch.inf:
+        variation = z.square().sum((-2, -1), keepdim=True) / into
+        # Without variation only the second term is left, whatever its weight.
+        penalty = shrinkage * torch.where(variation > 0, variation, 1) * identity
+        if shrinkage > into * eps**0.5:
+            root = torch.linalg.cholesky(z @ z.mT + penalty)
+            return torch.cholesky_solve(z @ y.mT, root).mT, root
+        y, z = torch.nn.functional.pad(y, (0, into)), torch.cat([z, penalty.sqrt()], -1)
+    triangle = torch.linalg.qr(torch.cat([z, y], -2).mT, mode="r").R
+    root, right = triangle[..., :into, :into], triangle[..., :into, into:]
     if shrinkage < torch.inf:
         # A driver for inputs that do not span their space.
-        B = E + torch.linalg.lstsq(z.mT, (y - E @ z).mT, driver="gelsd").solution.mT
+        rcond = eps * max(into, samples)
+        B = torch.linalg.lstsq(root, right, rcond=rcond, driver="gelsd").solution.mT
+    else:
+        B = z.new_zeros(*z.shape[:-2], y.shape[-2], into)
     # A trace of every direction decides where the data say nothing.
-    level = z.square().mean((-2, -1), keepdim=True) * z.shape[-1]
-    trace = 16 * torch.finfo(z.dtype).eps * torch.where(level > 0, level, 1).sqrt()
-    half = torch.linalg.qr(torch.cat([z, trace * identity], -1).mT, mode="r").R.mT
-    seen = B if R is None else R @ B
-    U = lowrank.svd(seen @ half).U[..., :rank]
-    left = U if R is None else torch.linalg.pinv(R) @ U
-    change = LowRank(left, seen.mT @ U)
-    a = (means[0] - change.matrix() @ means[1])[..., 0]
-    return Regression(change, a)
+    size = z.square().sum((-2, -1), keepdim=True) / into
+    trace = 16 * eps * torch.where(size > 0, size, 1).sqrt() * identity
+    return B, torch.linalg.qr(torch.cat([root, trace], -2), mode="r").R.mT
+
+
+def truncate(
+    matrix: Float[Tensor, "*#batch out in"],
+    rank: int,
+    *,
+    inputs: Float[Tensor, "*#batch in samples"] | None = None,
+    metric: Float[Tensor, "*#batch rows out"] | None = None,
+    approximate: bool = False,
+) -> Truncation:
+    """Find the matrix of limited rank that is nearest in a metric of inputs and one of outputs.
+
+    ``K = R⁺ U_r U_rᵀ R M`` makes ``‖R (M − K) Z‖_F`` least among matrices of rank at most ``r``;
+    ``U_r`` and ``σ`` are the leading left singular vectors and the singular values of ``R M Z``.
+
+    Source: [prop-two-metrics].
+
+    Parameters
+    ----------
+    matrix : Tensor
+        ``M``, ``[..., out, in]``.
+    rank : int
+        ``r``, at most the smaller side of ``M``.
+    inputs : Tensor, optional
+        ``Z``, ``[..., in, samples]``: inputs, or any other columns of the same second moment; the
+        identity by default.
+    metric : Tensor, optional
+        ``R``, ``[..., rows, out]``, the identity by default. See `second_moment_root`.
+    approximate : bool
+        Whether of a matrix that is large against the rank only the leading subspace is found, by
+        rounds of multiplication (Halko, Martinsson and Tropp, 2011): time then grows as the number
+        of entries.
+    """
+    M = _checks.real_tensor("matrix", matrix, min_dims=2)
+    rank = _checks.integer("rank", rank, 0, min(M.shape[-2:]), limit="the smaller side")
+    weighted = M if metric is None else metric @ M
+    product = weighted
+    if inputs is not None:
+        wide = inputs.shape[-1] > inputs.shape[-2]
+        product = weighted @ (torch.linalg.qr(inputs.mT, mode="r").R.mT if wide else inputs)
+    subspace = approximate and min(product.shape[-2:]) > 2 * (rank + _EXTRA)
+    U, values, _ = _leading(product, rank + _EXTRA) if subspace else lowrank.svd(product)
+    U, values = U[..., :rank], values[..., :rank]
+    left = U if metric is None else _apply_inverse(metric, U)
+    update = LowRank(left, weighted.mT @ U)
+    return Truncation(update, values, product.square().sum((-2, -1)))
+
+
+def _leading(matrix: Tensor, size: int) -> SVD:
+    """The part of an SVD that lies in a subspace of that size, near to the leading one."""
+    draw = randomness.generator(0, "subspace")
+    start = randomness.normal(
+        draw, matrix.shape[-1], size, dtype=matrix.dtype, device=matrix.device
+    )
+    Q = torch.linalg.qr(matrix @ start).Q
+    for _ in range(_ROUNDS):
+        Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ Q).Q).Q
+    U, S, V = lowrank.svd(Q.mT @ matrix)
+    return SVD(Q @ U, S, V)
+
+
+def _apply_inverse(metric: Tensor, columns: Tensor) -> Tensor:
+    """``R⁺ U``, by substitution where ``R`` is triangular and far from singular."""
+    if metric.shape[-2] == metric.shape[-1] and metric.equal(metric.triu()):
+        least, largest = metric.diagonal(dim1=-2, dim2=-1).abs().aminmax(dim=-1)
+        if (least > torch.finfo(metric.dtype).eps ** 0.5 * largest).all():
+            return torch.linalg.solve_triangular(metric, columns, upper=True)
+    return torch.linalg.pinv(metric) @ columns
 
 
 def second_moment_root(
     columns: Float[Tensor, "*batch width samples"], ridge: float = 0.0
 ) -> Float[Tensor, "*batch width width"]:
-    """``R``, symmetric, with ``R² = E[g gᵀ] + ρ c I`` for columns ``g`` of mean square ``c``.
+    """Find ``R``, upper triangular, with ``RᵀR = E[g gᵀ] + ρ c I`` for columns ``g``.
 
-    ``ρ`` is the ridge, at least 0. Of columns that are all 0 it is the identity, since then no
-    direction counts more than another.
+    ``c`` is the mean square of an entry and ``ρ`` the ridge, at least 0. Of columns that are all 0
+    it is the identity, since then no direction counts more than another.
     """
     g = _checks.real_tensor("columns", columns, min_dims=2)
     ridge = _checks.finite("ridge", ridge, 0)
-    G = g @ g.mT / g.shape[-1]
-    level = g.square().mean((-2, -1))[..., None, None]
-    identity = torch.eye(g.shape[-2], dtype=g.dtype, device=g.device)
-    values, vectors = torch.linalg.eigh(
-        torch.where(level > 0, G + ridge * level * identity, identity)
-    )
-    return (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
+    identity = torch.eye(g.shape[-2], dtype=g.dtype, device=g.device).expand(*g.shape[:-2], -1, -1)
+    level = g.square().mean((-2, -1), keepdim=True)
+    rows = torch.cat([g / g.shape[-1] ** 0.5, (ridge * level).sqrt() * identity], -1).mT
+    return torch.where(level > 0, torch.linalg.qr(rows, mode="r").R, identity)
 
 
 def _fitting(name: str, value: Any, shape: tuple[int | None, int], like: Tensor) -> Tensor:
+    """A matrix of these sizes, of the type of another and on its device."""
     matrix = _checks.real_tensor(name, value, min_dims=2).to(like)
     rows, columns = matrix.shape[-2:]
     if columns != shape[1] or rows != (shape[0] or rows):

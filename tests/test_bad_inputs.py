@@ -98,6 +98,7 @@ HOLD = {
     fnn.FNNAdaptation,
     fused.Fused,
     regression.Regression,
+    regression.Truncation,
     linear.LinearAdaptation,
     constructions.Adaptation,
     figures.Look,
@@ -290,9 +291,10 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (bounds.first_order, {"adapted": RELU[1], "target": RELU[1], "inputs": X}),
     (
         regression.reduced_rank,
-        {"wanted": X, "inputs": X, "rank": 1, "towards": None, "shrinkage": 0.1}
+        {"outputs": X, "inputs": X, "rank": 1, "towards": None, "shrinkage": 0.1}
         | {"metric": None, "intercept": True},
     ),
+    (regression.truncate, {"matrix": X, "rank": 1}),
     (regression.second_moment_root, {"columns": X, "ridge": 0.0}),
     (training.polish, {"fitted": FITTED, "inputs": X, "held_out": 2 * X, "starts": ["fitted"]}),
     (partition.least_error, {"frozen": RELU[0], "target": RELU[1], "ranks": 1, "inputs": X}),

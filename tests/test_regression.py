@@ -10,7 +10,7 @@ from strategies import seeds
 from torch import Tensor
 
 from lorapower import lowrank, randomness
-from lorapower.regression import reduced_rank, second_moment_root
+from lorapower.regression import reduced_rank, second_moment_root, truncate
 
 
 def drawn(seed: int, out: int, into: int, samples: int) -> tuple[Tensor, ...]:
@@ -46,7 +46,7 @@ def test_no_matrix_of_the_rank_does_better(
     rank = min(rank, out, into)
     z, y, R, E = drawn(seed, out, into, samples)
     found = reduced_rank(y, z, rank, towards=E, shrinkage=shrinkage, metric=R)
-    K = found.change.matrix()
+    K = found.update.matrix()
     penalty = shrinkage * float((z - z.mean(-1, keepdim=True)).square().mean())
     reached = left(K, y, z, R, penalty, E)
     scale = left(torch.zeros_like(K), y, z, R, penalty, E) + 1e-30
@@ -54,7 +54,7 @@ def test_no_matrix_of_the_rank_does_better(
     # Local search from the solution and from other starts finds nothing below it.
     generator = randomness.generator(seed, "rivals in tests")
     for size in (1e-4, 1e-2, 1.0):
-        A, B = (found.change.left, found.change.right)
+        A, B = (found.update.left, found.update.right)
         A, B = (f + size * randomness.normal(generator, *f.shape) for f in (A, B))
         assert left(A @ B.mT, y, z, R, penalty, E) >= reached - 1e-9 * scale
     missed = (y - K @ z).mean(-1) - found.intercept
@@ -65,9 +65,9 @@ def test_no_matrix_of_the_rank_does_better(
 def test_what_data_leave_open_stays(samples: int) -> None:
     z, _, R, E = drawn(1, 4, 5, samples)
     z[2] = 7.0  # a constant coordinate
-    found = reduced_rank(E @ z, z, 4, towards=E, metric=R).change.matrix()
+    found = reduced_rank(E @ z, z, 4, towards=E, metric=R).update.matrix()
     assert torch.allclose(found, E, atol=1e-10)
-    small = reduced_rank(E @ z, z, 4, metric=R).change.matrix()
+    small = reduced_rank(E @ z, z, 4, metric=R).update.matrix()
     centred = z - z.mean(1, keepdim=True)
     assert (small @ centred).allclose(E @ centred, rtol=1e-10, atol=1e-9)
     assert float(small.norm()) <= float(E.norm()) + 1e-9
@@ -79,14 +79,14 @@ def test_small_directions_count_by_what_they_explain(small: float) -> None:
     one, other = (part - part.mean() for part in (one, other))
     z, y = torch.stack([one, small * other]), torch.stack([5 * one, other])
     found = reduced_rank(y, z, 1)
-    missed = y - found.change.matrix() @ z - found.intercept[:, None]
+    missed = y - found.update.matrix() @ z - found.intercept[:, None]
     assert float(missed.square().sum()) <= 1.01 * float(other.square().sum())
 
 
 def test_infinite_shrinkage_is_the_limit() -> None:
     z, y, R, E = drawn(2, 4, 5, 50)
-    limit = reduced_rank(y, z, 4, towards=E, shrinkage=torch.inf, metric=R).change.matrix()
-    near = reduced_rank(y, z, 4, towards=E, shrinkage=1e12, metric=R).change.matrix()
+    limit = reduced_rank(y, z, 4, towards=E, shrinkage=torch.inf, metric=R).update.matrix()
+    near = reduced_rank(y, z, 4, towards=E, shrinkage=1e12, metric=R).update.matrix()
     assert limit.allclose(E)
     assert near.allclose(E, atol=1e-8)
 
@@ -94,22 +94,58 @@ def test_infinite_shrinkage_is_the_limit() -> None:
 def test_batches_and_one_repeated_input() -> None:
     z = torch.ones(2, 3, 4, 1).double().expand(2, 3, 4, 9)
     found = reduced_rank(2 * z[..., :3, :], z, 2)
-    assert found.change.matrix().shape == (2, 3, 3, 4)
+    assert found.update.matrix().shape == (2, 3, 3, 4)
     assert found.intercept.allclose(torch.tensor(2.0).double())
-    assert not found.change.matrix().any()
+    assert not found.update.matrix().any()
 
 
 def test_without_intercept_the_mean_counts() -> None:
     z, _, _, E = drawn(3, 4, 5, 50)
     found = reduced_rank(E @ z, z, 1, intercept=False)
     least = lowrank.spectrum(E @ z)[1:].square().sum()
-    assert float((E @ z - found.change.matrix() @ z).square().sum()) == pytest.approx(float(least))
+    assert float((E @ z - found.update.matrix() @ z).square().sum()) == pytest.approx(float(least))
     assert not found.intercept.any()
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.integers(0, 6), seeds)
+@settings(deadline=None, max_examples=60)
+def test_truncation_is_nearest_in_both_metrics(
+    out: int, into: int, samples: int, rank: int, seed: int
+) -> None:
+    rank = min(rank, out, into)
+    Z, _, R, M = drawn(seed, out, into, samples)
+    nearest = truncate(M, rank, inputs=Z, metric=R)
+    singular = lowrank.spectrum(R @ M @ Z)
+    kept = min(rank, len(singular))
+    assert nearest.values.allclose(singular[:kept])
+    assert nearest.total.allclose(singular.square().sum())
+    # Eckart and Young: no matrix of the rank is nearer in the two metrics.
+    left = (R @ (M - nearest.update.matrix()) @ Z).norm()
+    assert left.allclose(singular[rank:].norm(), atol=1e-9 * float(1 + singular[0]))
+
+
+def test_triangular_metrics_and_singular_ones() -> None:
+    Z, _, R, M = drawn(6, 5, 7, 20)
+    triangle = torch.linalg.qr(R).R
+    whole = truncate(M, 2, inputs=Z, metric=R).update.matrix()
+    assert truncate(M, 2, inputs=Z, metric=triangle).update.matrix().allclose(whole)
+    triangle[-1] = 0
+    nearest = truncate(M, 3, inputs=Z, metric=triangle).update
+    assert nearest.left.isfinite().all()
+    missed = triangle @ (M - nearest.matrix()) @ Z
+    assert missed.norm().allclose(lowrank.spectrum(triangle @ M @ Z)[3:].norm())
+
+
+def test_the_leading_subspace_of_a_large_matrix() -> None:
+    M = lowrank.random_matrix(90, 80, condition_number=1e6)
+    exact, approximate = (truncate(M, 5, approximate=which) for which in (False, True))
+    assert approximate.values.allclose(exact.values, rtol=1e-6)
+    assert approximate.update.matrix().allclose(exact.update.matrix(), atol=1e-5)
 
 
 def test_a_root_is_a_root() -> None:
     _, y, _, _ = drawn(4, 3, 5, 50)
     R = second_moment_root(y, 0.1)
     identity = torch.eye(3).double()
-    assert (R @ R).allclose(y @ y.mT / 50 + 0.1 * y.square().mean() * identity)
+    assert (R.mT @ R).allclose(y @ y.mT / 50 + 0.1 * y.square().mean() * identity)
     assert second_moment_root(0 * y).equal(identity)

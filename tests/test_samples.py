@@ -79,7 +79,7 @@ def test_risks_are_those_of_reduced_rank_regression() -> None:
     """The closed form in the rows of ``X`` is least squares over all matrices of the rank."""
     E, x, rank = normal(5, 6), normal(6, 4, seed=1), 2
     y = E @ x + 0.3 * normal(5, 4, seed=2)
-    K = reduced_rank(y, x, rank, intercept=False).change.matrix()
+    K = reduced_rank(y, x, rank, intercept=False).update.matrix()
     rows = lowrank.svd(x).V[:, :4]
     best = lowrank.truncated_svd(y @ rows, rank).matrix() @ rows.mT
     torch.testing.assert_close(K @ x, best, rtol=1e-8, atol=1e-8)

@@ -250,7 +250,7 @@ class Builder(Generic[N]):
             frozen, values = self.frozen.W_O[l, h], self.frozen.W_V[l, h] @ mixes[0][h]
             E, rank = self.goal.W_O[l, h] - frozen, self.ranks["W_O"]
             found = reduced_rank(lacking - frozen @ values, values, rank, towards=E)
-            self.own["W_O"][l, h] = frozen + found.change.matrix()
+            self.own["W_O"][l, h] = frozen + found.update.matrix()
             return found.intercept
 
         self.own["W_O"][l] = self.theorem.W_O[l]
@@ -263,10 +263,10 @@ class Builder(Generic[N]):
             O, V, mix = self.own["W_O"][l, h].clone(), self.frozen.W_V[l, h], mixes[0][h]
             inner = torch.linalg.pinv(O) @ lacking - V @ mix
             found = reduced_rank(inner, mix, self.ranks["W_V"], metric=O)
-            self.own["W_V"][l, h] = V + found.change.matrix()
+            self.own["W_V"][l, h] = V + found.update.matrix()
             values, frozen = self.own["W_V"][l, h] @ mix, self.frozen.W_O[l, h]
             found = reduced_rank(lacking - frozen @ values, values, self.ranks["W_O"])
-            self.own["W_O"][l, h] = frozen + found.change.matrix()
+            self.own["W_O"][l, h] = frozen + found.update.matrix()
             return found.intercept
 
         return self._in_turn(l, mixes, wanted, step)
@@ -371,7 +371,7 @@ class _Builder(Builder[Transformer]):
         E, rank = self.goal.W_2[l] - frozen, self.ranks["W_2"]
         fitted = reduced_rank(wanted[0] - frozen @ ours[0], ours[0], rank, towards=E)
         found = {
-            "repair": (frozen + fitted.change.matrix(), fitted.intercept),
+            "repair": (frozen + fitted.update.matrix(), fitted.intercept),
             "theorem": (self.theorem.W_2[l], self.theorem.b_2[l]),
         }
 

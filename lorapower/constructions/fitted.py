@@ -213,7 +213,7 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
     for l, (W, rank) in enumerate(zip(network.weights, fused.fused_ranks, strict=True)):
         E = goal.weights[l] - W
         found = reduced_rank(E @ z, z, rank, towards=E, shrinkage=inf)
-        updates.append(found.change)
+        updates.append(found.update)
         biases.append(goal.biases[l] + found.intercept - network.biases[l])
         z = goal.layers(slice(l, l + 1))(z)
     return Adapters(tuple(updates), tuple(biases))
@@ -379,9 +379,9 @@ def _layerwise(
             found, words = layer.fit(
                 W, W_target, rank, own, reach, of_layers[l], theorem[l], goal.biases[l : l + 1]
             )
-            updates.append(found.change)
+            updates.append(found.update)
             chosen.append(words + (", outputs' metric" if of_layers[l] is not None else ""))
-            M = W + found.change.matrix()
+            M = W + found.update.matrix()
             own, wanted = [M @ z + found.intercept[:, None] for z in own], reach
             if goal.biases:
                 biases.append(found.intercept - network.biases[l])

@@ -86,7 +86,7 @@ class _Builder(Builder[ResidualTransformer]):
         target = getattr(self.goal, kind)[l]
         found, words = layer.fit(W, target, rank, own, reach, None, theorem, [bias])
         self.chosen.append(words)
-        self.own[kind][l] = W + found.change.matrix()
+        self.own[kind][l] = W + found.update.matrix()
         self.own[f"b_{name}"][l] = found.intercept
         return [self.own[kind][l] @ x + found.intercept[:, None] for x in own]
 
