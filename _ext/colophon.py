@@ -24,7 +24,7 @@ from sphinx.util.typing import ExtensionMetadata
 import lorapower
 
 PACKAGE = "lorapower"
-_EXTRAS = ("", "book", "glue")
+_EXTRAS = ("", "book", "glue", "checkpoints", "experiments")
 
 
 def revision(root: Path) -> str:

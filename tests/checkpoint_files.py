@@ -13,7 +13,8 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorapower import hub, randomness
+from lorapower import _hub as hub
+from lorapower import randomness
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]

@@ -149,7 +149,6 @@ INSIDE = (
     "lorapower.experiments.provenance",
     "lorapower.experiments.store",
     "lorapower.experiments.tables",
-    "lorapower.hub",
     "lorapower.training",
     "lorapower.networks",
 )
@@ -157,7 +156,7 @@ INSIDE = (
 
 # What the table's calls are made of, beside the names above.
 MODULES = (
-    *("adapters", "bounds", "hub", "lowrank", "networks", "randomness", "regions"),
+    *("adapters", "bounds", "lowrank", "networks", "randomness", "regions"),
     *("regression", "training"),
     *("book.claims", "book.figures", "book.notebook", "book.outputs", "book.parameters"),
     *("bounds.samples", "constructions", "experiments.coded", "experiments.optimization"),

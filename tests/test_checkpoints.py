@@ -26,9 +26,9 @@ from lorapower import (
     ResultsError,
     checkpoints,
     cli,
-    hub,
     randomness,
 )
+from lorapower import _hub as hub
 from lorapower.checkpoints import METHODS, Pair, Planner, export, measuring, metrics
 from lorapower.checkpoints.adapter import Adapter, towards
 
@@ -513,9 +513,8 @@ def test_adapters_that_do_not_fit(places: tuple[str, str], tmp_path: Path) -> No
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "from lorapower.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lorapower", *arguments], capture_output=True, text=True, check=False
     )
 
 
@@ -591,6 +590,30 @@ def test_the_command_is_installed() -> None:
     found = run("--help")
     assert found.returncode == 0
     assert all(name in found.stdout for name in ("plan", "extract", "check"))
+
+
+@pytest.mark.parametrize("library", ["typer", "transformers"])
+def test_without_its_extra_the_command_says_what_to_install(library: str) -> None:
+    code = (
+        f"import sys; sys.modules[{library!r}] = None; from lorapower.__main__ import main; main()"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2
+    assert f"no {library}: install the extra `checkpoints`" in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_plans_need_no_library_of_the_studies(places: tuple[str, str]) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(['accelerate', 'datasets', 'sklearn', 'pydantic', 'seaborn'])\n"
+        "import checkpoint_files as files\n"
+        "from lorapower import checkpoints\n"
+        f"checkpoints.plan(*{places!r}, files.texts(140), rank=1, max_rank=1, by_module=False)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def test_killed_in_the_middle_nothing_looks_finished(

@@ -25,7 +25,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapower import InputError, hub, randomness
+from lorapower import InputError, randomness
+from lorapower import _hub as hub
 from lorapower.experiments import sweeps, tables
 from lorapower.experiments.encoders import models, paired, protocols, rated, runs, sources
 from lorapower.experiments.encoders.examples import Examples
@@ -502,7 +503,7 @@ def test_the_archive_is_the_one_that_is_installed() -> None:
 def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="pip install --no-deps no-such-package"):
         hub.folder("no_such_package")
-    monkeypatch.setattr(hub, "LIBRARIES", ("torch", "no_such_library"))
+    monkeypatch.setitem(hub.LIBRARIES, "glue", ("torch", "no_such_library"))
     with pytest.raises(InputError, match="got no no_such_library: install the extra `glue`"):
         measure(Problem())
 
@@ -510,7 +511,7 @@ def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatc
 def test_the_package_needs_no_library_of_the_extra() -> None:
     code = (
         "import sys\n"
-        f"for name in {hub.LIBRARIES!r}:\n"
+        f"for name in {hub.LIBRARIES['glue']!r}:\n"
         "    sys.modules[name] = None\n"
         "import lorapower.book\n"
         "from lorapower.experiments.encoders import models, runs, sources, tasks\n"

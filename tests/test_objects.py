@@ -38,7 +38,7 @@ TOKENS = torch.eye(4).double().repeat(1, 3) + 0.1 * torch.arange(12)
 
 
 # Of settings and results, of chapters, and of checkpoints.
-APART = ("experiments", "book", "hub", "errors", "_records", "checkpoints", "cli")
+APART = ("experiments", "book", "_hub", "errors", "_records", "checkpoints", "cli")
 
 
 def networks(kind: Any, **options: Any) -> tuple[Any, Any]:

@@ -618,7 +618,7 @@ class TestProvenance:
         wings = {"training.compiled", "constructions.fnn", "lowrank", "randomness"}
         assert {f"lorapower.{name}" for name in wings} < {*code.modules}
         assert {"torch", "numpy", "numba"} < {*code.modules}
-        for absent in ("experiments.digits", "experiments.sweeps", "book.figures", "hub"):
+        for absent in ("experiments.digits", "experiments.sweeps", "book.figures", "_hub"):
             assert f"lorapower.{absent}" not in code.modules
         assert "lorapower.experiments.synthetic" not in provenance.code(digits.measure).modules
         assert provenance.code(digits.measure).own != code.own
@@ -670,7 +670,7 @@ class TestProvenance:
             function.__module__ = "nowhere"
         one, other, again = (provenance.code(function) for function in made)
         assert one == again != other
-        assert "lorapower.hub" in one.modules
+        assert "lorapower._hub" in one.modules
         assert "lorapower.experiments.sweeps" not in one.modules
 
 

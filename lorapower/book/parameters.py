@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
+from .._hub import PACKAGED, RATED
 from .._records import Record
 from ..errors import InputError
-from ..hub import PACKAGED, RATED
 
 # Names the folder of results of those that are given none.
 RESULTS = "LORAPOWER_RESULTS"

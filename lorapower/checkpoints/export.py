@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import hub
+from .. import _hub as hub
 from ..adapters.peft import NO_MODULES
 from ..errors import InputError, ResultsError
 from .adapter import Adapter

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .. import hub
+from .. import _hub as hub
 from ..errors import InputError
 from . import families
 from .families import Family, Kind
@@ -102,7 +102,7 @@ class Pair:
         later, one at a time. Raises `InputError` for checkpoints that are missing, not supported,
         quantized or no whole ones, and for two that are not of one architecture and size.
         """
-        hub.check()
+        hub.require("checkpoints")
         first, second = Stored("base", base), Stored("tuned", tuned)
         family = families.family(second.config, "tuned")
         ours, theirs = first.config.model_type, second.config.model_type

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import hub
+from .. import _hub as hub
 from ..errors import InputError
 
 # Buffers that older files hold and that follow from the configuration.

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _checks, _objects, hub, randomness
+from .. import _checks, _objects, randomness
+from .. import _hub as hub
 from ..errors import InputError, brief
 
 #: Texts that each part needs. With 59 on which two models agree, the lower limit of the share on

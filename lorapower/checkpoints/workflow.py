@@ -8,9 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from .. import _checks
 from ..errors import InputError, LorapowerError
@@ -20,6 +18,9 @@ from .measuring import Measured, Reference
 from .pair import Pair
 from .planner import METHODS, PATHS, STEPS, Planner, Report, silent
 from .texts import count, whole
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: What is aimed at where nothing is asked for.
 ERROR = 0.1
@@ -94,6 +95,8 @@ class Plan:
 
     def table(self) -> pd.DataFrame:
         """A row for each module: its size, rank, and the shares that its missing part costs."""
+        import pandas as pd
+
         modules = self.planner.modules.values()
         return pd.DataFrame(
             {
@@ -349,6 +352,8 @@ def compare(
     steps : int
         Of repair.
     """
+    import pandas as pd
+
     rows = []
 
     def add(method: str, asked: int, adapter: Adapter) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import _checks, hub, randomness
+from .. import _checks, randomness
+from .. import _hub as hub
 from .encoders import runs, sources
 from .encoders.models import Full
 

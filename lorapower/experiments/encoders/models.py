@@ -10,7 +10,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ... import _checks, hub, randomness
+from ... import _checks, randomness
+from ... import _hub as hub
 from ..._records import Record
 from ...errors import InputError
 from .tasks import Task
@@ -227,7 +228,7 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
 
 def _drawn(model: str, head: Head, **options: Any) -> Any:
     """The model with random weights and a head, as its configuration says."""
-    hub.check()
+    hub.require("glue")
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     config = hub.load(AutoConfig, model, **options)

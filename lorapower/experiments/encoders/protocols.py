@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..._hub import RATED
 from ...errors import InputError
-from ...hub import RATED
 from .. import sweeps
 from . import models, sources
 from .models import Alone, Final, Full, Lora, Method

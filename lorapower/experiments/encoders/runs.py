@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch.utils.data import DataLoader
 
-from ... import _checks, hub, randomness
+from ... import _checks, randomness
+from ... import _hub as hub
+from ..._hub import RATED
 from ..._records import Record, Results
 from ...errors import InputError
-from ...hub import RATED
 from . import models, sources
 from .examples import Examples
 from .models import Full, Lora, Method
@@ -105,7 +106,7 @@ def check(settings: Sequence[Setting]) -> None:
     So whatever of the settings is not usable is found before the first run. Raises `InputError`
     for texts, models and ranks, as `measure` does when it comes to them.
     """
-    hub.check()
+    hub.require("glue")
     problems = [setting.problem for setting in settings]
     for problem in dict.fromkeys(p.replace(seed=0, pretrained=True) for p in problems):
         there = len(sources.read(problem.task, problem.source, "train").labels)
@@ -150,7 +151,7 @@ class Found(Results):
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """What each setting reaches; raises `InputError` for texts, models, ranks of no use."""
-    hub.check()
+    hub.require("glue")
     return [_run(setting) for setting in settings]
 
 
@@ -172,7 +173,7 @@ def spectra(changes: str) -> pd.DataFrame:
 
 def tuned(setting: Setting) -> Any:
     """The network of a setting after its training; raises what `measure` raises."""
-    hub.check()
+    hub.require("glue")
     return _trained(setting)[0].model
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ... import hub
+from ... import _hub as hub
+from ..._hub import RATED as RATED
 from ...errors import InputError
-from ...hub import RATED as RATED
 from . import examples
 from . import rated as rated
 from .examples import Examples, Row
@@ -138,7 +138,7 @@ def _file(folder: Path, task: Task, split: str) -> Examples:
 
 def _hub(task: Task, split: str) -> Examples:
     """One split as the hub has it, through ``datasets``; kept by it on this machine."""
-    hub.check()
+    hub.require("glue")
     import datasets
 
     datasets.disable_progress_bars()

