@@ -608,7 +608,8 @@ def test_without_its_extra_the_command_says_what_to_install(library: str) -> Non
 def test_plans_need_no_library_of_the_studies(places: tuple[str, str]) -> None:
     code = (
         "import sys\n"
-        "sys.modules |= dict.fromkeys(['accelerate', 'datasets', 'sklearn', 'pydantic', 'seaborn'])\n"
+        "absent = 'accelerate', 'datasets', 'sklearn', 'pydantic', 'seaborn'\n"
+        "sys.modules |= dict.fromkeys(absent)\n"
         "import checkpoint_files as files\n"
         "from lorapower import checkpoints\n"
         f"checkpoints.plan(*{places!r}, files.texts(140), rank=1, max_rank=1, by_module=False)\n"
