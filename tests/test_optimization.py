@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
 from scipy.optimize import least_squares
 from torch import Tensor
 
@@ -428,6 +429,25 @@ def test_newton_of_a_batch_is_that_of_its_members() -> None:
         torch.testing.assert_close(found, alone.adapters.merge(frozen[i])(x[i]))
 
 
+def test_members_of_newton_may_tune_different_biases() -> None:
+    frozen, x = relu(2, 3), normal(3, 30)
+    tunings = [Tuning(1, biases=(True, False)), Tuning(1, biases=(False, True))]
+    start = begin(frozen, tunings, Fresh(frozen, (3,))).to(torch.float64)
+    y = relu(1, 3, seed=3)(x)
+    found = newton(frozen, start, (x, y), (x, y), 3)
+    for i, member in enumerate(found.adapters):
+        assert member.tuned is not None
+        assert member.tuned.biases.tolist() == [i == 0, i == 1]
+        assert [bool(change.any()) for change in member.bias_updates] == [i == 0, i == 1]
+        assert member.parameter_count == start[i].parameter_count
+
+
+def test_newton_refuses_an_empty_batch() -> None:
+    frozen, x = relu(2, 3, batch=(0,)), normal(3, 9)
+    with pytest.raises(InputError, match="network must be at least one"):
+        newton(frozen, drawn(relu(2, 3), 1), (x, x), (x, x), 1)
+
+
 def test_newton_refuses_samples_of_another_batch() -> None:
     frozen, single = relu(2, 3), drawn(relu(2, 3), 1)
     for x in (normal(3, 3, 9), normal(5, 2, 3, 9)):
@@ -501,6 +521,16 @@ def test_other_kinds_of_networks_are_fused_too(kind: str) -> None:
     if kind != "fnn, linear last":
         with pytest.raises(InputError, match="partition must be none, but for ReLU networks"):
             train_fused(frozen, ranks, data, partition=Partition([1]))
+
+
+def test_fused_training_draws_other_factors_than_training() -> None:
+    frozen = LinearNetwork.random(2, 4)
+    data = Fresh(LinearNetwork.random(1, 4, seed=1), (4,))
+    found = train_fused(frozen, 2, data, starts=3, steps=5, every=1)
+    tuning = Tuning(4, learning_rate=1e-2, schedule="cosine")
+    drawn = [train(found.fused.network, [tuning], data, steps=5, seed=s) for s in range(9)]
+    losses = [float(run.validation_loss[0, -1]) for run in drawn]
+    assert not set(losses) & set(found.training.validation_loss[0, :, -1].tolist())
 
 
 def test_below_the_threshold_ranks_are_kept() -> None:
@@ -591,6 +621,28 @@ def test_times_and_what_is_learned_are_inverse(
         assert learned(sigma, beta, time, rates=rates) == pytest.approx(part * sigma, rel=1e-6)
     assert learned(sigma, beta, 1e6, rates=rates) == pytest.approx(sigma, rel=1e-9)
     assert learned(sigma, beta, 0.0, rates=rates) == 0
+
+
+@pytest.mark.parametrize("beta", [1e-3, 1e-7, 1e-8, 1e-80])
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (3.0, 0.5)])
+def test_small_starts_are_learned_as_an_integration_says(
+    beta: float, rates: tuple[float, float]
+) -> None:
+    """``ȧ = η_A b (σ − ab)`` and ``ḃ = η_B a (σ − ab)``, for ``a`` and ``b`` in units of ``β``."""
+    sigma = 0.7
+    half = time_to(sigma, beta, 0.5, rates=rates)
+
+    def velocity(_: float, at: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        missing = sigma - beta * at[0] * beta * at[1]
+        return np.array([rates[0] * at[1], rates[1] * at[0]]) * missing
+
+    times = half * np.array([0.5, 1.0, 1.2])
+    options: dict[str, Any] = {"t_eval": times, "method": "DOP853", "rtol": 1e-12, "atol": 1e-12}
+    course = solve_ivp(velocity, (0, times[-1]), [0.0, 1.0], **options)
+    found = [learned(sigma, beta, t, rates=rates) for t in times]
+    np.testing.assert_allclose(found, beta * course.y[0] * beta * course.y[1], rtol=1e-8)
+    assert found[1] == pytest.approx(sigma / 2, rel=1e-8)
+    assert learned(sigma, beta, 1e5, rates=rates) == pytest.approx(sigma, rel=1e-12)
 
 
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (16.0, 1.0), (1.0, 4.0)])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from typing import get_args
 
 import torch
@@ -157,6 +158,8 @@ def newton(
     batch = _checks.common_shape(
         "network and adapters", [network.batch_shape, adapters.batch_shape]
     )
+    if not prod(batch):
+        raise InputError("network", allowed="at least one", given=f"batch shape {tuple(batch)}")
     pairs = labelled(network, "training", training), labelled(network, "validation", validation)
     if loss == "one-sided":
         require_relu_end(network)
@@ -187,7 +190,9 @@ def newton(
 
     parts, curves, held_out = zip(*found, strict=True)
     together = [stacked(each) for each in zip(*parts, strict=True)]
-    return Newton(free.adapters_of(together), stacked(curves), stacked(held_out))
+    # Members may tune different biases.
+    merged = replace(members[0][0].adapters_of(together), tuned=adapters.tuned)
+    return Newton(merged, stacked(curves), stacked(held_out))
 
 
 def _spread(network: Network, name: str, pair: Pair, batch: torch.Size, loss: Loss) -> Pair:

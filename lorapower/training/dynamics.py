@@ -19,6 +19,8 @@ from .descent import Pair
 from .free import Free, labelled
 
 Rates = tuple[float, float]
+# Of e, in double precision.
+LARGEST_EXPONENT = 709.0
 
 
 @_objects.held
@@ -157,11 +159,14 @@ def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)
     sigma, beta = _checks.positive("sigma", sigma), _checks.positive("beta", beta)
     time = _checks.tolerance("time", time)
     eta_A, eta_B = _rates(rates)
-    speed, last = _speed(sigma, beta, eta_A, eta_B)
-    # Written with e^{−Δt}, which does not overflow.
+    speed, last, _ = _course(sigma, beta, eta_A, eta_B)
+    # 1 − u_∞², which rounds to 0 for small β, cancels with β². What is left of β is e^{−Δt}/β², by
+    # logarithms, since both may vanish.
     decay = math.exp(-speed * time)
-    u = last * -math.expm1(-speed * time) / (1 + last**2 * decay)
-    return math.sqrt(eta_A / eta_B) * beta**2 * u / (1 - u**2)
+    missing = math.log(4 * last * sigma * math.sqrt(eta_B / eta_A)) - speed * time
+    still = math.exp(min(missing - 2 * math.log(beta), LARGEST_EXPONENT))
+    grown = -math.expm1(-speed * time) * (1 + last**2 * decay)
+    return sigma * grown / (1 - (last * decay) ** 2 + still)
 
 
 def time_to(sigma: float, beta: float, part: float, *, rates: Rates = (1.0, 1.0)) -> float:
@@ -177,17 +182,20 @@ def time_to(sigma: float, beta: float, part: float, *, rates: Rates = (1.0, 1.0)
     if part >= 1:
         raise InputError("part", allowed="below 1, which is never reached", given=part)
     eta_A, eta_B = _rates(rates)
-    speed, last = _speed(sigma, beta, eta_A, eta_B)
-    size = math.sqrt(eta_A / eta_B) * beta**2
-    u = 2 * part * sigma / (size + math.hypot(size, 2 * part * sigma))
-    return math.log(last * (1 + u * last) / (last - u)) / speed
+    speed, last, size = _course(sigma, beta, eta_A, eta_B)
+    here, end = math.hypot(size, 2 * part * sigma), math.hypot(size, 2 * sigma)
+    u = 2 * part * sigma / (size + here)
+    # u_∞ − u = (η_A/η_B)^{1/2} β² (u/part − u_∞)/(σ (u_∞ + u)), where nothing cancels.
+    apart = 8 * sigma**2 * (1 - part) * (1 + part) / ((size + here) * (size + end) * (here + end))
+    ratio = last * (1 + u * last) * (last + u) / apart
+    return (math.log(ratio * math.sqrt(eta_B / eta_A)) - 2 * math.log(beta)) / speed
 
 
-def _speed(sigma: float, beta: float, eta_A: float, eta_B: float) -> tuple[float, float]:
-    """``Δ`` and ``u_∞``."""
+def _course(sigma: float, beta: float, eta_A: float, eta_B: float) -> tuple[float, float, float]:
+    """``Δ``, ``u_∞`` and ``(η_A/η_B)^{1/2} β²``."""
     both = 2 * sigma * math.sqrt(eta_A * eta_B)
     speed = math.hypot(both, eta_A * beta**2)
-    return speed, both / (speed + eta_A * beta**2)
+    return speed, both / (speed + eta_A * beta**2), math.sqrt(eta_A / eta_B) * beta**2
 
 
 def _rates(rates: Rates) -> Rates:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, randomness
 from ..adapters.core import Adapters
 from ..constructions.adaptation import Adaptation
 from ..constructions.fused import Fused, fuse
@@ -158,7 +158,8 @@ def train_fused(
         data,
         steps=steps,
         every=every,
-        seed=[_checks.seed(seed) * starts + k for k in range(starts)],
+        # Not the factors that `train` draws from this seed.
+        seed=[randomness.number(seed, "fused training", k) for k in range(starts)],
         threads=threads,
     )
     best = int(runs.best_loss.nan_to_num(torch.inf).argmin())
