@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorapower import InputError, randomness
+from lorapower._subnormal import flushing
 from lorapower.networks import FNN, LinearNetwork, Transformer
 from lorapower.training import Data, Fixed, Fresh, Training, Tuning, compiled, reference, train
 from lorapower.training.engine import _run_compiled
@@ -787,6 +788,52 @@ def test_types_are_looked_up_in_one_thread_before_others_start(
     train(network("fnn", 1), [Tuning(1), Tuning(2)], fresh("fnn"), steps=STEPS, threads=2)
     assert calls[0] == (0, True)
     assert all(runs and not main for runs, main in calls[1:])
+
+
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
+def test_subnormal_numbers_are_zeros_in_all_threads_of_training(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: dict[int, set[float]] = {}
+
+    def compute() -> None:
+        product = math.prod([1e-200, 1e-120])
+        products.setdefault(threading.get_ident(), set()).add(product)
+
+    def watched(*given: Any) -> None:
+        compute()
+        advance(*given)
+
+    def label(x: Tensor) -> Tensor:
+        if len(x) == Data.BLOCK:
+            compute()
+        return x
+
+    module = compiled if backend == "compiled" else reference
+    advance = module.advance
+    monkeypatch.setattr(module, "advance", watched)
+    data = Fresh(label, (6,), samples=20)
+    train(network("fnn"), [Tuning(1), Tuning(2)], data, steps=STEPS, threads=2, backend=backend)
+    # The calling thread, one that makes inputs, and those that train.
+    assert len(products) >= 2 + (backend == "compiled")
+    assert set().union(*products.values()) == {0.0}
+    assert math.prod([1e-200, 1e-120]) > 0
+
+
+def test_subnormal_numbers_are_what_the_caller_says_again_afterwards() -> None:
+    @flushing()
+    def compute() -> float:
+        with flushing():
+            pass
+        return math.prod([1e-200, 1e-120])
+
+    for flush in (True, False):
+        torch.set_flush_denormal(flush)
+        assert compute() == 0
+        assert (math.prod([1e-200, 1e-120]) == 0) == flush
+    with pytest.raises(ZeroDivisionError), flushing():
+        1 / math.prod([1e-200, 1e-120])
+    assert math.prod([1e-200, 1e-120]) > 0
 
 
 def test_compiled_code_runs_whatever_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:

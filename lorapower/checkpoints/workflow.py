@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _checks
+from .._subnormal import flushing
 from ..errors import InputError, LorapowerError
 from . import export
 from .adapter import Adapter
@@ -148,6 +149,7 @@ class Plan:
         return finite(found)
 
 
+@flushing()
 def plan(
     base: str,
     tuned: str,
@@ -229,6 +231,7 @@ def plan(
     )
 
 
+@flushing()
 def extract(
     base: str,
     tuned: str,
@@ -281,6 +284,7 @@ def extract(
     return found
 
 
+@flushing()
 def check(
     base: str,
     adapter: str,
@@ -327,6 +331,7 @@ def check(
     return found
 
 
+@flushing()
 def compare(
     planner: Planner,
     parameters: Sequence[int],

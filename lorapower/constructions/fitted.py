@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, _objects
+from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..bounds.data import first_order
 from ..bounds.data import variance as variance_of
@@ -108,6 +109,7 @@ class Fitted(Adaptation):
 
 
 @torch.no_grad()
+@flushing()
 def adapt(
     frozen: Any,
     target: Any,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import _checks, lowrank
+from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..bounds import residual as residual_bounds
 from ..errors import InputError
@@ -45,6 +46,7 @@ class ResidualAdaptation(Adaptation):
 
 
 @torch.no_grad()
+@flushing()
 def adapt(
     frozen: ResidualTransformer,
     target: ResidualTransformer,

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, lowrank
+from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..lowrank import LowRank
 from ..networks import segments
@@ -77,6 +78,7 @@ class TransformerAdaptation(Adaptation):
 
 
 @torch.no_grad()
+@flushing()
 def adapt(
     frozen: Transformer,
     target: Transformer,

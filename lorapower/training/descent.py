@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks
+from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..errors import InputError
 from ..networks.base import Network
@@ -30,6 +31,7 @@ CHUNK_OF_DERIVATIVES, DAMPING, LARGEST_DAMPING = 2**22, 1e-3, 1e12
 
 
 @torch.no_grad()
+@flushing()
 def descend(
     network: Network, adapters: Adapters, training: Pair, validation: Pair, iterations: int = 300
 ) -> Adapters:
@@ -114,6 +116,7 @@ class Newton:
 
 
 @torch.no_grad()
+@flushing()
 def newton(
     network: Network,
     adapters: Adapters,

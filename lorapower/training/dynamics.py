@@ -12,6 +12,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from .. import _checks, _objects
+from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..errors import InputError, brief
 from ..networks.base import Network
@@ -43,6 +44,7 @@ class Flow(NamedTuple):
 
 
 @torch.no_grad()
+@flushing()
 def flow(
     network: Network,
     adapters: Adapters,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._subnormal import flush, flushing
 from ..adapters.core import Adapters, N
 from ..errors import InputError, brief
 from ..networks.base import Network
@@ -31,6 +32,7 @@ _FIRST = Lock()
 
 
 @torch.no_grad()
+@flushing()
 def train(
     frozen: N,
     tunings: Sequence[Tuning],
@@ -105,6 +107,7 @@ def train(
 
 
 @torch.no_grad()
+@flushing()
 def begin(
     frozen: Network,
     tunings: Sequence[Tuning],
@@ -231,7 +234,7 @@ def _run_compiled(
             np.empty(scratch, np.float32),
         )
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=flush) as pool:
         for start, *block in batches.blocks(steps):
             x, y = (compiled.tiles(part, structure) for part in block)
             if start == 0:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, randomness
+from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..constructions.adaptation import Adaptation
 from ..constructions.fused import Fused, fuse
@@ -69,6 +70,7 @@ class FusedTraining:
 
 
 @torch.no_grad()
+@flushing()
 def train_fused(
     frozen: LinearNetwork | FNN | Transformer | ResidualTransformer,
     ranks: Any,

@@ -9,10 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, randomness
+from .._subnormal import flushing
 from ..bounds.linear import error_matrix
 from ..networks.linear import LinearNetwork, product
 
 
+@flushing()
 def minimize(
     frozen: LinearNetwork,
     target: LinearNetwork,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._subnormal import flushing
 from ..constructions.fitted import Fit, Fitted, checked, evidence, halves
 from ..errors import InputError, brief
 from ..networks.fnn import FNN
@@ -25,6 +26,7 @@ BATCH = 256
 
 
 @torch.no_grad()
+@flushing()
 def polish(
     fitted: Fitted,
     inputs: Tensor,

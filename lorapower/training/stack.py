@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _checks, randomness
+from .._subnormal import flush
 from ..adapters.core import Adapters, N, Tuned
 from ..errors import InputError, brief
 from ..lowrank import LowRank
@@ -284,7 +285,7 @@ class Batches:
 
         It is made while the one before is in use.
         """
-        with ThreadPoolExecutor(1) as ahead:
+        with ThreadPoolExecutor(1, initializer=flush) as ahead:
             coming = ahead.submit(self._block, 0)
             for index, start in enumerate(range(0, steps, Data.BLOCK)):
                 x, y = coming.result()
