@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import _checks, _objects, randomness
+from . import _checks, randomness
 from .errors import InputError
 
 
@@ -76,7 +76,6 @@ def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"
     return _singular_values(_checks.real_tensor("matrix", matrix, min_dims=2))
 
 
-@_objects.held
 class SVD(NamedTuple):
     """``U diag(S) Vᵀ``: ``k`` orthonormal columns in ``U`` and in ``V``, largest ``σ`` first."""
 
@@ -127,7 +126,6 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     return LowRank(U[..., :rank] * S[..., None, :rank], V[..., :rank])
 
 
-@_objects.held
 class Norms(NamedTuple):
     """Spectral and Frobenius norm of a matrix."""
 

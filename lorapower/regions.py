@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import _checks, _objects, randomness
+from . import _checks, randomness
 from .errors import InputError
 
 
@@ -48,13 +48,8 @@ class Region(ABC):
 
     def __repr__(self) -> str:
         width = f"width {self.width}" if self._fitted else "any width"
-        return _objects.summary(
-            self, width, *self._extent(), like=self._centre, batch=self.batch_shape
-        )
-
-    def _extent(self) -> list[str]:
-        """Words on how far it reaches, where that is one number."""
-        return []
+        batch = f", batch {[*self.batch_shape]}" if self.batch_shape else ""
+        return f"{type(self).__name__}({width}{batch})"
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -169,9 +164,6 @@ class Ball(Region):
         radius = torch.linalg.vector_norm(x - centre, dim=-2).amax(-1)
         return cls(margin * radius, centre[..., 0])
 
-    def _extent(self) -> list[str]:
-        return [] if self.radius.ndim else [f"radius {float(self.radius):g}"]
-
     def fit(self, width: int, dtype: torch.dtype) -> Ball:
         dtype = _checks.precision(dtype)
         return Ball(self.radius.to(dtype), self._column(width)[..., 0].to(dtype))
@@ -259,9 +251,6 @@ class Samples(Region):
         self.inputs = _checks.real_tensor("inputs", inputs, min_dims=2, copy=True)
         self.margin = _checks.finite("margin", margin, 0)
         self._centre = self.inputs.mean(-1, keepdim=True)
-
-    def _extent(self) -> list[str]:
-        return [f"{self.inputs.shape[-1]} samples", f"margin {self.margin:g}"]
 
     def fit(self, width: int, dtype: torch.dtype) -> Samples:
         self._column(width)

@@ -60,7 +60,7 @@ def test_batches_of_layers_broadcast_and_can_be_picked_apart() -> None:
 
 @pytest.mark.parametrize("index", [5, (0, 0), (slice(None), 0)])
 def test_only_the_batch_is_indexed(index: object) -> None:
-    with pytest.raises(InputError, match=r"index must be one into batch shape \(3,\)"):
+    with pytest.raises(IndexError):
         LinearNetwork.random(2, 4, batch_shape=(3,))[index]
 
 
@@ -124,5 +124,5 @@ def test_batches_are_gone_through_member_by_member() -> None:
     members = [*batch]
     assert [member.batch_shape for member in members] == [(4,), (4,)]
     assert torch.equal(members[1].weights[0], batch.weights[0][1])
-    with pytest.raises(InputError, match="batch must be of a dimension or more"):
+    with pytest.raises(IndexError):
         iter(batch[0, 0])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _checks, _objects
+from .. import _checks
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks.base import Network
@@ -21,7 +21,6 @@ CLIPS = tuple(np.linspace(0.0, 1.0, 41).tolist())
 LARGEST = float(np.finfo(np.float16).max)
 
 
-@_objects.held
 class Code(NamedTuple):
     """What is written.
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .. import _batches, _checks, _objects
+from .. import _checks
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks.base import Network
@@ -20,7 +20,6 @@ from . import files, peft
 N = TypeVar("N", bound=Network)
 
 
-@_objects.held
 class Tuned(NamedTuple):
     """What is tuned in each member of a batch whose members differ in it.
 
@@ -119,11 +118,11 @@ class Adapters:
     def __getitem__(self, index: Any) -> Adapters:
         """Those of the member, or members, of the batch at ``index``, as `Network` has it.
 
-        Only the columns and the biases that some of these members tune are left. Raises
-        `InputError` for an index that the batch does not have.
+        Only the columns and the biases that some of these members tune are left.
         """
         batch = self.batch_shape
-        members = _batches.positions(batch, index, self.updates[0].left.device)
+        count = torch.arange(batch.numel(), device=self.updates[0].left.device)
+        members = count.reshape(batch)[index]
 
         def pick(values: Tensor, dims: int) -> Tensor:
             rest = values.shape[values.ndim - dims :]
@@ -137,7 +136,7 @@ class Adapters:
 
     def __iter__(self) -> Iterator[Adapters]:
         """The members along the first batch dimension, in turn."""
-        return (self[i] for i in range(_batches.first(self.batch_shape)))
+        return (self[i] for i in range(self.batch_shape[0]))
 
     @classmethod
     def trimmed(

@@ -14,12 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _objects, randomness
+from .. import _checks, randomness
 from ..errors import InputError
 from ..networks.fnn import FNN
 
 
-@_objects.held
 @dataclass(frozen=True)
 class Floor:
     """An estimate with its standard error.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _objects, lowrank
+from .. import _checks, lowrank
 from ..errors import InputError
 from ..networks.gap import Gap
 from ..networks.residual.network import ACTIVATIONS, Norm, ResidualTransformer
@@ -82,7 +82,6 @@ def inner_rank(
     return next(r for r in range(m + 1) if (hidden - r) * (m - r) <= free or r >= hidden)
 
 
-@_objects.held
 class AttentionFloor(NamedTuple):
     """What is left where only attention is adapted.
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
-from .. import _checks, _objects, lowrank
+from .. import _checks, lowrank
 from ..errors import InputError
 from ..networks.linear import LinearNetwork
 
@@ -113,7 +113,6 @@ def oracle_bound(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor,
     return 2 * _missed(f) + 16 * r * _variance(design) * size
 
 
-@_objects.held
 class PaidRank(NamedTuple):
     """The total rank that samples pay for.
 

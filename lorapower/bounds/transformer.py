@@ -8,14 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _checks, _objects, lowrank
+from .. import _checks, lowrank
 from ..networks import segments
 from ..networks.gap import Gap
 from ..networks.segments import Segments, missing_shift
 from ..networks.transformer import Transformer
 
 
-@_objects.held
 class PairRanks(NamedTuple):
     """Ranks on the two middle layers of a segment: of the one that acts first, the other, both."""
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _objects, randomness
+from .. import randomness
 from .families import Task
 from .measuring import outputs
 from .pair import Module
@@ -26,7 +26,6 @@ PROBES = 2
 EVEN = 0.3
 
 
-@_objects.held
 class Moments(NamedTuple):
     """Of a module, over calibration texts.
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _objects, randomness
+from .. import randomness
 from .metrics import Moments
 from .pair import Module
 
@@ -25,7 +25,6 @@ RIDGE = 0.1
 EXTRA, ROUNDS = 16, 3
 
 
-@_objects.held
 class Directions(NamedTuple):
     """The leading part of a module's change, in the order in which a metric takes it.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _checks, _objects, randomness
+from .. import _checks, randomness
 from .. import _hub as hub
 from ..errors import InputError, brief
 
@@ -29,7 +29,6 @@ TOKENS = 128
 LOAD = 2**26
 
 
-@_objects.held
 class Batch(NamedTuple):
     """Texts as a network takes them, ``[texts, tokens]``, with 1 for tokens and 0 for padding."""
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _objects, lowrank
+from .. import _checks, lowrank
 from ..adapters.core import Adapters
 from ..errors import InputError
 from ..networks.stacked import Stacked
@@ -31,7 +31,6 @@ T = TypeVar("T")
 N = TypeVar("N", bound=Stacked)
 
 
-@_objects.held
 class Scores(NamedTuple):
     """The sum ``E (s − k̃ᵀ K q)²`` over keys and queries as a function of ``K``.
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _objects
+from .. import _checks
 from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..bounds.data import first_order
@@ -44,7 +44,6 @@ Metric = Literal["alike", "outputs", "best"]
 NORMAL = 1.96
 
 
-@_objects.held
 @dataclass(frozen=True)
 class Fit:
     """One fitted network.

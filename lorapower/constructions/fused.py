@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, _objects
+from .. import _checks
 from ..adapters.core import Adapters
 from ..errors import InputError
 from ..networks import segments
@@ -35,7 +35,6 @@ from .adaptation import Adaptation
 HEADS = {"query size": ("W_Q", "W_K"), "value size": ("W_O", "W_V")}
 
 
-@_objects.held
 @dataclass(frozen=True)
 class Fused:
     """A frozen network and a target with one matrix for each segment [def-fused].

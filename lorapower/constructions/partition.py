@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
-from .. import _checks, _objects
+from .. import _checks
 from ..bounds.fnn import Inputs, activation_sizes
 from ..errors import InputError
 from ..networks.fnn import FNN
@@ -17,7 +17,6 @@ from ..networks.gap import Gap
 from ..networks.partition import Partition, Pieces
 
 
-@_objects.held
 @dataclass(frozen=True)
 class OptimalPartition:
     """The best partition for each member of a batch.

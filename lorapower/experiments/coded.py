@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .. import _objects, randomness
+from .. import randomness
 from .._records import Record, Results
 from ..adapters.coding import decode, encode, quantized
 from ..adapters.core import Adapters
@@ -34,7 +34,6 @@ DEPTH, RATE = 2, 1e-2
 DELTA = 0.05
 
 
-@_objects.held
 class Split(NamedTuple):
     """Labelled images; no image is in two of the three."""
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, _objects
+from .. import _checks
 from .._records import Record
 from ..adapters.core import Adapters
 from ..bounds.data import variance as variance_of
@@ -115,7 +115,6 @@ def turned(
     return (256 * found[:, 0]).round().clamp(0, 256) / 256
 
 
-@_objects.held
 class Split(NamedTuple):
     """Labelled images as a network takes them; no image is in two of the three."""
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _batches, _checks, _objects, randomness
+from .. import _checks, randomness
 from ..errors import InputError
 
 
@@ -86,20 +86,20 @@ class Network(ABC):
         return self.map(lambda values: values.to(device, dtype))
 
     def __getitem__(self, index: Any) -> Self:
-        """The member, or members, of the batch at ``index``.
-
-        Raises `InputError` for an index that the batch does not have.
-        """
+        """The member, or members, of the batch at ``index``."""
         members = self.members(index)
         own = len(self.batch_shape)
         return self.map(lambda values: values.reshape(-1, *values.shape[own:])[members])
 
     def __iter__(self) -> Iterator[Self]:
         """The members along the first batch dimension, in turn."""
-        return (self[i] for i in range(_batches.first(self.batch_shape)))
+        return (self[i] for i in range(self.batch_shape[0]))
 
     def __repr__(self) -> str:
-        return _objects.summary(self, self.sides, like=self.weights[0], batch=self.batch_shape)
+        batch = [f"batch {[*self.batch_shape]}"] if self.batch_shape else []
+        device = [str(self.device)] if self.device.type != "cpu" else []
+        words = [self.sides, *batch, str(self.dtype).removeprefix("torch."), *device]
+        return f"{type(self).__name__}({', '.join(words)})"
 
     @property
     @abstractmethod
@@ -120,11 +120,9 @@ class Network(ABC):
         return self.weights[0].device
 
     def members(self, index: Any) -> Tensor:
-        """Positions, in the flattened batch, of the members at ``index`` of the batch dimensions.
-
-        Raises `InputError` for an index that the batch does not have.
-        """
-        return _batches.positions(self.batch_shape, index, self.device)
+        """Positions in the flattened batch of the members at ``index``."""
+        count = torch.arange(self.batch_shape.numel(), device=self.device)
+        return count.reshape(self.batch_shape)[index]
 
     def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch in n"]:
         """``x`` in the network's type and on its device; `InputError` where it is no inputs."""

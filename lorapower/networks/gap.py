@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .. import _checks, _objects, lowrank
+from .. import _checks, lowrank
 from ..errors import InputError, brief
 from ..lowrank import SVD, LowRank
 from .linear import LinearNetwork
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Gap:
     """``E = W̄ − ∏_l W_l``: what the adapters of a frozen piece have to make up for.
 
@@ -54,10 +54,6 @@ class Gap:
         _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
         object.__setattr__(self, "frozen", frozen)
         object.__setattr__(self, "target", target)
-
-    def __repr__(self) -> str:
-        words = f"frozen {self.frozen.sides}", f"target {self.target.sides}"
-        return _objects.summary(self, *words, like=self.frozen.weights[0], batch=self.batch_shape)
 
     @cached_property
     def batch_shape(self) -> torch.Size:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, _objects, lowrank
+from .. import _checks, lowrank
 from ..errors import InputError
 from .gap import Gap
 from .linear import LinearNetwork
@@ -20,7 +20,6 @@ T = TypeVar("T")
 NUMBERS = (*_checks.PRECISIONS, torch.int64)
 
 
-@_objects.held
 class Segments(NamedTuple, Generic[T]):
     """A transformer cut at its non-linearities: something for each kind of segment.
 

@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _objects, randomness
+from .. import _checks, randomness
 from .base import uniform
 from .stacked import Stacked
 
 
-@_objects.held
 class BlockTrace(NamedTuple):
     """What happens in a block.
 

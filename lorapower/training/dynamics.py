@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from .. import _checks, _objects
+from .. import _checks
 from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..errors import InputError, brief
@@ -24,7 +24,6 @@ Rates = tuple[float, float]
 LARGEST_EXPONENT = 709.0
 
 
-@_objects.held
 class Flow(NamedTuple):
     """A course of gradient flow.
 

@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, _objects, lowrank
+from .. import _checks, lowrank
 from ..errors import InputError
 from ..lowrank import LowRank
 
 
-@_objects.held
 class Critical(NamedTuple):
     """A critical point of ``½ ‖(E − A Bᵀ) C^{1/2}‖²_F``.
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ... import _checks, _objects
+from ... import _checks
 from ...errors import InputError
 from ..gap import Gap
 from ..linear import LinearNetwork
@@ -22,7 +22,6 @@ from .rewriting import basis
 T = TypeVar("T")
 
 
-@_objects.held
 class ResidualSegments(NamedTuple, Generic[T]):
     """A residual transformer cut at norms and non-linearities: something for each kind of segment.
 
