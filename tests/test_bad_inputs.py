@@ -33,7 +33,6 @@ from lorapower.constructions import (
     fitted,
     fnn,
     fused,
-    general,
     heads,
     layer,
     linear,
@@ -115,7 +114,7 @@ HOLD = {
 WITHIN = {
     coded.fit,
     digits.trained,
-    general.kind_of,
+    linear.close,
     synthetic.Tests,
     synthetic.fitting_inputs,
     methods.adapted,
@@ -261,7 +260,6 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (networks.product, {"weights": [X]}),
     (ADAPTED.adapters.merge, {"network": RELU[0]}),
     (ADAPTED.covers, {"frozen": RELU[0], "x": X}),
-    (bounds.accumulate_errors, {"terms": [(X, X)]}),
     (bounds.activation_sizes, {"target": RELU[1], "inputs": X}),
     (bounds.colliding_inputs, {"frozen": RELU[0], "x": X, "reach": 1.0, "seed": 0}),
     (bounds.fnn_error, {"frozen": RELU[0], "target": RELU[1], "ranks": 1, "inputs": X}),
@@ -269,7 +267,6 @@ VALID: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (bounds.linear_error, {"frozen": LINEAR[0], "target": LINEAR[1], "total_rank": 1}),
     (bounds.transformer_threshold, {"frozen": HEADS[0], "target": HEADS[1]}),
     (linear.adapt, dict(zip(("frozen", "target"), LINEAR, strict=True)) | {"ranks": 1, "seed": 0}),
-    (linear.close, {"gap": GAP, "ranks": 1, "plain_only": False, "rtol": 1.0, "throw": True}),
     (
         fnn.adapt,
         {"frozen": RELU[0], "target": RELU[1], "ranks": 1, "region": Ball(1.0), "throw": False}

@@ -28,7 +28,7 @@ def test_threshold_of_a_target_that_adapters_made(
     ]
     target = Adapters(tuple(updates)).merge(frozen)
     expected = min(sum(ranks), width)
-    assert bounds.error_rank(frozen, target) == expected
+    assert Gap(frozen, target).rank == expected
     assert bounds.linear_threshold(frozen, target) == -(-expected // depth)
     spectral, frobenius = bounds.linear_error(frozen, target, expected)
     rounding = 1e-13 * float(Gap(frozen, target).rounding_scale)
@@ -47,4 +47,4 @@ def test_a_batch_has_one_threshold_for_each_member() -> None:
 
 def test_networks_of_other_sizes_are_refused() -> None:
     with pytest.raises(InputError, match="of 2 inputs and 2 outputs"):
-        bounds.error_rank(LinearNetwork.random(1, 2), LinearNetwork.random(1, 3))
+        bounds.linear_threshold(LinearNetwork.random(1, 2), LinearNetwork.random(1, 3))

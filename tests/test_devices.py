@@ -168,7 +168,6 @@ def test_bounds_of_relu_networks(device: torch.device) -> None:
     x = inputs(device, WIDTH, 9)
     results = [
         bounds.fnn_threshold(frozen, target),
-        bounds.fnn_block_errors(frozen, target, 1),
         bounds.fnn_error(frozen, target, 1, x),
         bounds.fnn_error(frozen, target, 1, 4.0),
         bounds.fnn_error_on(frozen, target, 1, x),

@@ -80,7 +80,6 @@ def test_relu_networks_over_regions(batch: tuple[int, ...], region: Region) -> N
 def test_bounds(batch: tuple[int, ...]) -> None:
     linears, fnns, transformers = (pair(kind, batch) for kind in KINDS[:3])
     scalars = [
-        bounds.error_rank(*linears),
         bounds.linear_threshold(*linears),
         *bounds.linear_error(*linears, 2),
         bounds.fnn_threshold(*fnns),
@@ -94,7 +93,6 @@ def test_bounds(batch: tuple[int, ...]) -> None:
         partition.least_error(*fnns, 1, X).value,
     ]
     assert {tuple(value.shape) for value in scalars} == {batch}
-    assert bounds.fnn_block_errors(*fnns, 1).shape == (*batch, 2)
     assert bounds.colliding_inputs(fnns[0], X).shape == (*batch, WIDTH, 5)
     assert Gap(*linears).flat().batch_shape == (0,)
     assert minimize(*linears, 1, starts=2).shape == (*batch, 2)

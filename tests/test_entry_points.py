@@ -46,12 +46,9 @@ ERRORS = bounds.transformer_ranks(*RIGHT[Transformer])
 
 # Every public function of two networks, and how it is called with them.
 CALLS: dict[Callable[..., Any], tuple[type, Callable[[Any, Any], Any]]] = {
-    bounds.error_matrix: (LinearNetwork, bounds.error_matrix),
-    bounds.error_rank: (LinearNetwork, bounds.error_rank),
     bounds.linear_error: (LinearNetwork, lambda f, t: bounds.linear_error(f, t, 1)),
     bounds.linear_threshold: (LinearNetwork, bounds.linear_threshold),
     linear.adapt: (LinearNetwork, lambda f, t: linear.adapt(f, t, 1)),
-    bounds.fnn_block_errors: (FNN, lambda f, t: bounds.fnn_block_errors(f, t, 1)),
     bounds.fnn_error: (FNN, lambda f, t: bounds.fnn_error(f, t, 1, X)),
     bounds.fnn_error_on: (FNN, lambda f, t: bounds.fnn_error_on(f, t, 1, X)),
     bounds.fnn_threshold: (FNN, bounds.fnn_threshold),
@@ -120,7 +117,6 @@ def test_the_table_of_calls_is_complete() -> None:
     of_two = {f for f in functions if {"frozen", "target"} <= set(inspect.signature(f).parameters)}
     assert of_two == set(CALLS) | OF_EVERY_KIND
     assert functions - of_two == {
-        bounds.accumulate_errors,
         bounds.activation_sizes,
         attention.candidates,
         attention.closed_form,
@@ -191,7 +187,6 @@ def test_gaps_are_not_networks() -> None:
         segments(None, networks[1])  # type: ignore[arg-type]
     for function in (
         bounds.pair_ranks,
-        lambda gap: linear.close(gap, 1),
         lambda gap: narrow.adapt(gap, 1, 1),
         lambda gap: narrow.require_ranks(gap, {"W_Q": 1, "W_K": 1}),
     ):

@@ -1,46 +1,21 @@
-"""What can be said of adapted networks on given inputs: a threshold, and errors to first order."""
+"""What adapted networks miss on given inputs, to first order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.functional import jvp
 
-from .. import _checks, lowrank
+from .. import _checks
 from ..networks.base import Network
 from ..networks.fnn import FNN
 from ..networks.fnn import behind as behind_layer
 from ..networks.linear import LinearNetwork
-from ..networks.partition import Partition, blocks
 from ..networks.residual.network import ResidualTransformer
 from ..networks.transformer import Transformer, fed_forward, mixed, scores
 from ..networks.transformer import behind as behind_block
-
-
-def fnn_data_threshold(
-    frozen: FNN,
-    target: FNN,
-    inputs: Float[Tensor, "*#batch in samples"],
-    partition: Partition | None = None,
-) -> Int[Tensor, "*batch"]:
-    """``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``: an equal rank that is enough on the inputs.
-
-    ``C_{i−1}`` is the covariance, over the inputs, of the target's activations before layer ``i``.
-    It is the least with which each block by itself has the target's pre-activations there; never
-    above `fnn_threshold`, and far below it where activations span little. Raises what that raises,
-    and `InputError` for unusable inputs. Source: [cor-data-threshold].
-    """
-    gaps = blocks(frozen, target, partition)
-    z, needed = target.as_inputs(inputs), []
-    for i, gap in enumerate(gaps):
-        missing = gap.matrix @ (z - z.mean(-1, keepdim=True))
-        size = gap.rounding_scale * torch.linalg.matrix_norm(z, ord=2)
-        needed.append(-(-lowrank.rank(missing, scale=size) // gap.frozen.depth))
-        z = target.layers(slice(i, i + 1))(z)
-    return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
 
 
 def first_order(

@@ -8,9 +8,9 @@ from . import narrow as narrow
 from . import partition as partition
 from . import residual as residual
 from . import transformer as transformer
-from .adaptation import Adaptation as Adaptation
+from .general import NeededRank as NeededRank
 from .general import adapt as adapt
-from .ranks import NeededRank as NeededRank
-from .ranks import rank_for_error as rank_for_error
+from .general import rank_for_error as rank_for_error
+from .linear import Adaptation as Adaptation
 
 __all__: list[str]

@@ -32,8 +32,8 @@ from ..networks.transformer import Transformer
 from ..regions import Ball, Region
 from ..regression import reduced_rank, second_moment_root
 from . import attention, layer, residual_fit
-from .adaptation import Adaptation
 from .fused import Fused, fuse
+from .linear import Adaptation
 
 # Part of the identity in an output metric, without which what the inputs never reach is free.
 RIDGE = 1e-3

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters.core import Adapters
-from ..bounds.fnn import accumulate_errors
-from ..errors import InputError, PrecisionError, SingularError, brief
+from ..errors import InputError, PrecisionError, SingularError
 from ..lowrank import LowRank
 from ..networks.fnn import FNN, pad
 from ..networks.linear import product
 from ..networks.partition import Partition, blocks, shares
 from ..regions import Region
 from . import linear
-from .adaptation import Adaptation
+from .linear import Adaptation
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -162,80 +161,75 @@ def adapt(
         The biases are expected to cost more digits than accepted.
     """
     gaps = blocks(frozen, target, partition)
-    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
+    per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     throw, scalar = _checks.flag("throw", throw), _checks.flag("scalar_biases", scalar_biases)
-    if not isinstance(region, Region):
-        raise InputError("region", allowed="a Ball, a Box or Samples", given=brief(region))
+    _checks.kind(Region, region=region)
     region = region.fit(target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
     batch = _checks.common_shape("frozen, target and region", batches)
+    typical = region.typical(_checks.positive("input_scale", input_scale))
+    limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
+    if max_digits_lost is not None:
+        limit = _checks.tolerance("max_digits_lost", max_digits_lost)
     finite = torch.stack([gap.finite.expand(batch) for gap in gaps]).all(0)
     if not throw and not finite.all():
         frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
         gaps = blocks(frozen, target, partition)
-    input_scale = _checks.positive("input_scale", input_scale)
-    limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
-    if max_digits_lost is not None:
-        limit = _checks.tolerance("max_digits_lost", max_digits_lost)
 
-    typical = region.typical(input_scale)
-    regions, updates, bias_updates = [region], [], []
-    linears, error_terms, digits_lost = [], [], []
     partition = Partition([gap.frozen.depth for gap in gaps])
-    parts = zip(gaps, shares(gaps, ranks), partition.slices, strict=True)
-    for i, (gap, share, layers) in enumerate(parts):
-        own, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
+    regions, updates, bias_updates = [region], [], []
+    solutions, digits_lost, error_bound = [], [], torch.zeros((), device=frozen.device)
+    parts = zip(gaps, shares(gaps, per_layer), partition.slices, strict=True)
+    for i, (gap, block_ranks, layers) in enumerate(parts):
+        block, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
         try:
-            found = linear.close(gap, share, rtol=rtol, throw=throw, seed=seed)
+            solution = linear.close(gap, block_ranks, rtol=rtol, throw=throw, seed=seed)
         except SingularError as error:
             raise error.at_layer(layers.start + error.layer) from None
         padded = [
             LowRank(pad(update.left, weight.shape[-2]), pad(update.right, weight.shape[-1]))
-            for update, weight in zip(found.adapters.updates, own.weights, strict=True)
+            for update, weight in zip(solution.adapters.updates, block.weights, strict=True)
         ]
-        weights = [w + update.matrix() for w, update in zip(own.weights, padded, strict=True)]
-        best_map = gap.reached(sum(share))
-        at_centre = best_map @ region.centre + layer.biases[0][..., None]
-        tuned = _biases(weights, own, region, at_centre, scalar)
+        weights = [w + update.matrix() for w, update in zip(block.weights, padded, strict=True)]
+        at_centre = gap.reached(sum(block_ranks)) @ region.centre + layer.biases[0][..., None]
+        biases = _biases(weights, block, region, at_centre, scalar)
 
-        lost = _digits_lost(weights, tuned, layer, typical)
-        if throw:
-            _require_digits(lost.expand(batch), limit, i + 1, frozen.dtype)
-        adapted = product(weights)[..., : at_centre.shape[-2], : region.width]
+        lost = _digits_lost(weights, biases, layer, typical)
+        failed = lost.expand(batch) > limit
+        if throw and failed.any():
+            worst, member = float(lost.expand(batch)[failed][0]), _checks.failed_members(failed)
+            raise PrecisionError(i + 1, worst, limit=limit, dtype=frozen.dtype, member=member)
+        error_bound = gap.target.norm * error_bound
+        error_bound = error_bound + solution.spectral_error * region.largest_norm()
         # Where all is lost nothing can be said of what comes behind.
         sound = lost.isfinite()[..., None, None]
+        adapted = product(weights)[..., : at_centre.shape[-2], : region.width]
         adapted, at_centre = (torch.where(sound, part, 0) for part in (adapted, at_centre))
-        error_terms.append((gap.target.norm, found.spectral_error * region.largest_norm()))
         region, typical = region.image(adapted, at_centre), layer(typical)
         region = region.relu() if layer.relus else region
 
         updates += padded
-        bias_updates += [update[..., 0] for update in tuned.updates]
-        linears.append(found)
+        bias_updates += [update[..., 0] for update in biases.updates]
+        solutions.append(solution)
         digits_lost.append(lost)
         regions.append(region)
 
     def stack(values: list[Tensor]) -> Tensor:
         return torch.stack([value.expand(batch) for value in values], dim=-1)
 
-    conditions = torch.cat([found.condition_numbers for found in linears], dim=-1)
+    accepted = stack([solution.success for solution in solutions]) & (stack(digits_lost) <= limit)
+    conditions = torch.cat([solution.condition_numbers for solution in solutions], dim=-1)
     return FNNAdaptation(
         Adapters(tuple(updates), tuple(bias_updates)),
+        success=accepted.all(-1) & finite,
         partition=partition,
         regions=tuple(regions),
-        block_errors=stack([found.spectral_error for found in linears]),
-        error_bound=accumulate_errors(error_terms).expand(batch),
-        rounding_errors=stack([found.rounding_error for found in linears]),
+        block_errors=stack([solution.spectral_error for solution in solutions]),
+        error_bound=error_bound.expand(batch),
+        rounding_errors=stack([solution.rounding_error for solution in solutions]),
         condition_numbers=conditions.expand(*batch, frozen.depth),
-        plain=stack([found.plain for found in linears]),
+        plain=stack([solution.plain for solution in solutions]),
         digits_lost=stack(digits_lost),
-        success=stack(
-            [
-                found.success & (lost <= limit)
-                for found, lost in zip(linears, digits_lost, strict=True)
-            ]
-        ).all(-1)
-        & finite,
     )
 
 
@@ -248,11 +242,7 @@ class _Biases(NamedTuple):
 
 
 def _biases(
-    weights: Sequence[Tensor],
-    frozen: FNN,
-    region: Region,
-    at_centre: Tensor,
-    scalar: bool,
+    weights: Sequence[Tensor], block: FNN, region: Region, at_centre: Tensor, scalar: bool
 ) -> _Biases:
     """Biases with which a block's inner layers are affine over the region, its last one right.
 
@@ -265,25 +255,25 @@ def _biases(
     centre = region.centre
     matrix = torch.eye(weights[0].shape[-1], dtype=centre.dtype, device=centre.device)
     matrix = matrix[:, : region.width]
-    made = _Biases([], [], [pad(region.centre, weights[0].shape[-1])])
-    for l, (weight, bias) in enumerate(zip(weights, frozen.biases, strict=True), start=1):
-        matrix, before = weight @ matrix, weight @ made.values[-1]
-        terms = weight.abs() @ made.values[-1].abs() + bias.abs()[..., None]
+    result = _Biases([], [], [pad(centre, weights[0].shape[-1])])
+    for l, (weight, bias) in enumerate(zip(weights, block.biases, strict=True), start=1):
+        matrix, before = weight @ matrix, weight @ result.values[-1]
+        terms = weight.abs() @ result.values[-1].abs() + bias.abs()[..., None]
         slack = (weight.shape[-1] + 4) * eps * terms
         if l < len(weights):
-            tuned = slack - beyond * region.lowest(matrix) - before
-            tuned = tuned.amax(-2, keepdim=True).expand_as(tuned) if scalar else tuned
+            shifted = slack - beyond * region.lowest(matrix) - before
+            shifted = shifted.amax(-2, keepdim=True).expand_as(shifted) if scalar else shifted
         else:
             used = at_centre.shape[-2]
             rest = bias[..., used:, None]
-            if frozen.relus == l:
+            if block.relus == l:
                 off = beyond * region.lowest(-matrix[..., used:, :]) - slack[..., used:, :]
                 rest = off - before[..., used:, :]
-            tuned = _stack_rows(at_centre - before[..., :used, :], rest)
-        made.updates.append(tuned - bias[..., None])
-        made.biases.append(bias[..., None] + made.updates[-1])
-        made.values.append(before + made.biases[-1])
-    return made
+            shifted = _stack_rows(at_centre - before[..., :used, :], rest)
+        result.updates.append(shifted - bias[..., None])
+        result.biases.append(bias[..., None] + result.updates[-1])
+        result.values.append(before + result.biases[-1])
+    return result
 
 
 def _stack_rows(upper: Tensor, lower: Tensor) -> Tensor:
@@ -292,7 +282,7 @@ def _stack_rows(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def _digits_lost(
-    weights: Sequence[Tensor], tuned: _Biases, layer: FNN, typical: Tensor
+    weights: Sequence[Tensor], biases: _Biases, layer: FNN, typical: Tensor
 ) -> Float[Tensor, "*batch"]:
     """``log10`` of the expected rounding error of a block over that of the target layer.
 
@@ -300,23 +290,15 @@ def _digits_lost(
     root of its summed squared terms, and carried through the block's later layers, all affine.
     """
     covariance = torch.zeros((), dtype=layer.dtype, device=layer.device)
-    for weight, bias, value in zip(weights, tuned.biases, tuned.values[:-1], strict=True):
-        own = weight.square() @ value.square() + bias.square()
+    for weight, bias, value in zip(weights, biases.biases, biases.values[:-1], strict=True):
+        new = weight.square() @ value.square() + bias.square()
         covariance = weight @ covariance @ weight.mT if covariance.ndim else covariance
-        covariance = covariance + torch.diag_embed(own[..., 0])
+        covariance = covariance + torch.diag_embed(new[..., 0])
     outputs = layer.widths[-1]
-    ours = covariance.diagonal(dim1=-2, dim2=-1)[..., :outputs].mean(-1)
+    of_block = covariance.diagonal(dim1=-2, dim2=-1)[..., :outputs].mean(-1)
     moments = typical.square().mean(-1, keepdim=True)
-    theirs = layer.weights[0].square() @ moments + layer.biases[0].square()[..., None]
-    theirs = theirs.mean((-2, -1))
+    of_layer = layer.weights[0].square() @ moments + layer.biases[0].square()[..., None]
+    of_layer = of_layer.mean((-2, -1))
     # Sums that overflow tell nothing: all may be lost.
-    lost = torch.where(ours <= theirs, 0, (ours / theirs).log10() / 2)
+    lost = torch.where(of_block <= of_layer, 0, (of_block / of_layer).log10() / 2)
     return lost.nan_to_num(torch.inf, torch.inf)
-
-
-def _require_digits(lost: Tensor, limit: float, block: int, dtype: torch.dtype) -> None:
-    failed = lost > limit
-    if failed.any():
-        digits = float(lost[failed][0])
-        where = _checks.failed_members(failed)
-        raise PrecisionError(block, digits, limit=limit, dtype=dtype, member=where)

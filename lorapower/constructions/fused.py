@@ -29,7 +29,7 @@ from ..networks.stacked import Stacked
 from ..networks.transformer import Transformer
 from ..regions import Region
 from . import fnn, heads, linear, residual, transformer
-from .adaptation import Adaptation
+from .linear import Adaptation
 
 # The two factors of a segment of a head: the one that holds their product, and the other.
 HEADS = {"query size": ("W_Q", "W_K"), "value size": ("W_O", "W_V")}

@@ -1,32 +1,38 @@
-"""One call for every kind of network."""
+"""Every kind of network through one door: its adapters, and the rank that an error needs."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from .. import _checks
+from ..bounds.layers import fnn_error_on
+from ..bounds.transformer import transformer_error, transformer_errors
 from ..errors import InputError
 from ..networks.base import Network
 from ..networks.conversion import as_network
-from ..networks.fnn import FNN
+from ..networks.fnn import FNN, pad
+from ..networks.gap import Gap
 from ..networks.linear import LinearNetwork
+from ..networks.partition import Partition
 from ..networks.residual.network import ResidualTransformer
 from ..networks.transformer import Transformer
 from ..regions import Region, Samples
 from . import fnn, linear, residual, transformer
-from .adaptation import Adaptation
+from .linear import Adaptation
 
-CONSTRUCTIONS: dict[type[Network], Callable[..., Adaptation]] = {
+_CONSTRUCTIONS: dict[type[Network], Callable[..., Adaptation]] = {
     LinearNetwork: linear.adapt,
     FNN: fnn.adapt,
     Transformer: transformer.adapt,
     ResidualTransformer: residual.adapt,
 }
-
-# What `adapt` gives to a construction by itself; the region is made of its inputs.
-OWN = ("frozen", "target", "ranks", "region")
 
 
 def adapt(
@@ -38,36 +44,49 @@ def adapt(
 ) -> Adaptation:
     """Adapters, and biases, that make a frozen network imitate a target of its kind.
 
-    Returns what that construction does: adapters with the evidence for them. Raises what it raises,
-    and `InputError` for inputs that are missing or not used, and for an option that it has not.
-
-    Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer], [thm-residual].
+    Returns what the construction for this kind of network returns: adapters with the evidence for
+    them. Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer], [thm-residual].
 
     Parameters
     ----------
     frozen, target
         Networks, or what `networks.as_network` makes one from: a `torch.nn.Sequential`, or
         matrices.
-    ranks : int or sequence of int or mapping
-        One for all weights, or as the construction for this kind of network takes them.
-    inputs
-        For ReLU networks, where the target is to be imitated: a `regions.Ball` or `regions.Box`, or
+    ranks : int, sequence or mapping
+        One for all weights, or as the construction takes them.
+    inputs : Region or Tensor, optional
+        For ReLU networks, where the target is to be imitated: a `regions.Ball`, a `regions.Box` or
         `regions.Samples`, or inputs as columns ``[..., width, samples]``, of which samples are
-        made. Linear networks and transformers are adapted for all inputs.
-    options
+        made. Other networks are adapted for all inputs.
+    **options
         Of the construction: `linear.adapt`, `fnn.adapt`, `transformer.adapt` or
         `constructions.residual.adapt`.
+
+    Raises
+    ------
+    InputError
+        Inputs that are missing or not used, an option that the construction does not have, and
+        what the construction itself refuses.
     """
-    frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
-    kind = kind_of(frozen)
-    construct = CONSTRUCTIONS[kind]
-    known = [name for name in inspect.signature(construct).parameters if name not in OWN]
+    frozen, target, kind = _one_kind(frozen, target)
+    construct = _CONSTRUCTIONS[kind]
+    given_here = ("frozen", "target", "ranks", "region")
+    known = [name for name in inspect.signature(construct).parameters if name not in given_here]
     for option in options:
         if option not in known:
             allowed = f"among {', '.join(known)} for a frozen {kind.__name__}"
             raise InputError("options", allowed=allowed, given=option)
     if kind is FNN:
-        return construct(frozen, target, ranks, _region(inputs), **options)
+        if inputs is None:
+            raise InputError(
+                "inputs",
+                allowed="given for a ReLU network",
+                given="none",
+                remedy="its biases are tuned for a region, such as regions.Ball(3.0), or for "
+                "samples, columns [..., width, samples]",
+            )
+        region = inputs if isinstance(inputs, Region) else Samples(inputs)
+        return construct(frozen, target, ranks, region, **options)
     if inputs is not None:
         raise InputError(
             "inputs",
@@ -78,19 +97,198 @@ def adapt(
     return construct(frozen, target, ranks, **options)
 
 
-def kind_of(frozen: Network) -> type[Network]:
-    """The class of networks, among those that there is a construction for, that it is of."""
-    _checks.kind(*CONSTRUCTIONS, frozen=frozen)
-    return next(kind for kind in CONSTRUCTIONS if isinstance(frozen, kind))
+@dataclass(frozen=True, eq=False)
+class NeededRank:
+    """The least rank that meets an error, with what the ranks below it leave.
+
+    Attributes
+    ----------
+    rank : Tensor
+        The least one tried whose error is small enough; where none is, the largest; ``[...]``. One
+        is for all layers of a member; ``int(rank.max())`` is enough for all members.
+    error : Tensor
+        What it leaves, relative to the mean square of the target's outputs; ``[...]``.
+    tried : Tensor
+        All ranks that were tried, the least first.
+    errors : Tensor
+        What each of them leaves; ``[ranks, ...]``.
+    success : Tensor
+        Whether the error is met; ``[...]``.
+    """
+
+    rank: Int[Tensor, "*batch"]
+    error: Float[Tensor, "*batch"]
+    tried: Int[Tensor, " ranks"]
+    errors: Float[Tensor, " ranks *batch"]
+    success: Bool[Tensor, "*batch"]
 
 
-def _region(inputs: Any) -> Region:
-    if inputs is None:
+@torch.no_grad()
+def rank_for_error(
+    frozen: Any,
+    target: Any,
+    error: float,
+    inputs: Any,
+    *,
+    by: Literal["bound", "trial"] = "bound",
+    ranks: Sequence[int] | None = None,
+    partition: Partition | None = None,
+    throw: bool = True,
+    seed: int = 0,
+) -> NeededRank:
+    """The least rank at which adapters leave at most a given error on given inputs.
+
+    The error is the mean squared one, over outputs and inputs, divided by the mean square of the
+    target's outputs. A rank is one for all layers, of which none takes more than its weight's
+    smaller side. Ranks are tried from below until each member of the batch has its own. Source:
+    [def-needed-rank].
+
+    Parameters
+    ----------
+    frozen, target
+        Networks of one kind, or what `networks.as_network` makes one from.
+    error : float
+        At least 0.
+    inputs : Tensor
+        Columns ``[..., width, samples]``; of a transformer one sequence ``[width, tokens]``, or
+        ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
+    by : {"bound", "trial"}
+        ``"bound"``: what the theorems promise on these inputs, `bounds.fnn_error_on` or
+        `bounds.transformer_error`; of a linear network, the error itself. Where the construction's
+        assumptions hold, which is not checked, the error is met up to rounding; less rank may be
+        enough. There is no bound for residual transformers. ``"trial"``: adapters are made, of a
+        ReLU network for `Samples`, and the error is measured, rounding included. Where `adapt`
+        calls that rounding unacceptable, it takes ``throw=False`` or a larger ``rtol``.
+    ranks : sequence of int, optional
+        Those to try; by default all from 0 on.
+    partition : Partition, optional
+        Of ReLU networks: the blocks, by default uniform.
+    throw : bool
+        Raise an error where no rank is enough, or else say so in ``success``.
+    seed : int
+        Of the construction's random rotations.
+
+    Raises
+    ------
+    InputError
+        No rank is enough, with what the largest leaves; unusable inputs, ranks and options; what
+        the construction refuses.
+    """
+    frozen, target, kind = _one_kind(frozen, target)
+    error, throw = _checks.tolerance("error", error), _checks.flag("throw", throw)
+    _checks.choice("by", by, ["bound", "trial"])
+    if partition is not None and kind is not FNN:
+        raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
+    if by == "bound" and kind is ResidualTransformer:
+        raise InputError("by", allowed=f'"trial" for a {kind.__name__}', given=by)
+    x = _group(inputs, frozen, target)
+    signal = _mean_square(target(x))
+    if by == "trial":
+        measure = _trial(frozen, target, x, partition, seed)
+    else:
+        measure = _bound(frozen, target, x, partition)
+
+    tried: list[int] = []
+    errors: list[Tensor] = []
+    for rank in _ranks_to_try(frozen, ranks):
+        squared = measure(rank)
+        # Nothing is no error even of a target that is 0 itself.
+        relative = torch.where(squared == 0, 0, squared / signal)
+        tried.append(rank)
+        errors.append(relative.nan_to_num(torch.inf, torch.inf))
+        met = torch.stack(errors) <= error
+        success = met.any(0)
+        if success.all():
+            break
+
+    if throw and not success.all():
+        most = float(errors[-1][~success][0])
         raise InputError(
-            "inputs",
-            allowed="given for a ReLU network",
-            given="none",
-            remedy="its biases are tuned for a region, such as regions.Ball(3.0), or for samples, "
-            "columns [..., width, samples]",
+            "error",
+            allowed="met by a rank that is tried",
+            given=f"{error:.3g}, where rank {tried[-1]}, the largest, leaves {most:.3g}"
+            f"{_checks.failed_members(~success)}",
         )
-    return inputs if isinstance(inputs, Region) else Samples(inputs)
+    place = torch.where(success, met.long().argmax(0), len(tried) - 1)
+    stacked, all_tried = torch.stack(errors), torch.tensor(tried, device=place.device)
+    least = stacked.gather(0, place[None])[0]
+    return NeededRank(all_tried[place], least, all_tried, stacked, success)
+
+
+def _one_kind(frozen: Any, target: Any) -> tuple[Any, Any, type[Network]]:
+    """Two networks of one kind, and that kind."""
+    frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
+    _checks.kind(*_CONSTRUCTIONS, frozen=frozen)
+    kind = next(kind for kind in _CONSTRUCTIONS if isinstance(frozen, kind))
+    _checks.kind(kind, target=target)
+    return frozen, target, kind
+
+
+def _ranks_to_try(frozen: Network, ranks: Sequence[int] | None) -> list[int]:
+    largest = max(min(weight.shape[-2:]) for weight in frozen.weights)
+    if ranks is None:
+        return list(range(largest + 1))
+    if not isinstance(ranks, Sequence) or not ranks:
+        raise InputError("ranks", allowed="a list of ranks to try", given=repr(ranks))
+    limit = "the largest smaller side"
+    return sorted({_checks.integer("ranks", rank, 0, largest, limit=limit) for rank in ranks})
+
+
+def _group(inputs: Any, frozen: Network, target: Network) -> Tensor:
+    """Inputs ``[groups, ..., width, n]``, of a transformer a group for each sequence.
+
+    The dimensions between are those of a batch, as many as the networks have at least.
+    """
+    x = _checks.real_tensor("inputs", inputs, min_dims=2)
+    x = x.movedim(-3, 0) if target.sequences and x.ndim > 2 else x[None]
+    groups, *batch = x.shape[:-2]
+    missing = max(len(network.batch_shape) for network in (frozen, target)) - len(batch)
+    x = target.as_inputs(x.reshape(groups, *[1] * missing, *batch, *x.shape[-2:]), "inputs")
+    shapes = [tuple(batch), tuple(frozen.batch_shape), tuple(target.batch_shape)]
+    _checks.common_shape("inputs, frozen and target", shapes)
+    return x
+
+
+def _mean_square(outputs: Tensor) -> Tensor:
+    return outputs.square().mean((0, -2, -1))
+
+
+def _trial(
+    frozen: Any, target: Any, x: Tensor, partition: Partition | None, seed: int
+) -> Callable[[int], Tensor]:
+    """The mean squared error, at a rank, of adapters that are made."""
+    outputs = target(x)
+    if isinstance(frozen, ResidualTransformer):
+        padded = frozen.filled(x)
+    else:
+        padded = pad(x, frozen.weights[0].shape[-1])
+    region = Samples(x[0]) if isinstance(frozen, FNN) else None
+    options = {} if partition is None else {"partition": partition}
+
+    def squared(rank: int) -> Tensor:
+        adapters = adapt(frozen, target, rank, region, throw=False, seed=seed, **options).adapters
+        adapted = adapters.merge(frozen)(padded)
+        return _mean_square(adapted[..., : outputs.shape[-2], :] - outputs)
+
+    return squared
+
+
+def _bound(
+    frozen: Any, target: Any, x: Tensor, partition: Partition | None
+) -> Callable[[int], Tensor]:
+    """A bound of the mean squared error at a rank; of a linear network, that error itself."""
+    gap = Gap(frozen, target) if isinstance(frozen, LinearNetwork) else None
+
+    def squared(rank: int) -> Tensor:
+        if gap is not None:
+            return _mean_square(gap.undone(sum(gap.ranks([rank] * frozen.depth))) @ x)
+        if isinstance(frozen, FNN):
+            bound = fnn_error_on(frozen, target, rank, x[0], partition)
+            return bound.square() / target.widths[-1]
+        errors = transformer_errors(frozen, target, rank)
+        bound = transformer_error(frozen, target, errors, x)
+        # A softmax bounds what may come of a segment that cannot be adapted at all.
+        bound = torch.where(errors.largest().isfinite(), bound, torch.inf)
+        return bound.square().mean(0) / target.sizes["outputs"]
+
+    return squared

@@ -17,15 +17,36 @@ from ..errors import SingularError
 from ..lowrank import SVD, LowRank
 from ..networks.gap import Gap
 from ..networks.linear import LinearNetwork, product
-from .adaptation import Adaptation
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adaptation:
+    """What all constructions return: adapters, and whether they are what they should be.
+
+    Attributes
+    ----------
+    adapters : Adapters
+        ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l``, and ``Δb_l`` where biases are tuned;
+        `Adapters.merge` applies them.
+    success : Tensor
+        Whether a network is adapted acceptably; ``[...]``. Where it is not, the adapters are the
+        best that were found.
+    """
+
+    adapters: Adapters
+    success: Bool[Tensor, "*batch"]
+
+    def __repr__(self) -> str:
+        good, members = int(self.success.sum()), self.success.numel()
+        return f"{type(self).__name__}({self.adapters}, success of {good} in {members})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearAdaptation(Adaptation):
     """Adapters of a deep linear network, with the evidence for them.
 
-    It is a success where the rounding error is acceptable; where a product overflows the adapters
-    are 0 and the errors NaN. The prediction holds for every input: a linear map has no region.
+    They are a success where the rounding error is acceptable. Where a product overflows they are 0
+    and the errors NaN. The errors hold for every input: a linear map has no region.
 
     Attributes
     ----------
@@ -38,8 +59,8 @@ class LinearAdaptation(Adaptation):
         larger of the products multiplied from either end; ``[...]``.
     condition_numbers : Tensor
         Of the worse of the two linear systems solved for each layer, 1 where none was needed;
-        ``[..., L]``. A system may be singular and still have the solution wanted, as where the best
-        map is singular itself.
+        ``[..., L]``. A singular system may still have a solution, as where the best map is singular
+        itself.
     plain : Tensor
         Whether the plain splitting was kept, or else an alternative; ``[...]``.
     """
@@ -63,14 +84,14 @@ def adapt(
 ) -> LinearAdaptation:
     """Adapters that bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as their ranks allow.
 
-    This is possible whenever the frozen layers are non-singular. First tried is the plain
-    splitting: the singular triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of
-    ``R_l``, and ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``.
-    Systems are solved, no inverse is formed. Where partial targets are singular, or so nearly that
-    rounding errors exceed a few units of the last place, the splitting of the theorem's proof
-    follows, and for singular layers others (they are visited first and take rotated triplets).
-    Rank beyond the width is spent on the smallest singular values of the frozen layers. The
-    splitting of least rounding error is kept, for each member of the batch by itself.
+    Non-singular frozen layers always allow it. The plain splitting is tried first: the singular
+    triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of ``R_l``, and
+    ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Systems are
+    solved, no inverse is formed. Where partial targets are singular, or so nearly that rounding
+    errors exceed a few units of the last place, the splitting of the theorem's proof follows. For
+    singular layers there are others, which adapt these first, to rotated triplets. Rank beyond the
+    width raises the smallest singular values of the frozen layers. Each member of the batch keeps
+    its splitting of least rounding error.
 
     Source: [thm-optimal-adaptation], by [lem-splitting] and [lem-any-change]; for the plain
     splitting [prop-splittings].
@@ -78,9 +99,9 @@ def adapt(
     Parameters
     ----------
     frozen, target
-        Networks, or what `LinearNetwork.of` makes one from, such as a matrix for the target; same
-        inputs, outputs and type; batch shapes broadcast. Hidden layers of the frozen network may
-        have any width not below its inputs and outputs.
+        Networks, or what `LinearNetwork.of` makes one from, such as a matrix for the target, of
+        equal inputs, outputs and type. Batch shapes broadcast. No hidden layer of the frozen
+        network is narrower than its inputs and outputs.
     ranks : Ranks
         One for all layers, of which none takes more than its weight's smaller side; or one per
         layer, each from 0 to that side.
@@ -88,11 +109,11 @@ def adapt(
         Use the plain splitting, whatever its rounding error.
     rtol : float, optional
         Largest acceptable ``rounding_error``, relative to ``‖W̄‖_2`` (or to the predicted error, if
-        that is larger, or to ``‖E‖_2`` for a target of zeros); by default ``eps^{1/2}``, half of
-        the digits. ``inf`` accepts whatever comes.
+        that is larger, or to ``‖E‖_2`` for a target of zeros). By default ``eps^{1/2}``, half of
+        the digits; ``inf`` accepts any.
     throw : bool
-        Raise an error where a member of the batch is not adapted acceptably, or else go on and say
-        so in ``success``.
+        Raise an error where a member of the batch is not adapted acceptably, or else say so in
+        ``success``.
     seed : int
         Of the rotations of triplets.
 
@@ -101,38 +122,36 @@ def adapt(
     InputError
         Ranks out of range, networks that do not fit each other, a hidden width too small.
     SingularError
-        Nothing tried meets ``rtol``: a singular layer, or too few digits; names the layer, its
+        Nothing tried meets ``rtol``: a singular layer, or too few digits. Names the layer, its
         condition number and the members of the batch that fail.
     """
     gap = Gap(frozen, target)
-    return close(gap, ranks, plain_only=plain_only, rtol=rtol, throw=throw, seed=seed)
+    plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
+    per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in gap.frozen.weights])
+    return close(gap, per_layer, plain_only=plain_only, rtol=rtol, throw=throw, seed=seed)
 
 
 @torch.no_grad()
 def close(
     gap: Gap,
-    ranks: _checks.Ranks,
+    ranks: Sequence[int],
     *,
     plain_only: bool = False,
     rtol: float | None = None,
     throw: bool = True,
     seed: int = 0,
 ) -> LinearAdaptation:
-    """What `adapt` does, of a gap whose decomposition may be at hand."""
-    _checks.kind(Gap, gap=gap)
-    plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
-    seed = _checks.seed(seed)
-    frozen = gap.frozen
-    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    rtol = _checks.tolerance("rtol", torch.finfo(frozen.dtype).eps ** 0.5 if rtol is None else rtol)
+    """What `adapt` does, of a `Gap`, whose decomposition may be at hand; one rank per layer."""
+    seed, eps = _checks.seed(seed), torch.finfo(gap.frozen.dtype).eps
+    rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
     finite = gap.finite
     if not throw and not finite.all():
         gap = gap.zeroed(~finite)
-    per_layer = gap.ranks(ranks)
+    ranks = gap.ranks(ranks)
 
-    batch, total = gap.batch_shape, sum(per_layer)
+    batch, total = gap.batch_shape, sum(ranks)
     spectral, frobenius = gap.error(total), gap.error(total, "fro")
-    last_place = max(frozen.widths[0], frozen.widths[-1]) * torch.finfo(frozen.dtype).eps
+    last_place = max(gap.frozen.widths[0], gap.frozen.widths[-1]) * eps
     # Of the target, or of the error where that is predicted to be larger or the target is zero.
     size = gap.target.norm
     scale = torch.maximum(torch.where(size > 0, size, gap.error(0)), spectral)
@@ -140,21 +159,21 @@ def close(
 
     gap = gap.flat()
     task = _Task(gap.frozen.weights, gap.reached(total), gap.svd, gap.noise[:, None])
-    best = _split(task, per_layer, _Plan(range(frozen.depth), "leading"))
+    best = _split(task, ranks, _Plan(range(gap.frozen.depth), "leading"))
     plain = torch.ones_like(scale, dtype=torch.bool)
     conditions = torch.stack([lowrank.condition(values) for values in gap.frozen.spectra])
     singular = conditions.amax(0) > 1 / last_place
-    for plan in () if plain_only else _alternatives(per_layer, gap.spectrum.shape[-1], seed):
+    for plan in () if plain_only else _alternatives(ranks, gap.spectrum.shape[-1], seed):
         poor = best.rounding > 4 * last_place * scale
         if plan.take == "random":
             poor = poor & singular
         if not poor.any():
             continue
-        trial = _split(task.members(poor), per_layer, plan)
+        trial = _split(task.members(poor), ranks, plan)
         improved = trial.rounding < best.rounding[poor]
-        mine = poor.nonzero()[improved, 0]
-        best.put(mine, trial, improved)
-        plain[mine] = False
+        members = poor.nonzero()[improved, 0]
+        best.put(members, trial, improved)
+        plain[members] = False
 
     relative = best.rounding / scale.clamp(min=torch.finfo(scale.dtype).tiny)
     success = (relative <= rtol).reshape(batch) & finite
@@ -170,23 +189,22 @@ def close(
             _checks.failed_members(~success, member),
         )
 
+    def in_batch(flat: Tensor) -> Tensor:
+        return flat.reshape((*batch, *flat.shape[1:]))
+
     def measured(flat: Tensor) -> Tensor:
-        values = flat.reshape((*batch, *flat.shape[1:]))
-        return torch.where(finite.reshape((*batch, *[1] * (flat.ndim - 1))), values, torch.nan)
+        return torch.where(
+            finite.reshape((*batch, *[1] * (flat.ndim - 1))), in_batch(flat), torch.nan
+        )
 
     return LinearAdaptation(
-        Adapters(
-            tuple(
-                LowRank(*(factor.reshape((*batch, *factor.shape[1:])) for factor in pair))
-                for pair in best.factors
-            )
-        ),
+        Adapters(tuple(LowRank(in_batch(A), in_batch(B)) for A, B in best.factors)),
+        success=success,
         spectral_error=measured(spectral.flatten()),
         frobenius_error=measured(frobenius.flatten()),
         rounding_error=measured(best.rounding),
         condition_numbers=measured(best.conditions),
         plain=plain.reshape(batch),
-        success=success,
     )
 
 
@@ -242,11 +260,12 @@ class _Splitting:
     conditions: Tensor
     rounding: Tensor
 
-    def put(self, mine: Tensor, other: _Splitting, theirs: Tensor) -> None:
+    def put(self, members: Tensor, other: _Splitting, improved: Tensor) -> None:
+        """Take over what another splitting does better, for these members."""
         for (A, B), (other_A, other_B) in zip(self.factors, other.factors, strict=True):
-            A[mine], B[mine] = other_A[theirs], other_B[theirs]
-        self.conditions[mine] = other.conditions[theirs]
-        self.rounding[mine] = other.rounding[theirs]
+            A[members], B[members] = other_A[improved], other_B[improved]
+        self.conditions[members] = other.conditions[improved]
+        self.rounding[members] = other.rounding[improved]
 
     def mirrored(self) -> _Splitting:
         factors = [(B, A) for A, B in reversed(self.factors)]
@@ -296,16 +315,16 @@ def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
             X = torch.linalg.qr(randomness.normal(generator, s, k).to(outer))[0]
             outer, inner = outer @ X, inner @ X
         else:
-            passed = inner.mT @ _solved(lowrank.svd(reached), outer)
+            passed = inner.mT @ _solve(lowrank.svd(reached), outer)
             passed.diagonal(dim1=-2, dim2=-1).add_(1)
-            X = _cheapest(_solved(left, outer), passed)[..., :k]
+            X = _cheapest(_solve(left, outer), passed)[..., :k]
             X, Y = _complementary(X, passed @ X)
             outer, inner = outer @ X, inner @ Y
         # Pieces of zeros (of a target that is reached already) need no system, singular or not.
         sizes = [torch.linalg.vector_norm(part, dim=-2) for part in (outer, inner)]
         needed = sizes[0] * sizes[1] > noise
-        A = torch.where(needed[:, None], _solved(left, outer), 0)
-        B = torch.where(needed[:, None], _solved(right, inner), 0)
+        A = torch.where(needed[:, None], _solve(left, outer), 0)
+        B = torch.where(needed[:, None], _solve(right, inner), 0)
         factors[l][0][..., :k], factors[l][1][..., :k] = A, B
         current[l] = current[l] + A @ B.mT
         systems = [lowrank.condition(system.S) for system in (left, right) if system]
@@ -326,7 +345,7 @@ def _cheapest(adapter: Tensor, passed: Tensor) -> Tensor:
     the systems of the layers to come, far from singular.
     """
     _, S, V = lowrank.svd(adapter)
-    scaled = V * _inverted(S, adapter)[:, None]
+    scaled = V * _invert(S, adapter)[:, None]
     return torch.linalg.qr(scaled @ lowrank.svd(passed @ scaled).V)[0]
 
 
@@ -349,8 +368,10 @@ def _both_ways(weights: list[Tensor]) -> list[Tensor]:
     a forward pass on other inputs has, so that the larger error of the two is the honest one. Of
     one or two layers there is only one product.
     """
-    found = [product(weights)]
-    return found if len(weights) < 3 else [*found, product([w.mT for w in reversed(weights)]).mT]
+    forward = product(weights)
+    if len(weights) < 3:
+        return [forward]
+    return [forward, product([w.mT for w in reversed(weights)]).mT]
 
 
 def _distance(matrix: Tensor, other: Tensor) -> Tensor:
@@ -383,18 +404,18 @@ def _systems(weights: list[Tensor], l: int) -> tuple[SVD | None, SVD | None]:
     return left, right
 
 
-def _solved(system: SVD | None, wanted: Tensor) -> Tensor:
+def _solve(system: SVD | None, right: Tensor) -> Tensor:
     """The least solution. Directions that are 0 but for rounding are left out.
 
     Those of a partial target that has to be singular are not wanted by [lem-splitting].
     """
     if system is None:
-        return wanted
+        return right
     U, S, V = system
-    return (V @ (_inverted(S, U, V)[..., None] * (U.mT @ wanted))).nan_to_num(0, 0, 0)
+    return (V @ (_invert(S, U, V)[..., None] * (U.mT @ right))).nan_to_num(0, 0, 0)
 
 
-def _inverted(singular_values: Tensor, *sides: Tensor) -> Tensor:
+def _invert(singular_values: Tensor, *sides: Tensor) -> Tensor:
     """``1/σ``, or 0 where ``σ`` is not above the rounding of a matrix of these sides."""
     largest = max(side.shape[-2] for side in sides)
     least = largest * torch.finfo(singular_values.dtype).eps * singular_values[..., :1]

@@ -10,7 +10,7 @@ from jaxtyping import Int, Num
 from torch import Tensor
 
 from .. import _checks
-from ..bounds.fnn import Inputs, activation_sizes
+from ..bounds.layers import Inputs, activation_sizes
 from ..errors import InputError
 from ..networks.fnn import FNN
 from ..networks.gap import Gap

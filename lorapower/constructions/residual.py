@@ -21,7 +21,7 @@ from ..networks.residual.network import ResidualTransformer
 from ..networks.residual.rewriting import basis
 from ..networks.residual.segments import ResidualSegments, residual_segments
 from . import heads, linear
-from .adaptation import Adaptation
+from .linear import Adaptation
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -18,7 +18,7 @@ from ..networks import segments
 from ..networks.segments import Segments, missing_shift, regular
 from ..networks.transformer import Transformer
 from . import heads, linear
-from .adaptation import Adaptation
+from .linear import Adaptation
 
 ADAPTED = ("W_Q", "W_K", "W_V", "W_O", "W_2", "W_out")
 

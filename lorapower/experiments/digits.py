@@ -23,7 +23,7 @@ from .. import _checks
 from .._records import Record
 from ..adapters.core import Adapters
 from ..bounds.data import variance as variance_of
-from ..bounds.fnn import fnn_error_on, fnn_threshold
+from ..bounds.layers import fnn_error_on, fnn_threshold
 from ..bounds.transformer import transformer_threshold
 from ..constructions.fitted import nearest
 from ..constructions.fused import fuse

@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import _checks, randomness
 from .._subnormal import flushing
 from ..adapters.core import Adapters
-from ..constructions.adaptation import Adaptation
 from ..constructions.fused import Fused, fuse
+from ..constructions.linear import Adaptation
 from ..errors import InputError, brief
 from ..networks.fnn import FNN
 from ..networks.linear import LinearNetwork

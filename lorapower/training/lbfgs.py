@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from .._subnormal import flushing
-from ..bounds.linear import error_matrix
+from ..networks.gap import Gap
 from ..networks.linear import LinearNetwork, product
 
 
@@ -32,7 +32,7 @@ def minimize(
     Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
     """
     frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
-    error_matrix(frozen, target)
+    Gap(frozen, target)  # refuses what does not fit
     starts = _checks.integer("starts", starts, 1)
     iterations = _checks.integer("iterations", iterations, 1)
     ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])

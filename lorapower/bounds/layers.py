@@ -1,0 +1,178 @@
+"""Rank thresholds and error bounds of linear and of ReLU networks.
+
+The errors of ReLU networks are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted
+network's inner layers are linear. Squared and divided by the number of outputs they bound the mean
+squared error. Of block ``P_i`` of a partition, ``E_i = W̄_i − ∏_{l∈P_i} W_l`` is the error matrix
+and ``ε_i = σ_{r_i+1}(E_i)``, with ``r_i = Σ_{l∈P_i} R_l``, what adapters leave of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .. import _checks, lowrank
+from ..errors import InputError
+from ..lowrank import Norms
+from ..networks.fnn import FNN
+from ..networks.gap import Gap
+from ..networks.linear import LinearNetwork
+from ..networks.partition import Partition, blocks, shares
+
+# Samples, or the trace of their second moment.
+Inputs = Float[Tensor, "*#batch in samples"] | Float[Tensor, ""] | float
+
+
+def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
+    """``⌈rank(E) / L⌉``: the least rank for all layers with which they are adapted exactly.
+
+    ``E = W̄ − ∏_l W_l``. Raises `InputError` where a hidden layer is narrower than the inputs or
+    outputs. Source: [cor-threshold].
+    """
+    return Gap(frozen, target).threshold
+
+
+def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) -> Norms:
+    """Least spectral and Frobenius error of any adapters of total rank ``r = Σ_l R_l``.
+
+    ``σ_{r+1}(E)`` and ``(Σ_{d>r} σ_d(E)²)^{1/2}``. The lower bound needs no assumption. Source:
+    [thm-optimal-adaptation].
+    """
+    return lowrank.tail_norms(Gap(frozen, target).spectrum, total_rank)
+
+
+def fnn_threshold(
+    frozen: FNN, target: FNN, partition: Partition | None = None
+) -> Int[Tensor, "*batch"]:
+    """``max_i ⌈rank(E_i) / M_i⌉``: the least rank for all layers at which the partition is exact.
+
+    Block ``P_i`` has ``M_i`` layers; its last weight is cut to the rows and its first to the
+    columns that the target layer has. The partition is uniform by default. It is exact where
+    [ass-nonsingular] holds in every block, and at no smaller rank. Raises `InputError` where a
+    hidden layer of a block is narrower than its inputs or outputs. Source: [thm-partition].
+    """
+    needed = [gap.threshold for gap in blocks(frozen, target, partition)]
+    return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
+
+
+def fnn_data_threshold(
+    frozen: FNN,
+    target: FNN,
+    inputs: Float[Tensor, "*#batch in samples"],
+    partition: Partition | None = None,
+) -> Int[Tensor, "*batch"]:
+    """``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``: an equal rank that is enough on the inputs.
+
+    ``C_{i−1}`` is the covariance, over the inputs, of the target's activations before layer ``i``.
+    At this rank each block by itself can have the target's pre-activations on the inputs, and at no
+    smaller one. It is never above `fnn_threshold`, and far below it where activations span little.
+    Source: [cor-data-threshold].
+    """
+    needed = []
+    for gap, z in _with_activations(blocks(frozen, target, partition), target, inputs):
+        missing = gap.matrix @ (z - z.mean(-1, keepdim=True))
+        size = gap.rounding_scale * torch.linalg.matrix_norm(z, ord=2)
+        needed.append(-(-lowrank.rank(missing, scale=size) // gap.frozen.depth))
+    return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
+
+
+def fnn_error(
+    frozen: FNN,
+    target: FNN,
+    ranks: _checks.Ranks,
+    inputs: Inputs,
+    partition: Partition | None = None,
+) -> Float[Tensor, "*batch"]:
+    """``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``, ``z̄_i`` the target's activations.
+
+    Source: [thm-partition-error]; for a target of one layer [thm-one-layer].
+
+    Parameters
+    ----------
+    frozen, target
+        Networks; batch shapes broadcast.
+    ranks : Ranks
+        One for all layers, or one per layer.
+    inputs : Tensor or float
+        Samples ``[..., in, samples]``, whose own moments are taken: the bound then holds for the
+        error on them. Or the trace of the inputs' second moment, ``tr E[x xᵀ] = E‖x‖²``: the closed
+        form, in which ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``.
+    partition : Partition, optional
+        The blocks; uniform by default.
+    """
+    gaps = blocks(frozen, target, partition)
+    parts = zip(gaps, _totals(gaps, frozen, ranks), activation_sizes(target, inputs), strict=True)
+    return _accumulate(
+        (gap.target.norm + gap.error(rank), gap.error(rank) * size) for gap, rank, size in parts
+    )
+
+
+def fnn_error_on(
+    frozen: FNN,
+    target: FNN,
+    ranks: _checks.Ranks,
+    inputs: Float[Tensor, "*#batch in samples"],
+    partition: Partition | None = None,
+) -> Float[Tensor, "*batch"]:
+    """``Σ_i [∏_{j>i} ‖M_j‖_2] (E‖(M_i − W̄_i) z̄_{i−1}‖²)^{1/2}``, a sharper bound on given samples.
+
+    ``M_i = W̄_i − E_i + LR_{r_i}(E_i)`` is the map of block ``i`` when it is adapted. The bound is
+    never above `fnn_error` on the same samples, and takes the same parameters. Source:
+    [thm-partition-error].
+    """
+    gaps = blocks(frozen, target, partition)
+    terms = []
+    for (gap, z), rank in zip(
+        _with_activations(gaps, target, inputs), _totals(gaps, frozen, ranks), strict=True
+    ):
+        undone = gap.undone(rank)
+        terms.append((lowrank.norm(gap.target.product() - undone), _root_mean_square(undone @ z)))
+    return _accumulate(terms)
+
+
+def activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch"]]:
+    """``(E‖z̄_{i−1}‖²)^{1/2}`` before each layer: measured on samples, or bounded from ``E‖x‖²``.
+
+    The parameter ``inputs`` is as in `fnn_error`. Source: [thm-partition-error].
+    """
+    _checks.kind(FNN, target=target)
+    given = _checks.real_tensor("inputs", inputs, min_dims=0)
+    if given.ndim:
+        activations = [given, *(p.relu() for p in target.preactivations(given)[:-1])]
+        return [_root_mean_square(z) for z in activations]
+    if given < 0:
+        raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(given))
+    sizes = [given.to(target.device, target.dtype).sqrt()]
+    for weight, bias in zip(target.weights[:-1], target.biases[:-1], strict=True):
+        sizes.append(lowrank.norm(weight) * sizes[-1] + torch.linalg.vector_norm(bias, dim=-1))
+    return sizes
+
+
+def _with_activations(gaps: list[Gap], target: FNN, inputs: Tensor) -> Iterable[tuple[Gap, Tensor]]:
+    """Each gap with the target's activations before it."""
+    z = target.as_inputs(inputs, "inputs")
+    for i, gap in enumerate(gaps):
+        yield gap, z
+        z = target.layers(slice(i, i + 1))(z)
+
+
+def _totals(gaps: list[Gap], frozen: FNN, ranks: _checks.Ranks) -> list[int]:
+    """``r_i`` of each block."""
+    per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
+    return [sum(share) for share in shares(gaps, per_layer)]
+
+
+def _accumulate(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """``Σ_i (∏_{j>i} g_j) p_i`` of gains ``g_i`` and new errors ``p_i``, first block first."""
+    (_, total), *later = terms
+    for gain, added in later:
+        total = gain * total + added
+    return total
+
+
+def _root_mean_square(z: Tensor) -> Tensor:
+    """``(E‖z‖²)^{1/2}`` over samples in the last dimension."""
+    return torch.linalg.vector_norm(z, dim=-2).square().mean(-1).sqrt()
