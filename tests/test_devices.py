@@ -14,6 +14,13 @@ from lorapower import InputError, bounds, lowrank, randomness
 from lorapower.constructions import fnn, linear, partition, transformer
 from lorapower.experiments import digits, synthetic
 from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer
+from lorapower.networks.residual import (
+    ResidualTransformer,
+    aligned,
+    enlarged,
+    relabelled,
+    with_gains,
+)
 from lorapower.regions import Ball, Box, Region, Samples
 from lorapower.training import Data, Fixed, Fresh, Tuning, minimize, train
 
@@ -270,3 +277,13 @@ def test_networks_on_two_devices() -> None:
     data = Fresh(target, (WIDTH,))
     with pytest.raises(InputError, match="device must be cpu for compiled code; got cuda:0"):
         train(frozen, [Tuning(1)], data, steps=1, device="cuda")
+
+
+def test_targets_are_rewritten_where_they_are(device: torch.device) -> None:
+    frozen, target = (
+        ResidualTransformer.random(1, 5, 2, hidden=9, purpose=p).to(device=device) for p in "ft"
+    )
+    smaller = ResidualTransformer.random(1, 5, 1, hidden=7, head_size=5).to(device=device)
+    written = [with_gains(target, frozen), aligned(target, frozen), enlarged(smaller, frozen)]
+    written += [relabelled(target, frozen, rescale=rescale) for rescale in (False, True)]
+    assert {network.device.type for network in written} == {device.type}

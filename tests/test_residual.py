@@ -414,6 +414,23 @@ def test_a_head_of_nothing_is_silenced_with_just_enough_rank() -> None:
     assert narrow.adapt(gap, 1, 1).rounding_error.max() > 1e-3
 
 
+def test_a_silent_head_takes_the_rank_of_its_product() -> None:
+    """Of heads wider than the tokens that can be less than the rank of either factor."""
+    frozen, _ = pair(0, 1, 4, 1, head_size=9)
+    draw = randomness.generator(0, "basis")
+    Q = torch.linalg.qr(randomness.normal(draw, 9, 9))[0]
+    parts = {name: getattr(frozen, name) for name in (*NAMES, *frozen.bias_kinds)}
+    # Both have rank 4, and a single unit in common.
+    parts["W_O"], parts["W_V"] = Q[:, :4].mT[None, None], Q[:, 3:7][None, None]
+    silent = ResidualTransformer(**parts | {"W_V": 0 * parts["W_V"]}, **frozen.settings)
+    frozen = ResidualTransformer(**parts, **frozen.settings)
+    assert bounds.residual.ranks(frozen, silent).value_output.tolist() == [[1]]
+    for ranks in ({"W_V": 1, "W_O": 0}, {"W_V": 0, "W_O": 1}):
+        each = dict.fromkeys(NAMES, 0) | ranks
+        found = residual.adapt(frozen, silent, each)
+        assert relative(found.adapters.merge(frozen), silent, inputs(0, 9, 4, 5)) < 1e-20
+
+
 @pytest.mark.parametrize(
     ("activation", "norm", "ranks", "frozen_from", "tuned_from"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import least_squares
 from strategies import batch_shapes, dtypes, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
-from lorapower.constructions import transformer
-from lorapower.networks import Transformer, segments
+from lorapower.constructions import narrow, transformer
+from lorapower.networks import Gap, Transformer, segments
 
 FULL = dict.fromkeys(transformer.ADAPTED, 4)
 
@@ -276,6 +278,70 @@ def test_narrow_heads_close_to_the_target_need_what_the_proposition_says() -> No
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
     with pytest.raises(InputError, match="ranks of W_Q and W_K must be at least 1 and 0"):
         transformer.adapt(frozen, target, each | {"W_Q": 0, "W_K": 1})
+
+
+def of_rank(k: int, rows: bool, columns: bool, *, width: int = 5, size: int = 3) -> Gap:
+    """A segment of a narrow head, whose target has rank ``k``, and may share rows and columns."""
+    draw = randomness.generator(0, "narrow", k, rows, columns)
+    G, H, Y, X = (
+        randomness.normal(draw, *shape)
+        for shape in ((width, width), (width, width), (size, width), (width, size))
+    )
+    C, A = randomness.normal(draw, size, width), randomness.normal(draw, width, size)
+    C[:1] = randomness.normal(draw, 1, size) @ Y if rows else C[:1]
+    A[:, :1] = X @ randomness.normal(draw, size, 1) if columns else A[:, :1]
+    A[:, k:], C[k:] = 0, 0
+    return Gap([G, Y, X, H], [G, C, A, H])
+
+
+def searched(gap: Gap, inner: int, outer: int) -> float:
+    """What the best of a few starts of least squares leaves, of any factors of these ranks."""
+    (Y, X), M = (m.numpy() for m in gap.frozen.halves()), gap.target.product().numpy()
+    shapes = [(len(Y), inner), (inner, Y.shape[1]), (len(X), outer), (outer, X.shape[1])]
+    ends = np.cumsum([a * b for a, b in shapes])
+
+    def missed(flat: np.ndarray) -> np.ndarray:
+        parts = np.split(flat, ends[:-1])
+        a, b, c, d = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        return ((X + c @ d) @ (Y + a @ b) - M).ravel()
+
+    if not ends[-1]:
+        return float(np.abs(missed(np.zeros(0))).max())
+    return min(
+        float(np.abs(least_squares(missed, draw, max_nfev=300, ftol=1e-15, xtol=1e-15).fun).max())
+        for draw in np.random.default_rng(0).normal(size=(6, ends[-1]))
+    )
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(False, False), (True, False), (True, True)])
+def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, columns: bool) -> None:
+    gap = of_rank(k, rows, columns)
+    needed = bounds.pair_ranks(gap)
+    for inner, outer in product(range(4), repeat=2):
+        enough = inner >= needed.inner and outer >= needed.outer
+        enough = enough and inner + outer >= needed.together
+        missed = float(narrow.adapt(gap, inner, outer).rounding_error)
+        assert (missed < 1e-10) if enough else (missed > 1e-4)
+        if not enough:
+            assert searched(gap, inner, outer) > 1e-7
+
+
+def test_narrow_heads_of_two_ranks_are_adapted_in_one_batch() -> None:
+    gaps = [of_rank(k, False, False) for k in (3, 1)]
+    both = Gap(
+        *(
+            [
+                torch.stack(pair)
+                for pair in zip(*(getattr(gap, side).weights for gap in gaps), strict=True)
+            ]
+            for side in ("frozen", "target")
+        )
+    )
+    assert bounds.pair_ranks(both).inner.tolist() == [
+        int(bounds.pair_ranks(gap).inner) for gap in gaps
+    ]
+    assert (narrow.adapt(both, 3, 3).rounding_error < 1e-10).all()
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])

@@ -26,23 +26,51 @@ class PairRanks(NamedTuple):
 def pair_ranks(gap: Gap) -> PairRanks:
     """Least ranks on the two middle layers of a segment of four.
 
-    With ``X Y`` the frozen, ``X̄ Ȳ`` the target product, cut in the middle where ``d`` units stand:
-    ``rank[Ȳ; Y] − d``, ``rank[X̄, X] − d``, and ``rank(X̄ Ȳ − X Y)`` for both together. The first
-    two are 0 for heads that are not narrower than the tokens. They are necessary where ``X̄`` and
-    ``Ȳ`` have rank ``d``.
+    With ``X Y`` the frozen product, cut in the middle where ``d`` units stand, and ``M`` the
+    target's: ``rank[M; Y] − rank Y``, ``rank[M, X] − rank X``, and ``rank(M − X Y)`` for both
+    together. The first two are 0 for heads that are not narrower than the tokens. All three are
+    necessary. Where ``X`` and ``Y`` have rank ``d`` they are enough, for a target of any rank.
     Source: [prop-narrow-heads].
     """
     _checks.kind(Gap, gap=gap)
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
     size = Y.shape[-2]
-    inner = _rank_beside(Y_target.mT, Y.mT) - size
-    outer = _rank_beside(X_target, X) - size
+    if size >= max(Y.shape[-1], X.shape[-2]):
+        none = torch.zeros_like(gap.rank)
+        return PairRanks(none, none, gap.rank)
+    full = target_ranks(gap) == size
+    rows, columns = _bases(Y_target, X_target)
+    inner = torch.where(full, _rank_beside(Y_target.mT, Y.mT), _rank_beside(rows.mT, Y.mT))
+    outer = torch.where(full, _rank_beside(X_target, X), _rank_beside(columns, X))
+    inner, outer = inner - lowrank.rank(Y), outer - lowrank.rank(X)
     return PairRanks(inner.clamp(min=0), outer.clamp(min=0), gap.rank)
 
 
+def target_ranks(gap: Gap) -> Int[Tensor, "*batch"]:
+    """The rank of the target's product through the units in the middle of a segment."""
+    Y, X = gap.target.halves()
+    ranks = _ranks(torch.linalg.qr(Y.mT, mode="r").R, torch.linalg.qr(X, mode="r").R)
+    return ranks.expand(gap.batch_shape)
+
+
+def _ranks(of_Y: Tensor, of_X: Tensor) -> Int[Tensor, "*batch"]:
+    scale = lowrank.norm(of_X) * lowrank.norm(of_Y)
+    return lowrank.rank(of_X @ of_Y.mT, scale=scale)
+
+
+def _bases(Y: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns that span those of ``X Y``, and zeros."""
+    Q_Y, of_Y = torch.linalg.qr(Y.mT)
+    Q_X, of_X = torch.linalg.qr(X)
+    U, S, V = lowrank.svd(of_X @ of_Y.mT)
+    counts = torch.arange(S.shape[-1], device=S.device) < _ranks(of_Y, of_X)[..., None]
+    return (Q_Y @ (V * counts[..., None, :])).mT, Q_X @ (U * counts[..., None, :])
+
+
 def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
-    sides = [m / lowrank.norm(m)[..., None, None] for m in (left, right)]
-    return lowrank.rank(torch.cat(sides, dim=-1).nan_to_num())
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    sides = [(m / lowrank.norm(m)[..., None, None]).nan_to_num() for m in (left, right)]
+    return lowrank.rank(torch.cat([m.expand(*batch, *m.shape[-2:]) for m in sides], dim=-1))
 
 
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:

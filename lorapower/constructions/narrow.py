@@ -1,13 +1,15 @@
 """Exact adaptation of two factors through a narrow middle [prop-narrow-heads].
 
-Where ``d`` units stand between two factors of larger matrices, ``X̂ Ŷ = X̄ Ȳ`` leaves no choice but
-``X̂ = X̄ G^{-1}``, ``Ŷ = G Ȳ`` with a non-singular ``G``. It is chosen so that ``X̂ − X`` and
-``Ŷ − Y`` have the least ranks.
+Where ``d`` units stand between two factors of larger matrices and the target has rank ``d``,
+``X̂ Ŷ = X̄ Ȳ`` leaves no choice but ``X̂ = X̄ G^{-1}``, ``Ŷ = G Ȳ`` with a non-singular ``G``. It is
+chosen so that ``X̂ − X`` and ``Ŷ − Y`` have the least ranks. A target of lower rank leaves more
+choices (`_exchanged`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from .. import _checks, lowrank, randomness
 from ..adapters.core import Adapters
-from ..bounds.transformer import pair_ranks
+from ..bounds.transformer import pair_ranks, target_ranks
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks.gap import Gap
@@ -67,23 +69,27 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
     size = Y.shape[-2]
     kept = (max(0, size - inner_rank), max(0, size - outer_rank))
-    flat = (m.flatten(0, -3) for m in (Y, X, Y_target, X_target))
-    G = Y.new_empty(*Y.shape[:-2], size, size)
-    for member, *sides in zip(G.view(-1, size, size), *flat, strict=True):
-        *_, of_Y, of_X = sides
-        member.copy_(_gauge(sides, kept, seed) if of_Y.any() and of_X.any() else torch.eye(size))
+    G = torch.eye(size, dtype=Y.dtype, device=Y.device).repeat(*gap.batch_shape, 1, 1)
+    full = target_ranks(gap) == size
+    exchanged = [
+        torch.zeros_like(m).expand(*gap.batch_shape, *m.shape[-2:]).clone() for m in (Y, X)
+    ]
+    members = [m.expand(*gap.batch_shape, *m.shape[-2:]) for m in (Y, X, Y_target, X_target)]
+    for place in product(*map(range, gap.batch_shape)):
+        sides = [m[place] for m in members]
+        if full[place]:
+            G[place] = _gauge(sides, kept, seed)
+        else:
+            changes = _exchanged(sides, (inner_rank, outer_rank), seed)
+            for stack, change in zip(exchanged, changes, strict=True):
+                stack[place] = change
 
     before, _, _, after = gap.frozen.weights
+    of_Y = torch.where(full[..., None, None], G @ Y_target - Y, exchanged[0])
+    of_X = lowrank.solve(G.mT, X_target.mT).mT - X
+    of_X = torch.where(full[..., None, None], of_X, exchanged[1])
     # The least changes: where the sides hide directions, these stay as they are.
-    of_inner = lowrank.solve(before.mT, (G @ Y_target - Y).mT).mT
-    of_outer = lowrank.solve(after, lowrank.solve(G.mT, X_target.mT).mT - X)
-    silent = (gap.target.product() == 0).all((-2, -1))[..., None, None]
-    of_inner, of_outer = (
-        torch.where(silent, least, change)
-        for least, change in zip(
-            _silenced(gap, inner_rank, outer_rank), (of_inner, of_outer), strict=True
-        )
-    )
+    of_inner, of_outer = lowrank.solve(before.mT, of_Y.mT).mT, lowrank.solve(after, of_X)
     updates = (
         _none(before),
         # Where a system is singular nothing is finite; what stays undone is measured below.
@@ -106,13 +112,58 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
     )
 
 
-def _silenced(gap: Gap, inner_rank: int, outer_rank: int) -> tuple[Tensor, Tensor]:
-    """Changes that make the product 0: some units stop to receive, the others to send."""
-    _, inner, outer, _ = gap.frozen.weights
-    unit = torch.arange(inner.shape[-2], device=inner.device)
-    deaf = unit < inner_rank
-    mute = ~deaf & (unit < inner_rank + outer_rank)
-    return -inner * deaf[:, None], -outer * mute
+def _exchanged(
+    sides: Sequence[Tensor], ranks: tuple[int, int], seed: int
+) -> tuple[Float[Tensor, "size into"], Float[Tensor, "out size"]]:
+    """Changes of ``Y`` and ``X`` that make their product a target ``M`` of any rank.
+
+    With ``E = M − X Y``, ``e`` of as many columns as ``Y`` has rank for, ``X e`` within the range
+    of ``E``, and any ``w`` with ``wᵀ X e = I``: ``Ŷ = Y + e wᵀ E`` has rows of ``M`` in place of
+    some of its own, and ``E − X e wᵀ E`` has so much less rank. Where ``Ŷ`` has all rows of ``M``
+    the rest is done by ``X̂ = X + (E − X e wᵀ E) Ŷ⁺``. So it comes first into ``e`` what ``Y`` makes
+    of the kernel of ``M``, which takes no row of ``M`` away.
+    """
+    Y, X, Y_target, X_target = sides
+    M = X_target @ Y_target
+    E = M - X @ Y
+    scale = float(
+        lowrank.norm(X_target) * lowrank.norm(Y_target) + lowrank.norm(X) * lowrank.norm(Y)
+    )
+    outside = M - X @ (torch.linalg.pinv(X) @ M)
+    first = _range(Y @ _kernel(M, scale), float(lowrank.norm(Y)))
+    all_of_e = torch.linalg.pinv(X) @ E @ _kernel(outside, scale)
+    other = all_of_e - first @ (first.mT @ all_of_e)
+    e = torch.cat([first, _range(other, scale * float(lowrank.norm(torch.linalg.pinv(X))))], 1)
+    # No more than the difference leaves.
+    e = e[:, : ranks[0]]
+    generator = randomness.generator(seed, "completions")
+    best, least = (torch.zeros_like(Y), torch.zeros_like(X)), torch.inf
+    trials = [X @ e]
+    for _ in range(8):
+        normal = randomness.normal(generator, len(X), e.shape[1], device=Y.device)
+        trials.append(normal.to(Y.dtype))
+    noise = 16 * len(X) * torch.finfo(Y.dtype).eps
+    for w in trials:
+        w = w @ torch.linalg.pinv((X @ e).mT @ w)
+        of_Y = e @ (w.mT @ E)
+        size = lowrank.norm(Y) + lowrank.norm(e @ w.mT) * lowrank.norm(E)
+        of_X = (E - X @ of_Y) @ torch.linalg.pinv(Y + of_Y, atol=noise * size, rtol=0)
+        of_X = lowrank.truncated_svd(of_X, min(ranks[1], *X.shape)).matrix()
+        left = float(lowrank.norm((X + of_X) @ (Y + of_Y) - M))
+        if left < least:
+            best, least = (of_Y, of_X), left
+    return best
+
+
+def _kernel(matrix: Tensor, scale: float) -> Tensor:
+    """Orthonormal columns that a matrix, of numbers of this scale, maps to 0."""
+    rank = int(lowrank.rank(matrix, scale=scale))
+    return torch.linalg.svd(matrix).Vh[rank:].mT
+
+
+def _range(matrix: Tensor, scale: float) -> Tensor:
+    """Orthonormal columns that span what a matrix, of numbers of this scale, maps to."""
+    return lowrank.svd(matrix).U[:, : int(lowrank.rank(matrix, scale=scale))]
 
 
 def _none(weight: Tensor) -> LowRank:

@@ -128,7 +128,7 @@ def aligned(
             )
         ours, theirs = a @ x, b @ x
         # Sorted, positive meets positive, and large meets large.
-        order = torch.empty(len(ours), dtype=torch.long)
+        order = torch.empty_like(ours, dtype=torch.long)
         order[ours.argsort()] = theirs.argsort()
         scale = ours / theirs[order]
         if not (scale.isfinite() & (scale > 0)).all():
@@ -188,7 +188,7 @@ def enlarged(
         parts[name].zero_()
     for k, place in enumerate(chosen):
         l = place - 1
-        idle = torch.ones(wanted["hidden"], dtype=torch.bool)
+        idle = torch.ones(wanted["hidden"], dtype=torch.bool, device=target.device)
         for name in ("W_V", "W_O"):
             parts[name][l].zero_()
         for name in ("b_O", "b_2", "g_1", "s_1", "g_2", "s_2"):
@@ -252,8 +252,7 @@ def _units(network: ResidualTransformer, l: int, width: int | None = None) -> li
 
 
 def _matching(ours: list[Tensor], theirs: list[Tensor], *, scaled: bool) -> _Match:
-    ours, theirs = ([part.cpu() for part in side] for side in (ours, theirs))
-    scale = torch.ones(len(ours[0]), len(theirs[0]), dtype=ours[0].dtype)
+    scale = ours[0].new_ones(len(ours[0]), len(theirs[0]))
     if scaled:
         quotients = [
             torch.linalg.vector_norm(w_1, dim=-1) / torch.linalg.vector_norm(w_2, dim=-1)
@@ -266,7 +265,8 @@ def _matching(ours: list[Tensor], theirs: list[Tensor], *, scaled: bool) -> _Mat
         (o[:, None] - f[..., None] * t).square().sum(-1)
         for o, t, f in zip(ours, theirs, factors, strict=True)
     )
-    rows, columns = map(torch.as_tensor, linear_sum_assignment(cost))
+    pairs = linear_sum_assignment(torch.as_tensor(cost, device="cpu"))
+    rows, columns = (torch.as_tensor(side, device=scale.device) for side in pairs)
     return _Match(rows, columns, scale[rows, columns])
 
 
@@ -280,7 +280,7 @@ def _balanced(
     """
     u, v = (randomness.normal(generator, a.shape[1], dtype=a.dtype).to(a) for _ in range(2))
     rows = torch.cat([a, b])
-    side = torch.cat([torch.ones(len(a)), -torch.ones(len(b))]).to(a)
+    side = torch.cat([a.new_ones(len(a)), -b.new_ones(len(b))])
     # Each row changes sign once, at the angle where cos·(row u) + sin·(row v) = 0.
     along, across = rows @ u, rows @ v
     angle = torch.atan2(-along, across) % torch.pi
