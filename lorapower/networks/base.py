@@ -93,6 +93,8 @@ class Network(ABC):
 
     def __iter__(self) -> Iterator[Self]:
         """The members along the first batch dimension, in turn."""
+        if not self.batch_shape:
+            raise TypeError("a single network has no members")
         return (self[i] for i in range(self.batch_shape[0]))
 
     def __repr__(self) -> str:
