@@ -3,7 +3,8 @@
 Fixed inputs ``X`` (``n`` columns of rank ``q``), outputs ``Y = W̄ X + Ξ`` with independent normal
 noise of standard deviation ``σ``, and a frozen linear network of product ``P = W̄ − E``. By least
 squares over adapters of total rank ``r`` its product becomes ``P + K̂_r``. The risk is ``‖(K̂_r −
-E) X‖²_F / n``; ``f_d`` are the singular values of ``E Σ̂^{1/2}``, those of ``E X / n^{1/2}``.
+E) X‖²_F / n``, and ``f_d`` are the singular values of ``E X / n^{1/2}``. A spectrum is given as its
+``k = min(D_out, q)`` singular values; risks are returned for each rank from 0 to ``k``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from scipy.optimize import brentq
+from scipy.special import rel_entr
 from torch import Tensor
 
 from .. import _checks, lowrank
@@ -51,16 +53,21 @@ class Design:
         _checks.integer("span", self.span, 1, self.samples, limit="the samples")
         _checks.tolerance("noise", self.noise)
 
+    @property
+    def variance(self) -> float:
+        """``σ²/n``."""
+        return self.noise**2 / self.samples
+
 
 def divergence(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """Degrees of freedom of least squares of each rank from 0 to ``k = min(D_out, q)``.
+    """Degrees of freedom of least squares of each rank.
 
     ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² − f_j²)``, the divergence of the best
-    approximation of rank ``r`` at a matrix of these singular values; infinite where ``f_r =
+    approximation of rank ``r`` at a matrix of these singular values. It is infinite where ``f_r =
     f_{r+1}``. Raises `InputError` for another number of values. Source: [thm-risk].
     """
-    f, r = _values(spectrum, design), torch.arange(len(spectrum) + 1)
-    squares = f.square()
+    f = _values(spectrum, design)
+    squares, r = f.square(), torch.arange(len(f) + 1)
     gap = squares[:, None] - squares[None, :]
     # The approximation jumps where two values are equal, be they 0.
     equal = 8 * len(f) * torch.finfo(f.dtype).eps * squares.max()
@@ -70,36 +77,36 @@ def divergence(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, "
 
 
 def expected_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """``τ_r² + (σ²/n) div_r``: the mean risk of each rank, up to terms in ``σ⁴``.
+    """``τ_r² + (σ²/n) div_r``, with ``τ_r² = Σ_{d>r} f_d²``: the mean risk for small noise.
 
-    ``τ_r² = Σ_{d>r} f_d²``. Source: [thm-risk].
+    What is left out is of the order of ``σ⁴``. It is small where ``f_r² ≫ (D_out + q) σ²/n`` and
+    the later values are well below ``f_r``; at the edge of the noise it is not. Source: [thm-risk].
     """
-    variance = _variance(design)
-    freedom = divergence(spectrum, design)
-    return _missed(spectrum) + (variance * freedom if variance else 0)
+    return _missed(spectrum) + _freedom(spectrum, design)
 
 
 def simple_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
     """``τ_r² + σ² r (D_out + q − r)/n``: `expected_risk` with ``div_r`` at its lower bound.
 
-    That is the number of parameters of a matrix of rank ``r``; ``div_r`` is near it where singular
-    values are well apart. Source: [thm-risk].
+    The lower bound is the number of parameters of a matrix of rank ``r``. The rule that follows
+    from it (a direction pays where ``f_r² > (D_out + q − 2r + 1) σ²/n``) needs what `expected_risk`
+    needs. Near its own limit it fails: the rank that it takes there can have well above the least
+    risk. Source: [thm-risk].
     """
     f = _values(spectrum, design)
     r = torch.arange(len(f) + 1, dtype=f.dtype)
-    return _missed(f) + _variance(design) * r * (design.outputs + design.span - r)
+    return _missed(f) + design.variance * r * (design.outputs + design.span - r)
 
 
 def sure(observed: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
     """An unbiased estimate of the risk of each rank from what was observed (Stein).
 
-    ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)``, ``y`` the singular values of
-    ``(Y − P X) Π_X / n^{1/2}``, ``Π_X`` the projection on the rows of ``X``. Source: [thm-risk].
+    ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)``, where ``y`` are the singular values of
+    ``(Y − P X) Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``. Unbiased is each rank's
+    own estimate; the least of them is below the least risk on average. Source: [thm-risk].
     """
-    variance = _variance(design)
-    freedom = divergence(observed, design)
-    noise = design.outputs * design.span * variance
-    return _missed(observed) - noise + (2 * variance * freedom if variance else 0)
+    noise = design.outputs * design.span * design.variance
+    return _missed(observed) - noise + 2 * _freedom(observed, design)
 
 
 def oracle_bound(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
@@ -110,11 +117,11 @@ def oracle_bound(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor,
     f = _values(spectrum, design)
     r = torch.arange(len(f) + 1, dtype=f.dtype)
     size = (math.sqrt(design.outputs) + math.sqrt(design.span)) ** 2 + 1
-    return 2 * _missed(f) + 16 * r * _variance(design) * size
+    return 2 * _missed(f) + 16 * r * design.variance * size
 
 
 class PaidRank(NamedTuple):
-    """The total rank that samples pay for.
+    """The total rank that samples pay for, by an estimate.
 
     Attributes
     ----------
@@ -143,36 +150,39 @@ def paid_rank(
 ) -> PaidRank:
     """From data alone: the total rank of adapters with the least estimated risk, by `sure`.
 
-    Of ranks whose estimates differ by rounding alone it is the least.
-
-    Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
-    inputs that are all 0, and where the noise is to be estimated from no more samples than the
-    inputs span.
-
-    Source: [thm-risk].
+    An estimated risk scatters about the risk, and the rank of the least one need not have the least
+    risk: no statement bounds the difference. Of ranks whose estimates differ by rounding alone the
+    least is taken. Source: [thm-risk].
 
     Parameters
     ----------
     frozen : LinearNetwork
-        A linear network, of square non-singular layers for what is said of its adapters to hold;
-        its product is ``P``.
+        One network, of product ``P``; of square non-singular layers for what is said of its
+        adapters to hold.
     inputs, outputs : Tensor
-        ``X`` and ``Y``. Their rank is taken in the coarser of the types of inputs and network.
+        ``X``, ``[in, n]``, and ``Y``, ``[out, n]``. The rank of ``X`` is taken in the coarser of
+        the types of inputs and network.
     noise : float, optional
         ``σ``; by default estimated from what no linear map explains, ``σ̂² = ‖(Y − P X)(I −
         Π_X)‖²_F / (D_out (n − q))``.
+
+    Raises
+    ------
+    InputError
+        Data that do not fit; layers narrower than inputs and outputs; inputs that are all 0; noise
+        to be estimated from no more samples than the inputs span.
     """
     _checks.kind(LinearNetwork, frozen=frozen)
     if frozen.batch_shape:
         raise InputError("frozen", allowed="a single network", given=frozen)
-    x = frozen.as_inputs(inputs, "inputs").double()
-    y = _checks.real_tensor("outputs", outputs, min_dims=2).to(x)
-    wanted = (frozen.widths[-1], x.shape[-1])
-    if x.ndim != 2 or tuple(y.shape) != wanted:
-        raise InputError("outputs", allowed=f"of shape {wanted}", given=tuple(y.shape))
     if min(frozen.widths) < min(frozen.widths[0], frozen.widths[-1]):
         allowed = "a network with no layer narrower than inputs and outputs"
         raise InputError("frozen", allowed=allowed, given=frozen)
+    x = frozen.as_inputs(inputs, "inputs").double()
+    y = _checks.real_tensor("outputs", outputs, min_dims=2).to(x)
+    shape = (frozen.widths[-1], x.shape[-1])
+    if x.ndim != 2 or tuple(y.shape) != shape:
+        raise InputError("outputs", allowed=f"of shape {shape}", given=tuple(y.shape))
     coarse = min((torch.as_tensor(inputs).dtype, frozen.dtype), key=lambda t: torch.finfo(t).bits)
     samples, span = x.shape[1], int(lowrank.rank(x.to(coarse)))
     if not span:
@@ -189,44 +199,51 @@ def paid_rank(
             )
         rest = (missing - explained @ rows.mT).square().sum()
         noise = math.sqrt(float(rest) / (len(y) * (samples - span)))
-    made = Design(samples, len(y), span, noise)
+    design = Design(samples, len(y), span, noise)
     observed = lowrank.spectrum(explained) / math.sqrt(samples)
-    risks = sure(observed, made)
+    risks = sure(observed, design)
     rounding = 8 * len(risks) * torch.finfo(risks.dtype).eps * observed.square().sum()
-    least = risks.nan_to_num(torch.inf, torch.inf)
-    paid = int((least <= least.min() + rounding).int().argmax())
-    return PaidRank(paid, risks, observed, made)
+    finite = risks.nan_to_num(torch.inf, torch.inf)
+    rank = int((finite <= finite.min() + rounding).int().argmax())
+    return PaidRank(rank, risks, observed, design)
 
 
 def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
     """``err ≤ êrr + ((|h| ln 2 + ln 1/δ) / 2n)^{1/2}`` for a network written in ``|h|`` bits.
 
-    Holds with probability ``1 − δ`` over ``n`` samples for all networks of a code at once that was
-    fixed before these samples were seen; ``êrr`` is the share of errors on them.
+    It holds with probability ``1 − δ`` over ``n`` samples, for all networks at once of a code that
+    was fixed before these samples were seen. Source: [thm-occam].
 
-    Raises `InputError` for a share outside [0, 1], negative bits, no samples and ``δ`` outside
-    (0, 1). Source: [thm-occam].
+    Parameters
+    ----------
+    error : float
+        ``êrr``, the share of errors on the samples.
+    bits : float
+        ``|h|``, the length of the network's code.
+    samples : int
+        ``n``.
+    delta : float
+        ``δ``, between 0 and 1.
     """
-    return _checked_share(error) + math.sqrt(_cost(bits, samples, delta) / 2)
+    error, cost = _check_code(error, bits, samples, delta)
+    return error + math.sqrt(cost / 2)
 
 
 def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
     """The largest ``err`` with ``kl(êrr ‖ err) ≤ (|h| ln 2 + ln 1/δ)/n``: at most `occam_bound`.
 
-    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``. Arguments, what it says and what it
-    raises are those of `occam_bound`: the share of errors on so many samples, the number of bits of
-    the network's code, ``δ``.
+    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``. It takes the parameters of
+    `occam_bound` and holds as that does. Source: [thm-occam].
     """
-    share, cost = _checked_share(error), _cost(bits, samples, delta)
+    error, cost = _check_code(error, bits, samples, delta)
 
-    def beyond(b: float) -> float:
-        terms = [a * math.log(a / b) if a else 0.0 for a, b in ((share, b), (1 - share, 1 - b))]
-        return sum(terms) - cost
+    def excess(b: float) -> float:
+        return float(rel_entr(error, b) + rel_entr(1 - error, 1 - b)) - cost
 
     top = 1 - 1e-15
-    if share >= top or beyond(top) <= 0:
+    if error >= top or excess(top) <= 0:
         return 1.0
-    return float(brentq(beyond, max(share, 1e-300), top, xtol=1e-12))
+    return float(brentq(excess, max(error, 1e-300), top, xtol=1e-12))
 
 
 def _values(spectrum: Tensor, design: Design) -> Tensor:
@@ -247,21 +264,18 @@ def _missed(spectrum: Tensor) -> Tensor:
     return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
 
 
-def _variance(design: Design) -> float:
-    return design.noise**2 / design.samples
+def _freedom(spectrum: Tensor, design: Design) -> Tensor | float:
+    """``(σ²/n) div_r``, 0 without noise even where ``div_r`` is infinite."""
+    freedom = divergence(spectrum, design)
+    return design.variance * freedom if design.variance else 0.0
 
 
-def _checked_share(error: float) -> float:
-    share = _checks.tolerance("error", error)
-    if share > 1:
+def _check_code(error: float, bits: float, samples: int, delta: float) -> tuple[float, float]:
+    """The share of errors, and ``(|h| ln 2 + ln 1/δ)/n``."""
+    error, delta = _checks.tolerance("error", error), _checks.positive("delta", delta)
+    if error > 1:
         raise InputError("error", allowed="a share from 0 to 1", given=error)
-    return share
-
-
-def _cost(bits: float, samples: int, delta: float) -> float:
-    """``(|h| ln 2 + ln 1/δ)/n``."""
-    bits, samples = _checks.tolerance("bits", bits), _checks.integer("samples", samples, 1)
-    delta = _checks.positive("delta", delta)
     if delta >= 1:
         raise InputError("delta", allowed="between 0 and 1", given=delta)
-    return (bits * math.log(2) - math.log(delta)) / samples
+    bits, samples = _checks.tolerance("bits", bits), _checks.integer("samples", samples, 1)
+    return error, (bits * math.log(2) - math.log(delta)) / samples
