@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from importlib import import_module
-from typing import Any
 
-import pytest
 from conftest import ROOT
 
 import api
@@ -57,27 +54,3 @@ def test_members_come_from_bases_without_an_entry() -> None:
     assert {"__call__", "random", "depth"} <= {*found}
     # The first is said at the base, which has an entry; the second has no docstring of its own.
     assert not {"map", "with_parameters"} & {*found}
-
-
-def entries() -> list[Any]:
-    found = []
-    for module in map(import_module, SHOWN):
-        found.append(pytest.param("module", module.__name__, module, id=module.__name__))
-        for name, value in api.public(module).items():
-            place = f"{module.__name__}.{name}"
-            if inspect.isclass(value):
-                for member in api.members(value, module):
-                    path = f"{place}.{member}"
-                    found.append(pytest.param("", path, getattr(value, member), id=path))
-            if inspect.isclass(value) or inspect.isfunction(value):
-                found.append(pytest.param("", place, value, id=place))
-    return found
-
-
-@pytest.mark.parametrize(("what", "name", "value"), entries())
-def test_names_in_docstrings_lead_somewhere(what: str, name: str, value: Any) -> None:
-    lines = (inspect.getdoc(value) or "").split("\n")
-    app: Any = None
-    api.process_docstring(app, what, name, value, None, lines)
-    text = re.sub(r"``.+?``(?!`)|:[\w:]+:`.+?`", "", "\n".join(lines), flags=re.DOTALL)
-    assert "`" not in text

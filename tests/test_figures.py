@@ -10,24 +10,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lorapower import InputError
+from lorapower import book
 from lorapower.book import figures
-from lorapower.book.figures.rounding import strip
-from lorapower.book.figures.style import ROLES
+from lorapower.book.figures import style
+from lorapower.book.figures.style import ROLES, looks, squeeze_rounding
 
 mpl.use("agg")
 
 
 @pytest.fixture(autouse=True)
-def style() -> Iterator[None]:
+def _style() -> Iterator[None]:
     with mpl.rc_context():
-        figures.use_style()
+        style.use_style()
         yield
     plt.close("all")
 
@@ -51,15 +52,9 @@ def twelve(values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.spectrum(twelve([2, 1])),
         lambda: figures.error_against_rank(twelve([0, 1]), {}, twelve([2, 1]), ylabel="e"),
         lambda: figures.curves([1, 2], twelve([[1], [2]]), xlabel="x", ylabel="y"),
-        lambda: figures.curves(
-            [1, 2], {"a": [[1], [2]]}, guides=twelve([1, 2]), xlabel="x", ylabel="y"
-        ),
-        lambda: figures.error_against_budget(
-            twelve(([1, 2], [1, 2])), floor=1, floor_label="f", xlabel="x", ylabel="y"
-        ),
+        lambda: figures.curves([1, 2], {"a": [1, 2]}, guides=twelve([1, 2]), xlabel="", ylabel=""),
         lambda: figures.medians(
             {"a": twelve(pd.DataFrame({"x": [1, 2], "y": [1, 2]}))}, "x", "y", xlabel="", ylabel=""
         ),
@@ -77,38 +72,9 @@ def test_every_line_given_is_drawn_and_named(draw: Callable[[], Figure]) -> None
     assert set(MANY) <= set(legend(drawn))
 
 
-@pytest.mark.parametrize("errors", [{}, {"a": []}])
-def test_error_against_rank_of_nothing_is_refused(errors: dict[str, list[float]]) -> None:
-    with pytest.raises(InputError, match="measured must be errors at one rank or more; got none"):
-        figures.error_against_rank(errors, {}, errors, ylabel="e")
-
-
-@pytest.mark.parametrize(
-    ("ranks", "measured", "said"),
-    [
-        ([0, 1], {"a": [2, 1]}, "ranks must be a mapping from labels to values; got list"),
-        ({"a": [0, 1]}, [2, 1], "measured must be a mapping from labels to values; got list"),
-        ({}, {"a": [2, 1]}, r"ranks of a must be as many .* of shape \(2,\); got none"),
-        ({"a": [0]}, {"a": [2, 1]}, r"ranks of a must be .* \(2,\); got shape \(1,\)"),
-    ],
-)
-def test_error_against_rank_says_what_does_not_fit(ranks: Any, measured: Any, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        figures.error_against_rank(ranks, {}, measured, ylabel="e")
-
-
 def test_error_against_rank_draws_a_single_rank() -> None:
     (ax,) = figures.error_against_rank({"a": [1]}, {"a": [0]}, {"a": [2]}, ylabel="e").axes
     assert lines(ax)[1].tolist() == [2]
-
-
-def test_spectrum_shows_medians_from_index_one() -> None:
-    values = np.array([[3.0, 1.0], [5.0, 2.0], [4.0, 0.0]])
-    figure = figures.spectrum({"a": values, "b": values[0]})
-    (ax,) = figure.axes
-    np.testing.assert_array_equal(lines(ax), [[4, 1], [3, 1]])
-    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1, 2])
-    assert legend(figure) == ["a", "b"]
 
 
 @pytest.mark.parametrize("yscale", ["linear", "log"])
@@ -132,9 +98,18 @@ def test_error_against_rank_predicts_nothing_below_rounding(yscale: str) -> None
     assert [text.get_text() for text in ax.texts] == ["rounding"]
 
 
-def test_medians_of_few_samples_are_means_of_the_two_in_the_middle() -> None:
-    drawn = figures.error_against_rank({"a": [0]}, {}, {"a": [[1, 2, 4, 100]]}, ylabel="e")
-    assert lines(drawn.axes[0])[0].tolist() == [3]
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8))
+def test_medians_in_text_and_figures_are_one(values: list[float]) -> None:
+    ordered = sorted(values)
+    middle = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+    assert (
+        book.median(values)
+        == book.median(torch.tensor([values], dtype=torch.float64), 1)[0]
+        == middle
+    )
+    drawn = figures.error_against_rank({"a": [0]}, {}, {"a": [values]}, rounding=0, ylabel="e")
+    assert lines(drawn.axes[0])[0].tolist() == [middle]
+    plt.close("all")
 
 
 @settings(max_examples=25)
@@ -149,7 +124,7 @@ def test_rounding_takes_one_strip_at_the_foot(
     ax = Figure().add_subplot()
     ax.plot(above + below)
     ax.set_yscale(yscale)
-    strip(ax, 1e-9)
+    squeeze_rounding(ax, 1e-9)
 
     def place(y: list[float]) -> np.ndarray:
         points = ax.transData.transform(np.column_stack([np.zeros(len(y)), y]))
@@ -172,7 +147,7 @@ def test_rounding_takes_one_strip_at_the_foot(
 def test_without_both_sides_there_is_no_strip(heights: list[float]) -> None:
     _, ax = plt.subplots()
     ax.plot(heights)
-    strip(ax, 1e-9)
+    squeeze_rounding(ax, 1e-9)
     assert ax.get_yscale() == "linear"
     assert not ax.texts
 
@@ -180,67 +155,69 @@ def test_without_both_sides_there_is_no_strip(heights: list[float]) -> None:
 def test_missing_values_are_not_drawn_in_the_strip() -> None:
     _, ax = plt.subplots()
     ax.plot([1, np.nan, 1e-20])
-    strip(ax, 1e-9)
+    squeeze_rounding(ax, 1e-9)
     assert np.isnan(ax.transScale.transform([(0, np.nan)])[0, 1])
 
 
-@pytest.mark.parametrize("scale", ["log", "linear"])
-def test_curves_show_medians_and_guides(scale: str) -> None:
-    samples = {"a": [[1, 2, 9], [3, 4, 5]]}
+@pytest.mark.parametrize(("xscale", "yscale"), [("log", "linear"), ("linear", "log")])
+def test_curves_show_medians_ranges_and_guides(xscale: str, yscale: str) -> None:
     figure = figures.curves(
         [1, 2],
-        samples,
+        {"a": [[1, 2, 9], [3, 4, 5]]},
         guides={"g": [7, 8]},
         marks={"m": 1.5},
         xlabel="x",
         ylabel="y",
-        xscale=scale,
+        xscale=xscale,
+        yscale=yscale,
     )
     (ax,) = figure.axes
     np.testing.assert_array_equal(lines(ax)[:2], [[2, 4], [7, 8]])
     np.testing.assert_array_equal(ax.lines[2].get_xdata(), [1.5, 1.5])
+    (band,) = (np.asarray(path.vertices) for path in ax.collections[0].get_paths())
+    assert {(1, 1), (1, 9), (2, 3), (2, 5)} == {*map(tuple, band.tolist())}
     assert legend(figure) == ["a", "g", "m"]
-    assert ax.get_xscale() == scale
+    assert (ax.get_xscale(), ax.get_yscale()) == (xscale, yscale)
 
 
 METHODS = ("construction", "fitted", "trained", "final layers", "all weights")
 
 
 def test_a_role_looks_the_same_in_all_company() -> None:
-    alone = {name: figures.looks([name])[name] for name in METHODS}
-    together = figures.looks(["something else", *reversed(METHODS), "bound from norms"])
+    alone = {name: looks([name])[name] for name in METHODS}
+    together = looks(["something else", *reversed(METHODS), "bound from norms"])
     assert {name: together[name] for name in METHODS} == alone
     assert len({look.color for look in alone.values()}) == len(METHODS)
     assert len({look.marker for look in alone.values()}) == len(METHODS)
-    assert figures.looks(["final layer"])["final layer"] == alone["final layers"]
+    assert looks(["final layer"])["final layer"] == alone["final layers"]
 
 
 def test_what_else_a_label_says_is_the_kind_of_line_in_every_role() -> None:
     labels = [f"{name}, {start}" for start in ("pretrained", "random") for name in METHODS]
-    found = figures.looks(labels)
+    found = looks(labels)
     for name in METHODS:
         random, pretrained = (found[f"{name}, {start}"] for start in ("random", "pretrained"))
-        assert random.color == pretrained.color == figures.looks([name])[name].color
+        assert random.color == pretrained.color == looks([name])[name].color
         assert (random.line, pretrained.line) == ("-", "--")
         assert random.fill != pretrained.fill
 
 
 def test_a_plain_line_of_a_role_differs_from_the_others() -> None:
-    found = figures.looks(["trained, enlarged", "trained", "trained adapters"])
+    found = looks(["trained, enlarged", "trained", "trained adapters"])
     assert found["trained"] == found["trained adapters"]
     assert found["trained"].line == "-" != found["trained, enlarged"].line
 
 
 def test_depths_and_blocks_have_one_colour() -> None:
-    found = figures.looks(["depth 3", "3 blocks", "bound, 3 blocks", "measured, 3 blocks"])
+    found = looks(["depth 3", "3 blocks", "bound, 3 blocks", "measured, 3 blocks"])
     assert len({look.color for look in found.values()}) == 1
     assert found["bound, 3 blocks"].marker == found["measured, 3 blocks"].line == ""
-    many = figures.looks([f"depth {L}" for L in range(1, 15)])
+    many = looks([f"depth {L}" for L in range(1, 15)])
     assert len({look.color for look in many.values()}) == 14
 
 
 def test_roles_of_one_figure_take_no_colour_that_means_something() -> None:
-    own = figures.looks([f"line {i}" for i in range(8)]).values()
+    own = looks([f"line {i}" for i in range(8)]).values()
     fixed = {str(color).lower() for color, _ in ROLES.values()}
     assert not fixed & {str(look.color).lower() for look in own}
     assert len({(look.color, look.marker) for look in own}) == 8
@@ -305,9 +282,14 @@ def test_plane_joins_the_pairs() -> None:
     assert shades.max() == -shades.min() > 4, "all of the pairs are in the picture"
 
 
-def test_error_against_budget_shows_curves_and_floor() -> None:
-    figure = figures.error_against_budget(
-        {"a": ([1, 10], [2, 0])}, floor=0.5, floor_label="f", xlabel="x", ylabel="y"
+def test_points_are_joined_at_medians_above_zero() -> None:
+    figure = figures.scatter(
+        {"a": ([1, 10], [[1, 3], [0, 0]])},
+        levels={"f": 0.5},
+        joined=True,
+        xlabel="x",
+        ylabel="y",
+        yscale="linear",
     )
     (ax,) = figure.axes
     np.testing.assert_array_equal(lines(ax), [[2, 0], [0.5, 0.5]])
@@ -412,28 +394,18 @@ def test_counts_are_written_on_their_shades() -> None:
     assert [text.get_text() for text in ax.get_xticklabels()] == ["query", "key"]
 
 
-def test_frames_that_do_not_fit_are_refused() -> None:
-    figure = plt.figure()
-    with pytest.raises(InputError, match="pictures must be"):
-        figures.Frames("error", {}, {}, "1")
-    with pytest.raises(InputError, match="sentences must be of"):
-        figures.Frames("error", {"1": figure}, {"2": "two"}, "1")
-    with pytest.raises(InputError, match="start must be among"):
-        figures.Frames("error", {"1": figure}, {"1": "one"}, "2")
-
-
-def test_lines_have_no_markers() -> None:
-    (ax,) = figures.lines(
-        [0, 1, 2],
+def test_functions_have_no_markers_and_may_be_negative() -> None:
+    (ax,) = figures.curves(
+        [0, 0.1, 0.2],
         {"frozen": [1, 2, 3], "other": [3, 2, -1]},
-        marks={"here": 1.0},
         xlabel="x",
         ylabel="y",
+        yscale="linear",
+        markers=False,
     ).axes
-    frozen, other, mark = ax.get_lines()
-    assert frozen.get_marker() in ("", "None")
-    assert np.asarray(other.get_ydata()).tolist() == [3, 2, -1]
-    assert np.asarray(mark.get_xdata()).tolist() == [1, 1]
+    assert {line.get_marker() for line in ax.lines} <= {"", "None"}
+    assert ax.get_ylim()[0] < -1
+    assert len(ax.get_xticks()) > 3
 
 
 def test_a_sphere_is_seen_from_two_sides() -> None:

@@ -24,8 +24,8 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from lorapower import InputError, book
+from lorapower.book.chapter import RESULTS
 from lorapower.book.claims import read
-from lorapower.book.parameters import RESULTS
 
 LONGEST_CELL = 25
 WORDS_PER_LINE = 15

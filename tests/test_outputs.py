@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batch_shapes, seeds
 
-from lorapower import randomness
-from lorapower.book import outputs
+from lorapower import book, randomness
 from lorapower.networks import FNN
 
 
@@ -36,8 +35,8 @@ def test_dead_outputs_are_those_whose_weights_have_no_gradient(
     # A target that no output meets, so that every output that is alive has a gradient.
     (found - found.detach() - 1).square().sum().backward()
     assert bias.grad is not None
-    assert torch.equal(outputs.dead(network(x)), bias.grad == 0)
-    assert outputs.dead(network(x)).shape == (*batch, width)
+    assert torch.equal(book.dead(network(x)), bias.grad == 0)
+    assert book.dead(network(x)).shape == (*batch, width)
 
 
 @given(batch_shapes, st.integers(1, 6), seeds)
@@ -46,8 +45,8 @@ def test_their_error_is_the_size_of_the_target_there(
 ) -> None:
     network, target, x = drawn(batch, width, seed)
     found, wanted = network(x), target(x)
-    off = outputs.dead(found)
-    part, rest = (outputs.share(found - wanted, chosen) for chosen in (off, ~off))
+    off = book.dead(found)
+    part, rest = (book.share(found - wanted, chosen) for chosen in (off, ~off))
     whole = (found - wanted).square().sum((-2, -1))
     there = (wanted.square().sum(-1) * off).sum(-1)
     some = whole > 0
@@ -56,4 +55,4 @@ def test_their_error_is_the_size_of_the_target_there(
 
 
 def test_a_share_of_no_error_is_no_number() -> None:
-    assert outputs.share(torch.zeros(2, 3), torch.tensor([True, False])).isnan()
+    assert book.share(torch.zeros(2, 3), torch.tensor([True, False])).isnan()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lorapower import InputError, book
-from lorapower.book.parameters import RESULTS
+from lorapower.book.chapter import RESULTS
 from lorapower.experiments.encoders import sources
 
 
@@ -25,9 +25,9 @@ class All(book.Parameters):
     depth: book.Depth
     seeds: book.Seeds
     ranks: book.Ranks
-    few: book.wholes(1, 9)  # type: ignore[valid-type]
+    few: list[book.whole(1, 9)]  # type: ignore[valid-type]
     source: book.Source
-    tasks: book.Tasks
+    tasks: list[str]
     model: book.Model
     results: book.results("05-gradient")  # type: ignore[valid-type]
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import nbformat
 from sphinx_external_toc.parsing import parse_toc_yaml
 
+from lorapower.book.chapter import read_quotes
+
 ROOT = Path(__file__).resolve().parent.parent
 # That extension touches every living object, at which torch's deprecated ones protest.
 _QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning:sphinx_external_toc.collectors"}
@@ -59,12 +61,9 @@ def _write_glued_figures(executed: Path, folder: Path) -> None:
 
     MyST-NB can glue a figure from another page, but without caption and alternative text.
     """
-    for cell in nbformat.read(executed, as_version=4).cells:
-        for output in cell.get("outputs", ()):
-            name = output.get("metadata", {}).get("scrapbook", {}).get("name")
-            svg = output.get("data", {}).get("application/papermill.record/image/svg+xml")
-            if name and svg:
-                (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    for name, forms in read_quotes(nbformat.read(executed, as_version=4)).items():
+        if svg := forms.get("image/svg+xml"):
+            (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
 def missing_pages(toc: Path, html: Path) -> list[str]:

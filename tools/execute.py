@@ -29,8 +29,8 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from lorapower.book.chapter import Quoted, read_quotes
 from lorapower.book.claims import read
-from lorapower.book.notebook import Quoted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,13 +75,8 @@ def run(
 def answer(notebook: NotebookNode) -> None:
     """Put what the text asks of the run beside it, in place: JupyterLab needs no kernel then."""
     quoted = Quoted()
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if about := output.get("metadata", {}).get("scrapbook"):
-                forms = {
-                    kind.removeprefix(about.mime_prefix): text for kind, text in output.data.items()
-                }
-                quoted[about.name] = forms.get("text/markdown", forms["text/plain"])
+    for name, forms in read_quotes(notebook).items():
+        quoted[name] = forms.get("text/markdown", forms["text/plain"])
     show = DisplayFormatter().format
     for cell in notebook.cells:
         if keys := _ASKED.findall(cell.source) if cell.cell_type == "markdown" else ():

@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _checks
 from ..errors import InputError, brief
-from . import _given
 
 MIME = "application/vnd.lorapower.claim+json"
 
@@ -30,13 +29,12 @@ class Claim:
     statement : str
         What is claimed, to be understood by itself.
     label : str
-        Of the theorem, proposition or observation of the book that it belongs to.
+        Of the book's theorem, proposition or observation that it belongs to.
     predicted : str
         What decides: what the mathematics says, or an observation requires.
     measured : str
         What the run gave.
     holds : bool
-        Whether the one meets the other.
     """
 
     statement: str
@@ -96,7 +94,7 @@ def equal(
         shown = f"off by {number(deviation, 2)}"
     else:
         allowed, shown = _range(expected), _range(found)
-    return Claim(_resting(statement, seeds), label, allowed, shown, bool(holds.all()))
+    return Claim(_count_seeds(statement, seeds), label, allowed, shown, bool(holds.all()))
 
 
 def at_most(
@@ -111,7 +109,7 @@ def at_most(
 
     With ``seeds`` the statement says how many of them it rests on.
     """
-    return _bounded("≤", np.less_equal, statement, label, measured, bound, seeds)
+    return _compare("≤", np.less_equal, _count_seeds(statement, seeds), label, measured, bound)
 
 
 def at_least(
@@ -126,16 +124,12 @@ def at_least(
 
     With ``seeds`` the statement says how many of them it rests on.
     """
-    return _bounded("≥", np.greater_equal, statement, label, measured, bound, seeds)
+    return _compare("≥", np.greater_equal, _count_seeds(statement, seeds), label, measured, bound)
 
 
-def number(value: Any, digits: int) -> str:
+def number(value: float, digits: int) -> str:
     """Markdown for a number of so many significant digits: powers of ten are typeset."""
-    digits = _checks.integer("digits", digits, 1, 17)
-    double = _numbers("value", value)
-    if double.ndim:
-        raise InputError("value", allowed="one number", given=brief(value))
-    mantissa, _, exponent = f"{double.item():.{digits}g}".partition("e")
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
     if not exponent:
         return mantissa
     factor = "" if mantissa == "1" else rf"{mantissa}\times"
@@ -144,11 +138,7 @@ def number(value: Any, digits: int) -> str:
 
 def read(path: str | Path) -> list[Claim]:
     """The claims that an executed notebook recorded, in its order."""
-    place = _checks.path("path", path)
-    try:
-        notebook = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError("path", allowed="of a notebook", given=f"{place} ({error})") from error
+    notebook = json.loads(Path(path).read_text(encoding="utf-8"))
     return [
         Claim(**output["data"][MIME])
         for cell in notebook["cells"]
@@ -157,25 +147,27 @@ def read(path: str | Path) -> list[Claim]:
     ]
 
 
-def _bounded(
+def _compare(
     sign: str,
     compare: np.ufunc,
     statement: str,
     label: str,
     measured: ArrayLike,
     bound: ArrayLike,
-    seeds: int | None,
 ) -> Claim:
     found, limit = _numbers("measured", measured), _numbers("bound", bound)
     _check_shapes(measured=found, bound=limit)
+    # Bounds that differ are told from an interval that all values may be in.
+    limits = _range(limit) + ("" if limit.min() == limit.max() else ", each its own")
     holds = bool(compare(found, limit).all())
-    return Claim(
-        _resting(statement, seeds), label, f"{sign} {_limits(limit)}", _range(found), holds
-    )
+    return Claim(statement, label, f"{sign} {limits}", _range(found), holds)
 
 
 def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    numbers = _given.numbers(name, values)
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise InputError(name, allowed="numbers", given=brief(values)) from error
     if not numbers.size:
         raise InputError(name, allowed="at least one number", given="none: nothing was checked")
     return numbers
@@ -192,12 +184,7 @@ def _range(numbers: NDArray[np.float64]) -> str:
     return low if low == high else f"{low} … {high}"
 
 
-def _limits(numbers: NDArray[np.float64]) -> str:
-    """Bounds that differ are told from an interval that all values may be in."""
-    return _range(numbers) + ("" if numbers.min() == numbers.max() else ", each its own")
-
-
-def _resting(statement: str, seeds: int | None) -> str:
+def _count_seeds(statement: str, seeds: int | None) -> str:
     if seeds is None:
         return statement
     count = _checks.integer("seeds", seeds, 1)

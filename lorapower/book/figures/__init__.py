@@ -1,7 +1,4 @@
-"""Figures: one function for each kind, all in one style.
-
-All raise `InputError` where what is to be drawn is no mapping, or an empty one.
-"""
+"""Figures: one function for each kind, all in one style."""
 
 import lazy_loader
 

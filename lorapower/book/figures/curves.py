@@ -1,11 +1,11 @@
 """Curves: what is measured, what is predicted, and what either depends on.
 
-Medians are numpy's: of an even number of samples, the mean of the two in the middle.
+Medians are those of `book.median`: of an even number of samples, the mean of the two in the middle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -19,11 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from ...errors import InputError
-from .._given import check_named, check_some, numbers
-from .._given import points as coordinates
-from .rounding import strip
-from .style import GREY, LINES, Look, looks
+from .style import GREY, LINES, Look, looks, squeeze_rounding
 
 _LEVEL: dict[str, Any] = {"color": GREY, "ls": "--", "lw": 1.5, "zorder": 0.5}
 _MARK: dict[str, Any] = {"color": GREY, "ls": ":", "lw": 1.5, "zorder": 0.5}
@@ -33,19 +29,41 @@ _ASIDE = 1.07
 _SHORT = 18
 
 
-def spectrum(singular_values: Mapping[str, ArrayLike]) -> Figure:
-    """Singular values ``σ_d`` against ``d``, one line for each entry: median and range.
+def curves(
+    x: Sequence[float],
+    samples: Mapping[str, ArrayLike],
+    *,
+    guides: Mapping[str, ArrayLike] | None = None,
+    marks: Mapping[str, float] | None = None,
+    rounding: float | None = None,
+    markers: bool = True,
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "linear",
+    yscale: str = "log",
+) -> Figure:
+    """Numbers against x, one line for each entry: the median of its samples, their range as a band.
 
-    Values are ``[samples, k]``; a single sample is a plain line.
+    Parameters
+    ----------
+    samples : mapping
+        Arrays ``[len(x)]`` or ``[len(x), samples]``.
+    guides, marks : mapping, optional
+        Grey curves ``[len(x)]`` and places of dotted vertical lines, all named in the legend.
+    rounding : float, optional
+        What is below is in a strip of its own.
+    markers : bool
+        Whether the values at x are marked; if not, lines are of functions.
     """
-    check_some(singular_values=singular_values)
     figure, ax = plt.subplots()
-    for label, look, size in _in_turn(singular_values):
-        sigma = np.atleast_2d(numbers(label, singular_values[label])).T
-        _band(ax, np.arange(1, len(sigma) + 1), _middle_and_ends(sigma), label, look, size)
-    ax.set(xlabel="index $d$", ylabel=r"singular value $\sigma_d$", ylim=(0, None))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure)
+    for label, look, size in _in_turn(samples):
+        style = look.style(size) if markers else {"color": look.color, "ls": look.line, "lw": 2}
+        _draw_band(ax, _rows(x, samples[label]), label, style)
+    _draw_guides(ax, {label: (x, values) for label, values in (guides or {}).items()})
+    for label, position in (marks or {}).items():
+        ax.axvline(position, label=label, **_MARK)
+    _label(ax, xlabel, ylabel, xscale=xscale, yscale=yscale, rounding=rounding)
+    _add_legend(figure)
     return figure
 
 
@@ -68,111 +86,23 @@ def error_against_rank(
     ``rounding`` are in a strip of their own, in which no line is predicted. Each entry has its
     colour; its threshold, where given, is a dotted vertical line; ``line`` is what the legend
     calls the predictions. Levels are dashed horizontal lines, named in the legend.
-
-    Raises `InputError` for what is no mapping, where there is no entry, and where an entry has
-    other than as many ranks as measured errors.
     """
-    check_named(ranks=ranks, predicted=predicted, measured=measured)
-    if not measured or not all(map(np.size, measured.values())):
-        raise InputError("measured", allowed="errors at one rank or more", given="none")
-    for label, errors in measured.items():
-        shape = np.shape(errors)[:1]
-        if label not in ranks or np.shape(ranks[label]) != shape:
-            raise InputError(
-                f"ranks of {label}",
-                allowed=f"as many as its errors, of shape {shape}",
-                given=f"shape {np.shape(ranks[label])}" if label in ranks else "none",
-            )
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(measured):
         if label in predicted:
-            expected = _median(predicted[label])
-            expected = np.where(expected >= rounding, expected, np.nan)
-            ax.plot(ranks[label], expected, color=look.color, ls=look.line, lw=1.5)
+            expected = _rows(ranks[label], predicted[label])["median"]
+            expected = expected.where(expected >= rounding)
+            ax.plot(expected, color=look.color, ls=look.line, lw=1.5)
         shown = look.style(size + 1) | {"ls": ""}
-        ax.plot(ranks[label], _median(measured[label]), label=label, **shown)
+        ax.plot(_rows(ranks[label], measured[label])["median"], label=label, **shown)
         if thresholds:
             ax.axvline(thresholds[label], **_MARK | {"color": look.color})
-    for label, level in (levels or {}).items():
-        ax.axhline(level, label=label, **_LEVEL)
+    _draw_levels(ax, levels)
     _label(ax, xlabel, ylabel, yscale=yscale, rounding=rounding)
     kinds: dict[str, dict[str, Any]] = {"measured": {"marker": "o", "mfc": "none", "ls": ""}}
     kinds |= {line: {"ls": "-"}} if predicted else {}
     kinds |= {"threshold": {"ls": ":"}} if thresholds else {}
-    _legend(figure, {name: Line2D([], [], color=GREY, **kind) for name, kind in kinds.items()})
-    return figure
-
-
-def curves(
-    x: Sequence[float],
-    samples: Mapping[str, ArrayLike],
-    *,
-    guides: Mapping[str, ArrayLike] | None = None,
-    marks: Mapping[str, float] | None = None,
-    rounding: float | None = None,
-    xlabel: str,
-    ylabel: str,
-    xscale: str = "linear",
-) -> Figure:
-    """Numbers ``[len(x), samples]``, on a logarithmic axis, against x: median and range.
-
-    Guides are grey lines, named in the legend; so are marks, dotted vertical ones. What is below
-    ``rounding`` is in a strip of its own.
-    """
-    check_some(samples=samples)
-    figure, ax = plt.subplots()
-    for label, look, size in _in_turn(samples):
-        found = numbers(label, samples[label], len(x))
-        _band(ax, x, _middle_and_ends(found), label, look, size)
-    for (label, values), ls in zip((guides or {}).items(), cycle(LINES[1:]), strict=False):
-        ax.plot(x, numbers(label, values, len(x)), label=label, **_LEVEL | {"ls": ls})
-    for label, position in (marks or {}).items():
-        ax.axvline(position, label=label, **_MARK)
-    _label(ax, xlabel, ylabel, xscale=xscale, yscale="log", rounding=rounding)
-    _legend(figure)
-    return figure
-
-
-def lines(
-    x: ArrayLike,
-    values: Mapping[str, ArrayLike],
-    *,
-    marks: Mapping[str, float] | None = None,
-    xlabel: str,
-    ylabel: str,
-    xscale: str = "linear",
-) -> Figure:
-    """Functions of x as lines without markers; marks are dotted vertical lines, named."""
-    check_some(values=values)
-    figure, ax = plt.subplots()
-    places = numbers("x", x)
-    for label, look, _ in _in_turn(values):
-        y = numbers(label, values[label], len(places))
-        ax.plot(places, y, label=label, color=look.color, ls=look.line, lw=2)
-    for label, position in (marks or {}).items():
-        ax.axvline(position, label=label, **_MARK)
-    ax.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale)
-    _legend(figure)
-    return figure
-
-
-def error_against_budget(
-    budgets: Mapping[str, tuple[ArrayLike, ArrayLike]],
-    *,
-    floor: float,
-    floor_label: str,
-    xlabel: str,
-    ylabel: str,
-) -> Figure:
-    """Errors against what they cost, which is on a logarithmic axis; a floor as a dashed line."""
-    check_some(budgets=budgets)
-    figure, ax = plt.subplots()
-    for label, look, size in _in_turn(budgets):
-        x, y = coordinates(label, budgets[label])
-        ax.plot(x, _median(y), label=label, **look.style(size))
-    ax.axhline(floor, label=floor_label, **_LEVEL)
-    _label(ax, xlabel, ylabel, xscale="log")
-    _legend(figure)
+    _add_legend(figure, {name: Line2D([], [], color=GREY, **kind) for name, kind in kinds.items()})
     return figure
 
 
@@ -199,9 +129,6 @@ def medians(
     Published values, by panel and line, or else of no line, are stars with their numbers. Levels
     are dashed horizontal lines. Both are named in the legend.
     """
-    check_some(panels=panels)
-    for tables in panels.values():
-        check_named(panels=tables)
     figure, axes = plt.subplots(
         len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 2.4 * len(panels))
     )
@@ -211,14 +138,11 @@ def medians(
         for label, look, size in _in_turn(labels):
             if label not in tables:
                 continue
-            table = tables[label]
-            if not isinstance(table, pd.DataFrame) or not {x, y} <= {*table.columns}:
-                raise InputError(label, allowed=f"a table with {x} and {y}", given=type(table))
-            rows = table.groupby(x)[y].agg(["median", "min", "max"])
+            rows = tables[label].groupby(x)[y].agg(["median", "min", "max"])
             if bands:
-                _band(ax, rows.index, [*rows.T.to_numpy()], label, look, size)
+                _draw_band(ax, rows, label, look.style(size))
             else:
-                ax.plot(rows.index, rows["median"], label=label, **look.style(size))
+                ax.plot(rows["median"], label=label, **look.style(size))
                 aside = rows.index[-1] * _ASIDE ** (1 + labels.index(label))
                 ax.vlines(aside, *rows.iloc[-1][["min", "max"]], color=look.color, lw=2)
         stars = (published or {}).get(title, {})
@@ -226,13 +150,41 @@ def medians(
             color = look_of[label].color if label in look_of else GREY
             # Numbers of stars at one x stay apart: the highest has its own above it.
             above = value == max(value for _, value in stars.values())
-            _star(ax, at, value, color, 5 if above else -14)
-        for label, level in (levels or {}).items():
-            ax.axhline(level, label=label, **_LEVEL)
+            _draw_star(ax, at, value, color, 5 if above else -14)
+        _draw_levels(ax, levels)
         _label(ax, "", ylabel, xscale=xscale, yscale=yscale, rounding=rounding)
         ax.set_title(title)
     axes[-1, 0].set(xlabel=xlabel)
-    _legend(figure)
+    _add_legend(figure)
+    return figure
+
+
+def scatter(
+    points: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    guides: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    levels: Mapping[str, float] | None = None,
+    joined: bool = False,
+    xlabel: str,
+    ylabel: str,
+    yscale: str = "log",
+) -> Figure:
+    """Points (x, y), x on a logarithmic axis, one colour and marker for each entry.
+
+    Where they are ``joined``, lines lead from point to point, and y may be ``[len(x), samples]``,
+    of which medians are shown. Guides are dashed, and so are levels, which are horizontal; both are
+    named in the legend.
+    """
+    figure, ax = plt.subplots()
+    for label, look, size in _in_turn(points):
+        if joined:
+            ax.plot(_rows(*points[label])["median"], label=label, **look.style(size))
+        else:
+            ax.plot(*points[label], label=label, **look.style(size) | {"ls": ""})
+    _draw_guides(ax, guides or {})
+    _draw_levels(ax, levels)
+    _label(ax, xlabel, ylabel, xscale="log", yscale=yscale)
+    _add_legend(figure)
     return figure
 
 
@@ -246,10 +198,9 @@ def intervals(
 
     Entries are (mean, low, high). Levels are dashed vertical lines, named in the legend.
     """
-    check_some(rows=rows)
     figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.34 * len(rows)))
     for y, (label, look) in enumerate(looks(rows).items()):
-        mean, low, high = numbers(label, rows[label], 3)
+        mean, low, high = rows[label]
         ax.plot([low, high], [y, y], color=look.color, lw=2)
         ax.plot(mean, y, **look.style() | {"ls": ""})
     for label, level in (levels or {}).items():
@@ -259,62 +210,40 @@ def intervals(
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="y", visible=False)
     if levels:
-        _legend(figure)
+        _add_legend(figure)
     return figure
 
 
-def scatter(
-    points: Mapping[str, tuple[ArrayLike, ArrayLike]],
-    *,
-    guides: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
-    xlabel: str,
-    ylabel: str,
-) -> Figure:
-    """Points on two logarithmic axes, one colour and marker for each entry; guides are dashed."""
-    check_some(points=points)
-    figure, ax = plt.subplots()
-    for label, look, size in _in_turn(points):
-        ax.plot(*coordinates(label, points[label]), label=label, **look.style(size) | {"ls": ""})
-    for (label, pair), ls in zip((guides or {}).items(), cycle(LINES[1:]), strict=False):
-        ax.plot(*coordinates(label, pair), label=label, **_LEVEL | {"ls": ls})
-    _label(ax, xlabel, ylabel, xscale="log", yscale="log")
-    _legend(figure)
-    return figure
-
-
-def _in_turn(labels: Collection[str]) -> Iterable[tuple[str, Look, float]]:
+def _in_turn(labels: Collection[str]) -> Iterator[tuple[str, Look, float]]:
     """Labels and looks; markers that coincide stay visible, as each is smaller than the last."""
     for i, (label, look) in enumerate(looks(labels).items()):
         yield label, look, max(9 - 1.2 * i, 4)
 
 
-def _median(values: ArrayLike) -> NDArray[np.float64]:
-    """Over all axes but the first."""
-    found = np.asarray(values, dtype=float)
-    return np.median(found.reshape(len(found), -1), 1)
+def _rows(x: ArrayLike, values: ArrayLike) -> pd.DataFrame:
+    """Median, least and largest, by x, of ``[len(x)]`` or ``[len(x), ...]``."""
+    samples: NDArray[np.float64] = np.asarray(values, dtype=float)
+    samples = samples.reshape(len(samples), -1)
+    columns = {"median": np.median(samples, 1), "min": samples.min(1), "max": samples.max(1)}
+    return pd.DataFrame(columns, index=np.asarray(x))
 
 
-def _middle_and_ends(values: ArrayLike) -> Sequence[NDArray[np.float64]]:
-    """Median, lowest and highest of ``[len(x), samples]``."""
-    found = np.asarray(values, dtype=float)
-    return _median(found), found.min(1), found.max(1)
+def _draw_band(ax: Axes, rows: pd.DataFrame, label: str, style: Mapping[str, Any]) -> None:
+    ax.plot(rows["median"], label=label, **style)
+    ax.fill_between(rows.index, rows["min"], rows["max"], color=style["color"], alpha=0.15, lw=0)
 
 
-def _band(
-    ax: Axes,
-    x: ArrayLike,
-    samples: Sequence[NDArray[np.float64]],
-    label: str,
-    look: Look,
-    size: float,
-) -> None:
-    """A line of medians, and a band about it from the lowest to the highest."""
-    middle, low, high = samples
-    ax.plot(x, middle, label=label, **look.style(size))
-    ax.fill_between(x, low, high, color=look.color, alpha=0.15, lw=0)
+def _draw_guides(ax: Axes, guides: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
+    for (label, points), ls in zip(guides.items(), cycle(LINES[1:]), strict=False):
+        ax.plot(*points, label=label, **_LEVEL | {"ls": ls})
 
 
-def _star(ax: Axes, at: float, value: float, color: Any, aside: float) -> None:
+def _draw_levels(ax: Axes, levels: Mapping[str, float] | None) -> None:
+    for label, level in (levels or {}).items():
+        ax.axhline(level, label=label, **_LEVEL)
+
+
+def _draw_star(ax: Axes, at: float, value: float, color: Any, aside: float) -> None:
     """A published value, with its number aside by so many points upwards."""
     ax.plot(at, value, "*", color=color, label="published", ms=15, mec="0.1", mew=0.8, zorder=3)
     ax.annotate(f"{value:g}", (at, value), (9, aside), textcoords="offset points", fontsize="small")
@@ -330,18 +259,18 @@ def _label(
     rounding: float | None = None,
 ) -> None:
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
-    if yscale == "linear":
+    if yscale == "linear" and ax.dataLim.ymin >= 0:
         ax.set_ylim(0, None)
-    if xscale == "linear":
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    else:
+    if xscale == "log":
         # Labels between powers of ten run into each other.
         ax.xaxis.set_minor_formatter(NullFormatter())
+    elif all(float(x).is_integer() for line in ax.lines for x in np.asarray(line.get_xdata())):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if rounding is not None:
-        strip(ax, rounding)
+        squeeze_rounding(ax, rounding)
 
 
-def _legend(figure: Figure, more: Mapping[str, Artist] | None = None) -> None:
+def _add_legend(figure: Figure, more: Mapping[str, Artist] | None = None) -> None:
     """Each name once, above the panels, where it hides no curve."""
     named: dict[str, Artist] = {}
     for ax in figure.axes:

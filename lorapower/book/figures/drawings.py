@@ -1,4 +1,4 @@
-"""Figures that are no curves: bars, blocks, planes, shades, images and a chart."""
+"""Figures that are no curves: bars, blocks, shades, images, numbers in a grid and a chart."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
-
-from ... import _checks
-from .._given import check_some
 
 
 def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) -> Figure:
@@ -20,7 +18,6 @@ def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) ->
 
     What is below zero, where a ReLU cuts, is shaded.
     """
-    check_some(groups=groups)
     figure, axes = plt.subplots(1, len(groups), sharey=True, squeeze=False)
     ends = [(np.asarray(low), np.asarray(high)) for low, high in groups.values()]
     bottom, top = min(low.min() for low, _ in ends), max(high.max() for _, high in ends)
@@ -41,7 +38,6 @@ def partitions(rows: Mapping[str, Sequence[tuple[int, str]]]) -> Figure:
 
     Each block is its number of layers and a text that is written into it.
     """
-    check_some(rows=rows)
     figure, ax = plt.subplots(figsize=(6.4, 0.8 + 0.55 * len(rows)))
     for y, blocks in enumerate(rows.values()):
         start = 0
@@ -75,7 +71,6 @@ def plane(
     """
     one, other = (np.asarray(inputs) for inputs in pairs)
     half_width = 1.05 * max(np.abs(one).max(), np.abs(other).max())
-    _checks.function("values", values)
     axis = np.linspace(-half_width, half_width, 201)
     grid = np.stack(np.meshgrid(axis, axis))
     figure, ax = plt.subplots(figsize=(6.4, 4.6))
@@ -104,8 +99,6 @@ def sphere(
     ``values`` takes columns ``[3, points]``. Circles are where planes ``w·x + b = 0`` cut the
     sphere; each group has its own kind of line, named in the legend.
     """
-    _checks.function("values", values)
-    check_some(circles=circles)
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.9))
     axis = np.linspace(-1, 1, 241)
     across, up = np.meshgrid(axis, axis)
@@ -139,7 +132,6 @@ def sphere(
 
 def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, label: str) -> Figure:
     """Matrices of numbers from 0 to 1 side by side, as shades."""
-    check_some(matrices=matrices)
     figure, axes = plt.subplots(1, len(matrices), squeeze=False, figsize=(6.4, 3.6), sharey=True)
     for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
         shades = np.asarray(matrix)
@@ -156,9 +148,21 @@ def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, lab
     return figure
 
 
+def counts(table: pd.DataFrame, *, most: float, xlabel: str, ylabel: str, label: str) -> Figure:
+    """Whole numbers in a grid, each written on a shade that says how large it is.
+
+    ``most`` has the darkest shade, so that several grids can be compared; 0 has none.
+    """
+    figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.42 * len(table)))
+    shades = {"vmin": 0, "vmax": most**0.5, "cmap": "Blues", "cbar": False}
+    sns.heatmap(np.sqrt(table.astype(float)), annot=table, fmt=".0f", ax=ax, **shades)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=label)
+    ax.tick_params(length=0, rotation=0)
+    return figure
+
+
 def pictures(rows: Mapping[str, ArrayLike]) -> Figure:
     """Images of grey values from 0 (paper) to 1 (ink), ``[images, height, width]`` in each row."""
-    check_some(rows=rows)
     images = [np.asarray(row) for row in rows.values()]
     most = max(map(len, images))
     figure, axes = plt.subplots(

@@ -3,7 +3,7 @@
 A line's label says what it means. One of its parts, between commas, names its role, which gives
 colour and marker; what else the label says gives the kind of line and the filling of the marker.
 The style is legible on a phone and for colour-blind readers, and opaque, so that it can stand on
-a dark page.
+a dark page. Values that are rounding take a strip of their own at the foot of an axis.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.typing import ColorType, LineStyleType
-
-from ...errors import InputError, brief
+from numpy.typing import NDArray
 
 GREY = "0.4"
 _PALETTE = sns.color_palette("colorblind").as_hex()
@@ -53,6 +55,14 @@ _FREE = ("#882255", "#999933", "#661100", "#AA4499", "#6699CC", "#117733", "#DDC
 MARKERS = "osD^vPX"
 LINES: tuple[LineStyleType, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 _FILLS = ("none", "full", "left", "bottom", "right")
+
+# The strip's part of the axis.
+_SHARE = 0.15
+_MOST_DECADES = 7
+# The least value that is told from 0, in units of the level of rounding.
+_LEAST = 1e-30
+
+Heights = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -98,10 +108,7 @@ def looks(labels: Collection[str]) -> dict[str, Look]:
     """The look of each line of a figure, by its label.
 
     Lines of one role differ by what else their labels say, equally in all roles of the figure.
-    Raises `InputError` for a label that is no text.
     """
-    if not all(isinstance(label, str) for label in labels):
-        raise InputError("labels", allowed="texts", given=brief(labels))
     read = {label: _read(label) for label in labels}
     said = dict.fromkeys("" if rest in _PLAIN else rest for _, rest in read.values())
     first = [rest for rest in ("", *_STARTS) if rest in said or (rest and said.keys() & {*_STARTS})]
@@ -144,3 +151,73 @@ def _fixed(role: str) -> tuple[ColorType, str] | None:
         shade = 0.8 * min(math.log(max(L, 1)) / math.log(_DEEPEST), 1)
         return mpl.colormaps["viridis"](shade), MARKERS[(L - 1) % len(MARKERS)]
     return ROLES.get(role)
+
+
+def squeeze_rounding(ax: Axes, level: float) -> None:
+    """Squeeze what is drawn below ``level`` into a shaded strip, named rounding.
+
+    The axis, linear or logarithmic, goes on from the strip with what is least of all above the
+    level. Without values on both sides of the level nothing is done.
+    """
+    drawn = _heights(ax)
+    above, below = drawn[drawn >= level], drawn[drawn < level]
+    if not (above.size and below.size):
+        return
+    log = ax.get_yscale() == "log"
+    cut, top = (above.min() / 1.5, above.max() * 1.5) if log else (level, above.max() * 1.05)
+    # A third up in the strip are the least values and zeros; below 0 is the foot of the axis.
+    least = np.log10(max(min(below[below > 0], default=0), level * _LEAST))
+    deepest = least - (np.log10(cut) - least) / 2
+    start, end = (np.log10([cut, top])) if log else (cut, top)
+    height = _SHARE * (end - start)
+    decades = np.log10(cut) - deepest
+
+    def forward(y: Heights) -> Heights:
+        safe = np.maximum(y, cut)
+        squeezed = np.log10(np.where(y < 0, 10**deepest, np.maximum(y, 10**least))) - deepest
+        return np.where(
+            y >= cut, np.log10(safe) if log else safe, start + height * (squeezed / decades - 1)
+        )
+
+    def inverse(u: Heights) -> Heights:
+        safe = np.maximum(u, start)
+        squeezed = deepest + decades * (np.minimum(u, start) - start + height) / height
+        return np.where(u >= start, 10**safe if log else safe, 10**squeezed)
+
+    ax.set_yscale("function", functions=(forward, inverse))
+    ax.set_ylim(-1, top)
+    ticks = _decades(cut, top) if log else np.maximum(MaxNLocator(6).tick_values(0, top), cut)
+    ax.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if cut <= tick <= top]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(_power if log and top / cut > 1e3 else _plain))
+    ax.axhspan(-1, cut, color="0.88", lw=0, zorder=0)
+    middle = float(inverse(np.array(start - height / 2)))
+    here = ax.get_yaxis_transform()
+    ax.text(0.01, middle, "rounding", color="0.3", fontsize="small", va="center", transform=here)
+
+
+def _heights(ax: Axes) -> Heights:
+    """Of all points of lines and bands that stand on the axis."""
+    lines = [
+        np.asarray(line.get_ydata(), dtype=float)
+        for line in ax.lines
+        if line.get_transform().contains_branch_seperately(ax.transData)[1]
+    ]
+    bands = [np.asarray(path.vertices)[:, 1] for c in ax.collections for path in c.get_paths()]
+    drawn = np.concatenate([*lines, *bands]) if lines or bands else np.empty(0)
+    return drawn[np.isfinite(drawn)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
+    step = -(-(last - first) // _MOST_DECADES)
+    steps = (1, 2, 5) if high / low <= 1e3 else (1,)
+    return [float(m) * 10.0**k for k in range(last, first - 1, -step) for m in steps]
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:.4g}" if value > 1e-6 else "0"
+
+
+def _power(value: float, _: object) -> str:
+    return f"$10^{{{round(np.log10(value))}}}$"

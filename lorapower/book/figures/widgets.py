@@ -1,7 +1,7 @@
-"""A figure that readers touch: they set rank, depth and spectrum, and see what was measured there.
+"""Figures that readers touch: they move controls, and see what was found there.
 
-All numbers come from the run. The page holds them beside a script of its own, `touch.js`, which
-only draws; nothing else is loaded. Where scripts do not run, a picture of one setting stands there.
+All numbers and pictures come from the run, and are in the page beside a script that only draws;
+nothing else is loaded. Where scripts do not run, a picture of one setting stands there.
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from ...errors import InputError, brief
-from .._given import check_some, numbers
-from .rounding import strip
-from .style import looks
+from .style import looks, squeeze_rounding
 
 # A bend of less than this part of the drawing's height is not seen.
 _STRAIGHT = 1e-4
 # What a reader hears, and sees above the drawing: templates for Python and for the script.
 _SETTING = "Rank {rank}, {depth} frozen layers, {spectrum} spectrum: "
-_SAID = (
+_SENTENCES = (
     _SETTING + "the relative error is {error}, by the bound at most {bound}. "
     "From rank {threshold} on it is rounding.",
     _SETTING
@@ -41,13 +38,51 @@ _SAID = (
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Frames:
+    """Pictures in a row, of which a slider shows one.
+
+    Parameters
+    ----------
+    label : str
+        What the slider sets, in words.
+    pictures : mapping
+        Figures by the value of the slider, in its order; closed when they are drawn.
+    sentences : mapping
+        What each shows, in words, which are read aloud and stand above it.
+    start : str
+        The value to begin with.
+    """
+
+    label: str
+    pictures: Mapping[str, Figure]
+    sentences: Mapping[str, str]
+    start: str
+
+    @cached_property
+    def drawn(self) -> dict[str, str]:
+        """Each picture as SVG."""
+        return {value: _draw_svg(figure) for value, figure in self.pictures.items()}
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        images = []
+        for value, svg in self.drawn.items():
+            hidden = "" if value == self.start else " hidden"
+            sentence = self.sentences[value]
+            images.append(_image(svg, sentence, f' data-value="{escape(value)}"{hidden}'))
+        attributes = f'data-label="{escape(self.label)}"'
+        return {
+            "text/html": _widget(attributes, "\n".join(images), "frames.js"),
+            "image/svg+xml": self.drawn[self.start],
+            "text/plain": self.sentences[self.start],
+        }
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Touch:
     """Errors of a construction, and a function that it makes, at every rank, depth and spectrum.
 
-    A notebook shows it as a figure with controls: the error against the rank, and the function,
-    which is piecewise linear, along a line of inputs. Errors below ``rounding`` are in a strip.
-
-    Raises `InputError` for shapes that do not fit, and for a start that is not among the settings.
+    Readers set these and see the error against the rank, and the function, which is piecewise
+    linear, along a line of inputs. Errors below ``rounding`` are in a strip.
 
     Parameters
     ----------
@@ -57,17 +92,18 @@ class Touch:
         Of a block, whose adapters' ranks add up; ``[depths]``.
     spectra : mapping
         Singular values of what the adapters of a block have to make up for, by name.
-    thresholds : ArrayLike
+    thresholds : array_like
         The ranks from which the construction is exact; ``[depths, spectra]``.
-    errors, bounds : ArrayLike
+    errors, bounds : array_like
         Measured and predicted; ``[depths, spectra, ranks]``.
-    at : ArrayLike
+    at : array_like
         The places on the line, in equal steps; ``[points]``.
-    target, frozen, adapted : ArrayLike
+    target, frozen, adapted : array_like
         The functions there; ``[points]``, ``[depths, spectra, points]`` and ``[depths, spectra,
         ranks, points]``.
     start : tuple
         Rank, depth and spectrum of the first drawing, and of the picture.
+    rounding : float
     """
 
     ranks: Sequence[int]
@@ -84,49 +120,24 @@ class Touch:
     start: tuple[int, int, str]
     rounding: float = 1e-9
 
-    def __post_init__(self) -> None:
-        check_some(spectra=self.spectra)
-        cases = len(self.depths), len(self.spectra)
-        tried, points = (*cases, len(self.ranks)), np.shape(self.at)
-        shapes: dict[str, tuple[int, ...]] = {
-            "layers": cases[:1],
-            "thresholds": cases,
-            "errors": tried,
-            "bounds": tried,
-            "target": points,
-            "frozen": (*cases, *points),
-            "adapted": (*tried, *points),
-        }
-        for name, shape in shapes.items():
-            if (found := self._arrays[name].shape) != shape:
-                raise InputError(name, allowed=f"of shape {shape}", given=f"shape {found}")
-        settings = self.ranks, self.depths, [*self.spectra]
-        if len(self.start) != 3 or any(map(lambda s, all_: s not in all_, self.start, settings)):
-            raise InputError(
-                "start", allowed="a rank, a depth, a spectrum", given=brief(self.start)
-            )
-
     @cached_property
     def data(self) -> dict[str, Any]:
         """What the script draws from, in plain numbers; functions are flat lists of x and y."""
-        arrays = self._arrays
         return {
             "ranks": [*self.ranks],
             "depths": [*self.depths],
             "layers": [*self.layers],
-            "spectra": {
-                name: _digits(numbers(name, sigma)) for name, sigma in self.spectra.items()
-            },
-            "thresholds": arrays["thresholds"].astype(int).tolist(),
-            "errors": _digits(arrays["errors"]),
-            "bounds": _digits(arrays["bounds"]),
+            "spectra": {name: _round(np.asarray(s)) for name, s in self.spectra.items()},
+            "thresholds": np.asarray(self.thresholds).astype(int).tolist(),
+            "errors": _round(np.asarray(self.errors)),
+            "bounds": _round(np.asarray(self.bounds)),
             "rounding": self.rounding,
             "ends": [*self._ends],
-            "target": self._bends(arrays["target"]),
-            "frozen": self._bends(arrays["frozen"]),
-            "adapted": self._bends(arrays["adapted"]),
+            "target": self._bends(np.asarray(self.target)),
+            "frozen": self._bends(np.asarray(self.frozen)),
+            "adapted": self._bends(np.asarray(self.adapted)),
             "start": [*self._start],
-            "said": [text.replace("{rounding}", _power(self.rounding)) for text in _SAID],
+            "said": [text.replace("{rounding}", _power(self.rounding)) for text in _SENTENCES],
         }
 
     @property
@@ -134,69 +145,55 @@ class Touch:
         """The first setting and its error in words."""
         rank, depth, spectrum = self.start
         r, i, j = self._start
-        error = self._arrays["errors"][i, j, r]
+        error, bound = (np.asarray(values)[i, j, r] for values in (self.errors, self.bounds))
         return self.data["said"][int(error < self.rounding)].format(
             rank=rank,
             depth=depth,
             spectrum=spectrum,
             error=f"{error:.2g}",
-            bound=f"{self._arrays['bounds'][i, j, r]:.2g}",
+            bound=f"{bound:.2g}",
             threshold=self.data["thresholds"][i][j],
         )
 
     def picture(self) -> Figure:
         """The first setting, for where there are no scripts."""
         r, i, j = self._start
-        arrays = self._arrays
         look = looks(("construction", "frozen", "target"))
-        own, before = look["construction"], look["frozen"]
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
-        errors, bounds = arrays["errors"][i, j], arrays["bounds"][i, j]
+        construction, frozen = look["construction"], look["frozen"]
+        errors, bounds = (np.asarray(values)[i, j] for values in (self.errors, self.bounds))
         bounds = np.where(bounds >= self.rounding, bounds, np.nan)
-        left.plot(self.ranks, errors, label="measured", **own.style() | {"ls": ""})
-        left.plot(self.ranks[r], errors[r], "o", color=own.color)
-        left.plot(self.ranks, bounds, color=own.color, lw=1.5, label="bound")
-        left.axvline(arrays["thresholds"][i, j], color=before.color, ls=":", label="threshold")
+        threshold = self.data["thresholds"][i][j]
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
+        left.plot(self.ranks, errors, label="measured", **construction.style() | {"ls": ""})
+        left.plot(self.ranks[r], errors[r], "o", color=construction.color)
+        left.plot(self.ranks, bounds, color=construction.color, lw=1.5, label="bound")
+        left.axvline(threshold, color=frozen.color, ls=":", label="threshold")
         left.set(xlabel="rank $R$ of each adapter", title="relative error", yscale="log")
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
-        strip(left, self.rounding)
-        ink = look["target"].color
-        right.plot(arrays["at"], arrays["target"], color=ink, alpha=0.35, lw=4.5, label="target")
-        drawn = {"frozen": (before, arrays["frozen"][i, j])}
-        drawn |= {"adapted": (own, arrays["adapted"][i, j, r])}
-        for name, (kind, values) in drawn.items():
-            right.plot(arrays["at"], values, color=kind.color, ls=kind.line, label=name)
+        squeeze_rounding(left, self.rounding)
+        thick = {"color": look["target"].color, "alpha": 0.35, "lw": 4.5}
+        right.plot(self.at, self.target, label="target", **thick)
+        before, after = np.asarray(self.frozen)[i, j], np.asarray(self.adapted)[i, j, r]
+        right.plot(self.at, before, color=frozen.color, ls=frozen.line, label="frozen")
+        right.plot(self.at, after, color=construction.color, ls=construction.line, label="adapted")
         right.set(xlabel="place on a line of inputs", title="one output", ylim=self._ends)
         for ax in (left, right):
             ax.legend(fontsize="small")
         return figure
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        figure, file = self.picture(), StringIO()
-        figure.savefig(file, format="svg")
-        plt.close(figure)
-        svg = file.getvalue()
-        parts = resources.files(__package__)
-        style, script = (
-            (parts / name).read_text(encoding="utf-8") for name in ("touch.css", "touch.js")
-        )
+        svg = _draw_svg(self.picture())
         colors = "; ".join(
             f"--{name}: {to_hex(look.color)}"
             for name, look in looks(("construction", "frozen")).items()
         )
-        source = f"data:image/svg+xml;base64,{b64encode(svg.encode()).decode()}"
-        html = (
-            f'<div class="touch" style="{colors}"><style>{style}</style>\n'
-            f'<img src="{source}" alt="{escape(self.sentence)}">\n'
-            f'<script type="application/json">{json.dumps(self.data, separators=(",", ":"))}'
-            f"</script>\n<script>{script}</script></div>"
-        )
-        return {"text/html": html, "image/svg+xml": svg, "text/plain": self.sentence}
-
-    @cached_property
-    def _arrays(self) -> dict[str, NDArray[np.float64]]:
-        names = ("layers", "thresholds", "errors", "bounds", "at", "target", "frozen", "adapted")
-        return {name: numbers(name, getattr(self, name)) for name in names}
+        data = json.dumps(self.data, separators=(",", ":"))
+        content = f'{_image(svg, self.sentence)}\n<script type="application/json">{data}</script>'
+        return {
+            "text/html": _widget(f'style="{colors}"', content, "touch.js"),
+            "image/svg+xml": svg,
+            "text/plain": self.sentence,
+        }
 
     @property
     def _start(self) -> tuple[int, int, int]:
@@ -210,7 +207,7 @@ class Touch:
     @cached_property
     def _ends(self) -> tuple[float, float]:
         """Of the function's axis: twice the target's range, or less if nothing goes beyond."""
-        drawn = [self._arrays[name] for name in ("target", "frozen", "adapted")]
+        drawn = [np.asarray(values) for values in (self.target, self.frozen, self.adapted)]
         low, high = float(drawn[0].min()), float(drawn[0].max())
         span = high - low or 1.0
         low = max(low - span, min(float(values.min()) for values in drawn))
@@ -224,13 +221,37 @@ class Touch:
         low, high = self._ends
         bent = np.abs(np.diff(y, 2)) > _STRAIGHT * (high - low)
         kept = np.concatenate([[True], bent, [True]])
-        points = np.stack([self._arrays["at"][kept], y[kept]], axis=1)
+        points = np.stack([np.asarray(self.at)[kept], y[kept]], axis=1)
         return [round(value, 4) for value in points.ravel().tolist()]
 
 
-def _digits(values: NDArray[np.float64]) -> Any:
+def _draw_svg(figure: Figure) -> str:
+    file = StringIO()
+    figure.savefig(file, format="svg")
+    plt.close(figure)
+    return file.getvalue()
+
+
+def _image(svg: str, sentence: str, attributes: str = "") -> str:
+    source = f"data:image/svg+xml;base64,{b64encode(svg.encode()).decode()}"
+    return f'<img src="{source}" alt="{escape(sentence)}"{attributes}>'
+
+
+def _widget(attributes: str, content: str, script: str) -> str:
+    """What the script `script` makes a figure with controls of, with the style of all of them."""
+    style, code = (
+        resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+        for name in ("touch.css", script)
+    )
+    return (
+        f'<div class="touch" {attributes}><style>{style}</style>\n{content}\n'
+        f"<script>{code}</script></div>"
+    )
+
+
+def _round(values: NDArray[np.float64]) -> Any:
     """Nested lists of numbers to three digits."""
-    return [_digits(row) for row in values] if values.ndim else float(f"{float(values):.3g}")
+    return [_round(row) for row in values] if values.ndim else float(f"{float(values):.3g}")
 
 
 def _power(value: float) -> str:

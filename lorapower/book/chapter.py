@@ -1,0 +1,261 @@
+"""What chapters share: types of parameters, the head, quoted numbers and a few statistics.
+
+What is imported of notebooks themselves is installed with the extra ``book``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from .._hub import PACKAGED, RATED
+from .._records import Record
+from ..errors import InputError, brief
+from . import claims
+from .figures.style import use_style
+
+#: Threads that torch takes by itself; `setup` leaves it one.
+THREADS = torch.get_num_threads()
+# Names the folder of results of those that are given none.
+RESULTS = "LORAPOWER_RESULTS"
+#: The largest `Width`.
+WIDEST = 512
+# The notebook's variable that remembers, by parameter, its completed value, a copy of that, since
+# lists can be changed in place, and what was given.
+_COMPLETED = "_completed"
+
+
+def whole(low: int, high: int | None = None) -> Any:
+    """The type of an integer from ``low`` to ``high``."""
+    return Annotated[int, Field(ge=low, le=high)]
+
+
+def results(chapter: str) -> Any:
+    """The type of the folder in which one with the chapter's name keeps the runs of its sweeps.
+
+    An empty text means the folder that the environment names in ``LORAPOWER_RESULTS``; without it,
+    none in profile quick, and in profile paper ``results``, where the chapter runs.
+    """
+
+    def folder(given: str, info: ValidationInfo) -> Path | None:
+        paper = "results" if info.data.get("profile") == "paper" else ""
+        base = given or os.environ.get(RESULTS) or paper
+        return Path(base).expanduser() / chapter if base else None
+
+    return Annotated[str, AfterValidator(folder)]
+
+
+def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
+    """None above the width; where none is given, all, or 17 where there are more."""
+    width = info.data.get("width")
+    if width is None:  # is itself refused
+        return ranks
+    if ranks and max(ranks) > width:
+        allowed = f"at most {width} (the width)"
+        raise InputError(str(info.field_name), allowed=allowed, given=max(ranks))
+    return ranks or [round(i * width / 16) for i in range(17)]
+
+
+#: Width of a layer, from 1 to `WIDEST`.
+Width = whole(1, WIDEST)
+#: Number of layers, or of a transformer's blocks.
+Depth = whole(1, 64)
+#: Attention heads of a block.
+Heads = whole(1, 16)
+#: Tokens of a sequence.
+Tokens = whole(1, 1000)
+#: Frozen layers for each layer of the target.
+Layers = whole(2, 5)
+#: Layers of the target, each of which gets `Layers`.
+Blocks = whole(2, 4)
+#: How many seeds; 0 stands for as many as the profile has.
+Seeds = whole(0, 100)
+#: Ranks up to the parameter ``width``, which is declared before them; none stand for all of them,
+#: or for 17 where there are more.
+Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: ignore[misc]
+#: Where texts come from; an empty name stands for the rated sentences.
+Source = Annotated[str, AfterValidator(lambda name: name or RATED)]
+#: Name of an encoder; an empty one stands for the packaged encoder.
+Model = Annotated[str, AfterValidator(lambda name: name or PACKAGED)]
+
+
+class Parameters(Record):
+    """The parameters that all chapters have; a chapter's model adds its own.
+
+    What may be given, and what it is completed to, comes with a field's type. A list may also be
+    given as one value or as a text such as ``1,4`` or ``[1, 4]``, so that papermill's option ``-p``
+    gives lists too; numbers in it are sorted, each of them once.
+
+    Raises `InputError` for the first value that is not usable.
+
+    Attributes
+    ----------
+    profile : {"quick", "paper"}
+    seed : int
+        Of all random draws.
+    """
+
+    profile: Literal["quick", "paper"]
+    seed: Annotated[int, Field(ge=0)]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split(cls, given: Any, info: ValidationInfo) -> Any:
+        if get_origin(cls.model_fields[str(info.field_name)].annotation) is not list:
+            return given
+        if not isinstance(given, str):
+            return list(given) if isinstance(given, Iterable) else [given]
+        parts = [part.strip(" '\"") for part in given.strip(" []").split(",")]
+        return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts if part]
+
+    @field_validator("*")
+    @classmethod
+    def _sort(cls, value: Any) -> Any:
+        if isinstance(value, list) and all(isinstance(entry, int) for entry in value):
+            return sorted(set(value))
+        return value
+
+
+def setup(model: type[Parameters]) -> None:
+    """Check and complete the parameters of a chapter, and set up figures and threads.
+
+    The parameters are the variables of the notebook that declares ``model``, and get completed
+    values there. It may be called again after some were changed: what it had completed is
+    completed anew from what was given.
+
+    Raises `InputError` for names that papermill was given and that the model has not, and for the
+    first value that is not usable.
+    """
+    from IPython import get_ipython
+
+    if not isinstance(model, type) or not issubclass(model, Parameters):
+        raise InputError("model", allowed="a class made from Parameters", given=brief(model))
+    notebook = vars(sys.modules[model.__module__])
+    _refuse_unknown(_injected(notebook.get("In", ())), [*model.model_fields])
+    completed: dict[str, tuple[Any, Any, Any]] = notebook.setdefault(_COMPLETED, {})
+    given = {}
+    for name in notebook.keys() & model.model_fields:
+        value, copy, origin = completed.get(name, (None, None, None))
+        same = notebook[name] is value and value == copy
+        given[name] = origin if same else notebook[name]
+    for name, value in model(**given):
+        notebook[name] = value
+        completed[name] = value, deepcopy(value), given[name]
+    if shell := get_ipython():
+        shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
+    use_style()
+    # On matrices as small as most are here, threads mostly wait for each other.
+    torch.set_num_threads(1)
+
+
+def _injected(cells: Sequence[str]) -> list[str]:
+    """The names that papermill's cell of parameters assigned, the last such cell that ran."""
+    for cell in reversed(cells):
+        if cell.startswith("# Parameters\n"):
+            assigned = [node for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+            return [ast.unparse(target) for node in assigned for target in node.targets]
+    return []
+
+
+def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise InputError(
+            "parameters",
+            allowed=f"among {', '.join(known)}",
+            given=", ".join(unknown),
+            remedy=f"did you mean {near[0]}?" if near else "",
+        )
+
+
+class Quoted(dict[str, Any]):
+    """What `quote` was given, by name, as the text shows it.
+
+    ``quoted["error:.2f"]`` is the text of what was quoted as ``error``, in the format behind the
+    colon; typeset powers of ten are ``IPython.display.Latex``. What is yet to come is "…".
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        from IPython.display import Latex
+        from myst_nb.core.variables import format_plain_text
+
+        name, _, form = key.partition(":")
+        text = format_plain_text(str(self.get(name)), form) if name in self else "…"
+        return Latex(text) if text.startswith("$") else text
+
+
+#: What the notebook has quoted so far, for its text: ``{eval}`book.quoted["name:.2f"]``` in
+#: JupyterLab, once the cell was run.
+quoted = Quoted()
+
+
+def quote(name: str, value: Any, *, digits: int | None = None) -> None:
+    """Let the text quote a number, a text or a figure as ``{eval}`book.quoted["name"]```.
+
+    With ``digits``, a number becomes Markdown of so many significant ones, in which powers of ten
+    are typeset (`claims.number`).
+    """
+    from IPython.display import Markdown
+    from myst_nb import glue
+
+    if hasattr(value, "item"):
+        value = value.item()  # a plain number, whose format the text chooses
+    if digits is None:
+        quoted[name] = shown = value
+    else:
+        quoted[name] = number = claims.number(value, digits)
+        shown = Markdown(number)
+    glue(name, shown, display=False)
+
+
+def read_quotes(notebook: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an executed notebook quoted, by name, and each in all its forms, by MIME type."""
+    quotes = {}
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            if about := output.get("metadata", {}).get("scrapbook"):
+                prefix, forms = about.get("mime_prefix", ""), output["data"].items()
+                quotes[about["name"]] = {kind.removeprefix(prefix): form for kind, form in forms}
+    return quotes
+
+
+def median(values: ArrayLike, axis: int | None = None) -> Any:
+    """The median along an axis, or of all numbers, as in the figures.
+
+    Of an even number of values it is the mean of the two in the middle (`torch.median` takes the
+    lower one).
+    """
+    return np.median(np.asarray(values), axis)
+
+
+def dead(outputs: Float[Tensor, "*batch out samples"]) -> Bool[Tensor, "*batch out"]:
+    """Which outputs of a ReLU network are 0 at all samples [prop-dead-outputs].
+
+    No error at these samples has a gradient in their weights.
+    """
+    return (outputs == 0).all(-1)
+
+
+def share(
+    difference: Float[Tensor, "*#batch out samples"], chosen: Bool[Tensor, "*#batch out"]
+) -> Float[Tensor, "*batch"]:
+    """The part of a squared error ``Σ ‖f(x) − f̄(x)‖²`` that is in the chosen outputs.
+
+    Not a number where there is no error.
+    """
+    errors = difference.square().sum(-1)
+    return (errors * chosen).sum(-1) / errors.sum(-1)
