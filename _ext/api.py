@@ -26,6 +26,7 @@ from docutils.statemachine import StringList
 from sphinx.addnodes import desc_sig_literal_string, pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PythonDomain
+from sphinx.domains.python._object import PyObject
 from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
@@ -273,8 +274,8 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.setup_extension("sphinx.ext.autodoc")
     app.setup_extension("sphinx.ext.autosummary")
     app.setup_extension("sphinx.ext.napoleon")
-    fields = PythonDomain.directives["class"].doc_field_types  # those of all of the domain
-    next(field for field in fields if field.name == "variable").label = "Attributes"
+    variables = next(field for field in PyObject.doc_field_types if field.name == "variable")
+    variables.label = "Attributes"
     app.add_directive("package", Package)
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", _process_signature)

@@ -45,7 +45,7 @@ def test_a_chapter_depends_on_all_that_it_loads(number: int) -> None:
         check=True,
     )
     loaded = set(json.loads(run.stdout))
-    assert {"lorapower.book.notebook", "lorapower.lowrank"} <= loaded
+    assert {"lorapower.book.chapter", "lorapower.lowrank"} <= loaded
     assert loaded <= dependencies.modules(chapter)
 
 
