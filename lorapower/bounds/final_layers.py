@@ -1,14 +1,13 @@
 """What tuning the final layers cannot do: the frozen first layer has lost it [lem-final-layers].
 
-Whatever is tuned above the first layer sees of an input ``x`` only ``h(x) = ReLU(W_1 x + b_1)``.
-Units that are active at ``x`` fix the values of linear maps of it, units that are not say only that
-others are not positive: within those limits inputs can move unseen. Where no ReLU follows, every
-unit counts as active.
+The layers above the first see of an input ``x`` only ``h(x) = ReLU(W_1 x + b_1)``. An active unit
+tells the value of a linear map of ``x``, an inactive one only that another is not positive: within
+those limits inputs can move unseen. Where no ReLU follows, every unit counts as active.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,8 +18,7 @@ from ..errors import InputError
 from ..networks.fnn import FNN
 
 
-@dataclass(frozen=True)
-class Floor:
+class Floor(NamedTuple):
     """An estimate with its standard error.
 
     Attributes
@@ -41,9 +39,9 @@ def colliding_inputs(
 ) -> Float[Tensor, "*batch in samples"]:
     """For each input another one that the frozen first layer cannot tell from it.
 
-    It lies as far from ``x`` as the inactive units let it, ``reach`` at most, in a random
-    direction that the active units do not see. Where these see all directions it is ``x`` itself.
-    Source: [lem-final-layers].
+    It lies in a random direction that the active units do not see, as far from ``x`` as the
+    inactive units let it and ``reach`` at most. Where the active units see all directions it is
+    ``x`` itself. Source: [lem-final-layers].
     """
     _checks.kind(FNN, frozen=frozen)
     x = frozen.as_inputs(x).double()
@@ -60,35 +58,27 @@ def colliding_inputs(
 def final_layers_floor(
     frozen: FNN, target: FNN, *, samples: int = 4096, steps: int = 64, seed: int = 0
 ) -> Floor:
-    """What no tuning of the layers above the frozen first one gets below, for ``x ~ N(0, I)``.
+    """The mean squared error that no tuning above the frozen first layer gets below.
 
-    For every function ``g`` of what the first layer passes on,
-    ``E‖g(h(x)) − f̄(x)‖² ≥ E tr Cov(f̄(x) | h(x))``, and the right-hand side is
-    ``E‖f̄(x) − f̄(x')‖² / 2`` for ``x'`` drawn like ``x`` from all inputs with the same ``h``. Given
-    ``h`` these are normal, restricted to a polytope in an affine subspace. Here ``x'`` comes from
-    ``x`` by steps of hit-and-run: a random direction in the subspace, then a draw from the
-    restricted normal distribution along that line. A step leaves the distribution as it is, so
-    that ``x'`` has the right one after any number of them; and averaging over a line is an
-    orthogonal projection in mean square, so that ``f̄(x)`` and ``f̄(x')`` can only be correlated
-    positively. Hence the estimate is, for every number of steps, an unbiased one of a number that
-    is **at most** the floor; with more steps that number rises to it.
-
-    Returns the floor of the mean squared error (by coordinate) with the standard error of the
-    estimate over the samples. Source: [prop-floor].
+    For ``x ~ N(0, I)`` and every function ``g``, ``E‖g(h(x)) − f̄(x)‖² ≥ E tr Cov(f̄(x) | h(x))``,
+    which is ``E‖f̄(x) − f̄(x')‖² / 2`` for ``x'`` drawn like ``x`` from all inputs with the same
+    ``h``. Given ``h`` these are normal, restricted to a polytope in an affine subspace. ``x'``
+    comes from ``x`` by steps of hit-and-run: a random direction in the subspace, then a draw along
+    that line. After any number of steps the estimate is unbiased for a number that is **at most**
+    the floor; with more steps that number rises to it. Source: [prop-floor].
 
     Parameters
     ----------
     frozen, target : FNN
-        Of equal inputs and type; batch shapes broadcast. Only the first layer of the frozen network
+        Of equal inputs and type; batch shapes broadcast. Of the frozen network only the first layer
         counts: keeping more of its layers can only raise the floor.
     samples : int
         Independent inputs ``x``.
     steps : int
-        Of hit-and-run from each.
+        Of hit-and-run from each input.
     """
     _checks.kind(FNN, frozen=frozen, target=target)
-    samples = _checks.integer("samples", samples, 2)
-    steps = _checks.integer("steps", steps, 1)
+    samples, steps = _checks.integer("samples", samples, 2), _checks.integer("steps", steps, 1)
     _checks.like_frozen(target, frozen)
     if target.widths[0] != frozen.widths[0]:
         raise InputError(
@@ -103,7 +93,7 @@ def final_layers_floor(
     for _ in range(steps):
         direction = lines.direction(generator)
         low, high = lines.interval(x, direction)
-        # Along the line the normal density is centred where the line is nearest to the origin.
+        # The density along the line is centred where the line is nearest to the origin.
         offset = (x * direction).sum(-2, keepdim=True)
         x = x + (_restricted_normal(low + offset, high + offset, generator) - offset) * direction
     squares = (target(start) - target(x)).square().mean(-2) / 2

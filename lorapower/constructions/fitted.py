@@ -31,7 +31,8 @@ from ..networks.residual.network import ResidualTransformer
 from ..networks.transformer import Transformer
 from ..regions import Ball, Region
 from ..regression import reduced_rank, second_moment_root
-from . import attention, layer, residual_fit
+from . import attention, residual_fit
+from ._layer import fit_layer
 from .fused import Fused, fuse
 from .linear import Adaptation
 
@@ -377,7 +378,7 @@ def _layerwise(
         for l, (W, W_target, rank) in enumerate(ranked):
             bias = goal.biases[l][:, None] if goal.biases else 0.0
             reach = [W_target @ z + bias for z in wanted]
-            found, words = layer.fit(
+            found, words = fit_layer(
                 W, W_target, rank, own, reach, of_layers[l], theorem[l], goal.biases[l : l + 1]
             )
             updates.append(found.update)

@@ -27,20 +27,20 @@ from .linear import Adaptation
 class FNNAdaptation(Adaptation):
     """Adapters and biases of a ReLU network, with the evidence for them.
 
-    It is a success where every block is adapted acceptably and loses no more digits than accepted.
+    They are a success where every block is adapted acceptably and loses no more digits than
+    accepted.
 
     Attributes
     ----------
     partition : Partition
         The blocks ``P_i`` that imitate the target's layers.
     regions : tuple of Region
-        Where the activations are before the first block (the region in which all this holds),
-        between the blocks and behind the last one.
+        Where the activations are before the first block, between the blocks and after the last.
     block_errors : Tensor
         Predicted ``‖∏_{l∈P_i}(W_l + ΔW_l) − W̄_i‖_2 = ε_i``; ``[..., L̄]``.
     error_bound : Tensor
-        Of ``‖f(x) − f̄(x)‖_2`` at every ``x`` in the region, ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i
-        max‖z_{i−1}‖`` in exact arithmetic, 0 where the adapted network is the target; ``[...]``.
+        ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i max‖z_{i−1}‖``, which bounds ``‖f(x) − f̄(x)‖_2`` all over the
+        first region in exact arithmetic; ``[...]``.
     rounding_errors : Tensor
         Measured deviation of each block's product from the predicted one; ``[..., L̄]``.
     condition_numbers : Tensor
@@ -48,8 +48,8 @@ class FNNAdaptation(Adaptation):
     plain : Tensor
         Whether the plain splitting was kept in each block; ``[..., L̄]``.
     digits_lost : Tensor
-        Expected loss of decimal digits to the biases in each block, beside evaluating the target
-        layer itself; ``[..., L̄]``.
+        Decimal digits that the biases of each block are expected to cost, beside evaluating the
+        target layer itself; ``[..., L̄]``.
     """
 
     partition: Partition
@@ -74,9 +74,8 @@ class FNNAdaptation(Adaptation):
     ) -> Bool[Tensor, "*batch samples"]:
         """Whether the adapted network is, at each input, what the proof needs.
 
-        That is: inner units of every block are active, units that the target layer does not have
-        are not, unless no ReLU follows them. It can hold outside the region too, which is what is
-        promised beforehand.
+        Inner units of every block are active, and units that the target layer does not have are
+        not, unless no ReLU follows them. It holds in the region, and can hold outside too.
         """
         _checks.kind(FNN, frozen=frozen)
         x = _checks.real_tensor("x", x, min_dims=2)
@@ -86,13 +85,14 @@ class FNNAdaptation(Adaptation):
                 allowed=f"of shape [..., {self.region.width}, samples], like the target's inputs",
                 given=f"shape {tuple(x.shape)}",
             )
-        reached = self.adapters.merge(frozen).preactivations(pad(x, frozen.widths[0]))
-        good = []
+        preactivations = self.adapters.merge(frozen).preactivations(pad(x, frozen.widths[0]))
+        holds = []
         for layers, region in zip(self.partition.slices, self.regions[1:], strict=True):
-            good += [(p >= 0).all(-2) for p in reached[layers][:-1]]
+            *inner, last = preactivations[layers]
+            holds += [(p >= 0).all(-2) for p in inner]
             off = region.width if layers.stop <= frozen.relus else frozen.widths[-1]
-            good.append((reached[layers][-1][..., off:, :] <= 0).all(-2))
-        return torch.stack(good).all(0)
+            holds.append((last[..., off:, :] <= 0).all(-2))
+        return torch.stack(holds).all(0)
 
 
 @torch.no_grad()
@@ -113,38 +113,38 @@ def adapt(
     """Adapters and biases that make a ReLU network imitate a shallower one over a region.
 
     Block ``P_i`` of the frozen layers imitates target layer ``i``. Its weights are adapted as those
-    of a deep linear network (`linear.adapt`). Its inner layers get the least shifts with which
-    every unit is active all over the region, so that they are affine maps:
-    ``b̂_l = c_l − (W_l + ΔW_l) c_{l−1}``, where ``c_l``, by unit, is how far
-    ``∏_{j≤l} (W_j + ΔW_j) (x − x_0)`` can go below 0, and ``c_0 = x_0`` the region's centre. The
-    bias of its last layer takes back what they added: the same with ``c_M = M_i x_0 + b̄_i``.
-    The next block's region holds what this one makes of its own.
+    of a deep linear network (`linear.adapt`). The biases of its inner layers are the least with
+    which every unit is active all over the region, so that the layers are affine maps:
+    ``b̂_l = c_l − (W_l + ΔW_l) c_{l−1}``, where ``c_l`` is how far each coordinate of
+    ``∏_{j≤l} (W_j + ΔW_j) (x − x_0)`` can go below 0, and ``c_0 = x_0`` is the region's centre. The
+    bias of the last layer takes back what they added: the same with ``c_M = M_i x_0 + b̄_i``. The
+    next block's region holds the image of this one.
 
-    A target narrower than the frozen network sits in the first units of every block's end: pad the
-    inputs with zeros (`networks.pad`), read the first outputs. The other units are switched off by
-    their biases, so that what feeds on them does not matter, and the rank that exactness needs
-    does not depend on the frozen width. Behind a linear last layer nothing feeds on them, and they
-    keep their biases.
+    A target narrower than the frozen network is imitated by the first units at the end of every
+    block: pad the inputs with zeros (`networks.pad`), read the first outputs. The biases switch the
+    other units off, so that the rank that exactness needs does not depend on the frozen width.
+    After a linear last layer the other units keep their biases.
 
     Source: [thm-one-layer], [thm-partition], [prop-narrower]; for the regions [prop-regions].
 
     Parameters
     ----------
     frozen, target : FNN
-        Of one type, both ending with a ReLU or both with a linear layer; batch shapes broadcast,
-        also with the region's.
+        Of one type, both ending with a ReLU or both with a linear layer. Batch shapes broadcast,
+        with the region's too.
     ranks : Ranks
         One for all layers, of which none takes more than its weight's smaller side; or one per
         layer, each from 0 to that side.
     region : Region
-        `regions.Ball` or `regions.Box` (the result holds everywhere in it), or `regions.Samples`.
+        A `regions.Ball` or `regions.Box`, everywhere in which the result holds, or
+        `regions.Samples`.
     partition : Partition, optional
-        The blocks; the uniform partition by default.
+        The blocks; uniform by default.
     scalar_biases : bool
-        One number for all units of an inner layer instead of one for each; larger.
+        One number, larger, for all units of an inner layer instead of one for each.
     input_scale : float
-        Root mean square of the coordinates of inputs that a network usually sees, about the
-        region's centre; the loss of digits is stated for them. Not used with `regions.Samples`.
+        Root mean square of the coordinates of usual inputs, about the region's centre: the loss of
+        digits is stated for these. Not used with `regions.Samples`.
     max_digits_lost : float, optional
         Acceptable loss, by default half of the digits of the type; ``inf`` accepts any.
     rtol, throw, seed
@@ -153,10 +153,10 @@ def adapt(
     Raises
     ------
     InputError
-        Ranks out of range, a target deeper or wider than the frozen network or of another end, a
-        hidden width too small, a partition that does not fit the two, a region of another width.
+        Ranks out of range; a target deeper or wider than the frozen network, or of another end; a
+        hidden width too small; a partition or a region that does not fit.
     SingularError
-        A block cannot be adapted; names the layer and its condition number.
+        A block cannot be adapted. Names the layer and its condition number.
     PrecisionError
         The biases are expected to cost more digits than accepted.
     """

@@ -212,9 +212,9 @@ class _Plan(NamedTuple):
     """How the best approximation is split: which layer chooses when, and what it takes.
 
     Of the remaining error ``U S Vᵀ`` a layer takes the leading triplets ("leading"), the piece of
-    [lem-splitting] that reaches it at the least cost ("cheapest"), or rotated triplets ("random").
-    ``lift`` first spends rank beyond the width on the frozen layers' smallest singular values.
-    ``mirrored`` plans are for the transposed network, whose first layer is the last.
+    [lem-splitting] of the smallest adapter ("cheapest"), or rotated triplets ("random"). ``lift``
+    first spends rank beyond the width on the frozen layers' smallest singular values. ``mirrored``
+    plans are for the transposed network, whose first layer is the last.
     """
 
     order: Sequence[int]
@@ -365,13 +365,10 @@ def _both_ways(weights: list[Tensor]) -> list[Tensor]:
     """The product from the first layer on, as the forward pass does it, and from the last.
 
     The construction makes up for the very rounding errors of the first. The second has others, as
-    a forward pass on other inputs has, so that the larger error of the two is the honest one. Of
-    one or two layers there is only one product.
+    a forward pass on other inputs has, so that the larger error of the two is the honest one.
     """
-    forward = product(weights)
-    if len(weights) < 3:
-        return [forward]
-    return [forward, product([w.mT for w in reversed(weights)]).mT]
+    backward = [product([w.mT for w in reversed(weights)]).mT] if len(weights) > 2 else []
+    return [product(weights), *backward]
 
 
 def _distance(matrix: Tensor, other: Tensor) -> Tensor:

@@ -33,49 +33,36 @@ class OptimalPartition:
     value: Num[Tensor, "*batch"]
 
     def partition(self, *member: int) -> Partition:
-        """The partition of one member; raises `InputError` for one that the batch has not."""
-        batch = tuple(self.value.shape)
-        inside = len(member) == len(batch) and all(
-            isinstance(i, int) and -n <= i < n for i, n in zip(member, batch, strict=True)
-        )
-        if not inside:
-            raise InputError("member", allowed=f"one of batch shape {batch}", given=member)
+        """The partition of one member of the batch, by its indices."""
         return Partition(self.sizes[member].tolist())
 
 
 def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
-    """The partition of the least rank for all layers at which it is exact, `bounds.fnn_threshold`.
+    """Find the partition of the least `bounds.fnn_threshold`, the rank at which it is exact.
 
-    Among partitions of equal rank any may be returned; blocks with a hidden layer that is too
-    narrow for their target layer are left out. Raises `InputError` for a target deeper or
-    wider than the frozen network. Source: [prop-optimal-partition].
+    Of partitions of equal rank any may be returned. Blocks with a hidden layer that is too narrow
+    for their target layer are left out. Raises `InputError` for a target deeper or wider than the
+    frozen network. Source: [prop-optimal-partition].
     """
-    _checks.kind(FNN, frozen=frozen, target=target)
 
     def step(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
         return torch.maximum(before, gap.threshold.to(before.dtype))
 
-    found = _search(frozen, target, step)
-    return replace(found, value=found.value.long())
+    best = _search(frozen, target, step)
+    return replace(best, value=best.value.long())
 
 
-def least_error(
-    frozen: FNN,
-    target: FNN,
-    ranks: _checks.Ranks,
-    inputs: Inputs,
-) -> OptimalPartition:
-    """The partition of the least error bound at given ranks, `bounds.fnn_error` of ``inputs``.
+def least_error(frozen: FNN, target: FNN, ranks: _checks.Ranks, inputs: Inputs) -> OptimalPartition:
+    """Find the partition of the least `bounds.fnn_error` at given ranks on given ``inputs``.
 
-    Raises `InputError` for ranks out of range, for a target deeper or wider than the frozen
+    Raises `InputError` for ranks out of range and for a target deeper or wider than the frozen
     network. Source: [prop-optimal-partition].
     """
-    _checks.kind(FNN, frozen=frozen, target=target)
-    ranks = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
+    per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     sizes = activation_sizes(target, inputs)
 
     def step(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
-        error = gap.error(sum(gap.ranks(ranks[layers])))
+        error = gap.error(sum(gap.ranks(per_layer[layers])))
         return (gap.target.norm + error) * before + error * sizes[i]
 
     return _search(frozen, target, step)
@@ -99,10 +86,10 @@ def _search(
             runs = [slice(start, end) for start in values if start < end]
             runs = [layers for layers in runs if pieces.fits(i, layers)]
             if runs:
-                found = [
+                options = [
                     step(i, layers, pieces.gap(i, layers), values[layers.start]) for layers in runs
                 ]
-                reached[end], best = torch.stack(torch.broadcast_tensors(*found)).min(0)
+                reached[end], best = torch.stack(torch.broadcast_tensors(*options)).min(0)
                 firsts = [layers.start for layers in runs]
                 chosen[end] = torch.tensor(firsts, device=best.device)[best]
         values = reached

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import lowrank
 from ..adapters.core import Adapters
 from ..networks.residual.network import ACTIVATIONS, ResidualTransformer
-from . import layer, residual
+from . import residual
+from ._layer import fit_layer
 from .attention import Builder, columns, sequences
 from .fused import Fused
 
@@ -84,7 +85,7 @@ class _Builder(Builder[ResidualTransformer]):
         theorem = lowrank.truncated_svd(getattr(self.theorem, kind)[l] - W, rank)
         bias = getattr(self.theorem, f"b_{name}")[l]
         target = getattr(self.goal, kind)[l]
-        found, words = layer.fit(W, target, rank, own, reach, None, theorem, [bias])
+        found, words = fit_layer(W, target, rank, own, reach, None, theorem, [bias])
         self.chosen.append(words)
         self.own[kind][l] = W + found.update.matrix()
         self.own[f"b_{name}"][l] = found.intercept
