@@ -1,9 +1,9 @@
-"""Checks of what callers pass in: each returns the usable value or raises `InputError`."""
+"""Checks at the front doors: each returns the usable value or raises `InputError`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf, nan
 from numbers import Integral, Real
 from os import PathLike
@@ -26,17 +26,14 @@ Ranks = int | Sequence[int] | Int[Tensor, " layers"] | Int[np.ndarray, " layers"
 
 
 def integer(name: str, value: Any, low: int, high: int | None = LARGEST, *, limit: str = "") -> int:
-    """``value`` as an ``int`` between ``low`` and ``high``; ``limit`` says what ``high`` is.
-
-    By default ``high`` is the largest size that anything can have.
-    """
+    """``value`` as an ``int`` between ``low`` and ``high``; ``limit`` says what ``high`` is."""
     whole = isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
     number = int(value) if whole else low - 1
     if number < low or (high is not None and number > high):
-        shown = high is not None and (high < LARGEST or number > high)
-        ceiling = f" to {high}" if shown else ""
-        allowed = f"an integer from {low}{ceiling}" + (f" ({limit})" if limit else "")
-        raise InputError(name, allowed=allowed, given=brief(value))
+        allowed = f"an integer from {low}" + (f" to {high}" if high not in (None, LARGEST) else "")
+        raise InputError(
+            name, allowed=allowed + (f" ({limit})" if limit else ""), given=brief(value)
+        )
     return number
 
 
@@ -47,37 +44,28 @@ def seed(value: Any) -> int:
 
 def positive(name: str, value: Any) -> float:
     """``value`` as a finite ``float`` above 0."""
-    number = _real(value)
-    if not 0 < number < inf:
-        raise InputError(name, allowed="a finite number above 0", given=brief(value))
-    return number
+    return _number(name, value, "a finite number above 0", lambda x: 0 < x < inf)
 
 
 def tolerance(name: str, value: Any) -> float:
     """``value`` as a ``float`` that is at least 0; infinity is allowed."""
-    number = _real(value)
-    if not number >= 0:
-        raise InputError(name, allowed="a number of at least 0", given=brief(value))
-    return number
+    return _number(name, value, "a number of at least 0", lambda x: x >= 0)
 
 
 def finite(name: str, value: Any, low: float = -inf) -> float:
     """``value`` as a finite ``float`` of at least ``low``."""
-    number = _real(value)
-    if not low <= number < inf or number == -inf:
-        allowed = "a finite number" if low == -inf else f"finite, at least {low:g}"
+    allowed = "a finite number" if low == -inf else f"finite, at least {low:g}"
+    return _number(name, value, allowed, lambda x: low <= x < inf and x > -inf)
+
+
+def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else nan
+    except OverflowError:
+        number = nan
+    if not fits(number):
         raise InputError(name, allowed=allowed, given=brief(value))
     return number
-
-
-def _real(value: Any) -> float:
-    """``value`` as a ``float``, infinite where that cannot hold it; NaN for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return nan
-    try:
-        return float(value)
-    except OverflowError:
-        return inf if value > 0 else -inf  # type: ignore[operator]
 
 
 def flag(name: str, value: Any) -> bool:
@@ -120,60 +108,30 @@ def items(name: str, value: Any, *, what: str) -> list[Any]:
 
 def several(name: str, value: Any, kind: type, *, what: str) -> list[Any]:
     """``value`` as a list of at least one of a class; ``what`` says what they are."""
-    found = items(name, value, what=f"at least one {what}")
-    if not found or not all(isinstance(one, kind) for one in found):
+    listed = items(name, value, what=f"at least one {what}")
+    if not listed or not all(isinstance(item, kind) for item in listed):
         raise InputError(name, allowed=f"at least one {what}", given=brief(value))
-    return found
+    return listed
 
 
 def path(name: str, value: Any) -> Path:
     """``value`` as a path."""
-    usable = isinstance(value, str | PathLike) and str(value) and "\0" not in str(value)
-    if not usable:
+    if not isinstance(value, str | PathLike) or not str(value) or "\0" in str(value):
         raise InputError(name, allowed="a path", given=brief(value))
     return Path(value)
-
-
-def run(name: str, value: Any, depth: int) -> slice:
-    """``value`` as a slice of one or more neighbours of ``depth`` layers."""
-    try:
-        start, stop, step = value.indices(depth)
-    except (AttributeError, TypeError, ValueError):
-        start = stop = step = 0
-    if step != 1 or start >= stop:
-        raise InputError(
-            name, allowed=f"a slice of one or more of {depth} layers", given=brief(value)
-        )
-    return slice(start, stop)
-
-
-def tensor(
-    name: str, value: Any, *, min_dims: int, types: Sequence[torch.dtype] = PRECISIONS
-) -> Tensor:
-    """``value`` if it is a tensor that can be computed with, whatever its numbers are."""
-    if not isinstance(value, Tensor):
-        raise InputError(name, allowed="a tensor", given=brief(value))
-    _usable(name, value, types)
-    if value.ndim < min_dims:
-        raise InputError(
-            name,
-            allowed=f"a tensor of at least {min_dims} dimensions",
-            given=f"shape {tuple(value.shape)}",
-        )
-    return value
 
 
 def device(value: Any) -> torch.device:
     """``value`` as a device that torch finds here and that holds numbers."""
     try:
-        found = torch.empty(0, device=value).device
+        usable = torch.empty(0, device=value).device
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             "device", allowed="one that torch finds here", given=brief(value)
         ) from error
-    if found.type == "meta":
+    if usable.type == "meta":
         raise InputError("device", allowed="one that holds numbers", given="meta, which has none")
-    return found
+    return usable
 
 
 def sizes(name: str, value: Any, low: int = 0) -> tuple[int, ...]:
@@ -195,11 +153,8 @@ def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, .
     if not isinstance(ranks, Sequence) or isinstance(ranks, str | bytes):
         return capped_ranks(ranks, shapes)
     if len(ranks) != len(shapes):
-        raise InputError(
-            "ranks",
-            allowed=f"one integer, or one for each of the {len(shapes)} layers",
-            given=f"{len(ranks)} of them",
-        )
+        allowed = f"one integer, or one for each of the {len(shapes)} layers"
+        raise InputError("ranks", allowed=allowed, given=f"{len(ranks)} of them")
     return tuple(
         integer(
             f"rank of layer {l}", rank, 0, min(shape), limit=f"its weight is {shape[0]}×{shape[1]}"
@@ -220,6 +175,19 @@ def capped_ranks(rank: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(min(cap, side) for side in sides)
 
 
+def tensor(
+    name: str, value: Any, *, min_dims: int, types: Sequence[torch.dtype] = PRECISIONS
+) -> Tensor:
+    """``value`` if it is a tensor that can be computed with, whatever its numbers are."""
+    if not isinstance(value, Tensor):
+        raise InputError(name, allowed="a tensor", given=brief(value))
+    _usable(name, value, types)
+    if value.ndim < min_dims:
+        allowed = f"a tensor of at least {min_dims} dimensions"
+        raise InputError(name, allowed=allowed, given=f"shape {tuple(value.shape)}")
+    return value
+
+
 def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> Tensor:
     """``value`` (tensor, array, lists) as a float32 or float64 tensor of finite numbers.
 
@@ -229,13 +197,9 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
     tensor = value.detach() if isinstance(value, Tensor) else _from_array(name, value)
     _usable(name, tensor, PRECISIONS)
     if tensor.ndim < min_dims or 0 in tensor.shape[tensor.ndim - min_dims :]:
-        raise InputError(
-            name,
-            allowed=f"a non-empty array of at least {min_dims} dimensions",
-            given=f"shape {tuple(tensor.shape)}",
-        )
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+        allowed = f"a non-empty array of at least {min_dims} dimensions"
+        raise InputError(name, allowed=allowed, given=f"shape {tuple(tensor.shape)}")
+    if bad := int((~torch.isfinite(tensor)).sum()):
         raise InputError(
             name,
             allowed="finite",
@@ -247,21 +211,15 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
 
 def _usable(name: str, tensor: Tensor, types: Sequence[torch.dtype]) -> None:
     """Refuse a tensor that lacks numbers, that is not dense, or that is of no such type."""
+    numbers = "" if tensor.dtype in types else str(tensor.dtype).removeprefix("torch.")
     if tensor.is_meta:
+        numbers = "one on device meta, which has none"
+    elif tensor.is_nested or tensor.layout != torch.strided:
+        numbers = "one that is nested or sparse"
+    if numbers:
+        words = " or ".join(str(type_).removeprefix("torch.") for type_ in types)
         raise InputError(
-            name, allowed="a tensor of numbers", given="one on device meta, which has none"
-        )
-    if tensor.is_nested or tensor.layout != torch.strided:
-        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise InputError(
-            name, allowed="a dense tensor", given=f"layout {layout}", remedy="convert it first"
-        )
-    if tensor.dtype not in types:
-        raise InputError(
-            name,
-            allowed=" or ".join(str(one).removeprefix("torch.") for one in types),
-            given=str(tensor.dtype).removeprefix("torch."),
-            remedy="convert it first",
+            name, allowed=f"a dense tensor of {words}", given=numbers, remedy="convert it first"
         )
 
 
@@ -279,14 +237,11 @@ def kind(*expected: type, **given: Any) -> None:
     """Refuse whatever of ``given``, by the caller's name of it, is none of ``expected``."""
     for name, value in given.items():
         if not isinstance(value, expected):
-            classes = " or ".join(one.__name__ for one in expected)
-            parts = expected[0].__module__.split(".")
-            shown = hasattr(sys.modules[".".join(parts[:2])], expected[0].__name__)
-            home = ".".join(parts[: 2 if shown else 3])
+            classes = " or ".join(f"{cls.__module__}.{cls.__name__}" for cls in expected)
             convertible = isinstance(value, Module) and hasattr(expected[0], "from_sequential")
             raise InputError(
                 name,
-                allowed=f"of class {classes} ({home})",
+                allowed=f"of class {classes}",
                 given=type(value).__name__,
                 remedy="from_sequential makes one of fitting layers" if convertible else "",
             )
@@ -295,21 +250,20 @@ def kind(*expected: type, **given: Any) -> None:
 def like_frozen(target: Any, frozen: Any) -> None:
     """Refuse a target whose numbers are of another type or on another device than the frozen's."""
     for aspect in ("dtype", "device"):
-        own, wanted = getattr(target, aspect), getattr(frozen, aspect)
-        if own != wanted:
-            raise InputError(
-                "target",
-                allowed=f"{wanted}, like the frozen network",
-                given=own,
-                remedy=f"convert one with .to({aspect}=…)",
+        given, needed = getattr(target, aspect), getattr(frozen, aspect)
+        if given != needed:
+            allowed, remedy = (
+                f"{needed}, like the frozen network",
+                f"convert it with .to({aspect}=…)",
             )
+            raise InputError("target", allowed=allowed, given=given, remedy=remedy)
 
 
 def same_sizes(adapted: Any, target: Any) -> None:
     """Refuse a target whose weights are not of the sizes of another network's."""
-    ours, theirs = ([tuple(w.shape[-2:]) for w in network.weights] for network in (adapted, target))
-    if ours != theirs:
-        raise InputError("target", allowed=f"of weights {brief(ours)}", given=brief(theirs))
+    sizes = [[tuple(w.shape[-2:]) for w in network.weights] for network in (adapted, target)]
+    if sizes[0] != sizes[1]:
+        raise InputError("target", allowed=f"of weights {brief(sizes[0])}", given=brief(sizes[1]))
 
 
 def failed_members(bad: Tensor, shown: int | None = None) -> str:
@@ -319,9 +273,9 @@ def failed_members(bad: Tensor, shown: int | None = None) -> str:
     """
     if not bad.ndim:
         return ""
-    places = [place[0] if len(place) == 1 else tuple(place) for place in bad.nonzero().tolist()]
-    one = int(bad.flatten().nonzero()[0]) if shown is None else shown
-    index = tuple(int(i) for i in np.unravel_index(one, bad.shape))
+    places = [place[0] if bad.ndim == 1 else tuple(place) for place in bad.nonzero().tolist()]
+    first = int(bad.flatten().nonzero()[0]) if shown is None else shown
+    index = tuple(int(i) for i in np.unravel_index(first, bad.shape))
     words = f" of batch member {index[0] if len(index) == 1 else index}"
     if len(places) > 1:
         listed = ", ".join(map(str, places[:8])) + (", …" if len(places) > 8 else "")

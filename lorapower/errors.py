@@ -14,15 +14,15 @@ _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 60
 
 
 def brief(value: object) -> str:
-    """``repr(value)`` as a message can show it: on one line, long ones in part."""
+    """Write ``repr(value)`` on one line of at most `LONGEST` characters, long ones in part."""
     try:
-        return shortened(_SHOWN.repr(value))
+        return _shorten(_SHOWN.repr(value))
     except ValueError:  # Python writes out no integer of thousands of digits
         return f"a value of class {type(value).__name__}"
 
 
-def shortened(text: str) -> str:
-    """``text`` on one line and without its middle, where it is longer than a message shows."""
+def _shorten(text: str) -> str:
+    """A text on one line, without its middle where it is too long."""
     line = " ".join(text.split())
     half = (LONGEST - 3) // 2
     return line if len(line) <= LONGEST else f"{line[:half]}...{line[-half:]}"
@@ -38,46 +38,48 @@ class LorapowerError(Exception):
 
 
 class InputError(LorapowerError, ValueError):
-    """An argument is not usable; raised before any work starts.
+    """An argument cannot be used; raised before any work starts.
 
-    The message is one line of bounded length, whatever was passed.
+    The message is one line: "``name`` must be ``allowed``; got ``given``: ``remedy``".
 
     Attributes
     ----------
     name : str
-        The argument, as the caller knows it.
+        Which argument it is: the parameter's name as in the signature (``"ranks"``), or a part of
+        the argument by the name of such parts (``"rank of layer 2"``, ``"weight of layer 1"``).
+        Programs may rely on it; the other words are for people.
     allowed : str
-        What would have been accepted, in words.
+        What would have been accepted.
     given
-        What was passed: a value, or a description of it.
+        What was passed: a text describes it, anything else is the value itself.
     remedy : str
         What to do about it, or an empty string where ``allowed`` says it.
     """
 
     def __init__(self, name: str, *, allowed: str, given: object, remedy: str = "") -> None:
         self.name, self.allowed, self.given, self.remedy = name, allowed, given, remedy
-        shown = shortened(given) if isinstance(given, str) else brief(given)
-        advice = f": {shortened(remedy)}" if remedy else ""
-        super().__init__(f"{shortened(name)} must be {shortened(allowed)}; got {shown}{advice}")
+        shown = _shorten(given) if isinstance(given, str) else brief(given)
+        advice = f": {_shorten(remedy)}" if remedy else ""
+        super().__init__(f"{_shorten(name)} must be {_shorten(allowed)}; got {shown}{advice}")
 
 
 class SingularError(LorapowerError, ArithmeticError):
-    """No splitting that was tried adapts a linear network with the accuracy asked for.
+    """No way to split the update among the layers is as accurate as was asked for.
 
     Attributes
     ----------
     layer : int
-        Counted from 1, the one with the worst-conditioned system.
+        The layer with the worst-conditioned system, counted from 1.
     condition_number : float
-        Of that system.
+        The condition number of that system.
     rounding_error : float
-        Relative, of the best splitting.
+        The relative rounding error of the best splitting.
     rtol : float
-        What was accepted.
+        The largest rounding error that was accepted.
     singular_from : float
-        The condition number from which on a product counts as singular.
+        The condition number from which on a system counts as singular.
     member : str
-        Words that say which member of a batch, or an empty string for a single network.
+        Words for the member of a batch, empty for a single network.
     """
 
     def __init__(
@@ -92,33 +94,26 @@ class SingularError(LorapowerError, ArithmeticError):
         self.layer, self.condition_number = layer, condition_number
         self.rounding_error, self.rtol = rounding_error, rtol
         self.singular_from, self.member = singular_from, member
-        where = f"the products that the adapter of layer {layer}{member} acts through"
+        cause, remedy = (
+            "ill-conditioned",
+            "use float64, give more rank, or accept it with a larger rtol",
+        )
         if condition_number > singular_from:
-            cause = (
-                f"{where} are singular (condition number {condition_number:.1e}), so that the "
-                "assumption of non-singularity fails: give more rank to a singular "
-                "layer, give this layer rank 0, or perturb the frozen weights"
-            )
-        else:
-            cause = (
-                f"{where} are ill-conditioned (condition number {condition_number:.1e}): use "
-                "float64, give more rank, or accept it with a larger rtol"
+            cause, remedy = (
+                "singular, against the assumption of non-singularity",
+                "give more rank to a singular layer, give this layer rank 0, or perturb the frozen "
+                "weights",
             )
         super().__init__(
             "the best splitting tried leaves a relative rounding error of "
-            f"{rounding_error:.1e}, more than rtol = {rtol:.1e}; {cause}"
+            f"{rounding_error:.1e}, more than rtol = {rtol:.1e}; the products that the adapter of "
+            f"layer {layer}{member} acts through are {cause} (condition number "
+            f"{condition_number:.1e}): {remedy}"
         )
 
     def at_layer(self, layer: int) -> SingularError:
         """The same error, of a layer that is counted in a larger network."""
-        return SingularError(
-            layer,
-            self.condition_number,
-            self.rounding_error,
-            self.rtol,
-            self.singular_from,
-            self.member,
-        )
+        return SingularError(**{**vars(self), "layer": layer})
 
 
 class PrecisionError(LorapowerError, ArithmeticError):
@@ -129,7 +124,7 @@ class PrecisionError(LorapowerError, ArithmeticError):
     block : int
         The block of layers, counted from 1.
     digits_lost, limit : float
-        Expected loss of decimal digits, and what was accepted.
+        The expected loss of decimal digits, and the largest that was accepted.
     """
 
     def __init__(

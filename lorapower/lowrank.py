@@ -19,7 +19,9 @@ from .errors import InputError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
-    """A matrix held as its factors: the update ``ΔW = A Bᵀ`` of an adapter.
+    """A matrix held as its factors: the update ``ΔW = A Bᵀ`` of one weight.
+
+    Raises `InputError` for factors that differ in their number of columns.
 
     Attributes
     ----------
@@ -54,6 +56,10 @@ class LowRank:
         """The product ``A Bᵀ``."""
         return self.left @ self.right.mT
 
+    def leading(self, rank: int) -> LowRank:
+        """The update of the first columns of both factors."""
+        return LowRank(self.left[..., :rank], self.right[..., :rank])
+
     def balanced(self) -> LowRank:
         """The same matrix with each column as long in one factor as in the other."""
         sides = [torch.linalg.vector_norm(f, dim=-2, keepdim=True) for f in (self.left, self.right)]
@@ -63,17 +69,7 @@ class LowRank:
         return LowRank(self.left / root, self.right * root)
 
     def __repr__(self) -> str:
-        (*batch, out, rank), into = self.left.shape, self.right.shape[-2]
-        parts = [f"{out}×{into}", f"rank {rank}", *[f"batch {batch}"] * bool(batch)]
-        return f"LowRank({', '.join(parts)}, {str(self.left.dtype).removeprefix('torch.')})"
-
-
-def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"]:
-    """Singular values ``σ_1 ≥ σ_2 ≥ …``, ``k = min(out, in)`` of them.
-
-    Raises `InputError` for anything but a finite float32 or float64 matrix.
-    """
-    return _singular_values(_checks.real_tensor("matrix", matrix, min_dims=2))
+        return f"LowRank(left={[*self.left.shape]}, right={[*self.right.shape]})"
 
 
 class SVD(NamedTuple):
@@ -84,21 +80,30 @@ class SVD(NamedTuple):
     V: Float[Tensor, "*batch in k"]
 
 
+class Norms(NamedTuple):
+    """Spectral and Frobenius norm of a matrix."""
+
+    spectral: Float[Tensor, "*batch"]
+    frobenius: Float[Tensor, "*batch"]
+
+
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
-    """The singular value decomposition of a matrix of finite numbers, ``k = min(out, in)``."""
+    """Decompose a matrix of finite numbers; ``k = min(out, in)``."""
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     U, S, Vh = _of_distinct(lambda m: torch.linalg.svd(m, full_matrices=False), matrix)
     return SVD(U, S, Vh.mT)
 
 
+def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"]:
+    """Singular values ``σ_1 ≥ σ_2 ≥ …`` of a matrix of finite numbers, ``min(out, in)`` of them."""
+    matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
+    (values,) = _of_distinct(lambda m: (torch.linalg.svdvals(m),), matrix)
+    return values
+
+
 def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
     """The spectral norm ``σ_1`` of a matrix of finite numbers."""
     return spectrum(matrix)[..., 0]
-
-
-def _singular_values(matrix: Tensor) -> Tensor:
-    (values,) = _of_distinct(lambda m: (torch.linalg.svdvals(m),), matrix)
-    return values
 
 
 def _of_distinct(
@@ -109,16 +114,16 @@ def _of_distinct(
     for dim in range(len(batch)):
         if matrix.stride(dim) == 0:
             matrix = matrix.narrow(dim, 0, 1)
-    found = function(matrix)
-    return tuple(each.expand((*batch, *each.shape[len(batch) :])) for each in found)
+    parts = function(matrix)
+    return tuple(part.expand((*batch, *part.shape[len(batch) :])) for part in parts)
 
 
 def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
-    """``LR_r(M) = Σ_{d≤r} σ_d u_d v_dᵀ``, the best approximation of rank ``r``.
+    """The best approximation of a matrix by one of rank ``r``, ``Σ_{d≤r} σ_d u_d v_dᵀ``.
 
-    Its factors are ``A = UΣ`` and ``B = V``. Best in spectral and Frobenius norm
-    [thm-eckart-young]. Raises `InputError` for a rank outside ``0…min(out, in)`` or a matrix that
-    is not finite float32 or float64.
+    It is best in the spectral and in the Frobenius norm; its factors are ``A = UΣ`` and ``B = V``.
+    Raises `InputError` for a rank outside ``0…min(out, in)`` and for a matrix that is not finite
+    float32 or float64. Source: [thm-eckart-young].
     """
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(matrix.shape[-2:]), limit="the smaller side")
@@ -126,25 +131,16 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     return LowRank(U[..., :rank] * S[..., None, :rank], V[..., :rank])
 
 
-class Norms(NamedTuple):
-    """Spectral and Frobenius norm of a matrix."""
-
-    spectral: Float[Tensor, "*batch"]
-    frobenius: Float[Tensor, "*batch"]
-
-
 def tail_norms(singular_values: Float[Tensor, "*batch k"], rank: int) -> Norms:
-    """Norms of what rank ``r`` leaves out: ``σ_{r+1}`` (0 past the end), ``(Σ_{d>r} σ_d²)^{1/2}``.
+    """Distances from a matrix to the nearest one of rank ``r``, from its singular values.
 
-    These are the spectral and the Frobenius distance to the nearest matrix of rank ``r``
-    [thm-eckart-young]. Raises `InputError` for a negative rank.
+    ``σ_{r+1}`` in the spectral norm, 0 past the end, and ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius
+    norm. Raises `InputError` for a negative rank. Source: [thm-eckart-young].
     """
-    _checks.tensor("singular_values", singular_values, min_dims=1)
     tail = singular_values[..., _checks.integer("rank", rank, 0) :]
-    spectral = (
-        tail[..., 0] if tail.shape[-1] else singular_values.new_zeros(singular_values.shape[:-1])
+    return Norms(
+        torch.nn.functional.pad(tail, (0, 1))[..., 0], torch.linalg.vector_norm(tail, dim=-1)
     )
-    return Norms(spectral, torch.linalg.vector_norm(tail, dim=-1))
 
 
 def rank(
@@ -153,17 +149,11 @@ def rank(
     """Numerical rank: how many ``σ_d`` exceed ``max(out, in) · eps · scale``.
 
     ``scale`` is the size of the numbers that the matrix was computed from, by default its own
-    ``σ_1``; a difference of nearly equal matrices needs the size of its terms, or its rounding
-    errors would count.
+    ``σ_1``. A difference of nearly equal matrices needs the size of its terms: otherwise their
+    rounding errors count.
     """
-    matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
-    singular_values = _singular_values(matrix)
-    if scale is None:
-        size = singular_values[..., 0]
-    elif isinstance(scale, Tensor):
-        size = _checks.real_tensor("scale", scale, min_dims=0)
-    else:
-        size = singular_values.new_tensor(_checks.tolerance("scale", scale))
+    singular_values = spectrum(matrix)
+    size = singular_values[..., 0] if scale is None else torch.as_tensor(scale).to(singular_values)
     threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * size
     return (singular_values > threshold[..., None]).sum(-1)
 
@@ -174,8 +164,7 @@ def condition_number(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*
 
 
 def condition(singular_values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
-    """``σ_1 / σ_k``, infinite for ``σ_k = 0``."""
-    _checks.tensor("singular_values", singular_values, min_dims=1)
+    """``σ_1 / σ_k`` of singular values, infinite for ``σ_k = 0``."""
     largest, smallest = singular_values[..., 0], singular_values[..., -1]
     # Also for a zero matrix, whose quotient would be 0/0.
     return torch.where(smallest > 0, largest / smallest, torch.inf)
@@ -190,10 +179,7 @@ def solve(
     singular the result is not finite: look at `condition_number` first. Raises `InputError` when
     ``rows > cols``, since then no solution exists in general.
     """
-    rows, cols = _checks.tensor("matrix", matrix, min_dims=2).shape[-2:]
-    height = _checks.tensor("right", right, min_dims=2).shape[-2]
-    if height != rows:
-        raise InputError("right", allowed=f"of {rows} rows, like the matrix", given=height)
+    rows, cols = matrix.shape[-2:]
     if rows > cols:
         raise InputError("matrix", allowed="at least as wide as high", given=f"{rows}×{cols}")
     Q, R = _of_distinct(torch.linalg.qr, matrix.mT)
@@ -210,20 +196,17 @@ def random_matrix(
     purpose: str = "matrix",
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "*batch rows cols"]:
-    """``Q_1 diag(σ) Q_2ᵀ``: random orthonormal ``Q_1, Q_2``; ``σ`` log-spaced from 1 to ``1/κ``.
+    """Draw a matrix of a given condition number ``κ ≥ 1``.
 
-    ``κ`` is the given condition number, at least 1. For experiments on rounding errors. Matrices of
-    one seed and different purposes are independent.
+    ``Q_1 diag(σ) Q_2ᵀ`` with random orthonormal ``Q_1, Q_2`` and ``σ`` log-spaced from 1 to
+    ``1/κ``. Matrices of one seed and different purposes are independent.
     """
-    rows, cols = _checks.integer("rows", rows, 1), _checks.integer("cols", cols, 1)
-    batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
     condition_number = _checks.finite("condition_number", condition_number, 1)
     generator = randomness.generator(seed, "conditioned", purpose)
     size = min(rows, cols)
 
     def orthonormal(n: int) -> Tensor:
-        normal = randomness.normal(generator, *batch_shape, n, size)
-        return torch.linalg.qr(normal)[0]
+        return torch.linalg.qr(randomness.normal(generator, *batch_shape, n, size))[0]
 
     sigma = torch.logspace(0, -1, size, base=condition_number, dtype=torch.float64, device="cpu")
     return ((orthonormal(rows) * sigma) @ orthonormal(cols).mT).to(dtype)

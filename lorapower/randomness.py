@@ -7,9 +7,8 @@ things share a stream: what is drawn for one purpose says nothing of what is dra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,14 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import _checks
-from .errors import InputError, brief
 
 # Where the state of torch's Mersenne Twister keeps its words, each in 64 bits.
 _WORDS = slice(24, 24 + 8 * 624)
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """The random numbers of this seed for this purpose.
+    """Make the generator of random numbers that belongs to a seed and a purpose.
 
     All 624 words of its state come from a `numpy.random.SeedSequence` of both. Seeding torch's
     generator itself would not do: on processors it takes 32 bits of a seed, whatever it is given.
@@ -34,10 +32,10 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     Parameters
     ----------
     seed : int
-        An integer from 0.
+        An integer from 0, of any size.
     purpose : str or int
-        What is drawn, in words, and which one of several, in numbers: ``generator(seed, "inputs",
-        3)``.
+        What is drawn, in words, and which of several, in numbers:
+        ``generator(seed, "inputs", 3)``.
     """
     made = torch.Generator()
     state = made.get_state()
@@ -47,23 +45,21 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     return made
 
 
-def seeded(seed: int, *purpose: str | int) -> AbstractContextManager[None]:
-    """Within it, torch's global numbers are those of `generator`; afterwards as if never drawn.
-
-    For code that takes no generator, such as the first weights of `torch.nn.Linear`.
-    """
-    return _in_state(generator(seed, *purpose).get_state())
-
-
 @contextmanager
-def _in_state(state: Tensor) -> Iterator[None]:
+def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
+    """Let torch's global random numbers come from `generator` inside a ``with`` block.
+
+    Afterwards the global state is what it was before. This is for code that takes no generator,
+    such as the initial weights of `torch.nn.Linear`.
+    """
+    state = generator(seed, *purpose).get_state()
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(state)
         yield
 
 
 def number(seed: int, *purpose: str | int) -> int:
-    """A seed of 32 bits for libraries that take nothing else."""
+    """Draw a seed of 32 bits for libraries that take nothing else."""
     return int(_sequence(seed, purpose).generate_state(1)[0])
 
 
@@ -73,12 +69,12 @@ def normal(
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Standard normal numbers on ``device``, as `generator` gives them.
+    """Draw standard normal numbers.
 
-    As with `uniform`, they are drawn where the generator is, on processors, so that equal seeds
-    give equal numbers wherever these are needed.
+    They are drawn on the processor and then moved to ``device``, so that equal seeds give equal
+    numbers on all devices.
     """
-    return _drawn(torch.randn, generator, shape, dtype).to(device)
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(device)
 
 
 def uniform(
@@ -87,20 +83,12 @@ def uniform(
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Numbers that are uniform on 0 to 1; else like `normal`."""
-    return _drawn(torch.rand, generator, shape, dtype).to(device)
-
-
-def _drawn(
-    draw: Callable[..., Tensor], generator: torch.Generator, shape: Any, dtype: torch.dtype
-) -> Tensor:
-    if not isinstance(generator, torch.Generator):
-        raise InputError("generator", allowed="one of `generator`", given=brief(generator))
-    shape, dtype = _checks.sizes("shape", shape), _checks.precision(dtype)
-    return draw(shape, generator=generator, dtype=dtype, device="cpu")
+    """Draw numbers uniformly from 0 to 1, on the processor like `normal`."""
+    return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(device)
 
 
 def _sequence(seed: int, purpose: tuple[str | int, ...]) -> np.random.SeedSequence:
-    seed = _checks.seed(seed)
+    """The root of the stream of a seed and a purpose."""
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=16).digest()
-    return np.random.SeedSequence(seed, spawn_key=np.frombuffer(digest, np.uint32).tolist())
+    spawn_key = np.frombuffer(digest, np.uint32).tolist()
+    return np.random.SeedSequence(_checks.seed(seed), spawn_key=spawn_key)

@@ -46,15 +46,15 @@ class Region(ABC):
         """Number of coordinates of an input."""
         return self.centre.shape[-2]
 
-    def __repr__(self) -> str:
-        width = f"width {self.width}" if self._fitted else "any width"
-        batch = f", batch {[*self.batch_shape]}" if self.batch_shape else ""
-        return f"{type(self).__name__}({width}{batch})"
-
     @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions: how many regions this object holds."""
         return self._centre.shape[:-2]
+
+    def __repr__(self) -> str:
+        width = f"width {self.width}" if self._fitted else "any width"
+        batch = f", batch {[*self.batch_shape]}" if self.batch_shape else ""
+        return f"{type(self).__name__}({width}{batch})"
 
     @abstractmethod
     def fit(self, width: int, dtype: torch.dtype) -> Self:
@@ -65,26 +65,15 @@ class Region(ABC):
 
     def _column(self, width: int) -> Float[Tensor, "*batch width 1"]:
         """The centre in ``width`` coordinates, or an `InputError` where they are not as many."""
-        width = _checks.integer("width", width, 1)
         if self._fitted and self.width != width:
             raise InputError(
                 "region", allowed=f"of {width} coordinates, like the inputs", given=self.width
             )
         return self._centre.expand(*self.batch_shape, width, 1)
 
+    @abstractmethod
     def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         """``min_x M (x − centre)`` over the region, for each row of ``M``; never above 0."""
-        return self._lowest(self._map(matrix))
-
-    def _map(self, matrix: Tensor) -> Tensor:
-        """``matrix``, or an `InputError` where it takes no inputs of the region."""
-        columns = _checks.tensor("matrix", matrix, min_dims=2).shape[-1]
-        if self._fitted and columns != self.width:
-            raise InputError("matrix", allowed=f"of {self.width} columns", given=columns)
-        return matrix
-
-    @abstractmethod
-    def _lowest(self, matrix: Tensor) -> Tensor: ...
 
     @abstractmethod
     def largest_norm(self) -> Float[Tensor, "*batch"]:
@@ -93,20 +82,18 @@ class Region(ABC):
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
-        """Random inputs in the region, or with ``edge`` at its edge."""
-        samples, edge = _checks.integer("samples", samples, 1), _checks.flag("edge", edge)
-        return self._sample(samples, edge, randomness.generator(seed, "inputs in a region"))
+        """Draw inputs in the region, or with ``edge`` at its edge."""
+        return self._draw(samples, edge, randomness.generator(seed, "inputs in a region"))
 
     @abstractmethod
-    def _sample(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor: ...
+    def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor: ...
 
     def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:
-        """Inputs in the region that stand for those a network usually sees.
+        """Inputs in the region that stand for those that a network usually sees.
 
-        ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates, whose covariance is
-        ``scale² I``; nearer to the centre where that is outside.
+        They are ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates, whose covariance
+        is ``scale² I``, and nearer to the centre where those are outside.
         """
-        scale = _checks.positive("scale", scale)
         identity = torch.eye(self.width, dtype=self.centre.dtype, device=self.centre.device)
         steps = identity * (-self.lowest(identity)).clamp(max=scale * self.width**0.5)
         return torch.cat([self.centre + steps, self.centre - steps], dim=-1)
@@ -159,23 +146,22 @@ class Ball(Region):
     @classmethod
     def about(cls, x: Float[Tensor, "*batch width samples"], margin: float = 1.0) -> Ball:
         """The ball about the mean of some inputs that holds them, its radius times ``margin``."""
-        x, margin = _checks.real_tensor("x", x, min_dims=2), _checks.positive("margin", margin)
+        margin = _checks.positive("margin", margin)
         centre = x.mean(-1, keepdim=True)
         radius = torch.linalg.vector_norm(x - centre, dim=-2).amax(-1)
         return cls(margin * radius, centre[..., 0])
 
     def fit(self, width: int, dtype: torch.dtype) -> Ball:
-        dtype = _checks.precision(dtype)
         return Ball(self.radius.to(dtype), self._column(width)[..., 0].to(dtype))
 
-    def _lowest(self, matrix: Tensor) -> Tensor:
+    def lowest(self, matrix: Tensor) -> Tensor:
         rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
         return -self.radius[..., None, None] * rows
 
     def largest_norm(self) -> Float[Tensor, "*batch"]:
         return self.radius + torch.linalg.vector_norm(self.centre, dim=(-2, -1))
 
-    def _sample(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
+    def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         kind: Any = {"dtype": self.centre.dtype, "device": self.centre.device}
         shape = (*self.batch_shape, self.width, samples)
         normal = randomness.normal(generator, *shape, **kind)
@@ -215,17 +201,17 @@ class Box(Region):
         self.half = (high / 2 - low / 2)[..., None]
 
     def fit(self, width: int, dtype: torch.dtype) -> Box:
-        centre, dtype = self._column(width), _checks.precision(dtype)
+        centre = self._column(width)
         sides = centre - self.half, centre + self.half
         return Box(*(side[..., 0].to(dtype) for side in sides))
 
-    def _lowest(self, matrix: Tensor) -> Tensor:
+    def lowest(self, matrix: Tensor) -> Tensor:
         return -(matrix.abs() * self.half.mT).sum(-1, keepdim=True)
 
     def largest_norm(self) -> Float[Tensor, "*batch"]:
         return torch.linalg.vector_norm(self.centre.abs() + self.half, dim=(-2, -1))
 
-    def _sample(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
+    def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         shape = (*self.batch_shape, self.width, samples)
         kind: Any = {"dtype": self.centre.dtype, "device": self.centre.device}
         drawn = 2 * randomness.uniform(generator, *shape, **kind) - 1
@@ -254,16 +240,16 @@ class Samples(Region):
 
     def fit(self, width: int, dtype: torch.dtype) -> Samples:
         self._column(width)
-        return Samples(self.inputs.to(_checks.precision(dtype)), self.margin)
+        return Samples(self.inputs.to(dtype), self.margin)
 
-    def _lowest(self, matrix: Tensor) -> Tensor:
+    def lowest(self, matrix: Tensor) -> Tensor:
         return (1 + self.margin) * (matrix @ (self.inputs - self.centre)).amin(-1, keepdim=True)
 
     def largest_norm(self) -> Float[Tensor, "*batch"]:
         # A convex function is largest at a corner.
         return torch.linalg.vector_norm(self._corners(), dim=-2).amax(-1)
 
-    def _sample(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
+    def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         count = self.inputs.shape[-1]
         picked = torch.randint(count, (samples,), generator=generator, device="cpu")
         picked = picked.to(self.inputs.device)
@@ -275,7 +261,7 @@ class Samples(Region):
     def image(
         self, matrix: Float[Tensor, "*#batch out width"], at_centre: Float[Tensor, "*#batch out 1"]
     ) -> Samples:
-        return Samples(self._map(matrix) @ (self.inputs - self.centre) + at_centre, self.margin)
+        return Samples(matrix @ (self.inputs - self.centre) + at_centre, self.margin)
 
     def relu(self) -> Samples:
         return Samples(self.inputs.relu(), self.margin)

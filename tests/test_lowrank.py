@@ -95,39 +95,21 @@ def test_solve_gives_the_smallest_solution(
     np.testing.assert_allclose(lowrank.solve(matrix, right).numpy(), expected, atol=1e-11)
 
 
-def test_solve_refuses_a_tall_matrix() -> None:
-    with pytest.raises(InputError, match="at least as wide as high; got 3×2"):
-        lowrank.solve(torch.ones(3, 2), torch.ones(3, 1))
-
-
-@pytest.mark.parametrize(
-    ("matrix", "complaint"),
-    [
-        (torch.tensor([[1, 2]]), "must be float32 or float64; got int64"),
-        (torch.ones(2, 2, dtype=torch.float16), "got float16"),
-        (torch.tensor([[1.0, torch.nan]]), "must be finite; got 1 entries"),
-        (torch.tensor([[1.0, torch.inf]]), "must be finite"),
-        (torch.ones(0, 2), r"non-empty array of at least 2 dimensions; got shape \(0, 2\)"),
-        (torch.ones(3), r"got shape \(3,\)"),
-        ([[1.0, 2.0], [3.0]], "rectangular array of numbers"),
-        (np.array([["a"]]), "rectangular array of numbers"),
-    ],
-)
-def test_unusable_matrices_are_refused(matrix: object, complaint: str) -> None:
-    with pytest.raises(InputError, match=complaint):
-        lowrank.truncated_svd(matrix, 1)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("rank", [-1, 3, 1.0, "one", True, None])
 def test_unusable_ranks_are_refused(rank: object) -> None:
     with pytest.raises(InputError, match=r"rank must be an integer from 0 to 2 \(the smaller side"):
         lowrank.truncated_svd(torch.ones(2, 5), rank)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rank", [-1, None, 0.5])
-def test_tails_begin_at_a_rank(rank: object) -> None:
-    with pytest.raises(InputError, match="rank must be an integer from 0"):
-        lowrank.tail_norms(torch.ones(3), rank)  # type: ignore[arg-type]
+def test_what_has_no_answer_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^right must be"):
+        lowrank.LowRank(torch.ones(3, 2), torch.ones(3, 1))
+    with pytest.raises(InputError, match=r"^matrix must be"):
+        lowrank.solve(torch.ones(3, 2), torch.ones(3, 1))
+    with pytest.raises(InputError, match=r"^matrix must be"):
+        lowrank.truncated_svd(torch.tensor([[1.0, torch.nan]]), 1)
+    with pytest.raises(InputError, match=r"^rank must be"):
+        lowrank.tail_norms(torch.ones(3), -1)
 
 
 def test_members_that_are_one_by_expansion_are_as_good_as_others() -> None:

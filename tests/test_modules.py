@@ -109,55 +109,46 @@ def test_numbers_are_converted_on_request(
 
 
 FIRST = nn.Linear(2, 2, bias=False)
-TAKEN = "a Sequential of Linear and ReLU layers; got "
-# For each kind of unusable module what is said of it.
+# Unusable modules, and which layer of them is named.
 WRONG: dict[str, tuple[Any, str]] = {
-    "no Sequential": (FIRST, "a torch.nn.Sequential of layers; got Linear"),
-    "GELU": (nn.Sequential(FIRST, nn.Sequential(nn.GELU())), rf"{TAKEN}GELU\(.*\) at 1\.0: Re"),
-    "Tanh": (nn.Sequential(FIRST, nn.Tanh()), rf"{TAKEN}Tanh\(\) at 1: ReLU is the only act"),
-    "Softmax": (nn.Sequential(FIRST, nn.Softmax(-1)), rf"{TAKEN}Softmax\(.*\) at 1: leave it"),
+    "no Sequential": (FIRST, "Linear"),
+    "GELU": (nn.Sequential(FIRST, nn.Sequential(nn.GELU())), r"GELU\(.*\) at 1\.0"),
     "LayerNorm": (
         nn.Sequential(OrderedDict(a=FIRST, norm=nn.LayerNorm(2))),
-        rf"{TAKEN}LayerNorm\(.*\) at norm: no construction covers it",
+        r"LayerNorm\(.*\) at norm",
     ),
-    "BatchNorm": (nn.Sequential(FIRST, nn.BatchNorm1d(2)), rf"{TAKEN}BatchNorm.* at 1: in ev"),
-    "Conv": (nn.Sequential(nn.Conv1d(1, 1, 1)), rf"{TAKEN}Conv1d\(.*\) at 0: it is a linear"),
     "layers inside": (
         nn.Sequential(nn.Sequential(nn.TransformerEncoderLayer(2, 1, 2))),
-        rf"{TAKEN}TransformerEncoderLayer at 0\.0: no construction",
+        r"TransformerEncoderLayer at 0\.0",
     ),
-    "attention": (
-        nn.Sequential(nn.MultiheadAttention(2, 1)),
-        rf"{TAKEN}MultiheadAttention at 0: see networks.Transformer",
-    ),
-    "subclass": (nn.Sequential(Doubled(2, 2)), rf"{TAKEN}Doubled\(.*\) at 0: make it a plain"),
-    "own forward": (Backwards(FIRST), rf"{TAKEN}Backwards: no construction"),
-    "own forward inside": (nn.Sequential(Backwards(FIRST)), rf"{TAKEN}Backwards at 0: no con"),
-    "ReLU first": (nn.Sequential(nn.ReLU(), FIRST), rf"{TAKEN}ReLU\(\) at 0: begin with"),
-    "late Flatten": (nn.Sequential(FIRST, nn.Flatten()), rf"{TAKEN}Flatten\(.*\) at 1: only"),
-    "Flatten of samples": (nn.Sequential(nn.Flatten(0), FIRST), rf"{TAKEN}Flatten\(.*\) at 0"),
-    "half": (
-        nn.Sequential(nn.Linear(2, 2, bias=False).half()),
-        r"of float32 or float64 numbers; got torch.float16 in Linear\(.*\) at 0: from_sequenti",
-    ),
-    "meta": (
-        nn.Sequential(nn.Sequential(nn.Linear(2, 2, bias=False, device="meta"))),
-        r"of layers that hold numbers; got Linear\(.*\) at 0\.0 on the meta device: load its w",
-    ),
+    "subclass": (nn.Sequential(Doubled(2, 2)), r"Doubled\(.*\) at 0"),
+    "own forward": (Backwards(FIRST), "Backwards"),
+    "own forward inside": (nn.Sequential(Backwards(FIRST)), "Backwards at 0"),
+    "ReLU first": (nn.Sequential(nn.ReLU(), FIRST), r"ReLU\(\) at 0"),
+    "late Flatten": (nn.Sequential(FIRST, nn.Flatten()), r"Flatten\(.*\) at 1"),
+    "Flatten of samples": (nn.Sequential(nn.Flatten(0), FIRST), r"Flatten\(.*\) at 0"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", WRONG)
-def test_other_modules_are_refused_in_one_line(
+def test_other_modules_are_refused_by_the_layer_in_one_line(
     kind: type[FNN] | type[LinearNetwork], case: str
 ) -> None:
-    module, said = WRONG[case]
-    with pytest.raises(InputError, match=f"^module must be {said}") as caught:
-        kind.from_sequential(module)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=f"^mine must be {said}"):
+    module, named = WRONG[case]
+    with pytest.raises(InputError, match=rf"^mine must be .*; got {named}") as caught:
         kind.from_sequential(module, name="mine")
+    assert "\n" not in str(caught.value)
+    if isinstance(module, nn.Sequential):
+        with pytest.raises(InputError, match=rf"^frozen must be .*; got {named}"):
+            as_network(module, "frozen")
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float16}, {"device": "meta"}])
+def test_layers_need_numbers_to_compute_with(options: dict[str, Any]) -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False, **options))
+    with pytest.raises(InputError, match=r"^weight of layer 1 must be a dense tensor of float32"):
+        LinearNetwork.from_sequential(module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int64, "float32"])
@@ -196,13 +187,6 @@ def test_modules_and_matrices_stand_for_networks() -> None:
 def test_other_values_are_refused(value: Any) -> None:
     with pytest.raises(InputError, match=r"^target must be a network .*; got \w+$"):
         as_network(value, "target")
-
-
-@pytest.mark.parametrize("case", [case for case in WRONG if case != "no Sequential"])
-def test_what_is_refused_has_its_callers_name(case: str) -> None:
-    module, said = WRONG[case]
-    with pytest.raises(InputError, match=f"^frozen must be {said}"):
-        as_network(module, "frozen")
 
 
 def test_hooks_are_refused() -> None:

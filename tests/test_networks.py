@@ -11,7 +11,7 @@ from strategies import batch_shapes, dtypes, seeds
 from torch import nn
 
 from lorapower import InputError, randomness
-from lorapower.networks import FNN, LinearNetwork, product
+from lorapower.networks import FNN, LinearNetwork
 
 
 @given(st.integers(1, 6), st.integers(1, 8), batch_shapes, dtypes, seeds)
@@ -65,18 +65,11 @@ def test_only_the_batch_is_indexed(index: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "complaint"),
-    [
-        (nn.Sequential(nn.Linear(2, 2)), "without ReLU and biases; got a bias in Linear.* at 0: "),
-        (
-            nn.Sequential(nn.Linear(2, 2, bias=False), nn.Sequential(nn.ReLU())),
-            "without ReLU and biases; got a ReLU after Linear.* at 0: FNN.from_sequential",
-        ),
-        (nn.Sequential(), "at least one matrix; got none"),
-    ],
+    "module",
+    [nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())],
 )
-def test_other_modules_are_refused(module: nn.Sequential, complaint: str) -> None:
-    with pytest.raises(InputError, match=complaint):
+def test_modules_that_are_not_linear_are_refused(module: nn.Sequential) -> None:
+    with pytest.raises(InputError, match=r"^module must be without ReLU and biases; got .* at 0"):
         LinearNetwork.from_sequential(module)
 
 
@@ -86,30 +79,29 @@ def test_a_batch_is_no_module() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "complaint"),
+    ("weights", "name"),
     [
-        ([], "at least one matrix; got none"),
-        (None, "at least one matrix; got NoneType"),
-        ([torch.ones(2, 3), torch.ones(2, 3)], "weight of layer 2 must be of 2 columns"),
-        ([torch.ones(2, 2), torch.ones(2, 2).double()], "all float32 or all float64; got both"),
-        ([torch.ones(2, 1, 1), torch.ones(3, 1, 1)], "batch shapes that broadcast"),
-        ([torch.ones(2, 2), torch.full((2, 2), torch.nan)], "weight of layer 2 must be finite"),
-        (torch.ones(2, 2), "at least 3 dimensions"),
-        (torch.ones(2, 2, 2, dtype=torch.int64), "float32 or float64; got int64"),
-        (torch.ones(0, 2, 2), "non-empty"),
+        ([], "weights"),
+        (None, "weights"),
+        ([torch.ones(2, 3), torch.ones(2, 3)], "weight of layer 2"),
+        ([torch.ones(2, 2), torch.ones(2, 2).double()], "weights"),
+        ([torch.ones(2, 1, 1), torch.ones(3, 1, 1)], "weights"),
+        ([torch.ones(2, 2), torch.full((2, 2), torch.nan)], "weight of layer 2"),
+        (torch.ones(2, 2), "weights"),
+        (torch.ones(2, 2, 2, dtype=torch.int64), "weights"),
+        (torch.ones(0, 2, 2), "weights"),
     ],
 )
-def test_unusable_weights_are_refused(weights: object, complaint: str) -> None:
-    with pytest.raises(InputError, match=complaint):
+def test_unusable_weights_are_refused(weights: object, name: str) -> None:
+    with pytest.raises(InputError) as caught:
         LinearNetwork(weights)
+    assert caught.value.name == name
 
 
 def test_unusable_inputs_are_refused() -> None:
     network = LinearNetwork.random(2, 3)
     with pytest.raises(InputError, match=r"x must be of shape \[..., 3, samples\]"):
         network(torch.ones(5, 4))
-    with pytest.raises(InputError, match="at least one matrix; got none"):
-        product([])
 
 
 @pytest.mark.parametrize("wrong", [{"depth": 0}, {"width": 0}, {"width": 2.5}, {"seed": -1}])
@@ -126,3 +118,8 @@ def test_batches_are_gone_through_member_by_member() -> None:
     assert torch.equal(members[1].weights[0], batch.weights[0][1])
     with pytest.raises(IndexError):
         iter(batch[0, 0])
+
+
+def test_networks_are_shown_on_one_line() -> None:
+    wide = LinearNetwork([torch.ones(2, 8, 3), torch.ones(5, 8)])
+    assert repr(wide) == "LinearNetwork(3→8→5, batch [2], float32)"

@@ -41,7 +41,6 @@ def test_uniform_blocks_are_equal_but_for_the_remainder(depth: int, data: st.Dat
 
 
 def test_partitions_name_their_layers() -> None:
-    assert Partition.of_layers([[1, 2], [3]]) == Partition([2, 1])
     assert Partition([2, 1, 3]).slices == [slice(0, 2), slice(2, 3), slice(3, 6)]
     assert Partition([2, 1, 3]).depth == 6
 
@@ -49,10 +48,6 @@ def test_partitions_name_their_layers() -> None:
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
-        (lambda: Partition.of_layers([[1, 3], [2]]), "blocks must be consecutive layers"),
-        (lambda: Partition.of_layers([[1], [3]]), "blocks must be consecutive layers"),
-        (lambda: Partition.of_layers([[1, 2], [2, 3]]), "blocks must be consecutive layers"),
-        (lambda: Partition.of_layers([[1], []]), "size of block 2 must be an integer from 1"),
         (lambda: Partition([]), "sizes must be at least one block"),
         (lambda: Partition([2, 0]), "size of block 2 must be an integer from 1; got 0"),
         (lambda: Partition([1.5]), "size of block 1 must be an integer"),  # type: ignore[list-item]
@@ -67,7 +62,7 @@ def test_impossible_partitions_are_refused(make: object, complaint: str) -> None
 @pytest.mark.parametrize(
     ("sizes", "complaint"),
     [
-        ([1, 2], r"partition must be a cover of the 4 frozen layers; got .*\(1, 2\)"),
+        ([1, 2], r"partition must be .* cover the 4 frozen layers; got .*\(1, 2\)"),
         ([1, 1, 2], "partition must be of 2 blocks, one for each target layer"),
     ],
 )

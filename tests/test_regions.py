@@ -178,7 +178,7 @@ def test_plain_numbers_and_arrays_make_regions() -> None:
         (lambda: Box([0.0, 0.0], [1.0, 1.0, 1.0]), "broadcast"),
         (lambda: Samples(torch.ones(3, 0)), "inputs must be a non-empty array"),
         (lambda: Samples(torch.ones(3, 2), margin=-0.1), "margin must be finite, at least 0"),
-        (lambda: Samples(torch.ones(3, 2).half()), "inputs must be float32 or float64"),
+        (lambda: Samples(torch.ones(3, 2).half()), "inputs must be a dense tensor of float32"),
         (lambda: Ball(1.0, torch.zeros(3)).fit(4, torch.float64), "region must be of 4 coord.* 3"),
         (lambda: Samples(torch.ones(1, 2)).fit(4, torch.float64), "region must be of 4 coord"),
     ],

@@ -24,8 +24,7 @@ from ..bounds.data import variance as variance_of
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
 from ..networks.base import Network
-from ..networks.conversion import as_network
-from ..networks.fnn import FNN, behind, pad
+from ..networks.fnn import FNN, as_network, pad
 from ..networks.partition import Partition
 from ..networks.residual.network import ResidualTransformer
 from ..networks.transformer import Transformer
@@ -397,6 +396,6 @@ def _metrics(goal: FNN, x: Tensor) -> Iterator[Tensor]:
     for l, p in enumerate(goal.preactivations(x)):
         with torch.enable_grad():
             p.requires_grad_()
-            rows = behind(goal, l, p)
+            rows = goal.behind(l, p)
             slopes = [torch.autograd.grad(row.sum(), p, retain_graph=True)[0] for row in rows]
         yield second_moment_root(torch.cat(slopes, -1), RIDGE)

@@ -16,8 +16,7 @@ from ..bounds.layers import fnn_error_on
 from ..bounds.transformer import transformer_error, transformer_errors
 from ..errors import InputError
 from ..networks.base import Network
-from ..networks.conversion import as_network
-from ..networks.fnn import FNN, pad
+from ..networks.fnn import FNN, as_network, pad
 from ..networks.gap import Gap
 from ..networks.linear import LinearNetwork
 from ..networks.partition import Partition

@@ -1,6 +1,6 @@
 from .base import Network as Network
-from .conversion import as_network as as_network
 from .fnn import FNN as FNN
+from .fnn import as_network as as_network
 from .fnn import pad as pad
 from .gap import Gap as Gap
 from .linear import LinearNetwork as LinearNetwork

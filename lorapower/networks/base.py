@@ -5,15 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import _checks, randomness
+from .. import _checks
 from ..errors import InputError
 
 
@@ -31,7 +29,7 @@ class Network(ABC):
         The matrices, each ``[..., out, in]``, of one type and one batch shape.
     biases : tuple of Tensor
         The vectors, each ``[..., out]``; none in a linear network.
-    sequences
+    sequences : bool
         Whether an input is a sequence of tokens, ``[..., width, tokens]``.
     """
 
@@ -60,14 +58,10 @@ class Network(ABC):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The network whose weights and biases are what ``change`` makes of this one's."""
-        _checks.function("change", change)
-        return self.with_parameters(
-            [change(weight) for weight in self.weights], [change(bias) for bias in self.biases]
-        )
+        return self.with_parameters([*map(change, self.weights)], [*map(change, self.biases)])
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Self:
         """The network with all numbers 0 in the members that a mask selects."""
-        _checks.tensor("which", which, min_dims=0, types=[torch.bool])
         return self.with_parameters(
             [torch.where(which[..., None, None], 0, weight) for weight in self.weights],
             [torch.where(which[..., None], 0, bias) for bias in self.biases],
@@ -85,11 +79,15 @@ class Network(ABC):
         device = self.device if device is None else _checks.device(device)
         return self.map(lambda values: values.to(device, dtype))
 
+    def members(self, index: Any) -> Tensor:
+        """Positions in the flattened batch of the members at ``index`` of the batch dimensions."""
+        count = torch.arange(self.batch_shape.numel(), device=self.device)
+        return count.reshape(self.batch_shape)[index]
+
     def __getitem__(self, index: Any) -> Self:
         """The member, or members, of the batch at ``index``."""
-        members = self.members(index)
-        own = len(self.batch_shape)
-        return self.map(lambda values: values.reshape(-1, *values.shape[own:])[members])
+        members, dims = self.members(index), len(self.batch_shape)
+        return self.map(lambda values: values.reshape(-1, *values.shape[dims:])[members])
 
     def __iter__(self) -> Iterator[Self]:
         """The members along the first batch dimension, in turn."""
@@ -121,22 +119,14 @@ class Network(ABC):
     def device(self) -> torch.device:
         return self.weights[0].device
 
-    def members(self, index: Any) -> Tensor:
-        """Positions in the flattened batch of the members at ``index``."""
-        count = torch.arange(self.batch_shape.numel(), device=self.device)
-        return count.reshape(self.batch_shape)[index]
-
     def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch in n"]:
         """``x`` in the network's type and on its device; `InputError` where it is no inputs."""
         x = _checks.real_tensor(name, x, min_dims=2).to(self.device, self.dtype)
         inputs = self.weights[0].shape[-1]
-        columns, are = ("tokens", "tokens") if self.sequences else ("samples", "inputs")
         if x.shape[-2] != inputs:
-            raise InputError(
-                name,
-                allowed=f"of shape [..., {inputs}, {columns}], columns being {are}",
-                given=f"shape {tuple(x.shape)}",
-            )
+            columns = "tokens" if self.sequences else "samples"
+            allowed = f"of shape [..., {inputs}, {columns}], columns being {columns}"
+            raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}")
         return x
 
 
@@ -161,76 +151,22 @@ class Layers(Network):
         """The widths, in the order of the layers."""
         return "→".join(map(str, self.widths))
 
-    def _require_single(self) -> None:
+    def to_sequential(self) -> nn.Sequential:
+        """Make a `torch.nn.Sequential` that computes this on rows.
+
+        Raises `InputError` when the network carries batch dimensions: a module is one network.
+        """
         if self.batch_shape:
+            given = f"batch shape {tuple(self.batch_shape)}"
             raise InputError(
-                "network",
-                allowed="a single one",
-                given=f"batch shape {tuple(self.batch_shape)}",
-                remedy="pick one member first",
+                "network", allowed="a single one", given=given, remedy="pick one member first"
             )
-
-
-def per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -> list[Tensor]:
-    """One tensor for each layer, from a sequence of them or from one stacked array.
-
-    ``min_dims`` counts the dimensions of one layer. Raises `InputError` for none, for entries that
-    are not finite and for types other than float32 or float64, or mixed.
-    """
-    plural = {"weight": "weights", "bias": "biases"}[name]
-    if isinstance(values, Tensor | np.ndarray):
-        stacked = _checks.real_tensor(plural, values, min_dims=min_dims + 1)
-        values = stacked.unbind(-min_dims - 1)
-    if not isinstance(values, Sequence) or not len(values):
-        one = {1: "vector", 2: "matrix"}[min_dims]
-        given = "none" if isinstance(values, Sequence) else type(values).__name__
-        raise InputError(plural, allowed=f"at least one {one}", given=given)
-    layers = [
-        _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims, copy=True)
-        for l, value in enumerate(values, start=1)
-    ]
-    if len({layer.dtype for layer in layers}) > 1:
-        raise InputError(
-            plural, allowed="all float32 or all float64", given="both", remedy="convert one"
-        )
-    return layers
-
-
-def chained(weights: Any) -> list[Tensor]:
-    """Usable weights of a network; raises `InputError` where the sizes of two do not chain."""
-    layers = per_layer("weight", weights, min_dims=2)
-    for l, (inner, outer) in enumerate(pairwise(layers), start=1):
-        if inner.shape[-2] != outer.shape[-1]:
-            raise InputError(
-                f"weight of layer {l + 1}",
-                given=f"shape {tuple(outer.shape)}",
-                allowed=f"of {inner.shape[-2]} columns, the outputs of layer {l}",
-            )
-    return layers
-
-
-def uniform(
-    *shape: int, width: int, generator: torch.Generator, dtype: torch.dtype
-) -> Float[Tensor, "*shape"]:
-    """Numbers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√width``."""
-    drawn = randomness.uniform(generator, *shape)
-    return ((2 * drawn - 1) / width**0.5).to(dtype)
-
-
-def random_weights(
-    depth: int,
-    width: int,
-    *,
-    batch_shape: tuple[int, ...],
-    generator: torch.Generator,
-    dtype: torch.dtype,
-) -> Float[Tensor, "*batch depth width width"]:
-    """Square layers drawn by `uniform`; raises `InputError` for a depth or width below 1.
-
-    And for a batch shape or a type that is none.
-    """
-    depth = _checks.integer("depth", depth, 1)
-    width = _checks.integer("width", width, 1)
-    batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
-    shape = (*batch_shape, depth, width, width)
-    return uniform(*shape, width=width, generator=generator, dtype=dtype)
+        modules: list[nn.Module] = []
+        for l, weight in enumerate(self.weights):
+            out, into = weight.shape
+            layer = nn.Linear(into, out, bias=bool(self.biases), dtype=weight.dtype)
+            layer.weight = nn.Parameter(weight.clone())
+            if self.biases:
+                layer.bias = nn.Parameter(self.biases[l].clone())
+            modules += [layer, nn.ReLU()] if l < self.relus else [layer]
+        return nn.Sequential(*modules)

@@ -1,4 +1,4 @@
-"""Fully connected ReLU networks."""
+"""Fully connected ReLU networks, and the network that a value stands for."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import _checks, randomness
 from ..errors import InputError
-from .base import Layers, chained, per_layer, random_weights, uniform
-from .modules import dense_layers
+from ._layers import chained, dense_layers, per_layer, random_weights, uniform
+from .base import Layers, Network
+from .linear import LinearNetwork
 
 
 def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
-    """Inputs of a narrower network embedded among ``width`` coordinates: zeros follow them.
-
-    Raises `InputError` for a width below theirs.
-    """
-    inputs = _checks.tensor("x", x, min_dims=2).shape[-2]
-    width = _checks.integer("width", width, inputs)
-    return nn.functional.pad(x, (0, 0, 0, width - inputs))
+    """Embed inputs of a narrower network among ``width`` coordinates: zeros follow them."""
+    width = _checks.integer("width", width, x.shape[-2])
+    return nn.functional.pad(x, (0, 0, 0, width - x.shape[-2]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FNN(Layers):
     """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``.
 
-    The last one does too, or else ends with ``W_L z + b_L``, as networks do whose outputs are
+    The last layer does too, or else ends with ``W_L z + b_L``, as in networks whose outputs are
     logits or values of a regression.
+
+    Raises `InputError` for no layers, sizes that do not fit, mixed or unusable types and numbers
+    that are not finite.
 
     Parameters
     ----------
@@ -44,19 +45,13 @@ class FNN(Layers):
         The ``L`` vectors, a sequence of ``[..., out]`` or one stacked array ``[..., L, D]``.
     linear_last : bool
         Whether the last layer is without a ReLU.
-
-    Raises
-    ------
-    InputError
-        No layers, sizes that do not fit, mixed or unusable types, entries not finite.
     """
 
     biases: tuple[Float[Tensor, "*batch _"], ...]
     linear_last: bool = False
 
     def __init__(self, weights: Any, biases: Any, *, linear_last: bool = False) -> None:
-        if not isinstance(linear_last, bool):
-            raise InputError("linear_last", allowed="True or False", given=repr(linear_last))
+        linear_last = _checks.flag("linear_last", linear_last)
         matrices, vectors = chained(weights), per_layer("bias", biases, min_dims=1)
         if len(vectors) != len(matrices):
             raise InputError(
@@ -77,11 +72,17 @@ class FNN(Layers):
             "weights and biases",
             [*(w.shape[:-2] for w in matrices), *(b.shape[:-1] for b in vectors)],
         )
-        object.__setattr__(
-            self, "weights", tuple(w.expand(*batch, *w.shape[-2:]) for w in matrices)
+        self._set(
+            [w.expand(*batch, *w.shape[-2:]) for w in matrices],
+            [b.expand(*batch, b.shape[-1]) for b in vectors],
+            linear_last,
         )
-        object.__setattr__(self, "biases", tuple(b.expand(*batch, b.shape[-1]) for b in vectors))
+
+    def _set(self, weights: Sequence[Tensor], biases: Sequence[Tensor], linear_last: bool) -> FNN:
+        object.__setattr__(self, "weights", tuple(weights))
+        object.__setattr__(self, "biases", tuple(biases))
         object.__setattr__(self, "linear_last", linear_last)
+        return self
 
     @classmethod
     def random(
@@ -95,7 +96,7 @@ class FNN(Layers):
         purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> FNN:
-        """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``.
+        """Draw square layers as `torch.nn.Linear` draws its own: uniformly on ``±1/√D``.
 
         Networks of one seed and different purposes are independent.
         """
@@ -115,42 +116,38 @@ class FNN(Layers):
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> FNN:
-        tuned = self.biases if biases is None else biases
-        return FNN(weights, tuned, linear_last=self.linear_last)
+        biases = self.biases if biases is None else biases
+        return FNN(weights, biases, linear_last=self.linear_last)
 
     def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> FNN:
-        network = object.__new__(FNN)
-        object.__setattr__(network, "weights", tuple(weights))
-        object.__setattr__(network, "biases", tuple(biases))
-        object.__setattr__(network, "linear_last", self.linear_last)
-        return network
+        return object.__new__(FNN)._set(weights, biases, self.linear_last)
 
     def without_last_relu(self) -> FNN:
         """The network whose outputs are the arguments of its last ReLU."""
-        network = self.holding(self.weights, self.biases)
-        object.__setattr__(network, "linear_last", True)
-        return network
+        return object.__new__(FNN)._set(self.weights, self.biases, True)
 
     def layers(self, which: slice) -> FNN:
-        """The network of some consecutive layers; only the last of all can be linear.
-
-        Raises `InputError` for none of them.
-        """
-        which = _checks.run("which", which, self.depth)
-        has_last = self.depth - 1 in range(self.depth)[which]
-        network = self.holding(self.weights[which], self.biases[which])
-        object.__setattr__(network, "linear_last", self.linear_last and has_last)
-        return network
+        """The network of some consecutive layers; only the last of all can be linear."""
+        last = self.linear_last and self.depth - 1 in range(self.depth)[which]
+        return object.__new__(FNN)._set(self.weights[which], self.biases[which], last)
 
     def preactivations(
         self, x: Float[Tensor, "*#batch in samples"]
     ) -> list[Float[Tensor, "*batch _ samples"]]:
         """``W_l z_{l−1} + b_l`` for each layer, where ``z_0 = x`` and ``z_l = ReLU(…)`` of it."""
-        z, found = self.as_inputs(x), []
+        z, arguments = self.as_inputs(x), []
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            found.append(weight @ z + bias[..., None])
-            z = found[-1].relu()
-        return found
+            arguments.append(weight @ z + bias[..., None])
+            z = arguments[-1].relu()
+        return arguments
+
+    def behind(
+        self, l: int, p: Float[Tensor, "*#batch _ samples"]
+    ) -> Float[Tensor, "*batch out samples"]:
+        """The outputs for pre-activations of layer ``l``, from 0; gradients flow through."""
+        for weight, bias in zip(self.weights[l + 1 :], self.biases[l + 1 :], strict=True):
+            p = weight @ p.relu() + bias[..., None]
+        return p if self.linear_last else p.relu()
 
     def __call__(
         self, x: Float[Tensor, "*#batch in samples"]
@@ -163,16 +160,16 @@ class FNN(Layers):
     def from_sequential(
         cls, module: nn.Sequential, *, dtype: torch.dtype | None = None, name: str = "module"
     ) -> FNN:
-        """The ReLU network that a `torch.nn.Sequential` of ``Linear`` and ``ReLU`` layers is.
+        """Read the ReLU network that a `torch.nn.Sequential` of ``Linear`` and ``ReLU`` layers is.
 
-        A ReLU stands between any two ``Linear`` layers; the module ends with either, and a network
-        that ends with ``Linear`` has a linear last layer. A ``Linear`` without bias gets one of
-        zeros. Sequentials may be nested. ``Identity`` and ``Dropout`` are left out, the network
+        A ReLU stands between any two ``Linear`` layers. The module ends with either; a network that
+        ends with ``Linear`` has a linear last layer. A ``Linear`` without bias gets one of zeros.
+        Sequentials may be nested. ``Identity`` and ``Dropout`` are left out, since the network
         computes what the module does in evaluation; so is a leading ``Flatten``. Inputs of the
         module are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``.
 
-        Raises `InputError` for any other module, layer or type of numbers; it names the first layer
-        that does not fit by its place, as a ``state_dict`` does.
+        Raises `InputError` for any other module or layer, which it names by its place, as a
+        ``state_dict`` does, for forward hooks and for other types of numbers.
 
         Parameters
         ----------
@@ -197,24 +194,31 @@ class FNN(Layers):
         weights = [layer.weight for layer in layers]
         return cls(weights, biases, linear_last=bool(layers) and not layers[-1].relu)
 
-    def to_sequential(self) -> nn.Sequential:
-        """A `torch.nn.Sequential` of ``Linear`` and ``ReLU`` layers that computes this on rows.
 
-        Raises `InputError` when the network carries batch dimensions: a module is one network.
-        """
-        self._require_single()
-        layers: list[nn.Module] = []
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
-            layer.weight, layer.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
-            layers += [layer, nn.ReLU()]
-        return nn.Sequential(*layers[: self.depth + self.relus])
+def as_network(value: Any, name: str = "network") -> Network:
+    """Return ``value`` if it is a network, or the network that it stands for.
 
-
-def behind(
-    network: FNN, l: int, p: Float[Tensor, "*#batch _ samples"]
-) -> Float[Tensor, "*batch out samples"]:
-    """The outputs for pre-activations of layer ``l``, from 0; gradients flow through."""
-    for weight, bias in zip(network.weights[l + 1 :], network.biases[l + 1 :], strict=True):
-        p = weight @ p.relu() + bias[..., None]
-    return p if network.linear_last else p.relu()
+    A `torch.nn.Sequential` stands for a `LinearNetwork` where it has neither ReLU nor bias, or else
+    for an `FNN`; a matrix, or several, for a `LinearNetwork`. Raises `InputError` for anything
+    else, and for what `FNN.from_sequential` and `LinearNetwork.of` refuse; it calls the value
+    ``name``.
+    """
+    if isinstance(value, Network):
+        return value
+    if isinstance(value, nn.Sequential):
+        has_relu_or_bias = any(
+            isinstance(part, nn.ReLU) or getattr(part, "bias", None) is not None
+            for part in value.modules()
+        )
+        kind: type[FNN] | type[LinearNetwork] = FNN if has_relu_or_bias else LinearNetwork
+        return kind.from_sequential(value, name=name)
+    if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
+        raise InputError(
+            name,
+            allowed="a network (lorapower.networks), a torch.nn.Sequential of layers, or matrices",
+            given=type(value).__name__,
+            remedy="networks.residual.from_decoder makes a network of a GPT-2 or OPT"
+            if hasattr(value, "config")
+            else "",
+        )
+    return LinearNetwork.of(value, name)

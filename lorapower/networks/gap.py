@@ -26,10 +26,8 @@ class Gap:
     """``E = W̄ − ∏_l W_l``: what the adapters of a frozen piece have to make up for.
 
     All that is decomposed is decomposed once, when it is first asked for: the weights must not be
-    changed in place afterwards.
-
-    Raises `InputError` for pieces that do not match, and, as soon as ``E`` is asked for, where a
-    product overflows.
+    changed in place afterwards. Raises `InputError` for pieces that do not match, and, as soon as
+    ``E`` is asked for, where a product overflows.
 
     Parameters
     ----------
@@ -55,10 +53,14 @@ class Gap:
         object.__setattr__(self, "frozen", frozen)
         object.__setattr__(self, "target", target)
 
-    @cached_property
+    @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions: how many gaps this object holds."""
         return torch.broadcast_shapes(self.frozen.batch_shape, self.target.batch_shape)
+
+    @cached_property
+    def _difference(self) -> Float[Tensor, "*batch out in"]:
+        return self.target.product() - self.frozen.product()
 
     @cached_property
     def finite(self) -> Bool[Tensor, "*batch"]:
@@ -78,10 +80,6 @@ class Gap:
         return self._difference
 
     @cached_property
-    def _difference(self) -> Float[Tensor, "*batch out in"]:
-        return self.target.product() - self.frozen.product()
-
-    @cached_property
     def svd(self) -> SVD:
         """The singular value decomposition of ``E``."""
         return lowrank.svd(self.matrix)
@@ -97,7 +95,7 @@ class Gap:
 
     @cached_property
     def rounding_scale(self) -> Float[Tensor, "*batch"]:
-        """That of the frozen plus that of the target product, `LinearNetwork.rounding_scale`."""
+        """The sum of both products' `LinearNetwork.rounding_scale`."""
         return self.frozen.rounding_scale + self.target.rounding_scale
 
     @property
@@ -146,7 +144,7 @@ class Gap:
 
         This one does wherever the layers are non-singular [ass-nonsingular]. They may differ in
         size: no smaller side is below ``rank E``, unless a hidden layer is narrower than the inputs
-        or outputs. Then raises what `ranks` raises. Source: [cor-threshold].
+        or outputs; then this raises what `ranks` raises. Source: [cor-threshold].
         """
         self.ranks([1] * self.frozen.depth)
         return -(-self.rank // self.frozen.depth)
@@ -154,14 +152,10 @@ class Gap:
     def ranks(self, ranks: Sequence[int]) -> list[int]:
         """``ranks`` of the frozen layers, of which none has more than it can use.
 
-        That is its weight's smaller side. A layer that a narrower one cuts off from an input or an
-        output is not adapted: its rank becomes 0 where nothing is to be done. Raises
+        A layer can use its weight's smaller side. A layer that a narrower one cuts off from an
+        input or an output is not adapted: its rank becomes 0 where nothing is to be done. Raises
         `InputError` where something is, and the rank of such a layer is not 0.
         """
-        depth = self.frozen.depth
-        if not isinstance(ranks, Sequence) or len(ranks) != depth:
-            raise InputError("ranks", allowed=f"one for each of {depth} layers", given=brief(ranks))
-        ranks = [_checks.integer("rank", rank, 0) for rank in ranks]
         inputs, *hidden, outputs = self.frozen.widths
         usable = []
         for l, (rank, weight) in enumerate(zip(ranks, self.frozen.weights, strict=True)):
@@ -186,14 +180,17 @@ class Gap:
             rest = values.shape[values.ndim - dims :]
             return values.expand((*batch, *rest)).reshape(-1, *rest)
 
-        gap = object.__new__(Gap)
-        for name, network in (("frozen", self.frozen), ("target", self.target)):
-            flat = LinearNetwork.unchecked([flatten(weight, 2) for weight in network.weights])
-            vars(flat)["spectra"] = tuple(flatten(values, 1) for values in network.spectra)
-            object.__setattr__(gap, name, flat)
-        parts = zip(self.svd, (2, 1, 2), strict=True)
-        vars(gap)["svd"] = SVD(*(flatten(part, dims) for part, dims in parts))
-        vars(gap)["rounding_scale"] = flatten(self.rounding_scale, 0)
+        gap = Gap(
+            *(
+                LinearNetwork.unchecked(
+                    [flatten(weight, 2) for weight in network.weights],
+                    [flatten(values, 1) for values in network.spectra],
+                )
+                for network in (self.frozen, self.target)
+            )
+        )
+        svd = SVD(*(flatten(part, dims) for part, dims in zip(self.svd, (2, 1, 2), strict=True)))
+        vars(gap).update(svd=svd, rounding_scale=flatten(self.rounding_scale, 0))
         return gap
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Gap:

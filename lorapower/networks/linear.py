@@ -14,26 +14,12 @@ from torch import Tensor, nn
 
 from .. import _checks, lowrank, randomness
 from ..errors import InputError
-from .base import Layers, chained, random_weights
-from .modules import dense_layers
+from ._layers import chained, dense_layers, random_weights
+from .base import Layers
 
 
 def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*batch out in"]:
-    """``∏_l W_l = W_L ⋯ W_1``: the first factor of the sequence acts first (rightmost).
-
-    Raises `InputError` for an empty sequence, whose product has no size, and for sizes that do not
-    chain.
-    """
-    if not isinstance(weights, Sequence) or not weights:
-        given = "none" if isinstance(weights, Sequence) else type(weights).__name__
-        raise InputError("weights", allowed="at least one matrix", given=given)
-    inner, *outer = (_checks.tensor("weights", w, min_dims=2).shape[-2:] for w in weights)
-    for shape in outer:
-        if shape[1] != inner[0]:
-            raise InputError(
-                "weights", allowed=f"one of {inner[0]} columns after another", given=tuple(shape)
-            )
-        inner = shape
+    """Multiply matrices, ``∏_l W_l = W_L ⋯ W_1``: the first of the sequence acts first."""
     return reduce(lambda inner, outer: outer @ inner, weights)
 
 
@@ -41,17 +27,15 @@ def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*
 class LinearNetwork(Layers):
     """A deep linear network ``x ↦ W_L ⋯ W_1 x``.
 
+    Raises `InputError` for no layers, sizes that do not chain, mixed or unusable types and numbers
+    that are not finite.
+
     Parameters
     ----------
     weights
         The ``L`` matrices, first layer first: a sequence of ``[..., out, in]`` or one stacked array
         ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all float64.
         Batch dimensions of the layers broadcast against each other.
-
-    Raises
-    ------
-    InputError
-        No layers, sizes that do not chain, mixed or unusable types, entries not finite.
     """
 
     def __init__(self, weights: Any) -> None:
@@ -78,6 +62,19 @@ class LinearNetwork(Layers):
         return cls(value)
 
     @classmethod
+    def unchecked(
+        cls,
+        weights: Sequence[Float[Tensor, "*batch _ _"]],
+        spectra: Sequence[Float[Tensor, "*batch k"]] | None = None,
+    ) -> LinearNetwork:
+        """The network of usable weights of one batch shape, and what is known of their spectra."""
+        network = object.__new__(cls)
+        object.__setattr__(network, "weights", tuple(weights))
+        if spectra is not None:
+            vars(network)["spectra"] = tuple(spectra)
+        return network
+
+    @classmethod
     def random(
         cls,
         depth: int,
@@ -88,7 +85,7 @@ class LinearNetwork(Layers):
         purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> LinearNetwork:
-        """Square layers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√D``.
+        """Draw square layers as `torch.nn.Linear` draws its own: uniformly on ``±1/√D``.
 
         Networks of one seed and different purposes are independent.
         """
@@ -97,21 +94,19 @@ class LinearNetwork(Layers):
             random_weights(depth, width, batch_shape=batch_shape, generator=generator, dtype=dtype)
         )
 
-    @classmethod
-    def unchecked(cls, weights: Sequence[Float[Tensor, "*batch _ _"]]) -> LinearNetwork:
-        """The network of weights of one batch shape that have been checked already."""
-        network = object.__new__(cls)
-        object.__setattr__(network, "weights", tuple(weights))
-        return network
-
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> LinearNetwork:
-        """The network of other weights; there are no biases."""
         return LinearNetwork(weights)
 
     def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> LinearNetwork:
         return LinearNetwork.unchecked(weights)
+
+    def __call__(
+        self, x: Float[Tensor, "*#batch in samples"]
+    ) -> Float[Tensor, "*batch out samples"]:
+        """``W_L ⋯ W_1 x``, layer by layer."""
+        return product([self.as_inputs(x), *self.weights])
 
     def product(self) -> Float[Tensor, "*batch out in"]:
         """The matrix ``∏_l W_l`` that the network applies."""
@@ -123,14 +118,14 @@ class LinearNetwork(Layers):
         return product(self.weights[:middle]), product(self.weights[middle:])
 
     @cached_property
-    def norms(self) -> tuple[Float[Tensor, "*batch"], ...]:
-        """``‖W_l‖_2`` of each layer."""
-        return tuple(values[..., 0] for values in self.spectra)
-
-    @cached_property
     def spectra(self) -> tuple[Float[Tensor, "*batch k"], ...]:
         """The singular values of each layer's weight."""
         return tuple(lowrank.spectrum(weight) for weight in self.weights)
+
+    @property
+    def norms(self) -> tuple[Float[Tensor, "*batch"], ...]:
+        """``‖W_l‖_2`` of each layer."""
+        return tuple(values[..., 0] for values in self.spectra)
 
     @cached_property
     def norm(self) -> Float[Tensor, "*batch"]:
@@ -161,31 +156,13 @@ class LinearNetwork(Layers):
         entrywise = sizes.sum(-1).amax(-1).sqrt() * sizes.sum(-2).amax(-1).sqrt()
         return torch.minimum(layerwise, entrywise)
 
-    def __call__(
-        self, x: Float[Tensor, "*#batch in samples"]
-    ) -> Float[Tensor, "*batch out samples"]:
-        """``W_L ⋯ W_1 x``, layer by layer."""
-        return product([self.as_inputs(x), *self.weights])
-
     @classmethod
     def from_sequential(
         cls, module: nn.Sequential, *, dtype: torch.dtype | None = None, name: str = "module"
     ) -> LinearNetwork:
-        """The linear network that a `torch.nn.Sequential` of bias-free ``Linear`` layers computes.
+        """Read a `torch.nn.Sequential` of ``Linear`` layers, as `FNN.from_sequential` does.
 
-        Sequentials may be nested. ``Identity`` and ``Dropout`` are left out, the network computes
-        what the module does in evaluation; so is a leading ``Flatten``. Inputs of the module are
-        rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``.
-
-        Raises `InputError` for any other module, layer or type of numbers, and for a bias; it names
-        the first layer that does not fit by its place, as a ``state_dict`` does.
-
-        Parameters
-        ----------
-        dtype : dtype, optional
-            Converts all numbers; by default they stay as they are, float32 or float64.
-        name : str
-            What errors call the module.
+        Raises `InputError` also for a ReLU and for a bias.
         """
         layers = dense_layers(module, name, dtype)
         for layer in layers:
@@ -198,16 +175,3 @@ class LinearNetwork(Layers):
                     remedy="FNN.from_sequential takes both",
                 )
         return cls([layer.weight for layer in layers])
-
-    def to_sequential(self) -> nn.Sequential:
-        """A `torch.nn.Sequential` of bias-free ``Linear`` layers that computes this on rows.
-
-        Raises `InputError` when the network carries batch dimensions: a module is one network.
-        """
-        self._require_single()
-        layers = []
-        for weight in self.weights:
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-            layer.weight = nn.Parameter(weight.clone())
-            layers.append(layer)
-        return nn.Sequential(*layers)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 
 from .. import _checks
-from ..errors import InputError, brief
+from ..errors import InputError
 from .fnn import FNN
 from .gap import Gap
 from .linear import LinearNetwork, product
@@ -37,30 +37,9 @@ class Partition:
     @classmethod
     def uniform(cls, depth: int, blocks: int) -> Partition:
         """``⌊L/L̄⌋`` layers in each block; the last block takes the remainder as well."""
-        depth = _checks.integer("depth", depth, 1)
         blocks = _checks.integer("blocks", blocks, 1, depth, limit="the depth")
         size = depth // blocks
         return cls([size] * (blocks - 1) + [depth - size * (blocks - 1)])
-
-    @classmethod
-    def of_layers(cls, blocks: Iterable[Iterable[int]]) -> Partition:
-        """From the layers in each block, counted from 1: ``[[1, 2], [3]]`` has sizes 2 and 1.
-
-        Raises `InputError` unless they are ``1, …, L`` in order, none missing and none twice.
-        """
-        what = "lists of layers, such as [[1, 2], [3]]"
-        listed = [
-            _checks.items("blocks", block, what=what)
-            for block in _checks.items("blocks", blocks, what=what)
-        ]
-        layers = [_checks.integer("layer", layer, 0) for layer in chain.from_iterable(listed)]
-        if layers != list(range(1, len(layers) + 1)):
-            raise InputError(
-                "blocks",
-                allowed="consecutive layers that count 1, 2, … through all blocks",
-                given=listed,
-            )
-        return cls(map(len, listed))
 
     @property
     def depth(self) -> int:
@@ -81,7 +60,6 @@ class Pieces:
     """
 
     def __init__(self, frozen: FNN, target: FNN) -> None:
-        _checks.kind(FNN, frozen=frozen, target=target)
         if frozen.linear_last != target.linear_last:
             ends = {True: "with a linear layer", False: "with a ReLU"}
             raise InputError(
@@ -91,19 +69,14 @@ class Pieces:
                 remedy="adapters leave the end as it is; FNN(…, linear_last=…) says which it is",
             )
         self.frozen, self.target = frozen, target
-        self._goals = [LinearNetwork.unchecked([weight]) for weight in target.weights]
+        self._targets = [LinearNetwork.unchecked([weight]) for weight in target.weights]
         self._runs: dict[tuple[int, ...], LinearNetwork] = {}
-
-    def __repr__(self) -> str:
-        return f"Pieces(frozen={self.frozen}, target={self.target})"
 
     def gap(self, i: int, layers: slice) -> Gap:
         """Frozen ``layers`` against target layer ``i``, counted from 0.
 
         Raises `InputError` where the target is wider than the frozen network at an end.
         """
-        i = _checks.integer("i", i, 0, self.target.depth - 1, limit="the target's last layer")
-        layers = _checks.run("layers", layers, self.frozen.depth)
         outputs, inputs = self.target.weights[i].shape[-2:]
         sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
         for end, needed, layer in sides:
@@ -122,7 +95,7 @@ class Pieces:
             weights[0] = weights[0][..., :inputs]
             weights[-1] = weights[-1][..., :outputs, :]
             self._runs[which] = LinearNetwork.unchecked(weights)
-        return Gap(self._runs[which], self._goals[i])
+        return Gap(self._runs[which], self._targets[i])
 
     def fits(self, i: int, layers: slice) -> bool:
         """Whether frozen ``layers`` are nowhere too narrow for target layer ``i``."""
@@ -132,17 +105,13 @@ class Pieces:
 
 
 def shares(gaps: Sequence[Gap], ranks: Sequence[int]) -> list[list[int]]:
-    """The ranks of all layers cut into those of each block, none beyond a weight's smaller side."""
-    gaps = _checks.several("gaps", gaps, Gap, what="Gap")
-    depth = sum(gap.frozen.depth for gap in gaps)
-    if not isinstance(ranks, Sequence) or len(ranks) != depth:
-        raise InputError("ranks", allowed=f"one for each of {depth} layers", given=brief(ranks))
+    """Cut the ranks of all layers into those of each block, none beyond what a layer can use."""
     ends = accumulate((gap.frozen.depth for gap in gaps), initial=0)
     return [gap.ranks(ranks[a:b]) for gap, (a, b) in zip(gaps, pairwise(ends), strict=True)]
 
 
 def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list[Gap]:
-    """The blocks of a partition, the uniform one by default, against the target's layers.
+    """Set the blocks of a partition, the uniform one by default, against the target's layers.
 
     Raises `InputError` for a target deeper or wider than the frozen network, where only one of the
     two ends with a ReLU, and for a partition that does not cover the frozen layers or has not one
@@ -158,43 +127,28 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
         )
     if partition is None:
         partition = Partition.uniform(frozen.depth, target.depth)
-    if not isinstance(partition, Partition):
-        raise InputError(
-            "partition", allowed="a Partition, such as Partition([2, 2])", given=brief(partition)
-        )
-    if partition.depth != frozen.depth:
+    _checks.kind(Partition, partition=partition)
+    if (partition.depth, len(partition.sizes)) != (frozen.depth, target.depth):
         raise InputError(
             "partition",
-            allowed=f"a cover of the {frozen.depth} frozen layers",
+            allowed=f"of {target.depth} blocks, one for each target layer, that cover the "
+            f"{frozen.depth} frozen layers",
             given=f"{partition}, of {partition.depth}",
-        )
-    if len(partition.sizes) != target.depth:
-        raise InputError(
-            "partition",
-            allowed=f"of {target.depth} blocks, one for each target layer",
-            given=f"{partition}, of {len(partition.sizes)}",
         )
     pieces = Pieces(frozen, target)
     return [pieces.gap(i, layers) for i, layers in enumerate(partition.slices)]
 
 
-def unbent(network: FNN, partition: Partition) -> FNN:
-    """What a ReLU network is without the ReLUs inside the blocks: one layer for each of them.
+def linearize(network: FNN, partition: Partition) -> FNN:
+    """Leave out the ReLUs inside the blocks: a network of one layer for each block.
 
     Its weights are the blocks' products, its biases what the blocks' biases come to.
-    Raises `InputError` for a partition that does not cover the network's layers.
     """
-    _checks.kind(FNN, network=network)
-    _checks.kind(Partition, partition=partition)
-    if partition.depth != network.depth:
-        allowed = f"a cover of the {network.depth} layers"
-        raise InputError("partition", allowed=allowed, given=f"{partition}, of {partition.depth}")
     weights, biases = [], []
     for layers in partition.slices:
-        own = network.layers(layers)
-        bias = own.biases[0]
-        for W, b in zip(own.weights[1:], own.biases[1:], strict=True):
+        bias, *others = network.biases[layers]
+        for W, b in zip(network.weights[layers][1:], others, strict=True):
             bias = (W @ bias[..., None])[..., 0] + b
-        weights.append(product(own.weights))
+        weights.append(product(network.weights[layers]))
         biases.append(bias)
     return FNN(weights, biases, linear_last=network.linear_last)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, randomness
-from .base import uniform
+from ._layers import uniform
 from .stacked import Stacked
 
 

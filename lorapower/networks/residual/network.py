@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ... import _checks, randomness
 from ...errors import InputError
-from ..base import uniform
+from .._layers import uniform
 from ..stacked import Stacked
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]

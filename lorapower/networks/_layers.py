@@ -1,0 +1,134 @@
+"""Parameters of networks of layers: from arrays, from torch modules, at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .. import _checks, randomness
+from ..errors import InputError
+
+
+def per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -> list[Tensor]:
+    """Usable tensors, one for each layer, from a sequence of them or from one stacked array.
+
+    ``min_dims`` counts the dimensions of one layer.
+    """
+    plural = {"weight": "weights", "bias": "biases"}[name]
+    if isinstance(values, Tensor | np.ndarray):
+        stacked = _checks.real_tensor(plural, values, min_dims=min_dims + 1)
+        values = stacked.unbind(-min_dims - 1)
+    if not isinstance(values, Sequence) or not len(values):
+        kind = {1: "vector", 2: "matrix"}[min_dims]
+        given = "none" if isinstance(values, Sequence) else type(values).__name__
+        raise InputError(plural, allowed=f"at least one {kind}", given=given)
+    layers = [
+        _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims, copy=True)
+        for l, value in enumerate(values, start=1)
+    ]
+    if len({layer.dtype for layer in layers}) > 1:
+        raise InputError(
+            plural, allowed="all float32 or all float64", given="both", remedy="convert one"
+        )
+    return layers
+
+
+def chained(weights: Any) -> list[Tensor]:
+    """Usable weights of layers whose sizes chain."""
+    layers = per_layer("weight", weights, min_dims=2)
+    for l, (inner, outer) in enumerate(pairwise(layers), start=1):
+        if inner.shape[-2] != outer.shape[-1]:
+            raise InputError(
+                f"weight of layer {l + 1}",
+                given=f"shape {tuple(outer.shape)}",
+                allowed=f"of {inner.shape[-2]} columns, the outputs of layer {l}",
+            )
+    return layers
+
+
+def uniform(
+    *shape: int, width: int, generator: torch.Generator, dtype: torch.dtype
+) -> Float[Tensor, "*shape"]:
+    """Numbers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√width``."""
+    drawn = randomness.uniform(generator, *shape)
+    return ((2 * drawn - 1) / width**0.5).to(dtype)
+
+
+def random_weights(
+    depth: int,
+    width: int,
+    *,
+    batch_shape: tuple[int, ...],
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*batch depth width width"]:
+    """Square layers drawn by `uniform`, for front doors: all arguments are checked."""
+    depth = _checks.integer("depth", depth, 1)
+    width = _checks.integer("width", width, 1)
+    batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
+    shape = (*batch_shape, depth, width, width)
+    return uniform(*shape, width=width, generator=generator, dtype=dtype)
+
+
+class Dense(NamedTuple):
+    """The numbers of a ``Linear`` layer, whether a ReLU follows it, and what it is and where."""
+
+    weight: Tensor
+    bias: Tensor | None
+    relu: bool
+    words: str
+
+
+def dense_layers(module: Any, name: str, dtype: torch.dtype | None) -> list[Dense]:
+    """The ``Linear`` layers of a `torch.nn.Sequential` and of those inside it, in their order.
+
+    What does nothing in evaluation is left out, and so is a ``Flatten`` before all other layers:
+    inputs of a network are columns already. Refuses whatever else may compute something.
+    """
+    if not isinstance(module, nn.Sequential):
+        allowed = "a torch.nn.Sequential of layers"
+        raise InputError(name, allowed=allowed, given=type(module).__name__)
+    if dtype is not None:
+        _checks.precision(dtype)
+    layers: list[Dense] = []
+    # A layer that stands in two places is two layers.
+    for place, layer in module.named_modules(remove_duplicate=False):
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            allowed = "without hooks, which may change what a layer computes"
+            given = f"one at {place or 'the module itself'}"
+            raise InputError(name, allowed=allowed, given=given, remedy="remove it first")
+        words = type(layer).__name__ if [*layer.children()] else repr(layer)
+        words = f"{words} at {place}" if place else words
+        # Not isinstance: a subclass may compute anything.
+        if type(layer) is nn.Linear:
+            weight, bias = (
+                None if values is None else values.detach().to(dtype or values.dtype)
+                for values in (layer.weight, layer.bias)
+            )
+            assert weight is not None
+            layers.append(Dense(weight, bias, False, words))
+        elif type(layer) is nn.ReLU and layers:
+            layers[-1] = layers[-1]._replace(relu=True)
+        elif not _does_nothing(layer, leading=not layers):
+            raise InputError(
+                name,
+                allowed="a Sequential of Linear and ReLU layers",
+                given=words,
+                remedy="no construction covers it: convert what lies before it and behind it apart",
+            )
+    return layers
+
+
+def _does_nothing(layer: nn.Module, *, leading: bool) -> bool:
+    """In evaluation, to rows; what a Sequential does is done by its layers."""
+    if type(layer) is nn.Flatten:
+        return leading and (layer.start_dim, layer.end_dim) == (1, -1)
+    if isinstance(layer, nn.Sequential):
+        return type(layer).forward is nn.Sequential.forward
+    return type(layer) in (nn.Identity, nn.Dropout)
