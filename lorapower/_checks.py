@@ -237,7 +237,7 @@ def kind(*expected: type, **given: Any) -> None:
     """Refuse whatever of ``given``, by the caller's name of it, is none of ``expected``."""
     for name, value in given.items():
         if not isinstance(value, expected):
-            classes = " or ".join(f"{cls.__module__}.{cls.__name__}" for cls in expected)
+            classes = " or ".join(cls.__name__ for cls in expected)
             convertible = isinstance(value, Module) and hasattr(expected[0], "from_sequential")
             raise InputError(
                 name,

@@ -201,6 +201,7 @@ def random_matrix(
     ``Q_1 diag(σ) Q_2ᵀ`` with random orthonormal ``Q_1, Q_2`` and ``σ`` log-spaced from 1 to
     ``1/κ``. Matrices of one seed and different purposes are independent.
     """
+    rows, cols = _checks.integer("rows", rows, 1), _checks.integer("cols", cols, 1)
     condition_number = _checks.finite("condition_number", condition_number, 1)
     generator = randomness.generator(seed, "conditioned", purpose)
     size = min(rows, cols)
