@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorapower import InputError, lowrank, randomness
 from lorapower.adapters import Adapters
-from lorapower.adapters.coding import decode, encode, quantized
+from lorapower.adapters.coding import decode, encode, quantize
 from lorapower.bounds import samples
 from lorapower.experiments import coded, sweeps
 from lorapower.experiments.coded import Coded, Problem, Setting
@@ -235,7 +235,7 @@ def test_what_is_no_code_is_refused(case: str) -> None:
 
 def test_numbers_beyond_half_precision_are_refused() -> None:
     with pytest.raises(InputError, match="part must be of entries up to 65504; got 1e"):
-        quantized(1e5 * torch.ones(3, 1), 2)
+        quantize(1e5 * torch.ones(3, 1), 2)
     wide = Adapters((LowRank(normal(5, 6), normal(5, 6)), LowRank(normal(5, 1), normal(5, 1))))
     with pytest.raises(InputError, match="rank"):
         encode(wide, 2)
@@ -304,10 +304,10 @@ def test_what_is_read_is_what_was_rounded(
     read = decode(code.data, NETWORK)
     assert read.ranks == (first, second)
     for old, new in zip(adapters.updates, read.updates, strict=True):
-        torch.testing.assert_close(new.left, quantized(old.left, bits), rtol=0, atol=0)
-        torch.testing.assert_close(new.right, quantized(old.right, bits), rtol=0, atol=0)
+        torch.testing.assert_close(new.left, quantize(old.left, bits), rtol=0, atol=0)
+        torch.testing.assert_close(new.right, quantize(old.right, bits), rtol=0, atol=0)
     for before, after in zip(adapters.bias_updates, read.bias_updates, strict=True):
-        assert torch.equal(after, quantized(before[:, None], bits)[:, 0])
+        assert torch.equal(after, quantize(before[:, None], bits)[:, 0])
     gamma = sum(2 * n.bit_length() - 1 for n in (bits, first + 1, second + 1, 1 + biases))
     numbers = adapters.parameter_count
     columns = 2 * (first + second) + 2 * biases
@@ -331,12 +331,12 @@ def test_no_code_begins_another() -> None:
 
 def test_more_bits_are_nearer_and_zeros_stay() -> None:
     part = normal(30, 4)
-    errors = [float((quantized(part, b) - part).square().mean()) for b in (1, 2, 4, 8)]
+    errors = [float((quantize(part, b) - part).square().mean()) for b in (1, 2, 4, 8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3
-    assert quantized(torch.zeros(3, 2), 2).abs().max() == 0
+    assert quantize(torch.zeros(3, 2), 2).abs().max() == 0
     ends = torch.tensor([[-1.0], [1.0]])
-    assert torch.equal(quantized(ends, 1), ends)
+    assert torch.equal(quantize(ends, 1), ends)
 
 
 def test_codes_on_digits() -> None:

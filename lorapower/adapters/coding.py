@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +24,7 @@ LARGEST = float(np.finfo(np.float16).max)
 
 
 class Code(NamedTuple):
-    """What is written.
+    """What `encode` writes.
 
     Attributes
     ----------
@@ -36,21 +38,26 @@ class Code(NamedTuple):
     length: int
 
 
-def levels(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """For each column its scale and the numbers of its entries' levels, ``0 … 2^bits − 1``.
+def quantize(part: Tensor, bits: int) -> Tensor:
+    """Round each column of a matrix to ``2^bits`` levels, as `encode` does.
 
-    Level ``k`` stands for the scale times ``(2k − m)/m``, ``m = 2^bits − 1``. The scale is that of
-    41, from 0 to the largest entry, whose squared error is least, rounded to half precision.
+    Level ``k`` stands for the column's scale times ``(2k − m)/m``, ``m = 2^bits − 1``. The scale is
+    that of 41, from 0 to the largest entry, whose squared error is least, in half precision.
 
     Raises `InputError` for entries beyond half precision, and for bits outside 1 to 12.
     """
+    scale, numbers = _levels(part, bits)
+    return _values(scale, numbers, bits)
+
+
+def _levels(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """For each column its scale, and the numbers of its entries' levels, ``0 … 2^bits − 1``."""
     bits = _checks.integer("bits", bits, 1, 12)
     if isinstance(part, Tensor) and part.ndim == 2 and not part.shape[1]:
         return part.new_zeros(0), part.long()
     part = _checks.real_tensor("part", part, min_dims=2)
-    if part.abs().max() > LARGEST:
-        given = f"{float(part.abs().max()):.3g}"
-        raise InputError("part", allowed=f"of entries up to {LARGEST:.0f}", given=given)
+    if (largest := float(part.abs().max())) > LARGEST:
+        raise InputError("part", allowed=f"of entries up to {LARGEST:.0f}", given=f"{largest:.3g}")
     steps = 2**bits - 1
     clips = torch.tensor(CLIPS).to(part).reshape(-1, *[1] * part.ndim)
     tried = (clips * part.abs().amax(-2, keepdim=True)).half().to(part)
@@ -62,19 +69,13 @@ def levels(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, numbers.gather(0, best.expand(1, *part.shape))[0].long()
 
 
-def quantized(part: Tensor, bits: int) -> Tensor:
-    """What `encode` writes of a part's columns: see `levels`."""
-    scale, numbers = levels(part, bits)
-    return _values(scale, numbers, bits)
-
-
 def _values(scale: Tensor, numbers: Tensor, bits: int) -> Tensor:
     steps = 2**bits - 1
     return scale[..., None, :] * (2 * numbers.to(scale) - steps) / steps
 
 
 def encode(adapters: Adapters, bits: int) -> Code:
-    """Adapters rounded to so many bits a number, as a code of which none begins another.
+    """Write adapters, rounded to so many bits a number, as a code of which none begins another.
 
     It has the number of bits, the ranks and whether there are biases, each in Elias's gamma code;
     for each column of a factor, and for each bias, a scale of 16 bits; and the numbers themselves.
@@ -85,7 +86,6 @@ def encode(adapters: Adapters, bits: int) -> Code:
     Raises `InputError` for batches, bits outside 1 to 12, ranks above a weight's smaller side, and
     entries beyond half precision.
     """
-    _checks.kind(Adapters, adapters=adapters)
     bits = _checks.integer("bits", bits, 1, 12)
     if adapters.batch_shape:
         raise InputError("adapters", allowed="of one network", given=adapters)
@@ -95,35 +95,34 @@ def encode(adapters: Adapters, bits: int) -> Code:
     written = [_gamma(bits), *(_gamma(rank + 1) for rank in adapters.ranks)]
     written.append(_gamma(1 + bool(adapters.bias_updates)))
     for part in parts:
-        scale, numbers = levels(part, bits)
+        scale, numbers = _levels(part, bits)
         halves = scale.cpu().numpy().astype(np.float16).view(np.uint16)
         written += [f"{half:0{SCALE_BITS}b}" for half in halves.tolist()]
         written += [f"{number:0{bits}b}" for number in numbers.flatten().tolist()]
     text = "".join(written)
-    data = int(text.ljust(-(-len(text) // 8) * 8, "0"), 2).to_bytes(-(-len(text) // 8), "big")
-    return Code(data, len(text))
+    size = -(-len(text) // 8)
+    return Code(int(text.ljust(8 * size, "0"), 2).to_bytes(size, "big"), len(text))
 
 
 def decode(data: bytes, network: Network) -> Adapters:
-    """The adapters of a network that a code stands for, as `encode` has rounded them.
+    """Read the adapters of a network from a code, as `encode` has rounded them.
 
     Raises `InputError` for what is no code for adapters of a network of these sizes.
     """
-    _checks.kind(Network, network=network)
     if not isinstance(data, bytes):
         raise InputError("data", allowed="bytes, as `encode` writes them", given=brief(data))
-    reader = _Reader(data)
-    bits = reader.gamma(12)
-    ranks = [reader.gamma(min(weight.shape[-2:]) + 1) - 1 for weight in network.weights]
-    biases = reader.gamma(2) - 1
+    code = iter("".join(f"{byte:08b}" for byte in data))
+    bits = _read_gamma(code, 12)
+    ranks = [_read_gamma(code, min(weight.shape[-2:]) + 1) - 1 for weight in network.weights]
+    biases = _read_gamma(code, 2) - 1
     like = network.weights[0]
 
     def part(rows: int, columns: int) -> Tensor:
-        halves = [reader.number(SCALE_BITS) for _ in range(columns)]
+        halves = [_read(code, SCALE_BITS) for _ in range(columns)]
         scale = torch.from_numpy(np.array(halves, np.uint16).view(np.float16).astype(np.float64))
         if not scale.isfinite().all():
             raise _no_code("a scale that is no number")
-        numbers = torch.tensor([reader.number(bits) for _ in range(rows * columns)])
+        numbers = torch.tensor([_read(code, bits) for _ in range(rows * columns)])
         return _values(scale, numbers.reshape(rows, columns), bits).to(like)
 
     updates = tuple(
@@ -131,7 +130,8 @@ def decode(data: bytes, network: Network) -> Adapters:
         for weight, rank in zip(network.weights, ranks, strict=True)
     )
     changes = [part(bias.shape[-1], 1)[:, 0] for bias in network.biases] if biases else []
-    if len(reader.rest) >= 8 or "1" in reader.rest:
+    rest = "".join(code)
+    if len(rest) >= 8 or "1" in rest:
         raise _no_code("more behind it")
     return Adapters(updates, tuple(changes))
 
@@ -142,32 +142,23 @@ def _gamma(number: int) -> str:
     return "0" * (len(digits) - 1) + digits
 
 
-class _Reader:
-    """Numbers one after the other from a code."""
+def _read(code: Iterator[str], bits: int) -> int:
+    """The number in the next bits of a code."""
+    digits = "".join(islice(code, bits))
+    if len(digits) < bits:
+        raise _no_code("a part of one")
+    return int(digits, 2) if bits else 0
 
-    def __init__(self, data: bytes) -> None:
-        self.text = "".join(f"{byte:08b}" for byte in data)
-        self.at = 0
 
-    def number(self, bits: int) -> int:
-        piece = self.text[self.at : self.at + bits]
-        if len(piece) < bits:
-            raise _no_code("a part of one")
-        self.at += bits
-        return int(piece, 2)
-
-    def gamma(self, most: int) -> int:
-        zeros = 0
-        while self.number(1) == 0:
-            zeros += 1
-        found = (1 << zeros) | (self.number(zeros) if zeros else 0)
-        if found > most:
-            raise _no_code(f"{found} where {most} is the most")
-        return found
-
-    @property
-    def rest(self) -> str:
-        return self.text[self.at :]
+def _read_gamma(code: Iterator[str], most: int) -> int:
+    """The next number in Elias's gamma code."""
+    zeros = 0
+    while not _read(code, 1):
+        zeros += 1
+    number = (1 << zeros) | _read(code, zeros)
+    if number > most:
+        raise _no_code(f"{number} where {most} is the most")
+    return number
 
 
 def _no_code(given: str) -> InputError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,7 +26,7 @@ class Tuned(NamedTuple):
     Attributes
     ----------
     ranks : Tensor
-        Of each weight's adapter; the columns past it are zeros.
+        The rank of each weight's adapter; the columns past it are zeros.
     biases : Tensor
         Whether each bias is tuned; the update of one that is not stays what it was.
     """
@@ -39,19 +39,19 @@ class Tuned(NamedTuple):
 class Adapters:
     """One low-rank update for each weight of a network, and tuned biases [def-adapter].
 
-    As with networks, only one and the same object is equal.
+    Raises `InputError` for updates that are none.
 
     Attributes
     ----------
     updates : tuple of LowRank
-        Factored updates in the order of the network's ``weights``, in a chain of layers the first
-        layer first; a weight without an adapter has one of rank 0.
+        Factored updates in the order of the network's ``weights``; a weight without an adapter has
+        one of rank 0.
     bias_updates : tuple of Tensor
-        Vectors ``[..., out]`` that are added to the network's ``biases``, or none of them where the
-        biases stay or the network has none.
+        Vectors ``[..., out]`` that are added to the network's ``biases``; empty where the biases
+        stay or the network has none.
     tuned : Tuned or None
         What is tuned in each member of a batch whose members differ in it, as runs of training do;
-        nothing where all columns and biases are.
+        ``None`` where all columns and biases are.
     """
 
     updates: tuple[LowRank, ...]
@@ -91,9 +91,13 @@ class Adapters:
         Biases that are not tuned count nothing. Raises `InputError` for a batch whose members
         differ in what is tuned.
         """
-        factors = sum(update.parameter_count for update in self.updates)
-        count = factors + sum(update.shape[-1] for update in self.bias_updates)
-        counts = {count} if self.tuned is None else set(self._counts(*self.tuned))
+        lengths = [update.shape[-1] for update in self.bias_updates]
+        counts = {sum(update.parameter_count for update in self.updates) + sum(lengths)}
+        if self.tuned is not None:
+            ranks, biases = self.tuned
+            sides = torch.tensor([sum(shape) for shape in self.shapes], device=ranks.device)
+            sizes = torch.tensor(lengths, dtype=torch.long, device=ranks.device)
+            counts = {*((ranks * sides).sum(-1) + (biases * sizes).sum(-1)).flatten().tolist()}
         if len(counts) != 1:
             raise InputError(
                 "adapters",
@@ -102,12 +106,6 @@ class Adapters:
                 remedy="pick one first, adapters[i]",
             )
         return counts.pop()
-
-    def _counts(self, ranks: Tensor, biases: Tensor) -> list[int]:
-        sides = torch.tensor([sum(shape) for shape in self.shapes], device=ranks.device)
-        lengths = [update.shape[-1] for update in self.bias_updates]
-        of_biases = biases * torch.tensor(lengths, dtype=torch.long, device=biases.device)
-        return ((ranks * sides).sum(-1) + of_biases.sum(-1)).flatten().tolist()
 
     def __repr__(self) -> str:
         ranks = ", ".join(map(str, self.ranks[:8])) + (", …" if len(self.ranks) > 8 else "")
@@ -145,10 +143,7 @@ class Adapters:
         """Adapters without the columns that no member tunes, and without biases that all stay."""
         ranks = tuned.ranks.reshape(-1, len(updates))
         largest = ranks.amax(0).tolist() if len(ranks) else [0] * len(updates)
-        kept = tuple(
-            LowRank(update.left[..., :R], update.right[..., :R])
-            for update, R in zip(updates, largest, strict=True)
-        )
+        kept = tuple(update.leading(R) for update, R in zip(updates, largest, strict=True))
         if tuned.biases.any() or any(bool(update.any()) for update in bias_updates):
             return cls(kept, tuple(bias_updates), tuned)
         return cls(kept, (), tuned._replace(biases=tuned.biases[..., :0]))
@@ -156,27 +151,24 @@ class Adapters:
     def to(self, dtype: torch.dtype) -> Adapters:
         """The same adapters with all numbers rounded to ``dtype``, float32 or float64."""
         dtype = _checks.precision(dtype)
-        return Adapters(
-            tuple(LowRank(u.left.to(dtype), u.right.to(dtype)) for u in self.updates),
-            tuple(update.to(dtype) for update in self.bias_updates),
-            self.tuned,
-        )
+        updates = (LowRank(u.left.to(dtype), u.right.to(dtype)) for u in self.updates)
+        biases = (update.to(dtype) for update in self.bias_updates)
+        return replace(self, updates=tuple(updates), bias_updates=tuple(biases))
 
     def balanced(self) -> Adapters:
         """The same updates, each column as long in one factor as in the other."""
-        updates = tuple(update.balanced() for update in self.updates)
-        return Adapters(updates, self.bias_updates, self.tuned)
+        return replace(self, updates=tuple(update.balanced() for update in self.updates))
 
     def merge(self, network: N) -> N:
-        """A new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``, of its type.
+        """Make a new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``.
 
-        Raises `InputError` for no network, for one that the adapters do not fit, and where the
-        sum is not finite.
+        It has the type of the network's numbers. Raises `InputError` for no network, for one that
+        the adapters do not fit, and where the sum is not finite.
         """
         return self._add(network, +1)
 
     def unmerge(self, network: N) -> N:
-        """A new network with weights ``W_l − A_l B_lᵀ`` and biases ``b_l − Δb_l``, of its type.
+        """Make a new network with weights ``W_l − A_l B_lᵀ`` and biases ``b_l − Δb_l``.
 
         Undoes `merge` up to rounding.
         """
@@ -184,16 +176,21 @@ class Adapters:
 
     def _add(self, network: N, sign: int) -> N:
         self._require_fit(network)
-        weights = _sums(network.weights, [update.matrix() for update in self.updates], sign)
-        biases = _sums(network.biases, self.bias_updates, sign) if self.bias_updates else None
+
+        def sums(values: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
+            pairs = zip(values, updates, strict=True)
+            return [torch.add(v, update, alpha=sign).to(v.dtype) for v, update in pairs]
+
+        weights = sums(network.weights, [update.matrix() for update in self.updates])
+        biases = sums(network.biases, self.bias_updates) if self.bias_updates else None
         return network.with_parameters(weights, biases)
 
     def _require_fit(self, network: Network) -> None:
         _checks.kind(Network, network=network)
-        expected = [tuple(weight.shape[-2:]) for weight in network.weights]
-        if self.shapes != expected:
+        shapes = [tuple(weight.shape[-2:]) for weight in network.weights]
+        if self.shapes != shapes:
             raise InputError(
-                "network", allowed=f"of weights {self.shapes}, as the adapters are", given=expected
+                "network", allowed=f"of weights {self.shapes}, as the adapters are", given=shapes
             )
         if self.bias_updates and not network.biases:
             raise InputError("network", allowed="one with biases, which are tuned", given="none")
@@ -232,13 +229,9 @@ class Adapters:
         def several(name: str) -> list[Tensor]:
             return [tensors[f"{name}.{l}"] for l in range(sum(f"{name}." in t for t in tensors))]
 
-        pairs = zip(several("left"), several("right"), strict=True)
+        updates = tuple(map(LowRank, several("left"), several("right")))
         tuned = [tensors[f"tuned.{name}"] for name in Tuned._fields if f"tuned.{name}" in tensors]
-        return cls(
-            tuple(LowRank(*pair) for pair in pairs),
-            tuple(several("bias_updates")),
-            Tuned(*tuned) if tuned else None,
-        )
+        return cls(updates, tuple(several("bias_updates")), Tuned(*tuned) if tuned else None)
 
     def to_peft(self, folder: str | Path, module: nn.Sequential) -> None:
         """Write the adapters to a folder that ``peft.PeftModel.from_pretrained`` reads.
@@ -261,8 +254,3 @@ class Adapters:
                 remedy="pick one first, adapters[i]",
             )
         peft.write(_checks.path("folder", folder), module, self.updates, self.bias_updates)
-
-
-def _sums(values: Sequence[Tensor], updates: Sequence[Tensor], sign: int) -> tuple[Tensor, ...]:
-    sums = (torch.add(v, u, alpha=sign) for v, u in zip(values, updates, strict=True))
-    return tuple(total.to(v.dtype) for total, v in zip(sums, values, strict=True))

@@ -43,25 +43,20 @@ def read(path: Path, network: Network | None) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ResultsError(path, "is no file", remedy="name one that Adapters.save has written")
+    header: dict[str, str] = {}
+    numbers, reason = {}, ""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
             numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ResultsError(
-            path, f"is damaged, or no file of adapters ({reason})", remedy="save the adapters again"
-        ) from error
+        reason = f" ({' '.join(str(error).split())})"
     if header.get("content") != CONTENT:
-        raise ResultsError(
-            path, "is no file of adapters", remedy="name one that Adapters.save has written"
-        )
+        problem = f"is damaged, or no file of adapters{reason}"
+        raise ResultsError(path, problem, remedy="name one that Adapters.save has written")
     if header.get("format") != FORMAT:
-        raise ResultsError(
-            path,
-            f"is of format {header.get('format')}, this version of the package has format {FORMAT}",
-            remedy="save the adapters again",
-        )
+        problem = f"is of format {header.get('format')}, where this version has format {FORMAT}"
+        raise ResultsError(path, problem, remedy="save the adapters again")
     if header.pop("digest", "") != _digest(header, numbers):
         raise ResultsError(path, "is damaged", remedy="save the adapters again")
     if network is None:
@@ -111,15 +106,15 @@ def put(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _require_same(path: Path, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _require_same(path: Path, expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse another network than the one the adapters are for, with the first difference."""
-    for name in {**wanted, **given}:
-        theirs, ours = wanted.get(name, "unknown"), given.get(name, "unknown")
-        if theirs != ours:
-            ours, theirs = (f"{name} {value}" for value in (ours, theirs))
+    for name in {**expected, **given}:
+        sides = [about.get(name, "unknown") for about in (expected, given)]
+        if sides[0] != sides[1]:
+            words = [f"{name} {side}" for side in sides]
             if name == "numbers":
-                ours, theirs = "one of other weights or biases", "the same weights and biases"
-            raise InputError("network", allowed=f"that of {path}, of {theirs}", given=ours)
+                words = ["the same weights and biases", "one of other weights or biases"]
+            raise InputError("network", allowed=f"that of {path}, of {words[0]}", given=words[1])
 
 
 def _version() -> str:
@@ -130,8 +125,8 @@ def _version() -> str:
 
 
 def _digest(header: Mapping[str, str], numbers: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256(json.dumps(sorted(header.items())).encode())
+    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
     for name, values in sorted(numbers.items()):
-        found.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        found.update(values.numpy().tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from .. import randomness
 from .._records import Record, Results
-from ..adapters.coding import decode, encode, quantized
+from ..adapters.coding import decode, encode, quantize
 from ..adapters.core import Adapters
 from ..bounds import samples
 from ..networks.fnn import FNN
@@ -156,7 +156,7 @@ def fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Ada
 
 def _rounded(part: Tensor, bits: int) -> Tensor:
     """What `encode` makes of a factor, or of a bias as a column."""
-    return quantized(part, bits) if part.ndim == 2 else quantized(part[:, None], bits)[:, 0]
+    return quantize(part, bits) if part.ndim == 2 else quantize(part[:, None], bits)[:, 0]
 
 
 @functools.cache
