@@ -22,7 +22,6 @@ from lorapower.experiments.optimization import Fused, Newton, Recipe, Setting
 from lorapower.experiments.synthetic import Problem
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
-from lorapower.networks.partition import linearize
 from lorapower.networks.residual import ResidualTransformer
 from lorapower.training import (
     Fixed,
@@ -222,7 +221,7 @@ def test_the_linearized_start_bends_nothing_inside_its_blocks(
         assert torch.equal(given_.right, usual.right)
     x = data.validation[0].double()
     partition = Partition.uniform(depth, blocks)
-    goal = linearize(frozen, partition)
+    goal = frozen.linearize(partition.slices)
     merged = start.merge(frozen)
     torch.testing.assert_close(merged(x), goal(x), rtol=1e-4, atol=1e-4)
     reached = merged.preactivations(x)
@@ -232,7 +231,7 @@ def test_the_linearized_start_bends_nothing_inside_its_blocks(
 
 def test_linearizing_blocks_of_one_layer_gives_the_network() -> None:
     frozen = relu(3, 4)
-    same = linearize(frozen, Partition([1, 1, 1]))
+    same = frozen.linearize(Partition([1, 1, 1]).slices)
     assert torch.equal(same(normal(4, 9)), frozen(normal(4, 9)))
 
 

@@ -16,7 +16,7 @@ from .. import _checks, randomness
 from ..errors import InputError
 from ._layers import chained, dense_layers, per_layer, random_weights, uniform
 from .base import Layers, Network
-from .linear import LinearNetwork
+from .linear import LinearNetwork, product
 
 
 def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
@@ -130,6 +130,20 @@ class FNN(Layers):
         """The network of some consecutive layers; only the last of all can be linear."""
         last = self.linear_last and self.depth - 1 in range(self.depth)[which]
         return object.__new__(FNN)._set(self.weights[which], self.biases[which], last)
+
+    def linearize(self, blocks: Sequence[slice]) -> FNN:
+        """The network without the ReLUs inside blocks of layers: one layer for each block.
+
+        Its weights are the blocks' products, its biases what the blocks' biases come to.
+        """
+        weights, biases = [], []
+        for layers in blocks:
+            bias, *others = self.biases[layers]
+            for W, b in zip(self.weights[layers][1:], others, strict=True):
+                bias = (W @ bias[..., None])[..., 0] + b
+            weights.append(product(self.weights[layers]))
+            biases.append(bias)
+        return FNN(weights, biases, linear_last=self.linear_last)
 
     def preactivations(
         self, x: Float[Tensor, "*#batch in samples"]

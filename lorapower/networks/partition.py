@@ -10,7 +10,7 @@ from .. import _checks
 from ..errors import InputError
 from .fnn import FNN
 from .gap import Gap
-from .linear import LinearNetwork, product
+from .linear import LinearNetwork
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,3 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
         )
     pieces = Pieces(frozen, target)
     return [pieces.gap(i, layers) for i, layers in enumerate(partition.slices)]
-
-
-def linearize(network: FNN, partition: Partition) -> FNN:
-    """Leave out the ReLUs inside the blocks: a network of one layer for each block.
-
-    Its weights are the blocks' products, its biases what the blocks' biases come to.
-    """
-    weights, biases = [], []
-    for layers in partition.slices:
-        bias, *others = network.biases[layers]
-        for W, b in zip(network.weights[layers][1:], others, strict=True):
-            bias = (W @ bias[..., None])[..., 0] + b
-        weights.append(product(network.weights[layers]))
-        biases.append(bias)
-    return FNN(weights, biases, linear_last=network.linear_last)

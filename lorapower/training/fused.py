@@ -19,7 +19,7 @@ from ..constructions.linear import Adaptation
 from ..errors import InputError, brief
 from ..networks.fnn import FNN
 from ..networks.linear import LinearNetwork
-from ..networks.partition import Partition, linearize
+from ..networks.partition import Partition
 from ..networks.residual.network import ResidualTransformer
 from ..networks.transformer import Transformer
 from ..regions import Ball, Region
@@ -141,7 +141,7 @@ def train_fused(
     goal: Any = frozen
     if isinstance(frozen, FNN):
         partition = Partition([frozen.depth]) if partition is None else partition
-        goal = linearize(frozen, partition)
+        goal = frozen.linearize(partition.slices)
         region = _about(data) if region is None else region
     pair = fuse(frozen, goal, ranks, partition)
     if not any(pair.fused_ranks) and np.any(ranks):

@@ -13,7 +13,7 @@ from ..adapters.core import Adapters
 from ..constructions import fnn
 from ..errors import InputError
 from ..networks.fnn import FNN
-from ..networks.partition import Partition, linearize
+from ..networks.partition import Partition
 from ..regions import Ball
 from . import reference
 from .compiled import Array, State, Structure
@@ -94,7 +94,7 @@ def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
     ball = Ball(of_source.radius[sources].reshape(shape), centres)
     # Of rank 0: all that the construction gives are biases.
     exact = network.to(torch.float64, "cpu")
-    goal = linearize(exact, partition)
+    goal = exact.linearize(partition.slices)
     return fnn.adapt(exact, goal, 0, ball, partition, throw=False).adapters
 
 
