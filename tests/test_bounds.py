@@ -1,17 +1,40 @@
-"""Rank thresholds and the least error of linear networks."""
+"""Thresholds and error bounds of linear and of ReLU networks against measured errors."""
 
 from __future__ import annotations
 
+from functools import reduce
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import conditioned, seeds
+from torch import Tensor
 
-from lorapower import InputError, bounds, randomness
+from lorapower import bounds, randomness
 from lorapower.adapters import Adapters
+from lorapower.constructions import fnn
 from lorapower.lowrank import LowRank
-from lorapower.networks import Gap, LinearNetwork
+from lorapower.networks import FNN, Gap, Partition
+from lorapower.regions import Ball, Box, Samples
+
+SHAPES = [(1, 2), (2, 4), (3, 9), (2, 7)]
+
+
+def product(frozen: FNN, layers: slice) -> np.ndarray:
+    """Computed by numpy."""
+    return reduce(lambda P, W: W.numpy() @ P, frozen.weights[layers], np.eye(frozen.widths[0]))
+
+
+def rms(difference: Tensor) -> Tensor:
+    return difference.square().sum(-2).mean(-1).sqrt()
+
+
+def normal_inputs(width: int, samples: int, seed: int = 0) -> Tensor:
+    generator = randomness.generator(seed, "test")
+    return torch.randn(width, samples, generator=generator, dtype=torch.float64)
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.data(), seeds)
@@ -38,13 +61,137 @@ def test_threshold_of_a_target_that_adapters_made(
         assert bounds.linear_error(frozen, target, expected - 1).spectral > rounding
 
 
-def test_a_batch_has_one_threshold_for_each_member() -> None:
-    frozen = LinearNetwork(torch.zeros(1, 3, 3))
-    diagonals = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 2, 3]])
-    target = LinearNetwork([torch.diag_embed(diagonals)])
-    assert bounds.linear_threshold(frozen, target).tolist() == [0, 1, 3]
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 3), seeds)
+def test_threshold_is_the_formula(width: int, layers: int, more: int, seed: int) -> None:
+    frozen = FNN.random(layers + more, width, seed=seed)
+    target = FNN.random(layers, width, seed=seed + 1)
+    size = frozen.depth // layers
+    expected = 0
+    for i, weight in enumerate(target.weights):
+        end = frozen.depth if i == layers - 1 else (i + 1) * size
+        rank = np.linalg.matrix_rank(weight.numpy() - product(frozen, slice(i * size, end)))
+        expected = max(expected, -(-rank // (end - i * size)))
+    assert int(bounds.fnn_threshold(frozen, target)) == expected
 
 
-def test_networks_of_other_sizes_are_refused() -> None:
-    with pytest.raises(InputError, match="of 2 inputs and 2 outputs"):
-        bounds.linear_threshold(LinearNetwork.random(1, 2), LinearNetwork.random(1, 3))
+@pytest.mark.parametrize(("layers", "depth"), SHAPES)
+def test_every_bound_is_above_the_error_at_every_rank(layers: int, depth: int) -> None:
+    frozen = FNN.random(depth, 16, batch_shape=(10,), seed=1)
+    target = FNN.random(layers, 16, batch_shape=(10,), seed=2)
+    x = normal_inputs(16, 1000)
+    threshold = int(bounds.fnn_threshold(frozen, target).max())
+    for rank in range(threshold + 2):
+        found = fnn.adapt(frozen, target, rank, Samples(x))
+        difference = found.adapters.merge(frozen)(x) - target(x)
+        measured, largest = rms(difference), difference.norm(dim=-2).amax(-1)
+        # What rounding adds to an error that is 0 in exact arithmetic.
+        rounding = 1e-7 * rms(target(x))
+        on = bounds.fnn_error_on(frozen, target, rank, x)
+        moments = bounds.fnn_error(frozen, target, rank, x)
+        closed = bounds.fnn_error(frozen, target, rank, x.square().sum(0).mean())
+        assert (measured <= on + rounding).all()
+        assert (on <= moments * (1 + 1e-9) + 1e-12).all()
+        assert (moments <= closed * (1 + 1e-9) + 1e-12).all()
+        assert (largest <= found.error_bound + rounding).all()
+        if rank < threshold:
+            assert (measured > 1e-4 * rms(target(x))).all()
+            assert on.median() < 10 * 2**layers * measured.median()
+        else:
+            assert closed.max() < 1e-10
+            assert (measured <= rounding).all()
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from(["ball", "box"]),
+    st.booleans(),
+    seeds,
+    st.data(),
+)
+def test_bounds_hold_for_any_ranks_and_partition(
+    width: int,
+    layers: int,
+    size: int,
+    kind: str,
+    linear_last: bool,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    depth = layers * size
+    frozen, target = (
+        FNN.random(count, width, linear_last=linear_last, seed=seed + shift)
+        for shift, count in enumerate((depth, layers))
+    )
+    ranks = data.draw(st.lists(st.integers(0, width), min_size=depth, max_size=depth))
+    cuts = data.draw(
+        st.sets(st.integers(1, depth - 1), min_size=layers - 1, max_size=layers - 1)
+        if depth > 1
+        else st.just(set())
+    )
+    ends = [0, *sorted(cuts), depth]
+    sizes = Partition([b - a for a, b in pairwise(ends)])
+    region = Ball(3.0, 0.5) if kind == "ball" else Box(-2.0, 1.0)
+    found = fnn.adapt(
+        frozen, target, ranks, region, sizes, rtol=float("inf"), max_digits_lost=float("inf")
+    )
+    adapted = found.adapters.merge(frozen)
+    for layers, weight, error in zip(sizes.slices, target.weights, found.block_errors, strict=True):
+        E = weight.numpy() - product(frozen, layers)
+        sigma = np.append(np.linalg.svd(E, compute_uv=False), 0.0)
+        assert float(error) == pytest.approx(sigma[min(sum(ranks[layers]), width)], abs=1e-9)
+    lost = 10 ** float(found.digits_lost.max()) * 1e-14 + 1e2 * float(found.rounding_errors.max())
+    for edge in (False, True):
+        x = found.region.sample(300, edge=edge, seed=seed)
+        difference = adapted(x) - target(x)
+        allowed = lost * (1 + float(target(x).abs().max()))
+        assert rms(difference) <= bounds.fnn_error_on(frozen, target, ranks, x, sizes) + allowed
+        assert rms(difference) <= bounds.fnn_error(frozen, target, ranks, x, sizes) + allowed
+        assert difference.norm(dim=-2).max() <= found.error_bound + allowed
+
+
+def test_the_bound_takes_the_trace_of_the_second_moment() -> None:
+    # E = σI and Σ = I: the error before the ReLU is σ²D, more than σ² times the norm √D of Σ.
+    D, sigma = 16, 0.5
+    frozen = FNN(torch.eye(D).expand(2, D, D), torch.zeros(2, D))
+    target = FNN([(1 + sigma) * torch.eye(D)], [torch.full((D,), 9.0)])
+    x = normal_inputs(D, 20000).float()
+    found = fnn.adapt(frozen, target, 0, Samples(x))
+    squared = rms(found.adapters.merge(frozen)(x) - target(x)) ** 2
+    assert squared > 0.9 * sigma**2 * D
+    assert squared <= bounds.fnn_error(frozen, target, 0, x.square().sum(0).mean()) ** 2 * 1.001
+    assert bounds.fnn_error(frozen, target, 0, float(D)) ** 2 == pytest.approx(sigma**2 * D)
+
+
+def test_nothing_hides_the_error_of_a_linear_layer() -> None:
+    frozen, target = (
+        FNN.random(depth, 8, linear_last=True, seed=seed) for depth, seed in ((3, 1), (1, 2))
+    )
+    x = normal_inputs(8, 500)
+    for rank in range(3):
+        found = fnn.adapt(frozen, target, rank, Samples(x))
+        measured = rms(found.adapters.merge(frozen)(x) - target(x))
+        on = bounds.fnn_error_on(frozen, target, rank, x)
+        torch.testing.assert_close(measured, on, rtol=1e-9, atol=1e-10)
+
+
+def test_one_layer_is_bounded_by_the_next_singular_value() -> None:
+    frozen, target = FNN.random(3, 8, seed=1), FNN.random(1, 8, seed=2)
+    E = target.weights[0] - frozen.weights[2] @ frozen.weights[1] @ frozen.weights[0]
+    sigma = np.linalg.svd(E.numpy(), compute_uv=False)
+    for rank in range(3):
+        bound = bounds.fnn_error(frozen, target, rank, 5.0)
+        assert float(bound) == pytest.approx(sigma[3 * rank] * 5**0.5)
+
+
+def test_a_narrower_target_is_bounded_by_the_part_that_it_has() -> None:
+    frozen, target = FNN.random(4, 12, seed=1), FNN.random(2, 5, seed=2)
+    x = normal_inputs(5, 500)
+    assert int(bounds.fnn_threshold(frozen, target)) == 3
+    for rank in range(4):
+        found = fnn.adapt(frozen, target, rank, Samples(x))
+        padded = torch.cat([x, torch.zeros(7, 500).double()])
+        measured = rms(found.adapters.merge(frozen)(padded)[:5] - target(x))
+        assert measured <= bounds.fnn_error_on(frozen, target, rank, x) + 1e-9
+        assert measured <= bounds.fnn_error(frozen, target, rank, x) + 1e-9

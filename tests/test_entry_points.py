@@ -81,7 +81,7 @@ CALLS: dict[Callable[..., Any], tuple[type, Callable[[Any, Any], Any]]] = {
     ),
 }
 
-# Those that take every kind of network; what they refuse is in test_front_door.py.
+# Those that take every kind of network; what they refuse is in test_general.py.
 OF_EVERY_KIND: set[Callable[..., Any]] = {
     lorapower.adapt,
     lorapower.rank_for_error,

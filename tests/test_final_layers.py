@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, of_widths, seeds
 from torch import Tensor
 
-from lorapower import InputError, bounds, randomness
+from lorapower import bounds, randomness
 from lorapower.constructions import fnn
 from lorapower.networks import FNN
 from lorapower.regions import Samples
@@ -168,31 +168,3 @@ def test_there_is_no_floor_where_the_first_layer_keeps_everything() -> None:
     assert found.mean_squared_error == 0
     x = normal_inputs(4, 5)
     assert torch.equal(bounds.colliding_inputs(frozen, x), x)
-
-
-@given(batch_shapes, seeds)
-def test_batches_have_their_members_floors(batch: tuple[int, ...], seed: int) -> None:
-    frozen = FNN.random(1, 3, batch_shape=batch, seed=seed)
-    found = bounds.final_layers_floor(frozen, FNN.random(2, 3, seed=seed), samples=50, steps=3)
-    assert found.mean_squared_error.shape == found.standard_error.shape == batch
-    assert (found.mean_squared_error >= 0).all()
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"samples": 1}, "samples must be an integer from 2; got 1"),
-        ({"steps": 0}, "steps must be an integer from 1; got 0"),
-        ({"target": FNN.random(1, 5)}, "target must be of 4 inputs, like the frozen.*5 inputs"),
-        ({"target": FNN.random(1, 4).to(torch.float32)}, "target must be torch.float64.*float32"),
-    ],
-)
-def test_unusable_arguments_are_refused(change: dict[str, object], complaint: str) -> None:
-    usual: dict[str, object] = {"frozen": FNN.random(2, 4), "target": FNN.random(1, 4)}
-    with pytest.raises(InputError, match=complaint):
-        bounds.final_layers_floor(**(usual | change))  # type: ignore[arg-type]
-
-
-def test_reach_is_positive() -> None:
-    with pytest.raises(InputError, match="reach must be a finite number above 0"):
-        bounds.colliding_inputs(FNN.random(1, 2), torch.ones(2, 1).double(), reach=0)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorapower import InputError, PrecisionError, SingularError, bounds, randomness
 from lorapower.adapters import Adapters
@@ -103,51 +103,16 @@ def test_network_is_layer_after_layer(
 def test_a_linear_last_layer_stays_one(depth: int, linear_last: bool, seed: int) -> None:
     network = FNN.random(depth, 3, linear_last=linear_last, batch_shape=(2,), seed=seed)
     none = torch.zeros(2, dtype=torch.bool)
-    for made in (
+    for copy in (
         network.with_parameters(network.weights),
-        network.with_parameters(network.weights, network.biases),
         network.to(torch.float32),
         network.map(lambda values: -values),
         network.zeroed(none),
         network[1],
-        network.layers(slice(None)),
         network.layers(slice(depth - 1, depth)),
         FNN.from_sequential(network[0].to_sequential()),
     ):
-        assert made.linear_last == linear_last
-    with pytest.raises(InputError, match="linear_last must be True or False; got 1"):
-        FNN(network.weights, network.biases, linear_last=1)  # type: ignore[arg-type]
-
-
-def test_members_of_a_batch_can_be_picked() -> None:
-    network = FNN.random(2, 3, batch_shape=(4,))
-    x = torch.randn(3, 5, generator=randomness.generator(0, "inputs")).double()
-    torch.testing.assert_close(network[1](x), network(x)[1])
-    assert network.to(torch.float32).dtype == torch.float32
-
-
-def test_two_linear_layers_are_one() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Identity(), nn.Linear(2, 2)))
-    said = r"ReLU between any two .* got none between Linear.* at 0 and Linear.* at 1\.1: multiply"
-    with pytest.raises(InputError, match=said):
-        FNN.from_sequential(module)
-
-
-@pytest.mark.parametrize(
-    ("weights", "biases", "complaint"),
-    [
-        (torch.ones(2, 3, 3), torch.ones(1, 3), "biases must be one for each of the 2 layers"),
-        (torch.ones(1, 3, 3), torch.ones(1, 2), "bias of layer 1 must be of 3 entries"),
-        (torch.ones(1, 3, 3), torch.ones(1, 3).double(), "biases must be torch.float32, like"),
-        (torch.ones(1, 3, 3), torch.full((1, 3), torch.inf), "biases must be finite"),
-        (torch.ones(1, 3, 3).half(), torch.ones(1, 3).half(), "weights must be float32 or float64"),
-        (torch.ones(1, 3, 3), [], "biases must be at least one vector"),
-        (torch.ones(4, 1, 3, 3), torch.ones(5, 1, 3), "weights and biases must be of batch shapes"),
-    ],
-)
-def test_unusable_networks_are_refused(weights: object, biases: object, complaint: str) -> None:
-    with pytest.raises(InputError, match=complaint):
-        FNN(weights, biases)
+        assert copy.linear_last == linear_last
 
 
 @given(st.integers(1, 4), st.integers(1, 5), batch_shapes, seeds)
@@ -164,16 +129,13 @@ def test_adapters_tune_biases_too(
     for old, new, factors in zip(network.weights, merged.weights, updates, strict=True):
         torch.testing.assert_close(new, old + factors.left @ factors.right.mT)
     again = adapters.unmerge(merged)
-    for pair in zip(
-        [*network.weights, *network.biases], [*again.weights, *again.biases], strict=True
-    ):
-        torch.testing.assert_close(*pair)
+    torch.testing.assert_close(again.weights, network.weights)
+    torch.testing.assert_close(again.biases, network.biases)
     assert adapters.parameter_count == depth * 3 * width
     assert Adapters(updates).parameter_count == depth * 2 * width
-    untuned = Adapters(updates).merge(network).biases
-    assert all(torch.equal(*pair) for pair in zip(untuned, network.biases, strict=True))
-    with pytest.raises(InputError, match="one with biases"):
-        adapters.merge(LinearNetwork(network.weights))
+    torch.testing.assert_close(
+        Adapters(updates).merge(network).biases, network.biases, rtol=0, atol=0
+    )
 
 
 @settings(max_examples=120)
@@ -270,22 +232,6 @@ def test_scalar_biases_are_one_number_and_cost_more_digits() -> None:
     assert single.digits_lost.median() < scalar.digits_lost.median() - 0.2
 
 
-@pytest.mark.parametrize("depth", [3, 4, 5])
-def test_no_rank_costs_more_digits_than_the_least(depth: int) -> None:
-    frozen = FNN.random(depth, 16, batch_shape=(100,), seed=3)
-    target = FNN.random(1, 16, batch_shape=(100,), seed=4)
-    least = -(-16 // depth)
-    lost, *others = (
-        fnn.adapt(frozen, target, rank, Ball(8.0)).digits_lost
-        for rank in (least, least + 2, least + 4, 16)
-    )
-    # With more rank the plain splitting may round little enough to be kept, digit by digit.
-    for more in others:
-        assert more.median() < lost.median() + 0.5
-        assert more.max() < lost.max() + 1
-    assert lost.max() < 4
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("radius", [4.0, 1e2, 1e4])
 def test_digits_are_lost_as_expected(dtype: torch.dtype, radius: float) -> None:
@@ -333,46 +279,32 @@ def test_error_below_the_threshold_is_that_of_the_published_setting() -> None:
     np.testing.assert_allclose(medians[:3], [0.023, 0.008, 0.001], rtol=0.5)
 
 
-@given(st.integers(1, 4), st.integers(4, 9), st.integers(1, 2), st.integers(1, 3), seeds)
+@given(
+    st.integers(1, 4), st.integers(4, 9), st.integers(1, 2), st.integers(1, 3), st.booleans(), seeds
+)
 def test_a_narrower_target_needs_a_rank_that_the_frozen_width_has_no_part_in(
-    narrow: int, width: int, layers: int, size: int, seed: int
+    narrow: int, width: int, layers: int, size: int, linear_last: bool, seed: int
 ) -> None:
-    frozen = benign(layers * size, width, seed=seed)
-    target = FNN.random(layers, narrow, seed=seed + 1)
+    frozen = benign(layers * size, width, linear_last=linear_last, seed=seed)
+    target = FNN.random(layers, narrow, linear_last=linear_last, seed=seed + 1)
     rank = -(-narrow // size)
     assert int(bounds.fnn_threshold(frozen, target)) <= rank
     found = fnn.adapt(frozen, target, rank, Ball(3.0), max_digits_lost=float("inf"))
     adapted = found.adapters.merge(frozen)
     for edge in (False, True):
         x = found.region.sample(200, edge=edge, seed=seed)
-        y = adapted(pad(x, width))
-        allowed = 10 * tolerance(found, x)
-        assert ((y[:narrow] - target(x)).abs() <= allowed * (1 + target(x).abs().max())).all()
-        # Nothing is left of the units that the target does not have.
-        assert (y[narrow:] == 0).all()
+        y, expected = adapted(pad(x, width)), target(x)
+        allowed = 10 * tolerance(found, x) * (1 + expected.abs().max())
+        assert ((y[:narrow] - expected).abs() <= allowed).all()
         assert found.covers(frozen, x).all()
-
-
-@given(st.integers(1, 4), st.integers(5, 9), st.integers(1, 2), st.integers(1, 3), seeds)
-def test_behind_a_linear_last_layer_nothing_is_switched_off(
-    narrow: int, width: int, layers: int, size: int, seed: int
-) -> None:
-    frozen = benign(layers * size, width, linear_last=True, seed=seed)
-    target = FNN.random(layers, narrow, linear_last=True, seed=seed + 1)
-    rank = -(-narrow // size)
-    assert int(bounds.fnn_threshold(frozen, target)) <= rank
-    found = fnn.adapt(frozen, target, rank, Ball(3.0), max_digits_lost=float("inf"))
-    adapted = found.adapters.merge(frozen)
-    assert torch.equal(adapted.biases[-1][narrow:], frozen.biases[-1][narrow:])
-    x = found.region.sample(200, edge=True, seed=seed)
-    wanted = target(x)
-    allowed = 10 * tolerance(found, x) * (1 + wanted.abs().max())
-    assert ((adapted(pad(x, width))[:narrow] - wanted).abs() <= allowed).all()
-    assert found.covers(frozen, x).all()
-    # The region behind the last block holds the outputs, negative ones too.
-    last = found.regions[-1]
-    assert isinstance(last, Box)
-    assert ((wanted - last.centre).abs() <= last.half * (1 + 1e-9) + allowed).all()
+        # Behind a ReLU nothing is left of the units that the target does not have.
+        assert linear_last or (y[narrow:] == 0).all()
+    if linear_last:
+        assert torch.equal(adapted.biases[-1][narrow:], frozen.biases[-1][narrow:])
+        # The region behind the last block holds the outputs, negative ones too.
+        last = found.regions[-1]
+        assert isinstance(last, Box)
+        assert ((expected - last.centre).abs() <= last.half * (1 + 1e-9) + allowed).all()
 
 
 @given(st.integers(1, 6), st.integers(0, 2), st.integers(0, 6), seeds)
@@ -449,19 +381,6 @@ def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
         assert off.norm(dim=0).max() <= found.error_bound + 1e3 * tolerance(found, x)
 
 
-def test_frozen_widths_may_vary() -> None:
-    weights = [
-        torch.randn(*s, generator=randomness.generator(3, "inputs")).double() / 3
-        for s in ((12, 9), (10, 12), (11, 10), (9, 11))
-    ]
-    frozen = FNN(weights, [torch.zeros(len(w)).double() for w in weights])
-    target = FNN.random(2, 9, seed=5)
-    found = fnn.adapt(frozen, target, 5, Ball(3.0))
-    x = found.region.sample(500, edge=True)
-    adapted = found.adapters.merge(frozen)
-    torch.testing.assert_close(adapted(x)[:9], target(x), atol=1e-10, rtol=0)
-
-
 def test_batches_broadcast_and_are_their_members() -> None:
     frozen = FNN.random(4, 6, batch_shape=(3, 1), seed=1)
     target = FNN.random(2, 6, batch_shape=(2,), seed=2)
@@ -489,43 +408,6 @@ def test_extremes_of_size() -> None:
     assert (point.digits_lost < 3).all()
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"target": FNN.random(5, 4)}, "target depth must be at most 4, the frozen depth; got 5"),
-        ({"target": FNN.random(2, 5)}, "inputs of target layer 1 must be at most 4.*got 5"),
-        ({"target": FNN.random(2, 4, dtype=torch.float32)}, "target must be torch.float64"),
-        (
-            {"target": FNN.random(2, 4, batch_shape=(5,))},
-            "frozen and target must be of batch shapes",
-        ),
-        ({"ranks": 5}, r"rank must be an integer from 0 to 4 \(the width\); got 5"),
-        ({"ranks": [1, 1]}, "ranks must be one integer, or one for each of the 4 layers; got 2"),
-        ({"region": 3.0}, "region must be of class Region"),
-        ({"region": Ball(1.0, torch.zeros(3))}, "region must be of 4 coordinates"),
-        (
-            {"region": Ball(torch.ones(7).double())},
-            "frozen, target and region must be of batch shapes",
-        ),
-        (
-            {"target": FNN.random(2, 4, linear_last=True)},
-            "target must be a network that ends with a ReLU, like the frozen one; got one that "
-            "ends with a linear layer: adapters leave the end as it is",
-        ),
-        ({"input_scale": 0}, "input_scale must be a finite number above 0; got 0"),
-    ],
-)
-def test_unusable_arguments_are_refused(change: dict[str, object], complaint: str) -> None:
-    usual: dict[str, object] = {
-        "frozen": FNN.random(4, 4, batch_shape=(3,)),
-        "target": FNN.random(2, 4),
-        "ranks": 2,
-        "region": Ball(1.0),
-    }
-    with pytest.raises(InputError, match=complaint):
-        fnn.adapt(**(usual | change))  # type: ignore[arg-type]
-
-
 def test_a_singular_block_is_named_by_its_layer_in_the_network() -> None:
     frozen = FNN.random(4, 4)
     weights = [*frozen.weights[:2], torch.zeros(4, 4).double(), torch.zeros(4, 4).double()]
@@ -534,22 +416,16 @@ def test_a_singular_block_is_named_by_its_layer_in_the_network() -> None:
     assert error.value.layer in (3, 4)
 
 
-def test_nothing_is_certified_for_inputs_of_another_width() -> None:
+def test_what_would_be_misread_is_refused() -> None:
     frozen, target = FNN.random(2, 6), FNN.random(1, 4, seed=1)
     solution = fnn.adapt(frozen, target, 4, Ball(2.0))
     for x in (torch.ones(6, 5), torch.ones(3, 5), torch.ones(4)):
-        with pytest.raises(InputError, match="x must be"):
+        with pytest.raises(InputError, match=r"^x must be"):
             solution.covers(frozen, x.double())
-
-
-@pytest.mark.parametrize("limit", [float("nan"), -1, "a"])
-def test_only_a_number_limits_the_digits_lost(limit: object) -> None:
-    frozen, target = FNN.random(2, 4), FNN.random(1, 4, seed=1)
-    with pytest.raises(InputError, match="max_digits_lost must be a number of at least 0"):
-        fnn.adapt(frozen, target, 4, Ball(2.0), max_digits_lost=limit)  # type: ignore[arg-type]
-
-
-def test_a_partition_is_a_partition() -> None:
-    frozen, target = FNN.random(2, 4), FNN.random(1, 4, seed=1)
-    with pytest.raises(InputError, match="partition must be a Partition"):
-        fnn.adapt(frozen, target, 4, Ball(2.0), (2,))  # type: ignore[arg-type]
+    options: dict[str, Any]
+    for options in ({"max_digits_lost": float("nan")}, {"input_scale": 0}, {"rtol": -1.0}):
+        with pytest.raises(InputError, match=f"^{next(iter(options))} must be"):
+            fnn.adapt(frozen, target, 4, Ball(2.0), **options)
+    for other in (FNN.random(3, 4), FNN.random(1, 4, linear_last=True), FNN.random(1, 7)):
+        with pytest.raises(InputError, match="target"):
+            fnn.adapt(frozen, other, 4, Ball(2.0))

@@ -72,6 +72,8 @@ def test_modules_and_matrices_stand_for_networks() -> None:
     assert torch.equal(found.error_bound, wanted.error_bound)
     merged = found.adapters.merge(as_network(modules[0]))
     torch.testing.assert_close(merged(x), target(x), rtol=1e-8, atol=1e-8)
+    needed = lorapower.rank_for_error(*modules, 0.05, x.tolist())
+    assert torch.equal(needed.errors, lorapower.rank_for_error(frozen, target, 0.05, x).errors)
 
     one, goal, _ = problem("linear")
     stack = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(2)]).double()
@@ -109,37 +111,25 @@ def test_logits_of_a_classifier_are_reached(seed: int, width: int, nested: bool)
     torch.testing.assert_close(outputs, logits.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_missing_or_not_used_is_said_in_one_line() -> None:
+def test_what_is_missing_or_not_used_is_named() -> None:
     frozen, target, x = problem("fnn")
-    with pytest.raises(InputError, match=r"^inputs must be given for a ReLU network; got none: .*"):
-        lorapower.adapt(frozen, target, 2)
-    for kind in ("linear", "transformer"):
-        start, goal, _ = problem(kind)
-        with pytest.raises(InputError, match=r"^inputs must be left out for linear networks"):
-            lorapower.adapt(start, goal, 2, x)
-        with pytest.raises(InputError, match=r"^options must be among plain_only, rtol, throw"):
-            lorapower.adapt(start, goal, 2, partition=Partition([2, 2]))
-    with pytest.raises(InputError, match=r"^options must be among partition, .*; got region$"):
-        lorapower.adapt(frozen, target, 2, x, region=Ball(1.0))
-    for ours, theirs, name in (
-        (frozen, problem("linear")[1], "target must be of class FNN"),
-        (problem("transformer")[0], target, "target must be of class Transformer"),
-        (problem("linear")[0], target, "target must be of class LinearNetwork"),
-        ("a network", target, "frozen must be a network"),
-        (frozen, None, "target must be a network"),
-        (
-            nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
-            target,
-            "frozen must be a Sequential",
-        ),
+    linear_pair, heads = problem("linear")[:2], problem("transformer")[:2]
+    adapt, rank = lorapower.adapt, lorapower.rank_for_error
+    for name, call in (
+        ("inputs", lambda: adapt(frozen, target, 2)),
+        ("inputs", lambda: adapt(*linear_pair, 2, x)),
+        ("inputs", lambda: adapt(*heads, 2, x)),
+        ("options", lambda: adapt(*linear_pair, 2, partition=Partition([2, 2]))),
+        ("options", lambda: adapt(frozen, target, 2, x, region=Ball(1.0))),
+        ("target", lambda: rank(frozen, linear_pair[1], 0.1, x)),
+        ("target", lambda: rank(heads[0], target, 0.1, x)),
+        ("frozen", lambda: rank(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), target, 0.1, x)),
+        ("by", lambda: rank(frozen, target, 0.1, x, by="guess")),  # type: ignore[arg-type]
+        ("ranks", lambda: rank(frozen, target, 0.1, x, ranks=[5])),
+        ("partition", lambda: rank(*linear_pair, 0.1, x, partition=Partition([2]))),
     ):
-        for call in (
-            lambda f, t: lorapower.adapt(f, t, 2, x if isinstance(f, FNN) else None),
-            lambda f, t: lorapower.rank_for_error(f, t, 0.1, x),
-        ):
-            with pytest.raises(InputError, match=f"^{name}") as caught:
-                call(ours, theirs)
-            assert "\n" not in str(caught.value)
+        with pytest.raises(InputError, match=f"^{name} must be"):
+            call()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,12 +166,10 @@ def test_the_bound_is_never_below_what_is_measured(kind: str, seed: int) -> None
         assert (trial[0] < 0.999 * bound[0]).all()
     for error in (1e-12, 1e-4, 0.01, 0.1, 1.0, 10.0):
         by_bound, by_trial = (
-            lorapower.rank_for_error(frozen, target, error, x, by="bound"),
-            lorapower.rank_for_error(frozen, target, error, x, by="trial"),
+            lorapower.rank_for_error(frozen, target, error, x, by=by) for by in BY
         )
         assert by_bound.rank >= by_trial.rank
-        assert by_trial.error <= error
-        assert by_bound.error <= error
+        assert max(by_trial.error, by_bound.error) <= error
 
 
 @given(st.sampled_from(KINDS), seeds, st.integers(2, 5))
@@ -223,16 +211,6 @@ def test_inputs_have_batch_dimensions_too(kind: str) -> None:
         assert float(together.error[i]) == pytest.approx(float(alone.error), rel=1e-6)
 
 
-@pytest.mark.parametrize("by", BY)
-def test_modules_need_the_rank_of_their_networks(by: Literal["bound", "trial"]) -> None:
-    frozen, target, x = problem("fnn")
-    modules = frozen.to_sequential(), target.to_sequential()
-    found = lorapower.rank_for_error(*modules, 0.05, x.tolist(), by=by)
-    wanted = lorapower.rank_for_error(frozen, target, 0.05, x, by=by)
-    assert int(found.rank) == int(wanted.rank)
-    assert torch.equal(found.errors, wanted.errors)
-
-
 def test_sequences_count_alike() -> None:
     frozen, target, x = problem("transformer")
     one = lorapower.rank_for_error(frozen, target, 0.1, x[0], by="trial")
@@ -242,11 +220,7 @@ def test_sequences_count_alike() -> None:
 
 def test_no_rank_is_enough() -> None:
     frozen, target, x = problem("fnn", batch=(3,))
-    said = (
-        r"^error must be met by a rank that is tried; got 1e-09, where rank 1, the largest, leaves "
-        r"[\d.e-]+ of batch member 0 \(one of 3 that fail: 0, 1, 2\)$"
-    )
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=r"^error .* \(one of 3 that fail: 0, 1, 2\)$"):
         lorapower.rank_for_error(frozen, target, 1e-9, x, ranks=[1, 0])
     found = lorapower.rank_for_error(frozen, target, 1e-9, x, ranks=[1, 0], throw=False)
     assert not found.success.any()
@@ -269,28 +243,21 @@ def test_nothing_is_needed_where_nothing_is_to_be_done() -> None:
     assert bool(never.error.isinf())
 
 
-def test_heads_that_are_narrow_need_what_they_need() -> None:
+@pytest.mark.parametrize("scores_only", [False, True])
+def test_heads_that_are_narrow_need_what_they_need(scores_only: bool) -> None:
     frozen, target = (
         Transformer.random(1, 4, 2, head_size=2, scale=0.5, seed=seed) for seed in (0, 1)
     )
     x = problem("transformer")[2]
     least = int(bounds.transformer_threshold(frozen, target))
-    found = lorapower.rank_for_error(frozen, target, 1e-20, x)
-    assert int(found.rank) == least
-    assert found.errors[:least].isinf().any()
-
-
-def test_scores_that_narrow_heads_cannot_have_bound_nothing() -> None:
-    frozen, other = (
-        Transformer.random(1, 4, 2, head_size=2, scale=0.5, seed=seed) for seed in (0, 1)
-    )
-    # Only the scores differ, and a softmax bounds what comes of any scores.
-    target = replace(frozen, W_Q=other.W_Q, W_K=other.W_K)
-    x = problem("transformer")[2]
-    least = int(bounds.transformer_ranks(frozen, target).query_key.max())
+    if scores_only:
+        # A softmax bounds what comes of any scores, but not of what is needed for them.
+        target = replace(frozen, W_Q=target.W_Q, W_K=target.W_K)
+        least = int(bounds.transformer_ranks(frozen, target).query_key.max())
     found = lorapower.rank_for_error(frozen, target, 1e-20, x)
     assert int(found.rank) == least > 0
-    assert found.errors[:least].isinf().all()
+    assert found.errors[:least].isinf().any()
+    assert found.errors[:least].isinf().all() or not scores_only
 
 
 @pytest.mark.parametrize("by", BY)
@@ -322,30 +289,7 @@ def test_layers_of_several_sizes_and_a_narrower_target() -> None:
 def test_a_partition_changes_what_is_needed() -> None:
     frozen, target, x = problem("fnn", width=6)
     partition = Partition([1, 3])
-    found = lorapower.rank_for_error(frozen, target, 1e-20, x, partition=partition)
-    assert int(found.rank) == int(bounds.fnn_threshold(frozen, target, partition)) == 6
-    trial = lorapower.rank_for_error(frozen, target, 1e-15, x, by="trial", partition=partition)
-    assert int(trial.rank) == 6
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"error": -0.1}, "^error must be a number of at least 0; got -0.1"),
-        ({"error": "small"}, "^error must be a number of at least 0"),
-        ({"by": "guess"}, "^by must be 'bound' or 'trial'; got 'guess'"),
-        ({"ranks": []}, "^ranks must be a list of ranks to try"),
-        ({"ranks": 3}, "^ranks must be a list of ranks to try; got 3"),
-        ({"ranks": [5]}, r"^ranks must be an integer from 0 to 4 \(the largest smaller side\)"),
-        ({"inputs": None}, "^inputs must be a rectangular array|^inputs must be"),
-        ({"inputs": torch.ones(3, 5).double()}, r"^inputs must be of shape \[..., 4, samples\]"),
-        ({"partition": Partition([2])}, "^partition must be left out but for ReLU networks"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_used_is_said_in_one_line(changes: dict[str, Any], said: str) -> None:
-    frozen, target, x = problem("linear")
-    given = {"error": 0.1, "inputs": x, **changes}
-    with pytest.raises(InputError, match=said) as caught:
-        lorapower.rank_for_error(frozen, target, **given)
-    assert "\n" not in str(caught.value)
+    assert int(bounds.fnn_threshold(frozen, target, partition)) == 6
+    for by in BY:
+        found = lorapower.rank_for_error(frozen, target, 1e-15, x, by=by, partition=partition)
+        assert int(found.rank) == 6
