@@ -29,15 +29,14 @@ from lorapower.training import (
     Tuning,
     begin,
     newton,
-    reference,
     train,
     train_fused,
 )
-from lorapower.training.compiled import Structure
+from lorapower.training import _reference as reference
+from lorapower.training._compiled import Structure
+from lorapower.training._free import Free
 from lorapower.training.descent import _model
-from lorapower.training.dynamics import conserved, flow, learned, time_to
-from lorapower.training.free import Free
-from lorapower.training.landscape import critical_points
+from lorapower.training.dynamics import conserved, critical_points, flow, learned, time_to
 
 BACKENDS: tuple[Literal["compiled", "torch"], ...] = ("compiled", "torch")
 
@@ -364,8 +363,8 @@ def test_slope_and_curvature_are_those_of_all_errors(kind: str) -> None:
     free = Free.of(network, drawn(network, 1))
 
     def errors(values: Tensor) -> Tensor:
-        parts = free.moved([torch.zeros_like(p) for p in free.start], values)
-        return (free.merged(parts)(x) - y).flatten()
+        parts = free.move([torch.zeros_like(p) for p in free.start], values)
+        return (free.merge(parts)(x) - y).flatten()
 
     values = torch.cat([part.flatten() for part in free.start])
     J = torch.autograd.functional.jacobian(errors, values)
@@ -590,7 +589,7 @@ def test_a_step_down_the_gradient_drifts_by_its_square(kind: str) -> None:
     y, adapters, h, rates = normal(*network(x).shape, seed=1), drawn(network, 2), 1e-2, (2.0, 0.5)
     free = Free.of(network, adapters)
     parts = [part.clone().requires_grad_() for part in free.start]
-    (free.merged(parts)(x) - y).square().mean().backward()
+    (free.merge(parts)(x) - y).square().mean().backward()
     weights = [w.clone().requires_grad_() for w in adapters.merge(network).weights]
     (network.holding(weights, adapters.merge(network).biases)(x) - y).square().mean().backward()
     stepped = []

@@ -615,7 +615,7 @@ class TestProvenance:
 
     def test_covers_the_modules_that_work_imports(self) -> None:
         code = provenance.code(synthetic.measure)
-        wings = {"training.compiled", "constructions.fnn", "lowrank", "randomness"}
+        wings = {"training._compiled", "constructions.fnn", "lowrank", "randomness"}
         assert {f"lorapower.{name}" for name in wings} < {*code.modules}
         assert {"torch", "numpy", "numba"} < {*code.modules}
         for absent in ("experiments.digits", "experiments.sweeps", "book.figures", "_hub"):

@@ -21,9 +21,11 @@ from torch.nn import functional
 from lorapower import InputError, randomness
 from lorapower._subnormal import flushing
 from lorapower.networks import FNN, LinearNetwork, Transformer
-from lorapower.training import Data, Fixed, Fresh, Training, Tuning, compiled, reference, train
+from lorapower.training import Data, Fixed, Fresh, Training, Tuning, train
+from lorapower.training import _compiled as compiled
+from lorapower.training import _reference as reference
+from lorapower.training._stack import Batches, Stack
 from lorapower.training.engine import _run_compiled
-from lorapower.training.stack import Batches, Stack
 
 Network = LinearNetwork | FNN | Transformer
 KINDS = ("linear", "fnn", "transformer")
@@ -662,8 +664,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no network": (lambda: train(torch.nn.Linear(2, 2), [Tuning(1)], fresh("fnn")), "got Linear"),
     "rank above width": (lambda: run(tuning=Tuning(7)), "rank must be an integer from 0 to 6"),
     "rank above width of tokens": (lambda: run("transformer", Tuning(7)), "from 0 to 6"),
-    "rank below 0": (lambda: Tuning(-1), "ranks must be an integer from 0"),
-    "rank no integer": (lambda: Tuning(1.5), "ranks must be an integer"),  # type: ignore[arg-type]
+    "rank below 0": (lambda: run(tuning=Tuning(-1)), "rank must be an integer from 0"),
+    "rank no integer": (lambda: run(tuning=Tuning(1.5)), "rank must be an integer"),  # type: ignore[arg-type]
     "ranks of other layers": (lambda: run(tuning=Tuning((1, 1, 1))), "one for each of the 2"),
     "one rank too high": (lambda: run(tuning=Tuning((1, 9))), "rank of layer 2"),
     "final above depth": (lambda: run(tuning=Tuning(final=3)), "final must be an integer from 0"),
@@ -736,7 +738,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_before_any_step(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for backend in ("compiled", "reference"):
+    for backend in ("_compiled", "_reference"):
         monkeypatch.setattr(
             f"lorapower.training.{backend}.advance", lambda *_: pytest.fail("a step was taken")
         )
@@ -767,7 +769,7 @@ def test_code_that_cannot_be_kept_is_compiled_all_the_same() -> None:
     script = """
 from numba.core import caching
 caching.CompileResultCacheImpl._locator_classes = []
-from lorapower.training import compiled
+from lorapower.training import _compiled as compiled
 assert not compiled.advance.stats.cache_path
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -25,7 +25,7 @@ INTEGERS_ARE_FLOATS = BeartypeConf(is_pep484_tower=True)
 # Whether annotations are checked in this run.
 installed = False
 # Compiled functions are no Python functions.
-UNCHECKED = {"lorapower.training.compiled"}
+UNCHECKED = {"lorapower.training._compiled"}
 
 
 def modules() -> list[str]:

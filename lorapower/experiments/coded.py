@@ -22,10 +22,9 @@ from ..adapters.coding import decode, encode, quantize
 from ..adapters.core import Adapters
 from ..bounds import samples
 from ..networks.fnn import FNN
-from ..training.data import Fixed, Labelled
+from ..training._free import Free
 from ..training.engine import begin
-from ..training.free import Free
-from ..training.tuning import Tuning
+from ..training.tuning import Fixed, Labelled, Tuning
 from . import digits, methods
 from .digits import CLASSES
 
@@ -143,7 +142,7 @@ def fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Ada
     best, kept = float("inf"), start
     for _ in range(problem.steps):
         rounded = [part + (_rounded(part.detach(), method.bits) - part.detach()) for part in parts]
-        votes = free.merged(rounded)(x)
+        votes = free.merge(rounded)(x)
         wrong = float((votes.detach().argmax(0) != y).double().mean())
         if wrong < best:
             best, kept = wrong, free.adapters_of([part.clone() for part in parts])

@@ -34,9 +34,8 @@ from ..networks.partition import blocks
 from ..networks.transformer import Transformer
 from ..randomness import generator
 from ..regions import Box
-from ..training.data import Fixed, Labelled
 from ..training.engine import train
-from ..training.tuning import Tuning
+from ..training.tuning import Fixed, Labelled, Tuning
 from . import methods, tables
 from .methods import Construction, Final, Fitted, Lora, Trained
 

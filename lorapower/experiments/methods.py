@@ -16,9 +16,8 @@ from ..networks.fnn import FNN
 from ..networks.linear import LinearNetwork
 from ..networks.transformer import Transformer
 from ..regions import Region
-from ..training.data import Data
 from ..training.engine import train
-from ..training.tuning import LARGEST, Tuning
+from ..training.tuning import LARGEST, Data, Tuning
 
 Network = LinearNetwork | FNN | Transformer
 Rank = Annotated[int, Field(ge=0)]

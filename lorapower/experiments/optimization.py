@@ -22,11 +22,10 @@ from ..lowrank import LowRank
 from ..networks.fnn import FNN
 from ..networks.partition import Partition
 from ..regions import Ball
-from ..training.data import Data
 from ..training.descent import newton
 from ..training.engine import begin, train
 from ..training.fused import train_fused
-from ..training.tuning import Loss, Schedule, Start, Tuning
+from ..training.tuning import Data, Loss, Schedule, Start, Tuning
 from . import methods
 from .synthetic import Fitted as Fit
 from .synthetic import Found, Problem, Tests, fitting_inputs

@@ -20,11 +20,10 @@ from ..bounds.data import variance as variance_of
 from ..constructions import fitted
 from ..constructions.residual import far_error
 from ..networks.residual.network import PARTS, Activation, Norm, ResidualTransformer
-from ..training.data import Fresh
 from ..training.descent import descend
 from ..training.engine import train
-from ..training.polishing import polish
-from ..training.tuning import Tuning
+from ..training.fused import polish
+from ..training.tuning import Fresh, Tuning
 from . import methods
 
 Part = Literal["attention", "mlp", "all"]

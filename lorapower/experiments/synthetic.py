@@ -28,10 +28,9 @@ from ..networks.linear import LinearNetwork
 from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball
-from ..training.data import Data, Fixed, Fresh
 from ..training.engine import train
-from ..training.polishing import Start, polish
-from ..training.tuning import Tuning
+from ..training.fused import Start, polish
+from ..training.tuning import Data, Fixed, Fresh, Tuning
 from . import methods, tables
 from .methods import Final, Lora, Network, Trained
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
-from math import prod
-from typing import get_args
+from math import inf, prod
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, randomness
 from .._subnormal import flushing
 from ..adapters.core import Adapters
+from ..bounds.linear import error_matrix
 from ..errors import InputError
+from ..networks import linear
 from ..networks.base import Network
-from .free import Free, Parts, labelled
-from .tuning import Loss, require_relu_end
+from ..networks.linear import LinearNetwork
+from ._free import Free, Pair, Parts, labelled, lbfgs, require_fit, require_relu_end
+from .tuning import Loss
 
-Pair = tuple[Tensor, Tensor]
-# After so many iterations the held-out error is looked at; it may stand still so many times.
+# After so many iterations of L-BFGS the validation error is looked at; it may stand still so often.
 CHUNK, PATIENCE, STILL = 25, 4, 1e-3
 # Numbers that `newton` tunes, at most: it solves a linear system of as many.
 LARGEST_SYSTEM = 4096
@@ -45,52 +48,22 @@ def descend(
     Parameters
     ----------
     network : Network
-        The one that the adapters are for.
+        The network that the adapters are for.
     adapters : Adapters
         Where it starts.
     training, validation : Pair
-        Inputs as the network takes them, with the outputs that are wanted.
+        Inputs as the network takes them, and the outputs that it should have.
     iterations : int
-        At most; it ends before, where the error on ``validation`` stops falling.
+        At most; it ends earlier where the error on ``validation`` stops falling.
     """
-    free = Free.of(network, adapters, balanced=True)
+    require_fit(network, adapters)
     iterations = _checks.integer("iterations", iterations, 0)
-    pairs = labelled(network, "training", training), labelled(network, "validation", validation)
-    parameters = [part.clone(memory_format=torch.contiguous_format) for part in free.start]
-    tuned = [p.requires_grad_() for p, moves in zip(parameters, free.moves, strict=True) if moves]
-    if not tuned:
+    pairs = [labelled(network, "training", training), labelled(network, "validation", validation)]
+    free = Free.of(network, adapters, balanced=True)
+    if not free.count:
         return adapters
-
-    def loss(pair: Pair) -> Tensor:
-        return (free.merged(parameters)(pair[0]) - pair[1]).square().mean()
-
-    optimizer = torch.optim.LBFGS(
-        tuned,
-        history_size=30,
-        tolerance_grad=0,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(pairs[0])
-        value.backward()
-        return value
-
-    best, kept = float(loss(pairs[1])), [part.detach().clone() for part in parameters]
-    waited = 0
-    for done in range(0, iterations, CHUNK):
-        optimizer.param_groups[0]["max_iter"] = min(CHUNK, iterations - done)
-        with torch.enable_grad():
-            optimizer.step(closure)
-        now = float(loss(pairs[1]))
-        waited = 0 if now < best * (1 - STILL) else waited + 1
-        if now < best:
-            best, kept = now, [part.detach().clone() for part in parameters]
-        if waited == PATIENCE:
-            break
-    return free.adapters_of(kept)
+    best, _ = _best(free, _quasi_newton(free, pairs[0], iterations), pairs, PATIENCE)
+    return free.adapters_of(best)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -102,8 +75,8 @@ class Newton:
     adapters : Adapters
         Those of the least error on the validation samples.
     training_loss, validation_loss : Tensor
-        Mean squared errors, whatever the loss, before the first iteration and after each one, those
-        of members that have ended before staying as they were.
+        Mean squared errors, whatever the loss, before the first iteration and after each one. After
+        a member's last iteration they stay as they were.
     """
 
     adapters: Adapters
@@ -136,7 +109,7 @@ def newton(
     Raises `InputError` for adapters that tune more than 4096 numbers, for a one-sided loss of
     networks that do not end with a ReLU or of negative outputs, and for what `descend` refuses.
 
-    Source: the algorithm is that of Marquardt; the damping is Nielsen's.
+    Source: the algorithm is Marquardt's, the damping Nielsen's.
 
     Parameters
     ----------
@@ -144,37 +117,36 @@ def newton(
         The network, and where it starts, such as from `begin`; or batches, whose members are
         adapted one after the other.
     training, validation : Pair
-        Pairs of inputs as the network takes them and the outputs that are wanted, such as
-        `Fresh.test` gives; for a batch each member's own, or the same. All is computed in the
-        network's precision.
+        Inputs as the network takes them and the outputs that it should have; for a batch each
+        member's own, or the same. All is computed in the network's precision.
     iterations : int
-        At most; a member ends before, where no damping helps.
+        At most; a member ends earlier where no damping helps.
     loss : Loss
-        ``"one-sided"`` [def-one-sided] lets errors be those before the last ReLU, where an output
-        is to be positive.
+        ``"one-sided"`` [def-one-sided] takes errors before the last ReLU where an output is to be
+        positive.
     """
-    _checks.kind(Network, network=network)
-    _checks.kind(Adapters, adapters=adapters)
-    adapters.merge(network)
+    require_fit(network, adapters, single=False)
     iterations = _checks.integer("iterations", iterations, 0)
     _checks.choice("loss", loss, get_args(Loss))
-    batch = _checks.common_shape(
-        "network and adapters", [network.batch_shape, adapters.batch_shape]
-    )
+    shapes = [network.batch_shape, adapters.batch_shape]
+    batch = _checks.common_shape("network and adapters", shapes)
     if not prod(batch):
         raise InputError("network", allowed="at least one", given=f"batch shape {tuple(batch)}")
-    pairs = labelled(network, "training", training), labelled(network, "validation", validation)
-    if loss == "one-sided":
+    pairs = {
+        "training": labelled(network, "training", training),
+        "validation": labelled(network, "validation", validation),
+    }
+    one_sided = loss == "one-sided"
+    if one_sided:
         require_relu_end(network)
-    samples = [
-        _spread(network, name, pair, batch, loss)
-        for name, pair in zip(("training", "validation"), pairs, strict=True)
-    ]
+    samples = [_spread(network, name, pair, batch, one_sided) for name, pair in pairs.items()]
     members = []
     for index in product(*map(range, batch)):
-        one = network[index] if network.batch_shape else network
-        start = adapters[index] if adapters.batch_shape else adapters
-        free = Free.of(one, start, balanced=True)
+        free = Free.of(
+            network[index] if network.batch_shape else network,
+            adapters[index] if adapters.batch_shape else adapters,
+            balanced=True,
+        )
         if free.count > LARGEST_SYSTEM:
             raise InputError(
                 "adapters",
@@ -183,54 +155,108 @@ def newton(
                 remedy="use descend",
             )
         members.append((free, [(x[index], y[index]) for x, y in samples]))
-    shapes = {tuple(part.shape for part in free.start) for free, _ in members}
-    if len(shapes) > 1:
+    if len({tuple(part.shape for part in free.start) for free, _ in members}) > 1:
         raise InputError("adapters", allowed="of equal ranks in all members", given=adapters)
-    found = [_newton(free, own, iterations, loss == "one-sided") for free, own in members]
+    found = [
+        _best(free, _marquardt(free, pairs[0], iterations, one_sided), pairs)
+        for free, pairs in members
+    ]
 
-    def stacked(parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack([*parts]).reshape(*batch, *parts[0].shape)
+    def stack(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([*values]).reshape(*batch, *values[0].shape)
 
-    parts, curves, held_out = zip(*found, strict=True)
-    together = [stacked(each) for each in zip(*parts, strict=True)]
+    together = [stack(parts) for parts in zip(*(best for best, _ in found), strict=True)]
+    errors = stack([torch.cat([e, e[-1:].expand(iterations + 1 - len(e), 2)]) for _, e in found])
     # Members may tune different biases.
-    merged = replace(members[0][0].adapters_of(together), tuned=adapters.tuned)
-    return Newton(merged, stacked(curves), stacked(held_out))
+    tuned = replace(members[0][0].adapters_of(together), tuned=adapters.tuned)
+    return Newton(tuned, errors[..., 0], errors[..., 1])
 
 
-def _spread(network: Network, name: str, pair: Pair, batch: torch.Size, loss: Loss) -> Pair:
-    """Samples for each member of a batch; outputs of at least 0 where the loss is one-sided."""
-    if loss == "one-sided" and pair[1].min() < 0:
-        allowed = "outputs of at least 0 for the one-sided loss"
-        raise InputError(name, allowed=allowed, given=float(pair[1].min()))
-    own = 3 if network.sequences else 2
-    shapes = [tuple(part.shape[: part.ndim - own]) for part in pair]
-    if _checks.common_shape(f"batch and {name}", [batch, *shapes]) != batch:
-        raise InputError(
-            name, allowed=f"of a batch shape that broadcasts to {tuple(batch)}", given=shapes[0]
-        )
-    x, y = (part.expand(*batch, *part.shape[part.ndim - own :]) for part in pair)
-    return x, y
+@flushing()
+def minimize(
+    frozen: LinearNetwork,
+    target: LinearNetwork,
+    ranks: int | Sequence[int],
+    *,
+    starts: int = 16,
+    iterations: int = 2000,
+    seed: int = 0,
+) -> Float[Tensor, "*batch starts"]:
+    """Frobenius errors ``‖∏(W_l + A_l B_lᵀ) − W̄‖_F`` that L-BFGS reaches from random factors.
+
+    An adversary of the constructions for linear networks, which knows only the error and its
+    gradient. All members of the batch and all starts are minimized together, as one sum. Factors
+    start at ``N(0, 0.25²)``. ``ranks`` are one for all layers, or one for each.
+
+    Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
+    """
+    frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
+    error_matrix(frozen, target)
+    starts = _checks.integer("starts", starts, 1)
+    iterations = _checks.integer("iterations", iterations, 1)
+    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
+    generator = randomness.generator(seed, "starts")
+    draw = partial(randomness.normal, generator, dtype=frozen.dtype, device=frozen.device)
+    factors = [
+        [0.25 * draw(*frozen.batch_shape, starts, size, R) for size in weight.shape[-2:]]
+        for weight, R in zip(frozen.weights, ranks, strict=True)
+    ]
+    whole = target.product().unsqueeze(-3)
+
+    def squared_errors() -> Tensor:
+        adapted = [
+            weight.unsqueeze(-3) + A @ B.mT
+            for weight, (A, B) in zip(frozen.weights, factors, strict=True)
+        ]
+        return (linear.product(adapted) - whole).square().sum((-2, -1))
+
+    flat = [factor for pair in factors for factor in pair]
+    if any(factor.numel() for factor in flat):
+        lbfgs(flat, lambda: squared_errors().sum(), 50, max_eval=2 * iterations)(iterations)
+    return squared_errors().detach().sqrt()
 
 
-def _newton(
-    free: Free, pairs: Sequence[Pair], iterations: int, one_sided: bool
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Parts of least validation error, and both errors after each iteration."""
-    training, validation = pairs
+def _best(
+    free: Free, course: Iterable[Parts], pairs: Sequence[Pair], patience: float = inf
+) -> tuple[list[Tensor], Float[Tensor, "points pairs"]]:
+    """The parts of least error on the second pair that a course comes by, and all its errors.
 
-    def error(parts: Parts, pair: Pair) -> Tensor:
-        return (free.merged(parts)(pair[0]) - pair[1]).square().mean()
+    The course ends where that error has stood still so many times in a row.
+    """
+    errors, best, waited = [], [*free.start], 0
+    least = inf
+    for parts in course:
+        errors.append(torch.stack([free.error(parts, pair) for pair in pairs]))
+        now = float(errors[-1][1])
+        waited = 0 if now < least * (1 - STILL) or len(errors) == 1 else waited + 1
+        if now < least:
+            least, best = now, [part.detach().clone() for part in parts]
+        if waited == patience:
+            break
+    return best, torch.stack(errors)
+
+
+def _quasi_newton(free: Free, pair: Pair, iterations: int) -> Iterator[Parts]:
+    """Where L-BFGS comes by, from the start on."""
+    parts = [part.clone(memory_format=torch.contiguous_format) for part in free.start]
+    advance = lbfgs(free.select(parts), lambda: free.error(parts, pair), 30, tolerance_grad=0)
+    yield parts
+    for done in range(0, iterations, CHUNK):
+        advance(min(CHUNK, iterations - done))
+        yield parts
+
+
+def _marquardt(free: Free, pair: Pair, iterations: int, one_sided: bool) -> Iterator[Parts]:
+    """Where Levenberg–Marquardt comes by, from the start on."""
 
     def objective(parts: Parts) -> Tensor:
-        return _missed(free, parts, training, one_sided).square().mean()
+        return _errors(free, parts, pair, one_sided).square().mean()
 
-    now, value = [*free.start], objective(free.start)
-    best, least = now, error(now, validation)
-    curves = [(error(now, training), least)]
+    parts, value = [*free.start], objective(free.start)
+    yield parts
     size, damping, growth = 0.0, 0.0, 2.0
     for done in range(iterations if free.count else 0):
-        slope, curvature = _model(free, now, training, one_sided)
+        slope, curvature = _model(free, parts, pair, one_sided)
         if not done:
             size = float(curvature.diagonal().amax())
             damping = DAMPING * size
@@ -240,7 +266,7 @@ def _newton(
             factor, singular = torch.linalg.cholesky_ex(system)
             if not singular:
                 step = -torch.cholesky_solve(slope[:, None], factor)[:, 0]
-                tried = free.moved(now, step)
+                tried = free.move(parts, step)
                 new = objective(tried)
                 if new < value:
                     gain = float(value - new) / float(step @ (damping * step - slope))
@@ -248,48 +274,51 @@ def _newton(
                     break
             damping, growth = damping * growth, 2 * growth
         else:
-            break
-        now, value = tried, new
-        curves.append((error(now, training), error(now, validation)))
-        if curves[-1][1] < least:
-            best, least = now, curves[-1][1]
-    curves += [curves[-1]] * (iterations + 1 - len(curves))
-    of_training, of_validation = (torch.stack(curve) for curve in zip(*curves, strict=True))
-    return [*best], of_training, of_validation
+            return
+        parts, value = tried, new
+        yield parts
 
 
-def _missed(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> Tensor:
+def _errors(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> Tensor:
     """Errors of all outputs, of those that are to be positive before the last ReLU."""
     x, y = pair
     if not one_sided:
-        return free.merged(parts)(x) - y
-    before = free.merged(parts, last_relu=False)(x)
+        return free.merge(parts)(x) - y
+    before = free.merge(parts, last_relu=False)(x)
     return torch.where(y > 0, before, before.relu()) - y
 
 
 def _model(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> tuple[Tensor, Tensor]:
-    """Half of slope and curvature of the mean squared error, ``Jᵀr`` and ``JᵀJ`` over its terms.
-
-    Each sample has copies of all parts, so that its derivatives come apart from the others'.
-    """
-    sequences = free.network.sequences
-    x, y = pair if sequences else tuple(part.mT.unsqueeze(-1) for part in pair)
-    outputs = y[0].numel()
-    size = max(1, CHUNK_OF_DERIVATIVES // max(1, outputs * free.count))
-    like = free.network.weights[0]
-    slope, curvature = like.new_zeros(free.count), like.new_zeros(free.count, free.count)
+    """Half of slope and curvature of the mean squared error, ``Jᵀr`` and ``JᵀJ`` over its terms."""
+    x, y = pair if free.network.sequences else tuple(part.mT.unsqueeze(-1) for part in pair)
+    size = max(1, CHUNK_OF_DERIVATIVES // max(1, y[0].numel() * free.count))
+    slope = y.new_zeros(free.count)
+    curvature = y.new_zeros(free.count, free.count)
     for samples in zip(x.split(size), y.split(size), strict=True):
-        with torch.enable_grad():
-            copies = [part.detach().expand(len(samples[0]), *part.shape).clone() for part in parts]
-            tuned = [
-                c.requires_grad_() for c, moves in zip(copies, free.moves, strict=True) if moves
-            ]
-            missed = _missed(free, copies, samples, one_sided).flatten(1)
-            derivatives = missed.new_empty(*missed.shape, free.count)
-            for k in range(outputs):
-                rows = torch.autograd.grad(missed[:, k].sum(), tuned, retain_graph=True)
-                derivatives[:, k] = torch.cat([row.flatten(1) for row in rows], 1)
-        J = derivatives.flatten(0, 1)
-        slope += missed.detach().flatten() @ J
+
+        def errors(copies: Any, samples: Any = samples) -> tuple[Tensor, Tensor]:
+            each = _errors(free, free.insert(copies), samples, one_sided).flatten(1)
+            return each.sum(0), each
+
+        # Each sample has copies of all that is tuned, so that its derivatives come apart.
+        count = len(samples[0])
+        copies = [part.expand(count, *part.shape) for part in free.select(parts)]
+        derivatives, missed = torch.func.jacrev(errors, has_aux=True)(copies)
+        J = torch.cat([d.flatten(2) for d in derivatives], 2).movedim(1, 0).flatten(0, 1)
+        slope += missed.flatten() @ J
         curvature += J.mT @ J
     return slope / y.numel(), curvature / y.numel()
+
+
+def _spread(network: Network, name: str, pair: Pair, batch: torch.Size, one_sided: bool) -> Pair:
+    """Samples for each member of a batch; outputs of at least 0 where the loss is one-sided."""
+    if one_sided and pair[1].min() < 0:
+        allowed = "outputs of at least 0 for the one-sided loss"
+        raise InputError(name, allowed=allowed, given=float(pair[1].min()))
+    dims = 3 if network.sequences else 2
+    shapes = [tuple(part.shape[: part.ndim - dims]) for part in pair]
+    if _checks.common_shape(f"batch and {name}", [batch, *shapes]) != batch:
+        allowed = f"of a batch shape that broadcasts to {tuple(batch)}"
+        raise InputError(name, allowed=allowed, given=shapes[0])
+    x, y = (part.expand(*batch, *part.shape[part.ndim - dims :]) for part in pair)
+    return x, y

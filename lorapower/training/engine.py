@@ -19,12 +19,11 @@ from .._subnormal import flush, flushing
 from ..adapters.core import Adapters, N
 from ..errors import InputError, brief
 from ..networks.base import Network
-from ..networks.residual.network import ResidualTransformer
-from . import compiled, reference, starts
-from .compiled import State, Structure
-from .data import Data
-from .stack import Batches, Stack
-from .tuning import Training, Tuning, require_relu_end
+from . import _compiled, _reference
+from ._compiled import State, Structure
+from ._free import require_relu_end
+from ._stack import Batches, Stack, put_starts
+from .tuning import Data, Training, Tuning
 
 # The first call of compiled code looks its types up and compiles, which must not happen in several
 # threads at once: what one looks up, another changes.
@@ -60,28 +59,30 @@ def train(
     ----------
     frozen
         Network, or a batch of them.
+    tunings : sequence of Tuning
+        What each run tunes.
     data : Data or sequence of Data
-        For each member of the batch, in order; or one for all.
+        One for all, or one for each member of the batch, in order.
     steps, every : int
         Number of steps, and after how many of them the validation loss is taken.
     classes : sequence of int
-        For classification, the class from 0 to which each output votes, or −1 for none; the votes
-        of all outputs and tokens are summed and their softmax is compared with the label by
-        cross-entropy. None: mean squared error over outputs, tokens and samples.
+        The class from 0 to which each output votes, or −1 for none: the votes of all outputs and
+        tokens are summed, and their softmax is compared with the label by cross-entropy. Left out,
+        the loss is the mean squared error over outputs, tokens and samples.
     until : float
-        A run ends when its validation loss is at most this part of that before the first step.
+        A run ends when its validation loss is at most this part of the one before the first step.
     seed : int or sequence of int
-        Of the factors; one for each member of the batch, or one for all.
+        Of the factors; one for all, or one for each member of the batch.
     threads : int, optional
         How many runs advance at a time, by default one on each processor; another thread makes the
         inputs.
     backend : {"compiled", "torch"}, optional
-        ``"compiled"`` code for processors, whatever torch finds beside them, so that a run gives
-        the same wherever it is repeated; ``"torch"`` computes the same by its operations, slowly on
-        processors. By default the first, but for residual transformers, which it does not cover.
+        ``"compiled"`` code for processors, the default, gives the same wherever a run is repeated;
+        it does not cover residual transformers. ``"torch"`` computes the same by torch's
+        operations, slowly on processors.
     device : str or device, optional
-        Of backend ``"torch"``, by default where the frozen network lies. What is returned lies
-        there whatever the backend.
+        Of backend ``"torch"``, by default the frozen network's. What is returned lies on the frozen
+        network's device whatever the backend.
 
     Raises
     ------
@@ -93,16 +94,15 @@ def train(
     every = _checks.integer("every", every, 1, steps, limit="the steps")
     until = _checks.tolerance("until", until)
     threads = _processors() if threads is None else _checks.integer("threads", threads, 1)
-    engine = _backend(backend, frozen)
-    place = _place(engine, device)
     points = steps // every + 1
     stack, structure, state, batches = _ready(
         frozen, tunings, data, seed, classes, steps=steps, points=points, until=until
     )
+    engine, place = _backend(backend, device, stack)
     if engine == "compiled":
         _run_compiled(structure, state, batches, steps, every, threads)
     else:
-        _run_torch(stack.network, structure, state, batches, steps, every, place or frozen.device)
+        _run_torch(stack.network, structure, state, batches, steps, every, place)
     return stack.training(state, every)
 
 
@@ -119,7 +119,6 @@ def begin(
     """The adapters that `train` begins with, given the same; batch shape ``[tunings, *batch]``.
 
     Those of the first tuning, ``[0]``, are a start for `newton` and `descend`. In single precision.
-
     Raises what `train` raises.
     """
     stack, _, state, _ = _ready(frozen, tunings, data, seed, classes)
@@ -141,24 +140,21 @@ def _ready(
 
     The third part is a `State`, of which checks at run time know nothing within a tuple.
     """
+    _checks.kind(Network, frozen=frozen)
     stack = Stack(frozen)
     seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]
     sources = _for_each("data", data, Data, stack.members)
-    if (
-        not isinstance(tunings, Sequence)
-        or not tunings
-        or not all(isinstance(tuning, Tuning) for tuning in tunings)
-    ):
-        raise InputError(
-            "tunings", allowed="a list of Tuning, such as [Tuning(ranks=4)]", given=brief(tunings)
-        )
+    is_list = isinstance(tunings, Sequence) and bool(tunings)
+    if not is_list or not all(isinstance(tuning, Tuning) for tuning in tunings):
+        allowed = "a list of Tuning, such as [Tuning(ranks=4)]"
+        raise InputError("tunings", allowed=allowed, given=brief(tunings))
     one_sided = any(tuning.loss == "one-sided" for tuning in tunings)
     if one_sided:
         require_relu_end(frozen, classes)
     batches = Batches(sources, stack, classes, one_sided)
     structure = stack.structure(batches, steps)
     state = stack.state(tunings, seeds, batches.sources, points, until)
-    starts.put(stack, structure, state, tunings, batches)
+    put_starts(stack, structure, state, tunings, batches)
     return stack, structure, state, batches
 
 
@@ -168,9 +164,8 @@ def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
     if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
         raise InputError(name, allowed=f"one {kind.__name__}, or several", given=brief(given))
     if len(values) != members:
-        raise InputError(
-            name, allowed=f"one, or one for each of {members} networks", given=len(values)
-        )
+        allowed = f"one, or one for each of {members} networks"
+        raise InputError(name, allowed=allowed, given=len(values))
     return list(values)
 
 
@@ -181,30 +176,20 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
 
 
-def _backend(given: str | None, frozen: Network) -> str:
-    """The one that was asked for, or that is best, where it knows this kind of network."""
-    covered = not isinstance(frozen, ResidualTransformer)
-    if given is None:
-        return "compiled" if covered else "torch"
-    _checks.choice("backend", given, ("compiled", "torch"))
-    if given == "compiled" and not covered:
-        raise InputError("backend", allowed="'torch' for residual transformers", given=given)
-    return given
-
-
-def _place(backend: str, device: str | torch.device | None) -> torch.device | None:
-    """The device that was asked for, if any, where the backend computes there."""
-    if device is None:
-        return None
-    place = _checks.device(device)
-    if backend == "compiled" and place.type != "cpu":
-        raise InputError(
-            "device",
-            allowed="cpu for compiled code",
-            given=place,
-            remedy="choose backend='torch' for another",
-        )
-    return place
+def _backend(
+    backend: str | None, device: str | torch.device | None, stack: Stack[Any]
+) -> tuple[str, torch.device]:
+    """What computes, and where: what was asked for, or what is best for this kind of network."""
+    if backend is None:
+        backend = "compiled" if stack.is_covered else "torch"
+    _checks.choice("backend", backend, ("compiled", "torch"))
+    place = stack.network.device if device is None else _checks.device(device)
+    if backend == "compiled" and not stack.is_covered:
+        raise InputError("backend", allowed="'torch' for residual transformers", given=backend)
+    if backend == "compiled" and device is not None and place.type != "cpu":
+        remedy = "choose backend='torch' for another"
+        raise InputError("device", allowed="cpu for compiled code", given=place, remedy=remedy)
+    return backend, place
 
 
 def _run_compiled(
@@ -213,30 +198,19 @@ def _run_compiled(
     runs = np.arange(len(state.problem))
     # More parts than threads: runs differ in cost.
     parts = [part for part in np.array_split(runs, 4 * threads) if len(part)]
-    scratch = compiled.scratch(structure, *state.frozen.shape[1:3])
-    validation = [compiled.tiles(part, structure) for part in batches.validation]
+    scratch = _compiled.scratch(structure, *state.frozen.shape[1:3])
+    validation = [_compiled.tiles(part, structure) for part in batches.validation]
     validation_samples = batches.validation[0].shape[-1]
     samples = batches.first[0].shape[-1]
 
     def advance(part: Any, x: Any, y: Any, start: int) -> None:
-        compiled.advance(
-            structure,
-            state,
-            part,
-            x,
-            y,
-            samples,
-            validation[0],
-            validation[1],
-            validation_samples,
-            start,
-            every,
-            np.empty(scratch, np.float32),
-        )
+        work = np.empty(scratch, np.float32)
+        given: Any = (structure, state, part, x, y, samples, *validation, validation_samples)
+        _compiled.advance(*given, start, every, work)
 
     with ThreadPoolExecutor(threads, initializer=flush) as pool:
         for start, *block in batches.blocks(steps):
-            x, y = (compiled.tiles(part, structure) for part in block)
+            x, y = (_compiled.tiles(part, structure) for part in block)
             if start == 0:
                 with _FIRST:
                     advance(runs[:0], x, y, start)
@@ -258,7 +232,9 @@ def _run_torch(
     x_validation, y_validation = (part.to(device) for part in batches.validation)
     for start, *block in batches.blocks(steps):
         x, y = (part.to(device) for part in block)
-        reference.advance(network, structure, there, x, y, x_validation, y_validation, start, every)
+        _reference.advance(
+            network, structure, there, x, y, x_validation, y_validation, start, every
+        )
         if there.stopped.all():
             break
     for part, result in zip(state, there, strict=True):

@@ -1,10 +1,10 @@
-"""Training without the detours of adapters: of one matrix for each segment, carried back."""
+"""Training in the fused network, of one matrix for each segment: from data, or from a fit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,22 +14,24 @@ from torch import Tensor
 from .. import _checks, randomness
 from .._subnormal import flushing
 from ..adapters.core import Adapters
+from ..constructions.fitted import Fit, Fitted, checked, evidence, halves
 from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
 from ..errors import InputError, brief
+from ..networks.base import Network
 from ..networks.fnn import FNN
-from ..networks.linear import LinearNetwork
 from ..networks.partition import Partition
-from ..networks.residual.network import ResidualTransformer
-from ..networks.transformer import Transformer
 from ..regions import Ball, Region
-from .data import Data
+from .descent import descend
 from .engine import train
-from .tuning import Training, Tuning
+from .tuning import Data, Fixed, Training, Tuning
 
 # A ball holds the validation inputs and those of the first batches; adapters hold in one so much
 # larger.
 MARGIN = 1.5
+Start = Literal["fitted", "lora"]
+# Learning rates of a polish, of a start that is good already and of one that is none; its batches.
+RATES, BATCH = {"fitted": 3e-3, "lora": 1e-2}, 256
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,7 +74,7 @@ class FusedTraining:
 @torch.no_grad()
 @flushing()
 def train_fused(
-    frozen: LinearNetwork | FNN | Transformer | ResidualTransformer,
+    frozen: Network,
     ranks: Any,
     data: Data,
     *,
@@ -98,7 +100,7 @@ def train_fused(
 
     Parameters
     ----------
-    frozen : LinearNetwork or FNN or Transformer or ResidualTransformer
+    frozen : Network
         A single network.
     ranks
         As the construction for its kind takes them.
@@ -108,9 +110,9 @@ def train_fused(
         Of a ReLU network, into as many blocks as layers are to be imitated; by default one block,
         whose inner ReLUs idle.
     region : Region, optional
-        Of a ReLU network, where its inner ReLUs are to idle, outside of which the adapted network
-        is another than was trained; by default a ball half as large again as one that holds the
-        validation inputs and those of the first batches.
+        Of a ReLU network, where its inner ReLUs are to idle: outside of it the adapted network is
+        not the trained one. By default a ball half as large again as one that holds the validation
+        inputs and those of the first batches.
     starts, learning_rates
         All pairs of them are run.
     steps, every, seed, threads
@@ -126,7 +128,7 @@ def train_fused(
     SingularError
         The changes cannot be split among the layers.
     """
-    _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, frozen=frozen)
+    _checks.kind(Network, frozen=frozen)
     _checks.kind(Data, data=data)
     starts = _checks.integer("starts", starts, 1)
     rates = _checks.items("learning_rates", learning_rates, what="rates, such as [1e-2]")
@@ -134,29 +136,27 @@ def train_fused(
         raise InputError("learning_rates", allowed="at least one", given="none")
     if region is not None:
         _checks.kind(Region, region=region)
-    relu = isinstance(frozen, FNN)
-    if not relu and (partition is not None or region is not None):
-        name = "region" if partition is None else "partition"
-        raise InputError(name, allowed="none, but for ReLU networks", given=f"one for {frozen}")
-    goal: Any = frozen
+    target: Any = frozen
+    loss: Literal["squared", "one-sided"] = "squared"
     if isinstance(frozen, FNN):
         partition = Partition([frozen.depth]) if partition is None else partition
-        goal = frozen.linearize(partition.slices)
-        region = _about(data) if region is None else region
-    pair = fuse(frozen, goal, ranks, partition)
-    if not any(pair.fused_ranks) and np.any(ranks):
+        target = frozen.linearize(partition.slices)
+        region = _ball(data) if region is None else region
+        loss = "squared" if frozen.linear_last else "one-sided"
+    elif partition is not None or region is not None:
+        name = "region" if partition is None else "partition"
+        raise InputError(name, allowed="none, but for ReLU networks", given=f"one for {frozen}")
+    fused = fuse(frozen, target, ranks, partition)  # type: ignore[arg-type]
+    if not any(fused.fused_ranks) and np.any(ranks):
         raise InputError(
             "ranks",
             allowed="of segments whose layers are no narrower than their ends",
             given=f"{brief(ranks)} for {frozen}, which reach no change",
         )
-    loss = "one-sided" if isinstance(frozen, FNN) and not frozen.linear_last else "squared"
-    runs = train(
-        pair.network.map(lambda values: values.expand(starts, *values.shape)),
-        [
-            Tuning(pair.fused_ranks, learning_rate=rate, schedule="cosine", loss=loss)  # type: ignore[arg-type]
-            for rate in rates
-        ],
+    options: Any = {"schedule": "cosine", "loss": loss}
+    runs: Training[Any] = train(
+        fused.network.map(lambda values: values.expand(starts, *values.shape)),
+        [Tuning(fused.fused_ranks, learning_rate=rate, **options) for rate in rates],
         data,
         steps=steps,
         every=every,
@@ -164,13 +164,110 @@ def train_fused(
         seed=[randomness.number(seed, "fused training", k) for k in range(starts)],
         threads=threads,
     )
-    best = int(runs.best_loss.nan_to_num(torch.inf).argmin())
-    chosen = divmod(best, starts)
-    found = runs.adapters[chosen].to(frozen.dtype)
-    return FusedTraining(pair.carry_back(found, region, throw=throw), pair, runs, chosen)
+    chosen = divmod(int(runs.best_loss.nan_to_num(torch.inf).argmin()), starts)
+    adapters = runs.adapters[chosen].to(frozen.dtype)
+    return FusedTraining(fused.carry_back(adapters, region, throw=throw), fused, runs, chosen)
 
 
-def _about(data: Data) -> Ball:
+@torch.no_grad()
+@flushing()
+def polish(
+    fitted: Fitted,
+    inputs: Tensor,
+    held_out: Tensor,
+    *,
+    starts: Sequence[Start] = ("fitted",),
+    steps: int = 0,
+    iterations: int = 300,
+    data: Data | None = None,
+    seed: int = 0,
+    throw: bool = True,
+) -> Fitted:
+    """The fitted adapters after minimizing the error of all segments together.
+
+    From each start, all factors and biases first take ``steps`` steps of Adam with a falling rate,
+    and then up to so many iterations of L-BFGS, none of which makes the error on ``inputs`` larger.
+    What has the least error on the first half of the held-out inputs is kept, be it the fit itself;
+    the other half gives the error that is returned.
+
+    Raises `InputError` for unknown starts and unusable numbers, and where a start needs steps.
+
+    Source: the adapters are [def-adapter]'s; nothing is promised but what is measured.
+
+    Parameters
+    ----------
+    fitted : Fitted
+        What `constructions.fitted.adapt` returned for these inputs.
+    inputs, held_out : Tensor
+        As there.
+    starts : sequence of Start
+        ``"fitted"``: its factors, of the fused network. ``"lora"``: those from which adapters are
+        usually trained, ``A = 0``; of a transformer in the fused network, which reaches the same,
+        of a ReLU network in the frozen network itself, which reaches more. This one needs steps.
+    steps : int
+        Of Adam, in single precision.
+    iterations : int
+        Of L-BFGS; it ends earlier where the error on the first half stops falling.
+    data : Data, optional
+        The batches of Adam's steps; by default 256 of the inputs at a time. Where inputs can be
+        drawn, fresh ones fit no noise.
+    seed : int
+        Of the factors of start ``"lora"`` and of the order of batches.
+    throw : bool
+        As there.
+    """
+    _checks.kind(Fitted, fitted=fitted)
+    starts = _checks.items("starts", starts, what='"fitted", "lora" or both, in a list')
+    for start in starts:
+        _checks.choice("starts", start, get_args(Start))
+    if not starts or len(set(starts)) < len(starts):
+        raise InputError("starts", allowed='"fitted", "lora" or both', given=brief(starts))
+    steps = _checks.integer("steps", steps, 0)
+    iterations = _checks.integer("iterations", iterations, 0)
+    if data is not None:
+        _checks.kind(Data, data=data)
+    if "lora" in starts and not steps:
+        allowed = 'at least 1 from start "lora"'
+        raise InputError("steps", allowed=allowed, given=0, remedy="such as 4000")
+    seed = _checks.seed(seed)
+    targets = [fit.fused.target for fit in fitted.fits]
+    x, others = checked(targets[0], inputs, held_out)
+    select = halves(others)[0]
+    fits = []
+    for fit, target in zip(fitted.fits, targets, strict=True):
+        pairs = (x, target(x)), (select, target(select))
+        source = data
+        if source is None:
+            samples = min(BATCH, x.shape[0 if target.sequences else -1])
+            source = Fixed(*pairs, samples=samples, seed=seed, purpose=("polish",))
+        tried = [fit]
+        for start in starts:
+            begun = _begin(fit, start, source, steps, seed)
+            adapters = descend(begun.network, begun.adapters, *pairs, iterations)
+            tried.append(replace(begun, adapters=adapters))
+        fits.append(min(tried, key=lambda fit: fit.error(*pairs[1])))
+    return evidence(fits, x, others, fitted.error.shape, throw=throw)
+
+
+def _ball(data: Data) -> Ball:
     first = torch.as_tensor(data.block(0)[0]).double().movedim(0, -1).flatten(1)
     x = torch.cat([torch.as_tensor(data.validation[0]).double(), first], -1)
     return Ball.about(x, MARGIN)
+
+
+def _begin(fit: Fit, start: Start, data: Data, steps: int, seed: int) -> Fit:
+    """What the steps of Adam make of a fit, or of LoRA's start in its place."""
+    if start == "lora":
+        fit = replace(fit, direct=isinstance(fit.fused.network, FNN))
+    fit = replace(fit, chosen=(f"polished from {start}",))
+    if not steps:
+        return fit
+    tuning = Tuning(
+        fit.fused.ranks if fit.direct else fit.fused.fused_ranks,
+        learning_rate=RATES[start],
+        schedule="cosine",
+        start=fit.adapters if start == "fitted" else "study",
+    )
+    every = max(1, steps // 100)
+    run = train(fit.network, [tuning], data, steps=steps, every=every, seed=seed)
+    return replace(fit, adapters=run.adapters[0].to(fit.network.dtype))

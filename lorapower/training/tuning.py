@@ -1,66 +1,67 @@
-"""What training runs are told, and what they give."""
+"""What training runs are told, their data, and what they give."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, get_args
+from typing import Any, Generic, Literal, get_args
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
 
-from .. import _checks
+from .. import _checks, randomness
 from ..adapters.core import Adapters, N
 from ..errors import InputError, brief
 from ..networks.base import Network
-from ..networks.fnn import FNN
 
 LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]
 Loss = Literal["squared", "one-sided"]
 Start = Literal["study", "linearized", "spectral"]
+# Of a form that `Data` describes.
+Labelled = tuple[Float[Tensor, "..."], Num[Tensor, "..."]]
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What one run tunes, and how fast.
+    """What one run of `train` tunes, where it starts and how fast it goes.
 
     Raises `InputError` for a value that has no meaning for any network.
 
     Attributes
     ----------
-    ranks : int or tuple of int
-        Of the adapters: one for all weights, of which none takes more than its smaller side, or one
-        for each in the order of the network's ``weights``. One number gives a transformer the
-        adapters of the theorem [thm-transformer]: on its attention, ``W_2`` of the last block, and
-        ``W_out``; a residual one all (``ResidualTransformer.ranks`` gives those of a part).
+    ranks : int or sequence of int
+        Ranks of the adapters, one for each of the network's ``weights``. One number is a cap for
+        all: no weight gets more than its smaller side, and of a plain transformer only the weights
+        that the theorem adapts [thm-transformer] get adapters.
     final : int
-        Tune, instead of adapters, the last so many ``weights`` in full, biases beside them.
+        How many of the last ``weights`` are tuned in full, with their biases, instead of adapters.
     biases : bool or tuple of bool
-        Whether biases are tuned: all of them beside adapters, or those that are named by a tuple of
-        True and False in the order of the network's ``biases``.
+        Whether biases are tuned; a tuple says it for each of the network's ``biases``.
     learning_rate, weight_decay : float
         Of Adam; the decay is its L2 penalty.
     schedule : Schedule
-        The rate stays ``"constant"``, or falls to 0 over all steps as half a ``"cosine"``.
+        The rate stays ``"constant"``, or falls to 0 as half a ``"cosine"``.
     ratio : float
-        Of the rate of ``A`` to that of all else [prop-scaling]: 1 as usual, more as in LoRA+.
+        The rate of ``A`` over the rate of all else [prop-scaling]; above 1 in LoRA+.
     loss : Loss
         ``"squared"``, or ``"one-sided"`` [def-one-sided] for networks that end with a ReLU and
-        outputs of at least 0. The best parameters are chosen by the squared error either way.
+        outputs of at least 0. The squared error chooses the best parameters either way.
     start : Start or Adapters
         ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the
-        same, and biases with which ReLU networks are ``blocks`` layers deep on a ball that holds
-        the validation inputs and those of the first batches. ``"spectral"``: ``A`` and ``B`` from
-        the leading singular vectors of the gradient on the first batch. Or adapters, of at most
-        these ranks; further columns are drawn as in the study's start.
+        same factors, with biases that make a ReLU network ``blocks`` layers deep on a ball around
+        the first batches and the validation inputs. ``"spectral"``: the leading singular vectors
+        of the gradient on the first batch. Adapters: these, of at most the given ranks; further
+        columns start as in the study.
     blocks : int
-        Of start ``"linearized"``, all of as many layers, but that the last takes what is left over;
-        the depth of the target, if known.
+        Number of blocks of the linearized start, such as the depth of the target. All have as many
+        layers, but the last takes what is left over.
     """
 
-    ranks: int | tuple[int, ...] = 0
+    ranks: int | Sequence[int] = 0
     final: int = 0
     biases: bool | tuple[bool, ...] = True
     learning_rate: float = 1e-3
@@ -72,19 +73,12 @@ class Tuning:
     blocks: int = 1
 
     def __post_init__(self) -> None:
-        several = isinstance(self.ranks, Sequence) and not isinstance(self.ranks, str)
-        each = tuple(
-            _checks.integer("ranks", rank, 0)
-            for rank in (self.ranks if several else (self.ranks,))  # type: ignore[union-attr]
-        )
-        object.__setattr__(self, "ranks", each if several else each[0])
-        _checks.integer("final", self.final, 0)
-        if self.final and any(each):
-            raise InputError(
-                "final",
-                allowed="0 where adapters have a rank",
-                given=f"{self.final} with ranks {self.ranks}",
-            )
+        # Whether ranks are ranks, `train` sees with the network.
+        if isinstance(self.ranks, list):
+            object.__setattr__(self, "ranks", tuple(self.ranks))
+        if _checks.integer("final", self.final, 0) and np.any(self.ranks):
+            given = f"{self.final} with ranks {self.ranks}"
+            raise InputError("final", allowed="0 where adapters have a rank", given=given)
         words = self.biases if isinstance(self.biases, tuple) else (self.biases,)
         if not all(isinstance(word, bool) for word in words):
             raise InputError("biases", allowed="True or False", given=brief(self.biases))
@@ -94,28 +88,16 @@ class Tuning:
             _checks.choice("start", self.start, get_args(Start), remedy="or give adapters")
         if self.final and self.start != "study":
             raise InputError("start", allowed="'study' for layers in full", given=brief(self.start))
-        _checks.integer("blocks", self.blocks, 1)
-        if self.blocks > 1 and self.start != "linearized":
+        if _checks.integer("blocks", self.blocks, 1) > 1 and self.start != "linearized":
             raise InputError("blocks", allowed="1, but for start 'linearized'", given=self.blocks)
-        _checks.positive("learning_rate", self.learning_rate)
-        _checks.positive("ratio", self.ratio)
-        _checks.tolerance("weight_decay", self.weight_decay)
-        for name in ("learning_rate", "weight_decay", "ratio"):
-            if getattr(self, name) > LARGEST:
-                raise InputError(
-                    name, allowed="a number of single precision", given=getattr(self, name)
-                )
-
-
-def require_relu_end(network: Network, classes: Sequence[int] = ()) -> None:
-    """Refuse a one-sided loss of outputs that are no ReLU's, or that vote for classes."""
-    if not isinstance(network, FNN) or network.linear_last or len(classes):
-        given = "classes" if len(classes) else brief(network)
-        raise InputError(
-            "loss",
-            allowed="'squared', but for ReLU networks that end with a ReLU and a squared error",
-            given=f"'one-sided' for {given}",
-        )
+        for name, check in (
+            ("learning_rate", _checks.positive),
+            ("ratio", _checks.positive),
+            ("weight_decay", _checks.tolerance),
+        ):
+            value = check(name, getattr(self, name))
+            if value > LARGEST:
+                raise InputError(name, allowed="a number of single precision", given=value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -127,21 +109,20 @@ class Training(Generic[N]):
     network
         At each run's least validation loss, batch shape ``[tunings, *batch]``.
     adapters : Adapters
-        Its updates and bias updates; as one batch they are padded with zeros to the largest rank,
-        ``adapters[i]`` has the ranks of its own `Tuning`. Of a weight that was tuned in full there
-        is no adapter, and the run's adapters do not count it.
+        Its updates and bias updates. As one batch they are padded with zeros to the largest rank;
+        ``adapters[i]`` has the ranks of its own `Tuning`. A weight that was tuned in full has none.
     parameter_count : Tensor
         How many numbers each run tuned: of adapters, of weights in full, of biases.
     steps : Tensor
-        Those at which the losses below were taken; 0 is before the first step.
+        When the losses below were taken; 0 is before the first step.
     training_loss : Tensor
         Of the batch of each of these steps; NaN at step 0.
     validation_loss : Tensor
         After each of these steps; NaN after a run has ended.
     best_loss, best_step : Tensor
-        The least validation loss and when it was reached.
+        The least validation loss, and its step.
     diverged : Tensor
-        Whether a loss was no finite number, at which a run ends.
+        Whether a loss was no finite number, which ends a run.
     """
 
     network: N
@@ -157,3 +138,182 @@ class Training(Generic[N]):
     def __repr__(self) -> str:
         kind, batch = type(self.network).__name__, list(self.best_loss.shape)
         return f"Training({kind}, batch {batch}, {int(self.steps[-1])} steps)"
+
+
+class Data(ABC):
+    """Batches to train on, and labelled inputs to validate with.
+
+    Inputs are as the network takes them: ``[..., D, samples]``, for transformers ``[..., samples,
+    D, N]``. Labels are outputs of the same form or, to be compared by cross-entropy, one class for
+    each sample, integers ``[..., samples]``.
+
+    Attributes
+    ----------
+    validation : Labelled
+        The inputs and labels on which the best parameters are chosen.
+    """
+
+    # Batches come in blocks, so that they do not depend on how many are asked for.
+    BLOCK = 50
+
+    validation: Labelled
+
+    @abstractmethod
+    def block(self, index: int) -> Labelled:
+        """The batches of steps ``BLOCK · index`` to ``BLOCK · (index + 1)``; ``[BLOCK, …]``."""
+
+
+class Fresh(Data):
+    """Inputs ``N(0, s² I)`` drawn anew for every step, labelled by a function.
+
+    Parameters
+    ----------
+    label : callable
+        A target network, or another function of inputs; inputs lie on the device of its labels.
+    shape : tuple of int
+        Of one input: ``(D,)``, or ``(D, N)`` for N tokens.
+    samples : int
+        In each batch.
+    scale : float
+        The standard deviation ``s``.
+    validation_samples : int
+        Number of validation inputs, drawn once.
+    seed, purpose
+        Equal ones give equal inputs, whatever is trained on them; those of one seed and different
+        purposes are independent.
+    """
+
+    def __init__(
+        self,
+        label: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        *,
+        samples: int = 256,
+        scale: float = 1.0,
+        validation_samples: int = 256,
+        seed: int = 0,
+        purpose: tuple[str, ...] = (),
+    ) -> None:
+        _checks.function("label", label)
+        shape = _checks.sizes("shape", shape, 1)
+        if len(shape) not in (1, 2):
+            raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
+        if isinstance(label, nn.Module):
+            raise InputError(
+                "label",
+                allowed="a network, or a function of columns",
+                given=f"{type(label).__name__}, a module, which takes rows",
+                remedy="networks.as_network makes a network of a Sequential",
+            )
+        # Training is in single precision, and so is what it is told.
+        self.label = label.to(torch.float32) if isinstance(label, Network) else label
+        self.shape = shape
+        self.scale = _checks.positive("scale", scale)
+        self.samples = _checks.integer("samples", samples, 1)
+        self.seed = _checks.seed(seed)
+        self.purpose = _words(purpose)
+        count = _checks.integer("validation_samples", validation_samples, 1)
+        self.validation = self._draw((), count, "validation inputs")
+
+    def __repr__(self) -> str:
+        return f"Fresh(shape {self.shape}, {self.samples} samples, seed {self.seed})"
+
+    def block(self, index: int) -> Labelled:
+        return self._draw((self.BLOCK,), self.samples, "inputs", index)
+
+    def test(self, samples: int) -> Labelled:
+        """Labelled inputs that are drawn for nothing else."""
+        return self._draw((), _checks.integer("samples", samples, 1), "test inputs")
+
+    def _draw(self, batch: tuple[int, ...], samples: int, *part: str | int) -> Labelled:
+        shape = (samples, *self.shape) if len(self.shape) == 2 else (*self.shape, samples)
+        generator = randomness.generator(self.seed, *self.purpose, *part)
+        x = self.scale * randomness.normal(generator, *batch, *shape, dtype=torch.float32)
+        y = self.label(x)
+        if not isinstance(y, Tensor):
+            raise InputError("label", allowed="a function to tensors", given=brief(y))
+        return x.to(y.device), y
+
+
+class Fixed(Data):
+    """Given labelled inputs: all of them in every step, or batches in an order new in each epoch.
+
+    In an epoch each sample is used once, but for those that are too few for another batch.
+
+    Raises `InputError` for what is no pair, numbers that are not finite, and labels that do not fit
+    inputs.
+
+    Parameters
+    ----------
+    training, validation : tuple
+        Labelled inputs, of a form that `Data` describes.
+    samples : int, optional
+        In each batch, at most as many as there are; all by default.
+    seed, purpose
+        Of the order.
+    """
+
+    def __init__(
+        self,
+        training: tuple[Any, Any],
+        validation: tuple[Any, Any],
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        purpose: tuple[str, ...] = (),
+    ) -> None:
+        self.training = _usable("training", training)
+        self.validation = _usable("validation", validation)
+        x, y = self.training
+        self._dim = 0 if x.ndim == 3 else -1
+        count = x.shape[self._dim]
+        if y.ndim == 0 or y.shape[self._dim] != count:
+            raise InputError(
+                "training",
+                allowed=f"of as many labels as inputs, {count}",
+                given=f"labels of shape {tuple(y.shape)}",
+            )
+        self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
+        self.seed, self.purpose = _checks.seed(seed), _words(purpose)
+
+    def __repr__(self) -> str:
+        x, y = self.training
+        return f"Fixed({list(x.shape)} to {list(y.shape)}, {self.samples} samples)"
+
+    def block(self, index: int) -> Labelled:
+        x, y = self.training
+        count = x.shape[self._dim]
+        if self.samples == count:
+            return x.expand(self.BLOCK, *x.shape), y.expand(self.BLOCK, *y.shape)
+        per_epoch = count // self.samples
+        places = [divmod(self.BLOCK * index + step, per_epoch) for step in range(self.BLOCK)]
+        orders = {epoch: self._order(epoch, count) for epoch in {epoch for epoch, _ in places}}
+        batches = [orders[epoch].split(self.samples)[batch] for epoch, batch in places]
+
+        def pick(part: Tensor) -> Tensor:
+            return torch.stack([part.index_select(self._dim, batch) for batch in batches])
+
+        return pick(x), pick(y)
+
+    def _order(self, epoch: int, count: int) -> Tensor:
+        generator = randomness.generator(self.seed, *self.purpose, "order", epoch)
+        order = torch.randperm(count, generator=generator, device="cpu")
+        return order.to(self.training[0].device)
+
+
+def _words(purpose: Any) -> tuple[str, ...]:
+    if not isinstance(purpose, tuple) or not all(isinstance(word, str) for word in purpose):
+        raise InputError("purpose", allowed="a tuple of words", given=brief(purpose))
+    return purpose
+
+
+def _usable(name: str, labelled: Any) -> Labelled:
+    """Inputs and labels as tensors, which are finite numbers; labels may be integers."""
+    if not isinstance(labelled, tuple | list) or len(labelled) != 2:
+        given = f"a {type(labelled).__name__}"
+        raise InputError(name, allowed="a pair of inputs and labels", given=given)
+    x, y = labelled
+    inputs = _checks.real_tensor(f"{name} inputs", x, min_dims=2, copy=True)
+    if isinstance(y, Tensor) and y.dtype not in _checks.PRECISIONS:
+        return inputs, y.clone()
+    return inputs, _checks.real_tensor(f"{name} labels", y, min_dims=1, copy=True)

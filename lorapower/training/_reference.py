@@ -1,6 +1,6 @@
 """Training steps of all runs at once, as one would write them down; on any device.
 
-What `compiled` computes, run by run, on processors, and for every other kind of network. Gradients
+What `_compiled` computes, run by run, on processors, and for every other kind of network. Gradients
 are torch's own.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..networks.base import Network
 from ..networks.fnn import FNN
-from .compiled import BETA_1, BETA_2, EPSILON, State, Structure
+from ._compiled import BETA_1, BETA_2, EPSILON, State, Structure
 
 
 def outputs(

@@ -16,29 +16,31 @@ from torch import Tensor
 from .. import _checks, randomness
 from .._subnormal import flush
 from ..adapters.core import Adapters, N, Tuned
+from ..constructions import fnn
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from ..networks.base import Network
+from ..networks.fnn import FNN
+from ..networks.partition import Partition
+from ..networks.residual.network import ResidualTransformer
 from ..networks.transformer import Transformer
-from .compiled import UNROLLED, Array, State, Structure, tile
-from .data import Data, Labelled
-from .tuning import Training, Tuning
+from ..regions import Ball
+from . import _reference
+from ._compiled import UNROLLED, Array, State, Structure, tile
+from .tuning import Data, Labelled, Training, Tuning
 
 # Standard deviation of B's entries at the start, where A is 0.
 FACTOR_SCALE = 0.25
+# Of lengths halved so often a spectral start has the one that lowers the first batch's loss most.
+HALVINGS = 24
 
 
 class Stack(Generic[N]):
     """Networks as square matrices, padded by zeros, which stay zeros."""
 
     def __init__(self, frozen: N) -> None:
-        _checks.kind(Network, frozen=frozen)
         if not frozen.batch_shape.numel():
-            raise InputError(
-                "frozen",
-                allowed="at least one network",
-                given=f"batch shape {tuple(frozen.batch_shape)}",
-            )
+            given = f"batch shape {tuple(frozen.batch_shape)}"
+            raise InputError("frozen", allowed="at least one network", given=given)
         # The network's own checks refuse numbers too large for single precision.
         self.network: Any = frozen.to(torch.float32)
         self.shapes = [tuple(weight.shape[-2:]) for weight in frozen.weights]
@@ -52,28 +54,20 @@ class Stack(Generic[N]):
             self.biases or [torch.zeros(self.members, 1, device="cpu")] * len(self.shapes), 1
         )
 
-    @property
-    def inputs(self) -> int:
-        """Number of coordinates of an input, or of each of its tokens."""
-        return self.shapes[0][1]
-
-    @property
-    def outputs(self) -> int:
-        """Number of coordinates of an output, or of each of its tokens."""
-        return self.shapes[-1][0]
+        # Coordinates of an input and of an output, or of each of their tokens.
+        self.inputs, self.outputs = self.shapes[0][1], self.shapes[-1][0]
+        plain = self.network if isinstance(frozen, Transformer) else None
+        self.blocks, self.heads = (plain.depth, plain.heads) if plain else (0, 0)
+        # Whether compiled code knows this kind of network.
+        self.is_covered = not isinstance(frozen, ResidualTransformer)
 
     def structure(self, batches: Batches, steps: int) -> Structure:
         """What all runs have in common."""
         votes = batches.votes
-        blocks, heads = (
-            (self.network.depth, self.network.heads)
-            if isinstance(self.network, Transformer)
-            else (0, 0)
-        )
         return Structure(
             relus=self.network.relus,
-            blocks=blocks,
-            heads=heads,
+            blocks=self.blocks,
+            heads=self.heads,
             tokens=batches.tokens,
             outputs=self.outputs,
             classes=batches.classes,
@@ -210,11 +204,8 @@ class Stack(Generic[N]):
         count = len(self.biases)
         if isinstance(tuning.biases, tuple):
             if len(tuning.biases) != count:
-                raise InputError(
-                    "biases",
-                    allowed=f"one word for all, or one for each of {count}",
-                    given=f"{len(tuning.biases)} of them",
-                )
+                allowed = f"one word for all, or one for each of {count}"
+                raise InputError("biases", allowed=allowed, given=f"{len(tuning.biases)} of them")
             return list(tuning.biases)
         if not tuning.final or tuning.final == len(self.shapes):
             return [tuning.biases] * count
@@ -235,20 +226,118 @@ class Stack(Generic[N]):
         return factors
 
 
+def put_starts(
+    stack: Stack[Any],
+    structure: Structure,
+    state: State[Any],
+    tunings: Sequence[Tuning],
+    batches: Batches,
+) -> None:
+    """The starts that are asked for in the place of the study's."""
+    for i, tuning in enumerate(tunings):
+        runs = slice(i * stack.members, (i + 1) * stack.members)
+        if isinstance(tuning.start, Adapters):
+            caps, ranks = stack.ranks(tuning), tuning.start.ranks
+            is_within = [r <= cap for r, cap in zip(ranks, caps, strict=False)]
+            if len(ranks) != len(caps) or not all(is_within):
+                allowed = f"adapters of ranks up to {caps}"
+                raise InputError("start", allowed=allowed, given=tuning.start)
+            _put(stack, state, runs, tuning.start)
+        elif tuning.start == "linearized":
+            _put(stack, state, runs, _linearized(stack, tuning.blocks, batches))
+        elif tuning.start == "spectral":
+            _spectral(stack, structure, state, runs, batches)
+        # The best so far is the start.
+        for name in ("A", "B", "b"):
+            getattr(state, f"{name}_best")[runs] = getattr(state, name)[runs]
+
+
+def _put(stack: Stack[Any], state: State[Any], runs: slice, start: Adapters) -> None:
+    """Adapters' factors in the place of as many of the study's, and their biases."""
+    batch = stack.network.batch_shape
+    if torch.broadcast_shapes(start.batch_shape, batch) != batch:
+        raise InputError("start", allowed=f"of batch shape {tuple(batch)}", given=start)
+    start.merge(stack.network)
+
+    def flat(values: Tensor, dims: int) -> Array:
+        rest = values.shape[values.ndim - dims :]
+        every = values.expand(*stack.network.batch_shape, *rest)
+        return every.reshape(stack.members, *rest).to("cpu", torch.float32).numpy()
+
+    for m, update in enumerate(start.updates):
+        for factors, given in ((state.A, update.left), (state.B, update.right)):
+            factors[runs, m, : update.rank, : given.shape[-2]] = flat(given.mT, 2)
+    for l, change in enumerate(start.bias_updates):
+        state.b[runs, l, : change.shape[-1]] += flat(change, 1)
+
+
+def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
+    """Biases with which inner ReLUs are idle in a ball that holds the inputs seen so far."""
+    network = stack.network
+    if not isinstance(network, FNN):
+        allowed = "'study', 'spectral' or adapters, but for ReLU networks"
+        raise InputError("start", allowed=allowed, given=f"'linearized' for {network}")
+    blocks = _checks.integer("blocks", blocks, 1, network.depth, limit="the depth")
+    partition = Partition.uniform(network.depth, blocks)
+    # Of the first batches all inputs beside one another.
+    first = batches.first[0].movedim(1, -1).flatten(-2)
+    seen = torch.cat([batches.validation[0], first], -1)
+    of_source = Ball.about(seen[..., : stack.inputs, 0, :].double())
+    sources, shape = batches.sources.tolist(), network.batch_shape
+    centres = of_source.centre[sources, :, 0].reshape(*shape, -1)
+    ball = Ball(of_source.radius[sources].reshape(shape), centres)
+    # Of rank 0: all that the construction gives are biases.
+    exact = network.to(torch.float64, "cpu")
+    target = exact.linearize(partition.slices)
+    return fnn.adapt(exact, target, 0, ball, partition, throw=False).adapters
+
+
+def _spectral(
+    stack: Stack[Any], structure: Structure, state: State[Any], runs: slice, batches: Batches
+) -> None:
+    """``t U_R S_R V_Rᵀ`` of each weight's first gradient, shared by both factors alike."""
+    x, y = (
+        torch.as_tensor(part)[torch.as_tensor(state.source[runs]), 0].to(stack.network.device)
+        for part in batches.first
+    )
+    here: State[Tensor] = State(
+        *(
+            torch.as_tensor(part if name == "frozen" else part[runs]).to(stack.network.device)
+            for name, part in state._asdict().items()
+        )
+    )
+
+    def losses(W: Tensor) -> Tensor:
+        return _reference.losses(stack.network, structure, here, W, here.b, x, y)
+
+    W = here.frozen[here.problem].clone()
+    with torch.enable_grad():
+        slopes = torch.autograd.grad(losses(W.requires_grad_()).sum(), W)[0]
+    W = W.detach()
+    U, S, Vh = torch.linalg.svd(-slopes)
+    rows = torch.arange(W.shape[-1], device=W.device) < here.ranks[..., None]
+    S = S * rows / S.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(S.dtype).tiny)
+    direction = (U * S[..., None, :]) @ Vh
+    lengths = W.new_tensor([0.5**k for k in range(HALVINGS)])
+    tried = torch.stack([losses(W + t * direction) for t in lengths]).nan_to_num(torch.inf)
+    # A direction of which nothing is learned keeps the study's factors, and so does a run that no
+    # length helps.
+    learned = (S > 0) & (tried.amin(0) < losses(W))[:, None, None]
+    root = (lengths[tried.argmin(0)][:, None, None] * S).sqrt()[..., None]
+    state.A[runs] = torch.where(learned[..., None], root * U.mT, here.A).cpu().numpy()
+    state.B[runs] = torch.where(learned[..., None], root * Vh, here.B).cpu().numpy()
+
+
 def _class_of(classes: Sequence[int], outputs: int) -> NDArray[np.int64]:
     """The class to which each output votes, checked; empty for the squared error."""
     if not isinstance(classes, Sequence) or len(classes) not in (0, outputs):
-        raise InputError(
-            "classes", allowed=f"none, or one for each of {outputs} outputs", given=brief(classes)
-        )
+        allowed = f"none, or one for each of {outputs} outputs"
+        raise InputError("classes", allowed=allowed, given=brief(classes))
     votes = np.array([_checks.integer("classes", c, -1) for c in classes], np.int64)
     missing = set(range(int(votes.max(initial=-1)) + 1)) - set(votes.tolist())
     if missing or (len(votes) and votes.max() < 0):
-        raise InputError(
-            "classes",
-            allowed="such that each class from 0 to the last has a vote",
-            given=list(classes),
-        )
+        allowed = "such that each class from 0 to the last has a vote"
+        raise InputError("classes", allowed=allowed, given=list(classes))
     return votes
 
 

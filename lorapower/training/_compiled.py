@@ -1,6 +1,6 @@
 """Training steps compiled for processors: one run at a time, all its numbers in the cache.
 
-`reference` computes the same in a readable way, for all runs at once and on any device; the tests
+`_reference` computes the same in a readable way, for all runs at once and on any device; the tests
 compare the two. What makes this one fast: samples are the last dimension of every array, so that
 each loop over them becomes vector instructions; samples go through the network in tiles that fit
 the cache; ``W_Kᵀ W_Q`` and ``W_O W_V`` are multiplied once for all tokens; a run computes only the
@@ -45,97 +45,64 @@ LANES = 16
 
 
 class Structure(NamedTuple):
-    """What the runs of a batch have in common.
+    """What the runs of a batch have in common."""
 
-    Attributes
-    ----------
-    relus : int
-        How many of the first layers of a chain a ReLU follows.
-    blocks, heads, tokens : int
-        Of a transformer; 0, 0 and 1 for a chain of layers.
-    outputs : int
-        Number of coordinates of an output that count in the squared error.
-    classes : int
-        Number of classes, or 0 for the squared error.
-    class_of : NDArray
-        Class to which each output coordinate votes, or −1; ``[D]``.
-    tile : int
-        Number of samples that go through the network together.
-    steps : int
-        Of the whole training, over which a falling rate falls.
-    """
-
+    # How many of the first layers of a chain a ReLU follows.
     relus: int
+    # Of a transformer; 0, 0 and 1 for a chain of layers.
     blocks: int
     heads: int
     tokens: int
+    # Coordinates of an output that count in the squared error.
     outputs: int
+    # Number of classes, or 0 for the squared error, and to which each output votes, or −1; ``[D]``.
     classes: int
     class_of: NDArray[np.int64]
+    # Samples that go through the network together.
     tile: int
+    # Of the whole training, over which a falling rate falls.
     steps: int
 
 
 class State(NamedTuple, Generic[T]):
-    """All runs of a batch, stacked along the first dimension.
+    """All runs of a batch, stacked along the first dimension: ``M`` weights, ``P`` biases."""
 
-    ``M`` weights and ``P`` biases of width ``D``. A row of factors is one direction: ``ΔW = Σ_r
-    A[r] B[r]ᵀ``. Where a weight is tuned in full, ``A`` holds the weight itself.
-
-    Attributes
-    ----------
-    problem
-        Which frozen network each run has.
-    source
-        Which inputs and targets.
-    frozen
-        Weights, ``[problems, M, D, D]``.
-    ranks
-        Number of rows of the factors that count; −1 where the weight is tuned in full.
-    tuned
-        Which biases are tuned, ``[runs, P]``.
-    rate, decay
-        Of each run; whether the rate is ``falling``, as half a cosine to 0; and the ``ratio`` of
-        the rate of ``A`` to that of all else.
-    one_sided
-        Whether the loss that is trained on is.
-    A, B, b
-        ``[runs, M, D, D]`` twice and ``[runs, P, D]``; Adam's first and second moments of them,
-        ``[runs, M, 2, D, D]`` and ``[runs, P, 2, 1, D]``; and their values at the least validation
-        loss.
-    goal
-        The part of the first validation loss at which a run stops; once known, that loss itself.
-    best, best_step
-        The least validation loss and its step.
-    stopped
-        Whether a run is over, by its goal or by a loss that is no number.
-    training, validation
-        Loss curves, ``[runs, points]``.
-    """
-
+    # Which frozen network each run has, which inputs and labels, and all networks' weights,
+    # ``[problems, M, D, D]``.
     problem: T
     source: T
     frozen: T
+    # How many rows of the factors count, −1 where a weight is tuned in full; and which biases are
+    # tuned, ``[runs, P]``.
     ranks: T
     tuned: T
+    # Learning rate, whether it falls as half a cosine to 0, decay, ratio of the rate of A to that
+    # of all else, whether the loss that is trained on is one-sided.
     rate: T
     falling: T
     decay: T
     ratio: T
     one_sided: T
+    # ``[runs, M, D, D]`` twice and ``[runs, P, D]``. A row of factors is one direction, ``ΔW = Σ_r
+    # A[r] B[r]ᵀ``; where a weight is tuned in full, A holds the weight itself.
     A: T
     B: T
     b: T
+    # Adam's first and second moments, ``[runs, M, 2, D, D]`` and ``[runs, P, 2, 1, D]``.
     A_moments: T
     B_moments: T
     b_moments: T
+    # At the least validation loss.
     A_best: T
     B_best: T
     b_best: T
+    # The part of the first validation loss at which a run stops; once known, that loss itself.
     goal: T
     best: T
     best_step: T
+    # By its goal, or by a loss that is no number.
     stopped: T
+    # Loss curves, ``[runs, points]``.
     training: T
     validation: T
 

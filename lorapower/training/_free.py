@@ -1,0 +1,146 @@
+"""The numbers of adapters as a list of tensors that an optimizer may move, and its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _checks
+from ..adapters.core import Adapters, Tuned
+from ..errors import InputError, brief
+from ..lowrank import LowRank
+from ..networks.base import Network
+from ..networks.fnn import FNN
+
+Parts = Sequence[Tensor]
+# Inputs and outputs.
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Free:
+    """Factors ``A`` and ``B`` of each weight in turn, then changes of biases, if they are tuned."""
+
+    network: Any
+    # The parts as the adapters have them, and which of them hold numbers that are tuned.
+    start: tuple[Tensor, ...]
+    moves: tuple[bool, ...]
+    tuned: Tuned | None
+
+    @classmethod
+    def of(cls, network: Network, adapters: Adapters, *, balanced: bool = False) -> Free:
+        """Those of one network's adapters; balanced factors share a step alike."""
+        like = network.weights[0]
+        adapters = adapters.balanced() if balanced else adapters
+        flat = [factor for u in adapters.updates for factor in (u.left, u.right)]
+        start = tuple(part.detach().clone().to(like) for part in (*flat, *adapters.bias_updates))
+        moves = [bool(part.numel()) for part in start]
+        if adapters.tuned is not None and adapters.bias_updates:
+            moves[len(flat) :] = adapters.tuned.biases.tolist()
+        return cls(network, start, tuple(moves), adapters.tuned)
+
+    @property
+    def count(self) -> int:
+        """How many numbers are tuned."""
+        return sum(part.numel() for part in self.select(self.start))
+
+    def select(self, parts: Parts) -> list[Tensor]:
+        """The parts that are tuned."""
+        return [part for part, moves in zip(parts, self.moves, strict=True) if moves]
+
+    def insert(self, tuned: Parts) -> list[Tensor]:
+        """All parts, with these in the place of those that are tuned."""
+        each = iter(tuned)
+        pairs = zip(self.start, self.moves, strict=True)
+        return [next(each) if moves else part for part, moves in pairs]
+
+    def move(self, parts: Parts, step: Float[Tensor, " count"]) -> list[Tensor]:
+        """The parts after a step of all that is tuned."""
+        tuned = self.select(parts)
+        steps = step.split([part.numel() for part in tuned])
+        return self.insert([p + by.reshape(p.shape) for p, by in zip(tuned, steps, strict=True)])
+
+    def adapters_of(self, parts: Parts) -> Adapters:
+        """The adapters that these parts are; they may have batch dimensions."""
+        factors = 2 * len(self.network.weights)
+        values = [part.detach() for part in parts]
+        pairs = zip(values[:factors:2], values[1:factors:2], strict=True)
+        return Adapters(tuple(LowRank(*p) for p in pairs), tuple(values[factors:]), self.tuned)
+
+    def merge(self, parts: Parts, *, last_relu: bool = True) -> Any:
+        """The network with these parts, through which gradients flow, or without its last ReLU."""
+        network = self.network if last_relu else self.network.without_last_relu()
+        count = 2 * len(network.weights)
+        factors = zip(parts[:count:2], parts[1:count:2], strict=True)
+        weights = [w + A @ B.mT for w, (A, B) in zip(network.weights, factors, strict=True)]
+        if count == len(parts):
+            return network.holding(weights, network.biases)
+        biases = [b + change for b, change in zip(network.biases, parts[count:], strict=True)]
+        return network.holding(weights, biases)
+
+    def error(self, parts: Parts, pair: Pair) -> Tensor:
+        """The mean squared error of the network with these parts."""
+        return (self.merge(parts)(pair[0]) - pair[1]).square().mean()
+
+
+def lbfgs(
+    tuned: Parts, loss: Callable[[], Tensor], history: int, **limits: float
+) -> Callable[[int], None]:
+    """What takes so many steps of L-BFGS down a loss of these tensors, on from where it is."""
+    optimizer = torch.optim.LBFGS(
+        [part.requires_grad_() for part in tuned],
+        tolerance_change=0,
+        history_size=history,
+        line_search_fn="strong_wolfe",
+        **limits,  # type: ignore[arg-type]
+    )
+
+    def slopes() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    def advance(iterations: int) -> None:
+        optimizer.param_groups[0]["max_iter"] = iterations
+        with torch.enable_grad():
+            optimizer.step(slopes)
+
+    return advance
+
+
+def require_fit(network: Network, adapters: Adapters, *, single: bool = True) -> None:
+    """Refuse adapters that do not fit the network and, where there may be but one, batches."""
+    _checks.kind(Network, network=network)
+    _checks.kind(Adapters, adapters=adapters)
+    adapters.merge(network)
+    if single and (adapters.batch_shape or network.batch_shape):
+        raise InputError("adapters", allowed="of a single network", given=adapters)
+
+
+def require_relu_end(network: Network, classes: Sequence[int] = ()) -> None:
+    """Refuse a one-sided loss of outputs that are no ReLU's, or that vote for classes."""
+    if not isinstance(network, FNN) or network.linear_last or len(classes):
+        given = "classes" if len(classes) else brief(network)
+        raise InputError(
+            "loss",
+            allowed="'squared', but for ReLU networks that end with a ReLU and a squared error",
+            given=f"'one-sided' for {given}",
+        )
+
+
+def labelled(network: Network, name: str, pair: Any) -> Pair:
+    """Inputs and outputs in the network's type; `InputError` where they do not fit."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise InputError(name, allowed="a pair of inputs and outputs", given=type(pair).__name__)
+    x = network.as_inputs(pair[0], name)
+    y = _checks.real_tensor(name, pair[1], min_dims=2).to(network.weights[0])
+    shape = tuple(network(x).shape)
+    if tuple(y.shape) != shape:
+        raise InputError(name, allowed=f"outputs of shape {shape}", given=tuple(y.shape))
+    return x, y
