@@ -664,8 +664,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no network": (lambda: train(torch.nn.Linear(2, 2), [Tuning(1)], fresh("fnn")), "got Linear"),
     "rank above width": (lambda: run(tuning=Tuning(7)), "rank must be an integer from 0 to 6"),
     "rank above width of tokens": (lambda: run("transformer", Tuning(7)), "from 0 to 6"),
-    "rank below 0": (lambda: run(tuning=Tuning(-1)), "rank must be an integer from 0"),
-    "rank no integer": (lambda: run(tuning=Tuning(1.5)), "rank must be an integer"),  # type: ignore[arg-type]
+    "rank below 0": (lambda: Tuning(-1), "ranks must be an integer from 0"),
+    "rank no integer": (lambda: Tuning(1.5), "ranks must be an integer"),  # type: ignore[arg-type]
     "ranks of other layers": (lambda: run(tuning=Tuning((1, 1, 1))), "one for each of the 2"),
     "one rank too high": (lambda: run(tuning=Tuning((1, 9))), "rank of layer 2"),
     "final above depth": (lambda: run(tuning=Tuning(final=3)), "final must be an integer from 0"),

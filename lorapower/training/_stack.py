@@ -56,8 +56,9 @@ class Stack(Generic[N]):
 
         # Coordinates of an input and of an output, or of each of their tokens.
         self.inputs, self.outputs = self.shapes[0][1], self.shapes[-1][0]
-        plain = self.network if isinstance(frozen, Transformer) else None
-        self.blocks, self.heads = (plain.depth, plain.heads) if plain else (0, 0)
+        plain: Any = frozen if isinstance(frozen, Transformer) else None
+        self.blocks: int = plain.depth if plain else 0
+        self.heads: int = plain.heads if plain else 0
         # Whether compiled code knows this kind of network.
         self.is_covered = not isinstance(frozen, ResidualTransformer)
 

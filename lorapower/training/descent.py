@@ -16,10 +16,10 @@ from torch import Tensor
 from .. import _checks, randomness
 from .._subnormal import flushing
 from ..adapters.core import Adapters
-from ..bounds.linear import error_matrix
 from ..errors import InputError
 from ..networks import linear
 from ..networks.base import Network
+from ..networks.gap import Gap
 from ..networks.linear import LinearNetwork
 from ._free import Free, Pair, Parts, labelled, lbfgs, require_fit, require_relu_end
 from .tuning import Loss
@@ -191,7 +191,7 @@ def minimize(
     Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
     """
     frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
-    error_matrix(frozen, target)
+    Gap(frozen, target)  # refuses what does not fit
     starts = _checks.integer("starts", starts, 1)
     iterations = _checks.integer("iterations", iterations, 1)
     ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])

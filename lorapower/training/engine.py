@@ -199,14 +199,14 @@ def _run_compiled(
     # More parts than threads: runs differ in cost.
     parts = [part for part in np.array_split(runs, 4 * threads) if len(part)]
     scratch = _compiled.scratch(structure, *state.frozen.shape[1:3])
-    validation = [_compiled.tiles(part, structure) for part in batches.validation]
-    validation_samples = batches.validation[0].shape[-1]
-    samples = batches.first[0].shape[-1]
+    x_others, y_others = (_compiled.tiles(part, structure) for part in batches.validation)
+    samples, others = (part[0].shape[-1] for part in (batches.first, batches.validation))
 
     def advance(part: Any, x: Any, y: Any, start: int) -> None:
         work = np.empty(scratch, np.float32)
-        given: Any = (structure, state, part, x, y, samples, *validation, validation_samples)
-        _compiled.advance(*given, start, every, work)
+        _compiled.advance(
+            structure, state, part, x, y, samples, x_others, y_others, others, start, every, work
+        )
 
     with ThreadPoolExecutor(threads, initializer=flush) as pool:
         for start, *block in batches.blocks(steps):

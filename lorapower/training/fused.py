@@ -263,7 +263,7 @@ def _begin(fit: Fit, start: Start, data: Data, steps: int, seed: int) -> Fit:
     if not steps:
         return fit
     tuning = Tuning(
-        fit.fused.ranks if fit.direct else fit.fused.fused_ranks,
+        np.asarray(fit.fused.ranks).tolist() if fit.direct else fit.fused.fused_ranks,
         learning_rate=RATES[start],
         schedule="cosine",
         start=fit.adapters if start == "fitted" else "study",

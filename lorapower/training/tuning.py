@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ class Tuning:
 
     Attributes
     ----------
-    ranks : int or sequence of int
+    ranks : int or tuple of int
         Ranks of the adapters, one for each of the network's ``weights``. One number is a cap for
         all: no weight gets more than its smaller side, and of a plain transformer only the weights
         that the theorem adapts [thm-transformer] get adapters.
@@ -61,7 +60,7 @@ class Tuning:
         layers, but the last takes what is left over.
     """
 
-    ranks: int | Sequence[int] = 0
+    ranks: int | tuple[int, ...] = 0
     final: int = 0
     biases: bool | tuple[bool, ...] = True
     learning_rate: float = 1e-3
@@ -73,10 +72,11 @@ class Tuning:
     blocks: int = 1
 
     def __post_init__(self) -> None:
-        # Whether ranks are ranks, `train` sees with the network.
-        if isinstance(self.ranks, list):
-            object.__setattr__(self, "ranks", tuple(self.ranks))
-        if _checks.integer("final", self.final, 0) and np.any(self.ranks):
+        several = isinstance(self.ranks, tuple | list)
+        each = tuple(self.ranks) if several else (self.ranks,)  # type: ignore[arg-type]
+        ranks = tuple(_checks.integer("ranks", rank, 0) for rank in each)
+        object.__setattr__(self, "ranks", ranks if several else ranks[0])
+        if _checks.integer("final", self.final, 0) and any(ranks):
             given = f"{self.final} with ranks {self.ranks}"
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
         words = self.biases if isinstance(self.biases, tuple) else (self.biases,)
