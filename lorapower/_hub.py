@@ -7,11 +7,14 @@ them. The libraries come with extras of this package and are imported only when 
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .errors import InputError
 
@@ -26,6 +29,10 @@ LIBRARIES = {
     "checkpoints": ("peft", "transformers"),
     "glue": ("accelerate", "datasets", "peft", "sklearn", "transformers"),
 }
+# Buffers that older files hold and that follow from the configuration.
+_DERIVED = ("position_ids", "token_type_ids", "inv_freq", ".attn.masked_bias", ".attn.bias")
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
 
 
 def require(extra: str, *libraries: str) -> None:
@@ -162,3 +169,153 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+class Checkpoint:
+    """A checkpoint in files of safetensors, whose weights are read one at a time.
+
+    ``name`` is the argument that it came as, ``source`` what the caller gave, ``folder`` where its
+    files are, and ``config`` its configuration.
+    """
+
+    def __init__(self, name: str, source: str) -> None:
+        from safetensors import SafetensorError, safe_open
+        from transformers import AutoConfig
+
+        self.name, self.source = name, str(source)
+        self.folder = _find(name, self.source)
+        self.config: Any = load(AutoConfig, str(self.folder))
+        if method := getattr(self.config, "quantization_config", None):
+            given = dict(method).get("quant_method", "some") if isinstance(method, dict) else method
+            raise self._quantized(f"weights quantized by {given}")
+        # Of each tensor its file, its key there, its sizes and its type.
+        self._tensors: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
+        for file in self._files():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118
+                        part = opened.get_slice(key)
+                        # As older files of BERT call them.
+                        new = key.replace(".gamma", ".weight").replace(".beta", ".bias")
+                        about = tuple(part.get_shape()), part.get_dtype()
+                        self._tensors[new] = file, key, *about
+            except (OSError, SafetensorError) as error:
+                raise self._unusable(f"{file.name}, which is damaged ({error})") from error
+        exotic = {about[-1] for about in self._tensors.values()} - _TYPES
+        if exotic:
+            raise self._quantized(f"weights of type {', '.join(sorted(exotic)).lower()}")
+
+    def bind(self, parameters: Mapping[str, tuple[int, ...]], prefix: str) -> set[str]:
+        """Call tensors as a network calls its parameters, given with their sizes.
+
+        Files may have names with the prefix of the model without its head, or without. Returns
+        the parameters that have no tensor.
+        """
+        for key in [*self._tensors]:
+            if key.endswith(_DERIVED):
+                del self._tensors[key]
+                continue
+            for alias in (f"{prefix}.{key}", key.removeprefix(f"{prefix}.")):
+                if key not in parameters and alias in parameters:
+                    self._tensors[alias] = self._tensors.pop(key)
+                    break
+        for key, shape in parameters.items():
+            if key in self._tensors and self._tensors[key][2] != shape:
+                rows = "embed" in key or "wte" in key
+                raise InputError(
+                    self.name,
+                    allowed=f"of one shape with the other checkpoint, {key} {shape}",
+                    given=f"{key} {self._tensors[key][2]}",
+                    remedy="resize both vocabularies alike" if rows else "",
+                )
+        return parameters.keys() - self._tensors.keys()
+
+    def unused(self, parameters: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """Tensors for which a network with these parameters has no use."""
+        return self._tensors.keys() - parameters.keys()
+
+    def has(self, key: str) -> bool:
+        """Whether it has a tensor of this name."""
+        return key in self._tensors
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in float32, which has to be finite."""
+        from safetensors import safe_open
+
+        file, stored, *_ = self._tensors[key]
+        with safe_open(file, framework="pt") as opened:
+            tensor = opened.get_tensor(stored).float()
+        if bad := int((~tensor.isfinite()).sum()):
+            raise InputError(
+                self.name,
+                allowed="of finite weights",
+                given=f"{key} with {bad} entries that are NaN or infinite",
+            )
+        return tensor
+
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(file.stat().st_size for file in {about[0] for about in self._tensors.values()})
+
+    def _files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        names = {"model.safetensors"}
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = sorted(self.folder / name for name in names)
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise self._unusable(f"a folder without {some(missing)}")
+        return files
+
+    def _unusable(self, given: str) -> InputError:
+        return InputError(
+            self.name,
+            allowed="a checkpoint of transformers with weights in safetensors",
+            given=f"{self.source!r}, {given}",
+            remedy="load it with transformers and save it with save_pretrained",
+        )
+
+    def _quantized(self, given: str) -> InputError:
+        return InputError(
+            self.name,
+            allowed="of weights in float32, float16 or bfloat16",
+            given=given,
+            remedy="take the checkpoint from before quantization, or dequantize and save it",
+        )
+
+
+def _find(name: str, source: str) -> Path:
+    """The folder of a checkpoint; one on the hub is fetched, or found among what was."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    place = packaged() if source == PACKAGED else Path(source).expanduser()
+    if not place.is_dir():
+        if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+            raise InputError(name, allowed="a folder that exists", given=repr(source))
+        try:
+            with quiet():
+                place = Path(snapshot_download(source, allow_patterns=_FILES))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(
+                name,
+                allowed="a folder that exists, or a name on the hub that can be reached or was "
+                "downloaded before",
+                given=f"{source!r}, which is no folder here, and on the hub {reason}",
+            ) from error
+    if (place / "adapter_config.json").is_file():
+        raise InputError(
+            name,
+            allowed="a checkpoint with all its weights",
+            given=f"{source!r}, an adapter",
+            remedy="measure it with `lorapower check BASE ADAPTER TUNED`, or merge it into its "
+            "base (merge_and_unload of peft) and name the result",
+        )
+    if not (place / "config.json").is_file():
+        raise InputError(
+            name,
+            allowed="a checkpoint of transformers",
+            given=f"{source!r}, a folder without config.json",
+        )
+    return place

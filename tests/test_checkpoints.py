@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +14,15 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from scipy import stats
 
-from lorapower import (
-    InputError,
-    LorapowerError,
-    ResultsError,
-    checkpoints,
-    cli,
-    randomness,
-)
+from lorapower import InputError, LorapowerError, ResultsError, checkpoints, randomness
 from lorapower import _hub as hub
-from lorapower.checkpoints import METHODS, Pair, Planner, export, measuring, metrics
-from lorapower.checkpoints.adapter import Adapter, towards
+from lorapower.adapters import peft as writing
+from lorapower.checkpoints import METHODS, Adapter, Pair, Planner, _measuring, metrics, workflow
+from lorapower.checkpoints import planner as planning
+from lorapower.checkpoints._measuring import lower_limit, outputs, ratio, upper_limit
 
 KINDS = [
     ("bert", "BertForSequenceClassification"),
@@ -59,12 +51,12 @@ def planner(places: tuple[str, str]) -> Planner:
 
 def test_limits_of_shares_are_those_of_the_binomial() -> None:
     equal, one = np.array([1.0] * 59), np.ones(59)
-    assert measuring.lower(equal, one) == pytest.approx(0.05 ** (1 / 59))
+    assert lower_limit(equal, one) == pytest.approx(0.05 ** (1 / 59))
     equal[:4] = 0
-    low = measuring.lower(equal, one)
+    low = lower_limit(equal, one)
     assert stats.binom.sf(54, 59, low) == pytest.approx(0.05)
-    assert measuring.lower(np.zeros(9), np.ones(9)) == 0
-    assert math.isnan(measuring.lower(np.full(3, np.nan), np.ones(3)))
+    assert lower_limit(np.zeros(9), np.ones(9)) == 0
+    assert math.isnan(lower_limit(np.full(3, np.nan), np.ones(3)))
 
 
 def test_limits_of_shares_within_texts() -> None:
@@ -72,8 +64,8 @@ def test_limits_of_shares_within_texts() -> None:
     sizes = draw.integers(3, 20, 80).astype(float)
     equal = draw.binomial(sizes.astype(int), 0.9).astype(float)
     share = equal.sum() / sizes.sum()
-    assert 0.85 < measuring.lower(equal, sizes) < share
-    assert 0.9 < measuring.lower(sizes, sizes) < 1
+    assert 0.85 < lower_limit(equal, sizes) < share
+    assert 0.9 < lower_limit(sizes, sizes) < 1
 
 
 def test_limits_of_errors_hold_as_often_as_they_say() -> None:
@@ -82,7 +74,7 @@ def test_limits_of_errors_hold_as_often_as_they_say() -> None:
         effect = draw.lognormal(0, 0.5, 80)
         # Skewed, and in the mean .01 of the effect.
         squares = effect * draw.lognormal(-0.5, 1, 80) / 100
-        held += measuring.upper(squares, effect, seed=trial) >= 0.1
+        held += upper_limit(squares, effect, seed=trial) >= 0.1
     # 190 are promised; if no more were, so few would be in one case of a thousand.
     assert held >= stats.binom.ppf(0.001, 200, 0.95)
     # And a limit far off would hold always.
@@ -90,17 +82,17 @@ def test_limits_of_errors_hold_as_often_as_they_say() -> None:
 
 
 def test_limits_of_errors_that_cannot_be_told() -> None:
-    assert measuring.upper(np.zeros(5), np.ones(5)) == 0
-    assert measuring.upper(np.array([0.0] * 79 + [1.0]), np.ones(80)) == math.inf
-    assert measuring.ratio(np.zeros(2), np.zeros(2)) == 0
-    assert measuring.ratio(np.ones(2), np.zeros(2)) == math.inf
+    assert upper_limit(np.zeros(5), np.ones(5)) == 0
+    assert upper_limit(np.array([0.0] * 79 + [1.0]), np.ones(80)) == math.inf
+    assert ratio(np.zeros(2), np.zeros(2)) == 0
+    assert ratio(np.ones(2), np.zeros(2)) == math.inf
 
 
 def test_base_has_error_1_and_tuned_0(planner: Planner) -> None:
     planner.pair.fill(planner.network, "base")
-    assert planner.held_out.measure(planner.network).error == 1
+    assert planner.test.measure(planner.network).error == 1
     planner.pair.fill(planner.network, "tuned")
-    tuned = planner.held_out.measure(planner.network)
+    tuned = planner.test.measure(planner.network)
     assert tuned.error == 0 == tuned.kl
     assert tuned.agreement == 1
 
@@ -108,7 +100,7 @@ def test_base_has_error_1_and_tuned_0(planner: Planner) -> None:
 def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     adapter = planner.candidate("plain", planner.parameters(1))
     planner.put(adapter)
-    found = planner.held_out.measure(planner.network)
+    found = planner.test.measure(planner.network)
     ours: list[torch.Tensor] = []
     wanted: list[torch.Tensor] = []
     base: list[torch.Tensor] = []
@@ -117,7 +109,7 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
             planner.put(adapter)
         else:
             planner.pair.fill(planner.network, which)
-        for batch in planner.texts.held_out:
+        for batch in planner.texts.test:
             for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
                 logits = planner.network(ids[mask.bool()][None]).logits[0].double()
                 kept.append(logits)
@@ -136,8 +128,8 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
 @pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "BertModel"])
 def test_moments_are_those_of_plain_code(architecture: str, tmp_path: Path) -> None:
     pair = Pair.open(*files.pair(tmp_path, architecture=architecture))
-    network, task = pair.network(), pair.family.task
-    batches = Planner(pair, TEXTS).texts.choosing
+    network, task = pair.network(), pair.task
+    batches = Planner(pair, TEXTS).texts.select
     name = next(n for n in pair.modules if n.endswith("1.intermediate.dense"))
     module = pair.modules[name]
     kept: dict[str, Any] = {}
@@ -154,7 +146,7 @@ def test_moments_are_those_of_plain_code(architecture: str, tmp_path: Path) -> N
     for batch in batches:
         twice = []
         for _ in range(metrics.PROBES):
-            found = measuring.outputs(network, batch, task)
+            found = outputs(network, batch, task)
             drawn = randomness.normal(probes, *found.shape, dtype=found.dtype)
             (found * drawn).sum().backward()
             twice.append(kept["y"].grad[batch.there])
@@ -175,19 +167,19 @@ def test_moments_are_those_of_plain_code(architecture: str, tmp_path: Path) -> N
 
 
 def test_groups_keep_to_the_memory(planner: Planner) -> None:
-    modules = planner.modules.values()
+    modules = [*planner.modules.values()]
     for memory in (1, 20_000, 10**9):
-        found = [*metrics.groups(modules, 100, memory)]
-        assert [m for group in found for m in group] == [*modules]
+        found = [*planning._group(modules, 100, memory)]
+        assert [m for group in found for m in group] == modules
     assert len(found) == 1
-    assert all(len(group) == 1 for group in metrics.groups(modules, 100, 1))
+    assert all(len(group) == 1 for group in planning._group(modules, 100, 1))
 
 
 def test_little_memory_gives_the_same_plan(
     planner: Planner, places: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = metrics.groups
-    monkeypatch.setattr(metrics, "groups", lambda modules, samples, _: whole(modules, samples, 1))
+    whole = planning._group
+    monkeypatch.setattr(planning, "_group", lambda modules, samples, _: whole(modules, samples, 1))
     alone = Planner(Pair.open(*places), TEXTS, max_rank=8)
     number = planner.parameters(2)
     # Other probes are drawn for each group, so that only what has none is the same.
@@ -203,11 +195,13 @@ def test_candidates_cost_no_more_than_asked(planner: Planner, method: str) -> No
     for rank in (0, 1, 3, 8):
         number = planner.parameters(rank)
         adapter = planner.candidate(method, number)
-        assert adapter.parameters == sum(
-            planner.modules[name].cost * r for name, r in adapter.ranks.items()
-        )
-        assert adapter.parameters <= number
+        assert adapter.parameters == metrics.cost(adapter.ranks, planner.modules)
         assert all(r <= 8 for r in adapter.ranks.values())
+        if method in ("uniform", "energy"):
+            # They are for no module of rank 0, whatever that costs.
+            assert adapter.ranks.keys() == planner.modules.keys()
+            number = max(number, planner.parameters(1))
+        assert adapter.parameters <= number
 
 
 def test_all_of_a_low_rank_change_is_exact(planner: Planner) -> None:
@@ -219,12 +213,10 @@ def test_prediction_is_exact_for_small_parts(planner: Planner) -> None:
     adapter = planner.candidate("two metrics", planner.parameters(1))
     predicted = planner.predicted(adapter)
     # A hundredth of what is missing loses a hundredth of what first order predicts.
-    towards(planner.pair, planner.network, adapter, 0.02)
-    assert planner.choosing.error(planner.network) == pytest.approx(0.02 * predicted, rel=0.05)
-    towards(planner.pair, planner.network, adapter, 1.0)
-    assert planner.choosing.error(planner.network) == pytest.approx(
-        planner.error(adapter), rel=1e-4
-    )
+    planner.pair.interpolate(planner.network, adapter, 0.02)
+    assert planner.select.error(planner.network) == pytest.approx(0.02 * predicted, rel=0.05)
+    planner.pair.interpolate(planner.network, adapter, 1.0)
+    assert planner.select.error(planner.network) == pytest.approx(planner.error(adapter), rel=1e-4)
 
 
 def test_each_module_alone(planner: Planner) -> None:
@@ -243,7 +235,7 @@ def test_modules_of_a_kind(places: tuple[str, str]) -> None:
     assert some.error(some.candidate("plain", some.most)) == pytest.approx(
         some.error(some.candidate("uniform", some.most)), rel=1e-3
     )
-    assert [*checkpoints.planner.chosen(pair, r"layer\.1.*query")] == [
+    assert [*Planner(pair, TEXTS, modules=r"layer\.1.*query", max_rank=1).modules] == [
         "bert.encoder.layer.1.attention.self.query"
     ]
     for wrong in ("nothing of this name", "(", 3):
@@ -261,14 +253,14 @@ def test_repair_never_makes_worse(kind: str, architecture: str, tmp_path: Path) 
     pair = Pair.open(*files.pair(tmp_path, kind, architecture))
     planner = Planner(pair, TEXTS, max_rank=4)
     start = planner.candidate("two metrics", planner.parameters(1))
-    repaired = planner.repaired(start, steps=8)
+    repaired = planner.repair(start, steps=8)
     assert repaired.ranks == start.ranks
     assert planner.error(repaired) <= planner.error(start) * (1 + 1e-4)
 
 
 def test_repair_finds_what_plain_truncation_misses(planner: Planner) -> None:
     start = planner.candidate("uniform", planner.parameters(1))
-    repaired = planner.repaired(start, steps=60)
+    repaired = planner.repair(start, steps=60)
     assert planner.error(repaired) < 0.5 * planner.error(start)
 
 
@@ -296,6 +288,17 @@ def test_plans_with_repair_need_no_more(places: tuple[str, str]) -> None:
     repaired = checkpoints.plan(*places, TEXTS, error=0.01, repair=True, steps=20)
     assert repaired.reached
     assert repaired.adapter.parameters <= plan.adapter.parameters
+
+
+def test_baselines_have_no_rank_0(places: tuple[str, str]) -> None:
+    plan = checkpoints.plan(*places, TEXTS, parameters=100, max_rank=4, by_module=False)
+    least = plan.planner.parameters(1)
+    assert plan.adapter.parameters <= 100 < least
+    used = plan.report()["baseline_parameters"]
+    assert used["uniform"] == used["energy"] == least
+    assert max(used[method] for method in ("inputs", *checkpoints.PATHS)) <= 100
+    one = plan.planner.candidate("uniform", least)
+    assert plan.report()["baseline_errors"]["uniform"] == plan.planner.measure(one).error
 
 
 def test_what_is_out_of_reach_is_said(tmp_path: Path) -> None:
@@ -367,12 +370,12 @@ def test_written_adapters_have_the_stated_error(
     base, tuned = files.pair(tmp_path, kind, architecture, change=change)
     out = tmp_path / "out"
     plan = checkpoints.extract(base, tuned, TEXTS, out, rank=1, repair=repair, steps=4)
-    report = json.loads((out / export.REPORT).read_text())
+    report = json.loads((out / workflow.REPORT).read_text())
     assert report["error"] == plan.measured.error
     assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-5, abs=1e-6)
     again = checkpoints.check(base, str(out), tuned, TEXTS)
     assert 0 < again.error < 1
-    config = json.loads((out / export.ADAPTER).read_text())
+    config = json.loads((out / writing.CONFIG).read_text())
     assert config["base_model_name_or_path"] == base
     assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
     # As a stranger would use it.
@@ -380,20 +383,24 @@ def test_written_adapters_have_the_stated_error(
         network: Any = getattr(transformers, architecture).from_pretrained(base)
         network.config.pad_token_id = 0
         loaded = peft.PeftModel.from_pretrained(network, str(out)).eval()
-    reference = plan.planner.held_out
-    assert measuring.ratio(reference._squares(loaded)[0], reference.effect) == pytest.approx(
+    reference = plan.planner.test
+    assert ratio(reference._squares(loaded)[0], reference.effect) == pytest.approx(
         plan.measured.error, rel=1e-3
     )
-    size = sum(file.stat().st_size for file in out.glob("adapter_model*"))
-    rows = 12 * 24 * 3
-    assert size < 4 * (plan.adapter.parameters + rows + 6000) + 20_000
-    assert "base_model:" in (out / export.CARD).read_text()
-    needed = {
-        *("error", "error_upper", "predicted_error", "agreement", "agreement_lower", "kl"),
-        *("parameters", "adapter_bytes", "ranks", "method", "baseline_errors", "not_low_rank"),
-        *("texts", "held_out_texts", "seconds", "versions"),
-    }
-    assert needed <= report.keys()
+    numbers = sum(part.numel() for part in load_file(out / "adapter_model.safetensors").values())
+    size = sum(file.stat().st_size for file in out.glob("adapter_*"))
+    assert (numbers, size) == (plan.carried, plan.size)
+    assert (numbers, size) == (report["carried"], report["adapter_bytes"])
+    assert plan.adapter.parameters < numbers < plan.adapter.parameters + 12 * 24 * 3 + 6000
+    # A plan knows them before.
+    pair, skeleton = plan.planner.pair, plan.planner.pair.skeleton()
+    options = workflow._options(pair, skeleton, plan.adapter)
+    estimate = writing.estimate(skeleton, plan.adapter.ranks, **options)
+    assert estimate[0] == numbers
+    assert estimate[1] == pytest.approx(size, rel=0.3)
+    card = (out / workflow.CARD).read_text()
+    assert f"base_model: {base}" in card
+    assert f"| numbers carried in all | {numbers:,} |" in card
 
 
 def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path) -> None:
@@ -404,7 +411,7 @@ def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path
     )
     assert plan.report()["left_out"] == leave
     assert not plan.adapter.biases
-    loaded = export.load(out, plan.planner.pair)
+    loaded = workflow._load(out, plan.planner.pair)
     norms = {
         name: value
         for name, value in loaded.base_model.model.named_parameters()
@@ -431,9 +438,9 @@ def test_folders_that_exist_stay_unless_forced(places: tuple[str, str], tmp_path
         checkpoints.extract(*places, TEXTS, out, force=True)
     (out / "mine").unlink()
     checkpoints.extract(*places, TEXTS, out, force=True, rank=1, repair=False)
-    first = json.loads((out / export.REPORT).read_text())
+    first = json.loads((out / workflow.REPORT).read_text())
     checkpoints.extract(*places, TEXTS, out, force=True, rank=2, repair=False)
-    second = json.loads((out / export.REPORT).read_text())
+    second = json.loads((out / workflow.REPORT).read_text())
     assert second["parameters"] > first["parameters"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -444,7 +451,7 @@ def test_nothing_half_written_looks_finished(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "describe", full)
+    monkeypatch.setattr(workflow, "_describe", full)
     with pytest.raises(ResultsError, match=r"cannot be written \(No space left"):
         checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=1, repair=False)
     assert not [*tmp_path.iterdir()]
@@ -466,7 +473,7 @@ def test_what_was_there_comes_back_if_it_cannot_be_replaced(
     monkeypatch.setattr(Path, "rename", refused)
     with (
         pytest.raises(ResultsError, match="Permission denied"),
-        export.written(out) as partial,
+        workflow._write(out) as partial,
     ):
         (partial / "new").write_text("new")
     assert (out / "old").read_text() == "old"
@@ -488,12 +495,12 @@ def test_folders_that_cannot_be_written_to_are_refused_at_once(
 def test_a_wrong_adapter_is_not_written(
     places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = export.save
+    save = workflow._save
 
     def spoiled(folder: Path, pair: Pair, network: Any, adapter: Adapter, **options: Any) -> None:
         save(folder, pair, network, Adapter({}, adapter.biases), **options)
 
-    monkeypatch.setattr(export, "save", spoiled)
+    monkeypatch.setattr(workflow, "_save", spoiled)
     with pytest.raises(LorapowerError, match="nothing was written"):
         checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=4, repair=False)
     assert not [*tmp_path.iterdir()]
@@ -509,149 +516,12 @@ def test_adapters_that_do_not_fit(places: tuple[str, str], tmp_path: Path) -> No
         checkpoints.check(places[0], str(out), places[1], TEXTS)
 
 
-# The command
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lorapower", *arguments], capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("texts") / "texts.txt"
-    path.write_text("\n".join(TEXTS), encoding="utf-8")
-    return str(path)
-
-
-def called(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["lorapower", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    out, err = capsys.readouterr()
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code, out, err
-
-
-def test_the_command_plans_extracts_and_checks(
-    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pair = [*places, "--texts", file]
-    code, out, _ = called("plan", *pair, "--error", "0.3", "--json", capsys=capsys)
-    report = json.loads(out)
-    assert code == 0
-    assert report["error"] <= 0.3
-    code, out, _ = called("plan", *pair, "--rank", "1", capsys=capsys)
-    assert code == 0
-    assert "attention" in out
-    assert "carried over" in out
-    folder = str(tmp_path / "out")
-    options = ["--rank", "2", "--out", folder, "--no-repair"]
-    code, out, _ = called("extract", *pair, *options, capsys=capsys)
-    assert code == 0
-    assert "Written to" in out
-    code, _, err = called("extract", *pair, *options, capsys=capsys)
-    assert code == 2
-    assert "replace it with --force" in err
-    assert err.count("\n") == 1
-    code, out, _ = called(
-        "check", places[0], folder, places[1], "--texts", file, "--json", capsys=capsys
-    )
-    assert code == 0
-    assert json.loads(out)["texts"] == 140
-
-
-def test_status_1_says_how_near_one_gets(
-    places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--texts", file, "--error", "0.000001", "--max-rank", "1"]
-    code, out, _ = called("plan", *places, *options, capsys=capsys)
-    assert code == 1
-    assert "the nearest is" in " ".join(out.split())
-
-
-def test_status_2_is_bad_input(
-    places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = called("plan", "./nowhere", places[1], "--texts", file, capsys=capsys)
-    assert code == 2
-    assert "a folder that exists" in err
-    code, _, err = called("plan", *places, "--texts", "nowhere.txt", capsys=capsys)
-    assert code == 2
-    assert "UTF-8" in err
-    code, _, err = called("plan", *places, "--texts", file, "--rank", "x", capsys=capsys)
-    assert code == 2
-
-
-def test_the_command_is_installed() -> None:
-    found = run("--help")
-    assert found.returncode == 0
-    assert all(name in found.stdout for name in ("plan", "extract", "check"))
-
-
-@pytest.mark.parametrize("library", ["typer", "transformers"])
-def test_without_its_extra_the_command_says_what_to_install(library: str) -> None:
-    code = (
-        f"import sys; sys.modules[{library!r}] = None; from lorapower.__main__ import main; main()"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 2
-    assert f"no {library}: install the extra `checkpoints`" in found.stderr
-    assert found.stderr.count("\n") == 1
-
-
-def test_plans_need_no_library_of_the_studies(places: tuple[str, str]) -> None:
-    code = (
-        "import sys\n"
-        "absent = 'accelerate', 'datasets', 'sklearn', 'pydantic', 'seaborn'\n"
-        "sys.modules |= dict.fromkeys(absent)\n"
-        "import checkpoint_files as files\n"
-        "from lorapower import checkpoints\n"
-        f"checkpoints.plan(*{places!r}, files.texts(140), rank=1, max_rank=1, by_module=False)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-
-
-def test_killed_in_the_middle_nothing_looks_finished(
-    places: tuple[str, str], file: str, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    code = "from lorapower.cli import main; main()"
-    arguments = ["extract", *places, "--texts", file, "--out", str(out), "--rank", "2"]
-    for sign, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while not any(path.name.startswith("torch") for path in mapped(process.pid)):
-            time.sleep(0.1)
-        time.sleep(2)
-        os.kill(process.pid, sign)
-        assert process.wait() in (status, -sign, 0)
-        assert not out.exists() or (out / export.REPORT).is_file()
-
-
-def mapped(process: int) -> list[Path]:
-    """Files that a process has mapped."""
-    try:
-        lines = Path(f"/proc/{process}/maps").read_text().splitlines()
-    except OSError:
-        return [Path("torch")]
-    return [Path(line.split()[-1]) for line in lines if "libtorch_cpu" in line] and [Path("torch")]
-
-
 def test_reports_and_cards_of_numbers_that_json_lacks(
     places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "upper", lambda *_, **__: math.inf)
+    monkeypatch.setattr(_measuring, "upper_limit", lambda *_, **__: math.inf)
     out = tmp_path / "out"
     plan = checkpoints.extract(*places, TEXTS, out, rank=1, repair=False)
     assert plan.measured.error_upper == math.inf
-    assert json.loads((out / export.REPORT).read_text())["error_upper"] is None
-    assert "no limit can be given" in (out / export.CARD).read_text()
+    assert json.loads((out / workflow.REPORT).read_text())["error_upper"] is None
+    assert "no limit can be given" in (out / workflow.CARD).read_text()

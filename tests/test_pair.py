@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoint_files as files
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorapower import InputError
-from lorapower.checkpoints import Pair, families, texts
-from lorapower.checkpoints.stored import Stored
+from lorapower._hub import Checkpoint
+from lorapower.checkpoints import Pair, _measuring, read_texts
 
 ARCHITECTURES = [
     ("bert", "BertForSequenceClassification"),
@@ -61,9 +62,10 @@ def test_pairs_know_modules_and_all_else(kind: str, architecture: str, tmp_path:
             pair.weight("tuned", module) - pair.weight("base", module),
         )
         assert pair.change(module.name).shape == module.shape
-        assert module.kind in ("attention", "mlp", "other")
-    halves = {module.kind for module in pair.modules.values()}
-    assert {"attention", "mlp"} <= halves
+        inside = "attn" in module.name or "attention" in module.name
+        kind = "other" if "pooler" in module.name else "attention" if inside else "mlp"
+        assert module.kind == kind
+    assert {"attention", "mlp"} <= {module.kind for module in pair.modules.values()}
     pair.fill(network, "base")
     for name, value in network.named_parameters():
         assert torch.equal(value, pair.base.read(name))
@@ -209,13 +211,13 @@ def test_weights_that_are_not_finite_are_refused_when_read(tmp_path: Path) -> No
 
 def test_missing_folders_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="base must be a folder that exists"):
-        Stored("base", str(tmp_path / "nowhere"))
+        Checkpoint("base", str(tmp_path / "nowhere"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         InputError, match="'somebody/model', which is no folder here, and on the hub"
     ):
-        Stored("base", "somebody/model")
+        Checkpoint("base", "somebody/model")
 
 
 def test_checkpoints_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,42 +236,44 @@ def test_checkpoints_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     assert pair.tuned.source == "somebody/tuned"
 
 
-def test_kinds_are_told_by_place() -> None:
-    assert families.kind("h.3.attn.c_proj", "h") == "attention"
-    assert families.kind("h.3.mlp.c_proj", "h") == "mlp"
-    assert families.kind("pooler.dense", "encoder.layer") == "other"
-
-
 class TestTexts:
-    config = type("Config", (), {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 2})
-    config.vocab_size, config.max_position_embeddings = 64, 10  # type: ignore[attr-defined]
+    config = SimpleNamespace(
+        model_type="bert",
+        hidden_size=8,
+        num_hidden_layers=2,
+        vocab_size=64,
+        max_position_embeddings=10,
+    )
 
-    def prepared(self, given: Any, held_out: Any = None, **options: Any) -> texts.Texts:
-        return texts.prepared(given, held_out, files.words(), self.config, **options)
+    def prepared(self, given: Any, test: Any = None, *, seed: int = 0) -> _measuring.Texts:
+        pair: Any = SimpleNamespace(
+            tokenizer=files.words(), tuned=SimpleNamespace(config=self.config)
+        )
+        return _measuring.prepare(pair, given, test, tokens=128, seed=seed)
 
     def test_parts_share_nothing_and_lose_nothing(self) -> None:
         given = files.texts(160)
         found = self.prepared([*given, *given[:20], "  "])
         there = [
             tuple(row[mask.bool()].tolist())
-            for part in (found.fitting, found.choosing, found.held_out)
+            for part in (found.fit, found.select, found.test)
             for batch in part
             for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         ]
         assert len(there) == len(set(given))
-        assert texts.count(found.held_out) == 80
-        assert (texts.count(found.fitting), texts.count(found.choosing)) == (60, 20)
+        assert _measuring.count(found.test) == 80
+        assert (_measuring.count(found.fit), _measuring.count(found.select)) == (60, 20)
         assert found.cut == sum(len(text.split()) > 10 for text in given)
 
     def test_one_seed_is_one_choice(self) -> None:
         given = files.texts(160)
         one, same, other = (self.prepared(given, seed=seed) for seed in (1, 1, 2))
-        assert torch.equal(one.held_out[0].input_ids, same.held_out[0].input_ids)
-        assert one.held_out[0].input_ids.tolist() != other.held_out[0].input_ids.tolist()
+        assert torch.equal(one.test[0].input_ids, same.test[0].input_ids)
+        assert one.test[0].input_ids.tolist() != other.test[0].input_ids.tolist()
 
     def test_large_networks_get_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(texts, "LOAD", 25 * texts.load(self.config))
-        for batch in self.prepared(files.texts(160)).fitting:
+        monkeypatch.setattr(_measuring, "LOAD", 25 * _measuring.load(self.config))
+        for batch in self.prepared(files.texts(160)).fit:
             assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
 
     @pytest.mark.parametrize(
@@ -292,12 +296,12 @@ class TestTexts:
         plain, lines = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
         plain.write_text("one\ntwo ü\n", encoding="utf-8")
         lines.write_text('{"text": "one"}\n\n{"text": "two ü"}\n', encoding="utf-8")
-        assert texts.read(plain) == texts.read(lines) == ["one", "two ü"]
+        assert read_texts(plain) == read_texts(lines) == ["one", "two ü"]
         lines.write_text('{"words": "one"}\n')
         with pytest.raises(InputError, match=r"texts\.jsonl, line 1: "):
-            texts.read(lines)
+            read_texts(lines)
         plain.write_bytes(b"\xff\xfe")
         with pytest.raises(InputError, match="a file in UTF-8"):
-            texts.read(plain)
+            read_texts(plain)
         with pytest.raises(InputError, match="a file in UTF-8"):
-            texts.read(tmp_path / "nowhere")
+            read_texts(tmp_path / "nowhere")

@@ -83,6 +83,14 @@ def test_small_directions_count_by_what_they_explain(small: float) -> None:
     assert float(missed.square().sum()) <= 1.01 * float(other.square().sum())
 
 
+def test_inputs_that_do_not_vary_leave_what_is_shrunken_to() -> None:
+    z, y, _, E = drawn(0, 3, 4, 9)
+    found = reduced_rank(y, torch.ones_like(z), 2, towards=E, shrinkage=0.05)
+    nearest = lowrank.truncated_svd(E, 2).matrix()
+    assert torch.allclose(found.update.matrix(), nearest)
+    assert torch.allclose(found.intercept, y.mean(1) - nearest.sum(1))
+
+
 def test_infinite_shrinkage_is_the_limit() -> None:
     z, y, R, E = drawn(2, 4, 5, 50)
     limit = reduced_rank(y, z, 4, towards=E, shrinkage=torch.inf, metric=R).update.matrix()

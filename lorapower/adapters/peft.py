@@ -1,40 +1,124 @@
-"""Adapters in the files of the library ``peft``, which is not needed to write them."""
+"""Adapters in the format of the library ``peft``, written by ``peft`` itself."""
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import re
-from collections.abc import Sequence
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
+import safetensors
+import torch
 from torch import Tensor, nn
 
+from .. import _hub
 from ..errors import InputError
 from ..lowrank import LowRank
 from . import files
 
+CONFIG = "adapter_config.json"
 # What peft takes for a name of no module at all, where else it would insist on one.
-NO_MODULES = "dummy-target-modules"
+_NO_MODULES = "dummy-target-modules"
+
+
+def wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **options: Any) -> Any:
+    """A network with an adapter of its own rank, scaled by 1, on each of the named modules.
+
+    With ``biases`` all of the network's are kept with the adapter. ``options`` are more of
+    ``peft.LoraConfig``. The network itself is changed.
+    """
+    _hub.require("checkpoints", "peft")
+    from peft import LoraConfig, get_peft_model
+
+    # Only a pattern matches whole names: "0" in a list would match "1.0" too.
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    largest = max(ranks.values(), default=1)
+    config = LoraConfig(
+        target_modules="|".join(map(re.escape, ranks)) or _NO_MODULES,
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        bias="all" if biases else "none",
+        inference_mode=True,
+        **options,
+    )
+    with warnings.catch_warnings():
+        # It says of tied weights and of biases what is tested of what is read back.
+        warnings.simplefilter("ignore")
+        return get_peft_model(network, config)
+
+
+def save(
+    folder: Path | str,
+    network: Any,
+    updates: Mapping[str, LowRank],
+    *,
+    base: str | None = None,
+    **options: Any,
+) -> None:
+    """Write the updates of a network's modules, by name, and what `wrap` keeps with them.
+
+    ``base`` is what others call the network, which is used up. ``options`` are those of `wrap`.
+    """
+    wrapped = wrap(network, {name: update.rank for name, update in updates.items()}, **options)
+    with torch.no_grad():
+        for name, update in updates.items():
+            module = wrapped.base_model.model.get_submodule(name)
+            module.lora_A["default"].weight.copy_(update.right.mT)
+            module.lora_B["default"].weight.copy_(update.left)
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def estimate(network: Any, ranks: Mapping[str, int], **options: Any) -> tuple[int, int]:
+    """Numbers in the file that `save` would write, and about the bytes of its files.
+
+    The network may be one on the device ``"meta"``, and is used up.
+    """
+    from peft import get_peft_model_state_dict
+
+    wrapped = wrap(network, ranks, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    about = wrapped.peft_config["default"].to_dict()
+    # Beside 4 bytes a number: each tensor's entry in the header, and the configuration.
+    return numbers, 4 * numbers + 160 * len(tensors) + len(json.dumps(about, default=list))
+
+
+def size(folder: Path) -> tuple[int, int]:
+    """Numbers in an adapter's file, and bytes of its files."""
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():
+        with safetensors.safe_open(weights, framework="pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+    else:
+        tensors = torch.load(weights.with_suffix(".bin"), weights_only=True, map_location="cpu")
+        shapes = [tensor.shape for tensor in tensors.values()]
+    size = sum(file.stat().st_size for file in folder.glob("adapter_*"))
+    return sum(map(math.prod, shapes)), size
 
 
 def write(
     folder: Path, module: nn.Sequential, updates: Sequence[LowRank], biases: Sequence[Tensor]
 ) -> None:
-    """The configuration and the weights for the ``Linear`` layers of a module."""
+    """Write the configuration and the weights for the ``Linear`` layers of a module."""
     layers = _layers(module, updates)
-    adapted = {name: u for name, u in zip(layers, updates, strict=True) if u.rank}
-    config = _config({name: update.rank for name, update in adapted.items()}, bool(biases))
-    tensors = {}
-    for name, update in adapted.items():
-        place, dtype = f"base_model.model.{name}", layers[name].weight.dtype
-        tensors[f"{place}.lora_A.weight"] = update.right.mT.to(dtype)
-        tensors[f"{place}.lora_B.weight"] = update.left.to(dtype)
-    for (name, layer), change in zip(layers.items(), biases, strict=bool(biases)):
-        inner = ".base_layer" if name in adapted else ""
-        if "bias" in dict(layer.named_parameters()):
-            bias = (layer.bias.detach().cpu() + change.cpu()).to(layer.bias.dtype)
-            tensors[f"base_model.model.{name}{inner}.bias"] = bias
+    tuned = copy.deepcopy(module)
+    for name, change in zip(layers, biases, strict=bool(biases)):
+        bias = dict(tuned.get_submodule(name).named_parameters()).get("bias")
+        if bias is not None:
+            with torch.no_grad():
+                bias.add_(change)
         elif change.any():
             raise InputError(
                 "module",
@@ -42,9 +126,11 @@ def write(
                 given=f"none in layer {name}",
                 remedy="make the layer with bias=True, and zeros for them",
             )
-    owned = {name: files.owned(values) for name, values in tensors.items()}
-    files.put(folder / "adapter_model.safetensors", safetensors.torch.save(owned, {"format": "pt"}))
-    files.put(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+    adapted = {name: u for name, u in zip(layers, updates, strict=True) if u.rank}
+    with tempfile.TemporaryDirectory() as partial:
+        save(partial, tuned, adapted, biases=bool(biases))
+        for name in ("adapter_model.safetensors", CONFIG):
+            files.put(folder / name, Path(partial, name).read_bytes())
 
 
 def _layers(module: nn.Sequential, updates: Sequence[LowRank]) -> dict[str, nn.Linear]:
@@ -62,21 +148,3 @@ def _layers(module: nn.Sequential, updates: Sequence[LowRank]) -> dict[str, nn.L
             "module", allowed=f"of Linear layers {expected}, as the adapters are", given=given
         )
     return layers
-
-
-def _config(ranks: dict[str, int], biases: bool) -> dict[str, object]:
-    # Only a pattern matches whole names: "0" in a list would match "1.0" too.
-    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
-    largest = max(ranks.values(), default=1)
-    return {
-        "peft_type": "LORA",
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "target_modules": "|".join(map(re.escape, ranks)) or NO_MODULES,
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
-        "lora_dropout": 0.0,
-        "bias": "all" if biases else "none",
-    }

@@ -1,4 +1,7 @@
-from .measuring import Measured as Measured
+from ._measuring import LEAST_TEXTS as LEAST_TEXTS
+from ._measuring import Measured as Measured
+from ._measuring import read_texts as read_texts
+from .pair import Adapter as Adapter
 from .pair import Module as Module
 from .pair import Other as Other
 from .pair import Pair as Pair

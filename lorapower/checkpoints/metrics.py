@@ -1,46 +1,49 @@
-"""What modules take in, and what the outputs feel of theirs: second moments on calibration texts.
+"""The metrics of a module's inputs and outputs, directions of its change in them, and ranks.
 
-They are kept as rows whose products are the moments, from a QR factorization that takes in a batch
-at a time, so that few or dependent samples cost no digits.
+Second moments are taken on calibration texts and kept as rows whose products are the moments, from
+a QR factorization that takes in a batch at a time, so that few or dependent samples cost no digits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import randomness
-from .families import Task
-from .measuring import outputs
-from .pair import Module
-from .texts import Batch, count
+from .. import randomness, regression
+from ..lowrank import LowRank
+from ._measuring import Batch, count, outputs, watch
+from .pair import Module, Task
 
+Metric = Literal["plain", "input", "both"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 # Random combinations of the outputs whose gradients are taken, for each text.
 PROBES = 2
 # Part of the weight of inputs that is the same for all tokens.
 EVEN = 0.3
+# The output metric is known from few texts: this part of its mean is added for every direction.
+RIDGE = 0.1
 
 
 class Moments(NamedTuple):
-    """Of a module, over calibration texts.
+    """Second moments of a module over calibration texts.
 
     Attributes
     ----------
     inputs : Tensor
-        Rows ``Z`` with ``ZᵀZ = C``, the second moment of what it takes in: about the mean where a
-        bias can make up for that, else about 0. Tokens count by the squared gradient of the
-        network's outputs there, and in part (`EVEN`) all the same.
+        Rows ``Z`` with ``ZᵀZ = C``, the second moment of the inputs: about the mean where a bias
+        can make up for that, else about 0. Tokens count by the squared gradient of the network's
+        outputs there, and in part (`EVEN`) all the same.
     mean : Tensor
         What was subtracted.
     outputs : Tensor
-        Rows ``R`` with ``RᵀR = G``: ``vᵀGv`` is, to first order and in the mean over texts, the sum
-        over tokens of the squared change of the network's outputs if ``v`` is added to the module's
-        for this token.
+        Rows ``R`` with ``RᵀR = G``. To first order ``vᵀGv`` is the sum over tokens of the squared
+        change of the network's outputs if ``v`` is added to the module's output for this token,
+        averaged over texts.
     """
 
     inputs: Float[Tensor, "rows in"]
@@ -48,11 +51,14 @@ class Moments(NamedTuple):
     outputs: Float[Tensor, "rows out"]
 
 
-class Rows:
+class _Rows:
     """The triangular factor of weighted rows that come in batches, and their mean."""
 
     def __init__(self, centred: bool) -> None:
-        self.centred, self.total = centred, 0.0
+        # The first column is then 1 in each row: the first row of the factor holds the mean, and
+        # those below are about it.
+        self._first = 1 if centred else 0
+        self._total = 0.0
         self._parts: list[Tensor] = []
 
     def add(
@@ -60,27 +66,26 @@ class Rows:
     ) -> None:
         """Take in more rows, each of weight 1 unless others are given."""
         weights = rows.new_ones(len(rows)) if weights is None else weights
-        self.total += float(weights.sum())
-        if self.centred:
-            # The first row of the factor then holds the mean, and those below are about it.
-            rows = torch.cat([rows.new_ones(len(rows), 1), rows], 1)
+        self._total += float(weights.sum())
+        rows = torch.cat([rows.new_ones(len(rows), self._first), rows], 1)
         self._parts.append(rows * weights.sqrt()[:, None])
         if sum(map(len, self._parts)) > 4 * rows.shape[1]:
             self._parts = [self.factor()]
 
     def moment(self) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " columns"]]:
         """Rows whose products are the second moment, and the mean; zeros if none is subtracted."""
-        factor = self.factor()
-        if not self.total:
-            return factor[:, self.centred :], factor.new_zeros(factor.shape[1] - self.centred)
-        if not self.centred:
-            return factor / self.total**0.5, factor.new_zeros(factor.shape[1])
-        return factor[1:, 1:] / self.total**0.5, factor[0, 1:] / factor[0, 0]
+        factor, first = self.factor(), self._first
+        mean = factor.new_zeros(factor.shape[1] - first)
+        if not self._total:
+            return factor[:, first:], mean
+        if first:
+            mean = factor[0, 1:] / factor[0, 0]
+        return factor[first:, first:] / self._total**0.5, mean
 
     def factor(self) -> Float[Tensor, "rows columns"]:
-        """Rows whose products are the weighted sum of those of all rows, not more than columns."""
+        """Rows whose products are the weighted sum over all rows, not more than columns."""
         rows = torch.cat(self._parts)
-        if len(rows) <= rows.shape[1] and not self.centred:
+        if len(rows) <= rows.shape[1] and not self._first:
             return rows
         return torch.linalg.qr(rows, mode="r").R
 
@@ -94,92 +99,259 @@ def moments(
     centred: bool = True,
     seed: int = 0,
 ) -> dict[str, Moments]:
-    """`Moments` of these modules of a network, from one pass over the texts, and gradients of it.
+    """Take `Moments` of modules of a network in one pass over texts, forwards and backwards.
 
     Gradients are those of random combinations of the outputs with independent normal weights, so
-    that their second moment is the mean over outputs. ``centred`` only of modules with a bias.
+    that their second moment is the mean over outputs.
+
+    Parameters
+    ----------
+    network : Any
+        Of transformers.
+    modules : iterable of Module
+        Which of its modules.
+    batches : sequence of Batch
+        The texts.
+    task : str
+        That of `Pair`: which outputs count.
+    centred : bool
+        Whether inputs of modules with a bias are taken about their mean.
+    seed : int
+        Draws the combinations.
     """
-    chosen = {module.name: module for module in modules}
-    into = {name: Rows(centred and module.bias) for name, module in chosen.items()}
-    felt = {name: Rows(False) for name in chosen}
+    known = {module.name: module for module in modules}
+    inputs = {name: _Rows(centred and module.bias) for name, module in known.items()}
+    gradients = {name: _Rows(False) for name in known}
     probes = randomness.generator(seed, "probes")
     for batch in batches:
-        with torch.enable_grad(), watched(network, chosen) as seen:
-            found = outputs(network, batch, task)
-            after = [given for _, given in seen.values()]
+        with torch.enable_grad(), watch(network, known) as seen:
+            values = outputs(network, batch, task)
+            after = [output for _, output in seen.values()]
             weights = [torch.zeros(()) for _ in after]
             for probe in range(PROBES):
-                drawn = randomness.normal(probes, *found.shape, dtype=found.dtype)
-                gradients = torch.autograd.grad(
-                    (found * drawn).sum(),
+                drawn = randomness.normal(probes, *values.shape, dtype=values.dtype)
+                slopes = torch.autograd.grad(
+                    (values * drawn).sum(),
                     after,
                     retain_graph=probe < PROBES - 1,
                     allow_unused=True,
                 )
-                for i, (name, gradient) in enumerate(zip(seen, gradients, strict=True)):
-                    given = torch.zeros_like(after[i]) if gradient is None else gradient
-                    rows = _tokens(given, batch)
-                    felt[name].add(rows)
+                for i, (name, slope) in enumerate(zip(seen, slopes, strict=True)):
+                    rows = _rows(torch.zeros_like(after[i]) if slope is None else slope, batch)
+                    gradients[name].add(rows)
                     weights[i] = weights[i] + rows.square().sum(-1)
         for (name, (given, _)), weight in zip(seen.items(), weights, strict=True):
-            into[name].add(_tokens(given, batch), _mixed(weight))
+            inputs[name].add(_rows(given, batch), _even_out(weight))
     size = (count(batches) * PROBES) ** 0.5
-    return {name: Moments(*into[name].moment(), felt[name].factor() / size) for name in chosen}
+    return {
+        name: Moments(*inputs[name].moment(), gradients[name].factor() / size) for name in known
+    }
 
 
-@contextmanager
-def watched(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Within it, what modules take in and give is seen, ``{name: (input, output)}``.
-
-    They stand in the order of their calls. Where gradients are on, what they give has one, though
-    no parameter does.
-    """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(name: str) -> Any:
-        def hook(_: Any, given: tuple[Tensor, ...], found: Tensor) -> None:
-            seen[name] = given[0].detach(), found
-
-        return hook
-
-    def start(_: Any, __: Any, found: Tensor) -> Tensor:
-        return found.detach().requires_grad_(torch.is_grad_enabled())
-
-    with ExitStack() as stack:
-        for name in modules:
-            place = network.get_submodule(name)
-            stack.callback(place.register_forward_hook(watch(name)).remove)
-        first = network.get_input_embeddings()
-        stack.callback(first.register_forward_hook(start).remove)
-        yield seen
-
-
-def _tokens(values: Tensor, batch: Batch) -> Float[Tensor, "rows columns"]:
-    """Of each token a row; of what there is one of for each text, that."""
+def _rows(values: Tensor, batch: Batch) -> Float[Tensor, "rows columns"]:
+    """A row for each token, or for each text where there is one value for a text."""
     return values[batch.there] if values.ndim == 3 else values
 
 
-def _mixed(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def _even_out(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Weights of mean 1, a part of which is the same for all."""
     mean = weights.mean()
     return EVEN + (1 - EVEN) * weights / mean if mean > 0 else torch.ones_like(weights)
 
 
-def groups(modules: Iterable[Module], samples: int, memory: int) -> Iterator[list[Module]]:
-    """Modules in runs whose moments take at most so many bytes, or one module each.
+class Directions(NamedTuple):
+    """The leading part of a module's change ``E``, in the order in which a metric takes it.
 
-    ``samples`` are the tokens that they are taken from.
+    Attributes
+    ----------
+    update : LowRank
+        Its first ``r`` columns are the best update ``K_r`` of rank ``r`` [prop-two-metrics].
+    values : Tensor
+        ``σ_1 ≥ σ_2 ≥ …``: direction ``d`` takes ``σ_d²`` off the squared error.
+    total : float
+        ``Σσ_d²`` over all directions, also those past the last column.
+    shift : Tensor
+        ``Eμ``, what the bias takes over of the change at the mean input with rank 0.
+    mean : Tensor
+        ``μ``.
     """
-    group: list[Module] = []
-    taken = 0
-    for module in modules:
-        out, into = module.shape
-        # While rows are taken in there are up to five times as many as columns.
-        size = 4 * into * min(samples, 5 * into) + 4 * out * min(samples, out)
-        if group and taken + size > memory:
-            yield group
-            group, taken = [], 0
-        group.append(module)
-        taken += size
-    if group:
-        yield group
+
+    update: LowRank
+    values: Float[Tensor, " k"]
+    total: float
+    shift: Float[Tensor, " out"]
+    mean: Float[Tensor, " in"]
+
+    def best(self, rank: int) -> LowRank:
+        """``K_r``, the best update of a rank."""
+        return LowRank(self.update.left[:, :rank], self.update.right[:, :rank])
+
+    def bias(self, rank: int) -> Float[Tensor, " out"]:
+        """``(E − K_r)μ``, what is added to the tuned bias beside the best update of a rank."""
+        best = self.best(rank)
+        return self.shift - best.left @ (best.right.mT @ self.mean)
+
+
+def directions(
+    change: Float[Tensor, "out in"], about: Moments | None, metric: Metric, most: int
+) -> Directions:
+    """Find the directions of a change ``E`` in a metric, at most ``most`` [prop-two-metrics].
+
+    ``σ_d`` are the singular values of ``R E Zᵀ``. ``Z`` has the inputs' second moment, or is the
+    identity in the metric ``"plain"``; ``R`` is the `root` of the outputs' in ``"both"``, else the
+    identity. A module that no output depends on has no direction in ``"both"``.
+    """
+    E = change.double()
+    Z: Tensor | None = None
+    R: Tensor | None = None
+    mean = E.new_zeros(E.shape[1])
+    if metric != "plain":
+        assert about is not None
+        Z, mean = about.inputs.double(), about.mean.double()
+    if metric == "both":
+        assert about is not None
+        R = root(about.outputs)
+        if R is None:
+            nothing = LowRank(E[:, :0], E[:0].mT)
+            return Directions(nothing, E.new_zeros(0), 0.0, E @ mean, mean)
+    best = regression.truncate(
+        E,
+        min(most, *E.shape),
+        inputs=None if Z is None else Z.mT,
+        metric=R,
+        approximate=True,
+    )
+    return Directions(best.update, best.values, float(best.total), E @ mean, mean)
+
+
+def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
+    """``R``, upper triangular, with ``RᵀR = G + ρ c I``: the output metric with its ridge.
+
+    ``G`` is the product of the rows, ``c`` its mean diagonal entry and ``ρ`` `RIDGE`. There is none
+    for ``G = 0``.
+    """
+    rows = outputs.double()
+    if not rows.any():
+        return None
+    return regression.second_moment_root(rows.mT, RIDGE) * len(rows) ** 0.5
+
+
+class Allocation(NamedTuple):
+    """Directions of all modules in the order in which more parameters take them.
+
+    Attributes
+    ----------
+    modules : list of str
+        The module of each step.
+    costs : array
+        Numbers of parameters after each step.
+    """
+
+    modules: list[str]
+    costs: np.ndarray[tuple[int], np.dtype[np.int64]]
+
+    def ranks(self, parameters: int) -> dict[str, int]:
+        """Ranks for at most so many parameters."""
+        return self.after(int(np.searchsorted(self.costs, parameters, side="right")))
+
+    def after(self, steps: int) -> dict[str, int]:
+        """Ranks after so many steps; modules of rank 0 are left out."""
+        ranks: dict[str, int] = {}
+        for name in self.modules[:steps]:
+            ranks[name] = ranks.get(name, 0) + 1
+        return ranks
+
+
+def allocate(
+    values: Mapping[str, Float[Tensor, " k"]], modules: Mapping[str, Module], step: int = 1
+) -> Allocation:
+    """Order directions by ``σ²/cost``, the largest first [prop-allocation].
+
+    ``step`` directions of a module are taken at once. The ranks after each step are best for what
+    they cost, among all ranks that are multiples of ``step``, for the prediction
+    ``Σ_m Σ_{d>r_m} σ_d²``.
+    """
+    items = []
+    for order, (name, sigma) in enumerate(values.items()):
+        squares = sigma.double().square()
+        for start in range(0, len(squares), step):
+            taken = squares[start : start + step]
+            density = float(taken.sum()) / (modules[name].cost * len(taken))
+            items.append((-density, order, start, name, len(taken)))
+    items = sorted(item for item in items if item[0] < 0)
+    names = [name for *_, name, size in items for _ in range(size)]
+    costs = np.cumsum([modules[name].cost for name in names], dtype=np.int64)
+    if step > 1:
+        # Within a step nothing is bought before all of it is.
+        ends = np.cumsum([size for *_, size in items], dtype=np.int64) - 1
+        costs = np.repeat(costs[ends], np.diff(ends, prepend=-1))
+    return Allocation(names, costs)
+
+
+def uniform(modules: Mapping[str, Module], rank: int) -> dict[str, int]:
+    """One rank for all modules, or the highest that a small one can have."""
+    return {name: min(rank, *module.shape) for name, module in modules.items()}
+
+
+def by_energy(
+    values: Mapping[str, Float[Tensor, " k"]],
+    totals: Mapping[str, float],
+    modules: Mapping[str, Module],
+    parameters: int,
+) -> dict[str, int]:
+    """Give each module the least rank that keeps one and the same share of its ``‖ΔW‖²``.
+
+    The share is the largest that so many parameters pay for; where they do not pay for rank 1 in
+    each module that changed, these are the ranks. This is the rule of ``peft.convert_to_lora`` and,
+    with norms in place of squares, of other tools that extract adapters.
+    """
+    shares = {
+        name: (sigma.double().square().cumsum(0) / totals[name]).numpy()
+        for name, sigma in values.items()
+        if totals[name]
+    }
+
+    def ranks(least: float) -> dict[str, int]:
+        return {
+            name: min(int((share < least).sum()) + 1, len(share)) for name, share in shares.items()
+        }
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = cost(ranks(middle), modules) <= parameters
+        low, high = (middle, high) if fits else (low, middle)
+    return ranks(low)
+
+
+def by_inputs(
+    spread: Mapping[str, Float[Tensor, " k"]],
+    modules: Mapping[str, Module],
+    parameters: int,
+    most: int,
+) -> dict[str, int]:
+    """Give modules ranks that follow the variance of their inputs, for at most so many parameters.
+
+    Directions of all modules are taken by their part of the variance, the largest first, as EVA
+    does before training, with inputs as they are (Paischer et al., 2024). ``spread`` has the
+    singular values of each module's inputs as `Moments` weighs them; ``most`` is the highest rank.
+    """
+    parts = sorted(
+        (-float(part), order, name)
+        for order, (name, sigma) in enumerate(spread.items())
+        for part in sigma.double().square() / sigma.double().square().sum()
+    )
+    ranks: dict[str, int] = {}
+    for _, _, name in parts:
+        rank = ranks.get(name, 0) + 1
+        if rank > min(most, *modules[name].shape):
+            continue
+        if (parameters := parameters - modules[name].cost) < 0:
+            break
+        ranks[name] = rank
+    return ranks
+
+
+def cost(ranks: Mapping[str, int], modules: Mapping[str, Module]) -> int:
+    """Numbers of the factors of these ranks: ``Σ_m r_m (out_m + in_m)``."""
+    return sum(modules[name].cost * rank for name, rank in ranks.items())

@@ -1,22 +1,47 @@
-"""Two checkpoints of one architecture: what tuning changed, and a network with either's weights."""
+"""Two checkpoints of one architecture, what tuning changed, and adapters in place of the change."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import _hub as hub
+from .._hub import Checkpoint
 from ..errors import InputError
-from . import families
-from .families import Family, Kind
-from .stored import Stored
-from .texts import tokenizer
+from ..lowrank import LowRank
+
+Task = Literal["classification", "language", "encoder"]
+Half: TypeAlias = Literal["attention", "mlp", "other"]
+Values: TypeAlias = Mapping[str, Callable[[], Tensor]]
+# By `model_type` of transformers, where the equal blocks are in the model without its head.
+_BLOCKS = {
+    "bert": "encoder.layer",
+    "camembert": "encoder.layer",
+    "roberta": "encoder.layer",
+    "xlm-roberta": "encoder.layer",
+    "distilbert": "transformer.layer",
+    "gpt2": "h",
+    "llama": "layers",
+    "mistral": "layers",
+    "phi3": "layers",
+    "qwen2": "layers",
+    "qwen3": "layers",
+}
+# What an architecture is for, by the end of its name.
+_TASKS: dict[str, Task] = {
+    "ForSequenceClassification": "classification",
+    "ForCausalLM": "language",
+    "LMHeadModel": "language",
+    "Model": "encoder",
+}
+KINDS = ("bias", "norm", "embedding", "head")
 
 
 class Module(NamedTuple):
@@ -26,7 +51,7 @@ class Module(NamedTuple):
     ----------
     name : str
         In the network.
-    kind : Kind
+    kind : str
         ``"attention"`` or ``"mlp"``, the halves of a block, or ``"other"``.
     shape : tuple
         ``(out, in)``.
@@ -37,7 +62,7 @@ class Module(NamedTuple):
     """
 
     name: str
-    kind: Kind
+    kind: Half
     shape: tuple[int, int]
     bias: bool
     transposed: bool
@@ -66,7 +91,29 @@ class Other(NamedTuple):
     size: int
 
 
-KINDS = ("bias", "norm", "embedding", "head")
+class Adapter(NamedTuple):
+    """What a base gets in place of the change of its modules.
+
+    Attributes
+    ----------
+    factors : dict
+        Updates by module; a module without one has rank 0.
+    biases : dict
+        Biases by module, where they are not the tuned ones.
+    """
+
+    factors: dict[str, LowRank]
+    biases: dict[str, Float[Tensor, " out"]]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks by module."""
+        return {name: factors.rank for name, factors in self.factors.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the factors."""
+        return sum(factors.parameter_count for factors in self.factors.values())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,80 +122,101 @@ class Pair:
 
     Attributes
     ----------
-    base, tuned : Stored
-        The checkpoints.
-    family : Family
-        Their architecture.
+    base, tuned : Checkpoint
+        Their configurations and weights, which are read one at a time.
+    architecture : str
+        The class in ``transformers``.
+    task : str
+        What it is for: ``"classification"``, ``"language"`` or ``"encoder"``.
     prefix : str
         Of names in the model without its head, such as ``"bert."``; empty where there is no head.
+    blocks : str
+        Where the equal blocks are in the network.
     modules : dict
         Linear modules that adapters can be put on, by name, in the order of the network.
     others : tuple of Other
         All else that differs.
+    leave : frozenset
+        Kinds of `Other` that adapted networks have as the base has them.
     """
 
-    base: Stored
-    tuned: Stored
-    family: Family
+    base: Checkpoint
+    tuned: Checkpoint
+    architecture: str
+    task: Task
     prefix: str
+    blocks: str
     modules: dict[str, Module]
-    others: tuple[Other, ...]
+    others: tuple[Other, ...] = ()
+    leave: frozenset[str] = field(default=frozenset())
 
     @classmethod
     def open(cls, base: str, tuned: str) -> Pair:
-        """Two checkpoints: folders, names on the hub, or ``"packaged"``, the encoder of this book.
+        """Open two checkpoints: folders, names on the hub, or ``"packaged"``, this book's encoder.
 
         The architecture, and a head that the base lacks, are those of ``tuned``. Weights are read
-        later, one at a time. Raises `InputError` for checkpoints that are missing, not supported,
-        quantized or no whole ones, and for two that are not of one architecture and size.
+        later, one at a time.
+
+        Raises
+        ------
+        InputError
+            For checkpoints that are missing, quantized, incomplete or not supported, and for two
+            that are not of one architecture and size.
         """
         hub.require("checkpoints")
-        first, second = Stored("base", base), Stored("tuned", tuned)
-        family = families.family(second.config, "tuned")
-        ours, theirs = first.config.model_type, second.config.model_type
-        if ours != theirs:
-            raise InputError("tuned", allowed=f"of type {ours!r}, like the base", given=theirs)
-        with torch.device("meta"):
-            network = _made(second.config, family)
+        first, second = hub.Checkpoint("base", base), hub.Checkpoint("tuned", tuned)
+        architecture, task = _describe(second.config)
+        types = first.config.model_type, second.config.model_type
+        if types[0] != types[1]:
+            allowed = f"of type {types[0]!r}, like the base"
+            raise InputError("tuned", allowed=allowed, given=types[1])
+        network = _build(second.config, architecture, "meta")
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         stem, body = network.base_model_prefix, network.base_model
         prefix = "" if body is network else f"{stem}."
-        lacking = second.bind(sizes, stem)
-        if lacking:
+        if missing := second.bind(sizes, stem):
             raise InputError(
                 "tuned",
-                allowed=f"with all weights of {family.architecture}",
-                given=f"one without {hub.some(sorted(lacking))}",
+                allowed=f"with all weights of {architecture}",
+                given=f"one without {hub.some(sorted(missing))}",
             )
         new = first.bind(sizes, stem)
-        if deep := sorted(n for n in new if n.startswith(f"{prefix}{family.blocks}.")):
+        blocks = prefix + _BLOCKS[types[0]]
+        if deep := sorted(name for name in new if name.startswith(f"{blocks}.")):
             raise InputError(
                 "base", allowed="with all weights of the blocks", given=f"no {hub.some(deep)}"
             )
-        modules = {
-            one.name: one
-            for one in _linear(body, prefix, family)
-            if not new & {f"{one.name}.weight", f"{one.name}.bias"}
-        }
-        if extra := sorted(second.others(sizes) - first.others(sizes)):
+        if extra := sorted(second.unused(sizes) - first.unused(sizes)):
             raise InputError(
                 "tuned",
-                allowed=f"with nothing but weights of {family.architecture}",
+                allowed=f"with nothing but weights of {architecture}",
                 given=f"one with {hub.some(extra)}",
             )
-        pair = cls(first, second, family, prefix, modules, ())
-        return replace(pair, others=tuple(pair._differing(network, new)))
+        modules = {
+            module.name: module
+            for module in _linear_modules(body, prefix, blocks, task)
+            if not new & {f"{module.name}.weight", f"{module.name}.bias"}
+        }
+        pair = cls(first, second, architecture, task, prefix, blocks, modules)
+        return replace(pair, others=tuple(pair._compare(network, new)))
 
     def __repr__(self) -> str:
         return (
-            f"Pair({self.base.source!r}, {self.tuned.source!r}, {self.family.architecture}, "
+            f"Pair({self.base.source!r}, {self.tuned.source!r}, {self.architecture}, "
             f"{len(self.modules)} modules)"
         )
 
     @cached_property
-    def words(self) -> Any:
-        """The tokenizer of the tuned checkpoint."""
-        return tokenizer(self.tuned.source, str(self.tuned.place))
+    def tokenizer(self) -> Any:
+        """The tokenizer of the tuned checkpoint, which pads texts on the right."""
+        tokenizer = hub.tokenizer(str(self.tuned.folder))
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                allowed = "with a tokenizer that has a token to pad with"
+                raise InputError("tuned", allowed=allowed, given=self.tuned.source)
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        return tokenizer
 
     @property
     def not_low_rank(self) -> dict[str, int]:
@@ -156,50 +224,48 @@ class Pair:
 
         Of word embeddings an adapter holds only the rows that differ.
         """
-        found = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
-        return {kind: size for kind, size in found.items() if size}
+        sizes = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
+        return {kind: size for kind, size in sizes.items() if size}
 
     def change(self, name: str) -> Float[Tensor, "out in"]:
-        """``ΔW``, tuned less base, of a module, in float32."""
+        """``ΔW`` of a module, the tuned weight minus the base's, in float32."""
         module = self.modules[name]
         return self.weight("tuned", module) - self.weight("base", module)
 
     def weight(self, which: str, module: Module) -> Float[Tensor, "out in"]:
         """The weight of a module in ``"base"`` or ``"tuned"``."""
-        stored = self.base if which == "base" else self.tuned
-        weight = stored.read(f"{module.name}.weight")
+        checkpoint = self.base if which == "base" else self.tuned
+        weight = checkpoint.read(f"{module.name}.weight")
         return weight.mT if module.transposed else weight
 
     def network(self) -> Any:
-        """A network of transformers with the tuned weights, to be given others by `fill`."""
+        """Make a network of transformers with the tuned weights, which `fill` can replace."""
         with hub.quiet():
-            network = _made(self.tuned.config, self.family)
+            network = _build(self.tuned.config, self.architecture, "cpu")
         network.eval().requires_grad_(False)
         if network.config.pad_token_id is None:
             # By it a classifier on a decoder finds where texts end.
-            network.config.pad_token_id = self.words.pad_token_id
+            network.config.pad_token_id = self.tokenizer.pad_token_id
         # Each text is passed once, and keys of one pass must not come into another.
         network.config.use_cache = False
         self.fill(network, "tuned")
         return network
 
+    def skeleton(self) -> Any:
+        """Make a network of transformers without numbers."""
+        return _build(self.tuned.config, self.architecture, "meta")
+
     def fill(
-        self,
-        network: Any,
-        which: str,
-        *,
-        within: str = "",
-        leave: Collection[str] = (),
-        updates: Mapping[str, Callable[[], Tensor]] | None = None,
+        self, network: Any, which: str, *, within: str = "", updates: Values | None = None
     ) -> None:
         """Give a network the weights of ``"base"``, of ``"tuned"``, or of an ``"adapted"`` one.
 
-        The adapted one has the base's modules, and everything else as tuned, but for parameters of
-        the kinds of `Other` in ``leave``, which stay the base's. A head that the base lacks is the
-        tuned one's. ``updates`` are values, by parameter, that are put in place of these. Only
+        The adapted one has the base's modules, and everything else as tuned, except for the kinds
+        of `Other` in ``leave``, which it has as the base has them. A head that the base lacks is
+        the tuned one's. ``updates`` are functions whose values replace these parameters. Only
         parameters whose names begin with ``within`` are set.
         """
-        changed = {other.name for other in self.others if other.kind not in leave}
+        changed = {other.name for other in self.others if other.kind not in self.leave}
         updates = updates or {}
         with torch.no_grad():
             for name, parameter in network.named_parameters():
@@ -213,7 +279,48 @@ class Pair:
                     value = (self.base if self.base.has(name) else self.tuned).read(name)
                 parameter.copy_(value)
 
-    def _differing(self, network: Any, new: set[str]) -> Iterable[Other]:
+    def put(self, network: Any, adapter: Adapter, *, only: str = "", within: str = "") -> None:
+        """Give a network the weights of the base with an adapter, as in `fill`.
+
+        With ``only``, the other modules are the tuned ones.
+        """
+        modules = [self.modules[only]] if only else self.modules.values()
+        updates = self._updates(modules, adapter)
+        self.fill(network, "tuned" if only else "adapted", updates=updates, within=within)
+
+    def interpolate(self, network: Any, adapter: Adapter, part: float) -> None:
+        """Give a network ``tuned + part · (adapted − tuned)`` for each weight.
+
+        Around ``part = 0`` the change of the outputs is of first order.
+        """
+        updates = {**self._updates(self.modules.values(), adapter)}
+        for other in self.others:
+            if other.kind in self.leave and self.base.has(other.name):
+                updates.setdefault(other.name, functools.partial(self.base.read, other.name))
+
+        def between(name: str) -> Tensor:
+            tuned = self.tuned.read(name)
+            return tuned + part * (updates[name]() - tuned)
+
+        values = {name: functools.partial(between, name) for name in updates}
+        self.fill(network, "tuned", updates=values)
+
+    def _updates(self, modules: Iterable[Module], adapter: Adapter) -> Values:
+        """Weights and biases of modules with an adapter."""
+        updates: dict[str, Callable[[], Tensor]] = {}
+        for module in modules:
+            updates[f"{module.name}.weight"] = functools.partial(self._adapted, module, adapter)
+            if module.name in adapter.biases:
+                updates[f"{module.name}.bias"] = adapter.biases[module.name].float
+        return updates
+
+    def _adapted(self, module: Module, adapter: Adapter) -> Tensor:
+        weight = self.weight("base", module)
+        if module.name in adapter.factors:
+            weight = weight + adapter.factors[module.name].matrix().to(weight.dtype)
+        return weight.mT if module.transposed else weight
+
+    def _compare(self, network: Any, new: Collection[str]) -> Iterable[Other]:
         """What differs beside the weights of modules, with what the base lacks (``new``)."""
         from transformers.pytorch_utils import Conv1D
 
@@ -221,7 +328,7 @@ class Pair:
             place, _, part = name.rpartition(".")
             if place in self.modules and part == "weight":
                 continue
-            if name not in new and self._same(name):
+            if name not in new and torch.equal(self.base.read(name), self.tuned.read(name)):
                 continue
             owner = network.get_submodule(place)
             if isinstance(owner, nn.Embedding):
@@ -232,37 +339,57 @@ class Pair:
                 kind = "bias" if part == "bias" else "norm"
             yield Other(name, kind, value.numel())
 
-    def _same(self, name: str) -> bool:
-        return torch.equal(self.base.read(name), self.tuned.read(name))
+
+def _describe(config: Any) -> tuple[str, Task]:
+    """The architecture of a tuned checkpoint, and what it is for."""
+    if config.model_type not in _BLOCKS:
+        allowed = f"of type {', '.join(_BLOCKS)}"
+        raise InputError("tuned", allowed=allowed, given=f"type {config.model_type!r}")
+    architecture = (getattr(config, "architectures", None) or ["nothing"])[0]
+    task = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
+    if task is None:
+        allowed = f"an architecture that ends in {', '.join(_TASKS)}"
+        raise InputError("tuned", allowed=allowed, given=architecture)
+    return architecture, task
 
 
-def _made(config: Any, family: Family) -> Any:
+def _build(config: Any, architecture: str, device: str) -> Any:
+    """A network of transformers with any weights, or on the device ``"meta"`` without."""
     import transformers
 
-    # Attention written out: with it gradients and tuned outputs are the same on every machine.
-    kind = getattr(transformers, family.architecture)
-    network = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
-    network.tie_weights()
+    kind = getattr(transformers, architecture)
+    with torch.device(device):
+        # Attention written out: with it gradients and tuned outputs are the same on every machine.
+        network = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
+        network.tie_weights()
     return network
 
 
-def _linear(body: nn.Module, prefix: str, family: Family) -> Iterable[Module]:
+def _linear_modules(body: nn.Module, prefix: str, blocks: str, task: Task) -> Iterable[Module]:
+    """The linear modules of the blocks, and a pooling layer that a classifier reads."""
     from transformers.pytorch_utils import Conv1D
 
     for name, module in body.named_modules():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
+        inside = (prefix + name).removeprefix(f"{blocks}.")
         # A pooling layer has no part in the last hidden states.
-        within = name.startswith(f"{family.blocks}.") or (
-            name == "pooler.dense" and family.task == "classification"
+        if inside == prefix + name and not (name == "pooler.dense" and task == "classification"):
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, columns = module.weight.shape
+        yield Module(
+            prefix + name,
+            _half(inside),
+            (columns, rows) if transposed else (rows, columns),
+            module.bias is not None,
+            transposed,
         )
-        if within:
-            turned = isinstance(module, Conv1D)
-            rows, cols = module.weight.shape
-            yield Module(
-                prefix + name,
-                families.kind(name, family.blocks),
-                (cols, rows) if turned else (rows, cols),
-                module.bias is not None,
-                turned,
-            )
+
+
+def _half(inside: str) -> Half:
+    """The half of a block that a module belongs to, by its name within the blocks."""
+    number, _, rest = inside.partition(".")
+    if not number.isdigit():
+        return "other"
+    return "attention" if rest.partition(".")[0] in ("attention", "attn", "self_attn") else "mlp"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,17 +17,14 @@ from torch import Tensor
 from .. import _checks
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from . import metrics, planning, repair, scratch
-from .adapter import Adapter, balanced, put, towards
-from .measuring import Measured, Reference, ratio
-from .metrics import Moments
-from .pair import KINDS, Module, Pair
-from .planning import METRICS, Directions, Metric
-from .texts import TOKENS, Texts, prepared
+from . import _repair, metrics
+from ._measuring import TOKENS, Measured, Reference, Texts, prepare, ratio, scratch_folder
+from .metrics import METRICS, Directions, Metric, Moments
+from .pair import KINDS, Adapter, Module, Pair
 
 #: Ways to choose ranks, and the metric in which their factors are best. ``uniform``: one rank for
-#: all; ``energy``: an equal share of ``‖ΔW‖²`` (`planning.by_energy`); ``inputs``: by the variance
-#: of inputs (`planning.by_inputs`); `PATHS`: by gain for cost (`planning.path`).
+#: all, at least 1; ``energy``: an equal share of ``‖ΔW‖²`` (`metrics.by_energy`); ``inputs``: by
+#: the variance of inputs (`metrics.by_inputs`); `PATHS`: by gain for cost (`metrics.allocate`).
 METHODS: dict[str, Metric] = {
     "uniform": "plain",
     "energy": "plain",
@@ -44,10 +42,6 @@ STEPS = 80
 Report: TypeAlias = Callable[[str, int, int], None]
 
 
-def silent(stage: str, done: int, total: int) -> None:
-    """Tells nobody."""
-
-
 class Planner:
     """A pair of checkpoints and texts to plan adapters with.
 
@@ -55,16 +49,19 @@ class Planner:
     ----------
     pair : Pair
         The checkpoints.
-    modules : str
-        Those that adapters are put on.
-    texts : sequence of str
-        In three parts.
-    options
-        What else was asked for, by name.
-    fitting, choosing, held_out : sequence of str or None
-        Outputs on the three parts of the texts; errors are stated on the last.
-    values, totals
+    network : Any
+        A network whose weights the methods below replace.
+    modules : dict
+        Modules that adapters are put on, by name.
+    texts : Texts
+        In three parts: ``fit``, ``select`` and ``test``.
+    fit, select, test : Reference
+        Outputs on the three parts. Candidates are selected by their errors on the second; errors
+        are stated on the third.
+    values, totals : dict
         By metric and module the leading ``σ_d``, and ``Σσ_d²`` over all of them.
+    options : dict
+        What else was asked for, by name.
     """
 
     def __init__(
@@ -81,22 +78,20 @@ class Planner:
         seed: int = 0,
         report: Report | None = None,
     ) -> None:
-        """Pass texts through both networks, and take the directions of all changes.
-
-        Raises `InputError` for texts that are too few or in both parts, and for modules, kinds and
-        sizes that there are not.
+        """Pass texts through both networks, and find the directions of all changes.
 
         Parameters
         ----------
         pair : Pair
             The checkpoints.
-        texts, held_out
-            For planning, and for what is stated; without the second, half of the first are held
-            out.
+        texts : sequence of str
+            Texts to plan with.
+        held_out : sequence of str, optional
+            Other texts, to state errors with; half of ``texts`` by default.
         modules : str
             ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression that is searched for in
-            their names. The others stay the base's.
-        leave : Collection
+            the names of modules. The others stay the base's.
+        leave : collection of str
             Kinds of what low rank cannot carry (`Other`) that stay the base's too.
         tokens : int
             To which texts are cut off.
@@ -106,217 +101,264 @@ class Planner:
             Ranks are multiples of it, up to the highest that a module can have.
         seed : int
             Draws texts, probes and the order of repair.
-        report : Report, optional
-            Is told of progress.
+        report : callable, optional
+            Is told of progress: the stage, the steps done, and all of them.
+
+        Raises
+        ------
+        InputError
+            For texts that are too few or in both parts, and for modules, kinds and sizes that there
+            are not.
         """
-        leave = _checks.items("leave", leave, what=f"kinds among {KINDS}")
-        self.pair, self.seed, self.report = pair, seed, report or silent
+        kinds = frozenset(_checks.items("leave", leave, what=f"kinds among {KINDS}"))
+        if strange := kinds - set(KINDS):
+            raise InputError("leave", allowed=f"among {', '.join(KINDS)}", given=min(strange))
         self.options = {
             "modules": modules,
-            "leave": sorted(leave),
+            "leave": sorted(kinds),
             "tokens": tokens,
             "max_rank": max_rank,
             "bucket": bucket,
             "seed": seed,
         }
         self.max_rank = _checks.integer("max_rank", max_rank, 1)
-        self.bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
-        self.modules = chosen(pair, modules)
-        self.leave = frozenset(leave)
-        if strange := self.leave - set(KINDS):
-            raise InputError("leave", allowed=f"among {', '.join(KINDS)}", given=min(strange))
-        self.texts: Texts = prepared(
-            texts, held_out, pair.words, pair.tuned.config, tokens=tokens, seed=seed
-        )
+        bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
+        self.pair = pair = replace(pair, leave=kinds)
+        self.seed, self._report = seed, report
+        self.modules = _choose(pair, modules)
+        self.texts: Texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
         self.network = pair.network()
-        task = pair.family.task
-        self.fitting, self.choosing, self.held_out = (
-            Reference(batches, task)
-            for batches in (self.texts.fitting, self.texts.choosing, self.texts.held_out)
+        self.fit, self.select, self.test = (
+            Reference(batches, pair.task)
+            for batches in (self.texts.fit, self.texts.select, self.texts.test)
         )
-        self._folder = scratch.folder(self)
+        self._folder = scratch_folder(self)
         self.values: dict[Metric, dict[str, Tensor]] = {metric: {} for metric in METRICS}
         self.totals: dict[Metric, dict[str, float]] = {metric: {} for metric in METRICS}
         self._spread: dict[str, Tensor] = {}
-        for reference in (self.fitting, self.choosing, self.held_out):
-            reference.tuned(self.network)
+        for reference in (self.fit, self.select, self.test):
+            reference.record_tuned(self.network)
         self._decompose()
         pair.fill(self.network, "base")
-        for reference in (self.choosing, self.held_out):
-            reference.base(self.network)
-        self._paths = {
-            metric: planning.path(found, self.modules, self.bucket)
-            for metric, found in self.values.items()
+        for reference in (self.select, self.test):
+            reference.record_base(self.network)
+        self._allocations = {
+            metric: metrics.allocate(values, self.modules, bucket)
+            for metric, values in self.values.items()
         }
 
     @property
     def equal(self) -> bool:
-        """Whether both checkpoints give the same on all texts for choosing and stating."""
-        return not (self.choosing.effect.any() or self.held_out.effect.any())
-
-    def parameters(self, rank: int) -> int:
-        """Numbers that one rank for all modules takes."""
-        return planning.cost(planning.uniform(self.modules, rank), self.modules)
+        """Whether both checkpoints give the same on all texts for selecting and stating."""
+        return not (self.select.effect.any() or self.test.effect.any())
 
     @property
     def most(self) -> int:
         """Numbers of the highest ranks."""
         return self.parameters(self.max_rank)
 
+    def parameters(self, rank: int) -> int:
+        """Numbers that one rank for all modules takes."""
+        return metrics.cost(metrics.uniform(self.modules, rank), self.modules)
+
     def ranks(self, method: str, parameters: int) -> dict[str, int]:
-        """What a method of `METHODS` makes of at most so many parameters."""
-        metric = self._metric(method)
+        """Ranks that a method of `METHODS` makes of at most so many parameters.
+
+        ``uniform`` and ``energy`` give rank 1 at least, however few the parameters are.
+        """
+        metric = _metric(method)
         if method in PATHS:
-            return self._paths[metric].ranks(parameters)
-        rank = self._uniform_rank(parameters)
+            return self._allocations[metric].ranks(parameters)
         if method == "uniform":
-            return {n: r for n, r in planning.uniform(self.modules, rank).items() if r}
+            rank = 1
+            while rank < self.max_rank and self.parameters(rank + 1) <= parameters:
+                rank += 1
+            return metrics.uniform(self.modules, rank)
         if method == "energy":
             values, totals = self.values["plain"], self.totals["plain"]
-            return planning.by_energy(values, totals, self.modules, parameters)
-        return planning.by_inputs(self._spread, self.modules, parameters, self.max_rank)
+            return metrics.by_energy(values, totals, self.modules, parameters)
+        return metrics.by_inputs(self._spread, self.modules, parameters, self.max_rank)
 
     def adapter(self, method: str, ranks: Mapping[str, int]) -> Adapter:
-        """The factors and biases of these ranks, best in the method's metric."""
-        metric = self._metric(method)
+        """The factors and biases of these ranks that are best in the method's metric."""
+        metric = _metric(method)
         factors: dict[str, LowRank] = {}
         biases: dict[str, Tensor] = {}
         for name, module in self.modules.items():
             rank = ranks.get(name, 0)
             if not rank and metric == "plain":
                 continue
-            one = self._directions(metric, name)
+            directions = self._directions(metric, name)
             if rank:
-                factors[name] = balanced(one.left[:, :rank], one.right[:, :rank])
-            if metric != "plain" and module.bias and "bias" not in self.leave:
+                factors[name] = _repair.balance(directions.best(rank))
+            if metric != "plain" and module.bias and "bias" not in self.pair.leave:
                 tuned = self.pair.tuned.read(f"{name}.bias")
-                biases[name] = (tuned + one.bias(rank)).float()
+                biases[name] = (tuned + directions.bias(rank)).float()
         return Adapter(factors, biases)
 
     def candidate(self, method: str, parameters: int) -> Adapter:
-        """The adapter of a method for at most so many parameters."""
+        """The adapter of a method for at most so many parameters; see `ranks`."""
         return self.adapter(method, self.ranks(method, parameters))
+
+    def best(self, parameters: int) -> tuple[str, Adapter, float]:
+        """The method of `PATHS` with the least error on texts for selection, and its adapter."""
+        adapters = [self.candidate(method, parameters) for method in PATHS]
+        errors = [self.error(adapter) for adapter in adapters]
+        i = errors.index(min(errors))
+        return PATHS[i], adapters[i], errors[i]
 
     def put(self, adapter: Adapter) -> None:
         """Give the network the base's weights with this adapter."""
-        put(self.pair, self.network, adapter, leave=self.leave)
+        self.pair.put(self.network, adapter)
 
     def error(self, adapter: Adapter) -> float:
-        """``η`` on the texts for choosing."""
+        """``η`` on the texts for selection."""
         self.put(adapter)
-        return self.choosing.error(self.network)
+        return self.select.error(self.network)
 
     def measure(self, adapter: Adapter) -> Measured:
-        """What is lost on held-out texts."""
+        """What is lost on the texts for stating."""
         self.put(adapter)
-        return self.held_out.measure(self.network, seed=self.seed)
+        return self.test.measure(self.network, seed=self.seed)
 
     def predicted(self, adapter: Adapter, step: float = 0.05) -> float:
-        """``η`` to first order, on the texts for choosing.
+        """``η`` to first order, on the texts for selection.
 
-        ``‖f(s) − f(−s)‖ / 2s`` against the effect, where ``f(s)`` has the tuned weights and ``s``
-        times what the adapted network lacks of them: one derivative along all that is missing, so
-        that cross terms of modules are in it and curvature is not.
+        This is ``‖f(s) − f(−s)‖ / 2s`` over the effect, where ``f(s)`` are the outputs with weights
+        ``tuned + s · (adapted − tuned)``: one
+        derivative along all that the adapter misses, so it has cross terms of modules and no
+        curvature.
         """
-        ahead = Reference(self.choosing.batches, self.choosing.task)
-        towards(self.pair, self.network, adapter, step, leave=self.leave)
-        ahead.tuned(self.network)
-        towards(self.pair, self.network, adapter, -step, leave=self.leave)
-        ahead.base(self.network)
-        return ratio(ahead.effect, self.choosing.effect) / (2 * step)
+        ahead = Reference(self.select.batches, self.select.task)
+        self.pair.interpolate(self.network, adapter, step)
+        ahead.record_tuned(self.network)
+        self.pair.interpolate(self.network, adapter, -step)
+        ahead.record_base(self.network)
+        return ratio(ahead.effect, self.select.effect) / (2 * step)
 
     def shares(self, method: str, adapter: Adapter) -> dict[str, tuple[float, float]]:
-        """Of each module the part of the effect that its missing directions cost alone.
+        """For each module the part of the effect that its missing directions cost alone.
 
-        First as the method's metric predicts it (of ``two metrics``; NaN of others), then as it is
-        measured on the texts for choosing, the other modules being as tuned.
+        First as the method's metric predicts it (NaN but for ``two metrics``), then as measured on
+        the texts for selection, where the other modules are the tuned ones.
         """
-        whole = float(self.choosing.effect.mean())
-        found = {}
+        whole = float(self.select.effect.mean())
+        shares = {}
         for done, (name, values) in enumerate(self.values["both"].items(), 1):
-            rank = adapter.factors[name].rank if name in adapter.factors else 0
             predicted = math.nan
             if method == "two metrics":
+                rank = adapter.ranks.get(name, 0)
                 lost = self.totals["both"][name] - float(values[:rank].square().sum())
                 predicted = math.sqrt(max(lost, 0.0) / whole)
-            put(self.pair, self.network, adapter, only=name)
-            found[name] = predicted, self.choosing.error(self.network)
+            self.pair.put(self.network, adapter, only=name)
+            shares[name] = predicted, self.select.error(self.network)
             self.report("each module alone", done, len(self.modules))
-        return found
+        return shares
 
     def only(self, kind: str) -> float:
-        """``η`` on held-out texts with the modules of a kind as tuned, the others as the base's."""
+        """``η`` on texts for stating with the tuned modules of one kind and the base's others."""
         updates: dict[str, Callable[[], Tensor]] = {
             f"{name}.weight": functools.partial(self.pair.tuned.read, f"{name}.weight")
             for name, module in self.pair.modules.items()
             if module.kind == kind
         }
-        self.pair.fill(self.network, "adapted", leave=self.leave, updates=updates)
-        return self.held_out.error(self.network)
+        self.pair.fill(self.network, "adapted", updates=updates)
+        return self.test.error(self.network)
 
     def least(self, error: float, method: str) -> int | None:
-        """The least number of parameters with at most an error on the texts for choosing.
+        """The least number of parameters with at most an error on the texts for selection.
 
-        By bisection of the method's path, as if the error fell along it; nothing where all of it
-        does not do.
+        By bisection along a method of `PATHS`, as if the error fell with more parameters; nothing
+        where the highest ranks do not reach the error.
         """
-        path = self._paths[self._metric(method)]
+        allocation = self._allocations[_metric(method)]
 
-        def enough(steps: int) -> bool:
-            return self.error(self.adapter(method, path.after(steps))) <= error
+        def reaches(steps: int) -> bool:
+            return self.error(self.adapter(method, allocation.after(steps))) <= error
 
-        high = len(path.modules)
-        if not enough(high):
+        high = len(allocation.modules)
+        if not reaches(high):
             return None
         low, step = -1, max(1, len(self.modules) // 2)
         while step < high:
-            if enough(step):
+            if reaches(step):
                 high = step
                 break
             low, step = step, 2 * step
         while high - low > max(1, high // 50):
             middle = (low + high) // 2
-            low, high = (low, middle) if enough(middle) else (middle, high)
-        return int(path.costs[high - 1]) if high else 0
+            low, high = (low, middle) if reaches(middle) else (middle, high)
+        return int(allocation.costs[high - 1]) if high else 0
 
-    def repaired(self, adapter: Adapter, *, steps: int = STEPS) -> Adapter:
-        """The adapter fitted to the tuned network, ranks as they are; see `repair`."""
-        kept, least = adapter, self.error(adapter)
-        fitted = repair.blocks(
-            self.pair,
-            self.network,
-            adapter,
-            self.texts.fitting,
-            self._root,
-            leave=self.leave,
-            report=lambda done, total: self.report("repairing blocks", done, total),
+    def smallest(self, error: float) -> tuple[str, Adapter]:
+        """The smallest adapter with at most an error on the texts for selection, or the largest."""
+        number = self.least(error, "two metrics")
+        method, adapter, reached = self.best(self.most if number is None else number)
+        if method != "two metrics" and number is not None and reached < error:
+            smaller = self.least(error, method)
+            adapter = self.candidate(method, number if smaller is None else smaller)
+        return method, adapter
+
+    def repair(self, adapter: Adapter, *, steps: int = STEPS) -> Adapter:
+        """Fit an adapter to the tuned network, with its ranks as they are.
+
+        First block by block in closed form [prop-repair], then by ``steps`` of gradient descent on
+        the outputs. What comes out is never worse than what went in, by the error on the texts for
+        selection, which are not fitted to.
+        """
+        best, least = adapter, self.error(adapter)
+        report = functools.partial(self.report, "repairing blocks")
+        fitted = _repair.fit_blocks(
+            self.pair, self.network, adapter, self.texts.fit, self._root, report
         )
-        if (error := self.error(fitted)) < least:
-            kept, least = fitted, error
-        return repair.polish(
+        if self.error(fitted) < least:
+            best = fitted
+        return _repair.polish(
             self.pair,
             self.network,
-            kept,
-            self.fitting,
-            self.choosing,
+            best,
+            self.fit,
+            self.select,
             steps=steps,
             seed=self.seed,
-            leave=self.leave,
-            report=lambda done, total: self.report("polishing", done, total),
-        )[0]
+            report=functools.partial(self.report, "polishing"),
+        )
+
+    def smallest_repaired(
+        self, error: float, method: str, adapter: Adapter, *, steps: int = STEPS
+    ) -> tuple[Adapter, Adapter]:
+        """An adapter of fewer parameters that has at most an error once repaired, and repaired."""
+        low, high = self.parameters(1) // 8, adapter.parameters
+        best: tuple[Adapter, Adapter] | None = None
+        for _ in range(4):
+            if high <= 1.2 * low:
+                break
+            middle = round(math.sqrt(low * high))
+            start = self.candidate(method, middle)
+            fitted = self.repair(start, steps=steps)
+            if self.error(fitted) <= error:
+                best, high = (start, fitted), middle
+            else:
+                low = middle
+        return best or (adapter, self.repair(adapter, steps=steps))
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Tell of progress, if anybody listens."""
+        if self._report:
+            self._report(stage, done, total)
 
     def _decompose(self) -> None:
-        """Directions of all changes in all metrics, kept in files, a group of modules at a time."""
-        samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fitting)
+        """Find directions of all changes in all metrics, kept in files, some modules at a time."""
+        samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fit)
         memory = max(2**28, self.pair.tuned.bytes() // 4)
         done = 0
-        for group in metrics.groups(self.modules.values(), samples, memory):
+        for group in _group([*self.modules.values()], samples, memory):
             about = metrics.moments(
                 self.network,
                 group,
-                self.texts.fitting,
-                self.pair.family.task,
-                centred="bias" not in self.leave,
+                self.texts.fit,
+                self.pair.task,
+                centred="bias" not in self.pair.leave,
                 seed=self.seed,
             )
             for module in group:
@@ -325,49 +367,44 @@ class Planner:
                 self.report("directions of changes", done, len(self.modules))
 
     def _keep(self, module: Module, about: Moments) -> None:
-        change = self.pair.change(module.name)
-        self._spread[module.name] = torch.linalg.svdvals(about.inputs)[: self.max_rank]
-        save_file({"outputs": about.outputs.contiguous()}, self._file("outputs", module.name))
+        name, change = module.name, self.pair.change(module.name)
+        self._spread[name] = torch.linalg.svdvals(about.inputs)[: self.max_rank]
+        save_file({"outputs": about.outputs.contiguous()}, self._file("outputs", name))
         for metric in self.values:
-            one = planning.directions(change, about, metric, self.max_rank)
-            self.values[metric][module.name] = one.values
-            self.totals[metric][module.name] = one.total
+            directions = metrics.directions(change, about, metric, self.max_rank)
+            self.values[metric][name] = directions.values
+            self.totals[metric][name] = directions.total
             tensors = {
-                field: value.float().contiguous()
-                for field, value in one._asdict().items()
-                if isinstance(value, Tensor)
+                "left": directions.update.left,
+                "right": directions.update.right,
+                "shift": directions.shift,
+                "mean": directions.mean,
             }
-            save_file(tensors, self._file(metric, module.name))
+            kept = {field: value.float().contiguous() for field, value in tensors.items()}
+            save_file(kept, self._file(metric, name))
 
     def _directions(self, metric: Metric, name: str) -> Directions:
         parts = load_file(self._file(metric, name))
-        return Directions(**parts, total=self.totals[metric][name])
+        update = LowRank(parts.pop("left"), parts.pop("right"))
+        return Directions(update, self.values[metric][name], self.totals[metric][name], **parts)
 
     def _root(self, name: str) -> Tensor | None:
-        return planning.root(load_file(self._file("outputs", name))["outputs"])
+        return metrics.root(load_file(self._file("outputs", name))["outputs"])
 
     def _file(self, kind: str, name: str) -> Path:
         return self._folder / f"{kind}-{name}.safetensors"
 
-    def _uniform_rank(self, parameters: int) -> int:
-        rank = 0
-        while rank < self.max_rank and self.parameters(rank + 1) <= parameters:
-            rank += 1
-        return rank
 
-    def _metric(self, method: str) -> Metric:
-        if method not in METHODS:
-            raise InputError("method", allowed=f"among {', '.join(METHODS)}", given=brief(method))
-        return METHODS[method]
+def _metric(method: str) -> Metric:
+    if method not in METHODS:
+        raise InputError("method", allowed=f"among {', '.join(METHODS)}", given=brief(method))
+    return METHODS[method]
 
 
-def chosen(pair: Pair, modules: str) -> dict[str, Module]:
-    """The modules of a pair that ``"all"``, a kind or a regular expression names.
-
-    Raises `InputError` for one that names none.
-    """
+def _choose(pair: Pair, modules: str) -> dict[str, Module]:
+    """The modules of a pair that ``"all"``, a kind or a regular expression names."""
     if modules in ("all", "attention", "mlp"):
-        found = {n: m for n, m in pair.modules.items() if modules in ("all", m.kind)}
+        chosen = {n: m for n, m in pair.modules.items() if modules in ("all", m.kind)}
     else:
         try:
             pattern = re.compile(modules)
@@ -377,11 +414,28 @@ def chosen(pair: Pair, modules: str) -> dict[str, Module]:
                 allowed="all, attention, mlp or a regular expression",
                 given=f"{modules!r} ({error})",
             ) from error
-        found = {n: m for n, m in pair.modules.items() if pattern.search(n)}
-    if not found:
+        chosen = {n: m for n, m in pair.modules.items() if pattern.search(n)}
+    if not chosen:
         raise InputError(
             "modules",
             allowed="words or an expression that name at least one module",
             given=f"{modules!r}, where there are {brief(list(pair.modules))}",
         )
-    return found
+    return chosen
+
+
+def _group(modules: Sequence[Module], samples: int, memory: int) -> Iterator[list[Module]]:
+    """Modules in runs whose moments over so many tokens take at most so many bytes, or one each."""
+    group: list[Module] = []
+    taken = 0
+    for module in modules:
+        out, into = module.shape
+        # While rows are taken in there are up to five times as many as columns.
+        size = 4 * into * min(samples, 5 * into) + 4 * out * min(samples, out)
+        if group and taken + size > memory:
+            yield group
+            group, taken = [], 0
+        group.append(module)
+        taken += size
+    if group:
+        yield group

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 import math
+import os
+import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import _checks
+from .. import _hub as hub
 from .._subnormal import flushing
-from ..errors import InputError, LorapowerError
-from . import export
-from .adapter import Adapter
-from .measuring import Measured, Reference
-from .pair import Pair
-from .planner import METHODS, PATHS, STEPS, Planner, Report, silent
-from .texts import count, whole
+from ..adapters import peft
+from ..errors import InputError, LorapowerError, ResultsError
+from ._measuring import TOKENS, Measured, Reference, count, prepare_all
+from .pair import Adapter, Pair
+from .planner import METHODS, STEPS, Planner, Report
 
 if TYPE_CHECKING:
     import pandas as pd
 
 #: What is aimed at where nothing is asked for.
 ERROR = 0.1
-# Held-out texts are looked at again when they show more error than was aimed at.
+# Texts for stating are looked at again when they show more error than was aimed at.
 LOOKS = 4
+# Relative, of the error of an adapter that is read back.
 RELOADED = 1e-5
+REPORT, CARD = "report.json", "README.md"
+# `task_type` of an adapter in peft.
+TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,17 +60,22 @@ class Plan:
     predicted : float
         The error to first order, of the adapter before repair.
     aim : float or None
-        The error that was asked for, or nothing.
+        The error that was asked for.
     looks : int
-        How many adapters were measured on held-out texts until this was taken, at least 1; the
-        limit of the error is meant for 1.
+        How many adapters were measured on held-out texts until this was taken; the limit of the
+        error is meant for 1.
     shares : dict
-        Of each module the part of the effect that its missing directions cost alone, predicted and
-        measured, in plans without repair.
+        For each module the part of the effect that its missing directions cost alone, predicted and
+        measured; empty in plans with repair.
     baselines : dict
-        The error on held-out texts of each method at as many parameters, without repair.
+        For each method the error on held-out texts without repair, and its number of parameters,
+        which is at most the adapter's, except that ``uniform`` and ``energy`` have rank 1 at least.
     attention : float
         The error on held-out texts with all attention modules as tuned and no other.
+    carried : int
+        All numbers in the adapter's file: factors, biases, heads, rows of embeddings.
+    size : int
+        Bytes of the adapter's files; an estimate until they are written.
     seconds : float
         That it took.
     """
@@ -67,15 +83,17 @@ class Plan:
     planner: Planner
     adapter: Adapter
     method: str
-    repaired: bool
     measured: Measured
-    predicted: float
+    baselines: dict[str, tuple[float, int]]
     aim: float | None
-    looks: int
-    shares: dict[str, tuple[float, float]]
-    baselines: dict[str, float]
-    attention: float
-    seconds: float
+    repaired: bool = False
+    predicted: float = 0.0
+    looks: int = 1
+    shares: dict[str, tuple[float, float]] = field(default_factory=dict)
+    attention: float = 0.0
+    carried: int = 0
+    size: int = 0
+    seconds: float = 0.0
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -84,7 +102,11 @@ class Plan:
 
     @property
     def reached(self) -> bool:
-        """Whether the error on held-out texts is at most what was asked for."""
+        """Whether the error measured on held-out texts is at most what was asked for.
+
+        This is the estimate: the error for all texts like these may be above it. The cautious
+        question is whether ``measured.error_upper`` is at most what was asked for.
+        """
         return self.aim is None or self.measured.error <= self.aim
 
     def __repr__(self) -> str:
@@ -99,6 +121,7 @@ class Plan:
         import pandas as pd
 
         modules = self.planner.modules.values()
+        shares = [self.shares.get(module.name, (math.nan, math.nan)) for module in modules]
         return pd.DataFrame(
             {
                 "module": [module.name for module in modules],
@@ -106,47 +129,49 @@ class Plan:
                 "out": [module.shape[0] for module in modules],
                 "in": [module.shape[1] for module in modules],
                 "rank": [*self.ranks.values()],
-                **{
-                    name: [self.shares.get(m.name, (math.nan,) * 2)[i] for m in modules]
-                    for i, name in enumerate(("predicted", "measured"))
-                },
+                "predicted": [predicted for predicted, _ in shares],
+                "measured": [measured for _, measured in shares],
             }
         )
 
     def report(self) -> dict[str, Any]:
         """All of it for machines: numbers and texts under names; nothing for what is NaN."""
-        planner = self.planner
-        measured = {k: v for k, v in self.measured._asdict().items() if k != "texts"}
-        found = {
-            "base": planner.pair.base.source,
-            "tuned": planner.pair.tuned.source,
-            "architecture": planner.pair.family.architecture,
-            **measured,
-            "predicted_error": self.predicted,
-            "asked_error": self.aim,
-            "reached": self.reached,
-            "equal": planner.equal,
-            "parameters": self.adapter.parameters,
-            "modules": len(planner.pair.modules),
-            "ranks": {name: rank for name, rank in self.ranks.items() if rank},
-            "method": self.method,
-            "repaired": self.repaired,
-            "baseline_errors": self.baselines,
-            "attention_only": self.attention,
-            "not_low_rank": planner.pair.not_low_rank,
-            "left_out": sorted(planner.leave),
-            "texts": count(planner.texts.fitting) + count(planner.texts.choosing),
-            "held_out_texts": self.measured.texts,
-            "cut_texts": planner.texts.cut,
-            "looks": self.looks,
-            "options": planner.options,
-            "seconds": self.seconds,
-            "versions": {
-                name: metadata.version(name)
-                for name in ("lorapower", "torch", "transformers", "peft")
-            },
-        }
-        return finite(found)
+        pair, texts = self.planner.pair, self.planner.texts
+        return without_nan(
+            {
+                "base": pair.base.source,
+                "tuned": pair.tuned.source,
+                "architecture": pair.architecture,
+                **{k: v for k, v in self.measured._asdict().items() if k != "texts"},
+                "predicted_error": self.predicted,
+                "asked_error": self.aim,
+                "reached": self.reached,
+                "limit_reached": self.aim is None or self.measured.error_upper <= self.aim,
+                "equal": self.planner.equal,
+                "parameters": self.adapter.parameters,
+                "carried": self.carried,
+                "adapter_bytes": self.size,
+                "modules": len(pair.modules),
+                "ranks": {name: rank for name, rank in self.ranks.items() if rank},
+                "method": self.method,
+                "repaired": self.repaired,
+                "baseline_errors": {name: error for name, (error, _) in self.baselines.items()},
+                "baseline_parameters": {name: used for name, (_, used) in self.baselines.items()},
+                "attention_only": self.attention,
+                "not_low_rank": pair.not_low_rank,
+                "left_out": sorted(pair.leave),
+                "texts": count(texts.fit) + count(texts.select),
+                "held_out_texts": self.measured.texts,
+                "cut_texts": texts.cut,
+                "looks": self.looks,
+                "options": self.planner.options,
+                "seconds": self.seconds,
+                "versions": {
+                    name: metadata.version(name)
+                    for name in ("lorapower", "torch", "transformers", "peft")
+                },
+            }
+        )
 
 
 @flushing()
@@ -164,10 +189,11 @@ def plan(
     report: Report | None = None,
     **options: Any,
 ) -> Plan:
-    """Which rank each module needs: for a stated error, or for so many parameters.
+    """Find which rank each module needs, for a stated error or for a number of parameters.
 
     An error that the highest ranks do not reach is no failure: ``reached`` says so, and the plan is
-    the nearest. Raises `InputError` for what is not usable, before any text is passed.
+    the nearest. ``reached`` compares the error measured on held-out texts, an estimate; the limit
+    beside it, ``measured.error_upper``, is the cautious number and may be above what was asked for.
 
     Parameters
     ----------
@@ -176,23 +202,28 @@ def plan(
     texts : sequence of str
         At least 120 like those that the model is for; labels are not needed.
     error : float, optional
-        The part of the tuning's effect that may be lost (`Measured`); `ERROR` if nothing else is
-        asked for. The least number of parameters is looked for.
+        The part of the tuning's effect that may be lost (`Measured`), 0.1 if nothing else is asked
+        for. The least number of parameters is looked for.
     parameters : int, optional
         Numbers of the factors, at most.
     rank : int, optional
         As many parameters as this rank for all modules takes.
     repair : bool
-        Whether the adapter is fitted to the tuned network (`Planner.repaired`).
+        Whether the adapter is fitted to the tuned network (`Planner.repair`).
     steps : int
         Of repair by gradient.
     by_module : bool
         Whether what each module alone costs is measured.
-    report : Report, optional
-        Is told of progress.
-    options
+    report : callable, optional
+        Is told of progress: the stage, the steps done, and all of them.
+    **options
         Of `Planner`: ``held_out``, ``modules``, ``leave``, ``tokens``, ``max_rank``, ``bucket``,
         ``seed``.
+
+    Raises
+    ------
+    InputError
+        For what is not usable, before any text is passed through a network.
     """
     start = time.perf_counter()
     asked = {"error": error, "parameters": parameters, "rank": rank}
@@ -200,35 +231,82 @@ def plan(
         raise InputError(
             "error, parameters, rank", allowed="one of them at most", given=" and ".join(given)
         )
-    aim = (ERROR if not given else None) if error is None else _aim(error)
-    if parameters is not None:
-        _checks.integer("parameters", parameters, 0)
-    if rank is not None:
-        _checks.integer("rank", rank, 0)
+    aim = _checks.finite("error", error) if error is not None else None if given else ERROR
+    if aim is not None and not 0 < aim <= 1:
+        raise InputError("error", allowed="above 0 and at most 1, the base's own", given=aim)
+    for name in ("parameters", "rank"):
+        if asked[name] is not None:
+            _checks.integer(name, asked[name], 0)
     _checks.integer("steps", steps, 0)
     planner = Planner(Pair.open(base, tuned), texts, report=report, **options)
     if planner.equal:
-        return _nothing(planner, aim, time.perf_counter() - start)
-    wanted = parameters if rank is None else planner.parameters(rank)
-    adapter, raw, method, measured, looks = _found(planner, aim, wanted, repair, steps)
+        same = Measured(0.0, 0.0, 1.0, 1.0, 0.0, count(planner.texts.test))
+        baselines = dict.fromkeys(METHODS, (0.0, 0))
+        return _finish(Plan(planner, Adapter({}, {}), "uniform", same, baselines, aim), start)
+    if aim is None:
+        number = planner.parameters(rank) if rank is not None else parameters or 0
+        method, raw, _ = planner.best(number)
+        adapter = planner.repair(raw, steps=steps) if repair else raw
+        measured, looks = planner.measure(adapter), 1
+    else:
+        method, raw, adapter, measured, looks = _search(planner, aim, repair, steps)
     shares = planner.shares(method, raw) if by_module and not repair else {}
-    baselines = {
-        name: planner.measure(planner.candidate(name, adapter.parameters)).error for name in METHODS
-    }
-    return Plan(
+    baselines = {}
+    for name in METHODS:
+        baseline = planner.candidate(name, adapter.parameters)
+        baselines[name] = planner.measure(baseline).error, baseline.parameters
+    result = Plan(
         planner,
         adapter,
         method,
-        adapter is not raw,
         measured,
-        planner.predicted(raw),
-        aim,
-        looks,
-        shares,
         baselines,
-        planner.only("attention"),
-        time.perf_counter() - start,
+        aim,
+        repaired=adapter is not raw,
+        predicted=planner.predicted(raw),
+        looks=looks,
+        shares=shares,
+        attention=planner.only("attention"),
     )
+    return _finish(result, start)
+
+
+def _finish(plan: Plan, start: float) -> Plan:
+    """A plan with an estimate of what its file will have, and the seconds since the start."""
+    pair, adapter = plan.planner.pair, plan.adapter
+    network = pair.skeleton()
+    carried, size = peft.estimate(network, adapter.ranks, **_options(pair, network, adapter))
+    return replace(plan, carried=carried, size=size, seconds=time.perf_counter() - start)
+
+
+def _search(
+    planner: Planner, aim: float, repair: bool, steps: int
+) -> tuple[str, Adapter, Adapter, Measured, int]:
+    """The method, the adapter before and after repair, its errors, and looks at texts for stating.
+
+    Candidates are selected by the error on other texts, whose aim is lowered where the texts for
+    stating show more.
+    """
+    selected, before, looks = aim, -1, 0
+    while True:
+        looks += 1
+        method, raw = planner.smallest(selected)
+        measured = planner.measure(raw)
+        if measured.error <= aim or raw.parameters == before or looks == LOOKS:
+            break
+        selected *= 0.95 * aim / measured.error
+        before = raw.parameters
+    if not repair:
+        return method, raw, raw, measured, looks
+    # Of repaired ones the smallest that will do, or else one of as many parameters.
+    start, fitted = planner.smallest_repaired(selected, method, raw, steps=steps)
+    repaired, looks = planner.measure(fitted), looks + 1
+    if repaired.error > aim and start is not raw:
+        start, fitted = raw, planner.repair(raw, steps=steps)
+        repaired, looks = planner.measure(fitted), looks + 1
+    if repaired.error <= max(aim, measured.error):
+        return method, start, fitted, repaired, looks
+    return method, raw, raw, measured, looks
 
 
 @flushing()
@@ -244,44 +322,50 @@ def extract(
 ) -> Plan:
     """Plan an adapter, write it, read it back through peft and measure it again.
 
-    Nothing is written where the error asked for is not reached. Raises `InputError` as `plan`, and
-    for a folder that exists; `ResultsError` where it cannot be written; `LorapowerError` if what is
-    read back has another error than stated.
+    Nothing is written where the error asked for is not reached; as in `plan` that is a question to
+    the estimate, and the limit beside it is the cautious number.
 
     Parameters
     ----------
-    base, tuned, texts, repair, options
+    base, tuned, texts, repair, **options
         As for `plan`.
-    out : Path or str
-        The folder, with the adapter, ``report.json`` and a model card.
+    out : path
+        The folder, for the adapter, ``report.json`` and a model card.
     force : bool
         Whether an adapter that is there is replaced.
+
+    Raises
+    ------
+    InputError
+        As `plan`, and for a folder that exists.
+    ResultsError
+        Where the folder cannot be written.
+    LorapowerError
+        If what is read back has another error than stated.
     """
-    folder = export.place(out, force)
+    folder = _claim(out, force)
     start = time.perf_counter()
-    found = plan(base, tuned, texts, repair=repair, by_module=False, **options)
-    if not found.reached:
-        return found
-    planner = found.planner
-    with export.written(folder) as partial:
-        export.save(partial, planner.pair, planner.network, found.adapter, leave=planner.leave)
+    result = plan(base, tuned, texts, repair=repair, by_module=False, **options)
+    if not result.reached:
+        return result
+    planner = result.planner
+    with _write(folder) as partial:
+        _save(partial, planner.pair, planner.network, result.adapter)
         # One network at a time.
         planner.network = None
-        planner.network = export.load(partial, planner.pair)
-        again = planner.held_out.measure(planner.network, seed=planner.seed)
-        stated = found.measured.error
+        planner.network = _load(partial, planner.pair)
+        again = planner.test.measure(planner.network, seed=planner.seed)
+        stated = result.measured.error
         if not abs(again.error - stated) <= max(RELOADED * stated, 1e-6):
             raise LorapowerError(
                 f"the adapter read back has error {again.error:.6g}, not the {stated:.6g} that was "
                 "measured: nothing was written; please report this with the names of both models"
             )
-        found = replace(found, seconds=time.perf_counter() - start)
-        written = found.report() | {
-            "adapter_bytes": export.size(partial),
-            "reloaded_error": again.error,
-        }
-        export.describe(partial, written)
-    return found
+        carried, size = peft.size(partial)
+        seconds = time.perf_counter() - start
+        result = replace(result, carried=carried, size=size, seconds=seconds)
+        _describe(partial, result.report() | {"reloaded_error": again.error})
+    return result
 
 
 @flushing()
@@ -291,44 +375,51 @@ def check(
     tuned: str,
     texts: Sequence[str],
     *,
+    tokens: int = TOKENS,
+    seed: int = 0,
     report: Report | None = None,
-    **options: Any,
 ) -> Measured:
-    """What anybody's adapter of peft loses against the tuned model, on all texts.
-
-    Raises `InputError` for what is not usable.
+    """Measure what anybody's adapter of peft loses against the tuned model, on all texts.
 
     Parameters
     ----------
-    base, adapter, tuned : str
-        Checkpoints, and the adapter's folder.
+    base, tuned : str
+        As for `Pair.open`.
+    adapter : str
+        The adapter's folder.
     texts : sequence of str
         At least 60.
-    report : Report, optional
+    tokens : int
+        To which texts are cut off.
+    seed : int
+        Draws the texts, where there are more than 256.
+    report : callable, optional
         Is told of progress.
-    options
-        ``tokens`` and ``seed``, as of `Planner`.
+
+    Raises
+    ------
+    InputError
+        For what is not usable.
     """
     pair = Pair.open(base, tuned)
-    batches = whole(texts, pair.words, pair.tuned.config, **options)
-    reference = Reference(batches, pair.family.task)
+    reference = Reference(prepare_all(pair, texts, tokens=tokens, seed=seed), pair.task)
+    tell = functools.partial(report or (lambda *_: None), "passing texts")
     network = pair.network()
-    told = report or silent
-    reference.tuned(network)
-    told("passing texts", 1, 3)
+    reference.record_tuned(network)
+    tell(1, 3)
     pair.fill(network, "base")
-    reference.base(network)
-    told("passing texts", 2, 3)
+    reference.record_base(network)
+    tell(2, 3)
     del network
-    found = reference.measure(export.load(adapter, pair))
-    told("passing texts", 3, 3)
-    if math.isnan(found.error):
+    measured = reference.measure(_load(adapter, pair))
+    tell(3, 3)
+    if math.isnan(measured.error):
         raise InputError(
             "adapter",
             allowed="one that brings the head that the base lacks",
             given=f"{adapter}, with which outputs are NaN",
         )
-    return found
+    return measured
 
 
 @flushing()
@@ -340,9 +431,7 @@ def compare(
     repaired: Collection[int] = (),
     steps: int = STEPS,
 ) -> pd.DataFrame:
-    """Errors of methods at equal numbers of parameters: a row for each, with `Measured`'s columns.
-
-    ``ranks`` are those of the modules, and ``used`` is how many parameters they take.
+    """Measure the errors of methods at equal numbers of parameters.
 
     Parameters
     ----------
@@ -352,10 +441,16 @@ def compare(
         Numbers of the factors.
     methods : sequence of str
         Among `METHODS`.
-    repaired : Collection
-        Numbers at which the best of `PATHS`, on the texts for choosing, is repaired as well.
+    repaired : collection of int
+        Numbers at which the best method by gain for cost (`Planner.best`) is repaired as well.
     steps : int
-        Of repair.
+        Of repair by gradient.
+
+    Returns
+    -------
+    DataFrame
+        A row for each, with `Measured`'s columns, ``ranks`` by module, and as ``used`` how many
+        parameters they take.
     """
     import pandas as pd
 
@@ -376,98 +471,194 @@ def compare(
         for method in methods:
             add(method, asked, planner.candidate(method, asked))
         if asked in repaired:
-            best = _best(planner, asked)[1]
-            add("repaired", asked, planner.repaired(best, steps=steps))
+            _, best, _ = planner.best(asked)
+            add("repaired", asked, planner.repair(best, steps=steps))
     return pd.DataFrame(rows)
 
 
-def finite(found: Mapping[str, Any]) -> dict[str, Any]:
-    """With nothing in place of numbers that JSON does not have."""
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing in place of numbers that JSON does not have."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in found.items()
+        for name, value in values.items()
     }
 
 
-def _aim(error: float) -> float:
-    value = _checks.finite("error", error)
-    if not 0 < value <= 1:
-        raise InputError("error", allowed="above 0 and at most 1, the base's own", given=value)
-    return value
+def _claim(out: Path | str, force: bool) -> Path:
+    """The folder to write to, which must not exist, or with ``force`` be an adapter's."""
+    folder = Path(out).expanduser()
+    above = next(place for place in folder.absolute().parents if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(
+            "out", allowed="in a folder that can be written to", given=f"{folder}, in {above}"
+        )
+    if not folder.exists():
+        return folder
+    if not force:
+        raise InputError(
+            "out",
+            allowed="a folder that does not exist",
+            given=str(folder),
+            remedy="name another, or replace it with --force (force=True)",
+        )
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / peft.CONFIG).is_file()):
+        raise InputError(
+            "out", allowed="a new folder, or one with an adapter to replace", given=str(folder)
+        )
+    return folder
 
 
-def _nothing(planner: Planner, aim: float | None, seconds: float) -> Plan:
-    """The plan for two checkpoints that do the same."""
-    adapter = Adapter({}, {})
-    same = Measured(0.0, 0.0, 1.0, 1.0, 0.0, count(planner.texts.held_out))
-    baselines = dict.fromkeys(METHODS, 0.0)
-    return Plan(planner, adapter, "uniform", False, same, 0.0, aim, 1, {}, baselines, 0.0, seconds)
+@contextlib.contextmanager
+def _write(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when all is in it, and is gone if anything fails."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            new, old = Path(scratch, "new"), Path(scratch, "old")
+            new.mkdir()
+            yield new
+            for file in new.iterdir():
+                file.chmod(0o644)
+            if folder.exists():
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
+    except OSError as error:
+        raise ResultsError(
+            folder,
+            f"cannot be written ({error.strerror or error})",
+            remedy="make room or give access, or name another folder",
+        ) from error
 
 
-def _best(planner: Planner, parameters: int) -> tuple[str, Adapter, float]:
-    """Of the methods by gain for cost the one with the least error on the texts for choosing."""
-    found = [(name, planner.candidate(name, parameters)) for name in PATHS]
-    errors = [planner.error(adapter) for _, adapter in found]
-    i = errors.index(min(errors))
-    return *found[i], errors[i]
+def _options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
+    """What peft is to keep beside the factors, for `peft.wrap`.
 
-
-def _found(
-    planner: Planner, aim: float | None, wanted: int | None, repair: bool, steps: int
-) -> tuple[Adapter, Adapter, str, Measured, int]:
-    """The adapter, as it was before repair, its method, its errors, and looks at held-out texts."""
-    if aim is None:
-        assert wanted is not None
-        method, raw, _ = _best(planner, wanted)
-        adapter = planner.repaired(raw, steps=steps) if repair else raw
-        return adapter, raw, method, planner.measure(adapter), 1
-    target, before, look = aim, -1, 0
-    while True:
-        look += 1
-        raw, method = _least(planner, target)
-        measured = planner.measure(raw)
-        if measured.error <= aim or raw.parameters == before or look == LOOKS:
-            break
-        # What was enough for the texts for choosing was not for these.
-        target *= 0.95 * aim / measured.error
-        before = raw.parameters
-    if not repair:
-        return raw, raw, method, measured, look
-    # Of repaired ones the smallest that will do, or else one of as many parameters.
-    start, fitted = _smaller(planner, target, method, raw, steps)
-    found, look = planner.measure(fitted), look + 1
-    if found.error > aim and start is not raw:
-        start, fitted = raw, planner.repaired(raw, steps=steps)
-        found, look = planner.measure(fitted), look + 1
-    if found.error <= max(aim, measured.error):
-        return fitted, start, method, found, look
-    return raw, raw, method, measured, look
-
-
-def _least(planner: Planner, target: float) -> tuple[Adapter, str]:
-    """The smallest adapter with at most an error on the texts for choosing, or the largest."""
-    number = planner.least(target, "two metrics")
-    method, raw, error = _best(planner, planner.most if number is None else number)
-    if method != "two metrics" and number is not None and error < target:
-        smaller = planner.least(target, method)
-        raw = planner.candidate(method, number if smaller is None else smaller)
-    return raw, method
-
-
-def _smaller(
-    planner: Planner, target: float, method: str, raw: Adapter, steps: int
-) -> tuple[Adapter, Adapter]:
-    """Of fewer parameters, what has at most an error once it is repaired; and repaired."""
-    low, high = planner.parameters(1) // 8, raw.parameters
-    best: tuple[Adapter, Adapter] | None = None
-    for _ in range(4):
-        if high <= 1.2 * low:
-            break
-        middle = round(math.sqrt(low * high))
-        start = planner.candidate(method, middle)
-        fitted = planner.repaired(start, steps=steps)
-        if planner.error(fitted) <= target:
-            best, high = (start, fitted), middle
+    Biases as they become; heads, norms and position embeddings that differ as modules to save; of
+    word embeddings the rows that differ. What is in ``leave`` is not kept.
+    """
+    words = network.get_input_embeddings()
+    whole: dict[str, None] = {}
+    rows: dict[str, list[int]] = {}
+    biases = bool(adapter.biases)
+    for other in pair.others:
+        if other.kind in pair.leave:
+            continue
+        owner = other.name.rpartition(".")[0]
+        if other.kind == "bias":
+            biases = True
+        elif network.get_submodule(owner) is words and pair.base.has(other.name):
+            old, new = pair.base.read(other.name), pair.tuned.read(other.name)
+            rows[owner] = (old != new).any(1).nonzero().flatten().tolist()
+        elif owner.startswith(pair.prefix):
+            whole[owner] = None
         else:
-            low = middle
-    return best or (raw, planner.repaired(raw, steps=steps))
+            # peft saves a head as a whole, and would look in vain for parts of it.
+            whole[owner.partition(".")[0]] = None
+    return {
+        "biases": biases,
+        "task_type": TASKS[pair.task],
+        "fan_in_fan_out": any(pair.modules[name].transposed for name in adapter.factors),
+        "modules_to_save": [*whole] or None,
+        "trainable_token_indices": rows or None,
+    }
+
+
+def _save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
+    """Write an adapter through peft; the network is used up."""
+    biases = {f"{name}.bias": values.clone for name, values in adapter.biases.items()}
+    # What is to be saved is copied as it is now.
+    pair.fill(network, "adapted", updates=dict(biases))
+    options = _options(pair, network, adapter)
+    with hub.quiet():
+        peft.save(folder, network, adapter.factors, base=_name(pair.base.source), **options)
+
+
+def _load(folder: Path | str, pair: Pair) -> Any:
+    """A network of the pair with the base's weights and the adapter of a folder, read by peft.
+
+    A head that the base lacks has to come with the adapter: without, outputs are NaN.
+    """
+    from peft import PeftModel
+
+    if not (Path(folder) / peft.CONFIG).is_file():
+        raise InputError("adapter", allowed="a folder with an adapter of peft", given=str(folder))
+    network = pair.network()
+    nothing = {
+        name: functools.partial(torch.full_like, parameter, torch.nan)
+        for name, parameter in network.named_parameters()
+        if not pair.base.has(name)
+    }
+    pair.fill(network, "base", updates=dict(nothing))
+    with hub.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return PeftModel.from_pretrained(network, str(folder)).eval().requires_grad_(False)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                "adapter",
+                allowed="one that peft reads into the base",
+                given=f"{folder} ({reason})",
+            ) from error
+
+
+def _name(source: str) -> str:
+    """What others call a checkpoint: a folder or a name on the hub."""
+    return hub.PACKAGED_NAME if source == hub.PACKAGED else source
+
+
+def _describe(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write the report, and a card for people."""
+    text = json.dumps(report, indent=2, allow_nan=False)
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    (folder / CARD).write_text(_card(report), encoding="utf-8")
+
+
+def _card(report: Mapping[str, Any]) -> str:
+    """The model card of a report, in Markdown."""
+    ranks, error = report["ranks"], f"{report['error']:.1%}"
+    upper = report["error_upper"]
+    limit = "no limit can be given" if upper is None else f"at most about {upper:.1%} at 95%"
+    rows = {
+        "parameters of the factors": f"{report['parameters']:,}",
+        "numbers carried in all": f"{report['carried']:,}",
+        "size of the adapter's files": megabytes(report["adapter_bytes"]),
+        "modules with an adapter": f"{len(ranks)} of {report['modules']}",
+        "highest rank": f"{max(ranks.values(), default=0)}",
+    }
+    if report["agreement"] is not None:
+        least = f"{report['agreement_lower']:.1%}"
+        rows["equal decisions"] = f"{report['agreement']:.1%} (at least {least} at 95%)"
+        rows["mean KL divergence"] = f"{report['kl']:.2e} nats"
+    for kind, number in report["not_low_rank"].items():
+        what = "left out" if kind in report["left_out"] else "carried over exactly"
+        rows[f"{kind}, {what}"] = f"{number:,}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: peft
+base_model: {_name(report["base"])}
+tags: [lora, lorapower]
+---
+
+# A low-rank adapter of {Path(report["tuned"]).name} for {Path(report["base"]).name}
+
+It stands in for the fine-tuned model. Of what tuning changed in the outputs, {error} is lost \
+(root mean square, {report["held_out_texts"]} held-out texts; for others like these {limit}). The \
+first number is an estimate, the limit is the cautious one.
+
+| | |
+| --- | --- |
+{table}
+
+`report.json` has the rank of each module and how all this was measured.
+"""
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes as a person reads it."""
+    return f"{size / 1e6:.3g} MB"

@@ -1,0 +1,422 @@
+"""Texts in three parts, and what an adapted network loses on them of the tuning's effect."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import _checks, randomness
+from .. import _hub as hub
+from ..errors import InputError, brief
+from .pair import Pair, Task
+
+# Texts that each part needs. With 59 on which two models agree, the lower limit of the share on
+# which they do is .95 at a confidence of 95%; and fewer say little of what modules take in.
+LEAST_TEXTS = 60
+# Texts that are looked at, at most, of each part, as time grows with them.
+MOST = 256
+# Of the texts for planning, those by which candidates are selected.
+SELECTING = 0.25
+BATCH = 32
+# To which texts are cut off.
+TOKENS = 128
+# Numbers that a network may keep for one batch, about: a quarter of a gigabyte.
+LOAD = 2**26
+CONFIDENCE = 0.95
+DRAWS = 4000
+# Of the bootstrap, in place of 0.05: errors of texts are skewed, and with log-normal ones of
+# σ = 1.5, 60 or 120 of them, a limit from this part of the draws holds in 95% of cases.
+TAIL = 0.0125
+
+
+class Batch(NamedTuple):
+    """Texts as a network takes them, ``[texts, tokens]``, with 1 for tokens and 0 for padding."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    @property
+    def there(self) -> Tensor:
+        """Which entries are tokens."""
+        return self.attention_mask.bool()
+
+
+class Texts(NamedTuple):
+    """Texts in three parts that share none, and how many were cut off.
+
+    ``fit`` is for metrics and repair, ``select`` for choosing among candidates, ``test`` for what
+    is stated; a plan for a stated error looks at these a few times at most.
+    """
+
+    fit: list[Batch]
+    select: list[Batch]
+    test: list[Batch]
+    cut: int
+
+
+def count(batches: Sequence[Batch]) -> int:
+    """Number of texts."""
+    return sum(len(batch.input_ids) for batch in batches)
+
+
+def read_texts(path: Path | str) -> list[str]:
+    """Read the texts of a file: one a line, or of ``.jsonl`` the field ``text`` of each line.
+
+    Raises
+    ------
+    InputError
+        For a file that is missing, of another encoding than UTF-8, or without such fields.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            "texts", allowed="a file in UTF-8 with a text a line", given=f"{path} ({error})"
+        ) from error
+    if file.suffix != ".jsonl":
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (KeyError, TypeError, ValueError):
+            text = None
+        if not isinstance(text, str):
+            raise InputError(
+                "texts",
+                allowed="lines of JSON with a field text, a text",
+                given=f"{path}, line {number}: {line}",
+            )
+        texts.append(text)
+    return texts
+
+
+def prepare(
+    pair: Pair, texts: Sequence[str], test: Sequence[str] | None, *, tokens: int, seed: int
+) -> Texts:
+    """Texts in three parts; without others for ``test``, that is half of them."""
+    order = np.random.default_rng(randomness.number(seed, "planning texts"))
+    planning = _shuffle("texts", texts, order)
+    if test is None:
+        _require("texts", len(planning), 2 * LEAST_TEXTS)
+        half = len(planning) // 2
+        planning, stated = planning[half:], planning[:half]
+    else:
+        stated = _shuffle("held_out", test, order)
+        if both := set(planning) & set(stated):
+            raise InputError(
+                "held_out",
+                allowed="of texts that are not among those for planning",
+                given=f"{len(both)} that are, such as {brief(min(both))}",
+                remedy="take them out of either file: what is stated would be too good",
+            )
+        _require("texts", len(planning), LEAST_TEXTS)
+        _require("held_out", len(stated), LEAST_TEXTS)
+    planning, stated = planning[:MOST], stated[:MOST]
+    limit = _limit(pair, tokens)
+    with hub.quiet():
+        lengths = [len(ids) for ids in pair.tokenizer([*planning, *stated])["input_ids"]]
+    first = round(SELECTING * len(planning))
+    parts = (planning[first:], planning[:first], stated)
+    fit, select, rest = ([*_batches(pair, part, limit)] for part in parts)
+    return Texts(fit, select, rest, sum(length > limit for length in lengths))
+
+
+def prepare_all(pair: Pair, texts: Sequence[str], *, tokens: int, seed: int) -> list[Batch]:
+    """All texts in one part, or `MOST` of them."""
+    order = np.random.default_rng(randomness.number(seed, "checked texts"))
+    shuffled = _shuffle("texts", texts, order)
+    _require("texts", len(shuffled), LEAST_TEXTS)
+    return [*_batches(pair, shuffled[:MOST], _limit(pair, tokens))]
+
+
+def _shuffle(name: str, given: Sequence[str], order: np.random.Generator) -> list[str]:
+    """Different texts that say something, in random order."""
+    texts = _checks.items(name, given, what="texts")
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise InputError(name, allowed="texts", given=brief(wrong[0]))
+    different = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    return [different[i] for i in order.permutation(len(different))]
+
+
+def _require(name: str, number: int, needed: int) -> None:
+    if number < needed:
+        raise InputError(
+            name,
+            allowed=f"at least {needed} different texts, as a part to plan with and one to state "
+            f"errors with need {LEAST_TEXTS} each (on fewer no agreement shows that there is 95%)",
+            given=f"{number} different ones",
+        )
+
+
+def _limit(pair: Pair, tokens: int) -> int:
+    """Tokens of a text: so many, or as many as the model takes."""
+    config = pair.tuned.config
+    places = int(getattr(config, "max_position_embeddings", 0))
+    if config.model_type in ("camembert", "roberta", "xlm-roberta"):
+        # They count positions from behind the one for padding.
+        places -= int(config.pad_token_id) + 1
+    return min(_checks.integer("tokens", tokens, 8), places)
+
+
+def load(config: Any) -> int:
+    """Numbers that a network keeps of one token while it is differentiated, about."""
+    wide = int(config.hidden_size) * int(config.num_hidden_layers)
+    return 30 * wide + 3 * int(config.vocab_size)
+
+
+def _batches(pair: Pair, texts: Sequence[str], limit: int) -> Iterator[Batch]:
+    """Texts of about one length together, as padding costs as much as text."""
+    encoded = pair.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    # A model says nothing of an empty text.
+    ordered = sorted((ids for ids in encoded if ids), key=len)
+    if not ordered:
+        raise InputError(
+            "texts", allowed="texts that the model's tokenizer makes tokens of", given="none"
+        )
+    of_token = load(pair.tuned.config)
+    while ordered:
+        size = 1
+        while (
+            size < min(BATCH, len(ordered)) and (size + 1) * len(ordered[size]) * of_token <= LOAD
+        ):
+            size += 1
+        some, ordered = ordered[:size], ordered[size:]
+        ids = torch.full((size, len(some[-1])), pair.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(some):
+            ids[row, : len(text)] = torch.tensor(text)
+            mask[row, : len(text)] = 1
+        yield Batch(ids, mask)
+
+
+class Measured(NamedTuple):
+    """What an adapted network loses on some texts, and how sure that is.
+
+    Attributes
+    ----------
+    error : float
+        ``η``, the part of the tuning's effect that is lost, ``(Σ‖f̂ − f̄‖² / Σ‖f_0 − f̄‖²)^{1/2}``
+        over texts: 0 for the tuned network ``f̄``, 1 for the base ``f_0``. Outputs are logits minus
+        their mean over classes or tokens, or last hidden states where there is no head. It is the
+        estimate from these texts.
+    error_upper : float
+        An approximate upper limit of ``η`` for all texts of this kind at 95%, the cautious number.
+        It cuts 1.25% of a bootstrap, not 5%, since errors of texts are skewed; where one or two
+        texts hold most of the error it is still too low more often than in 5% of cases.
+    agreement : float
+        Share of equal decisions, of classes or of next tokens; NaN without a head.
+    agreement_lower : float
+        A lower limit of this share at 95%.
+    kl : float
+        Mean divergence ``KL(f̄ ‖ f̂)`` of the distributions in nats; NaN without a head.
+    texts : int
+        How many were measured.
+    """
+
+    error: float
+    error_upper: float
+    agreement: float
+    agreement_lower: float
+    kl: float
+    texts: int
+
+
+class Reference:
+    """Outputs of the tuned network and of the base on some texts, to measure others against.
+
+    Those of the tuned network are kept in files, as those of language models are large. ``effect``
+    is ``‖f_0 − f̄‖²`` of each text.
+    """
+
+    def __init__(self, batches: Sequence[Batch], task: Task) -> None:
+        self.batches, self.task = batches, task
+        self._folder = scratch_folder(self)
+        self.effect: NDArray[np.float64] = np.zeros(0)
+
+    def record_tuned(self, network: Any) -> None:
+        """Keep the outputs of the tuned network."""
+        for i, (_, values) in enumerate(self._outputs(network)):
+            np.save(self._file(i), values.numpy())
+
+    def record_base(self, network: Any) -> None:
+        """Take the tuning's effect from the outputs of the base."""
+        self.effect = self._squares(network)[0]
+
+    def tuned_outputs(self, i: int) -> Tensor:
+        """Outputs of the tuned network for a batch: a row for each text, or each token."""
+        return torch.from_numpy(np.load(self._file(i)))
+
+    def error(self, network: Any) -> float:
+        """``η`` of a network."""
+        return ratio(self._squares(network)[0], self.effect)
+
+    def measure(self, network: Any, *, seed: int = 0) -> Measured:
+        """All that `Measured` says of a network."""
+        squares, equal, divergence, sizes = self._squares(network)
+        return Measured(
+            ratio(squares, self.effect),
+            upper_limit(squares, self.effect, seed=seed),
+            float(equal.sum() / sizes.sum()),
+            lower_limit(equal, sizes),
+            float(divergence.sum() / sizes.sum()),
+            len(squares),
+        )
+
+    def _squares(self, network: Any) -> tuple[NDArray[np.float64], ...]:
+        """Of each text: squared distance, equal decisions, divergence, number of decisions."""
+        rows: list[NDArray[np.float64]] = []
+        for i, (batch, values) in enumerate(self._outputs(network)):
+            target = self.tuned_outputs(i)
+            columns = [(values - target).double().square().sum(-1)]
+            if self.task == "encoder" or values.shape[-1] == 1:
+                columns += [torch.full_like(columns[0], math.nan)] * 2
+            else:
+                log, log_target = (x.double().log_softmax(-1) for x in (values, target))
+                columns += [
+                    (values.argmax(-1) == target.argmax(-1)).double(),
+                    (log_target.exp() * (log_target - log)).sum(-1),
+                ]
+            columns.append(torch.ones_like(columns[0]))
+            rows.append(_sum_by_text(torch.stack(columns, -1), batch, self.task).numpy())
+        return tuple(np.concatenate(rows).T)
+
+    def _outputs(self, network: Any) -> Iterator[tuple[Batch, Tensor]]:
+        with torch.no_grad():
+            for batch in self.batches:
+                yield batch, outputs(network, batch, self.task)
+
+    def _file(self, i: int) -> Path:
+        return self._folder / f"{i}.npy"
+
+
+def scratch_folder(owner: object) -> Path:
+    """An empty folder that is removed with its owner, or when the program ends."""
+    place = Path(tempfile.mkdtemp(prefix="lorapower-"))
+    weakref.finalize(owner, shutil.rmtree, place, ignore_errors=True)
+    return place
+
+
+def outputs(network: Any, batch: Batch, task: Task) -> Float[Tensor, "rows columns"]:
+    """A row for each text, or for each token, minus its mean; hidden states as they are."""
+    result = network(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    if task == "encoder":
+        return result.last_hidden_state[batch.there]
+    logits = result.logits if task == "classification" else result.logits[batch.there]
+    return logits - logits.mean(-1, keepdim=True) if logits.shape[-1] > 1 else logits
+
+
+@contextmanager
+def watch(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Collect what modules take in and give, in the order of their calls.
+
+    Where gradients are on, what they give has one, though no parameter does.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = inputs[0].detach(), output
+
+        return hook
+
+    def start(_: Any, __: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_(torch.is_grad_enabled())
+
+    with ExitStack() as stack:
+        for name in modules:
+            module = network.get_submodule(name)
+            stack.callback(module.register_forward_hook(keep(name)).remove)
+        first = network.get_input_embeddings()
+        stack.callback(first.register_forward_hook(start).remove)
+        yield seen
+
+
+def _sum_by_text(
+    rows: Float[Tensor, "rows columns"], batch: Batch, task: Task
+) -> Float[Tensor, "texts columns"]:
+    """Rows of tokens, added up over each text; rows of texts as they are."""
+    if task == "classification":
+        return rows
+    return torch.stack([part.sum(0) for part in rows.split(batch.attention_mask.sum(1).tolist())])
+
+
+def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
+    """``(Σ e / Σ d)^{1/2}``; 0 where nothing was lost of nothing."""
+    lost, whole = squares.sum(), effect.sum()
+    if whole == 0:
+        return 0.0 if lost == 0 else math.inf
+    return float(math.sqrt(lost / whole))
+
+
+def upper_limit(
+    squares: NDArray[np.float64], effect: NDArray[np.float64], *, seed: int = 0
+) -> float:
+    """An upper limit of ``η`` over all texts of a kind, about 95%, by bootstrap-t; at least ``η``.
+
+    Texts are drawn anew, and ``ln(Σe/Σd)`` is taken in units of its standard error in each draw
+    (Efron and Tibshirani, 1993). The limit cuts the part `TAIL` = 1.25% of the draws, not 5%, which
+    allows for errors of some skewness. It is meant for one adapter, fixed before these texts were
+    seen.
+    """
+    error = ratio(squares, effect)
+    if error in (0, math.inf) or len(squares) < 2:
+        return error
+    draw = np.random.default_rng(randomness.number(seed, "bootstrap"))
+    drawn = draw.integers(len(squares), size=(DRAWS, len(squares)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs, deviations = _log_ratio(squares[drawn], effect[drawn])
+        log, deviation = _log_ratio(squares, effect)
+        scores = (logs - log) / deviations
+    scores = np.sort(np.where(np.isnan(scores), -math.inf, scores))
+    lowest = scores[math.floor(TAIL * DRAWS)]
+    if not math.isfinite(lowest):
+        return math.inf
+    return max(error, float(math.exp((log - lowest * deviation) / 2)))
+
+
+def _log_ratio(squares: Any, effect: Any) -> tuple[Any, Any]:
+    """``ln(Σe/Σd)`` over the last axis, and its standard error to first order."""
+    lost, whole = squares.mean(-1, keepdims=True), effect.mean(-1, keepdims=True)
+    terms = squares / lost - effect / whole
+    n = squares.shape[-1]
+    return np.log(lost / whole)[..., 0], np.sqrt(terms.var(-1, ddof=1) / n)
+
+
+def lower_limit(equal: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
+    """A lower limit of a share at 95%.
+
+    Of whole texts, Clopper's and Pearson's, which is exact. Where each text has several decisions,
+    which depend on one another, Student's for the mean over texts, and never above the share.
+    """
+    from scipy import stats
+
+    share, n = equal.sum() / sizes.sum(), len(equal)
+    if not math.isfinite(share):
+        return math.nan
+    if share == 0:
+        return 0.0
+    if (sizes == 1).all():
+        return float(stats.beta.ppf(1 - CONFIDENCE, equal.sum(), n - equal.sum() + 1))
+    terms = (equal - share * sizes) / sizes.mean()
+    deviation = terms.std(ddof=1) / math.sqrt(n)
+    if deviation == 0:
+        # All alike: as of so many texts with one decision each.
+        return float((1 - CONFIDENCE) ** (1 / n)) * share
+    return max(0.0, float(share - stats.t.ppf(CONFIDENCE, n - 1) * deviation))

@@ -1,0 +1,274 @@
+"""Repair: factors and biases fitted to what the tuned network does, on calibration texts.
+
+First block by block in closed form, where each module corrects for what those before it miss
+[prop-repair]; then all at once by gradient, against the tuned network's outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from .. import randomness, regression
+from ..lowrank import LowRank
+from ._measuring import Batch, Reference, outputs, watch
+from .pair import Adapter, Module, Pair
+
+# Coefficients are drawn towards the change itself, by this part of the mean variance of inputs.
+SHRINKAGE = 0.05
+# Of the polish: highest learning rate, against the root mean square of a module's factors.
+RATE = 0.03
+# Arguments of a block beside the hidden states.
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def balance(update: LowRank) -> LowRank:
+    """The same update in float32, with factors of equal singular values, ``UΣ^{1/2}, VΣ^{1/2}``."""
+    Q, S = torch.linalg.qr(update.left)
+    P, T = torch.linalg.qr(update.right)
+    U, values, Vh = torch.linalg.svd(S @ T.mT)
+    half = values.sqrt()
+    return LowRank((Q @ U * half).float(), (P @ Vh.mT * half).float())
+
+
+def fit_blocks(
+    pair: Pair,
+    network: Any,
+    adapter: Adapter,
+    batches: Sequence[Batch],
+    root: Callable[[str], Tensor | None],
+    report: Callable[[int, int], None],
+) -> Adapter:
+    """Fit each module of a block in turn by reduced-rank regression, with the ranks as they are.
+
+    A module's inputs are those in the adapted network, as far as it was fitted; its target is what
+    it gives in the tuned network with the inputs there. ``root`` has the output metric of a module.
+    Only one block at a time has the tuned weights, and hidden states are carried from block to
+    block.
+    """
+    number = len(network.get_submodule(pair.blocks))
+    pair.fill(network, "tuned")
+    tuned, calls = _enter(network, pair.blocks, batches)
+    pair.put(network, adapter)
+    adapted, _ = _enter(network, pair.blocks, batches)
+    fitted = Adapter(dict(adapter.factors), dict(adapter.biases))
+    for i in range(number):
+        prefix = f"{pair.blocks}.{i}."
+        block = _Block(network, network.get_submodule(prefix[:-1]), calls[i], batches)
+        inside = [module for module in pair.modules.values() if module.name.startswith(prefix)]
+        pair.fill(network, "tuned", within=prefix)
+        stages = block.stages(inside, tuned[0])
+        targets, tuned = block.run(inside, tuned)
+        pair.put(network, fitted, within=prefix)
+        for stage in stages:
+            inputs = torch.cat(block.run(stage[:1], adapted)[0][stage[0].name].inputs)
+            for module in stage:
+                if module.name in fitted.factors:
+                    target = torch.cat(targets[module.name].outputs)
+                    _fit(pair, network, fitted, module, inputs, target, root(module.name))
+            pair.put(network, fitted, within=prefix)
+        adapted = block.run([], adapted)[1]
+        report(i + 1, number)
+    return fitted
+
+
+def _fit(
+    pair: Pair,
+    network: Any,
+    adapter: Adapter,
+    module: Module,
+    inputs: Tensor,
+    target: Tensor,
+    metric: Tensor | None,
+) -> None:
+    """Replace the factors and the bias of a module in an adapter [prop-repair]."""
+    missing = target - inputs @ pair.weight("base", module).mT
+    free = module.bias and "bias" not in pair.leave
+    if module.bias and not free:
+        missing = missing - network.get_submodule(module.name).bias
+    best = regression.reduced_rank(
+        missing.mT.double(),
+        inputs.mT.double(),
+        adapter.factors[module.name].rank,
+        towards=pair.change(module.name),
+        shrinkage=SHRINKAGE,
+        metric=metric,
+        intercept=free,
+    )
+    adapter.factors[module.name] = balance(best.update)
+    if free:
+        adapter.biases[module.name] = best.intercept.float()
+
+
+class _Seen(NamedTuple):
+    """What a module takes in and gives, a row for each token, by batch."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class _Block(NamedTuple):
+    """A block of a network, the rest of its arguments by batch, and the batches."""
+
+    network: Any
+    block: nn.Module
+    calls: Sequence[Call]
+    batches: Sequence[Batch]
+
+    def run(
+        self, modules: Sequence[Module], hidden: Sequence[Tensor]
+    ) -> tuple[dict[str, _Seen], list[Tensor]]:
+        """What modules take in and give, and what the block gives."""
+        kept = {module.name: _Seen([], []) for module in modules}
+        after = []
+        with torch.no_grad(), watch(self.network, kept) as seen:
+            for states, (rest, named), batch in zip(hidden, self.calls, self.batches, strict=True):
+                result = self.block(states, *rest, **named)
+                after.append(result[0] if isinstance(result, tuple) else result)
+                for name, parts in kept.items():
+                    for rows, values in zip(parts, seen[name], strict=True):
+                        rows.append(values[batch.there])
+        return kept, after
+
+    def stages(self, modules: Sequence[Module], hidden: Tensor) -> list[list[Module]]:
+        """Modules in the order of their calls, those with one input together."""
+        known = {module.name: module for module in modules}
+        rest, named = self.calls[0]
+        with torch.no_grad(), watch(self.network, known) as seen:
+            self.block(hidden, *rest, **named)
+        stages: dict[int, list[Module]] = {}
+        for name, (inputs, _) in seen.items():
+            # Inputs are kept until here, so that none comes to lie in the place of another.
+            stages.setdefault(inputs.data_ptr(), []).append(known[name])
+        return [*stages.values()]
+
+
+def _enter(
+    network: Any, blocks: str, batches: Sequence[Batch]
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """What the first block is given, by batch; and of each block the rest of its arguments."""
+    number = len(network.get_submodule(blocks))
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = [[] for _ in range(number)]
+    with ExitStack() as stack, torch.no_grad():
+        for i in range(number):
+
+            def before(_: nn.Module, args: Any, kwargs: Any, i: int = i) -> None:
+                rest, named = tuple(args), dict(kwargs)
+                first = named.pop("hidden_states") if "hidden_states" in named else rest[0]
+                rest = rest[1:] if "hidden_states" not in kwargs else rest
+                if i == 0:
+                    hidden.append(first)
+                calls[i].append((rest, named))
+
+            block = network.get_submodule(f"{blocks}.{i}")
+            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for batch in batches:
+            network.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return hidden, calls
+
+
+def polish(
+    pair: Pair,
+    network: Any,
+    adapter: Adapter,
+    fit: Reference,
+    select: Reference,
+    *,
+    steps: int,
+    seed: int,
+    report: Callable[[int, int], None],
+) -> Adapter:
+    """The adapter after steps of gradient descent on ``Σ‖f̂ − f̄‖²``.
+
+    Adam on factors and biases, whose rate rises over a tenth of the steps, then falls to 0. The
+    error on the texts for selection is taken at the start and eight times on the way, and the best
+    adapter is returned, which is the start if nothing is better.
+    """
+    pair.put(network, Adapter({}, {}))
+    trained: dict[str, list[Tensor]] = {}
+    with ExitStack() as stack:
+        for module in pair.modules.values():
+            start = adapter.factors.get(module.name)
+            free = module.bias and "bias" not in pair.leave
+            if start is None and not free:
+                continue
+            place = network.get_submodule(module.name)
+            parts = [] if start is None else [start.left.clone(), start.right.clone()]
+            if free:
+                tuned = place.bias.clone()
+                parts.append(adapter.biases.get(module.name, tuned).clone() - tuned)
+            trained[module.name] = [part.requires_grad_() for part in parts]
+            stack.callback(place.register_forward_hook(_add(parts, start is not None)).remove)
+
+        def now() -> Adapter:
+            factors, biases = {}, {}
+            for name, parts in trained.items():
+                values = [part.detach().clone() for part in parts]
+                if name in adapter.factors:
+                    factors[name] = LowRank(values[0], values[1])
+                if len(values) % 2:
+                    biases[name] = network.get_submodule(name).bias + values[-1]
+            return Adapter(factors, biases)
+
+        groups = [
+            {"params": [part], "lr": RATE * _size(part)}
+            for parts in trained.values()
+            for part in parts
+        ]
+        optimizer = torch.optim.Adam(groups, lr=RATE)
+        schedule = _schedule(optimizer, steps)
+        order = randomness.generator(seed, "polish")
+        best, least = adapter, select.error(network)
+        left: list[int] = []
+        for step in range(1, steps + 1):
+            left = left or torch.randperm(len(fit.batches), generator=order).tolist()
+            i = left.pop()
+            optimizer.zero_grad()
+            values = outputs(network, fit.batches[i], fit.task)
+            loss = (values - fit.tuned_outputs(i)).square().sum() / len(fit.batches[i].input_ids)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % max(1, steps // 8) == 0 or step == steps:
+                error = select.error(network)
+                if error < least:
+                    best, least = now(), error
+                if not math.isfinite(error):
+                    break
+            report(step, steps)
+    return best
+
+
+def _add(parts: Sequence[Tensor], low_rank: bool) -> Callable[..., Tensor]:
+    """A hook that adds ``B``'s and ``A``'s product with the input, and the bias, to the output."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if low_rank:
+            output = output + (inputs[0] @ parts[1]) @ parts[0].mT
+        return output + parts[-1] if len(parts) % 2 else output
+
+    return hook
+
+
+def _size(part: Tensor) -> float:
+    """What learning rates are relative to: of factors their root mean square."""
+    if part.ndim == 1:
+        return 0.01
+    return max(float(part.detach().square().mean().sqrt()), 1e-6)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> SequentialLR:
+    """Rates that rise over a tenth of the steps, then fall along a cosine."""
+    rise = max(1, steps // 10)
+    parts = [
+        LinearLR(optimizer, 1 / rise, total_iters=rise - 1),
+        CosineAnnealingLR(optimizer, max(1, steps - rise)),
+    ]
+    return SequentialLR(optimizer, parts, milestones=[rise])
