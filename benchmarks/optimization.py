@@ -13,9 +13,8 @@ import argparse
 from statistics import median
 from time import perf_counter
 
-from lorapower.experiments import optimization, sweeps, synthetic
-from lorapower.experiments.optimization import Fused, Newton, Recipe, Setting
-from lorapower.experiments.synthetic import Problem
+from lorapower.experiments import sweeps, synthetic
+from lorapower.experiments.synthetic import Fused, Newton, Problem, Recipe, Setting
 
 
 def main() -> None:
@@ -41,12 +40,12 @@ def main() -> None:
         every=10,
         seed=range(chosen.problems),
     )
-    optimization.measure([Setting(problem=problems[0].replace(steps=10), method=better)])
+    synthetic.measure([Setting(problem=problems[0].replace(steps=10), method=better)])
     base = 0.0
     for name, methods in ways.items():
         errors, start = [], perf_counter()
         for problem in problems:
-            found = optimization.measure([Setting(problem=problem, method=m) for m in methods])
+            found = synthetic.measure([Setting(problem=problem, method=m) for m in methods])
             best = min(found, key=lambda one: one.validation_loss)
             errors.append(best.error / best.variance)
         taken = perf_counter() - start

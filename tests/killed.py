@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from lorapower.experiments import sweeps, synthetic
-from lorapower.experiments.methods import Lora
+from lorapower.experiments.study import Lora
 from lorapower.experiments.sweeps import grid
 
 # Seventy-two, in eighteen batches.

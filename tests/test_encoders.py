@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import html
-import io
 import math
 import subprocess
 import sys
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +23,11 @@ from hypothesis import strategies as st
 
 from lorapower import InputError, randomness
 from lorapower import _hub as hub
-from lorapower.experiments import sweeps, tables
-from lorapower.experiments.encoders import models, paired, protocols, rated, runs, sources
-from lorapower.experiments.encoders.examples import Examples
-from lorapower.experiments.encoders.models import Alone, Final, Full, Lora, Method
-from lorapower.experiments.encoders.runs import Found, Problem, Setting
-from lorapower.experiments.encoders.tasks import (
-    GLUE,
-    METRICS,
-    PUBLISHED,
-    SENTENCES,
-    TASKS,
-    Task,
-    find,
-)
+from lorapower.experiments import encoders, protocols, sweeps, texts
+from lorapower.experiments.encoders import TARGETS, Found, Lora, Method, Problem, Setting, Whole
+from lorapower.experiments.texts import GLUE, METRICS, PUBLISHED, SENTENCES, Examples, Task, find
 
+WAYS: list[Method] = [Lora(rank=2), *sweeps.grid(Whole, kind=["final", "full", "head"])]
 each_task = pytest.mark.parametrize("task", GLUE.values(), ids=GLUE)
 PAIRS = {"mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
 
@@ -62,8 +48,8 @@ def save_roberta(folder: Path, **changes: Any) -> str:
 
     words = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    texts = [*glue_files.ONE, *glue_files.OTHER]
-    words.train_from_iterator(texts, vocab_size=400, special_tokens=special, show_progress=False)
+    lines = [*glue_files.ONE, *glue_files.OTHER]
+    words.train_from_iterator(lines, vocab_size=400, special_tokens=special, show_progress=False)
     words.save_model(str(folder))
     transformers.RobertaTokenizerFast(
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
@@ -91,7 +77,7 @@ def tiny(glue: Path, roberta: str) -> Problem:
 
 def measure(*problems: Problem, method: Method | None = None) -> list[Found]:
     method = method or Lora(rank=2)
-    return runs.measure([Setting(problem=problem, method=method) for problem in problems])
+    return encoders.measure([Setting(problem=problem, method=method) for problem in problems])
 
 
 # Tasks
@@ -100,15 +86,10 @@ def measure(*problems: Problem, method: Method | None = None) -> list[Found]:
 def test_the_nine_tasks_are_those_of_glue() -> None:
     assert list(GLUE) == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
     assert {name for name, task in GLUE.items() if len(task.texts) == 2} == PAIRS
-    assert {name: task.outputs for name, task in GLUE.items() if task.outputs != 2} == {
-        "stsb": 1,
-        "mnli": 3,
-    }
     scores = {name: task.metrics[0] for name, task in GLUE.items()}
     assert Counter(scores.values()) == {"accuracy": 7, "matthews": 1, "pearson": 1}
     assert scores["cola"] == "matthews"
     assert scores["stsb"] == "pearson"
-    assert all("f1" in GLUE[name].metrics for name in ("mrpc", "qqp"))
     assert set(PUBLISHED) == set(GLUE) - {"wnli"}
 
 
@@ -180,20 +161,21 @@ def test_answers_are_the_largest_output_or_the_number() -> None:
 
 @each_task
 def test_files_are_read_as_they_are_written(task: Task, glue: Path) -> None:
-    train = sources.read(task.name, str(glue), "train")
-    texts = [glue_files.ONE, glue_files.OTHER][: len(task.texts)]
-    assert train.texts == tuple(tuple(s.strip() for s in pair) for pair in zip(*texts, strict=True))
+    train = texts.read(task.name, str(glue), "train")
+    columns = [glue_files.ONE, glue_files.OTHER][: len(task.texts)]
+    pairs = zip(*columns, strict=True)
+    assert train.texts == tuple(tuple(text.strip() for text in pair) for pair in pairs)
     wanted: dict[str, list[float]] = {
         "stsb": [round(5 * i / 7, 3) for i in range(8)],
         "mnli": [1.0, 0.0, 2.0] * 2 + [1.0, 0.0],
     }
     assert list(train.labels) == wanted.get(task.name, [0, 1] * 4)
     assert (train.sizes, train.left_out) == ((8,), {})
-    validation = sources.read(task.name, str(glue), "validation")
+    validation = texts.read(task.name, str(glue), "validation")
     sets = 2 if task.name == "mnli" else 1
     assert validation.sizes == (8,) * sets
     assert validation.labels == train.labels * sets
-    test = sources.read(task.name, str(glue), "test")
+    test = texts.read(task.name, str(glue), "test")
     assert test.texts == train.texts * sets
     assert len(test.labels) == 8 * sets
     assert np.isnan(test.labels).all()
@@ -212,10 +194,8 @@ def broken(tmp_path: Path, name: str, old: str, new: str) -> str:
     ("task", "name", "old", "new", "message"),
     [
         ("sst2", "SST-2/train", "sentence\tlabel", "text\tlabel", "line 1 must be .*none named se"),
-        ("mrpc", "MRPC/train", "Quality", "quality", "none named Quality"),
-        ("cola", "CoLA/train", "gj04\t0", "gj04 0", "line 1 must be of 4 columns; got 3"),
-        ("rte", "RTE/train", "No.\t", "No.\t\t", "line 8 must be of 4 columns; got 5"),
-        ("qnli", "QNLI/dev", "No.\t", "No.\t\t", "line 8 must be of 4 columns; got 5"),
+        ("cola", "CoLA/train", "gj04\t0", "gj04 0", "line 1 must be without empty texts"),
+        ("qnli", "QNLI/dev", "No.\t", "No.\t\t", "readable table.* in line 8, saw 5"),
         (
             "rte",
             "RTE/train",
@@ -224,10 +204,7 @@ def broken(tmp_path: Path, name: str, old: str, new: str) -> str:
             "line 2: label must be one of ent",
         ),
         ("sst2", "SST-2/train", "\t1\n", "\t2\n", "line 3: label must be one of 0, 1; got '2'"),
-        ("sst2", "SST-2/train", "\t1\n", "\t-1\n", "got '-1'"),
         ("stsb", "STS-B/train", "5.000", "5.2", "line 9: label must be a number from 0 to 5; got"),
-        ("stsb", "STS-B/train", "5.000", "nan", "got 'nan'"),
-        ("stsb", "STS-B/train", "5.000", "high", "got 'high'"),
         ("rte", "RTE/train", "No.\t", " \t", "line 8 must be without empty texts"),
     ],
 )
@@ -237,7 +214,7 @@ def test_wrong_files_are_named_with_their_line(
     folder = broken(tmp_path, name, old, new)
     part = "validation" if name.endswith("dev") else "train"
     with pytest.raises(InputError, match=message) as info:
-        sources.read(task, folder, part)
+        texts.read(task, folder, part)
     assert str(Path(folder, f"{name}.tsv")) in str(info.value)
 
 
@@ -245,46 +222,44 @@ def test_lines_of_windows_and_a_missing_last_end_are_read(tmp_path: Path, glue: 
     folder = glue_files.write(tmp_path)
     path = folder / "SST-2" / "train.tsv"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n").removesuffix(b"\r\n"))
-    assert sources.read("sst2", str(folder), "train") == sources.read("sst2", str(glue), "train")
+    assert texts.read("sst2", str(folder), "train") == texts.read("sst2", str(glue), "train")
 
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('7\t1\t2\t"\tWas he a real\n', "of 6 columns; got 5"),
-        ("7\t1\t2\tWas he?\t\t1\n", r"without empty texts; got \['Was he\?', ''\]"),
+        ('7\t1\t2\t"\tWas he a real\n', "without empty texts and labels"),
+        ("7\t1\t2\tWas he?\t\t1\n", r"without empty texts and labels; got \['Was he\?', ''\]"),
     ],
 )
-@pytest.mark.parametrize("part", ["train", "dev"])
 def test_spoiled_lines_of_qqp_are_left_out_and_counted(
-    tmp_path: Path, part: str, line: str, complaint: str
+    tmp_path: Path, line: str, complaint: str
 ) -> None:
     folder = glue_files.write(tmp_path)
-    path = folder / "QQP" / f"{part}.tsv"
+    path = folder / "QQP" / "dev.tsv"
     whole = path.read_bytes()
     path.write_bytes(whole + line.encode() * 100)
-    of = part.replace("dev", "validation")
-    found = sources.read("qqp", str(folder), of)
+    found = texts.read("qqp", str(folder), "validation")
     assert (len(found.labels), found.left_out) == (8, {"spoiled": 100})
-    sources.read.cache_clear()
+    texts.read.cache_clear()
     path.write_bytes(whole + line.encode() * 101)
     with pytest.raises(InputError, match=f"line 110 must be {complaint}"):
-        sources.read("qqp", str(folder), of)
+        texts.read("qqp", str(folder), "validation")
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"must be a folder that holds RTE.train\.tsv"):
-        sources.read("rte", str(tmp_path), "train")
+        texts.read("rte", str(tmp_path), "train")
     folder = glue_files.write(tmp_path)
     (folder / "MNLI" / "dev_matched.tsv").rename(folder / "MNLI" / "dev.tsv")
     with pytest.raises(InputError, match=r"holds MNLI.dev_matched\.tsv; got"):
-        sources.read("mnli", str(folder), "validation")
+        texts.read("mnli", str(folder), "validation")
     (folder / "RTE" / "dev.tsv").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match=r"RTE.dev\.tsv must be a readable text in UTF-8"):
-        sources.read("rte", str(folder), "validation")
+    with pytest.raises(InputError, match=r"RTE.dev\.tsv must be a readable table in UTF-8"):
+        texts.read("rte", str(folder), "validation")
     (folder / "RTE" / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n")
     with pytest.raises(InputError, match="must be a file with examples; got none"):
-        sources.read("rte", str(folder), "validation")
+        texts.read("rte", str(folder), "validation")
 
 
 @pytest.mark.parametrize(
@@ -292,19 +267,15 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     [
         ("sst3", "hub", "task must be one of cola, sst2,"),
         ("cola", "rated", "task must be one of movies, movies-rating, .* with source 'rated'"),
-        ("tweets", "hub", "task must be one of cola, .* with source 'hub'"),
         ("cola", "", "source must be 'rated', 'hub' or a folder"),
         ("cola", "no/such/folder", "source must be 'rated', 'hub' or a folder that exists"),
     ],
 )
 def test_sources_without_the_task_are_refused(task: str, source: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        sources.check(task, source)
-
-
-def test_unknown_parts_are_refused(glue: Path) -> None:
+        texts.check(task, source)
     with pytest.raises(InputError, match="part must be one of train, validation, test"):
-        sources.read("rte", str(glue), "dev")
+        texts.read("rte", "hub", "dev")
 
 
 @each_task
@@ -318,7 +289,7 @@ def test_the_hub_gives_the_same_examples(
     def load(name: str, config: str, *, split: str) -> list[dict[str, Any]]:
         asked.append((name, config, split))
         part = split.partition("_")[0]
-        examples = sources.read(task.name, str(glue), part)
+        examples = texts.read(task.name, str(glue), part)
         half = len(examples.labels) // len(examples.sizes)
         plain = task.regression or part == "test"
         labels = [x if plain else int(x) for x in examples.labels[:half]]
@@ -326,20 +297,16 @@ def test_the_hub_gives_the_same_examples(
         return [dict(zip(task.texts, texts, strict=True)) | {"label": y} for texts, y in rows]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    sources.read.cache_clear()
-    for part in sources.PARTS:
-        one, other = (sources.read(task.name, where, part) for where in ("hub", str(glue)))
+    texts.read.cache_clear()
+    for part in texts.PARTS:
+        one, other = (texts.read(task.name, where, part) for where in ("hub", str(glue)))
         assert (one.texts, one.sizes) == (other.texts, other.sizes)
         np.testing.assert_equal(one.labels, other.labels)
     assert {(name, config) for name, config, _ in asked} == {("nyu-mll/glue", task.name)}
-    two = task.name == "mnli"
-    splits = [split for _, _, split in asked]
-    assert splits == (
-        ["train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched"]
-        if two
-        else ["train", "validation", "test"]
-    )
-    sources.read.cache_clear()
+    sets = ("_matched", "_mismatched") if task.name == "mnli" else ("",)
+    splits = ["train", *(part + end for part in ("validation", "test") for end in sets)]
+    assert [split for _, _, split in asked] == splits
+    texts.read.cache_clear()
 
 
 def test_labels_that_the_hub_does_not_know_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,9 +315,9 @@ def test_labels_that_the_hub_does_not_know_are_refused(monkeypatch: pytest.Monke
     rows = [{"sentence": "Fine.", "label": -1}]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     with pytest.raises(InputError, match="train, row 0: label must be one of 0, 1; got -1"):
-        sources.read("sst2", "hub", "train")
-    assert np.isnan(sources.read("sst2", "hub", "test").labels).all()
-    sources.read.cache_clear()
+        texts.read("sst2", "hub", "train")
+    assert np.isnan(texts.read("sst2", "hub", "test").labels).all()
+    texts.read.cache_clear()
 
 
 def test_without_a_network_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +325,7 @@ def test_without_a_network_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for look in (
-        lambda: sources.read("cola", "hub", "train"),
+        lambda: texts.read("cola", "hub", "train"),
         lambda: hub.tokenizer("nobody/has-this-encoder"),
     ):
         with pytest.raises(InputError, match="must be on the hub, or downloaded before") as info:
@@ -372,7 +339,7 @@ KINDS = {"movies": 10603, "tweets": 4140, "products": 3697, "editorials": 5118}
 
 
 def rated_parts(task: str) -> dict[str, Examples]:
-    return {part: sources.read(task, "rated", part) for part in sources.PARTS}
+    return {part: texts.read(task, "rated", part) for part in texts.PARTS}
 
 
 @pytest.mark.parametrize(("kind", "distinct"), KINDS.items())
@@ -392,17 +359,17 @@ def test_each_rated_sentence_is_in_one_part(kind: str, distinct: int) -> None:
     signs = rated_parts(kind)
     for part, examples in signs.items():
         for (text,), label in zip(examples.texts, examples.labels, strict=True):
-            assert (ratings[text] > rated.NEUTRAL) if label else (ratings[text] < -rated.NEUTRAL)
+            assert (ratings[text] > texts.NEUTRAL) if label else (ratings[text] < -texts.NEUTRAL)
         dropped = examples.left_out.get("neutral", 0)
         assert len(examples.labels) + dropped == len(means[part].labels)
-    neutral = once["rating"].abs() <= rated.NEUTRAL
+    neutral = once["rating"].abs() <= texts.NEUTRAL
     assert sum(p.left_out["neutral"] for p in signs.values()) == neutral.sum()
 
 
 def lines_of(kind: str) -> list[tuple[int, list[str]]]:
     """The lines of a file of the archive, read with the command line's own tools."""
     archive = subprocess.run(
-        ["tar", "-xzOf", rated.archive(), "--wildcards", "*/hutto_ICWSM_2014.tar.gz"],
+        ["tar", "-xzOf", texts.archive(), "--wildcards", "*/hutto_ICWSM_2014.tar.gz"],
         capture_output=True,
         check=True,
     ).stdout
@@ -418,86 +385,28 @@ def lines_of(kind: str) -> list[tuple[int, list[str]]]:
 def test_parts_have_their_shares_and_share_no_words() -> None:
     parts = rated_parts("movies-rating")
     sizes = np.array([len(part.labels) for part in parts.values()])
-    assert np.abs(sizes / sizes.sum() - [*rated.SHARES.values()]).max() < 0.01
+    assert np.abs(sizes / sizes.sum() - [*texts.SHARES.values()]).max() < 0.01
     assert len(rated_parts("movies")["test"].labels) >= 1500
     words = [{text.casefold() for (text,) in part.texts} for part in parts.values()]
     assert not words[0] & words[1] | words[0] & words[2] | words[1] & words[2]
 
 
-def archive_of(folder: Path, name: str, content: bytes) -> Path:
-    """An archive like the published one, whose file ``name`` has this content."""
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:gz") as files:
-        about = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
-        about.size = len(content)
-        files.addfile(about, io.BytesIO(content))
-    path = folder / rated.archive().name
-    with tarfile.open(path, mode="w:gz") as files:
-        about = tarfile.TarInfo(
-            f"{path.name.removesuffix('.tar.gz')}/additional_resources/hutto_ICWSM_2014.tar.gz"
-        )
-        about.size = len(inner.getvalue())
-        files.addfile(about, io.BytesIO(inner.getvalue()))
-    return path
-
-
-def use(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(rated, "archive", lambda: path)
-    monkeypatch.setattr(rated, "_SHA256", digest)
-    sources.read.cache_clear()
-
-
-@pytest.fixture
-def _read_anew() -> Iterator[None]:
-    yield
-    sources.read.cache_clear()
-
-
-@pytest.mark.usefixtures("_read_anew")
-def test_torn_and_wrongly_encoded_lines_are_left_out_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good = b"".join(f"{i}\t{2 - i % 5}\tSentence {i}.\r\n".encode() for i in range(100))
-    for bad, complaint in ((b"7\t1.5\n", "of 3 columns; got 2"), (b"7\t1.5\t\xff\n", "in UTF-8")):
-        name = "tweets_GroundTruth.txt"
-        use(monkeypatch, archive_of(tmp_path, name, good + bad * 100))
-        parts = rated_parts("tweets-rating")
-        assert sum(len(part.labels) for part in parts.values()) == 100
-        assert parts["train"].left_out == {"spoiled": 100}
-        use(monkeypatch, archive_of(tmp_path, name, good + bad * 101))
-        with pytest.raises(InputError, match=f"line 201 must be {complaint}"):
-            sources.read("tweets", "rated", "train")
-    use(monkeypatch, archive_of(tmp_path, name, good + b"7\tnan\tSo so.\n" * 2))
-    with pytest.raises(InputError, match="line 101 must be a mean rating and a text; got 'nan'"):
-        rated_parts("tweets")
-    use(monkeypatch, archive_of(tmp_path, name, good.replace(b"\t2\t", b"\t4.5\t")))
-    with pytest.raises(InputError, match=r"label must be a number from -4 to 4; got 4\.5"):
-        rated_parts("tweets-rating")
-    use(monkeypatch, archive_of(tmp_path, name, good.replace(b"\t2\t", b"\t0\t")[:30]))
-    with pytest.raises(
-        InputError, match=r"sentences for tweets, .* must be at least one; got none"
-    ):
-        rated_parts("tweets")
-
-
-@pytest.mark.usefixtures("_read_anew")
 def test_another_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = rated.archive().read_bytes()
+    whole = texts.archive().read_bytes()
     path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
-    monkeypatch.setattr(rated, "archive", lambda: path)
+    monkeypatch.setattr(texts, "archive", lambda: path)
+    texts.read.cache_clear()
     command = "`pip download --no-deps --no-binary :all: --dest .* vaderSentiment==3.3.2`"
     with pytest.raises(InputError, match=f"archive of rated sentences must be at .*: {command}"):
-        sources.read("movies", "rated", "train")
-    for content in (whole[:-1000], whole + b"0", b""):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=f"got {len(content)} bytes of other .*{command}"):
-            sources.read("movies", "rated", "train")
+        texts.read("movies", "rated", "train")
+    path.write_bytes(whole[:-1000])
+    with pytest.raises(InputError, match=f"got {len(whole) - 1000} bytes of other .*{command}"):
+        texts.read("movies", "rated", "train")
 
 
 def test_the_archive_is_the_one_that_is_installed() -> None:
     constraints = Path(__file__).parent.parent / "constraints.txt"
-    assert rated.REQUIREMENT in constraints.read_text(encoding="utf-8").splitlines()
+    assert texts.REQUIREMENT in constraints.read_text(encoding="utf-8").splitlines()
 
 
 def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,8 +423,8 @@ def test_the_package_needs_no_library_of_the_extra() -> None:
         f"for name in {hub.LIBRARIES['glue']!r}:\n"
         "    sys.modules[name] = None\n"
         "import lorapower.book\n"
-        "from lorapower.experiments.encoders import models, runs, sources, tasks\n"
-        "runs.Setting()\n"
+        "from lorapower.experiments import encoders, protocols, texts\n"
+        "encoders.Setting()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -530,7 +439,7 @@ def test_the_packaged_encoder_is_trained() -> None:
         ("A man is playing a guitar.", "The tablets made me tired."),
         ("Someone plays a musical instrument.", "I felt sleepy from the medicine."),
     ]
-    same, other = models.similarities("packaged", pairs).split(2)
+    same, other = encoders.similarities("packaged", pairs).split(2)
     assert same.min() > 0.5
     assert other.max() < 0.2
 
@@ -539,16 +448,14 @@ def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(roberta: s
     task = GLUE["rte"]
     shipped = hub.encoder(roberta).state_dict()
     for pretrained in (True, False):
-        own = models.classifier(
-            roberta, task, pretrained=pretrained, seed=0
-        ).base_model.state_dict()
+        own = encoders._build(roberta, task, pretrained=pretrained, seed=0).base_model.state_dict()
         same = [torch.equal(own[k], shipped[k]) for k in own if "dense.weight" in k]
         assert all(same) if pretrained else not any(same)
 
 
 def test_heads_depend_on_the_seed_alone(roberta: str) -> None:
     def head(**options: Any) -> torch.Tensor:
-        network = models.classifier(roberta, GLUE["rte"], **options)
+        network = encoders._build(roberta, GLUE["rte"], **options)
         return network.classifier.out_proj.weight
 
     one = head(pretrained=True, seed=1)
@@ -565,7 +472,7 @@ def test_a_pooling_layer_that_is_not_shipped_depends_on_the_seed_alone(tmp_path:
 
     def pooler(state: int, **options: Any) -> torch.Tensor:
         with randomness.seeded(state, "state before"):
-            network = models.classifier(str(tmp_path), GLUE["rte"], **options)
+            network = encoders._build(str(tmp_path), GLUE["rte"], **options)
         return network.bert.pooler.dense.weight
 
     one = pooler(0, pretrained=True, seed=1)
@@ -580,22 +487,22 @@ def tuned(network: Any) -> set[str]:
 
 def test_what_is_tuned(roberta: str) -> None:
     def of(method: Method) -> set[str]:
-        network = models.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
-        return tuned(models.adapt(network, method, seed=0))
+        network = encoders._build(roberta, GLUE["rte"], pretrained=False, seed=0)
+        return tuned(encoders._adapt(network, method, seed=0))
 
-    adapters = {t: {n for n in of(Lora(targets=t, rank=2)) if "lora_" in n} for t in models.TARGETS}
+    adapters = {t: {n for n in of(Lora(targets=t, rank=2)) if "lora_" in n} for t in TARGETS}
     # Query, key, value and output of two layers; with the two of each perceptron.
     assert (len(adapters["attention"]), len(adapters["all"])) == (2 * 2 * 4, 2 * 2 * 6)
     assert adapters["attention"] | adapters["feed-forward"] == adapters["all"]
     assert not adapters["attention"] & adapters["feed-forward"]
-    for names in (of(Lora(rank=2)), of(Final())):
+    for names in (of(Lora(rank=2)), of(Whole(kind="final"))):
         assert len([n for n in names if "classifier" in n]) == 4
-    final = {n for n in of(Final()) if "classifier" not in n}
+    final = {n for n in of(Whole(kind="final")) if "classifier" not in n}
     assert final
     assert all("layer.1." in name for name in final)
-    network = models.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
-    assert {name.split(".")[0] for name in of(Alone())} == {"classifier"}
-    assert of(Full()) == {name for name, _ in network.named_parameters()}
+    network = encoders._build(roberta, GLUE["rte"], pretrained=False, seed=0)
+    assert {name.split(".")[0] for name in of(Whole(kind="head"))} == {"classifier"}
+    assert of(Whole()) == {name for name, _ in network.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Electra"])
@@ -605,10 +512,10 @@ def test_encoders_of_other_kinds_can_be_adapted(kind: str, tmp_path: Path) -> No
         num_attention_heads=2, n_heads=2, intermediate_size=12, hidden_dim=12, embedding_size=8,
     )  # fmt: skip
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
-    methods: list[Method] = [Lora(targets=targets, rank=1) for targets in models.TARGETS]
-    for method in (*methods, Final(), Full(), Alone()):
-        network = models.classifier(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
-        network = models.adapt(network, method, seed=0)
+    methods: list[Method] = [Lora(targets=targets, rank=1) for targets in TARGETS]
+    for method in (*methods, Whole(kind="final"), Whole(), Whole(kind="head")):
+        network = encoders._build(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
+        network = encoders._adapt(network, method, seed=0)
         ids = torch.arange(6).reshape(2, 3)
         network(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
         got = {n for n, p in network.named_parameters() if p.grad is not None}
@@ -621,8 +528,8 @@ def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
     for rank in (1, 16):
         size = []
         for seed in range(5):
-            network = models.classifier(roberta, GLUE["rte"], pretrained=True, seed=seed)
-            network = models.adapt(network.eval(), Lora(rank=rank), seed=seed)
+            network = encoders._build(roberta, GLUE["rte"], pretrained=True, seed=seed)
+            network = encoders._adapt(network.eval(), Lora(rank=rank), seed=seed)
             steps = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
             loss = network(input_ids=torch.arange(4, 20)[None], labels=torch.tensor([0])).loss
             loss.backward()
@@ -635,9 +542,9 @@ def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
 
 
 def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) -> None:
-    network = models.classifier(roberta, GLUE["rte"], pretrained=False, seed=0)
+    network = encoders._build(roberta, GLUE["rte"], pretrained=False, seed=0)
     with pytest.raises(InputError, match=r"to 16 \(the weight of .*query is 16×16\); got 17"):
-        models.adapt(network, Lora(targets="attention", rank=17), seed=0)
+        encoders._adapt(network, Lora(targets="attention", rank=17), seed=0)
 
     class Plain(torch.nn.Module):
         base_model_prefix = "body"
@@ -647,15 +554,15 @@ def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) ->
             self.body = self.base_model = torch.nn.Conv1d(2, 2, 1)
 
     with pytest.raises(InputError, match="linear layers for targets 'all'; got one of Conv1d"):
-        models.adapt(Plain(), Lora(rank=1), seed=0)
+        encoders._adapt(Plain(), Lora(rank=1), seed=0)
     with pytest.raises(InputError, match="a stack of layers, to tune the last one; got Conv1d"):
-        models.adapt(Plain(), Final(), seed=0)
+        encoders._adapt(Plain(), Whole(kind="final"), seed=0)
     with pytest.raises(InputError, match="model must be a folder with a configuration"):
         hub.tokenizer(str(tmp_path))
     with pytest.raises(InputError, match=r"model must be a folder that exists; got './nowhere'"):
         hub.tokenizer("./nowhere")
     with pytest.raises(InputError, match="pairs must be at least one pair of texts; got none"):
-        models.similarities(roberta, [])
+        encoders.similarities(roberta, [])
 
 
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta"])
@@ -665,7 +572,7 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_pat
         num_attention_heads=2, n_heads=2, intermediate_size=12, hidden_dim=12,
     )  # fmt: skip
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
-    network = models.classifier(
+    network = encoders._build(
         str(tmp_path), GLUE["mnli"], pretrained=True, seed=0, head="mean"
     ).eval()
     ids = torch.arange(4, 10)
@@ -681,18 +588,18 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_pat
             torch.testing.assert_close(found["logits"][0], wanted, rtol=1e-4, atol=1e-5)
     wanted_loss = -torch.log_softmax(wanted, 0)[2]
     torch.testing.assert_close(found["loss"], wanted_loss, rtol=1e-4, atol=1e-5)
-    rating = models.classifier(
+    rating = encoders._build(
         str(tmp_path), GLUE["stsb"], pretrained=True, seed=0, head="mean"
     ).eval()
     found = rating(input_ids=ids[None], labels=torch.tensor([3.0]))
     assert found["loss"].item() == pytest.approx((found["logits"].item() - 3) ** 2)
 
 
-@pytest.mark.parametrize("method", [Lora(rank=2), Final(), Full(), Alone()], ids=lambda m: m.kind)
+@pytest.mark.parametrize("method", WAYS, ids=lambda m: m.kind)
 @pytest.mark.parametrize("task", ["rte", "stsb"])
 def test_methods_tune_the_mean_head_too(method: Method, task: str, tiny: Problem) -> None:
     problem = tiny.replace(task=task, head="mean")
-    network = runs._network(Setting(problem=problem, method=method))
+    network = encoders._network(Setting(problem=problem, method=method))
     assert any("classifier" in name for name in tuned(network))
     assert not any("pooler" in name for name in tuned(network))
     (found,) = measure(problem, method=method)
@@ -720,17 +627,11 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"task": "sst3"}, "task must be one of"),
         ({"source": "no/such/folder", "task": "cola"}, "source must be"),
         ({"model": ""}, "model must be 'packaged', a folder, or a name on the hub"),
         ({"pretrained": 1}, "pretrained must be a valid boolean; got 1"),
-        ({"epochs": 0}, "epochs must be"),
-        ({"batch": 0}, "batch must be"),
         ({"tokens": 4}, "tokens must be greater than or equal to 8; got 4"),
-        ({"samples": -1}, "samples must be"),
-        ({"part": "train"}, "part must be 'validation' or 'test'; got 'train'"),
         ({"part": "test", "task": "rte", "source": "hub"}, "part must be validation but for"),
-        ({"seed": -1}, "seed must be"),
     ],
     ids=str,
 )
@@ -742,10 +643,7 @@ def test_problems_without_meaning_are_refused(values: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"kind": "none"}, "method must be one of 'lora', 'final', 'full', 'head'; got 'none'"),
-        ({"kind": "lora", "targets": "query"}, "targets must be 'attention', .* got 'query'"),
-        ({"kind": "lora", "rank": 0}, "rank must be greater than or equal to 1; got 0"),
-        ({"kind": "lora", "learning_rate": 0.0}, "learning_rate must be greater than 0"),
+        ({"kind": "none"}, "method must be one of 'lora', 'full', 'final', 'head'; got 'none'"),
         ({"kind": "final", "rank": 4}, "names must be among kind, learning_rate .*; got rank"),
     ],
     ids=str,
@@ -758,27 +656,33 @@ def test_methods_without_meaning_are_refused(method: dict[str, Any], message: st
 def test_what_is_not_usable_is_found_before_the_first_run(tiny: Problem, tmp_path: Path) -> None:
     tasks = [tiny.replace(task=task) for task in ("cola", "rte")]
     good = sweeps.grid(Setting, problem=tasks, method=sweeps.grid(Lora, rank=[1, 16]))
-    runs.check(good)
+    encoders.check(good)
     for wrong, message in (
         (Setting(problem=tiny, method=Lora(rank=17)), "rank must be an integer from 1 to 16"),
-        (Setting(problem=tiny.replace(tokens=100)), "tokens must be an integer from 8 to 32"),
+        (
+            Setting(problem=tiny.replace(tokens=33)),
+            r"tokens must be .* 8 to 32 \(what the",
+        ),
         (Setting(problem=tiny.replace(samples=9)), "samples must be an integer from 0 to 8"),
     ):
         with pytest.raises(InputError, match=message):
-            runs.check([wrong, *good])
+            encoders.check([wrong, *good])
     source = glue_files.write(tmp_path)
     (source / "RTE" / "dev.tsv").unlink()
     with pytest.raises(InputError, match=r"a folder that holds RTE/dev.tsv"):
-        runs.check([Setting(problem=task.replace(source=str(source))) for task in tasks])
+        encoders.check([Setting(problem=task.replace(source=str(source))) for task in tasks])
 
 
-@pytest.mark.parametrize("task", GLUE)
-def test_every_task_runs(task: str, tiny: Problem) -> None:
+@pytest.mark.parametrize("task", ["cola", "mrpc", "stsb", "mnli"])
+def test_tasks_of_each_kind_run(task: str, tiny: Problem) -> None:
     (found,) = measure(tiny.replace(task=task, tokens=28))
     about = find(task)
     assert {m for m in METRICS if not math.isnan(getattr(found, m))} == set(about.metrics)
     assert found.score == getattr(found, about.metrics[0])
-    assert -1 <= found.score <= 1
+    labels = texts.read(task, tiny.source, "validation").labels
+    answers = encoders.answers(found.answers)
+    assert len(answers) == len(labels)
+    assert about.scores(answers, labels)["score"] == pytest.approx(found.score, abs=1e-6)
     assert 0 <= found.cut_off < 1
     matched = [found.accuracy_matched, found.accuracy_mismatched]
     if task == "mnli":
@@ -815,11 +719,11 @@ def test_each_epoch_shows_the_same_samples_once(
 ) -> None:
     problem = Problem(batch=batch, epochs=epochs, samples=samples, seed=seed)
     lengths = np.random.default_rng(seed).integers(3, 40, texts)
-    steps = runs._batches(problem, lengths)
+    steps = encoders._batches(problem, lengths)
     size = min(samples or texts, texts)
     each = len(steps) // epochs
     assert each == sum(
-        -(-part // batch) for part in np.diff([*range(0, size, runs.POOL * batch), size])
+        -(-part // batch) for part in np.diff([*range(0, size, encoders.POOL * batch), size])
     )
     shown = [
         sorted(text for step in steps[i * each : (i + 1) * each] for text in step)
@@ -833,17 +737,17 @@ def test_each_epoch_shows_the_same_samples_once(
 def test_samples_and_batches_depend_on_the_seed_alone() -> None:
     lengths = np.full(100, 20)
     one, again, other = (
-        runs._batches(Problem(samples=50, seed=seed, pretrained=pretrained), lengths)
+        encoders._batches(Problem(samples=50, seed=seed, pretrained=pretrained), lengths)
         for seed, pretrained in ((0, True), (0, False), (1, True))
     )
     assert one == again != other
-    fewer = runs._batches(Problem(samples=10), lengths)
+    fewer = encoders._batches(Problem(samples=10), lengths)
     assert {i for step in fewer for i in step} < {i for step in one for i in step}
 
 
 def test_texts_of_about_one_length_go_together() -> None:
     lengths = np.random.default_rng(0).integers(5, 60, 4000)
-    steps = runs._batches(Problem(batch=32, epochs=1), lengths)
+    steps = encoders._batches(Problem(batch=32, epochs=1), lengths)
     padded = sum(len(step) * lengths[step].max() for step in steps)
     assert padded < 1.15 * lengths.sum()
     # Short and long ones come in turn.
@@ -853,8 +757,8 @@ def test_texts_of_about_one_length_go_together() -> None:
 
 def test_the_part_of_texts_that_is_cut_off_is_reported(tiny: Problem) -> None:
     words = hub.tokenizer(tiny.model)
-    texts = sources.read("rte", tiny.source, "train").texts
-    lengths = [len(words(*pair)["input_ids"]) for pair in texts]
+    pairs = texts.read("rte", tiny.source, "train").texts
+    lengths = [len(words(*pair)["input_ids"]) for pair in pairs]
     for tokens in (24, 28):
         (found,) = measure(tiny.replace(tokens=tokens))
         assert found.cut_off == np.mean([length > tokens for length in lengths])
@@ -864,8 +768,8 @@ def test_the_number_of_tuned_parameters_is_reported(tiny: Problem) -> None:
     head = 16 * 16 + 16 + 2 * 16 + 2
     attention = 2 * 4 * 2 * (16 + 16)
     perceptron = 2 * 2 * 2 * (16 + 24)
-    methods = sweeps.grid(Lora, targets=[*models.TARGETS], rank=2)
-    found = runs.measure([Setting(problem=tiny, method=method) for method in methods])
+    methods = sweeps.grid(Lora, targets=[*TARGETS], rank=2)
+    found = encoders.measure([Setting(problem=tiny, method=method) for method in methods])
     counts = [one.parameters for one in found]
     assert counts == [head + attention, head + perceptron, head + attention + perceptron]
 
@@ -874,21 +778,12 @@ def test_equal_ranks_have_nearly_as_many_numbers(roberta: str) -> None:
     sizes = {"attention": 2 * 4 * (16 + 16), "feed-forward": 2 * 2 * (16 + 24)}
     whole = sum(sizes.values())
     for rank in (1, 3, 8):
-        found = models.equal_ranks(roberta, rank)
+        found = encoders.equal_ranks(roberta, rank)
         assert found["all"] == rank
-        assert max(models.equal_ranks(roberta, 16).values()) <= 16
+        assert max(encoders.equal_ranks(roberta, 16).values()) <= 16
         for targets, size in sizes.items():
             others = [abs(other * size - rank * whole) for other in range(1, 40)]
             assert found[targets] == 16 or abs(found[targets] * size - rank * whole) == min(others)  # type: ignore[index]
-
-
-@pytest.mark.parametrize("task", ["mnli", "stsb", "cola"])
-def test_answers_are_kept(task: str, tiny: Problem) -> None:
-    (found,) = measure(tiny.replace(task=task, tokens=28))
-    about, labels = GLUE[task], sources.read(task, tiny.source, "validation").labels
-    given = runs.answers(found.answers)
-    assert len(given) == len(labels)
-    assert about.scores(given, labels)["score"] == pytest.approx(found.score, abs=1e-6)
 
 
 def test_spectra_are_those_of_the_change() -> None:
@@ -897,7 +792,7 @@ def test_spectra_are_those_of_the_change() -> None:
     # 9, 4, 1, 1 of 15: one direction has more than half, three have more than nine tenths.
     change[range(4), range(4)] = torch.tensor([3.0, 2.0, 1.0, 1.0])
     after = {"one": before["one"] + change, "two": before["two"] + 2 * change}
-    table = runs.spectra(runs._changes(before, after))
+    table = encoders.spectra(encoders._changes(before, after))
     assert [*table["layer"]] == ["one", "two"]
     assert table[["half", "most"]].to_numpy().tolist() == [[1, 3]] * 2
     np.testing.assert_allclose(table[["1", "2", "4"]], [[1, 2 / 3, 1 / 3]] * 2, rtol=1e-5)
@@ -907,8 +802,8 @@ def test_spectra_are_those_of_the_change() -> None:
 
 
 def test_tuning_all_weights_tells_what_it_changed(tiny: Problem) -> None:
-    (found,) = measure(tiny, method=Full())
-    table = runs.spectra(found.changes)
+    (found,) = measure(tiny, method=Whole())
+    table = encoders.spectra(found.changes)
     assert len(table) == 12
     assert (table["norm"] > 0).all()
     (found,) = measure(tiny)
@@ -917,51 +812,19 @@ def test_tuning_all_weights_tells_what_it_changed(tiny: Problem) -> None:
 
 def test_what_does_not_change_has_no_rank() -> None:
     weights = {"one": torch.arange(24.0).reshape(4, 6)}
-    table = runs.spectra(runs._changes(weights, weights))
+    table = encoders.spectra(encoders._changes(weights, weights))
     assert table.norm.item() == 0
     assert table[["1", "2", "4"]].to_numpy().tolist() == [[0, 0, 0]]
 
 
-def test_more_tokens_than_the_model_takes_are_refused(tiny: Problem) -> None:
-    measure(tiny.replace(tokens=32))
-    with pytest.raises(InputError, match=r"from 8 to 32 \(what the model takes\); got 33"):
-        measure(tiny.replace(tokens=33))
-
-
 def test_runs_print_nothing(tiny: Problem, capfd: pytest.CaptureFixture[str]) -> None:
-    measure(tiny)
+    measure(tiny.replace(tokens=32))  # all that the model takes
     assert capfd.readouterr() == ("", "")
-
-
-def test_an_interrupted_sweep_keeps_what_is_finished(
-    tiny: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seeds = [tiny.replace(seed=seed) for seed in (0, 1, 2)]
-    settings = sweeps.grid(Setting, problem=seeds, method=Lora(rank=2))
-    train, started = transformers.Trainer.train, []
-
-    def interrupted(trainer: Any) -> Any:
-        started.append(trainer.args.seed)
-        if len(started) == 2:
-            raise KeyboardInterrupt
-        return train(trainer)
-
-    monkeypatch.setattr(transformers.Trainer, "train", interrupted)
-    path = tmp_path / "runs"
-    once: Any = {"size": 1, "progress": False}
-    with pytest.raises(KeyboardInterrupt):
-        sweeps.run(settings, runs.measure, path, **once)
-    assert sweeps.read(path).seed.tolist() == [0]
-    table = sweeps.run(settings, runs.measure, path, **once)
-    assert started == [randomness.number(seed, "training") for seed in (0, 1, 1, 2)]
-    monkeypatch.undo()
-    wanted = sweeps.run(settings, runs.measure, **once)
-    assert table.training_loss.tolist() == wanted.training_loss.tolist()
 
 
 @pytest.mark.parametrize("profile", protocols.GRIDS)
 def test_the_protocol_compares_like_with_like(profile: str) -> None:
-    settings = protocols.compared(profile, ["movies", "tweets"], "rated", "packaged", seed=7)
+    settings = protocols.compare(profile, ["movies", "tweets"], "rated", "packaged", seed=7)
     grid = protocols.GRIDS[profile]
     seeds, ranks, most = grid["problem"]["seed"], grid["ranks"], grid["samples"][-1]
     assert {s.problem.seed for s in settings} == {*range(7, 7 + len(seeds))}
@@ -975,12 +838,12 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
         elif problem.pretrained:
             assert {m.kind for m in methods} == {"lora", "final", "full", "head"}
             assert {("all", rank) for rank in ranks} <= adapters
-            equal = models.equal_ranks("packaged", ranks[-1], "mean")
+            equal = encoders.equal_ranks("packaged", ranks[-1], "mean")
             assert {*equal.items()} <= adapters
         else:
             assert ("all", ranks[-1]) in adapters
     rates = {("lora", True): {1: 0.5, 9: 0.125}, ("lora", False): {1: 0.25}}
-    some = protocols.compared(
+    some = protocols.compare(
         profile, ["tweets"], "rated", "packaged", ranks=[3], seed=4, seeds=2, rates=rates
     )
     assert {s.problem.seed for s in some} == {4, 5}
@@ -989,9 +852,9 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
             assert one.method.rank == 3
             wanted = 0.25  # halfway on a logarithmic scale
             assert one.method.learning_rate == pytest.approx(wanted)
-    most = protocols.compared(profile, ["tweets"], "rated", "packaged", samples=64)
+    most = protocols.compare(profile, ["tweets"], "rated", "packaged", samples=64)
     assert {s.problem.samples for s in most} == {64}
-    every = protocols.compared(profile, ["tweets"], "rated", "packaged", samples=10**6)
+    every = protocols.compare(profile, ["tweets"], "rated", "packaged", samples=10**6)
     assert {s.problem.samples for s in every} == {0, *grid["samples"]} - {4000}  # of 2474
 
 
@@ -1030,24 +893,24 @@ def test_rates_are_chosen_on_texts_of_their_own() -> None:
 def test_rates_of_ranks_between_are_between() -> None:
     by_rank = {1: 0.01, 4: 0.005, 16: 0.001}
     for rank, wanted in by_rank.items():
-        assert protocols.rate(by_rank, rank) == pytest.approx(wanted)
-    assert protocols.rate(by_rank, 2) == pytest.approx(math.sqrt(0.01 * 0.005))
-    assert protocols.rate(by_rank, 64) == pytest.approx(0.0002)
-    assert protocols.rate({0: 0.3}, 0) == 0.3
+        assert protocols._rate(by_rank, rank) == pytest.approx(wanted)
+    assert protocols._rate(by_rank, 2) == pytest.approx(math.sqrt(0.01 * 0.005))
+    assert protocols._rate(by_rank, 64) == pytest.approx(0.0002)
+    assert protocols._rate({0: 0.3}, 0) == 0.3
 
 
 def test_the_recorded_run_is_part_of_the_protocol() -> None:
-    table = protocols.recorded()
+    table = protocols.read_record()
     on_validation = table[table.part == "validation"]
     rates = protocols.best_rates(on_validation)
     about = (["movies"], "rated", "packaged")
     seeds = table.seed.nunique()
     settings = [
         *protocols.search("paper", *about),
-        *protocols.compared("paper", *about, samples=4000, seeds=seeds, rates=rates),
+        *protocols.compare("paper", *about, samples=4000, seeds=seeds, rates=rates),
     ]
-    columns = tables.columns(Setting)
-    known = pd.DataFrame([tables.flat(one.model_dump_json()) for one in settings])[columns]
+    columns = sweeps.columns(Setting)
+    known = pd.DataFrame([sweeps._flat(one.model_dump_json()) for one in settings])[columns]
     recorded = table[columns]
     assert not recorded.duplicated().any()
     assert len(recorded.merge(known)) == len(recorded)
@@ -1056,10 +919,10 @@ def test_the_recorded_run_is_part_of_the_protocol() -> None:
 
 def test_recorded_scores_are_those_of_the_recorded_answers() -> None:
     task = find("movies")
-    for part, rows in protocols.recorded().groupby("part"):
-        labels = np.array(sources.read("movies", "rated", str(part)).labels)
+    for part, rows in protocols.read_record().groupby("part"):
+        labels = np.array(texts.read("movies", "rated", str(part)).labels)
         for score, answers in zip(rows.score, rows.answers, strict=True):
-            assert task.scores(runs.answers(answers), labels)["score"] == score
+            assert task.scores(encoders.answers(answers), labels)["score"] == score
 
 
 def test_records_do_not_depend_on_the_order_of_files(tiny: Problem, tmp_path: Path) -> None:
@@ -1067,7 +930,7 @@ def test_records_do_not_depend_on_the_order_of_files(tiny: Problem, tmp_path: Pa
     for seed in range(2):
         files.append(tmp_path / f"{seed}.sqlite")
         settings = [Setting(problem=tiny.replace(seed=seed), method=Lora(rank=1))]
-        sweeps.run(settings, runs.measure, files[-1], progress=False)
+        sweeps.run(settings, encoders.measure, files[-1], progress=False)
     places = [tmp_path / "one.csv.gz", tmp_path / "other.csv.gz"]
     for place, order in zip(places, (files, [*files[::-1], files[0]]), strict=True):
         assert len(record.record(order, place)) == 2
@@ -1075,30 +938,20 @@ def test_records_do_not_depend_on_the_order_of_files(tiny: Problem, tmp_path: Pa
     assert one == other
 
 
-def test_only_the_profiles_that_there_are() -> None:
-    for settings in (protocols.compared, protocols.search):
-        with pytest.raises(InputError, match="profile must be quick or paper; got 'slow'"):
-            settings("slow", ["movies"], "rated", "packaged")
-
-
-def test_all_tasks_have_a_source() -> None:
-    assert set(SENTENCES) | set(GLUE) == set(TASKS)
-
-
 # Intervals
 
 
 def test_intervals_of_known_values() -> None:
-    found = paired.interval([[1, 0, 1, 1]])
+    found = protocols.interval([[1, 0, 1, 1]])
     assert found.mean == 0.75
     assert found.error == pytest.approx(math.sqrt(0.25 / 4))
     wide = 3.182446305284263 * 0.25  # Student's distribution, three degrees of freedom
     assert (found.low, found.high) == pytest.approx((0.75 - wide, 0.75 + wide))
     # Seeds that differ, texts that do not: one degree of freedom.
-    found = paired.interval([[1, 1], [0, 0]])
+    found = protocols.interval([[1, 1], [0, 0]])
     assert found.error == pytest.approx(0.5)
     assert found.high - found.mean == pytest.approx(12.7062 * 0.5, rel=1e-5)
-    assert paired.interval([[1, 1], [1, 1]])[:2] == (1, 0)
+    assert protocols.interval([[1, 1], [1, 1]])[:2] == (1, 0)
 
 
 @pytest.mark.parametrize(("seeds", "luck"), [(1, 0), (2, 0.02), (3, 0.02), (3, 0), (5, 0.01)])
@@ -1114,12 +967,12 @@ def test_intervals_hold_the_mean_as_often_as_they_say(seeds: int, luck: float) -
             < np.clip(0.5 + 0.1 * texts + luck * random.normal(size=(seeds, 1)) + shift, 0, 1)
             for shift in (0, 0.05)
         )
-        low, high = paired.interval(other.astype(float) - one)[2:]
+        low, high = protocols.interval(other.astype(float) - one)[2:]
         held.append(low <= 0.05 <= high)
     assert 0.93 <= np.mean(held)
 
 
-@pytest.mark.parametrize("values", [[1, 0], [[1]], [[[1, 0]]], []])
+@pytest.mark.parametrize("values", [[1, 0], [[1]], []])
 def test_intervals_of_nothing_are_refused(values: list[Any]) -> None:
     with pytest.raises(InputError, match=r"values must be \[seeds, at least two texts\]; got"):
-        paired.interval(values)
+        protocols.interval(values)

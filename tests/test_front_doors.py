@@ -27,7 +27,7 @@ from lorapower.checkpoints import Pair
 from lorapower.constructions import fitted, fnn, fused, linear, transformer
 from lorapower.errors import LONGEST, brief
 from lorapower.experiments import sweeps, synthetic
-from lorapower.experiments.methods import Lora
+from lorapower.experiments.study import Lora
 from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer, as_network
 from lorapower.regions import Ball, Box, Samples
 from lorapower.training import Fixed, Fresh, Tuning, polish, train, train_fused

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from lorapower import InputError, randomness
 from lorapower.adapters import Adapters
-from lorapower.experiments import optimization, sweeps, synthetic
-from lorapower.experiments.optimization import Fused, Newton, Recipe, Setting
-from lorapower.experiments.synthetic import Problem
+from lorapower.experiments import study, sweeps, synthetic
+from lorapower.experiments.synthetic import Fused, Newton, Problem, Recipe, Setting
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
 from lorapower.networks.residual import ResidualTransformer
@@ -379,7 +378,7 @@ def test_newton_fits_exactly_what_can_be_fitted_exactly() -> None:
     exact = drawn(frozen, 2)
     x = normal(4, 60)
     pair = x, exact.merge(frozen)(x)
-    near = optimization.perturbed(exact, 1e-3)
+    near = synthetic._perturb(exact, 1e-3, 0)
     found = newton(frozen, near, pair, pair, 30)
     assert found.training_loss[-1] < 1e-28
     assert (found.training_loss.diff() <= 0).all()
@@ -752,7 +751,7 @@ def test_recipes_measure_what_training_gives() -> None:
         Newton(ranks=3, training_samples=200, iterations=15),
     ]
     table = sweeps.run(
-        sweeps.grid(Setting, problem=problem, method=ways), optimization.measure, progress=False
+        sweeps.grid(Setting, problem=problem, method=ways), synthetic.measure, progress=False
     )
     assert list(table.method) == ["recipe"] * 4 + ["fused", "newton"]
     frozen, target = problem.networks()
@@ -770,9 +769,9 @@ def test_best_takes_the_grid_point_of_least_validation_loss() -> None:
     problem = Problem(width=4, steps=20, every=10)
     ways = sweeps.grid(Recipe, ranks=2, learning_rate=[1e-2, 1e-4])
     table = sweeps.run(
-        sweeps.grid(Setting, problem=problem, method=ways), optimization.measure, progress=False
+        sweeps.grid(Setting, problem=problem, method=ways), synthetic.measure, progress=False
     )
-    best = synthetic.best(table, Setting)
+    best = study.keep_best(table, Setting)
     assert len(best) == 1
     assert best.validation_loss.iloc[0] == table.validation_loss.min()
 
@@ -780,12 +779,12 @@ def test_best_takes_the_grid_point_of_least_validation_loss() -> None:
 def test_perturbations_have_the_size_that_is_asked_for() -> None:
     frozen = relu(1, 60)
     adapters = drawn(frozen, 40)
-    moved = optimization.perturbed(adapters, 0.1, seed=1)
+    moved = synthetic._perturb(adapters, 0.1, 1)
     for before, after in zip(adapters.updates, moved.updates, strict=True):
         for old, new in ((before.left, after.left), (before.right, after.right)):
             size = float((new - old).square().mean().sqrt() / old.square().mean().sqrt())
             assert size == pytest.approx(0.1, rel=0.1)
-    same = optimization.perturbed(adapters, 0.0)
+    same = synthetic._perturb(adapters, 0.0, 0)
     assert torch.equal(same.updates[0].left, adapters.updates[0].left)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from lorapower import InputError, book
 from lorapower.book.chapter import RESULTS
-from lorapower.experiments.encoders import sources
+from lorapower.experiments import texts
 
 
 class All(book.Parameters):
@@ -114,9 +114,9 @@ def test_results_are_kept_where_they_are_wanted(
 
 
 def test_tasks_are_completed_in_the_order_of_their_source(tmp_path: Path) -> None:
-    assert sources.chosen([], "rated") == ["movies"]
-    assert sources.chosen(["rte", "cola"], "hub") == ["cola", "rte"]
-    assert len(sources.chosen([], str(tmp_path))) == 9
+    assert texts.choose([], "rated") == ["movies"]
+    assert texts.choose(["rte", "cola"], "hub") == ["cola", "rte"]
+    assert len(texts.choose([], str(tmp_path))) == 9
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_tasks_are_completed_in_the_order_of_their_source(tmp_path: Path) -> Non
 )
 def test_tasks_are_those_of_the_source(source: str, names: list[str], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        sources.chosen(names, source)
+        texts.choose(names, source)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from strategies import seeds
 
 from lorapower import InputError, networks, randomness
 from lorapower.experiments import digits, synthetic
-from lorapower.experiments.methods import Lora
+from lorapower.experiments.study import Lora
 from lorapower.training import Fresh, Tuning, train
 
 BARE = re.compile(r"manual_seed\w*[(]")

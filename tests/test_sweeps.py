@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
-import itertools
 import math
 import os
 import pickle
@@ -17,16 +15,16 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-import dask
+import dependencies
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,7 +37,7 @@ from pydantic import Field
 
 from lorapower._records import Record, Results
 from lorapower.errors import InputError, LorapowerError, PrecisionError, ResultsError
-from lorapower.experiments import digits, provenance, store, sweeps, synthetic, tables
+from lorapower.experiments import _store, encoders, residual, sweeps, synthetic
 from lorapower.experiments.sweeps import grid
 
 
@@ -171,9 +169,12 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        yield cluster
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
 
 
 def count(path: Path) -> int:
@@ -217,7 +218,7 @@ class TestTable:
             *("loss", "steps", "exact", "device", "shape"),
             *("version", "revision", "fingerprint"),
         ]
-        assert [*table.columns][:7] == tables.columns(Setting)
+        assert [*table.columns][:7] == sweeps.columns(Setting)
         assert table.width.tolist() == [s.problem.width for s in GRID]
         assert table.method.tolist() == [s.method.kind for s in GRID]
         assert table.ranks.tolist()[:2] == [2, (2, 4, 8)]
@@ -254,9 +255,9 @@ class TestTable:
             path = Path(folder, "runs")
             table = quiet(wanted, given_results, path, size=size)
             same(quiet(wanted, given_results, path), table)
-            rows = store.newest(path)
+            rows = _store.newest(path)
         # Zero's sign, each bit of a float, and the types of all count.
-        kept = {row.setting: tables.flat(row.setting) | tables.flat(row.results) for row in rows}
+        kept = {row.setting: sweeps._flat(row.setting) | sweeps._flat(row.results) for row in rows}
         assert {key: repr(kept[key]) for key in cells} == {k: repr(v) for k, v in cells.items()}
 
     @settings(max_examples=40)
@@ -344,10 +345,13 @@ class TestBadInput:
         class Loss(Results):
             width: float = 1.0
 
+        def once(batch: list[Setting]) -> list[Loss]:
+            return [Loss()]
+
         with pytest.raises(InputError, match=r"columns of Twice must be different .*; got width"):
             quiet([Twice()], never)
         with pytest.raises(InputError, match=r"columns of Loss must be different .*; got width"):
-            quiet(GRID[:1], lambda batch: [Loss()])
+            quiet(GRID[:1], once)
 
     @pytest.mark.parametrize(
         "results",
@@ -357,13 +361,18 @@ class TestBadInput:
         promise = (
             "work must be a function that returns a list of sweeps.Results of one class, here 2"
         )
+
+        def bad(batch: list[Setting]) -> Any:
+            return results
+
         with pytest.raises(InputError, match=promise):
-            quiet(GRID[:2], lambda batch: results, tmp_path / "runs")
+            quiet(GRID[:2], bad, tmp_path / "runs")
         assert sweeps.read(tmp_path / "runs").empty
 
     def test_work_and_size(self) -> None:
-        with pytest.raises(InputError, match="work must be a function of a list of settings; got"):
-            quiet(GRID, None)
+        for nameless in (None, functools.partial(never), lambda batch: work(batch)):
+            with pytest.raises(InputError, match="work must be a function of a list of settings"):
+                quiet(GRID, nameless)
         with pytest.raises(InputError, match="size must be an integer from 1; got 0"):
             quiet(GRID, never, size=0)
 
@@ -381,11 +390,11 @@ class TestBadInput:
 
 
 class TestFile:
-    def refused(self, path: Path, message: str, given: Sequence[Any] = GRID) -> None:
+    def refused(self, path: Path, message: str) -> None:
         """A sweep in ``path`` says so in one line, and loses nothing by it; reading it does too."""
         before = path.read_bytes()
         with pytest.raises(ResultsError, match=message) as caught:
-            quiet(given, never, path)
+            quiet(GRID, never, path)
         assert caught.value.path == path
         assert "\n" not in str(caught.value)
         assert path.read_bytes() == before
@@ -413,8 +422,7 @@ class TestFile:
         [
             ("PRAGMA application_id = 7", "is no file of a sweep: name another file"),
             ("PRAGMA user_version = 9", "is of format 9, this version of the package has format 1"),
-            ("UPDATE sweep SET record = 'x.Old'", r"has runs of x\.Old, not of .*Setting: name"),
-            ("DROP TABLE sweep", "no such table"),
+            ("DROP TABLE runs", "no such table"),
         ],
     )
     def test_is_of_another_kind(self, path: Path, statement: str, message: str) -> None:
@@ -423,9 +431,6 @@ class TestFile:
         connection.commit()
         connection.close()
         self.refused(path, message)
-
-    def test_is_of_other_settings(self, path: Path) -> None:
-        self.refused(path, r"has runs of .*\.Setting, not of .*\.Other", [Other(width=1)])
 
     @pytest.mark.parametrize("keep", [0.3, 0.7])
     def test_is_cut_short(self, path: Path, keep: float) -> None:
@@ -558,38 +563,16 @@ class TestProvenance:
         same(quiet(runs, self.study(tmp_path, first), path), old)
         assert (capsys.readouterr().err, count(path)) == ("", 9)
 
-    def test_covers_what_a_function_carries(
+    def test_what_a_script_does_when_started_does_not_count(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Arguments, objects and defaults in full, and the packages that its module is in."""
-
-        def of(function: Callable[..., Any]) -> str:
-            return provenance.code(function).own
-
         monkeypatch.setitem(sys.modules, "study", None)  # as it was, in the end
-        anything: Any = work
-
-        long, other = np.zeros(3000), np.zeros(3000)
-        other[1500] = 1
-        assert of(functools.partial(anything, long)) != of(functools.partial(anything, other))
-        assert of(functools.partial(anything, long)) == of(functools.partial(anything, long.copy()))
-        assert of(Fraction(1).limit_denominator) != of(Fraction(2).limit_denominator)
-        with pytest.raises(InputError, match="work must be a function of what can be pickled"):
-            of(functools.partial(anything, lambda: None))
-        names: dict[str, Any] = {"__name__": "nowhere"}
-        for value in (1, 2):
-            exec(f"def f_{value}(batch, value={value}): return value", names)
-            names[f"f_{value}"].__qualname__ = "f"
-        assert of(names["f_1"]) != of(names["f_2"])
         started = "\nif __name__ == '__main__':\n    print(work)\n"
-        same_but_for_its_start = [
-            of(self.study(tmp_path, f"def work(batch):\n    return {value}\n{start}"))
+        one, same_but_for_its_start, other = [
+            _store.code(self.study(tmp_path, f"def work(batch):\n    return {value}\n{start}"))
             for value, start in ((1, ""), (1, started), (2, started))
         ]
-        assert same_but_for_its_start[0] == same_but_for_its_start[1]
-        assert same_but_for_its_start[1] != same_but_for_its_start[2]
-        modules = {*provenance.code(synthetic.measure).modules}
-        assert {"lorapower", "lorapower.experiments"} < modules
+        assert one == same_but_for_its_start != other
 
     def test_settings_within_settings_count_by_their_own_fields(self, tmp_path: Path) -> None:
         class Wider(Problem):
@@ -613,121 +596,141 @@ class TestProvenance:
 
         quiet(GRID[:2], nested, tmp_path / "runs")
 
-    def test_covers_the_modules_that_work_imports(self) -> None:
-        code = provenance.code(synthetic.measure)
-        wings = {"training._compiled", "constructions.fnn", "lowrank", "randomness"}
-        assert {f"lorapower.{name}" for name in wings} < {*code.modules}
-        assert {"torch", "numpy", "numba"} < {*code.modules}
-        for absent in ("experiments.digits", "experiments.sweeps", "book.figures", "_hub"):
-            assert f"lorapower.{absent}" not in code.modules
-        assert "lorapower.experiments.synthetic" not in provenance.code(digits.measure).modules
-        assert provenance.code(digits.measure).own != code.own
+    def test_covers_the_package_up_to_the_experiments(self) -> None:
+        ours, notebooks = _store.code(synthetic.measure), _store.code(work)
+        assert {"__init__.py", "training/_compiled.py", "lowrank.py"} < {*ours.files}
+        assert "experiments/synthetic.py" in ours.files
+        for absent in ("book/figures/style.py", "checkpoints/pair.py", "experiments/sweeps.py"):
+            assert absent not in ours.files
+        assert {*notebooks.files} > {*ours.files, "checkpoints/pair.py"}
+        assert "experiments/sweeps.py" not in notebooks.files
+        assert ours.own != _store.code(residual.measure).own
+
+    def test_encoders_are_as_old_as_the_modules_that_they_load(self) -> None:
+        """Their trainings take hours: the list is explicit, and what they load, no more."""
+        package = dependencies.Package(ROOT)
+        loaded = package.reach(["lorapower.experiments.encoders"])
+        files = {
+            path.relative_to(ROOT / "lorapower").as_posix()
+            for path in map(package.paths.get, loaded)
+        }
+        assert files == {*_store.code(encoders.measure).files}
+        assert len(files) <= 15
 
     def test_changes_with_a_module_and_not_with_its_docstrings(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        code = provenance.code(synthetic.measure)
-        found, spec = {}, importlib.util.find_spec("lorapower.lowrank")
-        assert spec is not None
-        assert spec.origin is not None
-        source = Path(spec.origin).read_text()
-        for name, changed in (
-            ("same", source),
-            ("comment", "# A comment.\n" + source.replace('"""', '"""Other words. ', 1)),
-            ("code", f"{source}\nONE_MORE = 1\n"),
-        ):
-            copy = tmp_path / f"{name}.py"
-            copy.write_text(changed)
-            monkeypatch.setattr(
-                provenance,
-                "find_spec",
-                lambda module, copy=copy: (
-                    SimpleNamespace(origin=str(copy))
-                    if module == "lorapower.lowrank"
-                    else importlib.util.find_spec(module)
-                ),
-            )
-            provenance._package.cache_clear()
-            found[name] = provenance.origin(code).fingerprint
-        provenance._package.cache_clear()
+        code = _store.code(encoders.measure)
+        folders = {}
+        for name in ("same", "comment", "code"):
+            folders[name] = tmp_path / name
+            for file in code.files:
+                copy = folders[name] / file
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_text((_store.ROOT / file).read_text())
+        changed = folders["comment"] / "randomness.py"
+        text = changed.read_text()
+        text = "# A comment.\n" + text.replace('"""', '"""Other words. ', 1)
+        changed.write_text(text.replace("):\n    ", '):\n    """More."""\n    # Words.\n    '))
+        changed = folders["code"] / "randomness.py"
+        changed.write_text(changed.read_text() + "\nONE_MORE = 1\n")
+        found = {}
+        for name, folder in folders.items():
+            monkeypatch.setattr(_store, "ROOT", folder)
+            _store._package.cache_clear()
+            found[name] = _store.origin(code).fingerprint
+        _store._package.cache_clear()
         assert found["same"] == found["comment"] != found["code"]
 
-    def test_survives_what_another_thread_parses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        wanted, parse, calls = provenance.code(work), ast.parse, itertools.count()
-
-        def disturbed(source: str) -> ast.Module:
-            if next(calls) < 2:
-                raise SystemError("AST constructor recursion depth mismatch (before=147, after=96)")
-            return parse(source)
-
-        monkeypatch.setattr(ast, "parse", disturbed)
-        assert provenance.code(work) == wanted
-        assert next(calls) == 3
-
     def test_tells_functions_without_a_file_apart(self) -> None:
-        made = [eval(f"lambda batch: {value}", {"__name__": "__main__"}) for value in (1, 2, 1)]
-        for function in made:
-            function.__module__ = "nowhere"
-        one, other, again = (provenance.code(function) for function in made)
-        assert one == again != other
-        assert "lorapower._hub" in one.modules
-        assert "lorapower.experiments.sweeps" not in one.modules
+        made = []
+        for value, default in ((1, 0), (2, 0), (1, 1), (1, 0)):
+            names: dict[str, Any] = {"__name__": "nowhere"}
+            exec(f"def f(batch, other={default}): return [{value} for _ in batch]", names)
+            made.append(_store.code(names["f"]))
+        assert made[0] == made[3]
+        assert len({*made}) == 3
+        assert "checkpoints/pair.py" in made[0].files
 
 
-class TestCluster:
+def failing(batch: list[Setting]) -> list[Found]:
+    if batch[0].problem.width == 4:
+        raise InputError("width", allowed="less than 4", given=4)
+    return work(batch)
+
+
+def deadly(batch: list[Any]) -> list[synthetic.Found]:
+    """Trainings of which one batch, the first time, kills the process that it runs in."""
+    marker = Path(os.environ["MARKER"])
+    if batch[0].problem.seed == 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return synthetic.measure(batch)
+
+
+def set_environment(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+
+
+def processes(**environment: str) -> Executor:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["killed"])
+    return ProcessPoolExecutor(
+        2, mp_context=context, initializer=set_environment, initargs=(environment,)
+    )
+
+
+class TestExecutors:
+    @pytest.mark.parametrize("make", [processes, ThreadPoolExecutor])
+    def test_give_the_same_table(self, make: Callable[[], Executor], tmp_path: Path) -> None:
+        with make() as executor:
+            same(quiet(GRID, work, tmp_path / "runs", size=3, executor=executor), quiet(GRID, work))
+        assert count(tmp_path / "runs") == len(GRID)
+
+    @pytest.mark.parametrize("where", ["process", "dask"])
     def test_worker_killed_in_the_middle(
-        self, cluster: LocalCluster, tmp_path: Path, undisturbed: Any
+        self,
+        where: str,
+        tmp_path: Path,
+        undisturbed: Any,
+        request: pytest.FixtureRequest,
     ) -> None:
         trainings, wanted = undisturbed
-        marker = tmp_path / "killed"
-
-        def deadly(batch: list[Any]) -> list[synthetic.Found]:
-            if batch[0].problem.seed == 2 and not marker.exists():
-                marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return synthetic.measure(batch)
-
         path = tmp_path / "runs"
-        found = quiet(trainings, deadly, path, size=6, scheduler=cluster.scheduler_address)
-        assert marker.exists()
+        marker = str(tmp_path / "killed")
+        if where == "process":
+            # A pool of processes breaks; what had finished is kept, and the same call resumes.
+            with processes(MARKER=marker) as executor, pytest.raises(BrokenProcessPool):
+                quiet(trainings, deadly, path, size=6, executor=executor)
+            assert count(path) < len(trainings)
+            with processes(MARKER=marker) as executor:
+                found = quiet(trainings, deadly, path, size=6, executor=executor)
+        else:
+            # A cluster runs what the worker had not delivered on another.
+            client = request.getfixturevalue("client")
+            client.run(set_environment, {"MARKER": marker})
+            found = quiet(trainings, deadly, path, size=6, executor=client.get_executor())
+        assert Path(marker).exists()
         same(found.drop(columns="fingerprint"), wanted.drop(columns="fingerprint"))
         assert count(path) == len(trainings)
 
-    def test_errors_of_the_work(self, cluster: LocalCluster, tmp_path: Path) -> None:
-        path = tmp_path / "runs"
+    def test_errors_of_the_work(self, client: Client, tmp_path: Path) -> None:
+        for _ in range(2):
+            with pytest.raises(InputError, match="width must be less than 4; got 4") as caught:
+                quiet(GRID, failing, tmp_path / "runs", size=2, executor=client.get_executor())
+            assert caught.value.given == 4
 
-        def failing(batch: list[Setting]) -> list[Found]:
-            if batch[0].problem.width == 4:
-                raise InputError("width", allowed="less than 4", given=4)
+    def test_workers_of_other_code(self, client: Client, tmp_path: Path) -> None:
+        def other(batch: list[Setting]) -> list[Found]:
+            _store._package = lambda files: "other"  # type: ignore[assignment]
             return work(batch)
 
-        with Client(cluster, set_as_default=False) as client:
-            with pytest.raises(InputError, match="width must be less than 4; got 4") as caught:
-                quiet(GRID, failing, path, size=2, scheduler=client)
-            assert caught.value.given == 4
-            with pytest.raises(InputError, match="less than 4"):
-                quiet(GRID, failing, path, size=2, scheduler=client)
-        with pytest.raises(InputError, match="scheduler must be a client that is connected"):
-            quiet(GRID, never, scheduler=client)
-
-    def test_workers_of_other_code(
-        self, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        monkeypatch.setattr(provenance, "_package", lambda modules: "other")
         with pytest.raises(InputError, match="one whose workers have this code and these librar"):
-            quiet(GRID, work, tmp_path / "runs", scheduler=cluster.scheduler_address)
+            quiet(GRID, other, tmp_path / "runs", executor=client.get_executor())
+        client.restart()
         assert sweeps.read(tmp_path / "runs").empty
 
-    @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense://x", 3])
-    def test_no_scheduler_at_the_address(self, address: Any) -> None:
-        message = f"scheduler must be the address of a dask scheduler that answers.*{address!r}"
-        with (
-            dask.config.set({"distributed.comm.timeouts.connect": "200ms"}),
-            pytest.raises(InputError, match=message),
-        ):
-            quiet(GRID, never, scheduler=address)
-
-    def test_distributed_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "distributed", None)
-        with pytest.raises(InputError, match=r"where dask and distributed are not.*: install"):
-            quiet(GRID, never, scheduler="tcp://127.0.0.1:1")
+    @pytest.mark.parametrize("executor", ["tcp://127.0.0.1:1", 3])
+    def test_what_is_none_is_refused(self, executor: Any) -> None:
+        with pytest.raises(InputError, match=r"executor must be .*: a dask client makes one by"):
+            quiet(GRID, never, executor=executor)

@@ -1,4 +1,4 @@
-"""Put the long run of the text encoders' chapter into the package, for `protocols.recorded`.
+"""Put the long run of the text encoders' chapter into the package, for `protocols.read_record`.
 
 Takes the files that profile paper leaves in its folder of results::
 
@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from lorapower.experiments import encoders, sweeps, tables
-from lorapower.experiments.encoders import runs
+from lorapower.experiments import encoders, protocols, sweeps
 
 
 def record(files: Sequence[Path | str], place: Path) -> pd.DataFrame:
     """The runs of all files as one compressed table, in an order that does not depend on theirs."""
     table = pd.concat([sweeps.read(file) for file in files])
-    settings = tables.columns(runs.Setting)
+    settings = sweeps.columns(encoders.Setting)
     table = table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
     # The moment of writing is no part of the contents.
     table.to_csv(place, index=False, compression={"method": "gzip", "mtime": 0})
@@ -29,6 +28,6 @@ def record(files: Sequence[Path | str], place: Path) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    folder = resources.files(encoders.__name__)
-    found = record(sys.argv[1:], Path(str(folder)) / encoders.protocols.RECORDED)
+    folder = resources.files("lorapower.experiments")
+    found = record(sys.argv[1:], Path(str(folder)) / protocols.RECORDED)
     print(f"{len(found)} runs, {found.seconds.sum() / 3600:.1f} hours of training")

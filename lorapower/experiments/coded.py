@@ -25,7 +25,7 @@ from ..networks.fnn import FNN
 from ..training._free import Free
 from ..training.engine import begin
 from ..training.tuning import Fixed, Labelled, Tuning
-from . import digits, methods
+from . import digits, study
 from .digits import CLASSES
 
 SIZES = {"training": 1000, "pretraining": 400, "test": 397}
@@ -64,7 +64,7 @@ class Problem(Record):
     def split(self, *, angle: float | None = None) -> Split:
         """The images, turned by the problem's angle or another."""
         pictures, classes = digits.images()
-        pictures = digits.turned(pictures, self.angle if angle is None else angle)
+        pictures = digits.turn(pictures, self.angle if angle is None else angle)
         generator = randomness.generator(self.seed, "split for codes")
         order = torch.randperm(len(classes), generator=generator, device="cpu")
         parts = order.split([*SIZES.values()])
@@ -107,7 +107,7 @@ class Found(Results):
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """What each setting of one problem reaches; raises `InputError` for several problems."""
-    problem: Problem = methods.common_problem(settings)
+    problem: Problem = study.one_problem(settings)
     frozen, split = problem.frozen(), problem.split()
     found = []
     for method in (setting.method for setting in settings):

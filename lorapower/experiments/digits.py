@@ -36,8 +36,8 @@ from ..randomness import generator
 from ..regions import Box
 from ..training.engine import train
 from ..training.tuning import Fixed, Labelled, Tuning
-from . import methods, tables
-from .methods import Construction, Final, Fitted, Lora, Trained
+from . import study
+from .study import Construction, Final, Fitted, Gradient, Lora, Outcome
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
@@ -94,7 +94,7 @@ def images() -> tuple[Float[Tensor, "samples side side"], Int[Tensor, " samples"
     return pictures, torch.from_numpy(found.target)
 
 
-def turned(
+def turn(
     pictures: Float[Tensor, "samples side side"], angle: float
 ) -> Float[Tensor, "samples side side"]:
     """Images turned counter-clockwise by so many degrees about their centre.
@@ -132,7 +132,7 @@ def task(model: str, angle: float, seed: int) -> Split:
     """
     _check_model(model)
     pictures, classes = images()
-    pictures = turned(pictures, angle)
+    pictures = turn(pictures, angle)
     order = torch.randperm(len(classes), generator=generator(seed, "split"), device="cpu")
     if model == "fnn":
         parts = [pictures[part].flatten(1).mT for part in order.split([*SIZES.values()])]
@@ -226,7 +226,7 @@ class Problem(Record):
         """The method's adapters, for ReLU networks over all images that there can be."""
         region = Box(0.0, 1.0)
         if not isinstance(method, Fitted):
-            return methods.construct(frozen, target, method.ranks, region)
+            return study.construct(frozen, target, method.ranks, region)
         fused = fuse(frozen, target, method.ranks)
         adapters = nearest(fused, self.task.training[0])
         return fused.carry_back(adapters, region, throw=False).adapters
@@ -312,7 +312,6 @@ def needed(table: pd.DataFrame, tolerance: float = 0.1, points: float = 0.01) ->
     ``bound``: the bound is at most the tolerance. ``error``: the error is. ``accuracy``: it is at
     most so much below the target's. Infinite where half of the seeds or more meet it at no rank.
     """
-    tables.require(table, "bound", "error", "accuracy", "target_accuracy", "ranks", "seed")
     met = {
         "bound": table.bound <= tolerance,
         "error": table.error <= tolerance,
@@ -377,7 +376,7 @@ def _data(split: Split, seed: int, *purpose: str) -> Fixed:
     return Fixed(split.training, split.validation, samples=BATCH, seed=seed, purpose=purpose)
 
 
-class Found(Trained):
+class Found(Outcome):
     """What a run reaches on the test images.
 
     ``accuracy`` is the part of them that is read rightly, ``error`` that of the function of this
@@ -395,39 +394,37 @@ class Found(Trained):
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """What each setting of one problem reaches; raises `InputError` for several problems."""
-    problem: Problem = methods.common_problem(settings)
-    frozen, wanted = problem.networks()
+    problem: Problem = study.one_problem(settings)
+    frozen, target = problem.networks()
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
-    variance = variance_of(votes(wanted, x))
-    of_problem: dict[str, Any] = {
-        "target_accuracy": accuracy(wanted, (x, y)),
-        "frozen_accuracy": accuracy(frozen, (x, y)),
-    }
-    fitting = [setting.fitting for setting in settings]
-    found = methods.adapted(
-        fitting,
+    variance = variance_of(votes(target, x))
+    methods = [setting.fitting for setting in settings]
+    trained = study.train_each(
+        (method for method in methods if isinstance(method, Gradient)),
         frozen,
         _data(problem.task, problem.seed),
-        lambda method: problem.adapters(frozen, wanted, method),
         steps=problem.steps,
         every=EVERY,
         classes=range(CLASSES),
         seed=problem.seed,
     )
-    rows = []
-    for method, (network, about) in zip(fitting, found, strict=True):
+    found = {}
+    for method in dict.fromkeys(methods):
+        outcome, bound = Outcome(), math.nan
+        if method in trained:
+            network, _, outcome = trained[method]
+        else:
+            network = problem.adapters(frozen, target, method).merge(frozen)
         network = network.to(torch.float64)
-        bound = math.nan
         if problem.model == "fnn" and isinstance(method, Construction):
-            norm = fnn_error_on(frozen, wanted, method.ranks, x)
+            norm = fnn_error_on(frozen, target, method.ranks, x)
             bound = float(norm.square() / CLASSES / variance)
-        rows.append(
-            Found(
-                accuracy=accuracy(network, (x, y)),
-                error=error(network, wanted, x),
-                bound=bound,
-                **of_problem,
-                **dict(about),
-            )
+        found[method] = Found(
+            accuracy=accuracy(network, (x, y)),
+            error=error(network, target, x),
+            bound=bound,
+            target_accuracy=accuracy(target, (x, y)),
+            frozen_accuracy=accuracy(frozen, (x, y)),
+            **dict(outcome),
         )
-    return rows
+    return [found[method] for method in methods]

@@ -13,8 +13,8 @@ from typing import Any
 
 from .. import _checks, randomness
 from .. import _hub as hub
-from .encoders import runs, sources
-from .encoders.models import Full
+from . import encoders
+from . import texts as sources
 
 # Of the decoders: tokens in their vocabulary, and to which texts are cut off.
 VOCABULARY, TOKENS = 2000, 64
@@ -32,11 +32,12 @@ def encoder(
     """Tune all weights of the packaged encoder to tell the sign of movie snippets, and save it.
 
     With the head that ``transformers`` has for it, so that ``folder`` is a checkpoint like others;
-    its base is ``"packaged"``. Raises `InputError` for what `runs.measure` does not take.
+    its base is ``"packaged"``. Raises `InputError` for what `encoders.measure` does not take.
     """
     place = _checks.path("folder", folder)
-    problem = runs.Problem(head="own", samples=samples, epochs=epochs, seed=seed)
-    network = runs.tuned(runs.Setting(problem=problem, method=Full(learning_rate=rate)))
+    problem = encoders.Problem(head="own", samples=samples, epochs=epochs, seed=seed)
+    method = encoders.Whole(kind="full", learning_rate=rate)
+    network = encoders.tune(encoders.Setting(problem=problem, method=method))
     _save(network, hub.tokenizer(hub.PACKAGED), place)
 
 

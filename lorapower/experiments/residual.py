@@ -7,7 +7,7 @@ any number of methods, and is what `sweeps.run` is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -21,10 +21,9 @@ from ..constructions import fitted
 from ..constructions.residual import far_error
 from ..networks.residual.network import PARTS, Activation, Norm, ResidualTransformer
 from ..training.descent import descend
-from ..training.engine import train
 from ..training.fused import polish
 from ..training.tuning import Fresh, Tuning
-from . import methods
+from . import study
 
 Part = Literal["attention", "mlp", "all"]
 # Vectors by what is tuned: those of the theorem on attention, biases of hidden units too, or all.
@@ -33,7 +32,7 @@ VECTORS = {
     "biases": ("b_Q", "b_O", "b_2", "b_1"),
     "all": ("b_Q", "b_O", "b_2", "b_1", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
 }
-FITTING, HELD_OUT, TEST, DIRECTIONS = 2000, 1000, 5000, 20000
+FIT, SELECT, TEST, DIRECTIONS = 2000, 1000, 5000, 20000
 # How far out tokens are for what is said of the limit.
 FAR = 1e4
 
@@ -155,54 +154,48 @@ class Found(Results):
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """What each setting of one problem reaches; raises `InputError` for several problems."""
-    problem: Problem = methods.common_problem(settings)
+    problem: Problem = study.one_problem(settings)
     frozen, target = problem.networks()
-    asked = [setting.method for setting in settings]
-    trained = [method for method in asked if isinstance(method, Trained)]
-    found: dict[Any, Adapters] = {}
-    lost: set[Any] = set()
-    if trained:
-        runs = train(
-            frozen,
-            [_tuning(method, frozen) for method in trained],
-            problem.data(target),
-            steps=problem.steps,
-            every=max(1, problem.steps // 40),
-            seed=problem.seed,
-        )
-        lost = {method for method, bad in zip(trained, runs.diverged, strict=True) if bad}
-    training, validation = _pairs(problem, target)
-    for i, one in enumerate(trained):
-        adapters = runs.adapters[i].to(frozen.dtype)
-        if one.iterations:
-            start = _tuned(adapters, one, frozen)
-            adapters = descend(frozen, start, training, validation, one.iterations)
-        found[one] = adapters
-    for other in {method for method in asked if isinstance(method, Fitted)}:
-        found[other] = _fitted(frozen, target, other, training[0], validation[0])
-
+    methods = [setting.method for setting in settings]
+    trained = study.train_each(
+        (method for method in methods if isinstance(method, Trained)),
+        frozen,
+        problem.data(target),
+        lambda method: _tuning(method, frozen),
+        steps=problem.steps,
+        every=max(1, problem.steps // 40),
+        seed=problem.seed,
+    )
+    fit, select = _pairs(problem, target)
     x, y = (part.to(frozen.dtype) for part in problem.data(target).test(TEST))
     variance = float(variance_of(y - x))
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
     floor = residual_bounds.attention_floor(frozen, target, far)
-    results = []
-    for method in asked:
-        network = found[method].merge(frozen)
+    found = {}
+    for method in dict.fromkeys(methods):
+        diverged = False
+        if isinstance(method, Trained):
+            _, adapters, outcome = trained[method]
+            adapters, diverged = adapters.to(frozen.dtype), outcome.diverged
+            if method.iterations:
+                start = _tuned(adapters, method, frozen)
+                adapters = descend(frozen, start, fit, select, method.iterations)
+        else:
+            adapters = _fitted(frozen, target, method, fit[0], select[0])
+        network = adapters.merge(frozen)
         error = float((network(x) - y).square().mean())
         out, spread = far_error(network, target, far, FAR)
-        results.append(
-            Found(
-                error=error,
-                relative=error / variance,
-                far_error=float(out),
-                far_standard_error=float(spread),
-                floor=float(floor.value),
-                floor_standard_error=float(floor.standard_error),
-                factors=sum(u.parameter_count for u in found[method].updates),
-                diverged=method in lost,
-            )
+        found[method] = Found(
+            error=error,
+            relative=error / variance,
+            far_error=float(out),
+            far_standard_error=float(spread),
+            floor=float(floor.value),
+            floor_standard_error=float(floor.standard_error),
+            factors=sum(u.parameter_count for u in adapters.updates),
+            diverged=diverged,
         )
-    return results
+    return [found[method] for method in methods]
 
 
 def _tuning(method: Trained, network: ResidualTransformer) -> Tuning:
@@ -228,12 +221,13 @@ def _tuned(adapters: Adapters, method: Trained, network: ResidualTransformer) ->
 
 
 def _pairs(problem: Problem, target: ResidualTransformer) -> list[tuple[Tensor, Tensor]]:
-    """Inputs to fit and held-out ones, with the target's outputs, in its precision."""
-    found = []
-    for purpose, count in {"fitting": FITTING, "choosing": HELD_OUT}.items():
-        x = problem.data(target, purpose).test(count)[0].to(target.dtype)
-        found.append((x, target(x)))
-    return found
+    """Inputs to fit and to select by, with the target's outputs, in its precision."""
+    counts = {"fitting": FIT, "choosing": SELECT}
+    inputs = [
+        problem.data(target, purpose).test(count)[0].to(target.dtype)
+        for purpose, count in counts.items()
+    ]
+    return [(x, target(x)) for x in inputs]
 
 
 def _fitted(
@@ -241,14 +235,14 @@ def _fitted(
     target: ResidualTransformer,
     method: Fitted,
     x: Tensor,
-    held_out: Tensor,
+    select: Tensor,
 ) -> Adapters:
     kinds = PARTS[method.part]
     shapes = {name: getattr(frozen, name).shape[-2:] for name in frozen.weight_kinds}
     ranks = {
         name: min(method.rank, *shape) if name in kinds else 0 for name, shape in shapes.items()
     }
-    fit = fitted.adapt(frozen, target, ranks, x, held_out, throw=False)
+    fit = fitted.adapt(frozen, target, ranks, x, select, throw=False)
     if method.iterations:
-        fit = polish(fit, x, held_out, iterations=method.iterations, throw=False)
+        fit = polish(fit, x, select, iterations=method.iterations, throw=False)
     return fit.adapters

@@ -3,17 +3,26 @@
 Settings are of a subclass of `Record`, results of one of `Results`. A setting may consist of a
 ``problem`` and a ``method``. What a run does with its setting is the caller's ``work``; nothing
 here knows of networks.
+
+A table has one line per run and three groups of columns: the fields of the setting, the results,
+and what made them (``version``, ``revision``, ``fingerprint``). A record within a record has
+columns of its own names, but for its ``kind``, which is in the column of the field that is of this
+kind: a setting whose ``method`` is ``Lora(ranks=2)`` has ``method`` ``"lora"`` and ``ranks`` 2.
+What is ``None``, or no field of the row's method, is missing, for which pandas makes a column of
+integers one of floats. Tuples stay tuples.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import Executor, as_completed
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,14 +31,10 @@ from tqdm import tqdm
 from .. import _checks
 from .._records import Record, Results
 from ..errors import InputError, brief
-from . import provenance, store, tables
-from .provenance import Code, Origin
-from .store import Row
+from . import _store
+from ._store import Code, Origin, Row
 
-if TYPE_CHECKING:
-    from distributed import Client
-
-__all__ = ["Record", "Results", "grid", "read", "run"]
+__all__ = ["Record", "Results", "columns", "grid", "read", "run"]
 
 R = TypeVar("R", bound=Record)
 Work = Callable[[list[R]], Sequence[Record]]
@@ -39,12 +44,21 @@ Done = Generator[tuple[list[R], Sequence[Record], Origin]]
 def grid(record: type[R], /, **values: Any) -> list[R]:
     """Records for the Cartesian product of ``values``, the last keyword varying fastest.
 
-    A list, a range or a one-dimensional array is an axis; any other value, a tuple or a record
-    among them, is one for all. A grid of records is an axis like others:
-    ``grid(Setting, problem=grid(Problem, seed=range(3)), method=[Construction(ranks=2)])``. Raises
-    `InputError` for an empty axis, and what ``record`` itself raises.
+    Parameters
+    ----------
+    record : type
+        The class of the records.
+    **values
+        A list, a range or a one-dimensional array is an axis; any other value, a tuple or a record
+        among them, is one for all. A list of records is an axis like others:
+        ``grid(Setting, problem=grid(Problem, seed=range(3)), method=[Construction(ranks=2)])``.
+
+    Raises
+    ------
+    InputError
+        An axis is empty, or ``record`` itself refuses a value.
     """
-    if not tables.is_record(record):
+    if not _is_record(record):
         raise InputError("record", allowed="a class of records", given=brief(record))
     axes = [_axis(name, value) for name, value in values.items()]
     return [record(**dict(zip(values, point, strict=True))) for point in itertools.product(*axes)]
@@ -56,57 +70,68 @@ def run(
     path: Path | str | None = None,
     *,
     size: int = 256,
-    scheduler: str | Client | None = None,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """One row per setting, in the order of ``settings``.
-
-    Raises `InputError` for settings, work, sizes or a scheduler that are not usable, workers that
-    have other code, and when ``work`` returns something else; `ResultsError` when ``path`` is
-    another kind of file, is damaged, is in use by another sweep or cannot be written. What ``work``
-    raises ends the sweep. In each case finished batches are kept, and the same call resumes.
+    """Run ``work`` for each setting; a table with one row for each, in their order.
 
     Parameters
     ----------
-    settings
-        Records of one class and different from one another.
-    work : Work
-        Takes a list of settings and returns as many records of results, all of one class.
-    path : Path or str, optional
+    settings : sequence of Record
+        Of one class, and different from one another.
+    work : callable
+        A function with a name that takes a list of settings and returns as many records of results,
+        all of one class.
+    path : path, optional
         A file that keeps the finished runs, a batch at a time, each of which is there whole or not
         at all. Runs that it holds are not repeated, whatever ended the sweep that made them, unless
-        other code made them (`provenance.code`): these are kept aside, which is said in a line. By
-        default nothing is kept.
+        their code has changed. These are kept aside, which is said in a line. Code is, without
+        comments and docstrings: of a function of this package, the package up to the experiments;
+        of another, its module's source, but for what that does when it is started, or in a notebook
+        its own, and the whole package; and the versions of the libraries that compute. What else a
+        function calls or holds in a closure is not seen.
     size : int
-        Most settings that go to ``work`` together; they have the same ``problem``, where settings
+        Most settings that go to ``work`` together. They have the same ``problem``, where settings
         have one.
-    scheduler : str or Client, optional
-        Address of a dask scheduler, or a client, on whose workers the batches run; what a worker
-        that dies had not delivered runs again on another. By default they run here.
+    executor : concurrent.futures.Executor, optional
+        Where the batches run: processes, loky's, or those of a dask cluster
+        (``Client(address).get_executor()``). By default they run here, one after another.
     progress : bool
-        Shows the runs done and the time remaining.
+        Whether to show the runs done and the time remaining.
+
+    Raises
+    ------
+    InputError
+        Settings, work, size or executor are not usable, the executor's workers have other code, or
+        ``work`` returns something else.
+    ResultsError
+        ``path`` is another kind of file, is damaged, is in use by another sweep or cannot be
+        written.
+
+    What ``work`` raises ends the sweep. In each case finished batches are kept, and the same call
+    resumes.
     """
     keys = _keys(settings)
     size = _checks.integer("size", size, 1)
-    code = provenance.code(work)
-    fingerprint = provenance.origin(code).fingerprint
-    record = type(settings[0])
+    if executor is not None and not isinstance(executor, Executor):
+        raise InputError(
+            "executor",
+            allowed="one of concurrent.futures, or like these",
+            given=brief(executor),
+            remedy="a dask client makes one by get_executor()",
+        )
+    code = _store.code(work)
+    fingerprint = _store.origin(code).fingerprint
     place = None if path is None else _checks.path("path", path)
-    with (
-        _client(scheduler) as client,
-        store.opened(place, f"{record.__module__}.{record.__qualname__}") as kept,
-    ):
+    with _store.opened(place) as kept:
         rows = kept.rows(fingerprint)
         missing = [setting for setting in settings if keys[setting] not in rows]
         if aside := len({keys[setting] for setting in missing} & kept.settings()):
             # Not among the results of a notebook's cell.
             about = f"{place}: {aside} runs were made by other code; kept aside, done again"
             tqdm.write(about, file=sys.stderr)
-        batches = _batches(missing, size)
         with (
-            closing(
-                _on(client, work, code, batches) if client else _here(work, code, batches)
-            ) as done,
+            closing(_results(executor, work, code, _batches(missing, size))) as done,
             tqdm(
                 total=len(settings),
                 initial=len(settings) - len(missing),
@@ -118,25 +143,36 @@ def run(
             for batch, results, origin in done:
                 if origin.fingerprint != fingerprint:
                     raise InputError(
-                        "scheduler",
+                        "executor",
                         allowed="one whose workers have this code and these libraries",
                         given=f"version {origin.version}, revision {origin.revision or 'unknown'}",
                     )
                 texts = _texts(results, batch)
-                new = [Row(keys[s], text, origin) for s, text in zip(batch, texts, strict=True)]
+                new = [Row(keys[s], text, *origin) for s, text in zip(batch, texts, strict=True)]
                 kept.add(new)
                 rows |= {row.setting: row for row in new}
                 bar.update(len(batch))
-    return tables.frame(rows[key] for key in keys.values())
+    return _frame(rows[key] for key in keys.values())
 
 
 def read(path: Path | str) -> pd.DataFrame:
-    """All settings that have runs in ``path``, each with the newest, in the order of finishing.
+    """The table of all settings that have runs in ``path``, each with its newest run.
 
-    Whichever code made them, which ``fingerprint`` tells apart, and also while a sweep is at work.
-    Raises `ResultsError` when it is no file of a sweep, or is damaged.
+    Rows are in the order of finishing, whichever code made them (``fingerprint`` tells it apart).
+    It can be read while a sweep is at work. Raises `ResultsError` for a file that is none of a
+    sweep's or is damaged.
     """
-    return tables.frame(store.newest(_checks.path("path", path)))
+    return _frame(_store.newest(_checks.path("path", path)))
+
+
+def columns(record: type[Record], name: str = "") -> list[str]:
+    """The columns that settings of this class have in a table, those of all kinds of its fields."""
+    names = []
+    for field, about in record.model_fields.items():
+        kinds = [k for k in (about.annotation, *get_args(about.annotation)) if _is_record(k)]
+        inner = [column for kind in kinds for column in columns(kind, field)]
+        names += [*dict.fromkeys(inner)] or [name if field == "kind" else field]
+    return names
 
 
 def _axis(name: str, value: Any) -> list[Any]:
@@ -152,15 +188,13 @@ def _axis(name: str, value: Any) -> list[Any]:
 
 
 def _keys(settings: Sequence[R]) -> dict[R, str]:
-    """What each setting is called in the file; raises `InputError` for what makes no table."""
+    """What each setting is called in the file; refuses what makes no table."""
     if not isinstance(settings, Sequence) or not settings:
         raise InputError("settings", allowed="a list of at least one", given=brief(settings))
-    if len(kinds := {type(setting) for setting in settings}) > 1 or not tables.is_record(*kinds):
+    if len(kinds := {type(setting) for setting in settings}) > 1 or not _is_record(*kinds):
         given = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError("settings", allowed="of one class, made from sweeps.Record", given=given)
-    tables.distinct(
-        type(settings[0]).__name__, [*tables.columns(type(settings[0])), *Origin._fields]
-    )
+    _distinct(type(settings[0]).__name__, [*columns(type(settings[0])), *Origin._fields])
     texts = [setting.model_dump_json(serialize_as_any=True) for setting in settings]
     try:
         (twice, count), *_ = Counter(settings).most_common(1)
@@ -175,15 +209,14 @@ def _keys(settings: Sequence[R]) -> dict[R, str]:
 
 
 def _texts(results: Any, batch: list[Any]) -> list[str]:
-    """Results as they are kept; raises `InputError` for what does not fit into one table."""
+    """Results as they are kept; refuses what does not fit into one table."""
     promise = f"a function that returns a list of sweeps.Results of one class, here {len(batch)}"
-    kinds = {type(one) for one in results} if isinstance(results, Sequence) else set()
-    if len(kinds) != 1 or not tables.is_record(*kinds) or len(results) != len(batch):
+    kinds = {type(result) for result in results} if isinstance(results, Sequence) else set()
+    if len(kinds) != 1 or not _is_record(*kinds) or len(results) != len(batch):
         raise InputError("work", allowed=promise, given=brief(results))
     (kind,) = kinds
-    names = [*kind.model_fields]
-    tables.distinct(kind.__name__, [*tables.columns(type(batch[0])), *names, *Origin._fields])
-    return [one.model_dump_json() for one in results]
+    _distinct(kind.__name__, [*columns(type(batch[0])), *kind.model_fields, *Origin._fields])
+    return [result.model_dump_json() for result in results]
 
 
 def _batches(settings: Iterable[R], size: int) -> list[list[R]]:
@@ -197,55 +230,63 @@ def _batches(settings: Iterable[R], size: int) -> list[list[R]]:
     ]
 
 
-def _made(work: Work[R], code: Code, batch: list[R]) -> tuple[Sequence[Record], Origin]:
-    # A copy, as nobody promises that `work` leaves the order of its list alone.
-    return work([*batch]), provenance.origin(code)
-
-
-def _here(work: Work[R], code: Code, batches: list[list[R]]) -> Done[R]:
-    for batch in batches:
-        yield batch, *_made(work, code, batch)
-
-
-def _on(client: Client, work: Work[R], code: Code, batches: list[list[R]]) -> Done[R]:
-    from distributed import as_completed
-
-    futures = {client.submit(_made, work, code, batch, pure=False): batch for batch in batches}
+def _results(
+    executor: Executor | None, work: Work[R], code: Code, batches: list[list[R]]
+) -> Done[R]:
+    """Batches with their results and what made these, in the order in which they finish."""
+    if executor is None:
+        for batch in batches:
+            yield batch, *_measured(work, code, batch)
+        return
+    futures = {executor.submit(_measured, work, code, batch): batch for batch in batches}
     try:
-        for future in as_completed(futures, loop=client.loop):
+        for future in as_completed(futures):
             yield futures[future], *future.result()
     finally:
-        client.cancel(list(futures))
+        for future in futures:
+            future.cancel()
 
 
-@contextmanager
-def _client(scheduler: str | Client | None) -> Iterator[Client | None]:
-    if scheduler is None:
-        yield None
-        return
-    try:
-        from distributed import Client
-    except ImportError as error:
+def _measured(work: Work[R], code: Code, batch: list[R]) -> tuple[Sequence[Record], Origin]:
+    # A copy, as nobody promises that `work` leaves the order of its list alone.
+    return work([*batch]), _store.origin(code)
+
+
+def _frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line per row, in their order."""
+    rows = list(rows)
+    parts: list[list[dict[str, Any]]] = [
+        [_flat(row.setting) for row in rows],
+        [_flat(row.results) for row in rows],
+        [{name: getattr(row, name) for name in Origin._fields} for row in rows],
+    ]
+    return pd.concat([pd.DataFrame(part) for part in parts], axis=1)
+
+
+def _flat(text: str) -> dict[str, Any]:
+    """The cells of a record that is kept as this text, by their columns."""
+    return dict(_leaves(json.loads(text)))
+
+
+def _leaves(values: dict[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    for field, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, field)
+        else:
+            yield name if field == "kind" else field, _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_record(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Record)
+
+
+def _distinct(name: str, names: list[str]) -> None:
+    """Refuse columns of which two have one name; ``name`` says whose they are."""
+    if twice := [column for column, count in Counter(names).items() if count > 1]:
         raise InputError(
-            "scheduler",
-            allowed="None where dask and distributed are not installed",
-            given=brief(scheduler),
-            remedy="install them (they are the extra `cluster`)",
-        ) from error
-    if isinstance(scheduler, Client):
-        if scheduler.status != "running":
-            raise InputError("scheduler", allowed="a client that is connected", given=scheduler)
-        yield scheduler
-        return
-    try:
-        client = Client(scheduler, set_as_default=False)
-    except (OSError, TypeError, ValueError) as error:
-        raise InputError(
-            "scheduler",
-            allowed="the address of a dask scheduler that answers, such as tcp://host:8786, "
-            "or a client",
-            given=f"{scheduler!r} ({error})",
-            remedy="start one (`dask scheduler`), or leave it out to run here",
-        ) from error
-    with client:
-        yield client
+            f"columns of {name}", allowed="different from one another", given=", ".join(twice)
+        )

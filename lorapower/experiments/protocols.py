@@ -1,21 +1,20 @@
-"""Which runs are compared: settings by profile, and the search for learning rates."""
+"""Which runs of encoders are compared, and how sure a difference of their scores is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
-from ..._hub import RATED
-from ...errors import InputError
-from .. import sweeps
-from . import models, sources
-from .models import Alone, Final, Full, Lora, Method
-from .runs import Problem, Setting
+from .._hub import RATED
+from ..errors import InputError
+from . import encoders, sweeps, texts
+from .encoders import Lora, Method, Problem, Setting, Whole
 
 #: Of each profile: what all runs share; the ranks; the numbers of training samples, 0 for all; the
 #: learning rates of each kind of method, of adapters by rank, of which the first is the default;
@@ -49,11 +48,11 @@ GRIDS: dict[str, dict[str, Any]] = {
 # Made by tools/record.py.
 RECORDED = "movies.csv.gz"
 #: Learning rates by kind of method and whether the weights are pretrained; for each by rank, which
-#: is 0 where there is none. `rate` has those of ranks between.
+#: is 0 where there is none. `compare` takes those of ranks between.
 Rates = Mapping[tuple[str, bool], Mapping[int, float]]
 
 
-def compared(
+def compare(
     profile: str,
     tasks: Sequence[str],
     source: str,
@@ -69,10 +68,10 @@ def compared(
 
     From pretrained weights and the most samples: adapters of each rank on all linear layers, and
     for attention and for feed-forward layers of the rank at which they have as many numbers as the
-    highest on all (`models.equal_ranks`), in paper also of each rank; the last layer; all weights;
-    the head alone. From random weights: the highest rank on all layers, in paper each, the last
-    layer and all weights. With fewer samples: the lowest and the highest rank on all layers, and
-    all weights.
+    highest on all (`encoders.equal_ranks`), in paper also of each rank; the last layer; all
+    weights; the head alone. From random weights: the highest rank on all layers, in paper each, the
+    last layer and all weights. With fewer samples: the lowest and the highest rank on all layers,
+    and all weights.
 
     Ranks, the number of seeds from ``seed`` on, and the most samples are by default those of the
     profile; learning rates, its first (`best_rates` finds others). Raises `InputError` for a
@@ -81,44 +80,45 @@ def compared(
     grid = _grid(profile)
     chosen = sorted(ranks or grid["ranks"])
     whole = profile == "paper"
-    equal = models.equal_ranks(model, chosen[-1], _head(source))
-    parts = [targets for targets in models.TARGETS if targets != "all"]
+    equal = encoders.equal_ranks(model, chosen[-1], _head(source))
+    parts = [targets for targets in encoders.TARGETS if targets != "all"]
     everywhere = [Lora(rank=rank) for rank in chosen]
-    fewer: list[Method] = [everywhere[0], everywhere[-1], Full()]
+    full, final, head = sweeps.grid(Whole, kind=["full", "final", "head"])
+    fewer: list[Method] = [everywhere[0], everywhere[-1], full]
     pretrained: list[Method] = [
         *everywhere,
         *(Lora(targets=targets, rank=equal[targets]) for targets in parts),
         *(Lora(targets=targets, rank=rank) for targets in parts for rank in chosen if whole),
-        Final(),
-        Full(),
-        Alone(),
+        final,
+        full,
+        head,
     ]
-    drawn: list[Method] = [*everywhere, Final(), Full()] if whole else [everywhere[-1]]
+    drawn: list[Method] = [*everywhere, final, full] if whole else [everywhere[-1]]
     default = {
         kind: {rank: tried[0] for rank, tried in by_rank.items()}
         for kind, by_rank in grid["rates"].items()
     }
-    found = []
+    settings = []
     for problem in _problems(grid, tasks, source, model, seed, seeds):
         *few, most = _samples(grid, problem, samples)
-        wanted = [
+        runs = [
             *((True, most, method) for method in pretrained),
             *((False, most, method) for method in drawn),
             *((True, less, method) for less in few for method in fewer),
         ]
-        found += [
+        settings += [
             Setting(
                 problem=problem.replace(pretrained=shipped, samples=size),
                 method=method.replace(
-                    learning_rate=rate(
+                    learning_rate=_rate(
                         (rates or {}).get((method.kind, shipped), default[method.kind]),
-                        models.rank_of(method),
+                        method.rank,
                     )
                 ),
             )
-            for shipped, size, method in dict.fromkeys(wanted)
+            for shipped, size, method in dict.fromkeys(runs)
         ]
-    return found
+    return settings
 
 
 def search(
@@ -132,13 +132,16 @@ def search(
     """
     grid = _grid(profile)
     (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
-    methods = {"lora": Lora, "final": Final, "full": Full, "head": Alone}
     (size,) = _fewer([grid["search"]["samples"]], problem) or (0,)
     problem = problem.replace(**grid["search"] | {"samples": size}, part="validation")
     return [
         Setting(
             problem=problem.replace(pretrained=shipped),
-            method=methods[kind](learning_rate=tried, **({"rank": rank} if rank else {})),
+            method=(
+                Lora(rank=rank, learning_rate=tried)
+                if kind == "lora"
+                else Whole(kind=kind, learning_rate=tried)
+            ),
         )
         for shipped in (True, False)
         for kind, by_rank in grid["rates"].items()
@@ -153,24 +156,24 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
     ranked = ranked.sort_values(["score", "learning_rate"], ascending=[False, True])
     keys = ["method", "pretrained", "rank"]
     best = ranked.drop_duplicates(keys)[[*keys, "learning_rate"]]
-    found: dict[tuple[str, bool], dict[int, float]] = {}
+    rates: dict[tuple[str, bool], dict[int, float]] = {}
     for kind, shipped, rank, value in best.itertuples(index=False):
-        found.setdefault((kind, bool(shipped)), {})[int(rank)] = float(value)
-    return found
+        rates.setdefault((kind, bool(shipped)), {})[int(rank)] = float(value)
+    return rates
 
 
-def recorded() -> pd.DataFrame:
+def read_record() -> pd.DataFrame:
     """The part of profile paper that was run once, on ``movies``: a table as `sweeps.run` makes it.
 
     Rows with the ``part`` ``"validation"`` are those of `search`, by which learning rates were
-    chosen; the others are of `compared`. ``seconds`` are those of one thread of a processor.
+    chosen; the others are of `compare`. ``seconds`` are those of one thread of a processor.
     """
     with resources.as_file(resources.files(__package__) / RECORDED) as path:
         table = pd.read_csv(path)
     return table.fillna({"changes": "", "revision": ""})
 
 
-def rate(by_rank: Mapping[int, float], rank: int) -> float:
+def _rate(by_rank: Mapping[int, float], rank: int) -> float:
     """The learning rate of a rank: on a logarithmic scale, between those of the ranks around it.
 
     Outside, it goes on as between the nearest two.
@@ -201,24 +204,65 @@ def _samples(grid: dict[str, Any], problem: Problem, most: int = 0) -> list[int]
 
 def _fewer(sizes: Sequence[int], problem: Problem) -> list[int]:
     """Those of these numbers that are less than all samples there are."""
-    there = len(sources.read(problem.task, problem.source, "train").labels)
+    there = len(texts.read(problem.task, problem.source, "train").labels)
     return [size for size in sizes if 0 < size < there]
 
 
-def _head(source: str) -> models.Head:
+def _head(source: str) -> encoders.Head:
     return "mean" if source == RATED else "own"
 
 
 def _problems(
     grid: dict[str, Any], tasks: Sequence[str], source: str, model: str, seed: int, seeds: int
 ) -> list[Problem]:
-    own = grid["problem"]
+    shared = grid["problem"]
     return sweeps.grid(
         Problem,
         task=[*tasks],
         source=source,
         model=model,
-        part=sources.held_out(source),
+        part=texts.scored_part(source),
         head=_head(source),
-        **own | {"seed": range(seed, seed + (seeds or len(own["seed"])))},
+        **shared | {"seed": range(seed, seed + (seeds or len(shared["seed"])))},
     )
+
+
+#: The share of intervals that hold the mean.
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean, its standard error, and the limits of its interval of 95%."""
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+
+def interval(values: ArrayLike) -> Interval:
+    """The mean of ``values`` ``[seeds, texts]`` over other texts and other seeds like these.
+
+    Values are what texts contribute to a score (`tasks.Task.contributions`), or, for two methods
+    on the same texts and seeds, the difference of both, which pairs them. The variance of the mean
+    is ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and texts,
+    and limits are those of Student's distribution with Satterthwaite's degrees of freedom. One seed
+    says nothing of the second part: the interval then is one for these trained networks, and what
+    another training would change is not in it.
+
+    Raises `InputError` for values of other shape, or for fewer than two texts.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
+        raise InputError("values", allowed="[seeds, at least two texts]", given=table.shape)
+    from scipy import stats
+
+    seeds, texts = table.shape
+    parts = [(table.mean(0).var(ddof=1) / texts, texts - 1)]
+    if seeds > 1:
+        parts.append((table.mean(1).var(ddof=1) / seeds, seeds - 1))
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / freedom for part, freedom in parts)
+    width = stats.t.ppf((1 + LEVEL) / 2, variance**2 / spread) if spread else 0.0
+    mean, error = float(table.mean()), float(np.sqrt(variance))
+    return Interval(mean, error, mean - width * error, mean + width * error)

@@ -1,11 +1,17 @@
-"""Methods that adapt a frozen network to a target, whatever the problem."""
+"""What experiments share: methods that adapt a frozen network to a target, and the best of a grid.
+
+A module for each kind of experiment has a ``Problem``, from which the networks and the data follow,
+a ``Setting`` of a problem and a method, ``Found``, what a run gives, and ``measure``, which
+`sweeps.run` is given: it measures any number of settings of one problem.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 from pydantic import Field
 
 from .._records import Record, Results
@@ -13,13 +19,11 @@ from ..adapters.core import Adapters
 from ..constructions.general import adapt
 from ..errors import InputError, brief
 from ..networks.fnn import FNN
-from ..networks.linear import LinearNetwork
-from ..networks.transformer import Transformer
 from ..regions import Region
 from ..training.engine import train
 from ..training.tuning import LARGEST, Data, Tuning
+from . import sweeps
 
-Network = LinearNetwork | FNN | Transformer
 Rank = Annotated[int, Field(ge=0)]
 Ranks = Rank | tuple[Rank, ...]
 
@@ -75,7 +79,7 @@ class Final(Gradient):
     final: int = Field(1, ge=1)
 
 
-class Trained(Results):
+class Outcome(Results):
     """How training went: the least validation loss, and the step at which it was met.
 
     What does not apply, to a construction, is NaN, or step −1.
@@ -86,46 +90,43 @@ class Trained(Results):
     diverged: bool = False
 
 
-def common_problem(settings: Sequence[Any]) -> Any:
-    """The problem that all of the settings have; raises `InputError` for several."""
+def one_problem(settings: Sequence[Any]) -> Any:
+    """The problem that all of the settings have; raises `InputError` for several, or none."""
     if not isinstance(settings, Sequence) or not settings:
         raise InputError("settings", allowed="a list of at least one", given=brief(settings))
-    if not all(hasattr(setting, "problem") for setting in settings):
-        raise InputError("settings", allowed="of a problem", given=brief(settings))
-    problem, *others = dict.fromkeys(setting.problem for setting in settings)
-    if others:
-        raise InputError("settings", allowed="of one problem", given=f"{len(others) + 1} of them")
+    problem, *others = dict.fromkeys(getattr(setting, "problem", None) for setting in settings)
+    if others or problem is None:
+        raise InputError("settings", allowed="of one problem", given=brief(settings))
     return problem
 
 
-def adapted(
-    methods: Sequence[Any],
-    frozen: Network,
+def train_each(
+    methods: Iterable[Any],
+    frozen: Any,
     data: Data,
-    construction: Callable[[Any], Adapters],
-    **training: Any,
-) -> list[tuple[Any, Trained]]:
-    """For each method the network that it makes of the frozen one, and how its training went.
+    tuning: Callable[[Any], Tuning] = Gradient.tuning,
+    **options: Any,
+) -> dict[Any, tuple[Any, Adapters, Outcome]]:
+    """Train by all methods at once; for each its network, its adapters and how training went.
 
-    Those by gradient are trained at once, with the options of `training.train`; the adapters of
-    others are what ``construction`` returns.
+    ``tuning`` says what `training.train` is told of a method; ``options`` are of that function.
     """
-    place = {m: i for i, m in enumerate(dict.fromkeys(m for m in methods if _trains(m)))}
-    if place:
-        runs = train(frozen, [method.tuning() for method in place], data, **training)
-    found = []
-    for method in methods:
-        if method in place:
-            i = place[method]
-            about = Trained(
+    distinct = [*dict.fromkeys(methods)]
+    if not distinct:
+        return {}
+    runs = train(frozen, [tuning(method) for method in distinct], data, **options)
+    return {
+        method: (
+            runs.network[i],
+            runs.adapters[i],
+            Outcome(
                 validation_loss=float(runs.best_loss[i]),
                 best_step=int(runs.best_step[i]),
                 diverged=bool(runs.diverged[i]),
-            )
-            found.append((runs.network[i], about))
-        else:
-            found.append((construction(method).merge(frozen), Trained()))
-    return found
+            ),
+        )
+        for i, method in enumerate(distinct)
+    }
 
 
 def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:
@@ -134,5 +135,13 @@ def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:
     return adapt(frozen, target, ranks, inputs, throw=False).adapters
 
 
-def _trains(method: Any) -> bool:
-    return isinstance(method, Gradient)
+def keep_best(table: pd.DataFrame, record: type[Record]) -> pd.DataFrame:
+    """For each setting but for learning rate and weight decay, the row of least validation loss.
+
+    ``table`` has runs of settings of class ``record``. Constructions have one row each, which
+    stays. A grid point that diverged counts up to there.
+    """
+    of_grid = ("learning_rate", "weight_decay")
+    same = [name for name in sweeps.columns(record) if name in table and name not in of_grid]
+    ordered = table.sort_values("validation_loss", kind="stable", na_position="last")
+    return ordered.groupby(same, sort=False, dropna=False).head(1).sort_index()

@@ -1,0 +1,596 @@
+"""Fine-tuning of pretrained and random encoders: settings, and what is measured for each.
+
+A problem is a task, an encoder and how long which of its texts are shown; a method is what of the
+encoder is tuned. `measure` is what `sweeps.run` is given.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .. import _checks, randomness
+from .. import _hub as hub
+from .._hub import RATED
+from .._records import Record, Results
+from ..errors import InputError
+from . import texts
+from .texts import Examples, Task
+
+Targets = Literal["attention", "feed-forward", "all"]
+TARGETS: tuple[Targets, ...] = get_args(Targets)
+#: The head that ``transformers`` has for an encoder, or a linear one on the mean over the tokens.
+Head = Literal["own", "mean"]
+# Adapters are multiplied by SCALE/√R, with which a first step of Adam changes a weight about as
+# much at each rank (Kalajdzievski, 2023).
+SCALE = 4
+# So many batches at a time have their texts sorted by length.
+POOL = 8
+# The learning rate rises over this part of the steps.
+WARMUP = 0.1
+
+
+class Lora(Record):
+    """Adapters, through ``peft``, on linear layers of the encoder.
+
+    Attributes
+    ----------
+    targets : {"attention", "feed-forward", "all"}
+        ``"feed-forward"``: all but attention of the equal layers that the encoder consists of;
+        ``"all"``: those outside these too.
+    rank : int
+        Of each adapter.
+    learning_rate : float
+        The highest of AdamW without weight decay; it rises over the first tenth of the steps, then
+        falls linearly to 0.
+    """
+
+    kind: Literal["lora"] = "lora"
+    targets: Targets = "all"
+    rank: int = Field(4, ge=1)
+    learning_rate: float = Field(5e-3, gt=0)
+
+
+class Whole(Record):
+    """Weights in full; the learning rate as of `Lora`.
+
+    Attributes
+    ----------
+    kind : {"full", "final", "head"}
+        ``"full"``: all weights; ``"final"``: the last layer, and the pooling layer after it;
+        ``"head"``: nothing but the head, which is tuned in any case.
+    """
+
+    kind: Literal["full", "final", "head"] = "full"
+    learning_rate: float = Field(1e-4, gt=0)
+
+    @property
+    def rank(self) -> int:
+        """0, as there are no adapters."""
+        return 0
+
+
+Method = Lora | Whole
+
+
+class Problem(Record):
+    """A task, an encoder, and how long which texts are shown to it.
+
+    Raises `InputError` for a value that has no meaning, alone or with the others.
+
+    Attributes
+    ----------
+    task, source : str
+        Name of the task, and where its texts are: ``"rated"``, ``"hub"`` or a folder in GLUE's
+        layout.
+    model : str
+        Encoder: ``"packaged"``, a folder, or a name on the hub.
+    pretrained : bool
+        Whether it has its weights, or random ones of the same configuration.
+    head : {"mean", "own"}
+        ``"mean"``: linear on the mean over the tokens, which is how sentence encoders are made to
+        be used (Reimers and Gurevych, 2019); ``"own"``: that which ``transformers`` has for the
+        encoder, as in the published scores of GLUE.
+    epochs, batch : int
+        Of training.
+    tokens : int
+        To which longer texts are cut off; fewer than 8 have no place for a text beside the marks of
+        where texts begin and end.
+    samples : int
+        Of the training set, drawn by the seed; 0 means all.
+    part : {"validation", "test"}
+        On which scores are taken; GLUE's test sets have no labels.
+    seed : int
+        Of the head, the random weights and factors, the samples, their order, and dropout. Equal
+        seeds give equal heads, samples and orders whatever the rest.
+    """
+
+    task: str = "movies"
+    source: str = RATED
+    model: str = hub.PACKAGED
+    pretrained: bool = True
+    head: Head = "mean"
+    epochs: int = Field(3, ge=1)
+    batch: int = Field(16, ge=1)
+    tokens: int = Field(48, ge=8)
+    samples: int = Field(0, ge=0)
+    part: Literal["validation", "test"] = "validation"
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        texts.check(self.task, self.source)
+        if self.part == "test" and texts.scored_part(self.source) != "test":
+            raise InputError(
+                "part", allowed=f"validation but for source {RATED!r}", given=self.part
+            )
+        if not self.model:
+            raise InputError(
+                "model",
+                allowed=f"{hub.PACKAGED!r}, a folder, or a name on the hub",
+                given=repr(self.model),
+            )
+        return self
+
+
+class Setting(Record):
+    """One run; whatever the method tunes, the head is tuned too."""
+
+    problem: Problem = Problem()
+    method: Annotated[Method, Field(discriminator="kind")] = Lora()
+
+
+class Found(Results):
+    """What a run reaches on held-out texts after training.
+
+    ``accuracy`` to ``spearman`` are `texts.METRICS`, NaN where they are none of the task's;
+    ``score``, that by which the task is judged; ``accuracy_matched`` and ``accuracy_mismatched``
+    are of MNLI's two validation sets; ``baseline``, the score of the best constant answer, chosen
+    in hindsight; ``training_loss``, the mean over the steps; ``parameters``, number of those
+    that are tuned; ``cut_off``, part of the task's texts that had more tokens than are used;
+    ``answers``, to each held-out text (`answers`); ``changes``, what tuning all weights did to each
+    linear layer (`spectra`), or nothing; ``seconds``, of training alone.
+    """
+
+    accuracy: float
+    f1: float
+    matthews: float
+    pearson: float
+    spearman: float
+    score: float
+    accuracy_matched: float = math.nan
+    accuracy_mismatched: float = math.nan
+    baseline: float
+    training_loss: float
+    parameters: int
+    cut_off: float
+    answers: str
+    changes: str = ""
+    seconds: float
+
+
+def check(settings: Sequence[Setting]) -> None:
+    """Read the texts of all tasks and adapt each model once, for the highest of its ranks.
+
+    So whatever of the settings is not usable is found before the first run. Raises `InputError`
+    for texts, models and ranks, as `measure` does when it comes to them.
+    """
+    hub.require("glue")
+    problems = [setting.problem for setting in settings]
+    for problem in dict.fromkeys(p.replace(seed=0, pretrained=True) for p in problems):
+        there = len(texts.read(problem.task, problem.source, "train").labels)
+        texts.read(problem.task, problem.source, problem.part)
+        _checks.integer("samples", problem.samples, 0, there, limit="all there are to train on")
+    highest = {}
+    for setting in sorted(settings, key=lambda s: (s.method.rank, s.problem.pretrained)):
+        targets = getattr(setting.method, "targets", None)
+        highest[setting.problem.model, setting.problem.tokens, targets] = setting
+    for setting in highest.values():
+        _network(setting)
+
+
+def measure(settings: Sequence[Setting]) -> list[Found]:
+    """What each setting reaches; raises `InputError` for texts, models, ranks of no use."""
+    hub.require("glue")
+    return [_measure(setting) for setting in settings]
+
+
+def tune(setting: Setting) -> Any:
+    """The network of a setting after its training; raises what `measure` raises."""
+    hub.require("glue")
+    return _train(setting)[0].model
+
+
+def answers(text: str) -> NDArray[np.float64]:
+    """Of ``Found.answers``, for each held-out text: number of the class, or the number."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
+
+
+def spectra(changes: str) -> pd.DataFrame:
+    """Of ``Found.changes``: a row for each linear layer of the encoder.
+
+    Columns are ``layer``, its name; ``norm``, of the change against that of the weights
+    (Frobenius); ``half`` and ``most``, the least rank with half and nine tenths of the change's
+    squared norm; and ``1``, ``2``, ``4``, …, its singular values of these numbers against the
+    first.
+    """
+    return pd.DataFrame(json.loads(changes))
+
+
+def equal_ranks(model: str, rank: int, head: Head = "own") -> dict[Targets, int]:
+    """For each choice of targets, the rank whose adapters have most nearly as many numbers as those
+    of rank ``rank`` on all linear layers; at least 1, at most what their layers can have."""
+    with torch.device("meta"):
+        body = _draw(model, head).base_model
+    shapes = {
+        targets: [layer.weight.shape for layer in _layers(body, targets).values()]
+        for targets in TARGETS
+    }
+    size = {targets: sum(map(sum, each)) for targets, each in shapes.items()}
+    return {
+        targets: min(max(1, round(rank * size["all"] / size[targets])), *map(min, each))
+        for targets, each in shapes.items()
+    }
+
+
+def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, " pairs"]:
+    """Cosine of the angle between the two texts of each pair: the means over their tokens.
+
+    Raises `InputError` for no pairs, and as `hub.encoder` does.
+    """
+    if not pairs:
+        raise InputError("pairs", allowed="at least one pair of texts", given="none")
+    tokenizer, network = hub.tokenizer(model), hub.encoder(model).eval()
+    means = []
+    for column in zip(*pairs, strict=True):
+        tokens = tokenizer(list(column), padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            outputs = network(**tokens).last_hidden_state
+        means.append(_mean(outputs, tokens["attention_mask"]))
+    return torch.cosine_similarity(*means)
+
+
+class _Mean(nn.Module):
+    """An encoder with a linear head on the mean of its outputs over the tokens of a text.
+
+    Takes what models of ``transformers`` take, and returns ``loss``, where there are labels, and
+    ``logits``.
+    """
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, encoder: Any, outputs: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = encoder.config
+        self.classifier = nn.Linear(encoder.config.hidden_size, outputs)
+
+    @property
+    def base_model(self) -> Any:
+        """The encoder."""
+        return self.encoder
+
+    def forward(
+        self,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+        logits = self.classifier(_mean(hidden, attention_mask))
+        if labels is None:
+            return {"logits": logits}
+        if self.config.problem_type == "regression":
+            return {"loss": nn.functional.mse_loss(logits[:, 0], labels), "logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the tokens that are there."""
+    if mask is None:
+        return hidden.mean(1)
+    present = mask.unsqueeze(-1)
+    return (hidden * present).sum(1) / present.sum(1)
+
+
+def _draw(model: str, head: Head, **options: Any) -> Any:
+    """The model with random weights and a head, as its configuration says."""
+    hub.require("glue")
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    config = hub.load(AutoConfig, model, **options)
+    with hub.quiet():
+        if head == "mean":
+            encoder = AutoModel.from_config(config)
+            encoder.pooler = None  # its outputs are not used
+            return _Mean(encoder, config.num_labels)
+        try:
+            return AutoModelForSequenceClassification.from_config(config)
+        except ValueError as error:
+            raise InputError(
+                "model",
+                allowed="an encoder that transformers can give a head for classes",
+                given=f"{model!r} ({type(config).__name__})",
+            ) from error
+
+
+def _build(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = "own") -> Any:
+    """The encoder with a head for the task: weights as shipped, or drawn as its configuration says.
+
+    The seed alone draws the head, and a pooling layer that is not shipped; both are the same with
+    pretrained and random weights.
+    """
+    kind = "regression" if task.regression else "single_label_classification"
+    with randomness.seeded(seed, "head"):
+        whole = _draw(model, head, num_labels=task.outputs, problem_type=kind)
+    if pretrained:
+        shipped, lacking = hub.shipped(model)
+        weights, drawn = shipped.state_dict(), whole.base_model.state_dict()
+        known = {key: weights[key] for key in drawn.keys() - lacking}
+        whole.base_model.load_state_dict(drawn | known)
+    return whole
+
+
+def _adapt(network: Any, method: Method, *, seed: int) -> Any:
+    """What of the network the method tunes, the rest being frozen; its head is tuned in any case.
+
+    Refuses a network without such layers, or a rank above a layer's size.
+    """
+    if method.kind == "full":
+        return network.requires_grad_(True)
+    body = network.base_model
+    prefix = network.base_model_prefix
+    heads = {
+        name: module
+        for name, module in network.named_children()
+        if name != prefix and any(True for _ in module.parameters())
+    }
+    if isinstance(method, Whole):
+        final = method.kind == "final"
+        tuned = (_last_layer(body), getattr(body, "pooler", None)) if final else ()
+        network.requires_grad_(False)
+        for module in (*tuned, *heads.values()):
+            if module is not None:
+                module.requires_grad_(True)
+        return network
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    layers = _layers(body, method.targets)
+    for name, layer in layers.items():
+        rows, columns = layer.weight.shape
+        limit = f"the weight of {name} is {rows}×{columns}"
+        _checks.integer("rank", method.rank, 1, min(rows, columns), limit=limit)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=method.rank,
+        lora_alpha=SCALE,
+        use_rslora=True,
+        target_modules=[f"{prefix}.{name}" for name in layers],
+        modules_to_save=[*heads],
+    )
+    with randomness.seeded(seed, "factors"), hub.quiet():
+        return get_peft_model(network, config)
+
+
+def _layers(body: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
+    """The linear layers of an encoder, by name, that `Lora` adapts for these targets."""
+    layers = {name: m for name, m in body.named_modules() if isinstance(m, nn.Linear)}
+    chosen = {name: m for name, m in layers.items() if targets in ("all", _purpose(name))}
+    if not chosen:
+        kinds = sorted({type(module).__name__ for module in body.modules()})
+        raise InputError(
+            "model",
+            allowed=f"an encoder with linear layers for targets {targets!r}",
+            given=f"one of {hub.some(sorted(layers) or kinds)}",
+        )
+    return chosen
+
+
+def _purpose(name: str) -> str:
+    """What a linear layer is for: attention, feed-forward, or neither, outside the equal layers."""
+    parts = name.split(".")
+    if any("attention" in part or "attn" in part for part in parts):
+        return "attention"
+    return "feed-forward" if any(part.isdigit() for part in parts) else ""
+
+
+def _last_layer(body: nn.Module) -> nn.Module:
+    """The last of the equal layers that an encoder consists of."""
+    stacks = [module for module in body.modules() if isinstance(module, nn.ModuleList) and module]
+    if not stacks:
+        raise InputError(
+            "model",
+            allowed="an encoder that is a stack of layers, to tune the last one",
+            given=type(body).__name__,
+        )
+    return max(stacks, key=len)[-1]
+
+
+def _network(setting: Setting) -> Any:
+    """The model with a head for the task, and what is tuned of it."""
+    problem = setting.problem
+    network = _build(
+        problem.model,
+        texts.find(problem.task),
+        pretrained=problem.pretrained,
+        seed=problem.seed,
+        head=problem.head,
+    )
+    places = getattr(network.config, "max_position_embeddings", None)
+    if places is not None:
+        # RoBERTa counts positions from behind the one for padding.
+        pad = network.config.pad_token_id if "roberta" in network.config.model_type else None
+        places -= 0 if pad is None else pad + 1
+        _checks.integer("tokens", problem.tokens, 8, places, limit="what the model takes")
+    return _adapt(network, setting.method, seed=problem.seed)
+
+
+def _measure(setting: Setting) -> Found:
+    problem = setting.problem
+    task = texts.find(problem.task)
+    examples = texts.read(problem.task, problem.source, problem.part)
+    samples, cut_off = _samples(problem)
+    trainer, before, loss, seconds = _train(setting)
+    network = trainer.model
+    asked = samples[problem.part]
+    order = np.argsort(_lengths(asked), kind="stable")
+    ordered: Any = [asked[i] for i in order]
+    outputs = np.empty((len(asked), task.outputs))
+    with hub.quiet():
+        outputs[order] = trainer.predict(ordered).predictions
+    given, labels = task.answers(outputs), np.array(examples.labels)
+    baseline = np.full(len(given), task.constant(examples.labels))
+    return Found(
+        **task.scores(given, labels),
+        **_by_set(task, given, examples),
+        baseline=task.scores(baseline, labels)["score"],
+        training_loss=loss,
+        parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        cut_off=cut_off,
+        answers=base64.b64encode(given.astype("<f4").tobytes()).decode(),
+        changes=_changes(before, _weights(network)) if before else "",
+        seconds=seconds,
+    )
+
+
+def _train(setting: Setting) -> tuple[Any, dict[str, Tensor], float, float]:
+    """The trainer when it is done, weights before full tuning, the mean loss, and seconds."""
+    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+
+    problem = setting.problem
+    train = _samples(problem)[0]["train"]
+    network = _network(setting)
+    before = _weights(network) if setting.method.kind == "full" else {}
+    steps = _batches(problem, _lengths(train))
+
+    class Ordered(Trainer):
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(train, batch_sampler=steps, collate_fn=self.data_collator)
+
+    with tempfile.TemporaryDirectory() as unused, hub.quiet():
+        trainer = Ordered(
+            model=network,
+            args=TrainingArguments(
+                output_dir=unused,
+                learning_rate=setting.method.learning_rate,
+                num_train_epochs=1,
+                warmup_steps=WARMUP,
+                per_device_eval_batch_size=64,
+                seed=randomness.number(problem.seed, "training"),
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                remove_unused_columns=False,
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=train,
+            data_collator=DataCollatorWithPadding(hub.tokenizer(problem.model)),
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        loss = float(trainer.train().training_loss)
+    return trainer, before, loss, time.perf_counter() - start
+
+
+def _samples(problem: Problem) -> tuple[dict[str, Any], float]:
+    return _tokenize(problem.task, problem.source, problem.model, problem.tokens, problem.part)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenize(
+    task: str, source: str, model: str, tokens: int, part: str
+) -> tuple[dict[str, Any], float]:
+    """Training set and another part as the model takes them, and the part of texts cut off."""
+    tokenizer = hub.tokenizer(model)
+    samples, lengths = {}, []
+    for name in ("train", part):
+        examples = texts.read(task, source, name)
+        columns = [list(column) for column in zip(*examples.texts, strict=True)]
+        with hub.quiet():
+            encoded = tokenizer(*columns, truncation=True, max_length=tokens)
+            lengths += [len(ids) for ids in tokenizer(*columns)["input_ids"]]
+        kind = float if texts.find(task).regression else int
+        samples[name] = [
+            {key: values[i] for key, values in encoded.items()} | {"label": kind(label)}
+            for i, label in enumerate(examples.labels)
+        ]
+    return samples, float(np.mean(np.array(lengths) > tokens))
+
+
+def _batches(problem: Problem, lengths: NDArray[np.int64]) -> list[list[int]]:
+    """The training texts of each step, of all epochs.
+
+    Texts of about one length go together, as padding costs as much as text: of a few batches at a
+    time, drawn at random, the texts are sorted, and the batches of an epoch are then shuffled.
+    """
+    draw = np.random.default_rng(randomness.number(problem.seed, "samples"))
+    drawn = draw.permutation(len(lengths))[: problem.samples or None]
+    steps = []
+    for _ in range(problem.epochs):
+        epoch = []
+        for pool in _cut(draw.permutation(drawn), POOL * problem.batch):
+            epoch += _cut(pool[np.argsort(lengths[pool], kind="stable")], problem.batch)
+        steps += [epoch[i].tolist() for i in draw.permutation(len(epoch))]
+    return steps
+
+
+def _cut(values: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return np.split(values, range(size, len(values), size))
+
+
+def _lengths(samples: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
+    return np.array([len(sample["input_ids"]) for sample in samples])
+
+
+def _weights(network: Any) -> dict[str, Tensor]:
+    layers = _layers(network.base_model, "all")
+    return {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+
+def _changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
+    """What `spectra` reads."""
+    rows = []
+    for name, weight in before.items():
+        change = after[name] - weight
+        values = torch.linalg.svdvals(change.double())
+        values = values / values[0].clamp(min=torch.finfo(values.dtype).tiny)
+        carried = values.square().cumsum(0) / values.square().sum()
+        numbers = [2**i for i in range(len(values).bit_length())]
+        rows.append(
+            {"layer": name, "norm": float(change.norm() / weight.norm())}
+            | {
+                part: int((carried < share).sum()) + 1
+                for part, share in (("half", 0.5), ("most", 0.9))
+            }
+            | {str(number): float(values[number - 1]) for number in numbers}
+        )
+    return json.dumps(rows)
+
+
+def _by_set(task: Task, answers: Any, examples: Examples) -> dict[str, Any]:
+    """Accuracies on MNLI's two validation sets."""
+    if len(examples.sizes) == 1:
+        return {}
+    parts, labels = (
+        np.split(np.asarray(values), [examples.sizes[0]]) for values in (answers, examples.labels)
+    )
+    return {
+        f"accuracy_{kind}": task.scores(given, right)["accuracy"]
+        for kind, given, right in zip(("matched", "mismatched"), parts, labels, strict=True)
+    }

