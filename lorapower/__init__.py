@@ -19,7 +19,7 @@ One word means one thing, in names and in texts:
 - **update**: the change ``ΔW = A Bᵀ`` of one weight, a `lowrank.LowRank`.
 - **adapters**: an update for each weight of a network, and tuned biases: `adapters.Adapters`.
 - **ranks**: of the updates; one number for all weights, or one for each.
-- **segment**: a piece of a network that is linear but for a nonlinearity at its end.
+- **segment**: a product of weights between two nonlinearities of a network.
 - **gap**: a frozen segment against the target's, ``E = W̄ − ∏_l W_l``: `networks.Gap`.
 - **region**: a bounded convex set of inputs on which a construction holds.
 - **fit, select, test**: three parts of data, to compute from, to choose by, and to judge on.

@@ -237,11 +237,11 @@ def kind(*expected: type, **given: Any) -> None:
     """Refuse whatever of ``given``, by the caller's name of it, is none of ``expected``."""
     for name, value in given.items():
         if not isinstance(value, expected):
-            classes = " or ".join(cls.__name__ for cls in expected)
+            names = (f"{cls.__name__} ({cls.__module__.rpartition('.')[0]})" for cls in expected)
             convertible = isinstance(value, Module) and hasattr(expected[0], "from_sequential")
             raise InputError(
                 name,
-                allowed=f"of class {classes}",
+                allowed=f"of class {' or '.join(names)}",
                 given=type(value).__name__,
                 remedy="from_sequential makes one of fitting layers" if convertible else "",
             )
@@ -254,7 +254,7 @@ def like_frozen(target: Any, frozen: Any) -> None:
         if given != needed:
             allowed, remedy = (
                 f"{needed}, like the frozen network",
-                f"convert it with .to({aspect}=…)",
+                f"convert one with .to({aspect}=…)",
             )
             raise InputError("target", allowed=allowed, given=given, remedy=remedy)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -34,9 +33,9 @@ class Record(BaseModel):
 
     def __init__(self, /, **values: Any) -> None:
         try:
-            super().__init__(**{name: plain(value) for name, value in values.items()})
+            super().__init__(**{name: _plain(value) for name, value in values.items()})
         except ValidationError as error:
-            raise translated(error, type(self)) from None
+            raise _translate(error, type(self)) from None
 
     def replace(self, **changes: Any) -> Self:
         """The same record with other values of these fields, checked like a new one."""
@@ -49,39 +48,32 @@ class Results(Record):
     model_config = ConfigDict(allow_inf_nan=True)
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """``value`` with Python's numbers and truth values in place of NumPy's, also in sequences."""
     if isinstance(value, list | tuple):
-        return type(value)(map(plain, value))
+        return type(value)(map(_plain, value))
     return value.item() if isinstance(value, np.generic) else value
 
 
-def translated(error: ValidationError, record: type[BaseModel]) -> InputError:
+def _translate(error: ValidationError, record: type[BaseModel]) -> InputError:
     """What pydantic says of a record's first unusable field, as this package says it."""
     first, *_ = errors = error.errors(include_url=False)
-    if own := first.get("ctx", {}).get("error"):
-        # What a validator raised: our own, or a plain ValueError's text.
-        if isinstance(own, InputError):
-            return own
-        name = _name(first) or record.__name__
-        return InputError(name, allowed=str(own), given=brief(first["input"]))
+    name = str(first["loc"][0]) if first["loc"] else record.__name__
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, InputError):
+        return raised
     if first["type"] == "extra_forbidden":
         known = ", ".join(record.model_fields)
-        return InputError(
-            "names", allowed=f"among {known} (of {record.__name__})", given=_name(first)
-        )
-    if first["type"] == "union_tag_invalid":
-        about = first["ctx"]
-        return InputError(
-            _name(first), allowed=f"one of {about['expected_tags']}", given=brief(about["tag"])
-        )
+        return InputError("names", allowed=f"among {known} (of {record.__name__})", given=name)
     if first["type"] == "missing":
-        return InputError(_name(first), allowed=f"given (of {record.__name__})", given="nothing")
+        return InputError(name, allowed=f"given (of {record.__name__})", given="nothing")
     # The members of a union complain one by one, of the value or of what is in it.
-    same = [one for one in errors if one["loc"][:1] == first["loc"][:1]]
-    allowed = dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in same)
-    return InputError(_name(first), allowed=" or ".join(allowed), given=brief(first["input"]))
-
-
-def _name(error: Mapping[str, Any]) -> str:
-    return str(error["loc"][0]) if error["loc"] else ""
+    messages = [other["msg"] for other in errors if other["loc"][:1] == first["loc"][:1]]
+    allowed = (
+        str(raised)
+        if raised
+        else " or ".join(
+            dict.fromkeys(message.removeprefix("Input should be ") for message in messages)
+        )
+    )
+    return InputError(name, allowed=allowed, given=brief(first["input"]))

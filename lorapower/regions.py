@@ -47,6 +47,10 @@ class Region(ABC):
         return self.centre.shape[-2]
 
     @property
+    def _kind(self) -> dict[str, Any]:
+        return {"dtype": self.centre.dtype, "device": self.centre.device}
+
+    @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions: how many regions this object holds."""
         return self._centre.shape[:-2]
@@ -94,7 +98,7 @@ class Region(ABC):
         They are ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates, whose covariance
         is ``scale² I``, and nearer to the centre where those are outside.
         """
-        identity = torch.eye(self.width, dtype=self.centre.dtype, device=self.centre.device)
+        identity = torch.eye(self.width, **self._kind)
         steps = identity * (-self.lowest(identity)).clamp(max=scale * self.width**0.5)
         return torch.cat([self.centre + steps, self.centre - steps], dim=-1)
 
@@ -106,7 +110,7 @@ class Region(ABC):
 
     def relu(self) -> Region:
         """A region that holds ``ReLU(x)`` for every ``x`` in this one."""
-        identity = torch.eye(self.width, dtype=self.centre.dtype, device=self.centre.device)
+        identity = torch.eye(self.width, **self._kind)
         return Box(*(end.relu() for end in self._ends(identity, self.centre)))
 
     def _ends(self, matrix: Tensor, at_centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,12 +140,8 @@ class Ball(Region):
         batch = _checks.common_shape("radius and centre", shapes)
         self._centre = column.expand(*batch, *column.shape[-2:])
         if (self.radius < 0).any():
-            raise InputError(
-                "radius",
-                allowed="at least 0",
-                given=float(self.radius.min()),
-                remedy="such a ball is empty",
-            )
+            least = float(self.radius.min())
+            raise InputError("radius", allowed="at least 0", given=least, remedy="it is empty")
 
     @classmethod
     def about(cls, x: Float[Tensor, "*batch width samples"], margin: float = 1.0) -> Ball:
@@ -162,11 +162,10 @@ class Ball(Region):
         return self.radius + torch.linalg.vector_norm(self.centre, dim=(-2, -1))
 
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
-        kind: Any = {"dtype": self.centre.dtype, "device": self.centre.device}
         shape = (*self.batch_shape, self.width, samples)
-        normal = randomness.normal(generator, *shape, **kind)
+        normal = randomness.normal(generator, *shape, **self._kind)
         direction = normal / torch.linalg.vector_norm(normal, dim=-2, keepdim=True)
-        fraction = randomness.uniform(generator, *self.batch_shape, 1, samples, **kind)
+        fraction = randomness.uniform(generator, *self.batch_shape, 1, samples, **self._kind)
         reach = 1 if edge else fraction ** (1 / self.width)
         return self.centre + self.radius[..., None, None] * reach * direction
 
@@ -190,12 +189,8 @@ class Box(Region):
         low, high = low.expand(shape), high.expand(shape)
         empty = low > high
         if empty.any():
-            raise InputError(
-                "low",
-                allowed="at most high in every coordinate",
-                given=f"{float(low[empty][0])} above {float(high[empty][0])}",
-                remedy="such a box is empty",
-            )
+            given = f"{float(low[empty][0])} above {float(high[empty][0])}"
+            raise InputError("low", allowed="at most high in every coordinate", given=given)
         # Not (low + high) / 2, which overflows sooner.
         self._centre = (low / 2 + high / 2)[..., None]
         self.half = (high / 2 - low / 2)[..., None]
@@ -213,8 +208,7 @@ class Box(Region):
 
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         shape = (*self.batch_shape, self.width, samples)
-        kind: Any = {"dtype": self.centre.dtype, "device": self.centre.device}
-        drawn = 2 * randomness.uniform(generator, *shape, **kind) - 1
+        drawn = 2 * randomness.uniform(generator, *shape, **self._kind) - 1
         return self.centre + self.half * (drawn.sign() if edge else drawn)
 
 

@@ -46,7 +46,7 @@ def parameters(network: Network) -> tuple[Tensor, ...]:
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4), batch_shapes, seeds)
-def test_merge_adds_the_products_of_the_factors_and_unmerge_takes_them_away(
+def test_merge_adds_the_products_of_the_factors(
     ranks: list[int], batch: tuple[int, ...], seed: int
 ) -> None:
     network = LinearNetwork.random(len(ranks), 4, batch_shape=batch, seed=seed)
@@ -62,8 +62,6 @@ def test_merge_adds_the_products_of_the_factors_and_unmerge_takes_them_away(
             torch.zeros_like(old),
         )
         torch.testing.assert_close(weight, old + change)
-    for weight, old in zip(adapters.unmerge(merged).weights, before, strict=True):
-        torch.testing.assert_close(weight, old)
     assert all(torch.equal(w, old) for w, old in zip(network.weights, before, strict=True))
     assert adapters.ranks == tuple(ranks)
     assert adapters.parameter_count == 8 * sum(ranks)
@@ -90,7 +88,7 @@ def test_merging_keeps_the_type_of_the_network(
     adapters = random_adapters(network, [1, 2], seed, biases=biases)
     narrow = network.to(torch.float32)
     merged = adapters.merge(narrow)
-    assert merged.dtype == adapters.unmerge(narrow).dtype == torch.float32
+    assert merged.dtype == torch.float32
     assert all(bias.dtype == torch.float32 for bias in merged.biases)
     # The sum is taken in double precision and rounded once.
     wanted = adapters.merge(narrow.to(torch.float64)).to(torch.float32)
@@ -305,17 +303,11 @@ def test_one_changed_bias_is_noticed(tmp_path: Path) -> None:
 def test_adapters_are_saved_only_with_a_network_that_they_fit(tmp_path: Path) -> None:
     network = FNN.random(2, 3)
     adapters = random_adapters(network, [1, 2], 0, biases=True)
-    for wrong, said in (
-        (None, "network must be of class Network"),
-        (FNN.random(2, 4), "network must be of weights"),
-        (LinearNetwork(network.weights), "network must be one with biases"),
-    ):
-        with pytest.raises(InputError, match=said):
-            adapters.save(tmp_path / "adapters", wrong)  # type: ignore[arg-type]
+    wrong: list[Any] = [None, FNN.random(2, 4), LinearNetwork(network.weights)]
+    for other in wrong:
+        with pytest.raises(InputError, match=r"^network must be"):
+            adapters.save(tmp_path / "adapters", other)
     assert not any(tmp_path.iterdir())
-    path, _ = saved(tmp_path)
-    with pytest.raises(InputError, match="network must be of class Network"):
-        Adapters.load(path, "a network")  # type: ignore[arg-type]
 
 
 @given(st.data())

@@ -128,9 +128,6 @@ def test_adapters_tune_biases_too(
         torch.testing.assert_close(new, old + update)
     for old, new, factors in zip(network.weights, merged.weights, updates, strict=True):
         torch.testing.assert_close(new, old + factors.left @ factors.right.mT)
-    again = adapters.unmerge(merged)
-    torch.testing.assert_close(again.weights, network.weights)
-    torch.testing.assert_close(again.biases, network.biases)
     assert adapters.parameter_count == depth * 3 * width
     assert Adapters(updates).parameter_count == depth * 2 * width
     torch.testing.assert_close(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -149,14 +151,10 @@ def test_single_numbers_need_a_width_first(region: Region) -> None:
     torch.testing.assert_close(region.lowest(matrix), fitted.lowest(matrix))
     assert region.batch_shape == fitted.batch_shape
     assert fitted.sample(5).shape == (*fitted.batch_shape, 3, 5)
-    with pytest.raises(InputError, match=r"region must be of 4 coordinates.*got 3"):
-        fitted.fit(4, torch.float64)
 
 
 def test_a_vector_of_one_coordinate_is_a_width() -> None:
     assert Ball(1.0, [0.0]).sample(5).shape == Box([0.0], 1.0).sample(5).shape == (1, 5)
-    with pytest.raises(InputError, match=r"region must be of 4 coordinates.*got 1"):
-        Box([0.0], 1.0).fit(4, torch.float64)
 
 
 def test_plain_numbers_and_arrays_make_regions() -> None:
@@ -167,25 +165,26 @@ def test_plain_numbers_and_arrays_make_regions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "complaint"),
+    ("make", "name"),
     [
-        (lambda: Ball(-1.0), "radius must be at least 0; got -1.0: such a ball is empty"),
-        (lambda: Ball(float("inf")), "radius must be finite"),
-        (lambda: Ball(float("nan")), "radius must be finite"),
-        (lambda: Ball("wide"), "radius must be"),
-        (lambda: Box(1.0, 0.0), "low must be at most high .* got 1.0 above 0.0.* empty"),
-        (lambda: Box(-np.inf, 0.0), "low must be finite"),
-        (lambda: Box([0.0, 0.0], [1.0, 1.0, 1.0]), "broadcast"),
-        (lambda: Samples(torch.ones(3, 0)), "inputs must be a non-empty array"),
-        (lambda: Samples(torch.ones(3, 2), margin=-0.1), "margin must be finite, at least 0"),
-        (lambda: Samples(torch.ones(3, 2).half()), "inputs must be a dense tensor of float32"),
-        (lambda: Ball(1.0, torch.zeros(3)).fit(4, torch.float64), "region must be of 4 coord.* 3"),
-        (lambda: Samples(torch.ones(1, 2)).fit(4, torch.float64), "region must be of 4 coord"),
+        (lambda: Ball(-1.0), "radius"),
+        (lambda: Ball(float("inf")), "radius"),
+        (lambda: Ball("wide"), "radius"),
+        (lambda: Box(1.0, 0.0), "low"),
+        (lambda: Box(-np.inf, 0.0), "low"),
+        (lambda: Box([0.0, 0.0], [1.0, 1.0, 1.0]), "low and high"),
+        (lambda: Samples(torch.ones(3, 0)), "inputs"),
+        (lambda: Samples(torch.ones(3, 2), margin=-0.1), "margin"),
+        (lambda: Samples(torch.ones(3, 2).half()), "inputs"),
+        (lambda: Ball(1.0, torch.zeros(3)).fit(4, torch.float64), "region"),
+        (lambda: Box([0.0], 1.0).fit(4, torch.float64), "region"),
+        (lambda: Samples(torch.ones(1, 2)).fit(4, torch.float64), "region"),
     ],
 )
-def test_empty_and_unbounded_regions_are_refused(make: object, complaint: str) -> None:
-    with pytest.raises(InputError, match=complaint):
-        make()  # type: ignore[operator]
+def test_empty_and_unbounded_regions_are_refused(make: Callable[[], object], name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        make()
+    assert caught.value.name == name
 
 
 def test_the_ball_about_inputs_holds_them_and_no_more() -> None:

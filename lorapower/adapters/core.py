@@ -165,21 +165,10 @@ class Adapters:
         It has the type of the network's numbers. Raises `InputError` for no network, for one that
         the adapters do not fit, and where the sum is not finite.
         """
-        return self._add(network, +1)
-
-    def unmerge(self, network: N) -> N:
-        """Make a new network with weights ``W_l − A_l B_lᵀ`` and biases ``b_l − Δb_l``.
-
-        Undoes `merge` up to rounding.
-        """
-        return self._add(network, -1)
-
-    def _add(self, network: N, sign: int) -> N:
         self._require_fit(network)
 
         def sums(values: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
-            pairs = zip(values, updates, strict=True)
-            return [torch.add(v, update, alpha=sign).to(v.dtype) for v, update in pairs]
+            return [(v + update).to(v.dtype) for v, update in zip(values, updates, strict=True)]
 
         weights = sums(network.weights, [update.matrix() for update in self.updates])
         biases = sums(network.biases, self.bias_updates) if self.bias_updates else None

@@ -60,6 +60,7 @@ class Pieces:
     """
 
     def __init__(self, frozen: FNN, target: FNN) -> None:
+        _checks.kind(FNN, frozen=frozen, target=target)
         if frozen.linear_last != target.linear_last:
             ends = {True: "with a linear layer", False: "with a ReLU"}
             raise InputError(
@@ -117,7 +118,7 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
     two ends with a ReLU, and for a partition that does not cover the frozen layers or has not one
     block for each target layer.
     """
-    _checks.kind(FNN, frozen=frozen, target=target)
+    pieces = Pieces(frozen, target)
     if target.depth > frozen.depth:
         raise InputError(
             "target depth",
@@ -135,5 +136,4 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
             f"{frozen.depth} frozen layers",
             given=f"{partition}, of {partition.depth}",
         )
-    pieces = Pieces(frozen, target)
     return [pieces.gap(i, layers) for i, layers in enumerate(partition.slices)]
