@@ -44,8 +44,8 @@ def first_order(
     _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, adapted=adapted)
     _checks.kind(type(adapted), target=target)
     _checks.same_sizes(adapted, target)
-    state, moved = (target.as_inputs(inputs, "inputs"),), torch.zeros(())
-    stages = _stages(adapted)
+    state: tuple[Tensor, ...] = (target.as_inputs(inputs, "inputs"),)
+    stages, moved = _stages(adapted), torch.zeros(())
     for s, target_stage in enumerate(_stages(target)):
         reached, state = stages[s](*state), target_stage(*state)
 
@@ -82,10 +82,8 @@ def _fnn(network: FNN) -> list[_Stage]:
     stages: list[_Stage] = []
     for l, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
 
-        def layer(
-            z: Tensor, weight: Tensor = weight, bias: Tensor = bias, inner: bool = l > 0
-        ) -> tuple[Tensor]:
-            return (weight @ (z.relu() if inner else z) + bias[:, None],)
+        def layer(z: Tensor, l: int = l, W: Tensor = weight, b: Tensor = bias) -> tuple[Tensor]:
+            return (W @ (z.relu() if l else z) + b[:, None],)
 
         stages.append(layer)
     return stages if network.linear_last else [*stages, lambda p: (p.relu(),)]

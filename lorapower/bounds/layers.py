@@ -88,20 +88,11 @@ def fnn_error(
 ) -> Float[Tensor, "*batch"]:
     """``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``, ``z̄_i`` the target's activations.
 
-    Source: [thm-partition-error]; for a target of one layer [thm-one-layer].
-
-    Parameters
-    ----------
-    frozen, target
-        Networks; batch shapes broadcast.
-    ranks : Ranks
-        One for all layers, or one per layer.
-    inputs : Tensor or float
-        Samples ``[..., in, samples]``, whose own moments are taken: the bound then holds for the
-        error on them. Or the trace of the inputs' second moment, ``tr E[x xᵀ] = E‖x‖²``: the closed
-        form, in which ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``.
-    partition : Partition, optional
-        The blocks; uniform by default.
+    Ranks are one for all layers, or one per layer; the partition is uniform by default. Inputs are
+    samples ``[..., in, samples]``, and the bound holds for the error on them. Or they are the trace
+    ``E‖x‖²`` of their second moment: the closed form, in which ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2
+    (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Source: [thm-partition-error]; for a target of one layer
+    [thm-one-layer].
     """
     gaps = blocks(frozen, target, partition)
     parts = zip(gaps, _totals(gaps, frozen, ranks), activation_sizes(target, inputs), strict=True)

@@ -126,7 +126,7 @@ class PaidRank(NamedTuple):
     Attributes
     ----------
     rank : int
-        Of the least estimated risk.
+        That of the least estimated risk.
     risks : Tensor
         `sure` of each rank from 0 on.
     observed : Tensor
@@ -183,7 +183,7 @@ def paid_rank(
     shape = (frozen.widths[-1], x.shape[-1])
     if x.ndim != 2 or tuple(y.shape) != shape:
         raise InputError("outputs", allowed=f"of shape {shape}", given=tuple(y.shape))
-    coarse = min((torch.as_tensor(inputs).dtype, frozen.dtype), key=lambda t: torch.finfo(t).bits)
+    coarse = min(torch.as_tensor(inputs).dtype, frozen.dtype, key=lambda t: torch.finfo(t).bits)
     samples, span = x.shape[1], int(lowrank.rank(x.to(coarse)))
     if not span:
         raise InputError("inputs", allowed="not all 0", given="zeros")
@@ -211,19 +211,9 @@ def paid_rank(
 def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
     """``err ≤ êrr + ((|h| ln 2 + ln 1/δ) / 2n)^{1/2}`` for a network written in ``|h|`` bits.
 
-    It holds with probability ``1 − δ`` over ``n`` samples, for all networks at once of a code that
-    was fixed before these samples were seen. Source: [thm-occam].
-
-    Parameters
-    ----------
-    error : float
-        ``êrr``, the share of errors on the samples.
-    bits : float
-        ``|h|``, the length of the network's code.
-    samples : int
-        ``n``.
-    delta : float
-        ``δ``, between 0 and 1.
+    ``êrr`` is the share of errors on ``n`` samples. The bound holds with probability ``1 − δ`` over
+    these, for all networks at once of a code that was fixed before they were seen. Source:
+    [thm-occam].
     """
     error, cost = _check_code(error, bits, samples, delta)
     return error + math.sqrt(cost / 2)

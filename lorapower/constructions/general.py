@@ -54,9 +54,8 @@ def adapt(
     ranks : int, sequence or mapping
         One for all weights, or as the construction takes them.
     inputs : Region or Tensor, optional
-        For ReLU networks, where the target is to be imitated: a `regions.Ball`, a `regions.Box` or
-        `regions.Samples`, or inputs as columns ``[..., width, samples]``, of which samples are
-        made. Other networks are adapted for all inputs.
+        For ReLU networks, and for them alone: the `regions.Region` in which the target is imitated,
+        or inputs as columns ``[..., width, samples]``, of which `regions.Samples` are made.
     **options
         Of the construction: `linear.adapt`, `fnn.adapt`, `transformer.adapt` or
         `constructions.residual.adapt`.
@@ -64,8 +63,8 @@ def adapt(
     Raises
     ------
     InputError
-        Inputs that are missing or not used, an option that the construction does not have, and
-        what the construction itself refuses.
+        Inputs that are missing or not used, options that the construction does not have, and what
+        it refuses itself.
     """
     frozen, target, kind = _one_kind(frozen, target)
     construct = _CONSTRUCTIONS[kind]
@@ -103,8 +102,8 @@ class NeededRank:
     Attributes
     ----------
     rank : Tensor
-        The least one tried whose error is small enough; where none is, the largest; ``[...]``. One
-        is for all layers of a member; ``int(rank.max())`` is enough for all members.
+        The least one tried whose error is small enough, or the largest where none is; ``[...]``. It
+        is one for all layers of a member.
     error : Tensor
         What it leaves, relative to the mean square of the target's outputs; ``[...]``.
     tried : Tensor
@@ -153,11 +152,10 @@ def rank_for_error(
         ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
     by : {"bound", "trial"}
         ``"bound"``: what the theorems promise on these inputs, `bounds.fnn_error_on` or
-        `bounds.transformer_error`; of a linear network, the error itself. Where the construction's
-        assumptions hold, which is not checked, the error is met up to rounding; less rank may be
-        enough. There is no bound for residual transformers. ``"trial"``: adapters are made, of a
-        ReLU network for `Samples`, and the error is measured, rounding included. Where `adapt`
-        calls that rounding unacceptable, it takes ``throw=False`` or a larger ``rtol``.
+        `bounds.transformer_error`; of a linear network, the error itself; of a residual
+        transformer there is none. Where the construction's assumptions hold, which is not checked,
+        the error is met up to rounding, and less rank may be enough. ``"trial"``: adapters are
+        made and measured. `adapt` then may need ``throw=False`` where their rounding is large.
     ranks : sequence of int, optional
         Those to try; by default all from 0 on.
     partition : Partition, optional

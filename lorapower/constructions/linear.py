@@ -86,12 +86,11 @@ def adapt(
 
     Non-singular frozen layers always allow it. The plain splitting is tried first: the singular
     triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of ``R_l``, and
-    ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Systems are
-    solved, no inverse is formed. Where partial targets are singular, or so nearly that rounding
-    errors exceed a few units of the last place, the splitting of the theorem's proof follows. For
-    singular layers there are others, which adapt these first, to rotated triplets. Rank beyond the
-    width raises the smallest singular values of the frozen layers. Each member of the batch keeps
-    its splitting of least rounding error.
+    ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Where partial
+    targets are singular, or so nearly that rounding errors exceed a few units of the last place,
+    the splitting of the theorem's proof follows. For singular layers there are others, which adapt
+    these first, to rotated triplets. Each member of the batch keeps its splitting of least rounding
+    error.
 
     Source: [thm-optimal-adaptation], by [lem-splitting] and [lem-any-change]; for the plain
     splitting [prop-splittings].
@@ -112,8 +111,7 @@ def adapt(
         that is larger, or to ``‖E‖_2`` for a target of zeros). By default ``eps^{1/2}``, half of
         the digits; ``inf`` accepts any.
     throw : bool
-        Raise an error where a member of the batch is not adapted acceptably, or else say so in
-        ``success``.
+        Raise an error where a member is not adapted acceptably, or else say so in ``success``.
     seed : int
         Of the rotations of triplets.
 
@@ -122,8 +120,7 @@ def adapt(
     InputError
         Ranks out of range, networks that do not fit each other, a hidden width too small.
     SingularError
-        Nothing tried meets ``rtol``: a singular layer, or too few digits. Names the layer, its
-        condition number and the members of the batch that fail.
+        Nothing tried meets ``rtol``: a singular layer, or too few digits. Names layer and members.
     """
     gap = Gap(frozen, target)
     plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
@@ -352,8 +349,8 @@ def _cheapest(adapter: Tensor, passed: Tensor) -> Tensor:
 def _complementary(X: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
     """``X``, its columns rotated, and ``Y``: ``Yᵀ X = 1``, ``Yᵀ`` injective on ``M X = passed``.
 
-    The columns of ``X`` are rotated so that they make pairs of principal vectors with those of
-    ``passed``. Those of ``Y`` lie half way between: at most 45° from either, whatever these are.
+    The columns of ``X`` make pairs of principal vectors with those of ``passed``. Those of ``Y``
+    lie half way between: at most 45° from either.
     """
     Z = lowrank.svd(passed).U
     P, cosines, Q = lowrank.svd(X.mT @ Z)
@@ -364,8 +361,8 @@ def _complementary(X: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
 def _both_ways(weights: list[Tensor]) -> list[Tensor]:
     """The product from the first layer on, as the forward pass does it, and from the last.
 
-    The construction makes up for the very rounding errors of the first. The second has others, as
-    a forward pass on other inputs has, so that the larger error of the two is the honest one.
+    The construction makes up for the rounding errors of the first. The second has others, as a
+    forward pass on other inputs has: the larger error of the two is the honest one.
     """
     backward = [product([w.mT for w in reversed(weights)]).mT] if len(weights) > 2 else []
     return [product(weights), *backward]

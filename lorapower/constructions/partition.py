@@ -73,8 +73,8 @@ def _search(
 ) -> OptimalPartition:
     """Least value over all partitions, block by block and for every layer a block may end with.
 
-    ``step`` makes the value with one more block from the value before. It must not fall where that
-    rises: then the best partition of all layers begins with a best partition of the first ones.
+    ``step`` makes the value with one more block from the value before, and does not fall where that
+    rises: so the best partition of all layers begins with a best partition of the first ones.
     """
     pieces = Pieces(frozen, target)
     values = {0: torch.zeros((), dtype=frozen.dtype, device=frozen.device)}
