@@ -111,13 +111,7 @@ def test_every_bound_is_above_the_error_at_every_rank(layers: int, depth: int) -
     st.data(),
 )
 def test_bounds_hold_for_any_ranks_and_partition(
-    width: int,
-    layers: int,
-    size: int,
-    kind: str,
-    linear_last: bool,
-    seed: int,
-    data: st.DataObject,
+    width: int, layers: int, size: int, kind: str, linear_last: bool, seed: int, data: st.DataObject
 ) -> None:
     depth = layers * size
     frozen, target = (

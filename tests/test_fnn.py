@@ -31,12 +31,7 @@ def forward(network: FNN, x: Tensor) -> np.ndarray:
 
 
 def benign(
-    depth: int,
-    width: int,
-    *,
-    linear_last: bool = False,
-    batch: tuple[int, ...] = (),
-    seed: int = 0,
+    depth: int, width: int, *, linear_last: bool = False, batch: tuple[int, ...] = (), seed: int = 0
 ) -> FNN:
     """A network of well-conditioned layers."""
     weights = conditioned(depth, width, batch_shape=batch, seed=seed).weights
@@ -71,12 +66,7 @@ def tolerance(found: fnn.FNNAdaptation, outputs: Tensor) -> Tensor:
 
 @given(st.integers(1, 5), st.integers(1, 6), st.booleans(), batch_shapes, dtypes, seeds)
 def test_network_is_layer_after_layer(
-    depth: int,
-    width: int,
-    linear_last: bool,
-    batch: tuple[int, ...],
-    dtype: torch.dtype,
-    seed: int,
+    depth: int, width: int, linear_last: bool, batch: tuple[int, ...], dtype: torch.dtype, seed: int
 ) -> None:
     network = FNN.random(
         depth, width, linear_last=linear_last, batch_shape=batch, seed=seed, dtype=dtype
@@ -313,9 +303,7 @@ def test_a_last_block_of_one_linear_layer_needs_no_region(
     last = FNN.random(1, width, linear_last=True, seed=seed + 1)
     # The layers before are the target's own, so that nothing there is to be made affine.
     target = FNN(
-        [*frozen.weights[:-1], *last.weights],
-        [*frozen.biases[:-1], *last.biases],
-        linear_last=True,
+        [*frozen.weights[:-1], *last.weights], [*frozen.biases[:-1], *last.biases], linear_last=True
     )
     found = fnn.adapt(frozen, target, [0] * before + [rank], Ball(0.1))
     adapted = found.adapters.merge(frozen)
@@ -340,11 +328,11 @@ def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
 ) -> None:
     sizes = st.integers(1, 6)
     widths = data.draw(st.lists(sizes, min_size=2, max_size=5))
-    goal = data.draw(st.lists(sizes, min_size=2, max_size=len(widths)))
+    outline = data.draw(st.lists(sizes, min_size=2, max_size=len(widths)))
     if data.draw(st.booleans()):
-        goal = [min(goal[0], widths[0]), *goal[1:-1], min(goal[-1], widths[-1])]
+        outline = [min(outline[0], widths[0]), *outline[1:-1], min(outline[-1], widths[-1])]
     frozen = of_widths(widths, linear_last=linear_last, seed=seed, purpose="frozen")
-    target = of_widths(goal, linear_last=linear_last, seed=seed, purpose="target")
+    target = of_widths(outline, linear_last=linear_last, seed=seed, purpose="target")
     accept: dict[str, Any] = {"max_digits_lost": torch.inf, "rtol": torch.inf}
     largest = max(min(weight.shape) for weight in frozen.weights)
     try:
@@ -363,18 +351,18 @@ def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
     for R in range(threshold, largest + 1):
         found = fnn.adapt(frozen, target, R, Ball(2.0), **accept)
         x = found.region.sample(100, edge=True, seed=seed)
-        wanted = target(x)
-        off = found.adapters.merge(frozen)(pad(x, widths[0]))[: goal[-1]] - wanted
+        expected = target(x)
+        off = found.adapters.merge(frozen)(pad(x, widths[0]))[: outline[-1]] - expected
         # What is reached without adapters is so up to the rounding of products.
-        assert found.error_bound <= 1e-12 * (1 + wanted.norm(dim=0).max())
-        assert off.abs().max() <= 10 * tolerance(found, x) * (1 + wanted.abs().max())
+        assert found.error_bound <= 1e-12 * (1 + expected.norm(dim=0).max())
+        assert off.abs().max() <= 10 * tolerance(found, x) * (1 + expected.abs().max())
         assert found.covers(frozen, x).all()
     for R in range(threshold):
         found = fnn.adapt(frozen, target, R, Ball(2.0), **accept)
         # The bound may be 0: no input may reach a block that is off.
         assert found.block_errors.max() > 1e-6
         x = found.region.sample(100, edge=True, seed=seed)
-        off = found.adapters.merge(frozen)(pad(x, widths[0]))[: goal[-1]] - target(x)
+        off = found.adapters.merge(frozen)(pad(x, widths[0]))[: outline[-1]] - target(x)
         assert off.norm(dim=0).max() <= found.error_bound + 1e3 * tolerance(found, x)
 
 

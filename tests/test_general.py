@@ -32,8 +32,8 @@ def problem(
     x = torch.randn(5, width, 30, generator=generator, dtype=torch.float64)
     target: dict[str, Any] = {"batch_shape": batch, "seed": seed, "purpose": "target"}
     if kind == "linear":
-        frozen, wanted = LinearNetwork.random(2, width, seed=seed), LinearNetwork
-        return frozen, wanted.random(1, width, **target), x[0]
+        frozen = LinearNetwork.random(2, width, seed=seed)
+        return frozen, LinearNetwork.random(1, width, **target), x[0]
     if kind == "fnn":
         return FNN.random(4, width, seed=seed), FNN.random(2, width, **target), x[0]
     sizes: dict[str, Any] = {"heads": 2, "scale": width**-0.5}
@@ -57,28 +57,28 @@ def test_adapt_is_the_construction_of_the_kind(kind: str) -> None:
     region = [Ball(2.0)] if kind == "fnn" else []
     construct: Any = {"linear": linear, "fnn": fnn, "transformer": transformer}[kind].adapt
     found = lorapower.adapt(frozen, target, 3, *region, rtol=1e-5, seed=3)
-    wanted = construct(frozen, target, 3, *region, rtol=1e-5, seed=3)
-    assert type(found) is type(wanted)
+    expected = construct(frozen, target, 3, *region, rtol=1e-5, seed=3)
+    assert type(found) is type(expected)
     assert bool(found.success)
-    for one, other in zip(found.adapters.updates, wanted.adapters.updates, strict=True):
-        assert torch.equal(one.matrix(), other.matrix())
+    for update, other in zip(found.adapters.updates, expected.adapters.updates, strict=True):
+        assert torch.equal(update.matrix(), other.matrix())
 
 
 def test_modules_and_matrices_stand_for_networks() -> None:
     frozen, target, x = problem("fnn")
     modules = frozen.to_sequential(), target.to_sequential()
     found: Any = lorapower.adapt(*modules, 2, x.numpy())
-    wanted = fnn.adapt(frozen, target, 2, Samples(x))
-    assert torch.equal(found.error_bound, wanted.error_bound)
+    expected = fnn.adapt(frozen, target, 2, Samples(x))
+    assert torch.equal(found.error_bound, expected.error_bound)
     merged = found.adapters.merge(as_network(modules[0]))
     torch.testing.assert_close(merged(x), target(x), rtol=1e-8, atol=1e-8)
     needed = lorapower.rank_for_error(*modules, 0.05, x.tolist())
     assert torch.equal(needed.errors, lorapower.rank_for_error(frozen, target, 0.05, x).errors)
 
-    one, goal, _ = problem("linear")
+    frozen, target, _ = problem("linear")
     stack = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(2)]).double()
-    matrix = goal.product()
-    for start in (one, list(one.weights), stack):
+    matrix = target.product()
+    for start in (frozen, list(frozen.weights), stack):
         solution: Any = lorapower.adapt(start, matrix, 2)
         reached = solution.adapters.merge(as_network(start)).product()
         torch.testing.assert_close(reached, matrix, rtol=1e-9, atol=1e-9)

@@ -59,13 +59,12 @@ def test_measured_error_is_the_predicted_one(
     worst = solution.condition_numbers.amax(-1)
     assert (solution.rounding_error <= 10 * unit * worst**2).all()
     tolerance = float(solution.rounding_error.max()) + 30 * unit * 3**depth
-    predictions = (solution.spectral_error, solution.frobenius_error)
-    expectations = tails(frozen, target, sum(ranks))
-    norms: tuple[Norm, Norm] = (2, "fro")
-    factors = (1, width**0.5)
-    for norm, factor, predicted, expected in zip(
-        norms, factors, predictions, expectations, strict=True
-    ):
+    spectral, frobenius = tails(frozen, target, sum(ranks))
+    norms: list[tuple[Norm, float, torch.Tensor, np.ndarray]] = [
+        (2, 1, solution.spectral_error, spectral),
+        ("fro", width**0.5, solution.frobenius_error, frobenius),
+    ]
+    for norm, factor, predicted, expected in norms:
         np.testing.assert_allclose(predicted.numpy(), expected, rtol=0, atol=30 * unit * factor)
         measured = distance(adapted, target, norm)
         np.testing.assert_allclose(measured, expected, rtol=0, atol=tolerance * factor)
@@ -93,15 +92,8 @@ def test_rectangular_networks(
     width = max(inputs, outputs) + more - 1
     hidden = data.draw(st.lists(st.integers(width, width + 3), max_size=3))
     sizes = [inputs, *hidden, outputs]
-    frozen = LinearNetwork(
-        [
-            lowrank.random_matrix(b, a, condition_number=3, seed=seed + l)
-            for l, (a, b) in enumerate(itertools.pairwise(sizes))
-        ]
-    )
-    target = LinearNetwork(
-        [lowrank.random_matrix(outputs, inputs, condition_number=2, seed=seed, purpose="target")]
-    )
+    frozen = LinearNetwork(of_widths(sizes, seed=seed).weights)
+    target = LinearNetwork(of_widths([inputs, outputs], seed=seed, purpose="target").weights)
     ranks = [data.draw(st.integers(0, min(a, b))) for a, b in itertools.pairwise(sizes)]
     solution = linear.adapt(frozen, target, ranks)
     predicted, _ = tails(frozen, target, sum(ranks))
@@ -328,8 +320,8 @@ def test_members_of_a_batch_do_not_influence_each_other() -> None:
     together = linear.adapt(frozen, target, 1).adapters.merge(frozen)
     for i in range(6):
         alone = linear.adapt(frozen[i], target[i], 1).adapters.merge(frozen[i])
-        for mine, ours in zip(alone.weights, together.weights, strict=True):
-            torch.testing.assert_close(mine, ours[i], rtol=1e-6, atol=1e-6)
+        for weight, stacked in zip(alone.weights, together.weights, strict=True):
+            torch.testing.assert_close(weight, stacked[i], rtol=1e-6, atol=1e-6)
 
 
 def test_ranks_may_come_from_numpy_and_torch() -> None:

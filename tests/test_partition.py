@@ -105,9 +105,9 @@ def test_the_search_passes_over_blocks_that_are_too_narrow(
 ) -> None:
     sizes = st.integers(1, 5)
     widths = data.draw(st.lists(sizes, min_size=2, max_size=6))
-    goal = data.draw(st.lists(sizes, min_size=2, max_size=len(widths)))
+    outline = data.draw(st.lists(sizes, min_size=2, max_size=len(widths)))
     frozen = of_widths(widths, linear_last=linear_last, seed=seed, purpose="frozen")
-    target = of_widths(goal, linear_last=linear_last, seed=seed, purpose="target")
+    target = of_widths(outline, linear_last=linear_last, seed=seed, purpose="target")
     needed = {}
     for cut in every_partition(frozen.depth, target.depth):
         with suppress(InputError):

@@ -148,11 +148,24 @@ def test_the_rank_that_samples_pay_for(noise: float | None) -> None:
     assert few.design.span == 8
 
 
-def test_without_noise_all_ranks_pay() -> None:
-    frozen, x = LinearNetwork.random(2, 5), normal(5, 50)
-    found = samples.paid_rank(frozen, x, normal(5, 5, seed=1) @ x, noise=0.0)
-    assert found.rank == 5
+def test_without_noise_all_ranks_pay_but_for_rounding() -> None:
+    frozen, x = LinearNetwork.random(1, 8), normal(8, 60)
+    found = samples.paid_rank(frozen, x, normal(8, 8, seed=1) @ x, noise=0.0)
+    assert found.rank == 8
     assert (found.risks.diff() < 0).all()
+    change = normal(8, 3, seed=1) @ normal(3, 8, seed=2)
+    assert samples.paid_rank(frozen, x, (frozen.product() + change) @ x, noise=0.0).rank == 3
+
+
+def test_span_and_noise_are_found() -> None:
+    single = LinearNetwork.random(1, 8, dtype=torch.float32)
+    frozen, x = LinearNetwork.random(1, 8), normal(8, 2) @ normal(2, 60, seed=1)
+    # In the coarser of the types of inputs and network.
+    for network, inputs in ((frozen, x.float()), (single, x), (frozen, x)):
+        assert samples.paid_rank(network, inputs, normal(8, 60, seed=2)).design.span == 2
+    x = normal(8, 200)
+    y = 1e6 * normal(8, 8, seed=1) @ x + 1e-3 * normal(8, 200, seed=2)
+    assert samples.paid_rank(frozen, x, y).design.noise == pytest.approx(1e-3, rel=0.1)
 
 
 def test_what_leaves_the_rank_open_is_refused() -> None:
@@ -171,30 +184,6 @@ def test_what_leaves_the_rank_open_is_refused() -> None:
     for name, given_ in (("error", (1.5, 8, 10)), ("delta", (0.1, 8, 10, 1.0))):
         with pytest.raises(InputError, match=f"^{name}"):
             samples.kl_bound(*given_)
-
-
-def test_spans_are_those_of_the_coarser_type() -> None:
-    x = normal(8, 2) @ normal(2, 60, seed=1)
-    y = normal(8, 60, seed=2)
-    for frozen, inputs in (
-        (LinearNetwork.random(1, 8), x.float()),
-        (LinearNetwork.random(1, 8, dtype=torch.float32), x),
-        (LinearNetwork.random(1, 8), x),
-    ):
-        assert samples.paid_rank(frozen, inputs, y).design.span == 2
-
-
-def test_noise_is_estimated_beside_large_changes() -> None:
-    frozen, x = LinearNetwork.random(1, 8), normal(8, 200)
-    y = 1e6 * normal(8, 8, seed=1) @ x + 1e-3 * normal(8, 200, seed=2)
-    assert samples.paid_rank(frozen, x, y).design.noise == pytest.approx(1e-3, rel=0.1)
-
-
-def test_rounding_pays_for_no_rank() -> None:
-    frozen, x = LinearNetwork.random(1, 8), normal(8, 60)
-    change = normal(8, 3, seed=1) @ normal(3, 8, seed=2)
-    y = (frozen.product() + change) @ x
-    assert samples.paid_rank(frozen, x, y, noise=0.0).rank == 3
 
 
 CORRUPT = {

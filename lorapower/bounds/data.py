@@ -52,7 +52,7 @@ def first_order(
         def follow(*state: Tensor, s: int = s) -> Tensor:
             return reduce(lambda state, stage: stage(*state), stages[s + 1 :], state)[0]
 
-        missed = tuple(ours - theirs for ours, theirs in zip(reached, state, strict=True))
+        missed = tuple(a - b for a, b in zip(reached, state, strict=True))
         # Twice backward: forward, torch would compile what it deprecates.
         moved = moved + jvp(follow, state, missed)[1]
     return moved.square().mean() / variance(state[0])

@@ -13,11 +13,7 @@ from ..lowrank import LowRank
 from ..regression import Regression, reduced_rank
 
 # Of coefficients towards the error matrix, in mean variances of an input, and how a fit is called.
-_SHRINKAGES = {
-    "repair": 0.0,
-    **{f"shrinkage {s}": s for s in (0.01, 0.1, 1.0)},
-    "inputs": inf,
-}
+_SHRINKAGES = {"repair": 0.0, **{f"shrinkage {s}": s for s in (0.01, 0.1, 1.0)}, "inputs": inf}
 
 
 @torch.no_grad()
