@@ -179,21 +179,30 @@ def test_constructions_decompose_little() -> None:
     # Of each block: E, values alone and all, the norms of two frozen and a target layer, two
     # systems, what the first layer leaves to the second, the rounding.
     assert found.count == 2 * 9
-    with Decompositions() as found:
-        partition.least_rank(FNN.random(8, 16, seed=1), FNN.random(3, 16, seed=2))
-    assert found.count <= 229
 
 
-def test_gaps_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InputError, match="target must be of 2 inputs and 2 outputs"):
-        Gap(LinearNetwork.random(1, 2), LinearNetwork.random(1, 3))
-    with pytest.raises(InputError, match="rank must be an integer from 0"):
-        Gap(LinearNetwork.random(1, 2), LinearNetwork.random(1, 2)).best(-1)
+def test_a_product_that_overflows_is_refused() -> None:
     huge = LinearNetwork(torch.full((2, 2, 2), 1e200, dtype=torch.float64))
     gap = Gap(huge, LinearNetwork.random(1, 2))
     assert not gap.finite
     with pytest.raises(InputError, match="a product that overflows"):
         print(gap.rank)
+
+
+def test_flat_gaps_know_what_was_computed_and_leave_the_networks_alone() -> None:
+    gap = Gap(conditioned(3, 4, batch_shape=(2, 3)), LinearNetwork.random(1, 4, seed=1))
+    with Decompositions() as counted:
+        flat = gap.flat()
+    assert gap.batch_shape.numel() == flat.batch_shape.numel() == 6
+    before = counted.count
+    with Decompositions() as counted:
+        assert torch.equal(flat.svd.S, gap.svd.S.flatten(0, 1))
+        assert torch.equal(flat.noise, gap.noise.flatten())
+        for mine, theirs in zip(flat.frozen.spectra, gap.frozen.spectra, strict=True):
+            assert torch.equal(mine, theirs.flatten(0, 1))
+    assert before
+    assert counted.count == 0
+    assert flat.frozen is not gap.frozen
 
 
 @pytest.mark.parametrize("kind", [LinearNetwork, FNN, Transformer])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, seeds
-from torch import nn
+from torch import Tensor, nn
 
 from lorapower import InputError, randomness
-from lorapower.networks import FNN, LinearNetwork
+from lorapower.networks import FNN, LinearNetwork, Transformer, as_network
 
 
 @given(st.integers(1, 6), st.integers(1, 8), batch_shapes, dtypes, seeds)
@@ -98,28 +101,194 @@ def test_unusable_weights_are_refused(weights: object, name: str) -> None:
     assert caught.value.name == name
 
 
-def test_unusable_inputs_are_refused() -> None:
-    network = LinearNetwork.random(2, 3)
-    with pytest.raises(InputError, match=r"x must be of shape \[..., 3, samples\]"):
-        network(torch.ones(5, 4))
-
-
-@pytest.mark.parametrize("wrong", [{"depth": 0}, {"width": 0}, {"width": 2.5}, {"seed": -1}])
-def test_random_networks_need_sizes(wrong: dict[str, float]) -> None:
-    (name,) = wrong
-    with pytest.raises(InputError, match=f"{name} must be an integer from"):
-        LinearNetwork.random(**{"depth": 1, "width": 1} | wrong)  # type: ignore[arg-type]
-
-
 def test_batches_are_gone_through_member_by_member() -> None:
     batch = FNN.random(2, 3, batch_shape=(2, 4))
     members = [*batch]
     assert [member.batch_shape for member in members] == [(4,), (4,)]
     assert torch.equal(members[1].weights[0], batch.weights[0][1])
-    with pytest.raises(IndexError):
+    with pytest.raises(TypeError):
         iter(batch[0, 0])
 
 
 def test_networks_are_shown_on_one_line() -> None:
     wide = LinearNetwork([torch.ones(2, 8, 3), torch.ones(5, 8)])
     assert repr(wide) == "LinearNetwork(3→8→5, batch [2], float32)"
+
+
+# The way from and to torch modules.
+
+KINDS: tuple[type[FNN] | type[LinearNetwork], ...] = (FNN, LinearNetwork)
+
+
+class Doubled(nn.Linear):
+    """A layer that is a `Linear` by name only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Backwards(nn.Sequential):
+    """A Sequential by name only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in reversed(self):
+            x = layer(x)
+        return x
+
+
+class Named(nn.Sequential):
+    """A Sequential of another name."""
+
+
+@st.composite
+def modules(draw: st.DrawFn, *, linear: bool) -> tuple[nn.Sequential, list[int]]:
+    """A module of random layers, some of them nested, and its sizes."""
+    sizes = draw(st.lists(st.integers(1, 5), min_size=2, max_size=4))
+    dtype, biased = draw(dtypes), not linear and draw(st.booleans())
+    last = not linear and draw(st.booleans())
+    relu = nn.ReLU()  # one layer in many places
+    idle = st.sampled_from([nn.Identity(), nn.Dropout(0.9)])
+    layers: list[nn.Module] = draw(st.lists(idle, max_size=1))
+    layers += draw(st.sampled_from([[], [nn.Flatten()]]))
+    with randomness.seeded(draw(seeds), "module"):
+        for l in range(1, len(sizes)):
+            layers += draw(st.lists(idle, max_size=2))
+            layers.append(nn.Linear(sizes[l - 1], sizes[l], bias=biased, dtype=dtype))
+            layers += draw(st.lists(idle, max_size=1))
+            if not linear and (l < len(sizes) - 1 or last):
+                layers.append(relu)
+    cut = draw(st.integers(0, len(layers)))
+    inner: nn.Sequential = draw(st.sampled_from([nn.Sequential, Named]))(*layers[cut:])
+    nested = [inner] if draw(st.booleans()) else layers[cut:]
+    return nn.Sequential(*layers[:cut], *nested), sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data(), seeds)
+def test_a_module_and_its_network_compute_the_same(
+    kind: type[FNN] | type[LinearNetwork], data: st.DataObject, seed: int
+) -> None:
+    module, sizes = data.draw(modules(linear=kind is LinearNetwork))
+    network = kind.from_sequential(module.eval())
+    assert network.widths == tuple(sizes)
+    generator = randomness.generator(seed, "inputs")
+    x = torch.randn(3, sizes[0], dtype=network.dtype, generator=generator)
+    atol = 200 * torch.finfo(network.dtype).eps
+    torch.testing.assert_close(network(x.mT).mT, module(x), atol=atol, rtol=0)
+    again = network.to_sequential()
+    torch.testing.assert_close(again(x), module(x), atol=atol, rtol=0)
+    there = kind.from_sequential(again)
+    for mine, theirs in zip(
+        (*there.weights, *there.biases), (*network.weights, *network.biases), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    assert there.relus == network.relus
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_network_does_not_follow_its_module(kind: type[FNN] | type[LinearNetwork]) -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False))
+    for dtype in (None, torch.float32, torch.float64):
+        network = kind.from_sequential(module, dtype=dtype)
+        before = network.weights[0].clone()
+        with torch.no_grad():
+            next(module.parameters()).add_(1)
+        assert torch.equal(network.weights[0], before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_are_converted_on_request(
+    kind: type[FNN] | type[LinearNetwork], given_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    with randomness.seeded(0, "module"):
+        module = nn.Sequential(nn.Linear(3, 2, bias=kind is FNN).to(given_dtype))
+    network = kind.from_sequential(module, dtype=dtype)
+    assert network.dtype == dtype
+    assert torch.equal(network.weights[0], next(module.parameters()).to(dtype))
+
+
+FIRST = nn.Linear(2, 2, bias=False)
+# Unusable modules, and which layer of them is named.
+WRONG: dict[str, tuple[Any, str]] = {
+    "no Sequential": (FIRST, "Linear"),
+    "GELU": (nn.Sequential(FIRST, nn.Sequential(nn.GELU())), r"GELU\(.*\) at 1\.0"),
+    "LayerNorm": (
+        nn.Sequential(OrderedDict(a=FIRST, norm=nn.LayerNorm(2))),
+        r"LayerNorm\(.*\) at norm",
+    ),
+    "layers inside": (
+        nn.Sequential(nn.Sequential(nn.TransformerEncoderLayer(2, 1, 2))),
+        r"TransformerEncoderLayer at 0\.0",
+    ),
+    "subclass": (nn.Sequential(Doubled(2, 2)), r"Doubled\(.*\) at 0"),
+    "own forward": (Backwards(FIRST), "Backwards"),
+    "own forward inside": (nn.Sequential(Backwards(FIRST)), "Backwards at 0"),
+    "ReLU first": (nn.Sequential(nn.ReLU(), FIRST), r"ReLU\(\) at 0"),
+    "late Flatten": (nn.Sequential(FIRST, nn.Flatten()), r"Flatten\(.*\) at 1"),
+    "Flatten of samples": (nn.Sequential(nn.Flatten(0), FIRST), r"Flatten\(.*\) at 0"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", WRONG)
+def test_other_modules_are_refused_by_the_layer_in_one_line(
+    kind: type[FNN] | type[LinearNetwork], case: str
+) -> None:
+    module, named = WRONG[case]
+    with pytest.raises(InputError, match=rf"^mine must be .*; got {named}") as caught:
+        kind.from_sequential(module, name="mine")
+    assert "\n" not in str(caught.value)
+    if isinstance(module, nn.Sequential):
+        with pytest.raises(InputError, match=rf"^frozen must be .*; got {named}"):
+            as_network(module, "frozen")
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float16}, {"device": "meta"}])
+def test_layers_need_numbers_to_compute_with(options: dict[str, Any]) -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False, **options))
+    with pytest.raises(InputError, match=r"^weight of layer 1 must be a dense tensor of float32"):
+        LinearNetwork.from_sequential(module)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [FNN.random(1, 2), LinearNetwork.random(1, 2), Transformer.random(1, 2, 1)],
+    ids=lambda network: type(network).__name__,
+)
+def test_a_network_stands_for_itself(value: Any) -> None:
+    assert as_network(value) is value
+
+
+def test_modules_and_matrices_stand_for_networks() -> None:
+    matrix = np.eye(2)
+    plain, biased = (nn.Linear(2, 2, bias=bias) for bias in (False, True))
+    kinds: list[tuple[Any, type, int]] = [
+        (nn.Sequential(plain, nn.Dropout(), nn.Sequential(plain)), LinearNetwork, 2),
+        (nn.Sequential(plain, nn.Sequential(nn.ReLU())), FNN, 1),
+        (nn.Sequential(biased), FNN, 1),
+        (matrix, LinearNetwork, 1),
+        (torch.as_tensor(matrix), LinearNetwork, 1),
+        ([matrix, matrix], LinearNetwork, 2),
+        (np.stack([matrix] * 3), LinearNetwork, 3),
+    ]
+    for value, kind, depth in kinds:
+        network = as_network(value)
+        assert (type(network), len(network.weights)) == (kind, depth)
+
+
+@pytest.mark.parametrize("value", [None, "a network", 3, nn.Linear(2, 2), {"W": np.eye(2)}])
+def test_other_values_are_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=r"^target must be a network .*; got \w+$"):
+        as_network(value, "target")
+
+
+def test_hooks_are_refused() -> None:
+    last = nn.Linear(2, 2)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), last))
+    handle = last.register_forward_hook(lambda module, x, y: -y)
+    with pytest.raises(InputError, match=r"module must be without hooks.*; got one at 1\.1: rem"):
+        FNN.from_sequential(module)
+    handle.remove()
+    assert FNN.from_sequential(module).linear_last

@@ -134,6 +134,8 @@ class Adapters:
 
     def __iter__(self) -> Iterator[Adapters]:
         """The members along the first batch dimension, in turn."""
+        if not self.batch_shape:
+            raise TypeError("adapters of a single network have no members")
         return (self[i] for i in range(self.batch_shape[0]))
 
     @classmethod
