@@ -131,10 +131,10 @@ def test_bounds_hold_for_any_ranks_and_partition(
         frozen, target, ranks, region, sizes, rtol=float("inf"), max_digits_lost=float("inf")
     )
     adapted = found.adapters.merge(frozen)
-    for layers, weight, error in zip(sizes.slices, target.weights, found.block_errors, strict=True):
-        E = weight.numpy() - product(frozen, layers)
+    for block, weight, error in zip(sizes.slices, target.weights, found.block_errors, strict=True):
+        E = weight.numpy() - product(frozen, block)
         sigma = np.append(np.linalg.svd(E, compute_uv=False), 0.0)
-        assert float(error) == pytest.approx(sigma[min(sum(ranks[layers]), width)], abs=1e-9)
+        assert float(error) == pytest.approx(sigma[min(sum(ranks[block]), width)], abs=1e-9)
     lost = 10 ** float(found.digits_lost.max()) * 1e-14 + 1e2 * float(found.rounding_errors.max())
     for edge in (False, True):
         x = found.region.sample(300, edge=edge, seed=seed)
