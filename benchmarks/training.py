@@ -15,6 +15,10 @@ validation, at the rate of a product of large matrices in single precision on al
 are those of the forward pass and of the gradients, `W_Kᵀ W_Q` and `W_O W_V` being multiplied
 beforehand; what factors, biases, ReLUs, softmax, Adam and inputs take counts as nothing. The peak
 memory is that of the whole process up to there.
+
+Last, what saturated softmaxes cost: transformers of attention weights of scale 1 beside those of
+a quarter, whose products stay above 1e−38. Both sides take subnormal numbers as zeros; how slow
+this processor is on them otherwise stands beside it.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from lorapower._subnormal import flushing
 from lorapower.networks import FNN, Transformer
 from lorapower.training import Fresh, Tuning, train
 
@@ -100,21 +105,25 @@ class PlainTransformer(nn.Module):
         return self.out(x)
 
 
-def networks(model: str) -> tuple[FNN | Transformer, FNN | Transformer, tuple[int, ...]]:
-    """The frozen network, the target and the shape of an input."""
+def networks(
+    model: str, scale: float = 1.0
+) -> tuple[FNN | Transformer, FNN | Transformer, tuple[int, ...]]:
+    """Frozen network, target and shape of an input; the scale is that of attention's weights."""
     target_depth, depth = SIZES[model]
     if model.startswith("FNN"):
         frozen = FNN.random(depth, WIDTH, seed=0, dtype=torch.float32)
         return frozen, FNN.random(target_depth, WIDTH, seed=1, dtype=torch.float32), (WIDTH,)
     frozen, target = (
-        Transformer.random(depth, WIDTH, HEADS, seed=seed, dtype=torch.float32) for seed in (0, 1)
+        Transformer.random(depth, WIDTH, HEADS, scale=scale, seed=seed, dtype=torch.float32)
+        for seed in (0, 1)
     )
     return frozen, target, (WIDTH, TOKENS)
 
 
-def plain(model: str, steps: int) -> None:
+@flushing()
+def plain(model: str, steps: int, scale: float = 1.0) -> None:
     """One run as one writes it down."""
-    frozen, target, shape = networks(model)
+    frozen, target, shape = networks(model, scale)
     rows = shape[::-1]
     make: Any = PlainFNN if isinstance(frozen, FNN) else PlainTransformer
     module, wanted = make(frozen, RANK), make(target, 0)
@@ -136,9 +145,9 @@ def plain(model: str, steps: int) -> None:
             least, _ = loss, copy.deepcopy(module.state_dict())
 
 
-def stacked(model: str, runs: int, steps: int) -> None:
+def stacked(model: str, runs: int, steps: int, scale: float = 1.0) -> None:
     """As many runs at once."""
-    frozen, target, shape = networks(model)
+    frozen, target, shape = networks(model, scale)
     tunings = [Tuning(1 + run % WIDTH, learning_rate=1e-3) for run in range(runs)]
     train(frozen, tunings, Fresh(target, shape, samples=SAMPLES), steps=steps, every=1)
 
@@ -209,6 +218,24 @@ def compare(model: str, numbers: Sequence[int], steps: int, repeat: int, process
         )
 
 
+def saturated(model: str, runs: int, steps: int, repeat: int) -> None:
+    """Print how many times as long scale 1 takes as a quarter, and subnormal products as others."""
+    few, x = -(-steps // 3), torch.randn(1_000_000)
+    sides = [partial(stacked, model, runs, steps), partial(plain, model, few)]
+    times = [[Least(partial(side, scale=scale)) for scale in (1.0, 0.25)] for side in sides]
+    times.append([Least(partial(torch.mul, x, torch.full_like(x, y))) for y in (1e-39, 1.0)])
+    torch.set_num_threads(1)
+    for _ in range(repeat):
+        for pair in times:
+            for measured in pair:
+                measured()
+    engine, loop, product = (most.wall / least.wall for most, least in times)
+    print(
+        f"{model}: scale 1 takes {engine:.2f} times as long as 1/4, {loop:.2f} in the plain loop; "
+        f"subnormal products {product:.1f} times as long as others"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, nargs="+", default=[4, 16, 64, 192])
@@ -223,6 +250,9 @@ def main() -> None:
     )
     for model in chosen.models:
         compare(model, chosen.runs, chosen.steps, chosen.repeat, chosen.processors)
+    for model in chosen.models:
+        if model.startswith("transformer"):
+            saturated(model, max(chosen.runs), chosen.steps, chosen.repeat)
 
 
 if __name__ == "__main__":

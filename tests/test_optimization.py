@@ -716,7 +716,6 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("time", lambda: flow(FROZEN, drawn(FROZEN, 1), (Z, Z), 0.0)),
     ("covariance", lambda: next(critical_points(torch.eye(2), 1, covariance=torch.zeros(2, 2)))),
     ("rank", lambda: next(critical_points(torch.eye(2), 3))),
-    ("task", lambda: Setting(problem=Problem(task="multiclass"))),
     ("ranks", lambda: Setting(method=Recipe(ranks=17))),
     ("start", lambda: Setting(problem=OTHERS, method=Recipe(start="linearized"))),
     ("loss", lambda: Setting(problem=OTHERS, method=Recipe(loss="one-sided"))),
