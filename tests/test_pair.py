@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -58,8 +59,7 @@ def test_pairs_know_modules_and_all_else(kind: str, architecture: str, tmp_path:
     assert others <= different <= weights | others
     for module in pair.modules.values():
         assert torch.equal(
-            pair.change(module.name),
-            pair.weight("tuned", module) - pair.weight("base", module),
+            pair.change(module.name), pair.weight("tuned", module) - pair.weight("base", module)
         )
         assert pair.change(module.name).shape == module.shape
         inside = "attn" in module.name or "attention" in module.name
@@ -115,95 +115,60 @@ def test_half_precision_is_read_in_single(dtype: torch.dtype, tmp_path: Path) ->
     assert pair.change(next(iter(pair.modules))).dtype == torch.float32
 
 
-def altered(place: str, alter: Any) -> None:
-    file = Path(place, "model.safetensors")
-    weights = load_file(file)
+def altered(place: Path, alter: Any) -> None:
+    weights = load_file(place / "model.safetensors")
     alter(weights)
-    save_file(weights, file)
+    save_file(weights, place / "model.safetensors")
 
 
-def configured(place: str, **values: Any) -> None:
-    file = Path(place, "config.json")
+def configured(place: Path, **values: Any) -> None:
+    file = place / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
+# What is done to the weights of a folder, or to its files, and what is said of it.
+WEIGHTS: list[tuple[str, Any]] = [
+    ("of one shape with the other", lambda w: w.update({WEIGHT: torch.ones(3, 3)})),
+    ("resize both vocabularies", lambda w: w.update({EMBEDDING: torch.ones(70, 24)})),
+    (f"got one without {WEIGHT}", lambda w: w.pop(WEIGHT)),
+    ("got one with strange", lambda w: w.update(strange=torch.ones(2))),
+    ("type i8", lambda w: w.update(q=torch.ones(2).char())),
+    ("type f8_e4m3", lambda w: w.update(q=torch.ones(2).to(torch.float8_e4m3fn))),
+]
+FILES: list[tuple[str, Any]] = [
+    ("by gptq", lambda p: configured(p, quantization_config={"quant_method": "gptq"})),
+    ("type 'albert'", lambda p: configured(p, model_type="albert")),
+    ("got BertForMaskedLM", lambda p: configured(p, architectures=["BertForMaskedLM"])),
+    ("an adapter: measure it", lambda p: (p / "adapter_config.json").write_text("{}")),
+    ("without config.json", lambda p: (p / "config.json").unlink()),
+    ("without model.safetensors", lambda p: (p / "model.safetensors").unlink()),
+    ("which is damaged", lambda p: (p / "model.safetensors").write_bytes(b"damaged")),
+]
 
 
 def test_what_cannot_be_planned_for_is_refused(tmp_path: Path) -> None:
     base, tuned = files.pair(tmp_path / "whole")
-
-    def refused(match: str, alter: Any, name: str = "tuned") -> None:
+    weights = [(match, functools.partial(altered, alter=alter)) for match, alter in WEIGHTS]
+    for match, alter in [*weights, *FILES]:
         place = tmp_path / "altered"
-        shutil.copytree(tuned if name == "tuned" else base, place)
-        alter(str(place))
-        with pytest.raises(InputError, match=match):
-            Pair.open(*((base, str(place)) if name == "tuned" else (str(place), tuned)))
+        shutil.copytree(tuned, place)
+        alter(place)
+        with pytest.raises(InputError, match=f"tuned must be .*{match}"):
+            Pair.open(base, str(place))
         shutil.rmtree(place)
-
-    refused(
-        "tuned must be of one shape with the other checkpoint",
-        lambda place: altered(place, lambda w: w.update({WEIGHT: torch.ones(3, 3)})),
-    )
-    refused(
-        "resize both vocabularies alike",
-        lambda place: altered(place, lambda w: w.update({EMBEDDING: torch.ones(70, 24)})),
-    )
-    refused(
-        f"with all weights of BertForSequenceClassification; got one without {WEIGHT}",
-        lambda place: altered(place, lambda w: w.pop(WEIGHT)),
-    )
-    refused(
-        "base must be with all weights of the blocks",
-        lambda place: altered(place, lambda w: w.pop(WEIGHT)),
-        "base",
-    )
-    refused(
-        "with nothing but weights of BertForSequenceClassification; got one with strange",
-        lambda place: altered(place, lambda w: w.update(strange=torch.ones(2))),
-    )
-    refused(
-        "weights of type i8",
-        lambda place: altered(place, lambda w: w.update(q=torch.ones(2).char())),
-    )
-    refused(
-        "weights of type f8_e4m3",
-        lambda place: altered(place, lambda w: w.update(q=torch.ones(2).to(torch.float8_e4m3fn))),
-    )
-    refused(
-        "weights quantized by gptq",
-        lambda place: configured(place, quantization_config={"quant_method": "gptq", "bits": 4}),
-    )
-    refused("type 'albert'", lambda place: configured(place, model_type="albert"))
-    refused(
-        "got BertForMaskedLM", lambda place: configured(place, architectures=["BertForMaskedLM"])
-    )
-    refused(
-        "an adapter: measure it with `lorapower check",
-        lambda place: Path(place, "adapter_config.json").write_text("{}"),
-    )
-    refused("without config.json", lambda place: Path(place, "config.json").unlink())
-    refused(
-        "without model.safetensors: load it with transformers",
-        lambda place: Path(place, "model.safetensors").unlink(),
-    )
-    refused(
-        "model.safetensors, which is damaged",
-        lambda place: Path(place, "model.safetensors").write_bytes(b"damaged"),
-    )
-
-
-def test_two_architectures_are_refused(tmp_path: Path) -> None:
-    base, _ = files.pair(tmp_path / "bert")
-    _, tuned = files.pair(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
-    with pytest.raises(InputError, match="tuned must be of type 'bert', like the base; got gpt2"):
+    altered(Path(base), lambda w: w.pop(WEIGHT))
+    with pytest.raises(InputError, match="base must be with all weights of the blocks"):
         Pair.open(base, tuned)
+    _, other = files.pair(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
+    with pytest.raises(InputError, match="tuned must be of type 'bert', like the base; got gpt2"):
+        Pair.open(tuned, other)
 
 
 def test_weights_that_are_not_finite_are_refused_when_read(tmp_path: Path) -> None:
     base, tuned = files.pair(tmp_path)
-    altered(tuned, lambda w: w[WEIGHT].view(-1)[:2].fill_(torch.nan))
+    altered(Path(tuned), lambda w: w[WEIGHT].view(-1)[:2].fill_(torch.nan))
     pair = Pair.open(base, tuned)
     with pytest.raises(InputError, match=rf"tuned must be of finite weights; got {WEIGHT} with 2"):
         pair.network()
@@ -277,19 +242,19 @@ class TestTexts:
             assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
 
     @pytest.mark.parametrize(
-        ("given", "held_out", "match"),
+        ("given", "held_out", "name"),
         [
-            ([], None, r"texts must be at least 120 different texts, as a part to plan with"),
-            (files.texts(119), None, "got 119 different ones"),
-            ([*files.texts(60)] * 3, None, "got 60"),
-            (files.texts(60), files.texts(59, 1), "held_out must be at least 60 .* got 59"),
-            (files.texts(80), files.texts(80), "80 that are, such as"),
-            ("one text", None, "texts must be texts; got 'one text'"),
-            ([1, 2], None, "texts must be texts; got 1"),
+            ([], None, "texts"),
+            (files.texts(119), None, "texts"),
+            ([*files.texts(60)] * 3, None, "texts"),
+            (files.texts(60), files.texts(59, 1), "held_out"),
+            (files.texts(80), files.texts(80), "held_out"),
+            ("one text", None, "texts"),
+            ([1, 2], None, "texts"),
         ],
     )
-    def test_too_few_or_wrong_ones_are_refused(self, given: Any, held_out: Any, match: str) -> None:
-        with pytest.raises(InputError, match=match):
+    def test_too_few_or_wrong_ones_are_refused(self, given: Any, held_out: Any, name: str) -> None:
+        with pytest.raises(InputError, match=f"^{name} must be"):
             self.prepared(given, held_out)
 
     def test_files_of_texts(self, tmp_path: Path) -> None:
@@ -298,10 +263,7 @@ class TestTexts:
         lines.write_text('{"text": "one"}\n\n{"text": "two ü"}\n', encoding="utf-8")
         assert read_texts(plain) == read_texts(lines) == ["one", "two ü"]
         lines.write_text('{"words": "one"}\n')
-        with pytest.raises(InputError, match=r"texts\.jsonl, line 1: "):
-            read_texts(lines)
         plain.write_bytes(b"\xff\xfe")
-        with pytest.raises(InputError, match="a file in UTF-8"):
-            read_texts(plain)
-        with pytest.raises(InputError, match="a file in UTF-8"):
-            read_texts(tmp_path / "nowhere")
+        for wrong in (lines, plain, tmp_path / "nowhere"):
+            with pytest.raises(InputError, match=f"^texts must be .*{wrong.name}"):
+                read_texts(wrong)

@@ -55,11 +55,7 @@ class Batch(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Texts in three parts that share none, and how many were cut off.
-
-    ``fit`` is for metrics and repair, ``select`` for choosing among candidates, ``test`` for what
-    is stated; a plan for a stated error looks at these a few times at most.
-    """
+    """Texts to fit to, to select candidates by, and to state errors with; how many were cut off."""
 
     fit: list[Batch]
     select: list[Batch]
@@ -239,11 +235,7 @@ class Measured(NamedTuple):
 
 
 class Reference:
-    """Outputs of the tuned network and of the base on some texts, to measure others against.
-
-    Those of the tuned network are kept in files, as those of language models are large. ``effect``
-    is ``‖f_0 − f̄‖²`` of each text.
-    """
+    """Outputs of the tuned network, in files, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
 
     def __init__(self, batches: Sequence[Batch], task: Task) -> None:
         self.batches, self.task = batches, task
@@ -370,10 +362,9 @@ def upper_limit(
 ) -> float:
     """An upper limit of ``η`` over all texts of a kind, about 95%, by bootstrap-t; at least ``η``.
 
-    Texts are drawn anew, and ``ln(Σe/Σd)`` is taken in units of its standard error in each draw
-    (Efron and Tibshirani, 1993). The limit cuts the part `TAIL` = 1.25% of the draws, not 5%, which
-    allows for errors of some skewness. It is meant for one adapter, fixed before these texts were
-    seen.
+    ``ln(Σe/Σd)`` is taken in units of its standard error in each draw (Efron and Tibshirani, 1993);
+    the limit cuts 1.25% of the draws (`TAIL`), not 5%. It is meant for one adapter, fixed before
+    these texts were seen.
     """
     error = ratio(squares, effect)
     if error in (0, math.inf) or len(squares) < 2:

@@ -48,9 +48,8 @@ def fit_blocks(
     """Fit each module of a block in turn by reduced-rank regression, with the ranks as they are.
 
     A module's inputs are those in the adapted network, as far as it was fitted; its target is what
-    it gives in the tuned network with the inputs there. ``root`` has the output metric of a module.
-    Only one block at a time has the tuned weights, and hidden states are carried from block to
-    block.
+    it gives in the tuned network. ``root`` has the output metric of a module. Only one block at a
+    time has the tuned weights, and hidden states are carried from block to block.
     """
     number = len(network.get_submodule(pair.blocks))
     pair.fill(network, "tuned")
@@ -185,12 +184,7 @@ def polish(
     seed: int,
     report: Callable[[int, int], None],
 ) -> Adapter:
-    """The adapter after steps of gradient descent on ``Σ‖f̂ − f̄‖²``.
-
-    Adam on factors and biases, whose rate rises over a tenth of the steps, then falls to 0. The
-    error on the texts for selection is taken at the start and eight times on the way, and the best
-    adapter is returned, which is the start if nothing is better.
-    """
+    """The best adapter on the way of Adam on ``Σ‖f̂ − f̄‖²``, by the texts for selection."""
     pair.put(network, Adapter({}, {}))
     trained: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:

@@ -35,15 +35,15 @@ class Moments(NamedTuple):
     Attributes
     ----------
     inputs : Tensor
-        Rows ``Z`` with ``ZᵀZ = C``, the second moment of the inputs: about the mean where a bias
+        Rows ``Z`` with ``ZᵀZ = C``, the second moment of the inputs: about their mean where a bias
         can make up for that, else about 0. Tokens count by the squared gradient of the network's
         outputs there, and in part (`EVEN`) all the same.
     mean : Tensor
         What was subtracted.
     outputs : Tensor
-        Rows ``R`` with ``RᵀR = G``. To first order ``vᵀGv`` is the sum over tokens of the squared
-        change of the network's outputs if ``v`` is added to the module's output for this token,
-        averaged over texts.
+        Rows ``R`` with ``RᵀR = G``. To first order ``vᵀGv`` is the squared change of the network's
+        outputs if ``v`` is added to the module's output for one token, summed over the tokens of a
+        text and averaged over texts.
     """
 
     inputs: Float[Tensor, "rows in"]
@@ -101,23 +101,9 @@ def moments(
 ) -> dict[str, Moments]:
     """Take `Moments` of modules of a network in one pass over texts, forwards and backwards.
 
-    Gradients are those of random combinations of the outputs with independent normal weights, so
-    that their second moment is the mean over outputs.
-
-    Parameters
-    ----------
-    network : Any
-        Of transformers.
-    modules : iterable of Module
-        Which of its modules.
-    batches : sequence of Batch
-        The texts.
-    task : str
-        That of `Pair`: which outputs count.
-    centred : bool
-        Whether inputs of modules with a bias are taken about their mean.
-    seed : int
-        Draws the combinations.
+    Gradients are those of random combinations of the outputs that count for the ``task``, with
+    independent normal weights, so that their second moment is the mean over outputs. With
+    ``centred``, inputs of modules with a bias are taken about their mean.
     """
     known = {module.name: module for module in modules}
     inputs = {name: _Rows(centred and module.bias) for name, module in known.items()}
@@ -215,11 +201,7 @@ def directions(
             nothing = LowRank(E[:, :0], E[:0].mT)
             return Directions(nothing, E.new_zeros(0), 0.0, E @ mean, mean)
     best = regression.truncate(
-        E,
-        min(most, *E.shape),
-        inputs=None if Z is None else Z.mT,
-        metric=R,
-        approximate=True,
+        E, min(most, *E.shape), inputs=None if Z is None else Z.mT, metric=R, approximate=True
     )
     return Directions(best.update, best.values, float(best.total), E @ mean, mean)
 
@@ -239,12 +221,7 @@ def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
 class Allocation(NamedTuple):
     """Directions of all modules in the order in which more parameters take them.
 
-    Attributes
-    ----------
-    modules : list of str
-        The module of each step.
-    costs : array
-        Numbers of parameters after each step.
+    ``modules`` has the module of each step, ``costs`` the number of parameters after it.
     """
 
     modules: list[str]

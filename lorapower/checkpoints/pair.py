@@ -45,20 +45,11 @@ KINDS = ("bias", "norm", "embedding", "head")
 
 
 class Module(NamedTuple):
-    """A linear module that an adapter can be put on.
+    """A linear module that an adapter can be put on, with its name in the network.
 
-    Attributes
-    ----------
-    name : str
-        In the network.
-    kind : str
-        ``"attention"`` or ``"mlp"``, the halves of a block, or ``"other"``.
-    shape : tuple
-        ``(out, in)``.
-    bias : bool
-        Whether it has one.
-    transposed : bool
-        Whether the weight is kept as ``[in, out]``, as GPT-2's are.
+    ``kind`` is ``"attention"`` or ``"mlp"``, the halves of a block, or ``"other"``; ``shape`` is
+    ``(out, in)``; ``bias`` says whether it has one, and ``transposed`` whether the weight is kept
+    as ``[in, out]``, as GPT-2's are.
     """
 
     name: str
@@ -76,14 +67,8 @@ class Module(NamedTuple):
 class Other(NamedTuple):
     """A parameter that tuning changed and that no adapter of low rank carries.
 
-    Attributes
-    ----------
-    name : str
-        In the network.
-    kind : str
-        ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack.
-    size : int
-        How many numbers it has.
+    ``kind`` is ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack;
+    ``size`` is how many numbers it has.
     """
 
     name: str
@@ -92,14 +77,9 @@ class Other(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What a base gets in place of the change of its modules.
+    """What a base gets in place of the change of its modules, by the names of these.
 
-    Attributes
-    ----------
-    factors : dict
-        Updates by module; a module without one has rank 0.
-    biases : dict
-        Biases by module, where they are not the tuned ones.
+    A module without ``factors`` has rank 0; ``biases`` are there where they are not the tuned ones.
     """
 
     factors: dict[str, LowRank]
@@ -260,10 +240,9 @@ class Pair:
     ) -> None:
         """Give a network the weights of ``"base"``, of ``"tuned"``, or of an ``"adapted"`` one.
 
-        The adapted one has the base's modules, and everything else as tuned, except for the kinds
-        of `Other` in ``leave``, which it has as the base has them. A head that the base lacks is
-        the tuned one's. ``updates`` are functions whose values replace these parameters. Only
-        parameters whose names begin with ``within`` are set.
+        The adapted one has the base's modules and everything else as tuned, except for the kinds of
+        `Other` in ``leave``. A head that the base lacks is the tuned one's. Values of ``updates``
+        replace these; only parameters whose names begin with ``within`` are set.
         """
         changed = {other.name for other in self.others if other.kind not in self.leave}
         updates = updates or {}

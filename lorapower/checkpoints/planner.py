@@ -53,15 +53,11 @@ class Planner:
         A network whose weights the methods below replace.
     modules : dict
         Modules that adapters are put on, by name.
-    texts : Texts
-        In three parts: ``fit``, ``select`` and ``test``.
     fit, select, test : Reference
-        Outputs on the three parts. Candidates are selected by their errors on the second; errors
-        are stated on the third.
+        Outputs on the three parts of ``texts``. Candidates are selected by their errors on the
+        second; errors are stated on the third.
     values, totals : dict
         By metric and module the leading ``σ_d``, and ``Σσ_d²`` over all of them.
-    options : dict
-        What else was asked for, by name.
     """
 
     def __init__(
@@ -84,19 +80,15 @@ class Planner:
         ----------
         pair : Pair
             The checkpoints.
-        texts : sequence of str
-            Texts to plan with.
-        held_out : sequence of str, optional
-            Other texts, to state errors with; half of ``texts`` by default.
+        texts, held_out : sequence of str
+            Texts to plan with, and others to state errors with; by default half of the first.
         modules : str
             ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression that is searched for in
             the names of modules. The others stay the base's.
         leave : collection of str
             Kinds of what low rank cannot carry (`Other`) that stay the base's too.
-        tokens : int
-            To which texts are cut off.
-        max_rank : int
-            Of any module.
+        tokens, max_rank : int
+            To which texts are cut off, and the highest rank of a module.
         bucket : int
             Ranks are multiples of it, up to the highest that a module can have.
         seed : int
@@ -124,7 +116,7 @@ class Planner:
         self.max_rank = _checks.integer("max_rank", max_rank, 1)
         bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
         self.pair = pair = replace(pair, leave=kinds)
-        self.seed, self._report = seed, report
+        self.seed, self.report = seed, report or (lambda *_: None)
         self.modules = _choose(pair, modules)
         self.texts: Texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
         self.network = pair.network()
@@ -170,10 +162,8 @@ class Planner:
         if method in PATHS:
             return self._allocations[metric].ranks(parameters)
         if method == "uniform":
-            rank = 1
-            while rank < self.max_rank and self.parameters(rank + 1) <= parameters:
-                rank += 1
-            return metrics.uniform(self.modules, rank)
+            fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
+            return metrics.uniform(self.modules, max(fitting, default=1))
         if method == "energy":
             values, totals = self.values["plain"], self.totals["plain"]
             return metrics.by_energy(values, totals, self.modules, parameters)
@@ -342,11 +332,6 @@ class Planner:
                 low = middle
         return best or (adapter, self.repair(adapter, steps=steps))
 
-    def report(self, stage: str, done: int, total: int) -> None:
-        """Tell of progress, if anybody listens."""
-        if self._report:
-            self._report(stage, done, total)
-
     def _decompose(self) -> None:
         """Find directions of all changes in all metrics, kept in files, some modules at a time."""
         samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fit)
@@ -374,13 +359,9 @@ class Planner:
             directions = metrics.directions(change, about, metric, self.max_rank)
             self.values[metric][name] = directions.values
             self.totals[metric][name] = directions.total
-            tensors = {
-                "left": directions.update.left,
-                "right": directions.update.right,
-                "shift": directions.shift,
-                "mean": directions.mean,
-            }
-            kept = {field: value.float().contiguous() for field, value in tensors.items()}
+            update, shift, mean = directions.update, directions.shift, directions.mean
+            parts = {"left": update.left, "right": update.right, "shift": shift, "mean": mean}
+            kept = {part: tensor.float().contiguous() for part, tensor in parts.items()}
             save_file(kept, self._file(metric, name))
 
     def _directions(self, metric: Metric, name: str) -> Directions:

@@ -52,24 +52,23 @@ class Plan:
     adapter : Adapter
         Factors and biases.
     method : str
-        Which of `METHODS` chose its ranks.
-    repaired : bool
-        Whether it was fitted to the tuned network after that.
+        Which of `METHODS` chose the ranks.
     measured : Measured
-        On held-out texts.
-    predicted : float
-        The error to first order, of the adapter before repair.
-    aim : float or None
-        The error that was asked for.
-    looks : int
-        How many adapters were measured on held-out texts until this was taken; the limit of the
-        error is meant for 1.
-    shares : dict
-        For each module the part of the effect that its missing directions cost alone, predicted and
-        measured; empty in plans with repair.
+        Errors on held-out texts.
     baselines : dict
         For each method the error on held-out texts without repair, and its number of parameters,
         which is at most the adapter's, except that ``uniform`` and ``energy`` have rank 1 at least.
+    aim : float or None
+        The error that was asked for.
+    repaired : bool
+        Whether the adapter was fitted to the tuned network after its ranks were chosen.
+    predicted : float
+        The error to first order, before repair.
+    looks : int
+        How many adapters were measured on held-out texts; the limit of the error is meant for 1.
+    shares : dict
+        For each module the part of the effect that its missing directions cost alone, predicted and
+        measured; empty in plans with repair.
     attention : float
         The error on held-out texts with all attention modules as tuned and no other.
     carried : int
@@ -120,18 +119,18 @@ class Plan:
         """A row for each module: its size, rank, and the shares that its missing part costs."""
         import pandas as pd
 
-        modules = self.planner.modules.values()
-        shares = [self.shares.get(module.name, (math.nan, math.nan)) for module in modules]
+        unknown = (math.nan, math.nan)
         return pd.DataFrame(
             {
-                "module": [module.name for module in modules],
-                "kind": [module.kind for module in modules],
-                "out": [module.shape[0] for module in modules],
-                "in": [module.shape[1] for module in modules],
-                "rank": [*self.ranks.values()],
-                "predicted": [predicted for predicted, _ in shares],
-                "measured": [measured for _, measured in shares],
+                "module": module.name,
+                "kind": module.kind,
+                "out": module.shape[0],
+                "in": module.shape[1],
+                "rank": self.ranks[module.name],
+                "predicted": self.shares.get(module.name, unknown)[0],
+                "measured": self.shares.get(module.name, unknown)[1],
             }
+            for module in self.planner.modules.values()
         )
 
     def report(self) -> dict[str, Any]:
@@ -204,14 +203,11 @@ def plan(
     error : float, optional
         The part of the tuning's effect that may be lost (`Measured`), 0.1 if nothing else is asked
         for. The least number of parameters is looked for.
-    parameters : int, optional
-        Numbers of the factors, at most.
-    rank : int, optional
-        As many parameters as this rank for all modules takes.
+    parameters, rank : int, optional
+        Instead, numbers of the factors, at most; or as many as this rank for all modules takes.
     repair : bool
-        Whether the adapter is fitted to the tuned network (`Planner.repair`).
-    steps : int
-        Of repair by gradient.
+        Whether the adapter is fitted to the tuned network (`Planner.repair`), with so many
+        ``steps`` by gradient.
     by_module : bool
         Whether what each module alone costs is measured.
     report : callable, optional
@@ -336,12 +332,9 @@ def extract(
 
     Raises
     ------
-    InputError
-        As `plan`, and for a folder that exists.
-    ResultsError
-        Where the folder cannot be written.
-    LorapowerError
-        If what is read back has another error than stated.
+    InputError, ResultsError, LorapowerError
+        As `plan`, and for a folder that exists; where it cannot be written; if what is read back
+        has another error than stated.
     """
     folder = _claim(out, force)
     start = time.perf_counter()
@@ -383,16 +376,12 @@ def check(
 
     Parameters
     ----------
-    base, tuned : str
-        As for `Pair.open`.
-    adapter : str
-        The adapter's folder.
+    base, tuned, adapter : str
+        As for `Pair.open`, and the adapter's folder.
     texts : sequence of str
-        At least 60.
+        At least 60; of more than 256 so many are drawn by ``seed``.
     tokens : int
         To which texts are cut off.
-    seed : int
-        Draws the texts, where there are more than 256.
     report : callable, optional
         Is told of progress.
 
@@ -442,9 +431,8 @@ def compare(
     methods : sequence of str
         Among `METHODS`.
     repaired : collection of int
-        Numbers at which the best method by gain for cost (`Planner.best`) is repaired as well.
-    steps : int
-        Of repair by gradient.
+        Numbers at which the best method by gain for cost (`Planner.best`) is repaired as well, with
+        so many ``steps`` by gradient.
 
     Returns
     -------
@@ -455,24 +443,14 @@ def compare(
     import pandas as pd
 
     rows = []
-
-    def add(method: str, asked: int, adapter: Adapter) -> None:
-        rows.append(
-            {
-                "method": method,
-                "parameters": asked,
-                "used": adapter.parameters,
-                **planner.measure(adapter)._asdict(),
-                "ranks": adapter.ranks,
-            }
-        )
-
     for asked in parameters:
-        for method in methods:
-            add(method, asked, planner.candidate(method, asked))
+        adapters = {method: planner.candidate(method, asked) for method in methods}
         if asked in repaired:
-            _, best, _ = planner.best(asked)
-            add("repaired", asked, planner.repair(best, steps=steps))
+            adapters["repaired"] = planner.repair(planner.best(asked)[1], steps=steps)
+        for method, adapter in adapters.items():
+            measured = planner.measure(adapter)._asdict()
+            row = {"method": method, "parameters": asked, "used": adapter.parameters, **measured}
+            rows.append(row | {"ranks": adapter.ranks})
     return pd.DataFrame(rows)
 
 
@@ -492,19 +470,19 @@ def _claim(out: Path | str, force: bool) -> Path:
         raise InputError(
             "out", allowed="in a folder that can be written to", given=f"{folder}, in {above}"
         )
-    if not folder.exists():
-        return folder
-    if not force:
+    if folder.exists() and not force:
         raise InputError(
             "out",
             allowed="a folder that does not exist",
             given=str(folder),
             remedy="name another, or replace it with --force (force=True)",
         )
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / peft.CONFIG).is_file()):
-        raise InputError(
-            "out", allowed="a new folder, or one with an adapter to replace", given=str(folder)
-        )
+    replaceable = folder.is_dir() and (
+        (folder / peft.CONFIG).is_file() or not any(folder.iterdir())
+    )
+    if folder.exists() and not replaceable:
+        allowed = "a new folder, or one with an adapter to replace"
+        raise InputError("out", allowed=allowed, given=str(folder))
     return folder
 
 
@@ -601,9 +579,7 @@ def _load(folder: Path | str, pair: Pair) -> Any:
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
-                "adapter",
-                allowed="one that peft reads into the base",
-                given=f"{folder} ({reason})",
+                "adapter", allowed="one that peft reads into the base", given=f"{folder} ({reason})"
             ) from error
 
 
