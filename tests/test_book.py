@@ -1,4 +1,4 @@
-"""The built book, opened from disk in headless Chromium with the network blocked."""
+"""The built book's files; how it looks and behaves in a browser is in `test_pages`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ import json
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from browsing import Reader
 from bs4 import BeautifulSoup, Tag
 from conftest import CHAPTERS, OTHERS, PAGES, ROOT
-from playwright.sync_api import Browser
 
 from lorapower.book.claims import read
 
@@ -30,49 +27,9 @@ PACKAGE = {
     for page in sorted((ROOT / "api").glob("*.rst"))
     if page.stem != "index"
 }
-# MathJax shows what it cannot read in red: text for an unknown macro, a box for an error.
-UNREAD_MATHEMATICS = """() => [...document.querySelectorAll("span.math, div.math")]
-    .filter((element) => !element.querySelector("mjx-container")
-        || element.querySelector("mjx-merror, [data-mjx-error], [style*='color: red']"))
-    .map((element) => element.textContent)"""
-FAULTY_IMAGES = """() => [...document.images]
-    .filter((image) => !image.complete || image.naturalWidth === 0 || !image.alt)
-    .map((image) => image.outerHTML)"""
-
-
+@functools.cache
 def soup(book: Path, docname: str) -> BeautifulSoup:
     return BeautifulSoup((book / f"{docname}.html").read_text(encoding="utf-8"), "html.parser")
-
-
-@pytest.mark.parametrize("docname", PAGES)
-def test_page_reads_well(reader: Reader, scheme: str, docname: str) -> None:
-    reader.requests.clear()
-    reader.complaints.clear()
-    reader.open(docname)
-    page = reader.page
-    assert page.locator("html").get_attribute("data-theme") == scheme
-    assert page.evaluate(UNREAD_MATHEMATICS) == []
-    assert page.evaluate(FAULTY_IMAGES) == []
-    width, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-    assert width <= room, "the page must not scroll sideways"
-    assert reader.requests == []
-    assert reader.complaints == []
-
-
-@pytest.mark.parametrize(("word", "place"), [("rank", ""), ("fnn_threshold", "api/bounds.html")])
-def test_search_finds_a_word(reader: Reader, word: str, place: str) -> None:
-    reader.requests.clear()
-    reader.complaints.clear()
-    reader.open("search", f"?q={word}")
-    results = reader.page.locator("#search-results ul.search li a")
-    results.first.wait_for()
-    titles = results.all_inner_texts()
-    assert any(titles)
-    results.first.click()
-    assert reader.page.url.split("?")[0] != (reader.book / "search.html").as_uri()
-    assert place in reader.page.url
-    assert reader.requests == []
-    assert reader.complaints == []
 
 
 def test_every_page_of_the_contents_is_built(book: Path) -> None:
@@ -189,28 +146,6 @@ def test_names_in_code_lead_to_the_package(book: Path, chapter: Path) -> None:
         assert targets["FNN.random"].endswith("#lorapower.networks.FNN.random")
 
 
-def test_folded_solutions_open(browser: Browser, book: Path) -> None:
-    page = browser.new_page()
-    for chapter in CHAPTERS:
-        page.goto((book / "chapters" / f"{chapter.stem}.html").as_uri())
-        solutions = page.locator("div.admonition.dropdown")
-        assert solutions.count() > 0
-        content = solutions.first.locator("p:not(.admonition-title)").first
-        assert not content.is_visible()
-        solutions.first.locator("p.admonition-title").click()
-        assert content.is_visible()
-    page.close()
-
-
-def test_code_can_be_copied(browser: Browser, book: Path) -> None:
-    page = browser.new_page()
-    page.goto((book / "chapters" / f"{CHAPTERS[0].stem}.html").as_uri())
-    cells = page.locator("div.cell_input")
-    assert cells.count() == page.locator("div.cell_input:has(button.copybtn)").count() > 0
-    assert page.locator("div.cell_output button.copybtn").count() == 0
-    page.close()
-
-
 def test_front_page_answers_with_numbers_of_the_run(book: Path) -> None:
     rows = soup(book, "index").select("table.answers tbody tr")
     assert len(rows) >= 10
@@ -324,108 +259,6 @@ def test_every_reference_within_the_book_has_a_preview(book: Path) -> None:
         assert not content.select("a, [id], script")
         for picture in content.select("img[data-src]"):
             assert (book / str(picture["data-src"])).is_file()
-
-
-REFERENCE = ".bd-article a.reference[href$='#thm-one-layer']"
-
-
-@pytest.fixture(params=[False, True], ids=["mouse", "touch"])
-def pointer(browser: Browser, book: Path, request: pytest.FixtureRequest) -> Iterator[Reader]:
-    context = browser.new_context(
-        viewport={"width": 390 if request.param else 1280, "height": 844}, has_touch=request.param
-    )
-    reader = Reader(context.new_page(), book)
-    reader.open("chapters/03-partitions")
-    reader.page.wait_for_function("window.previews")
-    yield reader
-    assert reader.requests == []
-    assert reader.complaints == []
-    context.close()
-
-
-def test_reference_shows_its_statement(pointer: Reader, request: pytest.FixtureRequest) -> None:
-    page, touch = pointer.page, "touch" in request.node.callspec.id
-    link, box = page.locator(REFERENCE).first, page.locator("div.preview")
-    here = page.url
-    link.scroll_into_view_if_needed()
-    assert not box.is_visible()
-    if touch:
-        link.tap()
-    else:
-        link.hover()
-    box.locator("mjx-container").first.wait_for()
-    assert page.url == here
-    assert "One ReLU layer from many" in box.inner_text()
-    left, right, room = box.evaluate(
-        "box => [box.getBoundingClientRect().left, box.getBoundingClientRect().right, innerWidth]"
-    )
-    assert 0 <= left < right <= room
-    assert box.evaluate("box => !box.querySelector('mjx-merror')")
-    page.keyboard.press("Escape")
-    assert not box.is_visible()
-    if touch:
-        link.tap()
-        assert page.url == here
-        link.tap()
-    else:
-        link.click()
-    page.wait_for_url("**/02-linearization.html#thm-one-layer")
-
-
-def test_reference_in_focus_shows_its_statement(browser: Browser, book: Path) -> None:
-    page = browser.new_page()
-    page.goto((book / "chapters" / "03-partitions.html").as_uri())
-    page.wait_for_function("window.previews")
-    page.locator(".bd-article").click(position={"x": 2, "y": 2})
-    box = page.locator("div.preview")
-    for _ in range(100):
-        page.keyboard.press("Tab")
-        if box.is_visible():
-            break
-    focused = page.evaluate("document.activeElement.getAttribute('aria-describedby')")
-    assert focused == box.get_attribute("id")
-    page.keyboard.press("Escape")
-    assert not box.is_visible()
-    page.close()
-
-
-def test_reference_shows_a_figure_of_another_page(browser: Browser, book: Path) -> None:
-    page = browser.new_page()
-    page.goto((book / "index.html").as_uri())
-    page.wait_for_function("window.previews")
-    page.locator("a.reference[href$='#fig-texts-paired']").first.hover()
-    picture = page.locator("div.preview img")
-    picture.wait_for()
-    page.wait_for_function("document.querySelector('div.preview img').naturalWidth > 100")
-    assert "Fig. 9." in page.locator("div.preview").inner_text()
-    page.close()
-
-
-def test_without_scripts_a_reference_is_a_link(browser: Browser, book: Path) -> None:
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    page.goto((book / "chapters" / "03-partitions.html").as_uri())
-    page.locator(REFERENCE).first.click()
-    assert page.url.endswith("02-linearization.html#thm-one-layer")
-    assert page.locator("div.preview").count() == 0
-    context.close()
-
-
-def test_downloads_are_saved_from_disk(browser: Browser, book: Path, tmp_path: Path) -> None:
-    """The executed notebook as it is, and its text with numbers and references as on the page."""
-    page = browser.new_page()
-    for chapter in CHAPTERS:
-        page.goto((book / "chapters" / f"{chapter.stem}.html").as_uri())
-        for ending in (".ipynb", ".md"):
-            page.locator(".dropdown-download-buttons > button").click()
-            with page.expect_download() as saved:
-                page.locator("a.btn-download-source-button", has_text=ending).click()
-            name = f"{chapter.stem}{ending}"
-            assert saved.value.suggested_filename == name
-            saved.value.save_as(tmp_path / name)
-            source = book / "_sources" / "chapters" / name
-            assert (tmp_path / name).read_bytes() == source.read_bytes()
-    page.close()
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)

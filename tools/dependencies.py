@@ -164,7 +164,7 @@ def main() -> int:
     ordered = sorted(needs, key=lambda name: -len(needs[name]))
     print("executed :=", *(f"$(out)/chapters/{name}" for name in ordered))
     for name in ordered:
-        targets = f"$(out)/chapters/{name}"
+        targets = f"$(out)/chapters/{name} $(small)/{name}"
         print(rule(targets, itertools.chain(*map(package.files, needs[name]))))
     # A file that is gone counts as changed, and is not missed.
     for path in sorted({*itertools.chain(*map(package.files, set().union(*needs.values())))}):

@@ -2,7 +2,8 @@
 
 usage: python tools/execute.py chapters/NN-name.ipynb _build/quick/chapters/NN-name.ipynb
 
-Beside it ``NN-name.json`` says in which profile, on which machine and in what time it ran.
+Beside it ``NN-name.json`` says in which profile, on which machine and in what time it ran. In
+profile ``small`` the parameters are those of the notebook's metadata, for a run of seconds.
 
 A chapter fails if a cell raises, if a claim that it records does not hold, or if its outputs hold
 a path of this machine. A failed run is kept beside the target as ``NN-name.failed.ipynb``.
@@ -126,6 +127,14 @@ def _assigned(source: str) -> dict[str, object]:
     }
 
 
+def small(source: Path) -> dict[str, object]:
+    """Parameters at which a chapter runs in seconds."""
+    metadata = nbformat.read(source, as_version=4).metadata
+    if not (parameters := metadata.get("lorapower", {}).get("small")):
+        raise ChapterError("add `lorapower: {small: {name: value, …}}` to the metadata")
+    return dict(parameters)
+
+
 def _defaults(source: Path) -> dict[str, object]:
     declared = papermill.inspect_notebook(source)
     return {name: ast.literal_eval(about["default"]) for name, about in declared.items()}
@@ -173,7 +182,9 @@ def main() -> int:
     # The file carries the time at which its inputs were read: what changes during the run is newer.
     started = time.time_ns()
     try:
-        notebook = run(source, partial, {"profile": arguments.profile})
+        profile = arguments.profile
+        parameters = small(source) if profile == "small" else {"profile": profile}
+        notebook = run(source, partial, parameters)
         messages = clean(notebook, _defaults(source))
         nbformat.write(notebook, partial)
         check(partial)
