@@ -92,6 +92,7 @@ FILES += ["networks", "objects", "regions"]
 
 
 @pytest.mark.programs
+@pytest.mark.sources("lorapower/**/*.py", "tests/*.py")
 @pytest.mark.skipif(typechecks.installed, reason="this is that run")
 def test_the_annotations_of_the_package_are_true() -> None:
     tests = Path(__file__).parent

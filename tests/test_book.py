@@ -27,6 +27,8 @@ PACKAGE = {
     for page in sorted((ROOT / "api").glob("*.rst"))
     if page.stem != "index"
 }
+
+
 @functools.cache
 def soup(book: Path, docname: str) -> BeautifulSoup:
     return BeautifulSoup((book / f"{docname}.html").read_text(encoding="utf-8"), "html.parser")

@@ -19,6 +19,16 @@ from conftest import ROOT, Make
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+pytestmark = pytest.mark.sources(
+    "Makefile",
+    "_config.yml",
+    "_ext/*",
+    "_static/*",
+    "lorapower/book/*",
+    "pyproject.toml",
+    "tools/*",
+)
+
 Tool = Callable[..., tuple[int, Path]]
 
 PARAMETERS = 'profile: str = "quick"  # quick or paper'

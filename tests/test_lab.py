@@ -17,6 +17,8 @@ from urllib.request import urlopen
 import pytest
 from conftest import CHAPTERS, ROOT, Make
 
+pytestmark = pytest.mark.sources("Makefile", "pyproject.toml")
+
 TOKEN = "a-token-for-this-test"
 
 

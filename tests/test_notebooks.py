@@ -1,9 +1,9 @@
-"""The chapters as sources, and executed at small sizes by papermill."""
+"""The chapters as sources, and as they were executed at a small size."""
 
 from __future__ import annotations
 
 import re
-import shutil
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,16 +19,13 @@ import pytest
 import torch
 from captions import CAPTION
 from conftest import CHAPTERS, ROOT
-from execute import run
 from nbformat import NotebookNode
-from papermill.exceptions import PapermillExecutionError
+from run import chapter as find_chapter
 
 from lorapower import InputError, book
 from lorapower.book.chapter import RESULTS
 from lorapower.book.claims import read
 
-LONGEST_CELL = 25
-WORDS_PER_LINE = 15
 IMAGES = {"image/png", "image/svg+xml"}
 
 PARAMETER_LINE = re.compile(r"\w+: [\w\[\], |]+ = [^#]+  # \S.*")
@@ -54,14 +51,6 @@ def is_parameters(cell: NotebookNode) -> bool:
     return "parameters" in cell.metadata.get("tags", [])
 
 
-def small(notebook: NotebookNode) -> dict[str, Any]:
-    """Parameters at which the chapter runs in seconds."""
-    about = notebook.metadata.get("lorapower", {})
-    assert about.get("small"), "add `lorapower: {small: {name: value, …}}` to the metadata"
-    parameters: dict[str, Any] = about["small"]
-    return parameters
-
-
 def test_source_holds_nothing_of_a_run(notebook: NotebookNode) -> None:
     nbformat.validate(notebook)
     for cell in code_cells(notebook):
@@ -79,12 +68,6 @@ def test_source_holds_nothing_of_a_machine(notebook: NotebookNode) -> None:
     for cell in notebook.cells:
         about = set(cell.metadata) - {"tags", "mystnb"}
         assert not about, f"metadata {about} of cell {cell.id}: run `make tidy`"
-
-
-def test_cells_are_short(notebook: NotebookNode) -> None:
-    for cell in code_cells(notebook):
-        lines = cell.source.count("\n") + 1
-        assert lines <= LONGEST_CELL, f"cell {cell.id} has {lines} lines: move code to lorapower"
 
 
 def test_one_cell_declares_the_parameters(chapter: Path, notebook: NotebookNode) -> None:
@@ -131,14 +114,6 @@ def test_claims_and_figures_are_folded(notebook: NotebookNode) -> None:
             assert not is_visible(cell), f"fold cell {cell.id} by the tag hide-input"
 
 
-def test_reading_comes_first(notebook: NotebookNode) -> None:
-    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    code = [cell.source for cell in code_cells(notebook) if is_visible(cell)]
-    words = sum(len(source.split()) for source in prose)
-    lines = sum(bool(line.strip()) for source in code for line in source.splitlines())
-    assert words >= WORDS_PER_LINE * lines, f"{words} words of prose, {lines} lines of code"
-
-
 def assert_described(cell: NotebookNode, after: NotebookNode) -> None:
     about = cell.metadata.get("mystnb", {})
     assert about.get("image", {}).get("alt"), f"figure of cell {cell.id} has no alternative text"
@@ -147,20 +122,11 @@ def assert_described(cell: NotebookNode, after: NotebookNode) -> None:
     assert caption["name"].startswith("fig-"), f"name of figure {cell.id}"
 
 
-@pytest.mark.programs
-def test_chapter_runs_at_another_size_from_another_folder(
-    chapter: Path, notebook: NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    # What the book has trained already is taken from there.
-    if (kept := ROOT / "_build" / "quick" / "results" / chapter.stem).is_dir():
-        shutil.copytree(kept, tmp_path / "results" / chapter.stem)
-        monkeypatch.setenv("LORAPOWER_RESULTS", str(tmp_path / "results"))
-    executed = tmp_path / "elsewhere" / chapter.name
-    notebook = run(chapter, executed, small(notebook))
-    claims = read(executed)
-    assert claims, "the chapter records no claim"
-    assert [claim for claim in claims if not claim.holds] == []
+def test_chapter_runs_at_a_small_size_in_another_folder(small_runs: Path, chapter: Path) -> None:
+    """It has run, or there would be no file: its claims hold."""
+    executed = small_runs / chapter.name
+    assert read(executed), "the chapter records no claim"
+    notebook = nbformat.read(executed, as_version=4)
     for cell, after in pairwise(notebook.cells):
         if any(IMAGES & set(output.get("data", {})) for output in cell.get("outputs", ())):
             assert_described(cell, after)
@@ -266,15 +232,23 @@ def test_texts_and_models_are_looked_for_in_the_first_line(
         head.run(**given)
 
 
-@pytest.mark.programs
-def test_a_kernel_stops_in_the_first_line(tmp_path: Path) -> None:
-    chapter = ROOT / "chapters" / "05-gradient.ipynb"
-    with pytest.raises(PapermillExecutionError) as caught:
-        run(chapter, tmp_path / "out.ipynb", {"ranks": "4,17"})
-    error = caught.value
-    assert error.ename == "InputError"
-    assert error.evalue == "ranks must be at most 16 (the width); got 17"
-    cells = nbformat.read(chapter, as_version=4).cells
-    (declared,) = (i for i, cell in enumerate(cells) if is_parameters(cell))
-    first = next(i for i in range(declared + 1, len(cells)) if cells[i].cell_type == "code")
-    assert error.cell_index == first + 1, "one later than in the source, by the injected cell"
+COMMANDS = [
+    (document, line)
+    for document in (ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "chapters").iterdir())
+    if document.suffix in (".md", ".ipynb")
+    for line in re.findall(r"make chapter [^`\n]*?NAME=[^`\n]*", document.read_text("utf-8"))
+]
+
+
+@pytest.mark.parametrize(
+    ("document", "line"), sorted({*COMMANDS}), ids=lambda part: getattr(part, "stem", None)
+)
+def test_commands_of_the_text_name_a_chapter_and_its_parameters(document: Path, line: str) -> None:
+    line = re.sub(r"\\n?\W*$", "", line)  # in a notebook, the end of a string
+    variables = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
+    named = find_chapter(variables["NAME"])
+    given = shlex.split(variables.get("ARGS", ""))
+    assert given[::3] == ["-p"] * len(given[::3])
+    assert {*given[1::3]} <= {*papermill.inspect_notebook(named)}
+    if document.suffix == ".ipynb":
+        assert named == document, "a chapter's own, so that no number is forgotten"

@@ -15,6 +15,8 @@ from conftest import ROOT
 from pypdf import PdfReader
 from pypdf.generic import Destination
 
+pytestmark = pytest.mark.sources("_static/print.css", "tools/print_pdf.py")
+
 PAGE = """<!DOCTYPE html><html><head><title>{0}</title></head><body>
 <nav>Not printed</nav>
 <article class="bd-article"><h1 id="top">{0}</h1><p>{1}</p></article>

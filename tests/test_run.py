@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nbformat
 import pytest
 import run
 
@@ -33,12 +34,14 @@ def test_values_are_numbers_or_texts(text: str, expected: int | str) -> None:
 
 
 @pytest.mark.programs
-def test_an_unknown_parameter_stops_the_run_with_one_line(
+@pytest.mark.sources("tools/*.py", "chapters/05-gradient.ipynb", "lorapower/book/*.py")
+def test_a_parameter_that_is_none_stops_the_run_in_the_first_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "RUNS", tmp_path)
-    assert run.main(["05", "-p", "wdith", "24", "--only-run"]) == 1
+    assert run.main(["05", "-p", "ranks", "4,17", "--only-run"]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
-    assert len(said) == 1
-    assert said[0].startswith("05-gradient stopped: InputError: parameters must be among profile,")
-    assert said[0].endswith("got wdith: did you mean width?")
+    assert said == ["05-gradient stopped: InputError: ranks must be at most 16 (the width); got 17"]
+    cells = nbformat.read(tmp_path / "05-gradient.ipynb", as_version=4).cells
+    ran = [cell.source for cell in cells if cell.get("execution_count")]
+    assert len(ran) == 3, "what is declared, what is injected, and the first line"

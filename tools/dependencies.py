@@ -138,7 +138,7 @@ class Package:
         path, words = self.paths[module], self.sources[module].words
         stub = path.with_suffix(".pyi").name
         beside = {file for file in path.parent.iterdir() if file.name in {stub, *words}}
-        return {str(file.relative_to(self.root)) for file in {path, *beside}}
+        return {str(file.relative_to(self.root)) for file in {path, *beside} if file.is_file()}
 
 
 def modules(source: Path, root: Path = ROOT) -> set[str]:
