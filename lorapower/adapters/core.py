@@ -15,7 +15,7 @@ from .. import _checks
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks.base import Network
-from . import files, peft
+from . import _files, peft
 
 N = TypeVar("N", bound=Network)
 
@@ -202,7 +202,7 @@ class Adapters:
             tensors |= {f"left.{l}": update.left, f"right.{l}": update.right}
         if self.tuned is not None:
             tensors |= {f"tuned.{name}": part for name, part in self.tuned._asdict().items()}
-        files.write(file, tensors, network)
+        _files.write(file, tensors, network)
 
     @classmethod
     def load(cls, path: str | Path, network: Network | None = None) -> Adapters:
@@ -215,7 +215,7 @@ class Adapters:
         """
         if network is not None:
             _checks.kind(Network, network=network)
-        tensors = files.read(_checks.path("path", path), network)
+        tensors = _files.read(_checks.path("path", path), network)
 
         def several(name: str) -> list[Tensor]:
             return [tensors[f"{name}.{l}"] for l in range(sum(f"{name}." in t for t in tensors))]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import _hub
 from ..errors import InputError
 from ..lowrank import LowRank
-from . import files
+from . import _files
 
 CONFIG = "adapter_config.json"
 # What peft takes for a name of no module at all, where else it would insist on one.
@@ -130,7 +130,7 @@ def write(
     with tempfile.TemporaryDirectory() as partial:
         save(partial, tuned, adapted, biases=bool(biases))
         for name in ("adapter_model.safetensors", CONFIG):
-            files.put(folder / name, Path(partial, name).read_bytes())
+            _files.put(folder / name, Path(partial, name).read_bytes())
 
 
 def _layers(module: nn.Sequential, updates: Sequence[LowRank]) -> dict[str, nn.Linear]:

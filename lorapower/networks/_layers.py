@@ -15,41 +15,51 @@ from .. import _checks, randomness
 from ..errors import InputError
 
 
-def per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -> list[Tensor]:
-    """Usable tensors, one for each layer, from a sequence of them or from one stacked array.
+def usable_layers(weights: Any, biases: Any = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Usable weights and biases of layers that chain, of one type and one batch shape.
 
-    ``min_dims`` counts the dimensions of one layer.
+    Without biases there are none.
     """
+    matrices = _per_layer("weight", weights, min_dims=2)
+    vectors = [] if biases is None else _per_layer("bias", biases, min_dims=1)
+    for l, (inner, outer) in enumerate(pairwise(matrices), start=2):
+        if inner.shape[-2] != outer.shape[-1]:
+            allowed = f"of {inner.shape[-2]} columns, the outputs of layer {l - 1}"
+            given = f"shape {tuple(outer.shape)}"
+            raise InputError(f"weight of layer {l}", allowed=allowed, given=given)
+    if biases is not None and len(vectors) != len(matrices):
+        allowed = f"one for each of the {len(matrices)} layers"
+        raise InputError("biases", allowed=allowed, given=len(vectors))
+    for l, (weight, bias) in enumerate(zip(matrices, vectors, strict=False), start=1):
+        if bias.shape[-1] != weight.shape[-2]:
+            allowed = f"of {weight.shape[-2]} entries, the outputs of its weight"
+            given = f"shape {tuple(bias.shape)}"
+            raise InputError(f"bias of layer {l}", allowed=allowed, given=given)
+    name = "weights and biases" if vectors else "weights"
+    if len({part.dtype for part in (*matrices, *vectors)}) > 1:
+        allowed = "all float32 or all float64"
+        raise InputError(name, allowed=allowed, given="both", remedy="convert one")
+    shapes = [*(w.shape[:-2] for w in matrices), *(b.shape[:-1] for b in vectors)]
+    batch = _checks.common_shape(name, shapes)
+    return (
+        [w.expand(*batch, *w.shape[-2:]) for w in matrices],
+        [b.expand(*batch, b.shape[-1]) for b in vectors],
+    )
+
+
+def _per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -> list[Tensor]:
+    """One tensor of at least so many dimensions a layer, from a sequence or one stacked array."""
     plural = {"weight": "weights", "bias": "biases"}[name]
     if isinstance(values, Tensor | np.ndarray):
         stacked = _checks.real_tensor(plural, values, min_dims=min_dims + 1)
         values = stacked.unbind(-min_dims - 1)
-    if not isinstance(values, Sequence) or not len(values):
-        kind = {1: "vector", 2: "matrix"}[min_dims]
+    if not isinstance(values, Sequence) or isinstance(values, str) or not len(values):
         given = "none" if isinstance(values, Sequence) else type(values).__name__
-        raise InputError(plural, allowed=f"at least one {kind}", given=given)
-    layers = [
+        raise InputError(plural, allowed=f"one {name} or more", given=given)
+    return [
         _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims, copy=True)
         for l, value in enumerate(values, start=1)
     ]
-    if len({layer.dtype for layer in layers}) > 1:
-        raise InputError(
-            plural, allowed="all float32 or all float64", given="both", remedy="convert one"
-        )
-    return layers
-
-
-def chained(weights: Any) -> list[Tensor]:
-    """Usable weights of layers whose sizes chain."""
-    layers = per_layer("weight", weights, min_dims=2)
-    for l, (inner, outer) in enumerate(pairwise(layers), start=1):
-        if inner.shape[-2] != outer.shape[-1]:
-            raise InputError(
-                f"weight of layer {l + 1}",
-                given=f"shape {tuple(outer.shape)}",
-                allowed=f"of {inner.shape[-2]} columns, the outputs of layer {l}",
-            )
-    return layers
 
 
 def uniform(

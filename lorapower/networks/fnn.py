@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _checks, randomness
 from ..errors import InputError
-from ._layers import chained, dense_layers, per_layer, random_weights, uniform
+from ._layers import dense_layers, random_weights, uniform, usable_layers
 from .base import Layers, Network
 from .linear import LinearNetwork, product
 
@@ -52,31 +52,7 @@ class FNN(Layers):
 
     def __init__(self, weights: Any, biases: Any, *, linear_last: bool = False) -> None:
         linear_last = _checks.flag("linear_last", linear_last)
-        matrices, vectors = chained(weights), per_layer("bias", biases, min_dims=1)
-        if len(vectors) != len(matrices):
-            raise InputError(
-                "biases", allowed=f"one for each of the {len(matrices)} layers", given=len(vectors)
-            )
-        for l, (weight, bias) in enumerate(zip(matrices, vectors, strict=True), start=1):
-            if bias.shape[-1] != weight.shape[-2]:
-                raise InputError(
-                    f"bias of layer {l}",
-                    allowed=f"of {weight.shape[-2]} entries, the outputs of its weight",
-                    given=f"shape {tuple(bias.shape)}",
-                )
-        if vectors[0].dtype != matrices[0].dtype:
-            raise InputError(
-                "biases", allowed=f"{matrices[0].dtype}, like the weights", given=vectors[0].dtype
-            )
-        batch = _checks.common_shape(
-            "weights and biases",
-            [*(w.shape[:-2] for w in matrices), *(b.shape[:-1] for b in vectors)],
-        )
-        self._set(
-            [w.expand(*batch, *w.shape[-2:]) for w in matrices],
-            [b.expand(*batch, b.shape[-1]) for b in vectors],
-            linear_last,
-        )
+        self._set(*usable_layers(weights, [] if biases is None else biases), linear_last)
 
     def _set(self, weights: Sequence[Tensor], biases: Sequence[Tensor], linear_last: bool) -> FNN:
         object.__setattr__(self, "weights", tuple(weights))

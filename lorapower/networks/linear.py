@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _checks, lowrank, randomness
 from ..errors import InputError
-from ._layers import chained, dense_layers, random_weights
+from ._layers import dense_layers, random_weights, usable_layers
 from .base import Layers
 
 
@@ -39,10 +39,7 @@ class LinearNetwork(Layers):
     """
 
     def __init__(self, weights: Any) -> None:
-        layers = chained(weights)
-        batch = _checks.common_shape("weights", [layer.shape[:-2] for layer in layers])
-        expanded = tuple(layer.expand(*batch, *layer.shape[-2:]) for layer in layers)
-        object.__setattr__(self, "weights", expanded)
+        object.__setattr__(self, "weights", tuple(usable_layers(weights)[0]))
 
     @classmethod
     def of(cls, value: Any, name: str = "network") -> LinearNetwork:

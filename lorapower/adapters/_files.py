@@ -7,7 +7,6 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], network: Network) -> None:
     header = {
         "content": CONTENT,
         "format": FORMAT,
-        "package": _version(),
         "network": json.dumps(description(network)),
     }
     header["digest"] = _digest(header, numbers)
@@ -115,13 +113,6 @@ def _require_same(path: Path, expected: Mapping[str, Any], given: Mapping[str, A
             if name == "numbers":
                 words = ["the same weights and biases", "one of other weights or biases"]
             raise InputError("network", allowed=f"that of {path}, of {words[0]}", given=words[1])
-
-
-def _version() -> str:
-    try:
-        return metadata.version("lorapower")
-    except metadata.PackageNotFoundError:  # run from its sources
-        return "not installed"
 
 
 def _digest(header: Mapping[str, str], numbers: Mapping[str, Tensor]) -> str:
