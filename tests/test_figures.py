@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -112,7 +112,6 @@ def test_medians_in_text_and_figures_are_one(values: list[float]) -> None:
     plt.close("all")
 
 
-@settings(max_examples=25)
 @given(
     st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9),
     st.lists(st.floats(0, 1e-12), min_size=1, max_size=9),

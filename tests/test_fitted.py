@@ -45,7 +45,6 @@ def relu(depth: int, layers: int, width: int, **more: Any) -> tuple[FNN, FNN]:
 
 
 @given(st.integers(1, 3), st.integers(2, 5), st.booleans(), seeds)
-@settings(deadline=None, max_examples=20)
 def test_fused_networks_are_the_networks(depth: int, width: int, wide: bool, seed: int) -> None:
     frozen, target = heads(depth, width, None if wide else max(1, width // 2), seed=seed)
     pair = fused.fuse(frozen, target, 1)
@@ -222,7 +221,6 @@ def test_degenerate_sequences() -> None:
 
 
 @given(st.integers(2, 6), st.integers(0, 4), st.booleans(), dtypes, seeds)
-@settings(deadline=None, max_examples=40)
 def test_nearest_layers_are_the_nearest(
     width: int, rank: int, linear_last: bool, dtype: torch.dtype, seed: int
 ) -> None:
@@ -280,7 +278,6 @@ def test_first_order_is_the_limit_of_small_errors() -> None:
 
 
 @given(st.integers(2, 5), st.integers(2, 5), st.integers(1, 4), seeds)
-@settings(deadline=None, max_examples=30)
 def test_scores_are_a_quadratic_function(a: int, b: int, rank: int, seed: int) -> None:
     keys, queries = normal(20, a, 4, seed=seed), normal(20, b, 4, seed=seed + 1)
     wanted = normal(20, 4, 4, seed=seed + 2)

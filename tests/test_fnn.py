@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
 from torch import Tensor
@@ -125,7 +125,6 @@ def test_adapters_tune_biases_too(
     )
 
 
-@settings(max_examples=120)
 @given(
     st.integers(1, 10),
     st.integers(1, 3),
@@ -321,7 +320,6 @@ def test_a_last_block_of_one_linear_layer_needs_no_region(
         assert (adapted(along) - target(along)).norm() == pytest.approx(least, rel=1e-9, abs=1e-9)
 
 
-@settings(max_examples=150)
 @given(st.booleans(), seeds, st.data())
 def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
     linear_last: bool, seed: int, data: st.DataObject

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
 from torch import Tensor
@@ -290,7 +290,6 @@ def test_rotated_inputs_and_permuted_outputs_of_relu_networks(
     assert ((y - turned_y).abs().amax((-2, -1))[good] < 1e-6).all()
 
 
-@settings(max_examples=40)
 @given(st.integers(1, 2), st.integers(2, 5), st.integers(1, 2), batch_shapes, seeds)
 def test_rotated_tokens_and_outputs_of_transformers(
     depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int
@@ -364,7 +363,6 @@ def test_an_adapted_relu_network_is_left_alone(
     assert (changes <= 1e-6 * (1 + scale))[good].all()
 
 
-@settings(max_examples=40)
 @given(st.integers(1, 2), st.integers(1, 5), st.integers(1, 2), batch_shapes, seeds)
 def test_an_adapted_transformer_is_left_alone(
     depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int
@@ -427,7 +425,6 @@ def test_bounds_of_linear_networks_fall_with_the_rank(
         assert (errors[width] == 0).all()
 
 
-@settings(max_examples=30)
 @given(st.integers(1, 2), st.integers(1, 4), st.integers(1, 2), batch_shapes, seeds)
 def test_the_bound_of_transformers_falls_with_the_rank(
     depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int

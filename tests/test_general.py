@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 from torch import Tensor, nn
@@ -85,7 +85,6 @@ def test_modules_and_matrices_stand_for_networks() -> None:
 
 
 @given(seeds, st.integers(2, 5), st.booleans())
-@settings(max_examples=20)
 def test_logits_of_a_classifier_are_reached(seed: int, width: int, nested: bool) -> None:
     generator = randomness.generator(seed, "classifier")
 
@@ -173,7 +172,6 @@ def test_the_bound_is_never_below_what_is_measured(kind: str, seed: int) -> None
 
 
 @given(st.sampled_from(KINDS), seeds, st.integers(2, 5))
-@settings(max_examples=30)
 def test_a_tiny_error_needs_the_threshold(kind: str, seed: int, width: int) -> None:
     frozen, target, x = problem(kind, width=width, seed=seed)
     threshold: Any = {

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
 
@@ -35,7 +35,6 @@ def tails(frozen: LinearNetwork, target: LinearNetwork, r: int) -> tuple[np.ndar
     return spectral, np.sqrt((sigma**2).sum(-1))
 
 
-@settings(max_examples=150)
 @given(st.integers(1, 64), st.integers(1, 6), batch_shapes, batch_shapes, dtypes, seeds, st.data())
 def test_measured_error_is_the_predicted_one(
     width: int,
@@ -100,7 +99,6 @@ def test_rectangular_networks(
     assert distance(solution.adapters.merge(frozen), target) == pytest.approx(predicted, abs=1e-10)
 
 
-@settings(max_examples=150)
 @given(st.lists(st.integers(1, 7), min_size=2, max_size=5), st.integers(0, 7), seeds)
 def test_one_rank_for_layers_of_any_sizes(widths: list[int], rank: int, seed: int) -> None:
     frozen = LinearNetwork(of_widths(widths, seed=seed).weights)
@@ -216,7 +214,6 @@ def change(kind: str, width: int, rank: int, seed: int) -> np.ndarray:
     return basis @ middle @ basis.T
 
 
-@settings(max_examples=400)
 @given(
     st.sampled_from(CHANGES), st.integers(1, 12), st.integers(1, 6), st.booleans(), seeds, st.data()
 )

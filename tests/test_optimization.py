@@ -138,7 +138,6 @@ def test_dead_outputs_come_back_by_the_one_sided_loss_alone(backend: Any) -> Non
 
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
-@settings(max_examples=20)
 def test_both_engines_take_the_same_steps(depth: int, width: int, rank: int, seed: int) -> None:
     frozen, target = relu(depth, width, seed, (2,)), relu(1, width, seed + 1)
     data = Fresh(target, (width,), samples=24, seed=seed)
@@ -177,7 +176,6 @@ def test_a_scale_of_the_product_is_a_ratio_of_rates() -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.integers(0, 99))
-@settings(max_examples=25)
 def test_the_linearized_start_bends_nothing_inside_its_blocks(
     depth: int, width: int, blocks: int, seed: int
 ) -> None:
@@ -560,7 +558,6 @@ def test_what_is_learned_is_what_flow_learns(rates: tuple[float, float]) -> None
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4), st.integers(0, 99))
-@settings(max_examples=30)
 def test_critical_points_are_all_and_saddles_but_for_the_least(
     out: int, into: int, rank: int, seed: int
 ) -> None:

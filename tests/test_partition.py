@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import of_widths, seeds
 
@@ -64,7 +64,6 @@ def test_every_partition_is_exact_at_its_own_threshold(
         assert (found.adapters.merge(frozen)(x) - target(x)).abs().max() < 1e-6
 
 
-@settings(max_examples=60)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 4), st.integers(0, 2), seeds)
 def test_the_search_finds_what_exhaustive_search_finds(
     width: int, count: int, more: int, near: int, seed: int
@@ -98,7 +97,6 @@ def test_the_search_finds_what_exhaustive_search_finds(
         assert ranks[every.index(least.partition(member)), member] == least.value[member]
 
 
-@settings(max_examples=60)
 @given(st.booleans(), seeds, st.data())
 def test_the_search_passes_over_blocks_that_are_too_narrow(
     linear_last: bool, seed: int, data: st.DataObject

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 from torch import Tensor
@@ -39,7 +39,6 @@ def left(K: Tensor, y: Tensor, z: Tensor, R: Tensor, penalty: float, E: Tensor) 
     st.sampled_from([0.0, 0.01, 1.0]),
     seeds,
 )
-@settings(deadline=None, max_examples=60)
 def test_no_matrix_of_the_rank_does_better(
     out: int, into: int, samples: int, rank: int, shrinkage: float, seed: int
 ) -> None:
@@ -116,7 +115,6 @@ def test_without_intercept_the_mean_counts() -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.integers(0, 6), seeds)
-@settings(deadline=None, max_examples=60)
 def test_truncation_is_nearest_in_both_metrics(
     out: int, into: int, samples: int, rank: int, seed: int
 ) -> None:

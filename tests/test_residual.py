@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 from torch import Tensor
@@ -177,7 +177,6 @@ def test_other_modules_are_refused() -> None:
         from_decoder(GPT2Model(config))
 
 
-@settings(max_examples=40)
 @given(st.integers(1, 2), st.integers(4, 7), st.integers(5, 14), activations, norms, seeds)
 def test_written_otherwise_it_is_the_same_function(
     depth: int, width: int, hidden: int, activation: Any, norm: Any, seed: int
@@ -246,7 +245,6 @@ def adapted(
     return residual.adapt(frozen, target, ranks, throw=not less)
 
 
-@settings(max_examples=50)
 @given(
     st.integers(1, 3),
     st.integers(4, 8),
@@ -285,7 +283,6 @@ def test_the_ranks_of_the_theorem_are_exact(
         assert update.rank <= min(getattr(frozen, name.split()[0]).shape[-2:])
 
 
-@settings(max_examples=30)
 @given(st.integers(1, 2), norms, st.sampled_from([3, 6]), st.booleans(), seeds)
 def test_one_rank_less_is_not_exact(
     depth: int, norm: Any, head_size: int, final: bool, seed: int
@@ -369,7 +366,6 @@ def test_surplus_heads_cost_their_attention_and_surplus_blocks_nothing(head_size
         assert relative(found.adapters.merge(frozen), target, inputs(0, 6, 6, 4)) < 1e-20
 
 
-@settings(max_examples=20)
 @given(st.sampled_from([2, 6]), st.integers(0, 6), seeds)
 def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -> None:
     """Of targets whose scores are singular: some query bias may complete them, or none."""
@@ -449,7 +445,6 @@ def test_the_table_of_inner_ranks(
         assert bounds.residual.inner_rank(8, least - 1, **kind) < ranks
 
 
-@settings(max_examples=30)
 @given(st.integers(4, 9), st.integers(0, 12), norms, seeds)
 def test_alignment_attains_the_inner_rank(width: int, more: int, norm: Any, seed: int) -> None:
     hidden = 3 * width - 4 + more

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,7 +35,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
-@settings(max_examples=20)
 def test_divergence_is_that_of_the_best_approximation(out: int, span: int, seed: int) -> None:
     """The trace of the derivative of ``M ↦ LR_r(M)``, by differences."""
     M = normal(out, span, seed=seed)
@@ -106,7 +105,6 @@ def test_the_expansion_is_the_mean_risk_for_small_noise(span: int) -> None:
 @given(
     st.integers(1, 8), st.integers(1, 8), st.integers(1, 60), st.floats(0, 3), st.integers(0, 99)
 )
-@settings(max_examples=40)
 def test_the_oracle_inequality_is_never_violated(
     out: int, into: int, count: int, noise: float, seed: int
 ) -> None:
@@ -258,7 +256,6 @@ ADAPTERS: Adapters = drawn(NETWORK, (2, 1))
 
 
 @given(st.integers(0, 3), st.integers(0, 3), st.integers(1, 8), st.booleans(), st.integers(0, 99))
-@settings(max_examples=40)
 def test_what_is_read_is_what_was_rounded(
     first: int, second: int, bits: int, biases: bool, seed: int
 ) -> None:

@@ -31,7 +31,7 @@ import pytest
 import torch
 from conftest import ROOT
 from distributed import Client, LocalCluster
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -236,7 +236,6 @@ class TestTable:
         changed = subprocess.check_output(["git", "diff", "HEAD", "--name-only"], cwd=ROOT)
         assert revision == head + "-dirty" * bool(changed)
 
-    @settings(max_examples=40)
     @given(st.dictionaries(SETTING, FOUND, min_size=1, max_size=8), st.integers(1, 8))
     def test_is_what_was_given_bit_by_bit(self, runs: dict[Setting, Found], size: int) -> None:
         cells = {
@@ -260,7 +259,6 @@ class TestTable:
         kept = {row.setting: sweeps._flat(row.setting) | sweeps._flat(row.results) for row in rows}
         assert {key: repr(kept[key]) for key in cells} == {k: repr(v) for k, v in cells.items()}
 
-    @settings(max_examples=40)
     @given(st.data())
     def test_is_the_same_after_interruptions(self, data: st.DataObject) -> None:
         wanted = data.draw(st.lists(st.sampled_from(GRID), min_size=1, unique=True))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -254,7 +254,6 @@ def one_step(
     return state, true
 
 
-@settings(max_examples=80)
 @given(
     st.sampled_from([*KINDS, LINEAR_LAST]),
     st.integers(1, 3),
@@ -570,7 +569,6 @@ def test_fresh_inputs_are_normal_and_labelled() -> None:
     torch.testing.assert_close(y[7], data.label(x[7]))
 
 
-@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(0, 2**31))
 def test_fixed_batches_use_each_sample_once_an_epoch(
     count: int, samples: int, sequences: bool, seed: int

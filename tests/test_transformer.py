@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import least_squares
 from strategies import batch_shapes, dtypes, seeds
@@ -55,7 +55,6 @@ def relative_error(adapted: Transformer, target: Transformer, x: torch.Tensor) -
     return mean_square(adapted(x) - target(x)) / mean_square(target(x))
 
 
-@settings(max_examples=40)
 @given(
     st.integers(1, 3),
     st.integers(1, 9),
@@ -116,7 +115,6 @@ def test_weights_one_by_one_are_the_network(
     assert torch.equal(names[f"W_2 of block {depth}"], network.W_2[..., -1, :, :])
 
 
-@settings(max_examples=60)
 @given(
     st.integers(1, 3),
     st.integers(1, 9),
@@ -244,7 +242,6 @@ def test_a_segment_that_is_reached_needs_nothing() -> None:
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
 
 
-@settings(max_examples=40)
 @given(st.integers(1, 2), st.integers(2, 8), st.data(), st.integers(1, 2), seeds)
 def test_narrow_heads_are_exact_with_no_more_rank_than_others(
     depth: int, width: int, data: st.DataObject, heads: int, seed: int
@@ -485,7 +482,6 @@ def test_random_transformers_need_sizes(wrong: dict[str, int]) -> None:
         Transformer.random(1, 2, 1, scale=0)
 
 
-@settings(max_examples=25)
 @given(st.integers(1, 2), st.integers(2, 6), st.integers(1, 2), st.integers(1, 5), st.data(), seeds)
 def test_the_bound_is_not_below_what_is_measured(
     depth: int, width: int, heads: int, length: int, data: st.DataObject, seed: int
@@ -506,7 +502,6 @@ def test_the_bound_is_not_below_what_is_measured(
 
 
 @given(st.integers(1, 2), st.integers(2, 4), st.integers(1, 2), seeds)
-@settings(max_examples=20)
 def test_segments_are_missed_by_what_is_predicted_of_them(
     depth: int, width: int, heads: int, seed: int
 ) -> None:
