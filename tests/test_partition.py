@@ -131,18 +131,3 @@ def test_the_best_partition_can_need_much_less_rank_than_the_uniform_one() -> No
     uniform = fnn.adapt(frozen, target, 4, Ball(6.0)).adapters.merge(frozen)
     assert error < 1e-18 * y.square().mean()
     assert (uniform(x) - y).square().mean() > 1e-6 * y.square().mean()
-
-
-def test_the_least_bound_can_be_far_below_that_of_the_uniform_partition() -> None:
-    frozen, target = near_to_its_first_layer()
-    best = partition.least_error(frozen, target, 3, 16.0)
-    assert best.value < bounds.fnn_error(frozen, target, 3, 16.0) / 2
-
-
-def test_layers_of_unequal_rank_draw_the_cuts() -> None:
-    frozen, target = FNN.random(6, 8, seed=1), FNN.random(2, 8, seed=2)
-    early = partition.least_error(frozen, target, [8, 2, 2, 2, 2, 2], 8.0)
-    late = partition.least_error(frozen, target, [2, 2, 2, 2, 2, 8], 8.0)
-    # A layer of full rank makes a block of its own exact, whatever its neighbours.
-    assert early.sizes.tolist() == [1, 5]
-    assert late.sizes.tolist()[0] >= 4
