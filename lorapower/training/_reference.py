@@ -42,11 +42,11 @@ def loss(
     ReLU, which then acts here: in other runs everywhere, in these where an output is to be 0.
     """
     if not structure.classes:
-        wanted = y[:, : structure.outputs].reshape(out.shape)
+        labels = y[:, : structure.outputs].reshape(out.shape)
         if one_sided is not None:
-            whole = one_sided[:, None, None, None] & (wanted > 0)
+            whole = one_sided[:, None, None, None] & (labels > 0)
             out = torch.where(whole, out, out.relu())
-        return (out - wanted).square().mean((1, 2, 3))
+        return (out - labels).square().mean((1, 2, 3))
     class_of = torch.as_tensor(structure.class_of[: structure.outputs], device=out.device)
     counted = class_of >= 0
     votes = out.new_zeros(len(out), structure.classes, out.shape[-1])
@@ -161,10 +161,6 @@ def _validate(
     state.validation[going, step // every] = now[going]
     better = going & (now < state.best)
     state.best[better], state.best_step[better] = now[better], step
-    for best, values in (
-        (state.A_best, state.A),
-        (state.B_best, state.B),
-        (state.b_best, state.b),
-    ):
-        best[better] = values[better]
+    for name in ("A", "B", "b"):
+        getattr(state, f"{name}_best")[better] = getattr(state, name)[better]
     state.stopped.logical_or_(~now.isfinite() | (state.best <= state.goal))

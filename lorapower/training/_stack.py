@@ -48,12 +48,10 @@ class Stack(Generic[N]):
         self.width = -(-largest // UNROLLED) * UNROLLED
         self.members = frozen.batch_shape.numel()
         self.biases = self.network.biases
-        self.weights = self._padded(self.network.weights, 2)
+        self.weights = self._pad(self.network.weights, 2)
         # A linear network has biases too: zeros, which stay.
-        self.padded_biases = self._padded(
-            self.biases or [torch.zeros(self.members, 1, device="cpu")] * len(self.shapes), 1
-        )
-
+        none = [torch.zeros(self.members, 1, device="cpu")] * len(self.shapes)
+        self.padded_biases = self._pad(self.biases or none, 1)
         # Coordinates of an input and of an output, or of each of their tokens.
         self.inputs, self.outputs = self.shapes[0][1], self.shapes[-1][0]
         plain: Any = frozen if isinstance(frozen, Transformer) else None
@@ -97,9 +95,8 @@ class Stack(Generic[N]):
         full = ranks < 0
         A[full] = self.weights[problem][full]
         tuned = np.zeros(b.shape[:2], bool)
-        tuned[:, : len(self.biases)] = np.repeat(
-            np.array([self._tuned_biases(t) for t in tunings], bool), self.members, 0
-        )
+        words = np.array([self._tuned_biases(t) for t in tunings], bool)
+        tuned[:, : len(self.biases)] = np.repeat(words, self.members, 0)
 
         def per_run(values: list[float]) -> Any:
             return np.repeat(np.array(values, np.float32), self.members)
@@ -135,12 +132,12 @@ class Stack(Generic[N]):
     def training(self, state: State[Any], every: int) -> Training[N]:
         """What the runs gave, at the least validation loss of each."""
 
-        def shaped(values: Any) -> Tensor:
+        def shape(values: Any) -> Tensor:
             values = torch.as_tensor(values, device=self.network.device)
             return values.reshape(-1, *self.network.batch_shape, *values.shape[1:])
 
-        A, B, b = (shaped(values) for values in (state.A_best, state.B_best, state.b_best))
-        ranks, full = shaped(state.ranks.clip(0)), shaped(state.ranks < 0)
+        A, B, b = (shape(values) for values in (state.A_best, state.B_best, state.b_best))
+        ranks, full = shape(state.ranks.clip(0)), shape(state.ranks < 0)
         updates, weights = [], []
         for m, (outer, inner) in enumerate(self.shapes):
             rows = slice(0, min(outer, inner))
@@ -154,18 +151,18 @@ class Stack(Generic[N]):
             updates.append(update)
         biases = [b[..., l, : old.shape[-1]] for l, old in enumerate(self.biases)]
         changes = tuple(new - old for new, old in zip(biases, self.biases, strict=True))
-        tuned = Tuned(ranks, shaped(state.tuned)[..., : len(biases)])
-        best = shaped(state.best)
+        tuned = Tuned(ranks, shape(state.tuned)[..., : len(biases)])
+        best = shape(state.best)
         return Training(
             self.network.with_parameters(weights, *([biases] if biases else [])),
             Adapters.trimmed(updates, changes, tuned),
             parameter_count=self._counts(full, tuned),
             steps=torch.arange(state.training.shape[1], device=best.device) * every,
-            training_loss=shaped(state.training),
-            validation_loss=shaped(state.validation),
+            training_loss=shape(state.training),
+            validation_loss=shape(state.validation),
             best_loss=best,
-            best_step=shaped(state.best_step),
-            diverged=shaped(state.stopped) & ~(best <= shaped(state.goal)),
+            best_step=shape(state.best_step),
+            diverged=shape(state.stopped) & ~(best <= shape(state.goal)),
         )
 
     def _counts(self, full: Tensor, tuned: Tuned) -> Tensor:
@@ -179,7 +176,7 @@ class Stack(Generic[N]):
         counts = (tuned.ranks * sides, full * sizes, tuned.biases * lengths)
         return torch.stack([of_each.sum(-1) for of_each in counts]).sum(0)
 
-    def _padded(self, values: Sequence[Tensor], dims: int) -> Array:
+    def _pad(self, values: Sequence[Tensor], dims: int) -> Array:
         """``[members, values, …]``, the last ``dims`` dimensions padded to the width."""
         padded = np.zeros((self.members, len(values), *[self.width] * dims), np.float32)
         for i, value in enumerate(values):
@@ -195,10 +192,7 @@ class Stack(Generic[N]):
             return [0] * (count - last) + [-1] * last
         ranks = _checks.ranks_per_layer(tuning.ranks, self.shapes)
         if network.sequences and isinstance(tuning.ranks, int):
-            return [
-                rank if of_theorem else 0
-                for rank, of_theorem in zip(ranks, network.adapted, strict=True)
-            ]
+            return [r * adapted for r, adapted in zip(ranks, network.adapted, strict=True)]
         return list(ranks)
 
     def _tuned_biases(self, tuning: Tuning) -> list[bool]:
@@ -360,15 +354,12 @@ class Batches:
         distinct = {id(source): source for source in data}
         self.distinct = list(distinct.values())
         self.sources = np.array([list(distinct).index(id(source)) for source in data])
-        self.validation = self._joined([source.validation for source in self.distinct])
-        self.first = self._joined([source.block(0) for source in self.distinct], Data.BLOCK)
-        self.tokens = self.first[0].shape[-2]
-        if self.validation[0].shape[-2] != self.tokens:
-            raise InputError(
-                "data",
-                allowed="of equally many tokens for training and validation",
-                given=f"{self.tokens} and {self.validation[0].shape[-2]}",
-            )
+        self.validation = self._join([source.validation for source in self.distinct])
+        self.first = self._join([source.block(0) for source in self.distinct], Data.BLOCK)
+        self.tokens, others = (part[0].shape[-2] for part in (self.first, self.validation))
+        if others != self.tokens:
+            allowed = "of equally many tokens for training and validation"
+            raise InputError("data", allowed=allowed, given=f"{self.tokens} and {others}")
 
     def blocks(self, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Of each block of batches the first step, inputs and labels, ``[sources, steps, …]``.
@@ -388,52 +379,38 @@ class Batches:
     def _block(self, index: int) -> tuple[Tensor, Tensor]:
         if index == 0:
             return self.first
-        x, y = self._joined([source.block(index) for source in self.distinct], Data.BLOCK)
+        x, y = self._join([source.block(index) for source in self.distinct], Data.BLOCK)
         if x.shape != self.first[0].shape:
             raise InputError("data", allowed="alike in every block", given=f"block {index} unlike")
         return x, y
 
-    def _joined(self, given: Sequence[Labelled], *lead: int) -> tuple[Tensor, Tensor]:
-        inputs, wanted = zip(*(self._arranged(x, y, lead) for x, y in given), strict=True)
-        shapes = {tuple(x.shape[-2:]) for x in inputs}
+    def _join(self, given: Sequence[Labelled], *lead: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = zip(*(self._arrange(x, y, lead) for x, y in given), strict=True)
+        shapes = sorted({tuple(x.shape[-2:]) for x in inputs})
         if len(shapes) > 1:
-            raise InputError(
-                "data",
-                allowed="of equally many tokens and samples for all networks",
-                given=f"[tokens, samples] = {sorted(map(list, shapes))}",
-            )
-        return torch.stack(inputs), torch.stack(wanted)
+            allowed = "of equally many tokens and samples for all networks"
+            raise InputError("data", allowed=allowed, given=f"tokens and samples {shapes}")
+        return torch.stack(inputs), torch.stack(labels)
 
-    def _arranged(self, x: Any, y: Any, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _arrange(self, x: Any, y: Any, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         x = _checks.real_tensor("data's inputs", x, min_dims=1)
         D = self.stack.inputs
-        form = [
-            *map(str, lead),
-            *(["samples", str(D), "tokens"] if self.sequences else [str(D), "samples"]),
-        ]
+        form = [*lead, "samples", D, "tokens"] if self.sequences else [*lead, D, "samples"]
         if x.ndim != len(form) or x.shape[: len(lead)] != lead or x.shape[-2] != D:
-            raise InputError(
-                "data's inputs", allowed=f"of shape [{', '.join(form)}]", given=tuple(x.shape)
-            )
+            allowed = f"of shape [{', '.join(map(str, form))}]"
+            raise InputError("data's inputs", allowed=allowed, given=tuple(x.shape))
         if self.classes:
             samples = x.shape[len(lead)] if self.sequences else x.shape[-1]
             return self._features(x), self._one_hot(y, (*lead, samples))
         if isinstance(y, Tensor) and y.dtype in _checks.INTEGERS:
-            raise InputError(
-                "data's labels",
-                allowed="float32 or float64 where no classes are given",
-                given=f"integers, {y.dtype}",
-                remedy=f"if they are classes, say for which of them each output votes, such as "
-                f"classes=range({self.stack.outputs})",
-            )
+            allowed = "float32 or float64 where no classes are given"
+            remedy = f"say for which class each output votes, classes=range({self.stack.outputs})"
+            raise InputError("data's labels", allowed=allowed, given=y.dtype, remedy=remedy)
         y = _checks.real_tensor("data's labels", y, min_dims=1)
         self._check_labels(y, (*x.shape[:-2], self.stack.outputs, x.shape[-1]))
         if self.one_sided and y.min() < 0:
-            raise InputError(
-                "data's labels",
-                allowed="at least 0 for the one-sided loss, as outputs of a ReLU are",
-                given=float(y.min()),
-            )
+            allowed = "at least 0 for the one-sided loss, as outputs of a ReLU are"
+            raise InputError("data's labels", allowed=allowed, given=float(y.min()))
         return self._features(x), self._features(y)
 
     def _features(self, values: Tensor) -> Float[Tensor, "*lead D tokens samples"]:
@@ -446,16 +423,13 @@ class Batches:
         self._check_labels(y, shape)
         integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
         if not integers or y.min() < 0 or y.max() >= self.classes:
-            raise InputError(
-                "data's labels",
-                allowed=f"classes, integers from 0 to {self.classes - 1}",
-                given=f"{y.dtype} from {y.min()} to {y.max()}",
-            )
+            allowed = f"classes, integers from 0 to {self.classes - 1}"
+            given = f"{y.dtype} from {y.min()} to {y.max()}"
+            raise InputError("data's labels", allowed=allowed, given=given)
         hot = torch.nn.functional.one_hot(y.long(), self.classes)
         return hot.movedim(-1, -2).unsqueeze(-2).to(torch.float32)
 
     def _check_labels(self, y: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(y.shape) != shape:
-            raise InputError(
-                "data's labels", allowed=f"of shape {shape}, to fit inputs", given=tuple(y.shape)
-            )
+            allowed = f"of shape {shape}, to fit inputs"
+            raise InputError("data's labels", allowed=allowed, given=tuple(y.shape))

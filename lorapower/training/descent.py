@@ -148,12 +148,9 @@ def newton(
             balanced=True,
         )
         if free.count > LARGEST_SYSTEM:
-            raise InputError(
-                "adapters",
-                allowed=f"of at most {LARGEST_SYSTEM} numbers, as many as the linear systems have",
-                given=f"{free.count} of them",
-                remedy="use descend",
-            )
+            allowed = f"of at most {LARGEST_SYSTEM} numbers, as many as the linear systems have"
+            given = f"{free.count} of them"
+            raise InputError("adapters", allowed=allowed, given=given, remedy="use descend")
         members.append((free, [(x[index], y[index]) for x, y in samples]))
     if len({tuple(part.shape for part in free.start) for free, _ in members}) > 1:
         raise InputError("adapters", allowed="of equal ranks in all members", given=adapters)

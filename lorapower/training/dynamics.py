@@ -148,7 +148,7 @@ def flow(
     network, adapters
         A single network, and where the flow starts.
     samples : Pair
-        Inputs as the network takes them, with the outputs that are wanted.
+        Inputs as the network takes them, and the outputs that it should have.
     time : float
         How long it flows.
     rates : Rates

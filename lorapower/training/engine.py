@@ -93,7 +93,11 @@ def train(
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")
     until = _checks.tolerance("until", until)
-    threads = _processors() if threads is None else _checks.integer("threads", threads, 1)
+    if threads is None:
+        # Not every system says how many processors this process may use.
+        limited = hasattr(os, "sched_getaffinity")
+        threads = len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
+    threads = _checks.integer("threads", threads, 1)
     points = steps // every + 1
     stack, structure, state, batches = _ready(
         frozen, tunings, data, seed, classes, steps=steps, points=points, until=until
@@ -167,13 +171,6 @@ def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
         allowed = f"one, or one for each of {members} networks"
         raise InputError(name, allowed=allowed, given=len(values))
     return list(values)
-
-
-def _processors() -> int:
-    """Number of processors that this process may use."""
-    # Not every system knows of such limits.
-    limited = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
 
 
 def _backend(

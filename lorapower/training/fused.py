@@ -148,11 +148,9 @@ def train_fused(
         raise InputError(name, allowed="none, but for ReLU networks", given=f"one for {frozen}")
     fused = fuse(frozen, target, ranks, partition)  # type: ignore[arg-type]
     if not any(fused.fused_ranks) and np.any(ranks):
-        raise InputError(
-            "ranks",
-            allowed="of segments whose layers are no narrower than their ends",
-            given=f"{brief(ranks)} for {frozen}, which reach no change",
-        )
+        allowed = "of segments whose layers are no narrower than their ends"
+        given = f"{brief(ranks)} for {frozen}, which reach no change"
+        raise InputError("ranks", allowed=allowed, given=given)
     options: Any = {"schedule": "cosine", "loss": loss}
     runs: Training[Any] = train(
         fused.network.map(lambda values: values.expand(starts, *values.shape)),

@@ -199,12 +199,10 @@ class Fresh(Data):
         if len(shape) not in (1, 2):
             raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
         if isinstance(label, nn.Module):
-            raise InputError(
-                "label",
-                allowed="a network, or a function of columns",
-                given=f"{type(label).__name__}, a module, which takes rows",
-                remedy="networks.as_network makes a network of a Sequential",
-            )
+            given = f"{type(label).__name__}, a module, which takes rows"
+            remedy = "networks.as_network makes a network of a Sequential"
+            allowed = "a network, or a function of columns"
+            raise InputError("label", allowed=allowed, given=given, remedy=remedy)
         # Training is in single precision, and so is what it is told.
         self.label = label.to(torch.float32) if isinstance(label, Network) else label
         self.shape = shape
@@ -268,11 +266,8 @@ class Fixed(Data):
         self._dim = 0 if x.ndim == 3 else -1
         count = x.shape[self._dim]
         if y.ndim == 0 or y.shape[self._dim] != count:
-            raise InputError(
-                "training",
-                allowed=f"of as many labels as inputs, {count}",
-                given=f"labels of shape {tuple(y.shape)}",
-            )
+            allowed = f"of as many labels as inputs, {count}"
+            raise InputError("training", allowed=allowed, given=f"labels of {tuple(y.shape)}")
         self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
         self.seed, self.purpose = _checks.seed(seed), _words(purpose)
 
