@@ -153,7 +153,9 @@ def rank(
     rounding errors count.
     """
     singular_values = spectrum(matrix)
-    size = singular_values[..., 0] if scale is None else torch.as_tensor(scale).to(singular_values)
+    size = singular_values[..., 0]
+    if scale is not None:
+        size = torch.as_tensor(scale, dtype=size.dtype, device=size.device)
     threshold = max(matrix.shape[-2:]) * torch.finfo(singular_values.dtype).eps * size
     return (singular_values > threshold[..., None]).sum(-1)
 

