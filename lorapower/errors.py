@@ -14,7 +14,7 @@ _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 60
 
 
 def brief(value: object) -> str:
-    """Write ``repr(value)`` on one line of at most `LONGEST` characters, long ones in part."""
+    """Write ``repr(value)`` on one line of at most ``LONGEST`` characters, long ones in part."""
     try:
         return _shorten(_SHOWN.repr(value))
     except ValueError:  # Python writes out no integer of thousands of digits

@@ -3,7 +3,7 @@
 Where ``d`` units stand between two factors of larger matrices and the target has rank ``d``,
 ``X̂ Ŷ = X̄ Ȳ`` leaves no choice but ``X̂ = X̄ G^{-1}``, ``Ŷ = G Ȳ`` with a non-singular ``G``. It is
 chosen so that ``X̂ − X`` and ``Ŷ − Y`` have the least ranks. A target of lower rank leaves more
-choices (`_exchanged`).
+choices (``_exchanged``).
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Network(ABC):
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> Self:
-        """The network of other `weights` and, where given, other `biases`, in their order."""
+        """The network of other ``weights`` and, where given, other ``biases``, in their order."""
 
     @abstractmethod
     def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:

@@ -297,7 +297,7 @@ class ResidualTransformer(Stacked):
         return (K @ tokens).mT @ (Q @ tokens + self.b_Q[..., l, :, :, None])
 
     def patterns(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
-        """How tokens, in columns, attend: the softmax of scores, of earlier tokens if `causal`."""
+        """How tokens, in columns, attend: the softmax of scores, of earlier ones if ``causal``."""
         if self.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(-1)
             scores = scores.masked_fill(later, -torch.inf)
