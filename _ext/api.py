@@ -144,15 +144,14 @@ def _show_sizes(app: Sphinx, doctree: nodes.document) -> None:
 def _resolve(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element
 ) -> nodes.Element | None:
-    """The end of a name is enough, if there is one such; other libraries' names are no links."""
+    """The end of a name is enough; other libraries' names are no links."""
     if node["refdomain"] != "py":
         return None
     name, domain = node["reftarget"], cast(PythonDomain, env.get_domain("py"))
-    found = {
-        (entry.docname, entry.node_id) for _, entry in domain.find_obj(env, "", "", name, None, 1)
-    }
-    if len(found) == 1:
-        return make_refnode(app.builder, node["refdoc"], *found.pop(), contnode)
+    ends = dict(domain.find_obj(env, "", "", name, None, 1))
+    if shortest := min(ends, key=lambda end: end.count("."), default=None):
+        entry = ends[shortest]
+        return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode)
     library = name.partition(".")[0] if "." in name else ""
     return contnode if node["reftype"] == "class" or library in sys.modules else None
 

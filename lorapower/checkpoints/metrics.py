@@ -37,7 +37,7 @@ class Moments(NamedTuple):
     inputs : Tensor
         Rows ``Z`` with ``ZᵀZ = C``, the second moment of the inputs: about their mean where a bias
         can make up for that, else about 0. Tokens count by the squared gradient of the network's
-        outputs there, and in part (`EVEN`) all the same.
+        outputs there, and in part (``EVEN``) all the same.
     mean : Tensor
         What was subtracted.
     outputs : Tensor
@@ -209,7 +209,7 @@ def directions(
 def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
     """``R``, upper triangular, with ``RᵀR = G + ρ c I``: the output metric with its ridge.
 
-    ``G`` is the product of the rows, ``c`` its mean diagonal entry and ``ρ`` `RIDGE`. There is none
+    ``G`` is the product of the rows, ``c`` its mean diagonal entry and ``ρ`` ``RIDGE``. There is none
     for ``G = 0``.
     """
     rows = outputs.double()

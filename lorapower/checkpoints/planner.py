@@ -24,7 +24,7 @@ from .pair import KINDS, Adapter, Module, Pair
 
 #: Ways to choose ranks, and the metric in which their factors are best. ``uniform``: one rank for
 #: all, at least 1; ``energy``: an equal share of ``‖ΔW‖²`` (`metrics.by_energy`); ``inputs``: by
-#: the variance of inputs (`metrics.by_inputs`); `PATHS`: by gain for cost (`metrics.allocate`).
+#: the variance of inputs (`metrics.by_inputs`); ``PATHS``: by gain for cost (`metrics.allocate`).
 METHODS: dict[str, Metric] = {
     "uniform": "plain",
     "energy": "plain",
@@ -191,7 +191,7 @@ class Planner:
         return self.adapter(method, self.ranks(method, parameters))
 
     def best(self, parameters: int) -> tuple[str, Adapter, float]:
-        """The method of `PATHS` with the least error on texts for selection, and its adapter."""
+        """The method of ``PATHS`` with the least error on texts for selection, and its adapter."""
         adapters = [self.candidate(method, parameters) for method in PATHS]
         errors = [self.error(adapter) for adapter in adapters]
         i = errors.index(min(errors))
@@ -258,7 +258,7 @@ class Planner:
     def least(self, error: float, method: str) -> int | None:
         """The least number of parameters with at most an error on the texts for selection.
 
-        By bisection along a method of `PATHS`, as if the error fell with more parameters; nothing
+        By bisection along a method of ``PATHS``, as if the error fell with more parameters; nothing
         where the highest ranks do not reach the error.
         """
         allocation = self._allocations[_metric(method)]

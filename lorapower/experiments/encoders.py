@@ -251,7 +251,7 @@ def equal_ranks(model: str, rank: int, head: Head = "own") -> dict[Targets, int]
 def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, " pairs"]:
     """Cosine of the angle between the two texts of each pair: the means over their tokens.
 
-    Raises `InputError` for no pairs, and as `hub.encoder` does.
+    Raises `InputError` for no pairs, and as ``hub.encoder`` does.
     """
     if not pairs:
         raise InputError("pairs", allowed="at least one pair of texts", given="none")

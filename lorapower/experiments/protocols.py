@@ -243,7 +243,7 @@ class Interval(NamedTuple):
 def interval(values: ArrayLike) -> Interval:
     """The mean of ``values`` ``[seeds, texts]`` over other texts and other seeds like these.
 
-    Values are what texts contribute to a score (`tasks.Task.contributions`), or, for two methods
+    Values are what texts contribute to a score (``tasks.Task.contributions``), or, for two methods
     on the same texts and seeds, the difference of both, which pairs them. The variance of the mean
     is ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and texts,
     and limits are those of Student's distribution with Satterthwaite's degrees of freedom. One seed

@@ -75,6 +75,9 @@ def run(
 ) -> pd.DataFrame:
     """Run ``work`` for each setting; a table with one row for each, in their order.
 
+    What ``work`` raises ends the sweep. In each case finished batches are kept, and the same call
+    resumes.
+
     Parameters
     ----------
     settings : sequence of Record
@@ -107,9 +110,6 @@ def run(
     ResultsError
         ``path`` is another kind of file, is damaged, is in use by another sweep or cannot be
         written.
-
-    What ``work`` raises ends the sweep. In each case finished batches are kept, and the same call
-    resumes.
     """
     keys = _keys(settings)
     size = _checks.integer("size", size, 1)
