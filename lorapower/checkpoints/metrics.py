@@ -209,8 +209,8 @@ def directions(
 def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
     """``R``, upper triangular, with ``RᵀR = G + ρ c I``: the output metric with its ridge.
 
-    ``G`` is the product of the rows, ``c`` its mean diagonal entry and ``ρ`` ``RIDGE``. There is none
-    for ``G = 0``.
+    ``G`` is the product of the rows, ``c`` its mean diagonal entry and ``ρ`` is ``RIDGE``. There is
+    none for ``G = 0``.
     """
     rows = outputs.double()
     if not rows.any():
