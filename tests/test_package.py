@@ -112,20 +112,3 @@ def test_docstrings_cite_statements_by_labels_that_exist() -> None:
     known = labels()
     assert {"thm-optimal-adaptation", "thm-partition", "thm-transformer"} <= cited
     assert cited <= known, f"no statement is labelled {sorted(cited - known)}"
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
-def test_docstrings_count_on_no_chapter_numbers(module: Path) -> None:
-    for text in docstrings(module):
-        found = re.search(r"[Cc]hapters? \d", text)
-        assert not found, f"{module.name} cites {found and found.group()}"
-
-
-def test_modules_can_be_read_in_one_go() -> None:
-    long = {
-        module.name
-        for module in MODULES
-        if len(module.read_text(encoding="utf-8").splitlines()) > 450
-    }
-    # The engine says why it is one module.
-    assert long <= {"compiled.py"}

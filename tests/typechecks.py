@@ -1,11 +1,8 @@
 """Annotations that are checked when the package's functions return, shapes by name included.
 
-This is a plugin, ``pytest -p typechecks``, and not for all tests: in those that call small things
-often it takes almost as long as the tests themselves. `test_annotations` runs it on some of them.
-
-A function may be given what its annotations exclude: then it must refuse it itself. So arguments
-are checked, with what is returned, only once a function has returned: what is found then is an
-annotation that is not true.
+This is a plugin, ``pytest -p typechecks``; `test_annotations` runs it on some tests. Functions that
+are given what their annotations exclude refuse it themselves. So arguments are checked only once a
+function has returned: what is found then is an annotation that is not true.
 """
 
 from __future__ import annotations
@@ -47,11 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Beartype, for jaxtyping, which hands it two functions in the place of each of the package's.
-
-    One takes the arguments, before the call; the other, afterwards, takes also what was returned,
-    as a last argument. Only that one is checked.
-    """
+    """Of the two functions that jaxtyping makes of each, check the one called after its return."""
     *_, last = "", *signature(function).parameters
     if not (last.startswith("ret") and last[3:].isdigit()):
         return function
