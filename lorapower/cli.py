@@ -131,12 +131,13 @@ def check(
     """Measure anybody's adapter against the tuned model, on texts that no plan has used."""
     from .adapters import peft
     from .checkpoints import workflow
+    from .checkpoints._measuring import without_nan
 
     measured = _call(workflow.check, context.params)
     carried, size = peft.size(Path(adapter))
     if as_json:
         numbers = measured._asdict() | {"carried": carried, "adapter_bytes": size}
-        _print(workflow.without_nan(numbers))
+        _print(without_nan(numbers))
         return
     title = f"{adapter} against {tuned}"
     console.print(_table(title, [*_carried(carried, size, estimate=False), *_measured(measured)]))
@@ -214,7 +215,7 @@ def _show(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
             f"the nearest is {plan.measured.error:.3g}. Raise --max-rank, or ask for less."
         )
     elif out is not None:
-        from .checkpoints.workflow import megabytes
+        from .checkpoints._measuring import megabytes
 
         size = megabytes(plan.size)
         console.print(f"Written to {out}, {size}, read back with the same error.")
@@ -274,7 +275,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def _carried(numbers: int, size: int, *, estimate: bool) -> list[tuple[str, str]]:
-    from .checkpoints.workflow import megabytes
+    from .checkpoints._measuring import megabytes
 
     return [
         ("numbers carried in all", f"{numbers:,}"),

@@ -8,9 +8,9 @@ from .pair import Pair as Pair
 from .planner import METHODS as METHODS
 from .planner import PATHS as PATHS
 from .planner import Planner as Planner
+from .planner import compare as compare
 from .workflow import Plan as Plan
 from .workflow import check as check
-from .workflow import compare as compare
 from .workflow import extract as extract
 from .workflow import plan as plan
 

@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,13 +69,7 @@ def count(batches: Sequence[Batch]) -> int:
 
 
 def read_texts(path: Path | str) -> list[str]:
-    """Read the texts of a file: one a line, or of ``.jsonl`` the field ``text`` of each line.
-
-    Raises
-    ------
-    InputError
-        For a file that is missing, of another encoding than UTF-8, or without such fields.
-    """
+    """Read the texts of a file: one a line, or of ``.jsonl`` the field ``text`` of each line."""
     file = Path(path)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -411,3 +405,16 @@ def lower_limit(equal: NDArray[np.float64], sizes: NDArray[np.float64]) -> float
         # All alike: as of so many texts with one decision each.
         return float((1 - CONFIDENCE) ** (1 / n)) * share
     return max(0.0, float(share - stats.t.ppf(CONFIDENCE, n - 1) * deviation))
+
+
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing in place of numbers that JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes as a person reads it."""
+    return f"{size / 1e6:.3g} MB"

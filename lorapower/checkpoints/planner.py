@@ -8,19 +8,23 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import _checks
+from .._subnormal import flushing
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from . import _repair, metrics
 from ._measuring import TOKENS, Measured, Reference, Texts, prepare, ratio, scratch_folder
 from .metrics import METRICS, Directions, Metric, Moments
 from .pair import KINDS, Adapter, Module, Pair
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Ways to choose ranks, and the metric in which their factors are best. ``uniform``: one rank for
 #: all, at least 1; ``energy``: an equal share of ``‖ΔW‖²`` (`metrics.by_energy`); ``inputs``: by
@@ -102,9 +106,9 @@ class Planner:
             For texts that are too few or in both parts, and for modules, kinds and sizes that there
             are not.
         """
-        kinds = frozenset(_checks.items("leave", leave, what=f"kinds among {KINDS}"))
-        if strange := kinds - set(KINDS):
-            raise InputError("leave", allowed=f"among {', '.join(KINDS)}", given=min(strange))
+        kinds = _checks.items("leave", leave, what=f"kinds among {KINDS}")
+        if strange := [kind for kind in kinds if kind not in KINDS]:
+            raise InputError("leave", allowed=f"among {', '.join(KINDS)}", given=brief(strange[0]))
         self.options = {
             "modules": modules,
             "leave": sorted(kinds),
@@ -115,7 +119,7 @@ class Planner:
         }
         self.max_rank = _checks.integer("max_rank", max_rank, 1)
         bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
-        self.pair = pair = replace(pair, leave=kinds)
+        self.pair = pair = replace(pair, leave=frozenset(kinds))
         self.seed, self.report = seed, report or (lambda *_: None)
         self.modules = _choose(pair, modules)
         self.texts: Texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
@@ -374,6 +378,49 @@ class Planner:
 
     def _file(self, kind: str, name: str) -> Path:
         return self._folder / f"{kind}-{name}.safetensors"
+
+
+@flushing()
+def compare(
+    planner: Planner,
+    parameters: Sequence[int],
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    repaired: Collection[int] = (),
+    steps: int = STEPS,
+) -> pd.DataFrame:
+    """Measure the errors of methods at equal numbers of parameters.
+
+    Parameters
+    ----------
+    planner : Planner
+        The pair and its texts.
+    parameters : sequence of int
+        Numbers of the factors.
+    methods : sequence of str
+        Among `METHODS`.
+    repaired : collection of int
+        Numbers at which the best method by gain for cost (`Planner.best`) is repaired as well, with
+        so many ``steps`` by gradient.
+
+    Returns
+    -------
+    DataFrame
+        A row for each, with `Measured`'s columns, ``ranks`` by module, and as ``used`` how many
+        parameters they take.
+    """
+    import pandas as pd
+
+    rows = []
+    for asked in parameters:
+        adapters = {method: planner.candidate(method, asked) for method in methods}
+        if asked in repaired:
+            adapters["repaired"] = planner.repair(planner.best(asked)[1], steps=steps)
+        for method, adapter in adapters.items():
+            measured = planner.measure(adapter)._asdict()
+            row = {"method": method, "parameters": asked, "used": adapter.parameters, **measured}
+            rows.append(row | {"ranks": adapter.ranks})
+    return pd.DataFrame(rows)
 
 
 def _metric(method: str) -> Metric:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,15 @@ from .. import _hub as hub
 from .._subnormal import flushing
 from ..adapters import peft
 from ..errors import InputError, LorapowerError, ResultsError
-from ._measuring import TOKENS, Measured, Reference, count, prepare_all
+from ._measuring import (
+    TOKENS,
+    Measured,
+    Reference,
+    count,
+    megabytes,
+    prepare_all,
+    without_nan,
+)
 from .pair import Adapter, Pair
 from .planner import METHODS, STEPS, Planner, Report
 
@@ -384,11 +392,6 @@ def check(
         To which texts are cut off.
     report : callable, optional
         Is told of progress.
-
-    Raises
-    ------
-    InputError
-        For what is not usable.
     """
     pair = Pair.open(base, tuned)
     reference = Reference(prepare_all(pair, texts, tokens=tokens, seed=seed), pair.task)
@@ -411,60 +414,9 @@ def check(
     return measured
 
 
-@flushing()
-def compare(
-    planner: Planner,
-    parameters: Sequence[int],
-    *,
-    methods: Sequence[str] = tuple(METHODS),
-    repaired: Collection[int] = (),
-    steps: int = STEPS,
-) -> pd.DataFrame:
-    """Measure the errors of methods at equal numbers of parameters.
-
-    Parameters
-    ----------
-    planner : Planner
-        The pair and its texts.
-    parameters : sequence of int
-        Numbers of the factors.
-    methods : sequence of str
-        Among `METHODS`.
-    repaired : collection of int
-        Numbers at which the best method by gain for cost (`Planner.best`) is repaired as well, with
-        so many ``steps`` by gradient.
-
-    Returns
-    -------
-    DataFrame
-        A row for each, with `Measured`'s columns, ``ranks`` by module, and as ``used`` how many
-        parameters they take.
-    """
-    import pandas as pd
-
-    rows = []
-    for asked in parameters:
-        adapters = {method: planner.candidate(method, asked) for method in methods}
-        if asked in repaired:
-            adapters["repaired"] = planner.repair(planner.best(asked)[1], steps=steps)
-        for method, adapter in adapters.items():
-            measured = planner.measure(adapter)._asdict()
-            row = {"method": method, "parameters": asked, "used": adapter.parameters, **measured}
-            rows.append(row | {"ranks": adapter.ranks})
-    return pd.DataFrame(rows)
-
-
-def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nothing in place of numbers that JSON does not have."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
-
-
 def _claim(out: Path | str, force: bool) -> Path:
     """The folder to write to, which must not exist, or with ``force`` be an adapter's."""
-    folder = Path(out).expanduser()
+    folder = _checks.path("out", out).expanduser()
     above = next(place for place in folder.absolute().parents if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(
@@ -563,7 +515,7 @@ def _load(folder: Path | str, pair: Pair) -> Any:
     """
     from peft import PeftModel
 
-    if not (Path(folder) / peft.CONFIG).is_file():
+    if not (_checks.path("adapter", folder) / peft.CONFIG).is_file():
         raise InputError("adapter", allowed="a folder with an adapter of peft", given=str(folder))
     network = pair.network()
     nothing = {
@@ -633,8 +585,3 @@ first number is an estimate, the limit is the cautious one.
 
 `report.json` has the rank of each module and how all this was measured.
 """
-
-
-def megabytes(size: int) -> str:
-    """A size in bytes as a person reads it."""
-    return f"{size / 1e6:.3g} MB"
