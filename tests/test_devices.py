@@ -14,13 +14,7 @@ from lorapower import InputError, bounds, lowrank, randomness
 from lorapower.constructions import fnn, linear, partition, transformer
 from lorapower.experiments import digits, synthetic
 from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer
-from lorapower.networks.residual import (
-    ResidualTransformer,
-    aligned,
-    enlarged,
-    relabelled,
-    with_gains,
-)
+from lorapower.networks.rewriting import align, enlarge, relabel, with_gains
 from lorapower.regions import Ball, Box, Region, Samples
 from lorapower.training import Data, Fixed, Fresh, Tuning, minimize, train
 
@@ -274,10 +268,11 @@ def test_networks_on_two_devices() -> None:
 
 
 def test_targets_are_rewritten_where_they_are(device: torch.device) -> None:
+    options: Any = {"residual": True, "norm": "layer"}
     frozen, target = (
-        ResidualTransformer.random(1, 5, 2, hidden=9, purpose=p).to(device=device) for p in "ft"
+        Transformer.random(1, 5, 2, hidden=9, purpose=p, **options).to(device=device) for p in "ft"
     )
-    smaller = ResidualTransformer.random(1, 5, 1, hidden=7, head_size=5).to(device=device)
-    written = [with_gains(target, frozen), aligned(target, frozen), enlarged(smaller, frozen)]
-    written += [relabelled(target, frozen, rescale=rescale) for rescale in (False, True)]
+    smaller = Transformer.random(1, 5, 1, hidden=7, **options).to(device=device)
+    written = [with_gains(target, frozen), align(target, frozen), enlarge(smaller, frozen)]
+    written += [relabel(target, frozen, rescale=rescale) for rescale in (False, True)]
     assert {network.device.type for network in written} == {device.type}

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorapower import InputError, PrecisionError, SingularError, bounds, lowrank, randomness
 from lorapower.adapters import Adapters
 from lorapower.constructions import fnn, linear, partition, transformer
-from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer, segments
+from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer
 from lorapower.regions import Ball, Samples
 
 
@@ -50,7 +50,7 @@ def benign(depth: int, width: int, batch: tuple[int, ...], seed: int) -> FNN:
 def moderate(depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int) -> Transformer:
     """A transformer of well-conditioned matrices."""
     network = Transformer.random(depth, width, heads, batch_shape=batch, seed=seed)
-    matrices = {
+    matrices: Any = {
         name: lowrank.random_matrix(
             width,
             width,
@@ -431,11 +431,13 @@ def test_the_bound_of_transformers_falls_with_the_rank(
 ) -> None:
     frozen, target = (moderate(depth, width, heads, batch, seed + k) for k in (0, 1))
     x = torch.randn(width, 3, generator=randomness.generator(seed, "inputs")).double()
-    cut = segments(frozen, target)
-    found = [
-        bounds.transformer_error(frozen, target, type(cut)(*(gap.error(2 * r) for gap in cut)), x)  # type: ignore[arg-type]
-        for r in range(width + 1)
-    ]
+    cut = frozen.segments(target)
+
+    def bound(rank: int) -> torch.Tensor:
+        errors = cut.map(lambda _, gap: gap.error(2 * rank))
+        return bounds.transformer_error(frozen, target, errors, x)
+
+    found = [bound(rank) for rank in range(width + 1)]
     assert falls(found)
 
 

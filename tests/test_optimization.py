@@ -22,7 +22,6 @@ from lorapower.experiments import sweeps, synthetic
 from lorapower.experiments.synthetic import Fused, Newton, Problem, Recipe, Setting
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
-from lorapower.networks.residual import ResidualTransformer
 from lorapower.training import (
     Fixed,
     Fresh,
@@ -278,7 +277,7 @@ SMALL: dict[str, Any] = {
     "fnn": relu(2, 3),
     "linear": LinearNetwork.random(2, 3),
     "transformer": Transformer.random(1, 3, 1, scale=0.5),
-    "residual": ResidualTransformer.random(1, 4, 1, activation="gelu"),
+    "residual": Transformer.random(1, 4, 1, residual=True, norm="layer", activation="gelu"),
 }
 
 

@@ -15,31 +15,23 @@ from torch import Tensor
 import lorapower
 from lorapower import InputError, bounds, lowrank, randomness
 from lorapower.adapters import Adapters, Tuned
-from lorapower.constructions import fitted, narrow, residual
+from lorapower.constructions import fitted, transformer
+from lorapower.constructions._heads import adapt_narrow
 from lorapower.experiments import residual as trials
-from lorapower.networks import Gap
-from lorapower.networks.residual import (
-    ACTIVATIONS,
-    ResidualTransformer,
-    aligned,
-    basis,
-    enlarged,
-    from_decoder,
-    relabelled,
-    residual_segments,
-    to_decoder,
-    with_gains,
-)
+from lorapower.networks import Gap, Transformer, from_decoder, to_decoder
+from lorapower.networks.rewriting import align, enlarge, relabel, with_gains
+from lorapower.networks.transformer import ACTIVATIONS, PARTS
 from lorapower.training import Fixed, Fresh, Tuning, descend, train
 
-NAMES = ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2")
+NAMES = PARTS["all"]
+PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
 activations = st.sampled_from(sorted(ACTIVATIONS))
 norms = st.sampled_from(["layer", "rms"])
 
 
-def pair(seed: int, *sizes: int, **options: Any) -> tuple[ResidualTransformer, ResidualTransformer]:
+def pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, Transformer]:
     frozen, target = (
-        ResidualTransformer.random(*sizes, seed=seed, purpose=purpose, **options)
+        Transformer.random(*sizes, seed=seed, purpose=purpose, **PRENORM | options)
         for purpose in ("frozen", "target")
     )
     return frozen, target
@@ -49,52 +41,76 @@ def inputs(seed: int, *shape: int) -> Tensor:
     return randomness.normal(randomness.generator(seed, "inputs in tests"), *shape)
 
 
-def relative(network: ResidualTransformer, target: ResidualTransformer, x: Tensor) -> float:
-    wanted, found = target(x), network(network.filled(x))
+def relative(network: Transformer, target: Transformer, x: Tensor) -> float:
+    wanted, found = target(x), network(network.fill(x))
     if not network.final_norm:
-        torch.testing.assert_close(found, network.filled(found[..., : target.width, :]))
+        torch.testing.assert_close(found, network.fill(found[..., : target.width, :]))
     return float((found[..., : target.width, :] - wanted).square().mean() / wanted.var())
 
 
-def by_hand(network: ResidualTransformer, z: Tensor) -> Tensor:
+def by_hand(network: Transformer, z: Tensor) -> Tensor:
     """The definition, token by token."""
+    p = network.parts
 
-    def norm(z: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    def norm(z: Tensor, place: str, l: Any) -> Tensor:
+        if network.norm is None:
+            return z
         columns = []
         for token in z.mT:
             one = token - token.mean() if network.norm == "layer" else token
+            g, s = p[f"g_{place}"][l], p[f"s_{place}"][l]
             columns.append(g * one / (one.square().mean() + network.eps).sqrt() + s)
         return torch.stack(columns, 1)
 
     for l in range(network.depth):
-        n = norm(z, network.g_1[l], network.s_1[l])
-        u = z + network.b_O[l][:, None]
+        n = norm(z, "1", l)
+        u = z.clone() if network.residual else torch.zeros_like(z)
+        u += p["b_O"][l][:, None] if "b_O" in p else 0
         for h in range(network.heads):
-            queries = network.W_Q[l, h] @ n + network.b_Q[l, h][:, None]
+            queries = p["W_Q"][l, h] @ n + (p["b_Q"][l, h][:, None] if "b_Q" in p else 0)
             for j in range(z.shape[1]):
                 seen = n[:, : j + 1] if network.causal else n
-                p = ((network.W_K[l, h] @ seen).mT @ queries[:, j]).softmax(0)
-                u[:, j] += network.W_O[l, h] @ network.W_V[l, h] @ (seen @ p)
-        hidden = network.W_1[l] @ norm(u, network.g_2[l], network.s_2[l]) + network.b_1[l][:, None]
-        act = ACTIVATIONS[network.activation]
-        z = u + network.W_2[l] @ act(hidden) + network.b_2[l][:, None]
-    return norm(z, network.g_f, network.s_f) if network.final_norm else z
+                pattern = ((p["W_K"][l, h] @ seen).mT @ queries[:, j]).softmax(0)
+                u[:, j] += p["W_O"][l, h] @ p["W_V"][l, h] @ (seen @ pattern)
+        hidden = p["W_1"][l] @ norm(u, "2", l) + p["b_1"][l][:, None]
+        made = p["W_2"][l] @ ACTIVATIONS[network.activation](hidden) + p["b_2"][l][:, None]
+        z = u + made if network.residual else made
+    if "W_out" in p:
+        return p["W_out"] @ z
+    return norm(z, "f", ...) if network.final_norm else z
 
 
 @given(
-    st.integers(1, 2), st.integers(1, 6), activations, norms, st.booleans(), st.booleans(), seeds
+    st.integers(1, 2),
+    st.integers(1, 6),
+    activations,
+    st.none() | norms,
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    seeds,
 )
 def test_it_computes_what_the_definition_says(
-    depth: int, width: int, activation: Any, norm: Any, causal: bool, final: bool, seed: int
+    depth: int,
+    width: int,
+    activation: Any,
+    norm: Any,
+    residual: bool,
+    causal: bool,
+    final: bool,
+    seed: int,
 ) -> None:
-    options = {"activation": activation, "norm": norm, "causal": causal, "final_norm": final}
-    network = ResidualTransformer.random(depth, width, 2, head_size=3, seed=seed, **options)
+    options = {"activation": activation, "norm": norm, "residual": residual, "causal": causal}
+    options["final_norm"] = final and norm is not None
+    network = Transformer.random(
+        depth, width, 2, head_size=3, hidden=width + 2, seed=seed, **options
+    )
     x = inputs(seed, width, 4)
     torch.testing.assert_close(network(x), by_hand(network, x.clone()))
 
 
 def test_members_of_a_batch_are_networks() -> None:
-    many = ResidualTransformer.random(2, 5, 2, batch_shape=(3, 1), final_norm=True)
+    many = Transformer.random(2, 5, 2, batch_shape=(3, 1), final_norm=True, **PRENORM)
     x = inputs(0, 4, 5, 6)
     torch.testing.assert_close(many(x)[2, 1], many[2, 0](x[1]))
     again = many.with_parameters(many.weights, many.biases)
@@ -104,9 +120,9 @@ def test_members_of_a_batch_are_networks() -> None:
 
 
 def test_a_constant_token_has_no_direction() -> None:
-    network = ResidualTransformer.random(1, 4, 1, eps=0.0)
+    network = Transformer.random(1, 4, 1, eps=0.0, **PRENORM)
     x = torch.ones(4, 1).double()
-    assert not network.normalized(x).any()
+    assert not network.normalize(x).any()
     assert network(x).isfinite().all()
 
 
@@ -142,7 +158,7 @@ def test_modules_of_transformers_compute_the_same(kind: str) -> None:
         network = from_decoder(module)
         scale = float(shown(module).abs().max())
         assert float((network(z.mT).mT - shown(module)).abs().max()) <= 1e-6 * scale
-        other = ResidualTransformer.random(
+        other = Transformer.random(
             2,
             16,
             2,
@@ -152,12 +168,13 @@ def test_modules_of_transformers_compute_the_same(kind: str) -> None:
             final_norm=True,
             causal=True,
             dtype=torch.float32,
+            **PRENORM,
         )
         copied = to_decoder(other, module)
         scale = float(shown(copied).abs().max())
         assert float((other(z.mT).mT - shown(copied)).abs().max()) <= 1e-6 * scale
     with pytest.raises(InputError, match="module must be of sizes"):
-        to_decoder(ResidualTransformer.random(1, 16, 2, dtype=torch.float32), module)
+        to_decoder(Transformer.random(1, 16, 2, dtype=torch.float32, **PRENORM), module)
 
 
 def test_other_modules_are_refused() -> None:
@@ -185,15 +202,15 @@ def test_written_otherwise_it_is_the_same_function(
     frozen, target = pair(seed, depth, width, 2, hidden=hidden, **options)
     x = inputs(seed, 3, width, 4)
     wanted = target(x)
-    others = [with_gains(target, frozen), relabelled(target, frozen)]
+    others = [with_gains(target, frozen), relabel(target, frozen)]
     if activation == "relu":
-        others.append(relabelled(target, frozen, rescale=True))
-    larger = ResidualTransformer.random(
-        depth + 1, width, 3, hidden=hidden + 3, seed=seed, purpose="large", **options
+        others.append(relabel(target, frozen, rescale=True))
+    larger = Transformer.random(
+        depth + 1, width, 3, hidden=hidden + 3, seed=seed, purpose="large", **PRENORM | options
     )
-    others.append(enlarged(target, larger, range(2, depth + 2)))
+    others.append(enlarge(target, larger, range(2, depth + 2)))
     if activation == "relu" and hidden > width:
-        others.append(aligned(target, frozen, seed=seed))
+        others.append(align(target, frozen, seed=seed))
     for other in others:
         torch.testing.assert_close(other(x), wanted, rtol=1e-9, atol=1e-9)
     assert torch.equal(others[0].g_1, frozen.g_1)
@@ -213,7 +230,7 @@ def test_permuted_and_rescaled_units_are_found_again(
     parts["W_1"] = scale[:, None] * network.W_1[:, order]
     parts["b_1"] = scale * network.b_1[:, order]
     parts["W_2"] = network.W_2[:, :, order] / scale
-    found = relabelled(ResidualTransformer(**parts, **network.settings), network, rescale=relu)
+    found = relabel(Transformer(**parts, **network.settings), network, rescale=relu)
     for name in ("W_1", "b_1", "W_2"):
         torch.testing.assert_close(getattr(found, name), getattr(network, name))
 
@@ -226,23 +243,23 @@ def test_a_permuted_target_needs_the_rank_of_its_change() -> None:
     left, right = (0.1 * randomness.normal(draw, 2, n, 1) for n in (9, 6))
     parts["W_1"] = (parts["W_1"] + left @ right.mT)[:, order]
     parts["b_1"], parts["W_2"] = parts["b_1"][:, order], parts["W_2"][:, :, order]
-    target = ResidualTransformer(**parts, **frozen.settings)
-    assert bounds.residual.ranks(frozen, target).inner.tolist() == [5, 5]
-    found = bounds.residual.ranks(frozen, relabelled(target, frozen))
+    target = Transformer(**parts, **frozen.settings)
+    assert bounds.transformer_ranks(frozen, target).inner.tolist() == [5, 5]
+    found = bounds.transformer_ranks(frozen, relabel(target, frozen))
     assert found.inner.tolist() == [1, 1]
     assert not found.outer.any()
     with pytest.raises(InputError, match="rescale must be False for gelu"):
-        relabelled(target, frozen, rescale=True)
+        relabel(target, frozen, rescale=True)
 
 
 def adapted(
-    frozen: ResidualTransformer, target: ResidualTransformer, **less: int
-) -> residual.ResidualAdaptation:
-    needed = [int(part.max()) for part in bounds.residual.ranks(frozen, target)]
+    frozen: Transformer, target: Transformer, **less: int
+) -> transformer.TransformerAdaptation:
+    needed = [int(part.max()) for part in bounds.transformer_ranks(frozen, target).values()]
     each = (needed[0], needed[0], needed[1], needed[1], needed[2], needed[3])
     ranks = dict(zip(NAMES, each, strict=True))
     ranks |= {name: ranks[name] - by for name, by in less.items()}
-    return residual.adapt(frozen, target, ranks, throw=not less)
+    return transformer.adapt(frozen, target, ranks, throw=not less)
 
 
 @given(
@@ -276,7 +293,7 @@ def test_the_ranks_of_the_theorem_are_exact(
     x = inputs(seed, 5, width, 4)
     merged = found.adapters.merge(frozen)
     # Rounding grows with the condition of what is solved.
-    worst = max(float(p.condition_numbers.max()) for p in (found.query_key, found.value_output))
+    worst = max(float(p.condition_numbers.max()) for p in found.solutions.values())
     assert relative(merged, target, x) < max(1e-20, (1e-15 * worst) ** 2)
     torch.testing.assert_close(merged.g_1, target.g_1)
     for update, name in zip(found.adapters.updates, frozen.weight_names, strict=True):
@@ -306,20 +323,20 @@ def test_a_target_of_low_rank_takes_low_rank() -> None:
     kinds = [name.split()[0] for name in frozen.weight_names]
     weights = [near(w, ranks[k]) for w, k in zip(frozen.weights, kinds, strict=True)]
     target = frozen.with_parameters(weights)
-    needed = bounds.residual.ranks(frozen, target)
-    assert [int(part.max()) for part in needed] == [1, 2, 3, 2]
+    needed = bounds.transformer_ranks(frozen, target)
+    assert [int(part.max()) for part in needed.values()] == [1, 2, 3, 2]
     found = adapted(frozen, target)
     assert relative(found.adapters.merge(frozen), target, inputs(0, 9, 8, 5)) < 1e-20
 
 
 def test_batches_are_adapted_member_by_member() -> None:
-    frozen = ResidualTransformer.random(1, 5, 2, batch_shape=(3,), purpose="frozen")
-    target = ResidualTransformer.random(1, 5, 2, purpose="target")
-    found = residual.adapt(frozen, target, 5)
+    frozen = Transformer.random(1, 5, 2, batch_shape=(3,), purpose="frozen", **PRENORM)
+    target = Transformer.random(1, 5, 2, purpose="target", **PRENORM)
+    found = transformer.adapt(frozen, target, 5)
     x = inputs(0, 4, 5, 3)
     merged = found.adapters.merge(frozen)
     for member in range(3):
-        alone = residual.adapt(frozen[member], target, 5).adapters.merge(frozen[member])
+        alone = transformer.adapt(frozen[member], target, 5).adapters.merge(frozen[member])
         torch.testing.assert_close(merged[member](x), target(x))
         torch.testing.assert_close(alone(x), target(x))
 
@@ -331,20 +348,22 @@ def test_narrower_tokens(norm: Any, final: bool) -> None:
         options: Any = {"norm": norm, "final_norm": final, "head_size": head_size}
         _, target = pair(1, 2, 5, 2, **options)
         frozen, _ = pair(2, 3, 7, 3, hidden=13, eps=5e-5 / 7, **options)
-        grown = enlarged(target, frozen, [1, 3])
+        grown = enlarge(target, frozen, [1, 3])
         found = adapted(frozen, grown)
         assert relative(found.adapters.merge(frozen), target, inputs(1, 6, 5, 4)) < 1e-20
     options = {"norm": norm, "final_norm": final, "head_size": 6, "hidden": 8}
-    frozen, target = (ResidualTransformer.random(1, D, 1, eps=5e-5 / D, **options) for D in (7, 5))
+    frozen, target = (
+        Transformer.random(1, D, 1, eps=5e-5 / D, **PRENORM | options) for D in (7, 5)
+    )
     with pytest.raises(InputError, match="query size must be at most"):
-        residual.adapt(frozen, target, 5)
+        transformer.adapt(frozen, target, 5)
 
 
 def test_narrower_tokens_need_a_smaller_epsilon() -> None:
     frozen, _ = pair(2, 2, 7, 2, hidden=10, norm="rms")
     _, target = pair(1, 2, 5, 2, hidden=10, norm="rms", head_size=7)
     with pytest.raises(InputError, match="with eps"):
-        residual_segments(frozen, target)
+        frozen.segments(target)
 
 
 @pytest.mark.parametrize("head_size", [3, 6])
@@ -354,10 +373,10 @@ def test_surplus_heads_cost_their_attention_and_surplus_blocks_nothing(head_size
     _, target = pair(0, 1, 6, 1, hidden=9, **options)
     least = -(-min(head_size, 5) // 2)
     for place in (1, 2, 3):
-        grown = enlarged(target, frozen, [place])
-        needed = bounds.residual.ranks(frozen, grown)
+        grown = enlarge(target, frozen, [place])
+        needed = bounds.transformer_ranks(frozen, grown)
         surplus = [l for l in range(3) if l + 1 != place]
-        for part in needed:
+        for part in needed.values():
             assert not part[surplus].any()
         assert (needed.value_output[place - 1, 1:] == least).all()
         assert not needed.query_key[place - 1, 1:].any()
@@ -373,14 +392,14 @@ def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -
     names = zip(target.weight_names, target.weights, strict=True)
     flat = target.with_parameters([0 * w if n[:3] == "W_Q" else w for n, w in names])
     ranks = dict.fromkeys(NAMES, 6) | dict.fromkeys(NAMES[:4], min(rank, head_size))
-    found = residual.adapt(frozen, flat, ranks, throw=False)
-    exact = all(float(part.max()) < 1e-9 for part in found.errors)
+    found = transformer.adapt(frozen, flat, ranks, throw=False)
+    exact = all(float(part.max()) < 1e-9 for part in found.errors.values())
     if exact and found.success:
         assert relative(found.adapters.merge(frozen), flat, inputs(seed, 9, 6, 4)) < 1e-18
     elif not found.success:
         refused = "non-singular on what norms let through|exactly or not at all"
         with pytest.raises(InputError, match=refused):
-            residual.adapt(frozen, flat, ranks)
+            transformer.adapt(frozen, flat, ranks)
 
 
 def test_attention_that_cannot_reach_the_floor_is_refused() -> None:
@@ -389,25 +408,25 @@ def test_attention_that_cannot_reach_the_floor_is_refused() -> None:
     for name in ("W_V", "g_1"):
         parts = {n: getattr(frozen, n) for n in (*NAMES, *frozen.bias_kinds)}
         parts[name] = torch.zeros_like(parts[name])
-        flat = ResidualTransformer(**parts, **frozen.settings)
+        flat = Transformer(**parts, **frozen.settings)
         with pytest.raises(InputError, match="of full rank"):
-            residual.attention_only(flat, target, tokens)
+            transformer.attention_only(flat, target, tokens)
 
 
 def test_a_head_of_nothing_is_silenced_with_just_enough_rank() -> None:
     frozen, _ = pair(0, 1, 6, 1, head_size=3)
-    grown = enlarged(pair(0, 1, 6, 1, head_size=3)[1], frozen)
+    grown = enlarge(pair(0, 1, 6, 1, head_size=3)[1], frozen)
     silent = grown.with_parameters(
         [
             w * (not n.startswith(("W_V", "W_O")))
             for n, w in zip(grown.weight_names, grown.weights, strict=True)
         ]
     )
-    gap = residual_segments(frozen, silent).value_output
+    gap = frozen.segments(silent).value_output
     for inner, outer in ((3, 0), (0, 3), (1, 2)):
-        found = narrow.adapt(gap, inner, outer)
+        found = adapt_narrow(gap, inner, outer)
         assert found.rounding_error.max() < 1e-12
-    assert narrow.adapt(gap, 1, 1).rounding_error.max() > 1e-3
+    assert adapt_narrow(gap, 1, 1).rounding_error.max() > 1e-3
 
 
 def test_a_silent_head_takes_the_rank_of_its_product() -> None:
@@ -418,12 +437,12 @@ def test_a_silent_head_takes_the_rank_of_its_product() -> None:
     parts = {name: getattr(frozen, name) for name in (*NAMES, *frozen.bias_kinds)}
     # Both have rank 4, and a single unit in common.
     parts["W_O"], parts["W_V"] = Q[:, :4].mT[None, None], Q[:, 3:7][None, None]
-    silent = ResidualTransformer(**parts | {"W_V": 0 * parts["W_V"]}, **frozen.settings)
-    frozen = ResidualTransformer(**parts, **frozen.settings)
-    assert bounds.residual.ranks(frozen, silent).value_output.tolist() == [[1]]
+    silent = Transformer(**parts | {"W_V": 0 * parts["W_V"]}, **frozen.settings)
+    frozen = Transformer(**parts, **frozen.settings)
+    assert bounds.transformer_ranks(frozen, silent).value_output.tolist() == [[1]]
     for ranks in ({"W_V": 1, "W_O": 0}, {"W_V": 0, "W_O": 1}):
         each = dict.fromkeys(NAMES, 0) | ranks
-        found = residual.adapt(frozen, silent, each)
+        found = transformer.adapt(frozen, silent, each)
         assert relative(found.adapters.merge(frozen), silent, inputs(0, 9, 4, 5)) < 1e-20
 
 
@@ -441,17 +460,17 @@ def test_the_table_of_inner_ranks(
 ) -> None:
     for gains, least in ((False, frozen_from), (True, tuned_from)):
         kind = {"activation": activation, "norm": norm, "gains": gains}
-        assert bounds.residual.inner_rank(8, least, **kind) == ranks
-        assert bounds.residual.inner_rank(8, least - 1, **kind) < ranks
+        assert bounds.inner_rank(8, least, **kind) == ranks
+        assert bounds.inner_rank(8, least - 1, **kind) < ranks
 
 
 @given(st.integers(4, 9), st.integers(0, 12), norms, seeds)
 def test_alignment_attains_the_inner_rank(width: int, more: int, norm: Any, seed: int) -> None:
     hidden = 3 * width - 4 + more
     frozen, target = pair(seed, 2, width, 1, hidden=hidden, norm=norm)
-    best = aligned(target, frozen, seed=seed)
-    least = bounds.residual.inner_rank(width, hidden, norm=norm)
-    assert bounds.residual.ranks(frozen, best).inner.tolist() == [least, least]
+    best = align(target, frozen, seed=seed)
+    least = bounds.inner_rank(width, hidden, norm=norm)
+    assert bounds.transformer_ranks(frozen, best).inner.tolist() == [least, least]
     assert best.W_2.isfinite().all()
     found = adapted(frozen, best)
     x = inputs(seed, 5, width, 3)
@@ -463,12 +482,12 @@ def test_alignment_attains_the_inner_rank(width: int, more: int, norm: Any, seed
 @pytest.mark.parametrize("depths", [(1, 1), (2, 1), (1, 3)])
 def test_the_floor_is_what_outputs_far_out_leave(depths: tuple[int, int]) -> None:
     frozen, target = (
-        ResidualTransformer.random(L, 6, 1, hidden=9, purpose=purpose)
+        Transformer.random(L, 6, 1, hidden=9, purpose=purpose, **PRENORM)
         for L, purpose in zip(depths, ("frozen", "target"), strict=True)
     )
     v = inputs(0, 6, 4000)
-    floor = bounds.residual.attention_floor(frozen, target, v)
-    n = bounds.residual.directions(frozen, target, v)
+    floor = bounds.attention_floor(frozen, target, v)
+    n = bounds.directions(frozen, target, v)
     x = 1e6 * n.mT[..., None]
     gap = (target(x) - frozen(x))[..., 0].numpy()
     # Least squares on what the networks put out themselves.
@@ -476,8 +495,8 @@ def test_the_floor_is_what_outputs_far_out_leave(depths: tuple[int, int]) -> Non
     solution, *_ = np.linalg.lstsq(rows, gap, rcond=None)
     left = np.square(gap - rows @ solution).sum() / (len(x) - 6) / 6
     assert float(floor.value) == pytest.approx(left, rel=1e-4)
-    best = residual.attention_only(frozen, target, v).merge(frozen)
-    errors = [float(residual.far_error(best, target, v, c)[0]) for c in (1e2, 1e4, 1e6)]
+    best = transformer.attention_only(frozen, target, v).merge(frozen)
+    errors = [float(transformer.far_error(best, target, v, c)[0]) for c in (1e2, 1e4, 1e6)]
     assert errors[0] > errors[1] > errors[2] * (1 - 1e-6)
     assert errors[2] == pytest.approx(float(floor.value), rel=4e-3)
     for name in ("W_1", "b_1", "W_2", "g_1", "s_1", "g_2", "s_2"):
@@ -487,17 +506,17 @@ def test_the_floor_is_what_outputs_far_out_leave(depths: tuple[int, int]) -> Non
 def test_no_change_of_attention_is_below_the_floor() -> None:
     frozen, target = pair(3, 1, 5, 1, hidden=8, activation="gelu")
     v = inputs(3, 5, 6000)
-    floor = bounds.residual.attention_floor(frozen, target, v)
+    floor = bounds.attention_floor(frozen, target, v)
     for seed in range(8):
         draw = randomness.generator(seed, "any attention")
         free = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_O", "b_2", "g_1", "s_1")
         parts = {name: getattr(frozen, name) for name in (*NAMES, *frozen.bias_kinds)}
-        start = residual.attention_only(frozen, target, v).merge(frozen) if seed % 2 else frozen
+        start = transformer.attention_only(frozen, target, v).merge(frozen) if seed % 2 else frozen
         for name in free:
             own = getattr(start, name)
             parts[name] = own + 0.05 * randomness.normal(draw, *own.shape)
-        other = ResidualTransformer(**parts, **frozen.settings)
-        error, spread = residual.far_error(other, target, v, 1e5)
+        other = Transformer(**parts, **frozen.settings)
+        error, spread = transformer.far_error(other, target, v, 1e5)
         assert error > floor.value - spread
 
 
@@ -505,7 +524,7 @@ def test_the_floor_of_equal_feed_forward_layers_is_zero() -> None:
     frozen, _ = pair(0, 2, 5, 1)
     names = zip(frozen.weight_names, frozen.weights, strict=True)
     target = frozen.with_parameters([2 * w if n[:3] == "W_V" else w for n, w in names])
-    assert bounds.residual.attention_floor(frozen, target, inputs(0, 5, 99)).value < 1e-28
+    assert bounds.attention_floor(frozen, target, inputs(0, 5, 99)).value < 1e-28
 
 
 def test_fits_are_exact_at_the_threshold_and_never_worse_than_the_theorem() -> None:
@@ -519,7 +538,7 @@ def test_fits_are_exact_at_the_threshold_and_never_worse_than_the_theorem() -> N
             choosing = held_out[:150]
             wanted = found.fits[0].fused.goal(choosing)
             ranks = dict.fromkeys(NAMES, rank)
-            plain = residual.adapt(frozen, target, ranks, throw=False).adapters.merge(frozen)
+            plain = transformer.adapt(frozen, target, ranks, throw=False).adapters.merge(frozen)
             worst = float((plain(choosing) - wanted).square().mean())
             assert found.fits[0].error(choosing, wanted) <= worst * (1 + 1e-9)
             carried = found.adapters.merge(frozen)
@@ -614,10 +633,11 @@ def test_experiments_measure_every_way() -> None:
 
 def test_segments_read_what_norms_let_through() -> None:
     _, target = pair(0, 1, 5, 1)
-    V = basis(target)
+    V = target.basis()
     torch.testing.assert_close(V.mT @ V, torch.eye(4).double())
     assert torch.linalg.vector_norm(V.sum(0)) < 1e-12
-    gap: Gap = residual_segments(*pair(0, 1, 5, 1)).inner
+    frozen, target = pair(0, 1, 5, 1)
+    gap: Gap = frozen.segments(target).inner
     assert gap.frozen.widths == (4, 5, 10)
 
 
@@ -633,9 +653,9 @@ def test_the_front_door_takes_them() -> None:
     found = lorapower.adapt(frozen, target, 6)
     torch.testing.assert_close(found.adapters.merge(frozen)(x), target(x))
     needed = lorapower.rank_for_error(frozen, target, 1e-9, x, by="trial")
-    most = max(int(part.max()) for part in bounds.residual.ranks(frozen, target))
+    most = max(int(part.max()) for part in bounds.transformer_ranks(frozen, target).values())
     assert int(needed.rank) == most
-    with pytest.raises(InputError, match='by must be "trial" for a ResidualTransformer'):
+    with pytest.raises(InputError, match='by must be "trial"'):
         lorapower.rank_for_error(frozen, target, 1e-9, x)
     with pytest.raises(InputError, match="inputs must be left out"):
         lorapower.adapt(frozen, target, 6, x)

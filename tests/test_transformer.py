@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,10 +15,12 @@ from scipy.optimize import least_squares
 from strategies import batch_shapes, dtypes, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
-from lorapower.constructions import narrow, transformer
-from lorapower.networks import Gap, Transformer, segments
+from lorapower.constructions import transformer
+from lorapower.constructions._heads import adapt_narrow
+from lorapower.networks import Gap, Transformer
 
-FULL = dict.fromkeys(transformer.ADAPTED, 4)
+ADAPTED = Transformer.random(1, 1, 1).adapted_kinds
+FULL = dict.fromkeys(ADAPTED, 4)
 
 
 def tokens(network: Transformer, length: int = 7, *, seed: int = 0, sequences: int = 5) -> Any:
@@ -30,7 +32,7 @@ def tokens(network: Transformer, length: int = 7, *, seed: int = 0, sequences: i
 
 def reference(network: Transformer, x: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     """One sequence through one network in numpy, token by token: ReLU inputs, and outputs."""
-    p = {field.name: getattr(network, field.name).double().numpy() for field in fields(network)}
+    p = {kind: part.double().numpy() for kind, part in network.parts.items()}
     z, seen = x.astype(float), []
     for l in range(network.depth):
         attention = np.zeros_like(z)
@@ -107,8 +109,8 @@ def test_weights_one_by_one_are_the_network(
     network = Transformer.random(depth, 3, heads, head_size=2, batch_shape=batch, seed=seed)
     assert len(network.weights) == len(network.weight_names) == depth * (4 * heads + 2) + 1
     again = network.with_parameters(network.weights, network.biases)
-    for field in fields(network):
-        assert torch.equal(getattr(again, field.name), getattr(network, field.name))
+    for kind, part in network.parts.items():
+        assert torch.equal(again.parts[kind], part)
     names = dict(zip(network.weight_names, network.weights, strict=True))
     last = names[f"W_K of block {depth}, head {heads}"]
     assert torch.equal(last, network.W_K[..., -1, -1, :, :])
@@ -219,11 +221,11 @@ def test_condition_numbers_single_out_the_hard_networks() -> None:
     assert solution.shift_condition_numbers[5, 0] == pytest.approx(1e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("starved", transformer.ADAPTED)
+@pytest.mark.parametrize("starved", ADAPTED)
 def test_every_segment_needs_its_rank(starved: str) -> None:
     frozen, target = (Transformer.random(2, 6, 2, scale=0.4, seed=s) for s in (1, 2))
     x = tokens(frozen)
-    ranks = dict.fromkeys(transformer.ADAPTED, 3)
+    ranks = dict.fromkeys(ADAPTED, 3)
     exact = transformer.adapt(frozen, target, ranks).adapters.merge(frozen)
     less = transformer.adapt(frozen, target, ranks | {starved: 2}).adapters.merge(frozen)
     assert relative_error(exact, target, x) < 1e-16
@@ -237,7 +239,7 @@ def test_a_segment_that_is_reached_needs_nothing() -> None:
     assert ranks.query_key.tolist() == [[0, 0]]
     assert ranks.value_output.tolist() == [[3, 3]]
     assert ranks.output == 3
-    each = dict.fromkeys(transformer.ADAPTED, 3) | {"W_Q": 0, "W_K": 0}
+    each = dict.fromkeys(ADAPTED, 3) | {"W_Q": 0, "W_K": 0}
     solution = transformer.adapt(frozen, target, each)
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
 
@@ -270,7 +272,7 @@ def test_narrow_heads_close_to_the_target_need_what_the_proposition_says() -> No
     ranks = bounds.transformer_ranks(frozen, target)
     # All of the difference lies in W_Q: an adapter of W_K cannot take half of it.
     assert ranks.query_key.tolist() == [[1]]
-    each = dict.fromkeys(transformer.ADAPTED, 0) | {"W_Q": 1}
+    each = dict.fromkeys(ADAPTED, 0) | {"W_Q": 1}
     solution = transformer.adapt(frozen, target, each)
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
     with pytest.raises(InputError, match="ranks of W_Q and W_K must be at least 1 and 0"):
@@ -318,7 +320,7 @@ def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, colu
     for inner, outer in product(range(4), repeat=2):
         enough = inner >= needed.inner and outer >= needed.outer
         enough = enough and inner + outer >= needed.together
-        missed = float(narrow.adapt(gap, inner, outer).rounding_error)
+        missed = float(adapt_narrow(gap, inner, outer).rounding_error)
         assert (missed < 1e-10) if enough else (missed > 1e-4)
         if not enough:
             assert searched(gap, inner, outer) > 1e-7
@@ -338,7 +340,7 @@ def test_narrow_heads_of_two_ranks_are_adapted_in_one_batch() -> None:
     assert bounds.pair_ranks(both).inner.tolist() == [
         int(bounds.pair_ranks(gap).inner) for gap in gaps
     ]
-    assert (narrow.adapt(both, 3, 3).rounding_error < 1e-10).all()
+    assert (adapt_narrow(both, 3, 3).rounding_error < 1e-10).all()
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
@@ -467,7 +469,7 @@ def test_unusable_weights_are_refused() -> None:
     )
     assert wide(tokens(wide)).shape == (5, 4, 7)
     with pytest.raises(InputError, match="W_1 must be square"):
-        segments(wide, wide)
+        wide.segments(wide)
 
 
 @pytest.mark.parametrize(
@@ -512,6 +514,5 @@ def test_segments_are_missed_by_what_is_predicted_of_them(
     for rank in range(width + 1):
         predicted = bounds.transformer_errors(frozen, target, rank)
         found = transformer.adapt(frozen, target, rank, throw=False)
-        parts = (found.query_key, found.value_output, found.output)
-        for wanted, part in zip(predicted, parts, strict=True):
-            torch.testing.assert_close(part.spectral_error, wanted)
+        for name, part in found.solutions.items():
+            torch.testing.assert_close(part.spectral_error, predicted[name])

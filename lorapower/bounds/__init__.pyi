@@ -1,4 +1,3 @@
-from . import residual as residual
 from . import samples as samples
 from .data import first_order as first_order
 from .data import variance as variance
@@ -12,7 +11,11 @@ from .layers import fnn_error_on as fnn_error_on
 from .layers import fnn_threshold as fnn_threshold
 from .layers import linear_error as linear_error
 from .layers import linear_threshold as linear_threshold
+from .transformer import AttentionFloor as AttentionFloor
 from .transformer import PairRanks as PairRanks
+from .transformer import attention_floor as attention_floor
+from .transformer import directions as directions
+from .transformer import inner_rank as inner_rank
 from .transformer import pair_ranks as pair_ranks
 from .transformer import transformer_error as transformer_error
 from .transformer import transformer_errors as transformer_errors

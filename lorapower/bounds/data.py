@@ -14,8 +14,7 @@ from .. import _checks
 from ..networks.base import Network
 from ..networks.fnn import FNN
 from ..networks.linear import LinearNetwork
-from ..networks.residual.network import ResidualTransformer
-from ..networks.transformer import Transformer, fed_forward, mixed, scores
+from ..networks.transformer import Transformer
 
 # From what one stage of a network leaves to what the next one leaves.
 _Stage = Callable[..., tuple[Tensor, ...]]
@@ -41,11 +40,12 @@ def first_order(
     inputs : Tensor
         Columns ``[in, samples]``, of transformers sequences ``[..., width, tokens]``.
     """
-    _checks.kind(LinearNetwork, FNN, Transformer, ResidualTransformer, adapted=adapted)
+    _checks.kind(LinearNetwork, FNN, Transformer, adapted=adapted)
     _checks.kind(type(adapted), target=target)
     _checks.same_sizes(adapted, target)
     state: tuple[Tensor, ...] = (target.as_inputs(inputs, "inputs"),)
-    stages, moved = _stages(adapted), torch.zeros(())
+    moved = torch.zeros((), dtype=target.dtype, device=target.device)
+    stages = _stages(adapted)
     for s, target_stage in enumerate(_stages(target)):
         reached, state = stages[s](*state), target_stage(*state)
 
@@ -71,8 +71,6 @@ def _stages(network: Network) -> list[_Stage]:
     """A network cut where segments end; together the stages are the network."""
     if isinstance(network, Transformer):
         return _transformer(network)
-    if isinstance(network, ResidualTransformer):
-        return _residual(network)
     if isinstance(network, FNN):
         return _fnn(network)
     return [lambda x: (network(x),)]
@@ -92,21 +90,20 @@ def _fnn(network: FNN) -> list[_Stage]:
 def _transformer(network: Transformer) -> list[_Stage]:
     stages: list[_Stage] = []
     for l in range(network.depth):
-        stages += [
-            lambda z, l=l: (scores(network, l, z), z),
-            lambda attending, z, l=l: (mixed(network, l, z, attending),),
-            lambda hidden, l=l: (fed_forward(network, l, hidden),),
-        ]
-    return [*stages, lambda z: (network.W_out @ z,)]
+        stages.append(lambda z, l=l: (network.scores(l, network.reads(z, "1", l)), z))
 
+        def attend(scores: Tensor, z: Tensor, l: int = l) -> tuple[Tensor]:
+            return (network.attend(l, z, network.patterns(scores)),)
 
-def _residual(network: ResidualTransformer) -> list[_Stage]:
-    stages: list[_Stage] = []
-    for l in range(network.depth):
-        stages += [
-            lambda z, l=l: (network.scores(l, network.reads(z, "1", l)), z),
-            lambda attending, z, l=l: (network.attended(l, z, network.patterns(attending)),),
-            lambda u, l=l: (network.hidden(l, u), u),
-            lambda hidden, u, l=l: (network.fed_forward(l, u, hidden),),
-        ]
-    return [*stages, lambda z: (network.ended(z),)]
+        def hidden(u: Tensor, l: int = l) -> tuple[Tensor, Tensor]:
+            return network.hidden(l, u), u
+
+        def attend_and_hidden(scores: Tensor, z: Tensor, l: int = l) -> tuple[Tensor]:
+            return (network.hidden(l, network.attend(l, z, network.patterns(scores))),)
+
+        if network.is_plain:
+            # Attention and W_1 are one segment, and nothing is added to what is fed forward.
+            stages += [attend_and_hidden, lambda p, l=l: (network.feed_forward(l, p, p),)]
+        else:
+            stages += [attend, hidden, lambda p, u, l=l: (network.feed_forward(l, u, p),)]
+    return [*stages, lambda z: (network.end(z),)]

@@ -1,18 +1,21 @@
-"""Rank thresholds and a worst-case error of an adapted transformer."""
+"""Ranks, thresholds and errors of adapted transformers."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _checks, lowrank
-from ..networks import segments
+from ..errors import InputError
 from ..networks.gap import Gap
-from ..networks.segments import Segments, missing_shift
-from ..networks.transformer import Transformer
+from ..networks.segments import Segments
+from ..networks.transformer import Norm, Transformer
+
+# How many dimensions the sphere of normalized tokens needs, for the statements on ReLUs.
+_LEAST = 3
 
 
 class PairRanks(NamedTuple):
@@ -74,49 +77,63 @@ def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
 
 
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
-    """The least equal rank on the two adapted weights of each segment with which it is exact.
+    """The least rank on each adapted weight of a segment with which it is exact.
 
-    ``⌈rank(E) / 2⌉`` with ``E`` the difference of target and frozen segment, more only where heads
-    are narrower than the tokens (`pair_ranks`). Raises what `networks.segments` raises. Source:
-    [thm-transformer].
+    With ``E`` the difference of target and frozen segment it is ``⌈rank(E)/2⌉`` where two weights
+    are adapted, equally for both, more only where heads are narrower than the tokens
+    (`pair_ranks`); and ``rank E`` of ``inner`` and ``outer``, where one is. ``[..., L, H]`` of
+    heads, ``[..., L]`` of blocks. `constructions.transformer.adapt` takes what is returned as it
+    is. Raises what `Transformer.segments` raises. Source: [thm-transformer], [thm-residual].
     """
-    cut = segments(frozen, target)
+    _checks.kind(Transformer, frozen=frozen)
 
-    def equal(gap: Gap) -> Tensor:
-        least = pair_ranks(gap)
-        return torch.stack([least.inner, least.outer, -(-least.together // 2)]).amax(0)
+    def least(name: str, gap: Gap) -> Tensor:
+        if len(Segments.WEIGHTS[name]) == 1:
+            return gap.rank
+        if gap.frozen.depth == 2:
+            return gap.threshold
+        pair = pair_ranks(gap)
+        return torch.stack([pair.inner, pair.outer, -(-pair.together // 2)]).amax(0)
 
-    return Segments(equal(cut.query_key), equal(cut.value_output), cut.output.threshold)
+    return frozen.segments(target).map(least)
 
 
 def transformer_threshold(frozen: Transformer, target: Transformer) -> Int[Tensor, "*batch"]:
-    """``⌈G/2⌉``: the rank that is enough for every segment (see `transformer_ranks`)."""
+    """The rank that is enough for all segments, the largest of `transformer_ranks`.
+
+    Of a plain transformer ``⌈G/2⌉`` with ``G`` the largest rank of a difference, if no head is
+    narrower than the tokens.
+    """
     return transformer_ranks(frozen, target).largest()
 
 
 def transformer_errors(frozen: Transformer, target: Transformer, rank: int) -> Segments[Tensor]:
     """``ε = σ_{r+1}(E)`` of each segment where each adapted weight has at most this rank.
 
-    ``r`` is the sum over the segment's two adapted weights, of which none takes more than its
-    smaller side. Heads narrower than the tokens are adapted exactly or not at all: ``ε`` is
-    infinite for too low a rank (`pair_ranks`), or else 0. Raises what `networks.segments` raises,
-    and `InputError` for a rank outside 0 to the width. Source: [thm-transformer],
+    ``r`` is the sum over the segment's adapted weights, of which none takes more than its smaller
+    side. Heads narrower than the tokens are adapted exactly or not at all: ``ε`` is infinite for
+    too low a rank (`pair_ranks`), or else 0. Raises what `Transformer.segments` raises, and
+    `InputError` for a rank outside 0 to the width. Source: [thm-transformer], [thm-residual],
     [prop-narrow-heads].
     """
-    cut = segments(frozen, target)
+    _checks.kind(Transformer, frozen=frozen)
+    cut = frozen.segments(target)
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
 
-    def of_heads(gap: Gap) -> Tensor:
+    def left(name: str, gap: Gap) -> Tensor:
+        if len(Segments.WEIGHTS[name]) == 1:
+            return gap.error(rank)
+        if gap.frozen.depth == 2:
+            return gap.error(sum(gap.ranks([rank, rank])))
         _, width, size, *_ = gap.frozen.widths
         if size >= width:
             return gap.error(sum(gap.ranks([0, rank, rank, 0])))
-        own, least = min(rank, size), pair_ranks(gap)
-        lacking = torch.maximum(least.inner, least.outer) > own
-        lacking = lacking | (least.together > 2 * own)
+        own, pair = min(rank, size), pair_ranks(gap)
+        lacking = torch.maximum(pair.inner, pair.outer) > own
+        lacking = lacking | (pair.together > 2 * own)
         return torch.where(lacking, torch.inf, torch.zeros_like(gap.error(0)))
 
-    of_output = cut.output.error(sum(cut.output.ranks([rank, rank])))
-    return Segments(of_heads(cut.query_key), of_heads(cut.value_output), of_output)
+    return cut.map(left)
 
 
 def transformer_error(
@@ -127,12 +144,15 @@ def transformer_error(
 ) -> Float[Tensor, "*batch"]:
     """A bound of the largest error ``‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
 
-    Block by block, with ``r`` the largest norm of a column ``a`` that enters it (of the input, or
-    of the activations before), ``q`` that of ``y = a + c``, ``δ`` that of the error, ``r̂ = r + δ``
-    and ``q̂ = q + δ``: the scores of head ``h`` are off by at most ``s = ‖M_QK‖ δ (r̂ + q) + ε_QK r̂
-    q̂``, a column of the softmax by ``min(s, 2)`` in ``ℓ_1``, and the next columns by ``Σ_h [‖M_VO‖
-    (r min(s, 2) + δ) + ε_VO r̂]``. At the end ``‖W_out W_2‖ δ + ε_out r̂``. A worst case, far above
-    the typical error after several blocks; the rounding of evaluating the networks comes on top.
+    Of plain transformers with ReLUs. Block by block, with ``r`` the largest norm of a column ``a``
+    that enters it (of the input, or of the activations before), ``q`` that of ``y = a + c``, ``δ``
+    that of the error, ``r̂ = r + δ`` and ``q̂ = q + δ``: the scores of head ``h`` are off by at most
+    ``s = ‖M_QK‖ δ (r̂ + q) + ε_QK r̂ q̂``, a column of the softmax by ``min(s, 2)`` in ``ℓ_1``, and
+    the next columns by ``Σ_h [‖M_VO‖ (r min(s, 2) + δ) + ε_VO r̂]``. At the end ``‖W_out W_2‖ δ +
+    ε_out r̂``. A worst case, far above the typical error after several blocks; the rounding of
+    evaluating the networks comes on top.
+
+    Raises what `Transformer.segments` raises, and `InputError` for other transformers.
 
     Source: [prop-transformer-error].
 
@@ -143,14 +163,22 @@ def transformer_error(
         `constructions.transformer.TransformerAdaptation.errors`.
     """
     _checks.kind(Segments, errors=errors)
-    cut, shift = segments(frozen, target), missing_shift(target)
-    norms = Segments(*(lowrank.norm(gap.target.product()) for gap in cut))
+    _checks.kind(Transformer, frozen=frozen)
+    if not frozen.is_plain or frozen.activation != "relu":
+        raise InputError(
+            "frozen",
+            allowed="without residual connections and norms, and with ReLUs",
+            given=frozen,
+            remedy="no bound is known of others: measure the error",
+        )
+    norms = frozen.segments(target).map(lambda _, gap: lowrank.norm(gap.target.product()))
+    shift = target.missing_shift()
     delta = torch.zeros((), dtype=target.dtype, device=target.device)
     columns = target.as_inputs(x)
     for l, block in enumerate(target.trace(x)):
         shifted = columns + shift[..., l - 1, :, None] if l else columns
         r, q, delta = (size[..., None] for size in (_longest(columns), _longest(shifted), delta))
-        scores, values = (norm[..., l, :] for norm in norms[:2])
+        scores, values = norms.query_key[..., l, :], norms.value_output[..., l, :]
         score_errors, value_errors = errors.query_key[..., l, :], errors.value_output[..., l, :]
         off = scores * delta * (r + delta + q) + score_errors * (r + delta) * (q + delta)
         delta = (values * (r * off.clamp(max=2) + delta) + value_errors * (r + delta)).sum(-1)
@@ -161,3 +189,167 @@ def transformer_error(
 def _longest(columns: Tensor) -> Tensor:
     """Norm of the longest column."""
     return torch.linalg.vector_norm(columns, dim=-2).amax(-1)
+
+
+def inner_rank(
+    width: int,
+    hidden: int,
+    *,
+    activation: Literal["relu", "gelu", "silu"] = "relu",
+    norm: Norm = "layer",
+    gains: bool = True,
+) -> int:
+    """A rank that ``W_1`` of every block needs for exactness, for almost all frozen weights.
+
+    The least ``r`` with ``(F − r)(m − r) ≤ F``, or ``≤ F + D − 1`` where gains are tuned, for
+    ReLUs; with ``≤ 0``, or ``≤ D``, for the others; ``m = D − 1`` under a LayerNorm, ``D`` under
+    an RMSNorm. It is ``m − 1`` for ReLUs and ``m`` for the others as soon as there are enough
+    hidden units, and then it is attained (`networks.rewriting.align`). Target and frozen network
+    are of one depth and of equally many hidden units; no two normals in a block of the target are
+    parallel.
+
+    Raises `InputError` where the sphere of normalized tokens has fewer than three dimensions.
+
+    Source: [thm-inner-rank].
+
+    Parameters
+    ----------
+    width, hidden : int
+        ``D`` and ``F``.
+    activation : {"relu", "gelu", "silu"}
+        ``"relu"``, ``"gelu"`` or ``"silu"``; nothing is proved of GELU's approximation.
+    gains : bool
+        Whether they are tuned.
+    """
+    width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
+    _checks.choice("activation", activation, ("relu", "gelu", "silu"))
+    _checks.choice("norm", norm, get_args(Norm))
+    gains = _checks.flag("gains", gains)
+    m = width - (norm == "layer")
+    _require_sphere(m, width)
+    free = hidden + gains * (width - 1) if activation == "relu" else gains * width
+    return next(r for r in range(m + 1) if (hidden - r) * (m - r) <= free or r >= hidden)
+
+
+class AttentionFloor(NamedTuple):
+    """What is left where only attention is adapted.
+
+    Attributes
+    ----------
+    value : Tensor
+        ``min E‖Δ(n) − M n − m‖² / D`` over matrices ``M`` and vectors ``m``; ``[...]``.
+    standard_error : Tensor
+        Of the value, from the spread over tokens.
+    slope, offset : Tensor
+        The best ``M``, ``[..., D, D]``, and ``m``, ``[..., D]``.
+    """
+
+    value: Float[Tensor, "*batch"]
+    standard_error: Float[Tensor, "*batch"]
+    slope: Float[Tensor, "*batch width width"]
+    offset: Float[Tensor, "*batch width"]
+
+
+def attention_floor(
+    frozen: Transformer,
+    target: Transformer,
+    tokens: Float[Tensor, "width samples"],
+) -> AttentionFloor:
+    """The least mean squared error, far out, of single tokens where feed-forward layers are frozen.
+
+    Whatever is done to attention, at any rank, and to ``b_O`` and ``b_2``: as tokens ``c v`` grow,
+    the error is in the limit at least that of the best affine map in place of ``Δ(n) = Σ_l [M̄LP_l
+    − MLP_l](n)``, on the directions ``n`` of the tokens. It bounds the largest error over the
+    sizes of tokens, and so over any set of inputs with single tokens of all sizes; not the mean
+    over inputs of one size. The value is that of a least-squares fit, corrected for its degrees of
+    freedom.
+
+    Raises `InputError` for networks that do not fit, for too few tokens, and for one that is
+    constant, which has no direction.
+
+    Source: [prop-floor-attention].
+
+    Parameters
+    ----------
+    frozen, target : Transformer
+        Of equal width, norm and activation, without a final norm; of any depth.
+    tokens : Tensor
+        Directions as columns, more than ``m + 1`` of them, which span the space of normalized
+        tokens.
+    """
+    n = directions(frozen, target, tokens)
+    gap = _far(target, n) - _far(frozen, n)
+    inner = torch.cat([target.basis().mT @ n, torch.ones_like(n[..., :1, :])], -2)
+    samples, count = inner.shape[-1], inner.shape[-2]
+    if samples <= count:
+        raise InputError("tokens", allowed=f"more than {count}", given=samples)
+    if lowrank.rank(inner) < count:
+        allowed = "of directions that span all that norms let through"
+        raise InputError("tokens", allowed=allowed, given="some that do not")
+    batch = gap.shape[:-2]
+    fit = torch.linalg.lstsq(inner.mT.expand(*batch, -1, -1), gap.mT).solution.mT
+    left = (gap - fit @ inner).square().mean(-2)
+    value = left.sum(-1) / (samples - count)
+    return AttentionFloor(
+        value,
+        left.std(-1) / samples**0.5,
+        fit[..., :-1] @ target.basis().mT,
+        fit[..., -1],
+    )
+
+
+def directions(
+    frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
+) -> Float[Tensor, "width samples"]:
+    """Tokens on the sphere ``‖n‖² = D``; raises `InputError` for networks that have none alike."""
+    _checks.kind(Transformer, frozen=frozen, target=target)
+    for name, network in (("frozen", frozen), ("target", target)):
+        if network.norm is None or not network.residual:
+            words = "with residual connections and norms"
+            raise InputError(name, allowed=words, given=network)
+        if network.final_norm:
+            raise InputError(
+                name,
+                allowed="without a final norm",
+                given="one",
+                remedy="with it outputs for far tokens differ less and less; "
+                "from_decoder can leave it out",
+            )
+    for aspect in ("norm", "activation", "width"):
+        given, allowed = getattr(target, aspect), getattr(frozen, aspect)
+        if given != allowed:
+            raise InputError("target", allowed=f"with {aspect} {allowed!r}", given=given)
+    _checks.like_frozen(target, frozen)
+    _require_sphere(target.dimension, target.width)
+    v = target.as_inputs(tokens, "tokens")
+    if v.ndim != 2:
+        raise InputError("tokens", allowed="of shape [width, samples]", given=tuple(v.shape))
+    shapes = [tuple(network.batch_shape) for network in (frozen, target)]
+    _checks.common_shape("frozen and target", shapes)
+    rounding = 16 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    if target.norm == "layer":
+        v = v - v.mean(-2, keepdim=True)
+    size = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    if not (size > rounding).all():
+        raise InputError("tokens", allowed="of different coordinates", given="one without variance")
+    return v / size * target.width**0.5
+
+
+def _far(network: Transformer, n: Tensor) -> Tensor:
+    """What all feed-forward layers add to a far token of this direction, but for ``b_2``."""
+    added = torch.zeros_like(n)
+    for l in range(network.depth):
+        reads = network.g_2[..., l, :, None] * n + network.s_2[..., l, :, None]
+        hidden = network.W_1[..., l, :, :] @ reads + network.b_1[..., l, :, None]
+        added = added + network.W_2[..., l, :, :] @ network.activate(hidden)
+    return added
+
+
+def _require_sphere(m: int, width: int) -> None:
+    if m < _LEAST:
+        raise InputError(
+            "width",
+            allowed=f"such that normalized tokens span at least {_LEAST} dimensions",
+            given=f"{width}, with {m}",
+            remedy="on a circle or two points kinks of different units meet",
+        )

@@ -2,11 +2,8 @@ from . import attention as attention
 from . import fitted as fitted
 from . import fnn as fnn
 from . import fused as fused
-from . import heads as heads
 from . import linear as linear
-from . import narrow as narrow
 from . import partition as partition
-from . import residual as residual
 from . import transformer as transformer
 from .general import NeededRank as NeededRank
 from .general import adapt as adapt

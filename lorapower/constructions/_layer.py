@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..lowrank import LowRank
 from ..regression import Regression, reduced_rank
 
 # Of coefficients towards the error matrix, in mean variances of an input, and how a fit is called.
-_SHRINKAGES = {"repair": 0.0, **{f"shrinkage {s}": s for s in (0.01, 0.1, 1.0)}, "inputs": inf}
+SHRINKAGES = {"repair": 0.0, **{f"shrinkage {s}": s for s in (0.01, 0.1, 1.0)}, "inputs": inf}
 
 
 @torch.no_grad()
@@ -26,6 +26,7 @@ def fit_layer(
     metric: Tensor | None,
     theorem: LowRank,
     bias: Sequence[Tensor],
+    shrinkages: Mapping[str, float] = SHRINKAGES,
 ) -> tuple[Regression, str]:
     """The best update of a weight, and its name: several shrinkages, and the theorem's update.
 
@@ -37,7 +38,7 @@ def fit_layer(
     missing = outputs[0] - W @ inputs[0]
     candidates = {
         name: reduced_rank(missing, inputs[0], rank, shrinkage=shrinkage, **options)
-        for name, shrinkage in _SHRINKAGES.items()
+        for name, shrinkage in shrinkages.items()
     }
     intercept = bias[0] if free else torch.zeros_like(W[:, 0])
     candidates["theorem"] = Regression(theorem, intercept)

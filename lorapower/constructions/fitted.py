@@ -26,11 +26,10 @@ from ..lowrank import LowRank, truncated_svd
 from ..networks.base import Network
 from ..networks.fnn import FNN, as_network, pad
 from ..networks.partition import Partition
-from ..networks.residual.network import ResidualTransformer
 from ..networks.transformer import Transformer
 from ..regions import Ball, Region
 from ..regression import reduced_rank, second_moment_root
-from . import attention, residual_fit
+from . import attention, transformer
 from ._layer import fit_layer
 from .fused import Fused, fuse
 from .linear import Adaptation
@@ -187,10 +186,8 @@ def adapt(
 @torch.no_grad()
 def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -> Fit:
     """The least error on ``select`` among the networks that `adapt` compares."""
-    if isinstance(fused.network, ResidualTransformer):
-        made = residual_fit.candidates(fused, inputs, select)
-    elif isinstance(fused.network, Transformer):
-        made = attention.candidates(fused, inputs, select)
+    if isinstance(fused.network, Transformer):
+        made = _blockwise(fused, inputs, select)
     else:
         made = _layerwise(fused, inputs, select, metric)
     wanted = fused.goal(select)
@@ -355,6 +352,23 @@ def _stacked(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
     )
     biases = tuple(stack(each) for each in zip(*(a.bias_updates for a in adapters), strict=True))
     return Adapters(updates, biases)
+
+
+def _blockwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapters, list[str]]]:
+    """Adapters of a transformer: the theorem's, and those that are fitted block by block."""
+    network, goal = fused.network, fused.goal
+    assert isinstance(network, Transformer)
+    assert isinstance(goal, Transformer)
+    by_kind = {
+        name.split()[0]: rank
+        for name, rank in zip(network.weight_names, fused.fused_ranks, strict=True)
+    }
+    ranks = {kind: by_kind[kind] for kind in network.adapted_kinds}
+    # Heads that are too narrow for it are adapted as well as they are, and lose the comparison.
+    theorem = transformer.adapt(network, goal, ranks, throw=False).adapters
+    yield theorem, ["theorem"]
+    merged = theorem.merge(network)
+    yield attention.fit_blocks(network, goal, merged, fused.fused_ranks, x, select)
 
 
 def _layerwise(

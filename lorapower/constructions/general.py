@@ -20,17 +20,15 @@ from ..networks.fnn import FNN, as_network, pad
 from ..networks.gap import Gap
 from ..networks.linear import LinearNetwork
 from ..networks.partition import Partition
-from ..networks.residual.network import ResidualTransformer
 from ..networks.transformer import Transformer
 from ..regions import Region, Samples
-from . import fnn, linear, residual, transformer
+from . import fnn, linear, transformer
 from .linear import Adaptation
 
 _CONSTRUCTIONS: dict[type[Network], Callable[..., Adaptation]] = {
     LinearNetwork: linear.adapt,
     FNN: fnn.adapt,
     Transformer: transformer.adapt,
-    ResidualTransformer: residual.adapt,
 }
 
 
@@ -57,8 +55,7 @@ def adapt(
         For ReLU networks, and for them alone: the `regions.Region` in which the target is imitated,
         or inputs as columns ``[..., width, samples]``, of which `regions.Samples` are made.
     **options
-        Of the construction: `linear.adapt`, `fnn.adapt`, `transformer.adapt` or
-        `constructions.residual.adapt`.
+        Of the construction: `linear.adapt`, `fnn.adapt` or `transformer.adapt`.
 
     Raises
     ------
@@ -176,8 +173,9 @@ def rank_for_error(
     _checks.choice("by", by, ["bound", "trial"])
     if partition is not None and kind is not FNN:
         raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
-    if by == "bound" and kind is ResidualTransformer:
-        raise InputError("by", allowed=f'"trial" for a {kind.__name__}', given=by)
+    if by == "bound" and kind is Transformer and not frozen.is_plain:
+        words = '"trial" with residual connections or norms'
+        raise InputError("by", allowed=words, given=by)
     x = _group(inputs, frozen, target)
     signal = _mean_square(target(x))
     if by == "trial":
@@ -255,8 +253,8 @@ def _trial(
 ) -> Callable[[int], Tensor]:
     """The mean squared error, at a rank, of adapters that are made."""
     outputs = target(x)
-    if isinstance(frozen, ResidualTransformer):
-        padded = frozen.filled(x)
+    if isinstance(frozen, Transformer):
+        padded = frozen.fill(x)
     else:
         padded = pad(x, frozen.weights[0].shape[-1])
     region = Samples(x[0]) if isinstance(frozen, FNN) else None

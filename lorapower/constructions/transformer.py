@@ -1,66 +1,63 @@
-"""Transformers cut at their non-linearities [thm-transformer]."""
+"""Transformers adapted segment by segment [thm-transformer], [thm-residual]."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import _checks, lowrank
 from .._subnormal import flushing
 from ..adapters.core import Adapters
+from ..bounds.transformer import attention_floor, directions
+from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks import segments
-from ..networks.segments import Segments, missing_shift, regular
+from ..networks.gap import Gap
+from ..networks.segments import Segments
 from ..networks.transformer import Transformer
-from . import heads, linear
-from .linear import Adaptation
+from . import _heads
+from .linear import Adaptation, LinearAdaptation
 
-ADAPTED = ("W_Q", "W_K", "W_V", "W_O", "W_2", "W_out")
+_WORDS = {"query_key": "query–key", "value_output": "value–output", "output": "output"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TransformerAdaptation(Adaptation):
-    """Adapters and biases of a transformer, with the evidence for them.
+    """Adapters and vectors of a transformer, with the evidence for them.
 
     There are adapters of every weight in the order of `Transformer.weights`, of rank 0 for those
-    that stay: ``W_1`` of every block and ``W_2`` of all but the last; and of all biases. It is a
-    success where every segment is adapted acceptably. Where all predicted errors are 0 the adapted
-    network equals the target for every input, up to rounding.
+    that stay, and of all biases, gains and shifts. It is a success where every segment is adapted
+    acceptably: that speaks of rounding, of narrow heads and of query biases, not of ranks that are
+    too low otherwise. Where all errors are 0 but for rounding, the networks are equal.
 
     Attributes
     ----------
-    query_key, value_output : LinearAdaptation
-        What was done in each head's segments, deep linear networks of four layers of which the
-        middle two are adapted; ``[..., L, H]``.
-    output : LinearAdaptation
-        The same for ``W_2`` of the last block and ``W_out``; ``[...]``.
+    solutions : Segments
+        What was done in each segment with two adapted weights: `linear.LinearAdaptation` of deep
+        linear networks of four layers, ``[..., L, H]``, and ``output`` of two, ``[...]``.
+    errors : Segments
+        Distance ``‖M̂ − M̄‖_2`` of each adapted segment from the target's, at most: the predicted
+        one, 0 where the rank suffices, plus the measured rounding error, which is not measured of
+        ``inner`` and ``outer``.
     shift_condition_numbers : Tensor
-        Of the target's ``W_2`` of all blocks but the last, and of ``Ŵ_out``: the systems from which
-        each ``b̂_2`` is found; ``[..., L]``.
+        Of a plain transformer: of the target's ``W_2`` of all blocks but the last, and of
+        ``Ŵ_out``, the systems from which each ``b̂_2`` is found; ``[..., L]``. Of others ``[...,
+        0]``.
     """
 
-    query_key: linear.LinearAdaptation
-    value_output: linear.LinearAdaptation
-    output: linear.LinearAdaptation
+    solutions: Segments[LinearAdaptation]
+    errors: Segments[Tensor]
     shift_condition_numbers: Float[Tensor, "*batch _"]
-
-    @property
-    def errors(self) -> Segments[Tensor]:
-        """Distance ``‖M̂ − M̄‖_2`` of each adapted segment from the target's, at most.
-
-        The predicted one, 0 where the rank suffices, plus the measured rounding error.
-        """
-        return Segments(*(part.spectral_error + part.rounding_error for part in self._parts))
 
     @property
     def condition_numbers(self) -> Segments[Tensor]:
         """The worst of the linear systems solved for each segment."""
-        return Segments(*(part.condition_numbers.amax(-1) for part in self._parts))
+        return self.solutions.map(lambda _, solution: solution.condition_numbers.amax(-1))
 
     @property
     def condition_number(self) -> Float[Tensor, "*batch"]:
@@ -69,12 +66,11 @@ class TransformerAdaptation(Adaptation):
         Errors of the adapted network's outputs, relative to the numbers that they are sums of, are
         seldom much larger than ``eps`` times this.
         """
+        largest = self.condition_numbers.largest()
+        if not self.shift_condition_numbers.shape[-1]:
+            return largest
         between, last = self.shift_condition_numbers.tensor_split([-1], dim=-1)
-        return torch.maximum(self.condition_numbers.largest(), last[..., 0]) * between.prod(-1)
-
-    @property
-    def _parts(self) -> Segments[linear.LinearAdaptation]:
-        return Segments(self.query_key, self.value_output, self.output)
+        return torch.maximum(largest, last[..., 0]) * between.prod(-1)
 
 
 @torch.no_grad()
@@ -82,31 +78,39 @@ class TransformerAdaptation(Adaptation):
 def adapt(
     frozen: Transformer,
     target: Transformer,
-    ranks: int | Mapping[str, int],
+    ranks: int | Mapping[str, int] | Segments[Tensor],
     *,
     plain_only: bool = False,
     rtol: float | None = None,
     throw: bool = True,
     seed: int = 0,
 ) -> TransformerAdaptation:
-    """Adapters of attention and output, and biases, that make a transformer imitate another.
+    """Adapters and vectors that make a transformer imitate another, segment by segment.
 
-    What lies between two non-linearities is a deep linear network (`networks.segments`), of which
-    two neighbouring layers are adapted by `linear.close`: ``W_Q`` and ``W_K`` before a softmax,
-    ``W_V`` and ``W_O`` before a ReLU, ``W_2`` and ``W_out`` at the end. Biases: ``b̂_2 = W_2 c``
-    with ``W̄_2 c = b̄_2`` in all blocks but the last, where ``Ŵ_out b̂_2 = W̄_out b̄_2``; and ``b̂_1
-    = b̄_1 + Σ_h (M̄ − M̂) c`` with the target's and the adapted value–output segments ``M`` and the
-    ``c`` before the block, which is ``b̄_1`` where these are equal.
+    What lies between two non-linearities is a deep linear network (`Transformer.segments`). Where
+    two neighbouring layers of it are adapted, they come as near to the target's as their ranks
+    allow by `linear.close`, or exactly in narrow heads: ``W_Q`` and ``W_K``, ``W_V`` and ``W_O``,
+    and ``W_2`` and ``W_out`` at the end of a plain transformer. Alone in their segments, ``ΔW_1 =
+    LR_R(E) B⁺`` and ``ΔW_2 = Sᵀ LR_R(E)`` of any other transformer.
 
-    Source: [thm-transformer]; for narrow heads [prop-narrow-heads].
+    Of a plain one ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last, where ``Ŵ_out
+    b̂_2 = W̄_out b̄_2``; and ``b̂_1 = b̄_1 + Σ_h (M̄ − M̂) c`` with the target's and the adapted
+    value–output segments ``M`` and the ``c`` before the block. Of any other, gains and shifts
+    become the target's, ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_O = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and
+    ``b̂_Q`` is such that ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` is the target's.
+
+    Source: [thm-transformer], [thm-residual]; for narrow heads [prop-narrow-heads].
 
     Parameters
     ----------
     frozen, target : Transformer
-        Of equal sizes and type; batch shapes broadcast.
-    ranks : int or mapping
-        One for all, of which no weight takes more than its smaller side; or one for each of ``W_Q,
-        W_K, W_V, W_O, W_2, W_out``.
+        Of equal settings, sizes and type; batch shapes broadcast. A target that is not plain may
+        have narrower tokens, which then stand among the frozen's (`Transformer.fill`). See
+        `networks.rewriting` for smaller targets, and for what lowers the ranks.
+    ranks : int, mapping or Segments
+        One for all, of which no weight takes more than its smaller side; or one for each kind of
+        weight, `Transformer.adapted_kinds`; or what `bounds.transformer_ranks` returns, of whose
+        kinds the largest are taken.
     plain_only : bool
         Use the plain splitting of `linear.adapt`, whatever its rounding error.
     rtol : float, optional
@@ -121,70 +125,291 @@ def adapt(
     Raises
     ------
     InputError
-        Ranks out of range; transformers of different sizes; a singular ``W_1`` or ``W_2``; heads
-        narrower than the tokens with less rank than their exact adaptation needs (see
-        `bounds.transformer_ranks`).
+        Ranks out of range; transformers that do not fit; a singular ``W_1`` or ``W_2`` of a plain
+        one; heads narrower than the tokens with less rank than their exact adaptation needs (see
+        `bounds.transformer_ranks`), or wider than a narrower target's; a target whose ``Bᵀ W_Kᵀ W_Q
+        B`` is so singular that no query bias completes its scores.
     SingularError
         A segment is not reached within ``rtol``; names it.
     """
+    _checks.kind(Transformer, frozen=frozen, target=target)
     plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
-    cut = segments(frozen, target, throw=throw)
-    of_heads = (cut.query_key.finite & cut.value_output.finite).all((-2, -1))
-    finite = of_heads & cut.output.finite
+    _require_heads(frozen, target)
+    cut = frozen.segments(target, throw=throw)
+    finite = _all(cut.map(lambda _, gap: gap.finite))
     if not throw and not finite.all():
         frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
-        cut = segments(frozen, target, throw=False)
-    each = heads.ranks_by_name(ranks, frozen, ADAPTED)
-    parts = [
-        (gap, {inner: each[inner], outer: each[outer]}, words)
-        for gap, inner, outer, words in (
-            (cut.query_key, "W_Q", "W_K", "query–key"),
-            (cut.value_output, "W_V", "W_O", "value–output"),
-            (cut.output, "W_2", "W_out", "output"),
+        cut = frozen.segments(target, throw=False)
+    each = _heads.ranks_by_name(ranks, frozen)
+    pairs = {name: {kind: each[kind] for kind in Segments.WEIGHTS[name]} for name in cut}
+    for name in _WORDS:
+        if throw and name in cut:
+            _heads.require_ranks(cut[name], pairs[name])
+    options: dict[str, Any] = {"plain_only": plain_only, "rtol": rtol, "throw": throw, "seed": seed}
+    solutions = {
+        name: _heads.adapt(cut[name], pairs[name], words, **options)
+        for name, words in _WORDS.items()
+        if name in cut
+    }
+    by_kind: dict[str, list[LowRank]] = {}
+    for name, gap in cut.items():
+        updates = _updates(name, gap, pairs[name], solutions.get(name))
+        for kind, update in zip(pairs[name], updates, strict=True):
+            by_kind[kind] = _split(update, Segments.DIMENSIONS[name])
+    updates = [
+        by_kind[name.split()[0]].pop(0) if adapts else LowRank(w[..., :0], w.mT[..., :0])
+        for name, w, adapts in zip(frozen.weight_names, frozen.weights, frozen.adapted, strict=True)
+    ]
+    sums = [w + update.matrix() for w, update in zip(frozen.weights, updates, strict=True)]
+    adapted = frozen.holding(sums, frozen.biases)
+    if frozen.is_plain:
+        vectors, conditions = _plain_vectors(adapted, target, cut, solutions["value_output"])
+    else:
+        vectors, missed, size = _vectors(adapted, target, cut)
+        conditions = finite.new_zeros(*finite.shape, 0, dtype=frozen.dtype)
+        solutions["query_key"] = _complete(
+            solutions["query_key"], cut.query_key, missed, size, rtol, throw
+        )
+    changes = [
+        new - old
+        for kind in frozen.bias_kinds
+        for new, old in zip(
+            frozen.one_by_one(kind, vectors[kind]),
+            frozen.one_by_one(kind, frozen.parts[kind]),
+            strict=True,
         )
     ]
-    for gap, pair, _ in parts if throw else ():
-        heads.require_ranks(gap, pair)
-    options: dict[str, Any] = {"plain_only": plain_only, "rtol": rtol, "throw": throw, "seed": seed}
-    found = [heads.adapt(*part, **options) for part in parts]
-    query_key, value_output, output = found
-    success = query_key.success.all((-2, -1)) & value_output.success.all((-2, -1)) & output.success
+    success = _all(Segments({name: part.success for name, part in solutions.items()}))
 
-    _, of_Q, of_KT, _ = query_key.adapters.updates
-    _, of_V, of_O, _ = value_output.adapters.updates
-    of_2, of_out = output.adapters.updates
-    per_head = {"W_Q": of_Q, "W_K": LowRank(of_KT.right, of_KT.left), "W_V": of_V, "W_O": of_O}
-    updates = [
-        one for name in ("W_Q", "W_K", "W_V", "W_O") for one in heads.one_by_one(per_head[name])
-    ]
-    none = LowRank(of_2.left[..., :0], of_2.right[..., :0])
-    updates += [none] * frozen.depth + [none] * (frozen.depth - 1) + [of_2, of_out]
+    def error(name: str, gap: Gap) -> Tensor:
+        if name in solutions:
+            return solutions[name].spectral_error + solutions[name].rounding_error
+        return gap.error(sum(pairs[name].values()))
 
-    # Where a system is singular its member fails, and its solution is not finite.
-    shift = missing_shift(target).nan_to_num(0, 0, 0)
-    shift = shift.expand(*success.shape, *shift.shape[-2:])
-    b_2 = [*(frozen.W_2[..., :-1, :, :] @ shift[..., None])[..., 0].unbind(-2)]
-    wanted = target.W_out @ target.b_2[..., -1, :, None]
-    adapted_out = frozen.W_out + of_out.matrix()
-    b_2.append(lowrank.solve(adapted_out, wanted)[..., 0].nan_to_num(0, 0, 0))
-    # Columns of a softmax sum to 1: what inexact segments make of the shift is constant.
-    reached = value_output.adapters.merge(cut.value_output.frozen).product()
-    missed = (cut.value_output.target.product() - reached).sum(-3)[..., 1:, :, :]
-    b_1 = target.b_1.expand(*success.shape, *target.b_1.shape[-2:]).clone()
-    b_1[..., 1:, :] += (missed @ shift[..., None])[..., 0]
-    biases = [*b_1.unbind(-2), *b_2]
-    changes = tuple(new - old for new, old in zip(biases, frozen.biases, strict=True))
     return TransformerAdaptation(
-        Adapters(tuple(updates), changes),
-        success & regular(frozen, target) & finite,
-        query_key,
-        value_output,
-        output,
-        torch.cat(
-            [
-                lowrank.condition_number(target.W_2)[..., :-1].expand(shift.shape[:-1]),
-                lowrank.condition_number(adapted_out)[..., None],
-            ],
-            dim=-1,
-        ),
+        Adapters(tuple(updates), tuple(changes)),
+        success & frozen.is_regular(target) & finite,
+        Segments(solutions),
+        cut.map(error),
+        conditions,
     )
+
+
+def _all(verdicts: Segments[Tensor]) -> Bool[Tensor, "*batch"]:
+    """Whether all of a network's verdicts are positive."""
+    return ~verdicts.map(lambda _, good: ~good).largest()
+
+
+def _updates(
+    name: str, gap: Gap, ranks: Mapping[str, int], solution: LinearAdaptation | None
+) -> list[LowRank]:
+    """Those of a segment's adapted weights, in their order."""
+    if solution is None:
+        (best,) = (gap.best(rank) for rank in ranks.values())
+        before, after = gap.frozen.weights
+        if name == "inner":
+            return [LowRank(best.left, torch.linalg.pinv(before).mT @ best.right)]
+        return [LowRank(after.mT @ best.left, best.right)]
+    if gap.frozen.depth == 2:
+        return [*solution.adapters.updates]
+    _, first, second, _ = solution.adapters.updates
+    if name == "query_key":
+        second = LowRank(second.right, second.left)
+    return [first, second]
+
+
+def _split(update: LowRank, dims: int) -> list[LowRank]:
+    """Updates of single weights, from one stacked over blocks and heads."""
+    if not dims:
+        return [update]
+    factors = (f.flatten(-2 - dims, -3).unbind(-3) for f in (update.left, update.right))
+    return [LowRank(A, B) for A, B in zip(*factors, strict=True)]
+
+
+def _plain_vectors(
+    adapted: Transformer,
+    target: Transformer,
+    cut: Segments[Gap],
+    values: LinearAdaptation,
+) -> tuple[dict[str, Tensor], Float[Tensor, "*batch _"]]:
+    """Biases of a plain transformer, and the condition numbers of what is solved for them."""
+    batch = adapted.batch_shape
+    # Where a system is singular its member fails, and its solution is not finite.
+    shift = target.missing_shift().nan_to_num(0, 0, 0)
+    shift = shift.expand(*batch, *shift.shape[-2:])
+    wanted = target.W_out @ target.b_2[..., -1, :, None]
+    last = lowrank.solve(adapted.W_out, wanted)[..., 0].nan_to_num(0, 0, 0)
+    between = (adapted.W_2[..., :-1, :, :] @ shift[..., None])[..., 0]
+    # Columns of a softmax sum to 1: what inexact segments make of the shift is constant.
+    reached = values.adapters.merge(cut.value_output.frozen).product()
+    missed = (cut.value_output.target.product() - reached).sum(-3)[..., 1:, :, :]
+    b_1 = target.b_1.expand(*batch, *target.b_1.shape[-2:]).clone()
+    b_1[..., 1:, :] += (missed @ shift[..., None])[..., 0]
+    conditions = lowrank.condition_number(target.W_2)[..., :-1].expand(shift.shape[:-1])
+    of_out = lowrank.condition_number(adapted.W_out)[..., None]
+    vectors = {"b_1": b_1, "b_2": torch.cat([between, last[..., None, :]], -2)}
+    return vectors, torch.cat([conditions, of_out], -1)
+
+
+def _require_heads(frozen: Transformer, target: Transformer) -> None:
+    """Refuse heads that are neither narrower than a narrower target nor as wide as the tokens."""
+    for side in ("query size", "value size"):
+        size = frozen.sizes[side]
+        if target.dimension < size < frozen.width and target.width < frozen.width:
+            raise InputError(
+                f"frozen's {side}",
+                allowed=f"at most {target.dimension}, as a narrower target reads, or at least "
+                f"{frozen.width}",
+                given=size,
+                remedy="no construction covers heads in between",
+            )
+
+
+def _vectors(
+    adapted: Transformer, target: Transformer, cut: Segments[Gap]
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The target's gains and shifts, and biases that make up for the rest.
+
+    And what the biases of queries do not make up for, in each head, and of how much.
+    """
+    extra = adapted.width - target.width
+
+    def widened(vector: Tensor) -> Tensor:
+        return pad(vector, (0, extra))
+
+    # Norms divide by the root of the width.
+    ratio = (target.width / adapted.width) ** 0.5
+    vectors = {
+        kind: widened(part) * (ratio if kind[0] == "g" else 1)
+        for kind, part in target.parts.items()
+        if kind[0] in "gs"
+    }
+    s_1, s_2 = (target.parts.get(kind, torch.zeros_like(target.b_O)) for kind in ("s_1", "s_2"))
+
+    def applied(W: Tensor, s: Tensor) -> Tensor:
+        return (W @ s[..., None])[..., 0]
+
+    of_heads = widened(s_1).unsqueeze(-2)
+    vectors["b_1"] = target.b_1 + applied(target.W_1, s_2) - applied(adapted.W_1, widened(s_2))
+
+    def written(vector: Tensor) -> Tensor:
+        return adapted.fill(vector[..., None])[..., 0]
+
+    vectors["b_2"] = written(target.b_2)
+    values = written(applied(target.W_O, applied(target.W_V, s_1.unsqueeze(-2))))
+    own = applied(adapted.W_O, applied(adapted.W_V, of_heads))
+    vectors["b_O"] = written(target.b_O) + (values - own).sum(-2)
+    # Queries: what all keys are multiplied by, whatever the token.
+    ours = cut.query_key.frozen.weights[3] @ adapted.W_K.mT
+    wanted = applied(
+        cut.query_key.target.weights[3] @ target.W_K.mT,
+        applied(target.W_Q, s_1.unsqueeze(-2)) + target.b_Q,
+    )
+    reached = applied(adapted.W_Q, of_heads)
+    queries = applied(torch.linalg.pinv(ours), wanted)
+    sizes = [torch.linalg.vector_norm(v, dim=-1) for v in (applied(ours, queries) - wanted, wanted)]
+    vectors["b_Q"] = queries - reached
+    return vectors, *sizes
+
+
+def _complete(
+    solution: LinearAdaptation,
+    gap: Gap,
+    missed: Float[Tensor, "*batch blocks heads"],
+    size: Float[Tensor, "*batch blocks heads"],
+    rtol: float | None,
+    throw: bool,
+) -> LinearAdaptation:
+    """The adaptation with what query biases missed of what is size among its rounding errors."""
+    rounding = solution.rounding_error + missed
+    limit = torch.finfo(missed.dtype).eps ** 0.5 if rtol is None else rtol
+    # Below the threshold the biases make up for the nearest that is reached.
+    exact = solution.spectral_error <= gap.noise
+    bad = exact & (missed > limit * (gap.rounding_scale + size))
+    if throw and bad.any():
+        block, head = bad.reshape(-1, *bad.shape[-2:]).nonzero()[0].tolist()[-2:]
+        raise InputError(
+            f"target's query–key product of block {block + 1}, head {head + 1}",
+            allowed="non-singular on what norms let through",
+            given=f"one whose scores no query bias completes, by {float(missed.max()):.1e}",
+            remedy="perturb the target's W_Q and W_K",
+        )
+    return replace(solution, rounding_error=rounding, success=solution.success & ~bad)
+
+
+@torch.no_grad()
+def attention_only(
+    frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
+) -> Adapters:
+    """Adapters of attention alone, and ``b_O``, with the least error far out on single tokens.
+
+    The ``W_O`` of the first head of the first block takes on, at any rank, the affine map that
+    `bounds.attention_floor` finds, and what attention of both networks adds to far tokens.
+    As tokens grow their error tends to the floor.
+
+    Raises what `bounds.attention_floor` raises, and `InputError` for batches and for heads
+    narrower than the tokens.
+
+    Source: [prop-floor-attention].
+    """
+    best = attention_floor(frozen, target, tokens)
+    if best.value.ndim:
+        raise InputError("frozen and target", allowed="one of each", given="a batch")
+    if frozen.sizes["value size"] < frozen.width:
+        raise InputError(
+            "frozen",
+            allowed="with heads as wide as the tokens",
+            given=frozen.sizes["value size"],
+            remedy="narrower ones cannot add every linear map",
+        )
+    V = frozen.basis()
+    read = frozen.g_1[0][:, None] * V
+    for name, matrix in (("W_V", frozen.W_V[0, 0].mT), ("first gains", read)):
+        if lowrank.rank(matrix) < matrix.shape[-1]:
+            raise InputError(
+                f"frozen's {name} of block 1",
+                allowed="of full rank",
+                given="one that hides directions",
+                remedy="perturb it",
+            )
+    slope, offset = best.slope, best.offset
+    for network, sign in ((target, 1), (frozen, -1)):
+        M = (network.W_O @ network.W_V).sum(-3)
+        slope = slope + sign * (M * network.g_1[:, None]).sum(0)
+        moved = (M @ network.s_1[..., None])[..., 0] + network.b_O + network.b_2
+        offset = offset + sign * moved.sum(0)
+    K = slope @ V @ torch.linalg.pinv(read)
+    first = frozen.W_V[0, 0]
+    updates = [LowRank(w[:, :0], w.mT[:, :0]) for w in frozen.weights]
+    place = frozen.weight_names.index("W_O of block 1, head 1")
+    one = torch.eye(len(first), dtype=first.dtype, device=first.device)
+    updates[place] = LowRank(K @ torch.linalg.pinv(first), one)
+    changes = [torch.zeros_like(b) for b in frozen.biases]
+    changes[frozen.bias_names.index("b_O of block 1")] = offset - K @ frozen.s_1[0]
+    return Adapters(tuple(updates), tuple(changes))
+
+
+def far_error(
+    network: Transformer,
+    target: Transformer,
+    tokens: Float[Tensor, "width samples"],
+    size: float,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Mean squared error of single tokens ``c v``, and its standard error.
+
+    Each token is a sequence of its own, all of mean square ``c²``. Tokens other than those that a
+    floor was computed from differ from it by chance, as its standard error says.
+
+    Raises `InputError` for networks and tokens that do not fit, for a single token, and for a size
+    that leaves fewer than three digits of what a network adds to it.
+    """
+    n = directions(network, target, tokens)
+    size, most = _checks.positive("size", size), 1e-3 / torch.finfo(n.dtype).eps
+    if size > most:
+        raise InputError("size", allowed=f"at most {most:.0e} in {n.dtype}", given=size)
+    _checks.integer("number of tokens", n.shape[-1], 2)
+    x = size * n.movedim(-1, 0)[..., None]
+    batch = len(torch.broadcast_shapes(network.batch_shape, target.batch_shape))
+    x = x.reshape(len(x), *[1] * batch, *x.shape[-2:])
+    each = (network(x) - target(x)).square().mean((-2, -1))
+    return each.mean(0), each.std(0) / len(x) ** 0.5

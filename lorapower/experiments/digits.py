@@ -28,7 +28,6 @@ from ..bounds.transformer import transformer_threshold
 from ..constructions.fitted import nearest
 from ..constructions.fused import fuse
 from ..errors import InputError, brief
-from ..networks import segments
 from ..networks.fnn import FNN
 from ..networks.partition import blocks
 from ..networks.transformer import Transformer
@@ -251,7 +250,7 @@ class Problem(Record):
         """
         frozen, target = self.networks()
         if self.model == "transformer":
-            cut = segments(frozen, target)
+            cut = frozen.segments(target)
             return {"scores": cut.query_key.matrix[0], "values": cut.value_output.matrix[0]}
         E = blocks(frozen, target)[0].matrix
         x = self.task.training[0].to(E.dtype)

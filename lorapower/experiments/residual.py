@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .._records import Record, Results
 from ..adapters.core import Adapters, Tuned
-from ..bounds import residual as residual_bounds
 from ..bounds.data import variance as variance_of
+from ..bounds.transformer import attention_floor
 from ..constructions import fitted
-from ..constructions.residual import far_error
-from ..networks.residual.network import PARTS, Activation, Norm, ResidualTransformer
+from ..constructions.transformer import far_error
+from ..networks.transformer import PARTS, Activation, Norm, Transformer
 from ..training.descent import descend
 from ..training.fused import polish
 from ..training.tuning import Fresh, Tuning
@@ -67,15 +67,16 @@ class Problem(Record):
     samples: int = Field(256, ge=1)
     seed: int = Field(0, ge=0)
 
-    def networks(self) -> tuple[ResidualTransformer, ResidualTransformer]:
+    def networks(self) -> tuple[Transformer, Transformer]:
         """The frozen network and the target."""
         frozen, target = (
-            ResidualTransformer.random(
+            Transformer.random(
                 self.depth,
                 self.width,
                 self.heads,
                 head_size=self.head_size or self.width,
                 hidden=self.hidden,
+                residual=True,
                 activation=self.activation,
                 norm=self.norm,
                 seed=self.seed,
@@ -85,7 +86,7 @@ class Problem(Record):
         )
         return frozen, target
 
-    def data(self, target: ResidualTransformer, *purpose: str) -> Fresh:
+    def data(self, target: Transformer, *purpose: str) -> Fresh:
         """Labelled inputs; others for each purpose."""
         return Fresh(
             target,
@@ -139,7 +140,7 @@ class Found(Results):
 
     ``relative`` is the error over the variance of what the target adds to its inputs.
     ``far_error`` is that of single tokens far out, with its standard error; ``floor`` what
-    `bounds.residual.attention_floor` says of it. ``factors`` counts the numbers of the adapters.
+    `bounds.attention_floor` says of it. ``factors`` counts the numbers of the adapters.
     """
 
     error: float
@@ -170,7 +171,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     x, y = (part.to(frozen.dtype) for part in problem.data(target).test(TEST))
     variance = float(variance_of(y - x))
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
-    floor = residual_bounds.attention_floor(frozen, target, far)
+    floor = attention_floor(frozen, target, far)
     found = {}
     for method in dict.fromkeys(methods):
         diverged = False
@@ -198,7 +199,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     return [found[method] for method in methods]
 
 
-def _tuning(method: Trained, network: ResidualTransformer) -> Tuning:
+def _tuning(method: Trained, network: Transformer) -> Tuning:
     return Tuning(
         ranks=network.ranks(method.rank, method.part),
         biases=_moving(method, network),
@@ -208,19 +209,19 @@ def _tuning(method: Trained, network: ResidualTransformer) -> Tuning:
     )
 
 
-def _moving(method: Trained, network: ResidualTransformer) -> tuple[bool, ...]:
+def _moving(method: Trained, network: Transformer) -> tuple[bool, ...]:
     kinds = VECTORS[method.vectors]
     return tuple(name.split()[0] in kinds for name in network.bias_names)
 
 
-def _tuned(adapters: Adapters, method: Trained, network: ResidualTransformer) -> Adapters:
+def _tuned(adapters: Adapters, method: Trained, network: Transformer) -> Adapters:
     """Adapters that say which vectors are tuned, of all of which they have a change."""
     ranks = torch.tensor(adapters.ranks)
     moving = torch.tensor(_moving(method, network))
     return Adapters(adapters.updates, adapters.bias_updates, Tuned(ranks, moving))
 
 
-def _pairs(problem: Problem, target: ResidualTransformer) -> list[tuple[Tensor, Tensor]]:
+def _pairs(problem: Problem, target: Transformer) -> list[tuple[Tensor, Tensor]]:
     """Inputs to fit and to select by, with the target's outputs, in its precision."""
     counts = {"fitting": FIT, "choosing": SELECT}
     inputs = [
@@ -231,8 +232,8 @@ def _pairs(problem: Problem, target: ResidualTransformer) -> list[tuple[Tensor, 
 
 
 def _fitted(
-    frozen: ResidualTransformer,
-    target: ResidualTransformer,
+    frozen: Transformer,
+    target: Transformer,
     method: Fitted,
     x: Tensor,
     select: Tensor,

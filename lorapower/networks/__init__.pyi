@@ -1,4 +1,7 @@
+from . import rewriting as rewriting
 from .base import Network as Network
+from .decoders import from_decoder as from_decoder
+from .decoders import to_decoder as to_decoder
 from .fnn import FNN as FNN
 from .fnn import as_network as as_network
 from .fnn import pad as pad
@@ -10,9 +13,7 @@ from .partition import Pieces as Pieces
 from .partition import blocks as blocks
 from .partition import shares as shares
 from .segments import Segments as Segments
-from .segments import missing_shift as missing_shift
-from .segments import regular as regular
-from .segments import segments as segments
+from .transformer import BlockTrace as BlockTrace
 from .transformer import Transformer as Transformer
 
 __all__: list[str]

@@ -207,7 +207,7 @@ def as_network(value: Any, name: str = "network") -> Network:
             name,
             allowed="a network (lorapower.networks), a torch.nn.Sequential of layers, or matrices",
             given=type(value).__name__,
-            remedy="networks.residual.from_decoder makes a network of a GPT-2 or OPT"
+            remedy="networks.from_decoder makes a network of a GPT-2 or OPT"
             if hasattr(value, "config")
             else "",
         )

@@ -2,144 +2,206 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from math import isclose
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
 from .gap import Gap
 from .linear import LinearNetwork
-from .transformer import Transformer
+
+if TYPE_CHECKING:
+    from .transformer import Transformer
 
 T = TypeVar("T")
-# Ranks or errors.
-NUMBERS = (*_checks.PRECISIONS, torch.int64)
+S = TypeVar("S")
 
 
-class Segments(NamedTuple, Generic[T]):
-    """A transformer cut at its non-linearities: something for each kind of segment.
+class Segments(Mapping[str, T]):
+    """Something for each kind of segment, by its name, which is an attribute too.
 
-    The tokens of block ``l`` are ``z = W_{2,l−1} y`` with ``y = a + c``, ``a`` the activations of
-    the block before and ``W_{2,l−1} c = b_{2,l−1}`` (for the first block ``y`` is the input and the
-    identity stands for ``W_2``). In these coordinates nothing is absorbed. The target's are the
-    same with its own weights, and both networks are equal when all segments are, and ``c`` is.
+    The tokens of block ``l`` of a plain transformer are ``z = W_{2,l−1} y`` with ``y = a + c``,
+    ``a`` the activations of the block before and ``W_{2,l−1} c = b_{2,l−1}``; for the first block
+    ``y`` is the input and the identity stands for ``W_2``. Its segments are
 
-    Attributes
-    ----------
-    query_key
-        Scores are ``yᵀ M y`` with ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
-    value_output
-        The ReLU receives ``Σ_h M_h y`` with ``M = W_1 W_O W_V W_2``; ``[..., L, H]``.
-    output
-        ``W_out W_{2,L}``; ``[...]``.
+    - ``query_key``: scores are ``yᵀ M y`` with ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``;
+    - ``value_output``: the activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``; ``[..., L,
+      H]``;
+    - ``output``: ``W_out W_{2,L}``; ``[...]``.
+
+    Of any other transformer let ``B = diag(g) V`` with ``V`` an orthonormal basis of the space of
+    normalized tokens and ``g`` the gains of the norm before; without norms ``B = I``. Where there
+    is a final LayerNorm the mean of what is written counts for nothing, and ``S = Vᵀ``; otherwise
+    ``S = I``. Its segments are
+
+    - ``query_key``: scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``;
+    - ``value_output``: tokens receive ``S W_O W_V B``; ``[..., L, H]``;
+    - ``inner``: the activation receives ``W_1 B``; ``[..., L]``;
+    - ``outer``: tokens receive ``S W_2``; ``[..., L]``.
+
+    Both networks are equal where all segments are, and ``c`` or the vectors.
     """
 
-    query_key: T
-    value_output: T
-    output: T
+    #: The weights that are adapted in each kind of segment, the one that acts first before.
+    WEIGHTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "query_key": ("W_Q", "W_K"),
+        "value_output": ("W_V", "W_O"),
+        "inner": ("W_1",),
+        "outer": ("W_2",),
+        "output": ("W_2", "W_out"),
+    }
+    #: How many dimensions something of each kind has, of blocks and heads.
+    DIMENSIONS: ClassVar[Mapping[str, int]] = {
+        "query_key": 2,
+        "value_output": 2,
+        "inner": 1,
+        "outer": 1,
+        "output": 0,
+    }
+
+    def __init__(self, parts: Mapping[str, T]) -> None:
+        self._parts = dict(parts)
+
+    def __getitem__(self, name: str) -> T:
+        return self._parts[name]
+
+    def __getattr__(self, name: str) -> T:
+        if name.startswith("_") or name not in self._parts:
+            raise AttributeError(name)
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __repr__(self) -> str:
+        return f"Segments({', '.join(f'{name}={part}' for name, part in self.items())})"
+
+    def map(self, change: Callable[[str, T], S]) -> Segments[S]:
+        """What a function makes of each name and part."""
+        return Segments({name: change(name, part) for name, part in self.items()})
 
     def largest(self: Segments[Any]) -> Tensor:
-        """The largest of a network's numbers, where something is one number; ``[...]``."""
-        for name, part in self._asdict().items():
-            _checks.tensor(name, part, min_dims=0 if name == "output" else 2, types=NUMBERS)
-        heads = torch.maximum(self.query_key, self.value_output).amax((-2, -1))
-        return torch.maximum(heads, self.output)
+        """The largest of a network's numbers, where each part is numbers; ``[...]``."""
+        flat = []
+        for name, part in self.items():
+            dims = self.DIMENSIONS[name]
+            flat.append(part.flatten(-dims).amax(-1) if dims else part)
+        return torch.stack(torch.broadcast_tensors(*flat)).amax(0)
 
 
-def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) -> Segments[Gap]:
-    """The segments of a frozen against those of a target transformer.
-
-    Raises `InputError` for transformers of different sizes or types, for a ReLU layer that is not
-    as wide as the tokens, and, unless ``throw`` is false, where the two are not `regular`.
-    """
-    _checks.kind(Transformer, frozen=frozen, target=target)
-    batch = _check(frozen, target)
+def segments(frozen: Transformer, target: Transformer, *, throw: bool) -> Segments[Gap]:
+    """What `Transformer.segments` returns."""
+    _require_alike(frozen, target)
+    shapes = [tuple(network.batch_shape) for network in (frozen, target)]
+    batch = _checks.common_shape("frozen and target", shapes)
     if throw:
-        for name, conditions, limit in _inverted(frozen, target):
+        for name, conditions, limit in inverted(frozen, target):
             _require_regular(name, conditions, limit)
-    pairs = zip(_chains(frozen, batch), _chains(target, batch), strict=True)
-    return Segments(*(Gap(ours, theirs) for ours, theirs in pairs))
+    if frozen.is_plain:
+        sides = [_plain(network, batch) for network in (frozen, target)]
+    else:
+        V = target.basis()
+        first = second = V
+        if target.norm is not None:
+            first, second = target.g_1[..., None, :, None] * V, target.g_2[..., None] * V
+        identity = torch.eye(frozen.width, dtype=V.dtype, device=V.device)
+        into = identity[:, : target.width]
+        narrower = target.width < frozen.width
+        written = frozen.fill(identity[: target.width, : target.width])
+        if target.final_norm and target.norm == "layer" and not narrower:
+            identity = written = V.mT
+        sides = [
+            _of_tokens(frozen, into @ first, into @ second, identity, batch),
+            _of_tokens(target, first, second, written, batch),
+        ]
+    return Segments({name: Gap(part, sides[1][name]) for name, part in sides[0].items()})
 
 
-def regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch"]:
-    """Whether what the theorem inverts is non-singular in working precision [ass-regular].
-
-    That is, ``W_1`` and ``W_2`` of the frozen network, and the target's ``W_2`` of all blocks but
-    the last.
-    """
-    _checks.kind(Transformer, frozen=frozen, target=target)
-    parts = [(c <= limit).all(-1) for _, c, limit in _inverted(frozen, target)]
-    return torch.stack(torch.broadcast_tensors(*parts)).all(0)
-
-
-def missing_shift(target: Transformer) -> Float[Tensor, "*batch _ width"]:
-    """``c`` with ``W_{2,l} c = b_{2,l}`` for all blocks but the last; ``[..., L − 1, D]``."""
-    _checks.kind(Transformer, target=target)
-    return lowrank.solve(target.W_2[..., :-1, :, :], target.b_2[..., :-1, :, None])[..., 0]
-
-
-def _inverted(
+def inverted(
     frozen: Transformer, target: Transformer
 ) -> Iterator[tuple[str, Float[Tensor, "*batch _"], float]]:
     """Name, condition numbers and their limit for each kind of weight that has to be inverted."""
-    limit = 1 / (frozen.width * torch.finfo(frozen.dtype).eps)
-    first = slice(None, -1)
-    yield "W_1", lowrank.condition_number(frozen.W_1), limit
-    yield "W_2", lowrank.condition_number(frozen.W_2)[..., first], limit
-    yield "target's W_2", lowrank.condition_number(target.W_2)[..., first], limit
+    if frozen.is_plain:
+        limit = 1 / (frozen.width * torch.finfo(frozen.dtype).eps)
+        first = slice(None, -1)
+        yield "W_1", lowrank.condition_number(frozen.W_1), limit
+        yield "W_2", lowrank.condition_number(frozen.W_2)[..., first], limit
+        yield "target's W_2", lowrank.condition_number(target.W_2)[..., first], limit
 
 
-def _chains(network: Transformer, batch: torch.Size) -> list[LinearNetwork]:
-    width = network.width
-    identity = torch.eye(width, dtype=network.dtype, device=network.device)
+def _plain(network: Transformer, batch: torch.Size) -> dict[str, LinearNetwork]:
+    identity = torch.eye(network.width, dtype=network.dtype, device=network.device)
     identity = identity.expand(*network.batch_shape, 1, -1, -1)
     before = torch.cat([identity, network.W_2[..., :-1, :, :]], dim=-3)[..., None, :, :]
     after = network.W_1[..., None, :, :]
-    chains = [
-        [before, network.W_Q, network.W_K.mT, before.mT],
-        [before, network.W_V, network.W_O, after],
-    ]
-    inner = [
-        LinearNetwork.unchecked(
-            [w.expand(*batch, *network.W_Q.shape[-4:-2], *w.shape[-2:]) for w in chain]
-        )
-        for chain in chains
-    ]
-    outputs = (network.W_2[..., -1, :, :], network.W_out)
-    return [*inner, LinearNetwork.unchecked([w.expand(*batch, *w.shape[-2:]) for w in outputs])]
+    of_heads = (*batch, network.depth, network.heads)
+    return {
+        "query_key": _chain(of_heads, before, network.W_Q, network.W_K.mT, before.mT),
+        "value_output": _chain(of_heads, before, network.W_V, network.W_O, after),
+        "output": _chain(batch, network.W_2[..., -1, :, :], network.W_out),
+    }
 
 
-def _check(frozen: Transformer, target: Transformer) -> torch.Size:
+def _of_tokens(
+    network: Transformer, first: Tensor, second: Tensor, written: Tensor, batch: torch.Size
+) -> dict[str, LinearNetwork]:
+    of_blocks = (*batch, network.depth)
+    of_heads = (*of_blocks, network.heads)
+    return {
+        "query_key": _chain(of_heads, first, network.W_Q, network.W_K.mT, first.mT),
+        "value_output": _chain(of_heads, first, network.W_V, network.W_O, written),
+        "inner": _chain(of_blocks, second, network.W_1),
+        "outer": _chain(of_blocks, network.W_2, written),
+    }
+
+
+def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
+    return LinearNetwork.unchecked([w.expand(*batch, *w.shape[-2:]) for w in weights])
+
+
+def _require_alike(frozen: Transformer, target: Transformer) -> None:
+    """Refuse two networks whose segments do not stand for each other."""
+    for aspect in ("residual", "norm", "activation", "final_norm", "causal"):
+        given, allowed = getattr(target, aspect), getattr(frozen, aspect)
+        if given != allowed:
+            words = f"with {aspect} {allowed!r}, like the frozen network"
+            raise InputError("target", allowed=words, given=given)
+    narrow = target.width < frozen.width and not frozen.is_plain
     for side, size in frozen.sizes.items():
-        if target.sizes[side] != size:
+        if target.sizes[side] != size and not (narrow and side == "width"):
             raise InputError(
                 f"target's {side}",
                 allowed=f"{size}, as in the frozen network",
                 given=target.sizes[side],
-                remedy="segments are matched one to one, and adapters leave all sizes as they are",
+                remedy="segments are matched one to one, and adapters leave all sizes as they are"
+                if frozen.is_plain
+                else "networks.rewriting.enlarge writes a smaller target as one of these sizes",
             )
+    eps = target.eps * target.width / frozen.width
+    if frozen.norm is not None and not isclose(frozen.eps, eps, rel_tol=1e-9):
+        raise InputError("frozen", allowed=f"with eps {eps:.3g}, the target's", given=frozen.eps)
     _checks.like_frozen(target, frozen)
-    if frozen.sizes["hidden"] != frozen.width:
+    if frozen.is_plain and frozen.sizes["hidden"] != frozen.width:
         raise InputError(
             "W_1",
             allowed=f"square, with as many units as a token has coordinates ({frozen.width})",
             given=f"{frozen.sizes['hidden']} units",
             remedy="only then can adapters of the attention reach everything that the ReLU sees",
         )
-    shapes = [tuple(network.batch_shape) for network in (frozen, target)]
-    return _checks.common_shape("frozen and target", shapes)
 
 
 def _require_regular(name: str, conditions: Float[Tensor, "*batch _"], limit: float) -> None:
     bad = conditions > limit
     if bad.any():
-        block = (
-            int(bad.flatten(0, -2).any(0).nonzero()[0]) if bad.ndim > 1 else int(bad.nonzero()[0])
-        )
+        block = int(bad.reshape(-1, bad.shape[-1]).any(0).nonzero()[0])
         raise InputError(
             f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
             allowed="non-singular",

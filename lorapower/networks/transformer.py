@@ -1,18 +1,44 @@
-"""Transformers: attention and a ReLU layer in turn."""
+"""Transformers: attention and a feed-forward layer in turn, with residual connections and norms
+or without.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
-from .. import _checks, randomness
+from .. import _checks, lowrank, randomness
+from ..errors import InputError
 from ._layers import uniform
-from .stacked import Stacked
+from .base import Network
+from .fnn import pad
+from .gap import Gap
+from .segments import Segments, inverted, segments
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+Norm = Literal["layer", "rms"]
+Part = Literal["attention", "mlp", "all"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda p: functional.gelu(p, approximate="tanh"),
+    "silu": functional.silu,
+}
+#: Kinds of weights by the part of a block that they are of.
+PARTS: dict[str, tuple[str, ...]] = {
+    "attention": ("W_Q", "W_K", "W_V", "W_O"),
+    "mlp": ("W_1", "W_2"),
+    "all": ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2"),
+}
+# The two factors of a segment of a head: the one that holds their product, and the other.
+_FACTORS = {"query size": ("W_Q", "W_K"), "value size": ("W_O", "W_V")}
 
 
 class BlockTrace(NamedTuple):
@@ -23,9 +49,9 @@ class BlockTrace(NamedTuple):
     patterns : Tensor
         What the softmax returns, ``[..., heads, N, N]``; columns sum to 1.
     preactivations : Tensor
-        What the ReLU receives, ``[..., hidden, N]``.
+        What the activation receives, ``[..., hidden, N]``.
     outputs : Tensor
-        Of the block, ``[..., width, N]``.
+        The tokens behind the block, ``[..., width, N]``.
     """
 
     patterns: Float[Tensor, "*batch heads n n"]
@@ -34,34 +60,50 @@ class BlockTrace(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Transformer(Stacked):
-    """``L`` blocks of attention with ``H`` heads and a ReLU layer, and an output matrix.
+class Transformer(Network):
+    """``L`` blocks of attention with ``H`` heads and a feed-forward layer.
 
-    Block ``l`` maps the columns of ``Z`` (one for each token) to ``W_2 ReLU(W_1 Attn(Z) + b_1) +
-    b_2``, where ``Attn(Z) = Σ_h W_O^h W_V^h Z softmax(Zᵀ W_K^hᵀ W_Q^h Z)`` with the softmax of each
-    column. The network's output is ``W_out Z_L``. No residual connections, no normalization
-    [def-transformer].
+    A block maps the columns of ``Z``, one for each token, to ``Y = W_2 σ(W_1 N_2(U) + b_1) + b_2``
+    with ``U = Σ_h W_O^h W_V^h N_1(Z) P_h + b_O`` and ``P_h = softmax(N_1(Z)ᵀ W_K^hᵀ (W_Q^h N_1(Z) +
+    b_Q^h))``, the softmax of each column. With residual connections ``Z`` is added to ``U`` and
+    ``U`` to ``Y`` [def-residual]. A norm is ``N(z) = g ⊙ n + s`` with ``n = z̃ / (‖z̃‖²/D +
+    ε)^{1/2}``, where ``z̃`` is ``z`` minus its mean for a LayerNorm and ``z`` for an RMSNorm; where
+    ``z̃`` is 0, ``n`` is 0. Without norms ``N(z) = z``.
 
-    Tensors, arrays or nested lists, all float32 or all float64; batch dimensions broadcast.
+    A *plain* transformer has neither residual connections nor norms, no ``b_Q`` and no ``b_O``; its
+    output is ``W_out Y`` of the last block [def-transformer]. The output of any other is ``Y``, or
+    a final norm of it.
+
+    Raises `InputError` for sizes that do not fit, types that are mixed or unusable, entries that
+    are not finite, and parameters that the options have no place for.
 
     Parameters
     ----------
-    W_Q, W_K, W_V
-        ``[..., L, H, d, D]``; the size ``d`` of the heads is that of queries and keys for the first
-        two, of values for the third. The paper's heads are square, ``d = D``.
-    W_O
-        ``[..., L, H, D, d]``.
-    W_1, b_1
-        ``[..., L, F, D]``, ``[..., L, F]``.
-    W_2, b_2
-        ``[..., L, D, F]``, ``[..., L, D]``.
-    W_out
-        ``[..., out, D]``.
-
-    Raises
-    ------
-    InputError
-        Sizes that do not fit, mixed or unusable types, entries not finite.
+    W_Q, W_K, W_V, W_O : Tensor
+        ``[..., L, H, d, D]``, the last ``[..., L, H, D, d]``; ``d`` is the size of queries and keys
+        for the first two, of values for the others.
+    W_1, W_2 : Tensor
+        ``[..., L, F, D]``, ``[..., L, D, F]``.
+    W_out : Tensor, optional
+        Of a plain transformer, ``[..., out, D]``; the identity by default.
+    residual : bool
+        Whether there are residual connections.
+    norm : {"layer", "rms"}, optional
+        What is before attention and before the feed-forward layer; by default nothing.
+    activation : {"relu", "gelu", "gelu_tanh", "silu"}
+        ``σ``; ``"gelu_tanh"`` is an approximation of the GELU.
+    final_norm : bool
+        Whether a norm ends the network.
+    causal : bool
+        Whether a token attends only to those up to itself.
+    eps : float
+        ``ε``, at least 0.
+    **vectors : Tensor
+        ``b_1`` and ``b_2``, ``[..., L, F]`` and ``[..., L, D]``; unless the network is plain,
+        ``b_Q`` and ``b_O``, ``[..., L, H, d]`` and ``[..., L, D]``; with norms the gains and shifts
+        ``g_1, s_1, g_2, s_2``, ``[..., L, D]``; with a final norm ``g_f, s_f``, ``[..., D]``. Gains
+        are 1 by default, all others 0. Biases of keys and values would add nothing: the softmax
+        ignores the one, and the other is part of ``b_O`` or ``b_1``.
     """
 
     W_Q: Float[Tensor, "*batch blocks heads query width"]
@@ -69,24 +111,47 @@ class Transformer(Stacked):
     W_V: Float[Tensor, "*batch blocks heads value width"]
     W_O: Float[Tensor, "*batch blocks heads width value"]
     W_1: Float[Tensor, "*batch blocks hidden width"]
-    b_1: Float[Tensor, "*batch blocks hidden"]
     W_2: Float[Tensor, "*batch blocks width hidden"]
-    b_2: Float[Tensor, "*batch blocks width"]
+    # What the options have no place for is None.
     W_out: Float[Tensor, "*batch out width"]
+    b_Q: Float[Tensor, "*batch blocks heads query"]
+    b_O: Float[Tensor, "*batch blocks width"]
+    b_1: Float[Tensor, "*batch blocks hidden"]
+    b_2: Float[Tensor, "*batch blocks width"]
+    g_1: Float[Tensor, "*batch blocks width"]
+    s_1: Float[Tensor, "*batch blocks width"]
+    g_2: Float[Tensor, "*batch blocks width"]
+    s_2: Float[Tensor, "*batch blocks width"]
+    g_f: Float[Tensor, "*batch width"]
+    s_f: Float[Tensor, "*batch width"]
+    residual: bool = False
+    norm: Norm | None = None
+    activation: Activation = "relu"
+    final_norm: bool = False
+    causal: bool = False
+    eps: float = 1e-5
 
+    #: The last dimensions of every kind of parameter; equal names are equal sizes.
     SHAPES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "W_Q": ("blocks", "heads", "query size", "width"),
         "W_K": ("blocks", "heads", "query size", "width"),
         "W_V": ("blocks", "heads", "value size", "width"),
         "W_O": ("blocks", "heads", "width", "value size"),
         "W_1": ("blocks", "hidden", "width"),
-        "b_1": ("blocks", "hidden"),
         "W_2": ("blocks", "width", "hidden"),
-        "b_2": ("blocks", "width"),
         "W_out": ("outputs", "width"),
+        "b_Q": ("blocks", "heads", "query size"),
+        "b_O": ("blocks", "width"),
+        "b_1": ("blocks", "hidden"),
+        "b_2": ("blocks", "width"),
+        "g_1": ("blocks", "width"),
+        "s_1": ("blocks", "width"),
+        "g_2": ("blocks", "width"),
+        "s_2": ("blocks", "width"),
+        "g_f": ("width",),
+        "s_f": ("width",),
     }
-    weight_kinds: ClassVar[tuple[str, ...]] = ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out")
-    bias_kinds: ClassVar[tuple[str, ...]] = ("b_1", "b_2")
+    sequences: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -95,13 +160,76 @@ class Transformer(Stacked):
         W_V: Any,
         W_O: Any,
         W_1: Any,
-        b_1: Any,
         W_2: Any,
-        b_2: Any,
-        W_out: Any,
+        *,
+        residual: bool = False,
+        norm: Norm | None = None,
+        activation: Activation = "relu",
+        final_norm: bool = False,
+        causal: bool = False,
+        eps: float = 1e-5,
+        **others: Any,
     ) -> None:
-        values = (W_Q, W_K, W_V, W_O, W_1, b_1, W_2, b_2, W_out)
-        self._set(dict(zip(self.SHAPES, values, strict=True)))
+        settings = _check_settings(residual, norm, activation, final_norm, causal, eps)
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+        # What `dataclasses.replace` passes on of a network that does not have it.
+        given = {name: value for name, value in others.items() if value is not None}
+        for name in given:
+            _checks.choice("parameters", name, tuple(self.SHAPES))
+            if name not in self.kinds:
+                allowed = f"left out with {', '.join(f'{k}={v!r}' for k, v in settings.items())}"
+                raise InputError(name, allowed=allowed, given="one")
+        weights = dict(zip(PARTS["all"], (W_Q, W_K, W_V, W_O, W_1, W_2), strict=True))
+        tensors = {
+            name: _checks.real_tensor(name, value, min_dims=len(self.SHAPES[name]), copy=True)
+            for name, value in (weights | given).items()
+        }
+        sizes = {
+            side: n
+            for name in weights
+            for side, n in zip(
+                self.SHAPES[name], tensors[name].shape[-len(self.SHAPES[name]) :], strict=True
+            )
+        }
+        like = tensors["W_Q"]
+        for name in self.kinds:
+            if name == "W_out" and name not in tensors:
+                tensors[name] = torch.eye(sizes["width"], dtype=like.dtype, device=like.device)
+            elif name not in tensors:
+                shape = [sizes[side] for side in self.SHAPES[name]]
+                tensors[name] = like.new_full(shape, name[0] == "g")
+        self._set({name: tensors[name] for name in self.kinds})
+
+    def _set(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make these the parameters, of one batch shape; refuse what does not fit together."""
+        sizes: dict[str, int] = {}
+        for name, tensor in tensors.items():
+            shape = self.SHAPES[name]
+            given = tuple(tensor.shape[-len(shape) :])
+            allowed = tuple(sizes.setdefault(side, n) for side, n in zip(shape, given, strict=True))
+            if given != allowed:
+                raise InputError(
+                    name,
+                    allowed=f"[..., {', '.join(shape)}] = [..., {', '.join(map(str, allowed))}]",
+                    given=f"shape {tuple(tensor.shape)}",
+                )
+        if len({tensor.dtype for tensor in tensors.values()}) > 1:
+            raise InputError(
+                "weights and biases",
+                allowed="all float32 or all float64",
+                given="both",
+                remedy="convert one",
+            )
+        batch = _checks.common_shape(
+            "weights and biases",
+            [tensor.shape[: -len(self.SHAPES[name])] for name, tensor in tensors.items()],
+        )
+        for name in self.SHAPES:
+            part: Any = tensors.get(name)
+            if part is not None:
+                part = part.expand(*batch, *part.shape[-len(self.SHAPES[name]) :])
+            object.__setattr__(self, name, part)
 
     @classmethod
     def random(
@@ -111,98 +239,511 @@ class Transformer(Stacked):
         heads: int,
         *,
         head_size: int | None = None,
-        scale: float = 1.0,
+        hidden: int | None = None,
+        scale: float | None = None,
+        residual: bool = False,
+        norm: Norm | None = None,
+        activation: Activation = "relu",
+        final_norm: bool = False,
+        causal: bool = False,
+        eps: float = 1e-5,
         batch_shape: tuple[int, ...] = (),
         seed: int = 0,
         purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> Transformer:
-        """Attention weights normal of standard deviation ``scale``, the others ``±1/√D``.
+        """Draw a network as `torch.nn.Linear` draws its own numbers, but for attention and norms.
 
-        The paper's attention weights have ``scale = 1``; ``D^{-1/2}`` keeps scores of moderate
-        size. All others, biases too, are drawn as `torch.nn.Linear` draws its own. Transformers
-        of one seed and different purposes are independent.
+        Matrices and biases are uniform on ``±1/√n`` with ``n`` the size of what a matrix reads.
+        Attention weights of a plain transformer are normal. Gains are uniform on ½ to 1½ and shifts
+        on ±½, far from what training starts with, so that nothing rests on their being alike.
+        Networks of one seed and different purposes are independent.
+
+        Parameters
+        ----------
+        depth, width, heads : int
+            ``L``, ``D`` and ``H``.
+        head_size : int, optional
+            ``d``, by default the width.
+        hidden : int, optional
+            ``F``, by default the width of a plain transformer, and twice that of others.
+        scale : float, optional
+            Of a plain transformer: the standard deviation of attention weights, by default 1 as in
+            the paper; ``D^{-1/2}`` keeps scores of moderate size.
+        residual, norm, activation, final_norm, causal, eps
+            As in the constructor.
         """
-        sizes = cls._drawn_sizes(depth, width, heads, head_size, None, usual=1)
-        scale = _checks.positive("scale", scale)
+        settings = _check_settings(residual, norm, activation, final_norm, causal, eps)
+        plain = not residual and norm is None
+        if scale is not None and not plain:
+            raise InputError(
+                "scale", allowed="left out with residual connections or norms", given=scale
+            )
+        scale = _checks.positive("scale", 1.0 if scale is None else scale)
+        width = _checks.integer("width", width, 1)
+        size = width if head_size is None else _checks.integer("head_size", head_size, 1)
+        hidden = width * (1 if plain else 2) if hidden is None else hidden
+        sizes = {
+            "blocks": _checks.integer("depth", depth, 1),
+            "heads": _checks.integer("heads", heads, 1),
+            "query size": size,
+            "value size": size,
+            "width": width,
+            "hidden": _checks.integer("hidden", hidden, 1),
+            "outputs": width,
+        }
         batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
-        generator = randomness.generator(seed, "transformer", purpose)
+        stream = "transformer" if plain else "residual transformer"
+        generator = randomness.generator(seed, stream, purpose)
 
         def draw(name: str) -> Tensor:
-            shape = (*batch_shape, *(sizes[side] for side in cls.SHAPES[name]))
-            if "heads" not in cls.SHAPES[name]:
-                return uniform(*shape, width=width, generator=generator, dtype=dtype)
-            return (scale * randomness.normal(generator, *shape)).to(dtype)
+            sides = cls.SHAPES[name]
+            shape = (*batch_shape, *(sizes[side] for side in sides))
+            if plain and "heads" in sides:
+                return (scale * randomness.normal(generator, *shape)).to(dtype)
+            if name[0] in "gs":
+                drawn = randomness.uniform(generator, *shape) - 0.5
+                return (drawn + (name[0] == "g")).to(dtype)
+            reads = {"b_Q": "width", "b_O": "width", "b_1": "width", "b_2": "hidden"}
+            size = sizes[reads.get(name, sides[-1])]
+            return uniform(*shape, width=size, generator=generator, dtype=dtype)
 
-        return cls(**{name: draw(name) for name in cls.SHAPES})
+        kinds = _kinds(**settings)
+        if plain:
+            # Their order is older than that of the others.
+            kinds = (*PARTS["attention"], "W_1", "b_1", "W_2", "b_2", "W_out")
+        parts: Any = {name: draw(name) for name in kinds}
+        return cls(**parts, **settings)
 
     @property
-    def sides(self) -> str:
-        """Blocks, heads, the size of these, and the sizes along a block and of an output."""
-        n = self.sizes
-        heads = f"{n['heads']} heads of {n['query size']} and {n['value size']}"
-        layers = f"{n['width']}→{n['hidden']}→{n['width']}, {n['outputs']} outputs"
-        return f"{n['blocks']} blocks, {heads}, {layers}"
+    def is_plain(self) -> bool:
+        """Whether it has neither residual connections nor norms."""
+        return not self.residual and self.norm is None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a network of other numbers has in common with this one, by attribute."""
+        names = ("residual", "norm", "activation", "final_norm", "causal", "eps")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of parameters that it has, weights first."""
+        return _kinds(**self.settings)
+
+    @property
+    def weight_kinds(self) -> tuple[str, ...]:
+        """The kinds that are matrices, in the order of ``weights``."""
+        return tuple(name for name in self.kinds if name[0] == "W")
+
+    @property
+    def bias_kinds(self) -> tuple[str, ...]:
+        """The kinds that are vectors, in the order of ``biases``."""
+        return tuple(name for name in self.kinds if name[0] != "W")
+
+    @property
+    def adapted_kinds(self) -> tuple[str, ...]:
+        """The kinds of weights that the theorem adapts [thm-transformer], [thm-residual].
+
+        All of them; of a plain transformer ``W_2`` of the last block only, and not ``W_1``.
+        """
+        return tuple(name for name in self.weight_kinds if not (self.is_plain and name == "W_1"))
 
     @property
     def adapted(self) -> tuple[bool, ...]:
-        """For each of `weights` whether the theorem [thm-transformer] adapts it.
+        """For each of ``weights`` whether the theorem adapts it."""
+        frozen = [f"W_2 of block {l}" for l in range(1, self.depth)] if self.is_plain else []
+        kinds = self.adapted_kinds
+        return tuple(name.split()[0] in kinds and name not in frozen for name in self.weight_names)
 
-        It adapts all of the attention, ``W_2`` of the last block and ``W_out``.
+    @property
+    def parts(self) -> dict[str, Any]:
+        """All parameters by their kind."""
+        return {name: getattr(self, name) for name in self.kinds}
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks ``L``."""
+        return self.W_Q.shape[-4]
+
+    @property
+    def heads(self) -> int:
+        """Number of heads ``H`` in each block."""
+        return self.W_Q.shape[-3]
+
+    @property
+    def width(self) -> int:
+        """Size ``D`` of a token."""
+        return self.W_Q.shape[-1]
+
+    @property
+    def dimension(self) -> int:
+        """``m``: of the space that what a block reads spans, ``D − 1`` under a LayerNorm."""
+        return self.width - (self.norm == "layer")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Every size by its name, such as blocks, heads, query size, width and hidden."""
+        return {
+            side: n
+            for name, tensor in self.parts.items()
+            for side, n in zip(
+                self.SHAPES[name], tensor.shape[-len(self.SHAPES[name]) :], strict=True
+            )
+        }
+
+    @property
+    def sides(self) -> str:
+        n = self.sizes
+        words = [
+            f"{n['blocks']} blocks",
+            f"{n['heads']} heads of {n['query size']} and {n['value size']}",
+            f"{n['width']}→{n['hidden']}→{n['width']}",
+        ]
+        if self.is_plain:
+            words.append(f"{n['outputs']} outputs")
+        words += [self.activation] * (self.activation != "relu" or not self.is_plain)
+        words += [f"{self.norm} norm"] * (self.norm is not None)
+        words += ["residual"] * (self.residual and self.norm is None)
+        return ", ".join(words)
+
+    # Kept in stacks, so that both are read only.
+    @cached_property
+    def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:  # type: ignore[override]
+        """All matrices, one by one: by kind, then by block and head."""
+        return self._flat(self.weight_kinds)
+
+    @cached_property
+    def biases(self) -> tuple[Float[Tensor, "*batch _"], ...]:  # type: ignore[override]
+        """All vectors, one by one: by kind, then by block and head."""
+        return self._flat(self.bias_kinds)
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """For each of ``weights`` what it is, such as ``"W_Q of block 1, head 2"``."""
+        return tuple(name for kind in self.weight_kinds for name in self._names(kind))
+
+    @property
+    def bias_names(self) -> tuple[str, ...]:
+        """For each of ``biases`` what it is, such as ``"b_1 of block 2"``."""
+        return tuple(name for kind in self.bias_kinds for name in self._names(kind))
+
+    def _names(self, kind: str) -> list[str]:
+        blocks, heads = range(1, self.depth + 1), range(1, self.heads + 1)
+        if "heads" in self.SHAPES[kind]:
+            return [f"{kind} of block {l}, head {h}" for l in blocks for h in heads]
+        return [f"{kind} of block {l}" for l in blocks] if "blocks" in self.SHAPES[kind] else [kind]
+
+    def one_by_one(self, kind: str, stack: Tensor) -> tuple[Tensor, ...]:
+        """A stack of all parameters of a kind as single ones, by block and head."""
+        first = stack.ndim - len(self.SHAPES[kind])
+        dims = 2 if kind[0] == "W" else 1
+        return stack.unsqueeze(first).flatten(first, -dims - 1).unbind(first)
+
+    def _flat(self, kinds: Sequence[str]) -> tuple[Tensor, ...]:
+        return tuple(w for kind in kinds for w in self.one_by_one(kind, self.parts[kind]))
+
+    def with_parameters(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+    ) -> Self:
+        biases = self.biases if biases is None else biases
+        for name, given, count in (
+            ("weights", weights, len(self.weights)),
+            ("biases", biases, len(self.biases)),
+        ):
+            if len(given) != count:
+                allowed = f"{count}, in the order of this network's"
+                raise InputError(name, allowed=allowed, given=len(given))
+        return type(self)(**self._stack(weights, biases), **self.settings)
+
+    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
+        network = object.__new__(type(self))
+        stacks = self._stack(weights, biases)
+        for name, value in {**dict.fromkeys(self.SHAPES), **stacks, **self.settings}.items():
+            object.__setattr__(network, name, value)
+        return network
+
+    def _stack(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> dict[str, Any]:
+        remaining, stacks = iter((*weights, *biases)), {}
+        for name in self.kinds:
+            dims = 2 if name[0] == "W" else 1
+            sizes = getattr(self, name).shape[-len(self.SHAPES[name]) : -dims]
+            members = torch.broadcast_tensors(*(next(remaining) for _ in range(sizes.numel())))
+            stack = torch.stack(members, -dims - 1)
+            shape = (*stack.shape[: -dims - 1], *sizes, *stack.shape[-dims:])
+            stacks[name] = stack.reshape(shape)
+        return stacks
+
+    def ranks(self, rank: int, part: Part = "all") -> tuple[int, ...]:
+        """One rank for every weight of a part of the blocks, none for the others.
+
+        In the order of ``weights``, as `training.Tuning` takes them; none is above a weight's
+        smaller side. Raises `InputError` for a negative rank and an unknown part.
         """
-        frozen = [f"W_2 of block {l}" for l in range(1, self.depth)]
+        rank = _checks.integer("rank", rank, 0)
+        _checks.choice("part", part, tuple(PARTS))
+        names = zip(self.weight_names, self.weights, strict=True)
         return tuple(
-            not name.startswith("W_1 ") and name not in frozen for name in self.weight_names
+            min(rank, *w.shape[-2:]) if name.split()[0] in PARTS[part] else 0 for name, w in names
         )
+
+    # What it computes.
+
+    def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch width n"]:
+        x = super().as_inputs(x, name)
+        _checks.common_shape(f"{name} and network", [tuple(x.shape[:-2]), tuple(self.batch_shape)])
+        return x
+
+    def __call__(self, x: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
+        """The output, token by token; leading dimensions of ``x`` broadcast with the batch."""
+        return self.behind(0, self.as_inputs(x))
 
     def trace(self, x: Float[Tensor, "*#batch width n"]) -> list[BlockTrace]:
         """What happens in each block, first block first."""
-        z, found = self.as_inputs(x), []
+        z, blocks = self.as_inputs(x), []
         for l in range(self.depth):
-            attending = scores(self, l, z)
-            hidden = mixed(self, l, z, attending)
-            z = fed_forward(self, l, hidden)
-            found.append(BlockTrace(attending.softmax(-2), hidden, z))
-        return found
+            patterns = self.patterns(self.scores(l, self.reads(z, "1", l)))
+            u = self.attend(l, z, patterns)
+            hidden = self.hidden(l, u)
+            z = self.feed_forward(l, u, hidden)
+            blocks.append(BlockTrace(patterns, hidden, z))
+        return blocks
 
-    def __call__(self, x: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
-        """``W_out Z_L``, token by token; leading dimensions of ``x`` broadcast with the batch."""
-        return behind(self, 0, self.as_inputs(x))
+    def normalize(self, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch width n"]:
+        """``n``: tokens without mean (LayerNorm) and of mean square 1, but for ``ε``."""
+        if self.norm == "layer":
+            z = z - z.mean(-2, keepdim=True)
+        square = z.square().mean(-2, keepdim=True) + self.eps
+        return z * torch.where(square > 0, square, 1).rsqrt()
+
+    def reads(
+        self, z: Float[Tensor, "*#batch width n"], name: str, l: int
+    ) -> Float[Tensor, "*batch width n"]:
+        """What norm ``"1"`` or ``"2"`` of block ``l``, counted from 0, makes of tokens."""
+        if self.norm is None:
+            return z
+        gain, shift = (getattr(self, kind + name)[..., l, :, None] for kind in ("g_", "s_"))
+        return gain * self.normalize(z) + shift
+
+    def scores(
+        self, l: int, reads: Float[Tensor, "*#batch width n"]
+    ) -> Float[Tensor, "*batch heads n n"]:
+        """``N_1(Z)ᵀ W_Kᵀ (W_Q N_1(Z) + b_Q)`` of block ``l``: of keys, in rows, and queries."""
+        tokens = reads.unsqueeze(-3)
+        Q, K = (w[..., l, :, :, :] for w in (self.W_Q, self.W_K))
+        queries = Q @ tokens
+        if not self.is_plain:
+            queries = queries + self.b_Q[..., l, :, :, None]
+        return (K @ tokens).mT @ queries
+
+    def patterns(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+        """How tokens, in columns, attend: the softmax of scores, of earlier ones if ``causal``."""
+        if self.causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(-1)
+            scores = scores.masked_fill(later, -torch.inf)
+        return scores.softmax(-2)
+
+    def attend(
+        self,
+        l: int,
+        z: Float[Tensor, "*#batch width n"],
+        patterns: Float[Tensor, "*#batch heads n n"],
+    ) -> Float[Tensor, "*batch width n"]:
+        """``U`` of block ``l``: what attention in these patterns makes of tokens."""
+        V, O = (w[..., l, :, :, :] for w in (self.W_V, self.W_O))
+        attention = (O @ (V @ self.reads(z, "1", l).unsqueeze(-3) @ patterns)).sum(-3)
+        if self.is_plain:
+            return attention
+        u = z + attention if self.residual else attention
+        return u + self.b_O[..., l, :, None]
+
+    def hidden(
+        self, l: int, u: Float[Tensor, "*#batch width n"]
+    ) -> Float[Tensor, "*batch hidden n"]:
+        """What the activation of block ``l`` receives for ``U``."""
+        return self.W_1[..., l, :, :] @ self.reads(u, "2", l) + self.b_1[..., l, :, None]
+
+    def activate(self, p: Float[Tensor, "*batch hidden n"]) -> Float[Tensor, "*batch hidden n"]:
+        """``σ`` of it."""
+        return ACTIVATIONS[self.activation](p)
+
+    def feed_forward(
+        self,
+        l: int,
+        u: Float[Tensor, "*#batch width n"],
+        hidden: Float[Tensor, "*#batch hidden n"],
+    ) -> Float[Tensor, "*batch width n"]:
+        """``Y`` of block ``l``: the tokens behind it."""
+        y = self.W_2[..., l, :, :] @ self.activate(hidden)
+        return (u + y if self.residual else y) + self.b_2[..., l, :, None]
+
+    def behind(self, l: int, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
+        """The outputs for tokens that enter block ``l``; gradients flow through."""
+        for block in range(l, self.depth):
+            patterns = self.patterns(self.scores(block, self.reads(z, "1", block)))
+            u = self.attend(block, z, patterns)
+            z = self.feed_forward(block, u, self.hidden(block, u))
+        return self.end(z)
+
+    def end(self, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
+        """The outputs for the tokens that leave the last block."""
+        if self.is_plain:
+            return self.W_out @ z
+        if not self.final_norm:
+            return z
+        return self.g_f[..., None] * self.normalize(z) + self.s_f[..., None]
+
+    def fill(self, z: Float[Tensor, "*batch narrower n"]) -> Float[Tensor, "*batch width n"]:
+        """Tokens of a narrower network among this one's: below them zeros, or their mean.
+
+        The mean under a LayerNorm, so that it stays the mean of all. Raises `InputError` for tokens
+        that are wider. Source: [prop-sizes].
+        """
+        z = _checks.real_tensor("z", z, min_dims=2)
+        more = self.width - _checks.integer("width of z", z.shape[-2], 1, self.width)
+        below = z.mean(-2, keepdim=True) * (self.norm == "layer")
+        return torch.cat([z, below.expand(*z.shape[:-2], more, z.shape[-1])], -2)
+
+    def basis(self) -> Float[Tensor, "width m"]:
+        """An orthonormal basis of the space that what a block reads spans, of dimension ``m``."""
+        identity = torch.eye(self.width, dtype=self.dtype, device=self.device)
+        if self.norm != "layer":
+            return identity
+        constant = torch.ones_like(identity[:, :1])
+        return torch.linalg.qr(torch.cat([constant, identity[:, :-1]], 1)).Q[:, 1:]
+
+    # What adapters have to do with.
+
+    def segments(self, target: Transformer, *, throw: bool = True) -> Segments[Gap]:
+        """What lies between two non-linearities of this network, against a target's [lem-segments].
+
+        Segments of a network that is not plain are read with the target's gains, which the adapted
+        network takes on; for a target with this network's gains (`rewriting.with_gains`) nothing is
+        to be tuned there. Such a target may have narrower tokens, which stand among this network's
+        as `Transformer.fill` writes them.
+
+        Raises `InputError` for transformers of different sizes (see `rewriting.enlarge`), types or
+        settings; of plain ones for a feed-forward layer that is not as wide as the tokens and,
+        unless ``throw`` is false, where the two are not `Transformer.is_regular`.
+        """
+        _checks.kind(Transformer, target=target)
+        return segments(self, target, throw=throw)
+
+    def is_regular(self, target: Transformer) -> Bool[Tensor, "*batch"]:
+        """Whether what the theorem inverts is non-singular in working precision [ass-regular].
+
+        That is, of plain transformers, ``W_1`` and ``W_2`` of this network, and the target's
+        ``W_2`` of all blocks but the last; of others nothing.
+        """
+        parts = [(c <= limit).all(-1) for _, c, limit in inverted(self, target)]
+        if not parts:
+            shape = torch.broadcast_shapes(self.batch_shape, target.batch_shape)
+            return torch.ones(shape, dtype=torch.bool, device=self.device)
+        return torch.stack(torch.broadcast_tensors(*parts)).all(0)
+
+    def missing_shift(self) -> Float[Tensor, "*batch _ width"]:
+        """``c`` with ``W_{2,l} c = b_{2,l}`` for all blocks but the last; ``[..., L − 1, D]``."""
+        return lowrank.solve(self.W_2[..., :-1, :, :], self.b_2[..., :-1, :, None])[..., 0]
+
+    def is_narrow(self, side: str) -> bool:
+        """Whether heads are narrower than tokens: their ``"query size"`` or ``"value size"``."""
+        return self.sizes[side] < self.width
+
+    def fuse(self, frozen: Transformer | None = None) -> Transformer:
+        """The same function with one matrix for each segment of attention [def-fused].
+
+        The product of the two factors stands in ``W_Q`` and in ``W_O``, identities in ``W_K`` and
+        ``W_V``; heads narrower than the tokens keep their two factors. Of a plain transformer
+        ``W_1`` is the identity too, the product at the end stands in ``W_2`` of the last block, and
+        tokens between blocks are written in the coordinates of the ``W_2`` of a frozen network,
+        this one by default. It is one network, without batch dimensions.
+        """
+        frozen = self if frozen is None else frozen
+        if self.is_plain and self.sizes["outputs"] > self.width:
+            raise InputError(
+                "frozen",
+                allowed=f"of at most {self.width} outputs, the coordinates of a token",
+                given=self.sizes["outputs"],
+                remedy="fewer coordinates cannot hold a bias for all of them",
+            )
+        identity = torch.eye(self.width, dtype=self.dtype, device=self.device)
+        parts = self.parts
+        if self.is_plain:
+            kept = frozen.W_2[:-1]
+            turned = torch.linalg.solve(kept.mT, self.W_2[:-1].mT).mT
+            before = torch.cat([identity[None], turned])[:, None]
+            values = self.W_1[:, None] @ self.W_O @ self.W_V @ before
+            parts |= {name: parts[name] @ before for name in ("W_Q", "W_K", "W_V")}
+            last = pad(self.W_out @ self.W_2[-1], self.width)
+            bias = pad(self.W_out @ self.b_2[-1, :, None], self.width)
+            parts |= {
+                "W_O": self.W_1[:, None] @ self.W_O,
+                "W_1": identity.expand(self.depth, -1, -1),
+                "W_2": torch.cat([kept, last[None]]),
+                "b_2": torch.cat([torch.linalg.solve(turned, self.b_2[:-1]), bias.mT]),
+                "W_out": identity[: self.sizes["outputs"]],
+            }
+        else:
+            values = self.W_O @ self.W_V
+        if not self.is_narrow("query size"):
+            rows = self.sizes["query size"]
+            scores = parts["W_K"].mT @ parts["W_Q"]
+            if not self.is_plain:
+                parts["b_Q"] = pad(self.W_K.mT @ self.b_Q[..., None], rows)[..., 0]
+            parts |= {"W_Q": pad(scores, rows), "W_K": pad(identity.expand_as(scores), rows)}
+        if not self.is_narrow("value size"):
+            rows = self.sizes["value size"]
+            parts |= {
+                "W_O": pad(values.mT, rows).mT,
+                "W_V": pad(identity.expand_as(values), rows),
+            }
+        return Transformer(**parts, **self.settings)
+
+    def fused_ranks(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
+        """What adapters of these ranks, by kind of weight, reach of each weight of ``fuse``."""
+        reach = dict(ranks)
+        for side, (kept, gone) in _FACTORS.items():
+            if not self.is_narrow(side):
+                reach |= {kept: min(ranks[kept] + ranks[gone], self.width), gone: 0}
+        if not self.is_plain:
+            return tuple(reach[name.split()[0]] for name in self.weight_names)
+        outputs = min(ranks["W_2"] + ranks["W_out"], self.sizes["outputs"])
+        reach |= {"W_1": 0, "W_2": 0, "W_out": 0, f"W_2 of block {self.depth}": outputs}
+        return tuple(reach.get(name, reach[name.split()[0]]) for name in self.weight_names)
 
 
-def scores(
-    network: Transformer, l: int, z: Float[Tensor, "*#batch width n"]
-) -> Float[Tensor, "*batch heads n n"]:
-    """``Zᵀ W_K^hᵀ W_Q^h Z`` of block ``l``, counted from 0: of keys, in rows, and queries."""
-    tokens = z.unsqueeze(-3)
-    Q, K = (w[..., l, :, :, :] for w in (network.W_Q, network.W_K))
-    return (K @ tokens).mT @ (Q @ tokens)
+def _check_settings(
+    residual: bool,
+    norm: Norm | None,
+    activation: Activation,
+    final_norm: bool,
+    causal: bool,
+    eps: float,
+) -> dict[str, Any]:
+    """The options of a network, checked."""
+    if norm is not None:
+        _checks.choice("norm", norm, get_args(Norm))
+    _checks.choice("activation", activation, get_args(Activation))
+    if _checks.flag("final_norm", final_norm) and norm is None:
+        raise InputError("final_norm", allowed="False without a norm", given=True)
+    return {
+        "residual": _checks.flag("residual", residual),
+        "norm": norm,
+        "activation": activation,
+        "final_norm": bool(final_norm),
+        "causal": _checks.flag("causal", causal),
+        "eps": _checks.finite("eps", eps, 0),
+    }
 
 
-def mixed(
-    network: Transformer,
-    l: int,
-    z: Float[Tensor, "*#batch width n"],
-    attending: Float[Tensor, "*#batch heads n n"],
-) -> Float[Tensor, "*batch hidden n"]:
-    """What the ReLU of block ``l`` receives where tokens attend by these scores."""
-    V, O = (w[..., l, :, :, :] for w in (network.W_V, network.W_O))
-    attention = (O @ (V @ z.unsqueeze(-3) @ attending.softmax(-2))).sum(-3)
-    return network.W_1[..., l, :, :] @ attention + network.b_1[..., l, :, None]
-
-
-def fed_forward(
-    network: Transformer, l: int, hidden: Float[Tensor, "*#batch hidden n"]
-) -> Float[Tensor, "*batch width n"]:
-    """The tokens that block ``l`` makes of what its ReLU receives."""
-    return network.W_2[..., l, :, :] @ hidden.relu() + network.b_2[..., l, :, None]
-
-
-def behind(
-    network: Transformer, l: int, z: Float[Tensor, "*#batch width n"]
-) -> Float[Tensor, "*batch out n"]:
-    """The outputs for tokens that enter block ``l``; gradients flow through."""
-    for block in range(l, network.depth):
-        hidden = mixed(network, block, z, scores(network, block, z))
-        z = fed_forward(network, block, hidden)
-    return network.W_out @ z
+def _kinds(residual: bool, norm: Norm | None, final_norm: bool, **_: Any) -> tuple[str, ...]:
+    """The kinds of parameters that the options have a place for."""
+    plain = not residual and norm is None
+    has = {
+        "W_out": plain,
+        "b_Q": not plain,
+        "b_O": not plain,
+        **dict.fromkeys(("g_1", "s_1", "g_2", "s_2"), norm is not None),
+        **dict.fromkeys(("g_f", "s_f"), final_norm),
+    }
+    return tuple(name for name in Transformer.SHAPES if has.get(name, True))

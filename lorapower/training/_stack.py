@@ -21,7 +21,6 @@ from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks.fnn import FNN
 from ..networks.partition import Partition
-from ..networks.residual.network import ResidualTransformer
 from ..networks.transformer import Transformer
 from ..regions import Ball
 from . import _reference
@@ -54,11 +53,15 @@ class Stack(Generic[N]):
         self.padded_biases = self._pad(self.biases or none, 1)
         # Coordinates of an input and of an output, or of each of their tokens.
         self.inputs, self.outputs = self.shapes[0][1], self.shapes[-1][0]
-        plain: Any = frozen if isinstance(frozen, Transformer) else None
+        network: Any = frozen
+        is_transformer = isinstance(network, Transformer)
+        plain = network if is_transformer and network.is_plain else None
         self.blocks: int = plain.depth if plain else 0
         self.heads: int = plain.heads if plain else 0
         # Whether compiled code knows this kind of network.
-        self.is_covered = not isinstance(frozen, ResidualTransformer)
+        self.is_covered = not is_transformer or (
+            plain is not None and plain.activation == "relu" and not plain.causal
+        )
 
     def structure(self, batches: Batches, steps: int) -> Structure:
         """What all runs have in common."""

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ... import _checks
-from ...errors import InputError
-from .network import ResidualTransformer
+from .. import _checks
+from ..errors import InputError
+from .transformer import Transformer
 
 M = TypeVar("M", bound=nn.Module)
 
 # The package's names of activations by those of transformers.
-ACTIVATIONS = {
+_ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -23,12 +23,12 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-FAMILIES = "GPT2Model or OPTModel of transformers, or one with a head"
+_FAMILIES = "GPT2Model or OPTModel of transformers, or one with a head"
 
 
 def from_decoder(
     module: nn.Module, *, dtype: torch.dtype | None = None, final_norm: bool = True
-) -> ResidualTransformer:
+) -> Transformer:
     """The blocks of a GPT-2 or OPT, and their final norm, as a network of tokens.
 
     ``network(z)`` is the module's last hidden state where ``z`` are the embeddings of tokens and
@@ -62,8 +62,10 @@ def from_decoder(
         values |= {"g_f": final.weight.detach(), "s_f": final.bias.detach()}
     if dtype is not None:
         values = {name: value.to(_checks.precision(dtype)) for name, value in values.items()}
-    return ResidualTransformer(
+    return Transformer(
         **values,
+        residual=True,
+        norm="layer",
         activation=_activation(config),
         final_norm=final is not None,
         causal=True,
@@ -72,14 +74,14 @@ def from_decoder(
 
 
 @torch.no_grad()
-def to_decoder(network: ResidualTransformer, module: M) -> M:
+def to_decoder(network: Transformer, module: M) -> M:
     """A copy of a GPT-2 or OPT whose blocks and final norm compute what the network does.
 
     Embeddings, positions and a head stay the module's, and so does its type of numbers. Biases of
     keys and values become 0. Raises `InputError` for a module that `from_decoder` refuses, whose
     sizes or settings are not the network's, and for batches.
     """
-    _checks.kind(ResidualTransformer, network=network)
+    _checks.kind(Transformer, network=network)
     if network.batch_shape:
         raise InputError(
             "network", allowed="a single one", given=f"batch shape {tuple(network.batch_shape)}"
@@ -105,7 +107,7 @@ def to_decoder(network: ResidualTransformer, module: M) -> M:
 def _parts(module: Any) -> tuple[str, Any, Any]:
     """The family, the blocks and the final norm, if there is one."""
     if not isinstance(module, nn.Module) or not hasattr(module, "config"):
-        raise InputError("module", allowed=FAMILIES, given=type(module).__name__)
+        raise InputError("module", allowed=_FAMILIES, given=type(module).__name__)
     base = getattr(module, "base_model", module)
     config: Any = module.config
     kind = getattr(config, "model_type", None)
@@ -121,7 +123,7 @@ def _parts(module: Any) -> tuple[str, Any, Any]:
         return kind, base.layers, base.final_layer_norm
     raise InputError(
         "module",
-        allowed=FAMILIES,
+        allowed=_FAMILIES,
         given=f"{type(module).__name__}, of type {kind!r}",
         remedy="blocks that norm what they have added (post-norm) or gate what they pass on differ",
     )
@@ -135,9 +137,9 @@ def _require(config: Any, **wanted: bool) -> None:
 
 def _activation(config: Any) -> Any:
     name = getattr(config, "activation_function", None)
-    if name not in ACTIVATIONS:
-        raise InputError("module", allowed=f"with one of {', '.join(ACTIVATIONS)}", given=name)
-    return ACTIVATIONS[name]
+    if name not in _ACTIVATIONS:
+        raise InputError("module", allowed=f"with one of {', '.join(_ACTIVATIONS)}", given=name)
+    return _ACTIVATIONS[name]
 
 
 def _first_norm(block: Any) -> Any:
@@ -184,7 +186,7 @@ def _opt_block(block: Any, heads: int) -> dict[str, Tensor]:
     return found | _norms(block.self_attn_layer_norm, block.final_layer_norm)
 
 
-def _attention(network: ResidualTransformer, l: int) -> dict[str, Tensor]:
+def _attention(network: Transformer, l: int) -> dict[str, Tensor]:
     """Weights and biases of queries, keys, values and outputs, all heads together."""
     size = network.sizes["query size"] ** 0.5
     zeros = torch.zeros_like(network.b_Q[l].flatten())
@@ -199,13 +201,13 @@ def _attention(network: ResidualTransformer, l: int) -> dict[str, Tensor]:
     }
 
 
-def _write_norms(first: Any, second: Any, network: ResidualTransformer, l: int) -> None:
+def _write_norms(first: Any, second: Any, network: Transformer, l: int) -> None:
     for norm, name in ((first, "1"), (second, "2")):
         norm.weight.copy_(getattr(network, f"g_{name}")[l])
         norm.bias.copy_(getattr(network, f"s_{name}")[l])
 
 
-def _write_gpt2(block: Any, network: ResidualTransformer, l: int) -> None:
+def _write_gpt2(block: Any, network: Transformer, l: int) -> None:
     part, attention, mlp = _attention(network, l), block.attn, block.mlp
     attention.c_attn.weight.copy_(torch.cat([part["Q"], part["K"], part["V"]]).mT)
     attention.c_attn.bias.copy_(torch.cat([part["b_Q"], part["zeros"], part["zeros"]]))
@@ -217,7 +219,7 @@ def _write_gpt2(block: Any, network: ResidualTransformer, l: int) -> None:
     _write_norms(block.ln_1, block.ln_2, network, l)
 
 
-def _write_opt(block: Any, network: ResidualTransformer, l: int) -> None:
+def _write_opt(block: Any, network: Transformer, l: int) -> None:
     part, own = _attention(network, l), block.self_attn
     for layer, weight, bias in (
         (own.q_proj, part["Q"], part["b_Q"]),

@@ -15,24 +15,25 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ... import _checks, randomness
-from ...errors import InputError
-from .network import FINAL, ResidualTransformer
+from .. import _checks, randomness
+from ..errors import InputError
+from .transformer import Transformer
 
 # Below this an activation is 0 in double precision.
-SILENT = {"relu": 0.0, "gelu": 40.0, "gelu_tanh": 40.0, "silu": 760.0}
+_SILENT = {"relu": 0.0, "gelu": 40.0, "gelu_tanh": 40.0, "silu": 760.0}
 
 
-def with_gains(target: ResidualTransformer, like: ResidualTransformer) -> ResidualTransformer:
+def with_gains(target: Transformer, like: Transformer) -> Transformer:
     """The target with the gains and shifts of another network's blocks, folded into its weights.
 
     ``W (ḡ ⊙ n + s̄) = W diag(ḡ/g) (g ⊙ n + s) + const``; what is constant goes to the biases. The
     final norm stays as it is. Raises `InputError` for networks of different depth or width, and
     for a gain of 0.
     """
-    _checks.kind(ResidualTransformer, target=target, like=like)
+    _checks.kind(Transformer, target=target, like=like)
     _same(target, like, ("blocks", "width"))
-    parts = _parts(target)
+    _require_norms(target)
+    parts = target.parts
     for name, kinds in {"1": ("W_Q", "W_K", "W_V"), "2": ("W_1",)}.items():
         gain, own = getattr(like, f"g_{name}"), getattr(target, f"g_{name}")
         if not gain.all():
@@ -61,12 +62,10 @@ def with_gains(target: ResidualTransformer, like: ResidualTransformer) -> Residu
                 parts["b_1"] = parts["b_1"] + constant
             parts[kind] = weight * scale
         parts |= {f"g_{name}": gain, f"s_{name}": getattr(like, f"s_{name}")}
-    return _made(target, parts)
+    return Transformer(**parts, **target.settings)
 
 
-def relabelled(
-    target: ResidualTransformer, frozen: ResidualTransformer, *, rescale: bool = False
-) -> ResidualTransformer:
+def relabel(target: Transformer, frozen: Transformer, *, rescale: bool = False) -> Transformer:
     """The target with its hidden units in another's order and, where asked for, of their sizes.
 
     Units are matched by the least sum of squared distances of ``(w_1, b_1, w_2)``, a linear
@@ -78,22 +77,20 @@ def relabelled(
 
     Raises `InputError` for batches, for other sizes, and for rescaling but of ReLUs.
     """
-    _checks.kind(ResidualTransformer, target=target, frozen=frozen)
+    _checks.kind(Transformer, target=target, frozen=frozen)
     _same(target, frozen, ("blocks", "width", "hidden"))
     _require_single(target, frozen)
     rescale = _checks.flag("rescale", rescale)
     if rescale and target.activation != "relu":
         raise InputError("rescale", allowed=f"False for {target.activation}", given=rescale)
-    parts = _parts(target)
+    parts = target.parts
     for l in range(target.depth):
         match = _matching(_units(frozen, l), _units(target, l), scaled=rescale)
         _reorder(parts, l, match.theirs, match.scale)
-    return _made(target, parts)
+    return Transformer(**parts, **target.settings)
 
 
-def aligned(
-    target: ResidualTransformer, frozen: ResidualTransformer, *, seed: int = 0
-) -> ResidualTransformer:
+def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transformer:
     """The target with its ReLU units in an order and of sizes that save a rank on every ``W_1``.
 
     On the sphere of normalized tokens a unit is its normal vector. With the normals ``a_k`` of the
@@ -105,14 +102,15 @@ def aligned(
     Raises `InputError` for networks that do not fit, for another activation than ReLU, and where no
     such direction is found, as may be where normals of the target are parallel.
     """
-    _checks.kind(ResidualTransformer, target=target, frozen=frozen)
+    _checks.kind(Transformer, target=target, frozen=frozen)
     _same(target, frozen, ("blocks", "width", "hidden"))
     _require_single(target, frozen)
+    _require_norms(target)
     _checks.integer("width", target.width, 2)
     if target.activation != "relu":
         raise InputError("target", allowed="with ReLUs", given=target.activation)
     generator = randomness.generator(_checks.seed(seed), "alignment")
-    parts, V = _parts(target), basis(target)
+    parts, V = target.parts, target.basis()
     for l in range(target.depth):
         read = target.g_2[l][:, None] * V
         a, b = frozen.W_1[l] @ read, target.W_1[l] @ read
@@ -138,14 +136,14 @@ def aligned(
                 given=f"one in block {l + 1} that does not",
             )
         _reorder(parts, l, order, scale)
-    return _made(target, parts)
+    return Transformer(**parts, **target.settings)
 
 
-def enlarged(
-    target: ResidualTransformer,
-    frozen: ResidualTransformer,
+def enlarge(
+    target: Transformer,
+    frozen: Transformer,
     places: Sequence[int] | None = None,
-) -> ResidualTransformer:
+) -> Transformer:
     """The target with as many hidden units, heads and blocks as the frozen network.
 
     Hidden units that the target does not have are those of the frozen network, switched off by
@@ -163,8 +161,11 @@ def enlarged(
     places : sequence of int, optional
         In which of the frozen blocks, counted from 1, the target's stand; by default the first.
     """
-    _checks.kind(ResidualTransformer, target=target, frozen=frozen)
+    _checks.kind(Transformer, target=target, frozen=frozen)
     _require_single(target, frozen)
+    _require_norms(target)
+    if not target.residual:
+        raise InputError("target", allowed="with residual connections", given="none")
     own, wanted = target.sizes, frozen.sizes
     for side in ("blocks", "heads", "hidden", "width"):
         if own[side] > wanted[side]:
@@ -177,13 +178,13 @@ def enlarged(
     ]
     if len(chosen) != target.depth or any(a >= b for a, b in pairwise(chosen)):
         raise InputError("places", allowed=f"{target.depth} rising numbers of blocks", given=chosen)
-    parts = {}
-    for name, stack in _parts(frozen).items():
+    parts: dict[str, Any] = {}
+    for name, stack in frozen.parts.items():
         sides = frozen.SHAPES[name]
         dim = sides.index("width") if "width" in sides else 0
         size = own["width"] if "width" in sides else len(stack)
         parts[name] = stack.narrow(dim, 0, size).clone()
-    parts |= {name: getattr(target, name) for name in FINAL if target.final_norm}
+    parts |= {name: getattr(target, name) for name in ("g_f", "s_f") if target.final_norm}
     for name in ("b_O", "b_1", "b_2", "g_1", "s_1", "g_2", "s_2"):
         parts[name].zero_()
     for k, place in enumerate(chosen):
@@ -207,28 +208,11 @@ def enlarged(
         size = target.width**0.5 * torch.linalg.vector_norm(normals, dim=-1)
         # No more than that is read, but for rounding.
         most = size * (1 + 1e-9) + rows @ shift
-        parts["b_1"][l, idle] = -most - SILENT[target.activation]
-    return _made(target, parts)
+        parts["b_1"][l, idle] = -most - _SILENT[target.activation]
+    return Transformer(**parts, **target.settings)
 
 
-def basis(network: ResidualTransformer) -> Float[Tensor, "width m"]:
-    """An orthonormal basis of the space of normalized tokens, `ResidualTransformer.dimension`."""
-    one = torch.eye(network.width, dtype=network.dtype, device=network.device)
-    if network.norm == "rms":
-        return one
-    constant = torch.ones_like(one[:, :1])
-    return torch.linalg.qr(torch.cat([constant, one[:, :-1]], 1)).Q[:, 1:]
-
-
-def _parts(network: ResidualTransformer) -> dict[str, Tensor]:
-    return {name: getattr(network, name) for name in (*network.weight_kinds, *network.bias_kinds)}
-
-
-def _made(target: ResidualTransformer, parts: dict[str, Any]) -> ResidualTransformer:
-    return ResidualTransformer(**parts, **target.settings)
-
-
-def _reorder(parts: dict[str, Tensor], l: int, order: Tensor, scale: Tensor) -> None:
+def _reorder(parts: dict[str, Any], l: int, order: Tensor, scale: Tensor) -> None:
     """The hidden units of a block in another order, and then rescaled."""
     for name in ("W_1", "b_1", "W_2"):
         parts[name] = parts[name].clone()
@@ -245,7 +229,7 @@ class _Match(NamedTuple):
     scale: Tensor
 
 
-def _units(network: ResidualTransformer, l: int, width: int | None = None) -> list[Tensor]:
+def _units(network: Transformer, l: int, width: int | None = None) -> list[Tensor]:
     """``w_1, b_1, w_2`` of every unit of a block, in rows."""
     cut = slice(width)
     return [network.W_1[l][:, cut], network.b_1[l][:, None], network.W_2[l].mT[:, cut]]
@@ -297,12 +281,12 @@ def _balanced(
 
 
 def _same(
-    target: ResidualTransformer,
-    like: ResidualTransformer,
+    target: Transformer,
+    like: Transformer,
     sides: Sequence[str],
     aspects: Sequence[str] = (),
 ) -> None:
-    for aspect in ("norm", "activation", *aspects, "dtype", "device"):
+    for aspect in ("residual", "norm", "activation", *aspects, "dtype", "device"):
         own, wanted = getattr(target, aspect), getattr(like, aspect)
         if own != wanted:
             raise InputError("target", allowed=f"with {aspect} {wanted}", given=own)
@@ -317,7 +301,14 @@ def _same(
             )
 
 
-def _require_single(*networks: ResidualTransformer) -> None:
+def _require_norms(target: Transformer) -> None:
+    if target.norm is None:
+        raise InputError(
+            "target", allowed="with norms, whose gains and spheres are used", given="none"
+        )
+
+
+def _require_single(*networks: Transformer) -> None:
     for network in networks:
         if network.batch_shape:
             raise InputError(

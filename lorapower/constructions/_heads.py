@@ -1,15 +1,17 @@
-"""Exact adaptation of two factors through a narrow middle [prop-narrow-heads].
+"""Segments of two adapted factors, and of narrow heads exactly or not at all [prop-narrow-heads].
 
 Where ``d`` units stand between two factors of larger matrices and the target has rank ``d``,
 ``X̂ Ŷ = X̄ Ȳ`` leaves no choice but ``X̂ = X̄ G^{-1}``, ``Ŷ = G Ȳ`` with a non-singular ``G``. It is
 chosen so that ``X̂ − X`` and ``Ŷ − Y`` have the least ranks. A target of lower rank leaves more
-choices (``_exchanged``).
+choices (``_exchange``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,24 +20,52 @@ from torch import Tensor
 from .. import _checks, lowrank, randomness
 from ..adapters.core import Adapters
 from ..bounds.transformer import pair_ranks, target_ranks
-from ..errors import InputError, brief
+from ..errors import InputError, SingularError
 from ..lowrank import LowRank
 from ..networks.gap import Gap
+from ..networks.segments import Segments
+from ..networks.transformer import Transformer
+from . import linear
 from .linear import LinearAdaptation
 
 
-def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
-    """Raise `InputError` where ``ranks`` of the two middle layers, by name, are not enough.
+def ranks_by_name(ranks: Any, network: Transformer) -> dict[str, int]:
+    """The rank of each kind of adapted weight, from one for all, or one for each by its name."""
+    shapes = {kind: getattr(network, kind).shape[-2:] for kind in network.adapted_kinds}
+    if isinstance(ranks, Segments):
+        largest = ranks.map(lambda _, part: int(part.max()))
+        ranks = {kind: R for name, R in largest.items() for kind in Segments.WEIGHTS[name]}
+    if isinstance(ranks, list | tuple | Tensor):
+        raise InputError(
+            "ranks", allowed=f"one integer, or one for each of {', '.join(shapes)}", given=ranks
+        )
+    if not isinstance(ranks, Mapping):
+        return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
+    if set(ranks) != set(shapes):
+        raise InputError(
+            "ranks",
+            allowed=f"one integer, or one for each of {', '.join(shapes)}",
+            given=sorted(map(str, ranks)),
+        )
+    return {
+        name: _checks.integer(f"rank of {name}", ranks[name], 0, min(shape), limit="smaller side")
+        for name, shape in shapes.items()
+    }
 
-    That is, below those of `bounds.pair_ranks` for a member of the batch.
-    """
-    if not isinstance(ranks, Mapping) or len(ranks) != 2:
-        raise InputError("ranks", allowed="those of two layers by their names", given=brief(ranks))
-    _checks.kind(Gap, gap=gap)
+
+def is_narrow(gap: Gap) -> bool:
+    """Whether heads are narrower than the tokens; a segment of another depth has none."""
+    return gap.frozen.depth == 4 and gap.frozen.widths[2] < gap.frozen.widths[1]
+
+
+def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
+    """Refuse ranks of two weights, by name, that are below those of `pair_ranks`."""
+    if not is_narrow(gap):
+        return
     needed_inner, needed_outer, together = (
         max(each.flatten().tolist(), default=0) for each in pair_ranks(gap)
     )
-    inner, outer = (_checks.integer(f"rank of {name}", rank, 0) for name, rank in ranks.items())
+    inner, outer = ranks.values()
     if inner < needed_inner or outer < needed_outer or inner + outer < together:
         raise InputError(
             "ranks of {} and {}".format(*ranks),
@@ -46,26 +76,62 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
         )
 
 
+def adapt(
+    gap: Gap,
+    ranks: Mapping[str, int],
+    words: str,
+    *,
+    plain_only: bool = False,
+    rtol: float | None = None,
+    throw: bool = True,
+    seed: int = 0,
+) -> LinearAdaptation:
+    """Adapters of a segment's two factors: the middle ones of four, or both of two."""
+    inner, outer = ranks.values()
+    if is_narrow(gap):
+        solution = adapt_narrow(gap, inner, outer, seed=seed)
+    else:
+        each = (inner, outer) if gap.frozen.depth == 2 else (0, inner, outer, 0)
+        solution = linear.close(gap, each, plain_only=plain_only, throw=False, seed=seed)
+    return _judge(solution, gap, f"{words} segment", rtol, throw)
+
+
+def _judge(
+    solution: LinearAdaptation, gap: Gap, words: str, rtol: float | None, throw: bool
+) -> LinearAdaptation:
+    """The solution, with the verdict on its rounding error, or that verdict as an error."""
+    eps = torch.finfo(gap.frozen.dtype).eps
+    rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
+    scale = gap.rounding_scale
+    relative = solution.rounding_error / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+    success = relative.isfinite() & (relative <= rtol)
+    if throw and not success.all():
+        place = tuple((~success).nonzero()[0].tolist())
+        layer = int(solution.condition_numbers[place].argmax())
+        failed = ~success
+        if gap.frozen.depth == 4:
+            block, head = place[-2:]
+            words, failed = (
+                f"{words} of block {block + 1}, head {head + 1}",
+                failed[..., block, head],
+            )
+        raise SingularError(
+            layer + 1,
+            float(solution.condition_numbers[place][layer]),
+            float(relative[place]),
+            rtol,
+            1 / (max(gap.frozen.widths) * eps),
+            f" of the {words}{_checks.failed_members(failed)}",
+        )
+    return replace(solution, success=success)
+
+
 @torch.no_grad()
-def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> LinearAdaptation:
+def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> LinearAdaptation:
     """Adapters of the two middle layers of four with which the segment equals its target.
 
-    Parameters
-    ----------
-    gap : Gap
-        Of a segment whose middle layers map to ``d`` units and from them, ``d`` not above their
-        other sides.
-    inner_rank, outer_rank : int
-        Of the adapter of the factor that acts first, and of the other; enough in the sense of
-        `require_ranks`, or what is measured as rounding error is more than that.
-    seed : int
-        Of the random completions of ``G`` that are tried.
+    Where the ranks are too low for that, what is measured as rounding error says so.
     """
-    _checks.kind(Gap, gap=gap)
-    if gap.frozen.depth != 4:
-        raise InputError("gap", allowed="of four frozen layers", given=gap)
-    inner_rank = _checks.integer("inner_rank", inner_rank, 0)
-    outer_rank = _checks.integer("outer_rank", outer_rank, 0)
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
     size = Y.shape[-2]
     kept = (max(0, size - inner_rank), max(0, size - outer_rank))
@@ -78,9 +144,9 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
     for place in product(*map(range, gap.batch_shape)):
         sides = [m[place] for m in members]
         if full[place]:
-            G[place] = _gauge(sides, kept, seed)
+            G[place] = _choose_gauge(sides, kept, seed)
         else:
-            changes = _exchanged(sides, (inner_rank, outer_rank), seed)
+            changes = _exchange(sides, (inner_rank, outer_rank), seed)
             for stack, change in zip(exchanged, changes, strict=True):
                 stack[place] = change
 
@@ -112,7 +178,7 @@ def adapt(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> Linea
     )
 
 
-def _exchanged(
+def _exchange(
     sides: Sequence[Tensor], ranks: tuple[int, int], seed: int
 ) -> tuple[Float[Tensor, "size into"], Float[Tensor, "out size"]]:
     """Changes of ``Y`` and ``X`` that make their product a target ``M`` of any rank.
@@ -171,7 +237,9 @@ def _none(weight: Tensor) -> LowRank:
     return LowRank(weight[..., :0], weight.mT[..., :0])
 
 
-def _gauge(sides: Sequence[Tensor], kept: tuple[int, int], seed: int) -> Float[Tensor, "size size"]:
+def _choose_gauge(
+    sides: Sequence[Tensor], kept: tuple[int, int], seed: int
+) -> Float[Tensor, "size size"]:
     """``G`` with which ``kept`` dimensions of ``Y`` and of ``X`` stay as they are.
 
     ``X̄ G^{-1} − X`` vanishes on ``G a`` where ``X̄ a + X b = 0`` and ``G a = −b``; ``G Ȳ − Y``
