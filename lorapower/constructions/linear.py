@@ -330,8 +330,7 @@ def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
             conditions[:, l] = torch.where(needed.any(-1), worse, 1)
 
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
-    rounding = torch.stack([_distance(map_, best_map) for map_ in _both_ways(merged)]).amax(0)
-    return _Splitting(factors, conditions, rounding)
+    return _Splitting(factors, conditions, _rounding_error(merged, best_map))
 
 
 def _cheapest(adapter: Tensor, passed: Tensor) -> Tensor:
@@ -358,22 +357,21 @@ def _complementary(X: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
     return X, (X + Z) / (1 + cosines[:, None])
 
 
-def _both_ways(weights: list[Tensor]) -> list[Tensor]:
-    """The product from the first layer on, as the forward pass does it, and from the last.
+def _rounding_error(weights: list[Tensor], best_map: Tensor) -> Tensor:
+    """Spectral distance of the product from the best map, infinite where one is not finite.
 
-    The construction makes up for the rounding errors of the first. The second has others, as a
-    forward pass on other inputs has: the larger error of the two is the honest one.
+    The construction makes up for the rounding errors of the product from the first layer on, as the
+    forward pass does it. The product from the last layer on has others, as a forward pass on other
+    inputs has: the larger error of the two is the honest one.
     """
-    backward = [product([w.mT for w in reversed(weights)]).mT] if len(weights) > 2 else []
-    return [product(weights), *backward]
-
-
-def _distance(matrix: Tensor, other: Tensor) -> Tensor:
-    """Spectral norm of the difference, infinite where one is not finite."""
-    difference = matrix - other
-    finite = difference.isfinite().all((-2, -1))
-    norm = lowrank.norm(difference.nan_to_num(0, 0, 0))
-    return torch.where(finite, norm, torch.inf)
+    products = [product(weights)]
+    if len(weights) > 2:
+        products.append(product([w.mT for w in reversed(weights)]).mT)
+    errors = []
+    for difference in (reached - best_map for reached in products):
+        finite = difference.isfinite().all((-2, -1))
+        errors.append(torch.where(finite, lowrank.norm(difference.nan_to_num(0, 0, 0)), torch.inf))
+    return torch.stack(errors).amax(0)
 
 
 def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
