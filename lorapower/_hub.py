@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -306,3 +307,25 @@ def _find(name: str, source: str) -> Path:
         given = f"{source!r}, a folder without config.json"
         raise InputError(name, allowed="a checkpoint of transformers", given=given)
     return path
+
+
+def train(
+    trainer: Any, network: Any, samples: Sequence[Any], collator: Any, **options: Any
+) -> tuple[Any, Any]:
+    """Train by a ``Trainer`` that says and writes nothing; that, and what its training returned."""
+    from transformers import PrinterCallback, TrainingArguments
+
+    with tempfile.TemporaryDirectory() as unused, quiet():
+        arguments = TrainingArguments(
+            output_dir=unused,
+            warmup_steps=0.1,  # of all
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **options,
+        )
+        made = trainer(model=network, args=arguments, train_dataset=samples, data_collator=collator)
+        made.remove_callback(PrinterCallback)
+        return made, made.train()

@@ -41,6 +41,11 @@ class Record(BaseModel):
         """The same record with other values of these fields, checked like a new one."""
         return type(self)(**dict(self) | changes)
 
+    def require(self, field: str, fits: bool, allowed: str) -> None:
+        """Refuse what a field holds unless it fits the others."""
+        if not fits:
+            raise InputError(field, allowed=allowed, given=brief(getattr(self, field)))
+
 
 class Results(Record):
     """Base of what runs give: numbers, truth values, texts; numbers may be NaN or infinite."""

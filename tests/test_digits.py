@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from lorapower import InputError
+from lorapower import _hub as hub
 from lorapower.experiments import digits, study, sweeps
 from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Found, Problem, Setting
 from lorapower.experiments.study import Construction, Final, Fitted, Lora
@@ -25,11 +25,11 @@ each_model = pytest.mark.parametrize("model", digits.MODELS)
 def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Networks trained for a short time, which no other test meets."""
     monkeypatch.setattr(digits, "PRETRAINING_STEPS", 150)
-    digits.pretrained.cache_clear()
-    digits.target.cache_clear()
+    digits._pretrained.cache_clear()
+    digits._target.cache_clear()
     yield
-    digits.pretrained.cache_clear()
-    digits.target.cache_clear()
+    digits._pretrained.cache_clear()
+    digits._target.cache_clear()
 
 
 def measure(problem: Problem, *methods: Any) -> list[Found]:
@@ -37,44 +37,44 @@ def measure(problem: Problem, *methods: Any) -> list[Found]:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("field", "values"),
     [
-        ({"model": "cnn"}, "model must be 'fnn' or 'transformer'; got 'cnn'"),
-        ({"depth": 1}, "depth must be an integer from 2"),
-        ({"model": "transformer"}, "depth must be an integer from 1 to 1"),
-        ({"angle": 361.0}, "angle must be less than or equal to 360; got 361"),
+        ("model", {"model": "cnn"}),
+        ("depth", {"depth": 1}),
+        ("depth", {"model": "transformer"}),
+        ("angle", {"angle": 361.0}),
     ],
     ids=str,
 )
-def test_problems_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_problems_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^{field} must be "):
         Problem(**values)
 
 
 @pytest.mark.parametrize(
-    ("model", "method", "message"),
+    ("model", "field", "method"),
     [
-        ("fnn", {"kind": "adam"}, "one of 'construction', 'fitted', 'lora', 'final'; got 'adam'"),
-        ("fnn", {"kind": "lora", "ranks": 65}, r"from 0 to 64 \(the width\)"),
-        ("fnn", {"kind": "lora", "ranks": (1, 1)}, r"ranks must be an integer .*got \(1, 1\)"),
-        ("fnn", {"kind": "final", "final": 3}, "from 1 to 2"),
-        ("transformer", {"kind": "lora", "ranks": 17}, "from 0 to 16"),
-        ("transformer", {"kind": "fitted"}, "'fitted' for model 'fnn'"),
+        ("fnn", "method", {"kind": "adam"}),
+        ("fnn", "ranks", {"kind": "lora", "ranks": 65}),
+        ("fnn", "ranks", {"kind": "lora", "ranks": (1, 1)}),
+        ("fnn", "final", {"kind": "final", "final": 3}),
+        ("transformer", "ranks", {"kind": "lora", "ranks": 17}),
+        ("transformer", "kind", {"kind": "fitted"}),
     ],
     ids=str,
 )
 def test_methods_that_do_not_fit_are_refused(
-    model: digits.Model, method: dict[str, Any], message: str
+    model: digits.Model, field: str, method: dict[str, Any]
 ) -> None:
     problem = Problem(model=model, depth=digits.DEPTHS[model])
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"^{field} must be "):
         Setting(problem=problem, method=method)  # type: ignore[arg-type]
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
     digits.images.cache_clear()
-    with pytest.raises(InputError, match=r"scikit-learn is installed.*extra `glue`"):
+    with pytest.raises(InputError, match=r"no sklearn.*extra `glue`"):
         digits.images()
 
 
@@ -125,17 +125,17 @@ def test_tasks_split_the_same_images(model: str) -> None:
 
 
 def test_votes_of_transformers_are_sums_over_tokens() -> None:
-    network = digits.random("transformer", 1, 0)
+    network = digits.draw("transformer", 1, 0)
     x = digits.task("transformer", 0.0, 0).test[0][:5]
     wanted = torch.stack([network(one).sum(-1) for one in x], dim=1)
-    torch.testing.assert_close(digits.votes(network, x), wanted)
+    torch.testing.assert_close(digits._votes(network, x), wanted)
 
 
 @each_model
 def test_trained_networks_read_their_digits(model: str) -> None:
     depth = digits.DEPTHS[model]
-    frozen, target = digits.pretrained(model, depth, 0), digits.target(model, 90.0, 0)
-    random = digits.random(model, depth, 0)
+    frozen, target = digits._pretrained(model, depth, 0), digits._target(model, 90.0, 0)
+    random = digits.draw(model, depth, 0)
     # Equal shapes, as adapters need.
     for one, other in zip(frozen.weights, target.weights, strict=True):
         assert one.shape == other.shape
@@ -145,18 +145,18 @@ def test_trained_networks_read_their_digits(model: str) -> None:
         if network is frozen:
             assert digits.accuracy(network, others) < 0.4
         assert digits.accuracy(random, own) < 0.3
-    assert digits.pretrained(model, depth, 0) is frozen
+    assert digits._pretrained(model, depth, 0) is frozen
 
 
 def test_no_vote_of_a_relu_network_is_cut_off_at_the_start() -> None:
-    network = digits.random("fnn", 4, 0)
+    network = digits.draw("fnn", 4, 0)
     assert network.weights[-1].shape == (CLASSES, 64)
     x = digits.task("fnn", 90.0, 0).training[0]
-    assert (digits.votes(network, x) > LIFT / 2).all()
+    assert (digits._votes(network, x) > LIFT / 2).all()
 
 
 @each_model
-@pytest.mark.parametrize("start", digits.STARTS)
+@pytest.mark.parametrize("start", ["pretrained", "random"])
 def test_constructions_equal_the_target_from_the_threshold(
     model: digits.Model, start: digits.Start
 ) -> None:
@@ -190,7 +190,7 @@ def test_rows_say_what_a_network_does_on_the_test_images(model: digits.Model) ->
     adapted = problem.adapters(frozen, target, Construction()).merge(frozen)
     (row,) = measure(problem, Construction())
     x, y = problem.task.test
-    got, wanted = (digits.votes(network, x) for network in (adapted, target))
+    got, wanted = (digits._votes(network, x) for network in (adapted, target))
     assert row.accuracy == (got.argmax(0) == y).double().mean()
     means = wanted.mean(1, keepdim=True)
     error = (got - wanted).square().sum() / (wanted - means).square().sum()
@@ -267,8 +267,3 @@ def test_needed_ranks_are_medians_of_the_least() -> None:
     assert found == {"bound": 8, "error": 4, "accuracy": 4}
     stricter = digits.needed(pd.DataFrame(rows, columns=columns), 0.02, 0.0)
     assert stricter == {"bound": math.inf, "error": math.inf, "accuracy": math.inf}
-
-
-def test_tasks_are_for_the_two_models() -> None:
-    with pytest.raises(InputError, match="model must be fnn or transformer; got 'cnn'"):
-        digits.task("cnn", 15.0, 0)

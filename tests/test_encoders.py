@@ -25,7 +25,7 @@ from lorapower import InputError, randomness
 from lorapower import _hub as hub
 from lorapower.experiments import encoders, protocols, sweeps, texts
 from lorapower.experiments.encoders import TARGETS, Found, Lora, Method, Problem, Setting, Whole
-from lorapower.experiments.texts import GLUE, METRICS, PUBLISHED, SENTENCES, Examples, Task, find
+from lorapower.experiments.texts import GLUE, METRICS, SENTENCES, Examples, Task, find
 
 WAYS: list[Method] = [Lora(rank=2), *sweeps.grid(Whole, kind=["final", "full", "head"])]
 each_task = pytest.mark.parametrize("task", GLUE.values(), ids=GLUE)
@@ -81,16 +81,6 @@ def measure(*problems: Problem, method: Method | None = None) -> list[Found]:
 
 
 # Tasks
-
-
-def test_the_nine_tasks_are_those_of_glue() -> None:
-    assert list(GLUE) == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
-    assert {name for name, task in GLUE.items() if len(task.texts) == 2} == PAIRS
-    scores = {name: task.metrics[0] for name, task in GLUE.items()}
-    assert Counter(scores.values()) == {"accuracy": 7, "matthews": 1, "pearson": 1}
-    assert scores["cola"] == "matthews"
-    assert scores["stsb"] == "pearson"
-    assert set(PUBLISHED) == set(GLUE) - {"wnli"}
 
 
 def test_metrics_have_their_known_values() -> None:
@@ -149,11 +139,6 @@ def test_contributions_have_the_error_of_the_score(name: str) -> None:
     scores = [task.scores(given[draw], labels[draw])["score"] for draw in draws]
     error = task.contributions(given, labels).std() / math.sqrt(1000)
     assert error == pytest.approx(np.std(scores), rel=0.12)
-
-
-def test_answers_are_the_largest_output_or_the_number() -> None:
-    assert GLUE["mnli"].answers([[0.1, 0.3, 0.2], [3.0, 2.0, 1.0]]).tolist() == [1, 0]
-    assert GLUE["stsb"].answers([[0.25], [4.5]]).tolist() == [0.25, 4.5]
 
 
 # Sources
@@ -263,16 +248,10 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "source", "message"),
-    [
-        ("sst3", "hub", "task must be one of cola, sst2,"),
-        ("cola", "rated", "task must be one of movies, movies-rating, .* with source 'rated'"),
-        ("cola", "", "source must be 'rated', 'hub' or a folder"),
-        ("cola", "no/such/folder", "source must be 'rated', 'hub' or a folder that exists"),
-    ],
+    ("task", "source"), [("sst3", "hub"), ("cola", "rated"), ("cola", ""), ("cola", "no/folder")]
 )
-def test_sources_without_the_task_are_refused(task: str, source: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_sources_without_the_task_are_refused(task: str, source: str) -> None:
+    with pytest.raises(InputError, match=r"^(task|source) must be "):
         texts.check(task, source)
     with pytest.raises(InputError, match="part must be one of train, validation, test"):
         texts.read("rte", "hub", "dev")
@@ -369,7 +348,7 @@ def test_each_rated_sentence_is_in_one_part(kind: str, distinct: int) -> None:
 def lines_of(kind: str) -> list[tuple[int, list[str]]]:
     """The lines of a file of the archive, read with the command line's own tools."""
     archive = subprocess.run(
-        ["tar", "-xzOf", texts.archive(), "--wildcards", "*/hutto_ICWSM_2014.tar.gz"],
+        ["tar", "-xzOf", texts._archive(), "--wildcards", "*/hutto_ICWSM_2014.tar.gz"],
         capture_output=True,
         check=True,
     ).stdout
@@ -392,9 +371,9 @@ def test_parts_have_their_shares_and_share_no_words() -> None:
 
 
 def test_another_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = texts.archive().read_bytes()
+    whole = texts._archive().read_bytes()
     path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
-    monkeypatch.setattr(texts, "archive", lambda: path)
+    monkeypatch.setattr(texts, "_archive", lambda: path)
     texts.read.cache_clear()
     command = "`pip download --no-deps --no-binary :all: --dest .* vaderSentiment==3.3.2`"
     with pytest.raises(InputError, match=f"archive of rated sentences must be at .*: {command}"):
@@ -595,15 +574,13 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_pat
     assert found["loss"].item() == pytest.approx((found["logits"].item() - 3) ** 2)
 
 
-@pytest.mark.parametrize("method", WAYS, ids=lambda m: m.kind)
-@pytest.mark.parametrize("task", ["rte", "stsb"])
-def test_methods_tune_the_mean_head_too(method: Method, task: str, tiny: Problem) -> None:
-    problem = tiny.replace(task=task, head="mean")
+@pytest.mark.parametrize("method", WAYS, ids=lambda method: method.kind)
+def test_methods_tune_the_mean_head_too(method: Method, tiny: Problem) -> None:
+    problem = tiny.replace(task="stsb", head="mean")
     network = encoders._network(Setting(problem=problem, method=method))
     assert any("classifier" in name for name in tuned(network))
     assert not any("pooler" in name for name in tuned(network))
-    (found,) = measure(problem, method=method)
-    assert math.isfinite(found.score)
+    assert math.isfinite(measure(problem, method=method)[0].score)
 
 
 def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
@@ -625,31 +602,28 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("field", "values"),
     [
-        ({"source": "no/such/folder", "task": "cola"}, "source must be"),
-        ({"model": ""}, "model must be 'packaged', a folder, or a name on the hub"),
-        ({"pretrained": 1}, "pretrained must be a valid boolean; got 1"),
-        ({"tokens": 4}, "tokens must be greater than or equal to 8; got 4"),
-        ({"part": "test", "task": "rte", "source": "hub"}, "part must be validation but for"),
+        ("source", {"source": "no/such/folder", "task": "cola"}),
+        ("model", {"model": ""}),
+        ("pretrained", {"pretrained": 1}),
+        ("tokens", {"tokens": 4}),
+        ("part", {"part": "test", "task": "rte", "source": "hub"}),
     ],
     ids=str,
 )
-def test_problems_without_meaning_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_problems_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^{field} must be "):
         Problem(**values)
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ({"kind": "none"}, "method must be one of 'lora', 'full', 'final', 'head'; got 'none'"),
-        ({"kind": "final", "rank": 4}, "names must be among kind, learning_rate .*; got rank"),
-    ],
+    ("field", "method"),
+    [("method", {"kind": "none"}), ("names", {"kind": "final", "rank": 4})],
     ids=str,
 )
-def test_methods_without_meaning_are_refused(method: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_methods_without_meaning_are_refused(field: str, method: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^{field} must be "):
         Setting(method=method)  # type: ignore[arg-type]
 
 
@@ -808,13 +782,9 @@ def test_tuning_all_weights_tells_what_it_changed(tiny: Problem) -> None:
     assert (table["norm"] > 0).all()
     (found,) = measure(tiny)
     assert found.changes == ""
-
-
-def test_what_does_not_change_has_no_rank() -> None:
     weights = {"one": torch.arange(24.0).reshape(4, 6)}
     table = encoders.spectra(encoders._changes(weights, weights))
-    assert table.norm.item() == 0
-    assert table[["1", "2", "4"]].to_numpy().tolist() == [[0, 0, 0]]
+    assert table[["norm", "1", "2", "4"]].to_numpy().tolist() == [[0, 0, 0, 0]]
 
 
 def test_runs_print_nothing(tiny: Problem, capfd: pytest.CaptureFixture[str]) -> None:

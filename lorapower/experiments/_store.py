@@ -42,13 +42,16 @@ LIBRARIES = ("numba", "numpy", "peft", "scikit-learn", "scipy", "torch", "transf
 
 # "LoRA" in the place where SQLite's files say whose they are, and the version of what follows.
 APPLICATION, FORMAT = int.from_bytes(b"LoRA"), 1
-SCHEMA = (
-    "CREATE TABLE runs (id INTEGER PRIMARY KEY, setting TEXT NOT NULL, results TEXT NOT NULL, "
-    "version TEXT NOT NULL, revision TEXT NOT NULL, fingerprint TEXT NOT NULL, "
-    "UNIQUE (setting, fingerprint)) STRICT",
-    f"PRAGMA application_id = {APPLICATION}",
-    f"PRAGMA user_version = {FORMAT}",
-)
+SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY, setting TEXT NOT NULL, results TEXT NOT NULL, version TEXT NOT NULL,
+    revision TEXT NOT NULL, fingerprint TEXT NOT NULL, UNIQUE (setting, fingerprint)
+) STRICT;
+PRAGMA application_id = {APPLICATION};
+PRAGMA user_version = {FORMAT};
+COMMIT;
+"""
 # Seconds for which readers and the writer wait for each other; a transaction takes a moment.
 PATIENCE = 60.0
 
@@ -211,13 +214,13 @@ def opened(path: Path | None) -> Iterator[Store]:
     """
     if path is None:
         with closing(sqlite3.connect(":memory:")) as connection:
-            _make(connection)
+            connection.executescript(SCHEMA)
             yield Store(connection, Path(":memory:"))
         return
     with _locked(path), _connected(path, "rwc") as connection:
         with _explained(path):
             if not connection.execute("PRAGMA page_count").fetchone()[0]:
-                _make(connection)
+                connection.executescript(SCHEMA)
         _check(connection, path)
         yield Store(connection, path)
 
@@ -232,13 +235,6 @@ def newest(path: Path) -> list[Row]:
         query = f"SELECT {COLUMNS}, max(id) FROM runs GROUP BY setting ORDER BY max(id)"
         with _explained(path):
             return [Row(*row[:-1]) for row in connection.execute(query)]
-
-
-def _make(connection: sqlite3.Connection) -> None:
-    with connection:
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in SCHEMA:
-            connection.execute(statement)
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

@@ -33,7 +33,7 @@ DEPTH, RATE = 2, 1e-2
 DELTA = 0.05
 
 
-class Split(NamedTuple):
+class _Split(NamedTuple):
     """Labelled images; no image is in two of the three."""
 
     training: Labelled
@@ -61,18 +61,18 @@ class Problem(Record):
     steps: int = Field(600, ge=1)
     seed: int = Field(0, ge=0)
 
-    def split(self, *, angle: float | None = None) -> Split:
+    def split(self, *, angle: float | None = None) -> _Split:
         """The images, turned by the problem's angle or another."""
         pictures, classes = digits.images()
         pictures = digits.turn(pictures, self.angle if angle is None else angle)
         generator = randomness.generator(self.seed, "split for codes")
         order = torch.randperm(len(classes), generator=generator, device="cpu")
         parts = order.split([*SIZES.values()])
-        return Split(*((pictures[part].flatten(1).mT, classes[part]) for part in parts))
+        return _Split(*((pictures[part].flatten(1).mT, classes[part]) for part in parts))
 
     def frozen(self) -> FNN:
         """The network that is adapted, in double precision."""
-        return _frozen(self.start, self.seed)
+        return _freeze(self.start, self.seed)
 
 
 class Coded(Record):
@@ -159,11 +159,11 @@ def _rounded(part: Tensor, bits: int) -> Tensor:
 
 
 @functools.cache
-def _frozen(start: str, seed: int) -> FNN:
-    drawn: Any = digits.random("fnn", DEPTH, seed)
+def _freeze(start: str, seed: int) -> FNN:
+    drawn: Any = digits.draw("fnn", DEPTH, seed)
     if start == "random":
         return drawn
     # Without images to choose by, those that it is trained on choose.
     apart = Problem(seed=seed).split(angle=0.0).pretraining
     split = digits.Split(apart, apart, apart)
-    return digits.trained(drawn, split, seed, f"pretraining apart, {CLASSES} classes")
+    return digits.train_fully(drawn, split, seed, f"pretraining apart, {CLASSES} classes")

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks
+from .. import _hub as hub
 from .._records import Record
 from ..adapters.core import Adapters
 from ..bounds.data import variance as variance_of
@@ -27,7 +27,6 @@ from ..bounds.layers import fnn_error_on, fnn_threshold
 from ..bounds.transformer import transformer_threshold
 from ..constructions.fitted import nearest
 from ..constructions.fused import fuse
-from ..errors import InputError, brief
 from ..networks.fnn import FNN
 from ..networks.partition import blocks
 from ..networks.transformer import Transformer
@@ -45,7 +44,6 @@ SIZES = {"training": 1000, "validation": 297, "test": 500}
 Model = Literal["fnn", "transformer"]
 Start = Literal["pretrained", "random"]
 MODELS: tuple[Model, ...] = get_args(Model)
-STARTS: tuple[Start, ...] = get_args(Start)
 # Of targets, and of transformers that are adapted too.
 DEPTHS = {"fnn": 2, "transformer": 1}
 HEADS = 2
@@ -76,18 +74,11 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
 def images() -> tuple[Float[Tensor, "samples side side"], Int[Tensor, " samples"]]:
     """All images, grey values from 0 (paper) to 1 (ink), and the digits that they show.
 
-    Raises `InputError` where scikit-learn, in which the images are, is not installed. Source:
-    Alpaydin and Kaynak (1998).
+    Raises `InputError` where scikit-learn is not installed. Source: Alpaydin and Kaynak (1998).
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError(
-            "digits",
-            allowed="used where scikit-learn is installed",
-            given="none",
-            remedy="install it (it is in the extra `glue`)",
-        ) from error
+    hub.require("glue", "sklearn")
+    from sklearn.datasets import load_digits
+
     found = load_digits()
     pictures = torch.from_numpy(found.images / 16).to(torch.float32)
     return pictures, torch.from_numpy(found.target)
@@ -101,8 +92,6 @@ def turn(
     Grey values are interpolated linearly, and rounded to multiples of 1/256, without which hardly
     any pixel would be free of ink; what comes from outside is 0.
     """
-    _checks.tensor("pictures", pictures, min_dims=3)
-    angle = _checks.finite("angle", angle)
     phi = pictures.new_tensor(math.radians(angle))
     matrix = pictures.new_tensor([[phi.cos(), -phi.sin(), 0.0], [phi.sin(), phi.cos(), 0.0]])
     shape = len(pictures), 1, *pictures.shape[1:]
@@ -127,9 +116,8 @@ def task(model: str, angle: float, seed: int) -> Split:
 
     A ReLU network sees the 64 pixels of an image, ``[64, samples]``. A transformer sees a token for
     each row, ``[samples, 16, 8]``: its eight pixels, and a one in the coordinate that says which
-    row it is. Raises `InputError` for another model.
+    row it is.
     """
-    _check_model(model)
     pictures, classes = images()
     pictures = turn(pictures, angle)
     order = torch.randperm(len(classes), generator=generator(seed, "split"), device="cpu")
@@ -143,23 +131,15 @@ def task(model: str, angle: float, seed: int) -> Split:
     return Split(*zip(parts, labels, strict=True))
 
 
-def _check_model(model: Any) -> None:
-    if model not in MODELS:
-        raise InputError("model", allowed=" or ".join(MODELS), given=brief(model))
-
-
-def votes(network: FNN | Transformer, x: Tensor) -> Float[Tensor, "classes samples"]:
+def _votes(network: FNN | Transformer, x: Tensor) -> Float[Tensor, "classes samples"]:
     """Votes of a network for each digit; a transformer's are summed over its tokens."""
-    _checks.kind(FNN, Transformer, network=network)
     return network(x).sum(-1).mT if network.sequences else network(x)
 
 
 def accuracy(network: FNN | Transformer, labelled: Labelled) -> float:
     """Part of the images whose digit gets the most votes."""
-    if not isinstance(labelled, tuple) or len(labelled) != 2:
-        raise InputError("labelled", allowed="a pair of inputs and labels", given=brief(labelled))
     x, y = labelled
-    return float((votes(network, x).argmax(-2) == y).double().mean())
+    return float((_votes(network, x).argmax(-2) == y).double().mean())
 
 
 def error(network: FNN | Transformer, target: FNN | Transformer, x: Tensor) -> float:
@@ -167,8 +147,8 @@ def error(network: FNN | Transformer, target: FNN | Transformer, x: Tensor) -> f
 
     Means are over classes and samples, the variance of each class's votes is about their mean.
     """
-    found, wanted = votes(network, x), votes(target, x)
-    return float((found - wanted).square().mean() / variance_of(wanted))
+    votes, reference = _votes(network, x), _votes(target, x)
+    return float((votes - reference).square().mean() / variance_of(reference))
 
 
 class Problem(Record):
@@ -203,8 +183,9 @@ class Problem(Record):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        least = DEPTHS[self.model]
-        _checks.integer("depth", self.depth, least, least if self.model == "transformer" else 16)
+        if self.model == "transformer":
+            self.require("depth", self.depth == 1, "1 for a transformer")
+        self.require("depth", DEPTHS[self.model] <= self.depth <= 16, "from 2 to 16")
         return self
 
     @property
@@ -232,8 +213,8 @@ class Problem(Record):
 
     def networks(self) -> tuple[Any, Any]:
         """The frozen network and the target, in double precision."""
-        made = pretrained if self.start == "pretrained" else random
-        return made(self.model, self.depth, self.seed), target(self.model, self.angle, self.seed)
+        make = _pretrained if self.start == "pretrained" else draw
+        return make(self.model, self.depth, self.seed), _target(self.model, self.angle, self.seed)
 
     def threshold(self) -> int:
         """The least equal rank at which the construction is exact."""
@@ -271,11 +252,12 @@ class Setting(Record):
     def _fits(self) -> Self:
         problem, method = self.problem, self.method
         if isinstance(method, Final):
-            _checks.integer("final", method.final, 1, problem.weights, limit="the weights")
-        else:
-            _checks.integer("ranks", method.ranks, 0, problem.width, limit="the width")
-        if isinstance(method, Fitted) and problem.model == "transformer":
-            raise InputError("method", allowed="'fitted' for model 'fnn'", given=problem.model)
+            method.require("final", method.final <= problem.weights, "at most the weights")
+            return self
+        fits = isinstance(method.ranks, int) and method.ranks <= problem.width
+        method.require("ranks", fits, f"one, at most {problem.width}")
+        fits = problem.model == "fnn" or not isinstance(method, Fitted)
+        method.require("kind", fits, "'fitted' for model 'fnn'")
         return self
 
     @property
@@ -295,7 +277,7 @@ def spectra(problems: Sequence[Problem]) -> pd.DataFrame:
     `Problem.error_matrices`, and the problem's ``start`` and ``angle``.
     """
     rows = []
-    for problem in _checks.several("problems", problems, Problem, what="Problem"):
+    for problem in problems:
         same = {"start": problem.start, "angle": problem.angle}
         for name, matrices in problem.error_matrices().items():
             for values in torch.linalg.svdvals(matrices).tolist():
@@ -324,28 +306,26 @@ def needed(table: pd.DataFrame, tolerance: float = 0.1, points: float = 0.01) ->
     return {name: float(ranks.median()) for name, ranks in least.items()}
 
 
-def random(model: str, depth: int, seed: int) -> FNN | Transformer:
-    """A network as drawn, independent of all that `pretrained` makes of the same seed."""
+def draw(model: str, depth: int, seed: int) -> FNN | Transformer:
+    """A network as drawn, independent of what is trained of the same seed."""
     return _drawn(model, depth, seed, "random")
 
 
 @functools.cache
-def pretrained(model: str, depth: int, seed: int) -> FNN | Transformer:
+def _pretrained(model: str, depth: int, seed: int) -> FNN | Transformer:
     """A network trained in full on upright digits."""
     drawn = _drawn(model, depth, seed, f"before pretraining, depth {depth}")
-    return trained(drawn, task(model, 0.0, seed), seed, f"pretraining, depth {depth}")
+    return train_fully(drawn, task(model, 0.0, seed), seed, f"pretraining, depth {depth}")
 
 
 @functools.cache
-def target(model: str, angle: float, seed: int) -> FNN | Transformer:
+def _target(model: str, angle: float, seed: int) -> FNN | Transformer:
     """The pretrained network of the target's depth, trained in full on digits that are turned."""
-    _check_model(model)
-    start = pretrained(model, DEPTHS[model], seed)
-    return trained(start, task(model, angle, seed), seed, "target")
+    start = _pretrained(model, DEPTHS[model], seed)
+    return train_fully(start, task(model, angle, seed), seed, "target")
 
 
 def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer:
-    _check_model(model)
     if model == "transformer":
         width = 2 * SIDE
         drawn = Transformer.random(
@@ -358,7 +338,7 @@ def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
 
 
-def trained(network: Any, split: Split, seed: int, purpose: str) -> Any:
+def train_fully(network: Any, split: Split, seed: int, purpose: str) -> Any:
     """A network after training of all of it on a split's images, in double precision."""
     runs = train(
         network,
@@ -396,7 +376,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     problem: Problem = study.one_problem(settings)
     frozen, target = problem.networks()
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
-    variance = variance_of(votes(target, x))
+    variance = variance_of(_votes(target, x))
     methods = [setting.fitting for setting in settings]
     trained = study.train_each(
         (method for method in methods if isinstance(method, Gradient)),
@@ -410,7 +390,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     found = {}
     for method in dict.fromkeys(methods):
         outcome, bound = Outcome(), math.nan
-        if method in trained:
+        if isinstance(method, Gradient):
             network, _, outcome = trained[method]
         else:
             network = problem.adapters(frozen, target, method).merge(frozen)

