@@ -94,21 +94,20 @@ class SingularError(LorapowerError, ArithmeticError):
         self.layer, self.condition_number = layer, condition_number
         self.rounding_error, self.rtol = rounding_error, rtol
         self.singular_from, self.member = singular_from, member
-        cause, remedy = (
-            "ill-conditioned",
-            "use float64, give more rank, or accept it with a larger rtol",
+        number = f"(condition number {condition_number:.1e})"
+        cause = (
+            f"ill-conditioned {number}: use float64, give more rank, or accept it with a larger "
+            "rtol"
         )
         if condition_number > singular_from:
-            cause, remedy = (
-                "singular, against the assumption of non-singularity",
-                "give more rank to a singular layer, give this layer rank 0, or perturb the frozen "
-                "weights",
+            cause = (
+                f"singular {number}, so that the assumption of non-singularity fails: give more "
+                "rank to a singular layer, give this layer rank 0, or perturb the frozen weights"
             )
         super().__init__(
             "the best splitting tried leaves a relative rounding error of "
             f"{rounding_error:.1e}, more than rtol = {rtol:.1e}; the products that the adapter of "
-            f"layer {layer}{member} acts through are {cause} (condition number "
-            f"{condition_number:.1e}): {remedy}"
+            f"layer {layer}{member} acts through are {cause}"
         )
 
     def at_layer(self, layer: int) -> SingularError:

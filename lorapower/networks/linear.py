@@ -62,7 +62,7 @@ class LinearNetwork(Layers):
     def unchecked(
         cls,
         weights: Sequence[Float[Tensor, "*batch _ _"]],
-        spectra: Sequence[Float[Tensor, "*batch k"]] | None = None,
+        spectra: Sequence[Float[Tensor, "*batch _"]] | None = None,
     ) -> LinearNetwork:
         """The network of usable weights of one batch shape, and what is known of their spectra."""
         network = object.__new__(cls)
@@ -115,7 +115,7 @@ class LinearNetwork(Layers):
         return product(self.weights[:middle]), product(self.weights[middle:])
 
     @cached_property
-    def spectra(self) -> tuple[Float[Tensor, "*batch k"], ...]:
+    def spectra(self) -> tuple[Float[Tensor, "*batch _"], ...]:
         """The singular values of each layer's weight."""
         return tuple(lowrank.spectrum(weight) for weight in self.weights)
 
