@@ -23,8 +23,8 @@ from .. import _hub as hub
 from ..errors import InputError, brief
 from .pair import Pair, Task
 
-# Texts that each part needs. With 59 on which two models agree, the lower limit of the share on
-# which they do is .95 at a confidence of 95%; and fewer say little of what modules take in.
+#: Texts that each part needs. With 59 on which two models agree, the lower limit of the share on
+#: which they do is .95 at a confidence of 95%; and fewer say little of what modules take in.
 LEAST_TEXTS = 60
 # Texts that are looked at, at most, of each part, as time grows with them.
 MOST = 256

@@ -23,9 +23,9 @@ Metric = Literal["plain", "input", "both"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 # Random combinations of the outputs whose gradients are taken, for each text.
 PROBES = 2
-# Part of the weight of inputs that is the same for all tokens.
+#: Part of the weight of inputs that is the same for all tokens.
 EVEN = 0.3
-# The output metric is known from few texts: this part of its mean is added for every direction.
+#: The output metric is known from few texts: this part of its mean is added for every direction.
 RIDGE = 0.1
 
 

@@ -37,6 +37,7 @@ METHODS: dict[str, Metric] = {
     "input metric": "input",
     "two metrics": "both",
 }
+#: Methods whose ranks are those of an allocation.
 PATHS = ("plain", "input metric", "two metrics")
 #: Of repair by gradient.
 STEPS = 80
