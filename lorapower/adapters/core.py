@@ -15,7 +15,7 @@ from .. import _checks
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks.base import Network
-from . import _files, peft
+from . import _files, _peft
 
 N = TypeVar("N", bound=Network)
 
@@ -244,4 +244,4 @@ class Adapters:
                 given=f"batch shape {tuple(self.batch_shape)}",
                 remedy="pick one first, adapters[i]",
             )
-        peft.write(_checks.path("folder", folder), module, self.updates, self.bias_updates)
+        _peft.write(_checks.path("folder", folder), module, self.updates, self.bias_updates)

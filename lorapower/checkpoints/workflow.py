@@ -21,7 +21,7 @@ import torch
 from .. import _checks
 from .. import _hub as hub
 from .._subnormal import flushing
-from ..adapters import peft
+from ..adapters import _peft
 from ..errors import InputError, LorapowerError, ResultsError
 from ._measuring import (
     TOKENS,
@@ -279,7 +279,7 @@ def _finish(plan: Plan, start: float) -> Plan:
     """A plan with an estimate of what its file will have, and the seconds since the start."""
     pair, adapter = plan.planner.pair, plan.adapter
     network = pair.skeleton()
-    carried, size = peft.estimate(network, adapter.ranks, **_options(pair, network, adapter))
+    carried, size = _peft.estimate(network, adapter.ranks, **_options(pair, network, adapter))
     return replace(plan, carried=carried, size=size, seconds=time.perf_counter() - start)
 
 
@@ -362,7 +362,7 @@ def extract(
                 f"the adapter read back has error {again.error:.6g}, not the {stated:.6g} that was "
                 "measured: nothing was written; please report this with the names of both models"
             )
-        carried, size = peft.size(partial)
+        carried, size = _peft.size(partial)
         seconds = time.perf_counter() - start
         result = replace(result, carried=carried, size=size, seconds=seconds)
         _describe(partial, result.report() | {"reloaded_error": again.error})
@@ -430,7 +430,7 @@ def _claim(out: Path | str, force: bool) -> Path:
             remedy="name another, or replace it with --force (force=True)",
         )
     replaceable = folder.is_dir() and (
-        (folder / peft.CONFIG).is_file() or not any(folder.iterdir())
+        (folder / _peft.CONFIG).is_file() or not any(folder.iterdir())
     )
     if folder.exists() and not replaceable:
         allowed = "a new folder, or one with an adapter to replace"
@@ -466,7 +466,7 @@ def _write(folder: Path) -> Iterator[Path]:
 
 
 def _options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
-    """What peft is to keep beside the factors, for `peft.wrap`.
+    """What peft is to keep beside the factors, for `_peft.wrap`.
 
     Biases as they become; heads, norms and position embeddings that differ as modules to save; of
     word embeddings the rows that differ. What is in ``leave`` is not kept.
@@ -505,7 +505,7 @@ def _save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
     pair.fill(network, "adapted", updates=dict(biases))
     options = _options(pair, network, adapter)
     with hub.quiet():
-        peft.save(folder, network, adapter.factors, base=_name(pair.base.source), **options)
+        _peft.save(folder, network, adapter.factors, base=_name(pair.base.source), **options)
 
 
 def _load(folder: Path | str, pair: Pair) -> Any:
@@ -515,7 +515,7 @@ def _load(folder: Path | str, pair: Pair) -> Any:
     """
     from peft import PeftModel
 
-    if not (_checks.path("adapter", folder) / peft.CONFIG).is_file():
+    if not (_checks.path("adapter", folder) / _peft.CONFIG).is_file():
         raise InputError("adapter", allowed="a folder with an adapter of peft", given=str(folder))
     network = pair.network()
     nothing = {
