@@ -77,33 +77,35 @@ def _stages(network: Network) -> list[_Stage]:
 
 
 def _fnn(network: FNN) -> list[_Stage]:
-    stages: list[_Stage] = []
-    for l, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+    def layer(l: int) -> _Stage:
+        W, b = network.weights[l], network.biases[l][:, None]
+        return lambda z: (W @ (z.relu() if l else z) + b,)
 
-        def layer(z: Tensor, l: int = l, W: Tensor = weight, b: Tensor = bias) -> tuple[Tensor]:
-            return (W @ (z.relu() if l else z) + b[:, None],)
-
-        stages.append(layer)
+    stages = [layer(l) for l in range(network.depth)]
     return stages if network.linear_last else [*stages, lambda p: (p.relu(),)]
 
 
 def _transformer(network: Transformer) -> list[_Stage]:
-    stages: list[_Stage] = []
-    for l in range(network.depth):
-        stages.append(lambda z, l=l: (network.scores(l, network.reads(z, "1", l)), z))
+    def block(l: int) -> list[_Stage]:
+        def score(z: Tensor) -> tuple[Tensor, Tensor]:
+            return network.scores(l, network.reads(z, "1", l)), z
 
-        def attend(scores: Tensor, z: Tensor, l: int = l) -> tuple[Tensor]:
-            return (network.attend(l, z, network.patterns(scores)),)
-
-        def hidden(u: Tensor, l: int = l) -> tuple[Tensor, Tensor]:
-            return network.hidden(l, u), u
-
-        def attend_and_hidden(scores: Tensor, z: Tensor, l: int = l) -> tuple[Tensor]:
-            return (network.hidden(l, network.attend(l, z, network.patterns(scores))),)
+        def attend(scores: Tensor, z: Tensor) -> Tensor:
+            return network.attend(l, z, network.patterns(scores))
 
         if network.is_plain:
             # Attention and W_1 are one segment, and nothing is added to what is fed forward.
-            stages += [attend_and_hidden, lambda p, l=l: (network.feed_forward(l, p, p),)]
-        else:
-            stages += [attend, hidden, lambda p, u, l=l: (network.feed_forward(l, u, p),)]
-    return [*stages, lambda z: (network.end(z),)]
+            return [
+                score,
+                lambda scores, z: (network.hidden(l, attend(scores, z)),),
+                lambda p: (network.feed_forward(l, p, p),),
+            ]
+        return [
+            score,
+            lambda scores, z: (attend(scores, z),),
+            lambda u: (network.hidden(l, u), u),
+            lambda p, u: (network.feed_forward(l, u, p),),
+        ]
+
+    blocks = [stage for l in range(network.depth) for stage in block(l)]
+    return [*blocks, lambda z: (network.end(z),)]
