@@ -20,17 +20,19 @@ from .errors import InputError, brief
 
 PRECISIONS = (torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-LARGEST = sys.maxsize
+_LARGEST = sys.maxsize
 # One for all layers, or one for each.
 Ranks = int | Sequence[int] | Int[Tensor, " layers"] | Int[np.ndarray, " layers"]
 
 
-def integer(name: str, value: Any, low: int, high: int | None = LARGEST, *, limit: str = "") -> int:
+def integer(
+    name: str, value: Any, low: int, high: int | None = _LARGEST, *, limit: str = ""
+) -> int:
     """``value`` as an ``int`` between ``low`` and ``high``; ``limit`` says what ``high`` is."""
     whole = isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
     number = int(value) if whole else low - 1
     if number < low or (high is not None and number > high):
-        allowed = f"an integer from {low}" + (f" to {high}" if high not in (None, LARGEST) else "")
+        allowed = f"an integer from {low}" + (f" to {high}" if high not in (None, _LARGEST) else "")
         raise InputError(
             name, allowed=allowed + (f" ({limit})" if limit else ""), given=brief(value)
         )
@@ -106,14 +108,6 @@ def items(name: str, value: Any, *, what: str) -> list[Any]:
     raise InputError(name, allowed=what, given=brief(value))
 
 
-def several(name: str, value: Any, kind: type, *, what: str) -> list[Any]:
-    """``value`` as a list of at least one of a class; ``what`` says what they are."""
-    listed = items(name, value, what=f"at least one {what}")
-    if not listed or not all(isinstance(item, kind) for item in listed):
-        raise InputError(name, allowed=f"at least one {what}", given=brief(value))
-    return listed
-
-
 def path(name: str, value: Any) -> Path:
     """``value`` as a path."""
     if not isinstance(value, str | PathLike) or not str(value) or "\0" in str(value):
@@ -147,7 +141,7 @@ def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, .
     One for each is within its own weight's smaller side.
     """
     if isinstance(ranks, Tensor):
-        ranks = tensor("ranks", ranks, min_dims=0, types=INTEGERS)
+        _require_dense("ranks", ranks, INTEGERS)
     if isinstance(ranks, np.ndarray | Tensor):
         ranks = ranks.tolist()
     if not isinstance(ranks, Sequence) or isinstance(ranks, str | bytes):
@@ -175,19 +169,6 @@ def capped_ranks(rank: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(min(cap, side) for side in sides)
 
 
-def tensor(
-    name: str, value: Any, *, min_dims: int, types: Sequence[torch.dtype] = PRECISIONS
-) -> Tensor:
-    """``value`` if it is a tensor that can be computed with, whatever its numbers are."""
-    if not isinstance(value, Tensor):
-        raise InputError(name, allowed="a tensor", given=brief(value))
-    _usable(name, value, types)
-    if value.ndim < min_dims:
-        allowed = f"a tensor of at least {min_dims} dimensions"
-        raise InputError(name, allowed=allowed, given=f"shape {tuple(value.shape)}")
-    return value
-
-
 def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> Tensor:
     """``value`` (tensor, array, lists) as a float32 or float64 tensor of finite numbers.
 
@@ -195,7 +176,7 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
     tensor's are shared, or with ``copy`` its own, as those of an array or of lists always are.
     """
     tensor = value.detach() if isinstance(value, Tensor) else _from_array(name, value)
-    _usable(name, tensor, PRECISIONS)
+    _require_dense(name, tensor, PRECISIONS)
     if tensor.ndim < min_dims or 0 in tensor.shape[tensor.ndim - min_dims :]:
         allowed = f"a non-empty array of at least {min_dims} dimensions"
         raise InputError(name, allowed=allowed, given=f"shape {tuple(tensor.shape)}")
@@ -209,7 +190,7 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
     return tensor.clone() if copy and isinstance(value, Tensor) else tensor
 
 
-def _usable(name: str, tensor: Tensor, types: Sequence[torch.dtype]) -> None:
+def _require_dense(name: str, tensor: Tensor, types: Sequence[torch.dtype]) -> None:
     """Refuse a tensor that lacks numbers, that is not dense, or that is of no such type."""
     numbers = "" if tensor.dtype in types else str(tensor.dtype).removeprefix("torch.")
     if tensor.is_meta:

@@ -35,10 +35,7 @@ class LowRank:
     right: Float[Tensor, "*batch in rank"]
 
     def __post_init__(self) -> None:
-        left, right = (
-            _checks.tensor(name, getattr(self, name), min_dims=2).shape[-1]
-            for name in ("left", "right")
-        )
+        left, right = self.left.shape[-1], self.right.shape[-1]
         if left != right:
             raise InputError("right", allowed=f"of {left} columns, like left", given=right)
 
