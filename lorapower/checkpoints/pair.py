@@ -104,18 +104,13 @@ class Pair:
     ----------
     base, tuned : Checkpoint
         Their configurations and weights, which are read one at a time.
-    architecture : str
-        The class in ``transformers``.
     task : str
-        What it is for: ``"classification"``, ``"language"`` or ``"encoder"``.
-    prefix : str
-        Of names in the model without its head, such as ``"bert."``; empty where there is no head.
-    blocks : str
-        Where the equal blocks are in the network.
-    modules : dict
-        Linear modules that adapters can be put on, by name, in the order of the network.
-    others : tuple of Other
-        All else that differs.
+        What the architecture is for: ``"classification"``, ``"language"`` or ``"encoder"``.
+    prefix, blocks : str
+        Of names in the model without its head, such as ``"bert."`` or nothing; and where the equal
+        blocks are in the network.
+    modules, others : dict, tuple
+        Linear modules that adapters can be put on, by name; and all else that differs.
     leave : frozenset
         Kinds of `Other` that adapted networks have as the base has them.
     """
@@ -148,8 +143,9 @@ class Pair:
         architecture, task = _describe(second.config)
         types = first.config.model_type, second.config.model_type
         if types[0] != types[1]:
-            allowed = f"of type {types[0]!r}, like the base"
-            raise InputError("tuned", allowed=allowed, given=types[1])
+            raise InputError(
+                "tuned", allowed=f"of type {types[0]!r}, like the base", given=types[1]
+            )
         network = _build(second.config, architecture, "meta")
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         stem, body = network.base_model_prefix, network.base_model
@@ -179,12 +175,6 @@ class Pair:
         }
         pair = cls(first, second, architecture, task, prefix, blocks, modules)
         return replace(pair, others=tuple(pair._compare(network, new)))
-
-    def __repr__(self) -> str:
-        return (
-            f"Pair({self.base.source!r}, {self.tuned.source!r}, {self.architecture}, "
-            f"{len(self.modules)} modules)"
-        )
 
     @cached_property
     def tokenizer(self) -> Any:

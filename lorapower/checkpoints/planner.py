@@ -50,14 +50,10 @@ Report: TypeAlias = Callable[[str, int, int], None]
 class Planner:
     """A pair of checkpoints and texts to plan adapters with.
 
+    Its methods replace the weights of its ``network``, of transformers.
+
     Attributes
     ----------
-    pair : Pair
-        The checkpoints.
-    network : Any
-        A network whose weights the methods below replace.
-    modules : dict
-        Modules that adapters are put on, by name.
     fit, select, test : Reference
         Outputs on the three parts of ``texts``. Candidates are selected by their errors on the
         second; errors are stated on the third.
@@ -83,8 +79,6 @@ class Planner:
 
         Parameters
         ----------
-        pair : Pair
-            The checkpoints.
         texts, held_out : sequence of str
             Texts to plan with, and others to state errors with; by default half of the first.
         modules : str
@@ -92,20 +86,13 @@ class Planner:
             the names of modules. The others stay the base's.
         leave : collection of str
             Kinds of what low rank cannot carry (`Other`) that stay the base's too.
-        tokens, max_rank : int
-            To which texts are cut off, and the highest rank of a module.
-        bucket : int
-            Ranks are multiples of it, up to the highest that a module can have.
+        tokens, max_rank, bucket : int
+            Texts are cut off after so many tokens. Ranks are at most ``max_rank``, and multiples of
+            ``bucket`` or the highest that a module can have.
         seed : int
             Draws texts, probes and the order of repair.
         report : callable, optional
             Is told of progress: the stage, the steps done, and all of them.
-
-        Raises
-        ------
-        InputError
-            For texts that are too few or in both parts, and for modules, kinds and sizes that there
-            are not.
         """
         kinds = _checks.items("leave", leave, what=f"kinds among {KINDS}")
         if strange := [kind for kind in kinds if kind not in KINDS]:
@@ -392,23 +379,9 @@ def compare(
 ) -> pd.DataFrame:
     """Measure the errors of methods at equal numbers of parameters.
 
-    Parameters
-    ----------
-    planner : Planner
-        The pair and its texts.
-    parameters : sequence of int
-        Numbers of the factors.
-    methods : sequence of str
-        Among `METHODS`.
-    repaired : collection of int
-        Numbers at which the best method by gain for cost (`Planner.best`) is repaired as well, with
-        so many ``steps`` by gradient.
-
-    Returns
-    -------
-    DataFrame
-        A row for each, with `Measured`'s columns, ``ranks`` by module, and as ``used`` how many
-        parameters they take.
+    At those among ``repaired`` the best method by gain for cost (`Planner.best`) is repaired as
+    well, with so many ``steps`` by gradient. The table has a row for each, with the columns of
+    `Measured`, ``ranks`` by module, and as ``used`` how many parameters they take.
     """
     import pandas as pd
 
@@ -432,23 +405,22 @@ def _metric(method: str) -> Metric:
 
 def _choose(pair: Pair, modules: str) -> dict[str, Module]:
     """The modules of a pair that ``"all"``, a kind or a regular expression names."""
-    if modules in ("all", "attention", "mlp"):
-        chosen = {n: m for n, m in pair.modules.items() if modules in ("all", m.kind)}
+    kinds = ("all", "attention", "mlp")
+    try:
+        pattern = re.compile("" if modules in kinds else modules)
+    except (re.error, TypeError):
+        chosen = {}
     else:
-        try:
-            pattern = re.compile(modules)
-        except (re.error, TypeError) as error:
-            raise InputError(
-                "modules",
-                allowed="all, attention, mlp or a regular expression",
-                given=f"{modules!r} ({error})",
-            ) from error
-        chosen = {n: m for n, m in pair.modules.items() if pattern.search(n)}
+        chosen = {
+            name: module
+            for name, module in pair.modules.items()
+            if pattern.search(name) and (modules not in kinds or modules in ("all", module.kind))
+        }
     if not chosen:
         raise InputError(
             "modules",
-            allowed="words or an expression that name at least one module",
-            given=f"{modules!r}, where there are {brief(list(pair.modules))}",
+            allowed="all, attention, mlp, or a regular expression that names at least one module",
+            given=f"{brief(modules)}, where there are {brief(list(pair.modules))}",
         )
     return chosen
 

@@ -55,23 +55,13 @@ class Plan:
 
     Attributes
     ----------
-    planner : Planner
-        The pair and its texts, made ready.
-    adapter : Adapter
-        Factors and biases.
     method : str
         Which of `METHODS` chose the ranks.
-    measured : Measured
-        Errors on held-out texts.
     baselines : dict
         For each method the error on held-out texts without repair, and its number of parameters,
         which is at most the adapter's, except that ``uniform`` and ``energy`` have rank 1 at least.
-    aim : float or None
-        The error that was asked for.
-    repaired : bool
-        Whether the adapter was fitted to the tuned network after its ranks were chosen.
-    predicted : float
-        The error to first order, before repair.
+    aim, predicted : float
+        The error that was asked for, if any, and the error to first order before repair.
     looks : int
         How many adapters were measured on held-out texts; the limit of the error is meant for 1.
     shares : dict
@@ -83,8 +73,6 @@ class Plan:
         All numbers in the adapter's file: factors, biases, heads, rows of embeddings.
     size : int
         Bytes of the adapter's files; an estimate until they are written.
-    seconds : float
-        That it took.
     """
 
     planner: Planner
@@ -204,10 +192,8 @@ def plan(
 
     Parameters
     ----------
-    base, tuned : str
-        As for `Pair.open`.
-    texts : sequence of str
-        At least 120 like those that the model is for; labels are not needed.
+    base, tuned, texts
+        As for `Pair.open`, and at least 120 texts like those that the model is for.
     error : float, optional
         The part of the tuning's effect that may be lost (`Measured`), 0.1 if nothing else is asked
         for. The least number of parameters is looked for.
@@ -218,11 +204,9 @@ def plan(
         ``steps`` by gradient.
     by_module : bool
         Whether what each module alone costs is measured.
-    report : callable, optional
-        Is told of progress: the stage, the steps done, and all of them.
     **options
         Of `Planner`: ``held_out``, ``modules``, ``leave``, ``tokens``, ``max_rank``, ``bucket``,
-        ``seed``.
+        ``seed``, ``report``.
 
     Raises
     ------
@@ -326,17 +310,10 @@ def extract(
 ) -> Plan:
     """Plan an adapter, write it, read it back through peft and measure it again.
 
-    Nothing is written where the error asked for is not reached; as in `plan` that is a question to
-    the estimate, and the limit beside it is the cautious number.
-
-    Parameters
-    ----------
-    base, tuned, texts, repair, **options
-        As for `plan`.
-    out : path
-        The folder, for the adapter, ``report.json`` and a model card.
-    force : bool
-        Whether an adapter that is there is replaced.
+    The folder ``out`` gets the adapter, ``report.json`` and a model card; with ``force`` an adapter
+    that is there is replaced. Other arguments are those of `plan`. Nothing is written where the
+    error asked for is not reached; as in `plan` that is a question to the estimate, and the limit
+    beside it is the cautious number.
 
     Raises
     ------
@@ -380,18 +357,10 @@ def check(
     seed: int = 0,
     report: Report | None = None,
 ) -> Measured:
-    """Measure what anybody's adapter of peft loses against the tuned model, on all texts.
+    """Measure what anybody's adapter of peft, a folder, loses against the tuned model.
 
-    Parameters
-    ----------
-    base, tuned, adapter : str
-        As for `Pair.open`, and the adapter's folder.
-    texts : sequence of str
-        At least 60; of more than 256 so many are drawn by ``seed``.
-    tokens : int
-        To which texts are cut off.
-    report : callable, optional
-        Is told of progress.
+    At least 60 texts are needed; of more than 256 so many are drawn by ``seed``. Other arguments
+    are those of `plan`.
     """
     pair = Pair.open(base, tuned)
     reference = Reference(prepare_all(pair, texts, tokens=tokens, seed=seed), pair.task)
