@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from importlib import import_module
-from pkgutil import resolve_name, walk_packages
+from pkgutil import walk_packages
 from typing import Any, cast
 
 from docutils import nodes
@@ -123,11 +123,13 @@ def _name_as_defined(app: Sphinx, env: BuildEnvironment) -> None:
     """Let what a package offers from its modules be found by its name there as well."""
     objects = cast(PythonDomain, env.get_domain("py")).objects
     for name, entry in list(objects.items()):
-        holder, _, last = name.rpartition(".")
-        if name.startswith(PACKAGE) and (place := _place(resolve_name(holder))):
-            objects.setdefault(f"{place}.{last}", entry._replace(aliased=True))
-        elif entry.objtype == "function":
-            objects.setdefault(_place(resolve_name(name)), entry._replace(aliased=True))
+        holder: Any = None
+        value: Any = lorapower
+        for part in name.split(".")[1:]:
+            holder, value = value, getattr(value, part, None)
+        in_class = f"{_place(holder)}.{name.rpartition('.')[2]}" if inspect.isclass(holder) else ""
+        if place := in_class or _place(value):
+            objects.setdefault(place, entry._replace(aliased=True))
 
 
 def _show_sizes(app: Sphinx, doctree: nodes.document) -> None:

@@ -14,9 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 from docutils import nodes
-from executed import chapters
-from markdown_table import table
 from packaging.requirements import Requirement
+from pages import chapters, table
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata

@@ -13,8 +13,8 @@ from typing import Any
 
 from bs4 import BeautifulSoup, Tag
 from bs4.filter import SoupStrainer
-from executed import chapters
 from markdownify import MarkdownConverter
+from pages import chapters
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
 

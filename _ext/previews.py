@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bs4 import BeautifulSoup
 from bs4.filter import SoupStrainer
-from executed import chapters
+from pages import chapters
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
 

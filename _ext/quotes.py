@@ -8,20 +8,28 @@ asks the kernel for it. On any other page it is ``{quoted}`06-rank::plain_4:.0f`
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
+import nbformat
 from docutils import nodes
 from docutils.nodes import Node, system_message
-from executed import glued
 from myst_nb.core.variables import format_plain_text
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxRole
 from sphinx.util.typing import ExtensionMetadata
 
+from lorapower.book.chapter import read_quotes
+
 _NAMED = r"(?P<name>\w+)(?::(?P<format>[^\"]+))?"
 _HERE = re.compile(rf'book\.quoted\["{_NAMED}"\]')
 _ELSEWHERE = re.compile(rf"(?P<chapter>[\w-]+)::{_NAMED}")
+
+
+@lru_cache
+def _quotes(path: str) -> dict[str, dict[str, Any]]:
+    return read_quotes(nbformat.read(path, as_version=4))
 
 
 class Quoted(SphinxRole):
@@ -44,14 +52,13 @@ class Quoted(SphinxRole):
             self.env.note_dependency(self.env.doc2path(docname))
         else:
             raise ValueError('write book.quoted["name"], or chapter::name; then :format')
-        forms = glued(Path(self.env.doc2path(docname)))[parts["name"]]
+        forms = _quotes(self.env.doc2path(docname))[parts["name"]]
         if "text/markdown" not in forms:
             text = format_plain_text(forms["text/plain"], parts["format"] or "s")
             return [nodes.inline(text, text, classes=["pasted-text"])], []
         if parts["format"]:
             raise ValueError("it is Markdown, and takes no format")
-        inline = nodes.inline(classes=["pasted-text"])
-        here = self.inliner
+        inline, here = nodes.inline(classes=["pasted-text"]), self.inliner
         memo = SimpleNamespace(
             reporter=here.reporter, document=here.document, language=here.language
         )

@@ -8,12 +8,10 @@ the table of contents. The fields of a claim are inline Markdown and may hold ma
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from docutils import nodes
-from executed import chapters, title
-from markdown_table import table
 from myst_nb.core.render import MimeData, NbElementRenderer, load_mime_renders
+from pages import chapters, table, title
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
@@ -55,18 +53,19 @@ class Scorecard(SphinxDirective):
     """A total, and two sections of tables."""
 
     def run(self) -> list[nodes.Node]:
-        recorded = {path: read(path) for path in chapters(self.env).values()}
+        recorded = {docname: read(path) for docname, path in chapters(self.env).items()}
         every = [claim for claims in recorded.values() for claim in claims]
         if not every:
             raise self.error("no chapter recorded a claim: the scorecard would be empty")
         return [nodes.paragraph("", total(every)), *self._parts(recorded)]
 
-    def _parts(self, recorded: Mapping[Path, list[Claim]]) -> Iterable[nodes.section]:
+    def _parts(self, recorded: Mapping[str, list[Claim]]) -> Iterable[nodes.section]:
         for observed, (name, expected) in _PARTS.items():
             part = self._section(name.lower(), name)
-            for path, claims in recorded.items():
+            for docname, claims in recorded.items():
+                page = docname.rpartition("/")[2]
                 if chosen := [claim for claim in claims if claim.observed is observed]:
-                    section = self._section(f"{name} {path.stem}", title(path))
+                    section = self._section(f"{name} {page}", title(self.env, docname))
                     heads = ("Verdict", "Claim", "Measured", expected)
                     kind = f"scorecard {expected.lower()}"
                     rows = table(self, heads, map(_cells, chosen), kind)

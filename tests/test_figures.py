@@ -19,8 +19,7 @@ from matplotlib.patches import Rectangle
 
 from lorapower import book
 from lorapower.book import figures
-from lorapower.book.figures import style
-from lorapower.book.figures.style import ROLES, looks, squeeze_rounding
+from lorapower.book.figures._style import ROLES, looks, squeeze_rounding, use_style
 
 mpl.use("agg")
 
@@ -28,7 +27,7 @@ mpl.use("agg")
 @pytest.fixture(autouse=True)
 def _style() -> Iterator[None]:
     with mpl.rc_context():
-        style.use_style()
+        use_style()
         yield
     plt.close("all")
 
@@ -72,11 +71,6 @@ def test_every_line_given_is_drawn_and_named(draw: Callable[[], Figure]) -> None
     assert set(MANY) <= set(legend(drawn))
 
 
-def test_error_against_rank_draws_a_single_rank() -> None:
-    (ax,) = figures.error_against_rank({"a": [1]}, {"a": [0]}, {"a": [2]}, ylabel="e").axes
-    assert lines(ax)[1].tolist() == [2]
-
-
 @pytest.mark.parametrize("yscale", ["linear", "log"])
 def test_error_against_rank_predicts_nothing_below_rounding(yscale: str) -> None:
     figure = figures.error_against_rank(
@@ -84,17 +78,18 @@ def test_error_against_rank_predicts_nothing_below_rounding(yscale: str) -> None
         {"a": [1, 0.5, 1e-17]},
         {"a": np.array([[1, 1], [0.25, 0.75], [1e-16, 3e-16]])},
         thresholds={"a": 2},
+        levels={"constant": 1.0},
         line="bound",
         yscale=yscale,
         ylabel="e",
     )
     (ax,) = figure.axes
-    predicted, measured, threshold = lines(ax)[:3]
+    predicted, measured, threshold, level = lines(ax)
     np.testing.assert_array_equal(predicted, [1, 0.5, np.nan])
     np.testing.assert_array_equal(measured, [1, 0.5, 2e-16])
     np.testing.assert_array_equal(ax.lines[2].get_xdata(), [2, 2])
-    assert threshold.tolist() == [0, 1]
-    assert legend(figure) == ["a", "measured", "bound", "threshold"]
+    assert (threshold.tolist(), level.tolist()) == ([0, 1], [1, 1])
+    assert legend(figure) == ["a", "constant", "measured", "bound", "threshold"]
     assert [text.get_text() for text in ax.texts] == ["rounding"]
 
 
@@ -294,21 +289,6 @@ def test_points_are_joined_at_medians_above_zero() -> None:
     np.testing.assert_array_equal(lines(ax), [[2, 0], [0.5, 0.5]])
     assert legend(figure) == ["a", "f"]
     assert ax.get_ylim()[0] == 0
-
-
-def test_figures_are_opaque() -> None:
-    assert mpl.rcParams["savefig.facecolor"] == "white"
-    assert not mpl.rcParams["savefig.transparent"]
-
-
-def test_error_against_rank_without_predictions_names_its_levels() -> None:
-    figure = figures.error_against_rank(
-        {"a": [0, 1]}, {}, {"a": [3, 0.5]}, levels={"constant": 1.0}, ylabel="e"
-    )
-    assert legend(figure) == ["a", "constant", "measured"]
-    measured, level = lines(figure.axes[0])
-    assert measured.tolist() == [3, 0.5]
-    assert level.tolist() == [1, 1]
 
 
 def test_intervals_stand_in_rows_from_above() -> None:

@@ -572,7 +572,7 @@ class TestProvenance:
         ours, notebooks = _store.code(synthetic.measure), _store.code(work)
         assert {"__init__.py", "training/_compiled.py", "lowrank.py"} < {*ours.files}
         assert "experiments/synthetic.py" in ours.files
-        for absent in ("book/figures/style.py", "checkpoints/pair.py", "experiments/sweeps.py"):
+        for absent in ("book/figures/_style.py", "checkpoints/pair.py", "experiments/sweeps.py"):
             assert absent not in ours.files
         assert {*notebooks.files} > {*ours.files, "checkpoints/pair.py"}
         assert "experiments/sweeps.py" not in notebooks.files

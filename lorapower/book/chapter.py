@@ -26,7 +26,7 @@ from .._hub import PACKAGED, RATED
 from .._records import Record
 from ..errors import InputError, brief
 from . import claims
-from .figures.style import use_style
+from .figures._style import use_style
 
 #: Threads that torch takes by itself; `setup` leaves it one.
 THREADS = torch.get_num_threads()
@@ -182,8 +182,8 @@ def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-class Quoted(dict[str, Any]):
-    """What `quote` was given, by name, as the text shows it.
+class Quoted(dict[str, str]):
+    """What `quote` was given, by name, as plain text or Markdown.
 
     ``quoted["error:.2f"]`` is the text of what was quoted as ``error``, in the format behind the
     colon; typeset powers of ten are ``IPython.display.Latex``. What is yet to come is "…".
@@ -194,7 +194,7 @@ class Quoted(dict[str, Any]):
         from myst_nb.core.variables import format_plain_text
 
         name, _, form = key.partition(":")
-        text = format_plain_text(str(self.get(name)), form) if name in self else "…"
+        text = format_plain_text(super().__getitem__(name), form) if name in self else "…"
         return Latex(text) if text.startswith("$") else text
 
 
@@ -214,12 +214,8 @@ def quote(name: str, value: Any, *, digits: int | None = None) -> None:
 
     if hasattr(value, "item"):
         value = value.item()  # a plain number, whose format the text chooses
-    if digits is None:
-        quoted[name] = shown = value
-    else:
-        quoted[name] = number = claims.number(value, digits)
-        shown = Markdown(number)
-    glue(name, shown, display=False)
+    quoted[name] = text = repr(value) if digits is None else claims.number(value, digits)
+    glue(name, value if digits is None else Markdown(text), display=False)
 
 
 def read_quotes(notebook: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

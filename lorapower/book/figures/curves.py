@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from .style import GREY, LINES, Look, looks, squeeze_rounding
+from ._style import GREY, LINES, Look, looks, squeeze_rounding
 
 _LEVEL: dict[str, Any] = {"color": GREY, "ls": "--", "lw": 1.5, "zorder": 0.5}
 _MARK: dict[str, Any] = {"color": GREY, "ls": ":", "lw": 1.5, "zorder": 0.5}

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from .style import looks, squeeze_rounding
+from ._style import looks, squeeze_rounding
 
 # A bend of less than this part of the drawing's height is not seen.
 _STRAIGHT = 1e-4

@@ -1,11 +1,24 @@
-"""Tables whose cells are inline Markdown."""
+"""What the extensions share: the chapters of the book, and tables whose cells are Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from docutils import nodes
+from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
+
+
+def chapters(env: BuildEnvironment) -> dict[str, Path]:
+    """The executed notebooks, by page, in the order of the book."""
+    paths = {docname: Path(env.doc2path(docname)) for docname in env.config.external_site_map}
+    return {docname: path for docname, path in paths.items() if path.suffix == ".ipynb"}
+
+
+def title(env: BuildEnvironment, docname: str) -> str:
+    """The title of a page that was read, up to a colon."""
+    return env.titles[docname].astext().partition(":")[0]
 
 
 def table(

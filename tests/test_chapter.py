@@ -1,0 +1,307 @@
+"""What a chapter does at its head, and how its numbers get into its text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib as mpl
+import nbformat
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import batch_shapes, seeds
+
+from lorapower import InputError, book, randomness
+from lorapower.book.chapter import RESULTS, read_quotes
+from lorapower.experiments import texts
+from lorapower.networks import FNN
+
+
+class All(book.Parameters):
+    """Every type of parameter that there is."""
+
+    width: book.Width
+    depth: book.Depth
+    seeds: book.Seeds
+    ranks: book.Ranks
+    few: list[book.whole(1, 9)]  # type: ignore[valid-type]
+    source: book.Source
+    tasks: list[str]
+    model: book.Model
+    results: book.results("05-gradient")  # type: ignore[valid-type]
+
+
+RIGHT: dict[str, Any] = {
+    **{"profile": "quick", "seed": 0, "width": 16, "depth": 6, "seeds": 0, "ranks": [4, 1]},
+    **{"few": [], "source": "", "tasks": [], "model": "", "results": ""},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RESULTS, raising=False)
+
+
+def completed(**changes: object) -> All:
+    return All(**RIGHT | changes)
+
+
+def test_right_parameters_are_completed() -> None:
+    parameters = completed()
+    assert (parameters.profile, parameters.seed, parameters.width) == ("quick", 0, 16)
+    assert (parameters.source, parameters.model, parameters.tasks) == ("rated", "packaged", [])
+    assert completed(source="hub", model="roberta-base").model == "roberta-base"
+    assert completed(few=[]).few == []
+
+
+@pytest.mark.parametrize(
+    ("width", "ranks"), [(2, range(3)), (11, range(12)), (16, range(17)), (64, range(0, 65, 4))]
+)
+def test_no_ranks_stand_for_all_up_to_the_width_or_seventeen(width: int, ranks: range) -> None:
+    assert completed(width=width, ranks=[]).ranks == [*ranks]
+
+
+@pytest.mark.parametrize(
+    ("value", "numbers"),
+    [
+        *((value, [1, 4]) for value in ("1,4", "1, 4", "[1, 4]", "[4,1]", "1,4,")),
+        *((value, [1, 4]) for value in ([4, 1], [1, 4, 1], (1, 4))),
+        *((value, [4]) for value in (4, "4", "[4]", [4])),
+    ],
+)
+def test_lists_of_numbers_come_in_any_form(value: object, numbers: list[int]) -> None:
+    parameters = completed(ranks=value, few=value)
+    assert parameters.ranks == parameters.few == numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        *((value, ["rte", "cola"]) for value in ("rte,cola", "[rte, cola]", "['rte', 'cola']")),
+        *((value, []) for value in ("", "[]", [])),
+    ],
+)
+def test_lists_of_names_come_in_any_form_and_keep_their_order(
+    value: object, names: list[str]
+) -> None:
+    assert completed(tasks=value).tasks == names
+
+
+@pytest.mark.parametrize(
+    ("profile", "results", "kept", "folder"),
+    [
+        ("quick", "", "", None),
+        ("paper", "", "", Path("results", "05-gradient")),
+        ("quick", "~/runs", "", Path.home() / "runs" / "05-gradient"),
+        ("paper", "", "elsewhere", Path("elsewhere", "05-gradient")),
+        ("quick", "runs/mine", "elsewhere", Path("runs", "mine", "05-gradient")),
+    ],
+)
+def test_results_are_kept_where_they_are_wanted(
+    profile: str, results: str, kept: str, folder: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RESULTS, kept)
+    assert completed(profile=profile, results=results).results == folder
+
+
+def test_tasks_are_completed_in_the_order_of_their_source(tmp_path: Path) -> None:
+    assert texts.choose([], "rated") == ["movies"]
+    assert texts.choose(["rte", "cola"], "hub") == ["cola", "rte"]
+    assert len(texts.choose([], str(tmp_path))) == 9
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [("rated", ["cola"]), ("hub", ["CoLA"]), ("hub", ["cola", "ms"]), ("no/such/folder", [])],
+)
+def test_tasks_are_those_of_the_source(source: str, names: list[str]) -> None:
+    with pytest.raises(InputError):
+        texts.choose(names, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("profile", value) for value in ("fast", None)),
+        *(("seed", value) for value in (-1, 0.5, "1", None)),
+        *(("width", value) for value in (0, 513, "16", True, float("nan"), [16])),
+        *(("ranks", value) for value in (-1, "3,-1", [0.5], "0.5", "all", "--4", None, object())),
+        *(("ranks", value) for value in (17, [0, 17])),
+        *(("few", value) for value in ([2, 0], None)),
+        *((name, value) for name in ("tasks", "model", "results") for value in (None, 1)),
+        ("seeds", 101),
+    ],
+)
+def test_wrong_parameters_are_named(name: str, value: object) -> None:
+    with pytest.raises(InputError) as caught:
+        completed(**{name: value})
+    assert caught.value.name == name
+    assert "\n" not in str(caught.value)
+
+
+def test_of_two_wrong_parameters_the_first_is_named() -> None:
+    with pytest.raises(InputError, match="width"):
+        completed(width=0, ranks=[17])
+
+
+# What a chapter does at its head
+
+
+class Small(book.Parameters):
+    width: book.Width
+    ranks: book.Ranks
+    results: book.results("05-gradient")  # type: ignore[valid-type]
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The variables of a notebook that declares `Small` and has run its cell of parameters."""
+    module = ModuleType("a_notebook")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(Small, "__module__", module.__name__)
+    threads = torch.get_num_threads()
+    vars(module).update({"profile": "quick", "seed": 0, "width": 4, "ranks": [], "results": ""})
+    with mpl.rc_context():
+        yield vars(module)
+    torch.set_num_threads(threads)
+
+
+def test_setup_completes_the_variables_and_sets_up_figures_and_threads(
+    notebook: dict[str, Any],
+) -> None:
+    torch.set_num_threads(2)
+    mpl.rcParams["svg.hashsalt"] = None
+    book.setup(Small)
+    assert notebook["ranks"] == [0, 1, 2, 3, 4]
+    assert notebook["results"] is None
+    assert torch.get_num_threads() == 1
+    assert mpl.rcParams["svg.hashsalt"] == "lorapower"
+
+
+def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -> None:
+    notebook["results"] = "runs"
+    for _ in range(2):
+        book.setup(Small)
+        assert notebook["results"] == Path("runs", "05-gradient")
+    notebook["width"] = 2
+    book.setup(Small)
+    assert notebook["ranks"] == [0, 1, 2]
+    notebook["ranks"] = "1"
+    book.setup(Small)
+    assert notebook["ranks"] == [1]
+    notebook |= {"width": 3, "ranks": [], "results": "", "profile": "paper"}
+    book.setup(Small)
+    assert notebook["ranks"] == [0, 1, 2, 3]
+    assert notebook["results"] == Path("results", "05-gradient")
+
+
+@pytest.mark.parametrize("model", [None, "Small", int, Small.__base__.__base__])
+def test_setup_takes_the_model_of_a_chapter(model: Any) -> None:
+    with pytest.raises(InputError, match="model"):
+        book.setup(model)
+
+
+def test_setup_names_a_parameter_that_is_gone(notebook: dict[str, Any]) -> None:
+    del notebook["width"]
+    with pytest.raises(InputError, match="width must be given"):
+        book.setup(Small)
+
+
+def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str, Any]) -> None:
+    notebook["In"] = ["", "width = 4", "# Parameters\nwdith = 24\nranks = [1]\n", "setup()"]
+    complaint = "among profile, seed, width, ranks, results; got wdith: did you mean width?"
+    with pytest.raises(InputError, match=complaint):
+        book.setup(Small)
+    # As in JupyterLab, after the cell was mended and run again.
+    notebook["In"] += ["# Parameters\nwidth = 24\n", "setup()"]
+    book.setup(Small)
+
+
+def test_other_variables_are_nobodys_parameters(notebook: dict[str, Any]) -> None:
+    notebook |= {"wdith": 24, "In": ["wdith = 24", "# Parameters of mine\nwdith = 24"]}
+    book.setup(Small)
+
+
+# What the text quotes
+
+
+def test_jupyterlab_and_the_page_are_told_what_the_text_quotes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    glued: dict[str, Any] = {}
+    monkeypatch.setattr("myst_nb.glue", lambda name, value, display: glued.update({name: value}))
+    book.quote("error", torch.tensor(0.0567, dtype=torch.float64))
+    book.quote("count", np.int64(4))
+    book.quote("names", "2, 4")
+    book.quote("tiny", torch.tensor(2.34e-7, dtype=torch.float64), digits=2)
+    assert [glued[name] for name in ("error", "count", "names")] == [0.0567, 4, "2, 4"]
+    assert [type(glued[name]) for name in ("error", "count", "names")] == [float, int, str]
+    assert [book.quoted[key] for key in ("error:.2f", "count:d", "names")] == ["0.06", "4", "2, 4"]
+    assert book.quoted["tiny"].data == glued["tiny"].data == r"$2.3\times10^{-7}$"
+    assert book.quoted["yet_to_come:.2f"] == "…"
+
+
+def test_what_a_notebook_quoted_is_read_in_all_its_forms() -> None:
+    outputs = [
+        nbformat.v4.new_output("display_data", {f"{prefix}text/plain": text}, metadata=about)
+        for prefix, text, about in [
+            ("a/", "2", {"scrapbook": {"name": "first", "mime_prefix": "a/"}}),
+            ("", "shown", {}),
+            ("", "3", {"scrapbook": {"name": "second", "mime_prefix": ""}}),
+        ]
+    ]
+    cells = [nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell(outputs=outputs)]
+    quotes = read_quotes(nbformat.v4.new_notebook(cells=cells))
+    assert quotes == {"first": {"text/plain": "2"}, "second": {"text/plain": "3"}}
+
+
+# Dead outputs [prop-dead-outputs]
+
+
+def draw(batch: tuple[int, ...], width: int, seed: int) -> tuple[FNN, FNN, torch.Tensor]:
+    """A network with some dead outputs, a target, and inputs."""
+    network, target = (
+        FNN.random(2, width, batch_shape=batch, seed=seed, purpose=purpose)
+        for purpose in ("network", "target")
+    )
+    generator = randomness.generator(seed, "inputs, dead outputs")
+    off = torch.rand(*batch, width, generator=generator, dtype=torch.float64) < 0.5
+    biases = [network.biases[0], network.biases[1] - 100 * off]
+    x = torch.randn(width, 40, generator=generator, dtype=torch.float64)
+    return network.with_parameters(network.weights, biases), target, x
+
+
+@given(batch_shapes, st.integers(1, 6), seeds)
+def test_dead_outputs_are_those_whose_weights_have_no_gradient(
+    batch: tuple[int, ...], width: int, seed: int
+) -> None:
+    network, _, x = draw(batch, width, seed)
+    bias = network.biases[1].clone().requires_grad_()
+    hidden = network.layers(slice(0, 1))(x)
+    y = (network.weights[1] @ hidden + bias[..., None]).relu()
+    # A target that no output meets, so that every output that is alive has a gradient.
+    (y - y.detach() - 1).square().sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(book.dead(network(x)), bias.grad == 0)
+
+
+@given(batch_shapes, st.integers(1, 6), seeds)
+def test_the_error_of_dead_outputs_is_the_size_of_the_target_there(
+    batch: tuple[int, ...], width: int, seed: int
+) -> None:
+    network, target, x = draw(batch, width, seed)
+    y, expected = network(x), target(x)
+    off = book.dead(y)
+    part, rest = (book.share(y - expected, chosen) for chosen in (off, ~off))
+    whole = (y - expected).square().sum((-2, -1))
+    there = (expected.square().sum(-1) * off).sum(-1)
+    some = whole > 0
+    torch.testing.assert_close((part * whole)[some], there[some])
+    torch.testing.assert_close((part + rest)[some], torch.ones_like(whole)[some])
+    assert book.share(torch.zeros(2, 3), torch.tensor([True, False])).isnan()
