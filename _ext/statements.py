@@ -21,7 +21,6 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 from sphinx.writers.html5 import HTML5Translator
-from sphinx_proof.nodes import proof_node
 
 from lorapower.book.claims import read
 
@@ -64,12 +63,15 @@ def statements(env: BuildEnvironment) -> list[Statement]:
     checks = Counter(claim.label for path in paths.values() for claim in read(path))
     found: list[Statement] = []
     for docname in paths:
-        for box in env.get_doctree(docname).findall(nodes.Admonition):
+        for box in env.get_doctree(docname).findall(nodes.Element):
+            if "proof" not in box.get("classes", ()):
+                continue
             references = (node for node in box.findall(pending_xref) if node["refdomain"] == "prf")
             used = [*dict.fromkeys(node["reftarget"] for node in references)]
-            if isinstance(box, proof_node):
+            if isinstance(box, nodes.admonition):  # a proof
                 found[-1].uses += [label for label in used if label not in found[-1].uses]
-            elif label := box.get("label"):
+            else:
+                label = box["label"]
                 premises = [label for label in used if label.startswith(_PREMISES)]
                 name = box["title"].strip().removeprefix("(").removesuffix(")")
                 kind, count = env.proof_list[label]["realtype"], checks[label]  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, seeds
 
 from lorapower import InputError, book, randomness
+from lorapower._records import Record
 from lorapower.book.chapter import RESULTS, read_quotes
 from lorapower.experiments import texts
 from lorapower.networks import FNN
@@ -84,7 +85,7 @@ def test_lists_of_numbers_come_in_any_form(value: object, numbers: list[int]) ->
     ("value", "names"),
     [
         *((value, ["rte", "cola"]) for value in ("rte,cola", "[rte, cola]", "['rte', 'cola']")),
-        *((value, []) for value in ("", "[]", [])),
+        *((nothing, []) for nothing in ("", "[]", [])),
     ],
 )
 def test_lists_of_names_come_in_any_form_and_keep_their_order(
@@ -201,7 +202,7 @@ def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -
     assert notebook["results"] == Path("results", "05-gradient")
 
 
-@pytest.mark.parametrize("model", [None, "Small", int, Small.__base__.__base__])
+@pytest.mark.parametrize("model", [None, "Small", int, Record])
 def test_setup_takes_the_model_of_a_chapter(model: Any) -> None:
     with pytest.raises(InputError, match="model"):
         book.setup(model)

@@ -160,7 +160,7 @@ def transformer_error(
     ----------
     errors : Segments
         Spectral distances ``ε`` of the adapted segments from the target's, such as
-        `constructions.transformer.TransformerAdaptation.errors`.
+        ``errors`` of `constructions.transformer.TransformerAdaptation`.
     """
     _checks.kind(Segments, errors=errors)
     _checks.kind(Transformer, frozen=frozen)
