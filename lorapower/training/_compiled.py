@@ -358,10 +358,20 @@ def _contract(x: Array, y: Array, n: int, out: Array) -> None:
         for i in range(n):
             a, b = i * t, (i + 1) * t
             x0, x1, x2, x3 = x[k, a:b], x[k + 1, a:b], x[k + 2, a:b], x[k + 3, a:b]
-            for j in range(n):
-                a, b = j * t, (j + 1) * t
+            # Two tokens at a time, and the last one alone where their number is odd.
+            for j in range(0, n - 1, 2):
+                a, b, c = j * t, (j + 1) * t, (j + 2) * t
                 y0, y1, y2, y3 = y[k, a:b], y[k + 1, a:b], y[k + 2, a:b], y[k + 3, a:b]
-                o = out[i * n + j]
+                z0, z1, z2, z3 = y[k, b:c], y[k + 1, b:c], y[k + 2, b:c], y[k + 3, b:c]
+                o, q = out[i * n + j], out[i * n + j + 1]
+                for s in range(t):
+                    e, f, g, h = x0[s], x1[s], x2[s], x3[s]
+                    o[s] += e * y0[s] + f * y1[s] + g * y2[s] + h * y3[s]
+                    q[s] += e * z0[s] + f * z1[s] + g * z2[s] + h * z3[s]
+            if n % 2:
+                a, b = (n - 1) * t, n * t
+                y0, y1, y2, y3 = y[k, a:b], y[k + 1, a:b], y[k + 2, a:b], y[k + 3, a:b]
+                o = out[i * n + n - 1]
                 for s in range(t):
                     o[s] += x0[s] * y0[s] + x1[s] * y1[s] + x2[s] * y2[s] + x3[s] * y3[s]
 
@@ -370,14 +380,34 @@ def _contract(x: Array, y: Array, n: int, out: Array) -> None:
 def _mix(x: Array, p: Array, n: int, transposed: bool, out: Array) -> None:
     """``out[d, j] += Σ_i x[d, i] p[i, j]``, or with ``p[j, i]``, sample by sample."""
     t = x.shape[1] // n
-    for k in range(x.shape[0]):
+    for k in range(0, x.shape[0], 4):
         for j in range(n):
-            o = out[k, j * t : (j + 1) * t]
-            for i in range(n):
+            a, b = j * t, (j + 1) * t
+            o0, o1, o2, o3 = out[k, a:b], out[k + 1, a:b], out[k + 2, a:b], out[k + 3, a:b]
+            # Two tokens at a time, and the last one alone where their number is odd.
+            for i in range(0, n - 1, 2):
                 q = p[j * n + i] if transposed else p[i * n + j]
-                y = x[k, i * t : (i + 1) * t]
+                r = p[j * n + i + 1] if transposed else p[(i + 1) * n + j]
+                a, b, c = i * t, (i + 1) * t, (i + 2) * t
+                x0, x1, x2, x3 = x[k, a:b], x[k + 1, a:b], x[k + 2, a:b], x[k + 3, a:b]
+                y0, y1, y2, y3 = x[k, b:c], x[k + 1, b:c], x[k + 2, b:c], x[k + 3, b:c]
                 for s in range(t):
-                    o[s] += y[s] * q[s]
+                    e, f = q[s], r[s]
+                    o0[s] = (o0[s] + x0[s] * e) + y0[s] * f
+                    o1[s] = (o1[s] + x1[s] * e) + y1[s] * f
+                    o2[s] = (o2[s] + x2[s] * e) + y2[s] * f
+                    o3[s] = (o3[s] + x3[s] * e) + y3[s] * f
+            if n % 2:
+                i = n - 1
+                q = p[j * n + i] if transposed else p[i * n + j]
+                a, b = i * t, n * t
+                x0, x1, x2, x3 = x[k, a:b], x[k + 1, a:b], x[k + 2, a:b], x[k + 3, a:b]
+                for s in range(t):
+                    e = q[s]
+                    o0[s] += x0[s] * e
+                    o1[s] += x1[s] * e
+                    o2[s] += x2[s] * e
+                    o3[s] += x3[s] * e
 
 
 @_compiled()
