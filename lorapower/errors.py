@@ -66,20 +66,9 @@ class InputError(LorapowerError, ValueError):
 class SingularError(LorapowerError, ArithmeticError):
     """No way to split the update among the layers is as accurate as was asked for.
 
-    Attributes
-    ----------
-    layer : int
-        The layer with the worst-conditioned system, counted from 1.
-    condition_number : float
-        The condition number of that system.
-    rounding_error : float
-        The relative rounding error of the best splitting.
-    rtol : float
-        The largest rounding error that was accepted.
-    singular_from : float
-        The condition number from which on a system counts as singular.
-    member : str
-        Words for the member of a batch, empty for a single network.
+    ``layer``, counted from 1, has the worst-conditioned system, of ``condition_number``, which
+    counts as singular above ``singular_from``. ``rounding_error`` is that of the best splitting and
+    ``rtol`` what was accepted. ``member`` says in words which of a batch it is.
     """
 
     def __init__(
@@ -94,20 +83,18 @@ class SingularError(LorapowerError, ArithmeticError):
         self.layer, self.condition_number = layer, condition_number
         self.rounding_error, self.rtol = rounding_error, rtol
         self.singular_from, self.member = singular_from, member
-        number = f"(condition number {condition_number:.1e})"
-        cause = (
-            f"ill-conditioned {number}: use float64, give more rank, or accept it with a larger "
-            "rtol"
-        )
+        kind, remedy = "ill-conditioned", ": use float64, give more rank, or accept a larger rtol"
         if condition_number > singular_from:
-            cause = (
-                f"singular {number}, so that the assumption of non-singularity fails: give more "
-                "rank to a singular layer, give this layer rank 0, or perturb the frozen weights"
+            kind = "singular"
+            remedy = (
+                ", so that the assumption of non-singularity fails: give more rank to a singular "
+                "layer, give this layer rank 0, or perturb the frozen weights"
             )
         super().__init__(
             "the best splitting tried leaves a relative rounding error of "
             f"{rounding_error:.1e}, more than rtol = {rtol:.1e}; the products that the adapter of "
-            f"layer {layer}{member} acts through are {cause}"
+            f"layer {layer}{member} acts through are {kind} (condition number "
+            f"{condition_number:.1e}){remedy}"
         )
 
     def at_layer(self, layer: int) -> SingularError:
@@ -118,12 +105,8 @@ class SingularError(LorapowerError, ArithmeticError):
 class PrecisionError(LorapowerError, ArithmeticError):
     """The biases that make layers linear over a region swallow too many digits.
 
-    Attributes
-    ----------
-    block : int
-        The block of layers, counted from 1.
-    digits_lost, limit : float
-        The expected loss of decimal digits, and the largest that was accepted.
+    ``digits_lost`` is the expected loss of decimal digits in ``block``, counted from 1, and
+    ``limit`` the largest that was accepted.
     """
 
     def __init__(
@@ -138,17 +121,7 @@ class PrecisionError(LorapowerError, ArithmeticError):
 
 
 class ResultsError(LorapowerError, OSError):
-    """A file of results cannot be used as it is; nothing that it holds is lost.
-
-    Attributes
-    ----------
-    path : Path
-        The file.
-    problem : str
-        What is the matter with it.
-    remedy : str
-        What to do about it.
-    """
+    """A file of results, ``path``, cannot be used as it is; nothing that it holds is lost."""
 
     def __init__(self, path: Path, problem: str, *, remedy: str) -> None:
         self.path, self.problem, self.remedy = path, problem, remedy

@@ -21,14 +21,8 @@ from .errors import InputError
 class LowRank:
     """A matrix held as its factors: the update ``ΔW = A Bᵀ`` of one weight.
 
-    Raises `InputError` for factors that differ in their number of columns.
-
-    Attributes
-    ----------
-    left : Tensor
-        ``A``, ``[..., out, rank]``.
-    right : Tensor
-        ``B``, ``[..., in, rank]``.
+    ``left`` is ``A``, ``[..., out, rank]``, and ``right`` is ``B``, ``[..., in, rank]``. Raises
+    `InputError` for factors that differ in their number of columns.
     """
 
     left: Float[Tensor, "*batch out rank"]

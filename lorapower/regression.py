@@ -21,14 +21,9 @@ _EXTRA, _ROUNDS = 16, 3
 
 
 class Regression(NamedTuple):
-    """The map ``z ↦ K z + a`` of a fit.
+    """The map ``z ↦ K z + a`` of a fit: ``update`` is ``K``, and ``intercept`` is ``a``.
 
-    Attributes
-    ----------
-    update : LowRank
-        ``K``, of the rank that was asked for, or of as many columns as the metric has rows.
-    intercept : Tensor
-        ``a``, ``[..., out]``; zeros where none was fitted.
+    ``K`` has the rank that was asked for, or as many columns as the metric has rows.
     """
 
     update: LowRank
@@ -38,14 +33,9 @@ class Regression(NamedTuple):
 class Truncation(NamedTuple):
     """The nearest matrix of a rank, and what it leaves out.
 
-    Attributes
-    ----------
-    update : LowRank
-        ``K``. Its first ``s`` columns are the nearest matrix of rank ``s``.
-    values : Tensor
-        ``σ_1 ≥ … ≥ σ_r``: direction ``d`` takes ``σ_d²`` off the squared distance.
-    total : Tensor
-        ``Σ_d σ_d²`` over all directions, the squared distance of rank 0.
+    The first ``s`` columns of ``update`` are the nearest matrix of rank ``s``. Direction ``d``
+    takes ``σ_d²`` off the squared distance, ``values`` being ``σ_1 ≥ … ≥ σ_r``; ``total`` is the
+    squared distance of rank 0, ``Σ_d σ_d²`` over all directions.
     """
 
     update: LowRank

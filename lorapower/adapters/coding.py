@@ -24,15 +24,7 @@ LARGEST = float(np.finfo(np.float16).max)
 
 
 class Code(NamedTuple):
-    """What `encode` writes.
-
-    Attributes
-    ----------
-    data : bytes
-        The code; the last byte is filled up with zeros.
-    length : int
-        Its number of bits.
-    """
+    """A code and its ``length`` in bits; the last byte of ``data`` is filled up with zeros."""
 
     data: bytes
     length: int

@@ -23,12 +23,8 @@ N = TypeVar("N", bound=Network)
 class Tuned(NamedTuple):
     """What is tuned in each member of a batch whose members differ in it.
 
-    Attributes
-    ----------
-    ranks : Tensor
-        The rank of each weight's adapter; the columns past it are zeros.
-    biases : Tensor
-        Whether each bias is tuned; the update of one that is not stays what it was.
+    ``ranks`` of each weight's adapter, whose columns past it are zeros, and whether each of the
+    ``biases`` is tuned; the update of one that is not stays what it was.
     """
 
     ranks: Int[Tensor, "*batch weights"]
@@ -189,11 +185,9 @@ class Adapters:
     def save(self, path: str | Path, network: Network) -> None:
         """Write the adapters to one file of safetensors, with the network that they are for.
 
-        Of the network the file's header has the kind, sizes, type, batch shape, and a digest of its
-        numbers. An older file of this name is replaced when all is written, or else stays.
-
-        Raises `InputError` for no network and for one that the adapters do not fit; `ResultsError`
-        where the file cannot be written.
+        Of the network the header has the kind, sizes, type, batch shape and a digest. An older file
+        is replaced when all is written, or else stays. Raises `InputError` for a network that the
+        adapters do not fit, and `ResultsError` where the file cannot be written.
         """
         self._require_fit(network)
         file = _checks.path("path", path)
@@ -206,12 +200,10 @@ class Adapters:
 
     @classmethod
     def load(cls, path: str | Path, network: Network | None = None) -> Adapters:
-        """The adapters in a file that `save` has written, bit by bit the same.
+        """Read the adapters that `save` has written, to the device of their network, if given.
 
-        With a network they come to its device, if it is the one that they were saved for.
-
-        Raises `ResultsError` for a file that is not there, damaged, or none of adapters;
-        `InputError` for another network, with what differs.
+        Raises `ResultsError` for a file that is missing, damaged, or none of adapters, and
+        `InputError` for a network that they were not saved for, with what differs.
         """
         if network is not None:
             _checks.kind(Network, network=network)
@@ -227,15 +219,13 @@ class Adapters:
     def to_peft(self, folder: str | Path, module: nn.Sequential) -> None:
         """Write the adapters to a folder that ``peft.PeftModel.from_pretrained`` reads.
 
-        The module is that of the network: its ``Linear`` layers, those of inner ``Sequential``
-        too, are the adapted ones. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``,
-        scaled by 1; layers of rank 0 are left out. All numbers take the module's type. Tuned biases
-        are written as ``b_l + Δb_l`` and replace the module's own (``peft``'s ``bias="all"``), so
-        that disabling the adapters in ``peft`` does not bring these back.
+        The module's ``Linear`` layers, those of inner ``Sequential`` too, are the adapted ones.
+        ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``, scaled by 1, in the module's
+        type; layers of rank 0 are left out. Tuned biases ``b_l + Δb_l`` replace the module's own
+        (``peft``'s ``bias="all"``): disabling the adapters in ``peft`` does not bring these back.
 
-        Raises `InputError` for what is no ``Sequential``, for one whose layers the adapters do not
-        fit, for a tuned bias of a layer without one, and for a batch; `ResultsError` where the
-        folder cannot be written.
+        Raises `InputError` for a module that the adapters do not fit, for a tuned bias of a layer
+        without one, and for a batch; `ResultsError` where the folder cannot be written.
         """
         if self.batch_shape:
             raise InputError(
