@@ -23,6 +23,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return randomness.normal(randomness.generator(seed, "inputs in tests"), *shape)
 
 
+def halves(held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Those that select, and those that test."""
+    select, test = held_out.tensor_split(2, 0 if held_out.ndim == 3 else -1)
+    return select, test
+
+
 def heads(
     depth: int, width: int, size: int | None = None, seed: int = 0
 ) -> tuple[Transformer, Transformer]:
@@ -103,7 +109,7 @@ def test_narrow_heads_have_fits_below_their_threshold() -> None:
     found = fitted.adapt(frozen, target, 2, x, others)
     theorem = transformer.adapt(frozen, target, 2)
     # Its heads are exact, and its last segment is fitted besides.
-    test = fitted.halves(others)[1]
+    test = halves(others)[1]
     assert found.error <= fitted.relative_error(theorem.adapters.merge(frozen), target, test)[0]
 
 
@@ -118,11 +124,11 @@ def test_heads_wider_than_the_tokens() -> None:
 def test_fits_lose_to_no_construction_and_polish_to_no_fit() -> None:
     frozen, target = relu(4, 2, 8)
     x, others = normal(8, 400), normal(8, 4000, seed=1)
-    first, test = fitted.halves(others)
+    first, test = halves(others)
     for rank in (1, 2, 3):
         found = fitted.adapt(frozen, target, rank, x, others)
         better = polish(found, x, others, iterations=60)
-        plain = fnn.adapt(frozen, target, rank, fitted.ball(torch.cat([x, others], 1)))
+        plain = fnn.adapt(frozen, target, rank, Ball.about(torch.cat([x, others], 1), 1.25))
 
         def error(adapted: Any, x: Tensor) -> float:
             return float(fitted.relative_error(adapted.adapters.merge(frozen), target, x)[0])
@@ -145,7 +151,7 @@ def test_polish_from_the_start_of_lora() -> None:
     found = fitted.adapt(network, goal, 1, x, others)
     data = Fresh(goal, (6, 5), samples=64)
     before = found.fits[0]
-    pair = fitted.halves(others)[0], goal(fitted.halves(others)[0])
+    pair = halves(others)[0], goal(halves(others)[0])
     alone = polish(found, x, others, starts=("lora",), steps=1, data=data, iterations=0)
     # A single step from nothing is worse than the fit, which then stays.
     assert alone.fits[0].chosen == before.chosen
@@ -181,7 +187,7 @@ def test_batches_partitions_unequal_ranks_and_linear_ends() -> None:
         # The region of both holds the same inputs.
         assert float(alone.error) == pytest.approx(float(found.error[i]))
     better = polish(found, x, others, iterations=20)
-    choosing, test = fitted.halves(others)
+    choosing, test = halves(others)
     for i in range(2):
         goal = target[i]
         before, after = (one.fits[i].error(choosing, goal(choosing)) for one in (found, better))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
+from ..networks._segments import Segments
 from ..networks.gap import Gap
-from ..networks.segments import Segments
 from ..networks.transformer import Norm, Transformer
 
 # How many dimensions the sphere of normalized tokens needs, for the statements on ReLUs.
@@ -19,15 +19,26 @@ _LEAST = 3
 
 
 class PairRanks(NamedTuple):
-    """Ranks on the two middle layers of a segment: of the one that acts first, the other, both."""
+    """What the two middle layers of a segment of four need, see `pair_ranks`.
+
+    Attributes
+    ----------
+    inner, outer : Tensor
+        The rank of the layer that acts first, and of the other; ``[...]``.
+    together : Tensor
+        The sum of both ranks.
+    target : Tensor
+        The rank of the target's product.
+    """
 
     inner: Int[Tensor, "*batch"]
     outer: Int[Tensor, "*batch"]
     together: Int[Tensor, "*batch"]
+    target: Int[Tensor, "*batch"]
 
 
 def pair_ranks(gap: Gap) -> PairRanks:
-    """Least ranks on the two middle layers of a segment of four.
+    """The least ranks on the two middle layers of a segment of four with which it is exact.
 
     With ``X Y`` the frozen product, cut in the middle where ``d`` units stand, and ``M`` the
     target's: ``rank[M; Y] − rank Y``, ``rank[M, X] − rank X``, and ``rank(M − X Y)`` for both
@@ -37,37 +48,20 @@ def pair_ranks(gap: Gap) -> PairRanks:
     """
     _checks.kind(Gap, gap=gap)
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
-    size = Y.shape[-2]
+    Q_Y, of_Y = torch.linalg.qr(Y_target.mT)
+    Q_X, of_X = torch.linalg.qr(X_target)
+    core, size = of_X @ of_Y.mT, Y.shape[-2]
+    rank = lowrank.rank(core, scale=lowrank.norm(of_X) * lowrank.norm(of_Y))
     if size >= max(Y.shape[-1], X.shape[-2]):
         none = torch.zeros_like(gap.rank)
-        return PairRanks(none, none, gap.rank)
-    full = target_ranks(gap) == size
-    rows, columns = _bases(Y_target, X_target)
-    inner = torch.where(full, _rank_beside(Y_target.mT, Y.mT), _rank_beside(rows.mT, Y.mT))
+        return PairRanks(none, none, gap.rank, rank.expand_as(none))
+    U, S, V = lowrank.svd(core)
+    counts = (torch.arange(S.shape[-1], device=S.device) < rank[..., None])[..., None, :]
+    full, rows, columns = rank == size, Q_Y @ (V * counts), Q_X @ (U * counts)
+    inner = torch.where(full, _rank_beside(Y_target.mT, Y.mT), _rank_beside(rows, Y.mT))
     outer = torch.where(full, _rank_beside(X_target, X), _rank_beside(columns, X))
-    inner, outer = inner - lowrank.rank(Y), outer - lowrank.rank(X)
-    return PairRanks(inner.clamp(min=0), outer.clamp(min=0), gap.rank)
-
-
-def target_ranks(gap: Gap) -> Int[Tensor, "*batch"]:
-    """The rank of the target's product through the units in the middle of a segment."""
-    Y, X = gap.target.halves()
-    ranks = _ranks(torch.linalg.qr(Y.mT, mode="r").R, torch.linalg.qr(X, mode="r").R)
-    return ranks.expand(gap.batch_shape)
-
-
-def _ranks(of_Y: Tensor, of_X: Tensor) -> Int[Tensor, "*batch"]:
-    scale = lowrank.norm(of_X) * lowrank.norm(of_Y)
-    return lowrank.rank(of_X @ of_Y.mT, scale=scale)
-
-
-def _bases(Y: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns that span those of ``X Y``, and zeros."""
-    Q_Y, of_Y = torch.linalg.qr(Y.mT)
-    Q_X, of_X = torch.linalg.qr(X)
-    U, S, V = lowrank.svd(of_X @ of_Y.mT)
-    counts = torch.arange(S.shape[-1], device=S.device) < _ranks(of_Y, of_X)[..., None]
-    return (Q_Y @ (V * counts[..., None, :])).mT, Q_X @ (U * counts[..., None, :])
+    least = ((inner - lowrank.rank(Y)).clamp(min=0), (outer - lowrank.rank(X)).clamp(min=0))
+    return PairRanks(*least, gap.rank, rank.expand_as(gap.rank))
 
 
 def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .. import _checks, lowrank, randomness
 from ..adapters.core import Adapters
-from ..bounds.transformer import pair_ranks, target_ranks
+from ..bounds.transformer import pair_ranks
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
+from ..networks._segments import Segments
 from ..networks.gap import Gap
-from ..networks.segments import Segments
 from ..networks.transformer import Transformer
 from . import linear
 from .linear import LinearAdaptation
@@ -62,7 +62,7 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
     """Refuse ranks of two weights, by name, that are below those of `pair_ranks`."""
     if not is_narrow(gap):
         return
-    needed_inner, needed_outer, together = (
+    needed_inner, needed_outer, together, _ = (
         max(each.flatten().tolist(), default=0) for each in pair_ranks(gap)
     )
     inner, outer = ranks.values()
@@ -136,7 +136,7 @@ def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -
     size = Y.shape[-2]
     kept = (max(0, size - inner_rank), max(0, size - outer_rank))
     G = torch.eye(size, dtype=Y.dtype, device=Y.device).repeat(*gap.batch_shape, 1, 1)
-    full = target_ranks(gap) == size
+    full = pair_ranks(gap).target == size
     exchanged = [
         torch.zeros_like(m).expand(*gap.batch_shape, *m.shape[-2:]).clone() for m in (Y, X)
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -34,13 +34,31 @@ from ._layer import fit_layer
 from .fused import Fused, fuse
 from .linear import Adaptation
 
-# Part of the identity in an output metric, without which what the inputs never reach is free.
-RIDGE = 1e-3
-# The region of a ReLU network: a ball as large as all inputs, times this.
-REACH = 1.25
 Metric = Literal["alike", "outputs", "best"]
+# Part of the identity in an output metric, without which what the inputs never reach is free.
+_RIDGE = 1e-3
+# The region of a ReLU network: a ball as large as all inputs, times this.
+_REACH = 1.25
 # Half width of a 95% interval, in standard errors.
-NORMAL = 1.96
+_NORMAL = 1.96
+
+
+class Split(NamedTuple):
+    """Inputs in three parts.
+
+    Attributes
+    ----------
+    fit : Tensor
+        Those that are fitted.
+    select : Tensor
+        The first half of the held-out ones, by which one of several fits is chosen.
+    test : Tensor
+        The other half, which gives errors.
+    """
+
+    fit: Tensor
+    select: Tensor
+    test: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,29 @@ class Fitted(Adaptation):
     predicted: Float[Tensor, "*batch"]
     fits: tuple[Fit, ...]
 
+    @classmethod
+    def measure(
+        cls, fits: Sequence[Fit], data: Split, batch: torch.Size, *, throw: bool = True
+    ) -> Fitted:
+        """Fits, one for each member of a batch, carried back and measured on the test inputs."""
+        adapters, success, columns = [], [], []
+        for fit in fits:
+            fused, first = fit.fused, data.test.new_tensor(torch.nan)
+            if fit.direct:
+                adapters.append(fit.adapters)
+                success.append(torch.ones_like(first, dtype=torch.bool))
+            else:
+                carried = fused.carry_back(fit.adapters, fit.region, throw=throw)
+                adapters.append(carried.adapters)
+                success.append(carried.success)
+                first = first_order(fit.adapters.merge(fused.network), fused.goal, data.fit)
+            errors = relative_error(adapters[-1].merge(fused.frozen), fused.target, data.test)
+            columns.append(torch.stack([*errors, first]))
+        error, low, high, predicted = torch.stack(columns, -1).reshape(4, *batch).unbind(0)
+        verdicts = torch.stack(success).reshape(batch)
+        stacked = _stack(adapters, batch)
+        return cls(stacked, verdicts, error, low, high, predicted, tuple(fits))
+
 
 @torch.no_grad()
 @flushing()
@@ -164,35 +205,35 @@ def adapt(
     _checks.kind(type(frozen), target=target)
     batches = [tuple(network.batch_shape) for network in (frozen, target)]
     batch = _checks.common_shape("frozen and target", batches)
-    x, others = checked(target, inputs, held_out)
-    choosing = halves(others)[0]
+    data = split(target, inputs, held_out)
     if isinstance(frozen, FNN):
-        region = ball(torch.cat([x, choosing], -1)) if region is None else region
+        if region is None:
+            region = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
         _checks.kind(Region, region=region)
-        region = region.fit(x.shape[-2], x.dtype)
+        region = region.fit(data.fit.shape[-2], data.fit.dtype)
     else:
         for name, given in (("region", region), ("partition", partition)):
             if given is not None:
                 raise InputError(name, allowed="left out but for ReLU networks", given=given)
     _checks.choice("metric", metric, get_args(Metric))
     throw = _checks.flag("throw", throw)
-    fits = [
-        replace(fit(fuse(one, goal, ranks, partition), x, choosing, metric), region=region)
-        for one, goal in _members(frozen, target, batch)
-    ]
-    return evidence(fits, x, others, batch, throw=throw)
+    fits = []
+    for one, goal in _members(frozen, target, batch):
+        found = fit(fuse(one, goal, ranks, partition), data.fit, data.select, metric)
+        fits.append(replace(found, region=region))
+    return Fitted.measure(fits, data, batch, throw=throw)
 
 
 @torch.no_grad()
 def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -> Fit:
     """The least error on ``select`` among the networks that `adapt` compares."""
     if isinstance(fused.network, Transformer):
-        made = _blockwise(fused, inputs, select)
+        candidates = _blockwise(fused, inputs, select)
     else:
-        made = _layerwise(fused, inputs, select, metric)
-    wanted = fused.goal(select)
-    found = [Fit(fused, adapters, tuple(chosen)) for adapters, chosen in made]
-    return min(found, key=lambda one: one.error(select, wanted))
+        candidates = _layerwise(fused, inputs, select, metric)
+    outputs = fused.goal(select)
+    fits = [Fit(fused, adapters, tuple(chosen)) for adapters, chosen in candidates]
+    return min(fits, key=lambda fit: fit.error(select, outputs))
 
 
 def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
@@ -217,42 +258,6 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
     return Adapters(tuple(updates), tuple(biases))
 
 
-def evidence(
-    fits: Sequence[Fit],
-    inputs: Tensor,
-    held_out: Tensor,
-    batch: torch.Size,
-    *,
-    throw: bool = True,
-) -> Fitted:
-    """Fits, carried back to their frozen networks and measured on the rest of the held-out."""
-    test = halves(held_out)[1]
-    adapters, success, columns = [], [], []
-    for one in fits:
-        fused = one.fused
-        if one.direct:
-            adapters.append(one.adapters)
-            success.append(torch.tensor(True, device=test.device))
-            first = test.new_tensor(torch.nan)
-        else:
-            found = fused.carry_back(one.adapters, one.region, throw=throw)
-            adapters.append(found.adapters)
-            success.append(found.success)
-            first = first_order(one.adapters.merge(fused.network), fused.goal, inputs)
-        measured = relative_error(adapters[-1].merge(fused.frozen), fused.target, test)
-        columns.append(torch.stack([*measured, first]))
-    error, low, high, predicted = torch.stack(columns, -1).reshape(4, *batch).unbind(0)
-    return Fitted(
-        _stacked(adapters, batch),
-        torch.stack(success).reshape(batch),
-        error,
-        low,
-        high,
-        predicted,
-        tuple(fits),
-    )
-
-
 def relative_error(
     network: Network, target: Network, x: Float[Tensor, "*batch width n"]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +269,7 @@ def relative_error(
     """
     _checks.kind(Network, network=network, target=target)
     wanted = target(x)
-    found = network(pad(x, network.weights[0].shape[-1]))[..., : wanted.shape[-2], :]
+    outputs = network(pad(x, network.weights[0].shape[-1]))[..., : wanted.shape[-2], :]
     variance = variance_of(wanted)
     if not variance > 0:
         raise InputError(
@@ -273,42 +278,27 @@ def relative_error(
             given="equal outputs for all",
             remedy="what is relative to their variance has no meaning then",
         )
-    each = (found - wanted).square().mean((-2, -1) if target.sequences else -2) / variance
-    error, half = each.mean(), NORMAL * each.std() / each.numel() ** 0.5
+    each = (outputs - wanted).square().mean((-2, -1) if target.sequences else -2) / variance
+    error, half = each.mean(), _NORMAL * each.std() / each.numel() ** 0.5
     return error, (error - half).clamp(min=0), error + half
 
 
-def ball(inputs: Float[Tensor, "width samples"]) -> Ball:
-    """The ball about the mean of inputs that is 1.25 times as large as they need."""
-    x = _checks.real_tensor("inputs", inputs, min_dims=2)
-    centre = x.mean(-1)
-    radius = REACH * torch.linalg.vector_norm(x - centre[:, None], dim=0).amax()
-    return Ball(radius, centre)
+def split(target: Network, inputs: Any, held_out: Any) -> Split:
+    """Inputs to fit, to select by and to test on, as the target takes them.
 
-
-def halves(held_out: Tensor) -> tuple[Tensor, Tensor]:
-    """The held-out inputs that choose, and those that measure."""
-    dim = 0 if held_out.ndim == 3 else -1
-    first, second = held_out.tensor_split(2, dim)
-    return first, second
-
-
-def checked(target: Network, inputs: Any, held_out: Any) -> tuple[Tensor, Tensor]:
-    """Both sets of inputs as the target takes them, or `InputError`."""
+    Raises `InputError` for inputs that are too few, of another width, not finite, or in both sets.
+    """
     dims, least = 2 + target.sequences, {"inputs": 2, "held_out": 4}
     form = "[samples, width, tokens]" if target.sequences else "[width, samples]"
-    found = []
+    parts = []
     for name, given in (("inputs", inputs), ("held_out", held_out)):
         x = target.as_inputs(given, name)
         count = x.shape[0 if target.sequences else -1]
         if x.ndim != dims or count < least[name]:
-            raise InputError(
-                name,
-                allowed=f"of shape {form}, at least {least[name]} samples",
-                given=f"shape {tuple(x.shape)}",
-            )
-        found.append(x)
-    rows = [set(_rows(x)) for x in found]
+            allowed = f"of shape {form}, at least {least[name]} samples"
+            raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}")
+        parts.append(x)
+    rows = [set(_rows(x)) for x in parts]
     # A few inputs may well be drawn twice.
     shared = len(rows[0] & rows[1])
     if 10 * shared > len(rows[1]):
@@ -318,7 +308,7 @@ def checked(target: Network, inputs: Any, held_out: Any) -> tuple[Tensor, Tensor
             given=f"{shared} that are among them",
             remedy="what was fitted is not judged by what it was fitted to; split the inputs first",
         )
-    return found[0], found[1]
+    return Split(parts[0], *parts[1].tensor_split(2, 0 if target.sequences else -1))
 
 
 def _rows(x: Tensor) -> list[bytes]:
@@ -340,7 +330,7 @@ def _members(frozen: Network, target: Network, batch: torch.Size) -> Iterator[tu
     return zip(each(frozen), each(target), strict=True)
 
 
-def _stacked(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
+def _stack(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
     """One batch of adapters of equal ranks."""
 
     def stack(parts: Sequence[Tensor]) -> Tensor:
@@ -412,4 +402,4 @@ def _metrics(goal: FNN, x: Tensor) -> Iterator[Tensor]:
             p.requires_grad_()
             rows = goal.behind(l, p)
             slopes = [torch.autograd.grad(row.sum(), p, retain_graph=True)[0] for row in rows]
-        yield second_moment_root(torch.cat(slopes, -1), RIDGE)
+        yield second_moment_root(torch.cat(slopes, -1), _RIDGE)

@@ -17,8 +17,8 @@ from ..adapters.core import Adapters
 from ..bounds.transformer import attention_floor, directions
 from ..errors import InputError
 from ..lowrank import LowRank
+from ..networks._segments import Segments
 from ..networks.gap import Gap
-from ..networks.segments import Segments
 from ..networks.transformer import Transformer
 from . import _heads
 from .linear import Adaptation, LinearAdaptation

@@ -1,4 +1,5 @@
 from . import rewriting as rewriting
+from ._segments import Segments as Segments
 from .base import Network as Network
 from .decoders import from_decoder as from_decoder
 from .decoders import to_decoder as to_decoder
@@ -12,7 +13,6 @@ from .partition import Partition as Partition
 from .partition import Pieces as Pieces
 from .partition import blocks as blocks
 from .partition import shares as shares
-from .segments import Segments as Segments
 from .transformer import BlockTrace as BlockTrace
 from .transformer import Transformer as Transformer
 

@@ -17,10 +17,9 @@ from torch.nn import functional
 from .. import _checks, lowrank, randomness
 from ..errors import InputError
 from ._layers import uniform
+from ._segments import Segments, cut, fuse, fused_ranks, inverted
 from .base import Network
-from .fnn import pad
 from .gap import Gap
-from .segments import Segments, inverted, segments
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 Norm = Literal["layer", "rms"]
@@ -37,8 +36,6 @@ PARTS: dict[str, tuple[str, ...]] = {
     "mlp": ("W_1", "W_2"),
     "all": ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2"),
 }
-# The two factors of a segment of a head: the one that holds their product, and the other.
-_FACTORS = {"query size": ("W_Q", "W_K"), "value size": ("W_O", "W_V")}
 
 
 class BlockTrace(NamedTuple):
@@ -627,7 +624,7 @@ class Transformer(Network):
         unless ``throw`` is false, where the two are not `Transformer.is_regular`.
         """
         _checks.kind(Transformer, target=target)
-        return segments(self, target, throw=throw)
+        return cut(self, target, throw=throw)
 
     def is_regular(self, target: Transformer) -> Bool[Tensor, "*batch"]:
         """Whether what the theorem inverts is non-singular in working precision [ass-regular].
@@ -658,58 +655,11 @@ class Transformer(Network):
         tokens between blocks are written in the coordinates of the ``W_2`` of a frozen network,
         this one by default. It is one network, without batch dimensions.
         """
-        frozen = self if frozen is None else frozen
-        if self.is_plain and self.sizes["outputs"] > self.width:
-            raise InputError(
-                "frozen",
-                allowed=f"of at most {self.width} outputs, the coordinates of a token",
-                given=self.sizes["outputs"],
-                remedy="fewer coordinates cannot hold a bias for all of them",
-            )
-        identity = torch.eye(self.width, dtype=self.dtype, device=self.device)
-        parts = self.parts
-        if self.is_plain:
-            kept = frozen.W_2[:-1]
-            turned = torch.linalg.solve(kept.mT, self.W_2[:-1].mT).mT
-            before = torch.cat([identity[None], turned])[:, None]
-            values = self.W_1[:, None] @ self.W_O @ self.W_V @ before
-            parts |= {name: parts[name] @ before for name in ("W_Q", "W_K", "W_V")}
-            last = pad(self.W_out @ self.W_2[-1], self.width)
-            bias = pad(self.W_out @ self.b_2[-1, :, None], self.width)
-            parts |= {
-                "W_O": self.W_1[:, None] @ self.W_O,
-                "W_1": identity.expand(self.depth, -1, -1),
-                "W_2": torch.cat([kept, last[None]]),
-                "b_2": torch.cat([torch.linalg.solve(turned, self.b_2[:-1]), bias.mT]),
-                "W_out": identity[: self.sizes["outputs"]],
-            }
-        else:
-            values = self.W_O @ self.W_V
-        if not self.is_narrow("query size"):
-            rows = self.sizes["query size"]
-            scores = parts["W_K"].mT @ parts["W_Q"]
-            if not self.is_plain:
-                parts["b_Q"] = pad(self.W_K.mT @ self.b_Q[..., None], rows)[..., 0]
-            parts |= {"W_Q": pad(scores, rows), "W_K": pad(identity.expand_as(scores), rows)}
-        if not self.is_narrow("value size"):
-            rows = self.sizes["value size"]
-            parts |= {
-                "W_O": pad(values.mT, rows).mT,
-                "W_V": pad(identity.expand_as(values), rows),
-            }
-        return Transformer(**parts, **self.settings)
+        return fuse(self, self if frozen is None else frozen)
 
     def fused_ranks(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
         """What adapters of these ranks, by kind of weight, reach of each weight of ``fuse``."""
-        reach = dict(ranks)
-        for side, (kept, gone) in _FACTORS.items():
-            if not self.is_narrow(side):
-                reach |= {kept: min(ranks[kept] + ranks[gone], self.width), gone: 0}
-        if not self.is_plain:
-            return tuple(reach[name.split()[0]] for name in self.weight_names)
-        outputs = min(ranks["W_2"] + ranks["W_out"], self.sizes["outputs"])
-        reach |= {"W_1": 0, "W_2": 0, "W_out": 0, f"W_2 of block {self.depth}": outputs}
-        return tuple(reach.get(name, reach[name.split()[0]]) for name in self.weight_names)
+        return fused_ranks(self, ranks)
 
 
 def _check_settings(

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _checks, randomness
 from .._subnormal import flushing
 from ..adapters.core import Adapters
-from ..constructions.fitted import Fit, Fitted, checked, evidence, halves
+from ..constructions.fitted import Fit, Fitted, split
 from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
 from ..errors import InputError, brief
@@ -229,8 +229,8 @@ def polish(
         raise InputError("steps", allowed=allowed, given=0, remedy="such as 4000")
     seed = _checks.seed(seed)
     targets = [fit.fused.target for fit in fitted.fits]
-    x, others = checked(targets[0], inputs, held_out)
-    select = halves(others)[0]
+    parts = split(targets[0], inputs, held_out)
+    x, select = parts.fit, parts.select
     fits = []
     for fit, target in zip(fitted.fits, targets, strict=True):
         pairs = (x, target(x)), (select, target(select))
@@ -244,7 +244,7 @@ def polish(
             adapters = descend(begun.network, begun.adapters, *pairs, iterations)
             tried.append(replace(begun, adapters=adapters))
         fits.append(min(tried, key=lambda fit: fit.error(*pairs[1])))
-    return evidence(fits, x, others, fitted.error.shape, throw=throw)
+    return Fitted.measure(fits, parts, fitted.error.shape, throw=throw)
 
 
 def _ball(data: Data) -> Ball:

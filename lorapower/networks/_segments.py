@@ -1,4 +1,4 @@
-"""Segments of a transformer: what lies between two of its non-linearities [lem-segments]."""
+"""Transformers cut at their non-linearities [lem-segments], and with fused segments [def-fused]."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
+from .fnn import pad
 from .gap import Gap
 from .linear import LinearNetwork
 
 if TYPE_CHECKING:
     from .transformer import Transformer
+
+# The two factors of a segment of a head: the one that holds their product, and the other.
+_FACTORS = {"query size": ("W_Q", "W_K"), "value size": ("W_O", "W_V")}
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -97,7 +101,7 @@ class Segments(Mapping[str, T]):
         return torch.stack(torch.broadcast_tensors(*flat)).amax(0)
 
 
-def segments(frozen: Transformer, target: Transformer, *, throw: bool) -> Segments[Gap]:
+def cut(frozen: Transformer, target: Transformer, *, throw: bool) -> Segments[Gap]:
     """What `Transformer.segments` returns."""
     _require_alike(frozen, target)
     shapes = [tuple(network.batch_shape) for network in (frozen, target)]
@@ -135,6 +139,62 @@ def inverted(
         yield "W_1", lowrank.condition_number(frozen.W_1), limit
         yield "W_2", lowrank.condition_number(frozen.W_2)[..., first], limit
         yield "target's W_2", lowrank.condition_number(target.W_2)[..., first], limit
+
+
+def fuse(network: Transformer, frozen: Transformer) -> Transformer:
+    """What `Transformer.fuse` returns."""
+    if network.is_plain and network.sizes["outputs"] > network.width:
+        raise InputError(
+            "frozen",
+            allowed=f"of at most {network.width} outputs, the coordinates of a token",
+            given=network.sizes["outputs"],
+            remedy="fewer coordinates cannot hold a bias for all of them",
+        )
+    identity = torch.eye(network.width, dtype=network.dtype, device=network.device)
+    parts = network.parts
+    if network.is_plain:
+        kept = frozen.W_2[:-1]
+        turned = torch.linalg.solve(kept.mT, network.W_2[:-1].mT).mT
+        before = torch.cat([identity[None], turned])[:, None]
+        values = network.W_1[:, None] @ network.W_O @ network.W_V @ before
+        parts |= {name: parts[name] @ before for name in ("W_Q", "W_K", "W_V")}
+        last = pad(network.W_out @ network.W_2[-1], network.width)
+        bias = pad(network.W_out @ network.b_2[-1, :, None], network.width)
+        parts |= {
+            "W_O": network.W_1[:, None] @ network.W_O,
+            "W_1": identity.expand(network.depth, -1, -1),
+            "W_2": torch.cat([kept, last[None]]),
+            "b_2": torch.cat([torch.linalg.solve(turned, network.b_2[:-1]), bias.mT]),
+            "W_out": identity[: network.sizes["outputs"]],
+        }
+    else:
+        values = network.W_O @ network.W_V
+    if not network.is_narrow("query size"):
+        rows = network.sizes["query size"]
+        scores = parts["W_K"].mT @ parts["W_Q"]
+        if not network.is_plain:
+            parts["b_Q"] = pad(network.W_K.mT @ network.b_Q[..., None], rows)[..., 0]
+        parts |= {"W_Q": pad(scores, rows), "W_K": pad(identity.expand_as(scores), rows)}
+    if not network.is_narrow("value size"):
+        rows = network.sizes["value size"]
+        parts |= {
+            "W_O": pad(values.mT, rows).mT,
+            "W_V": pad(identity.expand_as(values), rows),
+        }
+    return type(network)(**parts, **network.settings)
+
+
+def fused_ranks(network: Transformer, ranks: Mapping[str, int]) -> tuple[int, ...]:
+    """What `Transformer.fused_ranks` returns."""
+    reach = dict(ranks)
+    for side, (kept, gone) in _FACTORS.items():
+        if not network.is_narrow(side):
+            reach |= {kept: min(ranks[kept] + ranks[gone], network.width), gone: 0}
+    if not network.is_plain:
+        return tuple(reach[name.split()[0]] for name in network.weight_names)
+    outputs = min(ranks["W_2"] + ranks["W_out"], network.sizes["outputs"])
+    reach |= {"W_1": 0, "W_2": 0, "W_out": 0, f"W_2 of block {network.depth}": outputs}
+    return tuple(reach.get(name, reach[name.split()[0]]) for name in network.weight_names)
 
 
 def _plain(network: Transformer, batch: torch.Size) -> dict[str, LinearNetwork]:
