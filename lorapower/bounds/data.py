@@ -31,14 +31,9 @@ def first_order(
     softmax, or the next block. The error is relative, as in `constructions.fitted`. Of linear
     networks it is exact. It is not finite where the target's outputs do not vary on the inputs.
 
-    Raises `InputError` for networks of two kinds or of different sizes. Source: [prop-first-order].
-
-    Parameters
-    ----------
-    adapted, target : Network
-        Of one kind and of equal sizes, one of each, such as those of a `constructions.fused.Fused`.
-    inputs : Tensor
-        Columns ``[in, samples]``, of transformers sequences ``[..., width, tokens]``.
+    The networks are of one kind and of equal sizes, one of each, such as those of a
+    `constructions.fused.Fused`. Inputs are columns ``[in, samples]``, of transformers sequences
+    ``[..., width, tokens]``. Source: [prop-first-order].
     """
     _checks.kind(LinearNetwork, FNN, Transformer, adapted=adapted)
     _checks.kind(type(adapted), target=target)

@@ -19,15 +19,7 @@ from ..networks.fnn import FNN
 
 
 class Floor(NamedTuple):
-    """An estimate with its standard error.
-
-    Attributes
-    ----------
-    mean_squared_error : Tensor
-        Mean over samples and coordinates; ``[...]``.
-    standard_error : Tensor
-        Of that mean; ``[...]``.
-    """
+    """An estimated mean over samples and coordinates, and its standard error; each ``[...]``."""
 
     mean_squared_error: Float[Tensor, "*batch"]
     standard_error: Float[Tensor, "*batch"]
@@ -63,29 +55,20 @@ def final_layers_floor(
     For ``x ~ N(0, I)`` and every function ``g``, ``E‖g(h(x)) − f̄(x)‖² ≥ E tr Cov(f̄(x) | h(x))``,
     which is ``E‖f̄(x) − f̄(x')‖² / 2`` for ``x'`` drawn like ``x`` from all inputs with the same
     ``h``. Given ``h`` these are normal, restricted to a polytope in an affine subspace. ``x'``
-    comes from ``x`` by steps of hit-and-run: a random direction in the subspace, then a draw along
-    that line. After any number of steps the estimate is unbiased for a number that is **at most**
-    the floor; with more steps that number rises to it. Source: [prop-floor].
+    comes from each of some samples ``x`` by steps of hit-and-run: a random direction in the
+    subspace, then a draw along that line. After any number of steps the estimate is unbiased for a
+    number that is **at most** the floor; with more steps that number rises to it. Source:
+    [prop-floor].
 
-    Parameters
-    ----------
-    frozen, target : FNN
-        Of equal inputs and type; batch shapes broadcast. Of the frozen network only the first layer
-        counts: keeping more of its layers can only raise the floor.
-    samples : int
-        Independent inputs ``x``.
-    steps : int
-        Of hit-and-run from each input.
+    The networks have equal inputs and one type; batch shapes broadcast. Of the frozen one only the
+    first layer counts: keeping more of its layers can only raise the floor.
     """
     _checks.kind(FNN, frozen=frozen, target=target)
     samples, steps = _checks.integer("samples", samples, 2), _checks.integer("steps", steps, 1)
     _checks.like_frozen(target, frozen)
     if target.widths[0] != frozen.widths[0]:
-        raise InputError(
-            "target",
-            allowed=f"of {frozen.widths[0]} inputs, like the frozen network",
-            given=f"{target.widths[0]} inputs",
-        )
+        allowed = f"of {frozen.widths[0]} inputs, like the frozen network"
+        raise InputError("target", allowed=allowed, given=f"{target.widths[0]} inputs")
     generator = randomness.generator(seed, "floor for the final layers")
     shape = (*frozen.batch_shape, frozen.widths[0], samples)
     start = randomness.normal(generator, *shape, device=frozen.device)

@@ -28,18 +28,8 @@ from ..networks.linear import LinearNetwork
 class Design:
     """What a risk depends on beside the spectrum.
 
-    Raises `InputError` for counts below 1, a span above ``n``, and negative noise.
-
-    Attributes
-    ----------
-    samples : int
-        ``n``.
-    outputs : int
-        ``D_out``.
-    span : int
-        ``q``, the rank of the inputs.
-    noise : float
-        ``σ``.
+    That is ``n`` samples, ``D_out`` outputs, the span ``q``, which is the rank of the inputs, and
+    the noise ``σ``. Raises `InputError` for counts below 1, a span above ``n``, and negative noise.
     """
 
     samples: int
@@ -152,25 +142,13 @@ def paid_rank(
 
     An estimated risk scatters about the risk, and the rank of the least one need not have the least
     risk: no statement bounds the difference. Of ranks whose estimates differ by rounding alone the
-    least is taken. Source: [thm-risk].
+    least is taken. What is said of adapters needs square non-singular frozen layers. Inputs and
+    outputs are ``X`` and ``Y``; the rank of ``X`` is taken in the coarser of the types of inputs
+    and network. The noise ``σ`` is by default estimated from what no linear map explains,
+    ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``. Source: [thm-risk].
 
-    Parameters
-    ----------
-    frozen : LinearNetwork
-        One network, of product ``P``; of square non-singular layers for what is said of its
-        adapters to hold.
-    inputs, outputs : Tensor
-        ``X``, ``[in, n]``, and ``Y``, ``[out, n]``. The rank of ``X`` is taken in the coarser of
-        the types of inputs and network.
-    noise : float, optional
-        ``σ``; by default estimated from what no linear map explains, ``σ̂² = ‖(Y − P X)(I −
-        Π_X)‖²_F / (D_out (n − q))``.
-
-    Raises
-    ------
-    InputError
-        Data that do not fit; layers narrower than inputs and outputs; inputs that are all 0; noise
-        to be estimated from no more samples than the inputs span.
+    Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
+    inputs that are all 0, and where noise is to be estimated from no more samples than inputs span.
     """
     _checks.kind(LinearNetwork, frozen=frozen)
     if frozen.batch_shape:
@@ -192,11 +170,8 @@ def paid_rank(
     explained = missing @ rows
     if noise is None:
         if samples <= span:
-            raise InputError(
-                "noise",
-                allowed=f"given where there are no more than {span} samples, which inputs span",
-                given=f"none with {samples}",
-            )
+            allowed = f"given where there are no more than {span} samples, which inputs span"
+            raise InputError("noise", allowed=allowed, given=f"none with {samples}")
         rest = (missing - explained @ rows.mT).square().sum()
         noise = math.sqrt(float(rest) / (len(y) * (samples - span)))
     design = Design(samples, len(y), span, noise)
@@ -240,11 +215,8 @@ def _values(spectrum: Tensor, design: Design) -> Tensor:
     values = _checks.real_tensor("spectrum", spectrum, min_dims=1).double()
     count = min(design.outputs, design.span)
     if values.shape != (count,):
-        raise InputError(
-            "spectrum",
-            allowed=f"{count} values, the smaller of outputs and span",
-            given=f"shape {tuple(values.shape)}",
-        )
+        allowed = f"{count} values, the smaller of outputs and span"
+        raise InputError("spectrum", allowed=allowed, given=f"shape {tuple(values.shape)}")
     return values
 
 

@@ -80,11 +80,8 @@ class FNNAdaptation(Adaptation):
         _checks.kind(FNN, frozen=frozen)
         x = _checks.real_tensor("x", x, min_dims=2)
         if x.shape[-2] != self.region.width:
-            raise InputError(
-                "x",
-                allowed=f"of shape [..., {self.region.width}, samples], like the target's inputs",
-                given=f"shape {tuple(x.shape)}",
-            )
+            allowed = f"of shape [..., {self.region.width}, samples], like the target's inputs"
+            raise InputError("x", allowed=allowed, given=f"shape {tuple(x.shape)}")
         preactivations = self.adapters.merge(frozen).preactivations(pad(x, frozen.widths[0]))
         holds = []
         for layers, region in zip(self.partition.slices, self.regions[1:], strict=True):
@@ -125,6 +122,9 @@ def adapt(
     other units off, so that the rank that exactness needs does not depend on the frozen width.
     After a linear last layer the other units keep their biases.
 
+    Raises `InputError` for what does not fit, `SingularError` where a block cannot be adapted, and
+    `PrecisionError` where biases are expected to cost more digits than accepted.
+
     Source: [thm-one-layer], [thm-partition], [prop-narrower]; for the regions [prop-regions].
 
     Parameters
@@ -149,16 +149,6 @@ def adapt(
         Acceptable loss, by default half of the digits of the type; ``inf`` accepts any.
     rtol, throw, seed
         Of `linear.adapt`.
-
-    Raises
-    ------
-    InputError
-        Ranks out of range; a target deeper or wider than the frozen network, or of another end; a
-        hidden width too small; a partition or a region that does not fit.
-    SingularError
-        A block cannot be adapted. Names the layer and its condition number.
-    PrecisionError
-        The biases are expected to cost more digits than accepted.
     """
     gaps = blocks(frozen, target, partition)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])

@@ -41,8 +41,9 @@ def adapt(
 ) -> Adaptation:
     """Adapters, and biases, that make a frozen network imitate a target of its kind.
 
-    Returns what the construction for this kind of network returns: adapters with the evidence for
-    them. Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer], [thm-residual].
+    Returns what the construction for this kind of network returns, adapters with the evidence for
+    them, and raises what it raises. Source: [thm-optimal-adaptation], [thm-partition],
+    [thm-transformer], [thm-residual].
 
     Parameters
     ----------
@@ -56,12 +57,6 @@ def adapt(
         or inputs as columns ``[..., width, samples]``, of which `regions.Samples` are made.
     **options
         Of the construction: `linear.adapt`, `fnn.adapt` or `transformer.adapt`.
-
-    Raises
-    ------
-    InputError
-        Inputs that are missing or not used, options that the construction does not have, and what
-        it refuses itself.
     """
     frozen, target, kind = _one_kind(frozen, target)
     construct = _CONSTRUCTIONS[kind]
@@ -73,22 +68,17 @@ def adapt(
             raise InputError("options", allowed=allowed, given=option)
     if kind is FNN:
         if inputs is None:
+            remedy = (
+                "its biases are tuned for a regions.Ball(3.0), or columns [..., width, samples]"
+            )
             raise InputError(
-                "inputs",
-                allowed="given for a ReLU network",
-                given="none",
-                remedy="its biases are tuned for a region, such as regions.Ball(3.0), or for "
-                "samples, columns [..., width, samples]",
+                "inputs", allowed="given for a ReLU network", given="none", remedy=remedy
             )
         region = inputs if isinstance(inputs, Region) else Samples(inputs)
         return construct(frozen, target, ranks, region, **options)
     if inputs is not None:
-        raise InputError(
-            "inputs",
-            allowed="left out for linear networks and transformers",
-            given=type(inputs).__name__,
-            remedy="these are adapted for all inputs",
-        )
+        allowed = "left out for linear networks and transformers, adapted for all inputs"
+        raise InputError("inputs", allowed=allowed, given=type(inputs).__name__)
     return construct(frozen, target, ranks, **options)
 
 
@@ -135,8 +125,8 @@ def rank_for_error(
 
     The error is the mean squared one, over outputs and inputs, divided by the mean square of the
     target's outputs. A rank is one for all layers, of which none takes more than its weight's
-    smaller side. Ranks are tried from below until each member of the batch has its own. Source:
-    [def-needed-rank].
+    smaller side. Ranks are tried from below until each member of the batch has its own. Raises
+    `InputError` where no rank is enough, with what the largest leaves. Source: [def-needed-rank].
 
     Parameters
     ----------
@@ -161,12 +151,6 @@ def rank_for_error(
         Raise an error where no rank is enough, or else say so in ``success``.
     seed : int
         Of the construction's random rotations.
-
-    Raises
-    ------
-    InputError
-        No rank is enough, with what the largest leaves; unusable inputs, ranks and options; what
-        the construction refuses.
     """
     frozen, target, kind = _one_kind(frozen, target)
     error, throw = _checks.tolerance("error", error), _checks.flag("throw", throw)
@@ -174,8 +158,7 @@ def rank_for_error(
     if partition is not None and kind is not FNN:
         raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
     if by == "bound" and kind is Transformer and not frozen.is_plain:
-        words = '"trial" with residual connections or norms'
-        raise InputError("by", allowed=words, given=by)
+        raise InputError("by", allowed="'trial' with residual connections or norms", given=by)
     x = _group(inputs, frozen, target)
     signal = _mean_square(target(x))
     if by == "trial":
@@ -198,12 +181,9 @@ def rank_for_error(
 
     if throw and not success.all():
         most = float(errors[-1][~success][0])
-        raise InputError(
-            "error",
-            allowed="met by a rank that is tried",
-            given=f"{error:.3g}, where rank {tried[-1]}, the largest, leaves {most:.3g}"
-            f"{_checks.failed_members(~success)}",
-        )
+        given = f"{error:.3g}, where rank {tried[-1]}, the largest, leaves {most:.3g}"
+        given += _checks.failed_members(~success)
+        raise InputError("error", allowed="met by a rank that is tried", given=given)
     place = torch.where(success, met.long().argmax(0), len(tried) - 1)
     stacked, all_tried = torch.stack(errors), torch.tensor(tried, device=place.device)
     least = stacked.gather(0, place[None])[0]
@@ -253,10 +233,8 @@ def _trial(
 ) -> Callable[[int], Tensor]:
     """The mean squared error, at a rank, of adapters that are made."""
     outputs = target(x)
-    if isinstance(frozen, Transformer):
-        padded = frozen.fill(x)
-    else:
-        padded = pad(x, frozen.weights[0].shape[-1])
+    fills = isinstance(frozen, Transformer)
+    padded = frozen.fill(x) if fills else pad(x, frozen.weights[0].shape[-1])
     region = Samples(x[0]) if isinstance(frozen, FNN) else None
     options = {} if partition is None else {"partition": partition}
 

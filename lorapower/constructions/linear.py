@@ -92,6 +92,9 @@ def adapt(
     these first, to rotated triplets. Each member of the batch keeps its splitting of least rounding
     error.
 
+    Raises `InputError` for ranks out of range and networks that do not fit each other, and
+    `SingularError` where nothing tried meets ``rtol``; it names the layer and the members.
+
     Source: [thm-optimal-adaptation], by [lem-splitting] and [lem-any-change]; for the plain
     splitting [prop-splittings].
 
@@ -114,13 +117,6 @@ def adapt(
         Raise an error where a member is not adapted acceptably, or else say so in ``success``.
     seed : int
         Of the rotations of triplets.
-
-    Raises
-    ------
-    InputError
-        Ranks out of range, networks that do not fit each other, a hidden width too small.
-    SingularError
-        Nothing tried meets ``rtol``: a singular layer, or too few digits. Names layer and members.
     """
     gap = Gap(frozen, target)
     plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)

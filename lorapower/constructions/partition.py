@@ -19,14 +19,9 @@ from ..networks.partition import Partition, Pieces
 
 @dataclass(frozen=True)
 class OptimalPartition:
-    """The best partition for each member of a batch.
+    """The best partition for each member of a batch, as the sizes of its blocks ``[..., L̄]``.
 
-    Attributes
-    ----------
-    sizes : Tensor
-        Number of layers of each block; ``[..., L̄]``.
-    value : Tensor
-        What the partition attains, a rank or an error; ``[...]``.
+    Its value ``[...]`` is the rank or the error that it attains.
     """
 
     sizes: Int[Tensor, "*batch blocks"]
@@ -95,11 +90,8 @@ def _search(
         values = reached
         starts.append(chosen)
     if frozen.depth not in values:
-        raise InputError(
-            "target",
-            allowed=f"no deeper and no wider than the frozen network of widths {frozen.widths}",
-            given=f"widths {target.widths}",
-        )
+        allowed = f"no deeper and no wider than the frozen network of widths {frozen.widths}"
+        raise InputError("target", allowed=allowed, given=f"widths {target.widths}")
 
     value = values[frozen.depth]
     ends = [torch.full_like(value, frozen.depth, dtype=torch.long)]
