@@ -202,7 +202,7 @@ def _exchange(
     e = torch.cat([first, _range(other, scale * float(lowrank.norm(torch.linalg.pinv(X))))], 1)
     # No more than the difference leaves.
     e = e[:, : ranks[0]]
-    generator = randomness.generator(seed, "completions")
+    generator = randomness.generator(seed, "completions of lower rank")
     best, least = (torch.zeros_like(Y), torch.zeros_like(X)), torch.inf
     trials = [X @ e]
     for _ in range(8):
