@@ -207,11 +207,7 @@ class Store:
 
 @contextmanager
 def opened(path: Path | None) -> Iterator[Store]:
-    """The file for one writer, made where there is none.
-
-    Without a path it is in memory. Readers read on meanwhile, and the system frees the file
-    whichever way the process ends.
-    """
+    """The file, open for one writer while others may read; without a path, one in memory."""
     if path is None:
         with closing(sqlite3.connect(":memory:")) as connection:
             connection.executescript(SCHEMA)

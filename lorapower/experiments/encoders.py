@@ -174,10 +174,10 @@ class Found(Results):
 
 
 def check(settings: Sequence[Setting]) -> None:
-    """Read the texts of all tasks and adapt each model once, for the highest of its ranks.
+    """Read the texts and adapt the models of all settings, to refuse what is not usable.
 
-    So whatever of the settings is not usable is found before the first run. Raises `InputError`
-    for texts, models and ranks, as `measure` does when it comes to them.
+    Each model is adapted once, for the highest of its ranks. Raises `InputError` for texts, models
+    and ranks, as `measure` does when it comes to them.
     """
     hub.require("glue")
     problems = [setting.problem for setting in settings]
@@ -222,8 +222,10 @@ def spectra(changes: str) -> pd.DataFrame:
 
 
 def equal_ranks(model: str, rank: int, head: Head = "own") -> dict[Targets, int]:
-    """For each choice of targets, the rank whose adapters have most nearly as many numbers as those
-    of rank ``rank`` on all linear layers; at least 1, at most what their layers can have."""
+    """For each choice of targets, the rank with about as many numbers as ``rank`` on all layers.
+
+    It is at least 1, and at most what the layers can have.
+    """
     with torch.device("meta"):
         body = _draw(model, head).base_model
     shapes = {
@@ -256,11 +258,7 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
 
 
 class _Mean(nn.Module):
-    """An encoder with a linear head on the mean of its outputs over the tokens of a text.
-
-    Takes what models of ``transformers`` take, and returns ``loss``, where there are labels, and
-    ``logits``.
-    """
+    """An encoder with a linear head on the mean of its outputs over the tokens of a text."""
 
     base_model_prefix = "encoder"
 
@@ -320,12 +318,9 @@ def _draw(model: str, head: Head, **options: Any) -> Any:
 
 
 def _build(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = "own") -> Any:
-    """The encoder with a head for the task: weights as shipped, or drawn as its configuration says.
-
-    The seed alone draws the head, and a pooling layer that is not shipped; both are the same with
-    pretrained and random weights.
-    """
+    """The encoder with a head for the task: weights as shipped, or drawn as it is configured."""
     kind = "regression" if task.regression else "single_label_classification"
+    # The seed alone draws the head, and a pooling layer that is not shipped.
     with randomness.seeded(seed, "head"):
         whole = _draw(model, head, num_labels=task.outputs, problem_type=kind)
     if pretrained:
@@ -337,10 +332,7 @@ def _build(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = 
 
 
 def _adapt(network: Any, method: Method, *, seed: int) -> Any:
-    """What of the network the method tunes, the rest being frozen; its head is tuned in any case.
-
-    Refuses a network without such layers, or a rank above a layer's size.
-    """
+    """The network, of which what the method tunes is not frozen; its head is tuned in any case."""
     if method.kind == "full":
         return network.requires_grad_(True)
     body = network.base_model
@@ -512,11 +504,9 @@ def _tokenize(
 
 
 def _batches(problem: Problem, lengths: NDArray[np.int64]) -> list[list[int]]:
-    """The training texts of each step, of all epochs.
-
-    Texts of about one length go together, as padding costs as much as text: of a few batches at a
-    time, drawn at random, the texts are sorted, and the batches of an epoch are then shuffled.
-    """
+    """The training texts of each step, of all epochs."""
+    # Texts of about one length go together, as padding costs as much as text: those of a few
+    # batches, drawn at random, are sorted, and the batches of an epoch are then shuffled.
     draw = np.random.default_rng(randomness.number(problem.seed, "samples"))
     drawn = draw.permutation(len(lengths))[: problem.samples or None]
     steps = []

@@ -75,13 +75,13 @@ def decoders(
     places = [_checks.path(name, place) for name, place in (("base", base), ("tuned", tuned))]
     _checks.integer("width", width, 16)
     most = _checks.integer("samples", samples, 0) or None
-    shown = [texts(kind, "train")[:most] for kind in kinds]
-    words = _tokenizer([*shown[0], *shown[1]])
-    end = words.convert_tokens_to_ids(END)
+    sentences = [texts(kind, "train")[:most] for kind in kinds]
+    tokenizer = _learn_tokenizer([*sentences[0], *sentences[1]])
+    end = tokenizer.convert_tokens_to_ids(END)
     with randomness.seeded(seed, "decoder"):
         network = GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=len(words),
+                vocab_size=len(tokenizer),
                 n_positions=TOKENS,
                 n_embd=width,
                 n_layer=_checks.integer("layers", layers, 1),
@@ -91,22 +91,22 @@ def decoders(
                 pad_token_id=end,
             )
         )
-    for sentences, times, rate, place in zip(shown, epochs, (3e-3, 1e-3), places, strict=True):
-        _train(network, words, sentences, _checks.integer("epochs", times, 1), rate, seed)
-        _save(network, words, place)
+    for kind, times, rate, place in zip(sentences, epochs, (3e-3, 1e-3), places, strict=True):
+        _train(network, tokenizer, kind, _checks.integer("epochs", times, 1), rate, seed)
+        _save(network, tokenizer, place)
 
 
-def _tokenizer(sentences: Sequence[str]) -> Any:
+def _learn_tokenizer(sentences: Sequence[str]) -> Any:
     """Byte-pair encoding learned from the sentences."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    words = ByteLevelBPETokenizer()
-    words.train_from_iterator(
+    learner = ByteLevelBPETokenizer()
+    learner.train_from_iterator(
         sentences, vocab_size=VOCABULARY, special_tokens=[END], show_progress=False
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words._tokenizer,
+        tokenizer_object=learner._tokenizer,
         bos_token=END,
         eos_token=END,
         pad_token=END,
@@ -115,17 +115,17 @@ def _tokenizer(sentences: Sequence[str]) -> Any:
 
 
 def _train(
-    network: Any, words: Any, sentences: Sequence[str], epochs: int, rate: float, seed: int
+    network: Any, tokenizer: Any, sentences: Sequence[str], epochs: int, rate: float, seed: int
 ) -> None:
     """Teach a language model to tell each sentence's next tokens."""
     from transformers import DataCollatorForLanguageModeling, Trainer
 
-    tokens = words([END + text + END for text in sentences], truncation=True)["input_ids"]
+    tokens = tokenizer([END + text + END for text in sentences], truncation=True)["input_ids"]
     hub.train(
         Trainer,
         network,
         [{"input_ids": each} for each in tokens],
-        DataCollatorForLanguageModeling(words, mlm=False),
+        DataCollatorForLanguageModeling(tokenizer, mlm=False),
         learning_rate=rate,
         num_train_epochs=epochs,
         per_device_train_batch_size=32,
@@ -133,7 +133,7 @@ def _train(
     )
 
 
-def _save(network: Any, words: Any, folder: Path) -> None:
+def _save(network: Any, tokenizer: Any, folder: Path) -> None:
     with hub.quiet():
         network.save_pretrained(folder)
-        words.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

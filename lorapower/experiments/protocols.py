@@ -174,10 +174,7 @@ def read_record() -> pd.DataFrame:
 
 
 def _rate(by_rank: Mapping[int, float], rank: int) -> float:
-    """The learning rate of a rank: on a logarithmic scale, between those of the ranks around it.
-
-    Outside, it goes on as between the nearest two.
-    """
+    """The learning rate of a rank, on a logarithmic scale by those of the two ranks next to it."""
     ranks = sorted(by_rank)
     if len(ranks) == 1:
         return by_rank[ranks[0]]
