@@ -36,11 +36,9 @@ def outputs(
 def loss(
     out: Tensor, y: Tensor, structure: Structure, one_sided: Tensor | None = None
 ) -> Float[Tensor, " runs"]:
-    """Mean squared error of the outputs, or cross-entropy of the classes' summed votes.
-
-    Where ``one_sided`` says for each run whether its loss is, ``out`` are arguments of the last
-    ReLU, which then acts here: in other runs everywhere, in these where an output is to be 0.
-    """
+    """Mean squared error of the outputs, or cross-entropy of the classes' summed votes."""
+    # Where some runs are one-sided, ``out`` are arguments of the last ReLU, which acts here: in
+    # these runs where an output is to be 0, in others everywhere.
     if not structure.classes:
         labels = y[:, : structure.outputs].reshape(out.shape)
         if one_sided is not None:

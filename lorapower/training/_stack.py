@@ -53,15 +53,17 @@ class Stack(Generic[N]):
         self.padded_biases = self._pad(self.biases or none, 1)
         # Coordinates of an input and of an output, or of each of their tokens.
         self.inputs, self.outputs = self.shapes[0][1], self.shapes[-1][0]
+        # Of the transformers that compiled code knows, as it does all chains of layers.
         network: Any = frozen
-        is_transformer = isinstance(network, Transformer)
-        plain = network if is_transformer and network.is_plain else None
-        self.blocks: int = plain.depth if plain else 0
-        self.heads: int = plain.heads if plain else 0
-        # Whether compiled code knows this kind of network.
-        self.is_covered = not is_transformer or (
-            plain is not None and plain.activation == "relu" and not plain.causal
+        known = (
+            isinstance(network, Transformer)
+            and network.is_plain
+            and network.activation == "relu"
+            and not network.causal
         )
+        self.blocks: int = network.depth if known else 0
+        self.heads: int = network.heads if known else 0
+        self.is_covered = known or not frozen.sequences
 
     def structure(self, batches: Batches, steps: int) -> Structure:
         """What all runs have in common."""
@@ -365,10 +367,7 @@ class Batches:
             raise InputError("data", allowed=allowed, given=f"{self.tokens} and {others}")
 
     def blocks(self, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Of each block of batches the first step, inputs and labels, ``[sources, steps, …]``.
-
-        It is made while the one before is in use.
-        """
+        """Of each block the first step, inputs and labels, made while the one before is in use."""
         with ThreadPoolExecutor(1, initializer=flush) as ahead:
             coming = ahead.submit(self._block, 0)
             for index, start in enumerate(range(0, steps, Data.BLOCK)):

@@ -47,10 +47,6 @@ def descend(
 
     Parameters
     ----------
-    network : Network
-        The network that the adapters are for.
-    adapters : Adapters
-        Where it starts.
     training, validation : Pair
         Inputs as the network takes them, and the outputs that it should have.
     iterations : int

@@ -74,8 +74,6 @@ def critical_points(
     ----------
     error : Tensor
         ``E``, what the product of the factors is to be.
-    rank : int
-        Of the factors.
     covariance : Tensor, optional
         ``C``, positive definite; the identity by default.
     """
@@ -108,9 +106,9 @@ class Flow(NamedTuple):
     Attributes
     ----------
     times : Tensor
-        When it was looked at, from 0 on.
+        From 0 on.
     adapters : Adapters
-        At each of them; as one batch.
+        At each time; as one batch.
     losses : Tensor
         Half of the mean over samples of the summed squared errors.
     """
@@ -145,16 +143,12 @@ def flow(
 
     Parameters
     ----------
-    network, adapters
-        A single network, and where the flow starts.
     samples : Pair
         Inputs as the network takes them, and the outputs that it should have.
-    time : float
-        How long it flows.
     rates : Rates
         ``η_A`` and ``η_B``.
     points : int
-        When to look, equally spaced, both ends included.
+        How many times are looked at, equally spaced, both ends included.
     rtol : float
         Relative error of a step that is accepted.
     """

@@ -46,7 +46,7 @@ def train(
     backend: Literal["compiled", "torch"] | None = None,
     device: str | torch.device | None = None,
 ) -> Training[N]:
-    """Tune adapters, final layers or everything of frozen networks by Adam, all runs at once.
+    """Tune adapters, final layers or everything of networks by Adam, all runs at once.
 
     Each of ``tunings`` is run on each frozen network. Runs of one network see the same inputs and
     draw from the same first factors, of which a run of rank ``R`` has the first ``R`` columns. What
@@ -57,10 +57,6 @@ def train(
 
     Parameters
     ----------
-    frozen
-        Network, or a batch of them.
-    tunings : sequence of Tuning
-        What each run tunes.
     data : Data or sequence of Data
         One for all, or one for each member of the batch, in order.
     steps, every : int
@@ -140,10 +136,8 @@ def _ready(
     points: int = 2,
     until: float = 0.0,
 ) -> tuple[Stack[N], Structure, Any, Batches]:
-    """All runs at their starts, with room for so many points of their loss curves.
-
-    The third part is a `State`, of which checks at run time know nothing within a tuple.
-    """
+    """All runs at their starts, with room for so many points of their loss curves."""
+    # The third part is a `State`, of which checks at run time know nothing within a tuple.
     _checks.kind(Network, frozen=frozen)
     stack = Stack(frozen)
     seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]

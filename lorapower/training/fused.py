@@ -41,10 +41,7 @@ class FusedTraining:
     Attributes
     ----------
     adaptation : Adaptation
-        Adapters of the frozen network, with the evidence of the construction that carried them
-        back.
-    fused : Fused
-        The network that was trained.
+        Of the frozen network, with the evidence of the construction that carried adapters back.
     training : Training
         All runs: for each rate (first dimension) and each start.
     chosen : tuple
@@ -100,12 +97,10 @@ def train_fused(
 
     Parameters
     ----------
-    frozen : Network
-        A single network.
     ranks
-        As the construction for its kind takes them.
+        As the construction for the network's kind takes them.
     data : Data
-        To train on; outputs of at least 0 for a network that ends with a ReLU.
+        Its outputs are at least 0 for a network that ends with a ReLU.
     partition : Partition, optional
         Of a ReLU network, into as many blocks as layers are to be imitated; by default one block,
         whose inner ReLUs idle.
@@ -114,11 +109,7 @@ def train_fused(
         not the trained one. By default a ball half as large again as one that holds the validation
         inputs and those of the first batches.
     starts, learning_rates
-        All pairs of them are run.
-    steps, every, seed, threads
-        Of `train`.
-    throw : bool
-        Of the construction.
+        All pairs of them are run, with the other options of `train` and of the construction.
 
     Raises
     ------
@@ -195,9 +186,7 @@ def polish(
     Parameters
     ----------
     fitted : Fitted
-        What `constructions.fitted.adapt` returned for these inputs.
-    inputs, held_out : Tensor
-        As there.
+        What `constructions.fitted.adapt` returned for these ``inputs`` and ``held_out`` ones.
     starts : sequence of Start
         ``"fitted"``: its factors, of the fused network. ``"lora"``: those from which adapters are
         usually trained, ``A = 0``; of a transformer in the fused network, which reaches the same,
@@ -211,8 +200,6 @@ def polish(
         drawn, fresh ones fit no noise.
     seed : int
         Of the factors of start ``"lora"`` and of the order of batches.
-    throw : bool
-        As there.
     """
     _checks.kind(Fitted, fitted=fitted)
     starts = _checks.items("starts", starts, what='"fitted", "lora" or both, in a list')

@@ -40,8 +40,8 @@ class Tuning:
         How many of the last ``weights`` are tuned in full, with their biases, instead of adapters.
     biases : bool or tuple of bool
         Whether biases are tuned; a tuple says it for each of the network's ``biases``.
-    learning_rate, weight_decay : float
-        Of Adam; the decay is its L2 penalty.
+    weight_decay : float
+        Adam's L2 penalty.
     schedule : Schedule
         The rate stays ``"constant"``, or falls to 0 as half a ``"cosine"``.
     ratio : float
@@ -115,10 +115,8 @@ class Training(Generic[N]):
         How many numbers each run tuned: of adapters, of weights in full, of biases.
     steps : Tensor
         When the losses below were taken; 0 is before the first step.
-    training_loss : Tensor
-        Of the batch of each of these steps; NaN at step 0.
-    validation_loss : Tensor
-        After each of these steps; NaN after a run has ended.
+    training_loss, validation_loss : Tensor
+        Of the batch of each of these steps, NaN at step 0; and after it, NaN once a run has ended.
     best_loss, best_step : Tensor
         The least validation loss, and its step.
     diverged : Tensor
@@ -172,12 +170,10 @@ class Fresh(Data):
         A target network, or another function of inputs; inputs lie on the device of its labels.
     shape : tuple of int
         Of one input: ``(D,)``, or ``(D, N)`` for N tokens.
-    samples : int
-        In each batch.
+    samples, validation_samples : int
+        Number of inputs in each batch, and of those that are drawn once, to validate.
     scale : float
         The standard deviation ``s``.
-    validation_samples : int
-        Number of validation inputs, drawn once.
     seed, purpose
         Equal ones give equal inputs, whatever is trained on them; those of one seed and different
         purposes are independent.
@@ -247,8 +243,6 @@ class Fixed(Data):
         Labelled inputs, of a form that `Data` describes.
     samples : int, optional
         In each batch, at most as many as there are; all by default.
-    seed, purpose
-        Of the order.
     """
 
     def __init__(
