@@ -44,7 +44,7 @@ def pair_ranks(gap: Gap) -> PairRanks:
     target's: ``rank[M; Y] − rank Y``, ``rank[M, X] − rank X``, and ``rank(M − X Y)`` for both
     together. The first two are 0 for heads that are not narrower than the tokens. All three are
     necessary. Where ``X`` and ``Y`` have rank ``d`` they are enough, for a target of any rank.
-    Source: [prop-narrow-heads].
+    Source: [prop-narrow-heads], [rem-lower-rank].
     """
     _checks.kind(Gap, gap=gap)
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
@@ -202,18 +202,9 @@ def inner_rank(
     are of one depth and of equally many hidden units; no two normals in a block of the target are
     parallel.
 
-    Raises `InputError` where the sphere of normalized tokens has fewer than three dimensions.
-
-    Source: [thm-inner-rank].
-
-    Parameters
-    ----------
-    width, hidden : int
-        ``D`` and ``F``.
-    activation : {"relu", "gelu", "silu"}
-        ``"relu"``, ``"gelu"`` or ``"silu"``; nothing is proved of GELU's approximation.
-    gains : bool
-        Whether they are tuned.
+    ``D`` is the width and ``F`` the number of hidden units; nothing is proved of GELU's
+    approximation. Raises `InputError` where the sphere of normalized tokens has fewer than three
+    dimensions. Source: [thm-inner-rank].
     """
     width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
     _checks.choice("activation", activation, ("relu", "gelu", "silu"))

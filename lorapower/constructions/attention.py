@@ -106,15 +106,6 @@ def closed_form(
     C_q^{1/2}``. Raises `InputError` for what does not fit.
 
     Source: [prop-scores].
-
-    Parameters
-    ----------
-    E : Tensor
-        ``[a, b]``.
-    keys, queries : Tensor
-        Sequences, ``[samples, a, tokens]`` and ``[samples, b, tokens]``.
-    rank : int
-        At most the smaller side of ``E``.
     """
     E = _checks.real_tensor("E", E, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(E.shape[-2:]), limit="the smaller side")
@@ -152,10 +143,6 @@ def fit_blocks(
         The two networks of a `fused.Fused`.
     theorem : Transformer
         The frozen network with the adapters of the theorem.
-    ranks : sequence of int
-        Of each weight.
-    inputs, select : Tensor
-        Sequences to fit, and others to choose by.
     """
     fit = _BlockFit(frozen, target, theorem, ranks)
     streams = targets = [inputs, select]

@@ -70,7 +70,7 @@ class Fit:
     fused : Fused
         The frozen network and the target, with one matrix for each segment.
     adapters : Adapters
-        What was found.
+        Those of the fused network.
     chosen : tuple of str
         How each segment was adapted, first segment first, or all at once.
     direct : bool

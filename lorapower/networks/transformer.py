@@ -167,16 +167,16 @@ class Transformer(Network):
         eps: float = 1e-5,
         **others: Any,
     ) -> None:
-        settings = _check_settings(residual, norm, activation, final_norm, causal, eps)
-        for name, value in settings.items():
+        for name, value in _check_settings(
+            residual, norm, activation, final_norm, causal, eps
+        ).items():
             object.__setattr__(self, name, value)
         # What `dataclasses.replace` passes on of a network that does not have it.
         given = {name: value for name, value in others.items() if value is not None}
         for name in given:
             _checks.choice("parameters", name, tuple(self.SHAPES))
             if name not in self.kinds:
-                allowed = f"left out with {', '.join(f'{k}={v!r}' for k, v in settings.items())}"
-                raise InputError(name, allowed=allowed, given="one")
+                raise InputError(name, allowed="left out with these options", given="one")
         weights = dict(zip(PARTS["all"], (W_Q, W_K, W_V, W_O, W_1, W_2), strict=True))
         tensors = {
             name: _checks.real_tensor(name, value, min_dims=len(self.SHAPES[name]), copy=True)
@@ -258,8 +258,6 @@ class Transformer(Network):
 
         Parameters
         ----------
-        depth, width, heads : int
-            ``L``, ``D`` and ``H``.
         head_size : int, optional
             ``d``, by default the width.
         hidden : int, optional
@@ -267,8 +265,6 @@ class Transformer(Network):
         scale : float, optional
             Of a plain transformer: the standard deviation of attention weights, by default 1 as in
             the paper; ``D^{-1/2}`` keeps scores of moderate size.
-        residual, norm, activation, final_norm, causal, eps
-            As in the constructor.
         """
         settings = _check_settings(residual, norm, activation, final_norm, causal, eps)
         plain = not residual and norm is None
