@@ -85,7 +85,9 @@ def test_lists_of_numbers_come_in_any_form(value: object, numbers: list[int]) ->
     ("value", "names"),
     [
         *((value, ["rte", "cola"]) for value in ("rte,cola", "[rte, cola]", "['rte', 'cola']")),
-        *((nothing, []) for nothing in ("", "[]", [])),
+        ("", []),
+        ("[]", []),
+        ([], []),
     ],
 )
 def test_lists_of_names_come_in_any_form_and_keep_their_order(

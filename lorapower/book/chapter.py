@@ -101,12 +101,6 @@ class Parameters(Record):
     gives lists too; numbers in it are sorted, each of them once.
 
     Raises `InputError` for the first value that is not usable.
-
-    Attributes
-    ----------
-    profile : {"quick", "paper"}
-    seed : int
-        Of all random draws.
     """
 
     profile: Literal["quick", "paper"]

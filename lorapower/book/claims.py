@@ -22,19 +22,10 @@ MIME = "application/vnd.lorapower.claim+json"
 
 @dataclass(frozen=True)
 class Claim:
-    """One checked statement; all fields but ``holds`` are Markdown.
+    """One checked statement, to be understood by itself; all fields but ``holds`` are Markdown.
 
-    Attributes
-    ----------
-    statement : str
-        What is claimed, to be understood by itself.
-    label : str
-        Of the book's theorem, proposition or observation that it belongs to.
-    predicted : str
-        What decides: what the mathematics says, or an observation requires.
-    measured : str
-        What the run gave.
-    holds : bool
+    ``label`` is that of the theorem, proposition or observation of the book that it belongs to.
+    What decides is ``predicted``: what the mathematics says, or an observation requires.
     """
 
     statement: str

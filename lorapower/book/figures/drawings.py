@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
@@ -77,9 +78,7 @@ def plane(
     shades = np.asarray(values(grid.reshape(2, -1))).reshape(grid.shape[1:])
     mesh = ax.pcolormesh(axis, axis, shades, cmap="cividis", rasterized=True)
     figure.colorbar(mesh, label=label)
-    for weight, bias in lines:
-        side = np.tensordot(np.asarray(weight), grid, 1) + float(bias)
-        ax.contour(axis, axis, side, levels=[0], colors="white", linestyles="--", linewidths=1.5)
+    _draw_zeros(ax, axis, grid, lines, "--")
     ax.plot(*np.stack([one, other], axis=1), color="#ff9e4a", lw=2)
     ax.plot(*np.concatenate([one, other], axis=1), "o", color="#ff9e4a", mec="black", ms=6)
     ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
@@ -118,16 +117,26 @@ def sphere(
             axis, axis, shades[title], cmap="cividis", vmin=0, vmax=top, rasterized=True
         )
         for (name, planes), line in zip(circles.items(), ("-", ":"), strict=False):
-            look = {"colors": "white", "linestyles": line, "linewidths": 1.5}
-            for weight, bias in planes:
-                side = np.tensordot(np.asarray(weight), x, 1) + float(bias)
-                ax.contour(axis, axis, np.where(inside, side, np.nan), levels=[0], **look)
+            _draw_zeros(ax, axis, np.where(inside, x, np.nan), planes, line)
             ax.plot([], [], color="0.4", ls=line, lw=1.5, label=name)
         ax.set(title=title, aspect="equal", xticks=[], yticks=[], frame_on=False)
         ax.grid(visible=False)
     figure.colorbar(mesh, ax=axes, label=label, shrink=0.8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def _draw_zeros(
+    ax: Axes,
+    axis: NDArray[np.float64],
+    grid: NDArray[np.float64],
+    planes: Iterable[tuple[ArrayLike, float]],
+    line: str,
+) -> None:
+    """Where ``w·x + b = 0`` on a grid of points ``x``."""
+    for weight, bias in planes:
+        side = np.tensordot(np.asarray(weight), grid, 1) + float(bias)
+        ax.contour(axis, axis, side, levels=[0], colors="white", linestyles=line, linewidths=1.5)
 
 
 def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, label: str) -> Figure:
@@ -206,16 +215,8 @@ def transformer_segments() -> Figure:
     arrow = {"arrowstyle": "->", "color": "0.3", "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
     paths = [((2.7, 0.55), (1.4, 1.1)), ((3.3, 0.55), (4.6, 1.1)), ((1.4, 2.1), (1.4, 2.35))]
     paths += [((2.3, 2.8), (4.3, 2.8))]
-    levels = [
-        (2.1, 2.55),
-        (3.05, 3.3),
-        (4.3, 4.5),
-        (5.5, 5.75),
-        (6.65, 6.9),
-        (7.9, 8.1),
-        (9.1, 9.6),
-    ]
-    paths += [((4.6, low), (4.6, high)) for low, high in levels]
+    lows, highs = (2.1, 3.05, 4.3, 5.5, 6.65, 7.9, 9.1), (2.55, 3.3, 4.5, 5.75, 6.9, 8.1, 9.6)
+    paths += [((4.6, low), (4.6, high)) for low, high in zip(lows, highs, strict=True)]
     for start, end in paths:
         ax.annotate("", xy=end, xytext=start, arrowprops=arrow)
     ax.text(5.3, 3.8, "summed over heads", ha="left", va="center", fontsize="small", color="0.3")

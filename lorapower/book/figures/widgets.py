@@ -39,18 +39,10 @@ _SENTENCES = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Frames:
-    """Pictures in a row, of which a slider shows one.
+    """Pictures in a row, of which a slider shows one; ``label`` says what it sets.
 
-    Parameters
-    ----------
-    label : str
-        What the slider sets, in words.
-    pictures : mapping
-        Figures by the value of the slider, in its order; closed when they are drawn.
-    sentences : mapping
-        What each shows, in words, which are read aloud and stand above it.
-    start : str
-        The value to begin with.
+    Pictures and sentences are by the value of the slider, in its order, which begins at ``start``.
+    A sentence says what a picture shows: it stands above it and is read aloud.
     """
 
     label: str
@@ -123,20 +115,15 @@ class Touch:
     @cached_property
     def data(self) -> dict[str, Any]:
         """What the script draws from, in plain numbers; functions are flat lists of x and y."""
+        lists = ("ranks", "depths", "layers", "_start", "_ends")
+        functions = ("target", "frozen", "adapted")
         return {
-            "ranks": [*self.ranks],
-            "depths": [*self.depths],
-            "layers": [*self.layers],
+            **{name.strip("_"): [*getattr(self, name)] for name in lists},
+            **{name: self._bends(np.asarray(getattr(self, name))) for name in functions},
+            **{name: _round(np.asarray(getattr(self, name))) for name in ("errors", "bounds")},
             "spectra": {name: _round(np.asarray(s)) for name, s in self.spectra.items()},
             "thresholds": np.asarray(self.thresholds).astype(int).tolist(),
-            "errors": _round(np.asarray(self.errors)),
-            "bounds": _round(np.asarray(self.bounds)),
             "rounding": self.rounding,
-            "ends": [*self._ends],
-            "target": self._bends(np.asarray(self.target)),
-            "frozen": self._bends(np.asarray(self.frozen)),
-            "adapted": self._bends(np.asarray(self.adapted)),
-            "start": [*self._start],
             "said": [text.replace("{rounding}", _power(self.rounding)) for text in _SENTENCES],
         }
 
@@ -198,11 +185,9 @@ class Touch:
     @property
     def _start(self) -> tuple[int, int, int]:
         rank, depth, spectrum = self.start
-        return (
-            [*self.ranks].index(rank),
-            [*self.depths].index(depth),
-            [*self.spectra].index(spectrum),
-        )
+        values = (rank, self.ranks), (depth, self.depths), (spectrum, self.spectra)
+        r, i, j = ([*choices].index(value) for value, choices in values)
+        return r, i, j
 
     @cached_property
     def _ends(self) -> tuple[float, float]:
