@@ -23,7 +23,7 @@ from lorapower.book.claims import read
 
 # The modules that each page on the package shows.
 PACKAGE = {
-    f"api/{page.stem}": re.findall(r"^\.\. package:: (\S+)$", page.read_text(), re.MULTILINE)
+    f"api/{page.stem}": re.findall(r"^\.\. automodule:: (\S+)$", page.read_text(), re.MULTILINE)
     for page in sorted((ROOT / "api").glob("*.rst"))
     if page.stem != "index"
 }
