@@ -44,16 +44,9 @@ class _Split(NamedTuple):
 class Problem(Record):
     """A frozen network of two layers, and the digits to adapt it with.
 
-    Attributes
-    ----------
-    start : Start
-        ``"random"``, or ``"pretrained"`` on 400 upright images that serve for nothing else.
-    angle : float
-        By which the images of the task are turned, in degrees.
-    steps : int
-        Of Adam.
-    seed : int
-        Of the split, the network and the first factors.
+    The network is ``"random"``, or ``"pretrained"`` on 400 upright images that serve for nothing
+    else; images of the task are turned by ``angle`` degrees. Adam takes ``steps``. The seed is of
+    the split, the network and the first factors.
     """
 
     start: digits.Start = "pretrained"

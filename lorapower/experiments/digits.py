@@ -154,24 +154,13 @@ def error(network: FNN | Transformer, target: FNN | Transformer, x: Tensor) -> f
 class Problem(Record):
     """A frozen network and a target, trained on digits or drawn, and the digits to adapt it with.
 
-    Raises `InputError` for a value that has no meaning, alone or with the others.
-
-    Attributes
-    ----------
-    model : Model
-        ``"fnn"``: ReLU networks of width 64 and ten outputs. ``"transformer"``: of one block, two
-        heads and width 16 over the rows of an image.
-    depth : int
-        Of the frozen network; that of the target is 2 for ReLU networks and 1 for transformers.
-    start : Start
-        The frozen network is ``"pretrained"`` on upright digits, or ``"random"``.
-    angle : float
-        Of the task, in degrees; the target was trained on it in full, starting from the network of
-        its depth that was pretrained on upright digits.
-    steps : int
-        Of Adam.
-    seed : int
-        Of the split, of the networks before their training, and of the first factors.
+    Networks are ReLU networks (``"fnn"``) of width 64 and ten outputs, or transformers of one
+    block, two heads and width 16 over the rows of an image. ``depth`` is of the frozen network,
+    which is ``"pretrained"`` on upright digits or ``"random"``. The target has depth 2, as a
+    transformer 1; it was trained in full on digits turned by ``angle`` degrees, from the network of
+    its depth that was pretrained on upright ones. Adam takes ``steps``. The seed is of the split,
+    of the networks before their training, and of the first factors. Raises `InputError` for values
+    that do not fit.
     """
 
     model: Model = "fnn"

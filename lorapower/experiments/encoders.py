@@ -42,18 +42,12 @@ POOL = 8
 
 
 class Lora(Record):
-    """Adapters, through ``peft``, on linear layers of the encoder.
+    """Adapters of one rank, through ``peft``, on linear layers of the encoder.
 
-    Attributes
-    ----------
-    targets : {"attention", "feed-forward", "all"}
-        ``"feed-forward"``: all but attention of the equal layers that the encoder consists of;
-        ``"all"``: those outside these too.
-    rank : int
-        Of each adapter.
-    learning_rate : float
-        The highest of AdamW without weight decay; it rises over the first tenth of the steps, then
-        falls linearly to 0.
+    The layers are those of attention, ``"feed-forward"``, which is all others of the equal layers
+    that the encoder consists of, or ``"all"``, those outside these too. The learning rate of AdamW,
+    without weight decay, rises to ``learning_rate`` over the first tenth of the steps, then falls
+    linearly to 0.
     """
 
     kind: Literal["lora"] = "lora"
@@ -63,13 +57,9 @@ class Lora(Record):
 
 
 class Whole(Record):
-    """Weights in full; the learning rate as of `Lora`.
+    """Weights in full: all, those of the last layer and of a pooling layer after it, or the head's.
 
-    Attributes
-    ----------
-    kind : {"full", "final", "head"}
-        ``"full"``: all weights; ``"final"``: the last layer, and the pooling layer after it;
-        ``"head"``: nothing but the head, which is tuned in any case.
+    The ``"head"`` is tuned in any case. The learning rate is as that of `Lora`.
     """
 
     kind: Literal["full", "final", "head"] = "full"
@@ -87,23 +77,18 @@ Method = Lora | Whole
 class Problem(Record):
     """A task, an encoder, and how long which texts are shown to it.
 
-    Raises `InputError` for a value that has no meaning, alone or with the others.
-
     Attributes
     ----------
     task, source : str
         Name of the task, and where its texts are: ``"rated"``, ``"hub"`` or a folder in GLUE's
         layout.
-    model : str
-        Encoder: ``"packaged"``, a folder, or a name on the hub.
-    pretrained : bool
-        Whether it has its weights, or random ones of the same configuration.
+    model, pretrained : str, bool
+        Encoder: ``"packaged"``, a folder, or a name on the hub; with its weights, or random ones of
+        the same configuration.
     head : {"mean", "own"}
         ``"mean"``: linear on the mean over the tokens, which is how sentence encoders are made to
         be used (Reimers and Gurevych, 2019); ``"own"``: that which ``transformers`` has for the
         encoder, as in the published scores of GLUE.
-    epochs, batch : int
-        Of training.
     tokens : int
         To which longer texts are cut off; fewer than 8 have no place for a text beside the marks of
         where texts begin and end.

@@ -53,22 +53,9 @@ def decoders(
 ) -> None:
     """Train a small GPT-2 on sentences of one kind, tune it on another, and save both.
 
-    Raises `InputError` for sizes and kinds of no use.
-
-    Parameters
-    ----------
-    base, tuned : Path or str
-        Folders for the two.
-    kinds : tuple
-        Of sentences to train and to tune on; the tokens are those of both.
-    samples : int
-        Most sentences of each kind; 0 for all of the training part.
-    epochs : tuple
-        Of training and of tuning.
-    width, layers : int
-        Of the network; it has a head for each 16 of its width.
-    seed : int
-        Of the weights and the order of sentences.
+    The folders are ``base`` and ``tuned``; the tokens are those of both kinds, of each of which at
+    most ``samples`` sentences are used, 0 for all of the training part. The network has a head for
+    each 16 of its width. Raises `InputError` for sizes and kinds of no use.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 

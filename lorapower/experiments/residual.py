@@ -40,18 +40,9 @@ FAR = 1e4
 class Problem(Record):
     """A frozen network and a target of one kind, and inputs ``N(0, c² I)``.
 
-    Attributes
-    ----------
-    width, hidden, heads, head_size : int
-        ``D, F, H`` and ``d``; 0 for a size of the width.
-    depth : int
-        ``L``, of both networks.
-    tokens, size
-        Of a sequence, and ``c``.
-    steps, samples : int
-        Of Adam, and sequences in a batch.
-    seed : int
-        Of networks, inputs and first factors.
+    ``width, hidden, heads, head_size, depth, tokens`` and ``size`` are ``D, F, H, d, L, N`` and
+    ``c``; a head size of 0 is the width. Adam takes ``steps`` of ``samples`` sequences. The seed is
+    of the networks, the inputs and the first factors.
     """
 
     width: int = Field(8, ge=2)
@@ -101,13 +92,8 @@ class Problem(Record):
 class Trained(Record):
     """Adapters of one rank on a part of the blocks by Adam, its rate falling, then L-BFGS.
 
-    Attributes
-    ----------
-    vectors : {"free", "biases", "all"}
-        Which are tuned beside: ``"free"``: ``b_Q, b_O, b_2``; ``"biases"``: ``b_1`` too; ``"all"``:
-        gains and shifts too.
-    iterations : int
-        Of L-BFGS, on fixed inputs.
+    Of the vectors ``"free"`` tunes ``b_Q, b_O, b_2``, ``"biases"`` ``b_1`` too, and ``"all"`` gains
+    and shifts too. ``iterations`` are of L-BFGS, on fixed inputs.
     """
 
     kind: Literal["trained"] = "trained"

@@ -46,15 +46,7 @@ class Fitted(Record):
 
 
 class Gradient(Record):
-    """What Adam tunes.
-
-    Attributes
-    ----------
-    biases : bool
-        Whether they are tuned.
-    learning_rate, weight_decay : float
-        Of Adam; the decay is its L2 penalty.
-    """
+    """What Adam tunes: biases or not, at a learning rate, with weight decay as an L2 penalty."""
 
     biases: bool = True
     learning_rate: float = Field(1e-3, gt=0, le=LARGEST)

@@ -75,27 +75,24 @@ def run(
 ) -> pd.DataFrame:
     """Run ``work`` for each setting; a table with one row for each, in their order.
 
-    What ``work`` raises ends the sweep. In each case finished batches are kept, and the same call
-    resumes.
-
     Parameters
     ----------
     settings : sequence of Record
         Of one class, and different from one another.
     work : callable
         A function with a name that takes a list of settings and returns as many records of results,
-        all of one class.
+        all of one class. What it raises ends the sweep.
     path : path, optional
         A file that keeps the finished runs, a batch at a time, each of which is there whole or not
         at all. Runs that it holds are not repeated, whatever ended the sweep that made them, unless
-        their code has changed. These are kept aside, which is said in a line. Code is, without
-        comments and docstrings: of a function of this package, the package up to the experiments;
-        of another, its module's source, but for what that does when it is started, or in a notebook
-        its own, and the whole package; and the versions of the libraries that compute. What else a
-        function calls or holds in a closure is not seen.
+        their code has changed; these are kept aside. Code is, without comments and docstrings: of a
+        function of this package, the package up to the experiments; of another, its module's
+        source, but for what that does when it is started, or in a notebook its own, and the whole
+        package; and the versions of the libraries that compute. What else a function calls, or
+        holds in a closure, is not seen.
     size : int
-        Most settings that go to ``work`` together. They have the same ``problem``, where settings
-        have one.
+        Most settings that go to ``work`` together. They have the same ``problem``, where they have
+        one.
     executor : concurrent.futures.Executor, optional
         Where the batches run: processes, loky's, or those of a dask cluster
         (``Client(address).get_executor()``). By default they run here, one after another.

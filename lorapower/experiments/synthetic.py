@@ -64,15 +64,11 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
 class Problem(Record):
     """A frozen network, a target, and what there is to train on.
 
-    Raises `InputError` for a value that has no meaning, alone or with the others.
-
     Attributes
     ----------
-    model : {"linear", "fnn", "transformer"}
-        ``"linear"``, ``"fnn"`` or ``"transformer"``.
     width, target_depth, depth : int
         ``D``, ``L̄`` and ``L``. Transformers are of equal depth.
-    heads, tokens, scale
+    heads, tokens, scale : int, int, float
         Of transformers; the standard deviation of attention weights.
     gain : float
         Factor on the frozen weights, not those of transformers. ``6^{1/2}`` makes the variance of
@@ -80,20 +76,17 @@ class Problem(Record):
     pretraining : float
         Part of its initial loss to which the frozen network was first trained, in full, on the
         target, within 1000 steps: 1 for a random network, 1/3 for the study's pretrained ones.
-    distance, distance_rank
+    distance, distance_rank : float, int
         Where the rank is not 0, the target is no independent network but the frozen one's blocks
         plus a random matrix of that rank and of that Frobenius norm relative to the block's
         product.
     task : {"regression", "multiclass", "binary"}
-        ``"regression"``: the target's outputs by squared error. ``"multiclass"``: the largest of
-        the target's outputs, by cross-entropy. ``"binary"``: the larger of the sums of their two
-        halves.
-    samples : int
-        In each batch of fresh inputs, or, with ``fixed``, in the training set that all steps use.
-    steps, every : int
-        Of training; the validation loss is taken after every so many steps.
-    seed : int
-        Of the networks, the inputs and the first factors.
+        The target's outputs by squared error; the largest of them, or the larger of the sums of
+        their two halves, by cross-entropy.
+    samples, fixed : int, bool
+        In each batch of fresh inputs, or in the training set that all steps use.
+    every : int
+        The validation loss is taken after every so many steps.
     """
 
     model: Literal["linear", "fnn", "transformer"] = "fnn"
@@ -204,15 +197,10 @@ class Problem(Record):
 
 
 class Construction(study.Construction):
-    """The theorems' adapters.
+    """The theorems' adapters; for transformers ``ranks`` is one.
 
-    Attributes
-    ----------
-    ranks : int or tuple of int
-        One for all, or one for each weight; for transformers one.
-    region : float
-        Radius of the ball over which a ReLU network's construction holds, in units of one that
-        hardly any input is outside of.
+    ``region`` is the radius of the ball over which a ReLU network's construction holds, in units of
+    one that hardly any input is outside of.
     """
 
     region: float = Field(1.0, gt=0)
@@ -221,14 +209,9 @@ class Construction(study.Construction):
 class Fitted(study.Fitted):
     """Adapters fitted to inputs, see `constructions.fitted.adapt`, and where asked for polished.
 
-    Attributes
-    ----------
-    inputs : int
-        Number of those of the fit, each a sequence for a transformer.
-    starts : tuple of str
-        Of the polish, see `training.polish`; none without it.
-    adam, iterations : int
-        Steps of Adam, on fresh batches, and of L-BFGS, from each start.
+    ``inputs`` counts those of the fit, each a sequence for a transformer. ``starts`` are of the
+    polish, see `training.polish`, which is left out without them; from each it takes ``adam`` steps
+    on fresh batches and ``iterations`` of L-BFGS.
     """
 
     inputs: int = Field(4000, ge=2)
@@ -240,16 +223,10 @@ class Fitted(study.Fitted):
 class Recipe(Gradient):
     """Adam on adapters, with what may help it, for regressions.
 
-    Attributes
-    ----------
-    schedule, loss, ratio
-        As `training.Tuning` has them.
-    start : str
-        As there; or ``"construction"``, the theorem's adapters, or ``"fitted"``, those that are
-        fitted to inputs.
-    perturbation : float
-        Of these two: each factor and each change of a bias is moved by normal numbers of so many
-        times its own root mean square.
+    ``schedule, loss, ratio`` and ``start`` are as `training.Tuning` has them; a start may also be
+    ``"construction"``, the theorem's adapters, or ``"fitted"``, those that are fitted to inputs. Of
+    these each factor and each change of a bias is moved by normal numbers of ``perturbation`` times
+    its root mean square.
     """
 
     kind: Literal["recipe"] = "recipe"

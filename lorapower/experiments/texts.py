@@ -62,26 +62,22 @@ class Task:
 
     Attributes
     ----------
-    name : str
-        Of the task, as the hub has it.
-    folder : str
-        Of its files, in the layout in which GLUE is distributed.
-    texts : tuple of str
-        One column or two, as the hub names them.
-    columns, label : tuple of str, str
-        The same columns, by default of the same names, and that of the labels, in the files.
+    name, folder : str
+        On the hub, and in the layout in which GLUE is distributed.
+    texts, columns, label : tuple of str, tuple of str, str
+        One column of texts or two, on the hub, and in the files, by default of the same names; and
+        that of the labels in the files.
     classes : tuple of str
         Labels in the files, in the order of the integers that stand for them; none for a
         regression.
     metrics : tuple of str
         Those of the task. The first is its score, as in the published tables of adapters: Matthews
         correlation for CoLA, Pearson correlation for STS-B and accuracy for the others, for MNLI
-        over both validation sets. (GLUE's own leaderboard averages the two metrics of a task that
-        has two.)
-    sets : tuple of str
-        Endings of the names of validation and test sets, for a task that has several.
-    header : tuple of str
-        The columns of training and validation files that have no line of names.
+        over both validation sets. (GLUE's own leaderboard averages the two metrics of a task with
+        two.)
+    sets, header : tuple of str
+        Endings of the names of validation and test sets, for a task that has several; the columns
+        of training and validation files that have no line of names.
     spoiled : int
         How many lines of a training or validation set may lack a text or the label, as they do in
         the distributed files; they are left out and counted.
@@ -218,18 +214,10 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts, single or in pairs, and their labels.
+    """Texts, single or in pairs, and their labels: numbers of classes or values, NaN for none.
 
-    Attributes
-    ----------
-    texts : tuple of tuples of str
-        One text or two of each example.
-    labels : tuple of float
-        Number of the class, or the value of a regression; NaN in test sets that have none.
-    sizes : tuple of int
-        Number of examples of each of the sets that these are, one after the other.
-    left_out : dict
-        Number of rows of the source that were of no use, by reason.
+    ``sizes`` are the numbers of examples of each of the sets that these are, one after the other,
+    and ``left_out`` counts the rows of the source that were of no use, by reason.
     """
 
     texts: tuple[tuple[str, ...], ...]
