@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import importlib
-import inspect
 import json
 import platform
 import re
 from collections import Counter
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,6 +16,7 @@ import pytest
 from bs4 import BeautifulSoup, Tag
 from conftest import CHAPTERS, OTHERS, PAGES, ROOT
 
+import api
 from lorapower.book.claims import read
 
 # The modules that each page on the package shows.
@@ -102,20 +100,10 @@ def test_scorecard_shows_every_claim(book: Path) -> None:
             assert row.select("a.reference.internal")
 
 
-def defined(module: str) -> set[str]:
-    """What ``__all__`` has, or else the functions and classes that the source has at its top."""
-    found = importlib.import_module(module)
-    assert found.__file__
-    top = ast.parse(Path(found.__file__).read_text(encoding="utf-8")).body
-    named = [node.name for node in top if isinstance(node, ast.ClassDef | ast.FunctionDef)]
-    names = getattr(found, "__all__", [name for name in named if not name.startswith("_")])
-    return {name for name in names if not inspect.ismodule(getattr(found, name))}
-
-
 @pytest.mark.parametrize("docname", PACKAGE)
 def test_page_on_the_package_has_every_public_name(book: Path, docname: str) -> None:
     modules = PACKAGE[docname]
-    expected = {f"{module}.{name}" for module in modules for name in defined(module)}
+    expected = {f"{name}.{each}" for name in modules for each in api.public(import_module(name))}
     shown = {str(entry["id"]) for entry in soup(book, docname).select("dt.sig[id]")}
     assert expected <= shown
     assert {f"module-{module}" for module in modules} <= anchors(book / f"{docname}.html")
