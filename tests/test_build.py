@@ -124,15 +124,16 @@ if "--where" not in sys.argv:
 """
 
 
-def write_chapter(folder: Path, name: str, text: str, *code: str) -> Path:
+def write_chapter(folder: Path, name: str, text: str, *code: str, minutes: int = 0) -> Path:
     cells = [
         new_markdown_cell(text),
         new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
         *map(new_code_cell, code),
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    metadata = {"kernelspec": kernel, "lorapower": {"minutes": minutes}}
     path = folder / "chapters" / f"{name}.ipynb"
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
     return path
 
 
@@ -275,7 +276,7 @@ def test_two_chapters_are_executed_at_a_time(small: Book) -> None:
     assert said in (sorted(said), sorted(said, reverse=True)), "what they say is interleaved"
 
 
-def test_largest_chapter_is_executed_first(small: Book) -> None:
+def test_longest_chapter_is_executed_first(small: Book) -> None:
     small.make("JOBS=1", "book")
     assert [(what, name) for what, name, _ in small.runs()] == [
         ("begins", "02-other"),
@@ -283,7 +284,7 @@ def test_largest_chapter_is_executed_first(small: Book) -> None:
         ("begins", "01-sum"),
         ("ends", "01-sum"),
     ]
-    write_chapter(small.folder, "01-sum", THEOREM, "from lorapower import unused, wing")
+    write_chapter(small.folder, "01-sum", THEOREM, minutes=3)
     write_chapter(small.folder, "02-other", "# Another")
     small.make("JOBS=1", "book")
     assert [name for _, name, _ in small.runs()] == ["01-sum"] * 2 + ["02-other"] * 2

@@ -146,6 +146,12 @@ def modules(source: Path, root: Path = ROOT) -> set[str]:
     return Package(root).reach(read(source).loaded)
 
 
+def minutes(chapter: Path) -> float:
+    """What a chapter takes about, if its metadata say so."""
+    metadata = json.loads(chapter.read_text(encoding="utf-8"))["metadata"]
+    return float(metadata.get("lorapower", {}).get("minutes", 0))
+
+
 def rule(targets: str, sources: Iterable[str]) -> str:
     return " \\\n  ".join([f"{targets}:", *sorted(sources)])
 
@@ -159,9 +165,9 @@ def main() -> int:
     except SyntaxError as error:
         print(f"{Path(str(error.filename)).relative_to(ROOT)} is not Python", file=sys.stderr)
         return 1
-    # The more of the package a chapter uses, the longer it takes: those go first, lest one that
-    # takes long be started last. Of equals the last one, which builds upon the others.
-    ordered = sorted(needs, key=lambda name: -len(needs[name]))
+    # One that takes minutes goes first, as its metadata ask. Of equals the last, which builds upon
+    # the others.
+    ordered = sorted(needs, key=lambda name: -minutes(ROOT / "chapters" / name))
     print("executed :=", *(f"$(out)/chapters/{name}" for name in ordered))
     for name in ordered:
         targets = f"$(out)/chapters/{name} $(small)/{name}"
