@@ -251,9 +251,9 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
     z, updates, biases = goal.as_inputs(inputs, "inputs"), [], []
     for l, (W, rank) in enumerate(zip(network.weights, fused.fused_ranks, strict=True)):
         E = goal.weights[l] - W
-        found = reduced_rank(E @ z, z, rank, towards=E, shrinkage=inf)
-        updates.append(found.update)
-        biases.append(goal.biases[l] + found.intercept - network.biases[l])
+        fitted = reduced_rank(E @ z, z, rank, towards=E, shrinkage=inf)
+        updates.append(fitted.update)
+        biases.append(goal.biases[l] + fitted.intercept - network.biases[l])
         z = goal.layers(slice(l, l + 1))(z)
     return Adapters(tuple(updates), tuple(biases))
 
@@ -377,21 +377,28 @@ def _layerwise(
         metrics.append([*_metrics(goal, x)])
     for of_layers in metrics:
         updates, biases, chosen = [], [], []
-        own, wanted = [x, select], [x, select]
+        adapted, targets = [x, select], [x, select]
         for l, (W, W_target, rank) in enumerate(ranked):
             bias = goal.biases[l][:, None] if goal.biases else 0.0
-            reach = [W_target @ z + bias for z in wanted]
-            found, words = fit_layer(
-                W, W_target, rank, own, reach, of_layers[l], theorem[l], goal.biases[l : l + 1]
+            outputs = [W_target @ z + bias for z in targets]
+            fitted, words = fit_layer(
+                W,
+                W_target,
+                rank,
+                adapted,
+                outputs,
+                of_layers[l],
+                theorem[l],
+                goal.biases[l : l + 1],
             )
-            updates.append(found.update)
+            updates.append(fitted.update)
             chosen.append(words + (", outputs' metric" if of_layers[l] is not None else ""))
-            M = W + found.update.matrix()
-            own, wanted = [M @ z + found.intercept[:, None] for z in own], reach
+            M = W + fitted.update.matrix()
+            adapted, targets = [M @ z + fitted.intercept[:, None] for z in adapted], outputs
             if goal.biases:
-                biases.append(found.intercept - network.biases[l])
+                biases.append(fitted.intercept - network.biases[l])
             if l < goal.relus:
-                own, wanted = [z.relu() for z in own], [z.relu() for z in wanted]
+                adapted, targets = [z.relu() for z in adapted], [z.relu() for z in targets]
         yield Adapters(tuple(updates), tuple(biases)), chosen
 
 

@@ -56,9 +56,10 @@ class Fused:
     def carry_back(
         self, adapters: Adapters, region: Region | None = None, *, throw: bool = True
     ) -> Adaptation:
-        """Adapters of the frozen network that make it what these make of the fused one.
+        """Give the frozen network the function that adapters give to the fused one.
 
-        Of a ReLU network in the region. Raises what the theorem's construction raises.
+        Returns what the theorem's construction returns, and raises what it raises. The function of
+        a ReLU network is the same in a region, which has to be given.
         """
         _checks.kind(Adapters, adapters=adapters)
         reached = adapters.merge(self.network)

@@ -170,20 +170,20 @@ def _gpt2_block(block: Any, heads: int) -> dict[str, Tensor]:
     # These layers keep their matrices as rows for inputs.
     packed, bias = attention.c_attn.weight.mT.chunk(3), attention.c_attn.bias.chunk(3)
     weights = [*packed, attention.c_proj.weight.mT]
-    found = _headed(weights, [bias[0], bias[2], attention.c_proj.bias], heads)
-    found |= {"W_1": mlp.c_fc.weight.mT, "b_1": mlp.c_fc.bias}
-    found |= {"W_2": mlp.c_proj.weight.mT, "b_2": mlp.c_proj.bias}
-    return found | _norms(block.ln_1, block.ln_2)
+    parts = _headed(weights, [bias[0], bias[2], attention.c_proj.bias], heads)
+    parts |= {"W_1": mlp.c_fc.weight.mT, "b_1": mlp.c_fc.bias}
+    parts |= {"W_2": mlp.c_proj.weight.mT, "b_2": mlp.c_proj.bias}
+    return parts | _norms(block.ln_1, block.ln_2)
 
 
 def _opt_block(block: Any, heads: int) -> dict[str, Tensor]:
     own = block.self_attn
     weights = [part.weight for part in (own.q_proj, own.k_proj, own.v_proj, own.out_proj)]
     biases = [part.bias for part in (own.q_proj, own.v_proj, own.out_proj)]
-    found = _headed(weights, biases, heads)
-    found |= {"W_1": block.fc1.weight, "b_1": block.fc1.bias}
-    found |= {"W_2": block.fc2.weight, "b_2": block.fc2.bias}
-    return found | _norms(block.self_attn_layer_norm, block.final_layer_norm)
+    parts = _headed(weights, biases, heads)
+    parts |= {"W_1": block.fc1.weight, "b_1": block.fc1.bias}
+    parts |= {"W_2": block.fc2.weight, "b_2": block.fc2.bias}
+    return parts | _norms(block.self_attn_layer_norm, block.final_layer_norm)
 
 
 def _attention(network: Transformer, l: int) -> dict[str, Tensor]:

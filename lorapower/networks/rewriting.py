@@ -35,7 +35,7 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
     _require_norms(target)
     parts = target.parts
     for name, kinds in {"1": ("W_Q", "W_K", "W_V"), "2": ("W_1",)}.items():
-        gain, own = getattr(like, f"g_{name}"), getattr(target, f"g_{name}")
+        gain, given = getattr(like, f"g_{name}"), getattr(target, f"g_{name}")
         if not gain.all():
             raise InputError(
                 f"gains g_{name}",
@@ -43,7 +43,7 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
                 given="one that is 0",
                 remedy="what it hides cannot be read; tune the gains",
             )
-        factor = own / gain
+        factor = given / gain
         shift = getattr(target, f"s_{name}") - factor * getattr(like, f"s_{name}")
         for kind in kinds:
             weight = getattr(target, kind)
@@ -166,10 +166,12 @@ def enlarge(
     _require_norms(target)
     if not target.residual:
         raise InputError("target", allowed="with residual connections", given="none")
-    own, wanted = target.sizes, frozen.sizes
+    sizes, larger = target.sizes, frozen.sizes
     for side in ("blocks", "heads", "hidden", "width"):
-        if own[side] > wanted[side]:
-            raise InputError(f"target's {side}", allowed=f"at most {wanted[side]}", given=own[side])
+        if sizes[side] > larger[side]:
+            raise InputError(
+                f"target's {side}", allowed=f"at most {larger[side]}", given=sizes[side]
+            )
     _same(target, frozen, ("query size", "value size"), ("final_norm", "causal"))
     places = range(1, target.depth + 1) if places is None else places
     chosen = [
@@ -182,21 +184,21 @@ def enlarge(
     for name, stack in frozen.parts.items():
         sides = frozen.SHAPES[name]
         dim = sides.index("width") if "width" in sides else 0
-        size = own["width"] if "width" in sides else len(stack)
+        size = sizes["width"] if "width" in sides else len(stack)
         parts[name] = stack.narrow(dim, 0, size).clone()
     parts |= {name: getattr(target, name) for name in ("g_f", "s_f") if target.final_norm}
     for name in ("b_O", "b_1", "b_2", "g_1", "s_1", "g_2", "s_2"):
         parts[name].zero_()
     for k, place in enumerate(chosen):
         l = place - 1
-        idle = torch.ones(wanted["hidden"], dtype=torch.bool, device=target.device)
+        idle = torch.ones(larger["hidden"], dtype=torch.bool, device=target.device)
         for name in ("W_V", "W_O"):
             parts[name][l].zero_()
         for name in ("b_O", "b_2", "g_1", "s_1", "g_2", "s_2"):
             parts[name][l] = getattr(target, name)[k]
         for name in ("W_Q", "W_K", "b_Q", "W_V", "W_O"):
             parts[name][l, : target.heads] = getattr(target, name)[k]
-        match = _matching(_units(frozen, l, own["width"]), _units(target, k), scaled=False)
+        match = _matching(_units(frozen, l, sizes["width"]), _units(target, k), scaled=False)
         parts["W_1"][l, match.ours] = target.W_1[k, match.theirs]
         parts["b_1"][l, match.ours] = target.b_1[k, match.theirs]
         parts["W_2"][l][:, match.ours] = target.W_2[k][:, match.theirs]
@@ -287,9 +289,9 @@ def _same(
     aspects: Sequence[str] = (),
 ) -> None:
     for aspect in ("residual", "norm", "activation", *aspects, "dtype", "device"):
-        own, wanted = getattr(target, aspect), getattr(like, aspect)
-        if own != wanted:
-            raise InputError("target", allowed=f"with {aspect} {wanted}", given=own)
+        given, allowed = getattr(target, aspect), getattr(like, aspect)
+        if given != allowed:
+            raise InputError("target", allowed=f"with {aspect} {allowed}", given=given)
     shapes = [tuple(network.batch_shape) for network in (target, like)]
     _checks.common_shape("target and the other network", shapes)
     for side in sides:
