@@ -1,5 +1,4 @@
 from .core import Adapters as Adapters
-from .core import N as N
 from .core import Tuned as Tuned
 
 __all__: list[str]
