@@ -388,10 +388,10 @@ def test_newton_of_nothing_changes_nothing() -> None:
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 99))
 @settings(max_examples=8)
 def test_one_layer_is_found_from_data_alone(width: int, depth: int, seed: int) -> None:
-    """Convex in one matrix: no start, no luck."""
+    """Convex in one matrix: no start, no luck, but slow where an output is rarely above 0."""
     frozen, target = relu(depth, width, seed), relu(1, width, seed + 1)
     data = Fresh(target, (width,), samples=128, seed=seed)
-    found = train_fused(frozen, width, data, starts=1, learning_rates=(3e-2,), steps=3000)
+    found = train_fused(frozen, width, data, starts=1, learning_rates=(3e-2,), steps=10_000)
     x = normal(width, 2000, seed=seed)
     inside = torch.linalg.vector_norm(x, dim=0) < 1.5 * 2
     error = (found.adapters.merge(frozen)(x) - target(x)).square()[:, inside].mean()

@@ -347,7 +347,8 @@ def test_transformers_need_not_be_square() -> None:
     shapes_rest = [(L, F, D), (L, F), (L, D, F), (L, D), (out, D)]
     names = ("W_Q", "W_K", "W_V", "W_O", "W_1", "b_1", "W_2", "b_2", "W_out")
     sizes = zip(names, shapes + shapes_rest, strict=True)
-    frozen = Transformer(**{name: 0.4 * torch.randn(s, generator=draw) for name, s in sizes})
+    matrices: Any = {name: 0.4 * torch.randn(s, generator=draw) for name, s in sizes}
+    frozen = Transformer(**matrices)
     data = Fresh(lambda x: x[..., :out, :], (D, 4), samples=30, seed=1)
     ranks = [r for r, w in zip([2] * 100, frozen.weights, strict=False) for _ in (w,)]
     result = train(frozen, [Tuning(tuple(ranks))], data, steps=20)
