@@ -55,12 +55,12 @@ def test_fused_networks_are_the_networks(depth: int, width: int, wide: bool, see
     frozen, target = heads(depth, width, None if wide else max(1, width // 2), seed=seed)
     pair = fused.fuse(frozen, target, 1)
     x = normal(3, width, 4, seed=seed)
-    for network, own in ((frozen, pair.network), (target, pair.goal)):
+    for network, own in ((frozen, pair.network), (target, pair.fused_target)):
         assert own(x).allclose(network(x), rtol=1e-9, atol=1e-9)
     layers = relu(2 * depth, depth, width, seed=seed)
     pair = fused.fuse(*layers, 1)
     assert [len(pair.network.weights), *pair.fused_ranks] == [depth, *[min(2, width)] * depth]
-    assert pair.goal(x[0]).equal(layers[1](x[0]))
+    assert pair.fused_target(x[0]).equal(layers[1](x[0]))
 
 
 @given(st.integers(1, 2), st.integers(3, 6), st.integers(0, 3), seeds)

@@ -536,7 +536,7 @@ def test_fits_are_exact_at_the_threshold_and_never_worse_than_the_theorem() -> N
         for rank in (1, 3):
             found = fitted.adapt(frozen, target, rank, x, held_out, throw=False)
             choosing = held_out[:150]
-            wanted = found.fits[0].fused.goal(choosing)
+            wanted = found.fits[0].fused.fused_target(choosing)
             ranks = dict.fromkeys(NAMES, rank)
             plain = transformer.adapt(frozen, target, ranks, throw=False).adapters.merge(frozen)
             worst = float((plain(choosing) - wanted).square().mean())

@@ -370,7 +370,7 @@ def refusals() -> dict[str, Any]:
     """By a part of what is said, calls that are refused."""
     frozen, network = Transformer.random(2, 5, 2), Transformer.random(2, 4, 3, head_size=2)
     many, small = Transformer.random(1, 3, 1, batch_shape=(2,)), Transformer.random(1, 4, 1)
-    narrow = [Transformer.random(1, 6, 2, head_size=3, seed=s) for s in (1, 2)]
+    narrow, other = (Transformer.random(1, 6, 2, head_size=3, seed=s) for s in (1, 2))
     wide = Transformer.random(2, 4, 1, hidden=8)
     assert wide(tokens(wide)).shape == (5, 4, 7)
     return {
@@ -387,7 +387,7 @@ def refusals() -> dict[str, Any]:
         "rank .* got None": lambda: transformer.adapt(small, small, None),  # type: ignore[arg-type]
         "ranks must be": lambda: transformer.adapt(small, small, {"W_Q": 1}),
         "rank of W_V": lambda: transformer.adapt(small, small, FULL | {"W_V": 5}),
-        "exactly or not at all": lambda: transformer.adapt(*narrow, 2),
+        "exactly or not at all": lambda: transformer.adapt(narrow, other, 2),
         "W_O": lambda: replace(network, W_O=network.W_O * torch.nan),
         "W_K": lambda: replace(network, W_K=network.W_K.mT),
         "weights and biases .* both": lambda: replace(network, b_1=network.b_1.float()),

@@ -138,7 +138,7 @@ class Fitted(Adaptation):
                 carried = fused.carry_back(fit.adapters, fit.region, throw=throw)
                 adapters.append(carried.adapters)
                 success.append(carried.success)
-                first = first_order(fit.adapters.merge(fused.network), fused.goal, data.fit)
+                first = first_order(fit.adapters.merge(fused.network), fused.fused_target, data.fit)
             errors = relative_error(adapters[-1].merge(fused.frozen), fused.target, data.test)
             columns.append(torch.stack([*errors, first]))
         error, low, high, predicted = torch.stack(columns, -1).reshape(4, *batch).unbind(0)
@@ -218,9 +218,9 @@ def adapt(
     _checks.choice("metric", metric, get_args(Metric))
     throw = _checks.flag("throw", throw)
     fits = []
-    for one, goal in _members(frozen, target, batch):
-        found = fit(fuse(one, goal, ranks, partition), data.fit, data.select, metric)
-        fits.append(replace(found, region=region))
+    for pair in _members(frozen, target, batch):
+        best = fit(fuse(*pair, ranks, partition), data.fit, data.select, metric)
+        fits.append(replace(best, region=region))
     return Fitted.measure(fits, data, batch, throw=throw)
 
 
@@ -231,7 +231,7 @@ def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -
         candidates = _blockwise(fused, inputs, select)
     else:
         candidates = _layerwise(fused, inputs, select, metric)
-    outputs = fused.goal(select)
+    outputs = fused.fused_target(select)
     fits = [Fit(fused, adapters, tuple(chosen)) for adapters, chosen in candidates]
     return min(fits, key=lambda fit: fit.error(select, outputs))
 
@@ -245,16 +245,16 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
     `InputError` for another kind of network and for unusable inputs. Source: [prop-data-rank].
     """
     _checks.kind(Fused, fused=fused)
-    network, goal = fused.network, fused.goal
-    _checks.kind(FNN, network=network, goal=goal)
-    assert isinstance(goal, FNN)
-    z, updates, biases = goal.as_inputs(inputs, "inputs"), [], []
+    network, target = fused.network, fused.fused_target
+    _checks.kind(FNN, network=network, target=target)
+    assert isinstance(target, FNN)
+    z, updates, biases = target.as_inputs(inputs, "inputs"), [], []
     for l, (W, rank) in enumerate(zip(network.weights, fused.fused_ranks, strict=True)):
-        E = goal.weights[l] - W
+        E = target.weights[l] - W
         fitted = reduced_rank(E @ z, z, rank, towards=E, shrinkage=inf)
         updates.append(fitted.update)
-        biases.append(goal.biases[l] + fitted.intercept - network.biases[l])
-        z = goal.layers(slice(l, l + 1))(z)
+        biases.append(target.biases[l] + fitted.intercept - network.biases[l])
+        z = target.layers(slice(l, l + 1))(z)
     return Adapters(tuple(updates), tuple(biases))
 
 
@@ -346,40 +346,40 @@ def _stack(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
 
 def _blockwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapters, list[str]]]:
     """Adapters of a transformer: the theorem's, and those that are fitted block by block."""
-    network, goal = fused.network, fused.goal
+    network, target = fused.network, fused.fused_target
     assert isinstance(network, Transformer)
-    assert isinstance(goal, Transformer)
+    assert isinstance(target, Transformer)
     by_kind = {
         name.split()[0]: rank
         for name, rank in zip(network.weight_names, fused.fused_ranks, strict=True)
     }
     ranks = {kind: by_kind[kind] for kind in network.adapted_kinds}
     # Heads that are too narrow for it are adapted as well as they are, and lose the comparison.
-    theorem = transformer.adapt(network, goal, ranks, throw=False).adapters
+    theorem = transformer.adapt(network, target, ranks, throw=False).adapters
     yield theorem, ["theorem"]
     merged = theorem.merge(network)
-    yield attention.fit_blocks(network, goal, merged, fused.fused_ranks, x, select)
+    yield attention.fit_blocks(network, target, merged, fused.fused_ranks, x, select)
 
 
 def _layerwise(
     fused: Fused, x: Tensor, select: Tensor, metric: Metric
 ) -> Iterator[tuple[Adapters, list[str]]]:
     """Adapters of a linear or a ReLU network's layers: the theorem's, and two that are fitted."""
-    network, goal = fused.network, fused.goal
-    ranked = [*zip(network.weights, goal.weights, fused.fused_ranks, strict=True)]
+    network, target = fused.network, fused.fused_target
+    ranked = [*zip(network.weights, target.weights, fused.fused_ranks, strict=True)]
     theorem = [truncated_svd(W_target - W, rank) for W, W_target, rank in ranked]
-    plain = tuple(b - a for a, b in zip(network.biases, goal.biases, strict=True))
+    plain = tuple(b - a for a, b in zip(network.biases, target.biases, strict=True))
     yield Adapters(tuple(theorem), plain), ["theorem"] * len(ranked)
     metrics: list[list[Tensor | None]] = []
-    if metric != "outputs" or not isinstance(goal, FNN):
+    if metric != "outputs" or not isinstance(target, FNN):
         metrics.append([None] * len(ranked))
-    if metric != "alike" and isinstance(goal, FNN):
-        metrics.append([*_metrics(goal, x)])
+    if metric != "alike" and isinstance(target, FNN):
+        metrics.append([*_metrics(target, x)])
     for of_layers in metrics:
         updates, biases, chosen = [], [], []
         adapted, targets = [x, select], [x, select]
         for l, (W, W_target, rank) in enumerate(ranked):
-            bias = goal.biases[l][:, None] if goal.biases else 0.0
+            bias = target.biases[l][:, None] if target.biases else 0.0
             outputs = [W_target @ z + bias for z in targets]
             fitted, words = fit_layer(
                 W,
@@ -389,24 +389,24 @@ def _layerwise(
                 outputs,
                 of_layers[l],
                 theorem[l],
-                goal.biases[l : l + 1],
+                target.biases[l : l + 1],
             )
             updates.append(fitted.update)
             chosen.append(words + (", outputs' metric" if of_layers[l] is not None else ""))
             M = W + fitted.update.matrix()
             adapted, targets = [M @ z + fitted.intercept[:, None] for z in adapted], outputs
-            if goal.biases:
+            if target.biases:
                 biases.append(fitted.intercept - network.biases[l])
-            if l < goal.relus:
+            if l < target.relus:
                 adapted, targets = [z.relu() for z in adapted], [z.relu() for z in targets]
         yield Adapters(tuple(updates), tuple(biases)), chosen
 
 
-def _metrics(goal: FNN, x: Tensor) -> Iterator[Tensor]:
+def _metrics(target: FNN, x: Tensor) -> Iterator[Tensor]:
     """Of each layer's pre-activations, the root of what a small error costs at the outputs."""
-    for l, p in enumerate(goal.preactivations(x)):
+    for l, p in enumerate(target.preactivations(x)):
         with torch.enable_grad():
             p.requires_grad_()
-            rows = goal.behind(l, p)
+            rows = target.behind(l, p)
             slopes = [torch.autograd.grad(row.sum(), p, retain_graph=True)[0] for row in rows]
         yield second_moment_root(torch.cat(slopes, -1), _RIDGE)

@@ -38,7 +38,7 @@ class Fused:
         Of the frozen network's adapters, as the construction takes them.
     partition : Partition or None
         Of ReLU networks: the blocks.
-    network, goal : Network
+    network, fused_target : Network
         The two with fused segments. The first equals the frozen network, but that of a ReLU network
         the ReLUs within its blocks are gone; the second equals the target.
     fused_ranks : tuple of int
@@ -50,7 +50,7 @@ class Fused:
     ranks: Any
     partition: Partition | None
     network: Network
-    goal: Network
+    fused_target: Network
     fused_ranks: tuple[int, ...]
 
     def carry_back(
@@ -127,5 +127,5 @@ def fuse(
     gap = Gap(frozen, target)
     product = LinearNetwork([gap.frozen.product()])
     reach = (min(sum(gap.ranks(each)), *product.weights[0].shape),)
-    goal = LinearNetwork([gap.target.product()])
-    return Fused(frozen, target, ranks, None, product, goal, reach)
+    fused_target = LinearNetwork([gap.target.product()])
+    return Fused(frozen, target, ranks, None, product, fused_target, reach)
