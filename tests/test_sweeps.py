@@ -649,6 +649,7 @@ def processes(**environment: str) -> Executor:
     )
 
 
+@pytest.mark.sources("lorapower/experiments/*.py")
 class TestExecutors:
     @pytest.mark.parametrize("make", [processes, ThreadPoolExecutor])
     def test_give_the_same_table(self, make: Callable[[], Executor], tmp_path: Path) -> None:
