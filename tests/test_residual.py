@@ -655,7 +655,7 @@ def test_the_front_door_takes_them() -> None:
     needed = lorapower.rank_for_error(frozen, target, 1e-9, x, by="trial")
     most = max(int(part.max()) for part in bounds.transformer_ranks(frozen, target).values())
     assert int(needed.rank) == most
-    with pytest.raises(InputError, match='by must be "trial"'):
+    with pytest.raises(InputError, match="by must be 'trial'"):
         lorapower.rank_for_error(frozen, target, 1e-9, x)
     with pytest.raises(InputError, match="inputs must be left out"):
         lorapower.adapt(frozen, target, 6, x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
-from ..networks._segments import Segments
+from ..networks._segments import Segments, require_alike
 from ..networks.gap import Gap
 from ..networks.transformer import Norm, Transformer
 
@@ -300,17 +300,11 @@ def directions(
                 remedy="with it outputs for far tokens differ less and less; "
                 "from_decoder can leave it out",
             )
-    for aspect in ("norm", "activation", "width"):
-        given, allowed = getattr(target, aspect), getattr(frozen, aspect)
-        if given != allowed:
-            raise InputError("target", allowed=f"with {aspect} {allowed!r}", given=given)
-    _checks.like_frozen(target, frozen)
+    require_alike(target, frozen, ("norm", "activation"), ("width",))
     _require_sphere(target.dimension, target.width)
     v = target.as_inputs(tokens, "tokens")
     if v.ndim != 2:
         raise InputError("tokens", allowed="of shape [width, samples]", given=tuple(v.shape))
-    shapes = [tuple(network.batch_shape) for network in (frozen, target)]
-    _checks.common_shape("frozen and target", shapes)
     rounding = 16 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
     if target.norm == "layer":
         v = v - v.mean(-2, keepdim=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isclose
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -104,8 +104,7 @@ class Segments(Mapping[str, T]):
 def cut(frozen: Transformer, target: Transformer, *, throw: bool) -> Segments[Gap]:
     """What `Transformer.segments` returns."""
     _require_alike(frozen, target)
-    shapes = [tuple(network.batch_shape) for network in (frozen, target)]
-    batch = _checks.common_shape("frozen and target", shapes)
+    batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
     if throw:
         for name, conditions, limit in inverted(frozen, target):
             _require_regular(name, conditions, limit)
@@ -127,6 +126,28 @@ def cut(frozen: Transformer, target: Transformer, *, throw: bool) -> Segments[Ga
             _of_tokens(target, first, second, written, batch),
         ]
     return Segments({name: Gap(part, sides[1][name]) for name, part in sides[0].items()})
+
+
+def require_alike(
+    target: Transformer,
+    frozen: Transformer,
+    settings: Sequence[str],
+    sides: Sequence[str] = (),
+) -> None:
+    """Refuse a target whose settings or sizes, those that are named, are not the frozen's."""
+    for name in settings:
+        given, allowed = getattr(target, name), getattr(frozen, name)
+        if given != allowed:
+            words = f"with {name} {allowed!r}, like the frozen network"
+            raise InputError("target", allowed=words, given=given)
+    for side in sides:
+        size, allowed = target.sizes[side], frozen.sizes[side]
+        if size != allowed:
+            words = f"{allowed}, as in the frozen network"
+            raise InputError(f"target's {side}", allowed=words, given=size)
+    _checks.like_frozen(target, frozen)
+    shapes = [tuple(network.batch_shape) for network in (frozen, target)]
+    _checks.common_shape("frozen and target", shapes)
 
 
 def inverted(
@@ -229,11 +250,7 @@ def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
 
 def _require_alike(frozen: Transformer, target: Transformer) -> None:
     """Refuse two networks whose segments do not stand for each other."""
-    for aspect in ("residual", "norm", "activation", "final_norm", "causal"):
-        given, allowed = getattr(target, aspect), getattr(frozen, aspect)
-        if given != allowed:
-            words = f"with {aspect} {allowed!r}, like the frozen network"
-            raise InputError("target", allowed=words, given=given)
+    require_alike(target, frozen, ("residual", "norm", "activation", "final_norm", "causal"))
     narrow = target.width < frozen.width and not frozen.is_plain
     for side, size in frozen.sizes.items():
         if target.sizes[side] != size and not (narrow and side == "width"):
@@ -248,7 +265,6 @@ def _require_alike(frozen: Transformer, target: Transformer) -> None:
     eps = target.eps * target.width / frozen.width
     if frozen.norm is not None and not isclose(frozen.eps, eps, rel_tol=1e-9):
         raise InputError("frozen", allowed=f"with eps {eps:.3g}, the target's", given=frozen.eps)
-    _checks.like_frozen(target, frozen)
     if frozen.is_plain and frozen.sizes["hidden"] != frozen.width:
         raise InputError(
             "W_1",

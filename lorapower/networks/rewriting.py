@@ -17,7 +17,10 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..errors import InputError
+from ._segments import require_alike
 from .transformer import Transformer
+
+_SETTINGS = ("residual", "norm", "activation")
 
 # Below this an activation is 0 in double precision.
 _SILENT = {"relu": 0.0, "gelu": 40.0, "gelu_tanh": 40.0, "silu": 760.0}
@@ -31,7 +34,7 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
     for a gain of 0.
     """
     _checks.kind(Transformer, target=target, like=like)
-    _same(target, like, ("blocks", "width"))
+    require_alike(target, like, _SETTINGS, ("blocks", "width"))
     _require_norms(target)
     parts = target.parts
     for name, kinds in {"1": ("W_Q", "W_K", "W_V"), "2": ("W_1",)}.items():
@@ -78,7 +81,7 @@ def relabel(target: Transformer, frozen: Transformer, *, rescale: bool = False) 
     Raises `InputError` for batches, for other sizes, and for rescaling but of ReLUs.
     """
     _checks.kind(Transformer, target=target, frozen=frozen)
-    _same(target, frozen, ("blocks", "width", "hidden"))
+    require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
     _require_single(target, frozen)
     rescale = _checks.flag("rescale", rescale)
     if rescale and target.activation != "relu":
@@ -103,7 +106,7 @@ def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transfo
     such direction is found, as may be where normals of the target are parallel.
     """
     _checks.kind(Transformer, target=target, frozen=frozen)
-    _same(target, frozen, ("blocks", "width", "hidden"))
+    require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
     _require_single(target, frozen)
     _require_norms(target)
     _checks.integer("width", target.width, 2)
@@ -172,7 +175,8 @@ def enlarge(
             raise InputError(
                 f"target's {side}", allowed=f"at most {larger[side]}", given=sizes[side]
             )
-    _same(target, frozen, ("query size", "value size"), ("final_norm", "causal"))
+    settings = (*_SETTINGS, "final_norm", "causal")
+    require_alike(target, frozen, settings, ("query size", "value size"))
     places = range(1, target.depth + 1) if places is None else places
     chosen = [
         _checks.integer("places", place, 1, frozen.depth, limit="the frozen blocks")
@@ -280,27 +284,6 @@ def _balanced(
     place = widths.argmax()
     middle = (ends[place] + ends[place + 1]) / 2
     return middle.cos() * u + middle.sin() * v
-
-
-def _same(
-    target: Transformer,
-    like: Transformer,
-    sides: Sequence[str],
-    aspects: Sequence[str] = (),
-) -> None:
-    for aspect in ("residual", "norm", "activation", *aspects, "dtype", "device"):
-        given, allowed = getattr(target, aspect), getattr(like, aspect)
-        if given != allowed:
-            raise InputError("target", allowed=f"with {aspect} {allowed}", given=given)
-    shapes = [tuple(network.batch_shape) for network in (target, like)]
-    _checks.common_shape("target and the other network", shapes)
-    for side in sides:
-        if target.sizes[side] != like.sizes[side]:
-            raise InputError(
-                f"target's {side}",
-                allowed=f"{like.sizes[side]}, as in the other network",
-                given=target.sizes[side],
-            )
 
 
 def _require_norms(target: Transformer) -> None:
