@@ -95,7 +95,7 @@ _now_passed: dict[str, str] = {}
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed:
-        _now_passed.update({report.nodeid: dict(report.user_properties).get("sources", "")})
+        _now_passed[report.nodeid] = str(dict(report.user_properties).get("sources", ""))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -42,7 +42,7 @@ def test_what_is_not_true_fails() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         checked(summed)(ONES)
     with pytest.raises(jaxtyping.TypeCheckError):
-        checked(first)(torch.ones(3, dtype=torch.int64))
+        checked(first)(torch.ones(3, dtype=torch.int64))  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not typechecks.installed, reason="annotations have a run of their own")
