@@ -1,4 +1,4 @@
-"""Files of adapters: safetensors, with a header that says for which network they are."""
+"""Files of adapters: safetensors with a header that says which network they are for."""
 
 from __future__ import annotations
 
@@ -35,10 +35,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], network: Network) -> None:
 
 
 def read(path: Path, network: Network | None) -> dict[str, Tensor]:
-    """What `write` has written, on the network's device.
-
-    Raises `ResultsError` unless it is whole, and `InputError` for another network.
-    """
+    """Read what `write` wrote, onto the network's device; refuse damage and other networks."""
     if not path.is_file():
         raise ResultsError(path, "is no file", remedy="name one that Adapters.save has written")
     header: dict[str, str] = {}
@@ -64,7 +61,7 @@ def read(path: Path, network: Network | None) -> dict[str, Tensor]:
 
 
 def description(network: Network) -> dict[str, Any]:
-    """What tells a network from others, by name, as JSON has it."""
+    """What tells a network from others, by name, for JSON."""
     names = [n for n in ("widths", "linear_last", "sizes") if hasattr(network, n)]
     numbers = {str(i): owned(p) for i, p in enumerate((*network.weights, *network.biases))}
     about = {
@@ -79,7 +76,7 @@ def description(network: Network) -> dict[str, Any]:
 
 
 def owned(values: Tensor) -> Tensor:
-    """A copy in memory of its own: tensors that share some cannot be written."""
+    """A copy with memory of its own, since tensors that share memory cannot be written."""
     return values.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
@@ -105,7 +102,7 @@ def put(path: Path, content: bytes) -> None:
 
 
 def _require_same(path: Path, expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse another network than the one the adapters are for, with the first difference."""
+    """Refuse a network other than the adapters' own, with the first difference."""
     for name in {**expected, **given}:
         sides = [about.get(name, "unknown") for about in (expected, given)]
         if sides[0] != sides[1]:

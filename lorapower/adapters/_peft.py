@@ -22,16 +22,12 @@ from ..lowrank import LowRank
 from . import _files
 
 CONFIG = "adapter_config.json"
-# What peft takes for a name of no module at all, where else it would insist on one.
+# A name that peft accepts where no module is named.
 _NO_MODULES = "dummy-target-modules"
 
 
 def wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **options: Any) -> Any:
-    """A network with an adapter of its own rank, scaled by 1, on each of the named modules.
-
-    With ``biases`` all of the network's are kept with the adapter. ``options`` are more of
-    ``peft.LoraConfig``. The network itself is changed.
-    """
+    """Give a network's named modules adapters of their ranks, scaled by 1, maybe all its biases."""
     _hub.require("checkpoints", "peft")
     from peft import LoraConfig, get_peft_model
 
@@ -49,7 +45,7 @@ def wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opti
         **options,
     )
     with warnings.catch_warnings():
-        # It says of tied weights and of biases what is tested of what is read back.
+        # It warns about tied weights and biases; what is read back is tested for these.
         warnings.simplefilter("ignore")
         return get_peft_model(network, config)
 
@@ -62,10 +58,7 @@ def save(
     base: str | None = None,
     **options: Any,
 ) -> None:
-    """Write the updates of a network's modules, by name, and what `wrap` keeps with them.
-
-    ``base`` is what others call the network, which is used up. ``options`` are those of `wrap`.
-    """
+    """Write updates of named modules and what `wrap` keeps with them; uses the network up."""
     wrapped = wrap(network, {name: update.rank for name, update in updates.items()}, **options)
     with torch.no_grad():
         for name, update in updates.items():
@@ -79,10 +72,7 @@ def save(
 
 
 def estimate(network: Any, ranks: Mapping[str, int], **options: Any) -> tuple[int, int]:
-    """Numbers in the file that `save` would write, and about the bytes of its files.
-
-    The network may be one on the device ``"meta"``, and is used up.
-    """
+    """Numbers and approximate bytes that `save` would write; uses the network up."""
     from peft import get_peft_model_state_dict
 
     wrapped = wrap(network, ranks, **options)
@@ -91,7 +81,7 @@ def estimate(network: Any, ranks: Mapping[str, int], **options: Any) -> tuple[in
         tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     about = wrapped.peft_config["default"].to_dict()
-    # Beside 4 bytes a number: each tensor's entry in the header, and the configuration.
+    # In addition to 4 bytes a number: each tensor's entry in the header, and the configuration.
     return numbers, 4 * numbers + 160 * len(tensors) + len(json.dumps(about, default=list))
 
 

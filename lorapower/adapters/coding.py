@@ -16,15 +16,15 @@ from ..lowrank import LowRank
 from ..networks.base import Network
 from .core import Adapters
 
-# Of a scale, a number of half precision.
+# A scale is in half precision.
 SCALE_BITS = 16
-# Parts of the largest entry that a scale may be.
+# A scale is one of these parts of the largest entry.
 CLIPS = tuple(np.linspace(0.0, 1.0, 41).tolist())
 LARGEST = float(np.finfo(np.float16).max)
 
 
 class Code(NamedTuple):
-    """A code and its ``length`` in bits; the last byte of ``data`` is filled up with zeros."""
+    """A code of ``length`` bits; zeros fill up the last byte of ``data``."""
 
     data: bytes
     length: int
@@ -33,17 +33,16 @@ class Code(NamedTuple):
 def quantize(part: Tensor, bits: int) -> Tensor:
     """Round each column of a matrix to ``2^bits`` levels, as `encode` does.
 
-    Level ``k`` stands for the column's scale times ``(2k − m)/m``, ``m = 2^bits − 1``. The scale is
-    that of 41, from 0 to the largest entry, whose squared error is least, in half precision.
-
-    Raises `InputError` for entries beyond half precision, and for bits outside 1 to 12.
+    Level ``k`` is the column's scale times ``(2k − m)/m``, ``m = 2^bits − 1``. The scale, in half
+    precision, is the one of least squared error among 41 from 0 to the largest entry. Raises
+    `InputError` for entries beyond half precision, and for bits outside 1 to 12.
     """
     scale, numbers = _levels(part, bits)
     return _values(scale, numbers, bits)
 
 
 def _levels(part: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """For each column its scale, and the numbers of its entries' levels, ``0 … 2^bits − 1``."""
+    """Each column's scale, and the numbers of its entries' levels, ``0 … 2^bits − 1``."""
     bits = _checks.integer("bits", bits, 1, 12)
     if isinstance(part, Tensor) and part.ndim == 2 and not part.shape[1]:
         return part.new_zeros(0), part.long()
@@ -67,13 +66,12 @@ def _values(scale: Tensor, numbers: Tensor, bits: int) -> Tensor:
 
 
 def encode(adapters: Adapters, bits: int) -> Code:
-    """Write adapters, rounded to so many bits a number, as a code of which none begins another.
+    """Write adapters, rounded to so many bits a number, as a prefix code: none begins another.
 
-    It has the number of bits, the ranks and whether there are biases, each in Elias's gamma code;
-    for each column of a factor, and for each bias, a scale of 16 bits; and the numbers themselves.
-    `decode` takes its ``data``, `bounds.samples.kl_bound` its ``length``. Rounding is coarse:
-    adapters that were not trained through it may lose all, those of constructions, whose biases are
-    large, first.
+    It holds the number of bits, the ranks and whether there are biases, in Elias's gamma code; for
+    each column of a factor and each bias a scale of 16 bits; then the numbers. `decode` takes its
+    ``data``, `bounds.samples.kl_bound` its ``length``. Rounding is coarse: adapters that were not
+    trained through it may lose everything, first those of constructions, whose biases are large.
 
     Raises `InputError` for batches, bits outside 1 to 12, ranks above a weight's smaller side, and
     entries beyond half precision.
@@ -97,7 +95,7 @@ def encode(adapters: Adapters, bits: int) -> Code:
 
 
 def decode(data: bytes, network: Network) -> Adapters:
-    """Read the adapters of a network from a code, as `encode` has rounded them.
+    """Read a network's adapters from a code, with the numbers that `encode` rounded.
 
     Raises `InputError` for what is no code for adapters of a network of these sizes.
     """

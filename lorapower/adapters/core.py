@@ -1,4 +1,4 @@
-"""Adapters of a network: merged into it, picked out of a batch, written to files and read."""
+"""Adapters of a network: merged into it, picked from a batch, saved and loaded."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ N = TypeVar("N", bound=Network)
 
 
 class Tuned(NamedTuple):
-    """What is tuned in each member of a batch whose members differ in it.
+    """What each member of a batch tunes, where members differ.
 
-    ``ranks`` of each weight's adapter, whose columns past it are zeros, and whether each of the
-    ``biases`` is tuned; the update of one that is not stays what it was.
+    ``ranks`` are of each weight's adapter, whose further columns are zeros; ``biases`` says which
+    biases are tuned. The update of the others stays what it was.
     """
 
     ranks: Int[Tensor, "*batch weights"]
@@ -35,19 +35,16 @@ class Tuned(NamedTuple):
 class Adapters:
     """One low-rank update for each weight of a network, and tuned biases [def-adapter].
 
-    Raises `InputError` for updates that are none.
+    Raises `InputError` for anything but a tuple of updates.
 
     Attributes
     ----------
     updates : tuple of LowRank
-        Factored updates in the order of the network's ``weights``; a weight without an adapter has
-        one of rank 0.
+        In the order of the network's ``weights``; of rank 0 for a weight without an adapter.
     bias_updates : tuple of Tensor
-        Vectors ``[..., out]`` that are added to the network's ``biases``; empty where the biases
-        stay or the network has none.
+        Vectors ``[..., out]``, added to the network's ``biases``; empty where none is tuned.
     tuned : Tuned or None
-        What is tuned in each member of a batch whose members differ in it, as runs of training do;
-        ``None`` where all columns and biases are.
+        What each member of a batch tunes, as in training runs; ``None`` if all columns and biases.
     """
 
     updates: tuple[LowRank, ...]
@@ -62,7 +59,7 @@ class Adapters:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each weight's update; of a batch the largest."""
+        """Rank of each weight's update; in a batch the largest."""
         return tuple(update.rank for update in self.updates)
 
     @property
@@ -72,7 +69,7 @@ class Adapters:
 
     @property
     def batch_shape(self) -> torch.Size:
-        """Leading dimensions: for how many networks these are."""
+        """Leading dimensions: the networks that these adapters are for."""
         factors = [f.shape[:-2] for update in self.updates for f in (update.left, update.right)]
         return torch.broadcast_shapes(*factors, *(b.shape[:-1] for b in self.bias_updates))
 
@@ -82,10 +79,10 @@ class Adapters:
 
     @property
     def parameter_count(self) -> int:
-        """Tunable numbers of one network: ``Σ_l R_l (out_l + in_l)``, and ``Σ_l out_l`` biases.
+        """Tunable numbers of one network: ``Σ_l R_l (out_l + in_l)`` and ``Σ_l out_l`` biases.
 
-        Biases that are not tuned count nothing. Raises `InputError` for a batch whose members
-        differ in what is tuned.
+        Biases count if they are tuned. Raises `InputError` for a batch whose members differ in this
+        number.
         """
         lengths = [update.shape[-1] for update in self.bias_updates]
         counts = {sum(update.parameter_count for update in self.updates) + sum(lengths)}
@@ -110,10 +107,7 @@ class Adapters:
         return f"Adapters({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')})"
 
     def __getitem__(self, index: Any) -> Adapters:
-        """Those of the member, or members, of the batch at ``index``, as `Network` has it.
-
-        Only the columns and the biases that some of these members tune are left.
-        """
+        """Members of the batch at ``index``, as in `Network`, without what none of them tunes."""
         batch = self.batch_shape
         count = torch.arange(batch.numel(), device=self.updates[0].left.device)
         members = count.reshape(batch)[index]
@@ -160,8 +154,8 @@ class Adapters:
     def merge(self, network: N) -> N:
         """Make a new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``.
 
-        It has the type of the network's numbers. Raises `InputError` for no network, for one that
-        the adapters do not fit, and where the sum is not finite.
+        It keeps the network's type of numbers. Raises `InputError` for a network that the adapters
+        do not fit, and for sums that are not finite.
         """
         self._require_fit(network)
 
@@ -185,9 +179,9 @@ class Adapters:
     def save(self, path: str | Path, network: Network) -> None:
         """Write the adapters to one file of safetensors, with the network that they are for.
 
-        Of the network the header has the kind, sizes, type, batch shape and a digest. An older file
-        is replaced when all is written, or else stays. Raises `InputError` for a network that the
-        adapters do not fit, and `ResultsError` where the file cannot be written.
+        The header has the network's kind, sizes, type, batch shape and digest. An older file is
+        replaced once all is written. Raises `InputError` for a network that the adapters do not
+        fit, and `ResultsError` where the file cannot be written.
         """
         self._require_fit(network)
         file = _checks.path("path", path)
@@ -200,10 +194,10 @@ class Adapters:
 
     @classmethod
     def load(cls, path: str | Path, network: Network | None = None) -> Adapters:
-        """Read the adapters that `save` has written, to the device of their network, if given.
+        """Read the adapters that `save` wrote, onto the device of their network, if given.
 
-        Raises `ResultsError` for a file that is missing, damaged, or none of adapters, and
-        `InputError` for a network that they were not saved for, with what differs.
+        Raises `ResultsError` for a file that is missing, damaged or of something else, and
+        `InputError` for another network than they were saved for, with the difference.
         """
         if network is not None:
             _checks.kind(Network, network=network)
@@ -219,10 +213,10 @@ class Adapters:
     def to_peft(self, folder: str | Path, module: nn.Sequential) -> None:
         """Write the adapters to a folder that ``peft.PeftModel.from_pretrained`` reads.
 
-        The module's ``Linear`` layers, those of inner ``Sequential`` too, are the adapted ones.
-        ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``, scaled by 1, in the module's
-        type; layers of rank 0 are left out. Tuned biases ``b_l + Δb_l`` replace the module's own
-        (``peft``'s ``bias="all"``): disabling the adapters in ``peft`` does not bring these back.
+        They adapt the module's ``Linear`` layers, also in an inner ``Sequential``; layers of rank 0
+        are left out. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``, scaled by 1, in
+        the module's type. Tuned biases ``b_l + Δb_l`` replace the module's own (``peft``'s
+        ``bias="all"``); disabling the adapters in ``peft`` does not bring these back.
 
         Raises `InputError` for a module that the adapters do not fit, for a tuned bias of a layer
         without one, and for a batch; `ResultsError` where the folder cannot be written.

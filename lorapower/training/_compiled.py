@@ -1,13 +1,10 @@
 """Training steps compiled for processors: one run at a time, all its numbers in the cache.
 
-`_reference` computes the same in a readable way, for all runs at once and on any device; the tests
-compare the two. What makes this one fast: samples are the last dimension of every array, so that
-each loop over them becomes vector instructions; samples go through the network in tiles that fit
-the cache; ``W_Kᵀ W_Q`` and ``W_O W_V`` are multiplied once for all tokens; a run computes only the
-ranks that it has. A run's numbers do not depend on the others, which share nothing but inputs.
-
-All compiled code is in this one file: the kept machine code is made anew when the file of `advance`
-changes, and numba does not look at others.
+`_reference` computes the same readably; the tests compare the two. This is fast because samples
+are the last dimension, so that loops over them become vector instructions; tiles of samples fit the
+cache; ``W_Kᵀ W_Q`` and ``W_O W_V`` are multiplied once for all tokens; and a run computes only its
+own ranks. All compiled code is in this file, as numba renews kept machine code only when the file
+of `advance` changes.
 """
 
 from __future__ import annotations
@@ -38,9 +35,9 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
 # Sizes of matrices are multiples of this.
 UNROLLED = 4
-# Numbers that a tile has in each layer, at most: several such arrays fit a core's cache.
+# At most so many numbers of a tile in each layer: several such arrays fit a core's cache.
 TILE = 2**14
-# Samples in a tile are a multiple of this: numbers of single precision in a vector register.
+# Samples in a tile are a multiple of this, the single-precision numbers of a vector register.
 LANES = 16
 
 
@@ -53,31 +50,29 @@ class Structure(NamedTuple):
     blocks: int
     heads: int
     tokens: int
-    # Coordinates of an output that count in the squared error.
+    # How many coordinates of an output count in the squared error.
     outputs: int
-    # Number of classes, or 0 for the squared error, and to which each output votes, or −1; ``[D]``.
+    # Number of classes, or 0 for the squared error; the class of each output, or −1, ``[D]``.
     classes: int
     class_of: NDArray[np.int64]
     # Samples that go through the network together.
     tile: int
-    # Of the whole training, over which a falling rate falls.
+    # Steps of the whole training, over which a falling rate falls.
     steps: int
 
 
 class State(NamedTuple, Generic[T]):
     """All runs of a batch, stacked along the first dimension: ``M`` weights, ``P`` biases."""
 
-    # Which frozen network each run has, which inputs and labels, and all networks' weights,
-    # ``[problems, M, D, D]``.
+    # Each run's frozen network and data, by number; all networks' weights, ``[problems, M, D, D]``.
     problem: T
     source: T
     frozen: T
-    # How many rows of the factors count, −1 where a weight is tuned in full; and which biases are
-    # tuned, ``[runs, P]``.
+    # How many rows of factors count, −1 if a weight is tuned in full; tuned biases, ``[runs, P]``.
     ranks: T
     tuned: T
-    # Learning rate, whether it falls as half a cosine to 0, decay, ratio of the rate of A to that
-    # of all else, whether the loss that is trained on is one-sided.
+    # Learning rate, whether it falls as half a cosine, decay, A's rate over the others', whether
+    # the training loss is one-sided.
     rate: T
     falling: T
     decay: T
@@ -96,11 +91,11 @@ class State(NamedTuple, Generic[T]):
     A_best: T
     B_best: T
     b_best: T
-    # The part of the first validation loss at which a run stops; once known, that loss itself.
+    # The part of the first validation loss at which a run stops, later that loss itself.
     goal: T
     best: T
     best_step: T
-    # By its goal, or by a loss that is no number.
+    # Because of its goal, or of a loss that is not finite.
     stopped: T
     # Loss curves, ``[runs, points]``.
     training: T
@@ -118,7 +113,7 @@ def tiles(values: Float[Tensor, "*lead D tokens samples"], structure: Structure)
 
 
 def scratch(structure: Structure, weights: int, width: int) -> int:
-    """Numbers that are kept while a tile goes through the network and back."""
+    """How many numbers are kept while a tile goes through the network and back."""
     layer = width * structure.tokens * structure.tile
     if not structure.blocks:
         return (weights + 2) * layer
@@ -129,7 +124,7 @@ def scratch(structure: Structure, weights: int, width: int) -> int:
 
 @_compiled()
 def _copy(values: Array, out: Array) -> None:
-    # Much less code than an assignment, which foresees overlap.
+    # Much less code than an assignment, which allows for overlap.
     flat, to = values.reshape(-1), out.reshape(-1)
     for s in range(flat.size):
         to[s] = flat[s]
@@ -198,7 +193,7 @@ def _outer(d: Array, x: Array, G: Array) -> None:
 
 @_compiled()
 def _exp(x: Array) -> None:
-    """Exponential in place, of numbers of at most 0; to single precision, vectorized."""
+    """Exponential of numbers of at most 0, in place, to single precision, vectorized."""
     for s in range(x.size):
         v = max(x[s], _F(-87))
         k = np.int32(v * _F(1.44269504) - _F(0.5))
@@ -235,7 +230,7 @@ def _relu(x: Array) -> None:
 
 @_compiled()
 def _one_sided(x: Array, y: Array) -> None:
-    """A ReLU where an output is to be 0; where it is to be more nothing is cut off."""
+    """A ReLU only where an output should be 0."""
     flat, goal = x.reshape(-1), y.reshape(-1)
     for s in range(flat.size):
         flat[s] = _F(0) if flat[s] < _F(0) and goal[s] <= _F(0) else flat[s]
@@ -251,7 +246,7 @@ def _gate(active: Array, d: Array) -> None:
 
 @_compiled()
 def _loss(out: Array, y: Array, samples: int, structure: Structure, d: Array) -> Any:
-    """Loss of a tile, a part of the mean over all samples; its gradient in ``d``."""
+    """A tile's part of the mean loss over all samples; its gradient goes to ``d``."""
     if structure.classes == 0:
         total = _F(0)
         unit = _F(1) / _F(structure.outputs * structure.tokens * samples)
@@ -266,7 +261,7 @@ def _loss(out: Array, y: Array, samples: int, structure: Structure, d: Array) ->
 
 @_compiled()
 def _cross_entropy(out: Array, y: Array, samples: int, structure: Structure, d: Array) -> float:
-    """Of the softmax of the classes' votes, against probabilities ``y[c]``."""
+    """Cross-entropy of the softmax of the classes' votes against probabilities ``y[c]``."""
     t = y.shape[1]
     votes = np.zeros((structure.classes, t), np.float32)
     for i in range(out.shape[0]):
@@ -308,11 +303,7 @@ def _chain(
     dW: Array,
     db: Array,
 ) -> float:
-    """Loss of a chain of layers on a batch; its gradient is added to ``dW`` and ``db``.
-
-    ``tuned`` says for each weight whether it, or the bias beside it, is to have a gradient. If none
-    is, only the loss is computed.
-    """
+    """Loss of a chain of layers on a batch; adds ``tuned`` parts' gradients to ``dW``, ``db``."""
     depth, width = W.shape[0], W.shape[1]
     relus = depth - 1 if one_sided else structure.relus
     loss, first = 0.0, depth
@@ -333,7 +324,7 @@ def _chain(
             if l < relus:
                 _relu(z[l])
         if one_sided:
-            # The error of what it cuts off is 0, and so is the gradient.
+            # The error of what the ReLU cuts off is 0, and so is the gradient.
             _one_sided(z[depth - 1], goal)
         loss += _loss(z[depth - 1], goal, samples, structure, d[0])
         now = 0
@@ -412,7 +403,7 @@ def _mix(x: Array, p: Array, n: int, transposed: bool, out: Array) -> None:
 
 @_compiled()
 def _softmax(p: Array, n: int) -> None:
-    """Of each column of the ``n × n`` scores of each sample, in place."""
+    """Softmax of each column of the ``n × n`` scores of each sample, in place."""
     t = p.shape[1]
     top, total = np.empty(t, np.float32), np.empty(t, np.float32)
     for j in range(n):
@@ -632,7 +623,7 @@ def _update(state: State[Any], run: int, dW: Array, db: Array, step: int, steps:
 
 @_compiled()
 def _validate(state: State[Any], run: int, loss: float, step: int, every: int) -> None:
-    """Record a validation loss, keep the parameters if it is the least, stop if that is enough."""
+    """Record a validation loss, keep the parameters if it is the least, stop at the goal."""
     state.validation[run, step // every] = loss
     if step == 0:
         state.goal[run] *= loss
@@ -682,11 +673,7 @@ def advance(
     every: int,
     work: Array,
 ) -> None:
-    """Some steps of some runs, from step ``start`` on.
-
-    ``x`` and ``y`` are ``[sources, steps, numbers of a batch]`` as `tiles` arranges them, the
-    validation data ``[sources, numbers]``; ``work`` has the size of `scratch`.
-    """
+    """Take the next steps of some runs; ``x[source, step]`` is arranged by `tiles`."""
     M, D = state.ranks.shape[1], state.frozen.shape[2]
     W, dW = np.empty((M, D, D), np.float32), np.empty((M, D, D), np.float32)
     db = np.empty(state.b.shape[1:], np.float32)
@@ -695,11 +682,11 @@ def advance(
         source, b = state.source[run], state.b[run]
         tuned = state.ranks[run] != 0
         for l in range(state.tuned.shape[1]):
-            # Of a chain, the bias beside a weight; of a transformer, all have gradients anyway.
+            # In a chain, the bias beside a weight; in a transformer all have gradients anyway.
             tuned[min(l, M - 1)] |= state.tuned[run, l]
         _weights(state, run, W)
-        # One place for each of the two uses of the network, which is much code: a step begins with
-        # what is to be recorded of the one before.
+        # The network is much code and stands here only twice: a step begins by recording the one
+        # before.
         loss = 0.0
         for step in range(start, start + x.shape[1] + 1):
             if state.stopped[run]:
@@ -726,6 +713,6 @@ def advance(
             _weights(state, run, W)
 
 
-# The machine code is kept for later processes, where there is a folder to write it to.
+# Machine code is kept for later processes if there is a folder for it.
 with suppress(RuntimeError):
     advance.enable_caching()

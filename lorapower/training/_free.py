@@ -1,4 +1,4 @@
-"""The numbers of adapters as a list of tensors that an optimizer may move, and its samples."""
+"""The numbers of adapters as a list of tensors for an optimizer, and its samples."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Free:
     """Factors ``A`` and ``B`` of each weight in turn, then changes of biases, if they are tuned."""
 
     network: Any
-    # The parts as the adapters have them, and which of them hold numbers that are tuned.
+    # The parts of the adapters, and which of them are tuned.
     start: tuple[Tensor, ...]
     moves: tuple[bool, ...]
     tuned: Tuned | None
 
     @classmethod
     def of(cls, network: Network, adapters: Adapters, *, balanced: bool = False) -> Free:
-        """Those of one network's adapters; balanced factors share a step alike."""
+        """The numbers of one network's adapters; balanced factors share a step alike."""
         like = network.weights[0]
         adapters = adapters.balanced() if balanced else adapters
         flat = [factor for u in adapters.updates for factor in (u.left, u.right)]
@@ -54,7 +54,7 @@ class Free:
         return [part for part, moves in zip(parts, self.moves, strict=True) if moves]
 
     def insert(self, tuned: Parts) -> list[Tensor]:
-        """All parts, with these in the place of those that are tuned."""
+        """All parts, with the tuned ones replaced by these."""
         each = iter(tuned)
         pairs = zip(self.start, self.moves, strict=True)
         return [next(each) if moves else part for part, moves in pairs]
@@ -66,14 +66,14 @@ class Free:
         return self.insert([p + by.reshape(p.shape) for p, by in zip(tuned, steps, strict=True)])
 
     def adapters_of(self, parts: Parts) -> Adapters:
-        """The adapters that these parts are; they may have batch dimensions."""
+        """Adapters of these parts, which may have batch dimensions."""
         factors = 2 * len(self.network.weights)
         values = [part.detach() for part in parts]
         pairs = zip(values[:factors:2], values[1:factors:2], strict=True)
         return Adapters(tuple(LowRank(*p) for p in pairs), tuple(values[factors:]), self.tuned)
 
     def merge(self, parts: Parts, *, last_relu: bool = True) -> Any:
-        """The network with these parts, through which gradients flow, or without its last ReLU."""
+        """The network with these parts, open to gradients; on request without its last ReLU."""
         network = self.network if last_relu else self.network.without_last_relu()
         count = 2 * len(network.weights)
         factors = zip(parts[:count:2], parts[1:count:2], strict=True)
@@ -91,7 +91,7 @@ class Free:
 def lbfgs(
     tuned: Parts, loss: Callable[[], Tensor], history: int, **limits: float
 ) -> Callable[[int], None]:
-    """What takes so many steps of L-BFGS down a loss of these tensors, on from where it is."""
+    """A function that takes so many further steps of L-BFGS down a loss of these tensors."""
     optimizer = torch.optim.LBFGS(
         [part.requires_grad_() for part in tuned],
         tolerance_change=0,
@@ -115,7 +115,7 @@ def lbfgs(
 
 
 def require_fit(network: Network, adapters: Adapters, *, single: bool = True) -> None:
-    """Refuse adapters that do not fit the network and, where there may be but one, batches."""
+    """Refuse adapters that do not fit the network and, if ``single``, batches."""
     _checks.kind(Network, network=network)
     _checks.kind(Adapters, adapters=adapters)
     adapters.merge(network)
@@ -124,7 +124,7 @@ def require_fit(network: Network, adapters: Adapters, *, single: bool = True) ->
 
 
 def require_relu_end(network: Network, classes: Sequence[int] = ()) -> None:
-    """Refuse a one-sided loss of outputs that are no ReLU's, or that vote for classes."""
+    """Refuse a one-sided loss for outputs that no ReLU gives, or that vote for classes."""
     if not isinstance(network, FNN) or network.linear_last or len(classes):
         given = "classes" if len(classes) else brief(network)
         raise InputError(

@@ -1,8 +1,4 @@
-"""Training steps of all runs at once, as one would write them down; on any device.
-
-What `_compiled` computes, run by run, on processors, and for every other kind of network. Gradients
-are torch's own.
-"""
+"""Training steps of all runs at once, by torch, on any device; `_compiled` is compared with it."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ def outputs(
     b: Float[Tensor, "runs P D"],
     x: Float[Tensor, "runs D n samples"],
 ) -> Float[Tensor, "runs outputs n samples"]:
-    """What networks of these numbers, of the sizes of the given one, return sample by sample."""
+    """Outputs, sample by sample, of networks of these numbers and of the given one's sizes."""
     weights = [W[:, m, : w.shape[-2], : w.shape[-1]] for m, w in enumerate(network.weights)]
     biases = [b[:, l, : bias.shape[-1]] for l, bias in enumerate(network.biases)]
     x = x[:, : network.weights[0].shape[-1]]
@@ -61,7 +57,7 @@ def losses(
     x: Float[Tensor, "runs D n samples"],
     y: Float[Tensor, "runs _ _ samples"],
 ) -> Float[Tensor, " runs"]:
-    """What each run is trained on, of networks of these numbers."""
+    """The loss that each run is trained on, for networks of these numbers."""
     if not state.one_sided.any():
         return loss(outputs(network, W, b, x), y, structure)
     assert isinstance(network, FNN)
@@ -88,7 +84,7 @@ def advance(
     start: int,
     every: int,
 ) -> None:
-    """Some steps of all runs, from step ``start`` on; of a network of this kind and size."""
+    """Take the next steps of all runs, from step ``start`` on."""
     if start == 0:
         _validate(network, structure, state, x_validation, y_validation, 0, every)
     for step in range(start, start + x.shape[1]):
@@ -129,7 +125,7 @@ def _adam(
     step: int,
     steps: int,
 ) -> None:
-    """One step of Adam with L2 penalty, where ``moves`` says so, so many times as fast."""
+    """One step of Adam with L2 penalty where ``moves``, ``faster`` times the rate."""
     one = (-1, *[1] * (values.ndim - 1))
     part = torch.where(state.falling, (1 + math.cos(math.pi * (step - 1) / steps)) / 2, 1.0)
     rate, decay = (state.rate * part).reshape(one), state.decay.reshape(one)

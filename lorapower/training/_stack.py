@@ -29,7 +29,7 @@ from .tuning import Data, Labelled, Training, Tuning
 
 # Standard deviation of B's entries at the start, where A is 0.
 FACTOR_SCALE = 0.25
-# Of lengths halved so often a spectral start has the one that lowers the first batch's loss most.
+# A spectral start tries lengths halved up to so often, and takes the best on the first batch.
 HALVINGS = 24
 
 
@@ -48,12 +48,12 @@ class Stack(Generic[N]):
         self.members = frozen.batch_shape.numel()
         self.biases = self.network.biases
         self.weights = self._pad(self.network.weights, 2)
-        # A linear network has biases too: zeros, which stay.
+        # Linear networks get biases too: zeros, which stay.
         none = [torch.zeros(self.members, 1, device="cpu")] * len(self.shapes)
         self.padded_biases = self._pad(self.biases or none, 1)
         # Coordinates of an input and of an output, or of each of their tokens.
         self.inputs, self.outputs = self.shapes[0][1], self.shapes[-1][0]
-        # Of the transformers that compiled code knows, as it does all chains of layers.
+        # Compiled code knows all chains of layers, but only these transformers.
         network: Any = frozen
         known = (
             isinstance(network, Transformer)
@@ -135,7 +135,7 @@ class Stack(Generic[N]):
         )
 
     def training(self, state: State[Any], every: int) -> Training[N]:
-        """What the runs gave, at the least validation loss of each."""
+        """Results of the runs, at the least validation loss of each."""
 
         def shape(values: Any) -> Tensor:
             values = torch.as_tensor(values, device=self.network.device)
@@ -190,7 +190,7 @@ class Stack(Generic[N]):
         return padded
 
     def ranks(self, tuning: Tuning) -> list[int]:
-        """Of each weight's adapter; −1 where the weight is tuned in full."""
+        """The rank of each weight's adapter; −1 where the weight is tuned in full."""
         network, count = self.network, len(self.shapes)
         if tuning.final:
             last = _checks.integer("final", tuning.final, 0, count, limit="the number of weights")
@@ -233,7 +233,7 @@ def put_starts(
     tunings: Sequence[Tuning],
     batches: Batches,
 ) -> None:
-    """The starts that are asked for in the place of the study's."""
+    """Replace the study's start where another one is asked for."""
     for i, tuning in enumerate(tunings):
         runs = slice(i * stack.members, (i + 1) * stack.members)
         if isinstance(tuning.start, Adapters):
@@ -253,7 +253,7 @@ def put_starts(
 
 
 def _put(stack: Stack[Any], state: State[Any], runs: slice, start: Adapters) -> None:
-    """Adapters' factors in the place of as many of the study's, and their biases."""
+    """Replace as many of the study's factors as there are adapters', and their biases."""
     batch = stack.network.batch_shape
     if torch.broadcast_shapes(start.batch_shape, batch) != batch:
         raise InputError("start", allowed=f"of batch shape {tuple(batch)}", given=start)
@@ -272,21 +272,21 @@ def _put(stack: Stack[Any], state: State[Any], runs: slice, start: Adapters) -> 
 
 
 def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
-    """Biases with which inner ReLUs are idle in a ball that holds the inputs seen so far."""
+    """Biases with which inner ReLUs idle in a ball that holds the inputs seen so far."""
     network = stack.network
     if not isinstance(network, FNN):
         allowed = "'study', 'spectral' or adapters, but for ReLU networks"
         raise InputError("start", allowed=allowed, given=f"'linearized' for {network}")
     blocks = _checks.integer("blocks", blocks, 1, network.depth, limit="the depth")
     partition = Partition.uniform(network.depth, blocks)
-    # Of the first batches all inputs beside one another.
+    # All inputs of the first batches, side by side.
     first = batches.first[0].movedim(1, -1).flatten(-2)
     seen = torch.cat([batches.validation[0], first], -1)
     of_source = Ball.about(seen[..., : stack.inputs, 0, :].double())
     sources, shape = batches.sources.tolist(), network.batch_shape
     centres = of_source.centre[sources, :, 0].reshape(*shape, -1)
     ball = Ball(of_source.radius[sources].reshape(shape), centres)
-    # Of rank 0: all that the construction gives are biases.
+    # Rank 0: the construction gives only biases.
     exact = network.to(torch.float64, "cpu")
     target = exact.linearize(partition.slices)
     return fnn.adapt(exact, target, 0, ball, partition, throw=False).adapters
@@ -295,7 +295,7 @@ def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
 def _spectral(
     stack: Stack[Any], structure: Structure, state: State[Any], runs: slice, batches: Batches
 ) -> None:
-    """``t U_R S_R V_Rᵀ`` of each weight's first gradient, shared by both factors alike."""
+    """``t U_R S_R V_Rᵀ`` of each weight's first gradient, shared equally by both factors."""
     x, y = (
         torch.as_tensor(part)[torch.as_tensor(state.source[runs]), 0].to(stack.network.device)
         for part in batches.first
@@ -320,8 +320,8 @@ def _spectral(
     direction = (U * S[..., None, :]) @ Vh
     lengths = W.new_tensor([0.5**k for k in range(HALVINGS)])
     tried = torch.stack([losses(W + t * direction) for t in lengths]).nan_to_num(torch.inf)
-    # A direction of which nothing is learned keeps the study's factors, and so does a run that no
-    # length helps.
+    # A direction without a gradient keeps the study's factors, and so does a run that no length
+    # helps.
     learned = (S > 0) & (tried.amin(0) < losses(W))[:, None, None]
     root = (lengths[tried.argmin(0)][:, None, None] * S).sqrt()[..., None]
     state.A[runs] = torch.where(learned[..., None], root * U.mT, here.A).cpu().numpy()
@@ -355,7 +355,7 @@ class Batches:
         self.votes = _class_of(classes, stack.outputs)
         self.classes = int(self.votes.max(initial=-1)) + 1
         self.sequences = stack.network.sequences
-        # Members that share their data share what is made of it.
+        # Members with the same data share its tensors.
         distinct = {id(source): source for source in data}
         self.distinct = list(distinct.values())
         self.sources = np.array([list(distinct).index(id(source)) for source in data])
@@ -367,7 +367,7 @@ class Batches:
             raise InputError("data", allowed=allowed, given=f"{self.tokens} and {others}")
 
     def blocks(self, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Of each block the first step, inputs and labels, made while the one before is in use."""
+        """First step, inputs and labels of each block, made while the block before is in use."""
         with ThreadPoolExecutor(1, initializer=flush) as ahead:
             coming = ahead.submit(self._block, 0)
             for index, start in enumerate(range(0, steps, Data.BLOCK)):
@@ -376,7 +376,7 @@ class Batches:
                     coming = ahead.submit(self._block, index + 1)
                 yield start, x[:, : steps - start], y[:, : steps - start]
 
-    # A thread does not inherit this.
+    # Threads do not inherit this.
     @torch.no_grad()
     def _block(self, index: int) -> tuple[Tensor, Tensor]:
         if index == 0:

@@ -24,12 +24,12 @@ from ..networks.linear import LinearNetwork
 from ._free import Free, Pair, Parts, labelled, lbfgs, require_fit, require_relu_end
 from .tuning import Loss
 
-# After so many iterations of L-BFGS the validation error is looked at; it may stand still so often.
+# Of L-BFGS: iterations between two looks at the validation error, looks without progress that end
+# it, and the least relative progress.
 CHUNK, PATIENCE, STILL = 25, 4, 1e-3
-# Numbers that `newton` tunes, at most: it solves a linear system of as many.
+# `newton` tunes at most so many numbers, since it solves a linear system in them.
 LARGEST_SYSTEM = 4096
-# Derivatives that are held at a time, and the first damping and the last, in units of the largest
-# second derivative.
+# Derivatives held at a time; first and last damping, in units of the largest second derivative.
 CHUNK_OF_DERIVATIVES, DAMPING, LARGEST_DAMPING = 2**22, 1e-3, 1e12
 
 
@@ -38,19 +38,13 @@ CHUNK_OF_DERIVATIVES, DAMPING, LARGEST_DAMPING = 2**22, 1e-3, 1e12
 def descend(
     network: Network, adapters: Adapters, training: Pair, validation: Pair, iterations: int = 300
 ) -> Adapters:
-    """Adapters after L-BFGS on the mean squared error: the best on ``validation`` that it met.
+    """Adapters of the least error on ``validation`` on the way of L-BFGS on the mean squared error.
 
-    All factors move, and the biases that the adapters tune. No iteration makes the error on
-    ``training`` larger.
+    All factors and all tuned biases move; no iteration raises the error on ``training``. Each pair
+    has inputs of the network and the outputs that it should give. There are at most ``iterations``,
+    fewer where the error on ``validation`` stops falling.
 
-    Raises `InputError` for adapters that do not fit the network, and for batches.
-
-    Parameters
-    ----------
-    training, validation : Pair
-        Inputs as the network takes them, and the outputs that it should have.
-    iterations : int
-        At most; it ends earlier where the error on ``validation`` stops falling.
+    Raises `InputError` for batches and for adapters that do not fit the network.
     """
     require_fit(network, adapters)
     iterations = _checks.integer("iterations", iterations, 0)
@@ -64,15 +58,10 @@ def descend(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Newton:
-    """What `newton` found.
+    """The adapters of `newton`, of least error on the validation samples, and its course.
 
-    Attributes
-    ----------
-    adapters : Adapters
-        Those of the least error on the validation samples.
-    training_loss, validation_loss : Tensor
-        Mean squared errors, whatever the loss, before the first iteration and after each one. After
-        a member's last iteration they stay as they were.
+    Both losses are mean squared errors, whatever loss is trained on, before the first iteration and
+    after each one. A member of a batch that has ended repeats its last ones.
     """
 
     adapters: Adapters
@@ -97,28 +86,26 @@ def newton(
 ) -> Newton:
     """Adapters after Levenberg–Marquardt: each step solves ``(JᵀJ + λI) δ = −Jᵀ r``.
 
-    ``r`` are the errors of all outputs on ``training`` and ``J`` their derivatives in all that is
-    tuned. The damping ``λ`` falls where a step does what its linear model says, and rises where it
-    does not; a step that makes the loss on ``training`` larger is not taken. Where an exact fit is
-    near, it comes to it in few steps.
+    ``r`` are the errors of all outputs on ``training`` and ``J`` their derivatives in all tuned
+    numbers. The damping ``λ`` falls where a step does what its linear model predicts, and rises
+    where it does not; a step that raises the loss on ``training`` is not taken. Near an exact fit
+    it converges in few steps. All is computed in the network's precision.
 
     Raises `InputError` for adapters that tune more than 4096 numbers, for a one-sided loss of
-    networks that do not end with a ReLU or of negative outputs, and for what `descend` refuses.
+    networks that do not end with a ReLU or of negative outputs, and for what does not fit.
 
     Source: the algorithm is Marquardt's, the damping Nielsen's.
 
     Parameters
     ----------
     network, adapters
-        The network, and where it starts, such as from `begin`; or batches, whose members are
-        adapted one after the other.
+        A network and its start, such as from `begin`. Members of batches are adapted one by one.
     training, validation : Pair
-        Inputs as the network takes them and the outputs that it should have; for a batch each
-        member's own, or the same. All is computed in the network's precision.
+        As in `descend`; of a batch, one pair for all members or one for each.
     iterations : int
         At most; a member ends earlier where no damping helps.
     loss : Loss
-        ``"one-sided"`` [def-one-sided] takes errors before the last ReLU where an output is to be
+        ``"one-sided"`` [def-one-sided] takes errors before the last ReLU where an output should be
         positive.
     """
     require_fit(network, adapters, single=False)
@@ -177,9 +164,9 @@ def minimize(
 ) -> Float[Tensor, "*batch starts"]:
     """Frobenius errors ``‖∏(W_l + A_l B_lᵀ) − W̄‖_F`` that L-BFGS reaches from random factors.
 
-    An adversary of the constructions for linear networks, which knows only the error and its
-    gradient. All members of the batch and all starts are minimized together, as one sum. Factors
-    start at ``N(0, 0.25²)``. ``ranks`` are one for all layers, or one for each.
+    It competes with the constructions for linear networks and knows only the error and its
+    gradient. Factors start at ``N(0, 0.25²)``; the errors of all members and starts are minimized
+    as one sum. ``ranks`` has one rank for all layers, or one for each.
 
     Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
     """
@@ -212,10 +199,7 @@ def minimize(
 def _best(
     free: Free, course: Iterable[Parts], pairs: Sequence[Pair], patience: float = inf
 ) -> tuple[list[Tensor], Float[Tensor, "points pairs"]]:
-    """The parts of least error on the second pair that a course comes by, and all its errors.
-
-    The course ends where that error has stood still so many times in a row.
-    """
+    """Parts of least error on the second pair, and all errors, until ``patience`` runs out."""
     errors, best, waited = [], [*free.start], 0
     least = inf
     for parts in course:
@@ -230,7 +214,7 @@ def _best(
 
 
 def _quasi_newton(free: Free, pair: Pair, iterations: int) -> Iterator[Parts]:
-    """Where L-BFGS comes by, from the start on."""
+    """The course of L-BFGS, from the start on."""
     parts = [part.clone(memory_format=torch.contiguous_format) for part in free.start]
     advance = lbfgs(free.select(parts), lambda: free.error(parts, pair), 30, tolerance_grad=0)
     yield parts
@@ -240,7 +224,7 @@ def _quasi_newton(free: Free, pair: Pair, iterations: int) -> Iterator[Parts]:
 
 
 def _marquardt(free: Free, pair: Pair, iterations: int, one_sided: bool) -> Iterator[Parts]:
-    """Where Levenberg–Marquardt comes by, from the start on."""
+    """The course of Levenberg–Marquardt, from the start on."""
 
     def objective(parts: Parts) -> Tensor:
         return _errors(free, parts, pair, one_sided).square().mean()
@@ -253,7 +237,7 @@ def _marquardt(free: Free, pair: Pair, iterations: int, one_sided: bool) -> Iter
         if not done:
             size = float(curvature.diagonal().amax())
             damping = DAMPING * size
-        # Where no error depends on anything, nothing is to be done.
+        # If no error depends on any parameter, there is nothing to do.
         while size and damping <= LARGEST_DAMPING * size:
             system = curvature + damping * torch.eye(len(slope)).to(slope)
             factor, singular = torch.linalg.cholesky_ex(system)
@@ -273,7 +257,7 @@ def _marquardt(free: Free, pair: Pair, iterations: int, one_sided: bool) -> Iter
 
 
 def _errors(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> Tensor:
-    """Errors of all outputs, of those that are to be positive before the last ReLU."""
+    """Errors of all outputs, before the last ReLU where an output should be positive."""
     x, y = pair
     if not one_sided:
         return free.merge(parts)(x) - y
@@ -293,7 +277,7 @@ def _model(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> tuple[Tenso
             each = _errors(free, free.insert(copies), samples, one_sided).flatten(1)
             return each.sum(0), each
 
-        # Each sample has copies of all that is tuned, so that its derivatives come apart.
+        # Each sample has its own copies of all that is tuned, so that derivatives stay separate.
         count = len(samples[0])
         copies = [part.expand(count, *part.shape) for part in free.select(parts)]
         derivatives, missed = torch.func.jacrev(errors, has_aux=True)(copies)

@@ -1,7 +1,4 @@
-"""The landscape of one adapted layer, and gradient flow: its course, what it keeps, how long.
-
-All critical points of a layer's loss are minima and strict saddles.
-"""
+"""Critical points of one adapted layer's loss; gradient flow: its course, invariants, duration."""
 
 from __future__ import annotations
 
@@ -25,25 +22,17 @@ from ..networks.base import Network
 from ._free import Free, Pair, labelled, require_fit
 
 Rates = tuple[float, float]
-# Of e, in double precision.
+# Of the exponential, in double precision.
 LARGEST_EXPONENT = 709.0
 
 
 class Critical(NamedTuple):
     """A critical point of ``½ ‖(E − A Bᵀ) C^{1/2}‖²_F``.
 
-    Attributes
-    ----------
-    kept : tuple of int
-        Which singular triplets of ``E C^{1/2}`` make it up, from 0.
-    point : LowRank
-        ``A`` and ``B``.
-    loss : float
-        ``½ Σ σ_d²`` over those that are not kept.
-    direction : LowRank or None
-        At a saddle changes of ``A`` and ``B`` along which the loss falls; none at a minimum.
-    curvature : float
-        The factor of ``t²`` when going ``t`` times that direction; 0 at a minimum.
+    ``point`` holds ``A`` and ``B``, made of the singular triplets ``kept`` (counted from 0) of
+    ``E C^{1/2}``; ``loss`` is ``½ Σ σ_d²`` over the others. At a saddle, ``t`` times the changes
+    ``direction`` of ``A`` and ``B`` changes the loss by ``curvature · t²``, downwards, to leading
+    order. A minimum has no direction, and curvature 0.
     """
 
     kept: tuple[int, ...]
@@ -60,22 +49,16 @@ def critical_points(
     *,
     covariance: Float[Tensor, "in in"] | None = None,
 ) -> Iterator[Critical]:
-    """The critical points of one layer's loss over adapters of a rank, one of each kind.
+    """Critical points of one layer's loss over adapters of a rank, one of each kind.
 
-    With distinct singular values of ``E C^{1/2}`` there is a kind for each set of at most ``rank``
-    of those that are not 0. Points of one kind share product and loss; one of each kind is
-    returned. Where singular values are equal there are others, with the same losses.
+    All are minima or strict saddles. If the singular values of ``E C^{1/2}`` are distinct, each set
+    of at most ``rank`` nonzero ones gives a kind, whose points share product and loss. Equal
+    singular values give further points, with the same losses. ``error`` is ``E``, the product that
+    the factors should have, and ``covariance`` is ``C``, by default the identity.
 
     Raises `InputError` for a rank out of range and a covariance that is not positive definite.
 
     Source: [thm-landscape].
-
-    Parameters
-    ----------
-    error : Tensor
-        ``E``, what the product of the factors is to be.
-    covariance : Tensor, optional
-        ``C``, positive definite; the identity by default.
     """
     E = _checks.real_tensor("error", error, min_dims=2)
     if E.ndim != 2:
@@ -101,16 +84,9 @@ def critical_points(
 
 
 class Flow(NamedTuple):
-    """A course of gradient flow.
+    """A course of gradient flow: the adapters at each time as one batch, and their losses.
 
-    Attributes
-    ----------
-    times : Tensor
-        From 0 on.
-    adapters : Adapters
-        At each time; as one batch.
-    losses : Tensor
-        Half of the mean over samples of the summed squared errors.
+    A loss is half of the mean over samples of the summed squared errors.
     """
 
     times: Float[Tensor, " points"]
@@ -130,27 +106,16 @@ def flow(
     points: int = 50,
     rtol: float = 1e-9,
 ) -> Flow:
-    """Gradient flow ``Ȧ = −η_A ∂ℓ/∂A``, ``Ḃ = −η_B ∂ℓ/∂B`` and of biases at rate 1, integrated.
+    """Integrate gradient flow ``Ȧ = −η_A ∂ℓ/∂A``, ``Ḃ = −η_B ∂ℓ/∂B``, and of biases at rate 1.
 
-    ``ℓ`` is half of the mean over samples of ``‖f(x) − y‖²``. By a Runge–Kutta method of order 8
-    (scipy's DOP853), in double precision. Where a ReLU of some sample switches the slope jumps, and
-    steps are short: ask for less precision there.
+    ``ℓ`` is half of the mean of ``‖f(x) − y‖²`` over ``samples``, inputs of the network and the
+    outputs that it should give; ``rates`` are ``η_A`` and ``η_B``. The method is Runge–Kutta of
+    order 8 (scipy's DOP853), in double precision, with relative error ``rtol`` of a step. Where a
+    sample switches a ReLU the slope jumps and steps are short: ask for less precision there. The
+    course is returned at ``points`` equally spaced times, both ends included.
 
-    Raises `InputError` for batches, adapters and samples that do not fit, and a time, rates or a
-    tolerance that are not positive.
-
-    Source: [prop-conserved] is about it.
-
-    Parameters
-    ----------
-    samples : Pair
-        Inputs as the network takes them, and the outputs that it should have.
-    rates : Rates
-        ``η_A`` and ``η_B``.
-    points : int
-        How many times are looked at, equally spaced, both ends included.
-    rtol : float
-        Relative error of a step that is accepted.
+    Raises `InputError` for batches, for adapters and samples that do not fit, and for a time, rates
+    or a tolerance that are not positive. Source: [prop-conserved] is about it.
     """
     require_fit(network, adapters)
     time, rtol = _checks.positive("time", time), _checks.positive("rtol", rtol)
@@ -218,10 +183,10 @@ def conserved(
 
 
 def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)) -> float:
-    """How much of a direction gradient flow has learned: ``a b`` at a time, from ``0 · β``.
+    """What gradient flow has learned of a direction: ``a b`` at a time, from ``0 · β``.
 
-    One layer, inputs of covariance ``I``, and ``B`` at the start aligned with the singular vectors
-    of the error: then each singular value ``σ`` is learned on its own, as
+    For one layer, inputs of covariance ``I``, and a ``B`` that starts aligned with the singular
+    vectors of the error, each singular value ``σ`` is learned on its own:
     ``ab = (η_A/η_B)^{1/2} β² u/(1 − u²)`` with ``u = u_∞ (e^{Δt} − 1)/(e^{Δt} + u_∞²)``,
     ``Δ² = 4 η_A η_B σ² + η_A² β⁴`` and ``u_∞ = (Δ − η_A β²)/(2σ (η_A η_B)^{1/2})``. For inputs with
     ``C v = c v`` put ``c t`` for ``t``.
@@ -232,7 +197,7 @@ def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)
     time = _checks.tolerance("time", time)
     eta_A, eta_B = _rates(rates)
     speed, last, _ = _course(sigma, beta, eta_A, eta_B)
-    # 1 − u_∞², which rounds to 0 for small β, cancels with β². What is left of β is e^{−Δt}/β², by
+    # 1 − u_∞² rounds to 0 for small β, but cancels with β². Of β only e^{−Δt}/β² is left, taken by
     # logarithms, since both may vanish.
     decay = math.exp(-speed * time)
     missing = math.log(4 * last * sigma * math.sqrt(eta_B / eta_A)) - speed * time
@@ -242,12 +207,10 @@ def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)
 
 
 def time_to(sigma: float, beta: float, part: float, *, rates: Rates = (1.0, 1.0)) -> float:
-    """When gradient flow has learned a part of a direction: `learned` is ``part · σ`` then.
+    """When gradient flow has learned a part of a direction, so that `learned` is ``part · σ``.
 
-    ``t = Δ⁻¹ ln[u_∞ (1 + u u_∞)/(u_∞ − u)]`` with `learned`'s letters.
-
-    Raises `InputError` for a part outside ``(0, 1)`` and numbers that are not positive. Source:
-    [prop-times].
+    ``t = Δ⁻¹ ln[u_∞ (1 + u u_∞)/(u_∞ − u)]``, with the letters of `learned`. Raises `InputError`
+    for a part outside ``(0, 1)`` and numbers that are not positive. Source: [prop-times].
     """
     sigma, beta = _checks.positive("sigma", sigma), _checks.positive("beta", beta)
     part = _checks.positive("part", part)
@@ -292,15 +255,15 @@ def _critical(
     A[:, : len(own)], B[:, : len(own)] = U[:, own] * roots, V[:, own] * roots
     loss = float(S[rest].square().sum()) / 2
     point = LowRank(A, back @ B)
-    # The largest that is missing, and the smallest that is kept in its place.
+    # The largest missing value, and the smallest one kept in its place.
     missing = rest[0] if rest else None
     to_A, to_B = torch.zeros_like(A), torch.zeros_like(B)
-    # Of equal values it does not matter which are kept.
+    # Among equal values any may be kept.
     least = missing is None or (len(own) == rank and _no_less(S, own, missing))
     if missing is None or least:
         return Critical(kept, point, loss, None, 0.0)
     if len(own) < rank:
-        # A column that is free: it costs nothing to first order to let it grow in both factors.
+        # A free column: growing it in both factors costs nothing to first order.
         to_A[:, len(own)], to_B[:, len(own)] = U[:, missing], V[:, missing]
         curvature = -float(S[missing])
     else:

@@ -25,8 +25,7 @@ from ._free import require_relu_end
 from ._stack import Batches, Stack, put_starts
 from .tuning import Data, Training, Tuning
 
-# The first call of compiled code looks its types up and compiles, which must not happen in several
-# threads at once: what one looks up, another changes.
+# The first call of compiled code compiles it, which must not happen in several threads at once.
 _FIRST = Lock()
 
 
@@ -46,51 +45,42 @@ def train(
     backend: Literal["compiled", "torch"] | None = None,
     device: str | torch.device | None = None,
 ) -> Training[N]:
-    """Tune adapters, final layers or everything of networks by Adam, all runs at once.
+    """Tune adapters, final layers or whole networks by Adam, all runs at once, in single precision.
 
-    Each of ``tunings`` is run on each frozen network. Runs of one network see the same inputs and
-    draw from the same first factors, of which a run of rank ``R`` has the first ``R`` columns. What
-    a run gives does not depend on what it is run with. In single precision, whatever the type of
-    the network.
+    Each of ``tunings`` runs on each frozen network, and its result does not depend on the other
+    runs. Runs of one network see the same inputs and share their first factors, of which a run of
+    rank ``R`` has the first ``R`` columns. Results lie on the frozen network's device.
 
-    Source: the protocol of the study's experiments.
+    Raises `InputError` where there are no tunings, for ranks or layers out of range, for data that
+    does not fit the network or the loss, for a loss or start that the network does not have, and
+    for values without a meaning. Source: the protocol of the study's experiments.
 
     Parameters
     ----------
-    data : Data or sequence of Data
-        One for all, or one for each member of the batch, in order.
-    steps, every : int
-        Number of steps, and after how many of them the validation loss is taken.
+    data, seed
+        One for all, or one for each member of the batch. The seed draws the factors.
+    every : int
+        After each so many steps the validation loss is taken.
     classes : sequence of int
-        The class from 0 to which each output votes, or −1 for none: the votes of all outputs and
-        tokens are summed, and their softmax is compared with the label by cross-entropy. Left out,
-        the loss is the mean squared error over outputs, tokens and samples.
+        The class, from 0, to which each output votes, −1 for none. The softmax of the votes, summed
+        over outputs and tokens, is compared with the label by cross-entropy. Without classes the
+        loss is the mean squared error over outputs, tokens and samples.
     until : float
         A run ends when its validation loss is at most this part of the one before the first step.
-    seed : int or sequence of int
-        Of the factors; one for all, or one for each member of the batch.
     threads : int, optional
         How many runs advance at a time, by default one on each processor; another thread makes the
         inputs.
     backend : {"compiled", "torch"}, optional
         ``"compiled"`` code for processors, the default, gives the same wherever a run is repeated;
-        it does not cover residual transformers. ``"torch"`` computes the same by torch's
-        operations, slowly on processors.
+        it does not cover residual transformers. ``"torch"`` does the same, slowly on processors.
     device : str or device, optional
-        Of backend ``"torch"``, by default the frozen network's. What is returned lies on the frozen
-        network's device whatever the backend.
-
-    Raises
-    ------
-    InputError
-        No tunings, ranks or layers out of range, data that does not fit the network or the loss, a
-        loss or a start that the network does not have, a value that has no meaning.
+        Of backend ``"torch"``, by default the frozen network's.
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")
     until = _checks.tolerance("until", until)
     if threads is None:
-        # Not every system says how many processors this process may use.
+        # Only some systems say which processors this process may use.
         limited = hasattr(os, "sched_getaffinity")
         threads = len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
     threads = _checks.integer("threads", threads, 1)
@@ -116,10 +106,10 @@ def begin(
     classes: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
 ) -> Adapters:
-    """The adapters that `train` begins with, given the same; batch shape ``[tunings, *batch]``.
+    """The adapters that `train` starts from, given the same; batch shape ``[tunings, *batch]``.
 
-    Those of the first tuning, ``[0]``, are a start for `newton` and `descend`. In single precision.
-    Raises what `train` raises.
+    They are in single precision; ``[0]``, the first tuning's, is a start for `newton` and
+    `descend`. Raises what `train` raises.
     """
     stack, _, state, _ = _ready(frozen, tunings, data, seed, classes)
     return stack.training(state, 1).adapters
@@ -137,7 +127,7 @@ def _ready(
     until: float = 0.0,
 ) -> tuple[Stack[N], Structure, Any, Batches]:
     """All runs at their starts, with room for so many points of their loss curves."""
-    # The third part is a `State`, of which checks at run time know nothing within a tuple.
+    # The third part is a `State`; checks at run time cannot check one within a tuple.
     _checks.kind(Network, frozen=frozen)
     stack = Stack(frozen)
     seeds = [_checks.seed(each) for each in _for_each("seed", seed, Integral, stack.members)]
@@ -157,7 +147,7 @@ def _ready(
 
 
 def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
-    """One value for each member of the batch, from one for all or from that many."""
+    """One value for each member of the batch, from one for all or as many."""
     values = [given] * members if isinstance(given, kind) else given
     if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
         raise InputError(name, allowed=f"one {kind.__name__}, or several", given=brief(given))
@@ -170,7 +160,7 @@ def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
 def _backend(
     backend: str | None, device: str | torch.device | None, stack: Stack[Any]
 ) -> tuple[str, torch.device]:
-    """What computes, and where: what was asked for, or what is best for this kind of network."""
+    """The backend and device that were asked for, or those that suit this kind of network."""
     if backend is None:
         backend = "compiled" if stack.is_covered else "torch"
     _checks.choice("backend", backend, ("compiled", "torch"))

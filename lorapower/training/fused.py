@@ -1,4 +1,4 @@
-"""Training in the fused network, of one matrix for each segment: from data, or from a fit."""
+"""Training in the fused network, with one matrix for each segment: from data, or from a fit."""
 
 from __future__ import annotations
 
@@ -26,26 +26,20 @@ from .descent import descend
 from .engine import train
 from .tuning import Data, Fixed, Training, Tuning
 
-# A ball holds the validation inputs and those of the first batches; adapters hold in one so much
-# larger.
+# By how much the adapters' ball is larger than one around the inputs seen so far.
 MARGIN = 1.5
 Start = Literal["fitted", "lora"]
-# Learning rates of a polish, of a start that is good already and of one that is none; its batches.
+# Learning rates of a polish from a good start and from LoRA's; its batches.
 RATES, BATCH = {"fitted": 3e-3, "lora": 1e-2}, 256
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FusedTraining:
-    """Adapters that were trained in the fused network, with how that went.
+    """Adapters that were trained in the fused network, and how training went.
 
-    Attributes
-    ----------
-    adaptation : Adaptation
-        Of the frozen network, with the evidence of the construction that carried adapters back.
-    training : Training
-        All runs: for each rate (first dimension) and each start.
-    chosen : tuple
-        Rate and start of the least validation loss.
+    ``adaptation`` is the frozen network's, with the evidence of the construction that split the
+    changes; ``training`` has all runs, for each rate (first dimension) and each start; ``chosen``
+    are rate and start of the least validation loss.
     """
 
     adaptation: Adaptation
@@ -55,12 +49,12 @@ class FusedTraining:
 
     @property
     def adapters(self) -> Adapters:
-        """Those of the frozen network."""
+        """The frozen network's adapters."""
         return self.adaptation.adapters
 
     @property
     def validation_loss(self) -> Float[Tensor, "rates starts"]:
-        """The least one of each run."""
+        """The least validation loss of each run."""
         return self.training.best_loss
 
     def __repr__(self) -> str:
@@ -89,35 +83,28 @@ def train_fused(
 
     Adapters of ranks ``R_l`` on a segment of square non-singular layers reach ``P + K`` for every
     ``K`` of rank at most ``Σ R_l`` [lem-any-change]. So ``K = A Bᵀ`` is trained in their place, the
-    segment's product ``P`` frozen, by Adam with a falling rate from several draws of ``B``. The run
-    of least validation loss is kept and its changes are split among the layers. The loss is
-    one-sided [def-one-sided] where the network ends with a ReLU.
+    segment's product ``P`` frozen, by Adam with a falling rate from several draws of ``B``. The
+    changes of the run of least validation loss are split among the layers. The loss is one-sided
+    [def-one-sided] where the network ends with a ReLU; its data must then have outputs of at least
+    0. ``ranks`` are as the construction for the network's kind takes them.
+
+    Raises `InputError` for batches, for ranks and data that do not fit, for a partition of anything
+    but a ReLU network, and for layers so narrow between wider ones that their ranks reach nothing;
+    `SingularError` where the changes cannot be split among the layers.
 
     Source: [thm-fused-training].
 
     Parameters
     ----------
-    ranks
-        As the construction for the network's kind takes them.
-    data : Data
-        Its outputs are at least 0 for a network that ends with a ReLU.
     partition : Partition, optional
-        Of a ReLU network, into as many blocks as layers are to be imitated; by default one block,
-        whose inner ReLUs idle.
+        Of a ReLU network, into as many blocks as layers are imitated; by default one block, whose
+        inner ReLUs idle.
     region : Region, optional
-        Of a ReLU network, where its inner ReLUs are to idle: outside of it the adapted network is
-        not the trained one. By default a ball half as large again as one that holds the validation
-        inputs and those of the first batches.
+        Where the inner ReLUs of a ReLU network idle; outside, the adapted network is not the
+        trained one. By default a ball half as large again as one that holds the validation inputs
+        and those of the first batches.
     starts, learning_rates
-        All pairs of them are run, with the other options of `train` and of the construction.
-
-    Raises
-    ------
-    InputError
-        Batches, ranks and data that do not fit, a partition for what is no ReLU network, and layers
-        so narrow between wider ones that their ranks reach nothing.
-    SingularError
-        The changes cannot be split among the layers.
+        All pairs of them run, with the other options of `train` and of the construction.
     """
     _checks.kind(Network, frozen=frozen)
     _checks.kind(Data, data=data)
@@ -149,7 +136,7 @@ def train_fused(
         data,
         steps=steps,
         every=every,
-        # Not the factors that `train` draws from this seed.
+        # Other factors than `train` draws from this seed.
         seed=[randomness.number(seed, "fused training", k) for k in range(starts)],
         threads=threads,
     )
@@ -172,32 +159,27 @@ def polish(
     seed: int = 0,
     throw: bool = True,
 ) -> Fitted:
-    """The fitted adapters after minimizing the error of all segments together.
+    """Minimize the error of all segments of a fit together; return the best, or the fit itself.
 
-    From each start, all factors and biases first take ``steps`` steps of Adam with a falling rate,
-    and then up to so many iterations of L-BFGS, none of which makes the error on ``inputs`` larger.
-    What has the least error on the first half of the held-out inputs is kept, be it the fit itself;
-    the other half gives the error that is returned.
+    From each start all factors and biases take ``steps`` steps of Adam with a falling rate, then at
+    most ``iterations`` of L-BFGS, none of which raises the error on ``inputs``. Adapters of least
+    error on the first half of ``held_out`` are kept; the other half gives the error that is
+    returned. ``fitted`` is what `constructions.fitted.adapt` returned for the same ``inputs`` and
+    ``held_out``.
 
-    Raises `InputError` for unknown starts and unusable numbers, and where a start needs steps.
+    Raises `InputError` for unknown starts, unusable numbers, and a start that needs steps.
 
     Source: the adapters are [def-adapter]'s; nothing is promised but what is measured.
 
     Parameters
     ----------
-    fitted : Fitted
-        What `constructions.fitted.adapt` returned for these ``inputs`` and ``held_out`` ones.
     starts : sequence of Start
-        ``"fitted"``: its factors, of the fused network. ``"lora"``: those from which adapters are
-        usually trained, ``A = 0``; of a transformer in the fused network, which reaches the same,
-        of a ReLU network in the frozen network itself, which reaches more. This one needs steps.
-    steps : int
-        Of Adam, in single precision.
-    iterations : int
-        Of L-BFGS; it ends earlier where the error on the first half stops falling.
+        ``"fitted"``: the fit's factors, of the fused network. ``"lora"``: LoRA's usual ``A = 0``;
+        of a transformer in the fused network, which reaches the same, of a ReLU network in the
+        frozen network itself, which reaches more. This start needs steps.
     data : Data, optional
-        The batches of Adam's steps; by default 256 of the inputs at a time. Where inputs can be
-        drawn, fresh ones fit no noise.
+        Batches for Adam, which runs in single precision; by default 256 of ``inputs`` at a time.
+        Where inputs can be drawn, fresh ones fit no noise.
     seed : int
         Of the factors of start ``"lora"`` and of the order of batches.
     """
@@ -241,7 +223,7 @@ def _ball(data: Data) -> Ball:
 
 
 def _begin(fit: Fit, start: Start, data: Data, steps: int, seed: int) -> Fit:
-    """What the steps of Adam make of a fit, or of LoRA's start in its place."""
+    """The fit, or LoRA's start in its place, after Adam's steps."""
     if start == "lora":
         fit = replace(fit, direct=isinstance(fit.fused.network, FNN))
     fit = replace(fit, chosen=(f"polished from {start}",))

@@ -1,4 +1,4 @@
-"""What training runs are told, their data, and what they give."""
+"""Settings, data and results of training runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]
 Loss = Literal["squared", "one-sided"]
 Start = Literal["study", "linearized", "spectral"]
-# Of a form that `Data` describes.
+# Inputs and labels as `Data` describes them.
 Labelled = tuple[Float[Tensor, "..."], Num[Tensor, "..."]]
 
 
@@ -33,31 +33,29 @@ class Tuning:
     Attributes
     ----------
     ranks : int or tuple of int
-        Ranks of the adapters, one for each of the network's ``weights``. One number is a cap for
-        all: no weight gets more than its smaller side, and of a plain transformer only the weights
-        that the theorem adapts [thm-transformer] get adapters.
+        One for each of the network's ``weights``. One number caps all: no weight gets more than its
+        smaller side, and in a plain transformer only the weights that the theorem adapts
+        [thm-transformer] get adapters.
     final : int
         How many of the last ``weights`` are tuned in full, with their biases, instead of adapters.
     biases : bool or tuple of bool
-        Whether biases are tuned; a tuple says it for each of the network's ``biases``.
-    weight_decay : float
-        Adam's L2 penalty.
-    schedule : Schedule
-        The rate stays ``"constant"``, or falls to 0 as half a ``"cosine"``.
+        Whether biases are tuned: all, or each of the network's ``biases``.
+    weight_decay, schedule
+        Adam's L2 penalty; the rate stays ``"constant"`` or falls to 0 as half a ``"cosine"``.
     ratio : float
         The rate of ``A`` over the rate of all else [prop-scaling]; above 1 in LoRA+.
     loss : Loss
-        ``"squared"``, or ``"one-sided"`` [def-one-sided] for networks that end with a ReLU and
-        outputs of at least 0. The squared error chooses the best parameters either way.
+        ``"one-sided"`` [def-one-sided] is for networks that end with a ReLU and outputs of at least
+        0. The best parameters are chosen by the squared error either way.
     start : Start or Adapters
         ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the
-        same factors, with biases that make a ReLU network ``blocks`` layers deep on a ball around
+        same factors, and biases that make a ReLU network ``blocks`` layers deep on a ball around
         the first batches and the validation inputs. ``"spectral"``: the leading singular vectors
-        of the gradient on the first batch. Adapters: these, of at most the given ranks; further
+        of the gradient on the first batch. Adapters of at most the given ranks: these; further
         columns start as in the study.
     blocks : int
-        Number of blocks of the linearized start, such as the depth of the target. All have as many
-        layers, but the last takes what is left over.
+        Blocks of the linearized start, such as the target's depth. All have equally many layers,
+        except that the last takes what is left over.
     """
 
     ranks: int | tuple[int, ...] = 0
@@ -106,19 +104,17 @@ class Training(Generic[N]):
 
     Attributes
     ----------
-    network
-        At each run's least validation loss, batch shape ``[tunings, *batch]``.
-    adapters : Adapters
-        Its updates and bias updates. As one batch they are padded with zeros to the largest rank;
-        ``adapters[i]`` has the ranks of its own `Tuning`. A weight that was tuned in full has none.
+    network, adapters
+        At each run's least validation loss, batch shape ``[tunings, *batch]``. As one batch,
+        updates are padded with zeros to the largest rank; ``adapters[i]`` has the ranks of its own
+        `Tuning`. A weight that was tuned in full has no update.
     parameter_count : Tensor
         How many numbers each run tuned: of adapters, of weights in full, of biases.
     steps : Tensor
         When the losses below were taken; 0 is before the first step.
     training_loss, validation_loss : Tensor
-        Of the batch of each of these steps, NaN at step 0; and after it, NaN once a run has ended.
-    best_loss, best_step : Tensor
-        The least validation loss, and its step.
+        On the batch of each of these steps (NaN at step 0), and after the step; NaN once a run has
+        ended. ``best_loss`` and ``best_step`` are of the least validation loss.
     diverged : Tensor
         Whether a loss was no finite number, which ends a run.
     """
@@ -139,19 +135,14 @@ class Training(Generic[N]):
 
 
 class Data(ABC):
-    """Batches to train on, and labelled inputs to validate with.
+    """Batches to train on, and labelled inputs ``validation`` to choose the best parameters by.
 
     Inputs are as the network takes them: ``[..., D, samples]``, for transformers ``[..., samples,
-    D, N]``. Labels are outputs of the same form or, to be compared by cross-entropy, one class for
-    each sample, integers ``[..., samples]``.
-
-    Attributes
-    ----------
-    validation : Labelled
-        The inputs and labels on which the best parameters are chosen.
+    D, N]``. Labels are outputs of the same form or, for cross-entropy, integers ``[..., samples]``,
+    the class of each sample.
     """
 
-    # Batches come in blocks, so that they do not depend on how many are asked for.
+    # Batches are drawn in blocks, so that they do not depend on the number of steps.
     BLOCK = 50
 
     validation: Labelled
@@ -164,19 +155,11 @@ class Data(ABC):
 class Fresh(Data):
     """Inputs ``N(0, s² I)`` drawn anew for every step, labelled by a function.
 
-    Parameters
-    ----------
-    label : callable
-        A target network, or another function of inputs; inputs lie on the device of its labels.
-    shape : tuple of int
-        Of one input: ``(D,)``, or ``(D, N)`` for N tokens.
-    samples, validation_samples : int
-        Number of inputs in each batch, and of those that are drawn once, to validate.
-    scale : float
-        The standard deviation ``s``.
-    seed, purpose
-        Equal ones give equal inputs, whatever is trained on them; those of one seed and different
-        purposes are independent.
+    ``label`` is a target network or another function of inputs, which lie on the device of its
+    labels; ``shape`` is one input's, ``(D,)``, or ``(D, N)`` for N tokens; ``scale`` is ``s``. A
+    batch has ``samples`` inputs; ``validation_samples`` are drawn once. Equal ``seed`` and
+    ``purpose`` give equal inputs, whatever is trained on them; different purposes of one seed give
+    independent ones.
     """
 
     def __init__(
@@ -199,7 +182,7 @@ class Fresh(Data):
             remedy = "networks.as_network makes a network of a Sequential"
             allowed = "a network, or a function of columns"
             raise InputError("label", allowed=allowed, given=given, remedy=remedy)
-        # Training is in single precision, and so is what it is told.
+        # Training is in single precision, and so are its labels.
         self.label = label.to(torch.float32) if isinstance(label, Network) else label
         self.shape = shape
         self.scale = _checks.positive("scale", scale)
@@ -216,7 +199,7 @@ class Fresh(Data):
         return self._draw((self.BLOCK,), self.samples, "inputs", index)
 
     def test(self, samples: int) -> Labelled:
-        """Labelled inputs that are drawn for nothing else."""
+        """Labelled inputs for a test, independent of all others."""
         return self._draw((), _checks.integer("samples", samples, 1), "test inputs")
 
     def _draw(self, batch: tuple[int, ...], samples: int, *part: str | int) -> Labelled:
@@ -230,19 +213,13 @@ class Fresh(Data):
 
 
 class Fixed(Data):
-    """Given labelled inputs: all of them in every step, or batches in an order new in each epoch.
+    """Given labelled inputs, of a form that `Data` describes: all in every step, or in batches.
 
-    In an epoch each sample is used once, but for those that are too few for another batch.
+    Batches have ``samples`` each, in an order that is new in each epoch. An epoch uses each sample
+    once, except the few that do not fill another batch.
 
-    Raises `InputError` for what is no pair, numbers that are not finite, and labels that do not fit
-    inputs.
-
-    Parameters
-    ----------
-    training, validation : tuple
-        Labelled inputs, of a form that `Data` describes.
-    samples : int, optional
-        In each batch, at most as many as there are; all by default.
+    Raises `InputError` for what is no pair, for numbers that are not finite, and for labels that do
+    not fit inputs.
     """
 
     def __init__(
@@ -297,7 +274,7 @@ def _words(purpose: Any) -> tuple[str, ...]:
 
 
 def _usable(name: str, labelled: Any) -> Labelled:
-    """Inputs and labels as tensors, which are finite numbers; labels may be integers."""
+    """Inputs and labels as finite tensors; labels may be integers."""
     if not isinstance(labelled, tuple | list) or len(labelled) != 2:
         given = f"a {type(labelled).__name__}"
         raise InputError(name, allowed="a pair of inputs and labels", given=given)
