@@ -1,8 +1,7 @@
-"""Networks as plain tensors in the paper's notation: weights act on column vectors.
+"""Networks as plain tensors in the paper's notation; inputs are columns, ``[..., in, samples]``.
 
-Layer ``l`` maps ``z`` to ``W_l z`` (linear) or ``ReLU(W_l z + b_l)`` (FNN); inputs are columns,
-``x`` has shape ``[..., in, samples]``. Every tensor may carry leading batch dimensions: one network
-or a thousand, one code path.
+Layer ``l`` maps ``z`` to ``W_l z`` (linear) or ``ReLU(W_l z + b_l)`` (FNN). Leading dimensions of
+tensors are a batch of networks.
 """
 
 import lazy_loader

@@ -16,10 +16,7 @@ from ..errors import InputError
 
 
 def usable_layers(weights: Any, biases: Any = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Usable weights and biases of layers that chain, of one type and one batch shape.
-
-    Without biases there are none.
-    """
+    """Usable weights and biases (maybe none) of layers that chain, of one type and batch shape."""
     matrices = _per_layer("weight", weights, min_dims=2)
     vectors = [] if biases is None else _per_layer("bias", biases, min_dims=1)
     for l, (inner, outer) in enumerate(pairwise(matrices), start=2):
@@ -48,7 +45,7 @@ def usable_layers(weights: Any, biases: Any = None) -> tuple[list[Tensor], list[
 
 
 def _per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -> list[Tensor]:
-    """One tensor of at least so many dimensions a layer, from a sequence or one stacked array."""
+    """One tensor of at least ``min_dims`` dimensions a layer, from a sequence or a stack."""
     plural = {"weight": "weights", "bias": "biases"}[name]
     if isinstance(values, Tensor | np.ndarray):
         stacked = _checks.real_tensor(plural, values, min_dims=min_dims + 1)
@@ -65,7 +62,7 @@ def _per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -
 def uniform(
     *shape: int, width: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Float[Tensor, "*shape"]:
-    """Numbers drawn as `torch.nn.Linear` draws its own: uniform on ``±1/√width``."""
+    """Draw as `torch.nn.Linear` draws its own numbers: uniformly on ``±1/√width``."""
     drawn = randomness.uniform(generator, *shape)
     return ((2 * drawn - 1) / width**0.5).to(dtype)
 
@@ -78,7 +75,7 @@ def random_weights(
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch depth width width"]:
-    """Square layers drawn by `uniform`, for front doors: all arguments are checked."""
+    """Draw square layers by `uniform`; checks all arguments."""
     depth = _checks.integer("depth", depth, 1)
     width = _checks.integer("width", width, 1)
     batch_shape, dtype = _checks.sizes("batch_shape", batch_shape), _checks.precision(dtype)
@@ -87,7 +84,7 @@ def random_weights(
 
 
 class Dense(NamedTuple):
-    """The numbers of a ``Linear`` layer, whether a ReLU follows it, and what it is and where."""
+    """A ``Linear`` layer's numbers, whether a ReLU follows, and its name and place."""
 
     weight: Tensor
     bias: Tensor | None
@@ -96,11 +93,7 @@ class Dense(NamedTuple):
 
 
 def dense_layers(module: Any, name: str, dtype: torch.dtype | None) -> list[Dense]:
-    """The ``Linear`` layers of a `torch.nn.Sequential` and of those inside it, in their order.
-
-    What does nothing in evaluation is left out, and so is a ``Flatten`` before all other layers:
-    inputs of a network are columns already. Refuses whatever else may compute something.
-    """
+    """The ``Linear`` layers of a Sequential, also nested; refuses all else that computes."""
     if not isinstance(module, nn.Sequential):
         allowed = "a torch.nn.Sequential of layers"
         raise InputError(name, allowed=allowed, given=type(module).__name__)
@@ -136,7 +129,7 @@ def dense_layers(module: Any, name: str, dtype: torch.dtype | None) -> list[Dens
 
 
 def _does_nothing(layer: nn.Module, *, leading: bool) -> bool:
-    """In evaluation, to rows; what a Sequential does is done by its layers."""
+    """Whether a layer changes no row in evaluation; a leading ``Flatten`` changes none."""
     if type(layer) is nn.Flatten:
         return leading and (layer.start_dim, layer.end_dim) == (1, -1)
     if isinstance(layer, nn.Sequential):

@@ -27,28 +27,27 @@ S = TypeVar("S")
 
 
 class Segments(Mapping[str, T]):
-    """Something for each kind of segment, by its name, which is an attribute too.
+    """Something for each kind of segment; kinds are keys and attributes.
 
-    The tokens of block ``l`` of a plain transformer are ``z = W_{2,l−1} y`` with ``y = a + c``,
-    ``a`` the activations of the block before and ``W_{2,l−1} c = b_{2,l−1}``; for the first block
-    ``y`` is the input and the identity stands for ``W_2``. Its segments are
+    Segments of a plain transformer multiply ``y``, where the tokens of block ``l`` are
+    ``z = W_{2,l−1} y``, ``y = a + c``, with ``a`` the activations before and
+    ``W_{2,l−1} c = b_{2,l−1}``; in the first block ``y`` is the input and ``W_2 = I``:
 
-    - ``query_key``: scores are ``yᵀ M y`` with ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``;
-    - ``value_output``: the activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``; ``[..., L,
-      H]``;
+    - ``query_key``: scores are ``yᵀ M y``, ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``;
+    - ``value_output``: the activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``;
+      ``[..., L, H]``;
     - ``output``: ``W_out W_{2,L}``; ``[...]``.
 
-    Of any other transformer let ``B = diag(g) V`` with ``V`` an orthonormal basis of the space of
-    normalized tokens and ``g`` the gains of the norm before; without norms ``B = I``. Where there
-    is a final LayerNorm the mean of what is written counts for nothing, and ``S = Vᵀ``; otherwise
-    ``S = I``. Its segments are
+    For any other transformer let ``B = diag(g) V``: ``V`` is an orthonormal basis of the space of
+    normalized tokens, ``g`` the gains of the norm before; without norms ``B = I``. ``S = Vᵀ`` under
+    a final LayerNorm, which ignores means; otherwise ``S = I``:
 
     - ``query_key``: scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``;
     - ``value_output``: tokens receive ``S W_O W_V B``; ``[..., L, H]``;
     - ``inner``: the activation receives ``W_1 B``; ``[..., L]``;
     - ``outer``: tokens receive ``S W_2``; ``[..., L]``.
 
-    Both networks are equal where all segments are, and ``c`` or the vectors.
+    Networks with equal segments and equal ``c`` or vectors are equal.
     """
 
     #: The weights that are adapted in each kind of segment, the one that acts first before.
@@ -89,7 +88,7 @@ class Segments(Mapping[str, T]):
         return f"Segments({', '.join(f'{name}={part}' for name, part in self.items())})"
 
     def map(self, change: Callable[[str, T], S]) -> Segments[S]:
-        """What a function makes of each name and part."""
+        """Apply a function to each name and part."""
         return Segments({name: change(name, part) for name, part in self.items()})
 
     def largest(self: Segments[Any]) -> Tensor:
@@ -134,7 +133,7 @@ def require_alike(
     settings: Sequence[str],
     sides: Sequence[str] = (),
 ) -> None:
-    """Refuse a target whose settings or sizes, those that are named, are not the frozen's."""
+    """Refuse a target that differs from the frozen network in one of these settings or sizes."""
     for name in settings:
         given, allowed = getattr(target, name), getattr(frozen, name)
         if given != allowed:
@@ -153,7 +152,7 @@ def require_alike(
 def inverted(
     frozen: Transformer, target: Transformer
 ) -> Iterator[tuple[str, Float[Tensor, "*batch _"], float]]:
-    """Name, condition numbers and their limit for each kind of weight that has to be inverted."""
+    """Name, condition numbers and their limit for each kind of weight that is inverted."""
     if frozen.is_plain:
         limit = 1 / (frozen.width * torch.finfo(frozen.dtype).eps)
         first = slice(None, -1)
@@ -249,7 +248,7 @@ def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
 
 
 def _require_alike(frozen: Transformer, target: Transformer) -> None:
-    """Refuse two networks whose segments do not stand for each other."""
+    """Refuse two networks whose segments do not correspond."""
     require_alike(target, frozen, ("residual", "norm", "activation", "final_norm", "causal"))
     narrow = target.width < frozen.width and not frozen.is_plain
     for side, size in frozen.sizes.items():

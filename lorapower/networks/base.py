@@ -1,4 +1,4 @@
-"""What every kind of network shares: parameters, batches of members, inputs that fit."""
+"""What every kind of network shares: parameters, batches of members, checks of inputs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,11 @@ from ..errors import InputError
 
 
 class Network(ABC):
-    """One network, or as many as the batch shape says, as matrices and vectors.
+    """A network, or a batch of them: ``weights`` ``[..., out, in]`` and ``biases`` ``[..., out]``.
 
-    A network has numbers of its own: what it is made from is copied, be it tensors, arrays or
-    lists, and may be changed or trained on afterwards. No gradients flow into or through it.
-
-    All that adapters and training need to know of a network's kind is said here.
-
-    Attributes
-    ----------
-    weights : tuple of Tensor
-        The matrices, each ``[..., out, in]``, of one type and one batch shape.
-    biases : tuple of Tensor
-        The vectors, each ``[..., out]``; none in a linear network.
-    sequences : bool
-        Whether an input is a sequence of tokens, ``[..., width, tokens]``.
+    All have one type and one batch shape; a linear network has no biases. What a network is made
+    from is copied and may change afterwards. No gradients flow into or through it. ``sequences``
+    says whether an input is a sequence of tokens, ``[..., width, tokens]``.
     """
 
     weights: tuple[Float[Tensor, "*batch _ _"], ...]
@@ -39,7 +29,7 @@ class Network(ABC):
 
     @property
     def relus(self) -> int:
-        """How many of the first layers of a chain a ReLU follows."""
+        """How many of the first layers of a chain have a ReLU behind them."""
         return 0
 
     @abstractmethod
@@ -50,14 +40,14 @@ class Network(ABC):
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> Self:
-        """The network of other ``weights`` and, where given, other ``biases``, in their order."""
+        """The network with other ``weights`` and, where given, other ``biases``, in their order."""
 
     @abstractmethod
     def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
-        """The network of just these tensors, unchecked: gradients flow through it to them."""
+        """The network of these very tensors, unchecked: gradients flow through it to them."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The network whose weights and biases are what ``change`` makes of this one's."""
+        """The network with ``change`` applied to each weight and bias."""
         return self.with_parameters([*map(change, self.weights)], [*map(change, self.biases)])
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Self:
@@ -70,10 +60,9 @@ class Network(ABC):
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Self:
-        """The same network with all numbers rounded to ``dtype``, on ``device``.
+        """The network with its numbers rounded to ``dtype`` and moved to ``device``, where given.
 
-        What is not given stays as it is. Raises `InputError` for a type other than float32 and
-        float64, and for a device that torch does not find.
+        Raises `InputError` for types other than float32 and float64 and for unknown devices.
         """
         dtype = self.dtype if dtype is None else _checks.precision(dtype)
         device = self.device if device is None else _checks.device(device)
@@ -120,7 +109,7 @@ class Network(ABC):
         return self.weights[0].device
 
     def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch in n"]:
-        """``x`` in the network's type and on its device; `InputError` where it is no inputs."""
+        """``x`` in the network's type and on its device; `InputError` where it does not fit."""
         x = _checks.real_tensor(name, x, min_dims=2).to(self.device, self.dtype)
         inputs = self.weights[0].shape[-1]
         if x.shape[-2] != inputs:
@@ -132,7 +121,7 @@ class Network(ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Layers(Network):
-    """Layers of weights ``W_1, …, W_L`` that chain; what is between them is a subclass's matter."""
+    """Weights ``W_1, …, W_L`` that chain; subclasses say what is between them."""
 
     weights: tuple[Float[Tensor, "*batch _ _"], ...]
 
@@ -152,10 +141,7 @@ class Layers(Network):
         return "→".join(map(str, self.widths))
 
     def to_sequential(self) -> nn.Sequential:
-        """Make a `torch.nn.Sequential` that computes this on rows.
-
-        Raises `InputError` when the network carries batch dimensions: a module is one network.
-        """
+        """A `torch.nn.Sequential` that computes this on rows; raises `InputError` for batches."""
         if self.batch_shape:
             given = f"batch shape {tuple(self.batch_shape)}"
             raise InputError(

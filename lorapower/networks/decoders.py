@@ -29,13 +29,12 @@ _FAMILIES = "GPT2Model or OPTModel of transformers, or one with a head"
 def from_decoder(
     module: nn.Module, *, dtype: torch.dtype | None = None, final_norm: bool = True
 ) -> Transformer:
-    """The blocks of a GPT-2 or OPT, and their final norm, as a network of tokens.
+    """Read the blocks and the final norm of a GPT-2 or OPT as a network of tokens.
 
-    ``network(z)`` is the module's last hidden state where ``z`` are the embeddings of tokens and
-    positions, ``z.mT`` being what the first block receives. All is as in evaluation, without
-    dropout. Scores are scaled within ``W_Q``; biases of keys are left out, those of values added to
-    ``b_O``, which changes no output. Each head has weights of its own here, so one rank for all
-    weights is as much rank for each head of a packed matrix.
+    ``network(z)`` is the module's last hidden state in evaluation; ``z.mT``, embeddings of tokens
+    and positions, enters the first block. The scale of scores is part of ``W_Q``. Biases of keys
+    are left out, and those of values are added to ``b_O``: outputs stay. Each head has its own
+    weights, so one rank for all weights gives each head of a packed matrix that rank.
 
     Raises `InputError` for other modules, for post-norm ones, and for settings that change what a
     block computes.
@@ -43,10 +42,10 @@ def from_decoder(
     Parameters
     ----------
     dtype : dtype, optional
-        What all numbers are converted to; by default they stay, float32 or float64. In double
-        precision, what single precision has rounded counts as rank.
+        Converts all numbers; by default they stay float32 or float64. In double precision the
+        rounding of single precision counts as rank.
     final_norm : bool
-        Whether it is taken over; without it outputs are what the last block returns.
+        Whether to include it; without it outputs are those of the last block.
     """
     kind, blocks, final = _parts(module)
     final = final if _checks.flag("final_norm", final_norm) else None
@@ -77,9 +76,9 @@ def from_decoder(
 def to_decoder(network: Transformer, module: M) -> M:
     """A copy of a GPT-2 or OPT whose blocks and final norm compute what the network does.
 
-    Embeddings, positions and a head stay the module's, and so does its type of numbers. Biases of
-    keys and values become 0. Raises `InputError` for a module that `from_decoder` refuses, whose
-    sizes or settings are not the network's, and for batches.
+    The module's embeddings, positions, head and type of numbers stay. Biases of keys and values
+    become 0. Raises `InputError` for batches, for a module that `from_decoder` refuses, and for one
+    of other sizes or settings than the network.
     """
     _checks.kind(Transformer, network=network)
     if network.batch_shape:
@@ -105,7 +104,7 @@ def to_decoder(network: Transformer, module: M) -> M:
 
 
 def _parts(module: Any) -> tuple[str, Any, Any]:
-    """The family, the blocks and the final norm, if there is one."""
+    """The family, the blocks and the final norm or ``None``."""
     if not isinstance(module, nn.Module) or not hasattr(module, "config"):
         raise InputError("module", allowed=_FAMILIES, given=type(module).__name__)
     base = getattr(module, "base_model", module)

@@ -1,4 +1,4 @@
-"""Fully connected ReLU networks, and the network that a value stands for."""
+"""Fully connected ReLU networks, and values as networks."""
 
 from __future__ import annotations
 
@@ -20,31 +20,22 @@ from .linear import LinearNetwork, product
 
 
 def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
-    """Embed inputs of a narrower network among ``width`` coordinates: zeros follow them."""
+    """Append rows of zeros to inputs of a narrower network, up to ``width`` coordinates."""
     width = _checks.integer("width", width, x.shape[-2])
     return nn.functional.pad(x, (0, 0, 0, width - x.shape[-2]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FNN(Layers):
-    """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``.
+    """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``; the last may be linear.
 
-    The last layer does too, or else ends with ``W_L z + b_L``, as in networks whose outputs are
-    logits or values of a regression.
+    Weights are ``L`` matrices ``[..., out, in]``, first layer first, or one stacked array
+    ``[..., L, D, D]``; biases are ``L`` vectors ``[..., out]`` or one array ``[..., L, D]``.
+    Tensors, numpy arrays or nested lists are taken, all float32 or all float64; batch dimensions
+    broadcast. With ``linear_last`` the network ends with ``W_L z + b_L``.
 
-    Raises `InputError` for no layers, sizes that do not fit, mixed or unusable types and numbers
-    that are not finite.
-
-    Parameters
-    ----------
-    weights
-        The ``L`` matrices, first layer first: a sequence of ``[..., out, in]`` or one stacked array
-        ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all float64.
-        Batch dimensions of all weights and biases broadcast against each other.
-    biases
-        The ``L`` vectors, a sequence of ``[..., out]`` or one stacked array ``[..., L, D]``.
-    linear_last : bool
-        Whether the last layer is without a ReLU.
+    Raises `InputError` for no layers, sizes that do not fit, mixed or other types, and numbers that
+    are not finite.
     """
 
     biases: tuple[Float[Tensor, "*batch _"], ...]
@@ -72,7 +63,7 @@ class FNN(Layers):
         purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> FNN:
-        """Draw square layers as `torch.nn.Linear` draws its own: uniformly on ``±1/√D``.
+        """Draw square layers as `torch.nn.Linear` does, uniformly on ``±1/√D``.
 
         Networks of one seed and different purposes are independent.
         """
@@ -86,7 +77,7 @@ class FNN(Layers):
 
     @property
     def relus(self) -> int:
-        """How many of the first layers a ReLU follows: all, or all but the last."""
+        """How many of the first layers have a ReLU: all, or all but the last."""
         return self.depth - self.linear_last
 
     def with_parameters(
@@ -99,19 +90,16 @@ class FNN(Layers):
         return object.__new__(FNN)._set(weights, biases, self.linear_last)
 
     def without_last_relu(self) -> FNN:
-        """The network whose outputs are the arguments of its last ReLU."""
+        """The network without its last ReLU."""
         return object.__new__(FNN)._set(self.weights, self.biases, True)
 
     def layers(self, which: slice) -> FNN:
-        """The network of some consecutive layers; only the last of all can be linear."""
+        """The network of consecutive layers; only the last of all layers can be linear."""
         last = self.linear_last and self.depth - 1 in range(self.depth)[which]
         return object.__new__(FNN)._set(self.weights[which], self.biases[which], last)
 
     def linearize(self, blocks: Sequence[slice]) -> FNN:
-        """The network without the ReLUs inside blocks of layers: one layer for each block.
-
-        Its weights are the blocks' products, its biases what the blocks' biases come to.
-        """
+        """The network without the ReLUs inside blocks: each block becomes one affine layer."""
         weights, biases = [], []
         for layers in blocks:
             bias, *others = self.biases[layers]
@@ -124,7 +112,7 @@ class FNN(Layers):
     def preactivations(
         self, x: Float[Tensor, "*#batch in samples"]
     ) -> list[Float[Tensor, "*batch _ samples"]]:
-        """``W_l z_{l−1} + b_l`` for each layer, where ``z_0 = x`` and ``z_l = ReLU(…)`` of it."""
+        """``W_l z_{l−1} + b_l`` of each layer, with ``z_0 = x`` and ``z_l`` its ReLU."""
         z, arguments = self.as_inputs(x), []
         for weight, bias in zip(self.weights, self.biases, strict=True):
             arguments.append(weight @ z + bias[..., None])
@@ -150,21 +138,20 @@ class FNN(Layers):
     def from_sequential(
         cls, module: nn.Sequential, *, dtype: torch.dtype | None = None, name: str = "module"
     ) -> FNN:
-        """Read the ReLU network that a `torch.nn.Sequential` of ``Linear`` and ``ReLU`` layers is.
+        """Read a `torch.nn.Sequential` of ``Linear`` layers with a ReLU between any two.
 
-        A ReLU stands between any two ``Linear`` layers. The module ends with either; a network that
-        ends with ``Linear`` has a linear last layer. A ``Linear`` without bias gets one of zeros.
-        Sequentials may be nested. ``Identity`` and ``Dropout`` are left out, since the network
-        computes what the module does in evaluation; so is a leading ``Flatten``. Inputs of the
-        module are rows, ours columns: ``network(x.mT).mT`` equals ``module(x)``.
+        It may end with a ReLU, or with ``Linear``: then the last layer is linear. ``Linear`` layers
+        without bias get zeros. Sequentials may be nested; ``Identity``, ``Dropout`` and a leading
+        ``Flatten`` are left out, as in evaluation. The module takes rows: ``network(x.mT).mT``
+        equals ``module(x)``.
 
-        Raises `InputError` for any other module or layer, which it names by its place, as a
-        ``state_dict`` does, for forward hooks and for other types of numbers.
+        Raises `InputError` for other modules and layers, which it names by their place as in a
+        ``state_dict``, for forward hooks and for other types of numbers.
 
         Parameters
         ----------
         dtype : dtype, optional
-            Converts all numbers; by default they stay as they are, float32 or float64.
+            Converts all numbers; by default they stay float32 or float64.
         name : str
             What errors call the module.
         """
@@ -186,12 +173,11 @@ class FNN(Layers):
 
 
 def as_network(value: Any, name: str = "network") -> Network:
-    """Return ``value`` if it is a network, or the network that it stands for.
+    """Return ``value`` if it is a network, or make one from it.
 
-    A `torch.nn.Sequential` stands for a `LinearNetwork` where it has neither ReLU nor bias, or else
-    for an `FNN`; a matrix, or several, for a `LinearNetwork`. Raises `InputError` for anything
-    else, and for what `FNN.from_sequential` and `LinearNetwork.of` refuse; it calls the value
-    ``name``.
+    A `torch.nn.Sequential` with neither ReLU nor bias makes a `LinearNetwork`, another one an
+    `FNN`; a matrix, or several, make a `LinearNetwork`. Raises `InputError`, which calls the value
+    ``name``, for anything else and for what `FNN.from_sequential` and `LinearNetwork.of` refuse.
     """
     if isinstance(value, Network):
         return value

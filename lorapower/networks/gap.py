@@ -1,7 +1,6 @@
-"""A frozen piece of a network against the target's piece: how far apart, and which rank closes it.
+"""The distance of a frozen piece of a network from the target's, and the rank that closes it.
 
-Pieces are deep linear networks: a whole one, a block of a partition beside its target layer, a
-segment of a transformer beside the target's.
+Pieces are deep linear networks: a whole one, a block of a partition, a segment of a transformer.
 """
 
 from __future__ import annotations
@@ -23,17 +22,12 @@ from .linear import LinearNetwork
 
 @dataclass(frozen=True, eq=False)
 class Gap:
-    """``E = W̄ − ∏_l W_l``: what the adapters of a frozen piece have to make up for.
+    """``E = W̄ − ∏_l W_l``, what the adapters of a frozen piece have to add.
 
-    All that is decomposed is decomposed once, when it is first asked for: the weights must not be
-    changed in place afterwards. Raises `InputError` for pieces that do not match, and, as soon as
-    ``E`` is asked for, where a product overflows.
-
-    Parameters
-    ----------
-    frozen, target
-        Deep linear networks, or what `LinearNetwork.of` makes one from; of equal inputs, outputs
-        and type; batch shapes broadcast.
+    Both pieces are deep linear networks, or what `LinearNetwork.of` takes, of equal inputs, outputs
+    and type; batch shapes broadcast. Decompositions are computed once, when first needed: do not
+    change weights in place. Raises `InputError` for pieces that do not match and, when ``E`` is
+    needed, for products that overflow.
     """
 
     frozen: LinearNetwork
@@ -100,22 +94,18 @@ class Gap:
 
     @property
     def noise(self) -> Float[Tensor, "*batch"]:
-        """``max(out, in, L) · eps · rounding_scale``: what is not above this may be rounding."""
+        """``max(out, in, L) · eps · rounding_scale``; up to this, values may be rounding."""
         sides = self.frozen.widths[0], self.frozen.widths[-1]
         largest = max(*sides, self.frozen.depth, self.target.depth)
         return largest * torch.finfo(self.frozen.dtype).eps * self.rounding_scale
 
     @property
     def rank(self) -> Int[Tensor, "*batch"]:
-        """``rank E``, counting only singular values above the `noise` of ``E`` itself.
-
-        In a network so deep or so large that all of ``E`` may be rounding, it is 0: in that
-        arithmetic nothing can be told.
-        """
+        """``rank E``, the number of singular values above `noise`; 0 where all may be rounding."""
         return (self.spectrum > self.noise[..., None]).sum(-1)
 
     def error(self, rank: int, ord: Literal[2, "fro"] = 2) -> Float[Tensor, "*batch"]:
-        """Least distance of any adapters of total rank ``r`` [thm-optimal-adaptation].
+        """Least error of adapters of total rank ``r`` [thm-optimal-adaptation].
 
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
@@ -125,36 +115,35 @@ class Gap:
         return norms.frobenius if ord == "fro" else norms.spectral
 
     def best(self, rank: int) -> LowRank:
-        """``LR_r(E)``, as ``A = U Σ, B = V``; no more columns than ``E`` has singular values."""
+        """``LR_r(E)`` as ``A = U Σ, B = V``, of no more columns than ``E`` has singular values."""
         U, S, V = (part[..., : _checks.integer("rank", rank, 0)] for part in self.svd)
         return LowRank(U * S[..., None, :], V)
 
     def undone(self, rank: int) -> Float[Tensor, "*batch out in"]:
-        """``E − LR_r(E)``: what the best adapters of total rank ``r`` still lack."""
+        """``E − LR_r(E)``, what the best adapters of total rank ``r`` leave."""
         U, S, V = (part[..., _checks.integer("rank", rank, 0) :] for part in self.svd)
         return (U * S[..., None, :]) @ V.mT
 
     def reached(self, rank: int) -> Float[Tensor, "*batch out in"]:
-        """``∏_l W_l + LR_r(E) = W̄ − undone``: the map of the best adapters of total rank ``r``."""
+        """``∏_l W_l + LR_r(E)``, the map with the best adapters of total rank ``r``."""
         return self.target.product() - self.undone(rank)
 
     @property
     def threshold(self) -> Int[Tensor, "*batch"]:
-        """``⌈rank(E) / L⌉``: no smaller rank for all layers closes the gap.
+        """``⌈rank(E) / L⌉``, the least rank for all layers that can close the gap.
 
-        This one does wherever the layers are non-singular [ass-nonsingular]. They may differ in
-        size: no smaller side is below ``rank E``, unless a hidden layer is narrower than the inputs
-        or outputs; then this raises what `ranks` raises. Source: [cor-threshold].
+        It is enough where the layers are non-singular [ass-nonsingular], of whatever sizes. Raises
+        what `ranks` raises where a hidden layer is narrower than inputs or outputs. Source:
+        [cor-threshold].
         """
         self.ranks([1] * self.frozen.depth)
         return -(-self.rank // self.frozen.depth)
 
     def ranks(self, ranks: Sequence[int]) -> list[int]:
-        """``ranks`` of the frozen layers, of which none has more than it can use.
+        """``ranks`` of the frozen layers, each cut to its weight's smaller side.
 
-        A layer can use its weight's smaller side. A layer that a narrower one cuts off from an
-        input or an output is not adapted: its rank becomes 0 where nothing is to be done. Raises
-        `InputError` where something is, and the rank of such a layer is not 0.
+        The rank of a layer that a narrower one cuts off from inputs or outputs becomes 0 where
+        ``E = 0``; otherwise it must be 0, or `InputError` is raised.
         """
         inputs, *hidden, outputs = self.frozen.widths
         usable = []
@@ -173,7 +162,7 @@ class Gap:
         return usable
 
     def flat(self) -> Gap:
-        """The same gaps along one batch dimension; what was computed is kept."""
+        """The gaps along one batch dimension; decompositions are kept."""
         batch = self.batch_shape
 
         def flatten(values: Tensor, dims: int) -> Tensor:

@@ -19,7 +19,7 @@ from .base import Layers
 
 
 def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*batch out in"]:
-    """Multiply matrices, ``∏_l W_l = W_L ⋯ W_1``: the first of the sequence acts first."""
+    """``∏_l W_l = W_L ⋯ W_1``: the first of the sequence acts first."""
     return reduce(lambda inner, outer: outer @ inner, weights)
 
 
@@ -27,15 +27,10 @@ def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*
 class LinearNetwork(Layers):
     """A deep linear network ``x ↦ W_L ⋯ W_1 x``.
 
-    Raises `InputError` for no layers, sizes that do not chain, mixed or unusable types and numbers
-    that are not finite.
-
-    Parameters
-    ----------
-    weights
-        The ``L`` matrices, first layer first: a sequence of ``[..., out, in]`` or one stacked array
-        ``[..., L, D, D]``; torch tensors, numpy arrays or nested lists, all float32 or all float64.
-        Batch dimensions of the layers broadcast against each other.
+    Weights are ``L`` matrices ``[..., out, in]``, first layer first, or one stacked array
+    ``[..., L, D, D]``: tensors, numpy arrays or nested lists, all float32 or all float64; batch
+    dimensions broadcast. Raises `InputError` for no layers, sizes that do not chain, mixed or other
+    types, and numbers that are not finite.
     """
 
     def __init__(self, weights: Any) -> None:
@@ -43,10 +38,10 @@ class LinearNetwork(Layers):
 
     @classmethod
     def of(cls, value: Any, name: str = "network") -> LinearNetwork:
-        """``value`` itself if it is one, or the network that it stands for.
+        """``value`` if it is a linear network, or make one from it.
 
-        A `torch.nn.Sequential`, one matrix ``[out, in]`` (a network of one layer), or whatever the
-        class takes as ``weights``. Raises `InputError` for anything else, which it calls ``name``.
+        A `torch.nn.Sequential`, one matrix ``[out, in]`` (one layer), or whatever the class takes
+        as ``weights``. Raises `InputError`, which calls it ``name``, for anything else.
         """
         if isinstance(value, cls):
             return value
@@ -64,7 +59,7 @@ class LinearNetwork(Layers):
         weights: Sequence[Float[Tensor, "*batch _ _"]],
         spectra: Sequence[Float[Tensor, "*batch _"]] | None = None,
     ) -> LinearNetwork:
-        """The network of usable weights of one batch shape, and what is known of their spectra."""
+        """The network of usable weights of one batch shape, with singular values that are known."""
         network = object.__new__(cls)
         object.__setattr__(network, "weights", tuple(weights))
         if spectra is not None:
@@ -82,7 +77,7 @@ class LinearNetwork(Layers):
         purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> LinearNetwork:
-        """Draw square layers as `torch.nn.Linear` draws its own: uniformly on ``±1/√D``.
+        """Draw square layers as `torch.nn.Linear` does, uniformly on ``±1/√D``.
 
         Networks of one seed and different purposes are independent.
         """
@@ -110,7 +105,7 @@ class LinearNetwork(Layers):
         return product(self.weights)
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """The product of the first half of the layers, and that of the others."""
+        """The products of the first half of the layers and of the other half."""
         middle = self.depth // 2
         return product(self.weights[:middle]), product(self.weights[middle:])
 
@@ -131,11 +126,10 @@ class LinearNetwork(Layers):
 
     @cached_property
     def rounding_scale(self) -> Float[Tensor, "*batch"]:
-        """What in the product is below ``D · eps`` times this may be rounding.
+        """Entries of the product below ``D · eps`` times this may be rounding.
 
-        Two bounds on the rounding of a product, and the smaller one counts: layer by layer,
-        ``max_l ‖∏_{j>l} W_j‖ ‖W_l‖ ‖∏_{j<l} W_j‖``, and entry by entry ``‖∏_l |W_l|‖_2``, itself
-        bounded by the root of its largest row sum times its largest column sum.
+        The smaller of two bounds: ``max_l ‖∏_{j>l} W_j‖ ‖W_l‖ ‖∏_{j<l} W_j‖`` over layers, and
+        ``‖∏_l |W_l|‖_2``, bounded by the root of its largest row sum times its largest column sum.
         """
         if self.depth == 1:
             return self.norms[0]
@@ -157,10 +151,7 @@ class LinearNetwork(Layers):
     def from_sequential(
         cls, module: nn.Sequential, *, dtype: torch.dtype | None = None, name: str = "module"
     ) -> LinearNetwork:
-        """Read a `torch.nn.Sequential` of ``Linear`` layers, as `FNN.from_sequential` does.
-
-        Raises `InputError` also for a ReLU and for a bias.
-        """
+        """Read a `torch.nn.Sequential` as `FNN.from_sequential` does; also refuses ReLUs and biases."""
         layers = dense_layers(module, name, dtype)
         for layer in layers:
             if layer.relu or layer.bias is not None:

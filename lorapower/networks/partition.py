@@ -17,10 +17,7 @@ from .linear import LinearNetwork
 class Partition:
     """Consecutive blocks ``P_1, …, P_L̄`` that cover ``L`` layers [def-partition].
 
-    Parameters
-    ----------
-    sizes : iterable of int
-        ``M_i = |P_i|``, the number of layers of each block, first block first; each at least 1.
+    ``sizes`` are ``M_i = |P_i| ≥ 1``, the number of layers of each block, first block first.
     """
 
     sizes: tuple[int, ...]
@@ -36,7 +33,7 @@ class Partition:
 
     @classmethod
     def uniform(cls, depth: int, blocks: int) -> Partition:
-        """``⌊L/L̄⌋`` layers in each block; the last block takes the remainder as well."""
+        """``⌊L/L̄⌋`` layers in each block; the last block also takes the remainder."""
         blocks = _checks.integer("blocks", blocks, 1, depth, limit="the depth")
         size = depth // blocks
         return cls([size] * (blocks - 1) + [depth - size * (blocks - 1)])
@@ -53,10 +50,10 @@ class Partition:
 
 
 class Pieces:
-    """Runs of frozen layers beside the target layers that they may imitate, each made once.
+    """Gaps between runs of frozen layers and target layers, each computed once.
 
-    Of a run the first weight keeps only the columns, the last only the rows that the target layer
-    has; biases are left out. Raises `InputError` where only one of the two ends with a ReLU.
+    A run's first weight is cut to the columns and its last to the rows of the target layer; biases
+    are left out. Raises `InputError` where only one of the networks ends with a ReLU.
     """
 
     def __init__(self, frozen: FNN, target: FNN) -> None:
@@ -99,20 +96,20 @@ class Pieces:
         return Gap(self._runs[which], self._targets[i])
 
     def fits(self, i: int, layers: slice) -> bool:
-        """Whether frozen ``layers`` are nowhere too narrow for target layer ``i``."""
+        """Whether no frozen hidden layer among ``layers`` is too narrow for target layer ``i``."""
         outputs, inputs = self.target.weights[i].shape[-2:]
         first, *inner, last = self.frozen.widths[layers.start : layers.stop + 1]
         return first >= inputs and last >= outputs and all(w >= max(inputs, outputs) for w in inner)
 
 
 def shares(gaps: Sequence[Gap], ranks: Sequence[int]) -> list[list[int]]:
-    """Cut the ranks of all layers into those of each block, none beyond what a layer can use."""
+    """The ranks of each block's layers, each cut to what the layer can use."""
     ends = accumulate((gap.frozen.depth for gap in gaps), initial=0)
     return [gap.ranks(ranks[a:b]) for gap, (a, b) in zip(gaps, pairwise(ends), strict=True)]
 
 
 def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list[Gap]:
-    """Set the blocks of a partition, the uniform one by default, against the target's layers.
+    """Gaps between the blocks of a partition (uniform by default) and the target's layers.
 
     Raises `InputError` for a target deeper or wider than the frozen network, where only one of the
     two ends with a ReLU, and for a partition that does not cover the frozen layers or has not one

@@ -1,7 +1,7 @@
-"""The same function written as another network: other gains, hidden units in another order, more.
+"""The same function as another network: other gains, another order of hidden units, more units.
 
-What adapters have to change depends on how the target is written down. Each function here returns
-a network that computes what it is given, in the form that suits a frozen one.
+The changes that adapters make depend on how the target is written. Each function returns the target
+in a form that suits a frozen network.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ _SILENT = {"relu": 0.0, "gelu": 40.0, "gelu_tanh": 40.0, "silu": 760.0}
 def with_gains(target: Transformer, like: Transformer) -> Transformer:
     """The target with the gains and shifts of another network's blocks, folded into its weights.
 
-    ``W (ḡ ⊙ n + s̄) = W diag(ḡ/g) (g ⊙ n + s) + const``; what is constant goes to the biases. The
-    final norm stays as it is. Raises `InputError` for networks of different depth or width, and
-    for a gain of 0.
+    ``W (ḡ ⊙ n + s̄) = W diag(ḡ/g) (g ⊙ n + s) + const``; biases take the constant. The final norm
+    stays. Raises `InputError` for another depth or width, and for a gain of 0.
     """
     _checks.kind(Transformer, target=target, like=like)
     require_alike(target, like, _SETTINGS, ("blocks", "width"))
@@ -69,16 +68,15 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
 
 
 def relabel(target: Transformer, frozen: Transformer, *, rescale: bool = False) -> Transformer:
-    """The target with its hidden units in another's order and, where asked for, of their sizes.
+    """The target with its hidden units matched to the frozen ones, and rescaled if asked for.
 
-    Units are matched by the least sum of squared distances of ``(w_1, b_1, w_2)``, a linear
-    assignment in each block. So a target that is the frozen network with its units permuted, and
-    changed by little, differs by that change only. ReLU units may be rescaled first, to ``λ w_1, λ
-    b_1, w_2/λ``, with ``λ > 0`` such that ``‖w_1‖/‖w_2‖`` is that of the partner: that finds units
-    that were rescaled, but where they were changed as well it is no longer of the change's rank. Of
-    all orders this is one that is near, not always one of least rank.
+    In each block a linear assignment minimizes the sum of squared distances of ``(w_1, b_1, w_2)``.
+    A target that is the frozen network with permuted units and a small change then differs by that
+    change. The order is near, not always of least rank. Rescaling turns ReLU units into
+    ``λ w_1, λ b_1, w_2/λ``, ``λ > 0``, with their partners' ``‖w_1‖/‖w_2‖``. It finds rescaled
+    units; where these also changed, the difference no longer has the change's rank.
 
-    Raises `InputError` for batches, for other sizes, and for rescaling but of ReLUs.
+    Raises `InputError` for batches, other sizes, and rescaling without ReLUs.
     """
     _checks.kind(Transformer, target=target, frozen=frozen)
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
@@ -94,16 +92,16 @@ def relabel(target: Transformer, frozen: Transformer, *, rescale: bool = False) 
 
 
 def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transformer:
-    """The target with its ReLU units in an order and of sizes that save a rank on every ``W_1``.
+    """The target with ReLU units ordered and rescaled to save one rank on every ``W_1``.
 
-    On the sphere of normalized tokens a unit is its normal vector. With the normals ``a_k`` of the
-    frozen and ``b_k`` of the target's units there is a direction ``x`` in which as many ``a_k·x``
-    as ``b_k·x`` are positive; paired by their signs and rescaled by ``λ_k = a_k·x / b_k·x > 0``,
-    all differences vanish on ``x``. So ``W_1`` needs one rank less than the sphere has dimensions
-    [thm-inner-rank]. The target's gains are the ones that count: see `with_gains`.
+    On the sphere of normalized tokens a unit is its normal vector: ``a_k`` frozen, ``b_k`` of the
+    target. Some direction ``x`` has as many positive ``a_k·x`` as ``b_k·x``. Paired by sign and
+    rescaled by ``λ_k = a_k·x / b_k·x > 0``, all differences vanish on ``x``, so ``W_1`` needs one
+    rank less than normalized tokens have dimensions [thm-inner-rank]. The target's gains count: see
+    `with_gains`.
 
-    Raises `InputError` for networks that do not fit, for another activation than ReLU, and where no
-    such direction is found, as may be where normals of the target are parallel.
+    Raises `InputError` for networks that do not fit, for other activations, and where no such
+    direction is found, as may be where normals of the target are parallel.
     """
     _checks.kind(Transformer, target=target, frozen=frozen)
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
@@ -147,22 +145,20 @@ def enlarge(
     frozen: Transformer,
     places: Sequence[int] | None = None,
 ) -> Transformer:
-    """The target with as many hidden units, heads and blocks as the frozen network.
+    """The target with as many hidden units, heads and blocks as the frozen network, at no rank.
 
-    Hidden units that the target does not have are those of the frozen network, switched off by
-    biases: what they read is bounded. They ask for no rank. Heads that it does not have look where
-    the frozen ones do and add nothing, ``W_O W_V = 0``. A block that it does not have is the frozen
-    one with gains, shifts and biases of 0: it reads nothing and passes tokens on as they are, at no
-    rank [prop-sizes]. The width stays; narrower tokens need a frozen network with ``ε`` smaller in
-    proportion.
+    New hidden units are the frozen ones, switched off by biases, since what they read is bounded.
+    New heads have the frozen patterns and ``W_O W_V = 0``. New blocks are frozen ones with gains,
+    shifts and biases 0: they pass tokens on [prop-sizes]. The width stays; narrower tokens need a
+    frozen ``ε`` smaller in proportion.
 
-    Raises `InputError` for batches, for a target that is larger than the frozen network, for heads
-    of another size, and for places that are none.
+    Raises `InputError` for batches, a target larger than the frozen network, heads of another size,
+    and wrong places.
 
     Parameters
     ----------
     places : sequence of int, optional
-        In which of the frozen blocks, counted from 1, the target's stand; by default the first.
+        The frozen blocks, counted from 1, where the target's stand; by default the first.
     """
     _checks.kind(Transformer, target=target, frozen=frozen)
     _require_single(target, frozen)
@@ -219,7 +215,7 @@ def enlarge(
 
 
 def _reorder(parts: dict[str, Any], l: int, order: Tensor, scale: Tensor) -> None:
-    """The hidden units of a block in another order, and then rescaled."""
+    """Reorder a block's hidden units, then rescale them."""
     for name in ("W_1", "b_1", "W_2"):
         parts[name] = parts[name].clone()
     parts["W_1"][l] = scale[:, None] * parts["W_1"][l][order]
@@ -228,7 +224,7 @@ def _reorder(parts: dict[str, Any], l: int, order: Tensor, scale: Tensor) -> Non
 
 
 class _Match(NamedTuple):
-    """Pairs of hidden units, and the factor that makes each of theirs as large as ours."""
+    """Pairs of hidden units, and the factors that rescale the target's."""
 
     ours: Tensor
     theirs: Tensor
@@ -263,11 +259,7 @@ def _matching(ours: list[Tensor], theirs: list[Tensor], *, scaled: bool) -> _Mat
 def _balanced(
     a: Float[Tensor, "units m"], b: Float[Tensor, "units m"], generator: torch.Generator
 ) -> Float[Tensor, " m"] | None:
-    """A direction with equally many positive products with the rows of both, if one is found.
-
-    Turned by half a circle, the difference of the counts changes its sign, one row at a time. Of
-    the arcs where it is 0 the middle of the widest is taken.
-    """
+    """A direction with equally many positive products with the rows of both, if one is found."""
     u, v = (randomness.normal(generator, a.shape[1], dtype=a.dtype).to(a) for _ in range(2))
     rows = torch.cat([a, b])
     side = torch.cat([a.new_ones(len(a)), -b.new_ones(len(b))])

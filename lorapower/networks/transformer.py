@@ -1,6 +1,4 @@
-"""Transformers: attention and a feed-forward layer in turn, with residual connections and norms
-or without.
-"""
+"""Transformers: attention and feed-forward layers, with or without residuals and norms."""
 
 from __future__ import annotations
 
@@ -39,16 +37,11 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 
 class BlockTrace(NamedTuple):
-    """What happens in a block.
+    """What a block computes.
 
-    Attributes
-    ----------
-    patterns : Tensor
-        What the softmax returns, ``[..., heads, N, N]``; columns sum to 1.
-    preactivations : Tensor
-        What the activation receives, ``[..., hidden, N]``.
-    outputs : Tensor
-        The tokens behind the block, ``[..., width, N]``.
+    ``patterns``, ``[..., heads, N, N]``, is the softmax, whose columns sum to 1;
+    ``preactivations``, ``[..., hidden, N]``, enter the activation; ``outputs``,
+    ``[..., width, N]``, leave the block.
     """
 
     patterns: Float[Tensor, "*batch heads n n"]
@@ -60,47 +53,44 @@ class BlockTrace(NamedTuple):
 class Transformer(Network):
     """``L`` blocks of attention with ``H`` heads and a feed-forward layer.
 
-    A block maps the columns of ``Z``, one for each token, to ``Y = W_2 σ(W_1 N_2(U) + b_1) + b_2``
-    with ``U = Σ_h W_O^h W_V^h N_1(Z) P_h + b_O`` and ``P_h = softmax(N_1(Z)ᵀ W_K^hᵀ (W_Q^h N_1(Z) +
-    b_Q^h))``, the softmax of each column. With residual connections ``Z`` is added to ``U`` and
-    ``U`` to ``Y`` [def-residual]. A norm is ``N(z) = g ⊙ n + s`` with ``n = z̃ / (‖z̃‖²/D +
-    ε)^{1/2}``, where ``z̃`` is ``z`` minus its mean for a LayerNorm and ``z`` for an RMSNorm; where
-    ``z̃`` is 0, ``n`` is 0. Without norms ``N(z) = z``.
+    A block maps the tokens, columns of ``Z``, to ``Y = W_2 σ(W_1 N_2(U) + b_1) + b_2`` with
+    ``U = Σ_h W_O^h W_V^h N_1(Z) P_h + b_O`` and
+    ``P_h = softmax(N_1(Z)ᵀ W_K^hᵀ (W_Q^h N_1(Z) + b_Q^h))``, the softmax of each column. Residual
+    connections add ``Z`` to ``U`` and ``U`` to ``Y`` [def-residual]. A norm is ``N(z) = g ⊙ n + s``
+    with ``n = z̃ / (‖z̃‖²/D + ε)^{1/2}``; ``z̃`` is ``z`` minus its mean for a LayerNorm and ``z``
+    for an RMSNorm; ``n = 0`` where ``z̃ = 0``. Without norms ``N(z) = z``.
 
-    A *plain* transformer has neither residual connections nor norms, no ``b_Q`` and no ``b_O``; its
-    output is ``W_out Y`` of the last block [def-transformer]. The output of any other is ``Y``, or
-    a final norm of it.
+    A *plain* transformer has no residual connections, norms, ``b_Q`` or ``b_O``; its output is
+    ``W_out Y`` of the last block [def-transformer]. Others return ``Y``, or a final norm of it.
 
-    Raises `InputError` for sizes that do not fit, types that are mixed or unusable, entries that
-    are not finite, and parameters that the options have no place for.
+    Raises `InputError` for sizes that do not fit, mixed or other types, entries that are not
+    finite, and parameters that the options have no place for.
 
     Parameters
     ----------
     W_Q, W_K, W_V, W_O : Tensor
-        ``[..., L, H, d, D]``, the last ``[..., L, H, D, d]``; ``d`` is the size of queries and keys
-        for the first two, of values for the others.
+        ``[..., L, H, d, D]``, the last ``[..., L, H, D, d]``; ``d`` may be one size for queries and
+        keys and another for values.
     W_1, W_2 : Tensor
         ``[..., L, F, D]``, ``[..., L, D, F]``.
     W_out : Tensor, optional
-        Of a plain transformer, ``[..., out, D]``; the identity by default.
-    residual : bool
-        Whether there are residual connections.
+        Only if plain: ``[..., out, D]``, by default the identity.
     norm : {"layer", "rms"}, optional
-        What is before attention and before the feed-forward layer; by default nothing.
+        The norm before attention and before the feed-forward layer; by default none.
     activation : {"relu", "gelu", "gelu_tanh", "silu"}
-        ``σ``; ``"gelu_tanh"`` is an approximation of the GELU.
+        ``σ``; ``"gelu_tanh"`` approximates the GELU.
     final_norm : bool
         Whether a norm ends the network.
     causal : bool
-        Whether a token attends only to those up to itself.
+        Whether a token attends only to itself and to earlier ones.
     eps : float
         ``ε``, at least 0.
     **vectors : Tensor
-        ``b_1`` and ``b_2``, ``[..., L, F]`` and ``[..., L, D]``; unless the network is plain,
-        ``b_Q`` and ``b_O``, ``[..., L, H, d]`` and ``[..., L, D]``; with norms the gains and shifts
-        ``g_1, s_1, g_2, s_2``, ``[..., L, D]``; with a final norm ``g_f, s_f``, ``[..., D]``. Gains
-        are 1 by default, all others 0. Biases of keys and values would add nothing: the softmax
-        ignores the one, and the other is part of ``b_O`` or ``b_1``.
+        ``b_1`` ``[..., L, F]``, ``b_2`` ``[..., L, D]``; unless plain, ``b_Q`` ``[..., L, H, d]``,
+        ``b_O`` ``[..., L, D]``; with norms, gains and shifts ``g_1, s_1, g_2, s_2``
+        ``[..., L, D]``; with a final norm, ``g_f, s_f`` ``[..., D]``. Gains are 1 by default,
+        others 0. Biases of keys cancel in the softmax; those of values are part of ``b_O`` or
+        ``b_1``.
     """
 
     W_Q: Float[Tensor, "*batch blocks heads query width"]
@@ -199,7 +189,7 @@ class Transformer(Network):
         self._set({name: tensors[name] for name in self.kinds})
 
     def _set(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make these the parameters, of one batch shape; refuse what does not fit together."""
+        """Set the parameters, of one batch shape; refuse those that do not fit together."""
         sizes: dict[str, int] = {}
         for name, tensor in tensors.items():
             shape = self.SHAPES[name]
@@ -249,22 +239,21 @@ class Transformer(Network):
         purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> Transformer:
-        """Draw a network as `torch.nn.Linear` draws its own numbers, but for attention and norms.
+        """Draw a network; those of one seed and different purposes are independent.
 
-        Matrices and biases are uniform on ``±1/√n`` with ``n`` the size of what a matrix reads.
-        Attention weights of a plain transformer are normal. Gains are uniform on ½ to 1½ and shifts
-        on ±½, far from what training starts with, so that nothing rests on their being alike.
-        Networks of one seed and different purposes are independent.
+        Matrices and biases are uniform on ``±1/√n``, as in `torch.nn.Linear`, with ``n`` the
+        columns of the matrix; attention weights of a plain transformer are normal. Gains are
+        uniform on ½ to 1½ and shifts on ±½: unlike the start of training, they all differ.
 
         Parameters
         ----------
         head_size : int, optional
             ``d``, by default the width.
         hidden : int, optional
-            ``F``, by default the width of a plain transformer, and twice that of others.
+            ``F``, by default the width if plain, otherwise twice the width.
         scale : float, optional
-            Of a plain transformer: the standard deviation of attention weights, by default 1 as in
-            the paper; ``D^{-1/2}`` keeps scores of moderate size.
+            Only if plain: the standard deviation of attention weights, by default 1 as in the
+            paper; ``D^{-1/2}`` keeps scores moderate.
         """
         settings = _check_settings(residual, norm, activation, final_norm, causal, eps)
         plain = not residual and norm is None
@@ -315,13 +304,13 @@ class Transformer(Network):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a network of other numbers has in common with this one, by attribute."""
+        """The options by name, which networks with other numbers can share."""
         names = ("residual", "norm", "activation", "final_norm", "causal", "eps")
         return {name: getattr(self, name) for name in names}
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of parameters that it has, weights first."""
+        """The kinds of its parameters, weights first."""
         return _kinds(**self.settings)
 
     @property
@@ -338,13 +327,13 @@ class Transformer(Network):
     def adapted_kinds(self) -> tuple[str, ...]:
         """The kinds of weights that the theorem adapts [thm-transformer], [thm-residual].
 
-        All of them; of a plain transformer ``W_2`` of the last block only, and not ``W_1``.
+        All; if plain, not ``W_1``, and ``W_2`` only in the last block.
         """
         return tuple(name for name in self.weight_kinds if not (self.is_plain and name == "W_1"))
 
     @property
     def adapted(self) -> tuple[bool, ...]:
-        """For each of ``weights`` whether the theorem adapts it."""
+        """For each of ``weights``, whether the theorem adapts it."""
         frozen = [f"W_2 of block {l}" for l in range(1, self.depth)] if self.is_plain else []
         kinds = self.adapted_kinds
         return tuple(name.split()[0] in kinds and name not in frozen for name in self.weight_names)
@@ -371,7 +360,7 @@ class Transformer(Network):
 
     @property
     def dimension(self) -> int:
-        """``m``: of the space that what a block reads spans, ``D − 1`` under a LayerNorm."""
+        """``m``, of the space of normalized tokens: ``D − 1`` under a LayerNorm, otherwise ``D``."""
         return self.width - (self.norm == "layer")
 
     @property
@@ -413,12 +402,12 @@ class Transformer(Network):
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """For each of ``weights`` what it is, such as ``"W_Q of block 1, head 2"``."""
+        """A name for each of ``weights``, such as ``"W_Q of block 1, head 2"``."""
         return tuple(name for kind in self.weight_kinds for name in self._names(kind))
 
     @property
     def bias_names(self) -> tuple[str, ...]:
-        """For each of ``biases`` what it is, such as ``"b_1 of block 2"``."""
+        """A name for each of ``biases``, such as ``"b_1 of block 2"``."""
         return tuple(name for kind in self.bias_kinds for name in self._names(kind))
 
     def _names(self, kind: str) -> list[str]:
@@ -428,7 +417,7 @@ class Transformer(Network):
         return [f"{kind} of block {l}" for l in blocks] if "blocks" in self.SHAPES[kind] else [kind]
 
     def one_by_one(self, kind: str, stack: Tensor) -> tuple[Tensor, ...]:
-        """A stack of all parameters of a kind as single ones, by block and head."""
+        """Split a stack of one kind of parameter by block and head."""
         first = stack.ndim - len(self.SHAPES[kind])
         dims = 2 if kind[0] == "W" else 1
         return stack.unsqueeze(first).flatten(first, -dims - 1).unbind(first)
@@ -468,10 +457,10 @@ class Transformer(Network):
         return stacks
 
     def ranks(self, rank: int, part: Part = "all") -> tuple[int, ...]:
-        """One rank for every weight of a part of the blocks, none for the others.
+        """One rank for every weight of a part of the blocks, up to its smaller side; 0 for others.
 
-        In the order of ``weights``, as `training.Tuning` takes them; none is above a weight's
-        smaller side. Raises `InputError` for a negative rank and an unknown part.
+        In the order of ``weights``, as `training.Tuning` takes them. Raises `InputError` for a
+        negative rank and an unknown part.
         """
         rank = _checks.integer("rank", rank, 0)
         _checks.choice("part", part, tuple(PARTS))
@@ -492,7 +481,7 @@ class Transformer(Network):
         return self.behind(0, self.as_inputs(x))
 
     def trace(self, x: Float[Tensor, "*#batch width n"]) -> list[BlockTrace]:
-        """What happens in each block, first block first."""
+        """What each block computes, first block first."""
         z, blocks = self.as_inputs(x), []
         for l in range(self.depth):
             patterns = self.patterns(self.scores(l, self.reads(z, "1", l)))
@@ -503,7 +492,7 @@ class Transformer(Network):
         return blocks
 
     def normalize(self, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch width n"]:
-        """``n``: tokens without mean (LayerNorm) and of mean square 1, but for ``ε``."""
+        """``n``: tokens without mean (LayerNorm) and of mean square 1, up to ``ε``."""
         if self.norm == "layer":
             z = z - z.mean(-2, keepdim=True)
         square = z.square().mean(-2, keepdim=True) + self.eps
@@ -512,7 +501,7 @@ class Transformer(Network):
     def reads(
         self, z: Float[Tensor, "*#batch width n"], name: str, l: int
     ) -> Float[Tensor, "*batch width n"]:
-        """What norm ``"1"`` or ``"2"`` of block ``l``, counted from 0, makes of tokens."""
+        """Norm ``"1"`` or ``"2"`` of block ``l``, counted from 0, applied to tokens."""
         if self.norm is None:
             return z
         gain, shift = (getattr(self, kind + name)[..., l, :, None] for kind in ("g_", "s_"))
@@ -521,7 +510,7 @@ class Transformer(Network):
     def scores(
         self, l: int, reads: Float[Tensor, "*#batch width n"]
     ) -> Float[Tensor, "*batch heads n n"]:
-        """``N_1(Z)ᵀ W_Kᵀ (W_Q N_1(Z) + b_Q)`` of block ``l``: of keys, in rows, and queries."""
+        """``N_1(Z)ᵀ W_Kᵀ (W_Q N_1(Z) + b_Q)`` of block ``l``, a row per key, a column per query."""
         tokens = reads.unsqueeze(-3)
         Q, K = (w[..., l, :, :, :] for w in (self.W_Q, self.W_K))
         queries = Q @ tokens
@@ -530,7 +519,7 @@ class Transformer(Network):
         return (K @ tokens).mT @ queries
 
     def patterns(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
-        """How tokens, in columns, attend: the softmax of scores, of earlier ones if ``causal``."""
+        """The softmax of each column of scores; if ``causal``, over earlier tokens and itself."""
         if self.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(-1)
             scores = scores.masked_fill(later, -torch.inf)
@@ -542,7 +531,7 @@ class Transformer(Network):
         z: Float[Tensor, "*#batch width n"],
         patterns: Float[Tensor, "*#batch heads n n"],
     ) -> Float[Tensor, "*batch width n"]:
-        """``U`` of block ``l``: what attention in these patterns makes of tokens."""
+        """``U`` of block ``l`` for tokens and attention patterns."""
         V, O = (w[..., l, :, :, :] for w in (self.W_V, self.W_O))
         attention = (O @ (V @ self.reads(z, "1", l).unsqueeze(-3) @ patterns)).sum(-3)
         if self.is_plain:
@@ -553,11 +542,11 @@ class Transformer(Network):
     def hidden(
         self, l: int, u: Float[Tensor, "*#batch width n"]
     ) -> Float[Tensor, "*batch hidden n"]:
-        """What the activation of block ``l`` receives for ``U``."""
+        """The argument of block ``l``'s activation for ``U``."""
         return self.W_1[..., l, :, :] @ self.reads(u, "2", l) + self.b_1[..., l, :, None]
 
     def activate(self, p: Float[Tensor, "*batch hidden n"]) -> Float[Tensor, "*batch hidden n"]:
-        """``σ`` of it."""
+        """``σ(p)``."""
         return ACTIVATIONS[self.activation](p)
 
     def feed_forward(
@@ -566,7 +555,7 @@ class Transformer(Network):
         u: Float[Tensor, "*#batch width n"],
         hidden: Float[Tensor, "*#batch hidden n"],
     ) -> Float[Tensor, "*batch width n"]:
-        """``Y`` of block ``l``: the tokens behind it."""
+        """``Y`` of block ``l``, the tokens behind it."""
         y = self.W_2[..., l, :, :] @ self.activate(hidden)
         return (u + y if self.residual else y) + self.b_2[..., l, :, None]
 
@@ -587,10 +576,9 @@ class Transformer(Network):
         return self.g_f[..., None] * self.normalize(z) + self.s_f[..., None]
 
     def fill(self, z: Float[Tensor, "*batch narrower n"]) -> Float[Tensor, "*batch width n"]:
-        """Tokens of a narrower network among this one's: below them zeros, or their mean.
+        """Widen tokens of a narrower network with zeros, or with their mean under a LayerNorm.
 
-        The mean under a LayerNorm, so that it stays the mean of all. Raises `InputError` for tokens
-        that are wider. Source: [prop-sizes].
+        Raises `InputError` for tokens that are wider. Source: [prop-sizes].
         """
         z = _checks.real_tensor("z", z, min_dims=2)
         more = self.width - _checks.integer("width of z", z.shape[-2], 1, self.width)
@@ -598,7 +586,7 @@ class Transformer(Network):
         return torch.cat([z, below.expand(*z.shape[:-2], more, z.shape[-1])], -2)
 
     def basis(self) -> Float[Tensor, "width m"]:
-        """An orthonormal basis of the space that what a block reads spans, of dimension ``m``."""
+        """An orthonormal basis of the space of normalized tokens, of dimension ``m``."""
         identity = torch.eye(self.width, dtype=self.dtype, device=self.device)
         if self.norm != "layer":
             return identity
@@ -608,25 +596,24 @@ class Transformer(Network):
     # What adapters have to do with.
 
     def segments(self, target: Transformer, *, throw: bool = True) -> Segments[Gap]:
-        """What lies between two non-linearities of this network, against a target's [lem-segments].
+        """The linear maps between non-linearities, against a target's [lem-segments].
 
-        Segments of a network that is not plain are read with the target's gains, which the adapted
-        network takes on; for a target with this network's gains (`rewriting.with_gains`) nothing is
-        to be tuned there. Such a target may have narrower tokens, which stand among this network's
-        as `Transformer.fill` writes them.
+        Unless plain, segments use the target's gains, which the adapted network takes on; for a
+        target with this network's gains (`rewriting.with_gains`) these stay. Such a target may have
+        narrower tokens, placed as by `Transformer.fill`.
 
         Raises `InputError` for transformers of different sizes (see `rewriting.enlarge`), types or
-        settings; of plain ones for a feed-forward layer that is not as wide as the tokens and,
-        unless ``throw`` is false, where the two are not `Transformer.is_regular`.
+        settings; for plain ones also where the feed-forward layer is not as wide as the tokens and,
+        unless ``throw`` is false, where `Transformer.is_regular` fails.
         """
         _checks.kind(Transformer, target=target)
         return cut(self, target, throw=throw)
 
     def is_regular(self, target: Transformer) -> Bool[Tensor, "*batch"]:
-        """Whether what the theorem inverts is non-singular in working precision [ass-regular].
+        """Whether the weights that the theorem inverts are non-singular in working precision.
 
-        That is, of plain transformers, ``W_1`` and ``W_2`` of this network, and the target's
-        ``W_2`` of all blocks but the last; of others nothing.
+        If plain, ``W_1`` and ``W_2`` of this network and the target's ``W_2`` of all blocks but the
+        last [ass-regular]; otherwise none.
         """
         parts = [(c <= limit).all(-1) for _, c, limit in inverted(self, target)]
         if not parts:
@@ -639,22 +626,21 @@ class Transformer(Network):
         return lowrank.solve(self.W_2[..., :-1, :, :], self.b_2[..., :-1, :, None])[..., 0]
 
     def is_narrow(self, side: str) -> bool:
-        """Whether heads are narrower than tokens: their ``"query size"`` or ``"value size"``."""
+        """Whether heads are narrower than tokens in ``"query size"`` or ``"value size"``."""
         return self.sizes[side] < self.width
 
     def fuse(self, frozen: Transformer | None = None) -> Transformer:
         """The same function with one matrix for each segment of attention [def-fused].
 
-        The product of the two factors stands in ``W_Q`` and in ``W_O``, identities in ``W_K`` and
-        ``W_V``; heads narrower than the tokens keep their two factors. Of a plain transformer
-        ``W_1`` is the identity too, the product at the end stands in ``W_2`` of the last block, and
-        tokens between blocks are written in the coordinates of the ``W_2`` of a frozen network,
-        this one by default. It is one network, without batch dimensions.
+        ``W_Q`` and ``W_O`` become the products, ``W_K`` and ``W_V`` identities; heads narrower than
+        the tokens keep two factors. If plain, ``W_1`` becomes the identity, ``W_2`` of the last
+        block the product at the end, and tokens between blocks have the coordinates of the ``W_2``
+        of ``frozen``, by default of this network. Only for one network, without batch dimensions.
         """
         return fuse(self, self if frozen is None else frozen)
 
     def fused_ranks(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
-        """What adapters of these ranks, by kind of weight, reach of each weight of ``fuse``."""
+        """The rank that adapters of these ranks, by kind, reach on each weight of ``fuse``."""
         return fused_ranks(self, ranks)
 
 
@@ -683,7 +669,7 @@ def _check_settings(
 
 
 def _kinds(residual: bool, norm: Norm | None, final_norm: bool, **_: Any) -> tuple[str, ...]:
-    """The kinds of parameters that the options have a place for."""
+    """The kinds of parameters that the options allow."""
     plain = not residual and norm is None
     has = {
         "W_out": plain,
