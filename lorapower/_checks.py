@@ -71,21 +71,21 @@ def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) 
 
 
 def flag(name: str, value: Any) -> bool:
-    """``value`` as a ``bool``, which nothing else stands for."""
+    """``value`` as a ``bool``; nothing else is taken."""
     if not isinstance(value, bool | np.bool_):
         raise InputError(name, allowed="True or False", given=brief(value))
     return bool(value)
 
 
 def precision(value: Any) -> torch.dtype:
-    """``value`` if it is a type that the package computes in."""
+    """``value`` if the package computes in this type."""
     if not isinstance(value, torch.dtype) or value not in PRECISIONS:
         raise InputError("dtype", allowed="torch.float32 or torch.float64", given=brief(value))
     return value
 
 
 def choice(name: str, value: Any, options: Sequence[str], remedy: str = "") -> None:
-    """Refuse what is none of some words."""
+    """Refuse a value that is not one of the options."""
     if not isinstance(value, str) or value not in options:
         words = [repr(option) for option in options]
         allowed = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
@@ -136,10 +136,7 @@ def sizes(name: str, value: Any, low: int = 0) -> tuple[int, ...]:
 
 
 def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """One rank per layer, from one for all (see `capped_ranks`) or one for each.
-
-    One for each is within its own weight's smaller side.
-    """
+    """One rank per layer, from one for all (`capped_ranks`) or one each, up to its smaller side."""
     if isinstance(ranks, Tensor):
         _require_dense("ranks", ranks, INTEGERS)
     if isinstance(ranks, np.ndarray | Tensor):
@@ -158,10 +155,7 @@ def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, .
 
 
 def capped_ranks(rank: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """One rank for all weights, of which none takes more than its smaller side.
-
-    It is refused where it is beyond all of them.
-    """
+    """One rank for all weights, cut to each smaller side; refused where it is above all of them."""
     sides = [min(shape) for shape in shapes]
     square = len({size for shape in shapes for size in shape}) == 1
     limit = "the width" if square else "the largest smaller side of a weight"
@@ -170,10 +164,9 @@ def capped_ranks(rank: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> Tensor:
-    """``value`` (tensor, array, lists) as a float32 or float64 tensor of finite numbers.
+    """``value`` (tensor, array, lists) as a detached, finite float32 or float64 tensor.
 
-    Its last ``min_dims`` dimensions are not empty. Numbers alone are taken, without gradients: a
-    tensor's are shared, or with ``copy`` its own, as those of an array or of lists always are.
+    Its last ``min_dims`` dimensions are not empty. A tensor's memory is shared unless ``copy``.
     """
     tensor = value.detach() if isinstance(value, Tensor) else _from_array(name, value)
     _require_dense(name, tensor, PRECISIONS)
@@ -191,7 +184,7 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
 
 
 def _require_dense(name: str, tensor: Tensor, types: Sequence[torch.dtype]) -> None:
-    """Refuse a tensor that lacks numbers, that is not dense, or that is of no such type."""
+    """Refuse a tensor without numbers, that is not dense, or of another type."""
     numbers = "" if tensor.dtype in types else str(tensor.dtype).removeprefix("torch.")
     if tensor.is_meta:
         numbers = "one on device meta, which has none"
@@ -215,7 +208,7 @@ def _from_array(name: str, value: Any) -> Tensor:
 
 
 def kind(*expected: type, **given: Any) -> None:
-    """Refuse whatever of ``given``, by the caller's name of it, is none of ``expected``."""
+    """Refuse ``given`` values, by their name, that are none of the ``expected`` types."""
     for name, value in given.items():
         if not isinstance(value, expected):
             names = (f"{cls.__name__} ({cls.__module__.rpartition('.')[0]})" for cls in expected)
@@ -229,7 +222,7 @@ def kind(*expected: type, **given: Any) -> None:
 
 
 def like_frozen(target: Any, frozen: Any) -> None:
-    """Refuse a target whose numbers are of another type or on another device than the frozen's."""
+    """Refuse a target of another type or on another device than the frozen network."""
     for aspect in ("dtype", "device"):
         given, needed = getattr(target, aspect), getattr(frozen, aspect)
         if given != needed:
@@ -241,17 +234,14 @@ def like_frozen(target: Any, frozen: Any) -> None:
 
 
 def same_sizes(adapted: Any, target: Any) -> None:
-    """Refuse a target whose weights are not of the sizes of another network's."""
+    """Refuse a target whose weights have other sizes than another network's."""
     sizes = [[tuple(w.shape[-2:]) for w in network.weights] for network in (adapted, target)]
     if sizes[0] != sizes[1]:
         raise InputError("target", allowed=f"of weights {brief(sizes[0])}", given=brief(sizes[1]))
 
 
 def failed_members(bad: Tensor, shown: int | None = None) -> str:
-    """Words that name the members of a batch where ``bad`` holds; nothing for a single network.
-
-    ``shown``, by default the first of them, is the flat position of the one that is spoken of.
-    """
+    """Name the members of a batch where ``bad`` holds, ``shown`` (flat) first; else nothing."""
     if not bad.ndim:
         return ""
     places = [place[0] if bad.ndim == 1 else tuple(place) for place in bad.nonzero().tolist()]
@@ -267,7 +257,7 @@ def failed_members(bad: Tensor, shown: int | None = None) -> str:
 def common_shape(
     name: str, shapes: Sequence[tuple[int, ...]], *, what: str = "batch shapes"
 ) -> torch.Size:
-    """What all of ``shapes`` broadcast to; ``what`` says what they are."""
+    """The shape to which all ``shapes`` broadcast; ``what`` says what they are."""
     try:
         return torch.broadcast_shapes(*shapes)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The package's own errors: each says what was given, what is allowed and what to do."""
+"""The package's errors: each says what was given, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 60
 
 
 def brief(value: object) -> str:
-    """Write ``repr(value)`` on one line of at most ``LONGEST`` characters, long ones in part."""
+    """Write ``repr(value)`` on one line, shortened to at most ``LONGEST`` characters."""
     try:
         return _shorten(_SHOWN.repr(value))
     except ValueError:  # Python writes out no integer of thousands of digits
@@ -40,20 +40,9 @@ class LorapowerError(Exception):
 class InputError(LorapowerError, ValueError):
     """An argument cannot be used; raised before any work starts.
 
-    The message is one line: "``name`` must be ``allowed``; got ``given``: ``remedy``".
-
-    Attributes
-    ----------
-    name : str
-        Which argument it is: the parameter's name as in the signature (``"ranks"``), or a part of
-        the argument by the name of such parts (``"rank of layer 2"``, ``"weight of layer 1"``).
-        Programs may rely on it; the other words are for people.
-    allowed : str
-        What would have been accepted.
-    given
-        What was passed: a text describes it, anything else is the value itself.
-    remedy : str
-        What to do about it, or an empty string where ``allowed`` says it.
+    The message is one line: "``name`` must be ``allowed``; got ``given``: ``remedy``". ``name`` is
+    the parameter's, or a part of the argument such as ``"rank of layer 2"``; programs may rely on
+    it. ``given`` is a description or the value itself; ``remedy`` may be empty.
     """
 
     def __init__(self, name: str, *, allowed: str, given: object, remedy: str = "") -> None:
@@ -64,11 +53,11 @@ class InputError(LorapowerError, ValueError):
 
 
 class SingularError(LorapowerError, ArithmeticError):
-    """No way to split the update among the layers is as accurate as was asked for.
+    """No splitting of the update among the layers is as accurate as was asked for.
 
-    ``layer``, counted from 1, has the worst-conditioned system, of ``condition_number``, which
-    counts as singular above ``singular_from``. ``rounding_error`` is that of the best splitting and
-    ``rtol`` what was accepted. ``member`` says in words which of a batch it is.
+    ``layer``, counted from 1, has the worst system, of ``condition_number``; above
+    ``singular_from`` it counts as singular. ``rounding_error`` is the best splitting's, ``rtol``
+    what was accepted; ``member`` names the member of a batch.
     """
 
     def __init__(
@@ -98,15 +87,14 @@ class SingularError(LorapowerError, ArithmeticError):
         )
 
     def at_layer(self, layer: int) -> SingularError:
-        """The same error, of a layer that is counted in a larger network."""
+        """The same error for a layer counted in a larger network."""
         return SingularError(**{**vars(self), "layer": layer})
 
 
 class PrecisionError(LorapowerError, ArithmeticError):
-    """The biases that make layers linear over a region swallow too many digits.
+    """Biases that make layers linear over a region cost too many digits.
 
-    ``digits_lost`` is the expected loss of decimal digits in ``block``, counted from 1, and
-    ``limit`` the largest that was accepted.
+    ``digits_lost`` decimal digits are expected in ``block``, counted from 1, above ``limit``.
     """
 
     def __init__(
@@ -121,7 +109,7 @@ class PrecisionError(LorapowerError, ArithmeticError):
 
 
 class ResultsError(LorapowerError, OSError):
-    """A file of results, ``path``, cannot be used as it is; nothing that it holds is lost."""
+    """A file of results, ``path``, cannot be used; nothing that it holds is lost."""
 
     def __init__(self, path: Path, problem: str, *, remedy: str) -> None:
         self.path, self.problem, self.remedy = path, problem, remedy

@@ -19,10 +19,9 @@ from .errors import InputError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
-    """A matrix held as its factors: the update ``ΔW = A Bᵀ`` of one weight.
+    """A matrix as factors, ``ΔW = A Bᵀ``: ``left`` is ``A`` ``[..., out, rank]``, ``right`` ``B``.
 
-    ``left`` is ``A``, ``[..., out, rank]``, and ``right`` is ``B``, ``[..., in, rank]``. Raises
-    `InputError` for factors that differ in their number of columns.
+    ``B`` is ``[..., in, rank]``. Raises `InputError` for different numbers of columns.
     """
 
     left: Float[Tensor, "*batch out rank"]
@@ -35,7 +34,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of columns of the factors; the matrix has at most this rank."""
+        """Number of columns of the factors, at least the rank of the matrix."""
         return self.left.shape[-1]
 
     @property
@@ -52,7 +51,7 @@ class LowRank:
         return LowRank(self.left[..., :rank], self.right[..., :rank])
 
     def balanced(self) -> LowRank:
-        """The same matrix with each column as long in one factor as in the other."""
+        """The same matrix with equal norms of the two factors' columns."""
         sides = [torch.linalg.vector_norm(f, dim=-2, keepdim=True) for f in (self.left, self.right)]
         root = (sides[0] / sides[1]).sqrt()
         # A column of zeros in one factor stays one, whatever stands in the other.
@@ -100,7 +99,7 @@ def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
 def _of_distinct(
     function: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor
 ) -> tuple[Tensor, ...]:
-    """``function`` of a batch of matrices; members that are one by expansion are taken once."""
+    """``function`` of a batch of matrices, computed once for members expanded from one."""
     batch = matrix.shape[:-2]
     for dim in range(len(batch)):
         if matrix.stride(dim) == 0:
@@ -110,11 +109,10 @@ def _of_distinct(
 
 
 def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
-    """The best approximation of a matrix by one of rank ``r``, ``Σ_{d≤r} σ_d u_d v_dᵀ``.
+    """The best approximation of rank ``r``, ``Σ_{d≤r} σ_d u_d v_dᵀ``, as ``A = UΣ``, ``B = V``.
 
-    It is best in the spectral and in the Frobenius norm; its factors are ``A = UΣ`` and ``B = V``.
-    Raises `InputError` for a rank outside ``0…min(out, in)`` and for a matrix that is not finite
-    float32 or float64. Source: [thm-eckart-young].
+    It is best in both norms [thm-eckart-young]. Raises `InputError` for a rank outside
+    ``0…min(out, in)`` and for a matrix that is not of finite float32 or float64 numbers.
     """
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(matrix.shape[-2:]), limit="the smaller side")
@@ -123,10 +121,10 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
 
 
 def tail_norms(singular_values: Float[Tensor, "*batch k"], rank: int) -> Norms:
-    """Distances from a matrix to the nearest one of rank ``r``, from its singular values.
+    """Distances to the nearest matrix of rank ``r`` from singular values [thm-eckart-young].
 
-    ``σ_{r+1}`` in the spectral norm, 0 past the end, and ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius
-    norm. Raises `InputError` for a negative rank. Source: [thm-eckart-young].
+    ``σ_{r+1}`` (0 past the end) in the spectral and ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
+    Raises `InputError` for a negative rank.
     """
     tail = singular_values[..., _checks.integer("rank", rank, 0) :]
     return Norms(
@@ -139,9 +137,8 @@ def rank(
 ) -> Int[Tensor, "*batch"]:
     """Numerical rank: how many ``σ_d`` exceed ``max(out, in) · eps · scale``.
 
-    ``scale`` is the size of the numbers that the matrix was computed from, by default its own
-    ``σ_1``. A difference of nearly equal matrices needs the size of its terms: otherwise their
-    rounding errors count.
+    ``scale`` is the size of the numbers behind the matrix, by default its ``σ_1``. For a difference
+    give the size of its terms: otherwise their rounding counts.
     """
     singular_values = spectrum(matrix)
     size = singular_values[..., 0]
@@ -166,11 +163,10 @@ def condition(singular_values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*bat
 def solve(
     matrix: Float[Tensor, "*#batch rows cols"], right: Float[Tensor, "*#batch rows k"]
 ) -> Float[Tensor, "*batch cols k"]:
-    """The smallest ``X`` with ``M X = Y`` for a matrix ``M`` of full row rank (``rows ≤ cols``).
+    """The smallest ``X`` with ``M X = Y``, by a QR factorization of ``Mᵀ``.
 
-    By a QR factorization of ``Mᵀ``, which is backward stable and forms no inverse. Where ``M`` is
-    singular the result is not finite: look at `condition_number` first. Raises `InputError` when
-    ``rows > cols``, since then no solution exists in general.
+    ``M`` has full row rank, ``rows ≤ cols``; otherwise `InputError` is raised. Where ``M`` is
+    singular the result is not finite: check `condition_number` first.
     """
     rows, cols = matrix.shape[-2:]
     if rows > cols:
@@ -189,7 +185,7 @@ def random_matrix(
     purpose: str = "matrix",
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "*batch rows cols"]:
-    """Draw a matrix of a given condition number ``κ ≥ 1``.
+    """Draw a matrix of condition number ``κ ≥ 1``.
 
     ``Q_1 diag(σ) Q_2ᵀ`` with random orthonormal ``Q_1, Q_2`` and ``σ`` log-spaced from 1 to
     ``1/κ``. Matrices of one seed and different purposes are independent.

@@ -1,7 +1,7 @@
-"""Random streams: one for each seed and purpose, independent of all others by construction.
+"""Random streams: one for each seed and purpose, independent of all others.
 
-Everything random in this package is drawn from `generator`, `seeded` or `number`, so that no two
-things share a stream: what is drawn for one purpose says nothing of what is drawn for another.
+All randomness of the package comes from `generator`, `seeded` or `number`, so draws for one purpose
+say nothing about draws for another.
 """
 
 from __future__ import annotations
@@ -24,18 +24,10 @@ _WORDS = slice(24, 24 + 8 * 624)
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """Make the generator of random numbers that belongs to a seed and a purpose.
 
-    All 624 words of its state come from a `numpy.random.SeedSequence` of both. Seeding torch's
-    generator itself would not do: on processors it takes 32 bits of a seed, whatever it is given.
-
-    Raises `InputError` for a seed that is no integer from 0.
-
-    Parameters
-    ----------
-    seed : int
-        An integer from 0, of any size.
-    purpose : str or int
-        What is drawn, in words, and which of several, in numbers:
-        ``generator(seed, "inputs", 3)``.
+    A `numpy.random.SeedSequence` of both fills all 624 words of its state; torch itself uses 32
+    bits of a seed on processors. The purpose says in words what is drawn, and in numbers which of
+    several: ``generator(seed, "inputs", 3)``. Raises `InputError` for a seed that is no integer
+    from 0; it may have any size.
     """
     made = torch.Generator()
     state = made.get_state()
@@ -47,10 +39,10 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
-    """Let torch's global random numbers come from `generator` inside a ``with`` block.
+    """Draw torch's global random numbers from `generator` inside a ``with`` block.
 
-    Afterwards the global state is what it was before. This is for code that takes no generator,
-    such as the initial weights of `torch.nn.Linear`.
+    Afterwards the global state is as before. For code that takes no generator, such as the initial
+    weights of `torch.nn.Linear`.
     """
     state = generator(seed, *purpose).get_state()
     with torch.random.fork_rng(devices=[]):
@@ -69,11 +61,7 @@ def normal(
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Draw standard normal numbers.
-
-    They are drawn on the processor and then moved to ``device``, so that equal seeds give equal
-    numbers on all devices.
-    """
+    """Draw standard normal numbers, on the processor so that they are equal on all devices."""
     return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(device)
 
 

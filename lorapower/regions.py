@@ -1,8 +1,7 @@
-"""Input regions: bounded sets of inputs, known by the least value of linear maps over them.
+"""Bounded convex sets of inputs, on which constructions keep their promises.
 
-A region is convex with a centre. What a construction promises holds everywhere in it, so all that
-is asked of a region is how far a linear map can go below its value at the centre, and other regions
-that hold its image under an affine map and under a ReLU.
+A region says how far a linear map goes below its value at the centre, and which regions hold its
+images under affine maps and ReLUs.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from .errors import InputError
 class Region(ABC):
     """A bounded convex set of inputs.
 
-    A region that was given by single numbers for all coordinates has no width before `fit`. Until
-    then it can only say how low a map goes; all else raises `InputError`.
+    Given by single numbers for all coordinates, it has no width before `fit`; until then only
+    `lowest` works, all else raises `InputError`.
     """
 
     _centre: Tensor
@@ -62,13 +61,13 @@ class Region(ABC):
 
     @abstractmethod
     def fit(self, width: int, dtype: torch.dtype) -> Self:
-        """This region for inputs of ``width`` coordinates, its numbers in ``dtype``.
+        """This region with inputs of ``width`` coordinates and numbers in ``dtype``.
 
-        Raises `InputError` for a region that has another width.
+        Raises `InputError` for a region of another width.
         """
 
     def _column(self, width: int) -> Float[Tensor, "*batch width 1"]:
-        """The centre in ``width`` coordinates, or an `InputError` where they are not as many."""
+        """The centre in ``width`` coordinates; `InputError` for another number of them."""
         if self._fitted and self.width != width:
             raise InputError(
                 "region", allowed=f"of {width} coordinates, like the inputs", given=self.width
@@ -86,17 +85,16 @@ class Region(ABC):
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
-        """Draw inputs in the region, or with ``edge`` at its edge."""
+        """Draw inputs in the region or, with ``edge``, at its edge."""
         return self._draw(samples, edge, randomness.generator(seed, "inputs in a region"))
 
     @abstractmethod
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor: ...
 
     def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:
-        """Inputs in the region that stand for those that a network usually sees.
+        """Typical inputs: ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates.
 
-        They are ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates, whose covariance
-        is ``scale² I``, and nearer to the centre where those are outside.
+        Their covariance is ``scale² I``; those outside the region are moved towards the centre.
         """
         identity = torch.eye(self.width, **self._kind)
         steps = identity * (-self.lowest(identity)).clamp(max=scale * self.width**0.5)
@@ -122,14 +120,8 @@ class Region(ABC):
 class Ball(Region):
     """All inputs with ``‖x − centre‖_2 ≤ radius``.
 
-    Raises `InputError` for a negative radius (an empty region) and for an infinite one.
-
-    Parameters
-    ----------
-    radius
-        Finite and at least 0; one number, or ``[...]``.
-    centre
-        One number for all coordinates, or ``[..., width]``.
+    The radius, one number or ``[...]``, is finite and at least 0, otherwise `InputError` is raised;
+    the centre is one number for all coordinates, or ``[..., width]``.
     """
 
     def __init__(self, radius: Any, centre: Any = 0.0) -> None:
@@ -145,7 +137,7 @@ class Ball(Region):
 
     @classmethod
     def about(cls, x: Float[Tensor, "*batch width samples"], margin: float = 1.0) -> Ball:
-        """The ball about the mean of some inputs that holds them, its radius times ``margin``."""
+        """The ball about the mean of inputs that holds them, its radius times ``margin``."""
         margin = _checks.positive("margin", margin)
         centre = x.mean(-1, keepdim=True)
         radius = torch.linalg.vector_norm(x - centre, dim=-2).amax(-1)
@@ -173,12 +165,8 @@ class Ball(Region):
 class Box(Region):
     """All inputs with ``low ≤ x ≤ high`` in every coordinate.
 
-    Raises `InputError` for ``low > high`` (an empty region) and for an infinite side.
-
-    Parameters
-    ----------
-    low, high
-        Finite; one number for all coordinates, or ``[..., width]``.
+    Sides are one number for all coordinates, or ``[..., width]``. Raises `InputError` for
+    ``low > high`` and for infinite sides.
     """
 
     def __init__(self, low: Any, high: Any) -> None:
@@ -213,18 +201,11 @@ class Box(Region):
 
 
 class Samples(Region):
-    """The convex hull of given inputs, made larger about their mean by ``1 + margin``.
+    """The convex hull of inputs ``[..., width, samples]``, enlarged by ``1 + margin ≥ 1``.
 
-    What one layer does to a hull is not a hull: behind the first block of a partition, the region
-    is the hull of the images of the given inputs themselves, made larger by the same margin.
-    For a target of more than one layer this promises the given inputs alone.
-
-    Parameters
-    ----------
-    inputs
-        Columns, ``[..., width, samples]``.
-    margin : float
-        Finite and at least 0.
+    It is enlarged about the mean. Behind the first block of a partition the region is the enlarged
+    hull of the inputs' images, which need not hold the image of the hull: for targets of several
+    layers the promise is for the given inputs alone.
     """
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:
@@ -265,7 +246,7 @@ class Samples(Region):
 
 
 def _numbers(name: str, value: Any) -> Tensor:
-    """``value`` as a finite tensor of any shape; plain integers are taken as float64."""
+    """``value`` as a finite tensor of any shape; plain integers become float64."""
     if isinstance(value, Integral | np.ndarray) and np.asarray(value).dtype.kind == "i":
         value = np.float64(value)
     return _checks.real_tensor(name, value, min_dims=0, copy=True)

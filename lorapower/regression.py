@@ -1,7 +1,7 @@
-"""Least squares of a given rank: the best map between data, and the best of a given matrix.
+"""Least squares of limited rank: the best map between data, and the best for a matrix.
 
-Samples are columns, and everything broadcasts over leading batch dimensions. No second moment is
-inverted, and of inputs none is formed: data may be few or degenerate.
+Samples are columns; leading batch dimensions broadcast. No second moment is inverted, and none of
+inputs is formed: data may be few or degenerate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EXTRA, _ROUNDS = 16, 3
 class Regression(NamedTuple):
     """The map ``z ↦ K z + a`` of a fit: ``update`` is ``K``, and ``intercept`` is ``a``.
 
-    ``K`` has the rank that was asked for, or as many columns as the metric has rows.
+    ``K`` has the given rank, or as many columns as the metric has rows.
     """
 
     update: LowRank
@@ -31,11 +31,11 @@ class Regression(NamedTuple):
 
 
 class Truncation(NamedTuple):
-    """The nearest matrix of a rank, and what it leaves out.
+    """The nearest matrix of limited rank, and what it leaves out.
 
-    The first ``s`` columns of ``update`` are the nearest matrix of rank ``s``. Direction ``d``
-    takes ``σ_d²`` off the squared distance, ``values`` being ``σ_1 ≥ … ≥ σ_r``; ``total`` is the
-    squared distance of rank 0, ``Σ_d σ_d²`` over all directions.
+    The first ``s`` columns of ``update`` are the nearest matrix of rank ``s``. ``values`` are
+    ``σ_1 ≥ … ≥ σ_r``: direction ``d`` takes ``σ_d²`` off the squared distance, of
+    ``total = Σ_d σ_d²`` over all directions.
     """
 
     update: LowRank
@@ -56,14 +56,11 @@ def reduced_rank(
 ) -> Regression:
     """Fit outputs ``y`` by ``K z + a`` with a matrix ``K`` of limited rank.
 
-    ``K`` and ``a`` make ``E‖R(y − K z − a)‖² + λ c ‖R(K − E)‖²_F`` least, where ``c`` is the mean
-    variance of a coordinate of ``z``. The solution is ``K = R⁺ U_r U_rᵀ R B``: ``B`` are the
-    coefficients of the fit without a limit of the rank, and ``U_r`` are the leading left singular
-    vectors of ``R B C^{1/2}``, with the covariance ``C`` of ``z``.
-
-    Raises `InputError` for numbers that are not finite and for sizes that do not fit.
-
-    Source: [thm-reduced-rank].
+    ``K`` and ``a`` minimize ``E‖R(y − K z − a)‖² + λ c ‖R(K − E)‖²_F``, where ``c`` is the mean
+    variance of a coordinate of ``z``: ``K = R⁺ U_r U_rᵀ R B`` with the coefficients ``B`` of the
+    fit of any rank and the leading left singular vectors ``U_r`` of ``R B C^{1/2}``, ``C`` the
+    covariance of ``z``. Raises `InputError` for numbers that are not finite and sizes that do not
+    fit. Source: [thm-reduced-rank].
 
     Parameters
     ----------
@@ -78,7 +75,7 @@ def reduced_rank(
     metric : Tensor, optional
         ``R``, ``[..., rows, out]``, the identity by default.
     intercept : bool
-        Whether ``a`` is fitted. Without it ``a = 0`` and second moments replace covariances.
+        Whether ``a`` is fitted. Otherwise ``a = 0`` and second moments replace covariances.
     """
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
@@ -140,12 +137,10 @@ def truncate(
     metric: Float[Tensor, "*#batch rows out"] | None = None,
     approximate: bool = False,
 ) -> Truncation:
-    """Find the matrix of limited rank that is nearest in a metric of inputs and one of outputs.
+    """Find the matrix of rank at most ``r`` that is nearest in metrics of inputs and outputs.
 
-    ``K = R⁺ U_r U_rᵀ R M`` makes ``‖R (M − K) Z‖_F`` least among matrices of rank at most ``r``;
-    ``U_r`` and ``σ`` are the leading left singular vectors and the singular values of ``R M Z``.
-
-    Source: [prop-two-metrics].
+    ``K = R⁺ U_r U_rᵀ R M`` minimizes ``‖R (M − K) Z‖_F``; ``U_r`` and ``σ`` are the leading left
+    singular vectors and the singular values of ``R M Z``. Source: [prop-two-metrics].
 
     Parameters
     ----------
@@ -154,14 +149,13 @@ def truncate(
     rank : int
         ``r``, at most the smaller side of ``M``.
     inputs : Tensor, optional
-        ``Z``, ``[..., in, samples]``: inputs, or any other columns of the same second moment; the
-        identity by default.
+        ``Z``, ``[..., in, samples]``, or other columns of the same second moment; by default the
+        identity.
     metric : Tensor, optional
-        ``R``, ``[..., rows, out]``, the identity by default. See `second_moment_root`.
+        ``R``, ``[..., rows, out]``, by default the identity. See `second_moment_root`.
     approximate : bool
-        Whether of a matrix that is large against the rank only the leading subspace is found, by
-        rounds of multiplication (Halko, Martinsson and Tropp, 2011): time then grows as the number
-        of entries.
+        Find only the leading subspace of a matrix that is large against the rank, by rounds of
+        multiplication (Halko, Martinsson and Tropp, 2011), in time proportional to its entries.
     """
     M = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(M.shape[-2:]), limit="the smaller side")
@@ -179,7 +173,7 @@ def truncate(
 
 
 def _leading(matrix: Tensor, size: int) -> SVD:
-    """The part of an SVD that lies in a subspace of that size, near to the leading one."""
+    """The SVD in a subspace of this size near the leading one."""
     draw = randomness.generator(0, "subspace")
     start = randomness.normal(
         draw, matrix.shape[-1], size, dtype=matrix.dtype, device=matrix.device
@@ -205,8 +199,8 @@ def second_moment_root(
 ) -> Float[Tensor, "*batch width width"]:
     """Find ``R``, upper triangular, with ``RᵀR = E[g gᵀ] + ρ c I`` for columns ``g``.
 
-    ``c`` is the mean square of an entry and ``ρ`` the ridge, at least 0. Of columns that are all 0
-    it is the identity, since then no direction counts more than another.
+    ``c`` is the mean square of an entry and ``ρ ≥ 0`` the ridge. For columns that are all 0 ``R``
+    is the identity: no direction counts more than another.
     """
     g = _checks.real_tensor("columns", columns, min_dims=2)
     ridge = _checks.finite("ridge", ridge, 0)
@@ -217,7 +211,7 @@ def second_moment_root(
 
 
 def _fitting(name: str, value: Any, shape: tuple[int | None, int], like: Tensor) -> Tensor:
-    """A matrix of these sizes, of the type of another and on its device."""
+    """A matrix of these sizes, of the type and on the device of another."""
     matrix = _checks.real_tensor(name, value, min_dims=2).to(like)
     rows, columns = matrix.shape[-2:]
     if columns != shape[1] or rows != (shape[0] or rows):

@@ -1,6 +1,6 @@
 """Rank thresholds and error bounds, each with the statement of the book that proves it.
 
-All raise `InputError` for a network of another kind than the one they are for.
+All raise `InputError` for a network of another kind than theirs.
 """
 
 import lazy_loader

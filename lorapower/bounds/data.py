@@ -1,4 +1,4 @@
-"""What adapted networks miss on given inputs, to first order."""
+"""Errors of adapted networks on given inputs, to first order."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ _Stage = Callable[..., tuple[Tensor, ...]]
 def first_order(
     adapted: Network, target: Network, inputs: Float[Tensor, "*batch width n"]
 ) -> Float[Tensor, ""]:
-    """``E‖Σ_s J_s δ_s‖²`` over the variance of the target's outputs: an error to first order.
+    """``E‖Σ_s J_s δ_s‖²`` over the variance of the target's outputs: a relative error.
 
-    ``δ_s`` is the difference between what segment ``s`` of the adapted network and that of the
-    target make of the target's activations before it. ``J_s`` is the derivative of all that follows
-    ``s`` in the adapted network, at the target's activations. A segment ends before a ReLU, a
-    softmax, or the next block. The error is relative, as in `constructions.fitted`. Of linear
-    networks it is exact. It is not finite where the target's outputs do not vary on the inputs.
+    At the target's activations, ``δ_s`` is the difference of segment ``s`` between the adapted
+    network and the target, and ``J_s`` the derivative of what follows ``s`` in the adapted network.
+    A segment ends before a ReLU, a softmax, or the next block. The error is exact for linear
+    networks, and not finite where the target is constant on the inputs.
 
-    The networks are of one kind and of equal sizes, one of each, such as those of a
-    `constructions.fused.Fused`. Inputs are columns ``[in, samples]``, of transformers sequences
-    ``[..., width, tokens]``. Source: [prop-first-order].
+    The networks are of one kind, of equal sizes and without batches, as in a
+    `constructions.fused.Fused`. Inputs are columns ``[in, samples]`` or, for transformers,
+    sequences ``[..., width, tokens]``. Source: [prop-first-order].
     """
     _checks.kind(LinearNetwork, FNN, Transformer, adapted=adapted)
     _checks.kind(type(adapted), target=target)
@@ -54,16 +53,16 @@ def first_order(
 
 
 def variance(outputs: Float[Tensor, "*samples out n"]) -> Float[Tensor, ""]:
-    """The mean squared error of the best constant: each output's variance, and their mean.
+    """The mean over outputs of their variance over samples and tokens, the best constant's error.
 
-    Over all samples and tokens. Raises `InputError` for numbers that are not finite.
+    Raises `InputError` for numbers that are not finite.
     """
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     return y.movedim(-2, 0).flatten(1).var(-1, correction=0).mean()
 
 
 def _stages(network: Network) -> list[_Stage]:
-    """A network cut where segments end; together the stages are the network."""
+    """The network as a chain of stages that end where segments end."""
     if isinstance(network, Transformer):
         return _transformer(network)
     if isinstance(network, FNN):

@@ -1,8 +1,8 @@
-"""What tuning the final layers cannot do: the frozen first layer has lost it [lem-final-layers].
+"""Errors that tuning above the frozen first layer leaves [lem-final-layers].
 
-The layers above the first see of an input ``x`` only ``h(x) = ReLU(W_1 x + b_1)``. An active unit
-tells the value of a linear map of ``x``, an inactive one only that another is not positive: within
-those limits inputs can move unseen. Where no ReLU follows, every unit counts as active.
+Later layers see only ``h(x) = ReLU(W_1 x + b_1)``: the value of an active unit, and that an
+inactive one is not positive. Within these limits inputs move unseen. Without a ReLU every unit
+counts as active.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..networks.fnn import FNN
 
 
 class Floor(NamedTuple):
-    """An estimated mean over samples and coordinates, and its standard error; each ``[...]``."""
+    """Estimated mean over samples and coordinates, and its standard error; each ``[...]``."""
 
     mean_squared_error: Float[Tensor, "*batch"]
     standard_error: Float[Tensor, "*batch"]
@@ -29,11 +29,10 @@ class Floor(NamedTuple):
 def colliding_inputs(
     frozen: FNN, x: Float[Tensor, "*#batch in samples"], *, reach: float = 1.0, seed: int = 0
 ) -> Float[Tensor, "*batch in samples"]:
-    """For each input another one that the frozen first layer cannot tell from it.
+    """For each input another one with the same outputs of the frozen first layer.
 
-    It lies in a random direction that the active units do not see, as far from ``x`` as the
-    inactive units let it and ``reach`` at most. Where the active units see all directions it is
-    ``x`` itself. Source: [lem-final-layers].
+    It lies in a random direction orthogonal to the active units, as far as inactive units allow, at
+    most ``reach``; it is ``x`` where there is no such direction. Source: [lem-final-layers].
     """
     _checks.kind(FNN, frozen=frozen)
     x = frozen.as_inputs(x).double()
@@ -52,16 +51,14 @@ def final_layers_floor(
 ) -> Floor:
     """The mean squared error that no tuning above the frozen first layer gets below.
 
-    For ``x ~ N(0, I)`` and every function ``g``, ``E‖g(h(x)) − f̄(x)‖² ≥ E tr Cov(f̄(x) | h(x))``,
-    which is ``E‖f̄(x) − f̄(x')‖² / 2`` for ``x'`` drawn like ``x`` from all inputs with the same
-    ``h``. Given ``h`` these are normal, restricted to a polytope in an affine subspace. ``x'``
-    comes from each of some samples ``x`` by steps of hit-and-run: a random direction in the
-    subspace, then a draw along that line. After any number of steps the estimate is unbiased for a
-    number that is **at most** the floor; with more steps that number rises to it. Source:
-    [prop-floor].
+    For ``x ~ N(0, I)`` and every function ``g``, ``E‖g(h(x)) − f̄(x)‖² ≥ E tr Cov(f̄(x) | h(x)) =
+    E‖f̄(x) − f̄(x')‖² / 2``, with ``x'`` drawn like ``x`` given ``h(x') =
+    h(x)``: normal on a polytope in an affine subspace. ``x'`` comes from ``x`` by steps of
+    hit-and-run, each along a random line. After any number of steps the mean estimate is **at
+    most** the floor, to which it rises with more steps. Source: [prop-floor].
 
-    The networks have equal inputs and one type; batch shapes broadcast. Of the frozen one only the
-    first layer counts: keeping more of its layers can only raise the floor.
+    The networks have equal inputs and one type; batch shapes broadcast. Only the first frozen layer
+    counts: keeping more layers can only raise the floor.
     """
     _checks.kind(FNN, frozen=frozen, target=target)
     samples, steps = _checks.integer("samples", samples, 2), _checks.integer("steps", steps, 1)
@@ -87,7 +84,7 @@ def final_layers_floor(
 
 
 class _Lines:
-    """Lines through inputs along which the first layer's activations stay the same, in float64."""
+    """Lines through inputs on which the first layer's outputs are constant, in float64."""
 
     def __init__(self, frozen: FNN, x: Tensor) -> None:
         self.weight, self.bias = frozen.weights[0].double(), frozen.biases[0].double()[..., None]
@@ -100,7 +97,7 @@ class _Lines:
         self.free = seen.sum(-1) < x.shape[-2]
 
     def direction(self, generator: torch.Generator) -> Tensor:
-        """Random, of length 1, orthogonal to the active rows; 0 where these leave none."""
+        """Random of length 1, orthogonal to the active rows; 0 where these leave none."""
         shape = (*self.seen.shape[:-2], self.seen.shape[-1], 1)
         unit = randomness.normal(generator, *shape, device=self.seen.device)
         # Little may be left of it the first time; the second takes the rounding of that away.
@@ -110,7 +107,7 @@ class _Lines:
         return torch.where(self.free[..., None], unit[..., 0], 0).mT
 
     def interval(self, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """``t`` from where to where ``x + t · direction`` leaves inactive units inactive."""
+        """The ends of the ``t`` for which ``x + t · direction`` leaves inactive units inactive."""
         # Rounding may have taken a unit at the limit a little beyond it.
         before = (self.weight @ x + self.bias).clamp(max=0)
         slope = torch.where(self.active, 0, self.weight @ direction)

@@ -1,9 +1,9 @@
-"""Rank thresholds and error bounds of linear and of ReLU networks.
+"""Rank thresholds and error bounds of linear and ReLU networks.
 
-The errors of ReLU networks are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted
-network's inner layers are linear. Squared and divided by the number of outputs they bound the mean
-squared error. Of block ``P_i`` of a partition, ``E_i = W̄_i − ∏_{l∈P_i} W_l`` is the error matrix
-and ``ε_i = σ_{r_i+1}(E_i)``, with ``r_i = Σ_{l∈P_i} R_l``, what adapters leave of it.
+Errors of ReLU networks are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's
+inner layers are linear; squared and divided by the number of outputs they bound the mean squared
+error. Block ``P_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈P_i} W_l``, of which adapters leave
+``ε_i = σ_{r_i+1}(E_i)``, ``r_i = Σ_{l∈P_i} R_l``.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Inputs = Float[Tensor, "*#batch in samples"] | Float[Tensor, ""] | float
 
 
 def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
-    """``⌈rank(E) / L⌉``: the least rank for all layers with which they are adapted exactly.
+    """``⌈rank(E) / L⌉``, the least rank for all layers at which ``E = W̄ − ∏_l W_l`` is reached.
 
-    ``E = W̄ − ∏_l W_l``. Raises `InputError` where a hidden layer is narrower than the inputs or
-    outputs. Source: [cor-threshold].
+    Raises `InputError` where a hidden layer is narrower than inputs or outputs. Source:
+    [cor-threshold].
     """
     return Gap(frozen, target).threshold
 
 
 def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) -> Norms:
-    """Least spectral and Frobenius error of any adapters of total rank ``r = Σ_l R_l``.
+    """Least spectral and Frobenius error of adapters of total rank ``r = Σ_l R_l``.
 
-    ``σ_{r+1}(E)`` and ``(Σ_{d>r} σ_d(E)²)^{1/2}``. The lower bound needs no assumption. Source:
-    [thm-optimal-adaptation].
+    They are ``σ_{r+1}(E)`` and ``(Σ_{d>r} σ_d(E)²)^{1/2}``; as lower bounds they need no
+    assumption. Source: [thm-optimal-adaptation].
     """
     return lowrank.tail_norms(Gap(frozen, target).spectrum, total_rank)
 
@@ -47,12 +47,12 @@ def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) 
 def fnn_threshold(
     frozen: FNN, target: FNN, partition: Partition | None = None
 ) -> Int[Tensor, "*batch"]:
-    """``max_i ⌈rank(E_i) / M_i⌉``: the least rank for all layers at which the partition is exact.
+    """``max_i ⌈rank(E_i) / M_i⌉``, the least rank for all layers that makes a partition exact.
 
-    Block ``P_i`` has ``M_i`` layers; its last weight is cut to the rows and its first to the
-    columns that the target layer has. The partition is uniform by default. It is exact where
-    [ass-nonsingular] holds in every block, and at no smaller rank. Raises `InputError` where a
-    hidden layer of a block is narrower than its inputs or outputs. Source: [thm-partition].
+    Block ``P_i`` of ``M_i`` layers is cut to the target layer's rows and columns; the partition is
+    uniform by default. The rank is enough where [ass-nonsingular] holds in every block. Raises
+    `InputError` where a block's hidden layer is narrower than its inputs or outputs. Source:
+    [thm-partition].
     """
     needed = [gap.threshold for gap in blocks(frozen, target, partition)]
     return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
@@ -64,12 +64,12 @@ def fnn_data_threshold(
     inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> Int[Tensor, "*batch"]:
-    """``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``: an equal rank that is enough on the inputs.
+    """``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``, an equal rank that is enough on the inputs.
 
-    ``C_{i−1}`` is the covariance, over the inputs, of the target's activations before layer ``i``.
-    At this rank each block by itself can have the target's pre-activations on the inputs, and at no
-    smaller one. It is never above `fnn_threshold`, and far below it where activations span little.
-    Source: [cor-data-threshold].
+    ``C_{i−1}`` is the covariance over the inputs of the target's activations before layer ``i``. It
+    is the least rank at which each block alone can reach the target's pre-activations on the
+    inputs; never above `fnn_threshold`, and far below where activations span little. Source:
+    [cor-data-threshold].
     """
     needed = []
     for gap, z in _with_activations(blocks(frozen, target, partition), target, inputs):
@@ -86,13 +86,13 @@ def fnn_error(
     inputs: Inputs,
     partition: Partition | None = None,
 ) -> Float[Tensor, "*batch"]:
-    """``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``, ``z̄_i`` the target's activations.
+    """``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``, with the target's ``z̄_i``.
 
-    Ranks are one for all layers, or one per layer; the partition is uniform by default. Inputs are
-    samples ``[..., in, samples]``, and the bound holds for the error on them. Or they are the trace
-    ``E‖x‖²`` of their second moment: the closed form, in which ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2
-    (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Source: [thm-partition-error]; for a target of one layer
-    [thm-one-layer].
+    ``z̄_i`` are activations. Ranks are one for all layers or one per layer; the partition is
+    uniform by default. The bound holds on inputs ``[..., in, samples]``, or for inputs with trace
+    ``E‖x‖²`` of the second moment by
+    ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Source: [thm-partition-error];
+    for a target of one layer [thm-one-layer].
     """
     gaps = blocks(frozen, target, partition)
     parts = zip(gaps, _totals(gaps, frozen, ranks), activation_sizes(target, inputs), strict=True)
@@ -108,11 +108,10 @@ def fnn_error_on(
     inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> Float[Tensor, "*batch"]:
-    """``Σ_i [∏_{j>i} ‖M_j‖_2] (E‖(M_i − W̄_i) z̄_{i−1}‖²)^{1/2}``, a sharper bound on given samples.
+    """``Σ_i [∏_{j>i} ‖M_j‖_2] (E‖(M_i − W̄_i) z̄_{i−1}‖²)^{1/2}``, a sharper bound on samples.
 
-    ``M_i = W̄_i − E_i + LR_{r_i}(E_i)`` is the map of block ``i`` when it is adapted. The bound is
-    never above `fnn_error` on the same samples, and takes the same parameters. Source:
-    [thm-partition-error].
+    ``M_i = W̄_i − E_i + LR_{r_i}(E_i)`` is the adapted map of block ``i``. Parameters are as in
+    `fnn_error`, which is never below it on the same samples. Source: [thm-partition-error].
     """
     gaps = blocks(frozen, target, partition)
     terms = []
@@ -125,9 +124,9 @@ def fnn_error_on(
 
 
 def activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch"]]:
-    """``(E‖z̄_{i−1}‖²)^{1/2}`` before each layer: measured on samples, or bounded from ``E‖x‖²``.
+    """``(E‖z̄_{i−1}‖²)^{1/2}`` before each layer, on inputs as in `fnn_error`, or bounds of it.
 
-    The parameter ``inputs`` is as in `fnn_error`. Source: [thm-partition-error].
+    Source: [thm-partition-error].
     """
     _checks.kind(FNN, target=target)
     given = _checks.real_tensor("inputs", inputs, min_dims=0)

@@ -1,10 +1,10 @@
-"""What rank so many samples pay for: risks of least squares of a given rank, and bounds by codes.
+"""Which rank samples pay for: risks of least squares of limited rank, and bounds by codes.
 
-Fixed inputs ``X`` (``n`` columns of rank ``q``), outputs ``Y = W̄ X + Ξ`` with independent normal
-noise of standard deviation ``σ``, and a frozen linear network of product ``P = W̄ − E``. By least
-squares over adapters of total rank ``r`` its product becomes ``P + K̂_r``. The risk is ``‖(K̂_r −
-E) X‖²_F / n``, and ``f_d`` are the singular values of ``E X / n^{1/2}``. A spectrum is given as its
-``k = min(D_out, q)`` singular values; risks are returned for each rank from 0 to ``k``.
+Fixed inputs ``X`` (``n`` columns of rank ``q``) have outputs ``Y = W̄ X + Ξ`` with independent
+normal noise of standard deviation ``σ``. Least squares over adapters of total rank ``r`` turn a
+frozen linear network's product ``P = W̄ − E`` into ``P + K̂_r``, of risk ``‖(K̂_r − E) X‖²_F / n``.
+``f_d`` are the singular values of ``E X / n^{1/2}``. A spectrum is ``k = min(D_out, q)`` singular
+values; risks are returned for ranks 0 to ``k``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from ..networks.linear import LinearNetwork
 
 @dataclass(frozen=True)
 class Design:
-    """What a risk depends on beside the spectrum.
+    """``n`` samples, ``D_out`` outputs, the span ``q`` (rank of the inputs) and the noise ``σ``.
 
-    That is ``n`` samples, ``D_out`` outputs, the span ``q``, which is the rank of the inputs, and
-    the noise ``σ``. Raises `InputError` for counts below 1, a span above ``n``, and negative noise.
+    Raises `InputError` for counts below 1, a span above ``n``, and negative noise.
     """
 
     samples: int
@@ -52,8 +51,8 @@ class Design:
 def divergence(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
     """Degrees of freedom of least squares of each rank.
 
-    ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² − f_j²)``, the divergence of the best
-    approximation of rank ``r`` at a matrix of these singular values. It is infinite where ``f_r =
+    ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² −
+    f_j²)``, the divergence of the best approximation of rank ``r``; infinite where ``f_r =
     f_{r+1}``. Raises `InputError` for another number of values. Source: [thm-risk].
     """
     f = _values(spectrum, design)
@@ -67,10 +66,10 @@ def divergence(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, "
 
 
 def expected_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """``τ_r² + (σ²/n) div_r``, with ``τ_r² = Σ_{d>r} f_d²``: the mean risk for small noise.
+    """``τ_r² + (σ²/n) div_r``, with ``τ_r² = Σ_{d>r} f_d²``: the mean risk up to order ``σ⁴``.
 
-    What is left out is of the order of ``σ⁴``. It is small where ``f_r² ≫ (D_out + q) σ²/n`` and
-    the later values are well below ``f_r``; at the edge of the noise it is not. Source: [thm-risk].
+    It is accurate where ``f_r² ≫ (D_out + q) σ²/n`` and later values are well below ``f_r``; not at
+    the edge of the noise. Source: [thm-risk].
     """
     return _missed(spectrum) + _freedom(spectrum, design)
 
@@ -78,10 +77,9 @@ def expected_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor
 def simple_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
     """``τ_r² + σ² r (D_out + q − r)/n``: `expected_risk` with ``div_r`` at its lower bound.
 
-    The lower bound is the number of parameters of a matrix of rank ``r``. The rule that follows
-    from it (a direction pays where ``f_r² > (D_out + q − 2r + 1) σ²/n``) needs what `expected_risk`
-    needs. Near its own limit it fails: the rank that it takes there can have well above the least
-    risk. Source: [thm-risk].
+    That is the number of parameters of a matrix of rank ``r``. A direction then pays where
+    ``f_r² > (D_out + q − 2r + 1) σ²/n``, a rule that needs what `expected_risk` needs: near its
+    limit the rank can have well above the least risk. Source: [thm-risk].
     """
     f = _values(spectrum, design)
     r = torch.arange(len(f) + 1, dtype=f.dtype)
@@ -89,21 +87,18 @@ def simple_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, 
 
 
 def sure(observed: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """An unbiased estimate of the risk of each rank from what was observed (Stein).
+    """An unbiased estimate of each rank's risk from observed singular values (Stein).
 
     ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)``, where ``y`` are the singular values of
-    ``(Y − P X) Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``. Unbiased is each rank's
-    own estimate; the least of them is below the least risk on average. Source: [thm-risk].
+    ``(Y − P X) Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``. The least of the
+    estimates is biased downwards. Source: [thm-risk].
     """
     noise = design.outputs * design.span * design.variance
     return _missed(observed) - noise + 2 * _freedom(observed, design)
 
 
 def oracle_bound(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """``2 τ_r² + 16 r σ² [(D_out^{1/2} + q^{1/2})² + 1]/n``, which no mean risk exceeds.
-
-    Source: [thm-oracle].
-    """
+    """``2 τ_r² + 16 r σ² [(D_out^{1/2} + q^{1/2})² + 1]/n``, above every mean risk [thm-oracle]."""
     f = _values(spectrum, design)
     r = torch.arange(len(f) + 1, dtype=f.dtype)
     size = (math.sqrt(design.outputs) + math.sqrt(design.span)) ** 2 + 1
@@ -113,16 +108,8 @@ def oracle_bound(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor,
 class PaidRank(NamedTuple):
     """The total rank that samples pay for, by an estimate.
 
-    Attributes
-    ----------
-    rank : int
-        That of the least estimated risk.
-    risks : Tensor
-        `sure` of each rank from 0 on.
-    observed : Tensor
-        Singular values of ``(Y − P X) Π_X / n^{1/2}``.
-    design : Design
-        With the noise that was given or estimated.
+    ``rank`` has the least of ``risks``, `sure` of each rank from 0; ``observed`` are the singular
+    values of ``(Y − P X) Π_X / n^{1/2}``; ``design`` has the noise given or estimated.
     """
 
     rank: int
@@ -138,17 +125,17 @@ def paid_rank(
     *,
     noise: float | None = None,
 ) -> PaidRank:
-    """From data alone: the total rank of adapters with the least estimated risk, by `sure`.
+    """The total rank of adapters with the least estimated risk by `sure`, from data alone.
 
-    An estimated risk scatters about the risk, and the rank of the least one need not have the least
-    risk: no statement bounds the difference. Of ranks whose estimates differ by rounding alone the
-    least is taken. What is said of adapters needs square non-singular frozen layers. Inputs and
-    outputs are ``X`` and ``Y``; the rank of ``X`` is taken in the coarser of the types of inputs
-    and network. The noise ``σ`` is by default estimated from what no linear map explains,
-    ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``. Source: [thm-risk].
+    Of ranks whose estimates differ only by rounding the least is taken. Estimates scatter, so
+    another rank may have the least risk; no statement bounds the difference. The frozen layers must
+    be square and non-singular for adapters to reach it. ``inputs`` are ``X``, whose rank is taken
+    in the coarser of both types, and ``outputs`` ``Y``. By default
+    ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``, the part that no linear map explains.
+    Source: [thm-risk].
 
     Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
-    inputs that are all 0, and where noise is to be estimated from no more samples than inputs span.
+    inputs that are all 0, and for unknown noise with ``n = q``.
     """
     _checks.kind(LinearNetwork, frozen=frozen)
     if frozen.batch_shape:
@@ -186,9 +173,8 @@ def paid_rank(
 def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
     """``err ≤ êrr + ((|h| ln 2 + ln 1/δ) / 2n)^{1/2}`` for a network written in ``|h|`` bits.
 
-    ``êrr`` is the share of errors on ``n`` samples. The bound holds with probability ``1 − δ`` over
-    these, for all networks at once of a code that was fixed before they were seen. Source:
-    [thm-occam].
+    ``êrr`` is the share of errors on ``n`` samples. With probability ``1 − δ`` over these the bound
+    holds for all networks of a code fixed before they were seen. Source: [thm-occam].
     """
     error, cost = _check_code(error, bits, samples, delta)
     return error + math.sqrt(cost / 2)
@@ -197,8 +183,8 @@ def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) ->
 def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
     """The largest ``err`` with ``kl(êrr ‖ err) ≤ (|h| ln 2 + ln 1/δ)/n``: at most `occam_bound`.
 
-    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``. It takes the parameters of
-    `occam_bound` and holds as that does. Source: [thm-occam].
+    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``; parameters and validity are as in
+    `occam_bound`. Source: [thm-occam].
     """
     error, cost = _check_code(error, bits, samples, delta)
 

@@ -19,16 +19,10 @@ _LEAST = 3
 
 
 class PairRanks(NamedTuple):
-    """What the two middle layers of a segment of four need, see `pair_ranks`.
+    """What the two middle layers of a segment of four need (`pair_ranks`); each ``[...]``.
 
-    Attributes
-    ----------
-    inner, outer : Tensor
-        The rank of the layer that acts first, and of the other; ``[...]``.
-    together : Tensor
-        The sum of both ranks.
-    target : Tensor
-        The rank of the target's product.
+    ``inner`` is the rank of the layer that acts first, ``outer`` of the other, ``together`` their
+    least sum, and ``target`` the rank of the target's product.
     """
 
     inner: Int[Tensor, "*batch"]
@@ -38,13 +32,12 @@ class PairRanks(NamedTuple):
 
 
 def pair_ranks(gap: Gap) -> PairRanks:
-    """The least ranks on the two middle layers of a segment of four with which it is exact.
+    """The least ranks of the two middle layers of a segment of four that make it exact.
 
-    With ``X Y`` the frozen product, cut in the middle where ``d`` units stand, and ``M`` the
-    target's: ``rank[M; Y] − rank Y``, ``rank[M, X] − rank X``, and ``rank(M − X Y)`` for both
-    together. The first two are 0 for heads that are not narrower than the tokens. All three are
-    necessary. Where ``X`` and ``Y`` have rank ``d`` they are enough, for a target of any rank.
-    Source: [prop-narrow-heads], [rem-lower-rank].
+    For the frozen product ``X Y`` with ``d`` units in the middle and the target's ``M`` they are
+    ``rank[M; Y] − rank Y``, ``rank[M, X] − rank X``, and ``rank(M − X Y)`` together. The first two
+    are 0 unless heads are narrower than the tokens. All three are necessary, and enough where ``X``
+    and ``Y`` have rank ``d``. Source: [prop-narrow-heads], [rem-lower-rank].
     """
     _checks.kind(Gap, gap=gap)
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
@@ -71,13 +64,13 @@ def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
 
 
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
-    """The least rank on each adapted weight of a segment with which it is exact.
+    """The least rank on each adapted weight of a segment that makes it exact.
 
-    With ``E`` the difference of target and frozen segment it is ``⌈rank(E)/2⌉`` where two weights
-    are adapted, equally for both, more only where heads are narrower than the tokens
-    (`pair_ranks`); and ``rank E`` of ``inner`` and ``outer``, where one is. ``[..., L, H]`` of
-    heads, ``[..., L]`` of blocks. `constructions.transformer.adapt` takes what is returned as it
-    is. Raises what `Transformer.segments` raises. Source: [thm-transformer], [thm-residual].
+    With ``E`` the difference of the segments it is ``⌈rank(E)/2⌉`` for two weights, both equally,
+    more only for heads narrower than the tokens (`pair_ranks`); and ``rank E`` for one, in
+    ``inner`` and ``outer``. ``[..., L, H]`` for heads, ``[..., L]`` for blocks, as
+    `constructions.transformer.adapt` takes them. Raises what `Transformer.segments` raises. Source:
+    [thm-transformer], [thm-residual].
     """
     _checks.kind(Transformer, frozen=frozen)
 
@@ -95,20 +88,19 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
 def transformer_threshold(frozen: Transformer, target: Transformer) -> Int[Tensor, "*batch"]:
     """The rank that is enough for all segments, the largest of `transformer_ranks`.
 
-    Of a plain transformer ``⌈G/2⌉`` with ``G`` the largest rank of a difference, if no head is
-    narrower than the tokens.
+    If plain, ``⌈G/2⌉`` with ``G`` the largest rank of a difference, unless heads are narrower than
+    the tokens.
     """
     return transformer_ranks(frozen, target).largest()
 
 
 def transformer_errors(frozen: Transformer, target: Transformer, rank: int) -> Segments[Tensor]:
-    """``ε = σ_{r+1}(E)`` of each segment where each adapted weight has at most this rank.
+    """``ε = σ_{r+1}(E)`` of each segment when all adapted weights have at most this rank.
 
-    ``r`` is the sum over the segment's adapted weights, of which none takes more than its smaller
-    side. Heads narrower than the tokens are adapted exactly or not at all: ``ε`` is infinite for
-    too low a rank (`pair_ranks`), or else 0. Raises what `Transformer.segments` raises, and
-    `InputError` for a rank outside 0 to the width. Source: [thm-transformer], [thm-residual],
-    [prop-narrow-heads].
+    ``r`` sums the segment's ranks, each cut to its weight's smaller side. For heads narrower than
+    the tokens ``ε`` is 0, or infinite if the rank is too low (`pair_ranks`). Raises what
+    `Transformer.segments` raises, and `InputError` for a rank outside 0 to the width. Source:
+    [thm-transformer], [thm-residual], [prop-narrow-heads].
     """
     _checks.kind(Transformer, frozen=frozen)
     cut = frozen.segments(target)
@@ -138,23 +130,17 @@ def transformer_error(
 ) -> Float[Tensor, "*batch"]:
     """A bound of the largest error ``‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
 
-    Of plain transformers with ReLUs. Block by block, with ``r`` the largest norm of a column ``a``
-    that enters it (of the input, or of the activations before), ``q`` that of ``y = a + c``, ``δ``
-    that of the error, ``r̂ = r + δ`` and ``q̂ = q + δ``: the scores of head ``h`` are off by at most
-    ``s = ‖M_QK‖ δ (r̂ + q) + ε_QK r̂ q̂``, a column of the softmax by ``min(s, 2)`` in ``ℓ_1``, and
-    the next columns by ``Σ_h [‖M_VO‖ (r min(s, 2) + δ) + ε_VO r̂]``. At the end ``‖W_out W_2‖ δ +
-    ε_out r̂``. A worst case, far above the typical error after several blocks; the rounding of
-    evaluating the networks comes on top.
+    For plain transformers with ReLUs; ``errors`` are the spectral distances ``ε`` of the adapted
+    segments, such as ``TransformerAdaptation.errors``. For each block let ``r``, ``q`` and ``δ`` be
+    the largest norms of columns ``a`` that enter (the input, or activations), of ``y = a + c``, and
+    of the error, ``r̂ = r + δ``, ``q̂ = q + δ``. Scores of head ``h`` are off by at most
+    ``s = ‖M_QK‖ δ (r̂ + q) + ε_QK r̂ q̂``, columns of the softmax by ``min(s, 2)`` in ``ℓ_1``, and
+    the next columns by ``Σ_h [‖M_VO‖ (r min(s, 2) + δ) + ε_VO r̂]``; the end adds
+    ``‖W_out W_2‖ δ + ε_out r̂``. This worst case is far above typical errors after several blocks,
+    and leaves out the rounding of evaluations.
 
-    Raises what `Transformer.segments` raises, and `InputError` for other transformers.
-
-    Source: [prop-transformer-error].
-
-    Parameters
-    ----------
-    errors : Segments
-        Spectral distances ``ε`` of the adapted segments from the target's, such as
-        ``errors`` of `constructions.transformer.TransformerAdaptation`.
+    Raises what `Transformer.segments` raises, and `InputError` for other transformers. Source:
+    [prop-transformer-error].
     """
     _checks.kind(Segments, errors=errors)
     _checks.kind(Transformer, frozen=frozen)
@@ -195,16 +181,15 @@ def inner_rank(
 ) -> int:
     """A rank that ``W_1`` of every block needs for exactness, for almost all frozen weights.
 
-    The least ``r`` with ``(F − r)(m − r) ≤ F``, or ``≤ F + D − 1`` where gains are tuned, for
-    ReLUs; with ``≤ 0``, or ``≤ D``, for the others; ``m = D − 1`` under a LayerNorm, ``D`` under
-    an RMSNorm. It is ``m − 1`` for ReLUs and ``m`` for the others as soon as there are enough
-    hidden units, and then it is attained (`networks.rewriting.align`). Target and frozen network
-    are of one depth and of equally many hidden units; no two normals in a block of the target are
-    parallel.
+    The least ``r`` with ``(F − r)(m − r) ≤ F`` for ReLUs, ``≤ 0`` for others, or ``≤ F + D − 1``
+    and ``≤ D`` if gains are tuned; ``m = D − 1`` under a LayerNorm, ``D`` under an RMSNorm, with
+    width ``D`` and ``F`` hidden units. With enough hidden units it is ``m − 1`` for ReLUs and ``m``
+    for others, and is attained (`networks.rewriting.align`). Both networks have equal depth and
+    equally many hidden units; no two normals in a target's block are parallel. Nothing is proved of
+    ``"gelu_tanh"``.
 
-    ``D`` is the width and ``F`` the number of hidden units; nothing is proved of GELU's
-    approximation. Raises `InputError` where the sphere of normalized tokens has fewer than three
-    dimensions. Source: [thm-inner-rank].
+    Raises `InputError` where normalized tokens have fewer than three dimensions. Source:
+    [thm-inner-rank].
     """
     width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
     _checks.choice("activation", activation, ("relu", "gelu", "silu"))
@@ -219,14 +204,9 @@ def inner_rank(
 class AttentionFloor(NamedTuple):
     """What is left where only attention is adapted.
 
-    Attributes
-    ----------
-    value : Tensor
-        ``min E‖Δ(n) − M n − m‖² / D`` over matrices ``M`` and vectors ``m``; ``[...]``.
-    standard_error : Tensor
-        Of the value, from the spread over tokens.
-    slope, offset : Tensor
-        The best ``M``, ``[..., D, D]``, and ``m``, ``[..., D]``.
+    ``value`` is ``min E‖Δ(n) − M n − m‖² / D`` over matrices ``M`` and vectors ``m``, and
+    ``standard_error`` its spread over tokens, each ``[...]``; the best ``M`` is ``slope``,
+    ``[..., D, D]``, and ``m`` is ``offset``, ``[..., D]``.
     """
 
     value: Float[Tensor, "*batch"]
@@ -240,27 +220,18 @@ def attention_floor(
     target: Transformer,
     tokens: Float[Tensor, "width samples"],
 ) -> AttentionFloor:
-    """The least mean squared error, far out, of single tokens where feed-forward layers are frozen.
+    """The least mean squared error of far single tokens with frozen feed-forward layers.
 
-    Whatever is done to attention, at any rank, and to ``b_O`` and ``b_2``: as tokens ``c v`` grow,
-    the error is in the limit at least that of the best affine map in place of ``Δ(n) = Σ_l [M̄LP_l
-    − MLP_l](n)``, on the directions ``n`` of the tokens. It bounds the largest error over the
-    sizes of tokens, and so over any set of inputs with single tokens of all sizes; not the mean
-    over inputs of one size. The value is that of a least-squares fit, corrected for its degrees of
-    freedom.
+    Whatever attention, at any rank, ``b_O`` and ``b_2`` become: as tokens ``c v`` grow, the limit
+    of the error is at least that of the best affine map in place of
+    ``Δ(n) = Σ_l [M̄LP_l − MLP_l](n)`` on the directions ``n``. This bounds the largest error over
+    sizes of tokens, not the mean at one size. The value comes from a least-squares fit, corrected
+    for its degrees of freedom.
 
-    Raises `InputError` for networks that do not fit, for too few tokens, and for one that is
-    constant, which has no direction.
-
-    Source: [prop-floor-attention].
-
-    Parameters
-    ----------
-    frozen, target : Transformer
-        Of equal width, norm and activation, without a final norm; of any depth.
-    tokens : Tensor
-        Directions as columns, more than ``m + 1`` of them, which span the space of normalized
-        tokens.
+    The networks have equal width, norm and activation, any depth and no final norm. Tokens are
+    directions as columns, more than ``m + 1``, which span the space of normalized tokens. Raises
+    `InputError` for networks that do not fit, too few tokens, and constant tokens. Source:
+    [prop-floor-attention].
     """
     n = directions(frozen, target, tokens)
     gap = _far(target, n) - _far(frozen, n)
@@ -286,7 +257,7 @@ def attention_floor(
 def directions(
     frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
 ) -> Float[Tensor, "width samples"]:
-    """Tokens on the sphere ``‖n‖² = D``; raises `InputError` for networks that have none alike."""
+    """Tokens on the sphere ``‖n‖² = D``; raises `InputError` where the networks' spheres differ."""
     _checks.kind(Transformer, frozen=frozen, target=target)
     for name, network in (("frozen", frozen), ("target", target)):
         if network.norm is None or not network.residual:
@@ -315,7 +286,7 @@ def directions(
 
 
 def _far(network: Transformer, n: Tensor) -> Tensor:
-    """What all feed-forward layers add to a far token of this direction, but for ``b_2``."""
+    """The sum of all feed-forward layers at far tokens in these directions, without ``b_2``."""
     added = torch.zeros_like(n)
     for l in range(network.depth):
         reads = network.g_2[..., l, :, None] * n + network.s_2[..., l, :, None]

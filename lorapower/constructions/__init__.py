@@ -1,7 +1,7 @@
 """Constructions: for each theorem of the book, the adapters that its proof builds.
 
-`adapt` takes networks of every kind, `rank_for_error` says which rank they need. All others
-raise `InputError` for a network of another kind than the one they are for.
+`adapt` takes networks of every kind, `rank_for_error` finds the rank they need. The others raise
+`InputError` for networks of another kind than theirs.
 """
 
 import lazy_loader

@@ -1,9 +1,8 @@
-"""Segments of two adapted factors, and of narrow heads exactly or not at all [prop-narrow-heads].
+"""Two adapted factors of a segment; narrow heads are adapted exactly [prop-narrow-heads].
 
-Where ``d`` units stand between two factors of larger matrices and the target has rank ``d``,
-``X̂ Ŷ = X̄ Ȳ`` leaves no choice but ``X̂ = X̄ G^{-1}``, ``Ŷ = G Ȳ`` with a non-singular ``G``. It is
-chosen so that ``X̂ − X`` and ``Ŷ − Y`` have the least ranks. A target of lower rank leaves more
-choices (``_exchange``).
+With ``d`` units between the factors and a target of rank ``d``, ``X̂ Ŷ = X̄ Ȳ`` means
+``X̂ = X̄ G^{-1}``, ``Ŷ = G Ȳ``; ``G`` is chosen to make the ranks of ``X̂ − X`` and ``Ŷ − Y`` least
+(``_choose_gauge``). A target of lower rank leaves more choices (``_exchange``).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .linear import LinearAdaptation
 
 
 def ranks_by_name(ranks: Any, network: Transformer) -> dict[str, int]:
-    """The rank of each kind of adapted weight, from one for all, or one for each by its name."""
+    """The rank of each kind of adapted weight, from one for all or one for each name."""
     shapes = {kind: getattr(network, kind).shape[-2:] for kind in network.adapted_kinds}
     if isinstance(ranks, Segments):
         largest = ranks.map(lambda _, part: int(part.max()))
@@ -54,12 +53,12 @@ def ranks_by_name(ranks: Any, network: Transformer) -> dict[str, int]:
 
 
 def is_narrow(gap: Gap) -> bool:
-    """Whether heads are narrower than the tokens; a segment of another depth has none."""
+    """Whether heads are narrower than the tokens; only segments of four layers have heads."""
     return gap.frozen.depth == 4 and gap.frozen.widths[2] < gap.frozen.widths[1]
 
 
 def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
-    """Refuse ranks of two weights, by name, that are below those of `pair_ranks`."""
+    """Refuse ranks of two weights, by name, below those of `pair_ranks`."""
     if not is_narrow(gap):
         return
     needed_inner, needed_outer, together, _ = (
@@ -86,7 +85,7 @@ def adapt(
     throw: bool = True,
     seed: int = 0,
 ) -> LinearAdaptation:
-    """Adapters of a segment's two factors: the middle ones of four, or both of two."""
+    """Adapters of a segment's two factors: the middle ones of four layers, or both of two."""
     inner, outer = ranks.values()
     if is_narrow(gap):
         solution = adapt_narrow(gap, inner, outer, seed=seed)
@@ -99,7 +98,7 @@ def adapt(
 def _judge(
     solution: LinearAdaptation, gap: Gap, words: str, rtol: float | None, throw: bool
 ) -> LinearAdaptation:
-    """The solution, with the verdict on its rounding error, or that verdict as an error."""
+    """The solution with the verdict on its rounding error, or that verdict as an error."""
     eps = torch.finfo(gap.frozen.dtype).eps
     rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
     scale = gap.rounding_scale
@@ -128,10 +127,7 @@ def _judge(
 
 @torch.no_grad()
 def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> LinearAdaptation:
-    """Adapters of the two middle layers of four with which the segment equals its target.
-
-    Where the ranks are too low for that, what is measured as rounding error says so.
-    """
+    """Adapters of the middle two of four layers; rounding errors show where ranks are too low."""
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
     size = Y.shape[-2]
     kept = (max(0, size - inner_rank), max(0, size - outer_rank))
@@ -183,11 +179,10 @@ def _exchange(
 ) -> tuple[Float[Tensor, "size into"], Float[Tensor, "out size"]]:
     """Changes of ``Y`` and ``X`` that make their product a target ``M`` of any rank.
 
-    With ``E = M − X Y``, ``e`` of as many columns as ``Y`` has rank for, ``X e`` within the range
-    of ``E``, and any ``w`` with ``wᵀ X e = I``: ``Ŷ = Y + e wᵀ E`` has rows of ``M`` in place of
-    some of its own, and ``E − X e wᵀ E`` has so much less rank. Where ``Ŷ`` has all rows of ``M``
-    the rest is done by ``X̂ = X + (E − X e wᵀ E) Ŷ⁺``. So it comes first into ``e`` what ``Y`` makes
-    of the kernel of ``M``, which takes no row of ``M`` away.
+    ``E = M − X Y``; ``e`` has as many columns as ``Y`` has rank for, ``X e`` in the range of ``E``,
+    and ``wᵀ X e = I``. ``Ŷ = Y + e wᵀ E`` exchanges rows for rows of ``M`` and lowers the rank of
+    ``E − X e wᵀ E`` as much. Once ``Ŷ`` has all rows of ``M``, ``X̂ = X + (E − X e wᵀ E) Ŷ⁺``. So
+    ``e`` starts with ``Y ker M``, which takes no row of ``M`` away.
     """
     Y, X, Y_target, X_target = sides
     M = X_target @ Y_target
@@ -222,13 +217,13 @@ def _exchange(
 
 
 def _kernel(matrix: Tensor, scale: float) -> Tensor:
-    """Orthonormal columns that a matrix, of numbers of this scale, maps to 0."""
+    """Orthonormal columns that a matrix of this scale maps to 0."""
     rank = int(lowrank.rank(matrix, scale=scale))
     return torch.linalg.svd(matrix).Vh[rank:].mT
 
 
 def _range(matrix: Tensor, scale: float) -> Tensor:
-    """Orthonormal columns that span what a matrix, of numbers of this scale, maps to."""
+    """An orthonormal basis of the range of a matrix of this scale."""
     return lowrank.svd(matrix).U[:, : int(lowrank.rank(matrix, scale=scale))]
 
 
@@ -242,10 +237,9 @@ def _choose_gauge(
 ) -> Float[Tensor, "size size"]:
     """``G`` with which ``kept`` dimensions of ``Y`` and of ``X`` stay as they are.
 
-    ``X̄ G^{-1} − X`` vanishes on ``G a`` where ``X̄ a + X b = 0`` and ``G a = −b``; ``G Ȳ − Y``
-    vanishes from the left on ``d`` where ``cᵀ Ȳ + dᵀ Y = 0`` and ``Gᵀ d = −c``. Both can be asked
-    of one ``G`` for pairs ``(a, b)`` and ``(c, d)`` with ``cᵀ a = dᵀ b``. What is left open of it
-    is the best conditioned of the identity and a few random matrices.
+    ``X̄ G^{-1} − X`` vanishes on ``G a`` where ``X̄ a + X b = 0``, ``G a = −b``; ``dᵀ (G Ȳ − Y)``
+    vanishes where ``cᵀ Ȳ + dᵀ Y = 0``, ``Gᵀ d = −c``; one ``G`` does both if ``cᵀ a = dᵀ b``. The
+    rest of it is the best conditioned of the identity and a few random matrices.
     """
     Y, X, Y_target, X_target = sides
     size = len(Y)

@@ -28,10 +28,10 @@ def fit_layer(
     bias: Sequence[Tensor],
     shrinkages: Mapping[str, float] = SHRINKAGES,
 ) -> tuple[Regression, str]:
-    """The best update of a weight, and its name: several shrinkages, and the theorem's update.
+    """The best update of a weight, and its name, among several shrinkages and the theorem's.
 
-    Inputs and outputs come in pairs: the first are fitted, the second select, in the metric. The
-    theorem's bias is none where the layer has none. Source: [thm-reduced-rank].
+    The first pair of inputs and outputs is fitted, the second selects, in the metric. ``bias`` is
+    empty where the layer has none. Source: [thm-reduced-rank].
     """
     free = bool(bias)
     options: dict[str, Any] = {"towards": W_target - W, "metric": metric, "intercept": free}

@@ -1,8 +1,8 @@
-"""Blocks of a transformer fitted to sequences: scores, what attention sends, and layers.
+"""Blocks of a transformer fitted to sequences: scores, attention, and layers.
 
-All is done on the fused network (`fused.fuse`), block by block, on the adapted network's own
-tokens, so that later parts make good what earlier ones have missed. What a column of scores has in
-common the softmax ignores, so keys are centred within their sequence.
+Blocks of the fused network (`fused.fuse`) are fitted in turn on the adapted network's own tokens,
+so later parts correct what earlier ones missed. The softmax ignores what a column of scores has in
+common, so keys are centred within their sequence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ T = TypeVar("T")
 class Scores(NamedTuple):
     """The sum ``E (s − k̃ᵀ K q)²`` over keys and queries as a function of ``K``.
 
-    ``⟨K, T K⟩ − 2 ⟨K, G⟩ + size``: ``T = E[k̃ k̃ᵀ ⊗ q qᵀ]``, ``[a, b, a, b]``, and ``G = E[k̃ s qᵀ]``.
+    ``⟨K, T K⟩ − 2 ⟨K, G⟩ + size``: ``T = E[k̃ k̃ᵀ ⊗ q qᵀ]``, ``[a, b, a, b]``, and
+    ``G = E[k̃ s qᵀ]``.
     """
 
     T: Float[Tensor, "a b a b"]
@@ -45,7 +46,7 @@ class Scores(NamedTuple):
         queries: Float[Tensor, "samples b tokens"],
         wanted: Float[Tensor, "samples tokens tokens"],
     ) -> Scores:
-        """From sequences; keys and what is wanted are centred over the keys of a sequence."""
+        """From sequences; keys and ``wanted`` scores are centred over each sequence's keys."""
         k, s = keys - keys.mean(-1, keepdim=True), wanted - wanted.mean(-2, keepdim=True)
         pairs = s.numel()
         of_keys, of_queries = k @ k.mT, queries @ queries.mT
@@ -60,13 +61,13 @@ class Scores(NamedTuple):
         return (K * torch.tensordot(self.T, K, 2)).sum() - 2 * (K * self.G).sum() + self.size
 
     def free(self) -> Float[Tensor, "a b"]:
-        """The ``K`` of least sum, of any rank, and of these the smallest."""
+        """The smallest ``K`` of least sum, of any rank."""
         flat = self.T.flatten(2).flatten(0, 1)
         solution = torch.linalg.lstsq(flat, self.G.reshape(-1, 1), driver="gelsd").solution
         return solution.reshape(self.G.shape)
 
     def improved(self, K: Float[Tensor, "a b"], rank: int) -> Float[Tensor, "a b"]:
-        """``K``, of that rank, after exact half-steps in its factors till it stands still.
+        """``K`` of that rank after exact half-steps in its factors, until it stands still.
 
         No step makes the sum larger [prop-scores].
         """
@@ -98,14 +99,12 @@ def closed_form(
     queries: Float[Tensor, "samples b tokens"],
     rank: int,
 ) -> Float[Tensor, "a b"]:
-    """The matrix ``K`` of limited rank whose scores are nearest to those of another matrix ``E``.
+    """The matrix ``K`` of limited rank whose scores are nearest to those of ``E``.
 
-    Where keys and queries are independent it makes ``E (k̃ᵀ(E − K) q)²`` least, with keys centred
-    within their sequence. It is ``(C_k^{1/2})⁺ U_r U_rᵀ C_k^{1/2} E`` with the second moment
-    ``C_k`` of the centred keys and the leading left singular vectors ``U_r`` of ``C_k^{1/2} E
-    C_q^{1/2}``. Raises `InputError` for what does not fit.
-
-    Source: [prop-scores].
+    With ``C_k``, ``C_q`` the second moments of keys, centred within their sequence, and of queries,
+    and ``U_r`` the leading left singular vectors of ``C_k^{1/2} E C_q^{1/2}``, it is
+    ``(C_k^{1/2})⁺ U_r U_rᵀ C_k^{1/2} E``. It minimizes ``E (k̃ᵀ(E − K) q)²`` where keys and queries
+    are independent. Raises `InputError` for what does not fit. Source: [prop-scores].
     """
     E = _checks.real_tensor("E", E, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(E.shape[-2:]), limit="the smaller side")
@@ -128,21 +127,14 @@ def fit_blocks(
     inputs: Float[Tensor, "samples width tokens"],
     select: Float[Tensor, "others width tokens"],
 ) -> tuple[Adapters, list[str]]:
-    """Adapters of a fused transformer that are fitted to sequences, and how each segment was.
+    """Adapters of a fused transformer fitted to sequences, and how each segment was adapted.
 
-    Each segment, first block first, becomes what brings it nearest to what the target's does, on
-    the adapted network's own tokens: scores and attention by `Scores` and reduced-rank regression,
-    head by head in turn; layers by reduced-rank regression with several shrinkages. Beside it the
-    theorem's adapters of the segment are tried; what errs less on the sequences that select stays.
-
-    Source: [thm-reduced-rank], [prop-scores].
-
-    Parameters
-    ----------
-    frozen, target : Transformer
-        The two networks of a `fused.Fused`.
-    theorem : Transformer
-        The frozen network with the adapters of the theorem.
+    First block first, each segment comes as near as it can to the target's on the adapted network's
+    own tokens: scores by `Scores`, head by head in turn; attention and layers by reduced-rank
+    regression, layers with several shrinkages. The theorem's adapters of the segment, taken from
+    ``theorem``, the frozen network with all of them, replace the fit where they err less on
+    ``select``. ``frozen`` and ``target`` are those of a `fused.Fused`. Source: [thm-reduced-rank],
+    [prop-scores].
     """
     fit = _BlockFit(frozen, target, theorem, ranks)
     streams = targets = [inputs, select]
@@ -152,10 +144,7 @@ def fit_blocks(
 
 
 class _BlockFit:
-    """What was found so far: ``parts`` by kind of parameter, ``chosen`` for each segment.
-
-    Of all data there are two, those to fit and those to choose by.
-    """
+    """``parts`` by kind and ``chosen`` by segment so far; data come as fit and select."""
 
     def __init__(
         self, frozen: Transformer, target: Transformer, theorem: Transformer, ranks: Sequence[int]
@@ -173,7 +162,7 @@ class _BlockFit:
         self.chosen: list[str] = []
 
     def adapters(self, ranks: Sequence[int]) -> Adapters:
-        """What was found, for each weight in order."""
+        """The adapters found, for each weight in order."""
         tuned = Transformer(**self.parts, **self.frozen.settings)
         pairs = zip(tuned.weights, self.frozen.weights, ranks, strict=True)
         updates = tuple(lowrank.truncated_svd(new - old, rank) for new, old, rank in pairs)
@@ -183,7 +172,7 @@ class _BlockFit:
     def block(
         self, l: int, streams: list[Tensor], targets: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Fit block ``l`` to what enters it in both networks; what leaves it in both."""
+        """Fit block ``l`` to what enters it in both networks; returns what leaves it in both."""
         target, plain = self.target, self.frozen.is_plain
         scores = [target.scores(l, target.reads(z, "1", l)) for z in targets]
         tokens = [target.reads(z, "1", l) for z in streams]
@@ -213,7 +202,7 @@ class _BlockFit:
         return self._add(sent, streams), targets
 
     def _lacking(self, wanted: list[Tensor], streams: list[Tensor]) -> list[Tensor]:
-        """What has to be sent, side by side."""
+        """What has to be sent, as columns side by side."""
         if not self.frozen.residual:
             return [_columns(y) for y in wanted]
         return [_columns(y - z) for y, z in zip(wanted, streams, strict=True)]
@@ -226,7 +215,7 @@ class _BlockFit:
     def _layer(
         self, name: str, l: int, reads: list[Tensor], wanted: list[Tensor]
     ) -> list[Float[Tensor, "out columns"]]:
-        """Fit ``W_1`` or ``W_2``; what it makes of what enters it."""
+        """Fit ``W_1`` or ``W_2``; returns its outputs."""
         kind, bias = f"W_{name}", f"b_{name}"
         W, rank = self.frozen.parts[kind][l], self.ranks[kind]
         theorem = lowrank.truncated_svd(self.theorem.parts[kind][l] - W, rank)
@@ -357,7 +346,7 @@ class _BlockFit:
         return fitted.intercept
 
     def _best(self, options: dict[str, T], error: Callable[[T], float]) -> T:
-        """The option that errs least, and a note of it."""
+        """The option that errs least; its name is noted."""
         name = min(options, key=lambda name: error(options[name]))
         self.chosen.append(name)
         return options[name]
@@ -397,5 +386,5 @@ def _sequences(
 
 
 def _spread(scores: Float[Tensor, "samples tokens tokens"]) -> float:
-    """The mean square of scores about their mean over the keys."""
+    """The mean square of scores about their means over keys."""
     return float((scores - scores.mean(-2, keepdim=True)).square().mean())

@@ -1,8 +1,8 @@
-"""Adapters fitted to inputs: closed forms segment by segment, below the threshold and above it.
+"""Adapters fitted to inputs by closed forms, segment by segment, at any rank.
 
-The theorems' constructions bring every segment as near to the target's as its rank allows, in the
-spectral norm, whatever passes through it. Here each segment is as near as it can be on inputs that
-are given, and makes good what the segments before it have missed.
+The theorems bring each segment as near to the target's as its rank allows in the spectral norm, for
+all inputs. Here each segment comes as near as it can on given inputs, and corrects what the
+segments before it missed.
 """
 
 from __future__ import annotations
@@ -44,16 +44,9 @@ _NORMAL = 1.96
 
 
 class Split(NamedTuple):
-    """Inputs in three parts.
+    """Inputs in three parts: ``fit``, and the halves ``select`` and ``test`` of those held out.
 
-    Attributes
-    ----------
-    fit : Tensor
-        Those that are fitted.
-    select : Tensor
-        The first half of the held-out ones, by which one of several fits is chosen.
-    test : Tensor
-        The other half, which gives errors.
+    ``select`` chooses one of several fits; ``test`` gives errors.
     """
 
     fit: Tensor
@@ -65,18 +58,9 @@ class Split(NamedTuple):
 class Fit:
     """One fitted network.
 
-    Attributes
-    ----------
-    fused : Fused
-        The frozen network and the target, with one matrix for each segment.
-    adapters : Adapters
-        Those of the fused network.
-    chosen : tuple of str
-        How each segment was adapted, first segment first, or all at once.
-    direct : bool
-        Whether the adapters are those of the frozen network itself, and not of the fused one.
-    region : Region or None
-        Of a ReLU network: where what is carried back holds.
+    ``fused`` holds the networks and ``adapters`` those of its fused network or, if ``direct``, of
+    the frozen network itself. ``chosen`` says how each segment, or all at once, was adapted. In
+    ``region`` the carried-back adapters of a ReLU network hold.
     """
 
     fused: Fused
@@ -91,7 +75,7 @@ class Fit:
         return self.fused.frozen if self.direct else self.fused.network
 
     def error(self, x: Tensor, wanted: Tensor) -> float:
-        """The mean squared difference of the adapted network's outputs from those wanted."""
+        """Mean squared difference of the adapted network's outputs from those wanted."""
         return float((self.adapters.merge(self.network)(x) - wanted).square().mean())
 
 
@@ -99,22 +83,21 @@ class Fit:
 class Fitted(Adaptation):
     """Adapters fitted to inputs, with the evidence for them.
 
-    All errors are relative: the mean squared difference of the outputs from the target's, over the
-    variance of these. The best constant has 1.
-
-    It is a success where what was fitted is carried back to the frozen network acceptably.
+    Errors are mean squared differences of outputs from the target's over the variance of these: the
+    best constant has 1. ``success`` says whether the fit was carried back to the frozen network
+    acceptably.
 
     Attributes
     ----------
     error : Tensor
-        Measured on the held-out inputs that nothing was chosen by; ``[...]``.
+        On the test inputs, by which nothing was chosen; ``[...]``.
     low, high : Tensor
-        Its 95% interval, from the spread over inputs as of a normal mean; ``[...]``.
+        Its 95% interval, normal, from the spread over inputs; ``[...]``.
     predicted : Tensor
-        The error to first order, `bounds.first_order`, on the inputs of the fit; NaN where no fused
-        network was fitted; ``[...]``.
+        `bounds.first_order` on the inputs of the fit; NaN where no fused network was fitted;
+        ``[...]``.
     fits : tuple of Fit
-        Of each member of the batch, in order.
+        One for each member of the batch.
     """
 
     error: Float[Tensor, "*batch"]
@@ -127,7 +110,7 @@ class Fitted(Adaptation):
     def measure(
         cls, fits: Sequence[Fit], data: Split, batch: torch.Size, *, throw: bool = True
     ) -> Fitted:
-        """Fits, one for each member of a batch, carried back and measured on the test inputs."""
+        """Carry back fits, one for each member of a batch, and measure them on the test inputs."""
         adapters, success, columns = [], [], []
         for fit in fits:
             fused, first = fit.fused, data.test.new_tensor(torch.nan)
@@ -161,45 +144,42 @@ def adapt(
     metric: Metric = "best",
     throw: bool = True,
 ) -> Fitted:
-    """Adapters, and biases, of the least error that closed forms find on given inputs.
+    """Adapters and biases of the least error that closed forms find on given inputs.
 
-    Each segment ``P`` of the fused network (`fused.fuse`) becomes ``P + K``, where ``K`` of the
-    segment's rank and a bias bring it as near as possible, on the adapted network's own
-    activations ``ẑ``, to what the target's segment does on its own (`regression.reduced_rank`).
-    Of a transformer's scores see `attention`. For each segment the theorem's splitting, what is
-    fitted to the target's matrix alone, and several shrinkages towards it are compared on the
-    first half of the held-out inputs, and of ReLU networks also a fit in the metric of what the
-    outputs feel; the theorem's adapters as a whole are never replaced by worse ones. The other
-    half gives the error.
+    Each segment ``P`` of the fused network (`fused.fuse`) becomes ``P + K``: ``K`` of the segment's
+    rank and a bias bring it as near as possible, on the adapted network's own activations ``ẑ``, to
+    the target's segment (`regression.reduced_rank`; for scores see `attention`). Half of the
+    held-out inputs select, for each segment, among the theorem's splitting, a fit to the target's
+    matrix alone, several shrinkages towards it and, in ReLU networks, a fit in the outputs' metric,
+    and keep the theorem's adapters where all fits are worse. The other half gives the error.
 
     Raises `InputError` for networks, ranks and partitions that do not fit, and for inputs that are
-    too few, of another width, not finite, or held out and not.
-
-    Source: [thm-reduced-rank], [prop-scores]; for what is carried back [lem-any-change].
+    too few, of another width, not finite, or in both sets. Source: [thm-reduced-rank],
+    [prop-scores]; for carrying back [lem-any-change].
 
     Parameters
     ----------
     frozen, target
-        Networks of one kind, or what `networks.as_network` makes one from; batch shapes broadcast.
+        Networks of one kind, or what `networks.as_network` takes; batch shapes broadcast.
     ranks
-        As the construction for this kind of network takes them, one for all or, of transformers of
-        either kind, one for each kind of weight by its name; for heads narrower than the tokens
-        any, also too few for the theorem.
+        As the construction for this kind of network takes them: one for all or, for transformers,
+        also one for each kind of weight by name. For heads narrower than the tokens they may be too
+        low for the theorem.
     inputs
-        Columns ``[width, samples]``, of a transformer sequences ``[samples, width, tokens]``, at
-        least two. Fewer than a few times the width fit their own noise.
+        Columns ``[width, samples]`` or, for transformers, sequences ``[samples, width, tokens]``,
+        at least two. With less than a few times the width, the fit follows noise.
     held_out
         Others of the same kind, at least four.
     partition : Partition, optional
-        Of ReLU networks: the blocks, by default uniform.
+        For ReLU networks; uniform by default.
     region : Region, optional
-        Of ReLU networks: where the adapted network is to be what was fitted; by default a ball
-        about the mean of the inputs and of those that choose, 1.25 times as large as they need.
+        For ReLU networks: where the carried-back fit holds; by default a ball about the mean of all
+        inputs but those that test, 1.25 times as large as they need.
     metric : Metric
-        Of ReLU networks: errors of a layer count ``"alike"``, or by what the ``"outputs"`` feel of
-        them, or whichever comes out ``"best"``.
+        For ReLU networks: a layer's errors count ``"alike"``, by their effect on the ``"outputs"``,
+        or as comes out ``"best"``.
     throw : bool
-        Raise an error where the construction loses too many digits, or else say so in ``success``.
+        Raise an error where the construction loses too many digits; otherwise ``success`` says so.
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     _checks.kind(type(frozen), target=target)
@@ -226,7 +206,7 @@ def adapt(
 
 @torch.no_grad()
 def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -> Fit:
-    """The least error on ``select`` among the networks that `adapt` compares."""
+    """The network of least error on ``select`` among those that `adapt` compares."""
     if isinstance(fused.network, Transformer):
         candidates = _blockwise(fused, inputs, select)
     else:
@@ -237,12 +217,12 @@ def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -
 
 
 def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
-    """Adapters of a fused ReLU network whose layers are each the nearest to the target's own.
+    """Adapters of a fused ReLU network with each layer as near as possible to the target's.
 
-    Layer ``i`` becomes ``P_i + U Uᵀ E_i`` with the principal directions ``U`` of what is missing,
-    ``E_i z̄_{i−1}``, about its mean, at the target's activations; the bias makes up for the mean of
-    the others. Where the ranks suffice the network is the target on all inputs. Raises
-    `InputError` for another kind of network and for unusable inputs. Source: [prop-data-rank].
+    Layer ``i`` becomes ``P_i + U Uᵀ E_i``: ``U`` are the principal directions of ``E_i z̄_{i−1}``
+    about its mean, at the target's activations; the bias adds the mean of the other directions.
+    With enough rank the network is the target on all inputs. Raises `InputError` for other kinds of
+    networks and unusable inputs. Source: [prop-data-rank].
     """
     _checks.kind(Fused, fused=fused)
     network, target = fused.network, fused.fused_target
@@ -261,11 +241,11 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
 def relative_error(
     network: Network, target: Network, x: Float[Tensor, "*batch width n"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean squared difference of outputs over the variance of the target's, and its 95% interval.
+    """Mean squared difference of outputs over the target's variance, and its 95% interval.
 
-    Each sample counts as one draw, a sequence with all its tokens; what is drawn of the variance
-    is left out. Outputs narrower than the network's are compared alone. Raises `InputError` for a
-    target that is constant on the inputs.
+    The interval treats each sample, or sequence, as one draw and the variance as fixed. Only the
+    target's coordinates are compared. Raises `InputError` for a target that is constant on the
+    inputs.
     """
     _checks.kind(Network, network=network, target=target)
     wanted = target(x)
@@ -317,7 +297,7 @@ def _rows(x: Tensor) -> list[bytes]:
 
 
 def _members(frozen: Network, target: Network, batch: torch.Size) -> Iterator[tuple[Any, Any]]:
-    """Single networks, one pair for each member of the batch."""
+    """Single networks, a pair for each member of the batch."""
 
     def each(network: Network) -> list[Network]:
         own = network.batch_shape.numel()
@@ -345,7 +325,7 @@ def _stack(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
 
 
 def _blockwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapters, list[str]]]:
-    """Adapters of a transformer: the theorem's, and those that are fitted block by block."""
+    """Adapters of a transformer: the theorem's, and those fitted block by block."""
     network, target = fused.network, fused.fused_target
     assert isinstance(network, Transformer)
     assert isinstance(target, Transformer)
@@ -364,7 +344,7 @@ def _blockwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapte
 def _layerwise(
     fused: Fused, x: Tensor, select: Tensor, metric: Metric
 ) -> Iterator[tuple[Adapters, list[str]]]:
-    """Adapters of a linear or a ReLU network's layers: the theorem's, and two that are fitted."""
+    """Adapters of a linear or ReLU network: the theorem's, and two that are fitted."""
     network, target = fused.network, fused.fused_target
     ranked = [*zip(network.weights, target.weights, fused.fused_ranks, strict=True)]
     theorem = [truncated_svd(W_target - W, rank) for W, W_target, rank in ranked]
@@ -403,7 +383,7 @@ def _layerwise(
 
 
 def _metrics(target: FNN, x: Tensor) -> Iterator[Tensor]:
-    """Of each layer's pre-activations, the root of what a small error costs at the outputs."""
+    """For each layer's pre-activations, the root of the cost of small errors at the outputs."""
     for l, p in enumerate(target.preactivations(x)):
         with torch.enable_grad():
             p.requires_grad_()

@@ -1,4 +1,4 @@
-"""ReLU networks from deeper ones: linearization [lem-linearization], block by block."""
+"""ReLU networks from deeper ones: linearization, block by block [lem-linearization]."""
 
 from __future__ import annotations
 
@@ -27,29 +27,25 @@ from .linear import Adaptation
 class FNNAdaptation(Adaptation):
     """Adapters and biases of a ReLU network, with the evidence for them.
 
-    They are a success where every block is adapted acceptably and loses no more digits than
-    accepted.
+    ``success`` says whether every block is adapted acceptably and loses no more digits than
+    accepted. ``partition`` are the blocks ``P_i``; ``regions`` hold the activations before, between
+    and after them.
 
     Attributes
     ----------
-    partition : Partition
-        The blocks ``P_i`` that imitate the target's layers.
-    regions : tuple of Region
-        Where the activations are before the first block, between the blocks and after the last.
     block_errors : Tensor
-        Predicted ``‖∏_{l∈P_i}(W_l + ΔW_l) − W̄_i‖_2 = ε_i``; ``[..., L̄]``.
+        Predicted ``ε_i = ‖∏_{l∈P_i}(W_l + ΔW_l) − W̄_i‖_2``; ``[..., L̄]``.
     error_bound : Tensor
-        ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i max‖z_{i−1}‖``, which bounds ``‖f(x) − f̄(x)‖_2`` all over the
-        first region in exact arithmetic; ``[...]``.
+        ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i max‖z_{i−1}‖ ≥ ‖f(x) − f̄(x)‖_2`` in the first region, in exact
+        arithmetic; ``[...]``.
     rounding_errors : Tensor
         Measured deviation of each block's product from the predicted one; ``[..., L̄]``.
     condition_numbers : Tensor
-        Of the worse of the linear systems solved for each layer; ``[..., L]``.
+        The worse of the linear systems solved for each layer; ``[..., L]``.
     plain : Tensor
-        Whether the plain splitting was kept in each block; ``[..., L̄]``.
+        Whether each block keeps the plain splitting; ``[..., L̄]``.
     digits_lost : Tensor
-        Decimal digits that the biases of each block are expected to cost, beside evaluating the
-        target layer itself; ``[..., L̄]``.
+        Decimal digits that each block's biases should cost, beyond the target layer; ``[..., L̄]``.
     """
 
     partition: Partition
@@ -65,7 +61,7 @@ class FNNAdaptation(Adaptation):
     def region(self) -> Region:
         """The inputs for which the predictions hold.
 
-        With `regions.Samples` and a target of more than one layer, the samples themselves.
+        With `regions.Samples` and a target of several layers, only the samples themselves.
         """
         return self.regions[0]
 
@@ -74,8 +70,8 @@ class FNNAdaptation(Adaptation):
     ) -> Bool[Tensor, "*batch samples"]:
         """Whether the adapted network is, at each input, what the proof needs.
 
-        Inner units of every block are active, and units that the target layer does not have are
-        not, unless no ReLU follows them. It holds in the region, and can hold outside too.
+        Inner units of every block are active; units that the target layer does not have are
+        inactive, unless no ReLU follows. This holds in the region, and may hold outside.
         """
         _checks.kind(FNN, frozen=frozen)
         x = _checks.real_tensor("x", x, min_dims=2)
@@ -109,46 +105,41 @@ def adapt(
 ) -> FNNAdaptation:
     """Adapters and biases that make a ReLU network imitate a shallower one over a region.
 
-    Block ``P_i`` of the frozen layers imitates target layer ``i``. Its weights are adapted as those
-    of a deep linear network (`linear.adapt`). The biases of its inner layers are the least with
-    which every unit is active all over the region, so that the layers are affine maps:
-    ``b̂_l = c_l − (W_l + ΔW_l) c_{l−1}``, where ``c_l`` is how far each coordinate of
-    ``∏_{j≤l} (W_j + ΔW_j) (x − x_0)`` can go below 0, and ``c_0 = x_0`` is the region's centre. The
-    bias of the last layer takes back what they added: the same with ``c_M = M_i x_0 + b̄_i``. The
-    next block's region holds the image of this one.
+    Block ``P_i`` of the frozen layers imitates target layer ``i``; its weights are adapted as a
+    deep linear network (`linear.adapt`). The least biases that keep its inner units active over the
+    region make its layers affine: ``b̂_l = c_l − (W_l + ΔW_l) c_{l−1}``, where ``c_0 = x_0`` is the
+    region's centre and ``c_l`` how far ``∏_{j≤l} (W_j + ΔW_j) (x − x_0)`` goes below 0 in each
+    coordinate. The last bias takes these back: the same with ``c_M = M_i x_0 + b̄_i``. The next
+    block's region holds the image of this one.
 
-    A target narrower than the frozen network is imitated by the first units at the end of every
-    block: pad the inputs with zeros (`networks.pad`), read the first outputs. The biases switch the
-    other units off, so that the rank that exactness needs does not depend on the frozen width.
-    After a linear last layer the other units keep their biases.
+    The first units at the end of every block imitate a narrower target: pad inputs with zeros
+    (`networks.pad`) and read the first outputs. Biases switch the others off, so the rank needed
+    does not depend on the frozen width; after a linear last layer they keep their biases.
 
     Raises `InputError` for what does not fit, `SingularError` where a block cannot be adapted, and
-    `PrecisionError` where biases are expected to cost more digits than accepted.
-
-    Source: [thm-one-layer], [thm-partition], [prop-narrower]; for the regions [prop-regions].
+    `PrecisionError` where biases should cost more digits than accepted. Source: [thm-one-layer],
+    [thm-partition], [prop-narrower]; for regions [prop-regions].
 
     Parameters
     ----------
     frozen, target : FNN
-        Of one type, both ending with a ReLU or both with a linear layer. Batch shapes broadcast,
-        with the region's too.
+        Of one type, both with or both without a ReLU at the end; batch shapes broadcast, also with
+        the region's.
     ranks : Ranks
-        One for all layers, of which none takes more than its weight's smaller side; or one per
-        layer, each from 0 to that side.
+        One for all layers, cut to each weight's smaller side, or one per layer, at most that side.
     region : Region
-        A `regions.Ball` or `regions.Box`, everywhere in which the result holds, or
-        `regions.Samples`.
+        The result holds everywhere in a `regions.Ball` or `regions.Box`; see `regions.Samples`.
     partition : Partition, optional
-        The blocks; uniform by default.
+        Uniform by default.
     scalar_biases : bool
-        One number, larger, for all units of an inner layer instead of one for each.
+        One larger number for all units of an inner layer.
     input_scale : float
-        Root mean square of the coordinates of usual inputs, about the region's centre: the loss of
-        digits is stated for these. Not used with `regions.Samples`.
+        Root mean square of the coordinates of usual inputs about the centre, for which the loss of
+        digits is stated. Not used with `regions.Samples`.
     max_digits_lost : float, optional
-        Acceptable loss, by default half of the digits of the type; ``inf`` accepts any.
+        Acceptable loss, by default half of the type's digits; ``inf`` accepts any.
     rtol, throw, seed
-        Of `linear.adapt`.
+        See `linear.adapt`.
     """
     gaps = blocks(frozen, target, partition)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
@@ -224,7 +215,7 @@ def adapt(
 
 
 class _Biases(NamedTuple):
-    """Of a block's layers, as columns: changes, results, and what each layer sees at the centre."""
+    """Of a block's layers, as columns: changes, results, and each layer's input at the centre."""
 
     updates: list[Tensor]
     biases: list[Tensor]
@@ -234,11 +225,7 @@ class _Biases(NamedTuple):
 def _biases(
     weights: Sequence[Tensor], block: FNN, region: Region, at_centre: Tensor, scalar: bool
 ) -> _Biases:
-    """Biases with which a block's inner layers are affine over the region, its last one right.
-
-    Everything is computed from the rounded biases of the layers before, so that the last one takes
-    back their rounding too.
-    """
+    """Biases that make a block's inner layers affine over the region and its last one right."""
     # Rounding must not switch off a unit at the edge, even where the region is a single point.
     eps = torch.finfo(region.centre.dtype).eps
     beyond = 1 + eps**0.5
@@ -274,10 +261,10 @@ def _stack_rows(upper: Tensor, lower: Tensor) -> Tensor:
 def _digits_lost(
     weights: Sequence[Tensor], biases: _Biases, layer: FNN, typical: Tensor
 ) -> Float[Tensor, "*batch"]:
-    """``log10`` of the expected rounding error of a block over that of the target layer.
+    """``log10`` of a block's expected rounding error over the target layer's.
 
-    Each unit's rounding is taken as independent, of the size of a unit in the last place of the
-    root of its summed squared terms, and carried through the block's later layers, all affine.
+    Each unit rounds independently, by a last place of the root of its summed squared terms; later
+    layers, all affine, pass this on.
     """
     covariance = torch.zeros((), dtype=layer.dtype, device=layer.device)
     for weight, bias, value in zip(weights, biases.biases, biases.values[:-1], strict=True):

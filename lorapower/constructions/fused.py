@@ -1,9 +1,8 @@
-"""Networks whose segments are one matrix each: what adapters can reach, without their detours.
+"""Networks with one matrix for each segment: all that adapters can reach.
 
-Between two non-linearities a network is linear. Adapters of total rank ``r`` on a segment of
-non-singular layers with product ``P`` make of it any ``P + K`` of ``rank K ≤ r`` [lem-any-change],
-and nothing else. So a question of what they reach is asked of the network in which one matrix
-stands for each segment, and what is found there is carried back.
+Adapters of total rank ``r`` turn a segment of non-singular layers with product ``P`` into ``P + K``
+for any ``K`` with ``rank K ≤ r`` [lem-any-change], and nothing else. So one matrix can stand for
+each segment, and what is found for it is carried back.
 """
 
 from __future__ import annotations
@@ -30,19 +29,15 @@ from .linear import Adaptation
 class Fused:
     """A frozen network and a target with one matrix for each segment [def-fused].
 
+    ``frozen``, ``target``, ``ranks`` and ``partition`` are as given to `fuse`.
+
     Attributes
     ----------
-    frozen, target : Network
-        As they are given.
-    ranks
-        Of the frozen network's adapters, as the construction takes them.
-    partition : Partition or None
-        Of ReLU networks: the blocks.
     network, fused_target : Network
-        The two with fused segments. The first equals the frozen network, but that of a ReLU network
-        the ReLUs within its blocks are gone; the second equals the target.
+        Both networks fused. They equal the originals, but a frozen ReLU network loses the ReLUs
+        within its blocks.
     fused_ranks : tuple of int
-        Of each of the fused network's ``weights``: what its segment's adapters reach.
+        The rank that adapters reach on each of ``network.weights``.
     """
 
     frozen: Network
@@ -58,8 +53,8 @@ class Fused:
     ) -> Adaptation:
         """Give the frozen network the function that adapters give to the fused one.
 
-        Returns what the theorem's construction returns, and raises what it raises. The function of
-        a ReLU network is the same in a region, which has to be given.
+        Returns and raises what the theorem's construction does. For ReLU networks, the function is
+        the same in a region, which has to be given.
         """
         _checks.kind(Adapters, adapters=adapters)
         reached = adapters.merge(self.network)
@@ -75,25 +70,15 @@ def fuse(
     ranks: Any,
     partition: Partition | None = None,
 ) -> Fused:
-    """The two networks with one matrix for each segment.
+    """Fuse a frozen network and a target of its kind: one matrix for each segment [def-fused].
 
-    Of a linear network that is the whole product; of a ReLU network each block of the partition,
-    cut to the target's widths, with the target's biases, since the frozen ones are tuned away; of a
-    transformer see `Transformer.fuse`.
+    In a linear network that is the whole product; in a ReLU network each block of the partition,
+    cut to the target's widths, with the target's biases; for transformers see `Transformer.fuse`.
+    ``ranks`` are as the construction takes them; the partition of ReLU networks is uniform by
+    default.
 
-    Raises `InputError` for what the construction refuses, for batches, and for a transformer of
+    Raises `InputError` for what the construction refuses, for batches, and for a transformer with
     more outputs than a token has coordinates.
-
-    Source: [def-fused].
-
-    Parameters
-    ----------
-    frozen, target : LinearNetwork or FNN or Transformer
-        One of each, of one kind.
-    ranks
-        As the construction for this kind of network takes them.
-    partition : Partition, optional
-        Of ReLU networks, by default the uniform one.
     """
     _checks.kind(LinearNetwork, FNN, Transformer, frozen=frozen)
     _checks.kind(type(frozen), target=target)

@@ -1,4 +1,4 @@
-"""Every kind of network through one door: its adapters, and the rank that an error needs."""
+"""Every kind of network: its adapters, and the rank that an error needs."""
 
 from __future__ import annotations
 
@@ -39,24 +39,22 @@ def adapt(
     inputs: Any = None,
     **options: Any,
 ) -> Adaptation:
-    """Adapters, and biases, that make a frozen network imitate a target of its kind.
+    """Adapters and biases that make a frozen network imitate a target of its kind.
 
-    Returns what the construction for this kind of network returns, adapters with the evidence for
-    them, and raises what it raises. Source: [thm-optimal-adaptation], [thm-partition],
-    [thm-transformer], [thm-residual].
+    Returns and raises what the construction for this kind of network does. Source:
+    [thm-optimal-adaptation], [thm-partition], [thm-transformer], [thm-residual].
 
     Parameters
     ----------
     frozen, target
-        Networks, or what `networks.as_network` makes one from: a `torch.nn.Sequential`, or
-        matrices.
+        Networks, or what `networks.as_network` takes: a `torch.nn.Sequential`, or matrices.
     ranks : int, sequence or mapping
         One for all weights, or as the construction takes them.
     inputs : Region or Tensor, optional
-        For ReLU networks, and for them alone: the `regions.Region` in which the target is imitated,
-        or inputs as columns ``[..., width, samples]``, of which `regions.Samples` are made.
+        For ReLU networks only: the `regions.Region` in which to imitate, or columns
+        ``[..., width, samples]``, which become `regions.Samples`.
     **options
-        Of the construction: `linear.adapt`, `fnn.adapt` or `transformer.adapt`.
+        Those of `linear.adapt`, `fnn.adapt` or `transformer.adapt`.
     """
     frozen, target, kind = _one_kind(frozen, target)
     construct = _CONSTRUCTIONS[kind]
@@ -84,21 +82,11 @@ def adapt(
 
 @dataclass(frozen=True, eq=False)
 class NeededRank:
-    """The least rank that meets an error, with what the ranks below it leave.
+    """The least rank for all layers that meets an error, and what the ranks below it leave.
 
-    Attributes
-    ----------
-    rank : Tensor
-        The least one tried whose error is small enough, or the largest where none is; ``[...]``. It
-        is one for all layers of a member.
-    error : Tensor
-        What it leaves, relative to the mean square of the target's outputs; ``[...]``.
-    tried : Tensor
-        All ranks that were tried, the least first.
-    errors : Tensor
-        What each of them leaves; ``[ranks, ...]``.
-    success : Tensor
-        Whether the error is met; ``[...]``.
+    Errors are relative to the mean square of the target's outputs. ``rank`` ``[...]`` is the least
+    one tried that meets the error, or the largest where ``success`` ``[...]`` is false; it leaves
+    ``error`` ``[...]``. All ranks ``tried``, least first, leave ``errors`` ``[ranks, ...]``.
     """
 
     rank: Int[Tensor, "*batch"]
@@ -123,34 +111,34 @@ def rank_for_error(
 ) -> NeededRank:
     """The least rank at which adapters leave at most a given error on given inputs.
 
-    The error is the mean squared one, over outputs and inputs, divided by the mean square of the
-    target's outputs. A rank is one for all layers, of which none takes more than its weight's
-    smaller side. Ranks are tried from below until each member of the batch has its own. Raises
-    `InputError` where no rank is enough, with what the largest leaves. Source: [def-needed-rank].
+    The error is the mean square over outputs and inputs, divided by the mean square of the target's
+    outputs. Ranks, one for all layers, cut to each weight's smaller side, are tried from below
+    until each member of the batch has its own. Raises `InputError` where none is enough. Source:
+    [def-needed-rank].
 
     Parameters
     ----------
     frozen, target
-        Networks of one kind, or what `networks.as_network` makes one from.
+        Networks of one kind, or what `networks.as_network` takes.
     error : float
         At least 0.
     inputs : Tensor
-        Columns ``[..., width, samples]``; of a transformer one sequence ``[width, tokens]``, or
+        Columns ``[..., width, samples]``; for transformers one sequence ``[width, tokens]`` or
         ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
     by : {"bound", "trial"}
-        ``"bound"``: what the theorems promise on these inputs, `bounds.fnn_error_on` or
-        `bounds.transformer_error`; of a linear network, the error itself; of a residual
-        transformer there is none. Where the construction's assumptions hold, which is not checked,
-        the error is met up to rounding, and less rank may be enough. ``"trial"``: adapters are
-        made and measured. `adapt` then may need ``throw=False`` where their rounding is large.
+        ``"bound"``: by `bounds.fnn_error_on`, `bounds.transformer_error` or, for linear networks,
+        the error itself; residual transformers have no bound. Where the construction's assumptions
+        hold, which is not checked, the error is met up to rounding, and less rank may be enough.
+        ``"trial"``: by making and measuring adapters; `adapt` may then need ``throw=False`` where
+        they round much.
     ranks : sequence of int, optional
-        Those to try; by default all from 0 on.
+        Those to try, by default all.
     partition : Partition, optional
-        Of ReLU networks: the blocks, by default uniform.
+        For ReLU networks; uniform by default.
     throw : bool
-        Raise an error where no rank is enough, or else say so in ``success``.
+        Raise an error where no rank is enough; otherwise ``success`` says so.
     seed : int
-        Of the construction's random rotations.
+        For the construction's random rotations.
     """
     frozen, target, kind = _one_kind(frozen, target)
     error, throw = _checks.tolerance("error", error), _checks.flag("throw", throw)
@@ -210,10 +198,7 @@ def _ranks_to_try(frozen: Network, ranks: Sequence[int] | None) -> list[int]:
 
 
 def _group(inputs: Any, frozen: Network, target: Network) -> Tensor:
-    """Inputs ``[groups, ..., width, n]``, of a transformer a group for each sequence.
-
-    The dimensions between are those of a batch, as many as the networks have at least.
-    """
+    """Inputs ``[groups, ..., width, n]``: one group for each sequence, then the batch."""
     x = _checks.real_tensor("inputs", inputs, min_dims=2)
     x = x.movedim(-3, 0) if target.sequences and x.ndim > 2 else x[None]
     groups, *batch = x.shape[:-2]
@@ -231,7 +216,7 @@ def _mean_square(outputs: Tensor) -> Tensor:
 def _trial(
     frozen: Any, target: Any, x: Tensor, partition: Partition | None, seed: int
 ) -> Callable[[int], Tensor]:
-    """The mean squared error, at a rank, of adapters that are made."""
+    """The mean squared error of adapters made at a rank."""
     outputs = target(x)
     fills = isinstance(frozen, Transformer)
     padded = frozen.fill(x) if fills else pad(x, frozen.weights[0].shape[-1])
@@ -249,7 +234,7 @@ def _trial(
 def _bound(
     frozen: Any, target: Any, x: Tensor, partition: Partition | None
 ) -> Callable[[int], Tensor]:
-    """A bound of the mean squared error at a rank; of a linear network, that error itself."""
+    """A bound of the mean squared error at a rank; for linear networks, the error."""
     gap = Gap(frozen, target) if isinstance(frozen, LinearNetwork) else None
 
     def squared(rank: int) -> Tensor:

@@ -21,16 +21,10 @@ from ..networks.linear import LinearNetwork, product
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adaptation:
-    """What all constructions return: adapters, and whether they are what they should be.
+    """What all constructions return: ``adapters``, and whether they are a ``success``, ``[...]``.
 
-    Attributes
-    ----------
-    adapters : Adapters
-        ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l``, and ``Δb_l`` where biases are tuned;
-        `Adapters.merge` applies them.
-    success : Tensor
-        Whether a network is adapted acceptably; ``[...]``. Where it is not, the adapters are the
-        best that were found.
+    They are ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l``, and ``Δb_l`` where biases are tuned;
+    `Adapters.merge` applies them. Without success they are the best found.
     """
 
     adapters: Adapters
@@ -45,24 +39,22 @@ class Adaptation:
 class LinearAdaptation(Adaptation):
     """Adapters of a deep linear network, with the evidence for them.
 
-    They are a success where the rounding error is acceptable. Where a product overflows they are 0
-    and the errors NaN. The errors hold for every input: a linear map has no region.
+    ``success`` says whether the rounding error is acceptable. Where a product overflows, adapters
+    are 0 and errors NaN. The errors hold for every input.
 
     Attributes
     ----------
-    spectral_error : Tensor
-        Predicted ``‖∏(W_l + ΔW_l) − W̄‖_2 = σ_{r+1}(E)``, ``r = Σ_l R_l``; ``[...]``.
-    frobenius_error : Tensor
-        Predicted ``‖∏(W_l + ΔW_l) − W̄‖_F``; ``[...]``.
+    spectral_error, frobenius_error : Tensor
+        Predicted ``‖∏(W_l + ΔW_l) − W̄‖_2 = σ_{r+1}(E)``, ``r = Σ_l R_l``, and ``‖…‖_F``;
+        ``[...]``.
     rounding_error : Tensor
-        Measured ``‖∏(W_l + ΔW_l) − (∏W_l + LR_r(E))‖_2``, which exact arithmetic would make 0, the
-        larger of the products multiplied from either end; ``[...]``.
+        Measured ``‖∏(W_l + ΔW_l) − (∏W_l + LR_r(E))‖_2``, 0 in exact arithmetic; the larger of the
+        products multiplied from either end; ``[...]``.
     condition_numbers : Tensor
-        Of the worse of the two linear systems solved for each layer, 1 where none was needed;
-        ``[..., L]``. A singular system may still have a solution, as where the best map is singular
-        itself.
+        The worse of the two linear systems solved for each layer, 1 for none; ``[..., L]``. A
+        singular system may still have a solution, as where the best map is singular.
     plain : Tensor
-        Whether the plain splitting was kept, or else an alternative; ``[...]``.
+        Whether the plain splitting was kept; ``[...]``.
     """
 
     spectral_error: Float[Tensor, "*batch"]
@@ -84,39 +76,36 @@ def adapt(
 ) -> LinearAdaptation:
     """Adapters that bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as their ranks allow.
 
-    Non-singular frozen layers always allow it. The plain splitting is tried first: the singular
-    triplets of ``E = W̄ − ∏ W_l`` are cut into slices ``U_l S_l V_lᵀ`` of ``R_l``, and
-    ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``, ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Where partial
-    targets are singular, or so nearly that rounding errors exceed a few units of the last place,
-    the splitting of the theorem's proof follows. For singular layers there are others, which adapt
-    these first, to rotated triplets. Each member of the batch keeps its splitting of least rounding
-    error.
+    The plain splitting cuts the singular triplets of ``E = W̄ − ∏ W_l`` into slices
+    ``U_l S_l V_lᵀ`` of ``R_l``: ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``,
+    ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Where partial targets are singular up to a few
+    units of the last place, the splitting of the theorem's proof follows, which succeeds for
+    non-singular layers. Others adapt singular layers first, to rotated triplets. Each member of the
+    batch keeps its splitting of least rounding error.
 
     Raises `InputError` for ranks out of range and networks that do not fit each other, and
-    `SingularError` where nothing tried meets ``rtol``; it names the layer and the members.
-
-    Source: [thm-optimal-adaptation], by [lem-splitting] and [lem-any-change]; for the plain
-    splitting [prop-splittings].
+    `SingularError`, which names layer and members, where nothing tried meets ``rtol``. Source:
+    [thm-optimal-adaptation], by [lem-splitting] and [lem-any-change]; for the plain splitting
+    [prop-splittings].
 
     Parameters
     ----------
     frozen, target
-        Networks, or what `LinearNetwork.of` makes one from, such as a matrix for the target, of
-        equal inputs, outputs and type. Batch shapes broadcast. No hidden layer of the frozen
-        network is narrower than its inputs and outputs.
+        Networks, or what `LinearNetwork.of` takes, such as a matrix for the target, of equal
+        inputs, outputs and type; batch shapes broadcast. No frozen hidden layer is narrower than
+        inputs and outputs.
     ranks : Ranks
-        One for all layers, of which none takes more than its weight's smaller side; or one per
-        layer, each from 0 to that side.
+        One for all layers, cut to each weight's smaller side, or one per layer, at most that side.
     plain_only : bool
         Use the plain splitting, whatever its rounding error.
     rtol : float, optional
-        Largest acceptable ``rounding_error``, relative to ``‖W̄‖_2`` (or to the predicted error, if
-        that is larger, or to ``‖E‖_2`` for a target of zeros). By default ``eps^{1/2}``, half of
-        the digits; ``inf`` accepts any.
+        Largest ``rounding_error`` over ``‖W̄‖_2`` (or over the predicted error, if that is larger,
+        or over ``‖E‖_2`` if ``W̄ = 0``). By default ``eps^{1/2}``, half of the digits; ``inf``
+        accepts any.
     throw : bool
-        Raise an error where a member is not adapted acceptably, or else say so in ``success``.
+        Raise an error where a member is not adapted acceptably; otherwise ``success`` says so.
     seed : int
-        Of the rotations of triplets.
+        For random rotations of triplets.
     """
     gap = Gap(frozen, target)
     plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
@@ -134,7 +123,7 @@ def close(
     throw: bool = True,
     seed: int = 0,
 ) -> LinearAdaptation:
-    """What `adapt` does, of a `Gap`, whose decomposition may be at hand; one rank per layer."""
+    """`adapt` for a `Gap`, whose decomposition may be at hand, and one rank per layer."""
     seed, eps = _checks.seed(seed), torch.finfo(gap.frozen.dtype).eps
     rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
     finite = gap.finite
@@ -202,12 +191,10 @@ def close(
 
 
 class _Plan(NamedTuple):
-    """How the best approximation is split: which layer chooses when, and what it takes.
+    """How to split: each layer takes leading, cheapest or random triplets, in an order.
 
-    Of the remaining error ``U S Vᵀ`` a layer takes the leading triplets ("leading"), the piece of
-    [lem-splitting] of the smallest adapter ("cheapest"), or rotated triplets ("random"). ``lift``
-    first spends rank beyond the width on the frozen layers' smallest singular values. ``mirrored``
-    plans are for the transposed network, whose first layer is the last.
+    "cheapest" is [lem-splitting]'s piece of the smallest adapter. ``lift`` first spends rank beyond
+    the width on the smallest singular values; ``mirrored`` plans split the transposed network.
     """
 
     order: Sequence[int]
@@ -229,7 +216,7 @@ def _alternatives(ranks: Sequence[int], width: int, seed: int) -> Iterator[_Plan
 
 
 class _Task(NamedTuple):
-    """What is split: flat weights, the map to be reached, the decomposition and noise of ``E``."""
+    """What to split: flat weights, the map to reach, the decomposition and noise of ``E``."""
 
     weights: Sequence[Tensor]
     best_map: Tensor
@@ -254,7 +241,7 @@ class _Splitting:
     rounding: Tensor
 
     def put(self, members: Tensor, other: _Splitting, improved: Tensor) -> None:
-        """Take over what another splitting does better, for these members."""
+        """Take over another splitting for the members that it improves."""
         for (A, B), (other_A, other_B) in zip(self.factors, other.factors, strict=True):
             A[members], B[members] = other_A[improved], other_B[improved]
         self.conditions[members] = other.conditions[improved]
@@ -268,9 +255,8 @@ class _Splitting:
 def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
     """Visit the layers in the plan's order; each takes its share of the error that remains.
 
-    Adapting layer ``l`` changes the product by ``(∏_{j>l}) A_l B_lᵀ (∏_{j<l})``, whatever the other
-    layers' present weights are, so the order is free. The remaining error is computed anew for
-    each layer, so that later layers make up for the rounding of earlier ones.
+    Adapting layer ``l`` adds ``(∏_{j>l}) A_l B_lᵀ (∏_{j<l})``, so any order works. The remaining
+    error is computed anew for each layer: later layers correct the rounding of earlier ones.
     """
     if plan.mirrored:
         return _split(task.mirrored(), ranks[::-1], plan._replace(mirrored=False)).mirrored()
@@ -330,11 +316,10 @@ def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
 
 
 def _cheapest(adapter: Tensor, passed: Tensor) -> Tensor:
-    """Orthonormal ``X``, first the columns for which ``‖M X‖`` is largest against ``‖A X‖``.
+    """Orthonormal ``X``, first the columns with large ``‖M X‖ / ‖A X‖``.
 
-    ``A`` is the adapter that takes all remaining columns together, ``M`` the matrix ``passed`` of
-    [lem-splitting]. A small adapter rounds little; a large ``M X`` keeps the partial target, and so
-    the systems of the layers to come, far from singular.
+    ``A`` is the adapter of all remaining columns, ``M`` is ``passed`` of [lem-splitting]. Small
+    adapters round little; a large ``M X`` keeps the later systems far from singular.
     """
     _, S, V = lowrank.svd(adapter)
     scaled = V * _invert(S, adapter)[:, None]
@@ -342,11 +327,7 @@ def _cheapest(adapter: Tensor, passed: Tensor) -> Tensor:
 
 
 def _complementary(X: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
-    """``X``, its columns rotated, and ``Y``: ``Yᵀ X = 1``, ``Yᵀ`` injective on ``M X = passed``.
-
-    The columns of ``X`` make pairs of principal vectors with those of ``passed``. Those of ``Y``
-    lie half way between: at most 45° from either.
-    """
+    """``X`` rotated, and ``Y`` near it: ``Yᵀ X = 1``, ``Yᵀ`` injective on ``M X``."""
     Z = lowrank.svd(passed).U
     P, cosines, Q = lowrank.svd(X.mT @ Z)
     X, Z = X @ P, Z @ Q
@@ -354,11 +335,10 @@ def _complementary(X: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounding_error(weights: list[Tensor], best_map: Tensor) -> Tensor:
-    """Spectral distance of the product from the best map, infinite where one is not finite.
+    """Spectral distance of the product from the best map; infinite where not finite.
 
-    The construction makes up for the rounding errors of the product from the first layer on, as the
-    forward pass does it. The product from the last layer on has others, as a forward pass on other
-    inputs has: the larger error of the two is the honest one.
+    The construction corrects rounding in the order of the forward pass; the product multiplied from
+    the last layer shows other rounding, so the larger of both counts.
     """
     products = [product(weights)]
     if len(weights) > 2:
@@ -378,11 +358,10 @@ def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _systems(weights: list[Tensor], l: int) -> tuple[SVD | None, SVD | None]:
-    """``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``, none where there are no such layers.
+    """``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``, or ``None`` where there are no such layers.
 
-    Each is multiplied outwards in: the second as the forward pass does it, so that its rounding is
-    the forward pass's own, the first in the mirrored order. The other association loses several
-    digits in deep networks.
+    Both are multiplied outwards in, the second with the forward pass's own rounding; the other
+    association loses digits in deep networks.
     """
     outer, inner = [w.mT for w in reversed(weights[l + 1 :])], weights[:l]
     left, right = (
@@ -393,10 +372,7 @@ def _systems(weights: list[Tensor], l: int) -> tuple[SVD | None, SVD | None]:
 
 
 def _solve(system: SVD | None, right: Tensor) -> Tensor:
-    """The least solution. Directions that are 0 but for rounding are left out.
-
-    Those of a partial target that has to be singular are not wanted by [lem-splitting].
-    """
+    """The least solution, without directions that are 0 up to rounding, as [lem-splitting] asks."""
     if system is None:
         return right
     U, S, V = system
@@ -404,7 +380,7 @@ def _solve(system: SVD | None, right: Tensor) -> Tensor:
 
 
 def _invert(singular_values: Tensor, *sides: Tensor) -> Tensor:
-    """``1/σ``, or 0 where ``σ`` is not above the rounding of a matrix of these sides."""
+    """``1/σ``, or 0 where ``σ`` is within the rounding of a matrix of these sides."""
     largest = max(side.shape[-2] for side in sides)
     least = largest * torch.finfo(singular_values.dtype).eps * singular_values[..., :1]
     return torch.where(singular_values > least, 1 / singular_values, 0)

@@ -19,9 +19,9 @@ from ..networks.partition import Partition, Pieces
 
 @dataclass(frozen=True)
 class OptimalPartition:
-    """The best partition for each member of a batch, as the sizes of its blocks ``[..., L̄]``.
+    """The best partition of each member of a batch: block sizes ``[..., L̄]``, value ``[...]``.
 
-    Its value ``[...]`` is the rank or the error that it attains.
+    The value is the rank or the error that the partition attains.
     """
 
     sizes: Int[Tensor, "*batch blocks"]
@@ -35,9 +35,9 @@ class OptimalPartition:
 def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
     """Find the partition of the least `bounds.fnn_threshold`, the rank at which it is exact.
 
-    Of partitions of equal rank any may be returned. Blocks with a hidden layer that is too narrow
-    for their target layer are left out. Raises `InputError` for a target deeper or wider than the
-    frozen network. Source: [prop-optimal-partition].
+    Blocks with a hidden layer too narrow for their target layer are left out; ties are broken
+    arbitrarily. Raises `InputError` for a target deeper or wider than the frozen network. Source:
+    [prop-optimal-partition].
     """
 
     def step(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
 
 
 def least_error(frozen: FNN, target: FNN, ranks: _checks.Ranks, inputs: Inputs) -> OptimalPartition:
-    """Find the partition of the least `bounds.fnn_error` at given ranks on given ``inputs``.
+    """Find the partition of the least `bounds.fnn_error` at given ranks and ``inputs``.
 
     Raises `InputError` for ranks out of range and for a target deeper or wider than the frozen
     network. Source: [prop-optimal-partition].
@@ -66,10 +66,9 @@ def least_error(frozen: FNN, target: FNN, ranks: _checks.Ranks, inputs: Inputs) 
 def _search(
     frozen: FNN, target: FNN, step: Callable[[int, slice, Gap, Tensor], Tensor]
 ) -> OptimalPartition:
-    """Least value over all partitions, block by block and for every layer a block may end with.
+    """Least value over partitions, by dynamic programming over blocks and last layers.
 
-    ``step`` makes the value with one more block from the value before, and does not fall where that
-    rises: so the best partition of all layers begins with a best partition of the first ones.
+    ``step`` adds a block to a value and is monotone in it, so parts of best partitions are best.
     """
     pieces = Pieces(frozen, target)
     values = {0: torch.zeros((), dtype=frozen.dtype, device=frozen.device)}

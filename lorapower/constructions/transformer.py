@@ -30,24 +30,22 @@ _WORDS = {"query_key": "query–key", "value_output": "value–output", "output"
 class TransformerAdaptation(Adaptation):
     """Adapters and vectors of a transformer, with the evidence for them.
 
-    There are adapters of every weight in the order of `Transformer.weights`, of rank 0 for those
-    that stay, and of all biases, gains and shifts. It is a success where every segment is adapted
-    acceptably: that speaks of rounding, of narrow heads and of query biases, not of ranks that are
-    too low otherwise. Where all errors are 0 but for rounding, the networks are equal.
+    Adapters are in the order of `Transformer.weights`, of rank 0 for weights that stay. ``success``
+    says whether every segment is adapted acceptably: it concerns rounding, narrow heads and query
+    biases, not other ranks that are too low. Where all errors are 0 up to rounding, the networks
+    are equal.
 
     Attributes
     ----------
     solutions : Segments
-        What was done in each segment with two adapted weights: `linear.LinearAdaptation` of deep
-        linear networks of four layers, ``[..., L, H]``, and ``output`` of two, ``[...]``.
+        A `linear.LinearAdaptation` for each segment with two adapted weights: of four layers,
+        ``[..., L, H]``; ``output`` of two, ``[...]``.
     errors : Segments
-        Distance ``‖M̂ − M̄‖_2`` of each adapted segment from the target's, at most: the predicted
-        one, 0 where the rank suffices, plus the measured rounding error, which is not measured of
-        ``inner`` and ``outer``.
+        Upper bounds of ``‖M̂ − M̄‖_2`` of the adapted segments: predicted, 0 where the rank
+        suffices, plus measured rounding, which is not measured for ``inner`` and ``outer``.
     shift_condition_numbers : Tensor
-        Of a plain transformer: of the target's ``W_2`` of all blocks but the last, and of
-        ``Ŵ_out``, the systems from which each ``b̂_2`` is found; ``[..., L]``. Of others ``[...,
-        0]``.
+        If plain: of the systems for each ``b̂_2``, the target's ``W_2`` of all blocks but the last
+        and ``Ŵ_out``; ``[..., L]``. Otherwise ``[..., 0]``.
     """
 
     solutions: Segments[LinearAdaptation]
@@ -56,15 +54,15 @@ class TransformerAdaptation(Adaptation):
 
     @property
     def condition_numbers(self) -> Segments[Tensor]:
-        """The worst of the linear systems solved for each segment."""
+        """The worst linear system solved for each segment."""
         return self.solutions.map(lambda _, solution: solution.condition_numbers.amax(-1))
 
     @property
     def condition_number(self) -> Float[Tensor, "*batch"]:
-        """The largest of all condition numbers, times those of the shifts between blocks.
+        """The largest condition number, times those of the shifts between blocks.
 
-        Errors of the adapted network's outputs, relative to the numbers that they are sums of, are
-        seldom much larger than ``eps`` times this.
+        Errors of outputs, relative to the numbers that they sum, seldom much exceed ``eps`` times
+        this.
         """
         largest = self.condition_numbers.largest()
         if not self.shift_condition_numbers.shape[-1]:
@@ -87,50 +85,48 @@ def adapt(
 ) -> TransformerAdaptation:
     """Adapters and vectors that make a transformer imitate another, segment by segment.
 
-    What lies between two non-linearities is a deep linear network (`Transformer.segments`). Where
-    two neighbouring layers of it are adapted, they come as near to the target's as their ranks
-    allow by `linear.close`, or exactly in narrow heads: ``W_Q`` and ``W_K``, ``W_V`` and ``W_O``,
-    and ``W_2`` and ``W_out`` at the end of a plain transformer. Alone in their segments, ``ΔW_1 =
-    LR_R(E) B⁺`` and ``ΔW_2 = Sᵀ LR_R(E)`` of any other transformer.
+    Segments between non-linearities are deep linear networks (`Transformer.segments`). Two adapted
+    neighbours come as near to the target's as their ranks allow by `linear.close`, or exactly in
+    narrow heads: ``W_Q`` and ``W_K``, ``W_V`` and ``W_O``, and ``W_2`` and ``W_out`` at the end of
+    a plain transformer. Unless plain, ``ΔW_1 = LR_R(E) B⁺`` and ``ΔW_2 = Sᵀ LR_R(E)``.
 
-    Of a plain one ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last, where ``Ŵ_out
-    b̂_2 = W̄_out b̄_2``; and ``b̂_1 = b̄_1 + Σ_h (M̄ − M̂) c`` with the target's and the adapted
-    value–output segments ``M`` and the ``c`` before the block. Of any other, gains and shifts
-    become the target's, ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_O = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and
-    ``b̂_Q`` is such that ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` is the target's.
+    If plain, ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last, where
+    ``Ŵ_out b̂_2 = W̄_out b̄_2``; ``b̂_1 = b̄_1 + Σ_h (M̄ − M̂) c`` with the value–output segments
+    ``M`` and the ``c`` before the block. Otherwise gains and shifts become the target's,
+    ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_O = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and ``b̂_Q`` makes
+    ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` the target's.
 
     Source: [thm-transformer], [thm-residual]; for narrow heads [prop-narrow-heads].
 
     Parameters
     ----------
     frozen, target : Transformer
-        Of equal settings, sizes and type; batch shapes broadcast. A target that is not plain may
-        have narrower tokens, which then stand among the frozen's (`Transformer.fill`). See
-        `networks.rewriting` for smaller targets, and for what lowers the ranks.
+        Of equal settings, sizes and type; batch shapes broadcast. Unless plain, the target may have
+        narrower tokens (`Transformer.fill`). `networks.rewriting` enlarges targets and lowers
+        ranks.
     ranks : int, mapping or Segments
-        One for all, of which no weight takes more than its smaller side; or one for each kind of
-        weight, `Transformer.adapted_kinds`; or what `bounds.transformer_ranks` returns, of whose
-        kinds the largest are taken.
+        One for all, cut to each weight's smaller side; one for each kind of weight,
+        `Transformer.adapted_kinds`; or `bounds.transformer_ranks`, of which each kind takes its
+        largest.
     plain_only : bool
         Use the plain splitting of `linear.adapt`, whatever its rounding error.
     rtol : float, optional
-        Largest acceptable rounding error of a segment, relative to the product of the norms of its
-        factors plus that of the target's; by default half of the digits, ``inf`` accepts any.
+        Largest rounding error of a segment, relative to the product of its factors' norms plus the
+        target's; by default half of the digits, ``inf`` accepts any.
     throw : bool
-        Raise an error where a member of the batch is not adapted acceptably, or else go on and say
-        so in ``success``.
+        Raise an error where a member is not adapted acceptably; otherwise ``success`` says so.
     seed : int
-        Of random rotations.
+        For random rotations.
 
     Raises
     ------
     InputError
-        Ranks out of range; transformers that do not fit; a singular ``W_1`` or ``W_2`` of a plain
-        one; heads narrower than the tokens with less rank than their exact adaptation needs (see
-        `bounds.transformer_ranks`), or wider than a narrower target's; a target whose ``Bᵀ W_Kᵀ W_Q
-        B`` is so singular that no query bias completes its scores.
+        Ranks out of range; transformers that do not fit; a singular ``W_1`` or ``W_2`` if plain;
+        heads narrower than the tokens with less rank than they need (`bounds.transformer_ranks`),
+        or wider than a narrower target's; a target whose ``Bᵀ W_Kᵀ W_Q B`` is so singular that no
+        query bias completes its scores.
     SingularError
-        A segment is not reached within ``rtol``; names it.
+        A segment, which it names, is not reached within ``rtol``.
     """
     _checks.kind(Transformer, frozen=frozen, target=target)
     plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
@@ -203,7 +199,7 @@ def _all(verdicts: Segments[Tensor]) -> Bool[Tensor, "*batch"]:
 def _updates(
     name: str, gap: Gap, ranks: Mapping[str, int], solution: LinearAdaptation | None
 ) -> list[LowRank]:
-    """Those of a segment's adapted weights, in their order."""
+    """The updates of a segment's adapted weights, in their order."""
     if solution is None:
         (best,) = (gap.best(rank) for rank in ranks.values())
         before, after = gap.frozen.weights
@@ -232,7 +228,7 @@ def _plain_vectors(
     cut: Segments[Gap],
     values: LinearAdaptation,
 ) -> tuple[dict[str, Tensor], Float[Tensor, "*batch _"]]:
-    """Biases of a plain transformer, and the condition numbers of what is solved for them."""
+    """Biases of a plain transformer, and the condition numbers of their systems."""
     batch = adapted.batch_shape
     # Where a system is singular its member fails, and its solution is not finite.
     shift = target.missing_shift().nan_to_num(0, 0, 0)
@@ -268,10 +264,7 @@ def _require_heads(frozen: Transformer, target: Transformer) -> None:
 def _vectors(
     adapted: Transformer, target: Transformer, cut: Segments[Gap]
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The target's gains and shifts, and biases that make up for the rest.
-
-    And what the biases of queries do not make up for, in each head, and of how much.
-    """
+    """Vectors of a transformer that is not plain, and what query biases miss, of which size."""
     extra = adapted.width - target.width
 
     def widened(vector: Tensor) -> Tensor:
@@ -320,7 +313,7 @@ def _complete(
     rtol: float | None,
     throw: bool,
 ) -> LinearAdaptation:
-    """The adaptation with what query biases missed of what is size among its rounding errors."""
+    """The adaptation with what query biases missed added to its rounding errors."""
     rounding = solution.rounding_error + missed
     limit = torch.finfo(missed.dtype).eps ** 0.5 if rtol is None else rtol
     # Below the threshold the biases make up for the nearest that is reached.
@@ -341,16 +334,14 @@ def _complete(
 def attention_only(
     frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
 ) -> Adapters:
-    """Adapters of attention alone, and ``b_O``, with the least error far out on single tokens.
+    """Adapters of attention alone, and ``b_O``, of least error far out on single tokens.
 
-    The ``W_O`` of the first head of the first block takes on, at any rank, the affine map that
-    `bounds.attention_floor` finds, and what attention of both networks adds to far tokens.
-    As tokens grow their error tends to the floor.
+    ``W_O`` of the first head of the first block becomes, at any rank, the affine map of
+    `bounds.attention_floor` and what attention of both networks adds to far tokens. As tokens grow
+    the error tends to the floor.
 
-    Raises what `bounds.attention_floor` raises, and `InputError` for batches and for heads
-    narrower than the tokens.
-
-    Source: [prop-floor-attention].
+    Raises what `bounds.attention_floor` raises, and `InputError` for batches and for heads narrower
+    than the tokens. Source: [prop-floor-attention].
     """
     best = attention_floor(frozen, target, tokens)
     if best.value.ndim:
@@ -395,12 +386,10 @@ def far_error(
     tokens: Float[Tensor, "width samples"],
     size: float,
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Mean squared error of single tokens ``c v``, and its standard error.
+    """Mean squared error of single tokens ``c v``, of mean square ``c²``, and its standard error.
 
-    Each token is a sequence of its own, all of mean square ``c²``. Tokens other than those that a
-    floor was computed from differ from it by chance, as its standard error says.
-
-    Raises `InputError` for networks and tokens that do not fit, for a single token, and for a size
+    Tokens other than those of a floor differ from it by chance, as the standard error says. Raises
+    `InputError` for networks and tokens that do not fit, for a single token, and for a size ``c``
     that leaves fewer than three digits of what a network adds to it.
     """
     n = directions(network, target, tokens)

@@ -151,7 +151,7 @@ class LinearNetwork(Layers):
     def from_sequential(
         cls, module: nn.Sequential, *, dtype: torch.dtype | None = None, name: str = "module"
     ) -> LinearNetwork:
-        """Read a `torch.nn.Sequential` as `FNN.from_sequential` does; also refuses ReLUs and biases."""
+        """Read a `torch.nn.Sequential` as `FNN.from_sequential` does; refuses ReLU and bias too."""
         layers = dense_layers(module, name, dtype)
         for layer in layers:
             if layer.relu or layer.bias is not None:

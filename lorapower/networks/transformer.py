@@ -360,7 +360,7 @@ class Transformer(Network):
 
     @property
     def dimension(self) -> int:
-        """``m``, of the space of normalized tokens: ``D − 1`` under a LayerNorm, otherwise ``D``."""
+        """``m`` of the space of normalized tokens: ``D − 1`` under a LayerNorm, otherwise ``D``."""
         return self.width - (self.norm == "layer")
 
     @property
