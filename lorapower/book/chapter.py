@@ -30,12 +30,12 @@ from .figures._style import use_style
 
 #: Threads that torch takes by itself; `setup` leaves it one.
 THREADS = torch.get_num_threads()
-# Names the folder of results of those that are given none.
+# The environment's variable for the folder of results.
 RESULTS = "LORAPOWER_RESULTS"
 #: The largest `Width`.
 WIDEST = 512
-# The notebook's variable that remembers, by parameter, its completed value, a copy of that, since
-# lists can be changed in place, and what was given.
+# The notebook's variable that has, by parameter, its completed value, a copy (lists can be changed
+# in place) and what was given.
 _COMPLETED = "_completed"
 
 
@@ -45,10 +45,10 @@ def whole(low: int, high: int | None = None) -> Any:
 
 
 def results(chapter: str) -> Any:
-    """The type of the folder in which one with the chapter's name keeps the runs of its sweeps.
+    """The type of the folder in which a chapter keeps the runs of its sweeps, by its name.
 
-    An empty text means the folder that the environment names in ``LORAPOWER_RESULTS``; without it,
-    none in profile quick, and in profile paper ``results``, where the chapter runs.
+    An empty text means the folder in the environment's ``LORAPOWER_RESULTS``; without it,
+    ``results`` in profile paper, and none in quick.
     """
 
     def folder(given: str, info: ValidationInfo) -> Path | None:
@@ -84,8 +84,7 @@ Layers = whole(2, 5)
 Blocks = whole(2, 4)
 #: How many seeds; 0 stands for as many as the profile has.
 Seeds = whole(0, 100)
-#: Ranks up to the parameter ``width``, which is declared before them; none stand for all of them,
-#: or for 17 where there are more.
+#: Ranks up to the parameter ``width``, declared before them; none stand for all, or 17 of more.
 Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: ignore[misc]
 #: Where texts come from; an empty name stands for the rated sentences.
 Source = Annotated[str, AfterValidator(lambda name: name or RATED)]
@@ -96,11 +95,8 @@ Model = Annotated[str, AfterValidator(lambda name: name or PACKAGED)]
 class Parameters(Record):
     """The parameters that all chapters have; a chapter's model adds its own.
 
-    What may be given, and what it is completed to, comes with a field's type. A list may also be
-    given as one value or as a text such as ``1,4`` or ``[1, 4]``, so that papermill's option ``-p``
-    gives lists too; numbers in it are sorted, each of them once.
-
-    Raises `InputError` for the first value that is not usable.
+    A list may also be one value or a text such as ``1,4`` or ``[1, 4]``, for papermill's ``-p``;
+    its numbers are sorted, each once. Raises `InputError` for the first unusable value.
     """
 
     profile: Literal["quick", "paper"]
@@ -127,12 +123,9 @@ class Parameters(Record):
 def setup(model: type[Parameters]) -> None:
     """Check and complete the parameters of a chapter, and set up figures and threads.
 
-    The parameters are the variables of the notebook that declares ``model``, and get completed
-    values there. It may be called again after some were changed: what it had completed is
-    completed anew from what was given.
-
-    Raises `InputError` for names that papermill was given and that the model has not, and for the
-    first value that is not usable.
+    The notebook that declares ``model`` has them as variables, which get completed values, in later
+    calls anew from what was given. Raises `InputError` for unknown names from papermill and for the
+    first unusable value.
     """
     from IPython import get_ipython
 
@@ -152,7 +145,7 @@ def setup(model: type[Parameters]) -> None:
     if shell := get_ipython():
         shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
     use_style()
-    # On matrices as small as most are here, threads mostly wait for each other.
+    # On small matrices threads mostly wait for each other.
     torch.set_num_threads(1)
 
 
@@ -179,8 +172,8 @@ def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
 class Quoted(dict[str, str]):
     """What `quote` was given, by name, as plain text or Markdown.
 
-    ``quoted["error:.2f"]`` is the text of what was quoted as ``error``, in the format behind the
-    colon; typeset powers of ten are ``IPython.display.Latex``. What is yet to come is "…".
+    ``quoted["error:.2f"]`` is the quote ``error`` in the format behind the colon, "…" if it is yet
+    to come; with typeset powers of ten it is ``IPython.display.Latex``.
     """
 
     def __getitem__(self, key: str) -> Any:
@@ -192,16 +185,14 @@ class Quoted(dict[str, str]):
         return Latex(text) if text.startswith("$") else text
 
 
-#: What the notebook has quoted so far, for its text: ``{eval}`book.quoted["name:.2f"]``` in
-#: JupyterLab, once the cell was run.
+#: What the notebook has quoted so far: its text has ``{eval}`book.quoted["name:.2f"]```.
 quoted = Quoted()
 
 
 def quote(name: str, value: Any, *, digits: int | None = None) -> None:
     """Let the text quote a number, a text or a figure as ``{eval}`book.quoted["name"]```.
 
-    With ``digits``, a number becomes Markdown of so many significant ones, in which powers of ten
-    are typeset (`claims.number`).
+    With ``digits``, a number becomes Markdown of so many significant ones (`claims.number`).
     """
     from IPython.display import Markdown
     from myst_nb import glue
@@ -224,11 +215,7 @@ def read_quotes(notebook: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def median(values: ArrayLike, axis: int | None = None) -> Any:
-    """The median along an axis, or of all numbers, as in the figures.
-
-    Of an even number of values it is the mean of the two in the middle (`torch.median` takes the
-    lower one).
-    """
+    """The median along an axis, or of all numbers: of two in the middle, their mean."""
     return np.median(np.asarray(values), axis)
 
 
@@ -243,9 +230,6 @@ def dead(outputs: Float[Tensor, "*batch out samples"]) -> Bool[Tensor, "*batch o
 def share(
     difference: Float[Tensor, "*#batch out samples"], chosen: Bool[Tensor, "*#batch out"]
 ) -> Float[Tensor, "*batch"]:
-    """The part of a squared error ``Σ ‖f(x) − f̄(x)‖²`` that is in the chosen outputs.
-
-    Not a number where there is no error.
-    """
+    """The part of ``Σ ‖f(x) − f̄(x)‖²`` in the chosen outputs; NaN where there is no error."""
     errors = difference.square().sum(-1)
     return (errors * chosen).sum(-1) / errors.sum(-1)

@@ -1,7 +1,6 @@
-"""Claims: what a chapter predicted, what it measured, and whether the one meets the other.
+"""Claims: what a chapter predicted, what it measured, and whether they agree.
 
-A claim at the end of a notebook cell shows itself there and leaves a record in the cell's output.
-`read` collects the records of an executed notebook; the book's scorecard is made of them.
+A claim at the end of a cell shows itself, and leaves a record that `read` finds for the scorecard.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ MIME = "application/vnd.lorapower.claim+json"
 class Claim:
     """One checked statement, to be understood by itself; all fields but ``holds`` are Markdown.
 
-    ``label`` is that of the theorem, proposition or observation of the book that it belongs to.
-    What decides is ``predicted``: what the mathematics says, or an observation requires.
+    ``label`` names a statement of the book. ``predicted`` is what the mathematics says or an
+    observation requires.
     """
 
     statement: str
@@ -69,14 +68,13 @@ def equal(
 ) -> Claim:
     """``|measured − predicted| ≤ rtol · scale`` for all entries; broadcasts.
 
-    ``scale`` is by default ``|predicted|``. With ``rtol = 0`` the values must be the same.
-    With ``seeds`` the statement says how many of them it rests on.
+    ``scale`` is by default ``|predicted|``. ``seeds`` is added to the statement.
     """
     expected, found = _numbers("predicted", predicted), _numbers("measured", measured)
     unit = np.abs(expected) if scale is None else _numbers("scale", scale)
     rtol = _checks.tolerance("rtol", rtol)
     _check_shapes(predicted=expected, measured=found, scale=unit)
-    # `<=` is false for NaN, so that a value that is no number never holds.
+    # `<=` is false for NaN, which thus never holds.
     holds = np.abs(found - expected) <= rtol * unit
     with np.errstate(divide="ignore", invalid="ignore"):
         deviation = np.nan_to_num(np.abs(found - expected) / unit).max()
@@ -96,10 +94,7 @@ def at_most(
     bound: ArrayLike,
     seeds: int | None = None,
 ) -> Claim:
-    """``measured ≤ bound`` for all entries; broadcasts.
-
-    With ``seeds`` the statement says how many of them it rests on.
-    """
+    """``measured ≤ bound`` for all entries; broadcasts. ``seeds`` is added to the statement."""
     return _compare("≤", np.less_equal, _count_seeds(statement, seeds), label, measured, bound)
 
 
@@ -111,10 +106,7 @@ def at_least(
     bound: ArrayLike,
     seeds: int | None = None,
 ) -> Claim:
-    """``measured ≥ bound`` for all entries; broadcasts.
-
-    With ``seeds`` the statement says how many of them it rests on.
-    """
+    """``measured ≥ bound`` for all entries; broadcasts. ``seeds`` is added to the statement."""
     return _compare("≥", np.greater_equal, _count_seeds(statement, seeds), label, measured, bound)
 
 
@@ -148,7 +140,7 @@ def _compare(
 ) -> Claim:
     found, limit = _numbers("measured", measured), _numbers("bound", bound)
     _check_shapes(measured=found, bound=limit)
-    # Bounds that differ are told from an interval that all values may be in.
+    # Different bounds must not read like one interval for all values.
     limits = _range(limit) + ("" if limit.min() == limit.max() else ", each its own")
     holds = bool(compare(found, limit).all())
     return Claim(statement, label, f"{sign} {limits}", _range(found), holds)

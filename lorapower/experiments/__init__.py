@@ -1,7 +1,7 @@
-"""What the study measured: settings → runs → one table, for each kind of experiment.
+"""The study's experiments: settings → runs → one table.
 
-``synthetic`` has the study's random networks, ``residual`` those with normalization, ``digits`` and
-``coded`` real images, ``encoders`` the ``texts``, whose runs ``protocols`` compares. ``study`` has
-the methods that several of them share, and ``sweeps`` runs any of them. ``pairs`` makes checkpoints
-to plan adapters for.
+``synthetic`` adapts random networks, ``residual`` those with normalization, ``digits`` and
+``coded`` networks on real images, ``encoders`` text encoders, with the ``texts`` and by
+``protocols``. ``study`` has shared methods, ``sweeps`` runs all of them, ``pairs`` makes
+checkpoints to plan adapters for.
 """

@@ -1,8 +1,4 @@
-"""Finished runs in one SQLite file, and what made them: version, revision and fingerprint of code.
-
-A row has a setting and its results as JSON texts, in which floats keep every bit and NaN stays what
-it is. A setting has one row for each fingerprint. A batch of rows is there whole or not at all.
-"""
+"""Finished runs in one SQLite file: batches are there whole or not at all, floats to the bit."""
 
 from __future__ import annotations
 
@@ -28,11 +24,11 @@ from ..errors import InputError, ResultsError, brief
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT.name
-# They start runs and keep what these give, in which they have no part.
+# They start runs and keep results, which they do not change.
 KEEPERS = {"experiments/_store.py", "experiments/sweeps.py"}
-# The package's work imports none of what lies above the experiments or beside them.
+# Runs of the package import none of these.
 APART = ("book/", "checkpoints/", "cli.py")
-# What runs of text encoders import, which take long and use little of the package.
+# All that runs of text encoders import; they take long.
 ENCODERS = (
     *("__init__.py", "_checks.py", "_hub.py", "_records.py", "errors.py", "randomness.py"),
     *("experiments/__init__.py", "experiments/encoders.py", "experiments/texts.py"),
@@ -40,7 +36,7 @@ ENCODERS = (
 # Distributions whose versions can change a result.
 LIBRARIES = ("numba", "numpy", "peft", "scikit-learn", "scipy", "torch", "transformers")
 
-# "LoRA" in the place where SQLite's files say whose they are, and the version of what follows.
+# The mark of the application in an SQLite file, "LoRA", and the version of the schema.
 APPLICATION, FORMAT = int.from_bytes(b"LoRA"), 1
 SCHEMA = f"""
 BEGIN IMMEDIATE;
@@ -52,7 +48,7 @@ PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {FORMAT};
 COMMIT;
 """
-# Seconds for which readers and the writer wait for each other; a transaction takes a moment.
+# Seconds for which readers and the writer wait for each other.
 PATIENCE = 60.0
 
 
@@ -72,8 +68,6 @@ class Origin(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One finished run."""
-
     setting: str
     results: str
     version: str
@@ -106,7 +100,7 @@ def code(work: Callable[..., Any]) -> Code:
 
 
 def origin(made_by: Code) -> Origin:
-    """What a row is made by where this is called, which may be another machine than `code`'s."""
+    """What makes a row on the machine that calls this."""
     return Origin(*_release(), _digest([made_by.own, _package(made_by.files)]))
 
 
@@ -114,7 +108,7 @@ def _source(work: Callable[..., Any]) -> str:
     """The source of a function's module, of itself where it has none, or its bytecode."""
     file = getattr(sys.modules.get(work.__module__), "__file__", None)
     if file and Path(file).is_file():
-        # What a script does when it is started is no part of its functions.
+        # Code that runs only when a script is started does not count.
         whole = Path(file).read_text(encoding="utf-8")
         return _bare(re.split(r"^if __name__ == ['\"]__main__['\"]:", whole, flags=re.M)[0])
     try:
@@ -199,7 +193,6 @@ class Store:
             return {s for (s,) in self.connection.execute("SELECT DISTINCT setting FROM runs")}
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Keep these, in one transaction."""
         insert = f"INSERT INTO runs ({COLUMNS}) VALUES (?, ?, ?, ?, ?)"
         with _explained(self.path), self.connection:
             self.connection.executemany(insert, rows)
@@ -222,7 +215,7 @@ def opened(path: Path | None) -> Iterator[Store]:
 
 
 def newest(path: Path) -> list[Row]:
-    """Of each setting in the file the row that was finished last, in the order of finishing."""
+    """The row that was finished last for each setting, in the order of finishing."""
     if not path.is_file():
         raise ResultsError(path, "is no file", remedy="name a file that a sweep has written")
     with _connected(path, "rw") as connection:
@@ -234,7 +227,7 @@ def newest(path: Path) -> list[Row]:
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:
-    """Refuse what is no whole file of a sweep."""
+    """Refuse all but a whole file of a sweep."""
     with _explained(path):
         application, version = (
             connection.execute(f"PRAGMA {name}").fetchone()[0]
@@ -264,7 +257,7 @@ def _connected(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """SQLite's errors as this package's own."""
+    """Raise SQLite's errors as this package's own."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -280,7 +273,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """``path`` for this process alone."""
+    """Lock ``path`` for this process alone."""
     lock = filelock.FileLock(f"{path.resolve()}.lock", blocking=False)
     try:
         if path.is_dir():

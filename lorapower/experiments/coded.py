@@ -1,8 +1,7 @@
 """Adapters in few bits on the digits, and what their number of bits says of new images.
 
-The frozen network has seen none of the images that adapters are trained on: it is random, or was
-pretrained on others. So a code for adapters is fixed before these images are, and their number of
-errors on them bounds the share on new ones.
+The frozen network is random or pretrained on other images. So the code for adapters is fixed before
+the images of the task are seen, and errors on these bound the share of errors on new ones.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class Problem(Record):
     """A frozen network of two layers, and the digits to adapt it with.
 
     The network is ``"random"``, or ``"pretrained"`` on 400 upright images that serve for nothing
-    else; images of the task are turned by ``angle`` degrees. Adam takes ``steps``. The seed is of
-    the split, the network and the first factors.
+    else. Images of the task are turned by ``angle`` degrees. The seed draws split, network and
+    first factors.
     """
 
     start: digits.Start = "pretrained"
@@ -55,7 +54,7 @@ class Problem(Record):
     seed: int = Field(0, ge=0)
 
     def split(self, *, angle: float | None = None) -> _Split:
-        """The images, turned by the problem's angle or another."""
+        """The images, turned by ``angle`` degrees, by default the problem's."""
         pictures, classes = digits.images()
         pictures = digits.turn(pictures, self.angle if angle is None else angle)
         generator = randomness.generator(self.seed, "split for codes")
@@ -64,12 +63,12 @@ class Problem(Record):
         return _Split(*((pictures[part].flatten(1).mT, classes[part]) for part in parts))
 
     def frozen(self) -> FNN:
-        """The network that is adapted, in double precision."""
+        """The frozen network, in double precision."""
         return _freeze(self.start, self.seed)
 
 
 class Coded(Record):
-    """Adapters of one rank and, if they are tuned, biases, of so many bits a number."""
+    """Adapters of one rank and, if ``biases`` are tuned, their changes, in ``bits`` per number."""
 
     ranks: int = Field(1, ge=0, le=digits.PIXELS)
     bits: int = Field(2, ge=1, le=12)
@@ -84,11 +83,10 @@ class Setting(Record):
 
 
 class Found(Results):
-    """What a code says and what happens.
+    """A code's length in bits, errors of the network read from it, and bounds on new images.
 
-    ``length`` is the number of bits that were written; ``training_error`` and ``test_error`` are
-    shares of images that the network read from them gets wrong, ``occam`` and ``kl`` what
-    `bounds.samples` says of new images, with probability .95.
+    Errors are shares of misread images. ``occam`` and ``kl`` (`bounds.samples`) bound the share
+    among new ones with probability 0.95.
     """
 
     length: int
@@ -117,9 +115,9 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
 
 
 def fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Adapters:
-    """Adapters by Adam through the rounding: those met whose rounded ones read the images best.
+    """Adapters by Adam on rounded numbers, whose gradients it applies to the numbers themselves.
 
-    Outputs are computed from rounded numbers, and slopes passed on to the numbers themselves.
+    Of the adapters met, those are returned that read the images best when rounded.
     """
     x, y = labelled[0].to(frozen.dtype), labelled[1]
     ranks = tuple(min(method.ranks, *weight.shape) for weight in frozen.weights)

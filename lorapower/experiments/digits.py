@@ -1,8 +1,7 @@
-"""Handwritten digits: tasks on real images, networks trained on them, and what adapts one to one.
+"""Handwritten digits: networks trained on real images, and what adapts one to another.
 
-The images are scikit-learn's, 1797 of 8 × 8 grey values, and a task is to read them turned by an
-angle. Networks are pretrained on upright images; a target is one that was then trained in full on a
-task. As elsewhere, `measure` runs any number of settings of one problem.
+The images are scikit-learn's, 1797 of 8 × 8 grey values. A task is to read them turned by an angle.
+Networks are pretrained on upright images; a target is then trained in full on a task.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ MODELS: tuple[Model, ...] = get_args(Model)
 # Of targets, and of transformers that are adapted too.
 DEPTHS = {"fnn": 2, "transformer": 1}
 HEADS = 2
-# Added to the votes of ReLU networks at the start, so that none is cut off: what is cut off for all
-# images gets no gradient, and its class is never named.
+# Added to a ReLU network's votes at the start: a vote that is 0 for all images gets no gradient.
 LIFT = 10.0
 PRETRAINING = Tuning(learning_rate=3e-3)
 PRETRAINING_STEPS = 1500
@@ -72,9 +70,9 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
 
 @functools.cache
 def images() -> tuple[Float[Tensor, "samples side side"], Int[Tensor, " samples"]]:
-    """All images, grey values from 0 (paper) to 1 (ink), and the digits that they show.
+    """All images, grey values from 0 (paper) to 1 (ink), and their digits.
 
-    Raises `InputError` where scikit-learn is not installed. Source: Alpaydin and Kaynak (1998).
+    Raises `InputError` without scikit-learn. Source: Alpaydin and Kaynak (1998).
     """
     hub.require("glue", "sklearn")
     from sklearn.datasets import load_digits
@@ -87,10 +85,10 @@ def images() -> tuple[Float[Tensor, "samples side side"], Int[Tensor, " samples"
 def turn(
     pictures: Float[Tensor, "samples side side"], angle: float
 ) -> Float[Tensor, "samples side side"]:
-    """Images turned counter-clockwise by so many degrees about their centre.
+    """Images turned counter-clockwise by ``angle`` degrees about their centre.
 
-    Grey values are interpolated linearly, and rounded to multiples of 1/256, without which hardly
-    any pixel would be free of ink; what comes from outside is 0.
+    Grey values are interpolated linearly, with 0 outside, and rounded to multiples of 1/256, as
+    hardly any pixel would be free of ink otherwise.
     """
     phi = pictures.new_tensor(math.radians(angle))
     matrix = pictures.new_tensor([[phi.cos(), -phi.sin(), 0.0], [phi.sin(), phi.cos(), 0.0]])
@@ -112,11 +110,10 @@ class Split(NamedTuple):
 
 @functools.cache
 def task(model: str, angle: float, seed: int) -> Split:
-    """The digits turned by an angle, split at random; the split depends on the seed alone.
+    """The digits turned by an angle, split at random by the seed alone.
 
     A ReLU network sees the 64 pixels of an image, ``[64, samples]``. A transformer sees a token for
-    each row, ``[samples, 16, 8]``: its eight pixels, and a one in the coordinate that says which
-    row it is.
+    each row, ``[samples, 16, 8]``: its eight pixels, and a one in the coordinate of the row.
     """
     pictures, classes = images()
     pictures = turn(pictures, angle)
@@ -137,15 +134,15 @@ def _votes(network: FNN | Transformer, x: Tensor) -> Float[Tensor, "classes samp
 
 
 def accuracy(network: FNN | Transformer, labelled: Labelled) -> float:
-    """Part of the images whose digit gets the most votes."""
+    """Share of the images whose digit gets the most votes."""
     x, y = labelled
     return float((_votes(network, x).argmax(-2) == y).double().mean())
 
 
 def error(network: FNN | Transformer, target: FNN | Transformer, x: Tensor) -> float:
-    """Mean squared difference of the votes from the target's, over the variance of these.
+    """Mean squared difference of the votes from the target's, relative to the latter's variance.
 
-    Means are over classes and samples, the variance of each class's votes is about their mean.
+    Means are over classes and samples; the variance is about each class's mean.
     """
     votes, reference = _votes(network, x), _votes(target, x)
     return float((votes - reference).square().mean() / variance_of(reference))
@@ -154,13 +151,11 @@ def error(network: FNN | Transformer, target: FNN | Transformer, x: Tensor) -> f
 class Problem(Record):
     """A frozen network and a target, trained on digits or drawn, and the digits to adapt it with.
 
-    Networks are ReLU networks (``"fnn"``) of width 64 and ten outputs, or transformers of one
-    block, two heads and width 16 over the rows of an image. ``depth`` is of the frozen network,
-    which is ``"pretrained"`` on upright digits or ``"random"``. The target has depth 2, as a
-    transformer 1; it was trained in full on digits turned by ``angle`` degrees, from the network of
-    its depth that was pretrained on upright ones. Adam takes ``steps``. The seed is of the split,
-    of the networks before their training, and of the first factors. Raises `InputError` for values
-    that do not fit.
+    ReLU networks (``"fnn"``) have width 64 and ten outputs; transformers have one block, two heads
+    and width 16, over the rows of an image. The frozen network has ``depth`` layers and is
+    ``"pretrained"`` on upright digits or ``"random"``. The target has depth 2 (a transformer 1); it
+    is pretrained on upright digits, then trained in full on digits turned by ``angle`` degrees.
+    Raises `InputError` for values that do not fit.
     """
 
     model: Model = "fnn"
@@ -179,12 +174,12 @@ class Problem(Record):
 
     @property
     def width(self) -> int:
-        """Of the layers, or of a token; no rank is above it."""
+        """Width of the layers, or of a token; no rank is above it."""
         return PIXELS if self.model == "fnn" else 2 * SIDE
 
     @property
     def weights(self) -> int:
-        """Number of the frozen network's weights; tuning as many of the last ones tunes all."""
+        """Number of the frozen network's weights, the largest ``final``."""
         return self.depth if self.model == "fnn" else (4 * HEADS + 2) * self.depth + 1
 
     @property
@@ -192,7 +187,7 @@ class Problem(Record):
         return task(self.model, self.angle, self.seed)
 
     def adapters(self, frozen: Any, target: Any, method: Construction | Fitted) -> Adapters:
-        """The method's adapters, for ReLU networks over all images that there can be."""
+        """The method's adapters, for ReLU networks over all possible images."""
         region = Box(0.0, 1.0)
         if not isinstance(method, Fitted):
             return study.construct(frozen, target, method.ranks, region)
@@ -214,9 +209,9 @@ class Problem(Record):
     def error_matrices(self) -> dict[str, Float[Tensor, "heads out in"]]:
         """What adapters have to make up for, by name.
 
-        Of a ReLU network ``first``, the first block's ``E_1``, and ``on data``, ``E_1`` times the
-        training images about their mean over the root of their number, whose singular values are
-        those of ``E_1 C^{1/2}``. Of a transformer ``scores`` and ``values``, those of its heads.
+        Of a ReLU network: ``first``, the first block's ``E_1``, and ``on data``, ``E_1 (X −
+        mean)/√n`` of the ``n`` training images ``X``, with the singular values of ``E_1 C^{1/2}``.
+        Of a transformer: ``scores`` and ``values`` of its heads.
         """
         frozen, target = self.networks()
         if self.model == "transformer":
@@ -229,10 +224,7 @@ class Problem(Record):
 
 
 class Setting(Record):
-    """One run. ``ranks`` is one number for all weights, and no more of it than a weight's side.
-
-    Raises `InputError` for a method that does not fit the problem.
-    """
+    """One run, with one rank for all weights; raises `InputError` for an unfit method."""
 
     problem: Problem = Problem()
     method: Annotated[Construction | Fitted | Lora | Final, Field(discriminator="kind")] = Lora()
@@ -251,7 +243,7 @@ class Setting(Record):
 
     @property
     def fitting(self) -> Construction | Fitted | Lora | Final:
-        """The method with a rank for each weight of a ReLU network, of which the last is flat."""
+        """The method with a rank for each weight of a ReLU network; the last is at most ten."""
         method, problem = self.method, self.problem
         if isinstance(method, Final) or problem.model == "transformer":
             return method
@@ -260,10 +252,10 @@ class Setting(Record):
 
 
 def spectra(problems: Sequence[Problem]) -> pd.DataFrame:
-    """Singular values ``sigma`` of each of the problems' error matrices.
+    """Singular values of the problems' error matrices, one in each row.
 
-    One row for each value, with its index ``d`` from 1, the ``matrix`` by its name in
-    `Problem.error_matrices`, and the problem's ``start`` and ``angle``.
+    Columns are ``sigma``, its index ``d`` from 1, the ``matrix`` in `Problem.error_matrices`, and
+    the problem's ``start`` and ``angle``.
     """
     rows = []
     for problem in problems:
@@ -277,10 +269,10 @@ def spectra(problems: Sequence[Problem]) -> pd.DataFrame:
 
 
 def needed(table: pd.DataFrame, tolerance: float = 0.1, points: float = 0.01) -> dict[str, float]:
-    """The least rank in a table of runs at which each of three aims is met, medians over seeds.
+    """The least rank in a table of runs that meets each of three aims; medians over seeds.
 
-    ``bound``: the bound is at most the tolerance. ``error``: the error is. ``accuracy``: it is at
-    most so much below the target's. Infinite where half of the seeds or more meet it at no rank.
+    ``bound`` and ``error`` must be at most ``tolerance``, ``accuracy`` at most ``points`` below the
+    target's. Infinite where half of the seeds or more never meet an aim.
     """
     met = {
         "bound": table.bound <= tolerance,
@@ -296,7 +288,7 @@ def needed(table: pd.DataFrame, tolerance: float = 0.1, points: float = 0.01) ->
 
 
 def draw(model: str, depth: int, seed: int) -> FNN | Transformer:
-    """A network as drawn, independent of what is trained of the same seed."""
+    """A network as drawn, independent of those trained with the same seed."""
     return _drawn(model, depth, seed, "random")
 
 
@@ -328,7 +320,7 @@ def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer
 
 
 def train_fully(network: Any, split: Split, seed: int, purpose: str) -> Any:
-    """A network after training of all of it on a split's images, in double precision."""
+    """The network after training in full on a split's images, in double precision."""
     runs = train(
         network,
         [replace(PRETRAINING, final=len(network.weights))],
@@ -347,10 +339,8 @@ def _data(split: Split, seed: int, *purpose: str) -> Fixed:
 class Found(Outcome):
     """What a run reaches on the test images.
 
-    ``accuracy`` is the part of them that is read rightly, ``error`` that of the function of this
-    name; ``bound`` is what `bounds.fnn_error_on` says of it for the plain construction of a ReLU
-    network, and NaN elsewhere. ``target_accuracy`` and ``frozen_accuracy`` are those of the two
-    networks. ``validation_loss`` is the least one met in training.
+    ``accuracy`` is the share read rightly; for ``error`` see the function. ``bound`` is
+    `bounds.fnn_error_on` of a ReLU network's plain construction, otherwise NaN.
     """
 
     accuracy: float

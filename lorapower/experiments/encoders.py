@@ -1,7 +1,7 @@
 """Fine-tuning of pretrained and random encoders: settings, and what is measured for each.
 
-A problem is a task, an encoder and how long which of its texts are shown; a method is what of the
-encoder is tuned. `measure` is what `sweeps.run` is given.
+A problem is a task, an encoder, and how long it sees which texts; a method says what is tuned.
+`sweeps.run` takes `measure`.
 """
 
 from __future__ import annotations
@@ -34,20 +34,19 @@ Targets = Literal["attention", "feed-forward", "all"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)
 #: The head that ``transformers`` has for an encoder, or a linear one on the mean over the tokens.
 Head = Literal["own", "mean"]
-# Adapters are multiplied by SCALE/√R, with which a first step of Adam changes a weight about as
-# much at each rank (Kalajdzievski, 2023).
+# Adapters are multiplied by SCALE/√R: Adam's first step then changes a weight about equally at each
+# rank (Kalajdzievski, 2023).
 SCALE = 4
-# So many batches at a time have their texts sorted by length.
+# Number of batches whose texts are sorted by length together.
 POOL = 8
 
 
 class Lora(Record):
     """Adapters of one rank, through ``peft``, on linear layers of the encoder.
 
-    The layers are those of attention, ``"feed-forward"``, which is all others of the equal layers
-    that the encoder consists of, or ``"all"``, those outside these too. The learning rate of AdamW,
-    without weight decay, rises to ``learning_rate`` over the first tenth of the steps, then falls
-    linearly to 0.
+    ``"feed-forward"`` are those of its equal layers that are not ``"attention"``; ``"all"`` has
+    those outside too. The rate of AdamW, without weight decay, rises to ``learning_rate`` over the
+    first tenth of the steps, then falls linearly to 0.
     """
 
     kind: Literal["lora"] = "lora"
@@ -57,9 +56,9 @@ class Lora(Record):
 
 
 class Whole(Record):
-    """Weights in full: all, those of the last layer and of a pooling layer after it, or the head's.
+    """Weights in full: all, those of the last layer and a pooling layer after it, or the head's.
 
-    The ``"head"`` is tuned in any case. The learning rate is as that of `Lora`.
+    The head is tuned in any case. Learning rates are as in `Lora`.
     """
 
     kind: Literal["full", "final", "head"] = "full"
@@ -77,28 +76,16 @@ Method = Lora | Whole
 class Problem(Record):
     """A task, an encoder, and how long which texts are shown to it.
 
-    Attributes
-    ----------
-    task, source : str
-        Name of the task, and where its texts are: ``"rated"``, ``"hub"`` or a folder in GLUE's
-        layout.
-    model, pretrained : str, bool
-        Encoder: ``"packaged"``, a folder, or a name on the hub; with its weights, or random ones of
-        the same configuration.
-    head : {"mean", "own"}
-        ``"mean"``: linear on the mean over the tokens, which is how sentence encoders are made to
-        be used (Reimers and Gurevych, 2019); ``"own"``: that which ``transformers`` has for the
-        encoder, as in the published scores of GLUE.
-    tokens : int
-        To which longer texts are cut off; fewer than 8 have no place for a text beside the marks of
-        where texts begin and end.
-    samples : int
-        Of the training set, drawn by the seed; 0 means all.
-    part : {"validation", "test"}
-        On which scores are taken; GLUE's test sets have no labels.
-    seed : int
-        Of the head, the random weights and factors, the samples, their order, and dropout. Equal
-        seeds give equal heads, samples and orders whatever the rest.
+    Texts are from ``source``: ``"rated"``, ``"hub"`` or a folder in GLUE's layout. ``model`` is
+    ``"packaged"``, a folder or a name on the hub; without ``pretrained`` its weights are random.
+    Head ``"mean"`` is linear on the mean over the tokens, for which sentence encoders are made
+    (Reimers and Gurevych, 2019); ``"own"`` is that of ``transformers``, as in GLUE's published
+    scores.
+
+    Texts are cut off to ``tokens``; fewer than 8 leave no place beside the marks of beginning and
+    end. ``samples`` of the training set are used, 0 for all. Scores are taken on ``part``; GLUE's
+    test sets have no labels. The seed draws head, random weights and factors, samples, their order,
+    and dropout; head, samples and order depend on nothing else.
     """
 
     task: str = "movies"
@@ -123,7 +110,7 @@ class Problem(Record):
 
 
 class Setting(Record):
-    """One run; whatever the method tunes, the head is tuned too."""
+    """One run; the head is tuned too, whatever the method."""
 
     problem: Problem = Problem()
     method: Annotated[Method, Field(discriminator="kind")] = Lora()
@@ -132,13 +119,12 @@ class Setting(Record):
 class Found(Results):
     """What a run reaches on held-out texts after training.
 
-    ``accuracy`` to ``spearman`` are `texts.METRICS`, NaN where they are none of the task's;
-    ``score``, that by which the task is judged; ``accuracy_matched`` and ``accuracy_mismatched``
-    are of MNLI's two validation sets; ``baseline``, the score of the best constant answer, chosen
-    in hindsight; ``training_loss``, the mean over the steps; ``parameters``, number of those
-    that are tuned; ``cut_off``, part of the task's texts that had more tokens than are used;
-    ``answers``, to each held-out text (`answers`); ``changes``, what tuning all weights did to each
-    linear layer (`spectra`), or nothing; ``seconds``, of training alone.
+    ``accuracy`` to ``spearman`` are `texts.METRICS`, NaN if not the task's; ``score`` is its first;
+    ``accuracy_matched`` and ``accuracy_mismatched`` are of MNLI's two validation sets. ``baseline``
+    is the score of the best constant in hindsight, ``training_loss`` the mean over steps,
+    ``parameters`` the number tuned, ``cut_off`` the share of texts longer than ``tokens``.
+    `answers` and `spectra` read ``answers`` and, after full tuning, ``changes``. ``seconds`` are of
+    training alone.
     """
 
     accuracy: float
@@ -161,8 +147,7 @@ class Found(Results):
 def check(settings: Sequence[Setting]) -> None:
     """Read the texts and adapt the models of all settings, to refuse what is not usable.
 
-    Each model is adapted once, for the highest of its ranks. Raises `InputError` for texts, models
-    and ranks, as `measure` does when it comes to them.
+    Each model is adapted once, at its highest rank. Raises `InputError` as `measure` would later.
     """
     hub.require("glue")
     problems = [setting.problem for setting in settings]
@@ -179,38 +164,34 @@ def check(settings: Sequence[Setting]) -> None:
 
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
-    """What each setting reaches; raises `InputError` for texts, models, ranks of no use."""
+    """What each setting reaches; raises `InputError` for unusable texts, models and ranks."""
     hub.require("glue")
     return [_measure(setting) for setting in settings]
 
 
 def tune(setting: Setting) -> Any:
-    """The network of a setting after its training; raises what `measure` raises."""
+    """The trained network of a setting; raises what `measure` raises."""
     hub.require("glue")
     return _train(setting)[0].model
 
 
 def answers(text: str) -> NDArray[np.float64]:
-    """Of ``Found.answers``, for each held-out text: number of the class, or the number."""
+    """Read ``Found.answers``: for each held-out text the number of its class, or the value."""
     return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
 
 
 def spectra(changes: str) -> pd.DataFrame:
-    """Of ``Found.changes``: a row for each linear layer of the encoder.
+    """Read ``Found.changes``: a row for each linear layer of the encoder.
 
-    Columns are ``layer``, its name; ``norm``, of the change against that of the weights
-    (Frobenius); ``half`` and ``most``, the least rank with half and nine tenths of the change's
-    squared norm; and ``1``, ``2``, ``4``, …, its singular values of these numbers against the
-    first.
+    ``layer`` is its name, ``norm`` the Frobenius norm of its change over that of its weights,
+    ``half`` and ``most`` the least ranks with half and nine tenths of the change's squared norm.
+    ``1``, ``2``, ``4``, … are the change's singular values of these numbers over the first.
     """
     return pd.DataFrame(json.loads(changes))
 
 
 def equal_ranks(model: str, rank: int, head: Head = "own") -> dict[Targets, int]:
-    """For each choice of targets, the rank with about as many numbers as ``rank`` on all layers.
-
-    It is at least 1, and at most what the layers can have.
-    """
+    """For each choice of targets, the rank with about as many numbers as ``rank`` on all layers."""
     with torch.device("meta"):
         body = _draw(model, head).base_model
     shapes = {
@@ -225,9 +206,9 @@ def equal_ranks(model: str, rank: int, head: Head = "own") -> dict[Targets, int]
 
 
 def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, " pairs"]:
-    """Cosine of the angle between the two texts of each pair: the means over their tokens.
+    """Cosine similarities of the two texts of each pair, by the means of outputs over tokens.
 
-    Raises `InputError` for no pairs, and as ``hub.encoder`` does.
+    Raises `InputError` for no pairs or an unusable model.
     """
     if not pairs:
         raise InputError("pairs", allowed="at least one pair of texts", given="none")
@@ -255,7 +236,6 @@ class _Mean(nn.Module):
 
     @property
     def base_model(self) -> Any:
-        """The encoder."""
         return self.encoder
 
     def forward(
@@ -274,7 +254,6 @@ class _Mean(nn.Module):
 
 
 def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over the tokens that are there."""
     if mask is None:
         return hidden.mean(1)
     present = mask.unsqueeze(-1)
@@ -282,7 +261,7 @@ def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _draw(model: str, head: Head, **options: Any) -> Any:
-    """The model with random weights and a head, as its configuration says."""
+    """The configured model with random weights and a head."""
     hub.require("glue")
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -303,7 +282,7 @@ def _draw(model: str, head: Head, **options: Any) -> Any:
 
 
 def _build(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = "own") -> Any:
-    """The encoder with a head for the task: weights as shipped, or drawn as it is configured."""
+    """The encoder with a head for the task, its weights as shipped or drawn."""
     kind = "regression" if task.regression else "single_label_classification"
     # The seed alone draws the head, and a pooling layer that is not shipped.
     with randomness.seeded(seed, "head"):
@@ -317,7 +296,7 @@ def _build(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = 
 
 
 def _adapt(network: Any, method: Method, *, seed: int) -> Any:
-    """The network, of which what the method tunes is not frozen; its head is tuned in any case."""
+    """The network with all frozen but its head and what the method tunes."""
     if method.kind == "full":
         return network.requires_grad_(True)
     body = network.base_model
@@ -389,7 +368,7 @@ def _last_layer(body: nn.Module) -> nn.Module:
 
 
 def _network(setting: Setting) -> Any:
-    """The model with a head for the task, and what is tuned of it."""
+    """The model with a head for the task, ready to be tuned."""
     problem = setting.problem
     network = _build(
         problem.model,
@@ -490,8 +469,8 @@ def _tokenize(
 
 def _batches(problem: Problem, lengths: NDArray[np.int64]) -> list[list[int]]:
     """The training texts of each step, of all epochs."""
-    # Texts of about one length go together, as padding costs as much as text: those of a few
-    # batches, drawn at random, are sorted, and the batches of an epoch are then shuffled.
+    # Padding costs as much as text. So texts of a few random batches are sorted by length, and the
+    # batches of an epoch are then shuffled.
     draw = np.random.default_rng(randomness.number(problem.seed, "samples"))
     drawn = draw.permutation(len(lengths))[: problem.samples or None]
     steps = []

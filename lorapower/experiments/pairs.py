@@ -1,7 +1,6 @@
-"""Pairs of checkpoints, made here, to plan adapters for: a base and what was tuned from it.
+"""Pairs of checkpoints, made here in a minute: a base, and what was tuned from it.
 
-Real pairs are downloaded; these take a minute. The encoder's base is a real one. The decoders are
-small and know little, but their weights are trained ones.
+The encoder's base is a real one. The decoders are small, but their weights are trained.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ END = "<end>"
 
 
 def texts(kind: str, part: str) -> list[str]:
-    """The rated sentences of a kind in a part, without their ratings: those near neutral too."""
+    """The rated sentences of a kind in a part, without ratings, those near neutral too."""
     return [text for (text,) in sources.read(f"{kind}-rating", hub.RATED, part).texts]
 
 
@@ -30,8 +29,8 @@ def encoder(
 ) -> None:
     """Tune all weights of the packaged encoder to tell the sign of movie snippets, and save it.
 
-    With the head that ``transformers`` has for it, so that ``folder`` is a checkpoint like others;
-    its base is ``"packaged"``. Raises `InputError` for what `encoders.measure` does not take.
+    ``folder`` is a checkpoint like others, with the head of ``transformers``; its base is
+    ``"packaged"``. Raises `InputError` for what `encoders.measure` refuses.
     """
     place = _checks.path("folder", folder)
     problem = encoders.Problem(head="own", samples=samples, epochs=epochs, seed=seed)
@@ -53,9 +52,9 @@ def decoders(
 ) -> None:
     """Train a small GPT-2 on sentences of one kind, tune it on another, and save both.
 
-    The folders are ``base`` and ``tuned``; the tokens are those of both kinds, of each of which at
-    most ``samples`` sentences are used, 0 for all of the training part. The network has a head for
-    each 16 of its width. Raises `InputError` for sizes and kinds of no use.
+    ``base`` and ``tuned`` are folders. Tokens are learned from both kinds. At most ``samples``
+    training sentences of each are used, 0 for all. There is a head for each 16 of ``width``. Raises
+    `InputError` for unusable sizes and kinds.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 

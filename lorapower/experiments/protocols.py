@@ -16,9 +16,8 @@ from ..errors import InputError
 from . import encoders, sweeps, texts
 from .encoders import Lora, Method, Problem, Setting, Whole
 
-#: Of each profile: what all runs share; the ranks; the numbers of training samples, 0 for all; the
-#: learning rates of each kind of method, of adapters by rank, of which the first is the default;
-#: and how `search` tries all of them. Quick is for a processor and some minutes.
+#: For each profile: what all runs share; ranks; numbers of training samples, 0 for all; learning
+#: rates by kind of method and rank, the default first; and how `search` tries them.
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
         "problem": {"epochs": 1, "batch": 16, "tokens": 48, "seed": range(1)},
@@ -47,8 +46,8 @@ GRIDS: dict[str, dict[str, Any]] = {
 }
 # Made by tools/record.py.
 RECORDED = "movies.csv.gz"
-#: Learning rates by kind of method and whether the weights are pretrained; for each by rank, which
-#: is 0 where there is none. `compare` takes those of ranks between.
+#: Learning rates by kind of method and whether weights are pretrained, then by rank (0 for none).
+#: `compare` interpolates between ranks.
 Rates = Mapping[tuple[str, bool], Mapping[int, float]]
 
 
@@ -66,16 +65,14 @@ def compare(
 ) -> list[Setting]:
     """Settings that compare ranks, layers, weights and numbers of samples, for each task and seed.
 
-    From pretrained weights and the most samples: adapters of each rank on all linear layers, and
-    for attention and for feed-forward layers of the rank at which they have as many numbers as the
-    highest on all (`encoders.equal_ranks`), in paper also of each rank; the last layer; all
-    weights; the head alone. From random weights: the highest rank on all layers, in paper each, the
-    last layer and all weights. With fewer samples: the lowest and the highest rank on all layers,
-    and all weights.
+    From pretrained weights and the most samples: adapters of each rank on all linear layers; on
+    attention and on feed-forward layers, of the rank with as many numbers as the highest on all
+    (`encoders.equal_ranks`), in paper also of each rank; the last layer; all weights; the head
+    alone. From random weights: the highest rank on all layers, in paper each, the last layer and
+    all weights. With fewer samples: the lowest and the highest rank on all layers, and all weights.
 
-    Ranks, the number of seeds from ``seed`` on, and the most samples are by default those of the
-    profile; learning rates, its first (`best_rates` finds others). Raises `InputError` for a
-    profile that there is not.
+    ``seeds`` counts seeds from ``seed`` on; ``samples`` are the most. Defaults are the profile's;
+    `best_rates` finds other learning rates. Raises `InputError` for an unknown profile.
     """
     grid = _grid(profile)
     chosen = sorted(ranks or grid["ranks"])
@@ -126,9 +123,9 @@ def search(
 ) -> list[Setting]:
     """Settings that try the profile's learning rates for each kind of method.
 
-    Scores are taken on the validation set, which nothing else uses where there is a test set with
-    labels; for the first task, one seed, and few samples, so often that there are about as many
-    steps as in most of the runs. Raises `InputError` for a profile that there is not.
+    They have the first task, one seed and few samples, but about as many steps as most runs. Scores
+    are on the validation set, which is used for nothing else if the test set has labels. Raises
+    `InputError` for an unknown profile.
     """
     grid = _grid(profile)
     (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
@@ -151,7 +148,7 @@ def search(
 
 
 def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
-    """Of a table of runs of `search`: `Rates` with the best scores; of equal ones, the lowest."""
+    """`Rates` with the best scores in a table of `search`; of equal scores, the lowest rate."""
     ranked = table.assign(rank=table["rank"].fillna(0).astype(int))
     ranked = ranked.sort_values(["score", "learning_rate"], ascending=[False, True])
     keys = ["method", "pretrained", "rank"]
@@ -163,10 +160,10 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
 
 
 def read_record() -> pd.DataFrame:
-    """The part of profile paper that was run once, on ``movies``: a table as `sweeps.run` makes it.
+    """The runs of profile paper on ``movies``, done once: a table as `sweeps.run` makes it.
 
-    Rows with the ``part`` ``"validation"`` are those of `search`, by which learning rates were
-    chosen; the others are of `compare`. ``seconds`` are those of one thread of a processor.
+    Rows with ``part`` ``"validation"`` are of `search`, the others of `compare`. ``seconds`` are of
+    one thread of a processor.
     """
     with resources.as_file(resources.files(__package__) / RECORDED) as path:
         table = pd.read_csv(path)
@@ -200,7 +197,7 @@ def _samples(grid: dict[str, Any], problem: Problem, most: int = 0) -> list[int]
 
 
 def _fewer(sizes: Sequence[int], problem: Problem) -> list[int]:
-    """Those of these numbers that are less than all samples there are."""
+    """The sizes that are below the number of all samples."""
     there = len(texts.read(problem.task, problem.source, "train").labels)
     return [size for size in sizes if 0 < size < there]
 
@@ -238,16 +235,14 @@ class Interval(NamedTuple):
 
 
 def interval(values: ArrayLike) -> Interval:
-    """The mean of ``values`` ``[seeds, texts]`` over other texts and other seeds like these.
+    """The mean of ``values`` ``[seeds, texts]`` and its 95% interval over other seeds and texts.
 
-    Values are what texts contribute to a score (``tasks.Task.contributions``), or, for two methods
-    on the same texts and seeds, the difference of both, which pairs them. The variance of the mean
-    is ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and texts,
-    and limits are those of Student's distribution with Satterthwaite's degrees of freedom. One seed
-    says nothing of the second part: the interval then is one for these trained networks, and what
-    another training would change is not in it.
-
-    Raises `InputError` for values of other shape, or for fewer than two texts.
+    Values are what texts contribute to a score (``texts.Task.contributions``), or, to compare two
+    methods on the same texts and seeds, their differences. The variance of the mean is
+    ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and over texts;
+    limits are Student's with Satterthwaite's degrees of freedom. With one seed the second part is
+    missing, and the interval is for these trained networks alone. Raises `InputError` for another
+    shape or fewer than two texts.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:

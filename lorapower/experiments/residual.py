@@ -1,8 +1,4 @@
-"""Experiments on residual transformers: what adapters of one part of the blocks leave.
-
-A problem is a frozen network and a target drawn by a seed. `measure` adapts the one to the other by
-any number of methods, and is what `sweeps.run` is given.
-"""
+"""Experiments on residual transformers: what adapters of one part of the blocks leave."""
 
 from __future__ import annotations
 
@@ -40,9 +36,8 @@ FAR = 1e4
 class Problem(Record):
     """A frozen network and a target of one kind, and inputs ``N(0, c² I)``.
 
-    ``width, hidden, heads, head_size, depth, tokens`` and ``size`` are ``D, F, H, d, L, N`` and
-    ``c``; a head size of 0 is the width. Adam takes ``steps`` of ``samples`` sequences. The seed is
-    of the networks, the inputs and the first factors.
+    ``width, hidden, heads, head_size, depth, tokens, size`` are ``D, F, H, d, L, N, c``; a head
+    size of 0 is the width. Adam takes ``steps`` of ``samples`` sequences.
     """
 
     width: int = Field(8, ge=2)
@@ -90,10 +85,10 @@ class Problem(Record):
 
 
 class Trained(Record):
-    """Adapters of one rank on a part of the blocks by Adam, its rate falling, then L-BFGS.
+    """Adapters of one rank on a part of the blocks, by Adam at a falling rate, then L-BFGS.
 
-    Of the vectors ``"free"`` tunes ``b_Q, b_O, b_2``, ``"biases"`` ``b_1`` too, and ``"all"`` gains
-    and shifts too. ``iterations`` are of L-BFGS, on fixed inputs.
+    Of the vectors ``"free"`` tunes ``b_Q, b_O, b_2``, ``"biases"`` ``b_1`` too, ``"all"`` also
+    gains and shifts. L-BFGS takes ``iterations`` on fixed inputs.
     """
 
     kind: Literal["trained"] = "trained"
@@ -106,7 +101,7 @@ class Trained(Record):
 
 
 class Fitted(Record):
-    """Adapters of one rank on a part of the blocks, fitted to inputs, and polished where asked."""
+    """Adapters of one rank on a part, fitted to inputs, then polished by ``iterations``."""
 
     kind: Literal["fitted"] = "fitted"
     part: Part = "all"
@@ -122,11 +117,11 @@ class Setting(Record):
 
 
 class Found(Results):
-    """What a run reaches: mean squared errors over fresh inputs.
+    """Mean squared errors of a run over fresh inputs.
 
-    ``relative`` is the error over the variance of what the target adds to its inputs.
-    ``far_error`` is that of single tokens far out, with its standard error; ``floor`` what
-    `bounds.attention_floor` says of it. ``factors`` counts the numbers of the adapters.
+    ``relative`` is the error over the variance of what the target adds to its inputs, ``far_error``
+    the error at single tokens far out, ``floor`` its `bounds.attention_floor`. ``factors`` counts
+    the adapters' numbers.
     """
 
     error: float
@@ -201,7 +196,7 @@ def _moving(method: Trained, network: Transformer) -> tuple[bool, ...]:
 
 
 def _tuned(adapters: Adapters, method: Trained, network: Transformer) -> Adapters:
-    """Adapters that say which vectors are tuned, of all of which they have a change."""
+    """Adapters that say which vectors are tuned."""
     ranks = torch.tensor(adapters.ranks)
     moving = torch.tensor(_moving(method, network))
     return Adapters(adapters.updates, adapters.bias_updates, Tuned(ranks, moving))

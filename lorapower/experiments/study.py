@@ -1,8 +1,7 @@
-"""What experiments share: methods that adapt a frozen network to a target, and the best of a grid.
+"""What experiments share: methods that adapt a frozen network, and the best of a grid.
 
-A module for each kind of experiment has a ``Problem``, from which the networks and the data follow,
-a ``Setting`` of a problem and a method, ``Found``, what a run gives, and ``measure``, which
-`sweeps.run` is given: it measures any number of settings of one problem.
+An experiment's module has ``Problem`` (networks and data), ``Setting`` (a problem and a method),
+``Found`` (what a run gives) and ``measure`` (of settings of one problem), for `sweeps.run`.
 """
 
 from __future__ import annotations
@@ -36,10 +35,7 @@ class Construction(Record):
 
 
 class Fitted(Record):
-    """The construction for the nearest target that the ranks reach on the training inputs.
-
-    See `constructions.fitted.nearest`.
-    """
+    """The construction for the target nearest on inputs, see `constructions.fitted.nearest`."""
 
     kind: Literal["fitted"] = "fitted"
     ranks: Ranks = 0
@@ -72,10 +68,7 @@ class Final(Gradient):
 
 
 class Outcome(Results):
-    """How training went: the least validation loss, and the step at which it was met.
-
-    What does not apply, to a construction, is NaN, or step −1.
-    """
+    """The least validation loss, its step, and divergence; constructions have NaN and −1."""
 
     validation_loss: float = math.nan
     best_step: int = -1
@@ -99,9 +92,9 @@ def train_each(
     tuning: Callable[[Any], Tuning] = Gradient.tuning,
     **options: Any,
 ) -> dict[Any, tuple[Any, Adapters, Outcome]]:
-    """Train by all methods at once; for each its network, its adapters and how training went.
+    """Train by all methods at once; for each its network, its adapters and its outcome.
 
-    ``tuning`` says what `training.train` is told of a method; ``options`` are of that function.
+    `training.train` gets what ``tuning`` makes of each method, and ``options``.
     """
     distinct = [*dict.fromkeys(methods)]
     if not distinct:
@@ -128,10 +121,9 @@ def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:
 
 
 def keep_best(table: pd.DataFrame, record: type[Record]) -> pd.DataFrame:
-    """For each setting but for learning rate and weight decay, the row of least validation loss.
+    """The row of least validation loss for each setting, learning rate and weight decay aside.
 
-    ``table`` has runs of settings of class ``record``. Constructions have one row each, which
-    stays. A grid point that diverged counts up to there.
+    ``table`` has settings of class ``record``. A run that diverged counts by its loss before that.
     """
     of_grid = ("learning_rate", "weight_decay")
     same = [name for name in sweeps.columns(record) if name in table and name not in of_grid]

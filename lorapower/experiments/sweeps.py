@@ -1,15 +1,13 @@
 """Sweeps: settings → runs → one tidy table, kept as it goes, resumable.
 
-Settings are of a subclass of `Record`, results of one of `Results`. A setting may consist of a
-``problem`` and a ``method``. What a run does with its setting is the caller's ``work``; nothing
-here knows of networks.
+Settings are of a subclass of `Record`, often with a ``problem`` and a ``method``, results of one of
+`Results`. What a run does is the caller's ``work``.
 
-A table has one line per run and three groups of columns: the fields of the setting, the results,
-and what made them (``version``, ``revision``, ``fingerprint``). A record within a record has
-columns of its own names, but for its ``kind``, which is in the column of the field that is of this
-kind: a setting whose ``method`` is ``Lora(ranks=2)`` has ``method`` ``"lora"`` and ``ranks`` 2.
-What is ``None``, or no field of the row's method, is missing, for which pandas makes a column of
-integers one of floats. Tuples stay tuples.
+A table has a row per run: the fields of the setting, the results, and what made them (``version``,
+``revision``, ``fingerprint``). Fields of a nested record are columns too; its ``kind`` is the
+column of the field that holds it: ``method=Lora(ranks=2)`` gives ``method`` ``"lora"`` and
+``ranks`` 2. ``None``, and fields that a row's method lacks, are missing, which makes integers
+floats in pandas.
 """
 
 from __future__ import annotations
@@ -44,19 +42,10 @@ Done = Generator[tuple[list[R], Sequence[Record], Origin]]
 def grid(record: type[R], /, **values: Any) -> list[R]:
     """Records for the Cartesian product of ``values``, the last keyword varying fastest.
 
-    Parameters
-    ----------
-    record : type
-        The class of the records.
-    **values
-        A list, a range or a one-dimensional array is an axis; any other value, a tuple or a record
-        among them, is one for all. A list of records is an axis like others:
-        ``grid(Setting, problem=grid(Problem, seed=range(3)), method=[Construction(ranks=2)])``.
-
-    Raises
-    ------
-    InputError
-        An axis is empty, or ``record`` itself refuses a value.
+    A list, a range or a one-dimensional array is an axis; any other value, such as a tuple or a
+    record, is one for all: ``grid(Setting, problem=grid(Problem, seed=range(3)),
+    method=Lora(ranks=2))``. Raises `InputError` for an empty axis and for values that ``record``
+    refuses.
     """
     if not _is_record(record):
         raise InputError("record", allowed="a class of records", given=brief(record))
@@ -80,33 +69,27 @@ def run(
     settings : sequence of Record
         Of one class, and different from one another.
     work : callable
-        A function with a name that takes a list of settings and returns as many records of results,
-        all of one class. What it raises ends the sweep.
+        A named function from a list of settings to as many records of results, all of one class.
+        What it raises ends the sweep.
     path : path, optional
-        A file that keeps the finished runs, a batch at a time, each of which is there whole or not
-        at all. Runs that it holds are not repeated, whatever ended the sweep that made them, unless
-        their code has changed; these are kept aside. Code is, without comments and docstrings: of a
-        function of this package, the package up to the experiments; of another, its module's
-        source, but for what that does when it is started, or in a notebook its own, and the whole
-        package; and the versions of the libraries that compute. What else a function calls, or
-        holds in a closure, is not seen.
+        A file that keeps each finished batch. Runs in it are not repeated, unless their code
+        changed; these are kept aside. Code is versions of the libraries that compute, and sources
+        without comments and docstrings: of a function of this package, the package up to the
+        experiments; of another, the whole package and the function's module, without what runs when
+        that is started (in a notebook, the function alone). What else a function calls or holds in
+        a closure is not seen.
     size : int
-        Most settings that go to ``work`` together. They have the same ``problem``, where they have
-        one.
+        Most settings in one call of ``work``. They share the ``problem``, where they have one.
     executor : concurrent.futures.Executor, optional
-        Where the batches run: processes, loky's, or those of a dask cluster
+        Where batches run: processes, loky's, or a dask cluster's
         (``Client(address).get_executor()``). By default they run here, one after another.
-    progress : bool
-        Whether to show the runs done and the time remaining.
 
     Raises
     ------
     InputError
-        Settings, work, size or executor are not usable, the executor's workers have other code, or
-        ``work`` returns something else.
+        Unusable settings, work, size, executor or results, or workers that have other code.
     ResultsError
-        ``path`` is another kind of file, is damaged, is in use by another sweep or cannot be
-        written.
+        ``path`` is another kind of file, damaged, in use by another sweep, or not writable.
     """
     keys = _keys(settings)
     size = _checks.integer("size", size, 1)
@@ -153,11 +136,10 @@ def run(
 
 
 def read(path: Path | str) -> pd.DataFrame:
-    """The table of all settings that have runs in ``path``, each with its newest run.
+    """The table of the newest run of each setting in ``path``, in the order of finishing.
 
-    Rows are in the order of finishing, whichever code made them (``fingerprint`` tells it apart).
-    It can be read while a sweep is at work. Raises `ResultsError` for a file that is none of a
-    sweep's or is damaged.
+    Any code may have made them (see ``fingerprint``), and a sweep may be at work. Raises
+    `ResultsError` for a file that is damaged or not a sweep's.
     """
     return _frame(_store.newest(_checks.path("path", path)))
 

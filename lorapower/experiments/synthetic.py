@@ -1,8 +1,4 @@
-"""The study's experiments on synthetic problems, and ways to train that may do better.
-
-A problem is a frozen network and a target drawn by a seed; a method adapts the one to the other.
-`measure` does this for any number of settings of one problem, and is what `sweeps.run` is given.
-"""
+"""The study's experiments on synthetic problems, and ways to train that may do better."""
 
 from __future__ import annotations
 
@@ -35,8 +31,7 @@ from . import study
 from .study import Final, Gradient, Lora, Outcome, Rank
 
 Network = LinearNetwork | FNN | Transformer
-# Names of the two published kinds of frozen networks, and the part of the initial loss at which
-# pretraining stops.
+# Part of the initial loss at which pretraining stops, for the two published kinds.
 RANDOM, PRETRAINED = 1.0, 1 / 3
 PRETRAINING = Tuning(learning_rate=1e-3)
 PRETRAINING_STEPS = 1000
@@ -64,29 +59,17 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
 class Problem(Record):
     """A frozen network, a target, and what there is to train on.
 
-    Attributes
-    ----------
-    width, target_depth, depth : int
-        ``D``, ``L̄`` and ``L``. Transformers are of equal depth.
-    heads, tokens, scale : int, int, float
-        Of transformers; the standard deviation of attention weights.
-    gain : float
-        Factor on the frozen weights, not those of transformers. ``6^{1/2}`` makes the variance of
-        uniform ones ``2/D``, with which ReLU layers keep the size of what passes through them.
-    pretraining : float
-        Part of its initial loss to which the frozen network was first trained, in full, on the
-        target, within 1000 steps: 1 for a random network, 1/3 for the study's pretrained ones.
-    distance, distance_rank : float, int
-        Where the rank is not 0, the target is no independent network but the frozen one's blocks
-        plus a random matrix of that rank and of that Frobenius norm relative to the block's
-        product.
-    task : {"regression", "multiclass", "binary"}
-        The target's outputs by squared error; the largest of them, or the larger of the sums of
-        their two halves, by cross-entropy.
-    samples, fixed : int, bool
-        In each batch of fresh inputs, or in the training set that all steps use.
-    every : int
-        The validation loss is taken after every so many steps.
+    ``width``, ``target_depth`` and ``depth`` are ``D``, ``L̄`` and ``L``. Transformers are of equal
+    depth; ``scale`` is the standard deviation of their attention weights. ``gain`` multiplies other
+    frozen weights: with ``6^{1/2}`` uniform ones have variance ``2/D``, and ReLU layers keep the
+    size of what passes through them. ``pretraining`` is the part of its initial loss to which the
+    whole frozen network is first trained on the target, within 1000 steps: 1 for a random network,
+    1/3 for the study's pretrained ones.
+
+    If ``distance_rank`` is not 0, the target is the frozen blocks plus random matrices of this
+    rank, whose Frobenius norm is ``distance`` times that of the block's product. Classification is
+    by cross-entropy: the class is the target's largest output, or the larger of the sums of its two
+    halves. ``samples`` are in each fresh batch, or in the ``fixed`` training set.
     """
 
     model: Literal["linear", "fnn", "transformer"] = "fnn"
@@ -154,7 +137,7 @@ class Problem(Record):
         return frozen, self._near(frozen, target) if self.distance_rank else target
 
     def start(self) -> tuple[Network, Network]:
-        """The network that is adapted, pretrained where the problem says so, and the target."""
+        """The frozen network, pretrained where the problem says so, and the target."""
         frozen, target = self.networks()
         return (_pretrain(self, frozen, target) if self.pretraining < 1 else frozen), target
 
@@ -175,7 +158,7 @@ class Problem(Record):
         return target.with_parameters(weights)
 
     def data(self, target: Network, *purpose: str) -> tuple[Data, Fresh]:
-        """What to train on, and a source of fresh inputs to test on; others for each purpose."""
+        """What to train on, and fresh inputs to test on; others for each purpose."""
         label = self._label(target)
         sequence = self.model == "transformer"
         shape = (self.width, self.tokens) if sequence else (self.width,)
@@ -197,20 +180,18 @@ class Problem(Record):
 
 
 class Construction(study.Construction):
-    """The theorems' adapters; for transformers ``ranks`` is one.
+    """The theorems' adapters; ``ranks`` is one for a transformer.
 
-    ``region`` is the radius of the ball over which a ReLU network's construction holds, in units of
-    one that hardly any input is outside of.
+    For ReLU networks they hold on ``region`` times a ball that contains nearly all inputs.
     """
 
     region: float = Field(1.0, gt=0)
 
 
 class Fitted(study.Fitted):
-    """Adapters fitted to inputs, see `constructions.fitted.adapt`, and where asked for polished.
+    """Adapters fitted to inputs (`constructions.fitted.adapt`), and polished from the ``starts``.
 
-    ``inputs`` counts those of the fit, each a sequence for a transformer. ``starts`` are of the
-    polish, see `training.polish`, which is left out without them; from each it takes ``adam`` steps
+    An input of a transformer is a sequence. From each start, `training.polish` takes ``adam`` steps
     on fresh batches and ``iterations`` of L-BFGS.
     """
 
@@ -223,10 +204,9 @@ class Fitted(study.Fitted):
 class Recipe(Gradient):
     """Adam on adapters, with what may help it, for regressions.
 
-    ``schedule, loss, ratio`` and ``start`` are as `training.Tuning` has them; a start may also be
-    ``"construction"``, the theorem's adapters, or ``"fitted"``, those that are fitted to inputs. Of
-    these each factor and each change of a bias is moved by normal numbers of ``perturbation`` times
-    its root mean square.
+    ``schedule, loss, ratio`` and ``start`` are as in `training.Tuning`. A start may also be
+    ``"construction"``, the theorem's adapters, or ``"fitted"``; normal numbers of ``perturbation``
+    times its root mean square are added to each of their factors and changes of biases.
     """
 
     kind: Literal["recipe"] = "recipe"
@@ -248,10 +228,7 @@ class Fused(Record):
 
 
 class Newton(Record):
-    """Levenberg–Marquardt on ``training_samples`` fixed inputs, at most ``iterations`` steps.
-
-    See `training.newton`; for regressions.
-    """
+    """Levenberg–Marquardt on fixed inputs (`training.newton`), for regressions."""
 
     kind: Literal["newton"] = "newton"
     ranks: int = Field(1, ge=0)
@@ -296,15 +273,14 @@ class Setting(Record):
 
 
 class Found(Outcome):
-    """What a run reaches.
+    """What a run reaches over 5000 test inputs.
 
-    ``error`` is the mean squared error over 5000 test inputs, and ``shifted_error`` over five times
-    these; ``training_error`` that over the training set, where there is a fixed one; the accuracies
-    are the parts of these inputs that are put into the target's class, where there are classes.
-    ``validation_loss`` is the least one met in training, by which grid points are compared. What
-    does not apply is NaN. ``signal`` is the target's mean square output over the test inputs, and
-    ``variance`` what is left of it when each output's mean is subtracted: the error of the best
-    constant. ``predicted`` is the error of a fit to first order, in units of that variance.
+    ``error`` is the mean squared error, ``shifted_error`` over five times these inputs,
+    ``training_error`` over a fixed training set. Accuracies are the shares of these inputs put into
+    the target's class. ``validation_loss``, the least in training, compares grid points. ``signal``
+    is the target's mean square output, ``variance`` the same about each output's mean: the error of
+    the best constant. ``predicted`` is the error of a fit to first order over that variance. What
+    does not apply is NaN.
     """
 
     error: float
@@ -355,7 +331,7 @@ class _Bench:
             "every": problem.every,
             "seed": problem.seed,
         }
-        # Hardly any of the normal inputs that are used here is outside.
+        # Nearly all of the normal inputs are inside.
         self.radius = problem.width**0.5 + 4
         self.fits: dict[Fitted, FittedAdapters] = {}
         x, _ = fresh.test(TEST_SAMPLES)
@@ -380,7 +356,6 @@ class _Bench:
         return found | {"variance": float(variance_of(target))}
 
     def tuning(self, method: Any) -> Tuning:
-        """What `training.train` is told of a method."""
         if not isinstance(method, Recipe):
             return Tuning(**method.model_dump(exclude={"kind"}))
         options = method.model_dump(exclude={"kind", "start", "perturbation"})
@@ -396,7 +371,7 @@ class _Bench:
         return Tuning(**options, start=start)
 
     def adapt(self, method: Any) -> tuple[Adapters, dict[str, float]]:
-        """The adapters of a method that is not trained beside others, and what it says of them."""
+        """The adapters of a method that is trained alone, and what it says of them."""
         if isinstance(method, Fitted):
             fit = self.fit(method)
             return fit.adapters, {"predicted": float(fit.predicted)}
@@ -407,7 +382,6 @@ class _Bench:
         return self.construct(method), {}
 
     def construct(self, method: Construction) -> Adapters:
-        """The theorems' adapters."""
         region = Ball(method.region * self.radius)
         return study.construct(self.frozen, self.target, method.ranks, region)
 
@@ -437,7 +411,6 @@ class _Bench:
         return self.fits[key]
 
     def fuse(self, method: Fused) -> tuple[Adapters, dict[str, float]]:
-        """Adapters trained as fused, and their loss."""
         relu = isinstance(self.frozen, FNN)
         shapes = self.problem.depth, self.problem.target_depth
         found = train_fused(
@@ -453,7 +426,6 @@ class _Bench:
         return found.adapters, {"validation_loss": float(found.validation_loss.min())}
 
     def newton(self, method: Newton) -> tuple[Adapters, dict[str, float]]:
-        """Adapters by Levenberg–Marquardt, and their losses."""
         blocks = self.problem.target_depth if method.start == "linearized" else 1
         tuning = Tuning(method.ranks, start=method.start, blocks=blocks)
         start = begin(self.frozen, [tuning], self.data, seed=self.problem.seed)[0]
@@ -481,7 +453,7 @@ class _Bench:
 
 
 def _pretrain(problem: Problem, frozen: Network, target: Network) -> Network:
-    """The frozen network after training all of it until its loss is a part of what it was."""
+    """The frozen network trained in full until its loss is a part of what it was."""
     plain = problem.replace(task="regression", fixed=False, samples=256)
     data, _ = plain.data(target, "pretraining")
     runs = train(

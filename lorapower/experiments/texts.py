@@ -1,8 +1,7 @@
-"""Labelled texts: GLUE's tasks and the rated sentences, where they are, and how answers are scored.
+"""Labelled texts: GLUE's tasks and the rated sentences, and how answers are scored.
 
-Rated sentences are those of Hutto and Gilbert (2014): four kinds of text, each with the mean of
-fifteen or more people's ratings from −4 to 4. They lie in the source archive of a package, of which
-nothing is imported. Its digest is known, so that the sentences are the same everywhere.
+Rated sentences (Hutto and Gilbert, 2014) are of four kinds, each with the mean of fifteen or more
+ratings from −4 to 4. They are read from a package's source archive, whose digest is checked.
 """
 
 from __future__ import annotations
@@ -60,29 +59,17 @@ _Row = tuple[str, list[str], str | float | None]
 class Task:
     """What is asked of a model, and where the texts and labels are.
 
-    Attributes
-    ----------
-    name, folder : str
-        On the hub, and in the layout in which GLUE is distributed.
-    texts, columns, label : tuple of str, tuple of str, str
-        One column of texts or two, on the hub, and in the files, by default of the same names; and
-        that of the labels in the files.
-    classes : tuple of str
-        Labels in the files, in the order of the integers that stand for them; none for a
-        regression.
-    metrics : tuple of str
-        Those of the task. The first is its score, as in the published tables of adapters: Matthews
-        correlation for CoLA, Pearson correlation for STS-B and accuracy for the others, for MNLI
-        over both validation sets. (GLUE's own leaderboard averages the two metrics of a task with
-        two.)
-    sets, header : tuple of str
-        Endings of the names of validation and test sets, for a task that has several; the columns
-        of training and validation files that have no line of names.
-    spoiled : int
-        How many lines of a training or validation set may lack a text or the label, as they do in
-        the distributed files; they are left out and counted.
-    limits : tuple of float
-        Least and greatest number of a regression.
+    ``name`` is the task's on the hub, ``folder`` its folder as GLUE is distributed. ``texts`` are
+    one or two columns on the hub, ``columns`` those in the files if named otherwise, ``label`` the
+    files' column of labels. ``classes`` are these labels in the order of their integers, none for a
+    regression, whose numbers are within ``limits``.
+
+    The first of ``metrics`` is the score, as in published tables of adapters: Matthews correlation
+    for CoLA, Pearson correlation for STS-B, accuracy for others, for MNLI over both validation
+    sets. (GLUE's leaderboard averages a task's two metrics.) ``sets`` are endings of the names of
+    several validation and test sets; ``header`` are the columns of training and validation files
+    that do not name them. Up to ``spoiled`` lines of such a file may lack a text or the label; they
+    are left out and counted.
     """
 
     name: str
@@ -113,10 +100,7 @@ class Task:
         return values[:, 0] if self.regression else values.argmax(1).astype(np.float64)
 
     def scores(self, answers: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """All `METRICS`, NaN for those that are not of the task, and ``score``.
-
-        Answers that are all the same correlate with nothing: 0.
-        """
+        """All `METRICS`, NaN if not of the task, and ``score``; constants have correlation 0."""
         from scipy import stats
         from sklearn import metrics
 
@@ -135,13 +119,12 @@ class Task:
         return scores | {"score": scores[self.metrics[0]]}
 
     def contributions(self, answers: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
-        """Of each text a number, such that their mean is the score and their spread its error.
+        """A number for each text: their mean is the score, their spread gives its error.
 
-        For an accuracy that is 1 where the answer is right, else 0. For a correlation ``r``, of
-        answers ``x`` and labels ``y`` brought to mean 0 and variance 1, it is
-        ``r + xy - r(x² + y²)/2``: with this influence function the standard error of ``r`` is that
-        of a mean, to first order. Answers that are all the same correlate with nothing: 0, of
-        which this knows no error.
+        For accuracy it is 1 where the answer is right, else 0. For a correlation ``r`` of answers
+        ``x`` and labels ``y``, scaled to mean 0 and variance 1, it is ``r + xy - r(x² + y²)/2``: by
+        this influence function ``r`` has the standard error of a mean, to first order. Constant
+        answers give 0, without an error.
         """
         x, y = (np.asarray(values, dtype=np.float64) for values in (answers, labels))
         if self.metrics[0] == "accuracy":
@@ -216,8 +199,7 @@ PUBLISHED = {
 class Examples:
     """Texts, single or in pairs, and their labels: numbers of classes or values, NaN for none.
 
-    ``sizes`` are the numbers of examples of each of the sets that these are, one after the other,
-    and ``left_out`` counts the rows of the source that were of no use, by reason.
+    ``sizes`` counts the examples of each set joined here, ``left_out`` unusable rows by reason.
     """
 
     texts: tuple[tuple[str, ...], ...]
@@ -243,9 +225,9 @@ def find(name: str) -> Task:
 
 
 def choose(names: Sequence[str], source: str) -> list[str]:
-    """The tasks of these names, in the source's order; of none, all of GLUE's, or ``movies``.
+    """The named tasks in the source's order; without names, all of GLUE's, or ``movies``.
 
-    Raises `InputError` for a name that the source has not, and for a source that there is not.
+    Raises `InputError` for unknown names and sources.
     """
     tasks = SENTENCES if source == RATED else GLUE
     names = names or (["movies"] if source == RATED else [*tasks])
@@ -255,7 +237,7 @@ def choose(names: Sequence[str], source: str) -> list[str]:
 
 
 def check(task: str, source: str) -> None:
-    """Raise `InputError` unless ``source`` is one for this task, and a folder, if it is one."""
+    """Raise `InputError` unless ``source`` has this task, and exists if it is a folder."""
     find(task)
     if not isinstance(source, str) or not source:
         raise InputError("source", allowed=f"{RATED!r}, {HUB!r} or a folder", given=repr(source))
@@ -276,23 +258,11 @@ def check(task: str, source: str) -> None:
 def read(task: str, source: str, part: str) -> Examples:
     """The examples of a task's training, validation or test set; validation sets are joined.
 
-    Parameters
-    ----------
-    task : str
-        Name of a task.
-    source : str
-        ``"rated"``, ``"hub"``, or a folder that holds GLUE's files as they are distributed: a
-        folder for each task (``CoLA``, ``SST-2``, …) with ``train.tsv``, ``dev.tsv`` and
-        ``test.tsv``, fields separated by tabs, quotation marks being text.
-    part : {"train", "validation", "test"}
-        Of the rated sentences a part has each sentence once, in the part that the digest of its
-        words says, whatever else there is. Left out and counted are repetitions, and, for the sign,
-        sentences whose mean rating is within ±`NEUTRAL`.
-
-    Raises
-    ------
-    InputError
-        Something is missing or is not as it should be, with file and line.
+    ``source`` is ``"rated"``, ``"hub"``, or a folder of GLUE's files as distributed: ``CoLA``,
+    ``SST-2``, … with ``train.tsv``, ``dev.tsv`` and ``test.tsv``, fields separated by tabs,
+    quotation marks being text. The digest of a rated sentence's words alone decides its part.
+    Repetitions and, for the sign, mean ratings within ±`NEUTRAL` are left out and counted. Raises
+    `InputError`, with file and line, for what is missing or wrong.
     """
     if part not in PARTS:
         raise InputError("part", allowed=f"one of {', '.join(PARTS)}", given=repr(part))
@@ -306,7 +276,7 @@ def read(task: str, source: str, part: str) -> Examples:
 
 
 def _archive() -> Path:
-    """Where the archive is expected: in the environment, beside what else its packages share."""
+    """Where the archive is expected, in the environment."""
     return Path(sys.prefix, "share", "lorapower", f"{REQUIREMENT.replace('==', '-')}.tar.gz")
 
 

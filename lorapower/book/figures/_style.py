@@ -1,10 +1,4 @@
-"""The style of figures, and what lines mean in all of them: one role, one colour, one marker.
-
-A line's label says what it means. One of its parts, between commas, names its role, which gives
-colour and marker; what else the label says gives the kind of line and the filling of the marker.
-The style is legible on a phone and for colour-blind readers, and opaque, so that it can stand on
-a dark page. Values that are rounding take a strip of their own at the foot of an axis.
-"""
+"""The style of figures: one role, one colour, one marker, and a strip for rounding."""
 
 from __future__ import annotations
 
@@ -26,8 +20,8 @@ from numpy.typing import NDArray
 GREY = "0.4"
 _PALETTE = sns.color_palette("colorblind").as_hex()
 
-#: What lines mean in the whole book. Keys are the names in labels, patterns that a part begins
-#: with; values are colours and markers, none for what is computed rather than measured.
+#: What lines mean in the whole book. Keys are patterns with which one of a label's parts, between
+#: commas, begins; values are colours and markers, none for what is computed, not measured.
 ROLES: dict[str, tuple[ColorType, str]] = {
     "construction": (_PALETTE[0], "o"),
     "fitted": (_PALETTE[2], "D"),
@@ -75,7 +69,7 @@ class Look:
     fill: str = "none"
 
     def style(self, size: float = 7) -> dict[str, Any]:
-        """Of a line of matplotlib, with markers of this size."""
+        """Matplotlib's settings of a line, with markers of this size."""
         return {
             "color": self.color,
             "marker": self.marker,
@@ -105,10 +99,7 @@ def use_style() -> None:
 
 
 def looks(labels: Collection[str]) -> dict[str, Look]:
-    """The look of each line of a figure, by its label.
-
-    Lines of one role differ by what else their labels say, equally in all roles of the figure.
-    """
+    """The look of each line by its label; what labels say beside a role looks alike in all."""
     read = {label: _read(label) for label in labels}
     said = dict.fromkeys("" if rest in _PLAIN else rest for _, rest in read.values())
     first = [rest for rest in ("", *_STARTS) if rest in said or (rest and said.keys() & {*_STARTS})]
@@ -154,11 +145,7 @@ def _fixed(role: str) -> tuple[ColorType, str] | None:
 
 
 def squeeze_rounding(ax: Axes, level: float) -> None:
-    """Squeeze what is drawn below ``level`` into a shaded strip, named rounding.
-
-    The axis, linear or logarithmic, goes on from the strip with what is least of all above the
-    level. Without values on both sides of the level nothing is done.
-    """
+    """Squeeze what is drawn below ``level``, if something is above, into a shaded strip."""
     drawn = _heights(ax)
     above, below = drawn[drawn >= level], drawn[drawn < level]
     if not (above.size and below.size):
@@ -197,7 +184,7 @@ def squeeze_rounding(ax: Axes, level: float) -> None:
 
 
 def _heights(ax: Axes) -> Heights:
-    """Of all points of lines and bands that stand on the axis."""
+    """Heights of all points of lines and bands on the axis."""
     lines = [
         np.asarray(line.get_ydata(), dtype=float)
         for line in ax.lines

@@ -1,7 +1,4 @@
-"""Curves: what is measured, what is predicted, and what either depends on.
-
-Medians are those of `book.median`: of an even number of samples, the mean of the two in the middle.
-"""
+"""Curves: what is measured and what is predicted; medians are `book.median`."""
 
 from __future__ import annotations
 
@@ -44,16 +41,9 @@ def curves(
 ) -> Figure:
     """Numbers against x, one line for each entry: the median of its samples, their range as a band.
 
-    Parameters
-    ----------
-    samples : mapping
-        Arrays ``[len(x)]`` or ``[len(x), samples]``.
-    guides, marks : mapping, optional
-        Grey curves ``[len(x)]`` and places of dotted vertical lines, all named in the legend.
-    rounding : float, optional
-        What is below is in a strip of its own.
-    markers : bool
-        Whether the values at x are marked; if not, lines are of functions.
+    Samples are ``[len(x)]`` or ``[len(x), samples]``. Guides are grey curves ``[len(x)]``, marks
+    dotted vertical lines; the legend names both. Values below ``rounding`` are in a strip of their
+    own. Lines without ``markers`` are functions.
     """
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(samples):
@@ -80,12 +70,11 @@ def error_against_rank(
     xlabel: str = "rank $R$ of each adapter",
     ylabel: str,
 ) -> Figure:
-    """Predicted error (line, where given) and measured error (marker) against rank.
+    """Predicted error (line) and measured error (marker) against rank.
 
-    Errors are ``[ranks]``, or ``[ranks, samples]``, of which medians are shown. Those below
-    ``rounding`` are in a strip of their own, in which no line is predicted. Each entry has its
-    colour; its threshold, where given, is a dotted vertical line; ``line`` is what the legend
-    calls the predictions. Levels are dashed horizontal lines, named in the legend.
+    Errors are ``[ranks]``, or ``[ranks, samples]``, of which medians are shown; below ``rounding``
+    they are in a strip, without predictions. Each entry has its colour; its threshold is a dotted
+    vertical line. Levels are dashed horizontal lines. ``line`` names predictions in the legend.
     """
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(measured):
@@ -122,12 +111,9 @@ def medians(
 ) -> Figure:
     """Medians over the rows of equal ``x`` of tables of runs, and their range as a band.
 
-    One panel below the other for each entry, titled by it; a line for each table in it. Without
-    ``bands`` the range is shown at the last x alone, by a bar beside it. What is below
-    ``rounding`` is in a strip of its own.
-
-    Published values, by panel and line, or else of no line, are stars with their numbers. Levels
-    are dashed horizontal lines. Both are named in the legend.
+    Each entry has a panel, with a line for each table. Without ``bands`` a bar shows the range at
+    the last x alone. Values below ``rounding`` are in a strip of their own. Published values, by
+    panel and line (or another name), are stars with numbers; levels are dashed horizontal lines.
     """
     figure, axes = plt.subplots(
         len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 2.4 * len(panels))
@@ -171,9 +157,8 @@ def scatter(
 ) -> Figure:
     """Points (x, y), x on a logarithmic axis, one colour and marker for each entry.
 
-    Where they are ``joined``, lines lead from point to point, and y may be ``[len(x), samples]``,
-    of which medians are shown. Guides are dashed, and so are levels, which are horizontal; both are
-    named in the legend.
+    If ``joined``, lines lead from point to point, and y may be ``[len(x), samples]``, of which
+    medians are shown. Guides and horizontal levels are dashed, and named in the legend.
     """
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(points):
@@ -194,9 +179,9 @@ def intervals(
     levels: Mapping[str, float] | None = None,
     xlabel: str,
 ) -> Figure:
-    """A row for each entry, from above: a mean, and a bar from the lower to the upper limit.
+    """A row for each entry (mean, low, high): the mean, and a bar between the limits.
 
-    Entries are (mean, low, high). Levels are dashed vertical lines, named in the legend.
+    Levels are dashed vertical lines, named in the legend.
     """
     figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.34 * len(rows)))
     for y, (label, look) in enumerate(looks(rows).items()):
@@ -215,7 +200,7 @@ def intervals(
 
 
 def _in_turn(labels: Collection[str]) -> Iterator[tuple[str, Look, float]]:
-    """Labels and looks; markers that coincide stay visible, as each is smaller than the last."""
+    """Labels, looks and sizes, each smaller than the last: markers that coincide stay visible."""
     for i, (label, look) in enumerate(looks(labels).items()):
         yield label, look, max(9 - 1.2 * i, 4)
 

@@ -15,10 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) -> Figure:
-    """Lowest and highest value of each unit as a bar, one panel for each group.
-
-    What is below zero, where a ReLU cuts, is shaded.
-    """
+    """Lowest and highest value of each unit as a bar, a panel for each group; shaded below zero."""
     figure, axes = plt.subplots(1, len(groups), sharey=True, squeeze=False)
     ends = [(np.asarray(low), np.asarray(high)) for low, high in groups.values()]
     bottom, top = min(low.min() for low, _ in ends), max(high.max() for _, high in ends)
@@ -35,10 +32,7 @@ def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) ->
 
 
 def partitions(rows: Mapping[str, Sequence[tuple[int, str]]]) -> Figure:
-    """Frozen layers as squares, first layer leftmost, joined to blocks; one partition a row.
-
-    Each block is its number of layers and a text that is written into it.
-    """
+    """Frozen layers as squares, joined to blocks (number of layers, text), one partition a row."""
     figure, ax = plt.subplots(figsize=(6.4, 0.8 + 0.55 * len(rows)))
     for y, blocks in enumerate(rows.values()):
         start = 0
@@ -67,8 +61,7 @@ def plane(
 ) -> Figure:
     """A function of two inputs as shades, lines ``w·x + b = 0``, and pairs of inputs, joined.
 
-    ``values`` takes columns ``[2, samples]``; the pairs are two such arrays, all of which are in
-    the picture.
+    ``values`` takes columns ``[2, samples]``; the pairs are two such arrays.
     """
     one, other = (np.asarray(inputs) for inputs in pairs)
     half_width = 1.05 * max(np.abs(one).max(), np.abs(other).max())
@@ -95,8 +88,8 @@ def sphere(
 ) -> Figure:
     """A function on the unit sphere of three dimensions as shades, seen from two sides.
 
-    ``values`` takes columns ``[3, points]``. Circles are where planes ``w·x + b = 0`` cut the
-    sphere; each group has its own kind of line, named in the legend.
+    ``values`` takes columns ``[3, points]``. Planes ``w·x + b = 0`` cut circles from the sphere;
+    each group has its own kind of line, named in the legend.
     """
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.9))
     axis = np.linspace(-1, 1, 241)
@@ -158,10 +151,7 @@ def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, lab
 
 
 def counts(table: pd.DataFrame, *, most: float, xlabel: str, ylabel: str, label: str) -> Figure:
-    """Whole numbers in a grid, each written on a shade that says how large it is.
-
-    ``most`` has the darkest shade, so that several grids can be compared; 0 has none.
-    """
+    """Whole numbers in a grid, each on a shade of its size; ``most`` has the darkest, 0 none."""
     figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.42 * len(table)))
     shades = {"vmin": 0, "vmax": most**0.5, "cmap": "Blues", "cbar": False}
     sns.heatmap(np.sqrt(table.astype(float)), annot=table, fmt=".0f", ax=ax, **shades)
@@ -187,10 +177,7 @@ def pictures(rows: Mapping[str, ArrayLike]) -> Figure:
 
 
 def transformer_segments() -> Figure:
-    """One block of a transformer and what follows it, cut at its non-linearities.
-
-    Weights are boxes in the colour of their segment, those with adapters framed twice as thick.
-    """
+    """A transformer's block and output, cut at non-linearities; thick frames have adapters."""
     figure, ax = plt.subplots(figsize=(6.4, 6.2))
     query_key, value_output, after = sns.color_palette("colorblind", 3)
     weights = [

@@ -1,7 +1,7 @@
 """Figures that readers touch: they move controls, and see what was found there.
 
-All numbers and pictures come from the run, and are in the page beside a script that only draws;
-nothing else is loaded. Where scripts do not run, a picture of one setting stands there.
+Numbers and pictures are the run's, in the page beside a script that only draws. Without scripts a
+picture of one setting stands there.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ _SENTENCES = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Frames:
-    """Pictures in a row, of which a slider shows one; ``label`` says what it sets.
+    """Pictures in a row; a slider, named ``label``, shows one of them, at first ``start``.
 
-    Pictures and sentences are by the value of the slider, in its order, which begins at ``start``.
-    A sentence says what a picture shows: it stands above it and is read aloud.
+    A sentence, by the slider's value like its picture, stands above that and is read aloud.
     """
 
     label: str
@@ -73,29 +72,16 @@ class Frames:
 class Touch:
     """Errors of a construction, and a function that it makes, at every rank, depth and spectrum.
 
-    Readers set these and see the error against the rank, and the function, which is piecewise
-    linear, along a line of inputs. Errors below ``rounding`` are in a strip.
+    Readers set these and see the error against the rank, below ``rounding`` in a strip, and the
+    function, piecewise linear, along a line of inputs.
 
-    Parameters
-    ----------
-    ranks, depths : sequence of int
-        Of the adapters and of the frozen network; rising, in equal steps.
-    layers : sequence of int
-        Of a block, whose adapters' ranks add up; ``[depths]``.
-    spectra : mapping
-        Singular values of what the adapters of a block have to make up for, by name.
-    thresholds : array_like
-        The ranks from which the construction is exact; ``[depths, spectra]``.
-    errors, bounds : array_like
-        Measured and predicted; ``[depths, spectra, ranks]``.
-    at : array_like
-        The places on the line, in equal steps; ``[points]``.
-    target, frozen, adapted : array_like
-        The functions there; ``[points]``, ``[depths, spectra, points]`` and ``[depths, spectra,
-        ranks, points]``.
-    start : tuple
-        Rank, depth and spectrum of the first drawing, and of the picture.
-    rounding : float
+    ``ranks`` of the adapters, ``depths`` of the frozen network and places ``at`` ``[points]`` on
+    the line rise in equal steps. ``layers`` ``[depths]`` counts those of a block, whose ranks add
+    up. ``spectra`` has, by name, the singular values that a block's adapters have to make up for.
+    The construction is exact from ranks ``thresholds`` ``[depths, spectra]`` on; ``errors`` and
+    ``bounds`` are ``[depths, spectra, ranks]``. The functions at the places are ``target``
+    ``[points]``, ``frozen`` ``[depths, spectra, points]`` and ``adapted`` ``[depths, spectra,
+    ranks, points]``. ``start`` is the first rank, depth and spectrum, shown also by the picture.
     """
 
     ranks: Sequence[int]
@@ -191,7 +177,7 @@ class Touch:
 
     @cached_property
     def _ends(self) -> tuple[float, float]:
-        """Of the function's axis: twice the target's range, or less if nothing goes beyond."""
+        """Ends of the function's axis: twice the target's range, or less if nothing goes beyond."""
         drawn = [np.asarray(values) for values in (self.target, self.frozen, self.adapted)]
         low, high = float(drawn[0].min()), float(drawn[0].max())
         span = high - low or 1.0
@@ -223,7 +209,7 @@ def _image(svg: str, sentence: str, attributes: str = "") -> str:
 
 
 def _widget(attributes: str, content: str, script: str) -> str:
-    """What the script `script` makes a figure with controls of, with the style of all of them."""
+    """A figure with controls, made by a script, with the style of all of them."""
     style, code = (
         resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
         for name in ("touch.css", script)
