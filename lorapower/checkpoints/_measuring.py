@@ -1,4 +1,4 @@
-"""Texts in three parts, and what an adapted network loses on them of the tuning's effect."""
+"""Texts in three parts, and how much of the tuning's effect an adapted network loses on them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .. import _hub as hub
 from ..errors import InputError, brief
 from .pair import Pair, Task
 
-#: Texts that each part needs. With 59 on which two models agree, the lower limit of the share on
-#: which they do is .95 at a confidence of 95%; and fewer say little of what modules take in.
+#: Texts that each part needs. If two models agree on 59, the lower limit of their agreement is .95
+#: at a confidence of 95%; and fewer say little about the inputs of modules.
 LEAST_TEXTS = 60
-# Texts that are looked at, at most, of each part, as time grows with them.
+# At most so many texts of each part are used, as time grows with them.
 MOST = 256
-# Of the texts for planning, those by which candidates are selected.
+# The part of the texts for planning by which candidates are selected.
 SELECTING = 0.25
 BATCH = 32
-# To which texts are cut off.
+# Texts are cut off after so many tokens.
 TOKENS = 128
-# Numbers that a network may keep for one batch, about: a quarter of a gigabyte.
+# About how many numbers a network may keep for one batch: a quarter of a gigabyte.
 LOAD = 2**26
 CONFIDENCE = 0.95
 DRAWS = 4000
-# Of the bootstrap, in place of 0.05: errors of texts are skewed, and with log-normal ones of
-# σ = 1.5, 60 or 120 of them, a limit from this part of the draws holds in 95% of cases.
+# The part of the bootstrap that is cut, not 0.05: errors of texts are skewed. For 60 or 120
+# log-normal ones of σ = 1.5 this limit holds in 95% of cases.
 TAIL = 0.0125
 
 
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Texts to fit to, to select candidates by, and to state errors with; how many were cut off."""
+    """Texts to fit to, to select candidates by and to state errors with; how many were cut off."""
 
     fit: list[Batch]
     select: list[Batch]
@@ -100,7 +100,7 @@ def read_texts(path: Path | str) -> list[str]:
 def prepare(
     pair: Pair, texts: Sequence[str], test: Sequence[str] | None, *, tokens: int, seed: int
 ) -> Texts:
-    """Texts in three parts; without others for ``test``, that is half of them."""
+    """Divide texts in three parts; without texts for ``test``, half of them are that part."""
     order = np.random.default_rng(randomness.number(seed, "planning texts"))
     planning = _shuffle("texts", texts, order)
     if test is None:
@@ -129,7 +129,7 @@ def prepare(
 
 
 def prepare_all(pair: Pair, texts: Sequence[str], *, tokens: int, seed: int) -> list[Batch]:
-    """All texts in one part, or `MOST` of them."""
+    """Batches of all texts, or of `MOST` of them."""
     order = np.random.default_rng(randomness.number(seed, "checked texts"))
     shuffled = _shuffle("texts", texts, order)
     _require("texts", len(shuffled), LEAST_TEXTS)
@@ -137,7 +137,7 @@ def prepare_all(pair: Pair, texts: Sequence[str], *, tokens: int, seed: int) -> 
 
 
 def _shuffle(name: str, given: Sequence[str], order: np.random.Generator) -> list[str]:
-    """Different texts that say something, in random order."""
+    """The different texts that are not empty, in random order."""
     texts = _checks.items(name, given, what="texts")
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise InputError(name, allowed="texts", given=brief(wrong[0]))
@@ -156,25 +156,25 @@ def _require(name: str, number: int, needed: int) -> None:
 
 
 def _limit(pair: Pair, tokens: int) -> int:
-    """Tokens of a text: so many, or as many as the model takes."""
+    """Tokens of a text at most: so many, or as many as the model takes."""
     config = pair.tuned.config
     places = int(getattr(config, "max_position_embeddings", 0))
     if config.model_type in ("camembert", "roberta", "xlm-roberta"):
-        # They count positions from behind the one for padding.
+        # They count positions from the one after the padding's.
         places -= int(config.pad_token_id) + 1
     return min(_checks.integer("tokens", tokens, 8), places)
 
 
 def load(config: Any) -> int:
-    """Numbers that a network keeps of one token while it is differentiated, about."""
+    """About how many numbers a network keeps of one token while it is differentiated."""
     wide = int(config.hidden_size) * int(config.num_hidden_layers)
     return 30 * wide + 3 * int(config.vocab_size)
 
 
 def _batches(pair: Pair, texts: Sequence[str], limit: int) -> Iterator[Batch]:
-    """Texts of about one length together, as padding costs as much as text."""
+    """Batches of texts of similar length, as padding costs as much as text."""
     encoded = pair.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-    # A model says nothing of an empty text.
+    # A text without tokens has no output.
     ordered = sorted((ids for ids in encoded if ids), key=len)
     if not ordered:
         raise InputError(
@@ -202,22 +202,18 @@ class Measured(NamedTuple):
     Attributes
     ----------
     error : float
-        ``η``, the part of the tuning's effect that is lost, ``(Σ‖f̂ − f̄‖² / Σ‖f_0 − f̄‖²)^{1/2}``
-        over texts: 0 for the tuned network ``f̄``, 1 for the base ``f_0``. Outputs are logits minus
-        their mean over classes or tokens, or last hidden states where there is no head. It is the
-        estimate from these texts.
+        ``η = (Σ‖f̂ − f̄‖² / Σ‖f_0 − f̄‖²)^{1/2}`` over texts, the part of the tuning's effect that
+        is lost: 0 for the tuned network ``f̄``, 1 for the base ``f_0``. Outputs are logits minus
+        their mean over classes or tokens or, without a head, last hidden states.
     error_upper : float
-        An approximate upper limit of ``η`` for all texts of this kind at 95%, the cautious number.
-        It cuts 1.25% of a bootstrap, not 5%, since errors of texts are skewed; where one or two
-        texts hold most of the error it is still too low more often than in 5% of cases.
-    agreement : float
-        Share of equal decisions, of classes or of next tokens; NaN without a head.
-    agreement_lower : float
-        A lower limit of this share at 95%.
+        The cautious number: an approximate upper limit at 95% of ``η`` for all texts of this kind.
+        It cuts 1.25% of a bootstrap, not 5%, since errors of texts are skewed. Where one or two
+        texts hold most of the error it is still too low in more than 5% of cases.
+    agreement, agreement_lower : float
+        The share of equal decisions (classes or next tokens), and its lower limit at 95%; NaN
+        without a head.
     kl : float
         Mean divergence ``KL(f̄ ‖ f̂)`` of the distributions in nats; NaN without a head.
-    texts : int
-        How many were measured.
     """
 
     error: float
@@ -229,7 +225,7 @@ class Measured(NamedTuple):
 
 
 class Reference:
-    """Outputs of the tuned network, in files, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
+    """The tuned network's outputs, in files, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
 
     def __init__(self, batches: Sequence[Batch], task: Task) -> None:
         self.batches, self.task = batches, task
@@ -242,11 +238,11 @@ class Reference:
             np.save(self._file(i), values.numpy())
 
     def record_base(self, network: Any) -> None:
-        """Take the tuning's effect from the outputs of the base."""
+        """Compute the tuning's effect from the base's outputs."""
         self.effect = self._squares(network)[0]
 
     def tuned_outputs(self, i: int) -> Tensor:
-        """Outputs of the tuned network for a batch: a row for each text, or each token."""
+        """The tuned network's outputs for a batch: a row for each text, or each token."""
         return torch.from_numpy(np.load(self._file(i)))
 
     def error(self, network: Any) -> float:
@@ -254,7 +250,7 @@ class Reference:
         return ratio(self._squares(network)[0], self.effect)
 
     def measure(self, network: Any, *, seed: int = 0) -> Measured:
-        """All that `Measured` says of a network."""
+        """The `Measured` of a network."""
         squares, equal, divergence, sizes = self._squares(network)
         return Measured(
             ratio(squares, self.effect),
@@ -266,7 +262,7 @@ class Reference:
         )
 
     def _squares(self, network: Any) -> tuple[NDArray[np.float64], ...]:
-        """Of each text: squared distance, equal decisions, divergence, number of decisions."""
+        """Squared distance, equal decisions, divergence and number of decisions of each text."""
         rows: list[NDArray[np.float64]] = []
         for i, (batch, values) in enumerate(self._outputs(network)):
             target = self.tuned_outputs(i)
@@ -300,7 +296,7 @@ def scratch_folder(owner: object) -> Path:
 
 
 def outputs(network: Any, batch: Batch, task: Task) -> Float[Tensor, "rows columns"]:
-    """A row for each text, or for each token, minus its mean; hidden states as they are."""
+    """A row for each text, or each token, minus its mean; hidden states as they are."""
     result = network(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     if task == "encoder":
         return result.last_hidden_state[batch.there]
@@ -310,10 +306,7 @@ def outputs(network: Any, batch: Batch, task: Task) -> Float[Tensor, "rows colum
 
 @contextmanager
 def watch(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Collect what modules take in and give, in the order of their calls.
-
-    Where gradients are on, what they give has one, though no parameter does.
-    """
+    """Collect inputs and outputs of modules, in the order of their calls; outputs may have gradients."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Any:
@@ -337,7 +330,7 @@ def watch(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tens
 def _sum_by_text(
     rows: Float[Tensor, "rows columns"], batch: Batch, task: Task
 ) -> Float[Tensor, "texts columns"]:
-    """Rows of tokens, added up over each text; rows of texts as they are."""
+    """Rows of tokens, summed over each text; rows of texts as they are."""
     if task == "classification":
         return rows
     return torch.stack([part.sum(0) for part in rows.split(batch.attention_mask.sum(1).tolist())])
@@ -354,11 +347,11 @@ def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
 def upper_limit(
     squares: NDArray[np.float64], effect: NDArray[np.float64], *, seed: int = 0
 ) -> float:
-    """An upper limit of ``η`` over all texts of a kind, about 95%, by bootstrap-t; at least ``η``.
+    """An upper limit, about 95%, of ``η`` over all texts of a kind, by bootstrap-t; at least ``η``.
 
-    ``ln(Σe/Σd)`` is taken in units of its standard error in each draw (Efron and Tibshirani, 1993);
-    the limit cuts 1.25% of the draws (`TAIL`), not 5%. It is meant for one adapter, fixed before
-    these texts were seen.
+    Each draw takes ``ln(Σe/Σd)`` in units of its standard error (Efron and Tibshirani, 1993), and
+    the limit cuts 1.25% of the draws (`TAIL`). It holds for one adapter, fixed before these texts
+    were seen.
     """
     error = ratio(squares, effect)
     if error in (0, math.inf) or len(squares) < 2:
@@ -387,8 +380,8 @@ def _log_ratio(squares: Any, effect: Any) -> tuple[Any, Any]:
 def lower_limit(equal: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
     """A lower limit of a share at 95%.
 
-    Of whole texts, Clopper's and Pearson's, which is exact. Where each text has several decisions,
-    which depend on one another, Student's for the mean over texts, and never above the share.
+    With one decision a text, it is Clopper's and Pearson's, which is exact; with several, which
+    depend on one another, Student's for the mean over texts, at most the share.
     """
     from scipy import stats
 
@@ -402,13 +395,13 @@ def lower_limit(equal: NDArray[np.float64], sizes: NDArray[np.float64]) -> float
     terms = (equal - share * sizes) / sizes.mean()
     deviation = terms.std(ddof=1) / math.sqrt(n)
     if deviation == 0:
-        # All alike: as of so many texts with one decision each.
+        # All texts agree equally: as if each had one decision.
         return float((1 - CONFIDENCE) ** (1 / n)) * share
     return max(0.0, float(share - stats.t.ppf(CONFIDENCE, n - 1) * deviation))
 
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nothing in place of numbers that JSON does not have."""
+    """Replace numbers that JSON does not have by ``None``."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()
@@ -416,5 +409,5 @@ def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def megabytes(size: int) -> str:
-    """A size in bytes as a person reads it."""
+    """A size in bytes for people."""
     return f"{size / 1e6:.3g} MB"

@@ -1,6 +1,6 @@
-"""Repair: factors and biases fitted to what the tuned network does, on calibration texts.
+"""Repair: factors and biases fitted to the tuned network on calibration texts.
 
-First block by block in closed form, where each module corrects for what those before it miss
+First block by block in closed form, where each module corrects what those before it miss
 [prop-repair]; then all at once by gradient, against the tuned network's outputs.
 """
 
@@ -20,11 +20,11 @@ from ..lowrank import LowRank
 from ._measuring import Batch, Reference, outputs, watch
 from .pair import Adapter, Module, Pair
 
-# Coefficients are drawn towards the change itself, by this part of the mean variance of inputs.
+# The ridge that draws coefficients to the change itself, as a part of the inputs' mean variance.
 SHRINKAGE = 0.05
-# Of the polish: highest learning rate, against the root mean square of a module's factors.
+# The polish's highest learning rate, relative to the root mean square of a module's factors.
 RATE = 0.03
-# Arguments of a block beside the hidden states.
+# A block's arguments after the hidden states.
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -45,11 +45,11 @@ def fit_blocks(
     root: Callable[[str], Tensor | None],
     report: Callable[[int, int], None],
 ) -> Adapter:
-    """Fit each module of a block in turn by reduced-rank regression, with the ranks as they are.
+    """Fit the modules in turn by reduced-rank regression, with the ranks as they are.
 
-    A module's inputs are those in the adapted network, as far as it was fitted; its target is what
-    it gives in the tuned network. ``root`` has the output metric of a module. Only one block at a
-    time has the tuned weights, and hidden states are carried from block to block.
+    A module's inputs are those in the adapted network, as far as it was fitted; its target is its
+    output in the tuned network. ``root`` gives a module's output metric. Only one block at a time
+    has the tuned weights, and hidden states are carried from block to block.
     """
     number = len(network.get_submodule(pair.blocks))
     pair.fill(network, "tuned")
@@ -106,14 +106,14 @@ def _fit(
 
 
 class _Seen(NamedTuple):
-    """What a module takes in and gives, a row for each token, by batch."""
+    """Inputs and outputs of a module, a row for each token, by batch."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
 
 
 class _Block(NamedTuple):
-    """A block of a network, the rest of its arguments by batch, and the batches."""
+    """A block of a network, its further arguments by batch, and the batches."""
 
     network: Any
     block: nn.Module
@@ -136,14 +136,14 @@ class _Block(NamedTuple):
         return kept, after
 
     def stages(self, modules: Sequence[Module], hidden: Tensor) -> list[list[Module]]:
-        """Modules in the order of their calls, those with one input together."""
+        """Modules in the order of their calls, grouped by their input."""
         known = {module.name: module for module in modules}
         rest, named = self.calls[0]
         with torch.no_grad(), watch(self.network, known) as seen:
             self.block(hidden, *rest, **named)
         stages: dict[int, list[Module]] = {}
         for name, (inputs, _) in seen.items():
-            # Inputs are kept until here, so that none comes to lie in the place of another.
+            # Inputs are kept until here, so that no two have the same address.
             stages.setdefault(inputs.data_ptr(), []).append(known[name])
         return [*stages.values()]
 
@@ -151,7 +151,7 @@ class _Block(NamedTuple):
 def _enter(
     network: Any, blocks: str, batches: Sequence[Batch]
 ) -> tuple[list[Tensor], list[list[Call]]]:
-    """What the first block is given, by batch; and of each block the rest of its arguments."""
+    """Inputs of the first block, and each block's further arguments, by batch."""
     number = len(network.get_submodule(blocks))
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in range(number)]
@@ -184,7 +184,7 @@ def polish(
     seed: int,
     report: Callable[[int, int], None],
 ) -> Adapter:
-    """The best adapter on the way of Adam on ``Σ‖f̂ − f̄‖²``, by the texts for selection."""
+    """The best adapter, by the texts for selection, on the way of Adam on ``Σ‖f̂ − f̄‖²``."""
     pair.put(network, Adapter({}, {}))
     trained: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
@@ -241,7 +241,7 @@ def polish(
 
 
 def _add(parts: Sequence[Tensor], low_rank: bool) -> Callable[..., Tensor]:
-    """A hook that adds ``B``'s and ``A``'s product with the input, and the bias, to the output."""
+    """A hook that adds ``ABᵀ`` of the input, and the bias, to the output."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if low_rank:
@@ -252,7 +252,7 @@ def _add(parts: Sequence[Tensor], low_rank: bool) -> Callable[..., Tensor]:
 
 
 def _size(part: Tensor) -> float:
-    """What learning rates are relative to: of factors their root mean square."""
+    """The scale of learning rates: the root mean square of factors."""
     if part.ndim == 1:
         return 0.01
     return max(float(part.detach().square().mean().sqrt()), 1e-6)

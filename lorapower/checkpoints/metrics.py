@@ -1,7 +1,7 @@
-"""The metrics of a module's inputs and outputs, directions of its change in them, and ranks.
+"""Metrics of a module's inputs and outputs, directions of its change in them, and ranks.
 
-Second moments are taken on calibration texts and kept as rows whose products are the moments, from
-a QR factorization that takes in a batch at a time, so that few or dependent samples cost no digits.
+Second moments come from calibration texts. They are kept as rows whose products are the moments, by
+a QR factorization that takes one batch at a time, so that few or dependent samples cost no digits.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .pair import Module, Task
 
 Metric = Literal["plain", "input", "both"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-# Random combinations of the outputs whose gradients are taken, for each text.
+# How many random combinations of a text's outputs are differentiated.
 PROBES = 2
-#: Part of the weight of inputs that is the same for all tokens.
+#: The part of the weight of inputs that is the same for all tokens.
 EVEN = 0.3
-#: The output metric is known from few texts: this part of its mean is added for every direction.
+#: As few texts determine the output metric, this part of its mean is added in every direction.
 RIDGE = 0.1
 
 
@@ -35,11 +35,9 @@ class Moments(NamedTuple):
     Attributes
     ----------
     inputs : Tensor
-        Rows ``Z`` with ``ZᵀZ = C``, the second moment of the inputs: about their mean where a bias
-        can make up for that, else about 0. Tokens count by the squared gradient of the network's
-        outputs there, and in part (``EVEN``) all the same.
-    mean : Tensor
-        What was subtracted.
+        Rows ``Z`` with ``ZᵀZ = C``, the second moment of the inputs minus ``mean``, which is 0
+        unless a bias can make up for it. A token's weight is in part (``EVEN``) the same for all,
+        else the squared gradient there of the network's outputs.
     outputs : Tensor
         Rows ``R`` with ``RᵀR = G``. To first order ``vᵀGv`` is the squared change of the network's
         outputs if ``v`` is added to the module's output for one token, summed over the tokens of a
@@ -55,8 +53,8 @@ class _Rows:
     """The triangular factor of weighted rows that come in batches, and their mean."""
 
     def __init__(self, centred: bool) -> None:
-        # The first column is then 1 in each row: the first row of the factor holds the mean, and
-        # those below are about it.
+        # The first column is then 1 in each row: the factor's first row holds the mean, and the
+        # others are about it.
         self._first = 1 if centred else 0
         self._total = 0.0
         self._parts: list[Tensor] = []
@@ -64,7 +62,7 @@ class _Rows:
     def add(
         self, rows: Float[Tensor, "rows columns"], weights: Float[Tensor, " rows"] | None = None
     ) -> None:
-        """Take in more rows, each of weight 1 unless others are given."""
+        """Take in more rows, by default of weight 1."""
         weights = rows.new_ones(len(rows)) if weights is None else weights
         self._total += float(weights.sum())
         rows = torch.cat([rows.new_ones(len(rows), self._first), rows], 1)
@@ -73,7 +71,7 @@ class _Rows:
             self._parts = [self.factor()]
 
     def moment(self) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " columns"]]:
-        """Rows whose products are the second moment, and the mean; zeros if none is subtracted."""
+        """Rows whose products are the second moment, and the mean that is subtracted, or zeros."""
         factor, first = self.factor(), self._first
         mean = factor.new_zeros(factor.shape[1] - first)
         if not self._total:
@@ -83,7 +81,7 @@ class _Rows:
         return factor[first:, first:] / self._total**0.5, mean
 
     def factor(self) -> Float[Tensor, "rows columns"]:
-        """Rows whose products are the weighted sum over all rows, not more than columns."""
+        """At most as many rows as columns, whose products are the weighted sum over all rows."""
         rows = torch.cat(self._parts)
         if len(rows) <= rows.shape[1] and not self._first:
             return rows
@@ -99,11 +97,11 @@ def moments(
     centred: bool = True,
     seed: int = 0,
 ) -> dict[str, Moments]:
-    """Take `Moments` of modules of a network in one pass over texts, forwards and backwards.
+    """Take `Moments` of a network's modules in one pass over texts, forwards and backwards.
 
-    Gradients are those of random combinations of the outputs that count for the ``task``, with
-    independent normal weights, so that their second moment is the mean over outputs. With
-    ``centred``, inputs of modules with a bias are taken about their mean.
+    Gradients are of random combinations of the outputs that count for the ``task``; their weights
+    are independent and normal, so that the second moment is the mean over outputs. With
+    ``centred``, the mean input of modules with a bias is subtracted.
     """
     known = {module.name: module for module in modules}
     inputs = {name: _Rows(centred and module.bias) for name, module in known.items()}
@@ -146,20 +144,17 @@ def _even_out(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
 
 
 class Directions(NamedTuple):
-    """The leading part of a module's change ``E``, in the order in which a metric takes it.
+    """The leading part of a module's change ``E``, ordered by a metric.
 
     Attributes
     ----------
     update : LowRank
         Its first ``r`` columns are the best update ``K_r`` of rank ``r`` [prop-two-metrics].
     values : Tensor
-        ``σ_1 ≥ σ_2 ≥ …``: direction ``d`` takes ``σ_d²`` off the squared error.
-    total : float
+        ``σ_1 ≥ σ_2 ≥ …``: direction ``d`` takes ``σ_d²`` off the squared error; ``total`` is
         ``Σσ_d²`` over all directions, also those past the last column.
-    shift : Tensor
-        ``Eμ``, what the bias takes over of the change at the mean input with rank 0.
-    mean : Tensor
-        ``μ``.
+    shift, mean : Tensor
+        ``Eμ``, which the bias takes over at rank 0, and the mean input ``μ``.
     """
 
     update: LowRank
@@ -173,7 +168,7 @@ class Directions(NamedTuple):
         return LowRank(self.update.left[:, :rank], self.update.right[:, :rank])
 
     def bias(self, rank: int) -> Float[Tensor, " out"]:
-        """``(E − K_r)μ``, what is added to the tuned bias beside the best update of a rank."""
+        """``(E − K_r)μ``, added to the tuned bias beside the best update of a rank."""
         best = self.best(rank)
         return self.shift - best.left @ (best.right.mT @ self.mean)
 
@@ -181,9 +176,9 @@ class Directions(NamedTuple):
 def directions(
     change: Float[Tensor, "out in"], about: Moments | None, metric: Metric, most: int
 ) -> Directions:
-    """Find the directions of a change ``E`` in a metric, at most ``most`` [prop-two-metrics].
+    """Find at most ``most`` leading directions of a change ``E`` in a metric [prop-two-metrics].
 
-    ``σ_d`` are the singular values of ``R E Zᵀ``. ``Z`` has the inputs' second moment, or is the
+    ``σ_d`` are the singular values of ``R E Zᵀ``. ``Z`` has the inputs' second moment, but is the
     identity in the metric ``"plain"``; ``R`` is the `root` of the outputs' in ``"both"``, else the
     identity. A module that no output depends on has no direction in ``"both"``.
     """
@@ -209,8 +204,8 @@ def directions(
 def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
     """``R``, upper triangular, with ``RᵀR = G + ρ c I``: the output metric with its ridge.
 
-    ``G`` is the product of the rows, ``c`` its mean diagonal entry and ``ρ`` is ``RIDGE``. There is
-    none for ``G = 0``.
+    ``G`` is the product of the rows, ``c`` its mean diagonal entry and ``ρ`` is ``RIDGE``. Returns
+    ``None`` for ``G = 0``.
     """
     rows = outputs.double()
     if not rows.any():
@@ -244,9 +239,9 @@ def allocate(
 ) -> Allocation:
     """Order directions by ``σ²/cost``, the largest first [prop-allocation].
 
-    ``step`` directions of a module are taken at once. The ranks after each step are best for what
-    they cost, among all ranks that are multiples of ``step``, for the prediction
-    ``Σ_m Σ_{d>r_m} σ_d²``.
+    ``step`` directions of a module are taken at once. Among all ranks that are multiples of
+    ``step`` and cost as much, those after each step have the least ``Σ_m Σ_{d>r_m} σ_d²``, which
+    predicts the squared error.
     """
     items = []
     for order, (name, sigma) in enumerate(values.items()):
@@ -259,7 +254,7 @@ def allocate(
     names = [name for *_, name, size in items for _ in range(size)]
     costs = np.cumsum([modules[name].cost for name in names], dtype=np.int64)
     if step > 1:
-        # Within a step nothing is bought before all of it is.
+        # A step is bought as a whole.
         ends = np.cumsum([size for *_, size in items], dtype=np.int64) - 1
         costs = np.repeat(costs[ends], np.diff(ends, prepend=-1))
     return Allocation(names, costs)
@@ -276,11 +271,11 @@ def by_energy(
     modules: Mapping[str, Module],
     parameters: int,
 ) -> dict[str, int]:
-    """Give each module the least rank that keeps one and the same share of its ``‖ΔW‖²``.
+    """Give each module the least rank that keeps one share of its ``‖ΔW‖²``, the same for all.
 
-    The share is the largest that so many parameters pay for; where they do not pay for rank 1 in
-    each module that changed, these are the ranks. This is the rule of ``peft.convert_to_lora`` and,
-    with norms in place of squares, of other tools that extract adapters.
+    The share is the largest that so many parameters pay for, or whatever rank 1 in each changed
+    module keeps. This is the rule of ``peft.convert_to_lora`` and, with norms in place of squares,
+    of other tools that extract adapters.
     """
     shares = {
         name: (sigma.double().square().cumsum(0) / totals[name]).numpy()
@@ -307,11 +302,11 @@ def by_inputs(
     parameters: int,
     most: int,
 ) -> dict[str, int]:
-    """Give modules ranks that follow the variance of their inputs, for at most so many parameters.
+    """Give modules ranks by the variance of their inputs, for at most so many parameters.
 
     Directions of all modules are taken by their part of the variance, the largest first, as EVA
     does before training, with inputs as they are (Paischer et al., 2024). ``spread`` has the
-    singular values of each module's inputs as `Moments` weighs them; ``most`` is the highest rank.
+    singular values of each module's inputs, weighted as in `Moments`; ``most`` is the highest rank.
     """
     parts = sorted(
         (-float(part), order, name)
@@ -330,5 +325,5 @@ def by_inputs(
 
 
 def cost(ranks: Mapping[str, int], modules: Mapping[str, Module]) -> int:
-    """Numbers of the factors of these ranks: ``Σ_m r_m (out_m + in_m)``."""
+    """Numbers in factors of these ranks: ``Σ_m r_m (out_m + in_m)``."""
     return sum(modules[name].cost * rank for name, rank in ranks.items())

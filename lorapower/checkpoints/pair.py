@@ -20,7 +20,7 @@ from ..lowrank import LowRank
 Task = Literal["classification", "language", "encoder"]
 Half: TypeAlias = Literal["attention", "mlp", "other"]
 Values: TypeAlias = Mapping[str, Callable[[], Tensor]]
-# By `model_type` of transformers, where the equal blocks are in the model without its head.
+# Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
 _BLOCKS = {
     "bert": "encoder.layer",
     "camembert": "encoder.layer",
@@ -34,7 +34,7 @@ _BLOCKS = {
     "qwen2": "layers",
     "qwen3": "layers",
 }
-# What an architecture is for, by the end of its name.
+# The task of an architecture, by the end of its name.
 _TASKS: dict[str, Task] = {
     "ForSequenceClassification": "classification",
     "ForCausalLM": "language",
@@ -45,11 +45,11 @@ KINDS = ("bias", "norm", "embedding", "head")
 
 
 class Module(NamedTuple):
-    """A linear module that an adapter can be put on, with its name in the network.
+    """A linear module that can have an adapter, by its name in the network.
 
-    ``kind`` is ``"attention"`` or ``"mlp"``, the halves of a block, or ``"other"``; ``shape`` is
-    ``(out, in)``; ``bias`` says whether it has one, and ``transposed`` whether the weight is kept
-    as ``[in, out]``, as GPT-2's are.
+    ``kind`` is its half of a block, ``"attention"`` or ``"mlp"``, or ``"other"``; ``shape`` is
+    ``(out, in)``; ``bias`` says whether it has one; the weight of a ``transposed`` one is kept as
+    ``[in, out]``, as in GPT-2.
     """
 
     name: str
@@ -60,15 +60,14 @@ class Module(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """Numbers of an adapter of rank 1: ``out + in``."""
+        """How many numbers an adapter of rank 1 has: ``out + in``."""
         return sum(self.shape)
 
 
 class Other(NamedTuple):
-    """A parameter that tuning changed and that no adapter of low rank carries.
+    """A parameter of ``size`` numbers that tuning changed and no adapter of low rank carries.
 
-    ``kind`` is ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack;
-    ``size`` is how many numbers it has.
+    ``kind`` is ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack.
     """
 
     name: str
@@ -77,9 +76,9 @@ class Other(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What a base gets in place of the change of its modules, by the names of these.
+    """What replaces the change of a base's modules, by their names.
 
-    A module without ``factors`` has rank 0; ``biases`` are there where they are not the tuned ones.
+    A module without ``factors`` has rank 0; ``biases`` has only those that differ from the tuned.
     """
 
     factors: dict[str, LowRank]
@@ -92,7 +91,7 @@ class Adapter(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Numbers of the factors."""
+        """How many numbers the factors have."""
         return sum(factors.parameter_count for factors in self.factors.values())
 
 
@@ -100,19 +99,16 @@ class Adapter(NamedTuple):
 class Pair:
     """A base and what was tuned from it; see `Pair.open`.
 
+    ``base`` and ``tuned`` have configurations, and weights that are read one at a time. ``prefix``
+    begins names in the model without its head, such as ``"bert."``, and ``blocks`` is where the
+    equal blocks are. Kinds of `Other` in ``leave`` stay the base's in adapted networks.
+
     Attributes
     ----------
-    base, tuned : Checkpoint
-        Their configurations and weights, which are read one at a time.
     task : str
-        What the architecture is for: ``"classification"``, ``"language"`` or ``"encoder"``.
-    prefix, blocks : str
-        Of names in the model without its head, such as ``"bert."`` or nothing; and where the equal
-        blocks are in the network.
+        The architecture's purpose: ``"classification"``, ``"language"`` or ``"encoder"``.
     modules, others : dict, tuple
-        Linear modules that adapters can be put on, by name; and all else that differs.
-    leave : frozenset
-        Kinds of `Other` that adapted networks have as the base has them.
+        Linear modules that can have adapters, by name; and all else that differs.
     """
 
     base: Checkpoint
@@ -129,14 +125,9 @@ class Pair:
     def open(cls, base: str, tuned: str) -> Pair:
         """Open two checkpoints: folders, names on the hub, or ``"packaged"``, this book's encoder.
 
-        The architecture, and a head that the base lacks, are those of ``tuned``. Weights are read
-        later, one at a time.
-
-        Raises
-        ------
-        InputError
-            For checkpoints that are missing, quantized, incomplete or not supported, and for two
-            that are not of one architecture and size.
+        The architecture, and a head that the base lacks, are from ``tuned``. Weights are read
+        later, one at a time. Raises `InputError` for checkpoints that are missing, quantized,
+        incomplete or not supported, and for two of different architecture or size.
         """
         hub.require("checkpoints")
         first, second = hub.Checkpoint("base", base), hub.Checkpoint("tuned", tuned)
@@ -178,7 +169,7 @@ class Pair:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of the tuned checkpoint, which pads texts on the right."""
+        """The tuned checkpoint's tokenizer, which pads texts on the right."""
         tokenizer = hub.tokenizer(str(self.tuned.folder))
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
@@ -190,7 +181,7 @@ class Pair:
 
     @property
     def not_low_rank(self) -> dict[str, int]:
-        """By kind, numbers of all parameters that differ and that no adapter of low rank carries.
+        """How many numbers differ that no adapter of low rank carries, by kind.
 
         Of word embeddings an adapter holds only the rows that differ.
         """
@@ -203,7 +194,7 @@ class Pair:
         return self.weight("tuned", module) - self.weight("base", module)
 
     def weight(self, which: str, module: Module) -> Float[Tensor, "out in"]:
-        """The weight of a module in ``"base"`` or ``"tuned"``."""
+        """A module's weight in ``"base"`` or ``"tuned"``."""
         checkpoint = self.base if which == "base" else self.tuned
         weight = checkpoint.read(f"{module.name}.weight")
         return weight.mT if module.transposed else weight
@@ -214,15 +205,15 @@ class Pair:
             network = _build(self.tuned.config, self.architecture, "cpu")
         network.eval().requires_grad_(False)
         if network.config.pad_token_id is None:
-            # By it a classifier on a decoder finds where texts end.
+            # A classifier on a decoder needs it to find where texts end.
             network.config.pad_token_id = self.tokenizer.pad_token_id
-        # Each text is passed once, and keys of one pass must not come into another.
+        # Each text is passed once, and keys of one pass must not get into another.
         network.config.use_cache = False
         self.fill(network, "tuned")
         return network
 
     def skeleton(self) -> Any:
-        """Make a network of transformers without numbers."""
+        """Make a network of transformers without numbers, on the device ``"meta"``."""
         return _build(self.tuned.config, self.architecture, "meta")
 
     def fill(
@@ -230,9 +221,9 @@ class Pair:
     ) -> None:
         """Give a network the weights of ``"base"``, of ``"tuned"``, or of an ``"adapted"`` one.
 
-        The adapted one has the base's modules and everything else as tuned, except for the kinds of
-        `Other` in ``leave``. A head that the base lacks is the tuned one's. Values of ``updates``
-        replace these; only parameters whose names begin with ``within`` are set.
+        The adapted one has the base's modules, the kinds of `Other` in ``leave`` as in the base,
+        and all else as tuned, as is a head that the base lacks. ``updates`` replace these values;
+        only parameters whose names begin with ``within`` are set.
         """
         changed = {other.name for other in self.others if other.kind not in self.leave}
         updates = updates or {}
@@ -249,19 +240,16 @@ class Pair:
                 parameter.copy_(value)
 
     def put(self, network: Any, adapter: Adapter, *, only: str = "", within: str = "") -> None:
-        """Give a network the weights of the base with an adapter, as in `fill`.
+        """Give a network the base's weights with an adapter, as in `fill`.
 
-        With ``only``, the other modules are the tuned ones.
+        With ``only`` a module's name, all other modules are the tuned ones.
         """
         modules = [self.modules[only]] if only else self.modules.values()
         updates = self._updates(modules, adapter)
         self.fill(network, "tuned" if only else "adapted", updates=updates, within=within)
 
     def interpolate(self, network: Any, adapter: Adapter, part: float) -> None:
-        """Give a network ``tuned + part · (adapted − tuned)`` for each weight.
-
-        Around ``part = 0`` the change of the outputs is of first order.
-        """
+        """Give a network ``tuned + part · (adapted − tuned)`` for each weight."""
         updates = {**self._updates(self.modules.values(), adapter)}
         for other in self.others:
             if other.kind in self.leave and self.base.has(other.name):
@@ -310,7 +298,7 @@ class Pair:
 
 
 def _describe(config: Any) -> tuple[str, Task]:
-    """The architecture of a tuned checkpoint, and what it is for."""
+    """The architecture of a tuned checkpoint, and its task."""
     if config.model_type not in _BLOCKS:
         allowed = f"of type {', '.join(_BLOCKS)}"
         raise InputError("tuned", allowed=allowed, given=f"type {config.model_type!r}")
@@ -323,12 +311,12 @@ def _describe(config: Any) -> tuple[str, Task]:
 
 
 def _build(config: Any, architecture: str, device: str) -> Any:
-    """A network of transformers with any weights, or on the device ``"meta"`` without."""
+    """A network of transformers with any weights, or without on the device ``"meta"``."""
     import transformers
 
     kind = getattr(transformers, architecture)
     with torch.device(device):
-        # Attention written out: with it gradients and tuned outputs are the same on every machine.
+        # Attention written out gives the same gradients and tuned outputs on every machine.
         network = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
         network.tie_weights()
     return network
@@ -342,7 +330,7 @@ def _linear_modules(body: nn.Module, prefix: str, blocks: str, task: Task) -> It
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         inside = (prefix + name).removeprefix(f"{blocks}.")
-        # A pooling layer has no part in the last hidden states.
+        # The last hidden states do not depend on a pooling layer.
         if inside == prefix + name and not (name == "pooler.dense" and task == "classification"):
             continue
         transposed = isinstance(module, Conv1D)

@@ -1,4 +1,4 @@
-"""A pair and its texts, made ready: candidates for any number of parameters, and their errors."""
+"""A pair and its texts, prepared: candidates for any number of parameters, and their errors."""
 
 from __future__ import annotations
 
@@ -39,26 +39,20 @@ METHODS: dict[str, Metric] = {
 }
 #: Methods whose ranks are those of an allocation.
 PATHS = ("plain", "input metric", "two metrics")
-#: Of repair by gradient.
+#: Steps of repair by gradient.
 STEPS = 80
 
 
-#: Is told what is done, and how much of it: the stage in words, the steps done, and all of them.
+#: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
 
 
 class Planner:
     """A pair of checkpoints and texts to plan adapters with.
 
-    Its methods replace the weights of its ``network``, of transformers.
-
-    Attributes
-    ----------
-    fit, select, test : Reference
-        Outputs on the three parts of ``texts``. Candidates are selected by their errors on the
-        second; errors are stated on the third.
-    values, totals : dict
-        By metric and module the leading ``σ_d``, and ``Σσ_d²`` over all of them.
+    Its methods replace the weights of its ``network``, of transformers. Candidates are selected by
+    their errors on the texts of ``select``; errors are stated on those of ``test``. By metric and
+    module, ``values`` has the leading ``σ_d``, and ``totals`` has ``Σσ_d²`` over all of them.
     """
 
     def __init__(
@@ -80,19 +74,19 @@ class Planner:
         Parameters
         ----------
         texts, held_out : sequence of str
-            Texts to plan with, and others to state errors with; by default half of the first.
+            Texts to plan with and texts to state errors with, by default half of the first.
         modules : str
-            ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression that is searched for in
-            the names of modules. The others stay the base's.
+            ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression, searched for in the
+            names of modules. The others stay the base's.
         leave : collection of str
-            Kinds of what low rank cannot carry (`Other`) that stay the base's too.
+            Kinds of `Other`, which low rank cannot carry, that stay the base's too.
         tokens, max_rank, bucket : int
-            Texts are cut off after so many tokens. Ranks are at most ``max_rank``, and multiples of
+            Texts are cut off after ``tokens``. Ranks are at most ``max_rank``, and multiples of
             ``bucket`` or the highest that a module can have.
         seed : int
-            Draws texts, probes and the order of repair.
+            Of texts, probes and the order of repair.
         report : callable, optional
-            Is told of progress: the stage, the steps done, and all of them.
+            Receives progress: the stage, the steps done, and their number.
         """
         kinds = _checks.items("leave", leave, what=f"kinds among {KINDS}")
         if strange := [kind for kind in kinds if kind not in KINDS]:
@@ -133,22 +127,22 @@ class Planner:
 
     @property
     def equal(self) -> bool:
-        """Whether both checkpoints give the same on all texts for selecting and stating."""
+        """Whether both checkpoints have equal outputs on all texts for selecting and stating."""
         return not (self.select.effect.any() or self.test.effect.any())
 
     @property
     def most(self) -> int:
-        """Numbers of the highest ranks."""
+        """How many numbers the highest ranks take."""
         return self.parameters(self.max_rank)
 
     def parameters(self, rank: int) -> int:
-        """Numbers that one rank for all modules takes."""
+        """How many numbers one rank for all modules takes."""
         return metrics.cost(metrics.uniform(self.modules, rank), self.modules)
 
     def ranks(self, method: str, parameters: int) -> dict[str, int]:
-        """Ranks that a method of `METHODS` makes of at most so many parameters.
+        """Ranks that a method of `METHODS` gives for at most so many parameters.
 
-        ``uniform`` and ``energy`` give rank 1 at least, however few the parameters are.
+        ``uniform`` and ``energy`` give at least rank 1, however few the parameters are.
         """
         metric = _metric(method)
         if method in PATHS:
@@ -162,7 +156,7 @@ class Planner:
         return metrics.by_inputs(self._spread, self.modules, parameters, self.max_rank)
 
     def adapter(self, method: str, ranks: Mapping[str, int]) -> Adapter:
-        """The factors and biases of these ranks that are best in the method's metric."""
+        """The adapter of these ranks that is best in the method's metric."""
         metric = _metric(method)
         factors: dict[str, LowRank] = {}
         biases: dict[str, Tensor] = {}
@@ -179,11 +173,11 @@ class Planner:
         return Adapter(factors, biases)
 
     def candidate(self, method: str, parameters: int) -> Adapter:
-        """The adapter of a method for at most so many parameters; see `ranks`."""
+        """A method's adapter of at most so many parameters; see `ranks`."""
         return self.adapter(method, self.ranks(method, parameters))
 
     def best(self, parameters: int) -> tuple[str, Adapter, float]:
-        """The method of ``PATHS`` with the least error on texts for selection, and its adapter."""
+        """The method of ``PATHS`` with the least error on texts for selection, its adapter and the error."""
         adapters = [self.candidate(method, parameters) for method in PATHS]
         errors = [self.error(adapter) for adapter in adapters]
         i = errors.index(min(errors))
@@ -199,7 +193,7 @@ class Planner:
         return self.select.error(self.network)
 
     def measure(self, adapter: Adapter) -> Measured:
-        """What is lost on the texts for stating."""
+        """What an adapter loses on the texts for stating."""
         self.put(adapter)
         return self.test.measure(self.network, seed=self.seed)
 
@@ -207,9 +201,8 @@ class Planner:
         """``η`` to first order, on the texts for selection.
 
         This is ``‖f(s) − f(−s)‖ / 2s`` over the effect, where ``f(s)`` are the outputs with weights
-        ``tuned + s · (adapted − tuned)``: one
-        derivative along all that the adapter misses, so it has cross terms of modules and no
-        curvature.
+        ``tuned + s · (adapted − tuned)``: a derivative along all that the adapter misses, with
+        cross terms of modules and without curvature.
         """
         ahead = Reference(self.select.batches, self.select.task)
         self.pair.interpolate(self.network, adapter, step)
@@ -221,8 +214,8 @@ class Planner:
     def shares(self, method: str, adapter: Adapter) -> dict[str, tuple[float, float]]:
         """For each module the part of the effect that its missing directions cost alone.
 
-        First as the method's metric predicts it (NaN but for ``two metrics``), then as measured on
-        the texts for selection, where the other modules are the tuned ones.
+        Each has a prediction by the method's metric (NaN except for ``two metrics``) and a
+        measurement on the texts for selection, with all other modules tuned.
         """
         whole = float(self.select.effect.mean())
         shares = {}
@@ -250,8 +243,8 @@ class Planner:
     def least(self, error: float, method: str) -> int | None:
         """The least number of parameters with at most an error on the texts for selection.
 
-        By bisection along a method of ``PATHS``, as if the error fell with more parameters; nothing
-        where the highest ranks do not reach the error.
+        It is found by bisection along a method of ``PATHS``, as if more parameters always lowered
+        the error. Returns ``None`` where the highest ranks do not reach the error.
         """
         allocation = self._allocations[_metric(method)]
 
@@ -273,7 +266,7 @@ class Planner:
         return int(allocation.costs[high - 1]) if high else 0
 
     def smallest(self, error: float) -> tuple[str, Adapter]:
-        """The smallest adapter with at most an error on the texts for selection, or the largest."""
+        """The smallest adapter with at most an error on the texts for selection, or the largest one."""
         number = self.least(error, "two metrics")
         method, adapter, reached = self.best(self.most if number is None else number)
         if method != "two metrics" and number is not None and reached < error:
@@ -284,9 +277,9 @@ class Planner:
     def repair(self, adapter: Adapter, *, steps: int = STEPS) -> Adapter:
         """Fit an adapter to the tuned network, with its ranks as they are.
 
-        First block by block in closed form [prop-repair], then by ``steps`` of gradient descent on
-        the outputs. What comes out is never worse than what went in, by the error on the texts for
-        selection, which are not fitted to.
+        It is fitted block by block in closed form [prop-repair], then by ``steps`` of gradient
+        descent on the outputs. Its error on the texts for selection, which are not fitted to, never
+        rises.
         """
         best, least = adapter, self.error(adapter)
         report = functools.partial(self.report, "repairing blocks")
@@ -309,7 +302,7 @@ class Planner:
     def smallest_repaired(
         self, error: float, method: str, adapter: Adapter, *, steps: int = STEPS
     ) -> tuple[Adapter, Adapter]:
-        """An adapter of fewer parameters that has at most an error once repaired, and repaired."""
+        """An adapter of fewer parameters that repair brings to at most an error, before and after repair."""
         low, high = self.parameters(1) // 8, adapter.parameters
         best: tuple[Adapter, Adapter] | None = None
         for _ in range(4):
@@ -325,7 +318,7 @@ class Planner:
         return best or (adapter, self.repair(adapter, steps=steps))
 
     def _decompose(self) -> None:
-        """Find directions of all changes in all metrics, kept in files, some modules at a time."""
+        """Find directions of all changes in all metrics, some modules at a time, and keep them in files."""
         samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fit)
         memory = max(2**28, self.pair.tuned.bytes() // 4)
         done = 0
@@ -379,9 +372,9 @@ def compare(
 ) -> pd.DataFrame:
     """Measure the errors of methods at equal numbers of parameters.
 
-    At those among ``repaired`` the best method by gain for cost (`Planner.best`) is repaired as
-    well, with so many ``steps`` by gradient. The table has a row for each, with the columns of
-    `Measured`, ``ranks`` by module, and as ``used`` how many parameters they take.
+    At numbers in ``repaired`` the best method by gain for cost (`Planner.best`) is also repaired,
+    with so many ``steps`` by gradient. The table has a row for each adapter: the columns of
+    `Measured`, ``ranks`` by module, and ``used``, the parameters that they take.
     """
     import pandas as pd
 
@@ -426,12 +419,12 @@ def _choose(pair: Pair, modules: str) -> dict[str, Module]:
 
 
 def _group(modules: Sequence[Module], samples: int, memory: int) -> Iterator[list[Module]]:
-    """Modules in runs whose moments over so many tokens take at most so many bytes, or one each."""
+    """Modules in groups whose moments over so many tokens take at most so many bytes, or alone."""
     group: list[Module] = []
     taken = 0
     for module in modules:
         out, into = module.shape
-        # While rows are taken in there are up to five times as many as columns.
+        # While rows are added there are up to five times as many as columns.
         size = 4 * into * min(samples, 5 * into) + 4 * out * min(samples, out)
         if group and taken + size > memory:
             yield group

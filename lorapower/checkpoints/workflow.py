@@ -1,4 +1,4 @@
-"""Ranks for a stated error, the adapter that has it, anybody's adapter measured: a call each."""
+"""Ranks for a stated error, their adapter, and the error of anybody's adapter: one call each."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from .planner import METHODS, STEPS, Planner, Report
 if TYPE_CHECKING:
     import pandas as pd
 
-#: What is aimed at where nothing is asked for.
+#: The error that is aimed at by default.
 ERROR = 0.1
-# Texts for stating are looked at again when they show more error than was aimed at.
+# How often texts for stating may be looked at, if they show more error than was aimed at.
 LOOKS = 4
-# Relative, of the error of an adapter that is read back.
+# Relative tolerance of the error of an adapter that is read back.
 RELOADED = 1e-5
 REPORT, CARD = "report.json", "README.md"
-# `task_type` of an adapter in peft.
+# ``task_type`` of an adapter in peft.
 TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION"}
 
 
@@ -53,26 +53,24 @@ TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATU
 class Plan:
     """Ranks of modules, the adapter that has them, and what it loses.
 
+    ``aim`` is the error that was asked for, if any, and ``predicted`` the one to first order before
+    repair. ``carried`` counts all numbers in the adapter's file (factors, biases, heads, rows of
+    embeddings); ``size`` is in bytes, an estimate until files are written.
+
     Attributes
     ----------
     method : str
         Which of `METHODS` chose the ranks.
     baselines : dict
-        For each method the error on held-out texts without repair, and its number of parameters,
-        which is at most the adapter's, except that ``uniform`` and ``energy`` have rank 1 at least.
-    aim, predicted : float
-        The error that was asked for, if any, and the error to first order before repair.
+        For each method the error on held-out texts without repair, and the number of parameters: at
+        most the adapter's, except that ``uniform`` and ``energy`` have at least rank 1.
     looks : int
-        How many adapters were measured on held-out texts; the limit of the error is meant for 1.
+        How many adapters were measured on held-out texts; the error's limit is meant for one.
     shares : dict
         For each module the part of the effect that its missing directions cost alone, predicted and
         measured; empty in plans with repair.
     attention : float
-        The error on held-out texts with all attention modules as tuned and no other.
-    carried : int
-        All numbers in the adapter's file: factors, biases, heads, rows of embeddings.
-    size : int
-        Bytes of the adapter's files; an estimate until they are written.
+        The error on held-out texts if only the attention modules are tuned, in full.
     """
 
     planner: Planner
@@ -92,15 +90,15 @@ class Plan:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Of all modules, also those of rank 0."""
+        """Ranks of all modules, also 0."""
         return {name: self.adapter.ranks.get(name, 0) for name in self.planner.modules}
 
     @property
     def reached(self) -> bool:
         """Whether the error measured on held-out texts is at most what was asked for.
 
-        This is the estimate: the error for all texts like these may be above it. The cautious
-        question is whether ``measured.error_upper`` is at most what was asked for.
+        This error is an estimate. The cautious question is whether ``measured.error_upper`` is at
+        most what was asked for.
         """
         return self.aim is None or self.measured.error <= self.aim
 
@@ -112,7 +110,7 @@ class Plan:
         )
 
     def table(self) -> pd.DataFrame:
-        """A row for each module: its size, rank, and the shares that its missing part costs."""
+        """A table with each module's size, rank, and the shares that its missing part costs."""
         import pandas as pd
 
         unknown = (math.nan, math.nan)
@@ -130,7 +128,7 @@ class Plan:
         )
 
     def report(self) -> dict[str, Any]:
-        """All of it for machines: numbers and texts under names; nothing for what is NaN."""
+        """Everything for JSON, numbers and texts by name; ``None`` for NaN."""
         pair, texts = self.planner.pair, self.planner.texts
         return without_nan(
             {
@@ -186,9 +184,10 @@ def plan(
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
 
-    An error that the highest ranks do not reach is no failure: ``reached`` says so, and the plan is
-    the nearest. ``reached`` compares the error measured on held-out texts, an estimate; the limit
-    beside it, ``measured.error_upper``, is the cautious number and may be above what was asked for.
+    If the highest ranks do not reach the error, the plan is the nearest one, and ``reached`` says
+    so. ``reached`` is about the error measured on held-out texts, an estimate; the limit
+    ``measured.error_upper`` is the cautious number and may be above what was asked for. Raises
+    `InputError` for unusable arguments before any text is passed through a network.
 
     Parameters
     ----------
@@ -196,9 +195,9 @@ def plan(
         As for `Pair.open`, and at least 120 texts like those that the model is for.
     error : float, optional
         The part of the tuning's effect that may be lost (`Measured`), 0.1 if nothing else is asked
-        for. The least number of parameters is looked for.
+        for; the plan has the fewest parameters.
     parameters, rank : int, optional
-        Instead, numbers of the factors, at most; or as many as this rank for all modules takes.
+        Instead, at most so many numbers in the factors, or as many as this rank for all modules.
     repair : bool
         Whether the adapter is fitted to the tuned network (`Planner.repair`), with so many
         ``steps`` by gradient.
@@ -207,11 +206,6 @@ def plan(
     **options
         Of `Planner`: ``held_out``, ``modules``, ``leave``, ``tokens``, ``max_rank``, ``bucket``,
         ``seed``, ``report``.
-
-    Raises
-    ------
-    InputError
-        For what is not usable, before any text is passed through a network.
     """
     start = time.perf_counter()
     asked = {"error": error, "parameters": parameters, "rank": rank}
@@ -260,7 +254,7 @@ def plan(
 
 
 def _finish(plan: Plan, start: float) -> Plan:
-    """A plan with an estimate of what its file will have, and the seconds since the start."""
+    """A plan with an estimate of its file's contents, and the seconds since the start."""
     pair, adapter = plan.planner.pair, plan.adapter
     network = pair.skeleton()
     carried, size = _peft.estimate(network, adapter.ranks, **_options(pair, network, adapter))
@@ -270,11 +264,7 @@ def _finish(plan: Plan, start: float) -> Plan:
 def _search(
     planner: Planner, aim: float, repair: bool, steps: int
 ) -> tuple[str, Adapter, Adapter, Measured, int]:
-    """The method, the adapter before and after repair, its errors, and looks at texts for stating.
-
-    Candidates are selected by the error on other texts, whose aim is lowered where the texts for
-    stating show more.
-    """
+    """The method, the adapter before and after repair, its error, and how often texts were looked at."""
     selected, before, looks = aim, -1, 0
     while True:
         looks += 1
@@ -286,7 +276,7 @@ def _search(
         before = raw.parameters
     if not repair:
         return method, raw, raw, measured, looks
-    # Of repaired ones the smallest that will do, or else one of as many parameters.
+    # The smallest repaired one that will do, or else one of as many parameters.
     start, fitted = planner.smallest_repaired(selected, method, raw, steps=steps)
     repaired, looks = planner.measure(fitted), looks + 1
     if repaired.error > aim and start is not raw:
@@ -310,16 +300,13 @@ def extract(
 ) -> Plan:
     """Plan an adapter, write it, read it back through peft and measure it again.
 
-    The folder ``out`` gets the adapter, ``report.json`` and a model card; with ``force`` an adapter
-    that is there is replaced. Other arguments are those of `plan`. Nothing is written where the
-    error asked for is not reached; as in `plan` that is a question to the estimate, and the limit
-    beside it is the cautious number.
+    The folder ``out`` gets the adapter, ``report.json`` and a model card; ``force`` replaces an
+    adapter that is there. Other arguments are those of `plan`. Nothing is written if the error
+    asked for is not reached; as in `plan` that is about the estimate, and the limit beside it is
+    the cautious number.
 
-    Raises
-    ------
-    InputError, ResultsError, LorapowerError
-        As `plan`, and for a folder that exists; where it cannot be written; if what is read back
-        has another error than stated.
+    Raises what `plan` raises and `InputError` for a folder that exists, `ResultsError` where it
+    cannot be written, and `LorapowerError` if the adapter read back has another error.
     """
     folder = _claim(out, force)
     start = time.perf_counter()
@@ -329,7 +316,7 @@ def extract(
     planner = result.planner
     with _write(folder) as partial:
         _save(partial, planner.pair, planner.network, result.adapter)
-        # One network at a time.
+        # Only one network at a time.
         planner.network = None
         planner.network = _load(partial, planner.pair)
         again = planner.test.measure(planner.network, seed=planner.seed)
@@ -359,8 +346,8 @@ def check(
 ) -> Measured:
     """Measure what anybody's adapter of peft, a folder, loses against the tuned model.
 
-    At least 60 texts are needed; of more than 256 so many are drawn by ``seed``. Other arguments
-    are those of `plan`.
+    At least 60 texts are needed; of more than 256, ``seed`` draws so many. Other arguments are
+    those of `plan`.
     """
     pair = Pair.open(base, tuned)
     reference = Reference(prepare_all(pair, texts, tokens=tokens, seed=seed), pair.task)
@@ -384,7 +371,7 @@ def check(
 
 
 def _claim(out: Path | str, force: bool) -> Path:
-    """The folder to write to, which must not exist, or with ``force`` be an adapter's."""
+    """The folder to write to, which must not exist or, with ``force``, be an adapter's."""
     folder = _checks.path("out", out).expanduser()
     above = next(place for place in folder.absolute().parents if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
@@ -409,7 +396,7 @@ def _claim(out: Path | str, force: bool) -> Path:
 
 @contextlib.contextmanager
 def _write(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when all is in it, and is gone if anything fails."""
+    """A folder to fill, which takes its name when it is complete and is gone if anything fails."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -435,11 +422,7 @@ def _write(folder: Path) -> Iterator[Path]:
 
 
 def _options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
-    """What peft is to keep beside the factors, for `_peft.wrap`.
-
-    Biases as they become; heads, norms and position embeddings that differ as modules to save; of
-    word embeddings the rows that differ. What is in ``leave`` is not kept.
-    """
+    """What `_peft.wrap` is to keep beside the factors, without what is in ``leave``."""
     words = network.get_input_embeddings()
     whole: dict[str, None] = {}
     rows: dict[str, list[int]] = {}
@@ -456,7 +439,7 @@ def _options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
         elif owner.startswith(pair.prefix):
             whole[owner] = None
         else:
-            # peft saves a head as a whole, and would look in vain for parts of it.
+            # peft saves a head as a whole, and would not find parts of it.
             whole[owner.partition(".")[0]] = None
     return {
         "biases": biases,
@@ -470,7 +453,7 @@ def _options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
 def _save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
     """Write an adapter through peft; the network is used up."""
     biases = {f"{name}.bias": values.clone for name, values in adapter.biases.items()}
-    # What is to be saved is copied as it is now.
+    # Modules to save are copied as they are now.
     pair.fill(network, "adapted", updates=dict(biases))
     options = _options(pair, network, adapter)
     with hub.quiet():
@@ -478,10 +461,7 @@ def _save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
 
 
 def _load(folder: Path | str, pair: Pair) -> Any:
-    """A network of the pair with the base's weights and the adapter of a folder, read by peft.
-
-    A head that the base lacks has to come with the adapter: without, outputs are NaN.
-    """
+    """A network with the base's weights and an adapter read by peft; NaN if it lacks a needed head."""
     from peft import PeftModel
 
     if not (_checks.path("adapter", folder) / _peft.CONFIG).is_file():
@@ -505,7 +485,7 @@ def _load(folder: Path | str, pair: Pair) -> Any:
 
 
 def _name(source: str) -> str:
-    """What others call a checkpoint: a folder or a name on the hub."""
+    """The name of a checkpoint for others: a folder or a name on the hub."""
     return hub.PACKAGED_NAME if source == hub.PACKAGED else source
 
 
