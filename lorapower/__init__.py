@@ -1,16 +1,15 @@
 """The expressive power of low-rank adaptation: networks, adapters, constructions and bounds.
 
 `adapt` makes the adapters that a theorem promises, and `rank_for_error` says which rank an error
-needs. The subpackages and modules, from the ground up:
+needs. From the ground up:
 
-- `errors`, `randomness`, `lowrank`, `regions` and `regression` know no network: random streams,
-  truncated SVDs, sets of inputs, least squares of a given rank.
+- `errors`, `randomness`, `lowrank`, `regions` and `regression` know no network.
 - `networks` has linear and ReLU networks, transformers, and what adapters have to make up for.
 - `adapters` merges, counts, reads and writes updates.
 - `bounds` says what no adapters of a rank can reach; `constructions` makes those that reach it.
 - `training` finds adapters by gradient.
 - `experiments` repeats the study; `checkpoints` plans, extracts and checks adapters of language
-  models, which the command ``lorapower`` does too; `book` serves the chapters.
+  models, as does the command ``lorapower``; `book` serves the chapters.
 
 One word means one thing, in names and in texts:
 
@@ -26,9 +25,10 @@ One word means one thing, in names and in texts:
 
 Inputs and samples are columns, ``[..., width, samples]``, and weights act from the left,
 ``[..., out, in]``; everything broadcasts over leading batch dimensions. Layers and blocks count
-from 1 in texts and errors. ``W_l`` is the frozen weight of layer ``l``, ``W̄`` the target's, ``R_l``
-the rank of layer ``l``, ``σ_d`` the ``d``-th singular value, and ``LR_r(M)`` the best approximation
-of ``M`` of rank ``r``. Results depend on seeds alone, and are on the device of their inputs.
+from 1 in texts and errors. ``W_l`` is the frozen weight of layer ``l``, ``W̄`` the target's,
+``R_l`` the rank of layer ``l``, ``σ_d`` the ``d``-th singular value, and ``LR_r(M)`` the best
+approximation of ``M`` of rank ``r``. Results depend on seeds alone, and are on the device of their
+inputs.
 """
 
 import lazy_loader

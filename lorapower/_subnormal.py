@@ -1,7 +1,4 @@
-"""Subnormal numbers taken as zeros: on some processors arithmetic with them is many times as slow.
-
-Saturated softmaxes make products below 1e−38, of which nothing is felt in a sum.
-"""
+"""Subnormal numbers as zeros: some processors are slow with them, and sums do not feel them."""
 
 from __future__ import annotations
 
@@ -14,11 +11,7 @@ import torch
 
 @contextmanager
 def flushing() -> Iterator[None]:
-    """Within it the calling thread computes with zeros in the place of subnormal numbers.
-
-    Threads that are started within it do so too, those that torch has started before do not. Also a
-    decorator of functions.
-    """
+    """Take subnormal numbers as zeros in this thread and those it starts (but not torch's)."""
     before = is_flushing()
     flush()
     try:
@@ -28,7 +21,7 @@ def flushing() -> Iterator[None]:
 
 
 def flush() -> None:
-    """From now on; for the threads of a pool, as its initializer."""
+    """Take subnormal numbers as zeros from now on; an initializer for pools."""
     torch.set_flush_denormal(True)
 
 

@@ -154,7 +154,7 @@ def main() -> NoReturn:
 
 
 def _call(function: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """The result of a function for a command's options, with the texts of its files."""
+    """Call a function with a command's options and the texts of its files."""
     from .checkpoints import read_texts
 
     options = dict(options)
@@ -169,7 +169,7 @@ def _call(function: Callable[..., Any], options: dict[str, Any]) -> Any:
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A report that draws a bar for each stage, on the stream for errors."""
+    """A report of progress by a bar for each stage, on the stream for errors."""
     if quiet:
         yield None
         return
@@ -183,7 +183,7 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
     bars: dict[str, Any] = {}
 
     def report(stage: str, done: int, total: int) -> None:
-        # Not before, as what is refused before any work is one line.
+        # Not before: what is refused before any work is one line.
         progress.start()
         if stage not in bars:
             bars[stage] = progress.add_task(stage, total=total)
@@ -197,7 +197,7 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
 
 
 def _show(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
-    """Show a plan, and end with the status that it has."""
+    """Show a plan, and end with its status."""
     status = DONE if plan.reached else SHORT
     if as_json:
         _print(plan.report())

@@ -72,7 +72,6 @@ def encode(adapters: Adapters, bits: int) -> Code:
     each column of a factor and each bias a scale of 16 bits; then the numbers. `decode` takes its
     ``data``, `bounds.samples.kl_bound` its ``length``. Rounding is coarse: adapters that were not
     trained through it may lose everything, first those of constructions, whose biases are large.
-
     Raises `InputError` for batches, bits outside 1 to 12, ranks above a weight's smaller side, and
     entries beyond half precision.
     """

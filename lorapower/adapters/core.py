@@ -21,10 +21,9 @@ N = TypeVar("N", bound=Network)
 
 
 class Tuned(NamedTuple):
-    """What each member of a batch tunes, where members differ.
+    """What each member of a batch tunes: ``ranks`` of each weight's adapter, and which ``biases``.
 
-    ``ranks`` are of each weight's adapter, whose further columns are zeros; ``biases`` says which
-    biases are tuned. The update of the others stays what it was.
+    Columns past a rank are zeros. The update of a bias that is not tuned stays what it was.
     """
 
     ranks: Int[Tensor, "*batch weights"]
@@ -35,16 +34,11 @@ class Tuned(NamedTuple):
 class Adapters:
     """One low-rank update for each weight of a network, and tuned biases [def-adapter].
 
-    Raises `InputError` for anything but a tuple of updates.
-
-    Attributes
-    ----------
-    updates : tuple of LowRank
-        In the order of the network's ``weights``; of rank 0 for a weight without an adapter.
-    bias_updates : tuple of Tensor
-        Vectors ``[..., out]``, added to the network's ``biases``; empty where none is tuned.
-    tuned : Tuned or None
-        What each member of a batch tunes, as in training runs; ``None`` if all columns and biases.
+    ``updates`` are in the order of the network's ``weights``, of rank 0 for a weight without an
+    adapter. ``bias_updates`` are vectors ``[..., out]``, added to the network's ``biases``; empty
+    where none is tuned. ``tuned`` says what each member of a batch tunes, as in training runs;
+    ``None`` where all columns and biases are. Raises `InputError` for anything but a tuple of
+    updates.
     """
 
     updates: tuple[LowRank, ...]
@@ -216,10 +210,9 @@ class Adapters:
         They adapt the module's ``Linear`` layers, also in an inner ``Sequential``; layers of rank 0
         are left out. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``, scaled by 1, in
         the module's type. Tuned biases ``b_l + Δb_l`` replace the module's own (``peft``'s
-        ``bias="all"``); disabling the adapters in ``peft`` does not bring these back.
-
-        Raises `InputError` for a module that the adapters do not fit, for a tuned bias of a layer
-        without one, and for a batch; `ResultsError` where the folder cannot be written.
+        ``bias="all"``); disabling the adapters in ``peft`` does not bring these back. Raises
+        `InputError` for a module that the adapters do not fit, for a tuned bias of a layer without
+        one, and for a batch; `ResultsError` where the folder cannot be written.
         """
         if self.batch_shape:
             raise InputError(

@@ -199,6 +199,10 @@ def _batches(pair: Pair, texts: Sequence[str], limit: int) -> Iterator[Batch]:
 class Measured(NamedTuple):
     """What an adapted network loses on some texts, and how sure that is.
 
+    ``agreement`` is the share of equal decisions (classes or next tokens), ``agreement_lower`` its
+    lower limit at 95%, and ``kl`` the mean divergence ``KL(f̄ ‖ f̂)`` of the distributions in nats;
+    without a head these are NaN.
+
     Attributes
     ----------
     error : float
@@ -209,11 +213,6 @@ class Measured(NamedTuple):
         The cautious number: an approximate upper limit at 95% of ``η`` for all texts of this kind.
         It cuts 1.25% of a bootstrap, not 5%, since errors of texts are skewed. Where one or two
         texts hold most of the error it is still too low in more than 5% of cases.
-    agreement, agreement_lower : float
-        The share of equal decisions (classes or next tokens), and its lower limit at 95%; NaN
-        without a head.
-    kl : float
-        Mean divergence ``KL(f̄ ‖ f̂)`` of the distributions in nats; NaN without a head.
     """
 
     error: float
@@ -306,7 +305,7 @@ def outputs(network: Any, batch: Batch, task: Task) -> Float[Tensor, "rows colum
 
 @contextmanager
 def watch(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Collect inputs and outputs of modules, in the order of their calls; outputs may have gradients."""
+    """Collect inputs and outputs of modules in the order of their calls; gradients may be on."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Any:
@@ -347,11 +346,10 @@ def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
 def upper_limit(
     squares: NDArray[np.float64], effect: NDArray[np.float64], *, seed: int = 0
 ) -> float:
-    """An upper limit, about 95%, of ``η`` over all texts of a kind, by bootstrap-t; at least ``η``.
+    """An upper limit at about 95% of ``η`` over all texts, by bootstrap-t; at least ``η``.
 
-    Each draw takes ``ln(Σe/Σd)`` in units of its standard error (Efron and Tibshirani, 1993), and
-    the limit cuts 1.25% of the draws (`TAIL`). It holds for one adapter, fixed before these texts
-    were seen.
+    Each draw takes ``ln(Σe/Σd)`` in its standard errors (Efron and Tibshirani, 1993). The limit
+    holds for one adapter, fixed before these texts were seen.
     """
     error = ratio(squares, effect)
     if error in (0, math.inf) or len(squares) < 2:
@@ -378,11 +376,7 @@ def _log_ratio(squares: Any, effect: Any) -> tuple[Any, Any]:
 
 
 def lower_limit(equal: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
-    """A lower limit of a share at 95%.
-
-    With one decision a text, it is Clopper's and Pearson's, which is exact; with several, which
-    depend on one another, Student's for the mean over texts, at most the share.
-    """
+    """A lower limit of a share at 95%: Clopper's and Pearson's, or Student's over longer texts."""
     from scipy import stats
 
     share, n = equal.sum() / sizes.sum(), len(equal)

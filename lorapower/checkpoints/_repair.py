@@ -1,7 +1,7 @@
 """Repair: factors and biases fitted to the tuned network on calibration texts.
 
-First block by block in closed form, where each module corrects what those before it miss
-[prop-repair]; then all at once by gradient, against the tuned network's outputs.
+Block by block in closed form, where each module corrects what those before it miss [prop-repair];
+then all at once by gradient, against the tuned network's outputs.
 """
 
 from __future__ import annotations
@@ -45,12 +45,7 @@ def fit_blocks(
     root: Callable[[str], Tensor | None],
     report: Callable[[int, int], None],
 ) -> Adapter:
-    """Fit the modules in turn by reduced-rank regression, with the ranks as they are.
-
-    A module's inputs are those in the adapted network, as far as it was fitted; its target is its
-    output in the tuned network. ``root`` gives a module's output metric. Only one block at a time
-    has the tuned weights, and hidden states are carried from block to block.
-    """
+    """Fit modules in turn, in the network adapted so far, to what they give in the tuned one."""
     number = len(network.get_submodule(pair.blocks))
     pair.fill(network, "tuned")
     tuned, calls = _enter(network, pair.blocks, batches)

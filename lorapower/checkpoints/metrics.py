@@ -1,7 +1,7 @@
 """Metrics of a module's inputs and outputs, directions of its change in them, and ranks.
 
-Second moments come from calibration texts. They are kept as rows whose products are the moments, by
-a QR factorization that takes one batch at a time, so that few or dependent samples cost no digits.
+Second moments come from calibration texts, as rows whose products they are: a QR factorization of
+one batch after the other, so that few or dependent samples cost no digits.
 """
 
 from __future__ import annotations
@@ -30,18 +30,13 @@ RIDGE = 0.1
 
 
 class Moments(NamedTuple):
-    """Second moments of a module over calibration texts.
+    """Second moments of a module over calibration texts, as rows of factors.
 
-    Attributes
-    ----------
-    inputs : Tensor
-        Rows ``Z`` with ``ZᵀZ = C``, the second moment of the inputs minus ``mean``, which is 0
-        unless a bias can make up for it. A token's weight is in part (``EVEN``) the same for all,
-        else the squared gradient there of the network's outputs.
-    outputs : Tensor
-        Rows ``R`` with ``RᵀR = G``. To first order ``vᵀGv`` is the squared change of the network's
-        outputs if ``v`` is added to the module's output for one token, summed over the tokens of a
-        text and averaged over texts.
+    ``inputs`` is ``Z`` with ``ZᵀZ = C``, the second moment of inputs minus ``mean``, which is 0
+    unless a bias can make up for it. A token's weight is in part (``EVEN``) the same for all, else
+    the squared gradient there of the network's outputs. ``outputs`` is ``R`` with ``RᵀR = G``: to
+    first order ``vᵀGv`` is the squared change of the network's outputs if ``v`` is added to the
+    module's output for one token, summed over the tokens of a text and averaged over texts.
     """
 
     inputs: Float[Tensor, "rows in"]
@@ -99,9 +94,8 @@ def moments(
 ) -> dict[str, Moments]:
     """Take `Moments` of a network's modules in one pass over texts, forwards and backwards.
 
-    Gradients are of random combinations of the outputs that count for the ``task``; their weights
-    are independent and normal, so that the second moment is the mean over outputs. With
-    ``centred``, the mean input of modules with a bias is subtracted.
+    Gradients are of random combinations, with independent normal weights, of the outputs that count
+    for the ``task``. If ``centred``, modules with a bias have their mean input subtracted.
     """
     known = {module.name: module for module in modules}
     inputs = {name: _Rows(centred and module.bias) for name, module in known.items()}
@@ -144,17 +138,12 @@ def _even_out(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
 
 
 class Directions(NamedTuple):
-    """The leading part of a module's change ``E``, ordered by a metric.
+    """The leading part of a module's change ``E``, ordered by a metric [prop-two-metrics].
 
-    Attributes
-    ----------
-    update : LowRank
-        Its first ``r`` columns are the best update ``K_r`` of rank ``r`` [prop-two-metrics].
-    values : Tensor
-        ``σ_1 ≥ σ_2 ≥ …``: direction ``d`` takes ``σ_d²`` off the squared error; ``total`` is
-        ``Σσ_d²`` over all directions, also those past the last column.
-    shift, mean : Tensor
-        ``Eμ``, which the bias takes over at rank 0, and the mean input ``μ``.
+    The first ``r`` columns of ``update`` are the best update ``K_r`` of rank ``r``. Direction ``d``
+    takes ``σ_d²`` off the squared error, where ``values`` are ``σ_1 ≥ σ_2 ≥ …``; ``total`` is
+    ``Σσ_d²`` over all directions, also those past the last column. ``mean`` is the mean input
+    ``μ``, and ``shift`` is ``Eμ``, which the bias takes over at rank 0.
     """
 
     update: LowRank
@@ -204,8 +193,8 @@ def directions(
 def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
     """``R``, upper triangular, with ``RᵀR = G + ρ c I``: the output metric with its ridge.
 
-    ``G`` is the product of the rows, ``c`` its mean diagonal entry and ``ρ`` is ``RIDGE``. Returns
-    ``None`` for ``G = 0``.
+    ``G`` is the product of the rows, ``c`` its mean diagonal entry, ``ρ`` is ``RIDGE``; ``None``
+    for ``G = 0``.
     """
     rows = outputs.double()
     if not rows.any():
@@ -237,11 +226,10 @@ class Allocation(NamedTuple):
 def allocate(
     values: Mapping[str, Float[Tensor, " k"]], modules: Mapping[str, Module], step: int = 1
 ) -> Allocation:
-    """Order directions by ``σ²/cost``, the largest first [prop-allocation].
+    """Order directions by ``σ²/cost``, the largest first, ``step`` of a module at once.
 
-    ``step`` directions of a module are taken at once. Among all ranks that are multiples of
-    ``step`` and cost as much, those after each step have the least ``Σ_m Σ_{d>r_m} σ_d²``, which
-    predicts the squared error.
+    Among all ranks that are multiples of ``step`` and cost as much, those after each step have the
+    least predicted squared error ``Σ_m Σ_{d>r_m} σ_d²`` [prop-allocation].
     """
     items = []
     for order, (name, sigma) in enumerate(values.items()):
@@ -273,9 +261,9 @@ def by_energy(
 ) -> dict[str, int]:
     """Give each module the least rank that keeps one share of its ``‖ΔW‖²``, the same for all.
 
-    The share is the largest that so many parameters pay for, or whatever rank 1 in each changed
-    module keeps. This is the rule of ``peft.convert_to_lora`` and, with norms in place of squares,
-    of other tools that extract adapters.
+    The share is the largest that ``parameters`` pay for, with at least rank 1 in each changed
+    module. This is the rule of ``peft.convert_to_lora`` and, with norms in place of squares, of
+    other tools that extract adapters.
     """
     shares = {
         name: (sigma.double().square().cumsum(0) / totals[name]).numpy()
@@ -305,8 +293,8 @@ def by_inputs(
     """Give modules ranks by the variance of their inputs, for at most so many parameters.
 
     Directions of all modules are taken by their part of the variance, the largest first, as EVA
-    does before training, with inputs as they are (Paischer et al., 2024). ``spread`` has the
-    singular values of each module's inputs, weighted as in `Moments`; ``most`` is the highest rank.
+    does before training, with inputs as they are (Paischer et al., 2024). ``spread`` has singular
+    values of inputs, weighted as in `Moments`; ``most`` is the highest rank.
     """
     parts = sorted(
         (-float(part), order, name)

@@ -48,8 +48,7 @@ class Module(NamedTuple):
     """A linear module that can have an adapter, by its name in the network.
 
     ``kind`` is its half of a block, ``"attention"`` or ``"mlp"``, or ``"other"``; ``shape`` is
-    ``(out, in)``; ``bias`` says whether it has one; the weight of a ``transposed`` one is kept as
-    ``[in, out]``, as in GPT-2.
+    ``(out, in)``; the weight of a ``transposed`` one is kept as ``[in, out]``, as in GPT-2.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Module(NamedTuple):
 
 
 class Other(NamedTuple):
-    """A parameter of ``size`` numbers that tuning changed and no adapter of low rank carries.
+    """A parameter that tuning changed and no adapter of low rank carries, of ``size`` numbers.
 
     ``kind`` is ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack.
     """
@@ -76,9 +75,9 @@ class Other(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What replaces the change of a base's modules, by their names.
+    """What replaces the change of a base's modules, by their names; without ``factors``, rank 0.
 
-    A module without ``factors`` has rank 0; ``biases`` has only those that differ from the tuned.
+    ``biases`` has only those that differ from the tuned ones.
     """
 
     factors: dict[str, LowRank]
@@ -99,16 +98,10 @@ class Adapter(NamedTuple):
 class Pair:
     """A base and what was tuned from it; see `Pair.open`.
 
-    ``base`` and ``tuned`` have configurations, and weights that are read one at a time. ``prefix``
-    begins names in the model without its head, such as ``"bert."``, and ``blocks`` is where the
-    equal blocks are. Kinds of `Other` in ``leave`` stay the base's in adapted networks.
-
-    Attributes
-    ----------
-    task : str
-        The architecture's purpose: ``"classification"``, ``"language"`` or ``"encoder"``.
-    modules, others : dict, tuple
-        Linear modules that can have adapters, by name; and all else that differs.
+    The ``task`` is ``"classification"``, ``"language"`` or ``"encoder"``. ``modules`` are linear
+    and can have adapters; ``others`` are all else that differs, of which kinds in ``leave`` stay
+    the base's in adapted networks. ``prefix`` begins names in the model without its head, such as
+    ``"bert."``, and ``blocks`` is where the equal blocks are.
     """
 
     base: Checkpoint
@@ -181,9 +174,9 @@ class Pair:
 
     @property
     def not_low_rank(self) -> dict[str, int]:
-        """How many numbers differ that no adapter of low rank carries, by kind.
+        """How many numbers differ that no adapter of low rank carries, by kind of parameter.
 
-        Of word embeddings an adapter holds only the rows that differ.
+        Of word embeddings only the rows that differ are carried.
         """
         sizes = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
         return {kind: size for kind, size in sizes.items() if size}
@@ -221,9 +214,9 @@ class Pair:
     ) -> None:
         """Give a network the weights of ``"base"``, of ``"tuned"``, or of an ``"adapted"`` one.
 
-        The adapted one has the base's modules, the kinds of `Other` in ``leave`` as in the base,
-        and all else as tuned, as is a head that the base lacks. ``updates`` replace these values;
-        only parameters whose names begin with ``within`` are set.
+        The adapted one has the base's modules and kinds of `Other` in ``leave``, and all else as
+        tuned, as is a head that the base lacks. ``updates`` replace these values; only parameters
+        whose names begin with ``within`` are set.
         """
         changed = {other.name for other in self.others if other.kind not in self.leave}
         updates = updates or {}

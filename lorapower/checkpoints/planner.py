@@ -71,22 +71,12 @@ class Planner:
     ) -> None:
         """Pass texts through both networks, and find the directions of all changes.
 
-        Parameters
-        ----------
-        texts, held_out : sequence of str
-            Texts to plan with and texts to state errors with, by default half of the first.
-        modules : str
-            ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression, searched for in the
-            names of modules. The others stay the base's.
-        leave : collection of str
-            Kinds of `Other`, which low rank cannot carry, that stay the base's too.
-        tokens, max_rank, bucket : int
-            Texts are cut off after ``tokens``. Ranks are at most ``max_rank``, and multiples of
-            ``bucket`` or the highest that a module can have.
-        seed : int
-            Of texts, probes and the order of repair.
-        report : callable, optional
-            Receives progress: the stage, the steps done, and their number.
+        Texts to state errors with are ``held_out``, by default half of ``texts``; ``seed`` draws
+        texts, probes and the order of repair. Texts are cut off after ``tokens``. Ranks are at most
+        ``max_rank``, and multiples of ``bucket`` or the highest that a module can have. ``modules``
+        are ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression, searched for in their
+        names; the others stay the base's, as do kinds of `Other` in ``leave``. ``report`` receives
+        progress: the stage, the steps done, and their number.
         """
         kinds = _checks.items("leave", leave, what=f"kinds among {KINDS}")
         if strange := [kind for kind in kinds if kind not in KINDS]:
@@ -140,7 +130,7 @@ class Planner:
         return metrics.cost(metrics.uniform(self.modules, rank), self.modules)
 
     def ranks(self, method: str, parameters: int) -> dict[str, int]:
-        """Ranks that a method of `METHODS` gives for at most so many parameters.
+        """Ranks by a method of `METHODS` for at most so many parameters.
 
         ``uniform`` and ``energy`` give at least rank 1, however few the parameters are.
         """
@@ -177,7 +167,7 @@ class Planner:
         return self.adapter(method, self.ranks(method, parameters))
 
     def best(self, parameters: int) -> tuple[str, Adapter, float]:
-        """The method of ``PATHS`` with the least error on texts for selection, its adapter and the error."""
+        """The method of ``PATHS`` of least error on texts for selection, its adapter, the error."""
         adapters = [self.candidate(method, parameters) for method in PATHS]
         errors = [self.error(adapter) for adapter in adapters]
         i = errors.index(min(errors))
@@ -198,11 +188,10 @@ class Planner:
         return self.test.measure(self.network, seed=self.seed)
 
     def predicted(self, adapter: Adapter, step: float = 0.05) -> float:
-        """``η`` to first order, on the texts for selection.
+        """``η`` on the texts for selection, to first order.
 
-        This is ``‖f(s) − f(−s)‖ / 2s`` over the effect, where ``f(s)`` are the outputs with weights
-        ``tuned + s · (adapted − tuned)``: a derivative along all that the adapter misses, with
-        cross terms of modules and without curvature.
+        It is ``‖f(s) − f(−s)‖ / 2s`` over the effect, where ``f(s)`` are the outputs with weights
+        ``tuned + s · (adapted − tuned)``; it has cross terms of modules and no curvature.
         """
         ahead = Reference(self.select.batches, self.select.task)
         self.pair.interpolate(self.network, adapter, step)
@@ -214,8 +203,8 @@ class Planner:
     def shares(self, method: str, adapter: Adapter) -> dict[str, tuple[float, float]]:
         """For each module the part of the effect that its missing directions cost alone.
 
-        Each has a prediction by the method's metric (NaN except for ``two metrics``) and a
-        measurement on the texts for selection, with all other modules tuned.
+        It is predicted by the method's metric (NaN except for ``two metrics``), and measured on the
+        texts for selection with all other modules tuned.
         """
         whole = float(self.select.effect.mean())
         shares = {}
@@ -243,8 +232,8 @@ class Planner:
     def least(self, error: float, method: str) -> int | None:
         """The least number of parameters with at most an error on the texts for selection.
 
-        It is found by bisection along a method of ``PATHS``, as if more parameters always lowered
-        the error. Returns ``None`` where the highest ranks do not reach the error.
+        Found by bisection along a method of ``PATHS``, as if more parameters always lowered the
+        error; ``None`` where the highest ranks do not reach it.
         """
         allocation = self._allocations[_metric(method)]
 
@@ -266,7 +255,7 @@ class Planner:
         return int(allocation.costs[high - 1]) if high else 0
 
     def smallest(self, error: float) -> tuple[str, Adapter]:
-        """The smallest adapter with at most an error on the texts for selection, or the largest one."""
+        """The smallest adapter with at most an error on texts for selection, or the largest one."""
         number = self.least(error, "two metrics")
         method, adapter, reached = self.best(self.most if number is None else number)
         if method != "two metrics" and number is not None and reached < error:
@@ -302,7 +291,7 @@ class Planner:
     def smallest_repaired(
         self, error: float, method: str, adapter: Adapter, *, steps: int = STEPS
     ) -> tuple[Adapter, Adapter]:
-        """An adapter of fewer parameters that repair brings to at most an error, before and after repair."""
+        """An adapter of fewer parameters that repair brings to an error, before and after."""
         low, high = self.parameters(1) // 8, adapter.parameters
         best: tuple[Adapter, Adapter] | None = None
         for _ in range(4):
@@ -318,7 +307,7 @@ class Planner:
         return best or (adapter, self.repair(adapter, steps=steps))
 
     def _decompose(self) -> None:
-        """Find directions of all changes in all metrics, some modules at a time, and keep them in files."""
+        """Find directions of all changes in all metrics, some modules at a time, kept in files."""
         samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fit)
         memory = max(2**28, self.pair.tuned.bytes() // 4)
         done = 0

@@ -53,24 +53,14 @@ TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATU
 class Plan:
     """Ranks of modules, the adapter that has them, and what it loses.
 
-    ``aim`` is the error that was asked for, if any, and ``predicted`` the one to first order before
-    repair. ``carried`` counts all numbers in the adapter's file (factors, biases, heads, rows of
-    embeddings); ``size`` is in bytes, an estimate until files are written.
-
-    Attributes
-    ----------
-    method : str
-        Which of `METHODS` chose the ranks.
-    baselines : dict
-        For each method the error on held-out texts without repair, and the number of parameters: at
-        most the adapter's, except that ``uniform`` and ``energy`` have at least rank 1.
-    looks : int
-        How many adapters were measured on held-out texts; the error's limit is meant for one.
-    shares : dict
-        For each module the part of the effect that its missing directions cost alone, predicted and
-        measured; empty in plans with repair.
-    attention : float
-        The error on held-out texts if only the attention modules are tuned, in full.
+    ``method``, one of `METHODS`, chose the ranks. ``aim`` is the error that was asked for, if any;
+    ``predicted`` is the one to first order before repair; ``attention`` is the error on held-out
+    texts if only the attention modules are tuned, in full. ``baselines`` has for each method the
+    error there without repair, and the number of parameters: at most the adapter's, except that
+    ``uniform`` and ``energy`` have at least rank 1. ``shares`` are those of `Planner.shares`, empty
+    in plans with repair. ``looks`` adapters were measured on held-out texts; the error's limit is
+    meant for 1. ``carried`` counts all numbers in the adapter's file (factors, biases, heads, rows
+    of embeddings); ``size`` is in bytes, estimated before writing.
     """
 
     planner: Planner
@@ -95,10 +85,9 @@ class Plan:
 
     @property
     def reached(self) -> bool:
-        """Whether the error measured on held-out texts is at most what was asked for.
+        """Whether the error measured on held-out texts, an estimate, is at most what was asked for.
 
-        This error is an estimate. The cautious question is whether ``measured.error_upper`` is at
-        most what was asked for.
+        The cautious question is whether ``measured.error_upper`` is.
         """
         return self.aim is None or self.measured.error <= self.aim
 
@@ -184,10 +173,10 @@ def plan(
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
 
-    If the highest ranks do not reach the error, the plan is the nearest one, and ``reached`` says
-    so. ``reached`` is about the error measured on held-out texts, an estimate; the limit
-    ``measured.error_upper`` is the cautious number and may be above what was asked for. Raises
-    `InputError` for unusable arguments before any text is passed through a network.
+    The plan is the nearest one if the highest ranks do not reach the error. ``reached`` compares
+    the error measured on held-out texts, an estimate; the limit ``measured.error_upper`` is the
+    cautious number and may be above what was asked for. Raises `InputError` for unusable arguments
+    before any text is passed through a network.
 
     Parameters
     ----------
@@ -198,14 +187,11 @@ def plan(
         for; the plan has the fewest parameters.
     parameters, rank : int, optional
         Instead, at most so many numbers in the factors, or as many as this rank for all modules.
-    repair : bool
-        Whether the adapter is fitted to the tuned network (`Planner.repair`), with so many
-        ``steps`` by gradient.
-    by_module : bool
-        Whether what each module alone costs is measured.
+    repair, by_module : bool
+        Whether the adapter is fitted to the tuned network (`Planner.repair`), with ``steps`` by
+        gradient; whether what each module alone costs is measured.
     **options
-        Of `Planner`: ``held_out``, ``modules``, ``leave``, ``tokens``, ``max_rank``, ``bucket``,
-        ``seed``, ``report``.
+        Of `Planner`.
     """
     start = time.perf_counter()
     asked = {"error": error, "parameters": parameters, "rank": rank}
@@ -264,7 +250,7 @@ def _finish(plan: Plan, start: float) -> Plan:
 def _search(
     planner: Planner, aim: float, repair: bool, steps: int
 ) -> tuple[str, Adapter, Adapter, Measured, int]:
-    """The method, the adapter before and after repair, its error, and how often texts were looked at."""
+    """The method, the adapter before and after repair, its error, and the number of looks."""
     selected, before, looks = aim, -1, 0
     while True:
         looks += 1
@@ -302,11 +288,10 @@ def extract(
 
     The folder ``out`` gets the adapter, ``report.json`` and a model card; ``force`` replaces an
     adapter that is there. Other arguments are those of `plan`. Nothing is written if the error
-    asked for is not reached; as in `plan` that is about the estimate, and the limit beside it is
-    the cautious number.
+    measured on held-out texts, an estimate as in `plan`, is above what was asked for.
 
-    Raises what `plan` raises and `InputError` for a folder that exists, `ResultsError` where it
-    cannot be written, and `LorapowerError` if the adapter read back has another error.
+    Raises what `plan` raises, `InputError` for a folder that exists, `ResultsError` where it cannot
+    be written, and `LorapowerError` if the adapter read back has another error.
     """
     folder = _claim(out, force)
     start = time.perf_counter()
@@ -346,7 +331,7 @@ def check(
 ) -> Measured:
     """Measure what anybody's adapter of peft, a folder, loses against the tuned model.
 
-    At least 60 texts are needed; of more than 256, ``seed`` draws so many. Other arguments are
+    At least 60 texts are needed, and at most 256 are used, drawn by ``seed``. Other arguments are
     those of `plan`.
     """
     pair = Pair.open(base, tuned)
@@ -461,7 +446,7 @@ def _save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
 
 
 def _load(folder: Path | str, pair: Pair) -> Any:
-    """A network with the base's weights and an adapter read by peft; NaN if it lacks a needed head."""
+    """A network with the base's weights and an adapter read by peft; a head that lacks is NaN."""
     from peft import PeftModel
 
     if not (_checks.path("adapter", folder) / _peft.CONFIG).is_file():

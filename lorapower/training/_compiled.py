@@ -1,10 +1,9 @@
 """Training steps compiled for processors: one run at a time, all its numbers in the cache.
 
-`_reference` computes the same readably; the tests compare the two. This is fast because samples
-are the last dimension, so that loops over them become vector instructions; tiles of samples fit the
-cache; ``W_Kᵀ W_Q`` and ``W_O W_V`` are multiplied once for all tokens; and a run computes only its
-own ranks. All compiled code is in this file, as numba renews kept machine code only when the file
-of `advance` changes.
+`_reference` computes the same readably; the tests compare the two. This is fast because samples are
+the last dimension, so that loops over them become vector instructions; tiles of samples fit the
+cache; ``W_Kᵀ W_Q`` and ``W_O W_V`` are multiplied once; and a run computes only its own ranks. All
+compiled code is in this file: numba compiles anew only when the file of `advance` changes.
 """
 
 from __future__ import annotations

@@ -41,10 +41,9 @@ def descend(
     """Adapters of the least error on ``validation`` on the way of L-BFGS on the mean squared error.
 
     All factors and all tuned biases move; no iteration raises the error on ``training``. Each pair
-    has inputs of the network and the outputs that it should give. There are at most ``iterations``,
-    fewer where the error on ``validation`` stops falling.
-
-    Raises `InputError` for batches and for adapters that do not fit the network.
+    has inputs of the network and the outputs that it should give. It ends before ``iterations``
+    where the error on ``validation`` stops falling. Raises `InputError` for batches and for
+    adapters that do not fit the network.
     """
     require_fit(network, adapters)
     iterations = _checks.integer("iterations", iterations, 0)
@@ -60,8 +59,8 @@ def descend(
 class Newton:
     """The adapters of `newton`, of least error on the validation samples, and its course.
 
-    Both losses are mean squared errors, whatever loss is trained on, before the first iteration and
-    after each one. A member of a batch that has ended repeats its last ones.
+    The losses are mean squared errors, whatever the loss, before the first iteration and after each
+    one. A member of a batch that has ended repeats its last ones.
     """
 
     adapters: Adapters
@@ -89,24 +88,17 @@ def newton(
     ``r`` are the errors of all outputs on ``training`` and ``J`` their derivatives in all tuned
     numbers. The damping ``λ`` falls where a step does what its linear model predicts, and rises
     where it does not; a step that raises the loss on ``training`` is not taken. Near an exact fit
-    it converges in few steps. All is computed in the network's precision.
+    it converges in few steps; it ends before ``iterations`` where no damping helps. All is computed
+    in the network's precision.
+
+    The start may be from `begin`. Pairs are as in `descend`; members of a batch share one or have
+    their own, and are adapted one by one. The loss ``"one-sided"`` [def-one-sided] takes errors
+    before the last ReLU where an output should be positive.
 
     Raises `InputError` for adapters that tune more than 4096 numbers, for a one-sided loss of
     networks that do not end with a ReLU or of negative outputs, and for what does not fit.
 
     Source: the algorithm is Marquardt's, the damping Nielsen's.
-
-    Parameters
-    ----------
-    network, adapters
-        A network and its start, such as from `begin`. Members of batches are adapted one by one.
-    training, validation : Pair
-        As in `descend`; of a batch, one pair for all members or one for each.
-    iterations : int
-        At most; a member ends earlier where no damping helps.
-    loss : Loss
-        ``"one-sided"`` [def-one-sided] takes errors before the last ReLU where an output should be
-        positive.
     """
     require_fit(network, adapters, single=False)
     iterations = _checks.integer("iterations", iterations, 0)
@@ -165,9 +157,7 @@ def minimize(
     """Frobenius errors ``‖∏(W_l + A_l B_lᵀ) − W̄‖_F`` that L-BFGS reaches from random factors.
 
     It competes with the constructions for linear networks and knows only the error and its
-    gradient. Factors start at ``N(0, 0.25²)``; the errors of all members and starts are minimized
-    as one sum. ``ranks`` has one rank for all layers, or one for each.
-
+    gradient. Factors start at ``N(0, 0.25²)``; all members and starts are minimized as one sum.
     Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
     """
     frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)

@@ -30,9 +30,8 @@ class Critical(NamedTuple):
     """A critical point of ``½ ‖(E − A Bᵀ) C^{1/2}‖²_F``.
 
     ``point`` holds ``A`` and ``B``, made of the singular triplets ``kept`` (counted from 0) of
-    ``E C^{1/2}``; ``loss`` is ``½ Σ σ_d²`` over the others. At a saddle, ``t`` times the changes
-    ``direction`` of ``A`` and ``B`` changes the loss by ``curvature · t²``, downwards, to leading
-    order. A minimum has no direction, and curvature 0.
+    ``E C^{1/2}``; ``loss`` is ``½ Σ σ_d²`` over the others. Going ``t`` times ``direction``, which
+    lowers the loss at a saddle, adds ``curvature · t²`` to it; a minimum has ``None`` and 0.
     """
 
     kept: tuple[int, ...]
@@ -54,9 +53,8 @@ def critical_points(
     All are minima or strict saddles. If the singular values of ``E C^{1/2}`` are distinct, each set
     of at most ``rank`` nonzero ones gives a kind, whose points share product and loss. Equal
     singular values give further points, with the same losses. ``error`` is ``E``, the product that
-    the factors should have, and ``covariance`` is ``C``, by default the identity.
-
-    Raises `InputError` for a rank out of range and a covariance that is not positive definite.
+    the factors should have, and ``covariance`` is ``C``, by default the identity. Raises
+    `InputError` for a rank out of range and a covariance that is not positive definite.
 
     Source: [thm-landscape].
     """
@@ -112,10 +110,11 @@ def flow(
     outputs that it should give; ``rates`` are ``η_A`` and ``η_B``. The method is Runge–Kutta of
     order 8 (scipy's DOP853), in double precision, with relative error ``rtol`` of a step. Where a
     sample switches a ReLU the slope jumps and steps are short: ask for less precision there. The
-    course is returned at ``points`` equally spaced times, both ends included.
+    course is returned at ``points`` equally spaced times, both ends included. Raises `InputError`
+    for batches, for adapters and samples that do not fit, and for a time, rates or a tolerance that
+    are not positive.
 
-    Raises `InputError` for batches, for adapters and samples that do not fit, and for a time, rates
-    or a tolerance that are not positive. Source: [prop-conserved] is about it.
+    Source: [prop-conserved] is about it.
     """
     require_fit(network, adapters)
     time, rtol = _checks.positive("time", time), _checks.positive("rtol", rtol)

@@ -49,7 +49,8 @@ def train(
 
     Each of ``tunings`` runs on each frozen network, and its result does not depend on the other
     runs. Runs of one network see the same inputs and share their first factors, of which a run of
-    rank ``R`` has the first ``R`` columns. Results lie on the frozen network's device.
+    rank ``R`` has the first ``R`` columns. ``data``, and the ``seed`` of factors, are one for all
+    members of the batch or one for each. Results lie on the frozen network's device.
 
     Raises `InputError` where there are no tunings, for ranks or layers out of range, for data that
     does not fit the network or the loss, for a loss or start that the network does not have, and
@@ -57,10 +58,8 @@ def train(
 
     Parameters
     ----------
-    data, seed
-        One for all, or one for each member of the batch. The seed draws the factors.
-    every : int
-        After each so many steps the validation loss is taken.
+    steps, every : int
+        The validation loss is taken after every so many steps.
     classes : sequence of int
         The class, from 0, to which each output votes, −1 for none. The softmax of the votes, summed
         over outputs and tokens, is compared with the label by cross-entropy. Without classes the
@@ -72,9 +71,8 @@ def train(
         inputs.
     backend : {"compiled", "torch"}, optional
         ``"compiled"`` code for processors, the default, gives the same wherever a run is repeated;
-        it does not cover residual transformers. ``"torch"`` does the same, slowly on processors.
-    device : str or device, optional
-        Of backend ``"torch"``, by default the frozen network's.
+        it does not cover residual transformers. ``"torch"`` does the same, slowly on processors, on
+        a ``device`` that is by default the frozen network's.
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")

@@ -83,16 +83,16 @@ def train_fused(
 
     Adapters of ranks ``R_l`` on a segment of square non-singular layers reach ``P + K`` for every
     ``K`` of rank at most ``Σ R_l`` [lem-any-change]. So ``K = A Bᵀ`` is trained in their place, the
-    segment's product ``P`` frozen, by Adam with a falling rate from several draws of ``B``. The
-    changes of the run of least validation loss are split among the layers. The loss is one-sided
-    [def-one-sided] where the network ends with a ReLU; its data must then have outputs of at least
-    0. ``ranks`` are as the construction for the network's kind takes them.
+    segment's product ``P`` frozen, by Adam with a falling rate from several draws of ``B``. All
+    pairs of ``starts`` and ``learning_rates`` run, and the changes of the run of least validation
+    loss are split among the layers. The loss is one-sided [def-one-sided] where the network ends
+    with a ReLU; outputs of its data must then be at least 0. ``ranks`` and further options are
+    those of the construction for the network's kind and of `train`.
 
     Raises `InputError` for batches, for ranks and data that do not fit, for a partition of anything
     but a ReLU network, and for layers so narrow between wider ones that their ranks reach nothing;
-    `SingularError` where the changes cannot be split among the layers.
-
-    Source: [thm-fused-training].
+    `SingularError` where the changes cannot be split among the layers. Source:
+    [thm-fused-training].
 
     Parameters
     ----------
@@ -103,8 +103,6 @@ def train_fused(
         Where the inner ReLUs of a ReLU network idle; outside, the adapted network is not the
         trained one. By default a ball half as large again as one that holds the validation inputs
         and those of the first batches.
-    starts, learning_rates
-        All pairs of them run, with the other options of `train` and of the construction.
     """
     _checks.kind(Network, frozen=frozen)
     _checks.kind(Data, data=data)
@@ -165,11 +163,10 @@ def polish(
     most ``iterations`` of L-BFGS, none of which raises the error on ``inputs``. Adapters of least
     error on the first half of ``held_out`` are kept; the other half gives the error that is
     returned. ``fitted`` is what `constructions.fitted.adapt` returned for the same ``inputs`` and
-    ``held_out``.
+    ``held_out``. ``seed`` is of the factors of start ``"lora"`` and of the order of batches.
 
-    Raises `InputError` for unknown starts, unusable numbers, and a start that needs steps.
-
-    Source: the adapters are [def-adapter]'s; nothing is promised but what is measured.
+    Raises `InputError` for unknown starts, unusable numbers, and a start that needs steps. Source:
+    the adapters are [def-adapter]'s; nothing is promised but what is measured.
 
     Parameters
     ----------
@@ -180,8 +177,6 @@ def polish(
     data : Data, optional
         Batches for Adam, which runs in single precision; by default 256 of ``inputs`` at a time.
         Where inputs can be drawn, fresh ones fit no noise.
-    seed : int
-        Of the factors of start ``"lora"`` and of the order of batches.
     """
     _checks.kind(Fitted, fitted=fitted)
     starts = _checks.items("starts", starts, what='"fitted", "lora" or both, in a list')

@@ -28,7 +28,11 @@ Labelled = tuple[Float[Tensor, "..."], Num[Tensor, "..."]]
 class Tuning:
     """What one run of `train` tunes, where it starts and how fast it goes.
 
-    Raises `InputError` for a value that has no meaning for any network.
+    The last ``final`` of the network's ``weights`` are tuned in full, with their biases, instead of
+    adapters; ``biases`` says of all or of each whether they are tuned. Adam has the L2 penalty
+    ``weight_decay``. Its rate stays ``"constant"`` or falls to 0 as half a ``"cosine"``; ``A`` has
+    ``ratio`` times the rate of all else [prop-scaling], more than 1 in LoRA+. Raises `InputError`
+    for a value that has no meaning for any network.
 
     Attributes
     ----------
@@ -36,26 +40,16 @@ class Tuning:
         One for each of the network's ``weights``. One number caps all: no weight gets more than its
         smaller side, and in a plain transformer only the weights that the theorem adapts
         [thm-transformer] get adapters.
-    final : int
-        How many of the last ``weights`` are tuned in full, with their biases, instead of adapters.
-    biases : bool or tuple of bool
-        Whether biases are tuned: all, or each of the network's ``biases``.
-    weight_decay, schedule
-        Adam's L2 penalty; the rate stays ``"constant"`` or falls to 0 as half a ``"cosine"``.
-    ratio : float
-        The rate of ``A`` over the rate of all else [prop-scaling]; above 1 in LoRA+.
     loss : Loss
         ``"one-sided"`` [def-one-sided] is for networks that end with a ReLU and outputs of at least
         0. The best parameters are chosen by the squared error either way.
     start : Start or Adapters
-        ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the
-        same factors, and biases that make a ReLU network ``blocks`` layers deep on a ball around
-        the first batches and the validation inputs. ``"spectral"``: the leading singular vectors
+        ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the same
+        factors, and biases that make a ReLU network ``blocks`` layers deep (for instance as many as
+        the target) on a ball around the first batches and the validation inputs; blocks have
+        equally many layers, but the last has the rest. ``"spectral"``: the leading singular vectors
         of the gradient on the first batch. Adapters of at most the given ranks: these; further
         columns start as in the study.
-    blocks : int
-        Blocks of the linearized start, such as the target's depth. All have equally many layers,
-        except that the last takes what is left over.
     """
 
     ranks: int | tuple[int, ...] = 0
@@ -102,21 +96,13 @@ class Tuning:
 class Training(Generic[N]):
     """Trained networks: one for each `Tuning` (first dimension) and each frozen network.
 
-    Attributes
-    ----------
-    network, adapters
-        At each run's least validation loss, batch shape ``[tunings, *batch]``. As one batch,
-        updates are padded with zeros to the largest rank; ``adapters[i]`` has the ranks of its own
-        `Tuning`. A weight that was tuned in full has no update.
-    parameter_count : Tensor
-        How many numbers each run tuned: of adapters, of weights in full, of biases.
-    steps : Tensor
-        When the losses below were taken; 0 is before the first step.
-    training_loss, validation_loss : Tensor
-        On the batch of each of these steps (NaN at step 0), and after the step; NaN once a run has
-        ended. ``best_loss`` and ``best_step`` are of the least validation loss.
-    diverged : Tensor
-        Whether a loss was no finite number, which ends a run.
+    ``network`` and ``adapters`` are at each run's least validation loss, ``best_loss`` at
+    ``best_step``. As one batch, updates are padded with zeros to the largest rank; ``adapters[i]``
+    has the ranks of its own `Tuning`, and none for a weight that was tuned in full.
+    ``parameter_count`` is how many numbers each run tuned: of adapters, of weights in full, of
+    biases. Losses are at ``steps``, 0 before the first one: ``training_loss`` on the step's batch
+    (NaN at 0), ``validation_loss`` after the step; NaN once a run has ended. A run has ``diverged``
+    and ends if a loss is no finite number.
     """
 
     network: N
@@ -158,8 +144,7 @@ class Fresh(Data):
     ``label`` is a target network or another function of inputs, which lie on the device of its
     labels; ``shape`` is one input's, ``(D,)``, or ``(D, N)`` for N tokens; ``scale`` is ``s``. A
     batch has ``samples`` inputs; ``validation_samples`` are drawn once. Equal ``seed`` and
-    ``purpose`` give equal inputs, whatever is trained on them; different purposes of one seed give
-    independent ones.
+    ``purpose`` give equal inputs whatever is trained; different purposes give independent ones.
     """
 
     def __init__(
@@ -215,11 +200,9 @@ class Fresh(Data):
 class Fixed(Data):
     """Given labelled inputs, of a form that `Data` describes: all in every step, or in batches.
 
-    Batches have ``samples`` each, in an order that is new in each epoch. An epoch uses each sample
-    once, except the few that do not fill another batch.
-
-    Raises `InputError` for what is no pair, for numbers that are not finite, and for labels that do
-    not fit inputs.
+    Batches of ``samples`` come in an order that is new in each epoch. An epoch uses each sample
+    once, except the few that do not fill another batch. Raises `InputError` for what is no pair,
+    for numbers that are not finite, and for labels that do not fit inputs.
     """
 
     def __init__(
