@@ -47,8 +47,8 @@ def whole(low: int, high: int | None = None) -> Any:
 def results(chapter: str) -> Any:
     """The type of the folder in which a chapter keeps the runs of its sweeps, by its name.
 
-    An empty text means the folder in the environment's ``LORAPOWER_RESULTS``; without it,
-    ``results`` in profile paper, and none in quick.
+    An empty text means the folder in the environment's ``LORAPOWER_RESULTS``, or else ``results``
+    in profile paper, and none in quick.
     """
 
     def folder(given: str, info: ValidationInfo) -> Path | None:
@@ -124,8 +124,7 @@ def setup(model: type[Parameters]) -> None:
     """Check and complete the parameters of a chapter, and set up figures and threads.
 
     The notebook that declares ``model`` has them as variables, which get completed values, in later
-    calls anew from what was given. Raises `InputError` for unknown names from papermill and for the
-    first unusable value.
+    calls anew from what was given. Raises `InputError` for unknown names and unusable values.
     """
     from IPython import get_ipython
 

@@ -23,8 +23,7 @@ MIME = "application/vnd.lorapower.claim+json"
 class Claim:
     """One checked statement, to be understood by itself; all fields but ``holds`` are Markdown.
 
-    ``label`` names a statement of the book. ``predicted`` is what the mathematics says or an
-    observation requires.
+    ``label`` names a statement of the book, whose prediction or requirement is ``predicted``.
     """
 
     statement: str

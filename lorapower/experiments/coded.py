@@ -44,8 +44,7 @@ class Problem(Record):
     """A frozen network of two layers, and the digits to adapt it with.
 
     The network is ``"random"``, or ``"pretrained"`` on 400 upright images that serve for nothing
-    else. Images of the task are turned by ``angle`` degrees. The seed draws split, network and
-    first factors.
+    else. Images of the task are turned by ``angle`` degrees.
     """
 
     start: digits.Start = "pretrained"
@@ -85,8 +84,7 @@ class Setting(Record):
 class Found(Results):
     """A code's length in bits, errors of the network read from it, and bounds on new images.
 
-    Errors are shares of misread images. ``occam`` and ``kl`` (`bounds.samples`) bound the share
-    among new ones with probability 0.95.
+    ``occam`` and ``kl`` bound the error on new images with probability 0.95 (`bounds.samples`).
     """
 
     length: int

@@ -88,7 +88,7 @@ def turn(
     """Images turned counter-clockwise by ``angle`` degrees about their centre.
 
     Grey values are interpolated linearly, with 0 outside, and rounded to multiples of 1/256, as
-    hardly any pixel would be free of ink otherwise.
+    otherwise hardly any pixel would be free of ink.
     """
     phi = pictures.new_tensor(math.radians(angle))
     matrix = pictures.new_tensor([[phi.cos(), -phi.sin(), 0.0], [phi.sin(), phi.cos(), 0.0]])
@@ -153,9 +153,9 @@ class Problem(Record):
 
     ReLU networks (``"fnn"``) have width 64 and ten outputs; transformers have one block, two heads
     and width 16, over the rows of an image. The frozen network has ``depth`` layers and is
-    ``"pretrained"`` on upright digits or ``"random"``. The target has depth 2 (a transformer 1); it
-    is pretrained on upright digits, then trained in full on digits turned by ``angle`` degrees.
-    Raises `InputError` for values that do not fit.
+    ``"random"`` or ``"pretrained"`` on upright digits. The target has depth 2 (a transformer 1) and
+    is pretrained, then trained in full on digits turned by ``angle`` degrees. Raises `InputError`
+    for values that do not fit.
     """
 
     model: Model = "fnn"
@@ -252,10 +252,9 @@ class Setting(Record):
 
 
 def spectra(problems: Sequence[Problem]) -> pd.DataFrame:
-    """Singular values of the problems' error matrices, one in each row.
+    """Singular values ``sigma`` of the problems' error matrices, one in each row.
 
-    Columns are ``sigma``, its index ``d`` from 1, the ``matrix`` in `Problem.error_matrices`, and
-    the problem's ``start`` and ``angle``.
+    Also the index ``d`` from 1, ``matrix`` (see `Problem.error_matrices`), ``start`` and ``angle``.
     """
     rows = []
     for problem in problems:

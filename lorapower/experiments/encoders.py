@@ -1,8 +1,4 @@
-"""Fine-tuning of pretrained and random encoders: settings, and what is measured for each.
-
-A problem is a task, an encoder, and how long it sees which texts; a method says what is tuned.
-`sweeps.run` takes `measure`.
-"""
+"""Fine-tuning of pretrained and random encoders: settings, and what `measure` gives for each."""
 
 from __future__ import annotations
 
@@ -79,8 +75,7 @@ class Problem(Record):
     Texts are from ``source``: ``"rated"``, ``"hub"`` or a folder in GLUE's layout. ``model`` is
     ``"packaged"``, a folder or a name on the hub; without ``pretrained`` its weights are random.
     Head ``"mean"`` is linear on the mean over the tokens, for which sentence encoders are made
-    (Reimers and Gurevych, 2019); ``"own"`` is that of ``transformers``, as in GLUE's published
-    scores.
+    (Reimers and Gurevych, 2019); ``"own"`` is the one in ``transformers``, as in GLUE's scores.
 
     Texts are cut off to ``tokens``; fewer than 8 leave no place beside the marks of beginning and
     end. ``samples`` of the training set are used, 0 for all. Scores are taken on ``part``; GLUE's
@@ -122,9 +117,9 @@ class Found(Results):
     ``accuracy`` to ``spearman`` are `texts.METRICS`, NaN if not the task's; ``score`` is its first;
     ``accuracy_matched`` and ``accuracy_mismatched`` are of MNLI's two validation sets. ``baseline``
     is the score of the best constant in hindsight, ``training_loss`` the mean over steps,
-    ``parameters`` the number tuned, ``cut_off`` the share of texts longer than ``tokens``.
-    `answers` and `spectra` read ``answers`` and, after full tuning, ``changes``. ``seconds`` are of
-    training alone.
+    ``parameters`` the number tuned, ``cut_off`` the share of texts longer than ``tokens``,
+    ``seconds`` the training's. `answers` reads ``answers``; `spectra` reads ``changes``, which full
+    tuning gives.
     """
 
     accuracy: float

@@ -52,9 +52,9 @@ def decoders(
 ) -> None:
     """Train a small GPT-2 on sentences of one kind, tune it on another, and save both.
 
-    ``base`` and ``tuned`` are folders. Tokens are learned from both kinds. At most ``samples``
-    training sentences of each are used, 0 for all. There is a head for each 16 of ``width``. Raises
-    `InputError` for unusable sizes and kinds.
+    ``base`` and ``tuned`` are folders. Tokens are learned from both kinds, of each of which at most
+    ``samples`` training sentences are used, 0 for all. A head is 16 wide. Raises `InputError` for
+    unusable sizes and kinds.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 

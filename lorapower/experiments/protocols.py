@@ -124,8 +124,8 @@ def search(
     """Settings that try the profile's learning rates for each kind of method.
 
     They have the first task, one seed and few samples, but about as many steps as most runs. Scores
-    are on the validation set, which is used for nothing else if the test set has labels. Raises
-    `InputError` for an unknown profile.
+    are on the validation set, not used otherwise if the test set has labels. Raises `InputError`
+    for an unknown profile.
     """
     grid = _grid(profile)
     (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
@@ -162,8 +162,7 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
 def read_record() -> pd.DataFrame:
     """The runs of profile paper on ``movies``, done once: a table as `sweeps.run` makes it.
 
-    Rows with ``part`` ``"validation"`` are of `search`, the others of `compare`. ``seconds`` are of
-    one thread of a processor.
+    Rows with ``part`` ``"validation"`` are of `search`, the others of `compare`, all on one thread.
     """
     with resources.as_file(resources.files(__package__) / RECORDED) as path:
         table = pd.read_csv(path)
@@ -241,8 +240,7 @@ def interval(values: ArrayLike) -> Interval:
     methods on the same texts and seeds, their differences. The variance of the mean is
     ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and over texts;
     limits are Student's with Satterthwaite's degrees of freedom. With one seed the second part is
-    missing, and the interval is for these trained networks alone. Raises `InputError` for another
-    shape or fewer than two texts.
+    missing: the interval is for these networks. Raises `InputError` for other shapes or one text.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:

@@ -6,8 +6,7 @@ Settings are of a subclass of `Record`, often with a ``problem`` and a ``method`
 A table has a row per run: the fields of the setting, the results, and what made them (``version``,
 ``revision``, ``fingerprint``). Fields of a nested record are columns too; its ``kind`` is the
 column of the field that holds it: ``method=Lora(ranks=2)`` gives ``method`` ``"lora"`` and
-``ranks`` 2. ``None``, and fields that a row's method lacks, are missing, which makes integers
-floats in pandas.
+``ranks`` 2. ``None`` and what a row's method lacks are missing; pandas then makes integers floats.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ def grid(record: type[R], /, **values: Any) -> list[R]:
 
     A list, a range or a one-dimensional array is an axis; any other value, such as a tuple or a
     record, is one for all: ``grid(Setting, problem=grid(Problem, seed=range(3)),
-    method=Lora(ranks=2))``. Raises `InputError` for an empty axis and for values that ``record``
-    refuses.
+    method=Lora(ranks=2))``. Raises `InputError` for an empty axis and as ``record`` does.
     """
     if not _is_record(record):
         raise InputError("record", allowed="a class of records", given=brief(record))
@@ -76,8 +74,7 @@ def run(
         changed; these are kept aside. Code is versions of the libraries that compute, and sources
         without comments and docstrings: of a function of this package, the package up to the
         experiments; of another, the whole package and the function's module, without what runs when
-        that is started (in a notebook, the function alone). What else a function calls or holds in
-        a closure is not seen.
+        that is started (in a notebook, the function alone). Other calls and closures are not seen.
     size : int
         Most settings in one call of ``work``. They share the ``problem``, where they have one.
     executor : concurrent.futures.Executor, optional

@@ -62,9 +62,9 @@ class Problem(Record):
     ``width``, ``target_depth`` and ``depth`` are ``D``, ``L̄`` and ``L``. Transformers are of equal
     depth; ``scale`` is the standard deviation of their attention weights. ``gain`` multiplies other
     frozen weights: with ``6^{1/2}`` uniform ones have variance ``2/D``, and ReLU layers keep the
-    size of what passes through them. ``pretraining`` is the part of its initial loss to which the
-    whole frozen network is first trained on the target, within 1000 steps: 1 for a random network,
-    1/3 for the study's pretrained ones.
+    size of what passes through them. ``pretraining`` on the target, of all weights, stops at this
+    part of the initial loss, or after 1000 steps: 1 is a random network, 1/3 the study's pretrained
+    one.
 
     If ``distance_rank`` is not 0, the target is the frozen blocks plus random matrices of this
     rank, whose Frobenius norm is ``distance`` times that of the block's product. Classification is
@@ -191,8 +191,8 @@ class Construction(study.Construction):
 class Fitted(study.Fitted):
     """Adapters fitted to inputs (`constructions.fitted.adapt`), and polished from the ``starts``.
 
-    An input of a transformer is a sequence. From each start, `training.polish` takes ``adam`` steps
-    on fresh batches and ``iterations`` of L-BFGS.
+    From each start, `training.polish` takes ``adam`` steps on fresh batches, then ``iterations`` of
+    L-BFGS. A transformer's inputs are sequences.
     """
 
     inputs: int = Field(4000, ge=2)

@@ -61,15 +61,15 @@ class Task:
 
     ``name`` is the task's on the hub, ``folder`` its folder as GLUE is distributed. ``texts`` are
     one or two columns on the hub, ``columns`` those in the files if named otherwise, ``label`` the
-    files' column of labels. ``classes`` are these labels in the order of their integers, none for a
-    regression, whose numbers are within ``limits``.
+    files' column of labels. ``classes`` are these labels in the order of their integers; a
+    regression has none, but ``limits`` of its numbers.
 
     The first of ``metrics`` is the score, as in published tables of adapters: Matthews correlation
     for CoLA, Pearson correlation for STS-B, accuracy for others, for MNLI over both validation
     sets. (GLUE's leaderboard averages a task's two metrics.) ``sets`` are endings of the names of
     several validation and test sets; ``header`` are the columns of training and validation files
-    that do not name them. Up to ``spoiled`` lines of such a file may lack a text or the label; they
-    are left out and counted.
+    that do not name them; up to ``spoiled`` lines of these may lack a text or the label; they are
+    left out and counted.
     """
 
     name: str
@@ -122,9 +122,8 @@ class Task:
         """A number for each text: their mean is the score, their spread gives its error.
 
         For accuracy it is 1 where the answer is right, else 0. For a correlation ``r`` of answers
-        ``x`` and labels ``y``, scaled to mean 0 and variance 1, it is ``r + xy - r(x² + y²)/2``: by
-        this influence function ``r`` has the standard error of a mean, to first order. Constant
-        answers give 0, without an error.
+        ``x`` and labels ``y``, scaled to mean 0 and variance 1, it is ``r + xy - r(x² + y²)/2``:
+        this influence function gives the standard error of ``r`` to first order. Constants give 0.
         """
         x, y = (np.asarray(values, dtype=np.float64) for values in (answers, labels))
         if self.metrics[0] == "accuracy":

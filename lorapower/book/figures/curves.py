@@ -42,8 +42,8 @@ def curves(
     """Numbers against x, one line for each entry: the median of its samples, their range as a band.
 
     Samples are ``[len(x)]`` or ``[len(x), samples]``. Guides are grey curves ``[len(x)]``, marks
-    dotted vertical lines; the legend names both. Values below ``rounding`` are in a strip of their
-    own. Lines without ``markers`` are functions.
+    dotted vertical lines; the legend names both. Values below ``rounding`` are in a strip. Without
+    ``markers``, lines are functions.
     """
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(samples):

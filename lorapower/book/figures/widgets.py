@@ -1,7 +1,6 @@
 """Figures that readers touch: they move controls, and see what was found there.
 
-Numbers and pictures are the run's, in the page beside a script that only draws. Without scripts a
-picture of one setting stands there.
+Scripts only draw what the run gave. Without scripts a picture of one setting stands there.
 """
 
 from __future__ import annotations
