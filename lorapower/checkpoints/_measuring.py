@@ -346,11 +346,7 @@ def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
 def upper_limit(
     squares: NDArray[np.float64], effect: NDArray[np.float64], *, seed: int = 0
 ) -> float:
-    """An upper limit at about 95% of ``η`` over all texts, by bootstrap-t; at least ``η``.
-
-    Each draw takes ``ln(Σe/Σd)`` in its standard errors (Efron and Tibshirani, 1993). The limit
-    holds for one adapter, fixed before these texts were seen.
-    """
+    """An upper limit of ``η``, about 95%, by bootstrap-t (Efron and Tibshirani, 1993)."""
     error = ratio(squares, effect)
     if error in (0, math.inf) or len(squares) < 2:
         return error

@@ -1,8 +1,4 @@
-"""Repair: factors and biases fitted to the tuned network on calibration texts.
-
-Block by block in closed form, where each module corrects what those before it miss [prop-repair];
-then all at once by gradient, against the tuned network's outputs.
-"""
+"""Repair on texts: blocks in closed form [prop-repair], then all at once by gradient."""
 
 from __future__ import annotations
 

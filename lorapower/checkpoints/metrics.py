@@ -191,7 +191,7 @@ def directions(
 
 
 def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
-    """``R``, upper triangular, with ``RᵀR = G + ρ c I``: the output metric with its ridge.
+    """``R``, upper triangular, with ``RᵀR = G + ρ c I``, the output metric with its ridge.
 
     ``G`` is the product of the rows, ``c`` its mean diagonal entry, ``ρ`` is ``RIDGE``; ``None``
     for ``G = 0``.
@@ -203,10 +203,7 @@ def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
 
 
 class Allocation(NamedTuple):
-    """Directions of all modules in the order in which more parameters take them.
-
-    ``modules`` has the module of each step, ``costs`` the number of parameters after it.
-    """
+    """The module of each step in which more parameters are spent, and the costs after it."""
 
     modules: list[str]
     costs: np.ndarray[tuple[int], np.dtype[np.int64]]

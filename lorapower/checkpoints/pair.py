@@ -75,10 +75,7 @@ class Other(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What replaces the change of a base's modules, by their names; without ``factors``, rank 0.
-
-    ``biases`` has only those that differ from the tuned ones.
-    """
+    """Factors of modules by name, none of rank 0, and biases that are not the tuned ones."""
 
     factors: dict[str, LowRank]
     biases: dict[str, Float[Tensor, " out"]]
@@ -174,9 +171,9 @@ class Pair:
 
     @property
     def not_low_rank(self) -> dict[str, int]:
-        """How many numbers differ that no adapter of low rank carries, by kind of parameter.
+        """How many numbers differ and are not of low rank, by kind of parameter.
 
-        Of word embeddings only the rows that differ are carried.
+        Of word embeddings only the rows that differ count.
         """
         sizes = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
         return {kind: size for kind, size in sizes.items() if size}

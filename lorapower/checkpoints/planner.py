@@ -130,10 +130,7 @@ class Planner:
         return metrics.cost(metrics.uniform(self.modules, rank), self.modules)
 
     def ranks(self, method: str, parameters: int) -> dict[str, int]:
-        """Ranks by a method of `METHODS` for at most so many parameters.
-
-        ``uniform`` and ``energy`` give at least rank 1, however few the parameters are.
-        """
+        """A method's ranks for so many parameters, but at least 1 by ``uniform`` and ``energy``."""
         metric = _metric(method)
         if method in PATHS:
             return self._allocations[metric].ranks(parameters)

@@ -173,15 +173,14 @@ def plan(
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
 
-    The plan is the nearest one if the highest ranks do not reach the error. ``reached`` compares
-    the error measured on held-out texts, an estimate; the limit ``measured.error_upper`` is the
-    cautious number and may be above what was asked for. Raises `InputError` for unusable arguments
-    before any text is passed through a network.
+    At least 120 ``texts`` like those that the model is for are needed; other arguments are those of
+    `Pair.open` and options of `Planner`. The plan is the nearest one if the highest ranks do not
+    reach the error. ``reached`` compares the error measured on held-out texts, an estimate; the
+    limit ``measured.error_upper`` is the cautious number and may be above what was asked for.
+    Raises `InputError` for unusable arguments before any text is passed through a network.
 
     Parameters
     ----------
-    base, tuned, texts
-        As for `Pair.open`, and at least 120 texts like those that the model is for.
     error : float, optional
         The part of the tuning's effect that may be lost (`Measured`), 0.1 if nothing else is asked
         for; the plan has the fewest parameters.
@@ -190,8 +189,6 @@ def plan(
     repair, by_module : bool
         Whether the adapter is fitted to the tuned network (`Planner.repair`), with ``steps`` by
         gradient; whether what each module alone costs is measured.
-    **options
-        Of `Planner`.
     """
     start = time.perf_counter()
     asked = {"error": error, "parameters": parameters, "rank": rank}

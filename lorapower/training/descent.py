@@ -86,19 +86,16 @@ def newton(
     """Adapters after Levenberg–Marquardt: each step solves ``(JᵀJ + λI) δ = −Jᵀ r``.
 
     ``r`` are the errors of all outputs on ``training`` and ``J`` their derivatives in all tuned
-    numbers. The damping ``λ`` falls where a step does what its linear model predicts, and rises
-    where it does not; a step that raises the loss on ``training`` is not taken. Near an exact fit
-    it converges in few steps; it ends before ``iterations`` where no damping helps. All is computed
-    in the network's precision.
+    numbers. The damping ``λ`` (Nielsen's) falls where a step does what its linear model predicts,
+    and rises where it does not; a step that raises the loss on ``training`` is not taken. Near an
+    exact fit it converges in few steps; it ends before ``iterations`` where no damping helps. All
+    is computed in the network's precision.
 
     The start may be from `begin`. Pairs are as in `descend`; members of a batch share one or have
     their own, and are adapted one by one. The loss ``"one-sided"`` [def-one-sided] takes errors
-    before the last ReLU where an output should be positive.
-
-    Raises `InputError` for adapters that tune more than 4096 numbers, for a one-sided loss of
-    networks that do not end with a ReLU or of negative outputs, and for what does not fit.
-
-    Source: the algorithm is Marquardt's, the damping Nielsen's.
+    before the last ReLU where an output should be positive. Raises `InputError` for adapters that
+    tune more than 4096 numbers, for a one-sided loss of networks that do not end with a ReLU or of
+    negative outputs, and for what does not fit.
     """
     require_fit(network, adapters, single=False)
     iterations = _checks.integer("iterations", iterations, 0)

@@ -50,13 +50,11 @@ def critical_points(
 ) -> Iterator[Critical]:
     """Critical points of one layer's loss over adapters of a rank, one of each kind.
 
-    All are minima or strict saddles. If the singular values of ``E C^{1/2}`` are distinct, each set
-    of at most ``rank`` nonzero ones gives a kind, whose points share product and loss. Equal
-    singular values give further points, with the same losses. ``error`` is ``E``, the product that
-    the factors should have, and ``covariance`` is ``C``, by default the identity. Raises
+    ``error`` is ``E``, the product that the factors should have, and ``covariance`` is ``C``, by
+    default the identity. If the singular values of ``E C^{1/2}`` are distinct, each set of at most
+    ``rank`` nonzero ones gives a kind, whose points share product and loss; equal values give
+    further points with the same losses. All are minima or strict saddles [thm-landscape]. Raises
     `InputError` for a rank out of range and a covariance that is not positive definite.
-
-    Source: [thm-landscape].
     """
     E = _checks.real_tensor("error", error, min_dims=2)
     if E.ndim != 2:
@@ -82,10 +80,7 @@ def critical_points(
 
 
 class Flow(NamedTuple):
-    """A course of gradient flow: the adapters at each time as one batch, and their losses.
-
-    A loss is half of the mean over samples of the summed squared errors.
-    """
+    """A course of gradient flow: the adapters at each time, as one batch, and the loss ``ℓ``."""
 
     times: Float[Tensor, " points"]
     adapters: Adapters
@@ -110,11 +105,10 @@ def flow(
     outputs that it should give; ``rates`` are ``η_A`` and ``η_B``. The method is Runge–Kutta of
     order 8 (scipy's DOP853), in double precision, with relative error ``rtol`` of a step. Where a
     sample switches a ReLU the slope jumps and steps are short: ask for less precision there. The
-    course is returned at ``points`` equally spaced times, both ends included. Raises `InputError`
-    for batches, for adapters and samples that do not fit, and for a time, rates or a tolerance that
-    are not positive.
+    course has ``points`` equally spaced times, both ends included; [prop-conserved] is about it.
 
-    Source: [prop-conserved] is about it.
+    Raises `InputError` for batches, for adapters and samples that do not fit, and for a time, rates
+    or a tolerance that are not positive.
     """
     require_fit(network, adapters)
     time, rtol = _checks.positive("time", time), _checks.positive("rtol", rtol)

@@ -50,7 +50,8 @@ def train(
     Each of ``tunings`` runs on each frozen network, and its result does not depend on the other
     runs. Runs of one network see the same inputs and share their first factors, of which a run of
     rank ``R`` has the first ``R`` columns. ``data``, and the ``seed`` of factors, are one for all
-    members of the batch or one for each. Results lie on the frozen network's device.
+    members of the batch or one for each. The validation loss is taken after ``every`` so many
+    steps. Results lie on the frozen network's device.
 
     Raises `InputError` where there are no tunings, for ranks or layers out of range, for data that
     does not fit the network or the loss, for a loss or start that the network does not have, and
@@ -58,8 +59,6 @@ def train(
 
     Parameters
     ----------
-    steps, every : int
-        The validation loss is taken after every so many steps.
     classes : sequence of int
         The class, from 0, to which each output votes, −1 for none. The softmax of the votes, summed
         over outputs and tokens, is compared with the label by cross-entropy. Without classes the
@@ -67,8 +66,7 @@ def train(
     until : float
         A run ends when its validation loss is at most this part of the one before the first step.
     threads : int, optional
-        How many runs advance at a time, by default one on each processor; another thread makes the
-        inputs.
+        Runs that advance at a time, by default one on each processor.
     backend : {"compiled", "torch"}, optional
         ``"compiled"`` code for processors, the default, gives the same wherever a run is repeated;
         it does not cover residual transformers. ``"torch"`` does the same, slowly on processors, on
@@ -106,8 +104,7 @@ def begin(
 ) -> Adapters:
     """The adapters that `train` starts from, given the same; batch shape ``[tunings, *batch]``.
 
-    They are in single precision; ``[0]``, the first tuning's, is a start for `newton` and
-    `descend`. Raises what `train` raises.
+    In single precision; ``[0]``, of the first tuning, is a start for `newton` and `descend`.
     """
     stack, _, state, _ = _ready(frozen, tunings, data, seed, classes)
     return stack.training(state, 1).adapters
