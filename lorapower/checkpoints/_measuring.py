@@ -372,7 +372,7 @@ def _log_ratio(squares: Any, effect: Any) -> tuple[Any, Any]:
 
 
 def lower_limit(equal: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
-    """A lower limit of a share at 95%: Clopper's and Pearson's, or Student's over longer texts."""
+    """A lower limit of a share at 95%: Clopper's and Pearson's, or Student's for several a text."""
     from scipy import stats
 
     share, n = equal.sum() / sizes.sum(), len(equal)

@@ -171,7 +171,7 @@ class Pair:
 
     @property
     def not_low_rank(self) -> dict[str, int]:
-        """How many numbers differ and are not of low rank, by kind of parameter.
+        """How many numbers differ that no adapter of low rank carries, by kind of parameter.
 
         Of word embeddings only the rows that differ count.
         """

@@ -130,7 +130,10 @@ class Planner:
         return metrics.cost(metrics.uniform(self.modules, rank), self.modules)
 
     def ranks(self, method: str, parameters: int) -> dict[str, int]:
-        """A method's ranks for so many parameters, but at least 1 by ``uniform`` and ``energy``."""
+        """Ranks that a method of `METHODS` gives for at most so many parameters.
+
+        ``uniform`` and ``energy`` give at least rank 1, however few the parameters are.
+        """
         metric = _metric(method)
         if method in PATHS:
             return self._allocations[metric].ranks(parameters)
@@ -288,7 +291,7 @@ class Planner:
     def smallest_repaired(
         self, error: float, method: str, adapter: Adapter, *, steps: int = STEPS
     ) -> tuple[Adapter, Adapter]:
-        """An adapter of fewer parameters that repair brings to an error, before and after."""
+        """A smaller adapter that has at most an error once repaired, before and after repair."""
         low, high = self.parameters(1) // 8, adapter.parameters
         best: tuple[Adapter, Adapter] | None = None
         for _ in range(4):

@@ -443,7 +443,7 @@ def _save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
 
 
 def _load(folder: Path | str, pair: Pair) -> Any:
-    """A network with the base's weights and an adapter read by peft; a head that lacks is NaN."""
+    """A network with the base's weights and an adapter read by peft; NaN for a head in neither."""
     from peft import PeftModel
 
     if not (_checks.path("adapter", folder) / _peft.CONFIG).is_file():

@@ -50,7 +50,7 @@ def train(
     Each of ``tunings`` runs on each frozen network, and its result does not depend on the other
     runs. Runs of one network see the same inputs and share their first factors, of which a run of
     rank ``R`` has the first ``R`` columns. ``data``, and the ``seed`` of factors, are one for all
-    members of the batch or one for each. The validation loss is taken after ``every`` so many
+    members of the batch or one for each. The validation loss is taken every ``every``
     steps. Results lie on the frozen network's device.
 
     Raises `InputError` where there are no tunings, for ranks or layers out of range, for data that
