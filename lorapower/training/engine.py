@@ -104,7 +104,8 @@ def begin(
 ) -> Adapters:
     """The adapters that `train` starts from, given the same; batch shape ``[tunings, *batch]``.
 
-    In single precision; ``[0]``, of the first tuning, is a start for `newton` and `descend`.
+    In single precision; ``[0]``, of the first tuning, is a start for `newton` and `descend`. Raises
+    what `train` raises.
     """
     stack, _, state, _ = _ready(frozen, tunings, data, seed, classes)
     return stack.training(state, 1).adapters
