@@ -185,10 +185,9 @@ def random_matrix(
     purpose: str = "matrix",
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "*batch rows cols"]:
-    """Draw a matrix of condition number ``κ ≥ 1``.
+    """Draw ``Q_1 diag(σ) Q_2ᵀ`` of condition number ``κ ≥ 1``, by seed and purpose.
 
-    ``Q_1 diag(σ) Q_2ᵀ`` with random orthonormal ``Q_1, Q_2`` and ``σ`` log-spaced from 1 to
-    ``1/κ``. Matrices of one seed and different purposes are independent.
+    ``Q_1, Q_2`` are random and orthonormal, ``σ`` log-spaced from 1 to ``1/κ``.
     """
     rows, cols = _checks.integer("rows", rows, 1), _checks.integer("cols", cols, 1)
     condition_number = _checks.finite("condition_number", condition_number, 1)

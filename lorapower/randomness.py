@@ -1,8 +1,4 @@
-"""Random streams: one for each seed and purpose, independent of all others.
-
-All randomness of the package comes from `generator`, `seeded` or `number`, so draws for one purpose
-say nothing about draws for another.
-"""
+"""Random streams: one for each seed and purpose, independent of all others."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Bounded convex sets of inputs, on which constructions keep their promises.
-
-A region says how far a linear map goes below its value at the centre, and which regions hold its
-images under affine maps and ReLUs.
-"""
+"""Bounded convex sets of inputs, on which constructions keep their promises."""
 
 from __future__ import annotations
 

@@ -59,8 +59,9 @@ def reduced_rank(
     ``K`` and ``a`` minimize ``E‖R(y − K z − a)‖² + λ c ‖R(K − E)‖²_F``, where ``c`` is the mean
     variance of a coordinate of ``z``: ``K = R⁺ U_r U_rᵀ R B`` with the coefficients ``B`` of the
     fit of any rank and the leading left singular vectors ``U_r`` of ``R B C^{1/2}``, ``C`` the
-    covariance of ``z``. Raises `InputError` for numbers that are not finite and sizes that do not
-    fit. Source: [thm-reduced-rank].
+    covariance of ``z``. Without ``intercept``, ``a = 0`` and second moments replace covariances.
+    Raises `InputError` for numbers that are not finite and sizes that do not fit. Source:
+    [thm-reduced-rank].
 
     Parameters
     ----------
@@ -74,8 +75,6 @@ def reduced_rank(
         ``λ``, at least 0. An infinite one takes ``B = E``, in the metric of the inputs alone.
     metric : Tensor, optional
         ``R``, ``[..., rows, out]``, the identity by default.
-    intercept : bool
-        Whether ``a`` is fitted. Otherwise ``a = 0`` and second moments replace covariances.
     """
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
@@ -140,22 +139,12 @@ def truncate(
     """Find the matrix of rank at most ``r`` that is nearest in metrics of inputs and outputs.
 
     ``K = R⁺ U_r U_rᵀ R M`` minimizes ``‖R (M − K) Z‖_F``; ``U_r`` and ``σ`` are the leading left
-    singular vectors and the singular values of ``R M Z``. Source: [prop-two-metrics].
-
-    Parameters
-    ----------
-    matrix : Tensor
-        ``M``, ``[..., out, in]``.
-    rank : int
-        ``r``, at most the smaller side of ``M``.
-    inputs : Tensor, optional
-        ``Z``, ``[..., in, samples]``, or other columns of the same second moment; by default the
-        identity.
-    metric : Tensor, optional
-        ``R``, ``[..., rows, out]``, by default the identity. See `second_moment_root`.
-    approximate : bool
-        Find only the leading subspace of a matrix that is large against the rank, by rounds of
-        multiplication (Halko, Martinsson and Tropp, 2011), in time proportional to its entries.
+    singular vectors and the singular values of ``R M Z``. ``M`` is the ``matrix``
+    ``[..., out, in]``, ``r`` at most its smaller side; ``Z`` are ``inputs`` ``[..., in, samples]``,
+    or other columns of the same second moment, and ``R`` is the ``metric`` ``[..., rows, out]``
+    (see `second_moment_root`), both by default identities. For a matrix large against the rank
+    ``approximate`` finds only the leading subspace, by rounds of multiplication (Halko, Martinsson
+    and Tropp, 2011), in time proportional to its entries. Source: [prop-two-metrics].
     """
     M = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(M.shape[-2:]), limit="the smaller side")

@@ -1,7 +1,4 @@
-"""Rank thresholds and error bounds, each with the statement of the book that proves it.
-
-All raise `InputError` for a network of another kind than theirs.
-"""
+"""Rank thresholds and error bounds, each with the statement of the book that proves it."""
 
 import lazy_loader
 

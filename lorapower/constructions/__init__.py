@@ -1,8 +1,4 @@
-"""Constructions: for each theorem of the book, the adapters that its proof builds.
-
-`adapt` takes networks of every kind, `rank_for_error` finds the rank they need. The others raise
-`InputError` for networks of another kind than theirs.
-"""
+"""For each theorem of the book, the adapters that its proof builds; `adapt` takes every network."""
 
 import lazy_loader
 

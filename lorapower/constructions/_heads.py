@@ -177,13 +177,7 @@ def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -
 def _exchange(
     sides: Sequence[Tensor], ranks: tuple[int, int], seed: int
 ) -> tuple[Float[Tensor, "size into"], Float[Tensor, "out size"]]:
-    """Changes of ``Y`` and ``X`` that make their product a target ``M`` of any rank.
-
-    ``E = M − X Y``; ``e`` has as many columns as ``Y`` has rank for, ``X e`` in the range of ``E``,
-    and ``wᵀ X e = I``. ``Ŷ = Y + e wᵀ E`` exchanges rows for rows of ``M`` and lowers the rank of
-    ``E − X e wᵀ E`` as much. Once ``Ŷ`` has all rows of ``M``, ``X̂ = X + (E − X e wᵀ E) Ŷ⁺``. So
-    ``e`` starts with ``Y ker M``, which takes no row of ``M`` away.
-    """
+    """Changes of ``Y`` and ``X`` that make their product a target of any rank [rem-lower-rank]."""
     Y, X, Y_target, X_target = sides
     M = X_target @ Y_target
     E = M - X @ Y
@@ -235,12 +229,7 @@ def _none(weight: Tensor) -> LowRank:
 def _choose_gauge(
     sides: Sequence[Tensor], kept: tuple[int, int], seed: int
 ) -> Float[Tensor, "size size"]:
-    """``G`` with which ``kept`` dimensions of ``Y`` and of ``X`` stay as they are.
-
-    ``X̄ G^{-1} − X`` vanishes on ``G a`` where ``X̄ a + X b = 0``, ``G a = −b``; ``dᵀ (G Ȳ − Y)``
-    vanishes where ``cᵀ Ȳ + dᵀ Y = 0``, ``Gᵀ d = −c``; one ``G`` does both if ``cᵀ a = dᵀ b``. The
-    rest of it is the best conditioned of the identity and a few random matrices.
-    """
+    """``G`` with which ``kept`` dimensions of ``Y`` and of ``X`` stay [prop-narrow-heads]."""
     Y, X, Y_target, X_target = sides
     size = len(Y)
     outer, inner = _relations(X_target, X), _relations(Y_target.mT, Y.mT)

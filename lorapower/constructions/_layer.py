@@ -28,11 +28,7 @@ def fit_layer(
     bias: Sequence[Tensor],
     shrinkages: Mapping[str, float] = SHRINKAGES,
 ) -> tuple[Regression, str]:
-    """The best update of a weight, and its name, among several shrinkages and the theorem's.
-
-    The first pair of inputs and outputs is fitted, the second selects, in the metric. ``bias`` is
-    empty where the layer has none. Source: [thm-reduced-rank].
-    """
+    """The best update of a weight, fitted to the first pair of data, by the second; and its name."""
     free = bool(bias)
     options: dict[str, Any] = {"towards": W_target - W, "metric": metric, "intercept": free}
     missing = outputs[0] - W @ inputs[0]

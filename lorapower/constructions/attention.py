@@ -29,10 +29,9 @@ T = TypeVar("T")
 
 
 class Scores(NamedTuple):
-    """The sum ``E (s − k̃ᵀ K q)²`` over keys and queries as a function of ``K``.
+    """``E (s − k̃ᵀ K q)² = ⟨K, T K⟩ − 2 ⟨K, G⟩ + size``, summed over keys and queries.
 
-    ``⟨K, T K⟩ − 2 ⟨K, G⟩ + size``: ``T = E[k̃ k̃ᵀ ⊗ q qᵀ]``, ``[a, b, a, b]``, and
-    ``G = E[k̃ s qᵀ]``.
+    ``T = E[k̃ k̃ᵀ ⊗ q qᵀ]``, ``[a, b, a, b]``, and ``G = E[k̃ s qᵀ]``.
     """
 
     T: Float[Tensor, "a b a b"]
@@ -67,10 +66,7 @@ class Scores(NamedTuple):
         return solution.reshape(self.G.shape)
 
     def improved(self, K: Float[Tensor, "a b"], rank: int) -> Float[Tensor, "a b"]:
-        """``K`` of that rank after exact half-steps in its factors, until it stands still.
-
-        No step makes the sum larger [prop-scores].
-        """
+        """``K`` after exact half-steps in its factors, until it stands still [prop-scores]."""
         if not rank:
             return torch.zeros_like(K)
         best, found = self.left(K), K
@@ -99,12 +95,12 @@ def closed_form(
     queries: Float[Tensor, "samples b tokens"],
     rank: int,
 ) -> Float[Tensor, "a b"]:
-    """The matrix ``K`` of limited rank whose scores are nearest to those of ``E``.
+    """The matrix ``K`` of limited rank whose scores are nearest to those of ``E`` [prop-scores].
 
-    With ``C_k``, ``C_q`` the second moments of keys, centred within their sequence, and of queries,
-    and ``U_r`` the leading left singular vectors of ``C_k^{1/2} E C_q^{1/2}``, it is
-    ``(C_k^{1/2})⁺ U_r U_rᵀ C_k^{1/2} E``. It minimizes ``E (k̃ᵀ(E − K) q)²`` where keys and queries
-    are independent. Raises `InputError` for what does not fit. Source: [prop-scores].
+    ``K = (C_k^{1/2})⁺ U_r U_rᵀ C_k^{1/2} E``, with second moments ``C_k`` of keys, centred within
+    their sequence, and ``C_q`` of queries, and the leading left singular vectors ``U_r`` of
+    ``C_k^{1/2} E C_q^{1/2}``, minimizes ``E (k̃ᵀ(E − K) q)²`` where keys and queries are
+    independent. Raises `InputError` for what does not fit.
     """
     E = _checks.real_tensor("E", E, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(E.shape[-2:]), limit="the smaller side")
@@ -129,12 +125,11 @@ def fit_blocks(
 ) -> tuple[Adapters, list[str]]:
     """Adapters of a fused transformer fitted to sequences, and how each segment was adapted.
 
-    First block first, each segment comes as near as it can to the target's on the adapted network's
-    own tokens: scores by `Scores`, head by head in turn; attention and layers by reduced-rank
-    regression, layers with several shrinkages. The theorem's adapters of the segment, taken from
-    ``theorem``, the frozen network with all of them, replace the fit where they err less on
-    ``select``. ``frozen`` and ``target`` are those of a `fused.Fused`. Source: [thm-reduced-rank],
-    [prop-scores].
+    First block first, segments come as near as they can to the target's on the adapted network's
+    own tokens: scores by `Scores`, head by head; attention and layers by reduced-rank regression,
+    layers with several shrinkages. Adapters of ``theorem``, the network that the theorem's
+    construction gives, replace a segment's fit where they err less on ``select``. Source:
+    [thm-reduced-rank], [prop-scores].
     """
     fit = _BlockFit(frozen, target, theorem, ranks)
     streams = targets = [inputs, select]

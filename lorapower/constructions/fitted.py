@@ -1,8 +1,7 @@
 """Adapters fitted to inputs by closed forms, segment by segment, at any rank.
 
-The theorems bring each segment as near to the target's as its rank allows in the spectral norm, for
-all inputs. Here each segment comes as near as it can on given inputs, and corrects what the
-segments before it missed.
+On given inputs each segment comes as near to the target's as it can, and corrects what the segments
+before it missed.
 """
 
 from __future__ import annotations
@@ -56,11 +55,10 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """One fitted network.
+    """One fitted network: ``adapters`` of the ``fused`` or, if ``direct``, of the frozen network.
 
-    ``fused`` holds the networks and ``adapters`` those of its fused network or, if ``direct``, of
-    the frozen network itself. ``chosen`` says how each segment, or all at once, was adapted. In
-    ``region`` the carried-back adapters of a ReLU network hold.
+    ``chosen`` says how each segment, or all at once, was adapted; ``region`` where adapters of a
+    ReLU network hold when carried back.
     """
 
     fused: Fused
@@ -84,8 +82,8 @@ class Fitted(Adaptation):
     """Adapters fitted to inputs, with the evidence for them.
 
     Errors are mean squared differences of outputs from the target's over the variance of these: the
-    best constant has 1. ``success`` says whether the fit was carried back to the frozen network
-    acceptably.
+    best constant has 1. ``success`` says whether the fits, one for each member of the batch, were
+    carried back to the frozen network acceptably.
 
     Attributes
     ----------
@@ -94,10 +92,7 @@ class Fitted(Adaptation):
     low, high : Tensor
         Its 95% interval, normal, from the spread over inputs; ``[...]``.
     predicted : Tensor
-        `bounds.first_order` on the inputs of the fit; NaN where no fused network was fitted;
-        ``[...]``.
-    fits : tuple of Fit
-        One for each member of the batch.
+        `bounds.first_order` on the inputs of the fit; NaN without a fused network; ``[...]``.
     """
 
     error: Float[Tensor, "*batch"]
@@ -153,23 +148,21 @@ def adapt(
     matrix alone, several shrinkages towards it and, in ReLU networks, a fit in the outputs' metric,
     and keep the theorem's adapters where all fits are worse. The other half gives the error.
 
-    Raises `InputError` for networks, ranks and partitions that do not fit, and for inputs that are
-    too few, of another width, not finite, or in both sets. Source: [thm-reduced-rank],
-    [prop-scores]; for carrying back [lem-any-change].
+    Raises `InputError` for networks, ranks and partitions that do not fit, for inputs that are too
+    few, of another width, not finite, or in both sets, and, if ``throw``, `PrecisionError` where
+    too many digits are lost. Source: [thm-reduced-rank], [prop-scores]; for carrying back
+    [lem-any-change].
 
     Parameters
     ----------
     frozen, target
         Networks of one kind, or what `networks.as_network` takes; batch shapes broadcast.
     ranks
-        As the construction for this kind of network takes them: one for all or, for transformers,
-        also one for each kind of weight by name. For heads narrower than the tokens they may be too
-        low for the theorem.
-    inputs
-        Columns ``[width, samples]`` or, for transformers, sequences ``[samples, width, tokens]``,
-        at least two. With less than a few times the width, the fit follows noise.
-    held_out
-        Others of the same kind, at least four.
+        As the construction takes them: one for all or, for transformers, also one for each kind of
+        weight by name; for narrow heads even too low for the theorem.
+    inputs, held_out
+        Columns ``[width, samples]`` or, for transformers, sequences ``[samples, width, tokens]``;
+        at least two and four. With less than a few times the width, the fit follows noise.
     partition : Partition, optional
         For ReLU networks; uniform by default.
     region : Region, optional
@@ -178,8 +171,6 @@ def adapt(
     metric : Metric
         For ReLU networks: a layer's errors count ``"alike"``, by their effect on the ``"outputs"``,
         or as comes out ``"best"``.
-    throw : bool
-        Raise an error where the construction loses too many digits; otherwise ``success`` says so.
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     _checks.kind(type(frozen), target=target)

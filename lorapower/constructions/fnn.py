@@ -28,8 +28,7 @@ class FNNAdaptation(Adaptation):
     """Adapters and biases of a ReLU network, with the evidence for them.
 
     ``success`` says whether every block is adapted acceptably and loses no more digits than
-    accepted. ``partition`` are the blocks ``P_i``; ``regions`` hold the activations before, between
-    and after them.
+    accepted. ``regions`` hold the activations before, between and after the blocks.
 
     Attributes
     ----------
@@ -68,10 +67,10 @@ class FNNAdaptation(Adaptation):
     def covers(
         self, frozen: FNN, x: Float[Tensor, "*#batch in samples"]
     ) -> Bool[Tensor, "*batch samples"]:
-        """Whether the adapted network is, at each input, what the proof needs.
+        """Whether inner units are active and surplus outputs of blocks inactive at each input.
 
-        Inner units of every block are active; units that the target layer does not have are
-        inactive, unless no ReLU follows. This holds in the region, and may hold outside.
+        The proof needs this; it holds in the region, and may hold outside. Outputs without a ReLU
+        are free.
         """
         _checks.kind(FNN, frozen=frozen)
         x = _checks.real_tensor("x", x, min_dims=2)
@@ -261,11 +260,7 @@ def _stack_rows(upper: Tensor, lower: Tensor) -> Tensor:
 def _digits_lost(
     weights: Sequence[Tensor], biases: _Biases, layer: FNN, typical: Tensor
 ) -> Float[Tensor, "*batch"]:
-    """``log10`` of a block's expected rounding error over the target layer's.
-
-    Each unit rounds independently, by a last place of the root of its summed squared terms; later
-    layers, all affine, pass this on.
-    """
+    """``log10`` of a block's expected rounding error over the target layer's, units independent."""
     covariance = torch.zeros((), dtype=layer.dtype, device=layer.device)
     for weight, bias, value in zip(weights, biases.biases, biases.values[:-1], strict=True):
         new = weight.square() @ value.square() + bias.square()

@@ -29,15 +29,9 @@ from .linear import Adaptation
 class Fused:
     """A frozen network and a target with one matrix for each segment [def-fused].
 
-    ``frozen``, ``target``, ``ranks`` and ``partition`` are as given to `fuse`.
-
-    Attributes
-    ----------
-    network, fused_target : Network
-        Both networks fused. They equal the originals, but a frozen ReLU network loses the ReLUs
-        within its blocks.
-    fused_ranks : tuple of int
-        The rank that adapters reach on each of ``network.weights``.
+    ``network`` and ``fused_target`` are the fused ``frozen`` and ``target``, to which they are
+    equal, but a ReLU ``network`` has no ReLUs within blocks of the ``partition``. ``fused_ranks``
+    are what adapters of ``ranks`` reach on each of its weights.
     """
 
     frozen: Network
@@ -53,8 +47,8 @@ class Fused:
     ) -> Adaptation:
         """Give the frozen network the function that adapters give to the fused one.
 
-        Returns and raises what the theorem's construction does. For ReLU networks, the function is
-        the same in a region, which has to be given.
+        Returns and raises what the theorem's construction does. ReLU networks need a region, in
+        which the function is the same.
         """
         _checks.kind(Adapters, adapters=adapters)
         reached = adapters.merge(self.network)

@@ -41,20 +41,11 @@ def adapt(
 ) -> Adaptation:
     """Adapters and biases that make a frozen network imitate a target of its kind.
 
-    Returns and raises what the construction for this kind of network does. Source:
-    [thm-optimal-adaptation], [thm-partition], [thm-transformer], [thm-residual].
-
-    Parameters
-    ----------
-    frozen, target
-        Networks, or what `networks.as_network` takes: a `torch.nn.Sequential`, or matrices.
-    ranks : int, sequence or mapping
-        One for all weights, or as the construction takes them.
-    inputs : Region or Tensor, optional
-        For ReLU networks only: the `regions.Region` in which to imitate, or columns
-        ``[..., width, samples]``, which become `regions.Samples`.
-    **options
-        Those of `linear.adapt`, `fnn.adapt` or `transformer.adapt`.
+    Networks, or what `networks.as_network` takes, go to `linear.adapt`, `fnn.adapt` or
+    `transformer.adapt`, with its ``ranks`` and ``options``; returns and raises what that does. Only
+    ReLU networks take ``inputs``: the `regions.Region` in which to imitate, or columns
+    ``[..., width, samples]``, which become `regions.Samples`. Source: [thm-optimal-adaptation],
+    [thm-partition], [thm-transformer], [thm-residual].
     """
     frozen, target, kind = _one_kind(frozen, target)
     construct = _CONSTRUCTIONS[kind]
@@ -111,17 +102,15 @@ def rank_for_error(
 ) -> NeededRank:
     """The least rank at which adapters leave at most a given error on given inputs.
 
-    The error is the mean square over outputs and inputs, divided by the mean square of the target's
-    outputs. Ranks, one for all layers, cut to each weight's smaller side, are tried from below
-    until each member of the batch has its own. Raises `InputError` where none is enough. Source:
-    [def-needed-rank].
+    The error, at least 0, is the mean square over outputs and inputs, divided by the mean square of
+    the target's outputs. ``ranks`` (by default all), each for all layers and cut to each weight's
+    smaller side, are tried from below until each member of the batch has its own. Raises
+    `InputError` where none is enough and ``throw``. Source: [def-needed-rank].
 
     Parameters
     ----------
     frozen, target
         Networks of one kind, or what `networks.as_network` takes.
-    error : float
-        At least 0.
     inputs : Tensor
         Columns ``[..., width, samples]``; for transformers one sequence ``[width, tokens]`` or
         ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
@@ -131,14 +120,8 @@ def rank_for_error(
         hold, which is not checked, the error is met up to rounding, and less rank may be enough.
         ``"trial"``: by making and measuring adapters; `adapt` may then need ``throw=False`` where
         they round much.
-    ranks : sequence of int, optional
-        Those to try, by default all.
     partition : Partition, optional
         For ReLU networks; uniform by default.
-    throw : bool
-        Raise an error where no rank is enough; otherwise ``success`` says so.
-    seed : int
-        For the construction's random rotations.
     """
     frozen, target, kind = _one_kind(frozen, target)
     error, throw = _checks.tolerance("error", error), _checks.flag("throw", throw)

@@ -37,10 +37,10 @@ class Adaptation:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearAdaptation(Adaptation):
-    """Adapters of a deep linear network, with the evidence for them.
+    """Adapters of a deep linear network, with the evidence for them; errors hold for every input.
 
     ``success`` says whether the rounding error is acceptable. Where a product overflows, adapters
-    are 0 and errors NaN. The errors hold for every input.
+    are 0 and errors NaN.
 
     Attributes
     ----------
@@ -191,11 +191,7 @@ def close(
 
 
 class _Plan(NamedTuple):
-    """How to split: each layer takes leading, cheapest or random triplets, in an order.
-
-    "cheapest" is [lem-splitting]'s piece of the smallest adapter. ``lift`` first spends rank beyond
-    the width on the smallest singular values; ``mirrored`` plans split the transposed network.
-    """
+    """How to split: each layer takes leading, cheapest or random triplets, in an order."""
 
     order: Sequence[int]
     take: Literal["leading", "cheapest", "random"] = "cheapest"
@@ -253,11 +249,7 @@ class _Splitting:
 
 
 def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
-    """Visit the layers in the plan's order; each takes its share of the error that remains.
-
-    Adapting layer ``l`` adds ``(∏_{j>l}) A_l B_lᵀ (∏_{j<l})``, so any order works. The remaining
-    error is computed anew for each layer: later layers correct the rounding of earlier ones.
-    """
+    """Visit the layers in the plan's order; each takes its share of the error that remains."""
     if plan.mirrored:
         return _split(task.mirrored(), ranks[::-1], plan._replace(mirrored=False)).mirrored()
     weights, best_map, svd, noise = task
@@ -316,11 +308,7 @@ def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
 
 
 def _cheapest(adapter: Tensor, passed: Tensor) -> Tensor:
-    """Orthonormal ``X``, first the columns with large ``‖M X‖ / ‖A X‖``.
-
-    ``A`` is the adapter of all remaining columns, ``M`` is ``passed`` of [lem-splitting]. Small
-    adapters round little; a large ``M X`` keeps the later systems far from singular.
-    """
+    """Orthonormal ``X``, first the columns of large ``‖M X‖`` [lem-splitting] and small adapters."""
     _, S, V = lowrank.svd(adapter)
     scaled = V * _invert(S, adapter)[:, None]
     return torch.linalg.qr(scaled @ lowrank.svd(passed @ scaled).V)[0]
@@ -335,11 +323,7 @@ def _complementary(X: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounding_error(weights: list[Tensor], best_map: Tensor) -> Tensor:
-    """Spectral distance of the product from the best map; infinite where not finite.
-
-    The construction corrects rounding in the order of the forward pass; the product multiplied from
-    the last layer shows other rounding, so the larger of both counts.
-    """
+    """Spectral distance of the product, from either end, from the best map; or infinite."""
     products = [product(weights)]
     if len(weights) > 2:
         products.append(product([w.mT for w in reversed(weights)]).mT)
@@ -358,11 +342,7 @@ def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _systems(weights: list[Tensor], l: int) -> tuple[SVD | None, SVD | None]:
-    """``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``, or ``None`` where there are no such layers.
-
-    Both are multiplied outwards in, the second with the forward pass's own rounding; the other
-    association loses digits in deep networks.
-    """
+    """``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``, multiplied outwards in, or ``None`` for no layers."""
     outer, inner = [w.mT for w in reversed(weights[l + 1 :])], weights[:l]
     left, right = (
         lowrank.svd(product(part).nan_to_num(0, 0, 0).mT) if part else None

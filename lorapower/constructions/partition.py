@@ -19,10 +19,7 @@ from ..networks.partition import Partition, Pieces
 
 @dataclass(frozen=True)
 class OptimalPartition:
-    """The best partition of each member of a batch: block sizes ``[..., L̄]``, value ``[...]``.
-
-    The value is the rank or the error that the partition attains.
-    """
+    """The best partition of each member, block sizes ``[..., L̄]``, and its rank or error."""
 
     sizes: Int[Tensor, "*batch blocks"]
     value: Num[Tensor, "*batch"]
@@ -35,9 +32,8 @@ class OptimalPartition:
 def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
     """Find the partition of the least `bounds.fnn_threshold`, the rank at which it is exact.
 
-    Blocks with a hidden layer too narrow for their target layer are left out; ties are broken
-    arbitrarily. Raises `InputError` for a target deeper or wider than the frozen network. Source:
-    [prop-optimal-partition].
+    Blocks with a hidden layer too narrow for their target layer are left out. Raises `InputError`
+    for a target deeper or wider than the frozen network. Source: [prop-optimal-partition].
     """
 
     def step(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
@@ -66,10 +62,7 @@ def least_error(frozen: FNN, target: FNN, ranks: _checks.Ranks, inputs: Inputs) 
 def _search(
     frozen: FNN, target: FNN, step: Callable[[int, slice, Gap, Tensor], Tensor]
 ) -> OptimalPartition:
-    """Least value over partitions, by dynamic programming over blocks and last layers.
-
-    ``step`` adds a block to a value and is monotone in it, so parts of best partitions are best.
-    """
+    """Least value over partitions; ``step``, which adds a block, is monotone in the value."""
     pieces = Pieces(frozen, target)
     values = {0: torch.zeros((), dtype=frozen.dtype, device=frozen.device)}
     starts: list[dict[int, Tensor]] = []

@@ -41,11 +41,11 @@ class TransformerAdaptation(Adaptation):
         A `linear.LinearAdaptation` for each segment with two adapted weights: of four layers,
         ``[..., L, H]``; ``output`` of two, ``[...]``.
     errors : Segments
-        Upper bounds of ``‖M̂ − M̄‖_2`` of the adapted segments: predicted, 0 where the rank
-        suffices, plus measured rounding, which is not measured for ``inner`` and ``outer``.
+        Upper bounds of ``‖M̂ − M̄‖_2``: predicted errors, 0 where the rank suffices, plus measured
+        rounding, which is not measured for ``inner`` and ``outer``.
     shift_condition_numbers : Tensor
-        If plain: of the systems for each ``b̂_2``, the target's ``W_2`` of all blocks but the last
-        and ``Ŵ_out``; ``[..., L]``. Otherwise ``[..., 0]``.
+        If plain, of the systems for ``b̂_2``: the target's ``W_2`` of all blocks but the last, and
+        ``Ŵ_out``; ``[..., L]``. Otherwise ``[..., 0]``.
     """
 
     solutions: Segments[LinearAdaptation]
@@ -96,7 +96,12 @@ def adapt(
     ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_O = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and ``b̂_Q`` makes
     ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` the target's.
 
-    Source: [thm-transformer], [thm-residual]; for narrow heads [prop-narrow-heads].
+    Raises `SingularError` where a segment is not reached within ``rtol``, and `InputError` for
+    ranks out of range, for transformers that do not fit, for a singular ``W_1`` or ``W_2`` if
+    plain, for heads narrower than the tokens with less rank than they need
+    (`bounds.transformer_ranks`) or wider than a narrower target's, and for a target whose
+    ``Bᵀ W_Kᵀ W_Q B`` is so singular that no query bias completes its scores. Source:
+    [thm-transformer], [thm-residual]; for narrow heads [prop-narrow-heads].
 
     Parameters
     ----------
@@ -108,25 +113,11 @@ def adapt(
         One for all, cut to each weight's smaller side; one for each kind of weight,
         `Transformer.adapted_kinds`; or `bounds.transformer_ranks`, of which each kind takes its
         largest.
-    plain_only : bool
-        Use the plain splitting of `linear.adapt`, whatever its rounding error.
     rtol : float, optional
         Largest rounding error of a segment, relative to the product of its factors' norms plus the
         target's; by default half of the digits, ``inf`` accepts any.
-    throw : bool
-        Raise an error where a member is not adapted acceptably; otherwise ``success`` says so.
-    seed : int
-        For random rotations.
-
-    Raises
-    ------
-    InputError
-        Ranks out of range; transformers that do not fit; a singular ``W_1`` or ``W_2`` if plain;
-        heads narrower than the tokens with less rank than they need (`bounds.transformer_ranks`),
-        or wider than a narrower target's; a target whose ``Bᵀ W_Kᵀ W_Q B`` is so singular that no
-        query bias completes its scores.
-    SingularError
-        A segment, which it names, is not reached within ``rtol``.
+    plain_only, throw, seed
+        See `linear.adapt`.
     """
     _checks.kind(Transformer, frozen=frozen, target=target)
     plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
@@ -388,9 +379,8 @@ def far_error(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Mean squared error of single tokens ``c v``, of mean square ``c²``, and its standard error.
 
-    Tokens other than those of a floor differ from it by chance, as the standard error says. Raises
-    `InputError` for networks and tokens that do not fit, for a single token, and for a size ``c``
-    that leaves fewer than three digits of what a network adds to it.
+    Raises `InputError` for networks and tokens that do not fit, for a single token, and for a size
+    ``c`` that leaves fewer than three digits of what a network adds to it.
     """
     n = directions(network, target, tokens)
     size, most = _checks.positive("size", size), 1e-3 / torch.finfo(n.dtype).eps

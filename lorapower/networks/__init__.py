@@ -1,8 +1,4 @@
-"""Networks as plain tensors in the paper's notation; inputs are columns, ``[..., in, samples]``.
-
-Layer ``l`` maps ``z`` to ``W_l z`` (linear) or ``ReLU(W_l z + b_l)`` (FNN). Leading dimensions of
-tensors are a batch of networks.
-"""
+"""Networks as tensors in the paper's notation: weights act on columns ``[..., in, samples]``."""
 
 import lazy_loader
 

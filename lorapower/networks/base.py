@@ -18,9 +18,9 @@ from ..errors import InputError
 class Network(ABC):
     """A network, or a batch of them: ``weights`` ``[..., out, in]`` and ``biases`` ``[..., out]``.
 
-    All have one type and one batch shape; a linear network has no biases. What a network is made
-    from is copied and may change afterwards. No gradients flow into or through it. ``sequences``
-    says whether an input is a sequence of tokens, ``[..., width, tokens]``.
+    All have one type and one batch shape; linear networks have no biases. Numbers are copied, and
+    no gradients flow into or through a network. ``sequences`` says whether an input is a sequence
+    of tokens, ``[..., width, tokens]``.
     """
 
     weights: tuple[Float[Tensor, "*batch _ _"], ...]

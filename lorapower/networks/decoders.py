@@ -36,16 +36,10 @@ def from_decoder(
     are left out, and those of values are added to ``b_O``: outputs stay. Each head has its own
     weights, so one rank for all weights gives each head of a packed matrix that rank.
 
+    ``dtype`` converts all numbers, which are float32 or float64; in double precision the rounding
+    of single precision counts as rank. Without ``final_norm`` outputs are those of the last block.
     Raises `InputError` for other modules, for post-norm ones, and for settings that change what a
     block computes.
-
-    Parameters
-    ----------
-    dtype : dtype, optional
-        Converts all numbers; by default they stay float32 or float64. In double precision the
-        rounding of single precision counts as rank.
-    final_norm : bool
-        Whether to include it; without it outputs are those of the last block.
     """
     kind, blocks, final = _parts(module)
     final = final if _checks.flag("final_norm", final_norm) else None

@@ -27,15 +27,13 @@ def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*ba
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FNN(Layers):
-    """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``; the last may be linear.
+    """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``.
 
-    Weights are ``L`` matrices ``[..., out, in]``, first layer first, or one stacked array
-    ``[..., L, D, D]``; biases are ``L`` vectors ``[..., out]`` or one array ``[..., L, D]``.
-    Tensors, numpy arrays or nested lists are taken, all float32 or all float64; batch dimensions
-    broadcast. With ``linear_last`` the network ends with ``W_L z + b_L``.
-
-    Raises `InputError` for no layers, sizes that do not fit, mixed or other types, and numbers that
-    are not finite.
+    With ``linear_last`` it ends with ``W_L z + b_L``. The ``L`` weights ``[..., out, in]`` and
+    biases ``[..., out]``, first layer first, may be stacked to ``[..., L, D, D]`` and
+    ``[..., L, D]``. Tensors, numpy arrays or nested lists are taken, all float32 or all float64;
+    batch dimensions broadcast. Raises `InputError` for no layers, sizes that do not fit, other or
+    mixed types, and numbers that are not finite.
     """
 
     biases: tuple[Float[Tensor, "*batch _"], ...]
@@ -63,7 +61,7 @@ class FNN(Layers):
         purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> FNN:
-        """Draw square layers as `torch.nn.Linear` does, uniformly on ``±1/√D``.
+        """Draw square layers as `torch.nn.Linear` does: uniformly on ``±1/√D``.
 
         Networks of one seed and different purposes are independent.
         """
@@ -140,20 +138,13 @@ class FNN(Layers):
     ) -> FNN:
         """Read a `torch.nn.Sequential` of ``Linear`` layers with a ReLU between any two.
 
-        It may end with a ReLU, or with ``Linear``: then the last layer is linear. ``Linear`` layers
-        without bias get zeros. Sequentials may be nested; ``Identity``, ``Dropout`` and a leading
-        ``Flatten`` are left out, as in evaluation. The module takes rows: ``network(x.mT).mT``
-        equals ``module(x)``.
+        It may end with a ReLU, or with ``Linear``: then the last layer is linear. Missing biases
+        are zeros. Sequentials may be nested; ``Identity``, ``Dropout`` and a leading ``Flatten``
+        are left out, as in evaluation. The module takes rows: ``network(x.mT).mT`` equals
+        ``module(x)``. ``dtype`` converts all numbers, which are float32 or float64.
 
-        Raises `InputError` for other modules and layers, which it names by their place as in a
-        ``state_dict``, for forward hooks and for other types of numbers.
-
-        Parameters
-        ----------
-        dtype : dtype, optional
-            Converts all numbers; by default they stay float32 or float64.
-        name : str
-            What errors call the module.
+        Raises `InputError`, which calls the module ``name``, for other modules and layers, by their
+        place as in a ``state_dict``, for forward hooks and for other types.
         """
         layers = dense_layers(module, name, dtype)
         for inner, outer in pairwise(layers):
@@ -175,9 +166,8 @@ class FNN(Layers):
 def as_network(value: Any, name: str = "network") -> Network:
     """Return ``value`` if it is a network, or make one from it.
 
-    A `torch.nn.Sequential` with neither ReLU nor bias makes a `LinearNetwork`, another one an
-    `FNN`; a matrix, or several, make a `LinearNetwork`. Raises `InputError`, which calls the value
-    ``name``, for anything else and for what `FNN.from_sequential` and `LinearNetwork.of` refuse.
+    A `torch.nn.Sequential` with a ReLU or bias makes an `FNN`; another one, a matrix, or several
+    make a `LinearNetwork`. Raises `InputError`, which calls the value ``name``, for anything else.
     """
     if isinstance(value, Network):
         return value

@@ -1,7 +1,4 @@
-"""The distance of a frozen piece of a network from the target's, and the rank that closes it.
-
-Pieces are deep linear networks: a whole one, a block of a partition, a segment of a transformer.
-"""
+"""The distance of a frozen piece of a network from the target's, and the rank that closes it."""
 
 from __future__ import annotations
 
@@ -24,10 +21,9 @@ from .linear import LinearNetwork
 class Gap:
     """``E = W̄ − ∏_l W_l``, what the adapters of a frozen piece have to add.
 
-    Both pieces are deep linear networks, or what `LinearNetwork.of` takes, of equal inputs, outputs
-    and type; batch shapes broadcast. Decompositions are computed once, when first needed: do not
-    change weights in place. Raises `InputError` for pieces that do not match and, when ``E`` is
-    needed, for products that overflow.
+    Pieces are deep linear networks, or what `LinearNetwork.of` takes, of equal inputs, outputs and
+    type; batch shapes broadcast. Decompositions are kept: do not change weights in place. Raises
+    `InputError` for pieces that do not match and, with ``E``, for products that overflow.
     """
 
     frozen: LinearNetwork
@@ -130,11 +126,10 @@ class Gap:
 
     @property
     def threshold(self) -> Int[Tensor, "*batch"]:
-        """``⌈rank(E) / L⌉``, the least rank for all layers that can close the gap.
+        """``⌈rank(E) / L⌉``, the least rank for all layers that can close the gap [cor-threshold].
 
-        It is enough where the layers are non-singular [ass-nonsingular], of whatever sizes. Raises
-        what `ranks` raises where a hidden layer is narrower than inputs or outputs. Source:
-        [cor-threshold].
+        It is enough where the layers are non-singular [ass-nonsingular]. Raises what `ranks` raises
+        where a hidden layer is narrower than inputs or outputs.
         """
         self.ranks([1] * self.frozen.depth)
         return -(-self.rank // self.frozen.depth)

@@ -27,10 +27,10 @@ def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*
 class LinearNetwork(Layers):
     """A deep linear network ``x ↦ W_L ⋯ W_1 x``.
 
-    Weights are ``L`` matrices ``[..., out, in]``, first layer first, or one stacked array
-    ``[..., L, D, D]``: tensors, numpy arrays or nested lists, all float32 or all float64; batch
-    dimensions broadcast. Raises `InputError` for no layers, sizes that do not chain, mixed or other
-    types, and numbers that are not finite.
+    Weights ``[..., out, in]``, first layer first, or stacked to ``[..., L, D, D]``, are tensors,
+    numpy arrays or nested lists, all float32 or all float64; batch dimensions broadcast. Raises
+    `InputError` for no layers, sizes that do not chain, other or mixed types, and numbers that are
+    not finite.
     """
 
     def __init__(self, weights: Any) -> None:
@@ -38,10 +38,9 @@ class LinearNetwork(Layers):
 
     @classmethod
     def of(cls, value: Any, name: str = "network") -> LinearNetwork:
-        """``value`` if it is a linear network, or make one from it.
+        """``value`` if it is a linear network, or make one from it; `InputError` calls it ``name``.
 
-        A `torch.nn.Sequential`, one matrix ``[out, in]`` (one layer), or whatever the class takes
-        as ``weights``. Raises `InputError`, which calls it ``name``, for anything else.
+        A `torch.nn.Sequential`, one matrix ``[out, in]`` (one layer), or ``weights`` of the class.
         """
         if isinstance(value, cls):
             return value
@@ -77,7 +76,7 @@ class LinearNetwork(Layers):
         purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> LinearNetwork:
-        """Draw square layers as `torch.nn.Linear` does, uniformly on ``±1/√D``.
+        """Draw square layers as `torch.nn.Linear` does: uniformly on ``±1/√D``.
 
         Networks of one seed and different purposes are independent.
         """

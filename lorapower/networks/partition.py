@@ -15,10 +15,7 @@ from .linear import LinearNetwork
 
 @dataclass(frozen=True)
 class Partition:
-    """Consecutive blocks ``P_1, …, P_L̄`` that cover ``L`` layers [def-partition].
-
-    ``sizes`` are ``M_i = |P_i| ≥ 1``, the number of layers of each block, first block first.
-    """
+    """Blocks ``P_i`` of ``M_i = |P_i| ≥ 1`` consecutive layers; ``sizes`` are ``M_i`` [def-partition]."""
 
     sizes: tuple[int, ...]
 

@@ -1,8 +1,4 @@
-"""The same function as another network: other gains, another order of hidden units, more units.
-
-The changes that adapters make depend on how the target is written. Each function returns the target
-in a form that suits a frozen network.
-"""
+"""The same function as another network: other gains, another order of hidden units, more units."""
 
 from __future__ import annotations
 
@@ -70,13 +66,11 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
 def relabel(target: Transformer, frozen: Transformer, *, rescale: bool = False) -> Transformer:
     """The target with its hidden units matched to the frozen ones, and rescaled if asked for.
 
-    In each block a linear assignment minimizes the sum of squared distances of ``(w_1, b_1, w_2)``.
-    A target that is the frozen network with permuted units and a small change then differs by that
-    change. The order is near, not always of least rank. Rescaling turns ReLU units into
-    ``λ w_1, λ b_1, w_2/λ``, ``λ > 0``, with their partners' ``‖w_1‖/‖w_2‖``. It finds rescaled
-    units; where these also changed, the difference no longer has the change's rank.
-
-    Raises `InputError` for batches, other sizes, and rescaling without ReLUs.
+    In each block a linear assignment minimizes the sum of squared distances of ``(w_1, b_1, w_2)``:
+    a target with permuted units and a small change then differs by that change. The order is near,
+    not always of least rank. Rescaling turns ReLU units into ``λ w_1, λ b_1, w_2/λ``, ``λ > 0``,
+    with their partners' ``‖w_1‖/‖w_2‖``; where units also changed, the difference no longer has the
+    change's rank. Raises `InputError` for batches, other sizes, and rescaling without ReLUs.
     """
     _checks.kind(Transformer, target=target, frozen=frozen)
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
@@ -94,14 +88,12 @@ def relabel(target: Transformer, frozen: Transformer, *, rescale: bool = False) 
 def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transformer:
     """The target with ReLU units ordered and rescaled to save one rank on every ``W_1``.
 
-    On the sphere of normalized tokens a unit is its normal vector: ``a_k`` frozen, ``b_k`` of the
-    target. Some direction ``x`` has as many positive ``a_k·x`` as ``b_k·x``. Paired by sign and
-    rescaled by ``λ_k = a_k·x / b_k·x > 0``, all differences vanish on ``x``, so ``W_1`` needs one
-    rank less than normalized tokens have dimensions [thm-inner-rank]. The target's gains count: see
-    `with_gains`.
-
-    Raises `InputError` for networks that do not fit, for other activations, and where no such
-    direction is found, as may be where normals of the target are parallel.
+    On the sphere of normalized tokens units have normals ``a_k`` (frozen) and ``b_k`` (target).
+    Some ``x`` has as many positive ``a_k·x`` as ``b_k·x``. Paired by sign and rescaled by
+    ``λ_k = a_k·x / b_k·x > 0``, all differences vanish on ``x``: ``W_1`` needs one rank less than
+    normalized tokens have dimensions [thm-inner-rank]. The target's gains count: see `with_gains`.
+    Raises `InputError` for networks that do not fit, for other activations, and where no ``x`` is
+    found, as may be where normals of the target are parallel.
     """
     _checks.kind(Transformer, target=target, frozen=frozen)
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
@@ -149,16 +141,10 @@ def enlarge(
 
     New hidden units are the frozen ones, switched off by biases, since what they read is bounded.
     New heads have the frozen patterns and ``W_O W_V = 0``. New blocks are frozen ones with gains,
-    shifts and biases 0: they pass tokens on [prop-sizes]. The width stays; narrower tokens need a
-    frozen ``ε`` smaller in proportion.
-
-    Raises `InputError` for batches, a target larger than the frozen network, heads of another size,
-    and wrong places.
-
-    Parameters
-    ----------
-    places : sequence of int, optional
-        The frozen blocks, counted from 1, where the target's stand; by default the first.
+    shifts and biases 0: they pass tokens on [prop-sizes]. The target's stand in the frozen
+    ``places``, counted from 1, by default the first. The width stays; narrower tokens need a frozen
+    ``ε`` smaller in proportion. Raises `InputError` for batches, a target larger than the frozen
+    network, heads of another size, and wrong places.
     """
     _checks.kind(Transformer, target=target, frozen=frozen)
     _require_single(target, frozen)

@@ -61,10 +61,10 @@ class Transformer(Network):
     for an RMSNorm; ``n = 0`` where ``z̃ = 0``. Without norms ``N(z) = z``.
 
     A *plain* transformer has no residual connections, norms, ``b_Q`` or ``b_O``; its output is
-    ``W_out Y`` of the last block [def-transformer]. Others return ``Y``, or a final norm of it.
-
-    Raises `InputError` for sizes that do not fit, mixed or other types, entries that are not
-    finite, and parameters that the options have no place for.
+    ``W_out Y`` of the last block [def-transformer]. Others return ``Y``, or with ``final_norm`` a
+    norm of it. If ``causal``, a token attends only to itself and earlier ones. Raises `InputError`
+    for sizes that do not fit, other or mixed types, entries that are not finite, and parameters
+    that the options have no place for.
 
     Parameters
     ----------
@@ -79,10 +79,6 @@ class Transformer(Network):
         The norm before attention and before the feed-forward layer; by default none.
     activation : {"relu", "gelu", "gelu_tanh", "silu"}
         ``σ``; ``"gelu_tanh"`` approximates the GELU.
-    final_norm : bool
-        Whether a norm ends the network.
-    causal : bool
-        Whether a token attends only to itself and to earlier ones.
     eps : float
         ``ε``, at least 0.
     **vectors : Tensor
@@ -241,19 +237,11 @@ class Transformer(Network):
     ) -> Transformer:
         """Draw a network; those of one seed and different purposes are independent.
 
-        Matrices and biases are uniform on ``±1/√n``, as in `torch.nn.Linear`, with ``n`` the
-        columns of the matrix; attention weights of a plain transformer are normal. Gains are
-        uniform on ½ to 1½ and shifts on ±½: unlike the start of training, they all differ.
-
-        Parameters
-        ----------
-        head_size : int, optional
-            ``d``, by default the width.
-        hidden : int, optional
-            ``F``, by default the width if plain, otherwise twice the width.
-        scale : float, optional
-            Only if plain: the standard deviation of attention weights, by default 1 as in the
-            paper; ``D^{-1/2}`` keeps scores moderate.
+        Matrices and biases are uniform on ``±1/√n``, with ``n`` the columns of the matrix. Gains
+        are uniform on ½ to 1½ and shifts on ±½. If plain, attention weights are normal of deviation
+        ``scale``, 1 by default as in the paper; ``D^{-1/2}`` keeps scores moderate. ``head_size``
+        is ``d``, by default the width; ``hidden`` is ``F``, by default the width if plain,
+        otherwise twice the width.
         """
         settings = _check_settings(residual, norm, activation, final_norm, causal, eps)
         plain = not residual and norm is None
@@ -325,9 +313,9 @@ class Transformer(Network):
 
     @property
     def adapted_kinds(self) -> tuple[str, ...]:
-        """The kinds of weights that the theorem adapts [thm-transformer], [thm-residual].
+        """The kinds of weights that the theorem adapts: all; if plain not ``W_1``, of ``W_2`` the last.
 
-        All; if plain, not ``W_1``, and ``W_2`` only in the last block.
+        Source: [thm-transformer], [thm-residual].
         """
         return tuple(name for name in self.weight_kinds if not (self.is_plain and name == "W_1"))
 
