@@ -123,8 +123,7 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
 def tail_norms(singular_values: Float[Tensor, "*batch k"], rank: int) -> Norms:
     """Distances to the nearest matrix of rank ``r`` from singular values [thm-eckart-young].
 
-    ``σ_{r+1}`` (0 past the end) in the spectral and ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
-    Raises `InputError` for a negative rank.
+    Spectral ``σ_{r+1}``, or 0, and Frobenius ``(Σ_{d>r} σ_d²)^{1/2}``; `InputError` for ``r < 0``.
     """
     tail = singular_values[..., _checks.integer("rank", rank, 0) :]
     return Norms(

@@ -23,7 +23,7 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     A `numpy.random.SeedSequence` of both fills all 624 words of its state; torch itself uses 32
     bits of a seed on processors. The purpose says in words what is drawn, and in numbers which of
     several: ``generator(seed, "inputs", 3)``. Raises `InputError` for a seed that is no integer
-    from 0; it may have any size.
+    from 0.
     """
     made = torch.Generator()
     state = made.get_state()
@@ -37,8 +37,7 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
     """Draw torch's global random numbers from `generator` inside a ``with`` block.
 
-    Afterwards the global state is as before. For code that takes no generator, such as the initial
-    weights of `torch.nn.Linear`.
+    For code that takes no generator, such as `torch.nn.Linear`; the global state is restored.
     """
     state = generator(seed, *purpose).get_state()
     with torch.random.fork_rng(devices=[]):

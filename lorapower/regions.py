@@ -161,8 +161,7 @@ class Ball(Region):
 class Box(Region):
     """All inputs with ``low ≤ x ≤ high`` in every coordinate.
 
-    Sides are one number for all coordinates, or ``[..., width]``. Raises `InputError` for
-    ``low > high`` and for infinite sides.
+    Sides are one number or ``[..., width]``; `InputError` for ``low > high`` and infinite ones.
     """
 
     def __init__(self, low: Any, high: Any) -> None:

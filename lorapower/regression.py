@@ -34,8 +34,8 @@ class Truncation(NamedTuple):
     """The nearest matrix of limited rank, and what it leaves out.
 
     The first ``s`` columns of ``update`` are the nearest matrix of rank ``s``. ``values`` are
-    ``σ_1 ≥ … ≥ σ_r``: direction ``d`` takes ``σ_d²`` off the squared distance, of
-    ``total = Σ_d σ_d²`` over all directions.
+    ``σ_1 ≥ … ≥ σ_r``: direction ``d`` takes ``σ_d²`` off ``total``, the squared distance of rank 0,
+    ``Σ_d σ_d²`` over all directions.
     """
 
     update: LowRank
@@ -54,14 +54,13 @@ def reduced_rank(
     metric: Float[Tensor, "*#batch rows out"] | None = None,
     intercept: bool = True,
 ) -> Regression:
-    """Fit outputs ``y`` by ``K z + a`` with a matrix ``K`` of limited rank.
+    """Fit outputs ``y`` by ``K z + a`` with a matrix ``K`` of limited rank [thm-reduced-rank].
 
     ``K`` and ``a`` minimize ``E‖R(y − K z − a)‖² + λ c ‖R(K − E)‖²_F``, where ``c`` is the mean
     variance of a coordinate of ``z``: ``K = R⁺ U_r U_rᵀ R B`` with the coefficients ``B`` of the
     fit of any rank and the leading left singular vectors ``U_r`` of ``R B C^{1/2}``, ``C`` the
     covariance of ``z``. Without ``intercept``, ``a = 0`` and second moments replace covariances.
-    Raises `InputError` for numbers that are not finite and sizes that do not fit. Source:
-    [thm-reduced-rank].
+    Raises `InputError` for non-finite numbers and sizes that do not fit.
 
     Parameters
     ----------

@@ -1,8 +1,7 @@
 """Errors that tuning above the frozen first layer leaves [lem-final-layers].
 
 Later layers see only ``h(x) = ReLU(W_1 x + b_1)``: the value of an active unit, and that an
-inactive one is not positive. Within these limits inputs move unseen. Without a ReLU every unit
-counts as active.
+inactive one is not positive. Within these limits inputs move unseen. Without ReLUs all are active.
 """
 
 from __future__ import annotations

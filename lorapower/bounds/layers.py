@@ -27,10 +27,9 @@ Inputs = Float[Tensor, "*#batch in samples"] | Float[Tensor, ""] | float
 
 
 def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
-    """``⌈rank(E) / L⌉``, the least rank for all layers at which ``E = W̄ − ∏_l W_l`` is reached.
+    """``⌈rank(E) / L⌉``, ``E = W̄ − ∏_l W_l``: the least rank of exact adapters [cor-threshold].
 
-    Raises `InputError` where a hidden layer is narrower than inputs or outputs. Source:
-    [cor-threshold].
+    Raises `InputError` where a hidden layer is narrower than inputs or outputs.
     """
     return Gap(frozen, target).threshold
 
@@ -47,12 +46,11 @@ def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) 
 def fnn_threshold(
     frozen: FNN, target: FNN, partition: Partition | None = None
 ) -> Int[Tensor, "*batch"]:
-    """``max_i ⌈rank(E_i) / M_i⌉``, the least rank for all layers that makes a partition exact.
+    """``max_i ⌈rank(E_i) / M_i⌉``, the least rank that makes a partition exact [thm-partition].
 
     Block ``P_i`` of ``M_i`` layers is cut to the target layer's rows and columns; the partition is
     uniform by default. The rank is enough where [ass-nonsingular] holds in every block. Raises
-    `InputError` where a block's hidden layer is narrower than its inputs or outputs. Source:
-    [thm-partition].
+    `InputError` where a block's hidden layer is narrower than its inputs or outputs.
     """
     needed = [gap.threshold for gap in blocks(frozen, target, partition)]
     return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
@@ -64,7 +62,7 @@ def fnn_data_threshold(
     inputs: Float[Tensor, "*#batch in samples"],
     partition: Partition | None = None,
 ) -> Int[Tensor, "*batch"]:
-    """``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``, an equal rank that is enough on the inputs.
+    """``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``: a rank that is enough on inputs.
 
     ``C_{i−1}`` is the covariance over the inputs of the target's activations before layer ``i``. It
     is the least rank at which each block alone can reach the target's pre-activations on the
@@ -88,11 +86,10 @@ def fnn_error(
 ) -> Float[Tensor, "*batch"]:
     """``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``, with the target's ``z̄_i``.
 
-    ``z̄_i`` are activations. Ranks are one for all layers or one per layer; the partition is
-    uniform by default. The bound holds on inputs ``[..., in, samples]``, or for inputs with trace
-    ``E‖x‖²`` of the second moment by
-    ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Source: [thm-partition-error];
-    for a target of one layer [thm-one-layer].
+    ``z̄_i`` are activations. Ranks are one for all or one per layer; partitions uniform by default.
+    The bound holds on inputs ``[..., in, samples]``, or for inputs with trace ``E‖x‖²`` of the
+    second moment by ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Source:
+    [thm-partition-error], [thm-one-layer].
     """
     gaps = blocks(frozen, target, partition)
     parts = zip(gaps, _totals(gaps, frozen, ranks), activation_sizes(target, inputs), strict=True)

@@ -68,8 +68,7 @@ def divergence(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, "
 def expected_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
     """``τ_r² + (σ²/n) div_r``, with ``τ_r² = Σ_{d>r} f_d²``: the mean risk up to order ``σ⁴``.
 
-    It is accurate where ``f_r² ≫ (D_out + q) σ²/n`` and later values are well below ``f_r``; not at
-    the edge of the noise. Source: [thm-risk].
+    Accurate where ``f_r² ≫ (D_out + q) σ²/n`` and later values are far below ``f_r`` [thm-risk].
     """
     return _missed(spectrum) + _freedom(spectrum, design)
 
@@ -125,14 +124,13 @@ def paid_rank(
     *,
     noise: float | None = None,
 ) -> PaidRank:
-    """The total rank of adapters with the least estimated risk by `sure`, from data alone.
+    """The total rank of adapters with the least estimated risk by `sure`, from data [thm-risk].
 
     Of ranks whose estimates differ only by rounding the least is taken. Estimates scatter, so
     another rank may have the least risk; no statement bounds the difference. The frozen layers must
     be square and non-singular for adapters to reach it. ``inputs`` are ``X``, whose rank is taken
     in the coarser of both types, and ``outputs`` ``Y``. By default
     ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``, the part that no linear map explains.
-    Source: [thm-risk].
 
     Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
     inputs that are all 0, and for unknown noise with ``n = q``.
@@ -183,8 +181,7 @@ def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) ->
 def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
     """The largest ``err`` with ``kl(êrr ‖ err) ≤ (|h| ln 2 + ln 1/δ)/n``: at most `occam_bound`.
 
-    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``; parameters and validity are as in
-    `occam_bound`. Source: [thm-occam].
+    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``; valid as `occam_bound` is [thm-occam].
     """
     error, cost = _check_code(error, bits, samples, delta)
 

@@ -64,13 +64,12 @@ def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
 
 
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
-    """The least rank on each adapted weight of a segment that makes it exact.
+    """The least rank on adapted weights for exact segments [thm-transformer], [thm-residual].
 
     With ``E`` the difference of the segments it is ``⌈rank(E)/2⌉`` for two weights, both equally,
     more only for heads narrower than the tokens (`pair_ranks`); and ``rank E`` for one, in
     ``inner`` and ``outer``. ``[..., L, H]`` for heads, ``[..., L]`` for blocks, as
-    `constructions.transformer.adapt` takes them. Raises what `Transformer.segments` raises. Source:
-    [thm-transformer], [thm-residual].
+    `constructions.transformer.adapt` takes them. Raises what `Transformer.segments` raises.
     """
     _checks.kind(Transformer, frozen=frozen)
 
@@ -88,8 +87,7 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
 def transformer_threshold(frozen: Transformer, target: Transformer) -> Int[Tensor, "*batch"]:
     """The rank that is enough for all segments, the largest of `transformer_ranks`.
 
-    If plain, ``⌈G/2⌉`` with ``G`` the largest rank of a difference, unless heads are narrower than
-    the tokens.
+    If plain, ``⌈G/2⌉`` with ``G`` the largest rank of a difference, unless heads are narrow.
     """
     return transformer_ranks(frozen, target).largest()
 
@@ -179,7 +177,7 @@ def inner_rank(
     norm: Norm = "layer",
     gains: bool = True,
 ) -> int:
-    """A rank that ``W_1`` of every block needs for exactness, for almost all frozen weights.
+    """A rank that each ``W_1`` needs for exactness, for almost all frozen weights [thm-inner-rank].
 
     The least ``r`` with ``(F − r)(m − r) ≤ F`` for ReLUs, ``≤ 0`` for others, or ``≤ F + D − 1``
     and ``≤ D`` if gains are tuned; ``m = D − 1`` under a LayerNorm, ``D`` under an RMSNorm, with
@@ -188,8 +186,8 @@ def inner_rank(
     equally many hidden units; no two normals in a target's block are parallel. Nothing is proved of
     ``"gelu_tanh"``.
 
-    Raises `InputError` where normalized tokens have fewer than three dimensions. Source:
-    [thm-inner-rank].
+    Raises `InputError` where normalized tokens have fewer than three dimensions. Nothing is proved
+    of ``"gelu_tanh"``.
     """
     width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
     _checks.choice("activation", activation, ("relu", "gelu", "silu"))
@@ -220,18 +218,17 @@ def attention_floor(
     target: Transformer,
     tokens: Float[Tensor, "width samples"],
 ) -> AttentionFloor:
-    """The least mean squared error of far single tokens with frozen feed-forward layers.
+    """The least error of far single tokens with frozen feed-forward layers [prop-floor-attention].
 
     Whatever attention, at any rank, ``b_O`` and ``b_2`` become: as tokens ``c v`` grow, the limit
-    of the error is at least that of the best affine map in place of
+    of the mean squared error is at least that of the best affine map in place of
     ``Δ(n) = Σ_l [M̄LP_l − MLP_l](n)`` on the directions ``n``. This bounds the largest error over
-    sizes of tokens, not the mean at one size. The value comes from a least-squares fit, corrected
-    for its degrees of freedom.
+    sizes of tokens, not the mean at one size. The value of a least-squares fit is corrected for its
+    degrees of freedom.
 
     The networks have equal width, norm and activation, any depth and no final norm. Tokens are
     directions as columns, more than ``m + 1``, which span the space of normalized tokens. Raises
-    `InputError` for networks that do not fit, too few tokens, and constant tokens. Source:
-    [prop-floor-attention].
+    `InputError` for networks that do not fit, too few tokens, and constant ones.
     """
     n = directions(frozen, target, tokens)
     gap = _far(target, n) - _far(frozen, n)

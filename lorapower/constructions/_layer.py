@@ -28,7 +28,7 @@ def fit_layer(
     bias: Sequence[Tensor],
     shrinkages: Mapping[str, float] = SHRINKAGES,
 ) -> tuple[Regression, str]:
-    """The best update of a weight, fitted to the first pair of data, by the second; and its name."""
+    """The best update of a weight, fitted to the first pair of data, by the second; its name."""
     free = bool(bias)
     options: dict[str, Any] = {"towards": W_target - W, "metric": metric, "intercept": free}
     missing = outputs[0] - W @ inputs[0]

@@ -1,7 +1,6 @@
 """Adapters fitted to inputs by closed forms, segment by segment, at any rank.
 
-On given inputs each segment comes as near to the target's as it can, and corrects what the segments
-before it missed.
+Each segment comes as near to the target's as it can, and corrects what those before it missed.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class Split(NamedTuple):
 class Fit:
     """One fitted network: ``adapters`` of the ``fused`` or, if ``direct``, of the frozen network.
 
-    ``chosen`` says how each segment, or all at once, was adapted; ``region`` where adapters of a
-    ReLU network hold when carried back.
+    ``chosen`` says how each segment, or all, was adapted; ``region`` where a ReLU network's hold.
     """
 
     fused: Fused
@@ -149,9 +147,8 @@ def adapt(
     and keep the theorem's adapters where all fits are worse. The other half gives the error.
 
     Raises `InputError` for networks, ranks and partitions that do not fit, for inputs that are too
-    few, of another width, not finite, or in both sets, and, if ``throw``, `PrecisionError` where
-    too many digits are lost. Source: [thm-reduced-rank], [prop-scores]; for carrying back
-    [lem-any-change].
+    few, of another width, not finite, or in both sets; with ``throw``, `PrecisionError` where too
+    many digits are lost. Source: [thm-reduced-rank], [prop-scores], [lem-any-change].
 
     Parameters
     ----------
@@ -164,7 +161,7 @@ def adapt(
         Columns ``[width, samples]`` or, for transformers, sequences ``[samples, width, tokens]``;
         at least two and four. With less than a few times the width, the fit follows noise.
     partition : Partition, optional
-        For ReLU networks; uniform by default.
+        For ReLU networks, as in `fuse`.
     region : Region, optional
         For ReLU networks: where the carried-back fit holds; by default a ball about the mean of all
         inputs but those that test, 1.25 times as large as they need.
@@ -235,8 +232,7 @@ def relative_error(
     """Mean squared difference of outputs over the target's variance, and its 95% interval.
 
     The interval treats each sample, or sequence, as one draw and the variance as fixed. Only the
-    target's coordinates are compared. Raises `InputError` for a target that is constant on the
-    inputs.
+    target's coordinates count. Raises `InputError` for a constant target.
     """
     _checks.kind(Network, network=network, target=target)
     wanted = target(x)

@@ -69,8 +69,7 @@ class FNNAdaptation(Adaptation):
     ) -> Bool[Tensor, "*batch samples"]:
         """Whether inner units are active and surplus outputs of blocks inactive at each input.
 
-        The proof needs this; it holds in the region, and may hold outside. Outputs without a ReLU
-        are free.
+        This holds in the region, as the proof needs, and may hold outside; linear outputs are free.
         """
         _checks.kind(FNN, frozen=frozen)
         x = _checks.real_tensor("x", x, min_dims=2)
@@ -122,8 +121,7 @@ def adapt(
     Parameters
     ----------
     frozen, target : FNN
-        Of one type, both with or both without a ReLU at the end; batch shapes broadcast, also with
-        the region's.
+        Of one type, both or neither with a ReLU at the end; all batch shapes broadcast.
     ranks : Ranks
         One for all layers, cut to each weight's smaller side, or one per layer, at most that side.
     region : Region
@@ -133,8 +131,8 @@ def adapt(
     scalar_biases : bool
         One larger number for all units of an inner layer.
     input_scale : float
-        Root mean square of the coordinates of usual inputs about the centre, for which the loss of
-        digits is stated. Not used with `regions.Samples`.
+        Root mean square of coordinates about the centre for which the loss of digits is stated,
+        unless the region is `regions.Samples`.
     max_digits_lost : float, optional
         Acceptable loss, by default half of the type's digits; ``inf`` accepts any.
     rtol, throw, seed

@@ -47,8 +47,7 @@ class Fused:
     ) -> Adaptation:
         """Give the frozen network the function that adapters give to the fused one.
 
-        Returns and raises what the theorem's construction does. ReLU networks need a region, in
-        which the function is the same.
+        Returns and raises what the construction does. In ReLU networks it holds in the ``region``.
         """
         _checks.kind(Adapters, adapters=adapters)
         reached = adapters.merge(self.network)

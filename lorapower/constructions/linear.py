@@ -79,21 +79,20 @@ def adapt(
     The plain splitting cuts the singular triplets of ``E = W̄ − ∏ W_l`` into slices
     ``U_l S_l V_lᵀ`` of ``R_l``: ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``,
     ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Where partial targets are singular up to a few
-    units of the last place, the splitting of the theorem's proof follows, which succeeds for
-    non-singular layers. Others adapt singular layers first, to rotated triplets. Each member of the
-    batch keeps its splitting of least rounding error.
+    units of the last place, the proof's splitting follows, which succeeds for non-singular layers.
+    Others adapt singular layers first, to rotated triplets. Each member of the batch keeps its
+    splitting of least rounding error.
 
     Raises `InputError` for ranks out of range and networks that do not fit each other, and
     `SingularError`, which names layer and members, where nothing tried meets ``rtol``. Source:
-    [thm-optimal-adaptation], by [lem-splitting] and [lem-any-change]; for the plain splitting
-    [prop-splittings].
+    [thm-optimal-adaptation], [lem-splitting], [lem-any-change], [prop-splittings].
 
     Parameters
     ----------
     frozen, target
         Networks, or what `LinearNetwork.of` takes, such as a matrix for the target, of equal
         inputs, outputs and type; batch shapes broadcast. No frozen hidden layer is narrower than
-        inputs and outputs.
+        these.
     ranks : Ranks
         One for all layers, cut to each weight's smaller side, or one per layer, at most that side.
     plain_only : bool
@@ -308,7 +307,7 @@ def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
 
 
 def _cheapest(adapter: Tensor, passed: Tensor) -> Tensor:
-    """Orthonormal ``X``, first the columns of large ``‖M X‖`` [lem-splitting] and small adapters."""
+    """Orthonormal ``X``, first columns of large ``‖M X‖`` [lem-splitting] and small adapters."""
     _, S, V = lowrank.svd(adapter)
     scaled = V * _invert(S, adapter)[:, None]
     return torch.linalg.qr(scaled @ lowrank.svd(passed @ scaled).V)[0]

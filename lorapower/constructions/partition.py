@@ -44,10 +44,9 @@ def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
 
 
 def least_error(frozen: FNN, target: FNN, ranks: _checks.Ranks, inputs: Inputs) -> OptimalPartition:
-    """Find the partition of the least `bounds.fnn_error` at given ranks and ``inputs``.
+    """Find the partition of the least `bounds.fnn_error` at given ranks [prop-optimal-partition].
 
-    Raises `InputError` for ranks out of range and for a target deeper or wider than the frozen
-    network. Source: [prop-optimal-partition].
+    Raises `InputError` for ranks out of range, and for a target deeper or wider than ``frozen``.
     """
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
     sizes = activation_sizes(target, inputs)

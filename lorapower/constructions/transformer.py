@@ -32,8 +32,7 @@ class TransformerAdaptation(Adaptation):
 
     Adapters are in the order of `Transformer.weights`, of rank 0 for weights that stay. ``success``
     says whether every segment is adapted acceptably: it concerns rounding, narrow heads and query
-    biases, not other ranks that are too low. Where all errors are 0 up to rounding, the networks
-    are equal.
+    biases, not other ranks that are too low. Errors that are 0 up to rounding mean equal networks.
 
     Attributes
     ----------
@@ -61,8 +60,7 @@ class TransformerAdaptation(Adaptation):
     def condition_number(self) -> Float[Tensor, "*batch"]:
         """The largest condition number, times those of the shifts between blocks.
 
-        Errors of outputs, relative to the numbers that they sum, seldom much exceed ``eps`` times
-        this.
+        Errors of outputs, relative to the terms summed, seldom much exceed ``eps`` times this.
         """
         largest = self.condition_numbers.largest()
         if not self.shift_condition_numbers.shape[-1]:
@@ -107,12 +105,10 @@ def adapt(
     ----------
     frozen, target : Transformer
         Of equal settings, sizes and type; batch shapes broadcast. Unless plain, the target may have
-        narrower tokens (`Transformer.fill`). `networks.rewriting` enlarges targets and lowers
-        ranks.
+        narrower tokens (`Transformer.fill`). For others see `networks.rewriting`.
     ranks : int, mapping or Segments
         One for all, cut to each weight's smaller side; one for each kind of weight,
-        `Transformer.adapted_kinds`; or `bounds.transformer_ranks`, of which each kind takes its
-        largest.
+        `Transformer.adapted_kinds`; or `bounds.transformer_ranks`, the largest of each kind.
     rtol : float, optional
         Largest rounding error of a segment, relative to the product of its factors' norms plus the
         target's; by default half of the digits, ``inf`` accepts any.
@@ -328,8 +324,8 @@ def attention_only(
     """Adapters of attention alone, and ``b_O``, of least error far out on single tokens.
 
     ``W_O`` of the first head of the first block becomes, at any rank, the affine map of
-    `bounds.attention_floor` and what attention of both networks adds to far tokens. As tokens grow
-    the error tends to the floor.
+    `bounds.attention_floor` and what attention of both networks adds to far tokens. So the error
+    tends to the floor.
 
     Raises what `bounds.attention_floor` raises, and `InputError` for batches and for heads narrower
     than the tokens. Source: [prop-floor-attention].

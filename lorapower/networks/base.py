@@ -19,8 +19,8 @@ class Network(ABC):
     """A network, or a batch of them: ``weights`` ``[..., out, in]`` and ``biases`` ``[..., out]``.
 
     All have one type and one batch shape; linear networks have no biases. Numbers are copied, and
-    no gradients flow into or through a network. ``sequences`` says whether an input is a sequence
-    of tokens, ``[..., width, tokens]``.
+    no gradients flow into or through a network. ``sequences`` says whether inputs are tokens,
+    ``[..., width, tokens]``.
     """
 
     weights: tuple[Float[Tensor, "*batch _ _"], ...]

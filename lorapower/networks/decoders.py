@@ -38,8 +38,7 @@ def from_decoder(
 
     ``dtype`` converts all numbers, which are float32 or float64; in double precision the rounding
     of single precision counts as rank. Without ``final_norm`` outputs are those of the last block.
-    Raises `InputError` for other modules, for post-norm ones, and for settings that change what a
-    block computes.
+    Raises `InputError` for other modules, for post-norm ones, and for settings that change blocks.
     """
     kind, blocks, final = _parts(module)
     final = final if _checks.flag("final_norm", final_norm) else None
@@ -71,8 +70,8 @@ def to_decoder(network: Transformer, module: M) -> M:
     """A copy of a GPT-2 or OPT whose blocks and final norm compute what the network does.
 
     The module's embeddings, positions, head and type of numbers stay. Biases of keys and values
-    become 0. Raises `InputError` for batches, for a module that `from_decoder` refuses, and for one
-    of other sizes or settings than the network.
+    become 0. Raises `InputError` for batches, and for a module that `from_decoder` refuses or that
+    has other sizes or settings.
     """
     _checks.kind(Transformer, network=network)
     if network.batch_shape:

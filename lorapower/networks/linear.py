@@ -29,8 +29,7 @@ class LinearNetwork(Layers):
 
     Weights ``[..., out, in]``, first layer first, or stacked to ``[..., L, D, D]``, are tensors,
     numpy arrays or nested lists, all float32 or all float64; batch dimensions broadcast. Raises
-    `InputError` for no layers, sizes that do not chain, other or mixed types, and numbers that are
-    not finite.
+    `InputError` for no layers, sizes that do not chain, other types, and non-finite numbers.
     """
 
     def __init__(self, weights: Any) -> None:

@@ -15,7 +15,10 @@ from .linear import LinearNetwork
 
 @dataclass(frozen=True)
 class Partition:
-    """Blocks ``P_i`` of ``M_i = |P_i| ≥ 1`` consecutive layers; ``sizes`` are ``M_i`` [def-partition]."""
+    """Blocks ``P_i`` of ``M_i ≥ 1`` consecutive layers; ``sizes`` are all ``M_i``.
+
+    Source: [def-partition].
+    """
 
     sizes: tuple[int, ...]
 
@@ -109,8 +112,8 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
     """Gaps between the blocks of a partition (uniform by default) and the target's layers.
 
     Raises `InputError` for a target deeper or wider than the frozen network, where only one of the
-    two ends with a ReLU, and for a partition that does not cover the frozen layers or has not one
-    block for each target layer.
+    two ends with a ReLU, and for a partition that does not cover the frozen layers with a block for
+    each target layer.
     """
     pieces = Pieces(frozen, target)
     if target.depth > frozen.depth:

@@ -39,9 +39,8 @@ PARTS: dict[str, tuple[str, ...]] = {
 class BlockTrace(NamedTuple):
     """What a block computes.
 
-    ``patterns``, ``[..., heads, N, N]``, is the softmax, whose columns sum to 1;
-    ``preactivations``, ``[..., hidden, N]``, enter the activation; ``outputs``,
-    ``[..., width, N]``, leave the block.
+    ``patterns`` are the softmax, ``[..., heads, N, N]``, columns summing to 1; ``preactivations``
+    enter the activation, ``[..., hidden, N]``; ``outputs`` leave the block, ``[..., width, N]``.
     """
 
     patterns: Float[Tensor, "*batch heads n n"]
@@ -63,8 +62,8 @@ class Transformer(Network):
     A *plain* transformer has no residual connections, norms, ``b_Q`` or ``b_O``; its output is
     ``W_out Y`` of the last block [def-transformer]. Others return ``Y``, or with ``final_norm`` a
     norm of it. If ``causal``, a token attends only to itself and earlier ones. Raises `InputError`
-    for sizes that do not fit, other or mixed types, entries that are not finite, and parameters
-    that the options have no place for.
+    for sizes that do not fit, other or mixed types, non-finite entries, and parameters that the
+    options exclude.
 
     Parameters
     ----------
@@ -85,8 +84,7 @@ class Transformer(Network):
         ``b_1`` ``[..., L, F]``, ``b_2`` ``[..., L, D]``; unless plain, ``b_Q`` ``[..., L, H, d]``,
         ``b_O`` ``[..., L, D]``; with norms, gains and shifts ``g_1, s_1, g_2, s_2``
         ``[..., L, D]``; with a final norm, ``g_f, s_f`` ``[..., D]``. Gains are 1 by default,
-        others 0. Biases of keys cancel in the softmax; those of values are part of ``b_O`` or
-        ``b_1``.
+        others 0. Keys' biases cancel in the softmax; those of values are in ``b_O`` or ``b_1``.
     """
 
     W_Q: Float[Tensor, "*batch blocks heads query width"]
@@ -241,7 +239,7 @@ class Transformer(Network):
         are uniform on ½ to 1½ and shifts on ±½. If plain, attention weights are normal of deviation
         ``scale``, 1 by default as in the paper; ``D^{-1/2}`` keeps scores moderate. ``head_size``
         is ``d``, by default the width; ``hidden`` is ``F``, by default the width if plain,
-        otherwise twice the width.
+        otherwise twice that.
         """
         settings = _check_settings(residual, norm, activation, final_norm, causal, eps)
         plain = not residual and norm is None
@@ -313,9 +311,9 @@ class Transformer(Network):
 
     @property
     def adapted_kinds(self) -> tuple[str, ...]:
-        """The kinds of weights that the theorem adapts: all; if plain not ``W_1``, of ``W_2`` the last.
+        """The kinds of weights that the theorem adapts [thm-transformer], [thm-residual].
 
-        Source: [thm-transformer], [thm-residual].
+        All; if plain, not ``W_1``, and ``W_2`` only in the last block.
         """
         return tuple(name for name in self.weight_kinds if not (self.is_plain and name == "W_1"))
 
@@ -445,10 +443,9 @@ class Transformer(Network):
         return stacks
 
     def ranks(self, rank: int, part: Part = "all") -> tuple[int, ...]:
-        """One rank for every weight of a part of the blocks, up to its smaller side; 0 for others.
+        """One rank for weights of a part of blocks, up to their smaller sides; 0 for the others.
 
-        In the order of ``weights``, as `training.Tuning` takes them. Raises `InputError` for a
-        negative rank and an unknown part.
+        `training.Tuning` takes them. Raises `InputError` for a negative rank and an unknown part.
         """
         rank = _checks.integer("rank", rank, 0)
         _checks.choice("part", part, tuple(PARTS))
@@ -598,10 +595,9 @@ class Transformer(Network):
         return cut(self, target, throw=throw)
 
     def is_regular(self, target: Transformer) -> Bool[Tensor, "*batch"]:
-        """Whether the weights that the theorem inverts are non-singular in working precision.
+        """Whether the weights that the theorem inverts are numerically non-singular [ass-regular].
 
-        If plain, ``W_1`` and ``W_2`` of this network and the target's ``W_2`` of all blocks but the
-        last [ass-regular]; otherwise none.
+        If plain, ``W_1``, ``W_2`` and the target's ``W_2`` of all blocks but the last; else none.
         """
         parts = [(c <= limit).all(-1) for _, c, limit in inverted(self, target)]
         if not parts:
