@@ -7,7 +7,7 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-# Characters that a message spends on one of its parts, and on one value in it, at most.
+# Most characters of a part of a message, and of a value in it.
 LONGEST = 300
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 60

@@ -1,7 +1,4 @@
-"""Low-rank matrices: truncated SVD, spectra, numerical rank, condition numbers, solves.
-
-Everything broadcasts over leading batch dimensions.
-"""
+"""Low-rank matrices: SVD, spectra, rank, condition numbers, solves, over batches."""
 
 from __future__ import annotations
 

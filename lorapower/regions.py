@@ -57,10 +57,7 @@ class Region(ABC):
 
     @abstractmethod
     def fit(self, width: int, dtype: torch.dtype) -> Self:
-        """This region with inputs of ``width`` coordinates and numbers in ``dtype``.
-
-        Raises `InputError` for a region of another width.
-        """
+        """This region in ``width`` coordinates and ``dtype``; `InputError` for another width."""
 
     def _column(self, width: int) -> Float[Tensor, "*batch width 1"]:
         """The centre in ``width`` coordinates; `InputError` for another number of them."""

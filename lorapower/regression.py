@@ -16,7 +16,7 @@ from . import _checks, lowrank, randomness
 from .errors import InputError
 from .lowrank import SVD, LowRank
 
-# Of an SVD of which only the leading part is found: columns beyond it, and rounds.
+# For a leading part of an SVD: columns beyond it, and rounds.
 _EXTRA, _ROUNDS = 16, 3
 
 

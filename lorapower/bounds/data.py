@@ -53,10 +53,7 @@ def first_order(
 
 
 def variance(outputs: Float[Tensor, "*samples out n"]) -> Float[Tensor, ""]:
-    """The mean over outputs of their variance over samples and tokens, the best constant's error.
-
-    Raises `InputError` for numbers that are not finite.
-    """
+    """Variance over samples and tokens, averaged over outputs; `InputError` if not finite."""
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     return y.movedim(-2, 0).flatten(1).var(-1, correction=0).mean()
 

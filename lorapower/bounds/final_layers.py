@@ -99,7 +99,7 @@ class _Lines:
         """Random of length 1, orthogonal to the active rows; 0 where these leave none."""
         shape = (*self.seen.shape[:-2], self.seen.shape[-1], 1)
         unit = randomness.normal(generator, *shape, device=self.seen.device)
-        # Little may be left of it the first time; the second takes the rounding of that away.
+        # The second time removes the rounding of the first, which may leave little.
         for _ in range(2):
             unseen = unit - self.seen.mT @ (self.seen @ unit)
             unit = unseen / torch.linalg.vector_norm(unseen, dim=-2, keepdim=True)
@@ -107,7 +107,7 @@ class _Lines:
 
     def interval(self, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """The ends of the ``t`` for which ``x + t · direction`` leaves inactive units inactive."""
-        # Rounding may have taken a unit at the limit a little beyond it.
+        # Rounding may have moved a unit slightly beyond the limit.
         before = (self.weight @ x + self.bias).clamp(max=0)
         slope = torch.where(self.active, 0, self.weight @ direction)
         limit = -before / slope

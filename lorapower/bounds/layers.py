@@ -121,10 +121,7 @@ def fnn_error_on(
 
 
 def activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch"]]:
-    """``(E‖z̄_{i−1}‖²)^{1/2}`` before each layer, on inputs as in `fnn_error`, or bounds of it.
-
-    Source: [thm-partition-error].
-    """
+    """``(E‖z̄_{i−1}‖²)^{1/2}`` per layer, or its bound in `fnn_error` [thm-partition-error]."""
     _checks.kind(FNN, target=target)
     given = _checks.real_tensor("inputs", inputs, min_dims=0)
     if given.ndim:

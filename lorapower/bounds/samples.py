@@ -66,7 +66,7 @@ def divergence(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, "
 
 
 def expected_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """``τ_r² + (σ²/n) div_r``, with ``τ_r² = Σ_{d>r} f_d²``: the mean risk up to order ``σ⁴``.
+    """``τ_r² + (σ²/n) div_r``, with ``τ_r² = Σ_{d>r} f_d²``: mean risk up to terms in ``σ⁴``.
 
     Accurate where ``f_r² ≫ (D_out + q) σ²/n`` and later values are far below ``f_r`` [thm-risk].
     """

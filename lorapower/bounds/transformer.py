@@ -14,7 +14,7 @@ from ..networks._segments import Segments, require_alike
 from ..networks.gap import Gap
 from ..networks.transformer import Norm, Transformer
 
-# How many dimensions the sphere of normalized tokens needs, for the statements on ReLUs.
+# Least dimension of normalized tokens for the statements on ReLUs.
 _LEAST = 3
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..lowrank import LowRank
 from ..regression import Regression, reduced_rank
 
-# Of coefficients towards the error matrix, in mean variances of an input, and how a fit is called.
+# Shrinkages towards the error matrix, in mean variances of an input, by the name of the fit.
 SHRINKAGES = {"repair": 0.0, **{f"shrinkage {s}": s for s in (0.01, 0.1, 1.0)}, "inputs": inf}
 
 

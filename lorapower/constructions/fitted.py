@@ -1,7 +1,4 @@
-"""Adapters fitted to inputs by closed forms, segment by segment, at any rank.
-
-Each segment comes as near to the target's as it can, and corrects what those before it missed.
-"""
+"""Adapters fitted to inputs by closed forms, segment by segment, at any rank."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ from .fused import Fused, fuse
 from .linear import Adaptation
 
 Metric = Literal["alike", "outputs", "best"]
-# Part of the identity in an output metric, without which what the inputs never reach is free.
+# Share of the identity in an output metric: errors that inputs never reach must cost something.
 _RIDGE = 1e-3
 # The region of a ReLU network: a ball as large as all inputs, times this.
 _REACH = 1.25
@@ -42,10 +39,7 @@ _NORMAL = 1.96
 
 
 class Split(NamedTuple):
-    """Inputs in three parts: ``fit``, and the halves ``select`` and ``test`` of those held out.
-
-    ``select`` chooses one of several fits; ``test`` gives errors.
-    """
+    """Inputs to ``fit``; of those held out, one half to ``select`` a fit and one to ``test`` it."""
 
     fit: Tensor
     select: Tensor
@@ -161,7 +155,7 @@ def adapt(
         Columns ``[width, samples]`` or, for transformers, sequences ``[samples, width, tokens]``;
         at least two and four. With less than a few times the width, the fit follows noise.
     partition : Partition, optional
-        For ReLU networks, as in `fuse`.
+        For ReLU networks, as in `fused.fuse`.
     region : Region, optional
         For ReLU networks: where the carried-back fit holds; by default a ball about the mean of all
         inputs but those that test, 1.25 times as large as they need.

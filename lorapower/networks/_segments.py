@@ -50,7 +50,7 @@ class Segments(Mapping[str, T]):
     Networks with equal segments and equal ``c`` or vectors are equal.
     """
 
-    #: The weights that are adapted in each kind of segment, the one that acts first before.
+    #: The adapted weights of each kind of segment, in the order in which they act.
     WEIGHTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "query_key": ("W_Q", "W_K"),
         "value_output": ("W_V", "W_O"),
@@ -58,7 +58,7 @@ class Segments(Mapping[str, T]):
         "outer": ("W_2",),
         "output": ("W_2", "W_out"),
     }
-    #: How many dimensions something of each kind has, of blocks and heads.
+    #: How many dimensions, of blocks and heads, each kind of segment has.
     DIMENSIONS: ClassVar[Mapping[str, int]] = {
         "query_key": 2,
         "value_output": 2,

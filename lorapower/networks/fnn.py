@@ -61,10 +61,7 @@ class FNN(Layers):
         purpose: str = "network",
         dtype: torch.dtype = torch.float64,
     ) -> FNN:
-        """Draw square layers as `torch.nn.Linear` does: uniformly on ``±1/√D``.
-
-        Networks of one seed and different purposes are independent.
-        """
+        """Draw square layers uniform on ``±1/√D``, like `torch.nn.Linear`, by seed and purpose."""
         generator = randomness.generator(seed, "ReLU network", purpose)
         weights = random_weights(
             depth, width, batch_shape=batch_shape, generator=generator, dtype=dtype

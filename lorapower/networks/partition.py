@@ -15,10 +15,7 @@ from .linear import LinearNetwork
 
 @dataclass(frozen=True)
 class Partition:
-    """Blocks ``P_i`` of ``M_i ≥ 1`` consecutive layers; ``sizes`` are all ``M_i``.
-
-    Source: [def-partition].
-    """
+    """Consecutive blocks ``P_i`` of ``M_i ≥ 1`` layers, by their ``sizes`` [def-partition]."""
 
     sizes: tuple[int, ...]
 
@@ -71,10 +68,7 @@ class Pieces:
         self._runs: dict[tuple[int, ...], LinearNetwork] = {}
 
     def gap(self, i: int, layers: slice) -> Gap:
-        """Frozen ``layers`` against target layer ``i``, counted from 0.
-
-        Raises `InputError` where the target is wider than the frozen network at an end.
-        """
+        """Frozen ``layers`` against target layer ``i``, from 0; `InputError` if that is wider."""
         outputs, inputs = self.target.weights[i].shape[-2:]
         sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
         for end, needed, layer in sides:

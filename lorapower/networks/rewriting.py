@@ -45,7 +45,7 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
         shift = getattr(target, f"s_{name}") - factor * getattr(like, f"s_{name}")
         for kind in kinds:
             weight = getattr(target, kind)
-            # Of heads there are several in a block.
+            # A block has several heads.
             scale, moved = (
                 part[..., None, :] if kind == "W_1" else part[..., None, None, :]
                 for part in (factor, shift)
@@ -194,7 +194,7 @@ def enlarge(
         if target.norm == "layer":
             normals = normals - normals.mean(-1, keepdim=True)
         size = target.width**0.5 * torch.linalg.vector_norm(normals, dim=-1)
-        # No more than that is read, but for rounding.
+        # Up to rounding, no more than this is read.
         most = size * (1 + 1e-9) + rows @ shift
         parts["b_1"][l, idle] = -most - _SILENT[target.activation]
     return Transformer(**parts, **target.settings)

@@ -93,7 +93,7 @@ class Transformer(Network):
     W_O: Float[Tensor, "*batch blocks heads width value"]
     W_1: Float[Tensor, "*batch blocks hidden width"]
     W_2: Float[Tensor, "*batch blocks width hidden"]
-    # What the options have no place for is None.
+    # Parameters that the options exclude are None.
     W_out: Float[Tensor, "*batch out width"]
     b_Q: Float[Tensor, "*batch blocks heads query"]
     b_O: Float[Tensor, "*batch blocks width"]
@@ -155,7 +155,7 @@ class Transformer(Network):
             residual, norm, activation, final_norm, causal, eps
         ).items():
             object.__setattr__(self, name, value)
-        # What `dataclasses.replace` passes on of a network that does not have it.
+        # `dataclasses.replace` passes on what the network does not have.
         given = {name: value for name, value in others.items() if value is not None}
         for name in given:
             _checks.choice("parameters", name, tuple(self.SHAPES))
@@ -375,7 +375,7 @@ class Transformer(Network):
         words += ["residual"] * (self.residual and self.norm is None)
         return ", ".join(words)
 
-    # Kept in stacks, so that both are read only.
+    # Stored in stacks: both are read only.
     @cached_property
     def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:  # type: ignore[override]
         """All matrices, one by one: by kind, then by block and head."""
@@ -454,7 +454,7 @@ class Transformer(Network):
             min(rank, *w.shape[-2:]) if name.split()[0] in PARTS[part] else 0 for name, w in names
         )
 
-    # What it computes.
+    # Evaluation.
 
     def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch width n"]:
         x = super().as_inputs(x, name)
@@ -578,7 +578,7 @@ class Transformer(Network):
         constant = torch.ones_like(identity[:, :1])
         return torch.linalg.qr(torch.cat([constant, identity[:, :-1]], 1)).Q[:, 1:]
 
-    # What adapters have to do with.
+    # Adaptation.
 
     def segments(self, target: Transformer, *, throw: bool = True) -> Segments[Gap]:
         """The linear maps between non-linearities, against a target's [lem-segments].
