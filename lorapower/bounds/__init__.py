@@ -1,4 +1,7 @@
-"""Rank thresholds and error bounds, each with the statement of the book that proves it."""
+"""Rank thresholds and error bounds, each with the statement of the book that proves it.
+
+All raise `InputError` for networks of another kind than theirs.
+"""
 
 import lazy_loader
 

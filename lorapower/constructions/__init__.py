@@ -1,4 +1,7 @@
-"""For each theorem of the book, the adapters that its proof builds; `adapt` takes every network."""
+"""For each theorem of the book, the adapters that its proof builds; `adapt` takes every network.
+
+The others raise `InputError` for networks of another kind than theirs.
+"""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""One layer fitted to inputs: least squares of a given rank, with or without shrinkage."""
+"""One layer fitted to inputs by least squares of limited rank [thm-reduced-rank]."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ class Split(NamedTuple):
 class Fit:
     """One fitted network: ``adapters`` of the ``fused`` or, if ``direct``, of the frozen network.
 
-    ``chosen`` says how each segment, or all, was adapted; ``region`` where a ReLU network's hold.
+    ``chosen`` says how each segment, or all, was adapted; ``region`` where those of ReLU networks
+    hold.
     """
 
     fused: Fused
@@ -141,8 +142,9 @@ def adapt(
     and keep the theorem's adapters where all fits are worse. The other half gives the error.
 
     Raises `InputError` for networks, ranks and partitions that do not fit, for inputs that are too
-    few, of another width, not finite, or in both sets; with ``throw``, `PrecisionError` where too
-    many digits are lost. Source: [thm-reduced-rank], [prop-scores], [lem-any-change].
+    few, of another width, not finite, or in both sets; with ``throw``, `PrecisionError` or
+    `SingularError` where too many digits are lost. Source: [thm-reduced-rank], [prop-scores],
+    [lem-any-change].
 
     Parameters
     ----------

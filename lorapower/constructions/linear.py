@@ -190,7 +190,7 @@ def close(
 
 
 class _Plan(NamedTuple):
-    """How to split: each layer takes leading, cheapest or random triplets, in an order."""
+    """How to split: layers take leading, cheapest [lem-splitting] or random triplets, in order."""
 
     order: Sequence[int]
     take: Literal["leading", "cheapest", "random"] = "cheapest"

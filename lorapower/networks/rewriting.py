@@ -137,14 +137,14 @@ def enlarge(
     frozen: Transformer,
     places: Sequence[int] | None = None,
 ) -> Transformer:
-    """The target with as many hidden units, heads and blocks as the frozen network, at no rank.
+    """The target with as many hidden units, heads and blocks as the frozen network.
 
-    New hidden units are the frozen ones, switched off by biases, since what they read is bounded.
-    New heads have the frozen patterns and ``W_O W_V = 0``. New blocks are frozen ones with gains,
-    shifts and biases 0: they pass tokens on [prop-sizes]. The target's stand in the frozen
-    ``places``, counted from 1, by default the first. The width stays; narrower tokens need a frozen
-    ``ε`` smaller in proportion. Raises `InputError` for batches, a target larger than the frozen
-    network, heads of another size, and wrong places.
+    New hidden units are the frozen ones, switched off by biases, since what they read is bounded;
+    they need no rank. New heads have the frozen patterns and ``W_O W_V = 0``. New blocks are frozen
+    ones with gains, shifts and biases 0: they pass tokens on, at no rank [prop-sizes]. The target's
+    stand in the frozen ``places``, counted from 1, by default the first. The width stays; narrower
+    tokens need a frozen ``ε`` smaller in proportion. Raises `InputError` for batches, a target
+    larger than the frozen network, heads of another size, and wrong places.
     """
     _checks.kind(Transformer, target=target, frozen=frozen)
     _require_single(target, frozen)

@@ -445,7 +445,7 @@ class Transformer(Network):
     def ranks(self, rank: int, part: Part = "all") -> tuple[int, ...]:
         """One rank for weights of a part of blocks, up to their smaller sides; 0 for the others.
 
-        `training.Tuning` takes them. Raises `InputError` for a negative rank and an unknown part.
+        In the order of ``weights``, as for `training.Tuning`. `InputError` for bad ranks and parts.
         """
         rank = _checks.integer("rank", rank, 0)
         _checks.choice("part", part, tuple(PARTS))
