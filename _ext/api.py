@@ -97,6 +97,7 @@ def _process_signature(
         if each.name != "self"
     ]
     text = stringify_signature(found.replace(parameters=shown), show_return_annotation=False)
+    text = text.replace("<factory>", "...")  # of a dataclass: Sphinx reads no signature with it
     returned = _qualify(found.return_annotation, value.__module__)
     return text, "" if inspect.isclass(value) else returned
 

@@ -110,7 +110,8 @@ def test_page_on_the_package_has_every_public_name(book: Path, docname: str) -> 
 
 
 def test_labels_in_docstrings_lead_to_their_statements(book: Path) -> None:
-    numbered = re.compile(r"(Assumption|Corollary|Definition|Lemma|Proposition|Theorem) \d+\.\d+")
+    kinds = "Assumption|Corollary|Definition|Lemma|Proposition|Remark|Theorem"
+    numbered = re.compile(rf"({kinds}) \d+\.\d+")
     found = {}
     for docname in PACKAGE:
         page = soup(book, docname)

@@ -630,7 +630,8 @@ def failing(batch: list[Setting]) -> list[Found]:
 
 def deadly(batch: list[Any]) -> list[synthetic.Found]:
     """Trainings of which one batch, the first time, kills the process that it runs in."""
-    marker = Path(os.environ["MARKER"])
+    # A worker that was started in place of a killed one knows nothing of the marker.
+    marker = Path(os.environ.get("MARKER", __file__))
     if batch[0].problem.seed == 2 and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
