@@ -638,6 +638,10 @@ def deadly(batch: list[Any]) -> list[synthetic.Found]:
     return synthetic.measure(batch)
 
 
+def forget_other_code() -> None:
+    importlib.reload(_store)
+
+
 def set_environment(environment: dict[str, str]) -> None:
     os.environ.update(environment)
 
@@ -698,7 +702,7 @@ class TestExecutors:
 
         with pytest.raises(InputError, match="one whose workers have this code and these librar"):
             quiet(GRID, other, tmp_path / "runs", executor=client.get_executor())
-        client.restart()
+        client.run(forget_other_code)
         assert sweeps.read(tmp_path / "runs").empty
 
     @pytest.mark.parametrize("executor", ["tcp://127.0.0.1:1", 3])
