@@ -16,8 +16,7 @@ from print_pdf import MATHJAX_IS_DONE, NO_CHROMIUM, OPTIONS
 __all__ = ["OPTIONS", "Reader", "chromium", "reading"]
 
 # Colours of buttons go over into those of the dark when a page's script has found that it is dark.
-STANDS_STILL = """() => Promise.allSettled(
-    document.getAnimations().map((animation) => animation.finished)).then(() => null)"""
+STANDS_STILL = "document.getAnimations().every(({playState}) => playState !== 'running')"
 
 
 def chromium() -> str:
@@ -51,13 +50,13 @@ class Reader:
     def open(self, docname: str, query: str = "") -> None:
         self.page.goto((self.book / f"{docname}.html").as_uri() + query)
         self.page.evaluate(MATHJAX_IS_DONE)
-        self.page.evaluate(STANDS_STILL)
+        self.page.wait_for_function(STANDS_STILL)
 
     def darken(self) -> None:
         """As where the whole screen becomes dark in the evening."""
         self.page.emulate_media(color_scheme="dark")
         self.page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
-        self.page.evaluate(STANDS_STILL)
+        self.page.wait_for_function(STANDS_STILL)
 
 
 @contextmanager
