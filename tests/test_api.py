@@ -38,7 +38,7 @@ def test_public_is_what_all_lists() -> None:
     for package in (bounds, lorapower):
         listed = {n for n in package.__all__ if not inspect.ismodule(getattr(package, n))}
         assert {*api.public(package)} == listed
-    assert "Layers" in api.public(base)
+    assert "Network" in api.public(base)
     assert not {"Tensor", "N", "_checks"} & {*api.public(base)}
 
 

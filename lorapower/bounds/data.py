@@ -12,8 +12,7 @@ from torch.autograd.functional import jvp
 
 from .. import _checks
 from ..networks.base import Network
-from ..networks.fnn import FNN
-from ..networks.linear import LinearNetwork
+from ..networks.layers import FNN, LinearNetwork
 from ..networks.transformer import Transformer
 
 # From what one stage of a network leaves to what the next one leaves.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..errors import InputError
-from ..networks.fnn import FNN
+from ..networks.layers import FNN
 
 
 class Floor(NamedTuple):

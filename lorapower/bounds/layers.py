@@ -17,9 +17,8 @@ from torch import Tensor
 from .. import _checks, lowrank
 from ..errors import InputError
 from ..lowrank import Norms
-from ..networks.fnn import FNN
 from ..networks.gap import Gap
-from ..networks.linear import LinearNetwork
+from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition, blocks, shares
 
 # Samples, or the trace of their second moment.

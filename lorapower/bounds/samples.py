@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
-from ..networks.linear import LinearNetwork
+from ..networks.layers import LinearNetwork
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..bounds.data import variance as variance_of
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
 from ..networks.base import Network
-from ..networks.fnn import FNN, as_network, pad
+from ..networks.layers import FNN, as_network, pad
 from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball, Region

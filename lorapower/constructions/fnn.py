@@ -15,8 +15,7 @@ from .. import _checks
 from ..adapters.core import Adapters
 from ..errors import InputError, PrecisionError, SingularError
 from ..lowrank import LowRank
-from ..networks.fnn import FNN, pad
-from ..networks.linear import product
+from ..networks.layers import FNN, pad, product
 from ..networks.partition import Partition, blocks, shares
 from ..regions import Region
 from . import linear

@@ -15,9 +15,8 @@ from .. import _checks
 from ..adapters.core import Adapters
 from ..errors import InputError
 from ..networks.base import Network
-from ..networks.fnn import FNN
 from ..networks.gap import Gap
-from ..networks.linear import LinearNetwork
+from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition, blocks, shares
 from ..networks.transformer import Transformer
 from ..regions import Region

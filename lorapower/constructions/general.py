@@ -16,9 +16,8 @@ from ..bounds.layers import fnn_error_on
 from ..bounds.transformer import transformer_error, transformer_errors
 from ..errors import InputError
 from ..networks.base import Network
-from ..networks.fnn import FNN, as_network, pad
 from ..networks.gap import Gap
-from ..networks.linear import LinearNetwork
+from ..networks.layers import FNN, LinearNetwork, as_network, pad
 from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Region, Samples

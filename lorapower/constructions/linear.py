@@ -16,7 +16,7 @@ from ..adapters.core import Adapters
 from ..errors import SingularError
 from ..lowrank import SVD, LowRank
 from ..networks.gap import Gap
-from ..networks.linear import LinearNetwork, product
+from ..networks.layers import LinearNetwork, product
 
 
 @dataclass(frozen=True, eq=False, repr=False)

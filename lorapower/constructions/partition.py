@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import _checks
 from ..bounds.layers import Inputs, activation_sizes
 from ..errors import InputError
-from ..networks.fnn import FNN
 from ..networks.gap import Gap
+from ..networks.layers import FNN
 from ..networks.partition import Partition, Pieces
 
 

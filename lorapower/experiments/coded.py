@@ -20,7 +20,7 @@ from .._records import Record, Results
 from ..adapters.coding import decode, encode, quantize
 from ..adapters.core import Adapters
 from ..bounds import samples
-from ..networks.fnn import FNN
+from ..networks.layers import FNN
 from ..training._free import Free
 from ..training.engine import begin
 from ..training.tuning import Fixed, Labelled, Tuning

@@ -26,7 +26,7 @@ from ..bounds.layers import fnn_error_on, fnn_threshold
 from ..bounds.transformer import transformer_threshold
 from ..constructions.fitted import nearest
 from ..constructions.fused import fuse
-from ..networks.fnn import FNN
+from ..networks.layers import FNN
 from ..networks.partition import blocks
 from ..networks.transformer import Transformer
 from ..randomness import generator

@@ -17,7 +17,7 @@ from .._records import Record, Results
 from ..adapters.core import Adapters
 from ..constructions.general import adapt
 from ..errors import InputError, brief
-from ..networks.fnn import FNN
+from ..networks.layers import FNN
 from ..regions import Region
 from ..training.engine import train
 from ..training.tuning import LARGEST, Data, Tuning

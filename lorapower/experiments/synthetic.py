@@ -18,8 +18,7 @@ from ..bounds.data import variance as variance_of
 from ..constructions import fitted
 from ..constructions.fitted import Fitted as FittedAdapters
 from ..lowrank import LowRank
-from ..networks.fnn import FNN
-from ..networks.linear import LinearNetwork
+from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball

@@ -3,12 +3,12 @@ from ._segments import Segments as Segments
 from .base import Network as Network
 from .decoders import from_decoder as from_decoder
 from .decoders import to_decoder as to_decoder
-from .fnn import FNN as FNN
-from .fnn import as_network as as_network
-from .fnn import pad as pad
 from .gap import Gap as Gap
-from .linear import LinearNetwork as LinearNetwork
-from .linear import product as product
+from .layers import FNN as FNN
+from .layers import LinearNetwork as LinearNetwork
+from .layers import as_network as as_network
+from .layers import pad as pad
+from .layers import product as product
 from .partition import Partition as Partition
 from .partition import Pieces as Pieces
 from .partition import blocks as blocks

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
-from .fnn import pad
 from .gap import Gap
-from .linear import LinearNetwork
+from .layers import LinearNetwork, pad
 
 if TYPE_CHECKING:
     from .transformer import Transformer

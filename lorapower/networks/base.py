@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks
 from ..errors import InputError
@@ -117,42 +116,3 @@ class Network(ABC):
             allowed = f"of shape [..., {inputs}, {columns}], columns being {columns}"
             raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}")
         return x
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Layers(Network):
-    """Weights ``W_1, …, W_L`` that chain; subclasses say what is between them."""
-
-    weights: tuple[Float[Tensor, "*batch _ _"], ...]
-
-    @property
-    def depth(self) -> int:
-        """Number of layers ``L``."""
-        return len(self.weights)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Sizes along the network, ``(in, …, out)``: ``L + 1`` of them."""
-        return (self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights))
-
-    @property
-    def sides(self) -> str:
-        """The widths, in the order of the layers."""
-        return "→".join(map(str, self.widths))
-
-    def to_sequential(self) -> nn.Sequential:
-        """A `torch.nn.Sequential` that computes this on rows; raises `InputError` for batches."""
-        if self.batch_shape:
-            given = f"batch shape {tuple(self.batch_shape)}"
-            raise InputError(
-                "network", allowed="a single one", given=given, remedy="pick one member first"
-            )
-        modules: list[nn.Module] = []
-        for l, weight in enumerate(self.weights):
-            out, into = weight.shape
-            layer = nn.Linear(into, out, bias=bool(self.biases), dtype=weight.dtype)
-            layer.weight = nn.Parameter(weight.clone())
-            if self.biases:
-                layer.bias = nn.Parameter(self.biases[l].clone())
-            modules += [layer, nn.ReLU()] if l < self.relus else [layer]
-        return nn.Sequential(*modules)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _checks, lowrank
 from ..errors import InputError, brief
 from ..lowrank import SVD, LowRank
-from .linear import LinearNetwork
+from .layers import LinearNetwork
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,8 @@ from itertools import accumulate, pairwise
 
 from .. import _checks
 from ..errors import InputError
-from .fnn import FNN
 from .gap import Gap
-from .linear import LinearNetwork
+from .layers import FNN, LinearNetwork
 
 
 @dataclass(frozen=True)

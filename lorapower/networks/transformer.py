@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from .. import _checks, lowrank, randomness
 from ..errors import InputError
-from ._layers import uniform
 from ._segments import Segments, cut, fuse, fused_ranks, inverted
 from .base import Network
 from .gap import Gap
@@ -273,8 +272,8 @@ class Transformer(Network):
                 drawn = randomness.uniform(generator, *shape) - 0.5
                 return (drawn + (name[0] == "g")).to(dtype)
             reads = {"b_Q": "width", "b_O": "width", "b_1": "width", "b_2": "hidden"}
-            size = sizes[reads.get(name, sides[-1])]
-            return uniform(*shape, width=size, generator=generator, dtype=dtype)
+            drawn = 2 * randomness.uniform(generator, *shape) - 1
+            return (drawn / sizes[reads.get(name, sides[-1])] ** 0.5).to(dtype)
 
         kinds = _kinds(**settings)
         if plain:

@@ -15,7 +15,7 @@ from ..adapters.core import Adapters, Tuned
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks.base import Network
-from ..networks.fnn import FNN
+from ..networks.layers import FNN
 
 Parts = Sequence[Tensor]
 # Inputs and outputs.

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..networks.base import Network
-from ..networks.fnn import FNN
+from ..networks.layers import FNN
 from ._compiled import BETA_1, BETA_2, EPSILON, State, Structure
 
 

@@ -19,7 +19,7 @@ from ..adapters.core import Adapters, N, Tuned
 from ..constructions import fnn
 from ..errors import InputError, brief
 from ..lowrank import LowRank
-from ..networks.fnn import FNN
+from ..networks.layers import FNN
 from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball

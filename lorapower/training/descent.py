@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from math import inf, prod
 from typing import Any, get_args
 
@@ -17,10 +17,9 @@ from .. import _checks, randomness
 from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..errors import InputError
-from ..networks import linear
 from ..networks.base import Network
 from ..networks.gap import Gap
-from ..networks.linear import LinearNetwork
+from ..networks.layers import LinearNetwork, product
 from ._free import Free, Pair, Parts, labelled, lbfgs, require_fit, require_relu_end
 from .tuning import Loss
 
@@ -113,7 +112,7 @@ def newton(
         require_relu_end(network)
     samples = [_spread(network, name, pair, batch, one_sided) for name, pair in pairs.items()]
     members = []
-    for index in product(*map(range, batch)):
+    for index in itertools.product(*map(range, batch)):
         free = Free.of(
             network[index] if network.batch_shape else network,
             adapters[index] if adapters.batch_shape else adapters,
@@ -175,7 +174,7 @@ def minimize(
             weight.unsqueeze(-3) + A @ B.mT
             for weight, (A, B) in zip(frozen.weights, factors, strict=True)
         ]
-        return (linear.product(adapted) - whole).square().sum((-2, -1))
+        return (product(adapted) - whole).square().sum((-2, -1))
 
     flat = [factor for pair in factors for factor in pair]
     if any(factor.numel() for factor in flat):

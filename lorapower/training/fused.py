@@ -19,7 +19,7 @@ from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
 from ..errors import InputError, brief
 from ..networks.base import Network
-from ..networks.fnn import FNN
+from ..networks.layers import FNN
 from ..networks.partition import Partition
 from ..regions import Ball, Region
 from .descent import descend
