@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from lorapower._subnormal import flushing
+from lorapower import _checks
 from lorapower.networks import FNN, Transformer
 from lorapower.training import Fresh, Tuning, train
 
@@ -120,7 +120,7 @@ def networks(
     return frozen, target, (WIDTH, TOKENS)
 
 
-@flushing()
+@_checks.flushing()
 def plain(model: str, steps: int, scale: float = 1.0) -> None:
     """One run as one writes it down."""
     frozen, target, shape = networks(model, scale)

@@ -16,9 +16,9 @@ def main() -> NoReturn:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    from . import cli
+    from . import _cli
 
-    cli.main()
+    _cli.main()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Checks at the front doors: each returns the usable value or raises `InputError`."""
+"""What front doors do: checks, which return the usable value or raise `InputError`, and `flushing`.
+
+Subnormal numbers are taken as zeros: some processors are slow with them, and sums do not feel them.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import inf, nan
 from numbers import Integral, Real
 from os import PathLike
@@ -263,3 +267,19 @@ def common_shape(
     except RuntimeError as error:
         given = [tuple(shape) for shape in shapes]
         raise InputError(name, allowed=f"of {what} that broadcast", given=given) from error
+
+
+@contextmanager
+def flushing() -> Iterator[None]:
+    """Take subnormal numbers as zeros in this thread and those it starts (but not torch's)."""
+    before = sys.float_info.min / 2 == 0
+    flush()
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def flush() -> None:
+    """Take subnormal numbers as zeros from now on; an initializer for pools."""
+    torch.set_flush_denormal(True)

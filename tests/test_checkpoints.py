@@ -19,7 +19,7 @@ from scipy import stats
 
 from lorapower import InputError, LorapowerError, ResultsError, checkpoints, randomness
 from lorapower import _hub as hub
-from lorapower.adapters import _peft
+from lorapower.adapters import _files
 from lorapower.checkpoints import METHODS, Adapter, Pair, Planner, _measuring, metrics, workflow
 from lorapower.checkpoints import planner as planning
 from lorapower.checkpoints._measuring import lower_limit, outputs, ratio, upper_limit
@@ -366,7 +366,7 @@ def test_written_adapters_have_the_stated_error(
     assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-5, abs=1e-6)
     again = checkpoints.check(base, str(out), tuned, TEXTS)
     assert 0 < again.error < 1
-    config = json.loads((out / _peft.CONFIG).read_text())
+    config = json.loads((out / _files.PEFT_CONFIG).read_text())
     assert config["base_model_name_or_path"] == base
     assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
     # As a stranger would use it.
@@ -386,7 +386,7 @@ def test_written_adapters_have_the_stated_error(
     # A plan knows them before.
     pair, skeleton = plan.planner.pair, plan.planner.pair.skeleton()
     options = workflow._options(pair, skeleton, plan.adapter)
-    estimate = _peft.estimate(skeleton, plan.adapter.ranks, **options)
+    estimate = _files.estimate_peft(skeleton, plan.adapter.ranks, **options)
     assert estimate[0] == numbers
     assert estimate[1] == pytest.approx(size, rel=0.3)
     card = (out / workflow.CARD).read_text()

@@ -13,7 +13,7 @@ from pathlib import Path
 import checkpoint_files as files
 import pytest
 
-from lorapower import cli
+from lorapower import _cli
 
 TEXTS = files.texts(140)
 
@@ -44,7 +44,7 @@ def called(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lorapower", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            _cli.main()
     out, err = capsys.readouterr()
     code = ended.value.code
     assert isinstance(code, int)

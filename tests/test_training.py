@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from lorapower import InputError, randomness
-from lorapower._subnormal import flushing
+from lorapower import InputError, _checks, randomness
 from lorapower.networks import FNN, LinearNetwork, Transformer
 from lorapower.training import Data, Fixed, Fresh, Training, Tuning, train
 from lorapower.training import _compiled as compiled
@@ -748,9 +747,9 @@ def test_subnormal_numbers_are_zeros_in_all_threads_of_training(
 
 
 def test_subnormal_numbers_are_what_the_caller_says_again_afterwards() -> None:
-    @flushing()
+    @_checks.flushing()
     def compute() -> float:
-        with flushing():
+        with _checks.flushing():
             pass
         return math.prod([1e-200, 1e-120])
 
@@ -758,7 +757,7 @@ def test_subnormal_numbers_are_what_the_caller_says_again_afterwards() -> None:
         torch.set_flush_denormal(flush)
         assert compute() == 0
         assert (math.prod([1e-200, 1e-120]) == 0) == flush
-    with pytest.raises(ZeroDivisionError), flushing():
+    with pytest.raises(ZeroDivisionError), _checks.flushing():
         1 / math.prod([1e-200, 1e-120])
     assert math.prod([1e-200, 1e-120]) > 0
 

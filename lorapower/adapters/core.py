@@ -15,7 +15,7 @@ from .. import _checks
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from ..networks.base import Network
-from . import _files, _peft
+from . import _files
 
 N = TypeVar("N", bound=Network)
 
@@ -221,4 +221,4 @@ class Adapters:
                 given=f"batch shape {tuple(self.batch_shape)}",
                 remedy="pick one first, adapters[i]",
             )
-        _peft.write(_checks.path("folder", folder), module, self.updates, self.bias_updates)
+        _files.write_peft(_checks.path("folder", folder), module, self.updates, self.bias_updates)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import _checks
-from .._subnormal import flushing
 from ..errors import InputError, brief
 from ..lowrank import LowRank
 from . import _repair, metrics
@@ -350,7 +349,7 @@ class Planner:
         return self._folder / f"{kind}-{name}.safetensors"
 
 
-@flushing()
+@_checks.flushing()
 def compare(
     planner: Planner,
     parameters: Sequence[int],

@@ -20,8 +20,7 @@ import torch
 
 from .. import _checks
 from .. import _hub as hub
-from .._subnormal import flushing
-from ..adapters import _peft
+from ..adapters import _files
 from ..errors import InputError, LorapowerError, ResultsError
 from ._measuring import (
     TOKENS,
@@ -156,7 +155,7 @@ class Plan:
         )
 
 
-@flushing()
+@_checks.flushing()
 def plan(
     base: str,
     tuned: str,
@@ -240,7 +239,7 @@ def _finish(plan: Plan, start: float) -> Plan:
     """A plan with an estimate of its file's contents, and the seconds since the start."""
     pair, adapter = plan.planner.pair, plan.adapter
     network = pair.skeleton()
-    carried, size = _peft.estimate(network, adapter.ranks, **_options(pair, network, adapter))
+    carried, size = _files.estimate_peft(network, adapter.ranks, **_options(pair, network, adapter))
     return replace(plan, carried=carried, size=size, seconds=time.perf_counter() - start)
 
 
@@ -270,7 +269,7 @@ def _search(
     return method, raw, raw, measured, looks
 
 
-@flushing()
+@_checks.flushing()
 def extract(
     base: str,
     tuned: str,
@@ -308,14 +307,14 @@ def extract(
                 f"the adapter read back has error {again.error:.6g}, not the {stated:.6g} that was "
                 "measured: nothing was written; please report this with the names of both models"
             )
-        carried, size = _peft.size(partial)
+        carried, size = _files.measure_peft(partial)
         seconds = time.perf_counter() - start
         result = replace(result, carried=carried, size=size, seconds=seconds)
         _describe(partial, result.report() | {"reloaded_error": again.error})
     return result
 
 
-@flushing()
+@_checks.flushing()
 def check(
     base: str,
     adapter: str,
@@ -368,7 +367,7 @@ def _claim(out: Path | str, force: bool) -> Path:
             remedy="name another, or replace it with --force (force=True)",
         )
     replaceable = folder.is_dir() and (
-        (folder / _peft.CONFIG).is_file() or not any(folder.iterdir())
+        (folder / _files.PEFT_CONFIG).is_file() or not any(folder.iterdir())
     )
     if folder.exists() and not replaceable:
         allowed = "a new folder, or one with an adapter to replace"
@@ -404,7 +403,7 @@ def _write(folder: Path) -> Iterator[Path]:
 
 
 def _options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
-    """What `_peft.wrap` is to keep beside the factors, without what is in ``leave``."""
+    """What `_files.save_peft` is to keep beside the factors, without what is in ``leave``."""
     words = network.get_input_embeddings()
     whole: dict[str, None] = {}
     rows: dict[str, list[int]] = {}
@@ -439,14 +438,14 @@ def _save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
     pair.fill(network, "adapted", updates=dict(biases))
     options = _options(pair, network, adapter)
     with hub.quiet():
-        _peft.save(folder, network, adapter.factors, base=_name(pair.base.source), **options)
+        _files.save_peft(folder, network, adapter.factors, base=_name(pair.base.source), **options)
 
 
 def _load(folder: Path | str, pair: Pair) -> Any:
     """A network with the base's weights and an adapter read by peft; NaN for a head in neither."""
     from peft import PeftModel
 
-    if not (_checks.path("adapter", folder) / _peft.CONFIG).is_file():
+    if not (_checks.path("adapter", folder) / _files.PEFT_CONFIG).is_file():
         raise InputError("adapter", allowed="a folder with an adapter of peft", given=str(folder))
     network = pair.network()
     nothing = {

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks
-from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..bounds.data import first_order
 from ..bounds.data import variance as variance_of
@@ -119,7 +118,7 @@ class Fitted(Adaptation):
 
 
 @torch.no_grad()
-@flushing()
+@_checks.flushing()
 def adapt(
     frozen: Any,
     target: Any,

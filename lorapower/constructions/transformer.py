@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import _checks, lowrank
-from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..bounds.transformer import attention_floor, directions
 from ..errors import InputError
@@ -70,7 +69,7 @@ class TransformerAdaptation(Adaptation):
 
 
 @torch.no_grad()
-@flushing()
+@_checks.flushing()
 def adapt(
     frozen: Transformer,
     target: Transformer,

@@ -27,7 +27,7 @@ PACKAGE = ROOT.name
 # They start runs and keep results, which they do not change.
 KEEPERS = {"experiments/_store.py", "experiments/sweeps.py"}
 # Runs of the package import none of these.
-APART = ("book/", "checkpoints/", "cli.py")
+APART = ("book/", "checkpoints/", "_cli.py")
 # All that runs of text encoders import; they take long.
 ENCODERS = (
     *("__init__.py", "_checks.py", "_hub.py", "_records.py", "errors.py", "randomness.py"),

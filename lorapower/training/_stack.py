@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _checks, randomness
-from .._subnormal import flush
 from ..adapters.core import Adapters, N, Tuned
 from ..constructions import fnn
 from ..errors import InputError, brief
@@ -368,7 +367,7 @@ class Batches:
 
     def blocks(self, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """First step, inputs and labels of each block, made while the block before is in use."""
-        with ThreadPoolExecutor(1, initializer=flush) as ahead:
+        with ThreadPoolExecutor(1, initializer=_checks.flush) as ahead:
             coming = ahead.submit(self._block, 0)
             for index, start in enumerate(range(0, steps, Data.BLOCK)):
                 x, y = coming.result()

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, randomness
-from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..errors import InputError
 from ..networks.base import Network
@@ -33,7 +32,7 @@ CHUNK_OF_DERIVATIVES, DAMPING, LARGEST_DAMPING = 2**22, 1e-3, 1e12
 
 
 @torch.no_grad()
-@flushing()
+@_checks.flushing()
 def descend(
     network: Network, adapters: Adapters, training: Pair, validation: Pair, iterations: int = 300
 ) -> Adapters:
@@ -72,7 +71,7 @@ class Newton:
 
 
 @torch.no_grad()
-@flushing()
+@_checks.flushing()
 def newton(
     network: Network,
     adapters: Adapters,
@@ -140,7 +139,7 @@ def newton(
     return Newton(tuned, errors[..., 0], errors[..., 1])
 
 
-@flushing()
+@_checks.flushing()
 def minimize(
     frozen: LinearNetwork,
     target: LinearNetwork,

@@ -14,7 +14,6 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from .. import _checks, lowrank
-from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..errors import InputError, brief
 from ..lowrank import LowRank
@@ -88,7 +87,7 @@ class Flow(NamedTuple):
 
 
 @torch.no_grad()
-@flushing()
+@_checks.flushing()
 def flow(
     network: Network,
     adapters: Adapters,

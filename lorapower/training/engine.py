@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._subnormal import flush, flushing
 from ..adapters.core import Adapters, N
 from ..errors import InputError, brief
 from ..networks.base import Network
@@ -30,7 +29,7 @@ _FIRST = Lock()
 
 
 @torch.no_grad()
-@flushing()
+@_checks.flushing()
 def train(
     frozen: N,
     tunings: Sequence[Tuning],
@@ -93,7 +92,7 @@ def train(
 
 
 @torch.no_grad()
-@flushing()
+@_checks.flushing()
 def begin(
     frozen: Network,
     tunings: Sequence[Tuning],
@@ -185,7 +184,7 @@ def _run_compiled(
             structure, state, part, x, y, samples, x_others, y_others, others, start, every, work
         )
 
-    with ThreadPoolExecutor(threads, initializer=flush) as pool:
+    with ThreadPoolExecutor(threads, initializer=_checks.flush) as pool:
         for start, *block in batches.blocks(steps):
             x, y = (_compiled.tiles(part, structure) for part in block)
             if start == 0:

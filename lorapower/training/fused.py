@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, randomness
-from .._subnormal import flushing
 from ..adapters.core import Adapters
 from ..constructions.fitted import Fit, Fitted, split
 from ..constructions.fused import Fused, fuse
@@ -63,7 +62,7 @@ class FusedTraining:
 
 
 @torch.no_grad()
-@flushing()
+@_checks.flushing()
 def train_fused(
     frozen: Network,
     ranks: Any,
@@ -144,7 +143,7 @@ def train_fused(
 
 
 @torch.no_grad()
-@flushing()
+@_checks.flushing()
 def polish(
     fitted: Fitted,
     inputs: Tensor,

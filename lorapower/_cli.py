@@ -129,12 +129,12 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Measure anybody's adapter against the tuned model, on texts that no plan has used."""
-    from .adapters import _peft
+    from .adapters import _files
     from .checkpoints import workflow
     from .checkpoints._measuring import without_nan
 
     measured = _call(workflow.check, context.params)
-    carried, size = _peft.size(Path(adapter))
+    carried, size = _files.measure_peft(Path(adapter))
     if as_json:
         numbers = measured._asdict() | {"carried": carried, "adapter_bytes": size}
         _print(without_nan(numbers))
