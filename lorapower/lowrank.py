@@ -67,13 +67,6 @@ class SVD(NamedTuple):
     V: Float[Tensor, "*batch in k"]
 
 
-class Norms(NamedTuple):
-    """Spectral and Frobenius norm of a matrix."""
-
-    spectral: Float[Tensor, "*batch"]
-    frobenius: Float[Tensor, "*batch"]
-
-
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
     """Decompose a matrix of finite numbers; ``k = min(out, in)``."""
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
@@ -115,17 +108,6 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     rank = _checks.integer("rank", rank, 0, min(matrix.shape[-2:]), limit="the smaller side")
     U, S, V = svd(matrix)
     return LowRank(U[..., :rank] * S[..., None, :rank], V[..., :rank])
-
-
-def tail_norms(singular_values: Float[Tensor, "*batch k"], rank: int) -> Norms:
-    """Distances to the nearest matrix of rank ``r`` from singular values [thm-eckart-young].
-
-    Spectral ``σ_{r+1}``, or 0, and Frobenius ``(Σ_{d>r} σ_d²)^{1/2}``; `InputError` for ``r < 0``.
-    """
-    tail = singular_values[..., _checks.integer("rank", rank, 0) :]
-    return Norms(
-        torch.nn.functional.pad(tail, (0, 1))[..., 0], torch.linalg.vector_norm(tail, dim=-1)
-    )
 
 
 def rank(

@@ -30,13 +30,8 @@ class Regression(NamedTuple):
     intercept: Float[Tensor, "*batch out"]
 
 
-class Truncation(NamedTuple):
-    """The nearest matrix of limited rank, and what it leaves out.
-
-    The first ``s`` columns of ``update`` are the nearest matrix of rank ``s``. ``values`` are
-    ``σ_1 ≥ … ≥ σ_r``: direction ``d`` takes ``σ_d²`` off ``total``, the squared distance of rank 0,
-    ``Σ_d σ_d²`` over all directions.
-    """
+class _Truncation(NamedTuple):
+    """The nearest matrix of limited rank, and what it leaves out; see `truncate`."""
 
     update: LowRank
     values: Float[Tensor, "*batch r"]
@@ -134,7 +129,7 @@ def truncate(
     inputs: Float[Tensor, "*#batch in samples"] | None = None,
     metric: Float[Tensor, "*#batch rows out"] | None = None,
     approximate: bool = False,
-) -> Truncation:
+) -> _Truncation:
     """Find the matrix of rank at most ``r`` that is nearest in metrics of inputs and outputs.
 
     ``K = R⁺ U_r U_rᵀ R M`` minimizes ``‖R (M − K) Z‖_F``; ``U_r`` and ``σ`` are the leading left
@@ -144,6 +139,15 @@ def truncate(
     (see `second_moment_root`), both by default identities. For a matrix large against the rank
     ``approximate`` finds only the leading subspace, by rounds of multiplication (Halko, Martinsson
     and Tropp, 2011), in time proportional to its entries. Source: [prop-two-metrics].
+
+    Returns
+    -------
+    update : LowRank
+        ``K``; its first ``s`` columns are the nearest matrix of rank ``s``.
+    values : Tensor
+        ``σ_1 ≥ … ≥ σ_r``, ``[..., r]``: direction ``d`` takes ``σ_d²`` off ``total``.
+    total : Tensor
+        ``Σ_d σ_d²`` over all directions, the squared distance of rank 0.
     """
     M = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(M.shape[-2:]), limit="the smaller side")
@@ -157,7 +161,7 @@ def truncate(
     U, values = U[..., :rank], values[..., :rank]
     left = U if metric is None else _apply_inverse(metric, U)
     update = LowRank(left, weighted.mT @ U)
-    return Truncation(update, values, product.square().sum((-2, -1)))
+    return _Truncation(update, values, product.square().sum((-2, -1)))
 
 
 def _leading(matrix: Tensor, size: int) -> SVD:

@@ -9,6 +9,7 @@ error. Block ``P_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈P_i} W_l``,
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
-from ..lowrank import Norms
 from ..networks.gap import Gap
 from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition, blocks, shares
@@ -33,13 +33,21 @@ def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor
     return Gap(frozen, target).threshold
 
 
-def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) -> Norms:
-    """Least spectral and Frobenius error of adapters of total rank ``r = Σ_l R_l``.
+class _Norms(NamedTuple):
+    """Spectral and Frobenius norm of a matrix."""
+
+    spectral: Float[Tensor, "*batch"]
+    frobenius: Float[Tensor, "*batch"]
+
+
+def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) -> _Norms:
+    """Least ``spectral`` and ``frobenius`` error of adapters of total rank ``r = Σ_l R_l``.
 
     They are ``σ_{r+1}(E)`` and ``(Σ_{d>r} σ_d(E)²)^{1/2}``; as lower bounds they need no
     assumption. Source: [thm-optimal-adaptation].
     """
-    return lowrank.tail_norms(Gap(frozen, target).spectrum, total_rank)
+    gap = Gap(frozen, target)
+    return _Norms(gap.error(total_rank), gap.error(total_rank, "fro"))
 
 
 def fnn_threshold(

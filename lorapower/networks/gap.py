@@ -107,8 +107,10 @@ class Gap:
         """
         if not isinstance(ord, int | str) or ord not in (2, "fro"):
             raise InputError("ord", allowed="2 or 'fro'", given=brief(ord))
-        norms = lowrank.tail_norms(self.spectrum, rank)
-        return norms.frobenius if ord == "fro" else norms.spectral
+        tail = self.spectrum[..., _checks.integer("rank", rank, 0) :]
+        if ord == "fro":
+            return torch.linalg.vector_norm(tail, dim=-1)
+        return torch.nn.functional.pad(tail, (0, 1))[..., 0]
 
     def best(self, rank: int) -> LowRank:
         """``LR_r(E)`` as ``A = U Σ, B = V``, of no more columns than ``E`` has singular values."""
