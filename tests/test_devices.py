@@ -244,7 +244,7 @@ def test_experiments_name_their_devices(problem: dict[str, Any]) -> None:
 def test_digits_name_their_devices() -> None:
     with NamedDevices():
         for model in digits.MODELS:
-            digits.task(model, 12.5, 3)
+            digits._task(model, 12.5, 3)
 
 
 @pytest.mark.parametrize("kind", [LinearNetwork, FNN, Transformer])

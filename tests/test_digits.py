@@ -103,7 +103,7 @@ def test_turning_is_exact_at_right_angles_and_goes_back() -> None:
 
 @each_model
 def test_tasks_split_the_same_images(model: str) -> None:
-    upright, turned = (digits.task(model, angle, 3) for angle in (0.0, 90.0))
+    upright, turned = (digits._task(model, angle, 3) for angle in (0.0, 90.0))
     assert [len(y) for _, y in upright] == [*SIZES.values()]
     pictures, classes = digits.images()
     seen = []
@@ -121,12 +121,12 @@ def test_tasks_split_the_same_images(model: str) -> None:
     order = torch.cdist(rows, pictures.flatten(1)).argmin(1)
     assert sorted(order.tolist()) == list(range(1797))
     assert torch.equal(classes[order], torch.cat([y for _, y in upright]))
-    assert not torch.equal(upright.test[0], digits.task(model, 0.0, 4).test[0])
+    assert not torch.equal(upright.test[0], digits._task(model, 0.0, 4).test[0])
 
 
 def test_votes_of_transformers_are_sums_over_tokens() -> None:
-    network = digits.draw("transformer", 1, 0)
-    x = digits.task("transformer", 0.0, 0).test[0][:5]
+    network = digits._drawn("transformer", 1, 0, "random")
+    x = digits._task("transformer", 0.0, 0).test[0][:5]
     wanted = torch.stack([network(one).sum(-1) for one in x], dim=1)
     torch.testing.assert_close(digits._votes(network, x), wanted)
 
@@ -135,12 +135,12 @@ def test_votes_of_transformers_are_sums_over_tokens() -> None:
 def test_trained_networks_read_their_digits(model: str) -> None:
     depth = digits.DEPTHS[model]
     frozen, target = digits._pretrained(model, depth, 0), digits._target(model, 90.0, 0)
-    random = digits.draw(model, depth, 0)
+    random = digits._drawn(model, depth, 0, "random")
     # Equal shapes, as adapters need.
     for one, other in zip(frozen.weights, target.weights, strict=True):
         assert one.shape == other.shape
     for network, angle in ((frozen, 0.0), (target, 90.0)):
-        own, others = (digits.task(model, a, 0).test for a in (angle, 90.0 - angle))
+        own, others = (digits._task(model, a, 0).test for a in (angle, 90.0 - angle))
         assert digits.accuracy(network, own) > 0.7
         if network is frozen:
             assert digits.accuracy(network, others) < 0.4
@@ -149,9 +149,9 @@ def test_trained_networks_read_their_digits(model: str) -> None:
 
 
 def test_no_vote_of_a_relu_network_is_cut_off_at_the_start() -> None:
-    network = digits.draw("fnn", 4, 0)
+    network = digits._drawn("fnn", 4, 0, "random")
     assert network.weights[-1].shape == (CLASSES, 64)
-    x = digits.task("fnn", 90.0, 0).training[0]
+    x = digits._task("fnn", 90.0, 0).training[0]
     assert (digits._votes(network, x) > LIFT / 2).all()
 
 

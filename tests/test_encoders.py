@@ -252,7 +252,7 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
 )
 def test_sources_without_the_task_are_refused(task: str, source: str) -> None:
     with pytest.raises(InputError, match=r"^(task|source) must be "):
-        texts.check(task, source)
+        texts._check(task, source)
     with pytest.raises(InputError, match="part must be one of train, validation, test"):
         texts.read("rte", "hub", "dev")
 

@@ -142,7 +142,7 @@ def test_every_pair_of_streams_is_uncorrelated(drawn: Counter[tuple[Any, ...]]) 
         synthetic.measure([setting])
     network = networks.FNN.random(2, 4)
     train(network, [Tuning(1)], Fresh(network, (4,), samples=8), steps=60)
-    digits.task("fnn", 0.0, 0)
+    digits._task("fnn", 0.0, 0)
     names = sorted({stream[1:] for stream in drawn}, key=repr)
     assert len(names) >= 15
     size, rows = 512, []

@@ -312,7 +312,7 @@ def test_codes_on_digits() -> None:
     assert (table.kl <= table.occam + 1e-9).all()
     assert (table.kl >= table.training_error).all()
     frozen = problem.frozen()
-    found = coded.fit(problem, Coded(ranks=1), frozen, split.training)
+    found = coded._fit(problem, Coded(ranks=1), frozen, split.training)
     code = encode(found, 2)
     assert table.length[1] == code.length
     network = decode(code.data, frozen).merge(frozen)

@@ -37,7 +37,7 @@ from pydantic import Field
 
 from lorapower._records import Record, Results
 from lorapower.errors import InputError, LorapowerError, PrecisionError, ResultsError
-from lorapower.experiments import _store, encoders, residual, sweeps, synthetic
+from lorapower.experiments import encoders, residual, sweeps, synthetic
 from lorapower.experiments.sweeps import grid
 
 
@@ -251,7 +251,7 @@ class TestTable:
             path = Path(folder, "runs")
             table = quiet(wanted, given_results, path, size=size)
             same(quiet(wanted, given_results, path), table)
-            rows = _store.newest(path)
+            rows = sweeps._newest(path)
         # Zero's sign, each bit of a float, and the types of all count.
         kept = {row.setting: sweeps._flat(row.setting) | sweeps._flat(row.results) for row in rows}
         assert {key: repr(kept[key]) for key in cells} == {k: repr(v) for k, v in cells.items()}
@@ -551,7 +551,7 @@ class TestProvenance:
         monkeypatch.setitem(sys.modules, "study", None)  # as it was, in the end
         started = "\nif __name__ == '__main__':\n    print(work)\n"
         one, same_but_for_its_start, other = [
-            _store.code(self.study(tmp_path, f"def work(batch):\n    return {value}\n{start}"))
+            sweeps._code(self.study(tmp_path, f"def work(batch):\n    return {value}\n{start}"))
             for value, start in ((1, ""), (1, started), (2, started))
         ]
         assert one == same_but_for_its_start != other
@@ -569,46 +569,39 @@ class TestProvenance:
         assert sweeps.read(tmp_path / "runs").loss.tolist() == [-1.0, 1.0, 2.0]
 
     def test_covers_the_package_up_to_the_experiments(self) -> None:
-        ours, notebooks = _store.code(synthetic.measure), _store.code(work)
+        ours, notebooks = sweeps._code(synthetic.measure), sweeps._code(work)
         assert {"__init__.py", "training/_compiled.py", "lowrank.py"} < {*ours.files}
         assert "experiments/synthetic.py" in ours.files
         for absent in ("book/figures/_style.py", "checkpoints/pair.py", "experiments/sweeps.py"):
             assert absent not in ours.files
         assert {*notebooks.files} > {*ours.files, "checkpoints/pair.py"}
         assert "experiments/sweeps.py" not in notebooks.files
-        assert ours.own != _store.code(residual.measure).own
+        assert ours.own != sweeps._code(residual.measure).own
 
     def test_encoders_are_as_old_as_the_modules_that_they_load(self) -> None:
         """Their trainings take hours: the list is explicit, and what they load, no more."""
         package = dependencies.Package(ROOT)
         loaded = package.reach(["lorapower.experiments.encoders"])
-        files = {package.paths[name].relative_to(_store.ROOT).as_posix() for name in loaded}
-        assert files == {*_store.code(encoders.measure).files}
+        files = {package.paths[name].relative_to(sweeps._ROOT).as_posix() for name in loaded}
+        assert files == {*sweeps._code(encoders.measure).files}
         assert len(files) <= 15
 
-    def test_changes_with_a_module_and_not_with_its_docstrings(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        code = _store.code(encoders.measure)
+    def test_changes_with_a_module_and_not_with_its_docstrings(self, tmp_path: Path) -> None:
+        code = sweeps._code(encoders.measure)
         folders = {}
         for name in ("same", "comment", "code"):
             folders[name] = tmp_path / name
             for file in code.files:
                 copy = folders[name] / file
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_text((_store.ROOT / file).read_text())
+                copy.write_text((sweeps._ROOT / file).read_text())
         changed = folders["comment"] / "randomness.py"
         text = changed.read_text()
         text = "# A comment.\n" + text.replace('"""', '"""Other words. ', 1)
-        changed.write_text(text.replace("):\n    ", '):\n    """More."""\n    # Words.\n    '))
+        changed.write_text(text.replace(':\n    """', ':\n    # Words.\n    """More. '))
         changed = folders["code"] / "randomness.py"
         changed.write_text(changed.read_text() + "\nONE_MORE = 1\n")
-        found = {}
-        for name, folder in folders.items():
-            monkeypatch.setattr(_store, "ROOT", folder)
-            _store._package.cache_clear()
-            found[name] = _store.origin(code).fingerprint
-        _store._package.cache_clear()
+        found = {name: sweeps._origin(code, folder) for name, folder in folders.items()}
         assert found["same"] == found["comment"] != found["code"]
 
     def test_tells_functions_without_a_file_apart(self) -> None:
@@ -616,7 +609,7 @@ class TestProvenance:
         for value, default in ((1, 0), (2, 0), (1, 1), (1, 0)):
             names: dict[str, Any] = {"__name__": "nowhere"}
             exec(f"def f(batch, other={default}): return [{value} for _ in batch]", names)
-            made.append(_store.code(names["f"]))
+            made.append(sweeps._code(names["f"]))
         assert made[0] == made[3]
         assert len({*made}) == 3
         assert "checkpoints/pair.py" in made[0].files
@@ -638,8 +631,12 @@ def deadly(batch: list[Any]) -> list[synthetic.Found]:
     return synthetic.measure(batch)
 
 
-def forget_other_code() -> None:
-    importlib.reload(_store)
+class Elsewhere(ThreadPoolExecutor):
+    """Runs batches where the code is another."""
+
+    def submit(self, run: Any, /, *arguments: Any, **options: Any) -> Any:
+        work, code, batch = arguments
+        return super().submit(run, work, code._replace(own="other"), batch)
 
 
 def set_environment(environment: dict[str, str]) -> None:
@@ -695,14 +692,12 @@ class TestExecutors:
                 quiet(GRID, failing, tmp_path / "runs", size=2, executor=client.get_executor())
             assert caught.value.given == 4
 
-    def test_workers_of_other_code(self, client: Client, tmp_path: Path) -> None:
-        def other(batch: list[Setting]) -> list[Found]:
-            _store._package = lambda files: "other"  # type: ignore[assignment]
-            return work(batch)
-
-        with pytest.raises(InputError, match="one whose workers have this code and these librar"):
-            quiet(GRID, other, tmp_path / "runs", executor=client.get_executor())
-        client.run(forget_other_code)
+    def test_workers_of_other_code(self, tmp_path: Path) -> None:
+        with (
+            Elsewhere() as executor,
+            pytest.raises(InputError, match="one whose workers have this code and these librar"),
+        ):
+            quiet(GRID, work, tmp_path / "runs", executor=executor)
         assert sweeps.read(tmp_path / "runs").empty
 
     @pytest.mark.parametrize("executor", ["tcp://127.0.0.1:1", 3])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .. import randomness
-from .._records import Record, Results
+from .._records import Record, Results, one_problem
 from ..adapters.coding import decode, encode, quantize
 from ..adapters.core import Adapters
 from ..bounds import samples
@@ -24,7 +24,7 @@ from ..networks.layers import FNN
 from ..training._free import Free
 from ..training.engine import begin
 from ..training.tuning import Fixed, Labelled, Tuning
-from . import digits, study
+from . import digits
 from .digits import CLASSES
 
 SIZES = {"training": 1000, "pretraining": 400, "test": 397}
@@ -96,11 +96,11 @@ class Found(Results):
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """What each setting of one problem reaches; raises `InputError` for several problems."""
-    problem: Problem = study.one_problem(settings)
+    problem: Problem = one_problem(settings)
     frozen, split = problem.frozen(), problem.split()
     found = []
     for method in (setting.method for setting in settings):
-        code = encode(fit(problem, method, frozen, split.training), method.bits)
+        code = encode(_fit(problem, method, frozen, split.training), method.bits)
         # What counts is what can be read from the code.
         network = decode(code.data, frozen).merge(frozen)
         known, new = (
@@ -112,7 +112,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     return found
 
 
-def fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Adapters:
+def _fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Adapters:
     """Adapters by Adam on rounded numbers, whose gradients it applies to the numbers themselves.
 
     Of the adapters met, those are returned that read the images best when rounded.
@@ -149,10 +149,10 @@ def _rounded(part: Tensor, bits: int) -> Tensor:
 
 @functools.cache
 def _freeze(start: str, seed: int) -> FNN:
-    drawn: Any = digits.draw("fnn", DEPTH, seed)
+    drawn: FNN = digits.Problem(depth=DEPTH, start="random", seed=seed).frozen()
     if start == "random":
         return drawn
     # Without images to choose by, those that it is trained on choose.
     apart = Problem(seed=seed).split(angle=0.0).pretraining
-    split = digits.Split(apart, apart, apart)
-    return digits.train_fully(drawn, split, seed, f"pretraining apart, {CLASSES} classes")
+    purpose = f"pretraining apart, {CLASSES} classes"
+    return digits.pretrain(drawn, apart, apart, seed, purpose)

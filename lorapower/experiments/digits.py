@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import _hub as hub
-from .._records import Record
+from .._records import Record, Results, one_problem
 from ..adapters.core import Adapters
 from ..bounds.data import variance as variance_of
 from ..bounds.layers import fnn_error_on, fnn_threshold
@@ -34,7 +34,7 @@ from ..regions import Box
 from ..training.engine import train
 from ..training.tuning import Fixed, Labelled, Tuning
 from . import study
-from .study import Construction, Final, Fitted, Gradient, Lora, Outcome
+from .study import Construction, Final, Fitted, Gradient, Lora
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
@@ -100,7 +100,7 @@ def turn(
     return (256 * found[:, 0]).round().clamp(0, 256) / 256
 
 
-class Split(NamedTuple):
+class _Split(NamedTuple):
     """Labelled images as a network takes them; no image is in two of the three."""
 
     training: Labelled
@@ -109,7 +109,7 @@ class Split(NamedTuple):
 
 
 @functools.cache
-def task(model: str, angle: float, seed: int) -> Split:
+def _task(model: str, angle: float, seed: int) -> _Split:
     """The digits turned by an angle, split at random by the seed alone.
 
     A ReLU network sees the 64 pixels of an image, ``[64, samples]``. A transformer sees a token for
@@ -125,7 +125,7 @@ def task(model: str, angle: float, seed: int) -> Split:
         tokens = torch.cat([pictures.mT, places], dim=1)
         parts = [tokens[part] for part in order.split([*SIZES.values()])]
     labels = [classes[part] for part in order.split([*SIZES.values()])]
-    return Split(*zip(parts, labels, strict=True))
+    return _Split(*zip(parts, labels, strict=True))
 
 
 def _votes(network: FNN | Transformer, x: Tensor) -> Float[Tensor, "classes samples"]:
@@ -183,8 +183,9 @@ class Problem(Record):
         return self.depth if self.model == "fnn" else (4 * HEADS + 2) * self.depth + 1
 
     @property
-    def task(self) -> Split:
-        return task(self.model, self.angle, self.seed)
+    def task(self) -> _Split:
+        """The images, turned, split at random."""
+        return _task(self.model, self.angle, self.seed)
 
     def adapters(self, frozen: Any, target: Any, method: Construction | Fitted) -> Adapters:
         """The method's adapters, for ReLU networks over all possible images."""
@@ -195,10 +196,15 @@ class Problem(Record):
         adapters = nearest(fused, self.task.training[0])
         return fused.carry_back(adapters, region, throw=False).adapters
 
+    def frozen(self) -> Any:
+        """The frozen network, in double precision."""
+        if self.start == "random":
+            return _drawn(self.model, self.depth, self.seed, "random")
+        return _pretrained(self.model, self.depth, self.seed)
+
     def networks(self) -> tuple[Any, Any]:
         """The frozen network and the target, in double precision."""
-        make = _pretrained if self.start == "pretrained" else draw
-        return make(self.model, self.depth, self.seed), _target(self.model, self.angle, self.seed)
+        return self.frozen(), _target(self.model, self.angle, self.seed)
 
     def threshold(self) -> int:
         """The least equal rank at which the construction is exact."""
@@ -286,23 +292,18 @@ def needed(table: pd.DataFrame, tolerance: float = 0.1, points: float = 0.01) ->
     return {name: float(ranks.median()) for name, ranks in least.items()}
 
 
-def draw(model: str, depth: int, seed: int) -> FNN | Transformer:
-    """A network as drawn, independent of those trained with the same seed."""
-    return _drawn(model, depth, seed, "random")
-
-
 @functools.cache
 def _pretrained(model: str, depth: int, seed: int) -> FNN | Transformer:
     """A network trained in full on upright digits."""
     drawn = _drawn(model, depth, seed, f"before pretraining, depth {depth}")
-    return train_fully(drawn, task(model, 0.0, seed), seed, f"pretraining, depth {depth}")
+    return pretrain(drawn, *_task(model, 0.0, seed)[:2], seed, f"pretraining, depth {depth}")
 
 
 @functools.cache
 def _target(model: str, angle: float, seed: int) -> FNN | Transformer:
     """The pretrained network of the target's depth, trained in full on digits that are turned."""
     start = _pretrained(model, DEPTHS[model], seed)
-    return train_fully(start, task(model, angle, seed), seed, "target")
+    return pretrain(start, *_task(model, angle, seed)[:2], seed, "target")
 
 
 def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer:
@@ -318,12 +319,12 @@ def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
 
 
-def train_fully(network: Any, split: Split, seed: int, purpose: str) -> Any:
-    """The network after training in full on a split's images, in double precision."""
+def pretrain(network: Any, training: Labelled, select: Labelled, seed: int, purpose: str) -> Any:
+    """The network after training in full on images, in double precision."""
     runs = train(
         network,
         [replace(PRETRAINING, final=len(network.weights))],
-        _data(split, seed, purpose),
+        _data(training, select, seed, purpose),
         steps=PRETRAINING_STEPS,
         every=EVERY,
         classes=range(CLASSES),
@@ -331,17 +332,21 @@ def train_fully(network: Any, split: Split, seed: int, purpose: str) -> Any:
     return runs.network[0].to(torch.float64)
 
 
-def _data(split: Split, seed: int, *purpose: str) -> Fixed:
-    return Fixed(split.training, split.validation, samples=BATCH, seed=seed, purpose=purpose)
+def _data(training: Labelled, select: Labelled, seed: int, *purpose: str) -> Fixed:
+    return Fixed(training, select, samples=BATCH, seed=seed, purpose=purpose)
 
 
-class Found(Outcome):
+class Found(Results):
     """What a run reaches on the test images.
 
+    ``validation_loss`` is the least in training, at ``best_step``; constructions have NaN and −1.
     ``accuracy`` is the share read rightly; for ``error`` see the function. ``bound`` is
     `bounds.fnn_error_on` of a ReLU network's plain construction, otherwise NaN.
     """
 
+    validation_loss: float = math.nan
+    best_step: int = -1
+    diverged: bool = False
     accuracy: float
     error: float
     bound: float = math.nan
@@ -351,7 +356,7 @@ class Found(Outcome):
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """What each setting of one problem reaches; raises `InputError` for several problems."""
-    problem: Problem = study.one_problem(settings)
+    problem: Problem = one_problem(settings)
     frozen, target = problem.networks()
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
     variance = variance_of(_votes(target, x))
@@ -359,7 +364,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     trained = study.train_each(
         (method for method in methods if isinstance(method, Gradient)),
         frozen,
-        _data(problem.task, problem.seed),
+        _data(*problem.task[:2], problem.seed),
         steps=problem.steps,
         every=EVERY,
         classes=range(CLASSES),
@@ -367,7 +372,8 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     )
     found = {}
     for method in dict.fromkeys(methods):
-        outcome, bound = Outcome(), math.nan
+        outcome: dict[str, Any] = {}
+        bound = math.nan
         if isinstance(method, Gradient):
             network, _, outcome = trained[method]
         else:
@@ -382,6 +388,6 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
             bound=bound,
             target_accuracy=accuracy(target, (x, y)),
             frozen_accuracy=accuracy(frozen, (x, y)),
-            **dict(outcome),
+            **outcome,
         )
     return [found[method] for method in methods]

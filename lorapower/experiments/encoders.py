@@ -97,7 +97,7 @@ class Problem(Record):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        texts.check(self.task, self.source)
+        texts.choose([self.task], self.source)
         fits = self.part != "test" or self.source == RATED
         self.require("part", fits, f"validation but for source {RATED!r}")
         self.require("model", bool(self.model), f"{hub.PACKAGED!r}, a folder, or a name on the hub")

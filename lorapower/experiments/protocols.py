@@ -224,23 +224,23 @@ def _problems(
 LEVEL = 0.95
 
 
-class Interval(NamedTuple):
-    """A mean, its standard error, and the limits of its interval of 95%."""
-
+class _Interval(NamedTuple):
     mean: float
     error: float
     low: float
     high: float
 
 
-def interval(values: ArrayLike) -> Interval:
-    """The mean of ``values`` ``[seeds, texts]`` and its 95% interval over other seeds and texts.
+def interval(values: ArrayLike) -> _Interval:
+    """The ``mean`` of values, its standard ``error``, and the limits ``low, high`` of its interval.
 
-    Values are what texts contribute to a score (``texts.Task.contributions``), or, to compare two
-    methods on the same texts and seeds, their differences. The variance of the mean is
-    ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means over seeds and over texts;
-    limits are Student's with Satterthwaite's degrees of freedom. With one seed the second part is
-    missing: the interval is for these networks. Raises `InputError` for other shapes or one text.
+    The interval holds the mean over other seeds and texts in 95% of cases. Of ``values``
+    ``[seeds, texts]``, each is what a text contributes to a score
+    (``texts.Task.contributions``), or, to compare two methods, the difference of theirs. The
+    variance of the mean is ``s²_texts/texts + s²_seeds/seeds``, with the variances of the means
+    over seeds and over texts; limits are Student's with Satterthwaite's degrees of freedom. With
+    one seed the second part is missing: the interval is for these networks. Raises `InputError` for
+    other shapes or one text.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
@@ -255,4 +255,4 @@ def interval(values: ArrayLike) -> Interval:
     spread = sum(part**2 / freedom for part, freedom in parts)
     width = stats.t.ppf((1 + LEVEL) / 2, variance**2 / spread) if spread else 0.0
     mean, error = float(table.mean()), float(np.sqrt(variance))
-    return Interval(mean, error, mean - width * error, mean + width * error)
+    return _Interval(mean, error, mean - width * error, mean + width * error)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .._records import Record, Results
+from .._records import Record, Results, one_problem
 from ..adapters.core import Adapters, Tuned
 from ..bounds.data import variance as variance_of
 from ..bounds.transformer import attention_floor
@@ -136,7 +136,7 @@ class Found(Results):
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """What each setting of one problem reaches; raises `InputError` for several problems."""
-    problem: Problem = study.one_problem(settings)
+    problem: Problem = one_problem(settings)
     frozen, target = problem.networks()
     methods = [setting.method for setting in settings]
     trained = study.train_each(
@@ -158,7 +158,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         diverged = False
         if isinstance(method, Trained):
             _, adapters, outcome = trained[method]
-            adapters, diverged = adapters.to(frozen.dtype), outcome.diverged
+            adapters, diverged = adapters.to(frozen.dtype), outcome["diverged"]
             if method.iterations:
                 start = _tuned(adapters, method, frozen)
                 adapters = descend(frozen, start, fit, select, method.iterations)

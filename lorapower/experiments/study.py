@@ -6,17 +6,15 @@ An experiment's module has ``Problem`` (networks and data), ``Setting`` (a probl
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import pandas as pd
 from pydantic import Field
 
-from .._records import Record, Results
+from .._records import Record
 from ..adapters.core import Adapters
 from ..constructions.general import adapt
-from ..errors import InputError, brief
 from ..networks.layers import FNN
 from ..regions import Region
 from ..training.engine import train
@@ -67,32 +65,14 @@ class Final(Gradient):
     final: int = Field(1, ge=1)
 
 
-class Outcome(Results):
-    """The least validation loss, its step, and divergence; constructions have NaN and −1."""
-
-    validation_loss: float = math.nan
-    best_step: int = -1
-    diverged: bool = False
-
-
-def one_problem(settings: Sequence[Any]) -> Any:
-    """The problem that all of the settings have; raises `InputError` for several, or none."""
-    if not isinstance(settings, Sequence) or not settings:
-        raise InputError("settings", allowed="a list of at least one", given=brief(settings))
-    problem, *others = dict.fromkeys(getattr(setting, "problem", None) for setting in settings)
-    if others or problem is None:
-        raise InputError("settings", allowed="of one problem", given=brief(settings))
-    return problem
-
-
 def train_each(
     methods: Iterable[Any],
     frozen: Any,
     data: Data,
     tuning: Callable[[Any], Tuning] = Gradient.tuning,
     **options: Any,
-) -> dict[Any, tuple[Any, Adapters, Outcome]]:
-    """Train by all methods at once; for each its network, its adapters and its outcome.
+) -> dict[Any, tuple[Any, Adapters, dict[str, Any]]]:
+    """Train by all methods at once; for each its network, its adapters and columns of its run.
 
     `training.train` gets what ``tuning`` makes of each method, and ``options``.
     """
@@ -104,11 +84,11 @@ def train_each(
         method: (
             runs.network[i],
             runs.adapters[i],
-            Outcome(
-                validation_loss=float(runs.best_loss[i]),
-                best_step=int(runs.best_step[i]),
-                diverged=bool(runs.diverged[i]),
-            ),
+            {
+                "validation_loss": float(runs.best_loss[i]),
+                "best_step": int(runs.best_step[i]),
+                "diverged": bool(runs.diverged[i]),
+            },
         )
         for i, method in enumerate(distinct)
     }

@@ -11,31 +11,96 @@ column of the field that holds it: ``method=Lora(ranks=2)`` gives ``method`` ``"
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
+import inspect
 import itertools
 import json
+import marshal
+import re
+import sqlite3
+import subprocess
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
+from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
+import filelock
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from .. import _checks
 from .._records import Record, Results
-from ..errors import InputError, brief
-from . import _store
-from ._store import Code, Origin, Row
+from ..errors import InputError, ResultsError, brief
 
 __all__ = ["Record", "Results", "columns", "grid", "read", "run"]
 
+_ROOT = Path(__file__).parent.parent
+_PACKAGE = _ROOT.name
+# Starts runs and keeps results, which it does not change.
+_KEEPER = "experiments/sweeps.py"
+# Runs of the package import none of these.
+_APART = ("book/", "checkpoints/", "_cli.py")
+# All that runs of text encoders import; they take long.
+_ENCODERS = (
+    *("__init__.py", "_checks.py", "_hub.py", "_records.py", "errors.py", "randomness.py"),
+    *("experiments/__init__.py", "experiments/encoders.py", "experiments/texts.py"),
+)
+# Distributions whose versions can change a result.
+_LIBRARIES = ("numba", "numpy", "peft", "scikit-learn", "scipy", "torch", "transformers")
+
+# The mark of the application in an SQLite file, "LoRA", and the version of the schema.
+_APPLICATION, _FORMAT = int.from_bytes(b"LoRA"), 1
+_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY, setting TEXT NOT NULL, results TEXT NOT NULL, version TEXT NOT NULL,
+    revision TEXT NOT NULL, fingerprint TEXT NOT NULL, UNIQUE (setting, fingerprint)
+) STRICT;
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_FORMAT};
+COMMIT;
+"""
+# Seconds for which readers and the writer wait for each other.
+_PATIENCE = 60.0
+
+
+class _Code(NamedTuple):
+    """What a function runs: a digest of its own source, and files of this package."""
+
+    own: str
+    files: tuple[str, ...]
+
+
+class _Origin(NamedTuple):
+    """What made a row: the columns that say so."""
+
+    version: str
+    revision: str
+    fingerprint: str
+
+
+class _Row(NamedTuple):
+    setting: str
+    results: str
+    version: str
+    revision: str
+    fingerprint: str
+
+
+_COLUMNS = ", ".join(_Row._fields)
+
+
 R = TypeVar("R", bound=Record)
 Work = Callable[[list[R]], Sequence[Record]]
-Done = Generator[tuple[list[R], Sequence[Record], Origin]]
+Done = Generator[tuple[list[R], Sequence[Record], _Origin]]
 
 
 def grid(record: type[R], /, **values: Any) -> list[R]:
@@ -71,7 +136,7 @@ def run(
         What it raises ends the sweep.
     path : path, optional
         A file that keeps each finished batch. Runs in it are not repeated, unless their code
-        changed; these are kept aside. Code is versions of the libraries that compute, and sources
+        changed; these are kept aside. _Code is versions of the libraries that compute, and sources
         without comments and docstrings: of a function of this package, the package up to the
         experiments; of another, the whole package and the function's module, without what runs when
         that is started (in a notebook, the function alone). Other calls and closures are not seen.
@@ -97,13 +162,14 @@ def run(
             given=brief(executor),
             remedy="a dask client makes one by get_executor()",
         )
-    code = _store.code(work)
-    fingerprint = _store.origin(code).fingerprint
+    code = _code(work)
+    fingerprint = _origin(code).fingerprint
     place = None if path is None else _checks.path("path", path)
-    with _store.opened(place) as kept:
+    with _opened(place) as kept:
         rows = kept.rows(fingerprint)
         missing = [setting for setting in settings if keys[setting] not in rows]
-        if aside := len({keys[setting] for setting in missing} & kept.settings()):
+        known = {key for (key,) in kept.ask("SELECT DISTINCT setting FROM runs")}
+        if aside := len({keys[setting] for setting in missing} & known):
             # Not among the results of a notebook's cell.
             about = f"{place}: {aside} runs were made by other code; kept aside, done again"
             tqdm.write(about, file=sys.stderr)
@@ -125,7 +191,7 @@ def run(
                         given=f"version {origin.version}, revision {origin.revision or 'unknown'}",
                     )
                 texts = _texts(results, batch)
-                new = [Row(keys[s], text, *origin) for s, text in zip(batch, texts, strict=True)]
+                new = [_Row(keys[s], text, *origin) for s, text in zip(batch, texts, strict=True)]
                 kept.add(new)
                 rows |= {row.setting: row for row in new}
                 bar.update(len(batch))
@@ -138,7 +204,7 @@ def read(path: Path | str) -> pd.DataFrame:
     Any code may have made them (see ``fingerprint``), and a sweep may be at work. Raises
     `ResultsError` for a file that is damaged or not a sweep's.
     """
-    return _frame(_store.newest(_checks.path("path", path)))
+    return _frame(_newest(_checks.path("path", path)))
 
 
 def columns(record: type[Record], name: str = "") -> list[str]:
@@ -170,7 +236,7 @@ def _keys(settings: Sequence[R]) -> dict[R, str]:
     if len(kinds := {type(setting) for setting in settings}) > 1 or not _is_record(*kinds):
         given = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError("settings", allowed="of one class, made from sweeps.Record", given=given)
-    _distinct(type(settings[0]).__name__, [*columns(type(settings[0])), *Origin._fields])
+    _distinct(type(settings[0]).__name__, [*columns(type(settings[0])), *_Origin._fields])
     texts = [setting.model_dump_json(serialize_as_any=True) for setting in settings]
     try:
         (twice, count), *_ = Counter(settings).most_common(1)
@@ -191,7 +257,7 @@ def _texts(results: Any, batch: list[Any]) -> list[str]:
     if len(kinds) != 1 or not _is_record(*kinds) or len(results) != len(batch):
         raise InputError("work", allowed=promise, given=brief(results))
     (kind,) = kinds
-    _distinct(kind.__name__, [*columns(type(batch[0])), *kind.model_fields, *Origin._fields])
+    _distinct(kind.__name__, [*columns(type(batch[0])), *kind.model_fields, *_Origin._fields])
     return [result.model_dump_json() for result in results]
 
 
@@ -207,7 +273,7 @@ def _batches(settings: Iterable[R], size: int) -> list[list[R]]:
 
 
 def _results(
-    executor: Executor | None, work: Work[R], code: Code, batches: list[list[R]]
+    executor: Executor | None, work: Work[R], code: _Code, batches: list[list[R]]
 ) -> Done[R]:
     """Batches with their results and what made these, in the order in which they finish."""
     if executor is None:
@@ -223,18 +289,18 @@ def _results(
             future.cancel()
 
 
-def _measured(work: Work[R], code: Code, batch: list[R]) -> tuple[Sequence[Record], Origin]:
+def _measured(work: Work[R], code: _Code, batch: list[R]) -> tuple[Sequence[Record], _Origin]:
     # A copy, as nobody promises that `work` leaves the order of its list alone.
-    return work([*batch]), _store.origin(code)
+    return work([*batch]), _origin(code)
 
 
-def _frame(rows: Iterable[Row]) -> pd.DataFrame:
+def _frame(rows: Iterable[_Row]) -> pd.DataFrame:
     """One line per row, in their order."""
     rows = list(rows)
     parts: list[list[dict[str, Any]]] = [
         [_flat(row.setting) for row in rows],
         [_flat(row.results) for row in rows],
-        [{name: getattr(row, name) for name in Origin._fields} for row in rows],
+        [{name: getattr(row, name) for name in _Origin._fields} for row in rows],
     ]
     return pd.concat([pd.DataFrame(part) for part in parts], axis=1)
 
@@ -266,3 +332,204 @@ def _distinct(name: str, names: list[str]) -> None:
         raise InputError(
             f"columns of {name}", allowed="different from one another", given=", ".join(twice)
         )
+
+
+def _code(work: Callable[..., Any]) -> _Code:
+    """What ``work`` runs, as far as `run` looks."""
+    if not inspect.isfunction(work) or work.__name__ == "<lambda>":
+        raise InputError(
+            "work",
+            allowed="a function of a list of settings that has a name",
+            given=brief(work),
+            remedy="define one, and let the settings say what it needs",
+        )
+    home = work.__module__ or ""
+    own = [home, work.__qualname__]
+    inside = home.partition(".")[0] == _PACKAGE
+    if not inside:
+        own.append(_source(work))
+    if home == f"{_PACKAGE}.experiments.encoders":
+        return _Code(_digest(own), _ENCODERS)
+    files = sorted(path.relative_to(_ROOT).as_posix() for path in _ROOT.rglob("*.py"))
+    apart = (_KEEPER, *_APART) if inside else _KEEPER
+    return _Code(_digest(own), tuple(name for name in files if not name.startswith(apart)))
+
+
+def _origin(code: _Code, root: Path = _ROOT) -> _Origin:
+    """What makes a row on the machine that calls this, where ``root`` holds the package."""
+    return _Origin(*_release(), _digest([code.own, _package(code.files, root)]))
+
+
+def _source(work: Callable[..., Any]) -> str:
+    """The source of a function's module, of itself where it has none, or its bytecode."""
+    file = getattr(sys.modules.get(work.__module__), "__file__", None)
+    if file and Path(file).is_file():
+        # Code that runs only when a script is started does not count.
+        whole = Path(file).read_text(encoding="utf-8")
+        return _bare(re.split(r"^if __name__ == ['\"]__main__['\"]:", whole, flags=re.M)[0])
+    try:
+        return _bare(textwrap.dedent(inspect.getsource(work)))
+    except (OSError, TypeError):
+        about = work.__code__, work.__defaults__, work.__kwdefaults__
+        return marshal.dumps(about[0], 2).hex() + repr(about[1:])
+
+
+class _Bare(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        says = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if says else node
+
+
+def _bare(source: str) -> str:
+    """The source without comments, docstrings and layout."""
+    try:
+        return ast.dump(_Bare().visit(ast.parse(source)))
+    except SyntaxError:  # a notebook's magic
+        return source
+
+
+@functools.cache
+def _package(files: tuple[str, ...], root: Path) -> str:
+    """Digest of the files' sources and the libraries' versions, as they are installed here."""
+    sources = [f"{name} {_bare((root / name).read_text(encoding='utf-8'))}" for name in files]
+    return _digest([*sources, *(f"{name} {_version(name)}" for name in _LIBRARIES)])
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@functools.cache
+def _release() -> tuple[str, str]:
+    """Version of the package, and git revision of its code where that is a checkout."""
+
+    def git(*words: str) -> str:
+        run = subprocess.run(["git", *words], cwd=_ROOT, check=True, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    try:
+        # A package that is installed below somebody's checkout is not tracked there.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        revision = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        revision = ""
+    return _version(_PACKAGE), revision
+
+
+class _File:
+    """Finished runs in one SQLite file: batches are there whole or not at all."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self.connection, self.path = connection, path
+
+    def ask(self, query: str, *values: str) -> list[Any]:
+        with _explained(self.path):
+            return self.connection.execute(query, values).fetchall()
+
+    def rows(self, fingerprint: str) -> dict[str, _Row]:
+        """The rows that code of this fingerprint made, by their settings."""
+        found = self.ask(f"SELECT {_COLUMNS} FROM runs WHERE fingerprint = ?", fingerprint)
+        return {row[0]: _Row(*row) for row in found}
+
+    def add(self, rows: Iterable[_Row]) -> None:
+        insert = f"INSERT INTO runs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?)"
+        with _explained(self.path), self.connection:
+            self.connection.executemany(insert, rows)
+
+    def check(self) -> None:
+        """Refuse all but a whole file of a sweep."""
+        ((application,),) = self.ask("PRAGMA application_id")
+        ((version,),) = self.ask("PRAGMA user_version")
+        if application != _APPLICATION:
+            raise ResultsError(self.path, "is no file of a sweep", remedy="name another file")
+        if version != _FORMAT:
+            about = f"is of format {version}, this version of the package has format {_FORMAT}"
+            raise ResultsError(self.path, about, remedy="name another file")
+        ((state,),) = self.ask("PRAGMA quick_check(1)")
+        if state != "ok":
+            raise _damaged(self.path, state)
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[_File]:
+    """The file, open for one writer while others may read; without a path, one in memory."""
+    with nullcontext() if path is None else _locked(path), _connected(path, "rwc") as file:
+        ((pages,),) = file.ask("PRAGMA page_count")
+        if not pages:
+            with _explained(file.path):
+                file.connection.executescript(_SCHEMA)
+        file.check()
+        yield file
+
+
+def _newest(path: Path) -> list[_Row]:
+    """The row that was finished last for each setting, in the order of finishing."""
+    if not path.is_file():
+        raise ResultsError(path, "is no file", remedy="name a file that a sweep has written")
+    with _connected(path, "rw") as file:
+        file.check()
+        # With max(), SQLite takes the other columns from the row that has it.
+        query = f"SELECT {_COLUMNS}, max(id) FROM runs GROUP BY setting ORDER BY max(id)"
+        return [_Row(*row[:-1]) for row in file.ask(query)]
+
+
+@contextmanager
+def _connected(path: Path | None, mode: str) -> Iterator[_File]:
+    uri = f"{path.absolute().as_uri()}?mode={mode}" if path else "file::memory:"
+    path = path or Path(":memory:")
+    with _explained(path):
+        connection = sqlite3.connect(uri, uri=True, timeout=_PATIENCE)
+    with closing(connection):
+        yield _File(connection, path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise SQLite's errors as this package's own."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise _unusable(path, str(error)) from error
+    except (sqlite3.DatabaseError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lock ``path`` for this process alone."""
+    lock = filelock.FileLock(f"{path.resolve()}.lock", blocking=False)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        remedy = "wait until that has ended, or name another file"
+        raise ResultsError(path, "is in use by another sweep", remedy=remedy) from error
+    except OSError as error:
+        raise _unusable(path, error.strerror or str(error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _damaged(path: Path, reason: str) -> ResultsError:
+    about = f"is damaged, or no file of a sweep ({' '.join(reason.split())})"
+    return ResultsError(path, about, remedy="move it away, or name another file")
+
+
+def _unusable(path: Path, reason: str) -> ResultsError:
+    return ResultsError(
+        path,
+        f"cannot be used ({reason})",
+        remedy="what was finished before is kept; make room or give access, or name another file, "
+        "and the same call resumes",
+    )

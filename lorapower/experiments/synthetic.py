@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import randomness
-from .._records import Record
+from .._records import Record, Results, one_problem
 from ..adapters.core import Adapters
 from ..bounds.data import variance as variance_of
 from ..constructions import fitted
@@ -27,7 +27,7 @@ from ..training.engine import begin, train
 from ..training.fused import polish, train_fused
 from ..training.tuning import Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
 from . import study
-from .study import Final, Gradient, Lora, Outcome, Rank
+from .study import Final, Gradient, Lora, Rank
 
 Network = LinearNetwork | FNN | Transformer
 # Part of the initial loss at which pretraining stops, for the two published kinds.
@@ -271,17 +271,20 @@ class Setting(Record):
         return self
 
 
-class Found(Outcome):
+class Found(Results):
     """What a run reaches over 5000 test inputs.
 
     ``error`` is the mean squared error, ``shifted_error`` over five times these inputs,
     ``training_error`` over a fixed training set. Accuracies are the shares of these inputs put into
-    the target's class. ``validation_loss``, the least in training, compares grid points. ``signal``
-    is the target's mean square output, ``variance`` the same about each output's mean: the error of
-    the best constant. ``predicted`` is the error of a fit to first order over that variance. What
-    does not apply is NaN.
+    the target's class. ``validation_loss``, the least in training, compares grid points; of
+    constructions it is NaN and ``best_step`` −1. ``signal`` is the target's mean square output,
+    ``variance`` the same about each output's mean: the error of the best constant. ``predicted`` is
+    the error of a fit to first order over that variance. What does not apply is NaN.
     """
 
+    validation_loss: float = math.nan
+    best_step: int = -1
+    diverged: bool = False
     error: float
     shifted_error: float
     training_error: float = math.nan
@@ -295,7 +298,7 @@ class Found(Outcome):
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """What each setting of one problem reaches; raises `InputError` for several problems."""
-    problem: Problem = study.one_problem(settings)
+    problem: Problem = one_problem(settings)
     bench = _Bench(problem)
     methods = [setting.method for setting in settings]
     trained = study.train_each(
@@ -309,8 +312,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     found = {}
     for method in dict.fromkeys(methods):
         if method in trained:
-            network, _, outcome = trained[method]
-            about = dict(outcome)
+            network, _, about = trained[method]
         else:
             adapters, about = bench.adapt(method)
             network = adapters.merge(bench.frozen)

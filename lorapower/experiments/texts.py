@@ -231,11 +231,11 @@ def choose(names: Sequence[str], source: str) -> list[str]:
     tasks = SENTENCES if source == RATED else GLUE
     names = names or (["movies"] if source == RATED else [*tasks])
     for name in names:
-        check(name, source)
+        _check(name, source)
     return [name for name in tasks if name in names]
 
 
-def check(task: str, source: str) -> None:
+def _check(task: str, source: str) -> None:
     """Raise `InputError` unless ``source`` has this task, and exists if it is a folder."""
     find(task)
     if not isinstance(source, str) or not source:
@@ -265,7 +265,7 @@ def read(task: str, source: str, part: str) -> Examples:
     """
     if part not in PARTS:
         raise InputError("part", allowed=f"one of {', '.join(PARTS)}", given=repr(part))
-    check(task, source)
+    _check(task, source)
     about = find(task)
     if source == RATED:
         return _rated(about, part)
