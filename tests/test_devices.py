@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lorapower import InputError, bounds, lowrank, randomness
-from lorapower.constructions import fnn, linear, partition, transformer
+from lorapower.constructions import fnn, linear, transformer
 from lorapower.experiments import digits, synthetic
 from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer
 from lorapower.networks.rewriting import align, enlarge, relabel, with_gains
@@ -175,9 +175,9 @@ def test_bounds_of_relu_networks(device: torch.device) -> None:
         bounds.colliding_inputs(frozen, x),
         bounds.final_layers_floor(frozen, target, samples=5, steps=2),
         bounds.fnn_data_threshold(frozen, target, x),
-        partition.least_rank(frozen, target),
-        partition.least_error(frozen, target, 1, x),
-        partition.least_error(frozen, target, 1, 4.0),
+        bounds.least_rank(frozen, target),
+        bounds.least_error(frozen, target, 1, x),
+        bounds.least_error(frozen, target, 1, 4.0),
     ]
     assert places(results) == {frozen.device}
 

@@ -12,8 +12,8 @@ from strategies import dtypes, of_widths, seeds
 from torch import Tensor
 
 from lorapower import bounds, randomness
-from lorapower.constructions import attention, fitted, fnn, fused, transformer
-from lorapower.constructions.attention import Scores
+from lorapower.constructions import fitted, fnn, fused, transformer
+from lorapower.constructions._blocks import Scores, nearest_scores
 from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
 from lorapower.regions import Ball
 from lorapower.training import Fixed, Fresh, Tuning, polish, train
@@ -296,7 +296,7 @@ def test_scores_are_a_quadratic_function(a: int, b: int, rank: int, seed: int) -
     K = normal(a, b, seed=seed + 3)
     assert float(moments.left(K)) == pytest.approx(left(K), rel=1e-8)
     rank = min(rank, a, b)
-    start = attention.closed_form(K, keys, queries, rank)
+    start = nearest_scores(K, keys, queries, rank)
     better = moments.improved(start, rank)
     assert left(better) <= left(start) * (1 + 1e-9)
     assert left(moments.free()) <= left(better) * (1 + 1e-9)

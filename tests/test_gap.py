@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapower import InputError, PrecisionError, SingularError, bounds, lowrank, randomness
 from lorapower.adapters import Adapters
-from lorapower.constructions import fnn, linear, partition, transformer
+from lorapower.constructions import fnn, linear, transformer
 from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer
 from lorapower.regions import Ball, Samples
 
@@ -409,7 +409,7 @@ def test_bounds_of_relu_networks_fall_with_the_rank(
     inputs: Any = x if samples else 3.0
     ranks = range(width + 1)
     assert falls([bounds.fnn_error(frozen, target, r, inputs) for r in ranks])
-    assert falls([partition.least_error(frozen, target, r, inputs).value for r in ranks])
+    assert falls([bounds.least_error(frozen, target, r, inputs).value for r in ranks])
     if layers == 1:
         assert falls([bounds.fnn_error_on(frozen, target, r, x) for r in ranks])
     region = Samples(x) if samples else Ball(2.0)

@@ -34,7 +34,7 @@ def test_code_in_the_text_runs(
         "import torch\n"
         "from lorapower import adapters, bounds, lowrank, networks, randomness, regions\n"
         "from lorapower.adapters import Adapters\n"
-        "from lorapower.constructions import fitted, fnn, linear, partition, transformer\n"
+        "from lorapower.constructions import fitted, fnn, linear, transformer\n"
         "from lorapower.experiments import synthetic\n"
         "from lorapower.experiments.synthetic import Setting\n"
         "from lorapower.lowrank import LowRank\n"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import of_widths, seeds
 
 from lorapower import InputError, bounds, randomness
-from lorapower.constructions import fnn, partition
+from lorapower.constructions import fnn
 from lorapower.networks import FNN, Partition, blocks
 from lorapower.regions import Ball
 
@@ -79,7 +79,7 @@ def test_the_search_finds_what_exhaustive_search_finds(
     every = list(every_partition(depth, count))
 
     ranks = torch.stack([bounds.fnn_threshold(frozen, target, p) for p in every])
-    least = partition.least_rank(frozen, target)
+    least = bounds.least_rank(frozen, target)
     assert torch.equal(least.value, ranks.amin(0))
     generator = randomness.generator(seed, "test")
     given_ranks = torch.randint(0, width + 1, (depth,), generator=generator).tolist()
@@ -88,7 +88,7 @@ def test_the_search_finds_what_exhaustive_search_finds(
         errors = torch.stack(
             [bounds.fnn_error(frozen, target, given_ranks, inputs, p) for p in every]
         )
-        best = partition.least_error(frozen, target, given_ranks, inputs)
+        best = bounds.least_error(frozen, target, given_ranks, inputs)
         torch.testing.assert_close(best.value, errors.amin(0))
         for member in range(2):
             chosen = every.index(best.partition(member))
@@ -111,16 +111,16 @@ def test_the_search_passes_over_blocks_that_are_too_narrow(
         with suppress(InputError):
             needed[cut] = int(bounds.fnn_threshold(frozen, target, cut))
     if needed:
-        best = partition.least_rank(frozen, target)
+        best = bounds.least_rank(frozen, target)
         assert best.value == min(needed.values()) == needed[best.partition()]
     else:
         with pytest.raises(InputError, match="target must be no deeper and no wider"):
-            partition.least_rank(frozen, target)
+            bounds.least_rank(frozen, target)
 
 
 def test_the_best_partition_can_need_much_less_rank_than_the_uniform_one() -> None:
     frozen, target = near_to_its_first_layer()
-    best = partition.least_rank(frozen, target)
+    best = bounds.least_rank(frozen, target)
     assert best.partition() == Partition([1, 5])
     assert int(best.value) == 4
     assert int(bounds.fnn_threshold(frozen, target)) == 6

@@ -18,6 +18,7 @@ from lorapower import InputError, SingularError, bounds, randomness
 from lorapower.constructions import transformer
 from lorapower.constructions._heads import adapt_narrow
 from lorapower.networks import Gap, Transformer
+from lorapower.networks._segments import pair_ranks
 
 ADAPTED = Transformer.random(1, 1, 1).adapted_kinds
 FULL = dict.fromkeys(ADAPTED, 4)
@@ -316,7 +317,7 @@ def searched(gap: Gap, inner: int, outer: int) -> float:
 @pytest.mark.parametrize(("rows", "columns"), [(False, False), (True, False), (True, True)])
 def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, columns: bool) -> None:
     gap = of_rank(k, rows, columns)
-    needed = bounds.pair_ranks(gap)
+    needed = pair_ranks(gap)
     for inner, outer in product(range(4), repeat=2):
         enough = inner >= needed.inner and outer >= needed.outer
         enough = enough and inner + outer >= needed.together
@@ -337,9 +338,7 @@ def test_narrow_heads_of_two_ranks_are_adapted_in_one_batch() -> None:
             for side in ("frozen", "target")
         )
     )
-    assert bounds.pair_ranks(both).inner.tolist() == [
-        int(bounds.pair_ranks(gap).inner) for gap in gaps
-    ]
+    assert pair_ranks(both).inner.tolist() == [int(pair_ranks(gap).inner) for gap in gaps]
     assert (adapt_narrow(both, 3, 3).rounding_error < 1e-10).all()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
-from ..networks._segments import Segments, require_alike
+from ..networks._segments import Segments, pair_ranks, require_alike
 from ..networks.gap import Gap
 from ..networks.transformer import Norm, Transformer
 
@@ -18,56 +18,11 @@ from ..networks.transformer import Norm, Transformer
 _LEAST = 3
 
 
-class PairRanks(NamedTuple):
-    """What the two middle layers of a segment of four need (`pair_ranks`); each ``[...]``.
-
-    ``inner`` is the rank of the layer that acts first, ``outer`` of the other, ``together`` their
-    least sum, and ``target`` the rank of the target's product.
-    """
-
-    inner: Int[Tensor, "*batch"]
-    outer: Int[Tensor, "*batch"]
-    together: Int[Tensor, "*batch"]
-    target: Int[Tensor, "*batch"]
-
-
-def pair_ranks(gap: Gap) -> PairRanks:
-    """The least ranks of the two middle layers of a segment of four that make it exact.
-
-    For the frozen product ``X Y`` with ``d`` units in the middle and the target's ``M`` they are
-    ``rank[M; Y] − rank Y``, ``rank[M, X] − rank X``, and ``rank(M − X Y)`` together. The first two
-    are 0 unless heads are narrower than the tokens. All three are necessary, and enough where ``X``
-    and ``Y`` have rank ``d``. Source: [prop-narrow-heads], [rem-lower-rank].
-    """
-    _checks.kind(Gap, gap=gap)
-    (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
-    Q_Y, of_Y = torch.linalg.qr(Y_target.mT)
-    Q_X, of_X = torch.linalg.qr(X_target)
-    core, size = of_X @ of_Y.mT, Y.shape[-2]
-    rank = lowrank.rank(core, scale=lowrank.norm(of_X) * lowrank.norm(of_Y))
-    if size >= max(Y.shape[-1], X.shape[-2]):
-        none = torch.zeros_like(gap.rank)
-        return PairRanks(none, none, gap.rank, rank.expand_as(none))
-    U, S, V = lowrank.svd(core)
-    counts = (torch.arange(S.shape[-1], device=S.device) < rank[..., None])[..., None, :]
-    full, rows, columns = rank == size, Q_Y @ (V * counts), Q_X @ (U * counts)
-    inner = torch.where(full, _rank_beside(Y_target.mT, Y.mT), _rank_beside(rows, Y.mT))
-    outer = torch.where(full, _rank_beside(X_target, X), _rank_beside(columns, X))
-    least = ((inner - lowrank.rank(Y)).clamp(min=0), (outer - lowrank.rank(X)).clamp(min=0))
-    return PairRanks(*least, gap.rank, rank.expand_as(gap.rank))
-
-
-def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    sides = [(m / lowrank.norm(m)[..., None, None]).nan_to_num() for m in (left, right)]
-    return lowrank.rank(torch.cat([m.expand(*batch, *m.shape[-2:]) for m in sides], dim=-1))
-
-
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
     """The least rank on adapted weights for exact segments [thm-transformer], [thm-residual].
 
     With ``E`` the difference of the segments it is ``⌈rank(E)/2⌉`` for two weights, both equally,
-    more only for heads narrower than the tokens (`pair_ranks`); and ``rank E`` for one, in
+    more only for heads narrower than the tokens [prop-narrow-heads]; and ``rank E`` for one, in
     ``inner`` and ``outer``. ``[..., L, H]`` for heads, ``[..., L]`` for blocks, as
     `constructions.transformer.adapt` takes them. Raises what `Transformer.segments` raises.
     """
@@ -96,11 +51,10 @@ def transformer_errors(frozen: Transformer, target: Transformer, rank: int) -> S
     """``ε = σ_{r+1}(E)`` of each segment when all adapted weights have at most this rank.
 
     ``r`` sums the segment's ranks, each cut to its weight's smaller side. For heads narrower than
-    the tokens ``ε`` is 0, or infinite if the rank is too low (`pair_ranks`). Raises what
+    the tokens ``ε`` is 0, or infinite if the rank is too low. Raises what
     `Transformer.segments` raises, and `InputError` for a rank outside 0 to the width. Source:
     [thm-transformer], [thm-residual], [prop-narrow-heads].
     """
-    _checks.kind(Transformer, frozen=frozen)
     cut = frozen.segments(target)
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
 
@@ -140,8 +94,6 @@ def transformer_error(
     Raises what `Transformer.segments` raises, and `InputError` for other transformers. Source:
     [prop-transformer-error].
     """
-    _checks.kind(Segments, errors=errors)
-    _checks.kind(Transformer, frozen=frozen)
     if not frozen.is_plain or frozen.activation != "relu":
         raise InputError(
             "frozen",
@@ -255,7 +207,6 @@ def directions(
     frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
 ) -> Float[Tensor, "width samples"]:
     """Tokens on the sphere ``‖n‖² = D``; raises `InputError` where the networks' spheres differ."""
-    _checks.kind(Transformer, frozen=frozen, target=target)
     for name, network in (("frozen", frozen), ("target", target)):
         if network.norm is None or not network.residual:
             words = "with residual connections and norms"

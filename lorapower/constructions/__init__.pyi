@@ -1,10 +1,9 @@
-from . import attention as attention
 from . import fitted as fitted
 from . import fnn as fnn
 from . import fused as fused
 from . import linear as linear
-from . import partition as partition
 from . import transformer as transformer
+from ._blocks import nearest_scores as nearest_scores
 from .general import NeededRank as NeededRank
 from .general import adapt as adapt
 from .general import rank_for_error as rank_for_error

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from .. import _checks, lowrank, randomness
 from ..adapters.core import Adapters
-from ..bounds.transformer import pair_ranks
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
-from ..networks._segments import Segments
+from ..networks._segments import Segments, pair_ranks
 from ..networks.gap import Gap
 from ..networks.transformer import Transformer
 from . import linear

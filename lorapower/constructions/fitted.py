@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters.core import Adapters
-from ..bounds.data import first_order
-from ..bounds.data import variance as variance_of
+from ..bounds.layers import first_order
+from ..bounds.layers import variance as variance_of
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
 from ..networks.base import Network
@@ -23,8 +23,8 @@ from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball, Region
 from ..regression import reduced_rank, second_moment_root
-from . import attention, transformer
-from ._layer import fit_layer
+from . import transformer
+from ._blocks import fit_blocks, fit_layer
 from .fused import Fused, fuse
 from .linear import Adaptation
 
@@ -37,7 +37,7 @@ _REACH = 1.25
 _NORMAL = 1.96
 
 
-class Split(NamedTuple):
+class _Split(NamedTuple):
     """Inputs to ``fit``; of those held out, one half to ``select`` a fit and one to ``test`` it."""
 
     fit: Tensor
@@ -95,7 +95,7 @@ class Fitted(Adaptation):
 
     @classmethod
     def measure(
-        cls, fits: Sequence[Fit], data: Split, batch: torch.Size, *, throw: bool = True
+        cls, fits: Sequence[Fit], data: _Split, batch: torch.Size, *, throw: bool = True
     ) -> Fitted:
         """Carry back fits, one for each member of a batch, and measure them on the test inputs."""
         adapters, success, columns = [], [], []
@@ -135,7 +135,7 @@ def adapt(
 
     Each segment ``P`` of the fused network (`fused.fuse`) becomes ``P + K``: ``K`` of the segment's
     rank and a bias bring it as near as possible, on the adapted network's own activations ``ẑ``, to
-    the target's segment (`regression.reduced_rank`; for scores see `attention`). Half of the
+    the target's segment (`regression.reduced_rank`; for scores see `nearest_scores`). Half of the
     held-out inputs select, for each segment, among the theorem's splitting, a fit to the target's
     matrix alone, several shrinkages towards it and, in ReLU networks, a fit in the outputs' metric,
     and keep the theorem's adapters where all fits are worse. The other half gives the error.
@@ -207,9 +207,7 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
     With enough rank the network is the target on all inputs. Raises `InputError` for other kinds of
     networks and unusable inputs. Source: [prop-data-rank].
     """
-    _checks.kind(Fused, fused=fused)
     network, target = fused.network, fused.fused_target
-    _checks.kind(FNN, network=network, target=target)
     assert isinstance(target, FNN)
     z, updates, biases = target.as_inputs(inputs, "inputs"), [], []
     for l, (W, rank) in enumerate(zip(network.weights, fused.fused_ranks, strict=True)):
@@ -229,7 +227,6 @@ def relative_error(
     The interval treats each sample, or sequence, as one draw and the variance as fixed. Only the
     target's coordinates count. Raises `InputError` for a constant target.
     """
-    _checks.kind(Network, network=network, target=target)
     wanted = target(x)
     outputs = network(pad(x, network.weights[0].shape[-1]))[..., : wanted.shape[-2], :]
     variance = variance_of(wanted)
@@ -245,7 +242,7 @@ def relative_error(
     return error, (error - half).clamp(min=0), error + half
 
 
-def split(target: Network, inputs: Any, held_out: Any) -> Split:
+def split(target: Network, inputs: Any, held_out: Any) -> _Split:
     """Inputs to fit, to select by and to test on, as the target takes them.
 
     Raises `InputError` for inputs that are too few, of another width, not finite, or in both sets.
@@ -270,7 +267,7 @@ def split(target: Network, inputs: Any, held_out: Any) -> Split:
             given=f"{shared} that are among them",
             remedy="what was fitted is not judged by what it was fitted to; split the inputs first",
         )
-    return Split(parts[0], *parts[1].tensor_split(2, 0 if target.sequences else -1))
+    return _Split(parts[0], *parts[1].tensor_split(2, 0 if target.sequences else -1))
 
 
 def _rows(x: Tensor) -> list[bytes]:
@@ -320,7 +317,7 @@ def _blockwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapte
     theorem = transformer.adapt(network, target, ranks, throw=False).adapters
     yield theorem, ["theorem"]
     merged = theorem.merge(network)
-    yield attention.fit_blocks(network, target, merged, fused.fused_ranks, x, select)
+    yield fit_blocks(network, target, merged, fused.fused_ranks, x, select)
 
 
 def _layerwise(

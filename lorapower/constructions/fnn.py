@@ -16,7 +16,7 @@ from ..adapters.core import Adapters
 from ..errors import InputError, PrecisionError, SingularError
 from ..lowrank import LowRank
 from ..networks.layers import FNN, pad, product
-from ..networks.partition import Partition, blocks, shares
+from ..networks.partition import Partition, blocks
 from ..regions import Region
 from . import linear
 from .linear import Adaptation
@@ -156,9 +156,9 @@ def adapt(
     partition = Partition([gap.frozen.depth for gap in gaps])
     regions, updates, bias_updates = [region], [], []
     solutions, digits_lost, error_bound = [], [], torch.zeros((), device=frozen.device)
-    parts = zip(gaps, shares(gaps, per_layer), partition.slices, strict=True)
-    for i, (gap, block_ranks, layers) in enumerate(parts):
+    for i, (gap, layers) in enumerate(zip(gaps, partition.slices, strict=True)):
         block, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
+        block_ranks = gap.ranks(per_layer[layers])
         try:
             solution = linear.close(gap, block_ranks, rtol=rtol, throw=throw, seed=seed)
         except SingularError as error:

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..networks.base import Network
 from ..networks.gap import Gap
 from ..networks.layers import FNN, LinearNetwork
-from ..networks.partition import Partition, blocks, shares
+from ..networks.partition import Partition, blocks
 from ..networks.transformer import Transformer
 from ..regions import Region
 from . import _heads, general
@@ -48,7 +48,6 @@ class Fused:
 
         Returns and raises what the construction does. In ReLU networks it holds in the ``region``.
         """
-        _checks.kind(Adapters, adapters=adapters)
         reached = adapters.merge(self.network)
         options: dict[str, Any] = {"throw": throw}
         if isinstance(reached, FNN):
@@ -98,8 +97,10 @@ def fuse(
         partition = Partition([gap.frozen.depth for gap in gaps])
         products = [gap.frozen.product() for gap in gaps]
         network = target.with_parameters(products)
-        totals = [sum(share) for share in shares(gaps, each)]
-        reach = tuple(min(r, *w.shape) for r, w in zip(totals, products, strict=True))
+        reach = tuple(
+            min(sum(gap.ranks(each[layers])), *w.shape)
+            for gap, layers, w in zip(gaps, partition.slices, products, strict=True)
+        )
         return Fused(frozen, target, ranks, partition, network, target, reach)
     gap = Gap(frozen, target)
     product = LinearNetwork([gap.frozen.product()])

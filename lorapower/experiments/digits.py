@@ -21,8 +21,8 @@ from torch import Tensor
 from .. import _hub as hub
 from .._records import Record, Results, one_problem
 from ..adapters.core import Adapters
-from ..bounds.data import variance as variance_of
 from ..bounds.layers import fnn_error_on, fnn_threshold
+from ..bounds.layers import variance as variance_of
 from ..bounds.transformer import transformer_threshold
 from ..constructions.fitted import nearest
 from ..constructions.fused import fuse

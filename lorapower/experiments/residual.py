@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._records import Record, Results, one_problem
 from ..adapters.core import Adapters, Tuned
-from ..bounds.data import variance as variance_of
+from ..bounds.layers import variance as variance_of
 from ..bounds.transformer import attention_floor
 from ..constructions import fitted
 from ..constructions.transformer import far_error

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import randomness
 from .._records import Record, Results, one_problem
 from ..adapters.core import Adapters
-from ..bounds.data import variance as variance_of
+from ..bounds.layers import variance as variance_of
 from ..constructions import fitted
 from ..constructions.fitted import Fitted as FittedAdapters
 from ..lowrank import LowRank

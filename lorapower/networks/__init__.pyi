@@ -10,9 +10,7 @@ from .layers import as_network as as_network
 from .layers import pad as pad
 from .layers import product as product
 from .partition import Partition as Partition
-from .partition import Pieces as Pieces
 from .partition import blocks as blocks
-from .partition import shares as shares
 from .transformer import BlockTrace as BlockTrace
 from .transformer import Transformer as Transformer
 

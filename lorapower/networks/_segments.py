@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isclose
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _checks, lowrank
@@ -158,6 +158,41 @@ def inverted(
         yield "W_1", lowrank.condition_number(frozen.W_1), limit
         yield "W_2", lowrank.condition_number(frozen.W_2)[..., first], limit
         yield "target's W_2", lowrank.condition_number(target.W_2)[..., first], limit
+
+
+class PairRanks(NamedTuple):
+    """Ranks of the layer that acts first, of the other, their least sum, the target's product's."""
+
+    inner: Int[Tensor, "*batch"]
+    outer: Int[Tensor, "*batch"]
+    together: Int[Tensor, "*batch"]
+    target: Int[Tensor, "*batch"]
+
+
+def pair_ranks(gap: Gap) -> PairRanks:
+    """What the middle two of four layers need [prop-narrow-heads], [rem-lower-rank]."""
+    # rank[M; Y] − rank Y, rank[M, X] − rank X and rank(M − X Y), for a target M.
+    (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
+    Q_Y, of_Y = torch.linalg.qr(Y_target.mT)
+    Q_X, of_X = torch.linalg.qr(X_target)
+    core, size = of_X @ of_Y.mT, Y.shape[-2]
+    rank = lowrank.rank(core, scale=lowrank.norm(of_X) * lowrank.norm(of_Y))
+    if size >= max(Y.shape[-1], X.shape[-2]):
+        none = torch.zeros_like(gap.rank)
+        return PairRanks(none, none, gap.rank, rank.expand_as(none))
+    U, S, V = lowrank.svd(core)
+    counts = (torch.arange(S.shape[-1], device=S.device) < rank[..., None])[..., None, :]
+    full, rows, columns = rank == size, Q_Y @ (V * counts), Q_X @ (U * counts)
+    inner = torch.where(full, _rank_beside(Y_target.mT, Y.mT), _rank_beside(rows, Y.mT))
+    outer = torch.where(full, _rank_beside(X_target, X), _rank_beside(columns, X))
+    least = ((inner - lowrank.rank(Y)).clamp(min=0), (outer - lowrank.rank(X)).clamp(min=0))
+    return PairRanks(*least, gap.rank, rank.expand_as(gap.rank))
+
+
+def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    sides = [(m / lowrank.norm(m)[..., None, None]).nan_to_num() for m in (left, right)]
+    return lowrank.rank(torch.cat([m.expand(*batch, *m.shape[-2:]) for m in sides], dim=-1))
 
 
 def fuse(network: Transformer, frozen: Transformer) -> Transformer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -45,70 +45,23 @@ class Partition:
         return [slice(*ends) for ends in pairwise(accumulate(self.sizes, initial=0))]
 
 
-class Pieces:
-    """Gaps between runs of frozen layers and target layers, each computed once.
-
-    A run's first weight is cut to the columns and its last to the rows of the target layer; biases
-    are left out. Raises `InputError` where only one of the networks ends with a ReLU.
-    """
-
-    def __init__(self, frozen: FNN, target: FNN) -> None:
-        _checks.kind(FNN, frozen=frozen, target=target)
-        if frozen.linear_last != target.linear_last:
-            ends = {True: "with a linear layer", False: "with a ReLU"}
-            raise InputError(
-                "target",
-                allowed=f"a network that ends {ends[frozen.linear_last]}, like the frozen one",
-                given=f"one that ends {ends[target.linear_last]}",
-                remedy="adapters leave the end as it is; FNN(…, linear_last=…) says which it is",
-            )
-        self.frozen, self.target = frozen, target
-        self._targets = [LinearNetwork.unchecked([weight]) for weight in target.weights]
-        self._runs: dict[tuple[int, ...], LinearNetwork] = {}
-
-    def gap(self, i: int, layers: slice) -> Gap:
-        """Frozen ``layers`` against target layer ``i``, from 0; `InputError` if that is wider."""
-        outputs, inputs = self.target.weights[i].shape[-2:]
-        sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
-        for end, needed, layer in sides:
-            if needed > self.frozen.widths[layer]:
-                raise InputError(
-                    f"{end} of target layer {i + 1}",
-                    allowed=f"at most {self.frozen.widths[layer]}, what the frozen network has "
-                    "there",
-                    given=needed,
-                    remedy="adapters leave the widths as they are, and fewer units hold fewer "
-                    "directions than the target tells apart",
-                )
-        which = (layers.start, layers.stop, inputs, outputs)
-        if which not in self._runs:
-            weights = list(self.frozen.weights[layers])
-            weights[0] = weights[0][..., :inputs]
-            weights[-1] = weights[-1][..., :outputs, :]
-            self._runs[which] = LinearNetwork.unchecked(weights)
-        return Gap(self._runs[which], self._targets[i])
-
-    def fits(self, i: int, layers: slice) -> bool:
-        """Whether no frozen hidden layer among ``layers`` is too narrow for target layer ``i``."""
-        outputs, inputs = self.target.weights[i].shape[-2:]
-        first, *inner, last = self.frozen.widths[layers.start : layers.stop + 1]
-        return first >= inputs and last >= outputs and all(w >= max(inputs, outputs) for w in inner)
-
-
-def shares(gaps: Sequence[Gap], ranks: Sequence[int]) -> list[list[int]]:
-    """The ranks of each block's layers, each cut to what the layer can use."""
-    ends = accumulate((gap.frozen.depth for gap in gaps), initial=0)
-    return [gap.ranks(ranks[a:b]) for gap, (a, b) in zip(gaps, pairwise(ends), strict=True)]
-
-
 def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list[Gap]:
     """Gaps between the blocks of a partition (uniform by default) and the target's layers.
 
-    Raises `InputError` for a target deeper or wider than the frozen network, where only one of the
-    two ends with a ReLU, and for a partition that does not cover the frozen layers with a block for
-    each target layer.
+    A block's first weight is cut to the columns and its last to the rows of the target layer;
+    biases are left out. Raises `InputError` for a target deeper or wider than the frozen network,
+    where only one of the two ends with a ReLU, and for a partition that does not cover the frozen
+    layers with a block for each target layer.
     """
-    pieces = Pieces(frozen, target)
+    _checks.kind(FNN, frozen=frozen, target=target)
+    if frozen.linear_last != target.linear_last:
+        ends = {True: "with a linear layer", False: "with a ReLU"}
+        raise InputError(
+            "target",
+            allowed=f"a network that ends {ends[frozen.linear_last]}, like the frozen one",
+            given=f"one that ends {ends[target.linear_last]}",
+            remedy="adapters leave the end as it is; FNN(…, linear_last=…) says which it is",
+        )
     if target.depth > frozen.depth:
         raise InputError(
             "target depth",
@@ -126,4 +79,23 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
             f"{frozen.depth} frozen layers",
             given=f"{partition}, of {partition.depth}",
         )
-    return [pieces.gap(i, layers) for i, layers in enumerate(partition.slices)]
+    return [_gap(frozen, target, i, layers) for i, layers in enumerate(partition.slices)]
+
+
+def _gap(frozen: FNN, target: FNN, i: int, layers: slice) -> Gap:
+    """Frozen ``layers`` against target layer ``i``, from 0; `InputError` if that is wider."""
+    outputs, inputs = target.weights[i].shape[-2:]
+    sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
+    for end, needed, layer in sides:
+        if needed > frozen.widths[layer]:
+            raise InputError(
+                f"{end} of target layer {i + 1}",
+                allowed=f"at most {frozen.widths[layer]}, what the frozen network has there",
+                given=needed,
+                remedy="adapters leave the widths as they are, and fewer units hold fewer "
+                "directions than the target tells apart",
+            )
+    weights = list(frozen.weights[layers])
+    weights[0] = weights[0][..., :inputs]
+    weights[-1] = weights[-1][..., :outputs, :]
+    return Gap(LinearNetwork.unchecked(weights), LinearNetwork.unchecked([target.weights[i]]))

@@ -8,6 +8,7 @@ common, so keys are centred within their sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,22 +18,24 @@ from torch import Tensor
 from .. import _checks, lowrank
 from ..adapters.core import Adapters
 from ..errors import InputError
+from ..lowrank import LowRank
 from ..networks.transformer import Transformer
-from ..regression import reduced_rank, truncate
-from ._layer import SHRINKAGES, fit_layer
+from ..regression import Regression, reduced_rank, truncate
 
 _SWEEPS, _STILL = 30, 1e-5
 # Beyond this the moments of the scores, width⁴ numbers, are not formed.
 _WIDEST = 64
 
+# Shrinkages towards the error matrix, in mean variances of an input, by the name of the fit.
+SHRINKAGES = {"repair": 0.0, **{f"shrinkage {s}": s for s in (0.01, 0.1, 1.0)}, "inputs": inf}
+
 T = TypeVar("T")
 
 
 class Scores(NamedTuple):
-    """``E (s − k̃ᵀ K q)² = ⟨K, T K⟩ − 2 ⟨K, G⟩ + size``, summed over keys and queries.
+    """``E (s − k̃ᵀ K q)² = ⟨K, T K⟩ − 2 ⟨K, G⟩ + size``, summed over keys and queries."""
 
-    ``T = E[k̃ k̃ᵀ ⊗ q qᵀ]``, ``[a, b, a, b]``, and ``G = E[k̃ s qᵀ]``.
-    """
+    # E[k̃ k̃ᵀ ⊗ q qᵀ] and E[k̃ s qᵀ].
 
     T: Float[Tensor, "a b a b"]
     G: Float[Tensor, "a b"]
@@ -89,7 +92,7 @@ class Scores(NamedTuple):
         return torch.linalg.lstsq(T, wanted, driver="gelsd").solution.reshape(b, r)
 
 
-def closed_form(
+def nearest_scores(
     E: Float[Tensor, "a b"],
     keys: Float[Tensor, "samples a tokens"],
     queries: Float[Tensor, "samples b tokens"],
@@ -123,19 +126,44 @@ def fit_blocks(
     inputs: Float[Tensor, "samples width tokens"],
     select: Float[Tensor, "others width tokens"],
 ) -> tuple[Adapters, list[str]]:
-    """Adapters of a fused transformer fitted to sequences, and how each segment was adapted.
-
-    First block first, segments come as near as they can to the target's on the adapted network's
-    own tokens: scores by `Scores`, head by head; attention and layers by reduced-rank regression,
-    layers with several shrinkages. Adapters of ``theorem``, the network that the theorem's
-    construction gives, replace a segment's fit where they err less on ``select``. Source:
-    [thm-reduced-rank], [prop-scores].
-    """
+    """Adapters of a fused transformer fitted to sequences, and how each segment was adapted."""
     fit = _BlockFit(frozen, target, theorem, ranks)
     streams = targets = [inputs, select]
     for l in range(frozen.depth):
         streams, targets = fit.block(l, streams, targets)
     return fit.adapters(ranks), fit.chosen
+
+
+@torch.no_grad()
+def fit_layer(
+    W: Tensor,
+    W_target: Tensor,
+    rank: int,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    metric: Tensor | None,
+    theorem: LowRank,
+    bias: Sequence[Tensor],
+    shrinkages: Mapping[str, float] = SHRINKAGES,
+) -> tuple[Regression, str]:
+    """The best update of a weight, fitted to the first pair of data, by the second; its name."""
+    free = bool(bias)
+    options: dict[str, Any] = {"towards": W_target - W, "metric": metric, "intercept": free}
+    missing = outputs[0] - W @ inputs[0]
+    candidates = {
+        name: reduced_rank(missing, inputs[0], rank, shrinkage=shrinkage, **options)
+        for name, shrinkage in shrinkages.items()
+    }
+    intercept = bias[0] if free else torch.zeros_like(W[:, 0])
+    candidates["theorem"] = Regression(theorem, intercept)
+
+    def error(name: str) -> float:
+        update, intercept = candidates[name]
+        missed = outputs[1] - (W + update.matrix()) @ inputs[1] - intercept[:, None]
+        return float((missed if metric is None else metric @ missed).square().mean())
+
+    best = min(candidates, key=error)
+    return candidates[best], best
 
 
 class _BlockFit:
@@ -240,11 +268,11 @@ class _BlockFit:
         E = self.target.W_Q[l, h] - frozen
         changes = {
             "theorem": self.theorem.W_Q[l, h] - frozen,
-            "closed form": closed_form(E, keys[0], tokens[0], rank),
+            "closed form": nearest_scores(E, keys[0], tokens[0], rank),
         }
         if self.frozen.width <= _WIDEST:
             moments = Scores.of(keys[0], tokens[0], missing[0])
-            start = closed_form(moments.free(), keys[0], tokens[0], rank)
+            start = nearest_scores(moments.free(), keys[0], tokens[0], rank)
             start = min((start, *changes.values()), key=lambda change: float(moments.left(change)))
             changes["alternation"] = moments.improved(start, rank)
 
