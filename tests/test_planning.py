@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import randomness
-from lorapower.checkpoints import Module, metrics
+from lorapower.checkpoints import Module, metrics, planner
 from lorapower.checkpoints.metrics import Moments, _Rows
 
 SIZES = st.integers(1, 9)
@@ -37,12 +37,11 @@ def test_predicted_error_of_directions_is_the_error(
     R = metrics.root(about.outputs)
     assert R is not None
     identity = torch.eye(out, dtype=torch.float64)
-    cases = (("plain", identity, None), ("input", identity, about), ("both", R, about))
-    for metric, left, known in cases:
-        one = metrics.directions(E, known, metric, 9)  # type: ignore[arg-type]
+    for metric, left in zip(metrics.METRICS, (identity, identity, R), strict=True):
+        one = metrics.directions(E, about, metric, 9)
         r = min(rank, len(one.values))
-        K = one.best(r).matrix()
-        Z = torch.eye(into, dtype=torch.float64) if known is None else about.inputs
+        K = one.update.leading(r).matrix()
+        Z = torch.eye(into, dtype=torch.float64) if metric == "plain" else about.inputs
         error = (left @ (E - K) @ Z.mT).square().sum()
         predicted = one.total - one.values[:r].square().sum()
         assert error == pytest.approx(float(predicted), abs=1e-9 * (1 + one.total))
@@ -115,13 +114,13 @@ def test_rules_of_others_keep_to_what_there_is(budget: int) -> None:
     values = {n: drawn(i, 6).abs().sort(descending=True).values for i, n in enumerate(known)}
     totals = {n: float(v.square().sum()) for n, v in values.items()}
     for ranks in (
-        metrics.by_energy(values, totals, known, budget),
-        metrics.by_inputs(values, known, budget, 5),
+        planner._by_energy(values, totals, known, budget),
+        planner._by_inputs(values, known, budget, 5),
     ):
         least = metrics.cost(dict.fromkeys(known, 1), known)
         assert metrics.cost(ranks, known) <= max(budget, least)
         assert all(1 <= rank <= 6 for rank in ranks.values())
-    found = metrics.by_energy(values, totals, known, budget)
+    found = planner._by_energy(values, totals, known, budget)
     if budget >= least:
         shares = [float(values[n][:r].square().sum()) / totals[n] for n, r in found.items()]
         before = [float(values[n][: r - 1].square().sum()) / totals[n] for n, r in found.items()]
@@ -133,7 +132,7 @@ def test_uniform_ranks_stop_at_the_smaller_side() -> None:
         "wide": Module("wide", "mlp", (9, 6), True, False),
         "thin": Module("thin", "mlp", (2, 8), True, False),
     }
-    assert metrics.uniform(known, 4) == {"wide": 4, "thin": 2}
+    assert planner._uniform(known, 4) == {"wide": 4, "thin": 2}
 
 
 @given(SEEDS, st.integers(1, 40), st.integers(1, 6), st.booleans(), st.booleans())

@@ -74,9 +74,8 @@ def read_texts(path: Path | str) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            "texts", allowed="a file in UTF-8 with a text a line", given=f"{path} ({error})"
-        ) from error
+        allowed = "a file in UTF-8 with a text a line"
+        raise InputError("texts", allowed=allowed, given=f"{path} ({error})") from error
     if file.suffix != ".jsonl":
         return lines
     texts = []
@@ -88,11 +87,8 @@ def read_texts(path: Path | str) -> list[str]:
         except (KeyError, TypeError, ValueError):
             text = None
         if not isinstance(text, str):
-            raise InputError(
-                "texts",
-                allowed="lines of JSON with a field text, a text",
-                given=f"{path}, line {number}: {line}",
-            )
+            allowed = "lines of JSON with a field text, a text"
+            raise InputError("texts", allowed=allowed, given=f"{path}, line {number}: {line}")
         texts.append(text)
     return texts
 
@@ -177,15 +173,12 @@ def _batches(pair: Pair, texts: Sequence[str], limit: int) -> Iterator[Batch]:
     # A text without tokens has no output.
     ordered = sorted((ids for ids in encoded if ids), key=len)
     if not ordered:
-        raise InputError(
-            "texts", allowed="texts that the model's tokenizer makes tokens of", given="none"
-        )
-    of_token = load(pair.tuned.config)
+        allowed = "texts that the model's tokenizer makes tokens of"
+        raise InputError("texts", allowed=allowed, given="none")
+    most = LOAD // load(pair.tuned.config)
     while ordered:
         size = 1
-        while (
-            size < min(BATCH, len(ordered)) and (size + 1) * len(ordered[size]) * of_token <= LOAD
-        ):
+        while size < min(BATCH, len(ordered)) and (size + 1) * len(ordered[size]) <= most:
             size += 1
         some, ordered = ordered[:size], ordered[size:]
         ids = torch.full((size, len(some[-1])), pair.tokenizer.pad_token_id)

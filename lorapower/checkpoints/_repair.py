@@ -42,13 +42,12 @@ def fit_blocks(
     report: Callable[[int, int], None],
 ) -> Adapter:
     """Fit modules in turn, in the network adapted so far, to what they give in the tuned one."""
-    number = len(network.get_submodule(pair.blocks))
     pair.fill(network, "tuned")
     tuned, calls = _enter(network, pair.blocks, batches)
     pair.put(network, adapter)
     adapted, _ = _enter(network, pair.blocks, batches)
     fitted = Adapter(dict(adapter.factors), dict(adapter.biases))
-    for i in range(number):
+    for i in range(len(calls)):
         prefix = f"{pair.blocks}.{i}."
         block = _Block(network, network.get_submodule(prefix[:-1]), calls[i], batches)
         inside = [module for module in pair.modules.values() if module.name.startswith(prefix)]
@@ -64,7 +63,7 @@ def fit_blocks(
                     _fit(pair, network, fitted, module, inputs, target, root(module.name))
             pair.put(network, fitted, within=prefix)
         adapted = block.run([], adapted)[1]
-        report(i + 1, number)
+        report(i + 1, len(calls))
     return fitted
 
 
@@ -79,7 +78,7 @@ def _fit(
 ) -> None:
     """Replace the factors and the bias of a module in an adapter [prop-repair]."""
     missing = target - inputs @ pair.weight("base", module).mT
-    free = module.bias and "bias" not in pair.leave
+    free = pair.frees_bias(module)
     if module.bias and not free:
         missing = missing - network.get_submodule(module.name).bias
     best = regression.reduced_rank(
@@ -181,7 +180,7 @@ def polish(
     with ExitStack() as stack:
         for module in pair.modules.values():
             start = adapter.factors.get(module.name)
-            free = module.bias and "bias" not in pair.leave
+            free = pair.frees_bias(module)
             if start is None and not free:
                 continue
             place = network.get_submodule(module.name)

@@ -50,7 +50,7 @@ class _Rows:
     def __init__(self, centred: bool) -> None:
         # The first column is then 1 in each row: the factor's first row holds the mean, and the
         # others are about it.
-        self._first = 1 if centred else 0
+        self._first = int(centred)
         self._total = 0.0
         self._parts: list[Tensor] = []
 
@@ -68,11 +68,9 @@ class _Rows:
     def moment(self) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " columns"]]:
         """Rows whose products are the second moment, and the mean that is subtracted, or zeros."""
         factor, first = self.factor(), self._first
-        mean = factor.new_zeros(factor.shape[1] - first)
         if not self._total:
-            return factor[:, first:], mean
-        if first:
-            mean = factor[0, 1:] / factor[0, 0]
+            return factor[:, first:], torch.zeros_like(factor[0, first:])
+        mean = factor[0, 1:] / factor[0, 0] if first else torch.zeros_like(factor[0])
         return factor[first:, first:] / self._total**0.5, mean
 
     def factor(self) -> Float[Tensor, "rows columns"]:
@@ -140,7 +138,7 @@ def _even_out(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
 class Directions(NamedTuple):
     """The leading part of a module's change ``E``, ordered by a metric [prop-two-metrics].
 
-    The first ``r`` columns of ``update`` are the best update ``K_r`` of rank ``r``. Direction ``d``
+    The ``leading`` ``r`` columns of ``update`` are the best ``K_r`` of rank ``r``. Direction ``d``
     takes ``σ_d²`` off the squared error, where ``values`` are ``σ_1 ≥ σ_2 ≥ …``; ``total`` is
     ``Σσ_d²`` over all directions, also those past the last column. ``mean`` is the mean input
     ``μ``, and ``shift`` is ``Eμ``, which the bias takes over at rank 0.
@@ -152,18 +150,14 @@ class Directions(NamedTuple):
     shift: Float[Tensor, " out"]
     mean: Float[Tensor, " in"]
 
-    def best(self, rank: int) -> LowRank:
-        """``K_r``, the best update of a rank."""
-        return LowRank(self.update.left[:, :rank], self.update.right[:, :rank])
-
     def bias(self, rank: int) -> Float[Tensor, " out"]:
         """``(E − K_r)μ``, added to the tuned bias beside the best update of a rank."""
-        best = self.best(rank)
+        best = self.update.leading(rank)
         return self.shift - best.left @ (best.right.mT @ self.mean)
 
 
 def directions(
-    change: Float[Tensor, "out in"], about: Moments | None, metric: Metric, most: int
+    change: Float[Tensor, "out in"], about: Moments, metric: Metric, most: int
 ) -> Directions:
     """Find at most ``most`` leading directions of a change ``E`` in a metric [prop-two-metrics].
 
@@ -173,20 +167,15 @@ def directions(
     """
     E = change.double()
     Z: Tensor | None = None
-    R: Tensor | None = None
-    mean = E.new_zeros(E.shape[1])
+    mean = torch.zeros_like(E[0])
     if metric != "plain":
-        assert about is not None
-        Z, mean = about.inputs.double(), about.mean.double()
-    if metric == "both":
-        assert about is not None
-        R = root(about.outputs)
-        if R is None:
-            nothing = LowRank(E[:, :0], E[:0].mT)
-            return Directions(nothing, E.new_zeros(0), 0.0, E @ mean, mean)
-    best = regression.truncate(
-        E, min(most, *E.shape), inputs=None if Z is None else Z.mT, metric=R, approximate=True
-    )
+        Z, mean = about.inputs.double().mT, about.mean.double()
+    R = root(about.outputs) if metric == "both" else None
+    if R is None and metric == "both":
+        nothing = LowRank(E[:, :0], E[:0].mT)
+        return Directions(nothing, E.new_zeros(0), 0.0, E @ mean, mean)
+    rank = min(most, *E.shape)
+    best = regression.truncate(E, rank, inputs=Z, metric=R, approximate=True)
     return Directions(best.update, best.values, float(best.total), E @ mean, mean)
 
 
@@ -202,7 +191,7 @@ def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
     return regression.second_moment_root(rows.mT, RIDGE) * len(rows) ** 0.5
 
 
-class Allocation(NamedTuple):
+class _Allocation(NamedTuple):
     """The module of each step in which more parameters are spent, and the costs after it."""
 
     modules: list[str]
@@ -222,11 +211,12 @@ class Allocation(NamedTuple):
 
 def allocate(
     values: Mapping[str, Float[Tensor, " k"]], modules: Mapping[str, Module], step: int = 1
-) -> Allocation:
+) -> _Allocation:
     """Order directions by ``σ²/cost``, the largest first, ``step`` of a module at once.
 
     Among all ranks that are multiples of ``step`` and cost as much, those after each step have the
-    least predicted squared error ``Σ_m Σ_{d>r_m} σ_d²`` [prop-allocation].
+    least predicted squared error ``Σ_m Σ_{d>r_m} σ_d²`` [prop-allocation]. ``ranks(parameters)`` of
+    the result are those for at most so many parameters, ``after(steps)`` those after so many steps.
     """
     items = []
     for order, (name, sigma) in enumerate(values.items()):
@@ -242,71 +232,7 @@ def allocate(
         # A step is bought as a whole.
         ends = np.cumsum([size for *_, size in items], dtype=np.int64) - 1
         costs = np.repeat(costs[ends], np.diff(ends, prepend=-1))
-    return Allocation(names, costs)
-
-
-def uniform(modules: Mapping[str, Module], rank: int) -> dict[str, int]:
-    """One rank for all modules, or the highest that a small one can have."""
-    return {name: min(rank, *module.shape) for name, module in modules.items()}
-
-
-def by_energy(
-    values: Mapping[str, Float[Tensor, " k"]],
-    totals: Mapping[str, float],
-    modules: Mapping[str, Module],
-    parameters: int,
-) -> dict[str, int]:
-    """Give each module the least rank that keeps one share of its ``‖ΔW‖²``, the same for all.
-
-    The share is the largest that ``parameters`` pay for, with at least rank 1 in each changed
-    module. This is the rule of ``peft.convert_to_lora`` and, with norms in place of squares, of
-    other tools that extract adapters.
-    """
-    shares = {
-        name: (sigma.double().square().cumsum(0) / totals[name]).numpy()
-        for name, sigma in values.items()
-        if totals[name]
-    }
-
-    def ranks(least: float) -> dict[str, int]:
-        return {
-            name: min(int((share < least).sum()) + 1, len(share)) for name, share in shares.items()
-        }
-
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        fits = cost(ranks(middle), modules) <= parameters
-        low, high = (middle, high) if fits else (low, middle)
-    return ranks(low)
-
-
-def by_inputs(
-    spread: Mapping[str, Float[Tensor, " k"]],
-    modules: Mapping[str, Module],
-    parameters: int,
-    most: int,
-) -> dict[str, int]:
-    """Give modules ranks by the variance of their inputs, for at most so many parameters.
-
-    Directions of all modules are taken by their part of the variance, the largest first, as EVA
-    does before training, with inputs as they are (Paischer et al., 2024). ``spread`` has singular
-    values of inputs, weighted as in `Moments`; ``most`` is the highest rank.
-    """
-    parts = sorted(
-        (-float(part), order, name)
-        for order, (name, sigma) in enumerate(spread.items())
-        for part in sigma.double().square() / sigma.double().square().sum()
-    )
-    ranks: dict[str, int] = {}
-    for _, _, name in parts:
-        rank = ranks.get(name, 0) + 1
-        if rank > min(most, *modules[name].shape):
-            continue
-        if (parameters := parameters - modules[name].cost) < 0:
-            break
-        ranks[name] = rank
-    return ranks
+    return _Allocation(names, costs)
 
 
 def cost(ranks: Mapping[str, int], modules: Mapping[str, Module]) -> int:

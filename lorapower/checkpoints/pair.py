@@ -120,52 +120,42 @@ class Pair:
         incomplete or not supported, and for two of different architecture or size.
         """
         hub.require("checkpoints")
-        first, second = hub.Checkpoint("base", base), hub.Checkpoint("tuned", tuned)
-        architecture, task = _describe(second.config)
-        types = first.config.model_type, second.config.model_type
-        if types[0] != types[1]:
-            raise InputError(
-                "tuned", allowed=f"of type {types[0]!r}, like the base", given=types[1]
-            )
-        network = _build(second.config, architecture, "meta")
+        base_files, tuned_files = hub.Checkpoint("base", base), hub.Checkpoint("tuned", tuned)
+        architecture, task = _describe(tuned_files.config)
+        kind, tuned_kind = base_files.config.model_type, tuned_files.config.model_type
+        if kind != tuned_kind:
+            raise InputError("tuned", allowed=f"of type {kind!r}, like the base", given=tuned_kind)
+        network = _build(tuned_files.config, architecture, "meta")
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         stem, body = network.base_model_prefix, network.base_model
         prefix = "" if body is network else f"{stem}."
-        if missing := second.bind(sizes, stem):
-            raise InputError(
-                "tuned",
-                allowed=f"with all weights of {architecture}",
-                given=f"one without {hub.some(sorted(missing))}",
-            )
-        new = first.bind(sizes, stem)
-        blocks = prefix + _BLOCKS[types[0]]
+        if missing := tuned_files.bind(sizes, stem):
+            allowed, given = f"with all weights of {architecture}", hub.some(sorted(missing))
+            raise InputError("tuned", allowed=allowed, given=f"one without {given}")
+        new = base_files.bind(sizes, stem)
+        blocks = prefix + _BLOCKS[kind]
         if deep := sorted(name for name in new if name.startswith(f"{blocks}.")):
-            raise InputError(
-                "base", allowed="with all weights of the blocks", given=f"no {hub.some(deep)}"
-            )
-        if extra := sorted(second.unused(sizes) - first.unused(sizes)):
-            raise InputError(
-                "tuned",
-                allowed=f"with nothing but weights of {architecture}",
-                given=f"one with {hub.some(extra)}",
-            )
+            allowed = "with all weights of the blocks"
+            raise InputError("base", allowed=allowed, given=f"no {hub.some(deep)}")
+        if extra := sorted(tuned_files.unused(sizes) - base_files.unused(sizes)):
+            allowed = f"with nothing but weights of {architecture}"
+            raise InputError("tuned", allowed=allowed, given=f"one with {hub.some(extra)}")
         modules = {
             module.name: module
             for module in _linear_modules(body, prefix, blocks, task)
             if not new & {f"{module.name}.weight", f"{module.name}.bias"}
         }
-        pair = cls(first, second, architecture, task, prefix, blocks, modules)
+        pair = cls(base_files, tuned_files, architecture, task, prefix, blocks, modules)
         return replace(pair, others=tuple(pair._compare(network, new)))
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tuned checkpoint's tokenizer, which pads texts on the right."""
         tokenizer = hub.tokenizer(str(self.tuned.folder))
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
-            if tokenizer.eos_token is None:
-                allowed = "with a tokenizer that has a token to pad with"
-                raise InputError("tuned", allowed=allowed, given=self.tuned.source)
-            tokenizer.pad_token = tokenizer.eos_token
+            allowed = "with a tokenizer that has a token to pad with"
+            raise InputError("tuned", allowed=allowed, given=self.tuned.source)
         tokenizer.padding_side = "right"
         return tokenizer
 
@@ -177,6 +167,10 @@ class Pair:
         """
         sizes = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
         return {kind: size for kind, size in sizes.items() if size}
+
+    def frees_bias(self, module: Module) -> bool:
+        """Whether adapters may change a module's bias."""
+        return module.bias and "bias" not in self.leave
 
     def change(self, name: str) -> Float[Tensor, "out in"]:
         """``ΔW`` of a module, the tuned weight minus the base's, in float32."""

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: Ways to choose ranks, and the metric in which their factors are best. ``uniform``: one rank for
-#: all, at least 1; ``energy``: an equal share of ``‖ΔW‖²`` (`metrics.by_energy`); ``inputs``: by
-#: the variance of inputs (`metrics.by_inputs`); ``PATHS``: by gain for cost (`metrics.allocate`).
+#: all, at least 1; ``energy``: the least ranks that keep an equal share of each ``‖ΔW‖²``, at least
+#: 1, as ``peft.convert_to_lora`` has them; ``inputs``: by the variance of inputs, as EVA has them
+#: before training (Paischer et al., 2024); ``PATHS``: by gain for cost (`metrics.allocate`).
 METHODS: dict[str, Metric] = {
     "uniform": "plain",
     "energy": "plain",
@@ -40,8 +41,6 @@ METHODS: dict[str, Metric] = {
 PATHS = ("plain", "input metric", "two metrics")
 #: Steps of repair by gradient.
 STEPS = 80
-
-
 #: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
 
@@ -126,7 +125,7 @@ class Planner:
 
     def parameters(self, rank: int) -> int:
         """How many numbers one rank for all modules takes."""
-        return metrics.cost(metrics.uniform(self.modules, rank), self.modules)
+        return metrics.cost(_uniform(self.modules, rank), self.modules)
 
     def ranks(self, method: str, parameters: int) -> dict[str, int]:
         """Ranks that a method of `METHODS` gives for at most so many parameters.
@@ -138,11 +137,11 @@ class Planner:
             return self._allocations[metric].ranks(parameters)
         if method == "uniform":
             fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
-            return metrics.uniform(self.modules, max(fitting, default=1))
+            return _uniform(self.modules, max(fitting, default=1))
         if method == "energy":
             values, totals = self.values["plain"], self.totals["plain"]
-            return metrics.by_energy(values, totals, self.modules, parameters)
-        return metrics.by_inputs(self._spread, self.modules, parameters, self.max_rank)
+            return _by_energy(values, totals, self.modules, parameters)
+        return _by_inputs(self._spread, self.modules, parameters, self.max_rank)
 
     def adapter(self, method: str, ranks: Mapping[str, int]) -> Adapter:
         """The adapter of these ranks that is best in the method's metric."""
@@ -155,8 +154,8 @@ class Planner:
                 continue
             directions = self._directions(metric, name)
             if rank:
-                factors[name] = _repair.balance(directions.best(rank))
-            if metric != "plain" and module.bias and "bias" not in self.pair.leave:
+                factors[name] = _repair.balance(directions.update.leading(rank))
+            if metric != "plain" and self.pair.frees_bias(module):
                 tuned = self.pair.tuned.read(f"{name}.bias")
                 biases[name] = (tuned + directions.bias(rank)).float()
         return Adapter(factors, biases)
@@ -167,10 +166,10 @@ class Planner:
 
     def best(self, parameters: int) -> tuple[str, Adapter, float]:
         """The method of ``PATHS`` of least error on texts for selection, its adapter, the error."""
-        adapters = [self.candidate(method, parameters) for method in PATHS]
-        errors = [self.error(adapter) for adapter in adapters]
-        i = errors.index(min(errors))
-        return PATHS[i], adapters[i], errors[i]
+        adapters = {method: self.candidate(method, parameters) for method in PATHS}
+        errors = {method: self.error(adapter) for method, adapter in adapters.items()}
+        method = min(PATHS, key=errors.__getitem__)
+        return method, adapters[method], errors[method]
 
     def put(self, adapter: Adapter) -> None:
         """Give the network the base's weights with this adapter."""
@@ -269,13 +268,12 @@ class Planner:
         descent on the outputs. Its error on the texts for selection, which are not fitted to, never
         rises.
         """
-        best, least = adapter, self.error(adapter)
+        least = self.error(adapter)
         report = functools.partial(self.report, "repairing blocks")
         fitted = _repair.fit_blocks(
             self.pair, self.network, adapter, self.texts.fit, self._root, report
         )
-        if self.error(fitted) < least:
-            best = fitted
+        best = fitted if self.error(fitted) < least else adapter
         return _repair.polish(
             self.pair,
             self.network,
@@ -288,7 +286,7 @@ class Planner:
         )
 
     def smallest_repaired(
-        self, error: float, method: str, adapter: Adapter, *, steps: int = STEPS
+        self, error: float, method: str, adapter: Adapter, steps: int
     ) -> tuple[Adapter, Adapter]:
         """A smaller adapter that has at most an error once repaired, before and after repair."""
         low, high = self.parameters(1) // 8, adapter.parameters
@@ -376,6 +374,57 @@ def compare(
             row = {"method": method, "parameters": asked, "used": adapter.parameters, **measured}
             rows.append(row | {"ranks": adapter.ranks})
     return pd.DataFrame(rows)
+
+
+def _uniform(modules: Mapping[str, Module], rank: int) -> dict[str, int]:
+    """One rank for all modules, or the highest that a small one can have."""
+    return {name: min(rank, *module.shape) for name, module in modules.items()}
+
+
+def _by_energy(
+    values: Mapping[str, Tensor],
+    totals: Mapping[str, float],
+    modules: Mapping[str, Module],
+    parameters: int,
+) -> dict[str, int]:
+    """The largest share of ``‖ΔW‖²``, the same for all changed modules, that parameters pay for."""
+    shares = {
+        name: (sigma.double().square().cumsum(0) / totals[name]).numpy()
+        for name, sigma in values.items()
+        if totals[name]
+    }
+
+    def ranks(least: float) -> dict[str, int]:
+        return {
+            name: min(int((share < least).sum()) + 1, len(share)) for name, share in shares.items()
+        }
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = metrics.cost(ranks(middle), modules) <= parameters
+        low, high = (middle, high) if fits else (low, middle)
+    return ranks(low)
+
+
+def _by_inputs(
+    spread: Mapping[str, Tensor], modules: Mapping[str, Module], parameters: int, most: int
+) -> dict[str, int]:
+    """Directions of all modules by their part of the inputs' variance, the largest first."""
+    parts = sorted(
+        (-float(part), order, name)
+        for order, (name, sigma) in enumerate(spread.items())
+        for part in sigma.double().square() / sigma.double().square().sum()
+    )
+    ranks: dict[str, int] = {}
+    for _, _, name in parts:
+        rank = ranks.get(name, 0) + 1
+        if rank > min(most, *modules[name].shape):
+            continue
+        if (parameters := parameters - modules[name].cost) < 0:
+            break
+        ranks[name] = rank
+    return ranks
 
 
 def _metric(method: str) -> Metric:

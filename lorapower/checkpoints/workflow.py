@@ -22,15 +22,7 @@ from .. import _checks
 from .. import _hub as hub
 from ..adapters import _files
 from ..errors import InputError, LorapowerError, ResultsError
-from ._measuring import (
-    TOKENS,
-    Measured,
-    Reference,
-    count,
-    megabytes,
-    prepare_all,
-    without_nan,
-)
+from ._measuring import TOKENS, Measured, Reference, count, megabytes, prepare_all, without_nan
 from .pair import Adapter, Pair
 from .planner import METHODS, STEPS, Planner, Report
 
@@ -191,16 +183,15 @@ def plan(
     """
     start = time.perf_counter()
     asked = {"error": error, "parameters": parameters, "rank": rank}
-    if len(given := [name for name, value in asked.items() if value is not None]) > 1:
-        raise InputError(
-            "error, parameters, rank", allowed="one of them at most", given=" and ".join(given)
-        )
-    aim = _checks.finite("error", error) if error is not None else None if given else ERROR
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if len(asked) > 1:
+        name = "error, parameters, rank"
+        raise InputError(name, allowed="one of them at most", given=" and ".join(asked))
+    aim = _checks.finite("error", error) if "error" in asked else None if asked else ERROR
     if aim is not None and not 0 < aim <= 1:
         raise InputError("error", allowed="above 0 and at most 1, the base's own", given=aim)
-    for name in ("parameters", "rank"):
-        if asked[name] is not None:
-            _checks.integer(name, asked[name], 0)
+    for name in asked.keys() - {"error"}:
+        _checks.integer(name, asked[name], 0)
     _checks.integer("steps", steps, 0)
     planner = Planner(Pair.open(base, tuned), texts, report=report, **options)
     if planner.equal:
@@ -259,7 +250,7 @@ def _search(
     if not repair:
         return method, raw, raw, measured, looks
     # The smallest repaired one that will do, or else one of as many parameters.
-    start, fitted = planner.smallest_repaired(selected, method, raw, steps=steps)
+    start, fitted = planner.smallest_repaired(selected, method, raw, steps)
     repaired, looks = planner.measure(fitted), looks + 1
     if repaired.error > aim and start is not raw:
         start, fitted = raw, planner.repair(raw, steps=steps)
@@ -343,11 +334,8 @@ def check(
     measured = reference.measure(_load(adapter, pair))
     tell(3, 3)
     if math.isnan(measured.error):
-        raise InputError(
-            "adapter",
-            allowed="one that brings the head that the base lacks",
-            given=f"{adapter}, with which outputs are NaN",
-        )
+        allowed = "one that brings the head that the base lacks"
+        raise InputError("adapter", allowed=allowed, given=f"{adapter}, with which outputs are NaN")
     return measured
 
 
@@ -356,20 +344,17 @@ def _claim(out: Path | str, force: bool) -> Path:
     folder = _checks.path("out", out).expanduser()
     above = next(place for place in folder.absolute().parents if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(
-            "out", allowed="in a folder that can be written to", given=f"{folder}, in {above}"
-        )
-    if folder.exists() and not force:
-        raise InputError(
-            "out",
-            allowed="a folder that does not exist",
-            given=str(folder),
-            remedy="name another, or replace it with --force (force=True)",
-        )
-    replaceable = folder.is_dir() and (
-        (folder / _files.PEFT_CONFIG).is_file() or not any(folder.iterdir())
-    )
-    if folder.exists() and not replaceable:
+        allowed = "in a folder that can be written to"
+        raise InputError("out", allowed=allowed, given=f"{folder}, in {above}")
+    if not folder.exists():
+        return folder
+    if not force:
+        remedy = "name another, or replace it with --force (force=True)"
+        allowed = "a folder that does not exist"
+        raise InputError("out", allowed=allowed, given=str(folder), remedy=remedy)
+    if not folder.is_dir() or (
+        any(folder.iterdir()) and not (folder / _files.PEFT_CONFIG).is_file()
+    ):
         allowed = "a new folder, or one with an adapter to replace"
         raise InputError("out", allowed=allowed, given=str(folder))
     return folder
@@ -454,15 +439,13 @@ def _load(folder: Path | str, pair: Pair) -> Any:
         if not pair.base.has(name)
     }
     pair.fill(network, "base", updates=dict(nothing))
-    with hub.quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with hub.quiet(), warnings.catch_warnings(action="ignore"):
         try:
             return PeftModel.from_pretrained(network, str(folder)).eval().requires_grad_(False)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                "adapter", allowed="one that peft reads into the base", given=f"{folder} ({reason})"
-            ) from error
+            given = f"{folder} ({' '.join(str(error).split())})"
+            allowed = "one that peft reads into the base"
+            raise InputError("adapter", allowed=allowed, given=given) from error
 
 
 def _name(source: str) -> str:
