@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Module
 
-from .errors import InputError, brief
+from .errors import InputError
 
 PRECISIONS = (torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -37,9 +37,7 @@ def integer(
     number = int(value) if whole else low - 1
     if number < low or (high is not None and number > high):
         allowed = f"an integer from {low}" + (f" to {high}" if high not in (None, _LARGEST) else "")
-        raise InputError(
-            name, allowed=allowed + (f" ({limit})" if limit else ""), given=brief(value)
-        )
+        raise InputError(name, allowed=allowed + (f" ({limit})" if limit else ""), value=value)
     return number
 
 
@@ -70,21 +68,21 @@ def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) 
     except OverflowError:
         number = nan
     if not fits(number):
-        raise InputError(name, allowed=allowed, given=brief(value))
+        raise InputError(name, allowed=allowed, value=value)
     return number
 
 
 def flag(name: str, value: Any) -> bool:
     """``value`` as a ``bool``; nothing else is taken."""
     if not isinstance(value, bool | np.bool_):
-        raise InputError(name, allowed="True or False", given=brief(value))
+        raise InputError(name, allowed="True or False", value=value)
     return bool(value)
 
 
 def precision(value: Any) -> torch.dtype:
     """``value`` if the package computes in this type."""
     if not isinstance(value, torch.dtype) or value not in PRECISIONS:
-        raise InputError("dtype", allowed="torch.float32 or torch.float64", given=brief(value))
+        raise InputError("dtype", allowed="torch.float32 or torch.float64", value=value)
     return value
 
 
@@ -93,13 +91,13 @@ def choice(name: str, value: Any, options: Sequence[str], remedy: str = "") -> N
     if not isinstance(value, str) or value not in options:
         words = [repr(option) for option in options]
         allowed = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-        raise InputError(name, allowed=allowed, given=brief(value), remedy=remedy)
+        raise InputError(name, allowed=allowed, value=value, remedy=remedy)
 
 
 def function(name: str, value: Any) -> None:
     """Refuse what cannot be called."""
     if not callable(value):
-        raise InputError(name, allowed="a function", given=brief(value))
+        raise InputError(name, allowed="a function", value=value)
 
 
 def items(name: str, value: Any, *, what: str) -> list[Any]:
@@ -109,13 +107,13 @@ def items(name: str, value: Any, *, what: str) -> list[Any]:
             return [*value]
     except TypeError:
         pass
-    raise InputError(name, allowed=what, given=brief(value))
+    raise InputError(name, allowed=what, value=value)
 
 
 def path(name: str, value: Any) -> Path:
     """``value`` as a path."""
     if not isinstance(value, str | PathLike) or not str(value) or "\0" in str(value):
-        raise InputError(name, allowed="a path", given=brief(value))
+        raise InputError(name, allowed="a path", value=value)
     return Path(value)
 
 
@@ -124,9 +122,7 @@ def device(value: Any) -> torch.device:
     try:
         usable = torch.empty(0, device=value).device
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            "device", allowed="one that torch finds here", given=brief(value)
-        ) from error
+        raise InputError("device", allowed="one that torch finds here", value=value) from error
     if usable.type == "meta":
         raise InputError("device", allowed="one that holds numbers", given="meta, which has none")
     return usable
@@ -135,7 +131,7 @@ def device(value: Any) -> torch.device:
 def sizes(name: str, value: Any, low: int = 0) -> tuple[int, ...]:
     """``value`` as a tuple of integers from ``low``, such as a batch shape."""
     if not isinstance(value, tuple | list):
-        raise InputError(name, allowed="a tuple of integers", given=brief(value))
+        raise InputError(name, allowed="a tuple of integers", value=value)
     return tuple(integer(name, size, low) for size in value)
 
 
@@ -206,9 +202,7 @@ def _from_array(name: str, value: Any) -> Tensor:
         array = np.array(value, order="C")
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except (OverflowError, RecursionError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            name, allowed="a rectangular array of numbers", given=brief(value)
-        ) from error
+        raise InputError(name, allowed="a rectangular array of numbers", value=value) from error
 
 
 def kind(*expected: type, **given: Any) -> None:
@@ -241,7 +235,7 @@ def same_sizes(adapted: Any, target: Any) -> None:
     """Refuse a target whose weights have other sizes than another network's."""
     sizes = [[tuple(w.shape[-2:]) for w in network.weights] for network in (adapted, target)]
     if sizes[0] != sizes[1]:
-        raise InputError("target", allowed=f"of weights {brief(sizes[0])}", given=brief(sizes[1]))
+        raise InputError("target", allowed=f"of weights {sizes[0]}", value=sizes[1])
 
 
 def failed_members(bad: Tensor, shown: int | None = None) -> str:

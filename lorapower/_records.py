@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import InputError, brief
+from .errors import InputError
 
 
 class Record(BaseModel):
@@ -40,7 +40,7 @@ class Record(BaseModel):
     def require(self, field: str, fits: bool, allowed: str) -> None:
         """Refuse a field's value unless it fits the others."""
         if not fits:
-            raise InputError(field, allowed=allowed, given=brief(getattr(self, field)))
+            raise InputError(field, allowed=allowed, value=getattr(self, field))
 
 
 class Results(Record):
@@ -52,10 +52,10 @@ class Results(Record):
 def one_problem(settings: Sequence[Any]) -> Any:
     """The problem that all of the settings have; raises `InputError` for several, or none."""
     if not isinstance(settings, Sequence) or not settings:
-        raise InputError("settings", allowed="a list of at least one", given=brief(settings))
+        raise InputError("settings", allowed="a list of at least one", value=settings)
     problem, *others = dict.fromkeys(getattr(setting, "problem", None) for setting in settings)
     if others or problem is None:
-        raise InputError("settings", allowed="of one problem", given=brief(settings))
+        raise InputError("settings", allowed="of one problem", value=settings)
     return problem
 
 
@@ -87,4 +87,4 @@ def _translate(error: ValidationError, record: type[BaseModel]) -> InputError:
             dict.fromkeys(message.removeprefix("Input should be ") for message in messages)
         )
     )
-    return InputError(name, allowed=allowed, given=brief(first["input"]))
+    return InputError(name, allowed=allowed, value=first["input"])

@@ -13,7 +13,7 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 60
 
 
-def brief(value: object) -> str:
+def _brief(value: object) -> str:
     """Write ``repr(value)`` on one line, shortened to at most ``LONGEST`` characters."""
     try:
         return _shorten(_SHOWN.repr(value))
@@ -42,12 +42,21 @@ class InputError(LorapowerError, ValueError):
 
     The message is one line: "``name`` must be ``allowed``; got ``given``: ``remedy``". ``name`` is
     the parameter's, or a part of the argument such as ``"rank of layer 2"``; programs may rely on
-    it. ``given`` is a description or the value itself; ``remedy`` may be empty.
+    it. ``given`` is a description, or else the ``value`` is written out; ``remedy`` may be empty.
     """
 
-    def __init__(self, name: str, *, allowed: str, given: object, remedy: str = "") -> None:
-        self.name, self.allowed, self.given, self.remedy = name, allowed, given, remedy
-        shown = _shorten(given) if isinstance(given, str) else brief(given)
+    def __init__(
+        self,
+        name: str,
+        *,
+        allowed: str,
+        given: object = None,
+        value: object = None,
+        remedy: str = "",
+    ) -> None:
+        self.name, self.allowed, self.remedy = name, allowed, remedy
+        self.given = _brief(value) if given is None else given
+        shown = _shorten(self.given) if isinstance(self.given, str) else _brief(self.given)
         advice = f": {_shorten(remedy)}" if remedy else ""
         super().__init__(f"{_shorten(name)} must be {_shorten(allowed)}; got {shown}{advice}")
 

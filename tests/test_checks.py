@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import InputError, _checks
-from lorapower.errors import LONGEST, brief
+from lorapower.errors import LONGEST
 from lorapower.networks import FNN, LinearNetwork, Transformer
 from lorapower.regions import Ball, Box, Samples
 from lorapower.training import Fixed
@@ -77,16 +77,16 @@ def test_arrays_of_any_order_and_strides(dtype: str) -> None:
 @given(st.integers(LONGEST // 2, 20 * LONGEST), st.integers(1, 5))
 def test_messages_are_bounded_lines(length: int, lines: int) -> None:
     ragged = [[0.0] * length, *[[1.0]] * lines]
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError):
         _checks.real_tensor("it", ragged, min_dims=2)
-    assert caught.value.given == brief(ragged)
     for long in ("a" * length, "a\n" * length, "a " * length):
         message = str(InputError(long, allowed=long, given=long, remedy=long))
         assert len(message) <= 4 * LONGEST + len(" must be ; got : ")
         assert "\n" not in message
-    assert brief([0] * length) == "[0, 0, 0, 0, 0, 0, ...]"
-    assert len(brief(torch.ones(lines, length))) <= 60
-    assert brief(10**length * 10**4400) == "a value of class int"
+    for value in (ragged, torch.ones(lines, length), 10**length * 10**4400, Unprintable()):
+        message = str(InputError("it", allowed="short", value=value))
+        assert len(message) <= len("it must be short; got ") + LONGEST
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize(

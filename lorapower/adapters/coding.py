@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
 from .core import Adapters
@@ -99,7 +99,7 @@ def decode(data: bytes, network: Network) -> Adapters:
     Raises `InputError` for what is no code for adapters of a network of these sizes.
     """
     if not isinstance(data, bytes):
-        raise InputError("data", allowed="bytes, as `encode` writes them", given=brief(data))
+        raise InputError("data", allowed="bytes, as `encode` writes them", value=data)
     code = iter("".join(f"{byte:08b}" for byte in data))
     bits = _read_gamma(code, 12)
     ranks = [_read_gamma(code, min(weight.shape[-2:]) + 1) - 1 for weight in network.weights]

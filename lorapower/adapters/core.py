@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .. import _checks
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
 from . import _files
@@ -49,7 +49,7 @@ class Adapters:
         given = self.updates
         if not isinstance(given, tuple) or not given or {type(u) for u in given} != {LowRank}:
             allowed = "a tuple of LowRank, one for each weight"
-            raise InputError("updates", allowed=allowed, given=brief(given))
+            raise InputError("updates", allowed=allowed, value=given)
 
     @property
     def ranks(self) -> tuple[int, ...]:

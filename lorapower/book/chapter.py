@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .._hub import PACKAGED, RATED
 from .._records import Record
-from ..errors import InputError, brief
+from ..errors import InputError
 from . import claims
 from .figures._style import use_style
 
@@ -129,7 +129,7 @@ def setup(model: type[Parameters]) -> None:
     from IPython import get_ipython
 
     if not isinstance(model, type) or not issubclass(model, Parameters):
-        raise InputError("model", allowed="a class made from Parameters", given=brief(model))
+        raise InputError("model", allowed="a class made from Parameters", value=model)
     notebook = vars(sys.modules[model.__module__])
     _refuse_unknown(_injected(notebook.get("In", ())), [*model.model_fields])
     completed: dict[str, tuple[Any, Any, Any]] = notebook.setdefault(_COMPLETED, {})

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _checks
-from ..errors import InputError, brief
+from ..errors import InputError
 
 MIME = "application/vnd.lorapower.claim+json"
 
@@ -149,7 +149,7 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (OverflowError, TypeError, ValueError) as error:
-        raise InputError(name, allowed="numbers", given=brief(values)) from error
+        raise InputError(name, allowed="numbers", value=values) from error
     if not numbers.size:
         raise InputError(name, allowed="at least one number", given="none: nothing was checked")
     return numbers

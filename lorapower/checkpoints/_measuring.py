@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from .. import _hub as hub
-from ..errors import InputError, brief
+from ..errors import InputError
 from .pair import Pair, Task
 
 #: Texts that each part needs. If two models agree on 59, the lower limit of their agreement is .95
@@ -109,7 +109,7 @@ def prepare(
             raise InputError(
                 "held_out",
                 allowed="of texts that are not among those for planning",
-                given=f"{len(both)} that are, such as {brief(min(both))}",
+                given=f"{len(both)} that are, such as {min(both)!r}",
                 remedy="take them out of either file: what is stated would be too good",
             )
         _require("texts", len(planning), LEAST_TEXTS)
@@ -136,7 +136,7 @@ def _shuffle(name: str, given: Sequence[str], order: np.random.Generator) -> lis
     """The different texts that are not empty, in random order."""
     texts = _checks.items(name, given, what="texts")
     if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise InputError(name, allowed="texts", given=brief(wrong[0]))
+        raise InputError(name, allowed="texts", value=wrong[0])
     different = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     return [different[i] for i in order.permutation(len(different))]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import _checks
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..lowrank import LowRank
 from . import _repair, metrics
 from ._measuring import TOKENS, Measured, Reference, Texts, prepare, ratio, scratch_folder
@@ -78,7 +78,7 @@ class Planner:
         """
         kinds = _checks.items("leave", leave, what=f"kinds among {KINDS}")
         if strange := [kind for kind in kinds if kind not in KINDS]:
-            raise InputError("leave", allowed=f"among {', '.join(KINDS)}", given=brief(strange[0]))
+            raise InputError("leave", allowed=f"among {', '.join(KINDS)}", value=strange[0])
         self.options = {
             "modules": modules,
             "leave": sorted(kinds),
@@ -429,7 +429,7 @@ def _by_inputs(
 
 def _metric(method: str) -> Metric:
     if method not in METHODS:
-        raise InputError("method", allowed=f"among {', '.join(METHODS)}", given=brief(method))
+        raise InputError("method", allowed=f"among {', '.join(METHODS)}", value=method)
     return METHODS[method]
 
 
@@ -447,11 +447,8 @@ def _choose(pair: Pair, modules: str) -> dict[str, Module]:
             if pattern.search(name) and (modules not in kinds or modules in ("all", module.kind))
         }
     if not chosen:
-        raise InputError(
-            "modules",
-            allowed="all, attention, mlp, or a regular expression that names at least one module",
-            given=f"{brief(modules)}, where there are {brief(list(pair.modules))}",
-        )
+        allowed = "all, attention, mlp, or a regular expression for at least one of"
+        raise InputError("modules", allowed=f"{allowed} {', '.join(pair.modules)}", value=modules)
     return chosen
 
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from .. import _checks
 from .._records import Record, Results
-from ..errors import InputError, ResultsError, brief
+from ..errors import InputError, ResultsError
 
 __all__ = ["Record", "Results", "columns", "grid", "read", "run"]
 
@@ -111,7 +111,7 @@ def grid(record: type[R], /, **values: Any) -> list[R]:
     method=Lora(ranks=2))``. Raises `InputError` for an empty axis and as ``record`` does.
     """
     if not _is_record(record):
-        raise InputError("record", allowed="a class of records", given=brief(record))
+        raise InputError("record", allowed="a class of records", value=record)
     axes = [_axis(name, value) for name, value in values.items()]
     return [record(**dict(zip(values, point, strict=True))) for point in itertools.product(*axes)]
 
@@ -159,7 +159,7 @@ def run(
         raise InputError(
             "executor",
             allowed="one of concurrent.futures, or like these",
-            given=brief(executor),
+            value=executor,
             remedy="a dask client makes one by get_executor()",
         )
     code = _code(work)
@@ -225,14 +225,14 @@ def _axis(name: str, value: Any) -> list[Any]:
     if not isinstance(value, list | range):
         return [value]
     if not value:
-        raise InputError(name, allowed="a value or a list of at least one", given=brief(value))
+        raise InputError(name, allowed="a value or a list of at least one", value=value)
     return list(value)
 
 
 def _keys(settings: Sequence[R]) -> dict[R, str]:
     """What each setting is called in the file; refuses what makes no table."""
     if not isinstance(settings, Sequence) or not settings:
-        raise InputError("settings", allowed="a list of at least one", given=brief(settings))
+        raise InputError("settings", allowed="a list of at least one", value=settings)
     if len(kinds := {type(setting) for setting in settings}) > 1 or not _is_record(*kinds):
         given = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError("settings", allowed="of one class, made from sweeps.Record", given=given)
@@ -255,7 +255,7 @@ def _texts(results: Any, batch: list[Any]) -> list[str]:
     promise = f"a function that returns a list of sweeps.Results of one class, here {len(batch)}"
     kinds = {type(result) for result in results} if isinstance(results, Sequence) else set()
     if len(kinds) != 1 or not _is_record(*kinds) or len(results) != len(batch):
-        raise InputError("work", allowed=promise, given=brief(results))
+        raise InputError("work", allowed=promise, value=results)
     (kind,) = kinds
     _distinct(kind.__name__, [*columns(type(batch[0])), *kind.model_fields, *_Origin._fields])
     return [result.model_dump_json() for result in results]
@@ -340,7 +340,7 @@ def _code(work: Callable[..., Any]) -> _Code:
         raise InputError(
             "work",
             allowed="a function of a list of settings that has a name",
-            given=brief(work),
+            value=work,
             remedy="define one, and let the settings say what it needs",
         )
     home = work.__module__ or ""

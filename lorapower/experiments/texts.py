@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _hub as hub
 from .._hub import RATED as RATED
-from ..errors import InputError, brief
+from ..errors import InputError
 
 HUB = "hub"
 HUB_NAME = "nyu-mll/glue"
@@ -287,7 +287,7 @@ def _examples(task: Task, rows: Iterable[_Row], spoiled: int) -> Examples:
         if not all(stripped) or label == "":
             unused += 1
             if unused > spoiled:
-                raise InputError(place, allowed="without empty texts and labels", given=brief(row))
+                raise InputError(place, allowed="without empty texts and labels", value=row)
             continue
         texts.append(stripped)
         labels.append(math.nan if label is None else _label(task, place, label))

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .. import _checks, lowrank
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..lowrank import SVD, LowRank
 from .layers import LinearNetwork
 
@@ -106,7 +106,7 @@ class Gap:
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
         if not isinstance(ord, int | str) or ord not in (2, "fro"):
-            raise InputError("ord", allowed="2 or 'fro'", given=brief(ord))
+            raise InputError("ord", allowed="2 or 'fro'", value=ord)
         tail = self.spectrum[..., _checks.integer("rank", rank, 0) :]
         if ord == "fro":
             return torch.linalg.vector_norm(tail, dim=-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters.core import Adapters, Tuned
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
 from ..networks.layers import FNN
@@ -126,7 +126,7 @@ def require_fit(network: Network, adapters: Adapters, *, single: bool = True) ->
 def require_relu_end(network: Network, classes: Sequence[int] = ()) -> None:
     """Refuse a one-sided loss for outputs that no ReLU gives, or that vote for classes."""
     if not isinstance(network, FNN) or network.linear_last or len(classes):
-        given = "classes" if len(classes) else brief(network)
+        given = "classes" if len(classes) else network
         raise InputError(
             "loss",
             allowed="'squared', but for ReLU networks that end with a ReLU and a squared error",

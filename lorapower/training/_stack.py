@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _checks, randomness
 from ..adapters.core import Adapters, N, Tuned
 from ..constructions import fnn
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.layers import FNN
 from ..networks.partition import Partition
@@ -331,7 +331,7 @@ def _class_of(classes: Sequence[int], outputs: int) -> NDArray[np.int64]:
     """The class to which each output votes, checked; empty for the squared error."""
     if not isinstance(classes, Sequence) or len(classes) not in (0, outputs):
         allowed = f"none, or one for each of {outputs} outputs"
-        raise InputError("classes", allowed=allowed, given=brief(classes))
+        raise InputError("classes", allowed=allowed, value=classes)
     votes = np.array([_checks.integer("classes", c, -1) for c in classes], np.int64)
     missing = set(range(int(votes.max(initial=-1)) + 1)) - set(votes.tolist())
     if missing or (len(votes) and votes.max() < 0):

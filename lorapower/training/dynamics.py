@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..adapters.core import Adapters
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
 from ._free import Free, Pair, labelled, require_fit
@@ -227,7 +227,7 @@ def _course(sigma: float, beta: float, eta_A: float, eta_B: float) -> tuple[floa
 
 def _rates(rates: Rates) -> Rates:
     if not isinstance(rates, tuple | list) or len(rates) != 2:
-        raise InputError("rates", allowed="two numbers, of A and of B", given=brief(rates))
+        raise InputError("rates", allowed="two numbers, of A and of B", value=rates)
     return _checks.positive("rates", rates[0]), _checks.positive("rates", rates[1])
 
 

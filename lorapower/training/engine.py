@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters.core import Adapters, N
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..networks.base import Network
 from . import _compiled, _reference
 from ._compiled import State, Structure
@@ -130,7 +130,7 @@ def _ready(
     is_list = isinstance(tunings, Sequence) and bool(tunings)
     if not is_list or not all(isinstance(tuning, Tuning) for tuning in tunings):
         allowed = "a list of Tuning, such as [Tuning(ranks=4)]"
-        raise InputError("tunings", allowed=allowed, given=brief(tunings))
+        raise InputError("tunings", allowed=allowed, value=tunings)
     one_sided = any(tuning.loss == "one-sided" for tuning in tunings)
     if one_sided:
         require_relu_end(frozen, classes)
@@ -145,7 +145,7 @@ def _for_each(name: str, given: Any, kind: type, members: int) -> list[Any]:
     """One value for each member of the batch, from one for all or as many."""
     values = [given] * members if isinstance(given, kind) else given
     if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
-        raise InputError(name, allowed=f"one {kind.__name__}, or several", given=brief(given))
+        raise InputError(name, allowed=f"one {kind.__name__}, or several", value=given)
     if len(values) != members:
         allowed = f"one, or one for each of {members} networks"
         raise InputError(name, allowed=allowed, given=len(values))

@@ -16,7 +16,7 @@ from ..adapters.core import Adapters
 from ..constructions.fitted import Fit, Fitted, split
 from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..networks.base import Network
 from ..networks.layers import FNN
 from ..networks.partition import Partition
@@ -124,7 +124,7 @@ def train_fused(
     fused = fuse(frozen, target, ranks, partition)  # type: ignore[arg-type]
     if not any(fused.fused_ranks) and np.any(ranks):
         allowed = "of segments whose layers are no narrower than their ends"
-        given = f"{brief(ranks)} for {frozen}, which reach no change"
+        given = f"{ranks} for {frozen}, which reach no change"
         raise InputError("ranks", allowed=allowed, given=given)
     options: Any = {"schedule": "cosine", "loss": loss}
     runs: Training[Any] = train(
@@ -182,7 +182,7 @@ def polish(
     for start in starts:
         _checks.choice("starts", start, get_args(Start))
     if not starts or len(set(starts)) < len(starts):
-        raise InputError("starts", allowed='"fitted", "lora" or both', given=brief(starts))
+        raise InputError("starts", allowed='"fitted", "lora" or both', value=starts)
     steps = _checks.integer("steps", steps, 0)
     iterations = _checks.integer("iterations", iterations, 0)
     if data is not None:

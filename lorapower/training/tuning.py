@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import _checks, randomness
 from ..adapters.core import Adapters, N
-from ..errors import InputError, brief
+from ..errors import InputError
 from ..networks.base import Network
 
 LARGEST = torch.finfo(torch.float32).max
@@ -73,13 +73,13 @@ class Tuning:
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
         words = self.biases if isinstance(self.biases, tuple) else (self.biases,)
         if not all(isinstance(word, bool) for word in words):
-            raise InputError("biases", allowed="True or False", given=brief(self.biases))
+            raise InputError("biases", allowed="True or False", value=self.biases)
         _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.choice("loss", self.loss, get_args(Loss))
         if not isinstance(self.start, Adapters):
             _checks.choice("start", self.start, get_args(Start), remedy="or give adapters")
         if self.final and self.start != "study":
-            raise InputError("start", allowed="'study' for layers in full", given=brief(self.start))
+            raise InputError("start", allowed="'study' for layers in full", value=self.start)
         if _checks.integer("blocks", self.blocks, 1) > 1 and self.start != "linearized":
             raise InputError("blocks", allowed="1, but for start 'linearized'", given=self.blocks)
         for name, check in (
@@ -193,7 +193,7 @@ class Fresh(Data):
         x = self.scale * randomness.normal(generator, *batch, *shape, dtype=torch.float32)
         y = self.label(x)
         if not isinstance(y, Tensor):
-            raise InputError("label", allowed="a function to tensors", given=brief(y))
+            raise InputError("label", allowed="a function to tensors", value=y)
         return x.to(y.device), y
 
 
@@ -252,7 +252,7 @@ class Fixed(Data):
 
 def _words(purpose: Any) -> tuple[str, ...]:
     if not isinstance(purpose, tuple) or not all(isinstance(word, str) for word in purpose):
-        raise InputError("purpose", allowed="a tuple of words", given=brief(purpose))
+        raise InputError("purpose", allowed="a tuple of words", value=purpose)
     return purpose
 
 
