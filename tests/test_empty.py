@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorapower import InputError, bounds
+from lorapower import InputError
 from lorapower.constructions import fnn, linear, transformer
 from lorapower.networks import FNN, LinearNetwork, Network, Transformer
 from lorapower.regions import Ball, Box, Region, Samples
@@ -39,15 +39,6 @@ def test_networks_adapt_and_merge(batch: tuple[int, ...], kind: str) -> None:
     merged: Network = found.adapters.merge(frozen)
     assert merged(X).shape == (*batch, 3, 5)
     assert frozen.members(...).shape == batch
-
-
-def test_bounds(batch: tuple[int, ...]) -> None:
-    values = [
-        bounds.linear_threshold(*pair("linear", batch)),
-        bounds.fnn_error_on(*pair("fnn", batch), 1, X),
-        bounds.transformer_threshold(*pair("transformer", batch)),
-    ]
-    assert {tuple(value.shape) for value in values} == {batch}
 
 
 def test_regions(batch: tuple[int, ...]) -> None:

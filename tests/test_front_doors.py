@@ -26,8 +26,6 @@ from lorapower.adapters import Adapters
 from lorapower.checkpoints import Pair
 from lorapower.constructions import fitted, fnn, fused, linear, transformer
 from lorapower.errors import LONGEST
-from lorapower.experiments import sweeps, synthetic
-from lorapower.experiments.study import Lora
 from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer, as_network
 from lorapower.regions import Ball, Box, Samples
 from lorapower.training import Fixed, Fresh, Tuning, polish, train, train_fused
@@ -209,15 +207,3 @@ def test_junk_is_taken_or_refused_in_a_line(door: Door) -> None:
 def test_checkpoints_are_folders_or_models(junk: Any) -> None:
     with pytest.raises(InputError, match="base"):
         Pair.open(junk, "no/such/folder")
-
-
-@pytest.mark.parametrize("settings", [None, [], "text", 3, [None]])
-def test_a_sweep_takes_settings(settings: Any) -> None:
-    with pytest.raises(InputError, match="settings"):
-        sweeps.run(settings, print)  # type: ignore[arg-type]
-
-
-def test_a_sweep_takes_a_function_of_settings() -> None:
-    for work in (None, "text", 3):
-        with pytest.raises(InputError, match="work"):
-            sweeps.run([synthetic.Setting(problem=synthetic.Problem(), method=Lora())], work)  # type: ignore[arg-type]

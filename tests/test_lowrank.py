@@ -78,12 +78,6 @@ def test_random_matrix_has_the_condition_number_asked_for(
     assert lowrank.spectrum(matrix)[0] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kappa", [0.5, float("inf"), float("nan")])
-def test_random_matrix_refuses_other_condition_numbers(kappa: float) -> None:
-    with pytest.raises(InputError, match="condition_number must be finite, at least 1"):
-        lowrank.random_matrix(2, 2, condition_number=kappa)
-
-
 @pytest.mark.parametrize("matrix", [torch.zeros(3, 3), torch.diag(torch.tensor([1.0, 0.0]))])
 def test_singular_matrices_have_an_infinite_condition_number(matrix: torch.Tensor) -> None:
     assert lowrank.condition_number(matrix) == torch.inf
@@ -99,12 +93,6 @@ def test_solve_gives_the_smallest_solution(
     right = normal(*batch, rows, 2, seed=seed)
     expected = np.linalg.pinv(matrix.numpy()) @ right.numpy()
     np.testing.assert_allclose(lowrank.solve(matrix, right).numpy(), expected, atol=1e-11)
-
-
-@pytest.mark.parametrize("rank", [-1, 3, 1.0, "one", True, None])
-def test_unusable_ranks_are_refused(rank: object) -> None:
-    with pytest.raises(InputError, match=r"rank must be an integer from 0 to 2 \(the smaller side"):
-        lowrank.truncated_svd(torch.ones(2, 5), rank)  # type: ignore[arg-type]
 
 
 def test_what_has_no_answer_is_refused() -> None:
