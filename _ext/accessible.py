@@ -13,7 +13,6 @@ from typing import Any
 from bs4 import BeautifulSoup
 from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.util.typing import ExtensionMetadata
 
 _SUBSTITUTES = {
     '<summary aria-label="Toggle hidden content">': "<summary>",
@@ -50,6 +49,5 @@ def _mend(
     context["generate_toctree_html"] = lambda *given, **options: named(contents(*given, **options))
 
 
-def setup(app: Sphinx) -> ExtensionMetadata:
+def setup(app: Sphinx) -> None:
     app.connect("html-page-context", _mend, priority=900)  # once the theme has added its functions
-    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -25,7 +25,6 @@ from sphinx.ext.napoleon.docstring import NumpyDocstring
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
-from sphinx.util.typing import ExtensionMetadata
 
 import lorapower
 
@@ -159,7 +158,7 @@ def _resolve(
     return contnode if node["reftype"] == "class" or library in sys.modules else None
 
 
-def setup(app: Sphinx) -> ExtensionMetadata:
+def setup(app: Sphinx) -> None:
     app.setup_extension("sphinx.ext.autosummary")
     delattr(GenericAliasMixin, "update_content")  # it repeats values, comments say what they are
     variables = next(field for field in PyObject.doc_field_types if field.name == "variable")
@@ -171,4 +170,3 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("doctree-read", _show_sizes)
     app.connect("env-updated", _name_as_defined, priority=400)
     app.connect("missing-reference", _resolve)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}

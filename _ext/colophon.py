@@ -18,7 +18,6 @@ from packaging.requirements import Requirement
 from pages import chapters, table
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
-from sphinx.util.typing import ExtensionMetadata
 
 import lorapower
 
@@ -84,6 +83,5 @@ def _listed(values: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(values))
 
 
-def setup(app: Sphinx) -> ExtensionMetadata:
+def setup(app: Sphinx) -> None:
     app.add_directive("colophon", Colophon)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,9 +14,8 @@ from typing import Any
 from bs4 import BeautifulSoup, Tag
 from bs4.filter import SoupStrainer
 from markdownify import MarkdownConverter
-from pages import chapters
+from pages import add_after_build, chapters
 from sphinx.application import Sphinx
-from sphinx.util.typing import ExtensionMetadata
 
 # What a page has for the mouse.
 _CONTROLS = "a.headerlink, button, details > summary:first-child, script, style"
@@ -88,39 +87,29 @@ def _language(pre: Tag) -> str:
 def _offer_markdown(
     app: Sphinx, docname: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
-    source = str(context.get("sourcename", ""))
-    if not source.endswith(".ipynb"):
-        return
-    (menu,) = (
-        button for button in context["header_buttons"] if button["label"] == "download-buttons"
-    )
-    address = context["pathto"](f"_sources/{docname}.md", 1)
-    menu["buttons"].insert(
-        1,
-        {
+    if str(context.get("sourcename", "")).endswith(".ipynb"):
+        (menu,) = (each for each in context["header_buttons"] if each["label"] == "download-buttons")
+        button = {
             "type": "link",
-            "url": address,
+            "url": context["pathto"](f"_sources/{docname}.md", 1),
             "text": ".md",
             "tooltip": "Download as Markdown",
             "icon": "fas fa-file-lines",
             "label": "download-source-button",
-        },
-    )
+        }
+        menu["buttons"].insert(1, button)
 
 
-def _write(app: Sphinx, error: Exception | None) -> None:
-    if error is not None or app.builder.format != "html":
-        return
-    folder = Path(app.outdir)
+def _write(app: Sphinx, folder: Path) -> None:
+    sources = folder / "_sources"
     for docname in chapters(app.env):
         text = markdown((folder / f"{docname}.html").read_text(encoding="utf-8"))
-        (folder / "_sources" / f"{docname}.md").write_text(text, encoding="utf-8")
-    for path in [path for path in (folder / "_sources").rglob("*") if path.is_file()]:
+        (sources / f"{docname}.md").write_text(text, encoding="utf-8")
+    for path in [path for path in sources.rglob("*") if path.is_file()]:
         name, text = (json.dumps(each) for each in (path.name, path.read_text(encoding="utf-8")))
         path.with_name(f"{path.name}.js").write_text(f"save({name}, {text});\n", encoding="utf-8")
 
 
-def setup(app: Sphinx) -> ExtensionMetadata:
+def setup(app: Sphinx) -> None:
     app.connect("html-page-context", _offer_markdown, priority=900)  # after the theme's menu
-    app.connect("build-finished", _write)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    add_after_build(app, _write)

@@ -1,11 +1,12 @@
-"""What the extensions share: the chapters of the book, and tables whose cells are Markdown."""
+"""What the extensions share: chapters, tables of Markdown, and files beside the written pages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from docutils import nodes
+from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 
@@ -19,6 +20,16 @@ def chapters(env: BuildEnvironment) -> dict[str, Path]:
 def title(env: BuildEnvironment, docname: str) -> str:
     """The title of a page that was read, up to a colon."""
     return env.titles[docname].astext().partition(":")[0]
+
+
+def add_after_build(app: Sphinx, write: Callable[[Sphinx, Path], None]) -> None:
+    """Let `write` add files to the folder of HTML pages, once these are complete."""
+
+    def finish(app: Sphinx, error: Exception | None) -> None:
+        if error is None and app.builder.format == "html":
+            write(app, Path(app.outdir))
+
+    app.connect("build-finished", finish)
 
 
 def table(

@@ -18,7 +18,6 @@ from docutils.nodes import Node, system_message
 from myst_nb.core.variables import format_plain_text
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxRole
-from sphinx.util.typing import ExtensionMetadata
 
 from lorapower.book.chapter import read_quotes
 
@@ -67,7 +66,6 @@ class Quoted(SphinxRole):
         return [inline], messages
 
 
-def setup(app: Sphinx) -> ExtensionMetadata:
+def setup(app: Sphinx) -> None:
     app.add_role("eval", Quoted(), override=True)  # MyST-NB's own asks a kernel
     app.add_role("quoted", Quoted())
-    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,7 +14,6 @@ from myst_nb.core.render import MimeData, NbElementRenderer, load_mime_renders
 from pages import chapters, table, title
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
-from sphinx.util.typing import ExtensionMetadata
 
 from lorapower.book.claims import MIME, Claim, read
 
@@ -95,8 +94,7 @@ class ClaimRenderer:
         return [] if data.mime_type == MIME else None
 
 
-def setup(app: Sphinx) -> ExtensionMetadata:
+def setup(app: Sphinx) -> None:
     app.add_directive("scorecard", Scorecard)
     # Entry points are MyST-NB's own way to a renderer, but only for installed packages.
     load_mime_renders().append(ClaimRenderer)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -19,7 +19,6 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
-from sphinx.util.typing import ExtensionMetadata
 from sphinx.writers.html5 import HTML5Translator
 
 from lorapower.book.claims import read
@@ -177,8 +176,7 @@ def _curve(used: tuple[int, int], user: tuple[int, int]) -> str:
     return f"M{x} {y}C{x} {y + 40} {u} {v - 40} {u} {v}"
 
 
-def setup(app: Sphinx) -> ExtensionMetadata:
+def setup(app: Sphinx) -> None:
     app.add_node(statement_map, html=(_visit, None))
     app.add_directive("statement-map", StatementMap)
     app.add_directive("statements", Statements)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}

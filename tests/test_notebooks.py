@@ -17,7 +17,7 @@ import nbformat
 import papermill
 import pytest
 import torch
-from captions import CAPTION
+from cells import CAPTION
 from conftest import CHAPTERS, ROOT
 from nbformat import NotebookNode
 from run import chapter as find_chapter
