@@ -11,7 +11,6 @@ import re
 from typing import Any
 
 from bs4 import BeautifulSoup
-from docutils import nodes
 from sphinx.application import Sphinx
 
 _SUBSTITUTES = {
@@ -21,32 +20,25 @@ _SUBSTITUTES = {
 _PARAMETERS = re.compile(r"<dl>(\s*<dd><em class=\"sig-param\">.*?)</dl>", re.DOTALL)
 
 
-def mended(body: str) -> str:
-    """The HTML of a page's content, without what its writers got wrong."""
-    for theirs, ours in _SUBSTITUTES.items():
-        body = body.replace(theirs, ours)
-    return _PARAMETERS.sub(
-        lambda found: f'<ul class="sig-params">{found[1].replace("dd>", "li>")}</ul>', body
-    )
-
-
-def named(contents: BeautifulSoup | str) -> str:
-    """The HTML of the contents, in which what unfolds a part is named after it."""
-    page = BeautifulSoup(str(contents), "html.parser")
-    for summary in page.select("li > details > summary"):
-        link = summary.find_previous("a")
-        if link is not None:
-            summary["aria-label"] = f"Pages of {link.get_text()}"
-    return str(page)
-
-
 def _mend(
-    app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: nodes.document
+    app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
-    if "body" in context:
-        context["body"] = mended(context["body"])
+    if body := context.get("body"):
+        for old, new in _SUBSTITUTES.items():
+            body = body.replace(old, new)
+        context["body"] = _PARAMETERS.sub(
+            lambda match: f'<ul class="sig-params">{match[1].replace("dd>", "li>")}</ul>', body
+        )
     contents = context["generate_toctree_html"]
-    context["generate_toctree_html"] = lambda *given, **options: named(contents(*given, **options))
+
+    def name_folds(*given: Any, **options: Any) -> str:
+        page = BeautifulSoup(str(contents(*given, **options)), "html.parser")
+        for summary in page.select("li > details > summary"):
+            if link := summary.find_previous("a"):
+                summary["aria-label"] = f"Pages of {link.get_text()}"
+        return str(page)
+
+    context["generate_toctree_html"] = name_folds
 
 
 def setup(app: Sphinx) -> None:

@@ -56,10 +56,7 @@ def link_labels(text: str) -> str:
 
 
 def _qualify(annotation: Any, module: str) -> str:
-    """A type as `module` has it, its names of classes of this package in full.
-
-    None of those that are made at run time, as of the fields of records.
-    """
+    """A type as `module` has it, classes of this package in full; "" for one made at run time."""
     if not isinstance(annotation, str):
         return ""
 
@@ -89,16 +86,15 @@ def _process_signature(
     """Types as the source has them: it knows aliases that Python resolves."""
     if not given:
         return None
-    found = inspect.signature(value)
+    signature, module = inspect.signature(value), value.__module__
     shown = [
-        each.replace(annotation=_qualify(each.annotation, value.__module__) or each.empty)
-        for each in found.parameters.values()
+        each.replace(annotation=_qualify(each.annotation, module) or each.empty)
+        for each in signature.parameters.values()
         if each.name != "self"
     ]
-    text = stringify_signature(found.replace(parameters=shown), show_return_annotation=False)
+    text = stringify_signature(signature.replace(parameters=shown), show_return_annotation=False)
     text = text.replace("<factory>", "...")  # of a dataclass: Sphinx reads no signature with it
-    returned = _qualify(found.return_annotation, value.__module__)
-    return text, "" if inspect.isclass(value) else returned
+    return text, "" if inspect.isclass(value) else _qualify(signature.return_annotation, module)
 
 
 def _skip_member(

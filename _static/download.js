@@ -1,5 +1,5 @@
 // The download button saves a file. Of a page read from disk a browser would show it instead; its
-// text is in a script beside it (_ext/downloads.py), which calls `save`.
+// text is in a script beside it (_ext/offline.py), which calls `save`.
 const save = (name, text) => {
   const link = document.createElement("a");
   link.download = name;

@@ -234,25 +234,14 @@ def test_only_chapters_that_import_what_changed_are_executed(small: Book) -> Non
 
 def test_dependencies_follow_the_imports(small: Book) -> None:
     small.make("book")
-    wing = small.folder / "lorapower" / "wing"
-    (wing / "common.py").write_text("from .. import unused")
+    (small.folder / "lorapower" / "wing" / "common.py").write_text("from .. import unused")
     small.make("book")
-    assert small.executed() == ["02-other"]
     (small.folder / "lorapower" / "unused.py").touch()
     small.make("book")
     assert small.executed() == ["02-other"]
-
-    (wing / "images.py").rename(wing / "pictures.py")
-    write_chapter(small.folder, "02-other", "# Another", "from lorapower.wing import pictures")
-    small.make("book")
-    assert small.executed() == ["02-other"]
-    (wing / "pictures.py").unlink()
+    (small.folder / "lorapower" / "wing" / "common.py").unlink()
     small.make("book")
     assert small.executed() == ["02-other"], "a module that is gone has changed"
-
-
-def test_chapter_that_is_gone_is_not_asked_for(small: Book) -> None:
-    small.make("book")
     (small.folder / "chapters" / "02-other.ipynb").unlink()
     small.make("book")
     assert small.executed() == []
@@ -278,22 +267,11 @@ def test_two_chapters_are_executed_at_a_time(small: Book) -> None:
 
 def test_longest_chapter_is_executed_first(small: Book) -> None:
     small.make("JOBS=1", "book")
-    assert [(what, name) for what, name, _ in small.runs()] == [
-        ("begins", "02-other"),
-        ("ends", "02-other"),
-        ("begins", "01-sum"),
-        ("ends", "01-sum"),
-    ]
+    assert [name for _, name, _ in small.runs()] == ["02-other"] * 2 + ["01-sum"] * 2
     write_chapter(small.folder, "01-sum", THEOREM, minutes=3)
     write_chapter(small.folder, "02-other", "# Another")
     small.make("JOBS=1", "book")
     assert [name for _, name, _ in small.runs()] == ["01-sum"] * 2 + ["02-other"] * 2
-
-
-def test_number_of_jobs_that_make_is_given_counts(small: Book) -> None:
-    write_chapter(small.folder, "03-third", "# A third")
-    assert "warning" not in small.make("-j3", "book", TOGETHER="3")
-    assert [what for what, *_ in small.runs()][:3] == ["begins"] * 3
 
 
 def test_failing_chapter_stops_the_build(small: Book) -> None:
@@ -309,12 +287,6 @@ def test_profiles_are_kept_apart(small: Book) -> None:
     for profile, times in (("quick", 1), ("paper", 1), ("quick", 0)):
         small.make(f"PROFILE={profile}", f"_build/{profile}/chapters/01-sum.ipynb")
         assert small.runs() == [(what, "01-sum", profile) for what in ("begins", "ends")] * times
-
-
-def test_unknown_profile_is_refused(small: Book) -> None:
-    output = small.make("book", "PROFILE=fast", status=2)
-    assert "PROFILE must be quick or paper; got 'fast'" in output
-    assert output.count("\n") == 1
 
 
 @pytest.fixture
@@ -517,15 +489,7 @@ def test_environment_is_installed_again_only_when_dependencies_change(
     assert not installs()
 
 
-def test_failed_installation_is_done_again_and_says_what_may_lack(small: Book, bare: Path) -> None:
-    python_with(bare, *pip_that("echo pip was here; exit 1"))
-    for _ in range(2):
-        output = small.make(*INSTALLING, status=2, PATH=str(bare))
-        assert "pip was here" in output
-        assert "apt-get install build-essential" in output
-
-
-def test_interrupted_installation_is_done_again(small: Book, bare: Path) -> None:
+def test_interrupted_and_failed_installations_are_done_again(small: Book, bare: Path) -> None:
     (bare / "sleep").symlink_to(str(shutil.which("sleep")))
     python_with(bare, "touch started", "sleep 300")
     process = small.start(*INSTALLING, PATH=str(bare))
@@ -535,7 +499,10 @@ def test_interrupted_installation_is_done_again(small: Book, bare: Path) -> None
     (small.folder / "no" / "left").touch()
 
     python_with(bare, *pip_that("echo pip was here; exit 1"))
-    assert "pip was here" in small.make(*INSTALLING, status=2, PATH=str(bare))
+    for _ in range(2):  # nor is a failed one taken for done
+        output = small.make(*INSTALLING, status=2, PATH=str(bare))
+        assert "pip was here" in output
+        assert "apt-get install build-essential" in output
     assert not (small.folder / "no" / "left").exists()
 
 
@@ -545,32 +512,3 @@ def test_installation_spares_a_folder_that_is_no_environment(small: Book) -> Non
         output = small.make("VENV=chapters", "ready=chapters/.ready", target, status=2)
         assert "no Python environment" in output
     assert set((small.folder / "chapters").iterdir()) == chapters
-
-
-def test_help_names_every_command(small: Book) -> None:
-    output = small.make()
-    for command in [
-        "book",
-        "test",
-        "check",
-        "chapter",
-        "lab",
-        "serve",
-        "pdf",
-        "tidy",
-        "clean",
-        "distclean",
-    ]:
-        assert f"make {command}" in output
-
-
-def test_makes_of_the_tests_take_nothing_from_the_make_that_runs_them(
-    small: Book, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MAKEFLAGS", " -k -- PROFILE=paper OTHER=x")
-    monkeypatch.setenv("MAKEOVERRIDES", "PROFILE=paper")
-    for name in ("PROFILE", "JOBS", "PYTHON", "OTHER"):
-        monkeypatch.setenv(name, "paper")
-    (small.folder / "Makefile").write_text("all:\n\t@env\n")
-    lines = small.make().splitlines()
-    assert not [line for line in lines if "paper" in line or line.startswith("OTHER")]

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, seeds
 
 from lorapower import InputError, book, randomness
-from lorapower._records import Record
 from lorapower.book.chapter import RESULTS, read_quotes
 from lorapower.experiments import texts
 from lorapower.networks import FNN
@@ -51,14 +50,6 @@ def no_results(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def completed(**changes: object) -> All:
     return All(**RIGHT | changes)
-
-
-def test_right_parameters_are_completed() -> None:
-    parameters = completed()
-    assert (parameters.profile, parameters.seed, parameters.width) == ("quick", 0, 16)
-    assert (parameters.source, parameters.model, parameters.tasks) == ("rated", "packaged", [])
-    assert completed(source="hub", model="roberta-base").model == "roberta-base"
-    assert completed(few=[]).few == []
 
 
 @pytest.mark.parametrize(
@@ -148,11 +139,6 @@ def test_wrong_parameters_are_named(name: str, value: object) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_of_two_wrong_parameters_the_first_is_named() -> None:
-    with pytest.raises(InputError, match="width"):
-        completed(width=0, ranks=[17])
-
-
 # What a chapter does at its head
 
 
@@ -204,18 +190,6 @@ def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -
     assert notebook["results"] == Path("results", "05-gradient")
 
 
-@pytest.mark.parametrize("model", [None, "Small", int, Record])
-def test_setup_takes_the_model_of_a_chapter(model: Any) -> None:
-    with pytest.raises(InputError, match="model"):
-        book.setup(model)
-
-
-def test_setup_names_a_parameter_that_is_gone(notebook: dict[str, Any]) -> None:
-    del notebook["width"]
-    with pytest.raises(InputError, match="width must be given"):
-        book.setup(Small)
-
-
 def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str, Any]) -> None:
     notebook["In"] = ["", "width = 4", "# Parameters\nwdith = 24\nranks = [1]\n", "setup()"]
     complaint = "among profile, seed, width, ranks, results; got wdith: did you mean width?"
@@ -223,11 +197,6 @@ def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str,
         book.setup(Small)
     # As in JupyterLab, after the cell was mended and run again.
     notebook["In"] += ["# Parameters\nwidth = 24\n", "setup()"]
-    book.setup(Small)
-
-
-def test_other_variables_are_nobodys_parameters(notebook: dict[str, Any]) -> None:
-    notebook |= {"wdith": 24, "In": ["wdith = 24", "# Parameters of mine\nwdith = 24"]}
     book.setup(Small)
 
 

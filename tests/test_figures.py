@@ -137,15 +137,6 @@ def test_rounding_takes_one_strip_at_the_foot(
     np.testing.assert_allclose(place(heights[:, 1].tolist()), some, rtol=1e-6)
 
 
-@pytest.mark.parametrize("heights", [[1.0, 2.0], [1e-20, 1e-19], []])
-def test_without_both_sides_there_is_no_strip(heights: list[float]) -> None:
-    _, ax = plt.subplots()
-    ax.plot(heights)
-    squeeze_rounding(ax, 1e-9)
-    assert ax.get_yscale() == "linear"
-    assert not ax.texts
-
-
 def test_missing_values_are_not_drawn_in_the_strip() -> None:
     _, ax = plt.subplots()
     ax.plot([1, np.nan, 1e-20])
@@ -196,12 +187,6 @@ def test_what_else_a_label_says_is_the_kind_of_line_in_every_role() -> None:
         assert random.fill != pretrained.fill
 
 
-def test_a_plain_line_of_a_role_differs_from_the_others() -> None:
-    found = looks(["trained, enlarged", "trained", "trained adapters"])
-    assert found["trained"] == found["trained adapters"]
-    assert found["trained"].line == "-" != found["trained, enlarged"].line
-
-
 def test_depths_and_blocks_have_one_colour() -> None:
     found = looks(["depth 3", "3 blocks", "bound, 3 blocks", "measured, 3 blocks"])
     assert len({look.color for look in found.values()}) == 1
@@ -229,6 +214,16 @@ def test_medians_without_bands_show_the_range_at_the_end_beside_the_line() -> No
     assert (ends[:, 0] > 2).all()
 
 
+def test_ranges_are_bars_from_lowest_to_highest() -> None:
+    before, after = figures.ranges(
+        {"before": ([-1, -2], [3, 4]), "after": ([0, 0], [4, 6])}, ylabel="y"
+    ).axes
+    boxes = [bar.get_bbox() for bar in before.patches[:2] if isinstance(bar, Rectangle)]
+    assert [(box.y0, box.y1) for box in boxes] == [(-1, 3), (-2, 4)]
+    assert before.get_ylim() == after.get_ylim()
+    assert (before.get_title(), after.get_title()) == ("before", "after")
+
+
 def test_published_values_are_stars_with_their_numbers() -> None:
     figure = figures.medians(
         {"p": {"trained": TABLE}},
@@ -242,16 +237,6 @@ def test_published_values_are_stars_with_their_numbers() -> None:
     assert [text.get_text() for text in ax.texts] == ["0.28", "3"]
     assert ax.lines[1].get_color() == ax.lines[0].get_color() != ax.lines[2].get_color()
     assert legend(figure) == ["trained", "published"]
-
-
-def test_ranges_are_bars_from_lowest_to_highest() -> None:
-    before, after = figures.ranges(
-        {"before": ([-1, -2], [3, 4]), "after": ([0, 0], [4, 6])}, ylabel="y"
-    ).axes
-    boxes = [bar.get_bbox() for bar in before.patches[:2] if isinstance(bar, Rectangle)]
-    assert [(box.y0, box.y1) for box in boxes] == [(-1, 3), (-2, 4)]
-    assert before.get_ylim() == after.get_ylim()
-    assert (before.get_title(), after.get_title()) == ("before", "after")
 
 
 def test_partitions_draw_every_layer_and_write_into_blocks() -> None:
@@ -302,19 +287,6 @@ def test_intervals_stand_in_rows_from_above() -> None:
     assert legend(figure) == ["none"]
 
 
-def test_scatter_shows_every_point_and_the_guide() -> None:
-    figure = figures.scatter(
-        {"a": ([1, 10], [2, 3]), "b": ([5], [6])},
-        guides={"g": ([1, 10], [1, 10])},
-        xlabel="x",
-        ylabel="y",
-    )
-    (ax,) = figure.axes
-    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-    assert [line.tolist() for line in lines(ax)] == [[2, 3], [6], [1, 10]]
-    assert legend(figure) == ["a", "b", "g"]
-
-
 def test_patterns_are_shades_of_one_scale() -> None:
     first, second, bar = figures.patterns(
         {"a": np.eye(2), "b": np.full((2, 3), 0.5)}, xlabel="x", ylabel="y", label="p"
@@ -324,13 +296,6 @@ def test_patterns_are_shades_of_one_scale() -> None:
         assert np.asarray(image.get_array()).shape == shape
         assert image.get_clim() == (0, 1)
     assert [first.get_title(), second.get_title(), bar.get_ylabel()] == ["a", "b", "p"]
-
-
-def test_transformer_segments_name_every_weight() -> None:
-    (ax,) = figures.transformer_segments().axes
-    shown = " ".join(text.get_text() for text in ax.texts)
-    for part in ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "out", "softmax", "ReLU"):
-        assert part in shown
 
 
 def test_pictures_are_rows_of_images() -> None:
@@ -371,20 +336,6 @@ def test_counts_are_written_on_their_shades() -> None:
     (ax,) = counts(table).axes
     assert [text.get_text() for text in ax.texts] == ["1", "0", "20", "3"]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["query", "key"]
-
-
-def test_functions_have_no_markers_and_may_be_negative() -> None:
-    (ax,) = figures.curves(
-        [0, 0.1, 0.2],
-        {"frozen": [1, 2, 3], "other": [3, 2, -1]},
-        xlabel="x",
-        ylabel="y",
-        yscale="linear",
-        markers=False,
-    ).axes
-    assert {line.get_marker() for line in ax.lines} <= {"", "None"}
-    assert ax.get_ylim()[0] < -1
-    assert len(ax.get_xticks()) > 3
 
 
 def test_a_sphere_is_seen_from_two_sides() -> None:

@@ -1,6 +1,6 @@
 """The pages of the book in a browser: for who sees, hears or types them, on a desk or a phone.
 
-Each page is opened once on each kind of screen, for all that is asked of it there.
+Each page is opened once, for all that is asked of it on both screens, in the light and the dark.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from conftest import CHAPTERS, OTHERS, PAGES
 from playwright.sync_api import Browser, Page
 
 DESK, PHONE = 1280, 390
-# A page that is read, not looked up in, is at most so many screens of 1440 × 900 long.
-SCREENS = 18.5
+# Pages are at most so many screens of 1440 × 900 long: those that are read; those on the package,
+# which are looked up in, and begin with tables of their names. Indices are as long as they are.
+SCREENS, LOOKED_UP = 18.5, 25
+# Pages on the package are made of the same parts, of which one page has all; and what a phone has
+# besides, is on each page.
+SAMPLES = ["index", "chapters/03-partitions", "api/networks", "search"]
 # MathJax shows what it cannot read in red: text for an unknown macro, a box for an error.
 UNREAD_MATHEMATICS = """() => [...document.querySelectorAll("span.math, div.math")]
     .filter((element) => !element.querySelector("mjx-container")
@@ -103,69 +107,60 @@ def saved(page: Page, name: str, folder: Path, sources: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def desk(browser: Browser, book: Path) -> Iterator[Reader]:
-    with reading(browser, book, DESK) as reader:
+def reader(browser: Browser, book: Path) -> Iterator[Reader]:
+    with reading(browser, book) as reader:
         yield reader
 
 
-@pytest.fixture(scope="module")
-def phone(browser: Browser, book: Path) -> Iterator[Reader]:
-    with reading(browser, book, PHONE) as reader:
-        yield reader
+def resize(page: Page, width: int, height: int = 844) -> None:
+    page.set_viewport_size({"width": width, "height": height})
 
 
-def faultless(reader: Reader, **found: Any) -> None:
-    faults = {what: fault for what, fault in found.items() if fault}
-    faults |= {"requests and errors": reader.faults.copy()} if reader.faults else {}
+def expect_no(faults: dict[str, Any], reader: Reader) -> None:
+    left = {what: fault for what, fault in faults.items() if fault}
+    left |= {"requests and errors": reader.faults.copy()} if reader.faults else {}
     reader.faults.clear()
-    assert not faults
+    assert not left
 
 
 @pytest.mark.parametrize("docname", [*PAGES, *OTHERS])
-def test_page_at_a_desk(desk: Reader, docname: str, tmp_path: Path) -> None:
-    page, (folder, _, name) = desk.page, docname.rpartition("/")
+def test_page(reader: Reader, docname: str, tmp_path: Path) -> None:
+    page, (folder, _, name) = reader.page, docname.rpartition("/")
+    sampled = docname in SAMPLES
     page.emulate_media(color_scheme="light")
-    desk.open(docname)
-    found = appearance(page, "light") | {"bars": bars(page)}
-    page.set_viewport_size({"width": 1440, "height": 900})
-    read = docname not in OTHERS and folder != "api"
-    found["screens"] = read and page.evaluate(HEIGHT) > SCREENS * 900
-    page.set_viewport_size({"width": DESK, "height": 844})
+    resize(page, DESK)
+    reader.open(docname)
+    faults = appearance(page, "light") | {"bars": bars(page)}
+    resize(page, 1440, 900)
+    screens = page.evaluate(HEIGHT) / 900
+    faults["screens"] = docname in PAGES and screens > (LOOKED_UP if folder == "api" else SCREENS)
+    resize(page, DESK)
     if name in [chapter.stem for chapter in CHAPTERS]:
-        found |= opened(page)
-        found["downloads"] = saved(page, name, tmp_path, desk.book / "_sources" / folder)
-    if docname in PAGES:  # the others have no colours of their own
-        desk.darken()
-        found["bars in the dark"] = bars(page, **CONTRAST)
-    faultless(desk, **found)
+        faults |= opened(page)
+        faults["downloads"] = saved(page, name, tmp_path, reader.book / "_sources" / folder)
+    reader.darken()
+    if docname in PAGES and (folder != "api" or sampled):  # the others have no colours of their own
+        faults["bars in the dark"] = bars(page, **CONTRAST)
+
+    resize(page, PHONE)
+    faults["wider than a phone"] = page.evaluate(TOO_WIDE)
+    if sampled:
+        faults["bars on a phone"] = bars(page, rules={"color-contrast": {"enabled": False}})
+    faults["silent boxes"] = page.evaluate(SILENT_BOXES)
+    faults["opened code is wider than a phone"] = page.evaluate(TOO_WIDE)
+    expect_no(faults, reader)
 
 
-# Its colours are those at a desk.
-@pytest.mark.parametrize("docname", [*PAGES, *OTHERS])
-def test_page_on_a_phone(phone: Reader, docname: str) -> None:
-    page = phone.page
-    page.emulate_media(color_scheme="light")
-    phone.open(docname)
-    found = appearance(page, "light")
-    found["bars"] = bars(page, rules={"color-contrast": {"enabled": False}})
-    found["silent boxes"] = page.evaluate(SILENT_BOXES)
-    found["opened code is wider than the screen"] = page.evaluate(TOO_WIDE)
-    phone.darken()
-    found["wider in the dark"] = page.evaluate(TOO_WIDE)
-    faultless(phone, **found)
-
-
-# All pages become dark above.
-@pytest.mark.parametrize("width", [DESK, PHONE])
-@pytest.mark.parametrize("docname", ["index", "chapters/03-partitions", "api/bounds"])
-def test_page_begins_in_the_dark(browser: Browser, book: Path, docname: str, width: int) -> None:
-    with reading(browser, book, width, color_scheme="dark") as reader:
+@pytest.mark.parametrize("docname", SAMPLES)
+def test_page_begins_in_the_dark_on_a_phone(browser: Browser, book: Path, docname: str) -> None:
+    with reading(browser, book, PHONE, color_scheme="dark") as reader:
         reader.open(docname)
-        faultless(reader, **appearance(reader.page, "dark"), bars=bars(reader.page, **CONTRAST))
+        expect_no(appearance(reader.page, "dark") | {"bars": bars(reader.page, **CONTRAST)}, reader)
 
 
-@pytest.mark.parametrize("width", [DESK, PHONE])
-@pytest.mark.parametrize(("word", "place"), [("rank", ""), ("fnn_threshold", "api/bounds.html")])
+@pytest.mark.parametrize(
+    ("width", "word", "place"), [(DESK, "rank", ""), (PHONE, "fnn_threshold", "api/bounds.html")]
+)
 def test_search_finds_a_word(
     browser: Browser, book: Path, width: int, word: str, place: str
 ) -> None:
@@ -179,16 +174,18 @@ def test_search_finds_a_word(
         assert place in reader.page.url
 
 
-def test_fading_edges_follow_what_is_scrolled(phone: Reader) -> None:
-    phone.open("index")
-    code = phone.page.locator("pre.scrolls").first
+def test_fading_edges_follow_what_is_scrolled(reader: Reader) -> None:
+    page = reader.page
+    resize(page, PHONE)
+    reader.open("index")
+    code = page.locator("pre.scrolls").first
     assert not code.evaluate("box => box.matches('.more-left')")
     code.focus()
     for _ in range(40):
-        phone.page.keyboard.press("ArrowRight")
-    phone.page.wait_for_function("document.querySelector('pre.scrolls').matches('.more-left')")
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.querySelector('pre.scrolls').matches('.more-left')")
     code.evaluate("box => box.scrollTo(box.scrollWidth, 0)")
-    phone.page.wait_for_function("!document.querySelector('pre.scrolls').matches('.more-right')")
+    page.wait_for_function("!document.querySelector('pre.scrolls').matches('.more-right')")
 
 
 @pytest.fixture
@@ -283,9 +280,10 @@ def test_reference_in_focus_shows_its_statement(browser: Browser, book: Path) ->
         assert not box.is_visible()
 
 
-def test_reference_shows_a_figure_of_another_page(desk: Reader) -> None:
-    desk.open("index")
-    page = desk.page
+def test_reference_shows_a_figure_of_another_page(reader: Reader) -> None:
+    page = reader.page
+    resize(page, DESK)
+    reader.open("index")
     page.wait_for_function("window.previews")
     page.locator("a.reference[href*='#fig-']").first.hover()
     page.locator("div.preview img").wait_for()

@@ -88,12 +88,6 @@ def test_page_holds_the_results_at_every_setting(
             np.testing.assert_allclose(line, wanted, atol=2e-2 * np.ptp(functions))
 
 
-def test_without_html_there_is_the_picture_and_its_sentence(bundle: dict[str, str]) -> None:
-    assert bundle["image/svg+xml"].count("<svg") == 1
-    assert bundle["text/plain"].startswith("Rank 1, 2 frozen layers, other spectrum: ")
-    assert f'alt="{bundle["text/plain"]}"' in bundle["text/html"]
-
-
 def test_script_replaces_the_picture_and_says_the_same(page: Page, bundle: dict[str, str]) -> None:
     assert page.locator(".touch > img").count() == 0
     assert page.locator(".touch-panels > svg").count() == 2
