@@ -30,7 +30,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from lorapower.book.chapter import Quoted, read_quotes
+from lorapower.book.chapter import quoted, read_quotes
 from lorapower.book.claims import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ def run(
 
 def answer(notebook: NotebookNode) -> None:
     """Put what the text asks of the run beside it, in place: JupyterLab needs no kernel then."""
-    quoted = Quoted()
+    quoted.clear()
     for name, forms in read_quotes(notebook).items():
         quoted[name] = forms.get("text/markdown", forms["text/plain"])
     show = DisplayFormatter().format

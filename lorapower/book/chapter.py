@@ -128,8 +128,6 @@ def setup(model: type[Parameters]) -> None:
     """
     from IPython import get_ipython
 
-    if not isinstance(model, type) or not issubclass(model, Parameters):
-        raise InputError("model", allowed="a class made from Parameters", value=model)
     notebook = vars(sys.modules[model.__module__])
     _refuse_unknown(_injected(notebook.get("In", ())), [*model.model_fields])
     completed: dict[str, tuple[Any, Any, Any]] = notebook.setdefault(_COMPLETED, {})
@@ -168,12 +166,8 @@ def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-class Quoted(dict[str, str]):
-    """What `quote` was given, by name, as plain text or Markdown.
-
-    ``quoted["error:.2f"]`` is the quote ``error`` in the format behind the colon, "…" if it is yet
-    to come; with typeset powers of ten it is ``IPython.display.Latex``.
-    """
+class _Quoted(dict[str, str]):
+    """Quotes by name; ``["error:.2f"]`` is one in a format, "…" if it is yet to come."""
 
     def __getitem__(self, key: str) -> Any:
         from IPython.display import Latex
@@ -185,7 +179,7 @@ class Quoted(dict[str, str]):
 
 
 #: What the notebook has quoted so far: its text has ``{eval}`book.quoted["name:.2f"]```.
-quoted = Quoted()
+quoted = _Quoted()
 
 
 def quote(name: str, value: Any, *, digits: int | None = None) -> None:
