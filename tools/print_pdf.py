@@ -101,13 +101,6 @@ def _title_page(page: BeautifulSoup) -> Tag:
     return header
 
 
-def print_book(html: Path, target: Path, program: str) -> None:
-    """Write the book in the folder `html` to the file `target`."""
-    names = [name for name in parse_toc_yaml(ROOT / "_toc.yml") if not name.startswith("api/")]
-    pages = [(html / f"{name}.html").resolve() for name in names]
-    print_pages(pages, target, program)
-
-
 def print_pages(pages: Sequence[Path], target: Path, program: str) -> None:
     """Write `pages` of the built book to the file `target`, which is complete or not there."""
     with sync_playwright() as playwright:
@@ -162,8 +155,10 @@ def main() -> int:
     if program is None:
         print(NO_CHROMIUM, file=sys.stderr)
         return 1
+    names = [name for name in parse_toc_yaml(ROOT / "_toc.yml") if not name.startswith("api/")]
+    pages = [(arguments.html / f"{name}.html").resolve() for name in names]
     try:
-        print_book(arguments.html, arguments.target, program)
+        print_pages(pages, arguments.target, program)
     except Error as error:
         print(f"The book is not printed: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
