@@ -324,16 +324,3 @@ def test_training_from_given_adapters() -> None:
         )
         assert again.best_loss[0] <= first.best_loss[0] * 1.0001
         assert again.validation_loss[1, 0] > again.validation_loss[0, 0]
-
-
-def test_a_falling_rate_falls_alike_in_both_engines() -> None:
-    frozen, target = relu(2, 1, 6)
-    data = Fresh(target, (6,), samples=32)
-    tunings = [Tuning(2, learning_rate=1e-2, schedule=s) for s in ("constant", "cosine")]
-    found = [
-        train(frozen, tunings, data, steps=40, backend=backend) for backend in ("compiled", "torch")
-    ]
-    assert found[0].validation_loss.allclose(found[1].validation_loss, rtol=1e-3)
-    # The last steps of a rate that falls to 0 are short.
-    steps = found[0].validation_loss.diff(dim=-1).abs()[:, -3:].amax(-1)
-    assert steps[1] < steps[0]

@@ -105,24 +105,15 @@ def test_a_linear_last_layer_stays_one(depth: int, linear_last: bool, seed: int)
         assert copy.linear_last == linear_last
 
 
-@given(st.integers(1, 4), st.integers(1, 5), batch_shapes, seeds)
-def test_adapters_tune_biases_too(
-    depth: int, width: int, batch: tuple[int, ...], seed: int
-) -> None:
-    network = FNN.random(depth, width, batch_shape=batch, seed=seed)
-    change = FNN.random(depth, width, batch_shape=batch, seed=seed + 1)
-    updates = tuple(LowRank(w[..., :1], w[..., :1]) for w in change.weights)
-    adapters = Adapters(updates, change.biases)
-    merged = adapters.merge(network)
+@given(st.integers(1, 4), batch_shapes, seeds)
+def test_adapters_tune_biases_too(depth: int, batch: tuple[int, ...], seed: int) -> None:
+    network, change = (FNN.random(depth, 3, batch_shape=batch, seed=seed + k) for k in (0, 1))
+    adapters = Adapters(tuple(LowRank(w[..., :1], w[..., :1]) for w in change.weights))
+    merged = Adapters(adapters.updates, change.biases).merge(network)
     for old, new, update in zip(network.biases, merged.biases, change.biases, strict=True):
         torch.testing.assert_close(new, old + update)
-    for old, new, factors in zip(network.weights, merged.weights, updates, strict=True):
-        torch.testing.assert_close(new, old + factors.left @ factors.right.mT)
-    assert adapters.parameter_count == depth * 3 * width
-    assert Adapters(updates).parameter_count == depth * 2 * width
-    torch.testing.assert_close(
-        Adapters(updates).merge(network).biases, network.biases, rtol=0, atol=0
-    )
+    assert all(map(torch.equal, adapters.merge(network).biases, network.biases))
+    assert Adapters(adapters.updates, change.biases).parameter_count == 9 * depth
 
 
 @given(
@@ -362,22 +353,6 @@ def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
         x = found.region.sample(100, edge=True, seed=seed)
         off = found.adapters.merge(frozen)(pad(x, widths[0]))[: outline[-1]] - target(x)
         assert off.norm(dim=0).max() <= found.error_bound + 1e3 * tolerance(found, x)
-
-
-def test_batches_broadcast_and_are_their_members() -> None:
-    frozen = FNN.random(4, 6, batch_shape=(3, 1), seed=1)
-    target = FNN.random(2, 6, batch_shape=(2,), seed=2)
-    radii = torch.tensor([[3.0], [4.0], [5.0]], dtype=torch.float64)
-    together = fnn.adapt(frozen, target, 2, Ball(radii))
-    alone = fnn.adapt(frozen[2, 0], target[1], 2, Ball(5.0))
-    x = torch.randn(6, 10, generator=randomness.generator(0, "inputs")).double() / 3
-    torch.testing.assert_close(
-        together.adapters.merge(frozen)(x)[2, 1], alone.adapters.merge(frozen[2, 0])(x)
-    )
-    for name in ("block_errors", "digits_lost", "error_bound", "condition_numbers"):
-        torch.testing.assert_close(
-            getattr(together, name)[2, 1], getattr(alone, name), rtol=1e-4, atol=1e-12
-        )
 
 
 def test_extremes_of_size() -> None:

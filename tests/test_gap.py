@@ -154,33 +154,6 @@ def test_the_threshold_is_the_first_rank_for_all_layers_that_is_enough(
             assert gap.ranks(ranks) == [0] * len(sides)
 
 
-def test_a_gap_decomposes_once() -> None:
-    gap = Gap(conditioned(3, 6), LinearNetwork.random(1, 6))
-    with Decompositions() as found:
-        for _ in range(2):
-            assert gap.best(2).rank == 2
-            assert gap.undone(1).shape == gap.matrix.shape
-            assert gap.error(3) <= gap.error(2, "fro")
-    assert found.count == 1
-    with Decompositions() as found:
-        for _ in range(2):
-            assert gap.rank == 6
-            assert gap.noise < gap.error(0)
-            assert gap.reached(2).shape == gap.matrix.shape
-    # The norms of three frozen layers, of the products of the first and of the last two of them,
-    # and of the target's layer.
-    assert found.count == 3 + 2 + 1
-
-
-def test_constructions_decompose_little() -> None:
-    frozen, target = of_widths([16] * 5, seed=1), FNN.random(2, 16, seed=2)
-    with Decompositions() as found:
-        assert fnn.adapt(frozen, target, 8, Ball(8.0)).plain.all()
-    # Of each block: E, values alone and all, the norms of two frozen and a target layer, two
-    # systems, what the first layer leaves to the second, the rounding.
-    assert found.count == 2 * 9
-
-
 def test_a_product_that_overflows_is_refused() -> None:
     huge = LinearNetwork(torch.full((2, 2, 2), 1e200, dtype=torch.float64))
     gap = Gap(huge, LinearNetwork.random(1, 2))
@@ -260,61 +233,6 @@ def test_rotated_linear_networks_have_rotated_adapters(
         torch.testing.assert_close(getattr(found, name), getattr(other, name))
 
 
-@given(st.integers(1, 4), st.integers(1, 6), batch_shapes, seeds, st.data())
-def test_rotated_inputs_and_permuted_outputs_of_relu_networks(
-    depth: int, width: int, batch: tuple[int, ...], seed: int, data: st.DataObject
-) -> None:
-    """ReLU layers commute with permutations of units only, and balls alone are round."""
-    rank = data.draw(st.integers(0, width))
-    frozen, target = benign(depth, width, batch, seed), FNN.random(1, width, seed=seed + 1)
-    P = rotation(width, seed, "inputs")
-    order = torch.randperm(width, generator=randomness.generator(seed, "test"))
-
-    def turned(network: FNN) -> FNN:
-        weights, biases = list(network.weights), list(network.biases)
-        weights[0] = weights[0] @ P.mT
-        weights[-1], biases[-1] = weights[-1][..., order, :], biases[-1][..., order]
-        return FNN(weights, biases)
-
-    found = fnn.adapt(frozen, target, rank, Ball(3.0), throw=False)
-    other = fnn.adapt(turned(frozen), turned(target), rank, Ball(3.0), throw=False)
-    torch.testing.assert_close(found.block_errors, other.block_errors)
-    torch.testing.assert_close(found.error_bound, other.error_bound)
-    x = found.region.sample(20, seed=seed)
-    y = found.adapters.merge(frozen)(x)[..., order, :]
-    turned_y = other.adapters.merge(turned(frozen))(P @ x)
-    spread = Gap(LinearNetwork(frozen.weights), LinearNetwork(target.weights)).spectrum
-    good = (spread.diff(dim=-1).abs() > 1e-3).all(-1) & (found.digits_lost < 6).all(-1)
-    good = good & (found.rounding_errors < 1e-10).all(-1) & (other.rounding_errors < 1e-10).all(-1)
-    assume(good.any())
-    assert ((y - turned_y).abs().amax((-2, -1))[good] < 1e-6).all()
-
-
-@given(st.integers(1, 2), st.integers(2, 5), st.integers(1, 2), batch_shapes, seeds)
-def test_rotated_tokens_and_outputs_of_transformers(
-    depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int
-) -> None:
-    frozen, target = (moderate(depth, width, heads, batch, seed + k) for k in (0, 1))
-    P, Q = rotation(width, seed, "inputs"), rotation(width, seed, "outputs")
-
-    def turned(network: Transformer) -> Transformer:
-        weights = dict(zip(network.weight_names, network.weights, strict=True))
-        for name in weights:
-            if "block 1," in name and name[:3] in ("W_Q", "W_K", "W_V"):
-                weights[name] = weights[name] @ P.mT
-        weights["W_out"] = Q @ weights["W_out"]
-        return network.with_parameters(tuple(weights.values()))
-
-    rank = -(-width // 2)
-    found = transformer.adapt(frozen, target, rank, throw=False)
-    other = transformer.adapt(turned(frozen), turned(target), rank, throw=False)
-    x = torch.randn(width, 4, generator=randomness.generator(seed, "inputs")).double()
-    y, turned_y = found.adapters.merge(frozen)(x), other.adapters.merge(turned(frozen))(P @ x)
-    good = (found.condition_number < 1e5) & (other.condition_number < 1e5)
-    assume(good.any())
-    assert ((Q @ y - turned_y).abs().amax((-2, -1))[good] < 1e-6).all()
-
-
 # An adapted network is its target from the threshold on. Below it there is more to do: the next
 # adapters take the next singular values. Rank beyond what is needed may be spent on conditions, so
 # that networks are left alone where there is none.
@@ -352,37 +270,6 @@ def test_an_adapted_linear_network_is_left_alone(
         assert ((more.spectral_error - expected).abs() < rounding).all()
 
 
-@given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 6), batch_shapes, seeds)
-def test_an_adapted_relu_network_is_left_alone(
-    size: int, layers: int, width: int, batch: tuple[int, ...], seed: int
-) -> None:
-    frozen = benign(size * layers, width, batch, seed)
-    target = FNN.random(layers, width, seed=seed, purpose="target")
-    ranks = shared(width, size) * layers
-    found = fnn.adapt(frozen, target, ranks, Ball(3.0), throw=False)
-    again = fnn.adapt(found.adapters.merge(frozen), target, ranks, Ball(3.0), throw=False)
-    good = (found.condition_numbers < 1e4).all(-1) & (found.digits_lost < 5).all(-1)
-    assume(good.any())
-    assert (sizes(again.adapters)[good] < 1e-6).all()
-    changes = torch.stack([b.abs().amax(-1) for b in again.adapters.bias_updates]).amax(0)
-    scale = torch.stack([b.abs().amax(-1) for b in found.adapters.bias_updates]).amax(0)
-    assert (changes <= 1e-6 * (1 + scale))[good].all()
-
-
-@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 2), batch_shapes, seeds)
-def test_an_adapted_transformer_is_left_alone(
-    depth: int, rank: int, heads: int, batch: tuple[int, ...], seed: int
-) -> None:
-    frozen, target = (moderate(depth, 2 * rank, heads, batch, seed + k) for k in (0, 1))
-    found = transformer.adapt(frozen, target, rank, throw=False)
-    again = transformer.adapt(found.adapters.merge(frozen), target, rank, throw=False)
-    good = (found.condition_number < 1e4) & (again.condition_number < 1e4)
-    assume(good.any())
-    assert (sizes(again.adapters)[good] < 1e-6).all()
-    changes = torch.stack([b.abs().amax(-1) for b in again.adapters.bias_updates]).amax(0)
-    assert (changes[good] < 1e-6).all()
-
-
 # Bounds fall with the rank. `bounds.fnn_error_on` need not for more than one layer: its gains are
 # the norms of the adapted maps, which may grow.
 
@@ -416,18 +303,6 @@ def test_bounds_of_relu_networks_fall_with_the_rank(
     if layers == 1:
         found = [fnn.adapt(frozen, target, r, region, throw=False) for r in ranks]
         assert falls([one.error_bound for one in found])
-
-
-@given(st.integers(1, 4), st.integers(1, 6), batch_shapes, seeds)
-def test_bounds_of_linear_networks_fall_with_the_rank(
-    depth: int, width: int, batch: tuple[int, ...], seed: int
-) -> None:
-    frozen = LinearNetwork.random(depth, width, batch_shape=batch, seed=seed)
-    gap = Gap(frozen, LinearNetwork.random(1, width, seed=seed, purpose="target"))
-    for norm in (2, "fro"):
-        errors = [gap.error(r, norm) for r in range(width + 2)]
-        assert falls(errors)
-        assert (errors[width] == 0).all()
 
 
 @given(st.integers(1, 2), st.integers(1, 4), st.integers(1, 2), batch_shapes, seeds)

@@ -37,6 +37,8 @@ def problem(
     if kind == "fnn":
         return FNN.random(4, width, seed=seed), FNN.random(2, width, **target), x[0]
     sizes: dict[str, Any] = {"heads": 2, "scale": width**-0.5}
+    if kind == "residual":
+        sizes |= {"scale": None, "residual": True, "norm": "layer"}
     frozen_one = Transformer.random(2, width, seed=seed, **sizes)
     return frozen_one, Transformer.random(2, width, **sizes, **target), x
 
@@ -62,6 +64,26 @@ def test_adapt_is_the_construction_of_the_kind(kind: str) -> None:
     assert bool(found.success)
     for update, other in zip(found.adapters.updates, expected.adapters.updates, strict=True):
         assert torch.equal(update.matrix(), other.matrix())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "residual"])
+def test_batches_broadcast_and_are_their_members(kind: str) -> None:
+    frozen, target, _ = problem(kind, width=6, batch=(2,))
+    networks = [frozen, frozen.map(lambda values: 0.9 * values)]
+    weights, biases = (
+        [torch.stack(parts)[:, None] for parts in zip(*each, strict=True)]
+        for each in ([n.weights for n in networks], [n.biases for n in networks])
+    )
+    both = frozen.with_parameters(weights, biases)
+    radii = torch.tensor([[3.0], [5.0]], dtype=torch.float64)
+    together = lorapower.adapt(both, target, 3, *[Ball(radii)] * (kind == "fnn"), throw=False)
+    merged, x = together.adapters.merge(both), problem(kind, width=6)[2][..., :5] / 3
+    for i, j in np.ndindex(2, 2):
+        region = [Ball(float(radii[i]))] * (kind == "fnn")
+        alone = lorapower.adapt(networks[i], target[j], 3, *region, throw=False)
+        assert alone.success == together.success[i, j]
+        expected = alone.adapters.merge(networks[i])(x)
+        torch.testing.assert_close(merged[i, j](x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_modules_and_matrices_stand_for_networks() -> None:

@@ -69,21 +69,6 @@ def test_measured_error_is_the_predicted_one(
         np.testing.assert_allclose(measured, expected, rtol=0, atol=tolerance * factor)
 
 
-@pytest.mark.parametrize("depth", [2, 3, 4, 5, 6])
-def test_default_networks_of_width_16(depth: int) -> None:
-    frozen = LinearNetwork.random(depth, 16, batch_shape=(100,), seed=depth)
-    target = LinearNetwork.random(1, 16, batch_shape=(100,), seed=100 + depth)
-    size = np.linalg.norm(target.product().numpy(), 2, (-2, -1))
-    for R in range(17):
-        solution = linear.adapt(frozen, target, R, rtol=torch.inf)
-        measured = distance(solution.adapters.merge(frozen), target)
-        predicted, _ = tails(frozen, target, depth * R)
-        if depth * R < 16:
-            np.testing.assert_allclose(measured, predicted, rtol=1e-10)
-        else:
-            assert (measured / size < 1e-12).all()
-
-
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), seeds, st.data())
 def test_rectangular_networks(
     inputs: int, outputs: int, more: int, seed: int, data: st.DataObject
@@ -303,21 +288,10 @@ def test_a_network_too_deep_for_the_arithmetic_is_refused(grow: float) -> None:
     assert linear.adapt(frozen, target, 1, rtol=torch.inf).rounding_error > 1e-6
 
 
-def test_members_of_a_batch_do_not_influence_each_other() -> None:
-    frozen = LinearNetwork.random(5, 8, batch_shape=(6,), seed=0)
-    target = LinearNetwork.random(1, 8, batch_shape=(6,), seed=1)
-    together = linear.adapt(frozen, target, 1).adapters.merge(frozen)
-    for i in range(6):
-        alone = linear.adapt(frozen[i], target[i], 1).adapters.merge(frozen[i])
-        for weight, stacked in zip(alone.weights, together.weights, strict=True):
-            torch.testing.assert_close(weight, stacked[i], rtol=1e-6, atol=1e-6)
-
-
 def test_ranks_may_come_from_numpy_and_torch() -> None:
     frozen, target = conditioned(2, 4), LinearNetwork.random(1, 4)
     for ranks in (np.array([1, 2]), torch.tensor([1, 2])):
-        solution = linear.adapt(frozen, target, ranks)
-        assert solution.adapters.ranks == (1, 2)
+        assert linear.adapt(frozen, target, ranks).adapters.ranks == (1, 2)
 
 
 def test_single_precision_is_refused_where_it_has_no_digits_left() -> None:

@@ -61,12 +61,6 @@ def test_batches_of_layers_broadcast_and_can_be_picked_apart() -> None:
     assert network[1:3].batch_shape == (2,)
 
 
-@pytest.mark.parametrize("index", [5, (0, 0), (slice(None), 0)])
-def test_only_the_batch_is_indexed(index: object) -> None:
-    with pytest.raises(IndexError):
-        LinearNetwork.random(2, 4, batch_shape=(3,))[index]
-
-
 @pytest.mark.parametrize(
     "module",
     [nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())],
@@ -108,11 +102,6 @@ def test_batches_are_gone_through_member_by_member() -> None:
     assert torch.equal(members[1].weights[0], batch.weights[0][1])
     with pytest.raises(TypeError):
         iter(batch[0, 0])
-
-
-def test_networks_are_shown_on_one_line() -> None:
-    wide = LinearNetwork([torch.ones(2, 8, 3), torch.ones(5, 8)])
-    assert repr(wide) == "LinearNetwork(3→8→5, batch [2], float32)"
 
 
 # The way from and to torch modules.

@@ -33,7 +33,6 @@ def colliding_inputs(
     It lies in a random direction orthogonal to the active units, as far as inactive units allow, at
     most ``reach``; it is ``x`` where there is no such direction. Source: [lem-final-layers].
     """
-    _checks.kind(FNN, frozen=frozen)
     x = frozen.as_inputs(x).double()
     reach = _checks.positive("reach", reach)
     lines = _Lines(frozen, x)
@@ -59,7 +58,6 @@ def final_layers_floor(
     The networks have equal inputs and one type; batch shapes broadcast. Only the first frozen layer
     counts: keeping more layers can only raise the floor.
     """
-    _checks.kind(FNN, frozen=frozen, target=target)
     samples, steps = _checks.integer("samples", samples, 2), _checks.integer("steps", steps, 1)
     _checks.like_frozen(target, frozen)
     if target.widths[0] != frozen.widths[0]:

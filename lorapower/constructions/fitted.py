@@ -279,12 +279,9 @@ def _members(frozen: Network, target: Network, batch: torch.Size) -> Iterator[tu
     """Single networks, a pair for each member of the batch."""
 
     def each(network: Network) -> list[Network]:
-        own = network.batch_shape.numel()
-        places = torch.arange(own).reshape(network.batch_shape).expand(batch).flatten()
-        flat = network.map(
-            lambda values: values.reshape(own, *values.shape[len(network.batch_shape) :])
-        )
-        return [flat[int(place)] for place in places]
+        dims = len(network.batch_shape)
+        flat = network.map(lambda values: values.reshape(-1, *values.shape[dims:]))
+        return [flat[int(place)] for place in network.members(...).expand(batch).flatten()]
 
     return zip(each(frozen), each(target), strict=True)
 

@@ -70,7 +70,6 @@ class FNNAdaptation(Adaptation):
 
         This holds in the region, as the proof needs, and may hold outside; linear outputs are free.
         """
-        _checks.kind(FNN, frozen=frozen)
         x = _checks.real_tensor("x", x, min_dims=2)
         if x.shape[-2] != self.region.width:
             allowed = f"of shape [..., {self.region.width}, samples], like the target's inputs"

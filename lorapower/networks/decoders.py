@@ -73,7 +73,6 @@ def to_decoder(network: Transformer, module: M) -> M:
     become 0. Raises `InputError` for batches, and for a module that `from_decoder` refuses or that
     has other sizes or settings.
     """
-    _checks.kind(Transformer, network=network)
     if network.batch_shape:
         raise InputError(
             "network", allowed="a single one", given=f"batch shape {tuple(network.batch_shape)}"

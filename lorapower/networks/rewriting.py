@@ -28,7 +28,6 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
     ``W (ḡ ⊙ n + s̄) = W diag(ḡ/g) (g ⊙ n + s) + const``; biases take the constant. The final norm
     stays. Raises `InputError` for another depth or width, and for a gain of 0.
     """
-    _checks.kind(Transformer, target=target, like=like)
     require_alike(target, like, _SETTINGS, ("blocks", "width"))
     _require_norms(target)
     parts = target.parts
@@ -72,7 +71,6 @@ def relabel(target: Transformer, frozen: Transformer, *, rescale: bool = False) 
     with their partners' ``‖w_1‖/‖w_2‖``; where units also changed, the difference no longer has the
     change's rank. Raises `InputError` for batches, other sizes, and rescaling without ReLUs.
     """
-    _checks.kind(Transformer, target=target, frozen=frozen)
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
     _require_single(target, frozen)
     rescale = _checks.flag("rescale", rescale)
@@ -95,7 +93,6 @@ def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transfo
     Raises `InputError` for networks that do not fit, for other activations, and where no ``x`` is
     found, as may be where normals of the target are parallel.
     """
-    _checks.kind(Transformer, target=target, frozen=frozen)
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
     _require_single(target, frozen)
     _require_norms(target)
@@ -146,7 +143,6 @@ def enlarge(
     tokens need a frozen ``ε`` smaller in proportion. Raises `InputError` for batches, a target
     larger than the frozen network, heads of another size, and wrong places.
     """
-    _checks.kind(Transformer, target=target, frozen=frozen)
     _require_single(target, frozen)
     _require_norms(target)
     if not target.residual:

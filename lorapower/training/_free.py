@@ -116,7 +116,6 @@ def lbfgs(
 
 def require_fit(network: Network, adapters: Adapters, *, single: bool = True) -> None:
     """Refuse adapters that do not fit the network and, if ``single``, batches."""
-    _checks.kind(Network, network=network)
     _checks.kind(Adapters, adapters=adapters)
     adapters.merge(network)
     if single and (adapters.batch_shape or network.batch_shape):

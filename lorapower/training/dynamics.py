@@ -169,7 +169,6 @@ def conserved(
 
     Raises `InputError` for rates that are not positive. Source: [prop-conserved].
     """
-    _checks.kind(Adapters, adapters=adapters)
     eta_A, eta_B = _rates(rates)
     return [u.left.mT @ u.left / eta_A - u.right.mT @ u.right / eta_B for u in adapters.updates]
 
