@@ -389,15 +389,6 @@ def test_fused_training_draws_other_factors_than_training() -> None:
     assert not set(losses) & set(found.training.validation_loss[0, :, -1].tolist())
 
 
-def test_below_the_threshold_ranks_are_kept() -> None:
-    frozen, target = relu(4, 6), relu(2, 6, seed=1)
-    data = Fresh(target, (6,))
-    partition = Partition([2, 2])
-    found = train_fused(frozen, 1, data, partition=partition, steps=300, starts=2)
-    assert found.adapters.ranks == (1, 1, 1, 1)
-    assert found.fused.fused_ranks == (2, 2)
-
-
 def test_the_region_holds_the_inputs_that_were_trained_on() -> None:
     frozen, target = relu(2, 4), relu(1, 4, seed=1)
     x, near = 20 * normal(4, 60), normal(4, 60, seed=1)

@@ -401,15 +401,6 @@ def test_a_member_of_a_batch_is_the_same_alone(kind: str) -> None:
         assert_same(parts(alone), parts(together, slice(None), *at))
 
 
-def test_seeds_decide_the_factors() -> None:
-    frozen, data = network("fnn"), fresh("fnn")
-    first, again, other = (
-        parts(train(frozen, [Tuning(2)], data, steps=5, seed=seed)) for seed in (1, 1, 2)
-    )
-    assert_same(first, again)
-    assert not np.array_equal(first[0], other[0])
-
-
 def test_first_factors_are_normal_and_shared_by_all_ranks() -> None:
     frozen, data = network("fnn", 2, 64), fresh("fnn", 64)
     largest = start_factors(frozen, Tuning(64), data)
@@ -453,28 +444,6 @@ def test_adapters_are_what_was_added(kind: str) -> None:
         ranks = torch.linalg.matrix_rank(update.matrix().double(), rtol=1e-6)
         adapted = not isinstance(frozen, Transformer) or frozen.adapted[m]
         assert ranks.tolist() == ([[1, 1], [4, 4]] if adapted else [[0, 0], [0, 0]])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_tuned_stays(kind: str) -> None:
-    frozen, data = network(kind), fresh(kind)
-    count = len(frozen.weights)
-    tunings = [Tuning(0, biases=False), Tuning((1,) + (0,) * (count - 1)), Tuning(final=1)]
-    result = train(frozen, tunings, data, steps=20)
-
-    def changed(run: int, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[bool]:
-        return [not torch.equal(a[run], b) for a, b in zip(new, old, strict=True)]
-
-    weights = [changed(i, result.network.weights, frozen.weights) for i in range(3)]
-    assert weights[0] == [False] * count
-    assert weights[1] == [True] + [False] * (count - 1)
-    assert weights[2] == [False] * (count - 1) + [True]
-    assert result.best_step[0] == 0
-    assert len(set(result.validation_loss[0].tolist())) == 1
-    if kind != "linear":
-        biases = [changed(i, result.network.biases, frozen.biases) for i in range(3)]
-        last = [False] * (len(frozen.biases) - 1)
-        assert biases == [[False, *last], [True] * (len(last) + 1), [*last, kind == "fnn"]]
 
 
 def test_losses_may_be_taken_less_often() -> None:

@@ -79,7 +79,6 @@ def adapt(
     ranks: Mapping[str, int],
     words: str,
     *,
-    plain_only: bool = False,
     rtol: float | None = None,
     throw: bool = True,
     seed: int = 0,
@@ -90,7 +89,7 @@ def adapt(
         solution = adapt_narrow(gap, inner, outer, seed=seed)
     else:
         each = (inner, outer) if gap.frozen.depth == 2 else (0, inner, outer, 0)
-        solution = linear.close(gap, each, plain_only=plain_only, throw=False, seed=seed)
+        solution = linear.close(gap, each, throw=False, seed=seed)
     return _judge(solution, gap, f"{words} segment", rtol, throw)
 
 

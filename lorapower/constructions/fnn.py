@@ -93,7 +93,6 @@ def adapt(
     partition: Partition | None = None,
     *,
     scalar_biases: bool = False,
-    input_scale: float = 1.0,
     max_digits_lost: float | None = None,
     rtol: float | None = None,
     throw: bool = True,
@@ -128,11 +127,9 @@ def adapt(
         Uniform by default.
     scalar_biases : bool
         One larger number for all units of an inner layer.
-    input_scale : float
-        Root mean square of coordinates about the centre for which the loss of digits is stated,
-        unless the region is `regions.Samples`.
     max_digits_lost : float, optional
-        Acceptable loss, by default half of the type's digits; ``inf`` accepts any.
+        Acceptable loss where coordinates about the centre have a root mean square of 1, unless the
+        region is `regions.Samples`; by default half of the type's digits; ``inf`` accepts any.
     rtol, throw, seed
         See `linear.adapt`.
     """
@@ -143,7 +140,7 @@ def adapt(
     region = region.fit(target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
     batch = _checks.common_shape("frozen, target and region", batches)
-    typical = region.typical(_checks.positive("input_scale", input_scale))
+    typical = region.typical(1.0)
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
     if max_digits_lost is not None:
         limit = _checks.tolerance("max_digits_lost", max_digits_lost)

@@ -75,7 +75,6 @@ def adapt(
     target: Transformer,
     ranks: int | Mapping[str, int] | Segments[Tensor],
     *,
-    plain_only: bool = False,
     rtol: float | None = None,
     throw: bool = True,
     seed: int = 0,
@@ -111,11 +110,11 @@ def adapt(
     rtol : float, optional
         Largest rounding error of a segment, relative to the product of its factors' norms plus the
         target's; by default half of the digits, ``inf`` accepts any.
-    plain_only, throw, seed
+    throw, seed
         See `linear.adapt`.
     """
     _checks.kind(Transformer, frozen=frozen, target=target)
-    plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
+    throw = _checks.flag("throw", throw)
     _require_heads(frozen, target)
     cut = frozen.segments(target, throw=throw)
     finite = _all(cut.map(lambda _, gap: gap.finite))
@@ -127,7 +126,7 @@ def adapt(
     for name in _WORDS:
         if throw and name in cut:
             _heads.require_ranks(cut[name], pairs[name])
-    options: dict[str, Any] = {"plain_only": plain_only, "rtol": rtol, "throw": throw, "seed": seed}
+    options: dict[str, Any] = {"rtol": rtol, "throw": throw, "seed": seed}
     solutions = {
         name: _heads.adapt(cut[name], pairs[name], words, **options)
         for name, words in _WORDS.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -62,24 +62,19 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
     return Transformer(**parts, **target.settings)
 
 
-def relabel(target: Transformer, frozen: Transformer, *, rescale: bool = False) -> Transformer:
-    """The target with its hidden units matched to the frozen ones, and rescaled if asked for.
+def relabel(target: Transformer, frozen: Transformer) -> Transformer:
+    """The target with its hidden units matched to the frozen ones.
 
     In each block a linear assignment minimizes the sum of squared distances of ``(w_1, b_1, w_2)``:
     a target with permuted units and a small change then differs by that change. The order is near,
-    not always of least rank. Rescaling turns ReLU units into ``λ w_1, λ b_1, w_2/λ``, ``λ > 0``,
-    with their partners' ``‖w_1‖/‖w_2‖``; where units also changed, the difference no longer has the
-    change's rank. Raises `InputError` for batches, other sizes, and rescaling without ReLUs.
+    not always of least rank. Raises `InputError` for batches and other sizes.
     """
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
     _require_single(target, frozen)
-    rescale = _checks.flag("rescale", rescale)
-    if rescale and target.activation != "relu":
-        raise InputError("rescale", allowed=f"False for {target.activation}", given=rescale)
     parts = target.parts
     for l in range(target.depth):
-        match = _matching(_units(frozen, l), _units(target, l), scaled=rescale)
-        _reorder(parts, l, match.theirs, match.scale)
+        _, order = _match(_units(frozen, l), _units(target, l))
+        _reorder(parts, l, order, torch.ones_like(parts["b_1"][l]))
     return Transformer(**parts, **target.settings)
 
 
@@ -180,11 +175,11 @@ def enlarge(
             parts[name][l] = getattr(target, name)[k]
         for name in ("W_Q", "W_K", "b_Q", "W_V", "W_O"):
             parts[name][l, : target.heads] = getattr(target, name)[k]
-        match = _matching(_units(frozen, l, sizes["width"]), _units(target, k), scaled=False)
-        parts["W_1"][l, match.ours] = target.W_1[k, match.theirs]
-        parts["b_1"][l, match.ours] = target.b_1[k, match.theirs]
-        parts["W_2"][l][:, match.ours] = target.W_2[k][:, match.theirs]
-        idle[match.ours] = False
+        places, units = _match(_units(frozen, l, sizes["width"]), _units(target, k))
+        parts["W_1"][l, places] = target.W_1[k, units]
+        parts["b_1"][l, places] = target.b_1[k, units]
+        parts["W_2"][l][:, places] = target.W_2[k][:, units]
+        idle[places] = False
         rows, gain, shift = parts["W_1"][l, idle], parts["g_2"][l], parts["s_2"][l]
         normals = rows * gain
         if target.norm == "layer":
@@ -205,37 +200,19 @@ def _reorder(parts: dict[str, Any], l: int, order: Tensor, scale: Tensor) -> Non
     parts["W_2"][l] = parts["W_2"][l][:, order] / scale
 
 
-class _Match(NamedTuple):
-    """Pairs of hidden units, and the factors that rescale the target's."""
-
-    ours: Tensor
-    theirs: Tensor
-    scale: Tensor
-
-
-def _units(network: Transformer, l: int, width: int | None = None) -> list[Tensor]:
+def _units(network: Transformer, l: int, width: int | None = None) -> Float[Tensor, "units n"]:
     """``w_1, b_1, w_2`` of every unit of a block, in rows."""
     cut = slice(width)
-    return [network.W_1[l][:, cut], network.b_1[l][:, None], network.W_2[l].mT[:, cut]]
+    parts = [network.W_1[l][:, cut], network.b_1[l][:, None], network.W_2[l].mT[:, cut]]
+    return torch.cat(parts, 1)
 
 
-def _matching(ours: list[Tensor], theirs: list[Tensor], *, scaled: bool) -> _Match:
-    scale = ours[0].new_ones(len(ours[0]), len(theirs[0]))
-    if scaled:
-        quotients = [
-            torch.linalg.vector_norm(w_1, dim=-1) / torch.linalg.vector_norm(w_2, dim=-1)
-            for w_1, _, w_2 in (ours, theirs)
-        ]
-        ratio = quotients[0][:, None] / quotients[1]
-        scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1).sqrt()
-    factors = (scale, scale, 1 / scale)
-    cost = sum(
-        (o[:, None] - f[..., None] * t).square().sum(-1)
-        for o, t, f in zip(ours, theirs, factors, strict=True)
-    )
+def _match(frozen: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of frozen and target units of least total squared distance."""
+    cost = (frozen[:, None] - target).square().sum(-1)
     pairs = linear_sum_assignment(torch.as_tensor(cost, device="cpu"))
-    rows, columns = (torch.as_tensor(side, device=scale.device) for side in pairs)
-    return _Match(rows, columns, scale[rows, columns])
+    places, units = (torch.as_tensor(side, device=cost.device) for side in pairs)
+    return places, units
 
 
 def _balanced(

@@ -75,7 +75,6 @@ def train_fused(
     steps: int = 5000,
     every: int = 10,
     seed: int = 0,
-    threads: int | None = None,
     throw: bool = True,
 ) -> FusedTraining:
     """Adapters from data alone: train one matrix for each segment, then split it exactly.
@@ -135,7 +134,6 @@ def train_fused(
         every=every,
         # Other factors than `train` draws from this seed.
         seed=[randomness.number(seed, "fused training", k) for k in range(starts)],
-        threads=threads,
     )
     chosen = divmod(int(runs.best_loss.nan_to_num(torch.inf).argmin()), starts)
     adapters = runs.adapters[chosen].to(frozen.dtype)
