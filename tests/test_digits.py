@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,7 +12,7 @@ import torch
 
 from lorapower import InputError
 from lorapower import _hub as hub
-from lorapower.experiments import digits, study, sweeps
+from lorapower.experiments import digits
 from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Found, Problem, Setting
 from lorapower.experiments.study import Construction, Final, Fitted, Lora
 from lorapower.experiments.sweeps import grid
@@ -39,36 +38,22 @@ def measure(problem: Problem, *methods: Any) -> list[Found]:
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("model", {"model": "cnn"}),
-        ("depth", {"depth": 1}),
-        ("depth", {"model": "transformer"}),
-        ("angle", {"angle": 361.0}),
+        ("model", {"problem": {"model": "cnn"}}),
+        ("depth", {"problem": {"depth": 1}}),
+        ("depth", {"problem": {"model": "transformer"}}),
+        ("angle", {"problem": {"angle": 361.0}}),
+        ("method", {"method": {"kind": "adam"}}),
+        ("ranks", {"method": Lora(ranks=65)}),
+        ("ranks", {"method": Lora(ranks=(1, 1))}),
+        ("final", {"method": Final(final=3)}),
+        ("ranks", {"problem": {"model": "transformer", "depth": 1}, "method": Lora(ranks=17)}),
+        ("kind", {"problem": {"model": "transformer", "depth": 1}, "method": Fitted()}),
     ],
     ids=str,
 )
-def test_problems_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
+def test_settings_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{field} must be "):
-        Problem(**values)
-
-
-@pytest.mark.parametrize(
-    ("model", "field", "method"),
-    [
-        ("fnn", "method", {"kind": "adam"}),
-        ("fnn", "ranks", {"kind": "lora", "ranks": 65}),
-        ("fnn", "ranks", {"kind": "lora", "ranks": (1, 1)}),
-        ("fnn", "final", {"kind": "final", "final": 3}),
-        ("transformer", "ranks", {"kind": "lora", "ranks": 17}),
-        ("transformer", "kind", {"kind": "fitted"}),
-    ],
-    ids=str,
-)
-def test_methods_that_do_not_fit_are_refused(
-    model: digits.Model, field: str, method: dict[str, Any]
-) -> None:
-    problem = Problem(model=model, depth=digits.DEPTHS[model])
-    with pytest.raises(InputError, match=f"^{field} must be "):
-        Setting(problem=problem, method=method)  # type: ignore[arg-type]
+        Setting(**values)
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +109,14 @@ def test_tasks_split_the_same_images(model: str) -> None:
     assert not torch.equal(upright.test[0], digits._task(model, 0.0, 4).test[0])
 
 
-def test_votes_of_transformers_are_sums_over_tokens() -> None:
+def test_votes_are_sums_over_tokens_and_none_is_cut_off_at_the_start() -> None:
     network = digits._drawn("transformer", 1, 0, "random")
     x = digits._task("transformer", 0.0, 0).test[0][:5]
     wanted = torch.stack([network(one).sum(-1) for one in x], dim=1)
     torch.testing.assert_close(digits._votes(network, x), wanted)
+    network = digits._drawn("fnn", 4, 0, "random")
+    assert network.weights[-1].shape == (CLASSES, 64)
+    assert (network(digits._task("fnn", 90.0, 0).training[0]) > LIFT / 2).all()
 
 
 @each_model
@@ -146,13 +134,6 @@ def test_trained_networks_read_their_digits(model: str) -> None:
             assert digits.accuracy(network, others) < 0.4
         assert digits.accuracy(random, own) < 0.3
     assert digits._pretrained(model, depth, 0) is frozen
-
-
-def test_no_vote_of_a_relu_network_is_cut_off_at_the_start() -> None:
-    network = digits._drawn("fnn", 4, 0, "random")
-    assert network.weights[-1].shape == (CLASSES, 64)
-    x = digits._task("fnn", 90.0, 0).training[0]
-    assert (digits._votes(network, x) > LIFT / 2).all()
 
 
 @each_model
@@ -210,19 +191,6 @@ def test_training_adapts_to_the_task(model: digits.Model) -> None:
         assert 0 < row.best_step <= 150
         assert math.isfinite(row.validation_loss)
     assert repr(measure(problem, adapters)) == repr(together[:1])
-
-
-def test_sweeps_keep_runs_and_choose_the_best(tmp_path: Path) -> None:
-    methods = grid(Lora, ranks=[1, 64], learning_rate=[1e-2, 1e-3])
-    settings = grid(Setting, problem=Problem(steps=20), method=methods)
-    table = sweeps.run(settings, digits.measure, tmp_path / "runs", progress=False)
-    again = sweeps.read(tmp_path / "runs")
-    pd.testing.assert_frame_equal(table, again)
-    best = study.keep_best(table, Setting)
-    assert best.ranks.tolist() == [1, 64]
-    for ranks, rows in table.groupby("ranks"):
-        wanted = rows.validation_loss.min()
-        assert best[best.ranks == ranks].validation_loss.tolist() == [wanted]
 
 
 def test_spectra_are_those_of_the_error_matrices() -> None:

