@@ -1,12 +1,10 @@
 """What pages get from chapters' cells: captions of figures, and links in code.
 
 JupyterLab shows a caption, and numbers its figure, where a Markdown cell holds the directive
-``figure`` without a picture, below the cell that draws. MyST-NB wants it in the drawing cell's
-metadata; there it is put when a chapter is read.
+``figure`` without a picture, below the cell that draws; MyST-NB wants it in that cell's metadata.
 
-``sphinx-codeautolink`` reads the cells of a chapter as one program, and links its names to the
-package's pages. Here it is told of the cells that the page leaves out, which import them; and
-variables, which it would link to their types, stay plain.
+``sphinx-codeautolink`` reads the cells as one program. Here it is told of those that the page
+leaves out, which import its names; and variables, which it would link to their types, stay plain.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
 """What pages read from disk could not fetch or save: MathJax, previews and downloads.
 
-Of MathJax's distribution, which the package ``sphinx-mathjax-offline`` carries, only the files that
-a browser asks for are copied: the bundle, its fonts, and the TeX extensions.
-
 Previews are what ``_static/previews.js`` shows: statements, numbered equations and figures, by
-anchor, taken from the written pages, in which numbers and references are resolved. Links are left
-out: a preview is no place to go on from. Pictures are named from the book's root.
+anchor, from the written pages, in which numbers and references are resolved. Links are left out: a
+preview is no place to go on from. Pictures are named from the book's root.
 
-The download button saves a page's source and, for a chapter, the page as Markdown. The text of each
-lies in a script beside it, which ``_static/download.js`` loads.
+The download button saves a page's source and, for a chapter, the page as Markdown. Each text lies
+in a script beside it, which ``_static/download.js`` loads.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.util.fileutil import copy_asset
 
+# What browsers ask for: the bundle, its fonts, and the TeX extensions.
 _BUNDLE = "tex-chtml.js"
 _PARTS = (_BUNDLE, "output/chtml/fonts/woff-v2", "input/tex/extensions")
 _SHOWN = "div.proof.admonition[id]:not(#proof), div.math[id^='equation-'], figure[id]"

@@ -197,7 +197,7 @@ class statement_map(nodes.General, nodes.Element):  # noqa: N801 - as docutils n
 
 
 class StatementMap(SphinxDirective):
-    """The map of all statements of the book."""
+    """A drawing of all statements."""
 
     def run(self) -> list[nodes.Node]:
         return [statement_map()]
@@ -302,8 +302,9 @@ class Colophon(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         paths = chapters(self.env)
-        records = {name: path.with_suffix(".json") for name, path in paths.items()}
-        runs = {name: json.loads(record.read_text()) for name, record in records.items()}
+        runs = {
+            name: json.loads(path.with_suffix(".json").read_text()) for name, path in paths.items()
+        }
         root = Path(lorapower.__file__).resolve().parents[1]
         facts = {
             "Version": f"{metadata.version(PACKAGE)}, revision {revision(root)}",

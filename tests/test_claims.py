@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 from pathlib import Path
 
+import execute
 import nbformat
 import pytest
 import torch
@@ -56,21 +57,31 @@ def test_numbers_keep_their_digits_and_typeset_powers_of_ten() -> None:
     assert written == ["0", "12", "$10^{-7}$", r"$-3.2\times10^{-7}$", r"$1.2\times10^{3}$"]
 
 
-def test_an_executed_notebook_yields_its_claims_in_order(tmp_path: Path) -> None:
-    recorded = [
-        claims.at_most("first $x$", "lem-a", measured=1, bound=2),
-        claims.at_least("second", "lem-b", measured=1, bound=2),
+def record(path: Path, *recorded: claims.Claim) -> Path:
+    outputs = [
+        nbformat.v4.new_output("display_data", claim._repr_mimebundle_()) for claim in recorded
     ]
-    notebook = nbformat.v4.new_notebook()
-    for claim in recorded:
-        output = nbformat.v4.new_output("display_data", claim._repr_mimebundle_())
-        notebook.cells.append(nbformat.v4.new_code_cell("…", outputs=[output]))
-    notebook.cells.append(nbformat.v4.new_markdown_cell("text"))
-    path = tmp_path / "executed.ipynb"
-    path.write_text(json.dumps(notebook), encoding="utf-8")
-    assert claims.read(path) == recorded
-    assert [claim.holds for claim in claims.read(path)] == [True, False]
-    assert "✗ Fails: second" in recorded[1]._repr_mimebundle_()["text/markdown"]
+    cells = [nbformat.v4.new_code_cell("…", outputs=[output]) for output in outputs]
+    cells.append(nbformat.v4.new_markdown_cell("text"))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_an_executed_notebook_yields_its_claims_in_order(tmp_path: Path) -> None:
+    good = claims.at_most("first $x$", "lem-a", measured=1, bound=2)
+    bad = claims.at_least("second", "lem-b", measured=1, bound=2)
+    assert claims.read(record(tmp_path / "executed.ipynb", good, bad)) == [good, bad]
+    assert (good.holds, bad.holds) == (True, False)
+    assert "✗ Fails: second" in bad._repr_mimebundle_()["text/markdown"]
+
+
+@pytest.mark.parametrize(("label", "may_fail"), [("obs-a", True), ("lem-a", False)])
+def test_observations_may_fail_at_other_sizes(label: str, may_fail: bool, tmp_path: Path) -> None:
+    bad = record(tmp_path / "a.ipynb", claims.at_most("s", label, measured=2, bound=1))
+    with pytest.raises(execute.ChapterError, match="claim fails: s"):
+        execute.check(bad)
+    with nullcontext() if may_fail else pytest.raises(execute.ChapterError):
+        execute.check(bad, observations=False)
 
 
 def shown(claim: claims.Claim) -> str:

@@ -116,7 +116,7 @@ def assert_described(cell: NotebookNode, after: NotebookNode) -> None:
 
 
 def test_chapter_runs_at_a_small_size_in_another_folder(small_runs: Path, chapter: Path) -> None:
-    """It has run, or there would be no file: its claims hold."""
+    """It has run, or there would be no file: what it proves holds."""
     executed = small_runs / chapter.name
     assert read(executed), "the chapter records no claim"
     notebook = nbformat.read(executed, as_version=4)
