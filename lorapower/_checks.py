@@ -219,6 +219,15 @@ def kind(*expected: type, **given: Any) -> None:
             )
 
 
+def single(**networks: Any) -> None:
+    """Refuse batches of networks, by their name."""
+    for name, network in networks.items():
+        if network.batch_shape:
+            given = f"batch shape {tuple(network.batch_shape)}"
+            remedy = "take one member after the other"
+            raise InputError(name, allowed="a single network", given=given, remedy=remedy)
+
+
 def like_frozen(target: Any, frozen: Any) -> None:
     """Refuse a target of another type or on another device than the frozen network."""
     for aspect in ("dtype", "device"):

@@ -71,7 +71,7 @@ def test_modules_that_are_not_linear_are_refused(module: nn.Sequential) -> None:
 
 
 def test_a_batch_is_no_module() -> None:
-    with pytest.raises(InputError, match=r"a single one; got batch shape \(3,\)"):
+    with pytest.raises(InputError, match=r"a single network; got batch shape \(3,\)"):
         LinearNetwork.random(2, 2, batch_shape=(3,)).to_sequential()
 
 

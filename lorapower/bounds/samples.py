@@ -136,8 +136,7 @@ def paid_rank(
     inputs that are all 0, and for unknown noise with ``n = q``.
     """
     _checks.kind(LinearNetwork, frozen=frozen)
-    if frozen.batch_shape:
-        raise InputError("frozen", allowed="a single network", given=frozen)
+    _checks.single(frozen=frozen)
     if min(frozen.widths) < min(frozen.widths[0], frozen.widths[-1]):
         allowed = "a network with no layer narrower than inputs and outputs"
         raise InputError("frozen", allowed=allowed, given=frozen)

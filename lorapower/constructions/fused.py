@@ -73,14 +73,7 @@ def fuse(
     """
     _checks.kind(LinearNetwork, FNN, Transformer, frozen=frozen)
     _checks.kind(type(frozen), target=target)
-    for name, network in (("frozen", frozen), ("target", target)):
-        if network.batch_shape:
-            raise InputError(
-                name,
-                allowed="a single network",
-                given=f"batch shape {tuple(network.batch_shape)}",
-                remedy="fuse one after the other",
-            )
+    _checks.single(frozen=frozen, target=target)
     if isinstance(frozen, Transformer):
         assert isinstance(target, Transformer)
         # Sizes that match, and what has to be inverted.

@@ -329,8 +329,7 @@ def attention_only(
     than the tokens. Source: [prop-floor-attention].
     """
     best = attention_floor(frozen, target, tokens)
-    if best.value.ndim:
-        raise InputError("frozen and target", allowed="one of each", given="a batch")
+    _checks.single(frozen=frozen, target=target)
     if frozen.sizes["value size"] < frozen.width:
         raise InputError(
             "frozen",

@@ -73,10 +73,7 @@ def to_decoder(network: Transformer, module: M) -> M:
     become 0. Raises `InputError` for batches, and for a module that `from_decoder` refuses or that
     has other sizes or settings.
     """
-    if network.batch_shape:
-        raise InputError(
-            "network", allowed="a single one", given=f"batch shape {tuple(network.batch_shape)}"
-        )
+    _checks.single(network=network)
     other = from_decoder(module)
     if other.sizes != network.sizes:
         raise InputError("module", allowed=f"of sizes {network.sizes}", given=other.sizes)

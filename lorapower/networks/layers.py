@@ -41,11 +41,7 @@ class _Layers(Network):
 
     def to_sequential(self) -> nn.Sequential:
         """A `torch.nn.Sequential` that computes this on rows; raises `InputError` for batches."""
-        if self.batch_shape:
-            given = f"batch shape {tuple(self.batch_shape)}"
-            raise InputError(
-                "network", allowed="a single one", given=given, remedy="pick one member first"
-            )
+        _checks.single(network=self)
         modules: list[nn.Module] = []
         for l, weight in enumerate(self.weights):
             out, into = weight.shape
@@ -80,15 +76,9 @@ class LinearNetwork(_Layers):
 
         A `torch.nn.Sequential`, one matrix ``[out, in]`` (one layer), or ``weights`` of the class.
         """
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, nn.Sequential):
-            return cls.from_sequential(value, name=name)
-        if isinstance(value, Tensor | np.ndarray) and value.ndim == 2:
-            return cls([value])
-        if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
-            _checks.kind(cls, **{name: value})
-        return cls(value)
+        network: Any = as_network(value, name)
+        _checks.kind(cls, **{name: network})
+        return network
 
     @classmethod
     def unchecked(
@@ -364,7 +354,8 @@ def as_network(value: Any, name: str = "network") -> Network:
             if hasattr(value, "config")
             else "",
         )
-    return LinearNetwork.of(value, name)
+    is_matrix = isinstance(value, Tensor | np.ndarray) and value.ndim == 2
+    return LinearNetwork([value] if is_matrix else value)
 
 
 def _usable_layers(weights: Any, biases: Any = None) -> tuple[list[Tensor], list[Tensor]]:

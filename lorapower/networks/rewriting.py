@@ -70,7 +70,7 @@ def relabel(target: Transformer, frozen: Transformer) -> Transformer:
     not always of least rank. Raises `InputError` for batches and other sizes.
     """
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
-    _require_single(target, frozen)
+    _checks.single(target=target, frozen=frozen)
     parts = target.parts
     for l in range(target.depth):
         _, order = _match(_units(frozen, l), _units(target, l))
@@ -89,7 +89,7 @@ def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transfo
     found, as may be where normals of the target are parallel.
     """
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
-    _require_single(target, frozen)
+    _checks.single(target=target, frozen=frozen)
     _require_norms(target)
     _checks.integer("width", target.width, 2)
     if target.activation != "relu":
@@ -138,7 +138,7 @@ def enlarge(
     tokens need a frozen ``ε`` smaller in proportion. Raises `InputError` for batches, a target
     larger than the frozen network, heads of another size, and wrong places.
     """
-    _require_single(target, frozen)
+    _checks.single(target=target, frozen=frozen)
     _require_norms(target)
     if not target.residual:
         raise InputError("target", allowed="with residual connections", given="none")
@@ -175,11 +175,11 @@ def enlarge(
             parts[name][l] = getattr(target, name)[k]
         for name in ("W_Q", "W_K", "b_Q", "W_V", "W_O"):
             parts[name][l, : target.heads] = getattr(target, name)[k]
-        places, units = _match(_units(frozen, l, sizes["width"]), _units(target, k))
-        parts["W_1"][l, places] = target.W_1[k, units]
-        parts["b_1"][l, places] = target.b_1[k, units]
-        parts["W_2"][l][:, places] = target.W_2[k][:, units]
-        idle[places] = False
+        rows, units = _match(_units(frozen, l, sizes["width"]), _units(target, k))
+        parts["W_1"][l, rows] = target.W_1[k, units]
+        parts["b_1"][l, rows] = target.b_1[k, units]
+        parts["W_2"][l][:, rows] = target.W_2[k][:, units]
+        idle[rows] = False
         rows, gain, shift = parts["W_1"][l, idle], parts["g_2"][l], parts["s_2"][l]
         normals = rows * gain
         if target.norm == "layer":
@@ -242,14 +242,3 @@ def _require_norms(target: Transformer) -> None:
         raise InputError(
             "target", allowed="with norms, whose gains and spheres are used", given="none"
         )
-
-
-def _require_single(*networks: Transformer) -> None:
-    for network in networks:
-        if network.batch_shape:
-            raise InputError(
-                "target and frozen",
-                allowed="a single network each",
-                given=f"batch shape {tuple(network.batch_shape)}",
-                remedy="take one after the other",
-            )
