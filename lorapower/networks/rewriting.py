@@ -175,11 +175,11 @@ def enlarge(
             parts[name][l] = getattr(target, name)[k]
         for name in ("W_Q", "W_K", "b_Q", "W_V", "W_O"):
             parts[name][l, : target.heads] = getattr(target, name)[k]
-        rows, units = _match(_units(frozen, l, sizes["width"]), _units(target, k))
-        parts["W_1"][l, rows] = target.W_1[k, units]
-        parts["b_1"][l, rows] = target.b_1[k, units]
-        parts["W_2"][l][:, rows] = target.W_2[k][:, units]
-        idle[rows] = False
+        kept, units = _match(_units(frozen, l, sizes["width"]), _units(target, k))
+        parts["W_1"][l, kept] = target.W_1[k, units]
+        parts["b_1"][l, kept] = target.b_1[k, units]
+        parts["W_2"][l][:, kept] = target.W_2[k][:, units]
+        idle[kept] = False
         rows, gain, shift = parts["W_1"][l, idle], parts["g_2"][l], parts["s_2"][l]
         normals = rows * gain
         if target.norm == "layer":
