@@ -52,7 +52,6 @@ _WIDTH, _HEIGHT, _STEP, _RISE, _HEAD, _IN_A_ROW = 76, 26, 90, 96, 44, 8
 _FULL = (_IN_A_ROW - 1) * _STEP + _WIDTH
 
 Places = dict[str, tuple[int, int]]
-PACKAGE = "lorapower"
 # Extras that neither chapters nor pages are made with.
 _UNUSED = ('"test"', '"cluster"')
 
@@ -292,8 +291,8 @@ def revision(root: Path) -> str:
 
 def libraries() -> dict[str, str]:
     """The versions of what the project asks for by name."""
-    asked = map(Requirement, metadata.requires(PACKAGE) or ())
-    names = {each.name for each in asked if not str(each.marker).endswith(_UNUSED)} - {PACKAGE}
+    asked = map(Requirement, metadata.requires("lorapower") or ())
+    names = {each.name for each in asked if not str(each.marker).endswith(_UNUSED)} - {"lorapower"}
     return {name: metadata.version(name) for name in sorted(names, key=str.lower)}
 
 
@@ -307,7 +306,7 @@ class Colophon(SphinxDirective):
         }
         root = Path(lorapower.__file__).resolve().parents[1]
         facts = {
-            "Version": f"{metadata.version(PACKAGE)}, revision {revision(root)}",
+            "Version": f"{metadata.version('lorapower')}, revision {revision(root)}",
             "Profile": _list(runs, "profile"),
             "Machine": _list(runs, "machine"),
             "Python": f"{platform.python_version()} ({platform.python_implementation()})",
