@@ -23,8 +23,8 @@ CLIPS = tuple(np.linspace(0.0, 1.0, 41).tolist())
 LARGEST = float(np.finfo(np.float16).max)
 
 
-class Code(NamedTuple):
-    """A code of ``length`` bits; zeros fill up the last byte of ``data``."""
+class _Code(NamedTuple):
+    """A code of ``length`` bits, see `encode`."""
 
     data: bytes
     length: int
@@ -65,15 +65,15 @@ def _values(scale: Tensor, numbers: Tensor, bits: int) -> Tensor:
     return scale[..., None, :] * (2 * numbers.to(scale) - steps) / steps
 
 
-def encode(adapters: Adapters, bits: int) -> Code:
+def encode(adapters: Adapters, bits: int) -> _Code:
     """Write adapters, rounded to so many bits a number, as a prefix code: none begins another.
 
     It holds the number of bits, the ranks and whether there are biases, in Elias's gamma code; for
-    each column of a factor and each bias a scale of 16 bits; then the numbers. `decode` takes its
-    ``data``, `bounds.samples.kl_bound` its ``length``. Rounding is coarse: adapters that were not
-    trained through it may lose everything, first those of constructions, whose biases are large.
-    Raises `InputError` for batches, bits outside 1 to 12, ranks above a weight's smaller side, and
-    entries beyond half precision.
+    each column of a factor and each bias a scale of 16 bits; then the numbers. Zeros fill up the
+    last byte of its ``data``, which `decode` takes; `bounds.samples.kl_bound` takes its ``length``
+    in bits. Rounding is coarse: adapters that were not trained through it may lose everything,
+    first those of constructions, whose biases are large. Raises `InputError` for batches, bits
+    outside 1 to 12, ranks above a weight's smaller side, and entries beyond half precision.
     """
     bits = _checks.integer("bits", bits, 1, 12)
     if adapters.batch_shape:
@@ -90,7 +90,7 @@ def encode(adapters: Adapters, bits: int) -> Code:
         written += [f"{number:0{bits}b}" for number in numbers.flatten().tolist()]
     text = "".join(written)
     size = -(-len(text) // 8)
-    return Code(int(text.ljust(8 * size, "0"), 2).to_bytes(size, "big"), len(text))
+    return _Code(int(text.ljust(8 * size, "0"), 2).to_bytes(size, "big"), len(text))
 
 
 def decode(data: bytes, network: Network) -> Adapters:
