@@ -21,7 +21,7 @@ SHRINKAGE = 0.05
 # The polish's highest learning rate, relative to the root mean square of a module's factors.
 RATE = 0.03
 # A block's arguments after the hidden states.
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+Call: TypeAlias = tuple[list[Any], dict[str, Any]]
 
 
 def balance(update: LowRank) -> LowRank:
@@ -149,11 +149,10 @@ def _enter(
         for i in range(number):
 
             def before(_: nn.Module, args: Any, kwargs: Any, i: int = i) -> None:
-                rest, named = tuple(args), dict(kwargs)
-                first = named.pop("hidden_states") if "hidden_states" in named else rest[0]
-                rest = rest[1:] if "hidden_states" not in kwargs else rest
+                rest, named = [*args], dict(kwargs)
+                states = named.pop("hidden_states") if "hidden_states" in named else rest.pop(0)
                 if i == 0:
-                    hidden.append(first)
+                    hidden.append(states)
                 calls[i].append((rest, named))
 
             block = network.get_submodule(f"{blocks}.{i}")
@@ -186,8 +185,7 @@ def polish(
             place = network.get_submodule(module.name)
             parts = [] if start is None else [start.left.clone(), start.right.clone()]
             if free:
-                tuned = place.bias.clone()
-                parts.append(adapter.biases.get(module.name, tuned).clone() - tuned)
+                parts.append(adapter.biases.get(module.name, place.bias) - place.bias)
             trained[module.name] = [part.requires_grad_() for part in parts]
             stack.callback(place.register_forward_hook(_add(parts, start is not None)).remove)
 
@@ -201,11 +199,8 @@ def polish(
                     biases[name] = network.get_submodule(name).bias + values[-1]
             return Adapter(factors, biases)
 
-        groups = [
-            {"params": [part], "lr": RATE * _size(part)}
-            for parts in trained.values()
-            for part in parts
-        ]
+        parts = [part for several in trained.values() for part in several]
+        groups = [{"params": [part], "lr": RATE * _size(part)} for part in parts]
         optimizer = torch.optim.Adam(groups, lr=RATE)
         schedule = _schedule(optimizer, steps)
         order = randomness.generator(seed, "polish")
