@@ -140,14 +140,9 @@ def truncate(
     ``approximate`` finds only the leading subspace, by rounds of multiplication (Halko, Martinsson
     and Tropp, 2011), in time proportional to its entries. Source: [prop-two-metrics].
 
-    Returns
-    -------
-    update : LowRank
-        ``K``; its first ``s`` columns are the nearest matrix of rank ``s``.
-    values : Tensor
-        ``σ_1 ≥ … ≥ σ_r``, ``[..., r]``: direction ``d`` takes ``σ_d²`` off ``total``.
-    total : Tensor
-        ``Σ_d σ_d²`` over all directions, the squared distance of rank 0.
+    Returns the ``update`` ``K``, whose first ``s`` columns are the nearest matrix of rank ``s``;
+    its ``values`` ``σ_1 ≥ … ≥ σ_r``; and the ``total`` ``Σ_d σ_d²`` over all directions, the
+    squared distance of rank 0, off which direction ``d`` takes ``σ_d²``.
     """
     M = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(M.shape[-2:]), limit="the smaller side")
