@@ -118,14 +118,12 @@ def _task(model: str, angle: float, seed: int) -> _Split:
     pictures, classes = images()
     pictures = turn(pictures, angle)
     order = torch.randperm(len(classes), generator=generator(seed, "split"), device="cpu")
+    parts = order.split([*SIZES.values()])
     if model == "fnn":
-        parts = [pictures[part].flatten(1).mT for part in order.split([*SIZES.values()])]
-    else:
-        places = torch.eye(SIDE, device=pictures.device).expand(len(pictures), SIDE, SIDE)
-        tokens = torch.cat([pictures.mT, places], dim=1)
-        parts = [tokens[part] for part in order.split([*SIZES.values()])]
-    labels = [classes[part] for part in order.split([*SIZES.values()])]
-    return _Split(*zip(parts, labels, strict=True))
+        return _Split(*((pictures[part].flatten(1).mT, classes[part]) for part in parts))
+    places = torch.eye(SIDE, device=pictures.device).expand(len(pictures), SIDE, SIDE)
+    tokens = torch.cat([pictures.mT, places], dim=1)
+    return _Split(*((tokens[part], classes[part]) for part in parts))
 
 
 def _votes(network: FNN | Transformer, x: Tensor) -> Float[Tensor, "classes samples"]:
@@ -262,14 +260,13 @@ def spectra(problems: Sequence[Problem]) -> pd.DataFrame:
 
     Also the index ``d`` from 1, ``matrix`` (see `Problem.error_matrices`), ``start`` and ``angle``.
     """
-    rows = []
-    for problem in problems:
-        same = {"start": problem.start, "angle": problem.angle}
-        for name, matrices in problem.error_matrices().items():
-            for values in torch.linalg.svdvals(matrices).tolist():
-                rows += [
-                    same | {"matrix": name, "d": d, "sigma": v} for d, v in enumerate(values, 1)
-                ]
+    rows = [
+        {"start": problem.start, "angle": problem.angle, "matrix": name, "d": d, "sigma": value}
+        for problem in problems
+        for name, matrices in problem.error_matrices().items()
+        for values in torch.linalg.svdvals(matrices).tolist()
+        for d, value in enumerate(values, 1)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -309,9 +306,8 @@ def _target(model: str, angle: float, seed: int) -> FNN | Transformer:
 def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer:
     if model == "transformer":
         width = 2 * SIDE
-        drawn = Transformer.random(
-            depth, width, HEADS, scale=width**-0.5, seed=seed, purpose=purpose
-        )
+        scale = width**-0.5
+        drawn = Transformer.random(depth, width, HEADS, scale=scale, seed=seed, purpose=purpose)
         return drawn.with_parameters([*drawn.weights[:-1], drawn.weights[-1][:CLASSES]])
     square = FNN.random(depth, PIXELS, seed=seed, purpose=purpose)
     *weights, last = square.weights

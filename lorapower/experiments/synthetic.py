@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -116,23 +117,15 @@ class Problem(Record):
 
     def networks(self) -> tuple[Network, Network]:
         """The frozen network as drawn, and the target, in double precision."""
-        if self.model == "transformer":
-            frozen, target = (
-                Transformer.random(
-                    self.depth,
-                    self.width,
-                    self.heads,
-                    scale=self.scale,
-                    seed=self.seed,
-                    purpose=purpose,
-                )
-                for purpose in ("frozen", "target")
-            )
-            return frozen, target
-        kind: Any = {"linear": LinearNetwork, "fnn": FNN}[self.model]
-        frozen = kind.random(self.depth, self.width, seed=self.seed, purpose="frozen")
-        frozen = frozen.with_parameters([self.gain * weight for weight in frozen.weights])
-        target = kind.random(self.target_depth, self.width, seed=self.seed, purpose="target")
+        kind: Any = {"linear": LinearNetwork, "fnn": FNN, "transformer": Transformer}[self.model]
+        transformer = self.model == "transformer"
+        options = {"heads": self.heads, "scale": self.scale} if transformer else {}
+        frozen, target = (
+            kind.random(depth, self.width, seed=self.seed, purpose=purpose, **options)
+            for depth, purpose in ((self.depth, "frozen"), (self.target_depth, "target"))
+        )
+        if not transformer:
+            frozen = frozen.with_parameters([self.gain * weight for weight in frozen.weights])
         return frozen, self._near(frozen, target) if self.distance_rank else target
 
     def start(self) -> tuple[Network, Network]:
@@ -158,19 +151,13 @@ class Problem(Record):
 
     def data(self, target: Network, *purpose: str) -> tuple[Data, Fresh]:
         """What to train on, and fresh inputs to test on; others for each purpose."""
-        label = self._label(target)
-        sequence = self.model == "transformer"
-        shape = (self.width, self.tokens) if sequence else (self.width,)
+        label: Any = (lambda x: self.votes(target(x)).argmax(-2)) if self.classes else target
+        shape = (self.width, self.tokens) if self.model == "transformer" else (self.width,)
         fresh = Fresh(label, shape, samples=self.samples, seed=self.seed, purpose=purpose)
         if not self.fixed:
             return fresh, fresh
         x, y = (part[0] for part in fresh.block(0))
         return Fixed((x, y), fresh.validation, seed=self.seed), fresh
-
-    def _label(self, target: Network) -> Any:
-        if not self.classes:
-            return target
-        return lambda x: self.votes(target(x)).argmax(-2)
 
     def votes(self, outputs: Tensor) -> Tensor:
         """Sums of the outputs that vote for each class, ``[..., classes, samples]``."""
@@ -254,13 +241,13 @@ class Setting(Record):
             problem.require("model", not transformer, "linear or fnn with method 'final'")
             method.require("final", method.final <= problem.depth, "at most the depth")
             return self
-        ranks = method.ranks if isinstance(method.ranks, tuple) else (method.ranks,)
         weights = (4 * problem.heads + 2) * problem.depth + 1 if transformer else problem.depth
         one = transformer and isinstance(method, study.Construction | study.Fitted)
-        several = f"one or {weights}, one for each weight"
-        fits = not isinstance(method.ranks, tuple) or (not one and len(ranks) == weights)
-        method.require("ranks", fits, "one" if one else several)
-        method.require("ranks", max(ranks) <= problem.width, "at most the width")
+        if isinstance(method.ranks, tuple):
+            fits = not one and len(method.ranks) == weights
+            method.require("ranks", fits, "one" if one else f"one or {weights}")
+        fits = np.max(method.ranks) <= problem.width
+        method.require("ranks", bool(fits), "at most the width")
         if isinstance(method, Construction):
             method.require("region", fnn or method.region == 1, "1 but for model 'fnn'")
         if isinstance(method, Recipe | Fused | Newton):
@@ -358,16 +345,15 @@ class _Bench:
 
     def tuning(self, method: Any) -> Tuning:
         if not isinstance(method, Recipe):
-            return Tuning(**method.model_dump(exclude={"kind"}))
+            return Gradient.tuning(method)
         options = method.model_dump(exclude={"kind", "start", "perturbation"})
-        if method.start == "linearized":
-            options["blocks"] = self.problem.target_depth
         if method.start == "construction":
             adapters = self.construct(Construction(ranks=method.ranks))
         elif method.start == "fitted":
             adapters = self.fit(Fitted(ranks=method.ranks)).adapters
         else:
-            return Tuning(**options, start=method.start)
+            blocks = self.problem.target_depth if method.start == "linearized" else 1
+            return Tuning(**options, start=method.start, blocks=blocks)
         start = _perturb(adapters.balanced(), method.perturbation, self.problem.seed)
         return Tuning(**options, start=start)
 
@@ -412,13 +398,12 @@ class _Bench:
         return self.fits[key]
 
     def fuse(self, method: Fused) -> tuple[Adapters, dict[str, float]]:
-        relu = isinstance(self.frozen, FNN)
-        shapes = self.problem.depth, self.problem.target_depth
+        depths = self.problem.depth, self.problem.target_depth
         found = train_fused(
             self.frozen,
             method.ranks,
             self.data,
-            partition=Partition.uniform(*shapes) if relu else None,
+            partition=Partition.uniform(*depths) if isinstance(self.frozen, FNN) else None,
             starts=method.starts,
             learning_rates=method.learning_rates,
             throw=False,
@@ -430,21 +415,11 @@ class _Bench:
         blocks = self.problem.target_depth if method.start == "linearized" else 1
         tuning = Tuning(method.ranks, start=method.start, blocks=blocks)
         start = begin(self.frozen, [tuning], self.data, seed=self.problem.seed)[0]
-        x, select = (
-            self.sample(purpose, count)
-            for purpose, count in (
-                ("newton", method.training_samples),
-                ("newton, held out", CHOOSING),
-            )
-        )
-        found = descent.newton(
-            self.frozen,
-            start.to(torch.float64),
-            (x, self.target(x)),
-            (select, self.target(select)),
-            method.iterations,
-            loss=method.loss,
-        )
+        counts = {"newton": method.training_samples, "newton, held out": CHOOSING}
+        inputs = [self.sample(purpose, count) for purpose, count in counts.items()]
+        fit, select = ((x, self.target(x)) for x in inputs)
+        start = start.to(torch.float64)
+        found = descent.newton(self.frozen, start, fit, select, method.iterations, loss=method.loss)
         losses = {"validation_loss": found.validation_loss, "training_error": found.training_loss}
         return found.adapters, {name: float(loss.min()) for name, loss in losses.items()}
 
