@@ -26,72 +26,52 @@ OTHER = [
     "No.",
     "It is 3 o'clock.",
 ]
-PARSES = "sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
-MNLI = f"index promptID pairID genre {PARSES} sentence1 sentence2"
-STSB = "index genre filename year old_index source1 source2 sentence1 sentence2"
-PLAIN = "index sentence1 sentence2"
-
-
-def _table(header: str, rows: list[list[str]], sep: str = " ") -> str:
-    lines = [header.split(sep)] if header else []
-    return "".join("\t".join(line) + "\n" for line in [*lines, *rows])
+PARSES = "sentence1_binary_parse|sentence2_binary_parse|sentence1_parse|sentence2_parse"
+MNLI = f"index|promptID|pairID|genre|{PARSES}|sentence1|sentence2"
+STSB = "index|genre|filename|year|old_index|source1|source2|sentence1|sentence2"
+STRINGS = "#1 ID|#2 ID|#1 String|#2 String"
+QUESTIONS = "index|question|sentence"
+PLAIN = "index|sentence1|sentence2"
+# Columns of the training and validation files, and of the test files.
+COLUMNS = {
+    "CoLA": ("source|label|star|sentence", "index|sentence"),
+    "SST-2": ("sentence|label", "index|sentence"),
+    "MRPC": (f"Quality|{STRINGS}", f"index|{STRINGS}"),
+    "STS-B": (f"{STSB}|score", STSB),
+    "QQP": ("id|qid1|qid2|question1|question2|is_duplicate", "id|question1|question2"),
+    "MNLI": (f"{MNLI}|label1|gold_label", MNLI),
+    "QNLI": (f"{QUESTIONS}|label", QUESTIONS),
+    "RTE": (f"{PLAIN}|label", PLAIN),
+    "WNLI": (f"{PLAIN}|label", PLAIN),
+}
+BARE = {"CoLA/train", "CoLA/dev"}  # without the line that names columns
+MARKED = {"MRPC/train", "MRPC/dev"}  # with a mark of byte order
 
 
 def write(folder: Path, count: int = 8) -> Path:
     """All nine tasks with ``count`` examples in each file; returns the folder."""
     n = range(count)
-    one = [ONE[i % len(ONE)] for i in n]
-    other = [OTHER[i % len(OTHER)] for i in n]
-    number = [str(i) for i in n]
-    bit = [str(i % 2) for i in n]
-    entailed = [("entailment", "not_entailment")[i % 2] for i in n]
-    three = [("neutral", "entailment", "contradiction")[i % 3] for i in n]
-    parses = ["( x )", "( y )", "(ROOT x)", "(ROOT y)"]
-    mnli = [[number[i], "31193", "31193n", "government", *parses, one[i], other[i]] for i in n]
-    origin = ["main-captions", "MSRvid", "2012test", "0001", "none", "none"]
-    stsb = [[number[i], *origin, one[i], other[i]] for i in n]
-    mrpc = "#1 ID|#2 ID|#1 String|#2 String"
-    strings = [["702876", "702977", one[i], other[i]] for i in n]
-    cola = [["gj04", bit[i], "*" if bit[i] == "0" else "", one[i]] for i in n]
-    files = {
-        "CoLA/train": _table("", cola),
-        "CoLA/dev": _table("", cola),
-        "CoLA/test": _table("index sentence", [[number[i], one[i]] for i in n]),
-        "SST-2/train": _table("sentence label", [[one[i], bit[i]] for i in n]),
-        "SST-2/dev": _table("sentence label", [[one[i], bit[i]] for i in n]),
-        "SST-2/test": _table("index sentence", [[number[i], one[i]] for i in n]),
-        "MRPC/test": _table(f"index|{mrpc}", [[number[i], *strings[i]] for i in n], "|"),
-        "STS-B/test": _table(STSB, stsb),
-        "QQP/test": _table("id question1 question2", [[number[i], one[i], other[i]] for i in n]),
-        "MNLI/train": _table(
-            f"{MNLI} label1 gold_label", [[*mnli[i], three[i], three[i]] for i in n]
-        ),
-    }
-    for part in ("train", "dev"):
-        files[f"MRPC/{part}"] = "\ufeff" + _table(
-            f"Quality|{mrpc}", [[bit[i], *strings[i]] for i in n], "|"
-        )
-        files[f"STS-B/{part}"] = _table(
-            f"{STSB} score", [[*stsb[i], f"{5 * i / max(count - 1, 1):.3f}"] for i in n]
-        )
-        files[f"QQP/{part}"] = _table(
-            "id qid1 qid2 question1 question2 is_duplicate",
-            [[number[i], "213221", "213222", one[i], other[i], bit[i]] for i in n],
-        )
-    for kind in ("matched", "mismatched"):
-        labels = " ".join(f"label{i}" for i in range(1, 6))
-        files[f"MNLI/dev_{kind}"] = _table(
-            f"{MNLI} {labels} gold_label", [[*mnli[i], *[three[i]] * 6] for i in n]
-        )
-        files[f"MNLI/test_{kind}"] = _table(MNLI, mnli)
-    for task, header in (("QNLI", "index question sentence"), ("RTE", PLAIN), ("WNLI", PLAIN)):
-        words = bit if task == "WNLI" else entailed
-        pairs = [[number[i], one[i], other[i]] for i in n]
-        files[f"{task}/test"] = _table(header, pairs)
-        for part in ("train", "dev"):
-            files[f"{task}/{part}"] = _table(f"{header} label", [[*pairs[i], words[i]] for i in n])
-    for name, text in files.items():
-        path = folder / f"{name}.tsv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode())
+    one, other = ([texts[i % len(texts)] for i in n] for texts in (ONE, OTHER))
+    first = dict.fromkeys(("sentence", "sentence1", "question", "question1", "#1 String"), one)
+    second = dict.fromkeys(("sentence2", "question2", "#2 String"), other)
+    labels = {key: [str(i % 2) for i in n] for key in ("label", "Quality", "is_duplicate")}
+    labels["score"] = [f"{5 * i / max(count - 1, 1):.3f}" for i in n]
+    labels["gold_label"] = [("neutral", "entailment", "contradiction")[i % 3] for i in n]
+    for task, columns in COLUMNS.items():
+        values = first | second | labels
+        if task == "QNLI":
+            values["sentence"] = other
+        if task in ("QNLI", "RTE"):
+            values["label"] = [("entailment", "not_entailment")[i % 2] for i in n]
+        both = [""] if task != "MNLI" else ["_matched", "_mismatched"]
+        for name in ("train", *(part + end for part in ("dev", "test") for end in both)):
+            header = columns[name.startswith("test")].split("|")
+            lines = [[values.get(column, ["gj04"] * count)[i] for column in header] for i in n]
+            file = f"{task}/{name}"
+            if file not in BARE:
+                lines.insert(0, header)
+            text = "\ufeff" * (file in MARKED) + "".join("\t".join(x) + "\n" for x in lines)
+            path = folder / f"{file}.tsv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode())
     return folder

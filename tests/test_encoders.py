@@ -378,32 +378,22 @@ def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(roberta: s
         assert all(same) if pretrained else not any(same)
 
 
-def test_heads_depend_on_the_seed_alone(roberta: str) -> None:
-    def head(**options: Any) -> torch.Tensor:
-        network = encoders._build(roberta, GLUE["rte"], **options)
-        return network.classifier.out_proj.weight
-
-    one = head(pretrained=True, seed=1)
-    assert torch.equal(one, head(pretrained=False, seed=1))
-    assert not torch.equal(one, head(pretrained=True, seed=2))
-
-
-def test_a_pooling_layer_that_is_not_shipped_depends_on_the_seed_alone(tmp_path: Path) -> None:
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=12,
-    )  # fmt: skip
+def test_heads_and_pooling_layers_that_are_not_shipped_depend_on_the_seed_alone(
+    tmp_path: Path,
+) -> None:
+    sizes: dict[str, int] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1}
+    config = transformers.BertConfig(num_attention_heads=2, intermediate_size=12, **sizes)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
 
-    def pooler(state: int, **options: Any) -> torch.Tensor:
+    def drawn(state: int, **options: Any) -> torch.Tensor:
         with randomness.seeded(state, "state before"):
             network = encoders._build(str(tmp_path), GLUE["rte"], **options)
-        return network.bert.pooler.dense.weight
+        return torch.cat([network.bert.pooler.dense.weight, network.classifier.weight])
 
-    one = pooler(0, pretrained=True, seed=1)
-    assert torch.equal(one, pooler(1, pretrained=True, seed=1))
-    assert torch.equal(one, pooler(2, pretrained=False, seed=1))
-    assert not torch.equal(one, pooler(0, pretrained=True, seed=2))
+    one = drawn(0, pretrained=True, seed=1)
+    assert torch.equal(one, drawn(1, pretrained=True, seed=1))
+    assert torch.equal(one, drawn(2, pretrained=False, seed=1))
+    assert (one != drawn(0, pretrained=True, seed=2)).all()
 
 
 def tuned(network: Any) -> set[str]:
@@ -722,54 +712,53 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
             assert adapters == {("all", ranks[0]), ("all", ranks[-1])}
         elif problem.pretrained:
             assert {m.kind for m in methods} == {"lora", "final", "full", "head"}
-            assert {("all", rank) for rank in ranks} <= adapters
             equal = encoders.equal_ranks("packaged", ranks[-1], "mean")
-            assert {*equal.items()} <= adapters
+            assert {*equal.items(), *(("all", rank) for rank in ranks)} <= adapters
         else:
             assert ("all", ranks[-1]) in adapters
+
+
+def test_the_protocol_takes_ranks_seeds_rates_and_samples() -> None:
+    def sizes(samples: int) -> set[int]:
+        settings = protocols.compare("paper", ["tweets"], "rated", "packaged", samples=samples)
+        return {s.problem.samples for s in settings}
+
     rates = {("lora", True): {1: 0.5, 9: 0.125}, ("lora", False): {1: 0.25}}
     some = protocols.compare(
-        profile, ["tweets"], "rated", "packaged", ranks=[3], seed=4, seeds=2, rates=rates
+        "paper", ["tweets"], "rated", "packaged", ranks=[3], seed=4, seeds=2, rates=rates
     )
     assert {s.problem.seed for s in some} == {4, 5}
-    for one in some:
-        if isinstance(one.method, Lora) and one.method.targets == "all":
-            assert one.method.rank == 3
-            wanted = 0.25  # halfway on a logarithmic scale
-            assert one.method.learning_rate == pytest.approx(wanted)
-    most = protocols.compare(profile, ["tweets"], "rated", "packaged", samples=64)
-    assert {s.problem.samples for s in most} == {64}
-    every = protocols.compare(profile, ["tweets"], "rated", "packaged", samples=10**6)
-    assert {s.problem.samples for s in every} == {0, *grid["samples"]} - {4000}  # of 2474
+    everywhere = [s.method for s in some if getattr(s.method, "targets", "") == "all"]
+    assert {method.rank for method in everywhere} == {3}
+    # Halfway on a logarithmic scale.
+    assert [m.learning_rate for m in everywhere] == pytest.approx([0.25] * len(everywhere))
+    assert sizes(64) == {64}
+    assert sizes(10**6) == {0, 1000, 2000}  # of 2474
 
 
 def test_rates_are_chosen_on_texts_of_their_own() -> None:
     settings = protocols.search("paper", ["movies"], "rated", "packaged")
     assert {s.problem.part for s in settings} == {"validation"}
-    tried = Counter(
-        (s.method.kind, getattr(s.method, "rank", 0), s.problem.pretrained) for s in settings
-    )
+    tried = Counter((s.method.kind, s.method.rank, s.problem.pretrained) for s in settings)
     assert set(tried.values()) == {3}
     assert len(tried) == 10
-    table = pd.DataFrame(
-        {
-            "method": ["lora"] * 5 + ["full"] * 2,
-            "rank": [1, 1, 8, 1, 1, math.nan, math.nan],
-            "pretrained": [True, True, True, False, False, True, True],
-            "learning_rate": [0.1, 0.2, 0.3, 0.1, 0.2, 0.1, 0.2],
-            "score": [0.8, 0.9, 0.5, 0.7, 0.6, 0.5, 0.5],
-        }
-    )
+    columns = ["method", "rank", "pretrained", "learning_rate", "score"]
+    rows = [
+        ("lora", 1, True, 0.1, 0.8),
+        ("lora", 1, True, 0.2, 0.9),
+        ("lora", 8, True, 0.3, 0.5),
+        ("lora", 1, False, 0.1, 0.7),
+        ("lora", 1, False, 0.2, 0.6),
+        ("full", math.nan, True, 0.1, 0.5),  # of equal ones the lowest
+        ("full", math.nan, True, 0.2, 0.5),
+    ]
     best = {
         ("lora", True): {1: 0.2, 8: 0.3},
         ("lora", False): {1: 0.1},
         ("full", True): {0: 0.1},
     }
-    assert protocols.best_rates(table) == best
-    # Of equal ones the lowest, in whatever order they were tried.
-    equal = table.assign(score=0.5)
-    lowest = {("lora", True): {1: 0.1, 8: 0.3}, ("lora", False): {1: 0.1}, ("full", True): {0: 0.1}}
-    assert protocols.best_rates(equal) == protocols.best_rates(equal[::-1]) == lowest
+    for order in (rows, rows[::-1]):
+        assert protocols.best_rates(pd.DataFrame(order, columns=columns)) == best
 
 
 def test_rates_of_ranks_between_are_between() -> None:

@@ -20,7 +20,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -131,33 +130,6 @@ def quiet(*arguments: Any, **options: Any) -> pd.DataFrame:
     return sweeps.run(*arguments, progress=False, **options)
 
 
-Start = Callable[[Path], tuple[Any, Connection]]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Start `killed.run` in a process of its own; returns that and what it has to say."""
-    import killed
-
-    # Each is forked from one that has imported and compiled already what takes long.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["killed"])
-    started = []
-
-    def start_(path: Path) -> tuple[Any, Connection]:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=killed.run, args=(path, theirs))
-        started.append(process)
-        process.start()
-        return process, ours
-
-    yield start_
-    for process in started:
-        process.kill()
-        process.join()
-        process.close()
-
-
 @pytest.fixture(scope="module")
 def undisturbed() -> Any:
     """Seventy-two trainings, and what they give when nothing happens."""
@@ -184,11 +156,9 @@ def client() -> Iterator[Client]:
 
 def count(path: Path) -> int:
     """Finished runs in a file; one that was left unmade has none."""
-    connection = sqlite3.connect(path)
-    made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone()
-    ((found,),) = connection.execute("SELECT count(*) FROM runs") if made else ((0,),)
-    connection.close()
-    return int(found)
+    with closing(sqlite3.connect(path)) as connection:
+        made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone()
+        return (made and connection.execute("SELECT count(*) FROM runs").fetchone()[0]) or 0
 
 
 def same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
@@ -300,18 +270,16 @@ class TestTable:
         ]
         same(table.drop(columns="fingerprint"), quiet(GRID, work).drop(columns="fingerprint"))
 
-    def test_keeps_and_ignores_what_is_not_asked_for(self, path: Path) -> None:
+    def test_keeps_and_ignores_what_is_not_asked_for(
+        self, path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         table = quiet(GRID[5:2:-1], work, path)
         assert table.width.tolist() == [s.problem.width for s in GRID[5:2:-1]]
-        assert count(path) == len(GRID)
-        quiet([Setting(problem=Problem(width=100))], work, path)
-        assert sweeps.read(path).width.tolist() == [s.problem.width for s in GRID] + [100]
-
-    def test_progress_counts_runs(self, capsys: pytest.CaptureFixture[str], path: Path) -> None:
-        quiet(GRID, work)
         assert capsys.readouterr() == ("", "")
+        assert count(path) == len(GRID)
         sweeps.run([*GRID, Setting(problem=Problem(width=100))], work, path)
         assert re.search(r"25/25 \[.*run/s\]", capsys.readouterr().err)
+        assert sweeps.read(path).width.tolist() == [s.problem.width for s in GRID] + [100]
 
 
 class TestBadInput:
@@ -454,9 +422,12 @@ class TestFile:
 
 
 class TestKills:
-    def test_at_random_moments(self, tmp_path: Path, start: Start, undisturbed: Any) -> None:
+    def test_at_random_moments(self, tmp_path: Path, undisturbed: Any) -> None:
         import killed
 
+        # Each is forked from one that has imported and compiled already what takes long.
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["killed"])
         path = tmp_path / "runs"
         trainings, wanted = undisturbed
         assert len(trainings) == 72
@@ -469,7 +440,9 @@ class TestKills:
         kills = 0
         while kills < 5 or not finished[-1]:
             kills += 1
-            process, channel = start(path)
+            channel, end = context.Pipe()
+            process = context.Process(target=killed.run, args=(path, end))
+            process.start()
             assert channel.recv() == "started"
             time.sleep(moments.uniform(0, kills * whole / 18))
             process.kill()

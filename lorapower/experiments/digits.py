@@ -366,24 +366,20 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         classes=range(CLASSES),
         seed=problem.seed,
     )
-    found = {}
-    for method in dict.fromkeys(methods):
-        outcome: dict[str, Any] = {}
-        bound = math.nan
+    found = []
+    for method in methods:
+        about: dict[str, Any] = {}
         if isinstance(method, Gradient):
-            network, _, outcome = trained[method]
+            network, _, about = trained[method]
+            network = network.to(torch.float64)
         else:
             network = problem.adapters(frozen, target, method).merge(frozen)
-        network = network.to(torch.float64)
         if problem.model == "fnn" and isinstance(method, Construction):
             norm = fnn_error_on(frozen, target, method.ranks, x)
-            bound = float(norm.square() / CLASSES / variance)
-        found[method] = Found(
-            accuracy=accuracy(network, (x, y)),
-            error=error(network, target, x),
-            bound=bound,
-            target_accuracy=accuracy(target, (x, y)),
-            frozen_accuracy=accuracy(frozen, (x, y)),
-            **outcome,
-        )
-    return [found[method] for method in methods]
+            about["bound"] = float(norm.square() / CLASSES / variance)
+        about = about | {
+            f"{name}accuracy": accuracy(each, (x, y))
+            for name, each in (("", network), ("target_", target), ("frozen_", frozen))
+        }
+        found.append(Found(error=error(network, target, x), **about))
+    return found

@@ -153,8 +153,8 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     variance = float(variance_of(y - x))
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
     floor = attention_floor(frozen, target, far)
-    found = {}
-    for method in dict.fromkeys(methods):
+    found = []
+    for method in methods:
         diverged = False
         if isinstance(method, Trained):
             _, adapters, outcome = trained[method]
@@ -169,17 +169,19 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         network = adapters.merge(frozen)
         error = float((network(x) - y).square().mean())
         out, spread = far_error(network, target, far, FAR)
-        found[method] = Found(
-            error=error,
-            relative=error / variance,
-            far_error=float(out),
-            far_standard_error=float(spread),
-            floor=float(floor.value),
-            floor_standard_error=float(floor.standard_error),
-            factors=sum(u.parameter_count for u in adapters.updates),
-            diverged=diverged,
+        found.append(
+            Found(
+                error=error,
+                relative=error / variance,
+                far_error=float(out),
+                far_standard_error=float(spread),
+                floor=float(floor.value),
+                floor_standard_error=float(floor.standard_error),
+                factors=sum(u.parameter_count for u in adapters.updates),
+                diverged=diverged,
+            )
         )
-    return [found[method] for method in methods]
+    return found
 
 
 def _tuning(method: Trained, network: Transformer) -> Tuning:

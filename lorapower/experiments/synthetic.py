@@ -296,15 +296,15 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         classes=problem.classes,
         **bench.course,
     )
-    found = {}
-    for method in dict.fromkeys(methods):
+    found = []
+    for method in methods:
         if method in trained:
             network, _, about = trained[method]
         else:
             adapters, about = bench.adapt(method)
             network = adapters.merge(bench.frozen)
-        found[method] = Found(**bench.test(network) | about)
-    return [found[method] for method in methods]
+        found.append(Found(**bench.test(network) | about))
+    return found
 
 
 class _Bench:
