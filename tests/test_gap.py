@@ -173,10 +173,19 @@ def test_flat_gaps_know_what_was_computed_and_leave_the_networks_alone() -> None
     assert flat.frozen is not gap.frozen
 
 
-@pytest.mark.parametrize("kind", [LinearNetwork, FNN, Transformer])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (LinearNetwork, {}),
+        (FNN, {}),
+        (Transformer, {"heads": 2}),
+        (Transformer, {"heads": 2, "residual": True, "norm": "layer", "final_norm": True}),
+    ],
+)
 @given(batch_shapes, seeds)
-def test_every_kind_is_a_network(kind: type[Network], batch: tuple[int, ...], seed: int) -> None:
-    options: dict[str, Any] = {"heads": 2} if kind is Transformer else {}
+def test_every_kind_is_a_network(
+    kind: type[Network], options: dict[str, Any], batch: tuple[int, ...], seed: int
+) -> None:
     network: Any = kind.random(2, 3, batch_shape=batch, seed=seed, **options)  # type: ignore[attr-defined]
     assert isinstance(network, Network)
     again = network.with_parameters(network.weights, network.biases)

@@ -114,16 +114,6 @@ def test_it_computes_what_the_definition_says(
         torch.testing.assert_close(block.patterns.sum(-2), torch.ones(2, 4).double())
 
 
-def test_members_of_a_batch_are_networks() -> None:
-    many = Transformer.random(2, 5, 2, batch_shape=(3, 1), final_norm=True, **PRENORM)
-    x = inputs(0, 4, 5, 6)
-    torch.testing.assert_close(many(x)[2, 1], many[2, 0](x[1]))
-    again = many.with_parameters(many.weights, many.biases)
-    assert torch.equal(again(x), many(x))
-    assert len(many.weight_names) == len(many.weights)
-    assert len(many.bias_names) == len(many.biases)
-
-
 def test_a_constant_token_has_no_direction() -> None:
     network = Transformer.random(1, 4, 1, eps=0.0, **PRENORM)
     x = torch.ones(4, 1).double()

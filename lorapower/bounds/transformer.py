@@ -138,8 +138,7 @@ def inner_rank(
     equally many hidden units; no two normals in a target's block are parallel. Nothing is proved of
     ``"gelu_tanh"``.
 
-    Raises `InputError` where normalized tokens have fewer than three dimensions. Nothing is proved
-    of ``"gelu_tanh"``.
+    Raises `InputError` where normalized tokens have fewer than three dimensions.
     """
     width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
     _checks.choice("activation", activation, ("relu", "gelu", "silu"))
