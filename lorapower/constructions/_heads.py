@@ -158,14 +158,14 @@ def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -
         _none(after),
     )
     adapters = Adapters(updates)
-    made, wanted = adapters.merge(gap.frozen).product(), gap.target.product()
-    one, of_G = torch.ones_like(made[..., 0, 0]), lowrank.condition_number(G)
+    missed = adapters.merge(gap.frozen).product() - gap.target.product()
+    one, of_G = torch.ones_like(missed[..., 0, 0]), lowrank.condition_number(G)
     systems = [torch.maximum(lowrank.condition_number(side), of_G) for side in (before, after)]
     return LinearAdaptation(
         adapters,
         spectral_error=0 * one,
         frobenius_error=0 * one,
-        rounding_error=lowrank.norm(made - wanted),
+        rounding_error=lowrank.norm(missed),
         condition_numbers=torch.stack([one, *systems, one], dim=-1),
         plain=torch.full_like(one, kept == (0, 0), dtype=torch.bool),
         success=torch.ones_like(one, dtype=torch.bool),

@@ -274,20 +274,21 @@ def _vectors(
         return adapted.fill(vector[..., None])[..., 0]
 
     vectors["b_2"] = written(target.b_2)
-    values = written(applied(target.W_O, applied(target.W_V, s_1.unsqueeze(-2))))
-    own = applied(adapted.W_O, applied(adapted.W_V, of_heads))
-    vectors["b_O"] = written(target.b_O) + (values - own).sum(-2)
+    target_values = written(applied(target.W_O, applied(target.W_V, s_1.unsqueeze(-2))))
+    values = applied(adapted.W_O, applied(adapted.W_V, of_heads))
+    vectors["b_O"] = written(target.b_O) + (target_values - values).sum(-2)
     # Queries: what all keys are multiplied by, whatever the token.
-    ours = cut.query_key.frozen.weights[3] @ adapted.W_K.mT
-    wanted = applied(
+    keys = cut.query_key.frozen.weights[3] @ adapted.W_K.mT
+    scores = applied(
         cut.query_key.target.weights[3] @ target.W_K.mT,
         applied(target.W_Q, s_1.unsqueeze(-2)) + target.b_Q,
     )
-    reached = applied(adapted.W_Q, of_heads)
-    queries = applied(torch.linalg.pinv(ours), wanted)
-    sizes = [torch.linalg.vector_norm(v, dim=-1) for v in (applied(ours, queries) - wanted, wanted)]
-    vectors["b_Q"] = queries - reached
-    return vectors, *sizes
+    queries = applied(torch.linalg.pinv(keys), scores)
+    vectors["b_Q"] = queries - applied(adapted.W_Q, of_heads)
+    missed, size = (
+        torch.linalg.vector_norm(v, dim=-1) for v in (applied(keys, queries) - scores, scores)
+    )
+    return vectors, missed, size
 
 
 def _complete(

@@ -109,11 +109,11 @@ def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transfo
                 allowed="such that some direction has as many units on its side as on the frozen's",
                 given="none found",
             )
-        ours, theirs = a @ x, b @ x
+        of_frozen, of_target = a @ x, b @ x
         # Sorted, positive meets positive, and large meets large.
-        order = torch.empty_like(ours, dtype=torch.long)
-        order[ours.argsort()] = theirs.argsort()
-        scale = ours / theirs[order]
+        order = torch.empty_like(of_frozen, dtype=torch.long)
+        order[of_frozen.argsort()] = of_target.argsort()
+        scale = of_frozen / of_target[order]
         if not (scale.isfinite() & (scale > 0)).all():
             raise InputError(
                 "hidden units",

@@ -462,18 +462,24 @@ class Transformer(Network):
 
     def __call__(self, x: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
         """The output, token by token; leading dimensions of ``x`` broadcast with the batch."""
-        return self.behind(0, self.as_inputs(x))
+        z = self.as_inputs(x)
+        for l in range(self.depth):
+            z = self._block(l, z).outputs
+        return self.end(z)
 
     def trace(self, x: Float[Tensor, "*#batch width n"]) -> list[BlockTrace]:
         """What each block computes, first block first."""
         z, blocks = self.as_inputs(x), []
         for l in range(self.depth):
-            patterns = self.patterns(self.scores(l, self.reads(z, "1", l)))
-            u = self.attend(l, z, patterns)
-            hidden = self.hidden(l, u)
-            z = self.feed_forward(l, u, hidden)
-            blocks.append(BlockTrace(patterns, hidden, z))
+            blocks.append(self._block(l, z))
+            z = blocks[-1].outputs
         return blocks
+
+    def _block(self, l: int, z: Tensor) -> BlockTrace:
+        patterns = self.patterns(self.scores(l, self.reads(z, "1", l)))
+        u = self.attend(l, z, patterns)
+        hidden = self.hidden(l, u)
+        return BlockTrace(patterns, hidden, self.feed_forward(l, u, hidden))
 
     def normalize(self, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch width n"]:
         """``n``: tokens without mean (LayerNorm) and of mean square 1, up to ``ε``."""
@@ -542,14 +548,6 @@ class Transformer(Network):
         """``Y`` of block ``l``, the tokens behind it."""
         y = self.W_2[..., l, :, :] @ self.activate(hidden)
         return (u + y if self.residual else y) + self.b_2[..., l, :, None]
-
-    def behind(self, l: int, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
-        """The outputs for tokens that enter block ``l``; gradients flow through."""
-        for block in range(l, self.depth):
-            patterns = self.patterns(self.scores(block, self.reads(z, "1", block)))
-            u = self.attend(block, z, patterns)
-            z = self.feed_forward(block, u, self.hidden(block, u))
-        return self.end(z)
 
     def end(self, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
         """The outputs for the tokens that leave the last block."""
