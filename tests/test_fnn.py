@@ -377,10 +377,10 @@ def test_what_would_be_misread_is_refused() -> None:
     for x in (torch.ones(6, 5), torch.ones(3, 5), torch.ones(4)):
         with pytest.raises(InputError, match=r"^x must be"):
             solution.covers(frozen, x.double())
-    options: dict[str, Any]
-    for options in ({"max_digits_lost": float("nan")}, {"rtol": -1.0}):
-        with pytest.raises(InputError, match=f"^{next(iter(options))} must be"):
-            fnn.adapt(frozen, target, 4, Ball(2.0), **options)
+    for name, value in (("max_digits_lost", float("nan")), ("rtol", -1.0)):
+        option: dict[str, Any] = {name: value}
+        with pytest.raises(InputError, match=f"^{name} must be"):
+            fnn.adapt(frozen, target, 4, Ball(2.0), **option)
     for other in (FNN.random(3, 4), FNN.random(1, 4, linear_last=True), FNN.random(1, 7)):
         with pytest.raises(InputError, match="target"):
             fnn.adapt(frozen, other, 4, Ball(2.0))

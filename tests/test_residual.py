@@ -216,8 +216,8 @@ def test_permuted_units_are_found_again(
 ) -> None:
     network, _ = pair(seed, depth, 5, 1, hidden=hidden, activation=activation)
     order = torch.randperm(hidden, generator=randomness.generator(seed, "order"))
-    moved = {"W_1": network.W_1[:, order], "b_1": network.b_1[:, order]}
-    found = relabel(replace(network, W_2=network.W_2[:, :, order], **moved), network)
+    moved = replace(network, W_1=network.W_1[:, order], b_1=network.b_1[:, order])
+    found = relabel(replace(moved, W_2=network.W_2[:, :, order]), network)
     for name in ("W_1", "b_1", "W_2"):
         torch.testing.assert_close(getattr(found, name), getattr(network, name))
 
