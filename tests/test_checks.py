@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from fractions import Fraction
 from typing import Any
@@ -113,21 +114,6 @@ def test_numbers_of_all_sizes(check: Any, value: Any, result: float | None) -> N
         assert check("it", value) == result
 
 
-def values(made: Any) -> list[float]:
-    """The numbers that something was made from."""
-    if isinstance(made, Fixed):
-        parts = [*made.training, *made.validation]
-    elif isinstance(made, Samples):
-        parts = [made.inputs]
-    elif isinstance(made, Ball):
-        parts = [made.radius, made.centre]
-    elif isinstance(made, Box):
-        parts = [made.centre, made.half]
-    else:
-        parts = [*made.weights, *made.biases]
-    return torch.cat([part.flatten() for part in parts]).tolist()
-
-
 MADE: dict[str, Any] = {
     "LinearNetwork": lambda a: LinearNetwork([a(2, 2), a(3, 2)]),
     "stacked": lambda a: LinearNetwork(a(3, 2, 2)),
@@ -154,10 +140,10 @@ def test_what_is_made_has_numbers_of_its_own(make: Any, kind: Any) -> None:
         return given[-1]
 
     result = make(made)
-    before = values(result)
+    before = pickle.dumps(result)
     for part in given:
         part *= 2
-    assert values(result) == before
+    assert pickle.dumps(result) == before
 
 
 def test_no_gradients_flow_into_a_network() -> None:

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorapower import InputError
 from lorapower.constructions import fnn, linear, transformer
 from lorapower.networks import FNN, LinearNetwork, Network, Transformer
-from lorapower.regions import Ball, Box, Region, Samples
-from lorapower.training import Fresh, Tuning, train
+from lorapower.regions import Ball
 
 X = torch.ones(3, 5).double() + torch.eye(3, 5)
 
@@ -39,20 +37,3 @@ def test_networks_adapt_and_merge(batch: tuple[int, ...], kind: str) -> None:
     merged: Network = found.adapters.merge(frozen)
     assert merged(X).shape == (*batch, 3, 5)
     assert frozen.members(...).shape == batch
-
-
-def test_regions(batch: tuple[int, ...]) -> None:
-    regions: list[Region] = [
-        Ball(torch.ones(batch), torch.zeros(3)),
-        Box(torch.zeros(*batch, 3), torch.ones(3)),
-        Samples(torch.ones(*batch, 3, 4)),
-    ]
-    for region in regions:
-        assert region.sample(6).shape == (*batch, 3, 6)
-        assert region.largest_norm().shape == batch
-
-
-def test_nothing_cannot_be_trained(batch: tuple[int, ...]) -> None:
-    frozen, _ = pair("fnn", batch)
-    with pytest.raises(InputError, match=r"^frozen must be"):
-        train(frozen, [Tuning(1)], Fresh(lambda x: x, (3,), samples=4), steps=1)
