@@ -187,19 +187,15 @@ def test_what_else_a_label_says_is_the_kind_of_line_in_every_role() -> None:
         assert random.fill != pretrained.fill
 
 
-def test_depths_and_blocks_have_one_colour() -> None:
+def test_depths_have_one_colour_each_and_free_lines_none_that_means_something() -> None:
     found = looks(["depth 3", "3 blocks", "bound, 3 blocks", "measured, 3 blocks"])
     assert len({look.color for look in found.values()}) == 1
     assert found["bound, 3 blocks"].marker == found["measured, 3 blocks"].line == ""
-    many = looks([f"depth {L}" for L in range(1, 15)])
-    assert len({look.color for look in many.values()}) == 14
-
-
-def test_roles_of_one_figure_take_no_colour_that_means_something() -> None:
-    own = looks([f"line {i}" for i in range(8)]).values()
+    assert len({look.color for look in looks([f"depth {L}" for L in range(1, 15)]).values()}) == 14
+    free = looks([f"line {i}" for i in range(8)]).values()
+    assert len({(look.color, look.marker) for look in free}) == 8
     fixed = {str(color).lower() for color, _ in ROLES.values()}
-    assert not fixed & {str(look.color).lower() for look in own}
-    assert len({(look.color, look.marker) for look in own}) == 8
+    assert not fixed & {str(look.color).lower() for look in free}
 
 
 TABLE = pd.DataFrame({"x": [1, 1, 2, 2], "y": [1.0, 3.0, 5.0, 9.0]})
