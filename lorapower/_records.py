@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -47,16 +46,6 @@ class Results(Record):
     """Base of results of runs: numbers, truth values, texts; numbers may be NaN or infinite."""
 
     model_config = ConfigDict(allow_inf_nan=True)
-
-
-def one_problem(settings: Sequence[Any]) -> Any:
-    """The problem that all of the settings have; raises `InputError` for several, or none."""
-    if not isinstance(settings, Sequence) or not settings:
-        raise InputError("settings", allowed="a list of at least one", value=settings)
-    problem, *others = dict.fromkeys(getattr(setting, "problem", None) for setting in settings)
-    if others or problem is None:
-        raise InputError("settings", allowed="of one problem", value=settings)
-    return problem
 
 
 def _plain(value: Any) -> Any:

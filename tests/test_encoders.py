@@ -381,7 +381,7 @@ def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(roberta: s
 def test_heads_and_pooling_layers_that_are_not_shipped_depend_on_the_seed_alone(
     tmp_path: Path,
 ) -> None:
-    sizes: dict[str, int] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1}
     config = transformers.BertConfig(num_attention_heads=2, intermediate_size=12, **sizes)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
 

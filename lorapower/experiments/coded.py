@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .. import randomness
-from .._records import Record, Results, one_problem
+from .._records import Record, Results
 from ..adapters.coding import decode, encode, quantize
 from ..adapters.core import Adapters
 from ..bounds import samples
@@ -25,6 +25,7 @@ from ..training._free import Free
 from ..training.engine import begin
 from ..training.tuning import Fixed, Labelled, Tuning
 from . import digits
+from ._training import one_problem
 from .digits import CLASSES
 
 SIZES = {"training": 1000, "pretraining": 400, "test": 397}

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import _hub as hub
-from .._records import Record, Results, one_problem
+from .._records import Record, Results
 from ..adapters.core import Adapters
 from ..bounds.layers import fnn_error_on, fnn_threshold
 from ..bounds.layers import variance as variance_of
@@ -34,7 +34,8 @@ from ..regions import Box
 from ..training.engine import train
 from ..training.tuning import Fixed, Labelled, Tuning
 from . import study
-from .study import Construction, Final, Fitted, Gradient, Lora
+from ._training import Gradient, one_problem, train_each
+from .study import Construction, Final, Fitted, Lora
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
@@ -357,7 +358,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
     variance = variance_of(_votes(target, x))
     methods = [setting.fitting for setting in settings]
-    trained = study.train_each(
+    trained = train_each(
         (method for method in methods if isinstance(method, Gradient)),
         frozen,
         _data(*problem.task[:2], problem.seed),

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .._records import Record, Results, one_problem
+from .._records import Record, Results
 from ..adapters.core import Adapters, Tuned
 from ..bounds.layers import variance as variance_of
 from ..bounds.transformer import attention_floor
@@ -19,7 +19,7 @@ from ..networks.transformer import PARTS, Activation, Norm, Transformer
 from ..training.descent import descend
 from ..training.fused import polish
 from ..training.tuning import Fresh, Tuning
-from . import study
+from ._training import one_problem, train_each
 
 Part = Literal["attention", "mlp", "all"]
 # Vectors by what is tuned: those of the theorem on attention, biases of hidden units too, or all.
@@ -139,7 +139,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     problem: Problem = one_problem(settings)
     frozen, target = problem.networks()
     methods = [setting.method for setting in settings]
-    trained = study.train_each(
+    trained = train_each(
         (method for method in methods if isinstance(method, Trained)),
         frozen,
         problem.data(target),

@@ -6,7 +6,6 @@ An experiment's module has ``Problem`` (networks and data), ``Setting`` (a probl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -17,9 +16,8 @@ from ..adapters.core import Adapters
 from ..constructions.general import adapt
 from ..networks.layers import FNN
 from ..regions import Region
-from ..training.engine import train
-from ..training.tuning import LARGEST, Data, Tuning
 from . import sweeps
+from ._training import Gradient
 
 Rank = Annotated[int, Field(ge=0)]
 Ranks = Rank | tuple[Rank, ...]
@@ -39,20 +37,11 @@ class Fitted(Record):
     ranks: Ranks = 0
 
 
-class Gradient(Record):
-    """What Adam tunes: biases or not, at a learning rate, with weight decay as an L2 penalty."""
-
-    biases: bool = True
-    learning_rate: float = Field(1e-3, gt=0, le=LARGEST)
-    weight_decay: float = Field(0.0, ge=0, le=LARGEST)
-
-    def tuning(self) -> Tuning:
-        """What `training.train` is told."""
-        return Tuning(**self.model_dump(exclude={"kind"}))
-
-
 class Lora(Gradient):
-    """Adapters by Adam; ``ranks`` is one for all, or one for each weight."""
+    """Adapters, and ``biases`` or not, by Adam with weight decay as an L2 penalty.
+
+    ``ranks`` is one for all, or one for each weight.
+    """
 
     kind: Literal["lora"] = "lora"
     ranks: Ranks = 0
@@ -63,35 +52,6 @@ class Final(Gradient):
 
     kind: Literal["final"] = "final"
     final: int = Field(1, ge=1)
-
-
-def train_each(
-    methods: Iterable[Any],
-    frozen: Any,
-    data: Data,
-    tuning: Callable[[Any], Tuning] = Gradient.tuning,
-    **options: Any,
-) -> dict[Any, tuple[Any, Adapters, dict[str, Any]]]:
-    """Train by all methods at once; for each its network, its adapters and columns of its run.
-
-    `training.train` gets what ``tuning`` makes of each method, and ``options``.
-    """
-    distinct = [*dict.fromkeys(methods)]
-    if not distinct:
-        return {}
-    runs = train(frozen, [tuning(method) for method in distinct], data, **options)
-    return {
-        method: (
-            runs.network[i],
-            runs.adapters[i],
-            {
-                "validation_loss": float(runs.best_loss[i]),
-                "best_step": int(runs.best_step[i]),
-                "diverged": bool(runs.diverged[i]),
-            },
-        )
-        for i, method in enumerate(distinct)
-    }
 
 
 def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import randomness
-from .._records import Record, Results, one_problem
+from .._records import Record, Results
 from ..adapters.core import Adapters
 from ..bounds.layers import variance as variance_of
 from ..constructions import fitted
@@ -28,7 +28,8 @@ from ..training.engine import begin, train
 from ..training.fused import polish, train_fused
 from ..training.tuning import Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
 from . import study
-from .study import Final, Gradient, Lora, Rank
+from ._training import Gradient, one_problem, train_each
+from .study import Final, Lora, Rank
 
 Network = LinearNetwork | FNN | Transformer
 # Part of the initial loss at which pretraining stops, for the two published kinds.
@@ -288,7 +289,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     problem: Problem = one_problem(settings)
     bench = _Bench(problem)
     methods = [setting.method for setting in settings]
-    trained = study.train_each(
+    trained = train_each(
         (method for method in methods if isinstance(method, Gradient)),
         bench.frozen,
         bench.data,
