@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from .._records import Record
@@ -34,6 +36,12 @@ def one_problem(settings: Sequence[Any]) -> Any:
     if others or problem is None:
         raise InputError("settings", allowed="of one problem", value=settings)
     return problem
+
+
+def train_fully(network: Any, data: Data, tuning: Tuning, **options: Any) -> Any:
+    """The network after training of all its weights, in double precision."""
+    full = replace(tuning, final=len(network.weights))
+    return train(network, [full], data, **options).network[0].to(torch.float64)
 
 
 def train_each(

@@ -25,7 +25,7 @@ from ..training._free import Free
 from ..training.engine import begin
 from ..training.tuning import Fixed, Labelled, Tuning
 from . import digits
-from ._training import one_problem
+from ._training import one_problem, train_fully
 from .digits import CLASSES
 
 SIZES = {"training": 1000, "pretraining": 400, "test": 397}
@@ -156,4 +156,6 @@ def _freeze(start: str, seed: int) -> FNN:
     # Without images to choose by, those that it is trained on choose.
     apart = Problem(seed=seed).split(angle=0.0).pretraining
     purpose = f"pretraining apart, {CLASSES} classes"
-    return digits.pretrain(drawn, apart, apart, seed, purpose)
+    data = Fixed(apart, apart, samples=digits.BATCH, seed=seed, purpose=(purpose,))
+    options = {"steps": digits.PRETRAINING_STEPS, "every": digits.EVERY}
+    return train_fully(drawn, data, digits.PRETRAINING, classes=range(CLASSES), **options)

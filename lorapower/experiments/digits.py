@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import pandas as pd
@@ -31,10 +30,9 @@ from ..networks.partition import blocks
 from ..networks.transformer import Transformer
 from ..randomness import generator
 from ..regions import Box
-from ..training.engine import train
 from ..training.tuning import Fixed, Labelled, Tuning
 from . import study
-from ._training import Gradient, one_problem, train_each
+from ._training import Gradient, one_problem, train_each, train_fully
 from .study import Construction, Final, Fitted, Lora
 
 SIDE, CLASSES = 8, 10
@@ -294,14 +292,14 @@ def needed(table: pd.DataFrame, tolerance: float = 0.1, points: float = 0.01) ->
 def _pretrained(model: str, depth: int, seed: int) -> FNN | Transformer:
     """A network trained in full on upright digits."""
     drawn = _drawn(model, depth, seed, f"before pretraining, depth {depth}")
-    return pretrain(drawn, *_task(model, 0.0, seed)[:2], seed, f"pretraining, depth {depth}")
+    return _train(drawn, _task(model, 0.0, seed), seed, f"pretraining, depth {depth}")
 
 
 @functools.cache
 def _target(model: str, angle: float, seed: int) -> FNN | Transformer:
     """The pretrained network of the target's depth, trained in full on digits that are turned."""
     start = _pretrained(model, DEPTHS[model], seed)
-    return pretrain(start, *_task(model, angle, seed)[:2], seed, "target")
+    return _train(start, _task(model, angle, seed), seed, "target")
 
 
 def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer:
@@ -316,21 +314,15 @@ def _drawn(model: str, depth: int, seed: int, purpose: str) -> FNN | Transformer
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
 
 
-def pretrain(network: Any, training: Labelled, select: Labelled, seed: int, purpose: str) -> Any:
-    """The network after training in full on images, in double precision."""
-    runs = train(
-        network,
-        [replace(PRETRAINING, final=len(network.weights))],
-        _data(training, select, seed, purpose),
-        steps=PRETRAINING_STEPS,
-        every=EVERY,
-        classes=range(CLASSES),
-    )
-    return runs.network[0].to(torch.float64)
+def _train(network: Any, split: _Split, seed: int, purpose: str) -> Any:
+    """The network after training in full on a split's images."""
+    data = _data(split, seed, purpose)
+    options = {"steps": PRETRAINING_STEPS, "every": EVERY, "classes": range(CLASSES)}
+    return train_fully(network, data, PRETRAINING, **options)
 
 
-def _data(training: Labelled, select: Labelled, seed: int, *purpose: str) -> Fixed:
-    return Fixed(training, select, samples=BATCH, seed=seed, purpose=purpose)
+def _data(split: _Split, seed: int, *purpose: str) -> Fixed:
+    return Fixed(split.training, split.validation, samples=BATCH, seed=seed, purpose=purpose)
 
 
 class Found(Results):
@@ -361,7 +353,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     trained = train_each(
         (method for method in methods if isinstance(method, Gradient)),
         frozen,
-        _data(*problem.task[:2], problem.seed),
+        _data(problem.task, problem.seed),
         steps=problem.steps,
         every=EVERY,
         classes=range(CLASSES),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -24,11 +23,11 @@ from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball
 from ..training import descent, fused
-from ..training.engine import begin, train
+from ..training.engine import begin
 from ..training.fused import polish, train_fused
 from ..training.tuning import Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
 from . import study
-from ._training import Gradient, one_problem, train_each
+from ._training import Gradient, one_problem, train_each, train_fully
 from .study import Final, Lora, Rank
 
 Network = LinearNetwork | FNN | Transformer
@@ -433,15 +432,8 @@ def _pretrain(problem: Problem, frozen: Network, target: Network) -> Network:
     """The frozen network trained in full until its loss is a part of what it was."""
     plain = problem.replace(task="regression", fixed=False, samples=256)
     data, _ = plain.data(target, "pretraining")
-    runs = train(
-        frozen,
-        [replace(PRETRAINING, final=len(frozen.weights))],
-        data,
-        steps=PRETRAINING_STEPS,
-        until=problem.pretraining,
-        seed=problem.seed,
-    )
-    return runs.network[0].to(torch.float64)
+    options = {"steps": PRETRAINING_STEPS, "until": problem.pretraining, "seed": problem.seed}
+    return train_fully(frozen, data, PRETRAINING, **options)
 
 
 def _perturb(adapters: Adapters, size: float, seed: int) -> Adapters:
