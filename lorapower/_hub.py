@@ -264,8 +264,8 @@ class Checkpoint:
         )
 
 
-def _find(name: str, source: str) -> Path:
-    """The folder of a checkpoint; one on the hub is fetched unless it was before."""
+def find(name: str, source: str) -> Path:
+    """The folder of a model or an adapter; one on the hub is fetched unless it was before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -283,6 +283,12 @@ def _find(name: str, source: str) -> Path:
                 "downloaded before",
                 given=f"{source!r}, which is no folder here, and on the hub {_reason(error)}",
             ) from error
+    return path
+
+
+def _find(name: str, source: str) -> Path:
+    """The folder of a checkpoint with all its weights, see `find`."""
+    path = find(name, source)
     if (path / "adapter_config.json").is_file():
         raise InputError(
             name,

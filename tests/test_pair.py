@@ -141,7 +141,7 @@ FILES: list[tuple[str, Any]] = [
     ("by gptq", lambda p: configured(p, quantization_config={"quant_method": "gptq"})),
     ("type 'albert'", lambda p: configured(p, model_type="albert")),
     ("got BertForMaskedLM", lambda p: configured(p, architectures=["BertForMaskedLM"])),
-    ("an adapter: measure it", lambda p: (p / "adapter_config.json").write_text("{}")),
+    ("an adapter by LoRA", lambda p: (p / "adapter_config.json").write_text("{}")),
     ("without config.json", lambda p: (p / "config.json").unlink()),
     ("without model.safetensors", lambda p: (p / "model.safetensors").unlink()),
     ("which is damaged", lambda p: (p / "model.safetensors").write_bytes(b"damaged")),

@@ -27,7 +27,7 @@ from ..networks.base import Network
 
 CONTENT = "adapters of lorapower"
 FORMAT = "1"
-PEFT_CONFIG = "adapter_config.json"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # A name that peft accepts where no module is named.
 _NO_MODULES = "dummy-target-modules"
 
@@ -188,7 +188,7 @@ def estimate_peft(network: Any, ranks: Mapping[str, int], **options: Any) -> tup
 
 def measure_peft(folder: Path) -> tuple[int, int]:
     """Numbers in an adapter's file, and bytes of its files."""
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / PEFT_WEIGHTS
     if weights.is_file():
         with safetensors.safe_open(weights, framework="pt") as file:
             shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
@@ -220,7 +220,7 @@ def write_peft(
     adapted = {name: u for name, u in zip(layers, updates, strict=True) if u.rank}
     with tempfile.TemporaryDirectory() as partial:
         save_peft(partial, tuned, adapted, biases=bool(biases))
-        for name in ("adapter_model.safetensors", PEFT_CONFIG):
+        for name in (PEFT_WEIGHTS, PEFT_CONFIG):
             put(folder / name, Path(partial, name).read_bytes())
 
 

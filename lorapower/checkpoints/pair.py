@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from .. import _hub as hub
 from .._hub import Checkpoint
 from ..errors import InputError
 from ..lowrank import LowRank
+from ._adapters import Merged, open_tuned
 
 Task = Literal["classification", "language", "encoder"]
 Half: TypeAlias = Literal["attention", "mlp", "other"]
@@ -102,7 +104,7 @@ class Pair:
     """
 
     base: Checkpoint
-    tuned: Checkpoint
+    tuned: Checkpoint | Merged
     architecture: str
     task: Task
     prefix: str
@@ -112,15 +114,36 @@ class Pair:
     leave: frozenset[str] = field(default=frozenset())
 
     @classmethod
-    def open(cls, base: str, tuned: str) -> Pair:
-        """Open two checkpoints: folders, names on the hub, or ``"packaged"``, this book's encoder.
+    def open(
+        cls, base: str, tuned: str | Path | Mapping[str, float], *, force: bool = False
+    ) -> Pair:
+        """Open a base and what was tuned from it: a checkpoint, or adapters that peft trained.
 
-        The architecture, and a head that the base lacks, are from ``tuned``. Weights are read
-        later, one at a time. Raises `InputError` for checkpoints that are missing, quantized,
-        incomplete or not supported, and for two of different architecture or size.
+        Each is a folder, a name on the hub, or ``"packaged"``, this book's encoder. The
+        architecture, and a head that the base lacks, are from ``tuned``. Weights are read later,
+        one at a time.
+
+        Parameters
+        ----------
+        tuned : str, Path or mapping
+            A checkpoint, the folder of an adapter by LoRA, or several such adapters with weights,
+            ``{folder: weight}``. A weight of several is ``W + Σ_i w_i s_i B_i A_i``, where
+            ``s_i`` is the scale of the adapter (``combination_type="cat"`` of peft); biases,
+            embeddings and heads that adapters save change alike, by ``w_i`` times their difference
+            from the base's.
+        force : bool
+            Whether an adapter may name another base than ``base``.
+
+        Raises
+        ------
+        InputError
+            For checkpoints that are missing, quantized, incomplete or not supported, and for two of
+            different architecture or size; for adapters that are no LoRA (DoRA, for instance), do
+            not fit the base, have numbers that are not finite, or together change nothing.
         """
         hub.require("checkpoints")
-        base_files, tuned_files = hub.Checkpoint("base", base), hub.Checkpoint("tuned", tuned)
+        base_files = hub.Checkpoint("base", base)
+        tuned_files = open_tuned(tuned, base_files, force=force)
         architecture, task = _describe(tuned_files.config)
         kind, tuned_kind = base_files.config.model_type, tuned_files.config.model_type
         if kind != tuned_kind:
@@ -129,14 +152,16 @@ class Pair:
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         stem, body = network.base_model_prefix, network.base_model
         prefix = "" if body is network else f"{stem}."
-        if missing := tuned_files.bind(sizes, stem):
-            allowed, given = f"with all weights of {architecture}", hub.some(sorted(missing))
-            raise InputError("tuned", allowed=allowed, given=f"one without {given}")
         new = base_files.bind(sizes, stem)
         blocks = prefix + _BLOCKS[kind]
         if deep := sorted(name for name in new if name.startswith(f"{blocks}.")):
             allowed = "with all weights of the blocks"
             raise InputError("base", allowed=allowed, given=f"no {hub.some(deep)}")
+        if isinstance(tuned_files, Merged):
+            tuned_files.fit(network)
+        if missing := tuned_files.bind(sizes, stem):
+            allowed, given = f"with all weights of {architecture}", hub.some(sorted(missing))
+            raise InputError("tuned", allowed=allowed, given=f"one without {given}")
         if extra := sorted(tuned_files.unused(sizes) - base_files.unused(sizes)):
             allowed = f"with nothing but weights of {architecture}"
             raise InputError("tuned", allowed=allowed, given=f"one with {hub.some(extra)}")
@@ -174,8 +199,19 @@ class Pair:
 
     def change(self, name: str) -> Float[Tensor, "out in"]:
         """``ΔW`` of a module, the tuned weight minus the base's, in float32."""
+        if (update := self.update(name)) is not None:
+            return update.matrix()
         module = self.modules[name]
         return self.weight("tuned", module) - self.weight("base", module)
+
+    def update(self, name: str) -> LowRank | None:
+        """``ΔW`` of a module as the factors of adapters, side by side; ``None`` if it has none.
+
+        That is for checkpoints, and for a weight that an adapter saves as a whole. The rank is 0
+        for a module without an adapter, and may exceed the sides where several adapters add up.
+        """
+        tuned = self.tuned
+        return tuned.update(f"{name}.weight") if isinstance(tuned, Merged) else None
 
     def weight(self, which: str, module: Module) -> Float[Tensor, "out in"]:
         """A module's weight in ``"base"`` or ``"tuned"``."""
