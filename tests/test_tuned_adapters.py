@@ -495,3 +495,8 @@ def test_an_adapter_is_shrunk_to_what_is_asked_for(tmp_path: Path) -> None:
     assert (report["tuned"], report["not_low_rank"].keys()) == (adapter, {"bias", "norm", "head"})
     wanted, found = by_peft(base, BERT[1], adapter), by_peft(base, BERT[1], str(tmp_path / "out"))
     torch.testing.assert_close(outputs(found), outputs(wanted), rtol=1e-4, atol=1e-4)
+    # What was written is an adapter of the base again.
+    again, pair = Pair.open(base, str(tmp_path / "out")), made.planner.pair
+    assert again.others == pair.others
+    for name in pair.modules:
+        torch.testing.assert_close(again.change(name), pair.change(name), rtol=1e-4, atol=1e-5)
