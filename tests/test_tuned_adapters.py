@@ -398,6 +398,8 @@ def test_adapters_of_other_bases(tmp_path: Path) -> None:
     configured(Path(adapter), base_model_name_or_path=None)
     Pair.open(str(moved), adapter)
     configured(Path(adapter), base_model_name_or_path="org/other")
+    with pytest.raises(InputError, match="base must be a checkpoint with all its weights"):
+        Pair.open(adapter, base)
     with pytest.raises(InputError, match=r"made for 'org/other': name that base, or say .*--force"):
         Pair.open(base, adapter)
     pair = Pair.open(base, adapter, force=True)
