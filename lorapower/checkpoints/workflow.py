@@ -423,7 +423,9 @@ def _save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
     pair.fill(network, "adapted", updates=dict(biases))
     options = _options(pair, network, adapter)
     with hub.quiet():
-        _files.save_peft(folder, network, adapter.factors, base=_name(pair.base.source), **options)
+        _files.save_peft(
+            folder, network, adapter.factors, base=hub.public_name(pair.base.source), **options
+        )
 
 
 def _load(folder: Path | str, pair: Pair) -> Any:
@@ -446,11 +448,6 @@ def _load(folder: Path | str, pair: Pair) -> Any:
             given = f"{folder} ({' '.join(str(error).split())})"
             allowed = "one that peft reads into the base"
             raise InputError("adapter", allowed=allowed, given=given) from error
-
-
-def _name(source: str) -> str:
-    """The name of a checkpoint for others: a folder or a name on the hub."""
-    return hub.PACKAGED_NAME if source == hub.PACKAGED else source
 
 
 def _describe(folder: Path, report: Mapping[str, Any]) -> None:
@@ -482,7 +479,7 @@ def _card(report: Mapping[str, Any]) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: peft
-base_model: {_name(report["base"])}
+base_model: {hub.public_name(report["base"])}
 tags: [lora, lorapower]
 ---
 

