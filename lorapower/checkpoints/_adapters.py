@@ -111,9 +111,8 @@ class _Adapter:
     def require_base(self, base: hub.Checkpoint) -> None:
         """Refuse an adapter for a base of another name."""
         given = self.config.get("base_model_name_or_path")
-        names = {_last(base.source), _last(getattr(base.config, "_name_or_path", ""))}
-        if base.source == hub.PACKAGED:
-            names.add(_last(hub.PACKAGED_NAME))
+        sources = base.source, hub.public_name(base.source)
+        names = {_last(name) for name in (*sources, getattr(base.config, "_name_or_path", ""))}
         if given and _last(given) not in names and Path(given).resolve() != base.folder.resolve():
             raise self.refuse(
                 f"an adapter for the base, {base.source!r}",
