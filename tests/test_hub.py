@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -230,14 +231,18 @@ def test_files_of_one_name_are_kept_apart(tmp_path: Path, reader: Reader) -> Non
 
 
 def test_two_at_once_make_one(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    both = threading.Event()
-    reader = Reader(lambda: both.wait(10))
+    both = threading.Barrier(2)
+
+    def meet() -> None:
+        # Nobody else comes, unless two read at once.
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+
+    reader = Reader(meet)
     monkeypatch.setattr(hub, "_read_gguf", reader)
     monkeypatch.setitem(hub.LIBRARIES, "language", ())
     with ThreadPoolExecutor(2) as threads:
-        places = [threads.submit(hub.place, hub.LANGUAGE) for _ in range(2)]
-        both.set()
-        first, second = (place.result() for place in places)
+        first, second = threads.map(hub.place, [hub.LANGUAGE] * 2)
     assert first == second
     assert len(reader.read) == 1
 
