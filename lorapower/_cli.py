@@ -226,7 +226,7 @@ def _ranks(plan: Any) -> Table:
     table = Table(title="Ranks, and the part of the effect that each module alone loses")
     table.add_column("module", overflow="fold")
     rows = plan.table()
-    known = [name for name in ("predicted", "measured") if rows[name].notna().any()]
+    known = [name for name in ("lost",) if rows[name].notna().any()]
     for name in ("size", "rank", *known):
         table.add_column(name, justify="right")
     for row in rows.to_dict("records"):

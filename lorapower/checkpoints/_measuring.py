@@ -53,6 +53,10 @@ class Batch(NamedTuple):
         """Which entries are tokens."""
         return self.attention_mask.bool()
 
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """Arguments of a network on a device."""
+        return {name: values.to(device) for name, values in self._asdict().items()}
+
 
 class Texts(NamedTuple):
     """Texts to fit to, to select candidates by and to state errors with; how many were cut off."""
@@ -216,34 +220,84 @@ class Measured(NamedTuple):
     texts: int
 
 
-class Reference:
-    """The tuned network's outputs, in files, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
+class Readout:
+    """The head of a network of transformers, by which states become outputs.
 
-    def __init__(self, batches: Sequence[Batch], task: Task) -> None:
-        self.batches, self.task = batches, task
+    ``states`` have a row for each text, or each token: last hidden states, or a classifier's logits
+    minus their mean. A language model's logits minus their mean are linear in its states, so that
+    their distances are those of ``states @ root.T`` with few columns. Their second moments need no
+    logits, as many of which there are as words.
+    """
+
+    def __init__(self, network: Any, task: Task) -> None:
+        self.task = task
+        self.root: Tensor | None = None
+        if task == "language":
+            head = network.get_output_embeddings()
+            self._weight = head.weight.detach().clone()
+            self._bias = None if head.bias is None else head.bias.detach().clone()
+            rows = self._weight - self._weight.mean(0)
+            values, vectors = torch.linalg.eigh((rows.mT @ rows).double())
+            self.root = (values.clamp(0).sqrt()[:, None] * vectors.mT).to(rows)
+
+    def states(self, network: Any, batch: Batch) -> Float[Tensor, "rows columns"]:
+        """The states of a network of transformers."""
+        if self.task == "language":
+            hidden = network.base_model(**batch.on(network.device)).last_hidden_state
+            return hidden[batch.there.to(hidden.device)]
+        return outputs(network, batch, self.task)
+
+    def rows(self, states: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Rows with the distances of outputs of this head."""
+        return states if self.root is None else states @ self.root.to(states).mT
+
+    def outputs(self, states: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Outputs of this head."""
+        if self.root is None:
+            return states
+        return _centre(torch.nn.functional.linear(states, self._weight, self._bias))
+
+    def heads(self, network: Any) -> bool:
+        """Whether a network has this head, so that states tell its outputs."""
+        if self.root is None:
+            return True
+        weight = network.get_output_embeddings().weight
+        return weight.shape == self._weight.shape and bool(torch.equal(weight, self._weight))
+
+
+class Reference:
+    """The tuned network's states, in files, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
+
+    def __init__(self, batches: Sequence[Batch], readout: Readout) -> None:
+        self.batches, self.readout = batches, readout
         self._folder = scratch_folder(self)
         self.effect: NDArray[np.float64] = np.zeros(0)
 
-    def record_tuned(self, network: Any) -> None:
-        """Keep the outputs of the tuned network."""
-        for i, (_, values) in enumerate(self._outputs(network)):
-            np.save(self._file(i), values.numpy())
+    def record_tuned(self, network: Any, only: int | None = None) -> None:
+        """Keep the states of the tuned network, for one batch or all."""
+        with torch.no_grad():
+            for i in range(len(self.batches)) if only is None else [only]:
+                np.save(self._file(i), self.readout.states(network, self.batches[i]).cpu().numpy())
 
     def record_base(self, network: Any) -> None:
         """Compute the tuning's effect from the base's outputs."""
-        self.effect = self._squares(network)[0]
+        self.effect = self._distances(network)
 
-    def tuned_outputs(self, i: int) -> Tensor:
-        """The tuned network's outputs for a batch: a row for each text, or each token."""
-        return torch.from_numpy(np.load(self._file(i)))
+    def tuned_rows(self, i: int) -> Tensor:
+        """The tuned network's outputs for a batch, as `Readout.rows`."""
+        return self.readout.rows(self._tuned(i))
+
+    def rows(self, network: Any, batch: Batch) -> Tensor:
+        """A network's outputs as `Readout.rows`, as if it had the tuned head."""
+        return self.readout.rows(self.readout.states(network, batch))
 
     def error(self, network: Any) -> float:
-        """``η`` of a network."""
-        return ratio(self._squares(network)[0], self.effect)
+        """``η`` of a network of transformers."""
+        return ratio(self._distances(network), self.effect)
 
     def measure(self, network: Any, *, seed: int = 0) -> Measured:
-        """The `Measured` of a network."""
-        squares, equal, divergence, sizes = self._squares(network)
+        """The `Measured` of a network, of transformers or peft."""
+        squares, equal, divergence, sizes = self._compare(network)
         return Measured(
             ratio(squares, self.effect),
             upper_limit(squares, self.effect, seed=seed),
@@ -253,28 +307,42 @@ class Reference:
             len(squares),
         )
 
-    def _squares(self, network: Any) -> tuple[NDArray[np.float64], ...]:
-        """Squared distance, equal decisions, divergence and number of decisions of each text."""
-        rows: list[NDArray[np.float64]] = []
-        for i, (batch, values) in enumerate(self._outputs(network)):
-            target = self.tuned_outputs(i)
-            columns = [(values - target).double().square().sum(-1)]
-            if self.task == "encoder" or values.shape[-1] == 1:
-                columns += [torch.full_like(columns[0], math.nan)] * 2
-            else:
-                log, log_target = (x.double().log_softmax(-1) for x in (values, target))
-                columns += [
-                    (values.argmax(-1) == target.argmax(-1)).double(),
-                    (log_target.exp() * (log_target - log)).sum(-1),
-                ]
-            columns.append(torch.ones_like(columns[0]))
-            rows.append(_sum_by_text(torch.stack(columns, -1), batch, self.task).numpy())
-        return tuple(np.concatenate(rows).T)
-
-    def _outputs(self, network: Any) -> Iterator[tuple[Batch, Tensor]]:
+    def _distances(self, network: Any) -> NDArray[np.float64]:
+        """The squared distance of each text from the tuned network's outputs."""
+        if not self.readout.heads(network):
+            return self._compare(network)[0]
+        parts = []
         with torch.no_grad():
-            for batch in self.batches:
-                yield batch, outputs(network, batch, self.task)
+            for i, batch in enumerate(self.batches):
+                off = self.rows(network, batch) - self.tuned_rows(i).to(network.device)
+                column = off.double().square().sum(-1, keepdim=True).cpu()
+                parts.append(_sum_by_text(column, batch, self.readout.task)[:, 0].numpy())
+        return np.concatenate(parts)
+
+    def _compare(self, network: Any) -> tuple[NDArray[np.float64], ...]:
+        """Squared distance, equal decisions, divergence and number of decisions of each text."""
+        task = self.readout.task
+        parts: list[NDArray[np.float64]] = []
+        with torch.no_grad():
+            for i, batch in enumerate(self.batches):
+                values = outputs(network, batch, task)
+                target = self.readout.outputs(self._tuned(i).to(values))
+                columns = [(values - target).double().square().sum(-1)]
+                if task == "encoder" or values.shape[-1] == 1:
+                    columns += [torch.full_like(columns[0], math.nan)] * 2
+                else:
+                    log, log_target = (x.double().log_softmax(-1) for x in (values, target))
+                    columns += [
+                        (values.argmax(-1) == target.argmax(-1)).double(),
+                        (log_target.exp() * (log_target - log)).sum(-1),
+                    ]
+                columns.append(torch.ones_like(columns[0]))
+                stacked = torch.stack(columns, -1).cpu()
+                parts.append(_sum_by_text(stacked, batch, task).numpy())
+        return tuple(np.concatenate(parts).T)
+
+    def _tuned(self, i: int) -> Tensor:
+        return torch.from_numpy(np.load(self._file(i)))
 
     def _file(self, i: int) -> Path:
         return self._folder / f"{i}.npy"
@@ -289,10 +357,14 @@ def scratch_folder(owner: object) -> Path:
 
 def outputs(network: Any, batch: Batch, task: Task) -> Float[Tensor, "rows columns"]:
     """A row for each text, or each token, minus its mean; hidden states as they are."""
-    result = network(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    result = network(**batch.on(network.device))
     if task == "encoder":
-        return result.last_hidden_state[batch.there]
-    logits = result.logits if task == "classification" else result.logits[batch.there]
+        return result.last_hidden_state[batch.there.to(result.last_hidden_state.device)]
+    logits = result.logits
+    return _centre(logits if task == "classification" else logits[batch.there.to(logits.device)])
+
+
+def _centre(logits: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     return logits - logits.mean(-1, keepdim=True) if logits.shape[-1] > 1 else logits
 
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from .. import randomness, regression
 from ..lowrank import LowRank
-from ._measuring import Batch, Reference, outputs, watch
+from ._measuring import Batch, Reference, watch
 from .pair import Adapter, Module, Pair
 
 # The ridge that draws coefficients to the change itself, as a part of the inputs' mean variance.
@@ -210,8 +210,8 @@ def polish(
             left = left or torch.randperm(len(fit.batches), generator=order).tolist()
             i = left.pop()
             optimizer.zero_grad()
-            values = outputs(network, fit.batches[i], fit.task)
-            loss = (values - fit.tuned_outputs(i)).square().sum() / len(fit.batches[i].input_ids)
+            off = fit.rows(network, fit.batches[i]) - fit.tuned_rows(i)
+            loss = off.square().sum() / len(fit.batches[i].input_ids)
             loss.backward()
             optimizer.step()
             schedule.step()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import randomness, regression
 from ..lowrank import LowRank
-from ._measuring import Batch, count, outputs, watch
-from .pair import Module, Task
+from ._measuring import Batch, Readout, count, watch
+from .pair import Module
 
 Metric = Literal["plain", "input", "both"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -85,15 +85,15 @@ def moments(
     network: Any,
     modules: Iterable[Module],
     batches: Sequence[Batch],
-    task: Task,
+    readout: Readout,
     *,
     centred: bool = True,
     seed: int = 0,
 ) -> dict[str, Moments]:
     """Take `Moments` of a network's modules in one pass over texts, forwards and backwards.
 
-    Gradients are of random combinations, with independent normal weights, of the outputs that count
-    for the ``task``. If ``centred``, modules with a bias have their mean input subtracted.
+    Gradients are of random combinations, with independent normal weights, of the outputs as the
+    ``readout`` of the tuned network gives them. If ``centred``, modules with a bias have their mean input subtracted.
     """
     known = {module.name: module for module in modules}
     inputs = {name: _Rows(centred and module.bias) for name, module in known.items()}
@@ -101,7 +101,7 @@ def moments(
     probes = randomness.generator(seed, "probes")
     for batch in batches:
         with torch.enable_grad(), watch(network, known) as seen:
-            values = outputs(network, batch, task)
+            values = readout.rows(readout.states(network, batch))
             after = [output for _, output in seen.values()]
             weights = [torch.zeros(()) for _ in after]
             for probe in range(PROBES):

@@ -18,18 +18,40 @@ from .. import _checks
 from ..errors import InputError
 from ..lowrank import LowRank
 from . import _repair, metrics
-from ._measuring import TOKENS, Measured, Reference, Texts, prepare, ratio, scratch_folder
-from .metrics import METRICS, Directions, Metric, Moments
+from ._effect import (
+    INTENSITIES,
+    MORE_PROBES,
+    PROBES,
+    Choice,
+    Pool,
+    Sketch,
+    join,
+    predict,
+    sketch,
+)
+from ._measuring import (
+    TOKENS,
+    Measured,
+    Readout,
+    Reference,
+    Texts,
+    prepare,
+    ratio,
+    scratch_folder,
+    watch,
+)
+from .metrics import Directions, Metric, Moments
 from .pair import KINDS, Adapter, Module, Pair
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Ways to choose ranks, and the metric in which their factors are best. ``uniform``: one rank for
-#: all, at least 1; ``energy``: the least ranks that keep an equal share of each ``‖ΔW‖²``, at least
+#: Ways to choose ranks, and the metric in which their factors are best. ``effect``: directions and
+#: their gains in function space (`candidate`); ``uniform``: one rank for all, at least 1; ``energy``: the least ranks that keep an equal share of each ``‖ΔW‖²``, at least
 #: 1, as ``peft.convert_to_lora`` has them; ``inputs``: by the variance of inputs, as EVA has them
 #: before training (Paischer et al., 2024); ``PATHS``: by gain for cost (`metrics.allocate`).
 METHODS: dict[str, Metric] = {
+    "effect": "plain",
     "uniform": "plain",
     "energy": "plain",
     "inputs": "plain",
@@ -37,8 +59,12 @@ METHODS: dict[str, Metric] = {
     "input metric": "input",
     "two metrics": "both",
 }
-#: Methods whose ranks are those of an allocation.
-PATHS = ("plain", "input metric", "two metrics")
+# Methods whose ranks are those of an allocation by gain for cost.
+ALLOCATED = ("plain", "input metric", "two metrics")
+#: Methods that are tried for the smallest adapter.
+PATHS = ("effect", "plain")
+# How often derivatives are taken again, at the adapted network.
+ROUNDS = 2
 #: Steps of repair by gradient.
 STEPS = 80
 #: Receives progress: the stage in words, the steps done, and their number.
@@ -49,8 +75,7 @@ class Planner:
     """A pair of checkpoints and texts to plan adapters with.
 
     Its methods replace the weights of its ``network``, of transformers. Candidates are selected by
-    their errors on the texts of ``select``; errors are stated on those of ``test``. By metric and
-    module, ``values`` has the leading ``σ_d``, and ``totals`` has ``Σσ_d²`` over all of them.
+    their errors on the texts of ``select``; errors are stated on those of ``test``.
     """
 
     def __init__(
@@ -93,25 +118,30 @@ class Planner:
         self.seed, self.report = seed, report or (lambda *_: None)
         self.modules = _choose(pair, modules)
         self.texts: Texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
+        self.bucket = bucket
         self.network = pair.network()
+        self.readout = Readout(self.network, pair.task)
         self.fit, self.select, self.test = (
-            Reference(batches, pair.task)
+            Reference(batches, self.readout)
             for batches in (self.texts.fit, self.texts.select, self.texts.test)
         )
         self._folder = scratch_folder(self)
-        self.values: dict[Metric, dict[str, Tensor]] = {metric: {} for metric in METRICS}
-        self.totals: dict[Metric, dict[str, float]] = {metric: {} for metric in METRICS}
+        self._values: dict[Metric, dict[str, Tensor]] = {}
+        self._totals: dict[Metric, dict[str, float]] = {}
         self._spread: dict[str, Tensor] = {}
-        for reference in (self.fit, self.select, self.test):
-            reference.record_tuned(self.network)
-        self._decompose()
-        pair.fill(self.network, "base")
-        for reference in (self.select, self.test):
-            reference.record_base(self.network)
-        self._allocations = {
-            metric: metrics.allocate(values, self.modules, bucket)
-            for metric, values in self.values.items()
-        }
+        self._plain: dict[str, Directions] = {}
+        self._decompose(self._pass_texts())
+        self._chosen: dict[int, Adapter] = {}
+
+    def values(self, metric: Metric) -> dict[str, Tensor]:
+        """The leading ``σ_d`` of each module's change in a metric."""
+        self._measure_in(metric)
+        return self._values[metric]
+
+    def totals(self, metric: Metric) -> dict[str, float]:
+        """``Σσ_d²`` over all directions of each module's change in a metric."""
+        self._measure_in(metric)
+        return self._totals[metric]
 
     @property
     def equal(self) -> bool:
@@ -133,14 +163,17 @@ class Planner:
         ``uniform`` and ``energy`` give at least rank 1, however few the parameters are.
         """
         metric = _metric(method)
-        if method in PATHS:
-            return self._allocations[metric].ranks(parameters)
+        if method == "effect":
+            return self.candidate(method, parameters).ranks
+        if method in ALLOCATED:
+            return metrics.allocate(self.values(metric), self.modules, self.bucket).ranks(parameters)
         if method == "uniform":
             fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
             return _uniform(self.modules, max(fitting, default=1))
         if method == "energy":
-            values, totals = self.values["plain"], self.totals["plain"]
+            values, totals = self.values("plain"), self.totals("plain")
             return _by_energy(values, totals, self.modules, parameters)
+        self._measure_in("both")
         return _by_inputs(self._spread, self.modules, parameters, self.max_rank)
 
     def adapter(self, method: str, ranks: Mapping[str, int]) -> Adapter:
@@ -161,8 +194,19 @@ class Planner:
         return Adapter(factors, biases)
 
     def candidate(self, method: str, parameters: int) -> Adapter:
-        """A method's adapter of at most so many parameters; see `ranks`."""
-        return self.adapter(method, self.ranks(method, parameters))
+        """A method's adapter of at most so many parameters; see `ranks`.
+
+        With ``effect`` directions of all modules' changes are taken by what they add to the effect
+        for their cost, and gains are fitted to all of them at once [prop-coherent]. Derivatives are
+        taken at the tuned network, then at the adapted one as long as the error on texts for
+        selection falls.
+        """
+        if method != "effect":
+            return self.adapter(method, self.ranks(method, parameters))
+        if parameters not in self._chosen:
+            start = self._choice(parameters)
+            self._chosen[parameters] = self._refine(start, parameters)[0]
+        return self._chosen[parameters]
 
     def best(self, parameters: int) -> tuple[str, Adapter, float]:
         """The method of ``PATHS`` of least error on texts for selection, its adapter, the error."""
@@ -191,12 +235,30 @@ class Planner:
         It is ``‖f(s) − f(−s)‖ / 2s`` over the effect, where ``f(s)`` are the outputs with weights
         ``tuned + s · (adapted − tuned)``; it has cross terms of modules and no curvature.
         """
-        ahead = Reference(self.select.batches, self.select.task)
+        ahead = Reference(self.select.batches, self.readout)
         self.pair.interpolate(self.network, adapter, step)
         ahead.record_tuned(self.network)
         self.pair.interpolate(self.network, adapter, -step)
         ahead.record_base(self.network)
         return ratio(ahead.effect, self.select.effect) / (2 * step)
+
+    def losses(self, adapter: Adapter) -> dict[str, float]:
+        """For each module the part of the effect that its missing directions alone would cost.
+
+        To first order at the tuned network, on texts for selection, for directions of the pool.
+        """
+        _, held = self._sketches
+        whole = float(held.sum(1).square().mean())
+        lost = {}
+        for name, place in self._pool.places.items():
+            found = self._plain[name]
+            gains = torch.zeros(len(found.values))
+            if name in adapter.factors:
+                left, right = adapter.factors[name]
+                gains = ((found.update.left.mT @ left) * (found.update.right.mT @ right)).sum(1)
+                gains /= found.update.right.square().sum(0).clamp(min=1e-30)
+            lost[name] = math.sqrt(predict(held[:, place], gains.double()) / whole) if whole else 0.0
+        return lost
 
     def shares(self, method: str, adapter: Adapter) -> dict[str, tuple[float, float]]:
         """For each module the part of the effect that its missing directions cost alone.
@@ -206,11 +268,11 @@ class Planner:
         """
         whole = float(self.select.effect.mean())
         shares = {}
-        for done, (name, values) in enumerate(self.values["both"].items(), 1):
+        for done, (name, values) in enumerate(self.values("both").items(), 1):
             predicted = math.nan
             if method == "two metrics":
                 rank = adapter.ranks.get(name, 0)
-                lost = self.totals["both"][name] - float(values[:rank].square().sum())
+                lost = self.totals("both")[name] - float(values[:rank].square().sum())
                 predicted = math.sqrt(max(lost, 0.0) / whole)
             self.pair.put(self.network, adapter, only=name)
             shares[name] = predicted, self.select.error(self.network)
@@ -230,15 +292,18 @@ class Planner:
     def least(self, error: float, method: str) -> int | None:
         """The least number of parameters with at most an error on the texts for selection.
 
-        Found by bisection along a method of ``PATHS``, as if more parameters always lowered the
-        error; ``None`` where the highest ranks do not reach it.
+        Found by bisection along the directions of a method in their order, as if more parameters
+        always lowered the error; ``None`` where the highest ranks do not reach it.
         """
-        allocation = self._allocations[_metric(method)]
+        if method == "effect":
+            found = self._least_effect(error)
+            return None if found is None else found.parameters
+        order = metrics.allocate(self.values(_metric(method)), self.modules, self.bucket)
 
         def reaches(steps: int) -> bool:
-            return self.error(self.adapter(method, allocation.after(steps))) <= error
+            return self.error(self.adapter(method, order.after(steps))) <= error
 
-        high = len(allocation.modules)
+        high = len(order.modules)
         if not reaches(high):
             return None
         low, step = -1, max(1, len(self.modules) // 2)
@@ -250,15 +315,14 @@ class Planner:
         while high - low > max(1, high // 50):
             middle = (low + high) // 2
             low, high = (low, middle) if reaches(middle) else (middle, high)
-        return int(allocation.costs[high - 1]) if high else 0
+        return int(order.costs[high - 1]) if high else 0
 
     def smallest(self, error: float) -> tuple[str, Adapter]:
         """The smallest adapter with at most an error on texts for selection, or the largest one."""
-        number = self.least(error, "two metrics")
-        method, adapter, reached = self.best(self.most if number is None else number)
-        if method != "two metrics" and number is not None and reached < error:
-            smaller = self.least(error, method)
-            adapter = self.candidate(method, number if smaller is None else smaller)
+        found = self._least_effect(error)
+        if found is not None:
+            return "effect", found
+        method, adapter, _ = self.best(self.most)
         return method, adapter
 
     def repair(self, adapter: Adapter, *, steps: int = STEPS) -> Adapter:
@@ -303,8 +367,52 @@ class Planner:
                 low = middle
         return best or (adapter, self.repair(adapter, steps=steps))
 
-    def _decompose(self) -> None:
-        """Find directions of all changes in all metrics, some modules at a time, kept in files."""
+    def _pass_texts(self) -> dict[str, Tensor]:
+        """Record both networks on all texts; the mean inputs of modules whose biases are free."""
+        free = [name for name, module in self.modules.items() if self.pair.frees_bias(module)]
+        sums = {name: torch.zeros(self.modules[name].shape[1]) for name in free}
+        tokens = 0
+        with watch(self.network, free) as seen:
+            for i, batch in enumerate(self.fit.batches):
+                self.fit.record_tuned(self.network, i)
+                tokens += int(batch.attention_mask.sum())
+                for name, (inputs, _) in seen.items():
+                    # A module behind a pooling layer takes in one row for a text.
+                    rows = inputs[batch.there] if inputs.ndim == 3 else inputs
+                    weight = 1.0 if inputs.ndim == 3 else float(batch.attention_mask.sum()) / len(rows)
+                    sums[name] += weight * rows.sum(0).cpu()
+                self.report("passing texts", i + 1, len(self.fit.batches))
+        for reference in (self.select, self.test):
+            reference.record_tuned(self.network)
+        self.pair.fill(self.network, "base")
+        for reference in (self.select, self.test):
+            reference.record_base(self.network)
+        return {name: total / tokens for name, total in sums.items()}
+
+    def _decompose(self, means: dict[str, Tensor]) -> None:
+        """Find the leading singular directions of all changes."""
+        for done, module in enumerate(self.modules.values(), 1):
+            change = self.pair.change(module.name)
+            found = metrics.directions(change, None, "plain", self.max_rank)
+            mean = means.get(module.name, torch.zeros(module.shape[1]))
+            found = found._replace(
+                update=LowRank(found.update.left.float(), found.update.right.float()),
+                values=found.values,
+                shift=change @ mean,
+                mean=mean,
+            )
+            self._plain[module.name] = found
+            self.report("directions of changes", done, len(self.modules))
+        self._values["plain"] = {name: found.values for name, found in self._plain.items()}
+        self._totals["plain"] = {name: found.total for name, found in self._plain.items()}
+
+    def _measure_in(self, metric: Metric) -> None:
+        """Find directions in metrics of inputs and outputs, some modules at a time, in files."""
+        if metric in self._values:
+            return
+        self.pair.fill(self.network, "tuned")
+        for each in ("input", "both"):
+            self._values[each], self._totals[each] = {}, {}
         samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fit)
         memory = max(2**28, self.pair.tuned.bytes() // 4)
         done = 0
@@ -313,34 +421,128 @@ class Planner:
                 self.network,
                 group,
                 self.texts.fit,
-                self.pair.task,
+                self.readout,
                 centred="bias" not in self.pair.leave,
                 seed=self.seed,
             )
             for module in group:
                 self._keep(module, about.pop(module.name))
                 done += 1
-                self.report("directions of changes", done, len(self.modules))
+                self.report("two metrics", done, len(self.modules))
 
     def _keep(self, module: Module, about: Moments) -> None:
         name, change = module.name, self.pair.change(module.name)
         self._spread[name] = torch.linalg.svdvals(about.inputs)[: self.max_rank]
         save_file({"outputs": about.outputs.contiguous()}, self._file("outputs", name))
-        for metric in self.values:
+        for metric in ("input", "both"):
             directions = metrics.directions(change, about, metric, self.max_rank)
-            self.values[metric][name] = directions.values
-            self.totals[metric][name] = directions.total
+            self._values[metric][name] = directions.values
+            self._totals[metric][name] = directions.total
             update, shift, mean = directions.update, directions.shift, directions.mean
             parts = {"left": update.left, "right": update.right, "shift": shift, "mean": mean}
             kept = {part: tensor.float().contiguous() for part, tensor in parts.items()}
             save_file(kept, self._file(metric, name))
 
+    @functools.cached_property
+    def _pool(self) -> Pool:
+        return Pool(self._plain, self.modules, self.bucket)
+
+    @functools.cached_property
+    def _sketches(self) -> tuple[Sketch, Tensor]:
+        """Derivatives at the tuned network, for fitting and, features alone, for selection."""
+        self.pair.fill(self.network, "tuned")
+        fit, select = (
+            sketch(self.network, self._pool, reference, probes=PROBES, seed=seed, lost=False)
+            for reference, seed in ((self.fit, self.seed), (self.select, self.seed + 1))
+        )
+        return fit, select.features
+
+    def _choice(self, parameters: int) -> Choice:
+        """Directions for so many parameters, with the intensity that texts for selection choose."""
+        fit, held = self._sketches
+
+        def loss(intensity: float) -> float:
+            gains = Choice(self._pool, fit, intensity, parameters).gains(parameters)
+            return predict(held, gains)
+
+        best = min(INTENSITIES, key=loss)
+        return Choice(self._pool, fit, best, parameters)
+
+    def _refine(self, choice: Choice, parameters: int) -> tuple[Adapter, Choice]:
+        """The adapter and its choice with derivatives at the adapted network too."""
+        sketches = [self._sketches[0]]
+        gains = choice.gains(parameters)
+        adapter = self._with_gains(gains)
+        error = self.error(adapter)
+        for i in range(ROUNDS):
+            self.put(adapter)
+            sketches.append(
+                sketch(
+                    self.network, self._pool, self.fit, probes=MORE_PROBES, seed=self.seed + 2 + i
+                )
+            )
+            again = Choice(self._pool, join(sketches, gains), choice.intensity, parameters)
+            moved = self._with_gains(again.gains(parameters))
+            after = self.error(moved)
+            if not after < error:
+                break
+            adapter, error, choice, gains = moved, after, again, again.gains(parameters)
+        return adapter, choice
+
+    def _least_effect(self, error: float) -> Adapter | None:
+        """The smallest adapter in function space with at most an error on texts for selection."""
+        number = self._predict_least(error)
+        choice = self._choice(number)
+        while self.error(self._with_gains(choice.gains(number))) > error and number < self.most:
+            number = min(math.ceil(1.4 * number), self.most)
+            choice = self._choice(number)
+        adapter, choice = self._refine(choice, number)
+        if self.error(adapter) > error:
+            return None
+        low, high = 0, number
+        # To a twentieth, along the order in which directions were taken.
+        while high > 1.05 * low + self.parameters(1) // 50:
+            middle = round(math.sqrt(low * high)) if low else high // 2
+            smaller = self._with_gains(choice.gains(middle))
+            if self.error(smaller) <= error:
+                adapter, high = smaller, middle
+            else:
+                low = middle
+        return adapter
+
+    def _predict_least(self, error: float) -> int:
+        """How many parameters have at most an error to first order, on texts for selection."""
+        fit, held = self._sketches
+        path = Choice(self._pool, fit, INTENSITIES[len(INTENSITIES) // 2], self.most)
+        aim = error**2 * float(held.sum(1).square().mean())
+        numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
+        reached = (n for n in numbers if predict(held, path.gains(n)) <= aim)
+        return min(next(reached, self.most), self.most)
+
+    def _with_gains(self, gains: Tensor) -> Adapter:
+        """The adapter that takes directions of all changes with these gains."""
+        factors, biases = {}, {}
+        for name, place in self._pool.places.items():
+            found, parts = self._plain[name], gains[place].float()
+            kept = parts != 0
+            left, right = found.update.left[:, kept] * parts[kept], found.update.right[:, kept]
+            if kept.any():
+                factors[name] = _repair.balance(LowRank(left.double(), right.double()))
+            if self.pair.frees_bias(self.modules[name]):
+                tuned = self.pair.tuned.read(f"{name}.bias")
+                biases[name] = (tuned + found.shift - left @ (right.mT @ found.mean)).float()
+        return Adapter(factors, biases)
+
     def _directions(self, metric: Metric, name: str) -> Directions:
+        self._measure_in(metric)
+        if metric == "plain":
+            return self._plain[name]
         parts = load_file(self._file(metric, name))
         update = LowRank(parts.pop("left"), parts.pop("right"))
-        return Directions(update, self.values[metric][name], self.totals[metric][name], **parts)
+        return Directions(update, self._values[metric][name], self._totals[metric][name], **parts)
 
     def _root(self, name: str) -> Tensor | None:
+        self._measure_in("both")
         return metrics.root(load_file(self._file("outputs", name))["outputs"])
 
     def _file(self, kind: str, name: str) -> Path:

@@ -22,13 +22,15 @@ from .. import _checks
 from .. import _hub as hub
 from ..adapters import _files
 from ..errors import InputError, LorapowerError, ResultsError
-from ._measuring import TOKENS, Measured, Reference, count, megabytes, prepare_all, without_nan
+from ._measuring import TOKENS, Measured, Readout, Reference, count, megabytes, prepare_all, without_nan
 from .pair import Adapter, Pair
-from .planner import METHODS, STEPS, Planner, Report
+from .planner import STEPS, Planner, Report
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# Methods whose errors at as many parameters are stated beside a plan's.
+BASELINES = ("uniform", "energy", "plain")
 #: The error that is aimed at by default.
 ERROR = 0.1
 # How often texts for stating may be looked at, if they show more error than was aimed at.
@@ -48,7 +50,7 @@ class Plan:
     ``predicted`` is the one to first order before repair; ``attention`` is the error on held-out
     texts if only the attention modules are tuned, in full. ``baselines`` has for each method the
     error there without repair, and the number of parameters: at most the adapter's, except that
-    ``uniform`` and ``energy`` have at least rank 1. ``shares`` are those of `Planner.shares`, empty
+    ``uniform`` and ``energy`` have at least rank 1. ``shares`` are those of `Planner.losses`, empty
     in plans with repair. ``looks`` adapters were measured on held-out texts; the error's limit is
     meant for 1. ``carried`` counts all numbers in the adapter's file (factors, biases, heads, rows
     of embeddings); ``size`` is in bytes, estimated before writing.
@@ -63,7 +65,7 @@ class Plan:
     repaired: bool = False
     predicted: float = 0.0
     looks: int = 1
-    shares: dict[str, tuple[float, float]] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
     attention: float = 0.0
     carried: int = 0
     size: int = 0
@@ -90,10 +92,9 @@ class Plan:
         )
 
     def table(self) -> pd.DataFrame:
-        """A table with each module's size, rank, and the shares that its missing part costs."""
+        """A table with each module's size, rank, and the part of the effect that it loses alone."""
         import pandas as pd
 
-        unknown = (math.nan, math.nan)
         return pd.DataFrame(
             {
                 "module": module.name,
@@ -101,8 +102,7 @@ class Plan:
                 "out": module.shape[0],
                 "in": module.shape[1],
                 "rank": self.ranks[module.name],
-                "predicted": self.shares.get(module.name, unknown)[0],
-                "measured": self.shares.get(module.name, unknown)[1],
+                "lost": self.shares.get(module.name, math.nan),
             }
             for module in self.planner.modules.values()
         )
@@ -179,7 +179,7 @@ def plan(
         Instead, at most so many numbers in the factors, or as many as this rank for all modules.
     repair, by_module : bool
         Whether the adapter is fitted to the tuned network (`Planner.repair`), with ``steps`` by
-        gradient; whether what each module alone costs is measured.
+        gradient; whether what each module alone loses is predicted.
     """
     start = time.perf_counter()
     asked = {"error": error, "parameters": parameters, "rank": rank}
@@ -196,7 +196,7 @@ def plan(
     planner = Planner(Pair.open(base, tuned), texts, report=report, **options)
     if planner.equal:
         same = Measured(0.0, 0.0, 1.0, 1.0, 0.0, count(planner.texts.test))
-        baselines = dict.fromkeys(METHODS, (0.0, 0))
+        baselines = dict.fromkeys(BASELINES, (0.0, 0))
         return _finish(Plan(planner, Adapter({}, {}), "uniform", same, baselines, aim), start)
     if aim is None:
         number = planner.parameters(rank) if rank is not None else parameters or 0
@@ -205,9 +205,9 @@ def plan(
         measured, looks = planner.measure(adapter), 1
     else:
         method, raw, adapter, measured, looks = _search(planner, aim, repair, steps)
-    shares = planner.shares(method, raw) if by_module and not repair else {}
+    shares = planner.losses(raw) if by_module and not repair else {}
     baselines = {}
-    for name in METHODS:
+    for name in BASELINES:
         baseline = planner.candidate(name, adapter.parameters)
         baselines[name] = planner.measure(baseline).error, baseline.parameters
     result = Plan(
@@ -322,9 +322,10 @@ def check(
     those of `plan`.
     """
     pair = Pair.open(base, tuned)
-    reference = Reference(prepare_all(pair, texts, tokens=tokens, seed=seed), pair.task)
+    batches = prepare_all(pair, texts, tokens=tokens, seed=seed)
     tell = functools.partial(report or (lambda *_: None), "passing texts")
     network = pair.network()
+    reference = Reference(batches, Readout(network, pair.task))
     reference.record_tuned(network)
     tell(1, 3)
     pair.fill(network, "base")

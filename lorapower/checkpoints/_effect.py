@@ -1,0 +1,222 @@
+"""Directions of changes chosen in function space: what each adds to the tuning's effect.
+
+Let ``J_d`` be the derivative of the network's outputs along direction ``d`` of a module's change,
+which an adapter takes with gain ``c_d``. To first order it loses ``e − Σ_d (c_d − c_d⁰) J_d``, where
+``e`` is what is lost at gains ``c⁰``. Products with random outputs sketch all ``J_d`` at once: for
+a text and a normal ``r``, ``φ_d = ⟨r, J_d⟩`` has ``E φ_d φ_k = ⟨J_d, J_k⟩`` [prop-sketch].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .. import randomness
+from ._measuring import Reference, count, watch
+from .metrics import Directions
+from .pair import Module
+
+#: Random combinations of a text's outputs that are differentiated, at the tuned network and later.
+PROBES, MORE_PROBES = 4, 2
+#: Intensities of the shrinkage of second moments to their diagonal, of which texts choose one.
+INTENSITIES = (0.03, 0.1, 0.3, 0.6, 0.9)
+# Gains of directions that texts say nothing of stay at 1: a part of the mean square.
+_FLOOR = 0.01
+# Gains are fitted again when the cost has grown by this part.
+_GROWTH = 0.05
+
+
+class Pool:
+    """Directions of modules to choose from, side by side in the order of the modules.
+
+    A direction is a column of the factors of the module's change. ``bundles`` numbers those that
+    are taken together: ``bucket`` of a module.
+    """
+
+    def __init__(
+        self, directions: Mapping[str, Directions], modules: Mapping[str, Module], bucket: int
+    ) -> None:
+        self.directions = directions
+        costs, bundles = [], []
+        self.places: dict[str, slice] = {}
+        start = first = 0
+        for name, found in directions.items():
+            number = len(found.values)
+            self.places[name] = slice(start, start + number)
+            costs += [modules[name].cost] * number
+            bundles += [first + i // bucket for i in range(number)]
+            start, first = start + number, first + -(-number // bucket)
+        self.costs = torch.tensor(costs, dtype=torch.float64)
+        self.bundles = torch.tensor(bundles, dtype=torch.int64)
+
+
+class Sketch(NamedTuple):
+    """Rows ``φ`` with ``E φφᵀ`` the second moments of ``J_d``, and the slopes ``⟨J_d, e⟩``."""
+
+    features: Float[Tensor, "rows directions"]
+    slopes: Float[Tensor, " directions"]
+
+
+def sketch(
+    network: Any, pool: Pool, reference: Reference, *, probes: int, seed: int, lost: bool = True
+) -> Sketch:
+    """Differentiate random outputs of a network, and what it loses, along all directions.
+
+    If nothing is ``lost``, since the network is the tuned one, slopes are those of the whole
+    change, ``Σ_k ⟨J_d, J_k⟩`` for the directions of the pool.
+    """
+    draw = randomness.generator(seed, "sketch")
+    rows, slopes = [], torch.zeros(len(pool.costs), dtype=torch.float64)
+    for i, batch in enumerate(reference.batches):
+        with torch.no_grad():
+            error = reference.tuned_rows(i).to(network.device)
+            error -= reference.rows(network, batch) if lost else error
+        with torch.enable_grad(), _fast(network, reference), watch(network, pool.places) as seen:
+            values = reference.rows(network, batch)
+        with torch.enable_grad():
+            inside = _Inside(pool, seen)
+            if lost:
+                slopes += inside.products(values, error).sum(0)
+            if values.shape[-1] <= probes and len(values) == len(batch.input_ids):
+                # So few outputs of each text need no sketch.
+                size = values.shape[-1]
+                drawn = [size**0.5 * torch.eye(size)[j].expand(len(values), -1) for j in range(size)]
+            else:
+                drawn = [randomness.normal(draw, *values.shape) for _ in range(probes)]
+            rows += [inside.products(values, each.to(values)) for each in drawn]
+    features = torch.cat(rows)
+    if not lost:
+        slopes = features.mT @ features.sum(1) / len(features)
+    else:
+        slopes /= count(reference.batches)
+    return Sketch(features, slopes)
+
+
+def _fast(network: Any, reference: Reference) -> AbstractContextManager[Any]:
+    """Products of a language model in bfloat16, where the processor has it; small ones stay."""
+    kind = network.device.type
+    if kind == "cpu":
+        fits = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        fits = kind == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(kind, torch.bfloat16, enabled=fits and reference.readout.task == "language")
+
+
+class _Inside:
+    """What modules took in along all directions, and how their outputs make the network's."""
+
+    def __init__(self, pool: Pool, seen: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._pool = pool
+        self._after = [seen[name][1] for name in pool.places]
+        self._inputs = [
+            (seen[name][0].float() - found.mean.to(seen[name][0].device))
+            @ found.update.right.to(seen[name][0].device)
+            for name, found in pool.directions.items()
+        ]
+
+    def products(self, values: Tensor, along: Tensor) -> Float[Tensor, "texts directions"]:
+        """``⟨r, J_d⟩`` of each text and direction, for rows ``r`` as long as the outputs."""
+        slopes = torch.autograd.grad(
+            values, self._after, along.to(values), retain_graph=True, allow_unused=True
+        )
+        parts = []
+        for found, slope, inputs in zip(
+            self._pool.directions.values(), slopes, self._inputs, strict=True
+        ):
+            if slope is None:
+                parts.append(torch.zeros_like(inputs[:, 0] if inputs.ndim == 3 else inputs))
+                continue
+            both = (slope.float() @ found.update.left.to(slope.device)) * inputs
+            parts.append(both.sum(1) if both.ndim == 3 else both)
+        return torch.cat(parts, -1).double().cpu()
+
+
+class Choice:
+    """Directions in the order in which they are taken, and the gains of any number of them.
+
+    The first order of the squared error, with second moments ``H = E φφᵀ`` shrunk to their diagonal
+    by an ``intensity`` α, is ``(1−α)(cᵀHc − 2bᵀc) + α Σ_d H_dd (c_d − 1)²``, where ``c_d = 0`` for
+    directions that are not taken. They are taken by its fall for their cost, in steps after which
+    all gains are fitted again.
+    """
+
+    def __init__(self, pool: Pool, about: Sketch, intensity: float, most: float) -> None:
+        """Take directions until their cost is at most ``most``."""
+        self.intensity = intensity
+        self._pool = pool
+        self._slopes = (1 - intensity) * about.slopes
+        self._rows = ((1 - intensity) / len(about.features)) ** 0.5 * about.features
+        squares = about.features.square().mean(0)
+        self._lost = intensity * squares
+        self._floor = _FLOOR * float(squares.mean())
+        self._own = self._rows.square().sum(0)
+        self.order = self._pursue(most)
+
+    def gains(self, parameters: float) -> Float[Tensor, " directions"]:
+        """Gains of as many directions as this cost pays for; 0 for the others."""
+        costs = self._pool.costs[self.order].cumsum(0)
+        return self._fit(self.order[: int((costs <= parameters).sum())])
+
+    def _pursue(self, most: float) -> Int[Tensor, " taken"]:
+        costs, bundles = self._pool.costs, self._pool.bundles
+        number = int(bundles.max()) + 1
+        price = torch.zeros(number, dtype=costs.dtype).index_add_(0, bundles, costs)
+        free = torch.ones(number, dtype=torch.bool)
+        gains = torch.zeros_like(costs)
+        taken: list[Tensor] = []
+        spent = 0.0
+        weights = self._lost + self._floor
+        while True:
+            slopes = self._slopes - self._rows.mT @ (self._rows @ gains)
+            falls = (slopes + weights).square() / (self._own + weights) - self._floor
+            density = torch.zeros_like(price).index_add_(0, bundles, falls) / price
+            density[~free | (price > most - spent)] = 0
+            ranked = density.argsort(descending=True)
+            room = max(_GROWTH * spent, float(price[ranked[0]]))
+            fits = (price[ranked].cumsum(0) <= min(room, most - spent)) & (density[ranked] > 0)
+            chosen = ranked[: int(fits.long().cumprod(0).sum())]
+            if not len(chosen):
+                break
+            free[chosen] = False
+            spent += float(price[chosen].sum())
+            # Within a step the best come first.
+            rank = torch.full((number,), number)
+            rank[chosen] = torch.arange(len(chosen))
+            members = (rank[bundles] < number).nonzero().flatten()
+            taken.append(members[rank[bundles[members]].argsort(stable=True)])
+            gains = self._fit(torch.cat(taken))
+        return torch.cat(taken) if taken else torch.zeros(0, dtype=torch.int64)
+
+    def _fit(self, taken: Int[Tensor, " taken"]) -> Float[Tensor, " directions"]:
+        """The best gains of these directions, by the Woodbury identity in rows."""
+        gains = torch.zeros_like(self._own)
+        if not len(taken):
+            return gains
+        rows, weights = self._rows[:, taken], (self._lost + self._floor)[taken]
+        right = self._slopes[taken] - rows.mT @ rows.sum(1)
+        if len(taken) <= len(rows):
+            step = torch.linalg.solve(rows.mT @ rows + weights.diag(), right)
+        else:
+            inner = (rows / weights) @ rows.mT
+            inner.diagonal().add_(1)
+            step = torch.linalg.solve(inner, rows @ (right / weights))
+            step = (right - rows.mT @ step) / weights
+        gains[taken] = 1 + step
+        return gains
+
+
+def join(sketches: Sequence[Sketch], gains: Float[Tensor, " directions"]) -> Sketch:
+    """All features, and slopes at no gains that follow from the last sketch, which was at these."""
+    features = torch.cat([each.features for each in sketches])
+    back = features.mT @ (features @ gains) / len(features)
+    return Sketch(features, sketches[-1].slopes + back)
+
+
+def predict(features: Tensor, gains: Tensor) -> float:
+    """The mean squared loss of gains, to first order at the tuned network, from a sketch there."""
+    return float((features @ (1 - gains)).square().mean())
