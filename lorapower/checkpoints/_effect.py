@@ -85,7 +85,9 @@ def sketch(
             if values.shape[-1] <= probes and len(values) == len(batch.input_ids):
                 # So few outputs of each text need no sketch.
                 size = values.shape[-1]
-                drawn = [size**0.5 * torch.eye(size)[j].expand(len(values), -1) for j in range(size)]
+                drawn = [
+                    size**0.5 * torch.eye(size)[j].expand(len(values), -1) for j in range(size)
+                ]
             else:
                 drawn = [randomness.normal(draw, *values.shape) for _ in range(probes)]
             rows += [inside.products(values, each.to(values)) for each in drawn]
@@ -104,7 +106,9 @@ def _fast(network: Any, reference: Reference) -> AbstractContextManager[Any]:
         fits = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:
         fits = kind == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(kind, torch.bfloat16, enabled=fits and reference.readout.task == "language")
+    return torch.autocast(
+        kind, torch.bfloat16, enabled=fits and reference.readout.task == "language"
+    )
 
 
 class _Inside:

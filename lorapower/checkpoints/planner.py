@@ -166,7 +166,9 @@ class Planner:
         if method == "effect":
             return self.candidate(method, parameters).ranks
         if method in ALLOCATED:
-            return metrics.allocate(self.values(metric), self.modules, self.bucket).ranks(parameters)
+            return metrics.allocate(self.values(metric), self.modules, self.bucket).ranks(
+                parameters
+            )
         if method == "uniform":
             fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
             return _uniform(self.modules, max(fitting, default=1))
@@ -254,10 +256,14 @@ class Planner:
             found = self._plain[name]
             gains = torch.zeros(len(found.values))
             if name in adapter.factors:
-                left, right = adapter.factors[name]
-                gains = ((found.update.left.mT @ left) * (found.update.right.mT @ right)).sum(1)
+                kept = adapter.factors[name]
+                gains = (
+                    found.update.left.mT @ kept.left * (found.update.right.mT @ kept.right)
+                ).sum(1)
                 gains /= found.update.right.square().sum(0).clamp(min=1e-30)
-            lost[name] = math.sqrt(predict(held[:, place], gains.double()) / whole) if whole else 0.0
+            lost[name] = (
+                math.sqrt(predict(held[:, place], gains.double()) / whole) if whole else 0.0
+            )
         return lost
 
     def shares(self, method: str, adapter: Adapter) -> dict[str, tuple[float, float]]:
@@ -379,7 +385,9 @@ class Planner:
                 for name, (inputs, _) in seen.items():
                     # A module behind a pooling layer takes in one row for a text.
                     rows = inputs[batch.there] if inputs.ndim == 3 else inputs
-                    weight = 1.0 if inputs.ndim == 3 else float(batch.attention_mask.sum()) / len(rows)
+                    weight = (
+                        1.0 if inputs.ndim == 3 else float(batch.attention_mask.sum()) / len(rows)
+                    )
                     sums[name] += weight * rows.sum(0).cpu()
                 self.report("passing texts", i + 1, len(self.fit.batches))
         for reference in (self.select, self.test):

@@ -22,7 +22,16 @@ from .. import _checks
 from .. import _hub as hub
 from ..adapters import _files
 from ..errors import InputError, LorapowerError, ResultsError
-from ._measuring import TOKENS, Measured, Readout, Reference, count, megabytes, prepare_all, without_nan
+from ._measuring import (
+    TOKENS,
+    Measured,
+    Readout,
+    Reference,
+    count,
+    megabytes,
+    prepare_all,
+    without_nan,
+)
 from .pair import Adapter, Pair
 from .planner import STEPS, Planner, Report
 

@@ -1,0 +1,183 @@
+"""Directions chosen in function space, against differences of outputs and dense algebra."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as files
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorapower import randomness
+from lorapower.checkpoints import Pair, Planner, _effect
+from lorapower.checkpoints._measuring import outputs
+
+TEXTS = files.texts()
+KINDS = [
+    ("bert", "BertForSequenceClassification"),
+    ("distilbert", "DistilBertModel"),
+    ("gpt2", "GPT2LMHeadModel"),
+    ("llama", "LlamaForCausalLM"),
+]
+
+
+def squares(planner: Planner, targets: list[torch.Tensor]) -> float:
+    """Half of the mean squared distance of outputs, as logits, from the tuned network's."""
+    total = 0.0
+    with torch.no_grad():
+        for batch, target in zip(planner.fit.batches, targets, strict=True):
+            found = outputs(planner.network, batch, planner.pair.task)
+            total += float((found.double() - target.double()).square().sum())
+    return total / 2 / sum(len(batch.input_ids) for batch in planner.fit.batches)
+
+
+@pytest.mark.parametrize(("kind", "architecture"), KINDS)
+def test_slopes_are_differences_of_what_is_lost(
+    kind: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_effect, "_fast", lambda *_: torch.autocast("cpu", enabled=False))
+    planner = Planner(Pair.open(*files.pair(tmp_path, kind, architecture)), TEXTS, max_rank=2)
+    planner.pair.fill(planner.network, "tuned")
+    with torch.no_grad():
+        task = planner.pair.task
+        targets = [outputs(planner.network, batch, task) for batch in planner.fit.batches]
+    gains = 2 * randomness.uniform(randomness.generator(1, "gains"), len(planner._pool.costs))
+    gains[::3] = 0
+    planner.put(planner._with_gains(gains))
+    found = _effect.sketch(planner.network, planner._pool, planner.fit, probes=1, seed=0)
+    for d in found.slopes.abs().argsort(descending=True)[:3].tolist():
+        lost = []
+        for size in (0.02, -0.02):
+            moved = gains.clone()
+            moved[d] += size
+            # Biases, where they are free, go with it.
+            planner.put(planner._with_gains(moved))
+            lost.append(squares(planner, targets))
+        slope = -(lost[0] - lost[1]) / 0.04
+        assert slope == pytest.approx(float(found.slopes[d]), rel=0.03, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "architecture"), KINDS[1:3])
+def test_sketches_have_the_second_moments(
+    kind: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_effect, "_fast", lambda *_: torch.autocast("cpu", enabled=False))
+    planner = Planner(Pair.open(*files.pair(tmp_path, kind, architecture)), TEXTS, max_rank=1)
+    planner.pair.fill(planner.network, "tuned")
+    few, many = (
+        _effect.sketch(
+            planner.network, planner._pool, planner.fit, probes=n, seed=n, lost=False
+        ).features
+        for n in (60, 120)
+    )
+    moments = [(rows.mT @ rows / len(rows)) for rows in (few, many)]
+    assert torch.dist(moments[0], moments[1]) < 0.15 * moments[1].norm()
+
+
+def test_few_outputs_are_differentiated_exactly(tmp_path: Path) -> None:
+    planner = Planner(Pair.open(*files.pair(tmp_path)), TEXTS, max_rank=1)
+    planner.pair.fill(planner.network, "tuned")
+    one, other = (
+        _effect.sketch(planner.network, planner._pool, planner.fit, probes=2, seed=s, lost=False)
+        for s in (0, 1)
+    )
+    assert torch.equal(one.features, other.features)
+
+
+def drawn(seed: int, rows: int, modules: int, ranks: int) -> tuple[Any, _effect.Sketch]:
+    """A pool of modules of different cost, and a sketch whose directions add up coherently."""
+    draw = randomness.generator(seed, "effect")
+    pool: Any = object.__new__(_effect.Pool)
+    pool.costs = torch.arange(1.0, modules + 1, dtype=torch.float64).repeat_interleave(ranks)
+    pool.bundles = torch.arange(modules * ranks)
+    common = randomness.normal(draw, rows, 1)
+    features = common + randomness.normal(draw, rows, modules * ranks)
+    return pool, _effect.Sketch(features, features.mT @ features.sum(1) / rows)
+
+
+def objective(sketch: _effect.Sketch, alpha: float, gains: torch.Tensor) -> float:
+    """What is minimized, written out."""
+    features, slopes = sketch
+    H = features.mT @ features / len(features)
+    fit = gains @ H @ gains - 2 * slopes @ gains
+    own = (H.diagonal() * (gains - 1).square()).sum()
+    taken = gains != 0
+    floor = _effect._FLOOR * H.diagonal().mean() * (gains - 1)[taken].square().sum()
+    return float((1 - alpha) * fit + alpha * own + floor)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 4), st.integers(1, 3))
+def test_gains_are_the_best(seed: int, rows: int, modules: int, ranks: int) -> None:
+    pool, sketch = drawn(seed, rows, modules, ranks)
+    alpha = (0.03, 0.3, 0.9)[seed % 3]
+    most = float(pool.costs.sum())
+    choice = _effect.Choice(pool, sketch, alpha, most)
+    for budget in (most, most / 2):
+        gains = choice.gains(budget)
+        taken = gains != 0
+        assert pool.costs[taken].sum() <= budget
+        best = objective(sketch, alpha, gains)
+        draw = randomness.generator(seed, "elsewhere")
+        for _ in range(5):
+            moved = gains + 0.1 * taken * randomness.normal(draw, len(gains))
+            assert objective(sketch, alpha, moved) >= best - 1e-9
+
+
+@given(st.integers(0, 10**6))
+def test_the_first_direction_is_the_best_for_its_cost(seed: int) -> None:
+    pool, sketch = drawn(seed, 9, 4, 2)
+    choice = _effect.Choice(pool, sketch, 0.3, float(pool.costs.sum()))
+    nothing = objective(sketch, 0.3, torch.zeros(8, dtype=torch.float64))
+
+    def fall(d: int) -> float:
+        H = sketch.features.square().mean(0)
+        own, floor = 0.3 * H[d], _effect._FLOOR * H.mean()
+        gain = (0.7 * sketch.slopes[d] + own + floor) / (0.7 * H[d] + own + floor)
+        gains = torch.zeros(8, dtype=torch.float64)
+        gains[d] = gain
+        return (nothing - objective(sketch, 0.3, gains)) / float(pool.costs[d])
+
+    assert int(choice.order[0]) == max(range(8), key=fall)
+
+
+def test_all_directions_are_taken_as_they_are() -> None:
+    pool, sketch = drawn(0, 40, 5, 2)
+    gains = _effect.Choice(pool, sketch, 0.3, 1e9).gains(1e9)
+    assert torch.allclose(gains, torch.ones_like(gains))
+    assert _effect.predict(sketch.features, gains) < 1e-20
+
+
+def test_bundles_are_taken_whole() -> None:
+    pool, sketch = drawn(1, 30, 4, 4)
+    pool.bundles = torch.arange(16) // 2
+    for budget in range(0, 40, 3):
+        gains = _effect.Choice(pool, sketch, 0.1, budget).gains(budget)
+        taken = (gains != 0).view(8, 2)
+        assert torch.equal(taken[:, 0], taken[:, 1])
+
+
+def test_slopes_elsewhere_lead_to_the_same_gains() -> None:
+    """Of a linear network, whatever the gains at which derivatives were taken."""
+    pool, sketch = drawn(2, 40, 5, 2)
+    at = torch.linspace(0, 2, 10, dtype=torch.float64)
+    features = sketch.features
+    lost = features.sum(1) - features @ at
+    joined = _effect.join([_effect.Sketch(features, features.mT @ lost / 40)], at)
+    assert torch.allclose(joined.slopes, sketch.slopes)
+
+
+def test_candidates_lose_less_where_losses_add_up(tmp_path: Path) -> None:
+    """At one rank everywhere, for a tuning that all modules share."""
+    places = files.pair(tmp_path, change=files.low_rank(rank=6, size=0.2))
+    planner = Planner(Pair.open(*places), TEXTS, max_rank=8)
+    number = planner.parameters(1)
+    assert planner.error(planner.candidate("effect", number)) < 0.8 * planner.error(
+        planner.candidate("uniform", number)
+    )
+    least = [planner.least(error, "effect") for error in (0.5, 0.3, 0.1)]
+    assert all(a <= b for a, b in itertools.pairwise(least))  # type: ignore[operator]
+    assert planner.error(planner.smallest(0.1)[1]) <= 0.1
