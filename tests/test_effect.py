@@ -162,7 +162,7 @@ def test_bundles_are_taken_whole() -> None:
 
 def test_slopes_elsewhere_lead_to_the_same_gains() -> None:
     """Of a linear network, whatever the gains at which derivatives were taken."""
-    pool, sketch = drawn(2, 40, 5, 2)
+    _, sketch = drawn(2, 40, 5, 2)
     at = torch.linspace(0, 2, 10, dtype=torch.float64)
     features = sketch.features
     lost = features.sum(1) - features @ at

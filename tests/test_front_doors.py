@@ -127,8 +127,12 @@ DOORS = [
     Door(
         train,
         {"frozen": RELU["frozen"], "tunings": [Tuning(1)], "data": DATA, "steps": 1, "every": 1},
-        {"frozen": [None, "text", FNN.random(2, 3, batch_shape=(0,))], "tunings": [[], None]}
-        | {"data": [X], "steps": [-1]},
+        {
+            "frozen": [None, "text", FNN.random(2, 3, batch_shape=(0,))],
+            "tunings": [[], None],
+            "data": [X],
+            "steps": [-1],
+        },
     ),
     Door(
         train_fused,

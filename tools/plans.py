@@ -54,14 +54,16 @@ def measure(
         if not place.exists():
             return False
         known = pd.read_csv(place)
-        return ((known.tuning == name) & (known.method == method) & (known.asked == asked)).any()
+        return bool(
+            ((known.tuning == name) & (known.method == method) & (known.asked == asked)).any()
+        )
 
     for folder in others:
-        tool, _, rank = folder.name.rpartition("-")
-        if not done(tool, int(rank)):
+        tool, _, size = folder.name.rpartition("-")
+        if not done(tool, int(size)):
             numbers, _ = _files.measure_peft(folder)
             loaded = workflow._load(folder, planner.pair)
-            keep(tool, int(rank), numbers, planner.test.measure(loaded), 0.0)
+            keep(tool, int(size), numbers, planner.test.measure(loaded), 0.0)
     for rank in ranks:
         for method in METHODS:
             if not done(method, rank):
@@ -78,13 +80,13 @@ def measure(
 
 
 if __name__ == "__main__":
-    out, name, base, tuned, kind, ranks, *folders = sys.argv[1:]
+    out, name, base, tuned, kind, given, *folders = sys.argv[1:]
     measure(
         Path(out),
         name,
         base,
         tuned,
         kind,
-        [int(r) for r in ranks.split(",")],
+        [int(rank) for rank in given.split(",")],
         [*map(Path, folders)],
     )

@@ -1,8 +1,8 @@
 """Directions of changes chosen in function space: what each adds to the tuning's effect.
 
 Let ``J_d`` be the derivative of the network's outputs along direction ``d`` of a module's change,
-which an adapter takes with gain ``c_d``. To first order it loses ``e − Σ_d (c_d − c_d⁰) J_d``, where
-``e`` is what is lost at gains ``c⁰``. Products with random outputs sketch all ``J_d`` at once: for
+which an adapter takes with gain ``c_d``. To first order it loses ``e − Σ_d (c_d − b_d) J_d``, where
+``e`` is what is lost at gains ``b``. Products with random outputs sketch all ``J_d`` at once: for
 a text and a normal ``r``, ``φ_d = ⟨r, J_d⟩`` has ``E φ_d φ_k = ⟨J_d, J_k⟩`` [prop-sketch].
 """
 
@@ -71,7 +71,7 @@ def sketch(
     change, ``Σ_k ⟨J_d, J_k⟩`` for the directions of the pool.
     """
     draw = randomness.generator(seed, "sketch")
-    rows, slopes = [], torch.zeros(len(pool.costs), dtype=torch.float64)
+    parts, slopes = [], torch.zeros(len(pool.costs), dtype=torch.float64)
     for i, batch in enumerate(reference.batches):
         with torch.no_grad():
             error = reference.tuned_rows(i).to(network.device)
@@ -84,14 +84,12 @@ def sketch(
                 slopes += inside.products(values, error).sum(0)
             if values.shape[-1] <= probes and len(values) == len(batch.input_ids):
                 # So few outputs of each text need no sketch.
-                size = values.shape[-1]
-                drawn = [
-                    size**0.5 * torch.eye(size)[j].expand(len(values), -1) for j in range(size)
-                ]
+                unit = torch.eye(values.shape[-1]) * values.shape[-1] ** 0.5
+                drawn = [row.expand(len(values), -1) for row in unit]
             else:
                 drawn = [randomness.normal(draw, *values.shape) for _ in range(probes)]
-            rows += [inside.products(values, each.to(values)) for each in drawn]
-    features = torch.cat(rows)
+            parts += [inside.products(values, each.to(values)) for each in drawn]
+    features = torch.cat(parts)
     if not lost:
         slopes = features.mT @ features.sum(1) / len(features)
     else:
@@ -125,7 +123,7 @@ class _Inside:
 
     def products(self, values: Tensor, along: Tensor) -> Float[Tensor, "texts directions"]:
         """``⟨r, J_d⟩`` of each text and direction, for rows ``r`` as long as the outputs."""
-        slopes = torch.autograd.grad(
+        slopes: tuple[Tensor | None, ...] = torch.autograd.grad(
             values, self._after, along.to(values), retain_graph=True, allow_unused=True
         )
         parts = []

@@ -93,7 +93,8 @@ def moments(
     """Take `Moments` of a network's modules in one pass over texts, forwards and backwards.
 
     Gradients are of random combinations, with independent normal weights, of the outputs as the
-    ``readout`` of the tuned network gives them. If ``centred``, modules with a bias have their mean input subtracted.
+    ``readout`` of the tuned network gives them. If ``centred``, modules with a bias have their mean
+    input subtracted.
     """
     known = {module.name: module for module in modules}
     inputs = {name: _Rows(centred and module.bias) for name, module in known.items()}
@@ -157,20 +158,22 @@ class Directions(NamedTuple):
 
 
 def directions(
-    change: Float[Tensor, "out in"], about: Moments, metric: Metric, most: int
+    change: Float[Tensor, "out in"], about: Moments | None, metric: Metric, most: int
 ) -> Directions:
     """Find at most ``most`` leading directions of a change ``E`` in a metric [prop-two-metrics].
 
     ``σ_d`` are the singular values of ``R E Zᵀ``. ``Z`` has the inputs' second moment, but is the
     identity in the metric ``"plain"``; ``R`` is the `root` of the outputs' in ``"both"``, else the
-    identity. A module that no output depends on has no direction in ``"both"``.
+    identity. Only ``"plain"`` asks for no moments. A module that no output depends on has no
+    direction in ``"both"``.
     """
     E = change.double()
     Z: Tensor | None = None
     mean = torch.zeros_like(E[0])
-    if metric != "plain":
+    R: Tensor | None = None
+    if about is not None and metric != "plain":
         Z, mean = about.inputs.double().mT, about.mean.double()
-    R = root(about.outputs) if metric == "both" else None
+        R = root(about.outputs) if metric == "both" else None
     if R is None and metric == "both":
         nothing = LowRank(E[:, :0], E[:0].mT)
         return Directions(nothing, E.new_zeros(0), 0.0, E @ mean, mean)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, randomness
 from ..errors import InputError
 from ..lowrank import LowRank
 from . import _repair, metrics
@@ -47,9 +47,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: Ways to choose ranks, and the metric in which their factors are best. ``effect``: directions and
-#: their gains in function space (`candidate`); ``uniform``: one rank for all, at least 1; ``energy``: the least ranks that keep an equal share of each ``‖ΔW‖²``, at least
-#: 1, as ``peft.convert_to_lora`` has them; ``inputs``: by the variance of inputs, as EVA has them
-#: before training (Paischer et al., 2024); ``PATHS``: by gain for cost (`metrics.allocate`).
+#: their gains in function space (`Planner.candidate`); ``uniform``: one rank for all, at least 1;
+#: ``energy``: the least ranks that keep an equal share of each ``‖ΔW‖²``, at least 1, as
+#: ``peft.convert_to_lora`` has them; ``inputs``: by the variance of inputs, as EVA has them before
+#: training (Paischer et al., 2024); the others: by gain for cost (`metrics.allocate`).
 METHODS: dict[str, Metric] = {
     "effect": "plain",
     "uniform": "plain",
@@ -256,14 +257,11 @@ class Planner:
             found = self._plain[name]
             gains = torch.zeros(len(found.values))
             if name in adapter.factors:
+                left, right = found.update.left.mT, found.update.right.mT
                 kept = adapter.factors[name]
-                gains = (
-                    found.update.left.mT @ kept.left * (found.update.right.mT @ kept.right)
-                ).sum(1)
-                gains /= found.update.right.square().sum(0).clamp(min=1e-30)
-            lost[name] = (
-                math.sqrt(predict(held[:, place], gains.double()) / whole) if whole else 0.0
-            )
+                gains = (left @ kept.left * (right @ kept.right)).sum(1)
+                gains /= right.square().sum(1).clamp(min=1e-30)
+            lost[name] = math.sqrt(predict(held[:, place], gains.double()) / whole)
         return lost
 
     def shares(self, method: str, adapter: Adapter) -> dict[str, tuple[float, float]]:
@@ -381,14 +379,12 @@ class Planner:
         with watch(self.network, free) as seen:
             for i, batch in enumerate(self.fit.batches):
                 self.fit.record_tuned(self.network, i)
-                tokens += int(batch.attention_mask.sum())
+                number = int(batch.attention_mask.sum())
+                tokens += number
                 for name, (inputs, _) in seen.items():
-                    # A module behind a pooling layer takes in one row for a text.
+                    # A pooling layer takes in one row for a text.
                     rows = inputs[batch.there] if inputs.ndim == 3 else inputs
-                    weight = (
-                        1.0 if inputs.ndim == 3 else float(batch.attention_mask.sum()) / len(rows)
-                    )
-                    sums[name] += weight * rows.sum(0).cpu()
+                    sums[name] += number * rows.mean(0).cpu()
                 self.report("passing texts", i + 1, len(self.fit.batches))
         for reference in (self.select, self.test):
             reference.record_tuned(self.network)
@@ -460,8 +456,15 @@ class Planner:
         """Derivatives at the tuned network, for fitting and, features alone, for selection."""
         self.pair.fill(self.network, "tuned")
         fit, select = (
-            sketch(self.network, self._pool, reference, probes=PROBES, seed=seed, lost=False)
-            for reference, seed in ((self.fit, self.seed), (self.select, self.seed + 1))
+            sketch(
+                self.network,
+                self._pool,
+                reference,
+                probes=PROBES,
+                seed=randomness.number(self.seed, f"sketch to {purpose}"),
+                lost=False,
+            )
+            for purpose, reference in (("fit", self.fit), ("select", self.select))
         )
         return fit, select.features
 
@@ -486,7 +489,11 @@ class Planner:
             self.put(adapter)
             sketches.append(
                 sketch(
-                    self.network, self._pool, self.fit, probes=MORE_PROBES, seed=self.seed + 2 + i
+                    self.network,
+                    self._pool,
+                    self.fit,
+                    probes=MORE_PROBES,
+                    seed=randomness.number(self.seed, f"sketch {i}"),
                 )
             )
             again = Choice(self._pool, join(sketches, gains), choice.intensity, parameters)
