@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapower import randomness
+from lorapower import checkpoints, randomness
 from lorapower.checkpoints import Pair, Planner, _effect
 from lorapower.checkpoints._measuring import outputs
 
@@ -48,7 +48,7 @@ def test_slopes_are_differences_of_what_is_lost(
     gains = 2 * randomness.uniform(randomness.generator(1, "gains"), len(planner._pool.costs))
     gains[::3] = 0
     planner.put(planner._with_gains(gains))
-    found = _effect.sketch(planner.network, planner._pool, planner.fit, probes=1, seed=0)
+    found = _effect.sketch(planner.network, planner._pool, planner.fit, probes=1, seed=0, at=gains)
     for d in found.slopes.abs().argsort(descending=True)[:3].tolist():
         lost = []
         for size in (0.02, -0.02):
@@ -69,9 +69,7 @@ def test_sketches_have_the_second_moments(
     planner = Planner(Pair.open(*files.pair(tmp_path, kind, architecture)), TEXTS, max_rank=1)
     planner.pair.fill(planner.network, "tuned")
     few, many = (
-        _effect.sketch(
-            planner.network, planner._pool, planner.fit, probes=n, seed=n, lost=False
-        ).features
+        _effect.sketch(planner.network, planner._pool, planner.fit, probes=n, seed=n).features
         for n in (60, 120)
     )
     moments = [(rows.mT @ rows / len(rows)) for rows in (few, many)]
@@ -82,7 +80,7 @@ def test_few_outputs_are_differentiated_exactly(tmp_path: Path) -> None:
     planner = Planner(Pair.open(*files.pair(tmp_path)), TEXTS, max_rank=1)
     planner.pair.fill(planner.network, "tuned")
     one, other = (
-        _effect.sketch(planner.network, planner._pool, planner.fit, probes=2, seed=s, lost=False)
+        _effect.sketch(planner.network, planner._pool, planner.fit, probes=2, seed=s)
         for s in (0, 1)
     )
     assert torch.equal(one.features, other.features)
@@ -96,18 +94,21 @@ def drawn(seed: int, rows: int, modules: int, ranks: int) -> tuple[Any, _effect.
     pool.bundles = torch.arange(modules * ranks)
     common = randomness.normal(draw, rows, 1)
     features = common + randomness.normal(draw, rows, modules * ranks)
-    return pool, _effect.Sketch(features, features.mT @ features.sum(1) / rows)
+    number = modules * ranks
+    at = randomness.normal(draw, number) if seed % 2 else torch.ones(number, dtype=torch.float64)
+    slopes = randomness.normal(draw, number) if seed % 2 else torch.zeros_like(at)
+    return pool, _effect.Sketch(features, slopes, at)
 
 
 def objective(sketch: _effect.Sketch, alpha: float, gains: torch.Tensor) -> float:
     """What is minimized, written out."""
-    features, slopes = sketch
+    features, slopes, at = sketch
     H = features.mT @ features / len(features)
-    fit = gains @ H @ gains - 2 * slopes @ gains
-    own = (H.diagonal() * (gains - 1).square()).sum()
+    shrunk = (1 - alpha) * H + alpha * H.diagonal().diag()
+    fit = (gains - at) @ shrunk @ (gains - at) - 2 * slopes @ gains
     taken = gains != 0
-    floor = _effect._FLOOR * H.diagonal().mean() * (gains - 1)[taken].square().sum()
-    return float((1 - alpha) * fit + alpha * own + floor)
+    floor = _effect._FLOOR * H.diagonal().mean() * (gains - at)[taken].square().sum()
+    return float(fit + floor)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 4), st.integers(1, 3))
@@ -115,7 +116,7 @@ def test_gains_are_the_best(seed: int, rows: int, modules: int, ranks: int) -> N
     pool, sketch = drawn(seed, rows, modules, ranks)
     alpha = (0.03, 0.3, 0.9)[seed % 3]
     most = float(pool.costs.sum())
-    choice = _effect.Choice(pool, sketch, alpha, most)
+    choice = _effect.Choice(pool, [sketch], alpha, most)
     for budget in (most, most / 2):
         gains = choice.gains(budget)
         taken = gains != 0
@@ -130,23 +131,27 @@ def test_gains_are_the_best(seed: int, rows: int, modules: int, ranks: int) -> N
 @given(st.integers(0, 10**6))
 def test_the_first_direction_is_the_best_for_its_cost(seed: int) -> None:
     pool, sketch = drawn(seed, 9, 4, 2)
-    choice = _effect.Choice(pool, sketch, 0.3, float(pool.costs.sum()))
+    choice = _effect.Choice(pool, [sketch], 0.3, float(pool.costs.sum()))
     nothing = objective(sketch, 0.3, torch.zeros(8, dtype=torch.float64))
 
     def fall(d: int) -> float:
-        H = sketch.features.square().mean(0)
-        own, floor = 0.3 * H[d], _effect._FLOOR * H.mean()
-        gain = (0.7 * sketch.slopes[d] + own + floor) / (0.7 * H[d] + own + floor)
         gains = torch.zeros(8, dtype=torch.float64)
-        gains[d] = gain
-        return (nothing - objective(sketch, 0.3, gains)) / float(pool.costs[d])
+
+        def at(gain: float) -> float:
+            gains[d] = gain
+            return objective(sketch, 0.3, gains)
+
+        # A parabola, by three of its points.
+        low, middle, high = at(-1.0), at(1e-9), at(1.0)
+        bend, slope = (low + high) / 2 - middle, (high - low) / 2
+        return (nothing - at(-slope / 2 / bend)) / float(pool.costs[d])
 
     assert int(choice.order[0]) == max(range(8), key=fall)
 
 
 def test_all_directions_are_taken_as_they_are() -> None:
     pool, sketch = drawn(0, 40, 5, 2)
-    gains = _effect.Choice(pool, sketch, 0.3, 1e9).gains(1e9)
+    gains = _effect.Choice(pool, [sketch], 0.3, 1e9).gains(1e9)
     assert torch.allclose(gains, torch.ones_like(gains))
     assert _effect.predict(sketch.features, gains) < 1e-20
 
@@ -155,19 +160,21 @@ def test_bundles_are_taken_whole() -> None:
     pool, sketch = drawn(1, 30, 4, 4)
     pool.bundles = torch.arange(16) // 2
     for budget in range(0, 40, 3):
-        gains = _effect.Choice(pool, sketch, 0.1, budget).gains(budget)
+        gains = _effect.Choice(pool, [sketch], 0.1, budget).gains(budget)
         taken = (gains != 0).view(8, 2)
         assert torch.equal(taken[:, 0], taken[:, 1])
 
 
-def test_slopes_elsewhere_lead_to_the_same_gains() -> None:
+def test_derivatives_elsewhere_lead_to_the_same_gains() -> None:
     """Of a linear network, whatever the gains at which derivatives were taken."""
-    _, sketch = drawn(2, 40, 5, 2)
-    at = torch.linspace(0, 2, 10, dtype=torch.float64)
+    pool, sketch = drawn(2, 40, 5, 2)
     features = sketch.features
-    lost = features.sum(1) - features @ at
-    joined = _effect.join([_effect.Sketch(features, features.mT @ lost / 40)], at)
-    assert torch.allclose(joined.slopes, sketch.slopes)
+    at = torch.linspace(0, 2, 10, dtype=torch.float64)
+    slopes = features.mT @ (features.sum(1) - features @ at) / 40
+    there = _effect.Sketch(features, slopes, at)
+    here, moved = (_effect.Choice(pool, [each], 0.0, 20.0).gains(20.0) for each in (sketch, there))
+    assert (here != 0).equal(moved != 0)
+    assert torch.allclose(here, moved, atol=0.05)
 
 
 def test_candidates_lose_less_where_losses_add_up(tmp_path: Path) -> None:
@@ -181,3 +188,20 @@ def test_candidates_lose_less_where_losses_add_up(tmp_path: Path) -> None:
     least = [planner.least(error, "effect") for error in (0.5, 0.3, 0.1)]
     assert all(a <= b for a, b in itertools.pairwise(least))  # type: ignore[operator]
     assert planner.error(planner.smallest(0.1)[1]) <= 0.1
+
+
+def test_directions_of_an_adapter_are_those_of_its_factors(tmp_path: Path) -> None:
+    """And the adapter of the same function that is written is no larger than its rank."""
+    base, tuned = files.pair(tmp_path / "pair", *KINDS[3])
+    out = tmp_path / "adapter"
+    checkpoints.extract(base, tuned, TEXTS, out, rank=3, max_rank=3, leave=["bias", "norm"])
+    planner = Planner(Pair.open(base, str(out)), TEXTS, max_rank=8)
+    for name in planner.modules:
+        change = planner.pair.change(name)
+        found = planner._plain[name]
+        values = torch.linalg.svdvals(change.double())[: len(found.values)]
+        assert torch.allclose(found.values, values, atol=1e-6)
+        assert torch.allclose(found.update.matrix(), change, atol=1e-5)
+    whole = planner.candidate("effect", planner.most)
+    assert planner.error(whole) < 1e-4
+    assert whole.parameters <= planner.parameters(3)

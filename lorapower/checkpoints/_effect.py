@@ -56,31 +56,40 @@ class Pool:
 
 
 class Sketch(NamedTuple):
-    """Rows ``φ`` with ``E φφᵀ`` the second moments of ``J_d``, and the slopes ``⟨J_d, e⟩``."""
+    """Derivatives of a network whose modules take the directions with gains ``at``.
+
+    Rows ``φ`` have ``E φφᵀ`` the products of ``J_d``; ``slopes`` are ``⟨J_d, e⟩``.
+    """
 
     features: Float[Tensor, "rows directions"]
     slopes: Float[Tensor, " directions"]
+    at: Float[Tensor, " directions"]
 
 
 def sketch(
-    network: Any, pool: Pool, reference: Reference, *, probes: int, seed: int, lost: bool = True
+    network: Any,
+    pool: Pool,
+    reference: Reference,
+    *,
+    probes: int,
+    seed: int,
+    at: Float[Tensor, " directions"] | None = None,
 ) -> Sketch:
     """Differentiate random outputs of a network, and what it loses, along all directions.
 
-    If nothing is ``lost``, since the network is the tuned one, slopes are those of the whole
-    change, ``Σ_k ⟨J_d, J_k⟩`` for the directions of the pool.
+    The network has gains ``at``; without them it is the tuned one, which has all and loses nothing.
     """
     draw = randomness.generator(seed, "sketch")
     parts, slopes = [], torch.zeros(len(pool.costs), dtype=torch.float64)
     for i, batch in enumerate(reference.batches):
         with torch.no_grad():
             error = reference.tuned_rows(i).to(network.device)
-            error -= reference.rows(network, batch) if lost else error
+            error -= error if at is None else reference.rows(network, batch)
         with torch.enable_grad(), _fast(network, reference), watch(network, pool.places) as seen:
             values = reference.rows(network, batch)
         with torch.enable_grad():
             inside = _Inside(pool, seen)
-            if lost:
+            if at is not None:
                 slopes += inside.products(values, error).sum(0)
             if values.shape[-1] <= probes and len(values) == len(batch.input_ids):
                 # So few outputs of each text need no sketch.
@@ -89,12 +98,8 @@ def sketch(
             else:
                 drawn = [randomness.normal(draw, *values.shape) for _ in range(probes)]
             parts += [inside.products(values, each.to(values)) for each in drawn]
-    features = torch.cat(parts)
-    if not lost:
-        slopes = features.mT @ features.sum(1) / len(features)
-    else:
-        slopes /= count(reference.batches)
-    return Sketch(features, slopes)
+    slopes /= count(reference.batches)
+    return Sketch(torch.cat(parts), slopes, torch.ones_like(slopes) if at is None else at)
 
 
 def _fast(network: Any, reference: Reference) -> AbstractContextManager[Any]:
@@ -141,22 +146,29 @@ class _Inside:
 class Choice:
     """Directions in the order in which they are taken, and the gains of any number of them.
 
-    The first order of the squared error, with second moments ``H = E φφᵀ`` shrunk to their diagonal
-    by an ``intensity`` α, is ``(1−α)(cᵀHc − 2bᵀc) + α Σ_d H_dd (c_d − 1)²``, where ``c_d = 0`` for
-    directions that are not taken. They are taken by its fall for their cost, in steps after which
-    all gains are fitted again.
+    To first order gains ``c`` lose ``cᵀHc − 2(g + Hb)ᵀc`` more than nothing, where ``g`` are the
+    slopes at gains ``b``, and ``H`` the products of ``J_d``, of which all off the diagonal are
+    shrunk by ``1 − α``. Directions are taken by its fall for their cost, in steps after which all
+    gains are fitted again.
     """
 
-    def __init__(self, pool: Pool, about: Sketch, intensity: float, most: float) -> None:
-        """Take directions until their cost is at most ``most``."""
+    def __init__(
+        self, pool: Pool, sketches: Sequence[Sketch], intensity: float, most: float
+    ) -> None:
+        """Take directions until their cost is at most ``most``.
+
+        Products are the mean over sketches, slopes are those of the last; ``intensity`` is ``α``.
+        """
         self.intensity = intensity
         self._pool = pool
-        self._slopes = (1 - intensity) * about.slopes
-        self._rows = ((1 - intensity) / len(about.features)) ** 0.5 * about.features
-        squares = about.features.square().mean(0)
-        self._lost = intensity * squares
+        self._slopes, self._at = sketches[-1].slopes, sketches[-1].at
+        rows = torch.cat([each.features for each in sketches])
+        squares = rows.square().mean(0)
+        self._rows = rows * ((1 - intensity) / len(rows)) ** 0.5
+        self._target = self._rows @ self._at
         self._floor = _FLOOR * float(squares.mean())
-        self._own = self._rows.square().sum(0)
+        self._weights = intensity * squares + self._floor
+        self._own = self._rows.square().sum(0) + self._weights
         self.order = self._pursue(most)
 
     def gains(self, parameters: float) -> Float[Tensor, " directions"]:
@@ -172,10 +184,12 @@ class Choice:
         gains = torch.zeros_like(costs)
         taken: list[Tensor] = []
         spent = 0.0
-        weights = self._lost + self._floor
+        kept = self._weights * self._at
+        # What texts say nothing of is not taken for its own sake.
+        spared = self._floor * self._at.square()
         while True:
-            slopes = self._slopes - self._rows.mT @ (self._rows @ gains)
-            falls = (slopes + weights).square() / (self._own + weights) - self._floor
+            slopes = self._slopes + self._rows.mT @ (self._target - self._rows @ gains)
+            falls = (slopes + kept).square() / self._own - spared
             density = torch.zeros_like(price).index_add_(0, bundles, falls) / price
             density[~free | (price > most - spent)] = 0
             ranked = density.argsort(descending=True)
@@ -195,12 +209,12 @@ class Choice:
         return torch.cat(taken) if taken else torch.zeros(0, dtype=torch.int64)
 
     def _fit(self, taken: Int[Tensor, " taken"]) -> Float[Tensor, " directions"]:
-        """The best gains of these directions, by the Woodbury identity in rows."""
+        """The best gains of these directions, by the Woodbury identity where they are many."""
         gains = torch.zeros_like(self._own)
         if not len(taken):
             return gains
-        rows, weights = self._rows[:, taken], (self._lost + self._floor)[taken]
-        right = self._slopes[taken] - rows.mT @ rows.sum(1)
+        rows, weights, at = self._rows[:, taken], self._weights[taken], self._at[taken]
+        right = self._slopes[taken] + rows.mT @ (self._target - rows @ at)
         if len(taken) <= len(rows):
             step = torch.linalg.solve(rows.mT @ rows + weights.diag(), right)
         else:
@@ -208,15 +222,8 @@ class Choice:
             inner.diagonal().add_(1)
             step = torch.linalg.solve(inner, rows @ (right / weights))
             step = (right - rows.mT @ step) / weights
-        gains[taken] = 1 + step
+        gains[taken] = at + step
         return gains
-
-
-def join(sketches: Sequence[Sketch], gains: Float[Tensor, " directions"]) -> Sketch:
-    """All features, and slopes at no gains that follow from the last sketch, which was at these."""
-    features = torch.cat([each.features for each in sketches])
-    back = features.mT @ (features @ gains) / len(features)
-    return Sketch(features, sketches[-1].slopes + back)
 
 
 def predict(features: Tensor, gains: Tensor) -> float:

@@ -25,7 +25,6 @@ from ._effect import (
     Choice,
     Pool,
     Sketch,
-    join,
     predict,
     sketch,
 )
@@ -396,15 +395,14 @@ class Planner:
     def _decompose(self, means: dict[str, Tensor]) -> None:
         """Find the leading singular directions of all changes."""
         for done, module in enumerate(self.modules.values(), 1):
-            change = self.pair.change(module.name)
-            found = metrics.directions(change, None, "plain", self.max_rank)
-            mean = means.get(module.name, torch.zeros(module.shape[1]))
+            found = _singular(self.pair, module.name, self.max_rank)
+            update = LowRank(found.update.left.float(), found.update.right.float())
             found = found._replace(
-                update=LowRank(found.update.left.float(), found.update.right.float()),
-                values=found.values,
-                shift=change @ mean,
-                mean=mean,
+                update=update, mean=found.mean.float(), shift=found.shift.float()
             )
+            if module.name in means:
+                mean = means[module.name]
+                found = found._replace(mean=mean, shift=self.pair.change(module.name) @ mean)
             self._plain[module.name] = found
             self.report("directions of changes", done, len(self.modules))
         self._values["plain"] = {name: found.values for name, found in self._plain.items()}
@@ -462,7 +460,6 @@ class Planner:
                 reference,
                 probes=PROBES,
                 seed=randomness.number(self.seed, f"sketch to {purpose}"),
-                lost=False,
             )
             for purpose, reference in (("fit", self.fit), ("select", self.select))
         )
@@ -471,13 +468,8 @@ class Planner:
     def _choice(self, parameters: int) -> Choice:
         """Directions for so many parameters, with the intensity that texts for selection choose."""
         fit, held = self._sketches
-
-        def loss(intensity: float) -> float:
-            gains = Choice(self._pool, fit, intensity, parameters).gains(parameters)
-            return predict(held, gains)
-
-        best = min(INTENSITIES, key=loss)
-        return Choice(self._pool, fit, best, parameters)
+        choices = [Choice(self._pool, [fit], each, parameters) for each in INTENSITIES]
+        return min(choices, key=lambda choice: predict(held, choice.gains(parameters)))
 
     def _refine(self, choice: Choice, parameters: int) -> tuple[Adapter, Choice]:
         """The adapter and its choice with derivatives at the adapted network too."""
@@ -487,16 +479,11 @@ class Planner:
         error = self.error(adapter)
         for i in range(ROUNDS):
             self.put(adapter)
+            seed = randomness.number(self.seed, f"sketch {i}")
             sketches.append(
-                sketch(
-                    self.network,
-                    self._pool,
-                    self.fit,
-                    probes=MORE_PROBES,
-                    seed=randomness.number(self.seed, f"sketch {i}"),
-                )
+                sketch(self.network, self._pool, self.fit, probes=MORE_PROBES, seed=seed, at=gains)
             )
-            again = Choice(self._pool, join(sketches, gains), choice.intensity, parameters)
+            again = Choice(self._pool, sketches, choice.intensity, parameters)
             moved = self._with_gains(again.gains(parameters))
             after = self.error(moved)
             if not after < error:
@@ -528,7 +515,7 @@ class Planner:
     def _predict_least(self, error: float) -> int:
         """How many parameters have at most an error to first order, on texts for selection."""
         fit, held = self._sketches
-        path = Choice(self._pool, fit, INTENSITIES[len(INTENSITIES) // 2], self.most)
+        path = Choice(self._pool, [fit], INTENSITIES[len(INTENSITIES) // 2], self.most)
         aim = error**2 * float(held.sum(1).square().mean())
         numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
         reached = (n for n in numbers if predict(held, path.gains(n)) <= aim)
@@ -591,6 +578,19 @@ def compare(
             row = {"method": method, "parameters": asked, "used": adapter.parameters, **measured}
             rows.append(row | {"ranks": adapter.ranks})
     return pd.DataFrame(rows)
+
+
+def _singular(pair: Pair, name: str, most: int) -> Directions:
+    """The leading singular directions of a change, of its factors where it has some."""
+    update = pair.update(name)
+    if update is None or not update.rank:
+        return metrics.directions(pair.change(name), None, "plain", most)
+    Q, left = torch.linalg.qr(update.left.double())
+    P, right = torch.linalg.qr(update.right.double())
+    core = metrics.directions(left @ right.mT, None, "plain", most)
+    nothing = torch.zeros(len(Q)), torch.zeros(len(P))
+    found = LowRank(Q @ core.update.left, P @ core.update.right)
+    return Directions(found, core.values, core.total, *nothing)
 
 
 def _uniform(modules: Mapping[str, Module], rank: int) -> dict[str, int]:
