@@ -8,7 +8,7 @@ a text and a normal ``r``, ``φ_d = ⟨r, J_d⟩`` has ``E φ_d φ_k = ⟨J_d, J
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -74,6 +74,7 @@ def sketch(
     probes: int,
     seed: int,
     at: Float[Tensor, " directions"] | None = None,
+    report: Callable[[int, int], None] = lambda *_: None,
 ) -> Sketch:
     """Differentiate random outputs of a network, and what it loses, along all directions.
 
@@ -82,6 +83,7 @@ def sketch(
     draw = randomness.generator(seed, "sketch")
     parts, slopes = [], torch.zeros(len(pool.costs), dtype=torch.float64)
     for i, batch in enumerate(reference.batches):
+        report(i, len(reference.batches))
         with torch.no_grad():
             error = reference.tuned_rows(i).to(network.device)
             error -= error if at is None else reference.rows(network, batch)
@@ -98,6 +100,7 @@ def sketch(
             else:
                 drawn = [randomness.normal(draw, *values.shape) for _ in range(probes)]
             parts += [inside.products(values, each.to(values)) for each in drawn]
+    report(len(reference.batches), len(reference.batches))
     slopes /= count(reference.batches)
     return Sketch(torch.cat(parts), slopes, torch.ones_like(slopes) if at is None else at)
 
@@ -140,7 +143,7 @@ class _Inside:
                 continue
             both = (slope.float() @ found.update.left.to(slope.device)) * inputs
             parts.append(both.sum(1) if both.ndim == 3 else both)
-        return torch.cat(parts, -1).double().cpu()
+        return torch.cat(parts, -1).cpu().double()
 
 
 class Choice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 import weakref
@@ -59,12 +60,16 @@ class Batch(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Texts to fit to, to select candidates by and to state errors with; how many were cut off."""
+    """Texts to fit to, to select candidates by and to state errors with.
+
+    ``cut`` were cut off, and ``unknown`` is the share of tokens that stand for any unknown word.
+    """
 
     fit: list[Batch]
     select: list[Batch]
     test: list[Batch]
     cut: int
+    unknown: float
 
 
 def count(batches: Sequence[Batch]) -> int:
@@ -121,11 +126,14 @@ def prepare(
     planning, stated = planning[:MOST], stated[:MOST]
     limit = _limit(pair, tokens)
     with hub.quiet():
-        lengths = [len(ids) for ids in pair.tokenizer([*planning, *stated])["input_ids"]]
+        tokenized = pair.tokenizer([*planning, *stated])["input_ids"]
+    lengths = [len(ids) for ids in tokenized]
+    unknown = sum(ids.count(pair.tokenizer.unk_token_id) for ids in tokenized)
     first = round(SELECTING * len(planning))
     parts = (planning[first:], planning[:first], stated)
     fit, select, rest = ([*_batches(pair, part, limit)] for part in parts)
-    return Texts(fit, select, rest, sum(length > limit for length in lengths))
+    cut = sum(length > limit for length in lengths)
+    return Texts(fit, select, rest, cut, unknown / sum(lengths))
 
 
 def prepare_all(pair: Pair, texts: Sequence[str], *, tokens: int, seed: int) -> list[Batch]:
@@ -237,7 +245,7 @@ class Readout:
             self._weight = head.weight.detach().clone()
             self._bias = None if head.bias is None else head.bias.detach().clone()
             rows = self._weight - self._weight.mean(0)
-            values, vectors = torch.linalg.eigh((rows.mT @ rows).double())
+            values, vectors = torch.linalg.eigh((rows.mT @ rows).cpu().double())
             self.root = (values.clamp(0).sqrt()[:, None] * vectors.mT).to(rows)
 
     def states(self, network: Any, batch: Batch) -> Float[Tensor, "rows columns"]:
@@ -297,8 +305,12 @@ class Reference:
 
     def measure(self, network: Any, *, seed: int = 0) -> Measured:
         """The `Measured` of a network, of transformers or peft."""
+        return self.measure_texts(network, seed=seed)[0]
+
+    def measure_texts(self, network: Any, *, seed: int = 0) -> tuple[Measured, NDArray[np.float64]]:
+        """The `Measured` of a network, and the squared error of each text."""
         squares, equal, divergence, sizes = self._compare(network)
-        return Measured(
+        measured = Measured(
             ratio(squares, self.effect),
             upper_limit(squares, self.effect, seed=seed),
             float(equal.sum() / sizes.sum()),
@@ -306,6 +318,7 @@ class Reference:
             float(divergence.sum() / sizes.sum()),
             len(squares),
         )
+        return measured, squares
 
     def _distances(self, network: Any) -> NDArray[np.float64]:
         """The squared distance of each text from the tuned network's outputs."""
@@ -315,7 +328,7 @@ class Reference:
         with torch.no_grad():
             for i, batch in enumerate(self.batches):
                 off = self.rows(network, batch) - self.tuned_rows(i).to(network.device)
-                column = off.double().square().sum(-1, keepdim=True).cpu()
+                column = off.cpu().double().square().sum(-1, keepdim=True)
                 parts.append(_sum_by_text(column, batch, self.readout.task)[:, 0].numpy())
         return np.concatenate(parts)
 
@@ -327,6 +340,9 @@ class Reference:
             for i, batch in enumerate(self.batches):
                 values = outputs(network, batch, task)
                 target = self.readout.outputs(self._tuned(i).to(values))
+                if values.device.type == "mps":
+                    # Which has no float64.
+                    values, target = values.cpu(), target.cpu()
                 columns = [(values - target).double().square().sum(-1)]
                 if task == "encoder" or values.shape[-1] == 1:
                     columns += [torch.full_like(columns[0], math.nan)] * 2
@@ -346,6 +362,15 @@ class Reference:
 
     def _file(self, i: int) -> Path:
         return self._folder / f"{i}.npy"
+
+
+def free_memory() -> float:
+    """About how many bytes this machine has free."""
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        # Not every system says.
+        return 2.0**31
 
 
 def scratch_folder(owner: object) -> Path:
@@ -408,6 +433,12 @@ def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
     return float(math.sqrt(lost / whole))
 
 
+def largest_share(squares: NDArray[np.float64], part: float = 0.05) -> float:
+    """The share of a sum that its largest terms hold, a part of all; NaN if the sum is 0."""
+    largest = np.sort(squares)[-math.ceil(part * len(squares)) :]
+    return float(largest.sum() / squares.sum()) if squares.sum() else math.nan
+
+
 def upper_limit(
     squares: NDArray[np.float64], effect: NDArray[np.float64], *, seed: int = 0
 ) -> float:
@@ -415,17 +446,37 @@ def upper_limit(
     error = ratio(squares, effect)
     if error in (0, math.inf) or len(squares) < 2:
         return error
+    return max(error, _limits(squares, effect, seed)[1])
+
+
+def paired_ratio(
+    squares: NDArray[np.float64], others: NDArray[np.float64], *, seed: int = 0
+) -> tuple[float, float, float]:
+    """``(Σ e / Σ e')^{1/2}`` of two errors on the same texts, and its limits, about 95%."""
+    if not (squares.any() and others.any()):
+        return (0.0,) * 3 if others.any() else (math.nan,) * 3
+    return ratio(squares, others), *_limits(squares, others, seed)
+
+
+def _limits(
+    squares: NDArray[np.float64], others: NDArray[np.float64], seed: int
+) -> tuple[float, float]:
+    """Limits of ``(Σ e / Σ d)^{1/2}`` by bootstrap-t, each with `TAIL` of it beyond."""
+    log, deviation = _log_ratio(squares, others)
+    if deviation == 0:
+        return (math.exp(log / 2),) * 2
     draw = np.random.default_rng(randomness.number(seed, "bootstrap"))
     drawn = draw.integers(len(squares), size=(DRAWS, len(squares)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs, deviations = _log_ratio(squares[drawn], effect[drawn])
-        log, deviation = _log_ratio(squares, effect)
+        logs, deviations = _log_ratio(squares[drawn], others[drawn])
         scores = (logs - log) / deviations
-    scores = np.sort(np.where(np.isnan(scores), -math.inf, scores))
-    lowest = scores[math.floor(TAIL * DRAWS)]
-    if not math.isfinite(lowest):
-        return math.inf
-    return max(error, float(math.exp((log - lowest * deviation) / 2)))
+    order = math.floor(TAIL * DRAWS)
+    # What cannot be told is as far off as can be, on either side.
+    lowest = np.sort(np.where(np.isnan(scores), -math.inf, scores))[order]
+    highest = np.sort(np.where(np.isnan(scores), math.inf, scores))[-1 - order]
+    low = math.exp((log - highest * deviation) / 2) if math.isfinite(highest) else 0.0
+    high = math.exp((log - lowest * deviation) / 2) if math.isfinite(lowest) else math.inf
+    return low, high
 
 
 def _log_ratio(squares: Any, effect: Any) -> tuple[Any, Any]:
@@ -466,3 +517,8 @@ def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
 def megabytes(size: int) -> str:
     """A size in bytes for people."""
     return f"{size / 1e6:.3g} MB"
+
+
+def percent(share: float) -> str:
+    """A share for people."""
+    return f"{share:.1%}" if math.isfinite(share) else "–"

@@ -34,6 +34,7 @@ from ._measuring import (
     Readout,
     Reference,
     Texts,
+    free_memory,
     prepare,
     ratio,
     scratch_folder,
@@ -90,6 +91,8 @@ class Planner:
         max_rank: int = 64,
         bucket: int = 1,
         seed: int = 0,
+        device: str = "cpu",
+        memory: float | None = None,
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks, and find the directions of all changes.
@@ -98,8 +101,10 @@ class Planner:
         texts, probes and the order of repair. Texts are cut off after ``tokens``. Ranks are at most
         ``max_rank``, and multiples of ``bucket`` or the highest that a module can have. ``modules``
         are ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression, searched for in their
-        names; the others stay the base's, as do kinds of `Other` in ``leave``. ``report`` receives
-        progress: the stage, the steps done, and their number.
+        names; the others stay the base's, as do kinds of `Other` in ``leave``. The network is on
+        ``device``; statistics of modules may take so many bytes of ``memory`` at once, by default
+        half of what is free. ``report`` receives progress: the stage, the steps done, and their
+        number.
         """
         kinds = _checks.items("leave", leave, what=f"kinds among {KINDS}")
         if strange := [kind for kind in kinds if kind not in KINDS]:
@@ -112,6 +117,8 @@ class Planner:
             "bucket": bucket,
             "seed": seed,
         }
+        self.device = _checks.device(device)
+        self._memory = free_memory() / 2 if memory is None else _checks.positive("memory", memory)
         self.max_rank = _checks.integer("max_rank", max_rank, 1)
         bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
         self.pair = pair = replace(pair, leave=frozenset(kinds))
@@ -119,7 +126,7 @@ class Planner:
         self.modules = _choose(pair, modules)
         self.texts: Texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
         self.bucket = bucket
-        self.network = pair.network()
+        self.network = pair.network().to(self.device)
         self.readout = Readout(self.network, pair.task)
         self.fit, self.select, self.test = (
             Reference(batches, self.readout)
@@ -374,7 +381,14 @@ class Planner:
         """Record both networks on all texts; the mean inputs of modules whose biases are free."""
         free = [name for name, module in self.modules.items() if self.pair.frees_bias(module)]
         sums = {name: torch.zeros(self.modules[name].shape[1]) for name in free}
-        tokens = 0
+        tokens = done = 0
+        stated = self.select, self.test
+        total = len(self.fit.batches) + 2 * sum(len(each.batches) for each in stated)
+
+        def tell(done: int) -> None:
+            self.report("passing texts", done, total)
+
+        tell(0)
         with watch(self.network, free) as seen:
             for i, batch in enumerate(self.fit.batches):
                 self.fit.record_tuned(self.network, i)
@@ -384,16 +398,19 @@ class Planner:
                     # A pooling layer takes in one row for a text.
                     rows = inputs[batch.there] if inputs.ndim == 3 else inputs
                     sums[name] += number * rows.mean(0).cpu()
-                self.report("passing texts", i + 1, len(self.fit.batches))
-        for reference in (self.select, self.test):
+                tell(done := i + 1)
+        for reference in stated:
             reference.record_tuned(self.network)
+            tell(done := done + len(reference.batches))
         self.pair.fill(self.network, "base")
-        for reference in (self.select, self.test):
+        for reference in stated:
             reference.record_base(self.network)
+            tell(done := done + len(reference.batches))
         return {name: total / tokens for name, total in sums.items()}
 
     def _decompose(self, means: dict[str, Tensor]) -> None:
         """Find the leading singular directions of all changes."""
+        self.report("directions of changes", 0, len(self.modules))
         for done, module in enumerate(self.modules.values(), 1):
             found = _singular(self.pair, module.name, self.max_rank)
             update = LowRank(found.update.left.float(), found.update.right.float())
@@ -416,9 +433,8 @@ class Planner:
         for each in ("input", "both"):
             self._values[each], self._totals[each] = {}, {}
         samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fit)
-        memory = max(2**28, self.pair.tuned.bytes() // 4)
         done = 0
-        for group in _group([*self.modules.values()], samples, memory):
+        for group in _group([*self.modules.values()], samples, self._memory):
             about = metrics.moments(
                 self.network,
                 group,
@@ -460,6 +476,7 @@ class Planner:
                 reference,
                 probes=PROBES,
                 seed=randomness.number(self.seed, f"sketch to {purpose}"),
+                report=functools.partial(self.report, "derivatives at the tuned model"),
             )
             for purpose, reference in (("fit", self.fit), ("select", self.select))
         )
@@ -481,7 +498,15 @@ class Planner:
             self.put(adapter)
             seed = randomness.number(self.seed, f"sketch {i}")
             sketches.append(
-                sketch(self.network, self._pool, self.fit, probes=MORE_PROBES, seed=seed, at=gains)
+                sketch(
+                    self.network,
+                    self._pool,
+                    self.fit,
+                    probes=MORE_PROBES,
+                    seed=seed,
+                    at=gains,
+                    report=functools.partial(self.report, "derivatives at the adapted model"),
+                )
             )
             again = Choice(self._pool, sketches, choice.intensity, parameters)
             moved = self._with_gains(again.gains(parameters))
@@ -493,6 +518,7 @@ class Planner:
 
     def _least_effect(self, error: float) -> Adapter | None:
         """The smallest adapter in function space with at most an error on texts for selection."""
+        tell = functools.partial(self.report, "searching the smallest adapter")
         number = self._predict_least(error)
         choice = self._choice(number)
         while self.error(self._with_gains(choice.gains(number))) > error and number < self.most:
@@ -501,15 +527,19 @@ class Planner:
         adapter, choice = self._refine(choice, number)
         if self.error(adapter) > error:
             return None
-        low, high = 0, number
+        low, high, done = 0, number, 0
         # To a twentieth, along the order in which directions were taken.
         while high > 1.05 * low + self.parameters(1) // 50:
+            left = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
+            tell(done, done + max(1, math.ceil(left)))
+            done += 1
             middle = round(math.sqrt(low * high)) if low else high // 2
             smaller = self._with_gains(choice.gains(middle))
             if self.error(smaller) <= error:
                 adapter, high = smaller, middle
             else:
                 low = middle
+        tell(done, done)
         return adapter
 
     def _predict_least(self, error: float) -> int:
@@ -669,7 +699,7 @@ def _choose(pair: Pair, modules: str) -> dict[str, Module]:
     return chosen
 
 
-def _group(modules: Sequence[Module], samples: int, memory: int) -> Iterator[list[Module]]:
+def _group(modules: Sequence[Module], samples: int, memory: float) -> Iterator[list[Module]]:
     """Modules in groups whose moments over so many tokens take at most so many bytes, or alone."""
     group: list[Module] = []
     taken = 0
