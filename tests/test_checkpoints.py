@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from scipy import stats
 
@@ -327,11 +328,24 @@ def test_equal_checkpoints_need_nothing(tmp_path: Path) -> None:
         ({"held_out": TEXTS[:70]}, "held_out"),
         *[({"modules": value}, "modules") for value in ("nothing of this name", "(", 3)],
         *[({"leave": value}, "leave") for value in (["weights"], 3)],
+        *[({name: "maybe"}, name) for name in ("sure", "serving", "device", "memory")],
+        ({"memory": 0}, "memory"),
     ],
 )
 def test_bad_requests(places: tuple[str, str], options: Any, name: str) -> None:
     with pytest.raises(InputError, match=f"^{name} must be"):
         checkpoints.plan(*places, TEXTS, **options)
+
+
+def test_heads_that_the_base_lacks_are_not_left_out(
+    places: tuple[str, str], tmp_path: Path
+) -> None:
+    with hub.quiet():
+        body: Any = transformers.BertModel.from_pretrained(places[0])
+        body.save_pretrained(tmp_path)
+    for options in ({"leave": ["head"]}, {"serving": True}):
+        with pytest.raises(InputError, match="leave must be without head, as the base has none"):
+            checkpoints.plan(str(tmp_path), places[1], TEXTS, **options)
 
 
 def test_methods_side_by_side(planner: Planner) -> None:
@@ -436,15 +450,24 @@ def test_folders_that_exist_stay_unless_forced(places: tuple[str, str], tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
+@pytest.mark.parametrize("where", ["_save", "_save_merged", "_describe"])
 def test_nothing_half_written_looks_finished(
-    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    places: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: Exception,
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(folder: Path, *_: object) -> None:
+        (folder / "begun").write_text("begun")
+        raise error
 
-    monkeypatch.setattr(workflow, "_describe", full)
-    with pytest.raises(ResultsError, match=r"cannot be written \(No space left"):
-        checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=1, repair=False)
+    monkeypatch.setattr(workflow, where, full)
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    with pytest.raises(ResultsError, match=r"cannot be written \(No space left") as told:
+        checkpoints.extract(*places, TEXTS, out, rank=1, merged=merged)
+    assert told.value.path == (merged if where == "_save_merged" else out)
     assert not [*tmp_path.iterdir()]
 
 
