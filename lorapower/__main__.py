@@ -5,12 +5,21 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from . import _hub
-from .errors import InputError
-
 
 def main() -> NoReturn:
     """Run the command, or say which extra it needs, with exit status 2."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run() -> NoReturn:
+    # Here, so that an interrupt while libraries are imported ends like any other.
+    from . import _hub
+    from .errors import InputError
+
     try:
         _hub.require("checkpoints", "pandas", "peft", "rich", "transformers", "typer")
     except InputError as error:

@@ -12,8 +12,12 @@ from pathlib import Path
 
 import checkpoint_files as files
 import pytest
+import torch
+from rich.console import Console
 
-from lorapower import _cli
+from lorapower import __main__, _cli
+from lorapower.adapters import _files
+from lorapower.checkpoints import Pair, workflow
 
 TEXTS = files.texts(140)
 
@@ -59,13 +63,15 @@ def test_plans_extracts_and_checks(
     report = json.loads(out)
     assert code == 0
     assert report["error"] <= 0.3
-    code, out, _ = called("plan", *pair, "--rank", "1", capsys=capsys)
+    code, out, _ = called("plan", *pair, "--parameters", "300", capsys=capsys)
     assert code == 0
     for said in ("attention", "carried over", "numbers carried in all", "about 0.0"):
         assert said in out
     assert "error of uniform at rank 1 (688 parameters)" in out
+    assert "error over that of uniform" in out
+    assert "share of its square in the worst 5% of texts" in out
     folder = str(tmp_path / "out")
-    options = ["--rank", "2", "--out", folder, "--no-repair"]
+    options = ["--rank", "2", "--out", folder]
     code, out, _ = called("extract", *pair, *options, capsys=capsys)
     assert code == 0
     assert "Written to" in out
@@ -124,10 +130,164 @@ def test_status_2_is_bad_input(
     assert code == 2
 
 
+def test_adapters_shrink(
+    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = places
+    trained, other, small = (str(tmp_path / name) for name in ("trained", "other", "small"))
+    texts = ["--texts", file]
+    for folder, seed in ((trained, "0"), (other, "1")):
+        options = [*texts, "--rank", "4", "--out", folder, "--seed", seed, "--quiet"]
+        assert called("extract", base, tuned, *options, capsys=capsys)[0] == 0
+    options = [*texts, "--error", "0.3", "--out", small]
+    code, out, _ = called("shrink", base, trained, *options, "--json", capsys=capsys)
+    report = json.loads(out)
+    assert code == 0
+    assert report["tuned"] == trained
+    assert report["parameters"] < json.loads(Path(trained, "report.json").read_text())["parameters"]
+    found = json.loads(
+        called("check", base, small, trained, "--texts", file, "--json", capsys=capsys)[1]
+    )
+    assert found["error"] < 0.6
+    # Several, with weights: as the pair itself says.
+    weighted = [f"--adapter={trained}=0.7", f"--adapter={other}=0.3"]
+    options = [*texts, "--rank", "2", "--out", small, "--force"]
+    code, out, _ = called("shrink", base, *weighted, *options, "--json", capsys=capsys)
+    assert code == 0
+    pair = Pair.open(base, {trained: 0.7, other: 0.3})
+    assert json.loads(out)["tuned"] == pair.tuned.source
+    assert "# A low-rank adapter of 0.7 × trained + 0.3 × other" in Path(
+        small, workflow.CARD
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "TUNED must be given"),
+        (["TUNED", "--adapter", "BASE=1"], "TUNED must be left out"),
+        (["--adapter", "BASE"], "--adapter must be a folder, an equals sign and a number"),
+        (["--adapter", "BASE=much"], "--adapter must be a folder, an equals sign and a number"),
+        (["--adapter", "BASE=nan"], "--adapter must be a folder, an equals sign and a number"),
+        (["--adapter", "=1"], "--adapter must be a folder, an equals sign and a number"),
+        (["--adapter", "nowhere=1"], "--adapter must be of a folder that exists; got nowhere"),
+        (["--adapter", "BASE=1", "--adapter", "BASE=2"], "--adapter must be given once"),
+    ],
+)
+def test_adapters_that_are_named_wrongly(
+    places: tuple[str, str],
+    file: str,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    named = [a.replace("BASE", places[0]).replace("TUNED", places[1]) for a in arguments]
+    code, _, err = called("plan", places[0], *named, "--texts", file, capsys=capsys)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_formats_for_serving_and_in_full(
+    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, full = tmp_path / "out", tmp_path / "full"
+    options = ["--texts", file, "--rank", "8", "--format", "serving", "--merged", str(full)]
+    code, said, _ = called("extract", *places, *options, "--out", str(out), capsys=capsys)
+    assert code == 0
+    assert "Left as in the base, and counted in the error: bias, head, norm" in said
+    config = json.loads((out / _files.PEFT_CONFIG).read_text())
+    assert (config["modules_to_save"], config["bias"]) == (None, "none")
+    report = json.loads((out / "report.json").read_text())
+    assert {rank % 8 for rank in report["ranks"].values()} == {0}
+    assert report["carried"] == report["parameters"]
+    assert report["options"]["max_rank"] == 16
+    # The model in full is the base with the adapter.
+    pair, whole = Pair.open(*places), Pair.open(places[0], str(full))
+    adapted = workflow._load(out, pair).merge_and_unload()
+    for name, value in adapted.named_parameters():
+        assert torch.equal(whole.tuned.read(name), value)
+    assert whole.tokenizer("w1 w2")["input_ids"] == pair.tokenizer("w1 w2")["input_ids"]
+    assert whole.tuned.config.use_cache
+    code, _, err = called(
+        "extract", *places, *options, "--out", str(tmp_path / "new"), capsys=capsys
+    )
+    assert code == 2
+    assert "merged must be a folder that does not exist" in err
+    options[-1] = str(tmp_path / "new" / "full")
+    code, _, err = called(
+        "extract", *places, *options, "--out", str(tmp_path / "new"), capsys=capsys
+    )
+    assert code == 2
+    assert "merged must be a folder beside" in err
+
+
+def test_devices_that_are_not_there(
+    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for device in ("cuda:99", "meta", "abacus"):
+        options = ["--texts", file, "--device", device]
+        code, _, err = called("plan", *places, *options, capsys=capsys)
+        assert code == 2
+        assert "device must be" in err
+        assert err.count("\n") == 1
+
+
+def test_progress_is_in_lines_without_a_terminal(
+    places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--texts", file, "--rank", "1", "--memory", "0.5"]
+    lines = called("plan", *places, *options, capsys=capsys)[2].splitlines()
+    assert "passing texts: ..." in lines
+    begun = [line.removesuffix(": ...") for line in lines if line.endswith(": ...")]
+    ended = [line.partition(": done in ")[0] for line in lines if ": done in " in line]
+    assert begun == ended
+    assert len(lines) == 2 * len(begun)
+    for option in ("--json", "--quiet"):
+        assert called("plan", *places, *options, option, capsys=capsys)[2] == ""
+
+
+def test_long_stages_say_what_remains(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    lines = _cli._Lines()
+    for done in range(11):
+        lines.show("long", done, 10)
+        now += 15.0
+    lines.show("short", 0, 2)
+    lines.show("next", 0, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "long: ...",
+        "long: 2 of 10, about 120 s remain",
+        "long: 4 of 10, about 90 s remain",
+        "long: 6 of 10, about 60 s remain",
+        "long: 8 of 10, about 30 s remain",
+        "long: done in 150.0 s",
+        "short: ...",
+        "short: done in 0.0 s",
+        "next: ...",
+    ]
+
+
+def test_progress_is_in_bars_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_cli, "errors", Console(stderr=True, force_terminal=True, width=120))
+    with _cli._progress(quiet=False) as report:
+        assert report is not None
+        for done in (0, 2, 0, 1):
+            report("passing texts", done, 2)
+    err = capsys.readouterr().err
+    assert "passing texts" in err
+    assert "1/2" in err
+
+
 def test_is_installed() -> None:
     found = run("-m", "lorapower", "--help")
     assert found.returncode == 0
-    assert all(name in found.stdout for name in ("plan", "extract", "check"))
+    assert all(name in found.stdout for name in ("plan", "extract", "shrink", "check"))
 
 
 @pytest.mark.parametrize("library", ["typer", "transformers"])
@@ -154,6 +314,46 @@ def test_plans_need_no_library_of_the_studies(places: tuple[str, str]) -> None:
     assert found.returncode == 0, found.stderr
 
 
+def test_interrupts_are_one_line(
+    places: tuple[str, str],
+    file: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, "plan", interrupted)
+    found = called("plan", *places, "--texts", file, capsys=capsys)
+    assert found == (130, "", "interrupted\n")
+    monkeypatch.setattr(_cli, "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_texts_that_the_tokenizer_does_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = files.pair(tmp_path / "pair")
+    tokenizer = files.words()
+    tokenizer.unk_token = "<unk>"
+    for place in pair:
+        tokenizer.save_pretrained(place)
+    texts = tmp_path / "texts.txt"
+    for part in (0, 1):
+        known = [f"{text} w1 w2" for text in TEXTS]
+        strange = [f"{text} ключ слово" for text in TEXTS]
+        texts.write_text("\n".join(strange if part else known), encoding="utf-8")
+        options = ["--texts", str(texts), "--rank", "1", "--quiet"]
+        out = called("plan", *pair, *options, capsys=capsys)[1]
+        assert ("words that the tokenizer does not know" in out) == part
+        report = json.loads(called("plan", *pair, *options, "--json", capsys=capsys)[1])
+        tokens = sum(len(text.split()) for text in texts.read_text("utf-8").splitlines())
+        assert report["unknown_tokens"] == pytest.approx(part * 2 * len(TEXTS) / tokens)
+
+
 def test_killed_in_the_middle_nothing_looks_finished(
     places: tuple[str, str], file: str, tmp_path: Path
 ) -> None:
@@ -163,12 +363,17 @@ def test_killed_in_the_middle_nothing_looks_finished(
         process = subprocess.Popen(
             [sys.executable, "-m", "lorapower", *arguments],
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         maps = Path(f"/proc/{process.pid}/maps")
         while process.poll() is None and "libtorch_cpu" not in maps.read_text():
             time.sleep(0.1)
         time.sleep(2)
         os.kill(process.pid, sign)
-        assert process.wait() in (status, -sign, 0)
+        said = process.communicate()[1]
+        assert process.returncode in (status, -sign, 0)
+        if process.returncode == 130:
+            assert said.splitlines()[-1] == "interrupted"
+            assert "Traceback" not in said
         assert not out.exists() or (out / "report.json").is_file()
