@@ -117,6 +117,27 @@ def test_status_1_says_how_near_one_gets(
     assert "the nearest is" in out
 
 
+def test_for_sure_the_limit_decides(
+    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # With all ranks at 1 the estimate is the same whatever is asked, and its limit is above.
+    options = ["--texts", file, "--max-rank", "1", "--quiet"]
+    most = json.loads(
+        called("plan", *places, *options, "--error", "1e-6", "--json", capsys=capsys)[1]
+    )
+    between = str((most["error"] + most["error_upper"]) / 2)
+    out = tmp_path / "out"
+    options += ["--error", between, "--out", str(out)]
+    code, said, _ = called("extract", *places, *options, "--sure", capsys=capsys)
+    assert code == 1
+    assert f"at most {most['error_upper']:.3g} at 95%. Raise --max-rank" in said
+    assert not out.exists()
+    code, said, _ = called("extract", *places, *options, capsys=capsys)
+    assert code == 0
+    assert "or for --sure" in said
+    assert out.is_dir()
+
+
 def test_status_2_is_bad_input(
     places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

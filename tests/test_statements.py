@@ -72,6 +72,9 @@ class Drawn:
     def smallest(self, error: float) -> tuple[str, Any]:
         return "effect", SimpleNamespace(error=error, parameters=round(1000 / error))
 
+    def error(self, adapter: Any) -> float:
+        return float(adapter.error)
+
     def put(self, adapter: Any) -> None:
         self.now = adapter.error
 

@@ -345,7 +345,8 @@ def _search(planner: Planner, aim: float, repair: bool, steps: int, *, sure: boo
         error = _stated(stated[0], sure)
         if error <= aim or raw.parameters == before or looks == LOOKS:
             break
-        selected *= max(0.95 * aim / error, 0.1)
+        # From what this adapter has there, or the same could be found again.
+        selected = min(selected, planner.error(raw)) * max(0.95 * aim / error, 0.1)
         before = raw.parameters
     found = _Found(method, raw, raw, stated, looks)
     if not repair:
