@@ -103,10 +103,11 @@ pdf: book ## print the book as one PDF (needs Chromium)
 	@$(bin)/python tools/print_pdf.py $(out)/html $(out)/lorapower.pdf
 
 tidy: $(ready) ## format the sources and strip the chapters of their outputs
-	$(bin)/ruff check --fix
-	$(bin)/ruff format
 	$(bin)/nbstripout --keep-id chapters/*.ipynb \
 		--extra-keys 'metadata.language_info cell.metadata.user_expressions'
+	$(bin)/ruff format
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
 
 clean: ## remove what was built
 	rm -rf _build .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -70,7 +70,7 @@ def by_peft(base: str, architecture: str, *adapters: str) -> Any:
 
 
 def outputs(network: Any) -> Tensor:
-    draw = torch.Generator().manual_seed(0)
+    draw = randomness.generator(0, "tokens")
     ids = torch.randint(4, len(files.byte_words()), (3, 7), generator=draw)
     if network.config.pad_token_id is None:
         network.config.pad_token_id = 0

@@ -52,7 +52,8 @@ def run(
 
     It runs in `folder`, by default that of `target`.
     """
-    os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython"))
+    place = os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython"))
+    Path(place).mkdir(parents=True, exist_ok=True)
     # Figures carry the time at which they were drawn: one and the same in each run.
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
     # Threads that spin while they wait for one another take the time of those that they wait for,
