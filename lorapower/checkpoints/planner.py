@@ -307,7 +307,10 @@ class Planner:
         """
         if method == "effect":
             found = self._least_effect(error)
-            return None if found is None else found.parameters
+            if found is None:
+                return None
+            self._chosen[found.parameters] = found
+            return found.parameters
         order = metrics.allocate(self.values(_metric(method)), self.modules, self.bucket)
 
         def reaches(steps: int) -> bool:
