@@ -205,3 +205,13 @@ def test_directions_of_an_adapter_are_those_of_its_factors(tmp_path: Path) -> No
     whole = planner.candidate("effect", planner.most)
     assert planner.error(whole) < 1e-4
     assert whole.parameters <= planner.parameters(3)
+
+
+def test_tunings_of_biases_alone_need_no_factors(tmp_path: Path) -> None:
+    def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
+        return 0.3 * torch.ones_like(value) if name.endswith("bias") else None
+
+    plan = checkpoints.plan(*files.pair(tmp_path, change=change), TEXTS, error=0.1)
+    assert plan.reached
+    assert plan.adapter.parameters == 0
+    assert set(plan.shares.values()) == {0.0}

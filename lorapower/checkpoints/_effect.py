@@ -171,7 +171,8 @@ class Choice:
         self._target = self._rows @ self._at
         self._floor = _FLOOR * float(squares.mean())
         self._weights = intensity * squares + self._floor
-        self._own = self._rows.square().sum(0) + self._weights
+        # Where no output depends on a direction, nothing is gained by it.
+        self._own = (self._rows.square().sum(0) + self._weights).clamp(min=1e-300)
         self.order = self._pursue(most)
 
     def gains(self, parameters: float) -> Float[Tensor, " directions"]:

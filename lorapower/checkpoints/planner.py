@@ -267,7 +267,8 @@ class Planner:
                 kept = adapter.factors[name]
                 gains = (left @ kept.left * (right @ kept.right)).sum(1)
                 gains /= right.square().sum(1).clamp(min=1e-30)
-            lost[name] = math.sqrt(predict(held[:, place], gains.double()) / whole)
+            part = predict(held[:, place], gains.double())
+            lost[name] = math.sqrt(part / whole) if whole else 0.0
         return lost
 
     def shares(self, method: str, adapter: Adapter) -> dict[str, tuple[float, float]]:
