@@ -25,8 +25,9 @@ from .pair import Module
 PROBES, MORE_PROBES = 4, 2
 #: Intensities of the shrinkage of second moments to their diagonal, of which texts choose one.
 INTENSITIES = (0.03, 0.1, 0.3, 0.6, 0.9)
-# Gains of directions that texts say nothing of stay at 1: a part of the mean square.
-_FLOOR = 0.01
+# Gains of directions that texts say nothing of stay as they are: a part of the mean square. It is
+# larger where derivatives are those of an adapted network, which hold for small steps only.
+_FLOOR, _DAMPING = 0.01, 0.1
 # Gains are fitted again when the cost has grown by this part.
 _GROWTH = 0.05
 
@@ -169,7 +170,8 @@ class Choice:
         squares = rows.square().mean(0)
         self._rows = rows * ((1 - intensity) / len(rows)) ** 0.5
         self._target = self._rows @ self._at
-        self._floor = _FLOOR * float(squares.mean())
+        floor = _FLOOR if len(sketches) == 1 else _DAMPING
+        self._floor = floor * float(squares.mean())
         self._weights = intensity * squares + self._floor
         # Where no output depends on a direction, nothing is gained by it.
         self._own = (self._rows.square().sum(0) + self._weights).clamp(min=1e-300)
