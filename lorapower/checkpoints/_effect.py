@@ -1,33 +1,32 @@
 """Directions of changes chosen in function space: what each adds to the tuning's effect.
 
 Let ``J_d`` be the derivative of the network's outputs along direction ``d`` of a module's change,
-which an adapter takes with gain ``c_d``. To first order it loses ``e − Σ_d (c_d − b_d) J_d``, where
-``e`` is what is lost at gains ``b``. Products with random outputs sketch all ``J_d`` at once: for
-a text and a normal ``r``, ``φ_d = ⟨r, J_d⟩`` has ``E φ_d φ_k = ⟨J_d, J_k⟩`` [prop-sketch].
+which an adapter takes with gain ``c_d``. To first order it loses ``Σ_d (1 − c_d) J_d`` of the
+effect ``Σ_d J_d``. Products with random outputs sketch all ``J_d`` at once: for a text and a normal
+``r``, ``φ_d = ⟨r, J_d⟩`` has ``E φ_d φ_k = ⟨J_d, J_k⟩`` [prop-sketch].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import randomness
-from ._measuring import Reference, count, watch
+from ._measuring import Reference, watch
 from .metrics import Directions
 from .pair import Module
 
-#: Random combinations of a text's outputs that are differentiated, at the tuned network and later.
-PROBES, MORE_PROBES = 4, 2
+#: Random combinations of a text's outputs that are differentiated.
+PROBES = 4
 #: Intensities of the shrinkage of second moments to their diagonal, of which texts choose one.
 INTENSITIES = (0.03, 0.1, 0.3, 0.6, 0.9)
-# Gains of directions that texts say nothing of stay as they are: a part of the mean square. It is
-# larger where derivatives are those of an adapted network, which hold for small steps only.
-_FLOOR, _DAMPING = 0.01, 0.1
+# Gains of directions that texts say nothing of stay near 1: a part of the mean square.
+_FLOOR = 0.01
 # Gains are fitted again when the cost has grown by this part.
 _GROWTH = 0.05
 
@@ -56,54 +55,35 @@ class Pool:
         self.bundles = torch.tensor(bundles, dtype=torch.int64)
 
 
-class Sketch(NamedTuple):
-    """Derivatives of a network whose modules take the directions with gains ``at``.
-
-    Rows ``φ`` have ``E φφᵀ`` the products of ``J_d``; ``slopes`` are ``⟨J_d, e⟩``.
-    """
-
-    features: Float[Tensor, "rows directions"]
-    slopes: Float[Tensor, " directions"]
-    at: Float[Tensor, " directions"]
-
-
 def sketch(
     network: Any,
     pool: Pool,
     reference: Reference,
     *,
-    probes: int,
     seed: int,
-    at: Float[Tensor, " directions"] | None = None,
     report: Callable[[int, int], None] = lambda *_: None,
-) -> Sketch:
-    """Differentiate random outputs of a network, and what it loses, along all directions.
+) -> Float[Tensor, "rows directions"]:
+    """Differentiate random outputs of the tuned network along all directions.
 
-    The network has gains ``at``; without them it is the tuned one, which has all and loses nothing.
+    Rows ``φ``, some for each text, have ``E φφᵀ`` the products ``⟨J_d, J_k⟩``.
     """
     draw = randomness.generator(seed, "sketch")
-    parts, slopes = [], torch.zeros(len(pool.costs), dtype=torch.float64)
+    parts = []
     for i, batch in enumerate(reference.batches):
         report(i, len(reference.batches))
-        with torch.no_grad():
-            error = reference.tuned_rows(i).to(network.device)
-            error -= error if at is None else reference.rows(network, batch)
         with torch.enable_grad(), _fast(network, reference), watch(network, pool.places) as seen:
             values = reference.rows(network, batch)
         with torch.enable_grad():
-            inside = _Inside(pool, seen)
-            if at is not None:
-                slopes += inside.products(values, error).sum(0)
-            if values.shape[-1] <= probes and len(values) == len(batch.input_ids):
+            inside = Inside(pool, seen)
+            if values.shape[-1] <= PROBES and len(values) == len(batch.input_ids):
                 # So few outputs of each text need no sketch.
                 unit = torch.eye(values.shape[-1]) * values.shape[-1] ** 0.5
                 drawn = [row.expand(len(values), -1) for row in unit]
             else:
-                drawn = [randomness.normal(draw, *values.shape) for _ in range(probes)]
+                drawn = [randomness.normal(draw, *values.shape) for _ in range(PROBES)]
             parts += [inside.products(values, each.to(values)) for each in drawn]
     report(len(reference.batches), len(reference.batches))
-    slopes /= count(reference.batches)
-    return Sketch(torch.cat(parts), slopes, torch.ones_like(slopes) if at is None else at)
+    return torch.cat(parts)
 
 
 def _fast(network: Any, reference: Reference) -> AbstractContextManager[Any]:
@@ -118,7 +98,7 @@ def _fast(network: Any, reference: Reference) -> AbstractContextManager[Any]:
     )
 
 
-class _Inside:
+class Inside:
     """What modules took in along all directions, and how their outputs make the network's."""
 
     def __init__(self, pool: Pool, seen: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -150,28 +130,21 @@ class _Inside:
 class Choice:
     """Directions in the order in which they are taken, and the gains of any number of them.
 
-    To first order gains ``c`` lose ``cᵀHc − 2(g + Hb)ᵀc`` more than nothing, where ``g`` are the
-    slopes at gains ``b``, and ``H`` the products of ``J_d``, of which all off the diagonal are
-    shrunk by ``1 − α``. Directions are taken by its fall for their cost, in steps after which all
-    gains are fitted again.
+    To first order gains ``c`` lose ``(c − 1)ᵀH(c − 1)``, where ``H`` are the products of ``J_d``,
+    of which all off the diagonal are shrunk by ``1 − α``; directions that are not taken have the
+    gain 0. They are taken by its fall for their cost, in steps after which all gains are fitted
+    again.
     """
 
     def __init__(
-        self, pool: Pool, sketches: Sequence[Sketch], intensity: float, most: float
+        self, pool: Pool, features: Float[Tensor, "rows directions"], intensity: float, most: float
     ) -> None:
-        """Take directions until their cost is at most ``most``.
-
-        Products are the mean over sketches, slopes are those of the last; ``intensity`` is ``α``.
-        """
-        self.intensity = intensity
+        """Take directions until their cost is at most ``most``; ``intensity`` is ``α``."""
         self._pool = pool
-        self._slopes, self._at = sketches[-1].slopes, sketches[-1].at
-        rows = torch.cat([each.features for each in sketches])
-        squares = rows.square().mean(0)
-        self._rows = rows * ((1 - intensity) / len(rows)) ** 0.5
-        self._target = self._rows @ self._at
-        floor = _FLOOR if len(sketches) == 1 else _DAMPING
-        self._floor = floor * float(squares.mean())
+        squares = features.square().mean(0)
+        self._rows = features * ((1 - intensity) / len(features)) ** 0.5
+        self._whole = self._rows.sum(1)
+        self._floor = _FLOOR * float(squares.mean())
         self._weights = intensity * squares + self._floor
         # Where no output depends on a direction, nothing is gained by it.
         self._own = (self._rows.square().sum(0) + self._weights).clamp(min=1e-300)
@@ -190,12 +163,10 @@ class Choice:
         gains = torch.zeros_like(costs)
         taken: list[Tensor] = []
         spent = 0.0
-        kept = self._weights * self._at
-        # What texts say nothing of is not taken for its own sake.
-        spared = self._floor * self._at.square()
         while True:
-            slopes = self._slopes + self._rows.mT @ (self._target - self._rows @ gains)
-            falls = (slopes + kept).square() / self._own - spared
+            slopes = self._rows.mT @ (self._whole - self._rows @ gains)
+            # What texts say nothing of is not taken for its own sake.
+            falls = (slopes + self._weights).square() / self._own - self._floor
             density = torch.zeros_like(price).index_add_(0, bundles, falls) / price
             density[~free | (price > most - spent)] = 0
             ranked = density.argsort(descending=True)
@@ -219,8 +190,8 @@ class Choice:
         gains = torch.zeros_like(self._own)
         if not len(taken):
             return gains
-        rows, weights, at = self._rows[:, taken], self._weights[taken], self._at[taken]
-        right = self._slopes[taken] + rows.mT @ (self._target - rows @ at)
+        rows, weights = self._rows[:, taken], self._weights[taken]
+        right = rows.mT @ (self._whole - rows.sum(1))
         if len(taken) <= len(rows):
             step = torch.linalg.solve(rows.mT @ rows + weights.diag(), right)
         else:
@@ -228,7 +199,7 @@ class Choice:
             inner.diagonal().add_(1)
             step = torch.linalg.solve(inner, rows @ (right / weights))
             step = (right - rows.mT @ step) / weights
-        gains[taken] = at + step
+        gains[taken] = 1 + step
         return gains
 
 

@@ -20,11 +20,8 @@ from ..lowrank import LowRank
 from . import _repair, metrics
 from ._effect import (
     INTENSITIES,
-    MORE_PROBES,
-    PROBES,
     Choice,
     Pool,
-    Sketch,
     predict,
     sketch,
 )
@@ -64,8 +61,6 @@ METHODS: dict[str, Metric] = {
 ALLOCATED = ("plain", "input metric", "two metrics")
 #: Methods that are tried for the smallest adapter.
 PATHS = ("effect", "plain")
-# How often derivatives are taken again, at the adapted network.
-ROUNDS = 2
 #: Steps of repair by gradient.
 STEPS = 80
 #: Receives progress: the stage in words, the steps done, and their number.
@@ -206,15 +201,13 @@ class Planner:
         """A method's adapter of at most so many parameters; see `ranks`.
 
         With ``effect`` directions of all modules' changes are taken by what they add to the effect
-        for their cost, and gains are fitted to all of them at once [prop-coherent]. Derivatives are
-        taken at the tuned network, then at the adapted one as long as the error on texts for
-        selection falls.
+        for their cost, and gains are fitted to all of them at once [prop-coherent].
         """
         if method != "effect":
             return self.adapter(method, self.ranks(method, parameters))
         if parameters not in self._chosen:
-            start = self._choice(parameters)
-            self._chosen[parameters] = self._refine(start, parameters)[0]
+            gains = self._choice(parameters).gains(parameters)
+            self._chosen[parameters] = self._with_gains(gains)
         return self._chosen[parameters]
 
     def best(self, parameters: int) -> tuple[str, Adapter, float]:
@@ -470,55 +463,26 @@ class Planner:
         return Pool(self._plain, self.modules, self.bucket)
 
     @functools.cached_property
-    def _sketches(self) -> tuple[Sketch, Tensor]:
-        """Derivatives at the tuned network, for fitting and, features alone, for selection."""
+    def _sketches(self) -> tuple[Tensor, Tensor]:
+        """Derivatives at the tuned network, for fitting and for selection."""
         self.pair.fill(self.network, "tuned")
         fit, select = (
             sketch(
                 self.network,
                 self._pool,
                 reference,
-                probes=PROBES,
                 seed=randomness.number(self.seed, f"sketch to {purpose}"),
                 report=functools.partial(self.report, "derivatives at the tuned model"),
             )
             for purpose, reference in (("fit", self.fit), ("select", self.select))
         )
-        return fit, select.features
+        return fit, select
 
     def _choice(self, parameters: int) -> Choice:
         """Directions for so many parameters, with the intensity that texts for selection choose."""
         fit, held = self._sketches
-        choices = [Choice(self._pool, [fit], each, parameters) for each in INTENSITIES]
+        choices = [Choice(self._pool, fit, each, parameters) for each in INTENSITIES]
         return min(choices, key=lambda choice: predict(held, choice.gains(parameters)))
-
-    def _refine(self, choice: Choice, parameters: int) -> tuple[Adapter, Choice]:
-        """The adapter and its choice with derivatives at the adapted network too."""
-        sketches = [self._sketches[0]]
-        gains = choice.gains(parameters)
-        adapter = self._with_gains(gains)
-        error = self.error(adapter)
-        for i in range(ROUNDS):
-            self.put(adapter)
-            seed = randomness.number(self.seed, f"sketch {i}")
-            sketches.append(
-                sketch(
-                    self.network,
-                    self._pool,
-                    self.fit,
-                    probes=MORE_PROBES,
-                    seed=seed,
-                    at=gains,
-                    report=functools.partial(self.report, "derivatives at the adapted model"),
-                )
-            )
-            again = Choice(self._pool, sketches, choice.intensity, parameters)
-            moved = self._with_gains(again.gains(parameters))
-            after = self.error(moved)
-            if not after < error:
-                break
-            adapter, error, choice, gains = moved, after, again, again.gains(parameters)
-        return adapter, choice
 
     def _least_effect(self, error: float) -> Adapter | None:
         """The smallest adapter in function space with at most an error on texts for selection."""
@@ -528,7 +492,7 @@ class Planner:
         while self.error(self._with_gains(choice.gains(number))) > error and number < self.most:
             number = min(math.ceil(1.4 * number), self.most)
             choice = self._choice(number)
-        adapter, choice = self._refine(choice, number)
+        adapter = self._with_gains(choice.gains(number))
         if self.error(adapter) > error:
             return None
         low, high, done = 0, number, 0
@@ -549,7 +513,7 @@ class Planner:
     def _predict_least(self, error: float) -> int:
         """How many parameters have at most an error to first order, on texts for selection."""
         fit, held = self._sketches
-        path = Choice(self._pool, [fit], INTENSITIES[len(INTENSITIES) // 2], self.most)
+        path = Choice(self._pool, fit, INTENSITIES[len(INTENSITIES) // 2], self.most)
         aim = error**2 * float(held.sum(1).square().mean())
         numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
         reached = (n for n in numbers if predict(held, path.gains(n)) <= aim)

@@ -117,7 +117,7 @@ def _with_adapters(network: Any, rank: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with randomness.seeded(seed, "factors"), hub.quiet():
+    with randomness.seeded(seed, "factors of a language model"), hub.quiet():
         return get_peft_model(network, config)
 
 
