@@ -160,10 +160,14 @@ def test_all_directions_are_taken_as_they_are() -> None:
 def test_bundles_are_taken_whole() -> None:
     pool, sketch = drawn(1, 30, 4, 4)
     pool.bundles = torch.arange(16) // 2
-    for budget in range(0, 40, 3):
-        gains = _effect.Choice(pool, sketch, 0.1, budget).gains(budget)
-        taken = (gains != 0).view(8, 2)
-        assert torch.equal(taken[:, 0], taken[:, 1])
+    for most in (*range(0, 40, 3), 1000):
+        choice = _effect.Choice(pool, sketch, 0.1, most)
+        # Also where fewer are asked for than were taken.
+        for budget in range(0, most + 1, 2)[:30]:
+            gains = choice.gains(budget)
+            assert pool.costs[gains != 0].sum() <= budget
+            taken = (gains != 0).view(8, 2)
+            assert torch.equal(taken[:, 0], taken[:, 1])
 
 
 def test_candidates_lose_less_where_losses_add_up(tmp_path: Path) -> None:

@@ -151,9 +151,12 @@ class Choice:
         self.order = self._pursue(most)
 
     def gains(self, parameters: float) -> Float[Tensor, " directions"]:
-        """Gains of as many directions as this cost pays for; 0 for the others."""
+        """Gains of as many whole bundles as this cost pays for; 0 for other directions."""
+        bundles = self._pool.bundles[self.order]
         costs = self._pool.costs[self.order].cumsum(0)
-        return self._fit(self.order[: int((costs <= parameters).sum())])
+        ends = torch.cat([bundles[1:] != bundles[:-1], bundles.new_ones(1, dtype=torch.bool)])
+        paid = (ends[: len(costs)] & (costs <= parameters)).nonzero().flatten()
+        return self._fit(self.order[: int(paid[-1]) + 1 if len(paid) else 0])
 
     def _pursue(self, most: float) -> Int[Tensor, " taken"]:
         costs, bundles = self._pool.costs, self._pool.bundles
