@@ -36,12 +36,11 @@ def test_predicted_error_of_directions_is_the_error(
     E, about = drawn(seed, out, into), moments(seed, out, into, samples, gradients)
     R = metrics.root(about.outputs)
     assert R is not None
-    identity = torch.eye(out, dtype=torch.float64)
-    for metric, left in zip(metrics.METRICS, (identity, identity, R), strict=True):
-        one = metrics.directions(E, about, metric, 9)
+    nowhere = torch.eye(into, dtype=torch.float64), torch.eye(out, dtype=torch.float64)
+    for given_moments, (Z, left) in ((None, nowhere), (about, (about.inputs, R))):
+        one = metrics.directions(E, given_moments, 9)
         r = min(rank, len(one.values))
         K = one.update.leading(r).matrix()
-        Z = torch.eye(into, dtype=torch.float64) if metric == "plain" else about.inputs
         error = (left @ (E - K) @ Z.mT).square().sum()
         predicted = one.total - one.values[:r].square().sum()
         assert error == pytest.approx(float(predicted), abs=1e-9 * (1 + one.total))
@@ -53,7 +52,7 @@ def test_predicted_error_of_directions_is_the_error(
 
 def test_what_no_output_depends_on_gets_no_rank() -> None:
     about = moments(0, 4, 3, 5, 5)._replace(outputs=torch.zeros(5, 4))
-    one = metrics.directions(drawn(0, 4, 3), about, "both", 3)
+    one = metrics.directions(drawn(0, 4, 3), about, 3)
     assert one.values.numel() == one.total == 0
     assert torch.allclose(one.bias(0), drawn(0, 4, 3) @ about.mean)
 
@@ -111,20 +110,18 @@ def test_ranks_in_buckets_are_multiples_or_the_most(step: int, budget: int) -> N
 @given(st.integers(0, 300))
 def test_rules_of_others_keep_to_what_there_is(budget: int) -> None:
     known = {n: Module(n, "mlp", (9, 6), True, False) for n in "abc"}
-    values = {n: drawn(i, 6).abs().sort(descending=True).values for i, n in enumerate(known)}
-    totals = {n: float(v.square().sum()) for n, v in values.items()}
-    for ranks in (
-        planner._by_energy(values, totals, known, budget),
-        planner._by_inputs(values, known, budget, 5),
-    ):
-        least = metrics.cost(dict.fromkeys(known, 1), known)
-        assert metrics.cost(ranks, known) <= max(budget, least)
-        assert all(1 <= rank <= 6 for rank in ranks.values())
-    found = planner._by_energy(values, totals, known, budget)
+    found = {n: metrics.directions(drawn(i, 8, 6), None, 6) for i, n in enumerate(known)}
+    ranks = planner._by_energy(found, known, budget)
+    least = metrics.cost(dict.fromkeys(known, 1), known)
+    assert metrics.cost(ranks, known) <= max(budget, least)
+    assert all(1 <= rank <= 6 for rank in ranks.values())
     if budget >= least:
-        shares = [float(values[n][:r].square().sum()) / totals[n] for n, r in found.items()]
-        before = [float(values[n][: r - 1].square().sum()) / totals[n] for n, r in found.items()]
-        assert max(before) <= min(shares) + 1e-9
+
+        def share(name: str, rank: int) -> float:
+            return float(found[name].values[:rank].square().sum()) / found[name].total
+
+        before = [share(name, rank - 1) for name, rank in ranks.items()]
+        assert max(before) <= min(share(name, rank) for name, rank in ranks.items()) + 1e-9
 
 
 def test_uniform_ranks_stop_at_the_smaller_side() -> None:

@@ -8,7 +8,7 @@ effect ``Σ_d J_d``. Products with random outputs sketch all ``J_d`` at once: fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .. import _hub as hub
 from .. import randomness
 from ._measuring import Reference, watch
 from .metrics import Directions
@@ -89,13 +90,8 @@ def sketch(
 def _fast(network: Any, reference: Reference) -> AbstractContextManager[Any]:
     """Products of a language model in bfloat16, where the processor has it; small ones stay."""
     kind = network.device.type
-    if kind == "cpu":
-        fits = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    else:
-        fits = kind == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(
-        kind, torch.bfloat16, enabled=fits and reference.readout.task == "language"
-    )
+    fits = reference.readout.task == "language" and hub.has_bfloat16(kind)
+    return torch.autocast(kind, torch.bfloat16, enabled=fits)
 
 
 class Inside:
@@ -209,3 +205,18 @@ class Choice:
 def predict(features: Tensor, gains: Tensor) -> float:
     """The mean squared loss of gains, to first order at the tuned network, from a sketch there."""
     return float((features @ (1 - gains)).square().mean())
+
+
+def choose(pool: Pool, fit: Tensor, select: Tensor, parameters: int) -> Choice:
+    """Directions for so many parameters, with the intensity that the other sketch chooses."""
+    choices = [Choice(pool, fit, intensity, parameters) for intensity in INTENSITIES]
+    return min(choices, key=lambda choice: predict(select, choice.gains(parameters)))
+
+
+def predict_least(
+    pool: Pool, fit: Tensor, select: Tensor, aim: float, numbers: Sequence[int]
+) -> int:
+    """The first of rising numbers that is predicted to lose at most ``aim``, or the last."""
+    path = Choice(pool, fit, INTENSITIES[len(INTENSITIES) // 2], numbers[-1])
+    reached = (number for number in numbers if predict(select, path.gains(number)) <= aim)
+    return next(reached, numbers[-1])

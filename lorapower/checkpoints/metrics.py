@@ -7,7 +7,7 @@ one batch after the other, so that few or dependent samples cost no digits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from ..lowrank import LowRank
 from ._measuring import Batch, Readout, count, watch
 from .pair import Module
 
-Metric = Literal["plain", "input", "both"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 # How many random combinations of a text's outputs are differentiated.
 PROBES = 2
 #: The part of the weight of inputs that is the same for all tokens.
@@ -151,32 +149,32 @@ class Directions(NamedTuple):
     shift: Float[Tensor, " out"]
     mean: Float[Tensor, " in"]
 
+    def single(self) -> Directions:
+        """The same, but factors and vectors in float32."""
+        update = LowRank(self.update.left.float(), self.update.right.float())
+        return self._replace(update=update, shift=self.shift.float(), mean=self.mean.float())
+
     def bias(self, rank: int) -> Float[Tensor, " out"]:
         """``(E − K_r)μ``, added to the tuned bias beside the best update of a rank."""
         best = self.update.leading(rank)
         return self.shift - best.left @ (best.right.mT @ self.mean)
 
 
-def directions(
-    change: Float[Tensor, "out in"], about: Moments | None, metric: Metric, most: int
-) -> Directions:
-    """Find at most ``most`` leading directions of a change ``E`` in a metric [prop-two-metrics].
+def directions(change: Float[Tensor, "out in"], about: Moments | None, most: int) -> Directions:
+    """Find at most ``most`` leading directions of a change ``E`` [prop-two-metrics].
 
-    ``σ_d`` are the singular values of ``R E Zᵀ``. ``Z`` has the inputs' second moment, but is the
-    identity in the metric ``"plain"``; ``R`` is the `root` of the outputs' in ``"both"``, else the
-    identity. Only ``"plain"`` asks for no moments. A module that no output depends on has no
-    direction in ``"both"``.
+    ``σ_d`` are the singular values of ``R E Zᵀ``, where ``Z`` has the inputs' second moment and
+    ``R`` is the `root` of the outputs'; without moments (``about``) both are the identity. A module
+    that no output depends on has no direction in two metrics.
     """
     E = change.double()
-    Z: Tensor | None = None
+    Z = R = None
     mean = torch.zeros_like(E[0])
-    R: Tensor | None = None
-    if about is not None and metric != "plain":
-        Z, mean = about.inputs.double().mT, about.mean.double()
-        R = root(about.outputs) if metric == "both" else None
-    if R is None and metric == "both":
-        nothing = LowRank(E[:, :0], E[:0].mT)
-        return Directions(nothing, E.new_zeros(0), 0.0, E @ mean, mean)
+    if about is not None:
+        Z, mean, R = about.inputs.double().mT, about.mean.double(), root(about.outputs)
+        if R is None:
+            nothing = LowRank(E[:, :0], E[:0].mT)
+            return Directions(nothing, E.new_zeros(0), 0.0, E @ mean, mean)
     rank = min(most, *E.shape)
     best = regression.truncate(E, rank, inputs=Z, metric=R, approximate=True)
     return Directions(best.update, best.values, float(best.total), E @ mean, mean)

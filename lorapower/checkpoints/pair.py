@@ -259,14 +259,10 @@ class Pair:
                     value = (self.base if self.base.has(name) else self.tuned).read(name)
                 parameter.copy_(value)
 
-    def put(self, network: Any, adapter: Adapter, *, only: str = "", within: str = "") -> None:
-        """Give a network the base's weights with an adapter, as in `fill`.
-
-        With ``only`` a module's name, all other modules are the tuned ones.
-        """
-        modules = [self.modules[only]] if only else self.modules.values()
-        updates = self._updates(modules, adapter)
-        self.fill(network, "tuned" if only else "adapted", updates=updates, within=within)
+    def put(self, network: Any, adapter: Adapter, *, within: str = "") -> None:
+        """Give a network the base's weights with an adapter, as in `fill`."""
+        updates = self._updates(self.modules.values(), adapter)
+        self.fill(network, "adapted", updates=updates, within=within)
 
     def interpolate(self, network: Any, adapter: Adapter, part: float) -> None:
         """Give a network ``tuned + part · (adapted − tuned)`` for each weight."""

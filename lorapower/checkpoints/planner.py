@@ -18,13 +18,7 @@ from .. import _checks, randomness
 from ..errors import InputError
 from ..lowrank import LowRank
 from . import _repair, metrics
-from ._effect import (
-    INTENSITIES,
-    Choice,
-    Pool,
-    predict,
-    sketch,
-)
+from ._effect import Pool, choose, predict, predict_least, sketch
 from ._measuring import (
     TOKENS,
     Measured,
@@ -37,28 +31,18 @@ from ._measuring import (
     scratch_folder,
     watch,
 )
-from .metrics import Directions, Metric, Moments
+from .metrics import Directions
 from .pair import KINDS, Adapter, Module, Pair
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Ways to choose ranks, and the metric in which their factors are best. ``effect``: directions and
-#: their gains in function space (`Planner.candidate`); ``uniform``: one rank for all, at least 1;
-#: ``energy``: the least ranks that keep an equal share of each ``‖ΔW‖²``, at least 1, as
-#: ``peft.convert_to_lora`` has them; ``inputs``: by the variance of inputs, as EVA has them before
-#: training (Paischer et al., 2024); the others: by gain for cost (`metrics.allocate`).
-METHODS: dict[str, Metric] = {
-    "effect": "plain",
-    "uniform": "plain",
-    "energy": "plain",
-    "inputs": "plain",
-    "plain": "plain",
-    "input metric": "input",
-    "two metrics": "both",
-}
-# Methods whose ranks are those of an allocation by gain for cost.
-ALLOCATED = ("plain", "input metric", "two metrics")
+#: Ways to choose ranks and factors. ``effect``: directions and their gains in function space
+#: (`Planner.candidate`). Singular directions of changes, with ``uniform``: one rank for all, at
+#: least 1; ``energy``: the least ranks that keep an equal share of each ``‖ΔW‖²``, at least 1, as
+#: ``peft.convert_to_lora`` has them; ``plain``: by gain for cost (`metrics.allocate`). And by gain
+#: for cost with directions, factors and biases in ``two metrics``.
+METHODS = ("effect", "uniform", "energy", "plain", "two metrics")
 #: Methods that are tried for the smallest adapter.
 PATHS = ("effect", "plain")
 #: Steps of repair by gradient.
@@ -128,22 +112,18 @@ class Planner:
             for batches in (self.texts.fit, self.texts.select, self.texts.test)
         )
         self._folder = scratch_folder(self)
-        self._values: dict[Metric, dict[str, Tensor]] = {}
-        self._totals: dict[Metric, dict[str, float]] = {}
-        self._spread: dict[str, Tensor] = {}
-        self._plain: dict[str, Directions] = {}
-        self._decompose(self._pass_texts())
+        self._plain = self._decompose(self._pass_texts())
         self._chosen: dict[int, Adapter] = {}
 
-    def values(self, metric: Metric) -> dict[str, Tensor]:
-        """The leading ``σ_d`` of each module's change in a metric."""
-        self._measure_in(metric)
-        return self._values[metric]
+    def directions(self, method: str) -> dict[str, Directions]:
+        """The leading directions of each module's change that a method of `METHODS` chooses from.
 
-    def totals(self, metric: Metric) -> dict[str, float]:
-        """``Σσ_d²`` over all directions of each module's change in a metric."""
-        self._measure_in(metric)
-        return self._totals[metric]
+        They are singular ones, or those of ``two metrics``, which texts are passed for when these
+        are first asked for.
+        """
+        if method not in METHODS:
+            raise InputError("method", allowed=f"among {', '.join(METHODS)}", value=method)
+        return self._both if method == "two metrics" else self._plain
 
     @property
     def equal(self) -> bool:
@@ -164,37 +144,27 @@ class Planner:
 
         ``uniform`` and ``energy`` give at least rank 1, however few the parameters are.
         """
-        metric = _metric(method)
+        directions = self.directions(method)
         if method == "effect":
             return self.candidate(method, parameters).ranks
-        if method in ALLOCATED:
-            return metrics.allocate(self.values(metric), self.modules, self.bucket).ranks(
-                parameters
-            )
         if method == "uniform":
             fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
             return _uniform(self.modules, max(fitting, default=1))
         if method == "energy":
-            values, totals = self.values("plain"), self.totals("plain")
-            return _by_energy(values, totals, self.modules, parameters)
-        self._measure_in("both")
-        return _by_inputs(self._spread, self.modules, parameters, self.max_rank)
+            return _by_energy(directions, self.modules, parameters)
+        return self._allocate(method).ranks(parameters)
 
     def adapter(self, method: str, ranks: Mapping[str, int]) -> Adapter:
-        """The adapter of these ranks that is best in the method's metric."""
-        metric = _metric(method)
+        """The adapter that has the leading directions of a method, of these ranks."""
         factors: dict[str, LowRank] = {}
         biases: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
+        for name, found in self.directions(method).items():
             rank = ranks.get(name, 0)
-            if not rank and metric == "plain":
-                continue
-            directions = self._directions(metric, name)
             if rank:
-                factors[name] = _repair.balance(directions.update.leading(rank))
-            if metric != "plain" and self.pair.frees_bias(module):
+                factors[name] = _repair.balance(found.update.leading(rank))
+            if method == "two metrics" and self.pair.frees_bias(self.modules[name]):
                 tuned = self.pair.tuned.read(f"{name}.bias")
-                biases[name] = (tuned + directions.bias(rank)).float()
+                biases[name] = (tuned + found.bias(rank)).float()
         return Adapter(factors, biases)
 
     def candidate(self, method: str, parameters: int) -> Adapter:
@@ -206,16 +176,15 @@ class Planner:
         if method != "effect":
             return self.adapter(method, self.ranks(method, parameters))
         if parameters not in self._chosen:
-            gains = self._choice(parameters).gains(parameters)
-            self._chosen[parameters] = self._with_gains(gains)
+            choice = choose(self._pool, *self._sketches, parameters)
+            self._chosen[parameters] = self._with_gains(choice.gains(parameters))
         return self._chosen[parameters]
 
-    def best(self, parameters: int) -> tuple[str, Adapter, float]:
-        """The method of ``PATHS`` of least error on texts for selection, its adapter, the error."""
+    def best(self, parameters: int) -> tuple[str, Adapter]:
+        """The method of ``PATHS`` of least error on texts for selection, and its adapter."""
         adapters = {method: self.candidate(method, parameters) for method in PATHS}
-        errors = {method: self.error(adapter) for method, adapter in adapters.items()}
-        method = min(PATHS, key=errors.__getitem__)
-        return method, adapters[method], errors[method]
+        method = min(PATHS, key=lambda method: self.error(adapters[method]))
+        return method, adapters[method]
 
     def put(self, adapter: Adapter) -> None:
         """Give the network the base's weights with this adapter."""
@@ -250,38 +219,18 @@ class Planner:
         To first order at the tuned network, on texts for selection, for directions of the pool.
         """
         _, held = self._sketches
-        whole = float(held.sum(1).square().mean())
+        whole = float(self.select.effect.mean())
         lost = {}
         for name, place in self._pool.places.items():
-            found = self._plain[name]
-            gains = torch.zeros(len(found.values))
+            found = self._plain[name].update
+            gains = torch.zeros(found.rank)
             if name in adapter.factors:
-                left, right = found.update.left.mT, found.update.right.mT
                 kept = adapter.factors[name]
-                gains = (left @ kept.left * (right @ kept.right)).sum(1)
-                gains /= right.square().sum(1).clamp(min=1e-30)
+                gains = (found.left.mT @ kept.left * (found.right.mT @ kept.right)).sum(1)
+                gains /= found.right.square().sum(0).clamp(min=1e-30)
             part = predict(held[:, place], gains.double())
             lost[name] = math.sqrt(part / whole) if whole else 0.0
         return lost
-
-    def shares(self, method: str, adapter: Adapter) -> dict[str, tuple[float, float]]:
-        """For each module the part of the effect that its missing directions cost alone.
-
-        It is predicted by the method's metric (NaN except for ``two metrics``), and measured on the
-        texts for selection with all other modules tuned.
-        """
-        whole = float(self.select.effect.mean())
-        shares = {}
-        for done, (name, values) in enumerate(self.values("both").items(), 1):
-            predicted = math.nan
-            if method == "two metrics":
-                rank = adapter.ranks.get(name, 0)
-                lost = self.totals("both")[name] - float(values[:rank].square().sum())
-                predicted = math.sqrt(max(lost, 0.0) / whole)
-            self.pair.put(self.network, adapter, only=name)
-            shares[name] = predicted, self.select.error(self.network)
-            self.report("each module alone", done, len(self.modules))
-        return shares
 
     def only(self, kind: str) -> float:
         """``η`` on texts for stating with the tuned modules of one kind and the base's others."""
@@ -301,11 +250,8 @@ class Planner:
         """
         if method == "effect":
             found = self._least_effect(error)
-            if found is None:
-                return None
-            self._chosen[found.parameters] = found
-            return found.parameters
-        order = metrics.allocate(self.values(_metric(method)), self.modules, self.bucket)
+            return None if found is None else found.parameters
+        order = self._allocate(method)
 
         def reaches(steps: int) -> bool:
             return self.error(self.adapter(method, order.after(steps))) <= error
@@ -327,10 +273,7 @@ class Planner:
     def smallest(self, error: float) -> tuple[str, Adapter]:
         """The smallest adapter with at most an error on texts for selection, or the largest one."""
         found = self._least_effect(error)
-        if found is not None:
-            return "effect", found
-        method, adapter, _ = self.best(self.most)
-        return method, adapter
+        return self.best(self.most) if found is None else ("effect", found)
 
     def repair(self, adapter: Adapter, *, steps: int = STEPS) -> Adapter:
         """Fit an adapter to the tuned network, with its ranks as they are.
@@ -378,14 +321,14 @@ class Planner:
         """Record both networks on all texts; the mean inputs of modules whose biases are free."""
         free = [name for name, module in self.modules.items() if self.pair.frees_bias(module)]
         sums = {name: torch.zeros(self.modules[name].shape[1]) for name in free}
-        tokens = done = 0
         stated = self.select, self.test
-        total = len(self.fit.batches) + 2 * sum(len(each.batches) for each in stated)
+        passes = len(self.fit.batches) + 2 * sum(len(each.batches) for each in stated)
+        tokens = done = 0
 
         def tell(done: int) -> None:
-            self.report("passing texts", done, total)
+            self.report("passing texts", done, passes)
 
-        tell(0)
+        tell(done)
         with watch(self.network, free) as seen:
             for i, batch in enumerate(self.fit.batches):
                 self.fit.record_tuned(self.network, i)
@@ -395,7 +338,7 @@ class Planner:
                     # A pooling layer takes in one row for a text.
                     rows = inputs[batch.there] if inputs.ndim == 3 else inputs
                     sums[name] += number * rows.mean(0).cpu()
-                tell(done := i + 1)
+                tell(done := done + 1)
         for reference in stated:
             reference.record_tuned(self.network)
             tell(done := done + len(reference.batches))
@@ -403,34 +346,27 @@ class Planner:
         for reference in stated:
             reference.record_base(self.network)
             tell(done := done + len(reference.batches))
-        return {name: total / tokens for name, total in sums.items()}
+        return {name: summed / tokens for name, summed in sums.items()}
 
-    def _decompose(self, means: dict[str, Tensor]) -> None:
-        """Find the leading singular directions of all changes."""
+    def _decompose(self, means: Mapping[str, Tensor]) -> dict[str, Directions]:
+        """Find the leading singular directions of all changes, about mean inputs."""
+        found: dict[str, Directions] = {}
         self.report("directions of changes", 0, len(self.modules))
-        for done, module in enumerate(self.modules.values(), 1):
-            found = _singular(self.pair, module.name, self.max_rank)
-            update = LowRank(found.update.left.float(), found.update.right.float())
-            found = found._replace(
-                update=update, mean=found.mean.float(), shift=found.shift.float()
-            )
-            if module.name in means:
-                mean = means[module.name]
-                found = found._replace(mean=mean, shift=self.pair.change(module.name) @ mean)
-            self._plain[module.name] = found
-            self.report("directions of changes", done, len(self.modules))
-        self._values["plain"] = {name: found.values for name, found in self._plain.items()}
-        self._totals["plain"] = {name: found.total for name, found in self._plain.items()}
+        for name in self.modules:
+            directions = _singular(self.pair, name, self.max_rank).single()
+            if name in means:
+                shift = self.pair.change(name) @ means[name]
+                directions = directions._replace(mean=means[name], shift=shift)
+            found[name] = directions
+            self.report("directions of changes", len(found), len(self.modules))
+        return found
 
-    def _measure_in(self, metric: Metric) -> None:
-        """Find directions in metrics of inputs and outputs, some modules at a time, in files."""
-        if metric in self._values:
-            return
+    @functools.cached_property
+    def _both(self) -> dict[str, Directions]:
+        """Directions in two metrics, some modules at a time; outputs' moments are kept in files."""
         self.pair.fill(self.network, "tuned")
-        for each in ("input", "both"):
-            self._values[each], self._totals[each] = {}, {}
         samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fit)
-        done = 0
+        found: dict[str, Directions] = {}
         for group in _group([*self.modules.values()], samples, self._memory):
             about = metrics.moments(
                 self.network,
@@ -440,23 +376,18 @@ class Planner:
                 centred="bias" not in self.pair.leave,
                 seed=self.seed,
             )
-            for module in group:
-                self._keep(module, about.pop(module.name))
-                done += 1
-                self.report("two metrics", done, len(self.modules))
+            for name in [module.name for module in group]:
+                moments = about.pop(name)
+                save_file({"outputs": moments.outputs.contiguous()}, self._file(name))
+                directions = metrics.directions(self.pair.change(name), moments, self.max_rank)
+                found[name] = directions.single()
+                self.report("two metrics", len(found), len(self.modules))
+        return found
 
-    def _keep(self, module: Module, about: Moments) -> None:
-        name, change = module.name, self.pair.change(module.name)
-        self._spread[name] = torch.linalg.svdvals(about.inputs)[: self.max_rank]
-        save_file({"outputs": about.outputs.contiguous()}, self._file("outputs", name))
-        for metric in ("input", "both"):
-            directions = metrics.directions(change, about, metric, self.max_rank)
-            self._values[metric][name] = directions.values
-            self._totals[metric][name] = directions.total
-            update, shift, mean = directions.update, directions.shift, directions.mean
-            parts = {"left": update.left, "right": update.right, "shift": shift, "mean": mean}
-            kept = {part: tensor.float().contiguous() for part, tensor in parts.items()}
-            save_file(kept, self._file(metric, name))
+    def _allocate(self, method: str) -> metrics._Allocation:
+        """The order of a method's directions by gain for cost."""
+        values = {name: found.values for name, found in self.directions(method).items()}
+        return metrics.allocate(values, self.modules, self.bucket)
 
     @functools.cached_property
     def _pool(self) -> Pool:
@@ -478,24 +409,25 @@ class Planner:
         )
         return fit, select
 
-    def _choice(self, parameters: int) -> Choice:
-        """Directions for so many parameters, with the intensity that texts for selection choose."""
-        fit, held = self._sketches
-        choices = [Choice(self._pool, fit, each, parameters) for each in INTENSITIES]
-        return min(choices, key=lambda choice: predict(held, choice.gains(parameters)))
-
     def _least_effect(self, error: float) -> Adapter | None:
-        """The smallest adapter in function space with at most an error on texts for selection."""
+        """The smallest adapter in function space with at most an error on texts for selection.
+
+        It becomes the candidate of its size.
+        """
         tell = functools.partial(self.report, "searching the smallest adapter")
-        number = self._predict_least(error)
-        choice = self._choice(number)
-        while self.error(self._with_gains(choice.gains(number))) > error and number < self.most:
-            number = min(math.ceil(1.4 * number), self.most)
-            choice = self._choice(number)
-        adapter = self._with_gains(choice.gains(number))
-        if self.error(adapter) > error:
-            return None
-        low, high, done = 0, number, 0
+        numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
+        numbers = [number for number in numbers if number < self.most] + [self.most]
+        aim = error**2 * float(self.select.effect.mean())
+        high = predict_least(self._pool, *self._sketches, aim, numbers)
+        while True:
+            choice = choose(self._pool, *self._sketches, high)
+            adapter = self._with_gains(choice.gains(high))
+            if self.error(adapter) <= error:
+                break
+            if high == self.most:
+                return None
+            high = min(math.ceil(1.4 * high), self.most)
+        low = done = 0
         # To a twentieth, along the order in which directions were taken.
         while high > 1.05 * low + self.parameters(1) // 50:
             left = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
@@ -508,16 +440,8 @@ class Planner:
             else:
                 low = middle
         tell(done, done)
+        self._chosen[adapter.parameters] = adapter
         return adapter
-
-    def _predict_least(self, error: float) -> int:
-        """How many parameters have at most an error to first order, on texts for selection."""
-        fit, held = self._sketches
-        path = Choice(self._pool, fit, INTENSITIES[len(INTENSITIES) // 2], self.most)
-        aim = error**2 * float(held.sum(1).square().mean())
-        numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
-        reached = (n for n in numbers if predict(held, path.gains(n)) <= aim)
-        return min(next(reached, self.most), self.most)
 
     def _with_gains(self, gains: Tensor) -> Adapter:
         """The adapter that takes directions of all changes with these gains."""
@@ -533,20 +457,13 @@ class Planner:
                 biases[name] = (tuned + found.shift - left @ (right.mT @ found.mean)).float()
         return Adapter(factors, biases)
 
-    def _directions(self, metric: Metric, name: str) -> Directions:
-        self._measure_in(metric)
-        if metric == "plain":
-            return self._plain[name]
-        parts = load_file(self._file(metric, name))
-        update = LowRank(parts.pop("left"), parts.pop("right"))
-        return Directions(update, self._values[metric][name], self._totals[metric][name], **parts)
-
     def _root(self, name: str) -> Tensor | None:
-        self._measure_in("both")
-        return metrics.root(load_file(self._file("outputs", name))["outputs"])
+        # Which takes the moments and writes them.
+        self.directions("two metrics")
+        return metrics.root(load_file(self._file(name))["outputs"])
 
-    def _file(self, kind: str, name: str) -> Path:
-        return self._folder / f"{kind}-{name}.safetensors"
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
 
 
 @_checks.flushing()
@@ -560,8 +477,8 @@ def compare(
 ) -> pd.DataFrame:
     """Measure the errors of methods at equal numbers of parameters.
 
-    At numbers in ``repaired`` the best method by gain for cost (`Planner.best`) is also repaired,
-    with so many ``steps`` by gradient. The table has a row for each adapter: the columns of
+    At numbers in ``repaired`` the best method of ``PATHS`` (`Planner.best`) is also repaired, with
+    so many ``steps`` by gradient. The table has a row for each adapter: the columns of
     `Measured`, ``ranks`` by module, and ``used``, the parameters that they take.
     """
     import pandas as pd
@@ -582,13 +499,12 @@ def _singular(pair: Pair, name: str, most: int) -> Directions:
     """The leading singular directions of a change, of its factors where it has some."""
     update = pair.update(name)
     if update is None or not update.rank:
-        return metrics.directions(pair.change(name), None, "plain", most)
+        return metrics.directions(pair.change(name), None, most)
     Q, left = torch.linalg.qr(update.left.double())
     P, right = torch.linalg.qr(update.right.double())
-    core = metrics.directions(left @ right.mT, None, "plain", most)
-    nothing = torch.zeros(len(Q)), torch.zeros(len(P))
-    found = LowRank(Q @ core.update.left, P @ core.update.right)
-    return Directions(found, core.values, core.total, *nothing)
+    core = metrics.directions(left @ right.mT, None, most)
+    update = LowRank(Q @ core.update.left, P @ core.update.right)
+    return core._replace(update=update, shift=Q.new_zeros(len(Q)), mean=P.new_zeros(len(P)))
 
 
 def _uniform(modules: Mapping[str, Module], rank: int) -> dict[str, int]:
@@ -597,16 +513,13 @@ def _uniform(modules: Mapping[str, Module], rank: int) -> dict[str, int]:
 
 
 def _by_energy(
-    values: Mapping[str, Tensor],
-    totals: Mapping[str, float],
-    modules: Mapping[str, Module],
-    parameters: int,
+    directions: Mapping[str, Directions], modules: Mapping[str, Module], parameters: int
 ) -> dict[str, int]:
     """The largest share of ``‖ΔW‖²``, the same for all changed modules, that parameters pay for."""
     shares = {
-        name: (sigma.double().square().cumsum(0) / totals[name]).numpy()
-        for name, sigma in values.items()
-        if totals[name]
+        name: (found.values.double().square().cumsum(0) / found.total).numpy()
+        for name, found in directions.items()
+        if found.total
     }
 
     def ranks(least: float) -> dict[str, int]:
@@ -620,32 +533,6 @@ def _by_energy(
         fits = metrics.cost(ranks(middle), modules) <= parameters
         low, high = (middle, high) if fits else (low, middle)
     return ranks(low)
-
-
-def _by_inputs(
-    spread: Mapping[str, Tensor], modules: Mapping[str, Module], parameters: int, most: int
-) -> dict[str, int]:
-    """Directions of all modules by their part of the inputs' variance, the largest first."""
-    parts = sorted(
-        (-float(part), order, name)
-        for order, (name, sigma) in enumerate(spread.items())
-        for part in sigma.double().square() / sigma.double().square().sum()
-    )
-    ranks: dict[str, int] = {}
-    for _, _, name in parts:
-        rank = ranks.get(name, 0) + 1
-        if rank > min(most, *modules[name].shape):
-            continue
-        if (parameters := parameters - modules[name].cost) < 0:
-            break
-        ranks[name] = rank
-    return ranks
-
-
-def _metric(method: str) -> Metric:
-    if method not in METHODS:
-        raise InputError("method", allowed=f"among {', '.join(METHODS)}", value=method)
-    return METHODS[method]
 
 
 def _choose(pair: Pair, modules: str) -> dict[str, Module]:

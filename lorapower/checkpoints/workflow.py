@@ -330,7 +330,7 @@ class _Found(NamedTuple):
 
 def _fill(planner: Planner, parameters: int, repair: bool, steps: int) -> _Found:
     """The best adapter of at most so many parameters."""
-    method, raw, _ = planner.best(parameters)
+    method, raw = planner.best(parameters)
     adapter = planner.repair(raw, steps=steps) if repair else raw
     return _Found(method, raw, adapter, _measure(planner, adapter))
 

@@ -124,10 +124,8 @@ def _with_adapters(network: Any, rank: int, seed: int) -> Any:
 def _passes() -> dict[str, bool]:
     """Options that have a ``Trainer`` pass texts in bfloat16 where the processor has it."""
     if torch.cuda.is_available():
-        return {"bf16": torch.cuda.is_bf16_supported(including_emulation=False)}
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return {"bf16": True, "use_cpu": True}
-    return {}
+        return {"bf16": hub.has_bfloat16("cuda")}
+    return {"bf16": True, "use_cpu": True} if hub.has_bfloat16("cpu") else {}
 
 
 def decoders(
