@@ -206,7 +206,7 @@ def _from_array(name: str, value: Any) -> Tensor:
 
 
 def kind(*expected: type, **given: Any) -> None:
-    """Refuse ``given`` values, by their name, that are none of the ``expected`` types."""
+    """Refuse ``given`` values that have none of the ``expected`` types; the error names them."""
     for name, value in given.items():
         if not isinstance(value, expected):
             names = (f"{cls.__name__} ({cls.__module__.rpartition('.')[0]})" for cls in expected)

@@ -412,13 +412,11 @@ def _ranks(plan: Any) -> Table:
 
     table = Table(title="Ranks, and the part of the effect that each module alone loses")
     table.add_column("module", overflow="fold")
-    rows = plan.table()
-    known = [name for name in ("lost",) if rows[name].notna().any()]
-    for name in ("size", "rank", *known):
+    for name in ("size", "rank", "lost"):
         table.add_column(name, justify="right")
-    for row in rows.to_dict("records"):
-        shares = (percent(row[name]) for name in known)
-        table.add_row(row["module"], f"{row['out']}×{row['in']}", str(row["rank"]), *shares)
+    for row in plan.table().to_dict("records"):
+        size = f"{row['out']}×{row['in']}"
+        table.add_row(row["module"], size, str(row["rank"]), percent(row["lost"]))
     return table
 
 

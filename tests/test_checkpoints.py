@@ -21,7 +21,16 @@ from scipy import stats
 from lorapower import InputError, LorapowerError, ResultsError, checkpoints, randomness
 from lorapower import _hub as hub
 from lorapower.adapters import _files
-from lorapower.checkpoints import METHODS, Adapter, Pair, Planner, _measuring, metrics, workflow
+from lorapower.checkpoints import (
+    METHODS,
+    Adapter,
+    Pair,
+    Planner,
+    _export,
+    _measuring,
+    metrics,
+    workflow,
+)
 from lorapower.checkpoints import planner as planning
 from lorapower.checkpoints._measuring import lower_limit, outputs, ratio, upper_limit
 
@@ -378,7 +387,7 @@ def test_written_adapters_have_the_stated_error(
     base, tuned = files.pair(tmp_path, kind, architecture, change=change)
     out = tmp_path / "out"
     plan = checkpoints.extract(base, tuned, TEXTS, out, rank=1, repair=repair, steps=4)
-    report = json.loads((out / workflow.REPORT).read_text())
+    report = json.loads((out / _export.REPORT).read_text())
     assert report["error"] == plan.measured.error
     assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-5, abs=1e-6)
     again = checkpoints.check(base, str(out), tuned, TEXTS)
@@ -402,11 +411,11 @@ def test_written_adapters_have_the_stated_error(
     assert plan.adapter.parameters < numbers < plan.adapter.parameters + 12 * 24 * 3 + 6000
     # A plan knows them before.
     pair, skeleton = plan.planner.pair, plan.planner.pair.skeleton()
-    options = workflow._options(pair, skeleton, plan.adapter)
+    options = _export.peft_options(pair, skeleton, plan.adapter)
     estimate = _files.estimate_peft(skeleton, plan.adapter.ranks, **options)
     assert estimate[0] == numbers
     assert estimate[1] == pytest.approx(size, rel=0.3)
-    card = (out / workflow.CARD).read_text()
+    card = (out / _export.CARD).read_text()
     assert f"base_model: {base}" in card
     assert f"| numbers carried in all | {numbers:,} |" in card
 
@@ -419,7 +428,7 @@ def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path
     )
     assert plan.report()["left_out"] == leave
     assert not plan.adapter.biases
-    loaded = workflow._load(out, plan.planner.pair)
+    loaded = _export.load(out, plan.planner.pair)
     norms = {
         name: value
         for name, value in loaded.base_model.model.named_parameters()
@@ -447,13 +456,13 @@ def test_folders_that_exist_stay_unless_forced(places: tuple[str, str], tmp_path
     written = []
     for rank in (1, 2):
         checkpoints.extract(*places, TEXTS, out, force=True, rank=rank, repair=False)
-        written.append(json.loads((out / workflow.REPORT).read_text())["parameters"])
+        written.append(json.loads((out / _export.REPORT).read_text())["parameters"])
     assert written[0] < written[1]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
-@pytest.mark.parametrize("where", ["_save", "_save_merged", "_describe"])
+@pytest.mark.parametrize("where", ["save", "save_merged", "describe"])
 def test_nothing_half_written_looks_finished(
     places: tuple[str, str],
     tmp_path: Path,
@@ -465,11 +474,11 @@ def test_nothing_half_written_looks_finished(
         (folder / "begun").write_text("begun")
         raise error
 
-    monkeypatch.setattr(workflow, where, full)
+    monkeypatch.setattr(_export, where, full)
     out, merged = tmp_path / "out", tmp_path / "merged"
     with pytest.raises(ResultsError, match=r"cannot be written \(No space left") as told:
         checkpoints.extract(*places, TEXTS, out, rank=1, merged=merged)
-    assert told.value.path == (merged if where == "_save_merged" else out)
+    assert told.value.path == (merged if where == "save_merged" else out)
     assert not [*tmp_path.iterdir()]
 
 
@@ -487,7 +496,7 @@ def test_what_was_there_comes_back_if_it_cannot_be_replaced(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(ResultsError, match="Permission denied"), workflow._write(out) as partial:
+    with pytest.raises(ResultsError, match="Permission denied"), _export.write(out) as partial:
         (partial / "new").write_text("new")
     assert (out / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -506,12 +515,12 @@ def test_folders_that_cannot_be_written_to_are_refused_at_once(
 def test_a_wrong_adapter_is_not_written(
     places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = workflow._save
+    save = _export.save
 
     def spoiled(folder: Path, pair: Pair, network: Any, adapter: Adapter, **options: Any) -> None:
         save(folder, pair, network, Adapter({}, adapter.biases), **options)
 
-    monkeypatch.setattr(workflow, "_save", spoiled)
+    monkeypatch.setattr(_export, "save", spoiled)
     with pytest.raises(LorapowerError, match="nothing was written"):
         checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=4, repair=False)
     assert not [*tmp_path.iterdir()]
@@ -534,5 +543,5 @@ def test_reports_and_cards_of_numbers_that_json_lacks(
     out = tmp_path / "out"
     plan = checkpoints.extract(*places, TEXTS, out, rank=1, repair=False)
     assert plan.measured.error_upper == math.inf
-    assert json.loads((out / workflow.REPORT).read_text())["error_upper"] is None
-    assert "no limit can be given" in (out / workflow.CARD).read_text()
+    assert json.loads((out / _export.REPORT).read_text())["error_upper"] is None
+    assert "no limit can be given" in (out / _export.CARD).read_text()

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lorapower import __main__, _cli
 from lorapower.adapters import _files
-from lorapower.checkpoints import Pair, workflow
+from lorapower.checkpoints import Pair, _export, workflow
 
 TEXTS = files.texts(140)
 
@@ -178,7 +178,7 @@ def test_adapters_shrink(
     pair = Pair.open(base, {trained: 0.7, other: 0.3})
     assert json.loads(out)["tuned"] == pair.tuned.source
     assert "# A low-rank adapter of 0.7 × trained + 0.3 × other" in Path(
-        small, workflow.CARD
+        small, _export.CARD
     ).read_text(encoding="utf-8")
 
 
@@ -225,7 +225,7 @@ def test_formats_for_serving_and_in_full(
     assert report["options"]["max_rank"] == 16
     # The model in full is the base with the adapter.
     pair, whole = Pair.open(*places), Pair.open(places[0], str(full))
-    adapted = workflow._load(out, pair).merge_and_unload()
+    adapted = _export.load(out, pair).merge_and_unload()
     for name, value in adapted.named_parameters():
         assert torch.equal(whole.tuned.read(name), value)
     assert whole.tokenizer("w1 w2")["input_ids"] == pair.tokenizer("w1 w2")["input_ids"]
