@@ -297,7 +297,7 @@ def test_plans_with_repair_need_no_more(places: tuple[str, str]) -> None:
 
 
 def test_baselines_have_no_rank_0(places: tuple[str, str]) -> None:
-    plan = checkpoints.plan(*places, TEXTS, parameters=100, max_rank=4, by_module=False)
+    plan = checkpoints.plan(*places, TEXTS, parameters=100, max_rank=4)
     least = plan.planner.parameters(1)
     assert plan.adapter.parameters <= 100 < least
     used = plan.report()["baseline_parameters"]
@@ -440,7 +440,7 @@ def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path
 
 
 def test_ranks_in_buckets(places: tuple[str, str]) -> None:
-    plan = checkpoints.plan(*places, TEXTS, rank=4, max_rank=8, bucket=4, by_module=False)
+    plan = checkpoints.plan(*places, TEXTS, rank=4, max_rank=8, bucket=4)
     assert {rank % 4 for rank in plan.ranks.values()} == {0}
     assert any(plan.ranks.values())
 

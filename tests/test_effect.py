@@ -35,13 +35,24 @@ def squares(planner: Planner, targets: list[torch.Tensor]) -> float:
     return total / 2 / sum(len(batch.input_ids) for batch in planner.fit.batches)
 
 
+def tuned(folder: Path, kind: str, architecture: str, max_rank: int) -> Planner:
+    """A planner of a small pair, whose network is the tuned one."""
+    planner = Planner(Pair.open(*files.pair(folder, kind, architecture)), TEXTS, max_rank=max_rank)
+    planner.pair.fill(planner.network, "tuned")
+    return planner
+
+
+@pytest.fixture(autouse=True)
+def in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that differences of outputs can be told from rounding."""
+    monkeypatch.setattr(_effect, "_fast", lambda *_: torch.autocast("cpu", enabled=False))
+
+
 @pytest.mark.parametrize(("kind", "architecture"), KINDS)
 def test_slopes_are_differences_of_what_is_lost(
-    kind: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, architecture: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(_effect, "_fast", lambda *_: torch.autocast("cpu", enabled=False))
-    planner = Planner(Pair.open(*files.pair(tmp_path, kind, architecture)), TEXTS, max_rank=2)
-    planner.pair.fill(planner.network, "tuned")
+    planner = tuned(tmp_path, kind, architecture, max_rank=2)
     with torch.no_grad():
         task = planner.pair.task
         targets = [outputs(planner.network, batch, task) for batch in planner.fit.batches]
@@ -72,20 +83,30 @@ def test_slopes_are_differences_of_what_is_lost(
 def test_sketches_have_the_second_moments(
     kind: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_effect, "_fast", lambda *_: torch.autocast("cpu", enabled=False))
-    planner = Planner(Pair.open(*files.pair(tmp_path, kind, architecture)), TEXTS, max_rank=1)
-    planner.pair.fill(planner.network, "tuned")
-    moments = []
-    for number, seed in ((60, 0), (120, 1)):
-        monkeypatch.setattr(_effect, "PROBES", number)
-        rows = _effect.sketch(planner.network, planner._pool, planner.fit, seed=seed)
-        moments.append(rows.mT @ rows / len(rows))
-    assert torch.dist(moments[0], moments[1]) < 0.15 * moments[1].norm()
+    """Those of the derivatives of all outputs, one after the other."""
+    planner = tuned(tmp_path, kind, architecture, max_rank=1)
+    exact = torch.zeros(2 * [len(planner._pool.costs)], dtype=torch.float64)
+    for batch in planner.fit.batches:
+        with torch.enable_grad(), watch(planner.network, planner._pool.places) as seen:
+            values = planner.fit.rows(planner.network, batch)
+        # The place of each row in its text: one output of every text at a time.
+        places = torch.cat([torch.arange(int(n)) for n in batch.attention_mask.sum(1)])
+        with torch.enable_grad():
+            inside = _effect.Inside(planner._pool, seen)
+            for place in range(int(places.max()) + 1):
+                for column in range(values.shape[1]):
+                    along = torch.zeros_like(values)
+                    along[places == place, column] = 1
+                    rows = inside.products(values, along)
+                    exact += rows.mT @ rows
+    exact /= sum(len(batch.input_ids) for batch in planner.fit.batches)
+    monkeypatch.setattr(_effect, "PROBES", 200)
+    rows = _effect.sketch(planner.network, planner._pool, planner.fit, seed=0)
+    assert torch.dist(rows.mT @ rows / len(rows), exact) < 0.05 * exact.norm()
 
 
 def test_few_outputs_are_differentiated_exactly(tmp_path: Path) -> None:
-    planner = Planner(Pair.open(*files.pair(tmp_path)), TEXTS, max_rank=1)
-    planner.pair.fill(planner.network, "tuned")
+    planner = tuned(tmp_path, *KINDS[0], max_rank=1)
     one, other = (
         _effect.sketch(planner.network, planner._pool, planner.fit, seed=s) for s in (0, 1)
     )

@@ -329,7 +329,7 @@ def test_plans_need_no_library_of_the_studies(places: tuple[str, str]) -> None:
         "sys.modules |= dict.fromkeys(absent)\n"
         "import checkpoint_files as files\n"
         "from lorapower import checkpoints\n"
-        f"checkpoints.plan(*{places!r}, files.texts(140), rank=1, max_rank=1, by_module=False)\n"
+        f"checkpoints.plan(*{places!r}, files.texts(140), rank=1, max_rank=1)\n"
     )
     found = run("-c", code)
     assert found.returncode == 0, found.stderr

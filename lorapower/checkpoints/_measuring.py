@@ -269,8 +269,9 @@ class Readout:
         """Whether a network has this head, so that states tell its outputs."""
         if self.root is None:
             return True
-        weight = network.get_output_embeddings().weight
-        return weight.shape == self._weight.shape and bool(torch.equal(weight, self._weight))
+        head = network.get_output_embeddings()
+        pairs = (head.weight, self._weight), (head.bias, self._bias)
+        return all(a is b or (a is not None and b is not None and a.equal(b)) for a, b in pairs)
 
 
 class Reference:

@@ -188,7 +188,7 @@ class Pair:
     def not_low_rank(self) -> dict[str, int]:
         """How many numbers differ that no adapter of low rank carries, by kind of parameter.
 
-        Of word embeddings only the rows that differ count.
+        Parameters count as a whole, although of word embeddings only rows that differ are carried.
         """
         sizes = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
         return {kind: size for kind, size in sizes.items() if size}

@@ -180,7 +180,6 @@ def plan(
     force: bool = False,
     repair: bool = False,
     steps: int = STEPS,
-    by_module: bool = True,
     report: Report | None = None,
     **options: Any,
 ) -> Plan:
@@ -207,9 +206,9 @@ def plan(
         ``max_rank`` or ``bucket`` are given. All else that tuning changed stays the base's.
     force : bool
         Whether an adapter in place of a tuned checkpoint may name another base (`Pair.open`).
-    repair, by_module : bool
+    repair : bool
         Whether the adapter is fitted to the tuned network (`Planner.repair`), with ``steps`` by
-        gradient; whether what each module alone loses is predicted.
+        gradient.
     """
     start = time.perf_counter()
     asked = {"error": error, "parameters": parameters, "rank": rank}
@@ -256,7 +255,7 @@ def plan(
         sure=sure,
         versus_uniform=versus,
         largest_share=largest_share(squares),
-        shares=planner.losses(raw) if by_module and not repair else {},
+        shares={} if repair else planner.losses(raw),
         attention=planner.only("attention"),
     )
     return _finish(result, start)
