@@ -481,8 +481,9 @@ def has_bfloat16(device: str) -> bool:
     """Whether a kind of device multiplies matrices in bfloat16 itself."""
     if device == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    amx = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device == "cpu" and amx
+    return device == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def train(
