@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,15 +75,21 @@ def byte_words() -> Any:
     )
 
 
-def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0) -> Change:
-    """Matrices of blocks change by ones of this rank, with a decaying spectrum; biases a little."""
+def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0, *, words: bool = False) -> Change:
+    """Matrices of blocks change by ones of this rank, with a decaying spectrum; biases a little.
+
+    With ``words`` their embeddings and heads of language models do as well.
+    """
     draw = randomness.generator(seed, "changes")
 
     def normal(*shape: int) -> torch.Tensor:
         return randomness.normal(draw, *shape, dtype=torch.float32)
 
     def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
-        if "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
+        if "lm_head" in name or "wte" in name or re.search("embed_tokens|word_embed", name):
+            if not words:
+                return None
+        elif "embed" in name or "wpe" in name:
             return None
         if value.ndim == 1:
             return 0.02 * normal(*value.shape)

@@ -420,6 +420,65 @@ def test_written_adapters_have_the_stated_error(
     assert f"| numbers carried in all | {numbers:,} |" in card
 
 
+@pytest.mark.parametrize(
+    ("kind", "architecture", "options"),
+    [
+        ("bert", "BertForSequenceClassification", {}),
+        ("gpt2", "GPT2LMHeadModel", {}),
+        ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
+        ("llama", "LlamaForCausalLM", {"tie_word_embeddings": False}),
+    ],
+)
+@pytest.mark.parametrize("repair", [False, True])
+def test_embeddings_and_heads_get_factors(
+    kind: str, architecture: str, options: dict[str, Any], repair: bool, tmp_path: Path
+) -> None:
+    change = files.low_rank(size=0.2, words=True)
+    base, tuned = files.pair(tmp_path, kind, architecture, change=change, **options)
+    out, full = tmp_path / "out", tmp_path / "full"
+    plan = checkpoints.extract(base, tuned, TEXTS, out, rank=2, repair=repair, steps=4, merged=full)
+    pair = plan.planner.pair
+    words = [name for name in pair.words if plan.ranks[name]]
+    assert pair.words.keys() == plan.planner.modules.keys() & pair.words.keys()
+    assert words
+    assert not plan.planner.pair.not_low_rank.keys() & {"embedding"}
+    # What peft reads lost what was measured, and what is merged does.
+    report = json.loads((out / _export.REPORT).read_text())
+    assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-5, abs=1e-6)
+    loaded = _export.load(out, Pair.open(base, tuned))
+    whole = Pair.open(base, str(full)).network()
+    for batch in plan.planner.texts.test:
+        with torch.no_grad():
+            one, other = (outputs(network, batch, pair.task) for network in (loaded, whole))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    # Row by row they are exact, at many more numbers; or they stay.
+    numbers = {}
+    for name, more in (("rows", {"modules": "layer|h\\."}), ("left", {"leave": ["embedding"]})):
+        other = Planner(Pair.open(base, tuned), TEXTS, **more)
+        numbers[name] = other.pair.not_low_rank.get("embedding", 0)
+        kinds = {module.kind for module in other.modules.values()}
+        assert "embedding" not in kinds
+        assert ("head" in kinds) == (name == "left" and "lm_head" in pair.words)
+    assert numbers["rows"] == numbers["left"] > plan.adapter.parameters / 4
+
+
+def test_embeddings_of_adapters_are_factors(tmp_path: Path) -> None:
+    change = files.low_rank(size=0.2, words=True)
+    tied = {"tie_word_embeddings": True}
+    base, tuned = files.pair(tmp_path, "llama", "LlamaForCausalLM", change=change, **tied)
+    first, second = tmp_path / "first", tmp_path / "second"
+    checkpoints.extract(base, tuned, TEXTS, first, rank=3)
+    plan = checkpoints.extract(base, str(first), TEXTS, second, rank=2)
+    pair = plan.planner.pair
+    (name,) = pair.words
+    update = pair.update(name)
+    assert update is not None
+    torch.testing.assert_close(update.matrix(), pair.change(name))
+    whole = pair.weight("tuned", pair.words[name]) - pair.weight("base", pair.words[name])
+    torch.testing.assert_close(pair.change(name), whole, atol=1e-6, rtol=1e-4)
+    assert 0 < plan.measured.error < 0.9
+
+
 def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     leave = ["bias", "norm"]

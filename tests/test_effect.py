@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lorapower import checkpoints, randomness
 from lorapower.checkpoints import Pair, Planner, _effect
-from lorapower.checkpoints._measuring import outputs, watch
+from lorapower.checkpoints._measuring import outputs
 
 TEXTS = files.texts()
 KINDS = [
@@ -22,6 +22,10 @@ KINDS = [
     ("distilbert", "DistilBertModel"),
     ("gpt2", "GPT2LMHeadModel"),
     ("llama", "LlamaForCausalLM"),
+]
+PARTS = [
+    *((*kind, {}) for kind in KINDS),
+    ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
 ]
 
 
@@ -35,11 +39,29 @@ def squares(planner: Planner, targets: list[torch.Tensor]) -> float:
     return total / 2 / sum(len(batch.input_ids) for batch in planner.fit.batches)
 
 
-def tuned(folder: Path, kind: str, architecture: str, max_rank: int) -> Planner:
-    """A planner of a small pair, whose network is the tuned one."""
-    planner = Planner(Pair.open(*files.pair(folder, kind, architecture)), TEXTS, max_rank=max_rank)
+def tuned(folder: Path, kind: str, architecture: str, max_rank: int, **options: Any) -> Planner:
+    """A planner of a small pair, of which all matrices changed, and whose network is the tuned."""
+    change = files.low_rank(words=True)
+    pair = Pair.open(*files.pair(folder, kind, architecture, change=change, **options))
+    planner = Planner(pair, TEXTS, max_rank=max_rank)
     planner.pair.fill(planner.network, "tuned")
     return planner
+
+
+def derive(planner: Planner) -> _effect.Derivatives:
+    """Derivatives at the tuned network, along the planner's directions."""
+    return _effect.Derivatives(planner.network, planner._pool, planner.readout)
+
+
+def put(planner: Planner, gains: torch.Tensor) -> None:
+    """Give the network the tuned weights, but other gains of the pool's directions."""
+    planner.put(planner._with_gains(gains - 1))
+    with torch.no_grad():
+        for name, module in planner.modules.items():
+            rest, place = planner.pair.change(name), planner.network.get_submodule(name)
+            place.weight.add_(rest.mT if module.transposed else rest)
+            if planner.pair.frees_bias(module):
+                place.bias.sub_(planner.directions("effect")[name].shift)
 
 
 @pytest.fixture(autouse=True)
@@ -48,32 +70,36 @@ def in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_effect, "_fast", lambda *_: torch.autocast("cpu", enabled=False))
 
 
-@pytest.mark.parametrize(("kind", "architecture"), KINDS)
+@pytest.mark.parametrize(("kind", "architecture", "options"), PARTS)
 def test_slopes_are_differences_of_what_is_lost(
-    kind: str, architecture: str, tmp_path: Path
+    kind: str, architecture: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    planner = tuned(tmp_path, kind, architecture, max_rank=2)
+    """Also of embeddings, of heads, and of what both share."""
+    planner = tuned(tmp_path, kind, architecture, max_rank=2, **options)
+    readout, derivatives = planner.readout, derive(planner)
+    # Any outputs that the tuned head can give are as good to keep a distance from.
+    planner.pair.fill(planner.network, "base")
     with torch.no_grad():
-        task = planner.pair.task
-        targets = [outputs(planner.network, batch, task) for batch in planner.fit.batches]
-    gains = 2 * randomness.uniform(randomness.generator(1, "gains"), len(planner._pool.costs))
-    gains[::3] = 0
-    planner.put(planner._with_gains(gains))
+        states = [readout.states(planner.network, batch) for batch in planner.fit.batches]
+        targets = [readout.outputs(each) for each in states]
+    planner.pair.fill(planner.network, "tuned")
+    gains = torch.ones(len(planner._pool.costs), dtype=torch.float64)
     slopes = torch.zeros_like(gains)
-    for i, batch in enumerate(planner.fit.batches):
-        with torch.enable_grad(), watch(planner.network, planner._pool.places) as seen:
-            values = planner.fit.rows(planner.network, batch)
-        with torch.enable_grad():
-            along = planner.fit.tuned_rows(i) - values.detach()
-            slopes += _effect.Inside(planner._pool, seen).products(values, along).sum(0)
+    for batch, far in zip(planner.fit.batches, states, strict=True):
+        target = derivatives.rows_of(far).detach()
+        values = derivatives.rows(batch)
+        slopes += derivatives.products(target - values).sum(0)
     slopes /= sum(len(batch.input_ids) for batch in planner.fit.batches)
-    for d in slopes.abs().argsort(descending=True)[:3].tolist():
+    words = [planner._pool.places[name].start for name in planner.pair.words]
+    assert words
+    assert planner.modules.keys() > planner.pair.words.keys()
+    for d in [*slopes.abs().argsort(descending=True)[:3].tolist(), *words]:
         lost = []
         for size in (0.02, -0.02):
             moved = gains.clone()
             moved[d] += size
-            # Biases, where they are free, go with it.
-            planner.put(planner._with_gains(moved))
+            # Biases, where they are free, go with it, and what the pool lacks is as tuned.
+            put(planner, moved)
             lost.append(squares(planner, targets))
         slope = -(lost[0] - lost[1]) / 0.04
         assert slope == pytest.approx(float(slopes[d]), rel=0.03, abs=1e-6)
@@ -86,19 +112,17 @@ def test_sketches_have_the_second_moments(
     """Those of the derivatives of all outputs, one after the other."""
     planner = tuned(tmp_path, kind, architecture, max_rank=1)
     exact = torch.zeros(2 * [len(planner._pool.costs)], dtype=torch.float64)
+    derivatives = derive(planner)
     for batch in planner.fit.batches:
-        with torch.enable_grad(), watch(planner.network, planner._pool.places) as seen:
-            values = planner.fit.rows(planner.network, batch)
+        values = derivatives.rows(batch)
         # The place of each row in its text: one output of every text at a time.
         places = torch.cat([torch.arange(int(n)) for n in batch.attention_mask.sum(1)])
-        with torch.enable_grad():
-            inside = _effect.Inside(planner._pool, seen)
-            for place in range(int(places.max()) + 1):
-                for column in range(values.shape[1]):
-                    along = torch.zeros_like(values)
-                    along[places == place, column] = 1
-                    rows = inside.products(values, along)
-                    exact += rows.mT @ rows
+        for place in range(int(places.max()) + 1):
+            for column in range(values.shape[1]):
+                along = torch.zeros_like(values)
+                along[places == place, column] = 1
+                rows = derivatives.products(along)
+                exact += rows.mT @ rows
     exact /= sum(len(batch.input_ids) for batch in planner.fit.batches)
     monkeypatch.setattr(_effect, "PROBES", 200)
     rows = _effect.sketch(planner.network, planner._pool, planner.fit, seed=0)

@@ -11,7 +11,7 @@ import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ FORMAT = "1"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # A name that peft accepts where no module is named.
 _NO_MODULES = "dummy-target-modules"
+_TYING = "embed_tokens"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], network: Network) -> None:
@@ -138,8 +139,13 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
     # Only a pattern matches whole names: "0" in a list would match "1.0" too.
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     largest = max(ranks.values(), default=1)
+    targets = [*map(re.escape, ranks)]
+    if tied := _is_tied(network, ranks):
+        # Which peft ties only where it finds one of these names alone.
+        targets.append(_TYING)
     config = LoraConfig(
-        target_modules="|".join(map(re.escape, ranks)) or _NO_MODULES,
+        target_modules="|".join(targets) or _NO_MODULES,
+        ensure_weight_tying=tied,
         r=largest,
         lora_alpha=largest,
         rank_pattern=patterns,
@@ -151,6 +157,17 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
     with warnings.catch_warnings(action="ignore"):
         # It warns about tied weights and biases; what is read back is tested for these.
         return get_peft_model(network, config)
+
+
+def _is_tied(network: Any, names: Collection[str]) -> bool:
+    """Whether a head shares its weight with embeddings among modules of these names."""
+    if not hasattr(network, "get_output_embeddings"):
+        return False
+    head = network.get_output_embeddings()
+    modules = (network.get_submodule(name) for name in names)
+    return head is not None and any(
+        isinstance(module, nn.Embedding) and module.weight is head.weight for module in modules
+    )
 
 
 def save_peft(
@@ -166,8 +183,12 @@ def save_peft(
     with torch.no_grad():
         for name, update in updates.items():
             module = wrapped.base_model.model.get_submodule(name)
-            module.lora_A["default"].weight.copy_(update.right.mT)
-            module.lora_B["default"].weight.copy_(update.left)
+            if isinstance(module.base_layer, nn.Embedding):
+                A, B = module.lora_embedding_A["default"], module.lora_embedding_B["default"]
+            else:
+                A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+            A.copy_(update.right.mT)
+            B.copy_(update.left)
     wrapped.peft_config["default"].base_model_name_or_path = base
     with warnings.catch_warnings(action="ignore"):
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)

@@ -8,7 +8,7 @@ effect ``Σ_d J_d``. Products with random outputs sketch all ``J_d`` at once: fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _hub as hub
 from .. import randomness
-from ._measuring import Reference, watch
+from ._measuring import Batch, Readout, Reference, sum_by_text, watch
 from .metrics import Directions
 from .pair import Module
 
@@ -42,7 +42,7 @@ class Pool:
     def __init__(
         self, directions: Mapping[str, Directions], modules: Mapping[str, Module], bucket: int
     ) -> None:
-        self.directions = directions
+        self.directions, self.modules = directions, modules
         costs, bundles = [], []
         self.places: dict[str, slice] = {}
         start = first = 0
@@ -69,58 +69,105 @@ def sketch(
     Rows ``φ``, some for each text, have ``E φφᵀ`` the products ``⟨J_d, J_k⟩``.
     """
     draw = randomness.generator(seed, "sketch")
+    derivatives = Derivatives(network, pool, reference.readout)
     parts = []
     for i, batch in enumerate(reference.batches):
         report(i, len(reference.batches))
-        with torch.enable_grad(), _fast(network, reference), watch(network, pool.places) as seen:
-            values = reference.rows(network, batch)
-        with torch.enable_grad():
-            inside = Inside(pool, seen)
-            if values.shape[-1] <= PROBES and len(values) == len(batch.input_ids):
-                # So few outputs of each text need no sketch.
-                unit = torch.eye(values.shape[-1]) * values.shape[-1] ** 0.5
-                drawn = [row.expand(len(values), -1) for row in unit]
-            else:
-                drawn = [randomness.normal(draw, *values.shape) for _ in range(PROBES)]
-            parts += [inside.products(values, each.to(values)) for each in drawn]
+        values = derivatives.rows(batch)
+        if values.shape[-1] <= PROBES and len(values) == len(batch.input_ids):
+            # So few outputs of each text need no sketch.
+            unit = torch.eye(values.shape[-1]) * values.shape[-1] ** 0.5
+            drawn = [row.expand(len(values), -1) for row in unit]
+        else:
+            drawn = [randomness.normal(draw, *values.shape) for _ in range(PROBES)]
+        parts += [derivatives.products(each) for each in drawn]
     report(len(reference.batches), len(reference.batches))
     return torch.cat(parts)
 
 
-def _fast(network: Any, reference: Reference) -> AbstractContextManager[Any]:
+class Derivatives:
+    """Derivatives of a tuned network's outputs along all directions, one batch at a time.
+
+    A language model's head may be a module of the pool, or share the weight of embeddings that are.
+    Logits are linear in states and in what directions take in of these; of both at once there are
+    rows with the distances of logits, as `Readout.rows` are of states alone.
+    """
+
+    def __init__(self, network: Any, pool: Pool, readout: Readout) -> None:
+        self._network, self._pool, self._readout = network, pool, readout
+        # Of the head: its name in the pool, what its directions take in, and the joint root.
+        self._head = next(self._find_head(), None)
+
+    def rows(self, batch: Batch) -> Float[Tensor, "rows columns"]:
+        """The outputs for a batch, whose derivatives `products` takes."""
+        self._batch = batch
+        with torch.enable_grad():
+            with _fast(self._network, self._readout), watch(self._network, self._pool.places) as at:
+                self._values = self.rows_of(self._readout.states(self._network, batch))
+            self._inputs = {name: self._taken(name, given) for name, (given, _) in at.items()}
+        self._after = [output for _, output in at.values()]
+        return self._values.detach()
+
+    def rows_of(self, states: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Rows of states, with nothing that directions of the head add to them."""
+        if self._head is None:
+            return self._readout.rows(states)
+        _, taken, root = self._head
+        self._of_states = states.detach().float() @ taken.to(states.device)
+        self._added = torch.zeros_like(self._of_states, requires_grad=True)
+        both = torch.cat([states, self._added.to(states)], -1)
+        return both @ root.to(both).mT
+
+    def products(self, along: Float[Tensor, "rows columns"]) -> Float[Tensor, "texts directions"]:
+        """``⟨r, J_d⟩`` of each text and direction, for rows ``r`` as long as the outputs."""
+        after = [*self._after] if self._head is None else [*self._after, self._added]
+        slopes: list[Tensor | None] = [
+            *torch.autograd.grad(
+                self._values,
+                after,
+                along.to(self._values),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        ]
+        texts = len(self._batch.input_ids)
+        parts = {n: torch.zeros(texts, at.stop - at.start) for n, at in self._pool.places.items()}
+        if self._head is not None and (slope := slopes.pop()) is not None:
+            both = (slope.float() * self._of_states).cpu()
+            parts[self._head[0]] = sum_by_text(both, self._batch, "language")
+        for (name, inputs), slope in zip(self._inputs.items(), slopes, strict=True):
+            if slope is not None:
+                left = self._pool.directions[name].update.left
+                both = (slope.float() @ left.to(slope.device)) * inputs
+                parts[name] = parts[name] + (both.sum(1) if both.ndim == 3 else both).cpu()
+        return torch.cat([*parts.values()], -1).double()
+
+    def _taken(self, name: str, given: Tensor) -> Tensor:
+        """What the directions of a module take in."""
+        found = self._pool.directions[name]
+        right = found.update.right.to(given.device)
+        if self._pool.modules[name].kind == "embedding":
+            return right[given]
+        return (given.float() - found.mean.to(given.device)) @ right
+
+    def _find_head(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        if self._readout.task != "language":
+            return
+        weight = self._network.get_output_embeddings().weight
+        for name, found in self._pool.directions.items():
+            if self._network.get_submodule(name).weight is weight:
+                taken, given = found.update.right, found.update.left
+                if self._pool.modules[name].kind == "embedding":
+                    # Which are the transpose of a head.
+                    taken, given = given, taken
+                yield name, taken, self._readout.root_with(given)
+
+
+def _fast(network: Any, readout: Readout) -> AbstractContextManager[Any]:
     """Products of a language model in bfloat16, where the processor has it; small ones stay."""
     kind = network.device.type
-    fits = reference.readout.task == "language" and hub.has_bfloat16(kind)
+    fits = readout.task == "language" and hub.has_bfloat16(kind)
     return torch.autocast(kind, torch.bfloat16, enabled=fits)
-
-
-class Inside:
-    """What modules took in along all directions, and how their outputs make the network's."""
-
-    def __init__(self, pool: Pool, seen: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        self._pool = pool
-        self._after = [seen[name][1] for name in pool.places]
-        self._inputs = [
-            (seen[name][0].float() - found.mean.to(seen[name][0].device))
-            @ found.update.right.to(seen[name][0].device)
-            for name, found in pool.directions.items()
-        ]
-
-    def products(self, values: Tensor, along: Tensor) -> Float[Tensor, "texts directions"]:
-        """``⟨r, J_d⟩`` of each text and direction, for rows ``r`` as long as the outputs."""
-        slopes: tuple[Tensor | None, ...] = torch.autograd.grad(
-            values, self._after, along.to(values), retain_graph=True, allow_unused=True
-        )
-        parts = []
-        for found, slope, inputs in zip(
-            self._pool.directions.values(), slopes, self._inputs, strict=True
-        ):
-            if slope is None:
-                parts.append(torch.zeros_like(inputs[:, 0] if inputs.ndim == 3 else inputs))
-                continue
-            both = (slope.float() @ found.update.left.to(slope.device)) * inputs
-            parts.append(both.sum(1) if both.ndim == 3 else both)
-        return torch.cat(parts, -1).cpu().double()
 
 
 class Choice:

@@ -97,19 +97,21 @@ def peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
         if other.kind == "bias":
             biases = True
         elif network.get_submodule(owner) is words and pair.base.has(other.name):
-            old, new = pair.base.read(other.name), pair.tuned.read(other.name)
-            rows[owner] = (old != new).any(1).nonzero().flatten().tolist()
+            rows[owner] = pair.differing_rows(other.name)
         elif owner.startswith(pair.prefix):
             whole[owner] = None
         else:
             # peft saves a head as a whole, and would not find parts of it.
             whole[owner.partition(".")[0]] = None
+    adapted = [pair.modules[name] for name in adapter.factors]
     # For classifiers peft saves heads unasked.
     headless = pair.task == "classification" and "head" in pair.leave
     return {
         "biases": biases,
         "task_type": None if headless else TASKS[pair.task],
-        "fan_in_fan_out": any(pair.modules[name].transposed for name in adapter.factors),
+        "fan_in_fan_out": any(
+            module.transposed and module.kind != "embedding" for module in adapted
+        ),
         "modules_to_save": [*whole] or None,
         "trainable_token_indices": rows or None,
     }
@@ -127,9 +129,11 @@ def save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
         )
 
 
-def save_merged(folder: Path, pair: Pair, network: Any) -> Any:
-    """Write a network of peft with its adapter merged, and the tokenizer; return what is merged."""
-    merged = network.merge_and_unload()
+def save_merged(folder: Path, pair: Pair, adapter: Adapter) -> Any:
+    """Write the base with an adapter merged into it, and the tokenizer; return the network."""
+    merged = pair.network()
+    # peft would add what embeddings and a tied head share twice.
+    pair.put(merged, adapter)
     with hub.quiet():
         merged.config.use_cache = True
         merged.save_pretrained(folder)

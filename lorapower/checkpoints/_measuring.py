@@ -36,6 +36,8 @@ BATCH = 32
 TOKENS = 128
 # About how many numbers a network may keep for one batch: a quarter of a gigabyte.
 LOAD = 2**26
+# Rows of a head that are taken at a time.
+WORDS = 2**13
 CONFIDENCE = 0.95
 DRAWS = 4000
 # The part of the bootstrap that is cut, not 0.05: errors of texts are skewed. For 60 or 120
@@ -244,9 +246,18 @@ class Readout:
             head = network.get_output_embeddings()
             self._weight = head.weight.detach().clone()
             self._bias = None if head.bias is None else head.bias.detach().clone()
-            rows = self._weight - self._weight.mean(0)
-            values, vectors = torch.linalg.eigh((rows.mT @ rows).cpu().double())
-            self.root = (values.clamp(0).sqrt()[:, None] * vectors.mT).to(rows)
+            self.root = self.root_with(self._weight[:, :0])
+
+    def root_with(self, columns: Float[Tensor, "words more"]) -> Float[Tensor, "all all"]:
+        """``root`` of this head, with more columns that logits are made of beside its own."""
+        total: Any = 0.0
+        mean = torch.cat([self._weight, columns], 1).mean(0).double()
+        # Some words at a time, as a whole copy would need as much memory as the network.
+        for part, more in zip(self._weight.split(WORDS), columns.split(WORDS), strict=True):
+            rows = torch.cat([part, more], 1).double() - mean
+            total = total + rows.mT @ rows
+        values, vectors = torch.linalg.eigh(total.cpu())
+        return (values.clamp(0).sqrt()[:, None] * vectors.mT).to(self._weight)
 
     def states(self, network: Any, batch: Batch) -> Float[Tensor, "rows columns"]:
         """The states of a network of transformers."""
@@ -330,7 +341,7 @@ class Reference:
             for i, batch in enumerate(self.batches):
                 off = self.rows(network, batch) - self.tuned_rows(i).to(network.device)
                 column = off.cpu().double().square().sum(-1, keepdim=True)
-                parts.append(_sum_by_text(column, batch, self.readout.task)[:, 0].numpy())
+                parts.append(sum_by_text(column, batch, self.readout.task)[:, 0].numpy())
         return np.concatenate(parts)
 
     def _compare(self, network: Any) -> tuple[NDArray[np.float64], ...]:
@@ -355,7 +366,7 @@ class Reference:
                     ]
                 columns.append(torch.ones_like(columns[0]))
                 stacked = torch.stack(columns, -1).cpu()
-                parts.append(_sum_by_text(stacked, batch, task).numpy())
+                parts.append(sum_by_text(stacked, batch, task).numpy())
         return tuple(np.concatenate(parts).T)
 
     def _tuned(self, i: int) -> Tensor:
@@ -409,15 +420,16 @@ def watch(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tens
         return output.detach().requires_grad_(torch.is_grad_enabled())
 
     with ExitStack() as stack:
+        # Before the others, as what it gives is what follows depends on.
+        first = network.get_input_embeddings()
+        stack.callback(first.register_forward_hook(start).remove)
         for name in modules:
             module = network.get_submodule(name)
             stack.callback(module.register_forward_hook(keep(name)).remove)
-        first = network.get_input_embeddings()
-        stack.callback(first.register_forward_hook(start).remove)
         yield seen
 
 
-def _sum_by_text(
+def sum_by_text(
     rows: Float[Tensor, "rows columns"], batch: Batch, task: Task
 ) -> Float[Tensor, "texts columns"]:
     """Rows of tokens, summed over each text; rows of texts as they are."""

@@ -174,10 +174,12 @@ def polish(
     report: Callable[[int, int], None],
 ) -> Adapter:
     """The best adapter, by the texts for selection, on the way of Adam on ``Σ‖f̂ − f̄‖²``."""
-    pair.put(network, Adapter({}, {}))
+    # Embeddings and heads stay as they are; outputs are taken as if heads were as tuned.
+    kept = {name: factors for name, factors in adapter.factors.items() if name in pair.words}
+    pair.put(network, Adapter(dict(kept), {}))
     trained: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
-        for module in pair.modules.values():
+        for module in (m for name, m in pair.modules.items() if name not in pair.words):
             start = adapter.factors.get(module.name)
             free = pair.frees_bias(module)
             if start is None and not free:
@@ -190,7 +192,7 @@ def polish(
             stack.callback(place.register_forward_hook(_add(parts, start is not None)).remove)
 
         def now() -> Adapter:
-            factors, biases = {}, {}
+            factors, biases = dict(kept), {}
             for name, parts in trained.items():
                 values = [part.detach().clone() for part in parts]
                 if name in adapter.factors:

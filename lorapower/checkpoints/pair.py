@@ -20,7 +20,7 @@ from ..lowrank import LowRank
 from ._adapters import Merged, open_tuned
 
 Task = Literal["classification", "language", "encoder"]
-Half: TypeAlias = Literal["attention", "mlp", "other"]
+Kind: TypeAlias = Literal["attention", "mlp", "other", "embedding", "head"]
 Values: TypeAlias = Mapping[str, Callable[[], Tensor]]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
 _BLOCKS = {
@@ -49,12 +49,13 @@ KINDS = ("bias", "norm", "embedding", "head")
 class Module(NamedTuple):
     """A linear module that can have an adapter, by its name in the network.
 
-    ``kind`` is its half of a block, ``"attention"`` or ``"mlp"``, or ``"other"``; ``shape`` is
-    ``(out, in)``; the weight of a ``transposed`` one is kept as ``[in, out]``, as in GPT-2.
+    ``kind`` is its half of a block, ``"attention"`` or ``"mlp"``, or ``"other"``, ``"embedding"``,
+    ``"head"`` (see `Pair.words`); ``shape`` is ``(out, in)``; the weight of a ``transposed`` one is
+    kept as ``[in, out]``, as those of embeddings are, and in GPT-2 all.
     """
 
     name: str
-    kind: Half
+    kind: Kind
     shape: tuple[int, int]
     bias: bool
     transposed: bool
@@ -66,9 +67,10 @@ class Module(NamedTuple):
 
 
 class Other(NamedTuple):
-    """A parameter that tuning changed and no adapter of low rank carries, of ``size`` numbers.
+    """A parameter that tuning changed and no adapter of low rank carries, as ``size`` numbers.
 
-    ``kind`` is ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack.
+    ``kind`` is ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack. Of
+    word embeddings only the rows that differ are carried.
     """
 
     name: str
@@ -99,8 +101,10 @@ class Pair:
 
     The ``task`` is ``"classification"``, ``"language"`` or ``"encoder"``. ``modules`` are linear
     and can have adapters; ``others`` are all else that differs, of which kinds in ``leave`` stay
-    the base's in adapted networks. ``prefix`` begins names in the model without its head, such as
-    ``"bert."``, and ``blocks`` is where the equal blocks are.
+    the base's in adapted networks. Of these, ``words`` could be modules too (`with_words`): word
+    embeddings and a language model's head, where what differs is more than an adapter of rank 1
+    has; tied ones are one, by the embeddings' name. ``prefix`` begins names in the model without
+    its head, such as ``"bert."``, and ``blocks`` is where the equal blocks are.
     """
 
     base: Checkpoint
@@ -111,6 +115,7 @@ class Pair:
     blocks: str
     modules: dict[str, Module]
     others: tuple[Other, ...] = ()
+    words: dict[str, Module] = field(default_factory=dict)
     leave: frozenset[str] = field(default=frozenset())
 
     @classmethod
@@ -171,7 +176,16 @@ class Pair:
             if not new & {f"{module.name}.weight", f"{module.name}.bias"}
         }
         pair = cls(base_files, tuned_files, architecture, task, prefix, blocks, modules)
-        return replace(pair, others=tuple(pair._compare(network, new)))
+        others = tuple(pair._compare(network, new))
+        words = {module.name: module for module in pair._words(network, others, new)}
+        return replace(pair, others=others, words=words)
+
+    def with_words(self, names: Collection[str]) -> Pair:
+        """The same pair with some of ``words`` as modules, so that they get factors too."""
+        taken = {name: self.words[name] for name in self.words if name in names}
+        weights = {f"{name}.weight" for name in taken}
+        others = tuple(other for other in self.others if other.name not in weights)
+        return replace(self, modules=self.modules | taken, others=others)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -186,10 +200,7 @@ class Pair:
 
     @property
     def not_low_rank(self) -> dict[str, int]:
-        """How many numbers differ that no adapter of low rank carries, by kind of parameter.
-
-        Parameters count as a whole, although of word embeddings only rows that differ are carried.
-        """
+        """How many numbers are carried beside factors, by kind of parameter."""
         sizes = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
         return {kind: size for kind, size in sizes.items() if size}
 
@@ -211,7 +222,11 @@ class Pair:
         for a module without an adapter, and may exceed the sides where several adapters add up.
         """
         tuned = self.tuned
-        return tuned.update(f"{name}.weight") if isinstance(tuned, Merged) else None
+        update = tuned.update(f"{name}.weight") if isinstance(tuned, Merged) else None
+        if update is not None and self.modules[name].kind == "embedding":
+            # Read with its own sides, [words, width].
+            return LowRank(update.right, update.left)
+        return update
 
     def weight(self, which: str, module: Module) -> Float[Tensor, "out in"]:
         """A module's weight in ``"base"`` or ``"tuned"``."""
@@ -259,6 +274,11 @@ class Pair:
                     value = (self.base if self.base.has(name) else self.tuned).read(name)
                 parameter.copy_(value)
 
+    def differing_rows(self, name: str) -> list[int]:
+        """The rows of a parameter, such as word embeddings, that tuning changed."""
+        changed = self.base.read(name) != self.tuned.read(name)
+        return changed.any(1).nonzero().flatten().tolist()
+
     def put(self, network: Any, adapter: Adapter, *, within: str = "") -> None:
         """Give a network the base's weights with an adapter, as in `fill`."""
         updates = self._updates(self.modules.values(), adapter)
@@ -303,14 +323,33 @@ class Pair:
                 continue
             if name not in new and torch.equal(self.base.read(name), self.tuned.read(name)):
                 continue
-            owner = network.get_submodule(place)
+            owner, size = network.get_submodule(place), value.numel()
             if isinstance(owner, nn.Embedding):
                 kind = "embedding"
+                if owner is network.get_input_embeddings() and name not in new:
+                    size = len(self.differing_rows(name)) * value.shape[1]
             elif isinstance(owner, nn.Linear | Conv1D) and place not in self.modules:
                 kind = "head"
             else:
                 kind = "bias" if part == "bias" else "norm"
-            yield Other(name, kind, value.numel())
+            yield Other(name, kind, size)
+
+    def _words(
+        self, network: Any, others: Iterable[Other], new: Collection[str]
+    ) -> Iterable[Module]:
+        """Changed word embeddings and the head of a language model, as modules."""
+        places: list[tuple[Kind, Any]] = [("embedding", network.get_input_embeddings())]
+        if self.task == "language":
+            places.append(("head", network.get_output_embeddings()))
+        named = {module: name for name, module in network.named_modules()}
+        sizes = {other.name: other.size for other in others if other.name not in new}
+        for kind, owner in places:
+            name, (rows, columns) = named[owner], owner.weight.shape
+            if sizes.get(f"{name}.weight", 0) > rows + columns:
+                embeds = kind == "embedding"
+                shape = (columns, rows) if embeds else (rows, columns)
+                bias = getattr(owner, "bias", None) is not None
+                yield Module(name, kind, shape, bias, embeds)
 
 
 def _describe(config: Any) -> tuple[str, Task]:
@@ -360,7 +399,7 @@ def _linear_modules(body: nn.Module, prefix: str, blocks: str, task: Task) -> It
         )
 
 
-def _half(inside: str) -> Half:
+def _half(inside: str) -> Kind:
     """The half of a block that a module belongs to, by its name within the blocks."""
     number, _, rest = inside.partition(".")
     if not number.isdigit():

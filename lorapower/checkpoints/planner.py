@@ -80,7 +80,8 @@ class Planner:
         texts, probes and the order of repair. Texts are cut off after ``tokens``. Ranks are at most
         ``max_rank``, and multiples of ``bucket`` or the highest that a module can have. ``modules``
         are ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression, searched for in their
-        names; the others stay the base's, as do kinds of `Other` in ``leave``. The network is on
+        names; other linear ones stay the base's, as do kinds of `Other` in ``leave``, and other
+        `Pair.words` are carried row by row. The network is on
         ``device``; statistics of modules may take so many bytes of ``memory`` at once, by default
         half of what is free. ``report`` receives progress: the stage, the steps done, and their
         number.
@@ -100,9 +101,10 @@ class Planner:
         self._memory = free_memory() / 2 if memory is None else _checks.positive("memory", memory)
         self.max_rank = _checks.integer("max_rank", max_rank, 1)
         bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
-        self.pair = pair = replace(pair, leave=frozenset(kinds))
+        pair = replace(pair, leave=frozenset(kinds))
         self.seed, self.report = seed, report or (lambda *_: None)
         self.modules = _choose(pair, modules)
+        self.pair = pair = pair.with_words(self.modules)
         self.texts: Texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
         self.bucket = bucket
         self.network = pair.network().to(self.device)
@@ -206,8 +208,9 @@ class Planner:
         It is ``‖f(s) − f(−s)‖ / 2s`` over the effect, where ``f(s)`` are the outputs with weights
         ``tuned + s · (adapted − tuned)``; it has cross terms of modules and no curvature.
         """
-        ahead = Reference(self.select.batches, self.readout)
         self.pair.interpolate(self.network, adapter, step)
+        # With the head that this network has.
+        ahead = Reference(self.select.batches, Readout(self.network, self.pair.task))
         ahead.record_tuned(self.network)
         self.pair.interpolate(self.network, adapter, -step)
         ahead.record_base(self.network)
@@ -233,11 +236,14 @@ class Planner:
         return lost
 
     def only(self, kind: str) -> float:
-        """``η`` on texts for stating with the tuned modules of one kind and the base's others."""
+        """``η`` on texts for stating with the tuned modules of one kind and the base's others.
+
+        Embeddings and heads are as tuned.
+        """
         updates: dict[str, Callable[[], Tensor]] = {
             f"{name}.weight": functools.partial(self.pair.tuned.read, f"{name}.weight")
             for name, module in self.pair.modules.items()
-            if module.kind == kind
+            if module.kind in (kind, "embedding", "head")
         }
         self.pair.fill(self.network, "adapted", updates=updates)
         return self.test.error(self.network)
@@ -363,11 +369,18 @@ class Planner:
 
     @functools.cached_property
     def _both(self) -> dict[str, Directions]:
-        """Directions in two metrics, some modules at a time; outputs' moments are kept in files."""
+        """Directions in two metrics, some modules at a time; outputs' moments are kept in files.
+
+        Those of embeddings and heads are singular, with values from derivatives of the outputs.
+        """
         self.pair.fill(self.network, "tuned")
         samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fit)
         found: dict[str, Directions] = {}
-        for group in _group([*self.modules.values()], samples, self._memory):
+        words = self.modules.keys() & self.pair.words.keys()
+        for name in words:
+            found[name] = self._by_derivatives(name)
+        linear = [module for name, module in self.modules.items() if name not in words]
+        for group in _group(linear, samples, self._memory):
             about = metrics.moments(
                 self.network,
                 group,
@@ -382,7 +395,16 @@ class Planner:
                 directions = metrics.directions(self.pair.change(name), moments, self.max_rank)
                 found[name] = directions.single()
                 self.report("two metrics", len(found), len(self.modules))
-        return found
+        return {name: found[name] for name in self.modules}
+
+    def _by_derivatives(self, name: str) -> Directions:
+        """Singular directions of a change, ordered by what each alone adds to the effect."""
+        plain = self._plain[name]
+        values = self._sketches[0][:, self._pool.places[name]].square().mean(0).sqrt()
+        order = values.argsort(descending=True)
+        update = LowRank(plain.update.left[:, order], plain.update.right[:, order])
+        total = float(values.square().sum())
+        return plain._replace(update=update, values=values[order].float(), total=total)
 
     def _allocate(self, method: str) -> metrics._Allocation:
         """The order of a method's directions by gain for cost."""
@@ -538,6 +560,9 @@ def _by_energy(
 def _choose(pair: Pair, modules: str) -> dict[str, Module]:
     """The modules of a pair that ``"all"``, a kind or a regular expression names."""
     kinds = ("all", "attention", "mlp")
+    left = pair.leave
+    words = {name: module for name, module in pair.words.items() if module.kind not in left}
+    candidates = pair.modules | words
     try:
         pattern = re.compile("" if modules in kinds else modules)
     except (re.error, TypeError):
@@ -545,12 +570,12 @@ def _choose(pair: Pair, modules: str) -> dict[str, Module]:
     else:
         chosen = {
             name: module
-            for name, module in pair.modules.items()
+            for name, module in candidates.items()
             if pattern.search(name) and (modules not in kinds or modules in ("all", module.kind))
         }
     if not chosen:
         allowed = "all, attention, mlp, or a regular expression for at least one of"
-        raise InputError("modules", allowed=f"{allowed} {', '.join(pair.modules)}", value=modules)
+        raise InputError("modules", allowed=f"{allowed} {', '.join(candidates)}", value=modules)
     return chosen
 
 

@@ -408,7 +408,8 @@ def extract(
         _export.describe(partial, report, result.table())
         if whole is not None:
             full = stack.enter_context(_export.write(whole))
-            planner.network = _export.save_merged(full, planner.pair, planner.network)
+            planner.network = None
+            planner.network = _export.save_merged(full, planner.pair, result.adapter)
     tell(2, 2)
     return result
 
