@@ -230,6 +230,15 @@ class Measured(NamedTuple):
     texts: int
 
 
+class Compared(NamedTuple):
+    """Squared distances, equal decisions, divergences and decisions, summed over each text."""
+
+    squares: NDArray[np.float64]
+    equal: NDArray[np.float64]
+    divergence: NDArray[np.float64]
+    decisions: NDArray[np.float64]
+
+
 class Readout:
     """The head of a network of transformers, by which states become outputs.
 
@@ -321,13 +330,13 @@ class Reference:
 
     def measure_texts(self, network: Any, *, seed: int = 0) -> tuple[Measured, NDArray[np.float64]]:
         """The `Measured` of a network, and the squared error of each text."""
-        squares, equal, divergence, sizes = self._compare(network)
+        squares, equal, divergence, decisions = self.compare(network)
         measured = Measured(
             ratio(squares, self.effect),
             upper_limit(squares, self.effect, seed=seed),
-            float(equal.sum() / sizes.sum()),
-            lower_limit(equal, sizes),
-            float(divergence.sum() / sizes.sum()),
+            float(equal.sum() / decisions.sum()),
+            lower_limit(equal, decisions),
+            float(divergence.sum() / decisions.sum()),
             len(squares),
         )
         return measured, squares
@@ -335,7 +344,7 @@ class Reference:
     def _distances(self, network: Any) -> NDArray[np.float64]:
         """The squared distance of each text from the tuned network's outputs."""
         if not self.readout.heads(network):
-            return self._compare(network)[0]
+            return self.compare(network).squares
         parts = []
         with torch.no_grad():
             for i, batch in enumerate(self.batches):
@@ -344,8 +353,8 @@ class Reference:
                 parts.append(sum_by_text(column, batch, self.readout.task)[:, 0].numpy())
         return np.concatenate(parts)
 
-    def _compare(self, network: Any) -> tuple[NDArray[np.float64], ...]:
-        """Squared distance, equal decisions, divergence and number of decisions of each text."""
+    def compare(self, network: Any) -> Compared:
+        """What a network loses on each text."""
         task = self.readout.task
         parts: list[NDArray[np.float64]] = []
         with torch.no_grad():
@@ -367,7 +376,7 @@ class Reference:
                 columns.append(torch.ones_like(columns[0]))
                 stacked = torch.stack(columns, -1).cpu()
                 parts.append(sum_by_text(stacked, batch, task).numpy())
-        return tuple(np.concatenate(parts).T)
+        return Compared(*np.concatenate(parts).T)
 
     def _tuned(self, i: int) -> Tensor:
         return torch.from_numpy(np.load(self._file(i)))

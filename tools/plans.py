@@ -1,0 +1,142 @@
+"""Compare adapters of a tuned language model, for `pairs.read_plans`.
+
+Two tables get rows when an adapter is measured: one of adapters, one of texts. What is there is not
+measured again::
+
+    python tools/plans.py FOLDER NAME TUNED KIND [ADAPTER ...]
+
+``NAME`` is the tuning's, of the packaged language model; ``KIND`` is that of the rated sentences to
+plan and to measure with. An ``ADAPTER`` is a folder that another tool wrote, named ``TOOL-RANK``.
+The last step puts the tables into the package::
+
+    python tools/plans.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lorapower import _hub as hub
+from lorapower.adapters import _files
+from lorapower.checkpoints import Adapter, Pair, Planner, _export
+from lorapower.experiments import pairs
+
+# Texts for planning, and for measuring.
+PLANNING, HELD_OUT = 300, 300
+RANKS, AIMS = (1, 4, 16), (0.3, 0.2, 0.1)
+# Uniform ranks among which the least for an error is looked for.
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# Of a tuning of all weights embeddings are carried, as by mergekit; only blocks get factors.
+BLOCKS = r"^model\.layers\."
+
+
+class Comparison:
+    """The tables of one tuning."""
+
+    def __init__(self, folder: Path, name: str, tuned: str, kind: str) -> None:
+        self._name, self._tuned, self._kind = name, tuned, kind
+        self._files = [folder / file for file in pairs.PLANS]
+
+    def run(self, others: list[Path]) -> None:
+        """Measure all adapters that are missing."""
+        blocks = self._plan(BLOCKS)
+        for place in others:
+            tool, _, rank = place.name.rpartition("-")
+            if self._lacks(tool, int(rank)):
+                carried, size = _files.measure_peft(place)
+                network = _export.load(place, blocks.pair)
+                self._add(blocks, network, tool, int(rank), carried=carried, bytes=size)
+        numbers = [blocks.parameters(rank) for rank in RANKS]
+        # Embeddings that adapters leave alone are no modules, and both plans are one.
+        for label, pattern in ((" of blocks", BLOCKS), ("", "all")):
+            planner = blocks if pattern == BLOCKS else self._plan(pattern)
+            if pattern == "all" and planner.modules.keys() == blocks.modules.keys():
+                return
+            for method in ("energy", "uniform", "effect"):
+                for rank, number in zip(RANKS, numbers, strict=True):
+                    if method == "uniform" and (others or pattern == "all"):
+                        continue
+                    if self._lacks(method + label, rank):
+                        start = time.perf_counter()
+                        adapter = planner.candidate(method, number)
+                        self._keep(planner, adapter, method + label, rank, start)
+            for aim in AIMS:
+                for method in ("effect", "uniform"):
+                    if self._lacks(f"least {method}{label}", aim):
+                        start = time.perf_counter()
+                        adapter = _least(planner, method, aim)
+                        self._keep(planner, adapter, f"least {method}{label}", aim, start)
+
+    def _plan(self, modules: str) -> Planner:
+        pair = Pair.open(hub.LANGUAGE, self._tuned)
+        planning, held_out = (pairs.texts(self._kind, part) for part in ("validation", "test"))
+        return Planner(pair, planning[:PLANNING], held_out=held_out[:HELD_OUT], modules=modules)
+
+    def _keep(
+        self, planner: Planner, adapter: Adapter, method: str, asked: float, start: float
+    ) -> None:
+        seconds = time.perf_counter() - start
+        pair = planner.pair
+        network = pair.skeleton()
+        options = _export.peft_options(pair, network, adapter)
+        carried, size = _files.estimate_peft(network, adapter.ranks, **options)
+        planner.put(adapter)
+        about = {"parameters": adapter.parameters, "carried": carried, "bytes": size}
+        self._add(planner, planner.network, method, asked, seconds=seconds, **about)
+
+    def _add(
+        self, planner: Planner, network: Any, method: str, asked: float, **about: float
+    ) -> None:
+        found = planner.test.compare(network)
+        key = {"tuning": self._name, "method": method, "asked": asked}
+        texts = pd.DataFrame(found._asdict()).assign(effect=planner.test.effect, **key)
+        self._append(1, texts.reset_index(names="text"))
+        versions = {name: metadata.version(name) for name in ("lorapower", "torch", "peft")}
+        row = {"parameters": None, "seconds": None} | about | versions
+        self._append(0, pd.DataFrame([key | row]))
+        print(key | about, flush=True)
+
+    def _lacks(self, method: str, asked: float) -> bool:
+        if not self._files[0].exists():
+            return True
+        known = pd.read_csv(self._files[0])
+        same = (known.tuning == self._name) & (known.method == method) & (known.asked == asked)
+        return not same.any()
+
+    def _append(self, which: int, rows: pd.DataFrame) -> None:
+        place = self._files[which]
+        rows.to_csv(place, mode="a", header=not place.exists(), index=False, float_format="%.6g")
+
+
+def _least(planner: Planner, method: str, aim: float) -> Adapter:
+    """The smallest adapter with at most an error on the texts for choosing, or the largest."""
+    if method == "effect":
+        return planner.smallest(aim)[1]
+    for rank in LADDER:
+        adapter = planner.candidate(method, planner.parameters(rank))
+        if planner.error(adapter) <= aim:
+            break
+    return adapter
+
+
+def record(folder: Path, package: Path) -> None:
+    """Put the tables into the package, compressed alike at any time."""
+    for name in pairs.PLANS:
+        table = pd.read_csv(folder / name)
+        target = package / f"{name}.gz"
+        table.to_csv(target, index=False, compression={"method": "gzip", "mtime": 0})
+
+
+if __name__ == "__main__":
+    out, *rest = sys.argv[1:]
+    if rest:
+        name, tuned, kind, *adapters = rest
+        Comparison(Path(out), name, tuned, kind).run([*map(Path, adapters)])
+    else:
+        record(Path(out), Path(str(resources.files("lorapower.experiments"))))
