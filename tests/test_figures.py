@@ -14,12 +14,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation, Text
 
 from lorapower import book
 from lorapower.book import figures
-from lorapower.book.figures._style import ROLES, looks, squeeze_rounding, use_style
+from lorapower.book.figures._style import (
+    ROLES,
+    contrast,
+    ink,
+    looks,
+    squeeze_rounding,
+    use_style,
+)
 
 mpl.use("agg")
 
@@ -353,3 +362,79 @@ def test_a_sphere_is_seen_from_two_sides() -> None:
         assert (sign * points[2] >= 0).all()
     texts = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
     assert texts == {"target", "frozen"}
+
+
+IDEAS = (
+    figures.adapted_stack,
+    figures.far_token,
+    figures.moved_kink,
+    figures.paid_ranks,
+    figures.planning,
+    figures.split_product,
+    figures.transformer_segments,
+)
+
+
+@pytest.mark.parametrize("draw", IDEAS, ids=lambda draw: draw.__name__)
+@pytest.mark.parametrize("light", [1, 0.88], ids=["light", "dark"])
+def test_drawings_can_be_read(draw: Callable[[], Figure], light: float) -> None:
+    figure = draw()
+    figure.draw_without_rendering()
+    hidden = [t for ax in figure.axes if not ax.axison for t in (ax.xaxis, ax.yaxis)]
+    unseen = {text for axis in hidden for text in axis.findobj(Text)}
+    shown = [
+        t for t in figure.findobj(Text) if t.get_visible() and t.get_text() and t not in unseen
+    ]
+    boxes = [text.get_window_extent() for text in shown]
+    edge = figure.bbox.padded(1)
+    for i, box in enumerate(boxes):
+        name = shown[i].get_text()
+        assert edge.x0 <= box.x0 <= box.x1 <= edge.x1, name
+        assert edge.y0 <= box.y0 <= box.y1 <= edge.y1, name
+        covered = [
+            other.get_text() for other, b in zip(shown, boxes, strict=True) if box.overlaps(b)
+        ]
+        assert covered == [name]
+    # In the dark figures stand on a card that is dimmed with them.
+    ground = (light, light, light)
+    for text in shown:
+        color = to_rgb(text.get_color())
+        if color != (1, 1, 1):
+            red, green, blue = (light * part for part in color)
+            assert contrast((red, green, blue), ground) > 4.2, text.get_text()
+
+
+def test_the_bias_moves_the_kink_to_the_edge() -> None:
+    for ax, kink in zip(figures.moved_kink().axes, (-0.25, -1.0), strict=True):
+        relu = ax.lines[1]
+        x, y = np.asarray(relu.get_xdata()), np.asarray(relu.get_ydata())
+        np.testing.assert_allclose(y, np.maximum(x - kink, 0))
+        assert ax.lines[2].get_xdata() == [kink]
+
+
+def test_ranks_pay_as_long_as_they_explain_more_than_they_cost() -> None:
+    each, total = figures.paid_ranks().axes
+    bars = np.array([bar.get_height() for bar in each.patches if isinstance(bar, Rectangle)])
+    (costs,) = lines(each)
+    _, _, risk, _ = lines(total)
+    np.testing.assert_allclose(np.diff(risk), costs - bars)
+    pays = bars > costs
+    assert pays[: risk.argmin()].all()
+    assert not pays[risk.argmin() :].any()
+
+
+def test_the_split_product_is_what_descent_of_the_product_finds() -> None:
+    product, factors = figures.split_product().axes
+    assert lines(product)[1][-1] < 1e-2
+    (end,) = [text.xy for text in factors.texts if isinstance(text, Annotation)]
+    assert np.prod(end) == pytest.approx(1)
+    descent = np.asarray(factors.lines[2].get_xydata())
+    assert descent[-1].prod() == pytest.approx(1, abs=1e-3)
+    assert np.linalg.norm(descent, axis=1).min() < 0.5, "passes by the saddle"
+
+
+def test_ink_is_as_dark_as_text_needs() -> None:
+    assert contrast("black", "white") == pytest.approx(21)
+    assert contrast("#767676", "white") == pytest.approx(4.54, abs=0.01)
+    for color, _ in ROLES.values():
+        assert contrast(ink(color), "white") >= 4.5

@@ -10,7 +10,13 @@ from .drawings import pictures as pictures
 from .drawings import plane as plane
 from .drawings import ranges as ranges
 from .drawings import sphere as sphere
-from .drawings import transformer_segments as transformer_segments
+from .ideas import adapted_stack as adapted_stack
+from .ideas import far_token as far_token
+from .ideas import moved_kink as moved_kink
+from .ideas import paid_ranks as paid_ranks
+from .ideas import planning as planning
+from .ideas import split_product as split_product
+from .ideas import transformer_segments as transformer_segments
 from .widgets import Frames as Frames
 from .widgets import Touch as Touch
 

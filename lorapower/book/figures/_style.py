@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.typing import ColorType, LineStyleType
 from numpy.typing import NDArray
@@ -50,6 +51,8 @@ MARKERS = "osD^vPX"
 LINES: tuple[LineStyleType, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 _FILLS = ("none", "full", "left", "bottom", "right")
 
+# The least contrast of text.
+_READABLE = 4.5
 # The strip's part of the axis.
 _SHARE = 0.15
 _MOST_DECADES = 7
@@ -119,6 +122,22 @@ def looks(labels: Collection[str]) -> dict[str, Look]:
             line = ""
         found[label] = Look(color, marker, line, fill)
     return found
+
+
+def ink(color: ColorType) -> ColorType:
+    """The colour, as much darker as text in it needs to be read on white."""
+    while contrast(color, "white") < _READABLE:
+        red, green, blue = to_rgb(color)
+        color = 0.95 * red, 0.95 * green, 0.95 * blue
+    return to_hex(color)
+
+
+def contrast(color: ColorType, ground: ColorType) -> float:
+    """How much lighter one colour is than the other, as the W3C's guidelines count it."""
+    shades = np.array([to_rgb(color), to_rgb(ground)])
+    linear = np.where(shades <= 0.04045, shades / 12.92, ((shades + 0.055) / 1.055) ** 2.4)
+    light = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return float((light[1] + 0.05) / (light[0] + 0.05))
 
 
 def _read(label: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Figures that are no curves: bars, blocks, shades, images, numbers in a grid and a chart."""
+"""Figures that are no curves: bars, blocks, shades, images and numbers in a grid."""
 
 from __future__ import annotations
 
@@ -173,40 +173,4 @@ def pictures(rows: Mapping[str, ArrayLike]) -> Figure:
         for ax in line:
             ax.set(xticks=[], yticks=[], frame_on=False)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center")
-    return figure
-
-
-def transformer_segments() -> Figure:
-    """A transformer's block and output, cut at non-linearities; thick frames have adapters."""
-    figure, ax = plt.subplots(figsize=(6.4, 6.2))
-    query_key, value_output, after = sns.color_palette("colorblind", 3)
-    weights = [
-        (1.4, 1.6, "$W_Q,\\ W_K$", query_key, True),
-        (4.6, 1.6, "$W_V$", value_output, True),
-        (4.6, 3.8, "$W_O$", value_output, True),
-        (4.6, 5.0, "$W_1,\\ b_1$", value_output, False),
-        (4.6, 7.4, "$W_2,\\ b_2$", after, True),
-        (4.6, 8.6, r"$W_{\rm out}$", after, True),
-    ]
-    steps = [(1.4, 2.8, "softmax"), (4.6, 6.2, "ReLU")]
-    for x, y, text, color, adapted in weights:
-        box = {"boxstyle": "round,pad=0.45", "fc": (*color, 0.25), "ec": color}
-        ax.text(x, y, text, ha="center", va="center", bbox=box | {"lw": 3 if adapted else 1})
-    for x, y, text in steps:
-        box = {"boxstyle": "round4,pad=0.45", "fc": "white", "ec": "0.2"}
-        ax.text(x, y, text, ha="center", va="center", bbox=box)
-        ax.plot([x - 1.6, x], [y, y], color="0.2", ls="--", lw=1.5, zorder=0)
-    ax.text(4.6, 2.8, r"$\times$", ha="center", va="center", fontsize="x-large")
-    ax.text(3.0, 0.3, "tokens", ha="center", va="center")
-    ax.text(4.6, 9.8, "output", ha="center", va="center")
-    arrow = {"arrowstyle": "->", "color": "0.3", "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
-    paths = [((2.7, 0.55), (1.4, 1.1)), ((3.3, 0.55), (4.6, 1.1)), ((1.4, 2.1), (1.4, 2.35))]
-    paths += [((2.3, 2.8), (4.3, 2.8))]
-    lows, highs = (2.1, 3.05, 4.3, 5.5, 6.65, 7.9, 9.1), (2.55, 3.3, 4.5, 5.75, 6.9, 8.1, 9.6)
-    paths += [((4.6, low), (4.6, high)) for low, high in zip(lows, highs, strict=True)]
-    for start, end in paths:
-        ax.annotate("", xy=end, xytext=start, arrowprops=arrow)
-    ax.text(5.3, 3.8, "summed over heads", ha="left", va="center", fontsize="small", color="0.3")
-    ax.set(xlim=(-0.4, 7.6), ylim=(0, 10.1))
-    ax.axis("off")
     return figure
