@@ -160,6 +160,11 @@ def _places() -> tuple[Path, Path]:
     return Path(sys.prefix, "share", "lorapower"), cache / "lorapower"
 
 
+def is_dequantized(folder: Path) -> bool:
+    """Whether the weights in a folder were dequantized to it."""
+    return bool(_kept_from(folder))
+
+
 def _kept_from(folder: Path) -> str:
     """The digest of the file that a kept model is from; empty if there is none."""
     with contextlib.suppress(OSError):

@@ -445,6 +445,8 @@ def test_embeddings_and_heads_get_factors(
     # What peft reads lost what was measured, and what is merged does.
     report = json.loads((out / _export.REPORT).read_text())
     assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-5, abs=1e-6)
+    tied = kind == "gpt2" or options.get("tie_word_embeddings", False)
+    assert ("merge_and_unload" in (out / _export.CARD).read_text()) == tied
     loaded = _export.load(out, Pair.open(base, tuned))
     whole = Pair.open(base, str(full)).network()
     for batch in plan.planner.texts.test:
@@ -599,8 +601,10 @@ def test_reports_and_cards_of_numbers_that_json_lacks(
     places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_measuring, "upper_limit", lambda *_, **__: math.inf)
+    monkeypatch.setattr(_export.hub, "is_dequantized", lambda _: True)
     out = tmp_path / "out"
     plan = checkpoints.extract(*places, TEXTS, out, rank=1, repair=False)
     assert plan.measured.error_upper == math.inf
     assert json.loads((out / _export.REPORT).read_text())["error_upper"] is None
     assert "no limit can be given" in (out / _export.CARD).read_text()
+    assert "weights were dequantized" in (out / _export.CARD).read_text()

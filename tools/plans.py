@@ -1,4 +1,4 @@
-"""Compare adapters of a tuned language model, for `pairs.read_plans`.
+"""Compare adapters of a tuned language model, for `checkpoints.read_record`.
 
 Two tables get rows when an adapter is measured: one of adapters, one of texts. What is there is not
 measured again::
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ import pandas as pd
 
 from lorapower import _hub as hub
 from lorapower.adapters import _files
-from lorapower.checkpoints import Adapter, Pair, Planner, _export
+from lorapower.checkpoints import Adapter, Pair, Planner, _export, _record
 from lorapower.experiments import pairs
 
 # Texts for planning, and for measuring.
 PLANNING, HELD_OUT = 300, 300
+# Of an adapter that is to shrink, beside those of tools.
+METHODS = ("energy", "uniform", "effect")
 RANKS, AIMS = (1, 4, 16), (0.3, 0.2, 0.1)
 # Uniform ranks among which the least for an error is looked for.
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -41,37 +44,38 @@ class Comparison:
 
     def __init__(self, folder: Path, name: str, tuned: str, kind: str) -> None:
         self._name, self._tuned, self._kind = name, tuned, kind
-        self._files = [folder / file for file in pairs.PLANS]
+        self._files = [folder / file for file in _record.TABLES]
 
     def run(self, others: list[Path]) -> None:
         """Measure all adapters that are missing."""
         blocks = self._plan(BLOCKS)
+        budgets = {rank: blocks.parameters(rank) for rank in RANKS}
         for place in others:
-            tool, _, rank = place.name.rpartition("-")
-            if self._lacks(tool, int(rank)):
+            tool, _, number = place.name.rpartition("-")
+            if self._lacks(tool, int(number)):
                 carried, size = _files.measure_peft(place)
                 network = _export.load(place, blocks.pair)
-                self._add(blocks, network, tool, int(rank), carried=carried, bytes=size)
-        numbers = [blocks.parameters(rank) for rank in RANKS]
-        # Embeddings that adapters leave alone are no modules, and both plans are one.
-        for label, pattern in ((" of blocks", BLOCKS), ("", "all")):
-            planner = blocks if pattern == BLOCKS else self._plan(pattern)
-            if pattern == "all" and planner.modules.keys() == blocks.modules.keys():
-                return
-            for method in ("energy", "uniform", "effect"):
-                for rank, number in zip(RANKS, numbers, strict=True):
-                    if method == "uniform" and (others or pattern == "all"):
-                        continue
-                    if self._lacks(method + label, rank):
-                        start = time.perf_counter()
-                        adapter = planner.candidate(method, number)
-                        self._keep(planner, adapter, method + label, rank, start)
-            for aim in AIMS:
-                for method in ("effect", "uniform"):
-                    if self._lacks(f"least {method}{label}", aim):
-                        start = time.perf_counter()
-                        adapter = _least(planner, method, aim)
-                        self._keep(planner, adapter, f"least {method}{label}", aim, start)
+                self._add(blocks, network, tool, int(number), carried=carried, bytes=size)
+        if others:
+            self._compare(blocks, ("effect",), budgets, " of blocks")
+        planner = self._plan("all")
+        self._compare(planner, ("effect",) if others else METHODS, budgets)
+        for aim in AIMS:
+            for method in ("effect", "uniform"):
+                if self._lacks(f"least {method}", aim):
+                    start = time.perf_counter()
+                    adapter = _least(planner, method, aim)
+                    self._keep(planner, adapter, f"least {method}", aim, start)
+
+    def _compare(
+        self, planner: Planner, methods: Iterable[str], budgets: Mapping[int, int], label: str = ""
+    ) -> None:
+        for method in methods:
+            for rank, budget in budgets.items():
+                if self._lacks(method + label, rank):
+                    start = time.perf_counter()
+                    adapter = planner.candidate(method, budget)
+                    self._keep(planner, adapter, method + label, rank, start)
 
     def _plan(self, modules: str) -> Planner:
         pair = Pair.open(hub.LANGUAGE, self._tuned)
@@ -94,7 +98,7 @@ class Comparison:
         self, planner: Planner, network: Any, method: str, asked: float, **about: float
     ) -> None:
         found = planner.test.compare(network)
-        key = {"tuning": self._name, "method": method, "asked": asked}
+        key: dict[str, Any] = {"tuning": self._name, "method": method, "asked": asked}
         texts = pd.DataFrame(found._asdict()).assign(effect=planner.test.effect, **key)
         self._append(1, texts.reset_index(names="text"))
         versions = {name: metadata.version(name) for name in ("lorapower", "torch", "peft")}
@@ -127,7 +131,7 @@ def _least(planner: Planner, method: str, aim: float) -> Adapter:
 
 def record(folder: Path, package: Path) -> None:
     """Put the tables into the package, compressed alike at any time."""
-    for name in pairs.PLANS:
+    for name in _record.TABLES:
         table = pd.read_csv(folder / name)
         target = package / f"{name}.gz"
         table.to_csv(target, index=False, compression={"method": "gzip", "mtime": 0})
@@ -139,4 +143,4 @@ if __name__ == "__main__":
         name, tuned, kind, *adapters = rest
         Comparison(Path(out), name, tuned, kind).run([*map(Path, adapters)])
     else:
-        record(Path(out), Path(str(resources.files("lorapower.experiments"))))
+        record(Path(out), Path(str(resources.files("lorapower.checkpoints"))))

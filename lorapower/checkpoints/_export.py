@@ -25,6 +25,12 @@ from .pair import Adapter, Pair
 if TYPE_CHECKING:
     import pandas as pd
 
+# What a card says where it matters.
+_DEQUANTIZED = "The base's weights were dequantized; with weights of full precision errors differ."
+_TIED = (
+    "Do not merge it with `merge_and_unload` of peft: embeddings and head share their weight, to "
+    "which that adds the factors twice. `lorapower extract --merged DIR` writes the merged model."
+)
 REPORT, CARD = "report.json", "README.md"
 # ``task_type`` of an adapter in peft.
 TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION"}
@@ -198,6 +204,14 @@ def _card(report: Mapping[str, Any], modules: pd.DataFrame) -> str:
         what = "left out" if kind in report["left_out"] else "carried over exactly"
         rows[f"{kind}, {what}"] = f"{number:,}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    notes = "".join(
+        f"\n{note}\n"
+        for holds, note in (
+            (report["base_dequantized"], _DEQUANTIZED),
+            (report["ties_embeddings"], _TIED),
+        )
+        if holds
+    )
     by_module = "\n".join(
         f"| {row['module']} | {row['out']}×{row['in']} | {row['rank']} | {percent(row['lost'])} |"
         for row in modules.to_dict("records")
@@ -219,7 +233,7 @@ first number is an estimate, the limit is the cautious one.
 {table}
 
 `report.json` says how all this was measured.
-
+{notes}
 ## Ranks
 
 The part lost is what the missing directions of a module alone would cost, predicted to first order.

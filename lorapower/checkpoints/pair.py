@@ -208,6 +208,12 @@ class Pair:
         """Whether adapters may change a module's bias."""
         return module.bias and "bias" not in self.leave
 
+    def ties_embeddings(self, adapter: Adapter) -> bool:
+        """Whether an adapter has factors that embeddings and a head share."""
+        kinds = {self.modules[name].kind for name in adapter.factors}
+        tied = self.task == "language" and bool(self.tuned.config.tie_word_embeddings)
+        return tied and "embedding" in kinds
+
     def change(self, name: str) -> Float[Tensor, "out in"]:
         """``ΔW`` of a module, the tuned weight minus the base's, in float32."""
         if (update := self.update(name)) is not None:

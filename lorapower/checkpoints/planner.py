@@ -236,14 +236,11 @@ class Planner:
         return lost
 
     def only(self, kind: str) -> float:
-        """``η`` on texts for stating with the tuned modules of one kind and the base's others.
-
-        Embeddings and heads are as tuned.
-        """
+        """``η`` on texts for stating with the tuned modules of one kind and the base's others."""
         updates: dict[str, Callable[[], Tensor]] = {
             f"{name}.weight": functools.partial(self.pair.tuned.read, f"{name}.weight")
             for name, module in self.pair.modules.items()
-            if module.kind in (kind, "embedding", "head")
+            if module.kind == kind
         }
         self.pair.fill(self.network, "adapted", updates=updates)
         return self.test.error(self.network)

@@ -127,7 +127,9 @@ class Plan:
             {
                 "base": pair.base.source,
                 "tuned": pair.tuned.source,
+                "base_dequantized": hub.is_dequantized(pair.base.folder),
                 "architecture": pair.architecture,
+                "ties_embeddings": pair.ties_embeddings(self.adapter),
                 **{k: v for k, v in self.measured._asdict().items() if k != "texts"},
                 "predicted_error": self.predicted,
                 "largest_share": self.largest_share,

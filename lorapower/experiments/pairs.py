@@ -21,8 +21,6 @@ from . import texts as sources
 # Of the decoders: tokens in their vocabulary, and to which texts are cut off.
 VOCABULARY, TOKENS = 2000, 64
 END = "<end>"
-# Tables of adapters, and of their errors on each text.
-PLANS = ("plans.csv", "plan-texts.csv")
 # Learning rates of a language model, for all weights and for adapters.
 RATES = (5e-5, 4e-4)
 
