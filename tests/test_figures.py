@@ -46,8 +46,10 @@ def lines(ax: Axes) -> list[np.ndarray]:
 
 
 def legend(figure: Figure) -> list[str]:
-    (shown,) = figure.legends
-    return [text.get_text() for text in shown.get_texts()]
+    """Names in the legend, and those that are written beside lines."""
+    inside = [text.get_text() for shown in figure.legends for text in shown.get_texts()]
+    beside = [t.get_text() for ax in figure.axes for t in ax.texts if isinstance(t, Annotation)]
+    return inside + beside
 
 
 MANY = [f"line {i}" for i in range(12)]
@@ -98,8 +100,8 @@ def test_error_against_rank_predicts_nothing_below_rounding(yscale: str) -> None
     np.testing.assert_array_equal(measured, [1, 0.5, 2e-16])
     np.testing.assert_array_equal(ax.lines[2].get_xdata(), [2, 2])
     assert (threshold.tolist(), level.tolist()) == ([0, 1], [1, 1])
-    assert legend(figure) == ["a", "constant", "measured", "bound", "threshold"]
-    assert [text.get_text() for text in ax.texts] == ["rounding"]
+    assert {*legend(figure)} == {"a", "constant", "measured", "bound", "threshold"}
+    assert "rounding" in [text.get_text() for text in ax.texts]
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8))
@@ -170,7 +172,7 @@ def test_curves_show_medians_ranges_and_guides(xscale: str, yscale: str) -> None
     np.testing.assert_array_equal(ax.lines[2].get_xdata(), [1.5, 1.5])
     (band,) = (np.asarray(path.vertices) for path in ax.collections[0].get_paths())
     assert {(1, 1), (1, 9), (2, 3), (2, 5)} == {*map(tuple, band.tolist())}
-    assert legend(figure) == ["a", "g", "m"]
+    assert {*legend(figure)} == {"a", "g", "m"}
     assert (ax.get_xscale(), ax.get_yscale()) == (xscale, yscale)
 
 
@@ -211,12 +213,27 @@ TABLE = pd.DataFrame({"x": [1, 1, 2, 2], "y": [1.0, 3.0, 5.0, 9.0]})
 
 
 def test_medians_without_bands_show_the_range_at_the_end_beside_the_line() -> None:
+    table = pd.concat([TABLE.assign(x=TABLE.x + 2 * i) for i in range(2)])
     axes: dict[str, Any] = {"xlabel": "", "ylabel": "", "xscale": "log"}
-    (ax,) = figures.medians({"p": {"a": TABLE}}, "x", "y", bands=False, **axes).axes
-    (bar,) = ax.collections
-    (ends,) = (np.asarray(path.vertices) for path in bar.get_paths())
-    np.testing.assert_array_equal(ends[:, 1], [5, 9])
-    assert (ends[:, 0] > 2).all()
+    (ax,) = figures.medians({"p": {"a": table}}, "x", "y", bands=False, **axes).axes
+    line, bar, end = ax.lines
+    np.testing.assert_array_equal(line.get_xydata(), [[1, 2], [2, 7], [3, 2], [4, 7]])
+    np.testing.assert_array_equal(bar.get_xydata(), [[4, 5], [4, 9]])
+    drawn = bar.get_transform().transform([(4, 5)])
+    assert drawn[0, 0] > ax.transData.transform([(4, 5)])[0, 0]
+    assert len(np.asarray(end.get_xdata())) == 1
+
+
+def test_few_medians_are_not_joined_and_have_their_ranges_beside_one_another() -> None:
+    (ax,) = figures.medians({"p": {"a": TABLE, "b": TABLE}}, "x", "y", xlabel="", ylabel="").axes
+    low, high, points, *_, others = ax.lines
+    np.testing.assert_array_equal(low.get_xydata(), [[1, 1], [1, 3]])
+    np.testing.assert_array_equal(high.get_xydata(), [[2, 5], [2, 9]])
+    np.testing.assert_array_equal(points.get_xydata(), [[1, 2], [2, 7]])
+    assert points.get_linestyle() == "None"
+    here, there = (line.get_transform().transform([(1, 2)])[0] for line in (points, others))
+    assert here[0] < there[0]
+    assert here[1] == there[1]
 
 
 def test_ranges_are_bars_from_lowest_to_highest() -> None:
@@ -240,8 +257,9 @@ def test_published_values_are_stars_with_their_numbers() -> None:
     )
     (ax,) = figure.axes
     assert [text.get_text() for text in ax.texts] == ["0.28", "3"]
-    assert ax.lines[1].get_color() == ax.lines[0].get_color() != ax.lines[2].get_color()
-    assert legend(figure) == ["trained", "published"]
+    *_, points, own, other = ax.lines
+    assert points.get_color() == own.get_color() != other.get_color()
+    assert {*legend(figure)} == {"trained", "published", "0.28", "3"}
 
 
 def test_partitions_draw_every_layer_and_write_into_blocks() -> None:
@@ -438,3 +456,26 @@ def test_ink_is_as_dark_as_text_needs() -> None:
     assert contrast("#767676", "white") == pytest.approx(4.54, abs=0.01)
     for color, _ in ROLES.values():
         assert contrast(ink(color), "white") >= 4.5
+
+
+def test_few_lines_have_their_names_beside_them_in_readable_colours() -> None:
+    figure = figures.curves(
+        [1, 2, 3], {"a": [1, 1, 1], "all weights": [9, 9, 9]}, xlabel="", ylabel="", yscale="linear"
+    )
+    assert not figure.legends
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    at = ax.transData.transform([[0, 1], [0, 9]])[:, 1]
+    for i, (name, text) in enumerate(zip(("a", "all weights"), ax.texts, strict=True)):
+        assert name == text.get_text()
+        assert contrast(text.get_color(), "white") >= 4.5
+        middle = text.get_window_extent().get_points()[:, 1].mean()
+        assert np.abs(at - middle).argmin() == i
+
+
+def test_lines_that_coincide_are_named_in_a_legend() -> None:
+    same = {"a": [1, 2, 3], "b": [1, 2, 3]}
+    figure = figures.curves([1, 2, 3], same, xlabel="", ylabel="")
+    (shown,) = figure.legends
+    assert [text.get_text() for text in shown.get_texts()] == ["a", "b"]
+    assert not figure.axes[0].texts

@@ -14,16 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike, NDArray
 
+from ._names import write_names
 from ._style import GREY, LINES, Look, looks, squeeze_rounding
 
 _LEVEL: dict[str, Any] = {"color": GREY, "ls": "--", "lw": 1.5, "zorder": 0.5}
+_DARK = "0.15"
 _MARK: dict[str, Any] = {"color": GREY, "ls": ":", "lw": 1.5, "zorder": 0.5}
-# On logarithmic axes neighbours stand so far apart, where they would cover one another.
-_ASIDE = 1.07
+# Neighbours stand so many points apart where they would cover one another.
+_ASIDE = 8
+_MARGIN = 0.015
 # Three names of so many letters are as wide as a figure.
-_SHORT = 18
+_SHORT = 15
+# So many points are not joined by a line, which would say more than they do.
+_FEW = 3
+# Of more points than these some are without markers, which would hide the line.
+_MARKED = 20
 
 
 def curves(
@@ -34,6 +42,7 @@ def curves(
     marks: Mapping[str, float] | None = None,
     rounding: float | None = None,
     markers: bool = True,
+    joined: bool = True,
     xlabel: str,
     ylabel: str,
     xscale: str = "linear",
@@ -41,19 +50,21 @@ def curves(
 ) -> Figure:
     """Numbers against x, one line for each entry: the median of its samples, their range as a band.
 
-    Samples are ``[len(x)]`` or ``[len(x), samples]``. Guides are grey curves ``[len(x)]``, marks
-    dotted vertical lines; the legend names both. Values below ``rounding`` are in a strip. Without
-    ``markers``, lines are functions.
+    Samples are ``[len(x)]`` or ``[len(x), samples]``. Guides are grey curves ``[len(x)]``, or
+    several alike ``[len(x), curves]``; marks are dotted vertical lines. All are named. Values below
+    ``rounding`` are in a strip. Without ``markers``, lines are functions; not ``joined``, markers
+    stand alone.
     """
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(samples):
         style = look.style(size) if markers else {"color": look.color, "ls": look.line, "lw": 2}
+        style |= {} if joined else {"ls": ""}
         _draw_band(ax, _rows(x, samples[label]), label, style)
     _draw_guides(ax, {label: (x, values) for label, values in (guides or {}).items()})
     for label, position in (marks or {}).items():
         ax.axvline(position, label=label, **_MARK)
     _label(ax, xlabel, ylabel, xscale=xscale, yscale=yscale, rounding=rounding)
-    _add_legend(figure)
+    _name(figure)
     return figure
 
 
@@ -83,7 +94,8 @@ def error_against_rank(
             expected = expected.where(expected >= rounding)
             ax.plot(expected, color=look.color, ls=look.line, lw=1.5)
         shown = look.style(size + 1) | {"ls": ""}
-        ax.plot(_rows(ranks[label], measured[label])["median"], label=label, **shown)
+        medians = _rows(ranks[label], measured[label])["median"]
+        ax.plot(medians, label=label, markevery=1 + len(medians) // _MARKED, **shown)
         if thresholds:
             ax.axvline(thresholds[label], **_MARK | {"color": look.color})
     _draw_levels(ax, levels)
@@ -91,7 +103,7 @@ def error_against_rank(
     kinds: dict[str, dict[str, Any]] = {"measured": {"marker": "o", "mfc": "none", "ls": ""}}
     kinds |= {line: {"ls": "-"}} if predicted else {}
     kinds |= {"threshold": {"ls": ":"}} if thresholds else {}
-    _add_legend(figure, {name: Line2D([], [], color=GREY, **kind) for name, kind in kinds.items()})
+    _name(figure, {name: Line2D([], [], color=GREY, **kind) for name, kind in kinds.items()})
     return figure
 
 
@@ -104,6 +116,7 @@ def medians(
     levels: Mapping[str, float] | None = None,
     rounding: float | None = None,
     bands: bool = True,
+    sharey: bool = False,
     xlabel: str,
     ylabel: str,
     xscale: str = "linear",
@@ -111,26 +124,35 @@ def medians(
 ) -> Figure:
     """Medians over the rows of equal ``x`` of tables of runs, and their range as a band.
 
-    Each entry has a panel, with a line for each table. Without ``bands`` a bar shows the range at
-    the last x alone. Values below ``rounding`` are in a strip of their own. Published values, by
-    panel and line (or another name), are stars with numbers; levels are dashed horizontal lines.
+    Each entry has a panel, with a line for each table; up to three points are not joined, and have
+    bars beside one another. Without ``bands`` a bar behind the last x shows the range there.
+    Values below ``rounding`` are in a strip of their own. Published values, by panel and line (or
+    another name), are stars with numbers; levels are dashed horizontal lines.
     """
     figure, axes = plt.subplots(
-        len(panels), 1, sharex=True, squeeze=False, figsize=(6.4, 1.2 + 2.4 * len(panels))
+        len(panels),
+        1,
+        sharex=True,
+        sharey=sharey,
+        squeeze=False,
+        figsize=(6.4, 1.2 + 2.4 * len(panels)),
     )
     labels = list(dict.fromkeys(label for tables in panels.values() for label in tables))
     look_of = looks(labels)
     for ax, (title, tables) in zip(axes[:, 0], panels.items(), strict=True):
-        for label, look, size in _in_turn(labels):
+        for i, (label, look, size) in enumerate(_in_turn(labels)):
             if label not in tables:
                 continue
             rows = tables[label].groupby(x)[y].agg(["median", "min", "max"])
-            if bands:
+            aside = _ASIDE * (i - (len(labels) - 1) / 2)
+            if len(rows) <= _FEW and look.marker:
+                _draw_bars(ax, rows, label, look.style(size) | {"ls": ""}, aside)
+            elif bands:
                 _draw_band(ax, rows, label, look.style(size))
             else:
                 ax.plot(rows["median"], label=label, **look.style(size))
-                aside = rows.index[-1] * _ASIDE ** (1 + labels.index(label))
-                ax.vlines(aside, *rows.iloc[-1][["min", "max"]], color=look.color, lw=2)
+                _draw_bars(ax, rows[-1:], "_", look.style(size), _ASIDE * (i + 2))
+            ax.margins(x=_MARGIN * (1 + len(labels)))
         stars = (published or {}).get(title, {})
         for label, (at, value) in stars.items():
             color = look_of[label].color if label in look_of else GREY
@@ -141,7 +163,7 @@ def medians(
         _label(ax, "", ylabel, xscale=xscale, yscale=yscale, rounding=rounding)
         ax.set_title(title)
     axes[-1, 0].set(xlabel=xlabel)
-    _add_legend(figure)
+    _name(figure)
     return figure
 
 
@@ -169,7 +191,7 @@ def scatter(
     _draw_guides(ax, guides or {})
     _draw_levels(ax, levels)
     _label(ax, xlabel, ylabel, xscale="log", yscale=yscale)
-    _add_legend(figure)
+    _name(figure)
     return figure
 
 
@@ -184,10 +206,9 @@ def intervals(
     Levels are dashed vertical lines, named in the legend.
     """
     figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.34 * len(rows)))
-    for y, (label, look) in enumerate(looks(rows).items()):
-        mean, low, high = rows[label]
-        ax.plot([low, high], [y, y], color=look.color, lw=2)
-        ax.plot(mean, y, **look.style() | {"ls": ""})
+    for y, (mean, low, high) in enumerate(rows.values()):
+        ax.plot([low, high], [y, y], color=_DARK, lw=2)
+        ax.plot(mean, y, "o", color=_DARK, ms=7)
     for label, level in (levels or {}).items():
         ax.axvline(level, label=label, **_LEVEL)
     ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
@@ -195,14 +216,15 @@ def intervals(
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="y", visible=False)
     if levels:
-        _add_legend(figure)
+        _name(figure)
     return figure
 
 
 def _in_turn(labels: Collection[str]) -> Iterator[tuple[str, Look, float]]:
     """Labels, looks and sizes, each smaller than the last: markers that coincide stay visible."""
-    for i, (label, look) in enumerate(looks(labels).items()):
-        yield label, look, max(9 - 1.2 * i, 4)
+    sizes = np.linspace(10, 4.5, len(labels)) if len(labels) > 2 else (9, 6)
+    for (label, look), size in zip(looks(labels).items(), sizes, strict=False):
+        yield label, look, float(size)
 
 
 def _rows(x: ArrayLike, values: ArrayLike) -> pd.DataFrame:
@@ -216,6 +238,21 @@ def _rows(x: ArrayLike, values: ArrayLike) -> pd.DataFrame:
 def _draw_band(ax: Axes, rows: pd.DataFrame, label: str, style: Mapping[str, Any]) -> None:
     ax.plot(rows["median"], label=label, **style)
     ax.fill_between(rows.index, rows["min"], rows["max"], color=style["color"], alpha=0.15, lw=0)
+
+
+def _draw_bars(
+    ax: Axes, rows: pd.DataFrame, label: str, style: Mapping[str, Any], aside: float
+) -> None:
+    """Medians as markers, so many points aside from x, on bars of the range."""
+    moved = ScaledTranslation(aside / 72, 0, ax.figure.dpi_scale_trans)
+    shown = dict(style) | {"transform": ax.transData + moved}
+    bar = shown | {"marker": "", "ls": "-", "lw": 2, "label": "_"}
+    for x, low, high in zip(rows.index, rows["min"], rows["max"], strict=True):
+        if low < high:
+            ax.add_artist(Line2D([x, x], [low, high], **bar))
+        ax.update_datalim([(x, low), (x, high)])
+    ax.add_artist(Line2D(rows.index, rows["median"], label=label, **shown))
+    ax.autoscale_view()
 
 
 def _draw_guides(ax: Axes, guides: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
@@ -255,12 +292,9 @@ def _label(
         squeeze_rounding(ax, rounding)
 
 
-def _add_legend(figure: Figure, more: Mapping[str, Artist] | None = None) -> None:
-    """Each name once, above the panels, where it hides no curve."""
-    named: dict[str, Artist] = {}
-    for ax in figure.axes:
-        lines, labels = ax.get_legend_handles_labels()
-        named = dict(zip(labels, lines, strict=True)) | named
-    named |= more or {}
-    columns = 3 if max(map(len, named)) <= _SHORT else 2
-    figure.legend([*named.values()], [*named], loc="outside upper center", ncols=columns)
+def _name(figure: Figure, more: Mapping[str, Artist] | None = None) -> None:
+    """Each name once: beside its line, or else above the panels, where it hides no curve."""
+    shown: dict[str, Artist] = {**write_names(figure), **(more or {})}
+    if shown:
+        columns = 3 if max(map(len, shown)) <= _SHORT else 2
+        figure.legend([*shown.values()], [*shown], loc="outside upper center", ncols=columns)
