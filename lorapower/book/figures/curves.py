@@ -80,14 +80,16 @@ def error_against_rank(
     yscale: str = "linear",
     xlabel: str = "rank $R$ of each adapter",
     ylabel: str,
+    size: tuple[float, float] | None = None,
 ) -> Figure:
     """Predicted error (line) and measured error (marker) against rank.
 
     Errors are ``[ranks]``, or ``[ranks, samples]``, of which medians are shown; below ``rounding``
     they are in a strip, without predictions. Each entry has its colour; its threshold is a dotted
     vertical line. Levels are dashed horizontal lines. ``line`` names predictions in the legend.
+    ``size`` is in inches.
     """
-    figure, ax = plt.subplots()
+    figure, ax = plt.subplots(figsize=size)
     for label, look, size in _in_turn(measured):
         if label in predicted:
             expected = _rows(ranks[label], predicted[label])["median"]

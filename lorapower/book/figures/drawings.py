@@ -150,9 +150,20 @@ def patterns(matrices: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, lab
     return figure
 
 
-def counts(table: pd.DataFrame, *, most: float, xlabel: str, ylabel: str, label: str) -> Figure:
-    """Whole numbers in a grid, each on a shade of its size; ``most`` has the darkest, 0 none."""
-    figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.42 * len(table)))
+def counts(
+    table: pd.DataFrame,
+    *,
+    most: float,
+    xlabel: str,
+    ylabel: str,
+    label: str,
+    size: tuple[float, float] | None = None,
+) -> Figure:
+    """Whole numbers in a grid, each on a shade of its size; ``most`` has the darkest, 0 none.
+
+    ``size`` is in inches.
+    """
+    figure, ax = plt.subplots(figsize=size or (6.4, 0.9 + 0.42 * len(table)))
     shades = {"vmin": 0, "vmax": most**0.5, "cmap": "Blues", "cbar": False}
     sns.heatmap(np.sqrt(table.astype(float)), annot=table, fmt=".0f", ax=ax, **shades)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=label)
