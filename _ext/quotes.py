@@ -1,7 +1,7 @@
 """The roles ``{eval}`` and ``{quoted}``: what a chapter quotes of its run.
 
-In the chapter ``06-training``, ``{eval}`book.quoted["plain_4:.0f"]` `` is the number that it glued as
-``plain_4``, in the format behind the colon; what was glued as Markdown has no format. JupyterLab
+In the chapter ``06-training``, ``{eval}`book.quoted["plain_4:.0f"]` `` is the number that it glued
+as ``plain_4``, in the format behind the colon; what was glued as Markdown has no format. JupyterLab
 asks the kernel for it. On any other page it is ``{quoted}`06-training::plain_4:.0f` ``.
 """
 
