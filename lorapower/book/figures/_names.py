@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -44,7 +44,10 @@ class _Place:
 
 
 def write_names(figure: Figure) -> dict[str, Line2D]:
-    """Write each name beside one of its lines; if one finds no room, return all for a legend."""
+    """Write each name beside one of its lines; if one finds no room, return all for a legend.
+
+    All are written in one panel, if there is one with room for them.
+    """
     named: dict[str, list[tuple[Axes, Line2D]]] = {}
     for ax in figure.axes:
         for line in ax.lines:
@@ -54,38 +57,50 @@ def write_names(figure: Figure) -> dict[str, Line2D]:
     if len(named) > _MOST:
         return legend
     figure.draw_without_rendering()
-    unit = figure.dpi / 72
-    taken = {ax: [_filled(_box(a)) for a in (*ax.texts, *ax.patches)] for ax in figure.axes}
-    places = {}
+    for axes in (*([ax] for ax in figure.axes), figure.axes):
+        if places := _find(named, axes):
+            for name, place in places.items():
+                _write(place.ax, place.line, name, place.point, place.side)
+            return {}
+    return legend
+
+
+def _find(
+    named: Mapping[str, Sequence[tuple[Axes, Line2D]]], axes: Sequence[Axes]
+) -> dict[str, _Place]:
+    """A place in these panels for each name, or none at all."""
+    taken = {ax: [_filled(_box(a)) for a in (*ax.texts, *ax.patches)] for ax in axes}
+    places: dict[str, _Place] = {}
     for name, lines in named.items():
-        found = [p for ax, line in lines for p in _places(ax, line, name, taken[ax], unit)]
+        inside = [(ax, line) for ax, line in lines if ax in taken]
+        found = [place for ax, line in inside for place in _places(ax, line, name, taken[ax])]
         if not found:
-            return legend
+            return {}
         best = places[name] = max(found, key=lambda place: place.room)
         taken[best.ax].append(_filled(best.box))
-    for name, place in places.items():
-        _write(place.ax, place.line, name, place.point, place.side)
-    return {}
+    return places
 
 
-def _places(
-    ax: Axes, line: Line2D, name: str, taken: Sequence[Points], unit: float
-) -> Iterator[_Place]:
+def _places(ax: Axes, line: Line2D, name: str, taken: Sequence[Points]) -> Iterator[_Place]:
     """All places beside a line, inside of the axes, that are nearer to it than to all else."""
     alike = [other for other in ax.lines if other is line or _belongs(other, line)]
-    if not any(_is_joined(other) for other in alike):
+    points = _spread(np.asarray(line.get_xydata(), dtype=float), _TRIED)
+    if not len(points) or not any(_is_joined(other) for other in alike):
         return
     own = np.concatenate([_drawn(other) for other in alike])
     others = [_drawn(other) for other in ax.lines if other not in alike]
     rest = np.concatenate([*others, *taken, np.full((1, 2), np.inf)])
-    inside = _box(ax.patch)
+    low, high = _box(ax.patch)
+    unit = ax.figure.dpi / 72
     clear = (_CLEAR + line.get_markersize() / 2) * unit
-    for point in _spread(np.asarray(line.get_xydata(), dtype=float), _TRIED):
+    text = _write(ax, line, name, points[0], (0, 0))
+    size = np.diff(_box(text), axis=0)[0]
+    text.remove()
+    for point, at in zip(points, line.get_transform().transform(points), strict=True):
         for side in _SIDES:
-            text = _write(ax, line, name, point, side)
-            box = _box(text)
-            text.remove()
-            if (box[0] < inside[0]).any() or (box[1] > inside[1]).any():
+            corner = at + unit * _aside(side) - size * (1 - np.array(side)) / 2
+            box = np.stack([corner, corner + size])
+            if (box[0] < low).any() or (box[1] > high).any():
                 continue
             near, room = _distance(own, box), _distance(rest, box)
             if near >= clear and room >= near + _APART * unit:
@@ -94,11 +109,10 @@ def _places(
 
 def _write(ax: Axes, line: Line2D, name: str, point: Points, side: tuple[int, int]) -> Annotation:
     across, up = side
-    aside = _ASIDE / np.hypot(across, up)
     return ax.annotate(
         name,
         (point[0], point[1]),
-        (across * aside, up * aside),
+        tuple(_aside(side)),
         xycoords=line.get_transform(),
         textcoords="offset points",
         ha=("center", "left", "right")[across],
@@ -106,6 +120,11 @@ def _write(ax: Axes, line: Line2D, name: str, point: Points, side: tuple[int, in
         fontsize=mpl.rcParams["legend.fontsize"],
         color=ink(line.get_color()),
     )
+
+
+def _aside(side: tuple[int, int]) -> Points:
+    """From a point to its name's nearest edge or corner, in points."""
+    return _ASIDE * np.array(side) / max(float(np.hypot(*side)), 1)
 
 
 def _belongs(other: Line2D, line: Line2D) -> bool:

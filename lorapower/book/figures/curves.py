@@ -25,7 +25,9 @@ _DARK = "0.15"
 _MARK: dict[str, Any] = {"color": GREY, "ls": ":", "lw": 1.5, "zorder": 0.5}
 # Neighbours stand so many points apart where they would cover one another.
 _ASIDE = 8
-_MARGIN = 0.015
+# A panel's width in points, about, and how much of it is left free at either end.
+_WIDTH = 400
+_MARGIN = 0.05
 # Three names of so many letters are as wide as a figure.
 _SHORT = 15
 # So many points are not joined by a line, which would say more than they do.
@@ -90,12 +92,12 @@ def error_against_rank(
     ``size`` is in inches.
     """
     figure, ax = plt.subplots(figsize=size)
-    for label, look, size in _in_turn(measured):
+    for label, look, marker in _in_turn(measured):
         if label in predicted:
             expected = _rows(ranks[label], predicted[label])["median"]
             expected = expected.where(expected >= rounding)
             ax.plot(expected, color=look.color, ls=look.line, lw=1.5)
-        shown = look.style(size + 1) | {"ls": ""}
+        shown = look.style(marker + 1) | {"ls": ""}
         medians = _rows(ranks[label], measured[label])["median"]
         ax.plot(medians, label=label, markevery=1 + len(medians) // _MARKED, **shown)
         if thresholds:
@@ -147,14 +149,13 @@ def medians(
                 continue
             rows = tables[label].groupby(x)[y].agg(["median", "min", "max"])
             aside = _ASIDE * (i - (len(labels) - 1) / 2)
-            if len(rows) <= _FEW and look.marker:
+            if bands and len(rows) <= _FEW and look.marker:
                 _draw_bars(ax, rows, label, look.style(size) | {"ls": ""}, aside)
             elif bands:
                 _draw_band(ax, rows, label, look.style(size))
             else:
                 ax.plot(rows["median"], label=label, **look.style(size))
-                _draw_bars(ax, rows[-1:], "_", look.style(size), _ASIDE * (i + 2))
-            ax.margins(x=_MARGIN * (1 + len(labels)))
+                _draw_bars(ax, rows[-1:], "_", look.style(5), _ASIDE * (i + 1.5))
         stars = (published or {}).get(title, {})
         for label, (at, value) in stars.items():
             color = look_of[label].color if label in look_of else GREY
@@ -254,6 +255,7 @@ def _draw_bars(
             ax.add_artist(Line2D([x, x], [low, high], **bar))
         ax.update_datalim([(x, low), (x, high)])
     ax.add_artist(Line2D(rows.index, rows["median"], label=label, **shown))
+    ax.margins(x=max(ax.get_xmargin(), _MARGIN + 1.5 * abs(aside) / _WIDTH))
     ax.autoscale_view()
 
 
