@@ -85,13 +85,14 @@ def _places(ax: Axes, line: Line2D, name: str, taken: Sequence[Points]) -> Itera
     """All places beside a line, inside of the axes, that are nearer to it than to all else."""
     alike = [other for other in ax.lines if other is line or _belongs(other, line)]
     points = _spread(np.asarray(line.get_xydata(), dtype=float), _TRIED)
-    if not len(points) or not any(_is_joined(other) for other in alike):
+    joined = _is_joined(line) or any(map(_is_curve, alike))
+    if not (len(points) and joined):
         return
     own = np.concatenate([_drawn(other) for other in alike])
     others = [_drawn(other) for other in ax.lines if other not in alike]
     rest = np.concatenate([*others, *taken, np.full((1, 2), np.inf)])
-    low, high = _box(ax.patch)
     unit = ax.figure.dpi / 72
+    low, high = _box(ax.patch) + np.array([[1], [-1]]) * _APART * unit
     clear = (_CLEAR + line.get_markersize() / 2) * unit
     text = _write(ax, line, name, points[0], (0, 0))
     size = np.diff(_box(text), axis=0)[0]
@@ -134,6 +135,11 @@ def _belongs(other: Line2D, line: Line2D) -> bool:
 
 def _is_joined(line: Line2D) -> bool:
     return line.get_linestyle() != "None"
+
+
+def _is_curve(line: Line2D) -> bool:
+    """Whether it leads through points, and is not just a bar or a mark."""
+    return _is_joined(line) and len(np.asarray(line.get_xdata())) > 2
 
 
 def _drawn(line: Line2D) -> Points:

@@ -120,18 +120,21 @@ def medians(
     levels: Mapping[str, float] | None = None,
     rounding: float | None = None,
     bands: bool = True,
+    markers: bool = True,
     sharey: bool = False,
     xlabel: str,
     ylabel: str,
     xscale: str = "linear",
     yscale: str = "log",
+    ylim: tuple[float, float] | None = None,
 ) -> Figure:
     """Medians over the rows of equal ``x`` of tables of runs, and their range as a band.
 
     Each entry has a panel, with a line for each table; up to three points are not joined, and have
-    bars beside one another. Without ``bands`` a bar behind the last x shows the range there.
-    Values below ``rounding`` are in a strip of their own. Published values, by panel and line (or
-    another name), are stars with numbers; levels are dashed horizontal lines.
+    bars beside one another. Without ``bands`` a bar behind the last x shows the range there;
+    without ``markers``, lines are functions. Values below ``rounding`` are in a strip of their own.
+    Published values, by panel and line (or another name), are stars with numbers; levels are dashed
+    horizontal lines.
     """
     figure, axes = plt.subplots(
         len(panels),
@@ -149,7 +152,9 @@ def medians(
                 continue
             rows = tables[label].groupby(x)[y].agg(["median", "min", "max"])
             aside = _ASIDE * (i - (len(labels) - 1) / 2)
-            if bands and len(rows) <= _FEW and look.marker:
+            if not markers:
+                _draw_band(ax, rows, label, {"color": look.color, "ls": look.line, "lw": 2})
+            elif bands and len(rows) <= _FEW and look.marker:
                 _draw_bars(ax, rows, label, look.style(size) | {"ls": ""}, aside)
             elif bands:
                 _draw_band(ax, rows, label, look.style(size))
@@ -165,6 +170,8 @@ def medians(
         _draw_levels(ax, levels)
         _label(ax, "", ylabel, xscale=xscale, yscale=yscale, rounding=rounding)
         ax.set_title(title)
+        if ylim:
+            ax.set_ylim(ylim)
     axes[-1, 0].set(xlabel=xlabel)
     _name(figure)
     return figure
