@@ -479,3 +479,9 @@ def test_lines_that_coincide_are_named_in_a_legend() -> None:
     (shown,) = figure.legends
     assert [text.get_text() for text in shown.get_texts()] == ["a", "b"]
     assert not figure.axes[0].texts
+
+
+def test_one_number_at_several_places_is_a_level_line() -> None:
+    level = pd.DataFrame({"x": [1, 9], "y": [2.0, 2.0]})
+    (ax,) = figures.medians({"p": {"a": level}}, "x", "y", xlabel="", ylabel="").axes
+    assert ax.lines[0].get_linestyle() == "-"

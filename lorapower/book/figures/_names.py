@@ -46,7 +46,7 @@ class _Place:
 def write_names(figure: Figure) -> dict[str, Line2D]:
     """Write each name beside one of its lines; if one finds no room, return all for a legend.
 
-    All are written in one panel, if there is one with room for them.
+    All are written in one panel, unless none has all of these lines.
     """
     named: dict[str, list[tuple[Axes, Line2D]]] = {}
     for ax in figure.axes:
@@ -57,12 +57,17 @@ def write_names(figure: Figure) -> dict[str, Line2D]:
     if len(named) > _MOST:
         return legend
     figure.draw_without_rendering()
-    for axes in (*([ax] for ax in figure.axes), figure.axes):
+    whole = [[ax] for ax in figure.axes if all(_has(lines, ax) for lines in named.values())]
+    for axes in whole or [figure.axes]:
         if places := _find(named, axes):
             for name, place in places.items():
                 _write(place.ax, place.line, name, place.point, place.side)
             return {}
     return legend
+
+
+def _has(lines: Sequence[tuple[Axes, Line2D]], ax: Axes) -> bool:
+    return any(other is ax for other, _ in lines)
 
 
 def _find(

@@ -154,7 +154,7 @@ def medians(
             aside = _ASIDE * (i - (len(labels) - 1) / 2)
             if not markers:
                 _draw_band(ax, rows, label, {"color": look.color, "ls": look.line, "lw": 2})
-            elif bands and len(rows) <= _FEW and look.marker:
+            elif bands and len(rows) <= _FEW and look.marker and not _is_level(rows):
                 _draw_bars(ax, rows, label, look.style(size) | {"ls": ""}, aside)
             elif bands:
                 _draw_band(ax, rows, label, look.style(size))
@@ -248,6 +248,11 @@ def _rows(x: ArrayLike, values: ArrayLike) -> pd.DataFrame:
 def _draw_band(ax: Axes, rows: pd.DataFrame, label: str, style: Mapping[str, Any]) -> None:
     ax.plot(rows["median"], label=label, **style)
     ax.fill_between(rows.index, rows["min"], rows["max"], color=style["color"], alpha=0.15, lw=0)
+
+
+def _is_level(rows: pd.DataFrame) -> bool:
+    """Whether medians are one number at several x, and are to be a level line."""
+    return len(rows) > 1 and rows["median"].nunique() == 1
 
 
 def _draw_bars(
