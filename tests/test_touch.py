@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browsing import Reader
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, FloatRect, Locator, Page
 
 from lorapower.book import figures
 
@@ -164,6 +164,12 @@ def test_long_proofs_open_by_key_and_on_paper(browser: Browser, book: Path) -> N
     page.close()
 
 
+def bounds(element: Locator) -> FloatRect:
+    box = element.bounding_box()
+    assert box is not None
+    return box
+
+
 def test_a_slider_steps_through_pictures(browser: Browser, tmp_path: Path) -> None:
     tables = {value: pd.DataFrame([[n, 1]]) for n, value in enumerate(("0.1", "0.2", "0.5"))}
     frames = figures.Frames(
@@ -183,6 +189,12 @@ def test_a_slider_steps_through_pictures(browser: Browser, tmp_path: Path) -> No
     page.goto((tmp_path / "page.html").as_uri())
     slider, said = page.get_by_label("Error"), page.locator("[aria-live]")
     seen = page.locator("img:visible")
+    ticks = page.locator(".touch-ticks span")
+    assert ticks.all_inner_texts() == [*tables]
+    places = [box["x"] + box["width"] / 2 for box in map(bounds, ticks.all())]
+    ends = bounds(slider)
+    steps = [ends["x"] + 8 + (ends["width"] - 16) * n / 2 for n in range(3)]
+    assert places == pytest.approx(steps, abs=2)
     assert (seen.count(), seen.get_attribute("alt"), said.inner_text()) == (1, *["Shows 0.2."] * 2)
     for key, value in (("ArrowRight", "0.5"), ("ArrowRight", "0.5"), ("Home", "0.1")):
         slider.press(key)

@@ -16,6 +16,8 @@
     max: pictures.length - 1,
     value: pictures.findIndex((picture) => !picture.hidden),
   });
+  const values = pictures.map((picture) => make("span", {}, picture.dataset.value));
+  const ticks = make("span", { class: "touch-ticks", "aria-hidden": "true" }, ...values);
   const show = () => {
     pictures.forEach((picture, place) => { picture.hidden = place !== Number(input.value); });
     const picture = pictures[Number(input.value)];
@@ -25,5 +27,5 @@
   };
   input.addEventListener("input", show);
   show();
-  root.querySelector("style").after(make("label", {}, `${root.dataset.label}: `, shown, input), state);
+  root.querySelector("style").after(make("label", {}, `${root.dataset.label}: `, shown, input, ticks), state);
 })();
