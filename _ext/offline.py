@@ -1,8 +1,8 @@
 """What pages read from disk could not fetch or save: MathJax, previews and downloads.
 
-Previews are what ``_static/previews.js`` shows: statements, numbered equations and figures, by
-anchor, from the written pages, in which numbers and references are resolved. Links are left out: a
-preview is no place to go on from. Pictures are named from the book's root.
+Previews are what ``_static/previews.js`` shows: statements, numbered equations, figures and claims,
+by anchor, from the written pages, in which numbers and references are resolved. Links are left out:
+a preview is no place to go on from. Pictures are named from the book's root.
 
 The download button saves a page's source and, for a chapter, the page as Markdown. Each text lies
 in a script beside it, which ``_static/download.js`` loads.
@@ -23,21 +23,17 @@ from bs4.filter import SoupStrainer
 from markdownify import MarkdownConverter
 from overviews import chapters
 from sphinx.application import Sphinx
-from sphinx.config import Config
 from sphinx.util.fileutil import copy_asset
+from verdicts import SCORECARD
 
 # What browsers ask for: the bundle, its fonts, and the TeX extensions.
 _BUNDLE = "tex-chtml.js"
 _PARTS = (_BUNDLE, "output/chtml/fonts/woff-v2", "input/tex/extensions")
-_SHOWN = "div.proof.admonition[id]:not(#proof), div.math[id^='equation-'], figure[id]"
+_SHOWN = "div.proof[id]:not(#proof), div.math[id^='equation-'], figure[id], div.claims[id]"
 # What a page has for the mouse.
 _CONTROLS = "a.headerlink, button, details > summary:first-child, script, style"
 # Extra space would make it code or a list.
 _EDGES = re.compile(r"^\s+|\s+$")
-
-
-def _point_to_copy(app: Sphinx, config: Config) -> None:
-    config["mathjax_path"] = f"mathjax/{_BUNDLE}"
 
 
 def _copy_mathjax(folder: Path) -> None:
@@ -55,7 +51,7 @@ def _previews(html: str, docname: str) -> Iterator[tuple[str, str]]:
     for part in page.select(_SHOWN):
         # A copy, as an equation may be within a statement.
         copy = BeautifulSoup(str(part), "html.parser")
-        for unwanted in copy.select("a.headerlink, script, style"):
+        for unwanted in copy.select("a.headerlink, a.verdict, script, style"):
             unwanted.decompose()
         for link in copy.select("a"):
             link.unwrap()
@@ -163,11 +159,10 @@ def _complete(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.format == "html":
         folder, docnames = Path(app.outdir), chapters(app.env)
         _copy_mathjax(folder)
-        _write_previews(folder, docnames)
+        _write_previews(folder, [*docnames, SCORECARD])
         _write_downloads(folder, docnames)
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("config-inited", _point_to_copy)
     app.connect("html-page-context", _offer_markdown, priority=900)  # after the theme's menu
     app.connect("build-finished", _complete)

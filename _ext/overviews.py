@@ -1,44 +1,41 @@
-"""Directives of pages on the whole book, which are read after the chapters.
+"""Pages on the whole book, which are read after the chapters.
 
-``scorecard``: every claim that the executed chapters recorded, in folded tables; what is proved
-first, then what is observed.
-
-``statements``: a table by name of all that the chapters state. ``statement-map``: which rest on
-which, with a row for each chapter, and lines from each statement down to those that rest on it.
-Boxes are links; while one is pointed at, its lines stand out.
-
-``colophon``: from what, with what and on what the book was made, by the records of runs beside the
+They are templates of what this module finds: claims, statements, and the records of runs beside the
 chapters, ``NN-name.json``. Versions are those of the environment that builds, which ran them.
+
+A ``div`` of class ``statement-map`` becomes a map of which statements rest on which, with a row for
+each chapter, and lines from each statement down to those that rest on it. Boxes are links; while
+one is pointed at, its lines stand out.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
+from subprocess import DEVNULL, CalledProcessError, check_output
+from typing import Any
 
 from docutils import nodes
+from jinja2 import Template
 from packaging.requirements import Requirement
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.util.docutils import SphinxDirective
-from sphinx.writers.html5 import HTML5Translator
+from verdicts import badges, verdict
 
 import lorapower
-from lorapower.book.claims import Claim, read
+from lorapower.book.claims import read
 
-# Each part's title, and what its claims were to be; by whether they belong to observations.
-_PARTS = {False: ("Theorems", "Predicted"), True: ("Observations", "Required")}
-_PREMISES = ("ass-", "def-")
+_TEMPLATES = [f"chapters/{name}" for name in ("built", "scorecard", "statements")]
+_ROOT = Path(lorapower.__file__).resolve().parents[1]
+_MAP = '<div class="statement-map">'
 # What a proof can rest on, or what has one.
 _SHORT = {
     "assumption": "Ass.",
@@ -52,8 +49,6 @@ _WIDTH, _HEIGHT, _STEP, _RISE, _HEAD, _IN_A_ROW = 76, 26, 90, 96, 44, 8
 _FULL = (_IN_A_ROW - 1) * _STEP + _WIDTH
 
 Places = dict[str, tuple[int, int]]
-# Extras that neither chapters nor pages are made with.
-_UNUSED = ('"test"', '"cluster"')
 
 
 def chapters(env: BuildEnvironment) -> dict[str, Path]:
@@ -65,74 +60,6 @@ def chapters(env: BuildEnvironment) -> dict[str, Path]:
 def _title(env: BuildEnvironment, docname: str) -> str:
     """The title of a page that was read, up to a colon."""
     return env.titles[docname].astext().partition(":")[0]
-
-
-def _table(
-    directive: SphinxDirective,
-    rows: Iterable[tuple[str, ...]],
-    kind: str,
-    heads: tuple[str, ...] = (),
-) -> list[nodes.Node]:
-    """A table of the classes in `kind`, on the page of `directive`; cells are Markdown."""
-    lines = [f":class: {kind}", ":widths: auto", f":header-rows: {int(bool(heads))}", ""]
-    for first, *rest in [heads, *rows] if heads else rows:
-        lines += [f"* - {first}", *(f"  - {cell}" for cell in rest)]
-    return directive.parse_text_to_nodes("\n".join(["```{list-table}", *lines, "```"]))
-
-
-def count(claims: Sequence[Claim]) -> str:
-    """How many claims there are, and how many of them fail."""
-    failing = sum(not claim.holds for claim in claims)
-    if len(claims) == 1:
-        return f"One claim, it {'fails' if failing else 'holds'}"
-    return f"{len(claims)} claims, {f'{failing} fail' if failing else 'all hold'}"
-
-
-def total(claims: Sequence[Claim]) -> str:
-    """The same, and how many there are of either kind."""
-    seen = sum(claim.observed for claim in claims)
-    return f"{count(claims)}: {len(claims) - seen} of theorems, {seen} of observations."
-
-
-def _cells(claim: Claim) -> tuple[str, ...]:
-    statement = f"{{prf:ref}}`{claim.label}`: {claim.statement}"
-    return claim.verdict, statement, claim.measured, claim.predicted
-
-
-class Scorecard(SphinxDirective):
-    """A total, and two sections of tables."""
-
-    def run(self) -> list[nodes.Node]:
-        recorded = {docname: read(path) for docname, path in chapters(self.env).items()}
-        every = [claim for claims in recorded.values() for claim in claims]
-        if not every:
-            raise self.error("no chapter recorded a claim: the scorecard would be empty")
-        return [nodes.paragraph("", total(every)), *self._parts(recorded)]
-
-    def _parts(self, recorded: Mapping[str, list[Claim]]) -> Iterable[nodes.section]:
-        for observed, (name, expected) in _PARTS.items():
-            part = self._section(name.lower(), name)
-            for docname, claims in recorded.items():
-                page = docname.rpartition("/")[2]
-                if chosen := [claim for claim in claims if claim.observed is observed]:
-                    section = self._section(f"{name} {page}", _title(self.env, docname))
-                    heads = ("Verdict", "Claim", "Measured", expected)
-                    kind = f"scorecard {expected.lower()}"
-                    section += nodes.admonition(
-                        "",
-                        nodes.title("", count(chosen)),
-                        *_table(self, map(_cells, chosen), kind, heads),
-                        classes=["dropdown"],
-                    )
-                    part += section
-            if len(part) > 1:
-                yield part
-
-    def _section(self, name: str, heading: str) -> nodes.section:
-        parsed, messages = self.state.inline_text(heading, self.lineno)
-        section = nodes.section(ids=[nodes.make_id(name)])
-        section += nodes.title("", "", *parsed, *messages)
-        return section
 
 
 @dataclass
@@ -166,51 +93,26 @@ def statements(env: BuildEnvironment) -> list[Statement]:
                 found[-1].uses += [label for label in used if label not in found[-1].uses]
             else:
                 label = box["label"]
-                premises = [label for label in used if label.startswith(_PREMISES)]
+                premises = [label for label in used if label.startswith(("ass-", "def-"))]
                 name = box["title"].strip().removeprefix("(").removesuffix(")")
                 kind, count = env.proof_list[label]["realtype"], checks[label]  # type: ignore[attr-defined]
                 found.append(Statement(kind, name, label, docname, count, premises))
     return found
 
 
-class Statements(SphinxDirective):
-    """A table of all statements, by name."""
-
-    def run(self) -> list[nodes.Node]:
-        rows = [
-            (
-                each.name,
-                f"{{prf:ref}}`{each.label}`",
-                f"{{doc}}`{_title(self.env, each.docname)} </{each.docname}>`",
-                ", ".join(f"{{prf:ref}}`{label}`" for label in each.uses) or "–",
-                str(each.checks or "–"),
-            )
-            for each in sorted(statements(self.env), key=lambda each: each.name.lower())
-        ]
-        heads = ("Name", "Statement", "Chapter", "Rests on", "Checks")
-        return _table(self, rows, "statements", heads)
-
-
-class statement_map(nodes.General, nodes.Element):  # noqa: N801 - as docutils names its nodes
-    """Stands for the map until all statements have their numbers."""
-
-
-class StatementMap(SphinxDirective):
-    """A drawing of all statements."""
-
-    def run(self) -> list[nodes.Node]:
-        return [statement_map()]
-
-
-def _visit(self: HTML5Translator, node: statement_map) -> None:
-    """Write the map as SVG."""
-    env, builder = self.builder.env, self.builder
+def _draw(
+    app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: object
+) -> None:
+    """Put the map as SVG into its place."""
+    if _MAP not in context.get("body", ""):
+        return
+    env = app.env
     shown = [each for each in statements(env) if each.kind in _SHORT]
     places: Places = {}
     rows, heads, boxes = 0, [], []
     for docname, group in groupby(shown, lambda each: each.docname):
         heads.append(_text(0, rows * _RISE + 20, _title(env, docname), "head"))
-        address = builder.get_relative_uri(builder.current_docname, docname)
+        address = app.builder.get_relative_uri(pagename, docname)
         stated = [*group]
         for start in range(0, len(stated), _IN_A_ROW):
             row = stated[start : start + _IN_A_ROW]
@@ -231,12 +133,11 @@ def _visit(self: HTML5Translator, node: statement_map) -> None:
         "stroke: var(--pst-color-primary); opacity: 1; stroke-width: 2}"
         for each in shown
     )
-    self.body.append(
-        f'<div class="statement-map"><svg viewBox="-2 0 {_FULL + 4} {rows * _RISE}" role="group" '
-        f'aria-label="Map of statements"><style>{pointed}</style>{"".join(heads + lines + boxes)}'
-        "</svg></div>"
+    context["body"] = context["body"].replace(
+        _MAP,
+        f'{_MAP}<svg viewBox="-2 0 {_FULL + 4} {rows * _RISE}" role="group" aria-label="Map of '
+        f'statements"><style>{pointed}</style>{"".join(heads + lines + boxes)}</svg>',
     )
-    raise nodes.SkipNode
 
 
 def _place(row: list[Statement], above: Places, y: int) -> Places:
@@ -272,60 +173,55 @@ def _curve(used: tuple[int, int], user: tuple[int, int]) -> str:
     return f"M{x} {y}C{x} {y + 40} {u} {v - 40} {u} {v}"
 
 
-def _git(root: Path, *words: str) -> str:
-    git = ["git", "-C", str(root), *words]
-    return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+def _git(*words: str) -> str:
+    return check_output(["git", *words], cwd=_ROOT, stderr=DEVNULL, text=True).strip()
 
 
-def revision(root: Path) -> str:
-    """The revision of the checkout at `root`, and whether files differ from it."""
+def revision() -> str:
+    """The revision of the checkout, and whether files differ from it."""
     try:
         # A copy may lie in somebody else's checkout.
-        if not _git(root, "rev-parse", "--show-prefix"):
-            commit = _git(root, "describe", "--always", "--dirty= and changes since")
-            return f"{commit}, of {_git(root, 'log', '-1', '--format=%cs')}"
-    except (OSError, subprocess.CalledProcessError):
+        if not _git("rev-parse", "--show-prefix"):
+            commit = _git("describe", "--always", "--dirty= and changes since")
+            return f"{commit}, of {_git('log', '-1', '--format=%cs')}"
+    except (OSError, CalledProcessError):
         pass
     return "unknown, as this is no checkout"
 
 
 def libraries() -> dict[str, str]:
-    """The versions of what the project asks for by name."""
+    """The versions of what the project asks for by name, to make chapters and pages."""
     asked = map(Requirement, metadata.requires("lorapower") or ())
-    names = {each.name for each in asked if not str(each.marker).endswith(_UNUSED)} - {"lorapower"}
+    unused = ('"test"', '"cluster"')
+    names = {each.name for each in asked if not str(each.marker).endswith(unused)} - {"lorapower"}
     return {name: metadata.version(name) for name in sorted(names, key=str.lower)}
 
 
-class Colophon(SphinxDirective):
-    """A list of what made the book, and tables of chapters and of libraries."""
-
-    def run(self) -> list[nodes.Node]:
-        paths = chapters(self.env)
-        runs = {
-            name: json.loads(path.with_suffix(".json").read_text()) for name, path in paths.items()
-        }
-        root = Path(lorapower.__file__).resolve().parents[1]
-        facts = {
-            "Version": f"{metadata.version('lorapower')}, revision {revision(root)}",
-            "Profile": _list(runs, "profile"),
-            "Machine": _list(runs, "machine"),
-            "Python": f"{platform.python_version()} ({platform.python_implementation()})",
-        }
-        seconds = {f"{{doc}}`/{name}`": f"{run['seconds']:.0f}" for name, run in runs.items()}
-        return [
-            *_table(self, facts.items(), "colophon"),
-            *_table(self, seconds.items(), "colophon", ("Chapter", "Seconds")),
-            *_table(self, libraries().items(), "colophon", ("Library", "Version")),
-        ]
+def runs(env: BuildEnvironment) -> dict[str, dict[str, Any]]:
+    """The records of the chapters' runs."""
+    paths = chapters(env)
+    return {name: json.loads(path.with_suffix(".json").read_text()) for name, path in paths.items()}
 
 
-def _list(runs: dict[str, dict[str, str]], key: str) -> str:
-    return "; ".join(dict.fromkeys(run[key] for run in runs.values()))
+def _fill(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Render the page, if it is one of these."""
+    if docname in _TEMPLATES:
+        template = Template(source[0], trim_blocks=True, lstrip_blocks=True)
+        found = [badge for name in chapters(app.env) for badge in badges(app.env, name).values()]
+        source[0] = template.render(
+            badges=found,
+            env=app.env,
+            libraries=libraries,
+            metadata=metadata,
+            platform=platform,
+            revision=revision,
+            runs=runs,
+            statements=statements,
+            title=_title,
+            verdict=verdict,
+        )
 
 
 def setup(app: Sphinx) -> None:
-    app.add_directive("scorecard", Scorecard)
-    app.add_node(statement_map, html=(_visit, None))
-    app.add_directive("statement-map", StatementMap)
-    app.add_directive("statements", Statements)
-    app.add_directive("colophon", Colophon)
+    app.connect("source-read", _fill)
+    app.connect("html-page-context", _draw)

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route
 from print_pdf import MATHJAX_IS_DONE, NO_CHROMIUM, OPTIONS
 
-__all__ = ["OPTIONS", "Reader", "chromium", "reading"]
+__all__ = ["OPTIONS", "STANDS_STILL", "Reader", "chromium", "reading"]
 
 # Colours of buttons go over into those of the dark when a page's script has found that it is dark.
 STANDS_STILL = "document.getAnimations().every(({playState}) => playState !== 'running')"

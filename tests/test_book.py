@@ -17,7 +17,7 @@ from bs4 import BeautifulSoup, Tag
 from conftest import CHAPTERS, OTHERS, PAGES, ROOT
 
 import api
-from lorapower.book.claims import read
+from lorapower.book.claims import Claim, read
 
 # The modules that each page on the package shows.
 PACKAGE = {
@@ -83,21 +83,50 @@ def anchors(page: Path) -> frozenset[str]:
     return frozenset(re.findall(r'<[^>]* id="([^"]+)"', page.read_text(encoding="utf-8")))
 
 
+def claimed(book: Path, chapter: Path) -> list[Claim]:
+    return read(book / "_sources" / "chapters" / chapter.name)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_every_claim_has_a_badge_that_leads_to_it_and_back(book: Path, chapter: Path) -> None:
+    """On the page of a statement behind it; sentences are on the scorecard alone."""
+    page, scorecard = soup(book, f"chapters/{chapter.stem}"), soup(book, "chapters/scorecard")
+    stated = {str(box["id"]) for box in page.select("div.proof.admonition:not(#proof)")}
+    assert "✓ Holds" not in page.get_text()
+    shown: list[str] = []
+    for badge in page.select("a.verdict"):
+        file, _, anchor = str(badge["href"]).partition("#")
+        (entry,) = scorecard.select(f"div.claims#{anchor}")
+        statement, back = entry.select("p > a")
+        assert file == "scorecard.html"
+        assert back["href"] == f"{chapter.stem}.html#{badge['id']}"
+        assert back.get_text() == badge.get_text()
+        label = str(statement["href"]).partition("#")[2]
+        box = badge.find_parent("div", class_="proof")
+        assert (str(box["id"]) if box else None) == (label if label in stated else None)
+        sentences = entry.select("li")
+        assert (str(len(sentences)) in badge.get_text()) is (len(sentences) > 1)
+        shown += [f"{label}: {plain(sentence)}" for sentence in sentences]
+    claims = claimed(book, chapter)
+    assert Counter(shown) == Counter(f"{claim.label}: {plain(claim.line)}" for claim in claims)
+
+
+def plain(text: str | Tag) -> str:
+    """The words of Markdown, or of what it became, without its mathematics."""
+    if isinstance(text, Tag):
+        text = " ".join(part for part in text.strings if not part.startswith("\\("))
+    return " ".join(re.findall(r"\w+", re.sub(r"\$[^$]*\$", " ", text)))
+
+
 def test_scorecard_shows_every_claim(book: Path) -> None:
-    claims = [
-        claim
-        for chapter in CHAPTERS
-        for claim in read(book / "_sources" / "chapters" / chapter.name)
-    ]
+    claims = [claim for chapter in CHAPTERS for claim in claimed(book, chapter)]
     page = soup(book, "chapters/scorecard")
-    assert f"{len(claims)} claims, all hold" in page.get_text()
-    for kind, observed in (("predicted", False), ("required", True)):
-        rows = page.select(f"table.scorecard.{kind} tbody tr")
-        assert len(rows) == sum(claim.observed is observed for claim in claims) > 0
-        for row in rows:
-            assert row.select_one("td")
-            assert "✓ Holds" in row.get_text()
-            assert row.select("a.reference.internal")
+    assert len(page.select("div.claims li")) == len(claims)
+    for part, word in (("theorems", "hold"), ("observations", "as required")):
+        observed = part == "observations"
+        number = sum(claim.observed is observed for claim in claims)
+        assert number == len(page.select(f"section#{part} div.claims li")) > 1
+        assert f"{number} {word}." in page.select_one(f"section#{part} > p").get_text()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("docname", PACKAGE)
@@ -155,11 +184,13 @@ class Shown:
     """A statement as its chapter's page shows it; `uses` are anchors in it and in its proofs."""
 
     def __init__(self, box: Tag) -> None:
-        number, name = box.select_one("span.caption-number"), box.select_one("p.admonition-title")
+        number, title = box.select_one("span.caption-number"), box.select_one("p.admonition-title")
         assert number is not None
-        assert name is not None
+        assert title is not None
+        badges = "".join(badge.get_text() for badge in title.select("a.verdict"))
+        name = title.get_text().removeprefix(number.get_text()).removesuffix(badges)
         self.number = number.get_text().strip()
-        self.name = name.get_text().removeprefix(number.get_text()).strip()[1:-1]
+        self.name = name.strip()[1:-1]
         self.uses = {anchor for anchor in referred(box) if anchor.startswith(("ass-", "def-"))}
 
 
@@ -240,7 +271,19 @@ def test_every_reference_within_the_book_has_a_preview(book: Path) -> None:
     text = (book / "_static" / "preview-data.js").read_text(encoding="utf-8")
     previews = json.loads(text.removeprefix("window.previews = ").removesuffix(";\n"))
     anchors = set().union(*(referred(soup(book, docname)) for docname in PAGES))
-    kinds = ("ass-", "cor-", "def-", "equation-", "fig-", "lem-", "obs-", "prop-", "rem-", "thm-")
+    kinds = (
+        "ass-",
+        "cor-",
+        "def-",
+        "equation-",
+        "fig-",
+        "lem-",
+        "obs-",
+        "prop-",
+        "rem-",
+        "thm-",
+        "claims-",
+    )
     asked = {anchor for anchor in anchors if anchor.startswith(kinds)}
     assert asked
     assert asked <= previews.keys()

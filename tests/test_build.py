@@ -181,7 +181,7 @@ def small(tmp_path: Path, run_make: Make) -> Book:
     (folder / "tools" / "build_html.py").write_text(BUILD)
     (folder / "_toc.yml").write_text(TOC)
     (folder / "index.md").write_text("# A book\n\nSee {prf:ref}`thm-sum`.\n")
-    (folder / "chapters" / "scorecard.md").write_text("# Scorecard\n\n```{scorecard}\n```\n")
+    shutil.copy(ROOT / "chapters" / "scorecard.md", folder / "chapters")
     write_chapter(folder, "01-sum", THEOREM, "import lorapower.wing")
     write_chapter(folder, "02-other", "# Another", "%time\nfrom lorapower.wing import images, os")
     return Book(folder, run_make)

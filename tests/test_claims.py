@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import execute
 import nbformat
 import pytest
 import torch
-from overviews import total
+import verdicts
 
 from lorapower import InputError
 from lorapower.book import claims
@@ -112,8 +114,56 @@ def test_a_claim_says_how_many_seeds_it_rests_on(seeds: int | None, said: str) -
         assert claim.statement == "s" + said
 
 
-def test_the_scorecard_counts_both_kinds_and_what_fails() -> None:
-    good, bad = (claims.at_most("s", "thm-a", measured=m, bound=1) for m in (0, 2))
-    seen = claims.at_most("s", "obs-a", measured=0, bound=1)
-    assert total([good, seen, good]) == "3 claims, all hold: 2 of theorems, 1 of observations."
-    assert total([good, bad, seen]) == "3 claims, 1 fail: 2 of theorems, 1 of observations."
+@pytest.mark.parametrize(
+    ("label", "holding", "failing", "said"),
+    [
+        ("thm-a", 1, 0, "✓ holds"),
+        ("thm-a", 3, 0, "✓ 3 hold"),
+        ("obs-a", 1, 0, "○ as required"),
+        ("obs-a", 2, 0, "○ 2 as required"),
+        ("thm-a", 0, 1, "✗ fails"),
+        ("thm-a", 2, 1, "✗ 1 of 3 fails"),
+        ("obs-a", 1, 2, "✗ 2 of 3 fail"),
+    ],
+)
+def test_a_badge_has_a_sign_a_word_and_a_count(
+    label: str, holding: int, failing: int, said: str
+) -> None:
+    good, bad = (claims.at_most("s", label, measured=m, bound=1) for m in (0, 2))
+    assert verdicts.verdict([good] * holding + [bad] * failing) == said
+
+
+def test_lines_of_claims_go_unless_they_fail(tmp_path: Path) -> None:
+    """A claim about a statement of another page leaves its badge in their place."""
+
+    class Environment:
+        def doc2path(self, docname: str) -> str:
+            return str(tmp_path / f"{docname}.ipynb")
+
+    fine, wrong, elsewhere, both = (
+        claims.at_most(word, label, measured=measured, bound=1)
+        for word, label, measured in (
+            ("fine", "thm-a", 0),
+            ("wrong", "thm-a", 2),
+            ("elsewhere", "thm-b", 0),
+            ("both", "thm-b", 2),
+        )
+    )
+    path = record(tmp_path / "page.ipynb", fine, wrong, elsewhere, both)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_markdown_cell(":::{prf:theorem}\n:label: thm-a\n:::"))
+    nbformat.write(notebook, path)
+    environment: Any = Environment()
+    found = verdicts.badges(environment, "page")
+    assert {name: badge.claims for name, badge in found.items()} == {
+        "thm-a": [fine, wrong],
+        "thm-b-2": [elsewhere],
+        "thm-b-3": [both],
+    }
+    source = [path.read_text(encoding="utf-8")]
+    app: Any = SimpleNamespace(env=environment)
+    verdicts.set_marks(app, "page", source)
+    cells = nbformat.reads(source[0], as_version=4).cells
+    shown = [[output.data["text/markdown"] for output in cell.outputs] for cell in cells[:4]]
+    marks = [f"{{prf:ref}}`thm-b` {{verdict}}`page::thm-b-{place}`" for place in (2, 3)]
+    assert shown == [[], [wrong.line], [marks[0]], [f"{marks[1]}\n\n{both.line}"]]

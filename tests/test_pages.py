@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browsing import Reader, reading
+from browsing import STANDS_STILL, Reader, reading
 from conftest import CHAPTERS, OTHERS, PAGES
 from playwright.sync_api import Browser, Page
+
+from lorapower.book.claims import Claim, read
 
 DESK, PHONE = 1280, 390
 # Pages are at most so many screens of 1440 × 900 long: those that are read; those on the package,
@@ -56,6 +58,35 @@ FOCUSED = "document.activeElement"
 OUTLINED = """() => [document.activeElement, ...document.activeElement.children]
     .map((element) => getComputedStyle(element))
     .some((style) => style.outlineStyle !== "none" || style.boxShadow !== "none")"""
+# What each badge shows to a keyboard that reaches it, without mathematics.
+REACHED = """() => [...document.querySelectorAll("a.verdict")].map((badge) => {
+    badge.focus({focusVisible: true});
+    const box = document.getElementById(badge.getAttribute("aria-describedby"));
+    if (!badge.matches("[href]:not([tabindex])") || !box?.matches("[role='tooltip']")) return "";
+    const copy = box.checkVisibility() ? box.cloneNode(true) : document.createElement("div");
+    copy.querySelectorAll(".math").forEach((math) => math.replaceWith(" "));
+    return copy.textContent;
+})"""
+# What is over badges that are seen, or which of them stand out of their line's box or are too small
+# for a finger.
+COVERED = """() => [...document.querySelectorAll("a.verdict")]
+    .filter((badge) => badge.checkVisibility())
+    .flatMap((badge) => {
+        badge.scrollIntoView({block: "center", behavior: "instant"});
+        const {left, right, top, bottom, height} = badge.getBoundingClientRect();
+        const box = badge.parentElement.getBoundingClientRect();
+        const over = [0.1, 0.5, 0.9].map((part) => left + part * (right - left))
+            .map((place) => document.elementFromPoint(place, top + height / 2))
+            .filter((found) => found !== badge);
+        const inside = left >= box.left && right <= box.right
+            && top >= box.top && bottom <= box.bottom;
+        return inside && height >= 24 ? over : [...over, badge];
+    })
+    .map((found) => found?.outerHTML.slice(0, 200))"""
+FAIL = """() => [...document.querySelectorAll("a.verdict")].slice(0, 1).forEach((badge) => {
+    badge.className = "verdict fails";
+})"""
+BADGES = {"include": [["a.verdict"]]}
 CONTRAST = {"runOnly": {"type": "rule", "values": ["color-contrast"]}}
 REFERENCE = ".bd-article a.reference[href$='#thm-one-layer']"
 
@@ -110,6 +141,20 @@ def saved(page: Page, name: str, folder: Path, sources: Path) -> list[str]:
     return wrong
 
 
+def words(text: str) -> str:
+    """What Markdown says, or what it became, without its mathematics."""
+    return " ".join(re.findall(r"\w+", re.sub(r"\$[^$]*\$", " ", text)))
+
+
+def unreached(page: Page, claims: list[Claim]) -> list[str]:
+    """The claims that a keyboard does not find behind one badge, or behind another too."""
+    page.keyboard.press("Shift")  # not the mouse, from now on
+    shown = [words(text) for text in page.evaluate(REACHED)]
+    page.keyboard.press("Escape")
+    lines = [words(claim.line) for claim in claims]
+    return [line for line in lines if sum(line in text for text in shown) != lines.count(line)]
+
+
 @pytest.fixture(scope="module")
 def reader(browser: Browser, book: Path) -> Iterator[Reader]:
     with reading(browser, book) as reader:
@@ -143,9 +188,15 @@ def test_page(reader: Reader, docname: str, tmp_path: Path) -> None:
     if name in [chapter.stem for chapter in CHAPTERS]:
         faults |= opened(page)
         faults["downloads"] = saved(page, name, tmp_path, reader.book / "_sources" / folder)
+        faults["badges"] = unreached(page, read(reader.book / "_sources" / f"{docname}.ipynb"))
+        faults["covered badges"] = page.evaluate(COVERED)
     reader.darken()
     resize(page, PHONE)
     faults["wider than a phone"] = page.evaluate(TOO_WIDE)
+    if name in [chapter.stem for chapter in CHAPTERS]:
+        page.wait_for_function(STANDS_STILL)  # the contents have gone
+        faults["covered badges on a phone"] = page.evaluate(COVERED)
+        faults["badges in the dark"] = bars(page, BADGES, **CONTRAST)
     if sampled:
         faults["bars on a phone in the dark"] = bars(page)
     faults["silent boxes"] = page.evaluate(SILENT_BOXES)
@@ -291,6 +342,43 @@ def test_reference_shows_a_figure_of_another_page(reader: Reader) -> None:
     page.locator("div.preview img").wait_for()
     page.wait_for_function("document.querySelector('div.preview img').naturalWidth > 100")
     assert re.search(r"Fig\. \d+\.\d", page.locator("div.preview").inner_text())
+
+
+@pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
+def test_badge_shows_its_sentences_and_leads_to_them_and_back(
+    browser: Browser, book: Path, touch: bool
+) -> None:
+    with reading(browser, book, PHONE if touch else DESK, has_touch=touch) as reader:
+        reader.open(f"chapters/{CHAPTERS[0].stem}")
+        page = reader.page
+        page.wait_for_function("window.previews")
+        badge, box = page.locator("a.verdict").first, page.locator("div.preview")
+        name = badge.get_attribute("id")
+        if touch:
+            badge.tap()
+        else:
+            badge.hover()
+        box.locator("li").first.wait_for()
+        sentence = box.locator("li").first.inner_text()
+        assert sentence.startswith("✓ Holds: ")
+        if touch:
+            badge.tap()
+        else:
+            badge.click()
+        page.wait_for_url("**/scorecard.html#*")
+        entry = page.locator("div.claims:target")
+        entry.locator("li").first.wait_for()
+        entry.locator("a.verdict").click()
+        page.wait_for_url(f"**#{name}")
+        assert page.locator("a.verdict:target").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_badge_that_fails_can_be_read(browser: Browser, book: Path, scheme: Any) -> None:
+    with reading(browser, book, color_scheme=scheme) as reader:
+        reader.open(f"chapters/{CHAPTERS[0].stem}")
+        reader.page.evaluate(FAIL)
+        assert bars(reader.page, BADGES, **CONTRAST) == []
 
 
 def test_without_scripts_a_reference_is_a_link(browser: Browser, book: Path) -> None:

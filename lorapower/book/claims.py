@@ -42,16 +42,14 @@ class Claim:
         return "required" if self.observed else "predicted"
 
     @property
-    def verdict(self) -> str:
-        """A sign and a word."""
-        return "✓ Holds" if self.holds else "✗ Fails"
+    def line(self) -> str:
+        """All of it in a line, as a cell shows it."""
+        verdict = "✓ Holds" if self.holds else "✗ Fails"
+        numbers = f"measured {self.measured}; {self.expected} {self.predicted}"
+        return f"{verdict}: {self.statement} ({numbers})"
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
-        return {
-            MIME: asdict(self),
-            "text/markdown": f"{self.verdict}: {self.statement} "
-            f"(measured {self.measured}; {self.expected} {self.predicted})",
-        }
+        return {MIME: asdict(self), "text/markdown": self.line}
 
 
 def equal(
