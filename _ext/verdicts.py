@@ -105,9 +105,9 @@ def set_marks(app: Sphinx, docname: str, source: list[str]) -> None:
 def _set_badges(app: Sphinx, doctree: nodes.document) -> None:
     """Behind the titles of statements."""
     found = badges(app.env, app.env.docname)
-    for box in doctree.findall(nodes.Admonition):
+    for box in doctree.findall(nodes.Element):
         if badge := found.get(box.get("label")):
-            box[0].extend([nodes.Text(" "), badge.node(app.env)])
+            box[0] += [nodes.Text(" "), badge.node(app.env)]  # type: ignore[operator]
 
 
 def setup(app: Sphinx) -> None:
