@@ -232,7 +232,7 @@ def intervals(
 
 def _in_turn(labels: Collection[str]) -> Iterator[tuple[str, Look, float]]:
     """Labels, looks and sizes, each smaller than the last: markers that coincide stay visible."""
-    sizes = np.linspace(10, 4.5, len(labels)) if len(labels) > 2 else (9, 6)
+    sizes = np.linspace(11, 4, len(labels)) if len(labels) > 2 else (9, 6)
     for (label, look), size in zip(looks(labels).items(), sizes, strict=False):
         yield label, look, float(size)
 
@@ -299,6 +299,9 @@ def _label(
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
     if yscale == "linear" and ax.dataLim.ymin >= 0:
         ax.set_ylim(0, None)
+    if xscale == "linear" and ax.dataLim.xmin == 0:
+        # Bars behind the last x ask for room there only.
+        ax.set_xlim(left=-_MARGIN * ax.dataLim.xmax)
     if xscale == "log":
         # Labels between powers of ten run into each other.
         ax.xaxis.set_minor_formatter(NullFormatter())
