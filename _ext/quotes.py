@@ -1,29 +1,41 @@
-"""The roles ``{eval}`` and ``{quoted}``: what a chapter quotes of its run.
+"""The roles ``{eval}`` and ``{quoted}``, and the directive ``{printed}``: what chapters quote.
 
 In the chapter ``06-training``, ``{eval}`book.quoted["plain_4:.0f"]` `` is the number that it glued
 as ``plain_4``, in the format behind the colon; what was glued as Markdown has no format. JupyterLab
 asks the kernel for it. On any other page it is ``{quoted}`06-training::plain_4:.0f` ``.
+
+``{printed}`` shows what a command printed, a text that a chapter glued: of its lines those with
+one of the parts below or, with the option ``:without:``, the others. The command stands before::
+
+    :::{printed} 12-planning::plan-output
+    :command: lorapower plan BASE TUNED --texts FILE --error 0.1
+    parameters of the factors
+    at most, at 95%
+    :::
 """
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import nbformat
 from docutils import nodes
 from docutils.nodes import Node, system_message
+from docutils.parsers.rst import directives
 from myst_nb.core.variables import format_plain_text
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxRole
+from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from lorapower.book.chapter import read_quotes
 
 _NAMED = r"(?P<name>\w+)(?::(?P<format>[^\"]+))?"
 _HERE = re.compile(rf'book\.quoted\["{_NAMED}"\]')
 _ELSEWHERE = re.compile(rf"(?P<chapter>[\w-]+)::{_NAMED}")
+_PRINTED = re.compile(r"(?P<chapter>[\w-]+)::(?P<name>[\w-]+)")
 
 
 @lru_cache
@@ -66,6 +78,60 @@ class Quoted(SphinxRole):
         return [inline], messages
 
 
+class Printed(SphinxDirective):
+    """What a command printed in a chapter's run, or some lines of it."""
+
+    required_arguments = 1
+    has_content = True
+    option_spec = {"command": directives.unchanged, "without": directives.flag}  # noqa: RUF012
+
+    def run(self) -> list[Node]:
+        try:
+            text = self._text()
+        except (OSError, LookupError, ValueError, SyntaxError) as error:
+            raise self.error(
+                f"{{{self.name}}} {self.arguments[0]} shows nothing: {error!r}"
+            ) from error
+        # A terminal's output is no code to copy, and has the colours of none.
+        block = nodes.literal_block(text, text, language="text", classes=["output", "terminal"])
+        self.set_source_info(block)
+        return [block]
+
+    def _text(self) -> str:
+        parts = _PRINTED.fullmatch(self.arguments[0])
+        if not parts:
+            raise ValueError("write chapter::name")
+        path = self.env.doc2path(f"chapters/{parts['chapter']}")
+        self.env.note_dependency(path)
+        text = read(path, parts["name"])
+        chosen = choose(text, list(self.content), without="without" in self.options)
+        command = self.options.get("command")
+        return f"$ {command}\n{chosen}" if command else chosen
+
+
+def read(path: Path | str, name: str) -> str:
+    """A text that an executed notebook glued."""
+    return format_plain_text(_quotes(str(path))[name]["text/plain"], "s")
+
+
+def choose(text: str, parts: list[str], *, without: bool = False) -> str:
+    """The lines of a text that hold one of some parts, or those without any.
+
+    Each part must be in some line. An ellipsis stands for what is left out between two lines.
+    """
+    lines = text.strip("\n").splitlines()
+    if missing := [part for part in parts if not any(part in line for line in lines)]:
+        raise LookupError(*missing)
+    chosen: list[str] = []
+    for line in lines:
+        if any(part in line for part in parts) != without:
+            chosen.append(line)
+        elif chosen and chosen[-1] != "…":
+            chosen.append("…")
+    return "\n".join(chosen).removesuffix("\n…")
+
+
 def setup(app: Sphinx) -> None:
     app.add_role("eval", Quoted(), override=True)  # MyST-NB's own asks a kernel
     app.add_role("quoted", Quoted())
+    app.add_directive("printed", Printed)

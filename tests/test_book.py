@@ -166,20 +166,6 @@ def test_names_in_code_lead_to_the_package(book: Path, chapter: Path) -> None:
         assert targets["FNN.random"].endswith("#lorapower.networks.FNN.random")
 
 
-def test_front_page_answers_with_numbers_of_the_run(book: Path) -> None:
-    rows = soup(book, "index").select("table.answers tbody tr")
-    assert len(rows) >= 10
-    for row in rows:
-        question, answer, where = row.select("td")
-        assert question.get_text().strip().endswith("?")
-        assert answer.get_text().strip()
-        assert where.select("a.reference.internal")
-    quoted = [number.get_text() for row in rows for number in row.select("span.pasted-text")]
-    asked = re.findall(r"\{quoted\}`", (ROOT / "index.md").read_text(encoding="utf-8"))
-    assert len(quoted) == len(asked) >= 10
-    assert all(re.search(r"\d", number) and "nan" not in number for number in quoted)
-
-
 class Shown:
     """A statement as its chapter's page shows it; `uses` are anchors in it and in its proofs."""
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import CHAPTERS, ROOT
 
 MODULES = sorted((ROOT / "lorapower").rglob("*.py"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "index.md", *CHAPTERS]
+DOCUMENTS = [ROOT / "README.md", ROOT / "api" / "examples.md", *CHAPTERS]
 CODE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -48,7 +48,7 @@ def test_commands_of_the_text_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     commands = set(re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE))
     variables = {"ARGS", "LAB_ARGS", "NAME", *re.findall(r"^(\w+) *\?=", makefile, re.MULTILINE)}
-    for document in (ROOT / "README.md", ROOT / "index.md"):
+    for document in (ROOT / "README.md", *ROOT.glob("chapters/*.md")):
         text = document.read_text(encoding="utf-8")
         assert set(re.findall(r"\bmake ([a-z]+)(?=[` ]| +#)", text)) <= commands, document.name
         assert set(re.findall(r"(?<!--adapter )\b([A-Z_]{3,})=", text)) <= variables, document.name

@@ -25,7 +25,7 @@ SCREENS, LOOKED_UP = 18.5, 25
 # Of these each has parts that no other has; the rest are made of the same parts and colours, and a
 # phone has the same besides on every page. Signatures have colours too.
 SAMPLES = [
-    *("index", "search", "chapters/03-partitions", "chapters/12-planning"),
+    *("index", "chapters/answers", "search", "chapters/03-partitions", "chapters/12-planning"),
     *("chapters/scorecard", "chapters/statements", "api/networks"),
 ]
 SIGNATURES = {"exclude": [["dt.sig"]]}
@@ -336,7 +336,7 @@ def test_reference_in_focus_shows_its_statement(browser: Browser, book: Path) ->
 def test_reference_shows_a_figure_of_another_page(reader: Reader) -> None:
     page = reader.page
     resize(page, DESK)
-    reader.open("index")
+    reader.open("chapters/quickstart")
     page.wait_for_function("window.previews")
     page.locator("a.reference[href*='#fig-']").first.hover()
     page.locator("div.preview img").wait_for()
