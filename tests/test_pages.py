@@ -67,20 +67,20 @@ REACHED = """() => [...document.querySelectorAll("a.verdict")].map((badge) => {
     copy.querySelectorAll(".math").forEach((math) => math.replaceWith(" "));
     return copy.textContent;
 })"""
-# What is over badges that are seen, or which of them stand out of their line's box or are too small
-# for a finger.
-COVERED = """() => [...document.querySelectorAll("a.verdict")]
-    .filter((badge) => badge.checkVisibility())
-    .flatMap((badge) => {
-        badge.scrollIntoView({block: "center", behavior: "instant"});
-        const {left, right, top, bottom, height} = badge.getBoundingClientRect();
-        const box = badge.parentElement.getBoundingClientRect();
+# What is over badges and lines of folded code that are seen; and badges that stand out of their
+# line's box, or are too small for a finger.
+COVERED = """() => [...document.querySelectorAll("a.verdict, div.cell > details.hide > summary")]
+    .filter((mark) => mark.checkVisibility())
+    .flatMap((mark) => {
+        mark.scrollIntoView({block: "center", behavior: "instant"});
+        const {left, right, top, bottom, height} = mark.getBoundingClientRect();
+        const box = mark.parentElement.getBoundingClientRect();
         const over = [0.1, 0.5, 0.9].map((part) => left + part * (right - left))
             .map((place) => document.elementFromPoint(place, top + height / 2))
-            .filter((found) => found !== badge);
+            .filter((found) => !mark.contains(found));
         const inside = left >= box.left && right <= box.right
-            && top >= box.top && bottom <= box.bottom;
-        return inside && height >= 24 ? over : [...over, badge];
+            && top >= box.top && bottom <= box.bottom && height >= 24;
+        return inside || mark.matches("summary") ? over : [...over, mark];
     })
     .map((found) => found?.outerHTML.slice(0, 200))"""
 FAIL = """() => [...document.querySelectorAll("a.verdict")].slice(0, 1).forEach((badge) => {
@@ -189,13 +189,13 @@ def test_page(reader: Reader, docname: str, tmp_path: Path) -> None:
         faults |= opened(page)
         faults["downloads"] = saved(page, name, tmp_path, reader.book / "_sources" / folder)
         faults["badges"] = unreached(page, read(reader.book / "_sources" / f"{docname}.ipynb"))
-        faults["covered badges"] = page.evaluate(COVERED)
+        faults["covered marks"] = page.evaluate(COVERED)
     reader.darken()
     resize(page, PHONE)
     faults["wider than a phone"] = page.evaluate(TOO_WIDE)
     if name in [chapter.stem for chapter in CHAPTERS]:
         page.wait_for_function(STANDS_STILL)  # the contents have gone
-        faults["covered badges on a phone"] = page.evaluate(COVERED)
+        faults["covered marks on a phone"] = page.evaluate(COVERED)
         faults["badges in the dark"] = bars(page, BADGES, **CONTRAST)
     if sampled:
         faults["bars on a phone in the dark"] = bars(page)
