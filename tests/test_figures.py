@@ -485,3 +485,25 @@ def test_one_number_at_several_places_is_a_level_line() -> None:
     level = pd.DataFrame({"x": [1, 9], "y": [2.0, 2.0]})
     (ax,) = figures.medians({"p": {"a": level}}, "x", "y", xlabel="", ylabel="").axes
     assert ax.lines[0].get_linestyle() == "-"
+
+
+def test_panels_may_share_a_scale_and_have_lines_without_markers() -> None:
+    tables = {"p": {"a": TABLE}, "q": {"a": TABLE.assign(y=TABLE.y * 100)}}
+    axes: dict[str, Any] = {"xlabel": "", "ylabel": "", "markers": False}
+    upper, lower = figures.medians(tables, "x", "y", sharey=True, **axes).axes
+    assert upper.get_ylim() == lower.get_ylim()
+    assert upper.get_ylim()[0] < 2 < 700 < upper.get_ylim()[1]
+    assert {line.get_marker() for ax in (upper, lower) for line in ax.lines} == {"None"}
+    (ax,) = figures.medians({"p": {"a": TABLE}}, "x", "y", ylim=(0.1, 50), **axes).axes
+    assert ax.get_ylim() == (0.1, 50)
+
+
+def test_curves_of_markers_alone_leave_guides_in_sight() -> None:
+    figure = figures.curves(
+        [1, 2], {"a": [1, 2]}, guides={"g": [[1, 5], [2, 6]]}, joined=False, xlabel="", ylabel=""
+    )
+    (ax,) = figure.axes
+    measured, *guides = ax.lines
+    assert measured.get_linestyle() == "None"
+    assert [np.asarray(line.get_ydata()).tolist() for line in guides] == [[1, 2], [5, 6]]
+    assert legend(figure) == ["a", "g"]
