@@ -35,7 +35,6 @@ from lorapower.book.chapter import read_quotes
 _NAMED = r"(?P<name>\w+)(?::(?P<format>[^\"]+))?"
 _HERE = re.compile(rf'book\.quoted\["{_NAMED}"\]')
 _ELSEWHERE = re.compile(rf"(?P<chapter>[\w-]+)::{_NAMED}")
-_PRINTED = re.compile(r"(?P<chapter>[\w-]+)::(?P<name>[\w-]+)")
 
 
 @lru_cache
@@ -60,7 +59,6 @@ class Quoted(SphinxRole):
             docname = self.env.docname
         elif parts := _ELSEWHERE.fullmatch(self.text):
             docname = f"chapters/{parts['chapter']}"
-            self.env.note_dependency(self.env.doc2path(docname))
         else:
             raise ValueError('write book.quoted["name"], or chapter::name; then :format')
         forms = _quotes(self.env.doc2path(docname))[parts["name"]]
@@ -86,27 +84,19 @@ class Printed(SphinxDirective):
     option_spec = {"command": directives.unchanged, "without": directives.flag}  # noqa: RUF012
 
     def run(self) -> list[Node]:
+        chapter, _, name = self.arguments[0].partition("::")
         try:
-            text = self._text()
-        except (OSError, LookupError, ValueError, SyntaxError) as error:
-            raise self.error(
-                f"{{{self.name}}} {self.arguments[0]} shows nothing: {error!r}"
-            ) from error
+            text = read(self.env.doc2path(f"chapters/{chapter}"), name)
+            text = choose(text, list(self.content), without="without" in self.options)
+        except (OSError, LookupError) as error:
+            message = f"{{{self.name}}} {self.arguments[0]} shows nothing: {error!r}"
+            raise self.error(message) from error
+        if command := self.options.get("command"):
+            text = f"$ {command}\n{text}"
         # A terminal's output is no code to copy, and has the colours of none.
         block = nodes.literal_block(text, text, language="text", classes=["output", "terminal"])
         self.set_source_info(block)
         return [block]
-
-    def _text(self) -> str:
-        parts = _PRINTED.fullmatch(self.arguments[0])
-        if not parts:
-            raise ValueError("write chapter::name")
-        path = self.env.doc2path(f"chapters/{parts['chapter']}")
-        self.env.note_dependency(path)
-        text = read(path, parts["name"])
-        chosen = choose(text, list(self.content), without="without" in self.options)
-        command = self.options.get("command")
-        return f"$ {command}\n{chosen}" if command else chosen
 
 
 def read(path: Path | str, name: str) -> str:
