@@ -3,10 +3,11 @@
 Two tables get rows when an adapter is measured: one of adapters, one of texts. What is there is not
 measured again::
 
-    python tools/plans.py FOLDER NAME TUNED KIND [ADAPTER ...]
+    python tools/plans.py FOLDER NAME TUNED KIND TEXTS AIMS [ADAPTER ...]
 
 ``NAME`` is the tuning's, of the packaged language model; ``KIND`` is that of the rated sentences to
-plan and to measure with. An ``ADAPTER`` is a folder that another tool wrote, named ``TOOL-RANK``.
+plan with and, with at most so many ``TEXTS``, to measure with. The least adapters are looked for
+with errors of at most each of ``AIMS``, such as 0.3,0.1. An ``ADAPTER`` is a folder that another tool wrote, named ``TOOL-RANK``.
 The last step puts the tables into the package::
 
     python tools/plans.py FOLDER
@@ -28,11 +29,11 @@ from lorapower.adapters import _files
 from lorapower.checkpoints import Adapter, Pair, Planner, _export, _record
 from lorapower.experiments import pairs
 
-# Texts for planning, and for measuring.
-PLANNING, HELD_OUT = 300, 300
+# Texts for planning, of which as many are used as a plan takes.
+PLANNING = 300
 # Of an adapter that is to shrink, beside those of tools.
 METHODS = ("energy", "uniform", "effect")
-RANKS, AIMS = (1, 4, 16), (0.3, 0.2, 0.1)
+RANKS = (1, 4, 16)
 # Uniform ranks among which the least for an error is looked for.
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # Of a tuning of all weights embeddings are carried, as by mergekit; only blocks get factors.
@@ -42,8 +43,11 @@ BLOCKS = r"^model\.layers\."
 class Comparison:
     """The tables of one tuning."""
 
-    def __init__(self, folder: Path, name: str, tuned: str, kind: str) -> None:
+    def __init__(
+        self, folder: Path, name: str, tuned: str, kind: str, number: str, aims: str
+    ) -> None:
         self._name, self._tuned, self._kind = name, tuned, kind
+        self._number, self._aims = int(number), [float(aim) for aim in aims.split(",")]
         self._files = [folder / file for file in _record.TABLES]
 
     def run(self, others: list[Path]) -> None:
@@ -60,7 +64,7 @@ class Comparison:
             self._compare(blocks, ("effect",), budgets, " of blocks")
         planner = self._plan("all")
         self._compare(planner, ("effect",) if others else METHODS, budgets)
-        for aim in AIMS:
+        for aim in self._aims:
             for method in ("effect", "uniform"):
                 if self._lacks(f"least {method}", aim):
                     start = time.perf_counter()
@@ -80,7 +84,7 @@ class Comparison:
     def _plan(self, modules: str) -> Planner:
         pair = Pair.open(hub.LANGUAGE, self._tuned)
         planning, held_out = (pairs.texts(self._kind, part) for part in ("validation", "test"))
-        return Planner(pair, planning[:PLANNING], held_out=held_out[:HELD_OUT], modules=modules)
+        return Planner(pair, planning[:PLANNING], held_out=held_out[: self._number], modules=modules)
 
     def _keep(
         self, planner: Planner, adapter: Adapter, method: str, asked: float, start: float
@@ -140,7 +144,7 @@ def record(folder: Path, package: Path) -> None:
 if __name__ == "__main__":
     out, *rest = sys.argv[1:]
     if rest:
-        name, tuned, kind, *adapters = rest
-        Comparison(Path(out), name, tuned, kind).run([*map(Path, adapters)])
+        name, tuned, kind, number, aims, *adapters = rest
+        Comparison(Path(out), name, tuned, kind, number, aims).run([*map(Path, adapters)])
     else:
         record(Path(out), Path(str(resources.files("lorapower.checkpoints"))))
