@@ -388,8 +388,8 @@ def _show(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
     if not plan.reached:
         most = f", at most {measured.error_upper:.3g} at 95%" if plan.sure else ""
         console.print(
-            f"An error of {aim:g} is not reached with ranks up to {plan.planner.max_rank}: "
-            f"the nearest is {measured.error:.3g}{most}. Raise --max-rank, or ask for less"
+            f"An error of {aim:g} was not reached with ranks up to {plan.planner.max_rank}: "
+            f"the nearest found is {measured.error:.3g}{most}. Raise --max-rank, or ask for less"
             + (", or give more texts." if plan.sure else ".")
         )
     elif out is not None:
@@ -425,6 +425,7 @@ def _totals(plan: Any, written: bool) -> Table:
 
     pair, used = plan.planner.pair, plan.adapter.parameters
     whole = sum(out * into for out, into in (m.shape for m in pair.modules.values()))
+    words = ", embeddings as in the base" if pair.words.keys() & pair.modules.keys() else ""
     rows = [
         ("parameters of the factors", f"{used:,} of {whole:,}"),
         *_carried(plan.carried, plan.size, estimate=not written),
@@ -432,7 +433,7 @@ def _totals(plan: Any, written: bool) -> Table:
         *_measured(plan.measured),
         ("share of its square in the worst 5% of texts", percent(plan.largest_share)),
         ("error predicted to first order", percent(plan.predicted)),
-        ("error with attention alone, in full", percent(plan.attention)),
+        (f"error with attention alone, in full{words}", percent(plan.attention)),
     ]
     for name, (error, parameters) in plan.baselines.items():
         # One rank for all cannot be below 1.
@@ -447,6 +448,8 @@ def _totals(plan: Any, written: bool) -> Table:
     for kind, number in pair.not_low_rank.items():
         what = "left out" if kind in pair.leave else "carried over"
         rows.append((f"{kind}, {what}", f"{number:,}"))
+    if plan.looks > 1:
+        rows.append(("adapters measured on these texts", f"{plan.looks}: the limit is meant for 1"))
     rows += [("texts cut off", f"{plan.planner.texts.cut}"), ("seconds", f"{plan.seconds:.0f}")]
     table = _table("In all", rows)
     table.caption = (

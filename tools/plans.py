@@ -7,7 +7,8 @@ measured again::
 
 ``NAME`` is the tuning's, of the packaged language model; ``KIND`` is that of the rated sentences to
 plan with and, with at most so many ``TEXTS``, to measure with. The least adapters are looked for
-with errors of at most each of ``AIMS``, such as 0.3,0.1. An ``ADAPTER`` is a folder that another tool wrote, named ``TOOL-RANK``.
+with errors of at most each of ``AIMS``, such as 0.3,0.1. An ``ADAPTER`` is a folder that another
+tool wrote, named ``TOOL-RANK``.
 The last step puts the tables into the package::
 
     python tools/plans.py FOLDER
@@ -84,7 +85,9 @@ class Comparison:
     def _plan(self, modules: str) -> Planner:
         pair = Pair.open(hub.LANGUAGE, self._tuned)
         planning, held_out = (pairs.texts(self._kind, part) for part in ("validation", "test"))
-        return Planner(pair, planning[:PLANNING], held_out=held_out[: self._number], modules=modules)
+        return Planner(
+            pair, planning[:PLANNING], held_out=held_out[: self._number], modules=modules
+        )
 
     def _keep(
         self, planner: Planner, adapter: Adapter, method: str, asked: float, start: float
