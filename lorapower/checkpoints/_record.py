@@ -39,12 +39,7 @@ def read_record() -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     import pandas as pd
 
-    adapters, texts = (
-        pd.read_csv(
-            resources.files(__package__).joinpath(f"{name}.gz").open("rb"), compression="gzip"
-        )
-        for name in TABLES
-    )
+    adapters, texts = (_read(f"{name}.gz") for name in TABLES)
     keys = ["tuning", "method", "asked"]
 
     def summarize(rows: Any) -> pd.Series[float]:
@@ -62,6 +57,13 @@ def read_record() -> tuple[pd.DataFrame, pd.DataFrame]:
     by_adapter: Any = texts.groupby(keys, sort=False)
     measured = by_adapter.apply(summarize, include_groups=False)
     return adapters.join(measured, on=keys), texts
+
+
+def _read(name: str) -> pd.DataFrame:
+    import pandas as pd
+
+    with resources.as_file(resources.files(__package__) / name) as path:
+        return pd.read_csv(path)
 
 
 def measure_coverage(
