@@ -455,10 +455,11 @@ def test_embeddings_and_heads_get_factors(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     # Row by row they are exact, at many more numbers; or they stay.
     numbers = {}
+    more: dict[str, Any]
     for name, more in (("rows", {"modules": "layer|h\\."}), ("left", {"leave": ["embedding"]})):
-        other = Planner(Pair.open(base, tuned), TEXTS, **more)
-        numbers[name] = other.pair.not_low_rank.get("embedding", 0)
-        kinds = {module.kind for module in other.modules.values()}
+        again = Planner(Pair.open(base, tuned), TEXTS, **more)
+        numbers[name] = again.pair.not_low_rank.get("embedding", 0)
+        kinds = {module.kind for module in again.modules.values()}
         assert "embedding" not in kinds
         assert ("head" in kinds) == (name == "left" and "lm_head" in pair.words)
     assert numbers["rows"] == numbers["left"] > plan.adapter.parameters / 4
@@ -466,7 +467,7 @@ def test_embeddings_and_heads_get_factors(
 
 def test_embeddings_of_adapters_are_factors(tmp_path: Path) -> None:
     change = files.low_rank(size=0.2, words=True)
-    tied = {"tie_word_embeddings": True}
+    tied: dict[str, Any] = {"tie_word_embeddings": True}
     base, tuned = files.pair(tmp_path, "llama", "LlamaForCausalLM", change=change, **tied)
     first, second = tmp_path / "first", tmp_path / "second"
     checkpoints.extract(base, tuned, TEXTS, first, rank=3)
@@ -601,7 +602,7 @@ def test_reports_and_cards_of_numbers_that_json_lacks(
     places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_measuring, "upper_limit", lambda *_, **__: math.inf)
-    monkeypatch.setattr(_export.hub, "is_dequantized", lambda _: True)
+    monkeypatch.setattr(hub, "is_dequantized", lambda _: True)
     out = tmp_path / "out"
     plan = checkpoints.extract(*places, TEXTS, out, rank=1, repair=False)
     assert plan.measured.error_upper == math.inf

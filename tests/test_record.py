@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -14,13 +16,13 @@ def test_errors_are_those_of_the_texts() -> None:
     adapters, texts = checkpoints.read_record()
     sums = texts.groupby(KEYS)[["squares", "effect", "equal", "divergence", "decisions"]].sum()
     sums = sums.loc[[tuple(key) for key in adapters[KEYS].to_numpy()]]
-    found = {
+    found: dict[str, Any] = {
         "error": np.sqrt(sums.squares / sums.effect),
         "agreement": sums.equal / sums.decisions,
         "kl": sums.divergence / sums.decisions,
     }
     for name, values in found.items():
-        np.testing.assert_allclose(adapters[name], values, rtol=1e-9)
+        np.testing.assert_allclose(adapters[name].to_numpy(), values.to_numpy(), rtol=1e-9)
     assert (adapters.error_upper > adapters.error).all()
 
 
