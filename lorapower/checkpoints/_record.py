@@ -24,7 +24,7 @@ def read_record() -> tuple[pd.DataFrame, pd.DataFrame]:
     Returns
     -------
     adapters : DataFrame
-        A row for each adapter. ``tuning`` is the kind of sentences of `pairs.language`, or of the
+        A row for each adapter. ``tuning`` is the kind of sentences of ``pairs.language``, or of the
         adapter that it trained; ``method`` is another tool's name, one of `METHODS`, or
         ``least effect`` and ``least uniform`` for the fewest parameters with the error ``asked``,
         on texts for choosing. Else ``asked`` is the uniform rank whose number of parameters in
