@@ -114,7 +114,7 @@ def test_status_1_says_how_near_one_gets(
     options = ["--texts", file, "--error", "0.000001", "--max-rank", "1"]
     code, out, _ = called("plan", *places, *options, capsys=capsys)
     assert code == 1
-    assert "the nearest is" in out
+    assert "the nearest found is" in out
 
 
 def test_for_sure_the_limit_decides(

@@ -49,7 +49,8 @@ def train(folder: Path, base: str, architecture: str, *, seed: int = 0, **option
         "task_type": task_of(architecture),
     } | options
     with hub.quiet(), warnings.catch_warnings(action="ignore"):
-        wrapped = peft.get_peft_model(loaded(base, architecture), peft.LoraConfig(**config))
+        with randomness.seeded(seed, "started adapters"):
+            wrapped = peft.get_peft_model(loaded(base, architecture), peft.LoraConfig(**config))
         draw = randomness.generator(seed, "trained adapters")
         with torch.no_grad():
             for value in wrapped.parameters():
