@@ -81,7 +81,7 @@ class Planner:
         ``max_rank``, and multiples of ``bucket`` or the highest that a module can have. ``modules``
         are ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression, searched for in their
         names; other linear ones stay the base's, as do kinds of `Other` in ``leave``, and other
-        `Pair.words` are carried row by row. The network is on
+        ``words`` of the pair are carried row by row. The network is on
         ``device``; statistics of modules may take so many bytes of ``memory`` at once, by default
         half of what is free. ``report`` receives progress: the stage, the steps done, and their
         number.
