@@ -49,9 +49,9 @@ KINDS = ("bias", "norm", "embedding", "head")
 class Module(NamedTuple):
     """A linear module that can have an adapter, by its name in the network.
 
-    ``kind`` is its half of a block, ``"attention"`` or ``"mlp"``, or ``"other"``, ``"embedding"``,
-    ``"head"`` (``words`` of `Pair`); ``shape`` is ``(out, in)``; the weight of a ``transposed`` one is
-    kept as ``[in, out]``, as those of embeddings are, and in GPT-2 all.
+    ``kind`` is its half of a block, ``"attention"`` or ``"mlp"``, or ``"other"``; ``"embedding"``
+    and ``"head"`` are ``words`` of a `Pair`. ``shape`` is ``(out, in)``; the weight of a
+    ``transposed`` one is kept as ``[in, out]``, as those of embeddings are, and in GPT-2 all.
     """
 
     name: str
