@@ -19,8 +19,9 @@ from playwright.sync_api import Browser, Page
 from lorapower.book.claims import Claim, read
 
 DESK, PHONE = 1280, 390
-# Pages are at most so many screens of 1440 × 900 long: those that are read; those on the package,
-# which are looked up in, and begin with tables of their names. Indices are as long as they are.
+# Pages that are looked up in are at most so many screens of 1440 × 900 long: the book's, and those
+# on the package, which begin with tables of their names. Chapters and indices are as long as they
+# are.
 SCREENS, LOOKED_UP = 18.5, 25
 # Of these each has parts that no other has; the rest are made of the same parts and colours, and a
 # phone has the same besides on every page. Signatures have colours too.
@@ -183,9 +184,11 @@ def test_page(reader: Reader, docname: str, tmp_path: Path) -> None:
     faults["bars"] = bars(page, None if sampled else SIGNATURES)
     resize(page, 1440, 900)
     screens = page.evaluate(HEIGHT) / 900
-    faults["screens"] = docname in PAGES and screens > (LOOKED_UP if folder == "api" else SCREENS)
+    limit = LOOKED_UP if folder == "api" else SCREENS
+    is_chapter = name in [chapter.stem for chapter in CHAPTERS]
+    faults["screens"] = docname in PAGES and not is_chapter and screens > limit
     resize(page, DESK)
-    if name in [chapter.stem for chapter in CHAPTERS]:
+    if is_chapter:
         faults |= opened(page)
         faults["downloads"] = saved(page, name, tmp_path, reader.book / "_sources" / folder)
         faults["badges"] = unreached(page, read(reader.book / "_sources" / f"{docname}.ipynb"))
@@ -193,7 +196,7 @@ def test_page(reader: Reader, docname: str, tmp_path: Path) -> None:
     reader.darken()
     resize(page, PHONE)
     faults["wider than a phone"] = page.evaluate(TOO_WIDE)
-    if name in [chapter.stem for chapter in CHAPTERS]:
+    if is_chapter:
         page.wait_for_function(STANDS_STILL)  # the contents have gone
         faults["covered marks on a phone"] = page.evaluate(COVERED)
         faults["badges in the dark"] = bars(page, BADGES, **CONTRAST)
