@@ -8,7 +8,6 @@ effect ``Σ_d J_d``. Products with random outputs sketch all ``J_d`` at once: fo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -257,14 +256,9 @@ def predict(features: Tensor, gains: Tensor) -> float:
 
 def choose(pool: Pool, fit: Tensor, select: Tensor, parameters: int) -> Choice:
     """Directions for so many parameters, with the intensity that the other sketch chooses."""
-    # Not all at once, as each has a copy of the sketch.
-    best, least = None, math.inf
-    for intensity in INTENSITIES:
-        choice = Choice(pool, fit, intensity, parameters)
-        if (lost := predict(select, choice.gains(parameters))) < least or best is None:
-            best, least = choice, lost
-    assert best is not None
-    return best
+    # One after the other, as each has a copy of the sketch.
+    choices = (Choice(pool, fit, intensity, parameters) for intensity in INTENSITIES)
+    return min(choices, key=lambda choice: predict(select, choice.gains(parameters)))
 
 
 def predict_least(
