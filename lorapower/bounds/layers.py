@@ -2,8 +2,8 @@
 
 Errors of ReLU networks are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's
 inner layers are linear; squared and divided by the number of outputs they bound the mean squared
-error. Block ``P_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈P_i} W_l``, of which adapters leave
-``ε_i = σ_{r_i+1}(E_i)``, ``r_i = Σ_{l∈P_i} R_l``.
+error. Block ``ℬ_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈ℬ_i} W_l``, of which adapters leave
+``ε_i = σ_{r_i+1}(E_i)``, ``r_i = Σ_{l∈ℬ_i} R_l``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def fnn_threshold(
 ) -> Int[Tensor, "*batch"]:
     """``max_i ⌈rank(E_i) / M_i⌉``, the least rank that makes a partition exact [thm-partition].
 
-    Block ``P_i`` of ``M_i`` layers is cut to the target layer's rows and columns; the partition is
+    Block ``ℬ_i`` of ``M_i`` layers is cut to the target layer's rows and columns; the partition is
     uniform by default. The rank is enough where [ass-nonsingular] holds in every block. Raises
     `InputError` where a block's hidden layer is narrower than its inputs or outputs.
     """

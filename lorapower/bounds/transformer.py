@@ -42,7 +42,7 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
 def transformer_threshold(frozen: Transformer, target: Transformer) -> Int[Tensor, "*batch"]:
     """The rank that is enough for all segments, the largest of `transformer_ranks`.
 
-    If plain, ``⌈G/2⌉`` with ``G`` the largest rank of a difference, unless heads are narrow.
+    If plain, ``⌈r/2⌉`` with ``r`` the largest rank of a difference, unless heads are narrow.
     """
     return transformer_ranks(frozen, target).largest()
 

@@ -32,7 +32,7 @@ class FNNAdaptation(Adaptation):
     Attributes
     ----------
     block_errors : Tensor
-        Predicted ``ε_i = ‖∏_{l∈P_i}(W_l + ΔW_l) − W̄_i‖_2``; ``[..., L̄]``.
+        Predicted ``ε_i = ‖∏_{l∈ℬ_i}(W_l + ΔW_l) − W̄_i‖_2``; ``[..., L̄]``.
     error_bound : Tensor
         ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i max‖z_{i−1}‖ ≥ ‖f(x) − f̄(x)‖_2`` in the first region, in exact
         arithmetic; ``[...]``.
@@ -100,7 +100,7 @@ def adapt(
 ) -> FNNAdaptation:
     """Adapters and biases that make a ReLU network imitate a shallower one over a region.
 
-    Block ``P_i`` of the frozen layers imitates target layer ``i``; its weights are adapted as a
+    Block ``ℬ_i`` of the frozen layers imitates target layer ``i``; its weights are adapted as a
     deep linear network (`linear.adapt`). The least biases that keep its inner units active over the
     region make its layers affine: ``b̂_l = c_l − (W_l + ΔW_l) c_{l−1}``, where ``c_0 = x_0`` is the
     region's centre and ``c_l`` how far ``∏_{j≤l} (W_j + ΔW_j) (x − x_0)`` goes below 0 in each

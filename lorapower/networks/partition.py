@@ -14,7 +14,7 @@ from .layers import FNN, LinearNetwork
 
 @dataclass(frozen=True)
 class Partition:
-    """Consecutive blocks ``P_i`` of ``M_i ≥ 1`` layers, by their ``sizes`` [def-partition]."""
+    """Consecutive blocks ``ℬ_i`` of ``M_i ≥ 1`` layers, by their ``sizes`` [def-partition]."""
 
     sizes: tuple[int, ...]
 
