@@ -95,7 +95,8 @@ def set_marks(app: Sphinx, docname: str, source: list[str]) -> None:
                 claim, name = Claim(**record), f"{record['label']}-{next(places)}"
                 lines = [] if claim.holds else [claim.line]
                 if name in found:
-                    lines.insert(0, f"{{prf:ref}}`{claim.label}` {{verdict}}`{docname}::{name}`")
+                    mark = f"{{verdict}}`{docname}::{name}`"
+                    lines.insert(0, f"Checked here: {{prf:ref}}`{claim.label}` {mark}")
                 output.data = {"text/markdown": "\n\n".join(lines)}
                 if not lines:
                     cell.outputs.remove(output)

@@ -165,5 +165,6 @@ def test_lines_of_claims_go_unless_they_fail(tmp_path: Path) -> None:
     verdicts.set_marks(app, "page", source)
     cells = nbformat.reads(source[0], as_version=4).cells
     shown = [[output.data["text/markdown"] for output in cell.outputs] for cell in cells[:4]]
-    marks = [f"{{prf:ref}}`thm-b` {{verdict}}`page::thm-b-{place}`" for place in (2, 3)]
+    checked = "Checked here: {prf:ref}`thm-b`"
+    marks = [f"{checked} {{verdict}}`page::thm-b-{place}`" for place in (2, 3)]
     assert shown == [[], [wrong.line], [marks[0]], [f"{marks[1]}\n\n{both.line}"]]
