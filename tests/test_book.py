@@ -11,10 +11,13 @@ from importlib import import_module, metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import folds
 import nbformat
 import pytest
 from bs4 import BeautifulSoup, Tag
 from conftest import CHAPTERS, OTHERS, PAGES, ROOT
+from docutils import nodes
+from docutils.utils import new_document
 
 import api
 from lorapower.book.claims import Claim, read
@@ -76,6 +79,25 @@ def test_internal_links_resolve(book: Path, docname: str) -> None:
         if not target.is_file() or (fragment and fragment not in anchors(target)):
             broken.append(link["href"])
     assert broken == []
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_parts_between_comments_are_folded(book: Path, chapter: Path) -> None:
+    cells = nbformat.read(chapter, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    page = soup(book, f"chapters/{chapter.stem}")
+    boxes = page.select("details.fold:not([open])")
+    titles = [title.get_text().strip() for title in page.select("details.fold > summary")]
+    assert titles == re.findall(r"<!-- fold: (.+) -->", text)
+    assert len(titles) == text.count("<!-- /fold -->") == len(boxes)
+    assert all(box.select("div.sd-summary-content > *") for box in boxes)
+
+
+def test_a_fold_has_an_end_in_its_section() -> None:
+    document = new_document("page")
+    document += nodes.raw("", "<!-- fold: More -->", format="html")
+    with pytest.raises(ValueError, match="More"):
+        folds.fold(None, document)  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -22,8 +22,8 @@ DESK, PHONE = 1280, 390
 # Pages are at most so many screens of 1440 × 900 long: those that are read; those on the package,
 # which are looked up in, and begin with tables of their names. Indices are as long as they are.
 SCREENS, LOOKED_UP = 18.5, 25
-# Two of these are two chapters in one, and one has a command's output and all that it rests on.
-LONG = {"06-training": 29.5, "09-samples": 25, "12-planning": 22.5}
+# Each of these is two chapters in one.
+LONG = {"06-training": 21.5, "09-samples": 25}
 # Of these each has parts that no other has; the rest are made of the same parts and colours, and a
 # phone has the same besides on every page. Signatures have colours too.
 SAMPLES = [
@@ -62,6 +62,7 @@ OUTLINED = """() => [document.activeElement, ...document.activeElement.children]
     .some((style) => style.outlineStyle !== "none" || style.boxShadow !== "none")"""
 # What each badge shows to a keyboard that reaches it, without mathematics.
 REACHED = """() => [...document.querySelectorAll("a.verdict")].map((badge) => {
+    badge.closest("details:not([open])")?.setAttribute("open", "");
     badge.focus({focusVisible: true});
     const box = document.getElementById(badge.getAttribute("aria-describedby"));
     if (!badge.matches("[href]:not([tabindex])") || !box?.matches("[role='tooltip']")) return "";
