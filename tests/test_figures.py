@@ -296,7 +296,9 @@ def test_points_are_joined_at_medians_above_zero() -> None:
     (ax,) = figure.axes
     np.testing.assert_array_equal(lines(ax), [[2, 0], [0.5, 0.5]])
     assert legend(figure) == ["a", "f"]
-    assert ax.get_ylim()[0] == 0
+    assert ax.get_ylim()[0] == pytest.approx(-0.15), "markers at 0 are seen whole"
+    (band,) = (np.asarray(path.vertices) for path in ax.collections[0].get_paths())
+    assert {(1, 1), (1, 3), (10, 0)} <= {*map(tuple, band.tolist())}
 
 
 def test_intervals_stand_in_rows_from_above() -> None:
@@ -494,6 +496,9 @@ def test_panels_may_share_a_scale_and_have_lines_without_markers() -> None:
     assert upper.get_ylim() == lower.get_ylim()
     assert upper.get_ylim()[0] < 2 < 700 < upper.get_ylim()[1]
     assert {line.get_marker() for ax in (upper, lower) for line in ax.lines} == {"None"}
+    shifted = {"p": {"a": TABLE.assign(x=TABLE.x - 1)}, "q": {"a": TABLE.assign(x=TABLE.x * 9)}}
+    figure = figures.medians(shifted, "x", "y", **axes)
+    assert figure.axes[0].get_xlim()[1] >= 18, "a later panel may go on farther"
     (ax,) = figures.medians({"p": {"a": TABLE}}, "x", "y", ylim=(0.1, 50), **axes).axes
     assert ax.get_ylim() == (0.1, 50)
 

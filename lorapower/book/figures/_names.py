@@ -19,10 +19,11 @@ from ._style import ink
 # With more lines than these a legend is read faster.
 _MOST = 4
 # In points: a name stands so far aside from a point of its line, leaves so much between itself and
-# the line's markers, and is by so much farther from all else.
+# the line's markers, and is by so much farther from all else, ample if so many times as far.
 _ASIDE = 8
 _CLEAR = 1
 _APART = 3
+_AMPLE = 3
 # So many points stand for each line, and so many of them are tried.
 _DENSE = 300
 _TRIED = 40
@@ -110,7 +111,7 @@ def _places(ax: Axes, line: Line2D, name: str, taken: Sequence[Points]) -> Itera
                 continue
             near, room = _distance(own, box), _distance(rest, box)
             if near >= clear and room >= near + _APART * unit:
-                yield _Place(ax, line, point, side, box, room)
+                yield _Place(ax, line, point, side, box, min(room, _AMPLE * near))
 
 
 def _write(ax: Axes, line: Line2D, name: str, point: Points, side: tuple[int, int]) -> Annotation:

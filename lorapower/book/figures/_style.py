@@ -170,7 +170,10 @@ def squeeze_rounding(ax: Axes, level: float) -> None:
     if not (above.size and below.size):
         return
     log = ax.get_yscale() == "log"
-    cut, top = (above.min() / 1.5, above.max() * 1.5) if log else (level, above.max() * 1.05)
+    cut, top = level, above.max() * 1.05
+    if log:
+        # Markers at the top are seen whole, however many decades there are.
+        cut, top = above.min() / 1.5, above.max() * 1.5 * (above.max() / above.min()) ** 0.05
     # A third up in the strip are the least values and zeros; below 0 is the foot of the axis.
     least = np.log10(max(min(below[below > 0], default=0), level * _LEAST))
     deepest = least - (np.log10(cut) - least) / 2

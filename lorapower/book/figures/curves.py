@@ -13,6 +13,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike, NDArray
@@ -104,8 +105,9 @@ def error_against_rank(
             ax.axvline(thresholds[label], **_MARK | {"color": look.color})
     _draw_levels(ax, levels)
     _label(ax, xlabel, ylabel, yscale=yscale, rounding=rounding)
-    kinds: dict[str, dict[str, Any]] = {"measured": {"marker": "o", "mfc": "none", "ls": ""}}
-    kinds |= {line: {"ls": "-"}} if predicted else {}
+    kinds: dict[str, dict[str, Any]] = {}
+    if predicted:
+        kinds = {"measured": {"marker": "o", "mfc": "none", "ls": ""}, line: {"ls": "-"}}
     kinds |= {"threshold": {"ls": ":"}} if thresholds else {}
     _name(figure, {name: Line2D([], [], color=GREY, **kind) for name, kind in kinds.items()})
     return figure
@@ -190,12 +192,12 @@ def scatter(
     """Points (x, y), x on a logarithmic axis, one colour and marker for each entry.
 
     If ``joined``, lines lead from point to point, and y may be ``[len(x), samples]``, of which
-    medians are shown. Guides and horizontal levels are dashed, and named in the legend.
+    medians and ranges are shown. Guides and horizontal levels are dashed, and named in the legend.
     """
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(points):
         if joined:
-            ax.plot(_rows(*points[label])["median"], label=label, **look.style(size))
+            _draw_band(ax, _rows(*points[label]), label, look.style(size))
         else:
             ax.plot(*points[label], label=label, **look.style(size) | {"ls": ""})
     _draw_guides(ax, guides or {})
@@ -284,7 +286,10 @@ def _draw_levels(ax: Axes, levels: Mapping[str, float] | None) -> None:
 def _draw_star(ax: Axes, at: float, value: float, color: Any, aside: float) -> None:
     """A published value, with its number aside by so many points upwards."""
     ax.plot(at, value, "*", color=color, label="published", ms=15, mec="0.1", mew=0.8, zorder=3)
-    ax.annotate(f"{value:g}", (at, value), (9, aside), textcoords="offset points", fontsize="small")
+    number = ax.annotate(
+        f"{value:g}", (at, value), (9, aside), textcoords="offset points", fontsize="small"
+    )
+    number.set_path_effects([withStroke(linewidth=3, foreground="white")])
 
 
 def _label(
@@ -297,11 +302,13 @@ def _label(
     rounding: float | None = None,
 ) -> None:
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
-    if yscale == "linear" and ax.dataLim.ymin >= 0:
-        ax.set_ylim(0, None)
+    low, high = ax.dataLim.intervaly
+    if yscale == "linear" and low >= 0:
+        # Markers at 0 are seen whole.
+        ax.set_ylim(-_MARGIN * high if low < _MARGIN * high else 0, None)
     if xscale == "linear" and ax.dataLim.xmin == 0:
-        # Bars behind the last x ask for room there only.
-        ax.set_xlim(left=-_MARGIN * ax.dataLim.xmax)
+        # Bars behind the last x ask for room there only, and further panels may go on farther.
+        ax.set_xlim(left=-_MARGIN * ax.dataLim.xmax, auto=True)
     if xscale == "log":
         # Labels between powers of ten run into each other.
         ax.xaxis.set_minor_formatter(NullFormatter())

@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
@@ -24,7 +25,7 @@ def ranges(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], *, ylabel: str) ->
         ax.bar(units, high - low, bottom=low, width=0.6)
         ax.axhspan(min(bottom, 0) - 0.05 * (top - bottom), 0, color="0.85", zorder=0)
         ax.axhline(0, color="0.2", lw=1)
-        ax.set(title=title, xlabel="unit")
+        ax.set(title=title, xlabel="unit", xlim=(0.2, len(low) + 0.8))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(visible=False, axis="x")
     axes[0, 0].set(ylabel=ylabel)
@@ -36,11 +37,12 @@ def partitions(rows: Mapping[str, Sequence[tuple[int, str]]]) -> Figure:
     figure, ax = plt.subplots(figsize=(6.4, 0.8 + 0.55 * len(rows)))
     for y, blocks in enumerate(rows.values()):
         start = 0
-        colors = sns.color_palette("colorblind", len(blocks))
-        for (size, text), color in zip(blocks, colors, strict=True):
-            ax.barh(y, size - 0.1, left=start + 0.05, height=0.62, color=color, alpha=0.35)
+        for size, text in blocks:
+            ax.barh(y, size - 0.1, left=start + 0.05, height=0.62, color="0.85")
             for layer in range(start + 1, start + size):
-                ax.plot([layer, layer], [y - 0.31, y + 0.31], color="white", lw=1.5)
+                for side in (-1, 1):
+                    ends = [y + 0.31 * side, y + 0.18 * side]
+                    ax.plot([layer, layer], ends, color="white", lw=1.5)
             ax.text(start + size / 2, y, text, ha="center", va="center", fontsize="small")
             start += size
     ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel="frozen layer $l$")
@@ -109,6 +111,8 @@ def sphere(
         mesh = ax.pcolormesh(
             axis, axis, shades[title], cmap="cividis", vmin=0, vmax=top, rasterized=True
         )
+        # Its edge is smooth, unlike that of the shades.
+        ax.add_patch(Circle((0, 0), 1, fill=False, ec="white", lw=3))
         for (name, planes), line in zip(circles.items(), ("-", ":"), strict=False):
             _draw_zeros(ax, axis, np.where(inside, x, np.nan), planes, line)
             ax.plot([], [], color="0.4", ls=line, lw=1.5, label=name)

@@ -7,8 +7,8 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
@@ -77,7 +77,7 @@ def moved_kink() -> Figure:
         ax.grid(visible=False)
     axes[1].plot(x, x, color=GREY, ls="--", lw=1.5)
     _lead(axes[1], (0.6, 1.6), (0.6, 0.63))
-    axes[1].text(0.6, -0.1, "next bias", ha="center", va="top")
+    axes[1].text(1.02, 0.22, "next bias", **_MIDDLE)
     axes[0].set_ylabel("activation")
     return figure
 
@@ -134,7 +134,8 @@ def far_token() -> Figure:
 def transformer_segments() -> Figure:
     """A transformer's block and output, cut at non-linearities; thick frames have adapters."""
     figure, ax = plt.subplots(figsize=(6.4, 6.2))
-    query_key, value_output, after = sns.color_palette("colorblind", 3)
+    kinds = looks(("query–key", "value–output", "output"))
+    query_key, value_output, after = (look.color for look in kinds.values())
     weights = [
         (1.4, 1.6, "$W_Q,\\ W_K$", query_key, True),
         (4.6, 1.6, "$W_V$", value_output, True),
@@ -145,7 +146,7 @@ def transformer_segments() -> Figure:
     ]
     steps = [(1.4, 2.8, "softmax"), (4.6, 6.2, "ReLU")]
     for x, y, text, color, adapted in weights:
-        box = {"boxstyle": "round,pad=0.45", "fc": (*color, 0.25), "ec": color}
+        box = {"boxstyle": "round,pad=0.45", "fc": to_rgba(color, 0.25), "ec": color}
         ax.text(x, y, text, ha="center", va="center", bbox=box | {"lw": 3 if adapted else 1})
     for x, y, text in steps:
         box = {"boxstyle": "round4,pad=0.45", "fc": "white", "ec": "0.2"}
