@@ -18,10 +18,12 @@ from torch import Tensor
 
 from lorapower import InputError, randomness
 from lorapower.adapters import Adapters
+from lorapower.constructions.fnn import idle
 from lorapower.experiments import sweeps, synthetic
 from lorapower.experiments.synthetic import Fused, Newton, Problem, Recipe, Setting
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
+from lorapower.regions import Ball
 from lorapower.training import (
     Fixed,
     Fresh,
@@ -558,6 +560,58 @@ def test_of_equal_values_any_are_least() -> None:
     assert found[()].curvature < 0
 
 
+# --- Large constants ------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 99))
+def test_centred_weights_start_from_the_same_function(depth: int, width: int, seed: int) -> None:
+    frozen = relu(depth, width, seed, (2,))
+    data = Fresh(relu(1, width, seed), (width,), seed=seed)
+    for start in ("study", "linearized"):
+        plain = Tuning(1, start=start)  # type: ignore[arg-type]
+        ways = begin(frozen, [plain, replace(plain, centred=True)], data)
+        for changes in ways.bias_updates:
+            torch.testing.assert_close(changes[0], changes[1], rtol=1e-5, atol=1e-4)
+
+
+def test_a_large_constant_slows_training_unless_weights_are_centred() -> None:
+    """One layer from two, whose inner ReLUs idle: all that differs is how biases are written."""
+    frozen, target = relu(2, 6), relu(1, 6, seed=1)
+    plain = Tuning(3, learning_rate=1e-2, schedule="cosine", loss="one-sided", start="linearized")
+    ways = [plain, replace(plain, centred=True)]
+    slow, fast = train(frozen, ways, Fresh(target, (6,)), steps=3000, every=10).best_loss
+    assert fast < 1e-10 < 1e-3 * slow
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 99))
+def test_idle_relus_bend_nothing_in_the_region(blocks: list[int], width: int, seed: int) -> None:
+    frozen = relu(sum(blocks), width, seed)
+    adapters, partition = drawn(frozen, 1), Partition(blocks)
+    region = Ball(3.0, normal(width, seed=seed))
+    x = region.centre + 3 * torch.nn.functional.normalize(normal(width, 40), dim=0)
+    linear = adapters.merge(frozen).linearize(partition.slices)
+    for lifted in (adapters, replace(adapters, bias_updates=())):
+        lifted = idle(frozen, lifted, region, partition)
+        network = lifted.merge(frozen)
+        assert lifted.updates == adapters.updates
+        inner = network.preactivations(x)
+        for layers in partition.slices:
+            assert all((p >= 0).all() for p in inner[layers][:-1])
+    whole = idle(frozen, adapters, region, partition).merge(frozen)
+    torch.testing.assert_close(whole(x), linear(x))
+
+
+def test_newton_is_right_everywhere_once_its_relus_idle_everywhere() -> None:
+    frozen, target = relu(2, 5), relu(1, 5, seed=1)
+    start = begin(frozen, [Tuning(3, start="linearized")], Fresh(target, (5,)))[0]
+    x = normal(5, 2200)
+    fit, new = (x[:, :200], target(x[:, :200])), x[:, 200:]
+    found = newton(frozen, start.to(torch.float64), fit, fit, 60, loss="one-sided")
+    assert found.training_loss.min() < 1e-25
+    adapters = idle(frozen, found.adapters, Ball.about(x), Partition([2]))
+    assert (adapters.merge(frozen)(new) - target(new)).square().mean() < 1e-24
+
+
 # --- Recipes --------------------------------------------------------------------------------------
 
 
@@ -570,11 +624,14 @@ def test_recipes_measure_what_training_gives() -> None:
         Recipe(ranks=3, start="fitted", learning_rate=1e-5),
         Fused(ranks=3, starts=2),
         Newton(ranks=3, training_samples=200, iterations=15),
+        Recipe(ranks=3, start="linearized", centred=True, learning_rate=1e-2),
+        Recipe(final=2, loss="one-sided", learning_rate=1e-2),
+        Fused(ranks=3, starts=2, input_scale=0.5),
     ]
     table = sweeps.run(
         sweeps.grid(Setting, problem=problem, method=ways), synthetic.measure, progress=False
     )
-    assert list(table.method) == ["recipe"] * 4 + ["fused", "newton"]
+    assert list(table.method) == ["recipe"] * 4 + ["fused", "newton"] + ["recipe"] * 2 + ["fused"]
     frozen, target = problem.networks()
     data, fresh = problem.data(target)
     runs = train(frozen, [Tuning(3, learning_rate=1e-2)], data, steps=200, every=10, seed=3)
@@ -632,6 +689,11 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("loss", lambda: Tuning(1, loss="absolute")),  # type: ignore[arg-type]
     ("start", lambda: Tuning(1, start="zero")),  # type: ignore[arg-type]
     ("start", lambda: Tuning(final=1, start="spectral")),
+    ("centred", lambda: Tuning(1, biases=False, centred=True)),
+    ("centred", lambda: begin(CHAIN, [Tuning(1, centred=True)], Fresh(CHAIN, (4,)))),
+    ("partition", lambda: idle(FROZEN, drawn(FROZEN, 1), Ball(1.0), Partition([3]))),
+    ("centred", lambda: Setting(problem=OTHERS, method=Recipe(centred=True))),
+    ("final", lambda: Setting(method=Recipe(final=3))),
     ("blocks", lambda: Tuning(1, blocks=2)),
     ("ratio", lambda: Tuning(1, ratio=1e39)),
     ("network", lambda: fit(None)),

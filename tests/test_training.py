@@ -138,6 +138,13 @@ def plain_loop(
         for m, rank in enumerate(ranks)
         if rank
     }
+    centres = [torch.zeros(w.shape[-1], dtype=torch.float64) for w in weights]
+    if tuning.centred:
+        z = data.block(0)[0].double().mT.flatten(0, 1)
+        for l, weight in enumerate(weights):
+            centres[l] = z.mean(0)
+            z = (z @ weight.T + biases[l]).relu()
+            biases[l] = biases[l] + weight @ centres[l]
     beside = range(len(biases))
     if tuning.final and first:
         beside = beside[:0] if isinstance(frozen, Transformer) else beside[first:]
@@ -159,7 +166,10 @@ def plain_loop(
             for m, w in enumerate(weights)
         ]
         wanted = y if classes else y.double()
-        return mean_loss(frozen, forward(frozen, adapted, biases, x.double()), wanted, classes)
+        now = biases
+        if tuning.centred:
+            now = [c - W @ m for c, W, m in zip(biases, adapted, centres, strict=True)]
+        return mean_loss(frozen, forward(frozen, adapted, now, x.double()), wanted, classes)
 
     training, validation = [math.nan], [loss(*data.validation).item()]
     for step in range(steps):
@@ -184,6 +194,8 @@ def plain_loop(
         ("fnn", Tuning(6, biases=False), (6, 6)),
         ("fnn", Tuning(0), (0, 0)),
         ("fnn", Tuning(2, learning_rate=1e-2, schedule="cosine"), (2, 2)),
+        ("fnn", Tuning(3, learning_rate=1e-2, centred=True), (3, 3)),
+        ("fnn", Tuning(final=2, learning_rate=1e-2, centred=True), (0, 0)),
         ("fnn", Tuning((1, 4), learning_rate=1e-2, weight_decay=1e-2), (1, 4)),
         ("fnn", Tuning(final=1, weight_decay=1e-2), (0, 0)),
         ("fnn", Tuning(final=2, biases=False), (0, 0)),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from operator import add
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -204,6 +205,22 @@ def adapt(
         plain=stack([solution.plain for solution in solutions]),
         digits_lost=stack(digits_lost),
     )
+
+
+def idle(network: FNN, adapters: Adapters, region: Region, partition: Partition) -> Adapters:
+    """The adapters with biases that keep inner ReLUs of the adapted network's blocks idle.
+
+    Over the ``region`` block ``i`` computes ``z ↦ ReLU(P_i z + c_i)``, with ``P_i`` the product of
+    its adapted layers and ``c_i`` what their biases come to. Where inner ReLUs were idle before,
+    the function stays; the region can be larger than that. Raises `InputError` for what does not
+    fit. Source: [lem-linearization] for adapters of rank 0, block by block.
+    """
+    adapted = adapters.merge(network)
+    options: Any = {"max_digits_lost": math.inf, "throw": False}
+    target = adapted.linearize(partition.slices)
+    lifted = adapt(adapted, target, 0, region, partition, **options).adapters.bias_updates
+    before = adapters.bias_updates or [0.0] * len(lifted)
+    return replace(adapters, bias_updates=tuple(map(add, before, lifted)))
 
 
 class _Biases(NamedTuple):

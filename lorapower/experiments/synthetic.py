@@ -15,7 +15,7 @@ from .. import randomness
 from .._records import Record, Results
 from ..adapters.core import Adapters
 from ..bounds.layers import variance as variance_of
-from ..constructions import fitted
+from ..constructions import fitted, fnn
 from ..constructions.fitted import Fitted as FittedAdapters
 from ..lowrank import LowRank
 from ..networks.layers import FNN, LinearNetwork
@@ -25,7 +25,7 @@ from ..regions import Ball
 from ..training import descent, fused
 from ..training.engine import begin
 from ..training.fused import polish, train_fused
-from ..training.tuning import Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
+from ..training.tuning import MARGIN, Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
 from . import study
 from ._training import Gradient, one_problem, train_each, train_fully
 from .study import Final, Lora, Rank
@@ -149,11 +149,12 @@ class Problem(Record):
             weights.append(block + size / torch.linalg.matrix_norm(change) * change)
         return target.with_parameters(weights)
 
-    def data(self, target: Network, *purpose: str) -> tuple[Data, Fresh]:
-        """What to train on, and fresh inputs to test on; others for each purpose."""
+    def data(self, target: Network, *purpose: str, scale: float = 1.0) -> tuple[Data, Fresh]:
+        """What to train on, and fresh inputs to test on; others for each purpose and scale."""
         label: Any = (lambda x: self.votes(target(x)).argmax(-2)) if self.classes else target
         shape = (self.width, self.tokens) if self.model == "transformer" else (self.width,)
-        fresh = Fresh(label, shape, samples=self.samples, seed=self.seed, purpose=purpose)
+        draws: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "purpose": purpose}
+        fresh = Fresh(label, shape, scale=scale, **draws)
         if not self.fixed:
             return fresh, fresh
         x, y = (part[0] for part in fresh.block(0))
@@ -190,9 +191,10 @@ class Fitted(study.Fitted):
 class Recipe(Gradient):
     """Adam on adapters, with what may help it, for regressions.
 
-    ``schedule, loss, ratio`` and ``start`` are as in `training.Tuning`. A start may also be
-    ``"construction"``, the theorem's adapters, or ``"fitted"``; normal numbers of ``perturbation``
-    times its root mean square are added to each of their factors and changes of biases.
+    ``schedule, loss, ratio, centred, final`` and ``start`` are as in `training.Tuning`. A start may
+    also be ``"construction"``, the theorem's adapters, or ``"fitted"``; normal numbers of
+    ``perturbation`` times its root mean square are added to each of their factors and changes of
+    biases.
     """
 
     kind: Literal["recipe"] = "recipe"
@@ -200,21 +202,31 @@ class Recipe(Gradient):
     schedule: Schedule = "constant"
     loss: Loss = "squared"
     ratio: float = Field(1.0, gt=0)
+    centred: bool = False
+    final: int = Field(0, ge=0)
     start: Start | Literal["construction", "fitted"] = "study"
     perturbation: float = Field(0.0, ge=0)
 
 
 class Fused(Record):
-    """Training of the fused network, carried back, see `training.train_fused`; for regressions."""
+    """Training of the fused network, carried back, see `training.train_fused`; for regressions.
+
+    It trains on the problem's inputs times ``input_scale``.
+    """
 
     kind: Literal["fused"] = "fused"
     ranks: int = Field(1, ge=0)
     starts: int = Field(4, ge=1)
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1e-2,)
+    input_scale: float = Field(1.0, gt=0)
 
 
 class Newton(Record):
-    """Levenberg–Marquardt on fixed inputs (`training.newton`), for regressions."""
+    """Levenberg–Marquardt on fixed inputs (`training.newton`), for regressions.
+
+    From the linearized start inner ReLUs idle afterwards wherever `Fused` lets them, if that is no
+    worse on the inputs by which it chooses.
+    """
 
     kind: Literal["newton"] = "newton"
     ranks: int = Field(1, ge=0)
@@ -255,6 +267,9 @@ class Setting(Record):
         if isinstance(method, Recipe | Newton) and not fnn:
             method.require("start", method.start != "linearized", "another but for fnn")
             method.require("loss", method.loss == "squared", "'squared' but for fnn")
+        if isinstance(method, Recipe):
+            method.require("centred", fnn or not method.centred, "False but for fnn")
+            method.require("final", method.final <= weights, "at most the number of weights")
         return self
 
 
@@ -402,7 +417,7 @@ class _Bench:
         found = train_fused(
             self.frozen,
             method.ranks,
-            self.data,
+            self.problem.data(self.target, scale=method.input_scale)[0],
             partition=Partition.uniform(*depths) if isinstance(self.frozen, FNN) else None,
             starts=method.starts,
             learning_rates=method.learning_rates,
@@ -420,8 +435,17 @@ class _Bench:
         fit, select = ((x, self.target(x)) for x in inputs)
         start = start.to(torch.float64)
         found = descent.newton(self.frozen, start, fit, select, method.iterations, loss=method.loss)
-        losses = {"validation_loss": found.validation_loss, "training_error": found.training_loss}
-        return found.adapters, {name: float(loss.min()) for name, loss in losses.items()}
+        adapters, least = found.adapters, float(found.validation_loss.min())
+        if method.start == "linearized":
+            partition = Partition.uniform(self.problem.depth, blocks)
+            region = Ball.about(torch.cat([self.data.validation[0].double(), *inputs], -1), MARGIN)
+            idle = fnn.idle(self.frozen, adapters, region, partition)
+            x, y = select
+            error = float((idle.merge(self.frozen)(x) - y).square().mean())
+            if error <= least:
+                adapters, least = idle, error
+        losses = {"validation_loss": least, "training_error": float(found.training_loss.min())}
+        return adapters, losses
 
     def sample(self, purpose: str, count: int) -> Tensor:
         """So many inputs, drawn for nothing else."""

@@ -70,8 +70,9 @@ class State(NamedTuple, Generic[T]):
     # How many rows of factors count, −1 if a weight is tuned in full; tuned biases, ``[runs, P]``.
     ranks: T
     tuned: T
-    # Learning rate, whether it falls as half a cosine, decay, A's rate over the others', whether
-    # the training loss is one-sided.
+    # Whether inputs are centred. Learning rate, whether it falls as half a cosine, decay, A's rate
+    # over the others', whether the training loss is one-sided.
+    centred: T
     rate: T
     falling: T
     decay: T
@@ -82,6 +83,8 @@ class State(NamedTuple, Generic[T]):
     A: T
     B: T
     b: T
+    # What is taken from the inputs of weights, 0 but in centred runs, ``[runs, P, D]``.
+    centre: T
     # Adam's first and second moments, ``[runs, M, 2, D, D]`` and ``[runs, P, 2, 1, D]``.
     A_moments: T
     B_moments: T
@@ -573,8 +576,8 @@ def _adam(
 
 
 @_compiled()
-def _weights(state: State[Any], run: int, W: Array) -> None:
-    """The adapted weights of a run."""
+def _weights(state: State[Any], run: int, W: Array, b: Array) -> None:
+    """The adapted weights of a run, and its biases ``b``."""
     for m in range(W.shape[0]):
         rank = state.ranks[run, m]
         if rank < 0:
@@ -586,6 +589,21 @@ def _weights(state: State[Any], run: int, W: Array) -> None:
                 a, row = state.A[run, m, r, i], state.B[run, m, r]
                 for k in range(W.shape[1]):
                     W[m, i, k] += a * row[k]
+    _copy(state.b[run], b)
+    if state.centred[run]:
+        for l in range(W.shape[0]):
+            for i in range(W.shape[1]):
+                for k in range(W.shape[1]):
+                    b[l, i] -= W[l, i, k] * state.centre[run, l, k]
+
+
+@_compiled()
+def _centre(state: State[Any], run: int, dW: Array, db: Array) -> None:
+    """Gradients in weights whose inputs are centred, from those in weights and biases."""
+    for l in range(dW.shape[0]):
+        for i in range(dW.shape[1]):
+            for k in range(dW.shape[1]):
+                dW[l, i, k] -= db[l, i] * state.centre[run, l, k]
 
 
 @_compiled()
@@ -675,15 +693,16 @@ def advance(
     """Take the next steps of some runs; ``x[source, step]`` is arranged by `tiles`."""
     M, D = state.ranks.shape[1], state.frozen.shape[2]
     W, dW = np.empty((M, D, D), np.float32), np.empty((M, D, D), np.float32)
+    b = np.empty(state.b.shape[1:], np.float32)
     db = np.empty(state.b.shape[1:], np.float32)
     none = np.zeros(M, np.bool_)
     for run in runs:
-        source, b = state.source[run], state.b[run]
+        source = state.source[run]
         tuned = state.ranks[run] != 0
         for l in range(state.tuned.shape[1]):
             # In a chain, the bias beside a weight; in a transformer all have gradients anyway.
             tuned[min(l, M - 1)] |= state.tuned[run, l]
-        _weights(state, run, W)
+        _weights(state, run, W, b)
         # The network is much code and stands here only twice: a step begins by recording the one
         # before.
         loss = 0.0
@@ -708,8 +727,10 @@ def advance(
             if not np.isfinite(loss):
                 state.stopped[run] = True
                 break
+            if state.centred[run]:
+                _centre(state, run, dW, db)
             _update(state, run, dW, db, step + 1, structure.steps)
-            _weights(state, run, W)
+            _weights(state, run, W, b)
 
 
 # Machine code is kept for later processes if there is a folder for it.

@@ -72,6 +72,15 @@ def weights(state: State[Tensor], A: Tensor, B: Tensor) -> Float[Tensor, "runs M
     return torch.where(full, A, state.frozen[state.problem] + updates)
 
 
+def biases(
+    state: State[Tensor], W: Float[Tensor, "runs M D D"], b: Float[Tensor, "runs P D"]
+) -> Float[Tensor, "runs P D"]:
+    """``b``, or ``b − W m`` where the inputs of weights are centred."""
+    if not state.centred.any():
+        return b
+    return b - (W @ state.centre[..., None]).squeeze(-1)
+
+
 @torch.no_grad()
 def advance(
     network: Network,
@@ -92,7 +101,8 @@ def advance(
         with torch.enable_grad():
             inputs = x[state.source, step - start]
             W, labels = weights(state, *tuned[:2]), y[state.source, step - start]
-            now = losses(network, structure, state, W, tuned[2], inputs, labels)
+            b = biases(state, W, tuned[2])
+            now = losses(network, structure, state, W, b, inputs, labels)
             gradients = torch.autograd.grad(now.sum(), tuned, allow_unused=True)
         going = ~state.stopped & now.isfinite()
         state.stopped.logical_or_(~now.isfinite())
@@ -147,7 +157,8 @@ def _validate(
     step: int,
     every: int,
 ) -> None:
-    out = outputs(network, weights(state, state.A, state.B), state.b, x[state.source])
+    W = weights(state, state.A, state.B)
+    out = outputs(network, W, biases(state, W, state.b), x[state.source])
     now = loss(out, y[state.source], structure)
     if step == 0:
         state.goal.mul_(now)

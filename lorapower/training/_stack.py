@@ -24,7 +24,7 @@ from ..networks.transformer import Transformer
 from ..regions import Ball
 from . import _reference
 from ._compiled import UNROLLED, Array, State, Structure, tile
-from .tuning import Data, Labelled, Training, Tuning
+from .tuning import MARGIN, Data, Labelled, Training, Tuning
 
 # Standard deviation of B's entries at the start, where A is 0.
 FACTOR_SCALE = 0.25
@@ -111,6 +111,8 @@ class Stack(Generic[N]):
             frozen=self.weights,
             ranks=ranks,
             tuned=tuned,
+            centre=np.zeros_like(b),
+            centred=np.repeat([t.centred for t in tunings], self.members),
             rate=per_run([t.learning_rate for t in tunings]),
             falling=np.repeat([t.schedule == "cosine" for t in tunings], self.members),
             decay=per_run([t.weight_decay for t in tunings]),
@@ -153,6 +155,11 @@ class Stack(Generic[N]):
             sums = self.network.weights[m] + update.matrix()
             weights.append(torch.where(adapted, sums, A[..., m, :outer, :inner]))
             updates.append(update)
+        if state.centred.any():
+            numbers = enumerate(zip(weights, shape(state.centre).unbind(-2), strict=True))
+            for l, (w, m) in numbers:
+                moved = (w.double() @ m[..., : w.shape[-1], None].double()).squeeze(-1)
+                b[..., l, : w.shape[-2]] -= moved.to(b)
         biases = [b[..., l, : old.shape[-1]] for l, old in enumerate(self.biases)]
         changes = tuple(new - old for new, old in zip(biases, self.biases, strict=True))
         tuned = Tuned(ranks, shape(state.tuned)[..., : len(biases)])
@@ -246,6 +253,8 @@ def put_starts(
             _put(stack, state, runs, _linearized(stack, tuning.blocks, batches))
         elif tuning.start == "spectral":
             _spectral(stack, structure, state, runs, batches)
+        if tuning.centred:
+            _centre(stack, state, runs, batches)
         # The best so far is the start.
         for name in ("A", "B", "b"):
             getattr(state, f"{name}_best")[runs] = getattr(state, name)[runs]
@@ -281,7 +290,7 @@ def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
     # All inputs of the first batches, side by side.
     first = batches.first[0].movedim(1, -1).flatten(-2)
     seen = torch.cat([batches.validation[0], first], -1)
-    of_source = Ball.about(seen[..., : stack.inputs, 0, :].double())
+    of_source = Ball.about(seen[..., : stack.inputs, 0, :].double(), MARGIN)
     sources, shape = batches.sources.tolist(), network.batch_shape
     centres = of_source.centre[sources, :, 0].reshape(*shape, -1)
     ball = Ball(of_source.radius[sources].reshape(shape), centres)
@@ -289,6 +298,28 @@ def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
     exact = network.to(torch.float64, "cpu")
     target = exact.linearize(partition.slices)
     return fnn.adapt(exact, target, 0, ball, partition, throw=False).adapters
+
+
+def _part(state: State[Any], runs: slice, device: torch.device) -> State[Tensor]:
+    """Some runs as tensors."""
+    parts = (part if name == "frozen" else part[runs] for name, part in state._asdict().items())
+    return State(*(torch.as_tensor(part).to(device) for part in parts))
+
+
+def _centre(stack: Stack[Any], state: State[Any], runs: slice, batches: Batches) -> None:
+    """Write layers as ``W (z − m) + c``, ``m`` the mean of ``z`` on the first batches."""
+    if not isinstance(stack.network, FNN):
+        given = f"True for {stack.network}"
+        raise InputError("centred", allowed="False, but for ReLU networks", given=given)
+    here = _part(state, runs, torch.device("cpu"))
+    W, b = _reference.weights(here, here.A, here.B).double(), here.b.double()
+    z = batches.first[0].movedim(1, -1).flatten(-3)[here.source].double()
+    for l in range(len(stack.shapes)):
+        centre = z.mean(-1)
+        z = W[:, l] @ z + b[:, l, :, None]
+        z = z.relu() if l < stack.network.relus else z
+        state.centre[runs, l] = centre.numpy()
+        state.b[runs, l] += (W[:, l] @ centre[..., None]).squeeze(-1).numpy()
 
 
 def _spectral(
@@ -299,12 +330,7 @@ def _spectral(
         torch.as_tensor(part)[torch.as_tensor(state.source[runs]), 0].to(stack.network.device)
         for part in batches.first
     )
-    here: State[Tensor] = State(
-        *(
-            torch.as_tensor(part if name == "frozen" else part[runs]).to(stack.network.device)
-            for name, part in state._asdict().items()
-        )
-    )
+    here = _part(state, runs, stack.network.device)
 
     def losses(W: Tensor) -> Tensor:
         return _reference.losses(stack.network, structure, here, W, here.b, x, y)

@@ -23,10 +23,8 @@ from ..networks.partition import Partition
 from ..regions import Ball, Region
 from .descent import descend
 from .engine import train
-from .tuning import Data, Fixed, Training, Tuning
+from .tuning import MARGIN, Data, Fixed, Training, Tuning
 
-# By how much the adapters' ball is larger than one around the inputs seen so far.
-MARGIN = 1.5
 Start = Literal["fitted", "lora"]
 # Learning rates of a polish from a good start and from LoRA's; its batches.
 RATES, BATCH = {"fitted": 3e-3, "lora": 1e-2}, 256

@@ -17,6 +17,8 @@ from ..errors import InputError
 from ..networks.base import Network
 
 LARGEST = torch.finfo(torch.float32).max
+# By how much balls in which inner ReLUs idle are larger than one around the inputs seen so far.
+MARGIN = 1.5
 Schedule = Literal["constant", "cosine"]
 Loss = Literal["squared", "one-sided"]
 Start = Literal["study", "linearized", "spectral"]
@@ -46,10 +48,16 @@ class Tuning:
     start : Start or Adapters
         ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the same
         factors, and biases that make a ReLU network ``blocks`` layers deep (for instance as many as
-        the target) on a ball around the first batches and the validation inputs; blocks have
-        equally many layers, but the last has the rest. ``"spectral"``: the leading singular vectors
-        of the gradient on the first batch. Adapters of at most the given ranks: these; further
-        columns start as in the study.
+        the target) on a ball half as large again as one around the first batches and the validation
+        inputs; blocks have equally many layers, but the last has the rest. ``"spectral"``: the
+        leading singular vectors of the gradient on the first batch. Adapters of at most the given
+        ranks: these; further columns start as in the study.
+    centred : bool
+        Weights multiply what differs from the mean ``m`` of their inputs at the start, on the first
+        batches: a layer is written ``W(z − m) + c`` and ``c`` is tuned in place of its bias, which
+        is ``c − W m``. The functions are the same, and so is the start; a large constant that
+        inputs share no longer makes every step of ``W`` a step of the bias. Of a ReLU network, all
+        of whose biases are tuned. After LeCun et al., Efficient BackProp (1998).
     """
 
     ranks: int | tuple[int, ...] = 0
@@ -62,6 +70,7 @@ class Tuning:
     loss: Loss = "squared"
     start: Start | Adapters = "study"
     blocks: int = 1
+    centred: bool = False
 
     def __post_init__(self) -> None:
         several = isinstance(self.ranks, tuple | list)
@@ -82,6 +91,8 @@ class Tuning:
             raise InputError("start", allowed="'study' for layers in full", value=self.start)
         if _checks.integer("blocks", self.blocks, 1) > 1 and self.start != "linearized":
             raise InputError("blocks", allowed="1, but for start 'linearized'", given=self.blocks)
+        if self.centred and self.biases is not True:
+            raise InputError("centred", allowed="False where biases are fixed", given=True)
         for name, check in (
             ("learning_rate", _checks.positive),
             ("ratio", _checks.positive),

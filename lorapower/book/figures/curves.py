@@ -212,6 +212,7 @@ def intervals(
     *,
     levels: Mapping[str, float] | None = None,
     xlabel: str,
+    xscale: str = "linear",
 ) -> Figure:
     """A row for each entry (mean, low, high): the mean, and a bar between the limits.
 
@@ -223,9 +224,10 @@ def intervals(
         ax.plot(mean, y, "o", color=_DARK, ms=7)
     for label, level in (levels or {}).items():
         ax.axvline(level, label=label, **_LEVEL)
-    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
+    ax.set(xlabel=xlabel, xscale=xscale, ylim=(len(rows) - 0.5, -0.5))
     ax.set_yticks(range(len(rows)), [*rows])
-    ax.xaxis.set_major_locator(MaxNLocator(4))
+    if xscale == "linear":
+        ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="y", visible=False)
     if levels:
         _name(figure)
