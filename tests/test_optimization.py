@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import comb
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +38,14 @@ from lorapower.training import _reference as reference
 from lorapower.training._compiled import Structure
 from lorapower.training._free import Free
 from lorapower.training.descent import _model
-from lorapower.training.dynamics import conserved, critical_points, flow, learned, time_to
+from lorapower.training.dynamics import (
+    conserved,
+    course,
+    flow,
+    learned,
+    limit,
+    time_to,
+)
 
 BACKENDS: tuple[Literal["compiled", "torch"], ...] = ("compiled", "torch")
 
@@ -500,64 +506,129 @@ def test_what_is_learned_is_what_flow_learns(rates: tuple[float, float]) -> None
         np.testing.assert_allclose(found[:, d], wanted, rtol=1e-5, atol=1e-6)
 
 
-# --- Landscapes -----------------------------------------------------------------------------------
+def aligned(size: tuple[int, int, int], beta: float, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """An error of distinct singular values, and orthogonal columns of length ``beta``."""
+    out, into, rank = size
+    E = normal(out, into, seed=seed)
+    return E, beta * torch.linalg.qr(normal(into, rank, seed=seed + 1))[0]
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4), st.integers(0, 99))
-def test_critical_points_are_all_and_saddles_but_for_the_least(
+Courses = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
+
+def integrate(E: Tensor, B: Tensor, times: np.ndarray[Any, Any], rates: Any) -> Courses:
+    """The factors on their way from ``A = 0``, by Runge–Kutta."""
+    (out, into), rank, M = E.shape, B.shape[1], E.numpy()
+
+    def apart(at: np.ndarray[Any, Any]) -> Courses:
+        cut = out * rank
+        return at[..., :cut].reshape(-1, out, rank), at[..., cut:].reshape(-1, into, rank)
+
+    def velocity(_: float, at: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        (A,), (right,) = apart(at)
+        Q = M - A @ right.T
+        return np.concatenate([(rates[0] * Q @ right).ravel(), (rates[1] * Q.T @ A).ravel()])
+
+    start = np.concatenate([np.zeros(out * rank), B.numpy().ravel()])
+    options: dict[str, Any] = {"method": "DOP853", "rtol": 1e-13, "atol": 1e-15}
+    return apart(solve_ivp(velocity, (0, times[-1]), start, t_eval=times, **options).y.T)
+
+
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (2.0, 0.3)])
+@pytest.mark.parametrize(
+    ("size", "beta"),
+    [((3, 3, 1), 1.0), ((4, 3, 2), 0.3), ((3, 5, 2), 2.0), ((2, 5, 4), 1.0), ((6, 2, 2), 1e-3)],
+)
+def test_the_closed_course_is_that_of_an_integration(size: Any, beta: float, rates: Any) -> None:
+    """``A Bᵀ``, ``A Aᵀ`` and ``B Bᵀ``, from columns that are not aligned; the end's rate."""
+    E, B = aligned(size, beta)
+    times = np.linspace(0, 8, 9)
+    A_by, B_by = integrate(E, B, times, rates)
+    found = course(E, B, torch.from_numpy(times), rates=rates)
+    for left, right, expected in (
+        (found.left, found.right, A_by @ B_by.swapaxes(1, 2)),
+        (found.left, found.left, A_by @ A_by.swapaxes(1, 2)),
+        (found.right, found.right, B_by @ B_by.swapaxes(1, 2)),
+    ):
+        np.testing.assert_allclose(left @ right.mT, expected, rtol=0, atol=1e-10)
+    end = limit(E, B, rates=rates)
+    grid = torch.arange(1, 201, dtype=E.dtype) / end.rate
+    missing = (course(E, B, grid, rates=rates).matrix() - end.product).norm(dim=(1, 2))
+    late = int((missing < 1e-8).nonzero()[0])
+    # Other modes, a little faster, may still be larger.
+    assert 0.99 < float(torch.log(missing[late - 3] / missing[late])) / 3 < 1.25
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
+def test_the_limit_is_the_best_product_whatever_the_sizes(
     out: int, into: int, rank: int, seed: int
 ) -> None:
-    E = normal(out, into, seed=seed)
-    mixed = normal(into, into, seed=seed + 1)
-    C = mixed @ mixed.mT + 0.1 * torch.eye(into, dtype=E.dtype)
-    values, vectors = torch.linalg.eigh(C)
-    root = (vectors * values.sqrt()) @ vectors.mT
-    rank = min(rank, out, into)
-    found = list(critical_points(E, rank, covariance=C))
-    assert len(found) == sum(comb(min(out, into), k) for k in range(rank + 1))
-    least = torch.linalg.svdvals(E @ root)[rank:].square().sum() / 2
-
-    def loss(A: Tensor, B: Tensor) -> Tensor:
-        return ((E - A @ B.mT) @ root).square().sum() / 2
-
-    for one in found:
-        A, B = (f.clone().requires_grad_() for f in (one.point.left, one.point.right))
-        slopes = torch.autograd.grad(loss(A, B), (A, B)) if rank else ()
-        assert all(slope.abs().max() < 1e-8 for slope in slopes)
-        value = loss(one.point.left, one.point.right)
-        assert float(value) == pytest.approx(one.loss, rel=1e-8, abs=1e-10)
-        if one.direction is None:
-            assert one.loss == pytest.approx(float(least), rel=1e-8, abs=1e-10)
-            continue
-        assert one.loss > least * (1 + 1e-12)
-        assert one.curvature < 0
-        t = 1e-2
-        at = [
-            loss(one.point.left + s * one.direction.left, one.point.right + s * one.direction.right)
-            for s in (-t, 0, t)
-        ]
-        second = (at[0] + at[2] - 2 * at[1]) / (2 * t * t)
-        # A quartic along the line: what is left of order t² belongs to t⁴.
-        assert float(second) == pytest.approx(one.curvature, abs=1e-2 * (1 + abs(one.curvature)))
+    rank = min(rank, into)
+    E, B = aligned((out, into, rank), 0.8, seed=seed)
+    rates = (1.0, 0.5)
+    end = limit(E, B, rates=rates)
+    U, S, Vh = torch.linalg.svd(E, full_matrices=False)
+    size = min(rank, len(S))
+    assert end.kept == (*range(size),)
+    torch.testing.assert_close(end.product, (U[:, :size] * S[:size]) @ Vh[:size])
+    # Half of Δ_R − Δ_{R+1}; with as many columns as inputs every start is aligned.
+    speeds = torch.sqrt(2 * torch.cat([S, S.new_zeros(into)])[:into].square() + 0.64**2)
+    expected = speeds[size - 1] - (speeds[size] if rank < into else -speeds[size - 1])
+    assert end.rate == pytest.approx(float(expected) / 2, rel=1e-9)
+    late = torch.tensor([1e4], dtype=E.dtype) / end.rate
+    torch.testing.assert_close(course(E, B, late, rates=rates).matrix()[0], end.product)
 
 
-def test_gradient_descent_from_anywhere_comes_to_the_least_critical_value() -> None:
-    """Independent of the list: where descent ends, it ends at its minimum."""
-    E = normal(4, 3)
-    least = [c for c in critical_points(E, 2) if c.direction is None]
-    assert len(least) == 1
-    for seed in range(5):
-        network = LinearNetwork([torch.zeros(4, 3, dtype=torch.float64)])
-        start = Adapters((LowRank(normal(4, 2, seed=seed), normal(3, 2, seed=seed + 50)),))
-        x = torch.eye(3, dtype=torch.float64) * 3**0.5
-        end = flow(network, start, (x, E @ x), 400.0, points=2).losses[-1]
-        assert float(end) == pytest.approx(least[0].loss, rel=1e-6)
+def test_a_start_that_misses_a_direction_never_learns_it() -> None:
+    """The other half of "if and only if": the limit is what the rows of ``VᵀB₀`` say, greedily."""
+    S = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    U, V = (torch.linalg.qr(normal(4, 4, seed=s))[0] for s in (0, 1))
+    E, h = (U * S) @ V.mT, 0.5**0.5
+    rows = torch.tensor([[0, 0], [1, 0], [0, h], [0, h]], dtype=torch.float64)
+    both = torch.tensor([[h, 0], [h, 0], [0, h], [0, -h]], dtype=torch.float64)
+    for coordinates, kept in ((rows, (1, 2)), (both, (0, 2))):
+        B = V @ coordinates
+        end = limit(E, B)
+        assert end.kept == kept
+        torch.testing.assert_close(end.product, (U[:, kept] * S[list(kept)]) @ V[:, kept].mT)
+        # Not longer: rounding of what is missed grows like all else.
+        times = np.array([0.0, 4.0])
+        A_by, B_by = integrate(E, B, times, (1.0, 1.0))
+        far = course(E, B, torch.tensor([4.0, 1000.0], dtype=torch.float64)).matrix()
+        np.testing.assert_allclose(far[0], A_by[1] @ B_by[1].T, rtol=0, atol=1e-9)
+        torch.testing.assert_close(far[1], end.product, rtol=0, atol=1e-12)
+    # What is missed by a little is learned late.
+    turned = both + 1e-5 * normal(4, 2)
+    B = V @ torch.linalg.qr(turned)[0]
+    assert limit(E, B).kept == (0, 1)
 
 
-def test_of_equal_values_any_are_least() -> None:
-    found = {one.kept: one for one in critical_points(torch.eye(3, dtype=torch.float64), 1)}
-    assert all(found[(d,)].direction is None and found[(d,)].loss == 1 for d in range(3))
-    assert found[()].curvature < 0
+def test_an_aligned_start_is_learned_as_the_proposition_says() -> None:
+    E = torch.diag(torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64))
+    B, times, rates = 0.7 * torch.eye(3, dtype=torch.float64), torch.linspace(0, 9, 5), (2.0, 0.5)
+    found = course(E, B, times, rates=rates).matrix()
+    parts = [[learned(s, 0.7, float(t), rates=rates) for s in (2.0, 1.0, 0.5)] for t in times]
+    expected = torch.diag_embed(torch.tensor(parts, dtype=torch.float64))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert limit(E, B, rates=rates).rate == pytest.approx((4 * 0.25 + 4 * 0.7**4) ** 0.5)
+
+
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (1e-3, 10.0)])
+@pytest.mark.parametrize("beta", [1e-80, 1e-7, 1.0, 1e4])
+def test_what_is_learned_is_right_to_rounding(beta: float, rates: tuple[float, float]) -> None:
+    """Against the formula of the proposition in 400 digits."""
+    mp = pytest.importorskip("mpmath").mp
+    with mp.workdps(400):
+        eta_A, eta_B = (mp.mpf(rate) for rate in rates)
+        for sigma in (1e-3, 1.0, 50.0):
+            for time in (1e-9, 1.0, 40.0, 1e3):
+                both, push = 2 * sigma * mp.sqrt(eta_A * eta_B), eta_A * mp.mpf(beta) ** 2
+                speed = mp.sqrt(both**2 + push**2)
+                last, grown = (speed - push) / both, mp.exp(speed * time)
+                u = last * (grown - 1) / (grown + last**2)
+                expected = mp.sqrt(eta_A / eta_B) * mp.mpf(beta) ** 2 * u / (1 - u**2)
+                found = learned(sigma, beta, time, rates=rates)
+                assert abs(found - expected) <= 1e-12 * expected
 
 
 # --- Large constants ------------------------------------------------------------------------------
@@ -716,9 +787,10 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("part", lambda: time_to(1.0, 1.0, 1.0)),
     ("rates", lambda: learned(1.0, 1.0, 1.0, rates=(1.0,))),  # type: ignore[arg-type]
     ("sigma", lambda: learned(-1.0, 1.0, 1.0)),
+    ("right", lambda: course(torch.eye(2), torch.ones(2, 2), torch.ones(1))),
+    ("right", lambda: limit(torch.eye(2), torch.ones(3, 1))),
+    ("times", lambda: course(torch.eye(2), torch.eye(2), -torch.ones(1))),
     ("time", lambda: flow(FROZEN, drawn(FROZEN, 1), (Z, Z), 0.0)),
-    ("covariance", lambda: next(critical_points(torch.eye(2), 1, covariance=torch.zeros(2, 2)))),
-    ("rank", lambda: next(critical_points(torch.eye(2), 3))),
     ("ranks", lambda: Setting(method=Recipe(ranks=17))),
     ("start", lambda: Setting(problem=OTHERS, method=Recipe(start="linearized"))),
     ("loss", lambda: Setting(problem=OTHERS, method=Recipe(loss="one-sided"))),

@@ -1,10 +1,8 @@
-"""Critical points of one adapted layer's loss; gradient flow: its course, invariants, duration."""
+"""Gradient flow: its course, what it keeps, where it ends, and how long it takes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +11,7 @@ from jaxtyping import Float
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from .. import _checks, lowrank
+from .. import _checks
 from ..adapters.core import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
@@ -23,59 +21,8 @@ from ._free import Free, Pair, labelled, require_fit
 Rates = tuple[float, float]
 # Of the exponential, in double precision.
 LARGEST_EXPONENT = 709.0
-
-
-class Critical(NamedTuple):
-    """A critical point of ``½ ‖(E − A Bᵀ) C^{1/2}‖²_F``.
-
-    ``point`` holds ``A`` and ``B``, made of the singular triplets ``kept`` (counted from 0) of
-    ``E C^{1/2}``; ``loss`` is ``½ Σ σ_d²`` over the others. Going ``t`` times ``direction``, which
-    lowers the loss at a saddle, adds ``curvature · t²`` to it; a minimum has ``None`` and 0.
-    """
-
-    kept: tuple[int, ...]
-    point: LowRank
-    loss: float
-    direction: LowRank | None
-    curvature: float
-
-
-@torch.no_grad()
-def critical_points(
-    error: Float[Tensor, "out in"],
-    rank: int,
-    *,
-    covariance: Float[Tensor, "in in"] | None = None,
-) -> Iterator[Critical]:
-    """Critical points of one layer's loss over adapters of a rank, one of each kind.
-
-    ``error`` is ``E``, the product that the factors should have, and ``covariance`` is ``C``, by
-    default the identity. If the singular values of ``E C^{1/2}`` are distinct, each set of at most
-    ``rank`` nonzero ones gives a kind, whose points share product and loss; equal values give
-    further points with the same losses. All are minima or strict saddles [thm-landscape]. Raises
-    `InputError` for a rank out of range and a covariance that is not positive definite.
-    """
-    E = _checks.real_tensor("error", error, min_dims=2)
-    if E.ndim != 2:
-        raise InputError("error", allowed="a single matrix", given=f"shape {tuple(E.shape)}")
-    rank = _checks.integer("rank", rank, 0, min(E.shape), limit="the smaller side")
-    root = torch.eye(E.shape[1], dtype=E.dtype, device=E.device)
-    if covariance is not None:
-        C = _checks.real_tensor("covariance", covariance, min_dims=2).to(E)
-        if C.shape != root.shape or not torch.allclose(C, C.mT):
-            allowed = f"a symmetric matrix of {E.shape[1]} rows"
-            raise InputError("covariance", allowed=allowed, given=f"shape {tuple(C.shape)}")
-        values, vectors = torch.linalg.eigh(C)
-        if values.min() <= 0:
-            allowed = "positive definite"
-            raise InputError("covariance", allowed=allowed, given=f"eigenvalue {values.min():.3g}")
-        root = (vectors * values.sqrt()) @ vectors.mT
-    U, S, V = lowrank.svd(E @ root)
-    count = int(lowrank.rank(E @ root))
-    back = torch.linalg.inv(root)
-    for size in range(min(rank, count) + 1):
-        for kept in combinations(range(count), size):
-            yield _critical(U, S, V, kept, rank, count, back)
+# What is so much smaller than the start counts as 0.
+NEGLIGIBLE = 1e-12
 
 
 class Flow(NamedTuple):
@@ -173,6 +120,154 @@ def conserved(
     return [u.left.mT @ u.left / eta_A - u.right.mT @ u.right / eta_B for u in adapters.updates]
 
 
+class Limit(NamedTuple):
+    """Where gradient flow from LoRA's start ends, and how fast.
+
+    ``product`` is ``Σ σ_d u_d v_dᵀ`` over the singular triplets ``kept`` of the error, counted from
+    0; ``A Bᵀ`` comes near it like ``e^{−rate·t}``.
+    """
+
+    kept: tuple[int, ...]
+    product: Float[Tensor, "out in"]
+    rate: float
+
+
+@torch.no_grad()
+def course(
+    error: Float[Tensor, "out in"],
+    right: Float[Tensor, "in rank"],
+    times: Float[Tensor, " times"],
+    *,
+    rates: Rates = (1.0, 1.0),
+) -> LowRank:
+    """Gradient flow of one layer from ``A = 0`` and ``B₀`` in closed form: a batch, one of a time.
+
+    The loss is ``½ ‖E − A Bᵀ‖²_F`` and ``right`` is ``B₀``, whose columns are orthogonal and of one
+    length ``β``, along the singular vectors of ``E`` or not. The factors are those of the flow but
+    for a rotation of their columns, so that ``A Bᵀ``, ``A Aᵀ`` and ``B Bᵀ`` are the flow's. The
+    method keeps its precision for all times and lengths.
+
+    Raises `InputError` for other columns, and for times that are negative. Source: [thm-flow].
+    """
+    start = _start(error, right, rates)
+    times = _checks.real_tensor("times", times, min_dims=1).to(start.eigenvalues)
+    if (times < 0).any():
+        raise InputError("times", allowed="not negative", given=f"{float(times.min()):.3g}")
+    values, t = start.eigenvalues, times[:, None]
+    fading, growing = -2 * values.abs() * t, values.clamp(min=0) * t
+    # Squared, what the integral of e^{2λs} and the start come to, over e^{2λt} if λ > 0.
+    size = torch.exp(-2 * growing) / start.beta**2 + torch.expm1(fading) / (-2 * values.abs())
+    logs = growing + size.log() / 2
+    first = logs[:, start.pivots]
+    # No exponent is positive where the echelon form is not 0.
+    scaled = start.echelon * torch.exp((logs[:, :, None] - first[:, None, :]).clamp(max=0))
+    basis, _ = torch.linalg.qr(scaled)
+    S = (values.clamp(max=0) * t - size.log() / 2).exp()[..., None] * basis
+    eta_A, eta_B = _rates(rates)
+    return LowRank(start.left @ S / math.sqrt(eta_B), start.right @ S / math.sqrt(eta_A))
+
+
+@torch.no_grad()
+def limit(
+    error: Float[Tensor, "out in"],
+    right: Float[Tensor, "in rank"],
+    *,
+    rates: Rates = (1.0, 1.0),
+) -> Limit:
+    """Where the flow of `course` ends: at the best product of the rank, for almost every start.
+
+    ``kept`` are the ``d`` for which ``v_dᵀ B₀`` is no combination of the earlier ones. Raises
+    `InputError` as `course` does. Source: [thm-flow].
+    """
+    start = _start(error, right, rates)
+    # Rows of the directions of E, largest first, come before all others.
+    U, S, Vh = torch.linalg.svd(error.to(start.eigenvalues), full_matrices=False)
+    count = int((S > S[0] * NEGLIGIBLE).sum())
+    kept = tuple(p for p in start.pivots if p < count)
+    values = start.eigenvalues
+    speeds = [2 * values[p] for p in kept]
+    for column, p in enumerate(start.pivots):
+        met = (start.echelon[:, column].abs() > NEGLIGIBLE * start.beta) & (values < values[p])
+        met[list(start.pivots)] = False
+        if p >= count:
+            # Among directions that E does not have nothing is learned.
+            met[count : len(right)] = False
+        speeds += [values[p] - value for value in values[met]]
+    product = (U[:, list(kept)] * S[list(kept)]) @ Vh[list(kept)]
+    return Limit(kept, product, float(min(speeds, default=torch.tensor(math.inf))))
+
+
+class _Start(NamedTuple):
+    """LoRA's start in the eigenvectors of the flow, largest eigenvalue ``λ`` first.
+
+    ``left`` and ``right`` are the eigenvectors' parts for ``A`` and ``B``. ``echelon`` are the
+    start's coordinates after a rotation of columns: column ``j`` is 0 before row ``pivots[j]``.
+    """
+
+    eigenvalues: Tensor
+    left: Tensor
+    right: Tensor
+    echelon: Tensor
+    pivots: tuple[int, ...]
+    beta: float
+
+
+def _start(error: Tensor, right: Tensor, rates: Rates) -> _Start:
+    E, B = (
+        _checks.real_tensor(name, value, min_dims=2).to(torch.float64)
+        for name, value in (("error", error), ("right", right))
+    )
+    if E.ndim != 2:
+        raise InputError("error", allowed="a single matrix", given=f"shape {tuple(E.shape)}")
+    rank = B.shape[-1]
+    if B.shape != (E.shape[1], rank) or not 0 < rank <= E.shape[1]:
+        allowed = f"of {E.shape[1]} rows and at least a column, but no more columns than rows"
+        raise InputError("right", allowed=allowed, given=f"shape {tuple(B.shape)}")
+    gram = B.mT @ B
+    square = float(gram.diagonal().mean())
+    eye = torch.eye(rank, dtype=B.dtype, device=B.device)
+    if not 0 < square or (gram / square - eye).abs().max() > 1e-8:
+        raise InputError("right", allowed="of orthogonal columns of one length", given="others")
+    eta_A, eta_B = _rates(rates)
+    # At rates 1 the same flow has √η_B A and √η_A B, and √(η_A η_B) E.
+    beta = math.sqrt(eta_A * square)
+    U, sigma, Vh = torch.linalg.svd(E * math.sqrt(eta_A * eta_B))
+    least, into, b = len(sigma), E.shape[1], beta**2 / 2
+    sigma = torch.cat([sigma, sigma.new_zeros(into - least)])
+    values = torch.hypot(sigma, sigma.new_tensor(b))
+    to_A, to_B = sigma, values + b
+    length = torch.hypot(to_A, to_B)
+    cos, sin = to_A / length, to_B / length
+    # Eigenvectors (cos u_d; sin v_d) of λ_d, then (−sin u_d; cos v_d) of −λ_d, least λ_d first.
+    # Those of A alone have no part in the start.
+    back = torch.arange(least - 1, -1, -1)
+    left = torch.cat([U[:, :least] * cos[:least], U.new_zeros(len(U), into - least)], 1)
+    left = torch.cat([left, -U[:, back] * sin[back]], 1)
+    turned = torch.cat([Vh.mT * sin, Vh.mT[:, back] * cos[back]], 1)
+    echelon, pivots = _echelon(turned.mT @ B * math.sqrt(eta_A))
+    return _Start(torch.cat([values, -values[back]]), left, turned, echelon, pivots, beta)
+
+
+def _echelon(rows: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A matrix after the rotation of its columns that makes its first rows triangular."""
+    axes: list[Tensor] = []
+    pivots: list[int] = []
+    for index, row in enumerate(rows):
+        if len(axes) == rows.shape[1]:
+            break
+        rest = row
+        for _ in range(2):
+            rest = rest - sum((axis * (axis @ rest) for axis in axes), torch.zeros_like(rest))
+        norm = torch.linalg.vector_norm(rest)
+        if norm > NEGLIGIBLE * torch.linalg.matrix_norm(rows, 2):
+            axes.append(rest / norm)
+            pivots.append(index)
+    found = rows @ torch.stack(axes, 1)
+    for column, pivot in enumerate(pivots):
+        found[:pivot, column] = 0
+    return found, tuple(pivots)
+
+
 def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)) -> float:
     """What gradient flow has learned of a direction: ``a b`` at a time, from ``0 · β``.
 
@@ -187,7 +282,7 @@ def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)
     sigma, beta = _checks.positive("sigma", sigma), _checks.positive("beta", beta)
     time = _checks.tolerance("time", time)
     eta_A, eta_B = _rates(rates)
-    speed, last, _ = _course(sigma, beta, eta_A, eta_B)
+    speed, last, _ = _constants(sigma, beta, eta_A, eta_B)
     # 1 − u_∞² rounds to 0 for small β, but cancels with β². Of β only e^{−Δt}/β² is left, taken by
     # logarithms, since both may vanish.
     decay = math.exp(-speed * time)
@@ -208,7 +303,7 @@ def time_to(sigma: float, beta: float, part: float, *, rates: Rates = (1.0, 1.0)
     if part >= 1:
         raise InputError("part", allowed="below 1, which is never reached", given=part)
     eta_A, eta_B = _rates(rates)
-    speed, last, size = _course(sigma, beta, eta_A, eta_B)
+    speed, last, size = _constants(sigma, beta, eta_A, eta_B)
     here, end = math.hypot(size, 2 * part * sigma), math.hypot(size, 2 * sigma)
     u = 2 * part * sigma / (size + here)
     # u_∞ − u = (η_A/η_B)^{1/2} β² (u/part − u_∞)/(σ (u_∞ + u)), where nothing cancels.
@@ -217,7 +312,7 @@ def time_to(sigma: float, beta: float, part: float, *, rates: Rates = (1.0, 1.0)
     return (math.log(ratio * math.sqrt(eta_B / eta_A)) - 2 * math.log(beta)) / speed
 
 
-def _course(sigma: float, beta: float, eta_A: float, eta_B: float) -> tuple[float, float, float]:
+def _constants(sigma: float, beta: float, eta_A: float, eta_B: float) -> tuple[float, float, float]:
     """``Δ``, ``u_∞`` and ``(η_A/η_B)^{1/2} β²``."""
     both = 2 * sigma * math.sqrt(eta_A * eta_B)
     speed = math.hypot(both, eta_A * beta**2)
@@ -228,37 +323,3 @@ def _rates(rates: Rates) -> Rates:
     if not isinstance(rates, tuple | list) or len(rates) != 2:
         raise InputError("rates", allowed="two numbers, of A and of B", value=rates)
     return _checks.positive("rates", rates[0]), _checks.positive("rates", rates[1])
-
-
-def _no_less(S: Tensor, own: Sequence[int], missing: int) -> bool:
-    """Whether what is missing is no larger than anything that is kept, but for rounding."""
-    eps = torch.finfo(S.dtype).eps
-    return not own or bool(S[missing] <= S[own[-1]] + 8 * len(S) * eps * S[0])
-
-
-def _critical(
-    U: Tensor, S: Tensor, V: Tensor, kept: tuple[int, ...], rank: int, count: int, back: Tensor
-) -> Critical:
-    own = [*kept]
-    rest = [d for d in range(count) if d not in kept]
-    roots = S[own].sqrt()
-    A, B = U.new_zeros(len(U), rank), V.new_zeros(len(V), rank)
-    A[:, : len(own)], B[:, : len(own)] = U[:, own] * roots, V[:, own] * roots
-    loss = float(S[rest].square().sum()) / 2
-    point = LowRank(A, back @ B)
-    # The largest missing value, and the smallest one kept in its place.
-    missing = rest[0] if rest else None
-    to_A, to_B = torch.zeros_like(A), torch.zeros_like(B)
-    # Among equal values any may be kept.
-    least = missing is None or (len(own) == rank and _no_less(S, own, missing))
-    if missing is None or least:
-        return Critical(kept, point, loss, None, 0.0)
-    if len(own) < rank:
-        # A free column: growing it in both factors costs nothing to first order.
-        to_A[:, len(own)], to_B[:, len(own)] = U[:, missing], V[:, missing]
-        curvature = -float(S[missing])
-    else:
-        last = len(own) - 1
-        to_A[:, last], to_B[:, last] = U[:, missing] / roots[-1], V[:, missing] / roots[-1]
-        curvature = 1 - float(S[missing] / S[own[-1]])
-    return Critical(kept, point, loss, LowRank(to_A, back @ to_B), curvature)
