@@ -16,10 +16,19 @@ from torch import Tensor
 
 from lorapower import InputError, lowrank, randomness
 from lorapower.adapters import Adapters
-from lorapower.adapters.coding import decode, encode, quantize
+from lorapower.adapters.coding import (
+    CORE_SCALES,
+    core_sides,
+    decode,
+    decode_cores,
+    encode,
+    encode_cores,
+    quantize,
+    quantize_core,
+)
 from lorapower.bounds import samples
-from lorapower.experiments import coded, sweeps
-from lorapower.experiments.coded import Coded, Problem, Setting
+from lorapower.experiments import coded, noisy, sweeps
+from lorapower.experiments.coded import Coded, Cores, Problem, Setting
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork
 from lorapower.regression import reduced_rank
@@ -184,6 +193,154 @@ def test_what_leaves_the_rank_open_is_refused() -> None:
             samples.kl_bound(*given_)
 
 
+# --- Shrinking ------------------------------------------------------------------------------------
+
+
+def shrunk_matrix(M: Tensor, limit: float, exponent: float) -> Tensor:
+    U, S, V = lowrank.svd(M)
+    kept = S * (1 - (limit / S) ** exponent).clamp(min=0)
+    return (U * kept[..., None, :]) @ V.mT
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.floats(0, 2),
+    st.sampled_from([1, 2, 8]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_shrunk_risk_has_the_divergence_of_shrinking(
+    out: int, span: int, part: float, exponent: int, equal: bool, seed: int
+) -> None:
+    """The trace of the derivative, by differences; also where singular values agree."""
+    M = normal(out, span, seed=seed)
+    if equal:
+        U, _, V = lowrank.svd(M)
+        M = U @ V.mT
+    values = lowrank.spectrum(M)
+    limit = part * float(values.mean())
+    if (values - limit).abs().min() < 1e-4:
+        return
+    design = samples.Design(10, out, span, 2.0)
+    found = samples.shrunk_risk(values, design, torch.tensor(limit), exponent)
+    h, total = 1e-6, 0.0
+    for i in range(out):
+        for j in range(span):
+            step = torch.zeros_like(M)
+            step[i, j] = h
+            ends = [shrunk_matrix(M + sign * step, limit, exponent)[i, j] for sign in (1, -1)]
+            total += float(ends[0] - ends[1]) / (2 * h)
+    missed = (shrunk_matrix(M, limit, exponent) - M).square().sum()
+    predicted = float(missed) + design.variance * (2 * total - out * span)
+    assert float(found) == pytest.approx(predicted, rel=1e-3, abs=1e-3)
+
+
+def test_shrunk_risk_is_unbiased_at_the_edge() -> None:
+    F, design = normal(6, 9), samples.Design(50, 6, 9, 5.0)
+    observed = F + design.variance**0.5 * normal(4000, 6, 9, seed=1)
+    values = lowrank.spectrum(observed)
+    for limit, exponent in ((1.0, 1), (3.0, 2), (3.0, 8)):
+        risks = (shrunk_matrix(observed, limit, exponent) - F).square().sum((-2, -1))
+        estimates = samples.shrunk_risk(values, design, torch.tensor(limit), exponent)
+        difference = estimates - risks
+        assert float(difference.mean().abs()) <= 4 * float(difference.std()) / 4000**0.5
+
+
+def test_shrinking_gives_an_update_of_the_rank_that_it_says() -> None:
+    frozen = LinearNetwork.random(2, 12)
+    change = 3 * normal(12, 3) @ normal(12, 3, seed=1).mT / 12
+    x = normal(12, 400, seed=2)
+    y = (frozen.product() + change) @ x + 0.3 * normal(12, 400, seed=3)
+    found = samples.shrink(frozen, x, y)
+    missing = y - frozen.product() @ x
+    least = reduced_rank(missing, x, 12, intercept=False).update.matrix()
+    # In the metric of the inputs, it is what least squares finds, shrunk.
+    scaled = lowrank.svd(least @ x)
+    kept = found.kept / (scaled.S / 400**0.5)[:12]
+    assert ((kept >= 0) & (kept < 1 + 1e-12)).all()
+    direct = (scaled.U * found.kept) @ scaled.V.mT * 400**0.5
+    torch.testing.assert_close(found.update.matrix() @ x, direct)
+    assert found.update.rank == int((found.kept > 0).sum()) >= 3
+
+    def risk(K: Tensor) -> float:
+        return float(((K - change) @ x).square().sum() / 400)
+
+    fits = [reduced_rank(missing, x, r, intercept=False).update.matrix() for r in range(13)]
+    assert risk(found.update.matrix()) <= 1.01 * min(map(risk, fits))
+    assert found.risk == pytest.approx(risk(found.update.matrix()), abs=0.02)
+
+
+def test_shrinking_without_noise_is_least_squares_and_with_much_nothing() -> None:
+    frozen, x, change = LinearNetwork.random(1, 8), normal(8, 60), normal(8, 8, seed=1)
+    y = (frozen.product() + change) @ x
+    found = samples.shrink(frozen, x, y, noise=0.0)
+    torch.testing.assert_close(found.update.matrix(), change)
+    assert found.risk == pytest.approx(0, abs=1e-9)
+    assert samples.shrink(frozen, x, y, noise=1e4).update.rank == 0
+
+
+def test_values_are_shrunk_alike_in_a_batch() -> None:
+    design, values = samples.Design(50, 4, 6, 3.0), lowrank.spectrum(normal(5, 4, 6))
+    kept, risks = samples.shrink_values(values, design)
+    for i, value in enumerate(values):
+        single, risk = samples.shrink_values(value, design)
+        torch.testing.assert_close(kept[i], single)
+        assert float(risks[i]) == pytest.approx(float(risk))
+    with pytest.raises(InputError, match=r"^spectrum"):
+        samples.sure(values, design)
+
+
+@pytest.mark.parametrize(("out", "span"), [(60, 60), (30, 90)])
+def test_at_the_edge_a_direction_is_worth_as_much_as_nothing(out: int, span: int) -> None:
+    design = samples.Design(1000, out, span, 2.0)
+    keep, shrunk = noisy.keep_direction(samples.edge(design), design, draws=150)
+    assert keep == pytest.approx(1, abs=0.07)
+    assert shrunk < 0.95
+    below, _ = noisy.keep_direction(0.7 * samples.edge(design), design, draws=50)
+    above, _ = noisy.keep_direction(1.5 * samples.edge(design), design, draws=50)
+    assert above < 0.8 < 1.2 < below
+    square = samples.Design(100, 16, 16, 1.0)
+    assert samples.edge(square) == pytest.approx(3 * 16 * square.variance)
+
+
+# --- Choices of a rank ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", noisy.SPECTRA)
+def test_what_draws_show_is_least_squares_of_the_change(kind: noisy.Spectrum) -> None:
+    seen = noisy.observe(kind, 6, 30, 0.5, draws=40, seed=1)
+    torch.testing.assert_close(lowrank.spectrum(seen.change), seen.spectrum)
+    none, full = seen.risks[:, 0], seen.risks[:, -1]
+    torch.testing.assert_close(none, none.new_full((40,), float(seen.change.square().sum())))
+    mean = 36 * seen.design.variance
+    assert float(full.mean()) == pytest.approx(mean, rel=6 * (2 / 36 / 40) ** 0.5)
+    bound = samples.expected_risk(seen.spectrum, replace(seen.design, noise=0.0)).sqrt()
+    steps = 2 * (2 * torch.arange(7)).sqrt() * seen.noise[:, None]
+    assert (seen.risks.sqrt() <= bound + steps + 1e-9).all()
+
+
+def test_prices_are_at_least_those_of_the_best_rank() -> None:
+    found = noisy.judge("few directions", 8, 256, 0.3, seed=0)
+    assert found["best"] == 2
+    assert all(found[name] >= 1 for name in ("counted", "edge", "full"))
+    assert found["counted"] == found["edge"] == 1
+    assert found["shrunk"] < 1.1
+    limit = noisy.judge("at the limit", 16, 64, 1.0, seed=0)
+    assert limit["counted"] > 1.3 > limit["sure"] > limit["shrunk"]
+    assert limit["edge"] == 1
+
+
+def test_relu_layers_have_a_best_rank() -> None:
+    found = noisy.train_relu(8, 200, [0, 1, 2, 8], steps=1500, seed=0)
+    ranks, errors, predicted = zip(*found, strict=True)
+    assert ranks == (0, 1, 2, 8)
+    cost = [(R * (16 - R) + 8) / 200 + sum(0.25**d for d in range(R, 8)) / 2 for R in ranks]
+    assert predicted == pytest.approx(cost)
+    assert min(errors[1:3]) < 0.7 * min(errors[0], errors[3])
+    assert all(0.6 < e / p < 2 for e, p in zip(errors, predicted, strict=True))
+
+
 CORRUPT = {
     "bits": "000000" + "1000001" + "1" * 60,
     "rank": "010" + "000100000" + "1" * 60,
@@ -299,6 +456,37 @@ def test_more_bits_are_nearer_and_zeros_stay() -> None:
     assert torch.equal(quantize(ends, 1), ends)
 
 
+@given(st.integers(0, 6), st.integers(1, 3), st.integers(0, 99))
+def test_cores_are_read_as_they_were_rounded(rank: int, bits: int, seed: int) -> None:
+    network = FNN([normal(6, 6), normal(3, 6, seed=1)], [normal(6), normal(3)])
+    sides = [core_sides(weight, rank) for weight in network.weights]
+    cores = [normal(left.shape[1], left.shape[1], seed=seed) for left, _ in sides if rank]
+    code = encode_cores(cores, bits)
+    read = decode_cores(code.data, network)
+    gamma = sum(2 * n.bit_length() - 1 for n in (bits, rank + 1))
+    assert code.length == gamma + sum(5 + bits * core.numel() for core in cores)
+    assert read.ranks == tuple(min(rank, *weight.shape) for weight in network.weights)
+    for update, core, (left, right) in zip(read.updates, cores, sides, strict=bool(rank)):
+        rounded = quantize_core(core, bits)
+        torch.testing.assert_close(update.matrix(), left @ rounded @ right.mT)
+        assert len(rounded.abs().unique()) <= 2 ** (bits - 1)
+        levels = [s * k / (2**bits - 1) for s in CORE_SCALES for k in range(1, 2**bits, 2)]
+        assert min(abs(float(rounded.abs().max()) - level) for level in levels) < 1e-12
+
+
+def test_cores_take_the_nearest_scale() -> None:
+    core = 0.5 * normal(5, 5).sign()
+    torch.testing.assert_close(quantize_core(core, 1), core)
+    errors = [
+        float((quantize_core(normal(5, 5), b) - normal(5, 5)).square().sum()) for b in (1, 2, 4)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    with pytest.raises(InputError, match="cores must be square"):
+        encode_cores([normal(2, 3)], 1)
+    with pytest.raises(InputError, match="data must be a code"):
+        decode_cores(encode_cores([core], 1).data + b"1", NETWORK)
+
+
 def test_codes_on_digits() -> None:
     problem = Problem(angle=15.0, steps=30)
     split = problem.split()
@@ -324,3 +512,24 @@ def test_codes_on_digits() -> None:
     # The images that it was pretrained on are others, upright.
     again = problem.split(angle=0.0)
     assert torch.equal(again.training[1], split.training[1])
+
+
+def test_cores_on_digits() -> None:
+    problem = Problem(angle=15.0, steps=30)
+    methods = [*sweeps.grid(Cores, ranks=[0, 2]), *sweeps.grid(Cores, ranks=[0, 2], prior=300)]
+    settings_ = sweeps.grid(Setting, problem=problem, method=methods)
+    frozen_row, cores, prior, both = coded.measure(settings_)
+    frozen, split = problem.frozen(), problem.split()
+    x, y = split.training[0].double(), split.training[1]
+    wrong = float((frozen(x).argmax(0) != y).double().mean())
+    assert frozen_row.training_error == pytest.approx(wrong)
+    assert frozen_row.length == 2
+    assert cores.length == both.length == 1 + 3 + 2 * (5 + 4)
+    # The images that trained the prior do not count.
+    for row in (prior, both):
+        assert row.kl == samples.kl_bound(row.training_error, row.length, 700)
+        assert row.training_error * 700 == pytest.approx(round(row.training_error * 700))
+    assert prior.test_error < frozen_row.test_error
+    known, rest = coded._divide(split.training, 300)
+    assert torch.equal(torch.cat([known[1], rest[1]]), split.training[1])
+    assert known[0].shape[1] == len(known[1]) == 300

@@ -1,4 +1,4 @@
-"""Which rank samples pay for: risks of least squares of limited rank, and bounds by codes.
+"""Which rank samples pay for: least squares of limited rank, shrunk or not, and bounds by codes.
 
 Fixed inputs ``X`` (``n`` columns of rank ``q``) have outputs ``Y = W̄ X + Ξ`` with independent
 normal noise of standard deviation ``σ``. Least squares over adapters of total rank ``r`` turn a
@@ -21,7 +21,11 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
+from ..lowrank import SVD, LowRank
 from ..networks.layers import LinearNetwork
+
+# Exponents of `shrink`, from soft to nearly hard, and how many limits it tries with each.
+_EXPONENTS, _LIMITS = (1, 2, 4, 8), 60
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def simple_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, 
 
     That is the number of parameters of a matrix of rank ``r``. A direction then pays where
     ``f_r² > (D_out + q − 2r + 1) σ²/n``, a rule that needs what `expected_risk` needs: near its
-    limit the rank can have well above the least risk. Source: [thm-risk].
+    limit, which is below `edge`, the rank can have well above the least risk. Source: [thm-risk].
     """
     f = _values(spectrum, design)
     r = torch.arange(len(f) + 1, dtype=f.dtype)
@@ -93,7 +97,19 @@ def sure(observed: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks
     estimates is biased downwards. Source: [thm-risk].
     """
     noise = design.outputs * design.span * design.variance
-    return _missed(observed) - noise + 2 * _freedom(observed, design)
+    y = _values(observed, design)
+    return _missed(y) - noise + 2 * _freedom(y, design)
+
+
+def edge(design: Design) -> float:
+    """``f²`` from which a direction by itself pays, large ``D_out`` and ``q`` [prop-edge].
+
+    ``(D_out + q + (D_out² + 14 D_out q + q²)^{1/2}) σ²/2n``: below it noise has turned the singular
+    vectors so far that the direction is better left out. `simple_risk` says ``(D_out + q) σ²/n``.
+    """
+    sides = design.outputs, design.span
+    root = math.sqrt(sides[0] ** 2 + 14 * sides[0] * sides[1] + sides[1] ** 2)
+    return (sum(sides) + root) * design.variance / 2
 
 
 def oracle_bound(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
@@ -135,6 +151,102 @@ def paid_rank(
     Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
     inputs that are all 0, and for unknown noise with ``n = q``.
     """
+    found, _, design = _observe(frozen, inputs, outputs, noise)
+    risks = sure(found.S, design)
+    rounding = 8 * len(risks) * torch.finfo(risks.dtype).eps * found.S.square().sum()
+    finite = risks.nan_to_num(torch.inf, torch.inf)
+    rank = int((finite <= finite.min() + rounding).int().argmax())
+    return PaidRank(rank, risks, found.S, design)
+
+
+class Shrunk(NamedTuple):
+    """A shrunk update ``K`` of the frozen network's product, and its estimated risk.
+
+    ``kept`` is what is left of each observed singular value, 0 beyond the update's rank.
+    """
+
+    update: LowRank
+    risk: float
+    kept: Float[Tensor, " k"]
+    design: Design
+
+
+def shrink(
+    frozen: LinearNetwork,
+    inputs: Float[Tensor, "in samples"],
+    outputs: Float[Tensor, "out samples"],
+    *,
+    noise: float | None = None,
+) -> Shrunk:
+    """The update of least estimated risk whose directions are shrunk, weak ones more [thm-shrink].
+
+    Least squares sees singular values ``y_d``; each becomes ``y max(0, 1 − (λ/y)^g)``. Of ``λ ≥ 0``
+    and ``g`` in 1, 2, 4, 8 those with the least estimated risk are taken, see `shrunk_risk`.
+    Directions with ``y_d ≤ λ`` are left out, so that the update has a rank. Parameters and errors
+    are those of `paid_rank`.
+    """
+    found, whitened, design = _observe(frozen, inputs, outputs, noise)
+    kept, risk = shrink_values(found.S, design)
+    rank = int((kept > 0).sum())
+    left = found.U[:, :rank] * kept[:rank] * math.sqrt(design.samples)
+    return Shrunk(LowRank(left, whitened @ found.V[:, :rank]), float(risk), kept, design)
+
+
+def shrink_values(
+    observed: Float[Tensor, "*batch k"], design: Design
+) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch"]]:
+    """What `shrink` makes of observed singular values, and its estimated risk."""
+    y = _values(observed, design, batches=True)
+    # From all directions to none.
+    parts = torch.linspace(0, 1, _LIMITS, dtype=y.dtype)
+    limits = y[..., :1] * parts
+    tried = [(limits, exponent) for exponent in _EXPONENTS]
+    risks = torch.stack([shrunk_risk(y[..., None, :], design, *pair) for pair in tried], -2)
+    best, place = risks.flatten(-2).min(-1)
+    limit = limits.gather(-1, place[..., None] % _LIMITS)
+    exponents = torch.tensor(_EXPONENTS, dtype=y.dtype)[place // _LIMITS]
+    return _shrunk(y, limit, exponents[..., None])[0], best
+
+
+def shrunk_risk(
+    observed: Float[Tensor, "*#batch k"],
+    design: Design,
+    limit: Float[Tensor, " *#batch"],
+    exponent: float,
+) -> Float[Tensor, "*batch"]:
+    """An unbiased estimate of the risk of ``φ(y) = y max(0, 1 − (λ/y)^g)``, fixed λ and g.
+
+    ``Σ_d (φ(y_d) − y_d)² − D_out q σ²/n + 2 (σ²/n) div φ`` with ``div φ = Σ_d [φ'(y_d) +
+    |D_out − q| φ(y_d)/y_d] + 2 Σ_{i<j} (y_i φ(y_i) − y_j φ(y_j))/(y_i² − y_j²)``. Source:
+    [thm-shrink].
+    """
+    y = _values(observed, design, batches=True)
+    phi, slope = _shrunk(y, limit[..., None], exponent)
+    ratio = torch.where(y > 0, phi / y, slope)
+    i, j = torch.triu_indices(y.shape[-1], y.shape[-1], 1)
+    gap = y[..., i].square() - y[..., j].square()
+    # Where two values agree, the derivative takes the quotient's place.
+    level = (ratio + slope)[..., i] / 2
+    close = gap <= 1e-9 * y[..., i].square()
+    quotient = ((y * phi)[..., i] - (y * phi)[..., j]) / torch.where(close, 1, gap)
+    shared = 2 * torch.where(close, level, quotient).sum(-1)
+    freedom = (slope + abs(design.outputs - design.span) * ratio).sum(-1) + shared
+    noise = design.outputs * design.span * design.variance
+    return (phi - y).square().sum(-1) - noise + 2 * design.variance * freedom
+
+
+def _shrunk(y: Tensor, limit: Tensor, exponent: Tensor | float) -> tuple[Tensor, Tensor]:
+    """``φ(y)`` and ``φ'(y)``; both 0 up to the limit."""
+    part = (limit / torch.where(y > 0, y, 1)) ** exponent
+    above = y > limit
+    slope = 1 + (exponent - 1) * part
+    return torch.where(above, y * (1 - part), 0), torch.where(above, slope, 0)
+
+
+def _observe(
+    frozen: LinearNetwork, inputs: Tensor, outputs: Tensor, noise: float | None
+) -> tuple[SVD, Tensor, Design]:
+    """``(Y − P X) Π_X / n^{1/2}`` in the basis of the rows of ``X``, and ``X⁺`` in that basis."""
     _checks.kind(LinearNetwork, frozen=frozen)
     _checks.single(frozen=frozen)
     if min(frozen.widths) < min(frozen.widths[0], frozen.widths[-1]):
@@ -150,7 +262,7 @@ def paid_rank(
     if not span:
         raise InputError("inputs", allowed="not all 0", given="zeros")
     missing = y - frozen.product().double() @ x
-    rows = lowrank.svd(x).V[:, :span]
+    left, sizes, rows = (part[..., :span] for part in lowrank.svd(x))
     explained = missing @ rows
     if noise is None:
         if samples <= span:
@@ -159,12 +271,7 @@ def paid_rank(
         rest = (missing - explained @ rows.mT).square().sum()
         noise = math.sqrt(float(rest) / (len(y) * (samples - span)))
     design = Design(samples, len(y), span, noise)
-    observed = lowrank.spectrum(explained) / math.sqrt(samples)
-    risks = sure(observed, design)
-    rounding = 8 * len(risks) * torch.finfo(risks.dtype).eps * observed.square().sum()
-    finite = risks.nan_to_num(torch.inf, torch.inf)
-    rank = int((finite <= finite.min() + rounding).int().argmax())
-    return PaidRank(rank, risks, observed, design)
+    return lowrank.svd(explained / math.sqrt(samples)), left / sizes, design
 
 
 def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
@@ -193,10 +300,10 @@ def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> fl
     return float(brentq(excess, max(error, 1e-300), top, xtol=1e-12))
 
 
-def _values(spectrum: Tensor, design: Design) -> Tensor:
+def _values(spectrum: Tensor, design: Design, *, batches: bool = False) -> Tensor:
     values = _checks.real_tensor("spectrum", spectrum, min_dims=1).double()
     count = min(design.outputs, design.span)
-    if values.shape != (count,):
+    if values.shape[-1] != count or (values.ndim > 1 and not batches):
         allowed = f"{count} values, the smaller of outputs and span"
         raise InputError("spectrum", allowed=allowed, given=f"shape {tuple(values.shape)}")
     return values

@@ -1,14 +1,15 @@
 """Adapters in few bits on the digits, and what their number of bits says of new images.
 
 The frozen network is random or pretrained on other images. So the code for adapters is fixed before
-the images of the task are seen, and errors on these bound the share of errors on new ones.
+the images of the task are seen, and errors on these bound the share of errors on new ones. A prior
+may use some of them: then only the others count.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -17,7 +18,15 @@ from torch.nn.functional import cross_entropy
 
 from .. import randomness
 from .._records import Record, Results
-from ..adapters.coding import decode, encode, quantize
+from ..adapters.coding import (
+    core_sides,
+    decode,
+    decode_cores,
+    encode,
+    encode_cores,
+    quantize,
+    quantize_core,
+)
 from ..adapters.core import Adapters
 from ..bounds import samples
 from ..networks.layers import FNN
@@ -29,7 +38,7 @@ from ._training import one_problem, train_fully
 from .digits import CLASSES
 
 SIZES = {"training": 1000, "pretraining": 400, "test": 397}
-DEPTH, RATE = 2, 1e-2
+DEPTH, RATE, CORE_RATE = 2, 1e-2, 3e-2
 DELTA = 0.05
 
 
@@ -70,16 +79,30 @@ class Problem(Record):
 class Coded(Record):
     """Adapters of one rank and, if ``biases`` are tuned, their changes, in ``bits`` per number."""
 
+    kind: Literal["coded"] = "coded"
     ranks: int = Field(1, ge=0, le=digits.PIXELS)
     bits: int = Field(2, ge=1, le=12)
     biases: bool = True
+
+
+class Cores(Record):
+    """Cores of one rank between singular vectors of the frozen weights, as in LoRA-XS.
+
+    With a ``prior``, so many of the images first train the whole frozen network, and the code is
+    for the others; rank 0 then bounds the errors of the network so trained as a test would.
+    """
+
+    kind: Literal["cores"] = "cores"
+    ranks: int = Field(4, ge=0, le=digits.PIXELS)
+    bits: int = Field(1, ge=1, le=12)
+    prior: int = Field(0, ge=0, lt=SIZES["training"])
 
 
 class Setting(Record):
     """One run."""
 
     problem: Problem = Problem()
-    method: Coded = Coded()
+    method: Annotated[Coded | Cores, Field(discriminator="kind")] = Coded()
 
 
 class Found(Results):
@@ -101,16 +124,72 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     frozen, split = problem.frozen(), problem.split()
     found = []
     for method in (setting.method for setting in settings):
-        code = encode(_fit(problem, method, frozen, split.training), method.bits)
+        base, labelled = frozen, split.training
         # What counts is what can be read from the code.
-        network = decode(code.data, frozen).merge(frozen)
-        known, new = (
-            1 - digits.accuracy(network, (x.double(), y)) for x, y in (split.training, split.test)
+        if isinstance(method, Coded):
+            code = encode(_fit(problem, method, frozen, labelled), method.bits)
+            adapters = decode(code.data, frozen)
+        else:
+            if method.prior:
+                known, labelled = _divide(labelled, method.prior)
+                base = _train_prior(frozen, known, problem.seed)
+            code = encode_cores(_fit_cores(problem, method, base, labelled), method.bits)
+            adapters = decode_cores(code.data, base)
+        network = adapters.merge(base)
+        known_error, new = (
+            1 - digits.accuracy(network, (x.double(), y)) for x, y in (labelled, split.test)
         )
-        given = (known, code.length, SIZES["training"], DELTA)
+        given = (known_error, code.length, len(labelled[1]), DELTA)
         bounds = {"occam": samples.occam_bound(*given), "kl": samples.kl_bound(*given)}
-        found.append(Found(length=code.length, training_error=known, test_error=new, **bounds))
+        result = {"length": code.length, "training_error": known_error, "test_error": new}
+        found.append(Found(**result, **bounds))
     return found
+
+
+def _divide(labelled: Labelled, count: int) -> tuple[Labelled, Labelled]:
+    """The first images and the others."""
+    x, y = labelled
+    return (x[:, :count], y[:count]), (x[:, count:], y[count:])
+
+
+def _train_prior(frozen: FNN, labelled: Labelled, seed: int) -> FNN:
+    data = Fixed(labelled, labelled, samples=digits.BATCH, seed=seed, purpose=("prior",))
+    network: FNN = train_fully(frozen, data, digits.PRETRAINING, classes=range(CLASSES), steps=300)
+    return network
+
+
+def _fit_cores(problem: Problem, method: Cores, frozen: FNN, labelled: Labelled) -> list[Tensor]:
+    """Cores by Adam on rounded numbers; of those met, those that read the images best."""
+    x, y = labelled[0].float(), labelled[1]
+    weights, biases = ([p.float() for p in part] for part in (frozen.weights, frozen.biases))
+    # The signs of singular vectors are those that the code is read with, in double precision.
+    pairs = [core_sides(weight, method.ranks) for weight in frozen.weights]
+    sides = [(left.float(), right.float()) for left, right in pairs]
+    generator = randomness.generator(problem.seed, "cores")
+    cores = [
+        (1e-2 * randomness.normal(generator, left.shape[1], left.shape[1])).float()
+        for left, _ in sides
+    ]
+    if not method.ranks:
+        return []
+    parts = [core.requires_grad_() for core in cores]
+    optimizer = torch.optim.Adam(parts, lr=CORE_RATE)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.steps)
+    best, kept = float("inf"), cores
+    for _ in range(problem.steps):
+        h = x
+        for weight, bias, (left, right), core in zip(weights, biases, sides, parts, strict=True):
+            # The rounded core, with the gradient of the core itself.
+            rounded = core + (quantize_core(core.detach(), method.bits) - core.detach())
+            h = torch.relu(weight @ h + left @ (rounded @ (right.mT @ h)) + bias[:, None])
+        wrong = float((h.detach().argmax(0) != y).double().mean())
+        if wrong < best:
+            best, kept = wrong, [core.detach().clone() for core in parts]
+        optimizer.zero_grad()
+        cross_entropy(h.mT, y).backward()
+        optimizer.step()
+        falling.step()
+    return kept
 
 
 def _fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Adapters:
