@@ -217,20 +217,18 @@ def shrunk_risk(
     """An unbiased estimate of the risk of ``φ(y) = y max(0, 1 − (λ/y)^g)``, fixed λ and g.
 
     ``Σ_d (φ(y_d) − y_d)² − D_out q σ²/n + 2 (σ²/n) div φ`` with ``div φ = Σ_d [φ'(y_d) +
-    |D_out − q| φ(y_d)/y_d] + 2 Σ_{i<j} (y_i φ(y_i) − y_j φ(y_j))/(y_i² − y_j²)``. Source:
-    [thm-shrink].
+    |D_out − q| φ(y_d)/y_d] + 2 Σ_{i≠j} y_i φ(y_i)/(y_i² − y_j²)``. Source: [thm-shrink].
     """
     y = _values(observed, design, batches=True)
     phi, slope = _shrunk(y, limit[..., None], exponent)
     ratio = torch.where(y > 0, phi / y, slope)
-    i, j = torch.triu_indices(y.shape[-1], y.shape[-1], 1)
-    gap = y[..., i].square() - y[..., j].square()
+    gap = y[..., :, None].square() - y[..., None, :].square()
     # Where two values agree, the derivative takes the quotient's place.
-    level = (ratio + slope)[..., i] / 2
-    close = gap <= 1e-9 * y[..., i].square()
-    quotient = ((y * phi)[..., i] - (y * phi)[..., j]) / torch.where(close, 1, gap)
-    shared = 2 * torch.where(close, level, quotient).sum(-1)
-    freedom = (slope + abs(design.outputs - design.span) * ratio).sum(-1) + shared
+    close = gap.abs() <= 1e-9 * y[..., None, :].square()
+    others = torch.where(close, 0, 1 / gap).sum(-1)
+    equal = close.sum(-1) - 1
+    shared = 2 * y * phi * others + equal * (ratio + slope) / 2
+    freedom = (slope + abs(design.outputs - design.span) * ratio + shared).sum(-1)
     noise = design.outputs * design.span * design.variance
     return (phi - y).square().sum(-1) - noise + 2 * design.variance * freedom
 
