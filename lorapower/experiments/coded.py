@@ -141,8 +141,9 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         )
         given = (known_error, code.length, len(labelled[1]), DELTA)
         bounds = {"occam": samples.occam_bound(*given), "kl": samples.kl_bound(*given)}
-        result = {"length": code.length, "training_error": known_error, "test_error": new}
-        found.append(Found(**result, **bounds))
+        found.append(
+            Found(length=code.length, training_error=known_error, test_error=new, **bounds)
+        )
     return found
 
 
