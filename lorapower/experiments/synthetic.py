@@ -225,7 +225,7 @@ class Newton(Record):
     """Levenberg–Marquardt on fixed inputs (`training.newton`), for regressions.
 
     From the linearized start inner ReLUs idle afterwards wherever `Fused` lets them, if that is no
-    worse on the inputs by which it chooses.
+    worse, but for rounding, on the inputs by which it chooses.
     """
 
     kind: Literal["newton"] = "newton"
@@ -442,7 +442,7 @@ class _Bench:
             idle = fnn.idle(self.frozen, adapters, region, partition)
             x, y = select
             error = float((idle.merge(self.frozen)(x) - y).square().mean())
-            if error <= least:
+            if error <= least + torch.finfo(y.dtype).eps * float(y.square().mean()):
                 adapters, least = idle, error
         losses = {"validation_loss": least, "training_error": float(found.training_loss.min())}
         return adapters, losses
