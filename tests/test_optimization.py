@@ -639,7 +639,7 @@ def test_centred_weights_start_from_the_same_function(depth: int, width: int, se
     frozen = relu(depth, width, seed, (2,))
     data = Fresh(relu(1, width, seed), (width,), seed=seed)
     for start in ("study", "linearized"):
-        plain = Tuning(1, start=start)  # type: ignore[arg-type]
+        plain = Tuning(1, start=start)
         ways = begin(frozen, [plain, replace(plain, centred=True)], data)
         for changes in ways.bias_updates:
             torch.testing.assert_close(changes[0], changes[1], rtol=1e-5, atol=1e-4)

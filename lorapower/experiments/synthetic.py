@@ -436,7 +436,7 @@ class _Bench:
         start = start.to(torch.float64)
         found = descent.newton(self.frozen, start, fit, select, method.iterations, loss=method.loss)
         adapters, least = found.adapters, float(found.validation_loss.min())
-        if method.start == "linearized":
+        if isinstance(self.frozen, FNN) and method.start == "linearized":
             partition = Partition.uniform(self.problem.depth, blocks)
             region = Ball.about(torch.cat([self.data.validation[0].double(), *inputs], -1), MARGIN)
             idle = fnn.idle(self.frozen, adapters, region, partition)

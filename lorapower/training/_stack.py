@@ -155,12 +155,12 @@ class Stack(Generic[N]):
             sums = self.network.weights[m] + update.matrix()
             weights.append(torch.where(adapted, sums, A[..., m, :outer, :inner]))
             updates.append(update)
-        if state.centred.any():
-            numbers = enumerate(zip(weights, shape(state.centre).unbind(-2), strict=True))
-            for l, (w, m) in numbers:
-                moved = (w.double() @ m[..., : w.shape[-1], None].double()).squeeze(-1)
-                b[..., l, : w.shape[-2]] -= moved.to(b)
         biases = [b[..., l, : old.shape[-1]] for l, old in enumerate(self.biases)]
+        if state.centred.any():
+            centres = shape(state.centre).double().unbind(-2)
+            for l, (W, centre) in enumerate(zip(weights, centres, strict=True)):
+                moved = W.double() @ centre[..., : W.shape[-1], None]
+                biases[l] = biases[l] - moved.squeeze(-1).to(b)
         changes = tuple(new - old for new, old in zip(biases, self.biases, strict=True))
         tuned = Tuned(ranks, shape(state.tuned)[..., : len(biases)])
         best = shape(state.best)
