@@ -225,7 +225,7 @@ class Newton(Record):
     """Levenberg–Marquardt on fixed inputs (`training.newton`), for regressions.
 
     From the linearized start inner ReLUs idle afterwards wherever `Fused` lets them, if that is no
-    worse, but for rounding, on the inputs by which it chooses.
+    worse, but for rounding, on inputs that were not fitted.
     """
 
     kind: Literal["newton"] = "newton"
@@ -434,18 +434,26 @@ class _Bench:
         inputs = [self.sample(purpose, count) for purpose, count in counts.items()]
         fit, select = ((x, self.target(x)) for x in inputs)
         start = start.to(torch.float64)
-        found = descent.newton(self.frozen, start, fit, select, method.iterations, loss=method.loss)
-        adapters, least = found.adapters, float(found.validation_loss.min())
-        if isinstance(self.frozen, FNN) and method.start == "linearized":
+        network: Any = self.frozen
+        lifts = method.start == "linearized"
+        # Where ReLUs bend on inputs to choose by, what fits best is not what is best there.
+        others = fit if lifts else select
+        found = descent.newton(network, start, fit, others, method.iterations, loss=method.loss)
+        candidates = [found.adapters]
+        if lifts:
             partition = Partition.uniform(self.problem.depth, blocks)
             region = Ball.about(torch.cat([self.data.validation[0].double(), *inputs], -1), MARGIN)
-            idle = fnn.idle(self.frozen, adapters, region, partition)
-            x, y = select
-            error = float((idle.merge(self.frozen)(x) - y).square().mean())
-            if error <= least + torch.finfo(y.dtype).eps * float(y.square().mean()):
-                adapters, least = idle, error
-        losses = {"validation_loss": least, "training_error": float(found.training_loss.min())}
-        return adapters, losses
+            candidates.insert(0, fnn.idle(network, found.adapters, region, partition))
+        x, y = select
+        errors = [float((a.merge(network)(x) - y).square().mean()) for a in candidates]
+        # Of equally good ones, but for rounding, the first.
+        rounding = torch.finfo(y.dtype).eps * float(y.square().mean())
+        best = next(i for i, error in enumerate(errors) if error <= min(errors) + rounding)
+        least = {
+            "validation_loss": errors[best],
+            "training_error": float(found.training_loss.min()),
+        }
+        return candidates[best], least
 
     def sample(self, purpose: str, count: int) -> Tensor:
         """So many inputs, drawn for nothing else."""
