@@ -23,7 +23,11 @@ from lorapower.book.chapter import read_quotes
 
 ROOT = Path(__file__).resolve().parent.parent
 # That extension touches every living object, at which torch's deprecated ones protest.
-_QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning:sphinx_external_toc.collectors"}
+_QUIET = {
+    "PYTHONWARNINGS": "ignore::FutureWarning:sphinx_external_toc.collectors",
+    # At whose import it names what it does without.
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 _SOURCES = (
     "_config.yml",
     "_toc.yml",
