@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import OptimizeResult, minimize
+from scipy.optimize import minimize
 from torch import Tensor
 from torch.func import grad
 
@@ -21,7 +21,14 @@ from lorapower.adapters import Adapters
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork
 from lorapower.training.dynamics import flow
-from lorapower.training.landscape import Line, critical_points, escape, find_critical
+from lorapower.training.landscape import (
+    Line,
+    critical_points,
+    differentiate,
+    escape,
+    find_critical,
+    settle,
+)
 
 Loss = Callable[[Tensor], Tensor]
 # Of L-BFGS: go on until nothing moves.
@@ -144,6 +151,10 @@ def test_a_column_that_one_factor_has_alone_is_used(turned: bool) -> None:
     line = escape(frozen, adapters, adapters.updates[0].matrix() - goal)
     assert float(line.change.norm()) == pytest.approx(5)
     first, second = along(frozen, adapters, line, lambda K: (goal - K).square().sum() / 2)
+    derivatives = differentiate(
+        frozen, adapters, line.directions, lambda K: (goal - K).square().sum() / 2
+    )
+    assert derivatives == pytest.approx((first, second), rel=1e-9, abs=1e-9)
     assert first == pytest.approx(0, abs=1e-12)
     assert second == pytest.approx(2 * line.fall + 25)
     assert second <= -2 * 3 * (1 - 1e-12)
@@ -267,36 +278,39 @@ def test_descents_that_stop_have_a_layer_that_is_nearly_singular() -> None:
     width, ranks = 4, (2, 2)
     frozen, goal, _ = split(width, ranks)
     draw = randomness.generator(1, "descents")
-    shapes = [(width, R) for R in ranks for _ in "AB"]
 
-    def layers(flat: Tensor) -> list[Tensor]:
-        sizes = [rows * columns for rows, columns in shapes]
-        A, B, F, G = (p.reshape(s) for p, s in zip(flat.split(sizes), shapes, strict=True))
+    def layers(A: Tensor, B: Tensor, F: Tensor, G: Tensor) -> list[Tensor]:
         return [frozen.weights[0] + A @ B.mT, frozen.weights[1] + F @ G.mT]
 
     ends = []
     for _ in range(200):
-        start = randomness.normal(draw, sum(rows * columns for rows, columns in shapes))
-        end = descend(lambda flat: (product(layers(flat)) - goal).square().sum() / 2, start)
-        worst = max(float(torch.linalg.cond(m)) for m in layers(torch.from_numpy(end.x)))
-        ends.append((end.fun, worst))
+        starts = randomness.normal(draw, 2 * len(ranks), width, ranks[0])
+        end = settle(
+            lambda *parts: (product(layers(*parts)) - goal).square().sum() / 2,
+            *starts,
+            iterations=3000,
+        )
+        worst = max(float(torch.linalg.cond(m)) for m in layers(*end.parts))
+        ends.append((end.loss, worst))
     losses, conditions = np.transpose(ends)
     stuck = losses > 1e-6
     assert 0 < stuck.sum() <= 20
     assert conditions[stuck].min() > 1e5 > np.median(conditions[~stuck])
 
 
-def descend(loss: Loss, start: Tensor, iterations: int = 3000) -> OptimizeResult:
-    """L-BFGS by scipy."""
+def test_a_descent_settles_where_nothing_moves() -> None:
+    goal, point = normal(2, 3), normal(3, seed=1)
 
-    def both(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
-        at = torch.from_numpy(flat.copy()).requires_grad_()
-        value = loss(at)
-        value.backward()
-        return value.item(), np.asarray(at.grad)
+    def loss(matrix: Tensor, vector: Tensor) -> Tensor:
+        return (matrix - goal).square().sum() + (vector - point).pow(4).sum() + 2
 
-    limits = OPTIONS | {"maxiter": iterations}
-    return minimize(both, start.numpy(), jac=True, method="L-BFGS-B", options=limits)
+    end = settle(loss, torch.zeros(2, 3).double(), torch.zeros(3).double())
+    torch.testing.assert_close(end.parts[0], goal)
+    assert end.loss == pytest.approx(2)
+    assert end.slope < 1e-9
+    cut = settle(loss, torch.zeros(2, 3).double(), torch.zeros(3).double(), iterations=1)
+    assert cut.loss > end.loss
+    assert cut.slope > end.slope
 
 
 # --- Below the width ------------------------------------------------------------------------------

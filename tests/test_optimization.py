@@ -662,13 +662,13 @@ def test_idle_relus_bend_nothing_in_the_region(blocks: list[int], width: int, se
     x = region.centre + 3 * torch.nn.functional.normalize(normal(width, 40), dim=0)
     linear = adapters.merge(frozen).linearize(partition.slices)
     for lifted in (adapters, replace(adapters, bias_updates=())):
-        lifted = idle(frozen, lifted, region, partition)
+        lifted = idle(frozen, region, partition, lifted)
         network = lifted.merge(frozen)
         assert lifted.updates == adapters.updates
         inner = network.preactivations(x)
         for layers in partition.slices:
             assert all((p >= 0).all() for p in inner[layers][:-1])
-    whole = idle(frozen, adapters, region, partition).merge(frozen)
+    whole = idle(frozen, region, partition, adapters).merge(frozen)
     torch.testing.assert_close(whole(x), linear(x))
 
 
@@ -679,7 +679,7 @@ def test_newton_is_right_everywhere_once_its_relus_idle_everywhere() -> None:
     fit, new = (x[:, :200], target(x[:, :200])), x[:, 200:]
     found = newton(frozen, start.to(torch.float64), fit, fit, 60, loss="one-sided")
     assert found.training_loss.min() < 1e-25
-    adapters = idle(frozen, found.adapters, Ball.about(x), Partition([2]))
+    adapters = idle(frozen, Ball.about(x), Partition([2]), found.adapters)
     assert (adapters.merge(frozen)(new) - target(new)).square().mean() < 1e-24
 
 
@@ -762,7 +762,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("start", lambda: Tuning(final=1, start="spectral")),
     ("centred", lambda: Tuning(1, biases=False, centred=True)),
     ("centred", lambda: begin(CHAIN, [Tuning(1, centred=True)], Fresh(CHAIN, (4,)))),
-    ("partition", lambda: idle(FROZEN, drawn(FROZEN, 1), Ball(1.0), Partition([3]))),
+    ("partition", lambda: idle(FROZEN, Ball(1.0), Partition([3]))),
     ("centred", lambda: Setting(problem=OTHERS, method=Recipe(centred=True))),
     ("final", lambda: Setting(method=Recipe(final=3))),
     ("blocks", lambda: Tuning(1, blocks=2)),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import add
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -207,20 +207,24 @@ def adapt(
     )
 
 
-def idle(network: FNN, adapters: Adapters, region: Region, partition: Partition) -> Adapters:
-    """The adapters with biases that keep inner ReLUs of the adapted network's blocks idle.
+def idle(
+    network: FNN, region: Region, partition: Partition, adapters: Adapters | None = None
+) -> Adapters:
+    """Biases that keep inner ReLUs of a network's blocks idle, or an adapted one's.
 
     Over the ``region`` block ``i`` computes ``z ↦ ReLU(P_i z + c_i)``, with ``P_i`` the product of
-    its adapted layers and ``c_i`` what their biases come to. Where inner ReLUs were idle before,
-    the function stays; the region can be larger than that. Raises `InputError` for what does not
-    fit. Source: [lem-linearization] for adapters of rank 0, block by block.
+    its layers and ``c_i`` what their biases come to. Where inner ReLUs were idle before, the
+    function stays; the region can be larger than that. ``adapters`` are returned with their biases
+    changed; without any, adapters of rank 0. Raises `InputError` for what does not fit. Source:
+    [prop-linearized].
     """
-    adapted = adapters.merge(network)
-    options: Any = {"max_digits_lost": math.inf, "throw": False}
+    adapted = network if adapters is None else adapters.merge(network)
     target = adapted.linearize(partition.slices)
-    lifted = adapt(adapted, target, 0, region, partition, **options).adapters.bias_updates
-    before = adapters.bias_updates or [0.0] * len(lifted)
-    return replace(adapters, bias_updates=tuple(map(add, before, lifted)))
+    lifted = adapt(adapted, target, 0, region, partition, throw=False).adapters
+    if adapters is None:
+        return lifted
+    before = adapters.bias_updates or [0.0] * len(lifted.bias_updates)
+    return replace(adapters, bias_updates=tuple(map(add, before, lifted.bias_updates)))
 
 
 class _Biases(NamedTuple):

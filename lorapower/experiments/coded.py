@@ -8,7 +8,7 @@ may use some of them: then only the others count.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -160,7 +160,7 @@ def _train_prior(frozen: FNN, labelled: Labelled, seed: int) -> FNN:
 
 
 def _fit_cores(problem: Problem, method: Cores, frozen: FNN, labelled: Labelled) -> list[Tensor]:
-    """Cores by Adam on rounded numbers; of those met, those that read the images best."""
+    """Cores by Adam on rounded numbers."""
     x, y = labelled[0].float(), labelled[1]
     weights, biases = ([p.float() for p in part] for part in (frozen.weights, frozen.biases))
     # The signs of singular vectors are those that the code is read with, in double precision.
@@ -173,51 +173,62 @@ def _fit_cores(problem: Problem, method: Cores, frozen: FNN, labelled: Labelled)
     ]
     if not method.ranks:
         return []
-    parts = [core.requires_grad_() for core in cores]
-    optimizer = torch.optim.Adam(parts, lr=CORE_RATE)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.steps)
-    best, kept = float("inf"), cores
-    for _ in range(problem.steps):
+
+    def votes(rounded: Sequence[Tensor]) -> Tensor:
         h = x
-        for weight, bias, (left, right), core in zip(weights, biases, sides, parts, strict=True):
-            # The rounded core, with the gradient of the core itself.
-            rounded = core + (quantize_core(core.detach(), method.bits) - core.detach())
-            h = torch.relu(weight @ h + left @ (rounded @ (right.mT @ h)) + bias[:, None])
-        wrong = float((h.detach().argmax(0) != y).double().mean())
-        if wrong < best:
-            best, kept = wrong, [core.detach().clone() for core in parts]
-        optimizer.zero_grad()
-        cross_entropy(h.mT, y).backward()
-        optimizer.step()
-        falling.step()
-    return kept
+        for weight, bias, (left, right), core in zip(weights, biases, sides, rounded, strict=True):
+            h = torch.relu(weight @ h + left @ (core @ (right.mT @ h)) + bias[:, None])
+        return h
+
+    return _descend(
+        cores, lambda core: quantize_core(core, method.bits), votes, y, problem.steps, CORE_RATE
+    )
 
 
 def _fit(problem: Problem, method: Coded, frozen: FNN, labelled: Labelled) -> Adapters:
-    """Adapters by Adam on rounded numbers, whose gradients it applies to the numbers themselves.
-
-    Of the adapters met, those are returned that read the images best when rounded.
-    """
+    """Adapters by Adam on rounded numbers."""
     x, y = labelled[0].to(frozen.dtype), labelled[1]
     ranks = tuple(min(method.ranks, *weight.shape) for weight in frozen.weights)
     data = Fixed(labelled, labelled)
     tunings = [Tuning(ranks, biases=method.biases)]
     start = begin(frozen, tunings, data, classes=range(CLASSES), seed=problem.seed)[0]
     free = Free.of(frozen, start)
-    parts = [part.requires_grad_() for part in free.start]
     if not free.count:
         return start
-    optimizer = torch.optim.Adam(parts, lr=RATE)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.steps)
-    best, kept = float("inf"), start
-    for _ in range(problem.steps):
-        rounded = [part + (_rounded(part.detach(), method.bits) - part.detach()) for part in parts]
-        votes = free.merge(rounded)(x)
-        wrong = float((votes.detach().argmax(0) != y).double().mean())
+    kept = _descend(
+        free.start,
+        lambda part: _rounded(part, method.bits),
+        lambda rounded: free.merge(rounded)(x),
+        y,
+        problem.steps,
+        RATE,
+    )
+    return free.adapters_of(kept)
+
+
+def _descend(
+    parts: Sequence[Tensor],
+    quantized: Callable[[Tensor], Tensor],
+    votes: Callable[[Sequence[Tensor]], Tensor],
+    y: Tensor,
+    steps: int,
+    rate: float,
+) -> list[Tensor]:
+    """Adam on the votes of rounded parts, with gradients as if nothing were rounded.
+
+    Of the parts met, those are returned that, rounded, read the images best.
+    """
+    parts = [part.requires_grad_() for part in parts]
+    optimizer = torch.optim.Adam(parts, lr=rate)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    best, kept = float("inf"), parts
+    for _ in range(steps):
+        out = votes([part + (quantized(part.detach()) - part.detach()) for part in parts])
+        wrong = float((out.detach().argmax(0) != y).double().mean())
         if wrong < best:
-            best, kept = wrong, free.adapters_of([part.clone() for part in parts])
+            best, kept = wrong, [part.detach().clone() for part in parts]
         optimizer.zero_grad()
-        cross_entropy(votes.mT, y).backward()
+        cross_entropy(out.mT, y).backward()
         optimizer.step()
         falling.step()
     return kept

@@ -443,7 +443,7 @@ class _Bench:
         if lifts:
             partition = Partition.uniform(self.problem.depth, blocks)
             region = Ball.about(torch.cat([self.data.validation[0].double(), *inputs], -1), MARGIN)
-            candidates.insert(0, fnn.idle(network, found.adapters, region, partition))
+            candidates.insert(0, fnn.idle(network, region, partition, found.adapters))
         x, y = select
         errors = [float((a.merge(network)(x) - y).square().mean()) for a in candidates]
         # Of equally good ones, but for rounding, the first.

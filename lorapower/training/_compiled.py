@@ -70,9 +70,8 @@ class State(NamedTuple, Generic[T]):
     # How many rows of factors count, −1 if a weight is tuned in full; tuned biases, ``[runs, P]``.
     ranks: T
     tuned: T
-    # Whether inputs are centred. Learning rate, whether it falls as half a cosine, decay, A's rate
-    # over the others', whether the training loss is one-sided.
-    centred: T
+    # Learning rate, whether it falls as half a cosine, decay, A's rate over the others', whether
+    # the training loss is one-sided.
     rate: T
     falling: T
     decay: T
@@ -590,7 +589,7 @@ def _weights(state: State[Any], run: int, W: Array, b: Array) -> None:
                 for k in range(W.shape[1]):
                     W[m, i, k] += a * row[k]
     _copy(state.b[run], b)
-    if state.centred[run]:
+    if state.centre[run].any():
         for l in range(W.shape[0]):
             for i in range(W.shape[1]):
                 for k in range(W.shape[1]):
@@ -727,7 +726,7 @@ def advance(
             if not np.isfinite(loss):
                 state.stopped[run] = True
                 break
-            if state.centred[run]:
+            if state.centre[run].any():
                 _centre(state, run, dW, db)
             _update(state, run, dW, db, step + 1, structure.steps)
             _weights(state, run, W, b)

@@ -76,7 +76,7 @@ def biases(
     state: State[Tensor], W: Float[Tensor, "runs M D D"], b: Float[Tensor, "runs P D"]
 ) -> Float[Tensor, "runs P D"]:
     """``b``, or ``b − W m`` where the inputs of weights are centred."""
-    if not state.centred.any():
+    if not state.centre.any():
         return b
     return b - (W @ state.centre[..., None]).squeeze(-1)
 

@@ -112,7 +112,6 @@ class Stack(Generic[N]):
             ranks=ranks,
             tuned=tuned,
             centre=np.zeros_like(b),
-            centred=np.repeat([t.centred for t in tunings], self.members),
             rate=per_run([t.learning_rate for t in tunings]),
             falling=np.repeat([t.schedule == "cosine" for t in tunings], self.members),
             decay=per_run([t.weight_decay for t in tunings]),
@@ -156,7 +155,7 @@ class Stack(Generic[N]):
             weights.append(torch.where(adapted, sums, A[..., m, :outer, :inner]))
             updates.append(update)
         biases = [b[..., l, : old.shape[-1]] for l, old in enumerate(self.biases)]
-        if state.centred.any():
+        if state.centre.any():
             centres = shape(state.centre).double().unbind(-2)
             for l, (W, centre) in enumerate(zip(weights, centres, strict=True)):
                 moved = W.double() @ centre[..., : W.shape[-1], None]
@@ -294,10 +293,7 @@ def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
     sources, shape = batches.sources.tolist(), network.batch_shape
     centres = of_source.centre[sources, :, 0].reshape(*shape, -1)
     ball = Ball(of_source.radius[sources].reshape(shape), centres)
-    # Rank 0: the construction gives only biases.
-    exact = network.to(torch.float64, "cpu")
-    target = exact.linearize(partition.slices)
-    return fnn.adapt(exact, target, 0, ball, partition, throw=False).adapters
+    return fnn.idle(network.to(torch.float64, "cpu"), ball, partition)
 
 
 def _part(state: State[Any], runs: slice, device: torch.device) -> State[Tensor]:

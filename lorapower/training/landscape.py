@@ -1,4 +1,4 @@
-"""Critical points of a loss of a product of adapted layers, and lines that lead down from them."""
+"""Critical points of a loss of a product of adapted layers, lines down from them, and descents."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from functools import reduce
 from itertools import accumulate, combinations
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
@@ -142,6 +145,24 @@ def escape(
     return Line(flipped, line.change.mT, line.fall)
 
 
+def differentiate(
+    network: Network,
+    adapters: Adapters,
+    directions: Sequence[LowRank],
+    loss: Callable[[Tensor], Tensor],
+) -> tuple[float, float]:
+    """First and second derivative of a loss of the adapted product along a line of `escape`."""
+    require_fit(network, adapters)
+    each = [*zip(network.weights, adapters.updates, directions, strict=True)]
+
+    def along(t: Tensor) -> Tensor:
+        layers = [W + (u.left + t * d.left) @ (u.right + t * d.right).mT for W, u, d in each]
+        return loss(reduce(lambda product, layer: layer @ product, layers))
+
+    here = torch.zeros_like(each[0][0][0, 0])
+    return float(grad(along)(here)), float(grad(grad(along))(here))
+
+
 class Roots(NamedTuple):
     """Critical points that a search found: a batch of adapters, and their losses.
 
@@ -201,6 +222,38 @@ def find_critical(
     pairs = zip(parts[::2], parts[1::2], strict=True)
     curvatures = torch.linalg.eigvalsh(second(at))[:, 0]
     return Roots(Adapters(tuple(LowRank(*pair) for pair in pairs)), vmap(value)(at), curvatures)
+
+
+class End(NamedTuple):
+    """Where a descent ended: its tensors, the loss, and the largest entry of the slope."""
+
+    parts: list[Tensor]
+    loss: float
+    slope: float
+
+
+@torch.enable_grad()
+def settle(loss: Callable[..., Tensor], *starts: Tensor, iterations: int = 20_000) -> End:
+    """L-BFGS from given tensors, until nothing moves or for so many iterations.
+
+    ``loss`` takes as many tensors, of double precision, and is differentiable with torch.
+    """
+    iterations = _checks.integer("iterations", iterations, 1)
+    sizes = [start.numel() for start in starts]
+
+    def shape(flat: Tensor) -> list[Tensor]:
+        return [p.reshape(s.shape) for p, s in zip(flat.split(sizes), starts, strict=True)]
+
+    def both(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        at = torch.from_numpy(flat.copy()).requires_grad_()
+        value = loss(*shape(at))
+        return value.item(), torch.autograd.grad(value, at)[0].numpy()
+
+    start = torch.cat([start.detach().flatten() for start in starts]).numpy()
+    limits: dict[str, float] = {"maxiter": iterations, "maxfun": 3 * iterations, "maxcor": 20}
+    limits |= {"ftol": 1e-30, "gtol": 1e-13}
+    end = minimize(both, start, jac=True, method="L-BFGS-B", options=limits)
+    return End(shape(torch.from_numpy(end.x)), float(end.fun), float(np.abs(end.jac).max()))
 
 
 def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
