@@ -89,8 +89,8 @@ style: $(ready)
 	$(bin)/mypy
 	$(bin)/lint-imports
 
-chapter: $(ready) ## run and open one: NAME=06-training ARGS='-p width 24'
-	@$(if $(NAME),,echo 'name a chapter: make chapter NAME=06' >&2; exit 2;) \
+chapter: $(ready) ## run and open one: NAME=07-training ARGS='-p width 24'
+	@$(if $(NAME),,echo 'name a chapter: make chapter NAME=07' >&2; exit 2;) \
 	$(bin)/python tools/run.py $(NAME) $(ARGS)
 
 lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)

@@ -1,13 +1,13 @@
 """The roles ``{eval}`` and ``{quoted}``, and the directive ``{printed}``: what chapters quote.
 
-In the chapter ``06-training``, ``{eval}`book.quoted["plain_4:.0f"]` `` is the number that it glued
+In the chapter ``07-training``, ``{eval}`book.quoted["plain_4:.0f"]` `` is the number that it glued
 as ``plain_4``, in the format behind the colon; what was glued as Markdown has no format. JupyterLab
-asks the kernel for it. On any other page it is ``{quoted}`06-training::plain_4:.0f` ``.
+asks the kernel for it. On any other page it is ``{quoted}`07-training::plain_4:.0f` ``.
 
 ``{printed}`` shows what a command printed, a text that a chapter glued: of its lines those with
 one of the parts below or, with the option ``:without:``, the others. The command stands before::
 
-    :::{printed} 12-planning::plan-output
+    :::{printed} 13-planning::plan-output
     :command: lorapower plan BASE TUNED --texts FILE --error 0.1
     parameters of the factors
     at most, at 95%

@@ -34,7 +34,7 @@ class All(book.Parameters):
     source: book.Source
     tasks: list[str]
     model: book.Model
-    results: book.results("06-training")  # type: ignore[valid-type]
+    results: book.results("07-training")  # type: ignore[valid-type]
 
 
 RIGHT: dict[str, Any] = {
@@ -91,10 +91,10 @@ def test_lists_of_names_come_in_any_form_and_keep_their_order(
     ("profile", "results", "kept", "folder"),
     [
         ("quick", "", "", None),
-        ("paper", "", "", Path("results", "06-training")),
-        ("quick", "~/runs", "", Path.home() / "runs" / "06-training"),
-        ("paper", "", "elsewhere", Path("elsewhere", "06-training")),
-        ("quick", "runs/mine", "elsewhere", Path("runs", "mine", "06-training")),
+        ("paper", "", "", Path("results", "07-training")),
+        ("quick", "~/runs", "", Path.home() / "runs" / "07-training"),
+        ("paper", "", "elsewhere", Path("elsewhere", "07-training")),
+        ("quick", "runs/mine", "elsewhere", Path("runs", "mine", "07-training")),
     ],
 )
 def test_results_are_kept_where_they_are_wanted(
@@ -145,7 +145,7 @@ def test_wrong_parameters_are_named(name: str, value: object) -> None:
 class Small(book.Parameters):
     width: book.Width
     ranks: book.Ranks
-    results: book.results("06-training")  # type: ignore[valid-type]
+    results: book.results("07-training")  # type: ignore[valid-type]
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -
     notebook["results"] = "runs"
     for _ in range(2):
         book.setup(Small)
-        assert notebook["results"] == Path("runs", "06-training")
+        assert notebook["results"] == Path("runs", "07-training")
     notebook["width"] = 2
     book.setup(Small)
     assert notebook["ranks"] == [0, 1, 2]
@@ -187,7 +187,7 @@ def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -
     notebook |= {"width": 3, "ranks": [], "results": "", "profile": "paper"}
     book.setup(Small)
     assert notebook["ranks"] == [0, 1, 2, 3]
-    assert notebook["results"] == Path("results", "06-training")
+    assert notebook["results"] == Path("results", "07-training")
 
 
 def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str, Any]) -> None:

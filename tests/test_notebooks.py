@@ -202,7 +202,7 @@ def test_a_chapter_refuses_every_bad_value_in_its_first_line(head: Head) -> None
         ({"model": "./nowhere"}, "model must be a folder that exists; got './nowhere'"),
     ],
 )
-@pytest.mark.parametrize("chapter", [ROOT / "chapters" / "11-text-encoders.ipynb"], indirect=True)
+@pytest.mark.parametrize("chapter", [ROOT / "chapters" / "12-text-encoders.ipynb"], indirect=True)
 def test_texts_and_models_are_looked_for_in_the_first_line(
     given: dict[str, str], message: str, head: Head
 ) -> None:

@@ -23,11 +23,11 @@ DESK, PHONE = 1280, 390
 # which are looked up in, and begin with tables of their names. Indices are as long as they are.
 SCREENS, LOOKED_UP = 18.5, 25
 # Each of these is two chapters in one.
-LONG = {"06-training": 21.5, "08-optimization": 23.5}
+LONG = {"07-training": 21.5, "09-optimization": 23.5}
 # Of these each has parts that no other has; the rest are made of the same parts and colours, and a
 # phone has the same besides on every page. Signatures have colours too.
 SAMPLES = [
-    *("index", "chapters/answers", "search", "chapters/03-partitions", "chapters/12-planning"),
+    *("index", "chapters/answers", "search", "chapters/03-partitions", "chapters/13-planning"),
     *("chapters/scorecard", "chapters/statements", "api/networks"),
 ]
 SIGNATURES = {"exclude": [["dt.sig"]]}

@@ -10,10 +10,10 @@ import run
 
 
 @pytest.mark.parametrize(
-    "name", ["06", "6", "06-train", "06-training", "chapters/06-training.ipynb"]
+    "name", ["07", "7", "07-train", "07-training", "chapters/07-training.ipynb"]
 )
 def test_a_chapter_is_named_as_its_file_begins(name: str) -> None:
-    assert run.chapter(name).name == "06-training.ipynb"
+    assert run.chapter(name).name == "07-training.ipynb"
 
 
 @pytest.mark.parametrize("name", ["0", "99", "training"])
@@ -34,14 +34,14 @@ def test_values_are_numbers_or_texts(text: str, expected: int | str) -> None:
 
 
 @pytest.mark.programs
-@pytest.mark.sources("tools/*.py", "chapters/06-training.ipynb", "lorapower/book/*.py")
+@pytest.mark.sources("tools/*.py", "chapters/07-training.ipynb", "lorapower/book/*.py")
 def test_a_parameter_that_is_none_stops_the_run_in_the_first_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "RUNS", tmp_path)
-    assert run.main(["06", "-p", "ranks", "4,17", "--only-run"]) == 1
+    assert run.main(["07", "-p", "ranks", "4,17", "--only-run"]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
-    assert said == ["06-training stopped: InputError: ranks must be at most 16 (the width); got 17"]
-    cells = nbformat.read(tmp_path / "06-training.ipynb", as_version=4).cells
+    assert said == ["07-training stopped: InputError: ranks must be at most 16 (the width); got 17"]
+    cells = nbformat.read(tmp_path / "07-training.ipynb", as_version=4).cells
     ran = [cell.source for cell in cells if cell.get("execution_count")]
     assert len(ran) == 3, "what is declared, what is injected, and the first line"

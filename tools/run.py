@@ -1,6 +1,6 @@
 """Run one chapter with parameters of one's own, and open it in JupyterLab.
 
-usage: python tools/run.py 06 -p width 24 -p ranks 1,4
+usage: python tools/run.py 07 -p width 24 -p ranks 1,4
 
 The chapter is named as its file begins, or by its number. It runs in the present folder; the
 executed notebook is ``_build/run/NN-name.ipynb``.
@@ -42,7 +42,7 @@ def value(text: str) -> int | str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("chapter", type=chapter, help="such as 06, or 06-training")
+    parser.add_argument("chapter", type=chapter, help="such as 07, or 07-training")
     parser.add_argument(
         "-p",
         nargs=2,
