@@ -391,6 +391,7 @@ IDEAS = (
     figures.paid_ranks,
     figures.planning,
     figures.split_product,
+    figures.residual_stream,
     figures.transformer_segments,
 )
 

@@ -15,6 +15,7 @@ from .ideas import far_token as far_token
 from .ideas import moved_kink as moved_kink
 from .ideas import paid_ranks as paid_ranks
 from .ideas import planning as planning
+from .ideas import residual_stream as residual_stream
 from .ideas import split_product as split_product
 from .ideas import transformer_segments as transformer_segments
 from .widgets import Frames as Frames

@@ -131,6 +131,57 @@ def far_token() -> Figure:
     return figure
 
 
+def residual_stream() -> Figure:
+    """A block with residual connections: what reads the stream through norms and adds to it.
+
+    Linear pieces are coloured, one colour for each pair or weight that adapters change together.
+    """
+    figure, ax = plt.subplots(figsize=(6.4, 3.7))
+    kinds = looks(("query–key", "value–output", "inner", "outer"))
+    query_key, value_output, inner, outer = (look.color for look in kinds.values())
+    ax.annotate("", (10.6, 0), (0, 0), arrowprops=_ARROW | {"lw": 5, "color": "0.6"})
+    ax.text(0, -0.55, "tokens $Z$", ha="left", va="top")
+    ax.text(4.95, -0.55, "$U$", ha="center", va="top")
+    ax.text(10.5, -0.55, "$Y$", ha="right", va="top")
+    weights = [
+        (0.9, 2.5, "$W_Q,W_K$", query_key),
+        (2.5, 2.5, "$W_V$", value_output),
+        (4.1, 3.8, "$W_O$", value_output),
+        (6.3, 2.5, "$W_1$", inner),
+        (7.8, 2.5, "$W_3$", inner),
+        (9.4, 3.8, "$W_2$", outer),
+    ]
+    for x, y, text, color in weights:
+        dashed = {"ls": "--"} if "3" in text else {}
+        box = {"boxstyle": "round,pad=0.4", "fc": to_rgba(color, 0.25), "ec": color, "lw": 2}
+        ax.text(x, y, text, bbox=box | dashed, **_MIDDLE)
+    curved = [
+        (1.7, 1.2, "$N_1$"),
+        (7.05, 1.2, "$N_2$"),
+        (0.9, 3.8, "softmax"),
+        (6.3, 3.8, r"$\sigma$"),
+    ]
+    for x, y, text in curved:
+        box = {"boxstyle": "round4,pad=0.4", "fc": "white", "ec": "0.2"}
+        ax.text(x, y, text, bbox=box, **_MIDDLE)
+    for x in (2.5, 7.8):
+        ax.text(x, 3.8, r"$\times$", fontsize="x-large", **_MIDDLE)
+    paths = [((1.7, 0.1), (1.7, 0.8)), ((7.05, 0.1), (7.05, 0.8))]
+    for x, norm in ((0.9, 1.5), (2.5, 1.9), (6.3, 6.85), (7.8, 7.25)):
+        paths.append(((norm, 1.6), (x, 2.05)))
+        paths.append(((x, 2.95), (x, 3.4)))
+    paths += [((1.75, 3.8), (2.3, 3.8)), ((2.7, 3.8), (3.6, 3.8))]
+    paths += [((6.65, 3.8), (7.6, 3.8)), ((8.0, 3.8), (8.9, 3.8))]
+    paths += [((4.1, 3.35), (4.1, 0.1)), ((9.4, 3.35), (9.4, 0.1))]
+    for start, end in paths:
+        _lead(ax, start, end)
+    for x, text in ((2.5, "attention"), (7.85, "feed-forward layer")):
+        ax.text(x, 4.75, text, color="0.3", **_MIDDLE)
+    ax.set(xlim=(-0.3, 10.9), ylim=(-1.2, 5.1))
+    ax.axis("off")
+    return figure
+
+
 def transformer_segments() -> Figure:
     """A transformer's block and output, cut at non-linearities; thick frames have adapters."""
     figure, ax = plt.subplots(figsize=(6.4, 6.2))
