@@ -71,7 +71,14 @@ DOORS = [
     Door(
         Transformer.random,
         {"depth": 1, "width": 2, "heads": 1, "scale": 1.0, "head_size": 2},
-        {"heads": [0], "scale": [-1.0, np.nan], "head_size": [0]},
+        {"heads": [0], "scale": [-1.0, np.nan], "head_size": [0], "gated": [True]}
+        | {"rotary": [100.0]},
+    ),
+    Door(
+        Transformer.random,
+        {"depth": 1, "width": 2, "heads": 2, "head_size": 2, "residual": True, "gated": True}
+        | {"groups": 1, "rotary": 100.0},
+        {"heads": [0], "groups": [0, 3], "rotary": [0.0], "gated": ["a"]},
     ),
     Door(RELU["frozen"].__call__, {"x": X}, {"x": [None, X[:2], X[0]]}),
     Door(as_network, {"value": [X]}),

@@ -19,12 +19,18 @@ from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import fitted, transformer
 from lorapower.constructions._heads import adapt_narrow
 from lorapower.experiments import residual as trials
-from lorapower.networks import Gap, Transformer, from_decoder, to_decoder
+from lorapower.networks import (
+    DoublePrecision,
+    Gap,
+    Segments,
+    Transformer,
+    from_decoder,
+    to_decoder,
+)
 from lorapower.networks.rewriting import align, enlarge, relabel, with_gains
 from lorapower.networks.transformer import ACTIVATIONS, PARTS
 from lorapower.training import Fixed, Fresh, Tuning, descend, train
 
-NAMES = PARTS["all"]
 PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
 activations = st.sampled_from(sorted(ACTIVATIONS))
 norms = st.sampled_from(["layer", "rms"])
@@ -69,16 +75,32 @@ def by_hand(network: Transformer, z: Tensor) -> Tensor:
         u += p["b_O"][l][:, None] if "b_O" in p else 0
         for h in range(network.heads):
             queries = p["W_Q"][l, h] @ n + (p["b_Q"][l, h][:, None] if "b_Q" in p else 0)
+            group = h * len(p["W_K"][l]) // network.heads
+            keys = p["W_K"][l, group] @ n + (p["b_K"][l, group][:, None] if "b_K" in p else 0)
+            if network.rotary is not None:
+                queries, keys = (turned(part, network.rotary) for part in (queries, keys))
             for j in range(z.shape[1]):
-                seen = n[:, : j + 1] if network.causal else n
-                pattern = ((p["W_K"][l, h] @ seen).mT @ queries[:, j]).softmax(0)
-                u[:, j] += p["W_O"][l, h] @ p["W_V"][l, h] @ (seen @ pattern)
-        hidden = p["W_1"][l] @ norm(u, "2", l) + p["b_1"][l][:, None]
-        made = p["W_2"][l] @ ACTIVATIONS[network.activation](hidden) + p["b_2"][l][:, None]
+                seen = j + 1 if network.causal else z.shape[1]
+                pattern = (keys[:, :seen].mT @ queries[:, j]).softmax(0)
+                u[:, j] += p["W_O"][l, h] @ p["W_V"][l, group] @ (n[:, :seen] @ pattern)
+        reads = norm(u, "2", l)
+        active = ACTIVATIONS[network.activation](p["W_1"][l] @ reads + p["b_1"][l][:, None])
+        if "W_3" in p:
+            active = active * (p["W_3"][l] @ reads + p["b_3"][l][:, None])
+        made = p["W_2"][l] @ active + p["b_2"][l][:, None]
         z = u + made if network.residual else made
     if "W_out" in p:
         return p["W_out"] @ z
     return norm(z, "f", ...) if network.final_norm else z
+
+
+def turned(x: Tensor, base: float) -> Tensor:
+    """Pairs of coordinates as complex numbers, turned by their positions."""
+    half = len(x) // 2
+    steps = base ** (-torch.arange(half).double() / half)
+    angles = steps[:, None] * torch.arange(x.shape[1]).double()
+    z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([z.real, z.imag])
 
 
 @given(
@@ -89,6 +111,9 @@ def by_hand(network: Transformer, z: Tensor) -> Tensor:
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
+    st.integers(1, 2),
+    st.none() | st.floats(2, 1e4),
     seeds,
 )
 def test_it_computes_what_the_definition_says(
@@ -99,12 +124,18 @@ def test_it_computes_what_the_definition_says(
     residual: bool,
     causal: bool,
     final: bool,
+    gated: bool,
+    groups: int,
+    rotary: float | None,
     seed: int,
 ) -> None:
     options = {"activation": activation, "norm": norm, "residual": residual, "causal": causal}
     options["final_norm"] = final and norm is not None
+    if norm is not None or residual:
+        options |= {"gated": gated, "groups": groups, "rotary": rotary}
+    size = 3 if rotary is None else 4
     network = Transformer.random(
-        depth, width, 2, head_size=3, hidden=width + 2, seed=seed, **options
+        depth, width, 2, head_size=size, hidden=width + 2, seed=seed, **options
     )
     x = inputs(seed, width, 4)
     expected, trace = by_hand(network, x.clone()), network.trace(x)
@@ -121,85 +152,165 @@ def test_a_constant_token_has_no_direction() -> None:
     assert network(x).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt2 with a head", "opt"])
-def test_modules_of_transformers_compute_the_same(kind: str) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, OPTConfig, OPTModel
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPT2Model": {"n_inner": 24},
+    "GPT2LMHeadModel": {"activation_function": "relu"},
+    "OPTModel": {"ffn_dim": 24},
+    "OPTForCausalLM": {"ffn_dim": 24, "enable_bias": False},
+    "LlamaModel": {},
+    "LlamaForCausalLM": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    "MistralModel": {"head_dim": 6, "sliding_window": None},
+    "MistralForSequenceClassification": {"sliding_window": 12},
+    "Qwen2Model": {},
+    "Qwen2ForCausalLM": {"tie_word_embeddings": True},
+}
 
-    sizes: dict[str, Any] = {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 1}
-    if kind == "opt":
-        sizes |= {"hidden_size": 16, "num_hidden_layers": 2, "ffn_dim": 24, "pad_token_id": 1}
-        sizes |= {"num_attention_heads": 2, "max_position_embeddings": 12}
-        module: Any = OPTModel(OPTConfig(word_embed_proj_dim=16, **sizes)).eval()
-    else:
-        config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=12, **sizes)
-        module = (GPT2LMHeadModel if "head" in kind else GPT2Model)(config).eval()
-    draw = randomness.generator(0, kind)
+
+def decoder(name: str, heads: int = 2, groups: int = 2, seed: int = 0, **options: Any) -> Any:
+    """A small module of random numbers, in double precision, with positions for 12 tokens."""
+    import transformers
+
+    module_of = getattr(transformers, name)
+    sizes = {"hidden_size": 4 * heads, "num_hidden_layers": 2, "num_attention_heads": heads}
+    sizes |= {"max_position_embeddings": 12, "vocab_size": 30, "pad_token_id": 1}
+    if name.startswith("OPT"):
+        sizes |= {"word_embed_proj_dim": 4 * heads}
+    elif not name.startswith("GPT"):
+        sizes |= {"intermediate_size": 20, "num_key_value_heads": groups}
+    module = module_of(module_of.config_class(**sizes | FAMILIES.get(name, {}) | options))
+    draw = randomness.generator(seed, name)
     with torch.no_grad():
-        for parameter in module.parameters():
-            drawn = randomness.normal(draw, *parameter.shape)
-            parameter.copy_(0.3 * drawn)
-        ids = 3 + torch.arange(36).reshape(4, 9) * 7 % 27
-        base = module.base_model
-        if kind == "opt":
-            decoder = base.decoder
-            z = decoder.embed_tokens(ids) + decoder.embed_positions(torch.ones(4, 9), 0)
-        else:
-            z = base.wte(ids) + base.wpe(torch.arange(9))
+        for parameter in module.double().eval().parameters():
+            parameter.copy_(0.4 * randomness.normal(draw, *parameter.shape))
+    return module
 
-        def shown(module: Any) -> Tensor:
-            state: Tensor = module.base_model(ids).last_hidden_state
-            return state
 
-        network = from_decoder(module)
-        scale = float(shown(module).abs().max())
-        assert float((network(z.mT).mT - shown(module)).abs().max()) <= 1e-6 * scale
-        other = Transformer.random(
-            2,
-            16,
-            2,
-            head_size=8,
-            hidden=network.sizes["hidden"],
-            activation=network.activation,
-            final_norm=True,
-            causal=True,
-            dtype=torch.float32,
-            **PRENORM,
-        )
-        copied = to_decoder(other, module)
-        scale = float(shown(copied).abs().max())
-        assert float((other(z.mT).mT - shown(copied)).abs().max()) <= 1e-6 * scale
+def embedded(module: Any, ids: Tensor) -> Tensor:
+    """What enters the first block."""
+    base = getattr(module.base_model, "decoder", module.base_model)
+    if hasattr(base, "wte"):
+        z: Tensor = base.wte(ids) + base.wpe(torch.arange(ids.shape[1]))
+        return z.mT
+    positions = hasattr(base, "embed_positions")
+    z = base.embed_tokens(ids)
+    return (z + base.embed_positions(torch.ones_like(ids), 0) if positions else z).mT
+
+
+def shown(module: Any, ids: Tensor) -> Tensor:
+    """The last hidden state, as columns."""
+    state: Tensor = module.base_model(ids).last_hidden_state
+    return state.mT
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_modules_of_transformers_compute_the_same(name: str, heads: int, groups: int) -> None:
+    ids = 2 + torch.arange(36).reshape(4, 9) * 7 % 28
+    with DoublePrecision():
+        module, other = (decoder(name, heads, groups, seed) for seed in (0, 1))
+        network, target = from_decoder(module), from_decoder(other)
+        assert network.groups == (heads if name[0] in "GO" else groups)
+        for each, given in ((network, module), (target, to_decoder(target, module))):
+            x, y = embedded(given, ids), shown(given, ids)
+            assert float((each(x) - y).abs().max()) <= 1e-12 * float(y.abs().max())
+        inner = from_decoder(module, final_norm=False)
+    torch.testing.assert_close(inner.trace(x)[-1].outputs, network.trace(x)[-1].outputs)
+    again = from_decoder(to_decoder(network, module))
+    for a, b in zip(network.weights + network.biases, again.weights + again.biases, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    single = from_decoder(module.float(), dtype=torch.float64)
+    assert float((single(x) - network(x)).abs().max()) <= 1e-4 * float(y.abs().max())
+
+
+def test_vectors_that_a_module_lacks_must_be_zero() -> None:
+    module = decoder("LlamaModel", 4)
+    network = from_decoder(module)
+    for name in network.bias_kinds:
+        if name[0] != "g":
+            moved = replace(network, **{name: getattr(network, name) + 1})
+            with pytest.raises(InputError, match=f"network's {name} must be 0"):
+                to_decoder(moved, module)
+    values = decoder("Qwen2Model", 4)
+    reached = from_decoder(values)
+    with pytest.raises(InputError, match="network's b_O must be 0"):
+        to_decoder(replace(reached, b_O=reached.b_O + 1), values)
     with pytest.raises(InputError, match="module must be of sizes"):
-        to_decoder(Transformer.random(1, 16, 2, dtype=torch.float32, **PRENORM), module)
+        to_decoder(from_decoder(decoder("LlamaModel")), module)
+    with pytest.raises(InputError, match=r"'rms'.*like the network"):
+        to_decoder(replace(network, eps=1.0), module)
 
 
-def test_other_modules_are_refused() -> None:
-    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("BertModel", {}, "post-norm"),
+        ("GemmaModel", {}, "scale gains otherwise"),
+        ("PhiModel", {}, "turn a part of queries"),
+        ("MixtralModel", {}, "choose experts"),
+        ("GPT2Model", {"activation_function": "tanh"}, "with one of relu"),
+        ("GPT2Model", {"scale_attn_weights": False}, "scale_attn_weights = True"),
+        ("OPTModel", {"do_layer_norm_before": False}, "do_layer_norm_before = True"),
+        ("OPTModel", {"word_embed_proj_dim": 4}, "word_embed_proj_dim = 8"),
+        ("MistralModel", {"sliding_window": 11}, "sliding_window of None"),
+        (
+            "Qwen2Model",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+            "sliding_window of None",
+        ),
+        (
+            "LlamaModel",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type = default",
+        ),
+    ],
+)
+def test_modules_that_compute_otherwise_are_refused(
+    name: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        from_decoder(decoder(name, **options))
 
-    small: dict[str, Any] = {"num_attention_heads": 1, "num_hidden_layers": 1}
-    bert = BertModel(BertConfig(hidden_size=4, intermediate_size=4, vocab_size=9, **small))
-    with pytest.raises(InputError, match="post-norm"):
-        from_decoder(bert)
-    with pytest.raises(InputError, match="module must be GPT2Model or OPTModel"):
+
+def test_what_is_no_module_of_transformers_is_refused() -> None:
+    with pytest.raises(InputError, match="module must be GPT2Model, OPTModel"):
         from_decoder(torch.nn.Linear(2, 2))
-    config = GPT2Config(n_embd=4, n_layer=1, n_head=1, activation_function="tanh")
-    with pytest.raises(InputError, match="with one of relu"):
-        from_decoder(GPT2Model(config))
-    config = GPT2Config(n_embd=4, n_layer=1, n_head=1, scale_attn_weights=False)
-    with pytest.raises(InputError, match="scale_attn_weights = True"):
-        from_decoder(GPT2Model(config))
 
 
-@given(st.integers(1, 2), st.integers(4, 7), st.integers(5, 14), activations, norms, seeds)
+@given(
+    st.integers(1, 2),
+    st.integers(4, 7),
+    st.integers(5, 14),
+    activations,
+    norms,
+    st.booleans(),
+    st.none() | st.just(10.0),
+    seeds,
+)
 def test_written_otherwise_it_is_the_same_function(
-    depth: int, width: int, hidden: int, activation: Any, norm: Any, seed: int
+    depth: int,
+    width: int,
+    hidden: int,
+    activation: Any,
+    norm: Any,
+    gated: bool,
+    rotary: float | None,
+    seed: int,
 ) -> None:
     options = {"activation": activation, "norm": norm, "final_norm": True, "causal": True}
+    options |= {"gated": gated, "rotary": rotary, "head_size": 4, "groups": 1 + gated}
     frozen, target = pair(seed, depth, width, 2, hidden=hidden, **options)
     x = inputs(seed, 3, width, 4)
     wanted = target(x)
     others = [with_gains(target, frozen), relabel(target, frozen)]
     larger = Transformer.random(
-        depth + 1, width, 3, hidden=hidden + 3, seed=seed, purpose="large", **PRENORM | options
+        depth + 1,
+        width,
+        4,
+        hidden=hidden + 3,
+        seed=seed,
+        purpose="large",
+        **PRENORM | options | {"groups": 2 + 2 * gated},
     )
     others.append(enlarge(target, larger, range(2, depth + 2)))
     if activation == "relu" and hidden > width:
@@ -226,7 +337,7 @@ def test_a_permuted_target_needs_the_rank_of_its_change() -> None:
     frozen, _ = pair(0, 2, 6, 1, hidden=9, activation="gelu")
     draw = randomness.generator(0, "order")
     order = torch.randperm(9, generator=draw)
-    parts = {name: getattr(frozen, name).clone() for name in (*NAMES, *frozen.bias_kinds)}
+    parts = {name: getattr(frozen, name).clone() for name in frozen.kinds}
     left, right = (0.1 * randomness.normal(draw, 2, n, 1) for n in (9, 6))
     parts["W_1"] = (parts["W_1"] + left @ right.mT)[:, order]
     parts["b_1"], parts["W_2"] = parts["b_1"][:, order], parts["W_2"][:, :, order]
@@ -240,9 +351,10 @@ def test_a_permuted_target_needs_the_rank_of_its_change() -> None:
 def adapted(
     frozen: Transformer, target: Transformer, **less: int
 ) -> transformer.TransformerAdaptation:
-    needed = [int(part.max()) for part in bounds.transformer_ranks(frozen, target).values()]
-    each = (needed[0], needed[0], needed[1], needed[1], needed[2], needed[3])
-    ranks = dict(zip(NAMES, each, strict=True))
+    needed = bounds.transformer_ranks(frozen, target)
+    ranks = {
+        kind: int(part.max()) for name, part in needed.items() for kind in Segments.WEIGHTS[name]
+    }
     ranks |= {name: ranks[name] - by for name, by in less.items()}
     return transformer.adapt(frozen, target, ranks, throw=not less)
 
@@ -364,7 +476,8 @@ def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -
     frozen, target = pair(seed, 1, 6, 1, head_size=head_size)
     names = zip(target.weight_names, target.weights, strict=True)
     flat = target.with_parameters([0 * w if n[:3] == "W_Q" else w for n, w in names])
-    ranks = dict.fromkeys(NAMES, 6) | dict.fromkeys(NAMES[:4], min(rank, head_size))
+    ranks = dict.fromkeys(frozen.weight_kinds, 6)
+    ranks |= dict.fromkeys(PARTS["attention"], min(rank, head_size))
     found = transformer.adapt(frozen, flat, ranks, throw=False)
     exact = all(float(part.max()) < 1e-9 for part in found.errors.values())
     if exact and found.success:
@@ -379,7 +492,7 @@ def test_attention_that_cannot_reach_the_floor_is_refused() -> None:
     frozen, target = pair(0, 1, 6, 1)
     tokens = inputs(0, 6, 99)
     for name in ("W_V", "g_1"):
-        parts = {n: getattr(frozen, n) for n in (*NAMES, *frozen.bias_kinds)}
+        parts = frozen.parts
         parts[name] = torch.zeros_like(parts[name])
         flat = Transformer(**parts, **frozen.settings)
         with pytest.raises(InputError, match="of full rank"):
@@ -407,14 +520,14 @@ def test_a_silent_head_takes_the_rank_of_its_product() -> None:
     frozen, _ = pair(0, 1, 4, 1, head_size=9)
     draw = randomness.generator(0, "basis")
     Q = torch.linalg.qr(randomness.normal(draw, 9, 9))[0]
-    parts = {name: getattr(frozen, name) for name in (*NAMES, *frozen.bias_kinds)}
+    parts = frozen.parts
     # Both have rank 4, and a single unit in common.
     parts["W_O"], parts["W_V"] = Q[:, :4].mT[None, None], Q[:, 3:7][None, None]
     silent = Transformer(**parts | {"W_V": 0 * parts["W_V"]}, **frozen.settings)
     frozen = Transformer(**parts, **frozen.settings)
     assert bounds.transformer_ranks(frozen, silent).value_output.tolist() == [[1]]
     for ranks in ({"W_V": 1, "W_O": 0}, {"W_V": 0, "W_O": 1}):
-        each = dict.fromkeys(NAMES, 0) | ranks
+        each = dict.fromkeys(frozen.weight_kinds, 0) | ranks
         found = transformer.adapt(frozen, silent, each)
         assert relative(found.adapters.merge(frozen), silent, inputs(0, 9, 4, 5)) < 1e-20
 
@@ -483,7 +596,7 @@ def test_no_change_of_attention_is_below_the_floor() -> None:
     for seed in range(8):
         draw = randomness.generator(seed, "any attention")
         free = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_O", "b_2", "g_1", "s_1")
-        parts = {name: getattr(frozen, name) for name in (*NAMES, *frozen.bias_kinds)}
+        parts = frozen.parts
         start = transformer.attention_only(frozen, target, v).merge(frozen) if seed % 2 else frozen
         for name in free:
             own = getattr(start, name)
@@ -510,7 +623,7 @@ def test_fits_are_exact_at_the_threshold_and_never_worse_than_the_theorem() -> N
             found = fitted.adapt(frozen, target, rank, x, held_out, throw=False)
             choosing = held_out[:150]
             wanted = found.fits[0].fused.fused_target(choosing)
-            ranks = dict.fromkeys(NAMES, rank)
+            ranks = dict.fromkeys(frozen.weight_kinds, rank)
             plain = transformer.adapt(frozen, target, ranks, throw=False).adapters.merge(frozen)
             worst = float((plain(choosing) - wanted).square().mean())
             assert found.fits[0].error(choosing, wanted) <= worst * (1 + 1e-9)
@@ -529,9 +642,12 @@ def test_the_first_order_is_near_for_small_errors() -> None:
     assert float(bounds.first_order(near, target, x) / measured) == pytest.approx(1, rel=1e-2)
 
 
-def test_training_is_adam_on_what_may_move() -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"gated": True, "activation": "silu", "groups": 1, "rotary": 100.0}]
+)
+def test_training_is_adam_on_what_may_move(options: dict[str, Any]) -> None:
     """Against torch's own optimizer, step by step."""
-    frozen, target = pair(0, 1, 4, 1, hidden=6)
+    frozen, target = pair(0, 1, 4, 2, hidden=6, **options)
     frozen, target = frozen.to(torch.float32), target.to(torch.float32)
     x, held_out = (inputs(s, 8, 4, 3).float() for s in (0, 1))
     moving = tuple(name[:3] in ("b_1", "g_2") for name in frozen.bias_names)

@@ -238,7 +238,7 @@ def _far(network: Transformer, n: Tensor) -> Tensor:
     for l in range(network.depth):
         reads = network.g_2[..., l, :, None] * n + network.s_2[..., l, :, None]
         hidden = network.W_1[..., l, :, :] @ reads + network.b_1[..., l, :, None]
-        added = added + network.W_2[..., l, :, :] @ network.activate(hidden)
+        added = added + network.write(l, hidden, reads)
     return added
 
 

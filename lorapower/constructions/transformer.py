@@ -350,7 +350,7 @@ def attention_only(
             )
     slope, offset = best.slope, best.offset
     for network, sign in ((target, 1), (frozen, -1)):
-        M = (network.W_O @ network.W_V).sum(-3)
+        M = (network.W_O @ network.each_head(network.W_V)).sum(-3)
         slope = slope + sign * (M * network.g_1[:, None]).sum(0)
         moved = (M @ network.s_1[..., None])[..., 0] + network.b_O + network.b_2
         offset = offset + sign * moved.sum(0)

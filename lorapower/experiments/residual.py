@@ -25,8 +25,8 @@ Part = Literal["attention", "mlp", "all"]
 # Vectors by what is tuned: those of the theorem on attention, biases of hidden units too, or all.
 VECTORS = {
     "free": ("b_Q", "b_O", "b_2"),
-    "biases": ("b_Q", "b_O", "b_2", "b_1"),
-    "all": ("b_Q", "b_O", "b_2", "b_1", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
+    "biases": ("b_Q", "b_O", "b_2", "b_1", "b_3"),
+    "all": ("b_Q", "b_O", "b_2", "b_1", "b_3", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
 }
 FIT, SELECT, TEST, DIRECTIONS = 2000, 1000, 5000, 20000
 # How far out tokens are for what is said of the limit.
@@ -47,6 +47,7 @@ class Problem(Record):
     depth: int = Field(1, ge=1)
     activation: Activation = "relu"
     norm: Norm = "layer"
+    gated: bool = False
     tokens: int = Field(1, ge=1)
     size: float = Field(1.0, gt=0)
     steps: int = Field(2000, ge=1)
@@ -65,6 +66,7 @@ class Problem(Record):
                 residual=True,
                 activation=self.activation,
                 norm=self.norm,
+                gated=self.gated,
                 seed=self.seed,
                 purpose=purpose,
             )
@@ -87,8 +89,8 @@ class Problem(Record):
 class Trained(Record):
     """Adapters of one rank on a part of the blocks, by Adam at a falling rate, then L-BFGS.
 
-    Of the vectors ``"free"`` tunes ``b_Q, b_O, b_2``, ``"biases"`` ``b_1`` too, ``"all"`` also
-    gains and shifts. L-BFGS takes ``iterations`` on fixed inputs.
+    Of the vectors ``"free"`` tunes ``b_Q, b_O, b_2``, ``"biases"`` also ``b_1``, and ``b_3`` if
+    gated, ``"all"`` also gains and shifts. L-BFGS takes ``iterations`` on fixed inputs.
     """
 
     kind: Literal["trained"] = "trained"

@@ -1,6 +1,7 @@
 from . import rewriting as rewriting
 from ._segments import Segments as Segments
 from .base import Network as Network
+from .decoders import DoublePrecision as DoublePrecision
 from .decoders import from_decoder as from_decoder
 from .decoders import to_decoder as to_decoder
 from .gap import Gap as Gap

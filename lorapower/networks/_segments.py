@@ -102,6 +102,7 @@ class Segments(Mapping[str, T]):
 def cut(frozen: Transformer, target: Transformer, *, throw: bool) -> Segments[Gap]:
     """What `Transformer.segments` returns."""
     _require_alike(frozen, target)
+    require_separate(frozen)
     batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
     if throw:
         for name, conditions, limit in inverted(frozen, target):
@@ -146,6 +147,13 @@ def require_alike(
     _checks.like_frozen(target, frozen)
     shapes = [tuple(network.batch_shape) for network in (frozen, target)]
     _checks.common_shape("frozen and target", shapes)
+
+
+def require_separate(network: Transformer) -> None:
+    """Refuse what has other segments: gated layers, grouped heads and rotary positions."""
+    if network.gated or network.groups < network.heads or network.rotary is not None:
+        words = "without gated layers, grouped heads and rotary positions"
+        raise InputError("frozen", allowed=words, given=network)
 
 
 def inverted(
@@ -197,6 +205,7 @@ def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
 
 def fuse(network: Transformer, frozen: Transformer) -> Transformer:
     """What `Transformer.fuse` returns."""
+    require_separate(network)
     if network.is_plain and network.sizes["outputs"] > network.width:
         raise InputError(
             "frozen",
@@ -283,7 +292,8 @@ def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
 
 def _require_alike(frozen: Transformer, target: Transformer) -> None:
     """Refuse two networks whose segments do not correspond."""
-    require_alike(target, frozen, ("residual", "norm", "activation", "final_norm", "causal"))
+    settings = ("residual", "norm", "activation", "final_norm", "causal", "gated", "rotary")
+    require_alike(target, frozen, settings)
     narrow = target.width < frozen.width and not frozen.is_plain
     for side, size in frozen.sizes.items():
         if target.sizes[side] != size and not (narrow and side == "width"):

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ._segments import require_alike
 from .transformer import Transformer
 
-_SETTINGS = ("residual", "norm", "activation")
+_SETTINGS = ("residual", "norm", "activation", "gated", "rotary")
 
 # Below this an activation is 0 in double precision.
 _SILENT = {"relu": 0.0, "gelu": 40.0, "gelu_tanh": 40.0, "silu": 760.0}
@@ -31,7 +31,7 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
     require_alike(target, like, _SETTINGS, ("blocks", "width"))
     _require_norms(target)
     parts = target.parts
-    for name, kinds in {"1": ("W_Q", "W_K", "W_V"), "2": ("W_1",)}.items():
+    for name, kinds in {"1": ("W_Q", "W_K", "W_V"), "2": ("W_1", "W_3")}.items():
         gain, given = getattr(like, f"g_{name}"), getattr(target, f"g_{name}")
         if not gain.all():
             raise InputError(
@@ -42,21 +42,21 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
             )
         factor = given / gain
         shift = getattr(target, f"s_{name}") - factor * getattr(like, f"s_{name}")
-        for kind in kinds:
+        for kind in {*kinds} & {*target.kinds}:
             weight = getattr(target, kind)
             # A block has several heads.
             scale, moved = (
-                part[..., None, :] if kind == "W_1" else part[..., None, None, :]
+                part[..., None, :] if name == "2" else part[..., None, None, :]
                 for part in (factor, shift)
             )
             constant = (weight * moved).sum(-1)
-            if kind == "W_Q":
-                parts["b_Q"] = parts["b_Q"] + constant
+            bias = kind.replace("W", "b")
             if kind == "W_V":
-                added = (target.W_O @ constant[..., None])[..., 0].sum(-2)
+                values = target.each_head(constant[..., None])
+                added = (target.W_O @ values)[..., 0].sum(-2)
                 parts["b_O"] = parts["b_O"] + added
-            if kind == "W_1":
-                parts["b_1"] = parts["b_1"] + constant
+            elif bias in parts:
+                parts[bias] = parts[bias] + constant
             parts[kind] = weight * scale
         parts |= {f"g_{name}": gain, f"s_{name}": getattr(like, f"s_{name}")}
     return Transformer(**parts, **target.settings)
@@ -65,16 +65,17 @@ def with_gains(target: Transformer, like: Transformer) -> Transformer:
 def relabel(target: Transformer, frozen: Transformer) -> Transformer:
     """The target with its hidden units matched to the frozen ones.
 
-    In each block a linear assignment minimizes the sum of squared distances of ``(w_1, b_1, w_2)``:
-    a target with permuted units and a small change then differs by that change. The order is near,
-    not always of least rank. Raises `InputError` for batches and other sizes.
+    In each block a linear assignment minimizes the sum of squared distances of ``(w_1, b_1, w_2)``,
+    and of ``(w_3, b_3)`` if gated: a target with permuted units and a small change then differs by
+    that change. The order is near, not always of least rank. Raises `InputError` for batches and
+    other sizes.
     """
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
     _checks.single(target=target, frozen=frozen)
     parts = target.parts
     for l in range(target.depth):
         _, order = _match(_units(frozen, l), _units(target, l))
-        _reorder(parts, l, order, torch.ones_like(parts["b_1"][l]))
+        _reorder(target, parts, l, order, torch.ones_like(parts["b_1"][l]))
     return Transformer(**parts, **target.settings)
 
 
@@ -120,7 +121,7 @@ def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transfo
                 allowed="such that each reads something",
                 given=f"one in block {l + 1} that does not",
             )
-        _reorder(parts, l, order, scale)
+        _reorder(target, parts, l, order, scale)
     return Transformer(**parts, **target.settings)
 
 
@@ -150,6 +151,10 @@ def enlarge(
             )
     settings = (*_SETTINGS, "final_norm", "causal")
     require_alike(target, frozen, settings, ("query size", "value size"))
+    shared = [network.heads // network.groups for network in (target, frozen)]
+    if shared[0] != shared[1]:
+        allowed = f"with {shared[1]} heads a group, like the frozen network"
+        raise InputError("target", allowed=allowed, given=shared[0])
     places = range(1, target.depth + 1) if places is None else places
     chosen = [
         _checks.integer("places", place, 1, frozen.depth, limit="the frozen blocks")
@@ -164,7 +169,7 @@ def enlarge(
         size = sizes["width"] if "width" in sides else len(stack)
         parts[name] = stack.narrow(dim, 0, size).clone()
     parts |= {name: getattr(target, name) for name in ("g_f", "s_f") if target.final_norm}
-    for name in ("b_O", "b_1", "b_2", "g_1", "s_1", "g_2", "s_2"):
+    for name in {"b_O", "b_1", "b_3", "b_2", "g_1", "s_1", "g_2", "s_2"} & {*parts}:
         parts[name].zero_()
     for k, place in enumerate(chosen):
         l = place - 1
@@ -173,11 +178,12 @@ def enlarge(
             parts[name][l].zero_()
         for name in ("b_O", "b_2", "g_1", "s_1", "g_2", "s_2"):
             parts[name][l] = getattr(target, name)[k]
-        for name in ("W_Q", "W_K", "b_Q", "W_V", "W_O"):
-            parts[name][l, : target.heads] = getattr(target, name)[k]
+        for name in {"W_Q", "W_K", "b_Q", "b_K", "W_V", "W_O"} & {*parts}:
+            given = getattr(target, name)[k]
+            parts[name][l, : len(given)] = given
         kept, units = _match(_units(frozen, l, sizes["width"]), _units(target, k))
-        parts["W_1"][l, kept] = target.W_1[k, units]
-        parts["b_1"][l, kept] = target.b_1[k, units]
+        for name in _of_units(target):
+            parts[name][l, kept] = getattr(target, name)[k, units]
         parts["W_2"][l][:, kept] = target.W_2[k][:, units]
         idle[kept] = False
         rows, gain, shift = parts["W_1"][l, idle], parts["g_2"][l], parts["s_2"][l]
@@ -191,20 +197,29 @@ def enlarge(
     return Transformer(**parts, **target.settings)
 
 
-def _reorder(parts: dict[str, Any], l: int, order: Tensor, scale: Tensor) -> None:
+def _reorder(
+    network: Transformer, parts: dict[str, Any], l: int, order: Tensor, scale: Tensor
+) -> None:
     """Reorder a block's hidden units, then rescale them."""
-    for name in ("W_1", "b_1", "W_2"):
+    for name in _of_units(network):
         parts[name] = parts[name].clone()
-    parts["W_1"][l] = scale[:, None] * parts["W_1"][l][order]
-    parts["b_1"][l] = scale * parts["b_1"][l][order]
+        parts[name][l] = parts[name][l][order]
+    parts["W_1"][l] *= scale[:, None]
+    parts["b_1"][l] *= scale
+    parts["W_2"] = parts["W_2"].clone()
     parts["W_2"][l] = parts["W_2"][l][:, order] / scale
 
 
+def _of_units(network: Transformer) -> list[str]:
+    """The kinds of parameters with a row for each hidden unit."""
+    return [kind for kind in network.kinds if network.SHAPES[kind][:2] == ("blocks", "hidden")]
+
+
 def _units(network: Transformer, l: int, width: int | None = None) -> Float[Tensor, "units n"]:
-    """``w_1, b_1, w_2`` of every unit of a block, in rows."""
-    cut = slice(width)
-    parts = [network.W_1[l][:, cut], network.b_1[l][:, None], network.W_2[l].mT[:, cut]]
-    return torch.cat(parts, 1)
+    """What belongs to each unit of a block, in rows; of matrices the first columns."""
+    parts = [getattr(network, kind)[l] for kind in _of_units(network)]
+    parts = [part[:, None] if part.ndim == 1 else part[:, :width] for part in parts]
+    return torch.cat([*parts, network.W_2[l].mT[:, :width]], 1)
 
 
 def _match(frozen: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

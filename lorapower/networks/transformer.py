@@ -27,11 +27,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda p: functional.gelu(p, approximate="tanh"),
     "silu": functional.silu,
 }
+#: The options of a network.
+SETTINGS = ("residual", "norm", "activation", "final_norm", "causal", "gated", "rotary", "eps")
 #: Kinds of weights by the part of a block that they are of.
 PARTS: dict[str, tuple[str, ...]] = {
     "attention": ("W_Q", "W_K", "W_V", "W_O"),
-    "mlp": ("W_1", "W_2"),
-    "all": ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2"),
+    "mlp": ("W_1", "W_3", "W_2"),
+    "all": ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_3", "W_2"),
 }
 
 
@@ -60,17 +62,27 @@ class Transformer(Network):
 
     A *plain* transformer has no residual connections, norms, ``b_Q`` or ``b_O``; its output is
     ``W_out Y`` of the last block [def-transformer]. Others return ``Y``, or with ``final_norm`` a
-    norm of it. If ``causal``, a token attends only to itself and earlier ones. Raises `InputError`
-    for sizes that do not fit, other or mixed types, non-finite entries, and parameters that the
-    options exclude.
+    norm of it. If ``causal``, a token attends only to itself and earlier ones.
+
+    Transformers that are not plain have three more options, as decoders do [def-decoder]. *Gated*
+    layers are ``Y = W_2 (σ(W_1 N_2(U) + b_1) ⊙ (W_3 N_2(U) + b_3)) + b_2``. *Grouped* heads share
+    keys and values: ``W_K`` and ``W_V`` have one matrix for each group of neighbouring heads.
+    *Rotary* positions turn queries and keys, which then have biases ``b_K``, before they meet:
+    coordinates ``i`` and ``i + d/2`` of the token at position ``j``, from 0, by the angle
+    ``j · base^{−2i/d}``.
+
+    Raises `InputError` for sizes that do not fit, other or mixed types, non-finite entries, and
+    parameters that the options exclude or lack.
 
     Parameters
     ----------
     W_Q, W_K, W_V, W_O : Tensor
         ``[..., L, H, d, D]``, the last ``[..., L, H, D, d]``; ``d`` may be one size for queries and
-        keys and another for values.
+        keys and another for values. Keys and values may have fewer matrices, of groups of heads.
     W_1, W_2 : Tensor
         ``[..., L, F, D]``, ``[..., L, D, F]``.
+    W_3 : Tensor
+        ``[..., L, F, D]``, only if ``gated``.
     W_out : Tensor, optional
         Only if plain: ``[..., out, D]``, by default the identity.
     norm : {"layer", "rms"}, optional
@@ -79,24 +91,32 @@ class Transformer(Network):
         ``σ``; ``"gelu_tanh"`` approximates the GELU.
     eps : float
         ``ε``, at least 0.
+    gated : bool
+        Whether ``W_3 N_2(U) + b_3`` multiplies what the activation gives.
+    rotary : float, optional
+        The base of rotary positions, such as 10000; by default there are none.
     **vectors : Tensor
         ``b_1`` ``[..., L, F]``, ``b_2`` ``[..., L, D]``; unless plain, ``b_Q`` ``[..., L, H, d]``,
-        ``b_O`` ``[..., L, D]``; with norms, gains and shifts ``g_1, s_1, g_2, s_2``
-        ``[..., L, D]``; with a final norm, ``g_f, s_f`` ``[..., D]``. Gains are 1 by default,
-        others 0. Keys' biases cancel in the softmax; those of values are in ``b_O`` or ``b_1``.
+        ``b_O`` ``[..., L, D]``; if gated, ``b_3`` like ``b_1``; if rotary, ``b_K``, one for each
+        matrix of ``W_K``; with norms, gains and shifts ``g_1, s_1, g_2, s_2`` ``[..., L, D]``; with
+        a final norm, ``g_f, s_f`` ``[..., D]``. Gains are 1 by default, others 0. Without positions
+        keys' biases cancel in the softmax; those of values are in ``b_O`` or ``b_1``.
     """
 
     W_Q: Float[Tensor, "*batch blocks heads query width"]
-    W_K: Float[Tensor, "*batch blocks heads query width"]
-    W_V: Float[Tensor, "*batch blocks heads value width"]
+    W_K: Float[Tensor, "*batch blocks groups query width"]
+    W_V: Float[Tensor, "*batch blocks groups value width"]
     W_O: Float[Tensor, "*batch blocks heads width value"]
     W_1: Float[Tensor, "*batch blocks hidden width"]
     W_2: Float[Tensor, "*batch blocks width hidden"]
     # Parameters that the options exclude are None.
+    W_3: Float[Tensor, "*batch blocks hidden width"]
     W_out: Float[Tensor, "*batch out width"]
     b_Q: Float[Tensor, "*batch blocks heads query"]
+    b_K: Float[Tensor, "*batch blocks groups query"]
     b_O: Float[Tensor, "*batch blocks width"]
     b_1: Float[Tensor, "*batch blocks hidden"]
+    b_3: Float[Tensor, "*batch blocks hidden"]
     b_2: Float[Tensor, "*batch blocks width"]
     g_1: Float[Tensor, "*batch blocks width"]
     s_1: Float[Tensor, "*batch blocks width"]
@@ -109,20 +129,25 @@ class Transformer(Network):
     activation: Activation = "relu"
     final_norm: bool = False
     causal: bool = False
+    gated: bool = False
+    rotary: float | None = None
     eps: float = 1e-5
 
     #: The last dimensions of every kind of parameter; equal names are equal sizes.
     SHAPES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "W_Q": ("blocks", "heads", "query size", "width"),
-        "W_K": ("blocks", "heads", "query size", "width"),
-        "W_V": ("blocks", "heads", "value size", "width"),
+        "W_K": ("blocks", "groups", "query size", "width"),
+        "W_V": ("blocks", "groups", "value size", "width"),
         "W_O": ("blocks", "heads", "width", "value size"),
         "W_1": ("blocks", "hidden", "width"),
+        "W_3": ("blocks", "hidden", "width"),
         "W_2": ("blocks", "width", "hidden"),
         "W_out": ("outputs", "width"),
         "b_Q": ("blocks", "heads", "query size"),
+        "b_K": ("blocks", "groups", "query size"),
         "b_O": ("blocks", "width"),
         "b_1": ("blocks", "hidden"),
+        "b_3": ("blocks", "hidden"),
         "b_2": ("blocks", "width"),
         "g_1": ("blocks", "width"),
         "s_1": ("blocks", "width"),
@@ -147,11 +172,13 @@ class Transformer(Network):
         activation: Activation = "relu",
         final_norm: bool = False,
         causal: bool = False,
+        gated: bool = False,
+        rotary: float | None = None,
         eps: float = 1e-5,
         **others: Any,
     ) -> None:
         for name, value in _check_settings(
-            residual, norm, activation, final_norm, causal, eps
+            residual, norm, activation, final_norm, causal, gated, rotary, eps
         ).items():
             object.__setattr__(self, name, value)
         # `dataclasses.replace` passes on what the network does not have.
@@ -160,7 +187,10 @@ class Transformer(Network):
             _checks.choice("parameters", name, tuple(self.SHAPES))
             if name not in self.kinds:
                 raise InputError(name, allowed="left out with these options", given="one")
-        weights = dict(zip(PARTS["all"], (W_Q, W_K, W_V, W_O, W_1, W_2), strict=True))
+        if self.gated and "W_3" not in given:
+            raise InputError("W_3", allowed="given for gated layers", given="none")
+        names = (*PARTS["attention"], "W_1", "W_2")
+        weights = dict(zip(names, (W_Q, W_K, W_V, W_O, W_1, W_2), strict=True))
         tensors = {
             name: _checks.real_tensor(name, value, min_dims=len(self.SHAPES[name]), copy=True)
             for name, value in (weights | given).items()
@@ -201,6 +231,14 @@ class Transformer(Network):
                 given="both",
                 remedy="convert one",
             )
+        heads, groups = sizes["heads"], sizes["groups"]
+        if groups < 1 or heads % groups or (heads != groups and self.is_plain):
+            words = "as many as heads, which with residual connections or norms may be a multiple"
+            raise InputError("groups of W_K and W_V", allowed=words, given=groups)
+        if self.rotary is not None and sizes["query size"] % 2:
+            raise InputError(
+                "W_Q", allowed="with an even query size, turned in pairs", given=sizes["query size"]
+            )
         batch = _checks.common_shape(
             "weights and biases",
             [tensor.shape[: -len(self.SHAPES[name])] for name, tensor in tensors.items()],
@@ -226,6 +264,9 @@ class Transformer(Network):
         activation: Activation = "relu",
         final_norm: bool = False,
         causal: bool = False,
+        gated: bool = False,
+        groups: int | None = None,
+        rotary: float | None = None,
         eps: float = 1e-5,
         batch_shape: tuple[int, ...] = (),
         seed: int = 0,
@@ -238,9 +279,11 @@ class Transformer(Network):
         are uniform on ½ to 1½ and shifts on ±½. If plain, attention weights are normal of deviation
         ``scale``, 1 by default as in the paper; ``D^{-1/2}`` keeps scores moderate. ``head_size``
         is ``d``, by default the width; ``hidden`` is ``F``, by default the width if plain,
-        otherwise twice that.
+        otherwise twice that; ``groups`` share keys and values, by default each head has its own.
         """
-        settings = _check_settings(residual, norm, activation, final_norm, causal, eps)
+        settings = _check_settings(
+            residual, norm, activation, final_norm, causal, gated, rotary, eps
+        )
         plain = not residual and norm is None
         if scale is not None and not plain:
             raise InputError(
@@ -250,9 +293,11 @@ class Transformer(Network):
         width = _checks.integer("width", width, 1)
         size = width if head_size is None else _checks.integer("head_size", head_size, 1)
         hidden = width * (1 if plain else 2) if hidden is None else hidden
+        heads = _checks.integer("heads", heads, 1)
         sizes = {
             "blocks": _checks.integer("depth", depth, 1),
-            "heads": _checks.integer("heads", heads, 1),
+            "heads": heads,
+            "groups": heads if groups is None else _checks.integer("groups", groups, 1, heads),
             "query size": size,
             "value size": size,
             "width": width,
@@ -266,14 +311,14 @@ class Transformer(Network):
         def draw(name: str) -> Tensor:
             sides = cls.SHAPES[name]
             shape = (*batch_shape, *(sizes[side] for side in sides))
-            if plain and "heads" in sides:
+            if plain and name in PARTS["attention"]:
                 return (scale * randomness.normal(generator, *shape)).to(dtype)
             if name[0] in "gs":
                 drawn = randomness.uniform(generator, *shape) - 0.5
                 return (drawn + (name[0] == "g")).to(dtype)
-            reads = {"b_Q": "width", "b_O": "width", "b_1": "width", "b_2": "hidden"}
+            reads = {"b_2": "hidden"}.get(name, "width") if name[0] == "b" else sides[-1]
             drawn = 2 * randomness.uniform(generator, *shape) - 1
-            return (drawn / sizes[reads.get(name, sides[-1])] ** 0.5).to(dtype)
+            return (drawn / sizes[reads] ** 0.5).to(dtype)
 
         kinds = _kinds(**settings)
         if plain:
@@ -290,8 +335,7 @@ class Transformer(Network):
     @property
     def settings(self) -> dict[str, Any]:
         """The options by name, which networks with other numbers can share."""
-        names = ("residual", "norm", "activation", "final_norm", "causal", "eps")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SETTINGS}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -339,6 +383,16 @@ class Transformer(Network):
         return self.W_Q.shape[-3]
 
     @property
+    def groups(self) -> int:
+        """Number of groups of heads with keys and values of their own; ``H`` unless grouped."""
+        return self.W_K.shape[-3]
+
+    def each_head(self, stack: Tensor, dim: int = -3) -> Tensor:
+        """A stack of one member for each group, as one of a member for each head."""
+        times = self.heads // self.groups
+        return stack if times == 1 else stack.repeat_interleave(times, dim)
+
+    @property
     def width(self) -> int:
         """Size ``D`` of a token."""
         return self.W_Q.shape[-1]
@@ -364,13 +418,15 @@ class Transformer(Network):
         n = self.sizes
         words = [
             f"{n['blocks']} blocks",
-            f"{n['heads']} heads of {n['query size']} and {n['value size']}",
+            f"{n['heads']} heads of {n['query size']} and {n['value size']}"
+            + f", {n['groups']} of keys and values" * (n["groups"] < n["heads"]),
             f"{n['width']}→{n['hidden']}→{n['width']}",
         ]
         if self.is_plain:
             words.append(f"{n['outputs']} outputs")
         words += [self.activation] * (self.activation != "relu" or not self.is_plain)
         words += [f"{self.norm} norm"] * (self.norm is not None)
+        words += ["gated"] * self.gated + ["rotary"] * (self.rotary is not None)
         words += ["residual"] * (self.residual and self.norm is None)
         return ", ".join(words)
 
@@ -396,10 +452,12 @@ class Transformer(Network):
         return tuple(name for kind in self.bias_kinds for name in self._names(kind))
 
     def _names(self, kind: str) -> list[str]:
-        blocks, heads = range(1, self.depth + 1), range(1, self.heads + 1)
-        if "heads" in self.SHAPES[kind]:
-            return [f"{kind} of block {l}, head {h}" for l in blocks for h in heads]
-        return [f"{kind} of block {l}" for l in blocks] if "blocks" in self.SHAPES[kind] else [kind]
+        blocks, sides = range(1, self.depth + 1), self.SHAPES[kind]
+        if "heads" in sides or "groups" in sides:
+            count = self.heads if "heads" in sides else self.groups
+            word = "head" if count == self.heads else "group"
+            return [f"{kind} of block {l}, {word} {h + 1}" for l in blocks for h in range(count)]
+        return [f"{kind} of block {l}" for l in blocks] if "blocks" in sides else [kind]
 
     def one_by_one(self, kind: str, stack: Tensor) -> tuple[Tensor, ...]:
         """Split a stack of one kind of parameter by block and head."""
@@ -500,13 +558,27 @@ class Transformer(Network):
     def scores(
         self, l: int, reads: Float[Tensor, "*#batch width n"]
     ) -> Float[Tensor, "*batch heads n n"]:
-        """``N_1(Z)ᵀ W_Kᵀ (W_Q N_1(Z) + b_Q)`` of block ``l``, a row per key, a column per query."""
+        """``N_1(Z)ᵀ W_Kᵀ (W_Q N_1(Z) + b_Q)`` of block ``l``, a row per key, a column per query.
+
+        With rotary positions, keys get ``b_K``, and both are turned before they are multiplied.
+        """
         tokens = reads.unsqueeze(-3)
         Q, K = (w[..., l, :, :, :] for w in (self.W_Q, self.W_K))
-        queries = Q @ tokens
+        queries, keys = Q @ tokens, K @ tokens
         if not self.is_plain:
             queries = queries + self.b_Q[..., l, :, :, None]
-        return (K @ tokens).mT @ queries
+        if self.rotary is not None:
+            queries, keys = self.turn(queries), self.turn(keys + self.b_K[..., l, :, :, None])
+        return self.each_head(keys).mT @ queries
+
+    def turn(self, x: Float[Tensor, "*batch size n"]) -> Float[Tensor, "*batch size n"]:
+        """Queries or keys turned by their positions."""
+        assert self.rotary is not None
+        half, n = x.shape[-2] // 2, x.shape[-1]
+        speeds = self.rotary ** -(torch.arange(half, dtype=x.dtype, device=x.device) / half)
+        angles = speeds[:, None] * torch.arange(n, dtype=x.dtype, device=x.device)
+        (first, second), c, s = x.chunk(2, -2), angles.cos(), angles.sin()
+        return torch.cat([first * c - second * s, second * c + first * s], -2)
 
     def patterns(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
         """The softmax of each column of scores; if ``causal``, over earlier tokens and itself."""
@@ -523,7 +595,8 @@ class Transformer(Network):
     ) -> Float[Tensor, "*batch width n"]:
         """``U`` of block ``l`` for tokens and attention patterns."""
         V, O = (w[..., l, :, :, :] for w in (self.W_V, self.W_O))
-        attention = (O @ (V @ self.reads(z, "1", l).unsqueeze(-3) @ patterns)).sum(-3)
+        values = self.each_head(V @ self.reads(z, "1", l).unsqueeze(-3))
+        attention = (O @ (values @ patterns)).sum(-3)
         if self.is_plain:
             return attention
         u = z + attention if self.residual else attention
@@ -539,6 +612,18 @@ class Transformer(Network):
         """``σ(p)``."""
         return ACTIVATIONS[self.activation](p)
 
+    def write(
+        self,
+        l: int,
+        hidden: Float[Tensor, "*#batch hidden n"],
+        reads: Float[Tensor, "*#batch width n"],
+    ) -> Float[Tensor, "*batch width n"]:
+        """``Y`` without ``b_2``, from the activation's argument and, if gated, what is read."""
+        active = self.activate(hidden)
+        if self.gated:
+            active = active * (self.W_3[..., l, :, :] @ reads + self.b_3[..., l, :, None])
+        return self.W_2[..., l, :, :] @ active
+
     def feed_forward(
         self,
         l: int,
@@ -546,7 +631,7 @@ class Transformer(Network):
         hidden: Float[Tensor, "*#batch hidden n"],
     ) -> Float[Tensor, "*batch width n"]:
         """``Y`` of block ``l``, the tokens behind it."""
-        y = self.W_2[..., l, :, :] @ self.activate(hidden)
+        y = self.write(l, hidden, self.reads(u, "2", l))
         return (u + y if self.residual else y) + self.b_2[..., l, :, None]
 
     def end(self, z: Float[Tensor, "*#batch width n"]) -> Float[Tensor, "*batch out n"]:
@@ -631,30 +716,50 @@ def _check_settings(
     activation: Activation,
     final_norm: bool,
     causal: bool,
+    gated: bool,
+    rotary: float | None,
     eps: float,
 ) -> dict[str, Any]:
     """The options of a network, checked."""
+    residual = _checks.flag("residual", residual)
     if norm is not None:
         _checks.choice("norm", norm, get_args(Norm))
     _checks.choice("activation", activation, get_args(Activation))
     if _checks.flag("final_norm", final_norm) and norm is None:
         raise InputError("final_norm", allowed="False without a norm", given=True)
+    if rotary is not None:
+        rotary = _checks.positive("rotary", rotary)
+    for name, given in {"gated": _checks.flag("gated", gated), "rotary": rotary}.items():
+        if given and norm is None and not residual:
+            words = "left out without residual connections and norms"
+            raise InputError(name, allowed=words, given=given)
     return {
-        "residual": _checks.flag("residual", residual),
+        "residual": residual,
         "norm": norm,
         "activation": activation,
         "final_norm": bool(final_norm),
         "causal": _checks.flag("causal", causal),
+        "gated": bool(gated),
+        "rotary": rotary,
         "eps": _checks.finite("eps", eps, 0),
     }
 
 
-def _kinds(residual: bool, norm: Norm | None, final_norm: bool, **_: Any) -> tuple[str, ...]:
+def _kinds(
+    residual: bool,
+    norm: Norm | None,
+    final_norm: bool,
+    gated: bool,
+    rotary: float | None,
+    **_: Any,
+) -> tuple[str, ...]:
     """The kinds of parameters that the options allow."""
     plain = not residual and norm is None
     has = {
         "W_out": plain,
+        **dict.fromkeys(("W_3", "b_3"), gated),
         "b_Q": not plain,
+        "b_K": rotary is not None,
         "b_O": not plain,
         **dict.fromkeys(("g_1", "s_1", "g_2", "s_2"), norm is not None),
         **dict.fromkeys(("g_f", "s_f"), final_norm),
