@@ -71,8 +71,13 @@ DOORS = [
     Door(
         Transformer.random,
         {"depth": 1, "width": 2, "heads": 1, "scale": 1.0, "head_size": 2},
-        {"heads": [0], "scale": [-1.0, np.nan], "head_size": [0], "gated": [True]}
-        | {"rotary": [100.0]},
+        {
+            "heads": [0],
+            "scale": [-1.0, np.nan],
+            "head_size": [0],
+            "gated": [True],
+            "rotary": [100.0],
+        },
     ),
     Door(
         Transformer.random,

@@ -37,10 +37,10 @@ class TransformerAdaptation(Adaptation):
     ----------
     solutions : Segments
         A `linear.LinearAdaptation` for each segment with two adapted weights: of four layers,
-        ``[..., L, H]``; ``output`` of two, ``[...]``.
+        ``[..., L, H]``; ``output`` of two, ``[...]``. There may be none.
     errors : Segments
         Upper bounds of ``‖M̂ − M̄‖_2``: predicted errors, 0 where the rank suffices, plus measured
-        rounding, which is not measured for ``inner`` and ``outer``.
+        rounding, which is not measured for segments of one weight.
     shift_condition_numbers : Tensor
         If plain, of the systems for ``b̂_2``: the target's ``W_2`` of all blocks but the last, and
         ``Ŵ_out``; ``[..., L]``. Otherwise ``[..., 0]``.
@@ -61,10 +61,13 @@ class TransformerAdaptation(Adaptation):
 
         Errors of outputs, relative to the terms summed, seldom much exceed ``eps`` times this.
         """
+        shifts = self.shift_condition_numbers
+        if not self.solutions:
+            return shifts.new_ones(shifts.shape[:-1])
         largest = self.condition_numbers.largest()
-        if not self.shift_condition_numbers.shape[-1]:
+        if not shifts.shape[-1]:
             return largest
-        between, last = self.shift_condition_numbers.tensor_split([-1], dim=-1)
+        between, last = shifts.tensor_split([-1], dim=-1)
         return torch.maximum(largest, last[..., 0]) * between.prod(-1)
 
 
@@ -84,13 +87,16 @@ def adapt(
     Segments between non-linearities are deep linear networks (`Transformer.segments`). Two adapted
     neighbours come as near to the target's as their ranks allow by `linear.close`, or exactly in
     narrow heads: ``W_Q`` and ``W_K``, ``W_V`` and ``W_O``, and ``W_2`` and ``W_out`` at the end of
-    a plain transformer. Unless plain, ``ΔW_1 = LR_R(E) B⁺`` and ``ΔW_2 = Sᵀ LR_R(E)``.
+    a plain transformer. Weights with a segment of their own get ``ΔW_1 = LR_R(E) B⁺`` if they read
+    tokens and ``ΔW_2 = Sᵀ LR_R(E)`` if they write; with rotary positions or grouped heads those are
+    also ``W_Q`` and ``W_K``, and with grouped heads ``W_V`` and ``W_O`` [def-decoder].
 
     If plain, ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last, where
     ``Ŵ_out b̂_2 = W̄_out b̄_2``; ``b̂_1 = b̄_1 + Σ_h (M̄ − M̂) c`` with the value–output segments
     ``M`` and the ``c`` before the block. Otherwise gains and shifts become the target's,
-    ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_O = b̄_O + Σ_h (M̄ − M̂) s̄_1``, and ``b̂_Q`` makes
-    ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` the target's.
+    ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_3`` likewise, ``b̂_O = b̄_O + Σ_h (M̄ − M̂) s̄_1``,
+    and ``b̂_Q`` makes ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` the target's; with segments of their own
+    ``b̂_Q`` and ``b̂_K`` are made as ``b̂_1`` is. Vectors that the target lacks stay 0.
 
     Raises `SingularError` where a segment is not reached within ``rtol``, and `InputError` for
     ranks out of range, for transformers that do not fit, for a singular ``W_1`` or ``W_2`` if
@@ -148,9 +154,10 @@ def adapt(
     else:
         vectors, missed, size = _vectors(adapted, target, cut)
         conditions = finite.new_zeros(*finite.shape, 0, dtype=frozen.dtype)
-        solutions["query_key"] = _complete(
-            solutions["query_key"], cut.query_key, missed, size, rtol, throw
-        )
+        if "query_key" in cut:
+            solutions["query_key"] = _complete(
+                solutions["query_key"], cut.query_key, missed, size, rtol, throw
+            )
     changes = [
         new - old
         for kind in frozen.bias_kinds
@@ -160,7 +167,9 @@ def adapt(
             strict=True,
         )
     ]
-    success = _all(Segments({name: part.success for name, part in solutions.items()}))
+    success = finite & frozen.is_regular(target)
+    if solutions:
+        success &= _all(Segments({name: part.success for name, part in solutions.items()}))
 
     def error(name: str, gap: Gap) -> Tensor:
         if name in solutions:
@@ -169,7 +178,7 @@ def adapt(
 
     return TransformerAdaptation(
         Adapters(tuple(updates), tuple(changes)),
-        success & frozen.is_regular(target) & finite,
+        success,
         Segments(solutions),
         cut.map(error),
         conditions,
@@ -188,9 +197,9 @@ def _updates(
     if solution is None:
         (best,) = (gap.best(rank) for rank in ranks.values())
         before, after = gap.frozen.weights
-        if name == "inner":
-            return [LowRank(best.left, torch.linalg.pinv(before).mT @ best.right)]
-        return [LowRank(after.mT @ best.left, best.right)]
+        if name in ("sent", "outer"):
+            return [LowRank(after.mT @ best.left, best.right)]
+        return [LowRank(best.left, torch.linalg.pinv(before).mT @ best.right)]
     if gap.frozen.depth == 2:
         return [*solution.adapters.updates]
     _, first, second, _ = solution.adapters.updates
@@ -234,8 +243,11 @@ def _plain_vectors(
 
 def _require_heads(frozen: Transformer, target: Transformer) -> None:
     """Refuse heads that are neither narrower than a narrower target nor as wide as the tokens."""
+    shared = frozen.groups < frozen.heads
     for side in ("query size", "value size"):
         size = frozen.sizes[side]
+        if shared or (side == "query size" and frozen.rotary is not None):
+            continue
         if target.dimension < size < frozen.width and target.width < frozen.width:
             raise InputError(
                 f"frozen's {side}",
@@ -268,15 +280,30 @@ def _vectors(
         return (W @ s[..., None])[..., 0]
 
     of_heads = widened(s_1).unsqueeze(-2)
-    vectors["b_1"] = target.b_1 + applied(target.W_1, s_2) - applied(adapted.W_1, widened(s_2))
+
+    def completed(kind: str, s: Tensor, wider: Tensor) -> Tensor:
+        weight, other = (getattr(network, kind.replace("b", "W")) for network in (target, adapted))
+        return getattr(target, kind) + applied(weight, s) - applied(other, wider)
+
+    for kind in ("b_1", "b_3"):
+        if kind in target.kinds:
+            vectors[kind] = completed(kind, s_2, widened(s_2))
 
     def written(vector: Tensor) -> Tensor:
         return adapted.fill(vector[..., None])[..., 0]
 
     vectors["b_2"] = written(target.b_2)
-    target_values = written(applied(target.W_O, applied(target.W_V, s_1.unsqueeze(-2))))
-    values = applied(adapted.W_O, applied(adapted.W_V, of_heads))
-    vectors["b_O"] = written(target.b_O) + (target_values - values).sum(-2)
+    target_values, values = (
+        applied(network.W_O, network.each_head(applied(network.W_V, s), -2))
+        for network, s in ((target, s_1.unsqueeze(-2)), (adapted, of_heads))
+    )
+    vectors["b_O"] = written(target.b_O) + (written(target_values) - values).sum(-2)
+    if "query_key" not in cut:
+        for kind in ("b_Q", "b_K"):
+            if kind in target.kinds:
+                vectors[kind] = completed(kind, s_1.unsqueeze(-2), of_heads)
+        none = torch.zeros_like(values[..., 0])
+        return vectors, none, none
     # Queries: what all keys are multiplied by, whatever the token.
     keys = cut.query_key.frozen.weights[3] @ adapted.W_K.mT
     scores = applied(

@@ -44,7 +44,15 @@ class Segments(Mapping[str, T]):
     - ``query_key``: scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``;
     - ``value_output``: tokens receive ``S W_O W_V B``; ``[..., L, H]``;
     - ``inner``: the activation receives ``W_1 B``; ``[..., L]``;
+    - ``up``, if gated: what it gives is multiplied by ``W_3 B``; ``[..., L]``;
     - ``outer``: tokens receive ``S W_2``; ``[..., L]``.
+
+    Weights that several heads share, or that positions part, have a segment each:
+
+    - ``query``, ``key`` in place of ``query_key`` for rotary positions or grouped heads: ``W_Q B``
+      and ``W_K B``; ``[..., L, H]`` and ``[..., L, groups]``;
+    - ``value``, ``sent`` in place of ``value_output`` for grouped heads: ``W_V B`` and ``S W_O``;
+      ``[..., L, groups]`` and ``[..., L, H]``.
 
     Networks with equal segments and equal ``c`` or vectors are equal.
     """
@@ -53,16 +61,19 @@ class Segments(Mapping[str, T]):
     WEIGHTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "query_key": ("W_Q", "W_K"),
         "value_output": ("W_V", "W_O"),
+        "query": ("W_Q",),
+        "key": ("W_K",),
+        "value": ("W_V",),
+        "sent": ("W_O",),
         "inner": ("W_1",),
+        "up": ("W_3",),
         "outer": ("W_2",),
         "output": ("W_2", "W_out"),
     }
     #: How many dimensions, of blocks and heads, each kind of segment has.
     DIMENSIONS: ClassVar[Mapping[str, int]] = {
-        "query_key": 2,
-        "value_output": 2,
-        "inner": 1,
-        "outer": 1,
+        **dict.fromkeys(("query_key", "value_output", "query", "key", "value", "sent"), 2),
+        **dict.fromkeys(("inner", "up", "outer"), 1),
         "output": 0,
     }
 
@@ -102,7 +113,6 @@ class Segments(Mapping[str, T]):
 def cut(frozen: Transformer, target: Transformer, *, throw: bool) -> Segments[Gap]:
     """What `Transformer.segments` returns."""
     _require_alike(frozen, target)
-    require_separate(frozen)
     batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
     if throw:
         for name, conditions, limit in inverted(frozen, target):
@@ -147,13 +157,6 @@ def require_alike(
     _checks.like_frozen(target, frozen)
     shapes = [tuple(network.batch_shape) for network in (frozen, target)]
     _checks.common_shape("frozen and target", shapes)
-
-
-def require_separate(network: Transformer) -> None:
-    """Refuse what has other segments: gated layers, grouped heads and rotary positions."""
-    if network.gated or network.groups < network.heads or network.rotary is not None:
-        words = "without gated layers, grouped heads and rotary positions"
-        raise InputError("frozen", allowed=words, given=network)
 
 
 def inverted(
@@ -205,7 +208,13 @@ def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
 
 def fuse(network: Transformer, frozen: Transformer) -> Transformer:
     """What `Transformer.fuse` returns."""
-    require_separate(network)
+    if network.gated or network.groups < network.heads or network.rotary is not None:
+        raise InputError(
+            "frozen",
+            allowed="without gated layers, grouped heads and rotary positions",
+            given=network,
+            remedy="a fused network has no such parts; constructions.transformer.adapt takes them",
+        )
     if network.is_plain and network.sizes["outputs"] > network.width:
         raise InputError(
             "frozen",
@@ -277,13 +286,22 @@ def _of_tokens(
     network: Transformer, first: Tensor, second: Tensor, written: Tensor, batch: torch.Size
 ) -> dict[str, LinearNetwork]:
     of_blocks = (*batch, network.depth)
-    of_heads = (*of_blocks, network.heads)
-    return {
-        "query_key": _chain(of_heads, first, network.W_Q, network.W_K.mT, first.mT),
-        "value_output": _chain(of_heads, first, network.W_V, network.W_O, written),
-        "inner": _chain(of_blocks, second, network.W_1),
-        "outer": _chain(of_blocks, network.W_2, written),
-    }
+    of_heads, of_groups = (*of_blocks, network.heads), (*of_blocks, network.groups)
+    parts = {}
+    if network.rotary is not None or network.groups < network.heads:
+        parts["query"] = _chain(of_heads, first, network.W_Q)
+        parts["key"] = _chain(of_groups, first, network.W_K)
+    else:
+        parts["query_key"] = _chain(of_heads, first, network.W_Q, network.W_K.mT, first.mT)
+    if network.groups < network.heads:
+        parts["value"] = _chain(of_groups, first, network.W_V)
+        parts["sent"] = _chain(of_heads, network.W_O, written)
+    else:
+        parts["value_output"] = _chain(of_heads, first, network.W_V, network.W_O, written)
+    parts["inner"] = _chain(of_blocks, second, network.W_1)
+    if network.gated:
+        parts["up"] = _chain(of_blocks, second, network.W_3)
+    return parts | {"outer": _chain(of_blocks, network.W_2, written)}
 
 
 def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
