@@ -224,6 +224,26 @@ def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, colu
             assert searched(gap, inner, outer) > 1e-7
 
 
+def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
+    draw, eye = randomness.generator(0, "lower"), torch.eye(5).double()
+    (x, a, y, b), Y = randomness.normal(draw, 4, 5), randomness.normal(draw, 2, 5)
+    Y[0], zero = y, torch.zeros(5, 2).double()
+    X, A = torch.stack([x, 0 * x], 1), torch.stack([2 * x, a], 1)
+    # The frozen X reads one of two units, and Y fills the other with what the target does not use.
+    hidden = Gap([eye, Y, X, eye], [eye, torch.stack([y, b]), A, eye])
+    silent = Gap([eye, Y, zero, eye], [eye, torch.stack([y, b]), A, eye])
+    empty = Gap([eye, zero.mT, zero, eye], [eye, torch.stack([y, b]), A, eye])
+    for gap, ranks in ((hidden, [1, 1, 3]), (silent, [1, 2, 3]), (empty, [2, 2, 2])):
+        needed = pair_ranks(gap)
+        assert torch.stack(needed[:3]).tolist() == ranks
+        for inner, outer in product(range(3), repeat=2):
+            missed = float(adapt_narrow(gap, inner, outer).rounding_error)
+            if inner >= ranks[0] and outer >= ranks[1] and inner + outer >= ranks[2]:
+                assert missed < 1e-10
+            else:
+                assert min(missed, searched(gap, inner, outer)) > 1e-7
+
+
 def test_narrow_heads_of_two_ranks_are_adapted_in_one_batch() -> None:
     gaps = [of_rank(k, False, False) for k in (3, 1)]
     both = Gap(

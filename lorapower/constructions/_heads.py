@@ -1,13 +1,8 @@
-"""Two adapted factors of a segment; narrow heads are adapted exactly [prop-narrow-heads].
-
-With ``d`` units between the factors and a target of rank ``d``, ``X̂ Ŷ = X̄ Ȳ`` means
-``X̂ = X̄ G^{-1}``, ``Ŷ = G Ȳ``; ``G`` is chosen to make the ranks of ``X̂ − X`` and ``Ŷ − Y`` least
-(``_choose_gauge``). A target of lower rank leaves more choices (``_exchange``).
-"""
+"""Two adapted factors of a segment; narrow heads are adapted exactly [prop-narrow-heads]."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -20,7 +15,7 @@ from .. import _checks, lowrank, randomness
 from ..adapters.core import Adapters
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
-from ..networks._segments import Segments, pair_ranks
+from ..networks._segments import PairRanks, Segments, pair_ranks
 from ..networks.gap import Gap
 from ..networks.transformer import Transformer
 from . import linear
@@ -60,8 +55,8 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
     """Refuse ranks of two weights, by name, below those of `pair_ranks`."""
     if not is_narrow(gap):
         return
-    needed_inner, needed_outer, together, _ = (
-        max(each.flatten().tolist(), default=0) for each in pair_ranks(gap)
+    needed_inner, needed_outer, together = (
+        max(each.flatten().tolist(), default=0) for each in pair_ranks(gap)[:3]
     )
     inner, outer = ranks.values()
     if inner < needed_inner or outer < needed_outer or inner + outer < together:
@@ -127,27 +122,21 @@ def _judge(
 def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> LinearAdaptation:
     """Adapters of the middle two of four layers; rounding errors show where ranks are too low."""
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
-    size = Y.shape[-2]
-    kept = (max(0, size - inner_rank), max(0, size - outer_rank))
-    G = torch.eye(size, dtype=Y.dtype, device=Y.device).repeat(*gap.batch_shape, 1, 1)
-    full = pair_ranks(gap).target == size
-    exchanged = [
-        torch.zeros_like(m).expand(*gap.batch_shape, *m.shape[-2:]).clone() for m in (Y, X)
-    ]
-    members = [m.expand(*gap.batch_shape, *m.shape[-2:]) for m in (Y, X, Y_target, X_target)]
-    for place in product(*map(range, gap.batch_shape)):
-        sides = [m[place] for m in members]
-        if full[place]:
-            G[place] = _choose_gauge(sides, kept, seed)
-        else:
-            changes = _exchange(sides, (inner_rank, outer_rank), seed)
-            for stack, change in zip(exchanged, changes, strict=True):
-                stack[place] = change
-
+    batch, needed = gap.batch_shape, pair_ranks(gap)
+    of_Y, of_X = (torch.zeros_like(m).expand(*batch, *m.shape[-2:]).clone() for m in (Y, X))
+    conditions = Y.new_ones(batch)
+    M, scale = X_target @ Y_target, lowrank.norm(X_target) * lowrank.norm(Y_target)
+    members = [m.expand(*batch, *m.shape[-2:]) for m in (Y, X, M)]
+    scale = scale.expand(batch)
+    for place in product(*map(range, batch)):
+        of_Y[place], of_X[place], conditions[place] = _exchange(
+            [m[place] for m in members],
+            PairRanks(*(count[place] for count in needed)),
+            (inner_rank, outer_rank),
+            float(scale[place]),
+            seed,
+        )
     before, _, _, after = gap.frozen.weights
-    of_Y = torch.where(full[..., None, None], G @ Y_target - Y, exchanged[0])
-    of_X = lowrank.solve(G.mT, X_target.mT).mT - X
-    of_X = torch.where(full[..., None, None], of_X, exchanged[1])
     # The least changes: where the sides hide directions, these stay as they are.
     of_inner, of_outer = lowrank.solve(before.mT, of_Y.mT).mT, lowrank.solve(after, of_X)
     updates = (
@@ -159,106 +148,105 @@ def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -
     )
     adapters = Adapters(updates)
     missed = adapters.merge(gap.frozen).product() - gap.target.product()
-    one, of_G = torch.ones_like(missed[..., 0, 0]), lowrank.condition_number(G)
-    systems = [torch.maximum(lowrank.condition_number(side), of_G) for side in (before, after)]
+    one = torch.ones_like(missed[..., 0, 0])
+    systems = [torch.maximum(lowrank.condition_number(m), conditions) for m in (before, after)]
     return LinearAdaptation(
         adapters,
         spectral_error=0 * one,
         frobenius_error=0 * one,
         rounding_error=lowrank.norm(missed),
         condition_numbers=torch.stack([one, *systems, one], dim=-1),
-        plain=torch.full_like(one, kept == (0, 0), dtype=torch.bool),
+        plain=torch.zeros_like(one, dtype=torch.bool),
         success=torch.ones_like(one, dtype=torch.bool),
     )
 
 
 def _exchange(
-    sides: Sequence[Tensor], ranks: tuple[int, int], seed: int
-) -> tuple[Float[Tensor, "size into"], Float[Tensor, "out size"]]:
-    """Changes of ``Y`` and ``X`` that make their product a target of any rank [rem-lower-rank]."""
-    Y, X, Y_target, X_target = sides
-    M = X_target @ Y_target
-    E = M - X @ Y
-    scale = float(
-        lowrank.norm(X_target) * lowrank.norm(Y_target) + lowrank.norm(X) * lowrank.norm(Y)
-    )
-    outside = M - X @ (torch.linalg.pinv(X) @ M)
-    first = _range(Y @ _kernel(M, scale), float(lowrank.norm(Y)))
-    all_of_e = torch.linalg.pinv(X) @ E @ _kernel(outside, scale)
-    other = all_of_e - first @ (first.mT @ all_of_e)
-    e = torch.cat([first, _range(other, scale * float(lowrank.norm(torch.linalg.pinv(X))))], 1)
-    # No more than the difference leaves.
-    e = e[:, : ranks[0]]
+    sides: Sequence[Tensor],
+    needed: PairRanks,
+    ranks: tuple[int, int],
+    scale: float,
+    seed: int,
+) -> tuple[Float[Tensor, "size into"], Float[Tensor, "out size"], float]:
+    """Changes of ``Y`` and ``X`` that make their product ``M``, and a condition number.
+
+    ``Ŷ = Y + e fᵀ`` has the rows of ``M``, and ``M − X Ŷ`` no more rank than ``X`` may change by.
+    """
+    Y, X, M = sides
+    E, size = M - X @ Y, len(Y)
     generator = randomness.generator(seed, "completions of lower rank")
-    best, least = (torch.zeros_like(Y), torch.zeros_like(X)), torch.inf
-    trials = [X @ e]
-    for _ in range(8):
-        normal = randomness.normal(generator, len(X), e.shape[1], device=Y.device)
-        trials.append(normal.to(Y.dtype))
+
+    def normal(*shape: int) -> Tensor:
+        return randomness.normal(generator, *shape, device=Y.device).to(Y.dtype)
+
+    e = _choose_columns(sides, E, needed, ranks, normal)
+    # X sends the columns of `seen` to different directions, and hides the others.
+    seen, unseen = e, e[:, :0]
+    if needed.columns < size and e.shape[1]:
+        _, S, Vh = torch.linalg.svd(X @ e)
+        eps = torch.finfo(Y.dtype).eps
+        count = int((S > 16 * len(X) * eps * lowrank.norm(X)).sum())
+        seen, unseen = (e @ Vh.mT).tensor_split([count], dim=1)
+    base = torch.linalg.pinv((X @ seen).mT)
+    spread = (_frobenius(Y) or 1.0) / _frobenius(M) if needed.target else 0.0
     noise = 16 * len(X) * torch.finfo(Y.dtype).eps
-    for w in trials:
-        w = w @ torch.linalg.pinv((X @ e).mT @ w)
-        of_Y = e @ (w.mT @ E)
-        size = lowrank.norm(Y) + lowrank.norm(e @ w.mT) * lowrank.norm(E)
-        of_X = (E - X @ of_Y) @ torch.linalg.pinv(Y + of_Y, atol=noise * size, rtol=0)
+    best, least = (torch.zeros_like(Y), torch.zeros_like(X), torch.inf), torch.inf
+    for trial in range(9):
+        drawn = normal(*base.shape) / len(X) ** 0.5
+        w = base + (trial > 0) * spread * (drawn - X @ seen @ (base.mT @ drawn))
+        rows = spread * normal(unseen.shape[1], len(M)) @ M / len(M) ** 0.5
+        of_Y = seen @ (w.mT @ E) + unseen @ (rows - unseen.mT @ Y)
+        values = torch.linalg.svdvals(Y + of_Y)
+        limit = noise * (float(lowrank.norm(Y)) + float(lowrank.norm(seen @ w.mT)) * scale)
+        of_X = (E - X @ of_Y) @ torch.linalg.pinv(Y + of_Y, atol=limit, rtol=0)
         of_X = lowrank.truncated_svd(of_X, min(ranks[1], *X.shape)).matrix()
         left = float(lowrank.norm((X + of_X) @ (Y + of_Y) - M))
         if left < least:
-            best, least = (of_Y, of_X), left
+            kept = values[values > limit]
+            condition = float(kept[0] / kept[-1]) if len(kept) else 1.0
+            best, least = (of_Y, of_X, condition), left
     return best
 
 
-def _kernel(matrix: Tensor, scale: float) -> Tensor:
-    """Orthonormal columns that a matrix of this scale maps to 0."""
-    rank = int(lowrank.rank(matrix, scale=scale))
-    return torch.linalg.svd(matrix).Vh[rank:].mT
+def _choose_columns(
+    sides: Sequence[Tensor],
+    E: Tensor,
+    needed: PairRanks,
+    ranks: tuple[int, int],
+    normal: Callable[..., Tensor],
+) -> Float[Tensor, "size columns"]:
+    """Orthonormal columns that the change of ``Y`` has: ``e`` in the proof."""
+    Y, X, M = sides
+    inner, outer, _, target, difference, rank_Y, rank_X, hidden, hidden_outer = map(int, needed)
+    size, rows_of_M = len(Y), lowrank.svd(M).V[:, :target]
+    # Y ker M: columns that may change without loss of a row of M.
+    free = torch.linalg.svd(Y - (Y @ rows_of_M) @ rows_of_M.mT).U[:, : rank_Y + inner - target]
+    range_of_E = lowrank.svd(E).U[:, :difference]
+    # What X sends into the range of E: a change there lowers the rank of what is missing.
+    useful = torch.linalg.svd(X - range_of_E @ (range_of_E.mT @ X)).Vh
+    useful = useful[rank_X + outer - difference :].mT
+    lowering = max(0, difference - ranks[1])
+    both = min(free.shape[1] - hidden, ranks[0])
+    more = max(0, lowering - both)
+    # Useful columns outside the range of Y lose no row either.
+    keeping = max(0, inner - both - min(more, max(0, size - rank_Y - hidden_outer)))
+    again = min(keeping, hidden)
+    columns = torch.cat(
+        [
+            free @ normal(free.shape[1], both) if hidden else free[:, :both],
+            useful @ normal(useful.shape[1], more),
+            free @ normal(free.shape[1], again),
+            normal(size, keeping - again),
+        ],
+        dim=1,
+    )
+    return torch.linalg.qr(columns)[0][:, : ranks[0]]
 
 
-def _range(matrix: Tensor, scale: float) -> Tensor:
-    """An orthonormal basis of the range of a matrix of this scale."""
-    return lowrank.svd(matrix).U[:, : int(lowrank.rank(matrix, scale=scale))]
+def _frobenius(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix))
 
 
 def _none(weight: Tensor) -> LowRank:
     """The update of a layer without an adapter."""
     return LowRank(weight[..., :0], weight.mT[..., :0])
-
-
-def _choose_gauge(
-    sides: Sequence[Tensor], kept: tuple[int, int], seed: int
-) -> Float[Tensor, "size size"]:
-    """``G`` with which ``kept`` dimensions of ``Y`` and of ``X`` stay [prop-narrow-heads]."""
-    Y, X, Y_target, X_target = sides
-    size = len(Y)
-    outer, inner = _relations(X_target, X), _relations(Y_target.mT, Y.mT)
-    form = inner[:size].mT @ outer[:size] - inner[size:].mT @ outer[size:]
-    U, S, Vh = torch.linalg.svd(form)
-    # The last of V annihilate most; of U those that meet no part of V that was taken.
-    a_b = outer @ Vh.mT[:, len(Vh) - kept[1] :]
-    conflict = Y.new_zeros(len(U))
-    place = torch.arange(len(S), device=S.device)
-    conflict[: len(S)] = torch.where(place >= len(Vh) - kept[1], S, 0)
-    c_d = inner @ U[:, conflict.argsort()[: kept[0]]]
-    a, b, c, d = a_b[:size], a_b[size:], c_d[:size], c_d[size:]
-
-    d_inverse, a_inverse = torch.linalg.pinv(d), torch.linalg.pinv(a)
-    identity = torch.eye(size, dtype=Y.dtype, device=Y.device)
-    free_left, free_right = identity - d @ d_inverse, identity - a @ a_inverse
-    fixed = -free_left @ b @ a_inverse - d_inverse.mT @ c.mT
-    generator = randomness.generator(seed, "completions")
-    scale = torch.linalg.matrix_norm(fixed, ord=2).item() or 1.0
-    trials = [identity]
-    for _ in range(8 if any(kept) else 0):
-        normal = randomness.normal(generator, size, size, device=Y.device)
-        trials.append(torch.linalg.qr(normal)[0].to(Y.dtype))
-    found = torch.stack([fixed + scale * free_left @ trial @ free_right for trial in trials])
-    return found[lowrank.condition_number(found).argmin()]
-
-
-def _relations(left: Tensor, right: Tensor) -> Float[Tensor, "two_sizes k"]:
-    """Columns ``(a, b)`` that span the solutions of ``left a + right b = 0``."""
-    scales = [torch.linalg.matrix_norm(m, ord=2) for m in (left, right)]
-    sides = torch.cat([m / s for m, s in zip((left, right), scales, strict=True)], dim=-1)
-    solutions = torch.linalg.svd(sides)[2][int(lowrank.rank(sides)) :].mT
-    parts = zip(solutions.tensor_split(2), scales, strict=True)
-    return torch.cat([part / scale for part, scale in parts])

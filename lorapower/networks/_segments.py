@@ -172,38 +172,70 @@ def inverted(
 
 
 class PairRanks(NamedTuple):
-    """Ranks of the layer that acts first, of the other, their least sum, the target's product's."""
+    """What two adapted factors ``X Y`` need for a target ``M``, and the ranks behind it."""
 
+    #: Of the factor that acts first, of the other, and of both together.
     inner: Int[Tensor, "*batch"]
     outer: Int[Tensor, "*batch"]
     together: Int[Tensor, "*batch"]
+    #: ``rank M``, ``rank(M − X Y)``, ``rank Y`` and ``rank X``.
     target: Int[Tensor, "*batch"]
+    difference: Int[Tensor, "*batch"]
+    rows: Int[Tensor, "*batch"]
+    columns: Int[Tensor, "*batch"]
+    #: Dimensions of ``Y ker M`` in ``ker X``, and of ``Xᵀ ker Mᵀ`` in ``ker Yᵀ``.
+    hidden: Int[Tensor, "*batch"]
+    hidden_outer: Int[Tensor, "*batch"]
 
 
 def pair_ranks(gap: Gap) -> PairRanks:
-    """What the middle two of four layers need [prop-narrow-heads], [rem-lower-rank]."""
-    # rank[M; Y] − rank Y, rank[M, X] − rank X and rank(M − X Y), for a target M.
+    """What the middle two of four layers need [prop-narrow-heads]."""
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
     Q_Y, of_Y = torch.linalg.qr(Y_target.mT)
     Q_X, of_X = torch.linalg.qr(X_target)
-    core, size = of_X @ of_Y.mT, Y.shape[-2]
-    rank = lowrank.rank(core, scale=lowrank.norm(of_X) * lowrank.norm(of_Y))
+    core, size, none = of_X @ of_Y.mT, Y.shape[-2], torch.zeros_like(gap.rank)
+    scale = lowrank.norm(of_X) * lowrank.norm(of_Y)
+    rank = lowrank.rank(core, scale=scale)
+    of_frozen = lowrank.rank(Y), lowrank.rank(X)
     if size >= max(Y.shape[-1], X.shape[-2]):
-        none = torch.zeros_like(gap.rank)
-        return PairRanks(none, none, gap.rank, rank.expand_as(none))
+        wide = none, none, gap.rank, rank, gap.rank, *of_frozen, none, none
+        return PairRanks(*(r.expand_as(none) for r in wide))
     U, S, V = lowrank.svd(core)
-    counts = (torch.arange(S.shape[-1], device=S.device) < rank[..., None])[..., None, :]
-    full, rows, columns = rank == size, Q_Y @ (V * counts), Q_X @ (U * counts)
-    inner = torch.where(full, _rank_beside(Y_target.mT, Y.mT), _rank_beside(rows, Y.mT))
-    outer = torch.where(full, _rank_beside(X_target, X), _rank_beside(columns, X))
-    least = ((inner - lowrank.rank(Y)).clamp(min=0), (outer - lowrank.rank(X)).clamp(min=0))
-    return PairRanks(*least, gap.rank, rank.expand_as(gap.rank))
+    counts = torch.arange(S.shape[-1], device=S.device) < rank[..., None]
+    full, kept = rank == size, counts[..., None, :]
+    # Rounding of the product, as it turns its range.
+    off = (scale / torch.where(counts, S, torch.inf).amin(-1)).clamp(min=1)
+    Y, X = (_of_norm_one(side) for side in (Y, X))
+    product = X @ Y
+
+    def beside(exact: Tensor, turned: Tensor, frozen: Tensor) -> Tensor:
+        """The rank of the target's rows or columns beside the frozen ones."""
+        of_exact = _rank_beside(_of_norm_one(exact), frozen)
+        return torch.where(full, of_exact, _rank_beside(turned * kept, frozen, off))
+
+    sides = (Y_target.mT, Q_Y @ V, Y.mT, product.mT), (X_target, Q_X @ U, X, product)
+    least, hidden = [], []
+    for (exact, turned, own, both), of_own, of_other in zip(
+        sides, of_frozen, of_frozen[::-1], strict=True
+    ):
+        seen = beside(exact, turned, own)
+        least.append((seen - of_own).clamp(min=0))
+        lost = (seen - beside(exact, turned, both)).clamp(min=0)
+        hidden.append(torch.where(of_other == size, 0, lost))
+    extra = (hidden[0] + hidden[1] + rank - size).clamp(min=0)
+    ranks = (*least, gap.rank + extra, rank, gap.rank, *of_frozen, *hidden)
+    return PairRanks(*(r.expand_as(none) for r in ranks))
 
 
-def _rank_beside(left: Tensor, right: Tensor) -> Int[Tensor, "*batch"]:
+def _of_norm_one(matrix: Tensor) -> Tensor:
+    return (matrix / lowrank.norm(matrix)[..., None, None]).nan_to_num()
+
+
+def _rank_beside(left: Tensor, right: Tensor, off: Tensor | float = 1.0) -> Int[Tensor, "*batch"]:
+    """The rank of two matrices side by side, up to rounding that is larger by a factor."""
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    sides = [(m / lowrank.norm(m)[..., None, None]).nan_to_num() for m in (left, right)]
-    return lowrank.rank(torch.cat([m.expand(*batch, *m.shape[-2:]) for m in sides], dim=-1))
+    both = torch.cat([m.expand(*batch, *m.shape[-2:]) for m in (left, right)], dim=-1)
+    return lowrank.rank(both, scale=off * lowrank.norm(both))
 
 
 def fuse(network: Transformer, frozen: Transformer) -> Transformer:
