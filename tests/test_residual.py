@@ -586,6 +586,9 @@ def test_the_table_of_inner_ranks(
         kind = {"activation": activation, "norm": norm, "gains": gains}
         assert bounds.inner_rank(8, least, **kind) == ranks
         assert bounds.inner_rank(8, least - 1, **kind) < ranks
+    # "Up" of a gated layer is rescaled whatever the gate is.
+    up = bounds.inner_rank(8, 20, activation=activation, norm=norm, weight="W_3")
+    assert up == bounds.inner_rank(8, 20, norm=norm)
 
 
 @given(st.integers(4, 9), st.integers(0, 12), norms, seeds)
@@ -601,6 +604,21 @@ def test_alignment_attains_the_inner_rank(width: int, more: int, norm: Any, seed
     # Units that are rescaled far lose digits.
     size = float(best.W_1.abs().max() * best.W_2.abs().max())
     assert relative(found.adapters.merge(frozen), target, x) < 1e-20 * max(1, size**2)
+
+
+@given(st.integers(4, 9), norms, st.sampled_from(["relu", "silu"]), seeds)
+def test_alignment_of_gated_layers(width: int, norm: Any, activation: Any, seed: int) -> None:
+    kind: Any = {"norm": norm, "activation": activation}
+    frozen, target = pair(seed, 2, width, 1, hidden=3 * width, gated=True, **kind)
+    best = align(target, frozen, seed=seed)
+    ranks = bounds.transformer_ranks(frozen, best)
+    for weight, of_blocks in {"W_1": ranks.inner, "W_3": ranks.up}.items():
+        least = bounds.inner_rank(width, 3 * width, weight=weight, **kind)
+        assert of_blocks.tolist() == [least, least]
+    found = adapted(frozen, best).adapters.merge(frozen)
+    # Units that are rescaled far lose digits.
+    size = float(best.W_1.abs().max() * best.W_3.abs().max() * best.W_2.abs().max())
+    assert relative(found, target, inputs(seed, 5, width, 3)) < 1e-20 * max(1, size**2)
 
 
 @pytest.mark.parametrize(

@@ -129,15 +129,18 @@ def inner_rank(
     activation: Literal["relu", "gelu", "silu"] = "relu",
     norm: Norm = "layer",
     gains: bool = True,
+    weight: Literal["W_1", "W_3"] = "W_1",
 ) -> int:
     """A rank that each ``W_1`` needs for exactness, for almost all frozen weights [thm-inner-rank].
 
     The least ``r`` with ``(F − r)(m − r) ≤ F`` for ReLUs, ``≤ 0`` for others, or ``≤ F + D − 1``
     and ``≤ D`` if gains are tuned; ``m = D − 1`` under a LayerNorm, ``D`` under an RMSNorm, with
     width ``D`` and ``F`` hidden units. With enough hidden units it is ``m − 1`` for ReLUs and ``m``
-    for others, and is attained (`networks.rewriting.align`). Both networks have equal depth and
-    equally many hidden units; no two normals in a target's block are parallel. Nothing is proved of
-    ``"gelu_tanh"``.
+    for others, and is attained (`networks.rewriting.align`). In gated layers ``W_1`` is the gate,
+    and ``W_3`` needs what ``W_1`` needs with ReLUs, whatever the activation [thm-gated-rank]. Both
+    networks have equal depth and equally many hidden units, or the deeper frozen one makes each
+    target unit in one block, and ``F`` is the target's [thm-depth]; no two normals in a target's
+    block are parallel. Nothing is proved of ``"gelu_tanh"``.
 
     Raises `InputError` where normalized tokens have fewer than three dimensions.
     """
@@ -145,9 +148,11 @@ def inner_rank(
     _checks.choice("activation", activation, ("relu", "gelu", "silu"))
     _checks.choice("norm", norm, get_args(Norm))
     gains = _checks.flag("gains", gains)
+    _checks.choice("weight", weight, ("W_1", "W_3"))
     m = width - (norm == "layer")
     _require_sphere(m, width)
-    free = hidden + gains * (width - 1) if activation == "relu" else gains * width
+    rescaled = activation == "relu" or weight == "W_3"
+    free = hidden + gains * (width - 1) if rescaled else gains * width
     return next(r for r in range(m + 1) if (hidden - r) * (m - r) <= free or r >= hidden)
 
 

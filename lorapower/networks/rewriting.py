@@ -80,49 +80,67 @@ def relabel(target: Transformer, frozen: Transformer) -> Transformer:
 
 
 def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transformer:
-    """The target with ReLU units ordered and rescaled to save one rank on every ``W_1``.
+    """The target with units ordered and rescaled to save one rank on every ``W_1`` and ``W_3``.
 
-    On the sphere of normalized tokens units have normals ``a_k`` (frozen) and ``b_k`` (target).
-    Some ``x`` has as many positive ``a_k·x`` as ``b_k·x``. Paired by sign and rescaled by
+    On the sphere of normalized tokens ReLU units have normals ``a_k`` (frozen) and ``b_k``
+    (target). Some ``x`` has as many positive ``a_k·x`` as ``b_k·x``. Paired by sign and rescaled by
     ``λ_k = a_k·x / b_k·x > 0``, all differences vanish on ``x``: ``W_1`` needs one rank less than
-    normalized tokens have dimensions [thm-inner-rank]. The target's gains count: see `with_gains`.
-    Raises `InputError` for networks that do not fit, for other activations, and where no ``x`` is
-    found, as may be where normals of the target are parallel.
+    normalized tokens have dimensions [thm-inner-rank]. In gated layers, with any activation,
+    ``W_3`` is rescaled against ``W_2`` in the same way, with factors of either sign
+    [thm-gated-rank]. The target's gains count: see `with_gains`. Raises `InputError` for networks
+    that do not fit, for other activations unless gated, and where no ``x`` is found, as may be
+    where normals of the target are parallel.
     """
     require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
     _checks.single(target=target, frozen=frozen)
     _require_norms(target)
     _checks.integer("width", target.width, 2)
-    if target.activation != "relu":
-        raise InputError("target", allowed="with ReLUs", given=target.activation)
+    if target.activation != "relu" and not target.gated:
+        raise InputError("target", allowed="with ReLUs or gated layers", given=target)
     generator = randomness.generator(_checks.seed(seed), "alignment")
     parts, V = target.parts, target.basis()
     for l in range(target.depth):
         read = target.g_2[l][:, None] * V
-        a, b = frozen.W_1[l] @ read, target.W_1[l] @ read
-        for _ in range(64):
-            x = _balanced(a, b, generator)
-            if x is not None:
-                break
-        else:
-            raise InputError(
-                "target",
-                allowed="such that some direction has as many units on its side as on the frozen's",
-                given="none found",
-            )
-        of_frozen, of_target = a @ x, b @ x
-        # Sorted, positive meets positive, and large meets large.
-        order = torch.empty_like(of_frozen, dtype=torch.long)
-        order[of_frozen.argsort()] = of_target.argsort()
-        scale = of_frozen / of_target[order]
-        if not (scale.isfinite() & (scale > 0)).all():
-            raise InputError(
-                "hidden units",
-                allowed="such that each reads something",
-                given=f"one in block {l + 1} that does not",
-            )
+        scale = torch.ones_like(target.b_1[l])
+        order = torch.arange(len(scale), device=scale.device)
+        if target.activation == "relu":
+            order, scale = _pair(frozen.W_1[l] @ read, target.W_1[l] @ read, generator, l)
         _reorder(target, parts, l, order, scale)
+        if target.gated:
+            # Of some directions that with the mildest factors.
+            y = randomness.normal(generator, V.shape[1], 64, dtype=read.dtype).to(read)
+            factors = (frozen.W_3[l] @ read @ y) / (parts["W_3"][l] @ read @ y)
+            factor = factors[:, factors.abs().log().abs().amax(0).argmin()]
+            parts["W_3"][l] *= factor[:, None]
+            parts["b_3"][l] *= factor
+            parts["W_2"][l] /= factor
     return Transformer(**parts, **target.settings)
+
+
+def _pair(a: Tensor, b: Tensor, generator: torch.Generator, l: int) -> tuple[Tensor, Tensor]:
+    """An order of the target's normals and factors, such that differences vanish on some x."""
+    for _ in range(64):
+        x = _balanced(a, b, generator)
+        if x is not None:
+            break
+    else:
+        raise InputError(
+            "target",
+            allowed="such that some direction has as many units on its side as on the frozen's",
+            given="none found",
+        )
+    of_frozen, of_target = a @ x, b @ x
+    # Sorted, positive meets positive, and large meets large.
+    order = torch.empty_like(of_frozen, dtype=torch.long)
+    order[of_frozen.argsort()] = of_target.argsort()
+    scale = of_frozen / of_target[order]
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise InputError(
+            "hidden units",
+            allowed="such that each reads something",
+            given=f"one in block {l + 1} that does not",
+        )
+    return order, scale
 
 
 def enlarge(
