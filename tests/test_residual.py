@@ -18,6 +18,7 @@ from lorapower import InputError, bounds, lowrank, randomness
 from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import fitted, transformer
 from lorapower.constructions._heads import adapt_narrow
+from lorapower.experiments import pairs
 from lorapower.experiments import residual as trials
 from lorapower.networks import (
     DoublePrecision,
@@ -154,53 +155,28 @@ def test_a_constant_token_has_no_direction() -> None:
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "GPT2Model": {"n_inner": 24},
+    "GPT2Model": {},
     "GPT2LMHeadModel": {"activation_function": "relu"},
-    "OPTModel": {"ffn_dim": 24},
-    "OPTForCausalLM": {"ffn_dim": 24, "enable_bias": False},
+    "OPTModel": {},
+    "OPTForCausalLM": {"enable_bias": False},
     "LlamaModel": {},
     "LlamaForCausalLM": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
-    "MistralModel": {"head_dim": 6, "sliding_window": None},
-    "MistralForSequenceClassification": {"sliding_window": 12},
+    "MistralModel": {"head_dim": 6},
+    "MistralForSequenceClassification": {"sliding_window": 32},
     "Qwen2Model": {},
     "Qwen2ForCausalLM": {"tie_word_embeddings": True},
 }
 
 
 def decoder(name: str, heads: int = 2, groups: int = 2, seed: int = 0, **options: Any) -> Any:
-    """A small module of random numbers, in double precision, with positions for 12 tokens."""
-    import transformers
-
-    module_of = getattr(transformers, name)
-    sizes = {"hidden_size": 4 * heads, "num_hidden_layers": 2, "num_attention_heads": heads}
-    sizes |= {"max_position_embeddings": 12, "vocab_size": 30, "pad_token_id": 1}
-    if name.startswith("OPT"):
-        sizes |= {"word_embed_proj_dim": 4 * heads}
-    elif not name.startswith("GPT"):
-        sizes |= {"intermediate_size": 20, "num_key_value_heads": groups}
-    module = module_of(module_of.config_class(**sizes | FAMILIES.get(name, {}) | options))
-    draw = randomness.generator(seed, name)
-    with torch.no_grad():
-        for parameter in module.double().eval().parameters():
-            parameter.copy_(0.4 * randomness.normal(draw, *parameter.shape))
-    return module
+    sizes = {"hidden_size": 4 * heads, "num_attention_heads": heads, "num_key_value_heads": groups}
+    return pairs.drawn(name, seed=seed, **sizes | FAMILIES.get(name, {}) | options)
 
 
-def embedded(module: Any, ids: Tensor) -> Tensor:
-    """What enters the first block."""
-    base = getattr(module.base_model, "decoder", module.base_model)
-    if hasattr(base, "wte"):
-        z: Tensor = base.wte(ids) + base.wpe(torch.arange(ids.shape[1]))
-        return z.mT
-    positions = hasattr(base, "embed_positions")
-    z = base.embed_tokens(ids)
-    return (z + base.embed_positions(torch.ones_like(ids), 0) if positions else z).mT
-
-
-def shown(module: Any, ids: Tensor) -> Tensor:
-    """The last hidden state, as columns."""
-    state: Tensor = module.base_model(ids).last_hidden_state
-    return state.mT
+def computed(module: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters the first block, and the last hidden state, as columns."""
+    states = module.base_model(ids, output_hidden_states=True)
+    return states.hidden_states[0].mT, states.last_hidden_state.mT
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
@@ -213,7 +189,7 @@ def test_modules_of_transformers_compute_the_same(name: str, heads: int, groups:
         network, target = from_decoder(module), from_decoder(other)
         assert network.groups == (heads if name[0] in "GO" else groups)
         for each, given in ((network, module), (target, to_decoder(target, module))):
-            x, y = embedded(given, ids), shown(given, ids)
+            x, y = computed(given, ids)
             assert float((each(x) - y).abs().max()) <= 1e-12 * float(y.abs().max())
         inner = from_decoder(module, final_norm=False)
     torch.testing.assert_close(inner.trace(x)[-1].outputs, network.trace(x)[-1].outputs)
@@ -253,7 +229,7 @@ def test_vectors_that_a_module_lacks_must_be_zero() -> None:
         ("GPT2Model", {"scale_attn_weights": False}, "scale_attn_weights = True"),
         ("OPTModel", {"do_layer_norm_before": False}, "do_layer_norm_before = True"),
         ("OPTModel", {"word_embed_proj_dim": 4}, "word_embed_proj_dim = 8"),
-        ("MistralModel", {"sliding_window": 11}, "sliding_window of None"),
+        ("MistralModel", {"sliding_window": 31}, "sliding_window of None"),
         (
             "Qwen2Model",
             {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
@@ -276,6 +252,8 @@ def test_modules_that_compute_otherwise_are_refused(
 def test_what_is_no_module_of_transformers_is_refused() -> None:
     with pytest.raises(InputError, match="module must be GPT2Model, OPTModel"):
         from_decoder(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match="name must be a class of transformers"):
+        pairs.drawn("Llama")
 
 
 @given(

@@ -1,7 +1,7 @@
 """Pairs of checkpoints, made here in minutes: a base, and what was tuned from it.
 
 The bases of the encoder and the language model are real ones. The decoders are small, but their
-weights are trained.
+weights are trained, unless they are drawn.
 """
 
 from __future__ import annotations
@@ -178,6 +178,34 @@ def decoders(
             per_device_train_batch_size=32,
         )
         _save(network, tokenizer, place)
+
+
+def drawn(name: str, *, seed: int = 0, purpose: str = "module", **options: Any) -> Any:
+    """Draw a small decoder of ``transformers`` in double precision, for evaluation.
+
+    ``name`` is a class, such as ``"LlamaModel"``, and ``options`` are its configuration's: by
+    default two blocks of width 24 with 6 heads, for keys and values in 2 groups where the class has
+    groups, 40 hidden units, and no sliding window. All numbers are normal of deviation 0.4. Raises
+    `InputError` for other names.
+    """
+    hub.require("checkpoints", "transformers")
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    if not hasattr(kind, "config_class"):
+        raise InputError("name", allowed="a class of transformers, such as LlamaModel", given=name)
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 32}
+    sizes |= dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 40)
+    sizes |= {"sliding_window": None, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    sizes |= options
+    sizes = {"word_embed_proj_dim": sizes["hidden_size"]} | sizes
+    module = kind(kind.config_class(**sizes)).double().eval()
+    generator = randomness.generator(seed, "decoder", name, purpose)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.4 * randomness.normal(generator, *parameter.shape))
+    return module
 
 
 def _learn_tokenizer(sentences: Sequence[str]) -> Any:
