@@ -14,8 +14,10 @@ from .layers import linear_error as linear_error
 from .layers import linear_threshold as linear_threshold
 from .layers import variance as variance
 from .transformer import AttentionFloor as AttentionFloor
+from .transformer import FeedForwardFloor as FeedForwardFloor
 from .transformer import attention_floor as attention_floor
 from .transformer import directions as directions
+from .transformer import feed_forward_floor as feed_forward_floor
 from .transformer import inner_rank as inner_rank
 from .transformer import transformer_error as transformer_error
 from .transformer import transformer_errors as transformer_errors

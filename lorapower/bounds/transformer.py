@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _checks, lowrank
+from .. import _checks, lowrank, randomness
 from ..errors import InputError
 from ..networks._segments import Segments, pair_ranks, require_alike
 from ..networks.gap import Gap
 from ..networks.transformer import Norm, Transformer
+from ..regression import reduced_rank
 
 # Least dimension of normalized tokens for the statements on ReLUs.
 _LEAST = 3
@@ -159,9 +162,9 @@ def inner_rank(
 class AttentionFloor(NamedTuple):
     """What is left where only attention is adapted.
 
-    ``value`` is ``min E‖Δ(n) − M n − m‖² / D`` over matrices ``M`` and vectors ``m``, and
-    ``standard_error`` its spread over tokens, each ``[...]``; the best ``M`` is ``slope``,
-    ``[..., D, D]``, and ``m`` is ``offset``, ``[..., D]``.
+    ``value`` is ``min E‖Y(n) − K n − k‖² / D`` over matrices ``K`` of the given rank and vectors
+    ``k``, and ``standard_error`` its spread over tokens, each ``[...]``. The best ``K``, which
+    attention has to add, is ``slope``, ``[..., D, D]``, and ``k`` is ``offset``, ``[..., D]``.
     """
 
     value: Float[Tensor, "*batch"]
@@ -174,38 +177,106 @@ def attention_floor(
     frozen: Transformer,
     target: Transformer,
     tokens: Float[Tensor, "width samples"],
+    ranks: int | Sequence[int] | None = None,
 ) -> AttentionFloor:
     """The least error of far single tokens with frozen feed-forward layers [prop-floor-attention].
 
-    Whatever attention, at any rank, ``b_O`` and ``b_2`` become: as tokens ``c v`` grow, the limit
-    of the mean squared error is at least that of the best affine map in place of
-    ``Δ(n) = Σ_l [M̄LP_l − MLP_l](n)`` on the directions ``n``. This bounds the largest error over
-    sizes of tokens, not the mean at one size. The value of a least-squares fit is corrected for its
-    degrees of freedom.
+    With ``Y(n) = lim f̄(c n) − f(c n)`` for frozen ``f`` and target ``f̄``, and whatever attention,
+    ``b_O`` and ``b_2`` become: as tokens ``c n`` grow, the limit of the mean squared error is at
+    least what the best affine map leaves of ``Y``. Adapters of limited rank, at frozen first gains,
+    change its slope by a matrix of their total rank [thm-attention-rank]. This bounds the largest
+    error over sizes of tokens, not the mean at one size. It is exact for the mean over these
+    directions; for others of their kind it is too low, by about one part in
+    ``samples / (r (D + m − r) / D + 1)`` at rank ``r``.
 
-    The networks have equal width, norm and activation, any depth and no final norm. Tokens are
-    directions as columns, more than ``m + 1``, which span the space of normalized tokens. Raises
-    `InputError` for networks that do not fit, too few tokens, and constant ones.
+    The networks have equal width, norm and activation, any depth and no final norm. Raises
+    `InputError` for networks and ranks that do not fit, too few tokens, and constant ones.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        Directions as columns, more than ``m + 1``, which span the space of normalized tokens.
+    ranks : int or sequence of int, optional
+        The total rank of all ``W_V`` and ``W_O``, or the rank of each of ``frozen.weights``, as by
+        `Transformer.ranks`. By default any rank.
     """
     n = directions(frozen, target, tokens)
-    gap = _far(target, n) - _far(frozen, n)
-    inner = torch.cat([target.basis().mT @ n, torch.ones_like(n[..., :1, :])], -2)
-    samples, count = inner.shape[-1], inner.shape[-2]
-    if samples <= count:
-        raise InputError("tokens", allowed=f"more than {count}", given=samples)
-    if lowrank.rank(inner) < count:
+    m, rank = target.dimension, _total_rank(frozen, ranks)
+    inner, samples = target.basis().mT @ n, n.shape[-1]
+    if samples <= m + 1:
+        raise InputError("tokens", allowed=f"more than {m + 1}", given=samples)
+    if lowrank.rank(inner - inner.mean(-1, keepdim=True)) < m:
         allowed = "of directions that span all that norms let through"
         raise InputError("tokens", allowed=allowed, given="some that do not")
-    batch = gap.shape[:-2]
-    fit = torch.linalg.lstsq(inner.mT.expand(*batch, -1, -1), gap.mT).solution.mT
-    left = (gap - fit @ inner).square().mean(-2)
-    value = left.sum(-1) / (samples - count)
+    single = _sequences(n.mT[..., None], frozen, target)
+    gap = (_added(target, single) - _added(frozen, single))[..., 0].movedim(0, -1)
+    fit = reduced_rank(gap, inner, min(rank, m))
+    left = (gap - fit.update.matrix() @ inner - fit.intercept[..., None]).square().mean(-2)
     return AttentionFloor(
-        value,
+        left.mean(-1),
         left.std(-1) / samples**0.5,
-        fit[..., :-1] @ target.basis().mT,
-        fit[..., -1],
+        fit.update.matrix() @ target.basis().mT,
+        fit.intercept,
     )
+
+
+def _total_rank(network: Transformer, ranks: int | Sequence[int] | None) -> int:
+    """The rank that adapters of all ``W_V`` and ``W_O`` have together; none given means any."""
+    if ranks is None or isinstance(ranks, int):
+        return _checks.integer("ranks", network.width if ranks is None else ranks, 0)
+    each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in network.weights])
+    names = zip(network.weight_names, each, strict=True)
+    return sum(rank for name, rank in names if name.startswith(("W_V", "W_O")))
+
+
+class FeedForwardFloor(NamedTuple):
+    """What is left where only feed-forward layers are adapted, with its standard error."""
+
+    value: Float[Tensor, "*batch"]
+    standard_error: Float[Tensor, "*batch"]
+
+
+def feed_forward_floor(
+    frozen: Transformer,
+    target: Transformer,
+    tokens: Float[Tensor, "width samples"],
+    length: int,
+    *,
+    seed: int = 0,
+) -> FeedForwardFloor:
+    """The least mean error of far sequences with frozen attention [prop-floor-feed-forward].
+
+    Whatever feed-forward layers and second norms become, of any size: as all tokens of sequences
+    grow, the limit of the mean squared error is at least ``E tr Cov(Δ_j | n_j) / D``. Here ``Δ_j``
+    is what the target's attention adds to token ``j`` minus what the frozen one adds. The estimate
+    is unbiased for sequences whose tokens are drawn independently from ``tokens``: half the mean
+    squared difference of ``Δ`` for one token in two sequences, at random places.
+
+    The networks have equal width, norm and activation, any depth and no final norm. Raises
+    `InputError` for networks that do not fit, fewer than two tokens, and constant ones.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        Directions as columns; each is put into two sequences.
+    length : int
+        The number of tokens of a sequence; with one the floor is 0.
+    """
+    n = directions(frozen, target, tokens)
+    samples = _checks.integer("number of tokens", n.shape[-1], 2)
+    length = _checks.integer("length", length, 1)
+    draw = randomness.generator(seed, "contexts")
+    own = torch.arange(samples, device=n.device)[:, None]
+    sides = []
+    for _ in range(2):
+        chosen = torch.randint(samples, (samples, length), generator=draw).to(n.device)
+        place = torch.randint(length, (samples, 1), generator=draw).to(n.device)
+        x = _sequences(n.mT[chosen.scatter(1, place, own)].mT, frozen, target)
+        gap = _added(target, x, attention_only=True) - _added(frozen, x, attention_only=True)
+        index = place.reshape(samples, *[1] * (gap.ndim - 1)).expand(*gap.shape[:-1], 1)
+        sides.append(gap.gather(-1, index)[..., 0])
+    each = (sides[0] - sides[1]).square().mean(-1) / 2
+    return FeedForwardFloor(each.mean(0), each.std(0) / samples**0.5)
 
 
 def directions(
@@ -238,13 +309,21 @@ def directions(
     return v / size * target.width**0.5
 
 
-def _far(network: Transformer, n: Tensor) -> Tensor:
-    """The sum of all feed-forward layers at far tokens in these directions, without ``b_2``."""
-    added = torch.zeros_like(n)
+def _sequences(x: Tensor, *networks: Transformer) -> Tensor:
+    """Sequences ``[samples, width, N]`` with a dimension for each of the networks' batch."""
+    batch = torch.broadcast_shapes(*(network.batch_shape for network in networks))
+    return x.reshape(len(x), *[1] * len(batch), *x.shape[1:])
+
+
+def _added(network: Transformer, n: Tensor, *, attention_only: bool = False) -> Tensor:
+    """What blocks, or their attention, add to far tokens of these directions."""
+    # Far out, norms see directions alone.
+    limit, added = replace(network, eps=0.0), torch.zeros_like(n)
     for l in range(network.depth):
-        reads = network.g_2[..., l, :, None] * n + network.s_2[..., l, :, None]
-        hidden = network.W_1[..., l, :, :] @ reads + network.b_1[..., l, :, None]
-        added = added + network.write(l, hidden, reads)
+        patterns = limit.patterns(limit.scores(l, limit.reads(n, "1", l)))
+        added = added + (limit.attend(l, n, patterns) - n)
+        if not attention_only:
+            added = added + (limit.feed_forward(l, n, limit.hidden(l, n)) - n)
     return added
 
 

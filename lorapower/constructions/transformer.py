@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import _checks, lowrank
+from .. import _checks, lowrank, randomness
 from ..adapters.core import Adapters
 from ..bounds.transformer import attention_floor, directions
 from ..errors import InputError
@@ -345,18 +345,23 @@ def _complete(
 
 @torch.no_grad()
 def attention_only(
-    frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
+    frozen: Transformer,
+    target: Transformer,
+    tokens: Float[Tensor, "width samples"],
+    ranks: int | Sequence[int] | None = None,
 ) -> Adapters:
     """Adapters of attention alone, and ``b_O``, of least error far out on single tokens.
 
-    ``W_O`` of the first head of the first block becomes, at any rank, the affine map of
-    `bounds.attention_floor` and what attention of both networks adds to far tokens. So the error
-    tends to the floor.
+    ``W_V`` and ``W_O`` take the singular triplets of the slope of `bounds.attention_floor` in turn.
+    For a part ``K``, ``ΔW_V = W_O⁻¹ K diag(g_1)⁻¹``, and ``ΔW_O = K diag(g_1)⁻¹ Ŵ_V⁻¹`` with what
+    ``W_V`` has become. So the error tends to the floor. A total rank, by default any, goes to
+    ``W_O`` of the first head of the first block.
 
-    Raises what `bounds.attention_floor` raises, and `InputError` for batches and for heads narrower
-    than the tokens. Source: [prop-floor-attention].
+    Raises what `bounds.attention_floor` raises, and `InputError` for batches, for heads narrower
+    than the tokens, and for weights and gains that hide directions. Source: [prop-floor-attention],
+    [thm-attention-rank].
     """
-    best = attention_floor(frozen, target, tokens)
+    best = attention_floor(frozen, target, tokens, ranks)
     _checks.single(frozen=frozen, target=target)
     if frozen.sizes["value size"] < frozen.width:
         raise InputError(
@@ -365,31 +370,46 @@ def attention_only(
             given=frozen.sizes["value size"],
             remedy="narrower ones cannot add every linear map",
         )
-    V = frozen.basis()
-    read = frozen.g_1[0][:, None] * V
-    for name, matrix in (("W_V", frozen.W_V[0, 0].mT), ("first gains", read)):
-        if lowrank.rank(matrix) < matrix.shape[-1]:
-            raise InputError(
-                f"frozen's {name} of block 1",
-                allowed="of full rank",
-                given="one that hides directions",
-                remedy="perturb it",
-            )
-    slope, offset = best.slope, best.offset
-    for network, sign in ((target, 1), (frozen, -1)):
-        M = (network.W_O @ network.each_head(network.W_V)).sum(-3)
-        slope = slope + sign * (M * network.g_1[:, None]).sum(0)
-        moved = (M @ network.s_1[..., None])[..., 0] + network.b_O + network.b_2
-        offset = offset + sign * moved.sum(0)
-    K = slope @ V @ torch.linalg.pinv(read)
-    first = frozen.W_V[0, 0]
-    updates = [LowRank(w[:, :0], w.mT[:, :0]) for w in frozen.weights]
-    place = frozen.weight_names.index("W_O of block 1, head 1")
-    one = torch.eye(len(first), dtype=first.dtype, device=first.device)
-    updates[place] = LowRank(K @ torch.linalg.pinv(first), one)
+    V, values = frozen.basis(), frozen.W_V.clone()
+    groups = values.shape[1]
+    outputs = frozen.W_O.unflatten(1, (groups, -1)).sum(2)
+    if ranks is None or isinstance(ranks, int):
+        rank = frozen.dimension if ranks is None else min(ranks, frozen.dimension)
+        ranks = [rank * (name == "W_O of block 1, head 1") for name in frozen.weight_names]
+    by_name = dict(zip(frozen.weight_names, ranks, strict=True))
+    updates = {
+        name: LowRank(w[:, :0], w.mT[:, :0])
+        for name, w in zip(by_name, frozen.weights, strict=True)
+    }
+    left, S, right = lowrank.svd(best.slope @ V)
+    left, offset = left * S, best.offset.clone()
+    for kind in ("W_V", "W_O"):
+        heads = [(name, rank) for name, rank in by_name.items() if name.startswith(kind)]
+        for i, (name, rank) in enumerate(heads):
+            l, h = divmod(i, len(heads) // frozen.depth)
+            partner = outputs[l, h] if kind == "W_V" else values[l, h * groups // frozen.heads].mT
+            read = frozen.g_1[l][:, None] * V
+            (out, left), (into, right) = ((f[:, :rank], f[:, rank:]) for f in (left, right))
+            if not out.any():
+                continue
+            for part, matrix in ((f"partner of {name}", partner), (f"gains before {name}", read)):
+                if lowrank.rank(matrix) < min(matrix.shape):
+                    raise InputError(
+                        f"frozen's {part}",
+                        allowed="of full rank",
+                        given="one that hides directions",
+                        remedy="perturb it",
+                    )
+            into = torch.linalg.pinv(read).mT @ into
+            offset -= out @ (into.mT @ frozen.s_1[l])
+            if kind == "W_V":
+                updates[name] = LowRank(torch.linalg.pinv(partner) @ out, into)
+                values[l, h] += updates[name].matrix()
+            else:
+                updates[name] = LowRank(out, torch.linalg.pinv(partner) @ into)
     changes = [torch.zeros_like(b) for b in frozen.biases]
-    changes[frozen.bias_names.index("b_O of block 1")] = offset - K @ frozen.s_1[0]
-    return Adapters(tuple(updates), tuple(changes))
+    changes[frozen.bias_names.index("b_O of block 1")] = offset
+    return Adapters(tuple(updates.values()), tuple(changes))
 
 
 def far_error(
@@ -397,9 +417,13 @@ def far_error(
     target: Transformer,
     tokens: Float[Tensor, "width samples"],
     size: float,
+    length: int = 1,
+    *,
+    seed: int = 0,
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Mean squared error of single tokens ``c v``, of mean square ``c²``, and its standard error.
+    """Mean squared error of far tokens ``c n``, ``‖n‖² = D``, and its standard error.
 
+    Single tokens of all directions ``n``, or as many sequences of ``length`` drawn from them.
     Raises `InputError` for networks and tokens that do not fit, for a single token, and for a size
     ``c`` that leaves fewer than three digits of what a network adds to it.
     """
@@ -407,8 +431,12 @@ def far_error(
     size, most = _checks.positive("size", size), 1e-3 / torch.finfo(n.dtype).eps
     if size > most:
         raise InputError("size", allowed=f"at most {most:.0e} in {n.dtype}", given=size)
-    _checks.integer("number of tokens", n.shape[-1], 2)
-    x = size * n.movedim(-1, 0)[..., None]
+    samples = _checks.integer("number of tokens", n.shape[-1], 2)
+    length = _checks.integer("length", length, 1)
+    x = size * n.mT[..., None]
+    if length > 1:
+        draw = randomness.generator(seed, "far sequences")
+        x = size * n.mT[torch.randint(samples, (samples, length), generator=draw)].mT
     batch = len(torch.broadcast_shapes(network.batch_shape, target.batch_shape))
     x = x.reshape(len(x), *[1] * batch, *x.shape[-2:])
     each = (network(x) - target(x)).square().mean((-2, -1))

@@ -12,21 +12,23 @@ from torch import Tensor
 from .._records import Record, Results
 from ..adapters.core import Adapters, Tuned
 from ..bounds.layers import variance as variance_of
-from ..bounds.transformer import attention_floor
+from ..bounds.transformer import attention_floor, feed_forward_floor
 from ..constructions import fitted
 from ..constructions.transformer import far_error
-from ..networks.transformer import PARTS, Activation, Norm, Transformer
+from ..networks.transformer import Activation, Norm, Transformer
 from ..training.descent import descend
 from ..training.fused import polish
 from ..training.tuning import Fresh, Tuning
 from ._training import one_problem, train_each
 
 Part = Literal["attention", "mlp", "all"]
-# Vectors by what is tuned: those of the theorem on attention, biases of hidden units too, or all.
+# Vectors by what is tuned: those of the theorem on attention, biases of hidden units too, all, or
+# those behind attention.
 VECTORS = {
     "free": ("b_Q", "b_O", "b_2"),
     "biases": ("b_Q", "b_O", "b_2", "b_1", "b_3"),
     "all": ("b_Q", "b_O", "b_2", "b_1", "b_3", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
+    "mlp": ("b_O", "b_2", "b_1", "b_3", "g_2", "s_2"),
 }
 FIT, SELECT, TEST, DIRECTIONS = 2000, 1000, 5000, 20000
 # How far out tokens are for what is said of the limit.
@@ -89,25 +91,28 @@ class Problem(Record):
 class Trained(Record):
     """Adapters of one rank on a part of the blocks, by Adam at a falling rate, then L-BFGS.
 
-    Of the vectors ``"free"`` tunes ``b_Q, b_O, b_2``, ``"biases"`` also ``b_1``, and ``b_3`` if
-    gated, ``"all"`` also gains and shifts. L-BFGS takes ``iterations`` on fixed inputs.
+    ``W_V`` and ``W_O`` have ``more`` rank than the rest. Of the vectors ``"free"`` tunes
+    ``b_Q, b_O, b_2``, ``"biases"`` also ``b_1``, and ``b_3`` if gated, ``"all"`` also gains and
+    shifts; ``"mlp"`` tunes those behind attention. L-BFGS takes ``iterations`` on fixed inputs.
     """
 
     kind: Literal["trained"] = "trained"
     part: Part = "attention"
     rank: int = Field(8, ge=0)
-    vectors: Literal["free", "biases", "all"] = "all"
+    more: int = Field(0, ge=0)
+    vectors: Literal["free", "biases", "all", "mlp"] = "all"
     learning_rate: float = Field(1e-2, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     iterations: int = Field(0, ge=0)
 
 
 class Fitted(Record):
-    """Adapters of one rank on a part, fitted to inputs, then polished by ``iterations``."""
+    """Adapters of ranks as in `Trained`, fitted to inputs, then polished by ``iterations``."""
 
     kind: Literal["fitted"] = "fitted"
     part: Part = "all"
     rank: int = Field(1, ge=0)
+    more: int = Field(0, ge=0)
     iterations: int = Field(0, ge=0)
 
 
@@ -122,8 +127,9 @@ class Found(Results):
     """Mean squared errors of a run over fresh inputs.
 
     ``relative`` is the error over the variance of what the target adds to its inputs, ``far_error``
-    the error at single tokens far out, ``floor`` its `bounds.attention_floor`. ``factors`` counts
-    the adapters' numbers.
+    the error at sequences far out. ``floor`` is the `bounds.attention_floor` of the adapters' ranks
+    at single tokens, or the `bounds.feed_forward_floor` if the part is ``"mlp"``. ``factors``
+    counts the adapters' numbers.
     """
 
     error: float
@@ -154,7 +160,6 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     x, y = (part.to(frozen.dtype) for part in problem.data(target).test(TEST))
     variance = float(variance_of(y - x))
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
-    floor = attention_floor(frozen, target, far)
     found = []
     for method in methods:
         diverged = False
@@ -170,15 +175,19 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
             adapters = _fitted(frozen, target, method, fit[0], select[0])
         network = adapters.merge(frozen)
         error = float((network(x) - y).square().mean())
-        out, spread = far_error(network, target, far, FAR)
+        out, spread = far_error(network, target, far, FAR, problem.tokens)
+        if method.part == "mlp":
+            floor, floor_spread = feed_forward_floor(frozen, target, far, problem.tokens)
+        else:
+            floor, floor_spread, *_ = attention_floor(frozen, target, far, _ranks(method, frozen))
         found.append(
             Found(
                 error=error,
                 relative=error / variance,
                 far_error=float(out),
                 far_standard_error=float(spread),
-                floor=float(floor.value),
-                floor_standard_error=float(floor.standard_error),
+                floor=float(floor),
+                floor_standard_error=float(floor_spread),
                 factors=sum(u.parameter_count for u in adapters.updates),
                 diverged=diverged,
             )
@@ -188,12 +197,19 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
 
 def _tuning(method: Trained, network: Transformer) -> Tuning:
     return Tuning(
-        ranks=network.ranks(method.rank, method.part),
+        ranks=_ranks(method, network),
         biases=_moving(method, network),
         learning_rate=method.learning_rate,
         weight_decay=method.weight_decay,
         schedule="cosine",
     )
+
+
+def _ranks(method: Trained | Fitted, network: Transformer) -> tuple[int, ...]:
+    """The rank of each weight's adapter."""
+    plain, more = (network.ranks(method.rank + add, method.part) for add in (0, method.more))
+    of_values = [name.startswith(("W_V", "W_O")) for name in network.weight_names]
+    return tuple(b if of else a for a, b, of in zip(plain, more, of_values, strict=True))
 
 
 def _moving(method: Trained, network: Transformer) -> tuple[bool, ...]:
@@ -213,10 +229,8 @@ def _pairs(problem: Problem, target: Transformer) -> list[tuple[Tensor, Tensor]]
 def _fitted(
     frozen: Transformer, target: Transformer, method: Fitted, x: Tensor, select: Tensor
 ) -> Adapters:
-    ranks = dict.fromkeys(frozen.weight_kinds, 0)
-    for name in PARTS[method.part]:
-        if name in ranks:
-            ranks[name] = min(method.rank, *getattr(frozen, name).shape[-2:])
+    names = [name.split()[0] for name in frozen.weight_names]
+    ranks = dict(zip(names, _ranks(method, frozen), strict=True))
     fit = fitted.adapt(frozen, target, ranks, x, select, throw=False)
     if method.iterations:
         fit = polish(fit, x, select, iterations=method.iterations, throw=False)
