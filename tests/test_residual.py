@@ -591,7 +591,7 @@ def test_alignment_of_gated_layers(width: int, norm: Any, activation: Any, seed:
     best = align(target, frozen, seed=seed)
     ranks = bounds.transformer_ranks(frozen, best)
     for weight, of_blocks in {"W_1": ranks.inner, "W_3": ranks.up}.items():
-        least = bounds.inner_rank(width, 3 * width, weight=weight, **kind)
+        least = bounds.inner_rank(width, 3 * width, **kind | {"weight": weight})
         assert of_blocks.tolist() == [least, least]
     found = adapted(frozen, best).adapters.merge(frozen)
     # Units that are rescaled far lose digits.

@@ -191,7 +191,7 @@ def drawn(name: str, *, seed: int = 0, purpose: str = "module", **options: Any) 
     hub.require("checkpoints", "transformers")
     import transformers
 
-    kind = getattr(transformers, name, None)
+    kind: Any = getattr(transformers, name, None)
     if not hasattr(kind, "config_class"):
         raise InputError("name", allowed="a class of transformers, such as LlamaModel", given=name)
     sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6}
