@@ -192,7 +192,7 @@ def test_transformers(heads: int, device: torch.device) -> None:
         found.errors,
         found.condition_number,
         bounds.transformer_threshold(frozen, target),
-        bounds.transformer_error(frozen, target, found.errors, x),
+        bounds.transformer_error(frozen, target, WIDTH, x),
         found.adapters.merge(frozen).trace(x),
     ]
     assert places(results) == {frozen.device}

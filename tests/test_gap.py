@@ -274,22 +274,6 @@ def test_bounds_of_relu_networks_fall_with_the_rank(
         assert falls([one.error_bound for one in found])
 
 
-@given(st.integers(1, 2), st.integers(1, 4), st.integers(1, 2), batch_shapes, seeds)
-def test_the_bound_of_transformers_falls_with_the_rank(
-    depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int
-) -> None:
-    frozen, target = (moderate(depth, width, heads, batch, seed + k) for k in (0, 1))
-    x = torch.randn(width, 3, generator=randomness.generator(seed, "inputs")).double()
-    cut = frozen.segments(target)
-
-    def bound(rank: int) -> torch.Tensor:
-        errors = cut.map(lambda _, gap: gap.error(2 * rank))
-        return bounds.transformer_error(frozen, target, errors, x)
-
-    found = [bound(rank) for rank in range(width + 1)]
-    assert falls(found)
-
-
 # Bad members of a batch.
 
 

@@ -171,7 +171,7 @@ def test_by_trial_is_the_first_rank_that_an_exhaustive_search_finds(
     assert float(found.error) == float(found.errors[-1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "residual"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_bound_is_never_below_what_is_measured(kind: str, seed: int) -> None:
     frozen, target, x = problem(kind, seed=seed)
@@ -206,7 +206,7 @@ def test_a_tiny_error_needs_the_threshold(kind: str, seed: int, width: int) -> N
 
 
 @pytest.mark.parametrize("by", ["bound", "trial"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "residual"])
 def test_members_of_a_batch_have_ranks_of_their_own(kind: str, by: Any) -> None:
     frozen, target, x = problem(kind, batch=(2, 3), width=6)
     together = lorapower.rank_for_error(frozen, target, 0.3, x, by=by)

@@ -864,7 +864,10 @@ def test_the_front_door_takes_them() -> None:
     needed = lorapower.rank_for_error(frozen, target, 1e-9, x, by="trial")
     most = max(int(part.max()) for part in bounds.transformer_ranks(frozen, target).values())
     assert int(needed.rank) == most
-    with pytest.raises(InputError, match="by must be 'trial'"):
-        lorapower.rank_for_error(frozen, target, 1e-9, x)
+    assert lorapower.rank_for_error(frozen, target, 1e-9, x).rank >= needed.rank
+    narrower = pair(0, 1, 4, 2, head_size=6, hidden=8)[1]
+    wide = replace(frozen, eps=narrower.eps * 4 / 6)
+    with pytest.raises(InputError, match="target's width must be 6"):
+        lorapower.rank_for_error(wide, narrower, 1e-9, x[:, :4])
     with pytest.raises(InputError, match="inputs must be left out"):
         lorapower.adapt(frozen, target, 6, x)

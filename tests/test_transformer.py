@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import least_squares
 from strategies import batch_shapes, dtypes, seeds
+from torch import Tensor
 
 from lorapower import InputError, SingularError, bounds, randomness
+from lorapower.bounds import _propagation
 from lorapower.constructions import transformer
 from lorapower.constructions._heads import adapt_narrow
 from lorapower.networks import Gap, Transformer
@@ -337,23 +340,123 @@ def test_a_segment_that_cannot_be_reached_is_named() -> None:
         transformer.adapt(frozen, Transformer.random(1, 4, 1, seed=2), ranks)
 
 
-@given(st.integers(1, 2), st.integers(2, 6), st.integers(1, 2), st.integers(1, 5), st.data(), seeds)
+OPTIONS = st.fixed_dictionaries(
+    {
+        "residual": st.booleans(),
+        "norm": st.sampled_from([None, "layer", "rms"]),
+        "activation": st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"]),
+        "causal": st.booleans(),
+        "eps": st.sampled_from([0.0, 1e-5, 1.0]),
+    }
+)
+
+
+@given(st.integers(1, 3), st.integers(2, 6), st.integers(1, 5), OPTIONS, st.data(), seeds)
 def test_the_bound_is_not_below_what_is_measured(
-    depth: int, width: int, heads: int, length: int, data: st.DataObject, seed: int
+    depth: int, width: int, length: int, options: dict[str, Any], data: st.DataObject, seed: int
 ) -> None:
-    rank = data.draw(st.integers(0, -(-width // 2)))
-    scale = data.draw(st.sampled_from([0.05, width**-0.5, 1.0]))
+    rank = data.draw(st.integers(0, width))
+    if options["norm"]:
+        options["final_norm"] = data.draw(st.booleans())
+    if options["norm"] or options["residual"]:
+        options["gated"] = data.draw(st.booleans())
+    else:
+        options["scale"] = data.draw(st.sampled_from([0.05, width**-0.5, 1.0]))
     frozen, target = (
-        Transformer.random(depth, width, heads, scale=scale, seed=s) for s in (seed, seed + 1)
+        Transformer.random(depth, width, 2, seed=seed, purpose=p, **options) for p in ("f", "t")
     )
-    solution = transformer.adapt(frozen, target, rank, rtol=torch.inf)
-    x = tokens(frozen, length, seed=seed)
-    difference = solution.adapters.merge(frozen)(x) - target(x)
-    measured = torch.linalg.vector_norm(difference, dim=-2).amax(-1)
-    bound = bounds.transformer_error(frozen, target, solution.errors, x)
+    # Nearer to the frozen network, for small errors.
+    near = data.draw(st.sampled_from([1.0, 0.1, 1e-3]))
+    target = target.with_parameters(
+        *(
+            [near * w + (1 - near) * v for v, w in zip(*each, strict=True)]
+            for each in ((frozen.weights, target.weights), (frozen.biases, target.biases))
+        )
+    )
+    solution = transformer.adapt(frozen, target, rank, rtol=torch.inf, throw=False)
+    adapted = solution.adapters.merge(frozen)
+    x = tokens(frozen, length, seed=seed) * data.draw(st.sampled_from([0.1, 1.0, 100.0]))
+    y = target(x)
+    measured = torch.linalg.vector_norm(adapted(x) - y, dim=-2).amax(-1)
     # The bound knows the rounding in the weights, not that of evaluating the networks.
-    rounding = 1e-13 * torch.linalg.vector_norm(target(x), dim=-2).amax(-1)
+    rounding = 1e-11 * torch.linalg.vector_norm(y, dim=-2).amax(-1)
+    bound = bounds.transformer_error(adapted, target, 0, x)
     assert (bound + rounding >= measured).all()
+    if depth == 1:
+        torch.testing.assert_close(bound, measured, rtol=1e-6, atol=float(rounding.max()))
+    if solution.success:
+        before = bounds.transformer_error(frozen, target, rank, x)
+        torch.testing.assert_close(before, bound, rtol=1e-3, atol=1e-5 * float(y.norm()))
+
+
+def test_patterns_stay_in_the_intervals_of_their_scores_and_reach_their_ends() -> None:
+    generator = randomness.generator(0, "scores")
+    s = torch.randn(6, 40, generator=generator, dtype=torch.float64) * 10
+    s[3:, :20] = -torch.inf
+    moved = torch.rand(6, 40, generator=generator, dtype=torch.float64) * 3
+    low, high = _propagation.intervals(s, moved)
+    for _ in range(50):
+        sign = 2 * torch.rand(6, 40, generator=generator, dtype=torch.float64) - 1
+        p = (s + sign * moved).softmax(0)
+        assert (p >= low * (1 - 1e-12)).all()
+        assert (p <= high * (1 + 1e-12)).all()
+    for i in range(6):
+        up = -torch.ones(6, 1, dtype=torch.float64)
+        up[i] = 1
+        torch.testing.assert_close((s + up * moved).softmax(0)[i], high[i])
+        torch.testing.assert_close((s - up * moved).softmax(0)[i], low[i])
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_moves_by_at_most_the_radius_and_nearly_so(heads: int, causal: bool) -> None:
+    # Tokens of one number: all errors of these sizes are between combinations of their ends.
+    network = Transformer.random(1, 1, heads, causal=causal)
+    generator = randomness.generator(heads, "attention")
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    scores, values = (_propagation.Maps(*draw(2, 400, heads, 1, 1)) for _ in range(2))
+    keys, shift, off = draw(400, 1, 3), draw(400, 1, 1), 0.1 * draw(400, 3).abs()
+
+    def attend(M: Tensor, V: Tensor, keys: Tensor) -> Tensor:
+        reads, asked = keys[:, None], M @ (keys + shift)[:, None]
+        return (V @ reads @ network.patterns(reads.mT @ asked)).sum(1)
+
+    asked = scores.target @ (keys + shift)[:, None]
+    known, radius = _propagation.attend(network, scores, values, keys, keys + shift, asked, off)
+    target = attend(scores.target, values.target, keys)
+    torch.testing.assert_close(attend(scores.reached, values.reached, keys), target + known)
+    moved = [
+        attend(scores.reached, values.reached, keys + off[:, None] * torch.tensor(ends))
+        for ends in product([-1.0, -0.5, 0.0, 0.5, 1.0], repeat=3)
+    ]
+    most = torch.stack([(each - target - known).abs()[:, 0] for each in moved]).amax(0)
+    assert (most <= radius * (1 + 1e-12)).all()
+    # With one token nothing but its own error moves it; otherwise signs need not agree.
+    assert (radius / most).median() < 2.5
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("eps", [0.0, 1.0])
+def test_what_a_norm_makes_of_a_distance_is_reached(norm: Any, eps: float) -> None:
+    network = Transformer.random(1, 5, 1, residual=True, norm=norm, eps=eps)
+    generator = randomness.generator(0, norm)
+    z, e = torch.randn(2, 5, 30, generator=generator, dtype=torch.float64)
+    if norm == "layer":
+        z, e = (v - v.mean(0) for v in (z, e))
+    e = e / e.norm(dim=0)
+    size = (z.square().sum(0) + 5 * eps).sqrt()
+    for t in (0.01, 0.5, 0.99, 1.5):
+        off = t * size
+        limit = _propagation.turn(network, z, off)
+        turned = (network.normalize(z + off * e) - network.normalize(z)).norm(dim=0)
+        assert (turned <= limit * (1 + 1e-12)).all()
+        if eps == 0 and t < 1:
+            # The tangent to the sphere of what is this far away.
+            across = e - (e * z).sum(0) / z.square().sum(0) * z
+            across = across / across.norm(dim=0)
+            toward = -t * z / size + (1 - t**2) ** 0.5 * across
+            turned = (network.normalize(z + off * toward) - network.normalize(z)).norm(dim=0)
+            torch.testing.assert_close(turned, limit, rtol=1e-9, atol=0)
 
 
 @given(st.integers(1, 2), st.integers(2, 4), st.integers(1, 2), seeds)

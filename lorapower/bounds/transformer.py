@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .. import _checks, lowrank, randomness
@@ -16,6 +16,7 @@ from ..networks._segments import Segments, pair_ranks, require_alike
 from ..networks.gap import Gap
 from ..networks.transformer import Norm, Transformer
 from ..regression import reduced_rank
+from ._propagation import Maps, follow_plain, follow_stream
 
 # Least dimension of normalized tokens for the statements on ReLUs.
 _LEAST = 3
@@ -59,70 +60,77 @@ def transformer_errors(frozen: Transformer, target: Transformer, rank: int) -> S
     `Transformer.segments` raises, and `InputError` for a rank outside 0 to the width. Source:
     [thm-transformer], [thm-residual], [prop-narrow-heads].
     """
+
+    def left(_: str, part: tuple[Gap, int, Tensor]) -> Tensor:
+        gap, total, lost = part
+        return torch.where(lost, torch.inf, gap.error(total))
+
+    return _reached(frozen, target, rank).map(left)
+
+
+def _reached(
+    frozen: Transformer, target: Transformer, rank: int
+) -> Segments[tuple[Gap, int, Bool[Tensor, "*batch"]]]:
+    """Each segment's gap, its total rank, and whether narrow heads have less than they need."""
     cut = frozen.segments(target)
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
 
-    def left(name: str, gap: Gap) -> Tensor:
+    def of(name: str, gap: Gap) -> tuple[Gap, int, Tensor]:
+        never = torch.zeros(gap.batch_shape, dtype=torch.bool, device=frozen.device)
         if len(Segments.WEIGHTS[name]) == 1:
-            return gap.error(rank)
+            return gap, rank, never
         if gap.frozen.depth == 2:
-            return gap.error(sum(gap.ranks([rank, rank])))
+            return gap, sum(gap.ranks([rank, rank])), never
         _, width, size, *_ = gap.frozen.widths
         if size >= width:
-            return gap.error(sum(gap.ranks([0, rank, rank, 0])))
+            return gap, sum(gap.ranks([0, rank, rank, 0])), never
         own, pair = min(rank, size), pair_ranks(gap)
-        lacking = torch.maximum(pair.inner, pair.outer) > own
-        lacking = lacking | (pair.together > 2 * own)
-        return torch.where(lacking, torch.inf, torch.zeros_like(gap.error(0)))
+        lost = torch.maximum(pair.inner, pair.outer) > own
+        return gap, width, lost | (pair.together > 2 * own)
 
-    return cut.map(left)
+    return cut.map(of)
 
 
 def transformer_error(
     frozen: Transformer,
     target: Transformer,
-    errors: Segments[Tensor],
+    rank: int,
     x: Float[Tensor, "*#batch width n"],
 ) -> Float[Tensor, "*batch"]:
     """A bound of the largest error ``‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
 
-    For plain transformers with ReLUs; ``errors`` are the spectral distances ``ε`` of the adapted
-    segments, such as ``TransformerAdaptation.errors``. For each block let ``r``, ``q`` and ``δ`` be
-    the largest norms of columns ``a`` that enter (the input, or activations), of ``y = a + c``, and
-    of the error, ``r̂ = r + δ``, ``q̂ = q + δ``. Scores of head ``h`` are off by at most
-    ``s = ‖M_QK‖ δ (r̂ + q) + ε_QK r̂ q̂``, columns of the softmax by ``min(s, 2)`` in ``ℓ_1``, and
-    the next columns by ``Σ_h [‖M_VO‖ (r min(s, 2) + δ) + ε_VO r̂]``; the end adds
-    ``‖W_out W_2‖ δ + ε_out r̂``. This worst case is far above typical errors after several blocks,
-    and leaves out the rounding of evaluations.
+    ``f`` has the best adapters of this rank on all weights that `constructions.transformer.adapt`
+    adapts, so its segments lack ``E − LR_r(E)``. The bound calculates with these matrices and with
+    the tokens of the target, and passes from block to block only how far each token may be off. So
+    with one block it is the error itself. What comes in moves the patterns within intervals; what
+    leaves a norm has turned by at most ``t = δ / (‖z̃‖² + D ε)^{1/2}``, the sine of an angle. Heads
+    too narrow for the rank make it infinite. For any network with the vectors of the construction,
+    take it as ``frozen`` and rank 0. Rounding is left out.
 
-    Raises what `Transformer.segments` raises, and `InputError` for other transformers. Source:
-    [prop-transformer-error].
+    It takes a run of the target, and ``N²`` distances for each head. Raises what
+    `Transformer.segments` raises, and `InputError` for a narrower target and a rank outside 0 to
+    the width. Source: [prop-transformer-error], [prop-residual-error].
     """
-    if not frozen.is_plain or frozen.activation != "relu":
+    reached = _reached(frozen, target, rank)
+    if target.width < frozen.width:
+        raise InputError(
+            "target's width",
+            allowed=f"{frozen.width}, as in the frozen network",
+            given=target.width,
+            remedy="networks.rewriting.enlarge writes it so",
+        )
+    if "query" in reached:
         raise InputError(
             "frozen",
-            allowed="without residual connections and norms, and with ReLUs",
+            allowed="without grouped heads and rotary positions",
             given=frozen,
-            remedy="no bound is known of others: measure the error",
+            remedy="no bound is known of these: measure the error",
         )
-    norms = frozen.segments(target).map(lambda _, gap: lowrank.norm(gap.target.product()))
-    shift = target.missing_shift()
-    delta = torch.zeros((), dtype=target.dtype, device=target.device)
-    columns = target.as_inputs(x)
-    for l, block in enumerate(target.trace(x)):
-        shifted = columns + shift[..., l - 1, :, None] if l else columns
-        r, q, delta = (size[..., None] for size in (_longest(columns), _longest(shifted), delta))
-        scores, values = norms.query_key[..., l, :], norms.value_output[..., l, :]
-        score_errors, value_errors = errors.query_key[..., l, :], errors.value_output[..., l, :]
-        off = scores * delta * (r + delta + q) + score_errors * (r + delta) * (q + delta)
-        delta = (values * (r * off.clamp(max=2) + delta) + value_errors * (r + delta)).sum(-1)
-        columns = block.preactivations.relu()
-    return norms.output * delta + errors.output * (_longest(columns) + delta)
-
-
-def _longest(columns: Tensor) -> Tensor:
-    """Norm of the longest column."""
-    return torch.linalg.vector_norm(columns, dim=-2).amax(-1)
+    z = target.as_inputs(x)
+    maps = reached.map(lambda _, part: Maps(part[0].target.product(), part[0].undone(part[1])))
+    off = (follow_plain if target.is_plain else follow_stream)(target, maps, z)
+    lost = reached.map(lambda _, part: part[2]).largest()
+    return torch.where(lost, torch.inf, off.length.amax(-1))
 
 
 def inner_rank(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..bounds.layers import fnn_error_on
-from ..bounds.transformer import transformer_error, transformer_errors
+from ..bounds.transformer import transformer_error
 from ..errors import InputError
 from ..networks.base import Network
 from ..networks.gap import Gap
@@ -115,8 +115,8 @@ def rank_for_error(
         ``[..., sequences, width, tokens]``. Batch dimensions broadcast with the networks'.
     by : {"bound", "trial"}
         ``"bound"``: by `bounds.fnn_error_on`, `bounds.transformer_error` or, for linear networks,
-        the error itself; residual transformers have no bound. Where the construction's assumptions
-        hold, which is not checked, the error is met up to rounding, and less rank may be enough.
+        the error itself. Where the construction's assumptions hold, which is not checked, the error
+        is met up to rounding, and less rank may be enough.
         ``"trial"``: by making and measuring adapters; `adapt` may then need ``throw=False`` where
         they round much.
     partition : Partition, optional
@@ -127,8 +127,6 @@ def rank_for_error(
     _checks.choice("by", by, ["bound", "trial"])
     if partition is not None and kind is not FNN:
         raise InputError("partition", allowed="left out but for ReLU networks", given=partition)
-    if by == "bound" and kind is Transformer and not frozen.is_plain:
-        raise InputError("by", allowed="'trial' with residual connections or norms", given=by)
     x = _group(inputs, frozen, target)
     signal = _mean_square(target(x))
     if by == "trial":
@@ -218,17 +216,15 @@ def _bound(
 ) -> Callable[[int], Tensor]:
     """A bound of the mean squared error at a rank; for linear networks, the error."""
     gap = Gap(frozen, target) if isinstance(frozen, LinearNetwork) else None
+    outputs = target(x).shape[-2]
 
     def squared(rank: int) -> Tensor:
         if gap is not None:
             return _mean_square(gap.undone(sum(gap.ranks([rank] * frozen.depth))) @ x)
         if isinstance(frozen, FNN):
             bound = fnn_error_on(frozen, target, rank, x[0], partition)
-            return bound.square() / target.widths[-1]
-        errors = transformer_errors(frozen, target, rank)
-        bound = transformer_error(frozen, target, errors, x)
-        # A softmax bounds what may come of a segment that cannot be adapted at all.
-        bound = torch.where(errors.largest().isfinite(), bound, torch.inf)
-        return bound.square().mean(0) / target.sizes["outputs"]
+            return bound.square() / outputs
+        bound = transformer_error(frozen, target, rank, x)
+        return bound.square().mean(0) / outputs
 
     return squared
