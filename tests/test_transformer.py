@@ -366,6 +366,9 @@ def test_the_bound_is_not_below_what_is_measured(
         options["final_norm"] = data.draw(st.booleans())
     if options["norm"] or options["residual"]:
         options["gated"] = data.draw(st.booleans())
+        options["groups"] = data.draw(st.sampled_from([1, 2]))
+        if data.draw(st.booleans()):
+            options |= {"rotary": 100.0, "head_size": width + width % 2}
     else:
         options["scale"] = data.draw(st.sampled_from([0.05, width**-0.5, 1.0]))
     frozen, target = (
@@ -427,8 +430,8 @@ def test_attention_moves_by_at_most_the_radius_and_nearly_so(heads: int, causal:
         reads, asked = keys[:, None], M @ (keys + shift)[:, None]
         return (V @ reads @ network.patterns(reads.mT @ asked)).sum(1)
 
-    asked = scores.target @ (keys + shift)[:, None]
-    known, radius = _propagation.attend(network, scores, values, keys, keys + shift, asked, off)
+    products = _propagation.multiply(scores, keys, keys + shift)
+    known, radius = _propagation.attend(network, products, values, keys, off)
     target = attend(scores.target, values.target, keys)
     torch.testing.assert_close(attend(scores.reached, values.reached, keys), target + known)
     moved = [

@@ -55,8 +55,7 @@ def follow_plain(target: Transformer, maps: Segments[Maps], x: Tensor) -> Off:
     for l, block in enumerate(target.trace(x)):
         shifted = before + shift[..., l - 1, :, None] if l else before
         scores, values = maps.query_key.block(l, 3), maps.value_output.block(l, 3)
-        asked = scores.target @ shifted.unsqueeze(-3)
-        known, radius = attend(target, scores, values, before, shifted, asked, off)
+        known, radius = attend(target, multiply(scores, before, shifted), values, before, off)
         before, after = (target.activate(block.preactivations + k) for k in (0, known))
         radius = _STEEPEST[target.activation] * radius
         off = Off(after - before, radius).length
@@ -68,18 +67,24 @@ def follow_stream(target: Transformer, maps: Segments[Maps], z: Tensor) -> Off:
     """How far outputs of a transformer with residual connections or norms are off."""
     V = target.basis()
     read = V if target.norm is None else target.g_1[..., None, :, None] * V
-    asked_of_all = target.b_Q[..., None]
+    asked = target.b_Q[..., None]
     if target.norm is not None:
-        asked_of_all = asked_of_all + target.W_Q @ target.s_1[..., None, :, None]
-    asked_of_all = (target.W_K @ read).mT @ asked_of_all
+        asked = asked + target.W_Q @ target.s_1[..., None, :, None]
+    if "query_key" in maps:
+        asked = (target.W_K @ read).mT @ asked
+    if "value_output" not in maps:
+        maps = Segments({**maps, "value_output": _chain(target, maps.value, maps.sent)})
     # Under a final LayerNorm segments write in the coordinates of what it reads.
     written = maps.outer.target.shape[-2] < target.width
     off = torch.zeros_like(z[..., 0, :])
     for l, block in enumerate(target.trace(z)):
         n, turned = _normalize(target, z), turn(target, z, off)
-        scores, values = maps.query_key.block(l, 3), maps.value_output.block(l, 3)
-        asked = scores.target @ n.unsqueeze(-3) + asked_of_all[..., l, :, :, :]
-        known, radius = attend(target, scores, values, n, n, asked, turned)
+        if "query_key" in maps:
+            scores = multiply(maps.query_key.block(l, 3), n, n, asked[..., l, :, :, :])
+        else:
+            parts = maps.query.block(l, 3), maps.key.block(l, 3)
+            scores = _meet(target, l, *parts, n, asked[..., l, :, :, :])
+        known, radius = attend(target, scores, maps.value_output.block(l, 3), n, turned)
         u = target.attend(l, z, block.patterns)
         moved = u + (V @ known if written else known)
         if target.residual:
@@ -112,35 +117,78 @@ def follow_stream(target: Transformer, maps: Segments[Maps], z: Tensor) -> Off:
     return Off(known, gains.abs().amax(-1)[..., None] * turn(target, moved, radius))
 
 
+class Scores(NamedTuple):
+    """Scores of the target's tokens, and what errors of tokens make of them."""
+
+    target: Float[Tensor, "*batch heads n n"]
+    #: With the adapted network's products.
+    reached: Float[Tensor, "*batch heads n n"]
+    #: Differences of these columns multiply errors of queries.
+    pulled: Float[Tensor, "*batch heads size n"]
+    #: For each query, the most by which errors of keys are multiplied; and products of both.
+    asked: Float[Tensor, "*batch heads n"]
+    both: Float[Tensor, "*batch heads"]
+
+
+def multiply(maps: Maps, keys: Tensor, queries: Tensor, constant: Tensor | float = 0) -> Scores:
+    """``keysᵀ (M queries + constant)``."""
+    keys, queries = keys.unsqueeze(-3), queries.unsqueeze(-3)
+    asked = maps.target @ queries + constant
+    reached, M = asked - maps.lacking @ queries, maps.reached
+    products = keys.mT @ asked, keys.mT @ reached
+    return Scores(*products, M.mT @ keys, _norm(reached), lowrank.norm(M))
+
+
+def _meet(target: Transformer, l: int, Q: Maps, K: Maps, n: Tensor, asked: Tensor) -> Scores:
+    """Scores of queries and keys with segments of their own, turned if positions are rotary."""
+    told: Tensor | float = 0
+    if target.rotary is not None:
+        told = target.b_K[..., l, :, :, None]
+        if target.norm is not None:
+            told = told + target.W_K[..., l, :, :, :] @ target.s_1[..., l, None, :, None]
+    n = n.unsqueeze(-3)
+
+    def sides(Q: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
+        queries, keys = Q @ n + asked, K @ n + told
+        if target.rotary is not None:
+            queries, keys = target.turn(queries), target.turn(keys)
+        return target.each_head(keys), queries
+
+    keys, queries = sides(Q.target, K.target)
+    scores = keys.mT @ queries
+    keys, queries = sides(Q.reached, K.reached)
+    of_query, of_key = lowrank.norm(Q.reached), target.each_head(lowrank.norm(K.reached), -1)
+    pulled = of_query[..., None, None] * keys
+    by_key = of_key[..., None] * _norm(queries)
+    return Scores(scores, keys.mT @ queries, pulled, by_key, of_key * of_query)
+
+
+def _chain(target: Transformer, first: Maps, second: Maps) -> Maps:
+    """Products of values of groups of heads and what each head makes of them."""
+    exact = second.target @ target.each_head(first.target)
+    return Maps(exact, exact - second.reached @ target.each_head(first.reached))
+
+
 def attend(
     target: Transformer,
-    scores: Maps,
+    scores: Scores,
     values: Maps,
-    keys: Float[Tensor, "*batch size n"],
-    queries: Float[Tensor, "*batch size n"],
-    asked: Float[Tensor, "*batch heads size n"],
+    read: Float[Tensor, "*batch size n"],
     off: Float[Tensor, "*batch n"],
 ) -> Off:
-    """How far all heads together are off, where what they read is off by ``off``.
-
-    ``asked`` is what multiplies each key in the target; the adapted one lacks a part of it.
-    """
-    keys = keys.unsqueeze(-3)
-    before = keys @ target.patterns(keys.mT @ asked)
-    asked = asked - scores.lacking @ queries.unsqueeze(-3)
-    from_scores = keys.mT @ asked
-    patterns = target.patterns(from_scores)
-    after = keys @ patterns
-    unseen = target.patterns(torch.zeros_like(from_scores)) == 0
+    """How far all heads together are off, where what they read is off by ``off``."""
+    read = read.unsqueeze(-3)
+    patterns = target.patterns(scores.reached)
+    before, after = read @ target.patterns(scores.target), read @ patterns
+    unseen = target.patterns(torch.zeros_like(patterns)) == 0
 
     by_key, by_query = off[..., None, :, None], off[..., None, None, :]
-    M = scores.reached
-    moved = _norm(asked)[..., None, :] + lowrank.norm(M)[..., None, None] * by_query
-    moved = by_key * moved + by_query * _distances(M.mT @ keys, M.mT @ after)
-    low, high = intervals(from_scores.masked_fill(unseen, -torch.inf), moved)
+    moved = by_key * (scores.asked[..., None, :] + scores.both[..., None, None] * by_query)
+    moved = moved + by_query * _distances(scores.pulled, scores.pulled @ patterns)
+    low, high = intervals(scores.reached.masked_fill(unseen, -torch.inf), moved)
 
     M = values.reached
-    apart = _distances(M @ keys, M @ after).masked_fill(unseen, 0)
+    apart = _distances(M @ read, M @ after).masked_fill(unseen, 0)
     swing = torch.maximum(high - patterns, patterns - low)
     swung = torch.minimum((swing * apart).sum(-2), apart.amax(-2)).sum(-2)
     largest = by_key.expand_as(high).masked_fill(unseen, 0).amax(-2)

@@ -119,13 +119,6 @@ def transformer_error(
             given=target.width,
             remedy="networks.rewriting.enlarge writes it so",
         )
-    if "query" in reached:
-        raise InputError(
-            "frozen",
-            allowed="without grouped heads and rotary positions",
-            given=frozen,
-            remedy="no bound is known of these: measure the error",
-        )
     z = target.as_inputs(x)
     maps = reached.map(lambda _, part: Maps(part[0].target.product(), part[0].undone(part[1])))
     off = (follow_plain if target.is_plain else follow_stream)(target, maps, z)
