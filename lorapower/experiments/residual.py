@@ -30,7 +30,7 @@ VECTORS = {
     "all": ("b_Q", "b_O", "b_2", "b_1", "b_3", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
     "mlp": ("b_O", "b_2", "b_1", "b_3", "g_2", "s_2"),
 }
-FIT, SELECT, TEST, DIRECTIONS = 2000, 1000, 5000, 20000
+FIT, SELECT, TEST, DIRECTIONS = 1000, 500, 5000, 5000
 # How far out tokens are for what is said of the limit.
 FAR = 1e4
 
