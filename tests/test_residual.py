@@ -28,7 +28,7 @@ from lorapower.networks import (
     from_decoder,
     to_decoder,
 )
-from lorapower.networks.rewriting import align, enlarge, relabel, with_gains
+from lorapower.networks.rewriting import align, enlarge, pack, relabel, with_gains
 from lorapower.networks.transformer import ACTIVATIONS, PARTS
 from lorapower.training import Fixed, Fresh, Tuning, descend, train
 
@@ -582,6 +582,45 @@ def test_alignment_attains_the_inner_rank(width: int, more: int, norm: Any, seed
     # Units that are rescaled far lose digits.
     size = float(best.W_1.abs().max() * best.W_2.abs().max())
     assert relative(found.adapters.merge(frozen), target, x) < 1e-20 * max(1, size**2)
+
+
+@given(st.integers(2, 5), st.integers(1, 3), norms, seeds)
+def test_packed_weights_agree_on_directions_as_many_as_a_head_has(
+    heads: int, size: int, norm: Any, seed: int
+) -> None:
+    width = heads * size + (norm == "layer" and heads * size < 3)
+    frozen, target = pair(seed, 2, width, heads, head_size=size, norm=norm)
+    packed = pack(target, frozen, seed=seed)
+    numbers = [float(w.abs().max()) for w in packed.weights]
+    x = inputs(seed, 5, width, 3)
+    assert relative(packed, target, x) < 1e-20 * max(1, *numbers) ** 4
+    kept = size if heads > 2 else min(size, (width - (norm == "layer")) // 3)
+    for l in range(2):
+        read = target.g_1[l][:, None] * target.basis()
+        for pair_of in (("W_Q", "W_K"), ("W_V", "W_O")):
+            lacking = 0
+            for kind in pair_of:
+                apart = getattr(packed, kind)[l] - getattr(frozen, kind)[l]
+                out = kind == "W_O"
+                rows = apart.movedim(0, 1).flatten(1) if out else apart.flatten(0, 1) @ read
+                rank = int(lowrank.rank(rows, scale=1e4 * max(1, *numbers)))
+                assert rank <= width - kept
+                lacking += max(0, heads * size - rank) * ((width if out else read.shape[1]) - rank)
+            # No less than the theorem allows.
+            assert lacking <= heads * size**2
+
+
+def test_the_counts_of_packed_weights() -> None:
+    assert bounds.packed_rank(768, 12, 64) == 612
+    assert bounds.packed_rank(768, 12, 64, rotary=True) == 749
+    # Each head by itself, with rotary positions, needs all of its rank.
+    assert bounds.packed_rank(768, 1, 64, rotary=True) == 64
+    grouped: Any = {"groups": 3, "norm": "rms"}
+    assert bounds.packed_rank(576, 9, 64, rotary=True, **grouped) == 576 - 13
+    values = bounds.packed_rank(576, 9, 64, part="values", **grouped)
+    assert (576 - values) ** 2 <= 3 * 64**2 < (577 - values) ** 2
+    with pytest.raises(InputError, match="heads"):
+        bounds.packed_rank(8, 4, 2, groups=3)
 
 
 @given(st.integers(4, 9), norms, st.sampled_from(["relu", "silu"]), seeds)

@@ -19,6 +19,7 @@ from .transformer import attention_floor as attention_floor
 from .transformer import directions as directions
 from .transformer import feed_forward_floor as feed_forward_floor
 from .transformer import inner_rank as inner_rank
+from .transformer import packed_rank as packed_rank
 from .transformer import transformer_error as transformer_error
 from .transformer import transformer_errors as transformer_errors
 from .transformer import transformer_ranks as transformer_ranks

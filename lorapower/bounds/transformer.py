@@ -160,6 +160,42 @@ def inner_rank(
     return next(r for r in range(m + 1) if (hidden - r) * (m - r) <= free or r >= hidden)
 
 
+def packed_rank(
+    width: int,
+    heads: int,
+    head_size: int,
+    *,
+    part: Literal["scores", "values"] = "scores",
+    groups: int | None = None,
+    rotary: bool = False,
+    norm: Norm = "rms",
+) -> int:
+    """A rank that two packed weights of attention need, both equally [thm-packed].
+
+    ``W_Q`` and ``W_K`` (``"scores"``), or ``W_V`` and ``W_O`` (``"values"``), of all heads in one
+    matrix, as PEFT adapts them: the least ``R`` with ``(p − R)(m − R) + (p' − R)(m' − R) ≤ γ``,
+    where a factor below 0 counts as 0. ``W_Q`` and ``W_O`` have ``H d`` rows or columns, ``W_K``
+    and ``W_V`` ``d`` for each group; the other side is the dimension of normalized tokens, or the
+    width for ``W_O``; ``γ`` is ``d²`` for each group, and ``d`` for scores with rotary positions.
+    It holds for almost all frozen weights.
+    """
+    width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
+    d = _checks.integer("head_size", head_size, 1)
+    groups = heads if groups is None else _checks.integer("groups", groups, 1, heads)
+    if heads % groups:
+        raise InputError("heads", allowed=f"a multiple of {groups}, the groups", given=heads)
+    _checks.choice("part", part, ("scores", "values"))
+    _checks.choice("norm", norm, get_args(Norm))
+    m, scores = width - (norm == "layer"), part == "scores"
+    free = groups * (d if _checks.flag("rotary", rotary) and scores else d * d)
+    sides = ((heads * d, m if scores else width), (groups * d, m))
+
+    def lacking(R: int) -> int:
+        return sum(max(0, rows - R) * max(0, columns - R) for rows, columns in sides)
+
+    return next(R for R in range(width + 1) if lacking(R) <= free)
+
+
 class AttentionFloor(NamedTuple):
     """What is left where only attention is adapted.
 

@@ -143,6 +143,81 @@ def _pair(a: Tensor, b: Tensor, generator: torch.Generator, l: int) -> tuple[Ten
     return order, scale
 
 
+def pack(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transformer:
+    """The target with coordinates in heads that leave packed weights less to change.
+
+    A head is the same for ``G W_Q``, ``G^{-T} W_K``, and for ``G W_V``, ``W_O G^{-1}``. Here ``G``
+    is such that with all heads in one matrix, as PEFT adapts them, target and frozen weights agree
+    on as many directions as a head has coordinates, for three heads or more that fill the width:
+    their differences, on what is read with the target's gains, have rank ``D − d`` [prop-packed].
+    For two heads they agree on a third of the directions. Raises `InputError` for networks that do
+    not fit, for batches, and for grouped heads and rotary positions.
+    """
+    require_alike(target, frozen, _SETTINGS, ("blocks", "heads", "query size", "value size"))
+    _checks.single(target=target, frozen=frozen)
+    _require_norms(target)
+    if target.rotary is not None or target.groups < target.heads:
+        words = "without rotary positions and with keys and values of its own for each head"
+        raise InputError("target", allowed=words, given=target)
+    generator = randomness.generator(_checks.seed(seed), "coordinates")
+    parts, V = {kind: part.clone() for kind, part in target.parts.items()}, target.basis()
+    for l in range(target.depth):
+        read = target.g_1[l][:, None] * V
+        ours, theirs = (
+            {kind: getattr(network, kind)[l] for kind in ("W_Q", "W_K", "W_V", "W_O")}
+            for network in (frozen, target)
+        )
+        sides = [(w["W_Q"] @ read, (w["W_K"] @ read).mT) for w in (ours, theirs)]
+        G = _coordinates(sides, generator)
+        parts["W_Q"][l] = G @ theirs["W_Q"]
+        parts["b_Q"][l] = (G @ target.b_Q[l][..., None])[..., 0]
+        parts["W_K"][l] = torch.linalg.solve(G.mT, theirs["W_K"])
+        sides = [(w["W_V"] @ read, w["W_O"]) for w in (ours, theirs)]
+        G = _coordinates(sides, generator)
+        parts["W_V"][l] = G @ theirs["W_V"]
+        parts["W_O"][l] = torch.linalg.solve(G, theirs["W_O"], left=False)
+    return Transformer(**parts, **target.settings)
+
+
+def _coordinates(
+    sides: Sequence[tuple[Tensor, Tensor]], generator: torch.Generator
+) -> Float[Tensor, "heads size size"]:
+    """``G`` with which ``G Ȳ`` and ``X̄ G^{-1}`` are the frozen ones on some directions."""
+    (Y, X), (Y_target, X_target) = sides
+    heads, size, m = Y.shape
+    n = X.shape[-2]
+    apart = X_target @ Y_target - X @ Y
+    # Directions that neither first head reads; or else any.
+    inner = min(size, m - 2 * size)
+    outer = min(size, n - (heads - 1) * inner)
+    others, least = apart[1:], min(size, m // (heads + 1), n // (heads + 1))
+    if min(inner, outer) >= max(least, 1):
+        N = torch.linalg.svd(torch.cat([Y[0], Y_target[0]])).Vh[m - inner :].mT
+    else:
+        inner, outer = least, min(size, n - heads * least)
+        drawn = randomness.normal(generator, m, inner, dtype=Y.dtype).to(Y)
+        N, others = torch.linalg.qr(drawn)[0], apart
+    images = (others @ N).movedim(0, 1).flatten(1)
+    N_out = torch.linalg.svd(images).U[:, images.shape[1] :][:, :outer]
+    # G A = B and Gᵀ C = F, which agree since N_outᵀ (X̄ Ȳ − X Y) N = 0.
+    A, B, C, F = Y_target @ N, Y @ N, X.mT @ N_out, X_target.mT @ N_out
+    noise = 1e3 * m * torch.finfo(Y.dtype).eps * torch.linalg.matrix_norm(Y_target)
+    A_inverse = torch.linalg.pinv(A, atol=noise, rtol=torch.zeros_like(noise))
+    C_inverse = torch.linalg.pinv(C.mT)
+    identity = torch.eye(size, dtype=Y.dtype, device=Y.device)
+    right, left = identity - A @ A_inverse, identity - C_inverse @ C.mT
+    fixed = B @ A_inverse + C_inverse @ F.mT @ right
+    scale = torch.linalg.matrix_norm(fixed, ord=2)[:, None, None]
+    scale = torch.where(scale > 0, scale, 1)
+    found = [fixed + scale * left @ right]
+    for _ in range(8):
+        turn = torch.linalg.qr(randomness.normal(generator, size, size, dtype=Y.dtype).to(Y))[0]
+        found.append(fixed + scale * left @ turn @ right)
+    trials = torch.stack(found, 1)
+    best = torch.linalg.cond(trials).argmin(1)
+    return trials[torch.arange(heads, device=best.device), best]
+
+
 def enlarge(
     target: Transformer,
     frozen: Transformer,
