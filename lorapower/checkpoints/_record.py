@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Tables of adapters, and of what they lose on each text.
 TABLES = ("plans.csv", "plan-texts.csv")
+# And what tuning changes, part by part.
+PARTS = "parts.csv.gz"
 
 
 def read_record() -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -57,6 +59,31 @@ def read_record() -> tuple[pd.DataFrame, pd.DataFrame]:
     by_adapter: Any = texts.groupby(keys, sort=False)
     measured = by_adapter.apply(summarize, include_groups=False)
     return adapters.join(measured, on=keys), texts
+
+
+def read_parts() -> pd.DataFrame:
+    """What three tunings of all weights of the packaged language model change, part by part.
+
+    A row has a ``value`` for a ``tuning``, a ``block`` (-1 for all), a ``part``, ``"attention"``,
+    ``"mlp"`` or a weight (empty for all), and a ``quantity``; versions follow. By ``stage``:
+
+    - ``weights``: how many singular values of changes ``half`` and ``nine`` tenths of the squared
+      norm need, how many are above a thousandth of the largest (``numerical``), and how many
+      ``directions`` there are.
+    - ``floors``, on tokens of sentences: the norm that a part has ``added``, over the token's own,
+      and the cosine by which a block, or all, ``turn`` tokens. ``floor`` is the share of the
+      variance of one block's change that the other part cannot make up: for ``"attention"`` what
+      is not affine in what the feed-forward layer reads [prop-floor-attention], for ``"mlp"`` what
+      other tokens decide in attention [prop-floor-feed-forward]. ``far floor`` is the share of all
+      blocks' change, both parts, for far tokens with directions as behind this block. ``free`` is
+      the share of a change's squared norm that other weights of the same function would save.
+    - ``effect``, on held-out sentences: the ``error`` if only a part is as tuned; ``none`` and
+      ``few`` with the names of `Measured` for no module's change, and for the smallest adapter
+      found that loses at most ``√.1`` on other sentences, with so many directions ``taken``. Of
+      the squared effect, what is one shift, ``alike`` at all tokens. And how many singular
+      directions have, ``alone``, nine tenths of what a weight's adds, squared, to first order.
+    """
+    return _read(PARTS)
 
 
 def _read(name: str) -> pd.DataFrame:
