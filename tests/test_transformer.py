@@ -454,6 +454,7 @@ def test_what_a_norm_makes_of_a_distance_is_reached(norm: Any, eps: float) -> No
         z, e = (v - v.mean(0) for v in (z, e))
     e = e / e.norm(dim=0)
     size = (z.square().sum(0) + 5 * eps).sqrt()
+    assert (_propagation.turn(network, 0 * z, torch.zeros(30)) == 0).all()
     for t in (0.01, 0.5, 0.99, 1.5):
         off = t * size
         limit = _propagation.turn(network, z, off)

@@ -222,7 +222,9 @@ def turn(target: Transformer, z: Tensor, off: Tensor) -> Tensor:
         return off
     if target.norm == "layer":
         z = z - z.mean(-2, keepdim=True)
-    sine = off / (z.square().sum(-2) + target.width * target.eps).sqrt()
+    size = (z.square().sum(-2) + target.width * target.eps).sqrt()
+    # Nothing turns a token that is not off, whatever its size.
+    sine = torch.where(off > 0, off / size, 0)
     cosine = (1 - sine.square()).clamp(min=0).sqrt()
     chord = torch.where(sine < 1, sine * (2 / (1 + cosine)).sqrt(), 2)
     return chord * target.width**0.5

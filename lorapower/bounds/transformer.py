@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -259,7 +260,7 @@ def attention_floor(
 
 def _total_rank(network: Transformer, ranks: int | Sequence[int] | None) -> int:
     """The rank that adapters of all ``W_V`` and ``W_O`` have together; none given means any."""
-    if ranks is None or isinstance(ranks, int):
+    if ranks is None or (not isinstance(ranks, Sequence) and np.ndim(ranks) == 0):
         return _checks.integer("ranks", network.width if ranks is None else ranks, 0)
     each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in network.weights])
     names = zip(network.weight_names, each, strict=True)
