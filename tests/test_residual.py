@@ -705,6 +705,17 @@ def test_attention_of_limited_rank_ends_where_singular_values_say(
             assert float(error) == pytest.approx(predicted, rel=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_attention_is_taken_away_though_values_become_singular(norm: Any) -> None:
+    frozen, _ = pair(0, 1, 6, 1, norm=norm)
+    names = zip(frozen.weight_names, frozen.weights, strict=True)
+    target = frozen.with_parameters([0 * w if n[:3] == "W_V" else w for n, w in names])
+    v = inputs(0, 6, 200)
+    ranks = [3 * (name[:3] in ("W_V", "W_O")) for name in frozen.weight_names]
+    built = transformer.attention_only(frozen, target, v, ranks).merge(frozen)
+    assert transformer.far_error(built, target, v, 1e5)[0] < 1e-16
+
+
 @pytest.mark.parametrize(
     ("depth", "heads", "options"),
     [

@@ -354,9 +354,9 @@ def attention_only(
     """Adapters of attention alone, and ``b_O``, of least error far out on single tokens.
 
     ``W_V`` and ``W_O`` take the singular triplets of the slope of `bounds.attention_floor` in turn.
-    For a part ``K``, ``ΔW_V = W_O⁻¹ K diag(g_1)⁻¹``, and ``ΔW_O = K diag(g_1)⁻¹ Ŵ_V⁻¹`` with what
-    ``W_V`` has become. So the error tends to the floor. A total rank, by default any, goes to
-    ``W_O`` of the first head of the first block.
+    On normalized tokens ``W_O ΔW_V diag(g_1)`` is such a part, and so is ``ΔW_O Ŵ_V diag(g_1)``
+    with what ``W_V`` has become. So the error tends to the floor. A total rank, by default any,
+    goes to ``W_O`` of the first head of the first block.
 
     Raises what `bounds.attention_floor` raises, and `InputError` for batches, for heads narrower
     than the tokens, and for weights and gains that hide directions. Source: [prop-floor-attention],
@@ -388,29 +388,36 @@ def attention_only(
         heads = [(name, rank) for name, rank in by_name.items() if name.startswith(kind)]
         for i, (name, rank) in enumerate(heads):
             l, h = divmod(i, len(heads) // frozen.depth)
-            partner = outputs[l, h] if kind == "W_V" else values[l, h * groups // frozen.heads].mT
-            read = frozen.g_1[l][:, None] * V
+            of_values = values[l, h * groups // frozen.heads]
+            read = (frozen.g_1[l][:, None] * V).mT
             (out, left), (into, right) = ((f[:, :rank], f[:, rank:]) for f in (left, right))
             if not out.any():
                 continue
-            for part, matrix in ((f"partner of {name}", partner), (f"gains before {name}", read)):
-                if lowrank.rank(matrix) < min(matrix.shape):
-                    raise InputError(
-                        f"frozen's {part}",
-                        allowed="of full rank",
-                        given="one that hides directions",
-                        remedy="perturb it",
-                    )
-            into = torch.linalg.pinv(read).mT @ into
-            offset -= out @ (into.mT @ frozen.s_1[l])
             if kind == "W_V":
-                updates[name] = LowRank(torch.linalg.pinv(partner) @ out, into)
-                values[l, h] += updates[name].matrix()
+                into = _solve(read, into, f"gains before {name}")
+                updates[name] = LowRank(_solve(outputs[l, h], out, f"partner of {name}"), into)
+                of_values += updates[name].matrix()
             else:
-                updates[name] = LowRank(out, torch.linalg.pinv(partner) @ into)
+                into = _solve(read @ of_values.mT, into, f"partner of {name}, or the gains")
+                updates[name], into = LowRank(out, into), of_values.mT @ into
+            offset -= out @ (into.mT @ frozen.s_1[l])
     changes = [torch.zeros_like(b) for b in frozen.biases]
     changes[frozen.bias_names.index("b_O of block 1")] = offset
     return Adapters(tuple(updates.values()), tuple(changes))
+
+
+def _solve(matrix: Tensor, columns: Tensor, name: str) -> Tensor:
+    """Least columns that a matrix maps to these; refused if there are none."""
+    eps = torch.finfo(matrix.dtype).eps
+    solution = torch.linalg.pinv(matrix, rtol=eps ** (2 / 3)) @ columns
+    if (matrix @ solution - columns).norm() > eps**0.5 * columns.norm():
+        raise InputError(
+            f"frozen's {name}",
+            allowed="of full rank",
+            given="one that hides directions",
+            remedy="perturb it",
+        )
+    return solution
 
 
 def far_error(
