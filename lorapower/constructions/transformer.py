@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -374,7 +374,7 @@ def attention_only(
     V, values = frozen.basis(), frozen.W_V.clone()
     groups = values.shape[1]
     outputs = frozen.W_O.unflatten(1, (groups, -1)).sum(2)
-    if ranks is None or isinstance(ranks, Integral):
+    if ranks is None or isinstance(ranks, int | np.integer):
         rank = frozen.dimension if ranks is None else min(ranks, frozen.dimension)
         ranks = [rank * (name == "W_O of block 1, head 1") for name in frozen.weight_names]
     by_name = dict(zip(frozen.weight_names, ranks, strict=True))
