@@ -610,11 +610,23 @@ def test_packed_weights_agree_on_directions_as_many_as_a_head_has(
             assert lacking <= heads * size**2
 
 
+@pytest.mark.parametrize("silent", [("W_Q",), ("W_V", "W_O"), ("W_Q", "W_K")])
+def test_heads_of_zeros_are_not_packed(silent: tuple[str, ...]) -> None:
+    frozen, target = pair(0, 1, 8, 4, head_size=2, norm="rms")
+    parts = frozen.parts | {name: frozen.parts[name].clone() for name in silent}
+    for name in silent:
+        parts[name][:, 1] = 0
+    with pytest.raises(InputError, match="heads"):
+        pack(target, Transformer(**parts, **frozen.settings))
+
+
 def test_the_counts_of_packed_weights() -> None:
     assert bounds.packed_rank(768, 12, 64) == 612
     assert bounds.packed_rank(768, 12, 64, rotary=True) == 749
     # Each head by itself, with rotary positions, needs all of its rank.
     assert bounds.packed_rank(768, 1, 64, rotary=True) == 64
+    # Without, one head is not packed.
+    assert [bounds.packed_rank(8, 1, d) for d in (2, 3, 8)] == [2, 3, 4]
     grouped: Any = {"groups": 3, "norm": "rms"}
     assert bounds.packed_rank(576, 9, 64, rotary=True, **grouped) == 576 - 13
     values = bounds.packed_rank(576, 9, 64, part="values", **grouped)

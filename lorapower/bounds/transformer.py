@@ -175,9 +175,10 @@ def packed_rank(
 
     ``W_Q`` and ``W_K`` (``"scores"``), or ``W_V`` and ``W_O`` (``"values"``), of all heads in one
     matrix, as PEFT adapts them: the least ``R`` with ``(p − R)(m − R) + (p' − R)(m' − R) ≤ γ``,
-    where a factor below 0 counts as 0. ``W_Q`` and ``W_O`` have ``H d`` rows or columns, ``W_K``
-    and ``W_V`` ``d`` for each group; the other side is the dimension of normalized tokens, or the
-    width for ``W_O``; ``γ`` is ``d²`` for each group, and ``d`` for scores with rotary positions.
+    where a factor below 0 counts as 0, and ``2 R ≥ min(2 d, m)``. ``W_Q`` and ``W_O`` have ``H d``
+    rows or columns, ``W_K`` and ``W_V`` ``d`` for each group; the other side is the dimension of
+    normalized tokens, or the width for ``W_O``; ``γ`` is ``d²`` for each group, and ``d`` for
+    scores with rotary positions.
     It holds for almost all frozen weights.
     """
     width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
@@ -194,7 +195,8 @@ def packed_rank(
     def lacking(R: int) -> int:
         return sum(max(0, rows - R) * max(0, columns - R) for rows, columns in sides)
 
-    return next(R for R in range(width + 1) if lacking(R) <= free)
+    alone = -(-min(2 * d, m) // 2)
+    return next(R for R in range(alone, width + 1) if lacking(R) <= free)
 
 
 class AttentionFloor(NamedTuple):

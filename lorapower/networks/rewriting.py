@@ -151,7 +151,8 @@ def pack(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transfor
     on as many directions as a head has coordinates, for three heads or more that fill the width:
     their differences, on what is read with the target's gains, have rank ``D − d`` [prop-packed].
     For two heads they agree on a third of the directions. Raises `InputError` for networks that do
-    not fit, for batches, and for grouped heads and rotary positions.
+    not fit, for batches, for grouped heads and rotary positions, and where ``G`` would be singular,
+    as for a head of zeros.
     """
     require_alike(target, frozen, _SETTINGS, ("blocks", "heads", "query size", "value size"))
     _checks.single(target=target, frozen=frozen)
@@ -214,8 +215,17 @@ def _coordinates(
         turn = torch.linalg.qr(randomness.normal(generator, size, size, dtype=Y.dtype).to(Y))[0]
         found.append(fixed + scale * left @ turn @ right)
     trials = torch.stack(found, 1)
-    best = torch.linalg.cond(trials).argmin(1)
-    return trials[torch.arange(heads, device=best.device), best]
+    best = torch.linalg.cond(trials).nan_to_num(torch.inf).argmin(1)
+    chosen = trials[torch.arange(heads, device=best.device), best]
+    values = torch.linalg.svdvals(chosen)
+    if values.min() <= 1e3 * m * torch.finfo(Y.dtype).eps * values.max():
+        raise InputError(
+            "weights of heads",
+            allowed="of full rank in frozen network and target",
+            given=f"singular values of coordinates down to {float(values.min()):.1e}",
+            remedy="perturb them",
+        )
+    return chosen
 
 
 def enlarge(
