@@ -27,8 +27,9 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
     """The least rank on adapted weights for exact segments [thm-transformer], [thm-residual].
 
     With ``E`` the difference of the segments it is ``⌈rank(E)/2⌉`` for two weights, both equally,
-    more only for heads narrower than the tokens [prop-narrow-heads]; and ``rank E`` for one, such
-    as ``inner`` and ``outer``: for the difference that other kinds of heads make see `Segments`.
+    more only for heads narrower than the tokens [prop-narrow-heads] (others count as non-singular);
+    and ``rank E`` for one, such as ``inner`` and ``outer``: for the difference that other kinds of
+    heads make see `Segments`.
     ``[..., L, H]`` for heads, ``[..., L]`` for blocks, as `constructions.transformer.adapt` takes
     them. Raises what `Transformer.segments` raises.
     """
