@@ -204,13 +204,17 @@ def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str,
 
 
 def test_jupyterlab_and_the_page_are_told_what_the_text_quotes(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     glued: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    Path("26").mkdir()  # which a number must not be taken for
     monkeypatch.setattr("myst_nb.glue", lambda name, value, display: glued.update({name: value}))
     book.quote("error", torch.tensor(0.0567, dtype=torch.float64))
     book.quote("count", np.int64(4))
     book.quote("names", "2, 4")
+    book.quote("whole", 26, digits=2)
+    assert book.quoted["whole"].data == glued["whole"].data == "26"
     book.quote("tiny", torch.tensor(2.34e-7, dtype=torch.float64), digits=2)
     assert [glued[name] for name in ("error", "count", "names")] == [0.0567, 4, "2, 4"]
     assert [type(glued[name]) for name in ("error", "count", "names")] == [float, int, str]

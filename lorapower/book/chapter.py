@@ -193,7 +193,9 @@ def quote(name: str, value: Any, *, digits: int | None = None) -> None:
     if hasattr(value, "item"):
         value = value.item()  # a plain number, whose format the text chooses
     quoted[name] = text = repr(value) if digits is None else claims.number(value, digits)
-    glue(name, value if digits is None else Markdown(text), display=False)
+    shown = Markdown("")
+    shown.data = text  # given at once, it would be read as a file where one has this name
+    glue(name, value if digits is None else shown, display=False)
 
 
 def read_quotes(notebook: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
