@@ -214,7 +214,7 @@ def test_jupyterlab_and_the_page_are_told_what_the_text_quotes(
     book.quote("count", np.int64(4))
     book.quote("names", "2, 4")
     book.quote("whole", 26, digits=2)
-    assert book.quoted["whole"].data == glued["whole"].data == "26"
+    assert book.quoted["whole"] == glued["whole"].data == "26"
     book.quote("tiny", torch.tensor(2.34e-7, dtype=torch.float64), digits=2)
     assert [glued[name] for name in ("error", "count", "names")] == [0.0567, 4, "2, 4"]
     assert [type(glued[name]) for name in ("error", "count", "names")] == [float, int, str]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from scipy.optimize import least_squares
@@ -352,9 +352,10 @@ def test_newton_of_nothing_changes_nothing() -> None:
 def test_one_layer_is_found_from_data_alone(width: int, depth: int, seed: int) -> None:
     """Convex in one matrix: no start, no luck, but slow where an output is rarely above 0."""
     frozen, target = relu(depth, width, seed), relu(1, width, seed + 1)
+    x = normal(width, 2000, seed=seed)
+    assume((target(x) > 0).double().mean(-1).min() > 0.02)
     data = Fresh(target, (width,), samples=128, seed=seed)
     found = train_fused(frozen, width, data, starts=1, learning_rates=(3e-2,), steps=10_000)
-    x = normal(width, 2000, seed=seed)
     inside = torch.linalg.vector_norm(x, dim=0) < 1.5 * 2
     error = (found.adapters.merge(frozen)(x) - target(x)).square()[:, inside].mean()
     assert error < 1e-9
