@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
 from strategies import seeds
 from torch import Tensor
 
@@ -247,6 +249,19 @@ def test_modules_that_compute_otherwise_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=words):
         from_decoder(decoder(name, **options))
+
+
+def test_what_a_module_does_not_have_in_its_own_weights_is_refused() -> None:
+    """Read as it is, the base would be taken for the tuned model."""
+    module: Any = decoder("LlamaForCausalLM")
+    config = LoraConfig(r=1, target_modules=["q_proj"])
+    adapted: Any = inject_adapter_in_model(config, deepcopy(module))
+    for part in (adapted, adapted.model):
+        with pytest.raises(InputError, match="merge_and_unload"):
+            from_decoder(part)
+    assert from_decoder(module).sizes == from_decoder(module.model).sizes
+    with pytest.raises(InputError, match=r"dtype=torch\.float32"):
+        from_decoder(module.bfloat16())
 
 
 def test_what_is_no_module_of_transformers_is_refused() -> None:

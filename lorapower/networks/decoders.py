@@ -92,9 +92,12 @@ def from_decoder(
     ``b_O``: outputs stay. Each head has its own weights, so one rank for all weights gives each
     head of a packed matrix that rank. SmolLM2 is a Llama.
 
-    ``dtype`` converts all numbers, which are float32 or float64; in double precision the rounding
-    of single precision counts as rank. Without ``final_norm`` outputs are those of the last block.
-    Raises `InputError` for other modules, for post-norm ones, and for settings that change blocks:
+    ``dtype`` converts all numbers, which are otherwise float32 or float64; the rounding of less
+    precise ones, such as bfloat16's, then counts as rank. Without ``final_norm`` outputs are those
+    of the last block.
+
+    Raises `InputError` for other modules, for post-norm ones, for adapters that are not merged into
+    the weights, and for settings that change blocks:
     scaled or partial rotary positions, windows shorter than the longest sequence, projections
     around the blocks.
     """
@@ -113,6 +116,13 @@ def from_decoder(
         values |= {"g_f": gain.detach(), "s_f": shift.detach()}
     if dtype is not None:
         values = {name: value.to(_checks.precision(dtype)) for name, value in values.items()}
+    elif (given := values["W_Q"].dtype) not in (torch.float32, torch.float64):
+        raise InputError(
+            "module",
+            allowed="of float32 or float64",
+            given=given,
+            remedy="dtype=torch.float32 converts what is read",
+        )
     norm = blocks[0].get_submodule(_PLACES[kind]["norm 1"])
     is_layer = isinstance(norm, nn.LayerNorm)
     return Transformer(
@@ -160,6 +170,13 @@ def _parts(module: Any) -> tuple[str, Any, Any]:
     """The family, the blocks and the final norm or ``None``."""
     if not isinstance(module, nn.Module) or not hasattr(module, "config"):
         raise InputError("module", allowed=_FAMILIES, given=type(module).__name__)
+    if any(hasattr(part, "base_layer") for part in module.modules()):
+        raise InputError(
+            "module",
+            allowed="without adapters beside its weights",
+            given=f"{type(module).__name__} with some",
+            remedy="model.merge_and_unload() of peft adds them to the weights",
+        )
     base: Any = getattr(module, "base_model", module)
     config: Any = module.config
     kind = getattr(config, "model_type", None)
