@@ -29,9 +29,9 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
     With ``E`` the difference of the segments it is ``⌈rank(E)/2⌉`` for two weights, both equally,
     more only for heads narrower than the tokens [prop-narrow-heads] (others count as non-singular);
     and ``rank E`` for one, such as ``inner`` and ``outer``: for the difference that other kinds of
-    heads make see `Segments`.
-    ``[..., L, H]`` for heads, ``[..., L]`` for blocks, as `constructions.transformer.adapt` takes
-    them. Raises what `Transformer.segments` raises.
+    heads make see `Segments`. ``[..., L, H]`` for heads, each by itself (for all in one matrix see
+    `packed_rank`), ``[..., L]`` for blocks, as `constructions.transformer.adapt` takes them.
+    Raises what `Transformer.segments` raises.
     """
     _checks.kind(Transformer, frozen=frozen)
 
@@ -74,6 +74,7 @@ def _reached(
     frozen: Transformer, target: Transformer, rank: int
 ) -> Segments[tuple[Gap, int, Bool[Tensor, "*batch"]]]:
     """Each segment's gap, its total rank, and whether narrow heads have less than they need."""
+    _checks.kind(Transformer, frozen=frozen)
     cut = frozen.segments(target)
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
 
@@ -179,8 +180,8 @@ def packed_rank(
     where a factor below 0 counts as 0, and ``2 R ≥ min(2 d, m)``. ``W_Q`` and ``W_O`` have ``H d``
     rows or columns, ``W_K`` and ``W_V`` ``d`` for each group; the other side is the dimension of
     normalized tokens, or the width for ``W_O``; ``γ`` is ``d²`` for each group, and ``d`` for
-    scores with rotary positions.
-    It holds for almost all frozen weights.
+    scores with rotary positions. It holds for almost all frozen weights; a rank above a weight's
+    side means that all of it changes.
     """
     width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
     d = _checks.integer("head_size", head_size, 1)
@@ -324,6 +325,7 @@ def directions(
     frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
 ) -> Float[Tensor, "width samples"]:
     """Tokens on the sphere ``‖n‖² = D``; raises `InputError` where the networks' spheres differ."""
+    _checks.kind(Transformer, frozen=frozen, target=target)
     for name, network in (("frozen", frozen), ("target", target)):
         if network.norm is None or not network.residual:
             words = "with residual connections and norms"

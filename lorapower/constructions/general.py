@@ -102,7 +102,8 @@ def rank_for_error(
     """The least rank at which adapters leave at most a given error on given inputs.
 
     The error, at least 0, is the mean square over outputs and inputs, divided by the mean square of
-    the target's outputs. ``ranks`` (by default all), each for all layers and cut to each weight's
+    the target's outputs: not of what tuning changed, as the command's. ``ranks`` (by default all),
+    each for all layers and cut to each weight's
     smaller side, are tried from below until each member of the batch has its own. Raises
     `InputError` where none is enough and ``throw``. Source: [def-needed-rank].
 
@@ -116,7 +117,8 @@ def rank_for_error(
     by : {"bound", "trial"}
         ``"bound"``: by `bounds.fnn_error_on`, `bounds.transformer_error` or, for linear networks,
         the error itself. Where the construction's assumptions hold, which is not checked, the error
-        is met up to rounding, and less rank may be enough.
+        is met up to rounding, and less rank may be enough. Bounds above 1 say nothing, and then
+        the answer is the exact rank: measure by ``"trial"``.
         ``"trial"``: by making and measuring adapters; `adapt` may then need ``throw=False`` where
         they round much.
     partition : Partition, optional

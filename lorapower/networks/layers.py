@@ -350,7 +350,7 @@ def as_network(value: Any, name: str = "network") -> Network:
             name,
             allowed="a network (lorapower.networks), a torch.nn.Sequential of layers, or matrices",
             given=type(value).__name__,
-            remedy="networks.from_decoder makes a network of a GPT-2 or OPT"
+            remedy="networks.from_decoder makes a network of a GPT-2, OPT, Llama, Mistral or Qwen2"
             if hasattr(value, "config")
             else "",
         )
