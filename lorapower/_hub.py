@@ -491,6 +491,13 @@ def has_bfloat16(device: str) -> bool:
     )
 
 
+def passes() -> dict[str, bool]:
+    """Options that have a ``Trainer`` pass texts in bfloat16 where the processor has it."""
+    if torch.cuda.is_available():
+        return {"bf16": has_bfloat16("cuda")}
+    return {"bf16": True, "use_cpu": True} if has_bfloat16("cpu") else {}
+
+
 def train(
     trainer: Any,
     network: Any,

@@ -37,7 +37,7 @@ from pydantic import Field
 
 from lorapower._records import Record, Results
 from lorapower.errors import InputError, LorapowerError, PrecisionError, ResultsError
-from lorapower.experiments import encoders, residual, sweeps, synthetic
+from lorapower.experiments import language, residual, sweeps, synthetic
 from lorapower.experiments.sweeps import grid
 
 
@@ -521,13 +521,13 @@ class TestProvenance:
     def test_encoders_are_as_old_as_the_modules_that_they_load(self) -> None:
         """Their trainings take hours: the list is explicit, and what they load, no more."""
         package = dependencies.Package(ROOT)
-        loaded = package.reach(["lorapower.experiments.encoders"])
+        loaded = package.reach(["lorapower.experiments.language"])
         files = {package.paths[name].relative_to(sweeps._ROOT).as_posix() for name in loaded}
-        assert files == {*sweeps._code(encoders.measure).files}
+        assert files == {*sweeps._code(language.measure).files}
         assert len(files) <= 15
 
     def test_changes_with_a_module_and_not_with_its_docstrings(self, tmp_path: Path) -> None:
-        code = sweeps._code(encoders.measure)
+        code = sweeps._code(language.measure)
         folders = {}
         for name in ("same", "comment", "code"):
             folders[name] = tmp_path / name

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from lorapower.experiments import encoders, protocols, sweeps
+from lorapower.experiments import language, protocols, sweeps
 
 
 def record(files: Sequence[Path | str], place: Path) -> pd.DataFrame:
     """The runs of all files as one compressed table, in an order that does not depend on theirs."""
     table = pd.concat([sweeps.read(file) for file in files])
-    settings = sweeps.columns(encoders.Setting)
+    settings = sweeps.columns(language.Setting)
     table = table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
     # The moment of writing is no part of the contents.
     table.to_csv(place, index=False, compression={"method": "gzip", "mtime": 0})

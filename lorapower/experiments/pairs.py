@@ -15,7 +15,7 @@ import torch
 from .. import _checks, randomness
 from .. import _hub as hub
 from ..errors import InputError
-from . import encoders
+from . import language as models
 from . import texts as sources
 
 # Of the decoders: tokens in their vocabulary, and to which texts are cut off.
@@ -36,13 +36,13 @@ def encoder(
     """Tune all weights of the packaged encoder to tell the sign of movie snippets, and save it.
 
     ``folder`` is a checkpoint like others, with the head of ``transformers``; its base is
-    ``"packaged"``. Raises `InputError` for what `encoders.measure` refuses.
+    ``"packaged"``. Raises `InputError` for what `language.measure` of experiments refuses.
     """
     place = _checks.path("folder", folder)
-    problem = encoders.Problem(head="own", samples=samples, epochs=epochs, seed=seed)
-    method = encoders.Whole(kind="full", learning_rate=rate)
-    network = encoders.tune(encoders.Setting(problem=problem, method=method))
-    _save(network, hub.tokenizer(hub.PACKAGED), place)
+    problem = models.Problem(head="own", samples=samples, epochs=epochs, seed=seed)
+    method = models.Whole(kind="full", learning_rate=rate)
+    setting = models.Setting(problem=problem, method=method)
+    models.tune(setting, lambda network: _save(network, hub.tokenizer(hub.PACKAGED), place))
 
 
 def language(
@@ -102,7 +102,7 @@ def language(
         max_steps=steps,
         warmup_steps=10,
         per_device_train_batch_size=8,
-        **_passes(),
+        **hub.passes(),
     )
     if rank:
         network.peft_config["default"].base_model_name_or_path = hub.public_name(base)
@@ -119,13 +119,6 @@ def _with_adapters(network: Any, rank: int, seed: int) -> Any:
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with randomness.seeded(seed, "factors of a language model"), hub.quiet():
         return get_peft_model(network, config)
-
-
-def _passes() -> dict[str, bool]:
-    """Options that have a ``Trainer`` pass texts in bfloat16 where the processor has it."""
-    if torch.cuda.is_available():
-        return {"bf16": hub.has_bfloat16("cuda")}
-    return {"bf16": True, "use_cpu": True} if hub.has_bfloat16("cpu") else {}
 
 
 def decoders(

@@ -1,4 +1,4 @@
-"""Which runs of encoders are compared, and how sure a difference of their scores is."""
+"""Which runs of language models are compared, and how sure a difference of their scores is."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from numpy.typing import ArrayLike
 
 from .._hub import RATED
 from ..errors import InputError
-from . import encoders, sweeps, texts
-from .encoders import Lora, Method, Problem, Setting, Whole
+from . import language, sweeps, texts
+from .language import Lora, Method, Problem, Setting, Targets, Whole
 
-#: For each profile: what all runs share; ranks; numbers of training samples, 0 for all; learning
-#: rates by kind of method and rank, the default first; and how `search` tries them.
+#: For each profile of the encoder's chapter, and for the decoder's: what all runs share; ranks; the
+#: layers that are compared at equal numbers, for the highest rank on all or the one named; what is
+#: tuned without adapters; numbers of training samples, 0 for all; learning rates by kind of method,
+#: or layers, and rank, the default first; and how `search` tries them.
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
         "problem": {"epochs": 1, "batch": 16, "tokens": 48, "seed": range(1)},
         "ranks": [1, 8],
+        "parts": ["attention", "feed-forward"],
+        "whole": ["final", "full", "head"],
         "samples": [640],
         "search": {"epochs": 1, "samples": 640},
         "rates": {
@@ -34,6 +38,8 @@ GRIDS: dict[str, dict[str, Any]] = {
     "paper": {
         "problem": {"epochs": 1, "batch": 16, "tokens": 64, "seed": range(3)},
         "ranks": [1, 2, 4, 8],
+        "parts": ["attention", "feed-forward"],
+        "whole": ["final", "full", "head"],
         "samples": [1000, 2000, 4000, 0],
         "search": {"epochs": 3, "samples": 1000},
         "rates": {
@@ -43,11 +49,30 @@ GRIDS: dict[str, dict[str, Any]] = {
             "head": {0: [1e-2, 3e-3, 3e-2]},
         },
     },
+    "decoder": {
+        "problem": {
+            **{"epochs": 1, "batch": 16, "tokens": 64, "seed": range(3)},
+            **{"head": "own", "bfloat16": True},
+        },
+        "ranks": [1, 2, 4, 8, 16, 64],
+        "parts": ["attention", "feed-forward", "queries and keys"],
+        "equal": 4,
+        "whole": ["full", "head"],
+        "samples": [2000],
+        "search": {"samples": 1000},
+        "rates": {
+            "lora": {1: [2e-3, 1e-3, 4e-3], 64: [5e-4, 2.5e-4, 1e-3]},
+            **{part: {0: [1e-3, 5e-4, 2e-3]} for part in ("attention", "feed-forward")},
+            "queries and keys": {0: [1e-3, 5e-4, 2e-3]},
+            "full": {0: [5e-5, 2.5e-5, 1e-4]},
+            "head": {0: [1e-2, 3e-3, 3e-2]},
+        },
+    },
 }
 # Made by tools/record.py.
 RECORDED = "movies.csv.gz"
-#: Learning rates by kind of method and whether weights are pretrained, then by rank (0 for none).
-#: `compare` interpolates between ranks.
+#: Learning rates by kind of method, or its layers, and whether weights are pretrained, then by rank
+#: (0 for none). `compare` interpolates between ranks.
 Rates = Mapping[tuple[str, bool], Mapping[int, float]]
 
 
@@ -67,9 +92,12 @@ def compare(
 
     From pretrained weights and the most samples: adapters of each rank on all linear layers; on
     attention and on feed-forward layers, of the rank with as many numbers as the highest on all
-    (`encoders.equal_ranks`), in paper also of each rank; the last layer; all weights; the head
+    (`language.equal_ranks`), in paper also of each rank; the last layer; all weights; the head
     alone. From random weights: the highest rank on all layers, in paper each, the last layer and
     all weights. With fewer samples: the lowest and the highest rank on all layers, and all weights.
+
+    Of a decoder the last layer and random weights are left out, queries and keys alone are there,
+    and equal numbers are those of rank 4; ``head`` is the base itself where next tokens are told.
 
     ``seeds`` counts seeds from ``seed`` on; ``samples`` are the most. Defaults are the profile's;
     `best_rates` finds other learning rates.
@@ -78,34 +106,33 @@ def compare(
     chosen = sorted(ranks or grid["ranks"])
     whole = profile == "paper"
     problems = _problems(grid, tasks, source, model, seed, seeds)
-    equal = encoders.equal_ranks(model, chosen[-1], problems[0].head)
-    parts = [targets for targets in encoders.TARGETS if targets != "all"]
+    equal = _equal(grid, problems[0], chosen[-1])
     everywhere = [Lora(rank=rank) for rank in chosen]
-    full, final, head = sweeps.grid(Whole, kind=["full", "final", "head"])
+    full = Whole(kind="full")
     fewer: list[Method] = [everywhere[0], everywhere[-1], full]
     pretrained: list[Method] = [
         *everywhere,
-        *(Lora(targets=targets, rank=equal[targets]) for targets in parts),
-        *(Lora(targets=targets, rank=rank) for targets in parts for rank in chosen if whole),
-        final,
-        full,
-        head,
+        *(Lora(targets=targets, rank=rank) for targets, rank in equal.items()),
+        *(Lora(targets=targets, rank=rank) for targets in equal for rank in chosen if whole),
+        *(Whole(kind=kind) for kind in grid["whole"]),
     ]
-    drawn: list[Method] = [*everywhere, final, full] if whole else [everywhere[-1]]
+    drawn: list[Method] = [*everywhere, Whole(kind="final"), full] if whole else [everywhere[-1]]
     default = {
-        kind: {rank: tried[0] for rank, tried in by_rank.items()}
-        for kind, by_rank in grid["rates"].items()
+        way: {rank: tried[0] for rank, tried in by_rank.items()}
+        for way, by_rank in grid["rates"].items()
     }
     settings = []
     for problem in problems:
         *few, most = _samples(grid["samples"], problem, samples)
         runs = [
             *((True, most, method) for method in pretrained),
-            *((False, most, method) for method in drawn),
+            *((False, most, method) for method in drawn if profile != "decoder"),
             *((True, less, method) for less in few for method in fewer),
         ]
         for shipped, size, method in dict.fromkeys(runs):
-            by_rank = (rates or {}).get((method.kind, shipped), default[method.kind])
+            way = getattr(method, "targets", "all")
+            way = way if way in default else method.kind
+            by_rank = (rates or {}).get((way, shipped), default[way])
             tuned = method.replace(learning_rate=_rate(by_rank, method.rank))
             place = problem.replace(pretrained=shipped, samples=size)
             settings.append(Setting(problem=place, method=tuned))
@@ -117,25 +144,36 @@ def search(
 ) -> list[Setting]:
     """Settings that try the profile's learning rates for each kind of method.
 
-    They have the first task, one seed and few samples, but about as many steps as most runs. Scores
-    are on the validation set, not used otherwise if the test set has labels.
+    They have the first task, one seed and few samples, but about as many steps as most runs (half
+    as many for a decoder). Scores are on the validation set, not used otherwise if the test set has
+    labels.
     """
     grid = GRIDS[profile]
     (problem,) = _problems(grid, tasks[:1], source, model, seed, 1)
     (size,) = _fewer([grid["search"]["samples"]], problem) or (0,)
     problem = problem.replace(**grid["search"] | {"samples": size}, part="validation")
+    equal = _equal(grid, problem, grid["ranks"][-1])
     methods: list[Method] = []
-    for kind, by_rank in grid["rates"].items():
+    for way, by_rank in grid["rates"].items():
+        if way == "head" and texts.find(problem.task).next_tokens:
+            continue
         for rank, rates in by_rank.items():
-            one = Lora(rank=rank) if kind == "lora" else Whole(kind=kind)
+            one: Method = Whole(kind=way) if way in grid["whole"] else Lora(rank=max(rank, 1))
+            if way in equal:
+                one = Lora(targets=way, rank=equal[way])
             methods += [one.replace(learning_rate=tried) for tried in sorted(rates)]
-    problems = [problem.replace(pretrained=shipped) for shipped in (True, False)]
+    from_random = () if profile == "decoder" else (False,)
+    problems = [problem.replace(pretrained=shipped) for shipped in (True, *from_random)]
     return sweeps.grid(Setting, problem=problems, method=methods)
 
 
 def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
     """`Rates` with the best scores in a table of `search`; of equal scores, the lowest rate."""
-    ranked = table.assign(rank=table["rank"].fillna(0).astype(int))
+    everywhere = table.targets.isna() | (table.targets == "all")
+    ranked = table.assign(
+        rank=table["rank"].fillna(0).astype(int),
+        method=table.method.where(everywhere, table.targets),
+    )
     ranked = ranked.sort_values(["score", "learning_rate"], ascending=[False, True])
     keys = ["method", "pretrained", "rank"]
     best = ranked.drop_duplicates(keys)[[*keys, "learning_rate"]]
@@ -185,15 +223,15 @@ def _problems(
 ) -> list[Problem]:
     seeds = seeds or len(grid["problem"]["seed"])
     rated = source == RATED
-    return sweeps.grid(
-        Problem,
-        task=[*tasks],
-        source=source,
-        model=model,
-        part="test" if rated else "validation",
-        head="mean" if rated else "own",
-        **grid["problem"] | {"seed": range(seed, seed + seeds)},
-    )
+    shared = {"part": "test" if rated else "validation", "head": "mean" if rated else "own"}
+    shared |= grid["problem"] | {"seed": range(seed, seed + seeds)}
+    return sweeps.grid(Problem, task=[*tasks], source=source, model=model, **shared)
+
+
+def _equal(grid: dict[str, Any], problem: Problem, highest: int) -> dict[Targets, int]:
+    """The ranks of parts of the layers with as many numbers as one on all."""
+    rank = grid.get("equal", highest)
+    return language.equal_ranks(problem.model, rank, problem.head, grid["parts"])
 
 
 #: The share of intervals that hold the mean.

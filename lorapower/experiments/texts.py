@@ -33,7 +33,7 @@ HUB = "hub"
 HUB_NAME = "nyu-mll/glue"
 PARTS = ("train", "validation", "test")
 #: Names of all scores.
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "loss")
 #: Mean ratings no farther from 0 than this count as neither positive nor negative.
 NEUTRAL = 0.5
 #: Shares of the distinct rated sentences, by part, in the order of their digests.
@@ -66,10 +66,11 @@ class Task:
 
     The first of ``metrics`` is the score, as in published tables of adapters: Matthews correlation
     for CoLA, Pearson correlation for STS-B, accuracy for others, for MNLI over both validation
-    sets. (GLUE's leaderboard averages a task's two metrics.) ``sets`` are endings of the names of
-    several validation and test sets; ``header`` are the columns of training and validation files
-    that do not name them; up to ``spoiled`` lines of these may lack a text or the label; they are
-    left out and counted.
+    sets. (GLUE's leaderboard averages a task's two metrics.) Of a ``loss`` the score is the
+    negative; the task is then to tell each text's next tokens, and labels are of no use. ``sets``
+    are endings of the names of several validation and test sets; ``header`` are the columns of
+    training and validation files that do not name them; up to ``spoiled`` lines of these may lack a
+    text or the label; they are left out and counted.
     """
 
     name: str
@@ -90,12 +91,21 @@ class Task:
         return not self.classes
 
     @property
+    def next_tokens(self) -> bool:
+        """Whether a text's own next tokens are asked for."""
+        return self.metrics[0] == "loss"
+
+    @property
     def outputs(self) -> int:
         """Number of a model's outputs."""
         return len(self.classes) or 1
 
     def answers(self, outputs: ArrayLike) -> NDArray[np.float64]:
-        """What a model's outputs ``[samples, outputs]`` say: the class, or the number."""
+        """What a model's outputs ``[samples, outputs]`` say: the class, or the number.
+
+        The number of a text whose next tokens are asked for is its loss, a mean over tokens in
+        nats.
+        """
         values = np.asarray(outputs, dtype=np.float64)
         return values[:, 0] if self.regression else values.argmax(1).astype(np.float64)
 
@@ -112,22 +122,27 @@ class Task:
             "matthews": lambda: 0.0 if constant else metrics.matthews_corrcoef(y, x),
             "pearson": lambda: 0.0 if constant else stats.pearsonr(x, y).statistic,
             "spearman": lambda: 0.0 if constant else stats.spearmanr(x, y).statistic,
+            "loss": x.mean,
         }
         scores = {
             name: float(functions[name]()) if name in self.metrics else math.nan for name in METRICS
         }
-        return scores | {"score": scores[self.metrics[0]]}
+        score = scores[self.metrics[0]]
+        return scores | {"score": -score if self.next_tokens else score}
 
     def contributions(self, answers: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
         """A number for each text: their mean is the score, their spread gives its error.
 
-        For accuracy it is 1 where the answer is right, else 0. For a correlation ``r`` of answers
-        ``x`` and labels ``y``, scaled to mean 0 and variance 1, it is ``r + xy - r(x² + y²)/2``:
-        this influence function gives the standard error of ``r`` to first order. Constants give 0.
+        For accuracy it is 1 where the answer is right, else 0; for a loss its negative. For a
+        correlation ``r`` of answers ``x`` and labels ``y``, scaled to mean 0 and variance 1, it is
+        ``r + xy - r(x² + y²)/2``: this influence function gives the standard error of ``r`` to
+        first order. Constants give 0.
         """
         x, y = (np.asarray(values, dtype=np.float64) for values in (answers, labels))
         if self.metrics[0] == "accuracy":
             return (x == y).astype(np.float64)
+        if self.next_tokens:
+            return -x
         if np.ptp(x) == 0 or np.ptp(y) == 0:
             return np.zeros(len(x))
         x, y = ((values - values.mean()) / values.std() for values in (x, y))
@@ -136,6 +151,8 @@ class Task:
 
     def constant(self, labels: Sequence[float]) -> float:
         """The best answer for all samples alike: the most frequent class, or the mean."""
+        if self.next_tokens:
+            return math.nan
         values, counts = np.unique(np.asarray(labels), return_counts=True)
         return float(np.mean(labels) if self.regression else values[counts.argmax()])
 
@@ -170,13 +187,14 @@ _KINDS = {
 }
 _SIGN, _TEXT = ("negative", "positive"), ("text",)
 #: Tasks on the rated sentences, by name: for each kind of text the sign of the mean rating, and,
-#: with ``-rating`` after its name, the mean rating itself.
+#: with ``-rating`` after its name, the mean rating itself, with ``-next`` the next tokens.
 SENTENCES = {
     task.name: task
     for kind, file in _KINDS.items()
     for task in (
         Task(kind, file, _TEXT, classes=_SIGN, metrics=("accuracy", "matthews")),
         Task(f"{kind}-rating", file, _TEXT, classes=(), metrics=_CORRELATIONS),
+        Task(f"{kind}-next", file, _TEXT, classes=(), metrics=("loss",)),
     )
 }
 

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from lorapower import InputError, randomness
 from lorapower import _hub as hub
-from lorapower.experiments import encoders, protocols, sweeps, texts
-from lorapower.experiments.encoders import TARGETS, Found, Lora, Method, Problem, Setting, Whole
+from lorapower.experiments import language, protocols, sweeps, texts
+from lorapower.experiments.language import TARGETS, Found, Lora, Method, Problem, Setting, Whole
 from lorapower.experiments.texts import GLUE, METRICS, SENTENCES, Examples, Task, find
 
 WAYS: list[Method] = [Lora(rank=2), *sweeps.grid(Whole, kind=["final", "full", "head"])]
@@ -77,7 +77,7 @@ def tiny(glue: Path, roberta: str) -> Problem:
 
 def measure(*problems: Problem, method: Method | None = None) -> list[Found]:
     method = method or Lora(rank=2)
-    return encoders.measure([Setting(problem=problem, method=method) for problem in problems])
+    return language.measure([Setting(problem=problem, method=method) for problem in problems])
 
 
 # Tasks
@@ -348,8 +348,8 @@ def test_the_package_needs_no_library_of_the_extra() -> None:
         f"for name in {hub.LIBRARIES['glue']!r}:\n"
         "    sys.modules[name] = None\n"
         "import lorapower.book\n"
-        "from lorapower.experiments import encoders, protocols, texts\n"
-        "encoders.Setting()\n"
+        "from lorapower.experiments import language, protocols, texts\n"
+        "language.Setting()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -364,7 +364,7 @@ def test_the_packaged_encoder_is_trained() -> None:
         ("A man is playing a guitar.", "The tablets made me tired."),
         ("Someone plays a musical instrument.", "I felt sleepy from the medicine."),
     ]
-    same, other = encoders.similarities("packaged", pairs).split(2)
+    same, other = language.similarities("packaged", pairs).split(2)
     assert same.min() > 0.5
     assert other.max() < 0.2
 
@@ -373,7 +373,7 @@ def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(roberta: s
     task = GLUE["rte"]
     shipped = hub.encoder(roberta).state_dict()
     for pretrained in (True, False):
-        own = encoders._build(roberta, task, pretrained=pretrained, seed=0).base_model.state_dict()
+        own = language._build(roberta, task, pretrained=pretrained, seed=0).base_model.state_dict()
         same = [torch.equal(own[k], shipped[k]) for k in own if "dense.weight" in k]
         assert all(same) if pretrained else not any(same)
 
@@ -387,7 +387,7 @@ def test_heads_and_pooling_layers_that_are_not_shipped_depend_on_the_seed_alone(
 
     def drawn(state: int, **options: Any) -> torch.Tensor:
         with randomness.seeded(state, "state before"):
-            network = encoders._build(str(tmp_path), GLUE["rte"], **options)
+            network = language._build(str(tmp_path), GLUE["rte"], **options)
         return torch.cat([network.bert.pooler.dense.weight, network.classifier.weight])
 
     one = drawn(0, pretrained=True, seed=1)
@@ -402,8 +402,8 @@ def tuned(network: Any) -> set[str]:
 
 def test_what_is_tuned(roberta: str) -> None:
     def of(method: Method) -> set[str]:
-        network = encoders._build(roberta, GLUE["rte"], pretrained=False, seed=0)
-        return tuned(encoders._adapt(network, method, seed=0))
+        network = language._build(roberta, GLUE["rte"], pretrained=False, seed=0)
+        return tuned(language._adapt(network, method, seed=0))
 
     adapters = {t: {n for n in of(Lora(targets=t, rank=2)) if "lora_" in n} for t in TARGETS}
     # Query, key, value and output of two layers; with the two of each perceptron.
@@ -415,7 +415,7 @@ def test_what_is_tuned(roberta: str) -> None:
     final = {n for n in of(Whole(kind="final")) if "classifier" not in n}
     assert final
     assert all("layer.1." in name for name in final)
-    network = encoders._build(roberta, GLUE["rte"], pretrained=False, seed=0)
+    network = language._build(roberta, GLUE["rte"], pretrained=False, seed=0)
     assert {name.split(".")[0] for name in of(Whole(kind="head"))} == {"classifier"}
     assert of(Whole()) == {name for name, _ in network.named_parameters()}
 
@@ -429,8 +429,8 @@ def test_encoders_of_other_kinds_can_be_adapted(kind: str, tmp_path: Path) -> No
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     methods: list[Method] = [Lora(targets=targets, rank=1) for targets in TARGETS]
     for method in (*methods, Whole(kind="final"), Whole(), Whole(kind="head")):
-        network = encoders._build(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
-        network = encoders._adapt(network, method, seed=0)
+        network = language._build(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
+        network = language._adapt(network, method, seed=0)
         ids = torch.arange(6).reshape(2, 3)
         network(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
         got = {n for n, p in network.named_parameters() if p.grad is not None}
@@ -443,8 +443,8 @@ def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
     for rank in (1, 16):
         size = []
         for seed in range(5):
-            network = encoders._build(roberta, GLUE["rte"], pretrained=True, seed=seed)
-            network = encoders._adapt(network.eval(), Lora(rank=rank), seed=seed)
+            network = language._build(roberta, GLUE["rte"], pretrained=True, seed=seed)
+            network = language._adapt(network.eval(), Lora(rank=rank), seed=seed)
             steps = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
             loss = network(input_ids=torch.arange(4, 20)[None], labels=torch.tensor([0])).loss
             loss.backward()
@@ -457,17 +457,17 @@ def test_first_steps_change_weights_as_much_at_each_rank(roberta: str) -> None:
 
 
 def test_models_that_cannot_be_used_are_refused(roberta: str, tmp_path: Path) -> None:
-    network = encoders._build(roberta, GLUE["rte"], pretrained=False, seed=0)
+    network = language._build(roberta, GLUE["rte"], pretrained=False, seed=0)
     plain = torch.nn.Module()
     plain.base_model = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1))
     plain.base_model_prefix = "body"  # type: ignore[assignment]
     for refused, message in (
-        (lambda: encoders._adapt(network, Lora(rank=17), seed=0), r"to 16 \(the weight of .* 17"),
-        (lambda: encoders._adapt(plain, Lora(rank=1), seed=0), "linear layers for .* of Conv1d"),
-        (lambda: encoders._adapt(plain, Whole(kind="final"), seed=0), "a stack of layers"),
+        (lambda: language._adapt(network, Lora(rank=17), seed=0), r"to 16 \(the weight of .* 17"),
+        (lambda: language._adapt(plain, Lora(rank=1), seed=0), "linear layers for .* of Conv1d"),
+        (lambda: language._adapt(plain, Whole(kind="final"), seed=0), "a stack of layers"),
         (lambda: hub.tokenizer(str(tmp_path)), "model must be a folder with a configuration"),
         (lambda: hub.tokenizer("./nowhere"), "model must be a folder that exists"),
-        (lambda: encoders.similarities(roberta, []), "pairs must be at least one"),
+        (lambda: language.similarities(roberta, []), "pairs must be at least one"),
     ):
         with pytest.raises(InputError, match=message):
             refused()
@@ -480,7 +480,7 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_pat
         num_attention_heads=2, n_heads=2, intermediate_size=12, hidden_dim=12,
     )  # fmt: skip
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
-    network = encoders._build(
+    network = language._build(
         str(tmp_path), GLUE["mnli"], pretrained=True, seed=0, head="mean"
     ).eval()
     ids = torch.arange(4, 10)
@@ -496,7 +496,7 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_pat
             torch.testing.assert_close(found["logits"][0], wanted, rtol=1e-4, atol=1e-5)
     wanted_loss = -torch.log_softmax(wanted, 0)[2]
     torch.testing.assert_close(found["loss"], wanted_loss, rtol=1e-4, atol=1e-5)
-    rating = encoders._build(
+    rating = language._build(
         str(tmp_path), GLUE["stsb"], pretrained=True, seed=0, head="mean"
     ).eval()
     found = rating(input_ids=ids[None], labels=torch.tensor([3.0]))
@@ -506,7 +506,7 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_pat
 @pytest.mark.parametrize("method", WAYS, ids=lambda method: method.kind)
 def test_methods_tune_the_mean_head_too(method: Method, tiny: Problem) -> None:
     problem = tiny.replace(task="stsb", head="mean")
-    network = encoders._network(Setting(problem=problem, method=method))
+    network = language._network(Setting(problem=problem, method=method))
     assert any("classifier" in name for name in tuned(network))
     assert not any("pooler" in name for name in tuned(network))
     assert math.isfinite(measure(problem, method=method)[0].score)
@@ -550,18 +550,18 @@ def test_settings_without_meaning_are_refused(field: str, values: dict[str, Any]
 def test_what_is_not_usable_is_found_before_the_first_run(tiny: Problem, tmp_path: Path) -> None:
     tasks = [tiny.replace(task=task) for task in ("cola", "rte")]
     good = sweeps.grid(Setting, problem=tasks, method=sweeps.grid(Lora, rank=[1, 16]))
-    encoders.check(good)
+    language.check(good)
     for wrong, message in (
         (Setting(problem=tiny, method=Lora(rank=17)), "rank must be .* from 1 to 16"),
         (Setting(problem=tiny.replace(tokens=33)), "tokens must be .* 8 to 32"),
         (Setting(problem=tiny.replace(samples=9)), "samples must be .* from 0 to 8"),
     ):
         with pytest.raises(InputError, match=message):
-            encoders.check([wrong, *good])
+            language.check([wrong, *good])
     source = glue_files.write(tmp_path)
     (source / "RTE" / "dev.tsv").unlink()
     with pytest.raises(InputError, match=r"a folder that holds RTE/dev.tsv"):
-        encoders.check([Setting(problem=task.replace(source=str(source))) for task in tasks])
+        language.check([Setting(problem=task.replace(source=str(source))) for task in tasks])
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb", "mnli"])
@@ -571,7 +571,7 @@ def test_tasks_of_each_kind_run(task: str, tiny: Problem) -> None:
     assert {m for m in METRICS if not math.isnan(getattr(found, m))} == set(about.metrics)
     assert found.score == getattr(found, about.metrics[0])
     labels = texts.read(task, tiny.source, "validation").labels
-    answers = encoders.answers(found.answers)
+    answers = language.answers(found.answers)
     assert len(answers) == len(labels)
     assert about.scores(answers, labels)["score"] == pytest.approx(found.score, abs=1e-6)
     assert 0 <= found.cut_off < 1
@@ -614,11 +614,11 @@ def test_each_epoch_shows_the_same_samples_once(
 ) -> None:
     problem = Problem(batch=batch, epochs=epochs, samples=samples, seed=seed)
     lengths = np.random.default_rng(seed).integers(3, 40, texts)
-    steps = encoders._batches(problem, lengths)
+    steps = language._batches(problem, lengths)
     size = min(samples or texts, texts)
     each = len(steps) // epochs
     assert each == sum(
-        -(-part // batch) for part in np.diff([*range(0, size, encoders.POOL * batch), size])
+        -(-part // batch) for part in np.diff([*range(0, size, language.POOL * batch), size])
     )
     shown = [
         sorted(text for step in steps[i * each : (i + 1) * each] for text in step)
@@ -632,14 +632,14 @@ def test_each_epoch_shows_the_same_samples_once(
 def test_batches_depend_on_the_seed_alone_and_have_texts_of_about_one_length() -> None:
     lengths = np.full(100, 20)
     one, again, other = (
-        encoders._batches(Problem(samples=50, seed=seed, pretrained=pretrained), lengths)
+        language._batches(Problem(samples=50, seed=seed, pretrained=pretrained), lengths)
         for seed, pretrained in ((0, True), (0, False), (1, True))
     )
     assert one == again != other
-    fewer = encoders._batches(Problem(samples=10), lengths)
+    fewer = language._batches(Problem(samples=10), lengths)
     assert {i for step in fewer for i in step} < {i for step in one for i in step}
     lengths = np.random.default_rng(0).integers(5, 60, 4000)
-    steps = encoders._batches(Problem(batch=32, epochs=1), lengths)
+    steps = language._batches(Problem(batch=32, epochs=1), lengths)
     assert sum(len(step) * lengths[step].max() for step in steps) < 1.15 * lengths.sum()
     # Short and long ones come in turn.
     means = np.array([lengths[step].mean() for step in steps])
@@ -664,9 +664,9 @@ def test_equal_ranks_have_nearly_as_many_numbers(roberta: str) -> None:
     sizes = {"attention": 2 * 4 * (16 + 16), "feed-forward": 2 * 2 * (16 + 24)}
     whole = sum(sizes.values())
     for rank in (1, 3, 8):
-        found = encoders.equal_ranks(roberta, rank)
+        found = language.equal_ranks(roberta, rank)
         assert found["all"] == rank
-        assert max(encoders.equal_ranks(roberta, 16).values()) <= 16
+        assert max(language.equal_ranks(roberta, 16).values()) <= 16
         for targets, size in sizes.items():
             others = [abs(other * size - rank * whole) for other in range(1, 40)]
             assert found[targets] == 16 or abs(found[targets] * size - rank * whole) == min(others)  # type: ignore[index]
@@ -678,7 +678,7 @@ def test_spectra_are_those_of_the_change() -> None:
     # 9, 4, 1, 1 of 15: one direction has more than half, three have more than nine tenths.
     change[range(4), range(4)] = torch.tensor([3.0, 2.0, 1.0, 1.0])
     after = {"one": before["one"] + change, "two": before["two"] + 2 * change}
-    table = encoders.spectra(encoders._changes(before, after))
+    table = language.spectra(language._changes(before, after))
     assert [*table["layer"]] == ["one", "two"]
     assert table[["half", "most"]].to_numpy().tolist() == [[1, 3]] * 2
     np.testing.assert_allclose(table[["1", "2", "4"]], [[1, 2 / 3, 1 / 3]] * 2, rtol=1e-5)
@@ -689,11 +689,11 @@ def test_spectra_are_those_of_the_change() -> None:
 
 def test_tuning_all_weights_tells_what_it_changed(tiny: Problem) -> None:
     (found,) = measure(tiny, method=Whole())
-    table = encoders.spectra(found.changes)
+    table = language.spectra(found.changes)
     assert len(table) == 12
     assert (table["norm"] > 0).all()
     weights = {"one": torch.arange(24.0).reshape(4, 6)}
-    table = encoders.spectra(encoders._changes(weights, weights))
+    table = language.spectra(language._changes(weights, weights))
     assert table[["norm", "1", "2", "4"]].to_numpy().tolist() == [[0, 0, 0, 0]]
 
 
@@ -712,7 +712,7 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
             assert adapters == {("all", ranks[0]), ("all", ranks[-1])}
         elif problem.pretrained:
             assert {m.kind for m in methods} == {"lora", "final", "full", "head"}
-            equal = encoders.equal_ranks("packaged", ranks[-1], "mean")
+            equal = language.equal_ranks("packaged", ranks[-1], "mean")
             assert {*equal.items(), *(("all", rank) for rank in ranks)} <= adapters
         else:
             assert ("all", ranks[-1]) in adapters
@@ -793,7 +793,7 @@ def test_recorded_scores_are_those_of_the_recorded_answers() -> None:
     for part, rows in protocols.read_record().groupby("part"):
         labels = np.array(texts.read("movies", "rated", str(part)).labels)
         for score, answers in zip(rows.score, rows.answers, strict=True):
-            assert task.scores(encoders.answers(answers), labels)["score"] == score
+            assert task.scores(language.answers(answers), labels)["score"] == score
 
 
 def test_records_do_not_depend_on_the_order_of_files(tiny: Problem, tmp_path: Path) -> None:
@@ -801,7 +801,7 @@ def test_records_do_not_depend_on_the_order_of_files(tiny: Problem, tmp_path: Pa
     for seed in range(2):
         files.append(tmp_path / f"{seed}.sqlite")
         settings = [Setting(problem=tiny.replace(seed=seed), method=Lora(rank=1))]
-        sweeps.run(settings, encoders.measure, files[-1], progress=False)
+        sweeps.run(settings, language.measure, files[-1], progress=False)
     places = [tmp_path / "one.csv.gz", tmp_path / "other.csv.gz"]
     for place, order in zip(places, (files, [*files[::-1], files[0]]), strict=True):
         assert len(record.record(order, place)) == 2

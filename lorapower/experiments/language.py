@@ -1,4 +1,4 @@
-"""Fine-tuning of pretrained and random encoders: settings, and what `measure` gives for each."""
+"""Fine-tuning of encoders and decoders: settings, and what `measure` gives for each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import base64
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
@@ -26,23 +27,28 @@ from ..errors import InputError
 from . import texts
 from .texts import Examples, Task
 
-Targets = Literal["attention", "feed-forward", "all"]
-TARGETS: tuple[Targets, ...] = get_args(Targets)
-#: The head that ``transformers`` has for an encoder, or a linear one on the mean over the tokens.
+Targets = Literal["attention", "feed-forward", "all", "queries and keys"]
+#: What every model has.
+TARGETS: tuple[Targets, ...] = get_args(Targets)[:3]
+#: The head that ``transformers`` has for a model, or a linear one on the mean over the tokens.
 Head = Literal["own", "mean"]
 # Adapters are multiplied by SCALE/√R: Adam's first step then changes a weight about equally at each
 # rank (Kalajdzievski, 2023).
 SCALE = 4
 # Number of batches whose texts are sorted by length together.
 POOL = 8
+# Texts that are answered at once, and those whose next tokens are, with a number for each word.
+ANSWERED = (64, 16)
+_QUERIES_KEYS = re.compile(r"\b(q|k|query|key)(_?(proj|lin))?$")
 
 
 class Lora(Record):
-    """Adapters of one rank, through ``peft``, on linear layers of the encoder.
+    """Adapters of one rank, through ``peft``, on linear layers of the model.
 
-    ``"feed-forward"`` are those of its equal layers that are not ``"attention"``; ``"all"`` has
-    those outside too. The rate of AdamW, without weight decay, rises to ``learning_rate`` over the
-    first tenth of the steps, then falls linearly to 0.
+    ``"feed-forward"`` are those of its equal layers that are not ``"attention"``, of which
+    ``"queries and keys"`` are a part; ``"all"`` has those outside too. The rate of AdamW, without
+    weight decay, rises to ``learning_rate`` over the first tenth of the steps, then falls linearly
+    to 0.
     """
 
     kind: Literal["lora"] = "lora"
@@ -54,7 +60,8 @@ class Lora(Record):
 class Whole(Record):
     """Weights in full: all, those of the last layer and a pooling layer after it, or the head's.
 
-    The head is tuned in any case. Learning rates are as in `Lora`.
+    The head of a classifier is tuned in any case; that of a language model only with all weights.
+    Learning rates are as in `Lora`.
     """
 
     kind: Literal["full", "final", "head"] = "full"
@@ -70,12 +77,14 @@ Method = Lora | Whole
 
 
 class Problem(Record):
-    """A task, an encoder, and how long which texts are shown to it.
+    """A task, a model, and how long which texts are shown to it.
 
     Texts are from ``source``: ``"rated"``, ``"hub"`` or a folder in GLUE's layout. ``model`` is
     ``"packaged"``, a folder or a name on the hub; without ``pretrained`` its weights are random.
     Head ``"mean"`` is linear on the mean over the tokens, for which sentence encoders are made
-    (Reimers and Gurevych, 2019); ``"own"`` is the one in ``transformers``, as in GLUE's scores.
+    (Reimers and Gurevych, 2019); ``"own"`` is the one in ``transformers``: as in GLUE's scores, on
+    the last token for a decoder, and the language model's own for next tokens. With ``bfloat16``
+    texts are passed in this precision where the processor has it; weights stay in float32.
 
     Texts are cut off to ``tokens``; fewer than 8 leave no place beside the marks of beginning and
     end. ``samples`` of the training set are used, 0 for all. Scores are taken on ``part``; GLUE's
@@ -93,6 +102,7 @@ class Problem(Record):
     tokens: int = Field(48, ge=8)
     samples: int = Field(0, ge=0)
     part: Literal["validation", "test"] = "validation"
+    bfloat16: bool = False
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -101,11 +111,13 @@ class Problem(Record):
         fits = self.part != "test" or self.source == RATED
         self.require("part", fits, f"validation but for source {RATED!r}")
         self.require("model", bool(self.model), f"{hub.PACKAGED!r}, a folder, or a name on the hub")
+        fits = self.head == "own" or not texts.find(self.task).next_tokens
+        self.require("head", fits, f"'own' for task {self.task}")
         return self
 
 
 class Setting(Record):
-    """One run; the head is tuned too, whatever the method."""
+    """One run; a classifier's head is tuned too, whatever the method."""
 
     problem: Problem = Problem()
     method: Annotated[Method, Field(discriminator="kind")] = Lora()
@@ -114,12 +126,12 @@ class Setting(Record):
 class Found(Results):
     """What a run reaches on held-out texts after training.
 
-    ``accuracy`` to ``spearman`` are `texts.METRICS`, NaN if not the task's; ``score`` is its first;
+    ``accuracy`` to ``loss`` are `texts.METRICS`, NaN if not the task's; ``score`` is its first;
     ``accuracy_matched`` and ``accuracy_mismatched`` are of MNLI's two validation sets. ``baseline``
-    is the score of the best constant in hindsight, ``training_loss`` the mean over steps,
-    ``parameters`` the number tuned, ``cut_off`` the share of texts longer than ``tokens``,
-    ``seconds`` the training's. `answers` reads ``answers``; `spectra` reads ``changes``, which full
-    tuning gives.
+    is the score of the best constant in hindsight, NaN for next tokens, ``training_loss`` the mean
+    over steps, NaN without any, ``parameters`` the number tuned, ``cut_off`` the share of texts
+    longer than ``tokens``, ``seconds`` the training's. `answers` reads ``answers``; `spectra` reads
+    ``changes``, which full tuning gives.
     """
 
     accuracy: float
@@ -127,6 +139,7 @@ class Found(Results):
     matthews: float
     pearson: float
     spearman: float
+    loss: float = math.nan
     score: float
     accuracy_matched: float = math.nan
     accuracy_mismatched: float = math.nan
@@ -160,23 +173,46 @@ def check(settings: Sequence[Setting]) -> None:
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """What each setting reaches; raises `InputError` for unusable texts, models and ranks."""
-    hub.require("glue")
-    return [_measure(setting) for setting in settings]
+    return [tune(setting) for setting in settings]
 
 
-def tune(setting: Setting) -> Any:
-    """The trained network of a setting; raises what `measure` raises."""
+def tune(setting: Setting, keep: Callable[[Any], object] = lambda network: None) -> Found:
+    """What one setting reaches; ``keep`` is called with its trained network.
+
+    Raises what `measure` raises.
+    """
     hub.require("glue")
-    return _train(setting)[0].model
+    return _measure(setting, keep)
+
+
+def answer(network: Any, problem: Problem) -> NDArray[np.float64]:
+    """What a network says to each held-out text of a problem.
+
+    The number of its class, the value or, for next tokens, their mean loss in nats. The network has
+    the problem's tokens, and a head for its task.
+    """
+    samples, task = _samples(problem)[0][problem.part], texts.find(problem.task)
+    collate, device = _collator(problem), next(network.parameters()).device
+    order = np.argsort(_lengths(samples), kind="stable")
+    outputs = np.empty((len(samples), task.outputs))
+    half = problem.bfloat16 and hub.has_bfloat16(device.type)
+    network.eval()
+    with hub.quiet(), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+        for some in _cut(order, ANSWERED[task.next_tokens]):
+            batch = {key: x.to(device) for key, x in collate([samples[i] for i in some]).items()}
+            labels = batch.pop("labels")
+            found = network(**batch)["logits"].float()
+            outputs[some] = _losses(found, labels) if task.next_tokens else found.cpu().numpy()
+    return task.answers(outputs)
 
 
 def answers(text: str) -> NDArray[np.float64]:
-    """Read ``Found.answers``: for each held-out text the number of its class, or the value."""
+    """Read ``Found.answers``: what `answer` gives."""
     return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
 
 
 def spectra(changes: str) -> pd.DataFrame:
-    """Read ``Found.changes``: a row for each linear layer of the encoder.
+    """Read ``Found.changes``: a row for each linear layer of the model.
 
     ``layer`` is its name, ``norm`` the Frobenius norm of its change over that of its weights,
     ``half`` and ``most`` the least ranks with half and nine tenths of the change's squared norm.
@@ -185,18 +221,24 @@ def spectra(changes: str) -> pd.DataFrame:
     return pd.DataFrame(json.loads(changes))
 
 
-def equal_ranks(model: str, rank: int, head: Head = "own") -> dict[Targets, int]:
-    """For each choice of targets, the rank with about as many numbers as ``rank`` on all layers."""
+def equal_ranks(
+    model: str, rank: int, head: Head = "own", every: Sequence[Targets] = TARGETS
+) -> dict[Targets, int]:
+    """For every choice of targets, the rank with about as many numbers as ``rank`` on all layers.
+
+    No rank is above the least size of a weight.
+    """
     with torch.device("meta"):
         body = _draw(model, head).base_model
     shapes = {
         targets: [layer.weight.shape for layer in _layers(body, targets).values()]
-        for targets in TARGETS
+        for targets in dict.fromkeys([*every, "all"])
     }
     size = {targets: sum(map(sum, each)) for targets, each in shapes.items()}
     return {
         targets: min(max(1, round(rank * size["all"] / size[targets])), *map(min, each))
         for targets, each in shapes.items()
+        if targets in every
     }
 
 
@@ -255,10 +297,15 @@ def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return (hidden * present).sum(1) / present.sum(1)
 
 
-def _draw(model: str, head: Head, **options: Any) -> Any:
+def _draw(model: str, head: Head | Literal["next"], **options: Any) -> Any:
     """The configured model with random weights and a head."""
     hub.require("glue")
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
 
     config = hub.load(AutoConfig, model, **options)
     with hub.quiet():
@@ -267,11 +314,13 @@ def _draw(model: str, head: Head, **options: Any) -> Any:
             encoder.pooler = None  # its outputs are not used
             return _Mean(encoder, config.num_labels)
         try:
+            if head == "next":
+                return AutoModelForCausalLM.from_config(config)
             return AutoModelForSequenceClassification.from_config(config)
         except ValueError as error:
             raise InputError(
                 "model",
-                allowed="an encoder that transformers can give a head for classes",
+                allowed="one that transformers can give a head for the task",
                 given=f"{model!r} ({type(config).__name__})",
             ) from error
 
@@ -279,9 +328,15 @@ def _draw(model: str, head: Head, **options: Any) -> Any:
 def _build(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = "own") -> Any:
     """The encoder with a head for the task, its weights as shipped or drawn."""
     kind = "regression" if task.regression else "single_label_classification"
+    if task.next_tokens and pretrained:
+        return hub.language(model)
     # The seed alone draws the head, and a pooling layer that is not shipped.
     with randomness.seeded(seed, "head"):
+        if task.next_tokens:
+            return _draw(model, "next")
         whole = _draw(model, head, num_labels=task.outputs, problem_type=kind)
+    if whole.config.pad_token_id is None:  # by which a decoder finds the last token
+        whole.config.pad_token_id = whole.config.eos_token_id
     if pretrained:
         shipped, lacking = hub.shipped(model)
         weights, drawn = shipped.state_dict(), whole.base_model.state_dict()
@@ -298,6 +353,8 @@ def _adapt(network: Any, method: Method, *, seed: int) -> Any:
     prefix = network.base_model_prefix
     heads = {name: module for name, module in network.named_children() if name != prefix}
     heads = {name: module for name, module in heads.items() if [*module.parameters()]}
+    if _tells_words(network):
+        heads = {}
     if isinstance(method, Whole):
         final = method.kind == "final"
         tuned = (_last_layer(body), getattr(body, "pooler", None)) if final else ()
@@ -313,7 +370,7 @@ def _adapt(network: Any, method: Method, *, seed: int) -> Any:
         limit = f"the weight of {name} is {rows}×{columns}"
         _checks.integer("rank", method.rank, 1, min(rows, columns), limit=limit)
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType.CAUSAL_LM if _tells_words(network) else TaskType.SEQ_CLS,
         r=method.rank,
         lora_alpha=SCALE,
         use_rslora=True,
@@ -324,35 +381,41 @@ def _adapt(network: Any, method: Method, *, seed: int) -> Any:
         return get_peft_model(network, config)
 
 
+def _tells_words(network: Any) -> bool:
+    """Whether a network is a language model, with no head of a task's own."""
+    outputs = getattr(network, "get_output_embeddings", None)
+    return outputs is not None and outputs() is not None
+
+
 def _layers(body: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
-    """The linear layers of an encoder, by name, that `Lora` adapts for these targets."""
+    """The linear layers of a model, by name, that `Lora` adapts for these targets."""
     layers = {name: m for name, m in body.named_modules() if isinstance(m, nn.Linear)}
-    chosen = {name: m for name, m in layers.items() if targets in ("all", _purpose(name))}
+    chosen = {name: m for name, m in layers.items() if targets in ("all", *_purposes(name))}
     if not chosen:
         kinds = sorted({type(module).__name__ for module in body.modules()})
         raise InputError(
             "model",
-            allowed=f"an encoder with linear layers for targets {targets!r}",
+            allowed=f"one with linear layers for targets {targets!r}",
             given=f"one of {hub.some(sorted(layers) or kinds)}",
         )
     return chosen
 
 
-def _purpose(name: str) -> str:
+def _purposes(name: str) -> tuple[str, ...]:
     """What a linear layer is for: attention, feed-forward, or neither, outside the equal layers."""
     parts = name.split(".")
     if any("attention" in part or "attn" in part for part in parts):
-        return "attention"
-    return "feed-forward" if any(part.isdigit() for part in parts) else ""
+        return "attention", *["queries and keys"] * bool(_QUERIES_KEYS.search(parts[-1]))
+    return ("feed-forward",) * any(part.isdigit() for part in parts)
 
 
 def _last_layer(body: nn.Module) -> nn.Module:
-    """The last of the equal layers that an encoder consists of."""
+    """The last of the equal layers that a model consists of."""
     stacks = [module for module in body.modules() if isinstance(module, nn.ModuleList) and module]
     if not stacks:
         raise InputError(
             "model",
-            allowed="an encoder that is a stack of layers, to tune the last one",
+            allowed="a stack of layers, to tune the last one",
             given=type(body).__name__,
         )
     return max(stacks, key=len)[-1]
@@ -377,27 +440,24 @@ def _network(setting: Setting) -> Any:
     return _adapt(network, setting.method, seed=problem.seed)
 
 
-def _measure(setting: Setting) -> Found:
+def _measure(setting: Setting, keep: Callable[[Any], object]) -> Found:
     problem = setting.problem
     task = texts.find(problem.task)
     examples = texts.read(problem.task, problem.source, problem.part)
-    samples, cut_off = _samples(problem)
-    trainer, before, loss, seconds = _train(setting)
-    network = trainer.model
-    asked = samples[problem.part]
-    order = np.argsort(_lengths(asked), kind="stable")
-    ordered: Any = [asked[i] for i in order]
-    outputs = np.empty((len(asked), task.outputs))
-    with hub.quiet():
-        outputs[order] = trainer.predict(ordered).predictions
-    given, labels = task.answers(outputs), np.array(examples.labels)
+    cut_off = _samples(problem)[1]
+    network = _network(setting)
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    before = _weights(network) if setting.method.kind == "full" else {}
+    loss, seconds = _train(network, setting) if parameters else (math.nan, 0.0)
+    keep(network)
+    given, labels = answer(network, problem), np.array(examples.labels)
     baseline = np.full(len(given), task.constant(examples.labels))
     return Found(
         **task.scores(given, labels),
         **_by_set(task, given, examples),
         baseline=task.scores(baseline, labels)["score"],
         training_loss=loss,
-        parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        parameters=parameters,
         cut_off=cut_off,
         answers=base64.b64encode(given.astype("<f4").tobytes()).decode(),
         changes=_changes(before, _weights(network)) if before else "",
@@ -405,32 +465,56 @@ def _measure(setting: Setting) -> Found:
     )
 
 
-def _train(setting: Setting) -> tuple[Any, dict[str, Tensor], float, float]:
-    """The trainer when it is done, weights before full tuning, the mean loss, and seconds."""
-    from transformers import DataCollatorWithPadding, Trainer
+def _train(network: Any, setting: Setting) -> tuple[float, float]:
+    """Train a network; the mean loss, and seconds."""
+    from transformers import Trainer
 
     problem = setting.problem
     train = _samples(problem)[0]["train"]
-    network = _network(setting)
-    before = _weights(network) if setting.method.kind == "full" else {}
     steps = _batches(problem, _lengths(train))
 
     class Ordered(Trainer):
         def get_train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(train, batch_sampler=steps, collate_fn=self.data_collator)
 
-    trainer, result = hub.train(
+    _, result = hub.train(
         Ordered,
         network,
         train,
-        DataCollatorWithPadding(hub.tokenizer(problem.model)),
+        _collator(problem),
         learning_rate=setting.method.learning_rate,
         num_train_epochs=1,
-        per_device_eval_batch_size=64,
         seed=randomness.number(problem.seed, "training"),
         remove_unused_columns=False,
+        **hub.passes() if problem.bfloat16 else {},
     )
-    return trainer, before, float(result.training_loss), result.metrics["train_runtime"]
+    return float(result.training_loss), result.metrics["train_runtime"]
+
+
+def _collator(problem: Problem) -> Any:
+    """Makes a batch of samples."""
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+    asks = texts.find(problem.task).next_tokens
+    return (DataCollatorForSeq2Seq if asks else DataCollatorWithPadding)(_tokenizer(problem.model))
+
+
+def _losses(logits: Tensor, labels: Tensor) -> NDArray[np.float64]:
+    """The mean loss of each text's next tokens, ``[texts, 1]``."""
+    told = labels[:, 1:]
+    losses = nn.functional.cross_entropy(logits[:, :-1].mT, told, reduction="none")
+    there = told != -100  # padding, for the collator and the loss
+    means = losses.sum(1, keepdim=True) / there.sum(1, keepdim=True)
+    return means.cpu().double().numpy()
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(model: str) -> Any:
+    """A model's tokenizer, which can pad, behind the text."""
+    tokenizer = hub.tokenizer(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def _samples(problem: Problem) -> tuple[dict[str, Any], float]:
@@ -442,18 +526,21 @@ def _tokenize(
     task: str, source: str, model: str, tokens: int, part: str
 ) -> tuple[dict[str, Any], float]:
     """Training set and another part as the model takes them, and the part of texts cut off."""
-    tokenizer = hub.tokenizer(model)
+    tokenizer, about = _tokenizer(model), texts.find(task)
+    end = tokenizer.eos_token or "" if about.next_tokens else ""
     samples, lengths = {}, []
     for name in ("train", part):
         examples = texts.read(task, source, name)
-        columns = [list(column) for column in zip(*examples.texts, strict=True)]
+        columns = [[text + end for text in column] for column in zip(*examples.texts, strict=True)]
         with hub.quiet():
             encoded = tokenizer(*columns, truncation=True, max_length=tokens)
             lengths += [len(ids) for ids in tokenizer(*columns)["input_ids"]]
-        kind = float if texts.find(task).regression else int
+        rows = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
+        kind = float if about.regression else int
         samples[name] = [
-            {key: values[i] for key, values in encoded.items()} | {"label": kind(label)}
-            for i, label in enumerate(examples.labels)
+            # Labels of their own, since padding is told from the end by them alone.
+            row | ({"labels": row["input_ids"]} if about.next_tokens else {"label": kind(label)})
+            for row, label in zip(rows, examples.labels, strict=True)
         ]
     return samples, float(np.mean(np.array(lengths) > tokens))
 

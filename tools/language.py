@@ -1,0 +1,84 @@
+"""Fine-tune the packaged language model in every way that its chapter compares.
+
+Each run is written as it ends, so that the same command goes on after an interruption, and its
+network is kept, of seed 0 also with all weights, for `tools/sizes.py`::
+
+    python tools/language.py FOLDER [TASK ...]
+
+`tools/record.py` puts ``FOLDER/rates.sqlite`` and ``FOLDER/runs.sqlite`` into the package.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorapower import _hub as hub
+from lorapower.experiments import language, protocols, sweeps
+from lorapower.experiments.language import Found, Setting
+
+TASKS = ("movies", "movies-next")
+# Whose networks other tools need.
+KEPT = "movies-next"
+_FOLDER: list[Path] = []
+
+
+def start(folder: Path) -> None:
+    """Prepare a worker: one thread each, as two workers do more than two threads."""
+    torch.set_num_threads(1)
+    _FOLDER[:] = [folder]
+
+
+def work(settings: list[Setting]) -> list[Found]:
+    """Measure, and keep networks."""
+    (setting,) = settings
+    folder = _FOLDER[0] / "tuned" / name(setting)
+    needed = setting.problem.task == KEPT and setting.method.kind in ("lora", "full")
+    keep = functools.partial(save, folder) if needed else lambda network: None
+    return [language.tune(setting, keep)]
+
+
+def name(setting: Setting) -> str:
+    """A run's folder: task, seed, and layers with rank, or all weights."""
+    method = setting.method
+    way = f"{method.targets}-{method.rank}" if method.kind == "lora" else method.kind
+    return f"{setting.problem.task}-{setting.problem.seed}-{way.replace(' ', '-')}"
+
+
+def save(folder: Path, network: Any) -> None:
+    """Keep a network as a checkpoint, or an adapter of peft."""
+    options = {}
+    if hasattr(network, "peft_config"):
+        network.peft_config["default"].base_model_name_or_path = hub.public_name(hub.LANGUAGE)
+        options["save_embedding_layers"] = False
+    with hub.quiet():
+        network.save_pretrained(folder, **options)
+        hub.tokenizer(hub.LANGUAGE).save_pretrained(folder)
+
+
+def run(folder: Path, tasks: Sequence[str]) -> None:
+    """Choose rates for each task, then run everything, one seed after another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(2, get_context("spawn"), start, (folder,)) as executor:
+        options: dict[str, Any] = {"size": 1, "executor": executor}
+        settings = []
+        for task in tasks:
+            about = "decoder", [task], hub.RATED, hub.LANGUAGE
+            trials = sweeps.run(
+                protocols.search(*about), language.measure, folder / "rates.sqlite", **options
+            )
+            settings += protocols.compare(*about, rates=protocols.best_rates(trials))
+        settings.sort(key=lambda setting: setting.problem.seed)
+        sweeps.run(settings, work, folder / "runs.sqlite", **options)
+
+
+if __name__ == "__main__":
+    out, *chosen = sys.argv[1:]
+    run(Path(out), chosen or TASKS)
