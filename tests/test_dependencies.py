@@ -35,7 +35,7 @@ LAZY = "import lazy_loader\n\n__getattr__, *_ = lazy_loader.attach_stub(__name__
 
 @pytest.mark.programs
 @pytest.mark.sources("chapters/*.ipynb", "lorapower/**/*.py*", "tools/dependencies.py")
-@pytest.mark.parametrize("number", [5, 13])
+@pytest.mark.parametrize("number", [5, 14])
 def test_a_chapter_depends_on_all_that_it_loads(number: int) -> None:
     chapter = CHAPTERS[number - 1]
     path = str(Path(dependencies.__file__).parent)

@@ -101,7 +101,7 @@ def test_front_page_shows_what_the_command_prints(book: Path) -> None:
     command, *lines = block.get_text().splitlines()
     assert command.startswith("$ lorapower plan")
     assert sum(line != "…" for line in lines) == 8
-    printed = quotes.read(book / "_sources" / "chapters" / "13-planning.ipynb", "plan-output")
+    printed = quotes.read(book / "_sources" / "chapters" / "14-planning.ipynb", "plan-output")
     assert {line for line in lines if line != "…"} <= set(printed.splitlines())
 
 

@@ -1,7 +1,7 @@
 """Fine-tune the packaged language model in every way that its chapter compares.
 
 Each run is written as it ends, so that the same command goes on after an interruption, and its
-network is kept, of seed 0 also with all weights, for `tools/sizes.py`::
+network is kept if `tools/sizes.py` needs it::
 
     python tools/language.py FOLDER [TASK ...]
 
@@ -40,7 +40,8 @@ def work(settings: list[Setting]) -> list[Found]:
     """Measure, and keep networks."""
     (setting,) = settings
     folder = _FOLDER[0] / "tuned" / name(setting)
-    needed = setting.problem.task == KEPT and setting.method.kind in ("lora", "full")
+    most = setting.problem.samples == protocols.GRIDS["decoder"]["samples"][-1]
+    needed = setting.problem.task == KEPT and most and setting.method.kind in ("lora", "full")
     keep = functools.partial(save, folder) if needed else lambda network: None
     return [language.tune(setting, keep)]
 

@@ -58,7 +58,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "parts": ["attention", "feed-forward", "queries and keys"],
         "equal": 4,
         "whole": ["full", "head"],
-        "samples": [2000],
+        "samples": [160, 2000],
         "search": {"samples": 1000},
         "rates": {
             "lora": {1: [2e-3, 1e-3, 4e-3], 64: [5e-4, 2.5e-4, 1e-3]},
