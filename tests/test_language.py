@@ -697,7 +697,7 @@ def test_tuning_all_weights_tells_what_it_changed(tiny: Problem) -> None:
     assert table[["norm", "1", "2", "4"]].to_numpy().tolist() == [[0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("profile", protocols.GRIDS)
+@pytest.mark.parametrize("profile", ["quick", "paper"])
 def test_the_protocol_compares_like_with_like(profile: str) -> None:
     settings = protocols.compare(profile, ["movies", "tweets"], "rated", "packaged", seed=7)
     grid = protocols.GRIDS[profile]
@@ -716,6 +716,35 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
             assert {*equal.items(), *(("all", rank) for rank in ranks)} <= adapters
         else:
             assert ("all", ranks[-1]) in adapters
+
+
+def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head() -> None:
+    settings = protocols.compare("decoder", ["movies-next"], "rated", "packaged")
+    grid = protocols.GRIDS["decoder"]
+    equal = language.equal_ranks("packaged", 4, "own", grid["parts"])
+    assert set(equal) == {"attention", "feed-forward", "queries and keys"}
+    adapters = [("lora", "all", rank) for rank in grid["ranks"]]
+    few = [adapters[0], adapters[-1], ("full", "", 0)]
+    most = [*adapters, *(("lora", *part) for part in equal.items()), *few[2:], ("head", "", 0)]
+    for seed in grid["problem"]["seed"]:
+        for samples, wanted in zip(grid["samples"], (few, most), strict=True):
+            methods = [
+                (s.method.kind, getattr(s.method, "targets", ""), s.method.rank)
+                for s in settings
+                if (s.problem.seed, s.problem.samples) == (seed, samples)
+            ]
+            assert Counter(methods) == Counter(wanted)
+    assert {(s.problem.part, s.problem.pretrained, s.problem.head) for s in settings} == {
+        ("test", True, "own")
+    }
+    tried = protocols.search("decoder", ["movies-next"], "rated", "packaged")
+    assert {(s.problem.part, s.problem.pretrained, s.problem.head) for s in tried} == {
+        ("validation", True, "own")
+    }
+    # Each way has three rates; nothing is trained to measure the base.
+    ways = Counter((s.method.kind, getattr(s.method, "targets", "")) for s in tried)
+    parts = {("lora", part): 3 for part in equal}
+    assert ways == {("lora", "all"): 6, ("full", ""): 3, **parts}
 
 
 def test_the_protocol_takes_ranks_seeds_rates_and_samples() -> None:
@@ -742,19 +771,22 @@ def test_rates_are_chosen_on_texts_of_their_own() -> None:
     tried = Counter((s.method.kind, s.method.rank, s.problem.pretrained) for s in settings)
     assert set(tried.values()) == {3}
     assert len(tried) == 10
-    columns = ["method", "rank", "pretrained", "learning_rate", "score"]
+    columns = ["method", "targets", "rank", "pretrained", "learning_rate", "score"]
     rows = [
-        ("lora", 1, True, 0.1, 0.8),
-        ("lora", 1, True, 0.2, 0.9),
-        ("lora", 8, True, 0.3, 0.5),
-        ("lora", 1, False, 0.1, 0.7),
-        ("lora", 1, False, 0.2, 0.6),
-        ("full", math.nan, True, 0.1, 0.5),  # of equal ones the lowest
-        ("full", math.nan, True, 0.2, 0.5),
+        ("lora", "all", 1, True, 0.1, 0.8),
+        ("lora", "all", 1, True, 0.2, 0.9),
+        ("lora", "all", 8, True, 0.3, 0.5),
+        ("lora", "all", 1, False, 0.1, 0.7),
+        ("lora", "all", 1, False, 0.2, 0.6),
+        ("lora", "attention", 8, True, 0.1, 0.9),
+        ("lora", "attention", 8, True, 0.2, 0.8),
+        ("full", math.nan, math.nan, True, 0.1, 0.5),  # of equal ones the lowest
+        ("full", math.nan, math.nan, True, 0.2, 0.5),
     ]
     best = {
         ("lora", True): {1: 0.2, 8: 0.3},
         ("lora", False): {1: 0.1},
+        ("attention", True): {8: 0.1},
         ("full", True): {0: 0.1},
     }
     for order in (rows, rows[::-1]):
@@ -771,7 +803,7 @@ def test_rates_of_ranks_between_are_between() -> None:
 
 
 def test_the_recorded_run_is_part_of_the_protocol() -> None:
-    table = protocols.read_record()
+    table = protocols.read_record("movies")
     on_validation = table[table.part == "validation"]
     rates = protocols.best_rates(on_validation)
     about = (["movies"], "rated", "packaged")
@@ -790,7 +822,7 @@ def test_the_recorded_run_is_part_of_the_protocol() -> None:
 
 def test_recorded_scores_are_those_of_the_recorded_answers() -> None:
     task = find("movies")
-    for part, rows in protocols.read_record().groupby("part"):
+    for part, rows in protocols.read_record("movies").groupby("part"):
         labels = np.array(texts.read("movies", "rated", str(part)).labels)
         for score, answers in zip(rows.score, rows.answers, strict=True):
             assert task.scores(language.answers(answers), labels)["score"] == score

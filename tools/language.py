@@ -5,7 +5,7 @@ network is kept if `tools/sizes.py` needs it::
 
     python tools/language.py FOLDER [TASK ...]
 
-`tools/record.py` puts ``FOLDER/rates.sqlite`` and ``FOLDER/runs.sqlite`` into the package.
+`tools/record.py decoder` puts ``FOLDER/rates.sqlite`` and ``FOLDER/runs.sqlite`` into the package.
 """
 
 from __future__ import annotations

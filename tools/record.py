@@ -1,8 +1,9 @@
-"""Put the long run of the text encoders' chapter into the package, for `protocols.read_record`.
+"""Put a long run of language models into the package, for `protocols.read_record`.
 
-Takes the files that profile paper leaves in its folder of results::
+Takes its name there, and the files that the encoders' chapter, with profile paper, or
+`tools/language.py` leaves in its folder of results::
 
-    python tools/record.py runs/rates.sqlite runs/texts.sqlite
+    python tools/record.py movies runs/rates.sqlite runs/texts.sqlite
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lorapower.experiments import language, protocols, sweeps
+from lorapower.experiments import language, sweeps
 
 
 def record(files: Sequence[Path | str], place: Path) -> pd.DataFrame:
@@ -28,6 +29,7 @@ def record(files: Sequence[Path | str], place: Path) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    folder = resources.files("lorapower.experiments")
-    found = record(sys.argv[1:], Path(str(folder)) / protocols.RECORDED)
+    name, *files = sys.argv[1:]
+    folder = Path(str(resources.files("lorapower.experiments")))
+    found = record(files, folder / f"{name}.csv.gz")
     print(f"{len(found)} runs, {found.seconds.sum() / 3600:.1f} hours of training")

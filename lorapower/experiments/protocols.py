@@ -70,7 +70,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     },
 }
 # Made by tools/record.py.
-RECORDED = "movies.csv.gz"
+_RECORDS = ("movies", "decoder")
 #: Learning rates by kind of method, or its layers, and whether weights are pretrained, then by rank
 #: (0 for none). `compare` interpolates between ranks.
 Rates = Mapping[tuple[str, bool], Mapping[int, float]]
@@ -183,13 +183,19 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
     return rates
 
 
-def read_record() -> pd.DataFrame:
-    """The runs of profile paper on ``movies``, done once: a table as `sweeps.run` makes it.
+def read_record(name: str) -> pd.DataFrame:
+    """Runs that were done once: a table as `sweeps.run` makes it.
 
-    Rows with ``part`` ``"validation"`` are of `search`, the others of `compare`, all on one thread.
+    ``"movies"`` are those of profile paper on this task with the packaged encoder, ``"decoder"``
+    those of this profile. Rows with ``part`` ``"validation"`` are of `search`, the others of
+    `compare`, all on one thread. Raises `InputError` for other names.
     """
-    with resources.as_file(resources.files(__package__) / RECORDED) as path:
+    if name not in _RECORDS:
+        raise InputError("name", allowed=f"one of {', '.join(_RECORDS)}", given=repr(name))
+    with resources.as_file(resources.files(__package__) / f"{name}.csv.gz") as path:
         table = pd.read_csv(path)
+    # The older record is from before this could be chosen.
+    table = table.assign(bfloat16=table.get("bfloat16", False))
     return table.fillna({"changes": "", "revision": ""})
 
 
