@@ -6,12 +6,16 @@ from typing import Any
 
 import checkpoint_files as files
 import numpy as np
+import pandas as pd
 import parts
 import pytest
+import record
+import sizes
 import torch
 
 from lorapower import _hub as hub
 from lorapower import bounds, checkpoints, randomness
+from lorapower.experiments import language, sweeps
 from lorapower.networks import from_decoder
 
 KEYS = ["tuning", "method", "asked"]
@@ -168,3 +172,98 @@ def test_the_record_of_parts_is_whole() -> None:
     shares = table[table.quantity.isin(["floor", "far floor", "free"])].value
     assert shares.between(0, 1).all()
     assert table[table.quantity == "few error"].value.le(0.4).all()
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Any]:
+    """The table of some networks of a small language model, and the plan for full tuning."""
+    folder = tmp_path_factory.mktemp("sizes")
+    wide: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
+    change = files.low_rank(8, words=True)
+    base, tuned = files.pair(folder, "llama", "LlamaForCausalLM", change=change, **wide)
+    ways = ("full", "base", "blocks", "attention", "svd", "extracted", "shrunk", "cut by norm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "BASE", base)
+        patch.setattr(sizes, "_FOLDER", [folder])
+        for setting in sizes.trained(0):
+            if setting.way == "attention" or setting.rank == sizes.HIGHEST:
+                network = language._network(sizes.trained(0)[setting])
+                for name, value in network.named_parameters():
+                    if "lora_B" in name:
+                        draw = randomness.generator(0, name)
+                        value.data = 0.02 * randomness.normal(draw, *value.shape).float()
+                network.save_pretrained(sizes.place(setting), save_embedding_layers=False)
+        (full,) = (s for s in sizes.trained(0) if s.way == "full")
+        sizes.place(full).symlink_to(tuned)
+        chosen = [
+            s for s in sizes.every(0) if s.way in ways and (s.way == "attention" or s.rank < 2)
+        ]
+        sweeps.run(chosen, sizes.work, folder / "sizes.sqlite", size=1, progress=False)
+        record.record([folder / "sizes.sqlite"], folder / "sizes.csv.gz", sizes.Setting)
+        table = checkpoints.read_sizes(folder / "sizes.csv.gz")
+        assert len(table) == len(chosen) == len(ways)
+        return table.set_index("way"), sizes.plan(0, "full")
+
+
+def test_ways_of_equal_size_are_of_equal_size(sized: tuple[pd.DataFrame, Any]) -> None:
+    table, planner = sized
+    sides = [sum(module.shape) for module in planner.modules.values()]
+    assert len(sides) == 14
+    assert table.parameters["svd"] == sum(sides)
+    made = table.parameters[["extracted", "shrunk", "cut by norm"]]
+    assert made.between(0.9 * sum(sides), sum(sides)).all()
+    assert table.parameters["attention"] == pytest.approx(4 * sum(sides), rel=0.1)
+    assert table.error[["full", "base"]].tolist() == pytest.approx([0, 1], abs=1e-4)
+    assert table.kl["full"] == pytest.approx(0, abs=1e-6)
+    assert table.error_64["base"] == 1
+    assert table.index[table.error_64.notna()].tolist() == ["base", "cut by norm", "shrunk"]
+    assert 0 < table.error_64["shrunk"] < 1
+
+
+@pytest.mark.parametrize("way", ["blocks", "svd"])
+def test_what_is_recorded_of_sizes_is_so(sized: tuple[pd.DataFrame, Any], way: str) -> None:
+    """Each number from networks that are put together here, without embeddings and norms."""
+    table, planner = sized
+    base, full = (hub.language(str(c.folder)) for c in (planner.pair.base, planner.pair.tuned))
+    network = hub.language(str(planner.pair.base.folder))
+    tuned = dict(full.named_parameters())
+    with torch.no_grad():
+        for name, value in network.named_parameters():
+            if name.startswith("model.layers") and value.ndim == 2:
+                change = tuned[name] - value
+                if way == "svd":
+                    U, S, V = torch.linalg.svd(change)
+                    change = S[0] * torch.outer(U[:, 0], V[0])
+                value += change
+    squares: list[float] = []
+    effect: list[float] = []
+    divergence, equal = [], []
+    for batch in planner.texts.test:
+        for ids, there in zip(batch.input_ids, batch.there, strict=True):
+            with torch.no_grad():
+                found, start, aim = (
+                    each(ids[there][None]).logits[0].double() for each in (network, base, full)
+                )
+            for values, other in ((squares, found), (effect, start)):
+                gap = other - aim
+                values.append(float((gap - gap.mean(-1, keepdim=True)).square().sum()))
+            p, log = aim.softmax(-1), found.log_softmax(-1)
+            divergence.append(float((p * (p.log() - log)).sum()))
+            equal.append(int((found.argmax(-1) == aim.argmax(-1)).sum()))
+    row = table.loc[way]
+    for name, values in {"squares": squares, "effect": effect, "divergence": divergence}.items():
+        np.testing.assert_allclose(row[name], values, rtol=2e-3)
+    np.testing.assert_allclose(row.equal, equal, atol=1)
+    assert row.error == pytest.approx(np.sqrt(sum(squares) / sum(effect)), rel=1e-3)
+    assert row.kl == pytest.approx(sum(divergence) / row.decisions.sum(), rel=1e-3)
+    problem = language.Problem(
+        task="movies-next",
+        model=str(planner.pair.base.folder),
+        head="own",
+        tokens=64,
+        part="test",
+    )
+    losses = language.answer(network, problem)
+    # In bfloat16 where the processor has it.
+    assert row.loss == row.losses.mean() == pytest.approx(losses.mean(), abs=0.01)
+    assert np.abs(row.losses - losses).max() < 0.1

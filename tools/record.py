@@ -18,10 +18,12 @@ import pandas as pd
 from lorapower.experiments import language, sweeps
 
 
-def record(files: Sequence[Path | str], place: Path) -> pd.DataFrame:
+def record(
+    files: Sequence[Path | str], place: Path, kind: type[sweeps.Record] = language.Setting
+) -> pd.DataFrame:
     """The runs of all files as one compressed table, in an order that does not depend on theirs."""
     table = pd.concat([sweeps.read(file) for file in files])
-    settings = sweeps.columns(language.Setting)
+    settings = sweeps.columns(kind)
     table = table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
     # The moment of writing is no part of the contents.
     table.to_csv(place, index=False, compression={"method": "gzip", "mtime": 0})

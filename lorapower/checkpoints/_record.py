@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import randomness
+from .. import _checks, randomness
 from ._measuring import ratio, upper_limit
 
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 TABLES = ("plans.csv", "plan-texts.csv")
 # And what tuning changes, part by part.
 PARTS = "parts.csv.gz"
+# And adapters of equal size, trained and made from others.
+SIZES = "sizes.csv.gz"
+# What is summed over each text.
+_SUMMED = ("squares", "effect", "equal", "divergence", "decisions")
 
 
 def read_record() -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -45,16 +51,7 @@ def read_record() -> tuple[pd.DataFrame, pd.DataFrame]:
     keys = ["tuning", "method", "asked"]
 
     def summarize(rows: Any) -> pd.Series[float]:
-        squares, effect = rows.squares.to_numpy(), rows.effect.to_numpy()
-        number = rows.decisions.sum()
-        return pd.Series(
-            {
-                "error": ratio(squares, effect),
-                "error_upper": upper_limit(squares, effect),
-                "agreement": rows.equal.sum() / number,
-                "kl": rows.divergence.sum() / number,
-            }
-        )
+        return pd.Series(_summarize(*(rows[name].to_numpy() for name in _SUMMED)))
 
     by_adapter: Any = texts.groupby(keys, sort=False)
     measured = by_adapter.apply(summarize, include_groups=False)
@@ -84,6 +81,76 @@ def read_parts() -> pd.DataFrame:
       directions have, ``alone``, nine tenths of what a weight's adds, squared, to first order.
     """
     return _read(PARTS)
+
+
+def read_sizes(file: Path | str | None = None) -> pd.DataFrame:
+    """Adapters of equal size of the packaged language model: trained, extracted, shrunk, and cut.
+
+    For each ``seed`` the model was tuned on the next tokens of movie snippets. All adapters are
+    nothing but factors of the blocks' linear layers; embeddings and norms are the base's, though
+    full tuning changed them too. One that is made from another has at most as many parameters as
+    the uniform ``rank``.
+
+    Parameters
+    ----------
+    file : Path or str, optional
+        Another table that ``tools/sizes.py`` wrote.
+
+    Returns
+    -------
+    table : DataFrame
+        A row for each network. Its ``way`` is
+
+        - ``trained`` at this rank, on all linear layers, or ``attention``, ``feed-forward`` or
+          ``queries and keys`` alone, with about as many parameters as rank 4 on all; ``full``; the
+          ``base``; or ``blocks``, which has all that full tuning changed in these layers, and the
+          base's embeddings and norms;
+        - from full tuning, ``extracted`` by method ``effect`` of `METHODS`, ``svd`` by ``uniform``;
+        - from the adapter trained at rank 64, ``shrunk`` by ``effect``, ``cut`` by ``uniform``,
+          and ``cut by norm`` by ``energy``.
+
+        ``squares``, ``effect``, ``equal``, ``divergence`` and ``decisions`` are arrays over 256
+        held-out texts, the same for all, as in `read_record`, against the full tuning of the same
+        seed; ``error``, ``error_upper``, ``agreement`` and ``kl`` are computed from them. With
+        ``_64`` they are against the adapter trained at rank 64, for the base and what is made from
+        that adapter. ``losses`` of all test texts are another array, in nats a token, and ``loss``
+        is their mean. ``parameters`` counts numbers that are not the base's; ``seconds`` were spent
+        on choosing factors, by ``effect`` also on derivatives, once for each seed and source.
+    """
+    import pandas as pd
+
+    table = _read(SIZES) if file is None else pd.read_csv(_checks.path("file", file))
+    names = [name + end for name in ("squares", "equal", "divergence") for end in ("", "_64")]
+    names += ["decisions", "losses"]
+    table[names] = table[names].map(_decode, na_action="ignore")
+    for end in ("", "_64"):
+        bases = table[table.way == "base"].set_index("seed")[f"squares{end}"]
+        table[f"effect{end}"] = table.seed.map(bases)
+        rows = table[table[f"squares{end}"].notna()]
+        names = [*(f"{name}{end}" for name in _SUMMED[:-1]), "decisions"]
+        found = [_summarize(*each) for each in rows[names].itertuples(index=False)]
+        table = table.join(pd.DataFrame(found, rows.index).add_suffix(end))
+    return table.assign(loss=table.losses.map(np.mean))
+
+
+def _summarize(
+    squares: NDArray[np.float64],
+    effect: NDArray[np.float64],
+    equal: NDArray[np.float64],
+    divergence: NDArray[np.float64],
+    decisions: NDArray[np.float64],
+) -> dict[str, float]:
+    number = decisions.sum()
+    return {
+        "error": ratio(squares, effect),
+        "error_upper": upper_limit(squares, effect),
+        "agreement": float(equal.sum() / number),
+        "kl": float(divergence.sum() / number),
+    }
+
+
+def _decode(text: str) -> NDArray[np.float64]:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
 
 
 def _read(name: str) -> pd.DataFrame:

@@ -1,0 +1,170 @@
+"""Compare adapters of equal size that were trained, extracted, shrunk, and cut.
+
+All are of the networks that `tools/language.py` keeps in a folder, and all are nothing but factors
+of the blocks' linear layers: embeddings and norms stay the base's. Each one that is measured is
+written at once, so that the same command goes on after an interruption. When all are there, the
+table for `checkpoints.read_sizes` is put into the package::
+
+    python tools/sizes.py FOLDER [SEED ...]
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import sys
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plans
+import torch
+from language import KEPT, name
+from numpy.typing import ArrayLike
+from pydantic import Field
+from record import record
+
+from lorapower import _hub as hub
+from lorapower.adapters import _files
+from lorapower.checkpoints import Pair, Planner, _export, _record
+from lorapower.checkpoints.pair import KINDS
+from lorapower.experiments import language, pairs, protocols, sweeps
+
+BASE = hub.LANGUAGE
+HIGHEST = 64
+# What an adapter is made from: full tuning or the adapter of the highest rank; and how.
+MADE = {
+    "extracted": ("full", "effect"),
+    "svd": ("full", "uniform"),
+    "shrunk": ("trained", "effect"),
+    "cut": ("trained", "uniform"),
+    "cut by norm": ("trained", "energy"),
+}
+_FOLDER: list[Path] = []
+
+
+class Setting(sweeps.Record):
+    """A network: a way to make it, and the uniform rank whose number of parameters is its limit."""
+
+    seed: int = Field(0, ge=0)
+    way: str
+    rank: int = Field(0, ge=0)
+
+
+class Found(sweeps.Results):
+    """What `checkpoints.read_sizes` reads."""
+
+    parameters: int
+    seconds: float
+    losses: str
+    squares: str
+    equal: str
+    divergence: str
+    decisions: str
+    squares_64: str = ""
+    equal_64: str = ""
+    divergence_64: str = ""
+
+
+@functools.cache
+def trained(seed: int) -> dict[Setting, language.Setting]:
+    """The settings of `tools/language.py` for a seed, by those here."""
+    compared = protocols.compare("decoder", [KEPT], hub.RATED, BASE, seed=seed, seeds=1)
+    most = max(setting.problem.samples for setting in compared)
+    found = {}
+    for setting in compared:
+        if setting.problem.samples < most:
+            continue
+        method = setting.method
+        way = {"head": "base"}.get(method.kind, method.kind)
+        if method.kind == "lora":
+            way = "trained" if method.targets == "all" else method.targets
+        found[Setting(seed=seed, way=way, rank=method.rank)] = setting
+    return found
+
+
+def every(seed: int) -> list[Setting]:
+    """All networks of a seed, those first that need no plan."""
+    made = (Setting(seed=seed, way=way, rank=rank) for way in MADE for rank in plans.RANKS)
+    return [*trained(seed), Setting(seed=seed, way="blocks"), *made]
+
+
+def place(setting: Setting) -> Path:
+    """The folder of a trained network."""
+    return _FOLDER[0] / "tuned" / name(trained(setting.seed)[setting])
+
+
+@functools.lru_cache(maxsize=2)
+def plan(seed: int, source: str) -> Planner:
+    """A plan for full tuning, or the adapter of the highest rank, on the same texts for all."""
+    tuned = Setting(seed=seed, way=source, rank=HIGHEST if source == "trained" else 0)
+    kind = KEPT.removesuffix("-next")
+    return Planner(
+        Pair.open(BASE, str(place(tuned))),
+        pairs.texts(kind, "validation")[: plans.PLANNING],
+        held_out=pairs.texts(kind, "test"),
+        modules=plans.BLOCKS,
+        leave=KINDS,
+    )
+
+
+def make(setting: Setting, folder: Path) -> tuple[Any, int, float]:
+    """A network, how many numbers it has that are not the base's, and seconds that it took."""
+    whole = plan(setting.seed, "full")
+    seconds = 0.0
+    if setting.way in MADE:
+        source, method = MADE[setting.way]
+        planner = plan(setting.seed, source)
+        start = time.perf_counter()
+        adapter = planner.candidate(method, planner.parameters(setting.rank))
+        seconds = time.perf_counter() - start
+        _export.save(folder, planner.pair, planner.pair.network(), adapter)
+    elif setting.rank:
+        folder = place(setting)
+    else:
+        network = whole.pair.network()
+        if setting.way == "full":
+            return network, sum(values.numel() for values in network.parameters()), seconds
+        names = [f"{module}.weight" for module in whole.modules if setting.way == "blocks"]
+        read = {key: functools.partial(whole.pair.tuned.read, key) for key in names}
+        whole.pair.fill(network, "base", updates=read)
+        return network, sum(network.get_parameter(key).numel() for key in names), seconds
+    return _export.load(folder, whole.pair), _files.measure_peft(folder)[0], seconds
+
+
+def work(settings: list[Setting]) -> list[Found]:
+    """Measure a network against full tuning, and that of the highest rank, and its losses."""
+    (setting,) = settings
+    with tempfile.TemporaryDirectory() as folder:
+        network, parameters, seconds = make(setting, Path(folder))
+    numbers: dict[str, ArrayLike] = plan(setting.seed, "full").test.compare(network)._asdict()
+    if setting.way == "base" or MADE.get(setting.way, ("",))[0] == "trained":
+        others = plan(setting.seed, "trained").test.compare(network)._asdict()
+        del others["decisions"]
+        numbers |= {f"{key}_64": values for key, values in others.items()}
+    # As where it was trained, so that answers can be told from one another by text.
+    network.set_attn_implementation("sdpa")
+    problem = next(iter(trained(setting.seed).values())).problem
+    numbers["losses"] = language.answer(network, problem)
+    texts = {
+        key: base64.b64encode(np.asarray(x, "<f4").tobytes()).decode() for key, x in numbers.items()
+    }
+    return [Found(parameters=parameters, seconds=seconds, **texts)]
+
+
+def run(folder: Path, seeds: list[int]) -> Path:
+    """Measure all networks of these seeds; the file that has them."""
+    _FOLDER[:] = [folder]
+    torch.set_num_threads(1)
+    file = folder / "sizes.sqlite"
+    sweeps.run([setting for seed in seeds for setting in every(seed)], work, file, size=1)
+    return file
+
+
+if __name__ == "__main__":
+    out, *chosen = sys.argv[1:]
+    done = run(Path(out), [*map(int, chosen)] or [*range(3)])
+    record([done], Path(str(resources.files("lorapower.checkpoints"))) / _record.SIZES, Setting)
