@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import html
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -208,7 +210,11 @@ def test_spoiled_lines_of_qqp_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "source"), [("sst3", "hub"), ("cola", "rated"), ("cola", ""), ("cola", "no/folder")]
+    ("task", "source"),
+    [
+        *(("sst3", "hub"), ("cola", "rated"), ("cola", "code"), ("functions-next", "rated")),
+        *(("cola", ""), ("cola", "no/folder")),
+    ],
 )
 def test_sources_without_the_task_are_refused(task: str, source: str) -> None:
     with pytest.raises(InputError, match=r"^(task|source) must be "):
@@ -329,9 +335,56 @@ def test_another_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         texts.read("movies", "rated", "train")
 
 
-def test_the_archive_is_the_one_that_is_installed() -> None:
+def test_texts_are_from_what_is_installed() -> None:
     constraints = Path(__file__).parent.parent / "constraints.txt"
-    assert texts.REQUIREMENT in constraints.read_text(encoding="utf-8").splitlines()
+    lines = constraints.read_text(encoding="utf-8").splitlines()
+    assert {texts.REQUIREMENT, texts.SYMPY} <= {*lines}
+
+
+def functions(part: str) -> list[str]:
+    return [text for (text,) in texts.read("functions-next", "code", part).texts]
+
+
+def test_functions_of_a_file_are_in_one_part_and_those_of_a_form_there_once() -> None:
+    parts = {part: functions(part) for part in texts.PARTS}
+    assert [*map(len, parts.values())] == [2722, 374, 1276]
+    left_out = [texts.read("functions-next", "code", part).left_out for part in texts.PARTS]
+    assert left_out == [{"repeated": number} for number in (2429, 304, 1135)]
+    every = [text for found in parts.values() for text in found]
+    assert all(60 <= len(text) <= 200 for text in every)
+    # As they stand in a file of the part, but for indentation.
+    folder = hub.folder("sympy")
+    files = {
+        path.relative_to(folder).as_posix(): " ".join(path.read_text(encoding="utf-8").split())
+        for path in folder.rglob("*.py")
+        if not {"tests", "benchmarks"} & {*path.parts}
+    }
+    random = np.random.default_rng(0)
+    for part, found in parts.items():
+        for text in random.choice(found, 20):
+            words = " ".join(text.split())
+            homes = [name for name, file in files.items() if words in file]
+            assert part in {texts._part(home, texts.FILES) for home in homes}
+
+    class Mask(ast.NodeTransformer):
+        def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+            return ast.Constant("")
+
+    def mask(text: str) -> str:
+        tree = Mask().visit(ast.parse(text))
+        return re.sub(r"'\w*'", "_", ast.dump(tree, annotate_fields=False))
+
+    assert len({*map(mask, every)}) == len(every)
+
+
+def test_functions_of_another_version_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "def double(values):\n    return [2 * value for value in values if value is not None]\n"
+    (tmp_path / "one.py").write_text(text)
+    monkeypatch.setattr(hub, "folder", lambda package: tmp_path)
+    with pytest.raises(InputError, match=r"must be sympy==1\.14\.0 .*got 1 .*`pip install sympy="):
+        texts._functions("another")
 
 
 def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,6 +590,7 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
         ("model", {"problem": {"model": ""}}),
         ("tokens", {"problem": {"tokens": 4}}),
         ("part", {"problem": {"part": "test", "task": "rte", "source": "hub"}}),
+        ("head", {"problem": {"task": "movies-next", "head": "mean"}}),
         ("method", {"method": {"kind": "none"}}),
         ("names", {"method": {"kind": "final", "rank": 4}}),
     ],
@@ -718,8 +772,11 @@ def test_the_protocol_compares_like_with_like(profile: str) -> None:
             assert ("all", ranks[-1]) in adapters
 
 
-def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head() -> None:
-    settings = protocols.compare("decoder", ["movies-next"], "rated", "packaged")
+@pytest.mark.parametrize(("task", "source"), [("movies-next", "rated"), ("functions-next", "code")])
+def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head(
+    task: str, source: str
+) -> None:
+    settings = protocols.compare("decoder", [task], source, "packaged")
     grid = protocols.GRIDS["decoder"]
     equal = language.equal_ranks("packaged", 4, "own", grid["parts"])
     assert set(equal) == {"attention", "feed-forward", "queries and keys"}
@@ -737,14 +794,13 @@ def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head() -> None:
     assert {(s.problem.part, s.problem.pretrained, s.problem.head) for s in settings} == {
         ("test", True, "own")
     }
-    tried = protocols.search("decoder", ["movies-next"], "rated", "packaged")
+    tried = protocols.search("decoder", [task], source, "packaged")
     assert {(s.problem.part, s.problem.pretrained, s.problem.head) for s in tried} == {
         ("validation", True, "own")
     }
     # Each way has three rates; nothing is trained to measure the base.
-    ways = Counter((s.method.kind, getattr(s.method, "targets", "")) for s in tried)
-    parts = {("lora", part): 3 for part in equal}
-    assert ways == {("lora", "all"): 6, ("full", ""): 3, **parts}
+    ways = Counter(getattr(s.method, "targets", s.method.kind) for s in tried)
+    assert ways == {"all": 6, "full": 3} | dict.fromkeys(map(str, equal), 3)
 
 
 def test_the_protocol_takes_ranks_seeds_rates_and_samples() -> None:

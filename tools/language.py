@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from lorapower import _hub as hub
-from lorapower.experiments import language, protocols, sweeps
+from lorapower.experiments import language, protocols, sweeps, texts
 from lorapower.experiments.language import Found, Setting
 
-TASKS = ("movies", "movies-next")
+# Each task's source.
+TASKS = {"movies": texts.RATED, "movies-next": texts.RATED, "functions-next": texts.CODE}
 # Whose networks other tools need.
 KEPT = "movies-next"
 _FOLDER: list[Path] = []
@@ -71,7 +72,7 @@ def run(folder: Path, tasks: Sequence[str]) -> None:
         options: dict[str, Any] = {"size": 1, "executor": executor}
         settings = []
         for task in tasks:
-            about = "decoder", [task], hub.RATED, hub.LANGUAGE
+            about = "decoder", [task], TASKS[task], hub.LANGUAGE
             trials = sweeps.run(
                 protocols.search(*about), language.measure, folder / "rates.sqlite", **options
             )
@@ -82,4 +83,4 @@ def run(folder: Path, tasks: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     out, *chosen = sys.argv[1:]
-    run(Path(out), chosen or TASKS)
+    run(Path(out), chosen or [*TASKS])

@@ -79,7 +79,8 @@ Method = Lora | Whole
 class Problem(Record):
     """A task, a model, and how long which texts are shown to it.
 
-    Texts are from ``source``: ``"rated"``, ``"hub"`` or a folder in GLUE's layout. ``model`` is
+    Texts are from ``source``: ``"rated"``, ``"code"``, ``"hub"`` or a folder in GLUE's layout; see
+    `texts.read`. ``model`` is
     ``"packaged"``, a folder or a name on the hub; without ``pretrained`` its weights are random.
     Head ``"mean"`` is linear on the mean over the tokens, for which sentence encoders are made
     (Reimers and Gurevych, 2019); ``"own"`` is the one in ``transformers``: as in GLUE's scores, on
@@ -108,8 +109,8 @@ class Problem(Record):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         texts.choose([self.task], self.source)
-        fits = self.part != "test" or self.source == RATED
-        self.require("part", fits, f"validation but for source {RATED!r}")
+        fits = self.part != "test" or self.source in texts.SCORED
+        self.require("part", fits, f"validation but for source {' or '.join(texts.SCORED)}")
         self.require("model", bool(self.model), f"{hub.PACKAGED!r}, a folder, or a name on the hub")
         fits = self.head == "own" or not texts.find(self.task).next_tokens
         self.require("head", fits, f"'own' for task {self.task}")

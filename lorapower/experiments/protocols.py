@@ -228,8 +228,8 @@ def _problems(
     grid: dict[str, Any], tasks: Sequence[str], source: str, model: str, seed: int, seeds: int
 ) -> list[Problem]:
     seeds = seeds or len(grid["problem"]["seed"])
-    rated = source == RATED
-    shared = {"part": "test" if rated else "validation", "head": "mean" if rated else "own"}
+    part = "test" if source in texts.SCORED else "validation"
+    shared = {"part": part, "head": "mean" if source == RATED else "own"}
     shared |= grid["problem"] | {"seed": range(seed, seed + seeds)}
     return sweeps.grid(Problem, task=[*tasks], source=source, model=model, **shared)
 

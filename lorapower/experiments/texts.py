@@ -1,11 +1,14 @@
-"""Labelled texts: GLUE's tasks and the rated sentences, and how answers are scored.
+"""Texts of GLUE's tasks, rated sentences and functions, and how answers are scored.
 
 Rated sentences (Hutto and Gilbert, 2014) are of four kinds, each with the mean of fifteen or more
 ratings from −4 to 4. They are read from a package's source archive, whose digest is checked.
+Functions are the short ones of SymPy (Meurer et al., 2017) as installed; its files are read, not
+imported, and of these texts too the digest is checked.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
 import functools
 import hashlib
@@ -15,6 +18,7 @@ import math
 import operator
 import sys
 import tarfile
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +34,10 @@ from .._hub import RATED as RATED
 from ..errors import InputError
 
 HUB = "hub"
+#: The source of functions.
+CODE = "code"
+#: Sources whose test sets have labels, or need none.
+SCORED = (RATED, CODE)
 HUB_NAME = "nyu-mll/glue"
 PARTS = ("train", "validation", "test")
 #: Names of all scores.
@@ -38,9 +46,15 @@ METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "loss")
 NEUTRAL = 0.5
 #: Shares of the distinct rated sentences, by part, in the order of their digests.
 SHARES = {"train": 0.75, "validation": 0.1, "test": 0.15}
-#: What pip has to fetch for them.
+#: Shares of the files of functions.
+FILES = {"train": 0.6, "validation": 0.1, "test": 0.3}
+#: The least and most characters of a function: most are of 12 to 60 tokens.
+SHORT = (60, 200)
+#: What is read for functions, and what pip has to fetch for the rated sentences.
+SYMPY = "sympy==1.14.0"
 REQUIREMENT = "vaderSentiment==3.3.2"
 _SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+_FUNCTIONS = "6b7165e91b2970ace78b6ea023efeeb3d2ba6781cd4e0f3a15e8db1584b2f8c2"
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 # Columns are separated by tabs; quotation marks and words for missing values are text.
 _TABLE: dict[str, Any] = {
@@ -122,7 +136,7 @@ class Task:
             "matthews": lambda: 0.0 if constant else metrics.matthews_corrcoef(y, x),
             "pearson": lambda: 0.0 if constant else stats.pearsonr(x, y).statistic,
             "spearman": lambda: 0.0 if constant else stats.spearmanr(x, y).statistic,
-            "loss": x.mean,
+            "loss": lambda: float(x.mean()),
         }
         scores = {
             name: float(functions[name]()) if name in self.metrics else math.nan for name in METRICS
@@ -197,6 +211,10 @@ SENTENCES = {
         Task(f"{kind}-next", file, _TEXT, classes=(), metrics=("loss",)),
     )
 }
+#: The task on functions, by name: their next tokens.
+FUNCTIONS = {
+    "functions-next": Task("functions-next", "sympy", _TEXT, classes=(), metrics=("loss",))
+}
 
 #: Scores of RoBERTa-base with adapters of rank 2, pretrained and random: Zeng and Lee (2024).
 PUBLISHED = {
@@ -235,19 +253,24 @@ class Examples:
 
 def find(name: str) -> Task:
     """The task of this name; raises `InputError` that lists all."""
-    return _find(name, GLUE | SENTENCES)
+    return _find(name, GLUE | SENTENCES | FUNCTIONS)
 
 
 def choose(names: Sequence[str], source: str) -> list[str]:
-    """The named tasks in the source's order; without names, all of GLUE's, or ``movies``.
+    """The named tasks in the source's order; without names all, of rated sentences ``movies``.
 
     Raises `InputError` for unknown names and sources.
     """
-    tasks = SENTENCES if source == RATED else GLUE
+    tasks = _tasks(source)
     names = names or (["movies"] if source == RATED else [*tasks])
     for name in names:
         _check(name, source)
     return [name for name in tasks if name in names]
+
+
+def _tasks(source: str) -> Mapping[str, Task]:
+    """The tasks that a source has."""
+    return {RATED: SENTENCES, CODE: FUNCTIONS}.get(str(source), GLUE)
 
 
 def _find(name: str, tasks: Mapping[str, Task], source: str = "") -> Task:
@@ -259,32 +282,33 @@ def _find(name: str, tasks: Mapping[str, Task], source: str = "") -> Task:
 
 def _check(task: str, source: str) -> Task:
     """The task; raises `InputError` unless ``source`` has it, and exists if it is a folder."""
-    there = source in (RATED, HUB) or (source and Path(source).expanduser().is_dir())
+    there = source in (*SCORED, HUB) or (source and Path(source).expanduser().is_dir())
     if not isinstance(source, str) or not there:
         raise InputError(
             "source",
-            allowed=f"{RATED!r}, {HUB!r} or a folder that exists",
+            allowed=f"{RATED!r}, {CODE!r}, {HUB!r} or a folder that exists",
             given=repr(source),
             remedy="name the folder that holds CoLA, SST-2 and the others",
         )
-    return _find(task, SENTENCES if source == RATED else GLUE, source)
+    return _find(task, _tasks(source), source)
 
 
 @functools.lru_cache(maxsize=4)
 def read(task: str, source: str, part: str) -> Examples:
     """The examples of a task's training, validation or test set; validation sets are joined.
 
-    ``source`` is ``"rated"``, ``"hub"``, or a folder of GLUE's files as distributed: ``CoLA``,
-    ``SST-2``, … with ``train.tsv``, ``dev.tsv`` and ``test.tsv``, fields separated by tabs,
-    quotation marks being text. The digest of a rated sentence's words alone decides its part.
-    Repetitions and, for the sign, mean ratings within ±`NEUTRAL` are left out and counted. Raises
-    `InputError`, with file and line, for what is missing or wrong.
+    ``source`` is ``"rated"``, ``"code"``, ``"hub"``, or a folder of GLUE's files as distributed:
+    ``CoLA``, ``SST-2``, … with ``train.tsv``, ``dev.tsv`` and ``test.tsv``, fields separated by
+    tabs, quotation marks being text. The digest of a rated sentence's words alone decides its part;
+    that of its file's path a function's. Left out and counted are repetitions, also of a function
+    with other names and constants, in the same part or one before; and for the sign mean ratings
+    within ±`NEUTRAL`. Raises `InputError`, with file and line, for what is missing or wrong.
     """
     if part not in PARTS:
         raise InputError("part", allowed=f"one of {', '.join(PARTS)}", given=repr(part))
     about = _check(task, source)
-    if source == RATED:
-        return _rated(about, part)
+    if source in SCORED:
+        return (_rated if source == RATED else _code)(about, part)
     load = _hub if source == HUB else functools.partial(_file, Path(source).expanduser())
     splits = [part] if part == "train" else [part + end for end in about.sets]
     return functools.reduce(operator.add, [load(about, split) for split in splits])
@@ -411,10 +435,47 @@ def _rated(task: Task, part: str) -> Examples:
     return Examples(texts, tuple(kept.rating.tolist()), (len(texts),), +Counter(left_out))
 
 
-def _part(words: str) -> str:
-    """The part of a sentence, from the digest of its words alone."""
+def _code(task: Task, part: str) -> Examples:
+    """The functions of a part, each form once; one to train on leaves it out of other parts."""
+    table = pd.DataFrame(_functions(task.folder), columns=["file", "text", "form"])
+    table["part"] = pd.Categorical([_part(file, FILES) for file in table.file], PARTS)
+    once = table.sort_values("part", kind="stable").drop_duplicates("form")
+    texts = tuple((text,) for text in once.text[once.part == part])
+    counts = {"repeated": int((table.part == part).sum()) - len(texts)}
+    return Examples(texts, (math.nan,) * len(texts), (len(texts),), counts)
+
+
+@functools.cache
+def _functions(package: str) -> list[tuple[str, str, str]]:
+    """File, text and form of each short function outside a package's tests, in order of files."""
+    folder, functions = hub.folder(package), []
+    for name, path in sorted((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*.py")):
+        if {"tests", "benchmarks"} & {*name.split("/")}:
+            continue
+        content = path.read_text(encoding="utf-8")
+        lines = content.split("\n")
+        for node in ast.walk(ast.parse(content)):
+            if isinstance(node, ast.FunctionDef):
+                text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+                if SHORT[0] <= len(text) <= SHORT[1]:
+                    node.decorator_list = []  # stand before the text
+                    form = " ".join(type(part).__name__ for part in ast.walk(node))
+                    functions.append((name, text, form))
+    read = "\0".join(f"{name}\0{text}" for name, text, _ in functions)
+    if hashlib.sha256(read.encode()).hexdigest() != _FUNCTIONS:
+        raise InputError(
+            f"package {package}",
+            allowed=f"{SYMPY} as it is published, for its functions",
+            given=f"{len(functions)} functions of other content",
+            remedy=f"`pip install {SYMPY}`, or name another source",
+        )
+    return functions
+
+
+def _part(words: str, shares: Mapping[str, float] = SHARES) -> str:
+    """The part of a sentence, or a file, from the digest of its words, or its path, alone."""
     share = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) / 2**64
-    for part, size in SHARES.items():
+    for part, size in shares.items():
         if share < size:
             return part
         share -= size

@@ -1,0 +1,156 @@
+"""Decoders: next tokens of texts, the last token's class, and what of a language model is tuned."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import checkpoint_files as files
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lorapower import _hub as hub
+from lorapower import randomness
+from lorapower.experiments import language, texts
+from lorapower.experiments.language import Lora, Method, Problem, Setting, Targets, Whole
+from lorapower.experiments.texts import Examples, find
+
+LINES = [*files.texts()[:30], *(text[:9] for text in files.texts()[:10])]
+SIZES = {"hidden_size": 16, "intermediate_size": 24}
+# Numbers of an adapter of rank 1 in a layer: queries, keys, values, outputs; feed-forward.
+KEYS, VALUES = 2 * 16 + (16 + 8), (16 + 8) + 2 * 16
+NUMBERS: dict[Targets, int] = {
+    "all": KEYS + VALUES + 3 * (16 + 24),
+    "attention": KEYS + VALUES,
+    "feed-forward": 3 * (16 + 24),
+    "queries and keys": KEYS,
+}
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random Llama with a tokenizer that has no token for padding, in a folder."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = copy.deepcopy(files.byte_words())
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    sizes: dict[str, Any] = files.SIZES | files.DECODER | SIZES | {"pad_token_id": None}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)
+    with randomness.seeded(0, "Llama"):
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Examples]]:
+    """All texts that there are, by part."""
+    labels = tuple(float(i % 3) for i in range(len(LINES)))
+    parts = dict.fromkeys(texts.PARTS, Examples(tuple((x,) for x in LINES), labels, (len(LINES),)))
+    monkeypatch.setattr(texts, "read", lambda task, source, part: parts[part])
+    language._tokenize.cache_clear()
+    yield parts
+    language._tokenize.cache_clear()
+
+
+@pytest.fixture
+def tiny(llama: str, shown: dict[str, Examples]) -> Problem:
+    return Problem(task="movies-next", model=llama, head="own", epochs=1, batch=4, tokens=24)
+
+
+def tokens(llama: str, *, end: str) -> list[torch.Tensor]:
+    tokenizer = hub.tokenizer(llama)
+    return [torch.tensor(tokenizer(line + end)["input_ids"][:24]) for line in LINES]
+
+
+def build(problem: Problem, method: Method | None = None) -> Any:
+    return language._network(Setting(problem=problem, method=method or Whole(kind="head")))
+
+
+def test_next_tokens_are_answered_as_for_each_text_alone(
+    tiny: Problem, shown: dict[str, Examples]
+) -> None:
+    network = hub.language(tiny.model).eval()
+    every, losses = tokens(tiny.model, end="</s>"), []
+    for ids in every:
+        with torch.no_grad():
+            logits = network(input_ids=ids[None]).logits[0, :-1].double()
+        losses.append(-torch.log_softmax(logits, 1).gather(1, ids[1:, None]).mean().item())
+    lengths = {len(ids) for ids in every}
+    assert max(lengths) == 24 > 2 * min(lengths)  # some are cut off, some padded
+    assert sum(ids[-1] == network.config.eos_token_id for ids in every) >= 10
+    found = language.answer(network, tiny)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    unlabelled = Examples(shown["test"].texts, (math.nan,) * len(LINES), (len(LINES),))
+    shown.update(dict.fromkeys(texts.PARTS, unlabelled))
+    language._tokenize.cache_clear()
+    np.testing.assert_array_equal(language.answer(network, tiny), found)
+
+
+def test_without_training_the_base_is_measured(tiny: Problem) -> None:
+    found = language.tune(Setting(problem=tiny, method=Whole(kind="head")))
+    assert found.parameters == 0
+    assert math.isnan(found.training_loss)
+    given = language.answer(hub.language(tiny.model), tiny)
+    np.testing.assert_allclose(language.answers(found.answers), given, rtol=1e-6)
+    assert found.loss == pytest.approx(given.mean())
+    assert found.score == -found.loss
+    assert math.isnan(found.accuracy)
+    np.testing.assert_array_equal(find(tiny.task).contributions(given, given), -given)
+
+
+def test_the_trained_network_is_handed_over(tiny: Problem) -> None:
+    kept: list[Any] = []
+    method = Lora(rank=2, learning_rate=1e-2)
+    found = language.tune(Setting(problem=tiny, method=method), kept.append)
+    (network,) = kept
+    given = language.answer(network, tiny)
+    np.testing.assert_allclose(language.answers(found.answers), given, rtol=1e-6)
+    assert np.abs(given - language.answer(build(tiny), tiny)).min() > 1e-4
+
+
+def test_all_weights_learn_an_easy_text(tiny: Problem, shown: dict[str, Examples]) -> None:
+    same = Examples((("A man is playing a guitar.",),) * 40, (0.0,) * 40, (40,))
+    shown.update(dict.fromkeys(texts.PARTS, same))
+    before, after = language.measure(
+        [
+            Setting(problem=tiny.replace(epochs=4), method=method)
+            for method in (Whole(kind="head"), Whole(learning_rate=1e-2))
+        ]
+    )
+    assert after.loss < before.loss / 3
+
+
+@pytest.mark.parametrize("targets", NUMBERS)
+def test_adapters_are_on_the_named_layers_alone(targets: Targets, tiny: Problem) -> None:
+    network = build(tiny, Lora(targets=targets, rank=2))
+    tuned = {name: p.numel() for name, p in network.named_parameters() if p.requires_grad}
+    assert sum(tuned.values()) == 2 * 2 * NUMBERS[targets]  # of rank 2, in two layers
+    if targets == "queries and keys":
+        layers = {f"layers.{i}.self_attn.{kind}_proj" for i in (0, 1) for kind in "qk"}
+        ends = [f"{layer}.lora_{factor}" for layer in layers for factor in "AB"]
+        assert len(tuned) == len(ends)
+        assert all(any(end in name for name in tuned) for end in ends)
+
+
+def test_equal_ranks_are_within_half_a_rank(llama: str) -> None:
+    for rank in (1, 2):
+        ranks = language.equal_ranks(llama, rank, "own", [*NUMBERS])
+        for targets, number in NUMBERS.items():
+            assert abs(ranks[targets] * number - rank * NUMBERS["all"]) <= number / 2
+
+
+def test_a_decoder_tells_classes_and_numbers_from_the_last_token(tiny: Problem) -> None:
+    rating = tiny.replace(task="movies-rating")
+    network = build(rating).eval()
+    values = []
+    for ids in tokens(tiny.model, end=""):
+        with torch.no_grad():
+            hidden = network.model(input_ids=ids[None]).last_hidden_state[0, -1]
+        values.append((network.score.weight[0] @ hidden).item())
+    found = language.answer(network, rating)
+    np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-6)
+    assert np.std(found) > 1e-3
