@@ -28,6 +28,8 @@ from lorapower.experiments.language import Found, Setting
 TASKS = {"movies": texts.RATED, "movies-next": texts.RATED, "functions-next": texts.CODE}
 # Whose networks other tools need.
 KEPT = "movies-next"
+# Ranks that are run when all else is.
+LAST = (2, 8)
 _FOLDER: list[Path] = []
 
 
@@ -66,7 +68,7 @@ def save(folder: Path, network: Any) -> None:
 
 
 def run(folder: Path, tasks: Sequence[str]) -> None:
-    """Choose rates for each task, then run everything, one seed after another."""
+    """Choose rates for each task, then run everything, seed by seed."""
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(2, get_context("spawn"), start, (folder,)) as executor:
         options: dict[str, Any] = {"size": 1, "executor": executor}
@@ -77,7 +79,7 @@ def run(folder: Path, tasks: Sequence[str]) -> None:
                 protocols.search(*about), language.measure, folder / "rates.sqlite", **options
             )
             settings += protocols.compare(*about, rates=protocols.best_rates(trials))
-        settings.sort(key=lambda setting: setting.problem.seed)
+        settings.sort(key=lambda setting: (setting.method.rank in LAST, setting.problem.seed))
         sweeps.run(settings, work, folder / "runs.sqlite", **options)
 
 

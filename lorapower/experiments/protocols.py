@@ -61,10 +61,12 @@ GRIDS: dict[str, dict[str, Any]] = {
         "samples": [160, 2000],
         "search": {"samples": 1000},
         "rates": {
-            "lora": {1: [2e-3, 1e-3, 4e-3], 64: [5e-4, 2.5e-4, 1e-3]},
-            **{part: {0: [1e-3, 5e-4, 2e-3]} for part in ("attention", "feed-forward")},
-            "queries and keys": {0: [1e-3, 5e-4, 2e-3]},
-            "full": {0: [5e-5, 2.5e-5, 1e-4]},
+            "lora": {1: [4e-3, 1e-3, 2e-3, 8e-3], 64: [1e-3, 2.5e-4, 5e-4, 2e-3]},
+            **{
+                part: {0: [2e-3, 1e-3, 4e-3]}
+                for part in ("attention", "feed-forward", "queries and keys")
+            },
+            "full": {0: [1e-4, 5e-5, 2e-4]},
             "head": {0: [1e-2, 3e-3, 3e-2]},
         },
     },
