@@ -3,6 +3,7 @@ from . import figures as figures
 from .chapter import THREADS as THREADS
 from .chapter import WIDEST as WIDEST
 from .chapter import Blocks as Blocks
+from .chapter import Decoder as Decoder
 from .chapter import Depth as Depth
 from .chapter import Heads as Heads
 from .chapter import Layers as Layers

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from .._hub import PACKAGED, RATED
+from .._hub import LANGUAGE, PACKAGED, RATED
 from .._records import Record
 from ..errors import InputError
 from . import claims
@@ -90,6 +90,8 @@ Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: i
 Source = Annotated[str, AfterValidator(lambda name: name or RATED)]
 #: Name of an encoder; an empty one stands for the packaged encoder.
 Model = Annotated[str, AfterValidator(lambda name: name or PACKAGED)]
+#: Name of a decoder; an empty one stands for the packaged language model.
+Decoder = Annotated[str, AfterValidator(lambda name: name or LANGUAGE)]
 
 
 class Parameters(Record):
