@@ -28,8 +28,9 @@ from lorapower.experiments.language import Found, Setting
 TASKS = {"movies": texts.RATED, "movies-next": texts.RATED, "functions-next": texts.CODE}
 # Whose networks other tools need.
 KEPT = "movies-next"
-# Ranks that are run when all else is.
+# Ranks that are run when all else is, and tasks whose layers are not compared.
 LAST = (2, 8)
+RANKS = ("functions-next",)
 _FOLDER: list[Path] = []
 
 
@@ -67,6 +68,15 @@ def save(folder: Path, network: Any) -> None:
         hub.tokenizer(hub.LANGUAGE).save_pretrained(folder)
 
 
+def choose(settings: Sequence[Setting]) -> list[Setting]:
+    """Those that are run of a task's settings."""
+    return [
+        setting
+        for setting in settings
+        if setting.problem.task not in RANKS or getattr(setting.method, "targets", "all") == "all"
+    ]
+
+
 def run(folder: Path, tasks: Sequence[str]) -> None:
     """Choose rates for each task, then run everything, seed by seed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,10 +85,9 @@ def run(folder: Path, tasks: Sequence[str]) -> None:
         settings = []
         for task in tasks:
             about = "decoder", [task], TASKS[task], hub.LANGUAGE
-            trials = sweeps.run(
-                protocols.search(*about), language.measure, folder / "rates.sqlite", **options
-            )
-            settings += protocols.compare(*about, rates=protocols.best_rates(trials))
+            searched = choose(protocols.search(*about))
+            trials = sweeps.run(searched, language.measure, folder / "rates.sqlite", **options)
+            settings += choose(protocols.compare(*about, rates=protocols.best_rates(trials)))
         settings.sort(key=lambda setting: (setting.method.rank in LAST, setting.problem.seed))
         sweeps.run(settings, work, folder / "runs.sqlite", **options)
 
