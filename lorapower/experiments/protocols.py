@@ -61,12 +61,15 @@ GRIDS: dict[str, dict[str, Any]] = {
         "samples": [160, 2000],
         "search": {"samples": 1000},
         "rates": {
-            "lora": {1: [4e-3, 1e-3, 2e-3, 8e-3], 64: [1e-3, 2.5e-4, 5e-4, 2e-3]},
+            "lora": {
+                1: [8e-3, 1e-3, 2e-3, 4e-3, 1.6e-2],
+                64: [2e-3, 2.5e-4, 5e-4, 1e-3, 4e-3],
+            },
             **{
-                part: {0: [2e-3, 1e-3, 4e-3]}
+                part: {0: [4e-3, 1e-3, 2e-3, 8e-3]}
                 for part in ("attention", "feed-forward", "queries and keys")
             },
-            "full": {0: [1e-4, 5e-5, 2e-4]},
+            "full": {0: [2e-4, 5e-5, 1e-4, 4e-4]},
             "head": {0: [1e-2, 3e-3, 3e-2]},
         },
     },
