@@ -858,30 +858,47 @@ def test_rates_of_ranks_between_are_between() -> None:
     assert protocols._rate({0: 0.3}, 0) == 0.3
 
 
-def test_the_recorded_run_is_part_of_the_protocol() -> None:
-    table = protocols.read_record("movies")
+RECORDED = pytest.mark.parametrize(
+    ("name", "task", "profile", "model", "samples"),
+    [
+        ("movies", "movies", "paper", "packaged", 4000),
+        ("decoder", "movies-next", "decoder", hub.LANGUAGE, 0),
+    ],
+)
+
+
+@RECORDED
+def test_the_recorded_run_is_part_of_the_protocol(
+    name: str, task: str, profile: str, model: str, samples: int
+) -> None:
+    table = protocols.read_record(name).query("task == @task")
     on_validation = table[table.part == "validation"]
     rates = protocols.best_rates(on_validation)
-    about = (["movies"], "rated", "packaged")
+    about = profile, [task], "rated", model
     seeds = table.seed.nunique()
     settings = [
-        *protocols.search("paper", *about),
-        *protocols.compare("paper", *about, samples=4000, seeds=seeds, rates=rates),
+        *protocols.search(*about),
+        *protocols.compare(*about, samples=samples, seeds=seeds, rates=rates),
     ]
     columns = sweeps.columns(Setting)
     known = pd.DataFrame([sweeps._flat(one.model_dump_json()) for one in settings])[columns]
     recorded = table[columns]
     assert not recorded.duplicated().any()
     assert len(recorded.merge(known)) == len(recorded)
-    assert len(on_validation) == len(protocols.search("paper", *about))
+    assert len(on_validation) == len(protocols.search(*about))
 
 
-def test_recorded_scores_are_those_of_the_recorded_answers() -> None:
-    task = find("movies")
-    for part, rows in protocols.read_record("movies").groupby("part"):
-        labels = np.array(texts.read("movies", "rated", str(part)).labels)
+@RECORDED
+def test_recorded_scores_are_those_of_the_recorded_answers(
+    name: str, task: str, profile: str, model: str, samples: int
+) -> None:
+    about = find(task)
+    rounding = 1e-6 if about.next_tokens else 0  # of answers that are no classes
+    for part, rows in protocols.read_record(name).query("task == @task").groupby("part"):
+        labels = np.array(texts.read(task, "rated", str(part)).labels)
         for score, answers in zip(rows.score, rows.answers, strict=True):
-            assert task.scores(language.answers(answers), labels)["score"] == score
+            found = about.scores(language.answers(answers), labels)["score"]
+            assert found == pytest.approx(score, rel=rounding, abs=0)
 
 
 def test_records_do_not_depend_on_the_order_of_files(tiny: Problem, tmp_path: Path) -> None:
