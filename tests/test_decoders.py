@@ -143,6 +143,21 @@ def test_equal_ranks_are_within_half_a_rank(llama: str) -> None:
             assert abs(ranks[targets] * number - rank * NUMBERS["all"]) <= number / 2
 
 
+def test_a_model_is_dequantized_before_its_layers_are_counted(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    place = hub.place
+
+    def watched(model: str) -> Any:
+        seen.append(torch.get_default_device().type)
+        return place(model)
+
+    monkeypatch.setattr(hub, "place", watched)
+    language.equal_ranks(llama, 2)
+    assert seen[0] == "cpu"
+
+
 def test_a_decoder_tells_classes_and_numbers_from_the_last_token(tiny: Problem) -> None:
     rating = tiny.replace(task="movies-rating")
     network = build(rating).eval()

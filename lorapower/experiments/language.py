@@ -229,6 +229,7 @@ def equal_ranks(
 
     No rank is above the least size of a weight.
     """
+    hub.place(model)  # is dequantized, where it has to be, on a device with memory
     with torch.device("meta"):
         body = _draw(model, head).base_model
     shapes = {
