@@ -2,8 +2,8 @@
 
 All are of the networks that `tools/language.py` keeps in a folder, and all are nothing but factors
 of the blocks' linear layers: embeddings and norms stay the base's. Each one that is measured is
-written at once, so that the same command goes on after an interruption. When all are there, the
-table for `checkpoints.read_sizes` is put into the package::
+written at once, so that the same command goes on after an interruption. When all are there, they
+are put into ``FOLDER/sizes.csv.gz``, for `checkpoints.read_sizes`::
 
     python tools/sizes.py FOLDER [SEED ...]
 """
@@ -15,7 +15,6 @@ import functools
 import sys
 import tempfile
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from record import record
 
 from lorapower import _hub as hub
 from lorapower.adapters import _files
-from lorapower.checkpoints import Pair, Planner, _export, _record
+from lorapower.checkpoints import Pair, Planner, _export
 from lorapower.checkpoints.pair import KINDS
 from lorapower.experiments import language, pairs, protocols, sweeps
 
@@ -167,4 +166,4 @@ def run(folder: Path, seeds: list[int]) -> Path:
 if __name__ == "__main__":
     out, *chosen = sys.argv[1:]
     done = run(Path(out), [*map(int, chosen)] or [*range(3)])
-    record([done], Path(str(resources.files("lorapower.checkpoints"))) / _record.SIZES, Setting)
+    record([done], done.with_suffix(".csv.gz"), Setting)

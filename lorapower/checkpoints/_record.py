@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 TABLES = ("plans.csv", "plan-texts.csv")
 # And what tuning changes, part by part.
 PARTS = "parts.csv.gz"
-# And adapters of equal size, trained and made from others.
-SIZES = "sizes.csv.gz"
 # What is summed over each text.
 _SUMMED = ("squares", "effect", "equal", "divergence", "decisions")
 
@@ -83,18 +81,18 @@ def read_parts() -> pd.DataFrame:
     return _read(PARTS)
 
 
-def read_sizes(file: Path | str | None = None) -> pd.DataFrame:
-    """Adapters of equal size of the packaged language model: trained, extracted, shrunk, and cut.
+def read_sizes(file: Path | str) -> pd.DataFrame:
+    """Adapters of equal size of a language model: trained, extracted, shrunk, and cut.
 
-    For each ``seed`` the model was tuned on the next tokens of movie snippets. All adapters are
-    nothing but factors of the blocks' linear layers; embeddings and norms are the base's, though
-    full tuning changed them too. One that is made from another has at most as many parameters as
-    the uniform ``rank``.
+    For each ``seed`` the packaged model was tuned on the next tokens of movie snippets. All
+    adapters are nothing but factors of the blocks' linear layers; embeddings and norms are the
+    base's, though full tuning changed them too. One that is made from another has at most as many
+    parameters as the uniform ``rank``.
 
     Parameters
     ----------
-    file : Path or str, optional
-        Another table that ``tools/sizes.py`` wrote.
+    file : Path or str
+        A table that ``tools/sizes.py`` wrote.
 
     Returns
     -------
@@ -119,7 +117,7 @@ def read_sizes(file: Path | str | None = None) -> pd.DataFrame:
     """
     import pandas as pd
 
-    table = _read(SIZES) if file is None else pd.read_csv(_checks.path("file", file))
+    table = pd.read_csv(_checks.path("file", file))
     names = [name + end for name in ("squares", "equal", "divergence") for end in ("", "_64")]
     names += ["decisions", "losses"]
     table[names] = table[names].map(_decode, na_action="ignore")

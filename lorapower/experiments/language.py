@@ -80,12 +80,12 @@ class Problem(Record):
     """A task, a model, and how long which texts are shown to it.
 
     Texts are from ``source``: ``"rated"``, ``"code"``, ``"hub"`` or a folder in GLUE's layout; see
-    `texts.read`. ``model`` is
-    ``"packaged"``, a folder or a name on the hub; without ``pretrained`` its weights are random.
-    Head ``"mean"`` is linear on the mean over the tokens, for which sentence encoders are made
-    (Reimers and Gurevych, 2019); ``"own"`` is the one in ``transformers``: as in GLUE's scores, on
-    the last token for a decoder, and the language model's own for next tokens. With ``bfloat16``
-    texts are passed in this precision where the processor has it; weights stay in float32.
+    `texts.read`. ``model`` is ``"packaged"``, a folder or a name on the hub; without ``pretrained``
+    its weights are random. Head ``"mean"`` is linear on the mean over the tokens, for which
+    sentence encoders are made (Reimers and Gurevych, 2019); ``"own"`` is the one in
+    ``transformers``: as in GLUE's scores, on the last token for a decoder, and the language model's
+    own for next tokens. With ``bfloat16`` texts are passed in this precision where the processor
+    has it; what is tuned stays in float32.
 
     Texts are cut off to ``tokens``; fewer than 8 leave no place beside the marks of beginning and
     end. ``samples`` of the training set are used, 0 for all. Scores are taken on ``part``; GLUE's

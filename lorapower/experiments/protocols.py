@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .._hub import RATED
 from ..errors import InputError
@@ -18,14 +18,16 @@ from .language import Lora, Method, Problem, Setting, Targets, Whole
 
 #: For each profile of the encoder's chapter, and for the decoder's: what all runs share; ranks; the
 #: layers that are compared at equal numbers, for the highest rank on all or the one named; what is
-#: tuned without adapters; numbers of training samples, 0 for all; learning rates by kind of method,
-#: or layers, and rank, the default first; and how `search` tries them.
+#: tuned without adapters; whether random weights are adapted too; numbers of training samples, 0
+#: for all; learning rates by kind of method, or layers, and rank, the default first; and how
+#: `search` tries them.
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
         "problem": {"epochs": 1, "batch": 16, "tokens": 48, "seed": range(1)},
         "ranks": [1, 8],
         "parts": ["attention", "feed-forward"],
         "whole": ["final", "full", "head"],
+        "random": True,
         "samples": [640],
         "search": {"epochs": 1, "samples": 640},
         "rates": {
@@ -40,6 +42,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "ranks": [1, 2, 4, 8],
         "parts": ["attention", "feed-forward"],
         "whole": ["final", "full", "head"],
+        "random": True,
         "samples": [1000, 2000, 4000, 0],
         "search": {"epochs": 3, "samples": 1000},
         "rates": {
@@ -58,6 +61,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "parts": ["attention", "feed-forward", "queries and keys"],
         "equal": 4,
         "whole": ["full", "head"],
+        "random": False,
         "samples": [160, 2000],
         "search": {"samples": 1000},
         "rates": {
@@ -65,10 +69,8 @@ GRIDS: dict[str, dict[str, Any]] = {
                 1: [8e-3, 1e-3, 2e-3, 4e-3, 1.6e-2],
                 64: [2e-3, 2.5e-4, 5e-4, 1e-3, 4e-3],
             },
-            **{
-                part: {0: [4e-3, 1e-3, 2e-3, 8e-3]}
-                for part in ("attention", "feed-forward", "queries and keys")
-            },
+            **{part: {0: [4e-3, 1e-3, 2e-3, 8e-3]} for part in ("attention", "feed-forward")},
+            "queries and keys": {0: [8e-3, 1e-3, 2e-3, 4e-3]},
             "full": {0: [2e-4, 5e-5, 1e-4, 4e-4]},
             "head": {0: [1e-2, 3e-3, 3e-2]},
         },
@@ -122,6 +124,7 @@ def compare(
         *(Whole(kind=kind) for kind in grid["whole"]),
     ]
     drawn: list[Method] = [*everywhere, Whole(kind="final"), full] if whole else [everywhere[-1]]
+    drawn = drawn if grid["random"] else []
     default = {
         way: {rank: tried[0] for rank, tried in by_rank.items()}
         for way, by_rank in grid["rates"].items()
@@ -131,7 +134,7 @@ def compare(
         *few, most = _samples(grid["samples"], problem, samples)
         runs = [
             *((True, most, method) for method in pretrained),
-            *((False, most, method) for method in drawn if profile != "decoder"),
+            *((False, most, method) for method in drawn),
             *((True, less, method) for less in few for method in fewer),
         ]
         for shipped, size, method in dict.fromkeys(runs):
@@ -167,8 +170,8 @@ def search(
             if way in equal:
                 one = Lora(targets=way, rank=equal[way])
             methods += [one.replace(learning_rate=tried) for tried in sorted(rates)]
-    from_random = () if profile == "decoder" else (False,)
-    problems = [problem.replace(pretrained=shipped) for shipped in (True, *from_random)]
+    shipped = [True, False][: 1 + grid["random"]]
+    problems = [problem.replace(pretrained=each) for each in shipped]
     return sweeps.grid(Setting, problem=problems, method=methods)
 
 
@@ -243,6 +246,17 @@ def _equal(grid: dict[str, Any], problem: Problem, highest: int) -> dict[Targets
     """The ranks of parts of the layers with as many numbers as one on all."""
     rank = grid.get("equal", highest)
     return language.equal_ranks(problem.model, rank, problem.head, grid["parts"])
+
+
+def contributions(runs: pd.DataFrame) -> NDArray[np.float64]:
+    """What texts add to the score, ``[seeds, texts]``, see ``texts.Task.contributions``.
+
+    ``runs`` are rows of one task and method in a table of `sweeps.run`, one for each seed.
+    """
+    task, source, part = runs[["task", "source", "part"]].iloc[0]
+    about, labels = texts.find(task), texts.read(task, source, part).labels
+    given = map(language.answers, runs.sort_values("seed").answers)
+    return np.array([about.contributions(answers, labels) for answers in given])
 
 
 #: The share of intervals that hold the mean.
