@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import InputError
@@ -46,6 +48,16 @@ class Results(Record):
     """Base of results of runs: numbers, truth values, texts; numbers may be NaN or infinite."""
 
     model_config = ConfigDict(allow_inf_nan=True)
+
+
+def pack(values: ArrayLike) -> str:
+    """Numbers, in single precision, as a text that a result can be."""
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def unpack(text: str) -> NDArray[np.float64]:
+    """The numbers that `pack` was given."""
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import math
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 from .. import _checks, randomness
 from .. import _hub as hub
 from .._hub import RATED
-from .._records import Record, Results
+from .._records import Record, Results, pack, unpack
 from ..errors import InputError
 from . import texts
 from .texts import Examples, Task
@@ -209,7 +208,7 @@ def answer(network: Any, problem: Problem) -> NDArray[np.float64]:
 
 def answers(text: str) -> NDArray[np.float64]:
     """Read ``Found.answers``: what `answer` gives."""
-    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
+    return unpack(text)
 
 
 def spectra(changes: str) -> pd.DataFrame:
@@ -471,7 +470,7 @@ def _measure(setting: Setting, keep: Callable[[Any], object]) -> Found:
         training_loss=loss,
         parameters=parameters,
         cut_off=cut_off,
-        answers=base64.b64encode(given.astype("<f4").tobytes()).decode(),
+        answers=pack(given),
         changes=_changes(before, _weights(network)) if before else "",
         seconds=seconds,
     )
