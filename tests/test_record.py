@@ -166,7 +166,7 @@ def test_the_record_of_parts_is_whole() -> None:
     assert table.notna().drop(columns="part").all(axis=None)
     wide = table[table.stage == "weights"].query("block >= 0")
     wide = wide.pivot(index=["tuning", "block", "part"], columns="quantity", values="value")
-    assert len(wide) == 3 * 30 * 7
+    assert len(wide) == 4 * 30 * 7
     assert (wide.half <= wide.nine).all()
     assert (wide.nine <= wide.numerical).all()
     shares = table[table.quantity.isin(["floor", "far floor", "free"])].value
@@ -181,7 +181,17 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Any]:
     wide: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
     change = files.low_rank(8, words=True)
     base, tuned = files.pair(folder, "llama", "LlamaForCausalLM", change=change, **wide)
-    ways = ("full", "base", "blocks", "attention", "svd", "extracted", "shrunk", "cut by norm")
+    ways = (
+        "full",
+        "full again",
+        "base",
+        "blocks",
+        "attention",
+        "svd",
+        "extracted",
+        "shrunk",
+        "cut by norm",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "BASE", base)
         patch.setattr(sizes, "_FOLDER", [folder])
@@ -193,8 +203,8 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Any]:
                         draw = randomness.generator(0, name)
                         value.data = 0.02 * randomness.normal(draw, *value.shape).float()
                 network.save_pretrained(sizes.place(setting), save_embedding_layers=False)
-        (full,) = (s for s in sizes.trained(0) if s.way == "full")
-        sizes.place(full).symlink_to(tuned)
+        for seed in range(2):
+            sizes.place(sizes.Setting(seed=seed, way="full")).symlink_to(tuned)
         chosen = [
             s for s in sizes.every(0) if s.way in ways and (s.way == "attention" or s.rank < 2)
         ]
@@ -213,7 +223,8 @@ def test_ways_of_equal_size_are_of_equal_size(sized: tuple[pd.DataFrame, Any]) -
     made = table.parameters[["extracted", "shrunk", "cut by norm"]]
     assert made.between(0.9 * sum(sides), sum(sides)).all()
     assert table.parameters["attention"] == pytest.approx(4 * sum(sides), rel=0.1)
-    assert table.error[["full", "base"]].tolist() == pytest.approx([0, 1], abs=1e-4)
+    found = table.error[["full", "full again", "base"]].tolist()
+    assert found == pytest.approx([0, 0, 1], abs=1e-4)
     assert table.kl["full"] == pytest.approx(0, abs=1e-6)
     assert table.error_64["base"] == 1
     assert table.index[table.error_64.notna()].tolist() == ["base", "cut by norm", "shrunk"]

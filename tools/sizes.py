@@ -3,22 +3,21 @@
 All are of the networks that `tools/language.py` keeps in a folder, and all are nothing but factors
 of the blocks' linear layers: embeddings and norms stay the base's. Each one that is measured is
 written at once, so that the same command goes on after an interruption. When all are there, they
-are put into ``FOLDER/sizes.csv.gz``, for `checkpoints.read_sizes`::
+are put into the package, for `checkpoints.read_sizes`::
 
     python tools/sizes.py FOLDER [SEED ...]
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import sys
 import tempfile
 import time
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import plans
 import torch
 from language import KEPT, name
@@ -27,8 +26,9 @@ from pydantic import Field
 from record import record
 
 from lorapower import _hub as hub
+from lorapower._records import pack
 from lorapower.adapters import _files
-from lorapower.checkpoints import Pair, Planner, _export
+from lorapower.checkpoints import Pair, Planner, _export, _record
 from lorapower.checkpoints.pair import KINDS
 from lorapower.experiments import language, pairs, protocols, sweeps
 
@@ -90,12 +90,18 @@ def every(seed: int) -> list[Setting]:
     ranks = (*plans.RANKS, HIGHEST)
     given = (s for s in trained(seed) if s.way != "trained" or s.rank in ranks)
     made = (Setting(seed=seed, way=way, rank=rank) for way in MADE for rank in plans.RANKS)
-    return [*given, Setting(seed=seed, way="blocks"), *made]
+    return [*given, Setting(seed=seed, way="blocks"), Setting(seed=seed, way="full again"), *made]
 
 
 def place(setting: Setting) -> Path:
     """The folder of a trained network."""
     return _FOLDER[0] / "tuned" / name(trained(setting.seed)[setting])
+
+
+def another(seed: int) -> Path:
+    """The folder of full tuning with another seed."""
+    seeds = protocols.GRIDS["decoder"]["problem"]["seed"]
+    return place(Setting(seed=(seed + 1) % len(seeds), way="full"))
 
 
 @functools.lru_cache(maxsize=2)
@@ -126,8 +132,10 @@ def make(setting: Setting, folder: Path) -> tuple[Any, int, float]:
     elif setting.rank:
         folder = place(setting)
     else:
-        network = whole.pair.network()
-        if setting.way == "full":
+        again = setting.way == "full again"
+        pair = Pair.open(BASE, str(another(setting.seed))) if again else whole.pair
+        network = pair.network()
+        if setting.way.startswith("full"):
             return network, sum(values.numel() for values in network.parameters()), seconds
         names = [f"{module}.weight" for module in whole.modules if setting.way == "blocks"]
         read = {key: functools.partial(whole.pair.tuned.read, key) for key in names}
@@ -148,9 +156,7 @@ def work(settings: list[Setting]) -> list[Found]:
         numbers |= {f"{key}_64": values for key, values in others.items()}
     problem = next(iter(trained(setting.seed).values())).problem
     numbers["losses"] = language.answer(network, problem)
-    texts = {
-        key: base64.b64encode(np.asarray(x, "<f4").tobytes()).decode() for key, x in numbers.items()
-    }
+    texts = {key: pack(values) for key, values in numbers.items()}
     return [Found(parameters=parameters, seconds=seconds, **texts)]
 
 
@@ -166,4 +172,4 @@ def run(folder: Path, seeds: list[int]) -> Path:
 if __name__ == "__main__":
     out, *chosen = sys.argv[1:]
     done = run(Path(out), [*map(int, chosen)] or [*range(3)])
-    record([done], done.with_suffix(".csv.gz"), Setting)
+    record([done], Path(str(resources.files("lorapower.checkpoints"))) / _record.SIZES, Setting)

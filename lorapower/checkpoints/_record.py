@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _checks, randomness
+from .._records import unpack
 from ._measuring import ratio, upper_limit
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TABLES = ("plans.csv", "plan-texts.csv")
 # And what tuning changes, part by part.
 PARTS = "parts.csv.gz"
+# And adapters of one size.
+SIZES = "sizes.csv.gz"
 # What is summed over each text.
 _SUMMED = ("squares", "effect", "equal", "divergence", "decisions")
 
@@ -57,8 +59,9 @@ def read_record() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def read_parts() -> pd.DataFrame:
-    """What three tunings of all weights of the packaged language model change, part by part.
+    """What tunings of all weights of the packaged language model change, part by part.
 
+    Three are of `read_record`; of ``movies-next``, which `read_sizes` has, there is no ``effect``.
     A row has a ``value`` for a ``tuning``, a ``block`` (-1 for all), a ``part``, ``"attention"``,
     ``"mlp"`` or a weight (empty for all), and a ``quantity``; versions follow. By ``stage``:
 
@@ -81,7 +84,7 @@ def read_parts() -> pd.DataFrame:
     return _read(PARTS)
 
 
-def read_sizes(file: Path | str) -> pd.DataFrame:
+def read_sizes(file: Path | str = "") -> pd.DataFrame:
     """Adapters of equal size of a language model: trained, extracted, shrunk, and cut.
 
     For each ``seed`` the packaged model was tuned on the next tokens of movie snippets. All
@@ -92,7 +95,7 @@ def read_sizes(file: Path | str) -> pd.DataFrame:
     Parameters
     ----------
     file : Path or str
-        A table that ``tools/sizes.py`` wrote.
+        A table that ``tools/sizes.py`` wrote; without, that of the package.
 
     Returns
     -------
@@ -100,9 +103,9 @@ def read_sizes(file: Path | str) -> pd.DataFrame:
         A row for each network. Its ``way`` is
 
         - ``trained`` at this rank, on all linear layers, or ``attention``, ``feed-forward`` or
-          ``queries and keys`` alone, with about as many parameters as rank 4 on all; ``full``; the
-          ``base``; or ``blocks``, which has all that full tuning changed in these layers, and the
-          base's embeddings and norms;
+          ``queries and keys`` alone, with about as many parameters as rank 4 on all; ``full``, or
+          ``full again``, with another seed; the ``base``; or ``blocks``, which has all that full
+          tuning changed in these layers, and the base's embeddings and norms;
         - from full tuning, ``extracted`` by method ``effect`` of `METHODS`, ``svd`` by ``uniform``;
         - from the adapter trained at rank 64, ``shrunk`` by ``effect``, ``cut`` by ``uniform``,
           and ``cut by norm`` by ``energy``.
@@ -117,10 +120,10 @@ def read_sizes(file: Path | str) -> pd.DataFrame:
     """
     import pandas as pd
 
-    table = pd.read_csv(_checks.path("file", file))
+    table = pd.read_csv(_checks.path("file", file)) if file else _read(SIZES)
     names = [name + end for name in ("squares", "equal", "divergence") for end in ("", "_64")]
     names += ["decisions", "losses"]
-    table[names] = table[names].map(_decode, na_action="ignore")
+    table[names] = table[names].map(unpack, na_action="ignore")
     for end in ("", "_64"):
         bases = table[table.way == "base"].set_index("seed")[f"squares{end}"]
         table[f"effect{end}"] = table.seed.map(bases)
@@ -145,10 +148,6 @@ def _summarize(
         "agreement": float(equal.sum() / number),
         "kl": float(divergence.sum() / number),
     }
-
-
-def _decode(text: str) -> NDArray[np.float64]:
-    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
 
 
 def _read(name: str) -> pd.DataFrame:
