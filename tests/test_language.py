@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import glue_files
+import language as driver
 import numpy as np
 import pandas as pd
 import pytest
@@ -860,25 +861,31 @@ def test_rates_of_ranks_between_are_between() -> None:
 
 
 RECORDED = pytest.mark.parametrize(
-    ("name", "task", "profile", "model", "samples"),
+    ("name", "task", "source", "profile", "model", "samples"),
     [
-        ("movies", "movies", "paper", "packaged", 4000),
-        ("decoder", "movies-next", "decoder", hub.LANGUAGE, 0),
+        ("movies", "movies", "rated", "paper", "packaged", 4000),
+        ("encoder", "tweets", "rated", "paper", "packaged", 2000),
+        ("encoder", "products", "rated", "paper", "packaged", 2000),
+        ("decoder", "movies", "rated", "decoder", hub.LANGUAGE, 0),
+        ("decoder", "movies-next", "rated", "decoder", hub.LANGUAGE, 0),
+        ("decoder", "functions-next", "code", "decoder", hub.LANGUAGE, 0),
     ],
 )
 
 
 @RECORDED
 def test_the_recorded_run_is_part_of_the_protocol(
-    name: str, task: str, profile: str, model: str, samples: int
+    name: str, task: str, source: str, profile: str, model: str, samples: int
 ) -> None:
     table = protocols.read_record(name).query("task == @task")
-    on_validation = table[table.part == "validation"]
-    rates = protocols.best_rates(on_validation)
-    about = profile, [task], "rated", model
+    # The encoder's other tasks have the rates of its first.
+    chosen = table if name != "encoder" else protocols.read_record("movies")
+    rates = protocols.best_rates(chosen[chosen.part == "validation"])
+    about = profile, [task], source, model
     seeds = table.seed.nunique()
+    searched = driver.choose(protocols.search(*about))
     settings = [
-        *protocols.search(*about),
+        *searched,
         *protocols.compare(*about, samples=samples, seeds=seeds, rates=rates),
     ]
     columns = sweeps.columns(Setting)
@@ -886,17 +893,17 @@ def test_the_recorded_run_is_part_of_the_protocol(
     recorded = table[columns]
     assert not recorded.duplicated().any()
     assert len(recorded.merge(known)) == len(recorded)
-    assert len(on_validation) == len(protocols.search(*about))
+    assert (table.part == "validation").sum() == len(searched) * (name != "encoder")
 
 
 @RECORDED
 def test_recorded_scores_are_those_of_the_recorded_answers(
-    name: str, task: str, profile: str, model: str, samples: int
+    name: str, task: str, source: str, profile: str, model: str, samples: int
 ) -> None:
     about = find(task)
     rounding = 1e-6 if about.next_tokens else 0  # of answers that are no classes
     for part, rows in protocols.read_record(name).query("task == @task").groupby("part"):
-        labels = np.array(texts.read(task, "rated", str(part)).labels)
+        labels = np.array(texts.read(task, source, str(part)).labels)
         for score, answers in zip(rows.score, rows.answers, strict=True):
             found = about.scores(language.answers(answers), labels)["score"]
             assert found == pytest.approx(score, rel=rounding, abs=0)

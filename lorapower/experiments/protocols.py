@@ -76,8 +76,8 @@ GRIDS: dict[str, dict[str, Any]] = {
         },
     },
 }
-# Made by tools/record.py.
-_RECORDS = ("movies", "decoder")
+# Made by tools/record.py and tools/before.py.
+_RECORDS = ("movies", "decoder", "encoder", "before")
 #: Learning rates by kind of method, or its layers, and whether weights are pretrained, then by rank
 #: (0 for none). `compare` interpolates between ranks.
 Rates = Mapping[tuple[str, bool], Mapping[int, float]]
@@ -192,16 +192,26 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
 
 
 def read_record(name: str) -> pd.DataFrame:
-    """Runs that were done once: a table as `sweeps.run` makes it.
+    """What was done once: a table as `sweeps.run` makes it.
 
-    ``"movies"`` are those of profile paper on this task with the packaged encoder, ``"decoder"``
+    ``"movies"`` are those of profile paper on this task with the packaged encoder, ``"encoder"``
+    adapters on all layers and all weights on tweets and products with fewer texts, ``"decoder"``
     those of this profile. Rows with ``part`` ``"validation"`` are of `search`, the others of
-    `compare`, all on one thread. Raises `InputError` for other names.
+    `compare`, all on one thread.
+
+    ``"before"`` has, for six tasks and models, what can be known of a ``rank`` without training at
+    it. ``share`` and ``gain`` are of the mean gradients ``G`` and ``G'`` of two halves of 400 texts
+    at the base, and the best approximations ``G_R`` of rank R, module by module:
+    ``⟨G_R, G'⟩ / ⟨G, G'⟩`` and ``(2⟨G_R, G'⟩ - ‖G_R‖²) / ⟨G, G'⟩``, with sums over modules and both
+    orders. ``error`` is what ten steps at rank 64 lose of their effect on logits if each product of
+    factors is cut to this rank. Raises `InputError` for other names.
     """
     if name not in _RECORDS:
         raise InputError("name", allowed=f"one of {', '.join(_RECORDS)}", given=repr(name))
     with resources.as_file(resources.files(__package__) / f"{name}.csv.gz") as path:
         table = pd.read_csv(path)
+    if name == "before":
+        return table
     # The older record is from before this could be chosen.
     table = table.assign(bfloat16=table.get("bfloat16", False))
     return table.fillna({"changes": "", "revision": ""})
