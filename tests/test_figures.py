@@ -386,9 +386,11 @@ def test_a_sphere_is_seen_from_two_sides() -> None:
 
 IDEAS = (
     figures.adapted_stack,
+    figures.adapter_sizes,
     figures.far_token,
     figures.moved_kink,
     figures.paid_ranks,
+    figures.paired_losses,
     figures.planning,
     figures.split_product,
     figures.residual_stream,

@@ -11,9 +11,11 @@ from .drawings import plane as plane
 from .drawings import ranges as ranges
 from .drawings import sphere as sphere
 from .ideas import adapted_stack as adapted_stack
+from .ideas import adapter_sizes as adapter_sizes
 from .ideas import far_token as far_token
 from .ideas import moved_kink as moved_kink
 from .ideas import paid_ranks as paid_ranks
+from .ideas import paired_losses as paired_losses
 from .ideas import planning as planning
 from .ideas import residual_stream as residual_stream
 from .ideas import split_product as split_product

@@ -54,15 +54,15 @@ def curves(
     """Numbers against x, one line for each entry: the median of its samples, their range as a band.
 
     Samples are ``[len(x)]`` or ``[len(x), samples]``. Guides are grey curves ``[len(x)]``, or
-    several alike ``[len(x), curves]``; marks are dotted vertical lines. All are named. Values below
-    ``rounding`` are in a strip. Without ``markers``, lines are functions; not ``joined``, markers
-    stand alone.
+    several alike ``[len(x), curves]``; marks are dotted vertical lines. All are named. NaN is left
+    out, and values below ``rounding`` are in a strip. Without ``markers``, lines are functions; not
+    ``joined``, markers stand alone.
     """
     figure, ax = plt.subplots()
     for label, look, size in _in_turn(samples):
         style = look.style(size) if markers else {"color": look.color, "ls": look.line, "lw": 2}
         style |= {} if joined else {"ls": ""}
-        _draw_band(ax, _rows(x, samples[label]), label, style)
+        _draw_band(ax, _rows(x, samples[label]).dropna(), label, style)
     _draw_guides(ax, {label: (x, values) for label, values in (guides or {}).items()})
     for label, position in (marks or {}).items():
         ax.axvline(position, label=label, **_MARK)

@@ -321,6 +321,55 @@ def paid_ranks() -> Figure:
     return figure
 
 
+def adapter_sizes() -> Figure:
+    """Three ways to an adapter of one size: train it, or train more and keep the most important."""
+    figure, ax = plt.subplots(figsize=(5.4, 3.0))
+    rows = ("small", None, 0.07), ("all", "extract", 0.7), ("large", "shrink", 0.3)
+    for y, (much, then, size) in zip((2.2, 1.2, 0.2), rows, strict=True):
+        if then == "extract":
+            ax.add_patch(Rectangle((1.75, y), 0.7, 0.7, fc=_TRAINED))
+        elif then:
+            _draw_factors(ax, 1.65, y, size, _TRAINED)
+        ax.text(0, y + 0.35, f"train {much}", va="center", color=ink(_TRAINED))
+        _draw_factors(ax, 4.3, y, 0.07, _ADAPTED if then else _TRAINED)
+        _lead(ax, (2.85 if then else 1.65, y + 0.35), (4.1, y + 0.35))
+        if then:
+            ax.text(3.45, y + 0.45, then, ha="center", color=ink(_ADAPTED))
+    ax.text(4.75, 3.15, "one size", ha="center")
+    ax.set(xlim=(-0.1, 5.5), ylim=(0.1, 3.4), aspect="equal")
+    ax.axis("off")
+    return figure
+
+
+def paired_losses() -> Figure:
+    """Losses of two models on the same texts, which scatter, and their differences, which do not.
+
+    Each line joins the losses of one text.
+    """
+    figure, (losses, differences) = plt.subplots(1, 2, figsize=(5.4, 2.9))
+    first = np.array([2.2, 2.7, 3.1, 3.3, 3.9, 4.2, 4.8, 5.3, 5.9])
+    gain = np.array([0.42, 0.3, 0.36, 0.5, 0.27, 0.4, 0.33, 0.46, 0.38])
+    losses.plot([0, 1], [first, first - gain], color="0.75", lw=1.2)
+    for x, values, color in ((0, first, _TRAINED), (1, first - gain, _ADAPTED)):
+        losses.plot(np.full(len(values), x), values, "o", color=color, ms=5)
+    losses.set(title="losses", xlim=(-0.5, 1.5), ylim=(0, 6.6), yticks=[0, 2, 4, 6])
+    losses.set_xticks([0, 1], ["one model", "other"])
+    differences.axhline(0, color=GREY, ls="--", lw=1.5)
+    differences.plot(np.linspace(-0.4, 0.4, len(gain)), gain, "o", color=_TARGET, ms=5)
+    differences.set(title="differences", xlim=(-1, 1), ylim=(-1.1, 5.5), yticks=[0, 2, 4])
+    differences.set_xticks([0], ["the same texts"])
+    for ax in (losses, differences):
+        ax.grid(visible=False)
+    losses.set_ylabel("nats a token")
+    return figure
+
+
+def _draw_factors(ax: Axes, x: float, y: float, rank: float, color: Any) -> None:
+    """Two factors of a matrix of height .7, the second lying beside the first."""
+    ax.add_patch(Rectangle((x, y), rank, 0.7, fc=color))
+    ax.add_patch(Rectangle((x + rank + 0.08, y + 0.7 - rank), 0.7, rank, fc=color))
+
+
 def _lead(ax: Axes, start: Any, end: Any, **changes: Any) -> None:
     """An arrow, with its head at the end."""
     ax.annotate("", xy=end, xytext=start, arrowprops=_ARROW | changes)
