@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import glue_files
-import language as driver
 import numpy as np
 import pandas as pd
 import pytest
 import record
 import torch
 import transformers
+import tune
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -883,7 +883,7 @@ def test_the_recorded_run_is_part_of_the_protocol(
     rates = protocols.best_rates(chosen[chosen.part == "validation"])
     about = profile, [task], source, model
     seeds = table.seed.nunique()
-    searched = driver.choose(protocols.search(*about))
+    searched = tune.choose(protocols.search(*about))
     settings = [
         *searched,
         *protocols.compare(*about, samples=samples, seeds=seeds, rates=rates),

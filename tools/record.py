@@ -1,7 +1,7 @@
 """Put a long run of language models into the package, for `protocols.read_record`.
 
 Takes its name there, and the files that the encoders' chapter, with profile paper, or
-`tools/language.py` leaves in its folder of results::
+`tools/tune.py` leaves in its folder of results::
 
     python tools/record.py movies runs/rates.sqlite runs/texts.sqlite
 """

@@ -1,6 +1,6 @@
 """Compare adapters of equal size that were trained, extracted, shrunk, and cut.
 
-All are of the networks that `tools/language.py` keeps in a folder, and all are nothing but factors
+All are of the networks that `tools/tune.py` keeps in a folder, and all are nothing but factors
 of the blocks' linear layers: embeddings and norms stay the base's. Each one that is measured is
 written at once, so that the same command goes on after an interruption. When all are there, they
 are put into the package, for `checkpoints.read_sizes`::
@@ -20,10 +20,10 @@ from typing import Any
 
 import plans
 import torch
-from language import KEPT, name
 from numpy.typing import ArrayLike
 from pydantic import Field
 from record import record
+from tune import KEPT, name
 
 from lorapower import _hub as hub
 from lorapower._records import pack
@@ -70,7 +70,7 @@ class Found(sweeps.Results):
 
 @functools.cache
 def trained(seed: int) -> dict[Setting, language.Setting]:
-    """The settings of `tools/language.py` for a seed, by those here."""
+    """The settings of `tools/tune.py` for a seed, by those here."""
     compared = protocols.compare("decoder", [KEPT], hub.RATED, BASE, seed=seed, seeds=1)
     most = max(setting.problem.samples for setting in compared)
     found = {}

@@ -3,7 +3,7 @@
 Each run is written as it ends, so that the same command goes on after an interruption, and its
 network is kept if `tools/sizes.py` needs it::
 
-    python tools/language.py FOLDER [TASK ...]
+    python tools/tune.py FOLDER [TASK ...]
 
 `tools/record.py decoder` puts ``FOLDER/rates.sqlite`` and ``FOLDER/runs.sqlite`` into the package.
 """
