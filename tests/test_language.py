@@ -868,7 +868,6 @@ RECORDED = pytest.mark.parametrize(
         ("encoder", "products", "rated", "paper", "packaged", 2000),
         ("decoder", "movies", "rated", "decoder", hub.LANGUAGE, 0),
         ("decoder", "movies-next", "rated", "decoder", hub.LANGUAGE, 0),
-        ("decoder", "functions-next", "code", "decoder", hub.LANGUAGE, 0),
     ],
 )
 

@@ -15,7 +15,7 @@ import torch
 
 from lorapower import _hub as hub
 from lorapower import bounds, checkpoints, randomness
-from lorapower.experiments import language, sweeps
+from lorapower.experiments import language, protocols, sweeps
 from lorapower.networks import from_decoder
 
 KEYS = ["tuning", "method", "asked"]
@@ -278,3 +278,40 @@ def test_what_is_recorded_of_sizes_is_so(sized: tuple[pd.DataFrame, Any], way: s
     # In bfloat16 where the processor has it.
     assert row.loss == row.losses.mean() == pytest.approx(losses.mean(), abs=0.01)
     assert np.abs(row.losses - losses).max() < 0.1
+
+
+def test_the_record_of_sizes_is_that_of_the_trainings() -> None:
+    """Losses of trained networks are those that were recorded when they had been trained."""
+    table = checkpoints.read_sizes()
+    assert not table.duplicated(["seed", "way", "rank"]).any()
+    runs = protocols.read_record("decoder").query("task == 'movies-next' and part == 'test'")
+    runs = runs[runs.samples == runs.samples.max()].fillna({"rank": 0, "targets": ""})
+    targets = {"full": "", "base": "", "trained": "all"}
+    kinds = {"full": "full", "base": "head"}
+    given = table[table.way.isin([*targets, "attention", "feed-forward", "queries and keys"])]
+    assert len(given) >= 8
+    for row in given.itertuples():
+        way = str(row.way)
+        there = runs[(runs.seed == row.seed) & (runs["rank"] == row.rank)]
+        there = there[there.method == kinds.get(way, "lora")]
+        (found,) = there[there.targets == targets.get(way, way)].answers
+        # Frozen weights were rounded to bfloat16 in training.
+        np.testing.assert_allclose(row.losses, language.answers(found), atol=0.2)
+        assert row.loss == pytest.approx(language.answers(found).mean(), abs=2e-3)
+    known = table.set_index("way")
+    assert known.error["full"] == 0
+    assert known.error["base"] == 1
+    made = table[table.way.isin(["extracted", "shrunk", "svd", "cut", "cut by norm"])]
+    trained = given[given.way == "trained"].drop_duplicates("rank").set_index("rank").parameters
+    assert made.parameters.between(
+        0.99 * made["rank"].map(trained), made["rank"].map(trained)
+    ).all()
+
+
+def test_the_record_of_rules_is_what_it_says() -> None:
+    table = protocols.read_record("before")
+    assert not table.duplicated(["model", "task", "rank"]).any()
+    for _, rows in table.sort_values("rank").groupby(["model", "task"]):
+        assert rows.error.is_monotonic_decreasing
+        assert rows.error.iloc[-1] < 0.06  # other factors round otherwise in bfloat16
+        assert rows.share.iloc[-1] == pytest.approx(1, abs=0.1)
