@@ -290,14 +290,15 @@ def test_the_record_of_sizes_is_that_of_the_trainings() -> None:
     kinds = {"full": "full", "base": "head"}
     given = table[table.way.isin([*targets, "attention", "feed-forward", "queries and keys"])]
     assert len(given) >= 8
-    for row in given.itertuples():
-        way = str(row.way)
-        there = runs[(runs.seed == row.seed) & (runs["rank"] == row.rank)]
+    rows: list[dict[str, Any]] = given.to_dict("records")
+    for row in rows:
+        way = row["way"]
+        there = runs[(runs.seed == row["seed"]) & (runs["rank"] == row["rank"])]
         there = there[there.method == kinds.get(way, "lora")]
         (found,) = there[there.targets == targets.get(way, way)].answers
         # Frozen weights were rounded to bfloat16 in training.
-        np.testing.assert_allclose(row.losses, language.answers(found), atol=0.2)
-        assert row.loss == pytest.approx(language.answers(found).mean(), abs=2e-3)
+        np.testing.assert_allclose(row["losses"], language.answers(found), atol=0.2)
+        assert row["loss"] == pytest.approx(language.answers(found).mean(), abs=2e-3)
     known = table.set_index("way")
     assert known.error["full"] == 0
     assert known.error["base"] == 1
