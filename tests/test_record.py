@@ -290,7 +290,7 @@ def test_the_record_of_sizes_is_that_of_the_trainings() -> None:
     kinds = {"full": "full", "base": "head"}
     given = table[table.way.isin([*targets, "attention", "feed-forward", "queries and keys"])]
     assert len(given) >= 8
-    rows: list[dict[str, Any]] = given.to_dict("records")
+    rows: Any = given.to_dict("records")
     for row in rows:
         way = row["way"]
         there = runs[(runs.seed == row["seed"]) & (runs["rank"] == row["rank"])]
