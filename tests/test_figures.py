@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -174,6 +175,15 @@ def test_curves_show_medians_ranges_and_guides(xscale: str, yscale: str) -> None
     assert {(1, 1), (1, 9), (2, 3), (2, 5)} == {*map(tuple, band.tolist())}
     assert {*legend(figure)} == {"a", "g", "m"}
     assert (ax.get_xscale(), ax.get_yscale()) == (xscale, yscale)
+
+
+def test_a_line_leads_past_what_is_missing() -> None:
+    nan = math.nan
+    samples = {"a": [2.0, nan, 4.0], "b": [nan, 1.0, nan]}
+    figure = figures.curves([1, 2, 3], samples, xlabel="x", ylabel="y")
+    a, b = figure.axes[0].lines
+    np.testing.assert_array_equal(a.get_xydata(), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(b.get_xydata(), [[2, 1]])
 
 
 METHODS = ("construction", "fitted", "trained", "final layers", "all weights")

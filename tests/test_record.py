@@ -296,23 +296,23 @@ def test_the_record_of_sizes_is_that_of_the_trainings() -> None:
         there = runs[(runs.seed == row["seed"]) & (runs["rank"] == row["rank"])]
         there = there[there.method == kinds.get(way, "lora")]
         (found,) = there[there.targets == targets.get(way, way)].answers
-        # Frozen weights were rounded to bfloat16 in training.
-        np.testing.assert_allclose(row["losses"], language.answers(found), atol=0.2)
-        assert row["loss"] == pytest.approx(language.answers(found).mean(), abs=2e-3)
+        np.testing.assert_array_equal(row["losses"], language.answers(found))
     known = table.set_index("way")
     assert known.error["full"] == 0
     assert known.error["base"] == 1
     made = table[table.way.isin(["extracted", "shrunk", "svd", "cut", "cut by norm"])]
     trained = given[given.way == "trained"].drop_duplicates("rank").set_index("rank").parameters
-    assert made.parameters.between(
-        0.99 * made["rank"].map(trained), made["rank"].map(trained)
-    ).all()
+    limits = made["rank"].map(trained)
+    assert made.parameters.between(0.999 * limits, limits).all()
 
 
 def test_the_record_of_rules_is_what_it_says() -> None:
     table = protocols.read_record("before")
     assert not table.duplicated(["model", "task", "rank"]).any()
-    for _, rows in table.sort_values("rank").groupby(["model", "task"]):
+    for (model, _), rows in table.sort_values("rank").groupby(["model", "task"]):
         assert rows.error.is_monotonic_decreasing
-        assert rows.error.iloc[-1] < 0.06  # other factors round otherwise in bfloat16
-        assert rows.share.iloc[-1] == pytest.approx(1, abs=0.1)
+        # At rank 64 nothing is cut; the decoder's passes round other factors otherwise.
+        assert rows.error.iloc[-1] < (1e-4 if model == hub.PACKAGED else 0.06)
+        assert rows.share.iloc[-1] == pytest.approx(1, abs=0.01)
+        # What a rank costs, ‖G_R‖², grows with it.
+        assert (2 * rows.share - rows.gain).is_monotonic_increasing

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import tune
 from pydantic import Field
 from record import record
 from torch import Tensor
@@ -28,12 +29,12 @@ from lorapower.experiments import language, protocols, sweeps, texts
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 # Texts of both halves, of a short run, and of those that it is cut on.
 ASKED, SHORT, CUT = 400, 160, 128
-# What the decoder was trained on, in batches, and on which parts of it the encoder is.
-SAMPLES = 2000
+# Of these tasks, and so many texts, both models' needs are known.
 TASKS = {
-    hub.LANGUAGE: {"movies": texts.RATED, "movies-next": texts.RATED, "functions-next": texts.CODE},
-    hub.PACKAGED: {"movies": texts.RATED, "tweets": texts.RATED, "products": texts.RATED},
+    hub.LANGUAGE: tune.TASKS,
+    hub.PACKAGED: dict.fromkeys(("movies", "tweets", "products"), texts.RATED),
 }
+SAMPLES = protocols.GRIDS["decoder"]["samples"][-1]
 
 
 class Setting(sweeps.Record):
@@ -134,16 +135,16 @@ def errors(network: Any, one: language.Problem) -> list[float]:
     pairs = [(m.lora_B["default"].weight.data, m.lora_A["default"].weight.data) for m in layers]
     # As an SVD of each product, of which a cut keeps the first rows of the second factor.
     for B, A in pairs:
-        Q, left = torch.linalg.qr(B.double())
-        U, S, Vh = torch.linalg.svd(left @ A.double(), full_matrices=False)
+        Q, core = torch.linalg.qr(B.double())
+        U, S, Vh = torch.linalg.svd(core @ A.double(), full_matrices=False)
         B.copy_(Q @ U)
         A.copy_(S[:, None] * Vh)
-    errors = []
+    left = []
     for rank in sorted(RANKS, reverse=True):
         for _, A in pairs:
             A[rank:] = 0
-        errors.append((squares(outputs(network, batches), tuned) / effect) ** 0.5)
-    return errors[::-1]
+        left.append((squares(outputs(network, batches), tuned) / effect) ** 0.5)
+    return left[::-1]
 
 
 def outputs(network: Any, batches: list[Any]) -> list[Tensor]:

@@ -87,10 +87,10 @@ def read_parts() -> pd.DataFrame:
 def read_sizes(file: Path | str = "") -> pd.DataFrame:
     """Adapters of equal size of a language model: trained, extracted, shrunk, and cut.
 
-    For each ``seed`` the packaged model was tuned on the next tokens of movie snippets. All
-    adapters are nothing but factors of the blocks' linear layers; embeddings and norms are the
-    base's, though full tuning changed them too. One that is made from another has at most as many
-    parameters as the uniform ``rank``.
+    For each ``seed``, in the package's record 0 alone, the packaged model was tuned on the next
+    tokens of movie snippets. All adapters are nothing but factors of the blocks' linear layers;
+    embeddings and norms are the base's, though full tuning changed them too. One that is made from
+    another has at most as many parameters as the uniform ``rank``.
 
     Parameters
     ----------

@@ -592,11 +592,12 @@ def _changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
         values = torch.linalg.svdvals(change.double())
         values = values / values[0].clamp(min=torch.finfo(values.dtype).tiny)
         carried = values.square().cumsum(0) / values.square().sum()
-        row = {"layer": name, "norm": float(change.norm() / weight.norm())}
+        # Six digits, as a record has tens of thousands of these.
+        row = {"layer": name, "norm": float(f"{change.norm() / weight.norm():.6g}")}
         for part, share in (("half", 0.5), ("most", 0.9)):
             row[part] = int((carried < share).sum()) + 1
         for number in (2**i for i in range(len(values).bit_length())):
-            row[str(number)] = float(values[number - 1])
+            row[str(number)] = float(f"{values[number - 1]:.6g}")
         rows.append(row)
     return json.dumps(rows)
 

@@ -210,10 +210,6 @@ def read_record(name: str) -> pd.DataFrame:
         raise InputError("name", allowed=f"one of {', '.join(_RECORDS)}", given=repr(name))
     with resources.as_file(resources.files(__package__) / f"{name}.csv.gz") as path:
         table = pd.read_csv(path)
-    if name == "before":
-        return table
-    # The older record is from before this could be chosen.
-    table = table.assign(bfloat16=table.get("bfloat16", False))
     return table.fillna({"changes": "", "revision": ""})
 
 
