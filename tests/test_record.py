@@ -191,6 +191,7 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Any]:
         "extracted",
         "shrunk",
         "cut by norm",
+        "extracted whole",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "BASE", base)
@@ -220,7 +221,7 @@ def test_ways_of_equal_size_are_of_equal_size(sized: tuple[pd.DataFrame, Any]) -
     sides = [sum(module.shape) for module in planner.modules.values()]
     assert len(sides) == 14
     assert table.parameters["svd"] == sum(sides)
-    made = table.parameters[["extracted", "shrunk", "cut by norm"]]
+    made = table.parameters[["extracted", "extracted whole", "shrunk", "cut by norm"]]
     assert made.between(0.9 * sum(sides), sum(sides)).all()
     assert table.parameters["attention"] == pytest.approx(4 * sum(sides), rel=0.1)
     found = table.error[["full", "full again", "base"]].tolist()

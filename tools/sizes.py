@@ -1,9 +1,9 @@
 """Compare adapters of equal size that were trained, extracted, shrunk, and cut.
 
-All are of the networks that `tools/tune.py` keeps in a folder, and all are nothing but factors
-of the blocks' linear layers: embeddings and norms stay the base's. Each one that is measured is
-written at once, so that the same command goes on after an interruption. When all are there, they
-are put into the package, for `checkpoints.read_sizes`::
+All are of the networks that `tools/tune.py` keeps in a folder, and all but one way are nothing but
+factors of the blocks' linear layers: embeddings and norms stay the base's. Each one that is
+measured is written at once, so that the same command goes on after an interruption. When all are
+there, they are put into the package, for `checkpoints.read_sizes`::
 
     python tools/sizes.py FOLDER [SEED ...]
 """
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import ArrayLike
 from pydantic import Field
 from record import record
-from tune import KEPT, name
+from tune import KEPT, SEEDS, choose, name
 
 from lorapower import _hub as hub
 from lorapower._records import pack
@@ -34,13 +34,15 @@ from lorapower.experiments import language, pairs, protocols, sweeps
 
 BASE = hub.LANGUAGE
 HIGHEST = 64
-# What an adapter is made from: full tuning or the adapter of the highest rank; and how.
+# What an adapter is made from: full tuning, of blocks or of all, or the adapter of the highest rank;
+# and how.
 MADE = {
     "extracted": ("full", "effect"),
     "svd": ("full", "uniform"),
     "shrunk": ("trained", "effect"),
     "cut": ("trained", "uniform"),
     "cut by norm": ("trained", "energy"),
+    "extracted whole": ("whole", "effect"),
 }
 _FOLDER: list[Path] = []
 
@@ -71,7 +73,7 @@ class Found(sweeps.Results):
 @functools.cache
 def trained(seed: int) -> dict[Setting, language.Setting]:
     """The settings of `tools/tune.py` for a seed, by those here."""
-    compared = protocols.compare("decoder", [KEPT], hub.RATED, BASE, seed=seed, seeds=1)
+    compared = choose(protocols.compare("decoder", [KEPT], hub.RATED, BASE, seed=seed, seeds=1))
     most = max(setting.problem.samples for setting in compared)
     found = {}
     for setting in compared:
@@ -100,48 +102,49 @@ def place(setting: Setting) -> Path:
 
 def another(seed: int) -> Path:
     """The folder of full tuning with another seed."""
-    seeds = protocols.GRIDS["decoder"]["problem"]["seed"]
-    return place(Setting(seed=(seed + 1) % len(seeds), way="full"))
+    return place(Setting(seed=(seed + 1) % SEEDS[KEPT], way="full"))
 
 
 @functools.lru_cache(maxsize=2)
 def plan(seed: int, source: str) -> Planner:
     """A plan for full tuning, or the adapter of the highest rank, on the same texts for all."""
-    tuned = Setting(seed=seed, way=source, rank=HIGHEST if source == "trained" else 0)
+    way, rank = ("trained", HIGHEST) if source == "trained" else ("full", 0)
+    tuned = Setting(seed=seed, way=way, rank=rank)
+    limits: dict[str, Any] = {"modules": plans.BLOCKS, "leave": KINDS} if source != "whole" else {}
     kind = KEPT.removesuffix("-next")
     return Planner(
         Pair.open(BASE, str(place(tuned))),
         pairs.texts(kind, "validation")[: plans.PLANNING],
         held_out=pairs.texts(kind, "test"),
-        modules=plans.BLOCKS,
-        leave=KINDS,
+        **limits,
     )
 
 
 def make(setting: Setting, folder: Path) -> tuple[Any, int, float]:
     """A network, how many numbers it has that are not the base's, and seconds that it took."""
-    whole = plan(setting.seed, "full")
-    seconds = 0.0
+    blocks = plan(setting.seed, "full")
     if setting.way in MADE:
         source, method = MADE[setting.way]
         planner = plan(setting.seed, source)
+        pair = planner.pair
+        beside = sum(other.size for other in pair.others if other.kind not in pair.leave)
         start = time.perf_counter()
-        adapter = planner.candidate(method, planner.parameters(setting.rank))
+        adapter = planner.candidate(method, blocks.parameters(setting.rank) - beside)
         seconds = time.perf_counter() - start
-        _export.save(folder, planner.pair, planner.pair.network(), adapter)
-    elif setting.rank:
+        _export.save(folder, pair, pair.network(), adapter)
+        return _export.load(folder, pair), adapter.parameters + beside, seconds
+    if setting.rank:
         folder = place(setting)
-    else:
-        again = setting.way == "full again"
-        pair = Pair.open(BASE, str(another(setting.seed))) if again else whole.pair
-        network = pair.network()
-        if setting.way.startswith("full"):
-            return network, sum(values.numel() for values in network.parameters()), seconds
-        names = [f"{module}.weight" for module in whole.modules if setting.way == "blocks"]
-        read = {key: functools.partial(whole.pair.tuned.read, key) for key in names}
-        whole.pair.fill(network, "base", updates=read)
-        return network, sum(network.get_parameter(key).numel() for key in names), seconds
-    return _export.load(folder, whole.pair), _files.measure_peft(folder)[0], seconds
+        return _export.load(folder, blocks.pair), _files.measure_peft(folder)[0], 0.0
+    again = setting.way == "full again"
+    pair = Pair.open(BASE, str(another(setting.seed))) if again else blocks.pair
+    network = pair.network()
+    if setting.way.startswith("full"):
+        return network, sum(values.numel() for values in network.parameters()), 0.0
+    names = [f"{module}.weight" for module in blocks.modules if setting.way == "blocks"]
+    read = {key: functools.partial(pair.tuned.read, key) for key in names}
+    pair.fill(network, "base", updates=read)
+    return network, sum(network.get_parameter(key).numel() for key in names), 0.0
 
 
 def work(settings: list[Setting]) -> list[Found]:
@@ -171,5 +174,5 @@ def run(folder: Path, seeds: list[int]) -> Path:
 
 if __name__ == "__main__":
     out, *chosen = sys.argv[1:]
-    done = run(Path(out), [*map(int, chosen)] or [*range(3)])
+    done = run(Path(out), [*map(int, chosen)] or [0, 3, 4])
     record([done], Path(str(resources.files("lorapower.checkpoints"))) / _record.SIZES, Setting)

@@ -88,9 +88,9 @@ def read_sizes(file: Path | str = "") -> pd.DataFrame:
     """Adapters of equal size of a language model: trained, extracted, shrunk, and cut.
 
     For each ``seed``, in the package's record 0 alone, the packaged model was tuned on the next
-    tokens of movie snippets. All adapters are nothing but factors of the blocks' linear layers;
-    embeddings and norms are the base's, though full tuning changed them too. One that is made from
-    another has at most as many parameters as the uniform ``rank``.
+    tokens of movie snippets. All adapters but one way are nothing but factors of the blocks' linear
+    layers; embeddings and norms are the base's, though full tuning changed them too. One that is
+    made from another has at most as many parameters as the uniform ``rank`` in these layers.
 
     Parameters
     ----------
@@ -106,7 +106,8 @@ def read_sizes(file: Path | str = "") -> pd.DataFrame:
           ``queries and keys`` alone, with about as many parameters as rank 4 on all; ``full``, or
           ``full again``, with another seed; the ``base``; or ``blocks``, which has all that full
           tuning changed in these layers, and the base's embeddings and norms;
-        - from full tuning, ``extracted`` by method ``effect`` of `METHODS`, ``svd`` by ``uniform``;
+        - from full tuning, ``extracted`` by method ``effect`` of `METHODS`, ``svd`` by ``uniform``,
+          ``extracted whole`` by ``effect`` too, with factors of embeddings and norms as tuned;
         - from the adapter trained at rank 64, ``shrunk`` by ``effect``, ``cut`` by ``uniform``,
           and ``cut by norm`` by ``energy``.
 
