@@ -30,7 +30,7 @@ from lorapower.experiments import language, protocols, sweeps, texts
 from lorapower.experiments.language import TARGETS, Found, Lora, Method, Problem, Setting, Whole
 from lorapower.experiments.texts import GLUE, METRICS, SENTENCES, Examples, Task, find
 
-WAYS: list[Method] = [Lora(rank=2), *sweeps.grid(Whole, kind=["final", "full", "head"])]
+WAYS: list[Method] = [Lora(rank=2), *sweeps.grid(Whole, kind=["final", "full", "head", "linear"])]
 each_task = pytest.mark.parametrize("task", GLUE.values(), ids=GLUE)
 PAIRS = {"mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
 
@@ -471,7 +471,10 @@ def test_what_is_tuned(roberta: str) -> None:
     assert all("layer.1." in name for name in final)
     network = language._build(roberta, GLUE["rte"], pretrained=False, seed=0)
     assert {name.split(".")[0] for name in of(Whole(kind="head"))} == {"classifier"}
-    assert of(Whole()) == {name for name, _ in network.named_parameters()}
+    every = {name for name, _ in network.named_parameters()}
+    assert of(Whole()) == every
+    linear = {n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert of(Whole(kind="linear")) == {n for n in every if n.rpartition(".")[0] in linear}
 
 
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Electra"])
@@ -482,7 +485,7 @@ def test_encoders_of_other_kinds_can_be_adapted(kind: str, tmp_path: Path) -> No
     )  # fmt: skip
     getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     methods: list[Method] = [Lora(targets=targets, rank=1) for targets in TARGETS]
-    for method in (*methods, Whole(kind="final"), Whole(), Whole(kind="head")):
+    for method in (*methods, *WAYS[1:]):
         network = language._build(str(tmp_path), GLUE["mnli"], pretrained=True, seed=0)
         network = language._adapt(network, method, seed=0)
         ids = torch.arange(6).reshape(2, 3)
@@ -783,7 +786,8 @@ def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head(
     assert set(equal) == {"attention", "feed-forward", "queries and keys"}
     adapters = [("lora", "all", rank) for rank in grid["ranks"]]
     few = [adapters[0], adapters[-1], ("full", "", 0)]
-    most = [*adapters, *(("lora", *part) for part in equal.items()), *few[2:], ("head", "", 0)]
+    parts = [("lora", *part) for part in equal.items()]
+    most = [*adapters, *parts, *few[2:], ("linear", "", 0), ("head", "", 0)]
     for seed in grid["problem"]["seed"]:
         for samples, wanted in zip(grid["samples"], (few, most), strict=True):
             methods = [

@@ -31,6 +31,8 @@ KEPT = "movies-next"
 # Ranks that are run when all else is, and tasks whose layers are not compared.
 LAST = (2, 8)
 RANKS = ("functions-next",)
+# Tasks on which adapters are compared with all linear layers in full.
+LINEAR = ("movies-next", "functions-next")
 # Numbers of seeds of other ranks and all weights, where those of the grid leave too much open.
 SEEDS = {"movies-next": 8}
 _FOLDER: list[Path] = []
@@ -76,9 +78,11 @@ def choose(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def needed(setting: Setting) -> bool:
-    """Not all layers' parts for each task; of further seeds what the main comparison has."""
+    """Not all ways for each task; of further seeds what the main comparison has."""
     grid, problem, method = protocols.GRIDS["decoder"], setting.problem, setting.method
     everywhere = getattr(method, "targets", "all") == "all"
+    if method.kind == "linear":
+        return problem.task in LINEAR and problem.seed in grid["problem"]["seed"]
     if problem.seed in grid["problem"]["seed"]:
         return everywhere or problem.task not in RANKS
     return everywhere and method.rank not in LAST and problem.samples == grid["samples"][-1]

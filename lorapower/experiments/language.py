@@ -57,13 +57,15 @@ class Lora(Record):
 
 
 class Whole(Record):
-    """Weights in full: all, those of the last layer and a pooling layer after it, or the head's.
+    """Weights in full, by ``kind``.
 
-    The head of a classifier is tuned in any case; that of a language model only with all weights.
-    Learning rates are as in `Lora`.
+    ``"full"`` are all, ``"linear"`` those of the layers that `Lora` adapts by default, ``"final"``
+    those of the last layer and a pooling layer after it, ``"head"`` the head's. The head of a
+    classifier is tuned in any case; that of a language model only with all weights. Learning rates
+    are as in `Lora`.
     """
 
-    kind: Literal["full", "final", "head"] = "full"
+    kind: Literal["full", "linear", "final", "head"] = "full"
     learning_rate: float = Field(1e-4, gt=0)
 
     @property
@@ -357,8 +359,11 @@ def _adapt(network: Any, method: Method, *, seed: int) -> Any:
     if _tells_words(network):
         heads = {}
     if isinstance(method, Whole):
-        final = method.kind == "final"
-        tuned = (_last_layer(body), getattr(body, "pooler", None)) if final else ()
+        tuned = []
+        if method.kind == "linear":
+            tuned = [*_layers(body, "all").values()]
+        elif method.kind == "final":
+            tuned = [_last_layer(body), getattr(body, "pooler", None)]
         network.requires_grad_(False)
         for module in filter(None, (*tuned, *heads.values())):
             module.requires_grad_(True)

@@ -60,7 +60,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "ranks": [1, 2, 4, 8, 16, 64],
         "parts": ["attention", "feed-forward", "queries and keys"],
         "equal": 4,
-        "whole": ["full", "head"],
+        "whole": ["full", "linear", "head"],
         "random": False,
         "samples": [160, 2000],
         "search": {"samples": 1000},
@@ -72,6 +72,7 @@ GRIDS: dict[str, dict[str, Any]] = {
             **{part: {0: [4e-3, 1e-3, 2e-3, 8e-3]} for part in ("attention", "feed-forward")},
             "queries and keys": {0: [8e-3, 1e-3, 2e-3, 4e-3]},
             "full": {0: [2e-4, 5e-5, 1e-4, 4e-4]},
+            "linear": {0: [2e-4, 1e-4, 4e-4]},
             "head": {0: [1e-2, 3e-3, 3e-2]},
         },
     },
@@ -103,8 +104,8 @@ def compare(
     alone. From random weights: the highest rank on all layers, in paper each, the last layer and
     all weights. With fewer samples: the lowest and the highest rank on all layers, and all weights.
 
-    Of a decoder the last layer and random weights are left out, queries and keys alone are there,
-    and equal numbers are those of rank 4; ``head`` is the base itself where next tokens are told.
+    Of a decoder the last layer and random weights are left out, queries and keys alone and all
+    linear layers in full are there, and equal numbers are those of rank 4; ``head`` is the base itself where next tokens are told.
 
     ``seeds`` counts seeds from ``seed`` on; ``samples`` are the most. Defaults are the profile's;
     `best_rates` finds other learning rates.
