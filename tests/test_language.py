@@ -784,8 +784,8 @@ def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head(
     grid = protocols.GRIDS["decoder"]
     equal = language.equal_ranks("packaged", 4, "own", grid["parts"])
     assert set(equal) == {"attention", "feed-forward", "queries and keys"}
-    adapters = [("lora", "all", rank) for rank in grid["ranks"]]
-    few = [adapters[0], adapters[-1], ("full", "", 0)]
+    adapters = [("lora", "all", rank) for rank in (*grid["ranks"], grid["widest"])]
+    few = [adapters[0], adapters[-2], ("full", "", 0)]
     parts = [("lora", *part) for part in equal.items()]
     most = [*adapters, *parts, *few[2:], ("linear", "", 0), ("head", "", 0)]
     for seed in grid["problem"]["seed"]:
@@ -805,7 +805,7 @@ def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head(
     }
     # Each way has three rates or more; nothing is trained to measure the base.
     ways = Counter((getattr(s.method, "targets", ""), s.method.rank) for s in tried)
-    assert {*ways} == {("all", 1), ("all", 64), ("", 0), *equal.items()}
+    assert {*ways} == {("all", 1), ("all", 64), ("all", 192), ("", 0), *equal.items()}
     assert min(ways.values()) >= 3
 
 
@@ -872,6 +872,7 @@ RECORDED = pytest.mark.parametrize(
         ("encoder", "products", "rated", "paper", "packaged", 2000),
         ("decoder", "movies", "rated", "decoder", hub.LANGUAGE, 0),
         ("decoder", "movies-next", "rated", "decoder", hub.LANGUAGE, 0),
+        ("decoder", "functions-next", "code", "decoder", hub.LANGUAGE, 0),
     ],
 )
 

@@ -34,8 +34,8 @@ from lorapower.experiments import language, pairs, protocols, sweeps
 
 BASE = hub.LANGUAGE
 HIGHEST = 64
-# What an adapter is made from: full tuning, of blocks or of all, or the adapter of the highest rank;
-# and how.
+# What an adapter is made from: full tuning, of blocks or of all, or the adapter of the highest
+# rank; and how.
 MADE = {
     "extracted": ("full", "effect"),
     "svd": ("full", "uniform"),

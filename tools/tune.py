@@ -28,10 +28,11 @@ from lorapower.experiments.language import Found, Setting
 TASKS = {"movies": texts.RATED, "movies-next": texts.RATED, "functions-next": texts.CODE}
 # Whose networks other tools need.
 KEPT = "movies-next"
-# Ranks that are run when all else is, and tasks whose layers are not compared.
+# Ranks that are run when all else is.
 LAST = (2, 8)
+# Tasks whose layers are not compared, but ranks up to the most that all layers can have.
 RANKS = ("functions-next",)
-# Tasks on which adapters are compared with all linear layers in full.
+# Tasks on which all linear layers are tuned in full too.
 LINEAR = ("movies-next", "functions-next")
 # Numbers of seeds of other ranks and all weights, where those of the grid leave too much open.
 SEEDS = {"movies-next": 8}
@@ -80,10 +81,11 @@ def choose(settings: Sequence[Setting]) -> list[Setting]:
 def needed(setting: Setting) -> bool:
     """Not all ways for each task; of further seeds what the main comparison has."""
     grid, problem, method = protocols.GRIDS["decoder"], setting.problem, setting.method
+    first = problem.seed in grid["problem"]["seed"]
     everywhere = getattr(method, "targets", "all") == "all"
-    if method.kind == "linear":
-        return problem.task in LINEAR and problem.seed in grid["problem"]["seed"]
-    if problem.seed in grid["problem"]["seed"]:
+    if method.kind == "linear" or method.rank == grid["widest"]:
+        return first and problem.task in (LINEAR if method.kind == "linear" else RANKS)
+    if first:
         return everywhere or problem.task not in RANKS
     return everywhere and method.rank not in LAST and problem.samples == grid["samples"][-1]
 

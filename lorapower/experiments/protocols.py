@@ -16,11 +16,11 @@ from ..errors import InputError
 from . import language, sweeps, texts
 from .language import Lora, Method, Problem, Setting, Targets, Whole
 
-#: For each profile of the encoder's chapter, and for the decoder's: what all runs share; ranks; the
-#: layers that are compared at equal numbers, for the highest rank on all or the one named; what is
-#: tuned without adapters; whether random weights are adapted too; numbers of training samples, 0
-#: for all; learning rates by kind of method, or layers, and rank, the default first; and how
-#: `search` tries them.
+#: For each profile of the encoder's chapter, and for the decoder's: what all runs share; ranks, and
+#: the widest, for models whose layers can have it; the layers that are compared at equal numbers,
+#: for the highest rank on all or the one named; what is tuned without adapters; whether random
+#: weights are adapted too; numbers of training samples, 0 for all; learning rates by kind of
+#: method, or layers, and rank, the default first; and how `search` tries them.
 GRIDS: dict[str, dict[str, Any]] = {
     "quick": {
         "problem": {"epochs": 1, "batch": 16, "tokens": 48, "seed": range(1)},
@@ -58,6 +58,7 @@ GRIDS: dict[str, dict[str, Any]] = {
             **{"head": "own", "bfloat16": True},
         },
         "ranks": [1, 2, 4, 8, 16, 64],
+        "widest": 192,
         "parts": ["attention", "feed-forward", "queries and keys"],
         "equal": 4,
         "whole": ["full", "linear", "head"],
@@ -68,11 +69,12 @@ GRIDS: dict[str, dict[str, Any]] = {
             "lora": {
                 1: [8e-3, 1e-3, 2e-3, 4e-3, 1.6e-2],
                 64: [2e-3, 2.5e-4, 5e-4, 1e-3, 4e-3],
+                192: [1e-3, 5e-4, 2e-3],
             },
             **{part: {0: [4e-3, 1e-3, 2e-3, 8e-3]} for part in ("attention", "feed-forward")},
             "queries and keys": {0: [8e-3, 1e-3, 2e-3, 4e-3]},
             "full": {0: [2e-4, 5e-5, 1e-4, 4e-4]},
-            "linear": {0: [2e-4, 1e-4, 4e-4]},
+            "linear": {0: [4e-4, 1e-4, 2e-4, 8e-4]},
             "head": {0: [1e-2, 3e-3, 3e-2]},
         },
     },
@@ -104,8 +106,9 @@ def compare(
     alone. From random weights: the highest rank on all layers, in paper each, the last layer and
     all weights. With fewer samples: the lowest and the highest rank on all layers, and all weights.
 
-    Of a decoder the last layer and random weights are left out, queries and keys alone and all
-    linear layers in full are there, and equal numbers are those of rank 4; ``head`` is the base itself where next tokens are told.
+    Of a decoder the last layer and random weights are left out; queries and keys alone, all linear
+    layers in full and, without ``ranks``, a rank of 192 are there; equal numbers are those of rank
+    4; ``head`` is the base itself where next tokens are told.
 
     ``seeds`` counts seeds from ``seed`` on; ``samples`` are the most. Defaults are the profile's;
     `best_rates` finds other learning rates.
@@ -120,6 +123,7 @@ def compare(
     fewer: list[Method] = [everywhere[0], everywhere[-1], full]
     pretrained: list[Method] = [
         *everywhere,
+        *(Lora(rank=rank) for rank in _widest(grid, problems[0]) if not ranks),
         *(Lora(targets=targets, rank=rank) for targets, rank in equal.items()),
         *(Lora(targets=targets, rank=rank) for targets in equal for rank in chosen if whole),
         *(Whole(kind=kind) for kind in grid["whole"]),
@@ -166,7 +170,10 @@ def search(
     for way, by_rank in grid["rates"].items():
         if way == "head" and texts.find(problem.task).next_tokens:
             continue
+        left_out = {grid.get("widest")} - {*_widest(grid, problem)}
         for rank, rates in by_rank.items():
+            if rank in left_out:
+                continue
             one: Method = Whole(kind=way) if way in grid["whole"] else Lora(rank=max(rank, 1))
             if way in equal:
                 one = Lora(targets=way, rank=equal[way])
@@ -253,6 +260,13 @@ def _equal(grid: dict[str, Any], problem: Problem, highest: int) -> dict[Targets
     """The ranks of parts of the layers with as many numbers as one on all."""
     rank = grid.get("equal", highest)
     return language.equal_ranks(problem.model, rank, problem.head, grid["parts"])
+
+
+def _widest(grid: dict[str, Any], problem: Problem) -> list[int]:
+    """The rank beyond the others, if the grid has one and all layers can have it."""
+    rank = grid.get("widest", 0)
+    possible = rank and language.equal_ranks(problem.model, rank, problem.head, ["all"])["all"]
+    return [rank] * (possible == rank > 0)
 
 
 def contributions(runs: pd.DataFrame) -> NDArray[np.float64]:
