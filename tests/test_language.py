@@ -809,6 +809,23 @@ def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head(
     assert min(ways.values()) >= 3
 
 
+def test_not_all_ways_are_run_of_each_task_and_seed() -> None:
+    def ways(task: str, source: str, seed: int) -> Counter[tuple[str, int]]:
+        about = "decoder", [task], source, hub.LANGUAGE
+        chosen = tune.choose(protocols.compare(*about, seed=seed, seeds=1))
+        return Counter((getattr(s.method, "targets", s.method.kind), s.method.rank) for s in chosen)
+
+    few = [("all", 1), ("all", 64), ("full", 0)]
+    main = [("all", rank) for rank in (1, 4, 16, 64)] + [("full", 0), ("head", 0)]
+    more = [("all", 2), ("all", 8)]
+    parts = [("attention", 11), ("feed-forward", 6), ("queries and keys", 21)]
+    assert ways("movies", "rated", 2) == Counter([*few, *main, *more, *parts])
+    assert ways("movies-next", "rated", 2) == Counter([*few, *main, *more, *parts, ("linear", 0)])
+    wide = [("all", 192), ("linear", 0)]
+    assert ways("functions-next", "code", 0) == Counter([*few, *main, *more, *wide])
+    assert ways("movies-next", "rated", 3) == Counter(main)
+
+
 def test_the_protocol_takes_ranks_seeds_rates_and_samples() -> None:
     def sizes(samples: int) -> set[int]:
         settings = protocols.compare("paper", ["tweets"], "rated", "packaged", samples=samples)

@@ -359,7 +359,7 @@ def _adapt(network: Any, method: Method, *, seed: int) -> Any:
     if _tells_words(network):
         heads = {}
     if isinstance(method, Whole):
-        tuned = []
+        tuned: list[Any] = []
         if method.kind == "linear":
             tuned = [*_layers(body, "all").values()]
         elif method.kind == "final":
