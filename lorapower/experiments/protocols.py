@@ -166,11 +166,11 @@ def search(
     (size,) = _fewer([grid["search"]["samples"]], problem) or (0,)
     problem = problem.replace(**grid["search"] | {"samples": size}, part="validation")
     equal = _equal(grid, problem, grid["ranks"][-1])
+    left_out = {grid.get("widest")} - {*_widest(grid, problem)}
     methods: list[Method] = []
     for way, by_rank in grid["rates"].items():
         if way == "head" and texts.find(problem.task).next_tokens:
             continue
-        left_out = {grid.get("widest")} - {*_widest(grid, problem)}
         for rank, rates in by_rank.items():
             if rank in left_out:
                 continue
@@ -264,9 +264,11 @@ def _equal(grid: dict[str, Any], problem: Problem, highest: int) -> dict[Targets
 
 def _widest(grid: dict[str, Any], problem: Problem) -> list[int]:
     """The rank beyond the others, if the grid has one and all layers can have it."""
-    rank = grid.get("widest", 0)
-    possible = rank and language.equal_ranks(problem.model, rank, problem.head, ["all"])["all"]
-    return [rank] * (possible == rank > 0)
+    if "widest" not in grid:
+        return []
+    rank = grid["widest"]
+    most = language.equal_ranks(problem.model, rank, problem.head, ["all"])["all"]
+    return [rank] if most == rank else []
 
 
 def contributions(runs: pd.DataFrame) -> NDArray[np.float64]:
