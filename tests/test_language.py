@@ -824,6 +824,7 @@ def test_not_all_ways_are_run_of_each_task_and_seed() -> None:
     wide = [("all", 192), ("linear", 0)]
     assert ways("functions-next", "code", 0) == Counter([*few, *main, *more, *wide])
     assert ways("movies-next", "rated", 3) == Counter(main)
+    assert ways("functions-next", "code", 3) == Counter([*main, *wide])
 
 
 def test_the_protocol_takes_ranks_seeds_rates_and_samples() -> None:

@@ -1,7 +1,7 @@
 """Put a long run of language models into the package, for `protocols.read_record`.
 
-Takes its name there, and the files that the encoders' chapter, with profile paper, or
-`tools/tune.py` leaves in its folder of results::
+Takes its name there, and the files that the encoders' chapter, with profile paper, leaves in its
+folder of results::
 
     python tools/record.py movies runs/rates.sqlite runs/texts.sqlite
 """
@@ -30,8 +30,12 @@ def record(
     return table
 
 
-if __name__ == "__main__":
-    name, *files = sys.argv[1:]
+def put(name: str, files: Sequence[Path | str]) -> None:
+    """Record the runs of all files in the package."""
     folder = Path(str(resources.files("lorapower.experiments")))
     found = record(files, folder / f"{name}.csv.gz")
     print(f"{len(found)} runs, {found.seconds.sum() / 3600:.1f} hours of training")
+
+
+if __name__ == "__main__":
+    put(sys.argv[1], sys.argv[2:])

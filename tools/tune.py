@@ -1,11 +1,10 @@
 """Fine-tune the packaged language model in every way that its chapter compares.
 
 Each run is written as it ends, so that the same command goes on after an interruption, and its
-network is kept if `tools/sizes.py` needs it::
+network is kept if `tools/sizes.py` needs it. When all tasks are done, they are put into the
+package, for `protocols.read_record`::
 
     python tools/tune.py FOLDER [TASK ...]
-
-`tools/record.py decoder` puts ``FOLDER/rates.sqlite`` and ``FOLDER/runs.sqlite`` into the package.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import put
 
 from lorapower import _hub as hub
 from lorapower.experiments import language, protocols, sweeps, texts
@@ -34,8 +34,8 @@ LAST = (2, 8)
 RANKS = ("functions-next",)
 # Tasks on which all linear layers are tuned in full too.
 LINEAR = ("movies-next", "functions-next")
-# Numbers of seeds of other ranks and all weights, where those of the grid leave too much open.
-SEEDS = {"movies-next": 8}
+# Numbers of seeds of the main comparison, as those of the grid leave too much open.
+SEEDS = {"movies": 5, "movies-next": 8, "functions-next": 4}
 _FOLDER: list[Path] = []
 
 
@@ -84,29 +84,34 @@ def needed(setting: Setting) -> bool:
     first = problem.seed in grid["problem"]["seed"]
     everywhere = getattr(method, "targets", "all") == "all"
     if method.kind == "linear" or method.rank == grid["widest"]:
-        return first and problem.task in (LINEAR if method.kind == "linear" else RANKS)
+        compared = LINEAR if method.kind == "linear" else RANKS
+        return problem.task in compared and (first or problem.task in RANKS)
     if first:
         return everywhere or problem.task not in RANKS
     return everywhere and method.rank not in LAST and problem.samples == grid["samples"][-1]
 
 
-def run(folder: Path, tasks: Sequence[str]) -> None:
-    """Choose rates for each task, then run everything, seed by seed."""
+def run(folder: Path, tasks: Sequence[str]) -> list[Path]:
+    """Choose rates for each task, then run everything, seed by seed; the files that have it."""
     folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.sqlite" for name in ("rates", "runs")]
     with ProcessPoolExecutor(2, get_context("spawn"), start, (folder,)) as executor:
         options: dict[str, Any] = {"size": 1, "executor": executor}
         settings = []
         for task in tasks:
             about = "decoder", [task], TASKS[task], hub.LANGUAGE
             searched = choose(protocols.search(*about))
-            trials = sweeps.run(searched, language.measure, folder / "rates.sqlite", **options)
+            trials = sweeps.run(searched, language.measure, files[0], **options)
             rates = protocols.best_rates(trials)
-            compared = protocols.compare(*about, seeds=SEEDS.get(task, 0), rates=rates)
+            compared = protocols.compare(*about, seeds=SEEDS[task], rates=rates)
             settings += choose(compared)
         settings.sort(key=lambda setting: (setting.method.rank in LAST, setting.problem.seed))
-        sweeps.run(settings, work, folder / "runs.sqlite", **options)
+        sweeps.run(settings, work, files[1], **options)
+    return files
 
 
 if __name__ == "__main__":
     out, *chosen = sys.argv[1:]
-    run(Path(out), chosen or [*TASKS])
+    done = run(Path(out), chosen or [*TASKS])
+    if not chosen:
+        put("decoder", done)

@@ -79,7 +79,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         },
     },
 }
-# Made by tools/record.py and tools/before.py.
+# Made by tools/record.py, tools/tune.py and tools/before.py.
 _RECORDS = ("movies", "decoder", "encoder", "before")
 #: Learning rates by kind of method, or its layers, and whether weights are pretrained, then by rank
 #: (0 for none). `compare` interpolates between ranks.
