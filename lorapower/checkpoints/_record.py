@@ -87,7 +87,7 @@ def read_parts() -> pd.DataFrame:
 def read_sizes(file: Path | str = "") -> pd.DataFrame:
     """Adapters of equal size of a language model: trained, extracted, shrunk, and cut.
 
-    For each ``seed``, in the package's record 0 alone, the packaged model was tuned on the next
+    For each ``seed``, in the package's record 0, 3 and 4, the packaged model was tuned on the next
     tokens of movie snippets. All adapters but one way are nothing but factors of the blocks' linear
     layers; embeddings and norms are the base's, though full tuning changed them too. One that is
     made from another has at most as many parameters as the uniform ``rank`` in these layers.
@@ -102,10 +102,10 @@ def read_sizes(file: Path | str = "") -> pd.DataFrame:
     table : DataFrame
         A row for each network. Its ``way`` is
 
-        - ``trained`` at this rank, on all linear layers, or ``attention``, ``feed-forward`` or
-          ``queries and keys`` alone, with about as many parameters as rank 4 on all; ``full``, or
-          ``full again``, with another seed; the ``base``; or ``blocks``, which has all that full
-          tuning changed in these layers, and the base's embeddings and norms;
+        - ``trained`` at this rank, on all linear layers, or (seed 0) ``attention``,
+          ``feed-forward`` or ``queries and keys`` alone, with about as many parameters as rank 4 on
+          all; ``full``, or ``full again``, with another seed; the ``base``; or ``blocks``, which
+          has all that full tuning changed in these layers, and the base's embeddings and norms;
         - from full tuning, ``extracted`` by method ``effect`` of `METHODS`, ``svd`` by ``uniform``,
           ``extracted whole`` by ``effect`` too, with factors of embeddings and norms as tuned;
         - from the adapter trained at rank 64, ``shrunk`` by ``effect``, ``cut`` by ``uniform``,
