@@ -17,17 +17,17 @@ def main() -> NoReturn:
 
 def _run() -> NoReturn:
     # Here, so that an interrupt while libraries are imported ends like any other.
-    from . import _hub
+    from .checkpoints import _libraries
     from .errors import InputError
 
     try:
-        _hub.require("checkpoints", "pandas", "peft", "rich", "transformers", "typer")
+        _libraries.require("checkpoints", "pandas", "peft", "rich", "transformers", "typer")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    from . import _cli
+    from .checkpoints import _command
 
-    _cli.main()
+    _command.main()
 
 
 if __name__ == "__main__":

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
-from . import _files
 
 N = TypeVar("N", bound=Network)
 
@@ -169,56 +167,3 @@ class Adapters:
             )
         if self.bias_updates and not network.biases:
             raise InputError("network", allowed="one with biases, which are tuned", given="none")
-
-    def save(self, path: str | Path, network: Network) -> None:
-        """Write the adapters to one file of safetensors, with the network that they are for.
-
-        The header has the network's kind, sizes, type, batch shape and digest. An older file is
-        replaced once all is written. Raises `InputError` for a network that the adapters do not
-        fit, and `ResultsError` where the file cannot be written.
-        """
-        self._require_fit(network)
-        file = _checks.path("path", path)
-        tensors = {f"bias_updates.{l}": update for l, update in enumerate(self.bias_updates)}
-        for l, update in enumerate(self.updates):
-            tensors |= {f"left.{l}": update.left, f"right.{l}": update.right}
-        if self.tuned is not None:
-            tensors |= {f"tuned.{name}": part for name, part in self.tuned._asdict().items()}
-        _files.write(file, tensors, network)
-
-    @classmethod
-    def load(cls, path: str | Path, network: Network | None = None) -> Adapters:
-        """Read the adapters that `save` wrote, onto the device of their network, if given.
-
-        Raises `ResultsError` for a file that is missing, damaged or of something else, and
-        `InputError` for another network than they were saved for, with the difference.
-        """
-        if network is not None:
-            _checks.kind(Network, network=network)
-        tensors = _files.read(_checks.path("path", path), network)
-
-        def several(name: str) -> list[Tensor]:
-            return [tensors[f"{name}.{l}"] for l in range(sum(f"{name}." in t for t in tensors))]
-
-        updates = tuple(map(LowRank, several("left"), several("right")))
-        tuned = [tensors[f"tuned.{name}"] for name in Tuned._fields if f"tuned.{name}" in tensors]
-        return cls(updates, tuple(several("bias_updates")), Tuned(*tuned) if tuned else None)
-
-    def to_peft(self, folder: str | Path, module: nn.Sequential) -> None:
-        """Write the adapters to a folder that ``peft.PeftModel.from_pretrained`` reads.
-
-        They adapt the module's ``Linear`` layers, also in an inner ``Sequential``; layers of rank 0
-        are left out. ``A`` becomes ``peft``'s ``lora_B`` and ``Bᵀ`` its ``lora_A``, scaled by 1, in
-        the module's type. Tuned biases ``b_l + Δb_l`` replace the module's own (``peft``'s
-        ``bias="all"``); disabling the adapters in ``peft`` does not bring these back. Raises
-        `InputError` for a module that the adapters do not fit, for a tuned bias of a layer without
-        one, and for a batch; `ResultsError` where the folder cannot be written.
-        """
-        if self.batch_shape:
-            raise InputError(
-                "adapters",
-                allowed="of one network",
-                given=f"batch shape {tuple(self.batch_shape)}",
-                remedy="pick one first, adapters[i]",
-            )
-        _files.write_peft(_checks.path("folder", folder), module, self.updates, self.bias_updates)

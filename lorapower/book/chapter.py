@@ -22,7 +22,6 @@ from numpy.typing import ArrayLike
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from .._hub import LANGUAGE, PACKAGED, RATED
 from .._records import Record
 from ..errors import InputError
 from . import claims
@@ -59,6 +58,11 @@ def results(chapter: str) -> Any:
     return Annotated[str, AfterValidator(folder)]
 
 
+def named(default: str) -> Any:
+    """The type of a name; an empty one stands for ``default``."""
+    return Annotated[str, AfterValidator(lambda name: name or default)]
+
+
 def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
     """None above the width; where none is given, all, or 17 where there are more."""
     width = info.data.get("width")
@@ -86,12 +90,6 @@ Blocks = whole(2, 4)
 Seeds = whole(0, 100)
 #: Ranks up to the parameter ``width``, declared before them; none stand for all, or 17 of more.
 Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: ignore[misc]
-#: Where texts come from; an empty name stands for the rated sentences.
-Source = Annotated[str, AfterValidator(lambda name: name or RATED)]
-#: Name of an encoder; an empty one stands for the packaged encoder.
-Model = Annotated[str, AfterValidator(lambda name: name or PACKAGED)]
-#: Name of a decoder; an empty one stands for the packaged language model.
-Decoder = Annotated[str, AfterValidator(lambda name: name or LANGUAGE)]
 
 
 class Parameters(Record):

@@ -1,10 +1,6 @@
 from ._measuring import LEAST_TEXTS as LEAST_TEXTS
 from ._measuring import Measured as Measured
 from ._measuring import read_texts as read_texts
-from ._record import measure_coverage as measure_coverage
-from ._record import read_parts as read_parts
-from ._record import read_record as read_record
-from ._record import read_sizes as read_sizes
 from .pair import Adapter as Adapter
 from .pair import Module as Module
 from .pair import Other as Other

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .. import _hub as hub
-from ..adapters._files import PEFT_CONFIG, PEFT_WEIGHTS
 from ..errors import InputError
 from ..lowrank import LowRank
+from . import _models as hub
+from ._peft_files import PEFT_CONFIG, PEFT_WEIGHTS
 
 # What to do with an adapter of another kind.
 _MERGE = "merge it into its base if peft can (merge_and_unload), save that and name it"

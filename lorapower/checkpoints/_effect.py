@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _hub as hub
 from .. import randomness
+from . import _models as hub
 from ._measuring import Batch, Readout, Reference, sum_by_text, watch
 from .metrics import Directions
 from .pair import Module

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 
 from .. import _checks
-from .. import _hub as hub
-from ..adapters import _files
 from ..errors import InputError, ResultsError
+from . import _libraries, _peft_files
+from . import _models as hub
 from ._measuring import megabytes, percent
 from .pair import Adapter, Pair
 
@@ -91,7 +91,7 @@ def write(folder: Path) -> Iterator[Path]:
 
 
 def peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
-    """What `_files.save_peft` is to keep beside the factors, without what is in ``leave``."""
+    """What `_peft_files.save_peft` is to keep beside the factors, without what is in ``leave``."""
     words = network.get_input_embeddings()
     whole: dict[str, None] = {}
     rows: dict[str, list[int]] = {}
@@ -129,8 +129,8 @@ def save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
     # Modules to save are copied as they are now.
     pair.fill(network, "adapted", updates=dict(biases))
     options = peft_options(pair, network, adapter)
-    with hub.quiet():
-        _files.save_peft(
+    with _libraries.quiet():
+        _peft_files.save_peft(
             folder, network, adapter.factors, base=hub.public_name(pair.base.source), **options
         )
 
@@ -140,7 +140,7 @@ def save_merged(folder: Path, pair: Pair, adapter: Adapter) -> Any:
     merged = pair.network()
     # peft would add what embeddings and a tied head share twice.
     pair.put(merged, adapter)
-    with hub.quiet():
+    with _libraries.quiet():
         merged.config.use_cache = True
         merged.save_pretrained(folder)
         merged.config.use_cache = False
@@ -152,7 +152,7 @@ def load(folder: Path | str, pair: Pair, device: torch.device | str = "cpu") -> 
     """A network with the base's weights and an adapter read by peft; NaN for a head in neither."""
     from peft import PeftModel
 
-    if not (_checks.path("adapter", folder) / _files.PEFT_CONFIG).is_file():
+    if not (_checks.path("adapter", folder) / _peft_files.PEFT_CONFIG).is_file():
         raise InputError("adapter", allowed="a folder with an adapter of peft", given=str(folder))
     network = pair.network()
     nothing = {
@@ -161,7 +161,7 @@ def load(folder: Path | str, pair: Pair, device: torch.device | str = "cpu") -> 
         if not pair.base.has(name)
     }
     pair.fill(network, "base", updates=dict(nothing))
-    with hub.quiet(), warnings.catch_warnings(action="ignore"):
+    with _libraries.quiet(), warnings.catch_warnings(action="ignore"):
         try:
             adapted = PeftModel.from_pretrained(network, str(folder))
             return adapted.eval().requires_grad_(False).to(device)

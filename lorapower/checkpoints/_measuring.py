@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _checks, randomness
-from .. import _hub as hub
 from ..errors import InputError
+from . import _libraries
 from .pair import Pair, Task
 
 #: Texts that each part needs. If two models agree on 59, the lower limit of their agreement is .95
@@ -127,7 +127,7 @@ def prepare(
         _require("held_out", len(stated), LEAST_TEXTS)
     planning, stated = planning[:MOST], stated[:MOST]
     limit = _limit(pair, tokens)
-    with hub.quiet():
+    with _libraries.quiet():
         tokenized = pair.tokenizer([*planning, *stated])["input_ids"]
     lengths = [len(ids) for ids in tokenized]
     unknown = sum(ids.count(pair.tokenizer.unk_token_id) for ids in tokenized)

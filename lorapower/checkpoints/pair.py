@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .. import _hub as hub
-from .._hub import Checkpoint
 from ..errors import InputError
 from ..lowrank import LowRank
+from . import _libraries
+from . import _models as hub
 from ._adapters import Merged, open_tuned
+from ._models import Checkpoint
 
 Task = Literal["classification", "language", "encoder"]
 Kind: TypeAlias = Literal["attention", "mlp", "other", "embedding", "head"]
@@ -146,7 +147,7 @@ class Pair:
             different architecture or size; for adapters that are no LoRA (DoRA, for instance), do
             not fit the base, have numbers that are not finite, or together change nothing.
         """
-        hub.require("checkpoints")
+        _libraries.require("checkpoints")
         base_files = hub.Checkpoint("base", base)
         tuned_files = open_tuned(tuned, base_files, force=force)
         architecture, task = _describe(tuned_files.config)
@@ -242,7 +243,7 @@ class Pair:
 
     def network(self) -> Any:
         """Make a network of transformers with the tuned weights, which `fill` can replace."""
-        with hub.quiet():
+        with _libraries.quiet():
             network = _build(self.tuned.config, self.architecture, "cpu")
         network.eval().requires_grad_(False)
         if network.config.pad_token_id is None:

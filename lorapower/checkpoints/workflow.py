@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _checks
-from .. import _hub as hub
-from ..adapters import _files
 from ..errors import InputError, LorapowerError
-from . import _export
+from . import _export, _gguf, _peft_files
+from . import _models as hub
 from ._measuring import (
     TOKENS,
     Measured,
@@ -127,7 +126,7 @@ class Plan:
             {
                 "base": pair.base.source,
                 "tuned": pair.tuned.source,
-                "base_dequantized": hub.is_dequantized(pair.base.folder),
+                "base_dequantized": _gguf.is_dequantized(pair.base.folder),
                 "architecture": pair.architecture,
                 "ties_embeddings": pair.ties_embeddings(self.adapter),
                 **{k: v for k, v in self.measured._asdict().items() if k != "texts"},
@@ -306,7 +305,7 @@ def _finish(plan: Plan, start: float) -> Plan:
     """A plan with an estimate of its file's contents, and the seconds since the start."""
     pair, adapter = plan.planner.pair, plan.adapter
     network = pair.skeleton()
-    carried, size = _files.estimate_peft(
+    carried, size = _peft_files.estimate_peft(
         network, adapter.ranks, **_export.peft_options(pair, network, adapter)
     )
     return replace(plan, carried=carried, size=size, seconds=time.perf_counter() - start)
@@ -377,7 +376,7 @@ def extract(
     Raises what `plan` raises, `InputError` for folders that exist, `ResultsError` where they cannot
     be written, and `LorapowerError` if the adapter read back has another error.
     """
-    folder = _export.claim("out", out, force, _files.PEFT_CONFIG)
+    folder = _export.claim("out", out, force, _peft_files.PEFT_CONFIG)
     whole = None if merged is None else _export.claim("merged", merged, force, "config.json")
     if whole is not None and _export.overlap(folder, whole):
         allowed = "a folder beside that of the adapter"
@@ -403,7 +402,7 @@ def extract(
                 f"the adapter read back has error {again.error:.6g}, not the {stated:.6g} that was "
                 "measured: nothing was written; please report this with the names of both models"
             )
-        carried, size = _files.measure_peft(partial)
+        carried, size = _peft_files.measure_peft(partial)
         seconds = time.perf_counter() - start
         result = replace(result, carried=carried, size=size, seconds=seconds)
         report = result.report() | {"reloaded_error": again.error}

@@ -1,7 +1,6 @@
 """The study's experiments: settings → runs → one table.
 
 ``synthetic`` adapts random networks, ``residual`` those with normalization, ``noisy`` those seen
-through noise, ``digits`` and ``coded`` networks on images, ``language`` encoders and decoders
-(``texts``, ``protocols``). ``study`` has shared methods, ``sweeps`` runs all, ``pairs`` makes
-checkpoints to plan adapters for.
+through noise, ``digits`` and ``coded`` networks on images. ``study`` has shared methods, ``sweeps``
+runs all.
 """

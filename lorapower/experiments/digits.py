@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import _hub as hub
 from .._records import Record, Results
 from ..adapters.core import Adapters
 from ..bounds.layers import fnn_error_on, fnn_threshold
@@ -73,7 +72,6 @@ def images() -> tuple[Float[Tensor, "samples side side"], Int[Tensor, " samples"
 
     Raises `InputError` without scikit-learn. Source: Alpaydin and Kaynak (1998).
     """
-    hub.require("glue", "sklearn")
     from sklearn.datasets import load_digits
 
     found = load_digits()

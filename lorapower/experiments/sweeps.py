@@ -47,12 +47,7 @@ _PACKAGE = _ROOT.name
 # Starts runs and keeps results, which it does not change.
 _KEEPER = "experiments/sweeps.py"
 # Runs of the package import none of these.
-_APART = ("book/", "checkpoints/", "_cli.py")
-# All that runs of text encoders import; they take long.
-_LANGUAGE = (
-    *("__init__.py", "_checks.py", "_hub.py", "_records.py", "errors.py", "randomness.py"),
-    *("experiments/__init__.py", "experiments/language.py", "experiments/texts.py"),
-)
+_APART = ("book/", "checkpoints/")
 # Distributions whose versions can change a result.
 _LIBRARIES = ("numba", "numpy", "peft", "scikit-learn", "scipy", "torch", "transformers")
 
@@ -348,8 +343,6 @@ def _code(work: Callable[..., Any]) -> _Code:
     inside = home.partition(".")[0] == _PACKAGE
     if not inside:
         own.append(_source(work))
-    if home == f"{_PACKAGE}.experiments.language":
-        return _Code(_digest(own), _LANGUAGE)
     files = sorted(path.relative_to(_ROOT).as_posix() for path in _ROOT.rglob("*.py"))
     apart = (_KEEPER, *_APART) if inside else _KEEPER
     return _Code(_digest(own), tuple(name for name in files if not name.startswith(apart)))

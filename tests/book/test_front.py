@@ -15,7 +15,7 @@ from bs4 import BeautifulSoup
 from conftest import CHAPTERS, ROOT
 from playwright.sync_api import Browser
 
-from lorapower import _cli
+from lorapower.checkpoints import _command as _cli
 
 FIRST = [ROOT / "README.md", ROOT / "index.md", ROOT / "chapters" / "quickstart.md"]
 # The front page has at most so many words, output included, and so many screens of a size.

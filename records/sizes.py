@@ -1,11 +1,11 @@
 """Compare adapters of equal size that were trained, extracted, shrunk, and cut.
 
-All are of the networks that `tools/tune.py` keeps in a folder, and all but one way are nothing but
+All are of the networks that `records/tune.py` keeps in a folder; all but one way are nothing but
 factors of the blocks' linear layers: embeddings and norms stay the base's. Each one that is
 measured is written at once, so that the same command goes on after an interruption. When all are
 there, they are put into the package, for `checkpoints.read_sizes`::
 
-    python tools/sizes.py FOLDER [SEED ...]
+    python -m records.sizes FOLDER [SEED ...]
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import functools
 import sys
 import tempfile
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import plans
 import torch
 from numpy.typing import ArrayLike
 from pydantic import Field
-from record import record
-from tune import KEPT, SEEDS, choose, name
 
-from lorapower import _hub as hub
+import records as _record
 from lorapower._records import pack
-from lorapower.adapters import _files
-from lorapower.checkpoints import Pair, Planner, _export, _record
+from lorapower.checkpoints import Pair, Planner, _export
+from lorapower.checkpoints import _models as hub
+from lorapower.checkpoints import _peft_files as _files
 from lorapower.checkpoints.pair import KINDS
-from lorapower.experiments import language, pairs, protocols, sweeps
+from lorapower.experiments import sweeps
+from records import language, pairs, plans, protocols, texts
+from records.record import record
+from records.tune import KEPT, SEEDS, choose, name
 
 BASE = hub.LANGUAGE
 HIGHEST = 64
@@ -72,8 +72,8 @@ class Found(sweeps.Results):
 
 @functools.cache
 def trained(seed: int) -> dict[Setting, language.Setting]:
-    """The settings of `tools/tune.py` for a seed, by those here."""
-    compared = choose(protocols.compare("decoder", [KEPT], hub.RATED, BASE, seed=seed, seeds=1))
+    """The settings of `records/tune.py` for a seed, by those here."""
+    compared = choose(protocols.compare("decoder", [KEPT], texts.RATED, BASE, seed=seed, seeds=1))
     most = max(setting.problem.samples for setting in compared)
     found = {}
     for setting in compared:
@@ -175,4 +175,4 @@ def run(folder: Path, seeds: list[int]) -> Path:
 if __name__ == "__main__":
     out, *chosen = sys.argv[1:]
     done = run(Path(out), [*map(int, chosen)] or [0, 3, 4])
-    record([done], Path(str(resources.files("lorapower.checkpoints"))) / _record.SIZES, Setting)
+    record([done], Path(__file__).parent / _record.SIZES, Setting)

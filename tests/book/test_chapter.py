@@ -19,8 +19,8 @@ from strategies import batch_shapes, seeds
 
 from lorapower import InputError, book, randomness
 from lorapower.book.chapter import RESULTS, read_quotes
-from lorapower.experiments import texts
 from lorapower.networks import FNN
+from records import texts
 
 
 class All(book.Parameters):
@@ -31,9 +31,9 @@ class All(book.Parameters):
     seeds: book.Seeds
     ranks: book.Ranks
     few: list[book.whole(1, 9)]  # type: ignore[valid-type]
-    source: book.Source
+    source: book.named(texts.RATED)  # type: ignore[valid-type]
     tasks: list[str]
-    model: book.Model
+    model: book.named("packaged")  # type: ignore[valid-type]
     results: book.results("07-training")  # type: ignore[valid-type]
 
 

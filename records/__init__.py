@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _checks, randomness
-from .._records import unpack
-from ._measuring import ratio, upper_limit
+from lorapower import _checks, randomness
+from lorapower._records import unpack
+from lorapower.checkpoints._measuring import ratio, upper_limit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +94,7 @@ def read_sizes(file: Path | str = "") -> pd.DataFrame:
     Parameters
     ----------
     file : Path or str
-        A table that ``tools/sizes.py`` wrote; without, that of the package.
+        A table that ``records/sizes.py`` wrote; without, that of the package.
 
     Returns
     -------
@@ -154,8 +153,7 @@ def _summarize(
 def _read(name: str) -> pd.DataFrame:
     import pandas as pd
 
-    with resources.as_file(resources.files(__package__) / name) as path:
-        return pd.read_csv(path)
+    return pd.read_csv(Path(__file__).parent / name)
 
 
 def measure_coverage(

@@ -3,7 +3,7 @@
 Two tables get rows when an adapter is measured: one of adapters, one of texts. What is there is not
 measured again::
 
-    python tools/plans.py FOLDER NAME TUNED KIND TEXTS AIMS [ADAPTER ...]
+    python -m records.plans FOLDER NAME TUNED KIND TEXTS AIMS [ADAPTER ...]
 
 ``NAME`` is the tuning's, of the packaged language model; ``KIND`` is that of the rated sentences to
 plan with and, with at most so many ``TEXTS``, to measure with. The least adapters are looked for
@@ -11,7 +11,7 @@ with errors of at most each of ``AIMS``, such as 0.3,0.1. An ``ADAPTER`` is a fo
 tool wrote, named ``TOOL-RANK``.
 The last step puts the tables into the package::
 
-    python tools/plans.py FOLDER
+    python -m records.plans FOLDER
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from lorapower import _hub as hub
-from lorapower.adapters import _files
-from lorapower.checkpoints import Adapter, Pair, Planner, _export, _record
-from lorapower.experiments import pairs
+import records as _record
+from lorapower.checkpoints import Adapter, Pair, Planner, _export
+from lorapower.checkpoints import _models as hub
+from lorapower.checkpoints import _peft_files as _files
+from records import pairs
 
 # Texts for planning, of which as many are used as a plan takes.
 PLANNING = 300
@@ -150,4 +151,4 @@ if __name__ == "__main__":
         name, tuned, kind, number, aims, *adapters = rest
         Comparison(Path(out), name, tuned, kind, number, aims).run([*map(Path, adapters)])
     else:
-        record(Path(out), Path(str(resources.files("lorapower.checkpoints"))))
+        record(Path(out), Path(__file__).parent)

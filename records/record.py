@@ -3,19 +3,19 @@
 Takes its name there, and the files that the encoders' chapter, with profile paper, leaves in its
 folder of results::
 
-    python tools/record.py movies runs/rates.sqlite runs/texts.sqlite
+    python -m records.record movies runs/rates.sqlite runs/texts.sqlite
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 import pandas as pd
 
-from lorapower.experiments import language, sweeps
+from lorapower.experiments import sweeps
+from records import language
 
 
 def record(
@@ -32,7 +32,7 @@ def record(
 
 def put(name: str, files: Sequence[Path | str]) -> None:
     """Record the runs of all files in the package."""
-    folder = Path(str(resources.files("lorapower.experiments")))
+    folder = Path(__file__).parent
     found = record(files, folder / f"{name}.csv.gz")
     print(f"{len(found)} runs, {found.seconds.sum() / 3600:.1f} hours of training")
 

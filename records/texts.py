@@ -29,14 +29,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from .. import _hub as hub
-from .._hub import RATED as RATED
-from ..errors import InputError
+from lorapower.checkpoints import _libraries
+from lorapower.checkpoints import _models as hub
+from lorapower.errors import InputError
 
 HUB = "hub"
 #: The source of functions.
 CODE = "code"
 #: Sources whose test sets have labels, or need none.
+#: The default source of texts: the archive of rated sentences.
+RATED = "rated"
 SCORED = (RATED, CODE)
 HUB_NAME = "nyu-mll/glue"
 PARTS = ("train", "validation", "test")
@@ -394,7 +396,7 @@ def _file(folder: Path, task: Task, split: str) -> Examples:
 
 def _hub(task: Task, split: str) -> Examples:
     """One split as the hub has it, through ``datasets``; kept by it on this machine."""
-    hub.require("glue")
+    _libraries.require("glue")
     import datasets
 
     datasets.disable_progress_bars()

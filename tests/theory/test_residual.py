@@ -20,7 +20,6 @@ from lorapower import InputError, bounds, lowrank, randomness
 from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import fitted, transformer
 from lorapower.constructions._heads import adapt_narrow
-from lorapower.experiments import pairs
 from lorapower.experiments import residual as trials
 from lorapower.networks import (
     DoublePrecision,
@@ -33,6 +32,7 @@ from lorapower.networks import (
 from lorapower.networks.rewriting import align, enlarge, pack, relabel, with_gains
 from lorapower.networks.transformer import ACTIVATIONS, PARTS
 from lorapower.training import Fixed, Fresh, Tuning, descend, train
+from records import pairs
 
 PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
 DECODES: dict[str, Any] = {"gated": True, "groups": 1, "rotary": 100.0}

@@ -22,21 +22,21 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lorapower import InputError, randomness
-from lorapower import _hub as hub
-from lorapower.checkpoints import Pair
+from lorapower.checkpoints import Pair, _gguf, _libraries
+from lorapower.checkpoints import _models as hub
 from lorapower.errors import ResultsError
-from lorapower.experiments import pairs
+from records import models, pairs
 
 SIZES: dict[str, Any] = files.SIZES | files.DECODER | {"hidden_size": 32, "intermediate_size": 64}
 
-PLACES = hub._places
+PLACES = _gguf._places
 
 
 @pytest.fixture(autouse=True)
 def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where models are kept beside the environment; there is a cache too."""
     places = tmp_path / "environment" / "share", tmp_path / "cache"
-    monkeypatch.setattr(hub, "_places", lambda: places)
+    monkeypatch.setattr(_gguf, "_places", lambda: places)
     return places[0]
 
 
@@ -62,8 +62,8 @@ class Reader:
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     reader = Reader()
-    monkeypatch.setattr(hub, "_read_gguf", reader)
-    monkeypatch.setitem(hub.LIBRARIES, "language", ())
+    monkeypatch.setattr(_gguf, "_read_gguf", reader)
+    monkeypatch.setitem(_libraries.LIBRARIES, "language", ())
     return reader
 
 
@@ -150,7 +150,7 @@ def test_a_file_in_gguf_is_the_network_that_was_written(
         value.data = read.pop(name)
     assert not read
     tokens = torch.arange(3, 23)[None]
-    expected, given = (model(tokens).logits for model in (network, hub.language(str(file))))
+    expected, given = (model(tokens).logits for model in (network, models.language(str(file))))
     torch.testing.assert_close(given, expected, atol=1e-6, rtol=0)
     text = files.texts(1)[0]
     assert hub.tokenizer(str(file))(text)["input_ids"] == files.byte_words()(text)["input_ids"]
@@ -239,8 +239,8 @@ def test_two_at_once_make_one(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> N
             both.wait(0.5)
 
     reader = Reader(meet)
-    monkeypatch.setattr(hub, "_read_gguf", reader)
-    monkeypatch.setitem(hub.LIBRARIES, "language", ())
+    monkeypatch.setattr(_gguf, "_read_gguf", reader)
+    monkeypatch.setitem(_libraries.LIBRARIES, "language", ())
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(hub.place, [hub.LANGUAGE] * 2)
     assert first == second
@@ -330,11 +330,11 @@ def test_the_encoder_has_its_plain_name() -> None:
     reason="needs the packaged language model",
 )
 def test_the_packaged_language_model_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_places", PLACES)
+    monkeypatch.setattr(_gguf, "_places", PLACES)
     tokenizer = hub.tokenizer(hub.LANGUAGE)
     tokens = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
-        logits = hub.language(hub.LANGUAGE)(**tokens).logits
+        logits = models.language(hub.LANGUAGE)(**tokens).logits
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
     assert Pair.open(hub.LANGUAGE, hub.LANGUAGE).task == "language"
 
@@ -362,7 +362,7 @@ def test_tuning_teaches_sentences_to_their_ends(
     tokenizer = hub.tokenizer(tiny)
     losses, chances = [], []
     for model in (tiny, str(tmp_path / "all")):
-        network = hub.language(model).eval()
+        network = models.language(model).eval()
         with torch.no_grad():
             for text in files.texts(24)[:8]:
                 tokens = torch.tensor([tokenizer(text + tokenizer.eos_token)["input_ids"]])
@@ -383,8 +383,8 @@ def test_a_language_model_is_tuned_by_adapters(tiny: str, tmp_path: Path) -> Non
     assert len(weights) == 2 * len(modules)
     assert {min(value.shape) for value in weights.values()} == {3}
     assert all(value.any() for value in weights.values())
-    with hub.quiet():
-        wrapped = PeftModel.from_pretrained(hub.language(tiny), str(place))
+    with _libraries.quiet():
+        wrapped = PeftModel.from_pretrained(models.language(tiny), str(place))
     config: Any = wrapped.peft_config["default"]
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (3, 3, tiny)
 

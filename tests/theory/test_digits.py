@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorapower import InputError
-from lorapower import _hub as hub
+from lorapower.checkpoints import _models as hub
 from lorapower.experiments import digits
 from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Found, Problem, Setting
 from lorapower.experiments.study import Construction, Final, Fitted, Lora

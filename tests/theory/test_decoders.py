@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 
-from lorapower import _hub as hub
 from lorapower import randomness
-from lorapower.experiments import language, texts
-from lorapower.experiments.language import Lora, Method, Problem, Setting, Targets, Whole
-from lorapower.experiments.texts import Examples, find
+from lorapower.checkpoints import _models as hub
+from records import language, models, texts
+from records.language import Lora, Method, Problem, Setting, Targets, Whole
+from records.texts import Examples, find
 
 LINES = [*files.texts()[:30], *(text[:9] for text in files.texts()[:10])]
 SIZES = {"hidden_size": 16, "intermediate_size": 24}
@@ -73,7 +73,7 @@ def build(problem: Problem, method: Method | None = None) -> Any:
 def test_next_tokens_are_answered_as_for_each_text_alone(
     tiny: Problem, shown: dict[str, Examples]
 ) -> None:
-    network = hub.language(tiny.model).eval()
+    network = models.language(tiny.model).eval()
     every, losses = tokens(tiny.model, end="</s>"), []
     for ids in every:
         with torch.no_grad():
@@ -94,7 +94,7 @@ def test_without_training_the_base_is_measured(tiny: Problem) -> None:
     found = language.tune(Setting(problem=tiny, method=Whole(kind="head")))
     assert found.parameters == 0
     assert math.isnan(found.training_loss)
-    given = language.answer(hub.language(tiny.model), tiny)
+    given = language.answer(models.language(tiny.model), tiny)
     np.testing.assert_allclose(language.answers(found.answers), given, rtol=1e-6)
     assert found.loss == pytest.approx(given.mean())
     assert found.score == -found.loss

@@ -5,26 +5,26 @@ and a short run at the highest rank that is cut. What the encoder needs on furth
 here; the rest is in other records. The same command goes on after an interruption, and at last puts
 both tables into the package::
 
-    python tools/before.py FOLDER
+    python -m records.before FOLDER
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tune
 from pydantic import Field
-from record import record
 from torch import Tensor
 
-from lorapower import _hub as hub
-from lorapower.experiments import language, protocols, sweeps, texts
+from lorapower.checkpoints import _libraries
+from lorapower.checkpoints import _models as hub
+from lorapower.experiments import sweeps
+from records import language, protocols, texts, tune
+from records.record import record
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 # Texts of both halves, of a short run, and of those that it is cut on.
@@ -150,7 +150,7 @@ def errors(network: Any, one: language.Problem) -> list[float]:
 def outputs(network: Any, batches: list[Any]) -> list[Tensor]:
     """Logits, less their mean, of each batch's tokens or texts."""
     found = []
-    with torch.no_grad(), hub.quiet():
+    with torch.no_grad(), _libraries.quiet():
         for batch in batches:
             inputs = {k: x for k, x in batch.items() if k != "labels"}
             logits = network(**inputs)["logits"].float()
@@ -194,6 +194,6 @@ def run(folder: Path) -> tuple[Path, Path]:
 
 if __name__ == "__main__":
     before, encoder = run(Path(sys.argv[1]))
-    package = Path(str(resources.files("lorapower.experiments")))
+    package = Path(__file__).parent
     record([before], package / "before.csv.gz", Setting)
     record([encoder], package / "encoder.csv.gz")

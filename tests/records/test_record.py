@@ -9,23 +9,22 @@ from typing import Any
 import checkpoint_files as files
 import numpy as np
 import pandas as pd
-import parts
 import pytest
-import record
-import sizes
 import torch
 
-from lorapower import _hub as hub
-from lorapower import bounds, checkpoints, randomness
+import records
+from lorapower import bounds, randomness
 from lorapower._records import unpack
-from lorapower.experiments import language, protocols, sweeps
+from lorapower.checkpoints import _models as hub
+from lorapower.experiments import sweeps
 from lorapower.networks import from_decoder
+from records import language, models, parts, protocols, record, sizes
 
 KEYS = ["tuning", "method", "asked"]
 
 
 def test_errors_are_those_of_the_texts() -> None:
-    adapters, texts = checkpoints.read_record()
+    adapters, texts = records.read_record()
     sums = texts.groupby(KEYS)[["squares", "effect", "equal", "divergence", "decisions"]].sum()
     sums = sums.loc[[tuple(key) for key in adapters[KEYS].to_numpy()]]
     found: dict[str, Any] = {
@@ -39,7 +38,7 @@ def test_errors_are_those_of_the_texts() -> None:
 
 
 def test_all_adapters_are_measured_on_the_same_texts() -> None:
-    adapters, texts = checkpoints.read_record()
+    adapters, texts = records.read_record()
     assert not adapters.duplicated(KEYS).any()
     for _, rows in texts.groupby("tuning"):
         assert len(rows) == len(rows[KEYS].drop_duplicates()) * rows.text.nunique()
@@ -50,7 +49,7 @@ def test_all_adapters_are_measured_on_the_same_texts() -> None:
 
 
 def test_what_is_carried_includes_the_factors() -> None:
-    adapters, _ = checkpoints.read_record()
+    adapters, _ = records.read_record()
     own = adapters[adapters.method != "mergekit"]
     assert (own.carried >= own.parameters).all()
     assert (adapters.bytes >= 4 * adapters.carried).all()
@@ -59,7 +58,7 @@ def test_what_is_carried_includes_the_factors() -> None:
 
 def test_limits_of_errors_that_texts_share_always_hold() -> None:
     effect = np.arange(1.0, 80.0)
-    assert checkpoints.measure_coverage(0.25 * effect, effect, texts=40) == (1, 1)
+    assert records.measure_coverage(0.25 * effect, effect, texts=40) == (1, 1)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.2])
@@ -68,7 +67,7 @@ def test_limits_hold_as_often_as_they_say(sigma: float) -> None:
     draw = np.random.default_rng(0)
     effect = draw.lognormal(0, 0.5, 300)
     squares = effect * draw.lognormal(0, sigma, 300)
-    _, everywhere = checkpoints.measure_coverage(squares, effect, texts=120, draws=100)
+    _, everywhere = records.measure_coverage(squares, effect, texts=120, draws=100)
     assert everywhere >= 0.9
 
 
@@ -77,12 +76,12 @@ def test_limits_fail_where_one_text_holds_the_error() -> None:
     effect = np.ones(300)
     squares = np.random.default_rng(0).uniform(0.5, 1.5, 300)
     squares[7] = 3000
-    _, everywhere = checkpoints.measure_coverage(squares, effect, texts=120, draws=100)
+    _, everywhere = records.measure_coverage(squares, effect, texts=120, draws=100)
     assert everywhere < 0.5
 
 
 def blocks(folder: str) -> tuple[Any, parts.Parts]:
-    network = hub.language(folder).double().requires_grad_(False)
+    network = models.language(folder).double().requires_grad_(False)
     return network, parts.Parts(network)
 
 
@@ -114,7 +113,7 @@ def test_what_is_not_affine_is_the_floor_of_attention(llamas: tuple[str, str]) -
     assert parts.not_affine(n @ A + 1, n) < 1e-20
     assert parts.not_affine(n @ A + noise, n) == pytest.approx(24, rel=0.1)
     change = parts.total(tuned.feed_forward(l, n) - base.feed_forward(l, n) for l in range(2))
-    frozen, target = (from_decoder(hub.language(f).double(), final_norm=False) for f in llamas)
+    frozen, target = (from_decoder(models.language(f).double(), final_norm=False) for f in llamas)
     floor = bounds.attention_floor(frozen, target, n[:, 1:].flatten(0, 1).mT)
     # The library's is that of these very tokens.
     seen = (1 - 25 / 320) * parts.not_affine(change, n)
@@ -163,7 +162,7 @@ def test_what_other_weights_of_one_function_save(llamas: tuple[str, str]) -> Non
 
 
 def test_the_record_of_parts_is_whole() -> None:
-    table = checkpoints.read_parts()
+    table = records.read_parts()
     keys = ["tuning", "stage", "block", "part", "quantity"]
     assert not table.duplicated(keys).any()
     assert table.notna().drop(columns="part").all(axis=None)
@@ -214,7 +213,7 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[pd.DataFra
         ]
         sweeps.run(chosen, sizes.work, folder / "sizes.sqlite", size=1, progress=False)
         record.record([folder / "sizes.sqlite"], folder / "sizes.csv.gz", sizes.Setting)
-        table = checkpoints.read_sizes(folder / "sizes.csv.gz")
+        table = records.read_sizes(folder / "sizes.csv.gz")
         assert len(table) == len(chosen) == len(ways)
         yield table.set_index("way"), sizes.plan(0, "full")
 
@@ -253,8 +252,8 @@ def test_extraction_reaches_full_tuning_with_embeddings_and_norms_alone(
 def test_what_is_recorded_of_sizes_is_so(sized: tuple[pd.DataFrame, Any], way: str) -> None:
     """Each number from networks that are put together here, without embeddings and norms."""
     table, planner = sized
-    base, full = (hub.language(str(c.folder)) for c in (planner.pair.base, planner.pair.tuned))
-    network = hub.language(str(planner.pair.base.folder))
+    base, full = (models.language(str(c.folder)) for c in (planner.pair.base, planner.pair.tuned))
+    network = models.language(str(planner.pair.base.folder))
     tuned = dict(full.named_parameters())
     with torch.no_grad():
         for name, value in network.named_parameters():
@@ -300,7 +299,7 @@ def test_what_is_recorded_of_sizes_is_so(sized: tuple[pd.DataFrame, Any], way: s
 
 def test_the_record_of_sizes_is_that_of_the_trainings() -> None:
     """Losses of trained networks are those that were recorded when they had been trained."""
-    table = checkpoints.read_sizes()
+    table = records.read_sizes()
     assert not table.duplicated(["seed", "way", "rank"]).any()
     runs = protocols.read_record("decoder").query("task == 'movies-next' and part == 'test'")
     runs = runs[runs.samples == runs.samples.max()].fillna({"rank": 0, "targets": ""})

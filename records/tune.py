@@ -1,10 +1,10 @@
 """Fine-tune the packaged language model in every way that its chapter compares.
 
 Each run is written as it ends, so that the same command goes on after an interruption, and its
-network is kept if `tools/sizes.py` needs it. When all tasks are done, they are put into the
+network is kept if `records/sizes.py` needs it. When all tasks are done, they are put into the
 package, for `protocols.read_record`::
 
-    python tools/tune.py FOLDER [TASK ...]
+    python -m records.tune FOLDER [TASK ...]
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import put
 
-from lorapower import _hub as hub
-from lorapower.experiments import language, protocols, sweeps, texts
-from lorapower.experiments.language import Found, Setting
+from lorapower.checkpoints import _libraries
+from lorapower.checkpoints import _models as hub
+from lorapower.experiments import sweeps
+from records import language, protocols, texts
+from records.language import Found, Setting
+from records.record import put
 
 # Each task's source.
 TASKS = {"movies": texts.RATED, "movies-next": texts.RATED, "functions-next": texts.CODE}
@@ -68,7 +70,7 @@ def save(folder: Path, network: Any) -> None:
     if hasattr(network, "peft_config"):
         network.peft_config["default"].base_model_name_or_path = hub.public_name(hub.LANGUAGE)
         options["save_embedding_layers"] = False
-    with hub.quiet():
+    with _libraries.quiet():
         network.save_pretrained(folder, **options)
         hub.tokenizer(hub.LANGUAGE).save_pretrained(folder)
 

@@ -20,8 +20,7 @@ from test_pair import ARCHITECTURES
 from torch import Tensor
 
 from lorapower import InputError, lowrank, randomness
-from lorapower import _hub as hub
-from lorapower.checkpoints import Pair, extract
+from lorapower.checkpoints import Pair, _libraries, extract
 
 TASKS = {
     "Classification": "SEQ_CLS",
@@ -36,7 +35,7 @@ def task_of(architecture: str) -> str:
 
 
 def loaded(base: str, architecture: str) -> Any:
-    with hub.quiet():
+    with _libraries.quiet():
         return getattr(transformers, architecture).from_pretrained(base).eval()
 
 
@@ -48,7 +47,7 @@ def train(folder: Path, base: str, architecture: str, *, seed: int = 0, **option
         "target_modules": "all-linear",
         "task_type": task_of(architecture),
     } | options
-    with hub.quiet(), warnings.catch_warnings(action="ignore"):
+    with _libraries.quiet(), warnings.catch_warnings(action="ignore"):
         with randomness.seeded(seed, "started adapters"):
             wrapped = peft.get_peft_model(loaded(base, architecture), peft.LoraConfig(**config))
         draw = randomness.generator(seed, "trained adapters")
@@ -62,7 +61,7 @@ def train(folder: Path, base: str, architecture: str, *, seed: int = 0, **option
 
 
 def by_peft(base: str, architecture: str, *adapters: str) -> Any:
-    with hub.quiet(), warnings.catch_warnings(action="ignore"):
+    with _libraries.quiet(), warnings.catch_warnings(action="ignore"):
         network = loaded(base, architecture)
         wrapped = peft.PeftModel.from_pretrained(network, adapters[0], adapter_name="0")
         for number, adapter in enumerate(adapters[1:], 1):

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorapower import InputError
-from lorapower._hub import Checkpoint
 from lorapower.checkpoints import Pair, _measuring, read_texts
+from lorapower.checkpoints._models import Checkpoint
 
 ARCHITECTURES = [
     ("bert", "BertForSequenceClassification"),

@@ -18,11 +18,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import _checks, randomness
-from .. import _hub as hub
-from .._hub import RATED
-from .._records import Record, Results, pack, unpack
-from ..errors import InputError
+from lorapower import _checks, randomness
+from lorapower._records import Record, Results, pack, unpack
+from lorapower.checkpoints import _libraries
+from lorapower.checkpoints import _models as hub
+from lorapower.errors import InputError
+from records import models
+
 from . import texts
 from .texts import Examples, Task
 
@@ -95,7 +97,7 @@ class Problem(Record):
     """
 
     task: str = "movies"
-    source: str = RATED
+    source: str = texts.RATED
     model: str = hub.PACKAGED
     pretrained: bool = True
     head: Head = "mean"
@@ -159,7 +161,7 @@ def check(settings: Sequence[Setting]) -> None:
 
     Each model is adapted once, at its highest rank. Raises `InputError` as `measure` would later.
     """
-    hub.require("glue")
+    _libraries.require("glue")
     problems = [setting.problem for setting in settings]
     for problem in dict.fromkeys(p.replace(seed=0, pretrained=True) for p in problems):
         there = len(texts.read(problem.task, problem.source, "train").labels)
@@ -183,7 +185,7 @@ def tune(setting: Setting, keep: Callable[[Any], object] = lambda network: None)
 
     Raises what `measure` raises.
     """
-    hub.require("glue")
+    _libraries.require("glue")
     return _measure(setting, keep)
 
 
@@ -199,7 +201,11 @@ def answer(network: Any, problem: Problem) -> NDArray[np.float64]:
     outputs = np.empty((len(samples), task.outputs))
     half = problem.bfloat16 and hub.has_bfloat16(device.type)
     network.eval()
-    with hub.quiet(), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+    with (
+        _libraries.quiet(),
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=half),
+    ):
         for some in _cut(order, ANSWERED[task.next_tokens]):
             batch = {key: x.to(device) for key, x in collate([samples[i] for i in some]).items()}
             labels = batch.pop("labels")
@@ -252,7 +258,7 @@ def similarities(model: str, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, 
     """
     if not pairs:
         raise InputError("pairs", allowed="at least one pair of texts", given="none")
-    tokenizer, network = hub.tokenizer(model), hub.encoder(model).eval()
+    tokenizer, network = hub.tokenizer(model), models.encoder(model).eval()
     means = []
     for column in zip(*pairs, strict=True):
         tokens = tokenizer(list(column), padding=True, truncation=True, return_tensors="pt")
@@ -302,7 +308,7 @@ def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 def _draw(model: str, head: Head | Literal["next"], **options: Any) -> Any:
     """The configured model with random weights and a head."""
-    hub.require("glue")
+    _libraries.require("glue")
     from transformers import (
         AutoConfig,
         AutoModel,
@@ -311,7 +317,7 @@ def _draw(model: str, head: Head | Literal["next"], **options: Any) -> Any:
     )
 
     config = hub.load(AutoConfig, model, **options)
-    with hub.quiet():
+    with _libraries.quiet():
         if head == "mean":
             encoder = AutoModel.from_config(config)
             encoder.pooler = None  # its outputs are not used
@@ -332,7 +338,7 @@ def _build(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = 
     """The encoder with a head for the task, its weights as shipped or drawn."""
     kind = "regression" if task.regression else "single_label_classification"
     if task.next_tokens and pretrained:
-        return hub.language(model)
+        return models.language(model)
     # The seed alone draws the head, and a pooling layer that is not shipped.
     with randomness.seeded(seed, "head"):
         if task.next_tokens:
@@ -341,7 +347,7 @@ def _build(model: str, task: Task, *, pretrained: bool, seed: int, head: Head = 
     if whole.config.pad_token_id is None:  # by which a decoder finds the last token
         whole.config.pad_token_id = whole.config.eos_token_id
     if pretrained:
-        shipped, lacking = hub.shipped(model)
+        shipped, lacking = models.shipped(model)
         weights, drawn = shipped.state_dict(), whole.base_model.state_dict()
         known = {key: weights[key] for key in drawn.keys() - lacking}
         whole.base_model.load_state_dict(drawn | known)
@@ -383,7 +389,7 @@ def _adapt(network: Any, method: Method, *, seed: int) -> Any:
         target_modules=[f"{prefix}.{name}" for name in layers],
         modules_to_save=[*heads],
     )
-    with randomness.seeded(seed, "factors"), hub.quiet():
+    with randomness.seeded(seed, "factors"), _libraries.quiet():
         return get_peft_model(network, config)
 
 
@@ -493,7 +499,7 @@ def _train(network: Any, setting: Setting) -> tuple[float, float]:
         def get_train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(train, batch_sampler=steps, collate_fn=self.data_collator)
 
-    _, result = hub.train(
+    _, result = models.train(
         Ordered,
         network,
         train,
@@ -502,7 +508,7 @@ def _train(network: Any, setting: Setting) -> tuple[float, float]:
         num_train_epochs=1,
         seed=randomness.number(problem.seed, "training"),
         remove_unused_columns=False,
-        **hub.passes() if problem.bfloat16 else {},
+        **models.passes() if problem.bfloat16 else {},
     )
     return float(result.training_loss), result.metrics["train_runtime"]
 
@@ -548,7 +554,7 @@ def _tokenize(
     for name in ("train", part):
         examples = texts.read(task, source, name)
         columns = [[text + end for text in column] for column in zip(*examples.texts, strict=True)]
-        with hub.quiet():
+        with _libraries.quiet():
             encoded = tokenizer(*columns, truncation=True, max_length=tokens)
             lengths += [len(ids) for ids in tokenizer(*columns)["input_ids"]]
         rows = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]

@@ -15,9 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorapower import __main__, _cli
-from lorapower.adapters import _files
+from lorapower import __main__
 from lorapower.checkpoints import Pair, _export, workflow
+from lorapower.checkpoints import _command as _cli
+from lorapower.checkpoints import _peft_files as _files
 
 TEXTS = files.texts(140)
 

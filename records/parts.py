@@ -2,11 +2,11 @@
 
 A table for one tuning of the packaged language model, and ``KIND`` of the rated sentences::
 
-    python tools/parts.py FOLDER NAME TUNED KIND
+    python -m records.parts FOLDER NAME TUNED KIND
 
 The last step puts the tables of all tunings into the package::
 
-    python tools/parts.py FOLDER
+    python -m records.parts FOLDER
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import operator
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorapower import _hub as hub
+import records as _record
 from lorapower import lowrank
-from lorapower.checkpoints import Adapter, Measured, Pair, Planner, _record
-from lorapower.experiments import pairs
+from lorapower.checkpoints import Adapter, Measured, Pair, Planner
+from lorapower.checkpoints import _models as hub
+from records import models, pairs
 
 # Texts for planning and for measuring.
 PLANNING, TEXTS = 120, 100
@@ -314,7 +315,7 @@ class Tuning:
 
     @torch.no_grad()
     def _floors(self) -> list[Row]:
-        base, tuned = (Parts(hub.language(name)) for name in (hub.LANGUAGE, self._tuned))
+        base, tuned = (Parts(models.language(name)) for name in (hub.LANGUAGE, self._tuned))
         sentences = [s for part in ("test", "validation") for s in pairs.texts(self._kind, part)]
         ids = self._pair.tokenizer(sentences)["input_ids"]
         ids = [tokens[:LENGTH] for tokens in ids if len(tokens) >= LENGTH]
@@ -353,4 +354,4 @@ if __name__ == "__main__":
     if rest:
         Tuning(Path(out), *rest).run()
     else:
-        record(Path(out), Path(str(resources.files("lorapower.checkpoints"))) / _record.PARTS)
+        record(Path(out), Path(__file__).parent / _record.PARTS)

@@ -19,18 +19,19 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from lorapower import InputError, LorapowerError, ResultsError, checkpoints, randomness
-from lorapower import _hub as hub
-from lorapower.adapters import _files
 from lorapower.checkpoints import (
     METHODS,
     Adapter,
     Pair,
     Planner,
     _export,
+    _libraries,
     _measuring,
     metrics,
     workflow,
 )
+from lorapower.checkpoints import _models as hub
+from lorapower.checkpoints import _peft_files as _files
 from lorapower.checkpoints import planner as planning
 from lorapower.checkpoints._measuring import lower_limit, outputs, ratio, upper_limit
 
@@ -351,7 +352,7 @@ def test_bad_requests(places: tuple[str, str], options: Any, name: str) -> None:
 def test_heads_that_the_base_lacks_are_not_left_out(
     places: tuple[str, str], tmp_path: Path
 ) -> None:
-    with hub.quiet():
+    with _libraries.quiet():
         body: Any = transformers.BertModel.from_pretrained(places[0])
         body.save_pretrained(tmp_path)
     for options in ({"leave": ["head"]}, {"serving": True}):
@@ -396,7 +397,7 @@ def test_written_adapters_have_the_stated_error(
     assert config["base_model_name_or_path"] == base
     assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
     # As a stranger would use it.
-    with hub.quiet():
+    with _libraries.quiet():
         network: Any = getattr(transformers, architecture).from_pretrained(base)
         network.config.pad_token_id = 0
         loaded = peft.PeftModel.from_pretrained(network, str(out)).eval()

@@ -37,8 +37,9 @@ from pydantic import Field
 
 from lorapower._records import Record, Results
 from lorapower.errors import InputError, LorapowerError, PrecisionError, ResultsError
-from lorapower.experiments import language, residual, sweeps, synthetic
+from lorapower.experiments import residual, sweeps, synthetic
 from lorapower.experiments.sweeps import grid
+from records import language
 
 
 class Problem(Record):

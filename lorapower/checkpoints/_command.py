@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .errors import InputError, LorapowerError
+from ..errors import InputError, LorapowerError
 
 # Exit status: done; the error asked for is not reached; bad input.
 DONE, SHORT, BAD = 0, 1, 2
@@ -149,7 +149,7 @@ def plan(
     the limit must be at most what was asked for. It cuts 1.25% of a bootstrap of texts, not 5%,
     since errors of texts are skewed.
     """
-    from .checkpoints import workflow
+    from . import workflow
 
     _show(_call(workflow.plan, context.params), as_json)
 
@@ -198,7 +198,7 @@ def extract(
     --sure the limit must be at most what was asked for, or nothing is written. It cuts 1.25% of a
     bootstrap of texts, not 5%, since errors of texts are skewed.
     """
-    from .checkpoints import workflow
+    from . import workflow
 
     _show(_call(workflow.extract, context.params), as_json, out)
 
@@ -222,12 +222,11 @@ def check(
     quiet: Quiet = False,
 ) -> None:
     """Measure anybody's adapter against the tuned model, on texts that no plan has used."""
-    from .adapters import _files
-    from .checkpoints import workflow
-    from .checkpoints._measuring import without_nan
+    from . import _peft_files, workflow
+    from ._measuring import without_nan
 
     measured = _call(workflow.check, context.params)
-    carried, size = _files.measure_peft(Path(adapter))
+    carried, size = _peft_files.measure_peft(Path(adapter))
     if as_json:
         numbers = measured._asdict() | {"carried": carried, "adapter_bytes": size}
         _print(without_nan(numbers))
@@ -252,7 +251,7 @@ def main() -> NoReturn:
 
 def _call(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     """Call a function with a command's options and the texts of its files."""
-    from .checkpoints import read_texts
+    from ._measuring import read_texts
 
     options = {name: value for name, value in options.items() if value is not None}
     quiet = options.pop("quiet") | options.pop("as_json")
@@ -393,7 +392,7 @@ def _show(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
             + (", or give more texts." if plan.sure else ".")
         )
     elif out is not None:
-        from .checkpoints._measuring import megabytes
+        from ._measuring import megabytes
 
         size = megabytes(plan.size)
         console.print(f"Written to {out}, {size}, read back with the same error.")
@@ -408,7 +407,7 @@ def _show(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
 
 
 def _ranks(plan: Any) -> Table:
-    from .checkpoints._measuring import percent
+    from ._measuring import percent
 
     table = Table(title="Ranks, and the part of the effect that each module alone loses")
     table.add_column("module", overflow="fold")
@@ -421,7 +420,7 @@ def _ranks(plan: Any) -> Table:
 
 
 def _totals(plan: Any, written: bool) -> Table:
-    from .checkpoints._measuring import percent
+    from ._measuring import percent
 
     pair, used = plan.planner.pair, plan.adapter.parameters
     whole = sum(out * into for out, into in (m.shape for m in pair.modules.values()))
@@ -467,7 +466,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def _carried(numbers: int, size: int, *, estimate: bool) -> list[tuple[str, str]]:
-    from .checkpoints._measuring import megabytes
+    from ._measuring import megabytes
 
     return [
         ("numbers carried in all", f"{numbers:,}"),
@@ -476,7 +475,7 @@ def _carried(numbers: int, size: int, *, estimate: bool) -> list[tuple[str, str]
 
 
 def _measured(measured: Any) -> list[tuple[str, str]]:
-    from .checkpoints._measuring import percent
+    from ._measuring import percent
 
     rows = [
         ("error (part of the effect that is lost)", percent(measured.error)),
