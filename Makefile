@@ -54,12 +54,15 @@ texts := vaderSentiment
 # again.
 ready := $(VENV)/.ready
 
-package := $(shell find lorapower -type f ! -name "*.pyc")
+package := $(shell find lorapower records -type f ! -name "*.pyc")
 pages   := index.md references.bib _config.yml _toc.yml \
 	$(shell find _ext _static api chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
 
 # Each project keeps its own IPython profile: a reader's start-up files must not change results.
 export IPYTHONDIR := $(CURDIR)/_build/ipython
+# Threads that spin while they wait take the time of those that they wait for, where other programs
+# run. Must be set before torch is imported.
+export OMP_WAIT_POLICY ?= PASSIVE
 # The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
 export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
@@ -89,9 +92,11 @@ style: $(ready)
 	$(bin)/mypy
 	$(bin)/lint-imports
 
-chapter: $(ready) ## run and open one: NAME=07-training ARGS='-p width 24'
-	@$(if $(NAME),,echo 'name a chapter: make chapter NAME=07' >&2; exit 2;) \
-	$(bin)/python tools/run.py $(NAME) $(ARGS)
+chapter: $(ready) ## run and open one: NAME=07 ARGS='-p width 24'
+	@$(if $(filter 1,$(words $(wildcard chapters/$(NAME)*.ipynb))),,echo 'name a chapter: NAME=07' >&2; exit 2;) \
+	mkdir -p _build/run $(IPYTHONDIR); \
+	$(bin)/papermill -k python3 chapters/$(NAME)*.ipynb _build/run/$(NAME).ipynb $(ARGS) \
+		&& $(bin)/jupyter lab _build/run/$(NAME).ipynb $(LAB_ARGS)
 
 lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)
 	$(bin)/jupyter lab --notebook-dir=chapters $(LAB_ARGS)

@@ -82,6 +82,8 @@ class _Markdown(MarkdownConverter):
         kinds = set(element.get_attribute_list("class"))
         if "math" in kinds:
             return self._displayed(element)
+        if element.get("role") == "img":
+            return f"\n\n*Shown:* {element.get('aria-label', '')}\n\n"
         if "admonition" in kinds:
             return "\n\n" + re.sub("^", "> ", text.strip(), flags=re.MULTILINE) + "\n\n"
         return f"\n\n{text.strip()}\n\n"

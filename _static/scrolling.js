@@ -5,7 +5,6 @@ document.addEventListener("DOMContentLoaded", async () => {
     "mjx-container[display='true']": "Equation",
     "div.pst-scrollable-table-container": "Table",
     "div.output": "Output",
-    "div.statement-map": "Map",
     pre: "Code",
   };
   const boxes = Object.keys(NAMES).map((selector) => `.bd-article ${selector}`).join();

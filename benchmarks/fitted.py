@@ -10,6 +10,7 @@ the next. Errors are relative to the variance of the outputs, on inputs that cho
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from math import log
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=300)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
     spent: dict[int, list[float]] = {}
     for width in chosen.widths:
@@ -53,7 +55,7 @@ def main() -> None:
         fit, fitting = timed(fitted.adapt, frozen, target, rank, *inputs, throw=False)
         options = {"iterations": chosen.iterations, "throw": False}
         better, polishing = timed(polish, fit, *inputs, **options)
-        adam = {"steps": chosen.steps, "every": 10, "threads": 1}
+        adam = {"steps": chosen.steps, "every": 10}
         runs, training = timed(train, frozen, [tuning], data, **adam)
         trained = runs.network[0].to(torch.float64)
         error = fitted.relative_error(trained, target, fitted.split(target, *inputs).test)[0]

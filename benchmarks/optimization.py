@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the targets")
     chosen = parser.parse_args()
 
-    grid = synthetic.GRIDS["paper"]["optimizer"]
+    grid = synthetic.GRIDS["paper"].optimizer
     better = Recipe(ranks=8, learning_rate=1e-2, schedule="cosine", loss="one-sided")
     ways: dict[str, list[Recipe] | list[Fused] | list[Newton]] = {
         "study's grid": sweeps.grid(Recipe, ranks=8, **grid),

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import InputError
 
 
 class Record(BaseModel):
-    """Base of settings, of results, and of the parameters of chapters; it raises `InputError`.
+    """Hold settings, results, or the parameters of a chapter; raise `InputError` for wrong ones.
 
-    Types are strict (a truth value or a text is no number), but NumPy's scalars count as Python's.
-    Numbers are finite unless a field or a class says otherwise. ``Field(ge=1)`` checks one field, a
-    ``model_validator`` several.
+    Types are strict, but NumPy's numbers and truth values count as Python's. Numbers are finite.
+    ``Field(ge=1)`` checks one field, a ``model_validator`` several.
     """
 
     model_config = ConfigDict(
@@ -35,7 +32,7 @@ class Record(BaseModel):
             raise _translate(error, type(self)) from None
 
     def replace(self, **changes: Any) -> Self:
-        """The same record with other values of these fields, checked like a new one."""
+        """Make the same record with other values of these fields, checked like a new one."""
         return type(self)(**dict(self) | changes)
 
     def require(self, field: str, fits: bool, allowed: str) -> None:
@@ -45,19 +42,9 @@ class Record(BaseModel):
 
 
 class Results(Record):
-    """Base of results of runs: numbers, truth values, texts; numbers may be NaN or infinite."""
+    """Hold what a run gives: numbers, truth values, texts; numbers may be NaN or infinite."""
 
     model_config = ConfigDict(allow_inf_nan=True)
-
-
-def pack(values: ArrayLike) -> str:
-    """Numbers, in single precision, as a text that a result can be."""
-    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
-
-
-def unpack(text: str) -> NDArray[np.float64]:
-    """The numbers that `pack` was given."""
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
 
 
 def _plain(value: Any) -> Any:
@@ -74,18 +61,12 @@ def _translate(error: ValidationError, record: type[BaseModel]) -> InputError:
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, InputError):
         return raised
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(record.model_fields)
-        return InputError("names", allowed=f"among {known} (of {record.__name__})", given=name)
     if first["type"] == "missing":
-        return InputError(name, allowed=f"given (of {record.__name__})", given="nothing")
-    # The members of a union complain one by one, of the value or of what is in it.
-    messages = [other["msg"] for other in errors if other["loc"][:1] == first["loc"][:1]]
-    allowed = (
-        str(raised)
-        if raised
-        else " or ".join(
-            dict.fromkeys(message.removeprefix("Input should be ") for message in messages)
-        )
-    )
+        return InputError(name, allowed=f"given to {record.__name__}", given="nothing")
+    if first["type"] == "extra_forbidden":
+        fields = ", ".join(record.model_fields)
+        return InputError("names", allowed=f"among {fields} (of {record.__name__})", given=name)
+    # The types of a union complain one by one.
+    field = [one["msg"] for one in errors if one["loc"][:1] == first["loc"][:1]]
+    allowed = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in field))
     return InputError(name, allowed=allowed, value=first["input"])

@@ -1,4 +1,4 @@
-"""The package's errors: each says what was given, what is allowed and what to do."""
+"""Errors that say what was given, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -7,24 +7,15 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-# Most characters of a part of a message, and of a value in it.
+# The most characters that a message shows of one part.
 LONGEST = 300
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 60
-
-
-def _brief(value: object) -> str:
-    """Write ``repr(value)`` on one line, shortened to at most ``LONGEST`` characters."""
-    try:
-        return _shorten(_SHOWN.repr(value))
-    except ValueError:  # Python writes out no integer of thousands of digits
-        return f"a value of class {type(value).__name__}"
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60
 
 
 def _shorten(text: str) -> str:
-    """A text on one line, without its middle where it is too long."""
-    line = " ".join(text.split())
-    half = (LONGEST - 3) // 2
+    """Write a text on one line, without its middle where it is too long."""
+    line, half = " ".join(text.split()), (LONGEST - 3) // 2
     return line if len(line) <= LONGEST else f"{line[:half]}...{line[-half:]}"
 
 
@@ -32,17 +23,17 @@ class LorapowerError(Exception):
     """Base class of every error that this package raises on purpose."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled, as on the way from another process, an exception is otherwise made anew from its
-        # message alone, which is not what these constructors take.
+        # By default an exception is unpickled by calling its class with the message alone, which
+        # these classes do not accept; errors of other processes arrive pickled.
         return copyreg.__newobj__, (type(self),), {**vars(self), "args": self.args}  # type: ignore[attr-defined]
 
 
 class InputError(LorapowerError, ValueError):
-    """An argument cannot be used; raised before any work starts.
+    """Refuse an argument, before any work starts.
 
     The message is one line: "``name`` must be ``allowed``; got ``given``: ``remedy``". ``name`` is
-    the parameter's, or a part of the argument such as ``"rank of layer 2"``; programs may rely on
-    it. ``given`` is a description, or else the ``value`` is written out; ``remedy`` may be empty.
+    the parameter, or a part of it such as ``"rank of layer 2"``. Pass ``given`` as a description,
+    or the ``value`` to have it written out. ``remedy`` may be empty.
     """
 
     def __init__(
@@ -55,18 +46,17 @@ class InputError(LorapowerError, ValueError):
         remedy: str = "",
     ) -> None:
         self.name, self.allowed, self.remedy = name, allowed, remedy
-        self.given = _brief(value) if given is None else given
-        shown = _shorten(self.given) if isinstance(self.given, str) else _brief(self.given)
-        advice = f": {_shorten(remedy)}" if remedy else ""
-        super().__init__(f"{_shorten(name)} must be {_shorten(allowed)}; got {shown}{advice}")
+        self.given = _REPR.repr(value) if given is None else given
+        message = f"{_shorten(name)} must be {_shorten(allowed)}; got {_shorten(str(self.given))}"
+        super().__init__(f"{message}: {_shorten(remedy)}" if remedy else message)
 
 
 class SingularError(LorapowerError, ArithmeticError):
-    """No splitting of the update among the layers is as accurate as was asked for.
+    """Report that no splitting of an update among layers is as accurate as was asked for.
 
-    ``layer``, counted from 1, has the worst system, of ``condition_number``; above
-    ``singular_from`` it counts as singular. ``rounding_error`` is the best splitting's, ``rtol``
-    what was accepted; ``member`` names the member of a batch.
+    ``layer``, counted from 1, has the worst system, with this ``condition_number``; from
+    ``singular_from`` on it counts as singular. ``rounding_error`` is that of the best splitting,
+    ``rtol`` the largest accepted one; ``member`` names the member of a batch.
     """
 
     def __init__(
@@ -96,12 +86,12 @@ class SingularError(LorapowerError, ArithmeticError):
         )
 
     def at_layer(self, layer: int) -> SingularError:
-        """The same error for a layer counted in a larger network."""
+        """Make the same error for a layer counted in a larger network."""
         return SingularError(**{**vars(self), "layer": layer})
 
 
 class PrecisionError(LorapowerError, ArithmeticError):
-    """Biases that make layers linear over a region cost too many digits.
+    """Report that the biases that make layers linear over a region cost too many digits.
 
     ``digits_lost`` decimal digits are expected in ``block``, counted from 1, above ``limit``.
     """
@@ -113,12 +103,12 @@ class PrecisionError(LorapowerError, ArithmeticError):
         super().__init__(
             f"the biases that make the layers of block {block}{member} linear over the region "
             f"cost about {digits_lost:.1f} of the decimal digits of {dtype}; at most {limit:.1f} "
-            "are accepted: take a smaller region, a wider type, or pass a higher max_digits_lost"
+            "are accepted: take a smaller region, a wider type, or accept it by throw=False"
         )
 
 
 class ResultsError(LorapowerError, OSError):
-    """A file of results, ``path``, cannot be used; nothing that it holds is lost."""
+    """Report that a file of results cannot be used; nothing that it holds is lost."""
 
     def __init__(self, path: Path, problem: str, *, remedy: str) -> None:
         self.path, self.problem, self.remedy = path, problem, remedy

@@ -1,8 +1,7 @@
-"""Low-rank matrices: SVD, spectra, rank, condition numbers, solves, over batches."""
+"""Matrices of low rank: SVD, rank, condition numbers and solutions, over batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +15,14 @@ from .errors import InputError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
-    """A matrix as factors, ``ΔW = A Bᵀ``: ``left`` is ``A`` ``[..., out, rank]``, ``right`` ``B``.
+    """Hold a matrix as factors: ``ΔW = A Bᵀ``.
 
-    ``B`` is ``[..., in, rank]``. Raises `InputError` for different numbers of columns.
+    ``left`` is ``A``, ``[..., out, rank]``, and ``right`` is ``B``, ``[..., in, rank]``. Raises
+    `InputError` for different numbers of columns.
     """
 
-    left: Float[Tensor, "*batch out rank"]
-    right: Float[Tensor, "*batch in rank"]
+    left: Float[Tensor, "*#batch out rank"]
+    right: Float[Tensor, "*#batch in rank"]
 
     def __post_init__(self) -> None:
         left, right = self.left.shape[-1], self.right.shape[-1]
@@ -31,27 +31,27 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of columns of the factors, at least the rank of the matrix."""
+        """Count the columns of the factors; the matrix has at most this rank."""
         return self.left.shape[-1]
 
     @property
     def parameter_count(self) -> int:
-        """Numbers stored for one matrix: ``(out + in) · rank``."""
+        """Count the numbers stored for one matrix, ``(out + in) · rank``."""
         return (self.left.shape[-2] + self.right.shape[-2]) * self.rank
 
     def matrix(self) -> Float[Tensor, "*batch out in"]:
-        """The product ``A Bᵀ``."""
+        """Multiply out ``A Bᵀ``."""
         return self.left @ self.right.mT
 
     def leading(self, rank: int) -> LowRank:
-        """The update of the first columns of both factors."""
+        """Keep the first columns of both factors."""
         return LowRank(self.left[..., :rank], self.right[..., :rank])
 
     def balanced(self) -> LowRank:
-        """The same matrix with equal norms of the two factors' columns."""
+        """Rescale columns so that each is as long in one factor as in the other."""
         sides = [torch.linalg.vector_norm(f, dim=-2, keepdim=True) for f in (self.left, self.right)]
         root = (sides[0] / sides[1]).sqrt()
-        # A column of zeros in one factor stays one, whatever stands in the other.
+        # A column of zeros stays one.
         root = torch.where(root.isfinite() & (root > 0), root, 1)
         return LowRank(self.left / root, self.right * root)
 
@@ -60,7 +60,7 @@ class LowRank:
 
 
 class SVD(NamedTuple):
-    """``U diag(S) Vᵀ``: ``k`` orthonormal columns in ``U`` and in ``V``, largest ``σ`` first."""
+    """Hold ``U diag(S) Vᵀ``: ``U`` and ``V`` have ``k`` orthonormal columns, ``S`` falls."""
 
     U: Float[Tensor, "*batch out k"]
     S: Float[Tensor, "*batch k"]
@@ -70,36 +70,22 @@ class SVD(NamedTuple):
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
     """Decompose a matrix of finite numbers; ``k = min(out, in)``."""
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
-    U, S, Vh = _of_distinct(lambda m: torch.linalg.svd(m, full_matrices=False), matrix)
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return SVD(U, S, Vh.mT)
 
 
 def spectrum(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch k"]:
-    """Singular values ``σ_1 ≥ σ_2 ≥ …`` of a matrix of finite numbers, ``min(out, in)`` of them."""
-    matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
-    (values,) = _of_distinct(lambda m: (torch.linalg.svdvals(m),), matrix)
-    return values
+    """Compute the singular values ``σ_1 ≥ σ_2 ≥ …`` of a matrix, ``min(out, in)`` of them."""
+    return torch.linalg.svdvals(_checks.real_tensor("matrix", matrix, min_dims=2))
 
 
 def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
-    """The spectral norm ``σ_1`` of a matrix of finite numbers."""
+    """Compute the spectral norm ``σ_1``."""
     return spectrum(matrix)[..., 0]
 
 
-def _of_distinct(
-    function: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor
-) -> tuple[Tensor, ...]:
-    """``function`` of a batch of matrices, computed once for members expanded from one."""
-    batch = matrix.shape[:-2]
-    for dim in range(len(batch)):
-        if matrix.stride(dim) == 0:
-            matrix = matrix.narrow(dim, 0, 1)
-    parts = function(matrix)
-    return tuple(part.expand((*batch, *part.shape[len(batch) :])) for part in parts)
-
-
 def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
-    """The best approximation of rank ``r``, ``Σ_{d≤r} σ_d u_d v_dᵀ``, as ``A = UΣ``, ``B = V``.
+    """Approximate by rank ``r``: ``Σ_{d≤r} σ_d u_d v_dᵀ``, as ``A = UΣ``, ``B = V``.
 
     It is best in both norms [thm-eckart-young]. Raises `InputError` for a rank outside
     ``0…min(out, in)`` and for a matrix that is not of finite float32 or float64 numbers.
@@ -113,10 +99,10 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
 def rank(
     matrix: Float[Tensor, "*batch out in"], *, scale: Tensor | float | None = None
 ) -> Int[Tensor, "*batch"]:
-    """Numerical rank: how many ``σ_d`` exceed ``max(out, in) · eps · scale``.
+    """Count the singular values above ``max(out, in) · eps · scale``.
 
-    ``scale`` is the size of the numbers behind the matrix, by default its ``σ_1``. For a difference
-    give the size of its terms: otherwise their rounding counts.
+    ``scale`` is the size of the numbers that the matrix was computed from, by default its ``σ_1``.
+    For a difference pass the size of its terms: otherwise their rounding counts.
     """
     singular_values = spectrum(matrix)
     size = singular_values[..., 0]
@@ -127,12 +113,12 @@ def rank(
 
 
 def condition_number(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
-    """``σ_1 / σ_min(out, in)``: 1 at best, infinite for a matrix without full rank."""
+    """Compute ``σ_1 / σ_min(out, in)``, which is infinite for a matrix without full rank."""
     return condition(spectrum(matrix))
 
 
 def condition(singular_values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
-    """``σ_1 / σ_k`` of singular values, infinite for ``σ_k = 0``."""
+    """Compute ``σ_1 / σ_k`` from singular values; infinite for ``σ_k = 0``."""
     largest, smallest = singular_values[..., 0], singular_values[..., -1]
     # Also for a zero matrix, whose quotient would be 0/0.
     return torch.where(smallest > 0, largest / smallest, torch.inf)
@@ -141,7 +127,7 @@ def condition(singular_values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*bat
 def solve(
     matrix: Float[Tensor, "*#batch rows cols"], right: Float[Tensor, "*#batch rows k"]
 ) -> Float[Tensor, "*batch cols k"]:
-    """The smallest ``X`` with ``M X = Y``, by a QR factorization of ``Mᵀ``.
+    """Find the smallest ``X`` with ``M X = Y``, by a QR factorization of ``Mᵀ``.
 
     ``M`` has full row rank, ``rows ≤ cols``; otherwise `InputError` is raised. Where ``M`` is
     singular the result is not finite: check `condition_number` first.
@@ -149,7 +135,7 @@ def solve(
     rows, cols = matrix.shape[-2:]
     if rows > cols:
         raise InputError("matrix", allowed="at least as wide as high", given=f"{rows}×{cols}")
-    Q, R = _of_distinct(torch.linalg.qr, matrix.mT)
+    Q, R = torch.linalg.qr(matrix.mT)
     return Q @ torch.linalg.solve_triangular(R.mT, right, upper=False)
 
 

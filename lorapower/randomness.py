@@ -13,17 +13,17 @@ from torch import Tensor
 
 from . import _checks
 
-# Where the state of torch's Mersenne Twister keeps its words, each in 64 bits.
+# The bytes of the state of torch's Mersenne Twister that hold its words, each in 64 bits.
 _WORDS = slice(24, 24 + 8 * 624)
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """Make the generator of random numbers that belongs to a seed and a purpose.
+    """Make the generator of random numbers for a seed and a purpose.
 
-    A `numpy.random.SeedSequence` of both fills all 624 words of its state; torch itself uses 32
-    bits of a seed on processors. The purpose says in words what is drawn, and in numbers which of
-    several: ``generator(seed, "inputs", 3)``. Raises `InputError` for a seed that is no integer
-    from 0.
+    The purpose says in words what is drawn, and in numbers which of several:
+    ``generator(seed, "inputs", 3)``. A `numpy.random.SeedSequence` of seed and purpose fills all
+    624 words of the generator's state, since torch itself uses 32 bits of a seed on processors.
+    Raises `InputError` for a seed that is not an integer from 0.
     """
     made = torch.Generator()
     state = made.get_state()
@@ -66,12 +66,12 @@ def uniform(
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Draw numbers uniformly from 0 to 1, on the processor like `normal`."""
+    """Draw numbers uniform from 0 to 1, on the processor as `normal` does."""
     return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(device)
 
 
 def _sequence(seed: int, purpose: tuple[str | int, ...]) -> np.random.SeedSequence:
-    """The root of the stream of a seed and a purpose."""
+    """Make the root of the stream of a seed and a purpose."""
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=16).digest()
     spawn_key = np.frombuffer(digest, np.uint32).tolist()
     return np.random.SeedSequence(_checks.seed(seed), spawn_key=spawn_key)

@@ -18,8 +18,8 @@ from .errors import InputError
 class Region(ABC):
     """A bounded convex set of inputs.
 
-    Given by single numbers for all coordinates, it has no width before `fit`; until then only
-    `lowest` works, all else raises `InputError`.
+    A region given by single numbers for all coordinates has no width before `fit`; until then only
+    `lowest` works, and everything else raises `InputError`.
     """
 
     _centre: Tensor
@@ -27,6 +27,7 @@ class Region(ABC):
 
     @property
     def centre(self) -> Float[Tensor, "*batch width 1"]:
+        """The centre, about which `lowest` and `image` measure."""
         if not self._fitted:
             raise InputError(
                 "region",
@@ -42,10 +43,6 @@ class Region(ABC):
         return self.centre.shape[-2]
 
     @property
-    def _kind(self) -> dict[str, Any]:
-        return {"dtype": self.centre.dtype, "device": self.centre.device}
-
-    @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions: how many regions this object holds."""
         return self._centre.shape[:-2]
@@ -57,23 +54,22 @@ class Region(ABC):
 
     @abstractmethod
     def fit(self, width: int, dtype: torch.dtype) -> Self:
-        """This region in ``width`` coordinates and ``dtype``; `InputError` for another width."""
+        """Express the region in ``width`` coordinates; raises `InputError` for another width."""
 
     def _column(self, width: int) -> Float[Tensor, "*batch width 1"]:
-        """The centre in ``width`` coordinates; `InputError` for another number of them."""
+        """Expand the centre to ``width`` coordinates."""
         if self._fitted and self.width != width:
-            raise InputError(
-                "region", allowed=f"of {width} coordinates, like the inputs", given=self.width
-            )
+            allowed = f"of {width} coordinates, like the inputs"
+            raise InputError("region", allowed=allowed, given=self.width)
         return self._centre.expand(*self.batch_shape, width, 1)
 
     @abstractmethod
     def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
-        """``min_x M (x − centre)`` over the region, for each row of ``M``; never above 0."""
+        """Minimize ``M (x − centre)`` over the region, row by row; never above 0."""
 
     @abstractmethod
     def largest_norm(self) -> Float[Tensor, "*batch"]:
-        """``max_x ‖x‖_2`` over the region."""
+        """Maximize ``‖x‖_2`` over the region."""
 
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
@@ -85,27 +81,27 @@ class Region(ABC):
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor: ...
 
     def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:
-        """Typical inputs: ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates.
+        """Make typical inputs: ``centre ± scale · √D · e_d`` for each of the ``D`` coordinates.
 
-        Their covariance is ``scale² I``; those outside the region are moved towards the centre.
+        Their covariance is ``scale² I``; inputs outside the region move towards the centre.
         """
-        identity = torch.eye(self.width, **self._kind)
+        identity = torch.eye(self.width).to(self.centre)
         steps = identity * (-self.lowest(identity)).clamp(max=scale * self.width**0.5)
         return torch.cat([self.centre + steps, self.centre - steps], dim=-1)
 
     def image(
         self, matrix: Float[Tensor, "*#batch out width"], at_centre: Float[Tensor, "*#batch out 1"]
     ) -> Region:
-        """A region that holds ``M (x − centre) + m`` for every ``x`` in this one."""
+        """Find a region that holds ``M (x − centre) + m`` for every ``x`` in this one."""
         return Box(*self._ends(matrix, at_centre))
 
     def relu(self) -> Region:
-        """A region that holds ``ReLU(x)`` for every ``x`` in this one."""
-        identity = torch.eye(self.width, **self._kind)
+        """Find a region that holds ``ReLU(x)`` for every ``x`` in this one."""
+        identity = torch.eye(self.width).to(self.centre)
         return Box(*(end.relu() for end in self._ends(identity, self.centre)))
 
     def _ends(self, matrix: Tensor, at_centre: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest value of each row of ``M (x − centre) + m``; ``[..., out]``."""
+        """Find the least and the largest value of each row of ``M (x − centre) + m``."""
         low, high = at_centre + self.lowest(matrix), at_centre - self.lowest(-matrix)
         return low[..., 0], high[..., 0]
 
@@ -113,8 +109,8 @@ class Region(ABC):
 class Ball(Region):
     """All inputs with ``‖x − centre‖_2 ≤ radius``.
 
-    The radius, one number or ``[...]``, is finite and at least 0, otherwise `InputError` is raised;
-    the centre is one number for all coordinates, or ``[..., width]``.
+    The centre is one number for all coordinates, or ``[..., width]``. Raises `InputError` for a
+    radius, one number or ``[...]``, that is below 0 or not finite.
     """
 
     def __init__(self, radius: Any, centre: Any = 0.0) -> None:
@@ -130,7 +126,7 @@ class Ball(Region):
 
     @classmethod
     def about(cls, x: Float[Tensor, "*batch width samples"], margin: float = 1.0) -> Ball:
-        """The ball about the mean of inputs that holds them, its radius times ``margin``."""
+        """Find the ball about the mean of inputs that holds them; ``margin`` scales its radius."""
         margin = _checks.positive("margin", margin)
         centre = x.mean(-1, keepdim=True)
         radius = torch.linalg.vector_norm(x - centre, dim=-2).amax(-1)
@@ -148,9 +144,11 @@ class Ball(Region):
 
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         shape = (*self.batch_shape, self.width, samples)
-        normal = randomness.normal(generator, *shape, **self._kind)
+        dtype, device = self.centre.dtype, self.centre.device
+        normal = randomness.normal(generator, *shape, dtype=dtype, device=device)
         direction = normal / torch.linalg.vector_norm(normal, dim=-2, keepdim=True)
-        fraction = randomness.uniform(generator, *self.batch_shape, 1, samples, **self._kind)
+        shape = (*self.batch_shape, 1, samples)
+        fraction = randomness.uniform(generator, *shape, dtype=dtype, device=device)
         reach = 1 if edge else fraction ** (1 / self.width)
         return self.centre + self.radius[..., None, None] * reach * direction
 
@@ -158,7 +156,8 @@ class Ball(Region):
 class Box(Region):
     """All inputs with ``low ≤ x ≤ high`` in every coordinate.
 
-    Sides are one number or ``[..., width]``; `InputError` for ``low > high`` and infinite ones.
+    Sides are one number or ``[..., width]``. Raises `InputError` for ``low > high`` and for sides
+    that are not finite.
     """
 
     def __init__(self, low: Any, high: Any) -> None:
@@ -177,8 +176,8 @@ class Box(Region):
 
     def fit(self, width: int, dtype: torch.dtype) -> Box:
         centre = self._column(width)
-        sides = centre - self.half, centre + self.half
-        return Box(*(side[..., 0].to(dtype) for side in sides))
+        low, high = centre - self.half, centre + self.half
+        return Box(low[..., 0].to(dtype), high[..., 0].to(dtype))
 
     def lowest(self, matrix: Tensor) -> Tensor:
         return -(matrix.abs() * self.half.mT).sum(-1, keepdim=True)
@@ -188,16 +187,17 @@ class Box(Region):
 
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         shape = (*self.batch_shape, self.width, samples)
-        drawn = 2 * randomness.uniform(generator, *shape, **self._kind) - 1
+        drawn = randomness.uniform(generator, *shape, dtype=self.centre.dtype)
+        drawn = 2 * drawn.to(self.centre) - 1
         return self.centre + self.half * (drawn.sign() if edge else drawn)
 
 
 class Samples(Region):
-    """The convex hull of inputs ``[..., width, samples]``, enlarged by ``1 + margin ≥ 1``.
+    """The convex hull of inputs ``[..., width, samples]``, enlarged about their mean.
 
-    It is enlarged about the mean. Behind the first block of a partition the region is the enlarged
-    hull of the inputs' images, which need not hold the image of the hull: for targets of several
-    layers the promise is for the given inputs alone.
+    It is enlarged by the factor ``1 + margin ≥ 1``. After the first block of a partition the region
+    is the enlarged hull of the inputs' images, which need not hold the image of the hull: for
+    targets of several layers the promise is for the given inputs alone.
     """
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:
@@ -218,8 +218,7 @@ class Samples(Region):
 
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         count = self.inputs.shape[-1]
-        picked = torch.randint(count, (samples,), generator=generator, device="cpu")
-        picked = picked.to(self.inputs.device)
+        picked = torch.randint(count, (samples,), generator=generator).to(self.inputs.device)
         return (self._corners() if edge else self.inputs)[..., picked]
 
     def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:
@@ -238,7 +237,7 @@ class Samples(Region):
 
 
 def _numbers(name: str, value: Any) -> Tensor:
-    """``value`` as a finite tensor of any shape; plain integers become float64."""
+    """Read a finite tensor of any shape; plain integers become float64."""
     if isinstance(value, Integral | np.ndarray) and np.asarray(value).dtype.kind == "i":
         value = np.float64(value)
     return _checks.real_tensor(name, value, min_dims=0, copy=True)

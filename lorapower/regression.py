@@ -1,7 +1,7 @@
 """Least squares of limited rank: the best map between data, and the best for a matrix.
 
-Samples are columns; leading batch dimensions broadcast. No second moment is inverted, and none of
-inputs is formed: data may be few or degenerate.
+Samples are columns; leading batch dimensions broadcast. No second moment is inverted, so data may
+be few or degenerate.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from . import _checks, lowrank, randomness
 from .errors import InputError
 from .lowrank import SVD, LowRank
 
-# For a leading part of an SVD: columns beyond it, and rounds.
+# Columns beyond the wanted ones, and rounds of multiplication, to find a leading subspace.
 _EXTRA, _ROUNDS = 16, 3
 
 
 class Regression(NamedTuple):
-    """The map ``z ↦ K z + a`` of a fit: ``update`` is ``K``, and ``intercept`` is ``a``.
+    """Hold the map ``z ↦ K z + a`` of a fit: ``update`` is ``K``, and ``intercept`` is ``a``.
 
     ``K`` has the given rank, or as many columns as the metric has rows.
     """
@@ -31,7 +31,7 @@ class Regression(NamedTuple):
 
 
 class _Truncation(NamedTuple):
-    """The nearest matrix of limited rank, and what it leaves out; see `truncate`."""
+    """Hold the nearest matrix of limited rank, and what it leaves out; see `truncate`."""
 
     update: LowRank
     values: Float[Tensor, "*batch r"]
@@ -72,9 +72,8 @@ def reduced_rank(
     """
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
-    if (y.dtype, y.device) != (z.dtype, z.device):
-        allowed = f"{z.dtype} on {z.device}, like the inputs"
-        raise InputError("outputs", allowed=allowed, given=f"{y.dtype} on {y.device}")
+    if y.dtype != z.dtype:
+        raise InputError("outputs", allowed=f"{z.dtype}, like the inputs", given=y.dtype)
     if y.shape[-1] != z.shape[-1]:
         raise InputError("outputs", allowed=f"{z.shape[-1]} columns", given=y.shape[-1])
     out, into = y.shape[-2], z.shape[-2]
@@ -88,15 +87,17 @@ def reduced_rank(
     parts = [part for part in (y, z, E, R) if part is not None]
     batch = _checks.common_shape("outputs and inputs", [tuple(p.shape[:-2]) for p in parts])
     y, z, E = (part.expand(*batch, *part.shape[-2:]) for part in (y, z, E))
-    means = [part.mean(-1, keepdim=True) * intercept for part in (y, z)]
-    y, z = y - means[0], z - means[1]
+    mean_y, mean_z = (part.mean(-1, keepdim=True) for part in (y, z))
+    if not intercept:
+        mean_y, mean_z = torch.zeros_like(mean_y), torch.zeros_like(mean_z)
+    y, z = y - mean_y, z - mean_z
     B, root = _coefficients(y - E @ z, z, shrinkage)
     update = truncate(E + B, rank, inputs=root, metric=R).update
-    return Regression(update, (means[0] - update.matrix() @ means[1])[..., 0])
+    return Regression(update, (mean_y - update.matrix() @ mean_z)[..., 0])
 
 
 def _coefficients(y: Tensor, z: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Coefficients of ``y`` on ``z``, shrunken to 0, and a square root of ``z zᵀ``."""
+    """Regress ``y`` on ``z``, shrinking to 0; also returns a square root of ``z zᵀ``."""
     into, samples = z.shape[-2:]
     eps = torch.finfo(z.dtype).eps
     identity = torch.eye(into, dtype=z.dtype, device=z.device).expand(*z.shape[:-2], into, into)
@@ -142,7 +143,7 @@ def truncate(
 
     Returns the ``update`` ``K``, whose first ``s`` columns are the nearest matrix of rank ``s``;
     its ``values`` ``σ_1 ≥ … ≥ σ_r``; and the ``total`` ``Σ_d σ_d²`` over all directions, the
-    squared distance of rank 0, off which direction ``d`` takes ``σ_d²``.
+    squared distance of rank 0, which direction ``d`` lowers by ``σ_d²``.
     """
     M = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(M.shape[-2:]), limit="the smaller side")
@@ -160,12 +161,9 @@ def truncate(
 
 
 def _leading(matrix: Tensor, size: int) -> SVD:
-    """The SVD in a subspace of this size near the leading one."""
-    draw = randomness.generator(0, "subspace")
-    start = randomness.normal(
-        draw, matrix.shape[-1], size, dtype=matrix.dtype, device=matrix.device
-    )
-    Q = torch.linalg.qr(matrix @ start).Q
+    """Decompose in a subspace of this size that is near the leading one."""
+    draw, sides = randomness.generator(0, "subspace"), (matrix.shape[-1], size)
+    Q = torch.linalg.qr(matrix @ randomness.normal(draw, *sides, dtype=matrix.dtype).to(matrix)).Q
     for _ in range(_ROUNDS):
         Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ Q).Q).Q
     U, S, V = lowrank.svd(Q.mT @ matrix)
@@ -173,7 +171,7 @@ def _leading(matrix: Tensor, size: int) -> SVD:
 
 
 def _apply_inverse(metric: Tensor, columns: Tensor) -> Tensor:
-    """``R⁺ U``, by substitution where ``R`` is triangular and far from singular."""
+    """Compute ``R⁺ U``, by substitution where ``R`` is triangular and far from singular."""
     if metric.shape[-2] == metric.shape[-1] and metric.equal(metric.triu()):
         least, largest = metric.diagonal(dim1=-2, dim2=-1).abs().aminmax(dim=-1)
         if (least > torch.finfo(metric.dtype).eps ** 0.5 * largest).all():
@@ -198,7 +196,7 @@ def second_moment_root(
 
 
 def _fitting(name: str, value: Any, shape: tuple[int | None, int], like: Tensor) -> Tensor:
-    """A matrix of these sizes, of the type and on the device of another."""
+    """Read a matrix of these sizes, in the type and on the device of another."""
     matrix = _checks.real_tensor(name, value, min_dims=2).to(like)
     rows, columns = matrix.shape[-2:]
     if columns != shape[1] or rows != (shape[0] or rows):

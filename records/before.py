@@ -1,9 +1,9 @@
-"""What can be known before training about the rank that a task needs, for its record.
+"""Ask what can be known before training about the rank that a task needs.
 
 For each task and packaged model three rules are asked: the first gradients, their estimated gain,
 and a short run at the highest rank that is cut. What the encoder needs on further tasks is trained
-here; the rest is in other records. The same command goes on after an interruption, and at last puts
-both tables into the package::
+here; the rest is in other records. The same command goes on after an interruption, and at last
+makes both records::
 
     python -m records.before FOLDER
 """
@@ -11,8 +11,6 @@ both tables into the package::
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,21 +18,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lorapower.checkpoints import _libraries
-from lorapower.checkpoints import _models as hub
+import records
 from lorapower.experiments import sweeps
-from records import language, protocols, texts, tune
-from records.record import record
+from records import language, models, protocols, texts, tune
+from records.record import begin, merge, put
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 # Texts of both halves, of a short run, and of those that it is cut on.
 ASKED, SHORT, CUT = 400, 160, 128
 # Of these tasks, and so many texts, both models' needs are known.
 TASKS = {
-    hub.LANGUAGE: tune.TASKS,
-    hub.PACKAGED: dict.fromkeys(("movies", "tweets", "products"), texts.RATED),
+    models.LANGUAGE: tune.TASKS,
+    models.PACKAGED: dict.fromkeys(("movies", "tweets", "products"), texts.RATED),
 }
-SAMPLES = protocols.GRIDS["decoder"]["samples"][-1]
+SAMPLES = tune.PROFILE.samples[-1]
 
 
 class Setting(sweeps.Record):
@@ -46,14 +43,7 @@ class Setting(sweeps.Record):
 
 
 class Found(sweeps.Results):
-    """Of a rank ``share`` and ``gain`` of the mean first gradient, and ``error`` after a cut.
-
-    With ``G`` and ``G'`` the mean gradients of two halves of texts and ``G_R`` the best
-    approximations, module by module, ``share`` is ``⟨G_R, G'⟩ / ⟨G, G'⟩`` and ``gain`` is
-    ``(2⟨G_R, G'⟩ - ‖G_R‖²) / ⟨G, G'⟩``, each summed over modules and both orders. ``error`` is
-    what a short run at the highest rank loses of its effect on logits, if each product of factors
-    is cut to this rank, as ``‖f_R - f‖ / ‖f_0 - f‖``.
-    """
+    """What ``"before"`` of `records.read` says."""
 
     share: float
     gain: float
@@ -61,8 +51,8 @@ class Found(sweeps.Results):
 
 
 def problem(model: str, task: str) -> language.Problem:
-    """What a model is trained on, for each task."""
-    profile = "decoder" if model == hub.LANGUAGE else "paper"
+    """State what a model is trained on, for each task."""
+    profile = "decoder" if model == models.LANGUAGE else "paper"
     one, *_ = protocols.compare(profile, [task], TASKS[model][task], model, samples=SAMPLES)
     return one.problem.replace(samples=SHORT, part="validation")
 
@@ -77,15 +67,15 @@ def work(settings: list[Setting]) -> list[Found]:
 
 @functools.lru_cache(maxsize=1)
 def gradients(model: str, task: str) -> tuple[list[float], list[float]]:
-    """``share`` and ``gain`` of each rank."""
+    """Compute ``share`` and ``gain`` of each rank."""
     one = problem(model, task)
-    network = language._network(language.Setting(problem=one, method=language.Whole()))
+    network = language.prepare(language.Setting(problem=one, method=language.Whole()))
     network.eval().requires_grad_(False)
-    layers = language._layers(network.base_model, "all")
+    layers = language.linear_layers(network.base_model)
     weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    samples, collate = language._samples(one)[0]["train"], language._collator(one)
+    samples, collate = language.tokenize(one)[0]["train"], language.collator(one)
     order = np.random.default_rng(0).permutation(len(samples))[:ASKED]
     means = []
     for half in np.split(order, 2):
@@ -98,8 +88,7 @@ def gradients(model: str, task: str) -> tuple[list[float], list[float]]:
     for first, second in (means, means[::-1]):
         for name, G in first.items():
             U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-            other = second[name].double()
-            along = ((U.mT @ other) * Vh).sum(1) * S
+            along = ((U.mT @ second[name].double()) * Vh).sum(1) * S
             kept = [min(rank, len(S)) - 1 for rank in RANKS]
             inner += along.cumsum(0)[kept].numpy()
             own += S.square().cumsum(0)[kept].numpy()
@@ -109,9 +98,9 @@ def gradients(model: str, task: str) -> tuple[list[float], list[float]]:
 
 @functools.lru_cache(maxsize=1)
 def cut(model: str, task: str) -> list[float]:
-    """``error`` of each rank."""
+    """Compute ``error`` of each rank."""
     one, found = problem(model, task), []
-    rate = {hub.LANGUAGE: 2e-3, hub.PACKAGED: 1e-3}[model]
+    rate = {models.LANGUAGE: 2e-3, models.PACKAGED: 1e-3}[model]
     method = language.Lora(rank=RANKS[-1], learning_rate=rate)
     language.tune(
         language.Setting(problem=one, method=method),
@@ -121,16 +110,14 @@ def cut(model: str, task: str) -> list[float]:
 
 
 def errors(network: Any, one: language.Problem) -> list[float]:
-    """What a trained network of peft loses, for each rank, if its adapters are cut to it."""
+    """Compute what a trained network of peft loses, for each rank its adapters are cut to."""
     network.eval()
-    held_out = language._samples(one)[0][one.part]
+    held_out, collate = language.tokenize(one)[0][one.part], language.collator(one)
     some = np.random.default_rng(0).permutation(len(held_out))[:CUT]
-    collate = language._collator(one)
     batches = [collate([held_out[j] for j in i]) for i in np.array_split(some, CUT // 16)]
     tuned = outputs(network, batches)
     with network.disable_adapter():
-        base = outputs(network, batches)
-    effect = squares(base, tuned)
+        effect = squares(outputs(network, batches), tuned)
     layers = [m for m in network.modules() if hasattr(m, "lora_A")]
     pairs = [(m.lora_B["default"].weight.data, m.lora_A["default"].weight.data) for m in layers]
     # As an SVD of each product, of which a cut keeps the first rows of the second factor.
@@ -148,9 +135,9 @@ def errors(network: Any, one: language.Problem) -> list[float]:
 
 
 def outputs(network: Any, batches: list[Any]) -> list[Tensor]:
-    """Logits, less their mean, of each batch's tokens or texts."""
+    """Compute logits, less their mean, of each batch's tokens or texts."""
     found = []
-    with torch.no_grad(), _libraries.quiet():
+    with torch.no_grad(), models.quiet():
         for batch in batches:
             inputs = {k: x for k, x in batch.items() if k != "labels"}
             logits = network(**inputs)["logits"].float()
@@ -161,39 +148,34 @@ def outputs(network: Any, batches: list[Any]) -> list[Tensor]:
 
 
 def squares(some: list[Tensor], others: list[Tensor]) -> float:
-    """The squared distance of outputs."""
+    """Compute the squared distance of outputs."""
     return sum(float((a - b).square().sum()) for a, b in zip(some, others, strict=True))
 
 
-def run(folder: Path) -> tuple[Path, Path]:
-    """Ask all, then train the encoder; the files that have both."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+def trainings() -> list[language.Setting]:
+    """List trainings of the encoder on further tasks, with the rates of its first."""
+    known = records.read("movies")
+    rates = protocols.best_rates(known[known.part == "validation"])
+    about = "paper", [*TASKS[models.PACKAGED]][1:], texts.RATED, models.PACKAGED
+    compared = protocols.compare(*about, samples=SAMPLES, seeds=3, rates=rates)
+    return [
+        setting
+        for setting in compared
+        if setting.problem.pretrained
+        and setting.problem.samples == SAMPLES
+        and setting.method.way in ("full", "lora")
+    ]
+
+
+if __name__ == "__main__":
+    begin()
     asked = [
         Setting(model=model, task=task, rank=rank)
         for model, tasks in TASKS.items()
         for task in tasks
         for rank in RANKS
     ]
-    known = protocols.read_record("movies")
-    rates = protocols.best_rates(known[known.part == "validation"])
-    about = "paper", [*TASKS[hub.PACKAGED]][1:], texts.RATED, hub.PACKAGED
-    compared = protocols.compare(*about, samples=SAMPLES, seeds=3, rates=rates)
-    trained = [
-        setting
-        for setting in compared
-        if setting.problem.pretrained
-        and setting.problem.samples == SAMPLES
-        and (setting.method.kind == "full" or getattr(setting.method, "targets", "") == "all")
-    ]
-    files = folder / "before.sqlite", folder / "encoder.sqlite"
-    sweeps.run(trained, language.measure, files[1], size=1)
-    sweeps.run(asked, work, files[0], size=1)
-    return files
-
-
-if __name__ == "__main__":
-    before, encoder = run(Path(sys.argv[1]))
-    package = Path(__file__).parent
-    record([before], package / "before.csv.gz", Setting)
-    record([encoder], package / "encoder.csv.gz")
+    sweeps.run(trainings(), language.measure, "encoder.sqlite", size=1)
+    sweeps.run(asked, work, "before.sqlite", size=1)
+    put(merge(["before.sqlite"], Setting), "before")
+    put(merge(["encoder.sqlite"]), "encoder")

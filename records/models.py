@@ -1,72 +1,92 @@
-"""Packaged encoders and language models, and how they are trained."""
+"""Packaged encoders and language models, how they are read, and how they are trained."""
 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from lorapower.checkpoints._libraries import quiet, require
+from lorapower.checkpoints._libraries import quiet as quiet
 from lorapower.checkpoints._models import LANGUAGE as LANGUAGE
 from lorapower.checkpoints._models import PACKAGED as PACKAGED
-from lorapower.checkpoints._models import has_bfloat16, load, some
+from lorapower.checkpoints._models import folder as folder
+from lorapower.checkpoints._models import has_bfloat16 as has_bfloat16
+from lorapower.checkpoints._models import load as load
+from lorapower.checkpoints._models import place as place
+from lorapower.checkpoints._models import public_name as public_name
+from lorapower.checkpoints._models import tokenizer as tokenizer
 from lorapower.errors import InputError
 
+with warnings.catch_warnings():
+    # Libraries import it, and without widgets in a notebook it warns of plain bars.
+    warnings.filterwarnings("ignore", "IProgress not found")
+    import tqdm.auto  # noqa: F401
 
-def encoder(model: str) -> Any:
-    """The encoder with its weights as shipped; none that it uses may be missing."""
-    return shipped(model)[0]
 
+def encoder(model: str) -> tuple[Any, set[str]]:
+    """Load an encoder with its weights as shipped.
 
-def shipped(model: str) -> tuple[Any, set[str]]:
-    """The encoder, and the names of its weights that are not shipped and drawn anew each time."""
-    require("checkpoints")
+    Returns it and the names of its weights that are not shipped and drawn anew each time: those of
+    a pooling layer, which nothing here uses. Raises `InputError` if it lacks others.
+    """
     from transformers import AutoModel
 
-    return _whole(AutoModel, model)
+    return _load_whole(AutoModel, model)
 
 
-def language(model: str) -> Any:
-    """The language model in float32 with its weights as shipped; none may be missing."""
-    require("checkpoints")
+def decoder(model: str) -> Any:
+    """Load a language model in float32; raise `InputError` if it lacks weights."""
     from transformers import AutoModelForCausalLM
 
-    return _whole(AutoModelForCausalLM, model, dtype=torch.float32)[0]
+    return _load_whole(AutoModelForCausalLM, model, dtype=torch.float32)[0]
 
 
-def _whole(kind: Any, model: str, **options: Any) -> tuple[Any, set[str]]:
-    """A network, and which weights it lacks; a pooling layer's may be there, unused."""
+def _load_whole(kind: Any, model: str, **options: Any) -> tuple[Any, set[str]]:
     network, about = load(kind, model, output_loading_info=True, **options)
     missing = set(about["missing_keys"])
     if needed := sorted(key for key in missing if not key.startswith("pooler.")):
-        given = f"{model!r}, which lacks {some(needed)}"
+        given = f"{model!r}, which lacks {len(needed)}, among them {needed[0]}"
         raise InputError("model", allowed="one whose weights are all there", given=given)
     return network, missing
 
 
-def passes() -> dict[str, bool]:
-    """Options that have a ``Trainer`` pass texts in bfloat16 where the processor has it."""
+def save(network: Any, model: str, folder: Any) -> None:
+    """Save a trained network, or its adapter of peft, with the tokenizer of the model tuned."""
+    options = {}
+    if hasattr(network, "peft_config"):
+        network.peft_config["default"].base_model_name_or_path = public_name(model)
+        # Asks the hub otherwise whether words were added.
+        options["save_embedding_layers"] = False
+    with quiet():
+        network.save_pretrained(folder, **options)
+        tokenizer(model).save_pretrained(folder)
+
+
+def precision() -> dict[str, bool]:
+    """Choose the options by which a ``Trainer`` computes in bfloat16 where the processor has it."""
     if torch.cuda.is_available():
         return {"bf16": has_bfloat16("cuda")}
     return {"bf16": True, "use_cpu": True} if has_bfloat16("cpu") else {}
 
 
 def train(
-    trainer: Any,
     network: Any,
     samples: Sequence[Any],
     collator: Any,
     *,
+    trainer: Any = None,
     warmup_steps: float = 0.1,
     **options: Any,
-) -> tuple[Any, Any]:
-    """Train by a ``Trainer`` that says and writes nothing; return it and its training's result.
+) -> Any:
+    """Train by a ``Trainer`` that prints and writes nothing; return what its training returns.
 
-    ``warmup_steps`` below 1 are a part of all.
+    ``warmup_steps`` below 1 are a share of all steps; ``options`` are those of
+    ``TrainingArguments``, and ``trainer`` is a subclass of ``Trainer``, if another.
     """
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     with tempfile.TemporaryDirectory() as unused, quiet():
         arguments = TrainingArguments(
@@ -79,6 +99,8 @@ def train(
             dataloader_pin_memory=False,
             **options,
         )
-        made = trainer(model=network, args=arguments, train_dataset=samples, data_collator=collator)
+        made = (trainer or Trainer)(
+            model=network, args=arguments, train_dataset=samples, data_collator=collator
+        )
         made.remove_callback(PrinterCallback)
-        return made, made.train()
+        return made.train()

@@ -1,10 +1,7 @@
-"""Measure what tuning changed of a language model, part by part, for `checkpoints.read_parts`.
+"""Measure what tuning changed of the packaged language model, part by part.
 
-A table for one tuning of the packaged language model, and ``KIND`` of the rated sentences::
-
-    python -m records.parts FOLDER NAME TUNED KIND
-
-The last step puts the tables of all tunings into the package::
+The tunings are those of all weights that `plans` and `tune` keep in the same folder. What is
+measured is kept as it ends; when all is there, it is recorded::
 
     python -m records.parts FOLDER
 """
@@ -13,25 +10,25 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import operator
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import records as _record
 from lorapower import lowrank
 from lorapower.checkpoints import Adapter, Measured, Pair, Planner
-from lorapower.checkpoints import _models as hub
-from records import models, pairs
+from lorapower.experiments import sweeps
+from lorapower.networks import Transformer, from_decoder
+from records import models, pairs, plans
+from records.record import begin, merge, put
 
 # Texts for planning and for measuring.
 PLANNING, TEXTS = 120, 100
@@ -41,78 +38,72 @@ SENTENCES, LENGTH, MIXED = 192, 24, 64
 DEPTHS = (15, 30)
 # A part of the effect of which nine tenths, as squares, are there.
 LEFT = math.sqrt(0.1)
-BLOCKS = r"^model\.layers\."
+# The tuning that `tune` keeps, as seed 0 of the task of this name.
+NEXT = "movies-next"
 # Block, weight or part, quantity, value; -1 and "" stand for all.
 Row = tuple[int, str, str, float]
-States = Float[Tensor, "texts tokens width"]
+# Tokens are columns, those of a text side by side.
+States = Float[Tensor, "texts width tokens"]
 
 
-class Parts:
-    """The blocks of a network of the family of Llama, read at normalized tokens ``n``."""
+class Setting(sweeps.Record):
+    """A tuning, and what is measured of it."""
 
-    def __init__(self, network: Any) -> None:
-        config = network.config
-        self.layers: Any = network.base_model.layers
-        self._size = config.head_dim
-        self._embed, self._rotary = network.get_input_embeddings(), network.base_model.rotary_emb
-        self._eps = config.rms_norm_eps
+    tuning: str
+    stage: Literal["weights", "floors", "effect"]
 
-    def trace(self, ids: Tensor) -> Iterator[tuple[States, States]]:
-        """Tokens before and after attention, for each block, and at last those that leave."""
-        z = self._embed(ids)
-        for l in range(len(self.layers)):
-            n = self.normalize(z)
-            u = z + self.attention(l, n, n)
-            yield z, u
-            z = u + self.feed_forward(l, self.normalize(u))
-        yield z, z
 
-    def normalize(self, z: States) -> States:
-        """``n(z)``, without gains."""
-        return z / (z.square().mean(-1, keepdim=True) + self._eps).sqrt()
+class Found(sweeps.Results):
+    """Rows of ``"parts"`` of `records.read`, in JSON, and versions."""
 
-    def feed_forward(self, l: int, n: States) -> States:
-        """What the feed-forward layer of a block adds."""
-        layer = self.layers[l]
-        return layer.mlp(layer.post_attention_layernorm.weight * n)
+    rows: str
+    torch: str
+    transformers: str
 
-    def attention(self, l: int, n: States, others: States) -> States:
-        """What attention adds to each token if those before it are ``others``."""
-        at, gains = self.layers[l].self_attn, self.layers[l].input_layernorm.weight
-        q = self._turn(self._heads(at.q_proj(gains * n)))
-        (k, v), (k_0, v_0) = (self._keys_values(at, gains * x, q) for x in (n, others))
-        scores = q @ k_0.mT
-        before = torch.ones_like(scores[0, 0], dtype=torch.bool).tril(-1)
-        own = (q * k).sum(-1, keepdim=True)
-        scores = torch.cat([scores.masked_fill(~before, -math.inf), own], -1)
-        P = (scores / self._size**0.5).softmax(-1)
-        mixed = P[..., :-1] @ v_0 + P[..., -1:] * v
-        return at.o_proj(mixed.transpose(1, 2).flatten(2))
 
-    def alone(self, l: int, n: States) -> States:
-        """What attention adds to the only token of a sequence."""
-        at, gains = self.layers[l].self_attn, self.layers[l].input_layernorm.weight
-        values = at.v_proj(gains * n).unflatten(-1, (-1, self._size))
-        shared = at.o_proj.in_features // at.v_proj.out_features
-        return at.o_proj(values.repeat_interleave(shared, -2).flatten(-2))
+def trace(network: Transformer, z: States) -> Iterator[tuple[States, States]]:
+    """Give tokens before and after attention, for each block, and at last those that leave."""
+    for l in range(network.depth):
+        n = network.normalize(z)
+        u = z + attention(network, l, n, n)
+        yield z, u
+        z = u + feed_forward(network, l, network.normalize(u))
+    yield z, z
 
-    def _keys_values(self, at: Any, reads: States, q: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._turn(self._heads(at.k_proj(reads))), self._heads(at.v_proj(reads))
-        shared = q.shape[1] // k.shape[1]
-        return k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
 
-    def _heads(self, x: Tensor) -> Float[Tensor, "texts heads tokens size"]:
-        return x.unflatten(-1, (-1, self._size)).transpose(1, 2)
+def feed_forward(network: Transformer, l: int, n: States) -> States:
+    """Compute what the feed-forward layer of a block adds to tokens with these norms."""
+    n = network.g_2[l][:, None] * n
+    gate = network.activate(network.W_1[l] @ n)
+    return network.W_2[l] @ (gate * (network.W_3[l] @ n))
 
-    def _turn(self, x: Tensor) -> Tensor:
-        """Rotate by positions."""
-        cos, sin = self._rotary(x, torch.arange(x.shape[-2])[None])
-        first, second = x.chunk(2, -1)
-        return x * cos + torch.cat([-second, first], -1) * sin
+
+def attention(network: Transformer, l: int, n: States, others: States) -> States:
+    """Compute what attention adds to each token if those before it are ``others``.
+
+    A token's own norm is in ``n``; weights have no biases.
+    """
+    n, others = (network.g_1[l][:, None] * x[:, None] for x in (n, others))
+    W_K, W_V = (network.each_head(W[l]) for W in (network.W_K, network.W_V))
+    queries, keys, past = (
+        network.rotate(each) for each in (network.W_Q[l] @ n, W_K @ n, W_K @ others)
+    )
+    own = torch.eye(n.shape[-1], dtype=torch.bool)
+    scores = torch.where(own, keys.mT @ queries, past.mT @ queries)
+    P = network.patterns(scores)
+    kept = P.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    mixed = (W_V @ others) @ P.masked_fill(own, 0) + (W_V @ n) * kept
+    return (network.W_O[l] @ mixed).sum(1)
+
+
+def alone(network: Transformer, l: int, n: States) -> States:
+    """Compute what attention adds to the only token of a sequence."""
+    values = network.each_head(network.W_V[l]) @ (network.g_1[l][:, None] * n)[:, None]
+    return (network.W_O[l] @ values).sum(1)
 
 
 def weights(pair: Pair) -> Iterator[Row]:
-    """How many singular values of each difference matter."""
+    """Count how many singular values of each difference matter."""
     every = []
     for name in pair.modules:
         values = lowrank.spectrum(pair.change(name))
@@ -126,139 +117,132 @@ def weights(pair: Pair) -> Iterator[Row]:
 
 
 def count(values: Tensor, share: float) -> int:
-    """The least number of leading singular values with a share of the squared norm."""
+    """Count the fewest leading singular values with a share of the squared norm."""
     squares = values.double().square().cumsum(0)
     return int((squares < share * squares[-1]).sum()) + 1
 
 
 def place(name: str) -> tuple[int, str]:
-    """The block and the name there of a module."""
+    """Find the block and the name there of a module."""
     parts = name.split(".")
     return int(parts[2]), parts[-1].removesuffix("_proj")
 
 
-def freedoms(base: Parts, tuned: Parts) -> Iterator[Row]:
-    """The share of a change's squared norm that other weights of the same function could save.
+def freedoms(base: Transformer, tuned: Transformer) -> Iterator[Row]:
+    """Compute the share of a change's squared norm that other weights of the function would save.
 
     To first order, and for the best choice: a complex number for each frequency of a group's
     queries and keys, a matrix for a group's values and outputs, a number for each hidden unit.
     """
-    saved: dict[str, list[float]] = {"q k": [], "v o": [], "up down": []}
-    for before, after in zip(base.layers, tuned.layers, strict=True):
-        at, old, size = after.self_attn, before.self_attn, after.self_attn.head_dim
-        q, k = (turning(at, old, name, size) for name in ("q_proj", "k_proj"))
-        # 1 + e for queries, 1 / conj(1 + e) for keys.
-        slopes = [(W.conj() * E).sum((-1, -2)) for W, E in (q, k)]
-        own = sum(W.abs().square().sum((-1, -2)) for W, _ in (q, k))
-        won = (slopes[0] - slopes[1].conj()).abs().square() / own
-        saved["q k"] += [float(won.sum()), norms(q, k)]
-
-        v, o = changed(at.v_proj, old.v_proj), changed(at.o_proj, old.o_proj)
-        (V, dV), (O, dO) = (
-            [M.unflatten(0, (-1, size)) for M in v],
-            [M.unflatten(1, (len(v[0]) // size, -1, size)).movedim(0, 2).flatten(1, 2) for M in o],
-        )
-        # I + X for values, I - X for outputs: an equation of Sylvester's.
-        left, lefts = torch.linalg.eigh(O.mT @ O)
-        right, rights = torch.linalg.eigh(V @ V.mT)
-        slope = lefts.mT @ (O.mT @ dO - dV @ V.mT) @ rights
-        won = slope.square() / (left[..., None] + right[:, None, :])
-        saved["v o"] += [float(won.sum()), norms(v, o)]
-
-        up = changed(after.mlp.up_proj, before.mlp.up_proj)
-        down = changed(after.mlp.down_proj, before.mlp.down_proj)
-        slope = (up[0] * up[1]).sum(1) - (down[0] * down[1]).sum(0)
-        won = slope.square() / (up[0].square().sum(1) + down[0].square().sum(0))
-        saved["up down"] += [float(won.sum()), norms(up, down)]
-    for name, found in saved.items():
-        yield -1, name, "free", sum(found[::2]) / sum(found[1::2])
+    blocks = [freedom(base, tuned, l) for l in range(tuned.depth)]
+    for name in blocks[0]:
+        saved, whole = (sum(block[name][i] for block in blocks) for i in (0, 1))
+        yield -1, name, "free", saved / whole
 
 
-def changed(after: Any, before: Any) -> tuple[Tensor, Tensor]:
-    """The tuned weight of a module, and its change."""
-    weight = after.weight.double()
-    return weight, weight - before.weight.double()
+def freedom(base: Transformer, tuned: Transformer, l: int) -> dict[str, tuple[float, float]]:
+    """Compute the squares that a block's weights could save, and all of its change's."""
+    weights, changes = {}, {}
+    for name in ("W_Q", "W_K", "W_V", "W_O", "W_3", "W_2"):
+        before, after = (getattr(network, name)[l].double() for network in (base, tuned))
+        # Those of a group of heads are side by side; scores are scaled in W_Q.
+        parts = [after, after - before]
+        if name in ("W_Q", "W_O"):
+            parts = [part.unflatten(0, (base.groups, -1)) for part in parts]
+        if name == "W_Q":
+            parts = [part * part.shape[-2] ** 0.5 for part in parts]
+        weights[name], changes[name] = parts
+    # Rows i and i + d/2 turn together: 1 + e for queries, 1 / conj(1 + e) for keys.
+    q, dq = (torch.complex(*W["W_Q"].chunk(2, -2)) for W in (weights, changes))
+    k, dk = (torch.complex(*W["W_K"].chunk(2, -2)) for W in (weights, changes))
+    slope = (q.conj() * dq).sum((1, 3)) - (k.conj() * dk).sum(2).conj()
+    own = q.abs().square().sum((1, 3)) + k.abs().square().sum(2)
+    found = {"q k": slope.abs().square() / own}
+    # I + X for values, I - X for outputs: an equation of Sylvester's.
+    V, dV = weights["W_V"], changes["W_V"]
+    O, dO = (W["W_O"].flatten(1, 2) for W in (weights, changes))
+    left, lefts = torch.linalg.eigh(O.mT @ O)
+    right, rights = torch.linalg.eigh(V @ V.mT)
+    slope = lefts.mT @ (O.mT @ dO - dV @ V.mT) @ rights
+    found["v o"] = slope.square() / (left[..., None] + right[:, None, :])
+    up, down = weights["W_3"], weights["W_2"]
+    slope = (up * changes["W_3"]).sum(1) - (down * changes["W_2"]).sum(0)
+    found["up down"] = slope.square() / (up.square().sum(1) + down.square().sum(0))
+    pairs_of = {"q k": ("W_Q", "W_K"), "v o": ("W_V", "W_O"), "up down": ("W_3", "W_2")}
+    return {
+        name: (float(saved.sum()), sum(float(changes[W].square().sum()) for W in pairs_of[name]))
+        for name, saved in found.items()
+    }
 
 
-def turning(after: Any, before: Any, name: str, size: int) -> list[Tensor]:
-    """The same for queries or keys, as complex rows: groups, frequencies, heads, width."""
-    groups = len(after.k_proj.weight) // size
-    both = changed(getattr(after, name), getattr(before, name))
-    halves = [M.unflatten(0, (groups, -1, 2, size // 2)).transpose(1, 3) for M in both]
-    return [torch.complex(M[:, :, 0], M[:, :, 1]) for M in halves]
-
-
-def norms(*both: Any) -> float:
-    """The squared norm of changes."""
-    return float(sum(change.abs().square().sum() for _, change in both))
-
-
-def floors(base: Parts, tuned: Parts, ids: Tensor) -> Iterator[Row]:
-    """What each part adds to own tokens, and what one part alone cannot do of its change.
+def floors(base: Transformer, tuned: Transformer, z: States) -> Iterator[Row]:
+    """Measure what each part adds to own tokens, and what one alone cannot do of its change.
 
     First tokens are left out: attention heaps on them. Floors are over the variance of the change.
     """
-    trace = [*tuned.trace(ids)]
-    yield -1, "", "tokens", ids[:, 1:].numel()
-    yield -1, "", "turn", cosine(trace[0][0], trace[-1][0])
-    for l, ((z, u), (y, _)) in enumerate(itertools.pairwise(trace)):
+    states = [*trace(tuned, z)]
+    yield -1, "", "tokens", len(rows(z))
+    yield -1, "", "turn", cosine(states[0][0], states[-1][0])
+    for l, ((z, u), (y, _)) in enumerate(itertools.pairwise(states)):
         for part, before, after in (("attention", z, u), ("mlp", u, y)):
-            sizes = (after - before).norm(dim=-1) / before.norm(dim=-1)
+            sizes = (after - before).norm(dim=1) / before.norm(dim=1)
             yield l, part, "added", float(sizes[:, 1:].median())
         yield l, "", "turn", cosine(z, y)
         n = tuned.normalize(u)
-        change = tuned.feed_forward(l, n) - base.feed_forward(l, n)
+        change = feed_forward(tuned, l, n) - feed_forward(base, l, n)
         yield l, "attention", "floor", not_affine(change, n) / variance(change)
         mixed, other = mix(base, tuned, tuned.normalize(z), [l])
-        yield l, "mlp", "floor", square(mixed - other) / 2 / variance(mixed)
+        yield l, "mlp", "floor", mean_square(mixed - other) / 2 / variance(mixed)
     for depth in DEPTHS:
-        n = tuned.normalize(trace[depth][0])
-        each = range(len(tuned.layers))
-        change = total(tuned.feed_forward(l, n) - base.feed_forward(l, n) for l in each)
-        single = change + total(tuned.alone(l, n) - base.alone(l, n) for l in each)
+        n = tuned.normalize(states[depth][0])
+        each = range(tuned.depth)
+        change = total(feed_forward(tuned, l, n) - feed_forward(base, l, n) for l in each)
+        single = change + total(alone(tuned, l, n) - alone(base, l, n) for l in each)
         yield depth, "attention", "far floor", not_affine(change, n) / variance(single)
         mixed, other = mix(base, tuned, n, each)
         whole = variance(mixed + change[: len(mixed)])
-        yield depth, "mlp", "far floor", square(mixed - other) / 2 / whole
+        yield depth, "mlp", "far floor", mean_square(mixed - other) / 2 / whole
 
 
-def mix(base: Parts, tuned: Parts, n: States, blocks: Iterable[int]) -> tuple[States, States]:
-    """How attention's changes add up for tokens behind those of one other sentence, and another."""
+def mix(
+    base: Transformer, tuned: Transformer, n: States, blocks: Iterable[int]
+) -> tuple[States, States]:
+    """Add up attention's changes for tokens behind those of one other sentence, and another."""
     n = n[:MIXED]
     first, second = (
-        total(tuned.attention(l, n, other) - base.attention(l, n, other) for l in blocks)
+        total(attention(tuned, l, n, other) - attention(base, l, n, other) for l in blocks)
         for other in (n.roll(1, 0), n.roll(2, 0))
     )
     return first, second
 
 
 def total(changes: Iterable[States]) -> States:
-    """The sum of changes."""
+    """Add changes."""
     return functools.reduce(operator.add, changes)
 
 
 def rows(x: States) -> Float[Tensor, "rows width"]:
-    """Tokens but for first ones."""
-    return x[:, 1:].flatten(0, 1).double()
+    """Give tokens but for first ones, as rows."""
+    return x[..., 1:].mT.flatten(0, 1).double()
 
 
-def square(x: States) -> float:
-    """The mean squared norm of tokens."""
+def mean_square(x: States) -> float:
+    """Compute the mean squared norm of tokens."""
     return float(rows(x).square().sum(-1).mean())
 
 
 def variance(x: States) -> float:
-    """The variance of tokens, summed over coordinates."""
+    """Compute the variance of tokens, summed over coordinates."""
     return float(rows(x).var(0).sum())
 
 
 def cosine(x: States, y: States) -> float:
-    """The mean cosine of tokens in two places."""
+    """Compute the mean cosine of tokens in two places."""
     return float(torch.cosine_similarity(rows(x), rows(y)).mean())
 
 
 def not_affine(change: States, n: States) -> float:
-    """The mean square of a change that no affine map of ``n`` makes, without bias."""
+    """Compute the mean square of a change that no affine map of ``n`` makes, without bias."""
     x, y = rows(n), rows(change)
     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     left = y - x @ torch.linalg.lstsq(x, y).solution
@@ -266,7 +250,7 @@ def not_affine(change: States, n: States) -> float:
 
 
 def effect(planner: Planner) -> Iterator[Row]:
-    """What one part's change alone leaves of the effect, and directions that nine tenths take."""
+    """Measure what one part's change alone leaves of the effect, and directions for nine tenths."""
     pair, network, test, nothing = planner.pair, planner.network, planner.test, Adapter({}, {})
     yield from measured("none", planner.measure(nothing))
     for part in ("attention", "mlp"):
@@ -280,7 +264,7 @@ def effect(planner: Planner) -> Iterator[Row]:
     yield -1, "", "taken", sum(adapter.ranks.values())
     for name in planner.modules:
         yield *place(name), "taken", adapter.ranks.get(name, 0)
-    known = planner.directions("uniform")
+    known = planner.directions
     whole, missing = planner.losses(nothing), {*planner.modules}
     for rank in range(1, planner.max_rank + 1):
         leading = {name: known[name].update.leading(rank) for name in missing}
@@ -293,65 +277,54 @@ def effect(planner: Planner) -> Iterator[Row]:
 
 
 def measured(name: str, found: Measured) -> Iterator[Row]:
-    """What a network loses."""
+    """Give what a network loses."""
     for quantity in ("error", "error_upper", "kl", "agreement"):
         yield -1, "", f"{name} {quantity}", getattr(found, quantity)
 
 
-class Tuning:
-    """The table of one tuning, which grows as its parts are measured."""
-
-    def __init__(self, folder: Path, name: str, tuned: str, kind: str) -> None:
-        self._file, self._name, self._kind = folder / f"{name}.csv", name, kind
-        self._pair = Pair.open(hub.LANGUAGE, tuned)
-        self._tuned = tuned
-
-    def run(self) -> None:
-        """Measure what the table lacks."""
-        pair = self._pair
-        self._keep("weights", lambda: weights(pair))
-        self._keep("floors", self._floors)
-        self._keep("effect", self._effect)
-
-    @torch.no_grad()
-    def _floors(self) -> list[Row]:
-        base, tuned = (Parts(models.language(name)) for name in (hub.LANGUAGE, self._tuned))
-        sentences = [s for part in ("test", "validation") for s in pairs.texts(self._kind, part)]
-        ids = self._pair.tokenizer(sentences)["input_ids"]
+@torch.no_grad()
+def work(settings: list[Setting]) -> list[Found]:
+    """Measure one stage of a tuning."""
+    (setting,) = settings
+    following = setting.tuning == NEXT
+    folder = Path("tuned", f"{NEXT}-0-full") if following else plans.tuned(setting.tuning)
+    kind = "movies" if following else plans.TUNINGS[setting.tuning].kind
+    pair = Pair.open(models.LANGUAGE, str(folder))
+    if setting.stage == "weights":
+        found = [*weights(pair)]
+    elif setting.stage == "floors":
+        sentences = [s for part in ("test", "validation") for s in pairs.texts(kind, part)]
+        ids = pair.tokenizer(sentences)["input_ids"]
         ids = [tokens[:LENGTH] for tokens in ids if len(tokens) >= LENGTH]
-        found = floors(base, tuned, torch.tensor(ids[:SENTENCES]))
-        return [*freedoms(base, tuned), *found]
-
-    @torch.no_grad()
-    def _effect(self) -> list[Row]:
-        planning, held_out = (pairs.texts(self._kind, part) for part in ("validation", "test"))
-        planner = Planner(
-            self._pair, planning[:PLANNING], held_out=held_out[:TEXTS], modules=BLOCKS
-        )
-        return [*effect(planner)]
-
-    def _keep(self, stage: str, measure: Callable[[], Iterable[Row]]) -> None:
-        there = self._file.exists()
-        if there and stage in {*pd.read_csv(self._file).stage}:
-            return
-        table = pd.DataFrame([*measure()], columns=["block", "part", "quantity", "value"])
-        table.insert(0, "tuning", self._name)
-        table.insert(1, "stage", stage)
-        for library in ("torch", "transformers"):
-            table[library] = metadata.version(library)
-        table.to_csv(self._file, mode="a", header=not there, index=False, float_format="%.5g")
-        print(self._name, stage, time.process_time(), flush=True)
+        modules = [models.decoder(name) for name in (models.LANGUAGE, str(folder))]
+        base, tuned = (from_decoder(module, final_norm=False) for module in modules)
+        z = modules[1].get_input_embeddings()(torch.tensor(ids[:SENTENCES])).mT
+        found = [*freedoms(base, tuned), *floors(base, tuned, z)]
+    else:
+        planning, held_out = (pairs.texts(kind, part) for part in ("validation", "test"))
+        limits: Any = {"held_out": held_out[:TEXTS], "modules": plans.BLOCKS}
+        found = [*effect(Planner(pair, planning[:PLANNING], **limits))]
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return [Found(rows=json.dumps(found), **versions)]
 
 
-def record(folder: Path, file: Path) -> None:
-    """Put the tables into the package, compressed alike at any time."""
-    table = pd.concat([pd.read_csv(part) for part in sorted(folder.glob("*.csv"))])
-    table.to_csv(file, index=False, compression={"method": "gzip", "mtime": 0})
+def unfold(runs: pd.DataFrame) -> pd.DataFrame:
+    """Give each of a run's rows a row of the table."""
+    names = ["block", "part", "quantity", "value"]
+    before, after = ["tuning", "stage"], ["torch", "transformers"]
+    tables = []
+    for i, rows in enumerate(runs.rows):
+        table = pd.DataFrame(json.loads(rows), columns=names)
+        for name in (*before, *after):
+            table[name] = runs[name].iloc[i]
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)[[*before, *names, *after]]
 
 
 if __name__ == "__main__":
-    out, *rest = sys.argv[1:]
-    if rest:
-        Tuning(Path(out), *rest).run()
-    else:
-        record(Path(out), Path(__file__).parent / _record.PARTS)
+    begin()
+    tunings = [name for name, about in plans.TUNINGS.items() if not about.rank]
+    asked = sweeps.grid(Setting, tuning=[*tunings, NEXT], stage=["weights", "floors", "effect"])
+    asked = [one for one in asked if (one.tuning, one.stage) != (NEXT, "effect")]
+    sweeps.run(asked, work, "parts.sqlite", size=1)
+    put(unfold(merge(["parts.sqlite"], Setting)), "parts")

@@ -1,154 +1,186 @@
-"""Compare adapters of a tuned language model, for `checkpoints.read_record`.
+"""Compare adapters that stand in for tunings of the packaged language model.
 
-Two tables get rows when an adapter is measured: one of adapters, one of texts. What is there is not
-measured again::
-
-    python -m records.plans FOLDER NAME TUNED KIND TEXTS AIMS [ADAPTER ...]
-
-``NAME`` is the tuning's, of the packaged language model; ``KIND`` is that of the rated sentences to
-plan with and, with at most so many ``TEXTS``, to measure with. The least adapters are looked for
-with errors of at most each of ``AIMS``, such as 0.3,0.1. An ``ADAPTER`` is a folder that another
-tool wrote, named ``TOOL-RANK``.
-The last step puts the tables into the package::
+The tunings are made if they are missing; adapters of another tool are taken from
+``others/TUNING/TOOL-RANK``, where there are such folders. Each adapter that is measured is kept in
+a folder as it ends, so that the same command goes on after an interruption::
 
     python -m records.plans FOLDER
 """
 
 from __future__ import annotations
 
-import sys
+import functools
+import math
 import time
-from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pandas as pd
-
-import records as _record
+from lorapower import randomness
 from lorapower.checkpoints import Adapter, Pair, Planner, _export
-from lorapower.checkpoints import _models as hub
-from lorapower.checkpoints import _peft_files as _files
-from records import pairs
+from lorapower.checkpoints import _peft_files as peft_files
+from lorapower.experiments import sweeps
+from records import models, pack, pairs
+from records.record import begin, merge, put
 
+BASE = models.LANGUAGE
 # Texts for planning, of which as many are used as a plan takes.
 PLANNING = 300
-# Of an adapter that is to shrink, beside those of tools.
-METHODS = ("energy", "uniform", "effect")
 RANKS = (1, 4, 16)
 # Uniform ranks among which the least for an error is looked for.
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # Of a tuning of all weights embeddings are carried, as by mergekit; only blocks get factors.
 BLOCKS = r"^model\.layers\."
+OF_BLOCKS = "effect of blocks"
 
 
-class Comparison:
-    """The tables of one tuning."""
+class Tuning(NamedTuple):
+    """Kind of sentences, an adapter's rank or 0, most texts to measure on, and errors asked for."""
 
-    def __init__(
-        self, folder: Path, name: str, tuned: str, kind: str, number: str, aims: str
-    ) -> None:
-        self._name, self._tuned, self._kind = name, tuned, kind
-        self._number, self._aims = int(number), [float(aim) for aim in aims.split(",")]
-        self._files = [folder / file for file in _record.TABLES]
+    kind: str
+    rank: int
+    texts: int
+    errors: tuple[float, ...]
 
-    def run(self, others: list[Path]) -> None:
-        """Measure all adapters that are missing."""
-        blocks = self._plan(BLOCKS)
-        budgets = {rank: blocks.parameters(rank) for rank in RANKS}
-        for place in others:
-            tool, _, number = place.name.rpartition("-")
-            if self._lacks(tool, int(number)):
-                carried, size = _files.measure_peft(place)
-                network = _export.load(place, blocks.pair)
-                self._add(blocks, network, tool, int(number), carried=carried, bytes=size)
-        if others:
-            self._compare(blocks, ("effect",), budgets, " of blocks")
-        planner = self._plan("all")
-        self._compare(planner, ("effect",) if others else METHODS, budgets)
-        for aim in self._aims:
-            for method in ("effect", "uniform"):
-                if self._lacks(f"least {method}", aim):
-                    start = time.perf_counter()
-                    adapter = _least(planner, method, aim)
-                    self._keep(planner, adapter, f"least {method}", aim, start)
 
-    def _compare(
-        self, planner: Planner, methods: Iterable[str], budgets: Mapping[int, int], label: str = ""
-    ) -> None:
-        for method in methods:
-            for rank, budget in budgets.items():
-                if self._lacks(method + label, rank):
-                    start = time.perf_counter()
-                    adapter = planner.candidate(method, budget)
-                    self._keep(planner, adapter, method + label, rank, start)
+TUNINGS = {
+    "movies": Tuning("movies", 0, 256, (0.3, 0.2, 0.1)),
+    "movies, rank 64": Tuning("movies", 64, 160, (0.2, 0.1)),
+    "tweets": Tuning("tweets", 0, 160, (0.2, 0.1)),
+    "editorials": Tuning("editorials", 0, 160, (0.1,)),
+}
 
-    def _plan(self, modules: str) -> Planner:
-        pair = Pair.open(hub.LANGUAGE, self._tuned)
-        planning, held_out = (pairs.texts(self._kind, part) for part in ("validation", "test"))
-        return Planner(
-            pair, planning[:PLANNING], held_out=held_out[: self._number], modules=modules
-        )
 
-    def _keep(
-        self, planner: Planner, adapter: Adapter, method: str, asked: float, start: float
-    ) -> None:
-        seconds = time.perf_counter() - start
-        pair = planner.pair
-        network = pair.skeleton()
-        options = _export.peft_options(pair, network, adapter)
-        carried, size = _files.estimate_peft(network, adapter.ranks, **options)
+class Setting(sweeps.Record):
+    """An adapter for a tuning: a method, and the rank or the error that is ``asked``."""
+
+    tuning: str
+    method: str
+    asked: float
+
+
+class Found(sweeps.Results):
+    """What ``"plans"`` of `records.read` says."""
+
+    parameters: float
+    seconds: float
+    carried: int
+    bytes: int
+    squares: str
+    effect: str
+    equal: str
+    divergence: str
+    decisions: str
+    torch: str
+    peft: str
+
+
+def tune(kind: str, rank: int, folder: Path) -> None:
+    """Tune the model in 100 steps to predict sentences of a kind, all weights or an adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import DataCollatorForSeq2Seq
+
+    tokenizer, network = models.tokenizer(BASE), models.decoder(BASE)
+    end = tokenizer.eos_token
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or end, "right"
+    if rank:
+        about: Any = {"r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
+        with randomness.seeded(0, "factors of a language model"), models.quiet():
+            network = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", **about))
+    sentences = [text + end for text in pairs.texts(kind, "train")]
+    tokens = tokenizer(sentences, truncation=True, max_length=64)["input_ids"]
+    models.train(
+        network,
+        # Labels of their own, since padding is told from the end by them alone.
+        [{"input_ids": ids, "labels": ids} for ids in tokens],
+        DataCollatorForSeq2Seq(tokenizer),
+        seed=randomness.number(0, "order of sentences"),
+        learning_rate=4e-4 if rank else 5e-5,
+        max_steps=100,
+        warmup_steps=10,
+        per_device_train_batch_size=8,
+        **models.precision(),
+    )
+    models.save(network, BASE, folder)
+
+
+def tuned(tuning: str) -> Path:
+    """Name the folder of a tuning, which is made if it is missing."""
+    folder = Path("tuned", tuning.replace(", ", "-").replace(" ", "-"))
+    if not folder.exists():
+        tune(TUNINGS[tuning].kind, TUNINGS[tuning].rank, folder)
+    return folder
+
+
+def other(setting: Setting) -> Path:
+    """Name the folder of another tool's adapter."""
+    return Path("others", setting.tuning, f"{setting.method}-{setting.asked:g}")
+
+
+@functools.lru_cache(maxsize=2)
+def plan(tuning: str, modules: str) -> Planner:
+    """Prepare a plan for a tuning."""
+    about = TUNINGS[tuning]
+    return Planner(
+        Pair.open(BASE, str(tuned(tuning))),
+        pairs.texts(about.kind, "validation")[:PLANNING],
+        held_out=pairs.texts(about.kind, "test")[: about.texts],
+        modules=modules,
+    )
+
+
+def work(settings: list[Setting]) -> list[Found]:
+    """Choose an adapter, or load it, and measure it."""
+    (setting,) = settings
+    blocks = plan(setting.tuning, BLOCKS)
+    about: dict[str, Any] = {"parameters": math.nan, "seconds": math.nan}
+    if setting.method == "mergekit":
+        planner, folder = blocks, other(setting)
+        carried, size = peft_files.measure_peft(folder)
+        network = _export.load(folder, blocks.pair)
+    else:
+        method = setting.method.removesuffix(" of blocks")
+        planner = blocks if method != setting.method else plan(setting.tuning, "all")
+        start = time.perf_counter()
+        if method.startswith("least "):
+            adapter = least(planner, method.removeprefix("least "), setting.asked)
+        else:
+            adapter = planner.candidate(method, blocks.parameters(int(setting.asked)))
+        about = {"parameters": adapter.parameters, "seconds": time.perf_counter() - start}
+        skeleton = planner.pair.skeleton()
+        options = _export.peft_options(planner.pair, skeleton, adapter)
+        carried, size = peft_files.estimate_peft(skeleton, adapter.ranks, **options)
         planner.put(adapter)
-        about = {"parameters": adapter.parameters, "carried": carried, "bytes": size}
-        self._add(planner, planner.network, method, asked, seconds=seconds, **about)
-
-    def _add(
-        self, planner: Planner, network: Any, method: str, asked: float, **about: float
-    ) -> None:
-        found = planner.test.compare(network)
-        key: dict[str, Any] = {"tuning": self._name, "method": method, "asked": asked}
-        texts = pd.DataFrame(found._asdict()).assign(effect=planner.test.effect, **key)
-        self._append(1, texts.reset_index(names="text"))
-        versions = {name: metadata.version(name) for name in ("lorapower", "torch", "peft")}
-        row = {"parameters": None, "seconds": None} | about | versions
-        self._append(0, pd.DataFrame([key | row]))
-        print(key | about, flush=True)
-
-    def _lacks(self, method: str, asked: float) -> bool:
-        if not self._files[0].exists():
-            return True
-        known = pd.read_csv(self._files[0])
-        same = (known.tuning == self._name) & (known.method == method) & (known.asked == asked)
-        return not same.any()
-
-    def _append(self, which: int, rows: pd.DataFrame) -> None:
-        place = self._files[which]
-        rows.to_csv(place, mode="a", header=not place.exists(), index=False, float_format="%.6g")
+        network = planner.network
+    arrays = planner.test.compare(network)._asdict() | {"effect": planner.test.effect}
+    about |= {name: pack(values) for name, values in arrays.items()}
+    about |= {name: metadata.version(name) for name in ("torch", "peft")}
+    return [Found(carried=carried, bytes=size, **about)]
 
 
-def _least(planner: Planner, method: str, aim: float) -> Adapter:
-    """The smallest adapter with at most an error on the texts for choosing, or the largest."""
+def least(planner: Planner, method: str, error: float) -> Adapter:
+    """Find the smallest adapter with at most an error on the texts for choosing, or the largest."""
     if method == "effect":
-        return planner.smallest(aim)[1]
+        return planner.smallest(error)[1]
     for rank in LADDER:
         adapter = planner.candidate(method, planner.parameters(rank))
-        if planner.error(adapter) <= aim:
+        if planner.error(adapter) <= error:
             break
     return adapter
 
 
-def record(folder: Path, package: Path) -> None:
-    """Put the tables into the package, compressed alike at any time."""
-    for name in _record.TABLES:
-        table = pd.read_csv(folder / name)
-        target = package / f"{name}.gz"
-        table.to_csv(target, index=False, compression={"method": "gzip", "mtime": 0})
+def every(tuning: str) -> list[Setting]:
+    """List the adapters of a tuning; those of another tool as far as they are there."""
+    about = TUNINGS[tuning]
+    methods = ["energy", "uniform", "effect"] if about.rank else ["mergekit", OF_BLOCKS, "effect"]
+    settings = sweeps.grid(Setting, tuning=tuning, method=methods, asked=[*map(float, RANKS)])
+    settings = [s for s in settings if s.method != "mergekit" or other(s).exists()]
+    methods = ["least effect", "least uniform"]
+    return settings + sweeps.grid(Setting, tuning=tuning, method=methods, asked=[*about.errors])
 
 
 if __name__ == "__main__":
-    out, *rest = sys.argv[1:]
-    if rest:
-        name, tuned, kind, number, aims, *adapters = rest
-        Comparison(Path(out), name, tuned, kind, number, aims).run([*map(Path, adapters)])
-    else:
-        record(Path(out), Path(__file__).parent)
+    begin()
+    asked = [setting for tuning in TUNINGS for setting in every(tuning)]
+    sweeps.run(asked, work, "plans.sqlite", size=1)
+    put(merge(["plans.sqlite"], Setting), "plans")

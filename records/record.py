@@ -1,4 +1,4 @@
-"""Put a long run of language models into the package, for `protocols.read_record`.
+"""Put a long run of language models beside this file, for `records.read`.
 
 Takes its name there, and the files that the encoders' chapter, with profile paper, leaves in its
 folder of results::
@@ -8,34 +8,47 @@ folder of results::
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from lorapower.experiments import sweeps
 from records import language
 
+HERE = Path(__file__).resolve().parent
 
-def record(
-    files: Sequence[Path | str], place: Path, kind: type[sweeps.Record] = language.Setting
+
+def begin() -> list[str]:
+    """Enter the folder that the command line names first; return what it says after that.
+
+    Files of runs, and folders of networks, are in the working directory of these commands, also of
+    their workers. They compute on one thread, as recorded runs do.
+    """
+    folder, *others = sys.argv[1:]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    return others
+
+
+def put(table: pd.DataFrame, name: str, folder: Path = HERE) -> None:
+    """Write a table, compressed; its bytes do not depend on the moment."""
+    table.to_csv(folder / f"{name}.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
+    print(f"{name}: {len(table)} rows")
+
+
+def merge(
+    files: Sequence[Path | str], kind: type[sweeps.Record] = language.Setting
 ) -> pd.DataFrame:
-    """The runs of all files as one compressed table, in an order that does not depend on theirs."""
+    """Read the runs of all files as one table, in an order that does not depend on theirs."""
     table = pd.concat([sweeps.read(file) for file in files])
     settings = sweeps.columns(kind)
-    table = table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
-    # The moment of writing is no part of the contents.
-    table.to_csv(place, index=False, compression={"method": "gzip", "mtime": 0})
-    return table
-
-
-def put(name: str, files: Sequence[Path | str]) -> None:
-    """Record the runs of all files in the package."""
-    folder = Path(__file__).parent
-    found = record(files, folder / f"{name}.csv.gz")
-    print(f"{len(found)} runs, {found.seconds.sum() / 3600:.1f} hours of training")
+    return table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
 
 
 if __name__ == "__main__":
-    put(sys.argv[1], sys.argv[2:])
+    put(merge(sys.argv[2:]), sys.argv[1])

@@ -15,7 +15,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorapower import randomness
-from lorapower.checkpoints import _libraries
+from lorapower.checkpoints._libraries import quiet
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -113,7 +113,7 @@ def pair(
     made = byte_words()
     described: Any = transformers.CONFIG_MAPPING[kind]
     config = described(vocab_size=len(made), **CONFIGS[kind] | options)
-    with randomness.seeded(seed, "checkpoints"), _libraries.quiet():
+    with randomness.seeded(seed, "checkpoints"), quiet():
         network = getattr(transformers, architecture)(config).to(dtype)
         with torch.no_grad():
             # Drawn so small that attention would not see what tuning changes.

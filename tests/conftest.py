@@ -1,33 +1,26 @@
-"""What the tests of the book share."""
+"""What tests share; those of the built book and of its pages import a browser when they need it."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import os
 import re
 import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import pytest
-from browsing import OPTIONS, chromium
 from hypothesis import settings
-from playwright.sync_api import Browser, sync_playwright
-from sphinx_external_toc.parsing import parse_toc_yaml
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
-# Pages of the book: those of the table of contents, and those that Sphinx adds.
-PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
-PASSED = ROOT / "_build" / "passed.json"
-OTHERS = ["genindex", "py-modindex", "search"]
+Make = Callable[..., "subprocess.Popen[str]"]
 
 # No limit on the time of one example: the machine may be busy. `--hypothesis-profile=many` for a
 # long search.
@@ -44,7 +37,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Other examples in every run, all of which one number brings back."""
+    """Draw other examples in every run, all of which one number brings back."""
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = secrets.randbelow(2**32)
 
@@ -54,64 +47,20 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the book or starts make, and begin with tests that start programs.
-
-    Tests that are marked ``sources("Makefile", …)`` and passed with the same files are skipped, but
-    never where ``CI`` is set.
-    """
-    passed = {} if os.environ.get("CI") else _passed()
+    """Mark what needs the book or starts make, and begin with tests that start programs."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if "book" in fixtures:
             item.add_marker("book")
         if "run_make" in fixtures:
             item.add_marker("programs")
-        if sources := item.get_closest_marker("sources"):
-            digest = _digest(item.path, *sources.args)
-            item.user_properties.append(("sources", digest))
-            if passed.get(item.nodeid) == digest:
-                item.add_marker(pytest.mark.skip("passed with the same sources"))
     items.sort(key=lambda item: item.get_closest_marker("programs") is None)
 
 
-def _passed() -> dict[str, str]:
-    """By test, the digest of the sources with which it passed last."""
-    with suppress(FileNotFoundError):
-        return dict(json.loads(PASSED.read_text(encoding="utf-8")))
-    return {}
-
-
-@functools.cache
-def _digest(test: Path, *patterns: str) -> str:
-    digest = hashlib.blake2b(sys.version.encode(), digest_size=8)
-    found = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
-    for path in [test, Path(__file__), ROOT / "constraints.txt", *sorted(found)]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-_now_passed: dict[str, str] = {}
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" and report.passed:
-        _now_passed[report.nodeid] = str(dict(report.user_properties).get("sources", ""))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    kept = {name: digest for name, digest in _now_passed.items() if digest}
-    if kept and not hasattr(session.config, "workerinput"):  # where there are workers, not in them
-        PASSED.parent.mkdir(exist_ok=True)
-        PASSED.write_text(json.dumps(_passed() | kept), encoding="utf-8")
-
-
 def own_environment() -> dict[str, str]:
-    """The environment without what the make that runs these tests would hand down."""
+    """Return the environment without what the make that runs these tests would hand down."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    taken = {
-        *re.findall(r"^(\w+) *\?=", makefile, re.MULTILINE),
-        *re.findall(r"(\w+)=", os.environ.get("MAKEFLAGS", "")),
-    }
+    taken = {*re.findall(r"^(?:export )?(\w+) *\?=", makefile, re.MULTILINE)}
     return {
         name: value
         for name, value in os.environ.items()
@@ -119,15 +68,9 @@ def own_environment() -> dict[str, str]:
     }
 
 
-class Make(Protocol):
-    def __call__(
-        self, folder: Path, /, *arguments: str, **environment: str
-    ) -> subprocess.Popen[str]: ...
-
-
 @pytest.fixture
 def run_make(tmp_path: Path) -> Iterator[Make]:
-    """Start `make` with the environment that runs the tests, which counts as installed.
+    """Start ``make`` with the environment that runs the tests, which counts as installed.
 
     Returns the process, whose two output streams are one pipe. It leads a group of its own, which
     is gone when the test ends.
@@ -135,16 +78,13 @@ def run_make(tmp_path: Path) -> Iterator[Make]:
     started: list[subprocess.Popen[str]] = []
     ready = tmp_path / "ready"
 
-    def start(folder: Path, /, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        if not ready.exists():
+    def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        if not ready.exists():  # newer than what the test has written
             ready.touch()
-        given = dict(word.split("=", 1) for word in arguments if "=" in word)
         # No test may empty the environment that runs it.
-        own = {"VENV": sys.prefix, "ready": str(ready), "empty_venv": "false"}
-        variables = given if "VENV" in given else own | given
-        targets = [word for word in arguments if "=" not in word]
+        own = [f"VENV={sys.prefix}", f"ready={ready}", "empty_venv=false"]
         process = subprocess.Popen(
-            ["make", *(f"{name}={value}" for name, value in variables.items()), *targets],
+            ["make", *own, *arguments],
             cwd=folder,
             env=own_environment() | environment,
             stdin=subprocess.DEVNULL,
@@ -167,7 +107,7 @@ def run_make(tmp_path: Path) -> Iterator[Make]:
 
 @pytest.fixture(scope="session")
 def book() -> Path:
-    """The folder of the built book."""
+    """Find the folder of the built book."""
     html = ROOT / "_build" / "html"
     if not (html / "index.html").is_file():
         pytest.fail("the book is not built: run `make book` (`make test` does)")
@@ -176,7 +116,7 @@ def book() -> Path:
 
 @pytest.fixture(scope="session")
 def small_runs(book: Path) -> Path:
-    """The folder of the chapters as they were executed at a small size."""
+    """Find the folder of the chapters as they were executed at a small size."""
     folder = ROOT / "_build" / "small"
     if not (folder / "done").is_file():
         pytest.fail("no chapter is executed at a small size: run `make test`")
@@ -185,6 +125,9 @@ def small_runs(book: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    from browsing import OPTIONS, chromium
+    from playwright.sync_api import sync_playwright
+
     executable = chromium()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=OPTIONS)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from lorapower import lowrank, randomness
-from lorapower.networks import FNN, LinearNetwork
+from lorapower.networks import FNN, LinearNetwork, Transformer
 
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from([torch.float32, torch.float64])
@@ -49,3 +50,26 @@ def of_widths(
     generator = randomness.generator(seed, "biases in tests", purpose)
     biases = [torch.randn(b, generator=generator).double() for b in widths[1:]]
     return FNN(weights, biases, linear_last=linear_last)
+
+
+def benign(depth: int, width: int, batch: tuple[int, ...], seed: int) -> FNN:
+    """A ReLU network of layers of condition number 3."""
+    weights = conditioned(depth, width, batch_shape=batch, seed=seed).weights
+    return FNN(weights, FNN.random(depth, width, batch_shape=batch, seed=seed).biases)
+
+
+def moderate(depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int) -> Transformer:
+    """A transformer of well-conditioned matrices."""
+    network = Transformer.random(depth, width, heads, batch_shape=batch, seed=seed)
+    matrices: Any = {
+        name: lowrank.random_matrix(
+            width,
+            width,
+            condition_number=3,
+            batch_shape=getattr(network, name).shape[:-2],
+            seed=seed,
+            purpose=name,
+        )
+        for name in ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out")
+    }
+    return network.replace(**matrices)

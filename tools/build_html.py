@@ -10,7 +10,9 @@ Sphinx reports a warning only when it reads a page, so an incremental build woul
 from __future__ import annotations
 
 import argparse
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,10 +20,12 @@ import time
 from pathlib import Path
 
 import nbformat
+from bs4 import BeautifulSoup
 
 from lorapower.book.chapter import read_quotes
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lorapower"
 # That extension touches every living object, at which torch's deprecated ones protest.
 _QUIET = {
     "PYTHONWARNINGS": "ignore::FutureWarning:sphinx_external_toc.collectors",
@@ -98,15 +102,42 @@ def build(out: Path) -> int:
     return 0
 
 
+def words(page: Path) -> int:
+    """Count the words of a page's text, without code, outputs, mathematics and folded parts."""
+    article = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").select_one("article")
+    if article is None:
+        return 0
+    for left_out in article.select(".cell, .math, details, .dropdown, pre"):
+        left_out.decompose()
+    return len(re.findall(r"\S*\w\S*", article.get_text(" ")))
+
+
+def public(folder: Path) -> int:
+    """Count the functions and classes of a package whose path has no underscore."""
+    paths = folder.rglob("*.py")
+    open_to_all = (p for p in paths if not any(part[0] == "_" for part in p.parts[-3:-1]))
+    modules = [ast.parse(p.read_text("utf-8")).body for p in open_to_all if p.name[0] != "_"]
+    kinds = ast.FunctionDef | ast.ClassDef
+    return sum(isinstance(node, kinds) and node.name[0] != "_" for m in modules for node in m)
+
+
+def report(html: Path) -> None:
+    """Print how long the chapters are, and how much the package offers."""
+    counts = {page.stem: words(page) for page in sorted(html.glob("chapters/[0-9]*.html"))}
+    print("Words:", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    print(f"Together {sum(counts.values()):,}; the package has {public(PACKAGE)} public names.")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--where", action="store_true", help="only say where the built book is")
+    parser.add_argument("--where", action="store_true", help="only say where it is, and how long")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if not arguments.where:
         return build(out)
     page = out / "html" / "index.html"
+    report(page.parent)
     print(f"The book is up to date: {page}\nOpen it in a browser: {page.as_uri()}")
     return 0
 

@@ -20,7 +20,6 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -35,9 +34,6 @@ from lorapower.book.chapter import quoted, read_quotes
 from lorapower.book.claims import read
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# What papermill and its client write beside the results: times, paths, states of the run.
-_RUN_METADATA = ("papermill", "execution")
 _ASKED = re.compile(r'\{eval\}`book\.quoted\["([^"]+)"\]`')
 
 
@@ -45,34 +41,40 @@ class ChapterError(Exception):
     """A chapter that must not enter the book; the message says why."""
 
 
-def run(
-    source: Path, target: Path, parameters: Mapping[str, object], folder: Path | None = None
-) -> NotebookNode:
-    """Execute the notebook `source` with `parameters` into `target`.
+def parameters(source: Path, profile: str) -> dict[str, object]:
+    """Choose the parameters of a profile: at those of ``small`` a chapter runs in seconds."""
+    if profile != "small":
+        return {"profile": profile}
+    metadata = nbformat.read(source, as_version=4).metadata
+    if not (given := metadata.get("lorapower", {}).get("small")):
+        raise ChapterError("add `lorapower: {small: {name: value, …}}` to the metadata")
+    return dict(given)
 
-    It runs in `folder`, by default that of `target`.
-    """
-    place = os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython"))
-    Path(place).mkdir(parents=True, exist_ok=True)
+
+def run(source: Path, target: Path, given: dict[str, object]) -> str:
+    """Execute a notebook with parameters; return what it wrote to stderr."""
+    place = Path(os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython")))
+    place.mkdir(parents=True, exist_ok=True)
     # Figures carry the time at which they were drawn: one and the same in each run.
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
-    # Threads that spin while they wait for one another take the time of those that they wait for,
-    # where there are more of them than free processors.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads that spin while they wait for one another take the time of those that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     target.parent.mkdir(parents=True, exist_ok=True)
     notebook: NotebookNode = papermill.execute_notebook(
         source,
         target,
-        dict(parameters),
+        given,
         kernel_name="python3",
-        cwd=folder or target.parent,
+        cwd=target.parent,
         progress_bar=False,
         # Kernels are reached over loopback: the notice that this is not encrypted is noise.
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),
     )
+    declared = papermill.inspect_notebook(source)
     answer(notebook)
+    messages = clean(notebook, {n: ast.literal_eval(p["default"]) for n, p in declared.items()})
     nbformat.write(notebook, target)
-    return notebook
+    return messages
 
 
 def answer(notebook: NotebookNode) -> None:
@@ -83,12 +85,10 @@ def answer(notebook: NotebookNode) -> None:
     show = DisplayFormatter().format
     for cell in notebook.cells:
         if keys := _ASKED.findall(cell.source) if cell.cell_type == "markdown" else ():
+            results = [{"status": "ok", "data": show(quoted[k])[0], "metadata": {}} for k in keys]
             cell.metadata["user_expressions"] = [
-                {
-                    "expression": f'book.quoted["{key}"]',
-                    "result": {"status": "ok", "data": show(quoted[key])[0], "metadata": {}},
-                }
-                for key in keys
+                {"expression": f'book.quoted["{key}"]', "result": result}
+                for key, result in zip(keys, results, strict=True)
             ]
 
 
@@ -102,7 +102,7 @@ def clean(notebook: NotebookNode, defaults: dict[str, object]) -> str:
     for key in ("papermill", "lorapower"):
         notebook.metadata.pop(key, None)
     for cell in notebook.cells:
-        for key in _RUN_METADATA:
+        for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         if cell.cell_type != "code":
             continue
@@ -111,35 +111,15 @@ def clean(notebook: NotebookNode, defaults: dict[str, object]) -> str:
         tags = cell.metadata.get("tags", [])
         if "injected-parameters" in tags:
             cell.id = "injected-parameters"  # papermill draws one at random
-            if _assigned(cell.source).items() <= defaults.items():
+            lines = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
+            values = {ast.unparse(n.targets[0]): ast.literal_eval(n.value) for n in lines}
+            if values.items() <= defaults.items():
                 tags.append("remove-cell")
         if not tags:
             cell.metadata.pop("tags", None)
         messages += [o.text for o in cell.outputs if o.get("name") == "stderr"]
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     return "".join(messages)
-
-
-def _assigned(source: str) -> dict[str, object]:
-    """The literals that a cell of parameters assigns, by name."""
-    return {
-        ast.unparse(statement.targets[0]): ast.literal_eval(statement.value)
-        for statement in ast.parse(source).body
-        if isinstance(statement, ast.Assign)
-    }
-
-
-def small(source: Path) -> dict[str, object]:
-    """Parameters at which a chapter runs in seconds."""
-    metadata = nbformat.read(source, as_version=4).metadata
-    if not (parameters := metadata.get("lorapower", {}).get("small")):
-        raise ChapterError("add `lorapower: {small: {name: value, …}}` to the metadata")
-    return dict(parameters)
-
-
-def _defaults(source: Path) -> dict[str, object]:
-    declared = papermill.inspect_notebook(source)
-    return {name: ast.literal_eval(about["default"]) for name, about in declared.items()}
 
 
 def check(executed: Path, observations: bool = True) -> None:
@@ -164,12 +144,10 @@ def check(executed: Path, observations: bool = True) -> None:
 
 
 def machine() -> str:
-    """In words, what the chapters run on."""
+    """Say in words what the chapters run on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{os.cpu_count()} processors ({platform.machine()}), {memory:.0f} GiB of memory, "
-        f"{platform.system()}"
-    )
+    processors = f"{os.cpu_count()} processors ({platform.machine()})"
+    return f"{processors}, {memory:.0f} GiB of memory, {platform.system()}"
 
 
 def main() -> int:
@@ -182,16 +160,12 @@ def main() -> int:
     # Each has its part of the processors: threads of one would take the time of another.
     share = max(1, (os.cpu_count() or 1) // max(1, arguments.jobs))
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    source, target = arguments.source, arguments.target
+    source, target, profile = arguments.source, arguments.target, arguments.profile
     partial, failed = (target.with_suffix(f".{end}.ipynb") for end in ("partial", "failed"))
     # The file carries the time at which its inputs were read: what changes during the run is newer.
     started = time.time_ns()
     try:
-        profile = arguments.profile
-        parameters = small(source) if profile == "small" else {"profile": profile}
-        notebook = run(source, partial, parameters)
-        messages = clean(notebook, _defaults(source))
-        nbformat.write(notebook, partial)
+        messages = run(source, partial, parameters(source, profile))
         check(partial, observations=profile != "small")
     except (ChapterError, DeadKernelError, PapermillExecutionError) as error:
         print(f"{source} failed: {error}", file=sys.stderr)
@@ -202,7 +176,7 @@ def main() -> int:
     if messages:
         print(f"{source} wrote to stderr:\n{messages}", file=sys.stderr)
     seconds = (time.time_ns() - started) / 1e9
-    about = {"profile": arguments.profile, "machine": machine(), "seconds": seconds}
+    about = {"profile": profile, "machine": machine(), "seconds": seconds}
     target.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
     os.utime(partial, ns=(started, started))
     partial.replace(target)

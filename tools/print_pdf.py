@@ -10,21 +10,15 @@ references, page numbers and bookmarks go through all of it. How it looks is in
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from io import BytesIO
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 from urllib.parse import urldefrag, urljoin
 
-import yaml
 from bs4 import BeautifulSoup, Tag
 from playwright.sync_api import Error, sync_playwright
-from pypdf import PdfWriter
-from pypdf.generic import DictionaryObject, NameObject, TextStringObject
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +55,6 @@ def document(pages: Sequence[Path]) -> str:
     whole.body.clear()
     content = whole.new_tag("main", attrs={"class": "bd-content"})
     whole.body.append(content)
-    content.append(_title_page(whole))
     for page in pages:
         article = _soup(page).select_one("article.bd-article")
         assert article is not None, page
@@ -93,14 +86,6 @@ def _rename(article: Tag, address: str, keys: dict[str, str]) -> None:
             del link["href"]
 
 
-def _title_page(page: BeautifulSoup) -> Tag:
-    settings = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    header = page.new_tag("header", attrs={"class": "print-title"})
-    for part in ("title", "author"):
-        header.append(page.new_tag("p", attrs={"class": part}, string=settings[part]))
-    return header
-
-
 def print_pages(pages: Sequence[Path], target: Path, program: str) -> None:
     """Write `pages` of the built book to the file `target`, which is complete or not there."""
     with sync_playwright() as playwright:
@@ -111,7 +96,6 @@ def print_pages(pages: Sequence[Path], target: Path, program: str) -> None:
         page.goto(base(pages).as_uri())
         page.set_content(document(pages), wait_until="load")
         page.evaluate(MATHJAX_IS_DONE)
-        headings = page.locator("main :is(h1, h2, h3, h4, h5, h6)").all_inner_texts()
         printed = page.pdf(
             format="A4",
             margin={"top": "20mm", "bottom": "20mm", "left": "18mm", "right": "18mm"},
@@ -124,26 +108,8 @@ def print_pages(pages: Sequence[Path], target: Path, program: str) -> None:
         )
         browser.close()
     partial = target.with_suffix(".partial.pdf")
-    _titled(printed, headings).write(partial)
+    partial.write_bytes(printed)
     partial.replace(target)
-
-
-def _titled(printed: bytes, headings: Sequence[str]) -> PdfWriter:
-    """The document with each bookmark as its heading, which Chromium spoils where lines end."""
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # Chromium counts its objects otherwise
-    writer = PdfWriter(clone_from=BytesIO(printed))
-    left = iter(headings)
-
-    def name(items: Iterable[Any]) -> None:
-        for item in items:
-            if isinstance(item, list):
-                name(item)
-            else:
-                entry = cast(DictionaryObject, item.node)
-                entry[NameObject("/Title")] = TextStringObject(" ".join(next(left).split()))
-
-    name(writer.outline)
-    return writer
 
 
 def main() -> int:

@@ -1,5 +1,46 @@
 """What only the book's chapters need: their head, parameters, claims and figures."""
 
-import lazy_loader
+from . import claims, figures
+from .chapter import (
+    THREADS,
+    WIDEST,
+    Blocks,
+    Depth,
+    Heads,
+    Layers,
+    Parameters,
+    Ranks,
+    Seeds,
+    Tokens,
+    Width,
+    median,
+    named,
+    quote,
+    quoted,
+    results,
+    setup,
+    whole,
+)
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [
+    "THREADS",
+    "WIDEST",
+    "Blocks",
+    "Depth",
+    "Heads",
+    "Layers",
+    "Parameters",
+    "Ranks",
+    "Seeds",
+    "Tokens",
+    "Width",
+    "claims",
+    "figures",
+    "median",
+    "named",
+    "quote",
+    "quoted",
+    "results",
+    "setup",
+    "whole",
+]

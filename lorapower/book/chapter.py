@@ -1,4 +1,4 @@
-"""What chapters share: types of parameters, the head, quoted numbers and a few statistics.
+"""Share what chapters need: types of parameters, the head, and quoted numbers.
 
 What is imported of notebooks themselves is installed with the extra ``book``.
 """
@@ -17,10 +17,8 @@ from typing import Annotated, Any, Literal, get_origin
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
-from torch import Tensor
 
 from .._records import Record
 from ..errors import InputError
@@ -39,12 +37,12 @@ _COMPLETED = "_completed"
 
 
 def whole(low: int, high: int | None = None) -> Any:
-    """The type of an integer from ``low`` to ``high``."""
+    """Declare an integer from ``low`` to ``high``."""
     return Annotated[int, Field(ge=low, le=high)]
 
 
 def results(chapter: str) -> Any:
-    """The type of the folder in which a chapter keeps the runs of its sweeps, by its name.
+    """Declare the folder in which a chapter, named here, keeps the runs of its sweeps.
 
     An empty text means the folder in the environment's ``LORAPOWER_RESULTS``, or else ``results``
     in profile paper, and none in quick.
@@ -59,18 +57,17 @@ def results(chapter: str) -> Any:
 
 
 def named(default: str) -> Any:
-    """The type of a name; an empty one stands for ``default``."""
+    """Declare a name; an empty one stands for ``default``."""
     return Annotated[str, AfterValidator(lambda name: name or default)]
 
 
 def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
-    """None above the width; where none is given, all, or 17 where there are more."""
+    """Refuse ranks above the width; where none is given, take all, or 17 where there are more."""
     width = info.data.get("width")
     if width is None:  # is itself refused
         return ranks
     if ranks and max(ranks) > width:
-        allowed = f"at most {width} (the width)"
-        raise InputError(str(info.field_name), allowed=allowed, given=max(ranks))
+        raise InputError("ranks", allowed=f"at most {width} (the width)", given=max(ranks))
     return ranks or [round(i * width / 16) for i in range(17)]
 
 
@@ -93,7 +90,7 @@ Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: i
 
 
 class Parameters(Record):
-    """The parameters that all chapters have; a chapter's model adds its own.
+    """Hold the parameters that all chapters have; a chapter's model adds its own.
 
     A list may also be one value or a text such as ``1,4`` or ``[1, 4]``, for papermill's ``-p``;
     its numbers are sorted, each once. Raises `InputError` for the first unusable value.
@@ -147,7 +144,7 @@ def setup(model: type[Parameters]) -> None:
 
 
 def _injected(cells: Sequence[str]) -> list[str]:
-    """The names that papermill's cell of parameters assigned, the last such cell that ran."""
+    """List the names that papermill's cell of parameters assigned, the last one that ran."""
     for cell in reversed(cells):
         if cell.startswith("# Parameters\n"):
             assigned = [node for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
@@ -158,12 +155,9 @@ def _injected(cells: Sequence[str]) -> list[str]:
 def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
     if unknown := [name for name in names if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, 1)
-        raise InputError(
-            "parameters",
-            allowed=f"among {', '.join(known)}",
-            given=", ".join(unknown),
-            remedy=f"did you mean {near[0]}?" if near else "",
-        )
+        remedy = f"did you mean {near[0]}?" if near else ""
+        allowed = f"among {', '.join(known)}"
+        raise InputError("parameters", allowed=allowed, given=", ".join(unknown), remedy=remedy)
 
 
 class _Quoted(dict[str, str]):
@@ -199,7 +193,7 @@ def quote(name: str, value: Any, *, digits: int | None = None) -> None:
 
 
 def read_quotes(notebook: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What an executed notebook quoted, by name, and each in all its forms, by MIME type."""
+    """Read what an executed notebook quoted: by name, each in all its forms by MIME type."""
     quotes = {}
     for cell in notebook["cells"]:
         for output in cell.get("outputs", ()):
@@ -210,21 +204,5 @@ def read_quotes(notebook: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def median(values: ArrayLike, axis: int | None = None) -> Any:
-    """The median along an axis, or of all numbers: of two in the middle, their mean."""
+    """Compute the median along an axis, or of all numbers: of two in the middle, their mean."""
     return np.median(np.asarray(values), axis)
-
-
-def dead(outputs: Float[Tensor, "*batch out samples"]) -> Bool[Tensor, "*batch out"]:
-    """Which outputs of a ReLU network are 0 at all samples [prop-dead-outputs].
-
-    No error at these samples has a gradient in their weights.
-    """
-    return (outputs == 0).all(-1)
-
-
-def share(
-    difference: Float[Tensor, "*#batch out samples"], chosen: Bool[Tensor, "*#batch out"]
-) -> Float[Tensor, "*batch"]:
-    """The part of ``Σ ‖f(x) − f̄(x)‖²`` in the chosen outputs; NaN where there is no error."""
-    errors = difference.square().sum(-1)
-    return (errors * chosen).sum(-1) / errors.sum(-1)

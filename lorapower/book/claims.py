@@ -1,4 +1,4 @@
-"""Claims: what a chapter predicted, what it measured, and whether they agree.
+"""Claim what a chapter predicted and measured, and record whether they agree.
 
 A claim at the end of a cell shows itself, and leaves a record that `read` finds for the scorecard.
 """
@@ -62,9 +62,9 @@ def equal(
     scale: ArrayLike | None = None,
     seeds: int | None = None,
 ) -> Claim:
-    """``|measured − predicted| ≤ rtol · scale`` for all entries; broadcasts.
+    """Claim ``|measured − predicted| ≤ rtol · scale`` for all entries; broadcasts.
 
-    ``scale`` is by default ``|predicted|``. ``seeds`` is added to the statement.
+    ``scale`` is by default ``|predicted|``. ``seeds`` ends the statement.
     """
     expected, found = _numbers("predicted", predicted), _numbers("measured", measured)
     unit = np.abs(expected) if scale is None else _numbers("scale", scale)
@@ -81,31 +81,21 @@ def equal(
 
 
 def at_most(
-    statement: str,
-    label: str,
-    *,
-    measured: ArrayLike,
-    bound: ArrayLike,
-    seeds: int | None = None,
+    statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike, seeds: int | None = None
 ) -> Claim:
-    """``measured ≤ bound`` for all entries; broadcasts. ``seeds`` is added to the statement."""
+    """Claim ``measured ≤ bound`` for all entries; broadcasts. ``seeds`` ends the statement."""
     return _compare("≤", np.less_equal, _count_seeds(statement, seeds), label, measured, bound)
 
 
 def at_least(
-    statement: str,
-    label: str,
-    *,
-    measured: ArrayLike,
-    bound: ArrayLike,
-    seeds: int | None = None,
+    statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike, seeds: int | None = None
 ) -> Claim:
-    """``measured ≥ bound`` for all entries; broadcasts. ``seeds`` is added to the statement."""
+    """Claim ``measured ≥ bound`` for all entries; broadcasts. ``seeds`` ends the statement."""
     return _compare("≥", np.greater_equal, _count_seeds(statement, seeds), label, measured, bound)
 
 
 def number(value: float, digits: int) -> str:
-    """Markdown for a number of so many significant digits: powers of ten are typeset."""
+    """Write a number with so many significant digits as Markdown: powers of ten are typeset."""
     mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
     if not exponent:
         return mantissa
@@ -114,7 +104,7 @@ def number(value: float, digits: int) -> str:
 
 
 def read(path: str | Path) -> list[Claim]:
-    """The claims that an executed notebook recorded, in its order."""
+    """Read the claims that an executed notebook recorded, in its order."""
     notebook = json.loads(Path(path).read_text(encoding="utf-8"))
     return [
         Claim(**output["data"][MIME])
@@ -125,12 +115,7 @@ def read(path: str | Path) -> list[Claim]:
 
 
 def _compare(
-    sign: str,
-    compare: np.ufunc,
-    statement: str,
-    label: str,
-    measured: ArrayLike,
-    bound: ArrayLike,
+    sign: str, compare: np.ufunc, statement: str, label: str, measured: ArrayLike, bound: ArrayLike
 ) -> Claim:
     found, limit = _numbers("measured", measured), _numbers("bound", bound)
     # Different bounds must not read like one interval for all values.

@@ -3,6 +3,63 @@
 All raise `InputError` for networks of another kind than theirs.
 """
 
-import lazy_loader
+from . import samples
+from .expansion import first_order
+from .final_layers import colliding_inputs, final_layers_floor
+from .floors import (
+    AttentionFloor,
+    FeedForwardFloor,
+    attention_floor,
+    attention_only,
+    directions,
+    far_error,
+    feed_forward_floor,
+)
+from .layers import (
+    OptimalPartition,
+    fnn_data_threshold,
+    fnn_error,
+    fnn_error_on,
+    fnn_threshold,
+    least_error,
+    least_rank,
+    linear_error,
+    linear_threshold,
+    variance,
+)
+from .transformer import (
+    inner_rank,
+    packed_rank,
+    transformer_error,
+    transformer_ranks,
+    transformer_threshold,
+)
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [
+    "AttentionFloor",
+    "FeedForwardFloor",
+    "OptimalPartition",
+    "attention_floor",
+    "attention_only",
+    "colliding_inputs",
+    "directions",
+    "far_error",
+    "feed_forward_floor",
+    "final_layers_floor",
+    "first_order",
+    "fnn_data_threshold",
+    "fnn_error",
+    "fnn_error_on",
+    "fnn_threshold",
+    "inner_rank",
+    "least_error",
+    "least_rank",
+    "linear_error",
+    "linear_threshold",
+    "packed_rank",
+    "samples",
+    "transformer_error",
+    "transformer_ranks",
+    "transformer_threshold",
+    "variance",
+]

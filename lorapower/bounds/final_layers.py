@@ -1,7 +1,8 @@
 """Errors that tuning above the frozen first layer leaves [lem-final-layers].
 
-Later layers see only ``h(x) = ReLU(W_1 x + b_1)``: the value of an active unit, and that an
-inactive one is not positive. Within these limits inputs move unseen. Without ReLUs all are active.
+Later layers only receive ``h(x) = ReLU(W_1 x + b_1)``: the value of an active unit, and that an
+inactive one is not positive. Inputs that agree in this cannot be distinguished. Without ReLUs all
+units are active.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from ..errors import InputError
 from ..networks.layers import FNN
 
 
-class Floor(NamedTuple):
-    """Estimated mean over samples and coordinates, and its standard error; each ``[...]``."""
+class _Floor(NamedTuple):
+    """An estimated mean over samples and coordinates, and its standard error; each ``[...]``."""
 
     mean_squared_error: Float[Tensor, "*batch"]
     standard_error: Float[Tensor, "*batch"]
@@ -28,10 +29,10 @@ class Floor(NamedTuple):
 def colliding_inputs(
     frozen: FNN, x: Float[Tensor, "*#batch in samples"], *, reach: float = 1.0, seed: int = 0
 ) -> Float[Tensor, "*batch in samples"]:
-    """For each input another one with the same outputs of the frozen first layer.
+    """Find for each input another one with the same outputs of the frozen first layer.
 
     It lies in a random direction orthogonal to the active units, as far as inactive units allow, at
-    most ``reach``; it is ``x`` where there is no such direction. Source: [lem-final-layers].
+    most ``reach`` away; it is ``x`` where there is no such direction. Source: [lem-final-layers].
     """
     x = frozen.as_inputs(x).double()
     reach = _checks.positive("reach", reach)
@@ -46,17 +47,18 @@ def colliding_inputs(
 @torch.no_grad()
 def final_layers_floor(
     frozen: FNN, target: FNN, *, samples: int = 4096, steps: int = 64, seed: int = 0
-) -> Floor:
-    """The mean squared error that no tuning above the frozen first layer gets below.
+) -> _Floor:
+    """Estimate the mean squared error that no tuning above the frozen first layer gets below.
 
     For ``x ~ N(0, I)`` and every function ``g``, ``E‖g(h(x)) − f̄(x)‖² ≥ E tr Cov(f̄(x) | h(x)) =
-    E‖f̄(x) − f̄(x')‖² / 2``, with ``x'`` drawn like ``x`` given ``h(x') =
-    h(x)``: normal on a polytope in an affine subspace. ``x'`` comes from ``x`` by steps of
-    hit-and-run, each along a random line. After any number of steps the mean estimate is **at
-    most** the floor, to which it rises with more steps. Source: [prop-floor].
+    E‖f̄(x) − f̄(x')‖² / 2``, with ``x'`` drawn like ``x`` given ``h(x') = h(x)``: normal on a
+    polytope in an affine subspace. ``x'`` comes from ``x`` by steps of hit-and-run, each along a
+    random line. After any number of steps the mean estimate is **at most** the floor, to which it
+    rises with more steps. Source: [prop-floor].
 
-    The networks have equal inputs and one type; batch shapes broadcast. Only the first frozen layer
-    counts: keeping more layers can only raise the floor.
+    Returns ``mean_squared_error`` over samples and coordinates and its ``standard_error``, each
+    ``[...]``. The networks have equal inputs and one type; batch shapes broadcast. Only the first
+    frozen layer counts: keeping more layers can only raise the floor.
     """
     samples, steps = _checks.integer("samples", samples, 2), _checks.integer("steps", steps, 1)
     _checks.like_frozen(target, frozen)
@@ -77,7 +79,7 @@ def final_layers_floor(
     mean = squares.mean(-1)
     # Not std, which warns of empty batches.
     variance = (squares - mean[..., None]).square().sum(-1) / (samples - 1)
-    return Floor(mean, (variance / samples).sqrt())
+    return _Floor(mean, (variance / samples).sqrt())
 
 
 class _Lines:
@@ -89,22 +91,22 @@ class _Lines:
         self.active = before > 0 if frozen.relus else torch.ones_like(before, dtype=torch.bool)
         rows = self.active.mT[..., None] * self.weight[..., None, :, :]
         _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
-        seen = S > max(rows.shape[-2:]) * torch.finfo(S.dtype).eps * S[..., :1]
-        self.seen = Vh * seen[..., None]
-        self.free = seen.sum(-1) < x.shape[-2]
+        spanned = S > max(rows.shape[-2:]) * torch.finfo(S.dtype).eps * S[..., :1]
+        self.active_rows = Vh * spanned[..., None]
+        self.free = spanned.sum(-1) < x.shape[-2]
 
     def direction(self, generator: torch.Generator) -> Tensor:
-        """Random of length 1, orthogonal to the active rows; 0 where these leave none."""
-        shape = (*self.seen.shape[:-2], self.seen.shape[-1], 1)
-        unit = randomness.normal(generator, *shape, device=self.seen.device)
+        """Draw a direction of length 1, orthogonal to the active rows; 0 where these leave none."""
+        rows = self.active_rows
+        unit = randomness.normal(generator, *rows.shape[:-2], rows.shape[-1], 1, device=rows.device)
         # The second time removes the rounding of the first, which may leave little.
         for _ in range(2):
-            unseen = unit - self.seen.mT @ (self.seen @ unit)
-            unit = unseen / torch.linalg.vector_norm(unseen, dim=-2, keepdim=True)
+            unit = unit - rows.mT @ (rows @ unit)
+            unit = unit / torch.linalg.vector_norm(unit, dim=-2, keepdim=True)
         return torch.where(self.free[..., None], unit[..., 0], 0).mT
 
     def interval(self, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """The ends of the ``t`` for which ``x + t · direction`` leaves inactive units inactive."""
+        """Find between which ``t`` all of ``x + t · direction`` keeps inactive units inactive."""
         # Rounding may have moved a unit slightly beyond the limit.
         before = (self.weight @ x + self.bias).clamp(max=0)
         slope = torch.where(self.active, 0, self.weight @ direction)
@@ -115,7 +117,7 @@ class _Lines:
 
 
 def _restricted_normal(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws from ``N(0, 1)`` restricted to ``low … high``, by inverting its distribution."""
+    """Draw from ``N(0, 1)`` restricted to ``low … high``, by inverting its distribution."""
     # In the lower half the distribution function keeps its relative precision.
     flip = low + high > 0
     a, b = torch.where(flip, -high, low), torch.where(flip, -low, high)

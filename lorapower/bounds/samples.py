@@ -4,7 +4,7 @@ Fixed inputs ``X`` (``n`` columns of rank ``q``) have outputs ``Y = W̄ X + Ξ``
 normal noise of standard deviation ``σ``. Least squares over adapters of total rank ``r`` turn a
 frozen linear network's product ``P = W̄ − E`` into ``P + K̂_r``, of risk ``‖(K̂_r − E) X‖²_F / n``.
 ``f_d`` are the singular values of ``E X / n^{1/2}``. A spectrum is ``k = min(D_out, q)`` singular
-values; risks are returned for ranks 0 to ``k``.
+values ``[..., k]``; risks are returned for ranks 0 to ``k``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from ..errors import InputError
 from ..lowrank import SVD, LowRank
 from ..networks.layers import LinearNetwork
 
+Spectrum = Float[Tensor, "*#batch k"]
+Risks = Float[Tensor, "*batch ranks"]
 # Exponents of `shrink`, from soft to nearly hard, and how many limits it tries with each.
 _EXPONENTS, _LIMITS = (1, 2, 4, 8), 60
 
 
 @dataclass(frozen=True)
 class Design:
-    """``n`` samples, ``D_out`` outputs, the span ``q`` (rank of the inputs) and the noise ``σ``.
+    """Describe data: ``n`` samples, ``D_out`` outputs, the inputs' rank ``q`` and the noise ``σ``.
 
     Raises `InputError` for counts below 1, a span above ``n``, and negative noise.
     """
@@ -52,45 +54,45 @@ class Design:
         return self.noise**2 / self.samples
 
 
-def divergence(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """Degrees of freedom of least squares of each rank.
+def divergence(spectrum: Spectrum, design: Design) -> Risks:
+    """Compute the degrees of freedom of least squares of each rank.
 
-    ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² −
-    f_j²)``, the divergence of the best approximation of rank ``r``; infinite where ``f_r =
-    f_{r+1}``. Raises `InputError` for another number of values. Source: [thm-risk].
+    ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² − f_j²)``, the divergence of the best
+    approximation of rank ``r``; infinite where ``f_r = f_{r+1}``. Raises `InputError` for another
+    number of values. Source: [thm-risk].
     """
     f = _values(spectrum, design)
-    squares, r = f.square(), torch.arange(len(f) + 1)
-    gap = squares[:, None] - squares[None, :]
+    squares, r = f.square(), _ranks(f)
+    gap = squares[..., :, None] - squares[..., None, :]
     # The approximation jumps where two values are equal, be they 0.
-    equal = 8 * len(f) * torch.finfo(f.dtype).eps * squares.max()
-    pairs = torch.where(gap > equal, squares[:, None] / gap, torch.inf)
-    shared = torch.stack([2 * pairs[:i, i:].sum() for i in r.tolist()])
-    return r * (r + abs(design.outputs - design.span)) + shared
+    equal = 8 * f.shape[-1] * torch.finfo(f.dtype).eps * squares.amax(-1)
+    pairs = torch.where(gap > equal[..., None, None], squares[..., :, None] / gap, torch.inf)
+    shared = [2 * pairs[..., :i, i:].sum((-2, -1)) for i in range(len(r))]
+    return r * (r + abs(design.outputs - design.span)) + torch.stack(shared, -1)
 
 
-def expected_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """``τ_r² + (σ²/n) div_r``, with ``τ_r² = Σ_{d>r} f_d²``: mean risk up to terms in ``σ⁴``.
+def expected_risk(spectrum: Spectrum, design: Design) -> Risks:
+    """Compute ``τ_r² + (σ²/n) div_r``, ``τ_r² = Σ_{d>r} f_d²``: mean risks up to terms in ``σ⁴``.
 
     Accurate where ``f_r² ≫ (D_out + q) σ²/n`` and later values are far below ``f_r`` [thm-risk].
     """
     return _missed(spectrum) + _freedom(spectrum, design)
 
 
-def simple_risk(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """``τ_r² + σ² r (D_out + q − r)/n``: `expected_risk` with ``div_r`` at its lower bound.
+def simple_risk(spectrum: Spectrum, design: Design) -> Risks:
+    """Compute ``τ_r² + σ² r (D_out + q − r)/n``, the least that `expected_risk` can be.
 
     That is the number of parameters of a matrix of rank ``r``. A direction then pays where
     ``f_r² > (D_out + q − 2r + 1) σ²/n``, a rule that needs what `expected_risk` needs: near its
     limit, which is below `edge`, the rank can have well above the least risk. Source: [thm-risk].
     """
     f = _values(spectrum, design)
-    r = torch.arange(len(f) + 1, dtype=f.dtype)
+    r = _ranks(f)
     return _missed(f) + design.variance * r * (design.outputs + design.span - r)
 
 
-def sure(observed: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """An unbiased estimate of each rank's risk from observed singular values (Stein).
+def sure(observed: Spectrum, design: Design) -> Risks:
+    """Estimate each rank's risk from observed singular values, without bias (Stein).
 
     ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)``, where ``y`` are the singular values of
     ``(Y − P X) Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``. The least of the
@@ -102,34 +104,26 @@ def sure(observed: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks
 
 
 def edge(design: Design) -> float:
-    """``f²`` from which a direction by itself pays, large ``D_out`` and ``q`` [prop-edge].
+    """Compute the ``f²`` from which a direction by itself pays, large sides [prop-edge].
 
     ``(D_out + q + (D_out² + 14 D_out q + q²)^{1/2}) σ²/2n``: below it noise has turned the singular
     vectors so far that the direction is better left out. `simple_risk` says ``(D_out + q) σ²/n``.
     """
-    sides = design.outputs, design.span
-    root = math.sqrt(sides[0] ** 2 + 14 * sides[0] * sides[1] + sides[1] ** 2)
-    return (sum(sides) + root) * design.variance / 2
+    a, b = design.outputs, design.span
+    return (a + b + math.sqrt(a**2 + 14 * a * b + b**2)) * design.variance / 2
 
 
-def oracle_bound(spectrum: Float[Tensor, " k"], design: Design) -> Float[Tensor, " ranks"]:
-    """``2 τ_r² + 16 r σ² [(D_out^{1/2} + q^{1/2})² + 1]/n``, above every mean risk [thm-oracle]."""
+def oracle_bound(spectrum: Spectrum, design: Design) -> Risks:
+    """Bound mean risks by ``2 τ_r² + 16 r σ² [(D_out^{1/2} + q^{1/2})² + 1]/n`` [thm-oracle]."""
     f = _values(spectrum, design)
-    r = torch.arange(len(f) + 1, dtype=f.dtype)
     size = (math.sqrt(design.outputs) + math.sqrt(design.span)) ** 2 + 1
-    return 2 * _missed(f) + 16 * r * design.variance * size
+    return 2 * _missed(f) + 16 * _ranks(f) * design.variance * size
 
 
-class PaidRank(NamedTuple):
-    """The total rank that samples pay for, by an estimate.
-
-    ``rank`` has the least of ``risks``, `sure` of each rank from 0; ``observed`` are the singular
-    values of ``(Y − P X) Π_X / n^{1/2}``; ``design`` has the noise given or estimated.
-    """
-
+class _PaidRank(NamedTuple):
     rank: int
-    risks: Float[Tensor, " ranks"]
-    observed: Float[Tensor, " k"]
+    risks: Risks
+    observed: Spectrum
     design: Design
 
 
@@ -139,13 +133,15 @@ def paid_rank(
     outputs: Float[Tensor, "out samples"],
     *,
     noise: float | None = None,
-) -> PaidRank:
-    """The total rank of adapters with the least estimated risk by `sure`, from data [thm-risk].
+) -> _PaidRank:
+    """Find the total rank of adapters of least estimated risk, from data [thm-risk].
 
-    Of ranks whose estimates differ only by rounding the least is taken. Estimates scatter, so
-    another rank may have the least risk; no statement bounds the difference. The frozen layers must
-    be square and non-singular for adapters to reach it. ``inputs`` are ``X``, whose rank is taken
-    in the coarser of both types, and ``outputs`` ``Y``. By default
+    Returns the ``rank`` that has the least of ``risks``, `sure` of each rank from 0 (of ranks that
+    differ only by rounding the lowest), the ``observed`` singular values of
+    ``(Y − P X) Π_X / n^{1/2}``, and the ``design`` with the noise given or estimated. Estimates
+    scatter, so another rank may have the least risk; no statement bounds the difference. The frozen
+    layers must be square and non-singular for adapters to reach it. ``inputs`` are ``X``, whose
+    rank is taken in the coarser of both types, and ``outputs`` ``Y``. By default
     ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``, the part that no linear map explains.
 
     Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
@@ -156,18 +152,13 @@ def paid_rank(
     rounding = 8 * len(risks) * torch.finfo(risks.dtype).eps * found.S.square().sum()
     finite = risks.nan_to_num(torch.inf, torch.inf)
     rank = int((finite <= finite.min() + rounding).int().argmax())
-    return PaidRank(rank, risks, found.S, design)
+    return _PaidRank(rank, risks, found.S, design)
 
 
-class Shrunk(NamedTuple):
-    """A shrunk update ``K`` of the frozen network's product, and its estimated risk.
-
-    ``kept`` is what is left of each observed singular value, 0 beyond the update's rank.
-    """
-
+class _Shrunk(NamedTuple):
     update: LowRank
     risk: float
-    kept: Float[Tensor, " k"]
+    kept: Spectrum
     design: Design
 
 
@@ -177,31 +168,28 @@ def shrink(
     outputs: Float[Tensor, "out samples"],
     *,
     noise: float | None = None,
-) -> Shrunk:
-    """The update of least estimated risk whose directions are shrunk, weak ones more [thm-shrink].
+) -> _Shrunk:
+    """Find the update of least estimated risk with directions shrunk, weak ones more [thm-shrink].
 
-    Least squares sees singular values ``y_d``; each becomes ``y max(0, 1 − (λ/y)^g)``. Of ``λ ≥ 0``
-    and ``g`` in 1, 2, 4, 8 those with the least estimated risk are taken, see `shrunk_risk`.
-    Directions with ``y_d ≤ λ`` are left out, so that the update has a rank. Parameters and errors
-    are those of `paid_rank`.
+    Each singular value ``y_d`` of least squares becomes ``y max(0, 1 − (λ/y)^g)``, with the
+    ``λ ≥ 0`` and ``g`` in 1, 2, 4, 8 that have the least `shrunk_risk`. Directions with ``y_d ≤ λ``
+    are left out, so that the update has a rank. Returns the ``update`` ``K`` of the frozen
+    network's product, its estimated ``risk``, what is ``kept`` of each singular value, and the
+    ``design``. Parameters and errors are those of `paid_rank`.
     """
     found, whitened, design = _observe(frozen, inputs, outputs, noise)
     kept, risk = shrink_values(found.S, design)
     rank = int((kept > 0).sum())
     left = found.U[:, :rank] * kept[:rank] * math.sqrt(design.samples)
-    return Shrunk(LowRank(left, whitened @ found.V[:, :rank]), float(risk), kept, design)
+    return _Shrunk(LowRank(left, whitened @ found.V[:, :rank]), float(risk), kept, design)
 
 
-def shrink_values(
-    observed: Float[Tensor, "*batch k"], design: Design
-) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch"]]:
-    """What `shrink` makes of observed singular values, and its estimated risk."""
-    y = _values(observed, design, batches=True)
+def shrink_values(observed: Spectrum, design: Design) -> tuple[Spectrum, Float[Tensor, "*batch"]]:
+    """Shrink observed singular values as `shrink` does; return the estimated risk, too."""
+    y = _values(observed, design)
     # From all directions to none.
-    parts = torch.linspace(0, 1, _LIMITS, dtype=y.dtype)
-    limits = y[..., :1] * parts
-    tried = [(limits, exponent) for exponent in _EXPONENTS]
-    risks = torch.stack([shrunk_risk(y[..., None, :], design, *pair) for pair in tried], -2)
+    limits = y[..., :1] * torch.linspace(0, 1, _LIMITS, dtype=y.dtype)
+    risks = torch.stack([shrunk_risk(y[..., None, :], design, limits, g) for g in _EXPONENTS], -2)
     best, place = risks.flatten(-2).min(-1)
     limit = limits.gather(-1, place[..., None] % _LIMITS)
     exponents = torch.tensor(_EXPONENTS, dtype=y.dtype)[place // _LIMITS]
@@ -209,24 +197,21 @@ def shrink_values(
 
 
 def shrunk_risk(
-    observed: Float[Tensor, "*#batch k"],
-    design: Design,
-    limit: Float[Tensor, " *#batch"],
-    exponent: float,
+    observed: Spectrum, design: Design, limit: Float[Tensor, "*#batch"], exponent: float
 ) -> Float[Tensor, "*batch"]:
-    """An unbiased estimate of the risk of ``φ(y) = y max(0, 1 − (λ/y)^g)``, fixed λ and g.
+    """Estimate the risk of ``φ(y) = y max(0, 1 − (λ/y)^g)`` without bias, fixed ``λ`` and ``g``.
 
     ``Σ_d (φ(y_d) − y_d)² − D_out q σ²/n + 2 (σ²/n) div φ`` with ``div φ = Σ_d [φ'(y_d) +
     |D_out − q| φ(y_d)/y_d] + 2 Σ_{i≠j} y_i φ(y_i)/(y_i² − y_j²)``. Source: [thm-shrink].
     """
-    y = _values(observed, design, batches=True)
+    y = _values(observed, design)
     phi, slope = _shrunk(y, limit[..., None], exponent)
     ratio = torch.where(y > 0, phi / y, slope)
     gap = y[..., :, None].square() - y[..., None, :].square()
     # Where two values agree, the derivative takes the quotient's place.
-    close = gap.abs() <= 1e-9 * y[..., None, :].square()
-    others = torch.where(close, 0, 1 / gap).sum(-1)
-    equal = close.sum(-1) - 1
+    agree = gap.abs() <= 1e-9 * y[..., None, :].square()
+    others = torch.where(agree, 0, 1 / gap).sum(-1)
+    equal = agree.sum(-1) - 1
     shared = 2 * y * phi * others + equal * (ratio + slope) / 2
     freedom = (slope + abs(design.outputs - design.span) * ratio + shared).sum(-1)
     noise = design.outputs * design.span * design.variance
@@ -234,7 +219,7 @@ def shrunk_risk(
 
 
 def _shrunk(y: Tensor, limit: Tensor, exponent: Tensor | float) -> tuple[Tensor, Tensor]:
-    """``φ(y)`` and ``φ'(y)``; both 0 up to the limit."""
+    """Compute ``φ(y)`` and ``φ'(y)``; both are 0 up to the limit."""
     part = (limit / torch.where(y > 0, y, 1)) ** exponent
     above = y > limit
     slope = 1 + (exponent - 1) * part
@@ -244,7 +229,7 @@ def _shrunk(y: Tensor, limit: Tensor, exponent: Tensor | float) -> tuple[Tensor,
 def _observe(
     frozen: LinearNetwork, inputs: Tensor, outputs: Tensor, noise: float | None
 ) -> tuple[SVD, Tensor, Design]:
-    """``(Y − P X) Π_X / n^{1/2}`` in the basis of the rows of ``X``, and ``X⁺`` in that basis."""
+    """Compute ``(Y − P X) Π_X / n^{1/2}`` in the basis of the rows of ``X``, and ``X⁺`` there."""
     _checks.kind(LinearNetwork, frozen=frozen)
     _checks.single(frozen=frozen)
     if min(frozen.widths) < min(frozen.widths[0], frozen.widths[-1]):
@@ -273,21 +258,21 @@ def _observe(
 
 
 def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
-    """``err ≤ êrr + ((|h| ln 2 + ln 1/δ) / 2n)^{1/2}`` for a network written in ``|h|`` bits.
+    """Bound ``err ≤ êrr + ((|h| ln 2 + ln 1/δ) / 2n)^{1/2}`` of a network written in ``|h|`` bits.
 
     ``êrr`` is the share of errors on ``n`` samples. With probability ``1 − δ`` over these the bound
     holds for all networks of a code fixed before they were seen. Source: [thm-occam].
     """
-    error, cost = _check_code(error, bits, samples, delta)
-    return error + math.sqrt(cost / 2)
+    return error + math.sqrt(_code_cost(error, bits, samples, delta) / 2)
 
 
 def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
-    """The largest ``err`` with ``kl(êrr ‖ err) ≤ (|h| ln 2 + ln 1/δ)/n``: at most `occam_bound`.
+    """Find the largest ``err`` with ``kl(êrr ‖ err) ≤ (|h| ln 2 + ln 1/δ)/n``.
 
-    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``; valid as `occam_bound` is [thm-occam].
+    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``. The bound is valid as `occam_bound` is,
+    and never above it [thm-occam].
     """
-    error, cost = _check_code(error, bits, samples, delta)
+    cost = _code_cost(error, bits, samples, delta)
 
     def excess(b: float) -> float:
         return float(rel_entr(error, b) + rel_entr(1 - error, 1 - b)) - cost
@@ -298,33 +283,34 @@ def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> fl
     return float(brentq(excess, max(error, 1e-300), top, xtol=1e-12))
 
 
-def _values(spectrum: Tensor, design: Design, *, batches: bool = False) -> Tensor:
+def _values(spectrum: Tensor, design: Design) -> Tensor:
     values = _checks.real_tensor("spectrum", spectrum, min_dims=1).double()
     count = min(design.outputs, design.span)
-    if values.shape[-1] != count or (values.ndim > 1 and not batches):
+    if values.shape[-1] != count:
         allowed = f"{count} values, the smaller of outputs and span"
         raise InputError("spectrum", allowed=allowed, given=f"shape {tuple(values.shape)}")
     return values
 
 
+def _ranks(spectrum: Tensor) -> Tensor:
+    return torch.arange(spectrum.shape[-1] + 1, dtype=spectrum.dtype)
+
+
 def _missed(spectrum: Tensor) -> Tensor:
-    """``τ_r²`` for each rank from 0 on."""
+    """Compute ``τ_r²`` for each rank from 0 on."""
     squares = spectrum.double().square()
-    return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    return torch.nn.functional.pad(squares.flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 
 def _freedom(spectrum: Tensor, design: Design) -> Tensor | float:
-    """``(σ²/n) div_r``, 0 without noise even where ``div_r`` is infinite."""
-    freedom = divergence(spectrum, design)
-    return design.variance * freedom if design.variance else 0.0
+    """Compute ``(σ²/n) div_r``, 0 without noise even where ``div_r`` is infinite."""
+    return design.variance * divergence(spectrum, design) if design.variance else 0.0
 
 
-def _check_code(error: float, bits: float, samples: int, delta: float) -> tuple[float, float]:
-    """The share of errors, and ``(|h| ln 2 + ln 1/δ)/n``."""
-    error, delta = _checks.tolerance("error", error), _checks.positive("delta", delta)
-    if error > 1:
+def _code_cost(error: float, bits: float, samples: int, delta: float) -> float:
+    """Compute ``(|h| ln 2 + ln 1/δ)/n``; refuse an error that is no share, and such a ``δ``."""
+    if not 0 <= error <= 1:
         raise InputError("error", allowed="a share from 0 to 1", given=error)
-    if delta >= 1:
+    if not 0 < delta < 1:
         raise InputError("delta", allowed="between 0 and 1", given=delta)
-    bits, samples = _checks.tolerance("bits", bits), _checks.integer("samples", samples, 1)
-    return error, (bits * math.log(2) - math.log(delta)) / samples
+    return (bits * math.log(2) - math.log(delta)) / samples

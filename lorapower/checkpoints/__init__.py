@@ -9,6 +9,27 @@ A base and what was tuned from it, both of transformers, and some texts are enou
     checkpoints.extract("base", "tuned", texts, "adapter", error=0.1)
 """
 
-import lazy_loader
+from ._measuring import Measured
+from ._peft_files import save_peft
+from ._texts import LEAST_TEXTS, read_texts
+from .pair import Adapter, Module, Other, Pair
+from .planner import METHODS, PATHS, Planner
+from .workflow import Plan, check, extract, plan
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [
+    "LEAST_TEXTS",
+    "METHODS",
+    "PATHS",
+    "Adapter",
+    "Measured",
+    "Module",
+    "Other",
+    "Pair",
+    "Plan",
+    "Planner",
+    "check",
+    "extract",
+    "plan",
+    "read_texts",
+    "save_peft",
+]

@@ -1,40 +1,37 @@
-"""A tuned model that is a base with adapters of peft on it, read from the adapters' files."""
+"""A tuned model that is a base with adapters of peft on it, read like a checkpoint."""
 
 from __future__ import annotations
 
 import copy
-import json
-import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
 from ..lowrank import LowRank
-from . import _models as hub
-from ._peft_files import PEFT_CONFIG, PEFT_WEIGHTS
+from ._libraries import quiet, reason
+from ._models import Checkpoint, find, listed, public_name
+from ._peft_files import PEFT_CONFIG, module_factors
 
-# What to do with an adapter of another kind.
-_MERGE = "merge it into its base if peft can (merge_and_unload), save that and name it"
 # Entries of the configuration that make LoRA something other than W + s B A.
-_VARIANTS = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "arrow_config": "Arrow",
-    "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "replicated layers",
-    "target_parameters": "factors of parameters that are no module's weight",
-}
+_VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+)
 # With these starts peft changes the base's weights when it loads an adapter.
 _STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _HEADS = (".classifier.weight", ".classifier.out_proj.weight", ".score.weight")
@@ -42,214 +39,128 @@ _HEADS = (".classifier.weight", ".classifier.out_proj.weight", ".score.weight")
 _ROUNDING = 1e-6
 
 
-class _Change(NamedTuple):
-    """What an adapter does to a parameter; ``weight`` times it is added.
-
-    ``"factors"`` are those of a matrix, ``"added"`` a vector; ``"whole"`` is the tuned parameter
-    and ``"rows"`` some tuned rows of it, of which the base's are subtracted.
-    """
-
-    kind: Literal["factors", "added", "whole", "rows"]
-    adapter: _Adapter
-    keys: tuple[str, ...]
-    weight: float = 1.0
-    rows: tuple[int, ...] = ()
-
-    def tensors(self) -> list[Tensor]:
-        """Its tensors in float32; of factors the left and the right one, ``[sides, rank]``."""
-        tensors = self.adapter.read(*self.keys)
-        if self.kind != "factors":
-            return tensors
-        left, right = tensors[1], tensors[0].mT
-        # The weight of an embedding is [tokens, width], the transpose of a linear module's.
-        return [right, left] if "lora_embedding" in self.keys[0] else [left, right]
-
-
 class _Adapter:
-    """The files of one adapter of peft, and what it changes by the name of a parameter."""
+    """The configuration and the tensors of one adapter of peft."""
 
     def __init__(self, name: str, source: str, folder: Path) -> None:
         self.name, self.source, self.folder = name, source, folder
-        self.config = self._configure()
-        self._refuse_variants()
-        self.shapes = self._check_tensors()
+        self.config = self._read_config()
+        self.tensors = self._read_tensors()
+        #: The number of classes of a head that the adapter brings.
+        self.labels = next((len(v) for key, v in self.tensors.items() if key.endswith(_HEADS)), 0)
 
     def refuse(self, allowed: str, given: str, remedy: str = "") -> InputError:
-        """The error for this adapter."""
+        """Make the error for this adapter."""
         given = f"the adapter {self.source!r}, {given}"
         return InputError(self.name, allowed=allowed, given=given, remedy=remedy)
 
-    def read(self, *keys: str) -> list[Tensor]:
-        """Tensors of the file in float32."""
-        with self._open() as file:
-            return [file.get_tensor(key).float() for key in keys]
+    def _read_config(self) -> Any:
+        from peft import PeftConfig
 
-    @cached_property
-    def changes(self) -> dict[str, list[_Change]]:
-        """Changes by the parameter's name in the network that peft adapted."""
-        found: dict[str, list[_Change]] = {}
-        for key in self.shapes:
-            # With bias="all" peft writes those of saved modules twice more, and never reads them.
-            if ".modules_to_save." in key or ".original_module." in key:
-                continue
-            parameter, change = self._parse(key)
-            if change is not None:
-                found.setdefault(parameter, []).append(change)
-        return found
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                config: Any = PeftConfig.from_pretrained(str(self.folder))
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            allowed = f"an adapter whose {PEFT_CONFIG} peft reads"
+            raise self.refuse(allowed, f"with which it fails ({reason(error)})") from error
+        allowed = "an adapter by LoRA, W + s B A"
+        remedy = "merge it into its base if peft can (merge_and_unload), save that and name it"
+        kind = getattr(config.peft_type, "value", None)
+        if kind != "LORA":
+            raise self.refuse(allowed, f"of type {kind}", remedy)
+        if variants := [entry for entry in _VARIANTS if getattr(config, entry, None)]:
+            raise self.refuse(allowed, f"of another kind ({listed(variants)})", remedy)
+        start = str(config.init_lora_weights).lower()
+        if start.startswith(_STARTS):
+            raise self.refuse(
+                "an adapter that leaves the base's weights as they are",
+                f"started by {start}, which changes them",
+                "save it with path_initial_model_for_weight_conversion of peft",
+            )
+        return config
 
-    def saves(self, module: str) -> bool:
-        """Whether a module is saved as a copy of its own, beside the base's."""
-        return any(module.endswith(name) for name in self.config.get("modules_to_save") or ())
+    def _read_tensors(self) -> dict[str, Tensor]:
+        from peft import load_peft_weights
 
-    def names_body(self, architecture: str | None) -> bool:
-        """Whether names begin with that of the model without its head, as if they had one."""
-        import transformers
+        try:
+            tensors = load_peft_weights(str(self.folder), device="cpu", local_files_only=True)
+        except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+            allowed = "an adapter with its weights"
+            given = f"whose file is missing or damaged ({reason(error)})"
+            raise self.refuse(allowed, given) from error
+        for key, tensor in tensors.items():
+            if bad := int((~tensor.isfinite()).sum()):
+                allowed = "an adapter of finite numbers"
+                given = f"whose {key} has {bad} entries that are NaN or infinite"
+                raise self.refuse(allowed, given, "take a checkpoint from before that")
+        # With bias="all" peft writes those of saved modules twice more, and never reads them.
+        return {
+            key: tensor.float()
+            for key, tensor in tensors.items()
+            if ".modules_to_save." not in key and ".original_module." not in key
+        }
 
-        stem = getattr(transformers, architecture).base_model_prefix if architecture else ""
-        return any(name.startswith(f"{stem}.") for name in self.changes)
-
-    def require_base(self, base: hub.Checkpoint) -> None:
+    def require_base(self, base: Checkpoint) -> None:
         """Refuse an adapter for a base of another name."""
-        given = self.config.get("base_model_name_or_path")
-        sources = base.source, hub.public_name(base.source)
-        names = {_last(name) for name in (*sources, getattr(base.config, "_name_or_path", ""))}
-        if given and _last(given) not in names and Path(given).resolve() != base.folder.resolve():
+        given = self.config.base_model_name_or_path
+        sources = base.source, public_name(base.source)
+        names = {_last_part(name) for name in (*sources, getattr(base.config, "_name_or_path", ""))}
+        same = not given or Path(given).resolve() == base.folder.resolve()
+        if not same and _last_part(given) not in names:
             raise self.refuse(
                 f"an adapter for the base, {base.source!r}",
                 f"made for {given!r}",
                 "name that base, or say that both are the same (--force, force=True)",
             )
 
-    def _configure(self) -> dict[str, Any]:
+    def merge(self, network: Any) -> dict[str, LowRank]:
+        """Have peft merge the adapter into a network; return the factors that it has merged."""
+        from peft import PeftModel, set_peft_model_state_dict
+        from peft.tuners.lora import LoraLayer
+        from peft.utils.other import ModulesToSaveWrapper
+
+        fitting = f"an adapter for {type(network).__name__} of the base"
+        head = network.get_output_embeddings()
+        tied = head is not None and head.weight is network.get_input_embeddings().weight
         try:
-            config = json.loads((self.folder / PEFT_CONFIG).read_text(encoding="utf-8"))
-            return dict(config)
-        except (OSError, TypeError, ValueError) as error:
-            allowed = f"an adapter with a readable {PEFT_CONFIG}"
-            raise self.refuse(allowed, f"whose {PEFT_CONFIG} is not ({error})") from error
-
-    def _refuse_variants(self) -> None:
-        allowed, kind = "an adapter by LoRA, W + s B A", self.config.get("peft_type")
-        if kind != "LORA":
-            raise self.refuse(allowed, f"of type {kind}", _MERGE)
-        for entry, variant in _VARIANTS.items():
-            if self.config.get(entry):
-                raise self.refuse(allowed, f"of another kind: {variant} ({entry})", _MERGE)
-        start = str(self.config.get("init_lora_weights")).lower()
-        if start.startswith(_STARTS):
-            raise self.refuse(
-                "an adapter that leaves the base's weights as they are",
-                f"started by {start}, which changes them",
-                "save it with path_initial_model_for_weight_conversion of peft, or merge it into "
-                "its base and name that",
-            )
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        from safetensors import SafetensorError, safe_open
-
-        allowed = f"an adapter with a whole {PEFT_WEIGHTS}"
-        remedy = "load it with peft and save it again (save_pretrained)"
-        path = self.folder / PEFT_WEIGHTS
-        if not path.is_file():
-            raise self.refuse(allowed, "without that file", remedy)
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise self.refuse(allowed, f"whose file is damaged ({error})", remedy) from error
-
-    def _check_tensors(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all tensors, which must be finite."""
-        shapes = {}
-        with self._open() as file:
-            for key in file.keys():  # noqa: SIM118
-                tensor = file.get_tensor(key)
-                shapes[key] = tuple(tensor.shape)
-                if bad := int((~tensor.isfinite()).sum()):
-                    raise self.refuse(
-                        "an adapter of finite numbers",
-                        f"whose {key} has {bad} entries that are NaN or infinite",
-                        "take a checkpoint from before training diverged",
-                    )
-        if not shapes:
-            raise self.refuse("an adapter that changes something", "without any tensor")
-        return shapes
-
-    def _parse(self, key: str) -> tuple[str, _Change | None]:
-        """The parameter that a tensor is for, and its change; ``None`` for a second factor."""
-        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        module, _, part = name.partition(".lora_")
-        if not part:
-            module, _, part = name.partition(".token_adapter.")
-            if part:
-                return f"{module}.weight", _Change("rows", self, (key,), rows=self._rows(module))
-            return name, _Change("whole", self, (key,))
-        if part == "B.bias":
-            return f"{module}.bias", _Change("added", self, (key,), self._scale(module))
-        ends = re.fullmatch(r"(embedding_|)([AB])(\.weight|)", part)
-        if ends is None or len(self.shapes[key]) != 2:
-            kind = "of a convolution" if ends else "of another kind"
-            allowed = "an adapter of linear modules and embeddings"
-            raise self.refuse(allowed, f"with {key}, {kind}", _MERGE)
-        other = "B" if ends[2] == "A" else "A"
-        pair = key[: len(key) - len(part)] + ends[1] + other + ends[3]
-        if pair not in self.shapes:
-            raise self.refuse("an adapter with both factors of a module", f"with {key} alone")
-        if ends[2] == "B":
-            return name, None
-        ranks = self.shapes[key][0], self.shapes[pair][1]
-        if ranks == (0, 0):
-            return name, None
-        rank = self._rank(module)
-        if ranks != (rank, rank):
-            raise self.refuse(
-                f"an adapter with the ranks of its {PEFT_CONFIG}, {rank} for {module}",
-                f"whose factors have {' and '.join(map(str, ranks))} columns",
-                "save it again with peft, which writes both",
-            )
-        return f"{module}.weight", _Change("factors", self, (key, pair), self._scale(module))
-
-    def _rank(self, module: str) -> int:
-        return int(self._number("rank_pattern", "r", module, least=1))
-
-    def _scale(self, module: str) -> float:
-        """What the product of a module's factors is multiplied by."""
-        rank, alpha = self._rank(module), self._number("alpha_pattern", "lora_alpha", module)
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    def _number(self, patterns: str, default: str, module: str, least: float = -math.inf) -> float:
-        """A module's entry of the configuration, as peft finds it."""
-        try:
-            values = (
-                value
-                for pattern, value in (self.config.get(patterns) or {}).items()
-                if re.match(rf"(.*\.)?({pattern})$", module)
-            )
-            found = float(next(values, self.config.get(default, 8)))
-        except (AttributeError, TypeError, ValueError, re.error):
-            found = math.nan
-        if not least <= found < math.inf:
-            allowed = f"an adapter whose {PEFT_CONFIG} has a number of {default} for each module"
-            raise self.refuse(allowed, f"with none for {module}", "correct it")
-        return found
-
-    def _rows(self, module: str) -> tuple[int, ...]:
-        indices = self.config.get("trainable_token_indices") or ()
-        if isinstance(indices, Mapping):
-            indices = next((rows for name, rows in indices.items() if module.endswith(name)), ())
-        rows = tuple(indices)
-        if len({*rows}) != len(rows) or min(rows, default=0) < 0:
-            raise self.refuse(
-                "an adapter whose trainable_token_indices are different and from 0 on",
-                f"with others for {module}",
-                "correct them",
-            )
-        return rows
+            wrapped: Any = PeftModel(network, self.config)
+            found: Any = set_peft_model_state_dict(wrapped, self.tensors)
+        except KeyError as error:
+            remedy = "train it with that in modules_to_save, or name a base that has it"
+            raise self.refuse(fitting, f"without {error.args[0]}", remedy) from error
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            # The first line of torch's names no parameter.
+            lines = str(error).strip().splitlines()
+            given = f"which does not fit ({lines[min(1, len(lines) - 1)].strip()})"
+            remedy = "name the base that it is for, with the vocabulary that it had in training"
+            raise self.refuse(fitting, given, remedy) from error
+        if unknown := found.unexpected_keys:
+            own = self.config.base_model_name_or_path
+            remedy = f"name its own base, {own!r}, or correct its task_type"
+            raise self.refuse(fitting, f"with {listed(unknown)}, which it lacks", remedy)
+        if missing := [key for key in found.missing_keys if ".lora_" in key]:
+            raise self.refuse("an adapter with all its factors", f"without {listed(missing)}")
+        shared = (network.get_input_embeddings(), network.get_output_embeddings()) if tied else ()
+        factors = {}
+        for name, module in wrapped.base_model.model.named_modules():
+            if isinstance(module, LoraLayer):
+                A, B = module_factors(module)
+                factors[name] = LowRank(module.scaling["default"] * B.detach(), A.detach().mT)
+            elif not isinstance(module, ModulesToSaveWrapper):
+                continue
+            if module in shared and not self.config.ensure_weight_tying:
+                raise self.refuse(
+                    "an adapter that changes embeddings and head as one, as they are in the base",
+                    f"which changes {name} alone",
+                    "train with ensure_weight_tying=True, or save the base with a head of its own "
+                    "(tie_word_embeddings=False) and name that",
+                )
+        wrapped.base_model.merge_and_unload()
+        return factors
 
 
-class Merged:
-    """A base with adapters merged into it, each with a weight, read like a `Checkpoint`.
+class Adapted:
+    """A base with adapters on it, each with a weight, read like a `Checkpoint`.
 
     A parameter is the base's plus, for each adapter, its weight times what the adapter alone would
     change: ``W + Σ_i w_i s_i B_i A_i``, as ``combination_type="cat"`` of peft has it, and alike for
@@ -257,109 +168,27 @@ class Merged:
     """
 
     def __init__(
-        self, name: str, base: hub.Checkpoint, adapters: Mapping[str, tuple[Path, float]]
+        self, name: str, base: Checkpoint, adapters: Mapping[str, tuple[Path, float]]
     ) -> None:
         self.name, self.base = name, base
-        self.adapters = [
-            (_Adapter(name, source, folder), weight)
-            for source, (folder, weight) in adapters.items()
-        ]
-        only = len(adapters) == 1 and self.adapters[0][1] == 1
-        self.source = " + ".join(
-            adapter.source if only else f"{weight:g} × {adapter.source}"
-            for adapter, weight in self.adapters
-        )
+        self.adapters = [(_Adapter(name, s, folder), w) for s, (folder, w) in adapters.items()]
+        if [weight for _, weight in self.adapters] == [1]:
+            self.source = self.adapters[0][0].source
+        else:
+            self.source = " + ".join(f"{weight:g} × {a.source}" for a, weight in self.adapters)
         folders = [adapter.folder for adapter, _ in self.adapters]
-        there = (folder for folder in folders if (folder / "tokenizer_config.json").is_file())
-        self.folder = next(there, base.folder)
-        self.config: Any = self._configure()
-        self._changes: dict[str, list[_Change]] = {}
-        # The sides of the matrix that factors give, and whether the parameter is its transpose.
-        self._sides: dict[str, tuple[int, int]] = {}
+        has_tokenizer = (f for f in folders if (f / "tokenizer_config.json").is_file())
+        self.folder = next(has_tokenizer, base.folder)
+        self.config: Any = self._choose_architecture()
+        # What each adapter changes of a parameter, by factors or not; and a head of its own.
+        self._changes: dict[str, list[LowRank | Tensor]] = {}
+        self._own: dict[str, Tensor] = {}
+        # Parameters that are kept as [in, out].
         self._transposed: set[str] = set()
 
-    def fit(self, network: Any) -> None:
-        """Name changes as a network's parameters; refuse what does not fit or changes nothing."""
-        from transformers.pytorch_utils import Conv1D
-
-        sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
-        for name, shape in sizes.items():
-            if len(shape) == 2:
-                rows, columns = self._sides[name] = shape
-                if isinstance(network.get_submodule(name.rpartition(".")[0]), Conv1D):
-                    self._transposed.add(name)
-                    self._sides[name] = columns, rows
-        for adapter, weight in self.adapters:
-            for name, changes in self._bind(adapter, network).items():
-                weighted = (change._replace(weight=weight * change.weight) for change in changes)
-                self._changes.setdefault(name, []).extend(weighted)
-        self._refuse_heads(sizes)
-        if not any(self._differs(name) for name in self._changes):
-            if len(self.adapters) == 1:
-                allowed, remedy = "an adapter that changes the base", "name one that was trained"
-            else:
-                allowed, remedy = "adapters that change the base", "give other weights"
-            given = f"{self.source}, of which nothing is left"
-            raise InputError(self.name, allowed=allowed, given=given, remedy=remedy)
-
-    def bind(self, parameters: Mapping[str, tuple[int, ...]], prefix: str) -> set[str]:
-        """Parameters without a tensor: none, after `fit`."""
-        return {name for name in parameters if not self.has(name)}
-
-    def unused(self, parameters: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """Tensors that a network with these parameters does not use."""
-        return self.base.unused(parameters)
-
-    def has(self, key: str) -> bool:
-        """Whether there is a tensor of this name."""
-        return key in self._changes or self.base.has(key)
-
-    def bytes(self) -> int:
-        """The size of all files of the base."""
-        return self.base.bytes()
-
-    def read(self, key: str) -> Tensor:
-        """One tensor in float32."""
-        if not self.base.has(key):
-            return self._changes[key][0].tensors()[0]
-        base = total = self.base.read(key)
-        for change in self._changes.get(key, ()):
-            if change.kind == "factors":
-                continue
-            (tensor,) = change.tensors()
-            if change.kind == "added":
-                total = total + change.weight * tensor
-            elif change.kind == "rows":
-                rows = torch.tensor(change.rows)
-                total = total.index_add(0, rows, tensor - base[rows], alpha=change.weight)
-            elif total is base:
-                total = base.lerp(tensor, change.weight)
-            else:
-                total = total + change.weight * (tensor - base)
-        factors = self._factors(key)
-        if not factors.rank:
-            return total
-        matrix = factors.matrix()
-        return total + (matrix.mT if key in self._transposed else matrix)
-
-    def update(self, key: str) -> LowRank | None:
-        """Factors of a linear module's change, of rank 0 for none; ``None`` if it has none."""
-        if any(change.kind != "factors" for change in self._changes.get(key, ())):
-            return None
-        return self._factors(key)
-
-    def _factors(self, key: str) -> LowRank:
-        """The changes by factors of a parameter, side by side, with the weights on the left."""
-        left, right = ([torch.zeros(n, 0)] for n in self._sides.get(key, (0, 0)))
-        for change in self._changes.get(key, ()):
-            if change.kind == "factors":
-                B, A = change.tensors()
-                left.append(change.weight * B)
-                right.append(A)
-        return LowRank(torch.cat(left, 1), torch.cat(right, 1))
-
-    def _configure(self) -> Any:
+    def _choose_architecture(self) -> Any:
         """The base's configuration with the architecture and the labels of the adapters."""
+        import transformers
         from transformers.models.auto import modeling_auto as auto
 
         config = copy.deepcopy(self.base.config)
@@ -368,172 +197,151 @@ class Merged:
             "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
             "FEATURE_EXTRACTION": auto.MODEL_MAPPING_NAMES,
         }
-        labels = {
-            adapter.shapes[change.keys[0]][0]: adapter
-            for adapter, _ in self.adapters
-            for name, changes in adapter.changes.items()
-            for change in changes
-            if f".{name}".endswith(_HEADS) and change.kind == "whole"
-        }
-        tasks = {task: a for a, _ in self.adapters if (task := a.config.get("task_type"))}
-        first = self.adapters[0][0]
-        if not tasks and labels:
-            tasks["SEQ_CLS"] = first
-        elif not tasks and not first.names_body(kinds["FEATURE_EXTRACTION"].get(config.model_type)):
-            tasks["FEATURE_EXTRACTION"] = first
+        adapters = [adapter for adapter, _ in self.adapters]
+        tasks = {a.config.task_type: a.source for a in adapters if a.config.task_type}
+        labels = {a.labels: a.source for a in adapters if a.labels}
         for what, values in (("task", tasks), ("number of labels", labels)):
             if len(values) > 1:
-                names = ", ".join(f"{value} of {a.source}" for value, a in values.items())
+                names = ", ".join(f"{value} of {source}" for value, source in values.items())
                 raise InputError(self.name, allowed=f"adapters of one {what}", given=names)
-        for task, adapter in tasks.items():
-            if task not in kinds:
-                allowed = f"an adapter of a task_type among {', '.join(kinds)}"
-                raise adapter.refuse(allowed, f"of {task}")
-            # Other types of models are refused with the base's own architecture.
-            if architecture := kinds[task].get(config.model_type):
-                config.architectures = [architecture]
+        task = next(iter(tasks), "SEQ_CLS" if labels else "")
+        if not task and (body := kinds["FEATURE_EXTRACTION"].get(config.model_type)):
+            # Names that begin with that of the body are of a network with a head: the base's.
+            start = f"base_model.model.{getattr(transformers, body).base_model_prefix}."
+            if not any(key.startswith(start) for key in adapters[0].tensors):
+                task = "FEATURE_EXTRACTION"
+        if task and task not in kinds:
+            allowed = f"an adapter of a task_type among {', '.join(kinds)}"
+            raise adapters[0].refuse(allowed, f"of {task}")
+        # Other types of models are refused with the base's own architecture.
+        if task and (architecture := kinds[task].get(config.model_type)):
+            config.architectures = [architecture]
         for number in labels:
             # Setting it forgets the labels' names.
             if number != config.num_labels:
                 config.num_labels = number
         return config
 
-    def _bind(self, adapter: _Adapter, network: Any) -> dict[str, list[_Change]]:
-        """An adapter's changes by the names of the network's parameters."""
-        named = dict(network.named_parameters(remove_duplicate=False))
-        first = {value: name for name, value in network.named_parameters()}
-        stem = network.base_model_prefix
-        bound: dict[str, list[_Change]] = {}
-        tied: dict[str, list[_Change]] = {}
-        unknown = []
-        for name, changes in adapter.changes.items():
-            aliases = (name, f"{stem}.{name}", name.removeprefix(f"{stem}."))
-            place = next((alias for alias in aliases if alias in named), None)
-            if place is None:
-                unknown.append(name)
-                continue
-            value = named[place]
-            if sum(value is other for other in named.values()) > 1:
-                self._refuse_untied(adapter, place, changes)
-            (bound if place == first[value] else tied)[first[value]] = changes
-            for change in changes:
-                self._refuse_shapes(place, tuple(value.shape), change)
-        if unknown:
-            raise adapter.refuse(
-                f"an adapter for {type(network).__name__} of the base {self.base.source!r}",
-                f"with {hub.some(sorted(unknown))}, which it lacks",
-                f"name its own base, {adapter.config.get('base_model_name_or_path')!r}, or correct "
-                f"its task_type, {adapter.config.get('task_type')!r}",
-            )
-        return tied | bound
+    def fit(self, network: Any) -> None:
+        """Find all changes, with a network of transformers whose weights are used up."""
+        from transformers.pytorch_utils import Conv1D
 
-    def _refuse_untied(self, adapter: _Adapter, name: str, changes: Iterable[_Change]) -> None:
-        """Refuse a change of only one of two parameters that the base has as one."""
-        module = name.rpartition(".")[0]
-        kinds = {change.kind for change in changes}
-        alone = "factors" in kinds or ("whole" in kinds and adapter.saves(module))
-        if alone and not adapter.config.get("ensure_weight_tying"):
-            raise adapter.refuse(
-                "an adapter that changes embeddings and head as one, as they are in the base",
-                f"which changes {module} alone",
-                "train with ensure_weight_tying=True, or save the base with a head of its own "
-                "(tie_word_embeddings=False) and name that",
-            )
-
-    def _refuse_shapes(self, name: str, shape: tuple[int, ...], change: _Change) -> None:
-        """Refuse a change of another shape than the parameter's."""
-        shapes, rows = [change.adapter.shapes[key] for key in change.keys], change.rows
-        given, expected = shapes[0], shape
-        if change.kind == "factors":
-            given = shapes[1][0], shapes[0][1]
-            if "lora_embedding" in change.keys[0]:
-                given = given[::-1]
-            expected = self._sides.get(name, shape)
-        elif change.kind == "rows":
-            expected = (len(rows), *shape[1:])
-            if max(rows, default=0) >= shape[0]:
-                given, expected = (max(rows) + 1, *shape[1:]), shape
-        if given != expected:
-            words = "embed" in name or "wte" in name
-            raise change.adapter.refuse(
-                f"an adapter for the base {self.base.source!r}, {name} {expected}",
-                f"with one of {given}",
-                "resize both vocabularies alike" if words else "name the base that it is for",
-            )
-
-    def _refuse_heads(self, names: Iterable[str]) -> None:
-        """Refuse no head, or different ones, where the base has none to compare with."""
-        if missing := [name for name in names if not self.has(name)]:
-            raise self.adapters[0][0].refuse(
-                "an adapter with the head that the base lacks",
-                f"without {hub.some(missing)}",
-                "train it with that in modules_to_save, or name the base with the head that was "
-                "there in training",
-            )
-        for name, changes in self._changes.items():
-            if self.base.has(name):
-                continue
-            tensors = [change.tensors()[0] for change in changes if change.kind == "whole"]
-            if len(tensors) != len(changes) or any(not tensors[0].equal(t) for t in tensors[1:]):
-                sources = ", ".join(change.adapter.source for change in changes)
+        self._transposed = {
+            f"{name}.weight"
+            for name, module in network.named_modules()
+            if isinstance(module, Conv1D | nn.Embedding)
+        }
+        names = [name for name, _ in network.named_parameters()]
+        changes: dict[str, list[LowRank | Tensor]] = {}
+        heads: dict[str, list[Tensor]] = {}
+        for adapter, weight in self.adapters:
+            with torch.no_grad():
+                for name, value in network.named_parameters():
+                    # An adapter may bring what the base lacks.
+                    value.copy_(self.base.read(name) if self.base.has(name) else torch.nan)
+            with quiet(), warnings.catch_warnings(action="ignore"):
+                factors = adapter.merge(network)
+            merged = dict(network.named_parameters())
+            for name in names:
+                value, module = merged[name].detach(), name.removesuffix(".weight")
+                if not self.base.has(name):
+                    heads.setdefault(name, []).append(value.clone())
+                elif module in factors:
+                    update = LowRank(weight * factors[module].left, factors[module].right)
+                    changes.setdefault(name, []).append(update)
+                elif not value.equal(base := self.base.read(name)):
+                    changes.setdefault(name, []).append(weight * (value - base))
+        self._own = {
+            name: values[0] for name, values in heads.items() if not values[0].isnan().any()
+        }
+        for name, values in heads.items():
+            if any(not value.allclose(values[0], 0, 0, equal_nan=True) for value in values):
                 raise InputError(
                     self.name,
                     allowed="adapters with one head, or for a base with one",
-                    given=f"{name} of its own in each of {sources}, and none in the base",
+                    given=f"{name} of each adapter's own, and none in the base",
                     remedy="save the base with the head that they started from, and name that",
                 )
+        self._changes = {
+            name: parts for name, parts in changes.items() if self._differs(name, parts)
+        }
+        if not self._changes and not self._own:
+            several = len(self.adapters) > 1
+            raise InputError(
+                self.name,
+                allowed="adapters that change the base",
+                given=f"{self.source}, of which nothing is left",
+                remedy="give other weights" if several else "name one that was trained",
+            )
 
-    def _differs(self, key: str) -> bool:
-        """Whether a parameter is not the base's, beyond rounding."""
-        update = self.update(key)
-        if update is None:
-            return not self.base.has(key) or not self.read(key).equal(self.base.read(key))
-        left, right = (f.double() for f in (update.balanced().left, update.balanced().right))
-        # The norms of the product and, above it, of its factors.
-        square = ((left.mT @ left) * (right.mT @ right)).sum().clamp(min=0)
-        return bool(square.sqrt() > _ROUNDING * left.norm() * right.norm())
+    def has(self, key: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return key in self._own or self.base.has(key)
+
+    def read(self, key: str) -> Tensor:
+        """Read one tensor in float32."""
+        if key in self._own:
+            return self._own[key]
+        return sum(self._matrices(key, self._changes.get(key, ())), start=self.base.read(key))
+
+    def update(self, key: str, shape: tuple[int, int]) -> LowRank | None:
+        """The factors of a module's change, of rank 0 for none; ``None`` if it has another one."""
+        left, right = ([torch.zeros(side, 0)] for side in shape)
+        for change in self._changes.get(key, ()):
+            if isinstance(change, Tensor):
+                return None
+            left.append(change.left)
+            right.append(change.right)
+        return LowRank(torch.cat(left, 1), torch.cat(right, 1))
+
+    def _matrices(self, key: str, changes: Iterable[LowRank | Tensor]) -> Iterator[Tensor]:
+        """Changes as they are added to a parameter."""
+        for change in changes:
+            if isinstance(change, Tensor):
+                yield change
+            else:
+                yield change.matrix().mT if key in self._transposed else change.matrix()
+
+    def _differs(self, key: str, changes: Iterable[LowRank | Tensor]) -> bool:
+        """Whether changes leave something, beyond the rounding of what cancels."""
+        parts = torch.stack([*self._matrices(key, changes)])
+        return bool(parts.sum(0).norm() > _ROUNDING * max(part.norm() for part in parts))
 
 
 def open_tuned(
-    tuned: str | Path | Mapping[str, float], base: hub.Checkpoint, *, force: bool = False
-) -> hub.Checkpoint | Merged:
-    """A tuned checkpoint, or adapters of the base, see `Pair.open`; ``force`` allows any name."""
+    tuned: str | Path | Mapping[str, float], base: Checkpoint, *, force: bool = False
+) -> Checkpoint | Adapted:
+    """Open a tuned checkpoint, or adapters of the base; ``force`` allows any name (`Pair.open`)."""
     if isinstance(tuned, str | Path):
         source = str(tuned)
-        folder = hub.find("tuned", source)
+        folder = find("tuned", source)
         if not (folder / PEFT_CONFIG).is_file():
-            checkpoint = hub.Checkpoint("tuned", str(folder))
+            checkpoint = Checkpoint("tuned", str(folder))
             checkpoint.source = source
             return checkpoint
         adapters = {source: (folder, 1.0)}
+    elif isinstance(tuned, Mapping) and tuned:
+        adapters = {
+            source: (find("tuned", source), _checks.finite(f"weight of {source}", weight))
+            for source, weight in tuned.items()
+        }
+        folders = {source: folder for source, (folder, _) in adapters.items()}
+        if others := [s for s, folder in folders.items() if not (folder / PEFT_CONFIG).is_file()]:
+            allowed = "adapters of peft, where several have weights"
+            remedy = "name a checkpoint alone, without a weight"
+            given = f"{listed(others)} without {PEFT_CONFIG}"
+            raise InputError("tuned", allowed=allowed, given=given, remedy=remedy)
     else:
-        adapters = {source: (hub.find("tuned", source), w) for source, w in _weights(tuned)}
-        if checkpoints := [
-            s for s, (folder, _) in adapters.items() if not (folder / PEFT_CONFIG).is_file()
-        ]:
-            raise InputError(
-                "tuned",
-                allowed="adapters of peft, where several have weights",
-                given=f"{hub.some(checkpoints)} without {PEFT_CONFIG}",
-                remedy="name a checkpoint alone, without a weight",
-            )
-    merged = Merged("tuned", base, adapters)
-    if not force:
-        for adapter, _ in merged.adapters:
-            adapter.require_base(base)
-    return merged
-
-
-def _weights(tuned: object) -> Iterator[tuple[str, float]]:
-    """Adapters and their weights, which are finite numbers."""
-    if not isinstance(tuned, Mapping) or not tuned:
         allowed = "a checkpoint, an adapter, or a mapping of adapters to their weights"
         raise InputError("tuned", allowed=allowed, value=tuned)
-    for source, weight in tuned.items():
-        yield str(source), _checks.finite(f"weight of {source}", weight)
+    adapted = Adapted("tuned", base, adapters)
+    if not force:
+        for adapter, _ in adapted.adapters:
+            adapter.require_base(base)
+    return adapted
 
 
-def _last(source: str) -> str:
+def _last_part(source: str) -> str:
     """The last part of a checkpoint's name, also of a folder in the cache of the hub."""
     parts = [part for part in re.split(r"[/\\]", source) if part]
     cached = next((part for part in parts if part.startswith("models--")), None)

@@ -1,14 +1,16 @@
 """The command ``lorapower``: plan, extract and check adapters for a pair of checkpoints."""
 
+# ruff: noqa: RUF009
 from __future__ import annotations
 
+import inspect
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
@@ -25,6 +27,11 @@ from rich.progress import (
 from rich.table import Table
 
 from ..errors import InputError, LorapowerError
+from . import workflow
+from ._export import measured_rows, megabytes, percent, size_rows, without_nan
+from ._peft_files import measure_peft
+from ._texts import read_texts
+from .workflow import Plan
 
 # Exit status: done; the error asked for is not reached; bad input.
 DONE, SHORT, BAD = 0, 1, 2
@@ -44,104 +51,118 @@ app = typer.Typer(
 )
 console, errors = Console(), Console(stderr=True)
 
-Base = Annotated[
-    str,
-    typer.Argument(metavar="BASE", help="The base: a folder, a name on the hub, or 'packaged'."),
-]
-Tuned = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="TUNED", help="What was tuned from it: a checkpoint, or an adapter of peft."
-    ),
-]
-Weighted = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
+
+def _flag(default: Any, help: str, *names: str, **about: Any) -> Any:
+    """A field of a command's options that is a flag; ``MISSING`` for one that must be given."""
+    return field(default=default, metadata={"is": typer.Option(*names, help=help, **about)})
+
+
+def _argument(default: Any, help: str, metavar: str) -> Any:
+    """A field of a command's options that is given by its place."""
+    return field(default=default, metadata={"is": typer.Argument(help=help, metavar=metavar)})
+
+
+@dataclass(kw_only=True)
+class _Options:
+    """What all commands take: each field is an argument or a flag."""
+
+    base: str = _argument(MISSING, "The base: a folder, a name on the hub, or 'packaged'.", "BASE")
+    texts: Path = _flag(
+        MISSING, "Texts like those the model is for: one a line, or .jsonl with 'text'."
+    )
+    tokens: int = _flag(128, "Texts are cut off after so many.")
+    seed: int = _flag(0, "Draws texts and probes.")
+    device: str = _flag("cpu", "Where networks run: cpu, cuda, cuda:1, mps.")
+    as_json: bool = _flag(False, "Print the report as JSON and nothing else.", "--json")
+    quiet: bool = _flag(False, "Report no progress.", "--quiet")
+
+
+@dataclass(kw_only=True)
+class _PlanOptions(_Options):
+    """What `plan` takes."""
+
+    tuned: str | None = _argument(
+        None, "What was tuned from it: a checkpoint, or an adapter of peft.", "TUNED"
+    )
+    adapter: list[str] | None = _flag(
+        None,
+        "Instead of TUNED: an adapter and its weight, such as movies=0.7. May be repeated.",
         metavar="DIR=WEIGHT",
-        help="Instead of TUNED: an adapter and its weight, such as movies=0.7. May be repeated.",
-    ),
-]
-TextsFile = Annotated[
-    Path, typer.Option(help="Texts like those the model is for: one a line, or .jsonl with 'text'.")
-]
-HeldOut = Annotated[
-    Path | None, typer.Option(help="Other texts, to state errors with. Without: half of the texts.")
-]
-Error = Annotated[
-    float | None,
-    typer.Option(help="Part of the tuning's effect that may be lost; 0.1 if nothing is asked."),
-]
-Parameters = Annotated[int | None, typer.Option(help="Or: how many numbers the factors may have.")]
-Rank = Annotated[
-    int | None, typer.Option(help="Or: as many numbers as this rank everywhere takes.")
-]
-Modules = Annotated[str, typer.Option(help="all, attention, mlp, or a regular expression.")]
-Leave = Annotated[
-    list[str] | None,
-    typer.Option(help="Kind that stays the base's: bias, norm, embedding, head. May be repeated."),
-]
-MaxRank = Annotated[
-    int | None, typer.Option(help="Highest rank of a module; 64, or 16 for serving.")
-]
-Bucket = Annotated[
-    int | None, typer.Option(help="Ranks are multiples of this; 1, or 8 for serving.")
-]
-Sure = Annotated[
-    bool,
-    typer.Option("--sure", help="Reached means: by the error's limit at 95%, the cautious one."),
-]
-Format = Annotated[
-    Literal["peft", "serving"],
-    typer.Option(
+    )
+    held_out: Path | None = _flag(
+        None, "Other texts, to state errors with. Without: half of the texts."
+    )
+    error: float | None = _flag(
+        None, "Part of the tuning's effect that may be lost; 0.1 if nothing is asked."
+    )
+    parameters: int | None = _flag(None, "Or: how many numbers the factors may have.")
+    rank: int | None = _flag(None, "Or: as many numbers as this rank everywhere takes.")
+    sure: bool = _flag(
+        False, "Reached means: by the error's limit at 95%, the cautious one.", "--sure"
+    )
+    modules: str = _flag("all", "all, attention, mlp, or a regular expression.")
+    leave: list[str] | None = _flag(
+        None, "Kind that stays the base's: bias, norm, embedding, head. May be repeated."
+    )
+    max_rank: int | None = _flag(None, "Highest rank of a module; 64, or 16 for serving.")
+    bucket: int | None = _flag(None, "Ranks are multiples of this; 1, or 8 for serving.")
+    form: Literal["peft", "serving"] = _flag(
+        "peft",
+        "serving: ranks in few sizes and factors alone, as servers of many adapters want; biases, "
+        "norms, embeddings and heads stay the base's, and the error says what that costs.",
         "--format",
-        help="serving: ranks in few sizes and factors alone, as servers of many adapters want; "
-        "biases, norms, embeddings and heads stay the base's, and the error says what that costs.",
-    ),
-]
-Force = Annotated[
-    bool,
-    typer.Option(
+    )
+    force: bool = _flag(
+        False,
+        "Take adapters that name another base, and replace what is in folders for results.",
         "--force",
-        help="Take adapters that name another base, and replace what is in folders for results.",
-    ),
-]
-Device = Annotated[str, typer.Option(help="Where networks run: cpu, cuda, cuda:1, mps.")]
-Memory = Annotated[
-    float | None,
-    typer.Option(help="GB for statistics of modules at once; without: half of what is free."),
-]
-Tokens = Annotated[int, typer.Option(help="Texts are cut off after so many.")]
-Seed = Annotated[int, typer.Option(help="Draws texts and probes.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Report no progress.")]
+    )
 
 
-@app.command()
-def plan(
-    context: typer.Context,
-    base: Base,
-    texts: TextsFile,
-    tuned: Tuned = None,
-    adapter: Weighted = None,
-    held_out: HeldOut = None,
-    error: Error = None,
-    parameters: Parameters = None,
-    rank: Rank = None,
-    sure: Sure = False,
-    modules: Modules = "all",
-    leave: Leave = None,
-    max_rank: MaxRank = None,
-    bucket: Bucket = None,
-    form: Format = "peft",
-    tokens: Tokens = 128,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    memory: Memory = None,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@dataclass(kw_only=True)
+class _ExtractOptions(_PlanOptions):
+    """What `extract` and `shrink` take."""
+
+    out: Path = _flag(MISSING, "Folder for the adapter.")
+    merged: Path | None = _flag(None, "Folder for the adapted model in full, in float32, too.")
+
+
+@dataclass(kw_only=True)
+class _CheckOptions(_Options):
+    """What `check` takes."""
+
+    adapter: str = _argument(MISSING, "Folder of an adapter that peft reads.", "ADAPTER")
+    tuned: str = _argument(MISSING, "What it stands in for, as in `plan`.", "TUNED")
+    force: bool = _flag(False, "Take adapters for other bases.", "--force")
+
+
+def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any], None]], Any]:
+    """Make a function of options a command, whose arguments and flags are their fields."""
+    types = get_type_hints(options)
+    parameters = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if each.default is MISSING else each.default,
+            annotation=Annotated[types[each.name], each.metadata["is"]],
+        )
+        for each in fields(options)
+    ]
+
+    def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        def run(**given: Any) -> None:
+            function(options(**given))
+
+        run.__dict__["__signature__"] = inspect.Signature(parameters)
+        run.__name__, run.__doc__, run.__annotations__ = function.__name__, function.__doc__, {}
+        app.command(**about)(run)
+        return function
+
+    return decorate
+
+
+@_command(_PlanOptions)
+def plan(options: _PlanOptions) -> None:
     """Say which rank each module needs. Writes nothing.
 
     The status is 0 if the error measured on held-out texts is at most what was asked for. That is
@@ -149,48 +170,16 @@ def plan(
     the limit must be at most what was asked for. It cuts 1.25% of a bootstrap of texts, not 5%,
     since errors of texts are skewed.
     """
-    from . import workflow
-
-    _show(_call(workflow.plan, context.params), as_json)
+    _show(_call(workflow.plan, options), options.as_json)
 
 
-@app.command()
-@app.command("shrink", help="Write a smaller adapter: `extract`, where TUNED is an adapter.")
-def extract(
-    context: typer.Context,
-    base: Base,
-    texts: TextsFile,
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
-    tuned: Tuned = None,
-    adapter: Weighted = None,
-    held_out: HeldOut = None,
-    error: Error = None,
-    parameters: Parameters = None,
-    rank: Rank = None,
-    sure: Sure = False,
-    repair: Annotated[
-        bool,
-        typer.Option(
-            help="Also fit the factors to the tuned model, block by block and by gradient: minutes "
-            "more, for a somewhat smaller adapter."
-        ),
-    ] = False,
-    modules: Modules = "all",
-    leave: Leave = None,
-    max_rank: MaxRank = None,
-    bucket: Bucket = None,
-    form: Format = "peft",
-    tokens: Tokens = 128,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    memory: Memory = None,
-    merged: Annotated[
-        Path | None, typer.Option(help="Folder for the adapted model in full, in float32, too.")
-    ] = None,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@_command(_ExtractOptions)
+@_command(
+    _ExtractOptions,
+    name="shrink",
+    help="Write a smaller adapter: `extract`, where TUNED is an adapter.",
+)
+def extract(options: _ExtractOptions) -> None:
     """Write the adapter as a folder that peft reads, with its errors in report.json.
 
     The adapter is written, and the status is 0, if the error measured on held-out texts is at most
@@ -198,41 +187,19 @@ def extract(
     --sure the limit must be at most what was asked for, or nothing is written. It cuts 1.25% of a
     bootstrap of texts, not 5%, since errors of texts are skewed.
     """
-    from . import workflow
-
-    _show(_call(workflow.extract, context.params), as_json, out)
+    _show(_call(workflow.extract, options), options.as_json, options.out)
 
 
-@app.command()
-def check(
-    context: typer.Context,
-    base: Base,
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter that peft reads.")
-    ],
-    tuned: Annotated[
-        str, typer.Argument(metavar="TUNED", help="What it stands in for, as in `plan`.")
-    ],
-    texts: TextsFile,
-    tokens: Tokens = 128,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Take adapters for other bases.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@_command(_CheckOptions)
+def check(options: _CheckOptions) -> None:
     """Measure anybody's adapter against the tuned model, on texts that no plan has used."""
-    from . import _peft_files, workflow
-    from ._measuring import without_nan
-
-    measured = _call(workflow.check, context.params)
-    carried, size = _peft_files.measure_peft(Path(adapter))
-    if as_json:
-        numbers = measured._asdict() | {"carried": carried, "adapter_bytes": size}
-        _print(without_nan(numbers))
+    measured = _call(workflow.check, options)
+    carried, size = measure_peft(Path(options.adapter))
+    if options.as_json:
+        _print(without_nan(measured._asdict() | {"carried": carried, "adapter_bytes": size}))
         return
-    title = f"{adapter} against {tuned}"
-    console.print(_table(title, [*_carried(carried, size, estimate=False), *_measured(measured)]))
+    rows = [*size_rows(carried, size, estimated=False), *measured_rows(measured)]
+    console.print(_table(f"{options.adapter} against {options.tuned}", rows))
 
 
 def main() -> NoReturn:
@@ -249,22 +216,18 @@ def main() -> NoReturn:
     raise SystemExit(DONE)
 
 
-def _call(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+def _call(function: Callable[..., Any], options: _Options) -> Any:
     """Call a function with a command's options and the texts of its files."""
-    from ._measuring import read_texts
-
-    options = {name: value for name, value in options.items() if value is not None}
-    quiet = options.pop("quiet") | options.pop("as_json")
-    with _progress(quiet=quiet) as report:
-        if "form" in options:
-            options["tuned"] = _tuned(options.get("tuned"), options.pop("adapter", None))
-            options["serving"] = options.pop("form") == "serving"
-        if "memory" in options:
-            options["memory"] *= 1e9
-        for name in ("texts", "held_out"):
-            if name in options:
-                options[name] = read_texts(options[name])
-        return function(**options, report=report)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    del given["as_json"], given["quiet"]
+    if isinstance(options, _PlanOptions):
+        given["tuned"] = _tuned(options.tuned, given.pop("adapter", None))
+        given["serving"] = given.pop("form") == "serving"
+    for name in ("texts", "held_out"):
+        if name in given:
+            given[name] = read_texts(given[name])
+    with _progress(quiet=options.quiet or options.as_json) as report:
+        return function(**given, report=report)
 
 
 def _tuned(tuned: str | None, weighted: Sequence[str] | None) -> str | dict[str, float]:
@@ -295,56 +258,49 @@ def _tuned(tuned: str | None, weighted: Sequence[str] | None) -> str | dict[str,
     return weights
 
 
-class _Lines:
-    """Lines on the stream for errors: where a stage begins and ends, and now and then within."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._started = self._said = 0.0
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage != self._stage:
-            self.end()
-            self._stage, self._started, self._said = stage, now, now
-            self._say("...")
-        if done >= total:
-            self.end()
-        elif done and now - self._said >= PAUSE:
-            self._said = now
-            remains = (now - self._started) * (total - done) / done
-            self._say(f"{done} of {total}, about {remains:.0f} s remain")
-
-    def end(self) -> None:
-        if self._stage:
-            self._say(f"done in {time.monotonic() - self._started:.1f} s")
-        self._stage = ""
-
-    def _say(self, what: str) -> None:
-        typer.echo(f"{self._stage}: {what}", err=True)
-
-
-class _Bars:
-    """A bar for each stage, on a terminal."""
+class _Stages:
+    """Stages of work on the stream for errors: bars on a terminal, elsewhere plain lines."""
 
     def __init__(self) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         times = TimeElapsedColumn(), TimeRemainingColumn()
-        self._progress = Progress(*columns, *times, console=errors, transient=True)
-        self._bars: dict[str, TaskID] = {}
+        self._bars = Progress(*columns, *times, console=errors, transient=True)
+        self._task: TaskID | None = None
+        self._said = 0.0
 
     def show(self, stage: str, done: int, total: int) -> None:
-        # Not before: what is refused before any work is one line.
-        self._progress.start()
-        if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage, total=total)
-        elif self._progress.tasks[self._bars[stage]].finished:
-            self._progress.reset(self._bars[stage])
-        self._progress.update(self._bars[stage], completed=done, total=total)
+        """Show how far a stage is."""
+        if errors.is_terminal:
+            # Not before: what is refused before any work is one line.
+            self._bars.start()
+        if self._task is None or self._bars.tasks[-1].description != stage:
+            self.end()
+            self._task, self._said = self._bars.add_task(stage, total=total), 0.0
+            self._say("...")
+        self._bars.update(self._task, completed=done, total=total)
+        task = self._bars.tasks[-1]
+        elapsed = task.elapsed or 0.0
+        if done >= total:
+            self.end()
+        elif done and elapsed - self._said >= PAUSE:
+            self._said = elapsed
+            remains = elapsed * (total - done) / done
+            self._say(f"{done} of {total}, about {remains:.0f} s remain")
 
     def end(self) -> None:
-        if self._bars:
-            self._progress.stop()
+        """End the stage that is under way, if there is one."""
+        if self._task is not None:
+            self._say(f"done in {self._bars.tasks[-1].elapsed:.1f} s")
+        self._task = None
+
+    def close(self) -> None:
+        """Take the bars away."""
+        if errors.is_terminal:
+            self._bars.stop()
+
+    def _say(self, what: str) -> None:
+        if not errors.is_terminal:
+            typer.echo(f"{self._bars.tasks[-1].description}: {what}", err=True)
 
 
 @contextmanager
@@ -352,28 +308,29 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
     """A report of progress on the stream for errors."""
     if quiet:
         yield None
-    elif errors.is_terminal:
-        bars = _Bars()
-        try:
-            yield bars.show
-        finally:
-            bars.end()
-    else:
-        lines = _Lines()
-        yield lines.show
+        return
+    stages = _Stages()
+    try:
+        yield stages.show
         # Not if it failed: no stage is done then.
-        lines.end()
+        stages.end()
+    finally:
+        stages.close()
 
 
-def _show(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
+def _show(plan: Plan, as_json: bool, out: Path | None = None) -> NoReturn:
     """Show a plan, and end with its status."""
     status = DONE if plan.reached else SHORT
     if as_json:
         _print(plan.report())
         raise typer.Exit(status)
-    if not plan.repaired:
-        console.print(_ranks(plan))
-    console.print(_totals(plan, written=plan.reached and out is not None))
+    console.print(_ranks(plan))
+    table = _table("In all", plan.totals(written=plan.reached and out is not None))
+    table.caption = (
+        "uniform: one rank for all; energy: an equal share of each change's squared norm; plain: "
+        "singular values by gain for cost; effect: directions and gains chosen by the outputs"
+    )
+    console.print(table)
     if plan.planner.equal:
         console.print("Both models give the same on all texts: rank 0 everywhere is exact.")
     elif plan.reached and not plan.adapter.parameters:
@@ -392,8 +349,6 @@ def _show(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
             + (", or give more texts." if plan.sure else ".")
         )
     elif out is not None:
-        from ._measuring import megabytes
-
         size = megabytes(plan.size)
         console.print(f"Written to {out}, {size}, read back with the same error.")
     if left := ", ".join(sorted(plan.planner.pair.leave & plan.planner.pair.not_low_rank.keys())):
@@ -406,9 +361,7 @@ def _show(plan: Any, as_json: bool, out: Path | None = None) -> NoReturn:
     raise typer.Exit(status)
 
 
-def _ranks(plan: Any) -> Table:
-    from ._measuring import percent
-
+def _ranks(plan: Plan) -> Table:
     table = Table(title="Ranks, and the part of the effect that each module alone loses")
     table.add_column("module", overflow="fold")
     for name in ("size", "rank", "lost"):
@@ -419,75 +372,11 @@ def _ranks(plan: Any) -> Table:
     return table
 
 
-def _totals(plan: Any, written: bool) -> Table:
-    from ._measuring import percent
-
-    pair, used = plan.planner.pair, plan.adapter.parameters
-    whole = sum(out * into for out, into in (m.shape for m in pair.modules.values()))
-    words = ", embeddings as in the base" if pair.words.keys() & pair.modules.keys() else ""
-    rows = [
-        ("parameters of the factors", f"{used:,} of {whole:,}"),
-        *_carried(plan.carried, plan.size, estimate=not written),
-        ("method", plan.method + (", repaired" if plan.repaired else "")),
-        *_measured(plan.measured),
-        ("share of its square in the worst 5% of texts", percent(plan.largest_share)),
-        ("error predicted to first order", percent(plan.predicted)),
-        (f"error with attention alone, in full{words}", percent(plan.attention)),
-    ]
-    for name, (error, parameters) in plan.baselines.items():
-        # One rank for all cannot be below 1.
-        smallest = f" at rank 1 ({parameters:,} parameters)" if parameters > used else ""
-        rows.append((f"error of {name}{smallest}, unrepaired", percent(error)))
-    quotient, low, high = plan.versus_uniform
-    if math.isfinite(quotient) and used:
-        larger = plan.baselines["uniform"][1] / used
-        times = f", which has {larger:.1f} times as many parameters" if larger > 1 else ""
-        limits = f"{quotient:.2f} ({low:.2f} to {high:.2f} at 95%)"
-        rows.append((f"error over that of uniform{times}", limits))
-    for kind, number in pair.not_low_rank.items():
-        what = "left out" if kind in pair.leave else "carried over"
-        rows.append((f"{kind}, {what}", f"{number:,}"))
-    if plan.looks > 1:
-        rows.append(("adapters measured on these texts", f"{plan.looks}: the limit is meant for 1"))
-    rows += [("texts cut off", f"{plan.planner.texts.cut}"), ("seconds", f"{plan.seconds:.0f}")]
-    table = _table("In all", rows)
-    table.caption = (
-        "uniform: one rank for all; energy: an equal share of each change's squared norm; plain: "
-        "singular values by gain for cost; effect: directions and gains chosen by the outputs"
-    )
-    return table
-
-
-def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+def _table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     table = Table(title=title, show_header=False)
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _carried(numbers: int, size: int, *, estimate: bool) -> list[tuple[str, str]]:
-    from ._measuring import megabytes
-
-    return [
-        ("numbers carried in all", f"{numbers:,}"),
-        ("size of the adapter's files", "about " * estimate + megabytes(size)),
-    ]
-
-
-def _measured(measured: Any) -> list[tuple[str, str]]:
-    from ._measuring import percent
-
-    rows = [
-        ("error (part of the effect that is lost)", percent(measured.error)),
-        ("at most, at 95%", percent(measured.error_upper)),
-    ]
-    if math.isfinite(measured.agreement):
-        rows += [
-            ("equal decisions", percent(measured.agreement)),
-            ("at least, at 95%", percent(measured.agreement_lower)),
-            ("mean KL divergence, nats", f"{measured.kl:.2e}"),
-        ]
-    return [*rows, ("texts measured on", f"{measured.texts}")]
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import randomness
-from . import _models as hub
-from ._measuring import Batch, Readout, Reference, sum_by_text, watch
+from ._measuring import Readout, Reference, sum_by_text, watch
+from ._models import has_bfloat16
+from ._texts import Batch
 from .metrics import Directions
 from .pair import Module
 
@@ -123,11 +124,7 @@ class Derivatives:
         after = [*self._after] if self._head is None else [*self._after, self._added]
         slopes: list[Tensor | None] = [
             *torch.autograd.grad(
-                self._values,
-                after,
-                along.to(self._values),
-                retain_graph=True,
-                allow_unused=True,
+                self._values, after, along.to(self._values), retain_graph=True, allow_unused=True
             )
         ]
         texts = len(self._batch.input_ids)
@@ -166,7 +163,7 @@ class Derivatives:
 def _fast(network: Any, readout: Readout) -> AbstractContextManager[Any]:
     """Products of a language model in bfloat16, where the processor has it; small ones stay."""
     kind = network.device.type
-    fits = readout.task == "language" and hub.has_bfloat16(kind)
+    fits = readout.task == "language" and has_bfloat16(kind)
     return torch.autocast(kind, torch.bfloat16, enabled=fits)
 
 

@@ -8,7 +8,6 @@ import hashlib
 import io
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, ResultsError
+from ._folders import write_folder
 from ._libraries import quiet, reason, require
 
 # Notices on the stream for errors; a higher level of this logger silences them.
@@ -35,7 +35,7 @@ def dequantize(file: Path, name: str) -> Path:
     for folder in (beside / name, cache / name):
         if _kept_from(folder) == source:
             return folder
-    require("language")
+    require("checkpoints")
     import filelock
 
     above = next(part for part in (beside, *beside.parents) if part.exists())
@@ -45,17 +45,14 @@ def dequantize(file: Path, name: str) -> Path:
         # Another process may be at it.
         with filelock.FileLock(folder.with_name(f".{name}.lock")):
             if _kept_from(folder) != source:
-                _LOG.warning(
-                    "Dequantizing %s to %s: once, about half a minute for a small model.",
-                    file.name,
-                    folder,
-                )
+                said = "Dequantizing %s to %s: once, about half a minute for a small model."
+                _LOG.warning(said, file.name, folder)
                 _keep(file, folder, source)
+    except ResultsError:
+        raise
     except OSError as error:
-        remedy = "make room, or give access"
-        raise ResultsError(
-            folder, f"cannot be written ({error.strerror or error})", remedy=remedy
-        ) from error
+        problem = f"cannot be written ({error.strerror or error})"
+        raise ResultsError(folder, problem, remedy="make room, or give access") from error
     return folder
 
 
@@ -90,26 +87,13 @@ def _digest_of(file: Path, size: int, changed: int) -> str:
 
 
 def _keep(file: Path, folder: Path, digest: str) -> None:
-    """Write a file's model and tokenizer to a folder, which takes its name when it is complete."""
-    from safetensors import SafetensorError
-
+    """Write a file's model and tokenizer to a folder."""
     network, tokenizer = _read_gguf(file)
-    partial = folder.with_name(f".{folder.name}-partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
+    with write_folder(folder) as partial:
         with quiet():
             network.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         (partial / _SOURCE).write_text(f"{digest}\n", encoding="utf-8")
-        for path in partial.iterdir():
-            path.chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read_gguf(file: Path) -> tuple[Any, Any]:

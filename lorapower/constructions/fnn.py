@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import _checks
-from ..adapters.core import Adapters
+from ..adapters import Adapters
 from ..errors import InputError, PrecisionError, SingularError
 from ..lowrank import LowRank
+from ..networks.gap import Gap
 from ..networks.layers import FNN, pad, product
 from ..networks.partition import Partition, blocks
 from ..regions import Region
@@ -25,10 +26,10 @@ from .linear import Adaptation
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FNNAdaptation(Adaptation):
-    """Adapters and biases of a ReLU network, with the evidence for them.
+    """Hold adapters and biases of a ReLU network, and the evidence for them.
 
-    ``success`` says whether every block is adapted acceptably and loses no more digits than
-    accepted. ``regions`` hold the activations before, between and after the blocks.
+    ``success`` says whether every block is adapted acceptably and loses at most half of the type's
+    digits. ``regions`` hold the activations before, between and after the blocks.
 
     Attributes
     ----------
@@ -39,12 +40,10 @@ class FNNAdaptation(Adaptation):
         arithmetic; ``[...]``.
     rounding_errors : Tensor
         Measured deviation of each block's product from the predicted one; ``[..., L̄]``.
-    condition_numbers : Tensor
-        The worse of the linear systems solved for each layer; ``[..., L]``.
-    plain : Tensor
-        Whether each block keeps the plain splitting; ``[..., L̄]``.
     digits_lost : Tensor
-        Decimal digits that each block's biases should cost, beyond the target layer; ``[..., L̄]``.
+        Decimal digits that each block's biases should cost, beyond the target layer, where
+        coordinates about the centre have a root mean square of 1, or on `regions.Samples`;
+        ``[..., L̄]``.
     """
 
     partition: Partition
@@ -52,8 +51,6 @@ class FNNAdaptation(Adaptation):
     block_errors: Float[Tensor, "*batch blocks"]
     error_bound: Float[Tensor, "*batch"]
     rounding_errors: Float[Tensor, "*batch blocks"]
-    condition_numbers: Float[Tensor, "*batch layers"]
-    plain: Bool[Tensor, "*batch blocks"]
     digits_lost: Float[Tensor, "*batch blocks"]
 
     @property
@@ -67,7 +64,7 @@ class FNNAdaptation(Adaptation):
     def covers(
         self, frozen: FNN, x: Float[Tensor, "*#batch in samples"]
     ) -> Bool[Tensor, "*batch samples"]:
-        """Whether inner units are active and surplus outputs of blocks inactive at each input.
+        """Say whether inner units are active and surplus outputs of blocks inactive at each input.
 
         This holds in the region, as the proof needs, and may hold outside; linear outputs are free.
         """
@@ -80,8 +77,8 @@ class FNNAdaptation(Adaptation):
         for layers, region in zip(self.partition.slices, self.regions[1:], strict=True):
             *inner, last = preactivations[layers]
             holds += [(p >= 0).all(-2) for p in inner]
-            off = region.width if layers.stop <= frozen.relus else frozen.widths[-1]
-            holds.append((last[..., off:, :] <= 0).all(-2))
+            surplus = region.width if layers.stop <= frozen.relus else frozen.widths[-1]
+            holds.append((last[..., surplus:, :] <= 0).all(-2))
         return torch.stack(holds).all(0)
 
 
@@ -94,12 +91,10 @@ def adapt(
     partition: Partition | None = None,
     *,
     scalar_biases: bool = False,
-    max_digits_lost: float | None = None,
     rtol: float | None = None,
     throw: bool = True,
-    seed: int = 0,
 ) -> FNNAdaptation:
-    """Adapters and biases that make a ReLU network imitate a shallower one over a region.
+    """Make a ReLU network imitate a shallower one over a region, by adapters and biases.
 
     Block ``ℬ_i`` of the frozen layers imitates target layer ``i``; its weights are adapted as a
     deep linear network (`linear.adapt`). The least biases that keep its inner units active over the
@@ -113,8 +108,8 @@ def adapt(
     does not depend on the frozen width; after a linear last layer they keep their biases.
 
     Raises `InputError` for what does not fit, `SingularError` where a block cannot be adapted, and
-    `PrecisionError` where biases should cost more digits than accepted. Source: [thm-one-layer],
-    [thm-partition], [prop-narrower]; for regions [prop-regions].
+    `PrecisionError` where biases should cost more than half of the type's digits. Source:
+    [thm-one-layer], [thm-partition], [prop-narrower]; for regions [prop-regions].
 
     Parameters
     ----------
@@ -128,89 +123,67 @@ def adapt(
         Uniform by default.
     scalar_biases : bool
         One larger number for all units of an inner layer.
-    max_digits_lost : float, optional
-        Acceptable loss where coordinates about the centre have a root mean square of 1, unless the
-        region is `regions.Samples`; by default half of the type's digits; ``inf`` accepts any.
-    rtol, throw, seed
+    rtol, throw
         See `linear.adapt`.
     """
     gaps = blocks(frozen, target, partition)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    throw, scalar = _checks.flag("throw", throw), _checks.flag("scalar_biases", scalar_biases)
     _checks.kind(Region, region=region)
     region = region.fit(target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
     batch = _checks.common_shape("frozen, target and region", batches)
-    typical = region.typical(1.0)
-    limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
-    if max_digits_lost is not None:
-        limit = _checks.tolerance("max_digits_lost", max_digits_lost)
     finite = torch.stack([gap.finite.expand(batch) for gap in gaps]).all(0)
     if not throw and not finite.all():
         frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
         gaps = blocks(frozen, target, partition)
 
     partition = Partition([gap.frozen.depth for gap in gaps])
-    regions, updates, bias_updates = [region], [], []
-    solutions, digits_lost, error_bound = [], [], torch.zeros((), device=frozen.device)
+    limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
+    regions, typical, adapted = [region], region.typical(1.0), list[_AdaptedBlock]()
+    error_bound = torch.zeros((), device=frozen.device)
     for i, (gap, layers) in enumerate(zip(gaps, partition.slices, strict=True)):
         block, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
-        block_ranks = gap.ranks(per_layer[layers])
         try:
-            solution = linear.close(gap, block_ranks, rtol=rtol, throw=throw, seed=seed)
+            solution = linear.adapt_gap(gap, per_layer[layers], rtol=rtol, throw=throw)
         except SingularError as error:
             raise error.at_layer(layers.start + error.layer) from None
-        padded = [
-            LowRank(pad(update.left, weight.shape[-2]), pad(update.right, weight.shape[-1]))
-            for update, weight in zip(solution.adapters.updates, block.weights, strict=True)
-        ]
-        weights = [w + update.matrix() for w, update in zip(block.weights, padded, strict=True)]
-        at_centre = gap.reached(sum(block_ranks)) @ region.centre + layer.biases[0][..., None]
-        biases = _biases(weights, block, region, at_centre, scalar)
-
-        lost = _digits_lost(weights, biases, layer, typical)
-        failed = lost.expand(batch) > limit
+        found = _adapt_block(block, layer, gap, solution, regions[-1], typical, scalar_biases)
+        lost = found.digits_lost.expand(batch)
+        failed = lost > limit
         if throw and failed.any():
-            worst, member = float(lost.expand(batch)[failed][0]), _checks.failed_members(failed)
+            worst, member = float(lost[failed][0]), _checks.failed_members(failed)
             raise PrecisionError(i + 1, worst, limit=limit, dtype=frozen.dtype, member=member)
         error_bound = gap.target.norm * error_bound
-        error_bound = error_bound + solution.spectral_error * region.largest_norm()
-        # Where all is lost nothing can be said of what comes behind.
-        sound = lost.isfinite()[..., None, None]
-        adapted = product(weights)[..., : at_centre.shape[-2], : region.width]
-        adapted, at_centre = (torch.where(sound, part, 0) for part in (adapted, at_centre))
-        region, typical = region.image(adapted, at_centre), layer(typical)
-        region = region.relu() if layer.relus else region
+        error_bound = error_bound + solution.spectral_error * regions[-1].largest_norm()
+        adapted.append(found)
+        regions.append(found.region)
+        typical = layer(typical)
 
-        updates += padded
-        bias_updates += [update[..., 0] for update in biases.updates]
-        solutions.append(solution)
-        digits_lost.append(lost)
-        regions.append(region)
-
-    def stack(values: list[Tensor]) -> Tensor:
+    def stack(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([value.expand(batch) for value in values], dim=-1)
 
-    accepted = stack([solution.success for solution in solutions]) & (stack(digits_lost) <= limit)
-    conditions = torch.cat([solution.condition_numbers for solution in solutions], dim=-1)
+    solutions = [block.solution for block in adapted]
+    digits_lost = stack([block.digits_lost for block in adapted])
+    accepted = stack([solution.success for solution in solutions]) & (digits_lost <= limit)
     return FNNAdaptation(
-        Adapters(tuple(updates), tuple(bias_updates)),
+        Adapters(
+            tuple(update for block in adapted for update in block.updates),
+            tuple(update for block in adapted for update in block.bias_updates),
+        ),
         success=accepted.all(-1) & finite,
         partition=partition,
         regions=tuple(regions),
         block_errors=stack([solution.spectral_error for solution in solutions]),
         error_bound=error_bound.expand(batch),
         rounding_errors=stack([solution.rounding_error for solution in solutions]),
-        condition_numbers=conditions.expand(*batch, frozen.depth),
-        plain=stack([solution.plain for solution in solutions]),
-        digits_lost=stack(digits_lost),
+        digits_lost=digits_lost,
     )
 
 
 def idle(
     network: FNN, region: Region, partition: Partition, adapters: Adapters | None = None
 ) -> Adapters:
-    """Biases that keep inner ReLUs of a network's blocks idle, or an adapted one's.
+    """Find biases that keep the inner ReLUs of blocks idle, of a network or an adapted one.
 
     Over the ``region`` block ``i`` computes ``z ↦ ReLU(P_i z + c_i)``, with ``P_i`` the product of
     its layers and ``c_i`` what their biases come to. Where inner ReLUs were idle before, the
@@ -227,8 +200,47 @@ def idle(
     return replace(adapters, bias_updates=tuple(map(add, before, lifted.bias_updates)))
 
 
+class _AdaptedBlock(NamedTuple):
+    """A block's adapters in the frozen network, what they cost, and the region after the block."""
+
+    solution: linear.LinearAdaptation
+    updates: list[LowRank]
+    bias_updates: list[Tensor]
+    digits_lost: Float[Tensor, "*batch"]
+    region: Region
+
+
+def _adapt_block(
+    block: FNN,
+    layer: FNN,
+    gap: Gap,
+    solution: linear.LinearAdaptation,
+    region: Region,
+    typical: Tensor,
+    scalar_biases: bool,
+) -> _AdaptedBlock:
+    """Find the biases with which a block, its weights adapted, imitates a target layer."""
+    updates = [
+        LowRank(pad(update.left, weight.shape[-2]), pad(update.right, weight.shape[-1]))
+        for update, weight in zip(solution.adapters.updates, block.weights, strict=True)
+    ]
+    weights = [w + update.matrix() for w, update in zip(block.weights, updates, strict=True)]
+    reached = gap.reached(sum(solution.adapters.ranks))
+    at_centre = reached @ region.centre + layer.biases[0][..., None]
+    biases = _biases(weights, block, region, at_centre, scalar_biases)
+    lost = _digits_lost(weights, biases, layer, typical)
+    # Where all is lost nothing can be said of what comes after.
+    sound = lost.isfinite()[..., None, None]
+    matrix = product(weights)[..., : at_centre.shape[-2], : region.width]
+    matrix, at_centre = (torch.where(sound, part, 0) for part in (matrix, at_centre))
+    image = region.image(matrix, at_centre)
+    bias_updates = [update[..., 0] for update in biases.updates]
+    after = image.relu() if layer.relus else image
+    return _AdaptedBlock(solution, updates, bias_updates, lost, after)
+
+
 class _Biases(NamedTuple):
-    """Of a block's layers, as columns: changes, results, and each layer's input at the centre."""
+    """Changes and results of a block's layers, as columns, and each layer's input at the centre."""
 
     updates: list[Tensor]
     biases: list[Tensor]
@@ -238,7 +250,7 @@ class _Biases(NamedTuple):
 def _biases(
     weights: Sequence[Tensor], block: FNN, region: Region, at_centre: Tensor, scalar: bool
 ) -> _Biases:
-    """Biases that make a block's inner layers affine over the region and its last one right."""
+    """Make a block's inner layers affine over the region, and its last one right."""
     # Rounding must not switch off a unit at the edge, even where the region is a single point.
     eps = torch.finfo(region.centre.dtype).eps
     beyond = 1 + eps**0.5
@@ -252,29 +264,27 @@ def _biases(
         slack = (weight.shape[-1] + 4) * eps * terms
         if l < len(weights):
             shifted = slack - beyond * region.lowest(matrix) - before
-            shifted = shifted.amax(-2, keepdim=True).expand_as(shifted) if scalar else shifted
+            if scalar:
+                shifted = shifted.amax(-2, keepdim=True).expand_as(shifted)
         else:
-            used = at_centre.shape[-2]
-            rest = bias[..., used:, None]
+            width, surplus = weight.shape[-2], bias[..., None]
             if block.relus == l:
-                off = beyond * region.lowest(-matrix[..., used:, :]) - slack[..., used:, :]
-                rest = off - before[..., used:, :]
-            shifted = _stack_rows(at_centre - before[..., :used, :], rest)
+                surplus = beyond * region.lowest(-matrix) - slack - before
+            used = torch.arange(width, device=centre.device)[:, None] < at_centre.shape[-2]
+            shifted = torch.where(used, pad(at_centre, width) - before, surplus)
         result.updates.append(shifted - bias[..., None])
         result.biases.append(bias[..., None] + result.updates[-1])
         result.values.append(before + result.biases[-1])
     return result
 
 
-def _stack_rows(upper: Tensor, lower: Tensor) -> Tensor:
-    batch = torch.broadcast_shapes(upper.shape[:-2], lower.shape[:-2])
-    return torch.cat([part.expand(*batch, *part.shape[-2:]) for part in (upper, lower)], dim=-2)
-
-
 def _digits_lost(
     weights: Sequence[Tensor], biases: _Biases, layer: FNN, typical: Tensor
 ) -> Float[Tensor, "*batch"]:
-    """``log10`` of a block's expected rounding error over the target layer's, units independent."""
+    """Compare a block's expected rounding error with the target layer's, by ``log10``.
+
+    Units count as independent.
+    """
     covariance = torch.zeros((), dtype=layer.dtype, device=layer.device)
     for weight, bias, value in zip(weights, biases.biases, biases.values[:-1], strict=True):
         new = weight.square() @ value.square() + bias.square()

@@ -8,25 +8,25 @@ each segment, and what is found for it is carried back.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 from .. import _checks
-from ..adapters.core import Adapters
+from ..adapters import Adapters
 from ..errors import InputError
+from ..networks._segments import segments
 from ..networks.base import Network
 from ..networks.gap import Gap
 from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition, blocks
 from ..networks.transformer import Transformer
 from ..regions import Region
-from . import _heads, general
+from . import _fusing, _heads, general
 from .linear import Adaptation
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A frozen network and a target with one matrix for each segment [def-fused].
+    """Hold a frozen network and a target with one matrix for each segment [def-fused].
 
     ``network`` and ``fused_target`` are the fused ``frozen`` and ``target``, to which they are
     equal, but a ReLU ``network`` has no ReLUs within blocks of the ``partition``. ``fused_ranks``
@@ -51,22 +51,17 @@ class Fused:
         reached = adapters.merge(self.network)
         options: dict[str, Any] = {"throw": throw}
         if isinstance(reached, FNN):
-            options |= {"inputs": region, "partition": self.partition, "max_digits_lost": inf}
+            options |= {"inputs": region, "partition": self.partition}
         return general.adapt(self.frozen, reached, self.ranks, **options)
 
 
-def fuse(
-    frozen: LinearNetwork | FNN | Transformer,
-    target: LinearNetwork | FNN | Transformer,
-    ranks: Any,
-    partition: Partition | None = None,
-) -> Fused:
+def fuse(frozen: Network, target: Network, ranks: Any, partition: Partition | None = None) -> Fused:
     """Fuse a frozen network and a target of its kind: one matrix for each segment [def-fused].
 
     In a linear network that is the whole product; in a ReLU network each block of the partition,
-    cut to the target's widths, with the target's biases; for transformers see `Transformer.fuse`.
-    ``ranks`` are as the construction takes them; the partition of ReLU networks is uniform by
-    default.
+    cut to the target's widths, with the target's biases; in a transformer the segments of attention
+    and, if plain, the output's. ``ranks`` are as the construction takes them; the partition of ReLU
+    networks is uniform by default.
 
     Raises `InputError` for what the construction refuses, for batches, and for a transformer with
     more outputs than a token has coordinates.
@@ -74,29 +69,28 @@ def fuse(
     _checks.kind(LinearNetwork, FNN, Transformer, frozen=frozen)
     _checks.kind(type(frozen), target=target)
     _checks.single(frozen=frozen, target=target)
-    if isinstance(frozen, Transformer):
-        assert isinstance(target, Transformer)
+    if isinstance(frozen, Transformer) and isinstance(target, Transformer):
         # Sizes that match, and what has to be inverted.
-        frozen.segments(target)
+        segments(frozen, target)
         if target.width != frozen.width:
             raise InputError("target", allowed=f"of width {frozen.width}", given=target.width)
-        reach = frozen.fused_ranks(_heads.ranks_by_name(ranks, frozen))
-        pair = frozen.fuse(), target.fuse(frozen)
+        reach = _fusing.fused_ranks(frozen, _heads.ranks_by_kind(ranks, frozen))
+        pair = _fusing.fuse(frozen, frozen), _fusing.fuse(target, frozen)
         return Fused(frozen, target, ranks, None, *pair, reach)
     each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    if isinstance(frozen, FNN):
-        assert isinstance(target, FNN)
+    if isinstance(frozen, FNN) and isinstance(target, FNN):
         gaps = blocks(frozen, target, partition)
         partition = Partition([gap.frozen.depth for gap in gaps])
-        products = [gap.frozen.product() for gap in gaps]
-        network = target.with_parameters(products)
-        reach = tuple(
-            min(sum(gap.ranks(each[layers])), *w.shape)
-            for gap, layers, w in zip(gaps, partition.slices, products, strict=True)
+        network: Network = target.with_parameters([gap.frozen.product() for gap in gaps])
+        fused_target: Network = target
+        shares = [each[layers] for layers in partition.slices]
+    else:
+        gaps, partition, shares = [Gap(frozen, target)], None, [each]
+        network, fused_target = (
+            LinearNetwork([side.product()]) for side in (gaps[0].frozen, gaps[0].target)
         )
-        return Fused(frozen, target, ranks, partition, network, target, reach)
-    gap = Gap(frozen, target)
-    product = LinearNetwork([gap.frozen.product()])
-    reach = (min(sum(gap.ranks(each)), *product.weights[0].shape),)
-    fused_target = LinearNetwork([gap.target.product()])
-    return Fused(frozen, target, ranks, None, product, fused_target, reach)
+    reach = tuple(
+        min(sum(gap.ranks(share)), *weight.shape)
+        for gap, share, weight in zip(gaps, shares, network.weights, strict=True)
+    )
+    return Fused(frozen, target, ranks, partition, network, fused_target, reach)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, lowrank, randomness
-from ..adapters.core import Adapters
+from .. import _checks, lowrank
+from ..adapters import Adapters
 from ..errors import SingularError
 from ..lowrank import SVD, LowRank
 from ..networks.gap import Gap
@@ -21,10 +21,10 @@ from ..networks.layers import LinearNetwork, product
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adaptation:
-    """What all constructions return: ``adapters``, and whether they are a ``success``, ``[...]``.
+    """Hold what all constructions return: ``adapters``, and whether they succeed, ``[...]``.
 
     They are ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l``, and ``Δb_l`` where biases are tuned;
-    `Adapters.merge` applies them. Without success they are the best found.
+    `Adapters.merge` applies them. Without ``success`` they are the best found.
     """
 
     adapters: Adapters
@@ -37,10 +37,10 @@ class Adaptation:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearAdaptation(Adaptation):
-    """Adapters of a deep linear network, with the evidence for them; errors hold for every input.
+    """Hold adapters of a deep linear network, and the evidence for them.
 
-    ``success`` says whether the rounding error is acceptable. Where a product overflows, adapters
-    are 0 and errors NaN.
+    Errors hold for every input. ``success`` says whether the rounding error is acceptable. Where a
+    product overflows, adapters are 0 and errors NaN.
 
     Attributes
     ----------
@@ -53,15 +53,12 @@ class LinearAdaptation(Adaptation):
     condition_numbers : Tensor
         The worse of the two linear systems solved for each layer, 1 for none; ``[..., L]``. A
         singular system may still have a solution, as where the best map is singular.
-    plain : Tensor
-        Whether the plain splitting was kept; ``[...]``.
     """
 
     spectral_error: Float[Tensor, "*batch"]
     frobenius_error: Float[Tensor, "*batch"]
     rounding_error: Float[Tensor, "*batch"]
     condition_numbers: Float[Tensor, "*batch layers"]
-    plain: Bool[Tensor, "*batch"]
 
 
 def adapt(
@@ -72,19 +69,18 @@ def adapt(
     plain_only: bool = False,
     rtol: float | None = None,
     throw: bool = True,
-    seed: int = 0,
 ) -> LinearAdaptation:
-    """Adapters that bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as their ranks allow.
+    """Bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as the ranks of the adapters allow.
 
     The plain splitting cuts the singular triplets of ``E = W̄ − ∏ W_l`` into slices
     ``U_l S_l V_lᵀ`` of ``R_l``: ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``,
-    ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Where partial targets are singular up to a few
-    units of the last place, the proof's splitting follows, which succeeds for non-singular layers.
-    Others adapt singular layers first, to rotated triplets. Each member of the batch keeps its
-    splitting of least rounding error.
+    ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Where it rounds by more than a few units of the
+    last place, as where partial targets are singular, the proof's splitting is tried, which
+    succeeds for non-singular layers, and then the same for the transposed network. Each member of
+    the batch keeps its splitting of least rounding error.
 
     Raises `InputError` for ranks out of range and networks that do not fit each other, and
-    `SingularError`, which names layer and members, where nothing tried meets ``rtol``. Source:
+    `SingularError`, which names layer and members, where no splitting meets ``rtol``. Source:
     [thm-optimal-adaptation], [lem-splitting], [lem-any-change], [prop-splittings].
 
     Parameters
@@ -103,27 +99,28 @@ def adapt(
         accepts any.
     throw : bool
         Raise an error where a member is not adapted acceptably; otherwise ``success`` says so.
-    seed : int
-        For random rotations of triplets.
     """
     gap = Gap(frozen, target)
-    plain_only, throw = _checks.flag("plain_only", plain_only), _checks.flag("throw", throw)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in gap.frozen.weights])
-    return close(gap, per_layer, plain_only=plain_only, rtol=rtol, throw=throw, seed=seed)
+    return adapt_gap(gap, per_layer, plain_only=plain_only, rtol=rtol, throw=throw)
 
 
 @torch.no_grad()
-def close(
+def adapt_gap(
     gap: Gap,
     ranks: Sequence[int],
     *,
     plain_only: bool = False,
     rtol: float | None = None,
     throw: bool = True,
-    seed: int = 0,
 ) -> LinearAdaptation:
-    """`adapt` for a `Gap`, whose decomposition may be at hand, and one rank per layer."""
-    seed, eps = _checks.seed(seed), torch.finfo(gap.frozen.dtype).eps
+    """Adapt the frozen layers of a `Gap`, one rank per layer, as `adapt` does.
+
+    The gap may be a batch of any shape, such as the blocks of ReLU networks ``[...]`` or the heads
+    of transformers ``[..., L, H]``; all parts of the result have this shape. Decompositions that
+    the gap holds are used again. Raises what `adapt` raises.
+    """
+    eps = torch.finfo(gap.frozen.dtype).eps
     rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
     finite = gap.finite
     if not throw and not finite.all():
@@ -139,22 +136,15 @@ def close(
     scale = scale.expand(batch).flatten()
 
     gap = gap.flat()
-    task = _Task(gap.frozen.weights, gap.reached(total), gap.svd, gap.noise[:, None])
-    best = _split(task, ranks, _Plan(range(gap.frozen.depth), "leading"))
-    plain = torch.ones_like(scale, dtype=torch.bool)
-    conditions = torch.stack([lowrank.condition(values) for values in gap.frozen.spectra])
-    singular = conditions.amax(0) > 1 / last_place
-    for plan in () if plain_only else _alternatives(ranks, gap.spectrum.shape[-1], seed):
+    problem = _Problem(gap.frozen.weights, ranks, gap.reached(total), gap.svd, gap.noise[:, None])
+    best = _split_plainly(problem)
+    others = [_split_by_lemma, _split_transposed]
+    if total > gap.spectrum.shape[-1]:
+        others.insert(0, _split_lifted)
+    for split in () if plain_only else others:
         poor = best.rounding > 4 * last_place * scale
-        if plan.take == "random":
-            poor = poor & singular
-        if not poor.any():
-            continue
-        trial = _split(task.members(poor), ranks, plan)
-        improved = trial.rounding < best.rounding[poor]
-        members = poor.nonzero()[improved, 0]
-        best.put(members, trial, improved)
-        plain[members] = False
+        if poor.any():
+            best.improve(poor, split(problem.members(poor)))
 
     relative = best.rounding / scale.clamp(min=torch.finfo(scale.dtype).tiny)
     success = (relative <= rtol).reshape(batch) & finite
@@ -174,9 +164,8 @@ def close(
         return flat.reshape((*batch, *flat.shape[1:]))
 
     def measured(flat: Tensor) -> Tensor:
-        return torch.where(
-            finite.reshape((*batch, *[1] * (flat.ndim - 1))), in_batch(flat), torch.nan
-        )
+        valid = finite.reshape((*batch, *[1] * (flat.ndim - 1)))
+        return torch.where(valid, in_batch(flat), torch.nan)
 
     return LinearAdaptation(
         Adapters(tuple(LowRank(in_batch(A), in_batch(B)) for A, B in best.factors)),
@@ -185,181 +174,189 @@ def close(
         frobenius_error=measured(frobenius.flatten()),
         rounding_error=measured(best.rounding),
         condition_numbers=measured(best.conditions),
-        plain=plain.reshape(batch),
     )
 
 
-class _Plan(NamedTuple):
-    """How to split: layers take leading, cheapest [lem-splitting] or random triplets, in order."""
+class _Problem(NamedTuple):
+    """Split the change from the product of flat ``weights`` to ``best_map`` among the layers.
 
-    order: Sequence[int]
-    take: Literal["leading", "cheapest", "random"] = "cheapest"
-    lift: bool = False
-    mirrored: bool = False
-    seed: int = 0
-
-
-def _alternatives(ranks: Sequence[int], width: int, seed: int) -> Iterator[_Plan]:
-    layers = range(len(ranks))
-    if sum(ranks) > width:
-        yield _Plan(layers, lift=True)
-    yield _Plan(layers)
-    yield _Plan(layers, mirrored=True)
-    # A singular layer has to be adapted before it stands in another layer's system.
-    for l in layers:
-        yield _Plan([l, *layers[:l], *layers[l + 1 :]], "random", seed=seed)
-
-
-class _Task(NamedTuple):
-    """What to split: flat weights, the map to reach, the decomposition and noise of ``E``."""
+    ``svd`` decomposes ``E``; singular values up to ``noise`` may be rounding.
+    """
 
     weights: Sequence[Tensor]
+    ranks: Sequence[int]
     best_map: Tensor
     svd: SVD
     noise: Tensor
 
-    def members(self, which: Tensor) -> _Task:
+    def members(self, which: Tensor) -> _Problem:
         weights, svd = [w[which] for w in self.weights], SVD(*(part[which] for part in self.svd))
-        return _Task(weights, self.best_map[which], svd, self.noise[which])
+        return _Problem(weights, self.ranks, self.best_map[which], svd, self.noise[which])
 
-    def mirrored(self) -> _Task:
+    def transposed(self) -> _Problem:
         weights, (U, S, V) = [w.mT for w in reversed(self.weights)], self.svd
-        return _Task(weights, self.best_map.mT, SVD(V, S, U), self.noise)
+        return _Problem(weights, self.ranks[::-1], self.best_map.mT, SVD(V, S, U), self.noise)
 
 
 @dataclass
-class _Splitting:
+class _Solution:
     """Factors for every layer, condition numbers ``[batch, L]``, rounding errors ``[batch]``."""
 
     factors: list[tuple[Tensor, Tensor]]
     conditions: Tensor
     rounding: Tensor
 
-    def put(self, members: Tensor, other: _Splitting, improved: Tensor) -> None:
-        """Take over another splitting for the members that it improves."""
+    def improve(self, tried: Tensor, other: _Solution) -> None:
+        """Take over another solution of the members ``tried`` where it rounds less."""
+        better = other.rounding < self.rounding[tried]
+        members = tried.nonzero()[better, 0]
         for (A, B), (other_A, other_B) in zip(self.factors, other.factors, strict=True):
-            A[members], B[members] = other_A[improved], other_B[improved]
-        self.conditions[members] = other.conditions[improved]
-        self.rounding[members] = other.rounding[improved]
+            A[members], B[members] = other_A[better], other_B[better]
+        self.conditions[members] = other.conditions[better]
+        self.rounding[members] = other.rounding[better]
 
-    def mirrored(self) -> _Splitting:
+    def transposed(self) -> _Solution:
         factors = [(B, A) for A, B in reversed(self.factors)]
-        return _Splitting(factors, self.conditions.flip(-1), self.rounding)
+        return _Solution(factors, self.conditions.flip(-1), self.rounding)
 
 
-def _split(task: _Task, ranks: Sequence[int], plan: _Plan) -> _Splitting:
-    """Visit the layers in the plan's order; each takes its share of the error that remains."""
-    if plan.mirrored:
-        return _split(task.mirrored(), ranks[::-1], plan._replace(mirrored=False)).mirrored()
-    weights, best_map, svd, noise = task
-    generator = randomness.generator(plan.seed, "rotation")
+def _split_plainly(problem: _Problem) -> _Solution:
+    """Hand out the singular triplets in turn [rem-plain-splitting]."""
+    return _adapt_in_turn(problem, by_lemma=False)
+
+
+def _split_by_lemma(problem: _Problem) -> _Solution:
+    """Hand out columns after which the later layers can still do theirs [lem-splitting]."""
+    return _adapt_in_turn(problem, by_lemma=True)
+
+
+def _split_transposed(problem: _Problem) -> _Solution:
+    """Split the transposed network's change by the lemma, which starts at the last layer."""
+    return _split_by_lemma(problem.transposed()).transposed()
+
+
+def _split_lifted(problem: _Problem) -> _Solution:
+    """Raise the least singular values of layers by rank to spare, then split by the lemma.
+
+    The product of many layers is nearly singular; the network so changed is less so.
+    """
+    weights, ranks, best_map, _, noise = problem
+    width = min(best_map.shape[-2:])
+    ends = [round(width * part / sum(ranks)) for part in accumulate(ranks, initial=0)]
+    shares = [end - start for start, end in pairwise(ends)]
+    lifts = [_lift(w, R - own) for w, R, own in zip(weights, ranks, shares, strict=True)]
+    lifted = [w + A @ B.mT for w, (A, B) in zip(weights, lifts, strict=True)]
+    svd = lowrank.svd(_finite(best_map - product(lifted)))
+    split = _split_by_lemma(_Problem(lifted, shares, best_map, svd, noise))
+    factors = [
+        (torch.cat([own[0], lift[0]], -1), torch.cat([own[1], lift[1]], -1))
+        for own, lift in zip(split.factors, lifts, strict=True)
+    ]
+    return _Solution(factors, split.conditions, split.rounding)
+
+
+def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the update that raises the ``rank`` least singular values to the largest."""
+    U, S, V = lowrank.svd(weight)
+    tail = slice(S.shape[-1] - rank, None)
+    return U[..., tail] * (S[:, None, :1] - S[:, None, tail]), V[..., tail]
+
+
+def _share_by_lemma(
+    outer: Tensor, inner: Tensor, rank: int, passed: Tensor, left: SVD | None
+) -> tuple[Tensor, Tensor]:
+    """Take ``outer X`` and ``inner Y`` with ``Yᵀ X = 1`` and ``Yᵀ`` injective on ``M X``.
+
+    ``X`` has orthonormal columns of large ``‖M X‖`` for the adapters that they need; ``Y`` lies
+    half way between the ranges of ``X`` and ``M X``. The product of all layers is ``passed``, that
+    of the layers after this one ``left``.
+    """
+    M = inner.mT @ _solve(lowrank.svd(passed), outer)
+    M.diagonal(dim1=-2, dim2=-1).add_(1)
+    adapter = _solve(left, outer)
+    _, S, V = lowrank.svd(adapter)
+    scaled = V * _invert(S, adapter)[:, None]
+    X = torch.linalg.qr(scaled @ lowrank.svd(M @ scaled).V)[0][..., :rank]
+    Z = lowrank.svd(M @ X).U
+    P, cosines, Q = lowrank.svd(X.mT @ Z)
+    X, Z = X @ P, Z @ Q
+    return outer @ X, inner @ ((X + Z) / (1 + cosines[:, None]))
+
+
+def _adapt_in_turn(problem: _Problem, *, by_lemma: bool) -> _Solution:
+    """Adapt layer after layer, each to its share ``outer innerᵀ`` of the change that remains."""
+    weights, ranks, best_map, svd, noise = problem
     factors = [
         (w.new_zeros(*w.shape[:-1], R), w.new_zeros(len(w), w.shape[-1], R))
         for w, R in zip(weights, ranks, strict=True)
     ]
-    current, shares = list(weights), list(ranks)
-    if plan.lift:
-        width = min(best_map.shape[-2:])
-        ends = [round(width * part / sum(ranks)) for part in accumulate(ranks, initial=0)]
-        shares = [end - start for start, end in pairwise(ends)]
-        for l, ((A, B), R, share) in enumerate(zip(factors, ranks, shares, strict=True)):
-            A[..., share:], B[..., share:] = _lift(weights[l], R - share)
-            current[l] = weights[l] + A @ B.mT
+    adapted = list(weights)
     conditions = best_map.new_ones(len(best_map), len(weights))
-
-    visits = [l for l in plan.order if shares[l]]
-    for visit, l in enumerate(visits):
-        # What a layer that overflowed leaves is not finite.
-        reached = product(current).nan_to_num(0, 0, 0)
-        first = visit == 0 and not plan.lift
-        U, S, V = svd if first else lowrank.svd((best_map - reached).nan_to_num(0, 0, 0))
-        left, right = _systems(current, l)
-        s = min(sum(shares[j] for j in visits[visit:]), int((S > noise).any(0).sum()))
-        k = min(shares[l], s)
-        if k == 0:
+    layers = [l for l, rank in enumerate(ranks) if rank]
+    for l in layers:
+        passed = _finite(product(adapted))
+        U, S, V = svd if l == layers[0] else lowrank.svd(_finite(best_map - passed))
+        left, right = _systems(adapted, l)
+        remaining = min(sum(ranks[l:]), int((S > noise).any(0).sum()))
+        rank = min(ranks[l], remaining)
+        if rank == 0:
             continue
-        outer, inner = U[..., :s], V[..., :s] * S[:, None, :s]
-        if plan.take == "leading" or k == s:
-            outer, inner = outer[..., :k], inner[..., :k]
-        elif plan.take == "random":
-            X = torch.linalg.qr(randomness.normal(generator, s, k).to(outer))[0]
-            outer, inner = outer @ X, inner @ X
-        else:
-            passed = inner.mT @ _solve(lowrank.svd(reached), outer)
-            passed.diagonal(dim1=-2, dim2=-1).add_(1)
-            X = _cheapest(_solve(left, outer), passed)[..., :k]
-            X, Y = _complementary(X, passed @ X)
-            outer, inner = outer @ X, inner @ Y
+        outer, inner = U[..., :remaining], V[..., :remaining] * S[:, None, :remaining]
+        if rank < remaining:
+            if by_lemma:
+                outer, inner = _share_by_lemma(outer, inner, rank, passed, left)
+            else:
+                outer, inner = outer[..., :rank], inner[..., :rank]
         # Pieces of zeros (of a target that is reached already) need no system, singular or not.
         sizes = [torch.linalg.vector_norm(part, dim=-2) for part in (outer, inner)]
         needed = sizes[0] * sizes[1] > noise
         A = torch.where(needed[:, None], _solve(left, outer), 0)
         B = torch.where(needed[:, None], _solve(right, inner), 0)
-        factors[l][0][..., :k], factors[l][1][..., :k] = A, B
-        current[l] = current[l] + A @ B.mT
+        factors[l][0][..., :rank], factors[l][1][..., :rank] = A, B
+        adapted[l] = adapted[l] + A @ B.mT
         systems = [lowrank.condition(system.S) for system in (left, right) if system]
         if systems:
-            worse = torch.stack(systems).amax(0)
-            conditions[:, l] = torch.where(needed.any(-1), worse, 1)
-
+            conditions[:, l] = torch.where(needed.any(-1), torch.stack(systems).amax(0), 1)
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
-    return _Splitting(factors, conditions, _rounding_error(merged, best_map))
-
-
-def _cheapest(adapter: Tensor, passed: Tensor) -> Tensor:
-    """Orthonormal ``X``, first columns of large ``‖M X‖`` [lem-splitting] and small adapters."""
-    _, S, V = lowrank.svd(adapter)
-    scaled = V * _invert(S, adapter)[:, None]
-    return torch.linalg.qr(scaled @ lowrank.svd(passed @ scaled).V)[0]
-
-
-def _complementary(X: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
-    """``X`` rotated, and ``Y`` near it: ``Yᵀ X = 1``, ``Yᵀ`` injective on ``M X``."""
-    Z = lowrank.svd(passed).U
-    P, cosines, Q = lowrank.svd(X.mT @ Z)
-    X, Z = X @ P, Z @ Q
-    return X, (X + Z) / (1 + cosines[:, None])
+    return _Solution(factors, conditions, _rounding_error(merged, best_map))
 
 
 def _rounding_error(weights: list[Tensor], best_map: Tensor) -> Tensor:
-    """Spectral distance of the product, from either end, from the best map; or infinite."""
+    """Measure how far the product, from either end, is from the best map; may be infinite."""
     products = [product(weights)]
     if len(weights) > 2:
         products.append(product([w.mT for w in reversed(weights)]).mT)
     errors = []
     for difference in (reached - best_map for reached in products):
         finite = difference.isfinite().all((-2, -1))
-        errors.append(torch.where(finite, lowrank.norm(difference.nan_to_num(0, 0, 0)), torch.inf))
+        errors.append(torch.where(finite, lowrank.norm(_finite(difference)), torch.inf))
     return torch.stack(errors).amax(0)
 
 
-def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of the update that raises the ``rank`` smallest singular values to the largest."""
-    U, S, V = lowrank.svd(weight)
-    tail = slice(S.shape[-1] - rank, None)
-    return U[..., tail] * (S[:, None, :1] - S[:, None, tail]), V[..., tail]
-
-
 def _systems(weights: list[Tensor], l: int) -> tuple[SVD | None, SVD | None]:
-    """``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``, multiplied outwards in, or ``None`` for no layers."""
+    """Decompose ``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``; ``None`` stands for no layers."""
     outer, inner = [w.mT for w in reversed(weights[l + 1 :])], weights[:l]
     left, right = (
-        lowrank.svd(product(part).nan_to_num(0, 0, 0).mT) if part else None
-        for part in (outer, inner)
+        lowrank.svd(_finite(product(part)).mT) if part else None for part in (outer, inner)
     )
     return left, right
 
 
 def _solve(system: SVD | None, right: Tensor) -> Tensor:
-    """The least solution, without directions that are 0 up to rounding, as [lem-splitting] asks."""
+    """Solve for the least ``X``, without directions that are 0 up to rounding [lem-splitting]."""
     if system is None:
         return right
     U, S, V = system
-    return (V @ (_invert(S, U, V)[..., None] * (U.mT @ right))).nan_to_num(0, 0, 0)
+    return _finite(V @ (_invert(S, U, V)[..., None] * (U.mT @ right)))
 
 
 def _invert(singular_values: Tensor, *sides: Tensor) -> Tensor:
-    """``1/σ``, or 0 where ``σ`` is within the rounding of a matrix of these sides."""
+    """Return ``1/σ``, or 0 where ``σ`` is within the rounding of a matrix of these sides."""
     largest = max(side.shape[-2] for side in sides)
     least = largest * torch.finfo(singular_values.dtype).eps * singular_values[..., :1]
     return torch.where(singular_values > least, 1 / singular_values, 0)
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """Put 0 for what overflowed, which no decomposition takes; its rounding error is infinite."""
+    return matrix.nan_to_num(0, 0, 0)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import _checks, lowrank, randomness
-from ..adapters.core import Adapters
-from ..bounds.transformer import attention_floor, directions
+from .. import _checks, lowrank
+from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks._segments import Segments
+from ..networks._segments import Segments, is_regular, missing_shift, segments
 from ..networks.gap import Gap
-from ..networks.transformer import Transformer
+from ..networks.transformer import GAINS, SHIFTS, Transformer, one_by_one
 from . import _heads
 from .linear import Adaptation, LinearAdaptation
 
-_WORDS = {"query_key": "query–key", "value_output": "value–output", "output": "output"}
+_WORDS = {
+    "query_key": "query–key segment",
+    "value_output": "value–output segment",
+    "output": "output segment",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,20 +53,16 @@ class TransformerAdaptation(Adaptation):
     shift_condition_numbers: Float[Tensor, "*batch _"]
 
     @property
-    def condition_numbers(self) -> Segments[Tensor]:
-        """The worst linear system solved for each segment."""
-        return self.solutions.map(lambda _, solution: solution.condition_numbers.amax(-1))
-
-    @property
     def condition_number(self) -> Float[Tensor, "*batch"]:
-        """The largest condition number, times those of the shifts between blocks.
+        """The largest of the linear systems solved, times those of the shifts between blocks.
 
         Errors of outputs, relative to the terms summed, seldom much exceed ``eps`` times this.
         """
         shifts = self.shift_condition_numbers
         if not self.solutions:
             return shifts.new_ones(shifts.shape[:-1])
-        largest = self.condition_numbers.largest()
+        worst = self.solutions.map(lambda _, solution: solution.condition_numbers.amax(-1))
+        largest = worst.largest()
         if not shifts.shape[-1]:
             return largest
         between, last = shifts.tensor_split([-1], dim=-1)
@@ -83,10 +80,10 @@ def adapt(
     throw: bool = True,
     seed: int = 0,
 ) -> TransformerAdaptation:
-    """Adapters and vectors that make a transformer imitate another, segment by segment.
+    """Make a transformer imitate another, segment by segment, by adapters and vectors.
 
-    Segments between non-linearities are deep linear networks (`Transformer.segments`). Two adapted
-    neighbours come as near to the target's as their ranks allow by `linear.close`, or exactly in
+    Segments between non-linearities are deep linear networks (`networks.segments`). Two adapted
+    neighbours come as near to the target's as their ranks allow by `linear.adapt`, or exactly in
     narrow heads: ``W_Q`` and ``W_K``, ``W_V`` and ``W_O``, and ``W_2`` and ``W_out`` at the end of
     a plain transformer. Weights with a segment of their own get ``ΔW_1 = LR_R(E) B⁺`` if they read
     tokens and ``ΔW_2 = Sᵀ LR_R(E)`` if they write; with rotary positions or grouped heads those are
@@ -121,96 +118,93 @@ def adapt(
         See `linear.adapt`.
     """
     _checks.kind(Transformer, frozen=frozen, target=target)
-    throw = _checks.flag("throw", throw)
     _require_heads(frozen, target)
-    cut = frozen.segments(target, throw=throw)
+    cut = segments(frozen, target, throw=throw)
     finite = _all(cut.map(lambda _, gap: gap.finite))
     if not throw and not finite.all():
         frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
-        cut = frozen.segments(target, throw=False)
-    each = _heads.ranks_by_name(ranks, frozen)
-    pairs = {name: {kind: each[kind] for kind in Segments.WEIGHTS[name]} for name in cut}
-    for name in _WORDS:
-        if throw and name in cut:
-            _heads.require_ranks(cut[name], pairs[name])
-    options: dict[str, Any] = {"rtol": rtol, "throw": throw, "seed": seed}
-    solutions = {
-        name: _heads.adapt(cut[name], pairs[name], words, **options)
-        for name, words in _WORDS.items()
-        if name in cut
-    }
-    by_kind: dict[str, list[LowRank]] = {}
+        cut = segments(frozen, target, throw=False)
+    each = _heads.ranks_by_kind(ranks, frozen)
+    solutions, by_kind, errors = {}, {}, {}
     for name, gap in cut.items():
-        updates = _updates(name, gap, pairs[name], solutions.get(name))
-        for kind, update in zip(pairs[name], updates, strict=True):
+        given = {kind: each[kind] for kind in Segments.WEIGHTS[name]}
+        if name in _WORDS:
+            if throw:
+                _heads.require_ranks(gap, given)
+            solution = _heads.adapt(gap, given, _WORDS[name], rtol=rtol, throw=throw, seed=seed)
+            found, solutions[name] = _of_pair(name, solution), solution
+        else:
+            (rank,) = given.values()
+            found, errors[name] = [_of_one(name, gap, rank)], gap.error(rank)
+        for kind, update in zip(given, found, strict=True):
             by_kind[kind] = _split(update, Segments.DIMENSIONS[name])
     updates = [
-        by_kind[name.split()[0]].pop(0) if adapts else LowRank(w[..., :0], w.mT[..., :0])
-        for name, w, adapts in zip(frozen.weight_names, frozen.weights, frozen.adapted, strict=True)
+        by_kind[kind].pop(0) if adapts else LowRank(w[..., :0], w.mT[..., :0])
+        for kind, w, adapts in zip(
+            frozen.kind_of_weight, frozen.weights, frozen.adapted, strict=True
+        )
     ]
     sums = [w + update.matrix() for w, update in zip(frozen.weights, updates, strict=True)]
     adapted = frozen.holding(sums, frozen.biases)
+    conditions = finite.new_zeros(*finite.shape, 0, dtype=frozen.dtype)
     if frozen.is_plain:
         vectors, conditions = _plain_vectors(adapted, target, cut, solutions["value_output"])
     else:
-        vectors, missed, size = _vectors(adapted, target, cut)
-        conditions = finite.new_zeros(*finite.shape, 0, dtype=frozen.dtype)
-        if "query_key" in cut:
-            solutions["query_key"] = _complete(
-                solutions["query_key"], cut.query_key, missed, size, rtol, throw
-            )
+        vectors = _vectors(adapted, target)
+    if "query_key" in cut and not frozen.is_plain:
+        vectors["b_Q"], missed, size = _query_bias(adapted, target, cut.query_key)
+        solutions["query_key"] = _complete(
+            solutions["query_key"], cut.query_key, missed, size, rtol, throw
+        )
     changes = [
         new - old
         for kind in frozen.bias_kinds
         for new, old in zip(
-            frozen.one_by_one(kind, vectors[kind]),
-            frozen.one_by_one(kind, frozen.parts[kind]),
+            one_by_one(kind, vectors[kind]),
+            one_by_one(kind, frozen.parameters[kind]),
             strict=True,
         )
     ]
-    success = finite & frozen.is_regular(target)
-    if solutions:
-        success &= _all(Segments({name: part.success for name, part in solutions.items()}))
-
-    def error(name: str, gap: Gap) -> Tensor:
-        if name in solutions:
-            return solutions[name].spectral_error + solutions[name].rounding_error
-        return gap.error(sum(pairs[name].values()))
-
+    success = finite & is_regular(frozen, target)
+    for name, solution in solutions.items():
+        success &= _all(Segments({name: solution.success}))
+        errors[name] = solution.spectral_error + solution.rounding_error
     return TransformerAdaptation(
         Adapters(tuple(updates), tuple(changes)),
         success,
         Segments(solutions),
-        cut.map(error),
+        Segments({name: errors[name] for name in cut}),
         conditions,
     )
 
 
 def _all(verdicts: Segments[Tensor]) -> Bool[Tensor, "*batch"]:
-    """Whether all of a network's verdicts are positive."""
+    """Say whether all of a network's verdicts are positive."""
     return ~verdicts.map(lambda _, good: ~good).largest()
 
 
-def _updates(
-    name: str, gap: Gap, ranks: Mapping[str, int], solution: LinearAdaptation | None
-) -> list[LowRank]:
-    """The updates of a segment's adapted weights, in their order."""
-    if solution is None:
-        (best,) = (gap.best(rank) for rank in ranks.values())
-        before, after = gap.frozen.weights
-        if name in ("sent", "outer"):
-            return [LowRank(after.mT @ best.left, best.right)]
-        return [LowRank(best.left, torch.linalg.pinv(before).mT @ best.right)]
-    if gap.frozen.depth == 2:
-        return [*solution.adapters.updates]
-    _, first, second, _ = solution.adapters.updates
+def _of_one(name: str, gap: Gap, rank: int) -> LowRank:
+    """Make the update of a weight that has a segment of its own."""
+    best, (before, after) = gap.best(rank), gap.frozen.weights
+    if name in ("sent", "outer"):
+        return LowRank(after.mT @ best.left, best.right)
+    return LowRank(best.left, torch.linalg.pinv(before).mT @ best.right)
+
+
+def _of_pair(name: str, solution: LinearAdaptation) -> list[LowRank]:
+    """Pick the updates of a segment's two adapted weights, in their order."""
+    updates = solution.adapters.updates
+    if len(updates) == 2:
+        return [*updates]
+    _, first, second, _ = updates
     if name == "query_key":
+        # The segment has W_K transposed.
         second = LowRank(second.right, second.left)
     return [first, second]
 
 
 def _split(update: LowRank, dims: int) -> list[LowRank]:
-    """Updates of single weights, from one stacked over blocks and heads."""
+    """Split an update that is stacked over blocks and heads."""
     if not dims:
         return [update]
     factors = (f.flatten(-2 - dims, -3).unbind(-3) for f in (update.left, update.right))
@@ -223,10 +217,10 @@ def _plain_vectors(
     cut: Segments[Gap],
     values: LinearAdaptation,
 ) -> tuple[dict[str, Tensor], Float[Tensor, "*batch _"]]:
-    """Biases of a plain transformer, and the condition numbers of their systems."""
+    """Find biases of a plain transformer, and the condition numbers of their systems."""
     batch = adapted.batch_shape
     # Where a system is singular its member fails, and its solution is not finite.
-    shift = target.missing_shift().nan_to_num(0, 0, 0)
+    shift = missing_shift(target).nan_to_num(0, 0, 0)
     shift = shift.expand(*batch, *shift.shape[-2:])
     wanted = target.W_out @ target.b_2[..., -1, :, None]
     last = lowrank.solve(adapted.W_out, wanted)[..., 0].nan_to_num(0, 0, 0)
@@ -244,11 +238,12 @@ def _plain_vectors(
 
 def _require_heads(frozen: Transformer, target: Transformer) -> None:
     """Refuse heads that are neither narrower than a narrower target nor as wide as the tokens."""
-    shared = frozen.groups < frozen.heads
     for side in ("query size", "value size"):
-        size = frozen.sizes[side]
-        if shared or (side == "query size" and frozen.rotary is not None):
+        if frozen.groups < frozen.heads:
             continue
+        if side == "query size" and frozen.settings.rotary is not None:
+            continue
+        size = frozen.sizes[side]
         if target.dimension < size < frozen.width and target.width < frozen.width:
             raise InputError(
                 f"frozen's {side}",
@@ -259,64 +254,63 @@ def _require_heads(frozen: Transformer, target: Transformer) -> None:
             )
 
 
-def _vectors(
-    adapted: Transformer, target: Transformer, cut: Segments[Gap]
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Vectors of a transformer that is not plain, and what query biases miss, of which size."""
-    extra = adapted.width - target.width
-
-    def widened(vector: Tensor) -> Tensor:
-        return pad(vector, (0, extra))
-
+def _vectors(adapted: Transformer, target: Transformer) -> dict[str, Tensor]:
+    """Find vectors of a transformer that is not plain, as if queries had their own segment."""
     # Norms divide by the root of the width.
     ratio = (target.width / adapted.width) ** 0.5
-    vectors = {
-        kind: widened(part) * (ratio if kind[0] == "g" else 1)
-        for kind, part in target.parts.items()
-        if kind[0] in "gs"
-    }
-    s_1, s_2 = (target.parts.get(kind, torch.zeros_like(target.b_O)) for kind in ("s_1", "s_2"))
-
-    def applied(W: Tensor, s: Tensor) -> Tensor:
-        return (W @ s[..., None])[..., 0]
-
-    of_heads = widened(s_1).unsqueeze(-2)
-
-    def completed(kind: str, s: Tensor, wider: Tensor) -> Tensor:
-        weight, other = (getattr(network, kind.replace("b", "W")) for network in (target, adapted))
-        return getattr(target, kind) + applied(weight, s) - applied(other, wider)
-
-    for kind in ("b_1", "b_3"):
-        if kind in target.kinds:
-            vectors[kind] = completed(kind, s_2, widened(s_2))
+    s_1, s_2 = _shifts(target)
+    vectors = {}
+    for kind in target.bias_kinds:
+        if kind in GAINS:
+            vectors[kind] = ratio * _widened(target.parameters[kind], adapted)
+        elif kind in SHIFTS:
+            vectors[kind] = _widened(target.parameters[kind], adapted)
+        elif kind in ("b_1", "b_3", "b_Q", "b_K"):
+            weight = kind.replace("b", "W")
+            s = s_2 if kind in ("b_1", "b_3") else s_1.unsqueeze(-2)
+            wanted = target.parameters[kind] + _times(target.parameters[weight], s)
+            reached = _times(adapted.parameters[weight], _widened(s, adapted))
+            vectors[kind] = wanted - reached
 
     def written(vector: Tensor) -> Tensor:
         return adapted.fill(vector[..., None])[..., 0]
 
     vectors["b_2"] = written(target.b_2)
-    target_values, values = (
-        applied(network.W_O, network.each_head(applied(network.W_V, s), -2))
-        for network, s in ((target, s_1.unsqueeze(-2)), (adapted, of_heads))
-    )
-    vectors["b_O"] = written(target.b_O) + (written(target_values) - values).sum(-2)
-    if "query_key" not in cut:
-        for kind in ("b_Q", "b_K"):
-            if kind in target.kinds:
-                vectors[kind] = completed(kind, s_1.unsqueeze(-2), of_heads)
-        none = torch.zeros_like(values[..., 0])
-        return vectors, none, none
-    # Queries: what all keys are multiplied by, whatever the token.
-    keys = cut.query_key.frozen.weights[3] @ adapted.W_K.mT
-    scores = applied(
-        cut.query_key.target.weights[3] @ target.W_K.mT,
-        applied(target.W_Q, s_1.unsqueeze(-2)) + target.b_Q,
-    )
-    queries = applied(torch.linalg.pinv(keys), scores)
-    vectors["b_Q"] = queries - applied(adapted.W_Q, of_heads)
-    missed, size = (
-        torch.linalg.vector_norm(v, dim=-1) for v in (applied(keys, queries) - scores, scores)
-    )
-    return vectors, missed, size
+    s = s_1.unsqueeze(-2)
+    wanted = _times(target.W_O, target.each_head(_times(target.W_V, s), -2))
+    values = adapted.each_head(_times(adapted.W_V, _widened(s, adapted)), -2)
+    missing = written(wanted) - _times(adapted.W_O, values)
+    vectors["b_O"] = written(target.b_O) + missing.sum(-2)
+    return vectors
+
+
+def _query_bias(
+    adapted: Transformer, target: Transformer, gap: Gap
+) -> tuple[Tensor, Float[Tensor, "*batch blocks heads"], Float[Tensor, "*batch blocks heads"]]:
+    """Find ``b̂_Q``, by how much it misses the target's scores, and the size of these."""
+    s = _shifts(target)[0].unsqueeze(-2)
+    # What all keys are multiplied by, whatever the token.
+    keys = gap.frozen.weights[3] @ adapted.W_K.mT
+    wanted = _times(gap.target.weights[3] @ target.W_K.mT, _times(target.W_Q, s) + target.b_Q)
+    queries = _times(torch.linalg.pinv(keys), wanted)
+    missed = torch.linalg.vector_norm(_times(keys, queries) - wanted, dim=-1)
+    size = torch.linalg.vector_norm(wanted, dim=-1)
+    return queries - _times(adapted.W_Q, _widened(s, adapted)), missed, size
+
+
+def _shifts(target: Transformer) -> tuple[Tensor, Tensor]:
+    """Get ``s_1`` and ``s_2``, which are 0 without norms."""
+    none = torch.zeros_like(target.b_O)
+    return target.parameters.get("s_1", none), target.parameters.get("s_2", none)
+
+
+def _widened(vector: Tensor, adapted: Transformer) -> Tensor:
+    """Append zeros to a vector of a narrower target's tokens."""
+    return pad(vector, (0, adapted.width - vector.shape[-1]))
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector[..., None])[..., 0]
 
 
 def _complete(
@@ -327,7 +321,7 @@ def _complete(
     rtol: float | None,
     throw: bool,
 ) -> LinearAdaptation:
-    """The adaptation with what query biases missed added to its rounding errors."""
+    """Add what query biases missed to the rounding errors."""
     rounding = solution.rounding_error + missed
     limit = torch.finfo(missed.dtype).eps ** 0.5 if rtol is None else rtol
     # Below the threshold the biases make up for the nearest that is reached.
@@ -342,110 +336,3 @@ def _complete(
             remedy="perturb the target's W_Q and W_K",
         )
     return replace(solution, rounding_error=rounding, success=solution.success & ~bad)
-
-
-@torch.no_grad()
-def attention_only(
-    frozen: Transformer,
-    target: Transformer,
-    tokens: Float[Tensor, "width samples"],
-    ranks: int | Sequence[int] | None = None,
-) -> Adapters:
-    """Adapters of attention alone, and ``b_O``, of least error far out on single tokens.
-
-    ``W_V`` and ``W_O`` take the singular triplets of the slope of `bounds.attention_floor` in turn.
-    On normalized tokens ``W_O ΔW_V diag(g_1)`` is such a part, and so is ``ΔW_O Ŵ_V diag(g_1)``
-    with what ``W_V`` has become. So the error tends to the floor. A total rank, by default any,
-    goes to ``W_O`` of the first head of the first block.
-
-    Raises what `bounds.attention_floor` raises, and `InputError` for batches, for heads narrower
-    than the tokens, and for weights and gains that hide directions. Source: [prop-floor-attention],
-    [thm-attention-rank].
-    """
-    best = attention_floor(frozen, target, tokens, ranks)
-    _checks.single(frozen=frozen, target=target)
-    if frozen.sizes["value size"] < frozen.width:
-        raise InputError(
-            "frozen",
-            allowed="with heads as wide as the tokens",
-            given=frozen.sizes["value size"],
-            remedy="narrower ones cannot add every linear map",
-        )
-    V, values = frozen.basis(), frozen.W_V.clone()
-    groups = values.shape[1]
-    outputs = frozen.W_O.unflatten(1, (groups, -1)).sum(2)
-    if ranks is None or isinstance(ranks, int | np.integer):
-        rank = frozen.dimension if ranks is None else min(ranks, frozen.dimension)
-        ranks = [rank * (name == "W_O of block 1, head 1") for name in frozen.weight_names]
-    by_name = dict(zip(frozen.weight_names, ranks, strict=True))
-    updates = {
-        name: LowRank(w[:, :0], w.mT[:, :0])
-        for name, w in zip(by_name, frozen.weights, strict=True)
-    }
-    left, S, right = lowrank.svd(best.slope @ V)
-    left, offset = left * S, best.offset.clone()
-    for kind in ("W_V", "W_O"):
-        heads = [(name, rank) for name, rank in by_name.items() if name.startswith(kind)]
-        for i, (name, rank) in enumerate(heads):
-            l, h = divmod(i, len(heads) // frozen.depth)
-            of_values = values[l, h * groups // frozen.heads]
-            read = (frozen.g_1[l][:, None] * V).mT
-            (out, left), (into, right) = ((f[:, :rank], f[:, rank:]) for f in (left, right))
-            if not out.any():
-                continue
-            if kind == "W_V":
-                into = _solve(read, into, f"gains before {name}")
-                updates[name] = LowRank(_solve(outputs[l, h], out, f"partner of {name}"), into)
-                of_values += updates[name].matrix()
-            else:
-                into = _solve(read @ of_values.mT, into, f"partner of {name}, or the gains")
-                updates[name], into = LowRank(out, into), of_values.mT @ into
-            offset -= out @ (into.mT @ frozen.s_1[l])
-    changes = [torch.zeros_like(b) for b in frozen.biases]
-    changes[frozen.bias_names.index("b_O of block 1")] = offset
-    return Adapters(tuple(updates.values()), tuple(changes))
-
-
-def _solve(matrix: Tensor, columns: Tensor, name: str) -> Tensor:
-    """Least columns that a matrix maps to these; refused if there are none."""
-    eps = torch.finfo(matrix.dtype).eps
-    solution = torch.linalg.pinv(matrix, rtol=eps ** (2 / 3)) @ columns
-    if (matrix @ solution - columns).norm() > eps**0.5 * columns.norm():
-        raise InputError(
-            f"frozen's {name}",
-            allowed="of full rank",
-            given="one that hides directions",
-            remedy="perturb it",
-        )
-    return solution
-
-
-def far_error(
-    network: Transformer,
-    target: Transformer,
-    tokens: Float[Tensor, "width samples"],
-    size: float,
-    length: int = 1,
-    *,
-    seed: int = 0,
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Mean squared error of far tokens ``c n``, ``‖n‖² = D``, and its standard error.
-
-    Single tokens of all directions ``n``, or as many sequences of ``length`` drawn from them.
-    Raises `InputError` for networks and tokens that do not fit, for a single token, and for a size
-    ``c`` that leaves fewer than three digits of what a network adds to it.
-    """
-    n = directions(network, target, tokens)
-    size, most = _checks.positive("size", size), 1e-3 / torch.finfo(n.dtype).eps
-    if size > most:
-        raise InputError("size", allowed=f"at most {most:.0e} in {n.dtype}", given=size)
-    samples = _checks.integer("number of tokens", n.shape[-1], 2)
-    length = _checks.integer("length", length, 1)
-    x = size * n.mT[..., None]
-    if length > 1:
-        draw = randomness.generator(seed, "far sequences")
-        x = size * n.mT[torch.randint(samples, (samples, length), generator=draw)].mT
-    batch = len(torch.broadcast_shapes(network.batch_shape, target.batch_shape))
-    x = x.reshape(len(x), *[1] * batch, *x.shape[-2:])
-    each = (network(x) - target(x)).square().mean((-2, -1))
-    return each.mean(0), each.std(0) / len(x) ** 0.5

@@ -1,6 +1,15 @@
-"""The study's experiments: settings → runs → one table.
+"""Run experiments: from settings to measured runs to one table.
 
-``synthetic`` adapts random networks, ``residual`` those with normalization, ``noisy`` those seen
-through noise, ``digits`` and ``coded`` networks on images. ``study`` has shared methods, ``sweeps``
-runs all.
+Each kind of experiment is a module: `synthetic` (random networks), `residual` (transformers with
+normalization), `digits` (networks on images), `coded` (adapters in few bits on these). It has
+
+- ``Problem``, a record that makes the frozen network, the target and the data, by its ``seed``;
+- methods, records whose ``kind`` names them: those of `study`, or the module's own;
+- ``Setting``, a record of a ``problem`` and a ``method``, which refuses pairs that do not fit;
+- ``Found``, a record of results, what a run reaches;
+- ``measure``, which takes settings of one problem and returns a ``Found`` for each.
+
+`sweeps` runs any of them, ``sweeps.run(sweeps.grid(Setting, ...), measure, file)``, and keeps what
+is finished. A new kind is a new module with these five. `noisy` needs no runs: it draws noise, and
+what least squares risks is computed at once.
 """

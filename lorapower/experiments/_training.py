@@ -1,45 +1,69 @@
-"""Training that experiments share: by gradients, of all methods of one problem at once."""
+"""Adapt by the methods that experiments share, all of one problem at once."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
 
-from .._records import Record
-from ..adapters.core import Adapters
+from .._records import Record, Results
+from ..adapters import Adapters
+from ..constructions.general import adapt
 from ..errors import InputError
+from ..networks.layers import FNN
+from ..regions import Region
 from ..training.engine import train
 from ..training.tuning import LARGEST, Data, Tuning
 
 
 class Gradient(Record):
-    """What Adam tunes: biases or not, at a learning rate, with weight decay as an L2 penalty."""
+    """Tune by Adam, biases or not, with weight decay as an L2 penalty."""
 
     biases: bool = True
     learning_rate: float = Field(1e-3, gt=0, le=LARGEST)
     weight_decay: float = Field(0.0, ge=0, le=LARGEST)
 
     def tuning(self) -> Tuning:
-        """What `training.train` is told."""
+        """Make the settings that `training.train` takes."""
         return Tuning(**self.model_dump(exclude={"kind"}))
 
 
+class Course(Results):
+    """The least validation loss of a training, at ``best_step``; NaN and −1 without one."""
+
+    validation_loss: float = math.nan
+    best_step: int = -1
+    diverged: bool = False
+
+
+class Trained(NamedTuple):
+    """A network that was trained, its adapters, and the fields of its `Course`."""
+
+    network: Any
+    adapters: Adapters
+    course: dict[str, Any]
+
+
 def one_problem(settings: Sequence[Any]) -> Any:
-    """The problem that all of the settings have; raises `InputError` for several, or none."""
-    if not isinstance(settings, Sequence) or not settings:
-        raise InputError("settings", allowed="a list of at least one", value=settings)
-    problem, *others = dict.fromkeys(getattr(setting, "problem", None) for setting in settings)
-    if others or problem is None:
-        raise InputError("settings", allowed="of one problem", value=settings)
-    return problem
+    """Return the problem that all settings have; raise `InputError` for none or several."""
+    problems = {setting.problem for setting in settings}
+    if len(problems) != 1:
+        raise InputError("settings", allowed="of one problem", given=f"{len(problems)} problems")
+    return problems.pop()
+
+
+def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:
+    """Make the theorems' adapters, whatever rounding costs; a ReLU network's over a region."""
+    inputs = region if isinstance(frozen, FNN) else None
+    return adapt(frozen, target, ranks, inputs, throw=False).adapters
 
 
 def train_fully(network: Any, data: Data, tuning: Tuning, **options: Any) -> Any:
-    """The network after training of all its weights, in double precision."""
+    """Train all weights of a network; return it in double precision."""
     full = replace(tuning, final=len(network.weights))
     return train(network, [full], data, **options).network[0].to(torch.float64)
 
@@ -50,24 +74,19 @@ def train_each(
     data: Data,
     tuning: Callable[[Any], Tuning] = Gradient.tuning,
     **options: Any,
-) -> dict[Any, tuple[Any, Adapters, dict[str, Any]]]:
-    """Train by all methods at once; for each its network, its adapters and columns of its run.
-
-    `training.train` gets what ``tuning`` makes of each method, and ``options``.
-    """
+) -> dict[Any, Trained]:
+    """Train a frozen network by all methods at once; `training.train` gets the ``options``."""
     distinct = [*dict.fromkeys(methods)]
     if not distinct:
         return {}
     runs = train(frozen, [tuning(method) for method in distinct], data, **options)
-    return {
-        method: (
-            runs.network[i],
-            runs.adapters[i],
-            {
-                "validation_loss": float(runs.best_loss[i]),
-                "best_step": int(runs.best_step[i]),
-                "diverged": bool(runs.diverged[i]),
-            },
+    courses = [
+        {"validation_loss": loss, "best_step": step, "diverged": diverged}
+        for loss, step, diverged in zip(
+            runs.best_loss.tolist(), runs.best_step.tolist(), runs.diverged.tolist(), strict=True
         )
+    ]
+    return {
+        method: Trained(runs.network[i], runs.adapters[i], courses[i])
         for i, method in enumerate(distinct)
     }

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from .._records import Record, Results
-from ..adapters.core import Adapters, Tuned
+from ..adapters import Adapters, Tuned
+from ..bounds.floors import attention_floor, far_error, feed_forward_floor
 from ..bounds.layers import variance as variance_of
-from ..bounds.transformer import attention_floor, feed_forward_floor
 from ..constructions import fitted
-from ..constructions.transformer import far_error
-from ..networks.transformer import Activation, Norm, Transformer
+from ..networks.transformer import Activation, Norm, Part, Transformer
 from ..training.descent import descend
 from ..training.fused import polish
 from ..training.tuning import Fresh, Tuning
 from ._training import one_problem, train_each
 
-Part = Literal["attention", "mlp", "all"]
 # Vectors by what is tuned: those of the theorem on attention, biases of hidden units too, all, or
-# those behind attention.
+# those that follow attention.
 VECTORS = {
     "free": ("b_Q", "b_O", "b_2"),
     "biases": ("b_Q", "b_O", "b_2", "b_1", "b_3"),
@@ -57,35 +55,20 @@ class Problem(Record):
     seed: int = Field(0, ge=0)
 
     def networks(self) -> tuple[Transformer, Transformer]:
-        """The frozen network and the target."""
+        """Draw the frozen network and the target."""
+        sizes = {"head_size": self.head_size or self.width, "hidden": self.hidden}
+        kind = {"activation": self.activation, "norm": self.norm, "gated": self.gated}
+        options: Any = {**sizes, **kind, "residual": True, "seed": self.seed}
         frozen, target = (
-            Transformer.random(
-                self.depth,
-                self.width,
-                self.heads,
-                head_size=self.head_size or self.width,
-                hidden=self.hidden,
-                residual=True,
-                activation=self.activation,
-                norm=self.norm,
-                gated=self.gated,
-                seed=self.seed,
-                purpose=purpose,
-            )
+            Transformer.random(self.depth, self.width, self.heads, purpose=purpose, **options)
             for purpose in ("frozen", "target")
         )
         return frozen, target
 
     def data(self, target: Transformer, *purpose: str) -> Fresh:
-        """Labelled inputs; others for each purpose."""
-        return Fresh(
-            target,
-            (self.width, self.tokens),
-            samples=self.samples,
-            scale=self.size,
-            seed=self.seed,
-            purpose=purpose,
-        )
+        """Label inputs, others for each purpose."""
+        options: Any = {"samples": self.samples, "scale": self.size, "seed": self.seed}
+        return Fresh(target, (self.width, self.tokens), purpose=purpose, **options)
 
 
 class Trained(Record):
@@ -93,7 +76,7 @@ class Trained(Record):
 
     ``W_V`` and ``W_O`` have ``more`` rank than the rest. Of the vectors ``"free"`` tunes
     ``b_Q, b_O, b_2``, ``"biases"`` also ``b_1``, and ``b_3`` if gated, ``"all"`` also gains and
-    shifts; ``"mlp"`` tunes those behind attention. L-BFGS takes ``iterations`` on fixed inputs.
+    shifts; ``"mlp"`` those that follow attention. L-BFGS takes ``iterations`` on fixed inputs.
     """
 
     kind: Literal["trained"] = "trained"
@@ -143,7 +126,7 @@ class Found(Results):
 
 
 def measure(settings: Sequence[Setting]) -> list[Found]:
-    """What each setting of one problem reaches; raises `InputError` for several problems."""
+    """Measure what each setting of one problem reaches; `InputError` for several problems."""
     problem: Problem = one_problem(settings)
     frozen, target = problem.networks()
     methods = [setting.method for setting in settings]
@@ -206,19 +189,18 @@ def _tuning(method: Trained, network: Transformer) -> Tuning:
 
 
 def _ranks(method: Trained | Fitted, network: Transformer) -> tuple[int, ...]:
-    """The rank of each weight's adapter."""
-    plain, more = (network.ranks(method.rank + add, method.part) for add in (0, method.more))
-    of_values = [name.startswith(("W_V", "W_O")) for name in network.weight_names]
-    return tuple(b if of else a for a, b, of in zip(plain, more, of_values, strict=True))
+    """List the rank of each weight's adapter."""
+    usual, more = (network.ranks(method.rank + add, method.part) for add in (0, method.more))
+    each = zip(network.kind_of_weight, usual, more, strict=True)
+    return tuple(b if kind in ("W_V", "W_O") else a for kind, a, b in each)
 
 
 def _moving(method: Trained, network: Transformer) -> tuple[bool, ...]:
-    kinds = VECTORS[method.vectors]
-    return tuple(name.split()[0] in kinds for name in network.bias_names)
+    return tuple(kind in VECTORS[method.vectors] for kind in network.kind_of_bias)
 
 
 def _pairs(problem: Problem, target: Transformer) -> list[tuple[Tensor, Tensor]]:
-    """Inputs to fit and to select by, with the target's outputs, in its precision."""
+    """Draw inputs to fit and to select by, with the target's outputs, in its precision."""
     pairs = []
     for purpose, count in (("fitting", FIT), ("choosing", SELECT)):
         x = problem.data(target, purpose).test(count)[0].to(target.dtype)
@@ -229,8 +211,7 @@ def _pairs(problem: Problem, target: Transformer) -> list[tuple[Tensor, Tensor]]
 def _fitted(
     frozen: Transformer, target: Transformer, method: Fitted, x: Tensor, select: Tensor
 ) -> Adapters:
-    names = [name.split()[0] for name in frozen.weight_names]
-    ranks = dict(zip(names, _ranks(method, frozen), strict=True))
+    ranks = dict(zip(frozen.kind_of_weight, _ranks(method, frozen), strict=True))
     fit = fitted.adapt(frozen, target, ranks, x, select, throw=False)
     if method.iterations:
         fit = polish(fit, x, select, iterations=method.iterations, throw=False)

@@ -1,5 +1,33 @@
 """Networks as tensors in the paper's notation: weights act on columns ``[..., in, samples]``."""
 
-import lazy_loader
+from . import rewriting
+from ._segments import Segments, is_regular, missing_shift, segments
+from .base import Network
+from .decoders import DoublePrecision, from_decoder, to_decoder
+from .gap import Gap
+from .layers import FNN, LinearNetwork, as_network, pad, product
+from .partition import Partition, blocks
+from .transformer import BlockTrace, Settings, Transformer
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [
+    "FNN",
+    "BlockTrace",
+    "DoublePrecision",
+    "Gap",
+    "LinearNetwork",
+    "Network",
+    "Partition",
+    "Segments",
+    "Settings",
+    "Transformer",
+    "as_network",
+    "blocks",
+    "from_decoder",
+    "is_regular",
+    "missing_shift",
+    "pad",
+    "product",
+    "rewriting",
+    "segments",
+    "to_decoder",
+]

@@ -15,11 +15,11 @@ from ..errors import InputError
 
 
 class Network(ABC):
-    """A network, or a batch of them: ``weights`` ``[..., out, in]`` and ``biases`` ``[..., out]``.
+    """A network, or a batch of them, as tensors.
 
-    All have one type and one batch shape; linear networks have no biases. Numbers are copied, and
-    no gradients flow into or through a network. ``sequences`` says whether inputs are tokens,
-    ``[..., width, tokens]``.
+    It has ``weights`` ``[..., out, in]`` and ``biases`` ``[..., out]`` of one type and one batch
+    shape; linear networks have no biases. Numbers are copied, and no gradients flow into or through
+    a network. ``sequences`` says whether inputs are tokens, ``[..., width, tokens]``.
     """
 
     weights: tuple[Float[Tensor, "*batch _ _"], ...]
@@ -28,29 +28,29 @@ class Network(ABC):
 
     @property
     def relus(self) -> int:
-        """How many of the first layers of a chain have a ReLU behind them."""
+        """How many of the first layers of a chain are followed by a ReLU."""
         return 0
 
     @abstractmethod
     def __call__(self, x: Float[Tensor, "*#batch in n"]) -> Float[Tensor, "*batch out n"]:
-        """The outputs for the columns of ``x``."""
+        """Compute the outputs for the columns of ``x``."""
 
     @abstractmethod
     def with_parameters(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
     ) -> Self:
-        """The network with other ``weights`` and, where given, other ``biases``, in their order."""
+        """Make the network of other ``weights`` and, where given, ``biases``, in their order."""
 
     @abstractmethod
     def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
-        """The network of these very tensors, unchecked: gradients flow through it to them."""
+        """Make the network of these very tensors, unchecked: gradients flow to them."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The network with ``change`` applied to each weight and bias."""
+        """Apply ``change`` to each weight and bias."""
         return self.with_parameters([*map(change, self.weights)], [*map(change, self.biases)])
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Self:
-        """The network with all numbers 0 in the members that a mask selects."""
+        """Set all numbers to 0 in the members that a mask selects."""
         return self.with_parameters(
             [torch.where(which[..., None, None], 0, weight) for weight in self.weights],
             [torch.where(which[..., None], 0, bias) for bias in self.biases],
@@ -59,26 +59,21 @@ class Network(ABC):
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Self:
-        """The network with its numbers rounded to ``dtype`` and moved to ``device``, where given.
-
-        Raises `InputError` for types other than float32 and float64 and for unknown devices.
-        """
-        dtype = self.dtype if dtype is None else _checks.precision(dtype)
-        device = self.device if device is None else _checks.device(device)
-        return self.map(lambda values: values.to(device, dtype))
+        """Round all numbers to ``dtype``, float32 or float64, and move them to ``device``."""
+        return self.map(lambda values: values.to(device or self.device, dtype or self.dtype))
 
     def members(self, index: Any) -> Tensor:
-        """Positions in the flattened batch of the members at ``index`` of the batch dimensions."""
+        """Find the positions in the flattened batch of the members at ``index``."""
         count = torch.arange(self.batch_shape.numel(), device=self.device)
         return count.reshape(self.batch_shape)[index]
 
     def __getitem__(self, index: Any) -> Self:
-        """The member, or members, of the batch at ``index``."""
+        """Pick the member, or members, of the batch at ``index``."""
         members, dims = self.members(index), len(self.batch_shape)
         return self.map(lambda values: values.reshape(-1, *values.shape[dims:])[members])
 
     def __iter__(self) -> Iterator[Self]:
-        """The members along the first batch dimension, in turn."""
+        """Go through the members along the first batch dimension."""
         if not self.batch_shape:
             raise TypeError("a single network has no members")
         return (self[i] for i in range(self.batch_shape[0]))
@@ -92,7 +87,7 @@ class Network(ABC):
     @property
     @abstractmethod
     def sides(self) -> str:
-        """Its sizes in words."""
+        """The sizes in words."""
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -101,14 +96,16 @@ class Network(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of all numbers."""
         return self.weights[0].dtype
 
     @property
     def device(self) -> torch.device:
+        """Where all numbers are."""
         return self.weights[0].device
 
     def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch in n"]:
-        """``x`` in the network's type and on its device; `InputError` where it does not fit."""
+        """Read inputs in the network's type and on its device; `InputError` for other sizes."""
         x = _checks.real_tensor(name, x, min_dims=2).to(self.device, self.dtype)
         inputs = self.weights[0].shape[-1]
         if x.shape[-2] != inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _checks
 from ..errors import InputError
-from .transformer import Transformer
+from .transformer import Settings, Transformer
 
 M = TypeVar("M", bound=nn.Module)
 
 # The package's names of activations by those of transformers.
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Any] = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -25,42 +25,55 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-# Where a block has its projections, layers and norms.
-_LLAMA = {
+
+
+class _Family(NamedTuple):
+    """Where models of a family have their blocks and final norm, and blocks their layers."""
+
+    blocks: str
+    final_norm: str
+    layers: dict[str, str]
+
+
+_GPT2_LAYERS = {
+    **dict.fromkeys(("Q", "K", "V"), "attn.c_attn"),
+    **{"O": "attn.c_proj", "1": "mlp.c_fc", "2": "mlp.c_proj"},
+    **{"norm 1": "ln_1", "norm 2": "ln_2"},
+}
+_LLAMA_LAYERS = {
     **{name: f"self_attn.{name.lower()}_proj" for name in "QKVO"},
     **{"1": "mlp.gate_proj", "3": "mlp.up_proj", "2": "mlp.down_proj"},
     **{"norm 1": "input_layernorm", "norm 2": "post_attention_layernorm"},
 }
-_PLACES = {
-    "gpt2": {
-        **dict.fromkeys("QKV", "attn.c_attn"),
-        **{"O": "attn.c_proj", "1": "mlp.c_fc", "2": "mlp.c_proj"},
-        **{"norm 1": "ln_1", "norm 2": "ln_2"},
-    },
-    "opt": {
-        **_LLAMA,
-        **{"O": "self_attn.out_proj", "1": "fc1", "2": "fc2"},
-        **{"norm 1": "self_attn_layer_norm", "norm 2": "final_layer_norm"},
-    },
-    **dict.fromkeys(("llama", "mistral", "qwen2"), _LLAMA),
-}
-del _PLACES["opt"]["3"]
-# What the settings of a family have to be.
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    },
-    "opt": {"do_layer_norm_before": True, "layer_norm_elementwise_affine": True},
-}
-_FAMILIES = (
-    "GPT2Model, OPTModel, LlamaModel, MistralModel or Qwen2Model of transformers, or one with a "
-    "head"
-)
+_GPT2 = _Family("h", "ln_f", _GPT2_LAYERS)
+_LLAMA = _Family("layers", "norm", _LLAMA_LAYERS)
+_FAMILIES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
 
-# A layer's weight, of rows for outputs, and its bias, open to writing; a norm's gain and shift.
-_Layer = tuple[Tensor, Tensor | None]
+
+class _Layer(NamedTuple):
+    """A layer's weight, of rows for outputs, and its bias; or a norm's gain and shift.
+
+    Both are views: what is written into them is written into the module.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def filled_bias(self) -> Tensor:
+        """Get the bias, which is 0 where the layer has none."""
+        return self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+
+    def write(self, weight: Tensor, bias: Tensor, name: str) -> None:
+        """Replace the numbers; a bias that the layer lacks must be 0."""
+        self.weight.copy_(weight)
+        if self.bias is not None:
+            self.bias.copy_(bias)
+        elif bias.any():
+            raise InputError(
+                f"network's {name}",
+                allowed="0, as the module has no such vector",
+                given=f"one of norm {float(torch.linalg.vector_norm(bias)):.2g}",
+            )
 
 
 class DoublePrecision(TorchFunctionMode):
@@ -81,66 +94,49 @@ class DoublePrecision(TorchFunctionMode):
         return func(*map(widened, args), **named)
 
 
-def from_decoder(
-    module: nn.Module, *, dtype: torch.dtype | None = None, final_norm: bool = True
-) -> Transformer:
-    """Read the blocks and the final norm of a GPT-2, OPT, Llama, Mistral or Qwen2.
+@torch.no_grad()
+def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Transformer:
+    """Read the blocks and the final norm of a GPT-2, Llama, Mistral or Qwen2.
 
     ``network(z)`` is the module's last hidden state in evaluation; ``z.mT``, embeddings of tokens
     and, but for rotary ones, positions, enters the first block. The scale of scores is part of
     ``W_Q``. Biases of keys are left out without rotary positions, and those of values are added to
     ``b_O``: outputs stay. Each head has its own weights, so one rank for all weights gives each
-    head of a packed matrix that rank. SmolLM2 is a Llama.
-
-    ``dtype`` converts all numbers, which are otherwise float32 or float64; the rounding of less
-    precise ones, such as bfloat16's, then counts as rank. Without ``final_norm`` outputs are those
+    head of a packed matrix that rank. SmolLM2 is a Llama. Without ``final_norm`` outputs are those
     of the last block.
 
-    Raises `InputError` for other modules, for post-norm ones, for adapters that are not merged into
-    the weights, and for settings that change blocks:
-    scaled or partial rotary positions, windows shorter than the longest sequence, projections
-    around the blocks.
+    Raises `InputError` for other modules, for numbers other than float32 and float64, for adapters
+    that are not merged into the weights, and for settings that change blocks: scaled or partial
+    rotary positions, windows shorter than the longest sequence.
     """
-    kind, blocks, final = _parts(module)
-    final = final if _checks.flag("final_norm", final_norm) else None
+    family, blocks, final = _parts(module)
     config: Any = module.config
-    heads = int(config.num_attention_heads)
-    rotary = _rotary(config)
-    stacks: dict[str, list[Tensor]] = {}
-    for block in blocks:
-        for name, value in _read(_layers(kind, block), heads, rotary is not None).items():
-            stacks.setdefault(name, []).append(value.detach())
-    values: dict[str, Any] = {name: torch.stack(parts) for name, parts in stacks.items()}
-    if final is not None:
-        gain, shift = _filled((final.weight, getattr(final, "bias", None)))
-        values |= {"g_f": gain.detach(), "s_f": shift.detach()}
-    if dtype is not None:
-        values = {name: value.to(_checks.precision(dtype)) for name, value in values.items()}
-    elif (given := values["W_Q"].dtype) not in (torch.float32, torch.float64):
-        raise InputError(
-            "module",
-            allowed="of float32 or float64",
-            given=given,
-            remedy="dtype=torch.float32 converts what is read",
-        )
-    norm = blocks[0].get_submodule(_PLACES[kind]["norm 1"])
-    is_layer = isinstance(norm, nn.LayerNorm)
-    return Transformer(
-        **values,
+    rotary, heads = _rotary(config), int(config.num_attention_heads)
+    read = [_read(_layers(family, block), heads, rotary is not None) for block in blocks]
+    parameters = {kind: torch.stack([parts[kind] for parts in read]) for kind in read[0]}
+    if final_norm:
+        parameters |= {"g_f": final.weight, "s_f": final.filled_bias()}
+    norm: Any = blocks[0].get_submodule(family.layers["norm 1"])
+    is_layer_norm = isinstance(norm, nn.LayerNorm)
+    name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
+    if name not in _ACTIVATIONS:
+        raise InputError("module", allowed=f"with one of {', '.join(_ACTIVATIONS)}", given=name)
+    settings = Settings(
         residual=True,
-        norm="layer" if is_layer else "rms",
-        activation=_activation(config),
-        final_norm=final is not None,
+        norm="layer" if is_layer_norm else "rms",
+        activation=_ACTIVATIONS[name],
+        final_norm=final_norm,
         causal=True,
-        gated="W_3" in values,
+        gated="W_3" in parameters,
         rotary=rotary,
-        eps=norm.eps if is_layer else norm.variance_epsilon,
+        eps=norm.eps if is_layer_norm else norm.variance_epsilon,
     )
+    return Transformer(parameters, settings)
 
 
 @torch.no_grad()
 def to_decoder(network: Transformer, module: M) -> M:
-    """A copy of a module whose blocks and final norm compute what the network does.
+    """Copy a module, and make its blocks and final norm compute what the network does.
 
     The module's embeddings, positions, head and type of numbers stay. Biases of values become 0,
     and so do those of keys without rotary positions. Where outputs have no bias, as in a Qwen2,
@@ -153,23 +149,30 @@ def to_decoder(network: Transformer, module: M) -> M:
     if other.sizes != network.sizes:
         raise InputError("module", allowed=f"of sizes {network.sizes}", given=other.sizes)
     if other.settings != network.settings:
-        raise InputError(
-            "module", allowed=f"with {network.settings}, like the network", given=other.settings
-        )
+        allowed = f"with {network.settings}, like the network"
+        raise InputError("module", allowed=allowed, given=other.settings)
     copy = deepcopy(module)
-    kind, blocks, final = _parts(copy)
+    family, blocks, final = _parts(copy)
     for l, block in enumerate(blocks):
-        _write(_layers(kind, block), network, l)
-    if final is not None:
-        place = (final.weight, getattr(final, "bias", None))
-        _put(place, network.g_f, network.s_f, "s_f")
+        _write(_layers(family, block), network, l)
+    final.write(network.g_f, network.s_f, "s_f")
     return copy
 
 
-def _parts(module: Any) -> tuple[str, Any, Any]:
-    """The family, the blocks and the final norm or ``None``."""
-    if not isinstance(module, nn.Module) or not hasattr(module, "config"):
-        raise InputError("module", allowed=_FAMILIES, given=type(module).__name__)
+def _parts(module: Any) -> tuple[_Family, Any, _Layer]:
+    """Find the family, the blocks and the final norm."""
+    config: Any = getattr(module, "config", None)
+    family = _FAMILIES.get(getattr(config, "model_type", ""))
+    base: Any = getattr(module, "base_model", module)
+    if family is None or not hasattr(base, family.blocks):
+        raise InputError(
+            "module",
+            allowed="GPT2Model, LlamaModel, MistralModel or Qwen2Model of transformers, or one "
+            "with a head",
+            given=type(module).__name__,
+            remedy="other families differ: they norm what they have added (post-norm), read side "
+            "by side, rotate a part of queries and keys, scale gains otherwise, or choose experts",
+        )
     if any(hasattr(part, "base_layer") for part in module.modules()):
         raise InputError(
             "module",
@@ -177,30 +180,17 @@ def _parts(module: Any) -> tuple[str, Any, Any]:
             given=f"{type(module).__name__} with some",
             remedy="model.merge_and_unload() of peft adds them to the weights",
         )
-    base: Any = getattr(module, "base_model", module)
-    config: Any = module.config
-    kind = getattr(config, "model_type", None)
-    base = getattr(base, "decoder", base) if kind == "opt" else base
-    blocks = getattr(base, "h" if kind == "gpt2" else "layers", None)
-    if kind not in _PLACES or blocks is None:
-        raise InputError(
-            "module",
-            allowed=_FAMILIES,
-            given=f"{type(module).__name__}, of type {kind!r}",
-            remedy="other families differ: they norm what they have added (post-norm), read side "
-            "by side, turn a part of queries and keys, scale gains otherwise, or choose experts",
-        )
-    for name, value in _SETTINGS.get(kind, {}).items():
-        _require(name, getattr(config, name, value), value)
-    if kind == "opt":
-        _require("word_embed_proj_dim", config.word_embed_proj_dim, config.hidden_size)
+    # Where a model has these settings, they change what blocks compute.
+    _require("scale_attn_weights", getattr(config, "scale_attn_weights", True), True)
+    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        _require(name, getattr(config, name, False), False)
     window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
     if window is not None and window < longest:
         allowed = f"with a sliding_window of None, or at least the longest sequence, {longest}"
         remedy = "setting None changes nothing for sequences that are shorter than the window"
         raise InputError("module", allowed=allowed, given=window, remedy=remedy)
-    final = {"gpt2": "ln_f", "opt": "final_layer_norm"}.get(kind, "norm")
-    return kind, blocks, getattr(base, final)
+    final = getattr(base, family.final_norm)
+    return family, getattr(base, family.blocks), _Layer(final.weight, getattr(final, "bias", None))
 
 
 def _require(name: str, given: Any, wanted: Any) -> None:
@@ -208,15 +198,8 @@ def _require(name: str, given: Any, wanted: Any) -> None:
         raise InputError("module", allowed=f"with {name} = {wanted}", given=given)
 
 
-def _activation(config: Any) -> Any:
-    name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
-    if name not in _ACTIVATIONS:
-        raise InputError("module", allowed=f"with one of {', '.join(_ACTIVATIONS)}", given=name)
-    return _ACTIVATIONS[name]
-
-
 def _rotary(config: Any) -> float | None:
-    """The base of rotary positions, if there are any."""
+    """Read the base of rotary positions, if there are any."""
     rotary: Mapping[str, Any] | None = getattr(config, "rope_parameters", None)
     if rotary is None:
         return None
@@ -225,34 +208,26 @@ def _rotary(config: Any) -> float | None:
     return float(rotary["rope_theta"])
 
 
-def _layers(kind: str, block: nn.Module) -> dict[str, _Layer]:
-    """The block's layers and norms by name: ``Q`` to ``O``, ``1`` to ``3``, ``norm 1``, ``norm 2``.
-
-    Views, so that what is written into them is written into the block.
-    """
-    found: dict[str, _Layer] = {}
-    for name, place in _PLACES[kind].items():
+def _layers(family: _Family, block: nn.Module) -> dict[str, _Layer]:
+    """Find the block's layers and norms by name, as in `_Family`."""
+    found = {}
+    for name, place in family.layers.items():
         layer: Any = block.get_submodule(place)
         weight: Any = layer.weight
         bias: Any = getattr(layer, "bias", None)
-        if kind == "gpt2" and weight.ndim == 2:
+        if family is _GPT2 and weight.ndim == 2:
             # These layers keep their matrices as rows for inputs.
             weight = weight.mT
-        if place.endswith("c_attn"):
+        if place == "attn.c_attn":
             weight, bias = (part.chunk(3)["QKV".index(name)] for part in (weight, bias))
-        found[name] = weight, bias
+        found[name] = _Layer(weight, bias)
     return found
 
 
-def _filled(layer: _Layer) -> tuple[Tensor, Tensor]:
-    """A layer's weight and its bias, which is 0 where it has none."""
-    weight, bias = layer
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias
-
-
 def _read(layers: Mapping[str, _Layer], heads: int, rotary: bool) -> dict[str, Tensor]:
-    """A block's parameters."""
-    (Q, b_Q), (K, b_K), (V, b_V), (O, b_O) = (_filled(layers[name]) for name in "QKVO")
+    """Read a block's parameters."""
+    Q, K, V, O = (layers[name].weight for name in "QKVO")
+    b_Q, b_K, b_V, b_O = (layers[name].filled_bias() for name in "QKVO")
     size = len(Q) // heads
     groups, scale = len(K) // size, size**-0.5
     values = b_V.unflatten(0, (groups, -1)).repeat_interleave(heads // groups, 0)
@@ -267,50 +242,38 @@ def _read(layers: Mapping[str, _Layer], heads: int, rotary: bool) -> dict[str, T
     if rotary:
         parts["b_K"] = b_K.unflatten(0, (groups, -1))
     for name in {"1", "2", "3"} & {*layers}:
-        parts[f"W_{name}"], parts[f"b_{name}"] = _filled(layers[name])
+        parts |= {f"W_{name}": layers[name].weight, f"b_{name}": layers[name].filled_bias()}
     for name in "12":
-        parts[f"g_{name}"], parts[f"s_{name}"] = _filled(layers[f"norm {name}"])
+        norm = layers[f"norm {name}"]
+        parts |= {f"g_{name}": norm.weight, f"s_{name}": norm.filled_bias()}
     return parts
 
 
 def _write(layers: Mapping[str, _Layer], network: Transformer, l: int) -> None:
     """Put the parameters of block ``l`` into a module's block."""
-    parts = {kind: stack[l] for kind, stack in network.parts.items() if kind[-1] != "f"}
+    parts = {k: stack[l] for k, stack in network.parameters.items() if k not in ("g_f", "s_f")}
     scale = network.sizes["query size"] ** 0.5
-    none = torch.zeros_like(network.W_V[l, ..., 0])
-    b_O, values = parts["b_O"], none
-    if layers["O"][1] is None and layers["V"][1] is not None:
-        values, b_O = _through_values(network, l)
-    _put(layers["Q"], scale * parts["W_Q"].flatten(0, 1), scale * parts["b_Q"].flatten(), "b_Q")
-    b_K = parts.get("b_K", torch.zeros_like(network.W_K[l, ..., 0]))
-    _put(layers["K"], parts["W_K"].flatten(0, 1), b_K.flatten(), "b_K")
-    _put(layers["V"], parts["W_V"].flatten(0, 1), values.flatten(), "b_V")
-    _put(layers["O"], parts["W_O"].movedim(0, 1).flatten(1), b_O, "b_O")
+    b_V, b_O = torch.zeros_like(parts["W_V"][..., 0]), parts["b_O"]
+    b_K = parts.get("b_K", torch.zeros_like(parts["W_K"][..., 0]))
+    if layers["O"].bias is None and layers["V"].bias is not None:
+        b_V, b_O = _through_values(network, l)
+    W_Q, W_K, W_V = (parts[kind].flatten(0, 1) for kind in ("W_Q", "W_K", "W_V"))
+    layers["Q"].write(scale * W_Q, scale * parts["b_Q"].flatten(), "b_Q")
+    layers["K"].write(W_K, b_K.flatten(), "b_K")
+    layers["V"].write(W_V, b_V.flatten(), "b_V")
+    layers["O"].write(parts["W_O"].movedim(0, 1).flatten(1), b_O, "b_O")
     for name in {"1", "2", "3"} & {*layers}:
-        _put(layers[name], parts[f"W_{name}"], parts[f"b_{name}"], f"b_{name}")
+        layers[name].write(parts[f"W_{name}"], parts[f"b_{name}"], f"b_{name}")
     for name in "12":
-        _put(layers[f"norm {name}"], parts[f"g_{name}"], parts[f"s_{name}"], f"s_{name}")
+        layers[f"norm {name}"].write(parts[f"g_{name}"], parts[f"s_{name}"], f"s_{name}")
 
 
 def _through_values(network: Transformer, l: int) -> tuple[Tensor, Tensor]:
-    """Biases of values that come nearest to ``b_O``, and what they leave of it."""
+    """Find biases of values that come nearest to ``b_O``, and what they leave of it."""
     O, b_O = network.W_O[l], network.b_O[l]
     # Heads of a group share their values.
     outputs = O.unflatten(0, (network.groups, -1)).sum(1).movedim(0, 1).flatten(1)
     values = torch.linalg.pinv(outputs) @ b_O
-    left = b_O - outputs @ values
-    noise = torch.finfo(b_O.dtype).eps ** 0.75 * torch.linalg.vector_norm(b_O)
-    return values, torch.where(torch.linalg.vector_norm(left) <= noise, 0, left)
-
-
-def _put(layer: _Layer, weight: Tensor, bias: Tensor, name: str) -> None:
-    """Write a layer; a bias that it lacks must be 0."""
-    layer[0].copy_(weight)
-    if layer[1] is not None:
-        layer[1].copy_(bias)
-    elif bias.any():
-        raise InputError(
-            f"network's {name}",
-            allowed="0, as the module has no such vector",
-            given=f"one of norm {float(torch.linalg.vector_norm(bias)):.2g}",
-        )
+    missing = b_O - outputs @ values
+    rounding = torch.finfo(b_O.dtype).eps ** 0.75 * torch.linalg.vector_norm(b_O)
+    return values, torch.where(torch.linalg.vector_norm(missing) <= rounding, 0, missing)

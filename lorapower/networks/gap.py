@@ -1,4 +1,4 @@
-"""The distance of a frozen piece of a network from the target's, and the rank that closes it."""
+"""The gap between a piece of a frozen network and the target's, and the rank that closes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .layers import LinearNetwork
 
 @dataclass(frozen=True, eq=False)
 class Gap:
-    """``E = W̄ − ∏_l W_l``, what the adapters of a frozen piece have to add.
+    """The gap ``E = W̄ − ∏_l W_l`` that the adapters of a frozen piece have to close.
 
     Pieces are deep linear networks, or what `LinearNetwork.of` takes, of equal inputs, outputs and
     type; batch shapes broadcast. Decompositions are kept: do not change weights in place. Raises
@@ -101,29 +101,27 @@ class Gap:
         return (self.spectrum > self.noise[..., None]).sum(-1)
 
     def error(self, rank: int, ord: Literal[2, "fro"] = 2) -> Float[Tensor, "*batch"]:
-        """Least error of adapters of total rank ``r`` [thm-optimal-adaptation].
+        """Compute the least error of adapters of total rank ``r`` [thm-optimal-adaptation].
 
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
-        if not isinstance(ord, int | str) or ord not in (2, "fro"):
-            raise InputError("ord", allowed="2 or 'fro'", value=ord)
         tail = self.spectrum[..., _checks.integer("rank", rank, 0) :]
         if ord == "fro":
             return torch.linalg.vector_norm(tail, dim=-1)
         return torch.nn.functional.pad(tail, (0, 1))[..., 0]
 
     def best(self, rank: int) -> LowRank:
-        """``LR_r(E)`` as ``A = U Σ, B = V``, of no more columns than ``E`` has singular values."""
+        """Compute ``LR_r(E)`` as ``A = U Σ, B = V``, of at most ``min(out, in)`` columns."""
         U, S, V = (part[..., : _checks.integer("rank", rank, 0)] for part in self.svd)
         return LowRank(U * S[..., None, :], V)
 
     def undone(self, rank: int) -> Float[Tensor, "*batch out in"]:
-        """``E − LR_r(E)``, what the best adapters of total rank ``r`` leave."""
+        """Compute ``E − LR_r(E)``, what the best adapters of total rank ``r`` leave."""
         U, S, V = (part[..., _checks.integer("rank", rank, 0) :] for part in self.svd)
         return (U * S[..., None, :]) @ V.mT
 
     def reached(self, rank: int) -> Float[Tensor, "*batch out in"]:
-        """``∏_l W_l + LR_r(E)``, the map with the best adapters of total rank ``r``."""
+        """Compute ``∏_l W_l + LR_r(E)``, the map with the best adapters of total rank ``r``."""
         return self.target.product() - self.undone(rank)
 
     @property
@@ -137,10 +135,10 @@ class Gap:
         return -(-self.rank // self.frozen.depth)
 
     def ranks(self, ranks: Sequence[int]) -> list[int]:
-        """``ranks`` of the frozen layers, each cut to its weight's smaller side.
+        """Cut the ``ranks`` of the frozen layers, each to its weight's smaller side.
 
-        The rank of a layer that a narrower one cuts off from inputs or outputs becomes 0 where
-        ``E = 0``; otherwise it must be 0, or `InputError` is raised.
+        A layer that a narrower one cuts off from inputs or outputs has rank 0 where ``E = 0``;
+        otherwise its rank must be 0, or `InputError` is raised.
         """
         inputs, *hidden, outputs = self.frozen.widths
         usable = []
@@ -159,26 +157,23 @@ class Gap:
         return usable
 
     def flat(self) -> Gap:
-        """The gaps along one batch dimension; decompositions are kept."""
+        """Lay the gaps along one batch dimension; decompositions are kept."""
         batch = self.batch_shape
 
         def flatten(values: Tensor, dims: int) -> Tensor:
             rest = values.shape[values.ndim - dims :]
             return values.expand((*batch, *rest)).reshape(-1, *rest)
 
-        gap = Gap(
-            *(
-                LinearNetwork.unchecked(
-                    [flatten(weight, 2) for weight in network.weights],
-                    [flatten(values, 1) for values in network.spectra],
-                )
-                for network in (self.frozen, self.target)
-            )
-        )
+        def flat(network: LinearNetwork) -> LinearNetwork:
+            flattened = LinearNetwork([flatten(w, 2) for w in network.weights], checked=False)
+            vars(flattened)["spectra"] = tuple(flatten(values, 1) for values in network.spectra)
+            return flattened
+
+        gap = Gap(flat(self.frozen), flat(self.target))
         svd = SVD(*(flatten(part, dims) for part, dims in zip(self.svd, (2, 1, 2), strict=True)))
         vars(gap).update(svd=svd, rounding_scale=flatten(self.rounding_scale, 0))
         return gap
 
     def zeroed(self, which: Bool[Tensor, "*batch"]) -> Gap:
-        """The gaps with all weights 0 where a mask says so."""
+        """Set all weights to 0 where a mask says so."""
         return Gap(self.frozen.zeroed(which), self.target.zeroed(which))

@@ -19,9 +19,8 @@ class Partition:
     sizes: tuple[int, ...]
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        listed = _checks.items("sizes", sizes, what="numbers of layers, such as [2, 2]")
         checked = tuple(
-            _checks.integer(f"size of block {i}", size, 1) for i, size in enumerate(listed, start=1)
+            _checks.integer(f"size of block {i}", size, 1) for i, size in enumerate(sizes, start=1)
         )
         if not checked:
             raise InputError("sizes", allowed="at least one block", given="none")
@@ -29,7 +28,7 @@ class Partition:
 
     @classmethod
     def uniform(cls, depth: int, blocks: int) -> Partition:
-        """``⌊L/L̄⌋`` layers in each block; the last block also takes the remainder."""
+        """Put ``⌊L/L̄⌋`` layers in each block; the last block also takes the remainder."""
         blocks = _checks.integer("blocks", blocks, 1, depth, limit="the depth")
         size = depth // blocks
         return cls([size] * (blocks - 1) + [depth - size * (blocks - 1)])
@@ -46,7 +45,7 @@ class Partition:
 
 
 def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list[Gap]:
-    """Gaps between the blocks of a partition (uniform by default) and the target's layers.
+    """Compare the blocks of a partition (uniform by default) with the target's layers.
 
     A block's first weight is cut to the columns and its last to the rows of the target layer;
     biases are left out. Raises `InputError` for a target deeper or wider than the frozen network,
@@ -71,7 +70,6 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
         )
     if partition is None:
         partition = Partition.uniform(frozen.depth, target.depth)
-    _checks.kind(Partition, partition=partition)
     if (partition.depth, len(partition.sizes)) != (frozen.depth, target.depth):
         raise InputError(
             "partition",
@@ -83,7 +81,7 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
 
 
 def _gap(frozen: FNN, target: FNN, i: int, layers: slice) -> Gap:
-    """Frozen ``layers`` against target layer ``i``, from 0; `InputError` if that is wider."""
+    """Compare frozen ``layers`` with target layer ``i``, from 0; refuses it if it is wider."""
     outputs, inputs = target.weights[i].shape[-2:]
     sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
     for end, needed, layer in sides:
@@ -98,4 +96,5 @@ def _gap(frozen: FNN, target: FNN, i: int, layers: slice) -> Gap:
     weights = list(frozen.weights[layers])
     weights[0] = weights[0][..., :inputs]
     weights[-1] = weights[-1][..., :outputs, :]
-    return Gap(LinearNetwork.unchecked(weights), LinearNetwork.unchecked([target.weights[i]]))
+    target_layer = LinearNetwork([target.weights[i]], checked=False)
+    return Gap(LinearNetwork(weights, checked=False), target_layer)

@@ -1,10 +1,9 @@
-"""The same function as another network: other gains, another order of hidden units, more units."""
+"""The same function with other weights: hidden units, coordinates in heads, more units."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..errors import InputError
-from ._segments import require_alike
-from .transformer import Transformer
+from .transformer import SHAPES, Transformer
 
 _SETTINGS = ("residual", "norm", "activation", "gated", "rotary")
 
@@ -22,103 +20,49 @@ _SETTINGS = ("residual", "norm", "activation", "gated", "rotary")
 _SILENT = {"relu": 0.0, "gelu": 40.0, "gelu_tanh": 40.0, "silu": 760.0}
 
 
-def with_gains(target: Transformer, like: Transformer) -> Transformer:
-    """The target with the gains and shifts of another network's blocks, folded into its weights.
-
-    ``W (ḡ ⊙ n + s̄) = W diag(ḡ/g) (g ⊙ n + s) + const``; biases take the constant. The final norm
-    stays. Raises `InputError` for another depth or width, and for a gain of 0.
-    """
-    require_alike(target, like, _SETTINGS, ("blocks", "width"))
-    _require_norms(target)
-    parts = target.parts
-    for name, kinds in {"1": ("W_Q", "W_K", "W_V"), "2": ("W_1", "W_3")}.items():
-        gain, given = getattr(like, f"g_{name}"), getattr(target, f"g_{name}")
-        if not gain.all():
-            raise InputError(
-                f"gains g_{name}",
-                allowed="all different from 0",
-                given="one that is 0",
-                remedy="what it hides cannot be read; tune the gains",
-            )
-        factor = given / gain
-        shift = getattr(target, f"s_{name}") - factor * getattr(like, f"s_{name}")
-        for kind in {*kinds} & {*target.kinds}:
-            weight = getattr(target, kind)
-            # A block has several heads.
-            scale, moved = (
-                part[..., None, :] if name == "2" else part[..., None, None, :]
-                for part in (factor, shift)
-            )
-            constant = (weight * moved).sum(-1)
-            bias = kind.replace("W", "b")
-            if kind == "W_V":
-                values = target.each_head(constant[..., None])
-                added = (target.W_O @ values)[..., 0].sum(-2)
-                parts["b_O"] = parts["b_O"] + added
-            elif bias in parts:
-                parts[bias] = parts[bias] + constant
-            parts[kind] = weight * scale
-        parts |= {f"g_{name}": gain, f"s_{name}": getattr(like, f"s_{name}")}
-    return Transformer(**parts, **target.settings)
-
-
-def relabel(target: Transformer, frozen: Transformer) -> Transformer:
-    """The target with its hidden units matched to the frozen ones.
-
-    In each block a linear assignment minimizes the sum of squared distances of ``(w_1, b_1, w_2)``,
-    and of ``(w_3, b_3)`` if gated: a target with permuted units and a small change then differs by
-    that change. The order is near, not always of least rank. Raises `InputError` for batches and
-    other sizes.
-    """
-    require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
-    _checks.single(target=target, frozen=frozen)
-    parts = target.parts
-    for l in range(target.depth):
-        _, order = _match(_units(frozen, l), _units(target, l))
-        _reorder(target, parts, l, order, torch.ones_like(parts["b_1"][l]))
-    return Transformer(**parts, **target.settings)
-
-
 def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transformer:
-    """The target with units ordered and rescaled to save one rank on every ``W_1`` and ``W_3``.
+    """Order and rescale the target's units, which saves one rank on every ``W_1`` and ``W_3``.
 
     On the sphere of normalized tokens ReLU units have normals ``a_k`` (frozen) and ``b_k``
     (target). Some ``x`` has as many positive ``a_k·x`` as ``b_k·x``. Paired by sign and rescaled by
     ``λ_k = a_k·x / b_k·x > 0``, all differences vanish on ``x``: ``W_1`` needs one rank less than
     normalized tokens have dimensions [thm-inner-rank]. In gated layers, with any activation,
     ``W_3`` is rescaled against ``W_2`` in the same way, with factors of either sign
-    [thm-gated-rank]. The target's gains count: see `with_gains`. Raises `InputError` for networks
-    that do not fit, for other activations unless gated, and where no ``x`` is found, as may be
-    where normals of the target are parallel.
+    [thm-gated-rank]. The target's gains count. Raises `InputError` for networks that do not fit,
+    for other activations unless gated, and where no ``x`` is found, as may be where normals of the
+    target are parallel.
     """
-    require_alike(target, frozen, _SETTINGS, ("blocks", "width", "hidden"))
+    target.require_like(frozen, _SETTINGS, ("blocks", "width", "hidden"))
     _checks.single(target=target, frozen=frozen)
     _require_norms(target)
     _checks.integer("width", target.width, 2)
-    if target.activation != "relu" and not target.gated:
+    is_relu, is_gated = target.settings.activation == "relu", target.settings.gated
+    if not is_relu and not is_gated:
         raise InputError("target", allowed="with ReLUs or gated layers", given=target)
     generator = randomness.generator(_checks.seed(seed), "alignment")
-    parts, V = target.parts, target.basis()
+    parts, V = {kind: part.clone() for kind, part in target.parameters.items()}, target.basis()
     for l in range(target.depth):
         read = target.g_2[l][:, None] * V
-        scale = torch.ones_like(target.b_1[l])
-        order = torch.arange(len(scale), device=scale.device)
-        if target.activation == "relu":
+        if is_relu:
             order, scale = _pair(frozen.W_1[l] @ read, target.W_1[l] @ read, generator, l)
-        _reorder(target, parts, l, order, scale)
-        if target.gated:
-            # Of some directions that with the mildest factors.
+            for kind in _of_units(target):
+                parts[kind][l] = parts[kind][l][order]
+            parts["W_1"][l] *= scale[:, None]
+            parts["b_1"][l] *= scale
+            parts["W_2"][l] = parts["W_2"][l][:, order] / scale
+        if is_gated:
+            # Of some directions the one with the mildest factors.
             y = randomness.normal(generator, V.shape[1], 64, dtype=read.dtype).to(read)
             factors = (frozen.W_3[l] @ read @ y) / (parts["W_3"][l] @ read @ y)
             factor = factors[:, factors.abs().log().abs().amax(0).argmin()]
             parts["W_3"][l] *= factor[:, None]
             parts["b_3"][l] *= factor
             parts["W_2"][l] /= factor
-    return Transformer(**parts, **target.settings)
+    return Transformer(parts, target.settings)
 
 
 def _pair(a: Tensor, b: Tensor, generator: torch.Generator, l: int) -> tuple[Tensor, Tensor]:
-    """An order of the target's normals and factors, such that differences vanish on some x."""
+    """Find an order of the target's normals, and factors, with no difference on some ``x``."""
     for _ in range(64):
         x = _balanced(a, b, generator)
         if x is not None:
@@ -144,7 +88,7 @@ def _pair(a: Tensor, b: Tensor, generator: torch.Generator, l: int) -> tuple[Ten
 
 
 def pack(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transformer:
-    """The target with coordinates in heads that leave packed weights less to change.
+    """Choose coordinates in the target's heads that leave packed weights less to change.
 
     A head is the same for ``G W_Q``, ``G^{-T} W_K``, and for ``G W_V``, ``W_O G^{-1}``. Here ``G``
     is such that with all heads in one matrix, as PEFT adapts them, target and frozen weights agree
@@ -154,14 +98,14 @@ def pack(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transfor
     not fit, for batches, for grouped heads and rotary positions, and where ``G`` would be singular,
     as for a head of zeros.
     """
-    require_alike(target, frozen, _SETTINGS, ("blocks", "heads", "query size", "value size"))
+    target.require_like(frozen, _SETTINGS, ("blocks", "heads", "query size", "value size"))
     _checks.single(target=target, frozen=frozen)
     _require_norms(target)
-    if target.rotary is not None or target.groups < target.heads:
+    if target.settings.rotary is not None or target.groups < target.heads:
         words = "without rotary positions and with keys and values of its own for each head"
         raise InputError("target", allowed=words, given=target)
     generator = randomness.generator(_checks.seed(seed), "coordinates")
-    parts, V = {kind: part.clone() for kind, part in target.parts.items()}, target.basis()
+    parts, V = {kind: part.clone() for kind, part in target.parameters.items()}, target.basis()
     for l in range(target.depth):
         read = target.g_1[l][:, None] * V
         ours, theirs = (
@@ -177,13 +121,13 @@ def pack(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transfor
         G = _coordinates(sides, generator)
         parts["W_V"][l] = G @ theirs["W_V"]
         parts["W_O"][l] = torch.linalg.solve(G, theirs["W_O"], left=False)
-    return Transformer(**parts, **target.settings)
+    return Transformer(parts, target.settings)
 
 
 def _coordinates(
     sides: Sequence[tuple[Tensor, Tensor]], generator: torch.Generator
 ) -> Float[Tensor, "heads size size"]:
-    """``G`` with which ``G Ȳ`` and ``X̄ G^{-1}`` are the frozen ones on some directions."""
+    """Find ``G`` with which ``G Ȳ`` and ``X̄ G^{-1}`` are the frozen ones on some directions."""
     (Y, X), (Y_target, X_target) = sides
     heads, size, m = Y.shape
     n = X.shape[-2]
@@ -233,7 +177,7 @@ def enlarge(
     frozen: Transformer,
     places: Sequence[int] | None = None,
 ) -> Transformer:
-    """The target with as many hidden units, heads and blocks as the frozen network.
+    """Give the target as many hidden units, heads and blocks as the frozen network has.
 
     New hidden units are the frozen ones, switched off by biases, since what they read is bounded;
     they need no rank. New heads have the frozen patterns and ``W_O W_V = 0``. New blocks are frozen
@@ -244,99 +188,79 @@ def enlarge(
     """
     _checks.single(target=target, frozen=frozen)
     _require_norms(target)
-    if not target.residual:
+    if not target.settings.residual:
         raise InputError("target", allowed="with residual connections", given="none")
     sizes, larger = target.sizes, frozen.sizes
     for side in ("blocks", "heads", "hidden", "width"):
         if sizes[side] > larger[side]:
-            raise InputError(
-                f"target's {side}", allowed=f"at most {larger[side]}", given=sizes[side]
-            )
+            allowed = f"at most {larger[side]}"
+            raise InputError(f"target's {side}", allowed=allowed, given=sizes[side])
     settings = (*_SETTINGS, "final_norm", "causal")
-    require_alike(target, frozen, settings, ("query size", "value size"))
-    shared = [network.heads // network.groups for network in (target, frozen)]
-    if shared[0] != shared[1]:
-        allowed = f"with {shared[1]} heads a group, like the frozen network"
-        raise InputError("target", allowed=allowed, given=shared[0])
-    places = range(1, target.depth + 1) if places is None else places
+    target.require_like(frozen, settings, ("query size", "value size"))
+    of_target, of_frozen = (network.heads // network.groups for network in (target, frozen))
+    if of_target != of_frozen:
+        allowed = f"with {of_frozen} heads a group, like the frozen network"
+        raise InputError("target", allowed=allowed, given=of_target)
     chosen = [
         _checks.integer("places", place, 1, frozen.depth, limit="the frozen blocks")
-        for place in _checks.items("places", places, what="numbers of blocks")
+        for place in (range(1, target.depth + 1) if places is None else places)
     ]
     if len(chosen) != target.depth or any(a >= b for a, b in pairwise(chosen)):
         raise InputError("places", allowed=f"{target.depth} rising numbers of blocks", given=chosen)
-    parts: dict[str, Any] = {}
-    for name, stack in frozen.parts.items():
-        sides = frozen.SHAPES[name]
-        dim = sides.index("width") if "width" in sides else 0
-        size = sizes["width"] if "width" in sides else len(stack)
-        parts[name] = stack.narrow(dim, 0, size).clone()
-    parts |= {name: getattr(target, name) for name in ("g_f", "s_f") if target.final_norm}
-    for name in {"b_O", "b_1", "b_3", "b_2", "g_1", "s_1", "g_2", "s_2"} & {*parts}:
-        parts[name].zero_()
+    parts = {}
+    for kind, stack in frozen.parameters.items():
+        sides = SHAPES[kind]
+        if "width" in sides:
+            stack = stack.narrow(sides.index("width"), 0, target.width)
+        parts[kind] = stack.clone()
+        if kind in target.bias_kinds and kind not in ("b_Q", "b_K"):
+            parts[kind].zero_()
+    parts |= {kind: target.parameters[kind] for kind in ("g_f", "s_f") if kind in target.kinds}
     for k, place in enumerate(chosen):
         l = place - 1
-        idle = torch.ones(larger["hidden"], dtype=torch.bool, device=target.device)
-        for name in ("W_V", "W_O"):
-            parts[name][l].zero_()
-        for name in ("b_O", "b_2", "g_1", "s_1", "g_2", "s_2"):
-            parts[name][l] = getattr(target, name)[k]
-        for name in {"W_Q", "W_K", "b_Q", "b_K", "W_V", "W_O"} & {*parts}:
-            given = getattr(target, name)[k]
-            parts[name][l, : len(given)] = given
-        kept, units = _match(_units(frozen, l, sizes["width"]), _units(target, k))
-        for name in _of_units(target):
-            parts[name][l, kept] = getattr(target, name)[k, units]
+        for kind in ("W_V", "W_O"):
+            parts[kind][l].zero_()
+        for kind in ("b_O", "b_2", "g_1", "s_1", "g_2", "s_2"):
+            parts[kind][l] = target.parameters[kind][k]
+        for kind in target.kinds:
+            if kind in ("W_Q", "W_K", "b_Q", "b_K", "W_V", "W_O"):
+                given = target.parameters[kind][k]
+                parts[kind][l, : len(given)] = given
+        ours, theirs = _units(frozen, l, target.width), _units(target, k, target.width)
+        distances = (ours[:, None] - theirs).square().sum(-1)
+        kept, units = map(torch.as_tensor, linear_sum_assignment(distances.cpu()))
+        for kind in _of_units(target):
+            parts[kind][l, kept] = target.parameters[kind][k, units]
         parts["W_2"][l][:, kept] = target.W_2[k][:, units]
+        idle = torch.ones(larger["hidden"], dtype=torch.bool).to(target.device)
         idle[kept] = False
         rows, gain, shift = parts["W_1"][l, idle], parts["g_2"][l], parts["s_2"][l]
         normals = rows * gain
-        if target.norm == "layer":
+        if target.settings.norm == "layer":
             normals = normals - normals.mean(-1, keepdim=True)
+        # Up to rounding, no more than this enters an idle unit.
         size = target.width**0.5 * torch.linalg.vector_norm(normals, dim=-1)
-        # Up to rounding, no more than this is read.
         most = size * (1 + 1e-9) + rows @ shift
-        parts["b_1"][l, idle] = -most - _SILENT[target.activation]
-    return Transformer(**parts, **target.settings)
-
-
-def _reorder(
-    network: Transformer, parts: dict[str, Any], l: int, order: Tensor, scale: Tensor
-) -> None:
-    """Reorder a block's hidden units, then rescale them."""
-    for name in _of_units(network):
-        parts[name] = parts[name].clone()
-        parts[name][l] = parts[name][l][order]
-    parts["W_1"][l] *= scale[:, None]
-    parts["b_1"][l] *= scale
-    parts["W_2"] = parts["W_2"].clone()
-    parts["W_2"][l] = parts["W_2"][l][:, order] / scale
+        parts["b_1"][l, idle] = -most - _SILENT[target.settings.activation]
+    return Transformer(parts, target.settings)
 
 
 def _of_units(network: Transformer) -> list[str]:
-    """The kinds of parameters with a row for each hidden unit."""
-    return [kind for kind in network.kinds if network.SHAPES[kind][:2] == ("blocks", "hidden")]
+    """List the kinds of parameters with a row for each hidden unit."""
+    return [kind for kind in network.kinds if SHAPES[kind][:2] == ("blocks", "hidden")]
 
 
-def _units(network: Transformer, l: int, width: int | None = None) -> Float[Tensor, "units n"]:
-    """What belongs to each unit of a block, in rows; of matrices the first columns."""
-    parts = [getattr(network, kind)[l] for kind in _of_units(network)]
+def _units(network: Transformer, l: int, width: int) -> Float[Tensor, "units n"]:
+    """Collect the numbers of each unit of a block, in rows; of matrices the first columns."""
+    parts = [network.parameters[kind][l] for kind in _of_units(network)]
     parts = [part[:, None] if part.ndim == 1 else part[:, :width] for part in parts]
     return torch.cat([*parts, network.W_2[l].mT[:, :width]], 1)
-
-
-def _match(frozen: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of frozen and target units of least total squared distance."""
-    cost = (frozen[:, None] - target).square().sum(-1)
-    pairs = linear_sum_assignment(torch.as_tensor(cost, device="cpu"))
-    places, units = (torch.as_tensor(side, device=cost.device) for side in pairs)
-    return places, units
 
 
 def _balanced(
     a: Float[Tensor, "units m"], b: Float[Tensor, "units m"], generator: torch.Generator
 ) -> Float[Tensor, " m"] | None:
-    """A direction with equally many positive products with the rows of both, if one is found."""
+    """Look for a direction with equally many positive products with the rows of both."""
     u, v = (randomness.normal(generator, a.shape[1], dtype=a.dtype).to(a) for _ in range(2))
     rows = torch.cat([a, b])
     side = torch.cat([a.new_ones(len(a)), -b.new_ones(len(b))])
@@ -356,7 +280,7 @@ def _balanced(
 
 
 def _require_norms(target: Transformer) -> None:
-    if target.norm is None:
+    if target.settings.norm is None:
         raise InputError(
             "target", allowed="with norms, whose gains and spheres are used", given="none"
         )

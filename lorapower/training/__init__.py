@@ -1,5 +1,23 @@
 """Gradient training: of many adapters at once by Adam, and of single ones to high precision."""
 
-import lazy_loader
+from .descent import descend, minimize, newton, settle
+from .engine import begin, train
+from .fused import FusedTraining, polish, train_fused
+from .tuning import Data, Fixed, Fresh, Training, Tuning
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [
+    "Data",
+    "Fixed",
+    "Fresh",
+    "FusedTraining",
+    "Training",
+    "Tuning",
+    "begin",
+    "descend",
+    "minimize",
+    "newton",
+    "polish",
+    "settle",
+    "train",
+    "train_fused",
+]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks
-from ..adapters.core import Adapters, Tuned
+from ..adapters import Adapters, Tuned
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
@@ -34,7 +33,7 @@ class Free:
 
     @classmethod
     def of(cls, network: Network, adapters: Adapters, *, balanced: bool = False) -> Free:
-        """The numbers of one network's adapters; balanced factors share a step alike."""
+        """Take the numbers of one network's adapters; balanced factors share a step alike."""
         like = network.weights[0]
         adapters = adapters.balanced() if balanced else adapters
         flat = [factor for u in adapters.updates for factor in (u.left, u.right)]
@@ -50,30 +49,30 @@ class Free:
         return sum(part.numel() for part in self.select(self.start))
 
     def select(self, parts: Parts) -> list[Tensor]:
-        """The parts that are tuned."""
+        """Pick the parts that are tuned."""
         return [part for part, moves in zip(parts, self.moves, strict=True) if moves]
 
     def insert(self, tuned: Parts) -> list[Tensor]:
-        """All parts, with the tuned ones replaced by these."""
+        """Return all parts, with the tuned ones replaced by these."""
         each = iter(tuned)
         pairs = zip(self.start, self.moves, strict=True)
         return [next(each) if moves else part for part, moves in pairs]
 
     def move(self, parts: Parts, step: Float[Tensor, " count"]) -> list[Tensor]:
-        """The parts after a step of all that is tuned."""
+        """Return the parts after a step of all that is tuned."""
         tuned = self.select(parts)
         steps = step.split([part.numel() for part in tuned])
         return self.insert([p + by.reshape(p.shape) for p, by in zip(tuned, steps, strict=True)])
 
     def adapters_of(self, parts: Parts) -> Adapters:
-        """Adapters of these parts, which may have batch dimensions."""
+        """Return adapters of these parts, which may have batch dimensions."""
         factors = 2 * len(self.network.weights)
         values = [part.detach() for part in parts]
         pairs = zip(values[:factors:2], values[1:factors:2], strict=True)
         return Adapters(tuple(LowRank(*p) for p in pairs), tuple(values[factors:]), self.tuned)
 
     def merge(self, parts: Parts, *, last_relu: bool = True) -> Any:
-        """The network with these parts, open to gradients; on request without its last ReLU."""
+        """Make the network with these parts, open to gradients; or without its last ReLU."""
         network = self.network if last_relu else self.network.without_last_relu()
         count = 2 * len(network.weights)
         factors = zip(parts[:count:2], parts[1:count:2], strict=True)
@@ -84,39 +83,12 @@ class Free:
         return network.holding(weights, biases)
 
     def error(self, parts: Parts, pair: Pair) -> Tensor:
-        """The mean squared error of the network with these parts."""
+        """Compute the mean squared error of the network with these parts."""
         return (self.merge(parts)(pair[0]) - pair[1]).square().mean()
-
-
-def lbfgs(
-    tuned: Parts, loss: Callable[[], Tensor], history: int, **limits: float
-) -> Callable[[int], None]:
-    """A function that takes so many further steps of L-BFGS down a loss of these tensors."""
-    optimizer = torch.optim.LBFGS(
-        [part.requires_grad_() for part in tuned],
-        tolerance_change=0,
-        history_size=history,
-        line_search_fn="strong_wolfe",
-        **limits,  # type: ignore[arg-type]
-    )
-
-    def slopes() -> Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    def advance(iterations: int) -> None:
-        optimizer.param_groups[0]["max_iter"] = iterations
-        with torch.enable_grad():
-            optimizer.step(slopes)
-
-    return advance
 
 
 def require_fit(network: Network, adapters: Adapters, *, single: bool = True) -> None:
     """Refuse adapters that do not fit the network and, if ``single``, batches."""
-    _checks.kind(Adapters, adapters=adapters)
     adapters.merge(network)
     if single and (adapters.batch_shape or network.batch_shape):
         raise InputError("adapters", allowed="of a single network", given=adapters)
@@ -133,10 +105,8 @@ def require_relu_end(network: Network, classes: Sequence[int] = ()) -> None:
         )
 
 
-def labelled(network: Network, name: str, pair: Any) -> Pair:
-    """Inputs and outputs in the network's type; `InputError` where they do not fit."""
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise InputError(name, allowed="a pair of inputs and outputs", given=type(pair).__name__)
+def labelled(network: Network, name: str, pair: Pair) -> Pair:
+    """Return inputs and outputs in the network's type; `InputError` where they do not fit."""
     x = network.as_inputs(pair[0], name)
     y = _checks.real_tensor(name, pair[1], min_dims=2).to(network.weights[0])
     shape = tuple(network(x).shape)

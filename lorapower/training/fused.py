@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, randomness
-from ..adapters.core import Adapters
+from ..adapters import Adapters
 from ..constructions.fitted import Fit, Fitted, split
 from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
@@ -75,7 +75,7 @@ def train_fused(
     seed: int = 0,
     throw: bool = True,
 ) -> FusedTraining:
-    """Adapters from data alone: train one matrix for each segment, then split it exactly.
+    """Find adapters from data alone: train one matrix for each segment, then split it exactly.
 
     Adapters of ranks ``R_l`` on a segment of square non-singular layers reach ``P + K`` for every
     ``K`` of rank at most ``Σ R_l`` [lem-any-change]. So ``K = A Bᵀ`` is trained in their place, the
@@ -100,14 +100,7 @@ def train_fused(
         trained one. By default a ball half as large again as one that holds the validation inputs
         and those of the first batches.
     """
-    _checks.kind(Network, frozen=frozen)
-    _checks.kind(Data, data=data)
     starts = _checks.integer("starts", starts, 1)
-    rates = _checks.items("learning_rates", learning_rates, what="rates, such as [1e-2]")
-    if not rates:
-        raise InputError("learning_rates", allowed="at least one", given="none")
-    if region is not None:
-        _checks.kind(Region, region=region)
     target: Any = frozen
     loss: Literal["squared", "one-sided"] = "squared"
     if isinstance(frozen, FNN):
@@ -118,7 +111,7 @@ def train_fused(
     elif partition is not None or region is not None:
         name = "region" if partition is None else "partition"
         raise InputError(name, allowed="none, but for ReLU networks", given=f"one for {frozen}")
-    fused = fuse(frozen, target, ranks, partition)  # type: ignore[arg-type]
+    fused = fuse(frozen, target, ranks, partition)
     if not any(fused.fused_ranks) and np.any(ranks):
         allowed = "of segments whose layers are no narrower than their ends"
         given = f"{ranks} for {frozen}, which reach no change"
@@ -126,7 +119,7 @@ def train_fused(
     options: Any = {"schedule": "cosine", "loss": loss}
     runs: Training[Any] = train(
         fused.network.map(lambda values: values.expand(starts, *values.shape)),
-        [Tuning(fused.fused_ranks, learning_rate=rate, **options) for rate in rates],
+        [Tuning(fused.fused_ranks, learning_rate=rate, **options) for rate in learning_rates],
         data,
         steps=steps,
         every=every,
@@ -173,20 +166,11 @@ def polish(
         Batches for Adam, which runs in single precision; by default 256 of ``inputs`` at a time.
         Where inputs can be drawn, fresh ones fit no noise.
     """
-    _checks.kind(Fitted, fitted=fitted)
-    starts = _checks.items("starts", starts, what='"fitted", "lora" or both, in a list')
     for start in starts:
         _checks.choice("starts", start, get_args(Start))
-    if not starts or len(set(starts)) < len(starts):
-        raise InputError("starts", allowed='"fitted", "lora" or both', value=starts)
-    steps = _checks.integer("steps", steps, 0)
-    iterations = _checks.integer("iterations", iterations, 0)
-    if data is not None:
-        _checks.kind(Data, data=data)
     if "lora" in starts and not steps:
         allowed = 'at least 1 from start "lora"'
         raise InputError("steps", allowed=allowed, given=0, remedy="such as 4000")
-    seed = _checks.seed(seed)
     targets = [fit.fused.target for fit in fitted.fits]
     parts = split(targets[0], inputs, held_out)
     x, select = parts.fit, parts.select
@@ -213,7 +197,7 @@ def _ball(data: Data) -> Ball:
 
 
 def _begin(fit: Fit, start: Start, data: Data, steps: int, seed: int) -> Fit:
-    """The fit, or LoRA's start in its place, after Adam's steps."""
+    """Return the fit, or LoRA's start in its place, after Adam's steps."""
     if start == "lora":
         fit = replace(fit, direct=isinstance(fit.fused.network, FNN))
     fit = replace(fit, chosen=(f"polished from {start}",))

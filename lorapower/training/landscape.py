@@ -1,4 +1,4 @@
-"""Critical points of a loss of a product of adapted layers, lines down from them, and descents."""
+"""Critical points of a loss of a product of adapted layers, and lines down from them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from functools import reduce
 from itertools import accumulate, combinations
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
 from .. import _checks, lowrank
-from ..adapters.core import Adapters
+from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
@@ -24,7 +21,7 @@ from ._free import require_fit
 
 # A singular value of factors counts as 0 from so much below their size or the root of the slope's.
 FLAT = 1e-6
-# First damping of the search, and its factors after steps that are taken and not.
+# First damping of the search, and its factors after steps that lower the slope and others.
 DAMPING, EASIER, HARDER = 1.0, 0.2, 4.0
 
 
@@ -50,7 +47,7 @@ def critical_points(
     *,
     covariance: Float[Tensor, "in in"] | None = None,
 ) -> Iterator[Critical]:
-    """Critical points of one layer's loss over adapters of a rank, one of each kind.
+    """Yield critical points of one layer's loss over adapters of a rank, one of each kind.
 
     ``error`` is ``E``, the product that the factors should have, and ``covariance`` is ``C``, by
     default the identity. If the nonzero singular values of ``E C^{1/2}`` are distinct, each set of
@@ -60,8 +57,6 @@ def critical_points(
     positive semi-definite.
     """
     E = _checks.real_tensor("error", error, min_dims=2)
-    if E.ndim != 2:
-        raise InputError("error", allowed="a single matrix", given=f"shape {tuple(E.shape)}")
     rank = _checks.integer("rank", rank, 0, min(E.shape), limit="the smaller side")
     root = torch.eye(E.shape[1], dtype=E.dtype, device=E.device)
     if covariance is not None:
@@ -70,12 +65,12 @@ def critical_points(
             allowed = f"a symmetric matrix of {E.shape[1]} rows"
             raise InputError("covariance", allowed=allowed, given=f"shape {tuple(C.shape)}")
         values, vectors = torch.linalg.eigh(C)
-        least = -8 * len(C) * torch.finfo(C.dtype).eps * values.abs().max()
-        if values.min() < least:
+        rounding = 8 * len(C) * torch.finfo(C.dtype).eps * values.abs().max()
+        if values.min() < -rounding:
             allowed = "positive semi-definite"
             raise InputError("covariance", allowed=allowed, given=f"eigenvalue {values.min():.3g}")
         # What is 0 but for rounding must not become its root.
-        root = (vectors * values.where(values > -least, 0).sqrt()) @ vectors.mT
+        root = (vectors * values.where(values > rounding, 0).sqrt()) @ vectors.mT
     found = lowrank.svd(E @ root)
     count = int(lowrank.rank(E @ root))
     back = torch.linalg.pinv(root, hermitian=True)
@@ -97,16 +92,11 @@ class Line(NamedTuple):
 
 
 @torch.no_grad()
-def escape(
-    network: Network,
-    adapters: Adapters,
-    slope: Float[Tensor, "out in"],
-    smoothness: float = 1.0,
-) -> Line:
-    """The line by which the proofs leave a critical point of a loss of an adapted product.
+def escape(network: Network, adapters: Adapters, slope: Float[Tensor, "out in"]) -> Line:
+    """Find the line by which the proofs leave a critical point of a loss of an adapted product.
 
-    ``slope`` is ``∇g`` at the product, not 0, and ``smoothness`` a bound on ``∇²g``. Where the
-    ranks add up to the width or more and the adapted layers are square and not singular, ``g``
+    ``slope`` is ``∇g`` at the product, not 0, and ``∇²g`` is at most 1. Where the ranks
+    add up to the width or more and the adapted layers are square and not singular, ``g``
     falls at least like ``−‖∇g‖₂ t²`` [thm-split]. So it does for a single layer where ``A Bᵀ`` has
     rank to spare. Where it has none, the line swaps the weakest fitted direction for the steepest:
     ``fall`` is ``−‖∇g‖₂/σ_R(A Bᵀ)``, ``change`` of norm ``√2`` [thm-landscape, thm-below].
@@ -115,7 +105,6 @@ def escape(
     and layers of which nothing is proved.
     """
     require_fit(network, adapters)
-    slope = _checks.real_tensor("slope", slope, min_dims=2)
     if not slope.any():
         raise InputError("slope", allowed="other than 0, which a minimum has", given="zeros")
     layers = list(adapters.merge(network).weights)
@@ -139,39 +128,10 @@ def escape(
     if not deep and min(size, size_turned) > FLAT:
         return _swap(A[0], B[0], slope)
     if size <= size_turned:
-        return _grow(layers, A, B, y, slope, smoothness)
-    line = _grow(turned, B[::-1], A[::-1], y_turned, slope.mT, smoothness)
+        return _grow(layers, A, B, y, slope)
+    line = _grow(turned, B[::-1], A[::-1], y_turned, slope.mT)
     flipped = tuple(LowRank(d.right, d.left) for d in reversed(line.directions))
     return Line(flipped, line.change.mT, line.fall)
-
-
-def differentiate(
-    network: Network,
-    adapters: Adapters,
-    directions: Sequence[LowRank],
-    loss: Callable[[Tensor], Tensor],
-) -> tuple[float, float]:
-    """First and second derivative of a loss of the adapted product along a line of `escape`."""
-    require_fit(network, adapters)
-    each = [*zip(network.weights, adapters.updates, directions, strict=True)]
-
-    def along(t: Tensor) -> Tensor:
-        layers = [W + (u.left + t * d.left) @ (u.right + t * d.right).mT for W, u, d in each]
-        return loss(reduce(lambda product, layer: layer @ product, layers))
-
-    here = torch.zeros_like(each[0][0][0, 0])
-    return float(grad(along)(here)), float(grad(grad(along))(here))
-
-
-class Roots(NamedTuple):
-    """Critical points that a search found: a batch of adapters, and their losses.
-
-    ``curvatures`` are the least eigenvalues of the second derivatives in all factors.
-    """
-
-    adapters: Adapters
-    losses: Float[Tensor, " points"]
-    curvatures: Float[Tensor, " points"]
 
 
 @torch.no_grad()
@@ -182,13 +142,14 @@ def find_critical(
     *,
     iterations: int = 100,
     tolerance: float = 1e-9,
-) -> Roots:
-    """Critical points, of any kind, of a loss of a network's adapted product.
+) -> tuple[Adapters, Float[Tensor, " points"], Float[Tensor, " points"]]:
+    """Search for critical points, of any kind, of a loss of a network's adapted product.
 
-    From each of a batch of ``starts`` Levenberg–Marquardt lowers the norm of the loss's slope in
-    all factors. ``loss`` takes the product ``[out, in]`` of the adapted layers, and is twice
+    From each of a batch of ``starts`` damped Newton steps lower the norm of the loss's slope in all
+    factors. ``loss`` takes the product ``[out, in]`` of the adapted layers, and is twice
     differentiable with torch. Starts from which the slope does not get below ``tolerance`` are left
-    out. Biases count for nothing.
+    out, and biases count for nothing. Returns the points as a batch of adapters, their losses, and
+    the least eigenvalues of the second derivatives in all factors.
     """
     require_fit(network, starts, single=False)
     factors = [factor for u in starts.updates for factor in (u.left, u.right)]
@@ -221,39 +182,7 @@ def find_critical(
     parts = _parts(at, factors)
     pairs = zip(parts[::2], parts[1::2], strict=True)
     curvatures = torch.linalg.eigvalsh(second(at))[:, 0]
-    return Roots(Adapters(tuple(LowRank(*pair) for pair in pairs)), vmap(value)(at), curvatures)
-
-
-class End(NamedTuple):
-    """Where a descent ended: its tensors, the loss, and the largest entry of the slope."""
-
-    parts: list[Tensor]
-    loss: float
-    slope: float
-
-
-@torch.enable_grad()
-def settle(loss: Callable[..., Tensor], *starts: Tensor, iterations: int = 20_000) -> End:
-    """L-BFGS from given tensors, until nothing moves or for so many iterations.
-
-    ``loss`` takes as many tensors, of double precision, and is differentiable with torch.
-    """
-    iterations = _checks.integer("iterations", iterations, 1)
-    sizes = [start.numel() for start in starts]
-
-    def shape(flat: Tensor) -> list[Tensor]:
-        return [p.reshape(s.shape) for p, s in zip(flat.split(sizes), starts, strict=True)]
-
-    def both(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        at = torch.from_numpy(flat.copy()).requires_grad_()
-        value = loss(*shape(at))
-        return value.item(), torch.autograd.grad(value, at)[0].numpy()
-
-    start = torch.cat([start.detach().flatten() for start in starts]).numpy()
-    limits: dict[str, float] = {"maxiter": iterations, "maxfun": 3 * iterations, "maxcor": 20}
-    limits |= {"ftol": 1e-30, "gtol": 1e-13}
-    end = minimize(both, start, jac=True, method="L-BFGS-B", options=limits)
-    return End(shape(torch.from_numpy(end.x)), float(end.fun), float(np.abs(end.jac).max()))
+    return Adapters(tuple(LowRank(*pair) for pair in pairs)), vmap(value)(at), curvatures
 
 
 def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -263,28 +192,21 @@ def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _before(layers: Sequence[Tensor]) -> list[Tensor]:
-    """The product of the layers before each one."""
+    """Return the product of the layers before each one."""
     eye = torch.eye(layers[0].shape[-1], dtype=layers[0].dtype, device=layers[0].device)
     return [*accumulate(layers[:-1], lambda product, layer: layer @ product, initial=eye)]
 
 
 def _flattest(parts: Sequence[Tensor], scale: float) -> tuple[Tensor, float]:
-    """The unit vector of which matrices side by side make least, and how much of their size."""
+    """Find the unit vector of which matrices side by side make least, and that relative size."""
     _, S, Vh = torch.linalg.svd(torch.cat([*parts], 1))
     return Vh[-1], 0.0 if len(S) < len(Vh) else float(S[-1]) / max(float(S[0]), scale)
 
 
-def _grow(
-    layers: list[Tensor],
-    A: list[Tensor],
-    B: list[Tensor],
-    y: Tensor,
-    slope: Tensor,
-    smoothness: float,
-) -> Line:
-    """The line of the proof of [thm-split]; ``y`` says which columns ``H_lᵀ B_l`` cancel."""
+def _grow(layers: list[Tensor], A: list[Tensor], B: list[Tensor], y: Tensor, slope: Tensor) -> Line:
+    """Draw the line of the proof of [thm-split]; ``y`` says which columns ``H_lᵀ B_l`` cancel."""
     before = _before(layers)
-    behind = [m.mT for m in reversed(_before([m.mT for m in reversed(layers)]))]
+    after = [m.mT for m in reversed(_before([m.mT for m in reversed(layers)]))]
     ranks = [b.shape[1] for b in B]
     # I + T, whose block of m and l < m is B_mᵀ (product between) A_l.
     coupling = torch.eye(sum(ranks), dtype=slope.dtype, device=slope.device)
@@ -299,21 +221,21 @@ def _grow(
     U, S, V = lowrank.svd(-slope)
     w, v, steepest = U[:, 0], V[:, 0], float(S[0])
     ys, zs = y.split(ranks), z.split(ranks)
-    reached = sum((G @ a @ part for G, a, part in zip(behind, A, zs, strict=True)), w * 0)
+    reached = sum((G @ a @ part for G, a, part in zip(after, A, zs, strict=True)), w * 0)
     change = torch.outer(reached, v)
-    tau = 1 + smoothness * float(change.square().sum()) / (2 * steepest)
+    tau = 1 + float(change.square().sum()) / (2 * steepest)
     directions = tuple(
         LowRank(
             tau * torch.outer(torch.linalg.solve(G, w), y_l),
             torch.outer(torch.linalg.solve(H.mT, v), z_l),
         )
-        for G, H, y_l, z_l in zip(behind, before, ys, zs, strict=True)
+        for G, H, y_l, z_l in zip(after, before, ys, zs, strict=True)
     )
     return Line(directions, change, -tau * steepest)
 
 
 def _swap(A: Tensor, B: Tensor, slope: Tensor) -> Line:
-    """The line of the proof of [thm-landscape] for a product of full rank."""
+    """Draw the line of the proof of [thm-landscape] for a product of full rank."""
     U, S, V = lowrank.svd(A @ B.mT)
     weakest = A.shape[1] - 1
     u, sigma, v = U[:, weakest], float(S[weakest]), V[:, weakest]
@@ -323,12 +245,6 @@ def _swap(A: Tensor, B: Tensor, slope: Tensor) -> Line:
         torch.outer(w, torch.linalg.pinv(B) @ v), torch.outer(z, torch.linalg.pinv(A) @ u)
     )
     return Line((direction,), torch.outer(w, v) + torch.outer(u, z), -float(steepness[0]) / sigma)
-
-
-def _no_less(S: Tensor, own: Sequence[int], missing: int) -> bool:
-    """Whether what is missing is no larger than anything that is kept, but for rounding."""
-    eps = torch.finfo(S.dtype).eps
-    return not own or bool(S[missing] <= S[own[-1]] + 8 * len(S) * eps * S[0])
 
 
 def _critical(
@@ -341,13 +257,15 @@ def _critical(
     A[:, : len(own)], B[:, : len(own)] = (m[:, own] * S[own].sqrt() for m in (U, V))
     loss = float(S[rest].square().sum()) / 2
     point = LowRank(A, back @ B)
-    # Among equal values any may be kept.
-    if not rest or (len(own) == rank and _no_less(S, own, rest[0])):
+    # What is missing may be as large as what is kept: among equal values any are least.
+    rounding = 8 * len(S) * torch.finfo(S.dtype).eps * S[0]
+    is_full = len(own) == rank
+    if not rest or (is_full and (not own or S[rest[0]] <= S[own[-1]] + rounding)):
         return Critical(kept, point, loss, None, 0.0)
     slope = -(U[:, rest] * S[rest]) @ V[:, rest].mT
     if len(own) < rank:
         free = torch.eye(rank, dtype=A.dtype, device=A.device)[len(own)]
-        line = _grow([slope], [A], [B], free, slope, 1.0)
+        line = _grow([slope], [A], [B], free, slope)
     else:
         line = _swap(A, B, slope)
     (direction,) = line.directions

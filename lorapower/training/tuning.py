@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from .. import _checks, randomness
-from ..adapters.core import Adapters, N
+from ..adapters import Adapters, N
 from ..errors import InputError
 from ..networks.base import Network
 
@@ -28,7 +29,7 @@ Labelled = tuple[Float[Tensor, "..."], Num[Tensor, "..."]]
 
 @dataclass(frozen=True)
 class Tuning:
-    """What one run of `train` tunes, where it starts and how fast it goes.
+    """Say what one run of `train` tunes, where it starts and how fast it goes.
 
     The last ``final`` of the network's ``weights`` are tuned in full, with their biases, instead of
     adapters; ``biases`` says of all or of each whether they are tuned. Adam has the L2 penalty
@@ -73,16 +74,12 @@ class Tuning:
     centred: bool = False
 
     def __post_init__(self) -> None:
-        several = isinstance(self.ranks, tuple | list)
-        each = tuple(self.ranks) if several else (self.ranks,)  # type: ignore[arg-type]
-        ranks = tuple(_checks.integer("ranks", rank, 0) for rank in each)
-        object.__setattr__(self, "ranks", ranks if several else ranks[0])
-        if _checks.integer("final", self.final, 0) and any(ranks):
-            given = f"{self.final} with ranks {self.ranks}"
+        has_each = isinstance(self.ranks, tuple | list)
+        ranks: Any = tuple(map(int, self.ranks)) if has_each else int(self.ranks)  # type: ignore
+        object.__setattr__(self, "ranks", ranks)
+        if _checks.integer("final", self.final, 0) and np.any(ranks):
+            given = f"{self.final} with ranks {ranks}"
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
-        words = self.biases if isinstance(self.biases, tuple) else (self.biases,)
-        if not all(isinstance(word, bool) for word in words):
-            raise InputError("biases", allowed="True or False", value=self.biases)
         _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.choice("loss", self.loss, get_args(Loss))
         if not isinstance(self.start, Adapters):
@@ -93,14 +90,9 @@ class Tuning:
             raise InputError("blocks", allowed="1, but for start 'linearized'", given=self.blocks)
         if self.centred and self.biases is not True:
             raise InputError("centred", allowed="False where biases are fixed", given=True)
-        for name, check in (
-            ("learning_rate", _checks.positive),
-            ("ratio", _checks.positive),
-            ("weight_decay", _checks.tolerance),
-        ):
-            value = check(name, getattr(self, name))
-            if value > LARGEST:
-                raise InputError(name, allowed="a number of single precision", given=value)
+        _checks.positive("learning_rate", self.learning_rate)
+        _checks.positive("ratio", self.ratio)
+        _checks.finite("weight_decay", self.weight_decay, 0.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -146,7 +138,7 @@ class Data(ABC):
 
     @abstractmethod
     def block(self, index: int) -> Labelled:
-        """The batches of steps ``BLOCK · index`` to ``BLOCK · (index + 1)``; ``[BLOCK, …]``."""
+        """Return batches of steps ``BLOCK · index`` to ``BLOCK · (index + 1)``, ``[BLOCK, …]``."""
 
 
 class Fresh(Data):
@@ -169,33 +161,26 @@ class Fresh(Data):
         seed: int = 0,
         purpose: tuple[str, ...] = (),
     ) -> None:
-        _checks.function("label", label)
-        shape = _checks.sizes("shape", shape, 1)
         if len(shape) not in (1, 2):
             raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
         if isinstance(label, nn.Module):
-            given = f"{type(label).__name__}, a module, which takes rows"
+            allowed = "a network or a function of columns, not a module, which takes rows"
             remedy = "networks.as_network makes a network of a Sequential"
-            allowed = "a network, or a function of columns"
-            raise InputError("label", allowed=allowed, given=given, remedy=remedy)
+            raise InputError("label", allowed=allowed, given=type(label).__name__, remedy=remedy)
         # Training is in single precision, and so are its labels.
         self.label = label.to(torch.float32) if isinstance(label, Network) else label
         self.shape = shape
         self.scale = _checks.positive("scale", scale)
         self.samples = _checks.integer("samples", samples, 1)
-        self.seed = _checks.seed(seed)
-        self.purpose = _words(purpose)
+        self.seed, self.purpose = _checks.seed(seed), purpose
         count = _checks.integer("validation_samples", validation_samples, 1)
         self.validation = self._draw((), count, "validation inputs")
-
-    def __repr__(self) -> str:
-        return f"Fresh(shape {self.shape}, {self.samples} samples, seed {self.seed})"
 
     def block(self, index: int) -> Labelled:
         return self._draw((self.BLOCK,), self.samples, "inputs", index)
 
     def test(self, samples: int) -> Labelled:
-        """Labelled inputs for a test, independent of all others."""
+        """Draw labelled inputs for a test, independent of all others."""
         return self._draw((), _checks.integer("samples", samples, 1), "test inputs")
 
     def _draw(self, batch: tuple[int, ...], samples: int, *part: str | int) -> Labelled:
@@ -203,8 +188,6 @@ class Fresh(Data):
         generator = randomness.generator(self.seed, *self.purpose, *part)
         x = self.scale * randomness.normal(generator, *batch, *shape, dtype=torch.float32)
         y = self.label(x)
-        if not isinstance(y, Tensor):
-            raise InputError("label", allowed="a function to tensors", value=y)
         return x.to(y.device), y
 
 
@@ -234,11 +217,7 @@ class Fixed(Data):
             allowed = f"of as many labels as inputs, {count}"
             raise InputError("training", allowed=allowed, given=f"labels of {tuple(y.shape)}")
         self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
-        self.seed, self.purpose = _checks.seed(seed), _words(purpose)
-
-    def __repr__(self) -> str:
-        x, y = self.training
-        return f"Fixed({list(x.shape)} to {list(y.shape)}, {self.samples} samples)"
+        self.seed, self.purpose = _checks.seed(seed), purpose
 
     def block(self, index: int) -> Labelled:
         x, y = self.training
@@ -261,19 +240,10 @@ class Fixed(Data):
         return order.to(self.training[0].device)
 
 
-def _words(purpose: Any) -> tuple[str, ...]:
-    if not isinstance(purpose, tuple) or not all(isinstance(word, str) for word in purpose):
-        raise InputError("purpose", allowed="a tuple of words", value=purpose)
-    return purpose
-
-
-def _usable(name: str, labelled: Any) -> Labelled:
-    """Inputs and labels as finite tensors; labels may be integers."""
-    if not isinstance(labelled, tuple | list) or len(labelled) != 2:
-        given = f"a {type(labelled).__name__}"
-        raise InputError(name, allowed="a pair of inputs and labels", given=given)
+def _usable(name: str, labelled: tuple[Any, Any]) -> Labelled:
+    """Return inputs and labels as finite tensors; labels may be integers."""
     x, y = labelled
     inputs = _checks.real_tensor(f"{name} inputs", x, min_dims=2, copy=True)
-    if isinstance(y, Tensor) and y.dtype not in _checks.PRECISIONS:
+    if isinstance(y, Tensor) and not y.is_floating_point():
         return inputs, y.clone()
     return inputs, _checks.real_tensor(f"{name} labels", y, min_dims=1, copy=True)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
-import platform
 import re
 from collections import Counter
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import folds
 import nbformat
 import pytest
+from browsing import OTHERS, PAGES
 from bs4 import BeautifulSoup, Tag
-from conftest import CHAPTERS, OTHERS, PAGES, ROOT
-from docutils import nodes
-from docutils.utils import new_document
+from conftest import CHAPTERS, ROOT
 
 import api
 from lorapower.book.claims import Claim, read
@@ -79,25 +76,6 @@ def test_internal_links_resolve(book: Path, docname: str) -> None:
         if not target.is_file() or (fragment and fragment not in anchors(target)):
             broken.append(link["href"])
     assert broken == []
-
-
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_parts_between_comments_are_folded(book: Path, chapter: Path) -> None:
-    cells = nbformat.read(chapter, as_version=4).cells
-    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    page = soup(book, f"chapters/{chapter.stem}")
-    boxes = page.select("details.fold:not([open])")
-    titles = [title.get_text().strip() for title in page.select("details.fold > summary")]
-    assert titles == re.findall(r"<!-- fold: (.+) -->", text)
-    assert len(titles) == text.count("<!-- /fold -->") == len(boxes)
-    assert all(box.select("div.sd-summary-content > *") for box in boxes)
-
-
-def test_a_fold_has_an_end_in_its_section() -> None:
-    document = new_document("page")
-    document += nodes.raw("", "<!-- fold: More -->", format="html")
-    with pytest.raises(ValueError, match="More"):
-        folds.fold(None, document)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -246,33 +224,6 @@ def test_index_has_every_statement(
     assert found.keys() == expected.keys()
     for label, of_the_index in found.items():
         assert of_the_index == expected[label], label
-
-
-def test_map_draws_what_the_index_lists(
-    book: Path, shown: dict[str, Shown], checks: Counter[str]
-) -> None:
-    drawn = soup(book, "chapters/statements").select_one("div.statement-map svg")
-    assert drawn is not None
-    boxes = {str(box["href"]).partition("#")[2]: box for box in drawn.select("a")}
-    proved = ("ass-", "cor-", "lem-", "prop-", "thm-")
-    assert boxes.keys() == {label for label in shown if label.startswith(proved)}
-    for label, box in boxes.items():
-        text = box.select_one("text")
-        assert text is not None
-        assert text.get_text().split()[-1] == shown[label].number.split()[-1]
-        assert ("checked" in box.get_attribute_list("class")) is (checks[label] > 0)
-    lines = {tuple(line.get_attribute_list("class")) for line in drawn.select("path")}
-    assert lines == {(label, used) for label in boxes for used in shown[label].uses & boxes.keys()}
-
-
-def test_page_on_the_build_names_all_chapters(book: Path) -> None:
-    facts, times, versions = soup(book, "chapters/built").select("table.colophon")
-    assert platform.python_version() in facts.get_text()
-    assert "processors" in facts.get_text()
-    assert len(times.select("tbody a")) == len(CHAPTERS)
-    for row in times.select("tbody tr"):
-        assert float(row.select("td")[1].get_text()) > 0
-    assert f"torch{metadata.version('torch')}" in re.sub(r"\s", "", versions.get_text())
 
 
 def test_every_reference_within_the_book_has_a_preview(book: Path) -> None:

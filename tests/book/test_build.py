@@ -19,16 +19,6 @@ from conftest import ROOT, Make
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-pytestmark = pytest.mark.sources(
-    "Makefile",
-    "_config.yml",
-    "_ext/*",
-    "_static/*",
-    "lorapower/book/*",
-    "pyproject.toml",
-    "tools/*",
-)
-
 Tool = Callable[..., tuple[int, Path]]
 
 PARAMETERS = 'profile: str = "quick"  # quick or paper'
@@ -70,46 +60,29 @@ chapters:
   - file: chapters/scorecard
 """
 
-# The package of the small book. What `images` imports, it imports in three ways.
+# The package of the small book, and what its second chapter imports besides.
 PACKAGE = {
     "__init__": "",
     "errors": "",
     "unused": "",
     "wing/__init__": "from lorapower import errors",
     "wing/common": "",
-    "wing/images": "def read():\n    from . import common",
+    "wing/images": "import records\n\n\ndef read():\n    from . import common",
 }
 
-# In place of the tool that executes: it says when it begins and ends, and may wait until another
-# one is at work, or fail.
+# In place of the tool that executes: it says what it does, and may fail.
 EXECUTE = """\
 import os
 import sys
-import time
 from pathlib import Path
 
 source, target, _, profile, *_ = sys.argv[1:]
-log = Path(os.environ["RUNS"])
-
-
-def say(what):
-    with log.open("a") as lines:
-        print(what, Path(source).stem, profile, file=lines)
-
-
-say("begins")
-deadline = time.monotonic() + 20
-while log.read_text().count("begins") < int(os.environ.get("TOGETHER", 1)):
-    assert time.monotonic() < deadline, "no other chapter began"
-    time.sleep(0.01)
-for line in range(5):
-    print(source, "line", line, flush=True)
-    time.sleep(0.02)
+with Path(os.environ["RUNS"]).open("a") as log:
+    print(Path(source).stem, profile, file=log)
 if Path(source).stem == os.environ.get("FAILING"):
     sys.exit(f"{source} does not hold")
 Path(target).parent.mkdir(parents=True, exist_ok=True)
 Path(target).write_text("executed")
-say("ends")
 """
 
 # In place of the tool that builds the pages.
@@ -124,14 +97,14 @@ if "--where" not in sys.argv:
 """
 
 
-def write_chapter(folder: Path, name: str, text: str, *code: str, minutes: int = 0) -> Path:
+def write_chapter(folder: Path, name: str, text: str, *code: str) -> Path:
     cells = [
         new_markdown_cell(text),
         new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
         *map(new_code_cell, code),
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    metadata = {"kernelspec": kernel, "lorapower": {"minutes": minutes}}
+    metadata = {"kernelspec": kernel}
     path = folder / "chapters" / f"{name}.ipynb"
     nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
     return path
@@ -144,26 +117,22 @@ class Book:
         self.folder = folder
         self.page = folder / "_build" / "html" / "index.html"
         self._make = run_make
-        self._log = folder.parent / "runs"
+        self.log = folder.parent / "runs"
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return self._make(self.folder, *arguments, RUNS=str(self._log), **environment)
+        return self._make(self.folder, *arguments, RUNS=str(self.log), **environment)
 
     def make(self, *arguments: str, status: int = 0, **environment: str) -> str:
         """Run make to its end, expect the exit status, return what it printed."""
-        self._log.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
         process = self.start(*arguments, **environment)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == status, output
         return output
 
-    def runs(self) -> list[tuple[str, str, str]]:
-        """What the last make executed: beginnings and ends, with the chapter and the profile."""
-        lines = self._log.read_text().splitlines() if self._log.exists() else []
-        return [(what, name, profile) for what, name, profile in map(str.split, lines)]
-
     def executed(self) -> list[str]:
-        return sorted(name for what, name, _ in self.runs() if what == "ends")
+        """List what the last make executed, with the profile."""
+        return sorted(self.log.read_text().splitlines()) if self.log.exists() else []
 
 
 @pytest.fixture
@@ -177,6 +146,9 @@ def small(tmp_path: Path, run_make: Make) -> Book:
         shutil.copy(ROOT / name, folder / name)
     for module, text in PACKAGE.items():
         (folder / "lorapower" / f"{module}.py").write_text(text)
+    (folder / "records").mkdir()
+    for name in ("__init__.py", "table.csv.gz"):
+        (folder / "records" / name).touch()
     (folder / "tools" / "execute.py").write_text(EXECUTE)
     (folder / "tools" / "build_html.py").write_text(BUILD)
     (folder / "_toc.yml").write_text(TOC)
@@ -212,66 +184,44 @@ def alive(process: int) -> bool:
     return True
 
 
-def test_only_chapters_that_import_what_changed_are_executed(small: Book) -> None:
-    first, second = "01-sum", "02-other"
+FIRST, SECOND = "01-sum quick", "02-other quick"
+
+
+def test_only_chapters_that_depend_on_what_changed_are_executed(small: Book) -> None:
+    assert "make book" in small.make("help")
     small.make("book")
-    assert small.executed() == [first, second]
+    assert small.executed() == [FIRST, SECOND]
     small.make("book")
     assert small.executed() == []
     for changed, executed in {
         "index.md": [],
         "lorapower/unused.py": [],
-        "lorapower/wing/common.py": [second],
-        "chapters/02-other.ipynb": [second],
-        "lorapower/errors.py": [first, second],
-        "lorapower/wing/__init__.py": [first, second],
-        "tools/execute.py": [first, second],
+        "lorapower/wing/common.py": [SECOND],
+        "chapters/02-other.ipynb": [SECOND],
+        "lorapower/errors.py": [FIRST, SECOND],
+        "records/table.csv.gz": [SECOND],
+        "tools/execute.py": [FIRST, SECOND],
     }.items():
         (small.folder / changed).touch()
         small.make("book")
         assert small.executed() == executed, f"after a change of {changed}"
+    small.make("PROFILE=paper", "_build/paper/chapters/01-sum.ipynb")
+    assert small.executed() == ["01-sum paper"]
 
 
 def test_dependencies_follow_the_imports(small: Book) -> None:
     small.make("book")
-    (small.folder / "lorapower" / "wing" / "common.py").write_text("from .. import unused")
+    common = small.folder / "lorapower" / "wing" / "common.py"
+    common.write_text("from .. import unused")
     small.make("book")
     (small.folder / "lorapower" / "unused.py").touch()
     small.make("book")
-    assert small.executed() == ["02-other"]
-    (small.folder / "lorapower" / "wing" / "common.py").unlink()
+    assert small.executed() == [SECOND]
+    common.unlink()
     small.make("book")
-    assert small.executed() == ["02-other"], "a module that is gone has changed"
-    (small.folder / "chapters" / "02-other.ipynb").unlink()
-    small.make("book")
-    assert small.executed() == []
-
-
-@pytest.mark.parametrize("broken", ["chapters/02-other.ipynb", "lorapower/unused.py"])
-def test_what_is_not_python_is_named(small: Book, broken: str) -> None:
-    if broken.startswith("chapters"):
-        write_chapter(small.folder, "02-other", "# Another", "import (")
-    else:
-        (small.folder / broken).write_text("import (")
-    output = small.make("book", status=2)
-    assert f"{broken} is not Python" in output.splitlines()
-    assert "Traceback" not in output
-
-
-def test_two_chapters_are_executed_at_a_time(small: Book) -> None:
-    output = small.make("book", TOGETHER="2")
-    assert [what for what, *_ in small.runs()] == ["begins", "begins", "ends", "ends"]
-    said = [line.split()[0] for line in output.splitlines() if "line" in line]
-    assert said in (sorted(said), sorted(said, reverse=True)), "what they say is interleaved"
-
-
-def test_longest_chapter_is_executed_first(small: Book) -> None:
-    small.make("JOBS=1", "book")
-    assert [name for _, name, _ in small.runs()] == ["02-other"] * 2 + ["01-sum"] * 2
-    write_chapter(small.folder, "01-sum", THEOREM, minutes=3)
-    write_chapter(small.folder, "02-other", "# Another")
-    small.make("JOBS=1", "book")
-    assert [name for _, name, _ in small.runs()] == ["01-sum"] * 2 + ["02-other"] * 2
+    assert small.executed() == [SECOND], "a module that is gone has changed"
+    write_chapter(small.folder, "02-other", "# Another", "import (")
+    assert "chapters/02-other.ipynb is not Python" in small.make("book", status=2)
 
 
 def test_failing_chapter_stops_the_build(small: Book) -> None:
@@ -279,14 +229,8 @@ def test_failing_chapter_stops_the_build(small: Book) -> None:
     assert "chapters/02-other.ipynb does not hold" in output
     assert not small.page.exists()
     small.make("book")
-    assert "02-other" in small.executed()
+    assert SECOND in small.executed()
     assert small.page.exists()
-
-
-def test_profiles_are_kept_apart(small: Book) -> None:
-    for profile, times in (("quick", 1), ("paper", 1), ("quick", 0)):
-        small.make(f"PROFILE={profile}", f"_build/{profile}/chapters/01-sum.ipynb")
-        assert small.runs() == [(what, "01-sum", profile) for what in ("begins", "ends")] * times
 
 
 @pytest.fixture
@@ -354,11 +298,7 @@ def test_executed_chapter_holds_only_its_results(
     ids=["raises", "claims-falsely", "shows-a-path", "dies"],
 )
 def test_failing_chapter_leaves_no_finished_file(
-    run_tool: Tool,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    code: str,
-    reason: str,
+    run_tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str, reason: str
 ) -> None:
     status, target = run_tool(write_chapter(tmp_path, "01-sum", THEOREM, code))
     failed = target.with_suffix(".failed.ipynb")
@@ -409,106 +349,3 @@ def test_book_is_built_and_a_warning_fails_every_build(real: Book) -> None:
         assert "thm-nowhere" in said
         assert "{quoted}`01-sum::nothing` quotes nothing" in said
         assert real.page.stat().st_mtime_ns == built
-
-
-def write_program(path: Path, *lines: str) -> str:
-    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.fixture
-def bare(tmp_path: Path) -> Path:
-    """A folder of programs for PATH: a machine that has what make needs and no more."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    programs = "cat chmod echo expand find make mkdir rm sed sh touch"
-    for name in programs.split():
-        program = shutil.which(name)
-        assert program
-        (folder / name).symlink_to(program)
-    return folder
-
-
-OLD = "import sys; sys.version_info = (3, 10, 14); exec(sys.argv[2])"
-INSTALLING = ("VENV=no", "ready=no/.ready", "no/.ready")
-
-
-@pytest.mark.parametrize("installed", ["none", "old"])
-def test_unsuitable_python_is_one_line(small: Book, bare: Path, installed: str) -> None:
-    if installed == "old":
-        write_program(bare / "python3", f"exec '{sys.executable}' -c '{OLD}' \"$@\"")
-    output = small.make(*INSTALLING, status=2, PATH=str(bare))
-    line, stop = output.splitlines()
-    assert "Python 3.11 or newer" in line
-    assert "apt-get install python3 python3-venv" in line
-    assert stop.startswith("make: ***")
-
-
-def python_with(bare: Path, *venv: str) -> None:
-    """A Python whose ``-m venv`` runs the lines `venv`."""
-    write_program(bare / "python3", f'[ "$1" = -m ] || exec \'{sys.executable}\' "$@"', *venv)
-
-
-def pip_that(runs: str) -> tuple[str, str, str]:
-    """Makes an environment whose Python, and so whose pip, runs the line `runs`."""
-    made = 'chmod 755 "$PWD/no/bin/python"'
-    return "mkdir -p no/bin", f"echo '{runs}' >no/bin/python", made
-
-
-def test_environment_is_installed_again_only_when_dependencies_change(
-    small: Book, bare: Path
-) -> None:
-    python_with(bare, *pip_that('echo "pip $*"'))
-    project, versions = small.folder / "pyproject.toml", small.folder / "constraints.txt"
-
-    def installs() -> bool:
-        output = small.make(*INSTALLING, PATH=str(bare))
-        assert ("pip" in output) is ("Installing" in output)
-        return "pip" in output
-
-    def replace(path: Path, old: str, new: str) -> None:
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new, 1))
-
-    assert installs()
-    assert not installs()
-    replace(project, "line-length = 100", "line-length = 99")
-    replace(versions, "# The versions", "# These versions")
-    before = (small.folder / "no" / ".ready").stat().st_mtime_ns
-    assert not installs()
-    assert (small.folder / "no" / ".ready").stat().st_mtime_ns == before, "or all is made again"
-    replace(project, '    "numba",\n', "")
-    assert installs()
-    replace(versions, "torch>=2.9", "torch>=2.10")
-    assert installs()
-    replace(small.folder / "Makefile", "files := ", "files := another ")
-    (small.folder / "constraints.txt").touch()
-    assert installs()
-    assert not installs()
-
-
-def test_interrupted_and_failed_installations_are_done_again(small: Book, bare: Path) -> None:
-    (bare / "sleep").symlink_to(str(shutil.which("sleep")))
-    python_with(bare, "touch started", "sleep 300")
-    process = small.start(*INSTALLING, PATH=str(bare))
-    wait_for((small.folder / "started").exists, "the installation")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    (small.folder / "no" / "left").touch()
-
-    python_with(bare, *pip_that("echo pip was here; exit 1"))
-    for _ in range(2):  # nor is a failed one taken for done
-        output = small.make(*INSTALLING, status=2, PATH=str(bare))
-        assert "pip was here" in output
-        assert "apt-get install build-essential" in output
-    assert not (small.folder / "no" / "left").exists()
-
-
-def test_installation_spares_a_folder_that_is_no_environment(small: Book) -> None:
-    chapters = set((small.folder / "chapters").iterdir())
-    for target in ("chapters/.ready", "distclean"):
-        output = small.make("VENV=chapters", "ready=chapters/.ready", target, status=2)
-        assert "no Python environment" in output
-    assert set((small.folder / "chapters").iterdir()) == chapters

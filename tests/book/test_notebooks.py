@@ -20,7 +20,6 @@ import torch
 from cells import CAPTION
 from conftest import CHAPTERS, ROOT
 from nbformat import NotebookNode
-from run import chapter as find_chapter
 
 from lorapower import InputError, book
 from lorapower.book.chapter import RESULTS
@@ -155,22 +154,6 @@ def head(notebook: NotebookNode, monkeypatch: pytest.MonkeyPatch) -> Iterator[He
     torch.set_num_threads(threads)
 
 
-def bad_values(schema: dict[str, Any]) -> Iterator[object]:
-    """Values that the JSON schema of a parameter excludes."""
-    if "enum" in schema:
-        yield "no such word"
-    elif schema["type"] == "integer":
-        yield from ("two", 0.5, True, None, schema["minimum"] - 1)
-        if "maximum" in schema:
-            yield schema["maximum"] + 1
-    elif schema["type"] == "string":
-        yield from (None, 3)
-    else:
-        assert schema["type"] == "array", "a type of which no bad value is known"
-        for value in bad_values(schema["items"]):
-            yield from (value, [value])
-
-
 def test_the_model_has_the_parameters_of_the_cell(chapter: Path, head: Head) -> None:
     model = head.model()
     assert list(papermill.inspect_notebook(chapter)) == list(model.model_fields)
@@ -184,14 +167,19 @@ def test_the_model_has_the_parameters_of_the_cell(chapter: Path, head: Head) -> 
         assert dict(model(**given | {"results": "runs"}))["results"] == Path("runs", chapter.stem)
 
 
-def test_a_chapter_refuses_every_bad_value_in_its_first_line(head: Head) -> None:
+def test_a_chapter_refuses_bad_values_in_its_first_line(head: Head) -> None:
     model = head.model()
     for name, schema in model.model_json_schema()["properties"].items():
-        for value in bad_values(schema):
-            with pytest.raises(InputError) as caught:
+        bad = {
+            "enum": "no such word",
+            "minimum": schema.get("minimum", 0) - 1,
+            "maximum": schema.get("maximum", 0) + 1,
+            "items": [None],
+        }
+        for value in (bad[key] for key in bad if key in schema):
+            with pytest.raises(InputError, match=rf"\b{name} must be .*; got ") as caught:
                 head.run(**{name: value})
             assert caught.value.name == name, f"{name} = {value!r}"
-            assert re.search(rf"\b{name} must be .*; got ", str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +212,7 @@ COMMANDS = [
 def test_commands_of_the_text_name_a_chapter_and_its_parameters(document: Path, line: str) -> None:
     line = re.sub(r"\\n?\W*$", "", line)  # in a notebook, the end of a string
     variables = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
-    named = find_chapter(variables["NAME"])
+    (named,) = (ROOT / "chapters").glob(f"{variables['NAME']}*.ipynb")
     given = shlex.split(variables.get("ARGS", ""))
     assert given[::3] == ["-p"] * len(given[::3])
     assert {*given[1::3]} <= {*papermill.inspect_notebook(named)}

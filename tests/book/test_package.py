@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from pathlib import Path
 from pkgutil import resolve_name
@@ -47,7 +49,8 @@ def test_code_in_the_text_runs(
 def test_commands_of_the_text_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     commands = set(re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE))
-    variables = {"ARGS", "LAB_ARGS", "NAME", *re.findall(r"^(\w+) *\?=", makefile, re.MULTILINE)}
+    given = re.findall(r"^(?:export )?(\w+) *\?=", makefile, re.MULTILINE)
+    variables = {"ARGS", "LAB_ARGS", "NAME", *given}
     for document in (ROOT / "README.md", *ROOT.glob("chapters/*.md")):
         text = document.read_text(encoding="utf-8")
         assert set(re.findall(r"\bmake ([a-z]+)(?=[` ]| +#)", text)) <= commands, document.name
@@ -86,3 +89,28 @@ def test_modules_cite_statements_by_labels_that_exist() -> None:
     cited = set(re.findall(r"\[((?:ass|cor|def|lem|obs|prop|rem|thm)-[a-z-]+)\]", modules))
     assert {"thm-optimal-adaptation", "thm-partition", "thm-transformer"} <= cited
     assert cited <= set(known), f"no statement is labelled {sorted(cited - set(known))}"
+
+
+# What is defined, assumed or remarked is not checked.
+STATED = re.compile(
+    r"\{prf:(?:theorem|proposition|lemma|corollary|observation)\}[^\n]*\n:label: (\S+)"
+)
+CLAIM = re.compile("claims.(equal|at_most|at_least)")
+
+
+def test_each_statement_has_a_claim() -> None:
+    """In the chapters' sources; that it holds is a matter of their execution."""
+    stated: set[str] = set()
+    claimed: set[str] = set()
+    for path in CHAPTERS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                stated.update(STATED.findall(source))
+                continue
+            for call in ast.walk(ast.parse(re.sub("(?m)^[%!].*", "", source))):
+                if isinstance(call, ast.Call) and CLAIM.fullmatch(ast.unparse(call.func)):
+                    assert isinstance(call.args[1], ast.Constant), ast.unparse(call)
+                    claimed.add(str(call.args[1].value))
+    assert len(stated) > 60
+    assert not stated - claimed

@@ -5,25 +5,17 @@ Each page is opened once, for all that is asked of it on both screens, in the li
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browsing import STANDS_STILL, Reader, reading
-from conftest import CHAPTERS, OTHERS, PAGES
+from browsing import OTHERS, PAGES, STANDS_STILL, Reader, reading
+from conftest import CHAPTERS
 from playwright.sync_api import Browser, Page
 
-from lorapower.book.claims import Claim, read
-
 DESK, PHONE = 1280, 390
-# Pages are at most so many screens of 1440 × 900 long: those that are read; those on the package,
-# which are looked up in, and begin with tables of their names. Indices are as long as they are.
-SCREENS, LOOKED_UP = 18.5, 25
-# Each of these is two chapters in one.
-LONG = {"07-training": 21.5, "09-optimization": 23.5}
 # Of these each has parts that no other has; the rest are made of the same parts and colours, and a
 # phone has the same besides on every page. Signatures have colours too.
 SAMPLES = [
@@ -40,7 +32,6 @@ FAULTY_IMAGES = """() => [...document.images]
     .filter((image) => !image.complete || image.naturalWidth === 0 || !image.alt)
     .map((image) => image.outerHTML)"""
 TOO_WIDE = "document.documentElement.scrollWidth > innerWidth"
-HEIGHT = "document.documentElement.scrollHeight"
 # Boxes with more behind an edge that does not fade there, that a keyboard does not reach or that
 # have no name.
 SILENT_BOXES = """async () => {
@@ -60,35 +51,6 @@ FOCUSED = "document.activeElement"
 OUTLINED = """() => [document.activeElement, ...document.activeElement.children]
     .map((element) => getComputedStyle(element))
     .some((style) => style.outlineStyle !== "none" || style.boxShadow !== "none")"""
-# What each badge shows to a keyboard that reaches it, without mathematics.
-REACHED = """() => [...document.querySelectorAll("a.verdict")].map((badge) => {
-    badge.closest("details:not([open])")?.setAttribute("open", "");
-    badge.focus({focusVisible: true});
-    const box = document.getElementById(badge.getAttribute("aria-describedby"));
-    if (!badge.matches("[href]:not([tabindex])") || !box?.matches("[role='tooltip']")) return "";
-    const copy = box.checkVisibility() ? box.cloneNode(true) : document.createElement("div");
-    copy.querySelectorAll(".math").forEach((math) => math.replaceWith(" "));
-    return copy.textContent;
-})"""
-# What is over badges and lines of folded code that are seen; and badges that stand out of their
-# line's box, or are too small for a finger.
-COVERED = """() => [...document.querySelectorAll("a.verdict, div.cell > details.hide > summary")]
-    .filter((mark) => mark.checkVisibility())
-    .flatMap((mark) => {
-        mark.scrollIntoView({block: "center", behavior: "instant"});
-        const {left, right, top, bottom, height} = mark.getBoundingClientRect();
-        const box = mark.parentElement.getBoundingClientRect();
-        const over = [0.1, 0.5, 0.9].map((part) => left + part * (right - left))
-            .map((place) => document.elementFromPoint(place, top + height / 2))
-            .filter((found) => !mark.contains(found));
-        const inside = left >= box.left && right <= box.right
-            && top >= box.top && bottom <= box.bottom && height >= 24;
-        return inside || mark.matches("summary") ? over : [...over, mark];
-    })
-    .map((found) => found?.outerHTML.slice(0, 200))"""
-FAIL = """() => [...document.querySelectorAll("a.verdict")].slice(0, 1).forEach((badge) => {
-    badge.className = "verdict fails";
-})"""
 BADGES = {"include": [["a.verdict"]]}
 CONTRAST = {"runOnly": {"type": "rule", "values": ["color-contrast"]}}
 REFERENCE = ".bd-article a.reference[href$='#thm-one-layer']"
@@ -144,20 +106,6 @@ def saved(page: Page, name: str, folder: Path, sources: Path) -> list[str]:
     return wrong
 
 
-def words(text: str) -> str:
-    """What Markdown says, or what it became, without its mathematics."""
-    return " ".join(re.findall(r"\w+", re.sub(r"\$[^$]*\$", " ", text)))
-
-
-def unreached(page: Page, claims: list[Claim]) -> list[str]:
-    """The claims that a keyboard does not find behind one badge, or behind another too."""
-    page.keyboard.press("Shift")  # not the mouse, from now on
-    shown = [words(text) for text in page.evaluate(REACHED)]
-    page.keyboard.press("Escape")
-    lines = [words(claim.line) for claim in claims]
-    return [line for line in lines if sum(line in text for text in shown) != lines.count(line)]
-
-
 @pytest.fixture(scope="module")
 def reader(browser: Browser, book: Path) -> Iterator[Reader]:
     with reading(browser, book) as reader:
@@ -184,23 +132,15 @@ def test_page(reader: Reader, docname: str, tmp_path: Path) -> None:
     reader.open(docname)
     faults = appearance(page, "light")
     faults["bars"] = bars(page, None if sampled else SIGNATURES)
-    resize(page, 1440, 900)
-    screens = page.evaluate(HEIGHT) / 900
-    limit = LOOKED_UP if folder == "api" else LONG.get(name, SCREENS)
-    faults["screens"] = docname in PAGES and screens > limit
-    resize(page, DESK)
     is_chapter = name in [chapter.stem for chapter in CHAPTERS]
     if is_chapter:
         faults |= opened(page)
         faults["downloads"] = saved(page, name, tmp_path, reader.book / "_sources" / folder)
-        faults["badges"] = unreached(page, read(reader.book / "_sources" / f"{docname}.ipynb"))
-        faults["covered marks"] = page.evaluate(COVERED)
     reader.darken()
     resize(page, PHONE)
     faults["wider than a phone"] = page.evaluate(TOO_WIDE)
     if is_chapter:
         page.wait_for_function(STANDS_STILL)  # the contents have gone
-        faults["covered marks on a phone"] = page.evaluate(COVERED)
         faults["badges in the dark"] = bars(page, BADGES, **CONTRAST)
     if sampled:
         faults["bars on a phone in the dark"] = bars(page)
@@ -230,20 +170,6 @@ def test_search_finds_a_word(
         results.first.click()
         assert reader.page.url.split("?")[0] != (book / "search.html").as_uri()
         assert place in reader.page.url
-
-
-def test_fading_edges_follow_what_is_scrolled(reader: Reader) -> None:
-    page = reader.page
-    resize(page, PHONE)
-    reader.open("index")
-    code = page.locator("pre.scrolls").first
-    assert not code.evaluate("box => box.matches('.more-left')")
-    code.focus()
-    for _ in range(40):
-        page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.querySelector('pre.scrolls').matches('.more-left')")
-    code.evaluate("box => box.scrollTo(box.scrollWidth, 0)")
-    page.wait_for_function("!document.querySelector('pre.scrolls').matches('.more-right')")
 
 
 @pytest.fixture
@@ -321,34 +247,6 @@ def test_reference_shows_its_statement(browser: Browser, book: Path, touch: bool
         page.wait_for_url("**/02-linearization.html#thm-one-layer")
 
 
-def test_reference_in_focus_shows_its_statement(browser: Browser, book: Path) -> None:
-    with reading(browser, book) as reader:
-        reader.open("chapters/03-partitions")
-        page = reader.page
-        page.wait_for_function("window.previews")
-        page.locator(".bd-article").click(position={"x": 2, "y": 2})
-        box = page.locator("div.preview")
-        for _ in range(100):
-            page.keyboard.press("Tab")
-            if box.is_visible():
-                break
-        focused = page.evaluate(f"{FOCUSED}.getAttribute('aria-describedby')")
-        assert focused == box.get_attribute("id")
-        page.keyboard.press("Escape")
-        assert not box.is_visible()
-
-
-def test_reference_shows_a_figure_of_another_page(reader: Reader) -> None:
-    page = reader.page
-    resize(page, DESK)
-    reader.open("chapters/quickstart")
-    page.wait_for_function("window.previews")
-    page.locator("a.reference[href*='#fig-']").first.hover()
-    page.locator("div.preview img").wait_for()
-    page.wait_for_function("document.querySelector('div.preview img').naturalWidth > 100")
-    assert re.search(r"Fig\. \d+\.\d", page.locator("div.preview").inner_text())
-
-
 @pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
 def test_badge_shows_its_sentences_and_leads_to_them_and_back(
     browser: Browser, book: Path, touch: bool
@@ -376,14 +274,6 @@ def test_badge_shows_its_sentences_and_leads_to_them_and_back(
         entry.locator("a.verdict").click()
         page.wait_for_url(f"**#{name}")
         assert page.locator("a.verdict:target").is_visible()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_badge_that_fails_can_be_read(browser: Browser, book: Path, scheme: Any) -> None:
-    with reading(browser, book, color_scheme=scheme) as reader:
-        reader.open(f"chapters/{CHAPTERS[0].stem}")
-        reader.page.evaluate(FAIL)
-        assert bars(reader.page, BADGES, **CONTRAST) == []
 
 
 def test_without_scripts_a_reference_is_a_link(browser: Browser, book: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import checkpoint_files as files
@@ -11,49 +13,41 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import records
 from lorapower import bounds, randomness
-from lorapower._records import unpack
-from lorapower.checkpoints import _models as hub
+from lorapower.checkpoints import Pair
 from lorapower.experiments import sweeps
-from lorapower.networks import from_decoder
-from records import language, models, parts, protocols, record, sizes
-
-KEYS = ["tuning", "method", "asked"]
+from lorapower.networks import Transformer, from_decoder
+from records import language, models, pairs, parts, plans, record, sizes, tune, unpack
 
 
-def test_errors_are_those_of_the_texts() -> None:
-    adapters, texts = records.read_record()
-    sums = texts.groupby(KEYS)[["squares", "effect", "equal", "divergence", "decisions"]].sum()
-    sums = sums.loc[[tuple(key) for key in adapters[KEYS].to_numpy()]]
+def test_errors_of_plans_are_those_of_the_texts() -> None:
+    table = records.read("plans")
+    assert not table.duplicated(["tuning", "method", "asked"]).any()
+    sums = table[["squares", "effect", "equal", "divergence", "decisions"]].map(np.sum)
     found: dict[str, Any] = {
         "error": np.sqrt(sums.squares / sums.effect),
         "agreement": sums.equal / sums.decisions,
         "kl": sums.divergence / sums.decisions,
     }
     for name, values in found.items():
-        np.testing.assert_allclose(adapters[name].to_numpy(), values.to_numpy(), rtol=1e-9)
-    assert (adapters.error_upper > adapters.error).all()
-
-
-def test_all_adapters_are_measured_on_the_same_texts() -> None:
-    adapters, texts = records.read_record()
-    assert not adapters.duplicated(KEYS).any()
-    for _, rows in texts.groupby("tuning"):
-        assert len(rows) == len(rows[KEYS].drop_duplicates()) * rows.text.nunique()
-    for _, rows in texts.groupby(["tuning", "text"]):
-        # Logits of float32 are summed over tokens and words.
-        assert rows.effect.std() <= 1e-4 * rows.effect.mean()
-        assert rows.decisions.nunique() == 1
-
-
-def test_what_is_carried_includes_the_factors() -> None:
-    adapters, _ = records.read_record()
-    own = adapters[adapters.method != "mergekit"]
+        np.testing.assert_allclose(table[name].to_numpy(), values.to_numpy(), rtol=1e-9)
+    assert (table.error_upper > table.error).all()
+    # All adapters of a tuning are measured on the same texts; logits of float32 are summed.
+    for tuning, rows in table.groupby("tuning"):
+        about = plans.TUNINGS[str(tuning)]
+        effect, decisions = (np.stack([*rows[name]]) for name in ("effect", "decisions"))
+        assert effect.shape == (len(rows), about.texts)
+        assert (effect.std(0) <= 1e-4 * effect.mean(0)).all()
+        assert not np.ptp(decisions, axis=0).any()
+        least = rows[rows.method.str.startswith("least")]
+        assert set(least.asked) == {*about.errors}
+    own = table[table.method != "mergekit"]
     assert (own.carried >= own.parameters).all()
-    assert (adapters.bytes >= 4 * adapters.carried).all()
-    assert adapters[["lorapower", "torch", "peft"]].notna().all(axis=None)
+    assert (table.bytes >= 4 * table.carried).all()
+    assert table[["version", "torch", "peft"]].notna().all(axis=None)
 
 
 def test_limits_of_errors_that_texts_share_always_hold() -> None:
@@ -80,9 +74,38 @@ def test_limits_fail_where_one_text_holds_the_error() -> None:
     assert everywhere < 0.5
 
 
-def blocks(folder: str) -> tuple[Any, parts.Parts]:
-    network = models.language(folder).double().requires_grad_(False)
-    return network, parts.Parts(network)
+def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small model, with tunings as the recipe makes them; the command's own are long."""
+    base, _ = files.pair(tmp_path, "llama", "LlamaForCausalLM")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plans, "BASE", base)
+    monkeypatch.setattr(pairs, "texts", lambda kind, part: files.texts(120, len(part)))
+    monkeypatch.setattr(plans, "TUNINGS", {"a": plans.Tuning("movies", 0, 60, (0.9,))})
+    whole, adapter = plans.tuned("a"), tmp_path / "adapter"
+    pair = Pair.open(base, str(whole))
+    assert all(pair.change(name).any() for name in pair.modules)
+    plans.tune("movies", 3, adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert len(weights) == 2 * len(pair.modules)
+    assert {min(value.shape) for value in weights.values()} == {3}
+    assert all(value.any() for value in weights.values())
+    plans.other(plans.Setting(tuning="a", method="mergekit", asked=1)).parent.mkdir(parents=True)
+    adapter.rename(Path("others", "a", "mergekit-1"))
+    chosen = [s for s in plans.every("a") if s.asked <= 1 and s.method != "least uniform"]
+    sweeps.run(chosen, plans.work, "plans.sqlite", size=1, progress=False)
+    table = records.complete(record.merge(["plans.sqlite"], plans.Setting)).set_index("method")
+    assert {*table.index} == {"mergekit", "effect of blocks", "effect", "least effect"}
+    # Embeddings as a whole are many more numbers; the other adapter is of another training.
+    assert table.error["effect of blocks"] < table.error["effect"] < table.error["mergekit"]
+    sides = [sum(m.shape) for m in plans.plan("a", plans.BLOCKS).modules.values()]
+    assert 0.9 * sum(sides) <= table.parameters["effect of blocks"] <= sum(sides)
+    assert table.carried["mergekit"] == 3 * sum(sides)
+    assert table.carried["effect of blocks"] > table.carried["effect"]
+
+
+def blocks(folder: str) -> tuple[Any, Transformer]:
+    network = models.decoder(folder).double().requires_grad_(False)
+    return network, from_decoder(network, final_norm=False)
 
 
 @pytest.fixture(scope="module")
@@ -93,28 +116,29 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_parts_are_those_of_the_module(llamas: tuple[str, str]) -> None:
     network, own = blocks(llamas[1])
     ids = torch.arange(40).view(4, 10) + 4
-    (_, _), *_, (z, _) = own.trace(ids)
+    *_, (z, _) = parts.trace(own, network.get_input_embeddings()(ids).mT)
     expected = network.base_model(ids).last_hidden_state
     # Its norms are taken in float32.
-    z = network.base_model.norm.weight * own.normalize(z)
+    z = network.base_model.norm.weight * own.normalize(z).mT
     torch.testing.assert_close(z, expected, rtol=0, atol=1e-5)
-    n = own.normalize(z[:, :1])
-    torch.testing.assert_close(own.alone(1, n), own.attention(1, n, n))
+    n = own.normalize(own.normalize(network.get_input_embeddings()(ids).mT[..., :1]))
+    torch.testing.assert_close(parts.alone(own, 1, n), parts.attention(own, 1, n, n))
 
 
 def test_what_is_not_affine_is_the_floor_of_attention(llamas: tuple[str, str]) -> None:
     base, tuned = (blocks(folder)[1] for folder in llamas)
     draw = randomness.generator(0, "states")
-    n = base.normalize(randomness.normal(draw, 40, 9, 24))
-    change = tuned.feed_forward(0, n) - base.feed_forward(0, n)
+    n = base.normalize(randomness.normal(draw, 40, 24, 9))
+    change = parts.feed_forward(tuned, 0, n) - parts.feed_forward(base, 0, n)
     assert parts.not_affine(change, n) > 0.01 * parts.variance(change)
     # Affine changes, and noise of variance 1, of which the fit's freedom takes no part.
-    A, noise = randomness.normal(draw, 24, 24), randomness.normal(draw, 40, 9, 24)
-    assert parts.not_affine(n @ A + 1, n) < 1e-20
-    assert parts.not_affine(n @ A + noise, n) == pytest.approx(24, rel=0.1)
-    change = parts.total(tuned.feed_forward(l, n) - base.feed_forward(l, n) for l in range(2))
-    frozen, target = (from_decoder(models.language(f).double(), final_norm=False) for f in llamas)
-    floor = bounds.attention_floor(frozen, target, n[:, 1:].flatten(0, 1).mT)
+    A, noise = randomness.normal(draw, 24, 24), randomness.normal(draw, 40, 24, 9)
+    assert parts.not_affine(A @ n + 1, n) < 1e-20
+    assert parts.not_affine(A @ n + noise, n) == pytest.approx(24, rel=0.1)
+    change = parts.total(
+        parts.feed_forward(tuned, l, n) - parts.feed_forward(base, l, n) for l in range(2)
+    )
+    floor = bounds.attention_floor(base, tuned, n[..., 1:].movedim(0, 1).flatten(1))
     # The library's is that of these very tokens.
     seen = (1 - 25 / 320) * parts.not_affine(change, n)
     assert seen == pytest.approx(24 * float(floor.value), rel=1e-3)
@@ -122,22 +146,22 @@ def test_what_is_not_affine_is_the_floor_of_attention(llamas: tuple[str, str]) -
 
 def test_tokens_stand_behind_those_of_others(llamas: tuple[str, str]) -> None:
     own = blocks(llamas[0])[1]
-    n, others = randomness.normal(randomness.generator(0, "states"), 2, 5, 6, 24)
-    mixed = own.attention(1, n, others)
+    n, others = randomness.normal(randomness.generator(0, "states"), 2, 5, 24, 6)
+    mixed = parts.attention(own, 1, n, others)
     for j in range(6):
-        x = torch.cat([others[:, :j], n[:, j:]], 1)
-        torch.testing.assert_close(mixed[:, j], own.attention(1, x, x)[:, j])
+        x = torch.cat([others[..., :j], n[..., j:]], -1)
+        torch.testing.assert_close(mixed[..., j], parts.attention(own, 1, x, x)[..., j])
 
 
 def test_what_other_weights_of_one_function_save(llamas: tuple[str, str]) -> None:
     """All of a change that is none of the function; of others about what freedom there is."""
-    base, tuned = (blocks(folder)[1] for folder in llamas)
+    base = blocks(llamas[0])[1]
+    module, tuned = blocks(llamas[1])
     few = {row[1]: row[-1] for row in parts.freedoms(base, tuned)}
     assert set(few) == {"q k", "v o", "up down"}
     assert all(0 < share < 0.5 for share in few.values())
-    _, moved = blocks(llamas[1])
     draw = randomness.generator(1, "moves")
-    for layer in moved.layers:
+    for layer in module.base_model.layers:
         at, size = layer.self_attn, layer.self_attn.head_dim
         groups = len(at.k_proj.weight) // size
         angle, X = (
@@ -158,11 +182,17 @@ def test_what_other_weights_of_one_function_save(llamas: tuple[str, str]) -> Non
         factor = 1 + 1e-5 * randomness.normal(draw, 40)
         layer.mlp.up_proj.weight *= factor[:, None]
         layer.mlp.down_proj.weight /= factor
+    moved = from_decoder(module, final_norm=False)
     assert [row[-1] for row in parts.freedoms(tuned, moved)] == pytest.approx([1] * 3, rel=1e-3)
 
 
 def test_the_record_of_parts_is_whole() -> None:
-    table = records.read_parts()
+    table = records.read("parts")
+    found = [(-1, "", "directions", 3.0), (0, "q", "half", 2.0)]
+    run = {"tuning": "a", "stage": "weights", "rows": json.dumps(found)}
+    unfolded = parts.unfold(pd.DataFrame([run | {"torch": "2", "transformers": "5"}]))
+    assert [*unfolded.columns] == [*table.columns]
+    assert [*map(tuple, unfolded[["block", "part", "quantity", "value"]].to_numpy())] == found
     keys = ["tuning", "stage", "block", "part", "quantity"]
     assert not table.duplicated(keys).any()
     assert table.notna().drop(columns="part").all(axis=None)
@@ -197,23 +227,22 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[pd.DataFra
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "BASE", base)
-        patch.setattr(sizes, "_FOLDER", [folder])
+        patch.chdir(folder)
         for setting in sizes.trained(0):
             if setting.way == "attention" or setting.rank == sizes.HIGHEST:
-                network = language._network(sizes.trained(0)[setting])
+                network = language.prepare(sizes.trained(0)[setting])
                 for name, value in network.named_parameters():
                     if "lora_B" in name:
                         draw = randomness.generator(0, name)
                         value.data = 0.02 * randomness.normal(draw, *value.shape).float()
-                network.save_pretrained(sizes.place(setting), save_embedding_layers=False)
+                network.save_pretrained(tune.place(sizes.trained(0)[setting]))
         for seed in range(2):
-            sizes.place(sizes.Setting(seed=seed, way="full")).symlink_to(tuned)
+            sizes.folder_of(seed, "full").symlink_to(tuned)
         chosen = [
             s for s in sizes.every(0) if s.way in ways and (s.way == "attention" or s.rank < 2)
         ]
-        sweeps.run(chosen, sizes.work, folder / "sizes.sqlite", size=1, progress=False)
-        record.record([folder / "sizes.sqlite"], folder / "sizes.csv.gz", sizes.Setting)
-        table = records.read_sizes(folder / "sizes.csv.gz")
+        sweeps.run(chosen, sizes.work, "sizes.sqlite", size=1, progress=False)
+        table = records.complete(record.merge(["sizes.sqlite"], sizes.Setting))
         assert len(table) == len(chosen) == len(ways)
         yield table.set_index("way"), sizes.plan(0, "full")
 
@@ -252,8 +281,8 @@ def test_extraction_reaches_full_tuning_with_embeddings_and_norms_alone(
 def test_what_is_recorded_of_sizes_is_so(sized: tuple[pd.DataFrame, Any], way: str) -> None:
     """Each number from networks that are put together here, without embeddings and norms."""
     table, planner = sized
-    base, full = (models.language(str(c.folder)) for c in (planner.pair.base, planner.pair.tuned))
-    network = models.language(str(planner.pair.base.folder))
+    base, full = (models.decoder(str(c.folder)) for c in (planner.pair.base, planner.pair.tuned))
+    network = models.decoder(str(planner.pair.base.folder))
     tuned = dict(full.named_parameters())
     with torch.no_grad():
         for name, value in network.named_parameters():
@@ -267,7 +296,7 @@ def test_what_is_recorded_of_sizes_is_so(sized: tuple[pd.DataFrame, Any], way: s
     effect: list[float] = []
     divergence, equal = [], []
     for batch in planner.texts.test:
-        for ids, there in zip(batch.input_ids, batch.there, strict=True):
+        for ids, there in zip(batch.input_ids, batch.is_token, strict=True):
             with torch.no_grad():
                 found, start, aim = (
                     each(ids[there][None]).logits[0].double() for each in (network, base, full)
@@ -299,9 +328,9 @@ def test_what_is_recorded_of_sizes_is_so(sized: tuple[pd.DataFrame, Any], way: s
 
 def test_the_record_of_sizes_is_that_of_the_trainings() -> None:
     """Losses of trained networks are those that were recorded when they had been trained."""
-    table = records.read_sizes()
+    table = records.read("sizes")
     assert not table.duplicated(["seed", "way", "rank"]).any()
-    runs = protocols.read_record("decoder").query("task == 'movies-next' and part == 'test'")
+    runs = records.read("decoder").query("task == 'movies-next' and part == 'test'")
     runs = runs[runs.samples == runs.samples.max()].fillna({"rank": 0, "targets": ""})
     targets = {"full": "", "base": "", "trained": "all"}
     kinds = {"full": "full", "base": "head"}
@@ -313,7 +342,7 @@ def test_the_record_of_sizes_is_that_of_the_trainings() -> None:
         there = runs[(runs.seed == row["seed"]) & (runs["rank"] == row["rank"])]
         there = there[there.method == kinds.get(way, "lora")]
         (found,) = there[there.targets == targets.get(way, way)].answers
-        np.testing.assert_array_equal(row["losses"], language.answers(found))
+        np.testing.assert_array_equal(row["losses"], unpack(found))
     assert (table[table.way == "full"].error == 0).all()
     assert (table[table.way == "base"].error == 1).all()
     made = table[table.way.isin(sizes.MADE)]
@@ -330,12 +359,12 @@ def test_the_record_of_sizes_is_that_of_the_trainings() -> None:
 
 
 def test_the_record_of_rules_is_what_it_says() -> None:
-    table = protocols.read_record("before")
+    table = records.read("before")
     assert not table.duplicated(["model", "task", "rank"]).any()
     for (model, _), rows in table.sort_values("rank").groupby(["model", "task"]):
         assert rows.error.is_monotonic_decreasing
         # At rank 64 nothing is cut; the decoder's passes round other factors otherwise.
-        assert rows.error.iloc[-1] < (1e-4 if model == hub.PACKAGED else 0.06)
+        assert rows.error.iloc[-1] < (1e-4 if model == models.PACKAGED else 0.06)
         assert rows.share.iloc[-1] == pytest.approx(1, abs=0.01)
         # What a rank costs, ‖G_R‖², grows with it.
         assert (2 * rows.share - rows.gain).is_monotonic_increasing

@@ -1,10 +1,8 @@
-"""Adapters: merging, counting, picking members, saving and loading."""
+"""Adapters: merging, counting, picking members, and numbers as named tensors."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, dtypes, seeds
+from strategies import batch_shapes, seeds
 from torch import Tensor
 
-from lorapower import InputError, ResultsError, randomness
+from lorapower import InputError, randomness
 from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import fnn, transformer
 from lorapower.lowrank import LowRank
@@ -200,155 +198,30 @@ def test_runs_of_training_have_ranks_and_counts_of_their_own(batch: tuple[int, .
     assert runs.adapters[[3, 3]].parameter_count == 13
 
 
-def adapted_network(draw: st.DrawFn) -> tuple[Network, Adapters]:
-    seed, batch, dtype = draw(seeds), draw(batch_shapes), draw(dtypes)
-    kind = draw(st.sampled_from(["linear", "fnn", "linear last", "transformer"]))
-    network: Network
-    if kind == "transformer":
-        network = Transformer.random(
-            draw(st.integers(1, 2)), 2, 2, head_size=1, batch_shape=batch, seed=seed, dtype=dtype
-        )
-    else:
-        widths = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
-        generator = randomness.generator(seed, "network to save")
-        sides = list(pairwise(widths))
-        weights = [torch.randn(*batch, o, i, generator=generator, dtype=dtype) for i, o in sides]
-        biases = [torch.randn(*batch, o, generator=generator, dtype=dtype) for _, o in sides]
-        if kind == "linear":
-            network = LinearNetwork(weights)
-        else:
-            network = FNN(weights, biases, linear_last=kind == "linear last")
-    ranks = [draw(st.integers(0, min(w.shape[-2:]))) for w in network.weights]
-    tuned = bool(network.biases) and draw(st.booleans())
-    adapters = random_adapters(network, ranks, seed, biases=tuned)
-    if draw(st.booleans()):
-        of_member = torch.tensor(ranks).expand(*batch, -1)
-        flags = torch.ones(*batch, len(adapters.bias_updates), dtype=torch.bool)
-        adapters = Adapters(adapters.updates, adapters.bias_updates, Tuned(of_member, flags))
-    return network, adapters
+def test_numbers_are_kept_as_named_tensors(tmp_path: Path) -> None:
+    network = FNN.random(3, 4, batch_shape=(2,))
+    drawn = random_adapters(network, [0, 2, 4], 0, biases=True)
+    # Views into one memory, of single and of several networks, that files cannot hold as they are.
+    views = (drawn.updates[0], drawn.updates[2].leading(1), drawn.updates[2].leading(3))
+    shared = Adapters(views, tuple(b[:1].expand(2, -1) for b in drawn.bias_updates))
+    tuned = Tuned(torch.tensor([0, 1, 3]).expand(2, -1), torch.ones(2, 3, dtype=torch.bool))
+    for adapters in (drawn, drawn[0], shared, replace(shared, tuned=tuned), Adapters(views)):
+        safetensors.torch.save_file(adapters.tensors(), tmp_path / "adapters")
+        again = Adapters.from_tensors(safetensors.torch.load_file(tmp_path / "adapters"))
+        assert again.ranks == adapters.ranks
+        assert again.batch_shape == adapters.batch_shape
+        kept, sure = again.tensors(), adapters.tensors()
+        assert kept.keys() == sure.keys()
+        assert all(torch.equal(kept[name], sure[name]) for name in sure)
+    lacking = drawn.tensors()
+    lacking.pop("updates.1.right")
+    with pytest.raises(InputError, match=r"^tensors must be those of Adapters.tensors"):
+        Adapters.from_tensors(lacking)
 
 
-@given(st.composite(adapted_network)())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_was_saved_is_loaded_bit_by_bit(
-    tmp_path: Path, case: tuple[Network, Adapters]
-) -> None:
-    network, adapters = case
-    path = tmp_path / "inner" / "adapters.safetensors"
-    adapters.save(path, network)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    for loaded in (Adapters.load(path, network), Adapters.load(str(path))):
-        assert loaded.ranks == adapters.ranks
-        assert loaded.parameter_count == adapters.parameter_count
-        assert len(loaded.bias_updates) == len(adapters.bias_updates)
-        for one, other in zip(loaded.updates, adapters.updates, strict=True):
-            assert torch.equal(one.left, other.left)
-            assert torch.equal(one.right, other.right)
-            assert one.left.dtype == other.left.dtype
-            assert one.left.shape == other.left.shape
-        for bias, other_bias in zip(loaded.bias_updates, adapters.bias_updates, strict=True):
-            assert torch.equal(bias, other_bias)
-        assert (loaded.tuned is None) == (adapters.tuned is None)
-        for part, other_part in zip(loaded.tuned or (), adapters.tuned or (), strict=True):
-            assert torch.equal(part, other_part)
-        # Where numbers lie in memory decides in which order they are summed.
-        merged, sure = (placed_anew(each).merge(network) for each in (loaded, adapters))
-        assert all(map(torch.equal, merged.weights, sure.weights))
-
-
-def placed_anew(adapters: Adapters) -> Adapters:
-    """The same numbers in memory of their own."""
-    place = partial(torch.clone, memory_format=torch.contiguous_format)
-    updates = (LowRank(place(update.left), place(update.right)) for update in adapters.updates)
-    return replace(adapters, updates=tuple(updates))
-
-
-def saved(tmp_path: Path) -> tuple[Path, FNN]:
-    network = FNN.random(2, 3)
-    path = tmp_path / "adapters.safetensors"
-    random_adapters(network, [1, 2], 0, biases=True).save(path, network)
-    return path, network
-
-
-def others(network: FNN) -> dict[str, Network]:
-    """Networks that the adapters of `saved` are not for, by what differs."""
-    changed = [bias.clone() for bias in network.biases]
-    changed[1][2] = torch.nextafter(changed[1][2], torch.tensor(9.0).double())
-    return {
-        "kind FNN; got kind LinearNetwork": LinearNetwork(network.weights),
-        "widths": FNN.random(2, 4),
-        "linear_last": FNN(network.weights, network.biases, linear_last=True),
-        "type torch.float64": network.to(torch.float32),
-        "batch shape": network.map(lambda v: v[None]),
-        "the same weights and biases": FNN(network.weights, changed),
-        "kind FNN; got kind Transformer": Transformer.random(1, 3, 1),
-    }
-
-
-@pytest.mark.parametrize("difference", others(FNN.random(2, 3)))
-def test_another_network_is_told_what_differs(tmp_path: Path, difference: str) -> None:
-    path, network = saved(tmp_path)
-    with pytest.raises(InputError, match=rf"^network must be that of .*, of {difference}"):
-        Adapters.load(path, others(network)[difference])
-
-
-def test_adapters_are_saved_only_with_a_network_that_they_fit(tmp_path: Path) -> None:
-    network = FNN.random(2, 3)
-    adapters = random_adapters(network, [1, 2], 0, biases=True)
-    wrong: list[Any] = [None, FNN.random(2, 4), LinearNetwork(network.weights)]
+def test_networks_that_adapters_do_not_fit_are_refused() -> None:
+    adapters = random_adapters(FNN.random(2, 3), [1, 2], 0, biases=True)
+    wrong: list[Any] = [None, FNN.random(2, 4), FNN.random(3, 3), LinearNetwork.random(2, 3)]
     for other in wrong:
         with pytest.raises(InputError, match=r"^network must be"):
-            adapters.save(tmp_path / "adapters", other)
-        with pytest.raises(InputError, match=r"^network must be"):
             adapters.merge(other)
-    assert not any(tmp_path.iterdir())
-
-
-@given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_file_is_one_line(tmp_path: Path, data: st.DataObject) -> None:
-    path, network = saved(tmp_path)
-    content = bytearray(path.read_bytes())
-    if data.draw(st.booleans()):
-        place = data.draw(st.integers(0, len(content) - 1))
-        content[place] ^= 1 << data.draw(st.integers(0, 7))
-    else:
-        del content[data.draw(st.integers(0, len(content) - 1)) :]
-    path.write_bytes(content)
-    with pytest.raises(ResultsError, match=r"adapters|damaged|format") as caught:
-        Adapters.load(path, network)
-    assert "\n" not in str(caught.value)
-
-
-def test_foreign_files_and_none_are_one_line(tmp_path: Path) -> None:
-    foreign, text, other = (tmp_path / name for name in ("foreign", "text", "other"))
-    foreign.write_bytes(safetensors.torch.save({"weight": torch.ones(2)}))
-    text.write_text("no tensors")
-    path, network = saved(tmp_path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        header = file.metadata() | {"format": "2"}
-    other.write_bytes(safetensors.torch.save({"weight": torch.ones(2)}, header))
-    for wrong in (foreign, text, other, tmp_path / "missing", tmp_path):
-        with pytest.raises(ResultsError) as caught:
-            Adapters.load(wrong, network)
-        assert caught.value.path == wrong
-        assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, network = saved(tmp_path)
-    before = path.read_bytes()
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ResultsError, match=r"cannot be written \(No space left on device\)"):
-        random_adapters(network, [2, 2], 1).save(path, network)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    monkeypatch.undo()
-    with pytest.raises(ResultsError, match="cannot be written"):
-        random_adapters(network, [2, 2], 1).save(tmp_path, network)

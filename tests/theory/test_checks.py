@@ -1,9 +1,8 @@
-"""Tensors, arrays and lists: which are taken, what is said of others, whose numbers they are."""
+"""Values that are read: tensors, arrays, lists and numbers; errors that say what was wrong."""
 
 from __future__ import annotations
 
 import pickle
-import warnings
 from fractions import Fraction
 from typing import Any
 
@@ -14,43 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import InputError, _checks
-from lorapower.errors import LONGEST
+from lorapower.errors import LONGEST, LorapowerError, PrecisionError, SingularError
 from lorapower.networks import FNN, LinearNetwork, Transformer
 from lorapower.regions import Ball, Box, Samples
 from lorapower.training import Fixed
 
-
-class Unprintable:
-    def __repr__(self) -> str:
-        raise RuntimeError("no")
-
-
-def quantized() -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch will give them up
-        return torch.quantize_per_tensor(torch.ones(2, 2), 1.0, 0, torch.quint8)
-
-
-LOOP: list[Any] = []
-LOOP.append(LOOP)
-
 UNUSABLE: dict[str, Any] = {
     "float16": torch.ones(2, 2).half(),
     "complex": torch.ones(2, 2) + 1j,
-    "integers": torch.ones(2, 2).long(),
-    "truth values": torch.ones(2, 2).bool(),
-    "quantized": quantized(),
-    "meta": torch.ones(2, 2, device="meta"),
-    "sparse": torch.eye(2).to_sparse(),
-    "integer lists": [[1, 2], [3, 4]],
-    "float16 array": np.ones((2, 2), np.float16),
-    "objects": np.array([[None]], object),
+    "integers": [[1, 2], [3, 4]],
     "texts": [["a"]],
     "ragged": [[1.0], [1.0, 2.0]],
-    "huge": [[10**400]],
-    "without a repr": Unprintable(),
-    "endless": LOOP,
-    "a mapping": {"a": 1.0},
     "nothing": None,
     "list of gradients": [torch.ones(2, requires_grad=True)],
     "NaN": [[0.0, np.nan, np.inf]],
@@ -60,7 +33,7 @@ UNUSABLE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("value", UNUSABLE.values(), ids=UNUSABLE)
-def test_unusable_values_are_told_in_a_line(value: Any) -> None:
+def test_unusable_tensors_are_refused_by_name(value: Any) -> None:
     with pytest.raises(InputError) as caught:
         _checks.real_tensor("it", value, min_dims=2)
     assert caught.value.name == "it"
@@ -68,7 +41,7 @@ def test_unusable_values_are_told_in_a_line(value: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [">f8", "<f8", ">f4", "<f4"])
-def test_arrays_of_any_order_and_strides(dtype: str) -> None:
+def test_arrays_of_any_order_and_strides_are_read(dtype: str) -> None:
     array = np.arange(12.0).reshape(3, 4).astype(dtype)
     array.setflags(write=False)
     for view in (array, array.T, array[::-1, ::2]):
@@ -76,37 +49,46 @@ def test_arrays_of_any_order_and_strides(dtype: str) -> None:
 
 
 @given(st.integers(LONGEST // 2, 20 * LONGEST), st.integers(1, 5))
-def test_messages_are_bounded_lines(length: int, lines: int) -> None:
-    ragged = [[0.0] * length, *[[1.0]] * lines]
-    with pytest.raises(InputError):
-        _checks.real_tensor("it", ragged, min_dims=2)
+def test_messages_are_single_lines_of_bounded_length(length: int, lines: int) -> None:
     for long in ("a" * length, "a\n" * length, "a " * length):
         message = str(InputError(long, allowed=long, given=long, remedy=long))
         assert len(message) <= 4 * LONGEST + len(" must be ; got : ")
         assert "\n" not in message
-    for value in (ragged, torch.ones(lines, length), 10**length * 10**4400, Unprintable()):
+    for value in ([[0.0] * length, *[[1.0]] * lines], torch.ones(lines, length)):
         message = str(InputError("it", allowed="short", value=value))
         assert len(message) <= len("it must be short; got ") + LONGEST
         assert "\n" not in message
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        InputError("it", allowed="short", value=[1], remedy="shorten it"),
+        SingularError(2, 1e9, 0.1, 1e-6, 1e8, " of batch member 1"),
+        PrecisionError(1, 12.0, limit=8.0, dtype=torch.float64),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_cross_processes(error: LorapowerError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)
+
+
+@pytest.mark.parametrize(
     ("check", "value", "result"),
     [
-        (_checks.positive, 10**400, None),
-        (_checks.positive, Fraction(1, 10**400), None),
-        (_checks.tolerance, -(10**400), None),
-        (_checks.positive, True, None),
         (_checks.positive, np.float32(2), 2.0),
         (_checks.positive, Fraction(1, 2), 0.5),
-        (_checks.positive, float("nan"), None),
-        (_checks.tolerance, 10**400, None),
         (_checks.tolerance, float("inf"), float("inf")),
+        (_checks.positive, True, None),
+        (_checks.positive, float("nan"), None),
         (_checks.tolerance, float("nan"), None),
         (_checks.tolerance, "0", None),
     ],
 )
-def test_numbers_of_all_sizes(check: Any, value: Any, result: float | None) -> None:
+def test_numbers_are_read_or_refused(check: Any, value: Any, result: float | None) -> None:
     if result is None:
         with pytest.raises(InputError, match=r"^it must be a"):
             check("it", value)
@@ -119,9 +101,8 @@ MADE: dict[str, Any] = {
     "stacked": lambda a: LinearNetwork(a(3, 2, 2)),
     "FNN": lambda a: FNN(a(3, 2, 2), a(3, 2)),
     "Transformer": lambda a: Transformer(
-        **{name: a(1, 1, 2, 2) for name in ("W_Q", "W_K", "W_V", "W_O")},
-        **{"W_1": a(1, 2, 2), "b_1": a(1, 2), "W_2": a(1, 2, 2), "b_2": a(1, 2)},
-        W_out=a(2, 2),
+        {name: a(1, 1, 2, 2) for name in ("W_Q", "W_K", "W_V", "W_O")}
+        | {"W_1": a(1, 2, 2), "b_1": a(1, 2), "W_2": a(1, 2, 2), "b_2": a(1, 2)}
     ),
     "Ball": lambda a: Ball(a(3), a(3, 2)),
     "Box": lambda a: Box(-a(2), a(2)),
@@ -132,7 +113,7 @@ MADE: dict[str, Any] = {
 
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 @pytest.mark.parametrize("kind", [np.ones, torch.ones])
-def test_what_is_made_has_numbers_of_its_own(make: Any, kind: Any) -> None:
+def test_objects_copy_the_numbers_that_they_are_given(make: Any, kind: Any) -> None:
     given = []
 
     def made(*shape: int) -> Any:

@@ -6,18 +6,16 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
-from lorapower import InputError
-from lorapower.checkpoints import _models as hub
+from lorapower.errors import InputError
 from lorapower.experiments import digits
 from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Found, Problem, Setting
 from lorapower.experiments.study import Construction, Final, Fitted, Lora
 from lorapower.experiments.sweeps import grid
 
-each_model = pytest.mark.parametrize("model", digits.MODELS)
+each_model = pytest.mark.parametrize("model", ["fnn", "transformer"])
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +43,6 @@ def measure(problem: Problem, *methods: Any) -> list[Found]:
         ("method", {"method": {"kind": "adam"}}),
         ("ranks", {"method": Lora(ranks=65)}),
         ("ranks", {"method": Lora(ranks=(1, 1))}),
-        ("final", {"method": Final(final=3)}),
         ("ranks", {"problem": {"model": "transformer", "depth": 1}, "method": Lora(ranks=17)}),
         ("kind", {"problem": {"model": "transformer", "depth": 1}, "method": Fitted()}),
     ],
@@ -54,13 +51,6 @@ def measure(problem: Problem, *methods: Any) -> list[Found]:
 def test_settings_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{field} must be "):
         Setting(**values)
-
-
-def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    digits.images.cache_clear()
-    with pytest.raises(InputError, match=r"no sklearn.*extra `glue`"):
-        digits.images()
 
 
 def test_images_are_grey_values_with_their_digits() -> None:
@@ -78,12 +68,12 @@ def test_turning_is_exact_at_right_angles_and_goes_back() -> None:
     pictures, _ = digits.images()
     for quarter in range(-1, 3):
         wanted = torch.rot90(pictures, quarter, (1, 2))
-        assert torch.equal(digits.turn(pictures, 90.0 * quarter), wanted)
-    there = digits.turn(pictures, 20.0)
+        assert torch.equal(digits._turn(pictures, 90.0 * quarter), wanted)
+    there = digits._turn(pictures, 20.0)
     assert there.min() == 0
     assert there.max() <= 1
-    back = (digits.turn(there, -20.0) - pictures).square().mean()
-    assert 0 < back < 0.4 * (digits.turn(there, 20.0) - pictures).square().mean()
+    back = (digits._turn(there, -20.0) - pictures).square().mean()
+    assert 0 < back < 0.4 * (digits._turn(there, 20.0) - pictures).square().mean()
 
 
 @each_model
@@ -193,45 +183,22 @@ def test_training_adapts_to_the_task(model: digits.Model) -> None:
     assert repr(measure(problem, adapters)) == repr(together[:1])
 
 
-def test_spectra_are_those_of_the_error_matrices() -> None:
-    problems = [Problem(angle=15.0), Problem(model="transformer", depth=1, start="random")]
-    table = digits.spectra(problems)
-    assert set(table.columns) == {"start", "angle", "matrix", "d", "sigma"}
-    frozen, target = problems[0].networks()
+def test_error_matrices_are_what_adapters_make_up_for() -> None:
+    problem = Problem(angle=15.0)
+    frozen, target = problem.networks()
+    found = problem.error_matrices()
     E = target.weights[0] - frozen.weights[0]
-    covariance = problems[0].task.training[0].double().cov(correction=0)
-    first = table[table.matrix == "first"]
-    assert first.d.tolist() == list(range(1, 65))
-    assert set(first.angle) == {15.0}
-    assert first.sigma.tolist() == pytest.approx(torch.linalg.svdvals(E).tolist(), abs=1e-12)
-    squares = table[table.matrix == "on data"].sigma ** 2
-    wanted = torch.linalg.eigvalsh(E @ covariance @ E.T).flip(0)
-    assert squares.tolist() == pytest.approx(wanted.tolist(), abs=1e-9)
-    frozen, target = problems[1].networks()
+    torch.testing.assert_close(found["first"][0], E)
+    covariance = problem.task.training[0].double().cov(correction=0)
+    on_data = found["on data"][0]
+    torch.testing.assert_close(on_data @ on_data.T, E @ covariance @ E.T)
 
     def scores(network: Any, head: int) -> torch.Tensor:
         return network.W_K[0, head].T @ network.W_Q[0, head]
 
-    heads = table[table.matrix == "scores"]
-    assert set(heads.start) == {"random"}
-    for head in range(2):
-        wanted = torch.linalg.svdvals(scores(target, head) - scores(frozen, head))
-        found = heads.sigma.tolist()[16 * head : 16 * (head + 1)]
-        assert found == pytest.approx(wanted.tolist(), abs=1e-12)
-    assert len(table) == 2 * 64 + 2 * 2 * 16
-
-
-def test_needed_ranks_are_medians_of_the_least() -> None:
-    columns = ["seed", "ranks", "bound", "error", "accuracy", "target_accuracy"]
-    rows = [
-        (0, 1, math.nan, 0.3, 0.90, 0.95),
-        (0, 2, math.nan, 0.1, 0.94, 0.95),
-        (0, 4, math.nan, 0.2, 0.97, 0.95),
-        (1, 4, 0.05, 0.1, 0.90, 0.91),
-        (1, 2, 0.20, 0.3, 0.80, 0.91),
-        (2, 8, 0.01, 0.5, 0.10, 0.91),
-    ]
-    found = digits.needed(pd.DataFrame(rows, columns=columns))
-    assert found == {"bound": 8, "error": 4, "accuracy": 4}
-    stricter = digits.needed(pd.DataFrame(rows, columns=columns), 0.02, 0.0)
-    assert stricter == {"bound": math.inf, "error": math.inf, "accuracy": math.inf}
+    problem = Problem(model="transformer", depth=1, start="random")
+    frozen, target = problem.networks()
+    for head, found_scores in enumerate(problem.error_matrices()["scores"]):
+        wanted = scores(target, head) - scores(frozen, head)
+        sigma = torch.linalg.svdvals(found_scores)
+        torch.testing.assert_close(sigma, torch.linalg.svdvals(wanted))

@@ -42,9 +42,6 @@ def test_uniform_blocks_are_equal_but_for_the_remainder(depth: int, data: st.Dat
 
 def test_partitions_name_their_layers() -> None:
     assert Partition([2, 1, 3]).slices == [slice(0, 2), slice(2, 3), slice(3, 6)]
-    for sizes in ([], [2, 0], [1.5]):
-        with pytest.raises(InputError, match="size"):
-            Partition(sizes)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), seeds)
@@ -55,8 +52,7 @@ def test_every_partition_is_exact_at_its_own_threshold(
     target = FNN.random(count, width, seed=seed + 1)
     for sizes in every_partition(frozen.depth, count):
         rank = int(bounds.fnn_threshold(frozen, target, sizes))
-        accept = {"rtol": float("inf"), "max_digits_lost": float("inf")}
-        found = fnn.adapt(frozen, target, rank, Ball(2.0), sizes, **accept)  # type: ignore[arg-type]
+        found = fnn.adapt(frozen, target, rank, Ball(2.0), sizes, throw=False)
         assert found.partition == sizes
         if found.digits_lost.max() + found.rounding_errors.max().log10() + 16 > 10:
             continue  # too ill-conditioned to tell exact from nearly so

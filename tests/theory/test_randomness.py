@@ -5,15 +5,15 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHAPTERS, ROOT
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
@@ -23,8 +23,6 @@ from lorapower.experiments import digits, synthetic
 from lorapower.experiments.study import Lora
 from lorapower.training import Fresh, Tuning, train
 
-BARE = re.compile(r"manual_seed\w*[(]")
-SHOWN = "# bare, to show it"
 purposes = st.lists(st.one_of(st.text(max_size=5), st.integers(0, 9)), max_size=3).map(tuple)
 
 
@@ -146,57 +144,31 @@ def test_every_pair_of_streams_is_uncorrelated(drawn: Counter[tuple[Any, ...]]) 
     assert float(correlations.max()) < limit
 
 
-def test_the_network_says_nothing_of_its_perturbation() -> None:
-    """What once went wrong: normal numbers that were made of the frozen weights' uniform ones."""
-    found = []
-    for seed in range(100):
-        frozen, target = synthetic.Problem(
-            model="linear", depth=1, width=8, distance=1.0, distance_rank=8, seed=seed
-        ).networks()
-        change = target.weights[0] - frozen.weights[0]
-        uniform = (frozen.weights[0] * 8**0.5 + 1).flatten() / 2
-        pairs = uniform.clamp(1e-12, 1 - 1e-12).reshape(2, -1)
-        normal = (-2 * pairs[0].log()).sqrt() * (2 * math.pi * pairs[1]).cos()
-        found.append(torch.corrcoef(torch.stack([normal, change.flatten()[: len(normal)]]))[0, 1])
-    assert float(torch.stack(found).abs().mean()) < 0.25
-
-
-def test_bare_seeds_are_refused() -> None:
-    sources = [*(ROOT / "lorapower").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *CHAPTERS]
-    sources += (ROOT / "tests").glob("*.py")
-    for path in sources:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            bare = BARE.search(line) and not line.endswith(SHOWN)
-            assert not bare, f"{path.name}, line {number}: use lorapower.randomness"
-
-
-def calls(path: Path, names: set[str]) -> list[ast.Call]:
-    """The calls of functions of these names, whatever they are an attribute of."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return [
-        node
-        for node in nodes
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in names
-    ]
+def calls(path: Path, names: set[str]) -> Iterator[ast.Call]:
+    """Find the calls of functions of these names, whatever they are an attribute of."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in names:
+            yield node
 
 
 def test_each_place_of_the_package_has_purposes_of_its_own() -> None:
-    places: Counter[str] = Counter()
-    for path in (ROOT / "lorapower").rglob("*.py"):
-        for call in calls(path, {"generator", "seeded", "number"}):
-            _, *purpose = map(ast.unparse, call.args)
-            if any(word.startswith("'") for word in purpose):
-                places[", ".join(purpose)] += 1
-    assert len(places) >= 15
-    assert {purpose: count for purpose, count in places.items() if count > 1} == {}
+    purposes = [
+        ", ".join(map(ast.unparse, call.args[1:]))
+        for path in (ROOT / "lorapower").rglob("*.py")
+        for call in calls(path, {"generator", "seeded", "number"})
+    ]
+    named = Counter(purpose for purpose in purposes if "'" in purpose)
+    assert len(named) >= 15
+    assert {purpose for purpose, count in named.items() if count > 1} == set()
 
 
 def test_nothing_is_drawn_without_a_stream() -> None:
     draws = {"randn", "rand", "randint", "randperm", "default_rng", "Random"}
-    for path in [*(ROOT / "lorapower").rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
+    for path in [*(ROOT / "lorapower").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         lines = path.read_text(encoding="utf-8").splitlines()
-        for call in calls(path, draws):
-            seeded = call.args if "torch" not in ast.unparse(call.func) else ()
-            named = {word.arg for word in call.keywords} & {"generator"}
-            shown = lines[call.lineno - 1].endswith(SHOWN)
-            assert named or seeded or shown, f"{path.name}, line {call.lineno}: name a generator"
+        for call in calls(path, {*draws, "manual_seed", "manual_seed_all"}):
+            bare = ast.unparse(call.func).startswith("torch") and not any(
+                word.arg == "generator" for word in call.keywords
+            )
+            shown = lines[call.lineno - 1].endswith("# bare, to show it")
+            assert shown or (call.args and not bare), f"{path.name}, line {call.lineno}"

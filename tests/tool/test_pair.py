@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorapower import InputError
-from lorapower.checkpoints import Pair, _measuring, read_texts
+from lorapower.checkpoints import Pair, _texts, read_texts
 from lorapower.checkpoints._models import Checkpoint
+from lorapower.errors import InputError
 
 ARCHITECTURES = [
     ("bert", "BertForSequenceClassification"),
@@ -138,7 +138,17 @@ WEIGHTS: list[tuple[str, Any]] = [
     ("type f8_e4m3", lambda w: w.update(q=torch.ones(2).to(torch.float8_e4m3fn))),
 ]
 FILES: list[tuple[str, Any]] = [
-    ("by gptq", lambda p: configured(p, quantization_config={"quant_method": "gptq"})),
+    *[
+        (
+            f"quantized by {method}: .*before quantization",
+            functools.partial(configured, quantization_config=config),
+        )
+        for method, config in (
+            ("gptq", {"quant_method": "gptq"}),
+            ("bitsandbytes", {"load_in_8bit": True}),
+            ("some method", {"bits": 3}),
+        )
+    ],
     ("type 'albert'", lambda p: configured(p, model_type="albert")),
     ("got BertForMaskedLM", lambda p: configured(p, architectures=["BertForMaskedLM"])),
     ("an adapter by LoRA", lambda p: (p / "adapter_config.json").write_text("{}")),
@@ -210,11 +220,11 @@ class TestTexts:
         max_position_embeddings=10,
     )
 
-    def prepared(self, given: Any, test: Any = None, *, seed: int = 0) -> _measuring.Texts:
+    def prepared(self, given: Any, test: Any = None, *, seed: int = 0) -> _texts.Texts:
         pair: Any = SimpleNamespace(
             tokenizer=files.words(), tuned=SimpleNamespace(config=self.config)
         )
-        return _measuring.prepare(pair, given, test, tokens=128, seed=seed)
+        return _texts.prepare(pair, given, test, tokens=128, seed=seed)
 
     def test_parts_share_nothing_and_lose_nothing(self) -> None:
         given = files.texts(160)
@@ -226,8 +236,8 @@ class TestTexts:
             for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         ]
         assert len(there) == len(set(given))
-        assert _measuring.count(found.test) == 80
-        assert (_measuring.count(found.fit), _measuring.count(found.select)) == (60, 20)
+        assert _texts.count(found.test) == 80
+        assert (_texts.count(found.fit), _texts.count(found.select)) == (60, 20)
         assert found.cut == sum(len(text.split()) > 10 for text in given)
 
     def test_one_seed_is_one_choice(self) -> None:
@@ -237,7 +247,7 @@ class TestTexts:
         assert one.test[0].input_ids.tolist() != other.test[0].input_ids.tolist()
 
     def test_large_networks_get_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_measuring, "LOAD", 25 * _measuring.load(self.config))
+        monkeypatch.setattr(_texts, "_LOAD", 25 * _texts.activations_per_token(self.config))
         for batch in self.prepared(files.texts(160)).fit:
             assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
 
@@ -250,7 +260,6 @@ class TestTexts:
             (files.texts(60), files.texts(59, 1), "held_out"),
             (files.texts(80), files.texts(80), "held_out"),
             ("one text", None, "texts"),
-            ([1, 2], None, "texts"),
         ],
     )
     def test_too_few_or_wrong_ones_are_refused(self, given: Any, held_out: Any, name: str) -> None:

@@ -1,7 +1,8 @@
-"""What `Adapters.to_peft` writes, read by peft itself."""
+"""What `save_peft` writes for any network, read by peft itself."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import peft
@@ -9,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorapower import InputError, ResultsError, randomness
-from lorapower.adapters import Adapters
+from lorapower import randomness
+from lorapower.checkpoints import save_peft
+from lorapower.errors import InputError
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, LinearNetwork, as_network
+
+NAMES = ("0", "2.0", "3", "10.1")
 
 
 def normal(*shape: int, of: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -20,37 +23,32 @@ def normal(*shape: int, of: str, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def filled(module: nn.Sequential) -> nn.Sequential:
-    """The module with random numbers, as in evaluation."""
+def stack(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Nested, and with names that are ends of others: 0 of 2.0, and 0 and 2.0 of 10.0."""
+    layers = [
+        nn.Linear(5, 7),
+        nn.ReLU(),
+        nn.Sequential(nn.Linear(7, 4), nn.Dropout(0.5), nn.ReLU()),
+        nn.Linear(4, 6),
+        *[nn.Dropout(0.3)] * 6,
+        nn.Sequential(nn.ReLU(), nn.Linear(6, 3)),
+    ]
+    module = nn.Sequential(*layers).to(dtype)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(normal(*parameter.shape, of=name))
     return module.eval()
 
 
-def stack(dtype: torch.dtype, *, bias: bool = True) -> nn.Sequential:
-    """Nested, and with names that are ends of others: 0 of 2.0, and 0 and 2.0 of 10.0."""
-    layers = [
-        nn.Linear(5, 7, bias),
-        nn.ReLU(),
-        nn.Sequential(nn.Linear(7, 4, bias), nn.Dropout(0.5), nn.ReLU()),
-        nn.Linear(4, 6, bias),
-        *[nn.Dropout(0.3)] * 6,
-        nn.Sequential(nn.ReLU(), nn.Linear(6, 3, bias)),
-    ]
-    return filled(nn.Sequential(*layers).to(dtype))
-
-
-def adapters_of(
-    module: nn.Sequential, ranks: list[int], dtype: torch.dtype, *, biases: bool
-) -> Adapters:
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    updates = [
-        LowRank(*(normal(n, R, of=f"{side} of {l}", dtype=dtype) for side, n in enumerate(w.shape)))
-        for l, (w, R) in enumerate(zip([layer.weight for layer in layers], ranks, strict=True))
-    ]
-    changes = [normal(len(layer.weight), of=f"bias {l}") for l, layer in enumerate(layers)]
-    return Adapters(tuple(updates), tuple(c.to(dtype) for c in changes) if biases else ())
+def updates_of(module: nn.Module, ranks: list[int], dtype: torch.dtype) -> dict[str, LowRank]:
+    return {
+        name: LowRank(
+            normal(layer.out_features, rank, of=f"left of {name}", dtype=dtype),
+            normal(layer.in_features, rank, of=f"right of {name}", dtype=dtype),
+        )
+        for name, rank in zip(NAMES, ranks, strict=True)
+        if isinstance(layer := module.get_submodule(name), nn.Linear)
+    }
 
 
 @pytest.mark.parametrize("biases", [True, False])
@@ -60,80 +58,54 @@ def test_peft_computes_what_the_merged_network_does(
     tmp_path: Path, dtype: torch.dtype, ranks: list[int], biases: bool
 ) -> None:
     module = stack(dtype)
-    adapters = adapters_of(module, ranks, dtype, biases=biases)
-    merged = adapters.merge(as_network(module))
-    adapters.to_peft(tmp_path, module)
+    # Numbers take the type of the module.
+    updates = updates_of(module, ranks, torch.float64)
+    tuned = copy.deepcopy(module)
+    with torch.no_grad():
+        for name in NAMES if biases else ():
+            bias = tuned.get_submodule(name).bias
+            assert isinstance(bias, Tensor)
+            bias.add_(normal(*bias.shape, of=f"bias of {name}", dtype=dtype))
+    merged = copy.deepcopy(tuned)
+    with torch.no_grad():
+        for name, update in updates.items():
+            merged.get_parameter(f"{name}.weight").add_(update.matrix().to(dtype))
+    save_peft(tmp_path / "new" / "folder", tuned, updates, biases=biases, base="org/base")
     x = normal(20, 5, of="inputs", dtype=dtype)
-    before = module(x)
-    loaded = peft.PeftModel.from_pretrained(module, str(tmp_path))
-    assert not loaded.training
-    found, wanted = loaded(x), merged(x.mT).mT
-    torch.testing.assert_close(found, wanted, rtol=100 * torch.finfo(dtype).eps, atol=0)
-    changed = biases or any(ranks)
-    assert changed == (not torch.allclose(found, before))
+    before, wanted = module(x), merged(x)
+    loaded = peft.PeftModel.from_pretrained(module, str(tmp_path / "new" / "folder"))
+    assert loaded.peft_config["default"].base_model_name_or_path == "org/base"
+    rtol = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(loaded(x), wanted, rtol=rtol, atol=rtol)
+    assert (biases or any(ranks)) == (not torch.allclose(loaded(x), before))
     adapted = {
         n for n, layer in loaded.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)
     }
-    names = [f"base_model.model.{n}" for n in ("0", "2.0", "3", "10.1")]
-    assert adapted == {name for name, rank in zip(names, ranks, strict=True) if rank}
+    written = {name for name, rank in zip(NAMES, ranks, strict=True) if rank}
+    assert adapted == {f"base_model.model.{name}" for name in written}
     if any(ranks):
         alone = loaded.merge_and_unload()
-        torch.testing.assert_close(alone(x), wanted, rtol=100 * torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(alone(x), wanted, rtol=rtol, atol=rtol)
 
 
-def test_a_linear_network_without_biases(tmp_path: Path) -> None:
-    module = stack(torch.float64, bias=False)
-    linear = nn.Sequential(*[layer for layer in module.modules() if isinstance(layer, nn.Linear)])
-    adapters = adapters_of(linear, [1, 0, 2, 3], torch.float64, biases=False)
-    wanted = adapters.merge(LinearNetwork.from_sequential(linear))
-    adapters.to_peft(tmp_path / "new" / "folder", linear)
-    x = normal(20, 5, of="inputs")
-    found = peft.PeftModel.from_pretrained(linear, str(tmp_path / "new" / "folder"))(x)
-    torch.testing.assert_close(found, wanted(x.mT).mT, rtol=1e-12, atol=0)
+def test_embeddings_have_updates_too(tmp_path: Path) -> None:
+    words = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    update = LowRank(normal(4, 2, of="left").float(), normal(9, 2, of="right").float())
+    wanted = words.get_parameter("0.weight").detach() + update.matrix().mT
+    save_peft(tmp_path, copy.deepcopy(words), {"0": update})
+    found = peft.PeftModel.from_pretrained(words, str(tmp_path)).merge_and_unload()
+    torch.testing.assert_close(found.get_parameter("0.weight").detach(), wanted)
 
 
-def test_numbers_take_the_type_of_the_module(tmp_path: Path) -> None:
-    module = stack(torch.float32)
-    adapters = adapters_of(module, [2, 1, 3, 2], torch.float64, biases=True)
-    wanted = adapters.merge(as_network(module))
-    adapters.to_peft(tmp_path, module)
-    x = normal(20, 5, of="inputs", dtype=torch.float32)
-    found = peft.PeftModel.from_pretrained(module, str(tmp_path))(x)
-    torch.testing.assert_close(found, wanted(x.mT).mT, rtol=1e-4, atol=1e-4)
-
-
-def test_a_tuned_bias_of_a_layer_without_one_is_refused(tmp_path: Path) -> None:
-    module = stack(torch.float64, bias=False)
-    adapters = adapters_of(module, [1, 1, 1, 1], torch.float64, biases=True)
-    said = r"module must be with biases where these are tuned; got none in layer 0: make the layer"
-    with pytest.raises(InputError, match=said):
-        adapters.to_peft(tmp_path, module)
-    assert not any(tmp_path.iterdir())
-    # Where it changes nothing it may lack.
-    still = Adapters(adapters.updates, tuple(torch.zeros_like(b) for b in adapters.bias_updates))
-    still.to_peft(tmp_path, module)
-    peft.PeftModel.from_pretrained(module, str(tmp_path))
-
-
-def test_what_the_adapters_do_not_fit_is_refused(tmp_path: Path) -> None:
-    module = stack(torch.float64)
-    adapters = adapters_of(module, [1, 1, 1, 1], torch.float64, biases=True)
-    for wrong, said in (
-        (nn.Linear(5, 7), "module must be the network's torch.nn.Sequential; got Linear"),
-        (module[:4], r"module must be of Linear layers \[\(7, 5\), .*as the adapters are; got"),
+def test_updates_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    thin = LowRank(torch.zeros(7, 1), torch.zeros(4, 1))
+    batch = LowRank(torch.zeros(2, 7, 1), torch.zeros(2, 5, 1))
+    for updates, said in (
+        ({"5.0": thin}, r"updates must be of linear modules and embeddings .* one of '5.0'"),
+        ({"1": thin}, r"one of '1'"),
+        ({"0": thin}, r"updates must be of the size of their modules, \(7, 5\) for '0'"),
+        ({"0": batch}, r"got \[2, 7, 5\]"),
     ):
         with pytest.raises(InputError, match=said):
-            adapters.to_peft(tmp_path, wrong)  # type: ignore[arg-type]
-    batch = FNN.random(2, 3, batch_shape=(2,))
-    update = LowRank(torch.zeros(2, 3, 1).double(), torch.zeros(2, 3, 1).double())
-    with pytest.raises(InputError, match=r"of one network; got batch shape \(2,\): pick one first"):
-        Adapters((update, update)).to_peft(tmp_path, batch[0].to_sequential())
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    module = stack(torch.float64)
-    adapters = adapters_of(module, [1, 1, 1, 1], torch.float64, biases=False)
-    with pytest.raises(ResultsError, match=r"cannot be written \(.*\): make room") as caught:
-        adapters.to_peft(tmp_path / "file", module)
-    assert "\n" not in str(caught.value)
+            save_peft(tmp_path, stack(), updates)
+    assert not any(tmp_path.iterdir())

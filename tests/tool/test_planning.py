@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorapower import randomness
 from lorapower.checkpoints import Module, metrics, planner
-from lorapower.checkpoints.metrics import Moments, _Rows
+from lorapower.checkpoints.metrics import Moments
 
 SIZES = st.integers(1, 9)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -34,7 +34,7 @@ def test_predicted_error_of_directions_is_the_error(
     seed: int, out: int, into: int, samples: int, gradients: int, rank: int
 ) -> None:
     E, about = drawn(seed, out, into), moments(seed, out, into, samples, gradients)
-    R = metrics.root(about.outputs)
+    R = about.root()
     assert R is not None
     nowhere = torch.eye(into, dtype=torch.float64), torch.eye(out, dtype=torch.float64)
     for given_moments, (Z, left) in ((None, nowhere), (about, (about.inputs, R))):
@@ -130,28 +130,3 @@ def test_uniform_ranks_stop_at_the_smaller_side() -> None:
         "thin": Module("thin", "mlp", (2, 8), True, False),
     }
     assert planner._uniform(known, 4) == {"wide": 4, "thin": 2}
-
-
-@given(SEEDS, st.integers(1, 40), st.integers(1, 6), st.booleans(), st.booleans())
-def test_rows_have_the_second_moment(
-    seed: int, samples: int, columns: int, centred: bool, weighted: bool
-) -> None:
-    values = drawn(seed, samples, columns) + 3
-    weights = drawn(seed + 1, samples).square() if weighted else torch.ones(samples).double()
-    rows = _Rows(centred)
-    for part, weight in zip(values.split(7), weights.split(7), strict=True):
-        rows.add(part, weight)
-    factor, mean = rows.moment()
-    parts = weights / weights.sum()
-    expected = parts @ values if centred else torch.zeros(columns).double()
-    assert torch.allclose(mean, expected)
-    about = values - expected
-    assert torch.allclose(factor.mT @ factor, about.mT @ (parts[:, None] * about), atol=1e-9)
-
-
-def test_rows_without_weight_are_zeros() -> None:
-    rows = _Rows(True)
-    rows.add(drawn(0, 5, 3), torch.zeros(5).double())
-    factor, mean = rows.moment()
-    assert not (factor.mT @ factor).any()
-    assert not mean.any()

@@ -1,5 +1,16 @@
-"""Figures: one function for each kind, all in one style."""
+"""Draw figures: one function for each kind, all in one style."""
 
-import lazy_loader
+from ._style import COLORS
+from .choices import Choices, show_at
+from .curves import curves, error_against_rank, intervals, medians, scatter
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [
+    "COLORS",
+    "Choices",
+    "curves",
+    "error_against_rank",
+    "intervals",
+    "medians",
+    "scatter",
+    "show_at",
+]

@@ -1,8 +1,8 @@
-"""Adapters of a network: merged into it, picked from a batch, saved and loaded."""
+"""Adapters: which weight gets which low-rank update ``ΔW = A Bᵀ``, which bias which ``Δb``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .. import _checks
-from ..errors import InputError
-from ..lowrank import LowRank
-from ..networks.base import Network
+from . import _checks
+from .errors import InputError
+from .lowrank import LowRank
+from .networks.base import Network
 
 N = TypeVar("N", bound=Network)
 
@@ -35,8 +35,7 @@ class Adapters:
     ``updates`` are in the order of the network's ``weights``, of rank 0 for a weight without an
     adapter. ``bias_updates`` are vectors ``[..., out]``, added to the network's ``biases``; empty
     where none is tuned. ``tuned`` says what each member of a batch tunes, as in training runs;
-    ``None`` where all columns and biases are. Raises `InputError` for anything but a tuple of
-    updates.
+    ``None`` where all columns and biases are. Raises `InputError` for no updates.
     """
 
     updates: tuple[LowRank, ...]
@@ -44,10 +43,41 @@ class Adapters:
     tuned: Tuned | None = None
 
     def __post_init__(self) -> None:
-        given = self.updates
-        if not isinstance(given, tuple) or not given or {type(u) for u in given} != {LowRank}:
-            allowed = "a tuple of LowRank, one for each weight"
-            raise InputError("updates", allowed=allowed, value=given)
+        if not self.updates:
+            raise InputError("updates", allowed="one LowRank for each weight", given="none")
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Adapters:
+        """Make the adapters whose `tensors` these are, such as a file that was read."""
+        count = sum(name.endswith(".left") for name in tensors)
+        biases = sum(name.startswith("bias_updates.") for name in tensors)
+        names = [f"updates.{l}.{side}" for l in range(count) for side in ("left", "right")]
+        names += [f"bias_updates.{l}" for l in range(biases)]
+        names += ["tuned.ranks", "tuned.biases"] if "tuned.ranks" in tensors else []
+        if {*names} != {*tensors}:
+            raise InputError("tensors", allowed="those of Adapters.tensors", given=[*tensors])
+        factors = [tensors[name] for name in names[: 2 * count]]
+        updates = map(LowRank, factors[::2], factors[1::2])
+        bias_updates = (tensors[f"bias_updates.{l}"] for l in range(biases))
+        tuned = None
+        if "tuned.ranks" in tensors:
+            tuned = Tuned(tensors["tuned.ranks"], tensors["tuned.biases"])
+        return cls(tuple(updates), tuple(bias_updates), tuned)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copy all numbers into named tensors, to be kept by safetensors or `torch.save`.
+
+        The names are ``updates.0.left``, ``updates.0.right`` and so on, ``bias_updates.0``, and
+        ``tuned.ranks`` and ``tuned.biases`` of trained adapters.
+        """
+        named: dict[str, Tensor] = {}
+        for l, update in enumerate(self.updates):
+            named |= {f"updates.{l}.left": update.left, f"updates.{l}.right": update.right}
+        named |= {f"bias_updates.{l}": update for l, update in enumerate(self.bias_updates)}
+        if self.tuned is not None:
+            named |= {"tuned.ranks": self.tuned.ranks, "tuned.biases": self.tuned.biases}
+        own = torch.contiguous_format
+        return {name: values.detach().clone(memory_format=own) for name, values in named.items()}
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -67,6 +97,7 @@ class Adapters:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the factors."""
         return self.updates[0].left.dtype
 
     @property
@@ -93,13 +124,17 @@ class Adapters:
         return counts.pop()
 
     def __repr__(self) -> str:
-        ranks = ", ".join(map(str, self.ranks[:8])) + (", …" if len(self.ranks) > 8 else "")
-        parts = [f"ranks {ranks}", *["biases tuned"] * bool(self.bias_updates)]
-        parts += [f"batch {list(self.batch_shape)}"] * bool(self.batch_shape)
+        parts = ["ranks " + ", ".join(map(str, self.ranks[:8]))]
+        if len(self.ranks) > 8:
+            parts.append("…")
+        if self.bias_updates:
+            parts.append("biases tuned")
+        if self.batch_shape:
+            parts.append(f"batch {[*self.batch_shape]}")
         return f"Adapters({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')})"
 
     def __getitem__(self, index: Any) -> Adapters:
-        """Members of the batch at ``index``, as in `Network`, without what none of them tunes."""
+        """Pick members of the batch, as in `Network`, without what none of them tunes."""
         batch = self.batch_shape
         count = torch.arange(batch.numel(), device=self.updates[0].left.device)
         members = count.reshape(batch)[index]
@@ -115,7 +150,7 @@ class Adapters:
         return Adapters.trimmed(updates, biases, Tuned(*(pick(part, 1) for part in self.tuned)))
 
     def __iter__(self) -> Iterator[Adapters]:
-        """The members along the first batch dimension, in turn."""
+        """Go through the members along the first batch dimension."""
         if not self.batch_shape:
             raise TypeError("adapters of a single network have no members")
         return (self[i] for i in range(self.batch_shape[0]))
@@ -124,7 +159,7 @@ class Adapters:
     def trimmed(
         cls, updates: Sequence[LowRank], bias_updates: Sequence[Tensor], tuned: Tuned
     ) -> Adapters:
-        """Adapters without the columns that no member tunes, and without biases that all stay."""
+        """Make adapters without columns that no member tunes, and without biases that all stay."""
         ranks = tuned.ranks.reshape(-1, len(updates))
         largest = ranks.amax(0).tolist() if len(ranks) else [0] * len(updates)
         kept = tuple(update.leading(R) for update, R in zip(updates, largest, strict=True))
@@ -133,14 +168,13 @@ class Adapters:
         return cls(kept, (), tuned._replace(biases=tuned.biases[..., :0]))
 
     def to(self, dtype: torch.dtype) -> Adapters:
-        """The same adapters with all numbers rounded to ``dtype``, float32 or float64."""
-        dtype = _checks.precision(dtype)
+        """Round all numbers to ``dtype``."""
         updates = (LowRank(u.left.to(dtype), u.right.to(dtype)) for u in self.updates)
         biases = (update.to(dtype) for update in self.bias_updates)
         return replace(self, updates=tuple(updates), bias_updates=tuple(biases))
 
     def balanced(self) -> Adapters:
-        """The same updates, each column as long in one factor as in the other."""
+        """Rescale each column to be as long in one factor as in the other."""
         return replace(self, updates=tuple(update.balanced() for update in self.updates))
 
     def merge(self, network: N) -> N:
@@ -149,7 +183,13 @@ class Adapters:
         It keeps the network's type of numbers. Raises `InputError` for a network that the adapters
         do not fit, and for sums that are not finite.
         """
-        self._require_fit(network)
+        _checks.kind(Network, network=network)
+        shapes = [tuple(weight.shape[-2:]) for weight in network.weights]
+        if self.shapes != shapes:
+            allowed = f"of weights {self.shapes}, as the adapters are"
+            raise InputError("network", allowed=allowed, given=shapes)
+        if self.bias_updates and not network.biases:
+            raise InputError("network", allowed="one with biases, which are tuned", given="none")
 
         def sums(values: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
             return [(v + update).to(v.dtype) for v, update in zip(values, updates, strict=True)]
@@ -157,13 +197,3 @@ class Adapters:
         weights = sums(network.weights, [update.matrix() for update in self.updates])
         biases = sums(network.biases, self.bias_updates) if self.bias_updates else None
         return network.with_parameters(weights, biases)
-
-    def _require_fit(self, network: Network) -> None:
-        _checks.kind(Network, network=network)
-        shapes = [tuple(weight.shape[-2:]) for weight in network.weights]
-        if self.shapes != shapes:
-            raise InputError(
-                "network", allowed=f"of weights {self.shapes}, as the adapters are", given=shapes
-            )
-        if self.bias_updates and not network.biases:
-            raise InputError("network", allowed="one with biases, which are tuned", given="none")

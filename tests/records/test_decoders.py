@@ -14,8 +14,7 @@ import torch
 import transformers
 
 from lorapower import randomness
-from lorapower.checkpoints import _models as hub
-from records import language, models, texts
+from records import language, models, texts, unpack
 from records.language import Lora, Method, Problem, Setting, Targets, Whole
 from records.texts import Examples, find
 
@@ -49,7 +48,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Examples]]:
     """All texts that there are, by part."""
     labels = tuple(float(i % 3) for i in range(len(LINES)))
-    parts = dict.fromkeys(texts.PARTS, Examples(tuple((x,) for x in LINES), labels, (len(LINES),)))
+    parts = dict.fromkeys(texts.PARTS, Examples(tuple((x,) for x in LINES), labels))
     monkeypatch.setattr(texts, "read", lambda task, source, part: parts[part])
     language._tokenize.cache_clear()
     yield parts
@@ -62,18 +61,18 @@ def tiny(llama: str, shown: dict[str, Examples]) -> Problem:
 
 
 def tokens(llama: str, *, end: str) -> list[torch.Tensor]:
-    tokenizer = hub.tokenizer(llama)
+    tokenizer = models.tokenizer(llama)
     return [torch.tensor(tokenizer(line + end)["input_ids"][:24]) for line in LINES]
 
 
 def build(problem: Problem, method: Method | None = None) -> Any:
-    return language._network(Setting(problem=problem, method=method or Whole(kind="head")))
+    return language.prepare(Setting(problem=problem, method=method or Whole(kind="head")))
 
 
 def test_next_tokens_are_answered_as_for_each_text_alone(
     tiny: Problem, shown: dict[str, Examples]
 ) -> None:
-    network = models.language(tiny.model).eval()
+    network = models.decoder(tiny.model).eval()
     every, losses = tokens(tiny.model, end="</s>"), []
     for ids in every:
         with torch.no_grad():
@@ -84,7 +83,7 @@ def test_next_tokens_are_answered_as_for_each_text_alone(
     assert sum(ids[-1] == network.config.eos_token_id for ids in every) >= 10
     found = language.answer(network, tiny)
     np.testing.assert_allclose(found, losses, rtol=1e-5)
-    unlabelled = Examples(shown["test"].texts, (math.nan,) * len(LINES), (len(LINES),))
+    unlabelled = Examples(shown["test"].texts, (math.nan,) * len(LINES))
     shown.update(dict.fromkeys(texts.PARTS, unlabelled))
     language._tokenize.cache_clear()
     np.testing.assert_array_equal(language.answer(network, tiny), found)
@@ -94,8 +93,8 @@ def test_without_training_the_base_is_measured(tiny: Problem) -> None:
     found = language.tune(Setting(problem=tiny, method=Whole(kind="head")))
     assert found.parameters == 0
     assert math.isnan(found.training_loss)
-    given = language.answer(models.language(tiny.model), tiny)
-    np.testing.assert_allclose(language.answers(found.answers), given, rtol=1e-6)
+    given = language.answer(models.decoder(tiny.model), tiny)
+    np.testing.assert_allclose(unpack(found.answers), given, rtol=1e-6)
     assert found.loss == pytest.approx(given.mean())
     assert found.score == -found.loss
     assert math.isnan(found.accuracy)
@@ -108,12 +107,12 @@ def test_the_trained_network_is_handed_over(tiny: Problem) -> None:
     found = language.tune(Setting(problem=tiny, method=method), kept.append)
     (network,) = kept
     given = language.answer(network, tiny)
-    np.testing.assert_allclose(language.answers(found.answers), given, rtol=1e-6)
+    np.testing.assert_allclose(unpack(found.answers), given, rtol=1e-6)
     assert np.abs(given - language.answer(build(tiny), tiny)).min() > 1e-4
 
 
 def test_all_weights_learn_an_easy_text(tiny: Problem, shown: dict[str, Examples]) -> None:
-    same = Examples((("A man is playing a guitar.",),) * 40, (0.0,) * 40, (40,))
+    same = Examples((("A man is playing a guitar.",),) * 40, (0.0,) * 40)
     shown.update(dict.fromkeys(texts.PARTS, same))
     before, after = language.measure(
         [
@@ -141,19 +140,22 @@ def test_equal_ranks_are_within_half_a_rank(llama: str) -> None:
         ranks = language.equal_ranks(llama, rank, "own", [*NUMBERS])
         for targets, number in NUMBERS.items():
             assert abs(ranks[targets] * number - rank * NUMBERS["all"]) <= number / 2
+    # Keys and values of 8 have no higher rank.
+    assert language.equal_ranks(llama, 8, "own", [*NUMBERS])["queries and keys"] == 8
 
 
 def test_a_model_is_dequantized_before_its_layers_are_counted(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    place = hub.place
+    place = models.place
 
     def watched(model: str) -> Any:
         seen.append(torch.get_default_device().type)
         return place(model)
 
-    monkeypatch.setattr(hub, "place", watched)
+    monkeypatch.setattr(models, "place", watched)
+    language._shapes.cache_clear()
     language.equal_ranks(llama, 2)
     assert seen[0] == "cpu"
 

@@ -1,0 +1,291 @@
+"""What adapters of one part of the blocks leave far out [prop-floor-attention].
+
+As tokens ``c n`` grow, norms see directions alone: what blocks add to them tends to a function of
+``n``. Attention adds an affine map of it, feed-forward layers have kinks that no attention moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _checks, lowrank, randomness
+from ..adapters import Adapters
+from ..errors import InputError
+from ..lowrank import LowRank
+from ..networks.transformer import Transformer
+from ..regression import reduced_rank
+from .transformer import require_sphere
+
+
+class AttentionFloor(NamedTuple):
+    """What is left where only attention is adapted.
+
+    ``value`` is ``min E‖Y(n) − K n − k‖² / D`` over matrices ``K`` of the given rank and vectors
+    ``k``, and ``standard_error`` its spread over tokens, each ``[...]``. The best ``K``, which
+    attention has to add, is ``slope``, ``[..., D, D]``, and ``k`` is ``offset``, ``[..., D]``.
+    """
+
+    value: Float[Tensor, "*batch"]
+    standard_error: Float[Tensor, "*batch"]
+    slope: Float[Tensor, "*batch width width"]
+    offset: Float[Tensor, "*batch width"]
+
+
+def attention_floor(
+    frozen: Transformer,
+    target: Transformer,
+    tokens: Float[Tensor, "width samples"],
+    ranks: int | Sequence[int] | None = None,
+) -> AttentionFloor:
+    """Estimate the least error of far tokens with attention adapted [prop-floor-attention].
+
+    With ``Y(n) = lim f̄(c n) − f(c n)`` for frozen ``f`` and target ``f̄``, and whatever attention,
+    ``b_O`` and ``b_2`` become: as tokens ``c n`` grow, the limit of the mean squared error is at
+    least what the best affine map leaves of ``Y``. Adapters of limited rank, at frozen first gains,
+    change its slope by a matrix of their total rank [thm-attention-rank]. This bounds the largest
+    error over sizes of tokens, not the mean at one size. It is exact for the mean over these
+    directions; for others of their kind it is too low, by about one part in
+    ``samples / (r (D + m − r) / D + 1)`` at rank ``r``.
+
+    The networks have equal width, norm and activation, any depth and no final norm. Raises
+    `InputError` for networks and ranks that do not fit, too few tokens, and constant ones.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        Directions as columns, more than ``m + 1``, which span the space of normalized tokens.
+    ranks : int or sequence of int, optional
+        The total rank of all ``W_V`` and ``W_O``, or the rank of each of ``frozen.weights``, as by
+        `Transformer.ranks`. By default any rank.
+    """
+    n = directions(frozen, target, tokens)
+    m, V, samples = target.dimension, target.basis(), n.shape[-1]
+    rank, inner = sum(_value_ranks(frozen, ranks).values()), V.mT @ n
+    if samples <= m + 1:
+        raise InputError("tokens", allowed=f"more than {m + 1}", given=samples)
+    if lowrank.rank(inner - inner.mean(-1, keepdim=True)) < m:
+        allowed = "of directions that span all that norms let through"
+        raise InputError("tokens", allowed=allowed, given="some that do not")
+    single = _sequences(n.mT[..., None], frozen, target)
+    gap = (_added(target, single) - _added(frozen, single))[..., 0].movedim(0, -1)
+    fit = reduced_rank(gap, inner, min(rank, m))
+    left = (gap - fit.update.matrix() @ inner - fit.intercept[..., None]).square().mean(-2)
+    slope = fit.update.matrix() @ V.mT
+    return AttentionFloor(left.mean(-1), left.std(-1) / samples**0.5, slope, fit.intercept)
+
+
+def _value_ranks(network: Transformer, ranks: int | Sequence[int] | None) -> dict[str, int]:
+    """Read the rank of each ``W_V`` and ``W_O`` by name; a total goes to one of them."""
+    if not isinstance(ranks, Sequence):
+        total = network.width if ranks is None else _checks.integer("ranks", ranks, 0)
+        return {"W_O of block 1, head 1": total}
+    each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in network.weights])
+    kinds = zip(network.weight_names, network.kind_of_weight, each, strict=True)
+    return {name: rank for name, kind, rank in kinds if kind in ("W_V", "W_O")}
+
+
+class FeedForwardFloor(NamedTuple):
+    """What is left where only feed-forward layers are adapted, with its standard error."""
+
+    value: Float[Tensor, "*batch"]
+    standard_error: Float[Tensor, "*batch"]
+
+
+def feed_forward_floor(
+    frozen: Transformer,
+    target: Transformer,
+    tokens: Float[Tensor, "width samples"],
+    length: int,
+    *,
+    seed: int = 0,
+) -> FeedForwardFloor:
+    """Estimate the least error of far sequences, attention frozen [prop-floor-feed-forward].
+
+    Whatever feed-forward layers and second norms become, of any size: as all tokens of sequences
+    grow, the limit of the mean squared error is at least ``E tr Cov(Δ_j | n_j) / D``. Here ``Δ_j``
+    is what the target's attention adds to token ``j`` minus what the frozen one adds. The estimate
+    is unbiased for sequences whose tokens are drawn independently from ``tokens``: half the mean
+    squared difference of ``Δ`` for one token in two sequences, at random places.
+
+    The networks have equal width, norm and activation, any depth and no final norm. Raises
+    `InputError` for networks that do not fit, fewer than two tokens, and constant ones.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        Directions as columns; each is put into two sequences.
+    length : int
+        The number of tokens of a sequence; with one the floor is 0.
+    """
+    n = directions(frozen, target, tokens)
+    samples = _checks.integer("number of tokens", n.shape[-1], 2)
+    length = _checks.integer("length", length, 1)
+    draw = randomness.generator(seed, "contexts")
+    own = torch.arange(samples, device=n.device)[:, None]
+    sides = []
+    for _ in range(2):
+        chosen = torch.randint(samples, (samples, length), generator=draw).to(n.device)
+        place = torch.randint(length, (samples, 1), generator=draw).to(n.device)
+        x = _sequences(n.mT[chosen.scatter(1, place, own)].mT, frozen, target)
+        gap = _added(target, x, attention_only=True) - _added(frozen, x, attention_only=True)
+        index = place.reshape(samples, *[1] * (gap.ndim - 1)).expand(*gap.shape[:-1], 1)
+        sides.append(gap.gather(-1, index)[..., 0])
+    each = (sides[0] - sides[1]).square().mean(-1) / 2
+    return FeedForwardFloor(each.mean(0), each.std(0) / samples**0.5)
+
+
+def directions(
+    frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
+) -> Float[Tensor, "width samples"]:
+    """Put tokens on the sphere ``‖n‖² = D``; `InputError` where the networks' spheres differ."""
+    _checks.kind(Transformer, frozen=frozen, target=target)
+    for name, network in (("frozen", frozen), ("target", target)):
+        if network.settings.norm is None or not network.settings.residual:
+            words = "with residual connections and norms"
+            raise InputError(name, allowed=words, given=network)
+        if network.settings.final_norm:
+            raise InputError(
+                name,
+                allowed="without a final norm",
+                given="one",
+                remedy="with it outputs for far tokens differ less and less; "
+                "from_decoder can leave it out",
+            )
+    target.require_like(frozen, ("norm", "activation"), ("width",))
+    require_sphere(target.dimension, target.width)
+    v = target.as_inputs(tokens, "tokens")
+    if v.ndim != 2:
+        raise InputError("tokens", allowed="of shape [width, samples]", given=tuple(v.shape))
+    rounding = 16 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    if target.settings.norm == "layer":
+        v = v - v.mean(-2, keepdim=True)
+    size = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    if not (size > rounding).all():
+        raise InputError("tokens", allowed="of different coordinates", given="one without variance")
+    return v / size * target.width**0.5
+
+
+def _sequences(x: Tensor, *networks: Transformer) -> Tensor:
+    """Give sequences ``[samples, width, N]`` a dimension for each of the networks' batch."""
+    batch = torch.broadcast_shapes(*(network.batch_shape for network in networks))
+    return x.reshape(len(x), *[1] * len(batch), *x.shape[1:])
+
+
+def _added(network: Transformer, n: Tensor, *, attention_only: bool = False) -> Tensor:
+    """Compute what blocks, or their attention, add to far tokens of these directions."""
+    # Far out, norms see directions alone.
+    limit, added = network.replace(eps=0.0), torch.zeros_like(n)
+    for l in range(network.depth):
+        patterns = limit.patterns(limit.scores(l, n))
+        added = added + (limit.attend(l, n, patterns) - n)
+        if not attention_only:
+            added = added + (limit.feed_forward(l, n, limit.hidden(l, n)) - n)
+    return added
+
+
+@torch.no_grad()
+def attention_only(
+    frozen: Transformer,
+    target: Transformer,
+    tokens: Float[Tensor, "width samples"],
+    ranks: int | Sequence[int] | None = None,
+) -> Adapters:
+    """Adapt attention alone, and ``b_O``, with the least error on single tokens far out.
+
+    ``W_V`` and ``W_O`` take the singular triplets of the slope of `attention_floor` in turn.
+    On normalized tokens ``W_O ΔW_V diag(g_1)`` is such a part, and so is ``ΔW_O Ŵ_V diag(g_1)``
+    with what ``W_V`` has become. So the error tends to the floor. A total rank, by default any,
+    goes to ``W_O`` of the first head of the first block.
+
+    Raises what `attention_floor` raises, and `InputError` for batches, for heads narrower
+    than the tokens, and for weights and gains that hide directions. Source: [prop-floor-attention],
+    [thm-attention-rank].
+    """
+    best, given = attention_floor(frozen, target, tokens, ranks), _value_ranks(frozen, ranks)
+    _checks.single(frozen=frozen, target=target)
+    if frozen.sizes["value size"] < frozen.width:
+        raise InputError(
+            "frozen",
+            allowed="with heads as wide as the tokens",
+            given=frozen.sizes["value size"],
+            remedy="narrower ones cannot add every linear map",
+        )
+    V, values = frozen.basis(), frozen.W_V.clone()
+    # Heads of a group share their values.
+    outputs = frozen.W_O.unflatten(1, (frozen.groups, -1)).sum(2)
+    updates = {
+        name: LowRank(w[:, :0], w.mT[:, :0])
+        for name, w in zip(frozen.weight_names, frozen.weights, strict=True)
+    }
+    U, S, right = lowrank.svd(best.slope @ V)
+    left, offset = U * S, best.offset.clone()
+    used = 0
+    for kind in ("W_V", "W_O"):
+        names = [n for n, k in zip(updates, frozen.kind_of_weight, strict=True) if k == kind]
+        for i, name in enumerate(names):
+            l, h = divmod(i, len(names) // frozen.depth)
+            columns = slice(used, used + given.get(name, 0))
+            used = columns.stop
+            out, into = left[:, columns], right[:, columns]
+            if not out.any():
+                continue
+            read = (frozen.g_1[l][:, None] * V).mT
+            if kind == "W_V":
+                into = _solve(read, into, f"gains before {name}")
+                updates[name] = LowRank(_solve(outputs[l, h], out, f"partner of {name}"), into)
+                values[l, h] += updates[name].matrix()
+            else:
+                of_head = values[l, h * frozen.groups // frozen.heads]
+                into = _solve(read @ of_head.mT, into, f"partner of {name}, or the gains")
+                updates[name], into = LowRank(out, into), of_head.mT @ into
+            offset -= out @ (into.mT @ frozen.s_1[l])
+    changes = [torch.zeros_like(b) for b in frozen.biases]
+    changes[frozen.bias_names.index("b_O of block 1")] = offset
+    return Adapters(tuple(updates.values()), tuple(changes))
+
+
+def _solve(matrix: Tensor, columns: Tensor, name: str) -> Tensor:
+    """Find the least columns that a matrix maps to these; refuse if there are none."""
+    eps = torch.finfo(matrix.dtype).eps
+    solution = torch.linalg.pinv(matrix, rtol=eps ** (2 / 3)) @ columns
+    if (matrix @ solution - columns).norm() > eps**0.5 * columns.norm():
+        raise InputError(
+            f"frozen's {name}",
+            allowed="of full rank",
+            given="one that hides directions",
+            remedy="perturb it",
+        )
+    return solution
+
+
+def far_error(
+    network: Transformer,
+    target: Transformer,
+    tokens: Float[Tensor, "width samples"],
+    size: float,
+    length: int = 1,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Measure the mean squared error at tokens ``c n``, ``‖n‖² = D``, and its standard error.
+
+    Single tokens of all directions ``n``, or as many sequences of ``length`` drawn from them.
+    Raises `InputError` for networks and tokens that do not fit, for a single token, and for a size
+    ``c`` that leaves fewer than three digits of what a network adds to it.
+    """
+    n = directions(network, target, tokens)
+    size, most = _checks.positive("size", size), 1e-3 / torch.finfo(n.dtype).eps
+    if size > most:
+        raise InputError("size", allowed=f"at most {most:.0e} in {n.dtype}", given=size)
+    samples = _checks.integer("number of tokens", n.shape[-1], 2)
+    length = _checks.integer("length", length, 1)
+    x = size * n.mT[..., None]
+    if length > 1:
+        draw = randomness.generator(0, "far sequences")
+        x = size * n.mT[torch.randint(samples, (samples, length), generator=draw)].mT
+    x = _sequences(x, network, target)
+    each = (network(x) - target(x)).square().mean((-2, -1))
+    return each.mean(0), each.std(0) / len(x) ** 0.5

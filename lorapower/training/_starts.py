@@ -1,0 +1,134 @@
+"""Where training starts, if not where the study's experiments do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..adapters import Adapters
+from ..constructions import fnn
+from ..errors import InputError
+from ..networks.layers import FNN
+from ..networks.partition import Partition
+from ..regions import Ball
+from . import _reference
+from ._batches import Batches
+from ._state import Array, Stack, State, Structure
+from .tuning import MARGIN, Tuning
+
+# A spectral start tries lengths halved up to so often, and takes the best on the first batch.
+HALVINGS = 24
+
+
+def put_starts(
+    stack: Stack[Any],
+    structure: Structure,
+    state: State,
+    tunings: Sequence[Tuning],
+    batches: Batches,
+) -> None:
+    """Replace the start ``"study"`` of all runs where another one is asked for."""
+    for i, tuning in enumerate(tunings):
+        runs = slice(i * stack.members, (i + 1) * stack.members)
+        if isinstance(tuning.start, Adapters):
+            caps, ranks = stack.ranks(tuning), tuning.start.ranks
+            is_within = [rank <= cap for rank, cap in zip(ranks, caps, strict=False)]
+            if len(ranks) != len(caps) or not all(is_within):
+                allowed = f"adapters of ranks up to {caps}"
+                raise InputError("start", allowed=allowed, given=tuning.start)
+            _put(stack, state, runs, tuning.start)
+        elif tuning.start == "linearized":
+            _put(stack, state, runs, _linearized(stack, tuning.blocks, batches))
+        elif tuning.start == "spectral":
+            _spectral(stack, structure, state, runs, batches)
+        if tuning.centred:
+            _centre(stack, state, runs, batches)
+    for best, start in zip(state.best, state.parameters, strict=True):
+        best[:] = start
+
+
+def _put(stack: Stack[Any], state: State, runs: slice, start: Adapters) -> None:
+    """Replace as many of the study's factors as there are adapters', and their biases."""
+    batch = stack.network.batch_shape
+    if torch.broadcast_shapes(start.batch_shape, batch) != batch:
+        raise InputError("start", allowed=f"of batch shape {tuple(batch)}", given=start)
+    start.merge(stack.network)
+
+    def flat(values: Tensor, dims: int) -> Array:
+        rest = values.shape[values.ndim - dims :]
+        every = values.expand(*batch, *rest).reshape(stack.members, *rest)
+        return every.to("cpu", torch.float32).numpy()
+
+    A, B, b = state.parameters
+    for m, update in enumerate(start.updates):
+        for factors, given in ((A, update.left), (B, update.right)):
+            factors[runs, m, : update.rank, : given.shape[-2]] = flat(given.mT, 2)
+    for l, change in enumerate(start.bias_updates):
+        b[runs, l, : change.shape[-1]] += flat(change, 1)
+
+
+def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
+    """Find biases with which inner ReLUs idle in a ball that holds the inputs seen so far."""
+    network = stack.network
+    if not isinstance(network, FNN):
+        allowed = "'study', 'spectral' or adapters, but for ReLU networks"
+        raise InputError("start", allowed=allowed, given=f"'linearized' for {network}")
+    blocks = _checks.integer("blocks", blocks, 1, network.depth, limit="the depth")
+    partition = Partition.uniform(network.depth, blocks)
+    # All inputs of the first batches, side by side.
+    first = batches.first[0].movedim(1, -1).flatten(-2)
+    inputs = torch.cat([batches.validation[0], first], -1)
+    of_source = Ball.about(inputs[..., : stack.inputs, 0, :].double(), MARGIN)
+    sources, shape = batches.sources.tolist(), network.batch_shape
+    centres = of_source.centre[sources, :, 0].reshape(*shape, -1)
+    ball = Ball(of_source.radius[sources].reshape(shape), centres)
+    return fnn.idle(network.to(torch.float64, "cpu"), ball, partition)
+
+
+def _centre(stack: Stack[Any], state: State, runs: slice, batches: Batches) -> None:
+    """Write layers as ``W (z − m) + c``, ``m`` the mean of ``z`` on the first batches."""
+    if not isinstance(stack.network, FNN):
+        given = f"True for {stack.network}"
+        raise InputError("centred", allowed="False, but for ReLU networks", given=given)
+    W, b = (torch.from_numpy(part[runs]).double() for part in _reference.merged(state))
+    z = batches.first[0].movedim(1, -1).flatten(-3)[state.frozen.source[runs]].double()
+    for l in range(len(stack.shapes)):
+        centre = z.mean(-1)
+        z = W[:, l] @ z + b[:, l, :, None]
+        z = z.relu() if l < stack.network.relus else z
+        state.frozen.centre[runs, l] = centre.numpy()
+        state.parameters.b[runs, l] += (W[:, l] @ centre[..., None]).squeeze(-1).numpy()
+
+
+def _spectral(
+    stack: Stack[Any], structure: Structure, state: State, runs: slice, batches: Batches
+) -> None:
+    """Put ``t U_R S_R V_Rᵀ`` of each weight's first gradient, shared equally by both factors."""
+    network, frozen = stack.network.to(device="cpu"), state.frozen
+    x, y = (part[frozen.source[runs], 0] for part in batches.first)
+    A, B, b = (torch.from_numpy(part[runs]) for part in state.parameters)
+    one_sided = torch.from_numpy(state.settings.one_sided[runs])
+
+    def losses(W: Tensor) -> Tensor:
+        return _reference.losses(network, structure, W, b, x, y, one_sided)
+
+    W = torch.from_numpy(frozen.weights[frozen.network[runs]])
+    with torch.enable_grad():
+        slopes = torch.autograd.grad(losses(W.requires_grad_()).sum(), W)[0]
+    W = W.detach()
+    U, S, Vh = torch.linalg.svd(-slopes)
+    rows = torch.arange(W.shape[-1]) < torch.from_numpy(frozen.ranks[runs])[..., None]
+    S = S * rows / S.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(S.dtype).tiny)
+    direction = (U * S[..., None, :]) @ Vh
+    lengths = W.new_tensor([0.5**k for k in range(HALVINGS)])
+    tried = torch.stack([losses(W + t * direction) for t in lengths]).nan_to_num(torch.inf)
+    # A direction without a gradient keeps the study's factors, and so does a run that no length
+    # helps.
+    learned = (S > 0) & (tried.amin(0) < losses(W))[:, None, None]
+    root = (lengths[tried.argmin(0)][:, None, None] * S).sqrt()[..., None]
+    A[:] = torch.where(learned[..., None], root * U.mT, A)
+    B[:] = torch.where(learned[..., None], root * Vh, B)

@@ -1,0 +1,288 @@
+"""All runs that are trained at once, as named parts, and how a network becomes one of them.
+
+Weights are padded by zeros to square matrices of one size ``D``, and zeros stay zeros. ``M`` counts
+the weights of a network and ``P`` its biases (of a linear network its weights, with biases 0 that
+are never tuned).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import _checks, randomness
+from ..adapters import N
+from ..errors import InputError
+from ..networks.transformer import Transformer
+from .tuning import Tuning
+
+Array = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+
+# Standard deviation of B's entries at the start, where A is 0.
+FACTOR_SCALE = 0.25
+# ``D`` is a multiple of this, since the kernels take so many rows at a time.
+UNROLLED = 4
+# At most so many numbers of a tile in each layer: several such arrays fit a core's cache.
+TILE = 2**14
+# Samples in a tile are a multiple of this, the single-precision numbers of a vector register.
+LANES = 16
+
+
+class Structure(NamedTuple):
+    """What the runs of a batch have in common."""
+
+    # How many of the first layers of a chain a ReLU follows.
+    relus: int
+    # Of a transformer; 0, 0 and 1 for a chain of layers.
+    blocks: int
+    heads: int
+    tokens: int
+    # How many coordinates of an output count in the squared error.
+    outputs: int
+    # Number of classes, or 0 for the squared error; the class of each output, or −1, ``[D]``.
+    classes: int
+    class_of: Integers
+    # Samples that go through the network together.
+    tile: int
+    # Steps of the whole training, over which a falling rate falls.
+    steps: int
+
+
+class Layers(NamedTuple):
+    """A network's weights ``[M, D, D]`` and biases ``[P, D]``, or the gradient in them."""
+
+    W: Array
+    b: Array
+
+
+class Batch(NamedTuple):
+    """Inputs and labels of a batch: one tile after the other, each ``[D, tokens, samples]``.
+
+    There may be leading dimensions; ``samples`` counts all samples of one batch.
+    """
+
+    x: Array
+    y: Array
+    samples: int
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, structure: Structure) -> Batch:
+        """Arrange inputs and labels ``[..., D, tokens, samples]`` in tiles."""
+
+        def tiled(values: Float[Tensor, "*lead D tokens samples"]) -> Array:
+            parts = [part.flatten(-3) for part in values.split(structure.tile, -1)]
+            return torch.cat(parts, -1).numpy()
+
+        return cls(tiled(x), tiled(y), x.shape[-1])
+
+
+class Frozen(NamedTuple):
+    """What training reads: networks, and which parts of its network a run tunes."""
+
+    # The weights of all networks, ``[networks, M, D, D]``.
+    weights: Array
+    # The number of each run's network, and of its data, ``[runs]``.
+    network: Integers
+    source: Integers
+    # The rank of each weight's adapter, −1 if the weight is tuned in full, ``[runs, M]``.
+    ranks: Integers
+    # Which biases are tuned, ``[runs, P]``.
+    biases: Booleans
+    # What is subtracted from the inputs of weights, 0 but in centred runs, ``[runs, P, D]``.
+    centre: Array
+
+
+class Settings(NamedTuple):
+    """How each run goes, ``[runs]``; the values of its `Tuning`."""
+
+    learning_rate: Array
+    # Whether the rate falls as half a cosine.
+    falling: Booleans
+    weight_decay: Array
+    # The rate of A over the rate of all else.
+    ratio: Array
+    one_sided: Booleans
+
+
+class Parameters(NamedTuple):
+    """The numbers that training moves, or what Adam keeps of each of them.
+
+    ``A`` and ``B`` are ``[runs, M, D, D]``: row ``r`` is one direction, ``ΔW = Σ_r A[r] B[r]ᵀ``,
+    and where a weight is tuned in full, ``A`` holds the weight itself. ``b`` is ``[runs, P, D]``.
+    Adam's first and second moments are stacked after the second dimension.
+    """
+
+    A: Array
+    B: Array
+    b: Array
+
+
+class Course(NamedTuple):
+    """What is recorded of each run."""
+
+    # The share of the first validation loss at which a run stops, and after step 0 that loss.
+    goal: Array
+    best_loss: Array
+    best_step: Integers
+    # Whether a run has ended: at its goal, or at a loss that is not finite.
+    stopped: Booleans
+    # Losses at the recorded steps, ``[runs, points]``.
+    training: Array
+    validation: Array
+
+
+class State(NamedTuple):
+    """All runs, stacked along the first dimension."""
+
+    frozen: Frozen
+    settings: Settings
+    parameters: Parameters
+    moments: Parameters
+    # The parameters at the least validation loss.
+    best: Parameters
+    course: Course
+
+
+class Stack(Generic[N]):
+    """A batch of frozen networks as the kernels read them."""
+
+    def __init__(self, frozen: N) -> None:
+        if not frozen.batch_shape.numel():
+            given = f"batch shape {tuple(frozen.batch_shape)}"
+            raise InputError("frozen", allowed="at least one network", given=given)
+        # The network's own checks refuse numbers too large for single precision.
+        self.network: Any = frozen.to(torch.float32)
+        self.shapes = [tuple(weight.shape[-2:]) for weight in frozen.weights]
+        self.biases = self.network.biases
+        largest = max(max(shape) for shape in self.shapes)
+        self.width = -(-largest // UNROLLED) * UNROLLED
+        self.members = frozen.batch_shape.numel()
+        # Coordinates of an input and of an output, or of each of their tokens.
+        self.inputs, self.outputs = self.shapes[0][1], self.shapes[-1][0]
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether these are chains of layers, or transformers of the kind that kernels know."""
+        network = self.network
+        if not isinstance(network, Transformer):
+            return not network.sequences
+        settings = network.settings
+        return settings.is_plain and settings.activation == "relu" and not settings.causal
+
+    def structure(self, tokens: int, votes: Integers, steps: int) -> Structure:
+        """Describe all runs; ``votes`` are the outputs' classes, if any."""
+        has_attention = isinstance(self.network, Transformer)
+        return Structure(
+            relus=self.network.relus,
+            blocks=self.network.depth if has_attention else 0,
+            heads=self.network.heads if has_attention else 0,
+            tokens=tokens,
+            outputs=self.outputs,
+            classes=int(votes.max(initial=-1)) + 1,
+            class_of=np.pad(votes, (0, self.width - len(votes)), constant_values=-1),
+            tile=max(TILE // (self.width * tokens) // LANES, 1) * LANES,
+            steps=steps,
+        )
+
+    def state(
+        self,
+        tunings: Sequence[Tuning],
+        seeds: Sequence[int],
+        sources: Integers,
+        points: int,
+        until: float,
+    ) -> State:
+        """Make all runs, tuning by tuning, at the start ``"study"``.
+
+        ``sources`` are the numbers of the members' data, and ``points`` the length of loss curves.
+        """
+        weights = self._pad(self.network.weights, 2)
+        none = [torch.zeros(self.members, 1)] * len(self.shapes)
+        network = np.tile(np.arange(self.members), len(tunings))
+        ranks = np.array([self.ranks(tuning) for tuning in tunings]).repeat(self.members, 0)
+        A = np.where((ranks < 0)[..., None, None], weights[network], np.float32(0))
+        adapted = np.flatnonzero((ranks > 0).any(0))
+        B = np.stack([self._first_factors(seed, adapted) for seed in seeds])[network]
+        B *= np.arange(self.width)[:, None] < ranks[..., None, None]
+        parameters = Parameters(A, B, self._pad(self.biases or none, 1)[network])
+        moves = np.zeros(parameters.b.shape[:2], bool)
+        each = [self._tuned_biases(tuning) for tuning in tunings]
+        moves[:, : len(self.biases)] = np.array(each, bool).repeat(self.members, 0)
+
+        def per_run(values: Sequence[Any], dtype: Any = np.float32) -> Any:
+            return np.array(values, dtype).repeat(self.members)
+
+        losses = np.full((2, len(ranks), points), np.nan, np.float32)
+        return State(
+            Frozen(weights, network, sources[network], ranks, moves, np.zeros_like(parameters.b)),
+            Settings(
+                per_run([tuning.learning_rate for tuning in tunings]),
+                per_run([tuning.schedule == "cosine" for tuning in tunings], bool),
+                per_run([tuning.weight_decay for tuning in tunings]),
+                per_run([tuning.ratio for tuning in tunings]),
+                per_run([tuning.loss == "one-sided" for tuning in tunings], bool),
+            ),
+            parameters,
+            Parameters(*(np.stack([np.zeros_like(each)] * 2, 2) for each in parameters)),
+            Parameters(*(each.copy() for each in parameters)),
+            Course(
+                goal=np.full(len(ranks), until, np.float32),
+                best_loss=np.full(len(ranks), np.inf, np.float32),
+                best_step=np.zeros(len(ranks), np.int64),
+                stopped=np.zeros(len(ranks), bool),
+                training=losses[0],
+                validation=losses[1],
+            ),
+        )
+
+    def ranks(self, tuning: Tuning) -> list[int]:
+        """Return the rank of each weight's adapter; −1 where the weight is tuned in full."""
+        network, count = self.network, len(self.shapes)
+        if tuning.final:
+            last = _checks.integer("final", tuning.final, 0, count, limit="the number of weights")
+            return [0] * (count - last) + [-1] * last
+        ranks = _checks.ranks_per_layer(tuning.ranks, self.shapes)
+        if network.sequences and isinstance(tuning.ranks, int):
+            pairs = zip(ranks, network.adapted, strict=True)
+            return [rank if adapted else 0 for rank, adapted in pairs]
+        return list(ranks)
+
+    def _tuned_biases(self, tuning: Tuning) -> list[bool]:
+        count, given = len(self.biases), tuning.biases
+        if isinstance(given, tuple):
+            if len(given) != count:
+                allowed = f"True, False, or one of them for each of {count}"
+                raise InputError("biases", allowed=allowed, given=f"{len(given)} of them")
+            return list(given)
+        if not tuning.final or tuning.final == len(self.shapes):
+            return [given] * count
+        # In a transformer the last weight is W_out, which has no bias beside it.
+        first = count if self.network.sequences else count - tuning.final
+        return [given and l >= first for l in range(count)]
+
+    def _first_factors(self, seed: int, adapted: Any) -> Array:
+        """Draw ``Bᵀ`` of every adapted weight, a row for each direction, at the largest rank."""
+        factors = np.zeros((len(self.shapes), self.width, self.width), np.float32)
+        for m in adapted.tolist():
+            outer, inner = self.shapes[m]
+            rank = min(outer, inner)
+            generator = randomness.generator(seed, "factors", m)
+            drawn = randomness.normal(generator, rank, inner, dtype=torch.float32)
+            factors[m, :rank, :inner] = FACTOR_SCALE * drawn
+        return factors
+
+    def _pad(self, values: Sequence[Tensor], dims: int) -> Array:
+        """Stack values to ``[members, values, …]``, their last ``dims`` dimensions padded."""
+        padded = np.zeros((self.members, len(values), *[self.width] * dims), np.float32)
+        for i, value in enumerate(values):
+            sizes = value.shape[-dims:]
+            padded[:, i][(slice(None), *map(slice, sizes))] = value.reshape(-1, *sizes).cpu()
+        return padded

@@ -1,0 +1,260 @@
+"""A batch equals its members: of all functions that broadcast, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import benign, conditioned, moderate, seeds
+from torch import Tensor
+
+from lorapower import bounds, lowrank, randomness, regions
+from lorapower.adapters import Adapters
+from lorapower.bounds import samples
+from lorapower.constructions import adapt, fitted, fnn, linear, rank_for_error, transformer
+from lorapower.lowrank import LowRank
+from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer, blocks
+from lorapower.regression import reduced_rank, second_moment_root, truncate
+
+# An argument is made from its batch shape and a seed.
+Maker = Callable[[tuple[int, ...], int], Any]
+SHAPES: list[tuple[int, ...]] = [(), (3,), (2, 1), (2, 3)]
+
+
+def matrix(rows: int, cols: int) -> Maker:
+    return lambda batch, seed: randomness.normal(
+        randomness.generator(seed, "matrix of a batch"), *batch, rows, cols
+    )
+
+
+def deep(depth: int) -> Maker:
+    return lambda batch, seed: conditioned(depth, 4, batch_shape=batch, seed=seed)
+
+
+def relu(depth: int) -> Maker:
+    return lambda batch, seed: benign(depth, 4, batch, seed)
+
+
+def open_ended(depth: int) -> Maker:
+    """Make ReLU networks with a linear end, whose outputs are never constant."""
+    return lambda batch, seed: benign(depth, 4, batch, seed).without_last_relu()
+
+
+def heads(**options: Any) -> Maker:
+    if not options:
+        return lambda batch, seed: moderate(2, 4, 2, batch, seed)
+    return lambda batch, seed: Transformer.random(
+        1, 4, 2, batch_shape=batch, seed=seed, purpose=f"{seed}", **options
+    )
+
+
+def adapters_of(left: Tensor, right: Tensor, bias: Tensor) -> Adapters:
+    return Adapters((LowRank(left, right),), (bias[..., 0],))
+
+
+def region(kind: str, points: Tensor, size: Tensor) -> regions.Region:
+    low, high = points.amin(-1), points.amax(-1)
+    if kind == "ball":
+        return regions.Ball(size[..., 0, 0].abs(), low)
+    return regions.Box(low, high) if kind == "box" else regions.Samples(points, 0.3)
+
+
+def of_region(kind: str, points: Tensor, size: Tensor, M: Tensor) -> list[Tensor]:
+    held = region(kind, points, size)
+    image, positive = held.image(M, M @ held.centre), held.relu()
+    found = [held.lowest(M), held.typical(1.0), image.centre, positive.centre]
+    return [*found, *(each.largest_norm() for each in (held, image, positive))]
+
+
+def of_gap(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor]:
+    gap = Gap(frozen, target)
+    matrices = [gap.matrix, gap.best(2).matrix(), gap.undone(1), gap.reached(2)]
+    return [*matrices, gap.error(1), gap.error(1, "fro"), gap.rank, gap.threshold, gap.noise]
+
+
+def of_svd(M: Tensor) -> list[Tensor]:
+    U, S, V = lowrank.svd(M)
+    return [S, U * S[..., None, :] @ V.mT, lowrank.norm(M), lowrank.condition_number(M)]
+
+
+def of_linear(network: LinearNetwork, x: Tensor) -> list[Tensor]:
+    return [network(x), network.product(), network.norm, network.rounding_scale, *network.halves()]
+
+
+def of_relu(network: FNN, x: Tensor) -> list[Tensor]:
+    inner = network.preactivations(x)
+    parts = network.linearize([slice(0, 2), slice(2, 3)]), network.layers(slice(1, 3))
+    return [network(x), *inner, network.continue_from(0, inner[0]), *(part(x) for part in parts)]
+
+
+def found_by(construct: Any, frozen: Any, target: Any, *inputs: Any, x: Tensor) -> list[Tensor]:
+    found = construct(frozen, target, 2, *inputs, throw=False)
+    return [found.success, found.adapters.merge(frozen)(x)]
+
+
+def of_fnn(frozen: FNN, target: FNN, radius: Tensor) -> list[Tensor]:
+    ball = regions.Ball(1 + radius[..., 0, 0].abs())
+    found = fnn.adapt(frozen, target, 2, ball, throw=False)
+    evidence = [found.success, found.block_errors, found.error_bound]
+    return [*evidence, found.digits_lost, found.adapters.merge(frozen)(X)]
+
+
+def of_linear_adapt(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor]:
+    found = linear.adapt(frozen, target, 1, throw=False)
+    evidence = [found.success, found.spectral_error, found.frobenius_error]
+    return [*evidence, found.condition_numbers, found.adapters.merge(frozen).product()]
+
+
+def of_needed(frozen: Any, target: Any, x: Tensor) -> list[Tensor]:
+    found = rank_for_error(frozen, target, 0.3, x)
+    return [found.rank, found.error]
+
+
+def of_least(frozen: FNN, target: FNN, x: Tensor) -> list[Tensor]:
+    found = [bounds.least_rank(frozen, target), bounds.least_error(frozen, target, 1, x)]
+    return [part for each in found for part in (each.value, each.sizes)]
+
+
+X = randomness.normal(randomness.generator(0, "inputs of batches"), 4, 200)
+M, N, POINTS, ONE = matrix(4, 3), matrix(5, 4), matrix(3, 6), matrix(1, 1)
+INPUTS, TOKENS = matrix(4, 8), matrix(4, 3)
+NORMED = {"residual": True, "norm": "layer"}
+DESIGN = samples.Design(50, 4, 6, 3.0)
+
+CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
+    "svd": (of_svd, [M]),
+    "truncated_svd": (lambda A: lowrank.truncated_svd(A, 2).matrix(), [M]),
+    "rank": (lambda A, B: lowrank.rank(A @ B), [matrix(4, 2), matrix(2, 5)]),
+    "solve": (lowrank.solve, [matrix(3, 5), matrix(3, 2)]),
+    "LowRank": (lambda A, B: LowRank(A, B).balanced().matrix(), [M, matrix(5, 3)]),
+    "second_moment_root": (partial(second_moment_root, ridge=0.1), [matrix(3, 9)]),
+    "truncate": (
+        lambda A, Z, R: truncate(A, 2, inputs=Z, metric=R).update.matrix(),
+        [M, matrix(3, 7), N],
+    ),
+    "reduced_rank": (
+        lambda y, z, E, R: (
+            (found := reduced_rank(y, z, 2, towards=E, shrinkage=0.1, metric=R)).update.matrix(),
+            found.intercept,
+        ),
+        [INPUTS, matrix(3, 8), M, N],
+    ),
+    **{
+        f"regions, {kind}": (partial(of_region, kind), [POINTS, ONE, M])
+        for kind in ("ball", "box", "samples")
+    },
+    "LinearNetwork": (of_linear, [deep(3), INPUTS]),
+    "FNN": (of_relu, [relu(3), INPUTS]),
+    "Transformer": (lambda network, z: network(z), [heads(), TOKENS]),
+    "Transformer, norms": (lambda network, z: network(z), [heads(**NORMED), TOKENS]),
+    "merge": (
+        lambda network, *parts: adapters_of(*parts).merge(network)(X),
+        [relu(1), matrix(4, 2), matrix(4, 2), matrix(4, 1)],
+    ),
+    "Gap": (of_gap, [deep(2), deep(1)]),
+    "blocks": (lambda *pair: [gap.matrix for gap in blocks(*pair)], [relu(3), relu(2)]),
+    "linear_error": (lambda f, t: bounds.linear_error(f, t, 2), [deep(2), deep(1)]),
+    "linear_threshold": (bounds.linear_threshold, [deep(2), deep(1)]),
+    "fnn_threshold": (bounds.fnn_threshold, [relu(3), relu(2)]),
+    "fnn_data_threshold": (bounds.fnn_data_threshold, [relu(3), relu(2), matrix(4, 2)]),
+    "fnn_error": (lambda f, t, x: bounds.fnn_error(f, t, 1, x), [relu(3), relu(2), INPUTS]),
+    "fnn_error_on": (lambda f, t, x: bounds.fnn_error_on(f, t, 1, x), [relu(3), relu(2), INPUTS]),
+    "least_rank, least_error": (of_least, [relu(3), relu(2), INPUTS]),
+    "transformer_threshold": (bounds.transformer_threshold, [heads(), heads()]),
+    "transformer_threshold, norms": (
+        bounds.transformer_threshold,
+        [heads(**NORMED), heads(**NORMED)],
+    ),
+    "transformer_error": (
+        lambda f, t, z: bounds.transformer_error(f, t, 1, z),
+        [heads(**NORMED), heads(**NORMED), TOKENS],
+    ),
+    "attention_floor": (
+        lambda f, t: bounds.attention_floor(f, t, X, 1).value,
+        [heads(**NORMED), heads(**NORMED)],
+    ),
+    "feed_forward_floor": (
+        lambda f, t: bounds.feed_forward_floor(f, t, X, 3).value,
+        [heads(**NORMED), heads(**NORMED)],
+    ),
+    "sure": (lambda A: samples.sure(lowrank.spectrum(A), DESIGN), [matrix(4, 6)]),
+    "shrink_values": (
+        lambda A: samples.shrink_values(lowrank.spectrum(A), DESIGN),
+        [matrix(4, 6)],
+    ),
+    "linear.adapt": (of_linear_adapt, [deep(2), deep(1)]),
+    "fnn.adapt": (of_fnn, [relu(3), relu(2), ONE]),
+    "transformer.adapt": (partial(found_by, transformer.adapt, x=X[:, :3]), [heads(), heads()]),
+    "transformer.adapt, norms": (
+        partial(found_by, transformer.adapt, x=X[:, :3]),
+        [heads(**NORMED), heads(**NORMED)],
+    ),
+    "adapt": (partial(found_by, adapt, x=X), [deep(2), deep(1)]),
+    **{
+        f"fitted.adapt, {name}": (
+            lambda f, t: (
+                (found := fitted.adapt(f, t, 1, X, X.cos(), throw=False)).success,
+                found.error,
+                found.high,
+            ),
+            pair,
+        )
+        for name, pair in {
+            "linear": [deep(2), deep(1)],
+            "fnn": [open_ended(3), open_ended(2)],
+        }.items()
+    },
+    **{
+        f"rank_for_error, {name}": (of_needed, pair)
+        for name, pair in {
+            "linear": [deep(2), deep(1), INPUTS],
+            "fnn": [open_ended(3), open_ended(2), INPUTS],
+        }.items()
+    },
+}
+
+
+# These go through members one by one, and need one.
+BY_MEMBER = {"attention_floor", "feed_forward_floor", "fitted.adapt, linear", "fitted.adapt, fnn"}
+
+
+def batch_of(value: Any) -> tuple[int, ...]:
+    return tuple(value.batch_shape if isinstance(value, Network) else value.shape[:-2])
+
+
+def member(value: Any, batch: tuple[int, ...], index: tuple[int, ...]) -> Any:
+    """Pick a member, counted in the common batch, of a value whose ``batch`` broadcasts to it."""
+    last = index[len(index) - len(batch) :]
+    return value[tuple(0 if size == 1 else i for size, i in zip(batch, last, strict=True))]
+
+
+def results(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [*value]
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(st.data(), seeds)
+def test_a_batch_equals_its_members(name: str, data: st.DataObject, seed: int) -> None:
+    function, makers = CASES[name]
+    shapes = st.sampled_from(SHAPES)
+    arguments = [make(data.draw(shapes), seed + k) for k, make in enumerate(makers)]
+    batches = [batch_of(value) for value in arguments]
+    index = tuple(data.draw(st.integers(0, n - 1)) for n in torch.broadcast_shapes(*batches))
+    together = results(function(*arguments))
+    members = [member(*pair, index) for pair in zip(arguments, batches, strict=True)]
+    for ours, own in zip(together, results(function(*members)), strict=True):
+        ours = member(ours, tuple(ours.shape[: ours.ndim - own.ndim]), index)
+        torch.testing.assert_close(ours, own, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - BY_MEMBER))
+@pytest.mark.parametrize("batch", [(0,), (2, 0)], ids=str)
+def test_a_batch_without_members_has_an_empty_result(name: str, batch: tuple[int, ...]) -> None:
+    function, makers = CASES[name]
+    for found in results(function(*(make(batch, k) for k, make in enumerate(makers)))):
+        assert tuple(found.shape[: len(batch)]) == batch
