@@ -59,6 +59,8 @@ def run(source: Path, target: Path, given: dict[str, object]) -> str:
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
     # Threads that spin while they wait for one another take the time of those that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # tqdm, imported by transformers, misses widgets that no chapter shows.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     target.parent.mkdir(parents=True, exist_ok=True)
     notebook: NotebookNode = papermill.execute_notebook(
         source,

@@ -70,7 +70,7 @@ class _Options:
     texts: Path = _flag(
         MISSING, "Texts like those the model is for: one a line, or .jsonl with 'text'."
     )
-    tokens: int = _flag(128, "Texts are cut off after so many.")
+    tokens: int = _flag(128, "Each text is cut to this many tokens.")
     seed: int = _flag(0, "Draws texts and probes.")
     device: str = _flag("cpu", "Where networks run: cpu, cuda, cuda:1, mps.")
     as_json: bool = _flag(False, "Print the report as JSON and nothing else.", "--json")
@@ -95,10 +95,16 @@ class _PlanOptions(_Options):
     error: float | None = _flag(
         None, "Part of the tuning's effect that may be lost; 0.1 if nothing is asked."
     )
-    parameters: int | None = _flag(None, "Or: how many numbers the factors may have.")
-    rank: int | None = _flag(None, "Or: as many numbers as this rank everywhere takes.")
+    parameters: int | None = _flag(
+        None, "Instead of --error: how many numbers the factors may have."
+    )
+    rank: int | None = _flag(
+        None, "Instead of --error: as many numbers as this rank on all modules takes."
+    )
     sure: bool = _flag(
-        False, "Reached means: by the error's limit at 95%, the cautious one.", "--sure"
+        False,
+        "Require the 95% limit of the error, not its estimate, to be at most --error.",
+        "--sure",
     )
     modules: str = _flag("all", "all, attention, mlp, or a regular expression.")
     leave: list[str] | None = _flag(
@@ -167,8 +173,8 @@ def plan(options: _PlanOptions) -> None:
 
     The status is 0 if the error measured on held-out texts is at most what was asked for. That is
     an estimate; the limit at 95% beside it is the cautious number, and may be above. With --sure
-    the limit must be at most what was asked for. It cuts 1.25% of a bootstrap of texts, not 5%,
-    since errors of texts are skewed.
+    the limit must be at most what was asked for. The limit cuts off 1.25% of a bootstrap of texts,
+    not 5%, since errors of texts are skewed.
     """
     _show(_call(workflow.plan, options), options.as_json)
 
@@ -345,8 +351,8 @@ def _show(plan: Plan, as_json: bool, out: Path | None = None) -> NoReturn:
         most = f", at most {measured.error_upper:.3g} at 95%" if plan.sure else ""
         console.print(
             f"An error of {aim:g} was not reached with ranks up to {plan.planner.max_rank}: "
-            f"the nearest found is {measured.error:.3g}{most}. Raise --max-rank, or ask for less"
-            + (", or give more texts." if plan.sure else ".")
+            f"the nearest found is {measured.error:.3g}{most}. Raise --max-rank, allow a larger "
+            + ("error, or give more texts." if plan.sure else "error, or both.")
         )
     elif out is not None:
         size = megabytes(plan.size)
@@ -356,7 +362,7 @@ def _show(plan: Plan, as_json: bool, out: Path | None = None) -> NoReturn:
     if plan.reached and aim is not None and measured.error_upper > aim:
         console.print(
             f"The error of {aim:g} is reached by the estimate, but not by its limit at 95%, "
-            "the cautious number: ask for less, or for --sure, or give more texts."
+            "the cautious number: ask for a smaller error, use --sure, or give more texts."
         )
     raise typer.Exit(status)
 

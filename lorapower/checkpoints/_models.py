@@ -242,7 +242,7 @@ def find(name: str, source: str) -> Path:
             name,
             allowed="a folder that exists, or a name on the hub that can be reached or was "
             "downloaded before",
-            given=f"{source!r}, which is no folder here, and on the hub {reason(error)}",
+            given=f"{source!r}: no such folder, and the hub did not give it ({reason(error)})",
         ) from error
 
 

@@ -73,8 +73,9 @@ def read_texts(path: Path | str) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        allowed = "a file in UTF-8 with a text a line"
-        raise InputError("texts", allowed=allowed, given=f"{path} ({error})") from error
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        allowed = "a text file in UTF-8, one text per line"
+        raise InputError("texts", allowed=allowed, given=f"{path} ({reason})") from error
     if file.suffix != ".jsonl":
         return lines
     texts = []
@@ -150,12 +151,10 @@ def _shuffle(name: str, given: Sequence[str], order: np.random.Generator) -> lis
 
 def _require(name: str, number: int, needed: int) -> None:
     if number < needed:
-        raise InputError(
-            name,
-            allowed=f"at least {needed} different texts, as a part to plan with and one to state "
-            f"errors with need {LEAST_TEXTS} each (on fewer no agreement shows that there is 95%)",
-            given=f"{number} different ones",
-        )
+        allowed = f"at least {needed} different texts"
+        if needed > LEAST_TEXTS:
+            allowed += f": {LEAST_TEXTS} to plan with and as many to measure with"
+        raise InputError(name, allowed=allowed, given=number)
 
 
 def _limit(pair: Pair, tokens: int) -> int:

@@ -252,15 +252,15 @@ def plan(
     given = {"error": error, "parameters": parameters, "rank": rank}
     asked = [name for name, value in given.items() if value is not None]
     if len(asked) > 1:
-        name = "error, parameters, rank"
-        raise InputError(name, allowed="one of them at most", given=" and ".join(asked))
+        allowed = "given alone, each of them"
+        raise InputError("error, parameters and rank", allowed=allowed, given=" and ".join(asked))
     aim = None
     if error is not None or not asked:
         aim = _ERROR if error is None else error
         if not 0 < aim <= 1:
             raise InputError("error", allowed="above 0 and at most 1, the base's own", given=aim)
     elif sure:
-        raise InputError("sure", allowed="for an error to reach", given=asked[0])
+        raise InputError("sure", allowed="used with an error", given=asked[0])
     if parameters is not None:
         _checks.integer("parameters", parameters, 0)
     if rank is not None:

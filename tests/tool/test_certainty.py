@@ -109,7 +109,7 @@ def test_plans_for_sure(places: tuple[str, str]) -> None:
     assert (report["sure"], report["reached"], report["limit_reached"]) == (True, True, True)
     options: Any
     for options in ({"rank": 1}, {"parameters": 9}):
-        with pytest.raises(InputError, match="sure must be for an error to reach; got"):
+        with pytest.raises(InputError, match="sure must be used with an error; got"):
             checkpoints.plan(*places, TEXTS, sure=True, **options)
     # Where nothing reaches an error, the limit does not either.
     never = checkpoints.plan(*places, TEXTS, error=1e-9, sure=True, max_rank=1)

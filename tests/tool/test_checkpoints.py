@@ -289,7 +289,7 @@ def test_equal_checkpoints_need_nothing(tmp_path: Path) -> None:
     ("options", "name"),
     [
         *[({"error": value}, "error") for value in (0.0, 1.1, math.nan)],
-        ({"error": 0.1, "rank": 2}, "error, parameters, rank"),
+        ({"error": 0.1, "rank": 2}, "error, parameters and rank"),
         *[({name: value}, name) for name in ("parameters", "rank") for value in (-1, 1.5)],
         ({"max_rank": 0}, "max_rank"),
         ({"bucket": 9, "max_rank": 8}, "bucket"),

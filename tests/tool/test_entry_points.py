@@ -136,7 +136,7 @@ def test_for_sure_the_limit_decides(pair: list[str], tmp_path: Path, call: Call)
     assert not out.exists()
     code, said, _ = call("extract", *pair, *options)
     assert code == 0
-    assert "or for --sure" in said
+    assert "use --sure" in said
     assert out.is_dir()
 
 

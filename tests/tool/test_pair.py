@@ -190,7 +190,7 @@ def test_missing_folders_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        InputError, match="'somebody/model', which is no folder here, and on the hub"
+        InputError, match="'somebody/model': no such folder, and the hub did not give it"
     ):
         Checkpoint("base", "somebody/model")
 
