@@ -162,7 +162,8 @@ def packed_rank(
     ``diag(g_1) V`` with the target's first gains, or the width for ``W_O``; ``m`` is the dimension
     of normalized tokens unless ``zero_gains`` gains of the target are 0. ``γ`` is ``d²`` for each
     group, and ``d`` for scores with rotary positions. It holds for almost all frozen weights; a
-    rank above a weight's side means that all of it changes.
+    rank above a weight's side means that all of it changes. Raises `InputError` for numbers out of
+    range, and for values of heads larger than ``m``, of which the theorem does not speak.
     """
     width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
     d = _checks.integer("head_size", head_size, 1)
@@ -174,6 +175,9 @@ def packed_rank(
     zero_gains = _checks.integer("zero_gains", zero_gains, 0, width, limit="the width")
     # A single gain of 0 takes no dimension from tokens without mean: the others tell what it hides.
     m = min(width - zero_gains, width - 1 if norm == "layer" else width)
+    if part == "values" and d > m:
+        # The rows of W_V are dependent on what is read, and W_O is not determined.
+        raise InputError("head_size", allowed=f"at most {m} for values, what is read", given=d)
     free = groups * (d if rotary and part == "scores" else d * d)
     sides = ((heads * d, m if part == "scores" else width), (groups * d, m))
 

@@ -93,3 +93,11 @@ def test_solve_gives_the_smallest_solution(
     right = normal(*batch, rows, 2, seed=seed)
     expected = np.linalg.pinv(matrix.numpy()) @ right.numpy()
     np.testing.assert_allclose(lowrank.solve(matrix, right).numpy(), expected, atol=1e-11)
+
+
+def test_rounding_of_the_longer_side_counts_as_zero() -> None:
+    wide = torch.zeros(2, 100, dtype=torch.float64)
+    wide[0, 0], wide[1, 1] = 1.0, 20 * torch.finfo(wide.dtype).eps
+    assert lowrank.rank(wide) == 1
+    wide[1, 1] *= 10
+    assert lowrank.rank(wide) == 2

@@ -574,6 +574,8 @@ def test_the_counts_of_packed_weights() -> None:
     assert (576 - values) ** 2 <= 3 * 64**2 < (577 - values) ** 2
     with pytest.raises(InputError, match="heads"):
         bounds.packed_rank(8, 4, 2, groups=3)
+    with pytest.raises(InputError, match="head_size must be at most 1 for values"):
+        bounds.packed_rank(4, 2, 2, part="values", zero_gains=3)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
