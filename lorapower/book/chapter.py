@@ -71,6 +71,13 @@ def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
     return ranks or [round(i * width / 16) for i in range(17)]
 
 
+def _long_enough(steps: int) -> int:
+    """Refuse steps between two measurements of the loss."""
+    if steps < 200 and steps:
+        raise InputError("steps", allowed="0, or from 200", given=steps)
+    return steps
+
+
 #: Width of a layer, from 1 to `WIDEST`.
 Width = whole(1, WIDEST)
 #: Number of layers, or of a transformer's blocks.
@@ -85,6 +92,8 @@ Layers = whole(2, 5)
 Blocks = whole(2, 4)
 #: How many seeds; 0 stands for as many as the profile has.
 Seeds = whole(0, 100)
+#: Steps of each training, from 200 on; 0 stands for as many as the profile has.
+Steps = Annotated[int, AfterValidator(_long_enough)]
 #: Ranks up to the parameter ``width``, declared before them; none stand for all, or 17 of more.
 Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: ignore[misc]
 
