@@ -25,7 +25,7 @@ from sphinx.environment import BuildEnvironment
 from verdicts import badges, verdict
 
 import lorapower
-from lorapower.book.claims import read
+from lorapower.book._executed import read_claims
 
 _TEMPLATES = [f"chapters/{name}" for name in ("built", "scorecard", "statements")]
 _ROOT = Path(lorapower.__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ def statements(env: BuildEnvironment) -> list[Statement]:
     They rest on what their proofs refer to, and on the premises that they name.
     """
     paths = chapters(env)
-    checks = Counter(claim.label for path in paths.values() for claim in read(path))
+    checks = Counter(claim.label for path in paths.values() for claim in read_claims(path))
     found: list[Statement] = []
     for docname in paths:
         for box in env.get_doctree(docname).findall(nodes.Element):

@@ -30,7 +30,7 @@ from myst_nb.core.variables import format_plain_text
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from lorapower.book.chapter import read_quotes
+from lorapower.book._executed import read_quotes
 
 _NAMED = r"(?P<name>\w+)(?::(?P<format>[^\"]+))?"
 _HERE = re.compile(rf'book\.quoted\["{_NAMED}"\]')

@@ -20,7 +20,8 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxRole
 
-from lorapower.book.claims import MIME, Claim, read
+from lorapower.book._executed import read_claims
+from lorapower.book.claims import MIME, Claim
 
 SCORECARD = "chapters/scorecard"
 _LABEL = re.compile(r"^:label: (\S+)$", re.MULTILINE)
@@ -70,7 +71,7 @@ def badges(env: BuildEnvironment, docname: str) -> dict[str, Badge]:
         return found
     texts = [cell.source for cell in nbformat.read(path, as_version=4).cells]
     stated = _LABEL.findall("\n".join(texts))
-    for place, claim in enumerate(read(path)):
+    for place, claim in enumerate(read_claims(path)):
         name = claim.label if claim.label in stated else f"{claim.label}-{place}"
         found.setdefault(name, Badge(docname, name, [])).claims.append(claim)
     return found

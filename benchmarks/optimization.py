@@ -14,7 +14,7 @@ from statistics import median
 from time import perf_counter
 
 from lorapower.experiments import sweeps, synthetic
-from lorapower.experiments.synthetic import Fused, Newton, Problem, Recipe, Setting
+from lorapower.experiments.synthetic import Fused, Problem, Recipe, Setting
 
 
 def main() -> None:
@@ -24,13 +24,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the targets")
     chosen = parser.parse_args()
 
-    grid = synthetic.GRIDS["paper"].optimizer
+    _, grid = synthetic.GRIDS["paper"]
     better = Recipe(ranks=8, learning_rate=1e-2, schedule="cosine", loss="one-sided")
-    ways: dict[str, list[Recipe] | list[Fused] | list[Newton]] = {
+    ways: dict[str, list[Recipe] | list[Fused]] = {
         "study's grid": sweeps.grid(Recipe, ranks=8, **grid),
         "one-sided, linearized": [better.replace(start="linearized")],
         "fused, 8 runs": [Fused(ranks=8, learning_rates=(1e-2, 3e-2))],
-        "Levenberg–Marquardt": [Newton(ranks=8)],
     }
     problems = sweeps.grid(
         Problem,

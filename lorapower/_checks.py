@@ -68,8 +68,7 @@ def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) 
 def choice(name: str, value: Any, options: Sequence[str], remedy: str = "") -> None:
     """Refuse a value that is not one of the options."""
     if value not in options:
-        *others, last = [repr(option) for option in options]
-        allowed = f"{', '.join(others)} or {last}" if others else last
+        allowed = f"one of {', '.join(map(repr, options))}"
         raise InputError(name, allowed=allowed, value=value, remedy=remedy)
 
 
@@ -157,13 +156,6 @@ def like_frozen(target: Any, frozen: Any) -> None:
             raise InputError("target", allowed=allowed, given=given, remedy=remedy)
 
 
-def same_sizes(adapted: Any, target: Any) -> None:
-    """Refuse a target whose weights have other sizes than those of another network."""
-    sizes = [[tuple(w.shape[-2:]) for w in network.weights] for network in (adapted, target)]
-    if sizes[0] != sizes[1]:
-        raise InputError("target", allowed=f"of weights {sizes[0]}", value=sizes[1])
-
-
 def failed_members(bad: Tensor, shown: int | None = None) -> str:
     """Name the members of a batch where ``bad`` holds, ``shown`` (flat) first."""
     if not bad.ndim:
@@ -178,15 +170,13 @@ def failed_members(bad: Tensor, shown: int | None = None) -> str:
     return words
 
 
-def common_shape(
-    name: str, shapes: Sequence[tuple[int, ...]], *, what: str = "batch shapes"
-) -> torch.Size:
-    """Find the shape to which all ``shapes`` broadcast; ``what`` says what they are."""
+def common_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.Size:
+    """Find the shape to which all ``shapes`` broadcast."""
     try:
         return torch.broadcast_shapes(*shapes)
     except RuntimeError as error:
         given = [tuple(shape) for shape in shapes]
-        raise InputError(name, allowed=f"of {what} that broadcast", given=given) from error
+        raise InputError(name, allowed="of shapes that broadcast", given=given) from error
 
 
 @contextmanager

@@ -18,11 +18,7 @@ class Record(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        ser_json_inf_nan="constants",
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
     )
 
     def __init__(self, /, **values: Any) -> None:

@@ -107,13 +107,11 @@ class Adapters:
         Biases count if they are tuned. Raises `InputError` for a batch whose members differ in this
         number.
         """
-        lengths = [update.shape[-1] for update in self.bias_updates]
-        counts = {sum(update.parameter_count for update in self.updates) + sum(lengths)}
-        if self.tuned is not None:
-            ranks, biases = self.tuned
-            sides = torch.tensor([sum(shape) for shape in self.shapes], device=ranks.device)
-            sizes = torch.tensor(lengths, dtype=torch.long, device=ranks.device)
-            counts = {*((ranks * sides).sum(-1) + (biases * sizes).sum(-1)).flatten().tolist()}
+        sides = torch.tensor([sum(shape) for shape in self.shapes])
+        lengths = torch.tensor([u.shape[-1] for u in self.bias_updates], dtype=torch.long)
+        ranks, biases = self.tuned or (torch.tensor(self.ranks), torch.ones_like(lengths))
+        each = (ranks.cpu() * sides).sum(-1) + (biases.cpu() * lengths).sum(-1)
+        counts = {*each.flatten().tolist()}
         if len(counts) != 1:
             raise InputError(
                 "adapters",

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copyreg
-import reprlib
 from pathlib import Path
 from typing import Any
 
 # The most characters that a message shows of one part.
 LONGEST = 300
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60
 
 
 def _shorten(text: str) -> str:
@@ -45,9 +42,9 @@ class InputError(LorapowerError, ValueError):
         value: object = None,
         remedy: str = "",
     ) -> None:
-        self.name, self.allowed, self.remedy = name, allowed, remedy
-        self.given = _REPR.repr(value) if given is None else given
-        message = f"{_shorten(name)} must be {_shorten(allowed)}; got {_shorten(str(self.given))}"
+        self.name = name
+        shown = repr(value) if given is None else str(given)
+        message = f"{_shorten(name)} must be {_shorten(allowed)}; got {_shorten(shown)}"
         super().__init__(f"{message}: {_shorten(remedy)}" if remedy else message)
 
 

@@ -66,6 +66,11 @@ class SVD(NamedTuple):
     S: Float[Tensor, "*batch k"]
     V: Float[Tensor, "*batch in k"]
 
+    @property
+    def condition_number(self) -> Float[Tensor, "*batch"]:
+        """``σ_1 / σ_k``, infinite for ``σ_k = 0``."""
+        return _condition(self.S)
+
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
     """Decompose a matrix of finite numbers; ``k = min(out, in)``."""
@@ -90,9 +95,8 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     It is best in both norms [thm-eckart-young]. Raises `InputError` for a rank outside
     ``0…min(out, in)`` and for a matrix that is not of finite float32 or float64 numbers.
     """
-    matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
-    rank = _checks.integer("rank", rank, 0, min(matrix.shape[-2:]), limit="the smaller side")
     U, S, V = svd(matrix)
+    rank = _checks.integer("rank", rank, 0, S.shape[-1], limit="the smaller side")
     return LowRank(U[..., :rank] * S[..., None, :rank], V[..., :rank])
 
 
@@ -114,11 +118,10 @@ def rank(
 
 def condition_number(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
     """Compute ``σ_1 / σ_min(out, in)``, which is infinite for a matrix without full rank."""
-    return condition(spectrum(matrix))
+    return _condition(spectrum(matrix))
 
 
-def condition(singular_values: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
-    """Compute ``σ_1 / σ_k`` from singular values; infinite for ``σ_k = 0``."""
+def _condition(singular_values: Tensor) -> Tensor:
     largest, smallest = singular_values[..., 0], singular_values[..., -1]
     # Also for a zero matrix, whose quotient would be 0/0.
     return torch.where(smallest > 0, largest / smallest, torch.inf)

@@ -164,7 +164,7 @@ class Box(Region):
         low, high = _numbers("low", low), _numbers("high", high)
         self._fitted = max(low.ndim, high.ndim) > 0
         low, high = torch.atleast_1d(low, high)
-        shape = _checks.common_shape("low and high", [low.shape, high.shape], what="shapes")
+        shape = _checks.common_shape("low and high", [low.shape, high.shape])
         low, high = low.expand(shape), high.expand(shape)
         empty = low > high
         if empty.any():

@@ -6,7 +6,7 @@ be few or degenerate.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -55,7 +55,7 @@ def reduced_rank(
     variance of a coordinate of ``z``: ``K = R⁺ U_r U_rᵀ R B`` with the coefficients ``B`` of the
     fit of any rank and the leading left singular vectors ``U_r`` of ``R B C^{1/2}``, ``C`` the
     covariance of ``z``. Without ``intercept``, ``a = 0`` and second moments replace covariances.
-    Raises `InputError` for non-finite numbers and sizes that do not fit.
+    Raises `InputError` for data that are not finite, or of different types or numbers of samples.
 
     Parameters
     ----------
@@ -79,12 +79,8 @@ def reduced_rank(
     out, into = y.shape[-2], z.shape[-2]
     rank = _checks.integer("rank", rank, 0, min(out, into), limit="the smaller side")
     shrinkage = _checks.tolerance("shrinkage", shrinkage)
-    E = z.new_zeros(out, into)
-    if towards is not None:
-        E = _fitting("towards", towards, (out, into), z)
-    R = None if metric is None else _fitting("metric", metric, (None, out), z)
-
-    parts = [part for part in (y, z, E, R) if part is not None]
+    E = z.new_zeros(out, into) if towards is None else towards
+    parts = [y, z, E] if metric is None else [y, z, E, metric]
     batch = _checks.common_shape("outputs and inputs", [tuple(p.shape[:-2]) for p in parts])
     y, z, E = (part.expand(*batch, *part.shape[-2:]) for part in (y, z, E))
     mean_y, mean_z = (part.mean(-1, keepdim=True) for part in (y, z))
@@ -92,7 +88,7 @@ def reduced_rank(
         mean_y, mean_z = torch.zeros_like(mean_y), torch.zeros_like(mean_z)
     y, z = y - mean_y, z - mean_z
     B, root = _coefficients(y - E @ z, z, shrinkage)
-    update = truncate(E + B, rank, inputs=root, metric=R).update
+    update = truncate(E + B, rank, inputs=root, metric=metric).update
     return Regression(update, (mean_y - update.matrix() @ mean_z)[..., 0])
 
 
@@ -193,13 +189,3 @@ def second_moment_root(
     level = g.square().mean((-2, -1), keepdim=True)
     rows = torch.cat([g / g.shape[-1] ** 0.5, (ridge * level).sqrt() * identity], -1).mT
     return torch.where(level > 0, torch.linalg.qr(rows, mode="r").R, identity)
-
-
-def _fitting(name: str, value: Any, shape: tuple[int | None, int], like: Tensor) -> Tensor:
-    """Read a matrix of these sizes, in the type and on the device of another."""
-    matrix = _checks.real_tensor(name, value, min_dims=2).to(like)
-    rows, columns = matrix.shape[-2:]
-    if columns != shape[1] or rows != (shape[0] or rows):
-        words = " × ".join("rows" if side is None else str(side) for side in shape)
-        raise InputError(name, allowed=f"of shape [..., {words}]", given=tuple(matrix.shape))
-    return matrix

@@ -32,34 +32,31 @@ def read(name: str) -> pd.DataFrame:
     `protocols.search`, the others of `protocols.compare`, all on one thread.
 
     ``"before"`` has, for six tasks and models, what can be known of a ``rank`` without training at
-    it. ``share`` and ``gain`` are of the mean gradients ``G`` and ``G'`` of two halves of 400 texts
-    at the base, and the best approximations ``G_R`` of rank R, module by module:
-    ``⟨G_R, G'⟩ / ⟨G, G'⟩`` and ``(2⟨G_R, G'⟩ - ‖G_R‖²) / ⟨G, G'⟩``, with sums over modules and both
-    orders. ``error`` is what ten steps at rank 64 lose of their effect on logits if each product of
-    factors is cut to this rank.
+    it. With the mean gradients ``G`` and ``G'`` of two halves of 400 texts at the base, and the
+    best approximations ``G_R`` of rank R, ``share`` is ``⟨G_R, G'⟩ / ⟨G, G'⟩`` and ``gain``
+    ``(2⟨G_R, G'⟩ - ‖G_R‖²) / ⟨G, G'⟩``, summed over modules and both orders. ``error`` is what ten
+    steps at rank 64 lose of their effect on logits if each product of factors is cut to this rank.
 
     ``"plans"`` has a row for each adapter of four ``tuning`` of the packaged language model: all
     weights tuned on one kind of sentences, or an adapter trained. ``method`` is another tool's
     name, one of `METHODS` of checkpoints, or ``least effect`` and ``least uniform`` for the fewest
     parameters with the error ``asked``, on texts for choosing. Otherwise ``asked`` is the uniform
-    rank whose number of parameters in blocks was the limit. With ``of blocks`` only these have
-    factors, and embeddings that tuning changed are carried as a whole. ``parameters`` counts
-    factors, ``carried`` all numbers of the file, whose size is ``bytes``; ``seconds`` were spent on
-    this adapter alone, after texts were passed. Over held-out texts there are arrays: ``squares``,
-    ``‖f̂ − f̄‖²``; ``effect``, ``‖f_0 − f̄‖²``; ``equal`` next tokens, their ``divergence``, and
-    their number, ``decisions``. ``error``, ``error_upper``, ``agreement`` and ``kl``, as in
-    `Measured`, are computed from these.
+    rank whose parameters in blocks were the limit. With ``of blocks`` only these have factors, and
+    embeddings that tuning changed are carried whole. ``parameters`` counts factors, ``carried`` all
+    numbers of the file, of size ``bytes``; ``seconds`` were spent on this adapter alone, after
+    texts were passed. Arrays over held-out texts are ``squares``, ``‖f̂ − f̄‖²``; ``effect``,
+    ``‖f_0 − f̄‖²``; ``equal`` next tokens, their ``divergence``, and their number, ``decisions``.
+    ``error``, ``error_upper``, ``agreement`` and ``kl``, as in `Measured`, are computed from these.
 
     ``"sizes"`` has adapters of equal size of the packaged language model, tuned on the next tokens
-    of movie snippets with ``seed`` 0, 3 and 4. All but one way are nothing but factors of the
-    blocks' linear layers: embeddings and norms are the base's, though full tuning changed them too.
-    An adapter that is made from another has at most as many parameters as the uniform ``rank`` in
-    these layers. Its ``way`` is
+    of movie snippets with ``seed`` 0, 3 and 4. All but one way are factors of the blocks' linear
+    layers alone; embeddings and norms are the base's, though full tuning changed them too. An
+    adapter made from another has at most the parameters of the uniform ``rank``. Its ``way`` is
 
     - ``trained`` at this rank, on all linear layers, or (seed 0) ``attention``, ``feed-forward`` or
       ``queries and keys`` alone, with about as many parameters as rank 4 on all; ``full``, or
-      ``full again``, with another seed; the ``base``; or ``blocks``, which has all that full tuning
-      changed in these layers, and the base's embeddings and norms;
+      ``full again``, with another seed; the ``base``; or ``blocks``, the base with all that full
+      tuning changed in these layers;
     - from full tuning, ``extracted`` by method ``effect``, ``svd`` by ``uniform``,
       ``extracted whole`` by ``effect`` too, with factors of embeddings and norms as tuned;
     - from the adapter trained at rank 64, ``shrunk`` by ``effect``, ``cut`` by ``uniform``, and
@@ -81,11 +78,10 @@ def read(name: str) -> pd.DataFrame:
       ``directions`` there are.
     - ``floors``, on tokens of sentences: the norm that a part has ``added``, over the token's own,
       and the cosine by which a block, or all, ``turn`` tokens. ``floor`` is the share of the
-      variance of one block's change that the other part cannot make up: for ``"attention"`` what
-      is not affine in what the feed-forward layer reads [prop-floor-attention], for ``"mlp"`` what
-      other tokens decide in attention [prop-floor-feed-forward]. ``far floor`` is the share of all
-      blocks' change, both parts, for far tokens with directions as behind this block. ``free`` is
-      the share of a change's squared norm that other weights of the same function would save.
+      variance of one block's change that the other part cannot make up [prop-floor-attention],
+      [prop-floor-feed-forward]; ``far floor`` that of all blocks' change, both parts, for far
+      tokens with directions as behind this block. ``free`` is the share of a change's squared norm
+      that other weights of the same function would save.
     - ``effect``, on held-out sentences, not of ``movies-next``: the ``error`` if only a part is as
       tuned; ``none`` and ``few`` with the names of `Measured` for no module's change, and for the
       smallest adapter found that loses at most ``√.1`` on other sentences, with so many directions

@@ -222,11 +222,7 @@ def answer(network: Any, problem: Problem) -> NDArray[np.float64]:
     outputs = np.empty((len(samples), task.outputs))
     half = problem.bfloat16 and models.has_bfloat16(device.type)
     network.eval()
-    with (
-        models.quiet(),
-        torch.no_grad(),
-        torch.autocast(device.type, torch.bfloat16, enabled=half),
-    ):
+    with models.quiet(), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         for rows in _cut(order, ANSWERED[task.next_tokens]):
             batch = {key: x.to(device) for key, x in collate([samples[i] for i in rows]).items()}
             labels = batch.pop("labels")
@@ -276,15 +272,11 @@ class _Mean(nn.Module):
         return self.encoder
 
     def forward(
-        self, attention_mask: Tensor | None = None, labels: Tensor | None = None, **inputs: Any
+        self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Any
     ) -> dict[str, Tensor]:
         hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
-        if attention_mask is None:
-            mean = hidden.mean(1)
-        else:
-            present = attention_mask.unsqueeze(-1)
-            mean = (hidden * present).sum(1) / present.sum(1)
-        logits = self.classifier(mean)
+        present = attention_mask.unsqueeze(-1)
+        logits = self.classifier((hidden * present).sum(1) / present.sum(1))
         if labels is None:
             return {"logits": logits}
         if self.config.problem_type == "regression":

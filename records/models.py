@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lorapower.checkpoints._libraries import quiet as quiet
 from lorapower.checkpoints._models import LANGUAGE as LANGUAGE
 from lorapower.checkpoints._models import PACKAGED as PACKAGED
 from lorapower.checkpoints._models import folder as folder
@@ -17,6 +16,7 @@ from lorapower.checkpoints._models import has_bfloat16 as has_bfloat16
 from lorapower.checkpoints._models import load as load
 from lorapower.checkpoints._models import place as place
 from lorapower.checkpoints._models import public_name as public_name
+from lorapower.checkpoints._models import quiet as quiet
 from lorapower.checkpoints._models import tokenizer as tokenizer
 from lorapower.errors import InputError
 

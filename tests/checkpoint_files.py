@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorapower import randomness
-from lorapower.checkpoints._libraries import quiet
+from lorapower.checkpoints._models import quiet
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -46,6 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": SIZES | DECODER,
     "qwen3": SIZES | DECODER | {"head_dim": 6},
 }
+CONFIG_FILES = "adapter_config.json", "config.json"
 Change = Callable[[str, torch.Tensor], torch.Tensor | None]
 
 
@@ -73,6 +76,22 @@ def byte_words() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=made._tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=64
     )
+
+
+def alter(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], **values: Any) -> None:
+    """Change the tensors of a checkpoint or an adapter, and entries of its configuration."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    configure(folder, **values)
+
+
+def configure(folder: Path, **values: Any) -> None:
+    """Change entries of the configuration of a checkpoint or an adapter; ``None`` takes one out."""
+    file = next(file for file in map(folder.joinpath, CONFIG_FILES) if file.is_file())
+    about = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({name: v for name, v in about.items() if v is not None}))
 
 
 def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0, *, words: bool = False) -> Change:

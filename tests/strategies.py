@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lorapower import lowrank, randomness
 from lorapower.networks import FNN, LinearNetwork, Transformer
@@ -15,6 +16,11 @@ from lorapower.networks import FNN, LinearNetwork, Transformer
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from([torch.float32, torch.float64])
 batch_shapes = st.sampled_from([(), (1,), (3,), (2, 2)])
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Draw standard normal numbers, which no network of the tests has."""
+    return randomness.normal(randomness.generator(seed, "numbers of tests"), *shape)
 
 
 def conditioned(
@@ -48,14 +54,22 @@ def of_widths(
         for l, (a, b) in enumerate(pairwise(widths))
     ]
     generator = randomness.generator(seed, "biases in tests", purpose)
-    biases = [torch.randn(b, generator=generator).double() for b in widths[1:]]
+    biases = [randomness.normal(generator, b) for b in widths[1:]]
     return FNN(weights, biases, linear_last=linear_last)
 
 
-def benign(depth: int, width: int, batch: tuple[int, ...], seed: int) -> FNN:
+def benign(
+    depth: int,
+    width: int,
+    batch: tuple[int, ...] = (),
+    seed: int = 0,
+    *,
+    linear_last: bool = False,
+) -> FNN:
     """A ReLU network of layers of condition number 3."""
     weights = conditioned(depth, width, batch_shape=batch, seed=seed).weights
-    return FNN(weights, FNN.random(depth, width, batch_shape=batch, seed=seed).biases)
+    biases = FNN.random(depth, width, batch_shape=batch, seed=seed).biases
+    return FNN(weights, biases, linear_last=linear_last)
 
 
 def moderate(depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int) -> Transformer:

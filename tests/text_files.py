@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import transformers
-from tokenizers import ByteLevelBPETokenizer
+from checkpoint_files import pair
 
-from lorapower import randomness
 from records.texts import GLUE
 
 # Sentences as they occur, with quotation marks that are not closed, and separators of lines.
@@ -53,9 +51,9 @@ def examples(task: str) -> list[dict[str, Any]]:
     """Eight rows, and in QQP one without a text."""
     about = GLUE[task]
     rows = []
-    for i, pair in enumerate(zip(ONE, OTHER, strict=True)):
+    for i, both in enumerate(zip(ONE, OTHER, strict=True)):
         label: float = i % about.classes if about.classes else 5 * i / 7
-        rows.append(dict(zip(about.columns, pair, strict=False)) | {"label": label})
+        rows.append(dict(zip(about.columns, both, strict=False)) | {"label": label})
     if task == "qqp":
         rows.append({"question1": "", "question2": "Was he?", "label": 0})
     return rows
@@ -67,25 +65,7 @@ def write_copy(folder: Path) -> str:
 
 
 def save_roberta(folder: Path) -> str:
-    """Write a tiny random RoBERTa with its tokenizer; return its folder."""
-    words = ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    lines = [*ONE, *OTHER]
-    words.train_from_iterator(lines, vocab_size=400, special_tokens=special, show_progress=False)
-    words.save_model(str(folder))
-    transformers.RobertaTokenizerFast(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
-    ).save_pretrained(folder)
-    sizes: dict[str, Any] = {
-        "vocab_size": 400,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "max_position_embeddings": 34,
-        "type_vocab_size": 1,
-    }
-    with randomness.seeded(0, "RoBERTa"):
-        network = transformers.RobertaModel(transformers.RobertaConfig(**sizes))
-    network.save_pretrained(folder)
-    return str(folder)
+    """Write a tiny random RoBERTa with a tokenizer; return its folder."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes |= {"max_position_embeddings": 33, "type_vocab_size": 2}
+    return pair(folder, "roberta", "RobertaModel", **sizes)[0]

@@ -22,7 +22,7 @@ from pathlib import Path
 import nbformat
 from bs4 import BeautifulSoup
 
-from lorapower.book.chapter import read_quotes
+from lorapower.book._executed import read_quotes
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lorapower"

@@ -30,8 +30,8 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from lorapower.book.chapter import quoted, read_quotes
-from lorapower.book.claims import read
+from lorapower.book._executed import read_claims, read_quotes
+from lorapower.book.chapter import quoted
 
 ROOT = Path(__file__).resolve().parent.parent
 _ASKED = re.compile(r'\{eval\}`book\.quoted\["([^"]+)"\]`')
@@ -132,7 +132,7 @@ def check(executed: Path, observations: bool = True) -> None:
     failing = [
         f"claim fails: {claim.statement} ({claim.label})\n"
         f"  {claim.expected:9} {claim.predicted}\n  measured  {claim.measured}"
-        for claim in read(executed)
+        for claim in read_claims(executed)
         if not claim.holds and (observations or not claim.observed)
     ]
     text = executed.read_text(encoding="utf-8")

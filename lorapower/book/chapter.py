@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
@@ -74,25 +74,15 @@ def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
 def _long_enough(steps: int) -> int:
     """Refuse steps between two measurements of the loss."""
     if steps < 200 and steps:
-        raise InputError("steps", allowed="0, or from 200", given=steps)
+        raise InputError("steps", allowed="0, or at least 200", given=steps)
     return steps
 
 
 #: Width of a layer, from 1 to `WIDEST`.
 Width = whole(1, WIDEST)
-#: Number of layers, or of a transformer's blocks.
-Depth = whole(1, 64)
-#: Attention heads of a block.
-Heads = whole(1, 16)
-#: Tokens of a sequence.
-Tokens = whole(1, 1000)
-#: Frozen layers for each layer of the target.
-Layers = whole(2, 5)
-#: Layers of the target, each of which gets `Layers`.
-Blocks = whole(2, 4)
 #: How many seeds; 0 stands for as many as the profile has.
 Seeds = whole(0, 100)
-#: Steps of each training, from 200 on; 0 stands for as many as the profile has.
+#: Steps of each training, at least 200; 0 stands for as many as the profile has.
 Steps = Annotated[int, AfterValidator(_long_enough)]
 #: Ranks up to the parameter ``width``, declared before them; none stand for all, or 17 of more.
 Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: ignore[misc]
@@ -199,17 +189,6 @@ def quote(name: str, value: Any, *, digits: int | None = None) -> None:
     shown = Markdown("")
     shown.data = text  # given at once, it would be read as a file where one has this name
     glue(name, value if digits is None else shown, display=False)
-
-
-def read_quotes(notebook: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read what an executed notebook quoted: by name, each in all its forms by MIME type."""
-    quotes = {}
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", ()):
-            if about := output.get("metadata", {}).get("scrapbook"):
-                prefix, forms = about.get("mime_prefix", ""), output["data"].items()
-                quotes[about["name"]] = {kind.removeprefix(prefix): form for kind, form in forms}
-    return quotes
 
 
 def median(values: ArrayLike, axis: int | None = None) -> Any:

@@ -1,13 +1,11 @@
 """Claim what a chapter predicted and measured, and record whether they agree.
 
-A claim at the end of a cell shows itself, and leaves a record that `read` finds for the scorecard.
+A claim at the end of a cell shows itself, and leaves a record for the scorecard.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,17 +99,6 @@ def number(value: float, digits: int) -> str:
         return mantissa
     factor = "" if mantissa == "1" else rf"{mantissa}\times"
     return f"${factor}10^{{{int(exponent)}}}$"
-
-
-def read(path: str | Path) -> list[Claim]:
-    """Read the claims that an executed notebook recorded, in its order."""
-    notebook = json.loads(Path(path).read_text(encoding="utf-8"))
-    return [
-        Claim(**output["data"][MIME])
-        for cell in notebook["cells"]
-        for output in cell.get("outputs", ())
-        if MIME in output.get("data", {})
-    ]
 
 
 def _compare(

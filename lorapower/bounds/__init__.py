@@ -4,11 +4,8 @@ All raise `InputError` for networks of another kind than theirs.
 """
 
 from . import samples
-from .expansion import first_order
 from .final_layers import colliding_inputs, final_layers_floor
 from .floors import (
-    AttentionFloor,
-    FeedForwardFloor,
     attention_floor,
     attention_only,
     directions,
@@ -36,8 +33,6 @@ from .transformer import (
 )
 
 __all__ = [
-    "AttentionFloor",
-    "FeedForwardFloor",
     "OptimalPartition",
     "attention_floor",
     "attention_only",
@@ -46,7 +41,6 @@ __all__ = [
     "far_error",
     "feed_forward_floor",
     "final_layers_floor",
-    "first_order",
     "fnn_data_threshold",
     "fnn_error",
     "fnn_error_on",

@@ -19,17 +19,9 @@ from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.transformer import Transformer
 from ..regression import reduced_rank
-from .transformer import require_sphere
 
 
-class AttentionFloor(NamedTuple):
-    """What is left where only attention is adapted.
-
-    ``value`` is ``min E‖Y(n) − K n − k‖² / D`` over matrices ``K`` of the given rank and vectors
-    ``k``, and ``standard_error`` its spread over tokens, each ``[...]``. The best ``K``, which
-    attention has to add, is ``slope``, ``[..., D, D]``, and ``k`` is ``offset``, ``[..., D]``.
-    """
-
+class _AttentionFloor(NamedTuple):
     value: Float[Tensor, "*batch"]
     standard_error: Float[Tensor, "*batch"]
     slope: Float[Tensor, "*batch width width"]
@@ -41,7 +33,7 @@ def attention_floor(
     target: Transformer,
     tokens: Float[Tensor, "width samples"],
     ranks: int | Sequence[int] | None = None,
-) -> AttentionFloor:
+) -> _AttentionFloor:
     """Estimate the least error of far tokens with attention adapted [prop-floor-attention].
 
     With ``Y(n) = lim f̄(c n) − f(c n)`` for frozen ``f`` and target ``f̄``, and whatever attention,
@@ -52,8 +44,11 @@ def attention_floor(
     directions; for others of their kind it is too low, by about one part in
     ``samples / (r (D + m − r) / D + 1)`` at rank ``r``.
 
-    The networks have equal width, norm and activation, any depth and no final norm. Raises
-    `InputError` for networks and ranks that do not fit, too few tokens, and constant ones.
+    Returns ``value``, ``min E‖Y(n) − K n − k‖² / D`` over matrices ``K`` of the given rank and
+    vectors ``k``, and its ``standard_error``, the spread over tokens, each ``[...]``. The best
+    ``K``, which attention has to add, is ``slope``, ``[..., D, D]``; ``k`` is ``offset``,
+    ``[..., D]``. The networks have equal width, norm and activation, any depth and no final norm.
+    Raises `InputError` for networks and ranks that do not fit, too few tokens, and constant ones.
 
     Parameters
     ----------
@@ -76,7 +71,7 @@ def attention_floor(
     fit = reduced_rank(gap, inner, min(rank, m))
     left = (gap - fit.update.matrix() @ inner - fit.intercept[..., None]).square().mean(-2)
     slope = fit.update.matrix() @ V.mT
-    return AttentionFloor(left.mean(-1), left.std(-1) / samples**0.5, slope, fit.intercept)
+    return _AttentionFloor(left.mean(-1), left.std(-1) / samples**0.5, slope, fit.intercept)
 
 
 def _value_ranks(network: Transformer, ranks: int | Sequence[int] | None) -> dict[str, int]:
@@ -89,9 +84,7 @@ def _value_ranks(network: Transformer, ranks: int | Sequence[int] | None) -> dic
     return {name: rank for name, kind, rank in kinds if kind in ("W_V", "W_O")}
 
 
-class FeedForwardFloor(NamedTuple):
-    """What is left where only feed-forward layers are adapted, with its standard error."""
-
+class _FeedForwardFloor(NamedTuple):
     value: Float[Tensor, "*batch"]
     standard_error: Float[Tensor, "*batch"]
 
@@ -103,7 +96,7 @@ def feed_forward_floor(
     length: int,
     *,
     seed: int = 0,
-) -> FeedForwardFloor:
+) -> _FeedForwardFloor:
     """Estimate the least error of far sequences, attention frozen [prop-floor-feed-forward].
 
     Whatever feed-forward layers and second norms become, of any size: as all tokens of sequences
@@ -112,8 +105,9 @@ def feed_forward_floor(
     is unbiased for sequences whose tokens are drawn independently from ``tokens``: half the mean
     squared difference of ``Δ`` for one token in two sequences, at random places.
 
-    The networks have equal width, norm and activation, any depth and no final norm. Raises
-    `InputError` for networks that do not fit, fewer than two tokens, and constant ones.
+    Returns its ``value`` and ``standard_error``, each ``[...]``. The networks have equal width,
+    norm and activation, any depth and no final norm. Raises `InputError` for networks that do not
+    fit, fewer than two tokens, and constant ones.
 
     Parameters
     ----------
@@ -136,7 +130,7 @@ def feed_forward_floor(
         index = place.reshape(samples, *[1] * (gap.ndim - 1)).expand(*gap.shape[:-1], 1)
         sides.append(gap.gather(-1, index)[..., 0])
     each = (sides[0] - sides[1]).square().mean(-1) / 2
-    return FeedForwardFloor(each.mean(0), each.std(0) / samples**0.5)
+    return _FeedForwardFloor(each.mean(0), each.std(0) / samples**0.5)
 
 
 def directions(
@@ -145,19 +139,15 @@ def directions(
     """Put tokens on the sphere ``‖n‖² = D``; `InputError` where the networks' spheres differ."""
     _checks.kind(Transformer, frozen=frozen, target=target)
     for name, network in (("frozen", frozen), ("target", target)):
-        if network.settings.norm is None or not network.settings.residual:
-            words = "with residual connections and norms"
-            raise InputError(name, allowed=words, given=network)
-        if network.settings.final_norm:
-            raise InputError(
-                name,
-                allowed="without a final norm",
-                given="one",
-                remedy="with it outputs for far tokens differ less and less; "
-                "from_decoder can leave it out",
-            )
+        settings = network.settings
+        if settings.norm is None or not settings.residual or settings.final_norm:
+            # With a final norm outputs for far tokens differ less and less.
+            words = "with residual connections and norms, but no final norm"
+            remedy = "from_decoder can leave the final norm out" if settings.final_norm else ""
+            raise InputError(name, allowed=words, given=network, remedy=remedy)
     target.require_like(frozen, ("norm", "activation"), ("width",))
-    require_sphere(target.dimension, target.width)
+    # On a circle or two points kinks of different units meet.
+    _checks.integer("dimension of normalized tokens", target.dimension, 3)
     v = target.as_inputs(tokens, "tokens")
     if v.ndim != 2:
         raise InputError("tokens", allowed="of shape [width, samples]", given=tuple(v.shape))

@@ -3,8 +3,7 @@
 Fixed inputs ``X`` (``n`` columns of rank ``q``) have outputs ``Y = W̄ X + Ξ`` with independent
 normal noise of standard deviation ``σ``. Least squares over adapters of total rank ``r`` turn a
 frozen linear network's product ``P = W̄ − E`` into ``P + K̂_r``, of risk ``‖(K̂_r − E) X‖²_F / n``.
-``f_d`` are the singular values of ``E X / n^{1/2}``. A spectrum is ``k = min(D_out, q)`` singular
-values ``[..., k]``; risks are returned for ranks 0 to ``k``.
+``f_d`` are the singular values of ``E X / n^{1/2}``.
 """
 
 from __future__ import annotations
@@ -34,7 +33,9 @@ _EXPONENTS, _LIMITS = (1, 2, 4, 8), 60
 class Design:
     """Describe data: ``n`` samples, ``D_out`` outputs, the inputs' rank ``q`` and the noise ``σ``.
 
-    Raises `InputError` for counts below 1, a span above ``n``, and negative noise.
+    A spectrum is ``k = min(D_out, q)`` singular values ``[..., k]``: ``f`` of the change, or ``y``
+    observed. Risks are of ranks 0 to ``k``, ``[..., k + 1]``. Raises `InputError` for counts below
+    1, a span above ``n``, negative noise and, in its methods, another number of singular values.
     """
 
     samples: int
@@ -53,71 +54,116 @@ class Design:
         """``σ²/n``."""
         return self.noise**2 / self.samples
 
+    @property
+    def edge(self) -> float:
+        """The ``f²`` from which a direction by itself pays, large sides [prop-edge].
 
-def divergence(spectrum: Spectrum, design: Design) -> Risks:
-    """Compute the degrees of freedom of least squares of each rank.
+        ``(D_out + q + (D_out² + 14 D_out q + q²)^{1/2}) σ²/2n``: below it noise has turned the
+        singular vectors so far that the direction is better left out. `simple_risk` says
+        ``(D_out + q) σ²/n``.
+        """
+        a, b = self.outputs, self.span
+        return (a + b + math.sqrt(a**2 + 14 * a * b + b**2)) * self.variance / 2
 
-    ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² − f_j²)``, the divergence of the best
-    approximation of rank ``r``; infinite where ``f_r = f_{r+1}``. Raises `InputError` for another
-    number of values. Source: [thm-risk].
-    """
-    f = _values(spectrum, design)
-    squares, r = f.square(), _ranks(f)
-    gap = squares[..., :, None] - squares[..., None, :]
-    # The approximation jumps where two values are equal, be they 0.
-    equal = 8 * f.shape[-1] * torch.finfo(f.dtype).eps * squares.amax(-1)
-    pairs = torch.where(gap > equal[..., None, None], squares[..., :, None] / gap, torch.inf)
-    shared = [2 * pairs[..., :i, i:].sum((-2, -1)) for i in range(len(r))]
-    return r * (r + abs(design.outputs - design.span)) + torch.stack(shared, -1)
+    def divergence(self, f: Spectrum) -> Risks:
+        """Compute the degrees of freedom of least squares of each rank.
 
+        ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² − f_j²)``, the divergence of the
+        best approximation of rank ``r``; infinite where ``f_r = f_{r+1}``. Source: [thm-risk].
+        """
+        f = self._read(f)
+        squares, r = f.square(), _ranks(f)
+        gap = squares[..., :, None] - squares[..., None, :]
+        # The approximation jumps where two values are equal, be they 0.
+        equal = 8 * f.shape[-1] * torch.finfo(f.dtype).eps * squares.amax(-1)
+        pairs = torch.where(gap > equal[..., None, None], squares[..., :, None] / gap, torch.inf)
+        shared = [2 * pairs[..., :i, i:].sum((-2, -1)) for i in range(len(r))]
+        return r * (r + abs(self.outputs - self.span)) + torch.stack(shared, -1)
 
-def expected_risk(spectrum: Spectrum, design: Design) -> Risks:
-    """Compute ``τ_r² + (σ²/n) div_r``, ``τ_r² = Σ_{d>r} f_d²``: mean risks up to terms in ``σ⁴``.
+    def expected_risk(self, f: Spectrum) -> Risks:
+        """Compute mean risks to order ``σ²``: ``τ_r² + (σ²/n) div_r``, ``τ_r² = Σ_{d>r} f_d²``.
 
-    Accurate where ``f_r² ≫ (D_out + q) σ²/n`` and later values are far below ``f_r`` [thm-risk].
-    """
-    return _missed(spectrum) + _freedom(spectrum, design)
+        Accurate where ``f_r² ≫ (D_out + q) σ²/n`` and later values are far below ``f_r``
+        [thm-risk].
+        """
+        return _missed(self._read(f)) + self._freedom(f)
 
+    def simple_risk(self, f: Spectrum) -> Risks:
+        """Compute ``τ_r² + σ² r (D_out + q − r)/n``, the least that `expected_risk` can be.
 
-def simple_risk(spectrum: Spectrum, design: Design) -> Risks:
-    """Compute ``τ_r² + σ² r (D_out + q − r)/n``, the least that `expected_risk` can be.
+        That is the number of parameters of a matrix of rank ``r``. A direction then pays where
+        ``f_r² > (D_out + q − 2r + 1) σ²/n``, a rule that needs what `expected_risk` needs: near its
+        limit, which is below `edge`, the rank can have well above the least risk [thm-risk].
+        """
+        f = self._read(f)
+        r = _ranks(f)
+        return _missed(f) + self.variance * r * (self.outputs + self.span - r)
 
-    That is the number of parameters of a matrix of rank ``r``. A direction then pays where
-    ``f_r² > (D_out + q − 2r + 1) σ²/n``, a rule that needs what `expected_risk` needs: near its
-    limit, which is below `edge`, the rank can have well above the least risk. Source: [thm-risk].
-    """
-    f = _values(spectrum, design)
-    r = _ranks(f)
-    return _missed(f) + design.variance * r * (design.outputs + design.span - r)
+    def sure(self, y: Spectrum) -> Risks:
+        """Estimate each rank's risk from observed singular values, without bias (Stein).
 
+        ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)``, where ``y`` are the singular values of
+        ``(Y − P X) Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``. The least of the
+        estimates is biased downwards. Source: [thm-risk].
+        """
+        return _missed(self._read(y)) - self._noise + 2 * self._freedom(y)
 
-def sure(observed: Spectrum, design: Design) -> Risks:
-    """Estimate each rank's risk from observed singular values, without bias (Stein).
+    def oracle_bound(self, f: Spectrum) -> Risks:
+        """Bound mean risks by ``2 τ_r² + 16 r σ² [(D_out^{1/2} + q^{1/2})² + 1]/n``.
 
-    ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)``, where ``y`` are the singular values of
-    ``(Y − P X) Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``. The least of the
-    estimates is biased downwards. Source: [thm-risk].
-    """
-    noise = design.outputs * design.span * design.variance
-    y = _values(observed, design)
-    return _missed(y) - noise + 2 * _freedom(y, design)
+        Source: [thm-oracle].
+        """
+        f = self._read(f)
+        size = (math.sqrt(self.outputs) + math.sqrt(self.span)) ** 2 + 1
+        return 2 * _missed(f) + 16 * _ranks(f) * self.variance * size
 
+    def shrunk_risk(
+        self, y: Spectrum, limit: Float[Tensor, "*#batch"], exponent: float
+    ) -> Float[Tensor, "*batch"]:
+        """Estimate the risk of ``φ(y) = y max(0, 1 − (λ/y)^g)`` without bias, given ``λ``, ``g``.
 
-def edge(design: Design) -> float:
-    """Compute the ``f²`` from which a direction by itself pays, large sides [prop-edge].
+        ``Σ_d (φ(y_d) − y_d)² − D_out q σ²/n + 2 (σ²/n) div φ`` with ``div φ = Σ_d [φ'(y_d) +
+        |D_out − q| φ(y_d)/y_d] + 2 Σ_{i≠j} y_i φ(y_i)/(y_i² − y_j²)``. Source: [thm-shrink].
+        """
+        y = self._read(y)
+        phi, slope = _shrunk(y, limit[..., None], exponent)
+        ratio = torch.where(y > 0, phi / y, slope)
+        gap = y[..., :, None].square() - y[..., None, :].square()
+        # Where two values agree, the derivative takes the quotient's place.
+        agree = gap.abs() <= 1e-9 * y[..., None, :].square()
+        others = torch.where(agree, 0, 1 / gap).sum(-1)
+        equal = agree.sum(-1) - 1
+        shared = 2 * y * phi * others + equal * (ratio + slope) / 2
+        freedom = (slope + abs(self.outputs - self.span) * ratio + shared).sum(-1)
+        return (phi - y).square().sum(-1) - self._noise + 2 * self.variance * freedom
 
-    ``(D_out + q + (D_out² + 14 D_out q + q²)^{1/2}) σ²/2n``: below it noise has turned the singular
-    vectors so far that the direction is better left out. `simple_risk` says ``(D_out + q) σ²/n``.
-    """
-    a, b = design.outputs, design.span
-    return (a + b + math.sqrt(a**2 + 14 * a * b + b**2)) * design.variance / 2
+    def shrink_values(self, y: Spectrum) -> tuple[Spectrum, Float[Tensor, "*batch"]]:
+        """Shrink observed singular values as `shrink` does; also return the estimated risk."""
+        y = self._read(y)
+        # From all directions to none.
+        limits = y[..., :1] * torch.linspace(0, 1, _LIMITS, dtype=y.dtype)
+        risks = [self.shrunk_risk(y[..., None, :], limits, g) for g in _EXPONENTS]
+        best, place = torch.stack(risks, -2).flatten(-2).min(-1)
+        limit = limits.gather(-1, place[..., None] % _LIMITS)
+        exponents = torch.tensor(_EXPONENTS, dtype=y.dtype)[place // _LIMITS]
+        return _shrunk(y, limit, exponents[..., None])[0], best
 
+    @property
+    def _noise(self) -> float:
+        """``D_out q σ²/n``, the mean square of the noise in the rows of ``X``."""
+        return self.outputs * self.span * self.variance
 
-def oracle_bound(spectrum: Spectrum, design: Design) -> Risks:
-    """Bound mean risks by ``2 τ_r² + 16 r σ² [(D_out^{1/2} + q^{1/2})² + 1]/n`` [thm-oracle]."""
-    f = _values(spectrum, design)
-    size = (math.sqrt(design.outputs) + math.sqrt(design.span)) ** 2 + 1
-    return 2 * _missed(f) + 16 * _ranks(f) * design.variance * size
+    def _freedom(self, f: Tensor) -> Tensor | float:
+        """Compute ``(σ²/n) div_r``, 0 without noise even where ``div_r`` is infinite."""
+        return self.variance * self.divergence(f) if self.noise else 0.0
+
+    def _read(self, spectrum: Tensor) -> Tensor:
+        values = _checks.real_tensor("spectrum", spectrum, min_dims=1).double()
+        count = min(self.outputs, self.span)
+        if values.shape[-1] != count:
+            allowed = f"{count} values, the smaller of outputs and span"
+            raise InputError("spectrum", allowed=allowed, given=f"shape {tuple(values.shape)}")
+        return values
 
 
 class _PaidRank(NamedTuple):
@@ -136,8 +182,8 @@ def paid_rank(
 ) -> _PaidRank:
     """Find the total rank of adapters of least estimated risk, from data [thm-risk].
 
-    Returns the ``rank`` that has the least of ``risks``, `sure` of each rank from 0 (of ranks that
-    differ only by rounding the lowest), the ``observed`` singular values of
+    Returns the ``rank`` that has the least of ``risks``, `Design.sure` of each rank from 0 (of
+    ranks that differ only by rounding the lowest), the ``observed`` singular values of
     ``(Y − P X) Π_X / n^{1/2}``, and the ``design`` with the noise given or estimated. Estimates
     scatter, so another rank may have the least risk; no statement bounds the difference. The frozen
     layers must be square and non-singular for adapters to reach it. ``inputs`` are ``X``, whose
@@ -148,7 +194,7 @@ def paid_rank(
     inputs that are all 0, and for unknown noise with ``n = q``.
     """
     found, _, design = _observe(frozen, inputs, outputs, noise)
-    risks = sure(found.S, design)
+    risks = design.sure(found.S)
     rounding = 8 * len(risks) * torch.finfo(risks.dtype).eps * found.S.square().sum()
     finite = risks.nan_to_num(torch.inf, torch.inf)
     rank = int((finite <= finite.min() + rounding).int().argmax())
@@ -172,50 +218,16 @@ def shrink(
     """Find the update of least estimated risk with directions shrunk, weak ones more [thm-shrink].
 
     Each singular value ``y_d`` of least squares becomes ``y max(0, 1 − (λ/y)^g)``, with the
-    ``λ ≥ 0`` and ``g`` in 1, 2, 4, 8 that have the least `shrunk_risk`. Directions with ``y_d ≤ λ``
-    are left out, so that the update has a rank. Returns the ``update`` ``K`` of the frozen
-    network's product, its estimated ``risk``, what is ``kept`` of each singular value, and the
-    ``design``. Parameters and errors are those of `paid_rank`.
+    ``λ ≥ 0`` and ``g`` in 1, 2, 4, 8 that have the least `Design.shrunk_risk`. Directions with
+    ``y_d ≤ λ`` are left out, so that the update has a rank. Returns the ``update`` ``K`` of the
+    frozen network's product, its estimated ``risk``, what is ``kept`` of each singular value, and
+    the ``design``. Parameters and errors are those of `paid_rank`.
     """
     found, whitened, design = _observe(frozen, inputs, outputs, noise)
-    kept, risk = shrink_values(found.S, design)
+    kept, risk = design.shrink_values(found.S)
     rank = int((kept > 0).sum())
     left = found.U[:, :rank] * kept[:rank] * math.sqrt(design.samples)
     return _Shrunk(LowRank(left, whitened @ found.V[:, :rank]), float(risk), kept, design)
-
-
-def shrink_values(observed: Spectrum, design: Design) -> tuple[Spectrum, Float[Tensor, "*batch"]]:
-    """Shrink observed singular values as `shrink` does; return the estimated risk, too."""
-    y = _values(observed, design)
-    # From all directions to none.
-    limits = y[..., :1] * torch.linspace(0, 1, _LIMITS, dtype=y.dtype)
-    risks = torch.stack([shrunk_risk(y[..., None, :], design, limits, g) for g in _EXPONENTS], -2)
-    best, place = risks.flatten(-2).min(-1)
-    limit = limits.gather(-1, place[..., None] % _LIMITS)
-    exponents = torch.tensor(_EXPONENTS, dtype=y.dtype)[place // _LIMITS]
-    return _shrunk(y, limit, exponents[..., None])[0], best
-
-
-def shrunk_risk(
-    observed: Spectrum, design: Design, limit: Float[Tensor, "*#batch"], exponent: float
-) -> Float[Tensor, "*batch"]:
-    """Estimate the risk of ``φ(y) = y max(0, 1 − (λ/y)^g)`` without bias, fixed ``λ`` and ``g``.
-
-    ``Σ_d (φ(y_d) − y_d)² − D_out q σ²/n + 2 (σ²/n) div φ`` with ``div φ = Σ_d [φ'(y_d) +
-    |D_out − q| φ(y_d)/y_d] + 2 Σ_{i≠j} y_i φ(y_i)/(y_i² − y_j²)``. Source: [thm-shrink].
-    """
-    y = _values(observed, design)
-    phi, slope = _shrunk(y, limit[..., None], exponent)
-    ratio = torch.where(y > 0, phi / y, slope)
-    gap = y[..., :, None].square() - y[..., None, :].square()
-    # Where two values agree, the derivative takes the quotient's place.
-    agree = gap.abs() <= 1e-9 * y[..., None, :].square()
-    others = torch.where(agree, 0, 1 / gap).sum(-1)
-    equal = agree.sum(-1) - 1
-    shared = 2 * y * phi * others + equal * (ratio + slope) / 2
-    freedom = (slope + abs(design.outputs - design.span) * ratio + shared).sum(-1)
-    noise = design.outputs * design.span * design.variance
-    return (phi - y).square().sum(-1) - noise + 2 * design.variance * freedom
 
 
 def _shrunk(y: Tensor, limit: Tensor, exponent: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -257,22 +269,20 @@ def _observe(
     return lowrank.svd(explained / math.sqrt(samples)), left / sizes, design
 
 
-def occam_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
-    """Bound ``err ≤ êrr + ((|h| ln 2 + ln 1/δ) / 2n)^{1/2}`` of a network written in ``|h|`` bits.
-
-    ``êrr`` is the share of errors on ``n`` samples. With probability ``1 − δ`` over these the bound
-    holds for all networks of a code fixed before they were seen. Source: [thm-occam].
-    """
-    return error + math.sqrt(_code_cost(error, bits, samples, delta) / 2)
-
-
 def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
-    """Find the largest ``err`` with ``kl(êrr ‖ err) ≤ (|h| ln 2 + ln 1/δ)/n``.
+    """Bound the error of a network that is written in ``|h|`` bits [thm-occam].
 
-    ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``. The bound is valid as `occam_bound` is,
-    and never above it [thm-occam].
+    ``êrr`` is its share of errors on ``n`` samples. The bound is the largest ``err`` with ``kl(êrr
+    ‖ err) ≤ (|h| ln 2 + ln 1/δ)/n``, where ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``.
+    With probability ``1 − δ`` over the samples it holds for all networks of a code fixed before
+    they were seen. Raises `InputError` for an ``error`` outside [0, 1] and a ``delta`` outside (0,
+    1).
     """
-    cost = _code_cost(error, bits, samples, delta)
+    if not 0 <= error <= 1:
+        raise InputError("error", allowed="a share from 0 to 1", given=error)
+    if not 0 < delta < 1:
+        raise InputError("delta", allowed="between 0 and 1", given=delta)
+    cost = (bits * math.log(2) - math.log(delta)) / samples
 
     def excess(b: float) -> float:
         return float(rel_entr(error, b) + rel_entr(1 - error, 1 - b)) - cost
@@ -283,34 +293,11 @@ def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> fl
     return float(brentq(excess, max(error, 1e-300), top, xtol=1e-12))
 
 
-def _values(spectrum: Tensor, design: Design) -> Tensor:
-    values = _checks.real_tensor("spectrum", spectrum, min_dims=1).double()
-    count = min(design.outputs, design.span)
-    if values.shape[-1] != count:
-        allowed = f"{count} values, the smaller of outputs and span"
-        raise InputError("spectrum", allowed=allowed, given=f"shape {tuple(values.shape)}")
-    return values
-
-
 def _ranks(spectrum: Tensor) -> Tensor:
     return torch.arange(spectrum.shape[-1] + 1, dtype=spectrum.dtype)
 
 
 def _missed(spectrum: Tensor) -> Tensor:
     """Compute ``τ_r²`` for each rank from 0 on."""
-    squares = spectrum.double().square()
+    squares = spectrum.square()
     return torch.nn.functional.pad(squares.flip(-1).cumsum(-1).flip(-1), (0, 1))
-
-
-def _freedom(spectrum: Tensor, design: Design) -> Tensor | float:
-    """Compute ``(σ²/n) div_r``, 0 without noise even where ``div_r`` is infinite."""
-    return design.variance * divergence(spectrum, design) if design.variance else 0.0
-
-
-def _code_cost(error: float, bits: float, samples: int, delta: float) -> float:
-    """Compute ``(|h| ln 2 + ln 1/δ)/n``; refuse an error that is no share, and such a ``δ``."""
-    if not 0 <= error <= 1:
-        raise InputError("error", allowed="a share from 0 to 1", given=error)
-    if not 0 < delta < 1:
-        raise InputError("delta", allowed="between 0 and 1", given=delta)
-    return (bits * math.log(2) - math.log(delta)) / samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _checks
@@ -14,10 +14,7 @@ from ..networks._segments import Segments, segments
 from ..networks.gap import Gap
 from ..networks.transformer import Norm, Transformer
 from ._narrow_heads import pair_ranks
-from ._propagation import Maps, follow_plain, follow_stream
-
-# Least dimension of normalized tokens for the statements on ReLUs.
-_LEAST = 3
+from ._nearest import nearest_network
 
 
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
@@ -51,60 +48,31 @@ def transformer_threshold(frozen: Transformer, target: Transformer) -> Int[Tenso
 
 
 def transformer_error(
-    frozen: Transformer,
-    target: Transformer,
-    rank: int,
-    x: Float[Tensor, "*#batch width n"],
+    frozen: Transformer, target: Transformer, rank: int, x: Float[Tensor, "*#batch width n"]
 ) -> Float[Tensor, "*batch"]:
-    """Bound the largest error ``‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
+    """Compute the largest error ``max_j ‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
 
     ``f`` has the best adapters of this rank on all weights that `constructions.transformer.adapt`
-    adapts, so its segments lack ``E − LR_r(E)``. The bound calculates with these matrices and with
-    the tokens of the target, and passes from block to block only how far each token may be off. So
-    with one block it is the error itself. What comes in moves the patterns within intervals; what
-    leaves a norm has turned by at most ``t = δ / (‖z̃‖² + D ε)^{1/2}``, the sine of an angle. Heads
-    too narrow for the rank make it infinite. For any network with the vectors of the construction,
-    take it as ``frozen`` and rank 0. Rounding is left out.
+    adapts, so the products of its segments are ``M̂ = M − (E − LR_r(E))``. A network reads its
+    weights only through these: one run with ``M̂`` gives ``f(x)`` before any adapter exists, up to
+    rounding in the adapters. This supposes that the target's and the reached ``M_QK`` are not
+    singular [ass-heads]. The error is infinite where nothing is known: where narrow heads get less
+    rank than they need, or a frozen product that has to change is singular [ass-regular].
 
-    It takes a run of the target, and ``N²`` distances for each head. Raises what
-    `networks.segments` raises, and `InputError` for a narrower target and a rank outside 0 to the
-    width. Source: [prop-transformer-error], [prop-residual-error].
+    Raises what `networks.segments` raises, and `InputError` for a rank outside 0 to the width and
+    for a narrower target. Source: [prop-transformer-error], [prop-residual-error].
     """
-    cut = segments(frozen, target)
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
-    if target.width < frozen.width:
+    if isinstance(target, Transformer) and target.width < frozen.width:
         raise InputError(
             "target's width",
             allowed=f"{frozen.width}, as in the frozen network",
             given=target.width,
             remedy="networks.rewriting.enlarge writes it so",
         )
-    z = target.as_inputs(x)
-    reached = cut.map(lambda name, gap: _reached(name, gap, rank))
-    maps = Segments(
-        {
-            name: Maps(gap.target.product(), gap.undone(reached[name][0]))
-            for name, gap in cut.items()
-        }
-    )
-    off = (follow_plain if target.is_plain else follow_stream)(target, maps, z)
-    too_narrow = reached.map(lambda _, part: part[1]).largest()
-    return torch.where(too_narrow, torch.inf, off.length.amax(-1))
-
-
-def _reached(name: str, gap: Gap, rank: int) -> tuple[int, Bool[Tensor, "*batch"]]:
-    """Sum a segment's ranks; say whether its narrow heads have less than they need."""
-    never = torch.zeros_like(gap.rank, dtype=torch.bool)
-    if len(Segments.WEIGHTS[name]) == 1:
-        return rank, never
-    if gap.frozen.depth == 2:
-        return sum(gap.ranks([rank, rank])), never
-    _, width, size, *_ = gap.frozen.widths
-    if size >= width:
-        return sum(gap.ranks([0, rank, rank, 0])), never
-    own, pair = min(rank, size), pair_ranks(gap)
-    too_low = torch.maximum(pair.inner, pair.outer) > own
-    return width, too_low | (pair.together > 2 * own)
+    network, unknown = nearest_network(target, segments(frozen, target), rank)
+    largest = torch.linalg.vector_norm(network(x) - target(x), dim=-2).amax(-1)
+    return torch.where(unknown, torch.inf, largest)
 
 
 def inner_rank(
@@ -134,7 +102,8 @@ def inner_rank(
     _checks.choice("norm", norm, get_args(Norm))
     _checks.choice("weight", weight, ("W_1", "W_3"))
     m = width - 1 if norm == "layer" else width
-    require_sphere(m, width)
+    # On a circle or two points kinks of different units meet.
+    _checks.integer("dimension of normalized tokens", m, 3)
     if activation == "relu" or weight == "W_3":
         free = hidden + (width - 1 if gains else 0)
     else:
@@ -186,14 +155,3 @@ def packed_rank(
 
     alone = -(-min(2 * d, m) // 2)
     return next(R for R in range(alone, width + 1) if missing(R) <= free)
-
-
-def require_sphere(m: int, width: int) -> None:
-    """Refuse norms whose outputs span too few dimensions."""
-    if m < _LEAST:
-        raise InputError(
-            "width",
-            allowed=f"such that normalized tokens span at least {_LEAST} dimensions",
-            given=f"{width}, with {m}",
-            remedy="on a circle or two points kinks of different units meet",
-        )

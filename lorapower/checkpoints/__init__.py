@@ -9,21 +9,18 @@ A base and what was tuned from it, both of transformers, and some texts are enou
     checkpoints.extract("base", "tuned", texts, "adapter", error=0.1)
 """
 
-from ._measuring import Measured
-from ._peft_files import save_peft
-from ._texts import LEAST_TEXTS, read_texts
-from .pair import Adapter, Module, Other, Pair
-from .planner import METHODS, PATHS, Planner
+from ._export import save_peft
+from ._measuring import LEAST_TEXTS, Measured, read_texts
+from .pair import Adapter, Module, Pair
+from .planner import METHODS, Planner
 from .workflow import Plan, check, extract, plan
 
 __all__ = [
     "LEAST_TEXTS",
     "METHODS",
-    "PATHS",
     "Adapter",
     "Measured",
     "Module",
-    "Other",
     "Pair",
     "Plan",
     "Planner",

@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
 from ..lowrank import LowRank
-from ._libraries import quiet, reason
-from ._models import Checkpoint, find, listed, public_name
-from ._peft_files import PEFT_CONFIG, module_factors
+from ._models import PEFT_CONFIG, Checkpoint, find, listed, public_name, quiet, reason
 
 # Entries of the configuration that make LoRA something other than W + s B A.
 _VARIANTS = (
@@ -42,27 +41,44 @@ _ROUNDING = 1e-6
 class _Adapter:
     """The configuration and the tensors of one adapter of peft."""
 
-    def __init__(self, name: str, source: str, folder: Path) -> None:
-        self.name, self.source, self.folder = name, source, folder
-        self.config = self._read_config()
-        self.tensors = self._read_tensors()
+    def __init__(self, source: str, folder: Path) -> None:
+        from peft import PeftConfig, load_peft_weights
+
+        self.source, self.folder = source, folder
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                self.config: Any = PeftConfig.from_pretrained(str(folder))
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            allowed = f"an adapter whose {PEFT_CONFIG} peft reads"
+            raise self.refuse(allowed, f"with which it fails ({reason(error)})") from error
+        self._require_plain()
+        try:
+            tensors = load_peft_weights(str(folder), device="cpu", local_files_only=True)
+        except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+            given = f"whose file is missing or damaged ({reason(error)})"
+            raise self.refuse("an adapter with its weights", given) from error
+        for key, tensor in tensors.items():
+            if bad := int((~tensor.isfinite()).sum()):
+                given = f"whose {key} has {bad} entries that are NaN or infinite"
+                remedy = "take a checkpoint from before that"
+                raise self.refuse("an adapter of finite numbers", given, remedy)
+        # With bias="all" peft writes those of saved modules twice more, and never reads them.
+        self.tensors = {
+            key: tensor.float()
+            for key, tensor in tensors.items()
+            if ".modules_to_save." not in key and ".original_module." not in key
+        }
         #: The number of classes of a head that the adapter brings.
         self.labels = next((len(v) for key, v in self.tensors.items() if key.endswith(_HEADS)), 0)
 
     def refuse(self, allowed: str, given: str, remedy: str = "") -> InputError:
         """Make the error for this adapter."""
         given = f"the adapter {self.source!r}, {given}"
-        return InputError(self.name, allowed=allowed, given=given, remedy=remedy)
+        return InputError("tuned", allowed=allowed, given=given, remedy=remedy)
 
-    def _read_config(self) -> Any:
-        from peft import PeftConfig
-
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                config: Any = PeftConfig.from_pretrained(str(self.folder))
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            allowed = f"an adapter whose {PEFT_CONFIG} peft reads"
-            raise self.refuse(allowed, f"with which it fails ({reason(error)})") from error
+    def _require_plain(self) -> None:
+        """Refuse what is not LoRA, ``W + s B A``, on the base's own weights."""
+        config = self.config
         allowed = "an adapter by LoRA, W + s B A"
         remedy = "merge it into its base if peft can (merge_and_unload), save that and name it"
         kind = getattr(config.peft_type, "value", None)
@@ -77,28 +93,6 @@ class _Adapter:
                 f"started by {start}, which changes them",
                 "save it with path_initial_model_for_weight_conversion of peft",
             )
-        return config
-
-    def _read_tensors(self) -> dict[str, Tensor]:
-        from peft import load_peft_weights
-
-        try:
-            tensors = load_peft_weights(str(self.folder), device="cpu", local_files_only=True)
-        except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-            allowed = "an adapter with its weights"
-            given = f"whose file is missing or damaged ({reason(error)})"
-            raise self.refuse(allowed, given) from error
-        for key, tensor in tensors.items():
-            if bad := int((~tensor.isfinite()).sum()):
-                allowed = "an adapter of finite numbers"
-                given = f"whose {key} has {bad} entries that are NaN or infinite"
-                raise self.refuse(allowed, given, "take a checkpoint from before that")
-        # With bias="all" peft writes those of saved modules twice more, and never reads them.
-        return {
-            key: tensor.float()
-            for key, tensor in tensors.items()
-            if ".modules_to_save." not in key and ".original_module." not in key
-        }
 
     def require_base(self, base: Checkpoint) -> None:
         """Refuse an adapter for a base of another name."""
@@ -167,21 +161,19 @@ class Adapted:
     biases, embeddings and heads. A head that the base lacks is the adapters' own.
     """
 
-    def __init__(
-        self, name: str, base: Checkpoint, adapters: Mapping[str, tuple[Path, float]]
-    ) -> None:
-        self.name, self.base = name, base
-        self.adapters = [(_Adapter(name, s, folder), w) for s, (folder, w) in adapters.items()]
+    def __init__(self, base: Checkpoint, adapters: Mapping[str, tuple[Path, float]]) -> None:
+        self.base = base
+        self.adapters = [(_Adapter(s, folder), w) for s, (folder, w) in adapters.items()]
         if [weight for _, weight in self.adapters] == [1]:
             self.source = self.adapters[0][0].source
         else:
             self.source = " + ".join(f"{weight:g} × {a.source}" for a, weight in self.adapters)
-        folders = [adapter.folder for adapter, _ in self.adapters]
+        folders = (adapter.folder for adapter, _ in self.adapters)
         has_tokenizer = (f for f in folders if (f / "tokenizer_config.json").is_file())
         self.folder = next(has_tokenizer, base.folder)
         self.config: Any = self._choose_architecture()
-        # What each adapter changes of a parameter, by factors or not; and a head of its own.
-        self._changes: dict[str, list[LowRank | Tensor]] = {}
+        # What the adapters change of a parameter, by factors or not; and a head of their own.
+        self._changes: dict[str, LowRank | Tensor] = {}
         self._own: dict[str, Tensor] = {}
         # Parameters that are kept as [in, out].
         self._transposed: set[str] = set()
@@ -203,7 +195,7 @@ class Adapted:
         for what, values in (("task", tasks), ("number of labels", labels)):
             if len(values) > 1:
                 names = ", ".join(f"{value} of {source}" for value, source in values.items())
-                raise InputError(self.name, allowed=f"adapters of one {what}", given=names)
+                raise InputError("tuned", allowed=f"adapters of one {what}", given=names)
         task = next(iter(tasks), "SEQ_CLS" if labels else "")
         if not task and (body := kinds["FEATURE_EXTRACTION"].get(config.model_type)):
             # Names that begin with that of the body are of a network with a head: the base's.
@@ -216,10 +208,10 @@ class Adapted:
         # Other types of models are refused with the base's own architecture.
         if task and (architecture := kinds[task].get(config.model_type)):
             config.architectures = [architecture]
-        for number in labels:
-            # Setting it forgets the labels' names.
-            if number != config.num_labels:
-                config.num_labels = number
+        number = next(iter(labels), config.num_labels)
+        if number != config.num_labels:
+            # Which forgets the labels' names.
+            config.num_labels = number
         return config
 
     def fit(self, network: Any) -> None:
@@ -251,28 +243,44 @@ class Adapted:
                     changes.setdefault(name, []).append(update)
                 elif not value.equal(base := self.base.read(name)):
                     changes.setdefault(name, []).append(weight * (value - base))
-        self._own = {
-            name: values[0] for name, values in heads.items() if not values[0].isnan().any()
-        }
         for name, values in heads.items():
             if any(not value.allclose(values[0], 0, 0, equal_nan=True) for value in values):
                 raise InputError(
-                    self.name,
+                    "tuned",
                     allowed="adapters with one head, or for a base with one",
                     given=f"{name} of each adapter's own, and none in the base",
                     remedy="save the base with the head that they started from, and name that",
                 )
-        self._changes = {
-            name: parts for name, parts in changes.items() if self._differs(name, parts)
-        }
+            if not values[0].isnan().any():
+                self._own[name] = values[0]
+        for name, parts in changes.items():
+            self._add_up(name, parts)
         if not self._changes and not self._own:
             several = len(self.adapters) > 1
             raise InputError(
-                self.name,
+                "tuned",
                 allowed="adapters that change the base",
                 given=f"{self.source}, of which nothing is left",
                 remedy="give other weights" if several else "name one that was trained",
             )
+
+    def _add_up(self, name: str, parts: list[LowRank | Tensor]) -> None:
+        """Keep the sum of changes, as factors if all are, unless they cancel up to rounding."""
+        matrices = torch.stack([self._matrix(name, part) for part in parts])
+        if matrices.sum(0).norm() <= _ROUNDING * max(matrix.norm() for matrix in matrices):
+            return
+        factors = [part for part in parts if isinstance(part, LowRank)]
+        if len(factors) == len(parts):
+            left, right = ([getattr(f, side) for f in factors] for side in ("left", "right"))
+            self._changes[name] = LowRank(torch.cat(left, 1), torch.cat(right, 1))
+        else:
+            self._changes[name] = matrices.sum(0)
+
+    def _matrix(self, name: str, change: LowRank | Tensor) -> Tensor:
+        """A change as it is added to a parameter."""
+        if isinstance(change, Tensor):
+            return change
+        return change.matrix().mT if name in self._transposed else change.matrix()
 
     def has(self, key: str) -> bool:
         """Whether there is a tensor of this name."""
@@ -282,63 +290,46 @@ class Adapted:
         """Read one tensor in float32."""
         if key in self._own:
             return self._own[key]
-        return sum(self._matrices(key, self._changes.get(key, ())), start=self.base.read(key))
+        base = self.base.read(key)
+        return base + self._matrix(key, self._changes[key]) if key in self._changes else base
 
     def update(self, key: str, shape: tuple[int, int]) -> LowRank | None:
         """The factors of a module's change, of rank 0 for none; ``None`` if it has another one."""
-        left, right = ([torch.zeros(side, 0)] for side in shape)
-        for change in self._changes.get(key, ()):
-            if isinstance(change, Tensor):
-                return None
-            left.append(change.left)
-            right.append(change.right)
-        return LowRank(torch.cat(left, 1), torch.cat(right, 1))
-
-    def _matrices(self, key: str, changes: Iterable[LowRank | Tensor]) -> Iterator[Tensor]:
-        """Changes as they are added to a parameter."""
-        for change in changes:
-            if isinstance(change, Tensor):
-                yield change
-            else:
-                yield change.matrix().mT if key in self._transposed else change.matrix()
-
-    def _differs(self, key: str, changes: Iterable[LowRank | Tensor]) -> bool:
-        """Whether changes leave something, beyond the rounding of what cancels."""
-        parts = torch.stack([*self._matrices(key, changes)])
-        return bool(parts.sum(0).norm() > _ROUNDING * max(part.norm() for part in parts))
+        change = self._changes.get(key, LowRank(*(torch.zeros(side, 0) for side in shape)))
+        return change if isinstance(change, LowRank) else None
 
 
 def open_tuned(
     tuned: str | Path | Mapping[str, float], base: Checkpoint, *, force: bool = False
 ) -> Checkpoint | Adapted:
     """Open a tuned checkpoint, or adapters of the base; ``force`` allows any name (`Pair.open`)."""
-    if isinstance(tuned, str | Path):
-        source = str(tuned)
-        folder = find("tuned", source)
-        if not (folder / PEFT_CONFIG).is_file():
-            checkpoint = Checkpoint("tuned", str(folder))
-            checkpoint.source = source
-            return checkpoint
-        adapters = {source: (folder, 1.0)}
-    elif isinstance(tuned, Mapping) and tuned:
-        adapters = {
-            source: (find("tuned", source), _checks.finite(f"weight of {source}", weight))
-            for source, weight in tuned.items()
-        }
-        folders = {source: folder for source, (folder, _) in adapters.items()}
-        if others := [s for s, folder in folders.items() if not (folder / PEFT_CONFIG).is_file()]:
+    if not isinstance(tuned, str | Path | Mapping) or not tuned:
+        allowed = "a checkpoint, an adapter, or a mapping of adapters to their weights"
+        raise InputError("tuned", allowed=allowed, value=tuned)
+    weights = tuned if isinstance(tuned, Mapping) else {str(tuned): 1.0}
+    adapters = {
+        source: (find("tuned", source), _checks.finite(f"weight of {source}", weight))
+        for source, weight in weights.items()
+    }
+    if others := [s for s, (f, _) in adapters.items() if not (f / PEFT_CONFIG).is_file()]:
+        if isinstance(tuned, Mapping):
             allowed = "adapters of peft, where several have weights"
             remedy = "name a checkpoint alone, without a weight"
             given = f"{listed(others)} without {PEFT_CONFIG}"
             raise InputError("tuned", allowed=allowed, given=given, remedy=remedy)
-    else:
-        allowed = "a checkpoint, an adapter, or a mapping of adapters to their weights"
-        raise InputError("tuned", allowed=allowed, value=tuned)
-    adapted = Adapted("tuned", base, adapters)
+        return Checkpoint("tuned", str(tuned), adapters[str(tuned)][0])
+    adapted = Adapted(base, adapters)
     if not force:
         for adapter, _ in adapted.adapters:
             adapter.require_base(base)
     return adapted
+
+
+def module_factors(module: Any) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """Find the factors ``A`` and ``B`` of a module that peft has wrapped, ``ΔW = B A``."""
+    if isinstance(module.base_layer, nn.Embedding):
+        return module.lora_embedding_A["default"], module.lora_embedding_B["default"]
+    return module.lora_A["default"].weight, module.lora_B["default"].weight
 
 
 def _last_part(source: str) -> str:

@@ -3,11 +3,12 @@
 # ruff: noqa: RUF009
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_type_hints
@@ -19,7 +20,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -28,9 +28,8 @@ from rich.table import Table
 
 from ..errors import InputError, LorapowerError
 from . import workflow
-from ._export import measured_rows, megabytes, percent, size_rows, without_nan
-from ._peft_files import measure_peft
-from ._texts import read_texts
+from ._export import measure_peft, measured_rows, megabytes, percent, size_rows, without_nan
+from ._measuring import read_texts
 from .workflow import Plan
 
 # Exit status: done; the error asked for is not reached; bad input.
@@ -52,12 +51,12 @@ app = typer.Typer(
 console, errors = Console(), Console(stderr=True)
 
 
-def _flag(default: Any, help: str, *names: str, **about: Any) -> Any:
+def _flag(help: str, default: Any = None, *names: str, **about: Any) -> Any:
     """A field of a command's options that is a flag; ``MISSING`` for one that must be given."""
     return field(default=default, metadata={"is": typer.Option(*names, help=help, **about)})
 
 
-def _argument(default: Any, help: str, metavar: str) -> Any:
+def _argument(help: str, metavar: str, default: Any = MISSING) -> Any:
     """A field of a command's options that is given by its place."""
     return field(default=default, metadata={"is": typer.Argument(help=help, metavar=metavar)})
 
@@ -66,15 +65,15 @@ def _argument(default: Any, help: str, metavar: str) -> Any:
 class _Options:
     """What all commands take: each field is an argument or a flag."""
 
-    base: str = _argument(MISSING, "The base: a folder, a name on the hub, or 'packaged'.", "BASE")
+    base: str = _argument("The base: a folder, a name on the hub, or 'packaged'.", "BASE")
     texts: Path = _flag(
-        MISSING, "Texts like those the model is for: one a line, or .jsonl with 'text'."
+        "Texts like those the model is for: one a line, or .jsonl with 'text'.", MISSING
     )
-    tokens: int = _flag(128, "Each text is cut to this many tokens.")
-    seed: int = _flag(0, "Draws texts and probes.")
-    device: str = _flag("cpu", "Where networks run: cpu, cuda, cuda:1, mps.")
-    as_json: bool = _flag(False, "Print the report as JSON and nothing else.", "--json")
-    quiet: bool = _flag(False, "Report no progress.", "--quiet")
+    tokens: int = _flag("Each text is cut to this many tokens.", 128)
+    seed: int = _flag("Draws texts and probes.", 0)
+    device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
+    as_json: bool = _flag("Print the report as JSON and nothing else.", False, "--json")
+    quiet: bool = _flag("Report no progress.", False, "--quiet")
 
 
 @dataclass(kw_only=True)
@@ -82,45 +81,40 @@ class _PlanOptions(_Options):
     """What `plan` takes."""
 
     tuned: str | None = _argument(
-        None, "What was tuned from it: a checkpoint, or an adapter of peft.", "TUNED"
+        "What was tuned from it: a checkpoint, or an adapter of peft.", "TUNED", None
     )
     adapter: list[str] | None = _flag(
-        None,
         "Instead of TUNED: an adapter and its weight, such as movies=0.7. May be repeated.",
         metavar="DIR=WEIGHT",
     )
-    held_out: Path | None = _flag(
-        None, "Other texts, to state errors with. Without: half of the texts."
-    )
+    held_out: Path | None = _flag("Other texts, to state errors with. Without: half of the texts.")
     error: float | None = _flag(
-        None, "Part of the tuning's effect that may be lost; 0.1 if nothing is asked."
+        "Part of the tuning's effect that may be lost; 0.1 if nothing is asked."
     )
-    parameters: int | None = _flag(
-        None, "Instead of --error: how many numbers the factors may have."
-    )
+    parameters: int | None = _flag("Instead of --error: how many numbers the factors may have.")
     rank: int | None = _flag(
-        None, "Instead of --error: as many numbers as this rank on all modules takes."
+        "Instead of --error: as many numbers as this rank on all modules takes."
     )
     sure: bool = _flag(
-        False,
         "Require the 95% limit of the error, not its estimate, to be at most --error.",
+        False,
         "--sure",
     )
-    modules: str = _flag("all", "all, attention, mlp, or a regular expression.")
+    modules: str = _flag("all, attention, mlp, or a regular expression.", "all")
     leave: list[str] | None = _flag(
-        None, "Kind that stays the base's: bias, norm, embedding, head. May be repeated."
+        "Kind that stays the base's: bias, norm, embedding, head. May be repeated."
     )
-    max_rank: int | None = _flag(None, "Highest rank of a module; 64, or 16 for serving.")
-    bucket: int | None = _flag(None, "Ranks are multiples of this; 1, or 8 for serving.")
+    max_rank: int | None = _flag("Highest rank of a module; 64, or 16 for serving.")
+    bucket: int | None = _flag("Ranks are multiples of this; 1, or 8 for serving.")
     form: Literal["peft", "serving"] = _flag(
-        "peft",
         "serving: ranks in few sizes and factors alone, as servers of many adapters want; biases, "
         "norms, embeddings and heads stay the base's, and the error says what that costs.",
+        "peft",
         "--format",
     )
     force: bool = _flag(
-        False,
         "Take adapters that name another base, and replace what is in folders for results.",
+        False,
         "--force",
     )
 
@@ -129,17 +123,17 @@ class _PlanOptions(_Options):
 class _ExtractOptions(_PlanOptions):
     """What `extract` and `shrink` take."""
 
-    out: Path = _flag(MISSING, "Folder for the adapter.")
-    merged: Path | None = _flag(None, "Folder for the adapted model in full, in float32, too.")
+    out: Path = _flag("Folder for the adapter.", MISSING)
+    merged: Path | None = _flag("Folder for the adapted model in full, in float32, too.")
 
 
 @dataclass(kw_only=True)
 class _CheckOptions(_Options):
     """What `check` takes."""
 
-    adapter: str = _argument(MISSING, "Folder of an adapter that peft reads.", "ADAPTER")
-    tuned: str = _argument(MISSING, "What it stands in for, as in `plan`.", "TUNED")
-    force: bool = _flag(False, "Take adapters for other bases.", "--force")
+    adapter: str = _argument("Folder of an adapter that peft reads.", "ADAPTER")
+    tuned: str = _argument("What it stands in for, as in `plan`.", "TUNED")
+    force: bool = _flag("Take adapters for other bases.", False, "--force")
 
 
 def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any], None]], Any]:
@@ -159,8 +153,9 @@ def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any],
         def run(**given: Any) -> None:
             function(options(**given))
 
+        functools.update_wrapper(run, function)
         run.__dict__["__signature__"] = inspect.Signature(parameters)
-        run.__name__, run.__doc__, run.__annotations__ = function.__name__, function.__doc__, {}
+        run.__annotations__ = {}
         app.command(**about)(run)
         return function
 
@@ -232,7 +227,9 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     for name in ("texts", "held_out"):
         if name in given:
             given[name] = read_texts(given[name])
-    with _progress(quiet=options.quiet or options.as_json) as report:
+    if options.quiet or options.as_json:
+        return function(**given)
+    with _Stages() as report:
         return function(**given, report=report)
 
 
@@ -249,10 +246,9 @@ def _tuned(tuned: str | None, weighted: Sequence[str] | None) -> str | dict[str,
     weights: dict[str, float] = {}
     for entry in weighted:
         folder, _, number = entry.rpartition("=")
-        try:
+        weight = math.nan
+        with suppress(ValueError):
             weight = float(number)
-        except ValueError:
-            weight = math.nan
         if not folder or not math.isfinite(weight):
             allowed = "a folder, an equals sign and a number, such as movies=0.7"
             raise InputError("--adapter", allowed=allowed, value=entry)
@@ -271,20 +267,20 @@ class _Stages:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         times = TimeElapsedColumn(), TimeRemainingColumn()
         self._bars = Progress(*columns, *times, console=errors, transient=True)
-        self._task: TaskID | None = None
-        self._said = 0.0
+        self._under_way, self._said = False, 0.0
 
     def show(self, stage: str, done: int, total: int) -> None:
         """Show how far a stage is."""
         if errors.is_terminal:
             # Not before: what is refused before any work is one line.
             self._bars.start()
-        if self._task is None or self._bars.tasks[-1].description != stage:
+        if not self._under_way or self._bars.tasks[-1].description != stage:
             self.end()
-            self._task, self._said = self._bars.add_task(stage, total=total), 0.0
+            self._bars.add_task(stage, total=total)
+            self._under_way, self._said = True, 0.0
             self._say("...")
-        self._bars.update(self._task, completed=done, total=total)
         task = self._bars.tasks[-1]
+        self._bars.update(task.id, completed=done, total=total)
         elapsed = task.elapsed or 0.0
         if done >= total:
             self.end()
@@ -295,33 +291,23 @@ class _Stages:
 
     def end(self) -> None:
         """End the stage that is under way, if there is one."""
-        if self._task is not None:
+        if self._under_way:
             self._say(f"done in {self._bars.tasks[-1].elapsed:.1f} s")
-        self._task = None
-
-    def close(self) -> None:
-        """Take the bars away."""
-        if errors.is_terminal:
-            self._bars.stop()
+        self._under_way = False
 
     def _say(self, what: str) -> None:
         if not errors.is_terminal:
             typer.echo(f"{self._bars.tasks[-1].description}: {what}", err=True)
 
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        return self.show
 
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A report of progress on the stream for errors."""
-    if quiet:
-        yield None
-        return
-    stages = _Stages()
-    try:
-        yield stages.show
-        # Not if it failed: no stage is done then.
-        stages.end()
-    finally:
-        stages.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            # Not if it failed: no stage is done then.
+            self.end()
+        if errors.is_terminal:
+            self._bars.stop()
 
 
 def _show(plan: Plan, as_json: bool, out: Path | None = None) -> NoReturn:
@@ -330,7 +316,13 @@ def _show(plan: Plan, as_json: bool, out: Path | None = None) -> NoReturn:
     if as_json:
         _print(plan.report())
         raise typer.Exit(status)
-    console.print(_ranks(plan))
+    ranks = Table(title="Ranks, and the part of the effect that each module alone loses")
+    ranks.add_column("module", overflow="fold")
+    for name in ("size", "rank", "lost"):
+        ranks.add_column(name, justify="right")
+    for name, _, rows, columns, rank, lost in plan.table().itertuples(index=False):
+        ranks.add_row(name, f"{rows}×{columns}", str(rank), percent(lost))
+    console.print(ranks)
     table = _table("In all", plan.totals(written=plan.reached and out is not None))
     table.caption = (
         "uniform: one rank for all; energy: an equal share of each change's squared norm; plain: "
@@ -365,17 +357,6 @@ def _show(plan: Plan, as_json: bool, out: Path | None = None) -> NoReturn:
             "the cautious number: ask for a smaller error, use --sure, or give more texts."
         )
     raise typer.Exit(status)
-
-
-def _ranks(plan: Plan) -> Table:
-    table = Table(title="Ranks, and the part of the effect that each module alone loses")
-    table.add_column("module", overflow="fold")
-    for name in ("size", "rank", "lost"):
-        table.add_column(name, justify="right")
-    for row in plan.table().to_dict("records"):
-        size = f"{row['out']}×{row['in']}"
-        table.add_row(row["module"], size, str(row["rank"]), percent(row["lost"]))
-    return table
 
 
 def _table(title: str, rows: Sequence[tuple[str, str]]) -> Table:

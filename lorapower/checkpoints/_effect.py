@@ -8,7 +8,7 @@ effect ``Σ_d J_d``. Products with random outputs sketch all ``J_d`` at once: fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,9 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import randomness
-from ._measuring import Readout, Reference, sum_by_text, watch
+from ._measuring import Batch, Readout, Reference, sum_by_text, watch
 from ._models import has_bfloat16
-from ._texts import Batch
 from .metrics import Directions
 from .pair import Module
 
@@ -97,7 +96,14 @@ class Derivatives:
     def __init__(self, network: Any, pool: Pool, readout: Readout) -> None:
         self._network, self._pool, self._readout = network, pool, readout
         # Of the head: its name in the pool, what its directions take in, and the joint root.
-        self._head = next(self._find_head(), None)
+        self._head: tuple[str, Tensor, Tensor] | None = None
+        for name, found in pool.directions.items() if readout.task == "language" else ():
+            if network.get_submodule(name).weight is network.get_output_embeddings().weight:
+                taken, given = found.update.right, found.update.left
+                if pool.modules[name].kind == "embedding":
+                    # Which are the transpose of a head.
+                    taken, given = given, taken
+                self._head = name, taken, readout.root_with(given)
 
     def rows(self, batch: Batch) -> Float[Tensor, "rows columns"]:
         """The outputs for a batch, whose derivatives `products` takes."""
@@ -146,18 +152,6 @@ class Derivatives:
         if self._pool.modules[name].kind == "embedding":
             return right[given]
         return (given.float() - found.mean.to(given.device)) @ right
-
-    def _find_head(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        if self._readout.task != "language":
-            return
-        weight = self._network.get_output_embeddings().weight
-        for name, found in self._pool.directions.items():
-            if self._network.get_submodule(name).weight is weight:
-                taken, given = found.update.right, found.update.left
-                if self._pool.modules[name].kind == "embedding":
-                    # Which are the transpose of a head.
-                    taken, given = given, taken
-                yield name, taken, self._readout.root_with(given)
 
 
 def _fast(network: Any, readout: Readout) -> AbstractContextManager[Any]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..errors import InputError
-from ._libraries import quiet
+from ..lowrank import LowRank
+from ._adapters import module_factors
 from ._measuring import Measured
-from ._models import public_name, tokenizer
-from ._peft_files import PEFT_CONFIG, save_peft
+from ._models import PEFT_CONFIG, public_name, quiet, require_libraries, tokenizer
 from .pair import Adapter, Pair
 
 if TYPE_CHECKING:
@@ -30,10 +32,100 @@ _TIED = (
 )
 REPORT, CARD = "report.json", "README.md"
 # ``task_type`` of an adapter in peft.
-TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION"}
+_TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION"}
+# A name that peft accepts where no module is named, and one of those among which it ties weights.
+_NO_MODULES, _TYING = "dummy-target-modules", "embed_tokens"
 
 
-def peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
+def save_peft(
+    folder: Path | str,
+    network: nn.Module,
+    updates: Mapping[str, LowRank],
+    *,
+    biases: bool = False,
+    base: str | None = None,
+    **options: Any,
+) -> None:
+    """Write updates ``ΔW = A Bᵀ`` of a network's modules as an adapter that peft reads.
+
+    The network gets peft's layers within: pass a copy if it is still needed. Updates of rank 0 are
+    left out. Raises `InputError` for modules that the network lacks, and for updates of other sizes
+    than theirs.
+
+    Parameters
+    ----------
+    updates : mapping
+        Updates, ``[out, in]``, by the names of linear modules and embeddings. (The weight of an
+        embedding, ``[words, width]``, is transposed: its ``in`` are words.)
+    biases : bool
+        Whether all biases are written too, as they are in the network.
+    base : str, optional
+        The name of the base for the configuration.
+    **options
+        Other entries of ``peft.LoraConfig``, such as ``modules_to_save``.
+    """
+    modules = dict(network.named_modules())
+    for name, update in updates.items():
+        _require_fit(name, modules.get(name), update)
+    kept = {name: update for name, update in updates.items() if update.rank}
+    ranks = {name: update.rank for name, update in kept.items()}
+    wrapped = _wrap(network, ranks, biases=biases, **options)
+    with torch.no_grad():
+        for name, update in kept.items():
+            A, B = module_factors(wrapped.base_model.model.get_submodule(name))
+            A.copy_(update.right.mT)
+            B.copy_(update.left)
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    with warnings.catch_warnings(action="ignore"):
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **options: Any) -> Any:
+    """Give a network's named modules adapters of their ranks, scaled by 1, maybe all its biases."""
+    require_libraries()
+    from peft import LoraConfig, get_peft_model
+
+    # Only a pattern matches whole names: "0" in a list would match "1.0" too.
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    largest = max(ranks.values(), default=1)
+    targets = [*map(re.escape, ranks)]
+    head: Any = getattr(network, "get_output_embeddings", lambda: None)()
+    modules = (network.get_submodule(name) for name in ranks if head is not None)
+    tied = any(isinstance(m, nn.Embedding) and m.weight is head.weight for m in modules)
+    if tied:
+        # Which peft ties only where it finds one of these names alone.
+        targets.append(_TYING)
+    config = LoraConfig(
+        target_modules="|".join(targets) or _NO_MODULES,
+        ensure_weight_tying=tied,
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        bias="all" if biases else "none",
+        inference_mode=True,
+        **options,
+    )
+    with warnings.catch_warnings(action="ignore"):
+        # It warns about tied weights and biases; what is read back is tested for these.
+        return get_peft_model(network, config)
+
+
+def _require_fit(name: str, module: nn.Module | None, update: LowRank) -> None:
+    """Refuse an update of a module that is not there or has other sizes."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim != 2:
+        allowed = "of linear modules and embeddings of the network"
+        raise InputError("updates", allowed=allowed, given=f"one of {name!r}")
+    # Of all these modules only nn.Linear keeps its weight as [out, in].
+    needed = tuple(weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1])
+    given = update.left.shape[-2], update.right.shape[-2]
+    if given != needed or update.left.ndim != 2:
+        allowed = f"of the size of their modules, {needed} for {name!r}"
+        raise InputError("updates", allowed=allowed, given=f"{[*update.left.shape[:-2], *given]}")
+
+
+def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
     """Say what `save_peft` is to keep beside the factors, without what is in ``leave``."""
     words = network.get_input_embeddings()
     whole: dict[str, None] = {}
@@ -53,14 +145,13 @@ def peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
             # peft saves a head as a whole, and would not find parts of it.
             whole[owner.partition(".")[0]] = None
     adapted = [pair.modules[name] for name in adapter.factors]
+    transposed = any(module.transposed and module.kind != "embedding" for module in adapted)
     # For classifiers peft saves heads unasked.
     headless = pair.task == "classification" and "head" in pair.leave
     return {
         "biases": biases,
-        "task_type": None if headless else TASKS[pair.task],
-        "fan_in_fan_out": any(
-            module.transposed and module.kind != "embedding" for module in adapted
-        ),
+        "task_type": None if headless else _TASKS[pair.task],
+        "fan_in_fan_out": transposed,
         "modules_to_save": [*whole] or None,
         "trainable_token_indices": rows or None,
     }
@@ -71,7 +162,7 @@ def save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
     biases = {f"{name}.bias": values.clone for name, values in adapter.biases.items()}
     # Modules to save are copied as they are now.
     pair.fill(network, "adapted", updates=dict(biases))
-    options = peft_options(pair, network, adapter)
+    options = _peft_options(pair, network, adapter)
     with quiet():
         save_peft(folder, network, adapter.factors, base=public_name(pair.base.source), **options)
 
@@ -112,6 +203,29 @@ def load(folder: Path | str, pair: Pair, device: torch.device | str = "cpu") -> 
             raise InputError("adapter", allowed=allowed, given=given) from error
 
 
+def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
+    """Count the numbers that `save` would write, and about how many bytes they take."""
+    from peft import get_peft_model_state_dict
+
+    network = pair.skeleton()
+    wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, network, adapter))
+    with warnings.catch_warnings(action="ignore"):
+        tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    about = wrapped.peft_config["default"].to_dict()
+    # In addition to 4 bytes a number: each tensor's entry in the header, and the configuration.
+    return numbers, 4 * numbers + 160 * len(tensors) + len(json.dumps(about, default=list))
+
+
+def measure_peft(folder: Path) -> tuple[int, int]:
+    """Count the numbers in an adapter's file, and the bytes of its files."""
+    from peft import load_peft_weights
+
+    tensors = load_peft_weights(str(folder), device="cpu", local_files_only=True)
+    size = sum(file.stat().st_size for file in folder.glob("adapter_*"))
+    return sum(tensor.numel() for tensor in tensors.values()), size
+
+
 def describe(
     folder: Path,
     report: Mapping[str, Any],
@@ -127,8 +241,8 @@ def describe(
     notes += f"\n{_TIED}\n" if report["ties_embeddings"] else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in totals)
     by_module = "\n".join(
-        f"| {row['module']} | {row['out']}×{row['in']} | {row['rank']} | {percent(row['lost'])} |"
-        for row in modules.to_dict("records")
+        f"| {name} | {out}×{into} | {rank} | {percent(lost)} |"
+        for name, _, out, into, rank, lost in modules.itertuples(index=False)
     )
     card = f"""---
 library_name: peft

@@ -13,10 +13,15 @@ from safetensors import SafetensorError
 from ..errors import InputError, ResultsError
 
 
+def nearest(folder: Path) -> Path:
+    """Find the folder, or the first above it that exists."""
+    return next(part for part in (folder, *folder.parents) if part.exists())
+
+
 def require_free(name: str, place: Path | str, force: bool, sign: str) -> Path:
     """Find the folder to write to: a new one or, with ``force``, one with the file ``sign``."""
     folder = Path(place).expanduser()
-    above = next(place for place in folder.absolute().parents if place.exists())
+    above = nearest(folder.absolute().parent)
     if not above.is_dir() or not os.access(above, os.W_OK):
         allowed = "in a folder that can be written to"
         raise InputError(name, allowed=allowed, given=f"{folder}, in {above}")
@@ -33,9 +38,24 @@ def require_free(name: str, place: Path | str, force: bool, sign: str) -> Path:
 
 
 @contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise `ResultsError` for a folder that cannot be written."""
+    try:
+        yield
+    except ResultsError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ResultsError(
+            folder,
+            f"cannot be written ({getattr(error, 'strerror', None) or error})",
+            remedy="make room or give access, or name another folder",
+        ) from error
+
+
+@contextlib.contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
     """Give a folder to fill, which takes its name when complete and is gone if anything fails."""
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             new, old = Path(scratch, "new"), Path(scratch, "old")
@@ -51,11 +71,3 @@ def write_folder(folder: Path) -> Iterator[Path]:
                 if old.exists():
                     old.rename(folder)
                 raise
-    except ResultsError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise ResultsError(
-            folder,
-            f"cannot be written ({getattr(error, 'strerror', None) or error})",
-            remedy="make room or give access, or name another folder",
-        ) from error

@@ -1,13 +1,11 @@
-"""How much of the tuning's effect an adapted network loses on texts, and limits of that."""
+"""Texts to plan and measure with, and how much of the tuning's effect a network loses on them."""
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +14,25 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .. import randomness
-from ._texts import Batch
-from .pair import Task
+from .. import _checks, randomness
+from ..errors import InputError
+from ._models import quiet
+from .pair import Pair, Task
 
+#: Texts that each part needs. If two models agree on 59, the lower limit of their agreement is .95
+#: at a confidence of 95%; and fewer say little about the inputs of modules.
+LEAST_TEXTS = 60
+# At most so many texts of each part are used, as time grows with them.
+_MOST = 256
+# The part of the texts for planning by which candidates are selected.
+_SELECTING = 0.25
+_BATCH = 32
+#: Texts are cut off after so many tokens.
+TOKENS = 128
+# About how many numbers a network may keep for one batch: a quarter of a gigabyte.
+_LOAD = 2**26
 # Rows of a head that are taken at a time.
 _WORDS = 2**13
 _CONFIDENCE = 0.95
@@ -28,6 +40,159 @@ _DRAWS = 4000
 # The part of the bootstrap that is cut, not 0.05: errors of texts are skewed. For 60 or 120
 # log-normal ones of σ = 1.5 this limit holds in 95% of cases.
 _TAIL = 0.0125
+
+
+class Batch(NamedTuple):
+    """Texts as a network takes them, ``[texts, tokens]``, with 1 for tokens and 0 for padding."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    @property
+    def is_token(self) -> Tensor:
+        """Which entries are tokens."""
+        return self.attention_mask.bool()
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """Arguments of a network on a device."""
+        return {name: values.to(device) for name, values in self._asdict().items()}
+
+    def rows(self, values: Tensor) -> Float[Tensor, "rows columns"]:
+        """A row for each token, or for each text where there is one value for a text."""
+        return values[self.is_token.to(values.device)] if values.ndim == 3 else values
+
+
+class Texts(NamedTuple):
+    """Texts to fit to, to select candidates by and to state errors with.
+
+    ``cut`` were cut off, and ``unknown`` is the share of tokens that stand for any unknown word.
+    """
+
+    fit: list[Batch]
+    select: list[Batch]
+    test: list[Batch]
+    cut: int
+    unknown: float
+
+
+def count(batches: Sequence[Batch]) -> int:
+    """Count the texts of batches."""
+    return sum(len(batch.input_ids) for batch in batches)
+
+
+def read_texts(path: Path | str) -> list[str]:
+    """Read the texts of a file: one a line, or of ``.jsonl`` the field ``text`` of each line.
+
+    Raises `InputError` for a file that is not in UTF-8 and for lines of JSON without this field.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        allowed = "a text file in UTF-8, one text per line"
+        raise InputError("texts", allowed=allowed, given=f"{path} ({reason})") from error
+    if file.suffix != ".jsonl":
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        text = None
+        with suppress(KeyError, TypeError, ValueError):
+            text = json.loads(line)["text"]
+        if not isinstance(text, str):
+            allowed = "lines of JSON with a field text, a text"
+            raise InputError("texts", allowed=allowed, given=f"{path}, line {number}: {line}")
+        texts.append(text)
+    return texts
+
+
+def prepare(
+    pair: Pair, texts: Sequence[str], held_out: Sequence[str] | None, *, tokens: int, seed: int
+) -> Texts:
+    """Divide texts in three parts; without ``held_out``, half of them are to state errors with."""
+    order = np.random.default_rng(randomness.number(seed, "planning texts"))
+    if held_out is None:
+        planning = _shuffle("texts", texts, order, 2 * LEAST_TEXTS)
+        half = len(planning) // 2
+        planning, stated = planning[half:], planning[:half]
+    else:
+        planning = _shuffle("texts", texts, order, LEAST_TEXTS)
+        stated = _shuffle("held_out", held_out, order, LEAST_TEXTS)
+        if both := set(planning) & set(stated):
+            raise InputError(
+                "held_out",
+                allowed="of texts that are not among those for planning",
+                given=f"{len(both)} that are, such as {min(both)!r}",
+                remedy="take them out of either file: what is stated would be too good",
+            )
+    planning, stated = planning[:_MOST], stated[:_MOST]
+    limit = _limit(pair, tokens)
+    with quiet():
+        tokenized = pair.tokenizer([*planning, *stated])["input_ids"]
+    lengths = [len(ids) for ids in tokenized]
+    unknown = sum(ids.count(pair.tokenizer.unk_token_id) for ids in tokenized)
+    first = round(_SELECTING * len(planning))
+    parts = (planning[first:], planning[:first], stated)
+    fit, select, test = ([*_batches(pair, part, limit)] for part in parts)
+    cut = sum(length > limit for length in lengths)
+    return Texts(fit, select, test, cut, unknown / sum(lengths))
+
+
+def prepare_all(pair: Pair, texts: Sequence[str], *, tokens: int, seed: int) -> list[Batch]:
+    """Make batches of all texts, or of 256 of them."""
+    order = np.random.default_rng(randomness.number(seed, "checked texts"))
+    shuffled = _shuffle("texts", texts, order, LEAST_TEXTS)
+    return [*_batches(pair, shuffled[:_MOST], _limit(pair, tokens))]
+
+
+def _shuffle(name: str, given: Sequence[str], order: np.random.Generator, needed: int) -> list[str]:
+    """The different texts that are not empty, in random order; refuses too few."""
+    if isinstance(given, str):
+        raise InputError(name, allowed="a list of texts", given="one text")
+    different = list(dict.fromkeys(text.strip() for text in given if text.strip()))
+    if len(different) < needed:
+        allowed = f"at least {needed} different texts"
+        if needed > LEAST_TEXTS:
+            allowed += f": {LEAST_TEXTS} to plan with and as many to measure with"
+        raise InputError(name, allowed=allowed, given=len(different))
+    return [different[i] for i in order.permutation(len(different))]
+
+
+def activations_per_token(config: Any) -> int:
+    """About how many numbers a network keeps of one token while it is differentiated."""
+    width = int(config.hidden_size) * int(config.num_hidden_layers)
+    return 30 * width + 3 * int(config.vocab_size)
+
+
+def _limit(pair: Pair, tokens: int) -> int:
+    """Tokens of a text at most: so many, or as many as the model takes."""
+    config = pair.tuned.config
+    places = int(getattr(config, "max_position_embeddings", 0))
+    if config.model_type in ("camembert", "roberta", "xlm-roberta"):
+        # They count positions from the one after the padding's.
+        places -= int(config.pad_token_id) + 1
+    return min(_checks.integer("tokens", tokens, 8), places)
+
+
+def _batches(pair: Pair, texts: Sequence[str], limit: int) -> Iterator[Batch]:
+    """Batches of texts of similar length, as padding costs as much as text."""
+    encoded = pair.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    # A text without tokens has no output.
+    ordered = sorted((ids for ids in encoded if ids), key=len)
+    if not ordered:
+        allowed = "texts that the model's tokenizer makes tokens of"
+        raise InputError("texts", allowed=allowed, given="none")
+    most = _LOAD // activations_per_token(pair.tuned.config)
+    while ordered:
+        size = 1
+        while size < min(_BATCH, len(ordered)) and (size + 1) * len(ordered[size]) <= most:
+            size += 1
+        ids, ordered = [torch.tensor(text) for text in ordered[:size]], ordered[size:]
+        mask = [torch.ones_like(text) for text in ids]
+        padding = pair.tokenizer.pad_token_id
+        yield Batch(pad_sequence(ids, True, padding), pad_sequence(mask, True))
 
 
 class Measured(NamedTuple):
@@ -98,8 +263,7 @@ class Readout:
     def states(self, network: Any, batch: Batch) -> Float[Tensor, "rows columns"]:
         """The states of a network of transformers."""
         if self.task == "language":
-            hidden = network.base_model(**batch.on(network.device)).last_hidden_state
-            return hidden[batch.is_token.to(hidden.device)]
+            return batch.rows(network.base_model(**batch.on(network.device)).last_hidden_state)
         return outputs(network, batch, self.task)
 
     def rows(self, states: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
@@ -117,28 +281,23 @@ class Readout:
         if self.root is None:
             return True
         head = network.get_output_embeddings()
-        pairs = (head.weight, self._weight), (head.bias, self._bias)
-        return all(a is b or (a is not None and b is not None and a.equal(b)) for a, b in pairs)
+        return head.weight.equal(self._weight) and (
+            self._bias is None or head.bias.equal(self._bias)
+        )
 
 
 class Reference:
-    """The tuned network's states, in files, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
+    """The tuned network's states, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
 
     def __init__(self, batches: Sequence[Batch], readout: Readout) -> None:
         self.batches, self.readout = batches, readout
-        self._folder = Path(tempfile.mkdtemp(prefix="lorapower-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.effect: NDArray[np.float64] = np.zeros(0)
-
-    def record_tuned(self, network: Any) -> None:
-        """Keep the states of the tuned network."""
-        for i in range(len(self.batches)):
-            self.record_batch(network, i)
+        self._states: list[Tensor] = []
 
     @torch.no_grad()
-    def record_batch(self, network: Any, i: int) -> None:
-        """Keep the states of the tuned network for one batch."""
-        np.save(self._file(i), self.readout.states(network, self.batches[i]).cpu().numpy())
+    def record_tuned(self, network: Any) -> None:
+        """Keep the states of the tuned network."""
+        self._states = [self.readout.states(network, batch).cpu() for batch in self.batches]
 
     def record_base(self, network: Any) -> None:
         """Compute the tuning's effect from the base's outputs."""
@@ -146,7 +305,7 @@ class Reference:
 
     def tuned_rows(self, i: int) -> Tensor:
         """The tuned network's outputs for a batch, as `Readout.rows`."""
-        return self.readout.rows(self._tuned(i))
+        return self.readout.rows(self._states[i])
 
     def rows(self, network: Any, batch: Batch) -> Tensor:
         """A network's outputs as `Readout.rows`, as if it had the tuned head."""
@@ -158,12 +317,12 @@ class Reference:
 
     def measure(self, network: Any, *, seed: int = 0) -> Measured:
         """Measure what a network loses, of transformers or peft."""
-        return self.measure_texts(network, seed=seed)[0]
+        return self.summarize(self.compare(network), seed=seed)
 
-    def measure_texts(self, network: Any, *, seed: int = 0) -> tuple[Measured, NDArray[np.float64]]:
-        """Measure what a network loses, and its squared error on each text."""
-        squares, equal, divergence, decisions = self.compare(network)
-        measured = Measured(
+    def summarize(self, compared: Compared, *, seed: int = 0) -> Measured:
+        """Measure what a network loses from what it does on each text."""
+        squares, equal, divergence, decisions = compared
+        return Measured(
             ratio(squares, self.effect),
             upper_limit(squares, self.effect, seed=seed),
             float(equal.sum() / decisions.sum()),
@@ -171,7 +330,6 @@ class Reference:
             float(divergence.sum() / decisions.sum()),
             len(squares),
         )
-        return measured, squares
 
     def _distances(self, network: Any) -> NDArray[np.float64]:
         """The squared distance of each text from the tuned network's outputs."""
@@ -190,9 +348,9 @@ class Reference:
         task = self.readout.task
         parts: list[NDArray[np.float64]] = []
         with torch.no_grad():
-            for i, batch in enumerate(self.batches):
+            for batch, states in zip(self.batches, self._states, strict=True):
                 values = outputs(network, batch, task)
-                target = self.readout.outputs(self._tuned(i).to(values))
+                target = self.readout.outputs(states.to(values))
                 if values.device.type == "mps":
                     # Which has no float64.
                     values, target = values.cpu(), target.cpu()
@@ -210,20 +368,13 @@ class Reference:
                 parts.append(sum_by_text(stacked, batch, task).numpy())
         return Compared(*np.concatenate(parts).T)
 
-    def _tuned(self, i: int) -> Tensor:
-        return torch.from_numpy(np.load(self._file(i)))
-
-    def _file(self, i: int) -> Path:
-        return self._folder / f"{i}.npy"
-
 
 def outputs(network: Any, batch: Batch, task: Task) -> Float[Tensor, "rows columns"]:
     """A row for each text, or each token, minus its mean; hidden states as they are."""
     result = network(**batch.on(network.device))
     if task == "encoder":
-        return result.last_hidden_state[batch.is_token.to(result.last_hidden_state.device)]
-    logits = result.logits
-    return _centre(logits if task == "classification" else logits[batch.is_token.to(logits.device)])
+        return batch.rows(result.last_hidden_state)
+    return _centre(batch.rows(result.logits))
 
 
 def _centre(logits: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
@@ -291,8 +442,10 @@ def paired_ratio(
     squares: NDArray[np.float64], others: NDArray[np.float64], *, seed: int = 0
 ) -> tuple[float, float, float]:
     """``(Σ e / Σ e')^{1/2}`` of two errors on the same texts, and its limits, about 95%."""
-    if not (squares.any() and others.any()):
-        return (0.0,) * 3 if others.any() else (math.nan,) * 3
+    if not others.any():
+        return math.nan, math.nan, math.nan
+    if not squares.any():
+        return 0.0, 0.0, 0.0
     return ratio(squares, others), *_limits(squares, others, seed)
 
 

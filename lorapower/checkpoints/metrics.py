@@ -6,6 +6,7 @@ one batch after the other, so that few or dependent samples cost no digits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,7 @@ from torch import Tensor
 
 from .. import randomness, regression
 from ..lowrank import LowRank
-from ._measuring import Readout, watch
-from ._texts import Batch, count
+from ._measuring import Batch, Readout, count, watch
 from .pair import Module
 
 # How many random combinations of a text's outputs are differentiated.
@@ -53,58 +53,24 @@ class Moments(NamedTuple):
         return regression.second_moment_root(rows.mT, RIDGE) * len(rows) ** 0.5
 
 
-class _Rows:
-    """The triangular factor of weighted rows that come in batches, and their mean."""
-
-    def __init__(self, centred: bool) -> None:
-        # The first column is then 1 in each row: the factor's first row holds the mean, and the
-        # others are about it.
-        self._first = int(centred)
-        self._total = 0.0
-        self._parts: list[Tensor] = []
-
-    def add(self, rows: Float[Tensor, "rows columns"], weights: Float[Tensor, " rows"]) -> None:
-        """Take in more rows."""
-        self._total += float(weights.sum())
-        rows = torch.cat([rows.new_ones(len(rows), self._first), rows], 1)
-        self._parts.append(rows * weights.sqrt()[:, None])
-        if sum(map(len, self._parts)) > 4 * rows.shape[1]:
-            self._parts = [self.factor()]
-
-    def moment(self) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " columns"]]:
-        """Rows whose products are the second moment, and the mean that is subtracted, or zeros."""
-        factor, first = self.factor(), self._first
-        if not self._total:
-            return factor[:, first:], torch.zeros_like(factor[0, first:])
-        mean = factor[0, 1:] / factor[0, 0] if first else torch.zeros_like(factor[0])
-        return factor[first:, first:] / self._total**0.5, mean
-
-    def factor(self) -> Float[Tensor, "rows columns"]:
-        """At most as many rows as columns, whose products are the weighted sum over all rows."""
-        rows = torch.cat(self._parts)
-        if len(rows) <= rows.shape[1] and not self._first:
-            return rows
-        return torch.linalg.qr(rows, mode="r").R
-
-
 def moments(
     network: Any,
     modules: Iterable[Module],
     batches: Sequence[Batch],
     readout: Readout,
     *,
-    centred: bool = True,
     seed: int = 0,
 ) -> dict[str, Moments]:
     """Take `Moments` of a network's modules in one pass over texts, forwards and backwards.
 
     Gradients are of random combinations, with independent normal weights, of the outputs as the
-    ``readout`` of the tuned network gives them. If ``centred``, modules with a bias have their mean
-    input subtracted.
+    ``readout`` of the tuned network gives them. Modules with a bias have their mean input
+    subtracted.
     """
     known = {module.name: module for module in modules}
-    inputs = {name: _Rows(centred and module.bias) for name, module in known.items()}
-    gradients = {name: _Rows(False) for name in known}
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    totals = dict.fromkeys(known, 0.0)
     probes = randomness.generator(seed, "probes")
     for batch in batches:
         with torch.enable_grad(), watch(network, known) as seen:
@@ -120,26 +86,32 @@ def moments(
                     allow_unused=True,
                 )
                 for i, (name, slope) in enumerate(zip(seen, slopes, strict=True)):
-                    rows = _rows(torch.zeros_like(after[i]) if slope is None else slope, batch)
-                    gradients[name].add(rows, rows.new_ones(len(rows)))
+                    rows = batch.rows(torch.zeros_like(after[i]) if slope is None else slope)
+                    gradients[name] = _fold(gradients.get(name), rows)
                     weights[i] = weights[i] + rows.square().sum(-1)
         for (name, (given, _)), weight in zip(seen.items(), weights, strict=True):
-            inputs[name].add(_rows(given, batch), _even_out(weight))
-    size = (count(batches) * PROBES) ** 0.5
-    return {
-        name: Moments(*inputs[name].moment(), gradients[name].factor() / size) for name in known
-    }
+            rows, even = batch.rows(given), torch.ones_like(weight)
+            if known[name].bias:
+                # The factor's first row then holds the mean, and the others are about it.
+                rows = torch.cat([rows.new_ones(len(rows), 1), rows], 1)
+            if (mean := weight.mean()) > 0:
+                even = EVEN + (1 - EVEN) * weight / mean
+            inputs[name] = _fold(inputs.get(name), rows * even.sqrt()[:, None])
+            totals[name] += float(even.sum())
+    found = {}
+    for name, module in known.items():
+        factor = inputs[name]
+        mean = torch.zeros_like(factor[0])
+        if module.bias:
+            mean, factor = factor[0, 1:] / factor[0, 0], factor[1:, 1:]
+        outputs = gradients[name] / (count(batches) * PROBES) ** 0.5
+        found[name] = Moments(factor / totals[name] ** 0.5, mean, outputs)
+    return found
 
 
-def _rows(values: Tensor, batch: Batch) -> Float[Tensor, "rows columns"]:
-    """A row for each token, or for each text where there is one value for a text."""
-    return values[batch.is_token] if values.ndim == 3 else values
-
-
-def _even_out(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """Weights of mean 1, a part of which is the same for all."""
-    mean = weights.mean()
-    return EVEN + (1 - EVEN) * weights / mean if mean > 0 else torch.ones_like(weights)
+def _fold(factor: Tensor | None, rows: Float[Tensor, "rows columns"]) -> Tensor:
+    """The triangular factor of rows and of those before, whose factor is given."""
+    return torch.linalg.qr(rows if factor is None else torch.cat([factor, rows]), mode="r").R
 
 
 class Directions(NamedTuple):
@@ -200,10 +172,7 @@ class _Allocation(NamedTuple):
 
     def after(self, steps: int) -> dict[str, int]:
         """Ranks after so many steps; modules of rank 0 are left out."""
-        ranks: dict[str, int] = {}
-        for name in self.modules[:steps]:
-            ranks[name] = ranks.get(name, 0) + 1
-        return ranks
+        return dict(Counter(self.modules[:steps]))
 
 
 def allocate(
@@ -225,13 +194,6 @@ def allocate(
     items = sorted(item for item in items if item[0] < 0)
     names = [name for *_, name, size in items for _ in range(size)]
     costs = np.cumsum([modules[name].cost for name in names], dtype=np.int64)
-    if step > 1:
-        # A step is bought as a whole.
-        ends = np.cumsum([size for *_, size in items], dtype=np.int64) - 1
-        costs = np.repeat(costs[ends], np.diff(ends, prepend=-1))
-    return _Allocation(names, costs)
-
-
-def cost(ranks: Mapping[str, int], modules: Mapping[str, Module]) -> int:
-    """Numbers in factors of these ranks: ``Σ_m r_m (out_m + in_m)``."""
-    return sum(modules[name].cost * rank for name, rank in ranks.items())
+    # A step is bought as a whole.
+    ends = np.cumsum([size for *_, size in items], dtype=np.int64) - 1
+    return _Allocation(names, np.repeat(costs[ends], np.diff(ends, prepend=-1)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import Adapted, open_tuned
-from ._libraries import quiet, require
-from ._models import Checkpoint, listed, tokenizer
+from ._models import Checkpoint, listed, quiet, require_libraries, tokenizer
 
 Task = Literal["classification", "language", "encoder"]
-Kind: TypeAlias = Literal["attention", "mlp", "other", "embedding", "head"]
-Values: TypeAlias = Mapping[str, Callable[[], Tensor]]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
 _BLOCKS = {
     **dict.fromkeys(("bert", "camembert", "roberta", "xlm-roberta"), "encoder.layer"),
@@ -48,23 +45,19 @@ class Module(NamedTuple):
     """
 
     name: str
-    kind: Kind
+    kind: str
     shape: tuple[int, int]
     bias: bool
     transposed: bool
 
     @property
     def cost(self) -> int:
-        """How many numbers an adapter of rank 1 has: ``out + in``."""
+        """Count the numbers of an adapter of rank 1: ``out + in``."""
         return sum(self.shape)
 
 
-class Other(NamedTuple):
-    """A parameter that tuning changed and no adapter of low rank carries, as ``size`` numbers.
-
-    ``kind`` is ``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack. Of
-    word embeddings only the rows that differ are carried.
-    """
+class _Other(NamedTuple):
+    """A parameter that tuning changed and no adapter of low rank carries, as ``size`` numbers."""
 
     name: str
     kind: str
@@ -93,8 +86,10 @@ class Pair:
     """A base and what was tuned from it; see `Pair.open`.
 
     The ``task`` is ``"classification"``, ``"language"`` or ``"encoder"``. ``modules`` are linear
-    and can have adapters; ``others`` are all else that differs, of which kinds in ``leave`` stay
-    the base's in adapted networks. Of these, ``words`` could be modules too (`with_words`): word
+    and can have adapters. ``others`` are all other parameters that differ, each with a ``name``, a
+    ``kind`` (``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack) and a
+    ``size``; word embeddings count only the rows that differ. Adapted networks keep the base's
+    values for kinds in ``leave``. Of these, ``words`` could be modules too (`with_words`): word
     embeddings and a language model's head, where what differs is more than an adapter of rank 1
     has; tied ones are one, by the embeddings' name. ``prefix`` begins names in the model without
     its head, such as ``"bert."``.
@@ -106,7 +101,7 @@ class Pair:
     task: Task
     prefix: str
     modules: dict[str, Module]
-    others: tuple[Other, ...] = ()
+    others: tuple[_Other, ...] = ()
     words: dict[str, Module] = field(default_factory=dict)
     leave: frozenset[str] = field(default=frozenset())
 
@@ -118,7 +113,9 @@ class Pair:
 
         Each is a folder, a name on the hub, or ``"packaged"``, this book's encoder. The
         architecture, and a head that the base lacks, are from ``tuned``. Weights are read later,
-        one at a time.
+        one at a time. Raises `InputError` for checkpoints that are missing, quantized, incomplete,
+        not supported, or of different architecture or size, and for adapters that are no LoRA, do
+        not fit, or change nothing.
 
         Parameters
         ----------
@@ -128,14 +125,8 @@ class Pair:
             adapter, and alike for biases, embeddings and heads that adapters save.
         force : bool
             Whether an adapter may name another base than ``base``.
-
-        Raises
-        ------
-        InputError
-            For checkpoints that are missing, quantized, incomplete, not supported, or of different
-            architecture or size; for adapters that are no LoRA, do not fit, or change nothing.
         """
-        require("checkpoints")
+        require_libraries()
         base_files = Checkpoint("base", base)
         tuned_files = open_tuned(tuned, base_files, force=force)
         architecture, task = _describe(tuned_files.config)
@@ -156,7 +147,7 @@ class Pair:
                 tuned_files.fit(_build(tuned_files.config, architecture, "cpu"))
         else:
             tuned_files.bind(sizes, stem)
-            if extra := sorted(tuned_files.unused(sizes) - base_files.unused(sizes)):
+            if extra := sorted(tuned_files.unused - base_files.unused):
                 allowed = f"with nothing but weights of {architecture}"
                 raise InputError("tuned", allowed=allowed, given=f"one with {listed(extra)}")
         if missing := sorted(name for name in sizes if not tuned_files.has(name)):
@@ -200,12 +191,6 @@ class Pair:
         """Whether adapters may change a module's bias."""
         return module.bias and "bias" not in self.leave
 
-    def ties_embeddings(self, adapter: Adapter) -> bool:
-        """Whether an adapter has factors that embeddings and a head share."""
-        kinds = {self.modules[name].kind for name in adapter.factors}
-        tied = self.task == "language" and bool(self.tuned.config.tie_word_embeddings)
-        return tied and "embedding" in kinds
-
     def change(self, name: str) -> Float[Tensor, "out in"]:
         """Compute ``ΔW`` of a module, the tuned weight minus the base's, in float32."""
         if (update := self.update(name)) is not None:
@@ -214,10 +199,9 @@ class Pair:
         return self.weight("tuned", module) - self.weight("base", module)
 
     def update(self, name: str) -> LowRank | None:
-        """Find ``ΔW`` of a module as the factors of adapters, side by side.
+        """Return ``ΔW`` of a module as the adapters' factors, or ``None`` if no factors give it.
 
-        It is ``None`` for checkpoints, and for a weight that an adapter saves as a whole. The rank
-        may exceed the sides where several adapters add up.
+        Factors of several adapters stand side by side, so the rank may exceed the sides.
         """
         if isinstance(self.tuned, Adapted):
             return self.tuned.update(f"{name}.weight", self.modules[name].shape)
@@ -246,36 +230,38 @@ class Pair:
         """Make a network of transformers without numbers, on the device ``"meta"``."""
         return _build(self.tuned.config, self.architecture, "meta")
 
-    def fill(self, network: Any, which: str, *, updates: Values | None = None) -> None:
+    def fill(
+        self, network: Any, which: str, *, updates: Mapping[str, Callable[[], Tensor]] | None = None
+    ) -> None:
         """Give a network the weights of ``"base"``, of ``"tuned"``, or of an ``"adapted"`` one.
 
-        The adapted one has the base's modules and kinds of `Other` in ``leave``, and all else as
-        tuned, as is a head that the base lacks. ``updates`` replace these values.
+        An adapted network takes its modules and the kinds in ``leave`` from the base and all else
+        from the tuned one, even a head that the base lacks. ``updates`` replace these values.
         """
-        changed = {other.name for other in self.others if other.kind not in self.leave}
         updates = updates or {}
+        carried = {other.name for other in self.others if other.kind not in self.leave}
         with torch.no_grad():
             for name, parameter in network.named_parameters():
+                tuned = which == "tuned" or (which == "adapted" and name in carried)
                 if name in updates:
-                    value = updates[name]()
-                elif which == "tuned" or (which == "adapted" and name in changed):
-                    value = self.tuned.read(name)
+                    parameter.copy_(updates[name]())
+                elif tuned or not self.base.has(name):
+                    parameter.copy_(self.tuned.read(name))
                 else:
-                    value = (self.base if self.base.has(name) else self.tuned).read(name)
-                parameter.copy_(value)
+                    parameter.copy_(self.base.read(name))
 
     def differing_rows(self, name: str) -> list[int]:
         """Find the rows of a parameter, such as word embeddings, that tuning changed."""
-        changed = self.base.read(name) != self.tuned.read(name)
-        return changed.any(1).nonzero().flatten().tolist()
+        differs = self.base.read(name) != self.tuned.read(name)
+        return differs.any(1).nonzero().flatten().tolist()
 
     def put(self, network: Any, adapter: Adapter) -> None:
         """Give a network the base's weights with an adapter, as in `fill`."""
-        self.fill(network, "adapted", updates=self._updates(adapter))
+        self.fill(network, "adapted", updates=self._adapted(adapter))
 
     def interpolate(self, network: Any, adapter: Adapter, part: float) -> None:
         """Give a network ``tuned + part · (adapted − tuned)`` for each weight."""
-        updates = self._updates(adapter)
+        updates = self._adapted(adapter)
         for other in self.others:
             if other.kind in self.leave and self.base.has(other.name):
                 updates.setdefault(other.name, functools.partial(self.base.read, other.name))
@@ -287,22 +273,22 @@ class Pair:
         values = {name: functools.partial(between, name) for name in updates}
         self.fill(network, "tuned", updates=values)
 
-    def _updates(self, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
+    def _adapted(self, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
         """Weights and biases of modules with an adapter."""
-        updates: dict[str, Callable[[], Tensor]] = {}
-        for module in self.modules.values():
-            updates[f"{module.name}.weight"] = functools.partial(self._adapted, module, adapter)
-            if module.name in adapter.biases:
-                updates[f"{module.name}.bias"] = adapter.biases[module.name].float
-        return updates
 
-    def _adapted(self, module: Module, adapter: Adapter) -> Tensor:
-        weight = self.weight("base", module)
-        if module.name in adapter.factors:
-            weight = weight + adapter.factors[module.name].matrix().to(weight.dtype)
-        return weight.mT if module.transposed else weight
+        def adapted(module: Module) -> Tensor:
+            weight = self.weight("base", module)
+            if module.name in adapter.factors:
+                weight = weight + adapter.factors[module.name].matrix().to(weight.dtype)
+            return weight.mT if module.transposed else weight
 
-    def _compare(self, network: Any, new: Collection[str]) -> Iterable[Other]:
+        updates: dict[str, Callable[[], Tensor]] = {
+            f"{module.name}.weight": functools.partial(adapted, module)
+            for module in self.modules.values()
+        }
+        return updates | {f"{name}.bias": bias.float for name, bias in adapter.biases.items()}
+
+    def _compare(self, network: Any, new: Collection[str]) -> Iterable[_Other]:
         """What differs beside the weights of modules, with what the base lacks (``new``)."""
         from transformers.pytorch_utils import Conv1D
 
@@ -321,13 +307,13 @@ class Pair:
                 kind = "head"
             else:
                 kind = "bias" if part == "bias" else "norm"
-            yield Other(name, kind, size)
+            yield _Other(name, kind, size)
 
     def _words(
-        self, network: Any, others: Iterable[Other], new: Collection[str]
+        self, network: Any, others: Iterable[_Other], new: Collection[str]
     ) -> Iterable[Module]:
         """Changed word embeddings and the head of a language model, as modules."""
-        places: list[tuple[Kind, Any]] = [("embedding", network.get_input_embeddings())]
+        places = [("embedding", network.get_input_embeddings())]
         if self.task == "language":
             places.append(("head", network.get_output_embeddings()))
         named = {module: name for name, module in network.named_modules()}
@@ -373,19 +359,15 @@ def _linear_modules(body: nn.Module, prefix: str, blocks: str, task: Task) -> It
     for name, module in body.named_modules():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        inside = (prefix + name).removeprefix(f"{blocks}.")
-        # The last hidden states do not depend on a pooling layer.
-        if inside == prefix + name and not (name == "pooler.dense" and task == "classification"):
+        name, kind = prefix + name, "other"
+        if name.startswith(f"{blocks}."):
+            # After the number of the block.
+            part = name.removeprefix(f"{blocks}.").split(".")[1]
+            kind = "attention" if part in ("attention", "attn", "self_attn") else "mlp"
+        elif name != f"{prefix}pooler.dense" or task != "classification":
+            # The last hidden states do not depend on a pooling layer.
             continue
         transposed = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        yield Module(prefix + name, _half(inside), shape, module.bias is not None, transposed)
-
-
-def _half(inside: str) -> Kind:
-    """The half of a block that a module belongs to, by its name within the blocks."""
-    number, _, rest = inside.partition(".")
-    if not number.isdigit():
-        return "other"
-    return "attention" if rest.partition(".")[0] in ("attention", "attn", "self_attn") else "mlp"
+        yield Module(name, kind, shape, module.bias is not None, transposed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -17,9 +18,8 @@ from ..errors import InputError
 from ..lowrank import LowRank
 from . import metrics
 from ._effect import Pool, choose, predict, predict_least, sketch
-from ._measuring import Measured, Readout, Reference, ratio, watch
-from ._models import require_device
-from ._texts import TOKENS, Texts, prepare
+from ._measuring import TOKENS, Compared, Measured, Readout, Reference, prepare, ratio, watch
+from ._models import listed, require_device
 from .metrics import Directions
 from .pair import KINDS, Adapter, Module, Pair
 
@@ -33,8 +33,6 @@ METHODS = {
     "energy": "same share of the norm",
     "plain": "largest singular values",
 }
-#: Methods of which the better is taken for a number of parameters.
-PATHS = ("effect", "plain")
 #: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
 
@@ -43,7 +41,8 @@ class Planner:
     """A pair of checkpoints and texts to plan adapters with.
 
     Its methods replace the weights of its ``network``, of transformers. Candidates are selected by
-    their errors on the texts of ``select``; errors are stated on those of ``test``.
+    their errors on the texts of ``select``; errors are stated on those of ``test``. Raises
+    `InputError` for too few texts, for unknown kinds and modules, and for ranks out of range.
 
     Parameters
     ----------
@@ -55,28 +54,19 @@ class Planner:
         that is searched for in names. Other linear ones stay the base's, and other ``words`` of the
         pair are carried row by row.
     leave : collection of str
-        Kinds of `Other` that stay the base's.
-    tokens : int
-        Texts are cut off after so many.
+        Kinds of other parameters (``others`` of a `Pair`) that stay the base's.
+    tokens, seed : int
+        Texts are cut off after so many tokens; the seed draws texts and probes.
     max_rank, bucket : int
         Ranks are at most ``max_rank``, and multiples of ``bucket`` or the highest that a module can
         have.
-    seed : int
-        Draws texts and probes.
     device, report
         Where the network is, and what receives progress.
 
-    Raises
-    ------
-    InputError
-        For too few texts, for unknown kinds and modules, and for ranks out of range.
-
     Attributes
     ----------
-    modules : dict
-        The modules that get factors, by name.
-    directions : dict
-        The leading singular `Directions` of each module's change.
+    modules, directions : dict
+        The modules that get factors, by name; the leading singular `Directions` of their changes.
     """
 
     def __init__(
@@ -95,16 +85,9 @@ class Planner:
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks, and find the directions of all changes."""
-        if unknown := [kind for kind in leave if kind not in KINDS]:
-            raise InputError("leave", allowed=f"among {', '.join(KINDS)}", value=unknown[0])
-        self.options = {
-            "modules": modules,
-            "leave": sorted(leave),
-            "tokens": tokens,
-            "max_rank": max_rank,
-            "bucket": bucket,
-            "seed": seed,
-        }
+        _require_leave(pair, leave)
+        self.options = {"modules": modules, "leave": sorted(leave), "tokens": tokens}
+        self.options |= {"max_rank": max_rank, "bucket": bucket, "seed": seed}
         self.max_rank = _checks.integer("max_rank", max_rank, 1)
         self.bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
         self.device = require_device(device)
@@ -112,14 +95,17 @@ class Planner:
         pair = replace(pair, leave=frozenset(leave))
         self.modules = _choose_modules(pair, modules)
         self.pair = pair = pair.with_words(self.modules)
-        self.texts: Texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
+        self.texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
         self.network = pair.network().to(self.device)
         self.readout = Readout(self.network, pair.task)
-        self.fit, self.select, self.test = (
-            Reference(batches, self.readout)
-            for batches in (self.texts.fit, self.texts.select, self.texts.test)
-        )
-        self.directions = self._decompose(self._pass_texts())
+        parts = self.texts.fit, self.texts.select, self.texts.test
+        self.fit, self.select, self.test = (Reference(part, self.readout) for part in parts)
+        means = self._pass_texts()
+        self.directions: dict[str, Directions] = {}
+        for done, name in enumerate(self.modules):
+            self.report("directions of changes", done, len(self.modules))
+            self.directions[name] = _decompose(pair, name, self.max_rank, means.get(name))
+        self.report("directions of changes", len(self.modules), len(self.modules))
         self._by_effect: dict[int, Adapter] = {}
 
     @property
@@ -134,28 +120,28 @@ class Planner:
 
     def parameters(self, rank: int) -> int:
         """Count the numbers that one rank for all modules takes."""
-        return metrics.cost(_uniform(self.modules, rank), self.modules)
+        return _cost(_uniform(self.modules, rank), self.modules)
 
     def candidate(self, method: str, parameters: int) -> Adapter:
-        """Make a method's adapter of at most so many parameters.
+        """Make an adapter with at most so many parameters, by one of ``METHODS``.
 
         With ``effect`` directions of all modules' changes are taken by what they add to the effect
-        for their cost, and gains are fitted to all of them at once [prop-coherent]. Other
-        ``METHODS`` cut singular directions off; ``uniform`` and ``energy`` give at least rank 1,
-        however few the parameters are. Raises `InputError` for an unknown method.
+        for their cost, and gains are fitted to all of them at once [prop-coherent]. Other methods
+        cut singular directions off; ``uniform`` and ``energy`` give at least rank 1, however few
+        the parameters are. Raises `InputError` for an unknown method.
         """
         _checks.choice("method", method, [*METHODS])
         if method != "effect":
-            return self._truncate(self._ranks(method, parameters))
+            return self._truncate(method, parameters)
         if parameters not in self._by_effect:
             choice = choose(self._pool, *self._sketches, parameters)
             self._by_effect[parameters] = self._with_gains(choice.gains(parameters))
         return self._by_effect[parameters]
 
     def best(self, parameters: int) -> tuple[str, Adapter]:
-        """Find the method of ``PATHS`` of least error on texts for selection, and its adapter."""
-        adapters = {method: self.candidate(method, parameters) for method in PATHS}
-        method = min(PATHS, key=lambda method: self.error(adapters[method]))
+        """Find the better of ``effect`` and ``plain`` on texts for selection, and its adapter."""
+        adapters = {method: self.candidate(method, parameters) for method in ("effect", "plain")}
+        method = min(adapters, key=lambda method: self.error(adapters[method]))
         return method, adapters[method]
 
     def least(self, error: float) -> Adapter | None:
@@ -164,7 +150,6 @@ class Planner:
         It is looked for by bisection, to a twentieth of its parameters, along the order in which
         directions are taken by ``effect``; ``None`` where the highest ranks do not reach the error.
         """
-        tell = functools.partial(self.report, "searching the smallest adapter")
         numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
         numbers = [number for number in numbers if number < self.most] + [self.most]
         aim = error**2 * float(self.select.effect.mean())
@@ -180,7 +165,8 @@ class Planner:
         low = done = 0
         while high > 1.05 * low + self.parameters(1) // 50:
             remaining = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
-            tell(done, done + max(1, math.ceil(remaining)))
+            total = done + max(1, math.ceil(remaining))
+            self.report("searching the smallest adapter", done, total)
             done += 1
             middle = round(math.sqrt(low * high)) if low else high // 2
             smaller = self._with_gains(choice.gains(middle))
@@ -188,15 +174,11 @@ class Planner:
                 adapter, high = smaller, middle
             else:
                 low = middle
-        tell(done, done)
-        self._by_effect[adapter.parameters] = adapter
+        self.report("searching the smallest adapter", done, done)
         return adapter
 
     def smallest(self, error: float) -> tuple[str, Adapter]:
-        """Find the smallest adapter with at most an error on texts for selection, or the largest.
-
-        The method that it is from comes first.
-        """
+        """Return ``"effect"`` and what `least` finds, or else `best` at the highest ranks."""
         found = self.least(error)
         return self.best(self.most) if found is None else ("effect", found)
 
@@ -209,10 +191,14 @@ class Planner:
         self.put(adapter)
         return self.select.error(self.network)
 
+    def compare(self, adapter: Adapter) -> Compared:
+        """Compare an adapter with the tuned network on the texts on which errors are stated."""
+        self.put(adapter)
+        return self.test.compare(self.network)
+
     def measure(self, adapter: Adapter) -> Measured:
         """Measure what an adapter loses on the texts for stating."""
-        self.put(adapter)
-        return self.test.measure(self.network, seed=self.seed)
+        return self.test.summarize(self.compare(adapter), seed=self.seed)
 
     def predicted(self, adapter: Adapter, step: float = 0.05) -> float:
         """Predict ``η`` on the texts for selection, to first order.
@@ -258,49 +244,31 @@ class Planner:
         self.pair.fill(self.network, "adapted", updates=updates)
         return self.test.error(self.network)
 
+    @torch.no_grad()
     def _pass_texts(self) -> dict[str, Tensor]:
-        """Record both networks on all texts; the mean inputs of modules whose biases are free."""
+        """Record both networks on texts; the mean inputs of modules whose biases are free."""
         free = [name for name, module in self.modules.items() if self.pair.frees_bias(module)]
         sums = {name: torch.zeros(self.modules[name].shape[1]) for name in free}
-        stated = self.select, self.test
-        passes = len(self.fit.batches) + 2 * sum(len(each.batches) for each in stated)
+        fit, stated = self.fit.batches if free else (), (self.select, self.test)
+        passes = len(fit) + 2 * sum(len(each.batches) for each in stated)
         tokens = done = 0
-
-        def tell(done: int) -> None:
-            self.report("passing texts", done, passes)
-
-        tell(done)
+        self.report("passing texts", done, passes)
         with watch(self.network, free) as seen:
-            for i, batch in enumerate(self.fit.batches):
-                self.fit.record_batch(self.network, i)
+            for batch in fit:
+                self.readout.states(self.network, batch)
                 number = int(batch.attention_mask.sum())
                 tokens += number
                 for name, (inputs, _) in seen.items():
-                    # A pooling layer takes in one row for a text.
-                    rows = inputs[batch.is_token] if inputs.ndim == 3 else inputs
-                    sums[name] += number * rows.mean(0).cpu()
-                tell(done := done + 1)
+                    sums[name] += number * batch.rows(inputs).mean(0).cpu()
+                self.report("passing texts", done := done + 1, passes)
         for reference in stated:
             reference.record_tuned(self.network)
-            tell(done := done + len(reference.batches))
+            self.report("passing texts", done := done + len(reference.batches), passes)
         self.pair.fill(self.network, "base")
         for reference in stated:
             reference.record_base(self.network)
-            tell(done := done + len(reference.batches))
+            self.report("passing texts", done := done + len(reference.batches), passes)
         return {name: summed / tokens for name, summed in sums.items()}
-
-    def _decompose(self, means: Mapping[str, Tensor]) -> dict[str, Directions]:
-        """Find the leading singular directions of all changes, about mean inputs."""
-        found: dict[str, Directions] = {}
-        self.report("directions of changes", 0, len(self.modules))
-        for name in self.modules:
-            directions = _singular(self.pair, name, self.max_rank).single()
-            if name in means:
-                shift = self.pair.change(name) @ means[name]
-                directions = directions._replace(mean=means[name], shift=shift)
-            found[name] = directions
-            self.report("directions of changes", len(found), len(self.modules))
-        return found
 
     @functools.cached_property
     def _pool(self) -> Pool:
@@ -310,34 +278,28 @@ class Planner:
     def _sketches(self) -> tuple[Tensor, Tensor]:
         """Derivatives at the tuned network, for fitting and for selection."""
         self.pair.fill(self.network, "tuned")
+        tell = functools.partial(self.report, "derivatives at the tuned model")
+        draws = (randomness.number(self.seed, f"sketch to {which}") for which in ("fit", "select"))
         fit, select = (
-            sketch(
-                self.network,
-                self._pool,
-                reference,
-                seed=randomness.number(self.seed, f"sketch to {purpose}"),
-                report=functools.partial(self.report, "derivatives at the tuned model"),
-            )
-            for purpose, reference in (("fit", self.fit), ("select", self.select))
+            sketch(self.network, self._pool, reference, seed=seed, report=tell)
+            for reference, seed in zip((self.fit, self.select), draws, strict=True)
         )
         return fit, select
 
-    def _ranks(self, method: str, parameters: int) -> dict[str, int]:
-        """Ranks for at most so many parameters, by a method that cuts singular directions off."""
+    def _truncate(self, method: str, parameters: int) -> Adapter:
+        """The adapter of the leading singular directions, of ranks by a method."""
         if method == "uniform":
             fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
-            return _uniform(self.modules, max(fitting, default=1))
-        if method == "energy":
-            return _by_energy(self.directions, self.modules, parameters)
-        values = {name: found.values for name, found in self.directions.items()}
-        return metrics.allocate(values, self.modules, self.bucket).ranks(parameters)
-
-    def _truncate(self, ranks: Mapping[str, int]) -> Adapter:
-        """The adapter of the leading singular directions, of these ranks."""
+            ranks = _uniform(self.modules, max(fitting, default=1))
+        elif method == "energy":
+            ranks = _by_energy(self.directions, self.modules, parameters)
+        else:
+            values = {name: found.values for name, found in self.directions.items()}
+            ranks = metrics.allocate(values, self.modules, self.bucket).ranks(parameters)
         factors = {
             name: _balance(found.update.leading(ranks[name]))
             for name, found in self.directions.items()
-            if ranks.get(name)
+            if name in ranks
         }
         return Adapter(factors, {})
 
@@ -365,16 +327,24 @@ def _balance(update: LowRank) -> LowRank:
     return LowRank((Q @ U * half).float(), (P @ Vh.mT * half).float())
 
 
-def _singular(pair: Pair, name: str, most: int) -> Directions:
-    """The leading singular directions of a change, of its factors where it has some."""
+def _decompose(pair: Pair, name: str, most: int, mean: Tensor | None) -> Directions:
+    """The leading singular directions of a change, about a mean input, in float32."""
     update = pair.update(name)
     if update is None or not update.rank:
-        return metrics.directions(pair.change(name), None, most)
-    Q, left = torch.linalg.qr(update.left.double())
-    P, right = torch.linalg.qr(update.right.double())
-    core = metrics.directions(left @ right.mT, None, most)
-    update = LowRank(Q @ core.update.left, P @ core.update.right)
-    return core._replace(update=update, shift=Q.new_zeros(len(Q)), mean=P.new_zeros(len(P)))
+        found = metrics.directions(pair.change(name), None, most)
+    else:
+        Q, left = torch.linalg.qr(update.left.double())
+        P, right = torch.linalg.qr(update.right.double())
+        core = metrics.directions(left @ right.mT, None, most)
+        found = core._replace(update=LowRank(Q @ core.update.left, P @ core.update.right))
+    out, into = pair.modules[name].shape
+    shift = torch.zeros(out) if mean is None else pair.change(name) @ mean
+    return found._replace(mean=torch.zeros(into) if mean is None else mean, shift=shift).single()
+
+
+def _cost(ranks: Mapping[str, int], modules: Mapping[str, Module]) -> int:
+    """Numbers in factors of these ranks: ``Σ_m r_m (out_m + in_m)``."""
+    return sum(modules[name].cost * rank for name, rank in ranks.items())
 
 
 def _uniform(modules: Mapping[str, Module], rank: int) -> dict[str, int]:
@@ -391,32 +361,44 @@ def _by_energy(
         for name, found in directions.items()
         if found.total
     }
-
-    def ranks(least: float) -> dict[str, int]:
-        return {
-            name: min(int((share < least).sum()) + 1, len(share)) for name, share in shares.items()
-        }
-
     low, high = 0.0, 1.0
+    ranks = dict.fromkeys(shares, 1)
     for _ in range(40):
         middle = (low + high) / 2
-        fits = metrics.cost(ranks(middle), modules) <= parameters
-        low, high = (middle, high) if fits else (low, middle)
-    return ranks(low)
+        trial = {n: min(int((s < middle).sum()) + 1, len(s)) for n, s in shares.items()}
+        if _cost(trial, modules) <= parameters:
+            low, ranks = middle, trial
+        else:
+            high = middle
+    return ranks
+
+
+def _require_leave(pair: Pair, leave: Collection[str]) -> None:
+    """Refuse to leave out what is no kind, or a head that the base lacks."""
+    if unknown := [kind for kind in leave if kind not in KINDS]:
+        raise InputError("leave", allowed=f"among {', '.join(KINDS)}", value=unknown[0])
+    lacking = [o.name for o in pair.others if o.kind == "head" and not pair.base.has(o.name)]
+    if lacking and "head" in leave:
+        raise InputError(
+            "leave",
+            allowed="without head, as the base has none",
+            given=f"head, which is {listed(lacking)} of the tuned model",
+            remedy="name a base with this head, or ask for a format that has a place for it",
+        )
 
 
 def _choose_modules(pair: Pair, modules: str) -> dict[str, Module]:
     """The modules of a pair that ``"all"``, a kind or a regular expression names."""
     words = {name: word for name, word in pair.words.items() if word.kind not in pair.leave}
     candidates = pair.modules | words
-    if modules in ("all", "attention", "mlp"):
-        kinds = {module.kind for module in candidates.values()} if modules == "all" else {modules}
-        chosen = {name: module for name, module in candidates.items() if module.kind in kinds}
+    if modules == "all":
+        return candidates
+    chosen = {}
+    if modules in ("attention", "mlp"):
+        chosen = {n: module for n, module in candidates.items() if module.kind == modules}
     else:
-        try:
+        with contextlib.suppress(re.error):
             chosen = {n: module for n, module in candidates.items() if re.search(modules, n)}
-        except re.error:
-            chosen = {}
     if not chosen:
         allowed = "all, attention, mlp, or a regular expression for at least one of"
         raise InputError("modules", allowed=f"{allowed} {', '.join(candidates)}", value=modules)

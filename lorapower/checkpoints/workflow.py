@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from .. import _checks
 from ..errors import InputError, LorapowerError
 from . import _export
+from . import _measuring as measuring
 from ._folders import require_free, write_folder
-from ._gguf import is_dequantized
-from ._measuring import Measured, Readout, Reference, largest_share, paired_ratio
-from ._models import listed, require_device
-from ._peft_files import PEFT_CONFIG, estimate_peft, measure_peft
-from ._texts import TOKENS, count, prepare_all
+from ._measuring import Measured
+from ._models import PEFT_CONFIG, is_dequantized, require_device
 from .pair import KINDS, Adapter, Pair
 from .planner import Planner, Report
 
@@ -36,8 +34,8 @@ _BASELINES = ("uniform", "energy", "plain")
 _ERROR = 0.1
 # How often texts for stating may be looked at, if they show more error than was aimed at.
 _LOOKS = 4
-# Options of `Planner` for servers of many adapters, which hold factors of few ranks and no more.
-_SERVING = {"max_rank": 16, "bucket": 8, "leave": KINDS}
+# Options of `Planner` for servers of many adapters, which hold factors of few ranks.
+_SERVING = {"max_rank": 16, "bucket": 8}
 # Relative tolerance of the error of an adapter that is read back.
 _RELOADED = 1e-5
 
@@ -48,27 +46,29 @@ class Plan:
 
     #: The pair and the texts that the plan is for.
     planner: Planner
+    #: The one of `METHODS` that chose the adapter.
+    method: str
     #: The factors, and biases that make up for what they lack.
     adapter: Adapter
-    #: The one of `METHODS` that chose them.
-    method: str
     #: What the adapter loses on held-out texts.
     measured: Measured
-    #: For other methods the error, and the number of parameters: at most those asked for or the
-    #: adapter's, except that ``uniform`` and ``energy`` have at least rank 1.
-    baselines: dict[str, tuple[float, int]]
+    #: The adapter's squared error on each held-out text.
+    squares: NDArray[np.float64]
     #: The error that was asked for.
     aim: float | None
-    #: The error to first order.
-    predicted: float = 0.0
+    #: Whether the error's limit, rather than the estimate, must be at most ``aim``.
+    sure: bool
     #: How many adapters were measured on held-out texts; the error's limit is meant for 1.
     looks: int = 1
-    #: Whether that limit was to be at most the aim.
-    sure: bool = False
+    #: For other methods the error, and the number of parameters: at most those asked for or the
+    #: adapter's, except that ``uniform`` and ``energy`` have at least rank 1.
+    baselines: dict[str, tuple[float, int]] = field(
+        default_factory=lambda: dict.fromkeys(_BASELINES, (0.0, 0))
+    )
     #: The error over that of ``uniform``, with its limits at 95%, paired by texts.
     versus_uniform: tuple[float, float, float] = (math.nan, math.nan, math.nan)
-    #: The part of the squared error in the worst twentieth of the texts.
-    largest_share: float = math.nan
+    #: The error to first order.
+    predicted: float = 0.0
     #: What each module's missing directions alone would cost (`Planner.losses`).
     shares: dict[str, float] = field(default_factory=dict)
     #: The error on held-out texts if only the attention modules are tuned, in full.
@@ -86,12 +86,19 @@ class Plan:
         return {name: self.adapter.ranks.get(name, 0) for name in self.planner.modules}
 
     @property
-    def reached(self) -> bool:
-        """Whether the error measured on held-out texts, an estimate, is at most what was asked for.
+    def stated(self) -> float:
+        """The error that is compared with the aim: the estimate or, if ``sure``, its limit."""
+        return self.measured.error_upper if self.sure else self.measured.error
 
-        If ``sure``, the cautious ``measured.error_upper`` must be.
-        """
-        return self.aim is None or _stated(self.measured, self.sure) <= self.aim
+    @property
+    def reached(self) -> bool:
+        """Whether the ``stated`` error is at most what was asked for."""
+        return self.aim is None or self.stated <= self.aim
+
+    @property
+    def largest_share(self) -> float:
+        """The part of the squared error in the worst twentieth of the texts."""
+        return measuring.largest_share(self.squares)
 
     def __repr__(self) -> str:
         return (
@@ -152,25 +159,25 @@ class Plan:
 
     def report(self) -> dict[str, Any]:
         """Collect everything for JSON, numbers and texts by name; ``None`` for NaN."""
-        pair, texts, measured = self.planner.pair, self.planner.texts, self.measured
+        pair, texts = self.planner.pair, self.planner.texts
+        kinds = {pair.modules[name].kind for name in self.adapter.factors}
+        tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
+        lost = self.measured._asdict()
+        held_out = lost.pop("texts")
         return _export.without_nan(
             {
                 "base": pair.base.source,
                 "tuned": pair.tuned.source,
                 "base_dequantized": is_dequantized(pair.base.folder),
                 "architecture": pair.architecture,
-                "ties_embeddings": pair.ties_embeddings(self.adapter),
-                "error": measured.error,
-                "error_upper": measured.error_upper,
-                "agreement": measured.agreement,
-                "agreement_lower": measured.agreement_lower,
-                "kl": measured.kl,
+                "ties_embeddings": tied and "embedding" in kinds,
+                **lost,
                 "predicted_error": self.predicted,
                 "largest_share": self.largest_share,
                 "asked_error": self.aim,
                 "sure": self.sure,
                 "reached": self.reached,
-                "limit_reached": self.aim is None or measured.error_upper <= self.aim,
+                "limit_reached": self.aim is None or self.measured.error_upper <= self.aim,
                 "equal": self.planner.equal,
                 "parameters": self.adapter.parameters,
                 "carried": self.carried,
@@ -186,8 +193,8 @@ class Plan:
                 "attention_only": self.attention,
                 "not_low_rank": pair.not_low_rank,
                 "left_out": sorted(pair.leave),
-                "texts": count(texts.fit) + count(texts.select),
-                "held_out_texts": measured.texts,
+                "texts": measuring.count(texts.fit) + measuring.count(texts.select),
+                "held_out_texts": held_out,
                 "cut_texts": texts.cut,
                 "unknown_tokens": texts.unknown,
                 "looks": self.looks,
@@ -220,7 +227,8 @@ def plan(
 
     The plan is the nearest one if the highest ranks do not reach the error. ``reached`` compares
     the error measured on held-out texts, an estimate; the limit ``measured.error_upper`` is the
-    cautious number (`Measured`).
+    cautious number (`Measured`). Raises `InputError` for unusable arguments, before any text is
+    passed through a network.
 
     Parameters
     ----------
@@ -242,63 +250,28 @@ def plan(
         Receives progress: the stage, the steps done, and their number.
     **options
         Options of `Planner`.
-
-    Raises
-    ------
-    InputError
-        For unusable arguments, before any text is passed through a network.
     """
     start = time.perf_counter()
-    given = {"error": error, "parameters": parameters, "rank": rank}
-    asked = [name for name, value in given.items() if value is not None]
-    if len(asked) > 1:
-        allowed = "given alone, each of them"
-        raise InputError("error, parameters and rank", allowed=allowed, given=" and ".join(asked))
-    aim = None
-    if error is not None or not asked:
-        aim = _ERROR if error is None else error
-        if not 0 < aim <= 1:
-            raise InputError("error", allowed="above 0 and at most 1, the base's own", given=aim)
-    elif sure:
-        raise InputError("sure", allowed="used with an error", given=asked[0])
-    if parameters is not None:
-        _checks.integer("parameters", parameters, 0)
-    if rank is not None:
-        _checks.integer("rank", rank, 0)
+    aim = _read_aim(error, parameters, rank, sure)
     if serving:
-        options = {**_SERVING, **options, "leave": _SERVING["leave"]}
-    pair = Pair.open(base, tuned, force=force)
-    _require_heads(pair, options.get("leave", ()))
-    planner = Planner(pair, texts, report=report, **options)
-    if planner.equal:
-        same = Measured(0.0, 0.0, 1.0, 1.0, 0.0, count(planner.texts.test))
-        baselines = dict.fromkeys(_BASELINES, (0.0, 0))
-        nothing = Plan(planner, Adapter({}, {}), "uniform", same, baselines, aim, sure=sure)
-        return _finish(nothing, start)
+        options = {**_SERVING, **options, "leave": KINDS}
+    planner = Planner(Pair.open(base, tuned, force=force), texts, report=report, **options)
     number = planner.parameters(rank) if rank is not None else parameters or 0
-    if aim is None:
-        method, adapter = planner.best(number)
-        found = _Found(method, adapter, _measure(planner, adapter))
+    if planner.equal:
+        found = _state(planner, "uniform", Adapter({}, {}), aim, sure)
+    elif aim is None:
+        found = _state(planner, *planner.best(number), aim, sure)
     else:
-        found = _search(planner, aim, sure=sure)
-    adapter, (measured, squares) = found.adapter, found.stated
-    versus, baselines = _compare(planner, squares, max(number, adapter.parameters))
-    result = Plan(
-        planner,
-        adapter,
-        found.method,
-        measured,
-        baselines,
-        aim,
-        predicted=planner.predicted(adapter),
-        looks=found.looks,
-        sure=sure,
-        versus_uniform=versus,
-        largest_share=largest_share(squares),
-        shares=planner.losses(adapter),
-        attention=planner.only("attention"),
-    )
-    return _finish(result, start)
+        found = _search(planner, aim, sure)
+    if not planner.equal:
+        found = replace(
+            _compare(found, max(number, found.adapter.parameters)),
+            predicted=planner.predicted(found.adapter),
+            shares=planner.losses(found.adapter),
+            attention=planner.only("attention"),
+        )
+    carried, size = _export.estimate(planner.pair, found.adapter)
+    return replace(found, carried=carried, size=size, seconds=time.perf_counter() - start)
 
 
 @_checks.flushing()
@@ -314,7 +287,9 @@ def extract(
 ) -> Plan:
     """Plan an adapter, write it, read it back through peft and measure it again.
 
-    Nothing is written if the error is not `Plan.reached`.
+    Nothing is written if the error is not `Plan.reached`. Raises `InputError` for unusable
+    arguments and folders that exist, `ResultsError` for folders that cannot be written, and
+    `LorapowerError` if the adapter measures differently when it is read back.
 
     Parameters
     ----------
@@ -325,13 +300,6 @@ def extract(
         the adapter merged into it, in float32, and its tokenizer.
     force : bool
         Whether what is in these folders is replaced, and an adapter may name another base.
-
-    Raises
-    ------
-    InputError, ResultsError
-        For unusable arguments and folders that exist, and where these cannot be written.
-    LorapowerError
-        If the adapter read back has another error.
     """
     folder = require_free("out", out, force, PEFT_CONFIG)
     whole = None
@@ -348,8 +316,8 @@ def extract(
     planner = result.planner
     tell = functools.partial(planner.report, "writing")
     tell(0, 2)
-    with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(write_folder(folder))
+    with contextlib.ExitStack() as both:
+        partial = both.enter_context(write_folder(folder))
         _export.save(partial, planner.pair, planner.network, result.adapter)
         tell(1, 2)
         # Only one network at a time.
@@ -362,13 +330,13 @@ def extract(
                 f"the adapter read back has error {again.error:.6g}, not the {stated:.6g} that was "
                 "measured: nothing was written; please report this with the names of both models"
             )
-        carried, size = measure_peft(partial)
+        carried, size = _export.measure_peft(partial)
         seconds = time.perf_counter() - start
         result = replace(result, carried=carried, size=size, seconds=seconds)
         report = result.report() | {"reloaded_error": again.error}
         _export.describe(partial, report, result.table(), result.totals(written=True))
         if whole is not None:
-            full = stack.enter_context(write_folder(whole))
+            full = both.enter_context(write_folder(whole))
             planner.network = None
             planner.network = _export.save_merged(full, planner.pair, result.adapter)
     tell(2, 2)
@@ -382,7 +350,7 @@ def check(
     tuned: str | Path | Mapping[str, float],
     texts: Sequence[str],
     *,
-    tokens: int = TOKENS,
+    tokens: int = measuring.TOKENS,
     seed: int = 0,
     device: str = "cpu",
     force: bool = False,
@@ -390,25 +358,23 @@ def check(
 ) -> Measured:
     """Measure what anybody's adapter of peft, in a folder, loses against the tuned model.
 
+    Raises `InputError` for unusable arguments, and for an adapter that peft does not read into the
+    base.
+
     Parameters
     ----------
     base, adapter, tuned, force, report
         The adapter's folder, and what `plan` takes.
     texts : sequence of str
         At least 60; at most 256 are used, drawn by ``seed`` and cut off after ``tokens``.
-
-    Raises
-    ------
-    InputError
-        For unusable arguments, and for an adapter that peft does not read into the base.
     """
     where = require_device(device)
     pair = Pair.open(base, tuned, force=force)
-    batches = prepare_all(pair, texts, tokens=tokens, seed=seed)
+    batches = measuring.prepare_all(pair, texts, tokens=tokens, seed=seed)
     tell = functools.partial(report or (lambda *_: None), "passing texts")
     tell(0, 3)
     network = pair.network().to(where)
-    reference = Reference(batches, Readout(network, pair.task))
+    reference = measuring.Reference(batches, measuring.Readout(network, pair.task))
     reference.record_tuned(network)
     tell(1, 3)
     pair.fill(network, "base")
@@ -423,73 +389,62 @@ def check(
     return measured
 
 
-class _Found(NamedTuple):
-    """An adapter, what it loses (`_measure`), and how many were stated."""
+def _read_aim(
+    error: float | None, parameters: int | None, rank: int | None, sure: bool
+) -> float | None:
+    """The error that is asked for; ``None`` where parameters or a rank are."""
+    given = {"error": error, "parameters": parameters, "rank": rank}
+    asked = [name for name, value in given.items() if value is not None]
+    if len(asked) > 1:
+        allowed = "given alone, each of them"
+        raise InputError("error, parameters and rank", allowed=allowed, given=" and ".join(asked))
+    if parameters is not None or rank is not None:
+        if sure:
+            raise InputError("sure", allowed="used with an error", given=asked[0])
+        _checks.integer(asked[0], given[asked[0]], 0)
+        return None
+    aim = _ERROR if error is None else error
+    if not 0 < aim <= 1:
+        raise InputError("error", allowed="above 0 and at most 1, the base's own", given=aim)
+    return aim
 
-    method: str
-    adapter: Adapter
-    stated: tuple[Measured, NDArray[np.float64]]
-    looks: int = 1
 
-
-def _search(planner: Planner, aim: float, *, sure: bool) -> _Found:
+def _search(planner: Planner, aim: float, sure: bool) -> Plan:
     """The smallest adapter whose stated error is at most the aim, or the largest one."""
-    selected, before, looks = aim, -1, 0
-    while True:
-        looks += 1
-        method, adapter = planner.smallest(selected)
-        stated = _measure(planner, adapter)
-        error = _stated(stated[0], sure)
-        if error <= aim or adapter.parameters == before or looks == _LOOKS:
-            return _Found(method, adapter, stated, looks)
+    selected, before = aim, -1
+    for looks in range(1, _LOOKS + 1):
+        found = _state(planner, *planner.smallest(selected), aim, sure, looks)
+        if found.reached or found.adapter.parameters == before or looks == _LOOKS:
+            break
         # From what this adapter has there, or the same could be found again.
-        selected = min(selected, planner.error(adapter)) * max(0.95 * aim / error, 0.1)
-        before = adapter.parameters
+        selected = min(selected, planner.error(found.adapter)) * max(0.95 * aim / found.stated, 0.1)
+        before = found.adapter.parameters
+    return found
 
 
-def _stated(measured: Measured, sure: bool) -> float:
-    """The error that is to be at most the aim."""
-    return measured.error_upper if sure else measured.error
+def _state(
+    planner: Planner,
+    method: str,
+    adapter: Adapter,
+    aim: float | None,
+    sure: bool,
+    looks: int = 1,
+) -> Plan:
+    """Measure an adapter on the texts for stating."""
+    compared = planner.compare(adapter)
+    measured = planner.test.summarize(compared, seed=planner.seed)
+    return Plan(planner, method, adapter, measured, compared.squares, aim, sure, looks)
 
 
-def _measure(planner: Planner, adapter: Adapter) -> tuple[Measured, NDArray[np.float64]]:
-    """What an adapter loses on the texts for stating, and the squared error of each."""
-    planner.put(adapter)
-    return planner.test.measure_texts(planner.network, seed=planner.seed)
-
-
-def _compare(
-    planner: Planner, squares: NDArray[np.float64], parameters: int
-) -> tuple[tuple[float, float, float], dict[str, tuple[float, int]]]:
-    """The quotient to uniform ranks, with its limits, and errors and sizes of `_BASELINES`."""
-    baselines, versus = {}, (math.nan, math.nan, math.nan)
-    for done, name in enumerate(_BASELINES):
+def _compare(plan: Plan, parameters: int) -> Plan:
+    """State errors of other methods beside a plan's, for so many parameters."""
+    planner, baselines, versus = plan.planner, {}, plan.versus_uniform
+    for done, method in enumerate(_BASELINES):
         planner.report("comparing", done, len(_BASELINES))
-        baseline = planner.candidate(name, parameters)
-        measured, others = _measure(planner, baseline)
-        baselines[name] = measured.error, baseline.parameters
-        if name == "uniform":
-            versus = paired_ratio(squares, others, seed=planner.seed)
+        adapter = planner.candidate(method, parameters)
+        squares = planner.compare(adapter).squares
+        baselines[method] = measuring.ratio(squares, planner.test.effect), adapter.parameters
+        if method == "uniform":
+            versus = measuring.paired_ratio(plan.squares, squares, seed=planner.seed)
     planner.report("comparing", len(_BASELINES), len(_BASELINES))
-    return versus, baselines
-
-
-def _finish(plan: Plan, start: float) -> Plan:
-    """A plan with an estimate of its file's contents, and the seconds since the start."""
-    pair, adapter = plan.planner.pair, plan.adapter
-    network = pair.skeleton()
-    options = _export.peft_options(pair, network, adapter)
-    carried, size = estimate_peft(network, adapter.ranks, **options)
-    return replace(plan, carried=carried, size=size, seconds=time.perf_counter() - start)
-
-
-def _require_heads(pair: Pair, leave: Sequence[str]) -> None:
-    """Refuse to leave out a head that the base lacks."""
-    lacking = [o.name for o in pair.others if o.kind == "head" and not pair.base.has(o.name)]
-    if lacking and "head" in leave:
-        raise InputError(
-            "leave",
-            allowed="without head, as the base has none",
-            given=f"head, which is {listed(lacking)} of the tuned model",
-            remedy="name a base with this head, or ask for a format that has a place for it",
-        )
+    return replace(plan, baselines=baselines, versus_uniform=versus)

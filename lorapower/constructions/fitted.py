@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters
-from ..bounds.expansion import first_order
+from ..bounds._expansion import first_order
 from ..bounds.layers import variance as variance_of
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
 from ..networks.base import Network
-from ..networks.layers import FNN, as_network, pad
+from ..networks.layers import FNN, as_network
 from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball, Region
-from ..regression import reduced_rank, second_moment_root
+from ..regression import Regression, reduced_rank, second_moment_root
 from . import transformer
 from ._blocks import fit_blocks, fit_layer
 from .fused import Fused, fuse
@@ -49,13 +49,11 @@ class _Split(NamedTuple):
 class Fit:
     """Hold one fit: ``adapters`` of the ``fused`` or, if ``direct``, of the frozen network.
 
-    ``chosen`` says how each segment, or all, was adapted; ``region`` where those of ReLU networks
-    hold.
+    Those of ReLU networks hold in the ``region``.
     """
 
     fused: Fused
     adapters: Adapters
-    chosen: tuple[str, ...]
     direct: bool = False
     region: Region | None = None
 
@@ -70,7 +68,7 @@ class Fit:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Fitted(Adaptation):
+class FittedAdaptation(Adaptation):
     """Hold adapters fitted to inputs, and the evidence for them.
 
     Errors are mean squared differences of outputs from the target's over the variance of these: the
@@ -84,7 +82,7 @@ class Fitted(Adaptation):
     low, high : Tensor
         Its 95% interval, normal, from the spread over inputs; ``[...]``.
     predicted : Tensor
-        `bounds.first_order` on the inputs of the fit; NaN without a fused network; ``[...]``.
+        By [prop-first-order], on the inputs of the fit; NaN without a fused network; ``[...]``.
     """
 
     error: Float[Tensor, "*batch"]
@@ -96,7 +94,7 @@ class Fitted(Adaptation):
     @classmethod
     def measure(
         cls, fits: Sequence[Fit], data: _Split, batch: torch.Size, *, throw: bool = True
-    ) -> Fitted:
+    ) -> FittedAdaptation:
         """Carry back fits, one for each member of a batch, and measure them on the test inputs."""
         found, columns = [], []
         for fit in fits:
@@ -128,7 +126,7 @@ def adapt(
     partition: Partition | None = None,
     region: Region | None = None,
     throw: bool = True,
-) -> Fitted:
+) -> FittedAdaptation:
     """Find the adapters and biases of the least error that closed forms reach on given inputs.
 
     Each segment ``P`` of the fused network (`fused.fuse`) becomes ``P + K``: ``K`` of the segment's
@@ -175,7 +173,7 @@ def adapt(
     for pair in zip(_members(frozen, batch), _members(target, batch), strict=True):
         best = fit(fuse(*pair, ranks, partition), data.fit, data.select)
         fits.append(replace(best, region=region))
-    return Fitted.measure(fits, data, batch, throw=throw)
+    return FittedAdaptation.measure(fits, data, batch, throw=throw)
 
 
 @torch.no_grad()
@@ -186,12 +184,27 @@ def fit(fused: Fused, inputs: Tensor, select: Tensor, metric: Metric = "best") -
     comes out ``"best"``.
     """
     _checks.choice("metric", metric, get_args(Metric))
-    if isinstance(fused.network, Transformer):
-        candidates = _blockwise(fused, inputs, select)
+    network, target, ranks = fused.network, fused.fused_target, fused.fused_ranks
+    if isinstance(network, Transformer) and isinstance(target, Transformer):
+        by_kind = dict(zip(network.kind_of_weight, ranks, strict=True))
+        each = {kind: by_kind[kind] for kind in network.adapted_kinds}
+        # Heads too narrow for their ranks are adapted as well as they are, and lose the comparison.
+        theorem = transformer.adapt(network, target, each, throw=False).adapters
+        blockwise = fit_blocks(network, target, theorem.merge(network), ranks, inputs, select)
+        candidates = [theorem, blockwise]
     else:
-        candidates = _layerwise(fused, inputs, select, metric)
-    outputs = fused.fused_target(select)
-    fits = [Fit(fused, adapters, tuple(chosen)) for adapters, chosen in candidates]
+        pairs = zip(network.weights, target.weights, ranks, strict=True)
+        updates = tuple(truncated_svd(W_target - W, rank) for W, W_target, rank in pairs)
+        biases = tuple(b - a for a, b in zip(network.biases, target.biases, strict=True))
+        candidates = [Adapters(updates, biases)]
+        if metric != "outputs" or not isinstance(target, FNN):
+            alike = [None] * len(updates)
+            candidates.append(_fit_in_turn(fused, updates, inputs, select, alike))
+        if metric != "alike" and isinstance(target, FNN):
+            by_outputs = _metrics(target, inputs)
+            candidates.append(_fit_in_turn(fused, updates, inputs, select, by_outputs))
+    outputs = target(select)
+    fits = [Fit(fused, adapters) for adapters in candidates]
     return min(fits, key=lambda fit: fit.error(select, outputs))
 
 
@@ -223,7 +236,7 @@ def relative_error(
     target's coordinates count. Raises `InputError` for a constant target.
     """
     wanted = target(x)
-    outputs = network(pad(x, network.weights[0].shape[-1]))[..., : wanted.shape[-2], :]
+    outputs = network(network.fill(x))[..., : wanted.shape[-2], :]
     variance = variance_of(wanted)
     if not variance > 0:
         raise InputError(
@@ -273,45 +286,11 @@ def _members(network: Network, batch: torch.Size) -> list[Any]:
 
 def _stack(adapters: Sequence[Adapters], batch: torch.Size) -> Adapters:
     """Make one batch of adapters of equal ranks."""
-
-    def stack(parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(parts)).reshape(*batch, *parts[0].shape)
-
-    updates = tuple(
-        LowRank(stack([u.left for u in each]), stack([u.right for u in each]))
-        for each in zip(*(a.updates for a in adapters), strict=True)
+    each = [replace(one, tuned=None).tensors() for one in adapters]
+    stacked = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    return Adapters.from_tensors(
+        {name: values.reshape(*batch, *values.shape[1:]) for name, values in stacked.items()}
     )
-    biases = tuple(stack(each) for each in zip(*(a.bias_updates for a in adapters), strict=True))
-    return Adapters(updates, biases)
-
-
-def _blockwise(fused: Fused, x: Tensor, select: Tensor) -> Iterator[tuple[Adapters, list[str]]]:
-    """Make the theorem's adapters of a transformer, and those fitted block by block."""
-    network, target = fused.network, fused.fused_target
-    assert isinstance(network, Transformer)
-    assert isinstance(target, Transformer)
-    by_kind = dict(zip(network.kind_of_weight, fused.fused_ranks, strict=True))
-    ranks = {kind: by_kind[kind] for kind in network.adapted_kinds}
-    # Heads that are too narrow for it are adapted as well as they are, and lose the comparison.
-    theorem = transformer.adapt(network, target, ranks, throw=False).adapters
-    yield theorem, ["theorem"]
-    merged = theorem.merge(network)
-    yield fit_blocks(network, target, merged, fused.fused_ranks, x, select)
-
-
-def _layerwise(
-    fused: Fused, x: Tensor, select: Tensor, metric: Metric
-) -> Iterator[tuple[Adapters, list[str]]]:
-    """Make the theorem's adapters of a linear or ReLU network, and those fitted in each metric."""
-    network, target = fused.network, fused.fused_target
-    pairs = zip(network.weights, target.weights, fused.fused_ranks, strict=True)
-    theorem = tuple(truncated_svd(W_target - W, rank) for W, W_target, rank in pairs)
-    biases = tuple(b - a for a, b in zip(network.biases, target.biases, strict=True))
-    yield Adapters(theorem, biases), ["theorem"] * len(theorem)
-    if metric != "outputs" or not isinstance(target, FNN):
-        yield _fit_in_turn(fused, theorem, x, select, [None] * len(theorem))
-    if metric != "alike" and isinstance(target, FNN):
-        yield _fit_in_turn(fused, theorem, x, select, [*_metrics(target, x)])
 
 
 def _fit_in_turn(
@@ -320,33 +299,40 @@ def _fit_in_turn(
     x: Tensor,
     select: Tensor,
     metrics: Sequence[Tensor | None],
-) -> tuple[Adapters, list[str]]:
-    """Fit layer after layer on the adapted network's own activations; say how each was fitted."""
+) -> Adapters:
+    """Fit layer after layer on the adapted network's own activations."""
     network, target = fused.network, fused.fused_target
-    updates, biases, chosen = [], [], []
+    updates, biases = [], []
     adapted, wanted = [x, select], [x, select]
     for l, (W, metric) in enumerate(zip(network.weights, metrics, strict=True)):
-        W_target, bias = target.weights[l], target.biases[l : l + 1]
-        wanted = [W_target @ z + (bias[0][:, None] if bias else 0.0) for z in wanted]
-        fitted, words = fit_layer(
-            W, W_target, fused.fused_ranks[l], adapted, wanted, metric, theorem[l], bias
+        W_target, bias = target.weights[l], torch.zeros_like(W[:, 0])
+        if target.biases:
+            bias = target.biases[l]
+        wanted = [W_target @ z + bias[:, None] for z in wanted]
+        fitted = fit_layer(
+            (W, W_target),
+            fused.fused_ranks[l],
+            adapted,
+            wanted,
+            Regression(theorem[l], bias),
+            metric=metric,
+            bias=bool(target.biases),
         )
         updates.append(fitted.update)
-        chosen.append(words if metric is None else f"{words}, outputs' metric")
         M = W + fitted.update.matrix()
         adapted = [M @ z + fitted.intercept[:, None] for z in adapted]
-        if bias:
+        if target.biases:
             biases.append(fitted.intercept - network.biases[l])
         # A fused linear network has no further layer.
         adapted, wanted = [z.relu() for z in adapted], [z.relu() for z in wanted]
-    return Adapters(tuple(updates), tuple(biases)), chosen
+    return Adapters(tuple(updates), tuple(biases))
 
 
-def _metrics(target: FNN, x: Tensor) -> Iterator[Tensor]:
+def _metrics(target: FNN, x: Tensor) -> list[Tensor]:
     """Find the root of what small errors of each layer's pre-activations cost at the outputs."""
-    for l, p in enumerate(target.preactivations(x)):
-        with torch.enable_grad():
-            p.requires_grad_()
-            rows = target.continue_from(l, p)
-            slopes = [torch.autograd.grad(row.sum(), p, retain_graph=True)[0] for row in rows]
-        yield second_moment_root(torch.cat(slopes, -1), _RIDGE)
+    with torch.enable_grad():
+        weights = [weight.clone().requires_grad_() for weight in target.weights]
+        layers = target.with_parameters(weights, checked=False).preactivations(x)
+        outputs = layers[-1] if target.linear_last else layers[-1].relu()
+        slopes = [torch.autograd.grad(row.sum(), layers, retain_graph=True) for row in outputs]
+    return [second_moment_root(torch.cat(each, -1), _RIDGE) for each in zip(*slopes, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import add
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from ..adapters import Adapters
 from ..errors import InputError, PrecisionError, SingularError
 from ..lowrank import LowRank
 from ..networks.gap import Gap
-from ..networks.layers import FNN, pad, product
+from ..networks.layers import FNN, product
 from ..networks.partition import Partition, blocks
 from ..regions import Region
 from . import linear
@@ -72,7 +72,7 @@ class FNNAdaptation(Adaptation):
         if x.shape[-2] != self.region.width:
             allowed = f"of shape [..., {self.region.width}, samples], like the target's inputs"
             raise InputError("x", allowed=allowed, given=f"shape {tuple(x.shape)}")
-        preactivations = self.adapters.merge(frozen).preactivations(pad(x, frozen.widths[0]))
+        preactivations = self.adapters.merge(frozen).preactivations(frozen.fill(x))
         holds = []
         for layers, region in zip(self.partition.slices, self.regions[1:], strict=True):
             *inner, last = preactivations[layers]
@@ -103,8 +103,8 @@ def adapt(
     coordinate. The last bias takes these back: the same with ``c_M = M_i x_0 + b̄_i``. The next
     block's region holds the image of this one.
 
-    The first units at the end of every block imitate a narrower target: pad inputs with zeros
-    (`networks.pad`) and read the first outputs. Biases switch the others off, so the rank needed
+    The first units at the end of every block imitate a narrower target: fill inputs up with zeros
+    (`Network.fill`) and read the first outputs. Biases switch the others off, so the rank needed
     does not depend on the frozen width; after a linear last layer they keep their biases.
 
     Raises `InputError` for what does not fit, `SingularError` where a block cannot be adapted, and
@@ -159,12 +159,12 @@ def adapt(
         regions.append(found.region)
         typical = layer(typical)
 
-    def stack(values: Sequence[Tensor]) -> Tensor:
+    def stack(values: Iterable[Tensor]) -> Tensor:
         return torch.stack([value.expand(batch) for value in values], dim=-1)
 
     solutions = [block.solution for block in adapted]
-    digits_lost = stack([block.digits_lost for block in adapted])
-    accepted = stack([solution.success for solution in solutions]) & (digits_lost <= limit)
+    digits_lost = stack(block.digits_lost for block in adapted)
+    accepted = stack(solution.success for solution in solutions) & (digits_lost <= limit)
     return FNNAdaptation(
         Adapters(
             tuple(update for block in adapted for update in block.updates),
@@ -173,9 +173,9 @@ def adapt(
         success=accepted.all(-1) & finite,
         partition=partition,
         regions=tuple(regions),
-        block_errors=stack([solution.spectral_error for solution in solutions]),
+        block_errors=stack(solution.spectral_error for solution in solutions),
         error_bound=error_bound.expand(batch),
-        rounding_errors=stack([solution.rounding_error for solution in solutions]),
+        rounding_errors=stack(solution.rounding_error for solution in solutions),
         digits_lost=digits_lost,
     )
 
@@ -221,72 +221,69 @@ def _adapt_block(
 ) -> _AdaptedBlock:
     """Find the biases with which a block, its weights adapted, imitates a target layer."""
     updates = [
-        LowRank(pad(update.left, weight.shape[-2]), pad(update.right, weight.shape[-1]))
+        LowRank(_pad(update.left, weight.shape[-2]), _pad(update.right, weight.shape[-1]))
         for update, weight in zip(solution.adapters.updates, block.weights, strict=True)
     ]
     weights = [w + update.matrix() for w, update in zip(block.weights, updates, strict=True)]
     reached = gap.reached(sum(solution.adapters.ranks))
     at_centre = reached @ region.centre + layer.biases[0][..., None]
-    biases = _biases(weights, block, region, at_centre, scalar_biases)
-    lost = _digits_lost(weights, biases, layer, typical)
+    biases, values = _biases(weights, block, region, at_centre, scalar_biases)
+    lost = _digits_lost(weights, biases, values, layer, typical)
     # Where all is lost nothing can be said of what comes after.
     sound = lost.isfinite()[..., None, None]
     matrix = product(weights)[..., : at_centre.shape[-2], : region.width]
-    matrix, at_centre = (torch.where(sound, part, 0) for part in (matrix, at_centre))
-    image = region.image(matrix, at_centre)
-    bias_updates = [update[..., 0] for update in biases.updates]
-    after = image.relu() if layer.relus else image
-    return _AdaptedBlock(solution, updates, bias_updates, lost, after)
-
-
-class _Biases(NamedTuple):
-    """Changes and results of a block's layers, as columns, and each layer's input at the centre."""
-
-    updates: list[Tensor]
-    biases: list[Tensor]
-    values: list[Tensor]
+    image = region.image(torch.where(sound, matrix, 0), torch.where(sound, at_centre, 0))
+    changes = [(new - b[..., None])[..., 0] for new, b in zip(biases, block.biases, strict=True)]
+    return _AdaptedBlock(solution, updates, changes, lost, image.relu() if layer.relus else image)
 
 
 def _biases(
     weights: Sequence[Tensor], block: FNN, region: Region, at_centre: Tensor, scalar: bool
-) -> _Biases:
-    """Make a block's inner layers affine over the region, and its last one right."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Make a block's inner layers affine over the region, and its last one right.
+
+    Return biases as columns, and at the region's centre the inputs of the layers and the output.
+    """
     # Rounding must not switch off a unit at the edge, even where the region is a single point.
     eps = torch.finfo(region.centre.dtype).eps
     beyond = 1 + eps**0.5
-    centre = region.centre
-    matrix = torch.eye(weights[0].shape[-1], dtype=centre.dtype, device=centre.device)
-    matrix = matrix[:, : region.width]
-    result = _Biases([], [], [pad(centre, weights[0].shape[-1])])
-    for l, (weight, bias) in enumerate(zip(weights, block.biases, strict=True), start=1):
-        matrix, before = weight @ matrix, weight @ result.values[-1]
-        terms = weight.abs() @ result.values[-1].abs() + bias.abs()[..., None]
-        slack = (weight.shape[-1] + 4) * eps * terms
+    inputs = weights[0].shape[-1]
+    matrix = torch.eye(inputs, region.width).to(region.centre)
+    biases, values = [], [_pad(region.centre, inputs)]
+    for l, (weight, old) in enumerate(zip(weights, block.biases, strict=True), start=1):
+        bias, matrix, before = old[..., None], weight @ matrix, weight @ values[-1]
+        slack = (weight.shape[-1] + 4) * eps * (weight.abs() @ values[-1].abs() + bias.abs())
         if l < len(weights):
             shifted = slack - beyond * region.lowest(matrix) - before
             if scalar:
                 shifted = shifted.amax(-2, keepdim=True).expand_as(shifted)
         else:
-            width, surplus = weight.shape[-2], bias[..., None]
+            # Outputs that the target does not have stay as they are, or are switched off.
+            surplus = bias
             if block.relus == l:
                 surplus = beyond * region.lowest(-matrix) - slack - before
-            used = torch.arange(width, device=centre.device)[:, None] < at_centre.shape[-2]
-            shifted = torch.where(used, pad(at_centre, width) - before, surplus)
-        result.updates.append(shifted - bias[..., None])
-        result.biases.append(bias[..., None] + result.updates[-1])
-        result.values.append(before + result.biases[-1])
-    return result
+            used = torch.arange(weight.shape[-2], device=bias.device)
+            used = used[:, None] < at_centre.shape[-2]
+            shifted = torch.where(used, _pad(at_centre, weight.shape[-2]) - before, surplus)
+        # What is added to the frozen bias rounds: the sum counts.
+        biases.append(bias + (shifted - bias))
+        values.append(before + biases[-1])
+    return biases, values
 
 
 def _digits_lost(
-    weights: Sequence[Tensor], biases: _Biases, layer: FNN, typical: Tensor
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    values: Sequence[Tensor],
+    layer: FNN,
+    typical: Tensor,
 ) -> Float[Tensor, "*batch"]:
     """Compare a block's expected rounding error with the target layer's, by ``log10``.
 
     Units count as independent.
     """
     covariance = torch.zeros((), dtype=layer.dtype, device=layer.device)
-    for weight, bias, value in zip(weights, biases.biases, biases.values[:-1], strict=True):
+    for weight, bias, value in zip(weights, biases, values[:-1], strict=True):
         new = weight.square() @ value.square() + bias.square()
         covariance = weight @ covariance @ weight.mT if covariance.ndim else covariance
         covariance = covariance + torch.diag_embed(new[..., 0])
@@ -298,3 +295,8 @@ def _digits_lost(
     # Sums that overflow tell nothing: all may be lost.
     lost = torch.where(of_block <= of_layer, 0, (of_block / of_layer).log10() / 2)
     return lost.nan_to_num(torch.inf, torch.inf)
+
+
+def _pad(matrix: Tensor, rows: int) -> Tensor:
+    """Append rows of zeros."""
+    return torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[-2]))

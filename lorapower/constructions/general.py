@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ..errors import InputError
 from ..networks.base import Network
-from ..networks.layers import FNN, LinearNetwork, as_network, pad
+from ..networks.layers import FNN, LinearNetwork, as_network
 from ..networks.transformer import Transformer
 from ..regions import Region, Samples
 from . import fnn, linear, transformer
@@ -40,9 +40,9 @@ def adapt(
     ``[..., width, samples]``, which become `regions.Samples`. Source: [thm-optimal-adaptation],
     [thm-partition], [thm-transformer], [thm-residual].
     """
-    frozen, target, kind = _one_kind(frozen, target)
-    construct = _CONSTRUCTIONS[kind]
-    if kind is not FNN:
+    frozen, target = _one_kind(frozen, target)
+    construct = _CONSTRUCTIONS[type(frozen)]
+    if not isinstance(frozen, FNN):
         if inputs is not None:
             allowed = "left out for linear networks and transformers, adapted for all inputs"
             raise InputError("inputs", allowed=allowed, given=type(inputs).__name__)
@@ -72,7 +72,8 @@ def rank_for_error(
     layers, cut to each weight's smaller side, are made and measured from below until each member of
     the batch has its own rank. Returns the least ``rank`` and the ``error`` that it leaves, each
     ``[...]``, and all ranks ``tried`` with their ``errors``, ``[ranks, ...]``. Before there are
-    adapters, `bounds.fnn_error_on` and `bounds.transformer_error` bound the error at a rank.
+    adapters, `bounds.fnn_error_on` bounds the error at a rank and `bounds.transformer_error`
+    computes it.
 
     Raises `InputError` where no rank is enough. Source: [def-needed-rank].
 
@@ -86,21 +87,22 @@ def rank_for_error(
     ranks : sequence of int, optional
         The ranks to try, by default all.
     """
-    frozen, target, kind = _one_kind(frozen, target)
+    frozen, target = _one_kind(frozen, target)
     error = _checks.tolerance("error", error)
     x = _group(inputs, frozen, target)
     outputs = target(x)
-    padded = frozen.fill(x) if kind is Transformer else pad(x, frozen.weights[0].shape[-1])
-    region = Samples(x[0]) if kind is FNN else None
+    padded = frozen.fill(x)
+    region = Samples(x[0]) if isinstance(frozen, FNN) else None
     largest = max(min(weight.shape[-2:]) for weight in frozen.weights)
 
     tried: list[int] = []
     errors: list[Tensor] = []
     for rank in sorted(set(ranks or range(largest + 1))):
         adapted = adapt(frozen, target, rank, region, throw=False).adapters.merge(frozen)
-        squared = _mean_square(adapted(padded)[..., : outputs.shape[-2], :] - outputs)
+        missed = adapted(padded)[..., : outputs.shape[-2], :] - outputs
+        squared, size = (part.square().mean((0, -2, -1)) for part in (missed, outputs))
         # Nothing is no error even of a target that is 0 itself.
-        relative = torch.where(squared == 0, 0, squared / _mean_square(outputs))
+        relative = torch.where(squared == 0, 0, squared / size)
         tried.append(rank)
         errors.append(relative.nan_to_num(torch.inf, torch.inf))
         met = torch.stack(errors) <= error
@@ -117,12 +119,11 @@ def rank_for_error(
     return _NeededRank(all_tried[place], each.gather(0, place[None])[0], all_tried, each)
 
 
-def _one_kind(frozen: Any, target: Any) -> tuple[Any, Any, type[Network]]:
-    """Return two networks of one kind, and that kind."""
+def _one_kind(frozen: Any, target: Any) -> tuple[Any, Any]:
+    """Read two networks of one kind."""
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
-    kind = next(kind for kind in _CONSTRUCTIONS if isinstance(frozen, kind))
-    _checks.kind(kind, target=target)
-    return frozen, target, kind
+    _checks.kind(type(frozen), target=target)
+    return frozen, target
 
 
 def _group(inputs: Any, frozen: Network, target: Network) -> Tensor:
@@ -135,7 +136,3 @@ def _group(inputs: Any, frozen: Network, target: Network) -> Tensor:
     shapes = [tuple(batch), tuple(frozen.batch_shape), tuple(target.batch_shape)]
     _checks.common_shape("inputs, frozen and target", shapes)
     return x
-
-
-def _mean_square(outputs: Tensor) -> Tensor:
-    return outputs.square().mean((0, -2, -1))

@@ -137,11 +137,11 @@ def adapt_gap(
 
     gap = gap.flat()
     problem = _Problem(gap.frozen.weights, ranks, gap.reached(total), gap.svd, gap.noise[:, None])
-    best = _split_plainly(problem)
-    others = [_split_by_lemma, _split_transposed]
+    best = _adapt_in_turn(problem, by_lemma=False)
+    splits = [_split_by_lemma, _split_transposed]
     if total > gap.spectrum.shape[-1]:
-        others.insert(0, _split_lifted)
-    for split in () if plain_only else others:
+        splits.insert(0, _split_lifted)
+    for split in () if plain_only else splits:
         poor = best.rounding > 4 * last_place * scale
         if poor.any():
             best.improve(poor, split(problem.members(poor)))
@@ -160,20 +160,18 @@ def adapt_gap(
             _checks.failed_members(~success, member),
         )
 
-    def in_batch(flat: Tensor) -> Tensor:
-        return flat.reshape((*batch, *flat.shape[1:]))
-
-    def measured(flat: Tensor) -> Tensor:
-        valid = finite.reshape((*batch, *[1] * (flat.ndim - 1)))
-        return torch.where(valid, in_batch(flat), torch.nan)
-
+    updates = [
+        LowRank(*(factor.reshape((*batch, *factor.shape[1:])) for factor in pair))
+        for pair in best.factors
+    ]
+    conditions = best.conditions.reshape((*batch, len(ranks)))
     return LinearAdaptation(
-        Adapters(tuple(LowRank(in_batch(A), in_batch(B)) for A, B in best.factors)),
-        success=success,
-        spectral_error=measured(spectral.flatten()),
-        frobenius_error=measured(frobenius.flatten()),
-        rounding_error=measured(best.rounding),
-        condition_numbers=measured(best.conditions),
+        Adapters(tuple(updates)),
+        success,
+        torch.where(finite, spectral, torch.nan),
+        torch.where(finite, frobenius, torch.nan),
+        torch.where(finite, best.rounding.reshape(batch), torch.nan),
+        torch.where(finite[..., None], conditions, torch.nan),
     )
 
 
@@ -193,10 +191,6 @@ class _Problem(NamedTuple):
         weights, svd = [w[which] for w in self.weights], SVD(*(part[which] for part in self.svd))
         return _Problem(weights, self.ranks, self.best_map[which], svd, self.noise[which])
 
-    def transposed(self) -> _Problem:
-        weights, (U, S, V) = [w.mT for w in reversed(self.weights)], self.svd
-        return _Problem(weights, self.ranks[::-1], self.best_map.mT, SVD(V, S, U), self.noise)
-
 
 @dataclass
 class _Solution:
@@ -215,15 +209,6 @@ class _Solution:
         self.conditions[members] = other.conditions[better]
         self.rounding[members] = other.rounding[better]
 
-    def transposed(self) -> _Solution:
-        factors = [(B, A) for A, B in reversed(self.factors)]
-        return _Solution(factors, self.conditions.flip(-1), self.rounding)
-
-
-def _split_plainly(problem: _Problem) -> _Solution:
-    """Hand out the singular triplets in turn [rem-plain-splitting]."""
-    return _adapt_in_turn(problem, by_lemma=False)
-
 
 def _split_by_lemma(problem: _Problem) -> _Solution:
     """Hand out columns after which the later layers can still do theirs [lem-splitting]."""
@@ -232,7 +217,13 @@ def _split_by_lemma(problem: _Problem) -> _Solution:
 
 def _split_transposed(problem: _Problem) -> _Solution:
     """Split the transposed network's change by the lemma, which starts at the last layer."""
-    return _split_by_lemma(problem.transposed()).transposed()
+    weights, (U, S, V) = [w.mT for w in reversed(problem.weights)], problem.svd
+    turned = _Problem(
+        weights, problem.ranks[::-1], problem.best_map.mT, SVD(V, S, U), problem.noise
+    )
+    found = _split_by_lemma(turned)
+    factors = [(B, A) for A, B in reversed(found.factors)]
+    return _Solution(factors, found.conditions.flip(-1), found.rounding)
 
 
 def _split_lifted(problem: _Problem) -> _Solution:
@@ -244,22 +235,19 @@ def _split_lifted(problem: _Problem) -> _Solution:
     width = min(best_map.shape[-2:])
     ends = [round(width * part / sum(ranks)) for part in accumulate(ranks, initial=0)]
     shares = [end - start for start, end in pairwise(ends)]
-    lifts = [_lift(w, R - own) for w, R, own in zip(weights, ranks, shares, strict=True)]
+    lifts = []
+    for weight, rank, own in zip(weights, ranks, shares, strict=True):
+        U, S, V = lowrank.svd(weight)
+        spare = slice(S.shape[-1] - (rank - own), None)
+        lifts.append((U[..., spare] * (S[:, None, :1] - S[:, None, spare]), V[..., spare]))
     lifted = [w + A @ B.mT for w, (A, B) in zip(weights, lifts, strict=True)]
     svd = lowrank.svd(_finite(best_map - product(lifted)))
     split = _split_by_lemma(_Problem(lifted, shares, best_map, svd, noise))
     factors = [
-        (torch.cat([own[0], lift[0]], -1), torch.cat([own[1], lift[1]], -1))
-        for own, lift in zip(split.factors, lifts, strict=True)
+        (torch.cat([A, A_lift], -1), torch.cat([B, B_lift], -1))
+        for (A, B), (A_lift, B_lift) in zip(split.factors, lifts, strict=True)
     ]
     return _Solution(factors, split.conditions, split.rounding)
-
-
-def _lift(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the update that raises the ``rank`` least singular values to the largest."""
-    U, S, V = lowrank.svd(weight)
-    tail = slice(S.shape[-1] - rank, None)
-    return U[..., tail] * (S[:, None, :1] - S[:, None, tail]), V[..., tail]
 
 
 def _share_by_lemma(
@@ -296,17 +284,18 @@ def _adapt_in_turn(problem: _Problem, *, by_lemma: bool) -> _Solution:
     for l in layers:
         passed = _finite(product(adapted))
         U, S, V = svd if l == layers[0] else lowrank.svd(_finite(best_map - passed))
-        left, right = _systems(adapted, l)
+        after, before = [w.mT for w in reversed(adapted[l + 1 :])], adapted[:l]
+        left, right = (
+            lowrank.svd(_finite(product(part)).mT) if part else None for part in (after, before)
+        )
         remaining = min(sum(ranks[l:]), int((S > noise).any(0).sum()))
         rank = min(ranks[l], remaining)
         if rank == 0:
             continue
         outer, inner = U[..., :remaining], V[..., :remaining] * S[:, None, :remaining]
-        if rank < remaining:
-            if by_lemma:
-                outer, inner = _share_by_lemma(outer, inner, rank, passed, left)
-            else:
-                outer, inner = outer[..., :rank], inner[..., :rank]
+        if by_lemma and rank < remaining:
+            outer, inner = _share_by_lemma(outer, inner, rank, passed, left)
+        outer, inner = outer[..., :rank], inner[..., :rank]
         # Pieces of zeros (of a target that is reached already) need no system, singular or not.
         sizes = [torch.linalg.vector_norm(part, dim=-2) for part in (outer, inner)]
         needed = sizes[0] * sizes[1] > noise
@@ -314,7 +303,7 @@ def _adapt_in_turn(problem: _Problem, *, by_lemma: bool) -> _Solution:
         B = torch.where(needed[:, None], _solve(right, inner), 0)
         factors[l][0][..., :rank], factors[l][1][..., :rank] = A, B
         adapted[l] = adapted[l] + A @ B.mT
-        systems = [lowrank.condition(system.S) for system in (left, right) if system]
+        systems = [system.condition_number for system in (left, right) if system]
         if systems:
             conditions[:, l] = torch.where(needed.any(-1), torch.stack(systems).amax(0), 1)
     merged = [w + A @ B.mT for w, (A, B) in zip(weights, factors, strict=True)]
@@ -323,23 +312,12 @@ def _adapt_in_turn(problem: _Problem, *, by_lemma: bool) -> _Solution:
 
 def _rounding_error(weights: list[Tensor], best_map: Tensor) -> Tensor:
     """Measure how far the product, from either end, is from the best map; may be infinite."""
-    products = [product(weights)]
-    if len(weights) > 2:
-        products.append(product([w.mT for w in reversed(weights)]).mT)
+    backwards = product([w.mT for w in reversed(weights)]).mT
     errors = []
-    for difference in (reached - best_map for reached in products):
+    for difference in (product(weights) - best_map, backwards - best_map):
         finite = difference.isfinite().all((-2, -1))
         errors.append(torch.where(finite, lowrank.norm(_finite(difference)), torch.inf))
-    return torch.stack(errors).amax(0)
-
-
-def _systems(weights: list[Tensor], l: int) -> tuple[SVD | None, SVD | None]:
-    """Decompose ``∏_{j>l} W_j`` and ``(∏_{j<l} W_j)ᵀ``; ``None`` stands for no layers."""
-    outer, inner = [w.mT for w in reversed(weights[l + 1 :])], weights[:l]
-    left, right = (
-        lowrank.svd(_finite(product(part)).mT) if part else None for part in (outer, inner)
-    )
-    return left, right
+    return torch.maximum(*errors)
 
 
 def _solve(system: SVD | None, right: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks._segments import Segments, is_regular, missing_shift, segments
+from ..networks._vectors import shifts, times, vectors_of, widened
 from ..networks.gap import Gap
-from ..networks.transformer import GAINS, SHIFTS, Transformer, one_by_one
+from ..networks.transformer import Transformer
 from . import _heads
 from .linear import Adaptation, LinearAdaptation
 
@@ -78,7 +79,6 @@ def adapt(
     *,
     rtol: float | None = None,
     throw: bool = True,
-    seed: int = 0,
 ) -> TransformerAdaptation:
     """Make a transformer imitate another, segment by segment, by adapters and vectors.
 
@@ -114,7 +114,7 @@ def adapt(
     rtol : float, optional
         Largest rounding error of a segment, relative to the product of its factors' norms plus the
         target's; by default half of the digits, ``inf`` accepts any.
-    throw, seed
+    throw
         See `linear.adapt`.
     """
     _checks.kind(Transformer, frozen=frozen, target=target)
@@ -131,46 +131,49 @@ def adapt(
         if name in _WORDS:
             if throw:
                 _heads.require_ranks(gap, given)
-            solution = _heads.adapt(gap, given, _WORDS[name], rtol=rtol, throw=throw, seed=seed)
-            found, solutions[name] = _of_pair(name, solution), solution
+            solution = _heads.adapt(gap, given, _WORDS[name], rtol=rtol, throw=throw)
+            found, solutions[name] = solution.adapters.updates, solution
+            if len(found) == 4:
+                found = found[1:3]
+            if name == "query_key":
+                # The segment has W_K transposed.
+                found = (found[0], LowRank(found[1].right, found[1].left))
         else:
             (rank,) = given.values()
-            found, errors[name] = [_of_one(name, gap, rank)], gap.error(rank)
+            found, errors[name] = (_of_one(name, gap, rank),), gap.error(rank)
+        dims = Segments.DIMENSIONS[name]
         for kind, update in zip(given, found, strict=True):
-            by_kind[kind] = _split(update, Segments.DIMENSIONS[name])
+            # One by one, over blocks and heads.
+            A, B = (
+                factor.unsqueeze(-3 - dims).flatten(-3 - dims, -3).unbind(-3)
+                for factor in (update.left, update.right)
+            )
+            by_kind[kind] = map(LowRank, A, B)
     updates = [
-        by_kind[kind].pop(0) if adapts else LowRank(w[..., :0], w.mT[..., :0])
+        next(by_kind[kind]) if adapts else LowRank(w[..., :0], w.mT[..., :0])
         for kind, w, adapts in zip(
             frozen.kind_of_weight, frozen.weights, frozen.adapted, strict=True
         )
     ]
     sums = [w + update.matrix() for w, update in zip(frozen.weights, updates, strict=True)]
-    adapted = frozen.holding(sums, frozen.biases)
+    adapted = frozen.with_parameters(sums, checked=False)
     conditions = finite.new_zeros(*finite.shape, 0, dtype=frozen.dtype)
     if frozen.is_plain:
         vectors, conditions = _plain_vectors(adapted, target, cut, solutions["value_output"])
     else:
-        vectors = _vectors(adapted, target)
+        vectors = vectors_of(adapted, target, "query_key" in cut)
     if "query_key" in cut and not frozen.is_plain:
-        vectors["b_Q"], missed, size = _query_bias(adapted, target, cut.query_key)
-        solutions["query_key"] = _complete(
-            solutions["query_key"], cut.query_key, missed, size, rtol, throw
+        vectors["b_Q"], solutions["query_key"] = _query_bias(
+            adapted, target, cut.query_key, solutions["query_key"], rtol, throw
         )
-    changes = [
-        new - old
-        for kind in frozen.bias_kinds
-        for new, old in zip(
-            one_by_one(kind, vectors[kind]),
-            one_by_one(kind, frozen.parameters[kind]),
-            strict=True,
-        )
-    ]
+    reached = frozen.one_by_one(frozen.bias_kinds, vectors)
+    changes = tuple(new - old for new, old in zip(reached, frozen.biases, strict=True))
     success = finite & is_regular(frozen, target)
     for name, solution in solutions.items():
         success &= _all(Segments({name: solution.success}))
         errors[name] = solution.spectral_error + solution.rounding_error
     return TransformerAdaptation(
-        Adapters(tuple(updates), tuple(changes)),
+        Adapters(tuple(updates), changes),
         success,
         Segments(solutions),
         Segments({name: errors[name] for name in cut}),
@@ -191,26 +194,6 @@ def _of_one(name: str, gap: Gap, rank: int) -> LowRank:
     return LowRank(best.left, torch.linalg.pinv(before).mT @ best.right)
 
 
-def _of_pair(name: str, solution: LinearAdaptation) -> list[LowRank]:
-    """Pick the updates of a segment's two adapted weights, in their order."""
-    updates = solution.adapters.updates
-    if len(updates) == 2:
-        return [*updates]
-    _, first, second, _ = updates
-    if name == "query_key":
-        # The segment has W_K transposed.
-        second = LowRank(second.right, second.left)
-    return [first, second]
-
-
-def _split(update: LowRank, dims: int) -> list[LowRank]:
-    """Split an update that is stacked over blocks and heads."""
-    if not dims:
-        return [update]
-    factors = (f.flatten(-2 - dims, -3).unbind(-3) for f in (update.left, update.right))
-    return [LowRank(A, B) for A, B in zip(*factors, strict=True)]
-
-
 def _plain_vectors(
     adapted: Transformer,
     target: Transformer,
@@ -218,18 +201,16 @@ def _plain_vectors(
     values: LinearAdaptation,
 ) -> tuple[dict[str, Tensor], Float[Tensor, "*batch _"]]:
     """Find biases of a plain transformer, and the condition numbers of their systems."""
-    batch = adapted.batch_shape
     # Where a system is singular its member fails, and its solution is not finite.
     shift = missing_shift(target).nan_to_num(0, 0, 0)
-    shift = shift.expand(*batch, *shift.shape[-2:])
+    shift = shift.expand(*adapted.batch_shape, *shift.shape[-2:])
     wanted = target.W_out @ target.b_2[..., -1, :, None]
     last = lowrank.solve(adapted.W_out, wanted)[..., 0].nan_to_num(0, 0, 0)
-    between = (adapted.W_2[..., :-1, :, :] @ shift[..., None])[..., 0]
+    between = times(adapted.W_2[..., :-1, :, :], shift)
     # Columns of a softmax sum to 1: what inexact segments make of the shift is constant.
     reached = values.adapters.merge(cut.value_output.frozen).product()
     missed = (cut.value_output.target.product() - reached).sum(-3)[..., 1:, :, :]
-    b_1 = target.b_1.expand(*batch, *target.b_1.shape[-2:]).clone()
-    b_1[..., 1:, :] += (missed @ shift[..., None])[..., 0]
+    b_1 = target.b_1 + pad(times(missed, shift), (0, 0, 1, 0))
     conditions = lowrank.condition_number(target.W_2)[..., :-1].expand(shift.shape[:-1])
     of_out = lowrank.condition_number(adapted.W_out)[..., None]
     vectors = {"b_1": b_1, "b_2": torch.cat([between, last[..., None, :]], -2)}
@@ -238,12 +219,12 @@ def _plain_vectors(
 
 def _require_heads(frozen: Transformer, target: Transformer) -> None:
     """Refuse heads that are neither narrower than a narrower target nor as wide as the tokens."""
+    if frozen.groups < frozen.heads:
+        return
     for side in ("query size", "value size"):
-        if frozen.groups < frozen.heads:
-            continue
+        size = frozen.sizes[side]
         if side == "query size" and frozen.settings.rotary is not None:
             continue
-        size = frozen.sizes[side]
         if target.dimension < size < frozen.width and target.width < frozen.width:
             raise InputError(
                 f"frozen's {side}",
@@ -254,79 +235,25 @@ def _require_heads(frozen: Transformer, target: Transformer) -> None:
             )
 
 
-def _vectors(adapted: Transformer, target: Transformer) -> dict[str, Tensor]:
-    """Find vectors of a transformer that is not plain, as if queries had their own segment."""
-    # Norms divide by the root of the width.
-    ratio = (target.width / adapted.width) ** 0.5
-    s_1, s_2 = _shifts(target)
-    vectors = {}
-    for kind in target.bias_kinds:
-        if kind in GAINS:
-            vectors[kind] = ratio * _widened(target.parameters[kind], adapted)
-        elif kind in SHIFTS:
-            vectors[kind] = _widened(target.parameters[kind], adapted)
-        elif kind in ("b_1", "b_3", "b_Q", "b_K"):
-            weight = kind.replace("b", "W")
-            s = s_2 if kind in ("b_1", "b_3") else s_1.unsqueeze(-2)
-            wanted = target.parameters[kind] + _times(target.parameters[weight], s)
-            reached = _times(adapted.parameters[weight], _widened(s, adapted))
-            vectors[kind] = wanted - reached
-
-    def written(vector: Tensor) -> Tensor:
-        return adapted.fill(vector[..., None])[..., 0]
-
-    vectors["b_2"] = written(target.b_2)
-    s = s_1.unsqueeze(-2)
-    wanted = _times(target.W_O, target.each_head(_times(target.W_V, s), -2))
-    values = adapted.each_head(_times(adapted.W_V, _widened(s, adapted)), -2)
-    missing = written(wanted) - _times(adapted.W_O, values)
-    vectors["b_O"] = written(target.b_O) + missing.sum(-2)
-    return vectors
-
-
 def _query_bias(
-    adapted: Transformer, target: Transformer, gap: Gap
-) -> tuple[Tensor, Float[Tensor, "*batch blocks heads"], Float[Tensor, "*batch blocks heads"]]:
-    """Find ``b̂_Q``, by how much it misses the target's scores, and the size of these."""
-    s = _shifts(target)[0].unsqueeze(-2)
-    # What all keys are multiplied by, whatever the token.
-    keys = gap.frozen.weights[3] @ adapted.W_K.mT
-    wanted = _times(gap.target.weights[3] @ target.W_K.mT, _times(target.W_Q, s) + target.b_Q)
-    queries = _times(torch.linalg.pinv(keys), wanted)
-    missed = torch.linalg.vector_norm(_times(keys, queries) - wanted, dim=-1)
-    size = torch.linalg.vector_norm(wanted, dim=-1)
-    return queries - _times(adapted.W_Q, _widened(s, adapted)), missed, size
-
-
-def _shifts(target: Transformer) -> tuple[Tensor, Tensor]:
-    """Get ``s_1`` and ``s_2``, which are 0 without norms."""
-    none = torch.zeros_like(target.b_O)
-    return target.parameters.get("s_1", none), target.parameters.get("s_2", none)
-
-
-def _widened(vector: Tensor, adapted: Transformer) -> Tensor:
-    """Append zeros to a vector of a narrower target's tokens."""
-    return pad(vector, (0, adapted.width - vector.shape[-1]))
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[..., None])[..., 0]
-
-
-def _complete(
-    solution: LinearAdaptation,
+    adapted: Transformer,
+    target: Transformer,
     gap: Gap,
-    missed: Float[Tensor, "*batch blocks heads"],
-    size: Float[Tensor, "*batch blocks heads"],
+    solution: LinearAdaptation,
     rtol: float | None,
     throw: bool,
-) -> LinearAdaptation:
-    """Add what query biases missed to the rounding errors."""
-    rounding = solution.rounding_error + missed
+) -> tuple[Tensor, LinearAdaptation]:
+    """Find ``b̂_Q``, and add by how much it misses the target's scores to the rounding errors."""
+    s = shifts(target)[0].unsqueeze(-2)
+    # What all keys are multiplied by, whatever the token.
+    keys = gap.frozen.weights[3] @ adapted.W_K.mT
+    wanted = times(gap.target.weights[3] @ target.W_K.mT, times(target.W_Q, s) + target.b_Q)
+    queries = times(torch.linalg.pinv(keys), wanted)
+    missed = torch.linalg.vector_norm(times(keys, queries) - wanted, dim=-1)
+    size = gap.rounding_scale + torch.linalg.vector_norm(wanted, dim=-1)
     limit = torch.finfo(missed.dtype).eps ** 0.5 if rtol is None else rtol
     # Below the threshold the biases make up for the nearest that is reached.
-    exact = solution.spectral_error <= gap.noise
-    bad = exact & (missed > limit * (gap.rounding_scale + size))
+    bad = (solution.spectral_error <= gap.noise) & (missed > limit * size)
     if throw and bad.any():
         block, head = bad.reshape(-1, *bad.shape[-2:]).nonzero()[0].tolist()[-2:]
         raise InputError(
@@ -335,4 +262,6 @@ def _complete(
             given=f"one whose scores no query bias completes, by {float(missed.max()):.1e}",
             remedy="perturb the target's W_Q and W_K",
         )
-    return replace(solution, rounding_error=rounding, success=solution.success & ~bad)
+    rounding = solution.rounding_error + missed
+    completed = replace(solution, rounding_error=rounding, success=solution.success & ~bad)
+    return queries - times(adapted.W_Q, widened(s, adapted)), completed

@@ -10,6 +10,5 @@ normalization), `digits` (networks on images), `coded` (adapters in few bits on 
 - ``measure``, which takes settings of one problem and returns a ``Found`` for each.
 
 `sweeps` runs any of them, ``sweeps.run(sweeps.grid(Setting, ...), measure, file)``, and keeps what
-is finished. A new kind is a new module with these five. `noisy` needs no runs: it draws noise, and
-what least squares risks is computed at once.
+is finished. A new kind is a new module with these five.
 """

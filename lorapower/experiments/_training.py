@@ -80,13 +80,9 @@ def train_each(
     if not distinct:
         return {}
     runs = train(frozen, [tuning(method) for method in distinct], data, **options)
+    columns = runs.best_loss.tolist(), runs.best_step.tolist(), runs.diverged.tolist()
     courses = [
-        {"validation_loss": loss, "best_step": step, "diverged": diverged}
-        for loss, step, diverged in zip(
-            runs.best_loss.tolist(), runs.best_step.tolist(), runs.diverged.tolist(), strict=True
-        )
+        dict(zip(Course.model_fields, row, strict=True)) for row in zip(*columns, strict=True)
     ]
-    return {
-        method: Trained(runs.network[i], runs.adapters[i], courses[i])
-        for i, method in enumerate(distinct)
-    }
+    each = zip(runs.network, runs.adapters, courses, strict=True)
+    return {method: Trained(*run) for method, run in zip(distinct, each, strict=True)}

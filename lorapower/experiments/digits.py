@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
@@ -18,14 +18,11 @@ from torch import Tensor
 
 from .._records import Record
 from ..adapters import Adapters
-from ..bounds.layers import fnn_error_on, fnn_threshold
+from ..bounds.layers import fnn_error_on
 from ..bounds.layers import variance as variance_of
-from ..bounds.transformer import transformer_threshold
 from ..constructions.fitted import nearest
 from ..constructions.fused import fuse
-from ..networks._segments import segments
 from ..networks.layers import FNN
-from ..networks.partition import blocks
 from ..networks.transformer import Transformer
 from ..randomness import generator
 from ..regions import Box
@@ -47,6 +44,7 @@ HEADS = 2
 LIFT = 10.0
 PRETRAINING = Tuning(learning_rate=3e-3)
 PRETRAINING_STEPS = 1500
+# Images in a batch; steps between validations.
 BATCH, EVERY = 100, 20
 
 
@@ -89,13 +87,6 @@ class _Split(NamedTuple):
     test: Labelled
 
 
-def split_pixels(angle: float, seed: int, purpose: str, sizes: Iterable[int]) -> list[Labelled]:
-    """Split the images, turned by an angle, at random into labelled pixels ``[64, samples]``."""
-    pictures, classes = images(angle)
-    order = torch.randperm(len(classes), generator=generator(seed, purpose))
-    return [(pictures[part].flatten(1).mT, classes[part]) for part in order.split([*sizes])]
-
-
 @functools.cache
 def _task(model: str, angle: float, seed: int) -> _Split:
     """The digits turned by an angle, split by the seed alone, as a network takes them.
@@ -103,15 +94,14 @@ def _task(model: str, angle: float, seed: int) -> _Split:
     A ReLU network sees the 64 pixels of an image. A transformer sees a token for each row,
     ``[samples, 16, 8]``: its eight pixels, and a one in the coordinate of the row.
     """
-    parts = split_pixels(angle, seed, "split", SIZES.values())
+    pictures, classes = images(angle)
     if model == "fnn":
-        return _Split(*parts)
-    tokens = []
-    for pixels, classes in parts:
-        rows = pixels.mT.unflatten(1, (SIDE, SIDE))
-        places = torch.eye(SIDE).expand(len(classes), SIDE, SIDE)
-        tokens.append((torch.cat([rows.mT, places], dim=1), classes))
-    return _Split(*tokens)
+        inputs = pictures.flatten(1)
+    else:
+        inputs = torch.cat([pictures.mT, torch.eye(SIDE).expand_as(pictures)], dim=1)
+    order = torch.randperm(len(classes), generator=generator(seed, "split"))
+    parts = [(inputs[part], classes[part]) for part in order.split([*SIZES.values()])]
+    return _Split(*((x.mT if model == "fnn" else x, y) for x, y in parts))
 
 
 def _votes(network: Network, x: Tensor) -> Float[Tensor, "classes samples"]:
@@ -163,11 +153,6 @@ class Problem(Record):
         return PIXELS if self.model == "fnn" else 2 * SIDE
 
     @property
-    def weights(self) -> int:
-        """Number of the frozen network's weights, the largest ``final``."""
-        return self.depth if self.model == "fnn" else (4 * HEADS + 2) * self.depth + 1
-
-    @property
     def task(self) -> _Split:
         """The images, turned, split at random."""
         return _task(self.model, self.angle, self.seed)
@@ -183,34 +168,13 @@ class Problem(Record):
 
     def frozen(self) -> Any:
         """Make the frozen network, in double precision."""
-        if self.start == "random":
-            return _drawn(self.model, self.depth, self.seed, "random")
-        return _pretrained(self.model, self.depth, self.seed)
+        if self.start == "pretrained":
+            return _pretrained(self.model, self.depth, self.seed)
+        return _drawn(self.model, self.depth, self.seed, "random")
 
     def networks(self) -> tuple[Any, Any]:
         """Make the frozen network and the target, in double precision."""
         return self.frozen(), _target(self.model, self.angle, self.seed)
-
-    def threshold(self) -> int:
-        """Find the least equal rank at which the construction is exact."""
-        least = fnn_threshold if self.model == "fnn" else transformer_threshold
-        return int(least(*self.networks()))
-
-    def error_matrices(self) -> dict[str, Float[Tensor, "heads out in"]]:
-        """Compute what adapters have to make up for, by name.
-
-        Of a ReLU network: ``first``, the first block's ``E_1``, and ``on data``, ``E_1 (X −
-        mean)/√n`` of the ``n`` training images ``X``, with the singular values of ``E_1 C^{1/2}``.
-        Of a transformer: ``scores`` and ``values`` of its heads.
-        """
-        frozen, target = self.networks()
-        if self.model == "transformer":
-            cut = segments(frozen, target)
-            return {"scores": cut.query_key.matrix[0], "values": cut.value_output.matrix[0]}
-        E = blocks(frozen, target)[0].matrix
-        x = self.task.training[0].to(E.dtype)
-        shifted = (x - x.mean(1, keepdim=True)) / x.shape[1] ** 0.5
-        return {"first": E[None], "on data": (E @ shifted)[None]}
 
 
 class Setting(Record):
@@ -244,15 +208,14 @@ class Setting(Record):
 def _pretrained(model: str, depth: int, seed: int) -> Network:
     """A network trained in full on upright digits."""
     drawn = _drawn(model, depth, seed, f"before pretraining, depth {depth}")
-    parts, purpose = _task(model, 0.0, seed)[:2], f"pretraining, depth {depth}"
-    return train(drawn, parts, seed, purpose, PRETRAINING_STEPS)
+    return _train(drawn, _task(model, 0.0, seed), seed, f"pretraining, depth {depth}")
 
 
 @functools.cache
 def _target(model: str, angle: float, seed: int) -> Network:
     """The pretrained network of the target's depth, trained in full on digits that are turned."""
     start = _pretrained(model, DEPTHS[model], seed)
-    return train(start, _task(model, angle, seed)[:2], seed, "target", PRETRAINING_STEPS)
+    return _train(start, _task(model, angle, seed), seed, "target")
 
 
 def _drawn(model: str, depth: int, seed: int, purpose: str) -> Network:
@@ -267,17 +230,12 @@ def _drawn(model: str, depth: int, seed: int, purpose: str) -> Network:
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
 
 
-def train(
-    network: Any, parts: Sequence[Labelled], seed: int, purpose: str, steps: int, every: int = EVERY
-) -> Any:
-    """Train all weights of a network on the first of two parts; the second chooses the best."""
-    data = _batches(parts, seed, purpose)
-    return train_fully(network, data, PRETRAINING, steps=steps, every=every, classes=range(CLASSES))
-
-
-def _batches(parts: Sequence[Labelled], seed: int, *purpose: str) -> Fixed:
-    training, validation = parts
-    return Fixed(training, validation, samples=BATCH, seed=seed, purpose=purpose)
+def _train(network: Network, task: _Split, seed: int, purpose: str) -> Network:
+    """Train all weights of a network."""
+    data = Fixed(*task[:2], samples=BATCH, seed=seed, purpose=(purpose,))
+    options = {"steps": PRETRAINING_STEPS, "every": EVERY, "classes": range(CLASSES)}
+    trained: Network = train_fully(network, data, PRETRAINING, **options)
+    return trained
 
 
 class Found(Course):
@@ -304,7 +262,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     trained = train_each(
         (method for method in methods if isinstance(method, Gradient)),
         frozen,
-        _batches(problem.task[:2], problem.seed),
+        Fixed(*problem.task[:2], samples=BATCH, seed=problem.seed),
         steps=problem.steps,
         every=EVERY,
         classes=range(CLASSES),
@@ -320,9 +278,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         if problem.model == "fnn" and isinstance(method, Construction):
             norm = fnn_error_on(frozen, target, method.ranks, x)
             about["bound"] = float(norm.square() / CLASSES / variance)
-        about = about | {
-            f"{name}accuracy": accuracy(each, (x, y))
-            for name, each in (("", network), ("target_", target), ("frozen_", frozen))
-        }
+        named = {"": network, "target_": target, "frozen_": frozen}
+        about = about | {f"{name}accuracy": accuracy(each, (x, y)) for name, each in named.items()}
         found.append(Found(error=error(network, target, x), **about))
     return found

@@ -14,7 +14,7 @@ from ..adapters import Adapters, Tuned
 from ..bounds.floors import attention_floor, far_error, feed_forward_floor
 from ..bounds.layers import variance as variance_of
 from ..constructions import fitted
-from ..networks.transformer import Activation, Norm, Part, Transformer
+from ..networks.transformer import Activation, Part, Transformer
 from ..training.descent import descend
 from ..training.fused import polish
 from ..training.tuning import Fresh, Tuning
@@ -24,9 +24,9 @@ from ._training import one_problem, train_each
 # those that follow attention.
 VECTORS = {
     "free": ("b_Q", "b_O", "b_2"),
-    "biases": ("b_Q", "b_O", "b_2", "b_1", "b_3"),
-    "all": ("b_Q", "b_O", "b_2", "b_1", "b_3", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
-    "mlp": ("b_O", "b_2", "b_1", "b_3", "g_2", "s_2"),
+    "biases": ("b_Q", "b_O", "b_2", "b_1"),
+    "all": ("b_Q", "b_O", "b_2", "b_1", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
+    "mlp": ("b_O", "b_2", "b_1", "g_2", "s_2"),
 }
 FIT, SELECT, TEST, DIRECTIONS = 1000, 500, 5000, 5000
 # How far out tokens are for what is said of the limit.
@@ -34,7 +34,7 @@ FAR = 1e4
 
 
 class Problem(Record):
-    """A frozen network and a target of one kind, and inputs ``N(0, c² I)``.
+    """A frozen network and a target of one kind, with LayerNorms, and inputs ``N(0, c² I)``.
 
     ``width, hidden, heads, head_size, depth, tokens, size`` are ``D, F, H, d, L, N, c``; a head
     size of 0 is the width. Adam takes ``steps`` of ``samples`` sequences.
@@ -46,8 +46,6 @@ class Problem(Record):
     head_size: int = Field(0, ge=0)
     depth: int = Field(1, ge=1)
     activation: Activation = "relu"
-    norm: Norm = "layer"
-    gated: bool = False
     tokens: int = Field(1, ge=1)
     size: float = Field(1.0, gt=0)
     steps: int = Field(2000, ge=1)
@@ -56,11 +54,19 @@ class Problem(Record):
 
     def networks(self) -> tuple[Transformer, Transformer]:
         """Draw the frozen network and the target."""
-        sizes = {"head_size": self.head_size or self.width, "hidden": self.hidden}
-        kind = {"activation": self.activation, "norm": self.norm, "gated": self.gated}
-        options: Any = {**sizes, **kind, "residual": True, "seed": self.seed}
         frozen, target = (
-            Transformer.random(self.depth, self.width, self.heads, purpose=purpose, **options)
+            Transformer.random(
+                self.depth,
+                self.width,
+                self.heads,
+                head_size=self.head_size or self.width,
+                hidden=self.hidden,
+                activation=self.activation,
+                norm="layer",
+                residual=True,
+                seed=self.seed,
+                purpose=purpose,
+            )
             for purpose in ("frozen", "target")
         )
         return frozen, target
@@ -75,8 +81,8 @@ class Trained(Record):
     """Adapters of one rank on a part of the blocks, by Adam at a falling rate, then L-BFGS.
 
     ``W_V`` and ``W_O`` have ``more`` rank than the rest. Of the vectors ``"free"`` tunes
-    ``b_Q, b_O, b_2``, ``"biases"`` also ``b_1``, and ``b_3`` if gated, ``"all"`` also gains and
-    shifts; ``"mlp"`` those that follow attention. L-BFGS takes ``iterations`` on fixed inputs.
+    ``b_Q, b_O, b_2``, ``"biases"`` also ``b_1``, ``"all"`` also gains and shifts; ``"mlp"`` those
+    that follow attention. L-BFGS takes ``iterations`` on fixed inputs.
     """
 
     kind: Literal["trained"] = "trained"
@@ -85,7 +91,6 @@ class Trained(Record):
     more: int = Field(0, ge=0)
     vectors: Literal["free", "biases", "all", "mlp"] = "all"
     learning_rate: float = Field(1e-2, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
     iterations: int = Field(0, ge=0)
 
 
@@ -130,16 +135,32 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     problem: Problem = one_problem(settings)
     frozen, target = problem.networks()
     methods = [setting.method for setting in settings]
+
+    def biases_of(method: Trained) -> tuple[bool, ...]:
+        return tuple(name.split()[0] in VECTORS[method.vectors] for name in frozen.bias_names)
+
+    def tuning(method: Trained) -> Tuning:
+        return Tuning(
+            ranks=_ranks(method, frozen),
+            biases=biases_of(method),
+            learning_rate=method.learning_rate,
+            schedule="cosine",
+        )
+
+    def pair(purpose: str, count: int) -> tuple[Tensor, Tensor]:
+        x = problem.data(target, purpose).test(count)[0].to(target.dtype)
+        return x, target(x)
+
     trained = train_each(
         (method for method in methods if isinstance(method, Trained)),
         frozen,
         problem.data(target),
-        lambda method: _tuning(method, frozen),
+        tuning,
         steps=problem.steps,
         every=max(1, problem.steps // 40),
         seed=problem.seed,
     )
-    fit, select = _pairs(problem, target)
+    fit, select = pair("fitting", FIT), pair("choosing", SELECT)
     x, y = (part.to(frozen.dtype) for part in problem.data(target).test(TEST))
     variance = float(variance_of(y - x))
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
@@ -147,15 +168,19 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     for method in methods:
         diverged = False
         if isinstance(method, Trained):
-            _, adapters, outcome = trained[method]
-            adapters, diverged = adapters.to(frozen.dtype), outcome["diverged"]
+            adapters = trained[method].adapters.to(frozen.dtype)
+            diverged = trained[method].course["diverged"]
             if method.iterations:
-                ranks, moving = torch.tensor(adapters.ranks), _moving(method, frozen)
-                tuned = Tuned(ranks, torch.tensor(moving))
+                tuned = Tuned(torch.tensor(adapters.ranks), torch.tensor(biases_of(method)))
                 start = Adapters(adapters.updates, adapters.bias_updates, tuned)
                 adapters = descend(frozen, start, fit, select, method.iterations)
         else:
-            adapters = _fitted(frozen, target, method, fit[0], select[0])
+            ranks = dict(zip(frozen.kind_of_weight, _ranks(method, frozen), strict=True))
+            inputs = fit[0], select[0]
+            fits = fitted.adapt(frozen, target, ranks, *inputs, throw=False)
+            if method.iterations:
+                fits = polish(fits, *inputs, iterations=method.iterations, throw=False)
+            adapters = fits.adapters
         network = adapters.merge(frozen)
         error = float((network(x) - y).square().mean())
         out, spread = far_error(network, target, far, FAR, problem.tokens)
@@ -178,41 +203,8 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     return found
 
 
-def _tuning(method: Trained, network: Transformer) -> Tuning:
-    return Tuning(
-        ranks=_ranks(method, network),
-        biases=_moving(method, network),
-        learning_rate=method.learning_rate,
-        weight_decay=method.weight_decay,
-        schedule="cosine",
-    )
-
-
 def _ranks(method: Trained | Fitted, network: Transformer) -> tuple[int, ...]:
     """List the rank of each weight's adapter."""
     usual, more = (network.ranks(method.rank + add, method.part) for add in (0, method.more))
     each = zip(network.kind_of_weight, usual, more, strict=True)
     return tuple(b if kind in ("W_V", "W_O") else a for kind, a, b in each)
-
-
-def _moving(method: Trained, network: Transformer) -> tuple[bool, ...]:
-    return tuple(kind in VECTORS[method.vectors] for kind in network.kind_of_bias)
-
-
-def _pairs(problem: Problem, target: Transformer) -> list[tuple[Tensor, Tensor]]:
-    """Draw inputs to fit and to select by, with the target's outputs, in its precision."""
-    pairs = []
-    for purpose, count in (("fitting", FIT), ("choosing", SELECT)):
-        x = problem.data(target, purpose).test(count)[0].to(target.dtype)
-        pairs.append((x, target(x)))
-    return pairs
-
-
-def _fitted(
-    frozen: Transformer, target: Transformer, method: Fitted, x: Tensor, select: Tensor
-) -> Adapters:
-    ranks = dict(zip(frozen.kind_of_weight, _ranks(method, frozen), strict=True))
-    fit = fitted.adapt(frozen, target, ranks, x, select, throw=False)
-    if method.iterations:
-        fit = polish(fit, x, select, iterations=method.iterations, throw=False)
-    return fit.adapters

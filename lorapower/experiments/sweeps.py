@@ -152,10 +152,10 @@ def _finished(
     if executor is None:
         yield from zip(batches, map(work, given), strict=True)
         return
-    futures = [executor.submit(work, one) for one in given]
+    futures = {executor.submit(work, one): keys for one, keys in zip(given, batches, strict=True)}
     try:
         for future in as_completed(futures):
-            yield batches[futures.index(future)], future.result()
+            yield futures[future], future.result()
     finally:
         for future in futures:
             future.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Self, cast
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -14,17 +14,16 @@ from .. import randomness
 from .._records import Record
 from ..adapters import Adapters
 from ..bounds.layers import variance as variance_of
-from ..constructions import fitted, fnn
-from ..constructions.fitted import Fitted as FittedAdapters
+from ..constructions import fitted
+from ..constructions.fitted import FittedAdaptation
 from ..lowrank import LowRank
 from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball
-from ..training import descent, fused
-from ..training.engine import begin
+from ..training import fused
 from ..training.fused import polish, train_fused
-from ..training.tuning import MARGIN, Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
+from ..training.tuning import Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
 from . import study
 from ._training import Course, Gradient, construct, one_problem, train_each, train_fully
 from .study import Final, Lora, Rank
@@ -35,30 +34,20 @@ RANDOM, PRETRAINED = 1.0, 1 / 3
 PRETRAINING = Tuning(learning_rate=1e-3)
 PRETRAINING_STEPS = 1000
 TEST_SAMPLES = 5000
-# Inputs by which candidates of a fit are compared, and those by which `Newton` chooses.
+# Inputs by which candidates of a fit are compared.
 CHOOSING = 1000
 SHIFT = 5.0
 
 
-class _Grid(NamedTuple):
-    """Axes of `sweeps.grid`: of a `Problem`, beside its networks, and of a method by gradients."""
-
-    problem: dict[str, Any]
-    optimizer: dict[str, Any]
-
-
-# The study's settings, and fewer of them.
-GRIDS = {
-    "quick": _Grid(
-        problem={"steps": 2000, "every": 10, "seed": range(3)},
-        optimizer={"learning_rate": [1e-2, 1e-3], "weight_decay": [0.0]},
+# The study's settings, and fewer of them: axes of a `Problem`, and of a method by gradients.
+GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "quick": (
+        {"steps": 2000, "every": 10, "seed": range(3)},
+        {"learning_rate": [1e-2, 1e-3], "weight_decay": [0.0]},
     ),
-    "paper": _Grid(
-        problem={"steps": 5000, "every": 1, "seed": range(5)},
-        optimizer={
-            "learning_rate": [1e-2, 1e-3, 1e-4],
-            "weight_decay": [0.0, 1e-4, 1e-3, 1e-2],
-        },
+    "paper": (
+        {"steps": 5000, "every": 1, "seed": range(5)},
+        {"learning_rate": [1e-2, 1e-3, 1e-4], "weight_decay": [0.0, 1e-4, 1e-3, 1e-2]},
     ),
 }
 
@@ -132,7 +121,12 @@ class Problem(Record):
     def start(self) -> tuple[Network, Network]:
         """Draw the frozen network, pretrained if the problem says so, and the target."""
         frozen, target = self.networks()
-        return (_pretrain(self, frozen, target) if self.pretraining < 1 else frozen), target
+        if self.pretraining < 1:
+            plain = self.replace(task="regression", fixed=False, samples=256)
+            data, _ = plain.data(target, "pretraining")
+            options = {"steps": PRETRAINING_STEPS, "until": self.pretraining, "seed": self.seed}
+            frozen = train_fully(frozen, data, PRETRAINING, **options)
+        return frozen, target
 
     def _near(self, frozen: LinearNetwork | FNN, target: Any) -> Any:
         """Put the target's weights at the given distance from the frozen blocks."""
@@ -217,20 +211,7 @@ class Fused(Record):
     input_scale: float = Field(1.0, gt=0)
 
 
-class Newton(Record):
-    """Adapt a ReLU network by Levenberg–Marquardt on fixed inputs (`training.newton`).
-
-    It starts linearized and has the one-sided loss. Inner ReLUs are made idle again afterwards if
-    that is no worse, but for rounding, on inputs that were not fitted.
-    """
-
-    kind: Literal["newton"] = "newton"
-    ranks: int = Field(1, ge=0)
-    training_samples: int = Field(700, ge=1)
-    iterations: int = Field(25, ge=0)
-
-
-Method = Construction | Fitted | Lora | Final | Recipe | Fused | Newton
+Method = Construction | Fitted | Lora | Final | Recipe | Fused
 
 
 class Setting(Record):
@@ -248,7 +229,7 @@ class Setting(Record):
         if isinstance(method, Construction):
             fits = problem.model == "fnn" or method.region == 1
             method.require("region", fits, "1 but for model 'fnn'")
-        if isinstance(method, Recipe | Fused | Newton):
+        if isinstance(method, Recipe | Fused):
             problem.require("task", problem.task == "regression", "'regression'")
         return self
 
@@ -304,14 +285,10 @@ class _Bench:
         self.problem = problem
         self.frozen, self.target = problem.start()
         self.data, fresh = problem.data(self.target)
-        self.course: dict[str, Any] = {
-            "steps": problem.steps,
-            "every": problem.every,
-            "seed": problem.seed,
-        }
+        self.course = problem.model_dump(include={"steps", "every", "seed"})
         # Nearly all of the normal inputs are inside.
         self.radius = problem.width**0.5 + 4
-        self.fits: dict[Fitted, FittedAdapters] = {}
+        self.fits: dict[Fitted, FittedAdaptation] = {}
         x, _ = fresh.test(TEST_SAMPLES)
         inputs = {"": x, "shifted_": SHIFT * x}
         if isinstance(self.data, Fixed):
@@ -337,13 +314,12 @@ class _Bench:
         if not isinstance(method, Recipe):
             return Gradient.tuning(method)
         options = method.model_dump(exclude={"kind", "start", "perturbation"})
-        if method.start == "construction":
-            adapters = self.construct(Construction(ranks=method.ranks))
-        elif method.start == "fitted":
-            adapters = self.fit(Fitted(ranks=method.ranks)).adapters
-        else:
-            blocks = self.problem.target_depth if method.start == "linearized" else 1
-            return Tuning(**options, start=method.start, blocks=blocks)
+        if method.start == "linearized":
+            return Tuning(**options, start=method.start, blocks=self.problem.target_depth)
+        if method.start in ("study", "spectral"):
+            return Tuning(**options, start=method.start)
+        source: Any = Construction if method.start == "construction" else Fitted
+        adapters, _ = self.adapt(source(ranks=method.ranks))
         start = _perturb(adapters.balanced(), method.perturbation, self.problem.seed)
         return Tuning(**options, start=start)
 
@@ -353,16 +329,22 @@ class _Bench:
             fit = self.fit(method)
             return fit.adapters, {"predicted": float(fit.predicted)}
         if isinstance(method, Fused):
-            return self.fuse(method)
-        if isinstance(method, Newton):
-            return self.newton(method)
-        return self.construct(method), {}
-
-    def construct(self, method: Construction) -> Adapters:
+            depths = self.problem.depth, self.problem.target_depth
+            found = train_fused(
+                self.frozen,
+                method.ranks,
+                self.problem.data(self.target, scale=method.input_scale)[0],
+                partition=Partition.uniform(*depths) if isinstance(self.frozen, FNN) else None,
+                starts=method.starts,
+                learning_rates=method.learning_rates,
+                throw=False,
+                **self.course,
+            )
+            return found.adapters, {"validation_loss": float(found.validation_loss.min())}
         region = Ball(method.region * self.radius)
-        return construct(self.frozen, self.target, method.ranks, region)
+        return construct(self.frozen, self.target, method.ranks, region), {}
 
-    def fit(self, method: Fitted) -> FittedAdapters:
+    def fit(self, method: Fitted) -> FittedAdaptation:
         """Adapters fitted to inputs; those that are polished may have been fitted already."""
         plain = method.replace(starts=(), adam=0, iterations=0)
         method = method if method.starts else plain
@@ -370,74 +352,25 @@ class _Bench:
             return self.fits[method]
         x = self.sample("calibration", method.inputs), self.sample("choosing", 2 * CHOOSING)
         if method.starts:
-            fresh = self.problem.data(self.target, "polishing")[1]
             found = polish(
                 self.fit(plain),
                 *x,
                 starts=method.starts,
                 steps=method.adam,
                 iterations=method.iterations,
-                data=fresh if method.adam else None,
+                data=self.problem.data(self.target, "polishing")[1],
                 seed=self.problem.seed,
                 throw=False,
             )
         else:
             region = Ball(self.radius) if self.problem.model == "fnn" else None
-            networks = self.frozen, self.target
-            found = fitted.adapt(*networks, method.ranks, *x, region=region, throw=False)
+            pair = self.frozen, self.target
+            found = fitted.adapt(*pair, method.ranks, *x, region=region, throw=False)
         return self.fits.setdefault(method, found)
-
-    def fuse(self, method: Fused) -> tuple[Adapters, dict[str, float]]:
-        depths = self.problem.depth, self.problem.target_depth
-        found = train_fused(
-            self.frozen,
-            method.ranks,
-            self.problem.data(self.target, scale=method.input_scale)[0],
-            partition=Partition.uniform(*depths) if isinstance(self.frozen, FNN) else None,
-            starts=method.starts,
-            learning_rates=method.learning_rates,
-            throw=False,
-            **self.course,
-        )
-        return found.adapters, {"validation_loss": float(found.validation_loss.min())}
-
-    def newton(self, method: Newton) -> tuple[Adapters, dict[str, float]]:
-        problem, network = self.problem, cast(FNN, self.frozen)
-        tuning = Tuning(method.ranks, start="linearized", blocks=problem.target_depth)
-        start = begin(network, [tuning], self.data, seed=problem.seed)[0].to(torch.float64)
-        x, new = (
-            self.sample("newton", method.training_samples),
-            self.sample("newton, held out", CHOOSING),
-        )
-        pair = x, self.target(x)
-        fitted, losses = descent.newton(
-            network, start, pair, pair, method.iterations, loss="one-sided"
-        )
-        seen = torch.cat([self.data.validation[0].double(), x, new], -1)
-        partition = Partition.uniform(problem.depth, problem.target_depth)
-        idle = fnn.idle(network, Ball.about(seen, MARGIN), partition, fitted)
-        y = self.target(new)
-        error, moved = (
-            float((adapters.merge(network)(new) - y).square().mean()) for adapters in (fitted, idle)
-        )
-        no_worse = moved <= error + torch.finfo(y.dtype).eps * float(y.square().mean())
-        reached = {
-            "validation_loss": moved if no_worse else error,
-            "training_error": float(losses[:, 0].min()),
-        }
-        return idle if no_worse else fitted, reached
 
     def sample(self, purpose: str, count: int) -> Tensor:
         """Inputs that are drawn for one purpose."""
         return self.problem.data(self.target, purpose)[1].test(count)[0].to(torch.float64)
-
-
-def _pretrain(problem: Problem, frozen: Network, target: Network) -> Network:
-    """The frozen network trained in full until its loss is a part of what it was."""
-    plain = problem.replace(task="regression", fixed=False, samples=256)
-    data, _ = plain.data(target, "pretraining")
-    options = {"steps": PRETRAINING_STEPS, "until": problem.pretraining, "seed": problem.seed}
-    return train_fully(frozen, data, PRETRAINING, **options)
 
 
 def _perturb(adapters: Adapters, size: float, seed: int) -> Adapters:
@@ -445,8 +378,6 @@ def _perturb(adapters: Adapters, size: float, seed: int) -> Adapters:
     generator = randomness.generator(seed, "perturbation of adapters")
 
     def move(part: Tensor) -> Tensor:
-        if not part.numel():
-            return part
         drawn = randomness.normal(generator, *part.shape, dtype=part.dtype)
         return part + size * part.square().mean().sqrt() * drawn
 

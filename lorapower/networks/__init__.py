@@ -3,16 +3,14 @@
 from . import rewriting
 from ._segments import Segments, is_regular, missing_shift, segments
 from .base import Network
-from .decoders import DoublePrecision, from_decoder, to_decoder
+from .decoders import from_decoder, to_decoder
 from .gap import Gap
-from .layers import FNN, LinearNetwork, as_network, pad, product
+from .layers import FNN, LinearNetwork, as_network, product
 from .partition import Partition, blocks
-from .transformer import BlockTrace, Settings, Transformer
+from .transformer import Settings, Transformer
 
 __all__ = [
     "FNN",
-    "BlockTrace",
-    "DoublePrecision",
     "Gap",
     "LinearNetwork",
     "Network",
@@ -25,7 +23,6 @@ __all__ = [
     "from_decoder",
     "is_regular",
     "missing_shift",
-    "pad",
     "product",
     "rewriting",
     "segments",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from math import isclose
 from typing import Any, ClassVar, TypeVar
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
-class Segments(Mapping[str, T]):
+class Segments(dict[str, T]):
     """Something for each kind of segment; kinds are keys and attributes.
 
     Segments of a plain transformer multiply ``y``, where the tokens of block ``l`` are
@@ -74,22 +74,10 @@ class Segments(Mapping[str, T]):
         "output": 0,
     }
 
-    def __init__(self, parts: Mapping[str, T]) -> None:
-        self._parts = dict(parts)
-
-    def __getitem__(self, name: str) -> T:
-        return self._parts[name]
-
     def __getattr__(self, name: str) -> T:
-        if name.startswith("_") or name not in self._parts:
+        if name not in self:
             raise AttributeError(name)
-        return self._parts[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
+        return self[name]
 
     def __repr__(self) -> str:
         return f"Segments({', '.join(f'{name}={part}' for name, part in self.items())})"
@@ -122,26 +110,39 @@ def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) ->
     batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
     if throw:
         for name, conditions in _inverted(frozen, target).items():
-            _require_regular(name, conditions, _largest_condition(frozen))
+            bad = conditions > _largest_condition(frozen)
+            if bad.any():
+                block = int(bad.reshape(-1, bad.shape[-1]).any(0).nonzero()[0])
+                raise InputError(
+                    f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
+                    allowed="non-singular",
+                    given=f"condition number {float(conditions[..., block].max()):.1e}",
+                    remedy="the theorem inverts it; perturb it",
+                )
     if frozen.is_plain:
         sides = [_cut_plain(network, batch) for network in (frozen, target)]
     else:
-        V = target.basis()
-        first = second = V
-        if target.settings.norm is not None:
-            first, second = target.g_1[..., None, :, None] * V, target.g_2[..., None] * V
-        identity = torch.eye(frozen.width).to(V)
+        first, second = reading(target)
+        identity = torch.eye(frozen.width).to(first)
         # A narrower target's tokens are the first coordinates of the frozen network's.
         into = identity[:, : target.width]
         written = frozen.fill(identity[: target.width, : target.width])
         ignores_means = target.settings.final_norm and target.settings.norm == "layer"
         if ignores_means and target.width == frozen.width:
-            identity = written = V.mT
+            identity = written = target.basis().mT
         sides = [
             _cut(frozen, into @ first, into @ second, identity, batch),
             _cut(target, first, second, written, batch),
         ]
     return Segments({name: Gap(part, sides[1][name]) for name, part in sides[0].items()})
+
+
+def reading(network: Transformer) -> tuple[Tensor, Tensor]:
+    """Make ``B = diag(g) V`` of both norms, ``[..., L, 1, D, m]`` and ``[..., L, D, m]``."""
+    V = network.basis()
+    if network.settings.norm is None:
+        return V, V
+    return network.g_1[..., None, :, None] * V, network.g_2[..., None] * V
 
 
 def is_regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch"]:
@@ -242,16 +243,4 @@ def _require_alike(frozen: Transformer, target: Transformer) -> None:
             allowed=f"square, with as many units as a token has coordinates ({frozen.width})",
             given=f"{frozen.sizes['hidden']} units",
             remedy="only then can adapters of the attention reach everything that the ReLU sees",
-        )
-
-
-def _require_regular(name: str, conditions: Float[Tensor, "*batch _"], limit: float) -> None:
-    bad = conditions > limit
-    if bad.any():
-        block = int(bad.reshape(-1, bad.shape[-1]).any(0).nonzero()[0])
-        raise InputError(
-            f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
-            allowed="non-singular",
-            given=f"condition number {float(conditions[..., block].max()):.1e}",
-            remedy="the theorem inverts it; perturb it",
         )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 from .. import _checks
 from ..errors import InputError
@@ -37,13 +38,16 @@ class Network(ABC):
 
     @abstractmethod
     def with_parameters(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] | None = None,
+        *,
+        checked: bool = True,
     ) -> Self:
-        """Make the network of other ``weights`` and, where given, ``biases``, in their order."""
+        """Make the network of other ``weights`` and, where given, ``biases``, in their order.
 
-    @abstractmethod
-    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
-        """Make the network of these very tensors, unchecked: gradients flow to them."""
+        Not ``checked``, it holds these very tensors, and gradients flow to them.
+        """
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply ``change`` to each weight and bias."""
@@ -81,12 +85,12 @@ class Network(ABC):
     def __repr__(self) -> str:
         batch = [f"batch {[*self.batch_shape]}"] if self.batch_shape else []
         device = [str(self.device)] if self.device.type != "cpu" else []
-        words = [self.sides, *batch, str(self.dtype).removeprefix("torch."), *device]
+        words = [self._sides, *batch, str(self.dtype).removeprefix("torch."), *device]
         return f"{type(self).__name__}({', '.join(words)})"
 
     @property
     @abstractmethod
-    def sides(self) -> str:
+    def _sides(self) -> str:
         """The sizes in words."""
 
     @property
@@ -113,3 +117,9 @@ class Network(ABC):
             allowed = f"of shape [..., {inputs}, {columns}], columns being {columns}"
             raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}")
         return x
+
+    def fill(self, x: Float[Tensor, "*batch narrower n"]) -> Float[Tensor, "*batch in n"]:
+        """Widen inputs of a narrower network with zeros; `InputError` for wider ones."""
+        x, inputs = _checks.real_tensor("x", x, min_dims=2), self.weights[0].shape[-1]
+        width = _checks.integer("width of x", x.shape[-2], 1, inputs)
+        return functional.pad(x, (0, 0, 0, inputs - width))

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .. import _checks
 from ..errors import InputError
@@ -74,24 +73,6 @@ class _Layer(NamedTuple):
                 allowed="0, as the module has no such vector",
                 given=f"one of norm {float(torch.linalg.vector_norm(bias)):.2g}",
             )
-
-
-class DoublePrecision(TorchFunctionMode):
-    """A context in which modules compute in double precision what they force to single.
-
-    Those of transformers do so with norms, positions and, without a fused kernel, the softmax:
-    a module built and run within it, after ``module.double()``, has all digits.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        def widened(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        func = Tensor.double if func is Tensor.float else func
-        named = {name: widened(value) for name, value in (kwargs or {}).items()}
-        return func(*map(widened, args), **named)
 
 
 @torch.no_grad()

@@ -74,14 +74,10 @@ class Gap:
         """The singular value decomposition of ``E``."""
         return lowrank.svd(self.matrix)
 
-    @property
+    @cached_property
     def spectrum(self) -> Float[Tensor, "*batch k"]:
         """``σ_1 ≥ σ_2 ≥ …`` of ``E``."""
-        return self.svd.S if "svd" in vars(self) else self._singular_values
-
-    @cached_property
-    def _singular_values(self) -> Float[Tensor, "*batch k"]:
-        return lowrank.spectrum(self.matrix)
+        return self.svd.S if "svd" in vars(self) else lowrank.spectrum(self.matrix)
 
     @cached_property
     def rounding_scale(self) -> Float[Tensor, "*batch"]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property, reduce
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,11 +17,34 @@ from ..errors import InputError
 from .base import Network
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class _Layers(Network):
     """Weights ``W_1, …, W_L`` that chain; subclasses say what is between them."""
 
     weights: tuple[Float[Tensor, "*batch _ _"], ...]
+    _stream: ClassVar[str]
+
+    @classmethod
+    def random(
+        cls,
+        depth: int,
+        width: int,
+        *,
+        batch_shape: tuple[int, ...] = (),
+        seed: int = 0,
+        purpose: str = "network",
+        dtype: torch.dtype = torch.float64,
+        **options: Any,
+    ) -> Self:
+        """Draw square layers uniform on ``±1/√D``, like `torch.nn.Linear`, by seed and purpose.
+
+        ``options`` are those of the network, such as ``linear_last``.
+        """
+        depth, width = _checks.integer("depth", depth, 1), _checks.integer("width", width, 1)
+        generator = randomness.generator(seed, cls._stream, purpose)
+        shape = (*batch_shape, depth, width)
+        shapes = [(*shape, width), shape] if cls is FNN else [(*shape, width)]
+        drawn = [2 * randomness.uniform(generator, *each) - 1 for each in shapes]
+        return cls(*((values / width**0.5).to(dtype) for values in drawn), **options)
 
     @property
     def depth(self) -> int:
@@ -35,7 +57,7 @@ class _Layers(Network):
         return (self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights))
 
     @property
-    def sides(self) -> str:
+    def _sides(self) -> str:
         """The widths, in the order of the layers."""
         return "→".join(map(str, self.widths))
 
@@ -58,7 +80,6 @@ def product(weights: Sequence[Float[Tensor, "*#batch _ _"]]) -> Float[Tensor, "*
     return reduce(lambda inner, outer: outer @ inner, weights)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class LinearNetwork(_Layers):
     """A deep linear network ``x ↦ W_L ⋯ W_1 x``.
 
@@ -68,9 +89,10 @@ class LinearNetwork(_Layers):
     Not ``checked``, it holds these very tensors, of one batch shape, and gradients flow to them.
     """
 
+    _stream = "linear network"
+
     def __init__(self, weights: Any, *, checked: bool = True) -> None:
-        usable = _usable_layers(weights)[0] if checked else weights
-        object.__setattr__(self, "weights", tuple(usable))
+        self.weights = tuple(_usable_layers(weights)[0] if checked else weights)
 
     @classmethod
     def of(cls, value: Any, name: str = "network") -> LinearNetwork:
@@ -79,28 +101,14 @@ class LinearNetwork(_Layers):
         _checks.kind(cls, **{name: network})
         return network
 
-    @classmethod
-    def random(
-        cls,
-        depth: int,
-        width: int,
-        *,
-        batch_shape: tuple[int, ...] = (),
-        seed: int = 0,
-        purpose: str = "network",
-        dtype: torch.dtype = torch.float64,
-    ) -> LinearNetwork:
-        """Draw square layers uniform on ``±1/√D``, like `torch.nn.Linear`, by seed and purpose."""
-        generator = randomness.generator(seed, "linear network", purpose)
-        return cls(_random_weights(generator, depth, width, batch_shape, dtype))
-
     def with_parameters(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] | None = None,
+        *,
+        checked: bool = True,
     ) -> LinearNetwork:
-        return LinearNetwork(weights)
-
-    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> LinearNetwork:
-        return LinearNetwork(weights, checked=False)
+        return LinearNetwork(weights, checked=checked)
 
     def __call__(
         self, x: Float[Tensor, "*#batch in samples"]
@@ -163,13 +171,6 @@ class LinearNetwork(_Layers):
         return cls([layer.weight for layer in layers])
 
 
-def pad(x: Float[Tensor, "*batch in samples"], width: int) -> Float[Tensor, "*batch width samples"]:
-    """Append rows of zeros to inputs of a narrower network, up to ``width`` coordinates."""
-    width = _checks.integer("width", width, x.shape[-2])
-    return nn.functional.pad(x, (0, 0, 0, width - x.shape[-2]))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class FNN(_Layers):
     """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``.
 
@@ -181,35 +182,14 @@ class FNN(_Layers):
     gradients flow to them.
     """
 
-    biases: tuple[Float[Tensor, "*batch _"], ...]
-    linear_last: bool = False
+    _stream = "ReLU network"
 
     def __init__(
         self, weights: Any, biases: Any, *, linear_last: bool = False, checked: bool = True
     ) -> None:
         if checked:
             weights, biases = _usable_layers(weights, [] if biases is None else biases)
-        object.__setattr__(self, "weights", tuple(weights))
-        object.__setattr__(self, "biases", tuple(biases))
-        object.__setattr__(self, "linear_last", linear_last)
-
-    @classmethod
-    def random(
-        cls,
-        depth: int,
-        width: int,
-        *,
-        linear_last: bool = False,
-        batch_shape: tuple[int, ...] = (),
-        seed: int = 0,
-        purpose: str = "network",
-        dtype: torch.dtype = torch.float64,
-    ) -> FNN:
-        """Draw square layers uniform on ``±1/√D``, like `torch.nn.Linear`, by seed and purpose."""
-        generator = randomness.generator(seed, "ReLU network", purpose)
-        weights = _random_weights(generator, depth, width, batch_shape, dtype)
-        biases = _uniform(generator, (*batch_shape, depth, width), width, dtype)
-        return cls(weights, biases, linear_last=linear_last)
+        self.weights, self.biases, self.linear_last = tuple(weights), tuple(biases), linear_last
 
     @property
     def relus(self) -> int:
@@ -217,13 +197,14 @@ class FNN(_Layers):
         return self.depth - 1 if self.linear_last else self.depth
 
     def with_parameters(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] | None = None,
+        *,
+        checked: bool = True,
     ) -> FNN:
         biases = self.biases if biases is None else biases
-        return FNN(weights, biases, linear_last=self.linear_last)
-
-    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> FNN:
-        return FNN(weights, biases, linear_last=self.linear_last, checked=False)
+        return FNN(weights, biases, linear_last=self.linear_last, checked=checked)
 
     def without_last_relu(self) -> FNN:
         """Drop the last ReLU."""
@@ -254,14 +235,6 @@ class FNN(_Layers):
             arguments.append(weight @ z + bias[..., None])
             z = arguments[-1].relu()
         return arguments
-
-    def continue_from(
-        self, l: int, p: Float[Tensor, "*#batch _ samples"]
-    ) -> Float[Tensor, "*batch out samples"]:
-        """Compute the outputs from pre-activations of layer ``l``, from 0; gradients flow."""
-        for weight, bias in zip(self.weights[l + 1 :], self.biases[l + 1 :], strict=True):
-            p = weight @ p.relu() + bias[..., None]
-        return p if self.linear_last else p.relu()
 
     def __call__(
         self, x: Float[Tensor, "*#batch in samples"]
@@ -305,11 +278,9 @@ def as_network(value: Any, name: str = "network") -> Network:
     if isinstance(value, Network):
         return value
     if isinstance(value, nn.Sequential):
-        has_relu_or_bias = any(
-            isinstance(part, nn.ReLU) or getattr(part, "bias", None) is not None
-            for part in value.modules()
-        )
-        kind: type[FNN] | type[LinearNetwork] = FNN if has_relu_or_bias else LinearNetwork
+        layers = _dense_layers(value, name)
+        is_linear = not any(layer.relu or layer.bias is not None for layer in layers)
+        kind: type[FNN] | type[LinearNetwork] = LinearNetwork if is_linear else FNN
         return kind.from_sequential(value, name=name)
     if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
         raise InputError(
@@ -366,26 +337,6 @@ def _per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -
     ]
 
 
-def _uniform(
-    generator: torch.Generator, shape: tuple[int, ...], width: int, dtype: torch.dtype
-) -> Tensor:
-    """Draw as `torch.nn.Linear` draws its own numbers: uniformly on ``±1/√width``."""
-    drawn = randomness.uniform(generator, *shape)
-    return ((2 * drawn - 1) / width**0.5).to(dtype)
-
-
-def _random_weights(
-    generator: torch.Generator,
-    depth: int,
-    width: int,
-    batch_shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> Float[Tensor, "*batch depth width width"]:
-    """Draw square layers by `_uniform`."""
-    depth, width = _checks.integer("depth", depth, 1), _checks.integer("width", width, 1)
-    return _uniform(generator, (*batch_shape, depth, width, width), width, dtype)
-
-
 class _Dense(NamedTuple):
     """The numbers of a ``Linear`` layer, and whether a ReLU follows it."""
 
@@ -397,29 +348,16 @@ class _Dense(NamedTuple):
 def _dense_layers(module: nn.Module, name: str) -> list[_Dense]:
     """Read the ``Linear`` layers of a Sequential; refuses all else that computes."""
     layers: list[_Dense] = []
-    for part in _parts(module):
+    for _, part in module.named_modules(remove_duplicate=False):
         # Not isinstance: a subclass may compute anything.
-        if type(part) is nn.Linear:
+        kind = type(part)
+        if kind is nn.Linear:
             layers.append(_Dense(part.weight, part.bias))
-        elif type(part) is nn.ReLU and layers:
+        elif kind is nn.ReLU and layers:
             layers[-1] = layers[-1]._replace(relu=True)
-        elif not _is_idle(part, leading=not layers):
+        elif kind is nn.Flatten and not layers and (part.start_dim, part.end_dim) == (1, -1):
+            continue
+        elif kind not in (nn.Sequential, nn.Identity, nn.Dropout):
             allowed = "a torch.nn.Sequential of Linear and ReLU layers"
             raise InputError(name, allowed=allowed, given=repr(part))
     return layers
-
-
-def _is_idle(layer: nn.Module, *, leading: bool) -> bool:
-    """Whether a layer changes no row in evaluation."""
-    if isinstance(layer, nn.Flatten):
-        return leading and (layer.start_dim, layer.end_dim) == (1, -1)
-    return type(layer) in (nn.Identity, nn.Dropout)
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Go through the layers of nested Sequentials; another module is one part."""
-    if type(module) is not nn.Sequential:
-        yield module
-        return
-    for part in module:
-        yield from _parts(part)

@@ -77,24 +77,22 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
             f"{frozen.depth} frozen layers",
             given=f"{partition}, of {partition.depth}",
         )
-    return [_gap(frozen, target, i, layers) for i, layers in enumerate(partition.slices)]
-
-
-def _gap(frozen: FNN, target: FNN, i: int, layers: slice) -> Gap:
-    """Compare frozen ``layers`` with target layer ``i``, from 0; refuses it if it is wider."""
-    outputs, inputs = target.weights[i].shape[-2:]
-    sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
-    for end, needed, layer in sides:
-        if needed > frozen.widths[layer]:
-            raise InputError(
-                f"{end} of target layer {i + 1}",
-                allowed=f"at most {frozen.widths[layer]}, what the frozen network has there",
-                given=needed,
-                remedy="adapters leave the widths as they are, and fewer units hold fewer "
-                "directions than the target tells apart",
-            )
-    weights = list(frozen.weights[layers])
-    weights[0] = weights[0][..., :inputs]
-    weights[-1] = weights[-1][..., :outputs, :]
-    target_layer = LinearNetwork([target.weights[i]], checked=False)
-    return Gap(LinearNetwork(weights, checked=False), target_layer)
+    gaps = []
+    for i, layers in enumerate(partition.slices):
+        outputs, inputs = target.weights[i].shape[-2:]
+        sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
+        for end, needed, layer in sides:
+            if needed > frozen.widths[layer]:
+                raise InputError(
+                    f"{end} of target layer {i + 1}",
+                    allowed=f"at most {frozen.widths[layer]}, what the frozen network has there",
+                    given=needed,
+                    remedy="adapters leave the widths as they are, and fewer units hold fewer "
+                    "directions than the target tells apart",
+                )
+        weights = list(frozen.weights[layers])
+        weights[0] = weights[0][..., :inputs]
+        weights[-1] = weights[-1][..., :outputs, :]
+        target_layer = LinearNetwork([target.weights[i]], checked=False)
+        gaps.append(Gap(LinearNetwork(weights, checked=False), target_layer))
+    return gaps

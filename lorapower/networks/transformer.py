@@ -67,7 +67,7 @@ _PLAIN_ORDER = ("W_Q", "W_K", "W_V", "W_O", "W_1", "b_1", "W_2", "b_2", "W_out")
 _SCALED_BY = {"W_O": "value size", "W_2": "hidden", "b_2": "hidden"}
 
 
-class BlockTrace(NamedTuple):
+class _BlockTrace(NamedTuple):
     """What a block computes.
 
     ``patterns`` are the softmax, ``[..., heads, N, N]``, columns summing to 1; ``preactivations``
@@ -234,19 +234,17 @@ class Transformer(Network):
             allowed = "left out with residual connections or norms"
             raise InputError("scale", allowed=allowed, given=scale)
         scale = _checks.positive("scale", 1.0 if scale is None else scale)
-        width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
-        size = width if head_size is None else _checks.integer("head_size", head_size, 1)
-        hidden = width * (1 if chosen.is_plain else 2) if hidden is None else hidden
-        sizes = {
-            "blocks": _checks.integer("depth", depth, 1),
-            "heads": heads,
-            "groups": heads if groups is None else _checks.integer("groups", groups, 1, heads),
-            "query size": size,
-            "value size": size,
+        given = {
+            "depth": depth,
             "width": width,
-            "hidden": _checks.integer("hidden", hidden, 1),
-            "outputs": width,
+            "heads": heads,
+            "groups": heads if groups is None else groups,
+            "head_size": width if head_size is None else head_size,
+            "hidden": width * (1 if chosen.is_plain else 2) if hidden is None else hidden,
         }
+        sizes = {name: _checks.integer(name, size, 1) for name, size in given.items()}
+        sizes |= {"blocks": sizes["depth"], "outputs": width}
+        sizes |= dict.fromkeys(("query size", "value size"), sizes["head_size"])
         stream = "transformer" if chosen.is_plain else "residual transformer"
         generator = randomness.generator(seed, stream, purpose)
         parameters = {}
@@ -342,7 +340,7 @@ class Transformer(Network):
         return self.sizes[side] < self.width
 
     @property
-    def sides(self) -> str:
+    def _sides(self) -> str:
         options = [
             f"{field.name} {value}"
             for field in fields(Settings)
@@ -354,14 +352,22 @@ class Transformer(Network):
     @cached_property
     def weights(self) -> tuple[Float[Tensor, "*batch _ _"], ...]:  # type: ignore[override]
         """All matrices, one by one: by kind, then by block and head."""
-        stacks = self.parameters
-        return tuple(w for kind in self.weight_kinds for w in one_by_one(kind, stacks[kind]))
+        return self.one_by_one(self.weight_kinds, self.parameters)
 
     @cached_property
     def biases(self) -> tuple[Float[Tensor, "*batch _"], ...]:  # type: ignore[override]
         """All vectors, one by one: by kind, then by block and head."""
-        stacks = self.parameters
-        return tuple(b for kind in self.bias_kinds for b in one_by_one(kind, stacks[kind]))
+        return self.one_by_one(self.bias_kinds, self.parameters)
+
+    @staticmethod
+    def one_by_one(kinds: Sequence[str], stacks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Split stacks of some kinds of parameters by block and head."""
+        members: list[Tensor] = []
+        for kind in kinds:
+            stack, dims = stacks[kind], 2 if kind in WEIGHTS else 1
+            first = stack.ndim - len(SHAPES[kind])
+            members += stack.unsqueeze(first).flatten(first, -dims - 1).unbind(first)
+        return tuple(members)
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -376,12 +382,7 @@ class Transformer(Network):
     @property
     def kind_of_weight(self) -> tuple[str, ...]:
         """The kind of each of ``weights``."""
-        return tuple(kind for kind in self.weight_kinds for _ in self._names(kind))
-
-    @property
-    def kind_of_bias(self) -> tuple[str, ...]:
-        """The kind of each of ``biases``."""
-        return tuple(kind for kind in self.bias_kinds for _ in self._names(kind))
+        return tuple(name.split()[0] for name in self.weight_names)
 
     def _names(self, kind: str) -> list[str]:
         blocks, sides = range(1, self.depth + 1), SHAPES[kind]
@@ -392,26 +393,25 @@ class Transformer(Network):
         return [f"{kind} of block {l}" for l in blocks] if "blocks" in sides else [kind]
 
     def with_parameters(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] | None = None,
+        *,
+        checked: bool = True,
     ) -> Self:
-        biases = self.biases if biases is None else biases
-        return type(self)(self._stack(weights, biases), self.settings)
-
-    def holding(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Self:
-        network = object.__new__(type(self))
-        vars(network).update(parameters=self._stack(weights, biases), settings=self.settings)
-        return network
-
-    def _stack(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Stack matrices and vectors, one by one, to parameters by kind."""
-        remaining, stacks = iter((*weights, *biases)), {}
+        remaining = iter((*weights, *(self.biases if biases is None else biases)))
+        stacks = {}
         for kind in self.kinds:
             dims = 2 if kind in WEIGHTS else 1
             places = self.parameters[kind].shape[-len(SHAPES[kind]) : -dims]
             members = torch.broadcast_tensors(*(next(remaining) for _ in range(places.numel())))
             stack = torch.stack(members, -dims - 1)
             stacks[kind] = stack.reshape(*stack.shape[: -dims - 1], *places, *stack.shape[-dims:])
-        return stacks
+        if checked:
+            return type(self)(stacks, self.settings)
+        network = object.__new__(type(self))
+        vars(network).update(parameters=stacks, settings=self.settings)
+        return network
 
     def ranks(self, rank: int, part: Part = "all") -> tuple[int, ...]:
         """Give weights of a part of blocks one rank, up to their smaller sides; 0 to the others.
@@ -456,7 +456,7 @@ class Transformer(Network):
             z = self._block(l, z).outputs
         return self.output(z)
 
-    def trace(self, x: Tokens) -> list[BlockTrace]:
+    def trace(self, x: Tokens) -> list[_BlockTrace]:
         """Compute what each block does, first block first."""
         z, blocks = self.as_inputs(x), []
         for l in range(self.depth):
@@ -464,11 +464,11 @@ class Transformer(Network):
             z = blocks[-1].outputs
         return blocks
 
-    def _block(self, l: int, z: Tensor) -> BlockTrace:
+    def _block(self, l: int, z: Tensor) -> _BlockTrace:
         patterns = self.patterns(self.scores(l, z))
         u = self.attend(l, z, patterns)
         hidden = self.hidden(l, u)
-        return BlockTrace(patterns, hidden, self.feed_forward(l, u, hidden))
+        return _BlockTrace(patterns, hidden, self.feed_forward(l, u, hidden))
 
     def normalize(self, z: Tokens) -> Tokens:
         """Compute ``n``: tokens without mean (LayerNorm) and of mean square 1, up to ``ε``."""
@@ -584,13 +584,6 @@ class Transformer(Network):
             return identity
         constant = torch.ones_like(identity[:, :1])
         return torch.linalg.qr(torch.cat([constant, identity[:, :-1]], 1)).Q[:, 1:]
-
-
-def one_by_one(kind: str, stack: Tensor) -> tuple[Tensor, ...]:
-    """Split a stack of one kind of parameter by block and head."""
-    first = stack.ndim - len(SHAPES[kind])
-    dims = 2 if kind in WEIGHTS else 1
-    return stack.unsqueeze(first).flatten(first, -dims - 1).unbind(first)
 
 
 def _sizes(parameters: Mapping[str, Tensor]) -> dict[str, int]:

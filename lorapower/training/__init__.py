@@ -2,14 +2,13 @@
 
 from .descent import descend, minimize, newton, settle
 from .engine import begin, train
-from .fused import FusedTraining, polish, train_fused
+from .fused import polish, train_fused
 from .tuning import Data, Fixed, Fresh, Training, Tuning
 
 __all__ = [
     "Data",
     "Fixed",
     "Fresh",
-    "FusedTraining",
     "Training",
     "Tuning",
     "begin",

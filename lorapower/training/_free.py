@@ -14,7 +14,6 @@ from ..adapters import Adapters, Tuned
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
-from ..networks.layers import FNN
 
 Parts = Sequence[Tensor]
 # Inputs and outputs.
@@ -32,10 +31,9 @@ class Free:
     tuned: Tuned | None
 
     @classmethod
-    def of(cls, network: Network, adapters: Adapters, *, balanced: bool = False) -> Free:
-        """Take the numbers of one network's adapters; balanced factors share a step alike."""
+    def of(cls, network: Network, adapters: Adapters) -> Free:
+        """Take the numbers of one network's adapters."""
         like = network.weights[0]
-        adapters = adapters.balanced() if balanced else adapters
         flat = [factor for u in adapters.updates for factor in (u.left, u.right)]
         start = tuple(part.detach().clone().to(like) for part in (*flat, *adapters.bias_updates))
         moves = [bool(part.numel()) for part in start]
@@ -78,31 +76,20 @@ class Free:
         factors = zip(parts[:count:2], parts[1:count:2], strict=True)
         weights = [w + A @ B.mT for w, (A, B) in zip(network.weights, factors, strict=True)]
         if count == len(parts):
-            return network.holding(weights, network.biases)
+            return network.with_parameters(weights, checked=False)
         biases = [b + change for b, change in zip(network.biases, parts[count:], strict=True)]
-        return network.holding(weights, biases)
+        return network.with_parameters(weights, biases, checked=False)
 
     def error(self, parts: Parts, pair: Pair) -> Tensor:
         """Compute the mean squared error of the network with these parts."""
         return (self.merge(parts)(pair[0]) - pair[1]).square().mean()
 
 
-def require_fit(network: Network, adapters: Adapters, *, single: bool = True) -> None:
-    """Refuse adapters that do not fit the network and, if ``single``, batches."""
+def require_fit(network: Network, adapters: Adapters) -> None:
+    """Refuse adapters that do not fit the network, and batches."""
     adapters.merge(network)
-    if single and (adapters.batch_shape or network.batch_shape):
+    if adapters.batch_shape or network.batch_shape:
         raise InputError("adapters", allowed="of a single network", given=adapters)
-
-
-def require_relu_end(network: Network, classes: Sequence[int] = ()) -> None:
-    """Refuse a one-sided loss for outputs that no ReLU gives, or that vote for classes."""
-    if not isinstance(network, FNN) or network.linear_last or len(classes):
-        given = "classes" if len(classes) else network
-        raise InputError(
-            "loss",
-            allowed="'squared', but for ReLU networks that end with a ReLU and a squared error",
-            given=f"'one-sided' for {given}",
-        )
 
 
 def labelled(network: Network, name: str, pair: Pair) -> Pair:

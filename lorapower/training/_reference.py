@@ -26,8 +26,10 @@ def outputs(
     biases = [b[:, l, : bias.shape[-1]] for l, bias in enumerate(network.biases)]
     x = x[:, : network.weights[0].shape[-1]]
     if not network.sequences:
-        return network.holding(weights, biases)(x.flatten(-2)).unflatten(-1, x.shape[-2:])
-    tuned = network.holding([w[:, None] for w in weights], [part[:, None] for part in biases])
+        tuned = network.with_parameters(weights, biases, checked=False)
+        return tuned(x.flatten(-2)).unflatten(-1, x.shape[-2:])
+    weights, biases = [w[:, None] for w in weights], [part[:, None] for part in biases]
+    tuned = network.with_parameters(weights, biases, checked=False)
     return tuned(x.movedim(-1, 1)).movedim(1, -1)
 
 
@@ -36,14 +38,15 @@ def losses(
     structure: Structure,
     W: Float[Tensor, "runs M D D"],
     b: Float[Tensor, "runs P D"],
-    x: Float[Tensor, "runs D n samples"],
-    y: Float[Tensor, "runs _ _ samples"],
+    x: Float[Tensor, "D n samples"],
+    y: Float[Tensor, "_ _ samples"],
     one_sided: Tensor | None = None,
 ) -> Float[Tensor, " runs"]:
     """Compute each run's mean squared error, or cross-entropy of the classes' summed votes.
 
     Where a run is ``one_sided``, the last ReLU acts only where an output should be 0.
     """
+    x, y = (part.expand(len(W), *part.shape) for part in (x, y))
     if one_sided is None or not one_sided.any():
         return _mean(outputs(network, W, b, x), y, structure)
     before = outputs(network.without_last_relu(), W, b, x)  # type: ignore[attr-defined]
@@ -57,9 +60,8 @@ def _mean(out: Tensor, y: Tensor, structure: Structure) -> Float[Tensor, " runs"
         labels = y[:, : structure.outputs].reshape(out.shape)
         return (out - labels).square().mean((1, 2, 3))
     class_of = torch.as_tensor(structure.class_of[: structure.outputs], device=out.device)
-    counted = class_of >= 0
     votes = out.new_zeros(len(out), structure.classes, out.shape[-1])
-    votes = votes.index_add(1, class_of[counted], out[:, counted].sum(2))
+    votes = votes.index_add(1, class_of, out.sum(2))
     return -(y.squeeze(2) * votes.log_softmax(1)).sum(1).mean(-1)
 
 
@@ -76,21 +78,18 @@ def advance(
     network: Network,
     structure: Structure,
     state: State,
-    batches: tuple[Float[Tensor, "sources steps D n samples"], Float[Tensor, "sources steps ..."]],
-    validation: tuple[Float[Tensor, "sources D n others"], Float[Tensor, "sources ..."]],
+    batches: tuple[Float[Tensor, "steps D n samples"], Float[Tensor, "steps ..."]],
+    validation: tuple[Float[Tensor, "D n others"], Float[Tensor, ...]],
     start: int,
     every: int,
 ) -> None:
     """Take the next steps of all runs, from step ``start`` on."""
-    source, course = torch.as_tensor(state.frozen.source), state.course
-    one_sided = torch.as_tensor(state.settings.one_sided)
-    held_out = [part[source] for part in validation]
+    course, one_sided = state.course, torch.as_tensor(state.settings.one_sided)
     if start == 0:
-        _record(network, structure, state, held_out, 0, every)
-    for step in range(start, start + batches[0].shape[1]):
+        _record(network, structure, state, validation, 0, every)
+    for step, (x, y) in enumerate(zip(*batches, strict=True), start):
         W, b = (torch.from_numpy(part).requires_grad_() for part in merged(state))
         with torch.enable_grad():
-            x, y = (part[source, step - start] for part in batches)
             now = losses(network, structure, W, b, x, y, one_sided)
             slopes = torch.autograd.grad(
                 now.sum(), (W, b), allow_unused=True, materialize_grads=True
@@ -103,18 +102,18 @@ def advance(
             if (step + 1) % every == 0:
                 course.training[run, (step + 1) // every] = now[run]
         if (step + 1) % every == 0:
-            _record(network, structure, state, held_out, step + 1, every)
+            _record(network, structure, state, validation, step + 1, every)
 
 
 def _record(
     network: Network,
     structure: Structure,
     state: State,
-    held_out: list[Tensor],
+    validation: tuple[Tensor, Tensor],
     step: int,
     every: int,
 ) -> None:
     W, b = (torch.from_numpy(part) for part in merged(state))
-    now = losses(network, structure, W, b, *held_out)
+    now = losses(network, structure, W, b, *validation)
     for run in np.flatnonzero(~state.course.stopped).tolist():
         _steps.record(state, run, float(now[run]), step, every)

@@ -16,7 +16,6 @@ from ..networks.layers import FNN
 from ..networks.partition import Partition
 from ..regions import Ball
 from . import _reference
-from ._batches import Batches
 from ._state import Array, Stack, State, Structure
 from .tuning import MARGIN, Tuning
 
@@ -29,7 +28,6 @@ def put_starts(
     structure: Structure,
     state: State,
     tunings: Sequence[Tuning],
-    batches: Batches,
 ) -> None:
     """Replace the start ``"study"`` of all runs where another one is asked for."""
     for i, tuning in enumerate(tunings):
@@ -42,11 +40,11 @@ def put_starts(
                 raise InputError("start", allowed=allowed, given=tuning.start)
             _put(stack, state, runs, tuning.start)
         elif tuning.start == "linearized":
-            _put(stack, state, runs, _linearized(stack, tuning.blocks, batches))
+            _put(stack, state, runs, _linearized(stack, tuning.blocks))
         elif tuning.start == "spectral":
-            _spectral(stack, structure, state, runs, batches)
+            _spectral(stack, structure, state, runs)
         if tuning.centred:
-            _centre(stack, state, runs, batches)
+            _centre(stack, state, runs)
     for best, start in zip(state.best, state.parameters, strict=True):
         best[:] = start
 
@@ -71,7 +69,7 @@ def _put(stack: Stack[Any], state: State, runs: slice, start: Adapters) -> None:
         b[runs, l, : change.shape[-1]] += flat(change, 1)
 
 
-def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
+def _linearized(stack: Stack[Any], blocks: int) -> Adapters:
     """Find biases with which inner ReLUs idle in a ball that holds the inputs seen so far."""
     network = stack.network
     if not isinstance(network, FNN):
@@ -80,22 +78,19 @@ def _linearized(stack: Stack[Any], blocks: int, batches: Batches) -> Adapters:
     blocks = _checks.integer("blocks", blocks, 1, network.depth, limit="the depth")
     partition = Partition.uniform(network.depth, blocks)
     # All inputs of the first batches, side by side.
-    first = batches.first[0].movedim(1, -1).flatten(-2)
-    inputs = torch.cat([batches.validation[0], first], -1)
-    of_source = Ball.about(inputs[..., : stack.inputs, 0, :].double(), MARGIN)
-    sources, shape = batches.sources.tolist(), network.batch_shape
-    centres = of_source.centre[sources, :, 0].reshape(*shape, -1)
-    ball = Ball(of_source.radius[sources].reshape(shape), centres)
+    first = stack.first[0].movedim(0, -1).flatten(-2)
+    inputs = torch.cat([stack.validation[0], first], -1)[: stack.inputs, 0]
+    ball = Ball.about(inputs.double(), MARGIN)
     return fnn.idle(network.to(torch.float64, "cpu"), ball, partition)
 
 
-def _centre(stack: Stack[Any], state: State, runs: slice, batches: Batches) -> None:
+def _centre(stack: Stack[Any], state: State, runs: slice) -> None:
     """Write layers as ``W (z − m) + c``, ``m`` the mean of ``z`` on the first batches."""
     if not isinstance(stack.network, FNN):
         given = f"True for {stack.network}"
         raise InputError("centred", allowed="False, but for ReLU networks", given=given)
     W, b = (torch.from_numpy(part[runs]).double() for part in _reference.merged(state))
-    z = batches.first[0].movedim(1, -1).flatten(-3)[state.frozen.source[runs]].double()
+    z = stack.first[0].movedim(0, -1).flatten(-3).double()
     for l in range(len(stack.shapes)):
         centre = z.mean(-1)
         z = W[:, l] @ z + b[:, l, :, None]
@@ -104,12 +99,10 @@ def _centre(stack: Stack[Any], state: State, runs: slice, batches: Batches) -> N
         state.parameters.b[runs, l] += (W[:, l] @ centre[..., None]).squeeze(-1).numpy()
 
 
-def _spectral(
-    stack: Stack[Any], structure: Structure, state: State, runs: slice, batches: Batches
-) -> None:
+def _spectral(stack: Stack[Any], structure: Structure, state: State, runs: slice) -> None:
     """Put ``t U_R S_R V_Rᵀ`` of each weight's first gradient, shared equally by both factors."""
     network, frozen = stack.network.to(device="cpu"), state.frozen
-    x, y = (part[frozen.source[runs], 0] for part in batches.first)
+    x, y = (part[0] for part in stack.first)
     A, B, b = (torch.from_numpy(part[runs]) for part in state.parameters)
     one_sided = torch.from_numpy(state.settings.one_sided[runs])
 

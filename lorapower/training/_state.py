@@ -1,13 +1,14 @@
-"""All runs that are trained at once, as named parts, and how a network becomes one of them.
+"""All runs that are trained at once, as named parts, and how networks and data become these.
 
 Weights are padded by zeros to square matrices of one size ``D``, and zeros stay zeros. ``M`` counts
 the weights of a network and ``P`` its biases (of a linear network its weights, with biases 0 that
-are never tuned).
+are never tuned). Inputs and labels are padded alike, ``[..., D, tokens, samples]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
@@ -19,8 +20,10 @@ from torch import Tensor
 from .. import _checks, randomness
 from ..adapters import N
 from ..errors import InputError
+from ..networks.base import Network
+from ..networks.layers import FNN
 from ..networks.transformer import Transformer
-from .tuning import Tuning
+from .tuning import Data, Tuning
 
 Array = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -89,9 +92,8 @@ class Frozen(NamedTuple):
 
     # The weights of all networks, ``[networks, M, D, D]``.
     weights: Array
-    # The number of each run's network, and of its data, ``[runs]``.
+    # The number of each run's network, ``[runs]``.
     network: Integers
-    source: Integers
     # The rank of each weight's adapter, −1 if the weight is tuned in full, ``[runs, M]``.
     ranks: Integers
     # Which biases are tuned, ``[runs, P]``.
@@ -152,9 +154,9 @@ class State(NamedTuple):
 
 
 class Stack(Generic[N]):
-    """A batch of frozen networks as the kernels read them."""
+    """A batch of frozen networks, and their data, as the kernels read them."""
 
-    def __init__(self, frozen: N) -> None:
+    def __init__(self, frozen: N, data: Data, classes: Sequence[int], one_sided: bool) -> None:
         if not frozen.batch_shape.numel():
             given = f"batch shape {tuple(frozen.batch_shape)}"
             raise InputError("frozen", allowed="at least one network", given=given)
@@ -167,6 +169,15 @@ class Stack(Generic[N]):
         self.members = frozen.batch_shape.numel()
         # Coordinates of an input and of an output, or of each of their tokens.
         self.inputs, self.outputs = self.shapes[0][1], self.shapes[-1][0]
+        self.data, self.one_sided = data, one_sided
+        self.votes = self._class_of(classes)
+        self.classes = int(self.votes.max(initial=-1)) + 1
+        self.validation = self._arrange(*data.validation)
+        self.first = self._arrange(*data.block(0), Data.BLOCK)
+        self.tokens, others = (part[0].shape[-2] for part in (self.first, self.validation))
+        if others != self.tokens:
+            allowed = "of equally many tokens for training and validation"
+            raise InputError("data", allowed=allowed, given=f"{self.tokens} and {others}")
 
     @property
     def has_kernel(self) -> bool:
@@ -177,33 +188,25 @@ class Stack(Generic[N]):
         settings = network.settings
         return settings.is_plain and settings.activation == "relu" and not settings.causal
 
-    def structure(self, tokens: int, votes: Integers, steps: int) -> Structure:
-        """Describe all runs; ``votes`` are the outputs' classes, if any."""
+    def structure(self, steps: int) -> Structure:
+        """Describe all runs."""
         has_attention = isinstance(self.network, Transformer)
         return Structure(
             relus=self.network.relus,
             blocks=self.network.depth if has_attention else 0,
             heads=self.network.heads if has_attention else 0,
-            tokens=tokens,
+            tokens=self.tokens,
             outputs=self.outputs,
-            classes=int(votes.max(initial=-1)) + 1,
-            class_of=np.pad(votes, (0, self.width - len(votes)), constant_values=-1),
-            tile=max(TILE // (self.width * tokens) // LANES, 1) * LANES,
+            classes=self.classes,
+            class_of=np.pad(self.votes, (0, self.width - len(self.votes)), constant_values=-1),
+            tile=max(TILE // (self.width * self.tokens) // LANES, 1) * LANES,
             steps=steps,
         )
 
     def state(
-        self,
-        tunings: Sequence[Tuning],
-        seeds: Sequence[int],
-        sources: Integers,
-        points: int,
-        until: float,
+        self, tunings: Sequence[Tuning], seeds: Sequence[int], points: int, until: float
     ) -> State:
-        """Make all runs, tuning by tuning, at the start ``"study"``.
-
-        ``sources`` are the numbers of the members' data, and ``points`` the length of loss curves.
-        """
+        """Make all runs, tuning by tuning, at the start ``"study"``, with curves of some points."""
         weights = self._pad(self.network.weights, 2)
         none = [torch.zeros(self.members, 1)] * len(self.shapes)
         network = np.tile(np.arange(self.members), len(tunings))
@@ -222,7 +225,7 @@ class Stack(Generic[N]):
 
         losses = np.full((2, len(ranks), points), np.nan, np.float32)
         return State(
-            Frozen(weights, network, sources[network], ranks, moves, np.zeros_like(parameters.b)),
+            Frozen(weights, network, ranks, moves, np.zeros_like(parameters.b)),
             Settings(
                 per_run([tuning.learning_rate for tuning in tunings]),
                 per_run([tuning.schedule == "cosine" for tuning in tunings], bool),
@@ -286,3 +289,88 @@ class Stack(Generic[N]):
             sizes = value.shape[-dims:]
             padded[:, i][(slice(None), *map(slice, sizes))] = value.reshape(-1, *sizes).cpu()
         return padded
+
+    def blocks(self, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield first step, inputs and labels of each block, made while the last one is in use."""
+        with ThreadPoolExecutor(1, initializer=_checks.flush) as ahead:
+            coming = ahead.submit(self._block, 0)
+            for index, start in enumerate(range(0, steps, Data.BLOCK)):
+                x, y = coming.result()
+                if start + Data.BLOCK < steps:
+                    coming = ahead.submit(self._block, index + 1)
+                yield start, x[: steps - start], y[: steps - start]
+
+    # Threads do not inherit this.
+    @torch.no_grad()
+    def _block(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == 0:
+            return self.first
+        x, y = self._arrange(*self.data.block(index), Data.BLOCK)
+        if x.shape != self.first[0].shape:
+            raise InputError("data", allowed="alike in every block", given=f"block {index} unlike")
+        return x, y
+
+    def _arrange(self, x: Any, y: Any, *lead: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels, checked and padded; ``lead`` is how many batches they are."""
+        x = _checks.real_tensor("data's inputs", x, min_dims=1)
+        D, sequences = self.inputs, self.network.sequences
+        form = [*lead, "samples", D, "tokens"] if sequences else [*lead, D, "samples"]
+        if x.ndim != len(form) or x.shape[: len(lead)] != lead or x.shape[-2] != D:
+            allowed = f"of shape [{', '.join(map(str, form))}]"
+            raise InputError("data's inputs", allowed=allowed, given=tuple(x.shape))
+        if self.classes:
+            samples = x.shape[len(lead)] if sequences else x.shape[-1]
+            return self._features(x), self._one_hot(y, (*lead, samples))
+        if isinstance(y, Tensor) and not y.is_floating_point():
+            allowed = "float32 or float64 where no classes are given"
+            remedy = f"say for which class each output votes, classes=range({self.outputs})"
+            raise InputError("data's labels", allowed=allowed, given=y.dtype, remedy=remedy)
+        y = _checks.real_tensor("data's labels", y, min_dims=1)
+        _require_shape(y, (*x.shape[:-2], self.outputs, x.shape[-1]))
+        if self.one_sided and y.min() < 0:
+            allowed = "at least 0 for the one-sided loss, as outputs of a ReLU are"
+            raise InputError("data's labels", allowed=allowed, given=float(y.min()))
+        return self._features(x), self._features(y)
+
+    def _features(self, values: Tensor) -> Float[Tensor, "*lead D tokens samples"]:
+        values = values.movedim(-3, -1) if self.network.sequences else values.unsqueeze(-2)
+        padding = self.width - values.shape[-3]
+        return torch.nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).to("cpu", torch.float32)
+
+    def _one_hot(self, y: Any, shape: tuple[int, ...]) -> Float[Tensor, "*lead classes 1 samples"]:
+        y = torch.as_tensor(y, device="cpu")
+        _require_shape(y, shape)
+        if y.is_floating_point() or y.min() < 0 or y.max() >= self.classes:
+            allowed = f"classes, integers from 0 to {self.classes - 1}"
+            given = f"{y.dtype} from {y.min()} to {y.max()}"
+            raise InputError("data's labels", allowed=allowed, given=given)
+        hot = torch.nn.functional.one_hot(y.long(), self.classes)
+        return hot.movedim(-1, -2).unsqueeze(-2).to(torch.float32)
+
+    def _class_of(self, classes: Sequence[int]) -> Integers:
+        """Return the class to which each output votes, checked; empty for the squared error."""
+        if len(classes) not in (0, self.outputs):
+            allowed = f"none, or one for each of {self.outputs} outputs"
+            raise InputError("classes", allowed=allowed, given=f"{len(classes)} of them")
+        votes = np.array([_checks.integer("classes", c, 0) for c in classes], np.int64)
+        if len(set(votes.tolist())) <= votes.max(initial=-1):
+            allowed = "such that each class from 0 to the last has a vote"
+            raise InputError("classes", allowed=allowed, given=list(classes))
+        return votes
+
+
+def _require_shape(y: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(y.shape) != shape:
+        allowed = f"of shape {shape}, to fit inputs"
+        raise InputError("data's labels", allowed=allowed, given=tuple(y.shape))
+
+
+def require_relu_end(network: Network, classes: Sequence[int] = ()) -> None:
+    """Refuse a one-sided loss for outputs that no ReLU gives, or that vote for classes."""
+    if not isinstance(network, FNN) or network.linear_last or len(classes):
+        given = "classes" if len(classes) else network
+        raise InputError(
+            "loss",
+            allowed="'squared', but for ReLU networks that end with a ReLU and a squared error",
+            given=f"'one-sided' for {given}",
+        )

@@ -143,16 +143,14 @@ def advance(
     start: int,
     every: int,
 ) -> None:
-    """Take the next steps of some runs by a kernel, from ``start`` on; ``x`` is [source, step]."""
+    """Take the next steps of some runs by a kernel, from ``start`` on, a batch for each."""
     frozen, course = state.frozen, state.course
     M, D, P = frozen.ranks.shape[1], frozen.weights.shape[2], frozen.biases.shape[1]
     layers = Layers(np.empty((M, D, D), np.float32), np.empty((P, D), np.float32))
     slopes = Layers(np.empty((M, D, D), np.float32), np.empty((P, D), np.float32))
     nothing = np.zeros(M, np.bool_)
-    stop = start + batches.x.shape[1]
+    stop = start + batches.x.shape[0]
     for run in runs:
-        source = frozen.source[run]
-        held_out = Batch(validation.x[source], validation.y[source], validation.samples)
         tuned = frozen.ranks[run] != 0
         for l in range(P):
             # In a chain, the bias beside a weight; in a transformer all have gradients anyway.
@@ -167,13 +165,12 @@ def advance(
             if step % every == 0 and (step > start or step == 0):
                 if step > 0:
                     course.training[run, step // every] = loss
-                loss = differentiate(layers, held_out, structure, nothing, False, slopes)
+                loss = differentiate(layers, validation, structure, nothing, False, slopes)
                 record(state, run, loss, step, every)
             if step == stop or course.stopped[run]:
                 break
             slopes.W[:], slopes.b[:] = F(0), F(0)
-            x, y = batches.x[source, step - start], batches.y[source, step - start]
-            batch = Batch(x, y, batches.samples)
+            batch = Batch(batches.x[step - start], batches.y[step - start], batches.samples)
             one_sided = state.settings.one_sided[run]
             loss = differentiate(layers, batch, structure, tuned, one_sided, slopes)
             if not np.isfinite(loss):

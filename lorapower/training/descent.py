@@ -20,7 +20,8 @@ from ..errors import InputError
 from ..networks.base import Network
 from ..networks.gap import Gap
 from ..networks.layers import LinearNetwork, product
-from ._free import Free, Pair, Parts, labelled, require_fit, require_relu_end
+from ._free import Free, Pair, Parts, labelled, require_fit
+from ._state import require_relu_end
 from .tuning import Loss
 
 # `minimize` starts from so many random factors and takes at most so many iterations.
@@ -63,13 +64,10 @@ def settle(
         slopes = torch.autograd.grad(value, parts)
         return value.item(), torch.cat([slope.flatten() for slope in slopes]).double().numpy()
 
-    def callback(flat: NDArray[np.float64]) -> None:
-        if look is not None:
-            look(shape(flat))
-
     start = torch.cat([start.detach().flatten() for start in starts]).double().numpy()
     limits: dict[str, Any] = {"maxiter": iterations, "maxfun": 3 * iterations, "maxcor": history}
     limits |= {"ftol": 1e-30, "gtol": 1e-13}
+    callback = None if look is None else (lambda flat: look(shape(flat)))
     end = scipy.optimize.minimize(
         value_and_slope, start, jac=True, method="L-BFGS-B", options=limits, callback=callback
     )
@@ -90,11 +88,10 @@ def descend(
     and for adapters that do not fit the network.
     """
     require_fit(network, adapters)
-    fit, select = (
-        labelled(network, "training", training),
-        labelled(network, "validation", validation),
-    )
-    free = Free.of(network, adapters, balanced=True)
+    fit = labelled(network, "training", training)
+    select = labelled(network, "validation", validation)
+    # Balanced factors share a step alike.
+    free = Free.of(network, adapters.balanced())
     if not free.count or not iterations:
         return adapters
     best, least = [*free.start], float(free.error(free.start, select))
@@ -193,7 +190,7 @@ def newton(
         if pairs[0][1].min() < 0:
             allowed = "outputs of at least 0 for the one-sided loss"
             raise InputError("training", allowed=allowed, given=float(pairs[0][1].min()))
-    free = Free.of(network, adapters, balanced=True)
+    free = Free.of(network, adapters.balanced())
     if free.count > LARGEST_SYSTEM:
         allowed = f"of at most {LARGEST_SYSTEM} numbers, as many as the linear systems have"
         given = f"{free.count} of them"

@@ -163,7 +163,9 @@ def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)
     """
     sigma, beta = _checks.positive("sigma", sigma), _checks.positive("beta", beta)
     eta_A, eta_B = rates
-    speed, last, _ = _constants(sigma, beta, eta_A, eta_B)
+    both = 2 * sigma * math.sqrt(eta_A * eta_B)
+    speed = math.hypot(both, eta_A * beta**2)
+    last = both / (speed + eta_A * beta**2)
     # 1 − u_∞² rounds to 0 for small β, but cancels with β². Of β only e^{−Δt}/β² is left, taken by
     # logarithms, since both may vanish.
     decay = math.exp(-speed * time)
@@ -171,29 +173,3 @@ def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)
     still = math.exp(min(missing - 2 * math.log(beta), LARGEST_EXPONENT))
     grown = -math.expm1(-speed * time) * (1 + last**2 * decay)
     return sigma * grown / (1 - (last * decay) ** 2 + still)
-
-
-def time_to(sigma: float, beta: float, part: float, *, rates: Rates = (1.0, 1.0)) -> float:
-    """Compute the time at which gradient flow has learned a part: `learned` is then ``part · σ``.
-
-    ``t = Δ⁻¹ ln[u_∞ (1 + u u_∞)/(u_∞ − u)]``, with the letters of `learned`. Raises `InputError`
-    for a part outside ``(0, 1)`` and numbers that are not positive. Source: [prop-times].
-    """
-    sigma, beta = _checks.positive("sigma", sigma), _checks.positive("beta", beta)
-    if not 0 < part < 1:
-        raise InputError("part", allowed="above 0 and below 1, which is never reached", given=part)
-    eta_A, eta_B = rates
-    speed, last, size = _constants(sigma, beta, eta_A, eta_B)
-    here, end = math.hypot(size, 2 * part * sigma), math.hypot(size, 2 * sigma)
-    u = 2 * part * sigma / (size + here)
-    # u_∞ − u = (η_A/η_B)^{1/2} β² (u/part − u_∞)/(σ (u_∞ + u)), where nothing cancels.
-    missing = 8 * sigma**2 * (1 - part) * (1 + part) / ((size + here) * (size + end) * (here + end))
-    ratio = last * (1 + u * last) * (last + u) / missing
-    return (math.log(ratio * math.sqrt(eta_B / eta_A)) - 2 * math.log(beta)) / speed
-
-
-def _constants(sigma: float, beta: float, eta_A: float, eta_B: float) -> tuple[float, float, float]:
-    """``Δ``, ``u_∞`` and ``(η_A/η_B)^{1/2} β²``."""
-    both = 2 * sigma * math.sqrt(eta_A * eta_B)
-    speed = math.hypot(both, eta_A * beta**2)
-    return speed, both / (speed + eta_A * beta**2), math.sqrt(eta_A / eta_B) * beta**2

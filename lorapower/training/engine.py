@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from math import prod
 from threading import Lock
 from typing import Any
 
@@ -20,10 +19,8 @@ from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
 from . import _reference, _steps
-from ._batches import Batches
-from ._free import require_relu_end
 from ._starts import put_starts
-from ._state import Batch, Stack, State, Structure
+from ._state import Batch, Stack, State, Structure, require_relu_end
 from .tuning import Data, Training, Tuning
 
 # The first call of compiled code compiles it, which must not happen in several threads at once.
@@ -35,7 +32,7 @@ _FIRST = Lock()
 def train(
     frozen: N,
     tunings: Sequence[Tuning],
-    data: Data | Sequence[Data],
+    data: Data,
     *,
     steps: int = 5000,
     every: int = 1,
@@ -46,10 +43,10 @@ def train(
     """Tune adapters, final layers or whole networks by Adam, all runs at once, in single precision.
 
     Each of ``tunings`` runs on each frozen network, and its result does not depend on the other
-    runs. Runs of one network see the same inputs and share their first factors, of which a run of
-    rank ``R`` has the first ``R`` columns. ``data``, and the ``seed`` of factors, are one for all
-    members of the batch or one for each. The validation loss is taken every ``every`` steps.
-    Results lie on the frozen network's device.
+    runs. All see the same inputs, and runs of one network share their first factors, of which a run
+    of rank ``R`` has the first ``R`` columns. ``seed`` draws the first factors: one seed for the
+    whole batch, or one for each member. The validation loss is taken every ``every`` steps. Results
+    lie on the frozen network's device.
 
     Training runs on all processors and gives the same wherever it is repeated. Chains of layers and
     plain transformers have gradients of their own in compiled code; other transformers are slower.
@@ -61,7 +58,7 @@ def train(
     Parameters
     ----------
     classes : sequence of int
-        The class, from 0, to which each output votes, −1 for none. The softmax of the votes, summed
+        The class, counted from 0, for which each output votes. The softmax of the votes, summed
         over outputs and tokens, is compared with the label by cross-entropy. Without classes the
         loss is the mean squared error over outputs, tokens and samples.
     until : float
@@ -69,13 +66,13 @@ def train(
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")
-    stack, structure, state, batches = _prepare(
+    stack, structure, state = _prepare(
         frozen, tunings, data, classes, seed, steps=steps, points=steps // every + 1, until=until
     )
     if stack.has_kernel:
-        _run_compiled(structure, state, batches, every)
+        _run_compiled(stack, structure, state, every)
     else:
-        _run_torch(stack.network.to(device="cpu"), structure, state, batches, every)
+        _run_torch(stack, structure, state, every)
     return _results(stack, state, every)
 
 
@@ -84,7 +81,7 @@ def train(
 def begin(
     frozen: Network,
     tunings: Sequence[Tuning],
-    data: Data | Sequence[Data],
+    data: Data,
     *,
     classes: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
@@ -94,62 +91,55 @@ def begin(
     They have batch shape ``[tunings, *batch]`` and single precision; ``[0]``, of the first tuning,
     is a start for `newton` and `descend`. Raises what `train` raises.
     """
-    stack, _, state, _ = _prepare(frozen, tunings, data, classes, seed)
+    stack, _, state = _prepare(frozen, tunings, data, classes, seed)
     return _results(stack, state, 1).adapters
 
 
 def _prepare(
     frozen: N,
     tunings: Sequence[Tuning],
-    data: Data | Sequence[Data],
+    data: Data,
     classes: Sequence[int],
     seed: int | Sequence[int],
     *,
     steps: int = 1,
     points: int = 2,
     until: float = 0.0,
-) -> tuple[Stack[N], Structure, State, Batches]:
+) -> tuple[Stack[N], Structure, State]:
     """Make all runs at their starts, with room for so many points of their loss curves."""
     _checks.kind(Network, frozen=frozen)
     until = _checks.tolerance("until", until)
     if isinstance(tunings, Tuning) or not tunings:
         allowed = "a list of Tuning, such as [Tuning(ranks=4)]"
         raise InputError("tunings", allowed=allowed, value=tunings)
-    stack = Stack(frozen)
-    seeds = [_checks.seed(each) for each in _for_each("seed", seed, stack.members)]
     one_sided = any(tuning.loss == "one-sided" for tuning in tunings)
     if one_sided:
         require_relu_end(frozen, classes)
-    batches = Batches(_for_each("data", data, stack.members), stack, classes, one_sided)
-    structure = stack.structure(batches.tokens, batches.votes, steps)
-    state = stack.state(tunings, seeds, batches.sources, points, until)
-    put_starts(stack, structure, state, tunings, batches)
-    return stack, structure, state, batches
+    stack = Stack(frozen, data, classes, one_sided)
+    seeds = [*seed] if isinstance(seed, Sequence) else [seed] * stack.members
+    if len(seeds) != stack.members:
+        allowed = f"one, or one for each of {stack.members} networks"
+        raise InputError("seed", allowed=allowed, given=len(seeds))
+    structure = stack.structure(steps)
+    state = stack.state(tunings, [_checks.seed(each) for each in seeds], points, until)
+    put_starts(stack, structure, state, tunings)
+    return stack, structure, state
 
 
-def _for_each(name: str, given: Any, members: int) -> list[Any]:
-    """Return one value for each member of the batch, from one for all or as many."""
-    values = list(given) if isinstance(given, Sequence) else [given] * members
-    if len(values) != members:
-        allowed = f"one, or one for each of {members} networks"
-        raise InputError(name, allowed=allowed, given=len(values))
-    return values
-
-
-def _run_compiled(structure: Structure, state: State, batches: Batches, every: int) -> None:
+def _run_compiled(stack: Stack[Any], structure: Structure, state: State, every: int) -> None:
     # Only some systems say which processors this process may use.
     has_affinity = hasattr(os, "sched_getaffinity")
     threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     runs = np.arange(len(state.frozen.network))
     # More parts than threads: runs differ in cost.
     parts = [part for part in np.array_split(runs, 4 * threads) if len(part)]
-    validation = Batch.of(*batches.validation, structure)
+    validation = Batch.of(*stack.validation, structure)
 
     def advance(part: Any, block: Batch, start: int) -> None:
         _steps.advance(structure, state, part, block, validation, start, every)
 
     with ThreadPoolExecutor(threads, initializer=_checks.flush) as pool:
-        for start, x, y in batches.blocks(structure.steps):
+        for start, x, y in stack.blocks(structure.steps):
             block = Batch.of(x, y, structure)
             if start == 0:
                 with _FIRST:
@@ -159,18 +149,17 @@ def _run_compiled(structure: Structure, state: State, batches: Batches, every: i
                 break
 
 
-def _run_torch(
-    network: Network, structure: Structure, state: State, batches: Batches, every: int
-) -> None:
-    for start, x, y in batches.blocks(structure.steps):
-        _reference.advance(network, structure, state, (x, y), batches.validation, start, every)
+def _run_torch(stack: Stack[Any], structure: Structure, state: State, every: int) -> None:
+    network = stack.network.to(device="cpu")
+    for start, x, y in stack.blocks(structure.steps):
+        _reference.advance(network, structure, state, (x, y), stack.validation, start, every)
         if state.course.stopped.all():
             break
 
 
 def _results(stack: Stack[N], state: State, every: int) -> Training[N]:
     """Return the runs' parameters and networks at the least validation loss of each."""
-    network, shapes = stack.network, stack.shapes
+    network = stack.network
 
     def shape(values: Any) -> Tensor:
         values = torch.as_tensor(values, device=network.device)
@@ -180,7 +169,7 @@ def _results(stack: Stack[N], state: State, every: int) -> Training[N]:
     A, B, b = map(shape, state.best)
     full = shape(frozen.ranks < 0)
     updates, weights = [], []
-    for m, (outer, inner) in enumerate(shapes):
+    for m, (outer, inner) in enumerate(stack.shapes):
         rows = slice(0, min(outer, inner))
         adapted = ~full[..., m, None, None]
         # Rows past a run's rank hold zeros in A.
@@ -196,15 +185,10 @@ def _results(stack: Stack[N], state: State, every: int) -> Training[N]:
             biases[l] = biases[l] - moved.squeeze(-1).to(b)
     changes = tuple(new - old for new, old in zip(biases, stack.biases, strict=True))
     tuned = Tuned(shape(frozen.ranks.clip(0)), shape(frozen.biases)[..., : len(biases)])
-    # Numbers of adapters, of weights in full, and of biases.
-    counts = [(rank, sum(size)) for rank, size in zip(tuned.ranks.unbind(-1), shapes, strict=True)]
-    counts += [(whole, prod(size)) for whole, size in zip(full.unbind(-1), shapes, strict=True)]
-    counts += [(tuned.biases[..., l], part.shape[-1]) for l, part in enumerate(biases)]
     best = shape(course.best_loss)
     return Training(
-        network.with_parameters(weights, *([biases] if biases else [])),
+        network.with_parameters(weights, biases),
         Adapters.trimmed(updates, changes, tuned),
-        parameter_count=torch.stack([each * size for each, size in counts]).sum(0),
         steps=torch.arange(course.training.shape[1], device=best.device) * every,
         training_loss=shape(course.training),
         validation_loss=shape(course.validation),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..adapters import Adapters
-from ..constructions.fitted import Fit, Fitted, split
+from ..constructions.fitted import Fit, FittedAdaptation, split
 from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
 from ..errors import InputError
 from ..networks.base import Network
 from ..networks.layers import FNN
 from ..networks.partition import Partition
-from ..regions import Ball, Region
+from ..regions import Ball
 from .descent import descend
 from .engine import train
 from .tuning import MARGIN, Data, Fixed, Training, Tuning
@@ -30,33 +30,15 @@ Start = Literal["fitted", "lora"]
 RATES, BATCH = {"fitted": 3e-3, "lora": 1e-2}, 256
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class FusedTraining:
-    """Adapters that were trained in the fused network, and how training went.
+class _FusedTraining(NamedTuple):
+    """What `train_fused` returns."""
 
-    ``adaptation`` is the frozen network's, with the evidence of the construction that split the
-    changes; ``training`` has all runs, for each rate (first dimension) and each start; ``chosen``
-    are rate and start of the least validation loss.
-    """
-
+    adapters: Adapters
+    validation_loss: Float[Tensor, "rates starts"]
+    chosen: tuple[int, int]
     adaptation: Adaptation
     fused: Fused
     training: Training[Any]
-    chosen: tuple[int, int]
-
-    @property
-    def adapters(self) -> Adapters:
-        """The frozen network's adapters."""
-        return self.adaptation.adapters
-
-    @property
-    def validation_loss(self) -> Float[Tensor, "rates starts"]:
-        """The least validation loss of each run."""
-        return self.training.best_loss
-
-    def __repr__(self) -> str:
-        rate, start = self.chosen
-        return f"FusedTraining({self.adapters}, rate {rate}, start {start})"
 
 
 @torch.no_grad()
@@ -67,23 +49,24 @@ def train_fused(
     data: Data,
     *,
     partition: Partition | None = None,
-    region: Region | None = None,
     starts: int = 4,
     learning_rates: Sequence[float] = (1e-2,),
     steps: int = 5000,
     every: int = 10,
     seed: int = 0,
     throw: bool = True,
-) -> FusedTraining:
+) -> _FusedTraining:
     """Find adapters from data alone: train one matrix for each segment, then split it exactly.
 
     Adapters of ranks ``R_l`` on a segment of square non-singular layers reach ``P + K`` for every
     ``K`` of rank at most ``Σ R_l`` [lem-any-change]. So ``K = A Bᵀ`` is trained in their place, the
     segment's product ``P`` frozen, by Adam with a falling rate from several draws of ``B``. All
     pairs of ``starts`` and ``learning_rates`` run, and the changes of the run of least validation
-    loss are split among the layers. The loss is one-sided [def-one-sided] where the network ends
-    with a ReLU; outputs of its data must then be at least 0. ``ranks`` and further options are
-    those of the construction for the network's kind and of `train`.
+    loss are split among the layers. The inner ReLUs of a ReLU network are idle in a ball 1.5 times
+    as large as one that holds the validation inputs and those of the first batches; outside it the
+    adapted network differs from the trained one. The loss is one-sided [def-one-sided] where the
+    network ends with a ReLU; outputs of its data must then be at least 0. ``ranks`` and further
+    options are those of the construction for the network's kind and of `train`.
 
     Raises `InputError` for batches, for ranks and data that do not fit, for a partition of anything
     but a ReLU network, and for layers so narrow between wider ones that their ranks reach nothing;
@@ -95,22 +78,35 @@ def train_fused(
     partition : Partition, optional
         Of a ReLU network, into as many blocks as layers are imitated; by default one block, whose
         inner ReLUs idle.
-    region : Region, optional
-        Where the inner ReLUs of a ReLU network idle; outside, the adapted network is not the
-        trained one. By default a ball half as large again as one that holds the validation inputs
-        and those of the first batches.
+
+    Returns
+    -------
+    adapters : Adapters
+        The frozen network's.
+    validation_loss : Tensor
+        The least of each run, ``[rates, starts]``.
+    chosen : tuple of int
+        Indices of the rate and the start with the least validation loss.
+    adaptation : Adaptation
+        The adapters with the evidence of the construction that split the changes.
+    fused : Fused
+        The fused network.
+    training : Training
+        All runs, of batch shape ``[rates, starts]``.
     """
     starts = _checks.integer("starts", starts, 1)
     target: Any = frozen
+    region: Ball | None = None
     loss: Literal["squared", "one-sided"] = "squared"
     if isinstance(frozen, FNN):
-        partition = Partition([frozen.depth]) if partition is None else partition
+        partition = partition or Partition([frozen.depth])
         target = frozen.linearize(partition.slices)
-        region = _ball(data) if region is None else region
+        first = data.block(0)[0].double().movedim(0, -1).flatten(1)
+        region = Ball.about(torch.cat([data.validation[0].double(), first], -1), MARGIN)
         loss = "squared" if frozen.linear_last else "one-sided"
-    elif partition is not None or region is not None:
-        name = "region" if partition is None else "partition"
-        raise InputError(name, allowed="none, but for ReLU networks", given=f"one for {frozen}")
+    elif partition is not None:
+        given = f"one for {frozen}"
+        raise InputError("partition", allowed="none, but for ReLU networks", given=given)
     fused = fuse(frozen, target, ranks, partition)
     if not any(fused.fused_ranks) and np.any(ranks):
         allowed = "of segments whose layers are no narrower than their ends"
@@ -127,14 +123,14 @@ def train_fused(
         seed=[randomness.number(seed, "fused training", k) for k in range(starts)],
     )
     chosen = divmod(int(runs.best_loss.nan_to_num(torch.inf).argmin()), starts)
-    adapters = runs.adapters[chosen].to(frozen.dtype)
-    return FusedTraining(fused.carry_back(adapters, region, throw=throw), fused, runs, chosen)
+    found = fused.carry_back(runs.adapters[chosen].to(frozen.dtype), region, throw=throw)
+    return _FusedTraining(found.adapters, runs.best_loss, chosen, found, fused, runs)
 
 
 @torch.no_grad()
 @_checks.flushing()
 def polish(
-    fitted: Fitted,
+    fitted: FittedAdaptation,
     inputs: Tensor,
     held_out: Tensor,
     *,
@@ -144,7 +140,7 @@ def polish(
     data: Data | None = None,
     seed: int = 0,
     throw: bool = True,
-) -> Fitted:
+) -> FittedAdaptation:
     """Minimize the error of all segments of a fit together; return the best, or the fit itself.
 
     From each start all factors and biases take ``steps`` steps of Adam with a falling rate, then at
@@ -177,30 +173,21 @@ def polish(
     fits = []
     for fit, target in zip(fitted.fits, targets, strict=True):
         pairs = (x, target(x)), (select, target(select))
-        source = data
-        if source is None:
-            samples = min(BATCH, x.shape[0 if target.sequences else -1])
-            source = Fixed(*pairs, samples=samples, seed=seed, purpose=("polish",))
+        samples = min(BATCH, x.shape[0 if target.sequences else -1])
+        source = data or Fixed(*pairs, samples=samples, seed=seed, purpose=("polish",))
         tried = [fit]
         for start in starts:
             begun = _begin(fit, start, source, steps, seed)
             adapters = descend(begun.network, begun.adapters, *pairs, iterations)
             tried.append(replace(begun, adapters=adapters))
         fits.append(min(tried, key=lambda fit: fit.error(*pairs[1])))
-    return Fitted.measure(fits, parts, fitted.error.shape, throw=throw)
-
-
-def _ball(data: Data) -> Ball:
-    first = torch.as_tensor(data.block(0)[0]).double().movedim(0, -1).flatten(1)
-    x = torch.cat([torch.as_tensor(data.validation[0]).double(), first], -1)
-    return Ball.about(x, MARGIN)
+    return FittedAdaptation.measure(fits, parts, fitted.error.shape, throw=throw)
 
 
 def _begin(fit: Fit, start: Start, data: Data, steps: int, seed: int) -> Fit:
     """Return the fit, or LoRA's start in its place, after Adam's steps."""
     if start == "lora":
         fit = replace(fit, direct=isinstance(fit.fused.network, FNN))
-    fit = replace(fit, chosen=(f"polished from {start}",))
     if not steps:
         return fit
     tuning = Tuning(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
 from itertools import accumulate, combinations
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
+from ..networks.layers import product
 from ._free import require_fit
 
 # A singular value of factors counts as 0 from so much below their size or the root of the slope's.
@@ -25,13 +25,8 @@ FLAT = 1e-6
 DAMPING, EASIER, HARDER = 1.0, 0.2, 4.0
 
 
-class Critical(NamedTuple):
-    """A critical point of ``½ ‖(E − A Bᵀ) C^{1/2}‖²_F``.
-
-    ``point`` holds ``A`` and ``B``, made of the singular triplets ``kept`` (counted from 0) of
-    ``E C^{1/2}``; ``loss`` is ``½ Σ σ_d²`` over the others. Going ``t`` times ``direction``, which
-    lowers the loss at a saddle, adds ``curvature · t²`` to it; a minimum has ``None`` and 0.
-    """
+class _Critical(NamedTuple):
+    """A critical point, as `critical_points` describes it."""
 
     kept: tuple[int, ...]
     point: LowRank
@@ -40,21 +35,34 @@ class Critical(NamedTuple):
     curvature: float
 
 
+class _Line(NamedTuple):
+    """A line through a critical point, as `escape` describes it."""
+
+    directions: tuple[LowRank, ...]
+    change: Float[Tensor, "out in"]
+    fall: float
+
+
 @torch.no_grad()
 def critical_points(
     error: Float[Tensor, "out in"],
     rank: int,
     *,
     covariance: Float[Tensor, "in in"] | None = None,
-) -> Iterator[Critical]:
-    """Yield critical points of one layer's loss over adapters of a rank, one of each kind.
+) -> Iterator[_Critical]:
+    """Yield critical points of ``½ ‖(E − A Bᵀ) C^{1/2}‖²_F`` over adapters of a rank.
 
     ``error`` is ``E``, the product that the factors should have, and ``covariance`` is ``C``, by
     default the identity. If the nonzero singular values of ``E C^{1/2}`` are distinct, each set of
     at most ``rank`` of them gives a kind, whose points share ``A Bᵀ C^{1/2}`` and loss; equal
-    values give further points with the same losses. All are minima or strict saddles
-    [thm-landscape]. Raises `InputError` for a rank out of range and a covariance that is not
-    positive semi-definite.
+    values give further points with the same losses. One point of each kind is yielded; all are
+    minima or strict saddles [thm-landscape]. Raises `InputError` for a rank out of range and a
+    covariance that is not positive semi-definite.
+
+    Each has a ``point``, the factors ``A`` and ``B``; ``kept``, the singular triplets in it,
+    counted from 0; a ``loss``, ``½ Σ σ_d²`` over the other triplets; and, at a saddle, a
+    ``direction``: a step ``t`` along it adds ``curvature · t²`` to the loss. A minimum has the
+    direction ``None`` and the curvature 0.
     """
     E = _checks.real_tensor("error", error, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(E.shape), limit="the smaller side")
@@ -79,21 +87,13 @@ def critical_points(
             yield _critical(found, kept, rank, count, back)
 
 
-class Line(NamedTuple):
-    """A line through a critical point: adapters ``A_l + t·left_l``, ``B_l + t·right_l``.
-
-    To second order the product changes by ``t · change`` and more, and a loss ``g`` of it by
-    ``t² (½ ∇²g[change, change] + fall)``. ``fall`` is negative.
-    """
-
-    directions: tuple[LowRank, ...]
-    change: Float[Tensor, "out in"]
-    fall: float
-
-
 @torch.no_grad()
-def escape(network: Network, adapters: Adapters, slope: Float[Tensor, "out in"]) -> Line:
+def escape(network: Network, adapters: Adapters, slope: Float[Tensor, "out in"]) -> _Line:
     """Find the line by which the proofs leave a critical point of a loss of an adapted product.
+
+    Its points are the adapters ``A_l + t·left_l``, ``B_l + t·right_l``, with the pairs in
+    ``directions``. The product changes by ``t · change`` to first order, and a loss ``g`` of it to
+    second order by ``t² (½ ∇²g[change, change] + fall)``, where ``fall`` is negative.
 
     ``slope`` is ``∇g`` at the product, not 0, and ``∇²g`` is at most 1. Where the ranks
     add up to the width or more and the adapted layers are square and not singular, ``g``
@@ -121,17 +121,15 @@ def escape(network: Network, adapters: Adapters, slope: Float[Tensor, "out in"])
     # The same proof holds for the transposed product.
     turned = [m.mT for m in reversed(layers)]
     scale = float(torch.linalg.matrix_norm(slope, 2)) ** 0.5
-    columns = [H.mT @ b for H, b in zip(_before(layers), B, strict=True)]
-    columns_turned = [H.mT @ a for H, a in zip(_before(turned), A[::-1], strict=True)]
-    y, size = _flattest(columns, scale)
-    y_turned, size_turned = _flattest(columns_turned, scale)
+    y, size = _flattest(layers, B, scale)
+    y_turned, size_turned = _flattest(turned, A[::-1], scale)
     if not deep and min(size, size_turned) > FLAT:
         return _swap(A[0], B[0], slope)
     if size <= size_turned:
         return _grow(layers, A, B, y, slope)
     line = _grow(turned, B[::-1], A[::-1], y_turned, slope.mT)
     flipped = tuple(LowRank(d.right, d.left) for d in reversed(line.directions))
-    return Line(flipped, line.change.mT, line.fall)
+    return _Line(flipped, line.change.mT, line.fall)
 
 
 @torch.no_grad()
@@ -151,14 +149,18 @@ def find_critical(
     out, and biases count for nothing. Returns the points as a batch of adapters, their losses, and
     the least eigenvalues of the second derivatives in all factors.
     """
-    require_fit(network, starts, single=False)
+    starts.merge(network)  # refuses what does not fit
     factors = [factor for u in starts.updates for factor in (u.left, u.right)]
 
+    def parts_of(flat: Tensor) -> list[Tensor]:
+        each = flat.split([factor.shape[-2:].numel() for factor in factors], -1)
+        shapes = [(*flat.shape[:-1], *factor.shape[-2:]) for factor in factors]
+        return [part.reshape(shape) for part, shape in zip(each, shapes, strict=True)]
+
     def value(flat: Tensor) -> Tensor:
-        parts = _parts(flat, factors)
+        parts = parts_of(flat)
         triples = zip(network.weights, parts[::2], parts[1::2], strict=True)
-        first, *others = [W + A @ B.mT for W, A, B in triples]
-        return loss(reduce(lambda product, layer: layer @ product, others, first))
+        return loss(product([W + A @ B.mT for W, A, B in triples]))
 
     slope_of, second = vmap(grad(value)), vmap(jacrev(grad(value)))
     at = torch.cat([factor.flatten(-2) for factor in factors], -1)
@@ -179,16 +181,9 @@ def find_critical(
         size = slope.square().sum(-1)
         damping = (damping * torch.where(better, EASIER, HARDER)).clamp(1e-30, 1e30)
     at = at[size.sqrt() <= tolerance]
-    parts = _parts(at, factors)
-    pairs = zip(parts[::2], parts[1::2], strict=True)
+    parts = parts_of(at)
     curvatures = torch.linalg.eigvalsh(second(at))[:, 0]
-    return Adapters(tuple(LowRank(*pair) for pair in pairs)), vmap(value)(at), curvatures
-
-
-def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    sizes = [part.shape[-2:].numel() for part in like]
-    each = zip(flat.split(sizes, -1), like, strict=True)
-    return [part.reshape(*flat.shape[:-1], *shaped.shape[-2:]) for part, shaped in each]
+    return Adapters(tuple(map(LowRank, parts[::2], parts[1::2]))), vmap(value)(at), curvatures
 
 
 def _before(layers: Sequence[Tensor]) -> list[Tensor]:
@@ -197,13 +192,16 @@ def _before(layers: Sequence[Tensor]) -> list[Tensor]:
     return [*accumulate(layers[:-1], lambda product, layer: layer @ product, initial=eye)]
 
 
-def _flattest(parts: Sequence[Tensor], scale: float) -> tuple[Tensor, float]:
-    """Find the unit vector of which matrices side by side make least, and that relative size."""
-    _, S, Vh = torch.linalg.svd(torch.cat([*parts], 1))
+def _flattest(layers: Sequence[Tensor], B: Sequence[Tensor], scale: float) -> tuple[Tensor, float]:
+    """Find the unit vector of which the columns ``H_lᵀ B_l`` make least, and that relative size."""
+    columns = [H.mT @ b for H, b in zip(_before(layers), B, strict=True)]
+    _, S, Vh = torch.linalg.svd(torch.cat(columns, 1))
     return Vh[-1], 0.0 if len(S) < len(Vh) else float(S[-1]) / max(float(S[0]), scale)
 
 
-def _grow(layers: list[Tensor], A: list[Tensor], B: list[Tensor], y: Tensor, slope: Tensor) -> Line:
+def _grow(
+    layers: list[Tensor], A: list[Tensor], B: list[Tensor], y: Tensor, slope: Tensor
+) -> _Line:
     """Draw the line of the proof of [thm-split]; ``y`` says which columns ``H_lᵀ B_l`` cancel."""
     before = _before(layers)
     after = [m.mT for m in reversed(_before([m.mT for m in reversed(layers)]))]
@@ -231,10 +229,10 @@ def _grow(layers: list[Tensor], A: list[Tensor], B: list[Tensor], y: Tensor, slo
         )
         for G, H, y_l, z_l in zip(after, before, ys, zs, strict=True)
     )
-    return Line(directions, change, -tau * steepest)
+    return _Line(directions, change, -tau * steepest)
 
 
-def _swap(A: Tensor, B: Tensor, slope: Tensor) -> Line:
+def _swap(A: Tensor, B: Tensor, slope: Tensor) -> _Line:
     """Draw the line of the proof of [thm-landscape] for a product of full rank."""
     U, S, V = lowrank.svd(A @ B.mT)
     weakest = A.shape[1] - 1
@@ -244,24 +242,24 @@ def _swap(A: Tensor, B: Tensor, slope: Tensor) -> Line:
     direction = LowRank(
         torch.outer(w, torch.linalg.pinv(B) @ v), torch.outer(z, torch.linalg.pinv(A) @ u)
     )
-    return Line((direction,), torch.outer(w, v) + torch.outer(u, z), -float(steepness[0]) / sigma)
+    return _Line((direction,), torch.outer(w, v) + torch.outer(u, z), -float(steepness[0]) / sigma)
 
 
 def _critical(
     parts: lowrank.SVD, kept: tuple[int, ...], rank: int, count: int, back: Tensor
-) -> Critical:
+) -> _Critical:
     U, S, V = parts
     own = [*kept]
     rest = [d for d in range(count) if d not in kept]
-    A, B = U.new_zeros(len(U), rank), V.new_zeros(len(V), rank)
-    A[:, : len(own)], B[:, : len(own)] = (m[:, own] * S[own].sqrt() for m in (U, V))
+    spare = (0, rank - len(own))
+    A, B = (torch.nn.functional.pad(m[:, own] * S[own].sqrt(), spare) for m in (U, V))
     loss = float(S[rest].square().sum()) / 2
     point = LowRank(A, back @ B)
     # What is missing may be as large as what is kept: among equal values any are least.
     rounding = 8 * len(S) * torch.finfo(S.dtype).eps * S[0]
     is_full = len(own) == rank
     if not rest or (is_full and (not own or S[rest[0]] <= S[own[-1]] + rounding)):
-        return Critical(kept, point, loss, None, 0.0)
+        return _Critical(kept, point, loss, None, 0.0)
     slope = -(U[:, rest] * S[rest]) @ V[:, rest].mT
     if len(own) < rank:
         free = torch.eye(rank, dtype=A.dtype, device=A.device)[len(own)]
@@ -270,4 +268,4 @@ def _critical(
         line = _swap(A, B, slope)
     (direction,) = line.directions
     curvature = line.fall + float(line.change.square().sum()) / 2
-    return Critical(kept, point, loss, LowRank(direction.left, back @ direction.right), curvature)
+    return _Critical(kept, point, loss, LowRank(direction.left, back @ direction.right), curvature)

@@ -102,15 +102,13 @@ class Training(Generic[N]):
     ``network`` and ``adapters`` are at each run's least validation loss, ``best_loss`` at
     ``best_step``. As one batch, updates are padded with zeros to the largest rank; ``adapters[i]``
     has the ranks of its own `Tuning`, and none for a weight that was tuned in full.
-    ``parameter_count`` is how many numbers each run tuned: of adapters, of weights in full, of
-    biases. Losses are at ``steps``, 0 before the first one: ``training_loss`` on the step's batch
-    (NaN at 0), ``validation_loss`` after the step; NaN once a run has ended. A run has ``diverged``
-    and ends if a loss is no finite number.
+    Losses are at ``steps``, 0 before the first one: ``training_loss`` on the step's batch (NaN at
+    0), ``validation_loss`` after the step; NaN once a run has ended. A run has ``diverged`` and
+    ends if a loss is no finite number.
     """
 
     network: N
     adapters: Adapters
-    parameter_count: Int[Tensor, " tunings *batch"]
     steps: Int[Tensor, " points"]
     training_loss: Float[Tensor, "tunings *batch points"]
     validation_loss: Float[Tensor, "tunings *batch points"]

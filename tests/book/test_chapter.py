@@ -15,14 +15,15 @@ import pytest
 import torch
 
 from lorapower import InputError, book
-from lorapower.book.chapter import RESULTS, read_quotes
+from lorapower.book._executed import read_quotes
+from lorapower.book.chapter import RESULTS
 
 
 class All(book.Parameters):
     """Every type of parameter that there is."""
 
     width: book.Width
-    depth: book.Depth
+    depth: book.whole(1, 64)  # type: ignore[valid-type]
     seeds: book.Seeds
     ranks: book.Ranks
     few: list[book.whole(1, 9)]  # type: ignore[valid-type]

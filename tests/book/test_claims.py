@@ -13,6 +13,7 @@ import verdicts
 
 from lorapower import InputError
 from lorapower.book import claims
+from lorapower.book._executed import read_claims
 
 NAN = float("nan")
 
@@ -70,7 +71,7 @@ def record(path: Path, *recorded: claims.Claim) -> Path:
 def test_an_executed_notebook_yields_its_claims_in_order(tmp_path: Path) -> None:
     good = claims.at_most("first $x$", "lem-a", measured=1, bound=2)
     bad = claims.at_least("second", "lem-b", measured=1, bound=2)
-    assert claims.read(record(tmp_path / "executed.ipynb", good, bad)) == [good, bad]
+    assert read_claims(record(tmp_path / "executed.ipynb", good, bad)) == [good, bad]
     assert (good.holds, bad.holds) == (True, False)
     assert "✗ Fails: second" in bad._repr_mimebundle_()["text/markdown"]
 

@@ -157,6 +157,7 @@ def test_a_role_looks_the_same_in_all_company() -> None:
     assert len({look.color for look in alone.values()}) == len(METHODS)
     assert len({look.marker for look in alone.values()}) == len(METHODS)
     assert looks(["final layer"])["final layer"] == alone["final layers"]
+    assert looks(["trained adapters"])["trained adapters"] == alone["trained"]
     for name in METHODS:
         random, pretrained = (starts[f"{name}, {start}"] for start in ("random", "pretrained"))
         assert random.color == pretrained.color == alone[name].color

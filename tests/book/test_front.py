@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import quotes
 import typer
-from bs4 import BeautifulSoup
+from browsing import soup
 from conftest import CHAPTERS, ROOT
 
 from lorapower.checkpoints import _command as _cli
@@ -23,10 +23,6 @@ TEXT = """
 │ more │
 └──────┘
 """
-
-
-def soup(book: Path, docname: str) -> BeautifulSoup:
-    return BeautifulSoup((book / f"{docname}.html").read_text(encoding="utf-8"), "html.parser")
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from conftest import CHAPTERS, ROOT
 from nbformat import NotebookNode
 
 from lorapower import InputError, book
+from lorapower.book._executed import read_claims
 from lorapower.book.chapter import RESULTS
-from lorapower.book.claims import read
 
 IMAGES = {"image/png", "image/svg+xml"}
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
@@ -110,7 +110,7 @@ def assert_described(cell: NotebookNode, after: NotebookNode) -> None:
 def test_chapter_runs_at_a_small_size_in_another_folder(small_runs: Path, chapter: Path) -> None:
     """It has run, or there would be no file: what it proves holds."""
     executed = small_runs / chapter.name
-    assert read(executed), "the chapter records no claim"
+    assert read_claims(executed), "the chapter records no claim"
     notebook = nbformat.read(executed, as_version=4)
     for cell, after in pairwise(notebook.cells):
         if any(IMAGES & set(output.get("data", {})) for output in cell.get("outputs", ())):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,14 +23,6 @@ from records.language import TARGETS, Found, Lora, Method, Problem, Setting, Who
 from records.texts import METRICS, find
 
 WAYS: list[Method] = [Lora(rank=2), *sweeps.grid(Whole, kind=["final", "full", "head", "linear"])]
-
-
-@pytest.fixture(scope="module")
-def glue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("datasets")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        yield text_files.write_copy(tmp_path_factory.mktemp("glue"))
 
 
 @pytest.fixture(scope="module")
@@ -133,24 +123,6 @@ def test_encoders_of_other_kinds_can_be_adapted(kind: str, tmp_path: Path) -> No
         assert any("classifier" in name for name in got)
 
 
-def test_first_steps_change_weights_as_much_at_each_rank(tiny: Problem) -> None:
-    sizes = []
-    for rank in (1, 16):
-        size = []
-        for seed in range(5):
-            network = build(tiny.replace(seed=seed)).eval()
-            network = language._adapt(network, Lora(rank=rank), seed)
-            steps = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
-            loss = network(input_ids=torch.arange(4, 20)[None], labels=torch.tensor([0])).loss
-            loss.backward()
-            steps.step()
-            layers = [m for m in network.modules() if hasattr(m, "get_delta_weight")]
-            changes = [m.get_delta_weight("default").detach().norm() for m in layers]
-            size.append(float(torch.stack(changes).median()))
-        sizes.append(np.median(size))
-    assert 0.5 < sizes[0] / sizes[1] < 2
-
-
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta"])
 def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_path: Path) -> None:
     problem = saved(tmp_path, kind).replace(head="mean")
@@ -162,15 +134,12 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_pat
         wanted = network.classifier.weight @ hidden.mean(0) + network.classifier.bias
         padded = torch.cat([ids, torch.ones(3, dtype=torch.long)])[None]
         mask = torch.tensor([[1] * 6 + [0] * 3])
-        for found in (
-            network(input_ids=ids[None]),
-            network(input_ids=padded, attention_mask=mask, labels=torch.tensor([2])),
-        ):
-            torch.testing.assert_close(found["logits"][0], wanted, rtol=1e-4, atol=1e-5)
+        found = network(input_ids=padded, attention_mask=mask, labels=torch.tensor([2]))
+    torch.testing.assert_close(found["logits"][0], wanted, rtol=1e-4, atol=1e-5)
     wanted_loss = -torch.log_softmax(wanted, 0)[2]
     torch.testing.assert_close(found["loss"], wanted_loss, rtol=1e-4, atol=1e-5)
     rating = build(problem.replace(task="stsb")).eval()
-    found = rating(input_ids=ids[None], labels=torch.tensor([3.0]))
+    found = rating(input_ids=padded, attention_mask=mask, labels=torch.tensor([3.0]))
     assert found["loss"].item() == pytest.approx((found["logits"].item() - 3) ** 2)
 
 
@@ -199,7 +168,7 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = text_files.save_roberta(tmp_path)
-    path = tmp_path / "model.safetensors"
+    path = Path(folder, "model.safetensors")
     weights = load_file(path)
     lacking = {name: w for name, w in weights.items() if "layer.1.output.dense" not in name}
     save_file(lacking, path, metadata={"format": "pt"})

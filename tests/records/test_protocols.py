@@ -181,10 +181,7 @@ def test_the_recorded_run_is_part_of_the_protocol(
     about = profile, [task], source, model
     seeds = table.seed.nunique()
     searched = tune.choose(protocols.search(*about))
-    settings = [
-        *searched,
-        *protocols.compare(*about, samples=samples, seeds=seeds, rates=rates),
-    ]
+    settings = [*searched, *protocols.compare(*about, samples=samples, seeds=seeds, rates=rates)]
     columns = sweeps.columns(Setting)
     known = sweeps.run(settings, work, progress=False)[columns]
     recorded = table[columns]

@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import text_files
 from conftest import ROOT
 
 from lorapower import InputError
@@ -24,20 +22,6 @@ from records import models, texts
 from records.texts import GLUE, METRICS, SENTENCES, Examples, Task
 
 each_task = pytest.mark.parametrize("task", GLUE.values(), ids=GLUE)
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the library ``datasets`` has read is not kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("datasets")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        yield
-
-
-@pytest.fixture(scope="module")
-def glue(cached: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return text_files.write_copy(tmp_path_factory.mktemp("glue"))
 
 
 # Tasks
@@ -128,7 +112,7 @@ def test_the_hub_is_asked_for_the_same_data_set(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_cannot_be_read_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cached: None
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, glue: str
 ) -> None:
     import huggingface_hub
 
@@ -171,7 +155,7 @@ KINDS = {"movies": 10603, "tweets": 4140, "products": 3697, "editorials": 5118}
 def archived(file: str) -> str:
     """A file of the archive, read with the command line's own tools."""
     content = b""
-    for source, name in ((texts._archive(), "*/hutto*.gz"), ("-", f"*/{file}_GroundTruth.txt")):
+    for source, name in ((texts._ARCHIVE, "*/hutto*.gz"), ("-", f"*/{file}_GroundTruth.txt")):
         command = ["tar", "--wildcards", "-xzOf", source, name]
         content = subprocess.run(command, input=content, check=True, capture_output=True).stdout
     return content.decode()
@@ -214,9 +198,9 @@ def test_parts_have_their_shares_and_share_no_words() -> None:
 
 
 def test_another_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = texts._archive().read_bytes()
+    whole = texts._ARCHIVE.read_bytes()
     path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
-    monkeypatch.setattr(texts, "_archive", lambda: path)
+    monkeypatch.setattr(texts, "_ARCHIVE", path)
     texts.read.cache_clear()
     command = "`pip download --no-deps --no-binary :all: --dest .* vaderSentiment==3.3.2`"
     with pytest.raises(InputError, match=f"archive of rated sentences must be at .*: {command}"):

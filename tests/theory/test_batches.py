@@ -89,7 +89,7 @@ def of_linear(network: LinearNetwork, x: Tensor) -> list[Tensor]:
 def of_relu(network: FNN, x: Tensor) -> list[Tensor]:
     inner = network.preactivations(x)
     parts = network.linearize([slice(0, 2), slice(2, 3)]), network.layers(slice(1, 3))
-    return [network(x), *inner, network.continue_from(0, inner[0]), *(part(x) for part in parts)]
+    return [network(x), *inner, *(part(x) for part in parts)]
 
 
 def found_by(construct: Any, frozen: Any, target: Any, *inputs: Any, x: Tensor) -> list[Tensor]:
@@ -182,11 +182,8 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
         lambda f, t: bounds.feed_forward_floor(f, t, X, 3).value,
         [heads(**NORMED), heads(**NORMED)],
     ),
-    "sure": (lambda A: samples.sure(lowrank.spectrum(A), DESIGN), [matrix(4, 6)]),
-    "shrink_values": (
-        lambda A: samples.shrink_values(lowrank.spectrum(A), DESIGN),
-        [matrix(4, 6)],
-    ),
+    "sure": (lambda A: DESIGN.sure(lowrank.spectrum(A)), [matrix(4, 6)]),
+    "shrink_values": (lambda A: DESIGN.shrink_values(lowrank.spectrum(A)), [matrix(4, 6)]),
     "linear.adapt": (of_linear_adapt, [deep(2), deep(1)]),
     "fnn.adapt": (of_fnn, [relu(3), relu(2), ONE]),
     "transformer.adapt": (partial(found_by, transformer.adapt, x=X[:, :3]), [heads(), heads()]),

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import conditioned, seeds
+from strategies import conditioned, normal, seeds
 from torch import Tensor
 
-from lorapower import bounds, randomness
+from lorapower import bounds
 from lorapower.adapters import Adapters
 from lorapower.constructions import fnn
 from lorapower.lowrank import LowRank
@@ -32,11 +32,6 @@ def rms(difference: Tensor) -> Tensor:
     return difference.square().sum(-2).mean(-1).sqrt()
 
 
-def normal_inputs(width: int, samples: int, seed: int = 0) -> Tensor:
-    generator = randomness.generator(seed, "test")
-    return torch.randn(width, samples, generator=generator, dtype=torch.float64)
-
-
 @given(st.integers(1, 5), st.integers(1, 8), st.data(), seeds)
 def test_threshold_of_a_target_that_adapters_made(
     depth: int, width: int, data: st.DataObject, seed: int
@@ -44,11 +39,7 @@ def test_threshold_of_a_target_that_adapters_made(
     frozen = conditioned(depth, width, seed=seed)
     ranks = data.draw(st.lists(st.integers(0, 2), min_size=depth, max_size=depth))
     ranks = [min(rank, width) for rank in ranks]
-    generator = randomness.generator(seed, "test")
-    updates = [
-        LowRank(*torch.randn(2, width, rank, generator=generator, dtype=torch.float64))
-        for rank in ranks
-    ]
+    updates = [LowRank(*normal(2, width, R, seed=seed + l)) for l, R in enumerate(ranks)]
     target = Adapters(tuple(updates)).merge(frozen)
     expected = min(sum(ranks), width)
     assert Gap(frozen, target).rank == expected
@@ -78,7 +69,7 @@ def test_threshold_is_the_formula(width: int, layers: int, more: int, seed: int)
 def test_every_bound_is_above_the_error_at_every_rank(layers: int, depth: int) -> None:
     frozen = FNN.random(depth, 16, batch_shape=(10,), seed=1)
     target = FNN.random(layers, 16, batch_shape=(10,), seed=2)
-    x = normal_inputs(16, 1000)
+    x = normal(16, 1000)
     threshold = int(bounds.fnn_threshold(frozen, target).max())
     for rank in range(threshold + 2):
         found = fnn.adapt(frozen, target, rank, Samples(x))
@@ -148,7 +139,7 @@ def test_the_bound_takes_the_trace_of_the_second_moment() -> None:
     D, sigma = 16, 0.5
     frozen = FNN(torch.eye(D).expand(2, D, D), torch.zeros(2, D))
     target = FNN([(1 + sigma) * torch.eye(D)], [torch.full((D,), 9.0)])
-    x = normal_inputs(D, 20000).float()
+    x = normal(D, 20000).float()
     found = fnn.adapt(frozen, target, 0, Samples(x))
     squared = rms(found.adapters.merge(frozen)(x) - target(x)) ** 2
     assert squared > 0.9 * sigma**2 * D
@@ -160,7 +151,7 @@ def test_nothing_hides_the_error_of_a_linear_layer() -> None:
     frozen, target = (
         FNN.random(depth, 8, linear_last=True, seed=seed) for depth, seed in ((3, 1), (1, 2))
     )
-    x = normal_inputs(8, 500)
+    x = normal(8, 500)
     for rank in range(3):
         found = fnn.adapt(frozen, target, rank, Samples(x))
         measured = rms(found.adapters.merge(frozen)(x) - target(x))
@@ -179,7 +170,7 @@ def test_one_layer_is_bounded_by_the_next_singular_value() -> None:
 
 def test_a_narrower_target_is_bounded_by_the_part_that_it_has() -> None:
     frozen, target = FNN.random(4, 12, seed=1), FNN.random(2, 5, seed=2)
-    x = normal_inputs(5, 500)
+    x = normal(5, 500)
     assert int(bounds.fnn_threshold(frozen, target)) == 3
     for rank in range(4):
         found = fnn.adapt(frozen, target, rank, Samples(x))

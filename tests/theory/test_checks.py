@@ -54,6 +54,7 @@ def test_messages_are_single_lines_of_bounded_length(length: int, lines: int) ->
         message = str(InputError(long, allowed=long, given=long, remedy=long))
         assert len(message) <= 4 * LONGEST + len(" must be ; got : ")
         assert "\n" not in message
+    assert str(InputError("it", allowed="short", value="a")) == "it must be short; got 'a'"
     for value in ([[0.0] * length, *[[1.0]] * lines], torch.ones(lines, length)):
         message = str(InputError("it", allowed="short", value=value))
         assert len(message) <= len("it must be short; got ") + LONGEST

@@ -7,18 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, dtypes, of_widths, seeds
+from strategies import batch_shapes, dtypes, normal, of_widths, seeds
 from torch import Tensor
 
-from lorapower import bounds, randomness
-from lorapower.constructions import fnn
+from lorapower import bounds
 from lorapower.networks import FNN
-from lorapower.regions import Samples
-
-
-def normal_inputs(width: int, samples: int, seed: int = 0) -> Tensor:
-    generator = randomness.generator(seed, "test")
-    return torch.randn(width, samples, generator=generator, dtype=torch.float64)
 
 
 def single(weight: Tensor, bias: Tensor) -> FNN:
@@ -30,7 +23,7 @@ def test_colliding_inputs_look_the_same_behind_the_first_layer(
     width: int, batch: tuple[int, ...], dtype: torch.dtype, seed: int
 ) -> None:
     frozen = FNN.random(2, width, batch_shape=batch, seed=seed, dtype=dtype)
-    x = normal_inputs(width, 50, seed).to(dtype)
+    x = normal(width, 50, seed=seed).to(dtype)
     other = bounds.colliding_inputs(frozen, x, reach=2.0, seed=seed)
     h = frozen.layers(slice(0, 1))
     tolerance = 100 * torch.finfo(dtype).eps
@@ -56,7 +49,7 @@ def test_they_lie_as_far_as_the_inactive_units_allow() -> None:
 @given(st.integers(1, 6), st.integers(1, 6), seeds)
 def test_all_units_of_a_linear_layer_are_seen(units: int, inputs: int, seed: int) -> None:
     frozen = of_widths([inputs, units], linear_last=True, seed=seed)
-    x = 3 * normal_inputs(inputs, 40, seed)
+    x = 3 * normal(inputs, 40, seed=seed)
     other = bounds.colliding_inputs(frozen, x, reach=1.5, seed=seed)
     torch.testing.assert_close(frozen(other), frozen(x), rtol=0, atol=1e-12)
     distance = (other - x).norm(dim=0)
@@ -75,24 +68,13 @@ def test_the_floor_behind_a_linear_layer_is_what_its_null_space_holds(linear_las
     if linear_last:
         exact = float((target.weights[0] @ null.mT).square().sum() / 3)
     else:
-        x, noise, other = (normal_inputs(n, 200000, seed=k) for k, n in enumerate((6, 2, 2)))
+        x, noise, other = (normal(n, 200000, seed=k) for k, n in enumerate((6, 2, 2)))
         x = x - null.mT @ (null @ x)
         exact = float((target(x + null.mT @ noise) - target(x + null.mT @ other)).square().mean())
         exact /= 2
     assert abs(found.mean_squared_error - exact) < 4 * found.standard_error + 0.01 * exact
     whole = of_widths([6, 6], linear_last=True, seed=1)
     assert bounds.final_layers_floor(whole, target, samples=50).mean_squared_error < 1e-24
-
-
-def test_adapters_tell_apart_what_the_final_layers_cannot() -> None:
-    frozen, target = FNN.random(2, 16, seed=1), FNN.random(1, 16, seed=2)
-    x = normal_inputs(16, 200)
-    other = bounds.colliding_inputs(frozen, x, reach=2.0)
-    apart = (target(x) - target(other)).norm(dim=0)
-    assert apart.median() > 0.1
-    both = torch.cat([x, other], dim=1)
-    adapted = fnn.adapt(frozen, target, 8, Samples(both)).adapters.merge(frozen)
-    torch.testing.assert_close(adapted(both), target(both), atol=1e-10, rtol=0)
 
 
 def test_the_floor_of_half_lines_is_the_variance_of_a_half_normal() -> None:
@@ -142,29 +124,9 @@ def test_the_floor_is_the_conditional_variance_found_by_rejection(seed: int) -> 
     assert abs(np.mean(variances) - float(found.mean_squared_error)) < 4 * noise
 
 
-def test_nothing_that_sees_only_the_first_layer_gets_below() -> None:
-    width, samples = 6, 40000
-    frozen, target = FNN.random(2, width, seed=3), FNN.random(1, width, seed=4)
-    x = normal_inputs(width, 2 * samples, seed=5)
-    h = frozen.layers(slice(0, 1))(x)
-    # Least squares on many random features of h, tested on fresh inputs.
-    generator = randomness.generator(6, "test")
-    mix = torch.randn(300, width, generator=generator, dtype=torch.float64)
-    shift = torch.randn(300, 1, generator=generator, dtype=torch.float64)
-    features = torch.cat([h, (mix @ h + shift).relu(), torch.ones(1, 2 * samples).double()])
-    y = target(x)
-    fit = torch.linalg.lstsq(features[:, :samples].mT, y[:, :samples].mT, driver="gelsd").solution
-    mse = float((fit.mT @ features[:, samples:] - y[:, samples:]).square().mean())
-    found = bounds.final_layers_floor(frozen, target, samples=samples, steps=100)
-    floor = float(found.mean_squared_error)
-    assert mse > floor - 3 * float(found.standard_error)
-    # And it is no idle bound: the fit comes near.
-    assert mse < 1.3 * floor
-
-
 def test_there_is_no_floor_where_the_first_layer_keeps_everything() -> None:
     frozen = single(torch.eye(4), torch.full((4,), 50.0))
     found = bounds.final_layers_floor(frozen, FNN.random(1, 4), samples=100)
     assert found.mean_squared_error == 0
-    x = normal_inputs(4, 5)
+    x = normal(4, 5)
     assert torch.equal(bounds.colliding_inputs(frozen, x), x)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
+from strategies import batch_shapes, benign, dtypes, of_widths, seeds
 from torch import Tensor
 
 from lorapower import InputError, PrecisionError, SingularError, bounds, randomness
 from lorapower.adapters import Adapters
 from lorapower.constructions import fnn
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, LinearNetwork, Partition, blocks, pad
+from lorapower.networks import FNN, LinearNetwork, Partition, blocks
 from lorapower.regions import Ball, Box, Region, Samples
 
 
@@ -27,15 +27,6 @@ def forward(network: FNN, x: Tensor) -> np.ndarray:
         before = weight.double().numpy() @ z + bias.double().numpy()[..., None]
         z = np.maximum(before, 0)
     return before if network.linear_last else z
-
-
-def benign(
-    depth: int, width: int, *, linear_last: bool = False, batch: tuple[int, ...] = (), seed: int = 0
-) -> FNN:
-    """A network of well-conditioned layers."""
-    weights = conditioned(depth, width, batch_shape=batch, seed=seed).weights
-    biases = FNN.random(depth, width, batch_shape=batch, seed=seed).biases
-    return FNN(weights, biases, linear_last=linear_last)
 
 
 def region_of(kind: str, width: int, seed: int) -> Region:
@@ -267,7 +258,7 @@ def test_a_narrower_target_needs_a_rank_that_the_frozen_width_has_no_part_in(
     adapted = found.adapters.merge(frozen)
     for edge in (False, True):
         x = found.region.sample(200, edge=edge, seed=seed)
-        y, expected = adapted(pad(x, width)), target(x)
+        y, expected = adapted(adapted.fill(x)), target(x)
         allowed = 10 * tolerance(found, x) * (1 + expected.abs().max())
         assert ((y[:narrow] - expected).abs() <= allowed).all()
         assert found.covers(frozen, x).all()
@@ -337,7 +328,7 @@ def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
         found = fnn.adapt(frozen, target, R, Ball(2.0), throw=False)
         x = found.region.sample(100, edge=True, seed=seed)
         expected = target(x)
-        off = found.adapters.merge(frozen)(pad(x, widths[0]))[: outline[-1]] - expected
+        off = found.adapters.merge(frozen)(frozen.fill(x))[: outline[-1]] - expected
         # What is reached without adapters is so up to the rounding of products.
         assert found.error_bound <= 1e-12 * (1 + expected.norm(dim=0).max())
         assert off.abs().max() <= 10 * tolerance(found, x) * (1 + expected.abs().max())
@@ -347,7 +338,7 @@ def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
         # The bound may be 0: no input may reach a block that is off.
         assert found.block_errors.max() > 1e-6
         x = found.region.sample(100, edge=True, seed=seed)
-        off = found.adapters.merge(frozen)(pad(x, widths[0]))[: outline[-1]] - target(x)
+        off = found.adapters.merge(frozen)(frozen.fill(x))[: outline[-1]] - target(x)
         assert off.norm(dim=0).max() <= found.error_bound + 1e3 * tolerance(found, x)
 
 

@@ -57,11 +57,7 @@ class Door(NamedTuple):
 
 DOORS = [
     # Networks, adapters and gaps
-    Door(
-        LinearNetwork,
-        {"weights": [X]},
-        {"weights": UNUSABLE},
-    ),
+    Door(LinearNetwork, {"weights": [X]}, {"weights": UNUSABLE}),
     Door(LinearNetwork.random, {"depth": 1, "width": 2}, {"depth": [0], "width": [2.5]}),
     Door(
         FNN,

@@ -128,16 +128,6 @@ def test_a_product_that_overflows_is_refused() -> None:
         print(gap.rank)
 
 
-def test_flat_gaps_are_the_same_gaps() -> None:
-    gap = Gap(conditioned(3, 4, batch_shape=(2, 3)), LinearNetwork.random(1, 4, seed=1))
-    flat = gap.flat()
-    assert flat.batch_shape == (6,)
-    assert torch.equal(flat.svd.S, gap.svd.S.flatten(0, 1))
-    assert torch.equal(flat.noise, gap.noise.flatten())
-    for mine, theirs in zip(flat.frozen.spectra, gap.frozen.spectra, strict=True):
-        assert torch.equal(mine, theirs.flatten(0, 1))
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

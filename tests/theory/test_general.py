@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import seeds
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorapower import InputError, bounds, randomness
 from lorapower.constructions import adapt, fnn, linear, rank_for_error, transformer
@@ -73,40 +69,6 @@ def test_modules_and_matrices_stand_for_networks() -> None:
     torch.testing.assert_close(merged(x), target(x), rtol=1e-8, atol=1e-8)
     needed = rank_for_error(*modules, 0.05, x.tolist())
     assert torch.equal(needed.errors, rank_for_error(frozen, target, 0.05, x).errors)
-
-    frozen, target, _ = problem("linear")
-    stack = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(2)]).double()
-    matrix = target.product()
-    for start in (frozen, list(frozen.weights), stack):
-        solution: Any = adapt(start, matrix, 2)
-        reached = solution.adapters.merge(as_network(start)).product()
-        torch.testing.assert_close(reached, matrix, rtol=1e-9, atol=1e-9)
-
-
-@given(seeds, st.integers(2, 5), st.booleans())
-def test_logits_of_a_classifier_are_reached(seed: int, width: int, nested: bool) -> None:
-    generator = randomness.generator(seed, "classifier")
-
-    def module(*widths: int) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for into, out in pairwise(widths):
-            layer = nn.Linear(into, out).double()
-            with torch.no_grad():
-                for parameter in layer.parameters():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
-            layers += [layer, nn.ReLU(), nn.Dropout(0.5)]
-        layers = layers[:-2]
-        half = len(layers) // 2
-        parts = [nn.Sequential(*layers[:half]), nn.Sequential(*layers[half:])]
-        return nn.Sequential(*(parts if nested else layers)).eval()
-
-    frozen, target = module(width, width + 3, width + 2, 3), module(width, 3)
-    x = torch.randn(width, 40, generator=generator, dtype=torch.float64)
-    rank = int(bounds.fnn_threshold(FNN.from_sequential(frozen), FNN.from_sequential(target)))
-    found = adapt(frozen, target, rank, x, throw=False)
-    outputs, logits = found.adapters.merge(FNN.from_sequential(frozen))(x)[:3], target(x.mT).mT
-    assert (logits < 0).any()
-    torch.testing.assert_close(outputs, logits.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_missing_or_not_used_is_named() -> None:

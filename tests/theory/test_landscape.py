@@ -19,7 +19,7 @@ from lorapower.adapters import Adapters
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork
 from lorapower.training import settle
-from lorapower.training.landscape import Line, critical_points, escape, find_critical
+from lorapower.training.landscape import critical_points, escape, find_critical
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -37,7 +37,7 @@ def product(weights: Any) -> Tensor:
     return reduce(lambda found, layer: layer @ found, weights)
 
 
-def along(frozen: LinearNetwork, adapters: Adapters, line: Line, g: Loss) -> tuple[float, float]:
+def along(frozen: LinearNetwork, adapters: Adapters, line: Any, g: Loss) -> tuple[float, float]:
     """First and second derivative of a loss of the product along a line, by torch."""
 
     t = torch.zeros((), dtype=torch.float64, requires_grad=True)

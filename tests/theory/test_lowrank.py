@@ -7,30 +7,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, dtypes, seeds
+from strategies import batch_shapes, dtypes, normal, seeds
 
-from lorapower import bounds, lowrank, randomness
+from lorapower import bounds, lowrank
 from lorapower.networks import LinearNetwork
 
 sides = st.integers(1, 12)
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = randomness.generator(seed, "test")
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
 @given(sides, sides, batch_shapes, dtypes, seeds, st.data())
 def test_truncated_svd_is_the_best_approximation(
-    rows: int,
-    cols: int,
-    batch: tuple[int, ...],
-    dtype: torch.dtype,
-    seed: int,
-    data: st.DataObject,
+    rows: int, cols: int, batch: tuple[int, ...], dtype: torch.dtype, seed: int, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(0, min(rows, cols)))
-    matrix = normal(*batch, rows, cols, seed=seed, dtype=dtype)
+    matrix = normal(*batch, rows, cols, seed=seed).to(dtype)
     approximation = lowrank.truncated_svd(matrix, rank)
     assert approximation.rank == rank
     assert approximation.parameter_count == (rows + cols) * rank

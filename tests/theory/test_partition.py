@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import of_widths, seeds
+from strategies import normal, of_widths, seeds
 
 from lorapower import InputError, bounds, randomness
 from lorapower.constructions import fnn
@@ -21,14 +21,6 @@ from lorapower.regions import Ball
 def every_partition(depth: int, count: int) -> Iterator[Partition]:
     for cuts in combinations(range(1, depth), count - 1):
         yield Partition([end - start for start, end in pairwise((0, *cuts, depth))])
-
-
-def near_to_its_first_layer(seed: int = 0, width: int = 16) -> tuple[FNN, FNN]:
-    """Six frozen layers; a target whose first layer is almost the first frozen one."""
-    frozen, target = FNN.random(6, width, seed=seed), FNN.random(2, width, seed=seed + 1)
-    generator = randomness.generator(seed, "test")
-    a, b = torch.randn(2, width, 1, generator=generator, dtype=torch.float64)
-    return frozen, FNN([frozen.weights[0] + a @ b.mT, target.weights[1]], target.biases)
 
 
 @given(st.integers(1, 20), st.data())
@@ -79,7 +71,7 @@ def test_the_search_finds_what_exhaustive_search_finds(
     assert torch.equal(least.value, ranks.amin(0))
     generator = randomness.generator(seed, "test")
     given_ranks = torch.randint(0, width + 1, (depth,), generator=generator).tolist()
-    x = torch.randn(width, 30, generator=generator, dtype=torch.float64)
+    x = normal(width, 30, seed=seed)
     for inputs in (x, 3.0):
         errors = torch.stack(
             [bounds.fnn_error(frozen, target, given_ranks, inputs, p) for p in every]
@@ -112,18 +104,3 @@ def test_the_search_passes_over_blocks_that_are_too_narrow(
     else:
         with pytest.raises(InputError, match="target must be no deeper and no wider"):
             bounds.least_rank(frozen, target)
-
-
-def test_the_best_partition_can_need_much_less_rank_than_the_uniform_one() -> None:
-    frozen, target = near_to_its_first_layer()
-    best = bounds.least_rank(frozen, target)
-    assert best.partition() == Partition([1, 5])
-    assert int(best.value) == 4
-    assert int(bounds.fnn_threshold(frozen, target)) == 6
-    found = fnn.adapt(frozen, target, 4, Ball(6.0), best.partition())
-    x = found.region.sample(500, edge=True)
-    y = target(x)
-    error = (found.adapters.merge(frozen)(x) - y).square().mean()
-    uniform = fnn.adapt(frozen, target, 4, Ball(6.0)).adapters.merge(frozen)
-    assert error < 1e-18 * y.square().mean()
-    assert (uniform(x) - y).square().mean() > 1e-6 * y.square().mean()

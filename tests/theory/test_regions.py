@@ -7,20 +7,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
+from strategies import normal, seeds
 
-from lorapower import InputError, randomness
+from lorapower import InputError
 from lorapower.regions import Ball, Box, Region, Samples
 
 
 def some_region(kind: str, width: int, seed: int) -> Region:
-    generator = randomness.generator(seed, "region")
-    centre = torch.randn(width, generator=generator, dtype=torch.float64)
+    points = normal(width, 20, seed=seed)
     if kind == "ball":
-        return Ball(2.5, centre)
+        return Ball(2.5, points[:, 0])
     if kind == "box":
-        return Box(centre - 1, centre + torch.rand(width, generator=generator).double())
-    return Samples(torch.randn(width, 20, generator=generator, dtype=torch.float64), margin=0.3)
+        return Box(points.amin(1), points.amax(1))
+    return Samples(points, margin=0.3)
 
 
 kinds = st.sampled_from(["ball", "box", "samples"])
@@ -31,8 +30,7 @@ def test_no_member_goes_below_the_lowest_value_and_one_reaches_it(
     kind: str, width: int, seed: int
 ) -> None:
     region = some_region(kind, width, seed)
-    generator = randomness.generator(seed, "test")
-    matrix = torch.randn(4, width, generator=generator, dtype=torch.float64)
+    matrix = normal(4, width, seed=seed + 1)
     lowest = region.lowest(matrix)
     for edge in (False, True):
         values = matrix @ (region.sample(500, edge=edge, seed=seed) - region.centre)
@@ -65,9 +63,8 @@ def test_the_largest_norm_is_reached_by_no_member_but_at_the_edge(
 @given(st.sampled_from(["ball", "box"]), st.integers(1, 6), seeds)
 def test_regions_of_images_hold_them(kind: str, width: int, seed: int) -> None:
     region = some_region(kind, width, seed)
-    generator = randomness.generator(seed, "test")
-    matrix = torch.randn(3, width, generator=generator, dtype=torch.float64)
-    bias = torch.randn(3, 1, generator=generator, dtype=torch.float64)
+    matrix = normal(3, width, seed=seed + 1)
+    bias = normal(3, 1, seed=seed + 2)
     affine = region.image(matrix, matrix @ region.centre + bias)
     for edge in (False, True):
         x = region.sample(500, edge=edge, seed=seed)
@@ -85,7 +82,7 @@ def test_regions_of_images_hold_them(kind: str, width: int, seed: int) -> None:
 
 
 def test_the_image_of_samples_is_that_of_each() -> None:
-    x = torch.randn(4, 10, generator=randomness.generator(0, "inputs"), dtype=torch.float64)
+    x = normal(4, 10)
     region = Samples(x)
     image = region.image(torch.eye(4).double(), region.centre + 1)
     torch.testing.assert_close(image.inputs, x + 1)
@@ -110,7 +107,7 @@ def test_typical_inputs_have_the_given_scale_and_are_in_the_region(
 
 @pytest.mark.parametrize("region", [Ball(2.0), Ball([1.0, 2.0]), Ball(1, 0.5), Box(-1, 2)])
 def test_single_numbers_need_a_width_first(region: Region) -> None:
-    matrix = torch.randn(4, 3, generator=randomness.generator(0, "inputs")).double()
+    matrix = normal(4, 3)
     needs_width = [
         lambda: region.width,
         lambda: region.centre,
@@ -144,8 +141,7 @@ def test_a_region_has_one_width(region: Region) -> None:
 
 
 def test_the_ball_about_inputs_holds_them_and_no_more() -> None:
-    generator = randomness.generator(0, "about")
-    x = 3 + randomness.normal(generator, 2, 4, 30)
+    x = 3 + normal(2, 4, 30)
     ball = Ball.about(x)
     distance = torch.linalg.vector_norm(x - ball.centre, dim=-2)
     torch.testing.assert_close(distance.amax(-1), ball.radius)

@@ -98,13 +98,6 @@ def test_infinite_shrinkage_is_the_limit() -> None:
     assert near.allclose(E, atol=1e-8)
 
 
-def test_one_repeated_input_explains_nothing() -> None:
-    z = torch.ones(4, 9).double()
-    found = reduced_rank(2 * z[:3], z, 2)
-    assert found.intercept.allclose(torch.tensor(2.0).double())
-    assert not found.update.matrix().any()
-
-
 def test_without_intercept_the_mean_counts() -> None:
     z, _, _, E = drawn(3, 4, 5, 50)
     found = reduced_rank(E @ z, z, 1, intercept=False)

@@ -58,7 +58,7 @@ def transformer(**values: Any) -> dict[str, Any]:
         ("distance_rank", transformer(distance_rank=1)),
         ("method", {"method": {"kind": "adam"}}),
         ("ranks", {"method": {"kind": "lora", "ranks": (1, 17)}}),
-        ("ranks", {"method": {"kind": "newton", "ranks": 17}}),
+        ("ranks", {"method": {"kind": "fused", "ranks": 17}}),
         ("learning_rate", {"method": {"kind": "lora", "learning_rate": 1e39}}),
         ("region", {"problem": {"model": "linear"}, "method": Construction(region=2.0)}),
     ],

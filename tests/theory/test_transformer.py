@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import least_squares
-from strategies import batch_shapes, dtypes, seeds
-from torch import Tensor
+from strategies import batch_shapes, dtypes, normal, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
-from lorapower.bounds import _propagation
 from lorapower.bounds._narrow_heads import pair_ranks
 from lorapower.constructions import transformer
 from lorapower.constructions._heads import adapt_narrow
@@ -48,9 +45,6 @@ def test_weights_one_by_one_are_the_network(
 ) -> None:
     network = Transformer.random(depth, 3, heads, head_size=2, batch_shape=batch, seed=seed)
     assert len(network.weights) == len(network.weight_names) == depth * (4 * heads + 2) + 1
-    again = network.with_parameters(network.weights, network.biases)
-    for kind, part in network.parameters.items():
-        assert torch.equal(again.parameters[kind], part)
     names = dict(zip(network.weight_names, network.weights, strict=True))
     last = names[f"W_K of block {depth}, head {heads}"]
     assert torch.equal(last, network.W_K[..., -1, -1, :, :])
@@ -100,16 +94,16 @@ def test_exact_at_the_threshold_segment_by_segment(
     for l, (mine, wanted) in enumerate(zip(ours, theirs, strict=True)):
         # Heads may cancel, in very small networks above all.
         V, O, W_1 = (w[..., l, :, :, :] for w in (target.W_V, target.W_O, target.W_1.unsqueeze(-3)))
-        heads = (O.abs() @ V.abs() @ z.abs().unsqueeze(-3) @ wanted.patterns).sum(-3)
-        terms = W_1.abs().squeeze(-3) @ heads + target.b_1[..., l, :, None].abs()
+        sent = torch.sum(O.abs() @ V.abs() @ z.abs().unsqueeze(-3) @ wanted.patterns, -3)
+        terms = W_1.abs().squeeze(-3) @ sent + target.b_1[..., l, :, None].abs()
         off = mean_square(mine.preactivations - wanted.preactivations)
         assert (off <= allowed * mean_square(terms)).all()
         z = wanted.outputs
         off = mean_square((mine.patterns - wanted.patterns).flatten(-3, -2))
         assert (off <= allowed).all()
-    # So may the outputs' terms.
-    terms = target.W_2[..., -1, :, :].abs() @ theirs[-1].preactivations.relu()
-    terms = target.W_out.abs() @ (terms + target.b_2[..., -1, :, None].abs())
+    # So may the outputs' terms, and activations are off by what their own terms allow.
+    terms = target.W_2[..., -1, :, :].abs() @ terms + target.b_2[..., -1, :, None].abs()
+    terms = target.W_out.abs() @ terms
     assert (mean_square(adapted(x) - target(x)) <= allowed * mean_square(terms)).all()
 
 
@@ -356,8 +350,8 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@given(st.integers(1, 3), st.integers(2, 6), st.integers(1, 5), OPTIONS, st.data(), seeds)
-def test_the_bound_is_not_below_what_is_measured(
+@given(st.integers(1, 4), st.integers(2, 6), st.integers(1, 5), OPTIONS, st.data(), seeds)
+def test_the_error_is_known_before_there_are_adapters(
     depth: int, width: int, length: int, options: dict[str, Any], data: st.DataObject, seed: int
 ) -> None:
     rank = data.draw(st.integers(0, width))
@@ -370,6 +364,7 @@ def test_the_bound_is_not_below_what_is_measured(
             options |= {"rotary": 100.0, "head_size": width + width % 2}
     else:
         options["scale"] = data.draw(st.sampled_from([0.05, width**-0.5, 1.0]))
+    options.setdefault("head_size", data.draw(st.sampled_from([2, width, width + 1])))
     frozen, target = (
         Transformer.random(depth, width, 2, seed=seed, purpose=p, **options) for p in ("f", "t")
     )
@@ -382,44 +377,21 @@ def test_the_bound_is_not_below_what_is_measured(
         )
     )
     solution = transformer.adapt(frozen, target, rank, rtol=torch.inf, throw=False)
-    adapted = solution.adapters.merge(frozen)
     x = tokens(frozen, length, seed=seed) * data.draw(st.sampled_from([0.1, 1.0, 100.0]))
     y = target(x)
-    measured = torch.linalg.vector_norm(adapted(x) - y, dim=-2).amax(-1)
-    # The bound knows the rounding in the weights, not that of evaluating the networks.
-    rounding = 1e-11 * torch.linalg.vector_norm(y, dim=-2).amax(-1)
-    bound = bounds.transformer_error(adapted, target, 0, x)
-    assert (bound + rounding >= measured).all()
-    if depth == 1:
-        torch.testing.assert_close(bound, measured, rtol=1e-6, atol=float(rounding.max()))
-    if solution.success:
-        before = bounds.transformer_error(frozen, target, rank, x)
-        torch.testing.assert_close(before, bound, rtol=1e-3, atol=1e-5 * float(y.norm()))
+    known = bounds.transformer_error(frozen, target, rank, x)
+    # Narrow heads may need more rank.
+    assume(bool(solution.success) and bool(known.isfinite().all()))
+    measured = torch.linalg.vector_norm(solution.adapters.merge(frozen)(x) - y, dim=-2).amax(-1)
+    # Of adapters by what their systems' conditions make of it, and of evaluating the networks.
+    rounding = (1e-11 + 1e-13 * float(solution.condition_number)) * float(y.norm())
+    torch.testing.assert_close(known, measured, rtol=1e-6, atol=rounding)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_moves_by_at_most_the_radius_and_nearly_so(heads: int, causal: bool) -> None:
-    # Tokens of one number: all errors of these sizes are between combinations of their ends.
-    network = Transformer.random(1, 1, heads, causal=causal)
-    generator = randomness.generator(heads, "attention")
-    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    scores, values = (_propagation.Maps(*draw(2, 400, heads, 1, 1)) for _ in range(2))
-    keys, shift, off = draw(400, 1, 3), draw(400, 1, 1), 0.1 * draw(400, 3).abs()
-
-    def attend(M: Tensor, V: Tensor, keys: Tensor) -> Tensor:
-        reads, asked = keys[:, None], M @ (keys + shift)[:, None]
-        return (V @ reads @ network.patterns(reads.mT @ asked)).sum(1)
-
-    products = _propagation.multiply(scores, keys, keys + shift)
-    known, radius = _propagation.attend(network, products, values, keys, off)
-    target = attend(scores.target, values.target, keys)
-    torch.testing.assert_close(attend(scores.reached, values.reached, keys), target + known)
-    moved = [
-        attend(scores.reached, values.reached, keys + off[:, None] * torch.tensor(ends))
-        for ends in product([-1.0, -0.5, 0.0, 0.5, 1.0], repeat=3)
-    ]
-    most = torch.stack([(each - target - known).abs()[:, 0] for each in moved]).amax(0)
-    assert (most <= radius * (1 + 1e-12)).all()
-    # With one token nothing but its own error moves it; otherwise signs need not agree.
-    assert (radius / most).median() < 2.5
+@pytest.mark.parametrize("kind", ["W_O", "W_Q", "W_out"])
+def test_the_error_is_infinite_where_products_are_out_of_reach(kind: str) -> None:
+    frozen, target = (Transformer.random(2, 4, 2, seed=s) for s in (1, 2))
+    frozen = frozen.replace(**{kind: torch.zeros_like(frozen.parameters[kind])})
+    x = normal(4, 3)
+    assert all(bounds.transformer_error(frozen, target, rank, x).isinf() for rank in (0, 1, 2))
+    assert bounds.transformer_error(frozen, frozen, 1, x) < 1e-15

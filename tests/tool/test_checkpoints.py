@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint_files as files
-import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from scipy import stats
 
 from lorapower import checkpoints, randomness
 from lorapower.checkpoints import (
@@ -30,9 +28,8 @@ from lorapower.checkpoints import (
     workflow,
 )
 from lorapower.checkpoints._folders import write_folder
-from lorapower.checkpoints._libraries import quiet
-from lorapower.checkpoints._measuring import lower_limit, outputs, ratio, upper_limit
-from lorapower.checkpoints._peft_files import PEFT_CONFIG, estimate_peft
+from lorapower.checkpoints._measuring import outputs, ratio
+from lorapower.checkpoints._models import PEFT_CONFIG, quiet
 from lorapower.errors import InputError, LorapowerError, ResultsError
 
 KINDS = [
@@ -60,54 +57,6 @@ def planner(places: tuple[str, str]) -> Planner:
 # What is measured
 
 
-def test_limits_of_shares_are_those_of_the_binomial() -> None:
-    equal, one = np.array([1.0] * 59), np.ones(59)
-    assert lower_limit(equal, one) == pytest.approx(0.05 ** (1 / 59))
-    equal[:4] = 0
-    low = lower_limit(equal, one)
-    assert stats.binom.sf(54, 59, low) == pytest.approx(0.05)
-    assert lower_limit(np.zeros(9), np.ones(9)) == 0
-    assert math.isnan(lower_limit(np.full(3, np.nan), np.ones(3)))
-
-
-def test_limits_of_shares_within_texts() -> None:
-    draw = np.random.default_rng(0)
-    sizes = draw.integers(3, 20, 80).astype(float)
-    equal = draw.binomial(sizes.astype(int), 0.9).astype(float)
-    share = equal.sum() / sizes.sum()
-    assert 0.85 < lower_limit(equal, sizes) < share
-    assert 0.9 < lower_limit(sizes, sizes) < 1
-
-
-def test_limits_of_errors_hold_as_often_as_they_say() -> None:
-    held, draw = 0, np.random.default_rng(1)
-    for trial in range(200):
-        effect = draw.lognormal(0, 0.5, 80)
-        # Skewed, and in the mean .01 of the effect.
-        squares = effect * draw.lognormal(-0.5, 1, 80) / 100
-        held += upper_limit(squares, effect, seed=trial) >= 0.1
-    # 190 are promised; if no more were, so few would be in one case of a thousand.
-    assert held >= stats.binom.ppf(0.001, 200, 0.95)
-    # And a limit far off would hold always.
-    assert held < 200
-
-
-def test_limits_of_errors_that_cannot_be_told() -> None:
-    assert upper_limit(np.zeros(5), np.ones(5)) == 0
-    assert upper_limit(np.array([0.0] * 79 + [1.0]), np.ones(80)) == math.inf
-    assert ratio(np.zeros(2), np.zeros(2)) == 0
-    assert ratio(np.ones(2), np.zeros(2)) == math.inf
-
-
-def test_base_has_error_1_and_tuned_0(planner: Planner) -> None:
-    planner.pair.fill(planner.network, "base")
-    assert planner.test.measure(planner.network).error == 1
-    planner.pair.fill(planner.network, "tuned")
-    tuned = planner.test.measure(planner.network)
-    assert tuned.error == 0 == tuned.kl
-    assert tuned.agreement == 1
-
-
 def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     adapter = planner.candidate("plain", planner.parameters(1))
     planner.put(adapter)
@@ -129,6 +78,9 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     assert found.agreement == float((f.argmax(1) == g.argmax(1)).double().mean())
     kl = (g.softmax(1) * (g.log_softmax(1) - f.log_softmax(1))).sum(1).mean()
     assert found.kl == pytest.approx(float(kl), rel=1e-3)
+    for which, lost in (("base", 1), ("tuned", 0)):
+        planner.pair.fill(planner.network, which)
+        assert planner.test.measure(planner.network).error == lost
 
 
 # Moments
@@ -138,7 +90,8 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
 def test_moments_are_those_of_plain_code(architecture: str, tmp_path: Path) -> None:
     pair = Pair.open(*files.pair(tmp_path, architecture=architecture))
     network, task = pair.network(), pair.task
-    batches = Planner(pair, TEXTS).texts.select
+    planned = Planner(pair, TEXTS)
+    batches = planned.texts.fit
     name = next(n for n in pair.modules if n.endswith("1.intermediate.dense"))
     module = pair.modules[name]
     kept: dict[str, Any] = {}
@@ -167,6 +120,7 @@ def test_moments_are_those_of_plain_code(architecture: str, tmp_path: Path) -> N
     place.weight.requires_grad_(False)
     G = sum(g.mT @ g for g in gradients) / sum(map(len, (b.input_ids for b in batches)))
     x, w = torch.cat(inputs), torch.cat(weights)
+    assert torch.allclose(planned.directions[name].mean, x.mean(0), atol=1e-6)
     mean = w @ x / w.sum()
     C = (x - mean).mT @ (w[:, None] * (x - mean)) / w.sum()
     readout = _measuring.Readout(network, task)
@@ -181,10 +135,14 @@ def test_moments_are_those_of_plain_code(architecture: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("method", METHODS)
 def test_candidates_cost_no_more_than_asked(planner: Planner, method: str) -> None:
+    with pytest.raises(InputError, match="method must be one of 'effect', 'uniform'"):
+        planner.candidate("best", 3)
     for rank in (0, 1, 3, 8):
         number = planner.parameters(rank)
         adapter = planner.candidate(method, number)
-        assert adapter.parameters == metrics.cost(adapter.ranks, planner.modules)
+        assert adapter.parameters == sum(
+            planner.modules[m].cost * r for m, r in adapter.ranks.items()
+        )
         assert all(r <= 8 for r in adapter.ranks.values())
         if method in ("uniform", "energy"):
             # They are for no module of rank 0, whatever that costs.
@@ -256,33 +214,39 @@ def test_plans_reach_the_stated_error(places: tuple[str, str]) -> None:
 
 def test_baselines_have_no_rank_0(places: tuple[str, str]) -> None:
     plan = checkpoints.plan(*places, TEXTS, parameters=100, max_rank=4)
-    least = plan.planner.parameters(1)
+    least, report = plan.planner.parameters(1), plan.report()
     assert plan.adapter.parameters <= 100 < least
-    used = plan.report()["baseline_parameters"]
+    used = report["baseline_parameters"]
     assert used["uniform"] == used["energy"] == least
     assert used["plain"] <= 100
-    one = plan.planner.candidate("uniform", least)
-    assert plan.report()["baseline_errors"]["uniform"] == plan.planner.measure(one).error
+    error = plan.planner.measure(plan.planner.candidate("uniform", least)).error
+    assert report["baseline_errors"]["uniform"] == error
+    middle, low, high = plan.versus_uniform
+    assert middle == pytest.approx(plan.measured.error / error)
+    assert low <= middle <= high
+    assert (report["versus_uniform_lower"], report["versus_uniform_upper"]) == (low, high)
+    assert 0.05 <= report["largest_share"] <= 1
 
 
-def test_what_is_out_of_reach_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sure", [False, True])
+def test_what_is_out_of_reach_is_said(sure: bool, tmp_path: Path) -> None:
     places = files.pair(tmp_path, change=files.low_rank(rank=16, size=0.4))
-    plan = checkpoints.plan(*places, TEXTS, error=1e-3, max_rank=1)
+    out = tmp_path / "out"
+    plan = checkpoints.extract(*places, TEXTS, out, error=1e-3, sure=sure, max_rank=1)
     assert not plan.reached
     assert max(plan.ranks.values()) == 1
-    out = tmp_path / "out"
-    assert not checkpoints.extract(*places, TEXTS, out, error=1e-3, max_rank=1).reached
     assert not out.exists()
 
 
-def test_equal_checkpoints_need_nothing(tmp_path: Path) -> None:
-    base, tuned = files.pair(tmp_path, change=lambda name, value: None)
-    plan = checkpoints.plan(base, tuned, TEXTS)
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "BertModel"])
+def test_equal_checkpoints_need_nothing(architecture: str, tmp_path: Path) -> None:
+    places = files.pair(tmp_path, "bert", architecture, change=lambda name, value: None)
+    plan = checkpoints.extract(*places, TEXTS, tmp_path / "out")
     assert plan.planner.equal
     assert plan.reached
     assert plan.measured.error == 0 == plan.adapter.parameters
-    found = checkpoints.extract(base, tuned, TEXTS, tmp_path / "out")
-    assert found.adapter.parameters == 0
+    # Without a head nothing is decided.
+    assert math.isnan(plan.measured.agreement) == (architecture == "BertModel")
 
 
 @pytest.mark.parametrize(
@@ -298,6 +262,7 @@ def test_equal_checkpoints_need_nothing(tmp_path: Path) -> None:
         *[({"modules": value}, "modules") for value in ("nothing of this name", "(")],
         ({"leave": ["weights"]}, "leave"),
         ({"device": "maybe"}, "device"),
+        *[({"sure": True, name: 9}, "sure") for name in ("rank", "parameters")],
     ],
 )
 def test_bad_requests(places: tuple[str, str], options: Any, name: str) -> None:
@@ -314,11 +279,6 @@ def test_heads_that_the_base_lacks_are_not_left_out(
     for options in ({"leave": ["head"]}, {"serving": True}):
         with pytest.raises(InputError, match="leave must be without head, as the base has none"):
             checkpoints.plan(str(tmp_path), places[1], TEXTS, **options)
-
-
-def test_unknown_methods_are_refused(planner: Planner) -> None:
-    with pytest.raises(InputError, match="method must be 'effect', 'uniform'"):
-        planner.candidate("best", 3)
 
 
 # Adapters in files
@@ -362,9 +322,7 @@ def test_written_adapters_have_the_stated_error(
     assert (numbers, size) == (report["carried"], report["adapter_bytes"])
     assert plan.adapter.parameters < numbers < plan.adapter.parameters + 12 * 24 * 3 + 6000
     # A plan knows them before.
-    pair, skeleton = plan.planner.pair, plan.planner.pair.skeleton()
-    options = _export.peft_options(pair, skeleton, plan.adapter)
-    estimate = estimate_peft(skeleton, plan.adapter.ranks, **options)
+    estimate = _export.estimate(plan.planner.pair, plan.adapter)
     assert estimate[0] == numbers
     assert estimate[1] == pytest.approx(size, rel=0.3)
     card = (out / _export.CARD).read_text()
@@ -404,6 +362,10 @@ def test_embeddings_and_heads_get_factors(
         with torch.no_grad():
             one, other = (outputs(network, batch, pair.task) for network in (loaded, whole))
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    # Errors of states are those of outputs, also where the head is another.
+    select, network = plan.planner.select, plan.planner.network
+    error = ratio(select.compare(network).squares, select.effect)
+    assert select.error(network) == pytest.approx(error, rel=1e-4)
     # Row by row they are exact, at many more numbers; or they stay.
     numbers = {}
     more: dict[str, Any]
@@ -448,12 +410,6 @@ def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path
     assert len(norms) == 5
     for name, value in norms.items():
         assert torch.equal(value, plan.planner.pair.base.read(name))
-
-
-def test_ranks_in_buckets(places: tuple[str, str]) -> None:
-    plan = checkpoints.plan(*places, TEXTS, rank=4, max_rank=8, bucket=4)
-    assert {rank % 4 for rank in plan.ranks.values()} == {0}
-    assert any(plan.ranks.values())
 
 
 def test_folders_that_exist_stay_unless_forced(places: tuple[str, str], tmp_path: Path) -> None:

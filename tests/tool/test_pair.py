@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorapower.checkpoints import Pair, _texts, read_texts
+from lorapower.checkpoints import Pair, _measuring, read_texts
 from lorapower.checkpoints._models import Checkpoint
 from lorapower.errors import InputError
 
@@ -74,15 +74,17 @@ def test_pairs_know_modules_and_all_else(kind: str, architecture: str, tmp_path:
 
 def test_a_base_without_prefix_or_head(tmp_path: Path) -> None:
     base, tuned = files.pair(tmp_path)
-    file = Path(base, "model.safetensors")
-    weights = {
-        key.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma"): value
-        for key, value in load_file(file).items()
-        if not key.startswith("classifier")
-    }
-    # Of the head of its own training, and a buffer of older files.
-    weights |= {"cls.bias": torch.zeros(3), "embeddings.position_ids": torch.arange(64)}
-    save_file(weights, file)
+
+    def rename(weights: dict[str, torch.Tensor]) -> None:
+        for key in [*weights]:
+            value = weights.pop(key)
+            if not key.startswith("classifier"):
+                new = key.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
+                weights[new] = value
+        # Of the head of its own training, and a buffer of older files.
+        weights |= {"cls.bias": torch.zeros(3), "embeddings.position_ids": torch.arange(64)}
+
+    files.alter(Path(base), rename)
     pair = Pair.open(base, tuned)
     assert {o.name for o in pair.others if o.kind == "head"} == {
         "classifier.weight",
@@ -115,17 +117,6 @@ def test_half_precision_is_read_in_single(dtype: torch.dtype, tmp_path: Path) ->
     assert pair.change(next(iter(pair.modules))).dtype == torch.float32
 
 
-def altered(place: Path, alter: Any) -> None:
-    weights = load_file(place / "model.safetensors")
-    alter(weights)
-    save_file(weights, place / "model.safetensors")
-
-
-def configured(place: Path, **values: Any) -> None:
-    file = place / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 # What is done to the weights of a folder, or to its files, and what is said of it.
@@ -137,22 +128,18 @@ WEIGHTS: list[tuple[str, Any]] = [
     ("type i8", lambda w: w.update(q=torch.ones(2).char())),
     ("type f8_e4m3", lambda w: w.update(q=torch.ones(2).to(torch.float8_e4m3fn))),
 ]
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("quantized by gptq: .*before", {"quantization_config": {"quant_method": "gptq"}}),
+    ("quantized by bitsandbytes: .*before", {"quantization_config": {"load_in_8bit": True}}),
+    ("quantized by some method: .*before", {"quantization_config": {"bits": 3}}),
+    ("type 'albert'", {"model_type": "albert"}),
+    ("got BertForMaskedLM", {"architectures": ["BertForMaskedLM"]}),
+]
 FILES: list[tuple[str, Any]] = [
-    *[
-        (
-            f"quantized by {method}: .*before quantization",
-            functools.partial(configured, quantization_config=config),
-        )
-        for method, config in (
-            ("gptq", {"quant_method": "gptq"}),
-            ("bitsandbytes", {"load_in_8bit": True}),
-            ("some method", {"bits": 3}),
-        )
-    ],
-    ("type 'albert'", lambda p: configured(p, model_type="albert")),
-    ("got BertForMaskedLM", lambda p: configured(p, architectures=["BertForMaskedLM"])),
+    *[(match, functools.partial(files.alter, change=change)) for match, change in WEIGHTS],
+    *[(match, functools.partial(files.configure, **values)) for match, values in CONFIGS],
     ("an adapter by LoRA", lambda p: (p / "adapter_config.json").write_text("{}")),
-    ("without config.json", lambda p: (p / "config.json").unlink()),
+    ("without config.json: name the", lambda p: (p / "config.json").unlink()),
     ("without model.safetensors", lambda p: (p / "model.safetensors").unlink()),
     ("which is damaged", lambda p: (p / "model.safetensors").write_bytes(b"damaged")),
 ]
@@ -160,15 +147,14 @@ FILES: list[tuple[str, Any]] = [
 
 def test_what_cannot_be_planned_for_is_refused(tmp_path: Path) -> None:
     base, tuned = files.pair(tmp_path / "whole")
-    weights = [(match, functools.partial(altered, alter=alter)) for match, alter in WEIGHTS]
-    for match, alter in [*weights, *FILES]:
+    for match, alter in FILES:
         place = tmp_path / "altered"
         shutil.copytree(tuned, place)
         alter(place)
         with pytest.raises(InputError, match=f"tuned must be .*{match}"):
             Pair.open(base, str(place))
         shutil.rmtree(place)
-    altered(Path(base), lambda w: w.pop(WEIGHT))
+    files.alter(Path(base), lambda w: w.pop(WEIGHT))
     with pytest.raises(InputError, match="base must be with all weights of the blocks"):
         Pair.open(base, tuned)
     _, other = files.pair(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
@@ -178,7 +164,7 @@ def test_what_cannot_be_planned_for_is_refused(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite_are_refused_when_read(tmp_path: Path) -> None:
     base, tuned = files.pair(tmp_path)
-    altered(Path(tuned), lambda w: w[WEIGHT].view(-1)[:2].fill_(torch.nan))
+    files.alter(Path(tuned), lambda w: w[WEIGHT].view(-1)[:2].fill_(torch.nan))
     pair = Pair.open(base, tuned)
     with pytest.raises(InputError, match=rf"tuned must be of finite weights; got {WEIGHT} with 2"):
         pair.network()
@@ -220,11 +206,11 @@ class TestTexts:
         max_position_embeddings=10,
     )
 
-    def prepared(self, given: Any, test: Any = None, *, seed: int = 0) -> _texts.Texts:
+    def prepared(self, given: Any, test: Any = None, *, seed: int = 0) -> _measuring.Texts:
         pair: Any = SimpleNamespace(
             tokenizer=files.words(), tuned=SimpleNamespace(config=self.config)
         )
-        return _texts.prepare(pair, given, test, tokens=128, seed=seed)
+        return _measuring.prepare(pair, given, test, tokens=128, seed=seed)
 
     def test_parts_share_nothing_and_lose_nothing(self) -> None:
         given = files.texts(160)
@@ -236,18 +222,17 @@ class TestTexts:
             for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         ]
         assert len(there) == len(set(given))
-        assert _texts.count(found.test) == 80
-        assert (_texts.count(found.fit), _texts.count(found.select)) == (60, 20)
+        assert _measuring.count(found.test) == 80
+        assert (_measuring.count(found.fit), _measuring.count(found.select)) == (60, 20)
         assert found.cut == sum(len(text.split()) > 10 for text in given)
 
     def test_one_seed_is_one_choice(self) -> None:
-        given = files.texts(160)
-        one, same, other = (self.prepared(given, seed=seed) for seed in (1, 1, 2))
-        assert torch.equal(one.test[0].input_ids, same.test[0].input_ids)
-        assert one.test[0].input_ids.tolist() != other.test[0].input_ids.tolist()
+        parts = [self.prepared(files.texts(160), seed=seed).test[0] for seed in (1, 1, 2)]
+        one, same, other = (part.input_ids.tolist() for part in parts)
+        assert one == same != other
 
     def test_large_networks_get_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_texts, "_LOAD", 25 * _texts.activations_per_token(self.config))
+        monkeypatch.setattr(_measuring, "_LOAD", 25 * _measuring.activations_per_token(self.config))
         for batch in self.prepared(files.texts(160)).fit:
             assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
 

@@ -81,7 +81,7 @@ def test_allocation_is_optimal_up_to_one_item(
     }
     path = metrics.allocate(values, known)
     ranks = path.ranks(budget)
-    assert metrics.cost(ranks, known) <= budget
+    assert planner._cost(ranks, known) <= budget
 
     def gain(chosen: dict[str, int]) -> float:
         return sum(float(values[name][:r].square().sum()) for name, r in chosen.items())
@@ -89,12 +89,12 @@ def test_allocation_is_optimal_up_to_one_item(
     best = 0.0
     for choice in itertools.product(*(range(len(found) + 1) for found in values.values())):
         trial = dict(zip(known, choice, strict=True))
-        if metrics.cost(trial, known) <= budget:
+        if planner._cost(trial, known) <= budget:
             best = max(best, gain(trial))
     taken = sum(ranks.values())
     following = path.after(taken + 1)
     assert best < gain(following) + 1e-9 or best == pytest.approx(gain(ranks))
-    if metrics.cost(ranks, known) == budget:
+    if planner._cost(ranks, known) == budget:
         assert gain(ranks) == pytest.approx(best)
 
 
@@ -103,7 +103,7 @@ def test_ranks_in_buckets_are_multiples_or_the_most(step: int, budget: int) -> N
     known = modules([3, 5])
     values = {name: drawn(i, 7).abs().sort(descending=True).values for i, name in enumerate(known)}
     ranks = metrics.allocate(values, known, step).ranks(budget)
-    assert metrics.cost(ranks, known) <= budget
+    assert planner._cost(ranks, known) <= budget
     assert all(r % step == 0 or r == 7 for r in ranks.values())
 
 
@@ -112,8 +112,8 @@ def test_rules_of_others_keep_to_what_there_is(budget: int) -> None:
     known = {n: Module(n, "mlp", (9, 6), True, False) for n in "abc"}
     found = {n: metrics.directions(drawn(i, 8, 6), None, 6) for i, n in enumerate(known)}
     ranks = planner._by_energy(found, known, budget)
-    least = metrics.cost(dict.fromkeys(known, 1), known)
-    assert metrics.cost(ranks, known) <= max(budget, least)
+    least = planner._cost(dict.fromkeys(known, 1), known)
+    assert planner._cost(ranks, known) <= max(budget, least)
     assert all(1 <= rank <= 6 for rank in ranks.values())
     if budget >= least:
 

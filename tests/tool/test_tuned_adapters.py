@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import warnings
@@ -15,13 +16,12 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from test_pair import ARCHITECTURES
 from torch import Tensor
 
 from lorapower import InputError, lowrank, randomness
 from lorapower.checkpoints import Pair, extract
-from lorapower.checkpoints._libraries import quiet
+from lorapower.checkpoints._models import quiet
 
 TASKS = {
     "Classification": "SEQ_CLS",
@@ -230,21 +230,18 @@ def test_weights_scale_all_that_changes(tmp_path: Path) -> None:
     assert pair.update("bert.encoder.layer.0.output.dense") is not None
 
 
-def without(base: str, start: str) -> None:
-    """Take tensors out of a checkpoint."""
-    file = Path(base, "model.safetensors")
-    tensors = {name: t for name, t in load_file(file).items() if not name.startswith(start)}
-    save_file(tensors, file, {"format": "pt"})
+def beheaded(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if "classifier" in name]:
+        del tensors[name]
 
 
 def test_a_head_that_the_base_lacks(tmp_path: Path) -> None:
     base, _ = files.pair(tmp_path, *BERT, num_labels=3)
     adapters = [train(tmp_path / str(s), base, BERT[1], seed=s) for s in range(2)]
     wrapped = by_peft(base, BERT[1], adapters[0])
-    without(base, "classifier")
-    config = Path(base, "config.json")
-    about = json.loads(config.read_text()) | {"architectures": ["BertForMaskedLM"]}
-    config.write_text(json.dumps({name: about[name] for name in about if "label" not in name}))
+    files.alter(
+        Path(base), beheaded, architectures=["BertForMaskedLM"], id2label=None, label2id=None
+    )
     pair = Pair.open(base, adapters[0])
     assert {o.name for o in pair.others} == {"classifier.weight", "classifier.bias"}
     assert pair.tuned.config.num_labels == 3
@@ -257,11 +254,11 @@ def test_a_head_that_the_base_lacks(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tuned must be adapters with one head"):
         Pair.open(base, dict.fromkeys(adapters, 0.5))
     headless = shutil.copytree(adapters[0], tmp_path / "headless")
-    altered(headless, lambda t: [t.pop(name) for name in [*t] if "classifier" in name])
+    files.alter(headless, beheaded)
     with pytest.raises(InputError, match=r"headless', without .*classifier.*: train it with"):
         Pair.open(base, str(headless))
     # No task, but a head.
-    configured(Path(adapters[0]), task_type=None)
+    files.configure(Path(adapters[0]), task_type=None)
     assert Pair.open(base, adapters[0]).task == "classification"
 
 
@@ -272,79 +269,71 @@ def test_adapters_without_a_task(tmp_path: Path) -> None:
     adapter = train(tmp_path / "adapter", base, BERT[1], task_type=None, target_modules=["value"])
     require_same(Pair.open(base, adapter), by_peft(base, BERT[1], adapter))
     # Names with that of the body are not of the body alone.
-    configured(Path(adapter), task_type="FEATURE_EXTRACTION")
+    files.configure(Path(adapter), task_type="FEATURE_EXTRACTION")
     with pytest.raises(InputError, match=r"which it lacks: name its own base, .*task_type"):
         Pair.open(base, adapter)
 
 
-def test_the_tokenizer_is_the_adapters_if_it_has_one(tmp_path: Path) -> None:
+def test_the_tokenizer_is_the_adapters_if_it_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it comes from the hub."""
     base, _ = files.pair(tmp_path, *BERT)
     adapter = train(tmp_path / "adapter", base, BERT[1])
-    assert Pair.open(base, adapter).tokenizer("w1 w2") == files.byte_words()("w1 w2")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: adapter)
+    pair = Pair.open(base, "somebody/adapter")
+    assert pair.tuned.source == "somebody/adapter"
+    assert pair.tokenizer("w1 w2") == files.byte_words()("w1 w2")
     files.words().save_pretrained(adapter)
-    assert Pair.open(base, adapter).tokenizer("w1 w2").input_ids == [5, 6]
-
-
-def configured(folder: Path, **values: Any) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def altered(folder: Path, alter: Any, **values: Any) -> None:
-    configured(folder, **values)
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    alter(tensors)
-    save_file(tensors, file)
+    again = Pair.open(base, {adapter: 1})
+    assert again.tokenizer("w1 w2").input_ids == [5, 6]
+    name = next(iter(pair.modules))
+    assert pair.change(name).equal(again.change(name))
 
 
 KEY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
-REFUSALS: list[tuple[str, Any]] = [
-    (r"another kind \(use_dora\): merge it", lambda p: configured(p, use_dora=True)),
-    ("of type LOHA: merge it", lambda p: configured(p, peft_type="LOHA")),
-    (r"\(alora_invocation_tokens\)", lambda p: configured(p, alora_invocation_tokens=[1, 2])),
-    (
-        "started by pissa_niter_4.*: save",
-        lambda p: configured(p, init_lora_weights="pissa_niter_4"),
-    ),
-    ("of TOKEN_CLS", lambda p: configured(p, task_type="TOKEN_CLS")),
-    ("config.json peft reads", lambda p: (p / "adapter_config.json").write_text("{")),
-    ("file is missing or damaged", lambda p: (p / "adapter_model.safetensors").unlink()),
-    ("file is missing or damaged", lambda p: (p / "adapter_model.safetensors").write_bytes(b"no")),
-    (
-        "made for 'org/other': name that",
-        lambda p: configured(p, base_model_name_or_path="org/other"),
-    ),
-    (
-        f"{KEY} has 2 entries .*NaN",
-        lambda p: altered(p, lambda t: t[KEY].view(-1)[:2].fill_(torch.nan)),
-    ),
-    ("1 entries .*infinite", lambda p: altered(p, lambda t: t[KEY].view(-1)[:1].fill_(-torch.inf))),
-    ("with all its factors; .* without .*lora_A", lambda p: altered(p, lambda t: t.pop(KEY))),
-    ("does not fit .*mismatch", lambda p: configured(p, r=4)),
-    ("does not fit .*mismatch", lambda p: altered(p, lambda t: t.update({KEY: torch.ones(3, 9)}))),
-    (
-        "of which nothing is left: name one that was trained",
-        lambda p: altered(p, untrained, modules_to_save=None),
-    ),
-    ("does not fit", lambda p: configured(p, r=0)),
-    ("does not fit", lambda p: configured(p, lora_alpha="many")),
-    ("without .*classifier.weight: train it", lambda p: altered(p, dict.clear)),
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    (r"another kind \(use_dora\): merge it", {"use_dora": True}),
+    ("of type LOHA: merge it", {"peft_type": "LOHA"}),
+    (r"\(alora_invocation_tokens\)", {"alora_invocation_tokens": [1, 2]}),
+    ("started by pissa_niter_4.*: save", {"init_lora_weights": "pissa_niter_4"}),
+    ("of TOKEN_CLS", {"task_type": "TOKEN_CLS"}),
+    ("made for 'org/other': name that", {"base_model_name_or_path": "org/other"}),
+    ("does not fit .*mismatch", {"r": 4}),
+    ("does not fit", {"r": 0}),
+    ("does not fit", {"lora_alpha": "many"}),
+]
+TENSORS: list[tuple[str, Any]] = [
+    (f"{KEY} has 2 entries .*NaN", lambda t: t[KEY].view(-1)[:2].fill_(torch.nan)),
+    ("1 entries .*infinite", lambda t: t[KEY].view(-1)[:1].fill_(-torch.inf)),
+    ("with all its factors; .* without .*lora_A", lambda t: t.pop(KEY)),
+    ("does not fit .*mismatch", lambda t: t.update({KEY: torch.ones(3, 9)})),
+    ("without .*classifier.weight: train it", dict.clear),
     (
         "with .*strange.weight, which it lacks: name its own base",
-        lambda p: altered(
-            p, lambda t: t.update({"base_model.model.strange.weight": torch.ones(2)})
-        ),
+        lambda t: t.update({"base_model.model.strange.weight": torch.ones(2)}),
     ),
 ]
 
 
 def untrained(tensors: dict[str, Tensor]) -> None:
-    for name in [*tensors]:
+    beheaded(tensors)
+    for name in tensors:
         if "lora_B" in name:
             tensors[name].zero_()
-        if "classifier" in name:
-            tensors.pop(name)
+
+
+REFUSALS: list[tuple[str, Any]] = [
+    *[(match, functools.partial(files.configure, **values)) for match, values in CONFIGS],
+    *[(match, functools.partial(files.alter, change=change)) for match, change in TENSORS],
+    (
+        "of which nothing is left: name one that was trained",
+        functools.partial(files.alter, change=untrained, modules_to_save=None),
+    ),
+    ("config.json peft reads", lambda p: (p / "adapter_config.json").write_text("{")),
+    ("file is missing or damaged", lambda p: (p / "adapter_model.safetensors").unlink()),
+    ("file is missing or damaged", lambda p: (p / "adapter_model.safetensors").write_bytes(b"no")),
+]
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
@@ -366,11 +355,11 @@ def test_adapters_of_other_bases(tmp_path: Path) -> None:
     moved = shutil.copytree(base, tmp_path / "elsewhere" / "base")
     Pair.open(str(moved), adapter)
     cached = "/cache/hub/models--org--base/snapshots/0a1b2c"
-    configured(Path(adapter), base_model_name_or_path=cached)
+    files.configure(Path(adapter), base_model_name_or_path=cached)
     Pair.open(str(moved), adapter)
-    configured(Path(adapter), base_model_name_or_path=None)
+    files.configure(Path(adapter), base_model_name_or_path=None)
     Pair.open(str(moved), adapter)
-    configured(Path(adapter), base_model_name_or_path="org/other")
+    files.configure(Path(adapter), base_model_name_or_path="org/other")
     with pytest.raises(InputError, match="base must be a checkpoint with all its weights"):
         Pair.open(adapter, base)
     with pytest.raises(InputError, match=r"made for 'org/other': name that base, or say .*--force"):
@@ -435,23 +424,13 @@ def test_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
     base, _ = files.pair(tmp_path, *LLAMA)
     adapter = train(tmp_path / "adapter", base, LLAMA[1], modules_to_save=["embed_tokens"])
     name = "base_model.model.model.embed_tokens.weight"
-    altered(Path(adapter), lambda t: t.update({name: torch.ones(304, 24)}))
+    files.alter(Path(adapter), lambda t: t.update({name: torch.ones(304, 24)}))
     with pytest.raises(InputError, match=r"does not fit .*: name the base .* vocabulary"):
         Pair.open(base, adapter)
     rows = train(tmp_path / "rows", base, LLAMA[1], trainable_token_indices=[3, 5])
-    configured(Path(rows), trainable_token_indices=[3, 400])
+    files.configure(Path(rows), trainable_token_indices=[3, 400])
     with pytest.raises(InputError, match=r"does not fit .*: name the base .* vocabulary"):
         Pair.open(base, rows)
-
-
-def test_adapters_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, _ = files.pair(tmp_path, *BERT)
-    adapter = train(tmp_path / "adapter", base, BERT[1])
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: adapter)
-    pair = Pair.open(base, "somebody/adapter")
-    assert pair.tuned.source == "somebody/adapter"
-    name = next(iter(pair.modules))
-    assert pair.change(name).equal(Pair.open(base, {adapter: 1}).change(name))
 
 
 def test_an_adapter_is_shrunk_to_what_is_asked_for(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ _PALETTE = sns.color_palette("colorblind").as_hex()
 ROLES: dict[str, tuple[ColorType, str]] = {
     "construction": (_PALETTE[0], "o"),
     "fitted": (_PALETTE[2], "D"),
-    "trained(?: adapters)?": (_PALETTE[3], "s"),
+    "trained": (_PALETTE[3], "s"),
     "final layers?": (_PALETTE[4], "^"),
     "all weights": (_PALETTE[1], "v"),
     "random": (_PALETTE[5], "P"),
@@ -36,8 +36,8 @@ ROLES: dict[str, tuple[ColorType, str]] = {
     "floor": (GREY, ""),
     "best constant": (GREY, ""),
 }
-#: The same colours for drawings in cells of chapters.
-COLORS = {"construction": _PALETTE[0], "trained": _PALETTE[3], "target": DARK, "frozen": GREY}
+#: The colours alone, for drawings in cells of chapters.
+COLORS = {role: color for role, (color, _) in ROLES.items()}
 #: Levels, and what there is before any adaptation, are dashed everywhere.
 _DASHED = ("floor", "best constant", "frozen")
 #: These words beside a role leave its line as it is: a bound is a line, what is measured markers.
@@ -118,7 +118,7 @@ def _read(label: str) -> tuple[str, str]:
             return part, ", ".join(parts[:i] + parts[i + 1 :])
     for role in ROLES:
         for i, part in enumerate(parts):
-            if named := re.match(rf"{role}\b", part):
+            if named := re.match(rf"{role}(?: adapters)?\b", part):
                 rest = [*parts[:i], part[named.end() :].strip(), *parts[i + 1 :]]
                 return role, ", ".join(filter(None, rest))
     return parts[0], ", ".join(parts[1:])

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.functional import jvp
 
-from .. import _checks
 from ..networks.base import Network
 from ..networks.layers import FNN
 from ..networks.transformer import Transformer
@@ -34,7 +33,6 @@ def first_order(
     `constructions.fused.Fused`. Inputs are columns ``[in, samples]`` or, for transformers,
     sequences ``[..., width, tokens]``. Source: [prop-first-order].
     """
-    _checks.same_sizes(adapted, target)
     state: tuple[Tensor, ...] = (target.as_inputs(inputs, "inputs"),)
     moved = torch.zeros((), dtype=target.dtype, device=target.device)
     stages = _stages(adapted)
