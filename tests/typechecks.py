@@ -1,8 +1,8 @@
 """Check annotations, shapes included, when functions return.
 
-Run ``pytest --jaxtyping-packages=lorapower,typechecks.checked`` with ``tests`` on the path. What
-front doors are given may be wrong on purpose, and they refuse it themselves; so arguments are
-checked only once a function has returned. What is found then is an annotation that is not true.
+The option ``--jaxtyping-packages`` in ``pyproject.toml`` names the packages. What front doors are
+given may be wrong on purpose, and they refuse it themselves; so arguments are checked only once a
+function has returned. What is found then is an annotation that is not true.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def test_every_change_of_the_total_rank_is_reached(
     rank = data.draw(st.integers(0, width))
     product = frozen.product().numpy()
     target = product + product @ change(kind, width, rank, seed)
-    least = np.linalg.matrix_rank(target - product, tol=1e-9)
+    least = int(np.linalg.matrix_rank(target - product, tol=1e-9))
     cuts = sorted(data.draw(st.integers(0, least)) for _ in range(depth - 1))
     ranks = [b - a for a, b in itertools.pairwise([0, *cuts, least])]
     # A target that is 0 but for rounding has no digits of its own to be reached.

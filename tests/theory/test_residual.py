@@ -672,8 +672,7 @@ def test_attention_of_limited_rank_ends_where_singular_values_say(
     C = torch.cov(V.mT @ bounds.directions(frozen, target, v), correction=0)
     values = lowrank.spectrum(whole.slope @ V @ torch.linalg.cholesky(C))
     places = [i for i, name in enumerate(frozen.weight_names) if name[:3] in ("W_V", "W_O")]
-    totals: Any = np.arange(frozen.dimension + 1)
-    for r in totals:
+    for r in range(frozen.dimension + 1):
         predicted = float(whole.value + values[r:].square().sum() / 6)
         each = [0] * len(frozen.weights)
         for k in range(r):
