@@ -99,7 +99,7 @@ def escape(network: Network, adapters: Adapters, slope: Float[Tensor, "out in"])
     add up to the width or more and the adapted layers are square and not singular, ``g``
     falls at least like ``−‖∇g‖₂ t²`` [thm-split]. So it does for a single layer where ``A Bᵀ`` has
     rank to spare. Where it has none, the line swaps the weakest fitted direction for the steepest:
-    ``fall`` is ``−‖∇g‖₂/σ_R(A Bᵀ)``, ``change`` of norm ``√2`` [thm-landscape, thm-below].
+    ``fall`` is ``−‖∇g‖₂/σ_R(A Bᵀ)``, ``change`` of norm ``√2`` [thm-landscape] [thm-below].
 
     Raises `InputError` for batches, adapters that do not fit the network, a slope of 0, and ranks
     and layers of which nothing is proved.
