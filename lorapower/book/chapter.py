@@ -72,7 +72,7 @@ def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
 
 
 def _long_enough(steps: int) -> int:
-    """Refuse steps between two measurements of the loss."""
+    """Refuse fewer steps than some trainings take between two measurements of their loss."""
     if steps < 200 and steps:
         raise InputError("steps", allowed="0, or at least 200", given=steps)
     return steps
@@ -82,7 +82,7 @@ def _long_enough(steps: int) -> int:
 Width = whole(1, WIDEST)
 #: How many seeds; 0 stands for as many as the profile has.
 Seeds = whole(0, 100)
-#: Steps of each training, at least 200; 0 stands for as many as the profile has.
+#: Steps of most trainings, at least 200; 0 stands for as many as the profile has.
 Steps = Annotated[int, AfterValidator(_long_enough)]
 #: Ranks up to the parameter ``width``, declared before them; none stand for all, or 17 of more.
 Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: ignore[misc]

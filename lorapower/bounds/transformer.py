@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, lowrank
 from ..errors import InputError
 from ..networks._segments import Segments, segments
+from ..networks._vectors import assemble
 from ..networks.gap import Gap
 from ..networks.transformer import Norm, Transformer
 from ._narrow_heads import pair_ranks
-from ._nearest import nearest_network
 
 
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
@@ -70,9 +70,28 @@ def transformer_error(
             given=target.width,
             remedy="networks.rewriting.enlarge writes it so",
         )
-    network, unknown = nearest_network(target, segments(frozen, target), rank)
+    cut = segments(frozen, target)
+    reached = cut.map(lambda name, gap: _reached(name, gap, rank))
+    network = assemble(target, cut.map(lambda name, gap: gap.reached(reached[name][0])))
+    unknown = reached.map(lambda _, part: part[1]).largest()
     largest = torch.linalg.vector_norm(network(x) - target(x), dim=-2).amax(-1)
     return torch.where(unknown, torch.inf, largest)
+
+
+def _reached(name: str, gap: Gap, rank: int) -> tuple[int, Bool[Tensor, "*batch"]]:
+    """Sum a segment's ranks; say whether its product may be out of reach."""
+    never = torch.zeros_like(gap.rank, dtype=torch.bool)
+    if len(Segments.WEIGHTS[name]) == 1:
+        return rank, never
+    inputs, width, size = gap.frozen.widths[:3]
+    if gap.frozen.depth == 2 or size >= width:
+        limit = 1 / (max(inputs, width) * torch.finfo(gap.frozen.dtype).eps)
+        singular = lowrank.condition_number(gap.frozen.product()) > limit
+        total = [rank, rank] if gap.frozen.depth == 2 else [0, rank, rank, 0]
+        return sum(gap.ranks(total)), singular & (gap.rank > 0)
+    own, pair = min(rank, size), pair_ranks(gap)
+    too_low = torch.maximum(pair.inner, pair.outer) > own
+    return width, too_low | (pair.together > 2 * own)
 
 
 def inner_rank(

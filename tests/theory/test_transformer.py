@@ -385,7 +385,7 @@ def test_the_error_is_known_before_there_are_adapters(
     measured = torch.linalg.vector_norm(solution.adapters.merge(frozen)(x) - y, dim=-2).amax(-1)
     # Of adapters by what their systems' conditions make of it, and of evaluating the networks.
     rounding = (1e-11 + 1e-13 * float(solution.condition_number)) * float(y.norm())
-    torch.testing.assert_close(known, measured, rtol=1e-6, atol=rounding)
+    torch.testing.assert_close(known, measured, rtol=1e-8, atol=rounding)
 
 
 @pytest.mark.parametrize("kind", ["W_O", "W_Q", "W_out"])
