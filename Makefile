@@ -104,7 +104,7 @@ lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)
 serve: book ## serve the built book on this machine, on port PORT
 	$(bin)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-pdf: book ## print the book as one PDF (needs Chromium)
+pdf: book ## print the book as one PDF, and the note as another (needs Chromium)
 	@$(bin)/python tools/print_pdf.py $(out)/html $(out)/lorapower.pdf
 
 tidy: $(ready) ## format the sources and strip the chapters of their outputs

@@ -39,6 +39,15 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = nbformat.writes(notebook)
 
 
+def _number_from_one(app: Sphinx, env: BuildEnvironment) -> None:
+    """On each page without a number, as Sphinx counts figures through all of these."""
+    for kinds in env.toc_fignumbers.values():
+        for numbers in kinds.values():
+            if numbers and {len(number) for number in numbers.values()} == {1}:
+                before = min(numbers.values())[0] - 1
+                numbers.update({name: (at - before,) for name, (at,) in numbers.items()})
+
+
 def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
     for transforms in env.sphinx_codeautolink_transforms.values():  # type: ignore[attr-defined]
         for transform in transforms:
@@ -52,4 +61,5 @@ def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
 def setup(app: Sphinx) -> None:
     app.setup_extension("sphinx_codeautolink")
     app.connect("source-read", _prepare)
+    app.connect("env-check-consistency", _number_from_one)
     app.connect("env-updated", _leave_variables_plain, priority=600)  # once it knows what they are

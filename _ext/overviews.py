@@ -122,5 +122,11 @@ def _fill(app: Sphinx, docname: str, source: list[str]) -> None:
         )
 
 
+def _read_last(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
+    """Read these pages after the chapters, whatever their names are."""
+    docnames.sort(key=lambda docname: docname in _TEMPLATES)
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("env-before-read-docs", _read_last)
     app.connect("source-read", _fill)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lorapower.checkpoints._models import LANGUAGE as LANGUAGE
 from lorapower.checkpoints._models import PACKAGED as PACKAGED
@@ -24,6 +25,18 @@ with warnings.catch_warnings():
     # Libraries import it, and without widgets in a notebook it warns of plain bars.
     warnings.filterwarnings("ignore", "IProgress not found")
     import tqdm.auto  # noqa: F401
+
+
+class DoublePrecision(TorchFunctionMode):
+    """Compute in double precision what modules of ``transformers`` force to single precision."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def widened(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        named = {name: widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(widened, args), **named)
 
 
 def encoder(model: str) -> tuple[Any, set[str]]:

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lorapower import randomness
 
@@ -29,15 +27,3 @@ def draw_decoder(name: str, *, seed: int = 0, **options: Any) -> Any:
         for parameter in module.parameters():
             parameter.copy_(0.4 * randomness.normal(generator, *parameter.shape))
     return module
-
-
-class DoublePrecision(TorchFunctionMode):
-    """A context in which modules compute in double precision what they force to single."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def widened(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        func = Tensor.double if func is Tensor.float else func
-        named = {name: widened(value) for name, value in (kwargs or {}).items()}
-        return func(*map(widened, args), **named)

@@ -123,7 +123,8 @@ def public(folder: Path) -> int:
 
 def report(html: Path) -> None:
     """Print how long the chapters are, and how much the package offers."""
-    counts = {page.stem: words(page) for page in sorted(html.glob("chapters/[0-9]*.html"))}
+    names = sorted(path.stem for path in (ROOT / "chapters").glob("*.ipynb"))
+    counts = {name: words(html / "chapters" / f"{name}.html") for name in names}
     print("Words:", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     print(f"Together {sum(counts.values()):,}; the package has {public(PACKAGE)} public names.")
 

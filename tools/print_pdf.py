@@ -1,10 +1,11 @@
-"""Print the built book as one PDF, with headless Chromium.
+"""Print the built book as one PDF, and each note as another, with headless Chromium.
 
 usage: python tools/print_pdf.py _build/quick/html _build/quick/lorapower.pdf
 
 All pages of the table of contents but those on the package become one document, so that
-references, page numbers and bookmarks go through all of it. How it looks is in
-``_static/print.css``. A file appears only if it is complete.
+references, page numbers and bookmarks go through all of it. A note is a page of the book that is
+printed by itself too, as ``whole-transformers.pdf`` beside it. How they look is in
+``_static/print.css`` and ``_static/note.css``. A file appears only if it is complete.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ OPTIONS = (
     "--disable-sync",
 )
 MATHJAX_IS_DONE = "() => window.MathJax?.startup?.promise.then(() => null)"
+NOTES = "Notes"  # the part of the table of contents whose pages are printed alone too
 _FOOTER = """<p style="font: 8pt sans-serif; margin: auto"><span class="pageNumber"></span></p>"""
 _PATIENCE = 300_000  # milliseconds: all of a book's mathematics is typeset at once
 
@@ -41,6 +43,16 @@ def chromium() -> str | None:
     """The browser's program, as ``CHROMIUM`` names it or as it is found."""
     names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
     return next(filter(None, map(shutil.which, names)), None)
+
+
+def contents(toc: Path, html: Path) -> tuple[list[Path], list[Path]]:
+    """List the built pages to print: those of the book in its order, and the notes among them."""
+    site = parse_toc_yaml(toc)
+    names = [name for name in site if not name.startswith("api/")]
+    parts = [part for part in site.root.subtrees if part.caption == NOTES]
+    notes = [name for part in parts for name in part.files()]
+    book, alone = ([(html / f"{n}.html").resolve() for n in each] for each in (names, notes))
+    return book, alone
 
 
 def document(pages: Sequence[Path]) -> str:
@@ -121,14 +133,16 @@ def main() -> int:
     if program is None:
         print(NO_CHROMIUM, file=sys.stderr)
         return 1
-    names = [name for name in parse_toc_yaml(ROOT / "_toc.yml") if not name.startswith("api/")]
-    pages = [(arguments.html / f"{name}.html").resolve() for name in names]
-    try:
-        print_pages(pages, arguments.target, program)
-    except Error as error:
-        print(f"The book is not printed: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    print(f"The book is printed: {arguments.target.resolve()}")
+    book, notes = contents(ROOT / "_toc.yml", arguments.html)
+    files = {arguments.target: book}
+    files |= {arguments.target.with_name(f"{note.stem}.pdf"): [note] for note in notes}
+    for target, pages in files.items():
+        try:
+            print_pages(pages, target, program)
+        except Error as error:
+            print(f"{target.name} is not printed: {str(error).splitlines()[0]}", file=sys.stderr)
+            return 1
+        print(f"Printed: {target.resolve()}")
     return 0
 
 

@@ -11,6 +11,7 @@ from .floors import (
     directions,
     far_error,
     feed_forward_floor,
+    whole_floor,
 )
 from .layers import (
     OptimalPartition,
@@ -25,11 +26,12 @@ from .layers import (
     variance,
 )
 from .transformer import (
-    inner_rank,
+    necessary_ranks,
     packed_rank,
     transformer_error,
     transformer_ranks,
     transformer_threshold,
+    unit_rank,
 )
 
 __all__ = [
@@ -45,15 +47,17 @@ __all__ = [
     "fnn_error",
     "fnn_error_on",
     "fnn_threshold",
-    "inner_rank",
     "least_error",
     "least_rank",
     "linear_error",
     "linear_threshold",
+    "necessary_ranks",
     "packed_rank",
     "samples",
     "transformer_error",
     "transformer_ranks",
     "transformer_threshold",
+    "unit_rank",
     "variance",
+    "whole_floor",
 ]

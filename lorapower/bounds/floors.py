@@ -1,4 +1,4 @@
-"""What adapters of one part of the blocks leave far out [prop-floor-attention].
+"""What adapters leave far out, of one part of the blocks [prop-floor-attention] or of all.
 
 As tokens ``c n`` grow, norms see directions alone: what blocks add to them tends to a function of
 ``n``. Attention adds an affine map of it, feed-forward layers have kinks that no attention moves.
@@ -6,6 +6,8 @@ As tokens ``c n`` grow, norms see directions alone: what blocks add to them tend
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from .. import _checks, lowrank, randomness
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks.transformer import Transformer
+from ..networks.transformer import WEIGHTS, Transformer
 from ..regression import reduced_rank
 
 
@@ -79,9 +81,135 @@ def _value_ranks(network: Transformer, ranks: int | Sequence[int] | None) -> dic
     if not isinstance(ranks, Sequence):
         total = network.width if ranks is None else _checks.integer("ranks", ranks, 0)
         return {"W_O of block 1, head 1": total}
-    each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in network.weights])
+    each = _each_rank(network, ranks)
     kinds = zip(network.weight_names, network.kind_of_weight, each, strict=True)
     return {name: rank for name, kind, rank in kinds if kind in ("W_V", "W_O")}
+
+
+def _each_rank(network: Transformer, ranks: Sequence[int]) -> tuple[int, ...]:
+    """Read the rank of each of the network's weights."""
+    return _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in network.weights])
+
+
+class _WholeFloor(NamedTuple):
+    value: Float[Tensor, "*batch"]
+    values: Float[Tensor, "*batch"]
+    feed_forward: Float[Tensor, "*batch"]
+
+
+def whole_floor(
+    frozen: Transformer,
+    target: Transformer,
+    ranks: int | Sequence[int],
+    tokens: Float[Tensor, "width samples"] | None = None,
+) -> _WholeFloor:
+    """Compute an error that adapters on all modules leave far out [prop-whole-floor].
+
+    A sequence has ``N − 1`` equal tokens ``c k`` and at last ``c n``; ``k`` and ``n`` are random
+    directions, independent, and ``n`` is uniform on ``S``. Let ``c`` and then ``N`` grow: the limit
+    of the mean squared error of the last token is at least ``D`` times ``value``, which adds up two
+    parts. It does not bound the error at a given ``N``, where scores above ``log N`` can turn
+    attention away from ``k``.
+
+    - ``values``: ``Σ_{i>r} σ_i((M̄ − M) C^{1/2})² / D``, with ``M`` the sum of ``W_O W_V diag(g_1)``
+      over all heads and blocks, ``C`` the covariance of ``k`` and ``r`` the total rank of all
+      ``W_V`` and ``W_O``. It assumes that first gains are frozen, and nothing else.
+    - ``feed_forward``, which is 0 unless both networks are ungated, or both gated, and have neither
+      hidden biases ``b_1``, ``b_3`` nor second shifts ``s_2``. It assumes that adapted networks
+      have none either, and that second gains are frozen too. *Ungated*: ``Σ_{i>r} σ_i(T̄ − T)² / m``
+      with ``T`` half the sum of ``W_2 W_1 diag(g_2) V`` and ``r`` the total rank of all ``W_1`` and
+      ``W_2``. *Gated*: ``2D / (m(m+2))`` times what is positive of
+      ``‖X‖² − Σ_{i≤r} o_i² − 2 Σ_{i≤t} s_i²``. ``X`` is the traceless part of the
+      difference of the networks' quadratic forms ``½ Σ_l W_2((W_1 g_2 ⊙ n) ⊙ (W_3 g_2 ⊙ n))``, one
+      for each output; ``o`` and ``s`` are its singular values, unfolded by outputs and by inputs;
+      ``r`` is the total rank of all ``W_2``, and ``t`` that of all ``W_1`` and ``W_3``.
+
+    Each is ``[...]``. The networks have equal width, norm and activation, any depth and no final
+    norm. Raises `InputError` for networks, ranks and tokens that do not fit.
+
+    Parameters
+    ----------
+    ranks : int or sequence of int
+        One rank for ``W_Q``, …, ``W_2`` of each block, all heads in one matrix as PEFT adapts them,
+        up to its smaller side. Or the rank of each of ``frozen.weights``, as `Transformer.ranks`
+        gives them.
+    tokens : Tensor, optional
+        Directions ``k`` as columns. By default they are uniform on ``S``.
+    """
+    _require_one_sphere(frozen, target)
+    rank, (D, m) = _ranks_by_kind(frozen, ranks), (frozen.width, frozen.dimension)
+    V = frozen.basis()
+    root = V * (D / m) ** 0.5
+    if tokens is not None:
+        n = directions(frozen, target, tokens)
+        root = (n - n.mean(-1, keepdim=True)) / n.shape[-1] ** 0.5
+    spectrum = lowrank.spectrum((_value_map(target) - _value_map(frozen)) @ root)
+    values = spectrum[..., rank["W_V"] + rank["W_O"] :].square().sum(-1) / D
+    holds, both = torch.ones_like(values, dtype=torch.bool), (frozen, target)
+    for network in both:
+        for kind in {"b_1", "b_3", "s_2"} & {*network.kinds}:
+            holds = holds & (getattr(network, kind) == 0).flatten(-2).all(-1)
+    left = torch.zeros_like(values)
+    if len({network.settings.gated for network in both}) == 2 or not holds.any():
+        return _WholeFloor(values, values, left)
+    if not frozen.settings.gated:
+        T = [torch.einsum("...lof,...lfi,...li->...oi", n.W_2, n.W_1, n.g_2) / 2 for n in both]
+        spectrum = lowrank.spectrum((T[1] - T[0]) @ V)
+        left = spectrum[..., rank["W_1"] + rank["W_2"] :].square().sum(-1) / m
+    else:
+        outer, inner = _form_spectra(frozen, target)
+        left = outer[..., rank["W_2"] :].sum(-1)
+        left = left - 2 * inner[..., : rank["W_1"] + rank["W_3"]].sum(-1)
+        left = left.clamp(min=0) * 2 * D / (m * (m + 2))
+    left = torch.where(holds, left, 0)
+    return _WholeFloor(values + left, values, left)
+
+
+def _ranks_by_kind(network: Transformer, ranks: int | Sequence[int]) -> dict[str, int]:
+    """Add up ranks by kind of weight; a single one is of each block's packed weight."""
+    total = dict.fromkeys(network.weight_kinds, 0)
+    if isinstance(ranks, Sequence):
+        for kind, rank in zip(network.kind_of_weight, _each_rank(network, ranks), strict=True):
+            total[kind] += rank
+        return total
+    R, sizes = _checks.integer("ranks", ranks, 0), network.sizes
+    for kind in total:
+        other = math.prod(sizes[side] for side in WEIGHTS[kind][1:] if side != "width")
+        total[kind] = network.depth * min(R, network.width, other)
+    return total
+
+
+def _value_map(network: Transformer) -> Float[Tensor, "*batch width width"]:
+    """Sum ``W_O W_V diag(g_1)`` over heads and blocks."""
+    W_V = network.each_head(network.W_V)
+    return torch.einsum("...lhoi,...lhij,...lj->...oj", network.W_O, W_V, network.g_1)
+
+
+# It takes minutes for real models, and serves all ranks and tokens.
+@functools.lru_cache(maxsize=1)
+def _form_spectra(frozen: Transformer, target: Transformer) -> tuple[Tensor, Tensor]:
+    """Square the singular values of the two unfoldings of what gated layers' forms differ by."""
+    batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
+    V, (D, m) = frozen.basis(), (frozen.width, frozen.dimension)
+    forms = V.new_zeros(*batch, D, m, m)
+    for sign, network in ((0.25, target), (-0.25, frozen)):
+        for l in range(network.depth):
+            gains = network.g_2[..., l, :, None] * V
+            gate, up = ((W[..., l, :, :] @ gains).mT for W in (network.W_1, network.W_3))
+            for i in range(0, m, 32):
+                # Forms are symmetric: of rows i to i + 31, what is left of the diagonal is known.
+                products = gate[..., i : i + 32, None, :] * up[..., None, i:, :]
+                products += up[..., i : i + 32, None, :] * gate[..., None, i:, :]
+                made = network.W_2[..., l, :, :] @ products.flatten(-3, -2).mT
+                forms[..., i : i + 32, i:] += sign * made.unflatten(-1, (-1, m - i))
+    forms.triu_()
+    forms += forms.triu(1).mT
+    trace = forms.diagonal(dim1=-2, dim2=-1)
+    trace -= trace.mean(-1, keepdim=True)
+    outer, inner = forms.flatten(-2), forms.flatten(-3, -2)
+    grams = outer @ outer.mT, inner.mT @ inner
+    first, second = (torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0) for gram in grams)
+    return first, second
 
 
 class _FeedForwardFloor(NamedTuple):
@@ -137,6 +265,21 @@ def directions(
     frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
 ) -> Float[Tensor, "width samples"]:
     """Put tokens on the sphere ``‖n‖² = D``; `InputError` where the networks' spheres differ."""
+    _require_one_sphere(frozen, target)
+    v = target.as_inputs(tokens, "tokens")
+    if v.ndim != 2:
+        raise InputError("tokens", allowed="of shape [width, samples]", given=tuple(v.shape))
+    rounding = 16 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    if target.settings.norm == "layer":
+        v = v - v.mean(-2, keepdim=True)
+    size = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    if not (size > rounding).all():
+        raise InputError("tokens", allowed="of different coordinates", given="one without variance")
+    return v / size * target.width**0.5
+
+
+def _require_one_sphere(frozen: Transformer, target: Transformer) -> None:
+    """Refuse networks without a limit for far tokens, and a pair whose spheres differ."""
     _checks.kind(Transformer, frozen=frozen, target=target)
     for name, network in (("frozen", frozen), ("target", target)):
         settings = network.settings
@@ -148,16 +291,6 @@ def directions(
     target.require_like(frozen, ("norm", "activation"), ("width",))
     # On a circle or two points kinks of different units meet.
     _checks.integer("dimension of normalized tokens", target.dimension, 3)
-    v = target.as_inputs(tokens, "tokens")
-    if v.ndim != 2:
-        raise InputError("tokens", allowed="of shape [width, samples]", given=tuple(v.shape))
-    rounding = 16 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-    if target.settings.norm == "layer":
-        v = v - v.mean(-2, keepdim=True)
-    size = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-    if not (size > rounding).all():
-        raise InputError("tokens", allowed="of different coordinates", given="one without variance")
-    return v / size * target.width**0.5
 
 
 def _sequences(x: Tensor, *networks: Transformer) -> Tensor:

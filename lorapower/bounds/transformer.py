@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,8 @@ from ..networks._vectors import assemble
 from ..networks.gap import Gap
 from ..networks.transformer import Norm, Transformer
 from ._narrow_heads import pair_ranks
+
+Unit = Literal["W_1", "W_3", "W_2"]
 
 
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
@@ -94,40 +96,94 @@ def _reached(name: str, gap: Gap, rank: int) -> tuple[int, Bool[Tensor, "*batch"
     return width, too_low | (pair.together > 2 * own)
 
 
-def inner_rank(
+def necessary_ranks(target: Transformer, *, packed: bool = False) -> dict[str, int]:
+    """Count the ranks below which no adapters make a whole network equal to the target [cor-whole].
+
+    For almost all frozen networks of the target's shape, whatever else is adapted: equal networks
+    have equal heads [thm-heads] and equal hidden units [thm-inner-rank], [thm-gated-rank]. Returns
+    a rank for each kind of weight, by which two weights of attention count equally;
+    `transformer_ranks` says what is enough. A tuned target is no such case, since the frozen
+    network was its start: it needs at most the ranks of what tuning changed.
+
+    First gains are frozen and have no zeros. The target's heads differ and have products of full
+    rank ``min(d, m)``, and all its hidden units are visible [ass-visible]; with rotary positions it
+    is one of almost all [prop-rotary-heads]. Raises `InputError` for networks other than pre-norm
+    ones without a final norm, for ``"gelu_tanh"``, of which nothing is proved, for packed heads
+    that are larger than what they read, and for normalized tokens of fewer than three dimensions.
+
+    Parameters
+    ----------
+    packed : bool
+        Whether one adapter serves all heads of a weight, as PEFT has it; by default each head has
+        its own.
+    """
+    _checks.kind(Transformer, target=target)
+    settings, sizes = target.settings, target.sizes
+    if settings.norm is None or not settings.residual or settings.final_norm:
+        words = "with residual connections and norms, but no final norm"
+        raise InputError("target", allowed=words, given=target)
+    H, groups = (target.heads, target.groups) if packed else (1, 1)
+    about: Any = {"groups": groups, "norm": settings.norm}
+    about |= {"rotary": settings.rotary is not None}
+    d, size = sizes["query size"], sizes["value size"]
+    scores = packed_rank(target.width, H, d, **about)
+    # Of packed heads that are larger than what they read nothing is proved.
+    seen = size if packed else min(size, target.dimension)
+    values = packed_rank(target.width, H, seen, part="values", **about)
+    ranks = {
+        "W_Q": min(scores, H * d),
+        "W_K": min(scores, groups * d),
+        "W_V": min(values, groups * size),
+        "W_O": min(values, H * size),
+    }
+    layer: Any = {"activation": settings.activation, "norm": settings.norm}
+    layer |= {"gated": settings.gated}
+    units: tuple[Unit, ...] = ("W_1", "W_3", "W_2") if settings.gated else ("W_1", "W_2")
+    return ranks | {w: unit_rank(target.width, sizes["hidden"], weight=w, **layer) for w in units}
+
+
+def unit_rank(
     width: int,
     hidden: int,
     *,
+    weight: Unit = "W_1",
     activation: Literal["relu", "gelu", "silu"] = "relu",
     norm: Norm = "layer",
-    gains: bool = True,
-    weight: Literal["W_1", "W_3"] = "W_1",
+    gated: bool = False,
+    gains: bool = False,
 ) -> int:
-    """Count a rank that each ``W_1`` needs, for almost all frozen weights [thm-inner-rank].
+    """Count a rank that each feed-forward weight needs, for almost all frozen ones [cor-whole].
 
-    The least ``r`` with ``(F − r)(m − r) ≤ F`` for ReLUs, ``≤ 0`` for others, or ``≤ F + D − 1``
-    and ``≤ D`` if gains are tuned; ``m = D − 1`` under a LayerNorm, ``D`` under an RMSNorm, with
-    width ``D`` and ``F`` hidden units. With enough hidden units it is ``m − 1`` for ReLUs and ``m``
-    for others, and is attained (`networks.rewriting.align`). In gated layers ``W_1`` is the gate,
-    and ``W_3`` needs what ``W_1`` needs with ReLUs, whatever the activation [thm-gated-rank]. Both
-    networks have equal depth and equally many hidden units, or the deeper frozen one makes each
-    target unit in one block, and ``F`` is the target's [thm-depth]; no two normals in a target's
-    block are parallel. Nothing is proved of ``"gelu_tanh"``.
+    Equal networks have equal hidden units, up to their order and up to factors that cancel between
+    their weights. ``W_1`` needs the least ``r`` with ``(F − r)(m − r) ≤ F`` for ReLUs, ``≤ 0`` for
+    others; ``m = D − 1`` under a LayerNorm, ``D`` under an RMSNorm, with width ``D`` and ``F``
+    hidden units [thm-inner-rank]. In gated layers ``W_1`` is the gate, and ``W_3`` needs what
+    ``W_1`` needs with ReLUs [thm-gated-rank]. ``W_2`` needs the least ``r`` with
+    ``(F − r)(D − r) ≤ F``, or ``≤ 0`` in ungated layers without ReLUs. Tuned gains of the second
+    norm add ``D − 1`` to the bounds of ``F`` and ``D`` to those of 0, but for ``W_2``. With enough
+    hidden units it is ``m − 1`` or ``m``, and ``D − 1`` or ``D``; for ``W_1`` and ``W_3`` it is
+    attained (`networks.rewriting.align`).
+
+    Both networks have equal depth and equally many hidden units; for ``W_1`` with ReLUs the frozen
+    one may be deeper if it makes each target unit in one block, and ``F`` is the target's
+    [thm-depth]. All of the target's units are visible [ass-visible]. Nothing is proved of
+    ``"gelu_tanh"``.
 
     Raises `InputError` where normalized tokens have fewer than three dimensions.
     """
     width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
     _checks.choice("activation", activation, ("relu", "gelu", "silu"))
     _checks.choice("norm", norm, get_args(Norm))
-    _checks.choice("weight", weight, ("W_1", "W_3"))
+    _checks.choice("weight", weight, ("W_1", "W_3", "W_2") if gated else ("W_1", "W_2"))
     m = width - 1 if norm == "layer" else width
     # On a circle or two points kinks of different units meet.
     _checks.integer("dimension of normalized tokens", m, 3)
-    if activation == "relu" or weight == "W_3":
-        free = hidden + (width - 1 if gains else 0)
-    else:
-        free = width if gains else 0
-    return next(r for r in range(m + 1) if (hidden - r) * (m - r) <= free or r >= hidden)
+    rescaled = activation == "relu" or (gated and weight != "W_1")
+    free = hidden if rescaled else 0
+    if gains and weight != "W_2":
+        free += width - 1 if rescaled else width
+    side = width if weight == "W_2" else m
+    return next(r for r in range(side + 1) if (hidden - r) * (side - r) <= free)
 
 
 def packed_rank(

@@ -83,14 +83,16 @@ def bars(page: Page, context: dict[str, Any] | None = None, **rules: Any) -> lis
 
 
 def opened(page: Page) -> dict[str, Any]:
-    """What is wrong with a chapter's folded solutions and its code to copy."""
-    solutions = page.locator("div.admonition.dropdown")
-    content = solutions.first.locator("p:not(.admonition-title)").first
-    folded = not content.is_visible()
-    solutions.first.locator("p.admonition-title").click()
+    """What is wrong with a chapter's folded solutions, which a note lacks, and its code to copy."""
+    wrong = False
+    for solution in page.locator("div.admonition.dropdown").all()[:1]:
+        content = solution.locator("p:not(.admonition-title)").first
+        folded = not content.is_visible()
+        solution.locator("p.admonition-title").click()
+        wrong = not (folded and content.is_visible())
     cells = page.locator("div.cell_input").count()
     return {
-        "solutions": not (folded and content.is_visible()),
+        "solutions": wrong,
         "copying": not cells == page.locator("div.cell_input:has(button.copybtn)").count() > 0,
         "copying outputs": page.locator("div.cell_output button.copybtn").count(),
     }

@@ -1,4 +1,4 @@
-"""The book as one PDF, of small pages."""
+"""The book as one PDF and the note as another, of small pages."""
 
 from __future__ import annotations
 
@@ -42,6 +42,24 @@ def test_pages_become_one_document(pages: list[Path]) -> None:
     assert "api.html" not in whole
     assert "Not printed" not in whole
     assert whole.count('id="page-0-top"') == whole.count('id="page-1-top"') == 1
+
+
+def test_notes_are_printed_by_themselves_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    printed: dict[str, list[str]] = {}
+
+    def take(pages: list[Path], target: Path, program: str) -> None:
+        printed[target.name] = [page.stem for page in pages]
+
+    monkeypatch.setattr(print_pdf, "chromium", lambda: "a browser")
+    monkeypatch.setattr(print_pdf, "print_pages", take)
+    monkeypatch.setattr(sys, "argv", ["print_pdf", str(tmp_path), str(tmp_path / "book.pdf")])
+    assert print_pdf.main() == 0
+    book = printed.pop("book.pdf")
+    assert book[0] == "index"
+    assert printed == {"whole-transformers.pdf": ["whole-transformers"]}
+    assert "whole-transformers" in book
 
 
 @pytest.mark.programs

@@ -182,6 +182,10 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
         lambda f, t: bounds.feed_forward_floor(f, t, X, 3).value,
         [heads(**NORMED), heads(**NORMED)],
     ),
+    "whole_floor": (
+        lambda f, t: bounds.whole_floor(f, t, 1).value,
+        [heads(**NORMED), heads(**NORMED)],
+    ),
     "sure": (lambda A: DESIGN.sure(lowrank.spectrum(A)), [matrix(4, 6)]),
     "shrink_values": (lambda A: DESIGN.shrink_values(lowrank.spectrum(A)), [matrix(4, 6)]),
     "linear.adapt": (of_linear_adapt, [deep(2), deep(1)]),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from decoder_modules import DoublePrecision, draw_decoder
+from decoder_modules import draw_decoder
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -32,6 +33,7 @@ from lorapower.networks.rewriting import align, enlarge, pack
 from lorapower.networks.transformer import ACTIVATIONS, PARTS
 from lorapower.training import Fixed, Tuning, begin, descend, train
 from lorapower.training._free import Free
+from records.models import DoublePrecision
 
 PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
 DECODES: dict[str, Any] = {"gated": True, "groups": 1, "rotary": 100.0}
@@ -498,24 +500,32 @@ def test_a_silent_head_takes_the_rank_of_its_product() -> None:
         ("silu", "rms", 8, 8, 16),
     ],
 )
-def test_the_table_of_inner_ranks(
+def test_the_table_of_unit_ranks(
     activation: Any, norm: Any, ranks: int, frozen_from: int, tuned_from: int
 ) -> None:
     for gains, least in ((False, frozen_from), (True, tuned_from)):
         kind = {"activation": activation, "norm": norm, "gains": gains}
-        assert bounds.inner_rank(8, least, **kind) == ranks
-        assert bounds.inner_rank(8, least - 1, **kind) < ranks
-    # "Up" of a gated layer is rescaled whatever the gate is.
-    up = bounds.inner_rank(8, 20, activation=activation, norm=norm, weight="W_3")
-    assert up == bounds.inner_rank(8, 20, norm=norm)
+        assert bounds.unit_rank(8, least, **kind) == ranks
+        assert bounds.unit_rank(8, least - 1, **kind) < ranks
+    # "Up" of a gated layer is rescaled whatever the gate is, and down with it.
+    of_layer = {"activation": activation, "norm": norm, "gated": True}
+    up = bounds.unit_rank(8, 20, weight="W_3", **of_layer)
+    assert up == bounds.unit_rank(8, 20, norm=norm)
+    assert bounds.unit_rank(8, 20, weight="W_2", **of_layer) == 7
+    # From 2 D - 3 ReLUs on.
+    down = [bounds.unit_rank(8, F, weight="W_2", norm=norm) for F in (12, 13)]
+    assert down == [6, 7]
+    assert bounds.unit_rank(8, 20, weight="W_2", norm=norm, gains=True) == 7
+    alone = 7 if activation == "relu" else 8
+    assert bounds.unit_rank(8, 20, weight="W_2", activation=activation, norm=norm) == alone
 
 
 @given(st.integers(4, 9), st.integers(0, 12), norms, seeds)
-def test_alignment_attains_the_inner_rank(width: int, more: int, norm: Any, seed: int) -> None:
+def test_alignment_attains_the_unit_rank(width: int, more: int, norm: Any, seed: int) -> None:
     hidden = 3 * width - 4 + more
     frozen, target = pair(seed, 2, width, 1, hidden=hidden, norm=norm)
     best = align(target, frozen, seed=seed)
-    least = bounds.inner_rank(width, hidden, norm=norm)
+    least = bounds.unit_rank(width, hidden, norm=norm)
     assert bounds.transformer_ranks(frozen, best).inner.tolist() == [least, least]
     assert best.W_2.isfinite().all()
     found = adapted(frozen, best)
@@ -602,15 +612,80 @@ def test_gains_of_zero_leave_packed_weights_less_to_change(norm: Any) -> None:
     assert bounds.packed_rank(4, 4, 2, zero_gains=2) <= 2
 
 
+@given(
+    st.integers(4, 8),
+    st.integers(1, 3),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from(["relu", "gelu", "silu"]),
+    norms,
+    st.booleans(),
+    st.none() | st.just(1e4),
+    seeds,
+)
+def test_what_is_enough_is_at_most_one_rank_above_what_is_needed(
+    width: int,
+    heads: int,
+    size: int,
+    activation: Any,
+    norm: Any,
+    gated: bool,
+    rotary: float | None,
+    seed: int,
+) -> None:
+    options = {"activation": activation, "gated": gated, "rotary": rotary, "head_size": size}
+    frozen, target = pair(seed, 2, width, heads, hidden=3 * width, norm=norm, **options)
+    needed, enough = bounds.necessary_ranks(target), bounds.transformer_ranks(frozen, target)
+    assert [*needed] == list(target.weight_kinds)
+    for name, ranks in enough.items():
+        for kind in Segments.WEIGHTS[name]:
+            apart = ranks - needed[kind]
+            if kind in ("W_1", "W_3", "W_2"):
+                assert 0 <= int(apart.min()) <= int(apart.max()) <= 1
+            elif size >= target.dimension and rotary is None:
+                assert not apart.any()
+            else:
+                # Narrow heads may need more, each by itself [prop-narrow-heads].
+                assert int(apart.min()) >= 0
+
+
+def test_packed_weights_need_no_more_rank_than_they_have() -> None:
+    grouped: Any = {"groups": 3, "rotary": 1e4, "gated": True, "norm": "rms", "head_size": 64}
+    _, target = pair(0, 1, 576, 9, hidden=1536, activation="silu", **grouped)
+    attention = {"W_Q": 563, "W_K": 192, "W_V": 192, "W_O": 466}
+    layer = {"W_1": 576, "W_3": 575, "W_2": 575}
+    assert bounds.necessary_ranks(target, packed=True) == attention | layer
+    norms_alone = Transformer.random(1, 6, 2, residual=False, norm="layer")
+    for other in (Transformer.random(1, 4, 1), norms_alone, target.replace(final_norm=True)):
+        with pytest.raises(InputError, match="residual connections and norms, but no final norm"):
+            bounds.necessary_ranks(other)
+
+
+@given(st.integers(4, 6), norms, seeds)
+def test_pairs_of_tokens_do_not_tell_a_head_from_its_opposite_and_a_mean(
+    width: int, norm: Any, seed: int
+) -> None:
+    head, _ = pair(seed, 1, width, 1, head_size=width, hidden=2 * width, norm=norm)
+    head = head.replace(**{name: 0 * head.parameters[name] for name in ("b_Q", "s_1")})
+    W_Q, W_K, W_V, W_O = (getattr(head, f"W_{name}").expand(1, 2, -1, -1) for name in "QKVO")
+    sign = torch.tensor([-1.0, 0.0]).double()[:, None, None]
+    parts = {"W_Q": sign * W_Q, "b_Q": head.b_Q.expand(1, 2, -1), "W_K": W_K, "W_V": W_V}
+    parts["W_O"] = torch.tensor([-1.0, 2.0]).double()[:, None, None] * W_O
+    others = {k: v for k, v in head.parameters.items() if k not in parts}
+    two = Transformer(parts | others, head.settings)
+    x = inputs(seed, 5, width, 3)
+    torch.testing.assert_close(two(x[..., :2]), head(x[..., :2]), rtol=1e-9, atol=1e-9)
+    assert relative(two, head, x) > 1e-8
+
+
 @given(st.integers(4, 9), norms, st.sampled_from(["relu", "silu"]), seeds)
 def test_alignment_of_gated_layers(width: int, norm: Any, activation: Any, seed: int) -> None:
     kind: Any = {"norm": norm, "activation": activation}
     frozen, target = pair(seed, 2, width, 1, hidden=3 * width, gated=True, **kind)
     best = align(target, frozen, seed=seed)
     ranks = bounds.transformer_ranks(frozen, best)
-    for weight, of_blocks in {"W_1": ranks.inner, "W_3": ranks.up}.items():
-        least = bounds.inner_rank(width, 3 * width, **kind | {"weight": weight})
-        assert of_blocks.tolist() == [least, least]
+    least = bounds.necessary_ranks(target)
+    assert ranks.inner.tolist() == [least["W_1"]] * 2
+    assert ranks.up.tolist() == [least["W_3"]] * 2
     found = adapted(frozen, best).adapters.merge(frozen)
     # Units that are rescaled far lose digits.
     size = float(best.W_1.abs().max() * best.W_3.abs().max() * best.W_2.abs().max())
@@ -859,3 +934,254 @@ def test_errors_are_known_for_targets_of_the_same_width() -> None:
     wide = pair(0, 1, 6, 2, hidden=8, eps=narrower.settings.eps * 4 / 6)[0]
     with pytest.raises(InputError, match="target's width must be 6"):
         bounds.transformer_error(wide, narrower, 1, inputs(0, 20, 4, 4))
+
+
+# All modules adapted: `whole_floor`.
+
+
+def bare(network: Transformer) -> Transformer:
+    """Take away hidden biases and second shifts."""
+    kinds = {"b_1", "b_3", "s_2"} & {*network.kinds}
+    return network.replace(**{kind: 0 * getattr(network, kind) for kind in kinds})
+
+
+def bare_pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, Transformer]:
+    frozen, target = (bare(network) for network in pair(seed, *sizes, **options))
+    return frozen, target
+
+
+def only(network: Transformer, **ranks: int) -> list[int]:
+    """A rank for each of the weights, by kind."""
+    return [ranks.get(kind, 0) for kind in network.kind_of_weight]
+
+
+def of_values(network: Transformer, k: Tensor) -> Tensor:
+    """What attention adds behind many equal far tokens ``k``."""
+    added = torch.zeros_like(k)
+    for l in range(network.depth):
+        for h in range(network.heads):
+            group = h * network.groups // network.heads
+            read = network.g_1[l][:, None] * k + network.s_1[l][:, None]
+            added = added + network.W_O[l, h] @ network.W_V[l, group] @ read
+    return added
+
+
+WHOLE: list[dict[str, Any]] = [
+    {"activation": "gelu", "causal": True},
+    {"norm": "rms", "activation": "gelu_tanh", "groups": 1, "rotary": 10.0},
+    {"gated": True, "activation": "silu", "groups": 1},
+    {"norm": "rms", "gated": True},
+]
+
+
+@pytest.mark.parametrize("options", WHOLE)
+def test_without_rank_the_floor_is_the_variance_of_what_it_counts(options: Any) -> None:
+    options = PRENORM | options
+    frozen, target = (
+        bare(Transformer.random(L, 5, 2, head_size=4, seed=L, **options)) for L in (1, 2)
+    )
+    floor, v = bounds.whole_floor(frozen, target, 0), inputs(0, 5, 40_000)
+    n = bounds.directions(frozen, target, v)
+    values = of_values(target, n) - of_values(frozen, n)
+    assert float(floor.values) == pytest.approx(float(values.var(-1).mean()), rel=0.03)
+    # Single tokens far out: what attention adds is affine.
+    x = 1e7 * torch.stack([n, -n]).permute(2, 0, 1)[..., None]
+    added = (target(x) - frozen(x))[..., 0]
+    odd, even = ((added[:, 0] + sign * added[:, 1]).mT / 2 for sign in (-1, 1))
+    part = even if options.get("gated") else odd - values + values.mean(-1, keepdim=True)
+    assert float(floor.feed_forward) == pytest.approx(float(part.var(-1).mean()), rel=0.03)
+    assert float(floor.value) == pytest.approx(float(floor.values + floor.feed_forward))
+    # Of given tokens the covariance counts: also of few that lie in a plane.
+    for k in (v[:, :50], v[:, :2] @ inputs(1, 2, 30)):
+        found = bounds.whole_floor(frozen, target, 0, k)
+        k = bounds.directions(frozen, target, k)
+        values = of_values(target, k) - of_values(frozen, k)
+        assert float(found.values) == pytest.approx(float(values.var(-1, correction=0).mean()))
+        assert found.feed_forward == floor.feed_forward
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_values_of_limited_rank_attain_the_floor_on_long_far_sequences(norm: Any) -> None:
+    frozen, target = pair(4, 1, 5, 1, norm=norm)
+    frozen, target = (n.replace(W_Q=0.1 * n.W_Q, b_Q=0.1 * n.b_Q) for n in (frozen, target))
+    v = inputs(4, 5, 12)
+    k, V = bounds.directions(frozen, target, v), frozen.basis()
+    read = k - k.mean(1, keepdim=True)
+    gap = of_values(target, k) - of_values(frozen, k)
+    gap = gap - gap.mean(1, keepdim=True)
+    for r in range(frozen.dimension):
+        U = lowrank.svd(gap).U[:, :r]
+        # Feed-forward layers, gains and scores are the target's, W_V and W_O differ by rank r.
+        change = U @ U.mT @ gap @ torch.linalg.pinv(frozen.g_1[0][:, None] * (V @ (V.mT @ read)))
+        W_O = frozen.W_O + change @ torch.linalg.inv(frozen.W_V[0, 0])
+        built = target.replace(W_V=frozen.W_V, W_O=W_O, g_1=frozen.g_1, s_1=frozen.s_1)
+        b_O = built.b_O + (of_values(target, k) - of_values(built, k)).mean(1)
+        built = built.replace(b_O=b_O)
+        each = []
+        for i in range(12):
+            x = 1e7 * torch.cat([k[:, [i]].expand(5, 999), k[:, [i - 5]]], 1)
+            each.append((built(x) - target(x))[:, -1].square().mean())
+        floor = bounds.whole_floor(frozen, target, only(frozen, W_V=r), v)
+        assert floor.feed_forward == 0
+        assert float(sum(each) / 12) == pytest.approx(float(floor.value), rel=0.01)
+        assert bounds.whole_floor(frozen, target, only(frozen, W_O=r), v).value == floor.value
+
+
+def orthogonal(frozen: Transformer, sizes: list[float]) -> tuple[Tensor, Tensor]:
+    """Rows that read orthogonal directions of norms, and orthogonal columns of these sizes."""
+    V, count = frozen.basis(), len(sizes)
+    rows = (V / frozen.g_2[0][:, None])[:, :count].mT
+    return rows, torch.linalg.qr(inputs(0, 8, 8)).Q[:, :count] * torch.tensor(sizes)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_flipped_units_attain_the_floor_of_ungated_layers(norm: Any) -> None:
+    """A unit with the opposite sign differs by a linear map."""
+    frozen = bare(pair(0, 1, 8, 1, norm=norm)[0])
+    rows, columns = orthogonal(frozen, [4.0, 3.0, 2.0, 1.0])
+    W_1, W_2 = frozen.W_1.clone(), frozen.W_2.clone()
+    W_1[0, :4], W_2[0, :, :4] = rows, columns
+    frozen, V = frozen.replace(W_1=W_1, W_2=W_2), frozen.basis()
+
+    def flipped(count: int) -> Transformer:
+        other = W_1.clone()
+        other[0, :count] *= -1
+        return frozen.replace(W_1=other)
+
+    for r in range(5):
+        floor = bounds.whole_floor(frozen, flipped(4), only(frozen, W_1=r // 2, W_2=r - r // 2))
+        wanted = sum(s * s for s in [4, 3, 2, 1][r:]) / frozen.dimension
+        assert float(floor.value) == pytest.approx(wanted, abs=1e-12)
+        error, _ = bounds.far_error(flipped(r), flipped(4), torch.cat([V, -V], 1), 1e7)
+        assert float(error) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("kind", ["W_2", "W_3"])
+def test_products_of_units_attain_the_floor_of_gated_layers(norm: Any, kind: str) -> None:
+    """Two units of opposite signs add up to a product of what they read."""
+    frozen = bare(pair(0, 1, 8, 1, norm=norm, gated=True, hidden=6)[0])
+    rows, columns = orthogonal(frozen, [3.0, 2.0, 1.0] * 2)
+    signs = torch.tensor([1.0, -1.0])[:, None, None]
+    parts = {
+        "W_1": (signs * rows[:3]).flatten(0, 1)[None],
+        "W_3": (signs * rows[3:]).flatten(0, 1)[None],
+        "W_2": torch.cat([columns[:, :3]] * 2, 1)[None],
+    }
+
+    def without(count: int) -> Transformer:
+        less = parts[kind].clone()
+        units = [j for j in range(6) if j % 3 < count]
+        (less.mT if kind == "W_2" else less)[0, units] = 0
+        return frozen.replace(**parts | {kind: less})
+
+    target, others = without(0), (0, 1, 2) if kind == "W_2" else (0, 1)
+    v = inputs(0, 8, 20_000)
+    for r in others:
+        given = only(frozen, **{kind: r})
+        floor = bounds.whole_floor(without(3), target, given)
+        # Adapted with rank r, all but r of the products are still missing.
+        adapted = target.replace(**{kind: without(3).parameters[kind]})
+        more = parts[kind] - without(r).parameters[kind]
+        adapted = adapted.replace(**{kind: getattr(adapted, kind) + more})
+        assert lowrank.rank(more[0]) == r
+        error, noise = bounds.far_error(adapted, target, v, 1e7)
+        assert abs(error - floor.value) < 3 * noise < 0.1 * floor.value
+
+
+@pytest.mark.parametrize("options", [*WHOLE, {"depth": 2, "heads": 2, "gated": True}])
+def test_no_adapters_are_below_the_floor_of_all_modules(options: Any) -> None:
+    sizes = {"depth": 1, "heads": 1} | options
+    frozen, target = bare_pair(7, sizes.pop("depth"), 8, sizes.pop("heads"), **sizes)
+    floor = bounds.whole_floor(frozen, target, 1)
+    assert floor.values > 0.02
+    draw = randomness.generator(7, "far pairs")
+    k, n = bounds.directions(frozen, target, randomness.normal(draw, 8, 80)).chunk(2, 1)
+    x = 1e6 * torch.cat([k.mT[..., None].expand(40, 8, 199), n.mT[..., None]], 2)
+    for seed in range(6):
+        draw, weights = randomness.generator(seed, "adapters"), []
+        for W, wanted in zip(frozen.weights, target.weights, strict=True):
+            best = lowrank.truncated_svd(wanted - W, 1)
+            out = best.left + 0.1 * seed * randomness.normal(draw, *best.left.shape)
+            weights.append(W + out @ best.right.mT)
+        b_O = frozen.b_O + seed * randomness.normal(draw, *frozen.b_O.shape) / 9
+        adapted = frozen.with_parameters(weights).replace(b_O=b_O)
+        assert (adapted(x) - target(x))[..., -1].square().mean() > floor.value
+
+
+@pytest.mark.parametrize("options", WHOLE)
+def test_the_floor_of_all_modules_falls_to_zero_with_rank(options: Any) -> None:
+    frozen, target = bare_pair(8, 1, 8, 1, **options)
+    found = [bounds.whole_floor(frozen, target, R) for R in range(10)]
+    for more, less in itertools.pairwise(found):
+        assert all(a >= b for a, b in zip(more, less, strict=True))
+    assert found[1].feed_forward > 0 or options.get("gated")
+    assert found[0].feed_forward > 0
+    assert found[3].values > 0 == found[4].value == found[9].value
+    for R, floor in enumerate(found[:9]):
+        assert all(map(torch.equal, bounds.whole_floor(frozen, target, frozen.ranks(R)), floor))
+    assert bounds.whole_floor(frozen, frozen, 0).value == 0
+    # A matrix of all heads has no more rank than they have together; blocks add up.
+    for L, heads, size, R in ((1, 2, 2, 5), (2, 1, 8, 1)):
+        one, other = bare_pair(8, L, 8, heads, head_size=size, **options)
+        found = [bounds.whole_floor(one, other, ranks) for ranks in (R, one.ranks(R))]
+        torch.testing.assert_close(found[0].values, found[1].values)
+        assert found[0].values > 0 or heads == 2
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_feed_forward_layers_count_only_where_their_parity_is_known(gated: bool) -> None:
+    frozen, target = bare_pair(9, 1, 6, 1, gated=gated)
+    whole = bounds.whole_floor(frozen, target, 0)
+    assert whole.feed_forward > 0
+    for kind in {"b_1", "b_3", "s_2"} & {*frozen.kinds}:
+        biased = target.replace(**{kind: getattr(target, kind) + 1})
+        for one, two in ((frozen, biased), (biased, frozen)):
+            floor = bounds.whole_floor(one, two, 0)
+            assert floor.feed_forward == 0 < floor.values == floor.value
+        batch = [torch.stack(both) for both in zip(target.weights, biased.weights, strict=True)]
+        biases = [torch.stack(both) for both in zip(target.biases, biased.biases, strict=True)]
+        floor = bounds.whole_floor(frozen, target.with_parameters(batch, biases), 0)
+        torch.testing.assert_close(floor.feed_forward, whole.feed_forward * torch.tensor([1, 0]))
+        torch.testing.assert_close(floor.values, whole.values.expand(2))
+    other = bare(pair(9, 1, 6, 1, gated=not gated)[0])
+    assert bounds.whole_floor(other, target, 0).feed_forward == 0
+
+
+def test_what_has_no_floor_of_all_modules_is_refused() -> None:
+    frozen, target = pair(0, 1, 5, 1)
+    plain, wider = Transformer.random(1, 5, 1), pair(0, 1, 6, 1)[0]
+    for one, two, words in (
+        (frozen.replace(final_norm=True), target, "no final norm"),
+        (plain, plain, "with residual connections and norms"),
+        (wider, target, "target's width must be 6"),
+        (frozen, target.replace(activation="gelu"), "activation 'relu'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            bounds.whole_floor(one, two, 1)
+    wrong: Any = (([1], "one for each of the 6"), (-1, "ranks must be"), (0.5, "ranks"))
+    for ranks, words in wrong:
+        with pytest.raises(InputError, match=words):
+            bounds.whole_floor(frozen, target, ranks)
+    with pytest.raises(InputError, match="different coordinates"):
+        bounds.whole_floor(frozen, target, 1, torch.ones(5, 3).double())
+
+
+def test_forms_of_wide_networks_are_unfolded_both_ways() -> None:
+    frozen, target = bare_pair(3, 2, 70, 1, head_size=2, hidden=3, gated=True)
+    V, forms = frozen.basis(), torch.zeros(70, 69, 69).double()
+    for sign, network in ((-1, frozen), (1, target)):
+        for l in range(2):
+            gate, up = (W[l] * network.g_2[l] @ V for W in (network.W_1, network.W_3))
+            forms += sign * torch.einsum("of,fi,fj->oij", network.W_2[l], gate, up) / 2
+    forms = (forms + forms.mT) / 2
+    forms -= torch.eye(69) * forms.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    outer, inner = (lowrank.spectrum(x.flatten(1)).square() for x in (forms, forms.movedim(1, 0)))
+    for out, into in ((0, 0), (1, 0), (0, 1), (2, 1)):
+        left = outer[out:].sum() - 2 * inner[:into].sum()
+        given = only(frozen)
+        for kind, rank in (("W_2", out), ("W_3", into)):
+            given[frozen.kind_of_weight.index(kind)] = rank
+        floor = bounds.whole_floor(frozen, target, given)
+        assert left > 0
+        assert float(floor.feed_forward) == pytest.approx(2 * 70 / (69 * 71) * float(left))
