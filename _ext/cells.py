@@ -1,10 +1,12 @@
-"""What pages get from chapters' cells: captions of figures, and links in code.
+"""What pages get from chapters' cells: captions of figures, links in code, and printed tables.
 
 JupyterLab shows a caption, and numbers its figure, where a Markdown cell holds the directive
 ``figure`` without a picture, below the cell that draws; MyST-NB wants it in that cell's metadata.
 
 ``sphinx-codeautolink`` reads the cells as one program. Here it is told of those that the page
 leaves out, which import its names; and variables, which it would link to their types, stay plain.
+
+What a cell prints in columns has the class ``columns``: its lines are never wrapped.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import re
 from pathlib import Path
 
 import nbformat
+from docutils import nodes
 from nbformat import NotebookNode
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
 CAPTION = re.compile(r":::\{figure\}\n:name: (?P<name>\S+)\n\n(?P<caption>.+)\n:::", re.DOTALL)
+_COLUMNS = re.compile(r"\S {2,}\S|[─-╿]")
 
 
 def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -39,13 +43,15 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = nbformat.writes(notebook)
 
 
-def _number_from_one(app: Sphinx, env: BuildEnvironment) -> None:
-    """On each page without a number, as Sphinx counts figures through all of these."""
-    for kinds in env.toc_fignumbers.values():
-        for numbers in kinds.values():
-            if numbers and {len(number) for number in numbers.values()} == {1}:
-                before = min(numbers.values())[0] - 1
-                numbers.update({name: (at - before,) for name, (at,) in numbers.items()})
+def in_columns(text: str) -> bool:
+    """Tell a printed table from messages: two lines or more have gaps, or lines drawn."""
+    return sum(bool(_COLUMNS.search(line)) for line in text.splitlines()) > 1
+
+
+def _mark_columns(app: Sphinx, doctree: nodes.document) -> None:
+    for block in doctree.findall(nodes.literal_block):
+        if "stream" in block["classes"] and in_columns(block.astext()):
+            block["classes"].append("columns")
 
 
 def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
@@ -61,5 +67,5 @@ def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
 def setup(app: Sphinx) -> None:
     app.setup_extension("sphinx_codeautolink")
     app.connect("source-read", _prepare)
-    app.connect("env-check-consistency", _number_from_one)
+    app.connect("doctree-read", _mark_columns)
     app.connect("env-updated", _leave_variables_plain, priority=600)  # once it knows what they are

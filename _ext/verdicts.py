@@ -38,8 +38,8 @@ class Badge:
 
     @property
     def anchor(self) -> str:
-        """Its place on the scorecard."""
-        return f"claims-{self.docname.rpartition('/')[2]}-{self.name}"
+        """Its place on the scorecard: anchors are in small letters."""
+        return f"claims-{self.docname.rpartition('/')[2]}-{self.name}".lower()
 
     def node(self, env: BuildEnvironment) -> nodes.reference:
         """It on the page that is read: a link to the scorecard, or from there to its chapter."""

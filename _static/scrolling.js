@@ -5,6 +5,7 @@ document.addEventListener("DOMContentLoaded", async () => {
     "mjx-container[display='true']": "Equation",
     "div.pst-scrollable-table-container": "Table",
     "div.output": "Output",
+    "div.output pre": "Output",
     pre: "Code",
   };
   const boxes = Object.keys(NAMES).map((selector) => `.bd-article ${selector}`).join();

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import cells
 import nbformat
 import pytest
 from browsing import OTHERS, PAGES, soup
@@ -45,11 +46,17 @@ def test_chapter_shows_what_its_source_holds(book: Path, chapter: Path) -> None:
     assert str(ROOT) not in text
 
 
+def number_of(chapter: Path) -> str:
+    """A chapter's number, an appendix's letter, or nothing, for a note."""
+    name = chapter.stem.partition("-")[0]
+    return name.lstrip("0") if re.fullmatch(r"\d+|[A-Z]", name) else ""
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_has_the_number_of_its_file(book: Path, chapter: Path) -> None:
-    """In all parts of the book; its statements and figures count from there. A note has none."""
-    page, (number, *_) = soup(book, f"chapters/{chapter.stem}"), chapter.stem.split("-")
-    expected = rf"\b{int(number)}\." if number.isdigit() else r"^\D+\d+\s*$"
+    """In all parts of the book; its statements and figures count from there."""
+    page, number = soup(book, f"chapters/{chapter.stem}"), number_of(chapter)
+    expected = rf"\b{number}\." if number else r"^\D+\d+\s*$"
     counters = page.select("h1 .section-number, article .caption-number")
     assert len(counters) > 1
     for counter in counters:
@@ -133,7 +140,7 @@ def test_page_on_the_package_has_every_public_name(book: Path, docname: str) -> 
 
 def test_labels_in_docstrings_lead_to_their_statements(book: Path) -> None:
     kinds = "Assumption|Corollary|Definition|Lemma|Proposition|Remark|Theorem"
-    numbered = re.compile(rf"({kinds}) (\d+\.)?\d+")
+    numbered = re.compile(rf"({kinds}) ((\d+|[A-Z])\.)?\d+")
     found = {}
     for docname in PACKAGE:
         page = soup(book, docname)
@@ -238,11 +245,26 @@ def test_every_reference_within_the_book_has_a_preview(book: Path) -> None:
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_the_downloaded_markdown_reads_well(book: Path, chapter: Path) -> None:
     text = (book / "_sources" / "chapters" / f"{chapter.stem}.md").read_text(encoding="utf-8")
-    dotted, number = (r"\d+\. ", r"\d+\.\d+") if chapter.stem[0].isdigit() else ("", r"\d+")
-    assert re.match(rf"# {dotted}\w", text)
-    assert re.search(rf"^> \*\*(Theorem|Proposition|Observation) {number}\b", text, re.MULTILINE)
-    assert re.search(rf"^Fig\. {number} (\*\*)?\w", text, re.MULTILINE)
+    number = number_of(chapter)
+    title, count = (rf"{number}\. ", rf"{number}\.\d+") if number else ("", r"\d+")
+    kinds = "Theorem|Proposition|Lemma|Observation"
+    assert re.match(rf"# {title}\w", text)
+    assert re.search(rf"^> \*\*({kinds}) {count}\b", text, re.MULTILINE)
+    assert re.search(rf"^Fig\. {count} (\*\*)?\w", text, re.MULTILINE)
     assert re.search(r"^```python$", text, re.MULTILINE)
     assert re.search(r"\$[^$\n]+\$", text)
     for left in ("base64", "<svg", "{eval}", "{prf:", ":::", "\\(", str(ROOT), "Show code cell"):
         assert left not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rank  error\n   4    10%", True),
+        ("┌──────┐\n│ rank │\n└──────┘", True),
+        ("the ranks are too small:  give more of them", False),
+        ("rank 4 is enough\nrank 3 is not\n  of 8", False),
+    ],
+)
+def test_a_printed_table_is_told_from_messages(text: str, expected: bool) -> None:
+    assert cells.in_columns(text) is expected

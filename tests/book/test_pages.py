@@ -13,7 +13,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browsing import OTHERS, PAGES, STANDS_STILL, Reader, reading
 from conftest import CHAPTERS
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Locator, Page
 
 DESK, PHONE = 1280, 390
 # Of these each has parts that no other has; the rest are made of the same parts and colours, and a
@@ -46,6 +46,23 @@ SILENT_BOXES = """async () => {
     // Boxes are marked soon after they are laid out.
     for (let k = 0; k < 60 && silent().length; k++) await new Promise(requestAnimationFrame);
     return silent();
+}"""
+# Printed tables that are wrapped, and messages that are not.
+PRINTED_WRONG = """() => [...document.querySelectorAll("div.output.stream pre")]
+    .filter((text) => text.closest(".columns")
+        ? getComputedStyle(text).whiteSpace !== "pre" : text.scrollWidth > text.clientWidth)
+    .map((text) => text.textContent)"""
+SWITCH, FOLDED, MARK = "button.show-code", "div.cell > details.hide", "details.hide > summary"
+# How much lower the page is without its folded code.
+ROOM_OF_CODE = """(folded) => {
+    const article = document.querySelector(".bd-article");
+    const height = article.scrollHeight;
+    for (const code of document.querySelectorAll(folded)) {
+        const cell = code.parentElement;
+        code.remove();
+        if (!cell.children.length) cell.remove();
+    }
+    return height - article.scrollHeight;
 }"""
 FOCUSED = "document.activeElement"
 # Whether what is in focus stands out.
@@ -138,6 +155,7 @@ def test_page(reader: Reader, docname: str, tmp_path: Path) -> None:
     reader.open(docname)
     faults = appearance(page, "light")
     faults["bars"] = bars(page) if sampled else bars(page, SIGNATURES, **NO_CONTRAST)
+    faults["switch"] = page.locator(SWITCH).count() != min(page.locator(FOLDED).count(), 1)
     is_chapter = name in [chapter.stem for chapter in CHAPTERS]
     if is_chapter:
         faults |= opened(page)
@@ -145,6 +163,7 @@ def test_page(reader: Reader, docname: str, tmp_path: Path) -> None:
     reader.darken()
     resize(page, PHONE)
     faults["wider than a phone"] = page.evaluate(TOO_WIDE)
+    faults["printed"] = page.evaluate(PRINTED_WRONG)
     if is_chapter:
         page.wait_for_function(STANDS_STILL)  # the contents have gone
         faults["badges in the dark"] = bars(page, BADGES, **CONTRAST)
@@ -195,29 +214,110 @@ def test_contents_can_be_skipped(keyboard: Page) -> None:
     assert keyboard.evaluate(f"!!{FOCUSED}.closest('main')")
 
 
+def reach(page: Page, control: Locator) -> None:
+    """Come to a control by the Tab key, and see that it is in focus."""
+    control.focus()
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
+    assert control.evaluate(f"control => control === {FOCUSED}")
+    assert page.evaluate(OUTLINED)
+
+
 def test_keyboard_opens_folds_and_passes_from_link_to_link(keyboard: Page) -> None:
     """Equations are no stops on its way, and what is in focus is seen."""
-    for fold, content in {
-        "div.cell details.hide": "div.cell_input",
-        "div.admonition.dropdown": "p:not(.admonition-title)",
-    }.items():
-        first = keyboard.locator(fold).first
-        assert not first.locator(content).first.is_visible()
-        first.locator("summary, button").first.focus()
-        keyboard.keyboard.press("Shift+Tab")
-        keyboard.keyboard.press("Tab")
-        assert keyboard.evaluate(f"{FOCUSED}.matches('summary, button')")
-        assert keyboard.evaluate(OUTLINED)
-        keyboard.keyboard.press("Enter")
-        assert first.locator(content).first.is_visible()
-        keyboard.keyboard.press("Enter")
-        assert not first.locator(content).first.is_visible()
+    fold = keyboard.locator("div.admonition.dropdown").first
+    content = fold.locator("p:not(.admonition-title)").first
+    assert not content.is_visible()
+    reach(keyboard, fold.locator("button").first)
+    keyboard.keyboard.press("Enter")
+    assert content.is_visible()
+    keyboard.keyboard.press("Enter")
+    assert not content.is_visible()
     assert keyboard.locator("mjx-container").count()
     assert keyboard.locator("mjx-container[tabindex]:not(.scrolls)").count() == 0
     keyboard.locator(".bd-article a.reference").first.focus()
     for _ in range(10):
         keyboard.keyboard.press("Tab")
         assert keyboard.evaluate(OUTLINED), keyboard.evaluate(f"{FOCUSED}.outerHTML")
+
+
+def shown(page: Page, selector: str) -> set[bool]:
+    """Whether elements are seen: all, none or some."""
+    return {element.is_visible() for element in page.locator(selector).all()}
+
+
+def test_one_switch_shows_the_code_of_all_pages(browser: Browser, book: Path) -> None:
+    """To a keyboard too, and until it is pressed again; cells have no marks."""
+    code = f"{FOLDED}:not(.dropdown *, .sd-dropdown *) div.cell_input"
+    first, second = (chapter.stem for chapter in CHAPTERS[:2])
+    with reading(browser, book) as reader:
+        page = reader.page
+        off, on = (page.get_by_role("button", name="Show code", pressed=p) for p in (False, True))
+        reader.open(f"chapters/{first}")
+        assert shown(page, code) == {False}
+        reach(page, off)
+        page.keyboard.press("Enter")
+        assert shown(page, code) == {True}
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_function(f"document.documentElement.dataset.theme === '{scheme}'")
+            page.wait_for_function(STANDS_STILL)
+            assert bars(page, {"include": [[SWITCH]]}) == []
+        reader.open(f"chapters/{second}")
+        assert shown(page, code) == {True}
+        assert shown(page, MARK) == {False}
+        reach(page, on)
+        page.keyboard.press("Space")
+        assert shown(page, code) == shown(page, MARK) == {False}
+        reader.open(f"chapters/{first}")
+        assert shown(page, code) == {False}
+        assert off.count() == 1
+
+
+@pytest.mark.parametrize("width", [DESK, PHONE])
+def test_folded_code_takes_no_room_and_moves_nothing(
+    browser: Browser, book: Path, width: int
+) -> None:
+    with reading(browser, book, width) as reader:
+        page = reader.page
+        reader.open("chapters/03-partitions")
+        read, place = page.locator("article h2").nth(3), "part => part.getBoundingClientRect().top"
+        # The first that is seen, below the header.
+        top = read.evaluate(place) - 80
+        page.evaluate("top => scrollTo({ top, behavior: 'instant' })", top)
+        before, at = read.evaluate(place), page.evaluate("scrollY")
+        for _ in range(2):
+            page.locator(SWITCH).evaluate("button => button.click()")
+            page.wait_for_function(STANDS_STILL)
+            assert abs(read.evaluate(place) - before) < 2
+        assert abs(page.evaluate("scrollY") - at) < 2
+        assert abs(page.evaluate(ROOM_OF_CODE, FOLDED)) <= 1
+
+
+def test_links_and_searches_open_the_code_that_they_lead_to(browser: Browser, book: Path) -> None:
+    with reading(browser, book) as reader:
+        page, docname = reader.page, "chapters/04-transformers"
+        reader.open(docname)
+        cells, name = page.evaluate(
+            """(folded) => {
+                const article = document.querySelector(".bd-article");
+                const cells = [...article.querySelectorAll(`${folded} pre[id]`)];
+                const names = cells.flatMap((cell) => [...cell.querySelectorAll(".nf")]);
+                for (const cell of cells) cell.closest("details").remove();
+                const left = (name) => !article.textContent.includes(name);
+                return [cells.map(({id}) => id), names.map((n) => n.textContent).find(left)];
+            }""",
+            FOLDED,
+        )
+        reader.open("index")  # of what was taken away nothing stays
+        reader.open(docname, f"#{cells[-1]}")
+        page.locator(f"#{cells[-1]}").wait_for()
+        page.evaluate("(id) => { location.hash = id; }", cells[1])
+        page.locator(f"#{cells[1]}").wait_for()
+        assert page.locator(f"{FOLDED}[open]").count() == 2
+        reader.open(docname, f"?highlight={name}")
+        page.locator(f"{FOLDED} .highlighted").first.wait_for()
+        assert shown(page, f"{FOLDED} pre") == {False, True}
 
 
 @pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
@@ -283,10 +383,15 @@ def test_badge_shows_its_sentences_and_leads_to_them_and_back(
         assert page.locator("a.verdict:target").is_visible()
 
 
-def test_without_scripts_a_reference_is_a_link(browser: Browser, book: Path) -> None:
+def test_without_scripts_references_are_links_and_code_opens(browser: Browser, book: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto((book / "chapters" / "03-partitions.html").as_uri())
+    assert page.locator(SWITCH).count() == 0
+    code = page.locator(f"{FOLDED} div.cell_input").first
+    assert not code.is_visible()
+    page.locator(MARK).first.click()
+    assert code.is_visible()
     page.locator(REFERENCE).first.click()
     assert page.url.endswith("02-linearization.html#thm-one-layer")
     assert page.locator("div.preview").count() == 0

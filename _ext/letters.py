@@ -1,0 +1,46 @@
+"""Numbers on pages that Sphinx does not number.
+
+Their figures, statements and equations count from one on each page. The page ``chapters/A-name`` is
+an appendix: its title is "A. Title", its first theorem Theorem A.1, and its sections have no
+numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+_APPENDIX = re.compile(r"chapters/([A-Z])-")
+
+
+def _letter(docname: str) -> tuple[Any, ...]:
+    """What stands before the numbers of a page: the letter of an appendix, or nothing."""
+    return found.groups() if (found := _APPENDIX.match(docname)) else ()
+
+
+def _count_from_one(app: Sphinx, env: BuildEnvironment) -> None:
+    """Sphinx counts through all pages without a number."""
+    for docname, kinds in env.toc_fignumbers.items():
+        for numbers in kinds.values():
+            if numbers and {len(number) for number in numbers.values()} == {1}:
+                before = min(numbers.values())[0] - 1
+                letter = _letter(docname)
+                numbers.update({name: (*letter, at - before) for name, (at,) in numbers.items()})
+
+
+def _number_titles(app: Sphinx, env: BuildEnvironment) -> None:
+    for docname, contents in env.tocs.items():
+        if letter := _letter(docname):
+            title, *sections = contents.findall(nodes.reference)
+            title["secnumber"] = env.titles[docname]["secnumber"] = letter
+            env.toc_secnumbers[docname] = {part["anchorname"]: () for part in sections}
+            env.toc_secnumbers[docname][""] = letter
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("env-check-consistency", _count_from_one)
+    app.connect("env-check-consistency", _number_titles)
