@@ -1,8 +1,9 @@
 """Verdicts on what chapters claim: badges, which lead to the sentences on the scorecard and back.
 
-A badge stands behind the title of a statement, for all that its page claims about it. A claim about
-a statement of another page has its own, ``{verdict}`chapters/NN-name::label-7` ``, where its cell
-stands. The line that other front ends show stays where a claim fails.
+The title of a statement has a badge for all that its page claims about it. A claim about a
+statement of another page has its own in the margin beside its cell,
+``{verdict}`chapters/NN-name::label-7` ``. The line that other front ends show stays where a claim
+fails.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def set_marks(app: Sphinx, docname: str, source: list[str]) -> None:
                 lines = [] if claim.holds else [claim.line]
                 if name in found:
                     mark = f"{{verdict}}`{docname}::{name}`"
-                    lines.insert(0, f"Checked here: {{prf:ref}}`{claim.label}` {mark}")
+                    checked = f"Checked here: {{prf:ref}}`{claim.label}` {mark}"
+                    lines.insert(0, f":::{{margin}}\n{checked}\n:::")
                 output.data = {"text/markdown": "\n\n".join(lines)}
                 if not lines:
                     cell.outputs.remove(output)

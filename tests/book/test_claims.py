@@ -136,5 +136,5 @@ def test_lines_of_claims_go_unless_they_fail(tmp_path: Path) -> None:
     assert verdicts.verdict([elsewhere]) == "✓ holds"
     shown = [[output.data["text/markdown"] for output in cell.outputs] for cell in cells[:4]]
     checked = "Checked here: {prf:ref}`thm-b`"
-    marks = [f"{checked} {{verdict}}`page::thm-b-{place}`" for place in (2, 3)]
+    marks = [f":::{{margin}}\n{checked} {{verdict}}`page::thm-b-{k}`\n:::" for k in (2, 3)]
     assert shown == [[], [wrong.line], [marks[0]], [f"{marks[1]}\n\n{both.line}"]]
