@@ -3,6 +3,9 @@
 Their figures, statements and equations count from one on each page. The page ``chapters/A-name`` is
 an appendix: its title is "A. Title", its first theorem Theorem A.1, and its sections have no
 numbers.
+
+A text names a page by the number in its file's name: ``Chapter {chapter}`07-training` `` links to
+Chapter 7, and ``Appendix {chapter}`A-splitting` `` to Appendix A.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.roles import XRefRole
 
 _APPENDIX = re.compile(r"chapters/([A-Z])-")
 
@@ -41,6 +45,22 @@ def _number_titles(app: Sphinx, env: BuildEnvironment) -> None:
             env.toc_secnumbers[docname][""] = letter
 
 
+class Chapter(XRefRole):
+    """Link to a page as the role ``doc`` does, by its number or letter."""
+
+    def process_link(
+        self,
+        env: BuildEnvironment,
+        refnode: nodes.Element,
+        has_explicit_title: bool,
+        title: str,
+        target: str,
+    ) -> tuple[str, str]:
+        refnode.attributes.update({"refdomain": "std", "reftype": "doc", "refexplicit": True})
+        return target.rpartition("/")[2].partition("-")[0].lstrip("0"), target
+
+
 def setup(app: Sphinx) -> None:
+    app.add_role("chapter", Chapter(warn_dangling=True, innernodeclass=nodes.inline))
     app.connect("env-check-consistency", _count_from_one)
     app.connect("env-check-consistency", _number_titles)

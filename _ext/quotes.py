@@ -7,7 +7,7 @@ asks the kernel for it. On any other page it is ``{quoted}`07-training::plain_4:
 ``{printed}`` shows what a command printed, a text that a chapter glued: of its lines those with
 one of the parts below or, with the option ``:without:``, the others. The command stands before::
 
-    :::{printed} 14-planning::plan-output
+    :::{printed} 15-planning::plan-output
     :command: lorapower plan BASE TUNED --texts FILE --error 0.1
     parameters of the factors
     at most, at 95%

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import cells
 import nbformat
 import pytest
+import yaml
 from browsing import OTHERS, PAGES, soup
 from bs4 import BeautifulSoup, Tag
 from conftest import CHAPTERS, ROOT
@@ -44,6 +45,15 @@ def test_chapter_shows_what_its_source_holds(book: Path, chapter: Path) -> None:
     assert nbformat.read(notebook, as_version=4).cells
     text = notebook.read_text(encoding="utf-8")
     assert str(ROOT) not in text
+
+
+def test_addresses_of_earlier_editions_lead_on(book: Path) -> None:
+    settings = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    redirects = settings["sphinx"]["config"]["redirects"]
+    assert redirects
+    for old, new in redirects.items():
+        assert new in (book / f"{old}.html").read_text(encoding="utf-8")
+        assert (book / old).with_name(new).is_file()
 
 
 def number_of(chapter: Path) -> str:

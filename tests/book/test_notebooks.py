@@ -190,7 +190,7 @@ def test_a_chapter_refuses_bad_values_in_its_first_line(head: Head) -> None:
         ({"model": "./nowhere"}, "model must be a folder that exists; got './nowhere'"),
     ],
 )
-@pytest.mark.parametrize("chapter", [ROOT / "chapters" / "12-text-encoders.ipynb"], indirect=True)
+@pytest.mark.parametrize("chapter", [ROOT / "chapters" / "K-encoders.ipynb"], indirect=True)
 def test_texts_and_models_are_looked_for_in_the_first_line(
     given: dict[str, str], message: str, head: Head
 ) -> None:
@@ -202,7 +202,9 @@ COMMANDS = [
     (document, line)
     for document in (ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "chapters").iterdir())
     if document.suffix in (".md", ".ipynb")
-    for line in re.findall(r"make chapter [^`\n]*?NAME=[^`\n]*", document.read_text("utf-8"))
+    for line in re.findall(
+        r"make chapter [^`\n]*?NAME=[^`\n]*|papermill chapters/[^`\n]*", document.read_text("utf-8")
+    )
 ]
 
 
@@ -210,10 +212,14 @@ COMMANDS = [
     ("document", "line"), sorted({*COMMANDS}), ids=lambda part: getattr(part, "stem", None)
 )
 def test_commands_of_the_text_name_a_chapter_and_its_parameters(document: Path, line: str) -> None:
-    line = re.sub(r"\\n?\W*$", "", line)  # in a notebook, the end of a string
-    variables = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
-    (named,) = (ROOT / "chapters").glob(f"{variables['NAME']}*.ipynb")
-    given = shlex.split(variables.get("ARGS", ""))
+    ending = r"\s*\\+n?\W*$"  # of a string, in a notebook
+    tool, *words = shlex.split(re.sub(ending, "", line))
+    if tool == "make":
+        variables = dict(word.split("=", 1) for word in words if "=" in word)
+        name, given = f"{variables['NAME']}*.ipynb", shlex.split(variables.get("ARGS", ""))
+    else:
+        name, given = Path(words[0]).name, words[2:]
+    (named,) = (ROOT / "chapters").glob(name)
     assert given[::3] == ["-p"] * len(given[::3])
     assert {*given[1::3]} <= {*papermill.inspect_notebook(named)}
     if document.suffix == ".ipynb":

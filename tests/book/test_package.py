@@ -55,7 +55,9 @@ def test_commands_of_the_text_exist() -> None:
     variables = {"ARGS", "LAB_ARGS", "NAME", *given}
     for document in (ROOT / "README.md", *ROOT.glob("chapters/*.md")):
         text = document.read_text(encoding="utf-8")
-        assert set(re.findall(r"\bmake ([a-z]+)(?=[` ]| +#)", text)) <= commands, document.name
+        assert set(re.findall(r"(?:^ *|`)make ([a-z]+)", text, re.MULTILINE)) <= commands, (
+            document.name
+        )
         assert set(re.findall(r"(?<!--adapter )\b([A-Z_]{3,})=", text)) <= variables, document.name
 
 

@@ -19,7 +19,7 @@ DESK, PHONE = 1280, 390
 # Of these each has parts that no other has; the rest are made of the same parts and colours, and a
 # phone has the same besides on every page. Signatures have colours too.
 SAMPLES = [
-    *("index", "chapters/answers", "search", "chapters/03-partitions", "chapters/14-planning"),
+    *("index", "chapters/answers", "search", "chapters/03-partitions", "chapters/15-planning"),
     *("chapters/scorecard", "chapters/statements", "api/networks"),
 ]
 SIGNATURES = {"exclude": [["dt.sig"]]}

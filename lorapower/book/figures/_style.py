@@ -76,7 +76,7 @@ def use_style() -> None:
         "axes.spines.right": False,
         "axes.spines.top": False,
         "figure.constrained_layout.use": True,
-        "figure.figsize": (6.4, 3.7),
+        "figure.figsize": (5.0, 3.2),  # so that phones show ticks of 11 pixels
         "grid.color": "0.9",
         "legend.edgecolor": "white",
         "legend.framealpha": 0.9,
