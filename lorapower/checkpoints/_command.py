@@ -7,7 +7,9 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -28,8 +30,8 @@ from rich.table import Table
 
 from ..errors import InputError, LorapowerError
 from . import workflow
-from ._export import measure_peft, measured_rows, megabytes, percent, size_rows, without_nan
-from ._measuring import read_texts
+from ._export import measure_peft, megabytes, most, percent, without_nan
+from ._measuring import Measured, read_texts
 from .workflow import Plan
 
 # Exit status: done; the error asked for is not reached; bad input.
@@ -69,7 +71,7 @@ class _Options:
     texts: Path = _flag(
         "Texts like those the model is for: one a line, or .jsonl with 'text'.", MISSING
     )
-    tokens: int = _flag("Each text is cut to this many tokens.", 128)
+    tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
     seed: int = _flag("Draws texts and probes.", 0)
     device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
     as_json: bool = _flag("Print the report as JSON and nothing else.", False, "--json")
@@ -87,7 +89,7 @@ class _PlanOptions(_Options):
         "Instead of TUNED: an adapter and its weight, such as movies=0.7. May be repeated.",
         metavar="DIR=WEIGHT",
     )
-    held_out: Path | None = _flag("Other texts, to state errors with. Without: half of the texts.")
+    held_out: Path | None = _flag("Other texts, to certify with. Without: half of the texts.")
     error: float | None = _flag(
         "Part of the tuning's effect that may be lost; 0.1 if nothing is asked."
     )
@@ -95,11 +97,12 @@ class _PlanOptions(_Options):
     rank: int | None = _flag(
         "Instead of --error: as many numbers as this rank on all modules takes."
     )
-    sure: bool = _flag(
-        "Require the 95% limit of the error, not its estimate, to be at most --error.",
+    estimate: bool = _flag(
+        "Require the estimate over all texts, not the certificate, to be at most --error.",
         False,
-        "--sure",
+        "--estimate",
     )
+    details: bool = _flag("Print the size, rank and loss of each module, and all numbers.", False)
     modules: str = _flag("all, attention, mlp, or a regular expression.", "all")
     leave: list[str] | None = _flag(
         "Kind that stays the base's: bias, norm, embedding, head. May be repeated."
@@ -166,12 +169,12 @@ def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any],
 def plan(options: _PlanOptions) -> None:
     """Say which rank each module needs. Writes nothing.
 
-    The status is 0 if the error measured on held-out texts is at most what was asked for. That is
-    an estimate; the limit at 95% beside it is the cautious number, and may be above. With --sure
-    the limit must be at most what was asked for. The limit cuts off 1.25% of a bootstrap of texts,
-    not 5%, since errors of texts are skewed.
+    The status is 0 if the plan is certified: at least 90% of texts like these lose at most --error
+    of what tuning typically changed in the outputs, at a confidence of 95% and whatever their
+    distribution. With --estimate only the root mean square over held-out texts is compared. The
+    confidence is that of the first plan with these texts, on which the model was not tuned.
     """
-    _show(_call(workflow.plan, options), options.as_json)
+    _show(_call(workflow.plan, options), options)
 
 
 @_command(_ExtractOptions)
@@ -183,24 +186,39 @@ def plan(options: _PlanOptions) -> None:
 def extract(options: _ExtractOptions) -> None:
     """Write the adapter as a folder that peft reads, with its errors in report.json.
 
-    The adapter is written, and the status is 0, if the error measured on held-out texts is at most
-    what was asked for. That is an estimate; the limit at 95% beside it is the cautious number. With
-    --sure the limit must be at most what was asked for, or nothing is written. It cuts 1.25% of a
-    bootstrap of texts, not 5%, since errors of texts are skewed.
+    The adapter is written, and the status is 0, if it is certified: at least 90% of texts like
+    these lose at most --error of what tuning typically changed in the outputs, at a confidence of
+    95% and whatever their distribution. With --estimate only the root mean square over held-out
+    texts is compared.
     """
-    _show(_call(workflow.extract, options), options.as_json, options.out)
+    _show(_call(workflow.extract, options), options, options.out)
 
 
 @_command(_CheckOptions)
 def check(options: _CheckOptions) -> None:
-    """Measure anybody's adapter against the tuned model, on texts that no plan has used."""
+    """Measure anybody's adapter against the tuned model, on texts that no plan has used.
+
+    Of an adapter with a certificate it says whether these texts confirm it. The status is 1 if they
+    contradict it, which happens to one true certificate in 20.
+    """
     measured = _call(workflow.check, options)
     carried, size = measure_peft(Path(options.adapter))
     if options.as_json:
         _print(without_nan(measured._asdict() | {"carried": carried, "adapter_bytes": size}))
         return
-    rows = [*size_rows(carried, size, estimated=False), *measured_rows(measured)]
-    console.print(_table(f"{options.adapter} against {options.tuned}", rows))
+    rows = [_certificate(measured.certified)]
+    if measured.verdict:
+        exceeding = f"{measured.exceeding} of {measured.texts} texts lose more"
+        says = {
+            "confirmed": f"these texts certify what report.json does; {exceeding}",
+            "consistent": f"{exceeding} than report.json certifies, which chance explains",
+            "failed": f"{exceeding} than report.json certifies, which chance does not explain",
+        }
+        rows = [("Verdict", f"{measured.verdict.upper()}: {says[measured.verdict]}")]
+    rows += [*_measured(measured), ("Size", f"{megabytes(size)}, {carried:,} numbers")]
+    _tell(rows)
+    if measured.verdict == "failed":
+        raise typer.Exit(SHORT)
 
 
 def main() -> NoReturn:
@@ -220,7 +238,8 @@ def main() -> NoReturn:
 def _call(function: Callable[..., Any], options: _Options) -> Any:
     """Call a function with a command's options and the texts of its files."""
     given = {name: value for name, value in vars(options).items() if value is not None}
-    del given["as_json"], given["quiet"]
+    for name in ("as_json", "quiet", "details"):
+        given.pop(name, None)
     if isinstance(options, _PlanOptions):
         given["tuned"] = _tuned(options.tuned, given.pop("adapter", None))
         given["serving"] = given.pop("form") == "serving"
@@ -310,53 +329,141 @@ class _Stages:
             self._bars.stop()
 
 
-def _show(plan: Plan, as_json: bool, out: Path | None = None) -> NoReturn:
-    """Show a plan, and end with its status."""
+def _show(plan: Plan, options: _PlanOptions, out: Path | None = None) -> NoReturn:
+    """Show a plan, its verdict first, and end with its status."""
     status = DONE if plan.reached else SHORT
-    if as_json:
+    if options.as_json:
         _print(plan.report())
         raise typer.Exit(status)
-    ranks = Table(title="Ranks, and the part of the effect that each module alone loses")
-    ranks.add_column("module", overflow="fold")
-    for name in ("size", "rank", "lost"):
-        ranks.add_column(name, justify="right")
-    for name, _, rows, columns, rank, lost in plan.table().itertuples(index=False):
-        ranks.add_row(name, f"{rows}×{columns}", str(rank), percent(lost))
-    console.print(ranks)
-    table = _table("In all", plan.totals(written=plan.reached and out is not None))
-    table.caption = (
-        "uniform: one rank for all; energy: an equal share of each change's squared norm; plain: "
-        "singular values by gain for cost; effect: directions and gains chosen by the outputs"
-    )
-    console.print(table)
-    if plan.planner.equal:
-        console.print("Both models give the same on all texts: rank 0 everywhere is exact.")
-    elif plan.reached and not plan.adapter.parameters:
-        console.print("Nothing but what is carried over is needed: rank 0 everywhere.")
-    aim, measured = plan.aim, plan.measured
-    if (unknown := plan.planner.texts.unknown) > UNKNOWN:
-        console.print(
-            f"{unknown:.0%} of the tokens stand for words that the tokenizer does not know: are "
-            "these texts like those the model is for?"
-        )
-    if not plan.reached:
-        most = f", at most {measured.error_upper:.3g} at 95%" if plan.sure else ""
-        console.print(
-            f"An error of {aim:g} was not reached with ranks up to {plan.planner.max_rank}: "
-            f"the nearest found is {measured.error:.3g}{most}. Raise --max-rank, allow a larger "
-            + ("error, or give more texts." if plan.sure else "error, or both.")
-        )
-    elif out is not None:
-        size = megabytes(plan.size)
-        console.print(f"Written to {out}, {size}, read back with the same error.")
-    if left := ", ".join(sorted(plan.planner.pair.leave & plan.planner.pair.not_low_rank.keys())):
-        console.print(f"Left as in the base, and counted in the error: {left}.")
-    if plan.reached and aim is not None and measured.error_upper > aim:
-        console.print(
-            f"The error of {aim:g} is reached by the estimate, but not by its limit at 95%, "
-            "the cautious number: ask for a smaller error, use --sure, or give more texts."
-        )
+    _tell(_verdict(plan, out))
+    typer.echo("")
+    _tell([("Ranks" * (not k), line) for k, line in enumerate(_grid(plan.ranks))], wrap=False)
+    if options.details:
+        ranks = Table(title="Ranks, and the part of the effect that each module alone loses")
+        ranks.add_column("module", overflow="fold")
+        for name in ("size", "rank", "lost"):
+            ranks.add_column(name, justify="right")
+        for name, _, rows, columns, rank, lost in plan.table().itertuples(index=False):
+            ranks.add_row(name, f"{rows}×{columns}", str(rank), percent(lost))
+        console.print(ranks)
+        console.print(_table("In all", plan.totals(written=plan.reached and out is not None)))
     raise typer.Exit(status)
+
+
+def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
+    """What was asked, whether it holds, and what the adapter loses and takes."""
+    rows, measured, planner = [], plan.measured, plan.planner
+    if plan.aim is None:
+        rows.append(_certificate(measured.certified))
+    elif plan.estimate:
+        aim = f"{100 * plan.aim:.4g}%"
+        rows.append(("Asked", f"an estimated loss of at most {aim} over all held-out texts"))
+        rows.append(("Verdict", "REACHED, as an estimate" if plan.reached else "NOT REACHED"))
+    else:
+        lost = f"lose at most {100 * plan.aim:.4g}% of what tuning typically changed"
+        rows.append(("Asked", f"at least 90% of texts like these {lost}"))
+        texts = f"95%, any distribution; {measured.texts} texts that had no part in choosing"
+        rows.append(("Verdict", f"{'' if plan.reached else 'NOT '}CERTIFIED ({texts})"))
+    if not plan.reached:
+        rows.append(("", _remedy(plan)))
+    worst = math.ceil(0.05 * measured.texts)
+    held = f"{worst} of {measured.texts} texts hold {plan.largest_share:.0%} of the squared loss"
+    rows += [*_measured(measured, held if plan.largest_share > 0 else "")]
+    size = f"{megabytes(plan.size)}: {plan.adapter.parameters:,} numbers in factors, "
+    size += f"{plan.carried:,} in all"
+    rows.append(("Size", size if plan.reached and out is not None else f"about {size}"))
+    error, parameters = plan.baselines["uniform"]
+    if plan.adapter.parameters and parameters <= 1.05 * plan.adapter.parameters:
+        rows.append(("Instead", f"one rank everywhere, at the same size, loses {percent(error)}"))
+    if planner.equal:
+        same = "Both models have the same outputs on all texts"
+        rows.append(("Note", f"{same}: rank 0 everywhere is exact."))
+    elif plan.reached and not plan.adapter.parameters:
+        rows.append(("Note", "No factors are needed: rank 0 everywhere."))
+    if planner.texts.cut:
+        cut = f"{planner.texts.cut} texts were cut off after {planner.options['tokens']} tokens"
+        rows.append(("Note", f"{cut}; the certificate is for such texts."))
+    if planner.texts.unknown > UNKNOWN:
+        unknown = f"{planner.texts.unknown:.0%} of the tokens stand for words that the tokenizer"
+        rows.append(("WARNING", f"{unknown} does not know: are these texts like the model's?"))
+    if left := ", ".join(sorted(planner.pair.leave & planner.pair.not_low_rank.keys())):
+        rows.append(("Note", f"Left as in the base, and counted in the loss: {left}."))
+    if plan.reached and out is not None:
+        rows.append(("Written", f"to {out}, and read back with the same loss"))
+    return rows
+
+
+def _remedy(plan: Plan) -> str:
+    """What to do where nothing that was asked is reached."""
+    if not math.isfinite(plan.stated):
+        return (
+            "Tuning changes none of the texts for choosing. Give texts on which it does something."
+        )
+    high = max(plan.ranks.values(), default=0) >= plan.planner.max_rank
+    more = "Raise --max-rank, or allow a larger error." if high else "Allow a larger error."
+    nearest = f"The best adapter that was tried loses {most(plan.stated)}"
+    if plan.estimate:
+        return f"{nearest}. {more}"
+    if math.isfinite(plan.texts_needed):
+        more = f"{plan.texts_needed:.0f} held-out texts like these might be enough. {more}"
+    return f"{nearest}, by its certificate or over all texts. {more}"
+
+
+def _certificate(limit: float) -> tuple[str, str]:
+    """What texts certify of an adapter that they had no part in choosing."""
+    if not math.isfinite(limit):
+        return "Certified", "nothing: too few texts"
+    lost = f"lose at most {most(limit)} of what tuning typically changed"
+    return "Certified", f"at least 90% of texts like these {lost} (95%, any distribution)"
+
+
+def _measured(measured: Measured, held: str = "") -> list[tuple[str, str]]:
+    """What an adapter loses, for people."""
+    estimate = f"{percent(measured.error)} lost over all {measured.texts} texts"
+    rows = [("Estimate", f"{estimate}; {held}" if held else estimate)]
+    if math.isfinite(measured.agreement):
+        equal = round(measured.agreement * measured.decisions)
+        decisions = f"{equal:,} of {measured.decisions:,}"
+        least = percent(measured.agreement_lower)
+        rows.append(("Decisions", f"{decisions} as the tuned model (at least {least}, at 95%)"))
+    return rows
+
+
+def _grid(ranks: Mapping[str, int]) -> list[str]:
+    """Ranks of modules, a line for each block and a column for each kind, then all others."""
+    blocks: dict[int, dict[str, int]] = {}
+    others = []
+    for name, rank in ranks.items():
+        found = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.*?)(?:\.dense)?", name)
+        if found:
+            blocks.setdefault(int(found[1]), {})[found[2]] = rank
+        else:
+            others.append(f"{name.removesuffix('.dense').rpartition('.')[2]} {rank}")
+    kinds = list(dict.fromkeys(kind for block in blocks.values() for kind in block))
+    heads = {kind: _ending(kind, kinds) for kind in kinds}
+    lines = []
+    if blocks:
+        lines.append("block " + " ".join(heads.values()))
+    for number, block in blocks.items():
+        cells = (f"{block.get(kind, ''):>{len(head)}}" for kind, head in heads.items())
+        lines.append(f"{number:>5} " + " ".join(cells))
+    return [*lines, *([", ".join(others)] if others else [])] or ["none"]
+
+
+def _ending(kind: str, kinds: Sequence[str]) -> str:
+    """The shortest ending of a dotted name that no other name has."""
+    parts = kind.split(".")
+    endings = (".".join(parts[k:]) for k in reversed(range(len(parts))))
+    alone = (e for e in endings if not any(o != kind and f".{o}".endswith(f".{e}") for o in kinds))
+    return next(alone, kind)
+
+
+def _tell(rows: Sequence[tuple[str, str]], *, wrap: bool = True) -> None:
+    """Print labels and texts in two columns, 72 characters wide."""
+    for label, text in rows:
+        lines = textwrap.wrap(text, 60, break_long_words=False, break_on_hyphens=False)
+        for k, line in enumerate(lines if wrap else [text]):
+            typer.echo(f"{label * (not k):<11} {line}".rstrip())
 
 
 def _table(title: str, rows: Sequence[tuple[str, str]]) -> Table:

@@ -8,8 +8,9 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from torch import nn
 from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import module_factors
-from ._measuring import Measured
+from ._measuring import TOKENS, Measured
 from ._models import PEFT_CONFIG, public_name, quiet, require_libraries, tokenizer
 from .pair import Adapter, Pair
 
@@ -226,6 +227,24 @@ def measure_peft(folder: Path) -> tuple[int, int]:
     return sum(tensor.numel() for tensor in tensors.values()), size
 
 
+class Certified(NamedTuple):
+    """What a report certifies: the tokens of texts, the unit of losses, and their limit."""
+
+    tokens: int = TOKENS
+    typical: float | None = None
+    limit: float | None = None
+
+
+def read_report(folder: Path | str) -> Certified:
+    """Read what the report beside an adapter certifies; without one nothing."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
+        typical, limit = float(report["typical_effect"]), float(report["certified"])
+        if 0 < typical < math.inf and 0 <= limit < math.inf:
+            return Certified(int(report["options"]["tokens"]), typical, limit)
+    return Certified()
+
+
 def describe(
     folder: Path,
     report: Mapping[str, Any],
@@ -235,8 +254,13 @@ def describe(
     """Write the report, and a card for people with its totals and the table of modules."""
     text = json.dumps(report, indent=2, allow_nan=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-    upper = report["error_upper"]
-    limit = "no limit can be given" if upper is None else f"at most about {upper:.1%} at 95%"
+    promise = "Nothing is certified."
+    if (limit := report["certified"]) is not None:
+        promise = (
+            f"At least {report['certified_share']:.0%} of texts like the held-out ones lose at "
+            f"most {most(limit)} of what tuning typically changed in the outputs, at a confidence "
+            "of 95%."
+        )
     notes = f"\n{_DEQUANTIZED}\n" if report["base_dequantized"] else ""
     notes += f"\n{_TIED}\n" if report["ties_embeddings"] else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in totals)
@@ -252,9 +276,8 @@ tags: [lora, lorapower]
 
 # A low-rank adapter of {_short(report["tuned"])} for {_short(report["base"])}
 
-It stands in for the fine-tuned model. Of what tuning changed in the outputs, \
-{report["error"]:.1%} is lost (root mean square, {report["held_out_texts"]} held-out texts; for \
-others like these {limit}). The first number is an estimate, the limit is the cautious one.
+It replaces the fine-tuned model. {promise} Over {report["held_out_texts"]} held-out texts \
+{report["error"]:.1%} of the effect of tuning is lost (root mean square, an estimate).
 
 | | |
 | --- | --- |
@@ -283,7 +306,7 @@ def measured_rows(measured: Measured) -> list[tuple[str, str]]:
     """Name and write what an adapter loses, for people."""
     rows = [
         ("error (part of the effect that is lost)", percent(measured.error)),
-        ("at most, at 95%", percent(measured.error_upper)),
+        ("at least 90% of texts lose at most, at 95%", most(measured.certified)),
     ]
     if math.isfinite(measured.agreement):
         rows += [
@@ -314,6 +337,11 @@ def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
 def megabytes(size: int) -> str:
     """Write a size in bytes for people."""
     return f"{size / 1e6:.3g} MB"
+
+
+def most(share: float) -> str:
+    """Write an upper limit of a share for people, rounded up."""
+    return percent(math.ceil(1000 * share - 1e-9) / 1000) if math.isfinite(share) else "–"
 
 
 def percent(share: float) -> str:

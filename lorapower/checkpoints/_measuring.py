@@ -36,6 +36,8 @@ _LOAD = 2**26
 # Rows of a head that are taken at a time.
 _WORDS = 2**13
 _CONFIDENCE = 0.95
+#: The share of texts that a certificate speaks of.
+SHARE = 0.9
 _DRAWS = 4000
 # The part of the bootstrap that is cut, not 0.05: errors of texts are skewed. For 60 or 120
 # log-normal ones of σ = 1.5 this limit holds in 95% of cases.
@@ -209,9 +211,23 @@ class Measured(NamedTuple):
         is lost: 0 for the tuned network ``f̄``, 1 for the base ``f_0``. Outputs are logits minus
         their mean over classes or tokens or, without a head, last hidden states.
     error_upper : float
-        The cautious number: an approximate upper limit at 95% of ``η`` for all texts of this kind.
-        It cuts 1.25% of a bootstrap, not 5%, since errors of texts are skewed. Where one or two
-        texts hold most of the error it is still too low in more than 5% of cases.
+        An approximate upper limit of ``η`` for all texts of this kind. It cuts 1.25% of a
+        bootstrap, not 5%, since errors of texts are skewed. Where a few texts hold most of the
+        error it is too low in more than 5% of cases.
+    certified : float
+        For an adapter that was chosen without these texts: at least 90% of different texts like
+        these lose at most this part of the tuning's typical effect, at a confidence of 95% and
+        whatever their distribution is [prop-certificate]. A text loses ``‖f̂ − f̄‖``; the typical
+        effect is the root mean square of ``‖f_0 − f̄‖`` over the texts by which a plan was selected
+        or, without a plan, over these. Infinite for fewer than 29 texts.
+    decisions : int
+        The number of decisions: of texts or, for a language model, of tokens.
+    verdict : str
+        What these texts say of the certificate in an adapter's ``report.json``, empty without one:
+        ``"confirmed"`` if they certify it by themselves, ``"failed"`` if so many lose more that,
+        were it true, this would happen in at most 5% of cases, and otherwise ``"consistent"``.
+    exceeding : int
+        How many of these texts lose more than that certificate says.
     """
 
     error: float
@@ -220,6 +236,10 @@ class Measured(NamedTuple):
     agreement_lower: float
     kl: float
     texts: int
+    certified: float = math.inf
+    decisions: int = 0
+    verdict: str = ""
+    exceeding: int = 0
 
 
 class Compared(NamedTuple):
@@ -292,6 +312,8 @@ class Reference:
     def __init__(self, batches: Sequence[Batch], readout: Readout) -> None:
         self.batches, self.readout = batches, readout
         self.effect: NDArray[np.float64] = np.zeros(0)
+        #: The typical effect that losses of texts are parts of; by default that of these texts.
+        self.typical: float | None = None
         self._states: list[Tensor] = []
 
     @torch.no_grad()
@@ -329,7 +351,17 @@ class Reference:
             lower_limit(equal, decisions),
             float(divergence.sum() / decisions.sum()),
             len(squares),
+            quantile_limit(self.losses(squares)),
+            int(decisions.sum()),
         )
+
+    def losses(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The part of the tuning's typical effect that each text loses."""
+        typical = self.typical
+        if typical is None:
+            typical = math.sqrt(self.effect.mean())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(squares == 0, 0.0, np.sqrt(squares) / typical)
 
     def _distances(self, network: Any) -> NDArray[np.float64]:
         """The squared distance of each text from the tuned network's outputs."""
@@ -426,6 +458,42 @@ def largest_share(squares: NDArray[np.float64], part: float = 0.05) -> float:
     """The share of a sum that its largest terms hold, a part of all; NaN if the sum is 0."""
     largest = np.sort(squares)[-math.ceil(part * len(squares)) :]
     return float(largest.sum() / squares.sum()) if squares.sum() else math.nan
+
+
+def quantile_limit(losses: NDArray[np.float64], share: float = SHARE) -> float:
+    """An upper limit of a quantile at 95%, for any distribution [prop-certificate].
+
+    It is the k-th smallest of the losses with the least k such that a binomial number of ``n``
+    draws with probability ``share`` is at least k in at most 5% of cases (Wilks, 1941); infinite
+    where there is no such k up to ``n``.
+    """
+    from scipy import stats
+
+    k = int(stats.binom.ppf(_CONFIDENCE, len(losses), share)) + 1
+    return float(np.sort(losses)[k - 1]) if k <= len(losses) else math.inf
+
+
+def judge(losses: NDArray[np.float64], limit: float, share: float = SHARE) -> tuple[str, int]:
+    """Judge a certified limit by fresh texts: ``verdict`` and ``exceeding`` of `Measured`."""
+    from scipy import stats
+
+    # Merged and unmerged adapters differ by rounding.
+    limit = 1.001 * limit + 1e-5
+    exceeding = int((~(losses <= limit)).sum())
+    if quantile_limit(losses, share) <= limit:
+        return "confirmed", exceeding
+    chance = stats.binom.cdf(len(losses) - exceeding, len(losses), share)
+    return "failed" if chance <= 1 - _CONFIDENCE else "consistent", exceeding
+
+
+def texts_for(losses: NDArray[np.float64], limit: float, share: float = SHARE) -> float:
+    """How many texts like these would certify a limit; infinite if no number that is used does."""
+    from scipy import stats
+
+    within = float((losses <= limit).mean())
+    numbers = np.arange(LEAST_TEXTS, _MOST + 1)
+    enough = stats.binom.ppf(_CONFIDENCE, numbers, share) + 1 <= within * numbers
+    return float(numbers[enough][0]) if enough.any() else math.inf
 
 
 def upper_limit(

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -101,6 +101,8 @@ class Planner:
         parts = self.texts.fit, self.texts.select, self.texts.test
         self.fit, self.select, self.test = (Reference(part, self.readout) for part in parts)
         means = self._pass_texts()
+        # Of other texts than those for stating, so that their losses are independent.
+        self.test.typical = math.sqrt(self.select.effect.mean())
         self.directions: dict[str, Directions] = {}
         for done, name in enumerate(self.modules):
             self.report("directions of changes", done, len(self.modules))
@@ -176,6 +178,25 @@ class Planner:
                 low = middle
         self.report("searching the smallest adapter", done, done)
         return adapter
+
+    def descend(self, error: float) -> Iterator[Adapter]:
+        """Make adapters from large to small, along the order in which ``effect`` takes directions.
+
+        The first have four times and twice the parameters of the smallest one with a third of an
+        error on the texts for selection, as far as the highest ranks allow. Later ones have 15%
+        fewer parameters each, and the last none. None of this looks at the texts for stating.
+        """
+        found = self.least(error / 3)
+        low = self.most if found is None else found.parameters
+        sizes = [min(4 * low, self.most), min(2 * low, self.most), low]
+        while sizes[-1] > self.parameters(1) // 50:
+            sizes.append(math.floor(0.85 * sizes[-1]))
+        choice, before = choose(self._pool, *self._sketches, sizes[0]), -1
+        for size in [*sizes, 0]:
+            adapter = self._with_gains(choice.gains(size))
+            if adapter.parameters != before:
+                yield adapter
+            before = adapter.parameters
 
     def smallest(self, error: float) -> tuple[str, Adapter]:
         """Return ``"effect"`` and what `least` finds, or else `best` at the highest ranks."""

@@ -56,9 +56,9 @@ class Plan:
     squares: NDArray[np.float64]
     #: The error that was asked for.
     aim: float | None
-    #: Whether the error's limit, rather than the estimate, must be at most ``aim``.
-    sure: bool
-    #: How many adapters were measured on held-out texts; the error's limit is meant for 1.
+    #: Whether the estimate, rather than the certificate, must be at most ``aim``.
+    estimate: bool
+    #: How many adapters were measured on held-out texts, for an estimate; its limit is meant for 1.
     looks: int = 1
     #: For other methods the error, and the number of parameters: at most those asked for or the
     #: adapter's, except that ``uniform`` and ``energy`` have at least rank 1.
@@ -87,13 +87,30 @@ class Plan:
 
     @property
     def stated(self) -> float:
-        """The error that is compared with the aim: the estimate or, if ``sure``, its limit."""
-        return self.measured.error_upper if self.sure else self.measured.error
+        """What is compared with the aim: the error and, without ``estimate``, what is certified."""
+        error, certified = self.measured.error, self.measured.certified
+        return error if self.estimate else max(error, certified)
+
+    @property
+    def certified(self) -> float:
+        """The loss that at least 90% of texts do not exceed, at 95%: the aim, or else ``measured``.
+
+        NaN for estimates and where the aim is not reached [prop-certificate].
+        """
+        if self.aim is None:
+            return self.measured.certified
+        return math.nan if self.estimate or not self.reached else self.aim
 
     @property
     def reached(self) -> bool:
         """Whether the ``stated`` error is at most what was asked for."""
         return self.aim is None or self.stated <= self.aim
+
+    @property
+    def texts_needed(self) -> float:
+        """How many held-out texts like these would certify the aim for this adapter."""
+        losses = self.planner.test.losses(self.squares)
+        return measuring.texts_for(losses, math.inf if self.aim is None else self.aim)
 
     @property
     def largest_share(self) -> float:
@@ -102,7 +119,7 @@ class Plan:
 
     def __repr__(self) -> str:
         return (
-            f"Plan(error {self.measured.error:.3g}, at most {self.measured.error_upper:.3g}; "
+            f"Plan(error {self.measured.error:.3g}, certified {self.measured.certified:.3g}; "
             f"{self.adapter.parameters} parameters, ranks to "
             f"{max(self.adapter.ranks.values(), default=0)})"
         )
@@ -146,7 +163,7 @@ class Plan:
         if math.isfinite(quotient) and used:
             larger = self.baselines["uniform"][1] / used
             times = f", which has {larger:.1f} times as many parameters" if larger > 1 else ""
-            limits = f"{quotient:.2f} ({low:.2f} to {high:.2f} at 95%)"
+            limits = f"{quotient:.2f} ({low:.2f} to {high:.2f})"
             rows.append((f"error over that of uniform{times}", limits))
         for kind, number in pair.not_low_rank.items():
             what = "left out" if kind in pair.leave else "carried over"
@@ -164,6 +181,7 @@ class Plan:
         tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
         lost = self.measured._asdict()
         held_out = lost.pop("texts")
+        del lost["verdict"], lost["exceeding"]  # of fresh texts
         return _export.without_nan(
             {
                 "base": pair.base.source,
@@ -172,12 +190,15 @@ class Plan:
                 "architecture": pair.architecture,
                 "ties_embeddings": tied and "embedding" in kinds,
                 **lost,
+                "certified": self.certified,
                 "predicted_error": self.predicted,
                 "largest_share": self.largest_share,
                 "asked_error": self.aim,
-                "sure": self.sure,
+                "estimate": self.estimate,
+                "stated": self.stated,
                 "reached": self.reached,
-                "limit_reached": self.aim is None or self.measured.error_upper <= self.aim,
+                "certified_share": measuring.SHARE,
+                "typical_effect": self.planner.test.typical,
                 "equal": self.planner.equal,
                 "parameters": self.adapter.parameters,
                 "carried": self.carried,
@@ -217,7 +238,7 @@ def plan(
     error: float | None = None,
     parameters: int | None = None,
     rank: int | None = None,
-    sure: bool = False,
+    estimate: bool = False,
     serving: bool = False,
     force: bool = False,
     report: Report | None = None,
@@ -225,10 +246,14 @@ def plan(
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
 
-    The plan is the nearest one if the highest ranks do not reach the error. ``reached`` compares
-    the error measured on held-out texts, an estimate; the limit ``measured.error_upper`` is the
-    cautious number (`Measured`). Raises `InputError` for unusable arguments, before any text is
-    passed through a network.
+    A plan for an error is certified: at least 90% of different texts like those held out lose at
+    most this part of the tuning's typical effect (`Measured`), at a confidence of 95%. Adapters are
+    tried from large to small, and the last before the first that fails is taken, which keeps the
+    confidence [prop-certificate]. The error over all held-out texts is at most this too. If none is
+    certified, ``reached`` is false and the plan is the first that was tried. The confidence is that
+    of the first plan with these texts, on which the model must not have been tuned.
+
+    Raises `InputError` for unusable arguments, before any text is passed through a network.
 
     Parameters
     ----------
@@ -238,11 +263,12 @@ def plan(
         At least 120 like those that the model is for.
     error : float, optional
         The part of the tuning's effect that may be lost (`Measured`), 0.1 if nothing else is asked
-        for; the plan has the fewest parameters.
+        for.
     parameters, rank : int, optional
         Instead, at most so many numbers in the factors, or as many as this rank for all modules.
-    sure : bool
-        Whether the limit, not the estimate, is to be at most ``error``.
+    estimate : bool
+        Whether the error measured on held-out texts, an estimate, is to be at most ``error``,
+        without a certificate; then the plan has the fewest parameters that are found.
     serving : bool
         Whether the adapter is to have factors alone, of few ranks: multiples of 8 up to 16 unless
         ``max_rank`` or ``bucket`` are given. All else that tuning changed stays the base's.
@@ -252,17 +278,19 @@ def plan(
         Options of `Planner`.
     """
     start = time.perf_counter()
-    aim = _read_aim(error, parameters, rank, sure)
+    aim = _read_aim(error, parameters, rank, estimate)
     if serving:
         options = {**_SERVING, **options, "leave": KINDS}
     planner = Planner(Pair.open(base, tuned, force=force), texts, report=report, **options)
     number = planner.parameters(rank) if rank is not None else parameters or 0
     if planner.equal:
-        found = _state(planner, "uniform", Adapter({}, {}), aim, sure)
+        found = _state(planner, "uniform", Adapter({}, {}), aim, estimate)
     elif aim is None:
-        found = _state(planner, *planner.best(number), aim, sure)
+        found = _state(planner, *planner.best(number), aim, estimate)
+    elif estimate:
+        found = _search(planner, aim)
     else:
-        found = _search(planner, aim, sure)
+        found = _certify(planner, aim)
     if not planner.equal:
         found = replace(
             _compare(found, max(number, found.adapter.parameters)),
@@ -350,7 +378,7 @@ def check(
     tuned: str | Path | Mapping[str, float],
     texts: Sequence[str],
     *,
-    tokens: int = measuring.TOKENS,
+    tokens: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     force: bool = False,
@@ -366,11 +394,17 @@ def check(
     base, adapter, tuned, force, report
         The adapter's folder, and what `plan` takes.
     texts : sequence of str
-        At least 60; at most 256 are used, drawn by ``seed`` and cut off after ``tokens``.
+        At least 60; at most 256 are used, drawn by ``seed``.
+    tokens : int, optional
+        Texts are cut off after so many tokens; by default as in the adapter's ``report.json``, with
+        whose certificate the texts are then compared, or else 128.
     """
     where = require_device(device)
     pair = Pair.open(base, tuned, force=force)
-    batches = measuring.prepare_all(pair, texts, tokens=tokens, seed=seed)
+    planned = _export.read_report(adapter)
+    if tokens not in (None, planned.tokens):
+        planned = _export.Certified(tokens)
+    batches = measuring.prepare_all(pair, texts, tokens=planned.tokens, seed=seed)
     tell = functools.partial(report or (lambda *_: None), "passing texts")
     tell(0, 3)
     network = pair.network().to(where)
@@ -381,7 +415,12 @@ def check(
     reference.record_base(network)
     tell(2, 3)
     del network
-    measured = reference.measure(_export.load(adapter, pair, where))
+    reference.typical = planned.typical
+    compared = reference.compare(_export.load(adapter, pair, where))
+    measured = reference.summarize(compared)
+    if planned.limit is not None:
+        verdict, exceeding = measuring.judge(reference.losses(compared.squares), planned.limit)
+        measured = measured._replace(verdict=verdict, exceeding=exceeding)
     tell(3, 3)
     if math.isnan(measured.error):
         allowed = "one that brings the head that the base lacks"
@@ -390,7 +429,7 @@ def check(
 
 
 def _read_aim(
-    error: float | None, parameters: int | None, rank: int | None, sure: bool
+    error: float | None, parameters: int | None, rank: int | None, estimate: bool
 ) -> float | None:
     """The error that is asked for; ``None`` where parameters or a rank are."""
     given = {"error": error, "parameters": parameters, "rank": rank}
@@ -399,8 +438,8 @@ def _read_aim(
         allowed = "given alone, each of them"
         raise InputError("error, parameters and rank", allowed=allowed, given=" and ".join(asked))
     if parameters is not None or rank is not None:
-        if sure:
-            raise InputError("sure", allowed="used with an error", given=asked[0])
+        if estimate:
+            raise InputError("estimate", allowed="used with an error", given=asked[0])
         _checks.integer(asked[0], given[asked[0]], 0)
         return None
     aim = _ERROR if error is None else error
@@ -409,11 +448,28 @@ def _read_aim(
     return aim
 
 
-def _search(planner: Planner, aim: float, sure: bool) -> Plan:
-    """The smallest adapter whose stated error is at most the aim, or the largest one."""
+def _certify(planner: Planner, aim: float) -> Plan:
+    """The smallest adapter certified before the first that is not, from large to small.
+
+    Each is certified at the full confidence: a false certificate is given only if the first adapter
+    that does not deserve one gets one [prop-certificate].
+    """
+    certified = None
+    for done, adapter in enumerate(planner.descend(aim)):
+        planner.report("certifying", done, max(done + 1, 12))
+        found = _state(planner, "effect", adapter, aim, False)
+        if not found.reached:
+            break
+        certified = found
+    planner.report("certifying", 1, 1)
+    return certified or found
+
+
+def _search(planner: Planner, aim: float) -> Plan:
+    """The smallest adapter whose error is at most the aim, or the largest one."""
     selected, before = aim, -1
     for looks in range(1, _LOOKS + 1):
-        found = _state(planner, *planner.smallest(selected), aim, sure, looks)
+        found = _state(planner, *planner.smallest(selected), aim, True, looks)
         if found.reached or found.adapter.parameters == before or looks == _LOOKS:
             break
         # From what this adapter has there, or the same could be found again.
@@ -427,13 +483,13 @@ def _state(
     method: str,
     adapter: Adapter,
     aim: float | None,
-    sure: bool,
+    estimate: bool,
     looks: int = 1,
 ) -> Plan:
     """Measure an adapter on the texts for stating."""
     compared = planner.compare(adapter)
     measured = planner.test.summarize(compared, seed=planner.seed)
-    return Plan(planner, method, adapter, measured, compared.squares, aim, sure, looks)
+    return Plan(planner, method, adapter, measured, compared.squares, aim, estimate, looks)
 
 
 def _compare(plan: Plan, parameters: int) -> Plan:

@@ -94,7 +94,7 @@ def test_quick_start_shows_every_command_and_its_output(book: Path) -> None:
     for name in ("plan", "extract", "check", "shrink"):
         (at,) = (k for k, text in enumerate(blocks) if text.startswith(f"lorapower {name} "))
         assert blocks[at + 1] in outputs
-        assert re.search(r"error \(part of the effect that is lost\) +│ +[\d.]+%", blocks[at + 1])
+        assert re.search(r"Estimate +[\d.]+% lost over all \d+ texts", blocks[at + 1])
     rules = page.select("article ol > li")
     assert rules
     for rule in rules:

@@ -12,10 +12,14 @@ from scipy import stats
 
 from lorapower.checkpoints import Measured, workflow
 from lorapower.checkpoints._measuring import (
+    LEAST_TEXTS,
+    judge,
     largest_share,
     lower_limit,
     paired_ratio,
+    quantile_limit,
     ratio,
+    texts_for,
     upper_limit,
 )
 
@@ -93,39 +97,104 @@ def test_share_of_the_worst_texts() -> None:
     assert math.isnan(largest_share(np.zeros(60)))
 
 
+@pytest.mark.parametrize(("texts", "place"), [(60, 59), (120, 114), (180, 169), (300, 279)])
+def test_certificates_are_order_statistics(texts: int, place: int) -> None:
+    losses = np.arange(1, texts + 1, dtype=np.float64)
+    np.random.default_rng(texts).shuffle(losses)
+    assert quantile_limit(losses) == place
+    assert stats.binom.sf(place - 1, texts, 0.9) <= 0.05 < stats.binom.sf(place - 2, texts, 0.9)
+
+
+def test_few_texts_certify_nothing() -> None:
+    assert quantile_limit(np.zeros(28)) == math.inf
+    assert quantile_limit(np.zeros(29)) == 0
+
+
+@pytest.mark.parametrize("shape", ["skewed", "heavy", "two values", "constant"])
+def test_certificates_hold_for_any_distribution(shape: str) -> None:
+    draw = np.random.default_rng(len(shape))
+    size = (2000, 60)
+    losses, quantile = {
+        "skewed": (draw.lognormal(0, 2, size), math.exp(2 * stats.norm.ppf(0.9))),
+        "heavy": (draw.pareto(0.3, size), 0.1 ** (-1 / 0.3) - 1),
+        # The larger one is as rare as it may be without being the quantile.
+        "two values": (1.0 * (draw.random(size) < 0.1001), 1.0),
+        "constant": (np.ones(size), 1.0),
+    }[shape]
+    held = sum(quantile_limit(each) >= quantile * (1 - 1e-12) for each in losses)
+    assert held >= stats.binom.ppf(0.001, 2000, 0.95)
+
+
+def test_fresh_texts_confirm_what_is_true_and_contradict_what_is_not() -> None:
+    draw = np.random.default_rng(5)
+    verdicts = [judge(each, 0.9)[0] for each in draw.random((2000, 120))]
+    assert verdicts.count("failed") <= 100
+    assert {*verdicts} == {"confirmed", "consistent", "failed"}
+    # Of these only 8 of 10 are within.
+    most = max(k for k in range(121) if stats.binom.cdf(k, 120, 0.9) <= 0.05)
+    found = np.mean([judge(each, 0.8)[0] == "failed" for each in draw.random((2000, 120))])
+    assert found == pytest.approx(stats.binom.cdf(most, 120, 0.8), abs=0.03)
+
+
+def test_what_is_no_number_is_no_small_loss() -> None:
+    assert judge(np.full(60, np.nan), 1.0) == ("failed", 60)
+    assert not quantile_limit(np.full(60, np.nan)) <= 1
+
+
+def test_texts_that_would_certify() -> None:
+    losses = np.array([0.05] * 96 + [0.2] * 4)
+    needed = texts_for(losses, 0.1)
+    assert LEAST_TEXTS < needed <= 256
+    many = np.where(np.arange(needed) < 0.96 * needed, 0.05, 0.2)
+    assert quantile_limit(many) == 0.05
+    assert texts_for(losses, 0.04) == math.inf
+    assert texts_for(np.array([0.05] * 91 + [0.2] * 9), 0.1) == math.inf
+    assert texts_for(np.zeros(100), 0.1) == LEAST_TEXTS
+
+
 class Drawn:
-    """As a `Planner`: adapters of an error by their size, and skewed errors of texts."""
+    """As a `Planner`: adapters of an error by their size, and skewed losses of texts."""
+
+    #: The loss that nine of ten texts do not exceed, if the error is 1.
+    QUANTILE = math.exp(0.65 * stats.norm.ppf(0.9) - 0.4225)
 
     def __init__(self, draw: np.random.Generator) -> None:
-        self.effect = draw.lognormal(0, 0.5, 120)
-        # The mean square is that of an adapter of error 1.
-        self.squares = self.effect * draw.lognormal(-0.72, 1.2, 120)
+        self.losses_of_one = draw.lognormal(-0.4225, 0.65, 120)
         self.test, self.seed = self, 0
 
-    def smallest(self, error: float) -> tuple[str, Any]:
-        return "effect", SimpleNamespace(error=error, parameters=round(1000 / error))
+    def descend(self, error: float) -> Any:
+        for k in range(40):
+            found = error / 3 * 1.05**k
+            yield SimpleNamespace(error=found, parameters=round(1000 / found))
 
-    def error(self, adapter: Any) -> float:
-        return float(adapter.error)
+    def report(self, *_: Any) -> None:
+        """Tell nobody."""
 
     def compare(self, adapter: Any) -> Any:
-        return SimpleNamespace(squares=adapter.error**2 * self.squares)
+        return SimpleNamespace(squares=(adapter.error * self.losses_of_one) ** 2)
 
     def summarize(self, compared: Any, *, seed: int) -> Measured:
-        limit = upper_limit(compared.squares, self.effect, seed=seed)
-        return Measured(ratio(compared.squares, self.effect), limit, 1.0, 1.0, 0.0, 120)
+        losses = np.sqrt(compared.squares)
+        error = math.sqrt(compared.squares.mean())
+        return Measured(error, math.nan, 1.0, 1.0, 0.0, 120, quantile_limit(losses))
 
 
-def test_what_is_reached_for_sure_is_missed_once_in_twenty_at_most() -> None:
-    missed, estimated, draw = 0, 0, np.random.default_rng(4)
-    for _ in range(80):
+def test_what_is_certified_is_missed_once_in_twenty_at_most() -> None:
+    missed, smaller, draw = 0, [], np.random.default_rng(4)
+    for _ in range(400):
         planner: Any = Drawn(draw)
-        found = workflow._search(planner, 0.1, True)
-        assert found.measured.error_upper <= 0.1
+        found = workflow._certify(planner, 0.1)
         raw: Any = found.adapter
-        missed += raw.error > 0.1
-        raw = workflow._search(planner, 0.1, False).adapter
-        estimated += raw.error > 0.1 * 0.999
-    assert missed <= stats.binom.ppf(0.99, 80, 0.05)
-    # The estimate alone is missed much more often.
-    assert estimated > 24
+        missed += found.reached and raw.error * Drawn.QUANTILE > 0.1
+        smaller.append(raw.error * Drawn.QUANTILE)
+    assert missed <= stats.binom.ppf(0.999, 400, 0.05)
+    # The limit is the 114th of 120 losses, and adapters differ by a factor of 1.05.
+    above = 0.65 * (stats.norm.ppf(114 / 121) - stats.norm.ppf(0.9))
+    assert np.median(smaller) == pytest.approx(0.1 / (1.05 * math.exp(above)), rel=0.05)
+
+
+def test_what_fails_first_is_not_certified() -> None:
+    planner: Any = Drawn(np.random.default_rng(6))
+    planner.losses_of_one *= 10
+    found = workflow._certify(planner, 0.1)
+    assert not found.reached

@@ -20,6 +20,7 @@ from lorapower import checkpoints, randomness
 from lorapower.checkpoints import (
     METHODS,
     Adapter,
+    Measured,
     Pair,
     Planner,
     _export,
@@ -197,7 +198,7 @@ def test_modules_of_a_kind(places: tuple[str, str]) -> None:
 
 
 def test_plans_reach_the_stated_error(places: tuple[str, str]) -> None:
-    plan = checkpoints.plan(*places, TEXTS, error=0.01)
+    plan = checkpoints.plan(*places, TEXTS, error=0.01, estimate=True)
     assert plan.reached
     assert plan.measured.error <= 0.01
     assert plan.measured.error <= plan.measured.error_upper
@@ -210,6 +211,51 @@ def test_plans_reach_the_stated_error(places: tuple[str, str]) -> None:
     assert [*plan.baselines] == [*workflow._BASELINES]
     json.dumps(plan.report(), allow_nan=False)
     assert "Plan(error" in repr(plan)
+
+
+def test_plans_are_certified(places: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = checkpoints.extract(*places, TEXTS, out, error=0.02)
+    assert plan.reached
+    assert max(plan.measured.certified, plan.measured.error) <= 0.02
+    lost = plan.planner.test.losses(plan.squares)
+    assert plan.measured.certified in lost
+    assert plan.texts_needed <= len(lost)
+    report = json.loads((out / _export.REPORT).read_text())
+    typical = math.sqrt(plan.planner.select.effect.mean())
+    assert (report["certified"], report["typical_effect"]) == (0.02, typical)
+
+    def check(**options: Any) -> Measured:
+        return checkpoints.check(places[0], str(out), places[1], TEXTS, **options)
+
+    assert check().verdict == "confirmed"
+    assert check(tokens=99).verdict == ""
+    report["certified"] = plan.measured.certified / 100
+    (out / _export.REPORT).write_text(json.dumps(report))
+    assert check().verdict == "failed"
+    assert check().exceeding > len(TEXTS) / 2
+    for strange in (None, "high", math.nan):
+        (out / _export.REPORT).write_text(json.dumps(report | {"certified": strange}))
+        assert check().verdict == ""
+    (out / _export.REPORT).unlink()
+    assert check().verdict == ""
+
+
+def test_estimates_certify_nothing(places: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert checkpoints.extract(*places, TEXTS, out, error=0.02, estimate=True).reached
+    assert json.loads((out / _export.REPORT).read_text())["certified"] is None
+    assert "Nothing is certified" in (out / _export.CARD).read_text()
+
+
+def test_adapters_descend(places: tuple[str, str]) -> None:
+    served: dict[str, Any] = {"max_rank": 16, "bucket": 8}
+    for options in ({}, served):
+        planner = Planner(Pair.open(*places), TEXTS, **options)
+        sizes = [adapter.parameters for adapter in planner.descend(0.05)]
+        assert sizes == sorted({*sizes}, reverse=True)
+        assert sizes[0] <= planner.most
+        assert sizes[-1] == 0
 
 
 def test_baselines_have_no_rank_0(places: tuple[str, str]) -> None:
@@ -228,11 +274,11 @@ def test_baselines_have_no_rank_0(places: tuple[str, str]) -> None:
     assert 0.05 <= report["largest_share"] <= 1
 
 
-@pytest.mark.parametrize("sure", [False, True])
-def test_what_is_out_of_reach_is_said(sure: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimate", [False, True])
+def test_what_is_out_of_reach_is_said(estimate: bool, tmp_path: Path) -> None:
     places = files.pair(tmp_path, change=files.low_rank(rank=16, size=0.4))
     out = tmp_path / "out"
-    plan = checkpoints.extract(*places, TEXTS, out, error=1e-3, sure=sure, max_rank=1)
+    plan = checkpoints.extract(*places, TEXTS, out, error=1e-3, estimate=estimate, max_rank=1)
     assert not plan.reached
     assert max(plan.ranks.values()) == 1
     assert not out.exists()
@@ -262,7 +308,7 @@ def test_equal_checkpoints_need_nothing(architecture: str, tmp_path: Path) -> No
         *[({"modules": value}, "modules") for value in ("nothing of this name", "(")],
         ({"leave": ["weights"]}, "leave"),
         ({"device": "maybe"}, "device"),
-        *[({"sure": True, name: 9}, "sure") for name in ("rank", "parameters")],
+        *[({"estimate": True, name: 9}, "estimate") for name in ("rank", "parameters")],
     ],
 )
 def test_bad_requests(places: tuple[str, str], options: Any, name: str) -> None:
@@ -506,11 +552,12 @@ def test_adapters_that_do_not_fit(places: tuple[str, str], tmp_path: Path) -> No
 def test_reports_and_cards_of_numbers_that_json_lacks(
     places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_measuring, "upper_limit", lambda *_, **__: math.inf)
+    for name in ("upper_limit", "quantile_limit"):
+        monkeypatch.setattr(_measuring, name, lambda *_, **__: math.inf)
     monkeypatch.setattr(workflow, "is_dequantized", lambda _: True)
     out = tmp_path / "out"
     plan = checkpoints.extract(*places, TEXTS, out, rank=1)
     assert plan.measured.error_upper == math.inf
     assert json.loads((out / _export.REPORT).read_text())["error_upper"] is None
-    assert "no limit can be given" in (out / _export.CARD).read_text()
+    assert "Nothing is certified" in (out / _export.CARD).read_text()
     assert "weights were dequantized" in (out / _export.CARD).read_text()

@@ -75,7 +75,7 @@ def test_plans_extracts_and_checks(
     report = json.loads(out)
     assert code == 0
     assert report["error"] <= 0.3
-    code, out, _ = call("plan", *pair, "--parameters", "300")
+    code, out, _ = call("plan", *pair, "--parameters", "300", "--details")
     assert code == 0
     for said in ("attention", "carried over", "numbers carried in all", "about 0.0"):
         assert said in out
@@ -87,6 +87,7 @@ def test_plans_extracts_and_checks(
     code, out, _ = call("extract", *pair, *options)
     assert code == 0
     assert f"Writtento{folder}," in out.replace(" ", "")
+    assert out.startswith("Certified at least 90% of texts like these lose at most")
     code, _, err = call("extract", *pair, *options)
     assert code == 2
     assert "replace it with --force" in err
@@ -97,41 +98,59 @@ def test_plans_extracts_and_checks(
     found = json.loads(out)
     assert (code, found["texts"]) == (0, 140)
     assert all(found[name] == written[name] for name in ("carried", "adapter_bytes"))
-    assert f"numbers carried in all │ {found['carried']:,}" in call(*check)[1]
+    said = call(*check)[1]
+    assert said.startswith("Verdict CON")
+    assert f"{found['carried']:,} numbers" in said
 
 
-def test_status_0_rests_on_the_estimate_and_says_so(pair: list[str], call: Call) -> None:
-    report = json.loads(call("plan", *pair, "--rank", "1", "--json")[1])
-    between = (report["error"] + report["error_upper"]) / 2
-    options = ["--error", f"{between:.4f}"]
-    code, out, _ = call("plan", *pair, *options, "--json")
-    found = json.loads(out)
-    assert (code, found["reached"]) == (0, True)
-    assert found["limit_reached"] == (found["error_upper"] <= found["asked_error"])
-    said = "reached by the estimate, but not by its limit"
-    assert (said in call("plan", *pair, *options)[1]) != found["limit_reached"]
-    for command in ("plan", "extract"):
-        assert "cautious" in call(command, "--help")[1]
-
-
-def test_for_sure_the_limit_decides(pair: list[str], tmp_path: Path, call: Call) -> None:
-    # With all ranks at 1 the estimate is the same whatever is asked, and its limit is above.
+def test_status_0_rests_on_the_certificate_or_the_estimate(pair: list[str], call: Call) -> None:
+    # With all ranks at 1 the adapter is the same whatever is asked.
     options = ["--max-rank", "1", "--quiet"]
     code, said, _ = call("plan", *pair, *options, "--error", "1e-6")
     assert code == 1
-    assert "the nearest found is" in said
-    most = json.loads(call("plan", *pair, *options, "--error", "1e-6", "--json")[1])
-    between = str((most["error"] + most["error_upper"]) / 2)
-    out = tmp_path / "out"
-    options += ["--error", between, "--out", str(out)]
-    code, said, _ = call("extract", *pair, *options, "--sure")
-    assert code == 1
-    assert f"at most {most['error_upper']:.3g} at 95%. Raise --max-rank" in said
-    assert not out.exists()
-    code, said, _ = call("extract", *pair, *options)
+    assert "NOT CERTIFIED" in said
+    assert "The best adapter that was tried loses" in said
+    assert "Raise --max-rank" in said
+    for last in ([], ["--estimate"]):
+        nearest = json.loads(call("plan", *pair, *options, "--error", "1e-6", *last, "--json")[1])
+        assert nearest["certified"] is None
+        assert nearest["stated"] >= nearest["error"]
+        for share in (0.99, 1.01):
+            asked = ["--error", str(share * nearest["stated"]), *last]
+            assert call("plan", *pair, *options, *asked)[0] == int(share < 1)
+    for command in ("plan", "extract"):
+        assert "whatever their" in call(command, "--help")[1]
+
+
+def test_verdict_comes_first_and_details_are_asked_for(pair: list[str], call: Call) -> None:
+    options = ["--error", "0.3", "--quiet"]
+    code, said, _ = call("plan", *pair, *options)
     assert code == 0
-    assert "use --sure" in said
-    assert out.is_dir()
+    assert said.startswith("Asked at least 90% of texts like these lose at most 30%")
+    assert "Verdict CERTIFIED (95%, any distribution; 70 texts that had no part" in said
+    assert "Decisions" in said
+    assert "of 70 as the tuned model" in said
+    assert "Ranks block" in said
+    assert "In all" not in said
+    assert "In all" in call("plan", *pair, *options, "--details")[1]
+
+
+def test_ranks_are_a_grid() -> None:
+    names = ["query", "output.dense"]
+    ranks = {f"bert.layer.{k}.attention.{name}": 10 * k + 1 for k in (0, 1) for name in names}
+    ranks |= {f"bert.layer.{k}.output.dense": 7 for k in (0, 1)} | {"pooler.dense": 3}
+    assert _command._grid(ranks) == [
+        "block query attention.output output",
+        "    0     1                1      7",
+        "    1    11               11      7",
+        "pooler 3",
+    ]
+    assert _command._grid({"v2.layers.0.q_proj": 1, "1.k": 2}) == [
+        "block q_proj k",
+        "    0      1  ",
+        "    1        2",
+    ]
+    assert _command._grid({}) == ["none"]
 
 
 def test_adapters_shrink(places: tuple[str, str], file: str, tmp_path: Path, call: Call) -> None:
@@ -197,7 +216,7 @@ def test_formats_for_serving_and_in_full(
     options = ["--rank", "8", "--format", "serving", "--merged", str(full)]
     code, said, _ = call("extract", *pair, *options, "--out", str(out))
     assert code == 0
-    assert "Left as in the base, and counted in the error: bias, head, norm" in said
+    assert "Left as in the base, and counted in the loss: bias, head, norm" in said
     config = json.loads((out / PEFT_CONFIG).read_text())
     assert (config["modules_to_save"], config["bias"]) == (None, "none")
     report = json.loads((out / "report.json").read_text())
