@@ -107,14 +107,18 @@ def read(path: Path | str, name: str) -> str:
 def choose(text: str, parts: list[str], *, without: bool = False) -> str:
     """The lines of a text that hold one of some parts, or those without any.
 
-    Each part must be in some line. An ellipsis stands for what is left out between two lines.
+    Each part must be in some line. An indented line goes with the one above, which it continues. An
+    ellipsis stands for what is left out between two lines.
     """
     lines = text.strip("\n").splitlines()
     if missing := [part for part in parts if not any(part in line for line in lines)]:
         raise LookupError(*missing)
     chosen: list[str] = []
+    kept = without
     for line in lines:
-        if any(part in line for part in parts) != without:
+        if (found := any(part in line for part in parts)) or not line.startswith(" "):
+            kept = found != without
+        if kept:
             chosen.append(line)
         elif chosen and chosen[-1] != "…":
             chosen.append("…")

@@ -41,6 +41,12 @@ def test_lines_are_chosen(parts: list[str], without: bool, shown: list[str]) -> 
     assert quotes.choose(TEXT, parts, without=without).splitlines() == expected
 
 
+def test_indented_lines_go_with_what_they_continue() -> None:
+    text = "rank 1\n  of 2\nsize 3\n  of 4"
+    assert quotes.choose(text, ["size"]) == "size 3\n  of 4"
+    assert quotes.choose(text, ["size"], without=True) == "rank 1\n  of 2"
+
+
 @pytest.mark.parametrize("without", [False, True])
 def test_a_part_that_no_line_has_is_refused(without: bool) -> None:
     with pytest.raises(LookupError, match="cost"):
