@@ -9,8 +9,8 @@ one of the parts below or, with the option ``:without:``, the others. The comman
 
     :::{printed} 15-planning::plan-output
     :command: lorapower plan BASE TUNED --texts FILE --error 0.1
-    parameters of the factors
-    at most, at 95%
+    Verdict
+    Estimate
     :::
 """
 

@@ -302,11 +302,11 @@ def _short(source: str) -> str:
     return " + ".join(weight + times + Path(place).name for weight, times, place in parts)
 
 
-def measured_rows(measured: Measured) -> list[tuple[str, str]]:
-    """Name and write what an adapter loses, for people."""
+def measured_rows(measured: Measured, certified: float) -> list[tuple[str, str]]:
+    """Name and write what an adapter loses and what is certified of it, for people."""
     rows = [
         ("error (part of the effect that is lost)", percent(measured.error)),
-        ("at least 90% of texts lose at most, at 95%", most(measured.certified)),
+        ("at least 90% of texts lose at most, at 95%", most(certified)),
     ]
     if math.isfinite(measured.agreement):
         rows += [

@@ -469,8 +469,9 @@ def quantile_limit(losses: NDArray[np.float64], share: float = SHARE) -> float:
     """
     from scipy import stats
 
-    k = int(stats.binom.ppf(_CONFIDENCE, len(losses), share)) + 1
-    return float(np.sort(losses)[k - 1]) if k <= len(losses) else math.inf
+    found = stats.quantile_test(losses, p=share, alternative="less")
+    limit = float(found.confidence_interval(_CONFIDENCE).high)
+    return math.inf if math.isnan(limit) else limit
 
 
 def judge(losses: NDArray[np.float64], limit: float, share: float = SHARE) -> tuple[str, int]:

@@ -119,7 +119,7 @@ class Plan:
 
     def __repr__(self) -> str:
         return (
-            f"Plan(error {self.measured.error:.3g}, certified {self.measured.certified:.3g}; "
+            f"Plan(error {self.measured.error:.3g}, certified {self.certified:.3g}; "
             f"{self.adapter.parameters} parameters, ranks to "
             f"{max(self.adapter.ranks.values(), default=0)})"
         )
@@ -150,7 +150,7 @@ class Plan:
             ("parameters of the factors", f"{used:,} of {whole:,}"),
             *_export.size_rows(self.carried, self.size, estimated=not written),
             ("method", self.method),
-            *_export.measured_rows(self.measured),
+            *_export.measured_rows(self.measured, self.certified),
             (worst, _export.percent(self.largest_share)),
             ("error predicted to first order", _export.percent(self.predicted)),
             (f"error with attention alone, in full{words}", _export.percent(self.attention)),
