@@ -218,9 +218,9 @@ def load(kind: Any, model: str, **options: Any) -> Any:
         allowed += ", or a name on the hub that can be reached or was downloaded before"
     try:
         with quiet():
-            return kind.from_pretrained(
-                str(path) if here else model, local_files_only=here, **options
-            )
+            # Otherwise it asks whether to run code that comes with a model.
+            options = {"local_files_only": here, "trust_remote_code": False, **options}
+            return kind.from_pretrained(str(path) if here else model, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError("model", allowed=allowed, given=f"{model!r} ({reason(error)})") from error
 
