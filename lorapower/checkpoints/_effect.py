@@ -89,8 +89,8 @@ class Derivatives:
     """Derivatives of a tuned network's outputs along all directions, one batch at a time.
 
     A language model's head may be a module of the pool, or share the weight of embeddings that are.
-    Logits are linear in states and in what directions take in of these; of both at once there are
-    rows with the distances of logits, as `Readout.rows` are of states alone.
+    Logits, before any cap, are linear in states and in what directions take in of these; of both at
+    once there are rows with the distances of logits, as `Readout.rows` are of states alone.
     """
 
     def __init__(self, network: Any, pool: Pool, readout: Readout) -> None:
@@ -123,7 +123,7 @@ class Derivatives:
         self._of_states = states.detach().float() @ taken.to(states.device)
         self._added = torch.zeros_like(self._of_states, requires_grad=True)
         both = torch.cat([states, self._added.to(states)], -1)
-        return both @ root.to(both).mT
+        return self._readout.rows(both, root)
 
     def products(self, along: Float[Tensor, "rows columns"]) -> Float[Tensor, "texts directions"]:
         """``⟨r, J_d⟩`` of each text and direction, for rows ``r`` as long as the outputs."""
@@ -150,7 +150,8 @@ class Derivatives:
         found = self._pool.directions[name]
         right = found.update.right.to(given.device)
         if self._pool.modules[name].kind == "embedding":
-            return right[given]
+            # Gemma multiplies what it looks up.
+            return right[given] * getattr(self._network.get_submodule(name), "embed_scale", 1)
         return (given.float() - found.mean.to(given.device)) @ right
 
 

@@ -257,7 +257,8 @@ class Readout:
     ``states`` have a row for each text, or each token: last hidden states, or a classifier's logits
     minus their mean. A language model's logits minus their mean are linear in its states, so that
     their distances are those of ``states @ root.T`` with few columns. Their second moments need no
-    logits, as many of which there are as words.
+    logits, as many of which there are as words. Only where the model caps logits, as Gemma 2 does,
+    is ``root`` the weight of the head itself.
     """
 
     def __init__(self, network: Any, task: Task) -> None:
@@ -267,10 +268,14 @@ class Readout:
             head = network.get_output_embeddings()
             self._weight = head.weight.detach().clone()
             self._bias = None if head.bias is None else head.bias.detach().clone()
+            self._cap = getattr(network.config, "final_logit_softcapping", None)
             self.root = self.root_with(self._weight[:, :0])
 
     def root_with(self, columns: Float[Tensor, "words more"]) -> Float[Tensor, "all all"]:
         """``root`` of this head, with more columns that logits are made of beside its own."""
+        columns = columns.to(self._weight)
+        if self._cap:
+            return torch.cat([self._weight, columns], 1) if columns.numel() else self._weight
         total: Any = 0.0
         mean = torch.cat([self._weight, columns], 1).mean(0).double()
         # Some words at a time, as a whole copy would need as much memory as the network.
@@ -286,15 +291,24 @@ class Readout:
             return batch.rows(network.base_model(**batch.on(network.device)).last_hidden_state)
         return outputs(network, batch, self.task)
 
-    def rows(self, states: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """Rows with the distances of outputs of this head."""
-        return states if self.root is None else states @ self.root.to(states).mT
+    def rows(
+        self, states: Float[Tensor, "rows columns"], root: Tensor | None = None
+    ) -> Float[Tensor, "rows columns"]:
+        """Rows with the distances of outputs of this head, or of another ``root``."""
+        root = self.root if root is None else root
+        if root is None:
+            return states
+        values = states @ root.to(states).mT
+        return self._capped(values) if self._cap else values
 
     def outputs(self, states: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """Outputs of this head."""
         if self.root is None:
             return states
-        return _centre(torch.nn.functional.linear(states, self._weight, self._bias))
+        return self._capped(torch.nn.functional.linear(states, self._weight, self._bias))
+
+    def _capped(self, logits: Float[Tensor, "rows words"]) -> Float[Tensor, "rows words"]:
+        return _centre(self._cap * (logits / self._cap).tanh() if self._cap else logits)
 
     def is_head_of(self, network: Any) -> bool:
         """Whether a network has this head, so that its states determine its outputs."""
