@@ -29,6 +29,8 @@ SIZES = {
     "intermediate_size": 40,
     "max_position_embeddings": 64,
 }
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 1.5}
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": SIZES,
     "camembert": SIZES | {"pad_token_id": 0},
@@ -46,7 +48,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": SIZES | DECODER,
     "phi3": SIZES | DECODER,
     "qwen2": SIZES | DECODER,
-    "qwen3": SIZES | DECODER | {"head_dim": 6},
+    "qwen3": SIZES | DECODER | {"head_dim": 8},
+    "gemma": SIZES | DECODER | {"head_dim": 10},
+    "gemma2": SIZES | DECODER | GEMMA | SLIDING | {"final_logit_softcapping": 2.0},
+    "gemma3_text": SIZES | DECODER | GEMMA | SLIDING,
+    "modernbert": SIZES
+    | {"local_attention": 4, "global_attn_every_n_layers": 2}
+    | {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep"))},
+    "olmo2": SIZES | DECODER,
+    "olmo3": SIZES | DECODER | SLIDING,
+    "smollm3": SIZES | DECODER | {"no_rope_layers": [1, 0]},
+    "stablelm": SIZES | DECODER | {"use_qkv_bias": True, "qk_layernorm": True},
+    "starcoder2": SIZES | DECODER | {"sliding_window": 5},
 }
 CONFIG_FILES = "adapter_config.json", "config.json"
 Change = Callable[[str, torch.Tensor], torch.Tensor | None]
@@ -105,7 +118,7 @@ def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0, *, words: bool = F
         return randomness.normal(draw, *shape, dtype=torch.float32)
 
     def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
-        if "lm_head" in name or "wte" in name or re.search("embed_tokens|word_embed", name):
+        if re.search("lm_head|wte|embed_tokens|word_embed|tok_embed", name):
             if not words:
                 return None
         elif "embed" in name or "wpe" in name:

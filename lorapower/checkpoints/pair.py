@@ -24,7 +24,9 @@ _BLOCKS = {
     **dict.fromkeys(("bert", "camembert", "roberta", "xlm-roberta"), "encoder.layer"),
     "distilbert": "transformer.layer",
     "gpt2": "h",
-    **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3"), "layers"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "modernbert"), "layers"),
+    **dict.fromkeys(("olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"), "layers"),
+    **dict.fromkeys(("stablelm", "starcoder2"), "layers"),
 }
 # The task of an architecture, by the end of its name.
 _TASKS: dict[str, Task] = {
@@ -329,13 +331,15 @@ class Pair:
 
 def _describe(config: Any) -> tuple[str, Task]:
     """The architecture of a tuned checkpoint, and its task."""
+    import transformers
+
     if config.model_type not in _BLOCKS:
         allowed = f"of type {', '.join(_BLOCKS)}"
         raise InputError("tuned", allowed=allowed, given=f"type {config.model_type!r}")
     architecture = (getattr(config, "architectures", None) or ["nothing"])[0]
     task = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
-    if task is None:
-        allowed = f"an architecture that ends in {', '.join(_TASKS)}"
+    if task is None or not hasattr(transformers, architecture):
+        allowed = f"an architecture of transformers that ends in {', '.join(_TASKS)}"
         raise InputError("tuned", allowed=allowed, given=architecture)
     return architecture, task
 

@@ -13,6 +13,7 @@ from browsing import soup
 from conftest import CHAPTERS, ROOT
 
 from lorapower.checkpoints import _command as _cli
+from lorapower.checkpoints import pair
 
 FIRST = [ROOT / "README.md", ROOT / "index.md", ROOT / "chapters" / "quickstart.md"]
 TEXT = """
@@ -51,6 +52,13 @@ def test_indented_lines_go_with_what_they_continue() -> None:
 def test_a_part_that_no_line_has_is_refused(without: bool) -> None:
     with pytest.raises(LookupError, match="cost"):
         quotes.choose(TEXT, ["rank", "cost"], without=without)
+
+
+@pytest.mark.parametrize("page", [FIRST[0], FIRST[2]], ids=lambda path: path.stem)
+def test_architectures_that_are_read_are_named(page: Path) -> None:
+    named = re.findall(r"[\w-]+(?: \d)?", page.read_text(encoding="utf-8"))
+    words = {re.sub("[ -]", "", name).lower() for name in named}
+    assert {re.sub("-|_text", "", kind) for kind in pair._BLOCKS} <= words
 
 
 @pytest.mark.parametrize("page", FIRST, ids=lambda path: path.stem)

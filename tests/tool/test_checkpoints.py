@@ -41,6 +41,16 @@ KINDS = [
     ("gpt2", "GPT2ForSequenceClassification"),
     ("qwen2", "Qwen2ForCausalLM"),
     ("phi3", "Phi3ForSequenceClassification"),
+    ("qwen3", "Qwen3ForCausalLM"),
+    ("gemma", "GemmaForCausalLM"),
+    ("gemma2", "Gemma2ForCausalLM"),
+    ("gemma3_text", "Gemma3TextForSequenceClassification"),
+    ("modernbert", "ModernBertForSequenceClassification"),
+    ("olmo2", "Olmo2ForCausalLM"),
+    ("olmo3", "Olmo3ForCausalLM"),
+    ("smollm3", "SmolLM3ForCausalLM"),
+    ("stablelm", "StableLmForCausalLM"),
+    ("starcoder2", "Starcoder2ForCausalLM"),
 ]
 TEXTS = files.texts(140)
 
@@ -383,6 +393,9 @@ def test_written_adapters_have_the_stated_error(
         ("gpt2", "GPT2LMHeadModel", {}),
         ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
         ("llama", "LlamaForCausalLM", {"tie_word_embeddings": False}),
+        ("gemma2", "Gemma2ForCausalLM", {"tie_word_embeddings": True}),
+        ("gemma3_text", "Gemma3ForCausalLM", {"tie_word_embeddings": False}),
+        ("modernbert", "ModernBertModel", {}),
     ],
 )
 def test_embeddings_and_heads_get_factors(

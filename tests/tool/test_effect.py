@@ -26,6 +26,20 @@ KINDS = [
 PARTS = [
     *((*kind, {}) for kind in KINDS),
     ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
+    ("qwen3", "Qwen3ForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ("gemma", "GemmaForCausalLM", {"hidden_size": 20}),
+    ("gemma2", "Gemma2ForCausalLM", {}),
+    ("gemma2", "Gemma2ForCausalLM", {"tie_word_embeddings": False, "hidden_size": 28}),
+    ("gemma3_text", "Gemma3ForCausalLM", {}),
+    ("gemma3_text", "Gemma3TextForSequenceClassification", {"hidden_size": 32}),
+    ("gemma3_text", "Gemma3TextModel", {"use_bidirectional_attention": True}),
+    ("modernbert", "ModernBertForSequenceClassification", {}),
+    ("modernbert", "ModernBertModel", {"hidden_size": 32}),
+    ("olmo2", "Olmo2ForCausalLM", {}),
+    ("olmo3", "Olmo3ForCausalLM", {"tie_word_embeddings": True}),
+    ("smollm3", "SmolLM3ForCausalLM", {}),
+    ("stablelm", "StableLmForCausalLM", {}),
+    ("starcoder2", "Starcoder2ForCausalLM", {}),
 ]
 
 
@@ -103,6 +117,21 @@ def test_slopes_are_differences_of_what_is_lost(
             lost.append(squares(planner, targets))
         slope = -(lost[0] - lost[1]) / 0.04
         assert slope == pytest.approx(float(slopes[d]), rel=0.03, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "architecture", "options"), PARTS)
+def test_all_directions_give_the_outputs_that_readouts_know(
+    kind: str, architecture: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    planner = tuned(tmp_path, kind, architecture, max_rank=3, **options)
+    for batch in planner.fit.batches:
+        with torch.no_grad():
+            states = planner.readout.states(planner.network, batch)
+            given = outputs(planner.network, batch, planner.pair.task)
+        torch.testing.assert_close(planner.readout.outputs(states), given, rtol=1e-4, atol=1e-4)
+        near, far = (torch.pdist(rows) for rows in (planner.readout.rows(states), given))
+        torch.testing.assert_close(near, far, rtol=1e-3, atol=1e-4)
+    assert planner.error(planner.candidate("plain", planner.most)) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "architecture"), KINDS[1:3])

@@ -38,6 +38,19 @@ ARCHITECTURES = [
     ("qwen2", "Qwen2ForCausalLM"),
     ("qwen3", "Qwen3ForCausalLM"),
     ("qwen3", "Qwen3ForSequenceClassification"),
+    ("gemma", "GemmaForCausalLM"),
+    ("gemma2", "Gemma2ForCausalLM"),
+    ("gemma2", "Gemma2ForSequenceClassification"),
+    ("gemma3_text", "Gemma3ForCausalLM"),
+    ("gemma3_text", "Gemma3TextForSequenceClassification"),
+    ("gemma3_text", "Gemma3TextModel"),
+    ("modernbert", "ModernBertForSequenceClassification"),
+    ("modernbert", "ModernBertModel"),
+    ("olmo2", "Olmo2ForCausalLM"),
+    ("olmo3", "Olmo3ForCausalLM"),
+    ("smollm3", "SmolLM3ForCausalLM"),
+    ("stablelm", "StableLmForCausalLM"),
+    ("starcoder2", "Starcoder2ForCausalLM"),
 ]
 
 
@@ -133,7 +146,10 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("quantized by bitsandbytes: .*before", {"quantization_config": {"load_in_8bit": True}}),
     ("quantized by some method: .*before", {"quantization_config": {"bits": 3}}),
     ("type 'albert'", {"model_type": "albert"}),
+    ("type 'qwen3_moe'", {"model_type": "qwen3_moe"}),
+    ("type 'gemma3'", {"model_type": "gemma3"}),
     ("got BertForMaskedLM", {"architectures": ["BertForMaskedLM"]}),
+    ("got MyBertModel", {"architectures": ["MyBertModel"]}),
 ]
 FILES: list[tuple[str, Any]] = [
     *[(match, functools.partial(files.alter, change=change)) for match, change in WEIGHTS],
@@ -160,6 +176,15 @@ def test_what_cannot_be_planned_for_is_refused(tmp_path: Path) -> None:
     _, other = files.pair(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
     with pytest.raises(InputError, match="tuned must be of type 'bert', like the base; got gpt2"):
         Pair.open(tuned, other)
+
+
+def test_code_of_a_model_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = files.pair(tmp_path)
+    files.configure(Path(tuned), model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
+    Path(tuned, "mine.py").write_text("raise SystemExit")
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    with pytest.raises(InputError, match=f"^model must be .*{tuned}.*to correctly load the model"):
+        Pair.open(base, tuned)
 
 
 def test_weights_that_are_not_finite_are_refused_when_read(tmp_path: Path) -> None:
