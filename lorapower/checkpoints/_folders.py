@@ -61,8 +61,8 @@ def write_folder(folder: Path) -> Iterator[Path]:
             new, old = Path(scratch, "new"), Path(scratch, "old")
             new.mkdir()
             yield new
-            for file in new.iterdir():
-                file.chmod(0o644)
+            for file in new.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)
             if folder.exists():
                 folder.rename(old)
             try:
