@@ -107,11 +107,14 @@ class _PlanOptions(_Options):
     leave: list[str] | None = _flag(
         "Kind that stays the base's: bias, norm, embedding, head. May be repeated."
     )
-    max_rank: int | None = _flag("Highest rank of a module; 64, or 16 for serving.")
-    bucket: int | None = _flag("Ranks are multiples of this; 1, or 8 for serving.")
+    max_rank: int | None = _flag(
+        "Highest rank of a module; 64. For serving the one rank, 8, 16, 32 or 64; 16."
+    )
+    bucket: int | None = _flag("Ranks are multiples of this; 1. Not for serving.")
     form: Literal["peft", "serving"] = _flag(
-        "serving: ranks in few sizes and factors alone, as servers of many adapters want; biases, "
-        "norms, embeddings and heads stay the base's, and the error says what that costs.",
+        "serving: factors alone, all of one rank, which peft, vLLM, SGLang and llama.cpp read "
+        "alike; biases, norms, embeddings and heads stay the base's, and the error says what that "
+        "costs.",
         "peft",
         "--format",
     )

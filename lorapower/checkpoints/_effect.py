@@ -36,22 +36,32 @@ class Pool:
     """Directions of modules to choose from, side by side in the order of the modules.
 
     A direction is a column of the factors of the module's change. ``bundles`` numbers those that
-    are taken together: ``bucket`` of a module.
+    are taken together: ``bucket`` of a module or, for ``serving``, of all that are `Module.fused`,
+    where ranks below ``bucket`` cost as much.
     """
 
     def __init__(
-        self, directions: Mapping[str, Directions], modules: Mapping[str, Module], bucket: int
+        self,
+        directions: Mapping[str, Directions],
+        modules: Mapping[str, Module],
+        bucket: int,
+        *,
+        serving: bool = False,
     ) -> None:
         self.directions, self.modules = directions, modules
-        costs, bundles = [], []
+        costs: list[int] = []
+        bundles: list[int] = []
+        numbers: dict[tuple[str, int], int] = {}
         self.places: dict[str, slice] = {}
-        start = first = 0
         for name, found in directions.items():
-            number = len(found.values)
-            self.places[name] = slice(start, start + number)
-            costs += [modules[name].cost] * number
-            bundles += [first + i // bucket for i in range(number)]
-            start, first = start + number, first + -(-number // bucket)
+            module, number = modules[name], len(found.values)
+            self.places[name] = slice(len(costs), len(costs) + number)
+            costs += [module.cost] * number
+            if serving:
+                costs[-1] += module.cost * (bucket - number)
+            together = module.fused if serving else name
+            for i in range(number):
+                bundles.append(numbers.setdefault((together, i // bucket), len(numbers)))
         self.costs = torch.tensor(costs, dtype=torch.float64)
         self.bundles = torch.tensor(bundles, dtype=torch.int64)
 

@@ -31,6 +31,12 @@ _TIED = (
     "Do not merge it with `merge_and_unload` of peft: embeddings and head share their weight, to "
     "which that adds the factors twice. `lorapower extract --merged DIR` writes the merged model."
 )
+_UNEQUAL = (
+    "Its modules have different ranks. The converter of llama.cpp takes one `lora_alpha` for all "
+    "and so scales modules of lower rank too much, without a warning. SGLang refuses the file, and "
+    "peft cannot reload what its `add_weighted_adapter` combines from it by `linear` or `ties`. "
+    "`lorapower extract --format serving` writes one rank for all."
+)
 REPORT, CARD = "report.json", "README.md"
 # ``task_type`` of an adapter in peft.
 _TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION"}
@@ -76,7 +82,10 @@ def save_peft(
             A, B = module_factors(wrapped.base_model.model.get_submodule(name))
             A.copy_(update.right.mT)
             B.copy_(update.left)
-    wrapped.peft_config["default"].base_model_name_or_path = base
+    config = wrapped.peft_config["default"]
+    config.base_model_name_or_path = base
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
     with warnings.catch_warnings(action="ignore"):
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
 
@@ -86,9 +95,10 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
     require_libraries()
     from peft import LoraConfig, get_peft_model
 
-    # Only a pattern matches whole names: "0" in a list would match "1.0" too.
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     largest = max(ranks.values(), default=1)
+    if set(ranks.values()) == {largest}:
+        patterns = {}
     targets = [*map(re.escape, ranks)]
     head: Any = getattr(network, "get_output_embeddings", lambda: None)()
     modules = (network.get_submodule(name) for name in ranks if head is not None)
@@ -96,8 +106,12 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
     if tied:
         # Which peft ties only where it finds one of these names alone.
         targets.append(_TYING)
+    # SGLang reads no pattern, but "0" in a list would match "1.0" too.
+    others = (name for name, _ in network.named_modules())
+    ambiguous = any(other.endswith(f".{name}") for other in others for name in ranks)
+    listable = bool(ranks) and not (patterns or tied or ambiguous)
     config = LoraConfig(
-        target_modules="|".join(targets) or _NO_MODULES,
+        target_modules=[*ranks] if listable else "|".join(targets) or _NO_MODULES,
         ensure_weight_tying=tied,
         r=largest,
         lora_alpha=largest,
@@ -263,6 +277,7 @@ def describe(
         )
     notes = f"\n{_DEQUANTIZED}\n" if report["base_dequantized"] else ""
     notes += f"\n{_TIED}\n" if report["ties_embeddings"] else ""
+    notes += f"\n{_UNEQUAL}\n" if len({*report["ranks"].values()}) > 1 else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in totals)
     by_module = "\n".join(
         f"| {name} | {out}×{into} | {rank} | {percent(lost)} |"

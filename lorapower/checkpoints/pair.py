@@ -36,6 +36,11 @@ _TASKS: dict[str, Task] = {
     "Model": "encoder",
 }
 KINDS = ("bias", "norm", "embedding", "head")
+# Modules that servers compute as one, by the ends of their names.
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), "qkv"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
+}
 
 
 class Module(NamedTuple):
@@ -56,6 +61,12 @@ class Module(NamedTuple):
     def cost(self) -> int:
         """Count the numbers of an adapter of rank 1: ``out + in``."""
         return sum(self.shape)
+
+    @property
+    def fused(self) -> str:
+        """Name it and those that servers compute together with it, such as all of ``q, k, v``."""
+        owner, _, end = self.name.rpartition(".")
+        return f"{owner}.{_FUSED.get(end, end)}"
 
 
 class _Other(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks, randomness
 from ..errors import InputError
@@ -60,6 +60,9 @@ class Planner:
     max_rank, bucket : int
         Ranks are at most ``max_rank``, and multiples of ``bucket`` or the highest that a module can
         have.
+    serving : bool
+        Whether all factors of ``effect`` have the rank ``max_rank``, where need be by zeros, and
+        modules that servers compute as one (`Module.fused`) get them together.
     device, report
         Where the network is, and what receives progress.
 
@@ -80,20 +83,25 @@ class Planner:
         tokens: int = TOKENS,
         max_rank: int = 64,
         bucket: int = 1,
+        serving: bool = False,
         seed: int = 0,
         device: str = "cpu",
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks, and find the directions of all changes."""
         _require_leave(pair, leave)
+        bucket = max_rank if serving else bucket
         self.options = {"modules": modules, "leave": sorted(leave), "tokens": tokens}
-        self.options |= {"max_rank": max_rank, "bucket": bucket, "seed": seed}
-        self.max_rank = _checks.integer("max_rank", max_rank, 1)
+        self.options |= {"max_rank": max_rank, "bucket": bucket, "seed": seed, "serving": serving}
+        self.serving, self.max_rank = serving, _checks.integer("max_rank", max_rank, 1)
         self.bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
         self.device = require_device(device)
         self.seed, self.report = seed, report or (lambda *_: None)
         pair = replace(pair, leave=frozenset(leave))
         self.modules = _choose_modules(pair, modules)
+        if serving:
+            together = {module.fused for module in self.modules.values()}
+            self.modules = {n: m for n, m in pair.modules.items() if m.fused in together}
         self.pair = pair = pair.with_words(self.modules)
         self.texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
         self.network = pair.network().to(self.device)
@@ -118,7 +126,7 @@ class Planner:
     @property
     def most(self) -> int:
         """How many numbers the highest ranks take."""
-        return self.parameters(self.max_rank)
+        return max(self.parameters(self.max_rank), int(self._pool.costs.sum()))
 
     def parameters(self, rank: int) -> int:
         """Count the numbers that one rank for all modules takes."""
@@ -141,8 +149,12 @@ class Planner:
         return self._by_effect[parameters]
 
     def best(self, parameters: int) -> tuple[str, Adapter]:
-        """Find the better of ``effect`` and ``plain`` on texts for selection, and its adapter."""
-        adapters = {method: self.candidate(method, parameters) for method in ("effect", "plain")}
+        """Find the better of ``effect`` and ``plain`` on texts for selection, and its adapter.
+
+        For ``serving`` it is ``effect``, as ``plain`` does not keep modules together.
+        """
+        methods = ("effect",) if self.serving else ("effect", "plain")
+        adapters = {method: self.candidate(method, parameters) for method in methods}
         method = min(adapters, key=lambda method: self.error(adapters[method]))
         return method, adapters[method]
 
@@ -293,7 +305,7 @@ class Planner:
 
     @functools.cached_property
     def _pool(self) -> Pool:
-        return Pool(self.directions, self.modules, self.bucket)
+        return Pool(self.directions, self.modules, self.bucket, serving=self.serving)
 
     @functools.cached_property
     def _sketches(self) -> tuple[Tensor, Tensor]:
@@ -333,6 +345,8 @@ class Planner:
             left, right = found.update.left[:, kept] * parts[kept], found.update.right[:, kept]
             if kept.any():
                 factors[name] = _balance(LowRank(left.double(), right.double()))
+            if self.serving and kept.any():
+                factors[name] = _pad(factors[name], self.max_rank)
             if self.pair.frees_bias(self.modules[name]):
                 tuned = self.pair.tuned.read(f"{name}.bias")
                 biases[name] = (tuned + found.shift - left @ (right.mT @ found.mean)).float()
@@ -346,6 +360,12 @@ def _balance(update: LowRank) -> LowRank:
     U, values, Vh = torch.linalg.svd(S @ T.mT)
     half = values.sqrt()
     return LowRank((Q @ U * half).float(), (P @ Vh.mT * half).float())
+
+
+def _pad(update: LowRank, rank: int) -> LowRank:
+    """The same update with columns of zeros up to a rank."""
+    zeros = (0, rank - update.rank)
+    return LowRank(*(nn.functional.pad(side, zeros) for side in (update.left, update.right)))
 
 
 def _decompose(pair: Pair, name: str, most: int, mean: Tensor | None) -> Directions:

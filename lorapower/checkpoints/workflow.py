@@ -34,8 +34,8 @@ _BASELINES = ("uniform", "energy", "plain")
 _ERROR = 0.1
 # How often texts for stating may be looked at, if they show more error than was aimed at.
 _LOOKS = 4
-# Options of `Planner` for servers of many adapters, which hold factors of few ranks.
-_SERVING = {"max_rank": 16, "bucket": 8}
+# Ranks for which servers of many adapters have room, the first by default.
+_SERVED = (16, 8, 32, 64)
 # Relative tolerance of the error of an adapter that is read back.
 _RELOADED = 1e-5
 
@@ -270,8 +270,9 @@ def plan(
         Whether the error measured on held-out texts, an estimate, is to be at most ``error``,
         without a certificate; then the plan has the fewest parameters that are found.
     serving : bool
-        Whether the adapter is to have factors alone, of few ranks: multiples of 8 up to 16 unless
-        ``max_rank`` or ``bucket`` are given. All else that tuning changed stays the base's.
+        Whether the adapter is to have factors alone, all of one rank, ``max_rank``: 16 unless 8, 32
+        or 64 are given. The search then chooses which modules have them; what servers compute as
+        one has them together. All else that tuning changed stays the base's.
     report : callable, optional
         Receives progress: the stage, the steps done, and their number.
     **options
@@ -280,7 +281,7 @@ def plan(
     start = time.perf_counter()
     aim = _read_aim(error, parameters, rank, estimate)
     if serving:
-        options = {**_SERVING, **options, "leave": KINDS}
+        options = _serve(**options)
     planner = Planner(Pair.open(base, tuned, force=force), texts, report=report, **options)
     number = planner.parameters(rank) if rank is not None else parameters or 0
     if planner.equal:
@@ -426,6 +427,17 @@ def check(
         allowed = "one that brings the head that the base lacks"
         raise InputError("adapter", allowed=allowed, given=f"{adapter}, with which outputs are NaN")
     return measured
+
+
+def _serve(*, max_rank: int = _SERVED[0], bucket: int | None = None, **options: Any) -> Any:
+    """Options of `Planner` for factors that servers of many adapters read."""
+    if max_rank not in _SERVED:
+        allowed = f"one of {', '.join(map(str, sorted(_SERVED)))} for serving"
+        raise InputError("max_rank", allowed=allowed, value=max_rank)
+    if bucket is not None:
+        allowed = "left out for serving, where all ranks are max_rank"
+        raise InputError("bucket", allowed=allowed, value=bucket)
+    return {**options, "max_rank": max_rank, "serving": True, "leave": KINDS}
 
 
 def _read_aim(

@@ -1,0 +1,227 @@
+"""Adapters for servers: what peft, vLLM, SGLang and llama.cpp make of the same files.
+
+Of servers only the rules are here, from the sources of vLLM 0.33.0, SGLang 0.5.23 and
+llama-cpp-python 0.3.36, which has llama.cpp 0.5.0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as files
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorapower import checkpoints, randomness
+from lorapower.checkpoints import save_peft
+from lorapower.checkpoints._models import quiet
+from lorapower.errors import InputError
+from lorapower.lowrank import LowRank
+
+TEXTS = files.texts()
+QUERY, KEY, VALUE = (f"model.layers.0.self_attn.{end}_proj" for end in "qkv")
+# vllm/model_executor/models/llama.py:475 and bert.py:467: what is packed into one module.
+PACKED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value")
+LLAMA = {*PACKED[0], *PACKED[1], "o_proj", "down_proj"}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Keys and values have 12 rows, fewer than ranks of 16."""
+    return files.pair(tmp_path_factory.mktemp("llama"), "llama", "LlamaForCausalLM")
+
+
+@pytest.fixture(scope="module")
+def values(llama: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """An adapter of rank 3 for values of the first block alone."""
+    folder = tmp_path_factory.mktemp("values")
+    draw = randomness.generator(0, "values")
+    left, right = (randomness.normal(draw, n, 3, dtype=torch.float32) for n in (12, 24))
+    with quiet():
+        network: Any = transformers.LlamaForCausalLM.from_pretrained(llama[0])
+    save_peft(folder, network, {VALUE: LowRank(left, right)}, base=llama[0])
+    return llama[0], str(folder)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
+    """The configuration of an adapter, and ``A`` and ``B`` by module; nothing else is there."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in tensors}
+    found = {
+        name: tuple(tensors.pop(f"base_model.model.{name}.lora_{side}.weight") for side in "AB")
+        for name in names
+    }
+    assert not tensors
+    return json.loads((folder / "adapter_config.json").read_text()), found  # type: ignore
+
+
+def require_groups(factors: Collection[str]) -> None:
+    """What is packed with a module has factors too."""
+    for owner, _, end in (name.rpartition(".") for name in factors):
+        for group in PACKED:
+            assert end not in group or all(f"{owner}.{other}" in factors for other in group)
+
+
+def by_vllm(config: dict[str, Any], factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    # vllm/lora/peft_helper.py:53 and :188: what is refused.
+    assert not config["modules_to_save"]
+    assert config["bias"] == "none"
+    assert not config["use_dora"]
+    assert max(config["r"], *config["rank_pattern"].values(), 0) in (8, 16, 32, 64)
+    # Before it read patterns, and in :131 for modules without one, the scale was alpha / r.
+    return {name: config["lora_alpha"] / config["r"] * B @ A for name, (A, B) in factors.items()}
+
+
+def by_sglang(
+    config: dict[str, Any], factors: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    # sglang/srt/lora/utils.py:292: of patterns only "all" and "all-linear".
+    assert isinstance(config["target_modules"], list)
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} <= LLAMA
+    for A, B in factors.values():
+        # mem_pool.py:908 and :1265: buffers have the shape that config["r"] says.
+        assert A.shape[0] == B.shape[1] == config["r"]
+    # lora.py:282 and :396: looks for others beside queries and gates.
+    require_groups(factors)
+    # lora.py:71
+    return {name: config["lora_alpha"] / config["r"] * B @ A for name, (A, B) in factors.items()}
+
+
+def by_llama_cpp(
+    config: dict[str, Any], factors: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    # convert_lora_to_gguf.py:528 keeps one alpha; src/llama-adapter.h:53 has each tensor's rank.
+    return {name: config["lora_alpha"] / A.shape[0] * B @ A for name, (A, B) in factors.items()}
+
+
+def by_peft(base: str, folder: Path) -> dict[str, Tensor]:
+    """What peft adds to weights; a fresh network of transformers loads it."""
+    with quiet():
+        network: Any = transformers.LlamaForCausalLM.from_pretrained(base)
+        modules: Any = peft.PeftModel.from_pretrained(network, str(folder)).named_modules()
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in modules
+        if hasattr(module, "lora_A")
+    }
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64])
+@pytest.mark.parametrize("which", ["llama", "values"])
+def test_all_readers_read_the_same(
+    which: str, rank: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    base, tuned = request.getfixturevalue(which)
+    options: Any = {"serving": True, "max_rank": rank, "rank": rank // 2}
+    plan = checkpoints.extract(base, tuned, TEXTS, tmp_path / "out", **options)
+    config, factors = read(tmp_path / "out")
+    assert (config["r"], config["lora_alpha"]) == (rank, rank)
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    wanted = by_peft(base, tmp_path / "out")
+    for reader in (by_vllm, by_sglang, by_llama_cpp):
+        torch.testing.assert_close(reader(config, factors), wanted)
+    # What is stated counts what is written.
+    assert plan.ranks == {n: rank * (n in factors) for n in plan.planner.modules}
+    written = sum(A.numel() + B.numel() for A, B in factors.values())
+    assert plan.carried == plan.adapter.parameters == written
+    again = checkpoints.plan(base, tuned, TEXTS, **options)
+    assert again.carried == written
+    assert again.size == pytest.approx(plan.size, rel=0.1)
+    if which == "llama":
+        assert 0 < written <= plan.planner.parameters(rank // 2)
+        assert len(factors) < len(plan.planner.modules)
+    else:
+        # Of the change of values alone, which have no room of their own.
+        assert factors.keys() == {QUERY, KEY, VALUE}
+        assert not any(wanted[name].any() for name in (QUERY, KEY))
+        assert plan.measured.error < 1e-4
+
+
+def test_ranks_that_differ_are_read_differently(llama: tuple[str, str], tmp_path: Path) -> None:
+    plan = checkpoints.extract(*llama, TEXTS, tmp_path, force=True, rank=2, leave=["norm"])
+    assert len({*plan.ranks.values()}) > 2
+    config, factors = read(tmp_path)
+    wanted = by_peft(llama[0], tmp_path)
+    torch.testing.assert_close(by_vllm(config | {"r": 8, "lora_alpha": 8}, factors), wanted)
+    largest, found = max(plan.ranks.values()), by_llama_cpp(config, factors)
+    for name, (A, _) in factors.items():
+        torch.testing.assert_close(found[name], largest / len(A) * wanted[name])
+    with pytest.raises(AssertionError):
+        by_sglang(config, factors)
+    assert "--format serving" in (tmp_path / "README.md").read_text()
+    checkpoints.extract(*llama, TEXTS, tmp_path, force=True, rank=8, serving=True)
+    assert "--format serving" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("ranks", [(4, 4), (4, 2)], ids=str)
+def test_peft_reloads_combinations_of_one_rank(ranks: tuple[int, int], tmp_path: Path) -> None:
+    """Of more it does not, as model cards say (issue 3737 of peft)."""
+
+    def network() -> Any:
+        return torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
+
+    draw = randomness.generator(0, "combined")
+    for part in "ab":
+        sides = [(randomness.normal(draw, 6, r), randomness.normal(draw, 6, r)) for r in ranks]
+        updates = {str(k): LowRank(*both) for k, both in enumerate(sides)}
+        save_peft(tmp_path / part, network().double(), updates)
+    both = peft.PeftModel.from_pretrained(network(), str(tmp_path / "a"), adapter_name="a")
+    both.load_adapter(str(tmp_path / "b"), adapter_name="b")
+    both.add_weighted_adapter(["a", "b"], [0.7, 0.3], "c", combination_type="linear")
+    both.save_pretrained(str(tmp_path), selected_adapters=["c"])
+    if len({*ranks}) == 1:
+        peft.PeftModel.from_pretrained(network(), str(tmp_path / "c"))
+    else:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            peft.PeftModel.from_pretrained(network(), str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("llama", "LlamaForSequenceClassification"),
+        ("bert", "BertForSequenceClassification"),
+        ("gpt2", "GPT2LMHeadModel"),
+        ("phi3", "Phi3ForCausalLM"),
+    ],
+)
+def test_heads_stay_the_base_s(kind: str, architecture: str, tmp_path: Path) -> None:
+    pair = files.pair(tmp_path, kind, architecture)
+    plan = checkpoints.extract(*pair, TEXTS, tmp_path / "out", serving=True, rank=6)
+    config, factors = read(tmp_path / "out")
+    assert config["task_type"] == ("CAUSAL_LM" if plan.planner.pair.task == "language" else None)
+    assert (config["modules_to_save"], config["trainable_token_indices"]) == (None, None)
+    assert all(A.shape[0] == B.shape[1] == 16 for A, B in factors.values())
+    assert 0 < len(factors) < len(plan.planner.modules)
+    require_groups(factors)
+
+
+def test_groups_are_chosen_whole(llama: tuple[str, str]) -> None:
+    plan = checkpoints.plan(*llama, TEXTS, serving=True, modules="v_proj", parameters=3000)
+    assert {QUERY, KEY, VALUE} < plan.ranks.keys()
+    assert all(name.endswith(PACKED[0]) for name in plan.ranks)
+    # 16 (3 · 24 + 24 + 12 + 12) for one block.
+    assert plan.carried == 16 * 120
+    assert plan.carried == plan.adapter.parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_rank": 12}, "max_rank must be one of 8, 16, 32, 64 for serving; got 12"),
+        ({"max_rank": 128}, "max_rank must be one of 8, 16, 32, 64 for serving; got 128"),
+        ({"bucket": 8}, "bucket must be left out for serving, where all ranks are max_rank"),
+    ],
+)
+def test_other_ranks_are_refused(options: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        checkpoints.plan("no base", "no tuned", [], serving=True, **options)
