@@ -95,10 +95,9 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
     require_libraries()
     from peft import LoraConfig, get_peft_model
 
-    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     largest = max(ranks.values(), default=1)
-    if set(ranks.values()) == {largest}:
-        patterns = {}
+    equal = len({*ranks.values()}) == 1
+    patterns = {} if equal else {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     targets = [*map(re.escape, ranks)]
     head: Any = getattr(network, "get_output_embeddings", lambda: None)()
     modules = (network.get_submodule(name) for name in ranks if head is not None)
@@ -109,7 +108,7 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
     # SGLang reads no pattern, but "0" in a list would match "1.0" too.
     others = (name for name, _ in network.named_modules())
     ambiguous = any(other.endswith(f".{name}") for other in others for name in ranks)
-    listable = bool(ranks) and not (patterns or tied or ambiguous)
+    listable = equal and not tied and not ambiguous
     config = LoraConfig(
         target_modules=[*ranks] if listable else "|".join(targets) or _NO_MODULES,
         ensure_weight_tying=tied,

@@ -429,7 +429,9 @@ def check(
     return measured
 
 
-def _serve(*, max_rank: int = _SERVED[0], bucket: int | None = None, **options: Any) -> Any:
+def _serve(
+    *, max_rank: int = _SERVED[0], bucket: int | None = None, **options: Any
+) -> dict[str, Any]:
     """Options of `Planner` for factors that servers of many adapters read."""
     if max_rank not in _SERVED:
         allowed = f"one of {', '.join(map(str, sorted(_SERVED)))} for serving"
