@@ -89,7 +89,7 @@ def by_sglang(
     for A, B in factors.values():
         # mem_pool.py:908 and :1265: buffers have the shape that config["r"] says.
         assert A.shape[0] == B.shape[1] == config["r"]
-    # lora.py:282 and :396: looks for others beside queries and gates.
+    # lora.py:282 and :499: looks for others beside queries and gates.
     require_groups(factors)
     # lora.py:71
     return {name: config["lora_alpha"] / config["r"] * B @ A for name, (A, B) in factors.items()}
