@@ -108,7 +108,7 @@ class _PlanOptions(_Options):
         "Kind that stays the base's: bias, norm, embedding, head. May be repeated."
     )
     max_rank: int | None = _flag(
-        "Highest rank of a module; 64. For serving the one rank, 8, 16, 32 or 64; 16."
+        "Highest rank of a module; 64. For serving the one rank, at most 64; 16."
     )
     bucket: int | None = _flag("Ranks are multiples of this; 1. Not for serving.")
     form: Literal["peft", "serving"] = _flag(

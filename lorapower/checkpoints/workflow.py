@@ -34,8 +34,8 @@ _BASELINES = ("uniform", "energy", "plain")
 _ERROR = 0.1
 # How often texts for stating may be looked at, if they show more error than was aimed at.
 _LOOKS = 4
-# Ranks for which servers of many adapters have room, the first by default.
-_SERVED = (16, 8, 32, 64)
+# The rank for which servers of many adapters have room unless told otherwise, and a common limit.
+_SERVED, _MOST_SERVED = 16, 64
 # Relative tolerance of the error of an adapter that is read back.
 _RELOADED = 1e-5
 
@@ -270,9 +270,9 @@ def plan(
         Whether the error measured on held-out texts, an estimate, is to be at most ``error``,
         without a certificate; then the plan has the fewest parameters that are found.
     serving : bool
-        Whether the adapter is to have factors alone, all of one rank, ``max_rank``: 16 unless 8, 32
-        or 64 are given. The search then chooses which modules have them; what servers compute as
-        one has them together. All else that tuning changed stays the base's.
+        Whether the adapter is to have factors alone, all of one rank, ``max_rank``: at most 64, 16
+        unless given. The search then chooses which modules have them; what servers compute as one
+        has them together. All else that tuning changed stays the base's.
     report : callable, optional
         Receives progress: the stage, the steps done, and their number.
     **options
@@ -429,13 +429,9 @@ def check(
     return measured
 
 
-def _serve(
-    *, max_rank: int = _SERVED[0], bucket: int | None = None, **options: Any
-) -> dict[str, Any]:
+def _serve(*, max_rank: int = _SERVED, bucket: int | None = None, **options: Any) -> dict[str, Any]:
     """Options of `Planner` for factors that servers of many adapters read."""
-    if max_rank not in _SERVED:
-        allowed = f"one of {', '.join(map(str, sorted(_SERVED)))} for serving"
-        raise InputError("max_rank", allowed=allowed, value=max_rank)
+    _checks.integer("max_rank", max_rank, 1, _MOST_SERVED, limit="for serving")
     if bucket is not None:
         allowed = "left out for serving, where all ranks are max_rank"
         raise InputError("bucket", allowed=allowed, value=bucket)

@@ -75,7 +75,8 @@ def by_vllm(config: dict[str, Any], factors: dict[str, tuple[Tensor, Tensor]]) -
     assert not config["modules_to_save"]
     assert config["bias"] == "none"
     assert not config["use_dora"]
-    assert max(config["r"], *config["rank_pattern"].values(), 0) in (8, 16, 32, 64)
+    # vllm/config/lora.py:27: a server has room for 64, or by default (:34) for 16.
+    assert max(config["r"], *config["rank_pattern"].values(), 0) <= 64
     # Before it read patterns, and in :131 for modules without one, the scale was alpha / r.
     return {name: config["lora_alpha"] / config["r"] * B @ A for name, (A, B) in factors.items()}
 
@@ -114,7 +115,7 @@ def by_peft(base: str, folder: Path) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("rank", [8, 16, 64])
+@pytest.mark.parametrize("rank", [4, 16, 64])
 @pytest.mark.parametrize("which", ["llama", "values"])
 def test_all_readers_read_the_same(
     which: str, rank: int, request: pytest.FixtureRequest, tmp_path: Path
@@ -217,8 +218,8 @@ def test_groups_are_chosen_whole(llama: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"max_rank": 12}, "max_rank must be one of 8, 16, 32, 64 for serving; got 12"),
-        ({"max_rank": 128}, "max_rank must be one of 8, 16, 32, 64 for serving; got 128"),
+        ({"max_rank": 0}, r"max_rank must be an integer from 1 to 64 \(for serving\); got 0"),
+        ({"max_rank": 128}, r"max_rank must be an integer from 1 to 64 \(for serving\); got 128"),
         ({"bucket": 8}, "bucket must be left out for serving, where all ranks are max_rank"),
     ],
 )
