@@ -38,11 +38,12 @@ def read(name: str) -> pd.DataFrame:
     steps at rank 64 lose of their effect on logits if each product of factors is cut to this rank.
 
     ``"plans"`` has a row for each adapter of four ``tuning`` of the packaged language model: all
-    weights tuned on one kind of sentences, or an adapter trained. ``method`` is another tool's
-    name, one of `METHODS` of checkpoints, or ``least effect`` and ``least uniform`` for the fewest
-    parameters with the error ``asked``, on texts for choosing. Otherwise ``asked`` is the uniform
-    rank whose parameters in blocks were the limit. With ``of blocks`` only these have factors, and
-    embeddings that tuning changed are carried whole. ``parameters`` counts factors, ``carried`` all
+    weights tuned on one kind of sentences, or an adapter trained. ``method`` is ``mergekit``, one
+    of the `RULES` of other tools in `neighbours`, one of `METHODS` of checkpoints, or ``least
+    effect`` and ``least uniform`` for the fewest parameters with the error ``asked``, on texts for
+    choosing. Otherwise ``asked`` is the uniform rank whose parameters in blocks were the limit.
+    Other tools' adapters, and those ``of blocks``, have factors for these alone, and embeddings
+    that tuning changed are carried whole. ``parameters`` counts factors, ``carried`` all
     numbers of the file, of size ``bytes``; ``seconds`` were spent on this adapter alone, after
     texts were passed. Arrays over held-out texts are ``squares``, ``‖f̂ − f̄‖²``; ``effect``,
     ``‖f_0 − f̄‖²``; ``equal`` next tokens, their ``divergence``, and their number, ``decisions``.

@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorapower import randomness
+from lorapower import lowrank, randomness
 from lorapower.checkpoints import Adapter, Pair, Planner, _export
 from lorapower.experiments import sweeps
-from records import models, pack, pairs
+from records import models, neighbours, pack, pairs
 from records.record import begin, merge, put
 
 BASE = models.LANGUAGE
@@ -128,6 +128,13 @@ def plan(tuning: str, modules: str) -> Planner:
     )
 
 
+@functools.lru_cache(maxsize=1)
+def decompose(tuning: str) -> dict[str, lowrank.SVD]:
+    """Decompose the changes of a tuning's blocks, in single precision as other tools do."""
+    blocks = plan(tuning, BLOCKS)
+    return {name: lowrank.svd(blocks.pair.change(name).float()) for name in blocks.modules}
+
+
 def work(settings: list[Setting]) -> list[Found]:
     """Choose an adapter, or load it, and measure it."""
     (setting,) = settings
@@ -139,9 +146,14 @@ def work(settings: list[Setting]) -> list[Found]:
         network = _export.load(folder, blocks.pair)
     else:
         method = setting.method.removesuffix(" of blocks")
-        planner = blocks if method != setting.method else plan(setting.tuning, "all")
+        others = method in neighbours.RULES
+        changes = decompose(setting.tuning) if others else {}
+        planner = blocks if others or method != setting.method else plan(setting.tuning, "all")
         start = time.perf_counter()
-        if method.startswith("least "):
+        if others:
+            parameters = blocks.parameters(int(setting.asked))
+            _, adapter = neighbours.choose(method, changes, blocks.modules, parameters)
+        elif method.startswith("least "):
             adapter = least(planner, method.removeprefix("least "), setting.asked)
         else:
             adapter = planner.candidate(method, blocks.parameters(int(setting.asked)))
@@ -169,7 +181,9 @@ def least(planner: Planner, method: str, error: float) -> Adapter:
 def every(tuning: str) -> list[Setting]:
     """List the adapters of a tuning; those of another tool as far as they are there."""
     about = TUNINGS[tuning]
-    methods = ["energy", "uniform", "effect"] if about.rank else ["mergekit", OF_BLOCKS, "effect"]
+    methods = ["mergekit", *neighbours.RULES, OF_BLOCKS, "effect"]
+    if about.rank:
+        methods = ["energy", "uniform", "effect"]
     settings = sweeps.grid(Setting, tuning=tuning, method=methods, asked=[*map(float, RANKS)])
     settings = [s for s in settings if s.method != "mergekit" or other(s).exists()]
     methods = ["least effect", "least uniform"]

@@ -20,7 +20,7 @@ from lorapower import bounds, randomness
 from lorapower.checkpoints import Pair
 from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder
-from records import language, models, pairs, parts, plans, record, sizes, tune, unpack
+from records import language, models, neighbours, pairs, parts, plans, record, sizes, tune, unpack
 
 
 def test_errors_of_plans_are_those_of_the_texts() -> None:
@@ -44,6 +44,14 @@ def test_errors_of_plans_are_those_of_the_texts() -> None:
         assert not np.ptp(decisions, axis=0).any()
         least = rows[rows.method.str.startswith("least")]
         assert set(least.asked) == {*about.errors}
+    compared = table[table.method.isin(neighbours.RULES)]
+    full = [name for name, about in plans.TUNINGS.items() if not about.rank]
+    settings = itertools.product(full, neighbours.RULES, plans.RANKS)
+    assert {*map(tuple, compared[["tuning", "method", "asked"]].to_numpy())} == {*settings}
+    # One more direction of the largest module would be too many.
+    unit = 305_280
+    assert (compared.parameters <= unit * compared.asked).all()
+    assert (compared.parameters > unit * compared.asked - (576 + 1536)).all()
     own = table[table.method != "mergekit"]
     assert (own.carried >= own.parameters).all()
     assert (table.bytes >= 4 * table.carried).all()
@@ -94,11 +102,14 @@ def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: pytest.M
     chosen = [s for s in plans.every("a") if s.asked <= 1 and s.method != "least uniform"]
     sweeps.run(chosen, plans.work, "plans.sqlite", size=1, progress=False)
     table = records.complete(record.merge(["plans.sqlite"], plans.Setting)).set_index("method")
-    assert {*table.index} == {"mergekit", "effect of blocks", "effect", "least effect"}
+    others = ["mergekit", *neighbours.RULES]
+    assert {*table.index} == {*others, "effect of blocks", "effect", "least effect"}
+    assert table.error["effect of blocks"] < table.error[[*neighbours.RULES]].min()
     # Embeddings as a whole are many more numbers; the other adapter is of another training.
     assert table.error["effect of blocks"] < table.error["effect"] < table.error["mergekit"]
     sides = [sum(m.shape) for m in plans.plan("a", plans.BLOCKS).modules.values()]
-    assert 0.9 * sum(sides) <= table.parameters["effect of blocks"] <= sum(sides)
+    made = table.parameters[["effect of blocks", *neighbours.RULES]]
+    assert made.between(0.9 * sum(sides), sum(sides)).all()
     assert table.carried["mergekit"] == 3 * sum(sides)
     assert table.carried["effect of blocks"] > table.carried["effect"]
 

@@ -1,0 +1,57 @@
+"""How other tools choose ranks by singular values, at an equal number of parameters.
+
+All of them cut off the singular value decomposition of each change, as `choose` does. Where one
+rank is asked for all modules, `mergekit`, `peft.convert_to_lora`, kohya's ``resize_lora``, PHLoRA
+(arXiv 2509.10971) and LoRA-Squeeze (2602.10993) write the same factors; the others are `RULES`.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lorapower.checkpoints import Adapter, Module
+from lorapower.lowrank import SVD, LowRank
+
+#: The threshold from which on a rule keeps each singular value, by tool and option: of ``peft``
+#: 0.21.2 (`convert_to_lora`, whose number is a share of ``Σσ²``; ``sv_fro`` of kohya takes its
+#: root), of kohya's ``resize_lora`` (sd-scripts, commit 063ef10), and of PARA (arXiv 2604.27796),
+#: which compares the singular values of all modules as they are, as does ``--sv-epsilon`` of
+#: mergekit 0.1.5.
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "peft, energy": lambda values: _share_before(values.square()),
+    "kohya, sv_ratio": lambda values: values[0] / values,
+    "kohya, sv_cumulative": lambda values: _share_before(values),
+    "PARA": lambda values: 1 / values,
+}
+
+
+def _share_before(terms: Tensor) -> Tensor:
+    """The share of a sum that stands before each of its terms."""
+    return (terms.cumsum(0) - terms) / terms.sum()
+
+
+def choose(
+    rule: str, changes: Mapping[str, SVD], modules: Mapping[str, Module], parameters: int
+) -> tuple[float, Adapter]:
+    """Find the largest threshold that parameters pay for, or the least, and its adapter."""
+    thresholds = {name: RULES[rule](change.S.double()) for name, change in changes.items()}
+
+    def ranks(threshold: float) -> dict[str, int]:
+        return {name: int((each <= threshold).sum()) for name, each in thresholds.items()}
+
+    def cost(threshold: float) -> int:
+        return sum(modules[name].cost * rank for name, rank in ranks(threshold).items())
+
+    steps = torch.cat([*thresholds.values()]).unique().tolist()
+    found = steps[max(bisect.bisect(steps, parameters, key=cost), 1) - 1]
+    factors = {}
+    for name, rank in ranks(found).items():
+        if rank:
+            U, S, V = changes[name]
+            root = S[:rank].sqrt()
+            factors[name] = LowRank(U[:, :rank] * root, V[:, :rank] * root)
+    return found, Adapter(factors, {})

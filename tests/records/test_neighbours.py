@@ -1,0 +1,98 @@
+"""Ranks and factors of other tools, and of peft those that it makes itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoint_files as files
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from lorapower import lowrank, randomness
+from lorapower.checkpoints import Module, Pair, _export, save_peft
+from lorapower.lowrank import SVD, LowRank
+from records import neighbours
+
+# Ranks by each tool's number, as its source defines them.
+Values = NDArray[np.float64]
+DEFINITIONS: dict[str, Callable[[Values, float], int]] = {
+    "peft, energy": lambda s, t: next(
+        k for k in range(1, len(s) + 1) if (s[:k] ** 2).sum() >= t * (s**2).sum()
+    ),
+    "kohya, sv_ratio": lambda s, t: int((s > s[0] / t).sum()),
+    "kohya, sv_cumulative": lambda s, t: next(
+        k for k in range(1, len(s) + 1) if s[:k].sum() >= t * s.sum()
+    ),
+    "PARA": lambda s, t: int((s >= 1 / t).sum()),
+}
+
+
+def decompositions() -> tuple[dict[str, SVD], dict[str, Module]]:
+    changes, modules = {}, {}
+    for name, (out, into) in {"a": (12, 9), "b": (8, 8), "c": (5, 20)}.items():
+        draw = randomness.generator(0, name)
+        change = out * randomness.normal(draw, out, into) * 0.7 ** torch.arange(into)
+        changes[name] = lowrank.svd(change)
+        modules[name] = Module(name, "mlp", (out, into), False, False)
+    return changes, modules
+
+
+@pytest.mark.parametrize("rule", neighbours.RULES)
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_the_threshold_is_the_largest_that_parameters_pay_for(rule: str, rank: int) -> None:
+    changes, modules = decompositions()
+    parameters = rank * sum(module.cost for module in modules.values())
+    threshold, adapter = neighbours.choose(rule, changes, modules, parameters)
+    every = torch.cat([neighbours.RULES[rule](c.S.double()) for c in changes.values()])
+    above = float(every[every > threshold].min())
+
+    def ranks(number: float) -> dict[str, int]:
+        return {n: DEFINITIONS[rule](c.S.double().numpy(), number) for n, c in changes.items()}
+
+    def cost(ranks: dict[str, int]) -> int:
+        return sum(modules[name].cost * rank for name, rank in ranks.items())
+
+    chosen = ranks((threshold + above) / 2)
+    assert {name: rank for name, rank in chosen.items() if rank} == adapter.ranks
+    assert cost(chosen) == adapter.parameters <= parameters
+    assert cost(ranks(above * (1 + 1e-9))) > parameters
+    for name, factors in adapter.factors.items():
+        U, S, V = changes[name]
+        cut = (U * S * (torch.arange(len(S)) < factors.rank)) @ V.mT
+        torch.testing.assert_close(factors.matrix(), cut)
+
+
+def test_all_rules_but_one_leave_no_choice_at_rank_one() -> None:
+    """They keep a direction of each module."""
+    changes, modules = decompositions()
+    parameters = sum(module.cost for module in modules.values())
+    for rule in neighbours.RULES:
+        _, adapter = neighbours.choose(rule, changes, modules, parameters)
+        assert (adapter.ranks == dict.fromkeys(modules, 1)) == (rule != "PARA")
+
+
+def test_factors_are_those_that_peft_converts_to(tmp_path: Path) -> None:
+    """Of an adapter with changes of full rank, by the same share."""
+    from peft import convert_to_lora
+
+    base, tuned = files.pair(tmp_path, "llama", "LlamaForCausalLM", change=files.low_rank(12))
+    pair = Pair.open(base, tuned)
+    whole = {name: pair.change(name) for name in pair.modules}
+    updates = {name: LowRank(E, torch.eye(E.shape[1])) for name, E in whole.items()}
+    save_peft(tmp_path / "whole", pair.network(), updates)
+    changes = {name: lowrank.svd(E) for name, E in whole.items()}
+    parameters = 5 * sum(module.cost for module in pair.modules.values()) // 2
+    share, adapter = neighbours.choose("peft, energy", changes, pair.modules, parameters)
+    assert len({*adapter.ranks.values()}) > 1
+    with warnings.catch_warnings(action="ignore"):
+        # It warns that it is one of LoRA already.
+        network = _export.load(tmp_path / "whole", pair)
+        _, tensors = convert_to_lora(network, share + 1e-6)
+    for name, factors in adapter.factors.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        assert len(A) == factors.rank
+        torch.testing.assert_close(B @ A, factors.matrix(), rtol=1e-4, atol=1e-5)
