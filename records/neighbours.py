@@ -1,8 +1,9 @@
 """How other tools choose ranks by singular values, at an equal number of parameters.
 
-All of them cut off the singular value decomposition of each change, as `choose` does. Where one
-rank is asked for all modules, `mergekit`, `peft.convert_to_lora`, kohya's ``resize_lora``, PHLoRA
-(arXiv 2509.10971) and LoRA-Squeeze (2602.10993) write the same factors; the others are `RULES`.
+All of them cut off the singular value decomposition of each change, as `choose` does. Asked for one
+rank for all modules, ``mergekit`` and ``convert_to_lora`` of ``peft`` write the same products, and
+so do kohya's ``resize_lora`` and, by their abstracts, PHLoRA (arXiv 2509.10971) and, but for its
+randomized decomposition, LoRA-Squeeze (2602.10993). `RULES` are for unequal ranks.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from lorapower.checkpoints import Adapter, Module
 from lorapower.lowrank import SVD, LowRank
 
 #: The threshold from which on a rule keeps each singular value, by tool and option: of ``peft``
-#: 0.21.2 (`convert_to_lora`, whose number is a share of ``Σσ²``; ``sv_fro`` of kohya takes its
-#: root), of kohya's ``resize_lora`` (sd-scripts, commit 063ef10), and of PARA (arXiv 2604.27796),
-#: which compares the singular values of all modules as they are, as does ``--sv-epsilon`` of
-#: mergekit 0.1.5.
+#: 0.21.2 (``convert_to_lora``, whose number is a share of ``Σσ²``; kohya's ``sv_fro`` takes its
+#: root), kohya's ``resize_lora`` (sd-scripts, commit 063ef10), and PARA (arXiv 2604.27796), which
+#: compares singular values of all modules as they are, as ``--sv-epsilon`` of mergekit 0.1.5 does.
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "peft, energy": lambda values: _share_before(values.square()),
     "kohya, sv_ratio": lambda values: values[0] / values,

@@ -39,7 +39,7 @@ def test_errors_of_plans_are_those_of_the_texts() -> None:
     for tuning, rows in table.groupby("tuning"):
         about = plans.TUNINGS[str(tuning)]
         effect, decisions = (np.stack([*rows[name]]) for name in ("effect", "decisions"))
-        assert effect.shape == (len(rows), about.texts)
+        assert effect.shape == (len(rows), min(about.texts, 256))
         assert (effect.std(0) <= 1e-4 * effect.mean(0)).all()
         assert not np.ptp(decisions, axis=0).any()
         least = rows[rows.method.str.startswith("least")]
