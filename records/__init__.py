@@ -18,7 +18,8 @@ from lorapower.errors import InputError
 TABLES = ("movies", "encoder", "decoder", "before", "plans", "sizes", "parts")
 # What is compared on each text, with ``_64`` against the adapter of rank 64; others are single.
 _COMPARED = ("squares", "effect", "equal", "divergence")
-_ARRAYS = [*(name + end for name in _COMPARED for end in ("", "_64")), "decisions", "losses"]
+_ARRAYS = [*(name + end for name in _COMPARED for end in ("", "_64"))]
+_ARRAYS += ["decisions", "variation", "losses"]
 
 
 def read(name: str) -> pd.DataFrame:
@@ -39,15 +40,18 @@ def read(name: str) -> pd.DataFrame:
 
     ``"plans"`` has a row for each adapter of four ``tuning`` of the packaged language model: all
     weights tuned on one kind of sentences, or an adapter trained. ``method`` is ``mergekit``, one
-    of the `RULES` of other tools in `neighbours`, one of `METHODS` of checkpoints, or ``least
-    effect`` and ``least uniform`` for the fewest parameters with the error ``asked``, on texts for
+    of the `RULES` of other tools in `neighbours`, ``effect`` or ``uniform``, or ``least effect``
+    and ``least uniform`` for the fewest parameters with the error ``asked``, on texts for
     choosing. Otherwise ``asked`` is the uniform rank whose parameters in blocks were the limit.
     Other tools' adapters, and those ``of blocks``, have factors for these alone, and embeddings
     that tuning changed are carried whole. ``parameters`` counts factors, ``carried`` all
     numbers of the file, of size ``bytes``; ``seconds`` were spent on this adapter alone, after
     texts were passed. Arrays over held-out texts are ``squares``, ``‖f̂ − f̄‖²``; ``effect``,
     ``‖f_0 − f̄‖²``; ``equal`` next tokens, their ``divergence``, and their number, ``decisions``.
-    ``error``, ``error_upper``, ``agreement`` and ``kl``, as in `Measured`, are computed from these.
+    Where ``variation`` is recorded, it is their total variation. ``error``, ``agreement`` and
+    ``kl``, as in `Measured`, are computed from these. Adapters by effect of the tuning of rank 64,
+    of ``"sizes"`` and of ``"parts"`` were chosen among singular directions, the others among those
+    in the metrics of inputs and outputs, each thoroughly.
 
     ``"sizes"`` has adapters of equal size of the packaged language model, tuned on the next tokens
     of movie snippets with ``seed`` 0, 3 and 4. All but one way are factors of the blocks' linear
@@ -58,10 +62,10 @@ def read(name: str) -> pd.DataFrame:
       ``queries and keys`` alone, with about as many parameters as rank 4 on all; ``full``, or
       ``full again``, with another seed; the ``base``; or ``blocks``, the base with all that full
       tuning changed in these layers;
-    - from full tuning, ``extracted`` by method ``effect``, ``svd`` by ``uniform``,
+    - from full tuning, ``extracted`` by effect, ``svd`` of the same rank everywhere,
       ``extracted whole`` by ``effect`` too, with factors of embeddings and norms as tuned;
     - from the adapter trained at rank 64, ``shrunk`` by ``effect``, ``cut`` by ``uniform``, and
-      ``cut by norm`` by ``energy``.
+      ``cut by norm`` by the same share of it.
 
     Arrays over 256 held-out texts are as above, against the full tuning of the same seed; with
     ``_64`` against the adapter trained at rank 64, for the base and what is made from that adapter.
@@ -136,45 +140,11 @@ def _summarize(
     divergence: NDArray[np.float64],
     decisions: NDArray[np.float64],
 ) -> dict[str, float]:
-    from lorapower.checkpoints._measuring import ratio, upper_limit
+    from lorapower.checkpoints._measuring import ratio
 
     number = decisions.sum()
     return {
         "error": ratio(squares, effect),
-        "error_upper": upper_limit(squares, effect),
         "agreement": float(equal.sum() / number),
         "kl": float(divergence.sum() / number),
     }
-
-
-def measure_coverage(
-    squares: NDArray[np.float64],
-    effect: NDArray[np.float64],
-    *,
-    texts: int,
-    draws: int = 20,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Measure how often the limit ``error_upper`` of `Measured` holds, for errors as these are.
-
-    ``squares`` and ``effect``, ``[n]``, are ``‖f̂ − f̄‖²`` and ``‖f_0 − f̄‖²`` of texts, of which
-    so many ``texts`` are drawn ``draws`` times. Returns the share of draws without replacement in
-    which the limit is at least the error of all texts that were not drawn, itself an estimate, and
-    that of draws with replacement in which it is at least the error of all texts, the truth for
-    such draws.
-    """
-    from lorapower import randomness
-    from lorapower.checkpoints._measuring import ratio, upper_limit
-
-    draw = np.random.default_rng(randomness.number(seed, "coverage"))
-    error = ratio(squares, effect)
-    held = np.zeros(2)
-    for _ in range(draws):
-        order = draw.permutation(len(squares))
-        drawn, rest = order[:texts], order[texts:]
-        limit = upper_limit(squares[drawn], effect[drawn], seed=seed)
-        held[0] += limit >= ratio(squares[rest], effect[rest])
-        again = draw.integers(len(squares), size=texts)
-        held[1] += upper_limit(squares[again], effect[again], seed=seed) >= error
-    others, everywhere = held / draws
-    return float(others), float(everywhere)

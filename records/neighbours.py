@@ -9,9 +9,13 @@ randomized decomposition, LoRA-Squeeze (2602.10993). `RULES` are for unequal ran
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lorapower.checkpoints import Adapter, Module
@@ -55,3 +59,42 @@ def choose(
             root = S[:rank].sqrt()
             factors[name] = LowRank(U[:, :rank] * root, V[:, :rank] * root)
     return found, Adapter(factors, {})
+
+
+class _Allocation(NamedTuple):
+    """The module of each step in which more parameters are spent, and the costs after it."""
+
+    modules: list[str]
+    costs: np.ndarray[tuple[int], np.dtype[np.int64]]
+
+    def ranks(self, parameters: int) -> dict[str, int]:
+        """Ranks for at most so many parameters."""
+        return self.after(int(np.searchsorted(self.costs, parameters, side="right")))
+
+    def after(self, steps: int) -> dict[str, int]:
+        """Ranks after so many steps; modules of rank 0 are left out."""
+        return dict(Counter(self.modules[:steps]))
+
+
+def allocate(
+    values: Mapping[str, Float[Tensor, " k"]], modules: Mapping[str, Module], step: int = 1
+) -> _Allocation:
+    """Order directions by ``σ²/cost``, the largest first, ``step`` of a module at once.
+
+    Among all ranks that are multiples of ``step`` and cost as much, those after each step have the
+    least predicted squared error ``Σ_m Σ_{d>r_m} σ_d²`` [prop-allocation]. ``ranks(parameters)`` of
+    the result are those for at most so many parameters, ``after(steps)`` those after so many steps.
+    """
+    items = []
+    for order, (name, sigma) in enumerate(values.items()):
+        squares = sigma.double().square()
+        for start in range(0, len(squares), step):
+            taken = squares[start : start + step]
+            density = float(taken.sum()) / (modules[name].cost * len(taken))
+            items.append((-density, order, start, name, len(taken)))
+    items = sorted(item for item in items if item[0] < 0)
+    names = [name for *_, name, size in items for _ in range(size)]
+    costs = np.cumsum([modules[name].cost for name in names], dtype=np.int64)
+    # A step is bought as a whole.
+    ends = np.cumsum([size for *_, size in items], dtype=np.int64) - 1
+    return _Allocation(names, np.repeat(costs[ends], np.diff(ends, prepend=-1)))

@@ -309,12 +309,12 @@ def effect(planner: Planner) -> Iterator[Row]:
     batches = enumerate(test.batches)
     off = torch.cat([test.rows(network, batch) - test.tuned_rows(i) for i, batch in batches])
     yield -1, "", "alike", float(off.mean(0).square().sum() / off.square().sum(1).mean())
-    adapter = planner.smallest(LEFT)[1]
+    adapter = planner.smallest(LEFT)
     yield from measured("few", planner.measure(adapter))
     yield -1, "", "taken", sum(adapter.ranks.values())
     for name in planner.modules:
         yield *place(name), "taken", adapter.ranks.get(name, 0)
-    known = planner.directions
+    known = planner.weighted
     whole, missing = planner.losses(nothing), {*planner.modules}
     for rank in range(1, planner.max_rank + 1):
         leading = {name: known[name].update.leading(rank) for name in missing}
@@ -328,7 +328,7 @@ def effect(planner: Planner) -> Iterator[Row]:
 
 def measured(name: str, found: Measured) -> Iterator[Row]:
     """Give what a network loses."""
-    for quantity in ("error", "error_upper", "kl", "agreement"):
+    for quantity in ("error", "kl", "agreement"):
         yield -1, "", f"{name} {quantity}", getattr(found, quantity)
 
 

@@ -73,6 +73,7 @@ class Found(sweeps.Results):
     equal: str
     divergence: str
     decisions: str
+    variation: str
     torch: str
     peft: str
 
@@ -128,14 +129,19 @@ def plan(tuning: str, modules: str) -> Planner:
         pairs.texts(about.kind, "validation")[:PLANNING],
         held_out=pairs.texts(about.kind, "test")[: about.texts],
         modules=modules,
+        thorough=True,
     )
 
 
-@functools.lru_cache(maxsize=1)
-def decompose(tuning: str) -> dict[str, lowrank.SVD]:
-    """Decompose the changes of a tuning's blocks, in single precision as other tools do."""
-    blocks = plan(tuning, BLOCKS)
-    return {name: lowrank.svd(blocks.pair.change(name).float()) for name in blocks.modules}
+def make(planner: Planner, method: str, parameters: int) -> Adapter:
+    """Make an adapter with at most so many parameters: by effect, uniform, or by another's rule."""
+    if method == "effect":
+        return planner.candidate(parameters)
+    if method == "uniform":
+        return planner.uniform(parameters)
+    # In single precision, as other tools do.
+    changes = {n: lowrank.svd(planner.pair.change(n).float()) for n in planner.modules}
+    return neighbours.choose(method, changes, planner.modules, parameters)[1]
 
 
 def work(settings: list[Setting]) -> list[Found]:
@@ -149,22 +155,19 @@ def work(settings: list[Setting]) -> list[Found]:
         network = _export.load(folder, blocks.pair)
     else:
         method = setting.method.removesuffix(" of blocks")
-        others = method in neighbours.RULES
-        changes = decompose(setting.tuning) if others else {}
-        planner = blocks if others or method != setting.method else plan(setting.tuning, "all")
+        in_blocks = method in neighbours.RULES or method != setting.method
+        planner = blocks if in_blocks else plan(setting.tuning, "all")
         start = time.perf_counter()
-        if others:
-            parameters = blocks.parameters(int(setting.asked))
-            _, adapter = neighbours.choose(method, changes, blocks.modules, parameters)
-        elif method.startswith("least "):
+        if method.startswith("least "):
             adapter = least(planner, method.removeprefix("least "), setting.asked)
         else:
-            adapter = planner.candidate(method, blocks.parameters(int(setting.asked)))
+            adapter = make(planner, method, blocks.parameters(int(setting.asked)))
         about = {"parameters": adapter.parameters, "seconds": time.perf_counter() - start}
         carried, size = _export.estimate(planner.pair, adapter)
         planner.put(adapter)
         network = planner.network
     arrays = planner.test.compare(network)._asdict() | {"effect": planner.test.effect}
+    del arrays["right"]  # There are no labels.
     about |= {name: pack(values) for name, values in arrays.items()}
     about |= {name: metadata.version(name) for name in ("torch", "peft")}
     return [Found(carried=carried, bytes=size, **about)]
@@ -173,9 +176,9 @@ def work(settings: list[Setting]) -> list[Found]:
 def least(planner: Planner, method: str, error: float) -> Adapter:
     """Find the smallest adapter with at most an error on the texts for choosing, or the largest."""
     if method == "effect":
-        return planner.smallest(error)[1]
+        return planner.smallest(error)
     for rank in LADDER:
-        adapter = planner.candidate(method, planner.parameters(rank))
+        adapter = planner.uniform(planner.parameters(rank))
         if planner.error(adapter) <= error:
             break
     return adapter
@@ -186,7 +189,7 @@ def every(tuning: str) -> list[Setting]:
     about = TUNINGS[tuning]
     methods = ["mergekit", *neighbours.RULES, OF_BLOCKS, "effect"]
     if about.rank:
-        methods = ["energy", "uniform", "effect"]
+        methods = ["peft, energy", "uniform", "effect"]
     settings = sweeps.grid(Setting, tuning=tuning, method=methods, asked=[*map(float, RANKS)])
     settings = [s for s in settings if s.method != "mergekit" or other(s).exists()]
     methods = ["least effect", "least uniform"]

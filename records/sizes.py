@@ -29,6 +29,8 @@ from records.tune import KEPT, SEEDS, choose, place
 BASE = models.LANGUAGE
 HIGHEST = 64
 RECORDED = [0, 3, 4]
+# What is kept of a comparison of networks.
+SUMS = ("squares", "equal", "divergence", "decisions")
 # What an adapter is made from: full tuning, of blocks or of all, or the adapter of the highest
 # rank; and how.
 MADE = {
@@ -36,7 +38,7 @@ MADE = {
     "svd": ("full", "uniform"),
     "shrunk": ("trained", "effect"),
     "cut": ("trained", "uniform"),
-    "cut by norm": ("trained", "energy"),
+    "cut by norm": ("trained", "peft, energy"),
     "extracted whole": ("whole", "effect"),
 }
 
@@ -115,7 +117,7 @@ def make(setting: Setting, folder: Path) -> tuple[Any, int, float]:
         pair = planner.pair
         beside = sum(other.size for other in pair.others if other.kind not in pair.leave)
         start = time.perf_counter()
-        adapter = planner.candidate(method, blocks.parameters(setting.rank) - beside)
+        adapter = plans.make(planner, method, blocks.parameters(setting.rank) - beside)
         seconds = time.perf_counter() - start
         _export.save(folder, pair, pair.network(), adapter)
         return _export.load(folder, pair), adapter.parameters + beside, seconds
@@ -140,11 +142,11 @@ def work(settings: list[Setting]) -> list[Found]:
     (setting,) = settings
     with tempfile.TemporaryDirectory() as folder:
         network, parameters, seconds = make(setting, Path(folder))
-    numbers: dict[str, ArrayLike] = plan(setting.seed, "full").test.compare(network)._asdict()
+    compared = plan(setting.seed, "full").test.compare(network)
+    numbers: dict[str, ArrayLike] = {name: getattr(compared, name) for name in SUMS}
     if setting.way == "base" or MADE.get(setting.way, ("",))[0] == "trained":
-        others = plan(setting.seed, "trained").test.compare(network)._asdict()
-        del others["decisions"]
-        numbers |= {f"{key}_64": values for key, values in others.items()}
+        others = plan(setting.seed, "trained").test.compare(network)
+        numbers |= {f"{name}_64": getattr(others, name) for name in SUMS[:-1]}
     problem = next(iter(trained(setting.seed).values())).problem
     numbers["losses"] = language.answer(network, problem)
     packed = {key: pack(values) for key, values in numbers.items()}

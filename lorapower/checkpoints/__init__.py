@@ -12,12 +12,11 @@ A base and what was tuned from it, both of transformers, and some texts are enou
 from ._export import save_peft
 from ._measuring import LEAST_TEXTS, Measured, read_texts
 from .pair import Adapter, Module, Pair
-from .planner import METHODS, Planner
-from .workflow import Plan, check, extract, plan
+from .planner import Planner
+from .workflow import Plan, check, extract, plan, prices
 
 __all__ = [
     "LEAST_TEXTS",
-    "METHODS",
     "Adapter",
     "Measured",
     "Module",
@@ -27,6 +26,7 @@ __all__ = [
     "check",
     "extract",
     "plan",
+    "prices",
     "read_texts",
     "save_peft",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
@@ -30,9 +30,12 @@ from rich.table import Table
 
 from ..errors import InputError, LorapowerError
 from . import _example, workflow
-from ._export import measure_peft, megabytes, most, percent, without_nan
+from ._export import least, measure_peft, megabytes, most, percent, without_nan
 from ._measuring import Measured, read_texts
 from .workflow import Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Exit status: done; the error asked for is not reached; bad input.
 DONE, SHORT, BAD = 0, 1, 2
@@ -69,7 +72,8 @@ class _Options:
 
     base: str = _argument("The base: a folder, a name on the hub, or 'packaged'.", "BASE")
     texts: Path = _flag(
-        "Texts like those the model is for: one a line, or .jsonl with 'text'.", MISSING
+        "Texts like those the model is for: one a line, or .jsonl with 'text', maybe 'label'.",
+        MISSING,
     )
     tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
     seed: int = _flag("Draws texts and probes.", 0)
@@ -91,7 +95,7 @@ class _PlanOptions(_Options):
     )
     held_out: Path | None = _flag("Other texts, to certify with. Without: half of the texts.")
     error: float | None = _flag(
-        "Part of the tuning's effect that may be lost; 0.1 if nothing is asked."
+        "Part of the tuning's effect that may be lost. Without it `plan` lists prices; else 0.1."
     )
     parameters: int | None = _flag("Instead of --error: how many numbers the factors may have.")
     rank: int | None = _flag(
@@ -102,13 +106,21 @@ class _PlanOptions(_Options):
         False,
         "--estimate",
     )
-    details: bool = _flag("Print the size, rank and loss of each module, and all numbers.", False)
+    details: bool = _flag("Print the size, rank and loss of each module.", False)
+    budget: int | None = _flag(
+        "About so many tokens to plan with, and as many texts to measure with; 4096, or 60 texts."
+    )
+    thorough: bool = _flag(
+        "Take up to 256 texts of any length, and differentiate twice as much.",
+        False,
+        "--thorough",
+    )
     modules: str = _flag("all, attention, mlp, or a regular expression.", "all")
     leave: list[str] | None = _flag(
         "Kind that stays the base's: bias, norm, embedding, head. May be repeated."
     )
     max_rank: int | None = _flag(
-        "Highest rank of a module; 64. For serving the one rank, at most 64; 16."
+        "Highest rank of a module; 64. For serving the one rank, at most 64; 8."
     )
     bucket: int | None = _flag("Ranks are multiples of this; 1. Not for serving.")
     form: Literal["peft", "serving"] = _flag(
@@ -176,8 +188,12 @@ def plan(options: _PlanOptions) -> None:
     of what tuning typically changed in the outputs, at a confidence of 95% and whatever their
     distribution. With --estimate only the root mean square over held-out texts is compared. The
     confidence is that of the first plan with these texts, on which the model was not tuned.
+    Without --error, --parameters or --rank it estimates what adapters of several sizes lose.
     """
-    _show(_call(workflow.plan, options), options)
+    if options.error is options.parameters is options.rank is None and not options.estimate:
+        _show_prices(_call(workflow.prices, options), options)
+    else:
+        _show(_call(workflow.plan, options), options)
 
 
 @_command(_ExtractOptions)
@@ -261,6 +277,8 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     given = {name: value for name, value in vars(options).items() if value is not None}
     for name in ("as_json", "quiet", "details"):
         given.pop(name, None)
+    if function is workflow.prices:
+        del given["estimate"]
     if isinstance(options, _PlanOptions):
         given["tuned"] = _tuned(options.tuned, given.pop("adapter", None))
         given["serving"] = given.pop("form") == "serving"
@@ -367,8 +385,22 @@ def _show(plan: Plan, options: _PlanOptions, out: Path | None = None) -> NoRetur
         for name, _, rows, columns, rank, lost in plan.table().itertuples(index=False):
             ranks.add_row(name, f"{rows}×{columns}", str(rank), percent(lost))
         console.print(ranks)
-        console.print(_table("In all", plan.totals(written=plan.reached and out is not None)))
     raise typer.Exit(status)
+
+
+def _show_prices(prices: pd.DataFrame, options: _PlanOptions) -> None:
+    """Show what adapters of several sizes lose."""
+    if options.as_json:
+        typer.echo(prices.to_json(orient="records", indent=2))
+        return
+    lines = [f"{'numbers':>12} {'size':>9} {'loss':>7} {'9 of 10 texts at most':>22}"]
+    for numbers, size, error, most_lost in prices.itertuples(index=False):
+        cells = f"{percent(error):>7} {percent(most_lost):>22}"
+        lines.append(f"{numbers:>12,} {megabytes(size):>9} {cells}")
+    _tell([("Prices" * (not k), line) for k, line in enumerate(lines)], wrap=False)
+    note = "Estimates on the texts for choosing. --error with the same --seed certifies a loss "
+    note += "on other texts."
+    _tell([("Note", note)])
 
 
 def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
@@ -389,11 +421,12 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
         rows.append(("", _remedy(plan)))
     worst = math.ceil(0.05 * measured.texts)
     held = f"{worst} of {measured.texts} texts hold {plan.largest_share:.0%} of the squared loss"
-    rows += [*_measured(measured, held if plan.largest_share > 0 else "")]
+    chosen = plan.aim is not None
+    rows += [*_measured(measured, held if plan.largest_share > 0 else "", limits=not chosen)]
     size = f"{megabytes(plan.size)}: {plan.adapter.parameters:,} numbers in factors, "
     size += f"{plan.carried:,} in all"
     rows.append(("Size", size if plan.reached and out is not None else f"about {size}"))
-    error, parameters = plan.baselines["uniform"]
+    error, parameters = plan.uniform
     if plan.adapter.parameters and parameters <= 1.05 * plan.adapter.parameters:
         rows.append(("Instead", f"one rank everywhere, at the same size, loses {percent(error)}"))
     if planner.equal:
@@ -410,7 +443,9 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     if left := ", ".join(sorted(planner.pair.leave & planner.pair.not_low_rank.keys())):
         rows.append(("Note", f"Left as in the base, and counted in the loss: {left}."))
     if plan.reached and out is not None:
-        rows.append(("Written", f"to {out}, and read back with the same loss"))
+        rows.append(
+            ("Written", f"to {out}, and read back with the same loss on a quarter of the texts")
+        )
     return rows
 
 
@@ -427,7 +462,8 @@ def _remedy(plan: Plan) -> str:
         return f"{nearest}. {more}"
     if math.isfinite(plan.texts_needed):
         more = f"{plan.texts_needed:.0f} held-out texts like these might be enough. {more}"
-    return f"{nearest}, by its certificate or over all texts. {more}"
+    again = "Certify another plan with fresh texts (--held-out)."
+    return f"{nearest}, by its certificate or over all texts. {more} {again}"
 
 
 def _certificate(limit: float) -> tuple[str, str]:
@@ -438,15 +474,23 @@ def _certificate(limit: float) -> tuple[str, str]:
     return "Certified", f"at least 90% of texts like these {lost} (95%, any distribution)"
 
 
-def _measured(measured: Measured, held: str = "") -> list[tuple[str, str]]:
-    """What an adapter loses, for people."""
+def _measured(measured: Measured, held: str = "", *, limits: bool = True) -> list[tuple[str, str]]:
+    """What an adapter loses, for people; with limits where texts had no part in choosing it."""
     estimate = f"{percent(measured.error)} lost over all {measured.texts} texts"
     rows = [("Estimate", f"{estimate}; {held}" if held else estimate)]
     if math.isfinite(measured.agreement):
         equal = round(measured.agreement * measured.decisions)
-        decisions = f"{equal:,} of {measured.decisions:,}"
-        least = percent(measured.agreement_lower)
-        rows.append(("Decisions", f"{decisions} as the tuned model (at least {least}, at 95%)"))
+        decisions = f"{equal:,} of {measured.decisions:,} as the tuned model"
+        drawn = f"{percent(measured.variation)} differ if both draw from their probabilities"
+        if limits:
+            mean = " in the mean over texts" * (measured.decisions > measured.texts)
+            decisions += f" (at least {least(measured.agreement_lower)}{mean}, at 95%)"
+            drawn += f" (at most {most(measured.variation_upper)}, at 95%)"
+        rows += [("Decisions", f"{decisions}; {drawn}")]
+    if math.isfinite(measured.accuracy):
+        parts = measured.base_accuracy, measured.tuned_accuracy, measured.accuracy
+        base, tuned, adapted = map(percent, parts)
+        rows.append(("Accuracy", f"{adapted}; the tuned model {tuned}, the base {base}"))
     return rows
 
 
@@ -455,7 +499,7 @@ def _grid(ranks: Mapping[str, int]) -> list[str]:
     blocks: dict[int, dict[str, int]] = {}
     others = []
     for name, rank in ranks.items():
-        found = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.*?)(?:\.dense)?", name)
+        found = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.*?)(?:\.dense|_proj)?", name)
         if found:
             blocks.setdefault(int(found[1]), {})[found[2]] = rank
         else:
@@ -485,13 +529,6 @@ def _tell(rows: Sequence[tuple[str, str]], *, wrap: bool = True) -> None:
         lines = textwrap.wrap(text, 60, break_long_words=False, break_on_hyphens=False)
         for k, line in enumerate(lines if wrap else [text]):
             typer.echo(f"{label * (not k):<11} {line}".rstrip())
-
-
-def _table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table(title=title, show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _print(report: dict[str, Any]) -> None:

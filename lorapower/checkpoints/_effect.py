@@ -9,7 +9,6 @@ effect ``Σ_d J_d``. Products with random outputs sketch all ``J_d`` at once: fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,19 +16,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import randomness
-from ._measuring import Batch, Readout, Reference, sum_by_text, watch
-from ._models import has_bfloat16
+from ._measuring import Batch, Readout, Reference, fast, sum_by_text, watch
 from .metrics import Directions
 from .pair import Module
 
 #: Random combinations of a text's outputs that are differentiated.
-PROBES = 4
+PROBES = 8
 #: Intensities of the shrinkage of second moments to their diagonal, of which texts choose one.
 INTENSITIES = (0.03, 0.1, 0.3, 0.6, 0.9)
 # Gains of directions that texts say nothing of stay near 1: a part of the mean square.
 _FLOOR = 0.01
-# Gains are fitted again when the cost has grown by this part.
-_GROWTH = 0.05
+# Gains are fitted again when the cost has grown by this part: coarsely to choose an intensity.
+_GROWTH, _COARSE = 0.05, 0.25
 
 
 class Pool:
@@ -57,7 +55,7 @@ class Pool:
             module, number = modules[name], len(found.values)
             self.places[name] = slice(len(costs), len(costs) + number)
             costs += [module.cost] * number
-            if serving:
+            if serving and number:
                 costs[-1] += module.cost * (bucket - number)
             together = module.fused if serving else name
             for i in range(number):
@@ -71,6 +69,7 @@ def sketch(
     pool: Pool,
     reference: Reference,
     *,
+    probes: int = PROBES,
     seed: int,
     report: Callable[[int, int], None] = lambda *_: None,
 ) -> Float[Tensor, "rows directions"]:
@@ -84,12 +83,12 @@ def sketch(
     for i, batch in enumerate(reference.batches):
         report(i, len(reference.batches))
         values = derivatives.rows(batch)
-        if values.shape[-1] <= PROBES and len(values) == len(batch.input_ids):
+        if values.shape[-1] <= probes and len(values) == len(batch.input_ids):
             # So few outputs of each text need no sketch.
             unit = torch.eye(values.shape[-1]) * values.shape[-1] ** 0.5
             drawn = [row.expand(len(values), -1) for row in unit]
         else:
-            drawn = [randomness.normal(draw, *values.shape) for _ in range(PROBES)]
+            drawn = [randomness.normal(draw, *values.shape) for _ in range(probes)]
         parts += [derivatives.products(each) for each in drawn]
     report(len(reference.batches), len(reference.batches))
     return torch.cat(parts)
@@ -119,7 +118,7 @@ class Derivatives:
         """The outputs for a batch, whose derivatives `products` takes."""
         self._batch = batch
         with torch.enable_grad():
-            with _fast(self._network, self._readout), watch(self._network, self._pool.places) as at:
+            with fast(self._network, self._readout), watch(self._network, self._pool.places) as at:
                 self._values = self.rows_of(self._readout.states(self._network, batch))
             self._inputs = {name: self._taken(name, given) for name, (given, _) in at.items()}
         self._after = [output for _, output in at.values()]
@@ -165,13 +164,6 @@ class Derivatives:
         return (given.float() - found.mean.to(given.device)) @ right
 
 
-def _fast(network: Any, readout: Readout) -> AbstractContextManager[Any]:
-    """Products of a language model in bfloat16, where the processor has it; small ones stay."""
-    kind = network.device.type
-    fits = readout.task == "language" and has_bfloat16(kind)
-    return torch.autocast(kind, torch.bfloat16, enabled=fits)
-
-
 class Choice:
     """Directions in the order in which they are taken, and the gains of any number of them.
 
@@ -182,10 +174,15 @@ class Choice:
     """
 
     def __init__(
-        self, pool: Pool, features: Float[Tensor, "rows directions"], intensity: float, most: float
+        self,
+        pool: Pool,
+        features: Float[Tensor, "rows directions"],
+        intensity: float,
+        most: float,
+        growth: float = _GROWTH,
     ) -> None:
         """Take directions until their cost is at most ``most``; ``intensity`` is ``α``."""
-        self._pool = pool
+        self._pool, self._growth = pool, growth
         squares = features.square().mean(0)
         self._rows = features * ((1 - intensity) / len(features)) ** 0.5
         self._whole = self._rows.sum(1)
@@ -218,7 +215,7 @@ class Choice:
             density = torch.zeros_like(price).index_add_(0, bundles, falls) / price
             density[~free | (price > most - spent)] = 0
             ranked = density.argsort(descending=True)
-            room = max(_GROWTH * spent, float(price[ranked[0]]))
+            room = max(self._growth * spent, float(price[ranked[0]]))
             fits = (price[ranked].cumsum(0) <= min(room, most - spent)) & (density[ranked] > 0)
             chosen = ranked[: int(fits.long().cumprod(0).sum())]
             if not len(chosen):
@@ -258,15 +255,18 @@ def predict(features: Tensor, gains: Tensor) -> float:
 
 def choose(pool: Pool, fit: Tensor, select: Tensor, parameters: int) -> Choice:
     """Directions for so many parameters, with the intensity that the other sketch chooses."""
-    # One after the other, as each has a copy of the sketch.
-    choices = (Choice(pool, fit, intensity, parameters) for intensity in INTENSITIES)
-    return min(choices, key=lambda choice: predict(select, choice.gains(parameters)))
+
+    def lost(intensity: float) -> float:
+        coarse = Choice(pool, fit, intensity, parameters, _COARSE)
+        return predict(select, coarse.gains(parameters))
+
+    return Choice(pool, fit, min(INTENSITIES, key=lost), parameters)
 
 
 def predict_least(
     pool: Pool, fit: Tensor, select: Tensor, aim: float, numbers: Sequence[int]
 ) -> int:
     """The first of rising numbers that is predicted to lose at most ``aim``, or the last."""
-    path = Choice(pool, fit, INTENSITIES[len(INTENSITIES) // 2], numbers[-1])
+    path = Choice(pool, fit, INTENSITIES[len(INTENSITIES) // 2], numbers[-1], _COARSE)
     reached = (number for number in numbers if predict(select, path.gains(number)) <= aim)
     return next(reached, numbers[-1])

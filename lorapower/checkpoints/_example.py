@@ -75,7 +75,7 @@ def _train(
     # Texts of one length together need no padding, and dropout would cost a third of the time.
     samples = sorted(samples, key=lambda sample: len(sample["text"]))
     batches = [samples[k : k + _BATCH] for k in range(0, len(samples), _BATCH)]
-    order = torch.randperm(len(batches)).tolist()
+    order = torch.randperm(len(batches), generator=torch.default_generator).tolist()
     read, weights = tokenizer(PACKAGED), [w for w in network.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, rate, weight_decay=0)
     schedule = get_linear_schedule_with_warmup(optimizer, len(order) // 10, len(order))

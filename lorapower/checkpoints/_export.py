@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import module_factors
-from ._measuring import TOKENS, Measured
+from ._measuring import TOKENS
 from ._models import PEFT_CONFIG, public_name, quiet, require_libraries, tokenizer
 from .pair import Adapter, Pair
 
@@ -250,21 +250,18 @@ class Certified(NamedTuple):
 
 def read_report(folder: Path | str) -> Certified:
     """Read what the report beside an adapter certifies; without one nothing."""
+    found = Certified()
     with suppress(OSError, ValueError, TypeError, KeyError):
         report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
+        found = Certified(int(report["options"]["tokens"]))
         typical, limit = float(report["typical_effect"]), float(report["certified"])
         if 0 < typical < math.inf and 0 <= limit < math.inf:
-            return Certified(int(report["options"]["tokens"]), typical, limit)
-    return Certified()
+            return found._replace(typical=typical, limit=limit)
+    return found
 
 
-def describe(
-    folder: Path,
-    report: Mapping[str, Any],
-    modules: pd.DataFrame,
-    totals: Sequence[tuple[str, str]],
-) -> None:
-    """Write the report, and a card for people with its totals and the table of modules."""
+def describe(folder: Path, report: Mapping[str, Any], modules: pd.DataFrame) -> None:
+    """Write the report, and a card for people with its main numbers and the table of modules."""
     text = json.dumps(report, indent=2, allow_nan=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
     promise = "Nothing is certified."
@@ -276,8 +273,18 @@ def describe(
         )
     notes = f"\n{_DEQUANTIZED}\n" if report["base_dequantized"] else ""
     notes += f"\n{_TIED}\n" if report["ties_embeddings"] else ""
+    agreement = report["agreement"]
+    rows = {
+        "numbers in factors": f"{report['parameters']:,}",
+        "numbers in all": f"{report['carried']:,}",
+        "size of the files": megabytes(report["adapter_bytes"]),
+        "equal decisions": "–" if agreement is None else percent(agreement),
+        "lost by one rank everywhere, of this size": percent(report["uniform_error"] or math.nan),
+        "left as in the base": ", ".join(report["left_out"]) or "nothing",
+        "texts cut off": f"{report['cut_texts']} after {report['options']['tokens']} tokens",
+    }
     notes += f"\n{_UNEQUAL}\n" if len({*report["ranks"].values()}) > 1 else ""
-    table = "\n".join(f"| {name} | {value} |" for name, value in totals)
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     by_module = "\n".join(
         f"| {name} | {out}×{into} | {rank} | {percent(lost)} |"
         for name, _, out, into, rank, lost in modules.itertuples(index=False)
@@ -316,30 +323,6 @@ def _short(source: str) -> str:
     return " + ".join(weight + times + Path(place).name for weight, times, place in parts)
 
 
-def measured_rows(measured: Measured, certified: float) -> list[tuple[str, str]]:
-    """Name and write what an adapter loses and what is certified of it, for people."""
-    rows = [
-        ("error (part of the effect that is lost)", percent(measured.error)),
-        ("at least 90% of texts lose at most, at 95%", most(certified)),
-    ]
-    if math.isfinite(measured.agreement):
-        rows += [
-            ("equal decisions", percent(measured.agreement)),
-            ("at least, at 95%", percent(measured.agreement_lower)),
-            ("mean KL divergence, nats", f"{measured.kl:.2e}"),
-        ]
-    return [*rows, ("texts measured on", f"{measured.texts}")]
-
-
-def size_rows(numbers: int, size: int, *, estimated: bool) -> list[tuple[str, str]]:
-    """Name and write the size of an adapter's files, for people."""
-    written = megabytes(size)
-    return [
-        ("numbers carried in all", f"{numbers:,}"),
-        ("size of the adapter's files", f"about {written}" if estimated else written),
-    ]
-
-
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     """Replace numbers that JSON does not have by ``None``."""
     return {
@@ -356,6 +339,11 @@ def megabytes(size: int) -> str:
 def most(share: float) -> str:
     """Write an upper limit of a share for people, rounded up."""
     return percent(math.ceil(1000 * share - 1e-9) / 1000) if math.isfinite(share) else "–"
+
+
+def least(share: float) -> str:
+    """Write a lower limit of a share for people, rounded down."""
+    return percent(math.floor(1000 * share + 1e-9) / 1000) if math.isfinite(share) else "–"
 
 
 def percent(share: float) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import _checks, randomness
 from ..errors import InputError
-from ._models import quiet
+from ._models import has_bfloat16, quiet
 from .pair import Pair, Task
 
 #: Texts that each part needs. If two models agree on 59, the lower limit of their agreement is .95
@@ -26,6 +26,8 @@ from .pair import Pair, Task
 LEAST_TEXTS = 60
 # At most so many texts of each part are used, as time grows with them.
 _MOST = 256
+#: At most so many tokens of each part, unless `LEAST_TEXTS` have more.
+BUDGET = 4096
 # The part of the texts for planning by which candidates are selected.
 _SELECTING = 0.25
 _BATCH = 32
@@ -38,10 +40,8 @@ _WORDS = 2**13
 _CONFIDENCE = 0.95
 #: The share of texts that a certificate speaks of.
 SHARE = 0.9
-_DRAWS = 4000
-# The part of the bootstrap that is cut, not 0.05: errors of texts are skewed. For 60 or 120
-# log-normal ones of σ = 1.5 this limit holds in 95% of cases.
-_TAIL = 0.0125
+# The part of its capital that a bet on a mean risks at most.
+_RISKED = 0.9
 
 
 class Batch(NamedTuple):
@@ -64,6 +64,16 @@ class Batch(NamedTuple):
         return values[self.is_token.to(values.device)] if values.ndim == 3 else values
 
 
+class About(NamedTuple):
+    """What is known of the texts of batches: the places of those drawn first to last, and classes.
+
+    Bets need the order in which texts were drawn, since batches have those of similar length.
+    """
+
+    drawn: NDArray[np.int64]
+    labels: list[int] | None = None
+
+
 class Texts(NamedTuple):
     """Texts to fit to, to select candidates by and to state errors with.
 
@@ -73,45 +83,60 @@ class Texts(NamedTuple):
     fit: list[Batch]
     select: list[Batch]
     test: list[Batch]
+    about_test: About
     cut: int
     unknown: float
 
 
+def _size(batch: Batch) -> int:
+    """The number of texts of a batch."""
+    return len(batch.input_ids)
+
+
 def count(batches: Sequence[Batch]) -> int:
     """Count the texts of batches."""
-    return sum(len(batch.input_ids) for batch in batches)
+    return sum(map(_size, batches))
 
 
-def read_texts(path: Path | str) -> list[str]:
+def read_texts(path: Path | str) -> list[str] | dict[str, Any]:
     """Read the texts of a file: one a line, or of ``.jsonl`` the field ``text`` of each line.
 
-    Raises `InputError` for a file that is not in UTF-8 and for lines of JSON without this field.
+    If all lines of JSON have a field ``label`` too, the texts are returned with their labels.
+    Raises `InputError` for a file that is not in UTF-8 and for lines of JSON without a text.
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
         allowed = "a text file in UTF-8, one text per line"
         raise InputError("texts", allowed=allowed, given=f"{path} ({reason})") from error
     if file.suffix != ".jsonl":
-        return lines
-    texts = []
+        return [line for line in lines if line.strip()]
+    entries = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        text = None
-        with suppress(KeyError, TypeError, ValueError):
-            text = json.loads(line)["text"]
-        if not isinstance(text, str):
+        entry = None
+        with suppress(ValueError):
+            entry = json.loads(line)
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             allowed = "lines of JSON with a field text, a text"
             raise InputError("texts", allowed=allowed, given=f"{path}, line {number}: {line}")
-        texts.append(text)
-    return texts
+        entries.append(entry)
+    if entries and all("label" in entry for entry in entries):
+        return {entry["text"]: entry["label"] for entry in entries}
+    return [entry["text"] for entry in entries]
 
 
 def prepare(
-    pair: Pair, texts: Sequence[str], held_out: Sequence[str] | None, *, tokens: int, seed: int
+    pair: Pair,
+    texts: Sequence[str] | Mapping[str, Any],
+    held_out: Sequence[str] | Mapping[str, Any] | None,
+    *,
+    tokens: int,
+    budget: float | None = None,
+    seed: int,
 ) -> Texts:
     """Divide texts in three parts; without ``held_out``, half of them are to state errors with."""
     order = np.random.default_rng(randomness.number(seed, "planning texts"))
@@ -129,27 +154,35 @@ def prepare(
                 given=f"{len(both)} that are, such as {min(both)!r}",
                 remedy="take them out of either file: what is stated would be too good",
             )
-    planning, stated = planning[:_MOST], stated[:_MOST]
+    labels = _classes(pair, texts if held_out is None else held_out)
     limit = _limit(pair, tokens)
-    with quiet():
-        tokenized = pair.tokenizer([*planning, *stated])["input_ids"]
-    lengths = [len(ids) for ids in tokenized]
-    unknown = sum(ids.count(pair.tokenizer.unk_token_id) for ids in tokenized)
-    first = round(_SELECTING * len(planning))
-    parts = (planning[first:], planning[:first], stated)
-    fit, select, test = ([*_batches(pair, part, limit)] for part in parts)
-    cut = sum(length > limit for length in lengths)
-    return Texts(fit, select, test, cut, unknown / sum(lengths))
+    encoded = _encode(pair, planning, limit)
+    number = _afford(encoded, budget)
+    parts = encoded[:number], _encode(pair, stated[:number], limit)
+    whole = [encoded for part in parts for encoded in part]
+    unknown = sum(ids.count(pair.tokenizer.unk_token_id) for _, ids, _ in whole)
+    cut = sum(length > limit for *_, length in whole)
+    first = round(_SELECTING * len(parts[0]))
+    three = parts[0][first:], parts[0][:first], parts[1]
+    fit, select, test = ([*_batches(pair, part)] for part in three)
+    share = unknown / sum(len(ids) for _, ids, _ in whole)
+    return Texts(fit, select, test, _about(labels, parts[1]), cut, share)
 
 
-def prepare_all(pair: Pair, texts: Sequence[str], *, tokens: int, seed: int) -> list[Batch]:
+def prepare_all(
+    pair: Pair, texts: Sequence[str] | Mapping[str, Any], *, tokens: int, seed: int
+) -> tuple[list[Batch], About]:
     """Make batches of all texts, or of 256 of them."""
     order = np.random.default_rng(randomness.number(seed, "checked texts"))
     shuffled = _shuffle("texts", texts, order, LEAST_TEXTS)
-    return [*_batches(pair, shuffled[:_MOST], _limit(pair, tokens))]
+    labels = _classes(pair, texts)
+    encoded = _encode(pair, shuffled, _limit(pair, tokens))
+    return [*_batches(pair, encoded)], _about(labels, encoded)
 
 
-def _shuffle(name: str, given: Sequence[str], order: np.random.Generator, needed: int) -> list[str]:
+def _shuffle(
+    name: str, given: Sequence[str] | Mapping[str, Any], order: np.random.Generator, needed: int
+) -> list[str]:
     """The different texts that are not empty, in random order; refuses too few."""
     if isinstance(given, str):
         raise InputError(name, allowed="a list of texts", given="one text")
@@ -160,6 +193,70 @@ def _shuffle(name: str, given: Sequence[str], order: np.random.Generator, needed
             allowed += f": {LEAST_TEXTS} to plan with and as many to measure with"
         raise InputError(name, allowed=allowed, given=len(different))
     return [different[i] for i in order.permutation(len(different))]
+
+
+def _classes(pair: Pair, texts: Sequence[str] | Mapping[str, Any]) -> dict[str, int] | None:
+    """The classes of labelled texts; ``None`` without labels, and for models without classes."""
+    if not isinstance(texts, Mapping) or pair.task != "classification":
+        return None
+    number, names = pair.tuned.config.num_labels, pair.tuned.config.label2id
+    if number < 2:
+        return None
+    found = {}
+    for text, label in texts.items():
+        place = names.get(label) if isinstance(label, str) else label
+        if type(place) is not int or not 0 <= place < number:
+            allowed = f"a class, 0 to {number - 1}, or its name ({', '.join(map(str, names))})"
+            remedy = "or leave labels out"
+            given = f"{label!r} of {text[:40]!r}"
+            raise InputError("label", allowed=allowed, given=given, remedy=remedy)
+        found[text.strip()] = place
+    return found
+
+
+# A text, its tokens, and how many it had before it was cut off.
+_Encoded = tuple[str, list[int], int]
+
+
+def _encode(pair: Pair, texts: Sequence[str], limit: int) -> list[_Encoded]:
+    """The first texts, at most 256, as tokens; those without any have no output."""
+    texts = texts[:_MOST]
+    with quiet():
+        tokenized = pair.tokenizer(list(texts))["input_ids"]
+        kept = pair.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    each = zip(texts, kept, map(len, tokenized), strict=True)
+    encoded = [(text, ids, length) for text, ids, length in each if ids]
+    if not encoded:
+        allowed = "texts that the model's tokenizer makes tokens of"
+        raise InputError("texts", allowed=allowed, given="none")
+    return encoded
+
+
+def _afford(texts: Sequence[_Encoded], budget: float | None) -> int:
+    """How many texts of the mean length of these a budget of tokens allows, at least 60.
+
+    The number of texts to state errors with must not depend on their own lengths: to stop before
+    the budget is exceeded would draw short ones too often.
+    """
+    mean = sum(len(ids) for _, ids, _ in texts) / len(texts)
+    needed = math.ceil(LEAST_TEXTS * mean)
+    if budget is not None and budget < needed:
+        allowed = f"at least {needed:,} tokens, for {LEAST_TEXTS} texts like these"
+        remedy = "or cut the texts (--tokens)"
+        raise InputError("budget", allowed=allowed, given=f"{budget:,}", remedy=remedy)
+    return min(_MOST, max(LEAST_TEXTS, int(min((budget or BUDGET) / mean, _MOST))))
+
+
+def _by_length(texts: Iterable[_Encoded]) -> list[_Encoded]:
+    """Texts in the order of batches: of similar length, as padding costs as much as text."""
+    return sorted(texts, key=lambda encoded: len(encoded[1]))
+
+
+def _about(labels: dict[str, int] | None, texts: Sequence[_Encoded]) -> About:
+    """Where texts are in the order of batches, and their classes in it."""
+    order = np.argsort([len(ids) for _, ids, _ in texts], kind="stable")
+    classes = None if labels is None else [labels[texts[i][0]] for i in order]
+    return About(np.argsort(order), classes)
 
 
 def activations_per_token(config: Any) -> int:
@@ -178,14 +275,9 @@ def _limit(pair: Pair, tokens: int) -> int:
     return min(_checks.integer("tokens", tokens, 8), places)
 
 
-def _batches(pair: Pair, texts: Sequence[str], limit: int) -> Iterator[Batch]:
-    """Batches of texts of similar length, as padding costs as much as text."""
-    encoded = pair.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-    # A text without tokens has no output.
-    ordered = sorted((ids for ids in encoded if ids), key=len)
-    if not ordered:
-        allowed = "texts that the model's tokenizer makes tokens of"
-        raise InputError("texts", allowed=allowed, given="none")
+def _batches(pair: Pair, texts: Iterable[_Encoded]) -> Iterator[Batch]:
+    """Batches of texts, as large as memory allows."""
+    ordered = [ids for _, ids, _ in _by_length(texts)]
     most = _LOAD // activations_per_token(pair.tuned.config)
     while ordered:
         size = 1
@@ -200,9 +292,9 @@ def _batches(pair: Pair, texts: Sequence[str], limit: int) -> Iterator[Batch]:
 class Measured(NamedTuple):
     """What an adapted network loses on some texts, and how sure that is.
 
-    ``agreement`` is the share of equal decisions (classes or next tokens), ``agreement_lower`` its
-    lower limit at 95%, and ``kl`` the mean divergence ``KL(f̄ ‖ f̂)`` of the distributions in nats;
-    without a head these are NaN.
+    Limits hold at a confidence of 95% for any distribution of texts, if the adapter was chosen
+    without these [prop-certificate, prop-mean-limit]. Decisions are classes or next tokens; without
+    a head what is said of them is NaN.
 
     Attributes
     ----------
@@ -210,18 +302,26 @@ class Measured(NamedTuple):
         ``η = (Σ‖f̂ − f̄‖² / Σ‖f_0 − f̄‖²)^{1/2}`` over texts, the part of the tuning's effect that
         is lost: 0 for the tuned network ``f̄``, 1 for the base ``f_0``. Outputs are logits minus
         their mean over classes or tokens or, without a head, last hidden states.
-    error_upper : float
-        An approximate upper limit of ``η`` for all texts of this kind. It cuts 1.25% of a
-        bootstrap, not 5%, since errors of texts are skewed. Where a few texts hold most of the
-        error it is too low in more than 5% of cases.
+    agreement, agreement_lower : float
+        The share of equal decisions; and the lower limit of its mean over texts.
+    kl : float
+        The mean divergence ``KL(f̄ ‖ f̂)`` of the distributions, in nats.
+    texts : int
+        The number of texts.
     certified : float
-        For an adapter that was chosen without these texts: at least 90% of different texts like
-        these lose at most this part of the tuning's typical effect, at a confidence of 95% and
-        whatever their distribution is [prop-certificate]. A text loses ``‖f̂ − f̄‖``; the typical
-        effect is the root mean square of ``‖f_0 − f̄‖`` over the texts by which a plan was selected
-        or, without a plan, over these. Infinite for fewer than 29 texts.
+        At least 90% of different texts like these lose at most this part of the tuning's typical
+        effect. A text loses ``‖f̂ − f̄‖``; the typical effect is the root mean square of
+        ``‖f_0 − f̄‖`` over the texts by which a plan was selected or, without a plan, over these.
+        Infinite for fewer than 29 texts.
     decisions : int
         The number of decisions: of texts or, for a language model, of tokens.
+    variation, variation_upper : float
+        The mean total variation ``½‖p̄ − p̂‖₁`` of the distributions, averaged over each text and
+        then over texts, and its upper limit: of draws from both, coupled at best, this share
+        differs.
+    accuracy, base_accuracy, tuned_accuracy : float
+        The share of right decisions of the adapted network, of the base and of the tuned network;
+        NaN without labels.
     verdict : str
         What these texts say of the certificate in an adapter's ``report.json``, empty without one:
         ``"confirmed"`` if they certify it by themselves, ``"failed"`` if so many lose more that,
@@ -231,24 +331,33 @@ class Measured(NamedTuple):
     """
 
     error: float
-    error_upper: float
     agreement: float
     agreement_lower: float
     kl: float
     texts: int
     certified: float = math.inf
     decisions: int = 0
+    variation: float = math.nan
+    variation_upper: float = math.nan
+    accuracy: float = math.nan
+    base_accuracy: float = math.nan
+    tuned_accuracy: float = math.nan
     verdict: str = ""
     exceeding: int = 0
 
 
 class Compared(NamedTuple):
-    """Squared distances, equal decisions, divergences and decisions, summed over each text."""
+    """What is summed over each text: squared distances, equal decisions, divergences, and more.
+
+    The others are the number of decisions, total variations, and right decisions.
+    """
 
     squares: NDArray[np.float64]
     equal: NDArray[np.float64]
     divergence: NDArray[np.float64]
     decisions: NDArray[np.float64]
+    variation: NDArray[np.float64]
+    right: NDArray[np.float64]
 
 
 class Readout:
@@ -323,12 +432,19 @@ class Readout:
 class Reference:
     """The tuned network's states, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
 
-    def __init__(self, batches: Sequence[Batch], readout: Readout) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], readout: Readout, about: About | None = None
+    ) -> None:
         self.batches, self.readout = batches, readout
         self.effect: NDArray[np.float64] = np.zeros(0)
         #: The typical effect that losses of texts are parts of; by default that of these texts.
         self.typical: float | None = None
         self._states: list[Tensor] = []
+        about = about or About(np.arange(count(batches)))
+        self._drawn = about.drawn
+        self._labels = None if about.labels is None else torch.tensor(about.labels)
+        # Shares of right decisions of the base and of the tuned network.
+        self._accuracies = math.nan, math.nan
 
     @torch.no_grad()
     def record_tuned(self, network: Any) -> None:
@@ -337,7 +453,21 @@ class Reference:
 
     def record_base(self, network: Any) -> None:
         """Compute the tuning's effect from the base's outputs."""
-        self.effect = self._distances(network)
+        if self._labels is None:
+            self.effect = self.squares(network)
+            return
+        compared = self.compare(network)
+        decided = torch.cat(self._states).argmax(-1) == self._labels
+        self.effect = compared.squares
+        self._accuracies = float(compared.right.mean()), float(decided.double().mean())
+
+    def every(self, step: int) -> tuple[Reference, NDArray[np.int64]]:
+        """Take one in so many batches, from the longest texts on, and the places of their texts."""
+        places = np.split(np.arange(len(self.effect)), np.cumsum([*map(_size, self.batches)])[:-1])
+        which = np.concatenate(places[::-step])
+        some = Reference(self.batches[::-step], self.readout)
+        some._states, some.effect = self._states[::-step], self.effect[which]
+        return some, which
 
     def tuned_rows(self, i: int) -> Tensor:
         """The tuned network's outputs for a batch, as `Readout.rows`."""
@@ -349,24 +479,28 @@ class Reference:
 
     def error(self, network: Any) -> float:
         """Measure ``η`` of a network of transformers."""
-        return ratio(self._distances(network), self.effect)
+        return ratio(self.squares(network), self.effect)
 
-    def measure(self, network: Any, *, seed: int = 0) -> Measured:
+    def measure(self, network: Any) -> Measured:
         """Measure what a network loses, of transformers or peft."""
-        return self.summarize(self.compare(network), seed=seed)
+        return self.summarize(self.compare(network))
 
-    def summarize(self, compared: Compared, *, seed: int = 0) -> Measured:
+    def summarize(self, compared: Compared) -> Measured:
         """Measure what a network loses from what it does on each text."""
-        squares, equal, divergence, decisions = compared
+        squares, equal, divergence, decisions, variation, right = compared
+        differing, varied = ((x / decisions)[self._drawn] for x in (decisions - equal, variation))
         return Measured(
             ratio(squares, self.effect),
-            upper_limit(squares, self.effect, seed=seed),
             float(equal.sum() / decisions.sum()),
-            lower_limit(equal, decisions),
+            1 - mean_limit(differing, binary=bool((decisions == 1).all())),
             float(divergence.sum() / decisions.sum()),
             len(squares),
             quantile_limit(self.losses(squares)),
             int(decisions.sum()),
+            float(varied.mean()),
+            mean_limit(varied),
+            float(right.mean()),
+            *self._accuracies,
         )
 
     def losses(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -377,8 +511,8 @@ class Reference:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(squares == 0, 0.0, np.sqrt(squares) / typical)
 
-    def _distances(self, network: Any) -> NDArray[np.float64]:
-        """The squared distance of each text from the tuned network's outputs."""
+    def squares(self, network: Any) -> NDArray[np.float64]:
+        """Measure the squared distance of each text from the tuned network's outputs."""
         if not self.readout.is_head_of(network):
             return self.compare(network).squares
         parts = []
@@ -393,23 +527,29 @@ class Reference:
         """Compare a network with the tuned one on each text."""
         task = self.readout.task
         parts: list[NDArray[np.float64]] = []
+        labels = [] if self._labels is None else self._labels.split([*map(_size, self.batches)])
         with torch.no_grad():
-            for batch, states in zip(self.batches, self._states, strict=True):
+            for i, (batch, states) in enumerate(zip(self.batches, self._states, strict=True)):
                 values = outputs(network, batch, task)
                 target = self.readout.outputs(states.to(values))
                 if values.device.type == "mps":
                     # Which has no float64.
                     values, target = values.cpu(), target.cpu()
-                columns = [(values - target).double().square().sum(-1)]
+                squares = (values - target).double().square().sum(-1)
+                ones, nothing = torch.ones_like(squares), torch.full_like(squares, math.nan)
                 if task == "encoder" or values.shape[-1] == 1:
-                    columns += [torch.full_like(columns[0], math.nan)] * 2
+                    columns = [squares, nothing, nothing, ones, nothing, nothing]
                 else:
                     log, log_target = (x.double().log_softmax(-1) for x in (values, target))
-                    columns += [
-                        (values.argmax(-1) == target.argmax(-1)).double(),
+                    decided = values.argmax(-1)
+                    columns = [
+                        squares,
+                        (decided == target.argmax(-1)).double(),
                         (log_target.exp() * (log_target - log)).sum(-1),
+                        ones,
+                        (log_target.exp() - log.exp()).abs().sum(-1) / 2,
+                        (decided == labels[i].to(decided)).double() if labels else nothing,
                     ]
-                columns.append(torch.ones_like(columns[0]))
                 stacked = torch.stack(columns, -1).cpu()
                 parts.append(sum_by_text(stacked, batch, task).numpy())
         return Compared(*np.concatenate(parts).T)
@@ -451,6 +591,13 @@ def watch(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tens
         yield seen
 
 
+def fast(network: Any, readout: Readout) -> AbstractContextManager[Any]:
+    """Make products of a language model in bfloat16, where the processor has it."""
+    kind = network.device.type
+    fits = readout.task == "language" and has_bfloat16(kind)
+    return torch.autocast(kind, torch.bfloat16, enabled=fits)
+
+
 def sum_by_text(
     rows: Float[Tensor, "rows columns"], batch: Batch, task: Task
 ) -> Float[Tensor, "texts columns"]:
@@ -472,6 +619,11 @@ def largest_share(squares: NDArray[np.float64], part: float = 0.05) -> float:
     """The share of a sum that its largest terms hold, a part of all; NaN if the sum is 0."""
     largest = np.sort(squares)[-math.ceil(part * len(squares)) :]
     return float(largest.sum() / squares.sum()) if squares.sum() else math.nan
+
+
+def quantile(losses: NDArray[np.float64], share: float = SHARE) -> float:
+    """The least loss that at least this share of texts does not exceed."""
+    return float(np.quantile(losses, share, method="inverted_cdf"))
 
 
 def quantile_limit(losses: NDArray[np.float64], share: float = SHARE) -> float:
@@ -511,70 +663,27 @@ def texts_for(losses: NDArray[np.float64], limit: float, share: float = SHARE) -
     return float(numbers[enough][0]) if enough.any() else math.inf
 
 
-def upper_limit(
-    squares: NDArray[np.float64], effect: NDArray[np.float64], *, seed: int = 0
-) -> float:
-    """An upper limit of ``η``, about 95%, by bootstrap-t (Efron and Tibshirani, 1993)."""
-    error = ratio(squares, effect)
-    if error in (0, math.inf) or len(squares) < 2:
-        return error
-    return max(error, _limits(squares, effect, seed)[1])
+def mean_limit(values: NDArray[np.float64], *, binary: bool = False) -> float:
+    """An upper limit of a mean at 95%, for any distribution on [0, 1] [prop-mean-limit].
 
-
-def paired_ratio(
-    squares: NDArray[np.float64], others: NDArray[np.float64], *, seed: int = 0
-) -> tuple[float, float, float]:
-    """``(Σ e / Σ e')^{1/2}`` of two errors on the same texts, and its limits, about 95%."""
-    if not others.any():
-        return math.nan, math.nan, math.nan
-    if not squares.any():
-        return 0.0, 0.0, 0.0
-    return ratio(squares, others), *_limits(squares, others, seed)
-
-
-def _limits(
-    squares: NDArray[np.float64], others: NDArray[np.float64], seed: int
-) -> tuple[float, float]:
-    """Limits of ``(Σ e / Σ d)^{1/2}`` by bootstrap-t, each with `_TAIL` of it beyond."""
-    log, deviation = _log_ratio(squares, others)
-    if deviation == 0:
-        return (math.exp(log / 2),) * 2
-    draw = np.random.default_rng(randomness.number(seed, "bootstrap"))
-    drawn = draw.integers(len(squares), size=(_DRAWS, len(squares)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs, deviations = _log_ratio(squares[drawn], others[drawn])
-        scores = (logs - log) / deviations
-    order = math.floor(_TAIL * _DRAWS)
-    # A draw that determines nothing is as far off as can be, on either side.
-    lowest = np.sort(np.where(np.isnan(scores), -math.inf, scores))[order]
-    highest = np.sort(np.where(np.isnan(scores), math.inf, scores))[-1 - order]
-    low = math.exp((log - highest * deviation) / 2) if math.isfinite(highest) else 0.0
-    high = math.exp((log - lowest * deviation) / 2) if math.isfinite(lowest) else math.inf
-    return low, high
-
-
-def _log_ratio(squares: Any, effect: Any) -> tuple[Any, Any]:
-    """``ln(Σe/Σd)`` over the last axis, and its standard error to first order."""
-    lost, whole = squares.mean(-1, keepdims=True), effect.mean(-1, keepdims=True)
-    terms = squares / lost - effect / whole
-    n = squares.shape[-1]
-    return np.log(lost / whole)[..., 0], np.sqrt(terms.var(-1, ddof=1) / n)
-
-
-def lower_limit(equal: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
-    """A lower limit of a share at 95%: Clopper's and Pearson's, or Student's for several a text."""
+    Values are in the order in which they were drawn. The limit is the least ``m`` at which a
+    gambler who bets that they are below ``m`` on average would have had 20 times the capital that
+    he began with (Waudby-Smith and Ramdas, 2024); for ``binary`` ones it is Clopper's and
+    Pearson's. NaN for values that are.
+    """
     from scipy import stats
 
-    share, n = equal.sum() / sizes.sum(), len(equal)
-    if not math.isfinite(share):
+    n, total = len(values), float(values.sum())
+    if math.isnan(total):
         return math.nan
-    if share == 0:
-        return 0.0
-    if (sizes == 1).all():
-        return float(stats.beta.ppf(1 - _CONFIDENCE, equal.sum(), n - equal.sum() + 1))
-    terms = (equal - share * sizes) / sizes.mean()
-    deviation = terms.std(ddof=1) / math.sqrt(n)
-    if deviation == 0:
-        # All texts agree equally: as if each had one decision.
-        return float((1 - _CONFIDENCE) ** (1 / n)) * share
-    return max(0.0, float(share - stats.t.ppf(_CONFIDENCE, n - 1) * deviation))
+    if binary:
+        return float(stats.beta.ppf(_CONFIDENCE, total + 1, n - total)) if total < n else 1.0
+    before = np.arange(2, n + 2)
+    mean = (0.5 + values.cumsum()) / before
+    spread = (0.25 + np.square(values - mean).cumsum()) / before
+    wanted = math.log(1 / (1 - _CONFIDENCE))
+    stake = np.sqrt(2 * wanted / (n * np.array([0.25, *spread[:-1]])))[:, None]
+    m = np.arange(1, 1000) / 1000
+    gain = np.minimum(stake, _RISKED / (1 - m)) * (m - values[:, None])
+    won = (np.log1p(gain).cumsum(0).max(0) >= wanted).nonzero()[0]
+    return float(m[won[0]]) if len(won) else 1.0

@@ -272,20 +272,6 @@ class Pair:
         """Give a network the base's weights with an adapter, as in `fill`."""
         self.fill(network, "adapted", updates=self._adapted(adapter))
 
-    def interpolate(self, network: Any, adapter: Adapter, part: float) -> None:
-        """Give a network ``tuned + part · (adapted − tuned)`` for each weight."""
-        updates = self._adapted(adapter)
-        for other in self.others:
-            if other.kind in self.leave and self.base.has(other.name):
-                updates.setdefault(other.name, functools.partial(self.base.read, other.name))
-
-        def between(name: str) -> Tensor:
-            tuned = self.tuned.read(name)
-            return tuned + part * (updates[name]() - tuned)
-
-        values = {name: functools.partial(between, name) for name in updates}
-        self.fill(network, "tuned", updates=values)
-
     def _adapted(self, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
         """Weights and biases of modules with an adapter."""
 
@@ -352,6 +338,9 @@ def _describe(config: Any) -> tuple[str, Task]:
     if task is None or not hasattr(transformers, architecture):
         allowed = f"an architecture of transformers that ends in {', '.join(_TASKS)}"
         raise InputError("tuned", allowed=allowed, given=architecture)
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        allowed = "a classifier into one class of several"
+        raise InputError("tuned", allowed=allowed, given=config.problem_type)
     return architecture, task
 
 

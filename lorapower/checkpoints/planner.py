@@ -6,9 +6,10 @@ import contextlib
 import functools
 import math
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +18,23 @@ from .. import _checks, randomness
 from ..errors import InputError
 from ..lowrank import LowRank
 from . import metrics
-from ._effect import Pool, choose, predict, predict_least, sketch
-from ._measuring import TOKENS, Compared, Measured, Readout, Reference, prepare, ratio, watch
+from ._effect import PROBES, Pool, choose, predict, predict_least, sketch
+from ._measuring import TOKENS, Compared, Measured, Readout, Reference, prepare, quantile, ratio
 from ._models import listed, require_device
-from .metrics import Directions
+from .metrics import Directions, Moments
 from .pair import KINDS, Adapter, Module, Pair
 
-#: Ways to choose ranks and factors, and what each does. All but ``effect`` (`Planner.candidate`)
-#: keep the largest singular values of each change: ``plain`` those of the largest gain for cost
-#: (`metrics.allocate`), ``uniform`` as many of each, at least 1, and ``energy`` the fewest, at
-#: least 1, with an equal share of each ``‖ΔW‖²``, as ``peft.convert_to_lora`` does.
-METHODS = {
-    "effect": "by effect on outputs",
-    "uniform": "same rank everywhere",
-    "energy": "same share of the norm",
-    "plain": "largest singular values",
-}
 #: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
+# Sizes that are tried first, in units of the smallest one that should be certified; each later one
+# has this part of the size before.
+_FIRST, _STEP = (4, 2, 1), 0.8
+# The part of the aim that this smallest one loses on texts for selection.
+_SAFE = 0.6
+# About how often texts are passed, and what one more random output costs of a pass.
+_PASSES, _BACK = 10, 0.6
+# Many random outputs of each text, for a thorough plan.
+_THOROUGH = 16
 
 
 class Planner:
@@ -48,15 +48,20 @@ class Planner:
     ----------
     pair, texts, held_out
         The base and what was tuned from it; at least 120 texts, or 60 and as many others, held out,
-        to state errors with.
+        to state errors with. Texts may be a mapping to their classes.
     modules : str
         The modules that get factors: ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression
         that is searched for in names. Other linear ones stay the base's, and other ``words`` of the
         pair are carried row by row.
     leave : collection of str
         Kinds of other parameters (``others`` of a `Pair`) that stay the base's.
-    tokens, seed : int
-        Texts are cut off after so many tokens; the seed draws texts and probes.
+    tokens, budget, seed : int
+        Texts are cut off after so many tokens. At most 256 texts are planned with and as many held
+        out, and so many that either have about a budget of tokens: by default 4,096, or as many as
+        60 texts have. The seed draws texts and probes.
+    thorough : bool
+        Whether there is no budget by default, and twice as many random outputs are
+        differentiated.
     max_rank, bucket : int
         Ranks are at most ``max_rank``, and multiples of ``bucket`` or the highest that a module can
         have.
@@ -68,19 +73,24 @@ class Planner:
 
     Attributes
     ----------
-    modules, directions : dict
-        The modules that get factors, by name; the leading singular `Directions` of their changes.
+    modules : dict
+        The modules that get factors, by name.
+    directions, weighted : dict
+        The leading `Directions` of their changes: singular ones, and those in the metrics of inputs
+        and outputs of which `candidate` chooses (singular ones for embeddings and heads).
     """
 
     def __init__(
         self,
         pair: Pair,
-        texts: Sequence[str],
+        texts: Sequence[str] | Mapping[str, Any],
         *,
-        held_out: Sequence[str] | None = None,
+        held_out: Sequence[str] | Mapping[str, Any] | None = None,
         modules: str = "all",
         leave: Collection[str] = (),
         tokens: int = TOKENS,
+        budget: int | None = None,
+        thorough: bool = False,
         max_rank: int = 64,
         bucket: int = 1,
         serving: bool = False,
@@ -88,11 +98,12 @@ class Planner:
         device: str = "cpu",
         report: Report | None = None,
     ) -> None:
-        """Pass texts through both networks, and find the directions of all changes."""
+        """Pass texts through both networks."""
         _require_leave(pair, leave)
         bucket = max_rank if serving else bucket
         self.options = {"modules": modules, "leave": sorted(leave), "tokens": tokens}
-        self.options |= {"max_rank": max_rank, "bucket": bucket, "seed": seed, "serving": serving}
+        self.options |= {"budget": budget, "thorough": thorough, "max_rank": max_rank}
+        self.options |= {"bucket": bucket, "seed": seed, "serving": serving}
         self.serving, self.max_rank = serving, _checks.integer("max_rank", max_rank, 1)
         self.bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
         self.device = require_device(device)
@@ -103,19 +114,16 @@ class Planner:
             together = {module.fused for module in self.modules.values()}
             self.modules = {n: m for n, m in pair.modules.items() if m.fused in together}
         self.pair = pair = pair.with_words(self.modules)
-        self.texts = prepare(pair, texts, held_out, tokens=tokens, seed=seed)
+        most = math.inf if thorough and budget is None else budget
+        self.texts = prepare(pair, texts, held_out, tokens=tokens, budget=most, seed=seed)
+        self.probes = _THOROUGH if thorough else PROBES
         self.network = pair.network().to(self.device)
         self.readout = Readout(self.network, pair.task)
-        parts = self.texts.fit, self.texts.select, self.texts.test
-        self.fit, self.select, self.test = (Reference(part, self.readout) for part in parts)
-        means = self._pass_texts()
+        self.fit, self.select = (Reference(p, self.readout) for p in self.texts[:2])
+        self.test = Reference(self.texts.test, self.readout, self.texts.about_test)
+        self._pass_texts()
         # Of other texts than those for stating, so that their losses are independent.
         self.test.typical = math.sqrt(self.select.effect.mean())
-        self.directions: dict[str, Directions] = {}
-        for done, name in enumerate(self.modules):
-            self.report("directions of changes", done, len(self.modules))
-            self.directions[name] = _decompose(pair, name, self.max_rank, means.get(name))
-        self.report("directions of changes", len(self.modules), len(self.modules))
         self._by_effect: dict[int, Adapter] = {}
 
     @property
@@ -132,88 +140,76 @@ class Planner:
         """Count the numbers that one rank for all modules takes."""
         return _cost(_uniform(self.modules, rank), self.modules)
 
-    def candidate(self, method: str, parameters: int) -> Adapter:
-        """Make an adapter with at most so many parameters, by one of ``METHODS``.
+    @functools.cached_property
+    def directions(self) -> dict[str, Directions]:
+        """The leading singular directions of all changes."""
+        return {name: self._decompose(name) for name in self.modules}
 
-        With ``effect`` directions of all modules' changes are taken by what they add to the effect
-        for their cost, and gains are fitted to all of them at once [prop-coherent]. Other methods
-        cut singular directions off; ``uniform`` and ``energy`` give at least rank 1, however few
-        the parameters are. Raises `InputError` for an unknown method.
+    @functools.cached_property
+    def weighted(self) -> dict[str, Directions]:
+        """The leading directions of all changes, in the metrics of inputs and outputs."""
+        self.pair.fill(self.network, "tuned")
+        linear = [module for name, module in self.modules.items() if name not in self.pair.words]
+        tell = functools.partial(self.report, "directions of changes")
+        about = metrics.moments(
+            self.network, linear, self.fit.batches, self.readout, seed=self.seed, report=tell
+        )
+        found = {name: self._decompose(name, known) for name, known in about}
+        return {name: found.get(name) or self._decompose(name) for name in self.modules}
+
+    def candidate(self, parameters: int) -> Adapter:
+        """Make an adapter with at most so many parameters, chosen by its effect on outputs.
+
+        Weighted directions of all modules' changes are taken by what they add to the effect for
+        their cost, and gains are fitted to all of them at once [prop-coherent].
         """
-        _checks.choice("method", method, [*METHODS])
-        if method != "effect":
-            return self._truncate(method, parameters)
         if parameters not in self._by_effect:
             choice = choose(self._pool, *self._sketches, parameters)
             self._by_effect[parameters] = self._with_gains(choice.gains(parameters))
         return self._by_effect[parameters]
 
-    def best(self, parameters: int) -> tuple[str, Adapter]:
-        """Find the better of ``effect`` and ``plain`` on texts for selection, and its adapter.
+    def truncate(self, ranks: Mapping[str, int]) -> Adapter:
+        """Make the adapter of the leading singular directions, of given ranks; others get none."""
+        factors = {
+            name: _balance(self._decompose(name, most=rank).update)
+            for name, rank in ranks.items()
+            if rank
+        }
+        return Adapter(factors, {})
 
-        For ``serving`` it is ``effect``, as ``plain`` does not keep modules together.
-        """
-        methods = ("effect",) if self.serving else ("effect", "plain")
-        adapters = {method: self.candidate(method, parameters) for method in methods}
-        method = min(adapters, key=lambda method: self.error(adapters[method]))
-        return method, adapters[method]
+    def uniform(self, parameters: int) -> Adapter:
+        """Make the adapter of one rank for all modules, at least 1, for at most so many numbers."""
+        fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
+        return self.truncate(_uniform(self.modules, max(fitting, default=1)))
 
-    def least(self, error: float) -> Adapter | None:
+    def smallest(self, error: float) -> Adapter:
         """Find the smallest adapter with at most an error on the texts for selection.
 
         It is looked for by bisection, to a twentieth of its parameters, along the order in which
-        directions are taken by ``effect``; ``None`` where the highest ranks do not reach the error.
+        `candidate` takes directions. Where the highest ranks do not reach the error, theirs is
+        returned.
         """
-        numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
-        numbers = [number for number in numbers if number < self.most] + [self.most]
-        aim = error**2 * float(self.select.effect.mean())
-        high = predict_least(self._pool, *self._sketches, aim, numbers)
-        while True:
-            choice = choose(self._pool, *self._sketches, high)
-            adapter = self._with_gains(choice.gains(high))
-            if self.error(adapter) <= error:
-                break
-            if high == self.most:
-                return None
-            high = min(math.ceil(1.4 * high), self.most)
-        low = done = 0
-        while high > 1.05 * low + self.parameters(1) // 50:
-            remaining = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
-            total = done + max(1, math.ceil(remaining))
-            self.report("searching the smallest adapter", done, total)
-            done += 1
-            middle = round(math.sqrt(low * high)) if low else high // 2
-            smaller = self._with_gains(choice.gains(middle))
-            if self.error(smaller) <= error:
-                adapter, high = smaller, middle
-            else:
-                low = middle
-        self.report("searching the smallest adapter", done, done)
-        return adapter
+        return self._smallest(error, self.error)
 
-    def descend(self, error: float) -> Iterator[Adapter]:
-        """Make adapters from large to small, along the order in which ``effect`` takes directions.
+    def descend(self, aim: float, *, estimate: bool = False) -> Iterator[Adapter]:
+        """Make adapters from large to small, along the order in which `candidate` takes directions.
 
-        The first have four times and twice the parameters of the smallest one with a third of an
-        error on the texts for selection, as far as the highest ranks allow. Later ones have 15%
-        fewer parameters each, and the last none. None of this looks at the texts for stating.
+        The first have four times and twice the parameters of the smallest one that loses 0.6 times
+        the aim on the texts for selection: in all and, but for an ``estimate``, on nine of ten
+        texts. Later ones have 20% fewer parameters each, and the last none. None of this looks at
+        the texts for stating.
         """
-        found = self.least(error / 3)
-        low = self.most if found is None else found.parameters
-        sizes = [min(4 * low, self.most), min(2 * low, self.most), low]
+        lost = self.error if estimate else self._lost
+        low = self._smallest(_SAFE * aim, lost).parameters
+        sizes = [min(times * low, self.most) for times in _FIRST]
         while sizes[-1] > self.parameters(1) // 50:
-            sizes.append(math.floor(0.85 * sizes[-1]))
+            sizes.append(math.floor(_STEP * sizes[-1]))
         choice, before = choose(self._pool, *self._sketches, sizes[0]), -1
         for size in [*sizes, 0]:
             adapter = self._with_gains(choice.gains(size))
             if adapter.parameters != before:
                 yield adapter
             before = adapter.parameters
-
-    def smallest(self, error: float) -> tuple[str, Adapter]:
-        """Return ``"effect"`` and what `least` finds, or else `best` at the highest ranks."""
-        found = self.least(error)
-        return self.best(self.most) if found is None else ("effect", found)
 
     def put(self, adapter: Adapter) -> None:
         """Give the network the base's weights with this adapter."""
@@ -231,38 +227,26 @@ class Planner:
 
     def measure(self, adapter: Adapter) -> Measured:
         """Measure what an adapter loses on the texts for stating."""
-        return self.test.summarize(self.compare(adapter), seed=self.seed)
-
-    def predicted(self, adapter: Adapter, step: float = 0.05) -> float:
-        """Predict ``η`` on the texts for selection, to first order.
-
-        It is ``‖f(s) − f(−s)‖ / 2s`` over the effect, where ``f(s)`` are the outputs with weights
-        ``tuned + s · (adapted − tuned)``; it has cross terms of modules and no curvature.
-        """
-        self.pair.interpolate(self.network, adapter, step)
-        # With the head that this network has.
-        ahead = Reference(self.select.batches, Readout(self.network, self.pair.task))
-        ahead.record_tuned(self.network)
-        self.pair.interpolate(self.network, adapter, -step)
-        ahead.record_base(self.network)
-        return ratio(ahead.effect, self.select.effect) / (2 * step)
+        return self.test.summarize(self.compare(adapter))
 
     def losses(self, adapter: Adapter) -> dict[str, float]:
         """Predict for each module the part of the effect that its missing directions would cost.
 
         Each is taken alone, to first order at the tuned network, on texts for selection, with the
-        directions of `directions`.
+        directions of `weighted`.
         """
         _, held = self._sketches
         whole = float(self.select.effect.mean())
         lost = {}
         for name, place in self._pool.places.items():
-            found = self.directions[name].update
-            gains = torch.zeros(found.rank)
+            update = self.weighted[name].update
+            gains = torch.zeros(update.rank)
             if name in adapter.factors:
+                # The nearest matrix that is made of the directions.
                 kept = adapter.factors[name]
-                gains = (found.left.mT @ kept.left * (found.right.mT @ kept.right)).sum(1)
-                gains /= found.right.square().sum(0).clamp(min=1e-30)
+                products = (update.left.mT @ update.left) * (update.right.mT @ update.right)
+                wanted = ((update.left.mT @ kept.left) * (update.right.mT @ kept.right)).sum(1)
+                gains = torch.linalg.lstsq(products.double(), wanted.double()).solution
             part = predict(held[:, place], gains.double())
             lost[name] = math.sqrt(part / whole) if whole else 0.0
         return lost
@@ -277,70 +261,101 @@ class Planner:
         self.pair.fill(self.network, "adapted", updates=updates)
         return self.test.error(self.network)
 
-    @torch.no_grad()
-    def _pass_texts(self) -> dict[str, Tensor]:
-        """Record both networks on texts; the mean inputs of modules whose biases are free."""
-        free = [name for name, module in self.modules.items() if self.pair.frees_bias(module)]
-        sums = {name: torch.zeros(self.modules[name].shape[1]) for name in free}
-        fit, stated = self.fit.batches if free else (), (self.select, self.test)
-        passes = len(fit) + 2 * sum(len(each.batches) for each in stated)
-        tokens = done = 0
-        self.report("passing texts", done, passes)
-        with watch(self.network, free) as seen:
-            for batch in fit:
-                self.readout.states(self.network, batch)
-                number = int(batch.attention_mask.sum())
-                tokens += number
-                for name, (inputs, _) in seen.items():
-                    sums[name] += number * batch.rows(inputs).mean(0).cpu()
-                self.report("passing texts", done := done + 1, passes)
-        for reference in stated:
-            reference.record_tuned(self.network)
-            self.report("passing texts", done := done + len(reference.batches), passes)
+    def _lost(self, adapter: Adapter) -> float:
+        """The error on texts for selection, or what nine of ten of them lose at most if more."""
+        self.put(adapter)
+        squares = self.select.squares(self.network)
+        return max(ratio(squares, self.select.effect), quantile(self.select.losses(squares)))
+
+    def _smallest(self, aim: float, lost: Callable[[Adapter], float]) -> Adapter:
+        """The smallest adapter by bisection that loses at most an aim, or the largest."""
+        numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
+        numbers = [number for number in numbers if number < self.most] + [self.most]
+        square = aim**2 * float(self.select.effect.mean())
+        high = predict_least(self._pool, *self._sketches, square, numbers)
+        choice = choose(self._pool, *self._sketches, high)
+        while lost(adapter := self._with_gains(choice.gains(high))) > aim:
+            if high == self.most:
+                return adapter
+            high = min(math.ceil(1.4 * high), self.most)
+            choice = choose(self._pool, *self._sketches, high)
+        low = done = 0
+        while high > 1.05 * low + self.parameters(1) // 50:
+            remaining = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
+            total = done + max(1, math.ceil(remaining))
+            self.report("searching the smallest adapter", done, total)
+            done += 1
+            middle = round(math.sqrt(low * high)) if low else high // 2
+            smaller = self._with_gains(choice.gains(middle))
+            if lost(smaller) <= aim:
+                adapter, high = smaller, middle
+            else:
+                low = middle
+        self.report("searching the smallest adapter", done, done)
+        return adapter
+
+    def _pass_texts(self) -> None:
+        """Record both networks on the texts for selecting and for stating."""
+        start = time.perf_counter()
+        self.report("passing texts", 0, 4)
+        self.select.record_tuned(self.network)
+        stage = self._tell_costs(time.perf_counter() - start)
+        self.test.record_tuned(self.network)
+        self.report(stage, 2, 4)
         self.pair.fill(self.network, "base")
-        for reference in stated:
+        for done, reference in enumerate((self.select, self.test), 3):
             reference.record_base(self.network)
-            self.report("passing texts", done := done + len(reference.batches), passes)
-        return {name: summed / tokens for name, summed in sums.items()}
+            self.report(stage, done, 4)
+
+    def _tell_costs(self, seconds: float) -> str:
+        """Report about how long the plan takes, from the seconds of one pass over a few texts."""
+        fit, select, stated = (
+            sum(int(batch.attention_mask.sum()) for batch in part) for part in self.texts[:3]
+        )
+        passes = _PASSES * (select + stated) + _BACK * self.probes * (fit + select)
+        stage = f"passing texts, of about {passes * seconds / select:.0f} s in all"
+        self.report(stage, 1, 4)
+        return stage
 
     @functools.cached_property
     def _pool(self) -> Pool:
-        return Pool(self.directions, self.modules, self.bucket, serving=self.serving)
+        return Pool(self.weighted, self.modules, self.bucket, serving=self.serving)
 
     @functools.cached_property
     def _sketches(self) -> tuple[Tensor, Tensor]:
         """Derivatives at the tuned network, for fitting and for selection."""
+        pool = self._pool
         self.pair.fill(self.network, "tuned")
         tell = functools.partial(self.report, "derivatives at the tuned model")
         draws = (randomness.number(self.seed, f"sketch to {which}") for which in ("fit", "select"))
         fit, select = (
-            sketch(self.network, self._pool, reference, seed=seed, report=tell)
+            sketch(self.network, pool, reference, probes=self.probes, seed=seed, report=tell)
             for reference, seed in zip((self.fit, self.select), draws, strict=True)
         )
         return fit, select
 
-    def _truncate(self, method: str, parameters: int) -> Adapter:
-        """The adapter of the leading singular directions, of ranks by a method."""
-        if method == "uniform":
-            fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
-            ranks = _uniform(self.modules, max(fitting, default=1))
-        elif method == "energy":
-            ranks = _by_energy(self.directions, self.modules, parameters)
-        else:
-            values = {name: found.values for name, found in self.directions.items()}
-            ranks = metrics.allocate(values, self.modules, self.bucket).ranks(parameters)
-        factors = {
-            name: _balance(found.update.leading(ranks[name]))
-            for name, found in self.directions.items()
-            if name in ranks
-        }
-        return Adapter(factors, {})
+    def _decompose(
+        self, name: str, about: Moments | None = None, most: int | None = None
+    ) -> Directions:
+        """The leading directions of a change, in float32; about a mean where a bias is free."""
+        update, most = self.pair.update(name), self.max_rank if most is None else most
+        if about is not None or update is None or not update.rank:
+            # Others of an adapter's change are rounding.
+            most = min(most, update.rank or most) if update else most
+            bias = self.pair.frees_bias(self.modules[name])
+            return metrics.directions(self.pair.change(name), about, most, bias=bias)
+        Q, left = torch.linalg.qr(update.left.double())
+        P, right = torch.linalg.qr(update.right.double())
+        core = metrics.directions(left @ right.mT, None, most)
+        found = core._replace(update=LowRank(Q @ core.update.left, P @ core.update.right))
+        out, into = self.modules[name].shape
+        return found._replace(mean=torch.zeros(into), shift=torch.zeros(out)).single()
 
     def _with_gains(self, gains: Tensor) -> Adapter:
         """The adapter that takes directions of all changes with these gains."""
         factors, biases = {}, {}
         for name, place in self._pool.places.items():
-            found, parts = self.directions[name], gains[place].float()
+            found, parts = self.weighted[name], gains[place].float()
             kept = parts != 0
             left, right = found.update.left[:, kept] * parts[kept], found.update.right[:, kept]
             if kept.any():
@@ -368,21 +383,6 @@ def _pad(update: LowRank, rank: int) -> LowRank:
     return LowRank(*(nn.functional.pad(side, zeros) for side in (update.left, update.right)))
 
 
-def _decompose(pair: Pair, name: str, most: int, mean: Tensor | None) -> Directions:
-    """The leading singular directions of a change, about a mean input, in float32."""
-    update = pair.update(name)
-    if update is None or not update.rank:
-        found = metrics.directions(pair.change(name), None, most)
-    else:
-        Q, left = torch.linalg.qr(update.left.double())
-        P, right = torch.linalg.qr(update.right.double())
-        core = metrics.directions(left @ right.mT, None, most)
-        found = core._replace(update=LowRank(Q @ core.update.left, P @ core.update.right))
-    out, into = pair.modules[name].shape
-    shift = torch.zeros(out) if mean is None else pair.change(name) @ mean
-    return found._replace(mean=torch.zeros(into) if mean is None else mean, shift=shift).single()
-
-
 def _cost(ranks: Mapping[str, int], modules: Mapping[str, Module]) -> int:
     """Numbers in factors of these ranks: ``Σ_m r_m (out_m + in_m)``."""
     return sum(modules[name].cost * rank for name, rank in ranks.items())
@@ -391,27 +391,6 @@ def _cost(ranks: Mapping[str, int], modules: Mapping[str, Module]) -> int:
 def _uniform(modules: Mapping[str, Module], rank: int) -> dict[str, int]:
     """One rank for all modules, or the highest that a small one can have."""
     return {name: min(rank, *module.shape) for name, module in modules.items()}
-
-
-def _by_energy(
-    directions: Mapping[str, Directions], modules: Mapping[str, Module], parameters: int
-) -> dict[str, int]:
-    """The largest share of ``‖ΔW‖²``, the same for all changed modules, that parameters pay for."""
-    shares = {
-        name: (found.values.double().square().cumsum(0) / found.total).numpy()
-        for name, found in directions.items()
-        if found.total
-    }
-    low, high = 0.0, 1.0
-    ranks = dict.fromkeys(shares, 1)
-    for _ in range(40):
-        middle = (low + high) / 2
-        trial = {n: min(int((s < middle).sum()) + 1, len(s)) for n, s in shares.items()}
-        if _cost(trial, modules) <= parameters:
-            low, ranks = middle, trial
-        else:
-            high = middle
-    return ranks
 
 
 def _require_leave(pair: Pair, leave: Collection[str]) -> None:

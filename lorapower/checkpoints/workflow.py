@@ -28,16 +28,12 @@ from .planner import Planner, Report
 if TYPE_CHECKING:
     import pandas as pd
 
-# Methods whose errors at as many parameters are stated beside a plan's.
-_BASELINES = ("uniform", "energy", "plain")
 # The error that is aimed at by default.
 _ERROR = 0.1
-# How often texts for stating may be looked at, if they show more error than was aimed at.
-_LOOKS = 4
-# The rank for which servers of many adapters have room unless told otherwise, and a common limit.
-_SERVED, _MOST_SERVED = 16, 64
-# Relative tolerance of the error of an adapter that is read back.
-_RELOADED = 1e-5
+# The rank of adapters for serving, by default and at most.
+_SERVED, _MOST_SERVED = 8, 64
+# An adapter is read back with one in so many batches of texts, to this relative tolerance.
+_EVERY, _RELOADED = 4, 1e-5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,8 +42,6 @@ class Plan:
 
     #: The pair and the texts that the plan is for.
     planner: Planner
-    #: The one of `METHODS` that chose the adapter.
-    method: str
     #: The factors, and biases that make up for what they lack.
     adapter: Adapter
     #: What the adapter loses on held-out texts.
@@ -58,21 +52,11 @@ class Plan:
     aim: float | None
     #: Whether the estimate, rather than the certificate, must be at most ``aim``.
     estimate: bool
-    #: How many adapters were measured on held-out texts, for an estimate; its limit is meant for 1.
-    looks: int = 1
-    #: For other methods the error, and the number of parameters: at most those asked for or the
-    #: adapter's, except that ``uniform`` and ``energy`` have at least rank 1.
-    baselines: dict[str, tuple[float, int]] = field(
-        default_factory=lambda: dict.fromkeys(_BASELINES, (0.0, 0))
-    )
-    #: The error over that of ``uniform``, with its limits at 95%, paired by texts.
-    versus_uniform: tuple[float, float, float] = (math.nan, math.nan, math.nan)
-    #: The error to first order.
-    predicted: float = 0.0
+    #: The error of one rank for all modules, at least 1, and its number of parameters: at most the
+    #: adapter's but for rank 1.
+    uniform: tuple[float, int] = (math.nan, 0)
     #: What each module's missing directions alone would cost (`Planner.losses`).
     shares: dict[str, float] = field(default_factory=dict)
-    #: The error on held-out texts if only the attention modules are tuned, in full.
-    attention: float = 0.0
     #: All numbers in the adapter's file (factors, biases, heads, rows of embeddings).
     carried: int = 0
     #: Bytes of its files, estimated before writing.
@@ -140,40 +124,6 @@ class Plan:
             for module in self.planner.modules.values()
         )
 
-    def totals(self, *, written: bool = False) -> list[tuple[str, str]]:
-        """Name and write what the plan has in all, for people; if ``written``, sizes are exact."""
-        pair, used = self.planner.pair, self.adapter.parameters
-        whole = sum(math.prod(module.shape) for module in pair.modules.values())
-        words = ", embeddings as in the base" if pair.words.keys() & pair.modules.keys() else ""
-        worst = "share of its square in the worst 5% of texts"
-        rows = [
-            ("parameters of the factors", f"{used:,} of {whole:,}"),
-            *_export.size_rows(self.carried, self.size, estimated=not written),
-            ("method", self.method),
-            *_export.measured_rows(self.measured, self.certified),
-            (worst, _export.percent(self.largest_share)),
-            ("error predicted to first order", _export.percent(self.predicted)),
-            (f"error with attention alone, in full{words}", _export.percent(self.attention)),
-        ]
-        for name, (error, parameters) in self.baselines.items():
-            # One rank for all cannot be below 1.
-            smallest = f" at rank 1 ({parameters:,} parameters)" if parameters > used else ""
-            rows.append((f"error of {name}{smallest}", _export.percent(error)))
-        quotient, low, high = self.versus_uniform
-        if math.isfinite(quotient) and used:
-            larger = self.baselines["uniform"][1] / used
-            times = f", which has {larger:.1f} times as many parameters" if larger > 1 else ""
-            limits = f"{quotient:.2f} ({low:.2f} to {high:.2f})"
-            rows.append((f"error over that of uniform{times}", limits))
-        for kind, number in pair.not_low_rank.items():
-            what = "left out" if kind in pair.leave else "carried over"
-            rows.append((f"{kind}, {what}", f"{number:,}"))
-        if self.looks > 1:
-            looks = f"{self.looks}: the limit is meant for 1"
-            rows.append(("adapters measured on these texts", looks))
-        cut, seconds = f"{self.planner.texts.cut}", f"{self.seconds:.0f}"
-        return [*rows, ("texts cut off", cut), ("seconds", seconds)]
-
     def report(self) -> dict[str, Any]:
         """Collect everything for JSON, numbers and texts by name; ``None`` for NaN."""
         pair, texts = self.planner.pair, self.planner.texts
@@ -182,6 +132,9 @@ class Plan:
         lost = self.measured._asdict()
         held_out = lost.pop("texts")
         del lost["verdict"], lost["exceeding"]  # of fresh texts
+        if self.aim is not None:
+            # They chose the adapter: limits hold for others alone.
+            del lost["agreement_lower"], lost["variation_upper"]
         return _export.without_nan(
             {
                 "base": pair.base.source,
@@ -191,7 +144,6 @@ class Plan:
                 "ties_embeddings": tied and "embedding" in kinds,
                 **lost,
                 "certified": self.certified,
-                "predicted_error": self.predicted,
                 "largest_share": self.largest_share,
                 "asked_error": self.aim,
                 "estimate": self.estimate,
@@ -205,20 +157,14 @@ class Plan:
                 "adapter_bytes": self.size,
                 "modules": len(pair.modules),
                 "ranks": {name: rank for name, rank in self.ranks.items() if rank},
-                "method": self.method,
-                "baseline_errors": {name: error for name, (error, _) in self.baselines.items()},
-                "baseline_parameters": {name: used for name, (_, used) in self.baselines.items()},
-                "versus_uniform": self.versus_uniform[0],
-                "versus_uniform_lower": self.versus_uniform[1],
-                "versus_uniform_upper": self.versus_uniform[2],
-                "attention_only": self.attention,
+                "uniform_error": self.uniform[0],
+                "uniform_parameters": self.uniform[1],
                 "not_low_rank": pair.not_low_rank,
                 "left_out": sorted(pair.leave),
                 "texts": measuring.count(texts.fit) + measuring.count(texts.select),
                 "held_out_texts": held_out,
                 "cut_texts": texts.cut,
                 "unknown_tokens": texts.unknown,
-                "looks": self.looks,
                 "options": self.planner.options,
                 "seconds": self.seconds,
                 "versions": {
@@ -233,7 +179,7 @@ class Plan:
 def plan(
     base: str,
     tuned: str | Path | Mapping[str, float],
-    texts: Sequence[str],
+    texts: Sequence[str] | Mapping[str, Any],
     *,
     error: float | None = None,
     parameters: int | None = None,
@@ -259,18 +205,18 @@ def plan(
     ----------
     base, tuned, force
         See `Pair.open`.
-    texts : sequence of str
-        At least 120 like those that the model is for.
+    texts : sequence of str, or mapping
+        At least 120 like those that the model is for; or their classes by text.
     error : float, optional
         The part of the tuning's effect that may be lost (`Measured`), 0.1 if nothing else is asked
         for.
     parameters, rank : int, optional
         Instead, at most so many numbers in the factors, or as many as this rank for all modules.
     estimate : bool
-        Whether the error measured on held-out texts, an estimate, is to be at most ``error``,
-        without a certificate; then the plan has the fewest parameters that are found.
+        Whether the error over held-out texts alone is to be at most ``error``, without a
+        certificate.
     serving : bool
-        Whether the adapter is to have factors alone, all of one rank, ``max_rank``: at most 64, 16
+        Whether the adapter is to have factors alone, all of one rank, ``max_rank``: at most 64, 8
         unless given. The search then chooses which modules have them; what servers compute as one
         has them together. All else that tuning changed stays the base's.
     report : callable, optional
@@ -280,41 +226,83 @@ def plan(
     """
     start = time.perf_counter()
     aim = _read_aim(error, parameters, rank, estimate)
-    if serving:
-        options = _serve(**options)
-    planner = Planner(Pair.open(base, tuned, force=force), texts, report=report, **options)
-    number = planner.parameters(rank) if rank is not None else parameters or 0
+    planner = _prepare(base, tuned, texts, serving, force, report=report, **options)
     if planner.equal:
-        found = _state(planner, "uniform", Adapter({}, {}), aim, estimate)
+        found = _state(planner, Adapter({}, {}), aim, estimate)
     elif aim is None:
-        found = _state(planner, *planner.best(number), aim, estimate)
-    elif estimate:
-        found = _search(planner, aim)
+        number = planner.parameters(rank) if rank is not None else parameters or 0
+        found = _state(planner, planner.candidate(number), aim, estimate)
     else:
-        found = _certify(planner, aim)
+        found = _search(planner, aim, estimate)
     if not planner.equal:
-        found = replace(
-            _compare(found, max(number, found.adapter.parameters)),
-            predicted=planner.predicted(found.adapter),
-            shares=planner.losses(found.adapter),
-            attention=planner.only("attention"),
-        )
+        planner.report("comparing", 0, 1)
+        alike = planner.uniform(found.adapter.parameters)
+        planner.put(alike)
+        uniform = planner.test.error(planner.network), alike.parameters
+        found = replace(found, uniform=uniform, shares=planner.losses(found.adapter))
+        planner.report("comparing", 1, 1)
     carried, size = _export.estimate(planner.pair, found.adapter)
     return replace(found, carried=carried, size=size, seconds=time.perf_counter() - start)
+
+
+@_checks.flushing()
+def prices(
+    base: str,
+    tuned: str | Path | Mapping[str, float],
+    texts: Sequence[str] | Mapping[str, Any],
+    *,
+    serving: bool = False,
+    force: bool = False,
+    report: Report | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Estimate what adapters of several sizes lose, on the texts for choosing.
+
+    The texts for stating are not looked at, so a plan with the same texts and seed may follow, with
+    its full confidence. There is a row for the numbers of uniform ranks 1/4, 1/2, 1, 2, 4, 8 and
+    16, as far as the highest ranks allow: the ``parameters`` of the factors, the ``bytes`` of the
+    files, the ``error`` (`Measured`), and ``nine_of_ten``, the part of the tuning's typical effect
+    that 90% of these texts lose at most.
+
+    Parameters
+    ----------
+    base, tuned, texts, serving, force, report, **options
+        See `plan`.
+    """
+    import pandas as pd
+
+    planner = _prepare(base, tuned, texts, serving, force, report=report, **options)
+    numbers = sorted({min(planner.parameters(1) * 2**k // 4, planner.most) for k in range(7)})
+    rows = []
+    for done, number in enumerate(numbers):
+        planner.report("measuring", done, len(numbers))
+        adapter = planner.candidate(number)
+        planner.put(adapter)
+        squares = planner.select.squares(planner.network)
+        rows.append(
+            {
+                "parameters": adapter.parameters,
+                "bytes": _export.estimate(planner.pair, adapter)[1],
+                "error": measuring.ratio(squares, planner.select.effect),
+                "nine_of_ten": measuring.quantile(planner.select.losses(squares)),
+            }
+        )
+    planner.report("measuring", len(numbers), len(numbers))
+    return pd.DataFrame(rows)
 
 
 @_checks.flushing()
 def extract(
     base: str,
     tuned: str | Path | Mapping[str, float],
-    texts: Sequence[str],
+    texts: Sequence[str] | Mapping[str, Any],
     out: Path | str,
     *,
     merged: Path | str | None = None,
     force: bool = False,
     **options: Any,
 ) -> Plan:
-    """Plan an adapter, write it, read it back through peft and measure it again.
+    """Plan an adapter, write it, and read it back through peft, on a quarter of the texts.
 
     Nothing is written if the error is not `Plan.reached`. Raises `InputError` for unusable
     arguments and folders that exist, `ResultsError` for folders that cannot be written, and
@@ -352,18 +340,24 @@ def extract(
         # Only one network at a time.
         planner.network = None
         planner.network = _export.load(partial, planner.pair, planner.device)
-        again = planner.test.measure(planner.network, seed=planner.seed)
-        stated = result.measured.error
-        if not abs(again.error - stated) <= max(_RELOADED * stated, 1e-6):
+        some, which = planner.test.every(_EVERY)
+        again, stated, effect = (
+            math.sqrt(squares.sum())
+            for squares in (
+                some.compare(planner.network).squares,
+                result.squares[which],
+                some.effect,
+            )
+        )
+        if not abs(again - stated) <= max(_RELOADED * stated, 0.1 * _RELOADED * effect):
             raise LorapowerError(
-                f"the adapter read back has error {again.error:.6g}, not the {stated:.6g} that was "
-                "measured: nothing was written; please report this with the names of both models"
+                f"the adapter read back is {again:.6g} off, not {stated:.6g} as measured: nothing "
+                "was written; please report this with the names of both models"
             )
         carried, size = _export.measure_peft(partial)
         seconds = time.perf_counter() - start
         result = replace(result, carried=carried, size=size, seconds=seconds)
-        report = result.report() | {"reloaded_error": again.error}
-        _export.describe(partial, report, result.table(), result.totals(written=True))
+        _export.describe(partial, result.report(), result.table())
         if whole is not None:
             full = both.enter_context(write_folder(whole))
             planner.network = None
@@ -377,7 +371,7 @@ def check(
     base: str,
     adapter: str,
     tuned: str | Path | Mapping[str, float],
-    texts: Sequence[str],
+    texts: Sequence[str] | Mapping[str, Any],
     *,
     tokens: int | None = None,
     seed: int = 0,
@@ -394,8 +388,8 @@ def check(
     ----------
     base, adapter, tuned, force, report
         The adapter's folder, and what `plan` takes.
-    texts : sequence of str
-        At least 60; at most 256 are used, drawn by ``seed``.
+    texts : sequence of str, or mapping
+        At least 60, or their classes by text; at most 256 are used, drawn by ``seed``.
     tokens : int, optional
         Texts are cut off after so many tokens; by default as in the adapter's ``report.json``, with
         whose certificate the texts are then compared, or else 128.
@@ -405,11 +399,11 @@ def check(
     planned = _export.read_report(adapter)
     if tokens not in (None, planned.tokens):
         planned = _export.Certified(tokens)
-    batches = measuring.prepare_all(pair, texts, tokens=planned.tokens, seed=seed)
+    batches, about = measuring.prepare_all(pair, texts, tokens=planned.tokens, seed=seed)
     tell = functools.partial(report or (lambda *_: None), "passing texts")
     tell(0, 3)
     network = pair.network().to(where)
-    reference = measuring.Reference(batches, measuring.Readout(network, pair.task))
+    reference = measuring.Reference(batches, measuring.Readout(network, pair.task), about)
     reference.record_tuned(network)
     tell(1, 3)
     pair.fill(network, "base")
@@ -429,12 +423,13 @@ def check(
     return measured
 
 
-def _serve(*, max_rank: int = _SERVED, bucket: int | None = None, **options: Any) -> dict[str, Any]:
+def _serve(*, max_rank: int = _SERVED, **options: Any) -> dict[str, Any]:
     """Options of `Planner` for factors that servers of many adapters read."""
     _checks.integer("max_rank", max_rank, 1, _MOST_SERVED, limit="for serving")
-    if bucket is not None:
-        allowed = "left out for serving, where all ranks are max_rank"
-        raise InputError("bucket", allowed=allowed, value=bucket)
+    for name in ("bucket", "leave"):
+        if name in options:
+            allowed = "left out for serving, where all factors have one rank and all else stays"
+            raise InputError(name, allowed=allowed, value=options[name])
     return {**options, "max_rank": max_rank, "serving": True, "leave": KINDS}
 
 
@@ -458,59 +453,53 @@ def _read_aim(
     return aim
 
 
-def _certify(planner: Planner, aim: float) -> Plan:
-    """The smallest adapter certified before the first that is not, from large to small.
+def _prepare(
+    base: str,
+    tuned: str | Path | Mapping[str, float],
+    texts: Sequence[str] | Mapping[str, Any],
+    serving: bool,
+    force: bool,
+    **options: Any,
+) -> Planner:
+    """Open a pair and pass the texts."""
+    if serving:
+        options = _serve(**options)
+    return Planner(Pair.open(base, tuned, force=force), texts, **options)
+
+
+def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
+    """The last adapter from large to small before the first that does not reach the aim.
 
     Each is certified at the full confidence: a false certificate is given only if the first adapter
     that does not deserve one gets one [prop-certificate].
     """
-    certified = None
-    for done, adapter in enumerate(planner.descend(aim)):
-        planner.report("certifying", done, max(done + 1, 12))
-        found = _state(planner, "effect", adapter, aim, False)
-        if not found.reached:
+    found: tuple[Adapter, NDArray[np.float64]] | None = None
+    for done, adapter in enumerate(planner.descend(aim, estimate=estimate)):
+        planner.report("certifying", done, max(done + 1, 8))
+        planner.put(adapter)
+        squares = planner.test.squares(planner.network)
+        lost = measuring.ratio(squares, planner.test.effect)
+        if not estimate:
+            lost = max(lost, measuring.quantile_limit(planner.test.losses(squares)))
+        if found is None or lost <= aim:
+            found = adapter, squares
+        if lost > aim:
             break
-        certified = found
     planner.report("certifying", 1, 1)
-    return certified or found
-
-
-def _search(planner: Planner, aim: float) -> Plan:
-    """The smallest adapter whose error is at most the aim, or the largest one."""
-    selected, before = aim, -1
-    for looks in range(1, _LOOKS + 1):
-        found = _state(planner, *planner.smallest(selected), aim, True, looks)
-        if found.reached or found.adapter.parameters == before or looks == _LOOKS:
-            break
-        # From what this adapter has there, or the same could be found again.
-        selected = min(selected, planner.error(found.adapter)) * max(0.95 * aim / found.stated, 0.1)
-        before = found.adapter.parameters
-    return found
+    assert found is not None  # The sequence is not empty.
+    return _state(planner, found[0], aim, estimate, found[1])
 
 
 def _state(
     planner: Planner,
-    method: str,
     adapter: Adapter,
     aim: float | None,
     estimate: bool,
-    looks: int = 1,
+    squares: NDArray[np.float64] | None = None,
 ) -> Plan:
-    """Measure an adapter on the texts for stating."""
+    """Measure an adapter on the texts for stating, but for squared distances that are known."""
     compared = planner.compare(adapter)
-    measured = planner.test.summarize(compared, seed=planner.seed)
-    return Plan(planner, method, adapter, measured, compared.squares, aim, estimate, looks)
-
-
-def _compare(plan: Plan, parameters: int) -> Plan:
-    """State errors of other methods beside a plan's, for so many parameters."""
-    planner, baselines, versus = plan.planner, {}, plan.versus_uniform
-    for done, method in enumerate(_BASELINES):
-        planner.report("comparing", done, len(_BASELINES))
-        adapter = planner.candidate(method, parameters)
-        squares = planner.compare(adapter).squares
-        baselines[method] = measuring.ratio(squares, planner.test.effect), adapter.parameters
-        if method == "uniform":
-            versus = measuring.paired_ratio(plan.squares, squares, seed=planner.seed)
-    planner.report("comparing", len(_BASELINES), len(_BASELINES))
-    return replace(plan, baselines=baselines, versus_uniform=versus)
+    if squares is not None:
+        compared = compared._replace(squares=squares)
+    measured = planner.test.summarize(compared)
+    return Plan(planner, adapter, measured, compared.squares, aim, estimate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import checkpoint_files as files
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lorapower import lowrank, randomness
@@ -96,3 +99,63 @@ def test_factors_are_those_that_peft_converts_to(tmp_path: Path) -> None:
         A, B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         assert len(A) == factors.rank
         torch.testing.assert_close(B @ A, factors.matrix(), rtol=1e-4, atol=1e-5)
+
+
+def cost(ranks: dict[str, int], modules: dict[str, Module]) -> int:
+    return sum(modules[name].cost * rank for name, rank in ranks.items())
+
+
+def modules(costs: list[int]) -> dict[str, Module]:
+    return {
+        f"m{i}": Module(f"m{i}", "mlp", (cost - 1, 1), True, False) for i, cost in enumerate(costs)
+    }
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(2, 5), st.lists(st.integers(1, 30), max_size=3)),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(0, 30),
+)
+def test_allocation_is_optimal_up_to_one_item(
+    given_modules: list[tuple[int, list[int]]], budget: int
+) -> None:
+    known = modules([cost for cost, _ in given_modules])
+    values = {
+        name: torch.tensor(sorted(found, reverse=True), dtype=torch.float64).sqrt()
+        for name, (_, found) in zip(known, given_modules, strict=True)
+    }
+    path = neighbours.allocate(values, known)
+    ranks = path.ranks(budget)
+    assert cost(ranks, known) <= budget
+
+    def gain(chosen: dict[str, int]) -> float:
+        return sum(float(values[name][:r].square().sum()) for name, r in chosen.items())
+
+    best = 0.0
+    for choice in itertools.product(*(range(len(found) + 1) for found in values.values())):
+        trial = dict(zip(known, choice, strict=True))
+        if cost(trial, known) <= budget:
+            best = max(best, gain(trial))
+    taken = sum(ranks.values())
+    following = path.after(taken + 1)
+    assert best < gain(following) + 1e-9 or best == pytest.approx(gain(ranks))
+    if cost(ranks, known) == budget:
+        assert gain(ranks) == pytest.approx(best)
+
+
+@given(st.integers(1, 4), st.integers(0, 200))
+def test_ranks_in_buckets_are_multiples_or_the_most(step: int, budget: int) -> None:
+    known = modules([3, 5])
+    values = {
+        name: randomness.normal(randomness.generator(i, "drawn"), 7)
+        .abs()
+        .sort(descending=True)
+        .values
+        for i, name in enumerate(known)
+    }
+    ranks = neighbours.allocate(values, known, step).ranks(budget)
+    assert cost(ranks, known) <= budget
+    assert all(r % step == 0 or r == 7 for r in ranks.values())

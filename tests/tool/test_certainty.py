@@ -1,10 +1,9 @@
-"""How sure plans are: paired intervals, the worst texts, and what holds for sure."""
+"""How sure plans are: the worst texts, and limits that hold for any distribution."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,82 +12,67 @@ from scipy import stats
 from lorapower.checkpoints import Measured, workflow
 from lorapower.checkpoints._measuring import (
     LEAST_TEXTS,
+    Compared,
     judge,
     largest_share,
-    lower_limit,
-    paired_ratio,
+    mean_limit,
     quantile_limit,
     ratio,
     texts_for,
-    upper_limit,
 )
 
 
 def test_limits_of_shares_are_those_of_the_binomial() -> None:
-    equal, one = np.array([1.0] * 59), np.ones(59)
-    assert lower_limit(equal, one) == pytest.approx(0.05 ** (1 / 59))
-    equal[:4] = 0
-    low = lower_limit(equal, one)
-    assert stats.binom.sf(54, 59, low) == pytest.approx(0.05)
-    assert lower_limit(np.zeros(9), np.ones(9)) == 0
-    assert math.isnan(lower_limit(np.full(3, np.nan), np.ones(3)))
+    missed = np.zeros(59)
+    assert mean_limit(missed, binary=True) == pytest.approx(1 - 0.05 ** (1 / 59))
+    missed[:4] = 1
+    high = mean_limit(missed, binary=True)
+    assert stats.binom.cdf(4, 59, high) == pytest.approx(0.05)
+    assert mean_limit(np.ones(9), binary=True) == 1
+    assert math.isnan(mean_limit(np.full(3, np.nan)))
 
 
-def test_limits_of_shares_within_texts() -> None:
-    draw = np.random.default_rng(0)
-    sizes = draw.integers(3, 20, 80).astype(float)
-    equal = draw.binomial(sizes.astype(int), 0.9).astype(float)
-    share = equal.sum() / sizes.sum()
-    assert 0.85 < lower_limit(equal, sizes) < share
-    assert 0.9 < lower_limit(sizes, sizes) < 1
+@pytest.mark.parametrize("n", [60, 256])
+@pytest.mark.parametrize("shape", ["small", "skewed", "even", "rare", "constant"])
+def test_limits_of_means_hold_for_any_distribution(shape: str, n: int) -> None:
+    draw = np.random.default_rng(n)
+    size = (1000, n)
+    values, mean = {
+        "small": (draw.beta(2, 60, size), 2 / 62),
+        "skewed": (draw.beta(0.1, 2, size), 0.1 / 2.1),
+        "even": (draw.random(size), 0.5),
+        # So rare that samples without one are as frequent as they may be.
+        "rare": (1.0 * (draw.random(size) < 3 / n), 3 / n),
+        "constant": (np.full(size, 0.25), 0.25),
+    }[shape]
+    limits = np.array([mean_limit(each) for each in values])
+    assert (limits >= mean).sum() >= stats.binom.ppf(0.001, 1000, 0.95)
+    # Not far off: a single value of 1 among so many could always have been missed.
+    assert np.median(limits) - mean <= 3.5 / n + 4 * values.std() / math.sqrt(n)
 
 
-def test_limits_of_errors_hold_as_often_as_they_say() -> None:
-    held, draw = 0, np.random.default_rng(1)
-    for trial in range(200):
-        effect = draw.lognormal(0, 0.5, 80)
-        # Skewed, and in the mean .01 of the effect.
-        squares = effect * draw.lognormal(-0.5, 1, 80) / 100
-        held += upper_limit(squares, effect, seed=trial) >= 0.1
-    # 190 are promised; if no more were, so few would be in one case of a thousand.
-    # A limit far off would hold always.
-    assert stats.binom.ppf(0.001, 200, 0.95) <= held < 200
+def test_bets_are_those_of_a_gambler() -> None:
+    """The capital at the limit, bet by bet, is 20 for the first time; below it never is."""
+    order = np.random.default_rng(0).beta(1, 9, 40)
+    limit = mean_limit(order)
+
+    def highest(m: float) -> float:
+        capital = best = 1.0
+        for i, value in enumerate(order):
+            seen = order[:i]
+            means = [(0.5 + seen[: k + 1].sum()) / (k + 2) for k in range(i)]
+            spread = (0.25 + sum((seen[k] - means[k]) ** 2 for k in range(i))) / (i + 1)
+            stake = math.sqrt(2 * math.log(20) / (len(order) * spread))
+            capital *= 1 + min(stake, 0.9 / (1 - m)) * (m - value)
+            best = max(best, capital)
+        return best
+
+    assert highest(limit) >= 20 > highest(limit - 0.001)
 
 
-def test_limits_of_errors_that_cannot_be_told() -> None:
-    assert upper_limit(np.zeros(5), np.ones(5)) == 0
-    assert upper_limit(np.array([0.0] * 79 + [1.0]), np.ones(80)) == math.inf
+def test_errors_of_nothing() -> None:
     assert ratio(np.zeros(2), np.zeros(2)) == 0
     assert ratio(np.ones(2), np.zeros(2)) == math.inf
-
-
-def test_intervals_of_ratios_hold_as_often_as_they_say() -> None:
-    held, draw = 0, np.random.default_rng(2)
-    for trial in range(200):
-        both = draw.lognormal(0, 1, 100)
-        first, second = (both * draw.lognormal(-0.125, 0.5, 100) * size for size in (0.36, 1))
-        middle, low, high = paired_ratio(first, second, seed=trial)
-        assert low <= middle <= high
-        assert middle == pytest.approx(math.sqrt(first.sum() / second.sum()))
-        # In the mean both have the same error but for the sizes.
-        held += low <= 0.6 <= high
-    assert stats.binom.ppf(0.001, 200, 0.95) <= held < 200
-
-
-def test_intervals_are_narrow_where_texts_agree() -> None:
-    draw = np.random.default_rng(3)
-    errors = draw.lognormal(0, 1.5, 80)
-    paired = paired_ratio(errors, 2 * errors * draw.lognormal(0, 0.05, 80))
-    mixed = paired_ratio(errors, 2 * draw.permutation(errors))
-    assert paired[2] - paired[1] < 0.1 * (mixed[2] - mixed[1])
-    assert paired_ratio(errors, 4 * errors) == pytest.approx((0.5,) * 3)
-
-
-def test_ratios_to_nothing() -> None:
-    nothing, some = np.zeros(5), np.ones(5)
-    assert paired_ratio(nothing, some) == (0.0,) * 3
-    assert all(math.isnan(part) for part in paired_ratio(some, nothing))
-    assert all(math.isnan(part) for part in paired_ratio(nothing, nothing))
 
 
 def test_share_of_the_worst_texts() -> None:
@@ -160,30 +144,49 @@ class Drawn:
 
     def __init__(self, draw: np.random.Generator) -> None:
         self.losses_of_one = draw.lognormal(-0.4225, 0.65, 120)
-        self.test, self.seed = self, 0
+        self.test = self.network = self
+        self.seed, self.effect = 0, np.ones(120)
+        self.adapter: Any = None
 
-    def descend(self, error: float) -> Any:
+    def descend(self, aim: float, *, estimate: bool) -> Any:
         for k in range(40):
-            found = error / 3 * 1.05**k
-            yield SimpleNamespace(error=found, parameters=round(1000 / found))
+            yield Scaled(aim / 3 * 1.05**k)
 
     def report(self, *_: Any) -> None:
         """Tell nobody."""
 
-    def compare(self, adapter: Any) -> Any:
-        return SimpleNamespace(squares=(adapter.error * self.losses_of_one) ** 2)
+    def put(self, adapter: Any) -> None:
+        self.adapter = adapter
 
-    def summarize(self, compared: Any, *, seed: int) -> Measured:
-        losses = np.sqrt(compared.squares)
-        error = math.sqrt(compared.squares.mean())
-        return Measured(error, math.nan, 1.0, 1.0, 0.0, 120, quantile_limit(losses))
+    def losses(self, squares: np.ndarray) -> np.ndarray:
+        return np.sqrt(squares)
+
+    def squares(self, _: Any) -> np.ndarray:
+        return (self.adapter.error * self.losses_of_one) ** 2
+
+    def compare(self, adapter: Any) -> Compared:
+        self.put(adapter)
+        nothing = np.full(120, math.nan)
+        return Compared(self.squares(None), *[nothing] * 5)
+
+    def summarize(self, compared: Compared) -> Measured:
+        squares = compared.squares
+        error = math.sqrt(squares.mean())
+        return Measured(error, math.nan, 1.0, 0.0, 120, quantile_limit(np.sqrt(squares)))
+
+
+class Scaled:
+    """As an adapter, of which only the error is known."""
+
+    def __init__(self, error: float) -> None:
+        self.error, self.parameters = error, round(1000 / error)
 
 
 def test_what_is_certified_is_missed_once_in_twenty_at_most() -> None:
     missed, smaller, draw = 0, [], np.random.default_rng(4)
     for _ in range(400):
         planner: Any = Drawn(draw)
-        found = workflow._certify(planner, 0.1)
+        found = workflow._search(planner, 0.1, False)
         raw: Any = found.adapter
         missed += found.reached and raw.error * Drawn.QUANTILE > 0.1
         smaller.append(raw.error * Drawn.QUANTILE)
@@ -193,8 +196,15 @@ def test_what_is_certified_is_missed_once_in_twenty_at_most() -> None:
     assert np.median(smaller) == pytest.approx(0.1 / (1.05 * math.exp(above)), rel=0.05)
 
 
+def test_estimates_stop_at_the_error() -> None:
+    found = workflow._search(cast("Any", Drawn(np.random.default_rng(7))), 0.1, True)
+    assert 0.1 / 1.06 < found.measured.error <= 0.1 == found.aim
+    assert found.reached
+    assert math.isnan(found.certified)
+
+
 def test_what_fails_first_is_not_certified() -> None:
     planner: Any = Drawn(np.random.default_rng(6))
     planner.losses_of_one *= 10
-    found = workflow._certify(planner, 0.1)
+    found = workflow._search(planner, 0.1, False)
     assert not found.reached

@@ -75,13 +75,13 @@ def put(planner: Planner, gains: torch.Tensor) -> None:
             rest, place = planner.pair.change(name), planner.network.get_submodule(name)
             place.weight.add_(rest.mT if module.transposed else rest)
             if planner.pair.frees_bias(module):
-                place.bias.sub_(planner.directions[name].shift)
+                place.bias.sub_(planner.weighted[name].shift)
 
 
 @pytest.fixture(autouse=True)
 def in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that differences of outputs can be told from rounding."""
-    monkeypatch.setattr(_effect, "_fast", lambda *_: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(_effect, "fast", lambda *_: torch.autocast("cpu", enabled=False))
 
 
 @pytest.mark.parametrize(("kind", "architecture", "options"), PARTS)
@@ -131,13 +131,11 @@ def test_all_directions_give_the_outputs_that_readouts_know(
         torch.testing.assert_close(planner.readout.outputs(states), given, rtol=1e-4, atol=1e-4)
         near, far = (torch.pdist(rows) for rows in (planner.readout.rows(states), given))
         torch.testing.assert_close(near, far, rtol=1e-3, atol=1e-4)
-    assert planner.error(planner.candidate("plain", planner.most)) < 1e-5
+    assert planner.error(planner.uniform(planner.most)) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "architecture"), KINDS[1:3])
-def test_sketches_have_the_second_moments(
-    kind: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sketches_have_the_second_moments(kind: str, architecture: str, tmp_path: Path) -> None:
     """Those of the derivatives of all outputs, one after the other."""
     planner = tuned(tmp_path, kind, architecture, max_rank=1)
     exact = torch.zeros(2 * [len(planner._pool.costs)], dtype=torch.float64)
@@ -153,8 +151,7 @@ def test_sketches_have_the_second_moments(
                 rows = derivatives.products(along)
                 exact += rows.mT @ rows
     exact /= sum(len(batch.input_ids) for batch in planner.fit.batches)
-    monkeypatch.setattr(_effect, "PROBES", 200)
-    rows = _effect.sketch(planner.network, planner._pool, planner.fit, seed=0)
+    rows = _effect.sketch(planner.network, planner._pool, planner.fit, probes=200, seed=0)
     assert torch.dist(rows.mT @ rows / len(rows), exact) < 0.05 * exact.norm()
 
 
@@ -249,12 +246,10 @@ def test_candidates_lose_less_where_losses_add_up(tmp_path: Path) -> None:
     places = files.pair(tmp_path, change=files.low_rank(rank=6, size=0.2))
     planner = Planner(Pair.open(*places), TEXTS, max_rank=8)
     number = planner.parameters(1)
-    assert planner.error(planner.candidate("effect", number)) < 0.8 * planner.error(
-        planner.candidate("uniform", number)
-    )
-    least = [planner.smallest(error)[1].parameters for error in (0.5, 0.3, 0.1)]
+    assert planner.error(planner.candidate(number)) < 0.8 * planner.error(planner.uniform(number))
+    least = [planner.smallest(error).parameters for error in (0.5, 0.3, 0.1)]
     assert all(a <= b for a, b in itertools.pairwise(least))
-    assert planner.error(planner.smallest(0.1)[1]) <= 0.1
+    assert planner.error(planner.smallest(0.1)) <= 0.1
 
 
 def test_directions_of_an_adapter_are_those_of_its_factors(tmp_path: Path) -> None:
@@ -269,7 +264,7 @@ def test_directions_of_an_adapter_are_those_of_its_factors(tmp_path: Path) -> No
         values = torch.linalg.svdvals(change.double())[: len(found.values)]
         assert torch.allclose(found.values, values, atol=1e-6)
         assert torch.allclose(found.update.matrix(), change, atol=1e-5)
-    whole = planner.candidate("effect", planner.most)
+    whole = planner.candidate(planner.most)
     assert planner.error(whole) < 1e-4
     assert whole.parameters <= planner.parameters(3)
 

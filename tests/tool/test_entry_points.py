@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from lorapower import __main__
-from lorapower.checkpoints import Pair, _command, _export, workflow
+from lorapower.checkpoints import Pair, Planner, _command, _export, read_texts, workflow
 from lorapower.checkpoints._models import PEFT_CONFIG
 
 TEXTS = files.texts(140)
@@ -77,11 +77,8 @@ def test_plans_extracts_and_checks(
     assert report["error"] <= 0.3
     code, out, _ = call("plan", *pair, "--parameters", "300", "--details")
     assert code == 0
-    for said in ("attention", "carried over", "numbers carried in all", "about 0.0"):
-        assert said in out
-    assert "error of uniform at rank 1 (688 parameters)" in out
-    assert "error over that of uniform" in out
-    assert "share of its square in the worst 5% of texts" in out
+    assert "about 0.0" in out
+    assert "lost" in out
     folder = str(tmp_path / "out")
     options = ["--rank", "2", "--out", folder]
     code, out, _ = call("extract", *pair, *options)
@@ -131,8 +128,56 @@ def test_verdict_comes_first_and_details_are_asked_for(pair: list[str], call: Ca
     assert "Decisions" in said
     assert "of 70 as the tuned model" in said
     assert "Ranks block" in said
-    assert "In all" not in said
-    assert "In all" in call("plan", *pair, *options, "--details")[1]
+    # These texts chose the adapter: no limits of means.
+    assert ", at 95%" not in said
+    assert "differ if both draw" in said
+    assert "part of the effect" not in said
+    assert "part of the effect" in call("plan", *pair, *options, "--details")[1]
+
+
+def test_prices_are_listed_where_nothing_is_asked(pair: list[str], call: Call) -> None:
+    code, said, _ = call("plan", *pair, "--quiet")
+    assert code == 0
+    assert said.startswith("Prices numbers size loss 9 of 10 texts at most")
+    rows = json.loads(call("plan", *pair, "--json")[1])
+    assert [row["parameters"] for row in rows] == sorted({row["parameters"] for row in rows})
+    assert all(0 <= row["error"] and 0 <= row["nine_of_ten"] for row in rows)
+    assert rows[-1]["error"] < rows[0]["error"]
+    planner = Planner(Pair.open(*pair[:2]), read_texts(pair[3]))
+    for row in (rows[0], rows[-1]):
+        adapter = planner.candidate(row["parameters"])
+        assert adapter.parameters == row["parameters"]
+        assert planner.error(adapter) == pytest.approx(row["error"], rel=1e-4)
+
+
+def test_labels_give_accuracies(
+    places: tuple[str, str], file: str, tmp_path: Path, call: Call
+) -> None:
+    texts = Path(file).read_text().splitlines()
+    labelled = tmp_path / "labelled.jsonl"
+
+    def write(label: Callable[[int], object]) -> None:
+        lines = [json.dumps({"text": text, "label": label(i)}) for i, text in enumerate(texts)]
+        labelled.write_text("\n".join(lines))
+
+    options = [*places, "--texts", str(labelled), "--quiet", "--rank", "1"]
+    write(lambda i: i % 2)
+    _, said, _ = call("plan", *options)
+    report = json.loads(call("plan", *options, "--json")[1])
+    parts = [report[name] for name in ("accuracy", "tuned_accuracy", "base_accuracy")]
+    assert "Accuracy {:.1%}; the tuned model {:.1%}, the base {:.1%}".format(*parts) in said
+    write(lambda i: f"LABEL_{i % 2}")
+    assert json.loads(call("plan", *options, "--json")[1])["accuracy"] == report["accuracy"]
+    # What is right half of the time is wrong the other half.
+    write(lambda i: 1 - i % 2)
+    other = json.loads(call("plan", *options, "--json")[1])
+    for name in ("accuracy", "tuned_accuracy", "base_accuracy"):
+        assert report[name] + other[name] == pytest.approx(1)
+    for wrong in (2, -1, "good", 0.5, None, True):
+        write(lambda i, wrong=wrong: wrong if i == 3 else 0)  # type: ignore[misc]
+        code, _, err = call("plan", *options)
+        assert code == 2
+        assert "label must be a class, 0 to 1, or its name (LABEL_0, LABEL_1)" in err
 
 
 def test_ranks_are_a_grid() -> None:
@@ -146,9 +191,9 @@ def test_ranks_are_a_grid() -> None:
         "pooler 3",
     ]
     assert _command._grid({"v2.layers.0.q_proj": 1, "1.k": 2}) == [
-        "block q_proj k",
-        "    0      1  ",
-        "    1        2",
+        "block q k",
+        "    0 1  ",
+        "    1   2",
     ]
     assert _command._grid({}) == ["none"]
 
@@ -222,7 +267,7 @@ def test_formats_for_serving_and_in_full(
     report = json.loads((out / "report.json").read_text())
     assert {rank % 8 for rank in report["ranks"].values()} == {0}
     assert report["carried"] == report["parameters"]
-    assert report["options"]["max_rank"] == 16
+    assert report["options"]["max_rank"] == 8
     # The model in full is the base with the adapter.
     given, whole = Pair.open(*places), Pair.open(places[0], str(full))
     adapted = _export.load(out, given).merge_and_unload()
@@ -319,7 +364,7 @@ def test_interrupts_are_one_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "plan", interrupted)
+    monkeypatch.setattr(workflow, "prices", interrupted)
     found = call("plan", *pair)
     assert found == (130, "", "interrupted\n")
     monkeypatch.setattr(_command, "main", interrupted)

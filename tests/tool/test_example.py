@@ -57,7 +57,7 @@ def test_texts_are_different_and_labelled() -> None:
 
 
 def test_the_seed_decides_everything(example: Path, tmp_path: Path) -> None:
-    torch.manual_seed(1)  # of no account
+    torch.manual_seed(1)  # bare, to show it
     again, other = make(tmp_path / "again"), make(tmp_path / "other", seed=1)
     names = [str(path.relative_to(example)) for path in example.rglob("*") if path.is_file()]
     assert filecmp.cmpfiles(example, again, names, shallow=False) == (names, [], [])

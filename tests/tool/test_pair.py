@@ -11,10 +11,12 @@ from typing import Any
 
 import checkpoint_files as files
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorapower import randomness
 from lorapower.checkpoints import Pair, _measuring, read_texts
 from lorapower.checkpoints._models import Checkpoint
 from lorapower.errors import InputError
@@ -183,7 +185,7 @@ def test_code_of_a_model_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     files.configure(Path(tuned), model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
     Path(tuned, "mine.py").write_text("raise SystemExit")
     monkeypatch.setattr("builtins.input", lambda _: "yes")
-    with pytest.raises(InputError, match=f"^model must be .*{tuned}.*to correctly load the model"):
+    with pytest.raises(InputError, match=f"^model must be .*{tuned}"):
         Pair.open(base, tuned)
 
 
@@ -231,11 +233,13 @@ class TestTexts:
         max_position_embeddings=10,
     )
 
-    def prepared(self, given: Any, test: Any = None, *, seed: int = 0) -> _measuring.Texts:
+    def prepared(
+        self, given: Any, test: Any = None, *, seed: int = 0, budget: float | None = None
+    ) -> _measuring.Texts:
         pair: Any = SimpleNamespace(
             tokenizer=files.words(), tuned=SimpleNamespace(config=self.config)
         )
-        return _measuring.prepare(pair, given, test, tokens=128, seed=seed)
+        return _measuring.prepare(pair, given, test, tokens=128, seed=seed, budget=budget)
 
     def test_parts_share_nothing_and_lose_nothing(self) -> None:
         given = files.texts(160)
@@ -250,6 +254,39 @@ class TestTexts:
         assert _measuring.count(found.test) == 80
         assert (_measuring.count(found.fit), _measuring.count(found.select)) == (60, 20)
         assert found.cut == sum(len(text.split()) > 10 for text in given)
+
+    def test_budgets_are_kept(self) -> None:
+        given = files.texts(400)
+        for budget in (700, 1000, 10**6):
+            found = self.prepared(given, budget=budget)
+            planning, stated = [*found.fit, *found.select], found.test
+            number = _measuring.count(planning)
+            assert number == _measuring.count(stated)
+            tokens = sum(int(batch.attention_mask.sum()) for batch in planning)
+            assert tokens == pytest.approx(budget, rel=0.1) or number == 200
+        # How many texts state errors does not depend on their own lengths.
+        others = [text + " and more" for text in files.texts(200, 1)]
+        for held_out in (files.texts(200, 1), others):
+            found = self.prepared(files.texts(200), held_out, budget=900)
+            assert _measuring.count(found.test) == _measuring.count([*found.fit, *found.select])
+        with pytest.raises(InputError, match=r"^budget must be at least \d+ tokens, for 60 texts"):
+            self.prepared(given, budget=50)
+
+    def test_texts_are_known_in_the_order_in_which_they_were_drawn(self) -> None:
+        """Batches sort them by length, and limits that bet on one after another need it."""
+        given = files.texts(200)
+        found = self.prepared(given, seed=1)
+        rows = [
+            row[mask.bool()].tolist()
+            for batch in found.test
+            for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+        ]
+        lengths = np.array([*map(len, rows)])
+        assert (np.diff(lengths) >= 0).all()
+        drawn = [rows[place] for place in found.about_test.drawn]
+        order = np.random.default_rng(randomness.number(1, "planning texts")).permutation(200)
+        tokens = files.words()([given[i] for i in order[:100]], truncation=True, max_length=10)
+        assert drawn == tokens["input_ids"]
 
     def test_one_seed_is_one_choice(self) -> None:
         parts = [self.prepared(files.texts(160), seed=seed).test[0] for seed in (1, 1, 2)]
@@ -281,6 +318,10 @@ class TestTexts:
         plain.write_text("one\ntwo ü\n", encoding="utf-8")
         lines.write_text('{"text": "one"}\n\n{"text": "two ü"}\n', encoding="utf-8")
         assert read_texts(plain) == read_texts(lines) == ["one", "two ü"]
+        lines.write_text('{"text": "one", "label": 1}\n{"text": "two", "label": "no"}\n')
+        assert read_texts(lines) == {"one": 1, "two": "no"}
+        lines.write_text('{"text": "one", "label": 1}\n{"text": "two"}\n')
+        assert read_texts(lines) == ["one", "two"]
         lines.write_text('{"words": "one"}\n')
         plain.write_bytes(b"\xff\xfe")
         for wrong in (lines, plain, tmp_path / "nowhere"):
