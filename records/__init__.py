@@ -140,7 +140,7 @@ def _summarize(
     divergence: NDArray[np.float64],
     decisions: NDArray[np.float64],
 ) -> dict[str, float]:
-    from lorapower.checkpoints._measuring import ratio
+    from lorapower.checkpoints._limits import ratio
 
     number = decisions.sum()
     return {

@@ -10,7 +10,9 @@ A base and what was tuned from it, both of transformers, and some texts are enou
 """
 
 from ._export import save_peft
-from ._measuring import LEAST_TEXTS, Measured, read_texts
+from ._limits import mean_limit, quantile_limit
+from ._measuring import Measured
+from ._texts import LEAST_TEXTS, read_texts
 from .pair import Adapter, Module, Pair
 from .planner import Planner
 from .workflow import Plan, check, extract, plan, prices
@@ -25,8 +27,10 @@ __all__ = [
     "Planner",
     "check",
     "extract",
+    "mean_limit",
     "plan",
     "prices",
+    "quantile_limit",
     "read_texts",
     "save_peft",
 ]

@@ -31,7 +31,8 @@ from rich.table import Table
 from ..errors import InputError, LorapowerError
 from . import _example, workflow
 from ._export import least, measure_peft, megabytes, most, percent, without_nan
-from ._measuring import Measured, read_texts
+from ._measuring import Measured
+from ._texts import read_texts
 from .workflow import Plan
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import randomness
-from ._measuring import Batch, Readout, Reference, fast, sum_by_text, watch
+from ._measuring import Readout, Reference, fast, sum_by_text, watch
+from ._texts import Batch
 from .metrics import Directions
 from .pair import Module
 

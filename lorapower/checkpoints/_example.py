@@ -39,8 +39,9 @@ def write(folder: Path, *, seed: int, report: Callable[[str, int, int], None]) -
             del lines[-number:]
         tuned, adapted = _classifier(), _with_lora(_classifier())
         samples = [json.loads(line) for line in lines]
-        _train(tuned, samples, 1e-4, lambda *done: report("tuning all weights", *done))
-        _train(adapted, samples, 2e-3, lambda *done: report("tuning by LoRA", *done))
+        draw = randomness.generator(seed, "order of snippets")
+        _train(tuned, samples, 1e-4, draw, lambda *done: report("tuning all weights", *done))
+        _train(adapted, samples, 2e-3, draw, lambda *done: report("tuning by LoRA", *done))
         with quiet():
             tuned.save_pretrained(new / "tuned")
             tokenizer(PACKAGED).save_pretrained(new / "tuned")
@@ -67,6 +68,7 @@ def _train(
     network: Any,
     samples: list[dict[str, Any]],
     rate: float,
+    draw: torch.Generator,
     show: Callable[[int, int], None],
 ) -> None:
     """Show each text once to AdamW; its rate rises for a tenth of the steps, then falls to 0."""
@@ -75,7 +77,7 @@ def _train(
     # Texts of one length together need no padding, and dropout would cost a third of the time.
     samples = sorted(samples, key=lambda sample: len(sample["text"]))
     batches = [samples[k : k + _BATCH] for k in range(0, len(samples), _BATCH)]
-    order = torch.randperm(len(batches), generator=torch.default_generator).tolist()
+    order = torch.randperm(len(batches), generator=draw).tolist()
     read, weights = tokenizer(PACKAGED), [w for w in network.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, rate, weight_decay=0)
     schedule = get_linear_schedule_with_warmup(optimizer, len(order) // 10, len(order))

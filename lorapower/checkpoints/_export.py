@@ -18,8 +18,8 @@ from torch import nn
 from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import module_factors
-from ._measuring import TOKENS
 from ._models import PEFT_CONFIG, public_name, quiet, require_libraries, tokenizer
+from ._texts import TOKENS
 from .pair import Adapter, Pair
 
 if TYPE_CHECKING:
@@ -241,11 +241,15 @@ def measure_peft(folder: Path) -> tuple[int, int]:
 
 
 class Certified(NamedTuple):
-    """What a report certifies: the tokens of texts, the unit of losses, and their limit."""
+    """What a report certifies: the unit of losses and their limit.
+
+    It holds for texts of so many ``tokens`` at most, none of which is among the digests ``used``.
+    """
 
     tokens: int = TOKENS
-    typical: float | None = None
-    limit: float | None = None
+    typical: float = math.nan
+    limit: float = math.nan
+    used: frozenset[str] = frozenset()
 
 
 def read_report(folder: Path | str) -> Certified:
@@ -253,7 +257,8 @@ def read_report(folder: Path | str) -> Certified:
     found = Certified()
     with suppress(OSError, ValueError, TypeError, KeyError):
         report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
-        found = Certified(int(report["options"]["tokens"]))
+        used = frozenset(report.get("used_texts", ()))
+        found = Certified(int(report["options"]["tokens"]), used=used)
         typical, limit = float(report["typical_effect"]), float(report["certified"])
         if 0 < typical < math.inf and 0 <= limit < math.inf:
             return found._replace(typical=typical, limit=limit)
@@ -283,7 +288,8 @@ def describe(folder: Path, report: Mapping[str, Any], modules: pd.DataFrame) -> 
         "left as in the base": ", ".join(report["left_out"]) or "nothing",
         "texts cut off": f"{report['cut_texts']} after {report['options']['tokens']} tokens",
     }
-    notes += f"\n{_UNEQUAL}\n" if len({*report["ranks"].values()}) > 1 else ""
+    unequal = report["task"] == "language" and len({*report["ranks"].values()}) > 1
+    notes += f"\n{_UNEQUAL}\n" if unequal else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     by_module = "\n".join(
         f"| {name} | {out}×{into} | {rank} | {percent(lost)} |"

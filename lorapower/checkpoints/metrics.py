@@ -12,14 +12,16 @@ from torch import Tensor
 
 from .. import randomness, regression
 from ..lowrank import LowRank
-from ._measuring import Batch, Readout, fast, watch
+from ._measuring import Readout, fast, watch
+from ._texts import Batch, count_tokens
 from .pair import Module
 
 #: As few texts determine metrics, this part of their mean is added in every direction.
 RIDGE = 0.1
-# Moments are taken over about so many tokens, and for as many modules at a time as so many numbers
-# of inputs and outputs allow.
-_TOKENS, _KEPT = 2048, 2**28
+#: Moments are taken over about so many tokens.
+TOKENS = 2048
+# They are taken for as many modules at a time as so many numbers of inputs and outputs allow.
+_KEPT = 2**28
 
 
 class Moments(NamedTuple):
@@ -72,10 +74,10 @@ def moments(
     if not (waiting := [*modules]):
         return
     width = sum(module.cost for module in waiting)
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    step = max(1, round(tokens / _TOKENS))
+    tokens = count_tokens(batches)
+    step = max(1, round(tokens / TOKENS))
     batches = batches[step // 2 :: step]
-    parts = max(1, math.ceil(width * min(tokens, _TOKENS) / _KEPT))
+    parts = max(1, math.ceil(width * min(tokens, TOKENS) / _KEPT))
     for part in range(parts):
         some = waiting[part::parts]
         report(part, parts)
@@ -121,11 +123,6 @@ class Directions(NamedTuple):
     total: float
     shift: Float[Tensor, " out"]
     mean: Float[Tensor, " in"]
-
-    def single(self) -> Directions:
-        """The same, but factors and vectors in float32."""
-        update = LowRank(self.update.left.float(), self.update.right.float())
-        return self._replace(update=update, shift=self.shift.float(), mean=self.mean.float())
 
     def bias(self, rank: int) -> Float[Tensor, " out"]:
         """``(E − K_r)μ``, added to the tuned bias beside the best update of a rank."""

@@ -19,8 +19,10 @@ from ..errors import InputError
 from ..lowrank import LowRank
 from . import metrics
 from ._effect import PROBES, Pool, choose, predict, predict_least, sketch
-from ._measuring import TOKENS, Compared, Measured, Readout, Reference, prepare, quantile, ratio
+from ._limits import quantile, ratio
+from ._measuring import Compared, Measured, Readout, Reference
 from ._models import listed, require_device
+from ._texts import TOKENS, count_tokens, prepare
 from .metrics import Directions, Moments
 from .pair import KINDS, Adapter, Module, Pair
 
@@ -31,8 +33,9 @@ Report: TypeAlias = Callable[[str, int, int], None]
 _FIRST, _STEP = (4, 2, 1), 0.8
 # The part of the aim that this smallest one loses on texts for selection.
 _SAFE = 0.6
-# About how often texts are passed, and what one more random output costs of a pass.
-_PASSES, _BACK = 10, 0.6
+# About how often texts for selecting, for stating and for moments are passed, or what takes as
+# long; and what one more random output costs of a pass. Measured on a language model.
+_SELECTED, _STATED, _MOMENTS, _BACK = 12, 13, 14, 1.4
 # Many random outputs of each text, for a thorough plan.
 _THOROUGH = 16
 
@@ -66,7 +69,7 @@ class Planner:
         Ranks are at most ``max_rank``, and multiples of ``bucket`` or the highest that a module can
         have.
     serving : bool
-        Whether all factors of ``effect`` have the rank ``max_rank``, where need be by zeros, and
+        Whether all factors of `candidate` have the rank ``max_rank``, where need be by zeros, and
         modules that servers compute as one (`Module.fused`) get them together.
     device, report
         Where the network is, and what receives progress.
@@ -75,9 +78,9 @@ class Planner:
     ----------
     modules : dict
         The modules that get factors, by name.
-    directions, weighted : dict
-        The leading `Directions` of their changes: singular ones, and those in the metrics of inputs
-        and outputs of which `candidate` chooses (singular ones for embeddings and heads).
+    weighted : dict
+        The leading `Directions` of their changes of which `candidate` chooses: those in the metrics
+        of inputs and outputs, and singular ones for embeddings and heads.
     """
 
     def __init__(
@@ -101,9 +104,17 @@ class Planner:
         """Pass texts through both networks."""
         _require_leave(pair, leave)
         bucket = max_rank if serving else bucket
-        self.options = {"modules": modules, "leave": sorted(leave), "tokens": tokens}
-        self.options |= {"budget": budget, "thorough": thorough, "max_rank": max_rank}
-        self.options |= {"bucket": bucket, "seed": seed, "serving": serving}
+        self.options = {
+            "modules": modules,
+            "leave": sorted(leave),
+            "tokens": tokens,
+            "budget": budget,
+            "thorough": thorough,
+            "max_rank": max_rank,
+            "bucket": bucket,
+            "serving": serving,
+            "seed": seed,
+        }
         self.serving, self.max_rank = serving, _checks.integer("max_rank", max_rank, 1)
         self.bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
         self.device = require_device(device)
@@ -119,8 +130,8 @@ class Planner:
         self.probes = _THOROUGH if thorough else PROBES
         self.network = pair.network().to(self.device)
         self.readout = Readout(self.network, pair.task)
-        self.fit, self.select = (Reference(p, self.readout) for p in self.texts[:2])
-        self.test = Reference(self.texts.test, self.readout, self.texts.about_test)
+        parts = self.texts[:3]
+        self.fit, self.select, self.test = (Reference(part, self.readout) for part in parts)
         self._pass_texts()
         # Of other texts than those for stating, so that their losses are independent.
         self.test.typical = math.sqrt(self.select.effect.mean())
@@ -139,11 +150,6 @@ class Planner:
     def parameters(self, rank: int) -> int:
         """Count the numbers that one rank for all modules takes."""
         return _cost(_uniform(self.modules, rank), self.modules)
-
-    @functools.cached_property
-    def directions(self) -> dict[str, Directions]:
-        """The leading singular directions of all changes."""
-        return {name: self._decompose(name) for name in self.modules}
 
     @functools.cached_property
     def weighted(self) -> dict[str, Directions]:
@@ -309,10 +315,13 @@ class Planner:
 
     def _tell_costs(self, seconds: float) -> str:
         """Report about how long the plan takes, from the seconds of one pass over a few texts."""
-        fit, select, stated = (
-            sum(int(batch.attention_mask.sum()) for batch in part) for part in self.texts[:3]
+        fit, select, stated = map(count_tokens, self.texts[:3])
+        passes = (
+            _SELECTED * select
+            + _STATED * stated
+            + _MOMENTS * min(fit, metrics.TOKENS)
+            + _BACK * self.probes * (fit + select)
         )
-        passes = _PASSES * (select + stated) + _BACK * self.probes * (fit + select)
         stage = f"passing texts, of about {passes * seconds / select:.0f} s in all"
         self.report(stage, 1, 4)
         return stage
@@ -326,30 +335,24 @@ class Planner:
         """Derivatives at the tuned network, for fitting and for selection."""
         pool = self._pool
         self.pair.fill(self.network, "tuned")
-        tell = functools.partial(self.report, "derivatives at the tuned model")
-        draws = (randomness.number(self.seed, f"sketch to {which}") for which in ("fit", "select"))
-        fit, select = (
-            sketch(self.network, pool, reference, probes=self.probes, seed=seed, report=tell)
-            for reference, seed in zip((self.fit, self.select), draws, strict=True)
-        )
-        return fit, select
+
+        def derive(which: str, reference: Reference) -> Tensor:
+            tell = functools.partial(self.report, f"derivatives, to {which}")
+            seed = randomness.number(self.seed, f"sketch to {which}")
+            return sketch(self.network, pool, reference, probes=self.probes, seed=seed, report=tell)
+
+        return derive("fit", self.fit), derive("select", self.select)
 
     def _decompose(
         self, name: str, about: Moments | None = None, most: int | None = None
     ) -> Directions:
-        """The leading directions of a change, in float32; about a mean where a bias is free."""
+        """The leading directions of a change, at most so many, or ``max_rank``."""
         update, most = self.pair.update(name), self.max_rank if most is None else most
-        if about is not None or update is None or not update.rank:
+        if update is not None and update.rank:
             # Others of an adapter's change are rounding.
-            most = min(most, update.rank or most) if update else most
-            bias = self.pair.frees_bias(self.modules[name])
-            return metrics.directions(self.pair.change(name), about, most, bias=bias)
-        Q, left = torch.linalg.qr(update.left.double())
-        P, right = torch.linalg.qr(update.right.double())
-        core = metrics.directions(left @ right.mT, None, most)
-        found = core._replace(update=LowRank(Q @ core.update.left, P @ core.update.right))
-        out, into = self.modules[name].shape
-        return found._replace(mean=torch.zeros(into), shift=torch.zeros(out)).single()
+            most = min(most, update.rank)
+        bias = self.pair.frees_bias(self.modules[name])
+        return metrics.directions(self.pair.change(name), about, most, bias=bias)
 
     def _with_gains(self, gains: Tensor) -> Adapter:
         """The adapter that takes directions of all changes with these gains."""

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from .. import _checks
 from ..errors import InputError, LorapowerError
-from . import _export
-from . import _measuring as measuring
+from . import _export, _limits, _texts
 from ._folders import require_free, write_folder
-from ._measuring import Measured
+from ._measuring import Measured, Readout, Reference
 from ._models import PEFT_CONFIG, is_dequantized, require_device
 from .pair import KINDS, Adapter, Pair
 from .planner import Planner, Report
@@ -94,12 +93,12 @@ class Plan:
     def texts_needed(self) -> float:
         """How many held-out texts like these would certify the aim for this adapter."""
         losses = self.planner.test.losses(self.squares)
-        return measuring.texts_for(losses, math.inf if self.aim is None else self.aim)
+        return _limits.texts_for(losses, math.inf if self.aim is None else self.aim)
 
     @property
     def largest_share(self) -> float:
         """The part of the squared error in the worst twentieth of the texts."""
-        return measuring.largest_share(self.squares)
+        return _limits.largest_share(self.squares)
 
     def __repr__(self) -> str:
         return (
@@ -141,6 +140,7 @@ class Plan:
                 "tuned": pair.tuned.source,
                 "base_dequantized": is_dequantized(pair.base.folder),
                 "architecture": pair.architecture,
+                "task": pair.task,
                 "ties_embeddings": tied and "embedding" in kinds,
                 **lost,
                 "certified": self.certified,
@@ -149,7 +149,7 @@ class Plan:
                 "estimate": self.estimate,
                 "stated": self.stated,
                 "reached": self.reached,
-                "certified_share": measuring.SHARE,
+                "certified_share": _limits.SHARE,
                 "typical_effect": self.planner.test.typical,
                 "equal": self.planner.equal,
                 "parameters": self.adapter.parameters,
@@ -161,11 +161,12 @@ class Plan:
                 "uniform_parameters": self.uniform[1],
                 "not_low_rank": pair.not_low_rank,
                 "left_out": sorted(pair.leave),
-                "texts": measuring.count(texts.fit) + measuring.count(texts.select),
+                "texts": _texts.count(texts.fit) + _texts.count(texts.select),
                 "held_out_texts": held_out,
                 "cut_texts": texts.cut,
                 "unknown_tokens": texts.unknown,
                 "options": self.planner.options,
+                "used_texts": texts.used,
                 "seconds": self.seconds,
                 "versions": {
                     name: metadata.version(name)
@@ -272,22 +273,22 @@ def prices(
     import pandas as pd
 
     planner = _prepare(base, tuned, texts, serving, force, report=report, **options)
-    numbers = sorted({min(planner.parameters(1) * 2**k // 4, planner.most) for k in range(7)})
+    numbers = (min(planner.parameters(1) * 2**k // 4, planner.most) for k in range(7))
+    adapters = {each.parameters: each for each in map(planner.candidate, numbers)}
     rows = []
-    for done, number in enumerate(numbers):
-        planner.report("measuring", done, len(numbers))
-        adapter = planner.candidate(number)
+    for done, adapter in enumerate(adapters.values()):
+        planner.report("measuring", done, len(adapters))
         planner.put(adapter)
         squares = planner.select.squares(planner.network)
         rows.append(
             {
                 "parameters": adapter.parameters,
                 "bytes": _export.estimate(planner.pair, adapter)[1],
-                "error": measuring.ratio(squares, planner.select.effect),
-                "nine_of_ten": measuring.quantile(planner.select.losses(squares)),
+                "error": _limits.ratio(squares, planner.select.effect),
+                "nine_of_ten": _limits.quantile(planner.select.losses(squares)),
             }
         )
-    planner.report("measuring", len(numbers), len(numbers))
+    planner.report("measuring", len(adapters), len(adapters))
     return pd.DataFrame(rows)
 
 
@@ -331,6 +332,9 @@ def extract(
     if not result.reached:
         return result
     planner = result.planner
+    some = planner.test.every(_EVERY)
+    planner.put(result.adapter)
+    stated = math.sqrt(some.compare(planner.network).squares.sum())
     tell = functools.partial(planner.report, "writing")
     tell(0, 2)
     with contextlib.ExitStack() as both:
@@ -340,16 +344,9 @@ def extract(
         # Only one network at a time.
         planner.network = None
         planner.network = _export.load(partial, planner.pair, planner.device)
-        some, which = planner.test.every(_EVERY)
-        again, stated, effect = (
-            math.sqrt(squares.sum())
-            for squares in (
-                some.compare(planner.network).squares,
-                result.squares[which],
-                some.effect,
-            )
-        )
-        if not abs(again - stated) <= max(_RELOADED * stated, 0.1 * _RELOADED * effect):
+        squares = some.compare(planner.network).squares
+        again, effect = math.sqrt(squares.sum()), planner.test.typical * math.sqrt(len(squares))
+        if not abs(again - stated) <= _RELOADED * max(stated, 0.1 * effect):
             raise LorapowerError(
                 f"the adapter read back is {again:.6g} off, not {stated:.6g} as measured: nothing "
                 "was written; please report this with the names of both models"
@@ -389,7 +386,8 @@ def check(
     base, adapter, tuned, force, report
         The adapter's folder, and what `plan` takes.
     texts : sequence of str, or mapping
-        At least 60, or their classes by text; at most 256 are used, drawn by ``seed``.
+        At least 60 that the adapter's plan has not used, as its ``report.json`` knows, or their
+        classes by text; at most 256 are taken, drawn by ``seed``.
     tokens : int, optional
         Texts are cut off after so many tokens; by default as in the adapter's ``report.json``, with
         whose certificate the texts are then compared, or else 128.
@@ -398,12 +396,12 @@ def check(
     pair = Pair.open(base, tuned, force=force)
     planned = _export.read_report(adapter)
     if tokens not in (None, planned.tokens):
-        planned = _export.Certified(tokens)
-    batches, about = measuring.prepare_all(pair, texts, tokens=planned.tokens, seed=seed)
+        planned = planned._replace(tokens=tokens, typical=math.nan, limit=math.nan)
+    batches = _texts.prepare_all(pair, texts, tokens=planned.tokens, seed=seed, used=planned.used)
     tell = functools.partial(report or (lambda *_: None), "passing texts")
     tell(0, 3)
     network = pair.network().to(where)
-    reference = measuring.Reference(batches, measuring.Readout(network, pair.task), about)
+    reference = Reference(batches, Readout(network, pair.task))
     reference.record_tuned(network)
     tell(1, 3)
     pair.fill(network, "base")
@@ -413,8 +411,8 @@ def check(
     reference.typical = planned.typical
     compared = reference.compare(_export.load(adapter, pair, where))
     measured = reference.summarize(compared)
-    if planned.limit is not None:
-        verdict, exceeding = measuring.judge(reference.losses(compared.squares), planned.limit)
+    if not math.isnan(planned.limit):
+        verdict, exceeding = _limits.judge(reference.losses(compared.squares), planned.limit)
         measured = measured._replace(verdict=verdict, exceeding=exceeding)
     tell(3, 3)
     if math.isnan(measured.error):
@@ -478,9 +476,9 @@ def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
         planner.report("certifying", done, max(done + 1, 8))
         planner.put(adapter)
         squares = planner.test.squares(planner.network)
-        lost = measuring.ratio(squares, planner.test.effect)
+        lost = _limits.ratio(squares, planner.test.effect)
         if not estimate:
-            lost = max(lost, measuring.quantile_limit(planner.test.losses(squares)))
+            lost = max(lost, _limits.quantile_limit(planner.test.losses(squares)))
         if found is None or lost <= aim:
             found = adapter, squares
         if lost > aim:

@@ -9,17 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorapower.checkpoints import Measured, workflow
-from lorapower.checkpoints._measuring import (
-    LEAST_TEXTS,
-    Compared,
-    judge,
-    largest_share,
-    mean_limit,
-    quantile_limit,
-    ratio,
-    texts_for,
-)
+from lorapower.checkpoints import LEAST_TEXTS, Measured, mean_limit, quantile_limit, workflow
+from lorapower.checkpoints._limits import judge, largest_share, ratio, texts_for
+from lorapower.checkpoints._measuring import Compared
 
 
 def test_limits_of_shares_are_those_of_the_binomial() -> None:

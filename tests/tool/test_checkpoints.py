@@ -28,7 +28,8 @@ from lorapower.checkpoints import (
     workflow,
 )
 from lorapower.checkpoints._folders import write_folder
-from lorapower.checkpoints._measuring import outputs, ratio
+from lorapower.checkpoints._limits import ratio
+from lorapower.checkpoints._measuring import outputs
 from lorapower.checkpoints._models import PEFT_CONFIG, quiet
 from lorapower.errors import InputError, LorapowerError, ResultsError
 
@@ -51,7 +52,7 @@ KINDS = [
     ("stablelm", "StableLmForCausalLM"),
     ("starcoder2", "Starcoder2ForCausalLM"),
 ]
-TEXTS = files.texts(140)
+TEXTS, FRESH = files.texts(140), files.texts(140, 1)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,11 @@ def planner(places: tuple[str, str]) -> Planner:
 
 
 # What is measured
+
+
+def order(reference: _measuring.Reference) -> list[int]:
+    """The places of texts in the order in which they were drawn."""
+    return [int(place) for batch in reference.batches for place in batch.drawn]
 
 
 def test_errors_are_those_of_plain_code(planner: Planner) -> None:
@@ -91,13 +97,16 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     variation = (g.softmax(1) - f.softmax(1)).abs().sum(1).mean() / 2
     assert found.variation == pytest.approx(float(variation), rel=1e-3)
     assert found.variation < found.variation_upper < 1
-    some, places = planner.test.every(2)
-    assert len(places) < found.texts
     planner.put(adapter)
     squares = planner.test.squares(planner.network)
     assert squares == pytest.approx(planner.test.compare(planner.network).squares, rel=1e-3)
-    assert some.squares(planner.network) == pytest.approx(squares[places])
-    assert some.error(planner.network) == ratio(squares[places], planner.test.effect[places])
+    some = planner.test.every(2)
+    assert some.batches[0] is planner.test.batches[-1]
+    known = dict(zip(order(planner.test), squares, strict=True))
+    assert 0 < len(order(some)) < len(known)
+    expected = [known[place] for place in order(some)]
+    assert some.squares(planner.network) == pytest.approx(expected)
+    assert some.compare(planner.network).squares == pytest.approx(expected, rel=1e-3)
     for which, lost in (("base", 1), ("tuned", 0)):
         planner.pair.fill(planner.network, which)
         assert planner.test.measure(planner.network).error == lost
@@ -231,14 +240,20 @@ def test_plans_are_certified(places: tuple[str, str], tmp_path: Path) -> None:
     assert (report["certified"], report["typical_effect"]) == (0.02, typical)
 
     def check(**options: Any) -> Measured:
-        return checkpoints.check(places[0], str(out), places[1], TEXTS, **options)
+        return checkpoints.check(places[0], str(out), places[1], FRESH, **options)
 
     assert check().verdict == "confirmed"
+    # The texts of the plan confirm nothing, however many fresh ones stand beside them.
+    assert len(report["used_texts"]) == len(TEXTS)
+    with pytest.raises(InputError, match=r"60 different texts that the .* not used; got 0"):
+        checkpoints.check(places[0], str(out), places[1], TEXTS)
+    mixed = [*TEXTS, *(f"  {text} " for text in TEXTS), *FRESH[:60]]
+    assert checkpoints.check(places[0], str(out), places[1], mixed).texts == 60
     assert check(tokens=99).verdict == ""
     report["certified"] = plan.measured.certified / 100
     (out / _export.REPORT).write_text(json.dumps(report))
     assert check().verdict == "failed"
-    assert check().exceeding > len(TEXTS) / 2
+    assert check().exceeding > len(FRESH) / 2
     for strange in (None, "high", math.nan):
         (out / _export.REPORT).write_text(json.dumps(report | {"certified": strange}))
         assert check().verdict == ""
@@ -346,7 +361,7 @@ def test_written_adapters_have_the_stated_error(
     plan = checkpoints.extract(base, tuned, TEXTS, out, rank=1)
     report = json.loads((out / _export.REPORT).read_text())
     assert report["error"] == plan.measured.error
-    assert 0 < checkpoints.check(base, str(out), tuned, TEXTS).error < 1
+    assert 0 < checkpoints.check(base, str(out), tuned, FRESH).error < 1
     config = json.loads((out / PEFT_CONFIG).read_text())
     assert config["base_model_name_or_path"] == base
     assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
@@ -539,12 +554,12 @@ def test_a_wrong_adapter_is_not_written(
 
 def test_adapters_that_do_not_fit(places: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="adapter must be a folder with an adapter of peft"):
-        checkpoints.check(places[0], str(tmp_path), places[1], TEXTS)
+        checkpoints.check(places[0], str(tmp_path), places[1], FRESH)
     other = files.pair(tmp_path, "gpt2", "GPT2LMHeadModel")
     out = tmp_path / "out"
     checkpoints.extract(*other, TEXTS, out, rank=1)
     with pytest.raises(InputError, match="adapter must be one that peft reads into the base"):
-        checkpoints.check(places[0], str(out), places[1], TEXTS)
+        checkpoints.check(places[0], str(out), places[1], FRESH)
 
 
 def test_reports_and_cards_of_numbers_that_json_lacks(

@@ -36,6 +36,13 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("fresh") / "texts.txt"
+    path.write_text("\n".join(files.texts(140, 1)), encoding="utf-8")
+    return str(path)
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
@@ -69,7 +76,7 @@ def pair(places: tuple[str, str], file: str) -> list[str]:
 
 
 def test_plans_extracts_and_checks(
-    pair: list[str], places: tuple[str, str], file: str, tmp_path: Path, call: Call
+    pair: list[str], places: tuple[str, str], file: str, fresh: str, tmp_path: Path, call: Call
 ) -> None:
     code, out, _ = call("plan", *pair, "--error", "0.3", "--json")
     report = json.loads(out)
@@ -90,7 +97,10 @@ def test_plans_extracts_and_checks(
     assert "replace it with --force" in err
     assert err.count("\n") == 1
     written = json.loads(Path(folder, "report.json").read_text())
-    check = ["check", places[0], folder, places[1], "--texts", file]
+    code, _, err = call("check", places[0], folder, places[1], "--texts", file)
+    assert code == 2
+    assert "that the adapter's plan has not used; got 0" in err
+    check = ["check", places[0], folder, places[1], "--texts", fresh]
     code, out, _ = call(*check, "--json")
     found = json.loads(out)
     assert (code, found["texts"]) == (0, 140)
@@ -143,6 +153,8 @@ def test_prices_are_listed_where_nothing_is_asked(pair: list[str], call: Call) -
     assert [row["parameters"] for row in rows] == sorted({row["parameters"] for row in rows})
     assert all(0 <= row["error"] and 0 <= row["nine_of_ten"] for row in rows)
     assert rows[-1]["error"] < rows[0]["error"]
+    nothing = call("plan", pair[0], pair[0], *pair[2:], "--json")[1]
+    assert [(row["parameters"], row["error"]) for row in json.loads(nothing)] == [(0, 0)]
     planner = Planner(Pair.open(*pair[:2]), read_texts(pair[3]))
     for row in (rows[0], rows[-1]):
         adapter = planner.candidate(row["parameters"])
@@ -198,7 +210,9 @@ def test_ranks_are_a_grid() -> None:
     assert _command._grid({}) == ["none"]
 
 
-def test_adapters_shrink(places: tuple[str, str], file: str, tmp_path: Path, call: Call) -> None:
+def test_adapters_shrink(
+    places: tuple[str, str], file: str, fresh: str, tmp_path: Path, call: Call
+) -> None:
     base, tuned = places
     trained, other, small = (str(tmp_path / name) for name in ("trained", "other", "small"))
     texts = ["--texts", file]
@@ -211,7 +225,7 @@ def test_adapters_shrink(places: tuple[str, str], file: str, tmp_path: Path, cal
     assert code == 0
     assert report["tuned"] == trained
     assert report["parameters"] < json.loads(Path(trained, "report.json").read_text())["parameters"]
-    found = json.loads(call("check", base, small, trained, "--texts", file, "--json")[1])
+    found = json.loads(call("check", base, small, trained, "--texts", fresh, "--json")[1])
     assert found["error"] < 0.6
     # Several, with weights: as the pair itself says.
     weighted = [f"--adapter={trained}=0.7", f"--adapter={other}=0.3"]

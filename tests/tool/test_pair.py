@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorapower import randomness
-from lorapower.checkpoints import Pair, _measuring, read_texts
+from lorapower.checkpoints import Pair, _texts, read_texts
 from lorapower.checkpoints._models import Checkpoint
 from lorapower.errors import InputError
 
@@ -185,8 +185,9 @@ def test_code_of_a_model_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     files.configure(Path(tuned), model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
     Path(tuned, "mine.py").write_text("raise SystemExit")
     monkeypatch.setattr("builtins.input", lambda _: "yes")
-    with pytest.raises(InputError, match=f"^model must be .*{tuned}"):
+    with pytest.raises(InputError, match=f"^model must be .*{tuned}") as refused:
         Pair.open(base, tuned)
+    assert "contains custom code" in str(refused.value.__cause__)
 
 
 def test_weights_that_are_not_finite_are_refused_when_read(tmp_path: Path) -> None:
@@ -235,11 +236,11 @@ class TestTexts:
 
     def prepared(
         self, given: Any, test: Any = None, *, seed: int = 0, budget: float | None = None
-    ) -> _measuring.Texts:
+    ) -> _texts.Texts:
         pair: Any = SimpleNamespace(
             tokenizer=files.words(), tuned=SimpleNamespace(config=self.config)
         )
-        return _measuring.prepare(pair, given, test, tokens=128, seed=seed, budget=budget)
+        return _texts.prepare(pair, given, test, tokens=128, seed=seed, budget=budget)
 
     def test_parts_share_nothing_and_lose_nothing(self) -> None:
         given = files.texts(160)
@@ -251,8 +252,8 @@ class TestTexts:
             for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         ]
         assert len(there) == len(set(given))
-        assert _measuring.count(found.test) == 80
-        assert (_measuring.count(found.fit), _measuring.count(found.select)) == (60, 20)
+        assert _texts.count(found.test) == 80
+        assert (_texts.count(found.fit), _texts.count(found.select)) == (60, 20)
         assert found.cut == sum(len(text.split()) > 10 for text in given)
 
     def test_budgets_are_kept(self) -> None:
@@ -260,15 +261,15 @@ class TestTexts:
         for budget in (700, 1000, 10**6):
             found = self.prepared(given, budget=budget)
             planning, stated = [*found.fit, *found.select], found.test
-            number = _measuring.count(planning)
-            assert number == _measuring.count(stated)
+            number = _texts.count(planning)
+            assert number == _texts.count(stated)
             tokens = sum(int(batch.attention_mask.sum()) for batch in planning)
             assert tokens == pytest.approx(budget, rel=0.1) or number == 200
         # How many texts state errors does not depend on their own lengths.
         others = [text + " and more" for text in files.texts(200, 1)]
         for held_out in (files.texts(200, 1), others):
             found = self.prepared(files.texts(200), held_out, budget=900)
-            assert _measuring.count(found.test) == _measuring.count([*found.fit, *found.select])
+            assert _texts.count(found.test) == _texts.count([*found.fit, *found.select])
         with pytest.raises(InputError, match=r"^budget must be at least \d+ tokens, for 60 texts"):
             self.prepared(given, budget=50)
 
@@ -283,7 +284,8 @@ class TestTexts:
         ]
         lengths = np.array([*map(len, rows)])
         assert (np.diff(lengths) >= 0).all()
-        drawn = [rows[place] for place in found.about_test.drawn]
+        places = torch.cat([batch.drawn for batch in found.test]).tolist()
+        drawn = [row for _, row in sorted(zip(places, rows, strict=True))]
         order = np.random.default_rng(randomness.number(1, "planning texts")).permutation(200)
         tokens = files.words()([given[i] for i in order[:100]], truncation=True, max_length=10)
         assert drawn == tokens["input_ids"]
@@ -294,7 +296,7 @@ class TestTexts:
         assert one == same != other
 
     def test_large_networks_get_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_measuring, "_LOAD", 25 * _measuring.activations_per_token(self.config))
+        monkeypatch.setattr(_texts, "_LOAD", 25 * _texts.activations_per_token(self.config))
         for batch in self.prepared(files.texts(160)).fit:
             assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
 

@@ -1,0 +1,117 @@
+"""Errors of texts in one number, and limits that hold for any distribution of texts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._texts import LEAST_TEXTS, MOST_TEXTS
+
+_CONFIDENCE = 0.95
+#: The share of texts that a certificate speaks of.
+SHARE = 0.9
+# The part of its capital that a bet on a mean risks at most.
+_RISKED = 0.9
+
+
+def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
+    """``(Σ e / Σ d)^{1/2}``; 0 where nothing was lost of nothing."""
+    lost, whole = squares.sum(), effect.sum()
+    if whole == 0:
+        return 0.0 if lost == 0 else math.inf
+    return float(math.sqrt(lost / whole))
+
+
+def largest_share(squares: NDArray[np.float64], part: float = 0.05) -> float:
+    """The share of a sum that its largest terms hold, a part of all; NaN if the sum is 0."""
+    largest = np.sort(squares)[-math.ceil(part * len(squares)) :]
+    return float(largest.sum() / squares.sum()) if squares.sum() else math.nan
+
+
+def quantile(losses: NDArray[np.float64]) -> float:
+    """The least loss that nine of ten texts do not exceed."""
+    return float(np.quantile(losses, SHARE, method="inverted_cdf"))
+
+
+def quantile_limit(losses: NDArray[np.float64], share: float = SHARE) -> float:
+    """Compute an upper limit of a quantile at 95%, for any distribution [prop-certificate].
+
+    Parameters
+    ----------
+    losses : array, ``[n]``
+        What texts lose that were drawn independently from one distribution.
+    share : float
+        The share ``q`` of texts that are to lose at most the limit.
+
+    Returns
+    -------
+    float
+        The k-th smallest of the losses, with the least k such that a binomial number of ``n`` draws
+        with probability ``q`` is at least k in at most 5% of cases (Wilks, 1941); infinite where
+        there is no such k up to ``n``.
+    """
+    from scipy import stats
+
+    found = stats.quantile_test(losses, p=share, alternative="less")
+    limit = float(found.confidence_interval(_CONFIDENCE).high)
+    return math.inf if math.isnan(limit) else limit
+
+
+def judge(losses: NDArray[np.float64], limit: float) -> tuple[str, int]:
+    """Judge a certified limit by fresh texts: ``verdict`` and ``exceeding`` of `Measured`."""
+    from scipy import stats
+
+    # Merged and unmerged adapters differ by rounding.
+    limit = 1.001 * limit + 1e-5
+    exceeding = int((~(losses <= limit)).sum())
+    if quantile_limit(losses) <= limit:
+        return "confirmed", exceeding
+    chance = stats.binom.cdf(len(losses) - exceeding, len(losses), SHARE)
+    return "failed" if chance <= 1 - _CONFIDENCE else "consistent", exceeding
+
+
+def texts_for(losses: NDArray[np.float64], limit: float) -> float:
+    """How many texts like these would certify a limit; infinite if no number that is used does."""
+    from scipy import stats
+
+    within = float((losses <= limit).mean())
+    numbers = np.arange(LEAST_TEXTS, MOST_TEXTS + 1)
+    enough = stats.binom.ppf(_CONFIDENCE, numbers, SHARE) + 1 <= within * numbers
+    return float(numbers[enough][0]) if enough.any() else math.inf
+
+
+def mean_limit(values: NDArray[np.float64], *, binary: bool = False) -> float:
+    """Compute an upper limit of a mean at 95%, for any distribution on [0, 1] [prop-mean-limit].
+
+    Parameters
+    ----------
+    values : array, ``[n]``
+        Numbers from 0 to 1, drawn independently from one distribution, in the order of the draws.
+    binary : bool
+        Whether the distribution has no values but 0 and 1.
+
+    Returns
+    -------
+    float
+        The least multiple ``m`` of 0.001 at which a gambler who bets that values are below ``m`` on
+        average would have had 20 times the capital that he began with (Waudby-Smith and Ramdas,
+        2024), or 1; for ``binary`` ones the limit of Clopper and Pearson. NaN for values that are.
+    """
+    from scipy import stats
+
+    n, total = len(values), float(values.sum())
+    if math.isnan(total):
+        return math.nan
+    if binary:
+        return float(stats.beta.ppf(_CONFIDENCE, total + 1, n - total)) if total < n else 1.0
+    before = np.arange(2, n + 2)
+    mean = (0.5 + values.cumsum()) / before
+    spread = (0.25 + np.square(values - mean).cumsum()) / before
+    wanted = math.log(1 / (1 - _CONFIDENCE))
+    stake = np.sqrt(2 * wanted / (n * np.array([0.25, *spread[:-1]])))[:, None]
+    m = np.arange(1, 1000) / 1000
+    gain = np.minimum(stake, _RISKED / (1 - m)) * (m - values[:, None])
+    won = (np.log1p(gain).cumsum(0).max(0) >= wanted).nonzero()[0]
+    return float(m[won[0]]) if len(won) else 1.0

@@ -1,0 +1,299 @@
+"""Texts to plan and measure with: read, drawn, divided, and made batches of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .. import _checks, randomness
+from ..errors import InputError
+from ._models import quiet
+from .pair import Pair
+
+#: Texts that each part needs. If two models agree on 59, the lower limit of their agreement is .95
+#: at a confidence of 95%; and fewer say little about the inputs of modules.
+LEAST_TEXTS = 60
+#: At most so many texts of each part are used, as time grows with them.
+MOST_TEXTS = 256
+# About so many tokens of each part, unless `LEAST_TEXTS` have more.
+_BUDGET = 4096
+# The part of the texts for planning by which candidates are selected.
+_SELECTING = 0.25
+_BATCH = 32
+#: Texts are cut off after so many tokens.
+TOKENS = 128
+# About how many numbers a network may keep for one batch: a quarter of a gigabyte.
+_LOAD = 2**26
+
+
+class Batch(NamedTuple):
+    """Texts as a network takes them, ``[texts, tokens]``, with 1 for tokens and 0 for padding.
+
+    ``drawn`` has each text's place in the order in which all were drawn, since batches are of
+    similar length; and ``labels`` the classes, -1 where they are not known.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    drawn: Tensor
+    labels: Tensor
+
+    @property
+    def is_token(self) -> Tensor:
+        """Which entries are tokens."""
+        return self.attention_mask.bool()
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """Arguments of a network on a device."""
+        given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {name: values.to(device) for name, values in given.items()}
+
+    def rows(self, values: Tensor) -> Float[Tensor, "rows columns"]:
+        """A row for each token, or for each text where there is one value for a text."""
+        return values[self.is_token.to(values.device)] if values.ndim == 3 else values
+
+
+class Texts(NamedTuple):
+    """Texts to fit to, to select candidates by and to state errors with.
+
+    ``cut`` were cut off, and ``unknown`` is the share of tokens that stand for any unknown word;
+    ``used`` has the digests of all.
+    """
+
+    fit: list[Batch]
+    select: list[Batch]
+    test: list[Batch]
+    cut: int
+    unknown: float
+    used: list[str]
+
+
+class _Text(NamedTuple):
+    """A text, its tokens, how many it had before it was cut off, and when it was drawn."""
+
+    text: str
+    ids: list[int]
+    length: int
+    drawn: int
+
+
+def count(batches: Sequence[Batch]) -> int:
+    """Count the texts of batches."""
+    return sum(len(batch.input_ids) for batch in batches)
+
+
+def count_tokens(batches: Sequence[Batch]) -> int:
+    """Count the tokens of batches."""
+    return sum(int(batch.attention_mask.sum()) for batch in batches)
+
+
+def read_texts(path: Path | str) -> list[str] | dict[str, Any]:
+    """Read the texts of a file: one a line, or of ``.jsonl`` the field ``text`` of each line.
+
+    If all lines of JSON have a field ``label`` too, the texts are returned with their labels.
+    Raises `InputError` for a file that is not in UTF-8 and for lines of JSON without a text.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        allowed = "a text file in UTF-8, one text per line"
+        raise InputError("texts", allowed=allowed, given=f"{path} ({reason})") from error
+    if file.suffix != ".jsonl":
+        return [line for line in lines if line.strip()]
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        entry = None
+        with suppress(ValueError):
+            entry = json.loads(line)
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            allowed = "lines of JSON with a field text, a text"
+            raise InputError("texts", allowed=allowed, given=f"{path}, line {number}: {line}")
+        entries.append(entry)
+    if entries and all("label" in entry for entry in entries):
+        return {entry["text"]: entry["label"] for entry in entries}
+    return [entry["text"] for entry in entries]
+
+
+def prepare(
+    pair: Pair,
+    texts: Sequence[str] | Mapping[str, Any],
+    held_out: Sequence[str] | Mapping[str, Any] | None,
+    *,
+    tokens: int,
+    budget: float | None = None,
+    seed: int,
+) -> Texts:
+    """Divide texts in three parts; without ``held_out``, half of them are to state errors with."""
+    order = np.random.default_rng(randomness.number(seed, "planning texts"))
+    if held_out is None:
+        planning = _shuffle("texts", texts, order, 2 * LEAST_TEXTS)
+        half = len(planning) // 2
+        planning, stated = planning[half:], planning[:half]
+    else:
+        planning = _shuffle("texts", texts, order, LEAST_TEXTS)
+        stated = _shuffle("held_out", held_out, order, LEAST_TEXTS)
+        if both := set(planning) & set(stated):
+            raise InputError(
+                "held_out",
+                allowed="of texts that are not among those for planning",
+                given=f"{len(both)} that are, such as {min(both)!r}",
+                remedy="take them out of either file: what is stated would be too good",
+            )
+    classes = _classes(pair, texts if held_out is None else held_out)
+    limit = _limit(pair, tokens)
+    encoded = _encode(pair, planning, limit)
+    number = _afford(encoded, budget)
+    plan, test = encoded[:number], _encode(pair, stated[:number], limit)
+    whole = [*plan, *test]
+    unknown = sum(text.ids.count(pair.tokenizer.unk_token_id) for text in whole)
+    first = round(_SELECTING * len(plan))
+    return Texts(
+        [*_batches(pair, plan[first:])],
+        [*_batches(pair, plan[:first])],
+        [*_batches(pair, test, classes)],
+        sum(text.length > limit for text in whole),
+        unknown / sum(len(text.ids) for text in whole),
+        sorted(_digest(text.text) for text in whole),
+    )
+
+
+def prepare_all(
+    pair: Pair,
+    texts: Sequence[str] | Mapping[str, Any],
+    *,
+    tokens: int,
+    seed: int,
+    used: Collection[str] = (),
+) -> list[Batch]:
+    """Make batches of all texts but those of the digests ``used``, or of 256 of them."""
+    order = np.random.default_rng(randomness.number(seed, "checked texts"))
+    fresh = _shuffle("texts", texts, order, LEAST_TEXTS, used)
+    return [*_batches(pair, _encode(pair, fresh, _limit(pair, tokens)), _classes(pair, texts))]
+
+
+def _digest(text: str) -> str:
+    """A short digest, by which a report can say which texts a plan has used."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _shuffle(
+    name: str,
+    given: Sequence[str] | Mapping[str, Any],
+    order: np.random.Generator,
+    needed: int,
+    used: Collection[str] = (),
+) -> list[str]:
+    """The different texts that are not empty or used, in random order; refuses too few."""
+    if isinstance(given, str):
+        raise InputError(name, allowed="a list of texts", given="one text")
+    different = list(dict.fromkeys(text.strip() for text in given if text.strip()))
+    if used:
+        different = [text for text in different if _digest(text) not in used]
+    if len(different) < needed:
+        allowed = f"at least {needed} different texts"
+        if needed > LEAST_TEXTS:
+            allowed += f": {LEAST_TEXTS} to plan with and as many to measure with"
+        allowed += " that the adapter's plan has not used" * bool(used)
+        raise InputError(name, allowed=allowed, given=len(different))
+    return [different[i] for i in order.permutation(len(different))]
+
+
+def _classes(pair: Pair, texts: Sequence[str] | Mapping[str, Any]) -> dict[str, int] | None:
+    """The classes of labelled texts; ``None`` without labels, and for models without classes."""
+    if not isinstance(texts, Mapping) or pair.task != "classification":
+        return None
+    number, names = pair.tuned.config.num_labels, pair.tuned.config.label2id
+    if number < 2:
+        return None
+    found = {}
+    for text, label in texts.items():
+        place = names.get(label) if isinstance(label, str) else label
+        if type(place) is not int or not 0 <= place < number:
+            allowed = f"a class, 0 to {number - 1}, or its name ({', '.join(map(str, names))})"
+            remedy = "leave labels out, or correct this one"
+            given = f"{label!r} of {text[:40]!r}"
+            raise InputError("label", allowed=allowed, given=given, remedy=remedy)
+        found[text.strip()] = place
+    return found
+
+
+def _encode(pair: Pair, texts: Sequence[str], limit: int) -> list[_Text]:
+    """The first texts, at most 256, as tokens; those without any have no output."""
+    texts = texts[:MOST_TEXTS]
+    with quiet():
+        tokenized = pair.tokenizer(list(texts))["input_ids"]
+        kept = pair.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    each = zip(texts, kept, map(len, tokenized), range(len(texts)), strict=True)
+    encoded = [text for text in map(_Text._make, each) if text.ids]
+    if not encoded:
+        allowed = "texts that the model's tokenizer makes tokens of"
+        raise InputError("texts", allowed=allowed, given="none")
+    return encoded
+
+
+def _afford(texts: Sequence[_Text], budget: float | None) -> int:
+    """How many texts of the mean length of these a budget of tokens allows, at least 60.
+
+    The number of texts to state errors with must not depend on their own lengths: to stop before
+    the budget is exceeded would draw short ones too often.
+    """
+    mean = sum(len(text.ids) for text in texts) / len(texts)
+    needed = math.ceil(LEAST_TEXTS * mean)
+    if budget is not None and budget < needed:
+        allowed = f"at least {needed:,} tokens, for {LEAST_TEXTS} texts like these"
+        remedy = "raise it, or cut the texts (--tokens)"
+        raise InputError("budget", allowed=allowed, given=f"{budget:,}", remedy=remedy)
+    return max(LEAST_TEXTS, int(min((budget or _BUDGET) / mean, MOST_TEXTS)))
+
+
+def activations_per_token(config: Any) -> int:
+    """About how many numbers a network keeps of one token while it is differentiated."""
+    width = int(config.hidden_size) * int(config.num_hidden_layers)
+    return 30 * width + 3 * int(config.vocab_size)
+
+
+def _limit(pair: Pair, tokens: int) -> int:
+    """Tokens of a text at most: so many, or as many as the model takes."""
+    config = pair.tuned.config
+    places = int(getattr(config, "max_position_embeddings", 0))
+    if config.model_type in ("camembert", "roberta", "xlm-roberta"):
+        # They count positions from the one after the padding's.
+        places -= int(config.pad_token_id) + 1
+    return min(_checks.integer("tokens", tokens, 8), places)
+
+
+def _batches(
+    pair: Pair, texts: Iterable[_Text], classes: Mapping[str, int] | None = None
+) -> Iterator[Batch]:
+    """Batches of texts of similar length, as padding costs as much as text."""
+    ordered = sorted(texts, key=lambda text: len(text.ids))
+    most = _LOAD // activations_per_token(pair.tuned.config)
+    padding = pair.tokenizer.pad_token_id
+    while ordered:
+        size = 1
+        while size < min(_BATCH, len(ordered)) and (size + 1) * len(ordered[size].ids) <= most:
+            size += 1
+        part, ordered = ordered[:size], ordered[size:]
+        ids = [torch.tensor(text.ids) for text in part]
+        labels = [-1 if classes is None else classes[text.text] for text in part]
+        yield Batch(
+            pad_sequence(ids, True, padding),
+            pad_sequence([torch.ones_like(text) for text in ids], True),
+            torch.tensor([text.drawn for text in part]),
+            torch.tensor(labels),
+        )
