@@ -305,9 +305,12 @@ def effect(planner: Planner) -> Iterator[Row]:
     yield from measured("none", planner.measure(nothing))
     for part in ("attention", "mlp"):
         yield -1, part, "error", planner.only(part)
-    pair.fill(network, "base")
-    batches = enumerate(test.batches)
-    off = torch.cat([test.rows(network, batch) - test.tuned_rows(i) for i, batch in batches])
+    rows = {}
+    for which in ("tuned", "base"):
+        pair.fill(network, which)
+        with torch.no_grad():
+            rows[which] = torch.cat([test.rows(network, batch) for batch in test.batches])
+    off = rows["base"] - rows["tuned"]
     yield -1, "", "alike", float(off.mean(0).square().sum() / off.square().sum(1).mean())
     adapter = planner.smallest(LEFT)
     yield from measured("few", planner.measure(adapter))

@@ -109,7 +109,7 @@ class _PlanOptions(_Options):
     )
     details: bool = _flag("Print the size, rank and loss of each module.", False)
     budget: int | None = _flag(
-        "About so many tokens to plan with, and as many texts to measure with; 4096, or 60 texts."
+        "About so many tokens to plan with, and as many texts to measure with; 3072, or 60 texts."
     )
     thorough: bool = _flag(
         "Take up to 256 texts of any length, and differentiate twice as much.",
@@ -378,6 +378,8 @@ def _show(plan: Plan, options: _PlanOptions, out: Path | None = None) -> NoRetur
     _tell(_verdict(plan, out))
     typer.echo("")
     _tell([("Ranks" * (not k), line) for k, line in enumerate(_grid(plan.ranks))], wrap=False)
+    if plan.reached and out is None:
+        _tell([("Next", "the same with extract and --out FOLDER writes this adapter")])
     if options.details:
         ranks = Table(title="Ranks, and the part of the effect that each module alone loses")
         ranks.add_column("module", overflow="fold")

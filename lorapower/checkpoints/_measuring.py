@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from .pair import Task
 
 # Rows of a head that are taken at a time.
 _WORDS = 2**13
+# And so many rows of logits.
+_ROWS = 64
 
 
 class Measured(NamedTuple):
@@ -119,11 +121,11 @@ class Readout:
         if self._cap:
             return torch.cat([self._weight, columns], 1) if columns.numel() else self._weight
         total: Any = 0.0
-        mean = torch.cat([self._weight, columns], 1).mean(0).double()
+        mean = torch.cat([each.mean(0, dtype=torch.float64) for each in (self._weight, columns)])
         # Some words at a time, as a whole copy would need as much memory as the network.
         for part, more in zip(self._weight.split(_WORDS), columns.split(_WORDS), strict=True):
-            rows = torch.cat([part, more], 1).double() - mean
-            total = total + rows.mT @ rows
+            rows = torch.cat([part, more], 1).float() - mean.float()
+            total = total + (rows.mT @ rows).double()
         values, vectors = torch.linalg.eigh(total.cpu())
         return (values.clamp(0).sqrt()[:, None] * vectors.mT).to(self._weight)
 
@@ -152,14 +154,24 @@ class Readout:
     def _capped(self, logits: Float[Tensor, "rows words"]) -> Float[Tensor, "rows words"]:
         return _centre(self._cap * (logits / self._cap).tanh() if self._cap else logits)
 
-    def is_head_of(self, network: Any) -> bool:
-        """Whether a network has this head, so that its states determine its outputs."""
+    def missed(self, network: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """How a network's states and the tuned ones become rows with the distances of outputs.
+
+        ``None`` if the network's head differs in more than the weight, or caps logits: then only
+        outputs tell.
+        """
         if self.root is None:
-            return True
+            return torch.sub
         head = network.get_output_embeddings()
-        return head.weight.equal(self._weight) and (
-            self._bias is None or head.bias.equal(self._bias)
-        )
+        if self._bias is not None and not head.bias.equal(self._bias):
+            return None
+        if head.weight.equal(self._weight):
+            return lambda states, target: self.rows(states) - self.rows(target)
+        if self._cap:
+            return None
+        # W h − W̄ h̄ = W̄ (h − h̄) + (W − W̄) h.
+        root = self.root_with(head.weight - self._weight.to(head.weight))
+        return lambda states, target: self.rows(torch.cat([states - target, states], -1), root)
 
 
 class Reference:
@@ -195,10 +207,6 @@ class Reference:
         some = Reference(self.batches[::-step], self.readout)
         some._states = self._states[::-step]
         return some
-
-    def tuned_rows(self, i: int) -> Tensor:
-        """The tuned network's outputs for a batch, as `Readout.rows`."""
-        return self.readout.rows(self._states[i])
 
     def rows(self, network: Any, batch: Batch) -> Tensor:
         """A network's outputs as `Readout.rows`, as if it had the tuned head."""
@@ -240,13 +248,14 @@ class Reference:
 
     def squares(self, network: Any) -> NDArray[np.float64]:
         """Measure the squared distance of each text from the tuned network's outputs."""
-        if not self.readout.is_head_of(network):
+        if (missed := self.readout.missed(network)) is None:
             return self.compare(network).squares
         parts = []
         with torch.no_grad():
-            for i, batch in enumerate(self.batches):
-                missed = self.rows(network, batch) - self.tuned_rows(i).to(network.device)
-                column = missed.cpu().double().square().sum(-1, keepdim=True)
+            for batch, target in zip(self.batches, self._states, strict=True):
+                states = self.readout.states(network, batch)
+                rows = missed(states, target.to(states)).cpu().double()
+                column = rows.square().sum(-1, keepdim=True)
                 parts.append(sum_by_text(column, batch, self.readout.task)[:, 0].numpy())
         return np.concatenate(parts)
 
@@ -258,30 +267,35 @@ class Reference:
             for batch, states in zip(self.batches, self._states, strict=True):
                 values = outputs(network, batch, task)
                 target = self.readout.outputs(states.to(values))
-                if values.device.type == "mps":
-                    # Which has no float64.
-                    values, target = values.cpu(), target.cpu()
-                squares = (values - target).double().square().sum(-1)
-                ones, nothing = torch.ones_like(squares), torch.full_like(squares, math.nan)
-                if task == "encoder" or values.shape[-1] == 1:
-                    columns = [squares, nothing, nothing, ones, nothing, nothing]
-                else:
-                    log, log_target = (x.double().log_softmax(-1) for x in (values, target))
-                    decided = values.argmax(-1)
-                    right = nothing
-                    if task == "classification" and (batch.labels >= 0).all():
-                        right = (decided == batch.labels.to(decided)).double()
-                    columns = [
-                        squares,
-                        (decided == target.argmax(-1)).double(),
-                        (log_target.exp() * (log_target - log)).sum(-1),
-                        ones,
-                        (log_target.exp() - log.exp()).abs().sum(-1) / 2,
-                        right,
-                    ]
-                stacked = torch.stack(columns, -1).cpu()
-                parts.append(sum_by_text(stacked, batch, task).numpy())
+                labels = (
+                    batch.labels if task == "classification" else torch.full((len(values),), -1)
+                )
+                # Some rows at a time, as logits in float64 need much memory.
+                some = zip(*(rows.split(_ROWS) for rows in (values, target, labels)), strict=True)
+                columns = torch.cat([_contrast(x, y, known, task) for x, y, known in some])
+                parts.append(sum_by_text(columns, batch, task).numpy())
         return Compared(*np.concatenate(parts).T)
+
+
+def _contrast(values: Tensor, target: Tensor, labels: Tensor, task: Task) -> Tensor:
+    """A row of what `Compared` sums for each row of outputs, and the tuned ones."""
+    if values.device.type == "mps":
+        # Which has no float64.
+        values, target = values.cpu(), target.cpu()
+    squares = (values - target).double().square().sum(-1)
+    ones, nothing = torch.ones_like(squares), torch.full_like(squares, math.nan)
+    if task == "encoder" or values.shape[-1] == 1:
+        return torch.stack([squares, nothing, nothing, ones, nothing, nothing], -1).cpu()
+    log, log_target = (x.double().log_softmax(-1) for x in (values, target))
+    p, p_target = log.exp(), log_target.exp()
+    decided = values.argmax(-1)
+    equal = (decided == target.argmax(-1)).double()
+    divergence = (p_target * (log_target - log)).sum(-1)
+    right = (
+        (decided == labels.to(decided)).double().where((labels >= 0).to(decided.device), nothing)
+    )
+    varied = (p_target - p).abs().sum(-1) / 2
+    return torch.stack([squares, equal, divergence, ones, varied, right], -1).cpu()
 
 
 def outputs(network: Any, batch: Batch, task: Task) -> Float[Tensor, "rows columns"]:

@@ -256,6 +256,7 @@ class Checkpoint:
             raise self._quantized(f"weights quantized by {method.get('quant_method', unnamed)}")
         #: Tensors that the network of `bind` does not use.
         self.unused: set[str] = set()
+        self._finite: set[str] = set()
         # Each tensor's file, key there, sizes and type.
         self._tensors: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
         for file in self._files():
@@ -301,9 +302,11 @@ class Checkpoint:
         file, stored, *_ = self._tensors[key]
         with safe_open(file, framework="pt") as opened:
             tensor = opened.get_tensor(stored).float()
-        if bad := int((~tensor.isfinite()).sum()):
+        # Once, as weights are read again for every adapter.
+        if key not in self._finite and (bad := int((~tensor.isfinite()).sum())):
             given = f"{key} with {bad} entries that are NaN or infinite"
             raise InputError(self.name, allowed="of finite weights", given=given)
+        self._finite.add(key)
         return tensor
 
     def _files(self) -> list[Path]:

@@ -27,14 +27,15 @@ LEAST_TEXTS = 60
 #: At most so many texts of each part are used, as time grows with them.
 MOST_TEXTS = 256
 # About so many tokens of each part, unless `LEAST_TEXTS` have more.
-_BUDGET = 4096
+_BUDGET = 3072
 # The part of the texts for planning by which candidates are selected.
 _SELECTING = 0.25
 _BATCH = 32
 #: Texts are cut off after so many tokens.
 TOKENS = 128
-# About how many numbers a network may keep for one batch: a quarter of a gigabyte.
-_LOAD = 2**26
+# About how many numbers a network may keep for one batch: half a gigabyte. Small batches take up to
+# three times as long, as all weights are read for each.
+_LOAD = 2**27
 
 
 class Batch(NamedTuple):
@@ -263,8 +264,7 @@ def _afford(texts: Sequence[_Text], budget: float | None) -> int:
 
 def activations_per_token(config: Any) -> int:
     """About how many numbers a network keeps of one token while it is differentiated."""
-    width = int(config.hidden_size) * int(config.num_hidden_layers)
-    return 30 * width + 3 * int(config.vocab_size)
+    return 16 * int(config.hidden_size) * int(config.num_hidden_layers)
 
 
 def _limit(pair: Pair, tokens: int) -> int:

@@ -33,6 +33,8 @@ Report: TypeAlias = Callable[[str, int, int], None]
 _FIRST, _STEP = (4, 2, 1), 0.8
 # The part of the aim that this smallest one loses on texts for selection.
 _SAFE = 0.6
+# And about the error over all texts, in units of what nine of ten lose at most.
+_TYPICAL = 0.75
 # About how often texts for selecting, for stating and for moments are passed, or what takes as
 # long; and what one more random output costs of a pass. Measured on a language model.
 _SELECTED, _STATED, _MOMENTS, _BACK = 12, 13, 14, 1.4
@@ -60,7 +62,7 @@ class Planner:
         Kinds of other parameters (``others`` of a `Pair`) that stay the base's.
     tokens, budget, seed : int
         Texts are cut off after so many tokens. At most 256 texts are planned with and as many held
-        out, and so many that either have about a budget of tokens: by default 4,096, or as many as
+        out, and so many that either have about a budget of tokens: by default 3,072, or as many as
         60 texts have. The seed draws texts and probes.
     thorough : bool
         Whether there is no budget by default, and twice as many random outputs are
@@ -275,17 +277,19 @@ class Planner:
 
     def _smallest(self, aim: float, lost: Callable[[Adapter], float]) -> Adapter:
         """The smallest adapter by bisection that loses at most an aim, or the largest."""
+        sketches = self._sketches
+        self.report("searching the smallest adapter", 0, 7)
         numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
         numbers = [number for number in numbers if number < self.most] + [self.most]
-        square = aim**2 * float(self.select.effect.mean())
-        high = predict_least(self._pool, *self._sketches, square, numbers)
-        choice = choose(self._pool, *self._sketches, high)
+        square = (_TYPICAL * aim) ** 2 * float(self.select.effect.mean())
+        high = predict_least(self._pool, *sketches, square, numbers)
+        choice = choose(self._pool, *sketches, high)
+        low = done = 0
         while lost(adapter := self._with_gains(choice.gains(high))) > aim:
             if high == self.most:
                 return adapter
-            high = min(math.ceil(1.4 * high), self.most)
-            choice = choose(self._pool, *self._sketches, high)
-        low = done = 0
+            low, high = high, min(2 * high, self.most)
+            choice = choose(self._pool, *sketches, high)
         while high > 1.05 * low + self.parameters(1) // 50:
             remaining = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
             total = done + max(1, math.ceil(remaining))

@@ -138,6 +138,7 @@ def test_verdict_comes_first_and_details_are_asked_for(pair: list[str], call: Ca
     assert "Decisions" in said
     assert "of 70 as the tuned model" in said
     assert "Ranks block" in said
+    assert said.endswith("Next the same with extract and --out FOLDER writes this adapter")
     # These texts chose the adapter: no limits of means.
     assert ", at 95%" not in said
     assert "differ if both draw" in said
