@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +48,11 @@ class Profile:
     widest: int = 0
     layers_at_each_rank: bool = False
     random: tuple[str, ...] = ()
+    again: Mapping[str, Mapping[int, list[float]]] = field(default_factory=dict)
 
 
+#: Seeds of a search that is as large as the runs it is for.
+AGAIN = 3
 _FILE = Path(__file__).with_name("profiles.yaml")
 #: Profiles of the encoder's chapter, ``"quick"`` and ``"paper"``, and ``"decoder"``.
 PROFILES = {
@@ -122,23 +125,30 @@ def compare(
 
 
 def search(
-    profile: str, tasks: Sequence[str], source: str, model: str, *, seed: int = 0
+    profile: str,
+    tasks: Sequence[str],
+    source: str,
+    model: str,
+    *,
+    seed: int = 0,
+    again: bool = False,
 ) -> list[Setting]:
     """List settings that try the profile's learning rates for each way of tuning.
 
     They have the first task, one seed and few samples, but about as many steps as most runs (half
-    as many for a decoder). Scores are on the validation set, not used otherwise if the test set has
-    labels.
+    as many for a decoder); ``again``, as many samples as most runs and `AGAIN` seeds. Scores are on
+    the validation set, not used otherwise if the test set has labels.
     """
     about = PROFILES[profile]
     problem = _problem(about, tasks[0], source, model, seed)
-    size = about.search["samples"]
+    changes = {"samples": about.samples[-1]} if again else about.search
+    size = changes["samples"]
     size = size if size < _number(problem) else 0
-    problem = problem.replace(**about.search | {"samples": size}, part="validation")
+    problem = problem.replace(**changes | {"samples": size}, part="validation")
     equal = _equal(about, problem, about.ranks[-1])
     whole: dict[str, Method] = {kind: Whole(kind=kind) for kind in about.whole}
     methods: list[Method] = []
-    for way, by_rank in about.rates.items():
+    for way, by_rank in (about.again if again else about.rates).items():
         if way == "head" and texts.find(problem.task).next_tokens:
             continue
         for rank, rates in by_rank.items():
@@ -150,24 +160,48 @@ def search(
             elif way in equal:
                 one = Lora(targets=way, rank=equal[way])
             methods += [one.replace(learning_rate=tried) for tried in sorted(rates)]
-    weights = [True, False] if about.random else [True]
-    problems = [problem.replace(pretrained=each) for each in weights]
+    problems = [problem.replace(seed=seed + more) for more in range(AGAIN if again else 1)]
+    if about.random:
+        problems = [p.replace(pretrained=each) for p in problems for each in (True, False)]
     return sweeps.grid(Setting, problem=problems, method=methods)
 
 
+def widen(settings: Sequence[Setting], table: pd.DataFrame) -> list[Setting]:
+    """List what a search tries next: twice the rate, or half, where the best is the last tried."""
+    best = best_rates(table)
+    more = []
+    for setting in settings:
+        method, problem = setting.method, setting.problem
+        tried = {
+            s.method.learning_rate
+            for s in settings
+            if s.problem == problem and (s.method.way, s.method.rank) == (method.way, method.rank)
+        }
+        found = best[method.way, problem.pretrained][method.rank]
+        if found == method.learning_rate in (min(tried), max(tried)):
+            factor = 2 if found == max(tried) else 0.5
+            more.append(setting.replace(method=method.replace(learning_rate=factor * found)))
+    return more
+
+
 def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
-    """Find the `Rates` with the best scores in a table of `search`, of equal scores the lowest."""
+    """Find the `Rates` with the best scores in a table of `search`.
+
+    Scores are means over seeds. Of rates that are at most one standard error worse than the best,
+    seed by seed, the lowest is taken.
+    """
     everywhere = table.targets.isna() | (table.targets == "all")
     ranked = table.assign(
         rank=table["rank"].fillna(0).astype(int),
         method=table.method.where(everywhere, table.targets),
     )
-    ranked = ranked.sort_values(["score", "learning_rate"], ascending=[False, True])
-    keys = ["method", "pretrained", "rank"]
-    best = ranked.drop_duplicates(keys)[[*keys, "learning_rate"]]
     rates: dict[tuple[str, bool], dict[int, float]] = {}
-    for kind, shipped, rank, value in best.itertuples(index=False):
-        rates.setdefault((kind, bool(shipped)), {})[int(rank)] = float(value)
+    for (kind, shipped, rank), rows in ranked.groupby(["method", "pretrained", "rank"]):
+        scores = rows.pivot(index="seed", columns="learning_rate", values="score")
+        worse = scores.sub(scores[scores.mean().idxmax()], axis=0)
+        # With one seed nothing is known of the error.
+        ties = worse.mean() >= -worse.sem().fillna(0)
+        rates.setdefault((kind, bool(shipped)), {})[int(rank)] = float(ties.idxmax())
     return rates
 
 

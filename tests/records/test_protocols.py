@@ -115,7 +115,7 @@ def test_rates_are_chosen_on_texts_of_their_own() -> None:
     tried = Counter((s.method.kind, s.method.rank, s.problem.pretrained) for s in settings)
     assert set(tried.values()) == {3}
     assert len(tried) == 10
-    columns = ["method", "targets", "rank", "pretrained", "learning_rate", "score"]
+    columns = ["seed", "method", "targets", "rank", "pretrained", "learning_rate", "score"]
     rows = [
         ("lora", "all", 1, True, 0.1, 0.8),
         ("lora", "all", 1, True, 0.2, 0.9),
@@ -134,7 +134,42 @@ def test_rates_are_chosen_on_texts_of_their_own() -> None:
         ("full", True): {0: 0.1},
     }
     for order in (rows, rows[::-1]):
-        assert protocols.best_rates(pd.DataFrame(order, columns=columns)) == best
+        table = pd.DataFrame([(0, *row) for row in order], columns=columns)
+        assert protocols.best_rates(table) == best
+
+
+def test_rates_are_chosen_again_with_as_many_texts_and_three_seeds() -> None:
+    about = "decoder", ["movies-next"], "rated", models.LANGUAGE
+    settings = tune.choose(protocols.search(*about, again=True))
+    assert {(s.problem.part, s.problem.samples) for s in settings} == {("validation", 2000)}
+    found = ways(settings)
+    adapted = [("lora", 1), ("lora", 4), ("lora", 16), ("lora", 64)]
+    assert {*found} == {
+        *adapted,
+        ("attention", 11),
+        ("feed-forward", 6),
+        ("full", 0),
+        ("linear", 0),
+    }
+    assert {*found.values()} == {9}
+
+    # Scores fall on both sides of a best rate, by 2 for each factor of two.
+    table = sweeps.run(settings, work, progress=False)
+    peaks = table["rank"].map({4: 0.008}).fillna(0.004)
+    table["score"] = -2 * np.log2(table.learning_rate / peaks).abs()
+    best = protocols.best_rates(table)
+    assert best["lora", True] == {1: 0.004, 4: 0.008, 16: 0.004, 64: 0.004}
+    more = protocols.widen(settings, table)
+    assert {*ways(more).values()} == {3}
+    assert {(s.method.rank, s.method.learning_rate) for s in more if s.method.way == "lora"} == {
+        (4, 0.016),
+        (16, 0.008),
+        (64, 0.008),
+    }
+    # A lower rate is a little worse in the mean, and better with one seed.
+    worse = table.learning_rate.eq(0.002) & table["rank"].eq(1)
+    near = table.score.where(~worse, -0.1 + 0.2 * table.seed.eq(1))
+    assert protocols.best_rates(table.assign(score=near))["lora", True][1] == 0.002
 
 
 def test_rates_of_ranks_between_are_between() -> None:
