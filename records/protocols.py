@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -196,12 +196,14 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
         method=table.method.where(everywhere, table.targets),
     )
     rates: dict[tuple[str, bool], dict[int, float]] = {}
-    for (kind, shipped, rank), rows in ranked.groupby(["method", "pretrained", "rank"]):
+    for key, rows in ranked.groupby(["method", "pretrained", "rank"]):
+        kind, shipped, rank = cast("tuple[str, bool, int]", key)
         scores = rows.pivot(index="seed", columns="learning_rate", values="score")
         worse = scores.sub(scores[scores.mean().idxmax()], axis=0)
         # With one seed nothing is known of the error.
         ties = worse.mean() >= -worse.sem().fillna(0)
-        rates.setdefault((kind, bool(shipped)), {})[int(rank)] = float(ties.idxmax())
+        best = cast("float", ties.idxmax())
+        rates.setdefault((kind, bool(shipped)), {})[int(rank)] = best
     return rates
 
 
