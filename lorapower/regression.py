@@ -185,7 +185,12 @@ def second_moment_root(
     """
     g = _checks.real_tensor("columns", columns, min_dims=2)
     ridge = _checks.finite("ridge", ridge, 0)
-    identity = torch.eye(g.shape[-2], dtype=g.dtype, device=g.device).expand(*g.shape[:-2], -1, -1)
+    width, samples = g.shape[-2:]
+    identity = torch.eye(width, dtype=g.dtype, device=g.device).expand(*g.shape[:-2], -1, -1)
     level = g.square().mean((-2, -1), keepdim=True)
-    rows = torch.cat([g / g.shape[-1] ** 0.5, (ridge * level).sqrt() * identity], -1).mT
+    if ridge > 10 * width * torch.finfo(g.dtype).eps:
+        # Far enough from singular to take the moments themselves.
+        added = torch.where(level > 0, ridge * level, 1) * identity
+        return torch.linalg.cholesky(g @ g.mT / samples + added, upper=True)
+    rows = torch.cat([g / samples**0.5, (ridge * level).sqrt() * identity], -1).mT
     return torch.where(level > 0, torch.linalg.qr(rows, mode="r").R, identity)

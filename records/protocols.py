@@ -254,6 +254,13 @@ def _has_widest(about: Profile, problem: Problem) -> bool:
     return found["all"] == about.widest
 
 
+def name_ways(runs: pd.DataFrame) -> pd.Series[str]:
+    """Name what each run tunes: a rank on all linear layers, some layers, or weights in full."""
+    whole = {"full": "all weights", "linear": "linear layers in full", "head": "the base"}
+    names = runs.method.map(whole).fillna(runs.targets)
+    return names.mask(names == "all", "rank " + runs["rank"].map("{:.0f}".format))
+
+
 def contributions(runs: pd.DataFrame) -> NDArray[np.float64]:
     """Compute what texts add to the score, ``[seeds, texts]``, by `texts.Task.contributions`.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from scipy.optimize import brentq
 from scipy.special import rel_entr
 from torch import Tensor
 
-from .. import _checks, lowrank
+from .. import _checks, lowrank, randomness
 from ..errors import InputError
 from ..lowrank import SVD, LowRank
 from ..networks.layers import LinearNetwork
@@ -27,6 +28,28 @@ Spectrum = Float[Tensor, "*#batch k"]
 Risks = Float[Tensor, "*batch ranks"]
 # Exponents of `shrink`, from soft to nearly hard, and how many limits it tries with each.
 _EXPONENTS, _LIMITS = (1, 2, 4, 8), 60
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """Hold observations of a change ``F``, in the rows of the inputs; see `Design.observe`."""
+
+    design: Design
+    change: Float[Tensor, "out span"]
+    seen: SVD
+    noise: Float[Tensor, " draws"]
+
+    @cached_property
+    def risks(self) -> Float[Tensor, "draws ranks"]:
+        """Risks of least squares of each rank, from 0."""
+        k = self.seen.S.shape[-1]
+        kept = torch.ones(k + 1, k, dtype=self.change.dtype).tril(-1)
+        return torch.stack([self.risk(self.seen.S * part) for part in kept], -1)
+
+    def risk(self, values: Float[Tensor, "draws k"]) -> Float[Tensor, " draws"]:
+        """Compute the risk of replacing the observed singular values by these."""
+        found = (self.seen.U * values[..., None, :]) @ self.seen.V.mT
+        return (found - self.change).square().sum((-2, -1))
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,17 @@ class Design:
         """
         a, b = self.outputs, self.span
         return (a + b + math.sqrt(a**2 + 14 * a * b + b**2)) * self.variance / 2
+
+    def observe(self, change: Float[Tensor, "out span"], draws: int, seed: int) -> _Observed:
+        """See a change ``F = E X / n^{1/2}``, in the rows of ``X``, with draws of the noise.
+
+        ``seen`` decomposes each ``F + Ξ``, where entries of ``Ξ`` have the variance ``σ²/n``;
+        ``noise`` is ``‖Ξ‖``, ``risks`` are those of least squares of each rank, and ``risk`` is of
+        other singular values. Source: [thm-risk].
+        """
+        draw = randomness.generator(seed, f"noise {self.noise}", self.samples)
+        noise = self.variance**0.5 * randomness.normal(draw, draws, *change.shape)
+        return _Observed(self, change, lowrank.svd(change + noise), lowrank.norm(noise))
 
     def divergence(self, f: Spectrum) -> Risks:
         """Compute the degrees of freedom of least squares of each rank.

@@ -42,19 +42,12 @@ class Moments(NamedTuple):
 
         ``c`` is the mean diagonal entry of ``C``, and ``ρ`` is ``RIDGE``.
         """
-        return _root(self.inputs - mean).mT
+        return regression.second_moment_root((self.inputs - mean).mT, RIDGE).mT
 
     def root(self) -> Float[Tensor, "out out"] | None:
         """Find ``R`` with ``RᵀR = G + ρ c I``; ``None`` for ``G = 0``."""
-        return _root(self.outputs) if self.outputs.any() else None
-
-
-def _root(rows: Float[Tensor, "rows width"]) -> Float[Tensor, "width width"]:
-    """``R``, upper triangular, with ``RᵀR`` the second moment of rows with its ridge."""
-    square = rows.mT @ rows / len(rows)
-    level = RIDGE * square.diagonal().mean()
-    square.diagonal().add_(level if level > 0 else 1)
-    return torch.linalg.cholesky(square, upper=True)
+        found = regression.second_moment_root(self.outputs.mT, RIDGE)
+        return found if self.outputs.any() else None
 
 
 def moments(

@@ -37,7 +37,7 @@ _SAFE = 0.6
 _TYPICAL = 0.75
 # About how often texts for selecting, for stating and for moments are passed, or what takes as
 # long; and what one more random output costs of a pass. Measured on a language model.
-_SELECTED, _STATED, _MOMENTS, _BACK = 12, 13, 14, 1.4
+_SELECTED, _STATED, _MOMENTS, _BACK = 27, 14, 7, 0.7
 # Many random outputs of each text, for a thorough plan.
 _THOROUGH = 16
 

@@ -141,9 +141,11 @@ def test_the_leading_subspace_of_a_large_matrix() -> None:
     assert approximate.update.matrix().allclose(exact.update.matrix(), atol=1e-5)
 
 
-def test_a_root_is_a_root() -> None:
+@pytest.mark.parametrize("ridge", [0.0, 1e-16, 0.1])
+def test_a_root_is_a_root(ridge: float) -> None:
     _, y, _, _ = drawn(4, 3, 5, 50)
-    R = second_moment_root(y, 0.1)
+    R = second_moment_root(y, ridge)
     identity = torch.eye(3).double()
-    assert (R.mT @ R).allclose(y @ y.mT / 50 + 0.1 * y.square().mean() * identity)
-    assert second_moment_root(0 * y).equal(identity)
+    assert R.equal(R.triu())
+    assert (R.mT @ R).allclose(y @ y.mT / 50 + ridge * y.square().mean() * identity)
+    assert second_moment_root(0 * y, ridge).equal(identity)

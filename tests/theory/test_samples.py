@@ -77,6 +77,22 @@ def draws(
     return S, torch.stack(risks, -1), lowrank.norm(xi)
 
 
+@pytest.mark.parametrize(("out", "span"), [(4, 4), (3, 6), (5, 2)])
+def test_a_change_is_observed_with_noise_of_the_right_size(out: int, span: int) -> None:
+    design = samples.Design(50, out, span, 0.7)
+    F = normal(out, span)
+    found = design.observe(F, 3000, seed=1)
+    # Entries of the noise have the variance σ²/n, of rank 0 nothing is off but the change.
+    noise = (found.seen.U * found.seen.S[:, None, :]) @ found.seen.V.mT - F
+    assert float(noise.square().mean()) == pytest.approx(0.49 / 50, rel=0.05)
+    assert found.noise.allclose(torch.linalg.matrix_norm(noise, 2))
+    assert found.risks[:, 0].allclose(F.square().sum())
+    for r in range(1, min(out, span) + 1):
+        best = LowRank(found.seen.U[0, :, :r] * found.seen.S[0, :r], found.seen.V[0, :, :r])
+        assert float(found.risks[0, r]) == pytest.approx(float((best.matrix() - F).square().sum()))
+    assert not design.observe(F, 2, seed=2).noise.equal(found.noise[:2])
+
+
 def test_risks_are_those_of_reduced_rank_regression() -> None:
     """The closed form in the rows of ``X`` is least squares over all matrices of the rank."""
     E, x, rank = normal(5, 6), normal(6, 4, seed=1), 2
