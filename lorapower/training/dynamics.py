@@ -155,9 +155,9 @@ def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)
 
     For one layer, inputs of covariance ``I``, and a ``B`` that starts aligned with the singular
     vectors of the error, each singular value ``σ`` is learned on its own:
-    ``ab = (η_A/η_B)^{1/2} β² u/(1 − u²)`` with ``u = u_∞ (e^{Δt} − 1)/(e^{Δt} + u_∞²)``,
-    ``Δ² = 4 η_A η_B σ² + η_A² β⁴`` and ``u_∞ = (Δ − η_A β²)/(2σ (η_A η_B)^{1/2})``. For inputs with
-    ``C v = c v`` put ``c t`` for ``t``.
+    ``ab = (η_A/η_B)^{1/2} β² ρ/(1 − ρ²)`` with ``ρ = ρ_∞ (e^{μt} − 1)/(e^{μt} + ρ_∞²)``,
+    ``μ² = 4 η_A η_B σ² + η_A² β⁴`` and ``ρ_∞ = (μ − η_A β²)/(2σ (η_A η_B)^{1/2})``. For inputs with
+    ``C v = c v`` replace ``t`` by ``c t``.
 
     Raises `InputError` for ``σ`` and ``β`` that are not positive. Source: [prop-times].
     """
@@ -166,7 +166,7 @@ def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)
     both = 2 * sigma * math.sqrt(eta_A * eta_B)
     speed = math.hypot(both, eta_A * beta**2)
     last = both / (speed + eta_A * beta**2)
-    # 1 − u_∞² rounds to 0 for small β, but cancels with β². Of β only e^{−Δt}/β² is left, taken by
+    # 1 − ρ_∞² rounds to 0 for small β, but cancels with β². Of β only e^{−μt}/β² is left, taken by
     # logarithms, since both may vanish.
     decay = math.exp(-speed * time)
     missing = math.log(4 * last * sigma * math.sqrt(eta_B / eta_A)) - speed * time
