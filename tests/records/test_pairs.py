@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,10 @@ def test_what_a_refused_command_says_is_raised(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("one\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match="nowhere"):
         pairs.run_command("plan", "nowhere", "nowhere", "--texts", "texts.txt", folder=tmp_path)
+
+
+def test_a_crash_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both exit with 1."""
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RuntimeError):
+        pairs.run_command("plan")

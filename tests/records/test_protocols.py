@@ -307,3 +307,15 @@ def test_intervals_hold_the_mean_as_often_as_they_say(seeds: int, luck: float) -
 def test_intervals_of_nothing_are_refused(values: list[Any]) -> None:
     with pytest.raises(InputError, match=r"values must be \[seeds, at least two texts\]; got"):
         protocols.interval(values)
+
+
+def test_ways_have_names() -> None:
+    runs = pd.DataFrame(
+        {
+            "method": ["lora", "lora", "full", "linear", "head"],
+            "targets": ["all", "attention", None, None, None],
+            "rank": [4.0, 11.0, math.nan, math.nan, math.nan],
+        }
+    )
+    names = ["rank 4", "attention", "all weights", "linear layers in full", "the base"]
+    assert protocols.name_ways(runs).tolist() == names
