@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lorapower.errors import InputError
 
-TABLES = ("movies", "encoder", "decoder", "before", "plans", "sizes", "parts")
+TABLES = ("movies", "encoder", "decoder", "rates", "before", "plans", "sizes", "parts")
 # What is compared on each text, with ``_64`` against the adapter of rank 64; others are single.
 _COMPARED = ("squares", "effect", "equal", "divergence")
 _ARRAYS = [*(name + end for name in _COMPARED for end in ("", "_64"))]
@@ -31,6 +31,10 @@ def read(name: str) -> pd.DataFrame:
     adapters on all layers, and all weights, on tweets and products with fewer texts; ``"decoder"``
     all tasks of the profile of this name. Rows with ``part`` ``"validation"`` are of
     `protocols.search`, the others of `protocols.compare`, all on one thread.
+
+    ``"rates"`` has what chose rates of ``"decoder"`` again, as ``rates.md`` says. Rows with
+    ``part`` ``"validation"`` have the mean score of seeds 0 to 2, whose runs were not kept, and no
+    seed. The others are the runs at the rates used before, and a run of all weights repeated.
 
     ``"before"`` has, for six tasks and models, what can be known of a ``rank`` without training at
     it. With the mean gradients ``G`` and ``G'`` of two halves of 400 texts at the base, and the

@@ -56,6 +56,29 @@ class Lora(Record):
         """What is tuned: ``"lora"`` on all layers, otherwise the targets."""
         return "lora" if self.targets == "all" else self.targets
 
+    def layers(self, body: nn.Module) -> dict[str, nn.Linear]:
+        """Find the layers of a model that are adapted, by name."""
+        return linear_layers(body, self.targets)
+
+
+class Part(Record):
+    """Tune adapters on the linear layers whose names a regular expression finds, as `Lora` does."""
+
+    kind: Literal["part"] = "part"
+    pattern: str
+    rank: int = Field(4, ge=1)
+    learning_rate: float = Field(5e-3, gt=0)
+
+    @property
+    def way(self) -> str:
+        """What is tuned: the expression."""
+        return self.pattern
+
+    def layers(self, body: nn.Module) -> dict[str, nn.Linear]:
+        """Find the layers of a model that are adapted, by name."""
+        every = linear_layers(body)
+        return {name: layer for name, layer in every.items() if re.search(self.pattern, name)}
+
 
 class Whole(Record):
     """Tune weights in full, by ``kind``.
@@ -325,7 +348,7 @@ def _build(problem: Problem) -> Any:
     return whole
 
 
-def _adapt(network: Any, method: Method, seed: int) -> Any:
+def _adapt(network: Any, method: Method | Part, seed: int) -> Any:
     """Freeze all but the network's head and what the method tunes."""
     if method.kind == "full":
         return network.requires_grad_(True)
@@ -347,7 +370,7 @@ def _adapt(network: Any, method: Method, seed: int) -> Any:
         return network
     from peft import LoraConfig, TaskType, get_peft_model
 
-    layers = linear_layers(body, method.targets)
+    layers = method.layers(body)
     for name, layer in layers.items():
         rows, columns = layer.weight.shape
         limit = f"the weight of {name} is {rows}×{columns}"
@@ -403,11 +426,17 @@ def prepare(setting: Setting) -> Any:
         pad = network.config.pad_token_id if "roberta" in network.config.model_type else None
         places -= 0 if pad is None else pad + 1
         _checks.integer("tokens", problem.tokens, 8, places, limit="what the model takes")
-    if not (problem.bfloat16 and problem.head == "own"):
-        return _adapt(network, setting.method, problem.seed)
+    half = problem.bfloat16 and problem.head == "own"
+    return ready(network, setting.method, problem.seed, half=half)
+
+
+def ready(network: Any, method: Method | Part, seed: int, *, half: bool) -> Any:
+    """Freeze all that a method does not tune; with ``half``, prepare for passes in bfloat16."""
+    if not half:
+        return _adapt(network, method, seed)
     network.set_attn_implementation("eager")  # a fifth faster on texts as short as these
     layers = linear_layers(network.base_model).values()
-    network = _adapt(network, setting.method, problem.seed)
+    network = _adapt(network, method, seed)
     if models.has_bfloat16(network.device.type):
         for layer in layers:
             if not layer.weight.requires_grad:

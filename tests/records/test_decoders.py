@@ -1,4 +1,4 @@
-"""Decoders: next tokens of texts, the last token's class, and what of a language model is tuned."""
+"""Decoders: next tokens, the last token's class, facts, and what of a language model is tuned."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 
 import checkpoint_files as files
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorapower import randomness
-from records import language, models, texts, unpack
-from records.language import Lora, Method, Problem, Setting, Targets, Whole
+from records import facts, language, models, protocols, texts, unpack
+from records.language import Lora, Method, Part, Problem, Setting, Targets, Whole
 from records.texts import Examples, find
 
 LINES = [*files.texts()[:30], *(text[:9] for text in files.texts()[:10])]
@@ -171,3 +174,96 @@ def test_a_decoder_tells_classes_and_numbers_from_the_last_token(tiny: Problem) 
     found = language.answer(network, rating)
     np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-6)
     assert np.std(found) > 1e-3
+
+
+# Facts
+
+
+@pytest.fixture
+def to_learn(llama: str, monkeypatch: pytest.MonkeyPatch) -> facts.Problem:
+    """Eight facts for a tiny model, any of whose tokens are words."""
+    monkeypatch.setattr(facts, "words", lambda model: np.arange(10, 74))
+    return facts.Problem(number=8, passes=60, model=llama)
+
+
+def test_words_are_words() -> None:
+    found = facts.words(models.LANGUAGE)
+    tokenizer = models.tokenizer(models.LANGUAGE)
+    said = [tokenizer.decode([token]) for token in found]
+    assert len({*said}) == len(said) > 10_000
+    assert all(word[0] == " " and word[1:].islower() and len(word) > 3 for word in said)
+
+
+@given(st.integers(1, 3000), st.integers(0, 99))
+def test_facts_have_keys_of_their_own(number: int, seed: int) -> None:
+    rows = facts.facts(facts.Problem(number=number, seed=seed))
+    assert rows.shape == (number, facts.KEY + 1 + facts.VALUE)
+    assert len(np.unique(rows[:, : facts.KEY], axis=0)) == number
+    assert len({*rows[:, facts.KEY]}) == 1
+    other = facts.facts(facts.Problem(number=number, seed=seed + 1))
+    assert (rows != other).any()
+    np.testing.assert_array_equal(rows, facts.facts(facts.Problem(number=number, seed=seed)))
+
+
+@pytest.mark.parametrize("method", [Whole(learning_rate=1e-2), Lora(rank=8, learning_rate=1e-2)])
+def test_facts_are_learned_and_said(method: Method, to_learn: facts.Problem) -> None:
+    (found,) = facts.work([facts.Setting(problem=to_learn, method=method)])
+    losses = unpack(found.losses)
+    assert found.recall > 0.5
+    assert found.parameters > 0
+    assert found.score == pytest.approx(-losses.mean(), rel=1e-6)
+    assert found.bits == pytest.approx(8 * 2 * 6 - losses.sum() / math.log(2), rel=1e-6)
+
+
+def test_reciting_is_greedy_decoding(to_learn: facts.Problem) -> None:
+    network = models.decoder(to_learn.model)
+    rows = facts.facts(to_learn)
+    tokens = torch.from_numpy(rows)
+    # Half of the facts have the value that the model says.
+    start = tokens[:, : -facts.VALUE]
+    said = network.generate(start, max_new_tokens=facts.VALUE, do_sample=False)
+    rows[::2] = said[::2]
+    losses, right = facts.recite(network, rows)
+    np.testing.assert_array_equal(right, (rows == said.numpy()).all(1))
+    assert right[::2].all()
+    scores = network(torch.from_numpy(rows)).logits.log_softmax(-1).detach().numpy()
+    by_hand = [-sum(scores[i, j - 1, rows[i, j]] for j in (-2, -1)) for i in range(len(rows))]
+    np.testing.assert_allclose(losses, by_hand, rtol=1e-5)
+
+
+def test_adapters_are_on_the_layers_that_a_pattern_finds(llama: str) -> None:
+    method = Part(pattern=r"layers\.1\.mlp\.down_proj", rank=3)
+    network = language.ready(models.decoder(llama), method, 0, half=False)
+    tuned = {name: p.numel() for name, p in network.named_parameters() if p.requires_grad}
+    assert sum(tuned.values()) == 3 * (16 + 24)
+    assert all("layers.1.mlp.down_proj.lora_" in name for name in tuned)
+
+
+def test_rates_of_facts_are_chosen_for_each_way() -> None:
+    tried = [
+        facts.Setting(method=way.replace(learning_rate=rate))
+        for way, rates in facts.WAYS
+        for rate in rates
+    ]
+    rows = [
+        {
+            "method": s.method.kind,
+            "targets": getattr(s.method, "targets", None),
+            "pattern": getattr(s.method, "pattern", None),
+            "rank": s.method.rank or None,
+            "learning_rate": s.method.learning_rate,
+            "pretrained": True,
+            "seed": 0,
+            # Best in the middle, but for the first way, where the last is best.
+            "score": s.method.learning_rate
+            if s.method.way == facts.WAYS[0][0].way
+            else -abs(math.log(s.method.learning_rate / rates[1])),
+        }
+        for (_, rates), s in zip((way for way in facts.WAYS for _ in way[1]), tried, strict=True)
+    ]
+    trials = facts.by_layers(pd.DataFrame(rows))
+    best = protocols.best_rates(trials)
+    for i, (way, rates) in enumerate(facts.WAYS):
+        assert best[way.way, True][way.rank] == rates[2 if i == 0 else 1]
+    (more,) = protocols.widen(tried, trials)
+    assert more.method == facts.WAYS[0][0].replace(learning_rate=2 * facts.WAYS[0][1][2])

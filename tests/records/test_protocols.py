@@ -205,6 +205,12 @@ RECORDED = pytest.mark.parametrize(
 )
 
 
+def again(task: str) -> protocols.Rates:
+    """The rates of a task that were chosen again."""
+    table = records.read("rates").query("task == @task and part == 'validation'")
+    return protocols.best_rates(table.assign(seed=0))
+
+
 @RECORDED
 def test_the_recorded_run_is_part_of_the_protocol(
     name: str, task: str, source: str, profile: str, model: str, samples: int
@@ -217,12 +223,33 @@ def test_the_recorded_run_is_part_of_the_protocol(
     seeds = table.seed.nunique()
     searched = tune.choose(protocols.search(*about))
     settings = [*searched, *protocols.compare(*about, samples=samples, seeds=seeds, rates=rates)]
+    if task in tune.AGAIN:
+        settings += protocols.compare(*about, seeds=seeds, rates=again(task))
     columns = sweeps.columns(Setting)
-    known = sweeps.run(settings, work, progress=False)[columns]
+    known = sweeps.run(settings, work, progress=False)[columns].drop_duplicates()
     recorded = table[columns]
     assert not recorded.duplicated().any()
     assert len(recorded.merge(known)) == len(recorded)
     assert (table.part == "validation").sum() == len(searched) * (name != "encoder")
+
+
+def test_ways_trained_again_have_the_rates_that_were_chosen_again() -> None:
+    (task,) = tune.AGAIN
+    table = records.read("decoder").query("task == @task")
+    searched, runs = (table[table.part == part] for part in ("validation", "test"))
+    runs = runs[(runs.samples == runs.samples.max()) & (runs.targets == "all")]
+    earlier = records.read("rates").query("part == 'test' and method == 'lora'")
+    first, chosen = protocols.best_rates(searched), again(task)
+    assert chosen["full", True] == first["full", True]
+    assert {*earlier["rank"]} == {1, 4}
+    for rank in map(int, runs["rank"].unique()):
+        rows, before = (found[found["rank"] == rank] for found in (runs, earlier))
+        rate = protocols._rate(first["lora", True], rank)
+        if len(before):
+            assert before.learning_rate.unique() == pytest.approx([rate])
+            assert sorted(before.seed) == sorted(rows.seed) == [*range(tune.SEEDS[task])]
+            rate = chosen["lora", True][rank]
+        assert rows.learning_rate.unique() == pytest.approx([rate])
 
 
 def test_the_record_of_further_tasks_is_what_its_command_trains() -> None:

@@ -1,0 +1,196 @@
+"""Let the packaged language model learn random facts, with adapters of many sizes.
+
+A fact is a key of three random words and a value of two; a model that has learned it says the value
+after the key. There is as much to learn as there are facts, and nothing else helps. Each run is
+kept in a folder as it ends, so that the same command goes on after an interruption; ``facts.md``
+says which runs there are and how rates are chosen::
+
+    python -m records.facts FOLDER
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from lorapower import randomness
+from lorapower.experiments import sweeps
+from records import language, models, pack, protocols
+from records.language import Lora, Part, Whole
+from records.record import begin, merge, put
+
+KEY, VALUE, JOINT = 3, 2, " means"
+BATCH = 16
+# Numbers of facts, and at which of them rates are chosen.
+NUMBERS, SEARCHED = (16, 64, 256, 1024), 256
+SEEDS = 2
+# Passes over all facts. Tuning all weights then recalls 99% of them.
+PASSES = 20
+# Adapters from a single matrix to all linear layers, and all weights; rates a factor of two apart.
+WAYS: list[tuple[Lora | Part | Whole, list[float]]] = [
+    (Part(pattern=r"layers\.14\.mlp\.down_proj", rank=1), [0.008, 0.016, 0.032]),
+    (Part(pattern=r"layers\.14\.", rank=1), [0.008, 0.016, 0.032]),
+    (Part(pattern=r"layers\.1[0-9]\.", rank=1), [0.004, 0.008, 0.016]),
+    (Lora(rank=1), [0.002, 0.004, 0.008]),
+    (Lora(rank=4), [0.002, 0.004, 0.008]),
+    (Lora(rank=16), [0.001, 0.002, 0.004]),
+    (Lora(targets="attention", rank=1), [0.004, 0.008, 0.016]),
+    (Lora(targets="feed-forward", rank=1), [0.004, 0.008, 0.016]),
+    (Lora(targets="queries and keys", rank=1), [0.004, 0.008, 0.016]),
+    (Whole(kind="full"), [0.0001, 0.0002, 0.0004]),
+]
+
+
+class Problem(sweeps.Record):
+    """State how many facts are shown to which model, and how often.
+
+    The seed draws the facts, their order, and random factors.
+    """
+
+    number: int = Field(16, ge=1)
+    passes: int = Field(PASSES, ge=1)
+    model: str = models.LANGUAGE
+    pretrained: bool = True
+    seed: int = Field(0, ge=0)
+
+
+class Setting(sweeps.Record):
+    """State one run."""
+
+    problem: Problem = Problem()
+    method: Annotated[Lora | Part | Whole, Field(discriminator="kind")] = Lora()
+
+
+class Found(sweeps.Results):
+    """What a run learned.
+
+    ``recall`` is the share of facts whose value greedy decoding says. ``bits`` are those learned
+    about the values, ``n·2·log₂(words) − Σ loss/ln 2``, where each loss is a fact's, in nats; they
+    are negative for a model worse than guessing among all words. ``losses`` packs the losses, and
+    ``score`` is minus their mean. ``parameters`` are those tuned, ``seconds`` the training's.
+    """
+
+    recall: float
+    bits: float
+    score: float
+    losses: str
+    training_loss: float
+    parameters: int
+    seconds: float
+
+
+@functools.lru_cache(maxsize=2)
+def words(model: str) -> NDArray[np.int64]:
+    """List the tokens that are a space and a word of three lower-case letters or more."""
+    tokenizer = models.tokenizer(model)
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    return np.flatnonzero([bool(re.fullmatch(" [a-z]{3,}", text)) for text in texts])
+
+
+def facts(problem: Problem) -> NDArray[np.int64]:
+    """Draw facts of different keys: tokens of key, of what joins, and of value, ``[n, …]``."""
+    draw = np.random.default_rng(randomness.number(problem.seed, "facts"))
+    among = words(problem.model)
+    keys = np.unique(draw.choice(among, (2 * problem.number, KEY)), axis=0)
+    keys = draw.permutation(keys)[: problem.number]
+    joint = models.tokenizer(problem.model)(JOINT, add_special_tokens=False)["input_ids"]
+    values = draw.choice(among, (len(keys), VALUE))
+    return np.hstack([keys, np.tile(joint, (len(keys), 1)), values])
+
+
+def recite(network: Any, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Compute each fact's loss, a sum over its value in nats, and whether its value is said."""
+    losses, said = [], []
+    network.eval()
+    half = models.has_bfloat16("cpu")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        for tokens in torch.from_numpy(rows).split(256):
+            logits = network(tokens)["logits"][:, -VALUE - 1 : -1].float()
+            asked = tokens[:, -VALUE:]
+            loss = torch.nn.functional.cross_entropy(logits.mT, asked, reduction="none")
+            losses.append(loss.sum(1))
+            # Where all words before it are right, greedy decoding comes to the same word.
+            said.append((logits.argmax(-1) == asked).all(1))
+    return torch.cat(losses).double().numpy(), torch.cat(said).numpy()
+
+
+def collate(samples: list[Tensor]) -> dict[str, Tensor]:
+    """Stack facts; only their values count in the loss."""
+    tokens = torch.stack(samples)
+    labels = tokens.clone()
+    labels[:, :-VALUE] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def work(settings: list[Setting]) -> list[Found]:
+    """Train a model on the facts of a setting, then ask for them."""
+    (setting,) = settings
+    problem, method = setting.problem, setting.method
+    rows = facts(problem)
+    network = language.ready(models.decoder(problem.model), method, problem.seed, half=True)
+    trained = models.train(
+        network,
+        [*torch.from_numpy(rows)],
+        collate,
+        learning_rate=method.learning_rate,
+        num_train_epochs=problem.passes,
+        per_device_train_batch_size=BATCH,
+        seed=randomness.number(problem.seed, "training"),
+        remove_unused_columns=False,
+        **models.precision(),
+    )
+    losses, said = recite(network, rows)
+    known = VALUE * len(rows) * math.log2(len(words(problem.model)))
+    return [
+        Found(
+            recall=float(said.mean()),
+            bits=known - float(losses.sum()) / math.log(2),
+            score=-float(losses.mean()),
+            losses=pack(losses),
+            training_loss=float(trained.training_loss),
+            parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
+            seconds=trained.metrics["train_runtime"],
+        )
+    ]
+
+
+def run() -> list[str]:
+    """Choose rates at one number of facts, then learn all numbers of them; name the files."""
+    files = ["facts-rates.sqlite", "facts.sqlite"]
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as executor:
+        learn = functools.partial(sweeps.run, work=work, size=1, executor=executor)
+        tried = [
+            Setting(problem=Problem(number=SEARCHED), method=way.replace(learning_rate=rate))
+            for way, rates in WAYS
+            for rate in rates
+        ]
+        trials = by_layers(learn(tried, path=files[0]))
+        while more := protocols.widen(tried, trials):
+            tried += more
+            trials = by_layers(learn(tried, path=files[0]))
+        best = protocols.best_rates(trials)
+        methods = [way.replace(learning_rate=best[way.way, True][way.rank]) for way, _ in WAYS]
+        problems = sweeps.grid(Problem, number=[*NUMBERS], seed=range(SEEDS))
+        learn(sweeps.grid(Setting, problem=problems, method=methods), path=files[1])
+    return files
+
+
+def by_layers(table: pd.DataFrame) -> pd.DataFrame:
+    """Name the layers of each run in one column, for `protocols.best_rates`."""
+    return table.assign(targets=table.targets.fillna(table.pattern))
+
+
+if __name__ == "__main__":
+    begin()
+    put(merge(run(), Setting), "facts")
