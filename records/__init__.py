@@ -32,9 +32,10 @@ def read(name: str) -> pd.DataFrame:
     all tasks of the profile of this name. Rows with ``part`` ``"validation"`` are of
     `protocols.search`, the others of `protocols.compare`, all on one thread.
 
-    ``"rates"`` has what chose rates of ``"decoder"`` again, as ``rates.md`` says. Rows with
-    ``part`` ``"validation"`` have the mean score of seeds 0 to 2, whose runs were not kept, and no
-    seed. The others are the runs at the rates used before, and a run of all weights repeated.
+    ``"rates"`` has what chose rates of ``"decoder"`` again, as ``rates.md`` says: the runs at the
+    rates used before, and a run of all weights repeated. Rows without a ``seed`` are means of runs
+    that were not kept, on a processor with bfloat16: of seeds 0 to 2 on the validation part, where
+    rates were chosen, and of seeds 0 to 7 at these rates on the test part.
 
     ``"before"`` has, for six tasks and models, what can be known of a ``rank`` without training at
     it. With the mean gradients ``G`` and ``G'`` of two halves of 400 texts at the base, and the

@@ -166,7 +166,7 @@ def search(
     return sweeps.grid(Setting, problem=problems, method=methods)
 
 
-def widen(settings: Sequence[Setting], table: pd.DataFrame) -> list[Setting]:
+def widen(settings: Sequence[Any], table: pd.DataFrame) -> list[Any]:
     """List what a search tries next: twice the rate, or half, where the best is the last tried."""
     best = best_rates(table)
     more = []
