@@ -15,7 +15,7 @@ import math
 import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,7 @@ BATCH = 16
 # Numbers of facts, and at which of them rates are chosen.
 NUMBERS, SEARCHED = (16, 64, 256, 1024), 256
 SEEDS = 2
-# Passes over all facts. Tuning all weights then recalls 99% of them.
+# Passes over all facts; ``facts.md`` says when they are enough.
 PASSES = 20
 # Adapters from a single matrix to all linear layers, and all weights; rates a factor of two apart.
 WAYS: list[tuple[Lora | Part | Whole, list[float]]] = [
@@ -61,7 +61,7 @@ class Problem(sweeps.Record):
     number: int = Field(16, ge=1)
     passes: int = Field(PASSES, ge=1)
     model: str = models.LANGUAGE
-    pretrained: bool = True
+    pretrained: Literal[True] = True  # by which `protocols.best_rates` groups runs
     seed: int = Field(0, ge=0)
 
 
@@ -113,16 +113,17 @@ def recite(network: Any, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], 
     """Compute each fact's loss, a sum over its value in nats, and whether its value is said."""
     losses, said = [], []
     network.eval()
-    half = models.has_bfloat16("cpu")
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        for tokens in torch.from_numpy(rows).split(256):
+    device = network.device
+    half = models.has_bfloat16(device.type)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+        for tokens in torch.from_numpy(rows).to(device).split(256):
             logits = network(tokens)["logits"][:, -VALUE - 1 : -1].float()
             asked = tokens[:, -VALUE:]
             loss = torch.nn.functional.cross_entropy(logits.mT, asked, reduction="none")
             losses.append(loss.sum(1))
             # Where all words before it are right, greedy decoding comes to the same word.
             said.append((logits.argmax(-1) == asked).all(1))
-    return torch.cat(losses).double().numpy(), torch.cat(said).numpy()
+    return torch.cat(losses).double().cpu().numpy(), torch.cat(said).cpu().numpy()
 
 
 def collate(samples: list[Tensor]) -> dict[str, Tensor]:
@@ -175,11 +176,7 @@ def run() -> list[str]:
             for way, rates in WAYS
             for rate in rates
         ]
-        trials = by_layers(learn(tried, path=files[0]))
-        while more := protocols.widen(tried, trials):
-            tried += more
-            trials = by_layers(learn(tried, path=files[0]))
-        best = protocols.best_rates(trials)
+        best = protocols.choose_rates(tried, lambda some: by_layers(learn(some, path=files[0])))
         methods = [way.replace(learning_rate=best[way.way, True][way.rank]) for way, _ in WAYS]
         problems = sweeps.grid(Problem, number=[*NUMBERS], seed=range(SEEDS))
         learn(sweeps.grid(Setting, problem=problems, method=methods), path=files[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -182,6 +182,18 @@ def widen(settings: Sequence[Any], table: pd.DataFrame) -> list[Any]:
             factor = 2 if found == max(tried) else 0.5
             more.append(setting.replace(method=method.replace(learning_rate=factor * found)))
     return more
+
+
+def choose_rates(
+    settings: Sequence[Any], run: Callable[[Sequence[Any]], pd.DataFrame]
+) -> dict[tuple[str, bool], dict[int, float]]:
+    """Find the `Rates` of a search, which ``run`` makes, widened until each best is inside."""
+    tried = [*settings]
+    trials = run(tried)
+    while more := widen(tried, trials):
+        tried += more
+        trials = run(tried)
+    return best_rates(trials)
 
 
 def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from lorapower.experiments import sweeps
@@ -83,16 +84,19 @@ def run(tasks: Sequence[str]) -> list[str]:
         2, get_context("spawn"), torch.set_num_threads, (1,)
     ) as executor:  # two workers do more than two threads
         options: dict[str, Any] = {"size": 1, "executor": executor}
+
+        def measure(some: Sequence[Setting]) -> pd.DataFrame:
+            return sweeps.run(some, language.measure, files[0], **options)
+
         settings = []
         for task in tasks:
             about = "decoder", [task], TASKS[task], models.LANGUAGE
             again = task in AGAIN
             tried = choose(protocols.search(*about, again=again))
-            trials = sweeps.run(tried, language.measure, files[0], **options)
-            while again and (more := protocols.widen(tried, trials)):
-                tried += more
-                trials = sweeps.run(tried, language.measure, files[0], **options)
-            rates = protocols.best_rates(trials)
+            if again:
+                rates = protocols.choose_rates(tried, measure)
+            else:
+                rates = protocols.best_rates(measure(tried))
             settings += choose(protocols.compare(*about, seeds=SEEDS[task], rates=rates))
         settings.sort(key=lambda setting: (setting.method.rank in LAST, setting.problem.seed))
         sweeps.run(settings, work, files[1], **options)

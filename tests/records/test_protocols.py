@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,14 @@ def test_rates_are_chosen_again_with_as_many_texts_and_three_seeds() -> None:
         (16, 0.008),
         (64, 0.008),
     }
+
+    def run(tried: Sequence[Setting]) -> pd.DataFrame:
+        found = sweeps.run(tried, work, progress=False)
+        return found.assign(score=-found.learning_rate.div(0.02).map(np.log2).abs())
+
+    inside = protocols.choose_rates(settings, run)
+    assert inside["lora", True][64] == 0.016  # three rates beyond those of the search
+    assert inside["full", True] == {0: pytest.approx(0.0256)}
     # A lower rate is a little worse in the mean, and better with one seed.
     worse = table.learning_rate.eq(0.002) & table["rank"].eq(1)
     near = table.score.where(~worse, -0.1 + 0.2 * table.seed.eq(1))
@@ -265,7 +273,10 @@ def test_recorded_scores_are_those_of_the_recorded_answers(
 ) -> None:
     about = texts.find(task)
     rounding = 1e-6 if about.next_tokens else 0  # of answers that are no classes
-    for part, rows in records.read(name).query("task == @task").groupby("part"):
+    table = records.read(name)
+    if name == "decoder":
+        table = pd.concat([table, records.read("rates").query("seed >= 0")])
+    for part, rows in table.query("task == @task").groupby("part"):
         labels = np.array(texts.read(task, source, str(part)).labels)
         for score, answers in zip(rows.score, rows.answers, strict=True):
             found = about.scores(records.unpack(answers), labels)["score"]
