@@ -33,21 +33,24 @@ from records.record import begin, merge, put
 KEY, VALUE, JOINT = 3, 2, " means"
 BATCH = 16
 # Numbers of facts, and at which of them rates are chosen.
-NUMBERS, SEARCHED = (16, 64, 256, 1024), 256
+NUMBERS, SEARCHED = (16, 64, 256), 64
 SEEDS = 2
-# Passes over all facts; ``facts.md`` says when they are enough.
 PASSES = 20
-# Adapters from a single matrix to all linear layers, and all weights; rates a factor of two apart.
+# A way that recalls a smaller share is shown no more facts.
+ENOUGH = 0.5
+BLOCK = r"layers\.14\."
+# Adapters from a single block to all linear layers, and all weights; rates a factor of two apart.
 WAYS: list[tuple[Lora | Part | Whole, list[float]]] = [
-    (Part(pattern=r"layers\.14\.mlp\.down_proj", rank=1), [0.008, 0.016, 0.032]),
-    (Part(pattern=r"layers\.14\.", rank=1), [0.008, 0.016, 0.032]),
+    (Part(pattern=BLOCK, rank=1), [0.008, 0.016, 0.032]),
+    (Part(pattern=BLOCK, rank=4), [0.004, 0.008, 0.016]),
+    (Part(pattern=BLOCK, rank=16), [0.002, 0.004, 0.008]),
+    (Part(pattern=BLOCK, rank=64), [0.002, 0.004, 0.008]),
     (Part(pattern=r"layers\.1[0-9]\.", rank=1), [0.004, 0.008, 0.016]),
-    (Lora(rank=1), [0.002, 0.004, 0.008]),
+    (Lora(rank=1), [0.004, 0.008, 0.016]),
     (Lora(rank=4), [0.002, 0.004, 0.008]),
-    (Lora(rank=16), [0.001, 0.002, 0.004]),
     (Lora(targets="attention", rank=1), [0.004, 0.008, 0.016]),
     (Lora(targets="feed-forward", rank=1), [0.004, 0.008, 0.016]),
-    (Lora(targets="queries and keys", rank=1), [0.004, 0.008, 0.016]),
+    (Lora(targets="queries and keys", rank=1), [0.008, 0.016, 0.032]),
     (Whole(kind="full"), [0.0001, 0.0002, 0.0004]),
 ]
 
@@ -167,7 +170,7 @@ def work(settings: list[Setting]) -> list[Found]:
 
 
 def run() -> list[str]:
-    """Choose rates at one number of facts, then learn all numbers of them; name the files."""
+    """Choose rates at one number of facts, then learn more and more of them; name the files."""
     files = ["facts-rates.sqlite", "facts.sqlite"]
     with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as executor:
         learn = functools.partial(sweeps.run, work=work, size=1, executor=executor)
@@ -178,8 +181,13 @@ def run() -> list[str]:
         ]
         best = protocols.choose_rates(tried, lambda some: by_layers(learn(some, path=files[0])))
         methods = [way.replace(learning_rate=best[way.way, True][way.rank]) for way, _ in WAYS]
-        problems = sweeps.grid(Problem, number=[*NUMBERS], seed=range(SEEDS))
-        learn(sweeps.grid(Setting, problem=problems, method=methods), path=files[1])
+        for number in NUMBERS:
+            problems = sweeps.grid(Problem, number=[number], seed=range(SEEDS))
+            found = learn(sweeps.grid(Setting, problem=problems, method=methods), path=files[1])
+            shares = found.recall.to_numpy().reshape(SEEDS, -1).mean(0)
+            methods = [
+                method for method, share in zip(methods, shares, strict=True) if share >= ENOUGH
+            ]
     return files
 
 
