@@ -169,26 +169,22 @@ def work(settings: list[Setting]) -> list[Found]:
     ]
 
 
-def run() -> list[str]:
-    """Choose rates at one number of facts, then learn more and more of them; name the files."""
-    files = ["facts-rates.sqlite", "facts.sqlite"]
+def run(file: str) -> None:
+    """Choose rates at one number of facts, then learn more and more of them, kept in a file."""
     with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as executor:
-        learn = functools.partial(sweeps.run, work=work, size=1, executor=executor)
+        learn = functools.partial(sweeps.run, work=work, path=file, size=1, executor=executor)
         tried = [
             Setting(problem=Problem(number=SEARCHED), method=way.replace(learning_rate=rate))
             for way, rates in WAYS
             for rate in rates
         ]
-        best = protocols.choose_rates(tried, lambda some: by_layers(learn(some, path=files[0])))
+        best = protocols.choose_rates(tried, lambda some: by_layers(learn(some)))
         methods = [way.replace(learning_rate=best[way.way, True][way.rank]) for way, _ in WAYS]
         for number in NUMBERS:
             problems = sweeps.grid(Problem, number=[number], seed=range(SEEDS))
-            found = learn(sweeps.grid(Setting, problem=problems, method=methods), path=files[1])
+            found = learn(sweeps.grid(Setting, problem=problems, method=methods))
             shares = found.recall.to_numpy().reshape(SEEDS, -1).mean(0)
-            methods = [
-                method for method, share in zip(methods, shares, strict=True) if share >= ENOUGH
-            ]
-    return files
+            methods = [methods[i] for i in np.flatnonzero(shares >= ENOUGH)]
 
 
 def by_layers(table: pd.DataFrame) -> pd.DataFrame:
@@ -198,4 +194,5 @@ def by_layers(table: pd.DataFrame) -> pd.DataFrame:
 
 if __name__ == "__main__":
     begin()
-    put(merge(run(), Setting), "facts")
+    run("facts.sqlite")
+    put(merge(["facts.sqlite"], Setting), "facts")
