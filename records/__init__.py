@@ -1,7 +1,8 @@
 """Long runs of language models, done once: `read` gives their tables.
 
-The commands ``tune``, ``before``, ``plans``, ``sizes`` and ``parts`` of this folder make the files
-beside them; each keeps its runs by `lorapower.experiments.sweeps.run` in one file of a folder.
+The commands ``tune``, ``facts``, ``before``, ``plans``, ``sizes`` and ``parts`` of this folder make
+the files beside them; each keeps its runs by `lorapower.experiments.sweeps.run` in one file of a
+folder.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from lorapower.errors import InputError
 
-TABLES = ("movies", "encoder", "decoder", "rates", "before", "plans", "sizes", "parts")
+TABLES = (
+    "movies",
+    "encoder",
+    "decoder",
+    "rates",
+    "facts",
+    "before",
+    "plans",
+    "sizes",
+    "parts",
+)
 # What is compared on each text, with ``_64`` against the adapter of rank 64; others are single.
 _COMPARED = ("squares", "effect", "equal", "divergence")
 _ARRAYS = [*(name + end for name in _COMPARED for end in ("", "_64"))]
@@ -36,6 +47,9 @@ def read(name: str) -> pd.DataFrame:
     rates used before, and a run of all weights repeated. Rows without a ``seed`` are means of runs
     that were not kept, on a processor with bfloat16: of seeds 0 to 2 on the validation part, where
     rates were chosen, and of seeds 0 to 7 at these rates on the test part.
+
+    ``"facts"`` has a row for each training on random facts: the fields of `facts.Setting` and
+    `facts.Found`, where ``losses`` is for `unpack`. ``facts.md`` says which there are.
 
     ``"before"`` has, for six tasks and models, what can be known of a ``rank`` without training at
     it. With the mean gradients ``G`` and ``G'`` of two halves of 400 texts at the base, and the

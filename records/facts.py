@@ -32,20 +32,29 @@ from records.record import begin, merge, put
 
 KEY, VALUE, JOINT = 3, 2, " means"
 BATCH = 16
-# Numbers of facts, and at which of them rates are chosen.
-NUMBERS, SEARCHED = (16, 64, 256), 64
+# Numbers of facts, at which of them rates are chosen, and how many fill the smallest adapters.
+NUMBERS, SEARCHED, MANY = (16, 64), 64, 256
 SEEDS = 2
 PASSES = 20
 # A way that recalls a smaller share is shown no more facts.
 ENOUGH = 0.5
-BLOCK = r"layers\.14\."
+# How much faster LoRA+ tunes the factor next to the outputs.
+RATIO = 16
+# Passes that tell patience from rank.
+LONG = 100
+BLOCK, TEN = r"layers\.14\.", r"layers\.1[0-9]\."
+#: What the layers of a way are called on pages.
+PLACES = {BLOCK: "one block", TEN: "ten blocks", "all": "all blocks", "full": "full tuning"}
 # Adapters from a single block to all linear layers, and all weights; rates a factor of two apart.
 WAYS: list[tuple[Lora | Part | Whole, list[float]]] = [
     (Part(pattern=BLOCK, rank=1), [0.008, 0.016, 0.032]),
     (Part(pattern=BLOCK, rank=4), [0.004, 0.008, 0.016]),
     (Part(pattern=BLOCK, rank=16), [0.002, 0.004, 0.008]),
     (Part(pattern=BLOCK, rank=64), [0.002, 0.004, 0.008]),
-    (Part(pattern=r"layers\.1[0-9]\.", rank=1), [0.004, 0.008, 0.016]),
+    (Part(pattern=BLOCK, rank=16, recipe="dora"), [0.004, 0.008, 0.016]),
+    (Part(pattern=BLOCK, rank=16, recipe="pissa"), [0.0005, 0.001, 0.002]),
+    (Part(pattern=BLOCK, rank=16, recipe="lora+"), [0.0005, 0.001, 0.002]),
+    (Part(pattern=TEN, rank=1), [0.004, 0.008, 0.016]),
     (Lora(rank=1), [0.004, 0.008, 0.016]),
     (Lora(rank=4), [0.002, 0.004, 0.008]),
     (Lora(targets="attention", rank=1), [0.004, 0.008, 0.016]),
@@ -137,6 +146,16 @@ def collate(samples: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": labels}
 
 
+def faster_outputs(network: Any, method: Lora | Part | Whole) -> Any:
+    """Make the optimizer of LoRA+, if asked for; otherwise training makes its own."""
+    if not (isinstance(method, Part) and method.recipe == "lora+"):
+        return None
+    from peft.optimizers import create_loraplus_optimizer
+
+    rate = {"lr": method.learning_rate, "loraplus_lr_ratio": RATIO}
+    return create_loraplus_optimizer(network, torch.optim.AdamW, **rate)
+
+
 def work(settings: list[Setting]) -> list[Found]:
     """Train a model on the facts of a setting, then ask for them."""
     (setting,) = settings
@@ -147,6 +166,7 @@ def work(settings: list[Setting]) -> list[Found]:
         network,
         [*torch.from_numpy(rows)],
         collate,
+        optimizer=faster_outputs(network, method),
         learning_rate=method.learning_rate,
         num_train_epochs=problem.passes,
         per_device_train_batch_size=BATCH,
@@ -179,17 +199,43 @@ def run(file: str) -> None:
             for rate in rates
         ]
         best = protocols.choose_rates(tried, lambda some: by_layers(learn(some)))
-        methods = [way.replace(learning_rate=best[way.way, True][way.rank]) for way, _ in WAYS]
+        methods = [
+            way.replace(learning_rate=best[way.way, True][way.rank])
+            for way, _ in WAYS
+            if not isinstance(way, Part) or way.recipe == "plain"
+        ]
+        one_block = [method for method in methods if method.way == BLOCK]
         for number in NUMBERS:
             problems = sweeps.grid(Problem, number=[number], seed=range(SEEDS))
             found = learn(sweeps.grid(Setting, problem=problems, method=methods))
             shares = found.recall.to_numpy().reshape(SEEDS, -1).mean(0)
             methods = [methods[i] for i in np.flatnonzero(shares >= ENOUGH)]
+        for number, some in ((SEARCHED, one_block), (MANY, one_block[:2])):
+            patient = Problem(number=number, passes=LONG)
+            learn(sweeps.grid(Setting, problem=patient, method=some))
 
 
 def by_layers(table: pd.DataFrame) -> pd.DataFrame:
-    """Name the layers of each run in one column, for `protocols.best_rates`."""
-    return table.assign(targets=table.targets.fillna(table.pattern))
+    """Name each run's way in the column of layers, for `protocols.best_rates`."""
+    recipe = table.recipe.where(table.recipe.ne("plain"), "").fillna("")
+    parts = (table.pattern + " " + recipe).str.strip()
+    return table.assign(targets=table.targets.fillna(parts))
+
+
+def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep each way's runs at the rate that was best in the search, and name their ``place``.
+
+    Runs without a ``recipe`` are ``"plain"`` too.
+    """
+    named = by_layers(table)
+    searched = named.number.eq(SEARCHED) & named.seed.eq(0) & named.passes.eq(PASSES)
+    best = protocols.best_rates(named[searched])
+    way = named.targets.mask(named.targets.eq("all"), "lora").fillna("full")
+    of_way = zip(way, named["rank"].fillna(0).astype(int), strict=True)
+    rates = [best[name, True][rank] for name, rank in of_way]
+    place = table.pattern.fillna(table.targets).fillna("full").replace(PLACES)
+    named = table.assign(place=place, recipe=table.recipe.fillna("plain"))
+    return named[table.learning_rate.to_numpy() == rates]
 
 
 if __name__ == "__main__":

@@ -62,17 +62,22 @@ class Lora(Record):
 
 
 class Part(Record):
-    """Tune adapters on the linear layers whose names a regular expression finds, as `Lora` does."""
+    """Tune adapters on the linear layers whose names a regular expression finds, as `Lora` does.
+
+    The ``recipe`` is peft's: ``"plain"``, ``"dora"``, ``"pissa"``, or ``"lora+"``, for which
+    ``learning_rate`` is that of the factor next to the inputs.
+    """
 
     kind: Literal["part"] = "part"
     pattern: str
     rank: int = Field(4, ge=1)
     learning_rate: float = Field(5e-3, gt=0)
+    recipe: Literal["plain", "dora", "pissa", "lora+"] = "plain"
 
     @property
     def way(self) -> str:
-        """What is tuned: the expression."""
-        return self.pattern
+        """What is tuned, and how if not plainly."""
+        return self.pattern if self.recipe == "plain" else f"{self.pattern} {self.recipe}"
 
     def layers(self, body: nn.Module) -> dict[str, nn.Linear]:
         """Find the layers of a model that are adapted, by name."""
@@ -371,6 +376,7 @@ def _adapt(network: Any, method: Method | Part, seed: int) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     layers = method.layers(body)
+    recipe = method.recipe if isinstance(method, Part) else "plain"
     for name, layer in layers.items():
         rows, columns = layer.weight.shape
         limit = f"the weight of {name} is {rows}×{columns}"
@@ -382,6 +388,8 @@ def _adapt(network: Any, method: Method | Part, seed: int) -> Any:
         use_rslora=True,
         target_modules=[f"{prefix}.{name}" for name in layers],
         modules_to_save=[*heads],
+        use_dora=recipe == "dora",
+        init_lora_weights="pissa" if recipe == "pissa" else True,
     )
     with randomness.seeded(seed, "factors"), models.quiet():
         return get_peft_model(network, config)

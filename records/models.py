@@ -91,13 +91,15 @@ def train(
     collator: Any,
     *,
     trainer: Any = None,
+    optimizer: Any = None,
     warmup_steps: float = 0.1,
     **options: Any,
 ) -> Any:
     """Train by a ``Trainer`` that prints and writes nothing; return what its training returns.
 
     ``warmup_steps`` below 1 are a share of all steps; ``options`` are those of
-    ``TrainingArguments``, and ``trainer`` is a subclass of ``Trainer``, if another.
+    ``TrainingArguments``, ``trainer`` is a subclass of ``Trainer``, and ``optimizer`` takes the
+    steps, if others.
     """
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -113,7 +115,11 @@ def train(
             **options,
         )
         made = (trainer or Trainer)(
-            model=network, args=arguments, train_dataset=samples, data_collator=collator
+            model=network,
+            args=arguments,
+            train_dataset=samples,
+            data_collator=collator,
+            optimizers=(optimizer, None),
         )
         made.remove_callback(PrinterCallback)
         return made.train()

@@ -215,6 +215,60 @@ def test_facts_are_learned_and_said(method: Method, to_learn: facts.Problem) -> 
     assert found.bits == pytest.approx(8 * 2 * 6 - losses.sum() / math.log(2), rel=1e-6)
 
 
+# DoRA has a number for each output of both blocks' three layers.
+@pytest.mark.parametrize(
+    ("recipe", "more"), [("dora", 2 * (24 + 24 + 16)), ("pissa", 0), ("lora+", 0)]
+)
+def test_recipes_start_at_the_base_and_learn(
+    recipe: Any, more: int, to_learn: facts.Problem
+) -> None:
+    method = Part(pattern="mlp", rank=4, learning_rate=1e-2, recipe=recipe)
+    base, rows = models.decoder(to_learn.model), facts.facts(to_learn)
+    tokens = torch.from_numpy(rows)
+    expected, before = base(tokens).logits, facts.recite(base, rows)[0].mean()
+    network = language.ready(base, method, 0, half=False)
+    torch.testing.assert_close(network(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    (found,) = facts.work([facts.Setting(problem=to_learn, method=method)])
+    assert found.parameters == 2 * 4 * 3 * (16 + 24) + more
+    assert found.score > 0.1 - before
+
+
+def test_outputs_learn_faster_by_lora_plus(to_learn: facts.Problem) -> None:
+    method = Part(pattern="mlp", rank=2, learning_rate=1e-3, recipe="lora+")
+    network = language.ready(models.decoder(to_learn.model), method, 0, half=False)
+    groups = facts.faster_outputs(network, method).param_groups
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            assert rates[p] == pytest.approx(1e-3 * (facts.RATIO if "lora_B" in name else 1))
+    assert facts.faster_outputs(network, method.replace(recipe="plain")) is None
+    assert facts.faster_outputs(network, Lora()) is None
+
+
+def test_best_rates_are_those_of_the_search() -> None:
+    one, rows = Part(pattern=facts.BLOCK, rank=2), []
+    ways = one, one.replace(recipe="dora"), Lora(rank=2), Lora(targets="attention", rank=2)
+    for k, way in enumerate([*ways, Whole(kind="full")]):
+        for number, seed in ((facts.SEARCHED, 0), (facts.SEARCHED, 1), (16, 0)):
+            for rate in (1e-3, 2e-3, 4e-3):
+                method = way.replace(learning_rate=rate).model_dump()
+                best = 1e-3 * 2 ** (k % 3) if (number, seed) == (facts.SEARCHED, 0) else 4e-3
+                score = -abs(rate - best)
+                about: dict[str, Any] = {"number": number, "seed": seed, "score": score}
+                about |= {"passes": facts.PASSES, "pretrained": True, "method": method["kind"]}
+                rows.append(method | about)
+    found = facts.at_best_rates(pd.DataFrame(rows))
+    assert len(found) == 3 * 5
+    by_way = found.groupby(["place", "recipe"]).learning_rate.unique().map(list).to_dict()
+    assert by_way == {
+        ("one block", "plain"): [1e-3],
+        ("one block", "dora"): [2e-3],
+        ("all blocks", "plain"): [4e-3],
+        ("attention", "plain"): [1e-3],
+        ("full tuning", "plain"): [2e-3],
+    }
+
+
 def test_reciting_is_greedy_decoding(to_learn: facts.Problem) -> None:
     network = models.decoder(to_learn.model)
     rows = facts.facts(to_learn)
@@ -240,6 +294,7 @@ def test_adapters_are_on_the_layers_that_a_pattern_finds(llama: str) -> None:
 
 
 def test_rates_of_facts_are_chosen_for_each_way() -> None:
+    first, rates_of_first = facts.WAYS[0]
     tried = [
         facts.Setting(method=way.replace(learning_rate=rate))
         for way, rates in facts.WAYS
@@ -250,13 +305,14 @@ def test_rates_of_facts_are_chosen_for_each_way() -> None:
             "method": s.method.kind,
             "targets": getattr(s.method, "targets", None),
             "pattern": getattr(s.method, "pattern", None),
+            "recipe": getattr(s.method, "recipe", None),
             "rank": s.method.rank or None,
             "learning_rate": s.method.learning_rate,
             "pretrained": True,
             "seed": 0,
             # Best in the middle, but for the first way, where the last is best.
             "score": s.method.learning_rate
-            if s.method.way == facts.WAYS[0][0].way
+            if (s.method.way, s.method.rank) == (first.way, first.rank)
             else -abs(math.log(s.method.learning_rate / rates[1])),
         }
         for (_, rates), s in zip((way for way in facts.WAYS for _ in way[1]), tried, strict=True)
@@ -266,4 +322,4 @@ def test_rates_of_facts_are_chosen_for_each_way() -> None:
     for i, (way, rates) in enumerate(facts.WAYS):
         assert best[way.way, True][way.rank] == rates[2 if i == 0 else 1]
     (more,) = protocols.widen(tried, trials)
-    assert more.method == facts.WAYS[0][0].replace(learning_rate=2 * facts.WAYS[0][1][2])
+    assert more.method == first.replace(learning_rate=2 * rates_of_first[2])

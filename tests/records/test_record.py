@@ -20,7 +20,19 @@ from lorapower import bounds, randomness
 from lorapower.checkpoints import Pair
 from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder
-from records import language, models, neighbours, pairs, parts, plans, record, sizes, tune, unpack
+from records import (
+    facts,
+    language,
+    models,
+    neighbours,
+    pairs,
+    parts,
+    plans,
+    record,
+    sizes,
+    tune,
+    unpack,
+)
 
 
 def test_errors_of_plans_are_those_of_the_texts() -> None:
@@ -52,6 +64,20 @@ def test_errors_of_plans_are_those_of_the_texts() -> None:
     assert (own.carried >= own.parameters).all()
     assert (table.bytes >= 4 * table.carried).all()
     assert table[["version", "torch", "peft"]].notna().all(axis=None)
+
+
+def test_recorded_facts_agree_with_their_losses() -> None:
+    table = records.read("facts")
+    assert not table.duplicated(sweeps.columns(facts.Setting)).any()
+    losses = table.losses.map(unpack)
+    assert (losses.map(len) == table.number).all()
+    np.testing.assert_allclose(-losses.map(np.mean), table.score, rtol=1e-5)
+    # A value has equally many bits in all runs.
+    bits = (table.bits + losses.map(np.sum) / np.log(2)) / table.number
+    np.testing.assert_allclose(bits, bits[0], rtol=1e-6)
+    # A run at 256 facts, or with 100 passes, was made at a rate chosen before.
+    chosen = facts.at_best_rates(table)
+    assert {*table.index[(table.number == 256) | (table.passes == 100)]} <= {*chosen.index}
 
 
 def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
