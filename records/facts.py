@@ -32,7 +32,7 @@ from records.record import begin, merge, put
 
 KEY, VALUE, JOINT = 3, 2, " means"
 BATCH = 16
-# Numbers of facts, at which of them rates are chosen, and how many fill the smallest adapters.
+# Numbers of facts, at which of them rates are chosen, and how many are shown to two ranks.
 NUMBERS, SEARCHED, MANY = (16, 64), 64, 256
 SEEDS = 2
 PASSES = 20
