@@ -16,17 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lorapower.errors import InputError
 
-TABLES = (
-    "movies",
-    "encoder",
-    "decoder",
-    "rates",
-    "facts",
-    "before",
-    "plans",
-    "sizes",
-    "parts",
-)
+TABLES = ("movies", "encoder", "decoder", "rates", "facts", "before", "plans", "sizes", "parts")
 # What is compared on each text, with ``_64`` against the adapter of rank 64; others are single.
 _COMPARED = ("squares", "effect", "equal", "divergence")
 _ARRAYS = [*(name + end for name in _COMPARED for end in ("", "_64"))]

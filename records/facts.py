@@ -32,7 +32,7 @@ from records.record import begin, merge, put
 
 KEY, VALUE, JOINT = 3, 2, " means"
 BATCH = 16
-# Numbers of facts, at which of them rates are chosen, and how many are shown to two ranks.
+# Numbers of facts: in short runs, where rates are chosen, and in the longest runs.
 NUMBERS, SEARCHED, MANY = (16, 64), 64, 256
 SEEDS = 2
 PASSES = 20
@@ -40,7 +40,7 @@ PASSES = 20
 ENOUGH = 0.5
 # How much faster LoRA+ tunes the factor next to the outputs.
 RATIO = 16
-# Passes that tell patience from rank.
+# Passes of the runs that ask whether a way that falls short needs only more of them.
 LONG = 100
 BLOCK, TEN = r"layers\.14\.", r"layers\.1[0-9]\."
 #: What the layers of a way are called on pages.
@@ -146,8 +146,8 @@ def collate(samples: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": labels}
 
 
-def faster_outputs(network: Any, method: Lora | Part | Whole) -> Any:
-    """Make the optimizer of LoRA+, if asked for; otherwise training makes its own."""
+def optimizer_of(network: Any, method: Lora | Part | Whole) -> Any:
+    """Make the optimizer of LoRA+, if asked for; otherwise none, and training makes its own."""
     if not (isinstance(method, Part) and method.recipe == "lora+"):
         return None
     from peft.optimizers import create_loraplus_optimizer
@@ -166,7 +166,7 @@ def work(settings: list[Setting]) -> list[Found]:
         network,
         [*torch.from_numpy(rows)],
         collate,
-        optimizer=faster_outputs(network, method),
+        optimizer=optimizer_of(network, method),
         learning_rate=method.learning_rate,
         num_train_epochs=problem.passes,
         per_device_train_batch_size=BATCH,
@@ -210,15 +210,16 @@ def run(file: str) -> None:
             found = learn(sweeps.grid(Setting, problem=problems, method=methods))
             shares = found.recall.to_numpy().reshape(SEEDS, -1).mean(0)
             methods = [methods[i] for i in np.flatnonzero(shares >= ENOUGH)]
-        for number, some in ((SEARCHED, one_block), (MANY, one_block[:2])):
+        lowest = [method for method in one_block if method.rank <= 4]
+        for number, some in ((SEARCHED, one_block), (MANY, lowest)):
             patient = Problem(number=number, passes=LONG)
             learn(sweeps.grid(Setting, problem=patient, method=some))
 
 
 def by_layers(table: pd.DataFrame) -> pd.DataFrame:
     """Name each run's way in the column of layers, for `protocols.best_rates`."""
-    recipe = table.recipe.where(table.recipe.ne("plain"), "").fillna("")
-    parts = (table.pattern + " " + recipe).str.strip()
+    other = table.recipe.notna() & table.recipe.ne("plain")
+    parts = table.pattern.mask(other, table.pattern + " " + table.recipe)
     return table.assign(targets=table.targets.fillna(parts))
 
 

@@ -94,7 +94,7 @@ def of_relu(network: FNN, x: Tensor) -> list[Tensor]:
 
 
 def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Pin the splitting: which of two is kept is decided by the last bits of both."""
+    """Pin the splitting; of two that are equally good, the last bits would choose one."""
     adapt_gap = linear.adapt_gap
 
     def pinned(*arguments: Any, **options: Any) -> Any:
