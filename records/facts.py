@@ -36,6 +36,8 @@ BATCH = 16
 NUMBERS, SEARCHED, MANY = (16, 64), 64, 256
 SEEDS = 2
 PASSES = 20
+# The rank at which recipes are compared on one block, and with how many seeds.
+RECIPE_RANK, RECIPE_SEEDS = 16, 3
 # A way that recalls a smaller share is shown no more facts.
 ENOUGH = 0.5
 # How much faster LoRA+ tunes the factor next to the outputs.
@@ -199,11 +201,11 @@ def run(file: str) -> None:
             for rate in rates
         ]
         best = protocols.choose_rates(tried, lambda some: by_layers(learn(some)))
-        methods = [
-            way.replace(learning_rate=best[way.way, True][way.rank])
-            for way, _ in WAYS
-            if not isinstance(way, Part) or way.recipe == "plain"
-        ]
+        ways = [way.replace(learning_rate=best[way.way, True][way.rank]) for way, _ in WAYS]
+        recipes = [way for way in ways if isinstance(way, Part) and way.rank == RECIPE_RANK]
+        problems = sweeps.grid(Problem, number=[SEARCHED], seed=range(RECIPE_SEEDS))
+        learn(sweeps.grid(Setting, problem=problems, method=recipes))
+        methods = [way for way in ways if way not in recipes or way.way == BLOCK]
         one_block = [method for method in methods if method.way == BLOCK]
         for number in NUMBERS:
             problems = sweeps.grid(Problem, number=[number], seed=range(SEEDS))
@@ -212,8 +214,11 @@ def run(file: str) -> None:
             methods = [methods[i] for i in np.flatnonzero(shares >= ENOUGH)]
         lowest = [method for method in one_block if method.rank <= 4]
         for number, some in ((SEARCHED, one_block), (MANY, lowest)):
-            patient = Problem(number=number, passes=LONG)
+            patient = sweeps.grid(Problem, number=[number], passes=[LONG], seed=range(SEEDS))
             learn(sweeps.grid(Setting, problem=patient, method=some))
+        slower = one_block[0].replace(learning_rate=one_block[0].learning_rate / 2)
+        for passes, method in ((LONG, slower), (2 * LONG, one_block[0])):
+            learn([Setting(problem=Problem(number=MANY, passes=passes), method=method)])
 
 
 def by_layers(table: pd.DataFrame) -> pd.DataFrame:
