@@ -212,19 +212,25 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
     return [tune(setting) for setting in settings]
 
 
-def tune(setting: Setting, keep: Callable[[Any], object] = lambda network: None) -> Found:
+def tune(
+    setting: Setting,
+    keep: Callable[[Any], object] = lambda network: None,
+    *,
+    asked: int | None = None,
+) -> Found:
     """Run one setting; ``keep`` is called with its trained network.
 
-    Raises what `measure` raises.
+    Scores are those of all held-out texts, or of the first ``asked``: answers can take most of the
+    time. Raises what `measure` raises.
     """
     problem, task = setting.problem, texts.find(setting.problem.task)
-    labels = texts.read(problem.task, problem.source, problem.part).labels
+    labels = texts.read(problem.task, problem.source, problem.part).labels[:asked]
     network = prepare(setting)
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     before = _weights(network) if setting.method.kind == "full" else {}
-    loss, seconds = _train(network, setting) if parameters else (math.nan, 0.0)
+    loss, seconds = train(network, setting) if parameters else (math.nan, 0.0)
     keep(network)
-    given = answer(network, problem)
+    given = answer(network, problem, asked)
     baseline = np.full(len(given), task.constant(labels))
     return Found(
         **task.scores(given, labels),
@@ -238,13 +244,13 @@ def tune(setting: Setting, keep: Callable[[Any], object] = lambda network: None)
     )
 
 
-def answer(network: Any, problem: Problem) -> NDArray[np.float64]:
-    """Ask a network for the answer to each held-out text of a problem.
+def answer(network: Any, problem: Problem, asked: int | None = None) -> NDArray[np.float64]:
+    """Ask a network for the answer to each held-out text of a problem, or to the first ``asked``.
 
     It is the number of its class, the value or, for next tokens, their mean loss in nats. The
     network has a head for the problem's task.
     """
-    samples, task = tokenize(problem)[0][problem.part], texts.find(problem.task)
+    samples, task = tokenize(problem)[0][problem.part][:asked], texts.find(problem.task)
     collate, device = collator(problem), next(network.parameters()).device
     order = np.argsort(_lengths(samples), kind="stable")
     outputs = np.empty((len(samples), task.outputs))
@@ -453,8 +459,8 @@ def ready(network: Any, method: Method | Part, seed: int, *, half: bool) -> Any:
     return network
 
 
-def _train(network: Any, setting: Setting) -> tuple[float, float]:
-    """Train a network; return the mean loss, and seconds."""
+def train(network: Any, setting: Setting) -> tuple[float, float]:
+    """Train a network that `prepare` built; return the mean loss, and seconds."""
     from transformers import Trainer
 
     problem = setting.problem

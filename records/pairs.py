@@ -28,7 +28,9 @@ def encoder(folder: Path | str, *, samples: int = 640, epochs: int = 2, seed: in
         problem=language.Problem(head="own", samples=samples, epochs=epochs, seed=seed),
         method=language.Whole(kind="full", learning_rate=2e-4),
     )
-    language.tune(setting, lambda network: models.save(network, models.PACKAGED, folder))
+    network = language.prepare(setting)
+    language.train(network, setting)
+    models.save(network, models.PACKAGED, folder)
 
 
 def run_command(*words: str, folder: Path | str | None = None) -> tuple[str, float, float]:

@@ -276,7 +276,8 @@ def name_ways(runs: pd.DataFrame) -> pd.Series[str]:
 def contributions(runs: pd.DataFrame) -> NDArray[np.float64]:
     """Compute what texts add to the score, ``[seeds, texts]``, by `texts.Task.contributions`.
 
-    ``runs`` are rows of one task and method in a table of `sweeps.run`, one for each seed.
+    ``runs`` are rows of one task and method in a table of `sweeps.run`, one for each seed. If not
+    all texts were asked, these are the first.
     """
     task, source, part = runs[["task", "source", "part"]].iloc[0]
     about = texts.find(task)
@@ -284,7 +285,7 @@ def contributions(runs: pd.DataFrame) -> NDArray[np.float64]:
     if not about.next_tokens:
         labels = texts.read(task, source, part).labels
     given = map(unpack, runs.sort_values("seed").answers)
-    return np.array([about.contributions(answers, labels) for answers in given])
+    return np.array([about.contributions(answers, labels[: len(answers)]) for answers in given])
 
 
 #: The share of intervals that hold the mean.
