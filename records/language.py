@@ -216,21 +216,21 @@ def tune(
     setting: Setting,
     keep: Callable[[Any], object] = lambda network: None,
     *,
-    asked: int | None = None,
+    every: int = 1,
 ) -> Found:
     """Run one setting; ``keep`` is called with its trained network.
 
-    Scores are those of all held-out texts, or of the first ``asked``: answers can take most of the
+    Scores are those of all held-out texts, or of each ``every``-th: answers can take most of the
     time. Raises what `measure` raises.
     """
     problem, task = setting.problem, texts.find(setting.problem.task)
-    labels = texts.read(problem.task, problem.source, problem.part).labels[:asked]
+    labels = texts.read(problem.task, problem.source, problem.part).labels[::every]
     network = prepare(setting)
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     before = _weights(network) if setting.method.kind == "full" else {}
     loss, seconds = train(network, setting) if parameters else (math.nan, 0.0)
     keep(network)
-    given = answer(network, problem, asked)
+    given = answer(network, problem, every)
     baseline = np.full(len(given), task.constant(labels))
     return Found(
         **task.scores(given, labels),
@@ -244,13 +244,13 @@ def tune(
     )
 
 
-def answer(network: Any, problem: Problem, asked: int | None = None) -> NDArray[np.float64]:
-    """Ask a network for the answer to each held-out text of a problem, or to the first ``asked``.
+def answer(network: Any, problem: Problem, every: int = 1) -> NDArray[np.float64]:
+    """Ask a network for the answer to each held-out text of a problem, or to each ``every``-th.
 
     It is the number of its class, the value or, for next tokens, their mean loss in nats. The
     network has a head for the problem's task.
     """
-    samples, task = tokenize(problem)[0][problem.part][:asked], texts.find(problem.task)
+    samples, task = tokenize(problem)[0][problem.part][::every], texts.find(problem.task)
     collate, device = collator(problem), next(network.parameters()).device
     order = np.argsort(_lengths(samples), kind="stable")
     outputs = np.empty((len(samples), task.outputs))
