@@ -75,9 +75,12 @@ def test_recorded_facts_agree_with_their_losses() -> None:
     # A value has equally many bits in all runs.
     bits = (table.bits + losses.map(np.sum) / np.log(2)) / table.number
     np.testing.assert_allclose(bits, bits[0], rtol=1e-6)
-    # A run at 256 facts, or with 100 passes, was made at a rate chosen before.
+    # Runs at 256 facts, or with 100 passes, have a rate chosen before, and one has half of it.
     chosen = facts.at_best_rates(table)
-    assert {*table.index[(table.number == 256) | (table.passes == 100)]} <= {*chosen.index}
+    rest = table[(table.number == 256) | (table.passes == 100)].drop(chosen.index, errors="ignore")
+    assert rest[["number", "passes", "rank"]].to_numpy().tolist() == [[256, 100, 1]]
+    block = chosen[(chosen.place == "one block") & (chosen["rank"] == 1)]
+    assert {*block.learning_rate} == {*(2 * rest.learning_rate)}
 
 
 def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
