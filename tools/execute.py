@@ -30,8 +30,8 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from lorapower.book import quoted
 from lorapower.book._executed import read_claims, read_quotes
-from lorapower.book.chapter import quoted
 
 ROOT = Path(__file__).resolve().parent.parent
 _ASKED = re.compile(r'\{eval\}`book\.quoted\["([^"]+)"\]`')

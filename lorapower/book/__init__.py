@@ -1,38 +1,189 @@
-"""What only the book's chapters need: their head, parameters, claims and figures."""
+"""What only the book's chapters need: their head, parameters, quotes, claims and figures.
 
-from . import claims, figures
-from .chapter import (
-    THREADS,
-    WIDEST,
-    Parameters,
-    Ranks,
-    Seeds,
-    Steps,
-    Width,
-    median,
-    named,
-    quote,
-    quoted,
-    results,
-    setup,
-    whole,
-)
+What is imported of notebooks themselves is installed with the extra ``book``.
+"""
 
-__all__ = [
-    "THREADS",
-    "WIDEST",
-    "Parameters",
-    "Ranks",
-    "Seeds",
-    "Steps",
-    "Width",
-    "claims",
-    "figures",
-    "median",
-    "named",
-    "quote",
-    "quoted",
-    "results",
-    "setup",
-    "whole",
-]
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from .._records import Record
+from ..errors import InputError
+from . import claims
+from .figures import _style
+
+#: Threads that torch takes by itself; `setup` leaves it one.
+THREADS = torch.get_num_threads()
+# The environment's variable for the folder of results.
+RESULTS = "LORAPOWER_RESULTS"
+#: The largest `Width`.
+WIDEST = 512
+
+
+def whole(low: int, high: int | None = None) -> Any:
+    """Declare an integer from ``low`` to ``high``."""
+    return Annotated[int, Field(ge=low, le=high)]
+
+
+def results(chapter: str) -> Any:
+    """Declare the folder in which a chapter, named here, keeps the runs of its sweeps.
+
+    An empty text means the folder in the environment's ``LORAPOWER_RESULTS``, or else ``results``
+    in profile paper, and none in quick.
+    """
+
+    def folder(given: str, info: ValidationInfo) -> Path | None:
+        paper = "results" if info.data.get("profile") == "paper" else ""
+        base = given or os.environ.get(RESULTS) or paper
+        return Path(base).expanduser() / chapter if base else None
+
+    return Annotated[str, AfterValidator(folder)]
+
+
+def named(default: str) -> Any:
+    """Declare a name; an empty one stands for ``default``."""
+    return Annotated[str, AfterValidator(lambda name: name or default)]
+
+
+def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
+    """Refuse ranks above the width; where none is given, take all, or 17 where there are more."""
+    width = info.data.get("width")
+    if width is None:  # is itself refused
+        return ranks
+    if ranks and max(ranks) > width:
+        raise InputError("ranks", allowed=f"at most {width} (the width)", given=max(ranks))
+    return ranks or [round(i * width / 16) for i in range(17)]
+
+
+def _long_enough(steps: int) -> int:
+    """Refuse fewer steps than some trainings take between two measurements of their loss."""
+    if steps < 200 and steps:
+        raise InputError("steps", allowed="0, or at least 200", given=steps)
+    return steps
+
+
+#: Width of a layer, from 1 to `WIDEST`.
+Width = whole(1, WIDEST)
+#: How many seeds; 0 stands for as many as the profile has.
+Seeds = whole(0, 100)
+#: Steps of most trainings, at least 200; 0 stands for as many as the profile has.
+Steps = Annotated[int, AfterValidator(_long_enough)]
+#: Ranks up to the parameter ``width``, declared before them; none stand for all, or 17 of more.
+Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: ignore[misc]
+
+
+class Parameters(Record):
+    """Hold the parameters that all chapters have; a chapter's model adds its own.
+
+    A list may also be one value or a text such as ``1,4`` or ``[1, 4]``, for papermill's ``-p``;
+    its numbers are sorted, each once. Raises `InputError` for the first unusable value.
+    """
+
+    profile: Literal["quick", "paper"]
+    seed: Annotated[int, Field(ge=0)]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split(cls, given: Any, info: ValidationInfo) -> Any:
+        if get_origin(cls.model_fields[str(info.field_name)].annotation) is not list:
+            return given
+        if not isinstance(given, str):
+            return list(given) if isinstance(given, Iterable) else [given]
+        parts = [part.strip(" '\"") for part in given.strip(" []").split(",")]
+        return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts if part]
+
+    @field_validator("*")
+    @classmethod
+    def _sort(cls, value: Any) -> Any:
+        if isinstance(value, list) and all(isinstance(entry, int) for entry in value):
+            return sorted(set(value))
+        return value
+
+
+def setup(model: type[Parameters]) -> None:
+    """Check and complete the parameters of a chapter, and set up figures and threads.
+
+    The notebook that declares ``model`` has them as variables, which get completed values, in later
+    calls anew from what was given. Raises `InputError` for unknown names and unusable values.
+    """
+    from IPython import get_ipython
+
+    notebook = vars(sys.modules[model.__module__])
+    _refuse_unknown(notebook.get("In", ()), [*model.model_fields])
+    # By name the completed value, a copy, as lists can be changed in place, and what was given.
+    completed: dict[str, tuple[Any, Any, Any]] = notebook.setdefault("_completed", {})
+    given = {}
+    for name in notebook.keys() & model.model_fields:
+        value, copy, origin = completed.get(name, (None, None, None))
+        same = notebook[name] is value and value == copy
+        given[name] = origin if same else notebook[name]
+    for name, value in model(**given):
+        notebook[name] = value
+        completed[name] = value, deepcopy(value), given[name]
+    if shell := get_ipython():
+        shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
+    _style.use_style()
+    # On small matrices threads mostly wait for each other.
+    torch.set_num_threads(1)
+
+
+def _refuse_unknown(cells: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse other names that papermill's cell of parameters assigned, the last one that ran."""
+    injected = [cell for cell in cells if cell.startswith("# Parameters\n")]
+    nodes = ast.parse(injected[-1]).body if injected else []
+    assigned = [node.targets[0] for node in nodes if isinstance(node, ast.Assign)]
+    if unknown := [name for name in map(ast.unparse, assigned) if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        remedy = f"did you mean {near[0]}?" if near else ""
+        allowed = f"among {', '.join(known)}"
+        raise InputError("parameters", allowed=allowed, given=", ".join(unknown), remedy=remedy)
+
+
+class _Quoted(dict[str, str]):
+    """Quotes by name; ``["error:.2f"]`` is one in a format, "…" if it is yet to come."""
+
+    def __getitem__(self, key: str) -> Any:
+        from IPython.display import Latex
+        from myst_nb.core.variables import format_plain_text
+
+        name, _, form = key.partition(":")
+        text = format_plain_text(super().__getitem__(name), form) if name in self else "…"
+        return Latex(text) if text.startswith("$") else text
+
+
+#: What the notebook has quoted so far: its text has ``{eval}`book.quoted["name:.2f"]```.
+quoted = _Quoted()
+
+
+def quote(name: str, value: Any, *, digits: int | None = None) -> None:
+    """Let the text quote a number, a text or a figure as ``{eval}`book.quoted["name"]```.
+
+    With ``digits``, a number becomes Markdown of so many significant ones (`claims.number`).
+    """
+    from IPython.display import Markdown
+    from myst_nb import glue
+
+    if hasattr(value, "item"):
+        value = value.item()  # a plain number, whose format the text chooses
+    quoted[name] = text = repr(value) if digits is None else claims.number(value, digits)
+    shown = Markdown("")
+    shown.data = text  # given at once, it would be read as a file where one has this name
+    glue(name, value if digits is None else shown, display=False)
+
+
+def median(values: ArrayLike, axis: int | None = None) -> Any:
+    """Compute the median along an axis, or of all numbers: of two in the middle, their mean."""
+    return np.median(np.asarray(values), axis)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from lorapower import InputError, book
+from lorapower.book import RESULTS
 from lorapower.book._executed import read_quotes
-from lorapower.book.chapter import RESULTS
 
 
 class All(book.Parameters):

@@ -22,8 +22,8 @@ from conftest import CHAPTERS, ROOT
 from nbformat import NotebookNode
 
 from lorapower import InputError, book
+from lorapower.book import RESULTS
 from lorapower.book._executed import read_claims
-from lorapower.book.chapter import RESULTS
 
 IMAGES = {"image/png", "image/svg+xml"}
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}

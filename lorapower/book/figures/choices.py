@@ -46,7 +46,10 @@ class Choices:
     start: tuple[int, ...]
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        svg = self._draw()
+        file = StringIO()
+        self.figure.savefig(file, format="svg", metadata=dict.fromkeys(_ABOUT))
+        plt.close(self.figure)
+        svg = _PART.sub(self._hide, file.getvalue()[file.getvalue().index("<svg") :])
         sentence = self.sentences[self.start]
         data = {
             "labels": [*self.choices],
@@ -66,14 +69,8 @@ class Choices:
             "text/plain": sentence,
         }
 
-    def _draw(self) -> str:
-        """Draw the figure as SVG, in which parts of other choices than the first are hidden."""
-        file = StringIO()
-        self.figure.savefig(file, format="svg", metadata=dict.fromkeys(_ABOUT))
-        plt.close(self.figure)
-        return _PART.sub(self._hide, file.getvalue()[file.getvalue().index("<svg") :])
-
     def _hide(self, part: re.Match[str]) -> str:
+        """Hide a part of the picture that belongs to other choices than the first."""
         wanted = zip(part[1].split("_"), self.start, strict=True)
         seen = all(place in ("", str(chosen)) for place, chosen in wanted)
         return part[0] if seen else f'{part[0]} style="display: none"'

@@ -117,7 +117,6 @@ def medians(
     levels: Mapping[str, float] | None = None,
     rounding: float | None = None,
     bands: bool = True,
-    markers: bool = True,
     xlabel: str,
     ylabel: str,
     xscale: str = "linear",
@@ -142,9 +141,7 @@ def medians(
             rows = tables[label].groupby(x)[y].agg(["median", "min", "max"])
             is_level = len(rows) > 1 and rows["median"].nunique() == 1
             aside = _ASIDE * (i - (len(labels) - 1) / 2)
-            if not markers:
-                _draw_band(ax, rows, label, {"color": look.color, "ls": look.line, "lw": 2})
-            elif bands and len(rows) <= _FEW and look.marker and not is_level:
+            if bands and len(rows) <= _FEW and look.marker and not is_level:
                 _draw_bars(ax, rows, label, look.style(width) | {"ls": ""}, aside)
             elif bands:
                 _draw_band(ax, rows, label, look.style(width))
