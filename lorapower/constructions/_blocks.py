@@ -169,13 +169,10 @@ class _BlockFit:
         self.frozen, self.target, self.theorem = frozen, target, theorem
         # Where only some weights of a kind are adapted, the last is.
         self.ranks = dict(zip(frozen.kind_of_weight, ranks, strict=True))
-        parts = {
-            **theorem.parameters,
-            **{kind: frozen.parameters[kind] for kind in frozen.weight_kinds},
-        }
+        parts = {kind: frozen.parameters[kind] for kind in frozen.weight_kinds}
         if frozen.is_plain:
             parts["b_2"] = target.b_2
-        self.adapted = Transformer(parts, frozen.settings)
+        self.adapted = theorem.replace(**parts)
 
     def block(self, l: int, streams: _Data, targets: _Data) -> tuple[_Data, _Data]:
         """Fit block ``l`` to the tokens that enter it in both networks; return those that leave."""

@@ -74,8 +74,8 @@ def adapt(
     ranks: Mapping[str, int],
     words: str,
     *,
-    rtol: float | None = None,
-    throw: bool = True,
+    rtol: float | None,
+    throw: bool,
 ) -> LinearAdaptation:
     """Adapt a segment's two factors: the middle ones of four layers, or both of two."""
     inner, outer = ranks.values()
@@ -84,11 +84,9 @@ def adapt(
     else:
         each = (inner, outer) if gap.frozen.depth == 2 else (0, inner, outer, 0)
         solution = linear.adapt_gap(gap, each, throw=False)
-    eps = torch.finfo(gap.frozen.dtype).eps
-    rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
-    relative = solution.rounding_error / gap.rounding_scale.clamp(
-        min=torch.finfo(gap.frozen.dtype).tiny
-    )
+    numbers = torch.finfo(gap.frozen.dtype)
+    rtol = numbers.eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
+    relative = solution.rounding_error / gap.rounding_scale.clamp(min=numbers.tiny)
     success = relative.isfinite() & (relative <= rtol)
     if throw and not success.all():
         place = tuple((~success).nonzero()[0].tolist())
@@ -102,7 +100,7 @@ def adapt(
             float(conditions.max()),
             float(relative[place]),
             rtol,
-            1 / (max(gap.frozen.widths) * eps),
+            1 / (max(gap.frozen.widths) * numbers.eps),
             f" of the {words}{_checks.failed_members(failed)}",
         )
     return replace(solution, success=success)

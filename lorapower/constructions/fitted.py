@@ -159,8 +159,7 @@ def adapt(
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     _checks.kind(type(frozen), target=target)
-    batches = [tuple(network.batch_shape) for network in (frozen, target)]
-    batch = _checks.common_shape("frozen and target", batches)
+    batch = _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
     data = split(target, inputs, held_out)
     if isinstance(frozen, FNN):
         if region is None:
@@ -304,28 +303,26 @@ def _fit_in_turn(
     network, target = fused.network, fused.fused_target
     updates, biases = [], []
     adapted, wanted = [x, select], [x, select]
-    for l, (W, metric) in enumerate(zip(network.weights, metrics, strict=True)):
-        W_target, bias = target.weights[l], torch.zeros_like(W[:, 0])
-        if target.biases:
-            bias = target.biases[l]
-        wanted = [W_target @ z + bias[:, None] for z in wanted]
+    # A fused linear network has one layer, and no bias.
+    own_biases = network.biases or [x.new_zeros(len(network.weights[0]))]
+    goal_biases = target.biases or own_biases
+    for l, (W, W_target) in enumerate(zip(network.weights, target.weights, strict=True)):
+        wanted = [W_target @ z + goal_biases[l][:, None] for z in wanted]
         fitted = fit_layer(
             (W, W_target),
             fused.fused_ranks[l],
             adapted,
             wanted,
-            Regression(theorem[l], bias),
-            metric=metric,
+            Regression(theorem[l], goal_biases[l]),
+            metric=metrics[l],
             bias=bool(target.biases),
         )
         updates.append(fitted.update)
+        biases.append(fitted.intercept - own_biases[l])
         M = W + fitted.update.matrix()
-        adapted = [M @ z + fitted.intercept[:, None] for z in adapted]
-        if target.biases:
-            biases.append(fitted.intercept - network.biases[l])
-        # A fused linear network has no further layer.
-        adapted, wanted = [z.relu() for z in adapted], [z.relu() for z in wanted]
-    return Adapters(tuple(updates), tuple(biases))
+        adapted = [(M @ z + fitted.intercept[:, None]).relu() for z in adapted]
+        wanted = [z.relu() for z in wanted]
+    return Adapters(tuple(updates), tuple(biases) if target.biases else ())
 
 
 def _metrics(target: FNN, x: Tensor) -> list[Tensor]:

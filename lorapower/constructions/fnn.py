@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import add
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -115,15 +114,13 @@ def adapt(
     ----------
     frozen, target : FNN
         Of one type, both or neither with a ReLU at the end; all batch shapes broadcast.
-    ranks : Ranks
-        One for all layers, cut to each weight's smaller side, or one per layer, at most that side.
     region : Region
         The result holds everywhere in a `regions.Ball` or `regions.Box`; see `regions.Samples`.
     partition : Partition, optional
         Uniform by default.
     scalar_biases : bool
         One larger number for all units of an inner layer.
-    rtol, throw
+    ranks, rtol, throw
         See `linear.adapt`.
     """
     gaps = blocks(frozen, target, partition)
@@ -139,7 +136,8 @@ def adapt(
 
     partition = Partition([gap.frozen.depth for gap in gaps])
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
-    regions, typical, adapted = [region], region.typical(1.0), list[_AdaptedBlock]()
+    regions, typical = [region], region.typical(1.0)
+    updates, bias_updates, solutions, digits_lost = [], [], [], []
     error_bound = torch.zeros((), device=frozen.device)
     for i, (gap, layers) in enumerate(zip(gaps, partition.slices, strict=True)):
         block, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
@@ -147,36 +145,36 @@ def adapt(
             solution = linear.adapt_gap(gap, per_layer[layers], rtol=rtol, throw=throw)
         except SingularError as error:
             raise error.at_layer(layers.start + error.layer) from None
-        found = _adapt_block(block, layer, gap, solution, regions[-1], typical, scalar_biases)
-        lost = found.digits_lost.expand(batch)
+        own, biases, lost, image = _adapt_block(
+            block, layer, gap, solution.adapters, regions[-1], typical, scalar_biases
+        )
+        lost = lost.expand(batch)
         failed = lost > limit
         if throw and failed.any():
             worst, member = float(lost[failed][0]), _checks.failed_members(failed)
             raise PrecisionError(i + 1, worst, limit=limit, dtype=frozen.dtype, member=member)
         error_bound = gap.target.norm * error_bound
         error_bound = error_bound + solution.spectral_error * regions[-1].largest_norm()
-        adapted.append(found)
-        regions.append(found.region)
+        updates += own
+        bias_updates += biases
+        solutions.append(solution)
+        digits_lost.append(lost)
+        regions.append(image)
         typical = layer(typical)
 
     def stack(values: Iterable[Tensor]) -> Tensor:
         return torch.stack([value.expand(batch) for value in values], dim=-1)
 
-    solutions = [block.solution for block in adapted]
-    digits_lost = stack(block.digits_lost for block in adapted)
-    accepted = stack(solution.success for solution in solutions) & (digits_lost <= limit)
+    accepted = stack(solution.success for solution in solutions) & (stack(digits_lost) <= limit)
     return FNNAdaptation(
-        Adapters(
-            tuple(update for block in adapted for update in block.updates),
-            tuple(update for block in adapted for update in block.bias_updates),
-        ),
+        Adapters(tuple(updates), tuple(bias_updates)),
         success=accepted.all(-1) & finite,
         partition=partition,
         regions=tuple(regions),
         block_errors=stack(solution.spectral_error for solution in solutions),
         error_bound=error_bound.expand(batch),
         rounding_errors=stack(solution.rounding_error for solution in solutions),
-        digits_lost=digits_lost,
+        digits_lost=stack(digits_lost),
     )
 
 
@@ -200,32 +198,25 @@ def idle(
     return replace(adapters, bias_updates=tuple(map(add, before, lifted.bias_updates)))
 
 
-class _AdaptedBlock(NamedTuple):
-    """A block's adapters in the frozen network, what they cost, and the region after the block."""
-
-    solution: linear.LinearAdaptation
-    updates: list[LowRank]
-    bias_updates: list[Tensor]
-    digits_lost: Float[Tensor, "*batch"]
-    region: Region
-
-
 def _adapt_block(
     block: FNN,
     layer: FNN,
     gap: Gap,
-    solution: linear.LinearAdaptation,
+    adapters: Adapters,
     region: Region,
     typical: Tensor,
     scalar_biases: bool,
-) -> _AdaptedBlock:
-    """Find the biases with which a block, its weights adapted, imitates a target layer."""
+) -> tuple[list[LowRank], list[Tensor], Float[Tensor, "*batch"], Region]:
+    """Find the biases with which a block, its weights adapted, imitates a target layer.
+
+    Return the updates of its weights and biases, the digits lost, and the region after it.
+    """
     updates = [
         LowRank(_pad(update.left, weight.shape[-2]), _pad(update.right, weight.shape[-1]))
-        for update, weight in zip(solution.adapters.updates, block.weights, strict=True)
+        for update, weight in zip(adapters.updates, block.weights, strict=True)
     ]
     weights = [w + update.matrix() for w, update in zip(block.weights, updates, strict=True)]
-    reached = gap.reached(sum(solution.adapters.ranks))
+    reached = gap.reached(sum(adapters.ranks))
     at_centre = reached @ region.centre + layer.biases[0][..., None]
     biases, values = _biases(weights, block, region, at_centre, scalar_biases)
     lost = _digits_lost(weights, biases, values, layer, typical)
@@ -234,7 +225,7 @@ def _adapt_block(
     matrix = product(weights)[..., : at_centre.shape[-2], : region.width]
     image = region.image(torch.where(sound, matrix, 0), torch.where(sound, at_centre, 0))
     changes = [(new - b[..., None])[..., 0] for new, b in zip(biases, block.biases, strict=True)]
-    return _AdaptedBlock(solution, updates, changes, lost, image.relu() if layer.relus else image)
+    return updates, changes, lost, image.relu() if layer.relus else image
 
 
 def _biases(
@@ -282,11 +273,11 @@ def _digits_lost(
 
     Units count as independent.
     """
-    covariance = torch.zeros((), dtype=layer.dtype, device=layer.device)
+    inputs = weights[0].shape[-1]
+    covariance = weights[0].new_zeros(inputs, inputs)
     for weight, bias, value in zip(weights, biases, values[:-1], strict=True):
         new = weight.square() @ value.square() + bias.square()
-        covariance = weight @ covariance @ weight.mT if covariance.ndim else covariance
-        covariance = covariance + torch.diag_embed(new[..., 0])
+        covariance = weight @ covariance @ weight.mT + torch.diag_embed(new[..., 0])
     outputs = layer.widths[-1]
     of_block = covariance.diagonal(dim1=-2, dim2=-1)[..., :outputs].mean(-1)
     moments = typical.square().mean(-1, keepdim=True)

@@ -52,13 +52,12 @@ class Fused:
     ) -> Adaptation:
         """Give the frozen network the function that adapters give to the fused one.
 
-        Returns and raises what the construction does. In ReLU networks it holds in the ``region``.
+        Returns and raises what the construction does. For ReLU networks alone it holds in a
+        ``region``.
         """
         reached = adapters.merge(self.network)
-        options: dict[str, Any] = {"throw": throw}
-        if isinstance(reached, FNN):
-            options |= {"inputs": region, "partition": self.partition}
-        return general.adapt(self.frozen, reached, self.ranks, **options)
+        options = {"partition": self.partition} if self.partition else {}
+        return general.adapt(self.frozen, reached, self.ranks, region, throw=throw, **options)
 
 
 def fuse(frozen: Network, target: Network, ranks: Any, partition: Partition | None = None) -> Fused:

@@ -138,7 +138,7 @@ def adapt_gap(
     gap = gap.flat()
     problem = _Problem(gap.frozen.weights, ranks, gap.reached(total), gap.svd, gap.noise[:, None])
     best = _adapt_in_turn(problem, by_lemma=False)
-    splits = [_split_by_lemma, _split_transposed]
+    splits = [_adapt_in_turn, _split_transposed]
     if total > gap.spectrum.shape[-1]:
         splits.insert(0, _split_lifted)
     for split in () if plain_only else splits:
@@ -210,18 +210,11 @@ class _Solution:
         self.rounding[members] = other.rounding[better]
 
 
-def _split_by_lemma(problem: _Problem) -> _Solution:
-    """Hand out columns after which the later layers can still do theirs [lem-splitting]."""
-    return _adapt_in_turn(problem, by_lemma=True)
-
-
 def _split_transposed(problem: _Problem) -> _Solution:
     """Split the transposed network's change by the lemma, which starts at the last layer."""
-    weights, (U, S, V) = [w.mT for w in reversed(problem.weights)], problem.svd
-    turned = _Problem(
-        weights, problem.ranks[::-1], problem.best_map.mT, SVD(V, S, U), problem.noise
-    )
-    found = _split_by_lemma(turned)
+    weights, ranks, best_map, (U, S, V), noise = problem
+    turned = [w.mT for w in reversed(weights)]
+    found = _adapt_in_turn(_Problem(turned, ranks[::-1], best_map.mT, SVD(V, S, U), noise))
     factors = [(B, A) for A, B in reversed(found.factors)]
     return _Solution(factors, found.conditions.flip(-1), found.rounding)
 
@@ -242,7 +235,7 @@ def _split_lifted(problem: _Problem) -> _Solution:
         lifts.append((U[..., spare] * (S[:, None, :1] - S[:, None, spare]), V[..., spare]))
     lifted = [w + A @ B.mT for w, (A, B) in zip(weights, lifts, strict=True)]
     svd = lowrank.svd(_finite(best_map - product(lifted)))
-    split = _split_by_lemma(_Problem(lifted, shares, best_map, svd, noise))
+    split = _adapt_in_turn(_Problem(lifted, shares, best_map, svd, noise))
     factors = [
         (torch.cat([A, A_lift], -1), torch.cat([B, B_lift], -1))
         for (A, B), (A_lift, B_lift) in zip(split.factors, lifts, strict=True)
@@ -271,8 +264,12 @@ def _share_by_lemma(
     return outer @ X, inner @ ((X + Z) / (1 + cosines[:, None]))
 
 
-def _adapt_in_turn(problem: _Problem, *, by_lemma: bool) -> _Solution:
-    """Adapt layer after layer, each to its share ``outer innerᵀ`` of the change that remains."""
+def _adapt_in_turn(problem: _Problem, *, by_lemma: bool = True) -> _Solution:
+    """Adapt layer after layer, each to its share ``outer innerᵀ`` of the change that remains.
+
+    By the lemma, columns are handed out after which the later layers can still do theirs
+    [lem-splitting]; otherwise the leading ones.
+    """
     weights, ranks, best_map, svd, noise = problem
     factors = [
         (w.new_zeros(*w.shape[:-1], R), w.new_zeros(len(w), w.shape[-1], R))

@@ -21,12 +21,6 @@ from ..networks.transformer import Transformer
 from . import _heads
 from .linear import Adaptation, LinearAdaptation
 
-_WORDS = {
-    "query_key": "query–key segment",
-    "value_output": "value–output segment",
-    "output": "output segment",
-}
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TransformerAdaptation(Adaptation):
@@ -128,10 +122,11 @@ def adapt(
     solutions, by_kind, errors = {}, {}, {}
     for name, gap in cut.items():
         given = {kind: each[kind] for kind in Segments.WEIGHTS[name]}
-        if name in _WORDS:
+        if len(given) == 2:
             if throw:
                 _heads.require_ranks(gap, given)
-            solution = _heads.adapt(gap, given, _WORDS[name], rtol=rtol, throw=throw)
+            words = f"{name.replace('_', '–')} segment"
+            solution = _heads.adapt(gap, given, words, rtol=rtol, throw=throw)
             found, solutions[name] = solution.adapters.updates, solution
             if len(found) == 4:
                 found = found[1:3]
