@@ -20,11 +20,9 @@ from ..training.fused import polish
 from ..training.tuning import Fresh, Tuning
 from ._training import one_problem, train_each
 
-# Vectors by what is tuned: those of the theorem on attention, biases of hidden units too, all, or
-# those that follow attention.
+# Vectors by what is tuned: those of the theorem on attention, all, or those that follow attention.
 VECTORS = {
     "free": ("b_Q", "b_O", "b_2"),
-    "biases": ("b_Q", "b_O", "b_2", "b_1"),
     "all": ("b_Q", "b_O", "b_2", "b_1", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
     "mlp": ("b_O", "b_2", "b_1", "g_2", "s_2"),
 }
@@ -81,15 +79,15 @@ class Trained(Record):
     """Adapters of one rank on a part of the blocks, by Adam at a falling rate, then L-BFGS.
 
     ``W_V`` and ``W_O`` have ``more`` rank than the rest. Of the vectors ``"free"`` tunes
-    ``b_Q, b_O, b_2``, ``"biases"`` also ``b_1``, ``"all"`` also gains and shifts; ``"mlp"`` those
-    that follow attention. L-BFGS takes ``iterations`` on fixed inputs.
+    ``b_Q, b_O, b_2``, ``"all"`` also ``b_1``, gains and shifts; ``"mlp"`` those that follow
+    attention. L-BFGS takes ``iterations`` on fixed inputs.
     """
 
     kind: Literal["trained"] = "trained"
     part: Part = "attention"
     rank: int = Field(8, ge=0)
     more: int = Field(0, ge=0)
-    vectors: Literal["free", "biases", "all", "mlp"] = "all"
+    vectors: Literal["free", "all", "mlp"] = "all"
     learning_rate: float = Field(1e-2, gt=0)
     iterations: int = Field(0, ge=0)
 

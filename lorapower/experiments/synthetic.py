@@ -313,15 +313,14 @@ class _Bench:
         """Settings of a method by gradients, with its start."""
         if not isinstance(method, Recipe):
             return Gradient.tuning(method)
+        start: Any = method.start
+        blocks = self.problem.target_depth if start == "linearized" else 1
+        if start in ("construction", "fitted"):
+            source: Any = Construction if start == "construction" else Fitted
+            adapters, _ = self.adapt(source(ranks=method.ranks))
+            start = _perturb(adapters.balanced(), method.perturbation, self.problem.seed)
         options = method.model_dump(exclude={"kind", "start", "perturbation"})
-        if method.start == "linearized":
-            return Tuning(**options, start=method.start, blocks=self.problem.target_depth)
-        if method.start in ("study", "spectral"):
-            return Tuning(**options, start=method.start)
-        source: Any = Construction if method.start == "construction" else Fitted
-        adapters, _ = self.adapt(source(ranks=method.ranks))
-        start = _perturb(adapters.balanced(), method.perturbation, self.problem.seed)
-        return Tuning(**options, start=start)
+        return Tuning(**options, start=start, blocks=blocks)
 
     def adapt(self, method: Any) -> tuple[Adapters, dict[str, float]]:
         """Adapters of another method, and fields of `Found` that it knows."""
