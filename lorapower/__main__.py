@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import find_spec
-from typing import NoReturn
 
 _LIBRARIES = ("pandas", "peft", "rich", "transformers", "typer")
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command, or say which libraries it lacks, with exit status 2."""
     # Before anything imports torch: its threads spin while they wait, and take the time of others.
     # A pass of 0.7 s with one thread takes 9.8 s with two beside two busy processes, and 0.6 s so.

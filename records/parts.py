@@ -309,7 +309,8 @@ def effect(planner: Planner) -> Iterator[Row]:
     for which in ("tuned", "base"):
         pair.fill(network, which)
         with torch.no_grad():
-            rows[which] = torch.cat([test.rows(network, batch) for batch in test.batches])
+            states = (test.readout.states(network, batch) for batch in test.batches)
+            rows[which] = torch.cat([*map(test.readout.rows, states)])
     off = rows["base"] - rows["tuned"]
     yield -1, "", "alike", float(off.mean(0).square().sum() / off.square().sum(1).mean())
     adapter = planner.smallest(LEFT)

@@ -11,9 +11,9 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -58,23 +58,20 @@ console, errors = Console(), Console(stderr=True)
 
 
 def _flag(help: str, default: Any = None, *names: str, **about: Any) -> Any:
-    """A field of a command's options that is a flag; ``MISSING`` for one that must be given."""
-    return field(default=default, metadata={"is": typer.Option(*names, help=help, **about)})
-
-
-def _argument(help: str, metavar: str, default: Any = MISSING) -> Any:
-    """A field of a command's options that is given by its place."""
-    return field(default=default, metadata={"is": typer.Argument(help=help, metavar=metavar)})
+    """A field of a command's options that is a flag; ``...`` for one that must be given."""
+    return typer.Option(default, *names, help=help, **about)
 
 
 @dataclass(kw_only=True)
 class _Options:
     """What all commands take: each field is an argument or a flag."""
 
-    base: str = _argument("The base: a folder, a name on the hub, or 'packaged'.", "BASE")
+    base: str = typer.Argument(
+        help="The base: a folder, a name on the hub, or 'packaged'.", metavar="BASE"
+    )
     texts: Path = _flag(
         "Texts like those the model is for: one a line, or .jsonl with 'text', maybe 'label'.",
-        MISSING,
+        ...,
     )
     tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
     seed: int = _flag("Draws texts and probes.", 0)
@@ -87,8 +84,8 @@ class _Options:
 class _PlanOptions(_Options):
     """What `plan` takes."""
 
-    tuned: str | None = _argument(
-        "What was tuned from it: a checkpoint, or an adapter of peft.", "TUNED", None
+    tuned: str | None = typer.Argument(
+        None, help="What was tuned from it: a checkpoint, or an adapter of peft.", metavar="TUNED"
     )
     adapter: list[str] | None = _flag(
         "Instead of TUNED: an adapter and its weight, such as movies=0.7. May be repeated.",
@@ -142,7 +139,7 @@ class _PlanOptions(_Options):
 class _ExtractOptions(_PlanOptions):
     """What `extract` and `shrink` take."""
 
-    out: Path = _flag("Folder for the adapter.", MISSING)
+    out: Path = _flag("Folder for the adapter.", ...)
     merged: Path | None = _flag("Folder for the adapted model in full, in float32, too.")
 
 
@@ -150,31 +147,20 @@ class _ExtractOptions(_PlanOptions):
 class _CheckOptions(_Options):
     """What `check` takes."""
 
-    adapter: str = _argument("Folder of an adapter that peft reads.", "ADAPTER")
-    tuned: str = _argument("What it stands in for, as in `plan`.", "TUNED")
+    adapter: str = typer.Argument(help="Folder of an adapter that peft reads.", metavar="ADAPTER")
+    tuned: str = typer.Argument(help="What it stands in for, as in `plan`.", metavar="TUNED")
     force: bool = _flag("Take adapters for other bases.", False, "--force")
 
 
 def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any], None]], Any]:
     """Make a function of options a command, whose arguments and flags are their fields."""
-    types = get_type_hints(options)
-    parameters = [
-        inspect.Parameter(
-            each.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if each.default is MISSING else each.default,
-            annotation=Annotated[types[each.name], each.metadata["is"]],
-        )
-        for each in fields(options)
-    ]
 
     def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        @functools.wraps(function)
         def run(**given: Any) -> None:
             function(options(**given))
 
-        functools.update_wrapper(run, function)
-        run.__dict__["__signature__"] = inspect.Signature(parameters)
-        run.__annotations__ = {}
+        run.__dict__["__signature__"] = inspect.signature(options, eval_str=True)
         app.command(**about)(run)
         return function
 
@@ -259,7 +245,7 @@ def example(
     _tell([("", "lorapower plan base tuned --texts movies.jsonl --error 0.1")], wrap=False)
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command; errors of this package are one line, with exit status 2."""
     try:
         app()
@@ -270,7 +256,6 @@ def main() -> NoReturn:
     except LorapowerError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(BAD) from None
-    raise SystemExit(DONE)
 
 
 def _call(function: Callable[..., Any], options: _Options) -> Any:
@@ -424,8 +409,7 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
         rows.append(("", _remedy(plan)))
     worst = math.ceil(0.05 * measured.texts)
     held = f"{worst} of {measured.texts} texts hold {plan.largest_share:.0%} of the squared loss"
-    chosen = plan.aim is not None
-    rows += [*_measured(measured, held if plan.largest_share > 0 else "", limits=not chosen)]
+    rows += _measured(measured, held if plan.largest_share > 0 else "", limits=plan.aim is None)
     size = f"{megabytes(plan.size)}: {plan.adapter.parameters:,} numbers in factors, "
     size += f"{plan.carried:,} in all"
     rows.append(("Size", size if plan.reached and out is not None else f"about {size}"))

@@ -20,7 +20,7 @@ from ..lowrank import LowRank
 from ._adapters import module_factors
 from ._models import PEFT_CONFIG, public_name, quiet, require_libraries, tokenizer
 from ._texts import TOKENS
-from .pair import Adapter, Pair
+from .pair import Adapter, Pair, build
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -221,7 +221,7 @@ def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
     """Count the numbers that `save` would write, and about how many bytes they take."""
     from peft import get_peft_model_state_dict
 
-    network = pair.skeleton()
+    network = build(pair.tuned.config, pair.architecture, "meta")
     wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, network, adapter))
     with warnings.catch_warnings(action="ignore"):
         tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

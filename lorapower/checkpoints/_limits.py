@@ -24,9 +24,9 @@ def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
     return float(math.sqrt(lost / whole))
 
 
-def largest_share(squares: NDArray[np.float64], part: float = 0.05) -> float:
-    """The share of a sum that its largest terms hold, a part of all; NaN if the sum is 0."""
-    largest = np.sort(squares)[-math.ceil(part * len(squares)) :]
+def largest_share(squares: NDArray[np.float64]) -> float:
+    """The share of a sum that the largest twentieth of its terms holds; NaN if the sum is 0."""
+    largest = np.sort(squares)[-math.ceil(0.05 * len(squares)) :]
     return float(largest.sum() / squares.sum()) if squares.sum() else math.nan
 
 
@@ -35,26 +35,26 @@ def quantile(losses: NDArray[np.float64]) -> float:
     return float(np.quantile(losses, SHARE, method="inverted_cdf"))
 
 
-def quantile_limit(losses: NDArray[np.float64], share: float = SHARE) -> float:
-    """Compute an upper limit of a quantile at 95%, for any distribution [prop-certificate].
+def quantile_limit(losses: NDArray[np.float64]) -> float:
+    """Compute an upper limit at 95% of what 90% of texts lose at most [prop-certificate].
+
+    It holds for any distribution.
 
     Parameters
     ----------
     losses : array, ``[n]``
         What texts lose that were drawn independently from one distribution.
-    share : float
-        The share ``q`` of texts that are to lose at most the limit.
 
     Returns
     -------
     float
         The k-th smallest of the losses, with the least k such that a binomial number of ``n`` draws
-        with probability ``q`` is at least k in at most 5% of cases (Wilks, 1941); infinite where
+        with probability 0.9 is at least k in at most 5% of cases (Wilks, 1941); infinite where
         there is no such k up to ``n``.
     """
     from scipy import stats
 
-    found = stats.quantile_test(losses, p=share, alternative="less")
+    found = stats.quantile_test(losses, p=SHARE, alternative="less")
     limit = float(found.confidence_interval(_CONFIDENCE).high)
     return math.inf if math.isnan(limit) else limit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -208,20 +209,12 @@ class Reference:
         some._states = self._states[::-step]
         return some
 
-    def rows(self, network: Any, batch: Batch) -> Tensor:
-        """A network's outputs as `Readout.rows`, as if it had the tuned head."""
-        return self.readout.rows(self.readout.states(network, batch))
-
     def error(self, network: Any) -> float:
         """Measure ``η`` of a network of transformers."""
         return ratio(self.squares(network), self.effect)
 
-    def measure(self, network: Any) -> Measured:
-        """Measure what a network loses, of transformers or peft."""
-        return self.summarize(self.compare(network))
-
     def summarize(self, compared: Compared) -> Measured:
-        """Measure what a network loses from what it does on each text."""
+        """Measure what a network loses, from what it does on each text (`compare`)."""
         squares, equal, divergence, decisions, variation, right = compared
         # Bets are placed on one text after the other, as they were drawn.
         order = np.argsort(np.concatenate([batch.drawn for batch in self.batches]))
@@ -260,16 +253,16 @@ class Reference:
         return np.concatenate(parts)
 
     def compare(self, network: Any) -> Compared:
-        """Compare a network with the tuned one on each text."""
+        """Compare a network, of transformers or peft, with the tuned one on each text."""
         task = self.readout.task
         parts: list[NDArray[np.float64]] = []
         with torch.no_grad():
             for batch, states in zip(self.batches, self._states, strict=True):
                 values = outputs(network, batch, task)
                 target = self.readout.outputs(states.to(values))
-                labels = (
-                    batch.labels if task == "classification" else torch.full((len(values),), -1)
-                )
+                # Other rows are of tokens, and have no labels.
+                by_text = task == "classification"
+                labels = batch.labels if by_text else torch.full((len(values),), -1)
                 # Some rows at a time, as logits in float64 need much memory.
                 some = zip(*(rows.split(_ROWS) for rows in (values, target, labels)), strict=True)
                 columns = torch.cat([_contrast(x, y, known, task) for x, y, known in some])
@@ -289,11 +282,10 @@ def _contrast(values: Tensor, target: Tensor, labels: Tensor, task: Task) -> Ten
     log, log_target = (x.double().log_softmax(-1) for x in (values, target))
     p, p_target = log.exp(), log_target.exp()
     decided = values.argmax(-1)
+    labels = labels.to(decided)
     equal = (decided == target.argmax(-1)).double()
     divergence = (p_target * (log_target - log)).sum(-1)
-    right = (
-        (decided == labels.to(decided)).double().where((labels >= 0).to(decided.device), nothing)
-    )
+    right = (decided == labels).double().where(labels >= 0, nothing)
     varied = (p_target - p).abs().sum(-1) / 2
     return torch.stack([squares, equal, divergence, ones, varied, right], -1).cpu()
 
@@ -315,11 +307,8 @@ def watch(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tens
     """Collect inputs and outputs of modules in the order of their calls; gradients may be on."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(name: str) -> Any:
-        def hook(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = inputs[0].detach(), output
-
-        return hook
+    def keep(name: str, _: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = inputs[0].detach(), output
 
     def start(_: Any, __: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_(torch.is_grad_enabled())
@@ -330,7 +319,7 @@ def watch(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tens
         stack.callback(first.register_forward_hook(start).remove)
         for name in modules:
             module = network.get_submodule(name)
-            stack.callback(module.register_forward_hook(keep(name)).remove)
+            stack.callback(module.register_forward_hook(functools.partial(keep, name)).remove)
         yield seen
 
 

@@ -146,7 +146,7 @@ class Pair:
         kind, tuned_kind = base_files.config.model_type, tuned_files.config.model_type
         if kind != tuned_kind:
             raise InputError("tuned", allowed=f"of type {kind!r}, like the base", given=tuned_kind)
-        network = _build(tuned_files.config, architecture, "meta")
+        network = build(tuned_files.config, architecture, "meta")
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         stem, body = network.base_model_prefix, network.base_model
         prefix = "" if body is network else f"{stem}."
@@ -157,7 +157,7 @@ class Pair:
             raise InputError("base", allowed=allowed, given=f"no {listed(deep)}")
         if isinstance(tuned_files, Adapted):
             with quiet():
-                tuned_files.fit(_build(tuned_files.config, architecture, "cpu"))
+                tuned_files.fit(build(tuned_files.config, architecture, "cpu"))
         else:
             tuned_files.bind(sizes, stem)
             if extra := sorted(tuned_files.unused - base_files.unused):
@@ -229,7 +229,7 @@ class Pair:
     def network(self) -> Any:
         """Make a network of transformers with the tuned weights, which `fill` can replace."""
         with quiet():
-            network = _build(self.tuned.config, self.architecture, "cpu")
+            network = build(self.tuned.config, self.architecture, "cpu")
         network.eval().requires_grad_(False)
         if network.config.pad_token_id is None:
             # A classifier on a decoder needs it to find where texts end.
@@ -239,19 +239,14 @@ class Pair:
         self.fill(network, "tuned")
         return network
 
-    def skeleton(self) -> Any:
-        """Make a network of transformers without numbers, on the device ``"meta"``."""
-        return _build(self.tuned.config, self.architecture, "meta")
-
     def fill(
-        self, network: Any, which: str, *, updates: Mapping[str, Callable[[], Tensor]] | None = None
+        self, network: Any, which: str, *, updates: Mapping[str, Callable[[], Tensor]] = {}
     ) -> None:
         """Give a network the weights of ``"base"``, of ``"tuned"``, or of an ``"adapted"`` one.
 
         An adapted network takes its modules and the kinds in ``leave`` from the base and all else
         from the tuned one, even a head that the base lacks. ``updates`` replace these values.
         """
-        updates = updates or {}
         carried = {other.name for other in self.others if other.kind not in self.leave}
         with torch.no_grad():
             for name, parameter in network.named_parameters():
@@ -270,10 +265,6 @@ class Pair:
 
     def put(self, network: Any, adapter: Adapter) -> None:
         """Give a network the base's weights with an adapter, as in `fill`."""
-        self.fill(network, "adapted", updates=self._adapted(adapter))
-
-    def _adapted(self, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
-        """Weights and biases of modules with an adapter."""
 
         def adapted(module: Module) -> Tensor:
             weight = self.weight("base", module)
@@ -285,7 +276,8 @@ class Pair:
             f"{module.name}.weight": functools.partial(adapted, module)
             for module in self.modules.values()
         }
-        return updates | {f"{name}.bias": bias.float for name, bias in adapter.biases.items()}
+        updates |= {f"{name}.bias": bias.float for name, bias in adapter.biases.items()}
+        self.fill(network, "adapted", updates=updates)
 
     def _compare(self, network: Any, new: Collection[str]) -> Iterable[_Other]:
         """What differs beside the weights of modules, with what the base lacks (``new``)."""
@@ -344,7 +336,7 @@ def _describe(config: Any) -> tuple[str, Task]:
     return architecture, task
 
 
-def _build(config: Any, architecture: str, device: str) -> Any:
+def build(config: Any, architecture: str, device: str) -> Any:
     """A network of transformers with any weights, or without on the device ``"meta"``."""
     import transformers
 

@@ -137,7 +137,6 @@ class Planner:
         self._pass_texts()
         # Of other texts than those for stating, so that their losses are independent.
         self.test.typical = math.sqrt(self.select.effect.mean())
-        self._by_effect: dict[int, Adapter] = {}
 
     @property
     def equal(self) -> bool:
@@ -150,8 +149,8 @@ class Planner:
         return max(self.parameters(self.max_rank), int(self._pool.costs.sum()))
 
     def parameters(self, rank: int) -> int:
-        """Count the numbers that one rank for all modules takes."""
-        return _cost(_uniform(self.modules, rank), self.modules)
+        """Count the numbers that one rank for all modules, at most their smaller side, takes."""
+        return sum(module.cost * min(rank, *module.shape) for module in self.modules.values())
 
     @functools.cached_property
     def weighted(self) -> dict[str, Directions]:
@@ -171,33 +170,52 @@ class Planner:
         Weighted directions of all modules' changes are taken by what they add to the effect for
         their cost, and gains are fitted to all of them at once [prop-coherent].
         """
-        if parameters not in self._by_effect:
-            choice = choose(self._pool, *self._sketches, parameters)
-            self._by_effect[parameters] = self._with_gains(choice.gains(parameters))
-        return self._by_effect[parameters]
-
-    def truncate(self, ranks: Mapping[str, int]) -> Adapter:
-        """Make the adapter of the leading singular directions, of given ranks; others get none."""
-        factors = {
-            name: _balance(self._decompose(name, most=rank).update)
-            for name, rank in ranks.items()
-            if rank
-        }
-        return Adapter(factors, {})
+        choice = choose(self._pool, *self._sketches, parameters)
+        return self._with_gains(choice.gains(parameters))
 
     def uniform(self, parameters: int) -> Adapter:
-        """Make the adapter of one rank for all modules, at least 1, for at most so many numbers."""
-        fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
-        return self.truncate(_uniform(self.modules, max(fitting, default=1)))
+        """Make the adapter of one rank for all modules, at least 1, for at most so many numbers.
 
-    def smallest(self, error: float) -> Adapter:
-        """Find the smallest adapter with at most an error on the texts for selection.
+        It has the leading singular directions of each change.
+        """
+        fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
+        rank = max(fitting, default=1)
+        factors = {n: _balance(self._decompose(n, most=rank).update) for n in self.modules}
+        return Adapter(factors, {})
+
+    def smallest(self, error: float, lost: Callable[[Adapter], float] | None = None) -> Adapter:
+        """Find the smallest adapter that loses at most ``error``; ``lost`` is by default `error`.
 
         It is looked for by bisection, to a twentieth of its parameters, along the order in which
         `candidate` takes directions. Where the highest ranks do not reach the error, theirs is
         returned.
         """
-        return self._smallest(error, self.error)
+        lost, sketches = lost or self.error, self._sketches
+        self.report("searching the smallest adapter", 0, 7)
+        numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
+        numbers = [number for number in numbers if number < self.most] + [self.most]
+        square = (_TYPICAL * error) ** 2 * float(self.select.effect.mean())
+        high = predict_least(self._pool, *sketches, square, numbers)
+        choice = choose(self._pool, *sketches, high)
+        low = done = 0
+        while lost(adapter := self._with_gains(choice.gains(high))) > error:
+            if high == self.most:
+                return adapter
+            low, high = high, min(2 * high, self.most)
+            choice = choose(self._pool, *sketches, high)
+        while high > 1.05 * low + self.parameters(1) // 50:
+            remaining = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
+            total = done + max(1, math.ceil(remaining))
+            self.report("searching the smallest adapter", done, total)
+            done += 1
+            middle = round(math.sqrt(low * high)) if low else high // 2
+            smaller = self._with_gains(choice.gains(middle))
+            if lost(smaller) <= error:
+                adapter, high = smaller, middle
+            else:
+                low = middle
+        self.report("searching the smallest adapter", done, done)
+        return adapter
 
     def descend(self, aim: float, *, estimate: bool = False) -> Iterator[Adapter]:
         """Make adapters from large to small, along the order in which `candidate` takes directions.
@@ -208,7 +226,7 @@ class Planner:
         the texts for stating.
         """
         lost = self.error if estimate else self._lost
-        low = self._smallest(_SAFE * aim, lost).parameters
+        low = self.smallest(_SAFE * aim, lost).parameters
         sizes = [min(times * low, self.most) for times in _FIRST]
         while sizes[-1] > self.parameters(1) // 50:
             sizes.append(math.floor(_STEP * sizes[-1]))
@@ -275,50 +293,12 @@ class Planner:
         squares = self.select.squares(self.network)
         return max(ratio(squares, self.select.effect), quantile(self.select.losses(squares)))
 
-    def _smallest(self, aim: float, lost: Callable[[Adapter], float]) -> Adapter:
-        """The smallest adapter by bisection that loses at most an aim, or the largest."""
-        sketches = self._sketches
-        self.report("searching the smallest adapter", 0, 7)
-        numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
-        numbers = [number for number in numbers if number < self.most] + [self.most]
-        square = (_TYPICAL * aim) ** 2 * float(self.select.effect.mean())
-        high = predict_least(self._pool, *sketches, square, numbers)
-        choice = choose(self._pool, *sketches, high)
-        low = done = 0
-        while lost(adapter := self._with_gains(choice.gains(high))) > aim:
-            if high == self.most:
-                return adapter
-            low, high = high, min(2 * high, self.most)
-            choice = choose(self._pool, *sketches, high)
-        while high > 1.05 * low + self.parameters(1) // 50:
-            remaining = math.log2(math.log(high / low) / math.log(1.05)) if low else 6
-            total = done + max(1, math.ceil(remaining))
-            self.report("searching the smallest adapter", done, total)
-            done += 1
-            middle = round(math.sqrt(low * high)) if low else high // 2
-            smaller = self._with_gains(choice.gains(middle))
-            if lost(smaller) <= aim:
-                adapter, high = smaller, middle
-            else:
-                low = middle
-        self.report("searching the smallest adapter", done, done)
-        return adapter
-
     def _pass_texts(self) -> None:
-        """Record both networks on the texts for selecting and for stating."""
+        """Record both networks on texts for selecting and stating; report how long all may take."""
         start = time.perf_counter()
         self.report("passing texts", 0, 4)
         self.select.record_tuned(self.network)
-        stage = self._tell_costs(time.perf_counter() - start)
-        self.test.record_tuned(self.network)
-        self.report(stage, 2, 4)
-        self.pair.fill(self.network, "base")
-        for done, reference in enumerate((self.select, self.test), 3):
-            reference.record_base(self.network)
-            self.report(stage, done, 4)
-
-    def _tell_costs(self, seconds: float) -> str:
-        """Report about how long the plan takes, from the seconds of one pass over a few texts."""
+        seconds = time.perf_counter() - start
         fit, select, stated = map(count_tokens, self.texts[:3])
         passes = (
             _SELECTED * select
@@ -328,7 +308,12 @@ class Planner:
         )
         stage = f"passing texts, of about {passes * seconds / select:.0f} s in all"
         self.report(stage, 1, 4)
-        return stage
+        self.test.record_tuned(self.network)
+        self.report(stage, 2, 4)
+        self.pair.fill(self.network, "base")
+        for done, reference in enumerate((self.select, self.test), 3):
+            reference.record_base(self.network)
+            self.report(stage, done, 4)
 
     @functools.cached_property
     def _pool(self) -> Pool:
@@ -366,9 +351,12 @@ class Planner:
             kept = parts != 0
             left, right = found.update.left[:, kept] * parts[kept], found.update.right[:, kept]
             if kept.any():
-                factors[name] = _balance(LowRank(left.double(), right.double()))
-            if self.serving and kept.any():
-                factors[name] = _pad(factors[name], self.max_rank)
+                update = _balance(LowRank(left.double(), right.double()))
+                if self.serving:
+                    zeros = (0, self.max_rank - update.rank)
+                    sides = update.left, update.right
+                    update = LowRank(*(nn.functional.pad(side, zeros) for side in sides))
+                factors[name] = update
             if self.pair.frees_bias(self.modules[name]):
                 tuned = self.pair.tuned.read(f"{name}.bias")
                 biases[name] = (tuned + found.shift - left @ (right.mT @ found.mean)).float()
@@ -382,22 +370,6 @@ def _balance(update: LowRank) -> LowRank:
     U, values, Vh = torch.linalg.svd(S @ T.mT)
     half = values.sqrt()
     return LowRank((Q @ U * half).float(), (P @ Vh.mT * half).float())
-
-
-def _pad(update: LowRank, rank: int) -> LowRank:
-    """The same update with columns of zeros up to a rank."""
-    zeros = (0, rank - update.rank)
-    return LowRank(*(nn.functional.pad(side, zeros) for side in (update.left, update.right)))
-
-
-def _cost(ranks: Mapping[str, int], modules: Mapping[str, Module]) -> int:
-    """Numbers in factors of these ranks: ``Σ_m r_m (out_m + in_m)``."""
-    return sum(modules[name].cost * rank for name, rank in ranks.items())
-
-
-def _uniform(modules: Mapping[str, Module], rank: int) -> dict[str, int]:
-    """One rank for all modules, or the highest that a small one can have."""
-    return {name: min(rank, *module.shape) for name, module in modules.items()}
 
 
 def _require_leave(pair: Pair, leave: Collection[str]) -> None:

@@ -188,7 +188,6 @@ def plan(
     estimate: bool = False,
     serving: bool = False,
     force: bool = False,
-    report: Report | None = None,
     **options: Any,
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
@@ -220,14 +219,12 @@ def plan(
         Whether the adapter is to have factors alone, all of one rank, ``max_rank``: at most 64, 8
         unless given. The search then chooses which modules have them; what servers compute as one
         has them together. All else that tuning changed stays the base's.
-    report : callable, optional
-        Receives progress: the stage, the steps done, and their number.
     **options
-        Options of `Planner`.
+        Options of `Planner`, among them ``report``, which receives progress.
     """
     start = time.perf_counter()
     aim = _read_aim(error, parameters, rank, estimate)
-    planner = _prepare(base, tuned, texts, serving, force, report=report, **options)
+    planner = _prepare(base, tuned, texts, serving, force, **options)
     if planner.equal:
         found = _state(planner, Adapter({}, {}), aim, estimate)
     elif aim is None:
@@ -254,7 +251,6 @@ def prices(
     *,
     serving: bool = False,
     force: bool = False,
-    report: Report | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """Estimate what adapters of several sizes lose, on the texts for choosing.
@@ -267,14 +263,14 @@ def prices(
 
     Parameters
     ----------
-    base, tuned, texts, serving, force, report, **options
+    base, tuned, texts, serving, force, **options
         See `plan`.
     """
     import pandas as pd
 
-    planner = _prepare(base, tuned, texts, serving, force, report=report, **options)
-    numbers = (min(planner.parameters(1) * 2**k // 4, planner.most) for k in range(7))
-    adapters = {each.parameters: each for each in map(planner.candidate, numbers)}
+    planner = _prepare(base, tuned, texts, serving, force, **options)
+    numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in range(7)}
+    adapters = {each.parameters: each for each in map(planner.candidate, sorted(numbers))}
     rows = []
     for done, adapter in enumerate(adapters.values()):
         planner.report("measuring", done, len(adapters))
@@ -384,7 +380,7 @@ def check(
     Parameters
     ----------
     base, adapter, tuned, force, report
-        The adapter's folder, and what `plan` takes.
+        The adapter's folder, and what `plan` and `Planner` take.
     texts : sequence of str, or mapping
         At least 60 that the adapter's plan has not used, as its ``report.json`` knows, or their
         classes by text; at most 256 are taken, drawn by ``seed``.
@@ -421,16 +417,6 @@ def check(
     return measured
 
 
-def _serve(*, max_rank: int = _SERVED, **options: Any) -> dict[str, Any]:
-    """Options of `Planner` for factors that servers of many adapters read."""
-    _checks.integer("max_rank", max_rank, 1, _MOST_SERVED, limit="for serving")
-    for name in ("bucket", "leave"):
-        if name in options:
-            allowed = "left out for serving, where all factors have one rank and all else stays"
-            raise InputError(name, allowed=allowed, value=options[name])
-    return {**options, "max_rank": max_rank, "serving": True, "leave": KINDS}
-
-
 def _read_aim(
     error: float | None, parameters: int | None, rank: int | None, estimate: bool
 ) -> float | None:
@@ -459,9 +445,15 @@ def _prepare(
     force: bool,
     **options: Any,
 ) -> Planner:
-    """Open a pair and pass the texts."""
+    """Open a pair and pass the texts, for factors that servers of many adapters read or others."""
     if serving:
-        options = _serve(**options)
+        rank = options.setdefault("max_rank", _SERVED)
+        _checks.integer("max_rank", rank, 1, _MOST_SERVED, limit="for serving")
+        for name in ("bucket", "leave"):
+            if name in options:
+                allowed = "left out for serving, where all factors have one rank and all else stays"
+                raise InputError(name, allowed=allowed, value=options[name])
+        options |= {"serving": True, "leave": KINDS}
     return Planner(Pair.open(base, tuned, force=force), texts, **options)
 
 

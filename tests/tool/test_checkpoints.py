@@ -75,8 +75,7 @@ def order(reference: _measuring.Reference) -> list[int]:
 
 def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     adapter = planner.uniform(planner.parameters(1))
-    planner.put(adapter)
-    found = planner.test.measure(planner.network)
+    found = planner.measure(adapter)
 
     def logits(which: str) -> torch.Tensor:
         if which != "adapted":
@@ -109,7 +108,7 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     assert some.compare(planner.network).squares == pytest.approx(expected, rel=1e-3)
     for which, lost in (("base", 1), ("tuned", 0)):
         planner.pair.fill(planner.network, which)
-        assert planner.test.measure(planner.network).error == lost
+        assert planner.test.error(planner.network) == lost
 
 
 # Moments
@@ -174,15 +173,21 @@ def test_all_of_a_low_rank_change_is_exact(planner: Planner) -> None:
         assert planner.error(adapter) < 1e-5
 
 
-def test_truncated_changes_are_the_nearest(planner: Planner) -> None:
-    ranks = {name: k % 4 for k, name in enumerate(planner.modules)}
-    adapter = planner.truncate(ranks)
-    assert adapter.ranks == {name: rank for name, rank in ranks.items() if rank}
+def test_one_rank_everywhere_is_the_nearest(planner: Planner) -> None:
+    adapter = planner.uniform(planner.parameters(2))
+    assert adapter.ranks == dict.fromkeys(planner.modules, 2)
     for name, factors in adapter.factors.items():
         change = planner.pair.change(name).double()
-        values = torch.linalg.svdvals(change)[ranks[name] :]
+        values = torch.linalg.svdvals(change)[2:]
         missed = (change - factors.matrix().double()).norm()
         assert float(missed) == pytest.approx(float(values.norm()), abs=1e-5)
+
+
+def test_one_rank_everywhere_stops_at_the_smaller_side(places: tuple[str, str]) -> None:
+    whole = Planner(Pair.open(*places), TEXTS, max_rank=30)
+    adapter = whole.uniform(whole.parameters(30))
+    assert adapter.ranks == dict.fromkeys(whole.modules, 24)
+    assert adapter.parameters == whole.parameters(30) == whole.parameters(24)
 
 
 def test_each_module_alone(planner: Planner) -> None:

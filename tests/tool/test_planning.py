@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import randomness
-from lorapower.checkpoints import Module, metrics, planner
+from lorapower.checkpoints import metrics
 from lorapower.checkpoints.metrics import Moments
 
 SIZES = st.integers(1, 9)
@@ -50,11 +50,3 @@ def test_what_no_output_depends_on_gets_no_rank() -> None:
     one = metrics.directions(drawn(0, 4, 3), about, 3, bias=True)
     assert one.values.numel() == one.total == 0
     assert torch.allclose(one.bias(0), drawn(0, 4, 3) @ about.inputs.mean(0))
-
-
-def test_uniform_ranks_stop_at_the_smaller_side() -> None:
-    known = {
-        "wide": Module("wide", "mlp", (9, 6), True, False),
-        "thin": Module("thin", "mlp", (2, 8), True, False),
-    }
-    assert planner._uniform(known, 4) == {"wide": 4, "thin": 2}
