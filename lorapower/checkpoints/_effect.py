@@ -59,8 +59,8 @@ class Pool:
             if serving and number:
                 costs[-1] += module.cost * (bucket - number)
             together = module.fused if serving else name
-            for i in range(number):
-                bundles.append(numbers.setdefault((together, i // bucket), len(numbers)))
+            keys = ((together, i // bucket) for i in range(number))
+            bundles += [numbers.setdefault(key, len(numbers)) for key in keys]
         self.costs = torch.tensor(costs, dtype=torch.float64)
         self.bundles = torch.tensor(bundles, dtype=torch.int64)
 
@@ -138,21 +138,17 @@ class Derivatives:
     def products(self, along: Float[Tensor, "rows columns"]) -> Float[Tensor, "texts directions"]:
         """``⟨r, J_d⟩`` of each text and direction, for rows ``r`` as long as the outputs."""
         after = [*self._after] if self._head is None else [*self._after, self._added]
-        slopes: list[Tensor | None] = [
-            *torch.autograd.grad(
-                self._values, after, along.to(self._values), retain_graph=True, allow_unused=True
-            )
-        ]
+        along, options = along.to(self._values), {"retain_graph": True, "materialize_grads": True}
+        slopes = [*torch.autograd.grad(self._values, after, along, **options)]
         texts = len(self._batch.input_ids)
         parts = {n: torch.zeros(texts, at.stop - at.start) for n, at in self._pool.places.items()}
-        if self._head is not None and (slope := slopes.pop()) is not None:
-            both = (slope.float() * self._of_states).cpu()
+        if self._head is not None:
+            both = (slopes.pop().float() * self._of_states).cpu()
             parts[self._head[0]] = sum_by_text(both, self._batch, "language")
         for (name, inputs), slope in zip(self._inputs.items(), slopes, strict=True):
-            if slope is not None:
-                left = self._pool.directions[name].update.left
-                both = (slope.float() @ left.to(slope.device)) * inputs
-                parts[name] = parts[name] + (both.sum(1) if both.ndim == 3 else both).cpu()
+            left = self._pool.directions[name].update.left
+            both = (slope.float() @ left.to(slope.device)) * inputs
+            parts[name] = parts[name] + (both.sum(1) if both.ndim == 3 else both).cpu()
         return torch.cat([*parts.values()], -1).double()
 
     def _taken(self, name: str, given: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 
 from ._texts import LEAST_TEXTS, MOST_TEXTS
@@ -52,33 +53,27 @@ def quantile_limit(losses: NDArray[np.float64]) -> float:
         with probability 0.9 is at least k in at most 5% of cases (Wilks, 1941); infinite where
         there is no such k up to ``n``.
     """
-    from scipy import stats
-
-    found = stats.quantile_test(losses, p=SHARE, alternative="less")
+    found = scipy.stats.quantile_test(losses, p=SHARE, alternative="less")
     limit = float(found.confidence_interval(_CONFIDENCE).high)
     return math.inf if math.isnan(limit) else limit
 
 
 def judge(losses: NDArray[np.float64], limit: float) -> tuple[str, int]:
     """Judge a certified limit by fresh texts: ``verdict`` and ``exceeding`` of `Measured`."""
-    from scipy import stats
-
     # Merged and unmerged adapters differ by rounding.
     limit = 1.001 * limit + 1e-5
     exceeding = int((~(losses <= limit)).sum())
     if quantile_limit(losses) <= limit:
         return "confirmed", exceeding
-    chance = stats.binom.cdf(len(losses) - exceeding, len(losses), SHARE)
+    chance = scipy.stats.binom.cdf(len(losses) - exceeding, len(losses), SHARE)
     return "failed" if chance <= 1 - _CONFIDENCE else "consistent", exceeding
 
 
 def texts_for(losses: NDArray[np.float64], limit: float) -> float:
     """How many texts like these would certify a limit; infinite if no number that is used does."""
-    from scipy import stats
-
     within = float((losses <= limit).mean())
     numbers = np.arange(LEAST_TEXTS, MOST_TEXTS + 1)
-    enough = stats.binom.ppf(_CONFIDENCE, numbers, SHARE) + 1 <= within * numbers
+    enough = scipy.stats.binom.ppf(_CONFIDENCE, numbers, SHARE) + 1 <= within * numbers
     return float(numbers[enough][0]) if enough.any() else math.inf
 
 
@@ -99,13 +94,11 @@ def mean_limit(values: NDArray[np.float64], *, binary: bool = False) -> float:
         average would have had 20 times the capital that he began with (Waudby-Smith and Ramdas,
         2024), or 1; for ``binary`` ones the limit of Clopper and Pearson. NaN for values that are.
     """
-    from scipy import stats
-
     n, total = len(values), float(values.sum())
     if math.isnan(total):
         return math.nan
     if binary:
-        return float(stats.beta.ppf(_CONFIDENCE, total + 1, n - total)) if total < n else 1.0
+        return float(scipy.stats.beta.ppf(_CONFIDENCE, total + 1, n - total)) if total < n else 1.0
     before = np.arange(2, n + 2)
     mean = (0.5 + values.cumsum()) / before
     spread = (0.25 + np.square(values - mean).cumsum()) / before

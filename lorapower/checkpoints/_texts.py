@@ -262,11 +262,6 @@ def _afford(texts: Sequence[_Text], budget: float | None) -> int:
     return max(LEAST_TEXTS, int(min((budget or _BUDGET) / mean, MOST_TEXTS)))
 
 
-def activations_per_token(config: Any) -> int:
-    """About how many numbers a network keeps of one token while it is differentiated."""
-    return 16 * int(config.hidden_size) * int(config.num_hidden_layers)
-
-
 def _limit(pair: Pair, tokens: int) -> int:
     """Tokens of a text at most: so many, or as many as the model takes."""
     config = pair.tuned.config
@@ -282,8 +277,9 @@ def _batches(
 ) -> Iterator[Batch]:
     """Batches of texts of similar length, as padding costs as much as text."""
     ordered = sorted(texts, key=lambda text: len(text.ids))
-    most = _LOAD // activations_per_token(pair.tuned.config)
-    padding = pair.tokenizer.pad_token_id
+    config, padding = pair.tuned.config, pair.tokenizer.pad_token_id
+    # About 16 numbers of each unit are kept of a token while a network is differentiated.
+    most = _LOAD // (16 * config.hidden_size * config.num_hidden_layers)
     while ordered:
         size = 1
         while size < min(_BATCH, len(ordered)) and (size + 1) * len(ordered[size].ids) <= most:

@@ -91,9 +91,8 @@ def _take(
                 values = readout.rows(readout.states(network, batch))
             along = randomness.normal(draw, *values.shape).to(values)
             after = [output for _, output in seen.values()]
-            slopes = torch.autograd.grad(values, after, along, allow_unused=True)
-        for (name, (given, output)), slope in zip(seen.items(), slopes, strict=True):
-            slope = torch.zeros_like(output) if slope is None else slope
+            slopes = torch.autograd.grad(values, after, along, materialize_grads=True)
+        for (name, (given, _)), slope in zip(seen.items(), slopes, strict=True):
             kept[name].append((batch.rows(given).cpu(), batch.rows(slope).cpu()))
     return {
         name: Moments(*(torch.cat(rows) for rows in zip(*parts, strict=True)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -183,7 +182,7 @@ class Pair:
         others = tuple(other for other in self.others if other.name not in weights)
         return replace(self, modules=self.modules | taken, others=others)
 
-    @cached_property
+    @functools.cached_property
     def tokenizer(self) -> Any:
         """The tuned checkpoint's tokenizer, which pads texts on the right."""
         found = tokenizer(str(self.tuned.folder))
@@ -266,15 +265,13 @@ class Pair:
     def put(self, network: Any, adapter: Adapter) -> None:
         """Give a network the base's weights with an adapter, as in `fill`."""
 
-        def adapted(module: Module) -> Tensor:
-            weight = self.weight("base", module)
-            if module.name in adapter.factors:
-                weight = weight + adapter.factors[module.name].matrix().to(weight.dtype)
+        def adapted(name: str) -> Tensor:
+            module = self.modules[name]
+            weight = self.weight("base", module) + adapter.factors[name].matrix().float()
             return weight.mT if module.transposed else weight
 
         updates: dict[str, Callable[[], Tensor]] = {
-            f"{module.name}.weight": functools.partial(adapted, module)
-            for module in self.modules.values()
+            f"{name}.weight": functools.partial(adapted, name) for name in adapter.factors
         }
         updates |= {f"{name}.bias": bias.float for name, bias in adapter.biases.items()}
         self.fill(network, "adapted", updates=updates)

@@ -74,7 +74,7 @@ class Planner:
         Whether all factors of `candidate` have the rank ``max_rank``, where need be by zeros, and
         modules that servers compute as one (`Module.fused`) get them together.
     device, report
-        Where the network is, and what receives progress.
+        Where the network is, and what receives progress: the stage, the steps done, their number.
 
     Attributes
     ----------

@@ -296,7 +296,7 @@ class TestTexts:
         assert one == same != other
 
     def test_large_networks_get_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_texts, "_LOAD", 25 * _texts.activations_per_token(self.config))
+        monkeypatch.setattr(_texts, "_LOAD", 25 * 16 * 8 * 2)
         for batch in self.prepared(files.texts(160)).fit:
             assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
 
