@@ -26,20 +26,21 @@ class Free:
 
     network: Any
     # The parts of the adapters, and which of them are tuned.
-    start: tuple[Tensor, ...]
-    moves: tuple[bool, ...]
+    start: Parts
+    moves: Sequence[bool]
     tuned: Tuned | None
 
     @classmethod
     def of(cls, network: Network, adapters: Adapters) -> Free:
-        """Take the numbers of one network's adapters."""
-        like = network.weights[0]
-        flat = [factor for u in adapters.updates for factor in (u.left, u.right)]
-        start = tuple(part.detach().clone().to(like) for part in (*flat, *adapters.bias_updates))
+        """Take the numbers of one network's adapters; refuse batches and what does not fit."""
+        require_fit(network, adapters)
+        factors = [factor for u in adapters.updates for factor in (u.left, u.right)]
+        parts = *factors, *adapters.bias_updates
+        start = [part.detach().clone().to(network.weights[0]) for part in parts]
         moves = [bool(part.numel()) for part in start]
         if adapters.tuned is not None and adapters.bias_updates:
-            moves[len(flat) :] = adapters.tuned.biases.tolist()
-        return cls(network, start, tuple(moves), adapters.tuned)
+            moves[len(factors) :] = adapters.tuned.biases.tolist()
+        return cls(network, start, moves, adapters.tuned)
 
     @property
     def count(self) -> int:
@@ -66,18 +67,17 @@ class Free:
         """Return adapters of these parts, which may have batch dimensions."""
         factors = 2 * len(self.network.weights)
         values = [part.detach() for part in parts]
-        pairs = zip(values[:factors:2], values[1:factors:2], strict=True)
-        return Adapters(tuple(LowRank(*p) for p in pairs), tuple(values[factors:]), self.tuned)
+        updates = map(LowRank, values[:factors:2], values[1:factors:2])
+        return Adapters(tuple(updates), tuple(values[factors:]), self.tuned)
 
-    def merge(self, parts: Parts, *, last_relu: bool = True) -> Any:
-        """Make the network with these parts, open to gradients; or without its last ReLU."""
-        network = self.network if last_relu else self.network.without_last_relu()
-        count = 2 * len(network.weights)
-        factors = zip(parts[:count:2], parts[1:count:2], strict=True)
-        weights = [w + A @ B.mT for w, (A, B) in zip(network.weights, factors, strict=True)]
-        if count == len(parts):
-            return network.with_parameters(weights, checked=False)
-        biases = [b + change for b, change in zip(network.biases, parts[count:], strict=True)]
+    def merge(self, parts: Parts) -> Any:
+        """Make the network with these parts, open to gradients."""
+        network, count = self.network, 2 * len(self.network.weights)
+        triples = zip(network.weights, parts[:count:2], parts[1:count:2], strict=True)
+        weights = [W + A @ B.mT for W, A, B in triples]
+        # There are no changes where no bias is tuned.
+        pairs = zip(network.biases, parts[count:], strict=False)
+        biases = [b + change for b, change in pairs] or None
         return network.with_parameters(weights, biases, checked=False)
 
     def error(self, parts: Parts, pair: Pair) -> Tensor:

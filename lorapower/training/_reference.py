@@ -67,27 +67,25 @@ def _mean(out: Tensor, y: Tensor, structure: Structure) -> Float[Tensor, " runs"
 
 def merged(state: State) -> Layers:
     """Return the layers of all runs, each with its adapters."""
-    runs, M, P, D = *state.frozen.ranks.shape, *state.parameters.b.shape[1:]
-    layers = Layers(np.empty((runs, M, D, D), np.float32), np.empty((runs, P, D), np.float32))
-    for run in range(runs):
+    layers = Layers(np.empty_like(state.parameters.A), np.empty_like(state.parameters.b))
+    for run in range(len(layers.W)):
         _steps.merge(state, run, Layers(layers.W[run], layers.b[run]))
     return layers
 
 
 def advance(
     network: Network,
-    structure: Structure,
     state: State,
     batches: tuple[Float[Tensor, "steps D n samples"], Float[Tensor, "steps ..."]],
     validation: tuple[Float[Tensor, "D n others"], Float[Tensor, ...]],
     start: int,
-    every: int,
 ) -> None:
     """Take the next steps of all runs, from step ``start`` on."""
-    course, one_sided = state.course, torch.as_tensor(state.settings.one_sided)
+    structure, course = state.structure, state.course
+    one_sided = torch.as_tensor(state.frozen.one_sided)
     if start == 0:
-        _record(network, structure, state, validation, 0, every)
-    for step, (x, y) in enumerate(zip(*batches, strict=True), start):
+        _record(network, state, validation, 0)
+    for step, (x, y) in enumerate(zip(*batches, strict=True), start + 1):
         W, b = (torch.from_numpy(part).requires_grad_() for part in merged(state))
         with torch.enable_grad():
             now = losses(network, structure, W, b, x, y, one_sided)
@@ -98,22 +96,15 @@ def advance(
         course.stopped[:] |= ~now.isfinite().numpy()
         for run in np.flatnonzero(~course.stopped).tolist():
             own = Layers(*(slope[run].numpy() for slope in slopes))
-            _steps.update(state, run, own, step + 1, structure.steps)
-            if (step + 1) % every == 0:
-                course.training[run, (step + 1) // every] = now[run]
-        if (step + 1) % every == 0:
-            _record(network, structure, state, validation, step + 1, every)
+            _steps.update(state, run, own, step)
+            if step % structure.every == 0:
+                course.training[run, step // structure.every] = now[run]
+        if step % structure.every == 0:
+            _record(network, state, validation, step)
 
 
-def _record(
-    network: Network,
-    structure: Structure,
-    state: State,
-    validation: tuple[Tensor, Tensor],
-    step: int,
-    every: int,
-) -> None:
+def _record(network: Network, state: State, validation: tuple[Tensor, Tensor], step: int) -> None:
     W, b = (torch.from_numpy(part) for part in merged(state))
-    now = losses(network, structure, W, b, *validation)
+    now = losses(network, state.structure, W, b, *validation)
     for run in np.flatnonzero(~state.course.stopped).tolist():
-        _steps.record(state, run, float(now[run]), step, every)
+        _steps.record(state, run, float(now[run]), step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from operator import gt
 
 import torch
 from torch import Tensor
@@ -16,40 +16,34 @@ from ..networks.layers import FNN
 from ..networks.partition import Partition
 from ..regions import Ball
 from . import _reference
-from ._state import Array, Stack, State, Structure
+from ._state import Array, Stack, State
 from .tuning import MARGIN, Tuning
 
 # A spectral start tries lengths halved up to so often, and takes the best on the first batch.
 HALVINGS = 24
 
 
-def put_starts(
-    stack: Stack[Any],
-    structure: Structure,
-    state: State,
-    tunings: Sequence[Tuning],
-) -> None:
+def put_starts(stack: Stack, state: State, tunings: Sequence[Tuning]) -> None:
     """Replace the start ``"study"`` of all runs where another one is asked for."""
     for i, tuning in enumerate(tunings):
         runs = slice(i * stack.members, (i + 1) * stack.members)
         if isinstance(tuning.start, Adapters):
-            caps, ranks = stack.ranks(tuning), tuning.start.ranks
-            is_within = [rank <= cap for rank, cap in zip(ranks, caps, strict=False)]
-            if len(ranks) != len(caps) or not all(is_within):
+            caps = stack.ranks(tuning)
+            if any(map(gt, tuning.start.ranks, caps)):
                 allowed = f"adapters of ranks up to {caps}"
                 raise InputError("start", allowed=allowed, given=tuning.start)
             _put(stack, state, runs, tuning.start)
         elif tuning.start == "linearized":
             _put(stack, state, runs, _linearized(stack, tuning.blocks))
         elif tuning.start == "spectral":
-            _spectral(stack, structure, state, runs)
+            _spectral(stack, state, runs)
         if tuning.centred:
             _centre(stack, state, runs)
     for best, start in zip(state.best, state.parameters, strict=True):
         best[:] = start
 
 
-def _put(stack: Stack[Any], state: State, runs: slice, start: Adapters) -> None:
+def _put(stack: Stack, state: State, runs: slice, start: Adapters) -> None:
     """Replace as many of the study's factors as there are adapters', and their biases."""
     batch = stack.network.batch_shape
     if torch.broadcast_shapes(start.batch_shape, batch) != batch:
@@ -69,7 +63,7 @@ def _put(stack: Stack[Any], state: State, runs: slice, start: Adapters) -> None:
         b[runs, l, : change.shape[-1]] += flat(change, 1)
 
 
-def _linearized(stack: Stack[Any], blocks: int) -> Adapters:
+def _linearized(stack: Stack, blocks: int) -> Adapters:
     """Find biases with which inner ReLUs idle in a ball that holds the inputs seen so far."""
     network = stack.network
     if not isinstance(network, FNN):
@@ -84,7 +78,7 @@ def _linearized(stack: Stack[Any], blocks: int) -> Adapters:
     return fnn.idle(network.to(torch.float64, "cpu"), ball, partition)
 
 
-def _centre(stack: Stack[Any], state: State, runs: slice) -> None:
+def _centre(stack: Stack, state: State, runs: slice) -> None:
     """Write layers as ``W (z − m) + c``, ``m`` the mean of ``z`` on the first batches."""
     if not isinstance(stack.network, FNN):
         given = f"True for {stack.network}"
@@ -99,15 +93,15 @@ def _centre(stack: Stack[Any], state: State, runs: slice) -> None:
         state.parameters.b[runs, l] += (W[:, l] @ centre[..., None]).squeeze(-1).numpy()
 
 
-def _spectral(stack: Stack[Any], structure: Structure, state: State, runs: slice) -> None:
+def _spectral(stack: Stack, state: State, runs: slice) -> None:
     """Put ``t U_R S_R V_Rᵀ`` of each weight's first gradient, shared equally by both factors."""
     network, frozen = stack.network.to(device="cpu"), state.frozen
     x, y = (part[0] for part in stack.first)
     A, B, b = (torch.from_numpy(part[runs]) for part in state.parameters)
-    one_sided = torch.from_numpy(state.settings.one_sided[runs])
+    one_sided = torch.from_numpy(frozen.one_sided[runs])
 
     def losses(W: Tensor) -> Tensor:
-        return _reference.losses(network, structure, W, b, x, y, one_sided)
+        return _reference.losses(network, state.structure, W, b, x, y, one_sided)
 
     W = torch.from_numpy(frozen.weights[frozen.network[runs]])
     with torch.enable_grad():

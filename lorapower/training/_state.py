@@ -7,9 +7,9 @@ are never tuned). Inputs and labels are padded alike, ``[..., D, tokens, samples
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _checks, randomness
-from ..adapters import N
 from ..errors import InputError
 from ..networks.base import Network
 from ..networks.layers import FNN
@@ -57,6 +56,8 @@ class Structure(NamedTuple):
     tile: int
     # Steps of the whole training, over which a falling rate falls.
     steps: int
+    # The validation loss is taken after so many steps.
+    every: int
 
 
 class Layers(NamedTuple):
@@ -88,7 +89,7 @@ class Batch(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """What training reads: networks, and which parts of its network a run tunes."""
+    """What training reads: networks, and what its `Tuning` says of each run, ``[runs]``."""
 
     # The weights of all networks, ``[networks, M, D, D]``.
     weights: Array
@@ -100,11 +101,6 @@ class Frozen(NamedTuple):
     biases: Booleans
     # What is subtracted from the inputs of weights, 0 but in centred runs, ``[runs, P, D]``.
     centre: Array
-
-
-class Settings(NamedTuple):
-    """How each run goes, ``[runs]``; the values of its `Tuning`."""
-
     learning_rate: Array
     # Whether the rate falls as half a cosine.
     falling: Booleans
@@ -144,8 +140,8 @@ class Course(NamedTuple):
 class State(NamedTuple):
     """All runs, stacked along the first dimension."""
 
+    structure: Structure
     frozen: Frozen
-    settings: Settings
     parameters: Parameters
     moments: Parameters
     # The parameters at the least validation loss.
@@ -153,10 +149,12 @@ class State(NamedTuple):
     course: Course
 
 
-class Stack(Generic[N]):
+class Stack:
     """A batch of frozen networks, and their data, as the kernels read them."""
 
-    def __init__(self, frozen: N, data: Data, classes: Sequence[int], one_sided: bool) -> None:
+    def __init__(
+        self, frozen: Network, data: Data, classes: Sequence[int], one_sided: bool
+    ) -> None:
         if not frozen.batch_shape.numel():
             given = f"batch shape {tuple(frozen.batch_shape)}"
             raise InputError("frozen", allowed="at least one network", given=given)
@@ -164,8 +162,7 @@ class Stack(Generic[N]):
         self.network: Any = frozen.to(torch.float32)
         self.shapes = [tuple(weight.shape[-2:]) for weight in frozen.weights]
         self.biases = self.network.biases
-        largest = max(max(shape) for shape in self.shapes)
-        self.width = -(-largest // UNROLLED) * UNROLLED
+        self.width = -(-max(map(max, self.shapes)) // UNROLLED) * UNROLLED
         self.members = frozen.batch_shape.numel()
         # Coordinates of an input and of an output, or of each of their tokens.
         self.inputs, self.outputs = self.shapes[0][1], self.shapes[-1][0]
@@ -188,8 +185,7 @@ class Stack(Generic[N]):
         settings = network.settings
         return settings.is_plain and settings.activation == "relu" and not settings.causal
 
-    def structure(self, steps: int) -> Structure:
-        """Describe all runs."""
+    def _structure(self, steps: int, every: int) -> Structure:
         has_attention = isinstance(self.network, Transformer)
         return Structure(
             relus=self.network.relus,
@@ -201,37 +197,39 @@ class Stack(Generic[N]):
             class_of=np.pad(self.votes, (0, self.width - len(self.votes)), constant_values=-1),
             tile=max(TILE // (self.width * self.tokens) // LANES, 1) * LANES,
             steps=steps,
+            every=every,
         )
 
     def state(
-        self, tunings: Sequence[Tuning], seeds: Sequence[int], points: int, until: float
+        self, tunings: Sequence[Tuning], seeds: Sequence[int], steps: int, every: int, until: float
     ) -> State:
-        """Make all runs, tuning by tuning, at the start ``"study"``, with curves of some points."""
+        """Make all runs, tuning by tuning, at the start ``"study"``."""
+
+        def per_run(value: Callable[[Tuning], Any], dtype: Any = np.float32) -> Any:
+            return np.array([*map(value, tunings)], dtype).repeat(self.members, 0)
+
         weights = self._pad(self.network.weights, 2)
         none = [torch.zeros(self.members, 1)] * len(self.shapes)
         network = np.tile(np.arange(self.members), len(tunings))
-        ranks = np.array([self.ranks(tuning) for tuning in tunings]).repeat(self.members, 0)
+        ranks = per_run(self.ranks, np.int64)
         A = np.where((ranks < 0)[..., None, None], weights[network], np.float32(0))
-        adapted = np.flatnonzero((ranks > 0).any(0))
-        B = np.stack([self._first_factors(seed, adapted) for seed in seeds])[network]
+        B = np.stack([self._first_factors(seed) for seed in seeds])[network]
         B *= np.arange(self.width)[:, None] < ranks[..., None, None]
         parameters = Parameters(A, B, self._pad(self.biases or none, 1)[network])
-        moves = np.zeros(parameters.b.shape[:2], bool)
-        each = [self._tuned_biases(tuning) for tuning in tunings]
-        moves[:, : len(self.biases)] = np.array(each, bool).repeat(self.members, 0)
-
-        def per_run(values: Sequence[Any], dtype: Any = np.float32) -> Any:
-            return np.array(values, dtype).repeat(self.members)
-
-        losses = np.full((2, len(ranks), points), np.nan, np.float32)
+        losses = np.full((2, len(ranks), steps // every + 1), np.nan, np.float32)
         return State(
-            Frozen(weights, network, ranks, moves, np.zeros_like(parameters.b)),
-            Settings(
-                per_run([tuning.learning_rate for tuning in tunings]),
-                per_run([tuning.schedule == "cosine" for tuning in tunings], bool),
-                per_run([tuning.weight_decay for tuning in tunings]),
-                per_run([tuning.ratio for tuning in tunings]),
-                per_run([tuning.loss == "one-sided" for tuning in tunings], bool),
+            self._structure(steps, every),
+            Frozen(
+                weights,
+                network,
+                ranks,
+                biases=per_run(self._tuned_biases, bool),
+                centre=np.zeros_like(parameters.b),
+                learning_rate=per_run(lambda tuning: tuning.learning_rate),
+                falling=per_run(lambda tuning: tuning.schedule == "cosine", bool),
+                weight_decay=per_run(lambda tuning: tuning.weight_decay),
+                ratio=per_run(lambda tuning: tuning.ratio),
+                one_sided=per_run(lambda tuning: tuning.loss == "one-sided", bool),
             ),
             parameters,
             Parameters(*(np.stack([np.zeros_like(each)] * 2, 2) for each in parameters)),
@@ -258,24 +256,25 @@ class Stack(Generic[N]):
             return [rank if adapted else 0 for rank, adapted in pairs]
         return list(ranks)
 
-    def _tuned_biases(self, tuning: Tuning) -> list[bool]:
+    def _tuned_biases(self, tuning: Tuning) -> Sequence[bool]:
         count, given = len(self.biases), tuning.biases
+        if isinstance(given, tuple) and len(given) != count:
+            allowed = f"True, False, or one of them for each of {count}"
+            raise InputError("biases", allowed=allowed, given=f"{len(given)} of them")
+        if not count:
+            return [False] * len(self.shapes)
         if isinstance(given, tuple):
-            if len(given) != count:
-                allowed = f"True, False, or one of them for each of {count}"
-                raise InputError("biases", allowed=allowed, given=f"{len(given)} of them")
-            return list(given)
+            return given
         if not tuning.final or tuning.final == len(self.shapes):
             return [given] * count
         # In a transformer the last weight is W_out, which has no bias beside it.
         first = count if self.network.sequences else count - tuning.final
         return [given and l >= first for l in range(count)]
 
-    def _first_factors(self, seed: int, adapted: Any) -> Array:
-        """Draw ``Bᵀ`` of every adapted weight, a row for each direction, at the largest rank."""
+    def _first_factors(self, seed: int) -> Array:
+        """Draw ``Bᵀ`` of every weight, a row for each direction, at the largest rank."""
         factors = np.zeros((len(self.shapes), self.width, self.width), np.float32)
-        for m in adapted.tolist():
-            outer, inner = self.shapes[m]
+        for m, (outer, inner) in enumerate(self.shapes):
             rank = min(outer, inner)
             generator = randomness.generator(seed, "factors", m)
             drawn = randomness.normal(generator, rank, inner, dtype=torch.float32)

@@ -62,14 +62,13 @@ def _adam(
 
 
 @compiled()
-def update(state: State, run: int, slopes: Layers, step: int, steps: int) -> None:
+def update(state: State, run: int, slopes: Layers, step: int) -> None:
     """Move factors, full weights and biases of a run one step down the gradient."""
     dW, db, D = slopes.W, slopes.b, slopes.W.shape[1]
-    frozen, settings = state.frozen, state.settings
-    parameters, moments = state.parameters, state.moments
-    rate, decay = settings.learning_rate[run], settings.weight_decay[run]
-    if settings.falling[run]:
-        rate *= F((1 + np.cos(np.pi * (step - 1) / steps)) / 2)
+    frozen, parameters, moments = state.frozen, state.parameters, state.moments
+    rate, decay = frozen.learning_rate[run], frozen.weight_decay[run]
+    if frozen.falling[run]:
+        rate *= F((1 + np.cos(np.pi * (step - 1) / state.structure.steps)) / 2)
     if frozen.centre[run].any():
         # A weight also moves the bias b = c - W m.
         for l in range(dW.shape[0]):
@@ -92,7 +91,7 @@ def update(state: State, run: int, slopes: Layers, step: int, steps: int) -> Non
                     total += dW[m, i, k] * B[r, k]
                     dB[r, k] += A[r, i] * dW[m, i, k]
                 dA[r, i] = total
-        _adam(A, dA, moments.A[run, m], rate * settings.ratio[run], decay, step, rank)
+        _adam(A, dA, moments.A[run, m], rate * frozen.ratio[run], decay, step, rank)
         _adam(B, dB, moments.B[run, m], rate, decay, step, rank)
     for l in range(frozen.biases.shape[1]):
         if frozen.biases[run, l]:
@@ -101,10 +100,10 @@ def update(state: State, run: int, slopes: Layers, step: int, steps: int) -> Non
 
 
 @compiled()
-def record(state: State, run: int, loss: float, step: int, every: int) -> None:
+def record(state: State, run: int, loss: float, step: int) -> None:
     """Record a validation loss, keep the parameters if it is the least, stop at the goal."""
     parameters, best, course = state.parameters, state.best, state.course
-    course.validation[run, step // every] = loss
+    course.validation[run, step // state.structure.every] = loss
     if step == 0:
         course.goal[run] *= loss
     if not np.isfinite(loss):
@@ -134,17 +133,10 @@ def differentiate(
 
 
 @compiled()
-def advance(
-    structure: Structure,
-    state: State,
-    runs: Integers,
-    batches: Batch,
-    validation: Batch,
-    start: int,
-    every: int,
-) -> None:
+def advance(state: State, batches: Batch, validation: Batch, start: int, runs: Integers) -> None:
     """Take the next steps of some runs by a kernel, from ``start`` on, a batch for each."""
-    frozen, course = state.frozen, state.course
+    structure, frozen, course = state.structure, state.frozen, state.course
+    every = structure.every
     M, D, P = frozen.ranks.shape[1], frozen.weights.shape[2], frozen.biases.shape[1]
     layers = Layers(np.empty((M, D, D), np.float32), np.empty((P, D), np.float32))
     slopes = Layers(np.empty((M, D, D), np.float32), np.empty((P, D), np.float32))
@@ -166,17 +158,16 @@ def advance(
                 if step > 0:
                     course.training[run, step // every] = loss
                 loss = differentiate(layers, validation, structure, nothing, False, slopes)
-                record(state, run, loss, step, every)
+                record(state, run, loss, step)
             if step == stop or course.stopped[run]:
                 break
             slopes.W[:], slopes.b[:] = F(0), F(0)
             batch = Batch(batches.x[step - start], batches.y[step - start], batches.samples)
-            one_sided = state.settings.one_sided[run]
-            loss = differentiate(layers, batch, structure, tuned, one_sided, slopes)
+            loss = differentiate(layers, batch, structure, tuned, frozen.one_sided[run], slopes)
             if not np.isfinite(loss):
                 course.stopped[run] = True
                 break
-            update(state, run, slopes, step + 1, structure.steps)
+            update(state, run, slopes, step + 1)
             merge(state, run, layers)
 
 

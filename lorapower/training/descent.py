@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..networks.base import Network
 from ..networks.gap import Gap
 from ..networks.layers import LinearNetwork, product
-from ._free import Free, Pair, Parts, labelled, require_fit
+from ._free import Free, Pair, Parts, labelled
 from ._state import require_relu_end
 from .tuning import Loss
 
@@ -87,14 +87,13 @@ def descend(
     ``iterations`` where the error on ``validation`` stops falling. Raises `InputError` for batches
     and for adapters that do not fit the network.
     """
-    require_fit(network, adapters)
-    fit = labelled(network, "training", training)
-    select = labelled(network, "validation", validation)
     # Balanced factors share a step alike.
     free = Free.of(network, adapters.balanced())
+    fit = labelled(network, "training", training)
+    select = labelled(network, "validation", validation)
     if not free.count or not iterations:
         return adapters
-    best, least = [*free.start], float(free.error(free.start, select))
+    best, least = free.start, float(free.error(free.start, select))
     done = waited = 0
 
     @torch.no_grad()
@@ -128,8 +127,8 @@ def minimize(
     gradient. Factors start at ``N(0, 0.25²)``; all members and starts are minimized as one sum.
     Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
     """
-    frozen, target = LinearNetwork.of(frozen), LinearNetwork.of(target)
-    Gap(frozen, target)  # refuses what does not fit
+    gap = Gap(frozen, target)
+    frozen, target = gap.frozen, gap.target
     ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
     draw = partial(randomness.normal, randomness.generator(seed, "starts"), dtype=frozen.dtype)
     factors = [
@@ -181,8 +180,8 @@ def newton(
     `InputError` for batches, for adapters that tune more than 4096 numbers, for a one-sided loss of
     networks that do not end with a ReLU or of negative outputs, and for what does not fit.
     """
-    require_fit(network, adapters)
     _checks.choice("loss", loss, get_args(Loss))
+    free = Free.of(network, adapters.balanced())
     pairs = labelled(network, "training", training), labelled(network, "validation", validation)
     one_sided = loss == "one-sided"
     if one_sided:
@@ -190,12 +189,11 @@ def newton(
         if pairs[0][1].min() < 0:
             allowed = "outputs of at least 0 for the one-sided loss"
             raise InputError("training", allowed=allowed, given=float(pairs[0][1].min()))
-    free = Free.of(network, adapters.balanced())
     if free.count > LARGEST_SYSTEM:
         allowed = f"of at most {LARGEST_SYSTEM} numbers, as many as the linear systems have"
         given = f"{free.count} of them"
         raise InputError("adapters", allowed=allowed, given=given, remedy="use descend")
-    errors, best, least = [], [*free.start], inf
+    errors, best, least = [], free.start, inf
     for parts in _marquardt(free, pairs[0], iterations, one_sided):
         errors.append(torch.stack([free.error(parts, pair) for pair in pairs]))
         if errors[-1][1] < least:
@@ -203,13 +201,13 @@ def newton(
     return free.adapters_of(best), torch.stack(errors)
 
 
-def _marquardt(free: Free, pair: Pair, iterations: int, one_sided: bool) -> Iterator[list[Tensor]]:
+def _marquardt(free: Free, pair: Pair, iterations: int, one_sided: bool) -> Iterator[Parts]:
     """Yield the parts on the course of Levenberg–Marquardt, from the start on."""
 
     def objective(parts: Parts) -> Tensor:
         return _residuals(free, parts, pair, one_sided).square().mean()
 
-    parts, value = [*free.start], objective(free.start)
+    parts, value = free.start, objective(free.start)
     yield parts
     size, damping, growth = 0.0, 0.0, 2.0
     for done in range(iterations if free.count else 0):
@@ -238,17 +236,17 @@ def _marquardt(free: Free, pair: Pair, iterations: int, one_sided: bool) -> Iter
 
 def _residuals(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> Tensor:
     """Compute errors of all outputs, before the last ReLU where an output should be positive."""
-    x, y = pair
+    network, (x, y) = free.merge(parts), pair
     if not one_sided:
-        return free.merge(parts)(x) - y
-    before = free.merge(parts, last_relu=False)(x)
+        return network(x) - y
+    before = network.without_last_relu()(x)
     return torch.where(y > 0, before, before.relu()) - y
 
 
 def _model(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> tuple[Tensor, Tensor]:
     """Compute ``Jᵀr`` and ``JᵀJ`` over the number of residuals."""
     x, y = pair if free.network.sequences else tuple(part.mT.unsqueeze(-1) for part in pair)
-    size = max(1, CHUNK_OF_DERIVATIVES // max(1, y[0].numel() * free.count))
+    size = max(1, CHUNK_OF_DERIVATIVES // (y[0].numel() * free.count))
     slope = y.new_zeros(free.count)
     curvature = y.new_zeros(free.count, free.count)
     for samples in zip(x.split(size), y.split(size), strict=True):

@@ -117,9 +117,8 @@ def _start(error: Tensor, right: Tensor, rates: Rates) -> _Start:
     least, into, b = len(sigma), E.shape[1], beta**2 / 2
     sigma = torch.cat([sigma, sigma.new_zeros(into - least)])
     values = torch.hypot(sigma, sigma.new_tensor(b))
-    to_A, to_B = sigma, values + b
-    length = torch.hypot(to_A, to_B)
-    cos, sin = to_A / length, to_B / length
+    length = torch.hypot(sigma, values + b)
+    cos, sin = sigma / length, (values + b) / length
     # Eigenvectors (cos u_d; sin v_d) of λ_d, then (−sin u_d; cos v_d) of −λ_d, least λ_d first.
     # Those of A alone have no part in the start.
     back = torch.arange(least - 1, -1, -1)

@@ -20,7 +20,7 @@ from ..lowrank import LowRank
 from ..networks.base import Network
 from . import _reference, _steps
 from ._starts import put_starts
-from ._state import Batch, Stack, State, Structure, require_relu_end
+from ._state import Batch, Stack, State, require_relu_end
 from .tuning import Data, Training, Tuning
 
 # The first call of compiled code compiles it, which must not happen in several threads at once.
@@ -66,14 +66,9 @@ def train(
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")
-    stack, structure, state = _prepare(
-        frozen, tunings, data, classes, seed, steps=steps, points=steps // every + 1, until=until
-    )
-    if stack.has_kernel:
-        _run_compiled(stack, structure, state, every)
-    else:
-        _run_torch(stack, structure, state, every)
-    return _results(stack, state, every)
+    stack, state = _prepare(frozen, tunings, data, classes, seed, steps, every, until)
+    _run(stack, state)
+    return _results(stack, state)
 
 
 @torch.no_grad()
@@ -91,22 +86,20 @@ def begin(
     They have batch shape ``[tunings, *batch]`` and single precision; ``[0]``, of the first tuning,
     is a start for `newton` and `descend`. Raises what `train` raises.
     """
-    stack, _, state = _prepare(frozen, tunings, data, classes, seed)
-    return _results(stack, state, 1).adapters
+    return _results(*_prepare(frozen, tunings, data, classes, seed)).adapters
 
 
 def _prepare(
-    frozen: N,
+    frozen: Network,
     tunings: Sequence[Tuning],
     data: Data,
     classes: Sequence[int],
     seed: int | Sequence[int],
-    *,
     steps: int = 1,
-    points: int = 2,
+    every: int = 1,
     until: float = 0.0,
-) -> tuple[Stack[N], Structure, State]:
-    """Make all runs at their starts, with room for so many points of their loss curves."""
+) -> tuple[Stack, State]:
+    """Make all runs at their starts."""
     _checks.kind(Network, frozen=frozen)
     until = _checks.tolerance("until", until)
     if isinstance(tunings, Tuning) or not tunings:
@@ -116,48 +109,41 @@ def _prepare(
     if one_sided:
         require_relu_end(frozen, classes)
     stack = Stack(frozen, data, classes, one_sided)
-    seeds = [*seed] if isinstance(seed, Sequence) else [seed] * stack.members
+    seeds = seed if isinstance(seed, Sequence) else [seed] * stack.members
     if len(seeds) != stack.members:
         allowed = f"one, or one for each of {stack.members} networks"
         raise InputError("seed", allowed=allowed, given=len(seeds))
-    structure = stack.structure(steps)
-    state = stack.state(tunings, [_checks.seed(each) for each in seeds], points, until)
-    put_starts(stack, structure, state, tunings)
-    return stack, structure, state
+    state = stack.state(tunings, [*map(_checks.seed, seeds)], steps, every, until)
+    put_starts(stack, state, tunings)
+    return stack, state
 
 
-def _run_compiled(stack: Stack[Any], structure: Structure, state: State, every: int) -> None:
+def _run(stack: Stack, state: State) -> None:
+    """Take all steps, on all processors by a kernel or, where there is none, by torch."""
     # Only some systems say which processors this process may use.
     has_affinity = hasattr(os, "sched_getaffinity")
     threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     runs = np.arange(len(state.frozen.network))
     # More parts than threads: runs differ in cost.
-    parts = [part for part in np.array_split(runs, 4 * threads) if len(part)]
+    parts = np.array_split(runs, min(4 * threads, len(runs)))
+    structure, network = state.structure, stack.network.to(device="cpu")
     validation = Batch.of(*stack.validation, structure)
-
-    def advance(part: Any, block: Batch, start: int) -> None:
-        _steps.advance(structure, state, part, block, validation, start, every)
-
     with ThreadPoolExecutor(threads, initializer=_checks.flush) as pool:
         for start, x, y in stack.blocks(structure.steps):
-            block = Batch.of(x, y, structure)
-            if start == 0:
-                with _FIRST:
-                    advance(runs[:0], block, start)
-            list(pool.map(partial(advance, block=block, start=start), parts))
+            if stack.has_kernel:
+                batches = Batch.of(x, y, structure)
+                advance = partial(_steps.advance, state, batches, validation, start)
+                if start == 0:
+                    with _FIRST:
+                        advance(runs[:0])
+                list(pool.map(advance, parts))
+            else:
+                _reference.advance(network, state, (x, y), stack.validation, start)
             if state.course.stopped.all():
                 break
 
 
-def _run_torch(stack: Stack[Any], structure: Structure, state: State, every: int) -> None:
-    network = stack.network.to(device="cpu")
-    for start, x, y in stack.blocks(structure.steps):
-        _reference.advance(network, structure, state, (x, y), stack.validation, start, every)
-        if state.course.stopped.all():
-            break
-
-
-def _results(stack: Stack[N], state: State, every: int) -> Training[N]:
+def _results(stack: Stack, state: State) -> Training[Any]:
     """Return the runs' parameters and networks at the least validation loss of each."""
     network = stack.network
 
@@ -189,7 +175,7 @@ def _results(stack: Stack[N], state: State, every: int) -> Training[N]:
     return Training(
         network.with_parameters(weights, biases),
         Adapters.trimmed(updates, changes, tuned),
-        steps=torch.arange(course.training.shape[1], device=best.device) * every,
+        steps=torch.arange(course.training.shape[1], device=best.device) * state.structure.every,
         training_loss=shape(course.training),
         validation_loss=shape(course.validation),
         best_loss=best,

@@ -167,20 +167,19 @@ def polish(
     if "lora" in starts and not steps:
         allowed = 'at least 1 from start "lora"'
         raise InputError("steps", allowed=allowed, given=0, remedy="such as 4000")
-    targets = [fit.fused.target for fit in fitted.fits]
-    parts = split(targets[0], inputs, held_out)
-    x, select = parts.fit, parts.select
+    parts = split(fitted.fits[0].fused.target, inputs, held_out)
     fits = []
-    for fit, target in zip(fitted.fits, targets, strict=True):
-        pairs = (x, target(x)), (select, target(select))
-        samples = min(BATCH, x.shape[0 if target.sequences else -1])
-        source = data or Fixed(*pairs, samples=samples, seed=seed, purpose=("polish",))
+    for fit in fitted.fits:
+        target = fit.fused.target
+        seen, unseen = ((x, target(x)) for x in (parts.fit, parts.select))
+        samples = min(BATCH, parts.fit.shape[0 if target.sequences else -1])
+        source = data or Fixed(seen, unseen, samples=samples, seed=seed, purpose=("polish",))
         tried = [fit]
         for start in starts:
             begun = _begin(fit, start, source, steps, seed)
-            adapters = descend(begun.network, begun.adapters, *pairs, iterations)
+            adapters = descend(begun.network, begun.adapters, seen, unseen, iterations)
             tried.append(replace(begun, adapters=adapters))
-        fits.append(min(tried, key=lambda fit: fit.error(*pairs[1])))
+        fits.append(min(tried, key=lambda fit: fit.error(*unseen)))
     return FittedAdaptation.measure(fits, parts, fitted.error.shape, throw=throw)
 
 

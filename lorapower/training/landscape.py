@@ -113,7 +113,7 @@ def escape(network: Network, adapters: Adapters, slope: Float[Tensor, "out in"])
         raise InputError("slope", allowed=f"of shape {shape}", given=tuple(slope.shape))
     A, B = ([getattr(u, side) for u in adapters.updates] for side in ("left", "right"))
     deep = len(layers) > 1
-    if sum(u.rank for u in adapters.updates) < (min(slope.shape) if deep else 1):
+    if sum(adapters.ranks) < (min(slope.shape) if deep else 1):
         allowed = "of ranks that add up to the width, or of one layer"
         raise InputError("adapters", allowed=allowed, given=adapters)
     if deep and any(int(lowrank.rank(m)) < max(m.shape) for m in layers):
@@ -249,23 +249,18 @@ def _critical(
     parts: lowrank.SVD, kept: tuple[int, ...], rank: int, count: int, back: Tensor
 ) -> _Critical:
     U, S, V = parts
-    own = [*kept]
+    own, spare = [*kept], rank - len(kept)
     rest = [d for d in range(count) if d not in kept]
-    spare = (0, rank - len(own))
-    A, B = (torch.nn.functional.pad(m[:, own] * S[own].sqrt(), spare) for m in (U, V))
+    A, B = (torch.nn.functional.pad(m[:, own] * S[own].sqrt(), (0, spare)) for m in (U, V))
     loss = float(S[rest].square().sum()) / 2
     point = LowRank(A, back @ B)
     # What is missing may be as large as what is kept: among equal values any are least.
     rounding = 8 * len(S) * torch.finfo(S.dtype).eps * S[0]
-    is_full = len(own) == rank
-    if not rest or (is_full and (not own or S[rest[0]] <= S[own[-1]] + rounding)):
+    if not rest or (not spare and (not own or S[rest[0]] <= S[own[-1]] + rounding)):
         return _Critical(kept, point, loss, None, 0.0)
     slope = -(U[:, rest] * S[rest]) @ V[:, rest].mT
-    if len(own) < rank:
-        free = torch.eye(rank, dtype=A.dtype, device=A.device)[len(own)]
-        line = _grow([slope], [A], [B], free, slope)
-    else:
-        line = _swap(A, B, slope)
+    free = torch.eye(rank).to(A)[len(own) :]
+    line = _grow([slope], [A], [B], free[0], slope) if spare else _swap(A, B, slope)
     (direction,) = line.directions
     curvature = line.fall + float(line.change.square().sum()) / 2
     return _Critical(kept, point, loss, LowRank(direction.left, back @ direction.right), curvature)
