@@ -266,14 +266,17 @@ class Planner:
         lost = {}
         for name, place in self._pool.places.items():
             update = self.weighted[name].update
-            gains = torch.zeros(update.rank)
+            gains = torch.zeros(update.rank, dtype=torch.float64)
             if name in adapter.factors:
-                # The nearest matrix that is made of the directions.
+                # The nearest matrix that is made of the directions, but for those so small that
+                # factors in single precision say nothing of them.
                 kept = adapter.factors[name]
-                products = (update.left.mT @ update.left) * (update.right.mT @ update.right)
-                wanted = ((update.left.mT @ kept.left) * (update.right.mT @ kept.right)).sum(1)
-                gains = torch.linalg.lstsq(products.double(), wanted.double()).solution
-            part = predict(held[:, place], gains.double())
+                left, right = update.left.double(), update.right.double()
+                products = (left.mT @ left) * (right.mT @ right)
+                wanted = ((left.mT @ kept.left.double()) * (right.mT @ kept.right.double())).sum(1)
+                options: dict[str, Any] = {"rcond": 1e-8, "driver": "gelsd"}
+                gains = torch.linalg.lstsq(products, wanted[:, None], **options).solution[:, 0]
+            part = predict(held[:, place], gains)
             lost[name] = math.sqrt(part / whole) if whole else 0.0
         return lost
 

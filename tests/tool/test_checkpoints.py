@@ -32,6 +32,7 @@ from lorapower.checkpoints._limits import ratio
 from lorapower.checkpoints._measuring import outputs
 from lorapower.checkpoints._models import PEFT_CONFIG, quiet
 from lorapower.errors import InputError, LorapowerError, ResultsError
+from lorapower.lowrank import LowRank
 
 KINDS = [
     ("bert", "BertForSequenceClassification"),
@@ -203,6 +204,27 @@ def test_each_module_alone(planner: Planner) -> None:
         lost = planner.losses(adapter)
         assert lost[name] == pytest.approx(planner.error(adapter), rel=0.1)
         assert max(lost[other] for other in names if other != name) < 1e-5 < lost[name]
+
+
+def test_what_modules_lose_is_no_matter_of_rounding(places: tuple[str, str]) -> None:
+    """With so high a rank most directions are rounding alone, and gains of these are any."""
+    planner = Planner(Pair.open(*places), TEXTS, max_rank=64)
+    gains = randomness.uniform(randomness.generator(0, "gains"), len(planner._pool.costs))
+    adapter = planner._with_gains(gains)
+    lost, (_, held) = planner.losses(adapter), planner._sketches
+    for name, place in planner._pool.places.items():
+        square = (held[:, place] @ (1 - gains[place])).square().mean()
+        known = math.sqrt(float(square) / planner.select.effect.mean())
+        assert lost[name] == pytest.approx(known, rel=1e-3)
+    for one in (adapter, planner.uniform(planner.parameters(1))):
+        lost = planner.losses(one)
+        for times in (0.3, 3.0, 7.0):
+            scaled = {
+                name: LowRank(times * update.left, update.right / times)
+                for name, update in one.factors.items()
+            }
+            again = planner.losses(one._replace(factors=scaled))
+            assert again == pytest.approx(lost, rel=1e-3, abs=1e-7)
 
 
 def test_modules_of_a_kind(places: tuple[str, str]) -> None:
