@@ -1,8 +1,8 @@
 """Long runs of language models, done once: `read` gives their tables.
 
-The commands ``tune``, ``facts``, ``before``, ``plans``, ``sizes`` and ``parts`` of this folder make
-the files beside them; each keeps its runs by `lorapower.experiments.sweeps.run` in one file of a
-folder.
+The commands ``tune``, ``recipes``, ``facts``, ``before``, ``plans``, ``sizes`` and ``parts`` of
+this folder make the files beside them; each keeps its runs by `lorapower.experiments.sweeps.run` in
+one file of a folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from lorapower.errors import InputError
 
-TABLES = ("movies", "encoder", "decoder", "rates", "facts", "before", "plans", "sizes", "parts")
+TABLES = [
+    "movies",
+    "encoder",
+    "decoder",
+    "rates",
+    "recipes",
+    "facts",
+    "before",
+    "plans",
+    "sizes",
+    "parts",
+]
 # What is compared on each text, with ``_64`` against the adapter of rank 64; others are single.
 _COMPARED = ("squares", "effect", "equal", "divergence")
 _ARRAYS = [*(name + end for name in _COMPARED for end in ("", "_64"))]
@@ -37,6 +48,9 @@ def read(name: str) -> pd.DataFrame:
     rates used before, and a run of all weights repeated. Rows without a ``seed`` are means of runs
     that were not kept, on a processor with bfloat16: of seeds 0 to 2 on the validation part, where
     rates were chosen, and of seeds 0 to 7 at these rates on the test part.
+
+    ``"recipes"`` has a row for each training by a recipe of peft on the task of sentences, as
+    ``recipes.md`` says: the fields of `language.Setting` and `recipes.Found`.
 
     ``"facts"`` has a row for each training on random facts: the fields of `facts.Setting` and
     `facts.Found`, where ``losses`` is for `unpack`. ``facts.md`` says which there are.
@@ -107,7 +121,8 @@ def read(name: str) -> pd.DataFrame:
     """
     if name not in TABLES:
         raise InputError("name", allowed=f"one of {', '.join(TABLES)}", given=repr(name))
-    return complete(pd.read_csv(Path(__file__).parent / f"{name}.csv.gz"))
+    texts: dict[str, type] = {"changes": str, "revision": str}  # also where all are empty
+    return complete(pd.read_csv(Path(__file__).parent / f"{name}.csv.gz", dtype=texts))
 
 
 def complete(table: pd.DataFrame) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from torch import Tensor
 from lorapower import randomness
 from lorapower.experiments import sweeps
 from records import language, models, pack, protocols
-from records.language import Lora, Part, Whole
+from records.language import Lora, Method, Part, Whole
 from records.record import begin, merge, put
 
 KEY, VALUE, JOINT = 3, 2, " means"
@@ -40,15 +40,13 @@ PASSES = 20
 RECIPE_RANK, RECIPE_SEEDS = 16, 3
 # A way that recalls a smaller share is shown no more facts.
 ENOUGH = 0.5
-# How much faster LoRA+ tunes the factor next to the outputs.
-RATIO = 16
 # Passes of the runs that ask whether a way that falls short needs only more of them.
 LONG = 100
 BLOCK, TEN = r"layers\.14\.", r"layers\.1[0-9]\."
 #: What the layers of a way are called on pages.
 PLACES = {BLOCK: "one block", TEN: "ten blocks", "all": "all blocks", "full": "full tuning"}
 # Adapters from a single block to all linear layers, and all weights; rates a factor of two apart.
-WAYS: list[tuple[Lora | Part | Whole, list[float]]] = [
+WAYS: list[tuple[Method, list[float]]] = [
     (Part(pattern=BLOCK, rank=1), [0.008, 0.016, 0.032]),
     (Part(pattern=BLOCK, rank=4), [0.004, 0.008, 0.016]),
     (Part(pattern=BLOCK, rank=16), [0.002, 0.004, 0.008]),
@@ -83,7 +81,7 @@ class Setting(sweeps.Record):
     """State one run."""
 
     problem: Problem = Problem()
-    method: Annotated[Lora | Part | Whole, Field(discriminator="kind")] = Lora()
+    method: Annotated[Method, Field(discriminator="kind")] = Lora()
 
 
 class Found(sweeps.Results):
@@ -148,16 +146,6 @@ def collate(samples: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": labels}
 
 
-def optimizer_of(network: Any, method: Lora | Part | Whole) -> Any:
-    """Make the optimizer of LoRA+, if asked for; otherwise none, and training makes its own."""
-    if not (isinstance(method, Part) and method.recipe == "lora+"):
-        return None
-    from peft.optimizers import create_loraplus_optimizer
-
-    rate = {"lr": method.learning_rate, "loraplus_lr_ratio": RATIO}
-    return create_loraplus_optimizer(network, torch.optim.AdamW, **rate)
-
-
 def work(settings: list[Setting]) -> list[Found]:
     """Train a model on the facts of a setting, then ask for them."""
     (setting,) = settings
@@ -168,7 +156,7 @@ def work(settings: list[Setting]) -> list[Found]:
         network,
         [*torch.from_numpy(rows)],
         collate,
-        optimizer=optimizer_of(network, method),
+        optimizer=language.optimizer_of(network, method),
         learning_rate=method.learning_rate,
         num_train_epochs=problem.passes,
         per_device_train_batch_size=BATCH,

@@ -273,11 +273,11 @@ def name_ways(runs: pd.DataFrame) -> pd.Series[str]:
     return names.mask(names == "all", "rank " + runs["rank"].map("{:.0f}".format))
 
 
-def contributions(runs: pd.DataFrame, every: int = 1) -> NDArray[np.float64]:
+def contributions(runs: pd.DataFrame, stride: int = 1) -> NDArray[np.float64]:
     """Compute what texts add to the score, ``[seeds, texts]``, by `texts.Task.contributions`.
 
     ``runs`` are rows of one task and method in a table of `sweeps.run`, one for each seed; they
-    have answers to all texts, or to each ``every``-th.
+    have answers to all texts, or to every ``stride``-th.
     """
     task, source, part = runs[["task", "source", "part"]].iloc[0]
     about = texts.find(task)
@@ -285,7 +285,7 @@ def contributions(runs: pd.DataFrame, every: int = 1) -> NDArray[np.float64]:
     if not about.next_tokens:
         labels = texts.read(task, source, part).labels
     given = map(unpack, runs.sort_values("seed").answers)
-    return np.array([about.contributions(answers, labels[::every]) for answers in given])
+    return np.array([about.contributions(answers, labels[::stride]) for answers in given])
 
 
 #: The share of intervals that hold the mean.

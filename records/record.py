@@ -46,7 +46,7 @@ def merge(
 ) -> pd.DataFrame:
     """Read the runs of all files as one table, in an order that does not depend on theirs."""
     table = pd.concat([sweeps.read(file) for file in files])
-    settings = sweeps.columns(kind)
+    settings = [name for name in sweeps.columns(kind) if name in table]
     return table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
 
 

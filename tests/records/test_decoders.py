@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import randomness
-from records import facts, language, models, protocols, texts, unpack
+from records import facts, language, models, protocols, recipes, texts, unpack
 from records.language import Lora, Method, Part, Problem, Setting, Targets, Whole
 from records.texts import Examples, find
 
@@ -116,9 +116,23 @@ def test_the_trained_network_is_handed_over(tiny: Problem) -> None:
 
 def test_fewer_texts_are_asked(tiny: Problem) -> None:
     setting = Setting(problem=tiny, method=Lora(rank=2, learning_rate=1e-2))
-    every, third = language.tune(setting), language.tune(setting, every=3)
+    every, third = language.tune(setting), language.tune(setting, stride=3)
     np.testing.assert_allclose(unpack(third.answers), unpack(every.answers)[::3], rtol=1e-5)
     assert third.loss == pytest.approx(unpack(every.answers)[::3].mean())
+
+
+@pytest.mark.parametrize("recipe", recipes.RATES)
+def test_a_recipe_is_scored_on_two_parts(
+    recipe: Any, tiny: Problem, shown: dict[str, Examples]
+) -> None:
+    shown["test"] = Examples(shown["test"].texts[::2], shown["test"].labels[::2])
+    method = Part(pattern="", rank=2, learning_rate=1e-3, recipe=recipe)
+    both = [tiny.replace(part=part) for part in ("test", "validation")]
+    (found,) = recipes.work([Setting(problem=both[0], method=method)])
+    test, validation = (language.tune(Setting(problem=p, method=method)) for p in both)
+    assert found.loss == pytest.approx(test.loss, rel=1e-5)
+    assert found.validation == pytest.approx(validation.score, rel=1e-5)
+    assert found.parameters == 2 * 2 * NUMBERS["all"]
 
 
 def test_all_weights_learn_an_easy_text(tiny: Problem, shown: dict[str, Examples]) -> None:
@@ -246,13 +260,13 @@ def test_recipes_start_at_the_base_and_learn(
 def test_outputs_learn_faster_by_lora_plus(to_learn: facts.Problem) -> None:
     method = Part(pattern="mlp", rank=2, learning_rate=1e-3, recipe="lora+")
     network = language.ready(models.decoder(to_learn.model), method, 0, half=False)
-    groups = facts.optimizer_of(network, method).param_groups
+    groups = language.optimizer_of(network, method).param_groups
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     for name, p in network.named_parameters():
         if p.requires_grad:
-            assert rates[p] == pytest.approx(1e-3 * (facts.RATIO if "lora_B" in name else 1))
-    assert facts.optimizer_of(network, method.replace(recipe="plain")) is None
-    assert facts.optimizer_of(network, Lora()) is None
+            assert rates[p] == pytest.approx(1e-3 * (language.RATIO if "lora_B" in name else 1))
+    assert language.optimizer_of(network, method.replace(recipe="plain")) is None
+    assert language.optimizer_of(network, Lora()) is None
 
 
 def test_best_rates_are_those_of_the_search() -> None:

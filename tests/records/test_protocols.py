@@ -363,6 +363,6 @@ def test_every_third_answer_contributes_as_among_all() -> None:
     table = records.read("movies").query("part == 'test' and method == 'full' and pretrained")
     whole = table[table.samples == table.samples.max()]
     packed = whole.answers.map(lambda answers: records.pack(records.unpack(answers)[::3]))
-    found = protocols.contributions(whole.assign(answers=packed), every=3)
+    found = protocols.contributions(whole.assign(answers=packed), stride=3)
     np.testing.assert_array_equal(found, protocols.contributions(whole)[:, ::3])
     assert found.std() > 0.3  # right and wrong answers

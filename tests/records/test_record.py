@@ -28,6 +28,7 @@ from records import (
     pairs,
     parts,
     plans,
+    recipes,
     record,
     sizes,
     tune,
@@ -81,6 +82,22 @@ def test_recorded_facts_agree_with_their_losses() -> None:
     assert rest[["number", "passes", "rank"]].to_numpy().tolist() == [[256, 100, 1]]
     block = chosen[(chosen.place == "one block") & (chosen["rank"] == 1)]
     assert {*block.learning_rate} == {*(2 * rest.learning_rate)}
+
+
+def test_recorded_recipes_are_those_of_the_protocol() -> None:
+    table = records.read("recipes")
+    assert not table.duplicated(["recipe", "learning_rate", "seed"]).any()
+    assert {*table.part} == {"test"}
+    assert {*table["rank"]} == {recipes.RANK}
+    np.testing.assert_allclose(-table.answers.map(unpack).map(np.mean), table.score, rtol=1e-6)
+    chosen = recipes.at_best_rates(table)
+    # The best rate is inside of those tried, and it alone has more than one seed.
+    assert {*table.drop(chosen.index).seed} == {0}
+    for recipe in recipes.RATES:
+        best = chosen[chosen.recipe == recipe]
+        assert sorted(best.seed) == [*range(recipes.SEEDS)]
+        rates = table[table.recipe == recipe].learning_rate
+        assert rates.min() < best.learning_rate.iloc[0] < rates.max()
 
 
 def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,87 @@
+"""Tune the packaged language model on sentences with PiSSA and LoRA+, as peft has them.
+
+Adapters have rank 4 and are on all linear layers; the plain ones are in the table ``"decoder"``.
+Each run is kept in a folder as it ends, so that the same command goes on after an interruption;
+``recipes.md`` says how rates are chosen::
+
+    python -m records.recipes FOLDER
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lorapower.experiments import sweeps
+from records import language, models, protocols, texts
+from records.language import Part, Problem, Setting
+from records.record import begin, merge, put
+
+TASK, RANK, SAMPLES = "movies-next", 4, 2000
+# Rates a factor of two apart; the rate of LoRA+ is for the factor next to the inputs.
+RATES: dict[Literal["pissa", "lora+"], list[float]] = {
+    "pissa": [0.001, 0.002, 0.004],
+    "lora+": [0.0005, 0.001, 0.002],
+}
+# Numbers of seeds: in the search for rates, and at the chosen rates.
+SEARCHED, SEEDS = 1, 3
+
+
+class Found(language.Found):
+    """What a run reaches on the test part, and its score on the ``validation`` part."""
+
+    validation: float
+
+
+def work(settings: list[Setting]) -> list[Found]:
+    """Tune once, and score on the part for choosing and on the part for testing."""
+    (setting,) = settings
+    kept: list[Any] = []
+    found = language.tune(setting, kept.append)
+    losses = language.answer(kept[0], setting.problem.replace(part="validation"))
+    return [Found(**dict(found), validation=-float(np.mean(losses)))]
+
+
+def run(file: str) -> None:
+    """Choose rates, then run the chosen ones with all seeds, kept in a file."""
+    about = protocols.PROFILES["decoder"].problem
+    shared = Problem(
+        task=TASK, source=texts.RATED, model=models.LANGUAGE, samples=SAMPLES, part="test", **about
+    )
+    problems = [shared.replace(seed=seed) for seed in range(SEEDS)]
+    ways = {recipe: Part(pattern="", rank=RANK, recipe=recipe) for recipe in RATES}
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as executor:
+        tune = functools.partial(sweeps.run, work=work, path=file, size=1, executor=executor)
+        tried = [
+            Setting(problem=problem, method=ways[recipe].replace(learning_rate=rate))
+            for problem in problems[:SEARCHED]
+            for recipe, rates in RATES.items()
+            for rate in rates
+        ]
+        best = protocols.choose_rates(tried, lambda some: by_recipe(tune(some)))
+        chosen = [way.replace(learning_rate=best[way.way, True][RANK]) for way in ways.values()]
+        tune(sweeps.grid(Setting, problem=problems, method=chosen))
+
+
+def by_recipe(table: pd.DataFrame) -> pd.DataFrame:
+    """Write recipes as `Part.way` does, and validation scores, where rates are chosen."""
+    return table.assign(targets=" " + table.recipe, score=table.validation)
+
+
+def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep each recipe's runs at the rate that was best in the search."""
+    best = protocols.best_rates(by_recipe(table[table.seed < SEARCHED]))
+    rates = [best[f" {recipe}", True][RANK] for recipe in table.recipe]
+    return table[table.learning_rate.to_numpy() == rates]
+
+
+if __name__ == "__main__":
+    begin()
+    run("recipes.sqlite")
+    put(merge(["recipes.sqlite"]), "recipes")
