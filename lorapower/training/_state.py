@@ -213,7 +213,8 @@ class Stack:
         network = np.tile(np.arange(self.members), len(tunings))
         ranks = per_run(self.ranks, np.int64)
         A = np.where((ranks < 0)[..., None, None], weights[network], np.float32(0))
-        B = np.stack([self._first_factors(seed) for seed in seeds])[network]
+        adapted = np.flatnonzero((ranks > 0).any(0))
+        B = np.stack([self._first_factors(seed, adapted) for seed in seeds])[network]
         B *= np.arange(self.width)[:, None] < ranks[..., None, None]
         parameters = Parameters(A, B, self._pad(self.biases or none, 1)[network])
         losses = np.full((2, len(ranks), steps // every + 1), np.nan, np.float32)
@@ -271,10 +272,11 @@ class Stack:
         first = count if self.network.sequences else count - tuning.final
         return [given and l >= first for l in range(count)]
 
-    def _first_factors(self, seed: int) -> Array:
-        """Draw ``Bᵀ`` of every weight, a row for each direction, at the largest rank."""
+    def _first_factors(self, seed: int, adapted: Any) -> Array:
+        """Draw ``Bᵀ`` of every adapted weight, a row for each direction, at the largest rank."""
         factors = np.zeros((len(self.shapes), self.width, self.width), np.float32)
-        for m, (outer, inner) in enumerate(self.shapes):
+        for m in adapted.tolist():
+            outer, inner = self.shapes[m]
             rank = min(outer, inner)
             generator = randomness.generator(seed, "factors", m)
             drawn = randomness.normal(generator, rank, inner, dtype=torch.float32)
