@@ -16,18 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from lorapower.errors import InputError
 
-TABLES = [
-    "movies",
-    "encoder",
-    "decoder",
-    "rates",
-    "recipes",
-    "facts",
-    "before",
-    "plans",
-    "sizes",
-    "parts",
-]
+_HERE = Path(__file__).parent
+TABLES = sorted(file.name.removesuffix(".csv.gz") for file in _HERE.glob("*.csv.gz"))
 # What is compared on each text, with ``_64`` against the adapter of rank 64; others are single.
 _COMPARED = ("squares", "effect", "equal", "divergence")
 _ARRAYS = [*(name + end for name in _COMPARED for end in ("", "_64"))]
@@ -122,7 +112,7 @@ def read(name: str) -> pd.DataFrame:
     if name not in TABLES:
         raise InputError("name", allowed=f"one of {', '.join(TABLES)}", given=repr(name))
     texts: dict[str, type] = {"changes": str, "revision": str}  # also where all are empty
-    return complete(pd.read_csv(Path(__file__).parent / f"{name}.csv.gz", dtype=texts))
+    return complete(pd.read_csv(_HERE / f"{name}.csv.gz", dtype=texts))
 
 
 def complete(table: pd.DataFrame) -> pd.DataFrame:

@@ -86,7 +86,7 @@ def compare(
     about = PROFILES[profile]
     chosen = sorted(ranks or about.ranks)
     problems = [
-        _problem(about, task, source, model, number)
+        state_problem(about, task, source, model, number)
         for task in tasks
         for number in range(seed, seed + (seeds or about.seeds))
     ]
@@ -140,7 +140,7 @@ def search(
     the validation set, not used otherwise if the test set has labels.
     """
     about = PROFILES[profile]
-    problem = _problem(about, tasks[0], source, model, seed)
+    problem = state_problem(about, tasks[0], source, model, seed)
     changes = {"samples": about.samples[-1]} if again else about.search
     size = changes["samples"]
     size = size if size < _number(problem) else 0
@@ -243,7 +243,8 @@ def _number(problem: Problem) -> int:
     return len(texts.read(problem.task, problem.source, "train").labels)
 
 
-def _problem(about: Profile, task: str, source: str, model: str, seed: int) -> Problem:
+def state_problem(about: Profile, task: str, source: str, model: str, seed: int) -> Problem:
+    """State the problem of a profile, scored on the test part if that has labels."""
     shared: dict[str, Any] = {
         "part": "test" if source in texts.SCORED else "validation",
         "head": "mean" if source == texts.RATED else "own",

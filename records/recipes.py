@@ -20,7 +20,7 @@ import torch
 
 from lorapower.experiments import sweeps
 from records import language, models, protocols, texts
-from records.language import Part, Problem, Setting
+from records.language import Part, Setting
 from records.record import begin, merge, put
 
 TASK, RANK, SAMPLES = "movies-next", 4, 2000
@@ -50,11 +50,10 @@ def work(settings: list[Setting]) -> list[Found]:
 
 def run(file: str) -> None:
     """Choose rates, then run the chosen ones with all seeds, kept in a file."""
-    about = protocols.PROFILES["decoder"].problem
-    shared = Problem(
-        task=TASK, source=texts.RATED, model=models.LANGUAGE, samples=SAMPLES, part="test", **about
-    )
-    problems = [shared.replace(seed=seed) for seed in range(SEEDS)]
+    about = protocols.PROFILES["decoder"], TASK, texts.RATED, models.LANGUAGE
+    problems = [
+        protocols.state_problem(*about, seed).replace(samples=SAMPLES) for seed in range(SEEDS)
+    ]
     ways = {recipe: Part(pattern="", rank=RANK, recipe=recipe) for recipe in RATES}
     with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as executor:
         tune = functools.partial(sweeps.run, work=work, path=file, size=1, executor=executor)

@@ -184,8 +184,9 @@ class Planner:
         return Adapter(factors, {})
 
     def smallest(self, error: float, lost: Callable[[Adapter], float] | None = None) -> Adapter:
-        """Find the smallest adapter that loses at most ``error``; ``lost`` is by default `error`.
+        """Find the smallest adapter that loses at most ``error``.
 
+        What it loses is what ``lost`` says, by default its `error` on the texts for selection.
         It is looked for by bisection, to a twentieth of its parameters, along the order in which
         `candidate` takes directions. Where the highest ranks do not reach the error, theirs is
         returned.

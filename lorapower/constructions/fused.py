@@ -52,8 +52,8 @@ class Fused:
     ) -> Adaptation:
         """Give the frozen network the function that adapters give to the fused one.
 
-        Returns and raises what the construction does. For ReLU networks alone it holds in a
-        ``region``.
+        Returns and raises what the construction does. For ReLU networks, and for no others, it
+        holds in a ``region``.
         """
         reached = adapters.merge(self.network)
         options = {"partition": self.partition} if self.partition else {}

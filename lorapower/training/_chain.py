@@ -183,7 +183,8 @@ def chain(
     W, b = layers.W, layers.b
     depth, width = W.shape[0], W.shape[1]
     relus = depth - 1 if one_sided else structure.relus
-    first, total = np.argmax(tuned) if tuned.any() else depth, 0.0
+    first = np.argmax(tuned) if tuned.any() else depth
+    total = 0.0
     rows = structure.classes if structure.classes else width
     for start in range(0, batch.samples, structure.tile):
         t = min(structure.tile, batch.samples - start)

@@ -28,8 +28,8 @@ def put_starts(stack: Stack, state: State, tunings: Sequence[Tuning]) -> None:
     for i, tuning in enumerate(tunings):
         runs = slice(i * stack.members, (i + 1) * stack.members)
         if isinstance(tuning.start, Adapters):
-            caps = stack.ranks(tuning)
-            if any(map(gt, tuning.start.ranks, caps)):
+            caps, ranks = stack.ranks(tuning), tuning.start.ranks
+            if len(ranks) != len(caps) or any(map(gt, ranks, caps)):
                 allowed = f"adapters of ranks up to {caps}"
                 raise InputError("start", allowed=allowed, given=tuning.start)
             _put(stack, state, runs, tuning.start)
