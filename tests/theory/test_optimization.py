@@ -642,7 +642,9 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("blocks", lambda: begin(FROZEN, [replace(LINEARIZED, blocks=3)], DATA)),
     ("start", lambda: begin(FROZEN, [Tuning(2, start=drawn(FROZEN, 3))], DATA)),
     ("start", lambda: begin(FROZEN, [Tuning(1, start=begin(FROZEN, [Tuning(1)] * 2, DATA))], DATA)),
+    ("start", lambda: begin(FROZEN, [Tuning(2, start=drawn(relu(3, 4), 1))], DATA)),
     ("loss", lambda: Tuning(1, loss="absolute")),  # type: ignore[arg-type]
+    ("start", lambda: Tuning(1, start="zero")),  # type: ignore[arg-type]
     ("start", lambda: Tuning(final=1, start="spectral")),
     ("centred", lambda: Tuning(1, biases=False, centred=True)),
     ("centred", lambda: begin(CHAIN, [Tuning(1, centred=True)], Fresh(CHAIN, (4,)))),
