@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import compare
 import nbformat
 import pytest
 import torch
@@ -74,6 +76,32 @@ def test_an_executed_notebook_yields_its_claims_in_order(tmp_path: Path) -> None
     assert read_claims(record(tmp_path / "executed.ipynb", good, bad)) == [good, bad]
     assert (good.holds, bad.holds) == (True, False)
     assert "✗ Fails: second" in bad._repr_mimebundle_()["text/markdown"]
+
+
+def test_builds_are_compared_claim_by_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for build in ("old", "new"):
+        (tmp_path / build).mkdir()
+    one, same, gone = (claims.at_most(s, "thm-a", measured=1, bound=2) for s in ("one", "s", "go"))
+    other = claims.at_most("one", "thm-a", measured=3, bound=2)
+    record(tmp_path / "old" / "01-a.ipynb", one, same, same, gone)
+    record(tmp_path / "new" / "01-a.ipynb", other, same, same)
+    record(tmp_path / "new" / "01-a.partial.ipynb", gone)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "old"), str(tmp_path / "new")])
+    assert compare.main() == 1
+    printed = capsys.readouterr().out
+    was, now = "measured 1; predicted ≤ 2", "measured 3; predicted ≤ 2, fails"
+    for line in (
+        "Claims equal: 2",
+        f"Claims changed: 1\n  01-a: thm-a: one: {was} -> {now}\n",
+        f"Claims gone: 1\n  01-a: thm-a: go: {was}\n",
+        "Claims new: 0",
+        f"Claims failing: 1\n  01-a: thm-a: one: {now}\n",
+    ):
+        assert line in printed
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "old"), str(tmp_path / "old")])
+    assert compare.main() == 0
 
 
 def shown(claim: claims.Claim) -> str:
