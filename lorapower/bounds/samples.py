@@ -1,4 +1,4 @@
-"""Which rank samples pay for: least squares of limited rank, shrunk or not, and bounds by codes.
+"""Which rank samples pay for: least squares of limited rank, shrunk or not.
 
 Fixed inputs ``X`` (``n`` columns of rank ``q``) have outputs ``Y = W̄ X + Ξ`` with independent
 normal noise of standard deviation ``σ``. Least squares over adapters of total rank ``r`` turn a
@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import brentq
-from scipy.special import rel_entr
 from torch import Tensor
 
 from .. import _checks, lowrank, randomness
@@ -301,30 +299,6 @@ def _observe(
         noise = math.sqrt(float(rest) / (len(y) * (samples - span)))
     design = Design(samples, len(y), span, noise)
     return lowrank.svd(explained / math.sqrt(samples)), left / sizes, design
-
-
-def kl_bound(error: float, bits: float, samples: int, delta: float = 0.05) -> float:
-    """Bound the error of a network that is written in ``|h|`` bits [thm-occam].
-
-    ``êrr`` is its share of errors on ``n`` samples. The bound is the largest ``err`` with ``kl(êrr
-    ‖ err) ≤ (|h| ln 2 + ln 1/δ)/n``, where ``kl(a ‖ b) = a ln(a/b) + (1 − a) ln((1 − a)/(1 − b))``.
-    With probability ``1 − δ`` over the samples it holds for all networks of a code fixed before
-    they were seen. Raises `InputError` for an ``error`` outside [0, 1] and a ``delta`` outside (0,
-    1).
-    """
-    if not 0 <= error <= 1:
-        raise InputError("error", allowed="a share from 0 to 1", given=error)
-    if not 0 < delta < 1:
-        raise InputError("delta", allowed="between 0 and 1", given=delta)
-    cost = (bits * math.log(2) - math.log(delta)) / samples
-
-    def excess(b: float) -> float:
-        return float(rel_entr(error, b) + rel_entr(1 - error, 1 - b)) - cost
-
-    top = 1 - 1e-15
-    if error >= top or excess(top) <= 0:
-        return 1.0
-    return float(brentq(excess, max(error, 1e-300), top, xtol=1e-12))
 
 
 def _ranks(spectrum: Tensor) -> Tensor:

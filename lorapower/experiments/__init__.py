@@ -1,7 +1,7 @@
 """Run experiments: from settings to measured runs to one table.
 
 Each kind of experiment is a module: `synthetic` (random networks), `residual` (transformers with
-normalization), `digits` (networks on images), `coded` (adapters in few bits on these). It has
+normalization), `digits` (networks on images). It has
 
 - ``Problem``, a record that makes the frozen network, the target and the data, by its ``seed``;
 - methods, records whose ``kind`` names them: those of `study`, or the module's own;

@@ -1,13 +1,10 @@
-"""Risks of least squares of a given rank, and adapters in few bits with what they bound."""
+"""Risks of least squares of a given rank."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,26 +13,10 @@ from strategies import normal
 from torch import Tensor
 
 from lorapower import InputError, lowrank
-from lorapower.adapters import Adapters
 from lorapower.bounds import samples
-from lorapower.experiments import coded, sweeps
-from lorapower.experiments.coded import (
-    CORE_SCALES,
-    Coded,
-    Cores,
-    Problem,
-    Setting,
-    _code_length,
-    _cores_length,
-    _quantize,
-    _quantize_core,
-)
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, LinearNetwork
+from lorapower.networks import LinearNetwork
 from lorapower.regression import reduced_rank
-
-NETWORK: Any = FNN.random(2, 5)
-
 
 # --- Risks ----------------------------------------------------------------------------------------
 
@@ -201,9 +182,6 @@ def test_what_leaves_the_rank_open_is_refused() -> None:
             samples.paid_rank(network, inputs, outputs)
     with pytest.raises(InputError, match=r"^spectrum"):
         samples.Design(9, 2, 3, 1.0).sure(torch.ones(3))
-    for name, given_ in (("error", (1.5, 8, 10)), ("delta", (0.1, 8, 10, 1.0))):
-        with pytest.raises(InputError, match=f"^{name}"):
-            samples.kl_bound(*given_)
 
 
 # --- Shrinking ------------------------------------------------------------------------------------
@@ -297,146 +275,3 @@ def test_at_the_edge_a_direction_is_worth_as_much_as_nothing(out: int, span: int
     assert above < 0.8 < 1.2 < below
     square = samples.Design(100, 16, 16, 1.0)
     assert square.edge == pytest.approx(3 * 16 * square.variance)
-
-
-# --- Bounds by codes ------------------------------------------------------------------------------
-
-
-@given(st.floats(0, 1), st.floats(0, 5000), st.integers(1, 10**6), st.floats(1e-6, 0.99))
-def test_kl_solves_its_equation_and_is_sharper_than_the_square_root(
-    error: float, bits: float, count: int, delta: float
-) -> None:
-    kl, cost = samples.kl_bound(error, bits, count, delta), bits * math.log(2) - math.log(delta)
-    cost /= count
-    assert error <= kl <= min(1, error + math.sqrt(cost / 2) + 1e-9), "Pinsker"
-    if 1e-6 < error < kl < 1 - 1e-6:
-        terms = error * math.log(error / kl) + (1 - error) * math.log((1 - error) / (1 - kl))
-        assert terms == pytest.approx(cost, rel=1e-4, abs=1e-8)
-
-
-def test_bounds_hold_as_often_as_they_say() -> None:
-    """Random networks of a code of eight words: how often does the best one's bound fail?"""
-    draw = np.random.default_rng(0)
-    true, count, fails = np.linspace(0.1, 0.45, 8), 40, 0
-    for _ in range(2000):
-        seen = draw.binomial(count, true) / count
-        fails += any(
-            samples.kl_bound(s, 3, count, 0.2) < t for s, t in zip(seen, true, strict=True)
-        )
-    assert fails / 2000 <= 0.2
-
-
-# --- Codes ----------------------------------------------------------------------------------------
-
-
-def drawn(network: Any, ranks: tuple[int, ...], seed: int = 0, *, biases: bool = True) -> Adapters:
-    each = iter(range(1000))
-    updates = tuple(
-        LowRank(*(normal(side, R, seed=seed + next(each)) for side in w.shape[-2:]))
-        for w, R in zip(network.weights, ranks, strict=True)
-    )
-    changes = (
-        tuple(normal(len(b), seed=seed + next(each)) for b in network.biases) if biases else ()
-    )
-    return Adapters(updates, changes)
-
-
-@given(st.integers(0, 3), st.integers(0, 3), st.integers(1, 8), st.booleans(), st.integers(0, 99))
-def test_the_length_of_a_code_is_that_of_its_parts(
-    first: int, second: int, bits: int, biases: bool, seed: int
-) -> None:
-    """A header, and for each column a scale of 16 bits and the number of a level for each entry."""
-    adapters = drawn(NETWORK, (first, second), seed, biases=biases)
-    parts = [factor for u in adapters.updates for factor in (u.left, u.right)]
-    parts += [bias[:, None] for bias in adapters.bias_updates]
-    wanted = sum(map(len, map(gamma, (bits, first + 1, second + 1, 1 + biases))))
-    for column in (column for part in parts for column in _quantize(part, bits).mT):
-        assert len(column.unique()) <= 2**bits
-        wanted += 16 + bits * len(column)
-    assert _code_length(adapters, bits) == wanted
-
-
-def gamma(number: int) -> str:
-    """Elias's gamma code: zeros for its length, then its digits."""
-    digits = f"{number:b}"
-    return "0" * (len(digits) - 1) + digits
-
-
-def rounded_by_trial(part: Tensor, bits: int) -> Tensor:
-    """The best of all scales for each column, entry by entry."""
-    steps = 2**bits - 1
-    columns = []
-    for column in part.mT:
-        best, least = column, float("inf")
-        for clip in np.linspace(0, 1, 41):
-            scale = float((torch.tensor(clip).float().double() * column.abs().max()).half())
-            levels = scale * torch.arange(-steps, steps + 1, 2, dtype=part.dtype) / steps
-            nearest = levels[(column[:, None] - levels).abs().argmin(1)]
-            if (error := float((nearest - column).square().sum())) < least:
-                best, least = nearest, error
-        columns.append(best)
-    return torch.stack(columns, 1)
-
-
-@given(st.integers(1, 4), st.integers(0, 99))
-def test_rounding_takes_the_nearest_levels_of_the_best_scale(bits: int, seed: int) -> None:
-    # Zeros stay zeros.
-    part = normal(7, 3, seed=seed) * torch.tensor([1.0, 0.0, 1.0])
-    torch.testing.assert_close(_quantize(part, bits), rounded_by_trial(part, bits))
-
-
-@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 99))
-def test_cores_are_rounded_to_few_levels_of_the_best_scale(rank: int, bits: int, seed: int) -> None:
-    core, steps = normal(rank, rank, seed=seed), 2**bits - 1
-    tried = []
-    for levels in CORE_SCALES[:, None] * torch.arange(-steps, steps + 1, 2) / steps:
-        tried.append(levels[(core[..., None] - levels).abs().argmin(-1)])
-    best = min(tried, key=lambda rounded: float((rounded - core).square().sum()))
-    torch.testing.assert_close(_quantize_core(core, bits), best)
-    header = len(gamma(bits)) + len(gamma(rank + 1))
-    assert _cores_length([core, core], bits) == header + 2 * (5 + bits * rank**2)
-
-
-def test_codes_on_digits() -> None:
-    problem = Problem(angle=15.0, steps=30)
-    split = problem.split()
-    assert [len(labels) for _, labels in split.values()] == [1000, 400, 397]
-    both = torch.cat([split["training"][0], split["pretraining"][0]], 1).mT
-    assert len(torch.unique(both, dim=0)) >= 1390
-    settings_ = sweeps.grid(Setting, problem=problem, method=sweeps.grid(Coded, ranks=[0, 1]))
-    table = sweeps.run(settings_, coded.measure, progress=False)
-    assert (table.kl >= table.training_error).all()
-    frozen = problem.frozen()
-    found = coded._fit(problem, Coded(ranks=1), frozen, split["training"])
-    assert table.length[1] == _code_length(found, 2)
-    for update in found.updates:
-        torch.testing.assert_close(update.left, _quantize(update.left, 2), rtol=1e-3, atol=1e-6)
-    network = found.merge(frozen)
-    x, y = split["test"]
-    wrong = (network(x.double()).argmax(0) != y).double().mean()
-    assert table.test_error[1] == pytest.approx(float(wrong))
-    # The images that it was pretrained on are others, upright.
-    again = problem.replace(angle=0.0).split()
-    assert torch.equal(again["training"][1], split["training"][1])
-
-
-def test_cores_on_digits() -> None:
-    problem = Problem(angle=15.0, steps=30)
-    methods = [*sweeps.grid(Cores, ranks=[0, 2]), *sweeps.grid(Cores, ranks=[0, 2], prior=300)]
-    settings_ = sweeps.grid(Setting, problem=problem, method=methods)
-    frozen_row, cores, prior, both = coded.measure(settings_)
-    frozen, split = problem.frozen(), problem.split()
-    x, y = split["training"][0].double(), split["training"][1]
-    wrong = float((frozen(x).argmax(0) != y).double().mean())
-    assert frozen_row.training_error == pytest.approx(wrong)
-    assert frozen_row.length == 2
-    assert cores.length == both.length == 1 + 3 + 2 * (5 + 4)
-    # The images that trained the prior do not count.
-    for row in (prior, both):
-        assert row.kl == samples.kl_bound(row.training_error, row.length, 700)
-        assert row.training_error * 700 == pytest.approx(round(row.training_error * 700))
-    assert prior.test_error < frozen_row.test_error
-    network, found = coded._fit_cores(problem, Cores(ranks=2), frozen, split["training"])
-    for old, new, core in zip(frozen.weights, network.weights, found, strict=True):
-        U, _, V = lowrank.svd(old)
-        torch.testing.assert_close(new - old, U[:, :2] @ core @ V[:, :2].mT)
