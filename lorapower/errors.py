@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,32 @@ class InputError(LorapowerError, ValueError):
         shown = repr(value) if given is None else str(given)
         message = f"{_shorten(name)} must be {_shorten(allowed)}; got {_shorten(shown)}"
         super().__init__(f"{message}: {_shorten(remedy)}" if remedy else message)
+
+
+class MissingError(InputError, ImportError):
+    """Refuse to start without libraries that an extra of this package installs."""
+
+    name: str
+
+    def __init__(self, extra: str, *libraries: str) -> None:
+        super().__init__(
+            f"the extra `{extra}`",
+            allowed="installed",
+            given=f"no {', no '.join(libraries)}",
+            remedy=f"pip install '.[{extra}]' in a checkout of lorapower",
+        )
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Import libraries of an extra in this block; raise `MissingError` for one that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = str(error.name).partition(".")[0]
+        if library == __name__.partition(".")[0]:
+            raise
+        raise MissingError(extra, library) from error
 
 
 class SingularError(LorapowerError, ArithmeticError):

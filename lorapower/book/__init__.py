@@ -18,12 +18,15 @@ from typing import Annotated, Any, Literal, get_origin
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from .._records import Record
-from ..errors import InputError
-from . import claims
-from .figures import _style
+from ..errors import InputError, needs
+
+with needs("book"):
+    from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+    from .._records import Record
+    from . import claims
+    from .figures import _style
 
 #: Threads that torch takes by itself; `setup` leaves it one.
 THREADS = torch.get_num_threads()

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, MissingError
 from ._folders import nearest, write_folder, writing
 
 
@@ -46,7 +46,7 @@ MODELS = {
 #: The file by which a folder is an adapter of peft.
 PEFT_CONFIG = "adapter_config.json"
 # What the work of the extra `checkpoints` imports.
-_LIBRARIES = ("gguf", "peft", "transformers")
+_LIBRARIES = ("gguf", "pandas", "peft", "transformers")
 # Buffers in older files that follow from the configuration.
 _DERIVED = ("position_ids", "token_type_ids", "inv_freq", ".attn.masked_bias", ".attn.bias")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -56,15 +56,9 @@ _LOG = logging.getLogger("lorapower")
 
 
 def require_libraries() -> None:
-    """Raise `InputError` unless the libraries of the extra `checkpoints` are installed."""
+    """Raise `MissingError` unless the libraries of the extra `checkpoints` are installed."""
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
-        raise InputError(
-            "libraries of the extra checkpoints",
-            allowed="installed",
-            given=f"no {', no '.join(missing)}",
-            remedy="install the extra `checkpoints` of lorapower "
-            "(pip install 'lorapower[checkpoints]')",
-        )
+        raise MissingError("checkpoints", *missing)
     with warnings.catch_warnings():
         # They import it, and without widgets in a notebook it warns of plain bars.
         warnings.filterwarnings("ignore", "IProgress not found")

@@ -12,3 +12,11 @@ normalization), `digits` (networks on images). It has
 `sweeps` runs any of them, ``sweeps.run(sweeps.grid(Setting, ...), measure, file)``, and keeps what
 is finished. A new kind is a new module with these five.
 """
+
+from ..errors import needs
+
+# What the modules import besides the package's own dependencies.
+with needs("book"):
+    import pandas  # noqa: F401
+    import pydantic  # noqa: F401
+    import tqdm  # noqa: F401

@@ -356,7 +356,7 @@ def test_without_its_extra_it_says_what_to_install(library: str) -> None:
     )
     found = run("-c", code)
     assert found.returncode == 2
-    assert f"no {library}: install the extra `checkpoints`" in found.stderr
+    assert f"got no {library}: pip install '.[checkpoints]' in a checkout" in found.stderr
     assert found.stderr.count("\n") == 1
 
 

@@ -1,0 +1,80 @@
+"""What needs an extra says so where a library of it is missing; all else needs no extra."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+
+from conftest import ROOT
+
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "lorapower").rglob("*.py")
+    if not re.search(r"/_|^_", str(path.relative_to(ROOT / "lorapower")))
+]
+# Modules, and what each raises where libraries are hidden from it.
+FAILURES = """
+import importlib, json, sys
+modules, hidden = json.loads(sys.argv[1])
+raised = {}
+for libraries in hidden:
+    kept = {name: sys.modules.pop(name, None) for name in libraries}
+    sys.modules |= dict.fromkeys(libraries)
+    for module in modules:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "lorapower"]:
+            del sys.modules[name]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raised[f"{module} without {', '.join(libraries)}"] = f"{type(error).__name__}: {error}"
+    for name, library in kept.items():
+        del sys.modules[name]
+        if library:
+            sys.modules[name] = library
+print(json.dumps(raised))
+"""
+
+
+NEEDY = [name for name in MODULES if re.match(r"lorapower\.(book|experiments)\b", name)]
+
+
+def failures(modules: Sequence[str], hidden: Sequence[Sequence[str]]) -> dict[str, str]:
+    command = [sys.executable, "-c", FAILURES, json.dumps([modules, hidden])]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    raised: dict[str, str] = json.loads(found.stdout)
+    return raised
+
+
+def distributions(requirements: Iterable[str]) -> set[str]:
+    found = (re.match(r"[\w-]+", each) for each in requirements)
+    return {name[0].lower().replace("_", "-") for name in found if name}
+
+
+def libraries() -> list[str]:
+    """List the modules that extras install, without those of the package's own dependencies."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = (distributions(each) for each in project["optional-dependencies"].values())
+    wanted = set[str]().union(*extras) - distributions(project["dependencies"]) - {"lorapower"}
+    given = metadata.packages_distributions().items()
+    return sorted(module for module, of in given if wanted & distributions(of))
+
+
+def test_without_extras_each_module_is_imported_or_says_what_to_install() -> None:
+    raised = failures(MODULES, [libraries()])
+    told = re.compile(r"MissingError: the extra `\w+` must be installed; got no \w+: ")
+    assert all(told.match(said) for said in raised.values()), raised
+    assert {about.split(" without ")[0] for about in raised} == {*NEEDY}
+
+
+def test_each_library_of_chapters_and_experiments_is_named_where_it_is_missing() -> None:
+    used = ["matplotlib", "pandas", "pydantic", "seaborn", "tqdm"]
+    raised = failures(NEEDY, [[library] for library in used])
+    for about, said in raised.items():
+        missing = about.split(" without ")[1]
+        assert f"MissingError: the extra `book` must be installed; got no {missing}: " in said
+    assert {about.split(" without ")[1] for about in raised} == {*used}
