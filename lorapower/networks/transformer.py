@@ -497,9 +497,8 @@ class Transformer(Network):
         There is a row per key, a column per query. With rotary positions keys get ``b_K``, and both
         are rotated before they are multiplied.
         """
-        tokens = self.norm_1(l, z).unsqueeze(-3)
-        Q, K = (w[..., l, :, :, :] for w in (self.W_Q, self.W_K))
-        queries, keys = Q @ tokens, K @ tokens
+        tokens = self.norm_1(l, z)
+        queries, keys = (_by_heads(w[..., l, :, :, :], tokens) for w in (self.W_Q, self.W_K))
         if not self.is_plain:
             queries = queries + self.b_Q[..., l, :, :, None]
         if self.settings.rotary is not None:
@@ -530,9 +529,9 @@ class Transformer(Network):
 
     def attend(self, l: int, z: Tokens, patterns: Scores) -> Tokens:
         """Compute ``U`` of block ``l`` from tokens and attention patterns."""
-        V, O = (w[..., l, :, :, :] for w in (self.W_V, self.W_O))
-        values = self.each_head(V @ self.norm_1(l, z).unsqueeze(-3))
-        attention = (O @ (values @ patterns)).sum(-3)
+        values = _by_heads(self.W_V[..., l, :, :, :], self.norm_1(l, z))
+        mixed = (self.each_head(values) @ patterns).flatten(-3, -2)
+        attention = _times(self.W_O[..., l, :, :, :].transpose(-3, -2).flatten(-2), mixed)
         if self.is_plain:
             return attention
         u = z + attention if self.settings.residual else attention
@@ -540,7 +539,7 @@ class Transformer(Network):
 
     def hidden(self, l: int, u: Tokens) -> Hidden:
         """Compute the argument of block ``l``'s activation from ``U``."""
-        return self.W_1[..., l, :, :] @ self.norm_2(l, u) + self.b_1[..., l, :, None]
+        return _times(self.W_1[..., l, :, :], self.norm_2(l, u)) + self.b_1[..., l, :, None]
 
     def activate(self, p: Hidden) -> Hidden:
         """Compute ``σ(p)``."""
@@ -548,20 +547,20 @@ class Transformer(Network):
 
     def up(self, l: int, u: Tokens) -> Hidden:
         """Compute ``W_3 N_2(U) + b_3``, by which a gated block multiplies activations."""
-        return self.W_3[..., l, :, :] @ self.norm_2(l, u) + self.b_3[..., l, :, None]
+        return _times(self.W_3[..., l, :, :], self.norm_2(l, u)) + self.b_3[..., l, :, None]
 
     def feed_forward(self, l: int, u: Tokens, hidden: Hidden) -> Tokens:
         """Compute ``Y`` of block ``l``, which the next block reads, from ``U`` and `hidden`."""
         active = self.activate(hidden)
         if self.settings.gated:
             active = active * self.up(l, u)
-        y = self.W_2[..., l, :, :] @ active
+        y = _times(self.W_2[..., l, :, :], active)
         return (u + y if self.settings.residual else y) + self.b_2[..., l, :, None]
 
     def output(self, z: Tokens) -> Float[Tensor, "*batch out n"]:
         """Compute the outputs for the tokens that leave the last block."""
         if self.is_plain:
-            return self.W_out @ z
+            return _times(self.W_out, z)
         if not self.settings.final_norm:
             return z
         return self.g_f[..., None] * self.normalize(z) + self.s_f[..., None]
@@ -584,6 +583,27 @@ class Transformer(Network):
             return identity
         constant = torch.ones_like(identity[:, :1])
         return torch.linalg.qr(torch.cat([constant, identity[:, :-1]], 1)).Q[:, 1:]
+
+
+def _times(W: Float[Tensor, "*#batch out in"], x: Float[Tensor, "*#batch in n"]) -> Tensor:
+    """Multiply columns by weights.
+
+    Dimensions of ``x`` that the weights lack become columns: one large product is many times
+    faster than many small ones.
+    """
+    shared, sizes = W.shape[:-2][::-1], x.shape[:-2][::-1]
+    folded = next((i for i, size in enumerate(shared[: len(sizes)]) if size != 1), len(sizes))
+    if not folded:
+        return W @ x
+    columns = x.movedim(-2, -2 - folded)
+    W = W.reshape(*W.shape[: max(W.ndim - 2 - folded, 0)], *W.shape[-2:])
+    y = W @ columns.flatten(-1 - folded)
+    return y.unflatten(-1, columns.shape[-1 - folded :]).movedim(-2 - folded, -2)
+
+
+def _by_heads(W: Float[Tensor, "*#batch heads out in"], x: Tokens) -> Tensor:
+    """Multiply tokens by the weights of each head; ``[..., heads, out, n]``."""
+    return _times(W.flatten(-3, -2), x).unflatten(-2, W.shape[-3:-1])
 
 
 def _sizes(parameters: Mapping[str, Tensor]) -> dict[str, int]:
