@@ -66,7 +66,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
 export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
-.PHONY: help book test check style chapter lab serve pdf tidy clean distclean
+.PHONY: help book test check nightly style chapter lab serve pdf tidy clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -84,7 +84,10 @@ test: book ## check style, types and behaviour of the package and the book
 	$(pytest)
 
 check: style ## the same without the book, and without tests that start programs
-	$(pytest) -m 'not book and not programs'
+	$(pytest) -m 'not book and not programs and not nightly'
+
+nightly: $(ready) ## simulate many draws of what holds in most of them, and find more examples
+	$(pytest) -m 'not book and not programs' --hypothesis-profile=many
 
 style: $(ready)
 	$(bin)/ruff check

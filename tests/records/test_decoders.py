@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import randomness
-from records import facts, language, models, protocols, recipes, texts, unpack
+from records import facts, language, models, recipes, texts, unpack
 from records.language import Lora, Method, Part, Problem, Setting, Targets, Whole
 from records.texts import Examples, find
 
@@ -168,22 +168,6 @@ def test_equal_ranks_are_within_half_a_rank(llama: str) -> None:
     assert language.equal_ranks(llama, 8, "own", [*NUMBERS])["queries and keys"] == 8
 
 
-def test_a_model_is_dequantized_before_its_layers_are_counted(
-    llama: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-    place = models.place
-
-    def watched(model: str) -> Any:
-        seen.append(torch.get_default_device().type)
-        return place(model)
-
-    monkeypatch.setattr(models, "place", watched)
-    language._shapes.cache_clear()
-    language.equal_ranks(llama, 2)
-    assert seen[0] == "cpu"
-
-
 def test_a_decoder_tells_classes_and_numbers_from_the_last_token(tiny: Problem) -> None:
     rating = tiny.replace(task="movies-rating")
     network = build(rating).eval()
@@ -307,43 +291,3 @@ def test_reciting_is_greedy_decoding(to_learn: facts.Problem) -> None:
     scores = network(torch.from_numpy(rows)).logits.log_softmax(-1).detach().numpy()
     by_hand = [-sum(scores[i, j - 1, rows[i, j]] for j in (-2, -1)) for i in range(len(rows))]
     np.testing.assert_allclose(losses, by_hand, rtol=1e-5)
-
-
-def test_adapters_are_on_the_layers_that_a_pattern_finds(llama: str) -> None:
-    method = Part(pattern=r"layers\.1\.mlp\.down_proj", rank=3)
-    network = language.ready(models.decoder(llama), method, 0, half=False)
-    tuned = {name: p.numel() for name, p in network.named_parameters() if p.requires_grad}
-    assert sum(tuned.values()) == 3 * (16 + 24)
-    assert all("layers.1.mlp.down_proj.lora_" in name for name in tuned)
-
-
-def test_rates_of_facts_are_chosen_for_each_way() -> None:
-    first, rates_of_first = facts.WAYS[0]
-    tried = [
-        facts.Setting(method=way.replace(learning_rate=rate))
-        for way, rates in facts.WAYS
-        for rate in rates
-    ]
-    rows = [
-        {
-            "method": s.method.kind,
-            "targets": getattr(s.method, "targets", None),
-            "pattern": getattr(s.method, "pattern", None),
-            "recipe": getattr(s.method, "recipe", None),
-            "rank": s.method.rank or None,
-            "learning_rate": s.method.learning_rate,
-            "pretrained": True,
-            "seed": 0,
-            # Best in the middle, but for the first way, where the last is best.
-            "score": s.method.learning_rate
-            if (s.method.way, s.method.rank) == (first.way, first.rank)
-            else -abs(math.log(s.method.learning_rate / rates[1])),
-        }
-        for (_, rates), s in zip((way for way in facts.WAYS for _ in way[1]), tried, strict=True)
-    ]
-    trials = facts.by_layers(pd.DataFrame(rows))
-    best = protocols.best_rates(trials)
-    for i, (way, rates) in enumerate(facts.WAYS):
-        assert best[way.way, True][way.rank] == rates[2 if i == 0 else 1]
-    (more,) = protocols.widen(tried, trials)
-    assert more.method == first.replace(learning_rate=2 * rates_of_first[2])

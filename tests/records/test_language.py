@@ -143,27 +143,6 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_pat
     assert found["loss"].item() == pytest.approx((found["logits"].item() - 3) ** 2)
 
 
-@pytest.mark.parametrize("method", WAYS, ids=lambda method: method.kind)
-def test_methods_tune_the_mean_head_too(method: Method, tiny: Problem) -> None:
-    problem = tiny.replace(task="stsb", head="mean")
-    network = language.prepare(Setting(problem=problem, method=method))
-    assert any("classifier" in name for name in tuned(network))
-    assert not any("pooler" in name for name in tuned(network))
-    assert math.isfinite(measure(problem, method=method)[0].score)
-
-
-def test_models_without_layers_are_refused() -> None:
-    plain = torch.nn.Module()
-    plain.base_model = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1))
-    plain.base_model_prefix = "body"  # type: ignore[assignment]
-    for method, message in (
-        (Lora(rank=1), "with linear layers for targets 'all'; got a Sequential without any"),
-        (Whole(kind="final"), "a stack of layers"),
-    ):
-        with pytest.raises(InputError, match=message):
-            language._adapt(plain, method, 0)
-
-
 def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -180,24 +159,6 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
 
 
 # Runs
-
-
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("source", {"problem": {"source": "no/such/folder", "task": "cola"}}),
-        ("model", {"problem": {"model": ""}}),
-        ("tokens", {"problem": {"tokens": 4}}),
-        ("part", {"problem": {"part": "test", "task": "rte", "source": "hub"}}),
-        ("head", {"problem": {"task": "movies-next", "head": "mean"}}),
-        ("method", {"method": {"kind": "none"}}),
-        ("names", {"method": {"kind": "final", "rank": 4}}),
-    ],
-    ids=str,
-)
-def test_settings_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"^{field} must be "):
-        Setting(**values)
 
 
 def test_what_is_not_usable_is_found_before_the_first_run(tiny: Problem, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import records
 from lorapower import InputError
 from lorapower.experiments import sweeps
 from records import before, language, models, protocols, record, texts, tune
-from records.language import Lora, Setting, Whole
+from records.language import Lora, Setting
 from records.protocols import PROFILES
 
 # What settings of these tables have; the other columns are of `language.Part`.
@@ -75,23 +75,6 @@ def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head(
     lora = {("lora", rank) for rank in (1, 64, 192)}
     assert {*found} == lora | {*equal.items(), ("full", 0), ("linear", 0)}
     assert min(found.values()) >= 3
-
-
-def test_not_all_ways_are_run_of_each_task_and_seed() -> None:
-    def run(task: str, source: str, seed: int) -> Counter[tuple[str, int]]:
-        about = "decoder", [task], source, models.LANGUAGE
-        return ways(tune.choose(protocols.compare(*about, seed=seed, seeds=1)))
-
-    few = [("lora", 1), ("lora", 64), ("full", 0)]
-    main = [("lora", rank) for rank in (1, 4, 16, 64)] + [("full", 0), ("head", 0)]
-    more = [("lora", 2), ("lora", 8)]
-    parts = [("attention", 11), ("feed-forward", 6), ("queries and keys", 21)]
-    wide = [("lora", 192), ("linear", 0)]
-    assert run("movies", "rated", 2) == Counter([*few, *main, *more, *parts])
-    assert run("movies-next", "rated", 2) == Counter([*few, *main, *more, *parts, ("linear", 0)])
-    assert run("functions-next", "code", 0) == Counter([*few, *main, *more, *wide])
-    assert run("movies-next", "rated", 3) == Counter(main)
-    assert run("functions-next", "code", 3) == Counter([*main, *wide])
 
 
 def test_the_protocol_takes_ranks_seeds_rates_and_samples() -> None:
@@ -243,45 +226,10 @@ def test_the_recorded_run_is_part_of_the_protocol(
     assert (table.part == "validation").sum() == len(searched) * (name != "encoder")
 
 
-def test_ways_trained_again_have_the_rates_that_were_chosen_again() -> None:
-    (task,) = tune.AGAIN
-    table = records.read("decoder").query("task == @task")
-    searched, runs = (table[table.part == part] for part in ("validation", "test"))
-    runs = runs[(runs.samples == runs.samples.max()) & (runs.targets == "all")]
-    earlier = records.read("rates").query("method == 'lora' and seed >= 0")
-    first, chosen = protocols.best_rates(searched), again(task)
-    assert chosen["full", True] == first["full", True]
-    assert {*earlier["rank"]} == {1, 4}
-    for rank in map(int, runs["rank"].unique()):
-        rows, before = (found[found["rank"] == rank] for found in (runs, earlier))
-        rate = protocols._rate(first["lora", True], rank)
-        if len(before):
-            assert before.learning_rate.unique() == pytest.approx([rate])
-            assert sorted(before.seed) == sorted(rows.seed) == [*range(tune.SEEDS[task])]
-            rate = chosen["lora", True][rank]
-        assert rows.learning_rate.unique() == pytest.approx([rate])
-
-
 def test_the_record_of_further_tasks_is_what_its_command_trains() -> None:
     known = sweeps.run(before.trainings(), work, progress=False)[COLUMNS]
     recorded = records.read("encoder")[COLUMNS]
     assert len(recorded.merge(known)) == len(recorded) == len(known)
-
-
-@RECORDED
-def test_recorded_scores_are_those_of_the_recorded_answers(
-    name: str, task: str, source: str, profile: str, model: str, samples: int
-) -> None:
-    about = texts.find(task)
-    rounding = 1e-6 if about.next_tokens else 0  # of answers that are no classes
-    table = records.read(name)
-    if name == "decoder":
-        table = pd.concat([table, records.read("rates").query("seed >= 0")])
-    for part, rows in table.query("task == @task").groupby("part"):
-        labels = np.array(texts.read(task, source, str(part)).labels)
-        for score, answers in zip(rows.score, rows.answers, strict=True):
-            found = about.scores(records.unpack(answers), labels)["score"]
-            assert found == pytest.approx(score, rel=rounding, abs=0)
 
 
 def test_records_do_not_depend_on_the_order_of_files(tmp_path: Path) -> None:
@@ -301,13 +249,6 @@ def test_unknown_records_are_refused() -> None:
         records.read("texts")
 
 
-def test_networks_are_kept_where_others_need_them() -> None:
-    setting = Setting(problem=language.Problem(task="movies-next", head="own", seed=3))
-    assert tune.place(setting) == Path("tuned", "movies-next-3-all-4")
-    whole = setting.replace(method=Whole())
-    assert tune.place(whole) == Path("tuned", "movies-next-3-full")
-
-
 # Intervals
 
 
@@ -324,7 +265,16 @@ def test_intervals_of_known_values() -> None:
     assert protocols.interval([[1, 1], [1, 1]])[:2] == (1, 0)
 
 
-@pytest.mark.parametrize(("seeds", "luck"), [(1, 0), (2, 0.02), (3, 0.02), (3, 0), (5, 0.01)])
+@pytest.mark.parametrize(
+    ("seeds", "luck"),
+    [
+        (3, 0.02),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in ((1, 0), (2, 0.02), (3, 0), (5, 0.01))
+        ),
+    ],
+)
 def test_intervals_hold_the_mean_as_often_as_they_say(seeds: int, luck: float) -> None:
     """Texts of different difficulty, trainings of different luck; the mean over all is known."""
     random = np.random.default_rng(0)
@@ -346,18 +296,6 @@ def test_intervals_hold_the_mean_as_often_as_they_say(seeds: int, luck: float) -
 def test_intervals_of_nothing_are_refused(values: list[Any]) -> None:
     with pytest.raises(InputError, match=r"values must be \[seeds, at least two texts\]; got"):
         protocols.interval(values)
-
-
-def test_ways_have_names() -> None:
-    runs = pd.DataFrame(
-        {
-            "method": ["lora", "lora", "full", "linear", "head"],
-            "targets": ["all", "attention", None, None, None],
-            "rank": [4.0, 11.0, math.nan, math.nan, math.nan],
-        }
-    )
-    names = ["rank 4", "attention", "all weights", "linear layers in full", "the base"]
-    assert protocols.name_ways(runs).tolist() == names
 
 
 def test_every_third_answer_contributes_as_among_all() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,83 +20,16 @@ from lorapower.checkpoints import Pair
 from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder
 from records import (
-    facts,
     language,
     models,
     neighbours,
     pairs,
     parts,
     plans,
-    recipes,
     record,
     sizes,
     tune,
-    unpack,
 )
-
-
-def test_errors_of_plans_are_those_of_the_texts() -> None:
-    table = records.read("plans")
-    assert not table.duplicated(["tuning", "method", "asked"]).any()
-    sums = table[["squares", "effect", "equal", "divergence", "decisions"]].map(np.sum)
-    found: dict[str, Any] = {
-        "error": np.sqrt(sums.squares / sums.effect),
-        "agreement": sums.equal / sums.decisions,
-        "kl": sums.divergence / sums.decisions,
-    }
-    for name, values in found.items():
-        np.testing.assert_allclose(table[name].to_numpy(), values.to_numpy(), rtol=1e-9)
-    # All adapters of a tuning are measured on the same texts; logits of float32 are summed.
-    for tuning, rows in table.groupby("tuning"):
-        about = plans.TUNINGS[str(tuning)]
-        effect, decisions = (np.stack([*rows[name]]) for name in ("effect", "decisions"))
-        assert effect.shape == (len(rows), min(about.texts, 256))
-        assert (effect.std(0) <= 1e-4 * effect.mean(0)).all()
-        assert not np.ptp(decisions, axis=0).any()
-        least = rows[rows.method.str.startswith("least")]
-        assert set(least.asked) == {*about.errors}
-    compared = table[table.method.isin(neighbours.RULES)]
-    # One more direction of the largest module would be too many.
-    unit = 305_280
-    assert (compared.parameters <= unit * compared.asked).all()
-    assert (compared.parameters > unit * compared.asked - (576 + 1536)).all()
-    own = table[table.method != "mergekit"]
-    assert (own.carried >= own.parameters).all()
-    assert (table.bytes >= 4 * table.carried).all()
-    assert table[["version", "torch", "peft"]].notna().all(axis=None)
-
-
-def test_recorded_facts_agree_with_their_losses() -> None:
-    table = records.read("facts")
-    assert not table.duplicated(sweeps.columns(facts.Setting)).any()
-    losses = table.losses.map(unpack)
-    assert (losses.map(len) == table.number).all()
-    np.testing.assert_allclose(-losses.map(np.mean), table.score, rtol=1e-5)
-    # A value has equally many bits in all runs.
-    bits = (table.bits + losses.map(np.sum) / np.log(2)) / table.number
-    np.testing.assert_allclose(bits, bits[0], rtol=1e-6)
-    # Runs at 256 facts, or with 100 passes, have a rate chosen before, and one has half of it.
-    chosen = facts.at_best_rates(table)
-    rest = table[(table.number == 256) | (table.passes == 100)].drop(chosen.index, errors="ignore")
-    assert rest[["number", "passes", "rank"]].to_numpy().tolist() == [[256, 100, 1]]
-    block = chosen[(chosen.place == "one block") & (chosen["rank"] == 1)]
-    assert {*block.learning_rate} == {*(2 * rest.learning_rate)}
-
-
-def test_recorded_recipes_are_those_of_the_protocol() -> None:
-    table = records.read("recipes")
-    assert not table.duplicated(["recipe", "learning_rate", "seed"]).any()
-    assert {*table.part} == {"test"}
-    assert {*table["rank"]} == {recipes.RANK}
-    np.testing.assert_allclose(-table.answers.map(unpack).map(np.mean), table.score, rtol=1e-6)
-    chosen = recipes.at_best_rates(table)
-    # The best rate is inside of those tried, and it alone has more than one seed.
-    assert {*table.drop(chosen.index).seed} == {0}
-    for recipe in recipes.RATES:
-        best = chosen[chosen.recipe == recipe]
-        assert sorted(best.seed) == [*range(recipes.SEEDS)]
-        rates = table[table.recipe == recipe].learning_rate
-        assert rates.min() < best.learning_rate.iloc[0] < rates.max()
 
 
 def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,24 +147,13 @@ def test_what_other_weights_of_one_function_save(llamas: tuple[str, str]) -> Non
     assert [row[-1] for row in parts.freedoms(tuned, moved)] == pytest.approx([1] * 3, rel=1e-3)
 
 
-def test_the_record_of_parts_is_whole() -> None:
+def test_rows_of_parts_are_unfolded() -> None:
     table = records.read("parts")
     found = [(-1, "", "directions", 3.0), (0, "q", "half", 2.0)]
     run = {"tuning": "a", "stage": "weights", "rows": json.dumps(found)}
     unfolded = parts.unfold(pd.DataFrame([run | {"torch": "2", "transformers": "5"}]))
     assert [*unfolded.columns] == [*table.columns]
     assert [*map(tuple, unfolded[["block", "part", "quantity", "value"]].to_numpy())] == found
-    keys = ["tuning", "stage", "block", "part", "quantity"]
-    assert not table.duplicated(keys).any()
-    assert table.notna().drop(columns="part").all(axis=None)
-    wide = table[table.stage == "weights"].query("block >= 0")
-    wide = wide.pivot(index=["tuning", "block", "part"], columns="quantity", values="value")
-    assert len(wide) == 4 * 30 * 7
-    assert (wide.half <= wide.nine).all()
-    assert (wide.nine <= wide.numerical).all()
-    shares = table[table.quantity.isin(["floor", "far floor", "free"])].value
-    assert shares.between(0, 1).all()
-    assert table[table.quantity == "few error"].value.le(0.4).all()
 
 
 @pytest.fixture(scope="module")
@@ -335,51 +256,3 @@ def test_what_is_recorded_of_sizes_is_so(sized: tuple[pd.DataFrame, Any], way: s
     # In bfloat16 where the processor has it.
     assert row.loss == row.losses.mean() == pytest.approx(losses.mean(), abs=0.01)
     assert np.abs(row.losses - losses).max() < 0.1
-
-
-def test_the_record_of_sizes_is_that_of_the_trainings() -> None:
-    """Losses of trained networks are those that were recorded when they had been trained."""
-    table = records.read("sizes")
-    assert not table.duplicated(["seed", "way", "rank"]).any()
-    # With the rates that ranks had at first.
-    earlier = records.read("rates").query("method == 'lora' and seed >= 0")
-    runs = pd.concat([earlier, records.read("decoder")])
-    runs = runs.query("task == 'movies-next' and part == 'test' and samples == samples.max()")
-    runs = runs.fillna({"rank": 0, "targets": ""})
-    runs = runs.drop_duplicates(["seed", "method", "targets", "rank"])
-    targets = {"full": "", "base": "", "trained": "all"}
-    kinds = {"full": "full", "base": "head"}
-    given = table[table.way.isin([*targets, "attention", "feed-forward", "queries and keys"])]
-    assert given.groupby("seed").size().to_dict() == {0: 9, 3: 6, 4: 6}
-    rows: Any = given.to_dict("records")
-    for row in rows:
-        way = row["way"]
-        there = runs[(runs.seed == row["seed"]) & (runs["rank"] == row["rank"])]
-        there = there[there.method == kinds.get(way, "lora")]
-        (found,) = there[there.targets == targets.get(way, way)].answers
-        np.testing.assert_array_equal(row["losses"], unpack(found))
-    assert (table[table.way == "full"].error == 0).all()
-    assert (table[table.way == "base"].error == 1).all()
-    made = table[table.way.isin(sizes.MADE)]
-    assert made.groupby(["seed", "way"]).size().to_dict() == dict.fromkeys(
-        itertools.product((0, 3, 4), sizes.MADE), 3
-    )
-    trained = given[given.way == "trained"].drop_duplicates("rank").set_index("rank").parameters
-    limits = made["rank"].map(trained)
-    # One more direction of the largest layer, or of embeddings, would be too many.
-    whole = made.way.str.endswith("whole")
-    step = np.where(whole, 576 + 49152, 576 + 1536)
-    assert (made.parameters > limits - step).all()
-    assert (made.parameters <= limits).all()
-
-
-def test_the_record_of_rules_is_what_it_says() -> None:
-    table = records.read("before")
-    assert not table.duplicated(["model", "task", "rank"]).any()
-    for (model, _), rows in table.sort_values("rank").groupby(["model", "task"]):
-        assert rows.error.is_monotonic_decreasing
-        # At rank 64 nothing is cut; the decoder's passes round other factors otherwise.
-        assert rows.error.iloc[-1] < (1e-4 if model == models.PACKAGED else 0.06)
-        assert rows.share.iloc[-1] == pytest.approx(1, abs=0.01)
-        # What a rank costs, ‖G_R‖², grows with it.
-        assert (2 * rows.share - rows.gain).is_monotonic_increasing

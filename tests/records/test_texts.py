@@ -127,31 +127,6 @@ def test_what_cannot_be_read_is_one_line(
         assert "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize(
-    ("task", "source", "part", "message"),
-    [
-        ("sst3", "hub", "train", "task must be one of cola, sst2"),
-        ("cola", "rated", "train", "task must be one of movies"),
-        ("cola", "code", "train", "task must be one of functions-next"),
-        ("cola", "", "train", "source must be 'rated', 'code', 'hub' or a folder that exists"),
-        ("cola", "no/folder", "train", "source must be"),
-        ("rte", "hub", "test", "part must be one of train, validation; got"),
-        ("movies", "rated", "dev", "part must be one of train, validation, test"),
-    ],
-)
-def test_unknown_tasks_sources_and_parts_are_refused(
-    task: str, source: str, part: str, message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        texts.read(task, source, part)
-
-
-def test_tasks_are_chosen_in_the_order_of_their_source(tmp_path: Path) -> None:
-    assert texts.choose([], "rated") == ["movies"]
-    assert texts.choose(["rte", "cola"], "hub") == ["cola", "rte"]
-    assert len(texts.choose([], str(tmp_path))) == 9
-
-
 # Rated sentences, with each file's number of distinct ones.
 KINDS = {"movies": 10603, "tweets": 4140, "products": 3697, "editorials": 5118}
 

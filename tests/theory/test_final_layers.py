@@ -101,7 +101,7 @@ def test_fewer_steps_only_lower_the_estimate() -> None:
     assert means[3] == pytest.approx(means[4], abs=noise)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.nightly) for k in (1, 2))])
 def test_the_floor_is_the_conditional_variance_found_by_rejection(seed: int) -> None:
     rng = np.random.default_rng(seed)
     W, b, V, c = (rng.normal(size=size) / 2 for size in ((3, 4), 3, (4, 4), 4))

@@ -24,8 +24,13 @@ def test_limits_of_shares_are_those_of_the_binomial() -> None:
     assert math.isnan(mean_limit(np.full(3, np.nan)))
 
 
-@pytest.mark.parametrize("n", [60, 256])
-@pytest.mark.parametrize("shape", ["small", "skewed", "even", "rare", "constant"])
+def cases(*names: Any) -> list[Any]:
+    """The first of these in every run, the others in nightly ones."""
+    return [names[0], *(pytest.param(name, marks=pytest.mark.nightly) for name in names[1:])]
+
+
+@pytest.mark.parametrize("n", cases(60, 256))
+@pytest.mark.parametrize("shape", cases("skewed", "small", "even", "rare", "constant"))
 def test_limits_of_means_hold_for_any_distribution(shape: str, n: int) -> None:
     draw = np.random.default_rng(n)
     size = (1000, n)
@@ -86,7 +91,7 @@ def test_few_texts_certify_nothing() -> None:
     assert quantile_limit(np.zeros(29)) == 0
 
 
-@pytest.mark.parametrize("shape", ["skewed", "heavy", "two values", "constant"])
+@pytest.mark.parametrize("shape", cases("two values", "skewed", "heavy", "constant"))
 def test_certificates_hold_for_any_distribution(shape: str) -> None:
     draw = np.random.default_rng(len(shape))
     size = (2000, 60)
