@@ -86,7 +86,7 @@ test: book ## check style, types and behaviour of the package and the book
 check: style ## the same without the book, and without tests that start programs
 	$(pytest) -m 'not book and not programs and not nightly'
 
-nightly: $(ready) ## simulate many draws of what holds in most of them, and find more examples
+nightly: $(ready) ## draw more examples, and simulate how often intervals and certificates hold
 	$(pytest) -m 'not book and not programs' --hypothesis-profile=many
 
 style: $(ready)
