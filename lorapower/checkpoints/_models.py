@@ -51,6 +51,8 @@ _LIBRARIES = ("gguf", "pandas", "peft", "transformers")
 _DERIVED = ("position_ids", "token_type_ids", "inv_freq", ".attn.masked_bias", ".attn.bias")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
+# What libraries raise for files that they cannot read.
+_UNREADABLE = OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError
 # Notices on the stream for errors; a higher level of this logger silences them.
 _LOG = logging.getLogger("lorapower")
 
@@ -203,6 +205,8 @@ def tokenizer(model: str) -> Any:
 
 def load(kind: Any, model: str, **options: Any) -> Any:
     """Load a model's ``kind`` of thing; the hub is not asked for what is on this machine."""
+    from huggingface_hub.errors import StrictDataclassError
+
     path = place(model)
     here = path.is_dir()
     if not here and model.startswith(("/", ".", "~")):
@@ -215,7 +219,7 @@ def load(kind: Any, model: str, **options: Any) -> Any:
             # Otherwise it asks whether to run code that comes with a model.
             options = {"local_files_only": here, "trust_remote_code": False, **options}
             return kind.from_pretrained(str(path) if here else model, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (*_UNREADABLE, StrictDataclassError) as error:
         raise InputError("model", allowed=allowed, given=f"{model!r} ({reason(error)})") from error
 
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import _checks, randomness
 from ..errors import InputError
 from ._models import quiet
-from .pair import Pair
+from .pair import COUNTED_FROM_PADDING, Pair
 
 #: Texts that each part needs. If two models agree on 59, the lower limit of their agreement is .95
 #: at a confidence of 95%; and fewer say little about the inputs of modules.
@@ -266,8 +266,7 @@ def _limit(pair: Pair, tokens: int) -> int:
     """Tokens of a text at most: so many, or as many as the model takes."""
     config = pair.tuned.config
     places = int(getattr(config, "max_position_embeddings", 0))
-    if config.model_type in ("camembert", "roberta", "xlm-roberta"):
-        # They count positions from the one after the padding's.
+    if config.model_type in COUNTED_FROM_PADDING:
         places -= int(config.pad_token_id) + 1
     return min(_checks.integer("tokens", tokens, 8), places)
 

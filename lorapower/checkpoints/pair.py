@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ _BLOCKS = {
     **dict.fromkeys(("olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"), "layers"),
     **dict.fromkeys(("stablelm", "starcoder2"), "layers"),
 }
+# These count positions from the one after the padding's.
+COUNTED_FROM_PADDING = ("camembert", "roberta", "xlm-roberta")
 # The task of an architecture, by the end of its name.
 _TASKS: dict[str, Task] = {
     "ForSequenceClassification": "classification",
@@ -35,6 +38,15 @@ _TASKS: dict[str, Task] = {
     "Model": "encoder",
 }
 KINDS = ("bias", "norm", "embedding", "head")
+# Entries of a configuration that do not change what a network computes of texts: names and labels,
+# what only training or memory depends on, and what other entries or the weights' shapes say too.
+# All others count, also those that transformers does not declare.
+_HARMLESS = re.compile(
+    "_name_or_path|architectures|transformers_version|unsloth_.*|(torch_)?dtype|task_specific_params"
+    "|id2label|label2id|problem_type|finetuning_task|.*_token_id|vocab_size"
+    "|.*(dropout|pdrop).*|initializer_.*|gradient_checkpointing|use_cache|chunk_size_feed_forward"
+    "|return_dict|output_attentions|output_hidden_states|pretraining_tp|max_window_layers"
+)
 # Modules that servers compute as one, by the ends of their names.
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), "qkv"),
@@ -126,8 +138,8 @@ class Pair:
         Each is a folder, a name on the hub, or ``"packaged"``, this book's encoder. The
         architecture, and a head that the base lacks, are from ``tuned``. Weights are read later,
         one at a time. Raises `InputError` for checkpoints that are missing, quantized, incomplete,
-        not supported, or of different architecture or size, and for adapters that are no LoRA, do
-        not fit, or change nothing.
+        not supported, or of different architecture, size or configuration, and for adapters that
+        are no LoRA, do not fit, or change nothing.
 
         Parameters
         ----------
@@ -145,6 +157,7 @@ class Pair:
         kind, tuned_kind = base_files.config.model_type, tuned_files.config.model_type
         if kind != tuned_kind:
             raise InputError("tuned", allowed=f"of type {kind!r}, like the base", given=tuned_kind)
+        _require_one_function(base_files.config, tuned_files.config, task)
         network = build(tuned_files.config, architecture, "meta")
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         stem, body = network.base_model_prefix, network.base_model
@@ -154,11 +167,13 @@ class Pair:
         if deep := sorted(name for name in new if name.startswith(f"{blocks}.")):
             allowed = "with all weights of the blocks"
             raise InputError("base", allowed=allowed, given=f"no {listed(deep)}")
+        _require_used(base_files, network, blocks.removeprefix(prefix))
         if isinstance(tuned_files, Adapted):
             with quiet():
                 tuned_files.fit(build(tuned_files.config, architecture, "cpu"))
         else:
             tuned_files.bind(sizes, stem)
+            _require_used(tuned_files, network, blocks.removeprefix(prefix))
             if extra := sorted(tuned_files.unused - base_files.unused):
                 allowed = f"with nothing but weights of {architecture}"
                 raise InputError("tuned", allowed=allowed, given=f"one with {listed(extra)}")
@@ -331,6 +346,46 @@ def _describe(config: Any) -> tuple[str, Task]:
         allowed = "a classifier into one class of several"
         raise InputError("tuned", allowed=allowed, given=config.problem_type)
     return architecture, task
+
+
+def _require_one_function(base: Any, tuned: Any, task: Task) -> None:
+    """Refuse a base whose weights are another function with its own configuration.
+
+    Adapters carry weights alone: they are served with the configuration of the base.
+    """
+    own, other = ({n: v for n, v in c.to_dict().items() if v is not None} for c in (base, tuned))
+    counted = {name for name in own.keys() | other.keys() if not _HARMLESS.fullmatch(name)}
+    rope = getattr(tuned, "rope_parameters", None) or {}
+    if {each["rope_type"] for each in ([rope] if "rope_type" in rope else rope.values())} == {
+        "default"
+    }:
+        # Angles do not depend on it.
+        counted -= {"max_position_embeddings"}
+    if task == "classification" or tuned.model_type in COUNTED_FROM_PADDING:
+        # Classifiers of decoders look for the last token by it. Without one they take one text.
+        counted |= own.keys() & other.keys() & {"pad_token_id"}
+    if differing := sorted(name for name in counted if own.get(name) != other.get(name)):
+        raise InputError(
+            "tuned",
+            allowed="with the base's configuration, as adapters are served with that",
+            given=", ".join(f"{n} {other.get(n)!r} instead of {own.get(n)!r}" for n in differing),
+            remedy="if the tuned model needs these, save the base with them and name that, to plan "
+            "with and to serve; if not, correct its config.json",
+        )
+
+
+def _require_used(checkpoint: Checkpoint, network: Any, blocks: str) -> None:
+    """Refuse weights of a network with another configuration than the checkpoint's own."""
+    if deep := sorted(k for k in checkpoint.unused if re.search(rf"(^|\.){blocks}\.", k)):
+        allowed = "of as many blocks as its config.json says, with weights of the same names"
+        raise InputError(checkpoint.name, allowed=allowed, given=listed(deep))
+    first: dict[int, str] = {}
+    for name, value in network.named_parameters(remove_duplicate=False):
+        same = first.setdefault(id(value), name)
+        if name in checkpoint.unused and not checkpoint.read(name).equal(checkpoint.read(same)):
+            allowed = f"with one weight for {name} and {same}, as tie_word_embeddings says"
+            remedy = "set it to false in config.json, or save the model with one weight"
+            raise InputError(checkpoint.name, allowed=allowed, given="two", remedy=remedy)
 
 
 def build(config: Any, architecture: str, device: str) -> Any:

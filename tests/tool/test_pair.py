@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,12 +173,119 @@ def test_what_cannot_be_planned_for_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"tuned must be .*{match}"):
             Pair.open(base, str(place))
         shutil.rmtree(place)
+    place = Path(shutil.copytree(tuned, tmp_path / "strange"))
+    files.configure(place, num_hidden_layers="two")
+    with pytest.raises(InputError, match=r"model must be .* error for field 'num_hidden_layers'"):
+        Pair.open(base, str(place))
     files.alter(Path(base), lambda w: w.pop(WEIGHT))
     with pytest.raises(InputError, match="base must be with all weights of the blocks"):
         Pair.open(base, tuned)
     _, other = files.pair(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
     with pytest.raises(InputError, match="tuned must be of type 'bert', like the base; got gpt2"):
         Pair.open(tuned, other)
+
+
+# Entries of the tuned configuration with which the base's weights are another function.
+OTHERS: list[tuple[str, str, dict[str, Any]]] = [
+    ("bert", "BertForSequenceClassification", {"layer_norm_eps": 0.1}),
+    ("bert", "BertForSequenceClassification", {"hidden_act": "relu"}),
+    ("bert", "BertModel", {"num_attention_heads": 2}),
+    ("bert", "BertModel", {"is_decoder": True}),
+    ("gpt2", "GPT2LMHeadModel", {"scale_attn_weights": False}),
+    ("llama", "LlamaForCausalLM", {"rms_norm_eps": 0.1}),
+    ("llama", "LlamaForCausalLM", {"num_attention_heads": 2}),
+    ("llama", "LlamaForCausalLM", {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}),
+    ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
+    ("gemma2", "Gemma2ForCausalLM", {"final_logit_softcapping": 9.0}),
+    ("gemma2", "Gemma2ForCausalLM", {"sliding_window": 2}),
+    ("modernbert", "ModernBertForSequenceClassification", {"classifier_pooling": "mean"}),
+    ("gpt2", "GPT2ForSequenceClassification", {"pad_token_id": 7}),
+    ("roberta", "RobertaModel", {"pad_token_id": 1}),
+    ("qwen2", "Qwen2ForCausalLM", {"num_hidden_layers": 1, "layer_types": ["full_attention"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "architecture", "entries"), OTHERS, ids=str)
+def test_other_configurations_are_refused_by_name(
+    kind: str, architecture: str, entries: dict[str, Any], tmp_path: Path
+) -> None:
+    """Adapters are served with the base's: weights alone are what they carry."""
+    base, tuned = files.pair(tmp_path, kind, architecture, pad_token_id=0)
+    before = Pair.open(base, tuned).tuned.config
+    files.configure(Path(tuned), **entries)
+    (name, value), *_ = sorted(entries.items())
+    match = re.escape(f"{name} {value!r} instead of {getattr(before, name)!r}")
+    with pytest.raises(InputError, match=f"tuned must be with the base's .*; got {match}"):
+        Pair.open(base, tuned)
+
+
+SAME: dict[str, Any] = {
+    "use_cache": False,
+    "id2label": {"0": "bad", "1": "good"},
+    "label2id": {"bad": 0, "good": 1},
+    "hidden_dropout_prob": 0.5,
+    "attn_pdrop": 0.5,
+    "classifier_dropout": 0.5,
+    "attention_dropout": 0.5,
+    "eos_token_id": 3,
+    "initializer_range": 0.5,
+    "dtype": "bfloat16",
+    "transformers_version": "4.1",
+    "unsloth_version": "1",
+    "max_position_embeddings": 99,
+    "max_window_layers": 1,
+    "chunk_size_feed_forward": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("bert", "BertForSequenceClassification"),
+        ("gpt2", "GPT2ForSequenceClassification"),
+        ("qwen2", "Qwen2ForCausalLM"),
+        ("gemma2", "Gemma2ForCausalLM"),
+    ],
+)
+def test_entries_that_change_no_function_may_differ(
+    kind: str, architecture: str, tmp_path: Path
+) -> None:
+    base, tuned = files.pair(tmp_path, kind, architecture, pad_token_id=0)
+    # Positions that are learned are weights.
+    learned = {"max_position_embeddings"} if kind in ("bert", "gpt2") else set()
+    network = Pair.open(base, tuned).network()
+    files.configure(Path(tuned), **{n: v for n, v in SAME.items() if n not in learned})
+    pair = Pair.open(base, tuned)
+    ids = torch.arange(4, 24).reshape(2, 10)
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        one, other = (each(**given).logits for each in (network, pair.network()))
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    # What only one of them pads with is none of the network's, which does not compute it.
+    files.configure(Path(base), pad_token_id=None)
+    Pair.open(base, tuned)
+
+
+def test_weights_of_the_base_that_no_network_of_its_configuration_has(tmp_path: Path) -> None:
+    base, tuned = files.pair(tmp_path / "deep", "llama", "LlamaForCausalLM", num_hidden_layers=3)
+    for place in map(Path, (base, tuned)):
+        files.configure(place, num_hidden_layers=2)
+    with pytest.raises(InputError, match=r"base must be of as many blocks .* got model\.layers\.2"):
+        Pair.open(base, tuned)
+    tied: dict[str, Any] = {"tie_word_embeddings": True}
+    base, tuned = files.pair(tmp_path / "tied", "llama", "LlamaForCausalLM", **tied)
+
+    def head(weights: dict[str, torch.Tensor], more: float) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + more
+
+    for place in map(Path, (base, tuned)):
+        files.alter(place, functools.partial(head, more=0.0))
+    Pair.open(base, tuned)
+    for place in map(Path, (base, tuned)):
+        files.alter(place, functools.partial(head, more=1.0))
+        with pytest.raises(InputError, match=r"lm_head\.weight.* tie_word_embeddings"):
+            Pair.open(base, tuned)
+        files.alter(place, functools.partial(head, more=0.0))
 
 
 def test_code_of_a_model_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
