@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from .errors import MissingError, needs
+
+# What torch says, for processors and for devices, in words of no class of their own.
+_NO_MEMORY = ("allocate memory", "not enough memory", "out of memory")
 
 
 def main() -> None:
@@ -24,6 +28,15 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        said = str(error)
+        if isinstance(error, MemoryError) or any(words in said.lower() for words in _NO_MEMORY):
+            remedy = "free some, take fewer --tokens, or a machine that has more"
+            print(f"error: out of memory ({said[:200]}): {remedy}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            print("error: this is unexpected; please report all of the above", file=sys.stderr)
+        raise SystemExit(3) from None
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class _Adapter:
             raise self.refuse(
                 f"an adapter for the base, {base.source!r}",
                 f"made for {given!r}",
-                "name that base, or say that both are the same (--force, force=True)",
+                "name that base, or say that both are the same (--any-base, any_base=True)",
             )
 
     def merge(self, network: Any) -> dict[str, LowRank]:
@@ -300,9 +300,9 @@ class Adapted:
 
 
 def open_tuned(
-    tuned: str | Path | Mapping[str, float], base: Checkpoint, *, force: bool = False
+    tuned: str | Path | Mapping[str, float], base: Checkpoint, *, any_base: bool = False
 ) -> Checkpoint | Adapted:
-    """Open a tuned checkpoint, or adapters of the base; ``force`` allows any name (`Pair.open`)."""
+    """Open a tuned checkpoint, or adapters of the base, or of ``any_base`` (`Pair.open`)."""
     if not isinstance(tuned, str | Path | Mapping) or not tuned:
         allowed = "a checkpoint, an adapter, or a mapping of adapters to their weights"
         raise InputError("tuned", allowed=allowed, value=tuned)
@@ -319,7 +319,7 @@ def open_tuned(
             raise InputError("tuned", allowed=allowed, given=given, remedy=remedy)
         return Checkpoint("tuned", str(tuned), adapters[str(tuned)][0])
     adapted = Adapted(base, adapters)
-    if not force:
+    if not any_base:
         for adapter, _ in adapted.adapters:
             adapter.require_base(base)
     return adapted

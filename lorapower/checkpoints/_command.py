@@ -28,9 +28,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ..errors import InputError, LorapowerError
+from ..errors import InputError, LorapowerError, ResultsError
 from . import _example, workflow
 from ._export import least, measure_peft, megabytes, most, percent, without_nan
+from ._folders import require_apart
 from ._measuring import Measured
 from ._texts import read_texts
 from .workflow import Plan
@@ -38,8 +39,8 @@ from .workflow import Plan
 if TYPE_CHECKING:
     import pandas as pd
 
-# Exit status: done; the error asked for is not reached; bad input.
-DONE, SHORT, BAD = 0, 1, 2
+# Exit status: done; the error asked for is not reached; bad input; what should not happen.
+DONE, SHORT, BAD, FAILED = 0, 1, 2, 3
 INTERRUPTED = 130
 # Share of tokens unknown to the tokenizer above which it is said.
 UNKNOWN = 0.05
@@ -50,6 +51,9 @@ app = typer.Typer(
     name="lorapower",
     help="Which rank does a checkpoint need? Ranks for a stated error of the function, and the "
     "adapter that has it.",
+    epilog="Exit status: 0 done; 1 the error asked for is not reached, or a certificate is "
+    "contradicted; 2 bad input, or a folder that cannot be written to; 3 an unexpected error, or "
+    "too little memory; 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -74,6 +78,7 @@ class _Options:
         ...,
     )
     tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
+    any_base: bool = _flag("Take adapters that name another base.", False, "--any-base")
     seed: int = _flag("Draws texts and probes.", 0)
     device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
     as_json: bool = _flag("Print the report as JSON and nothing else.", False, "--json")
@@ -128,11 +133,6 @@ class _PlanOptions(_Options):
         "peft",
         "--format",
     )
-    force: bool = _flag(
-        "Take adapters that name another base, and replace what is in folders for results.",
-        False,
-        "--force",
-    )
 
 
 @dataclass(kw_only=True)
@@ -141,6 +141,9 @@ class _ExtractOptions(_PlanOptions):
 
     out: Path = _flag("Folder for the adapter.", ...)
     merged: Path | None = _flag("Folder for the adapted model in full, in float32, too.")
+    overwrite: bool = _flag(
+        "Replace what an earlier run has written to these folders.", False, "--overwrite"
+    )
 
 
 @dataclass(kw_only=True)
@@ -149,7 +152,6 @@ class _CheckOptions(_Options):
 
     adapter: str = typer.Argument(help="Folder of an adapter that peft reads.", metavar="ADAPTER")
     tuned: str = typer.Argument(help="What it stands in for, as in `plan`.", metavar="TUNED")
-    force: bool = _flag("Take adapters for other bases.", False, "--force")
 
 
 def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any], None]], Any]:
@@ -246,7 +248,7 @@ def example(
 
 
 def main() -> None:
-    """Run the command; errors of this package are one line, with exit status 2."""
+    """Run the command; errors of this package are one line, with an exit status of their own."""
     try:
         app()
     except SystemExit as ended:
@@ -255,7 +257,7 @@ def main() -> None:
         raise
     except LorapowerError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise SystemExit(BAD) from None
+        raise SystemExit(BAD if isinstance(error, InputError | ResultsError) else FAILED) from None
 
 
 def _call(function: Callable[..., Any], options: _Options) -> Any:
@@ -268,9 +270,10 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     if isinstance(options, _PlanOptions):
         given["tuned"] = _tuned(options.tuned, given.pop("adapter", None))
         given["serving"] = given.pop("form") == "serving"
-    for name in ("texts", "held_out"):
-        if name in given:
-            given[name] = read_texts(given[name])
+    files = {name: given[name] for name in ("texts", "held_out") if name in given}
+    for name in given.keys() & {"out", "merged"}:
+        require_apart(name, given[name], files.values())
+    given |= {name: read_texts(file) for name, file in files.items()}
     if options.quiet or options.as_json:
         return function(**given)
     with _Stages() as report:

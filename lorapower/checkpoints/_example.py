@@ -27,7 +27,7 @@ def write(folder: Path, *, seed: int, report: Callable[[str, int, int], None]) -
     """Write the example to a folder, which must be new or empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError("DIR", allowed="a new folder, or an empty one", given=str(folder))
-    require_free("DIR", folder, force=True, sign="")
+    require_free("DIR", folder, overwrite=False)
     require_libraries()
     base = place(PACKAGED)
     lines = gzip.decompress(_MOVIES.read_bytes()).decode().splitlines(keepends=True)

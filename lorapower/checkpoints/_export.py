@@ -210,11 +210,15 @@ def load(folder: Path | str, pair: Pair, device: torch.device | str = "cpu") -> 
     with quiet(), warnings.catch_warnings(action="ignore"):
         try:
             adapted = PeftModel.from_pretrained(network, str(folder))
-            return adapted.eval().requires_grad_(False).to(device)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             given = f"{folder} ({' '.join(str(error).split())})"
             allowed = "one that peft reads into the base"
             raise InputError("adapter", allowed=allowed, given=given) from error
+    about: Any = adapted.peft_config["default"]
+    if about.is_prompt_learning and pair.task != "classification":
+        given = f"{folder}, of type {about.peft_type.value}, whose prompts have own outputs"
+        raise InputError("adapter", allowed="one that changes weights", given=given)
+    return adapted.eval().requires_grad_(False).to(device)
 
 
 def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..errors import InputError, ResultsError
+
+#: A file with the names of those that were written to its folder with it, one a line.
+WRITTEN = ".lorapower"
 
 
 def nearest(folder: Path) -> Path:
@@ -18,22 +22,30 @@ def nearest(folder: Path) -> Path:
     return next(part for part in (folder, *folder.parents) if part.exists())
 
 
-def require_free(name: str, place: Path | str, force: bool, sign: str) -> Path:
-    """Find the folder to write to: a new one or, with ``force``, one with the file ``sign``."""
+def require_apart(name: str, place: Path | str, inputs: Iterable[Path | str]) -> None:
+    """Refuse a folder to write to that is, has or lies in a folder or file that is read."""
+    folder = Path(place).expanduser()
+    for other in (Path(each).expanduser() for each in inputs):
+        one, read = folder.resolve(), other.resolve()
+        if one.is_relative_to(read) or read.is_relative_to(one):
+            given = f"{folder}, where {other} is"
+            raise InputError(name, allowed="apart from all that is read", given=given)
+
+
+def require_free(name: str, place: Path | str, *, overwrite: bool) -> Path:
+    """Find the folder to write to: a new or empty one or, to overwrite, one that has `WRITTEN`."""
     folder = Path(place).expanduser()
     above = nearest(folder.absolute().parent)
     if not above.is_dir() or not os.access(above, os.W_OK):
         allowed = "in a folder that can be written to"
         raise InputError(name, allowed=allowed, given=f"{folder}, in {above}")
-    if not folder.exists():
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
-    if not force:
-        remedy = "name another, or replace it with --force (force=True)"
-        allowed = "a folder that does not exist"
+    written = (folder / WRITTEN).is_file()
+    if not written or not overwrite:
+        allowed = "a new folder, or one that this command has written"
+        remedy = "name another" + ", or replace it with --overwrite (overwrite=True)" * written
         raise InputError(name, allowed=allowed, given=str(folder), remedy=remedy)
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / sign).is_file()):
-        allowed = f"a new folder, or one with {sign} to replace"
-        raise InputError(name, allowed=allowed, given=str(folder))
     return folder
 
 
@@ -53,8 +65,11 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def write_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill, which takes its name when complete and is gone if anything fails."""
+def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
+    """Give a folder to fill, which takes its name when complete and is gone if anything fails.
+
+    If it is ``listed`` what is written, another one may replace that, and keeps all else.
+    """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -63,7 +78,11 @@ def write_folder(folder: Path) -> Iterator[Path]:
             yield new
             for file in new.rglob("*"):
                 file.chmod(0o755 if file.is_dir() else 0o644)
+            if listed:
+                names = sorted([WRITTEN, *(file.name for file in new.iterdir())])
+                (new / WRITTEN).write_text("".join(f"{name}\n" for name in names))
             if folder.exists():
+                _keep_others(folder, new)
                 folder.rename(old)
             try:
                 new.rename(folder)
@@ -71,3 +90,19 @@ def write_folder(folder: Path) -> Iterator[Path]:
                 if old.exists():
                     old.rename(folder)
                 raise
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copy to a new folder what others have put in the old one."""
+    listing = old / WRITTEN
+    written = listing.read_text().splitlines() if listing.is_file() else []
+    for file in old.iterdir():
+        if file.name in written:
+            continue
+        if (new / file.name).exists():
+            problem = f"has {file.name}, which this command has not written"
+            raise ResultsError(old, problem, remedy="move it, or name another folder")
+        if file.is_dir() and not file.is_symlink():
+            shutil.copytree(file, new / file.name, symlinks=True)
+        else:
+            shutil.copy2(file, new / file.name, follow_symlinks=False)

@@ -53,6 +53,8 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
 # What libraries raise for files that they cannot read.
 _UNREADABLE = OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError
+# Where Linux says what memory a container may have.
+_CGROUP = Path("/sys/fs/cgroup")
 # Notices on the stream for errors; a higher level of this logger silences them.
 _LOG = logging.getLogger("lorapower")
 
@@ -309,10 +311,13 @@ class Checkpoint:
 
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
-        names = {"model.safetensors"}
+        files = [self.folder / "model.safetensors"]
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = sorted(self.folder / name for name in names)
+            try:
+                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = [self.folder / name for name in sorted({*places.values()})]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise self._unusable(f"{index.name}, which is damaged ({error!r})") from error
         if missing := [file.name for file in files if not file.is_file()]:
             raise self._unusable(f"a folder without {listed(missing)}")
         return files
@@ -362,6 +367,29 @@ def has_bfloat16(device: str) -> bool:
     return device == "cpu" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
+
+
+def free_memory() -> float:
+    """Find how many bytes of memory are free, on this machine and in this container."""
+    import psutil  # type: ignore[import-untyped]
+
+    free = float(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((_CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
+        parts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Copies of files are dropped when memory is needed.
+        free = min(free, limit - used + int(parts["active_file"]) + int(parts["inactive_file"]))
+    return free
+
+
+def require_memory(needed: float) -> str:
+    """Say how much memory work takes and how much is free; refuse it if that is too little."""
+    need, free = f"about {needed / 1e9:.1f} GB", free_memory()
+    if free < needed:
+        given, remedy = f"{free / 1e9:.1f} GB", "free some, or take a machine that has more"
+        allowed = f"{need} at least, for models of this size"
+        raise InputError("free memory", allowed=allowed, given=given, remedy=remedy)
+    return f"{need} of memory, {free / 1e9:.1f} GB free"
 
 
 def require_device(device: str) -> torch.device:

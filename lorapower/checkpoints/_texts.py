@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,8 @@ _SELECTING = 0.25
 _BATCH = 32
 #: Texts are cut off after so many tokens.
 TOKENS = 128
+# What JSON may escape, but UTF-8 does not have.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # About how many numbers a network may keep for one batch: half a gigabyte. Small batches take up to
 # three times as long, as all weights are read for each.
 _LOAD = 2**27
@@ -107,7 +110,8 @@ def read_texts(path: Path | str) -> list[str] | dict[str, Any]:
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        # Some editors begin files with a mark of their order of bytes.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
         allowed = "a text file in UTF-8, one text per line"
@@ -122,8 +126,9 @@ def read_texts(path: Path | str) -> list[str] | dict[str, Any]:
         with suppress(ValueError):
             entry = json.loads(line)
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            allowed = "lines of JSON with a field text, a text"
-            raise InputError("texts", allowed=allowed, given=f"{path}, line {number}: {line}")
+            allowed, given = "lines of JSON with a field text", f"{path}, line {number}: {line}"
+            remedy = "write what the model is given (for chats apply_chat_template makes it)"
+            raise InputError("texts", allowed=allowed, given=given, remedy=remedy)
         entries.append(entry)
     if entries and all("label" in entry for entry in entries):
         return {entry["text"]: entry["label"] for entry in entries}
@@ -202,6 +207,9 @@ def _shuffle(
     """The different texts that are not empty or used, in random order; refuses too few."""
     if isinstance(given, str):
         raise InputError(name, allowed="a list of texts", given="one text")
+    if broken := next((text for text in given if _SURROGATE.search(text)), None):
+        allowed = "of whole characters, not of halves of surrogate pairs"
+        raise InputError(name, allowed=allowed, value=broken)
     different = list(dict.fromkeys(text.strip() for text in given if text.strip()))
     if used:
         different = [text for text in different if _digest(text) not in used]

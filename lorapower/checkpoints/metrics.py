@@ -50,6 +50,11 @@ class Moments(NamedTuple):
         return found if self.outputs.any() else None
 
 
+def size(modules: Iterable[Module], batches: Sequence[Batch]) -> int:
+    """Count the numbers that `moments` keeps at a time."""
+    return min(sum(m.cost for m in modules) * min(count_tokens(batches), TOKENS), _KEPT)
+
+
 def moments(
     network: Any,
     modules: Iterable[Module],
@@ -74,14 +79,14 @@ def moments(
     for part in range(parts):
         some = waiting[part::parts]
         report(part, parts)
-        yield from _take(network, some, batches, readout, seed).items()
+        yield from _take(network, some, batches, readout, seed)
     report(parts, parts)
 
 
 @torch.no_grad()
 def _take(
     network: Any, modules: Sequence[Module], batches: Sequence[Batch], readout: Readout, seed: int
-) -> dict[str, Moments]:
+) -> Iterator[tuple[str, Moments]]:
     """The moments of some modules, all in one pass."""
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {module.name: [] for module in modules}
     draw = randomness.generator(seed, "probes")
@@ -94,11 +99,10 @@ def _take(
             slopes = torch.autograd.grad(values, after, along, materialize_grads=True)
         for (name, (given, _)), slope in zip(seen.items(), slopes, strict=True):
             kept[name].append((batch.rows(given).cpu(), batch.rows(slope).cpu()))
-    return {
-        name: Moments(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
-        for name, parts in kept.items()
-        if parts
-    }
+    for module in modules:
+        # Let go of one after the other, as they may take much memory.
+        if parts := kept.pop(module.name):
+            yield module.name, Moments(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
 
 
 class Directions(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import Adapted, open_tuned
-from ._models import Checkpoint, listed, quiet, require_libraries, tokenizer
+from ._models import (
+    Checkpoint,
+    listed,
+    quiet,
+    require_libraries,
+    require_memory,
+    tokenizer,
+)
 
 Task = Literal["classification", "language", "encoder"]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
@@ -47,6 +55,8 @@ _HARMLESS = re.compile(
     "|.*(dropout|pdrop).*|initializer_.*|gradient_checkpointing|use_cache|chunk_size_feed_forward"
     "|return_dict|output_attentions|output_hidden_states|pretraining_tp|max_window_layers"
 )
+# Bytes of memory that a process takes with all libraries.
+_LIBRARIES = 0.4e9
 # Modules that servers compute as one, by the ends of their names.
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), "qkv"),
@@ -128,10 +138,12 @@ class Pair:
     others: tuple[_Other, ...] = ()
     words: dict[str, Module] = field(default_factory=dict)
     leave: frozenset[str] = field(default=frozenset())
+    #: About how many bytes one network of it takes, and all that comes with it.
+    memory: float = 0.0
 
     @classmethod
     def open(
-        cls, base: str, tuned: str | Path | Mapping[str, float], *, force: bool = False
+        cls, base: str, tuned: str | Path | Mapping[str, float], *, any_base: bool = False
     ) -> Pair:
         """Open a base and what was tuned from it: a checkpoint, or adapters that peft trained.
 
@@ -147,12 +159,12 @@ class Pair:
             A checkpoint, the folder of an adapter by LoRA, or several such adapters with weights,
             ``{folder: weight}``: ``W + Σ_i w_i s_i B_i A_i``, where ``s_i`` is the scale of the
             adapter, and alike for biases, embeddings and heads that adapters save.
-        force : bool
+        any_base : bool
             Whether an adapter may name another base than ``base``.
         """
         require_libraries()
         base_files = Checkpoint("base", base)
-        tuned_files = open_tuned(tuned, base_files, force=force)
+        tuned_files = open_tuned(tuned, base_files, any_base=any_base)
         architecture, task = _describe(tuned_files.config)
         kind, tuned_kind = base_files.config.model_type, tuned_files.config.model_type
         if kind != tuned_kind:
@@ -160,6 +172,10 @@ class Pair:
         _require_one_function(base_files.config, tuned_files.config, task)
         network = build(tuned_files.config, architecture, "meta")
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
+        head = network.get_output_embeddings() if task == "language" else None
+        kept = sum(map(math.prod, sizes.values())) + (0 if head is None else head.weight.numel())
+        memory = _LIBRARIES + 4 * kept
+        require_memory(memory)
         stem, body = network.base_model_prefix, network.base_model
         prefix = "" if body is network else f"{stem}."
         new = base_files.bind(sizes, stem)
@@ -185,7 +201,7 @@ class Pair:
             for module in _linear_modules(body, prefix, blocks, task)
             if not new & {f"{module.name}.weight", f"{module.name}.bias"}
         }
-        pair = cls(base_files, tuned_files, architecture, task, prefix, modules)
+        pair = cls(base_files, tuned_files, architecture, task, prefix, modules, memory=memory)
         others = tuple(pair._compare(network, new))
         words = {module.name: module for module in pair._words(network, others, new)}
         return replace(pair, others=others, words=words)

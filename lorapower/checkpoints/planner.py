@@ -21,7 +21,7 @@ from . import metrics
 from ._effect import PROBES, Pool, choose, predict, predict_least, sketch
 from ._limits import quantile, ratio
 from ._measuring import Compared, Measured, Readout, Reference
-from ._models import listed, require_device
+from ._models import listed, require_device, require_memory
 from ._texts import TOKENS, count_tokens, prepare
 from .metrics import Directions, Moments
 from .pair import KINDS, Adapter, Module, Pair
@@ -130,11 +130,13 @@ class Planner:
         most = math.inf if thorough and budget is None else budget
         self.texts = prepare(pair, texts, held_out, tokens=tokens, budget=most, seed=seed)
         self.probes = _THOROUGH if thorough else PROBES
+        linear = [module for name, module in self.modules.items() if name not in pair.words]
+        said = require_memory(pair.memory + 4 * metrics.size(linear, self.texts.fit))
         self.network = pair.network().to(self.device)
         self.readout = Readout(self.network, pair.task)
         parts = self.texts[:3]
         self.fit, self.select, self.test = (Reference(part, self.readout) for part in parts)
-        self._pass_texts()
+        self._pass_texts(f"passing texts ({said})")
         # Of other texts than those for stating, so that their losses are independent.
         self.test.typical = math.sqrt(self.select.effect.mean())
 
@@ -297,10 +299,10 @@ class Planner:
         squares = self.select.squares(self.network)
         return max(ratio(squares, self.select.effect), quantile(self.select.losses(squares)))
 
-    def _pass_texts(self) -> None:
+    def _pass_texts(self, stage: str) -> None:
         """Record both networks on texts for selecting and stating; report how long all may take."""
         start = time.perf_counter()
-        self.report("passing texts", 0, 4)
+        self.report(stage, 0, 4)
         self.select.record_tuned(self.network)
         seconds = time.perf_counter() - start
         fit, select, stated = map(count_tokens, self.texts[:3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
@@ -16,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _checks
-from ..errors import InputError, LorapowerError
+from ..errors import InputError, LorapowerError, ResultsError
 from . import _export, _limits, _texts
-from ._folders import require_free, write_folder
-from ._measuring import Measured, Readout, Reference
-from ._models import PEFT_CONFIG, is_dequantized, require_device
+from ._folders import require_apart, require_free, write_folder
+from ._measuring import Measured, Readout, Reference, outputs
+from ._models import is_dequantized, require_device, require_memory
+from ._texts import Batch
 from .pair import KINDS, Adapter, Pair
 from .planner import Planner, Report
 
@@ -187,7 +187,7 @@ def plan(
     rank: int | None = None,
     estimate: bool = False,
     serving: bool = False,
-    force: bool = False,
+    any_base: bool = False,
     **options: Any,
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
@@ -203,7 +203,7 @@ def plan(
 
     Parameters
     ----------
-    base, tuned, force
+    base, tuned, any_base
         See `Pair.open`.
     texts : sequence of str, or mapping
         At least 120 like those that the model is for; or their classes by text.
@@ -224,7 +224,7 @@ def plan(
     """
     start = time.perf_counter()
     aim = _read_aim(error, parameters, rank, estimate)
-    planner = _prepare(base, tuned, texts, serving, force, **options)
+    planner = _prepare(base, tuned, texts, serving, any_base, **options)
     if planner.equal:
         found = _state(planner, Adapter({}, {}), aim, estimate)
     elif aim is None:
@@ -250,7 +250,7 @@ def prices(
     texts: Sequence[str] | Mapping[str, Any],
     *,
     serving: bool = False,
-    force: bool = False,
+    any_base: bool = False,
     **options: Any,
 ) -> pd.DataFrame:
     """Estimate what adapters of several sizes lose, on the texts for choosing.
@@ -263,12 +263,12 @@ def prices(
 
     Parameters
     ----------
-    base, tuned, texts, serving, force, **options
+    base, tuned, texts, serving, any_base, **options
         See `plan`.
     """
     import pandas as pd
 
-    planner = _prepare(base, tuned, texts, serving, force, **options)
+    planner = _prepare(base, tuned, texts, serving, any_base, **options)
     numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in range(7)}
     adapters = {each.parameters: each for each in map(planner.candidate, sorted(numbers))}
     rows = []
@@ -296,14 +296,15 @@ def extract(
     out: Path | str,
     *,
     merged: Path | str | None = None,
-    force: bool = False,
+    overwrite: bool = False,
     **options: Any,
 ) -> Plan:
     """Plan an adapter, write it, and read it back through peft, on a quarter of the texts.
 
     Nothing is written if the error is not `Plan.reached`. Raises `InputError` for unusable
-    arguments and folders that exist, `ResultsError` for folders that cannot be written, and
-    `LorapowerError` if the adapter measures differently when it is read back.
+    arguments, folders that exist and folders in or around those that are read, `ResultsError` for
+    folders that cannot be written, and `LorapowerError` if the adapter measures differently when it
+    is read back.
 
     Parameters
     ----------
@@ -312,19 +313,17 @@ def extract(
     out, merged : Path or str
         Folders for the adapter, ``report.json`` and a model card, and, if wanted, for the base with
         the adapter merged into it, in float32, and its tokenizer.
-    force : bool
-        Whether what is in these folders is replaced, and an adapter may name another base.
+    overwrite : bool
+        Whether what an earlier call has written to these folders is replaced.
     """
-    folder = require_free("out", out, force, PEFT_CONFIG)
-    whole = None
+    inputs = [base, *tuned] if isinstance(tuned, Mapping) else [base, str(tuned)]
+    require_apart("out", out, inputs)
+    folder, whole = require_free("out", out, overwrite=overwrite), None
     if merged is not None:
-        whole = require_free("merged", merged, force, "config.json")
-        one, other = folder.resolve(), whole.resolve()
-        if one.is_relative_to(other) or other.is_relative_to(one):
-            allowed = "a folder beside that of the adapter"
-            raise InputError("merged", allowed=allowed, given=f"{whole}, where it is {folder}")
+        require_apart("merged", merged, [*inputs, folder])
+        whole = require_free("merged", merged, overwrite=overwrite)
     start = time.perf_counter()
-    result = plan(base, tuned, texts, force=force, **options)
+    result = plan(base, tuned, texts, **options)
     if not result.reached:
         return result
     planner = result.planner
@@ -333,8 +332,7 @@ def extract(
     stated = math.sqrt(some.compare(planner.network).squares.sum())
     tell = functools.partial(planner.report, "writing")
     tell(0, 2)
-    with contextlib.ExitStack() as both:
-        partial = both.enter_context(write_folder(folder))
+    with write_folder(folder, listed=True) as partial:
         _export.save(partial, planner.pair, planner.network, result.adapter)
         tell(1, 2)
         # Only one network at a time.
@@ -351,10 +349,14 @@ def extract(
         seconds = time.perf_counter() - start
         result = replace(result, carried=carried, size=size, seconds=seconds)
         _export.describe(partial, result.report(), result.table())
-        if whole is not None:
-            full = both.enter_context(write_folder(whole))
-            planner.network = None
-            planner.network = _export.save_merged(full, planner.pair, result.adapter)
+    if whole is not None:
+        planner.network = None
+        try:
+            with write_folder(whole, listed=True) as full:
+                planner.network = _export.save_merged(full, planner.pair, result.adapter)
+        except ResultsError as error:
+            problem = f"{error.problem}, but {folder} is complete"
+            raise ResultsError(whole, problem, remedy=error.remedy) from error
     tell(2, 2)
     return result
 
@@ -369,7 +371,7 @@ def check(
     tokens: int | None = None,
     seed: int = 0,
     device: str = "cpu",
-    force: bool = False,
+    any_base: bool = False,
     report: Report | None = None,
 ) -> Measured:
     """Measure what anybody's adapter of peft, in a folder, loses against the tuned model.
@@ -379,7 +381,7 @@ def check(
 
     Parameters
     ----------
-    base, adapter, tuned, force, report
+    base, adapter, tuned, any_base, report
         The adapter's folder, and what `plan` and `Planner` take.
     texts : sequence of str, or mapping
         At least 60 that the adapter's plan has not used, as its ``report.json`` knows, or their
@@ -389,12 +391,18 @@ def check(
         whose certificate the texts are then compared, or else 128.
     """
     where = require_device(device)
-    pair = Pair.open(base, tuned, force=force)
+    pair = Pair.open(base, tuned, any_base=any_base)
     planned = _export.read_report(adapter)
     if tokens not in (None, planned.tokens):
         planned = planned._replace(tokens=tokens, typical=math.nan, limit=math.nan)
+    said = require_memory(pair.memory)
     batches = _texts.prepare_all(pair, texts, tokens=planned.tokens, seed=seed, used=planned.used)
-    tell = functools.partial(report or (lambda *_: None), "passing texts")
+    one = Batch._make(part[:1] for part in batches[0])
+    # Before all texts are passed, and let go of: one network at a time is kept.
+    if outputs(_export.load(adapter, pair, where), one, pair.task).isnan().any():
+        allowed = "one that brings the head that the base lacks"
+        raise InputError("adapter", allowed=allowed, given=f"{adapter}, with which outputs are NaN")
+    tell = functools.partial(report or (lambda *_: None), f"passing texts ({said})")
     tell(0, 3)
     network = pair.network().to(where)
     reference = Reference(batches, Readout(network, pair.task))
@@ -411,9 +419,6 @@ def check(
         verdict, exceeding = _limits.judge(reference.losses(compared.squares), planned.limit)
         measured = measured._replace(verdict=verdict, exceeding=exceeding)
     tell(3, 3)
-    if math.isnan(measured.error):
-        allowed = "one that brings the head that the base lacks"
-        raise InputError("adapter", allowed=allowed, given=f"{adapter}, with which outputs are NaN")
     return measured
 
 
@@ -442,7 +447,7 @@ def _prepare(
     tuned: str | Path | Mapping[str, float],
     texts: Sequence[str] | Mapping[str, Any],
     serving: bool,
-    force: bool,
+    any_base: bool,
     **options: Any,
 ) -> Planner:
     """Open a pair and pass the texts, for factors that servers of many adapters read or others."""
@@ -454,7 +459,7 @@ def _prepare(
                 allowed = "left out for serving, where all factors have one rank and all else stays"
                 raise InputError(name, allowed=allowed, value=options[name])
         options |= {"serving": True, "leave": KINDS}
-    return Planner(Pair.open(base, tuned, force=force), texts, **options)
+    return Planner(Pair.open(base, tuned, any_base=any_base), texts, **options)
 
 
 def _search(planner: Planner, aim: float, estimate: bool) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from lorapower.checkpoints import (
     Planner,
     _export,
     _measuring,
+    _models,
     metrics,
+    pair,
     workflow,
 )
-from lorapower.checkpoints._folders import write_folder
+from lorapower.checkpoints._folders import WRITTEN, write_folder
 from lorapower.checkpoints._limits import ratio
 from lorapower.checkpoints._measuring import outputs
 from lorapower.checkpoints._models import PEFT_CONFIG, quiet
@@ -53,6 +56,7 @@ KINDS = [
     ("stablelm", "StableLmForCausalLM"),
     ("starcoder2", "Starcoder2ForCausalLM"),
 ]
+_BUILD = pair.build
 TEXTS, FRESH = files.texts(140), files.texts(140, 1)
 
 
@@ -498,20 +502,50 @@ def test_what_is_left_out_stays_the_base(places: tuple[str, str], tmp_path: Path
         assert torch.equal(value, plan.planner.pair.base.read(name))
 
 
-def test_folders_that_exist_stay_unless_forced(places: tuple[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_folders_that_exist_stay_unless_they_were_written(
+    places: tuple[str, str], tmp_path: Path
+) -> None:
+    out, full = tmp_path / "out", tmp_path / "full"
     out.mkdir()
-    (out / "mine").write_text("mine")
-    for force in (False, True):
-        with pytest.raises(InputError, match=r"^out must be"):
-            checkpoints.extract(*places, TEXTS, out, force=force)
-    (out / "mine").unlink()
+    # Of somebody else.
+    (out / PEFT_CONFIG).write_text("{}")
+    full.mkdir()
+    (full / "config.json").write_text("{}")
+    for overwrite in (False, True):
+        for one, other in ((out, None), (tmp_path / "new", full)):
+            with pytest.raises(InputError, match=r"^(out|merged) must be a new folder"):
+                checkpoints.extract(*places, TEXTS, one, merged=other, overwrite=overwrite)
+    (out / PEFT_CONFIG).unlink()
+    (full / "config.json").unlink()
     written = []
     for rank in (1, 2):
-        checkpoints.extract(*places, TEXTS, out, force=True, rank=rank)
+        options: dict[str, Any] = {"overwrite": rank == 2, "merged": full}
+        checkpoints.extract(*places, TEXTS, out, rank=rank, **options)
         written.append(json.loads((out / _export.REPORT).read_text())["parameters"])
+        # What others put there stays, and what an earlier run has written goes.
+        for folder, stale in ((out, "old.txt"), (full, "model.safetensors.index.json")):
+            assert ((folder / "notes").is_dir(), (folder / stale).exists()) == (rank == 2, False)
+            if rank == 1:
+                (folder / "notes").mkdir()
+                (folder / "notes" / "mine").write_text("mine")
+                (folder / stale).write_text("stale")
+                with (folder / WRITTEN).open("a") as names:
+                    names.write(f"{stale}\n")
+            assert (folder / "notes" / "mine").read_text() == "mine"
     assert written[0] < written[1]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "full"}
+
+
+def test_what_others_put_there_is_not_replaced(places: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    checkpoints.extract(*places, TEXTS, out, rank=1)
+    names = (out / WRITTEN).read_text().splitlines()
+    assert {*names} == {file.name for file in out.iterdir()}
+    (out / WRITTEN).write_text("\n".join(name for name in names if name != _export.CARD))
+    (out / _export.CARD).write_text("mine")
+    with pytest.raises(ResultsError, match=r"has README\.md, which this command has not"):
+        checkpoints.extract(*places, TEXTS, out, rank=1, overwrite=True)
+    assert (out / _export.CARD).read_text() == "mine"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
@@ -532,7 +566,9 @@ def test_nothing_half_written_looks_finished(
     with pytest.raises(ResultsError, match=r"cannot be written \(No space left") as told:
         checkpoints.extract(*places, TEXTS, out, rank=1, merged=merged)
     assert told.value.path == (merged if where == "save_merged" else out)
-    assert not [*tmp_path.iterdir()]
+    # An adapter that is finished stays.
+    assert [*tmp_path.iterdir()] == [out] * (where == "save_merged")
+    assert (out / _export.REPORT).is_file() == (where == "save_merged")
 
 
 def test_what_was_there_comes_back_if_it_cannot_be_replaced(
@@ -565,6 +601,43 @@ def test_folders_that_cannot_be_written_to_are_refused_at_once(
             checkpoints.extract("nowhere", "nowhere", TEXTS, out)
 
 
+def test_memory_is_asked_for_before_any_work(
+    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    planner = Planner(Pair.open(*places), TEXTS, report=lambda stage, *_: said.append(stage))
+    numbers = sum(value.numel() for value in planner.network.parameters())
+    assert planner.pair.memory == pytest.approx(0.4e9 + 4 * numbers)
+    assert re.fullmatch(r"passing texts \(about 0\.4 GB of memory, .* GB free\)", said[0])
+    monkeypatch.setattr(pair, "build", lambda *_: pytest.fail("a network is built"))
+    monkeypatch.setattr(_models, "free_memory", lambda: 1e8)
+    monkeypatch.setattr(pair, "_LIBRARIES", 2e9)
+    with monkeypatch.context() as built:
+        built.setattr(pair, "build", _BUILD)
+        with pytest.raises(InputError, match=r"free memory must be about 2.0 GB .*; got 0\.1 GB"):
+            Pair.open(*places)
+    # One network would fit, but no moments beside it.
+    monkeypatch.setattr(_models, "free_memory", lambda: planner.pair.memory + 1)
+    with pytest.raises(InputError, match="free memory must be"):
+        Planner(planner.pair, TEXTS)
+
+
+def test_a_container_has_the_memory_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _models.free_memory()
+    monkeypatch.setattr(_models, "_CGROUP", tmp_path)
+    for name, text in {
+        "max": "5000000\n",
+        "current": "4000000\n",
+        "stat": "anon 1\nactive_file 200000\ninactive_file 100000\n",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _models.free_memory() == 1.3e6
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _models.free_memory() == pytest.approx(whole, rel=0.5)
+
+
 def test_a_wrong_adapter_is_not_written(
     places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,14 +652,24 @@ def test_a_wrong_adapter_is_not_written(
     assert not [*tmp_path.iterdir()]
 
 
-def test_adapters_that_do_not_fit(places: tuple[str, str], tmp_path: Path) -> None:
+def test_adapters_that_do_not_fit(
+    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="adapter must be a folder with an adapter of peft"):
         checkpoints.check(places[0], str(tmp_path), places[1], FRESH)
     other = files.pair(tmp_path, "gpt2", "GPT2LMHeadModel")
     out = tmp_path / "out"
     checkpoints.extract(*other, TEXTS, out, rank=1)
+    # Before all texts are passed.
+    monkeypatch.setattr(_measuring.Reference, "record_tuned", None)
     with pytest.raises(InputError, match="adapter must be one that peft reads into the base"):
         checkpoints.check(places[0], str(out), places[1], FRESH)
+    with quiet():
+        network: Any = transformers.GPT2LMHeadModel.from_pretrained(other[0])
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        peft.get_peft_model(network, config).save_pretrained(str(tmp_path / "prompts"))
+    with pytest.raises(InputError, match=r"adapter must be one that changes weights; .*PROMPT_TUN"):
+        checkpoints.check(other[0], str(tmp_path / "prompts"), other[1], FRESH)
 
 
 def test_reports_and_cards_of_numbers_that_json_lacks(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,17 @@ import torch
 from rich.console import Console
 
 from lorapower import __main__
-from lorapower.checkpoints import Pair, Planner, _command, _export, read_texts, workflow
+from lorapower.checkpoints import (
+    Pair,
+    Planner,
+    _command,
+    _export,
+    extract,
+    read_texts,
+    workflow,
+)
 from lorapower.checkpoints._models import PEFT_CONFIG
+from lorapower.errors import LorapowerError
 
 TEXTS = files.texts(140)
 Call = Callable[..., tuple[int, str, str]]
@@ -94,7 +105,7 @@ def test_plans_extracts_and_checks(
     assert out.startswith("Certified at least 90% of texts like these lose at most")
     code, _, err = call("extract", *pair, *options)
     assert code == 2
-    assert "replace it with --force" in err
+    assert "replace it with --overwrite" in err
     assert err.count("\n") == 1
     written = json.loads(Path(folder, "report.json").read_text())
     code, _, err = call("check", places[0], folder, places[1], "--texts", file)
@@ -230,7 +241,7 @@ def test_adapters_shrink(
     assert found["error"] < 0.6
     # Several, with weights: as the pair itself says.
     weighted = [f"--adapter={trained}=0.7", f"--adapter={other}=0.3"]
-    options = [*texts, "--rank", "2", "--out", small, "--force"]
+    options = [*texts, "--rank", "2", "--out", small, "--overwrite"]
     code, out, _ = call("shrink", base, *weighted, *options, "--json")
     assert code == 0
     both = Pair.open(base, {trained: 0.7, other: 0.3})
@@ -290,17 +301,88 @@ def test_formats_for_serving_and_in_full(
         assert torch.equal(whole.tuned.read(name), value)
     assert whole.tokenizer("w1 w2")["input_ids"] == given.tokenizer("w1 w2")["input_ids"]
     assert whole.tuned.config.use_cache
-    for place, said in ((full, "that does not exist"), (tmp_path / "new" / "full", "beside")):
+    for place, said in ((full, "a new folder"), (tmp_path / "new" / "full", "apart from")):
         options[-1] = str(place)
         code, _, err = call("extract", *pair, *options, "--out", str(tmp_path / "new"))
         assert code == 2
-        assert f"merged must be a folder {said}" in err
+        assert f"merged must be {said}" in err
+
+
+@pytest.fixture(scope="module")
+def written(places: tuple[str, str], file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pair, an adapter of it, texts, and a link to what is tuned."""
+    folder = tmp_path_factory.mktemp("written")
+    for place in map(Path, places):
+        shutil.copytree(place, folder / place.name)
+    (folder / "texts").mkdir()
+    shutil.copyfile(file, folder / "texts" / "lines.txt")
+    extract(*places, read_texts(file), folder / "adapter", rank=2, max_rank=2)
+    (folder / "link").symlink_to("tuned", target_is_directory=True)
+    return folder
+
+
+@pytest.fixture
+def own(written: Path, tmp_path: Path) -> Path:
+    """A copy of `written`."""
+    return Path(shutil.copytree(written, tmp_path / "own", symlinks=True))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+# The options that name outputs, with the pair's folder for a dot.
+INPUTS: list[tuple[str, str]] = [
+    ("extract ./base ./tuned", "--out ./new --merged ./tuned"),
+    ("extract ./base ./tuned", "--out ./new --merged ./base"),
+    ("extract ./base ./tuned", "--out ./new --merged ./link"),
+    ("extract ./base ./link", "--out ./tuned"),
+    ("extract ./base ./tuned", "--out ./tuned/adapter"),
+    ("extract ./base ./tuned", "--out ."),
+    ("extract ./base ./tuned", "--out ./texts"),
+    ("extract ./base ./tuned", "--out ./new --merged ./texts"),
+    ("extract ./base ./tuned --held-out ./texts/lines.txt", "--out ./texts/lines.txt"),
+    ("shrink ./base ./adapter", "--out ./adapter"),
+    ("shrink ./base --adapter ./adapter=1", "--out ./adapter"),
+    ("shrink ./base ./adapter", "--out ./new --merged ./adapter"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), INPUTS, ids=str)
+def test_what_is_read_is_not_written_over(
+    inputs: str, outputs: str, own: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(own)
+    before = contents(own)
+    monkeypatch.setattr(workflow, "plan", None)  # No work is done.
+    options = ["--texts", "texts/lines.txt", "--rank", "1", "--overwrite"]
+    code, _, err = call(*inputs.split(), *options, *outputs.split())
+    assert code == 2
+    assert "must be apart from all that is read" in err
+    assert err.count("\n") == 1
+    assert contents(own) == before
+
+
+def test_replacing_is_not_taking_any_base(own: Path, call: Call) -> None:
+    adapter, small = own / "adapter", own / "small"
+    options = ["--texts", str(own / "texts" / "lines.txt"), "--rank", "1", "--quiet"]
+    shrink = ["shrink", str(own / "base"), str(adapter), *options, "--out", str(small)]
+    files.configure(adapter, base_model_name_or_path="org/other")
+    code, _, err = call(*shrink, "--overwrite")
+    assert code == 2
+    assert "made for 'org/other': name that base, or say that both are the same (--any-base" in err
+    assert call(*shrink, "--any-base")[0] == 0
+    code, _, err = call(*shrink, "--any-base")
+    assert code == 2
+    assert "out must be a new folder" in err
+    assert call(*shrink, "--any-base", "--overwrite")[0] == 0
 
 
 def test_progress_is_in_lines_without_a_terminal(pair: list[str], call: Call) -> None:
     options = ["--rank", "1"]
     lines = call("plan", *pair, *options)[2].splitlines()
-    assert "passing texts: ..." in lines
+    assert re.fullmatch(r"passing texts \(about .* GB of memory, .* GB free\): \.\.\.", lines[0])
     begun = [line.removesuffix(": ...") for line in lines if line.endswith(": ...")]
     ended = [line.partition(": done in ")[0] for line in lines if ": done in " in line]
     assert begun == ended
@@ -387,6 +469,43 @@ def test_interrupts_are_one_line(
         __main__.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory (Default"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory (CUDA"),
+        (MemoryError("Unable to allocate 9 GiB"), "out of memory (Unable"),
+        (ZeroDivisionError("by zero"), "this is unexpected; please report"),
+        (LorapowerError("the adapter read back is 3 off"), "the adapter read back"),
+    ],
+    ids=str,
+)
+def test_status_3_is_what_should_not_happen(
+    error: Exception,
+    said: str,
+    pair: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(workflow, "prices", fail)
+    monkeypatch.setattr(sys, "argv", ["lorapower", "plan", *pair])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"error: {said}")
+    assert (len(lines) == 1) == (not isinstance(error, ZeroDivisionError))
+
+
+def test_statuses_are_in_the_help(call: Call) -> None:
+    said = call("--help")[1]
+    assert "Exit status: 0 done; 1" in said
+    assert "3 an unexpected error" in said
 
 
 def test_texts_that_the_tokenizer_does_not_know(tmp_path: Path, call: Call) -> None:

@@ -133,6 +133,7 @@ def test_half_precision_is_read_in_single(dtype: torch.dtype, tmp_path: Path) ->
     assert pair.change(next(iter(pair.modules))).dtype == torch.float32
 
 
+INDEX = "model.safetensors.index.json"
 WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 # What is done to the weights of a folder, or to its files, and what is said of it.
@@ -161,6 +162,10 @@ FILES: list[tuple[str, Any]] = [
     ("without config.json: name the", lambda p: (p / "config.json").unlink()),
     ("without model.safetensors", lambda p: (p / "model.safetensors").unlink()),
     ("which is damaged", lambda p: (p / "model.safetensors").write_bytes(b"damaged")),
+    *[
+        (r"index\.json, which is damaged", lambda p, index=index: (p / INDEX).write_text(index))
+        for index in ("{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}')
+    ],
 ]
 
 
@@ -419,6 +424,8 @@ class TestTexts:
             (files.texts(60), files.texts(59, 1), "held_out"),
             (files.texts(80), files.texts(80), "held_out"),
             ("one text", None, "texts"),
+            ([*files.texts(140), "half of one \ud83d"], None, "texts"),
+            (files.texts(60), [*files.texts(60, 1), "\udc00"], "held_out"),
         ],
     )
     def test_too_few_or_wrong_ones_are_refused(self, given: Any, held_out: Any, name: str) -> None:
@@ -434,6 +441,12 @@ class TestTexts:
         assert read_texts(lines) == {"one": 1, "two": "no"}
         lines.write_text('{"text": "one", "label": 1}\n{"text": "two"}\n')
         assert read_texts(lines) == ["one", "two"]
+        lines.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
+        plain.write_bytes(b"one\rtwo\r")
+        assert read_texts(plain) == read_texts(lines) == ["one", "two"]
+        lines.write_text('{"messages": [{"role": "user", "content": "one"}]}\n')
+        with pytest.raises(InputError, match=r"line 1: .*: write what the model is given"):
+            read_texts(lines)
         lines.write_text('{"words": "one"}\n')
         plain.write_bytes(b"\xff\xfe")
         for wrong in (lines, plain, tmp_path / "nowhere"):

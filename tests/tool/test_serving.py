@@ -148,19 +148,19 @@ def test_all_readers_read_the_same(
 
 
 def test_ranks_that_differ_are_read_differently(llama: tuple[str, str], tmp_path: Path) -> None:
-    plan = checkpoints.extract(*llama, TEXTS, tmp_path, force=True, rank=2, leave=["norm"])
+    plan = checkpoints.extract(*llama, TEXTS, tmp_path / "out", rank=2, leave=["norm"])
     assert len({*plan.ranks.values()}) > 2
-    config, factors = read(tmp_path)
-    wanted = by_peft(llama[0], tmp_path)
+    config, factors = read(tmp_path / "out")
+    wanted = by_peft(llama[0], tmp_path / "out")
     torch.testing.assert_close(by_vllm(config | {"r": 8, "lora_alpha": 8}, factors), wanted)
     largest, found = max(plan.ranks.values()), by_llama_cpp(config, factors)
     for name, (A, _) in factors.items():
         torch.testing.assert_close(found[name], largest / len(A) * wanted[name])
     with pytest.raises(AssertionError):
         by_sglang(config, factors)
-    assert "--format serving" in (tmp_path / "README.md").read_text()
-    checkpoints.extract(*llama, TEXTS, tmp_path, force=True, rank=8, serving=True)
-    assert "--format serving" not in (tmp_path / "README.md").read_text()
+    assert "--format serving" in (tmp_path / "out" / "README.md").read_text()
+    checkpoints.extract(*llama, TEXTS, tmp_path / "out", overwrite=True, rank=8, serving=True)
+    assert "--format serving" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("ranks", [(4, 4), (4, 2)], ids=str)

@@ -362,16 +362,18 @@ def test_adapters_of_other_bases(tmp_path: Path) -> None:
     files.configure(Path(adapter), base_model_name_or_path="org/other")
     with pytest.raises(InputError, match="base must be a checkpoint with all its weights"):
         Pair.open(adapter, base)
-    with pytest.raises(InputError, match=r"made for 'org/other': name that base, or say .*--force"):
+    with pytest.raises(
+        InputError, match=r"made for 'org/other': name that base, or say .*--any-base"
+    ):
         Pair.open(base, adapter)
-    pair = Pair.open(base, adapter, force=True)
+    pair = Pair.open(base, adapter, any_base=True)
     require_same(pair, by_peft(base, BERT[1], adapter))
     deep, _ = files.pair(tmp_path / "deep", *BERT, num_hidden_layers=1)
     with pytest.raises(InputError, match="which it lacks: name its own base, 'org/other'"):
-        Pair.open(deep, adapter, force=True)
+        Pair.open(deep, adapter, any_base=True)
     wide, _ = files.pair(tmp_path / "wide", *BERT, hidden_size=28)
     with pytest.raises(InputError, match=r"which does not fit .*mismatch.*: name the base"):
-        Pair.open(wide, adapter, force=True)
+        Pair.open(wide, adapter, any_base=True)
 
 
 def test_weights_that_cancel_or_are_none(tmp_path: Path) -> None:
