@@ -161,11 +161,7 @@ $(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 # What the book has trained already is taken from there.
 $(small)/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 	+@echo 'Executing $< at a small size'
-	@mkdir -p $(small)/results
-	@[ -d $(small)/results/$* ] || [ ! -d $(out)/results/$* ] \
-		|| cp -R $(out)/results/$* $(small)/results
-	@LORAPOWER_RESULTS='$(CURDIR)/$(small)/results' \
-		$(bin)/python tools/execute.py $< $@ --profile small --jobs $(JOBS)
+	@$(bin)/python tools/execute.py $< $@ --profile small --jobs $(JOBS)
 
 $(small)/done: $(executed:$(out)/chapters/%=$(small)/%)
 	@touch $@

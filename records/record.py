@@ -1,9 +1,9 @@
 """Put a long run of language models beside this file, for `records.read`.
 
-Takes its name there, and the files that the encoders' chapter, with profile paper, leaves in its
+Takes its name there, and the files that the encoders' chapter, with profile paper, leaves in the
 folder of results::
 
-    python -m records.record movies runs/rates.sqlite runs/texts.sqlite
+    python -m records.record movies runs/encoder-rates.sqlite runs/encoder-texts.sqlite
 """
 
 from __future__ import annotations

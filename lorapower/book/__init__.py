@@ -41,19 +41,11 @@ def whole(low: int, high: int | None = None) -> Any:
     return Annotated[int, Field(ge=low, le=high)]
 
 
-def results(chapter: str) -> Any:
-    """Declare the folder in which a chapter, named here, keeps the runs of its sweeps.
-
-    An empty text means the folder in the environment's ``LORAPOWER_RESULTS``, or else ``results``
-    in profile paper, and none in quick.
-    """
-
-    def folder(given: str, info: ValidationInfo) -> Path | None:
-        paper = "results" if info.data.get("profile") == "paper" else ""
-        base = given or os.environ.get(RESULTS) or paper
-        return Path(base).expanduser() / chapter if base else None
-
-    return Annotated[str, AfterValidator(folder)]
+def _folder(given: str, info: ValidationInfo) -> Path | None:
+    """Choose where runs are kept: as given, or as the environment says."""
+    paper = "results" if info.data.get("profile") == "paper" else ""
+    base = given or os.environ.get(RESULTS) or paper
+    return Path(base).expanduser() if base else None
 
 
 def named(default: str) -> Any:
@@ -78,6 +70,9 @@ def _long_enough(steps: int) -> int:
     return steps
 
 
+#: The folder in which sweeps keep their runs, the same for all chapters. An empty text means the
+#: folder in the environment's ``LORAPOWER_RESULTS``, or else ``results`` in paper, none in quick.
+Folder = Annotated[str, AfterValidator(_folder)]
 #: Width of a layer, from 1 to `WIDEST`.
 Width = whole(1, WIDEST)
 #: How many seeds; 0 stands for as many as the profile has.

@@ -9,15 +9,17 @@ package that made a row end it.
 
 from __future__ import annotations
 
+import ast
 import functools
-import hashlib
 import inspect
 import itertools
 import json
 import sqlite3
 import subprocess
 import sys
-from collections import Counter, defaultdict
+import sysconfig
+import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed
 from contextlib import closing, contextmanager
@@ -29,6 +31,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from .. import _code
 from .._records import Record, Results
 from ..errors import InputError, ResultsError
 
@@ -39,7 +42,7 @@ _ROOT = Path(__file__).parent.parent
 # Distributions whose versions can change a result.
 _LIBRARIES = {"numba", "numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"}
 _COLUMNS = "setting, results, version, revision"
-_INSERT = f"INSERT OR REPLACE INTO runs ({_COLUMNS}, fingerprint) VALUES (?, ?, ?, ?, ?)"
+# A run that somebody has begun has no results yet.
 _SCHEMA = """CREATE TABLE IF NOT EXISTS runs (
     id INTEGER PRIMARY KEY, setting TEXT NOT NULL, results TEXT NOT NULL, version TEXT NOT NULL,
     revision TEXT NOT NULL, fingerprint TEXT NOT NULL, UNIQUE (setting, fingerprint)
@@ -82,10 +85,11 @@ def run(
     ----------
     path : path, optional
         A file that keeps each batch when it is finished, whole or not at all. Runs in it are not
-        repeated unless code has changed: any byte of this package's files, comments too, or of the
-        Python files in the folder of ``work``, its own text if it is in a notebook, or the version
-        of a library that computes. `book` never counts, `checkpoints` not if ``work`` is of this
-        package. What else ``work`` calls, or reads from variables and files, is not noticed.
+        repeated unless a library that computes has another version, or code has changed in the
+        module of ``work`` or in one that it imports, at any remove, of this package or from outside
+        the environment; comments and docstrings do not count. Of a ``work`` in a notebook its own
+        code counts, and the modules that it names. What it reads from variables and files does not.
+        Several sweeps may use a file at a time: each leaves for last what another has begun.
     executor : concurrent.futures.Executor, optional
         Runs the batches; without one they run here, one after another. Dask's is
         ``Client(address).get_executor()``. Whether workers have the same code is not checked.
@@ -93,22 +97,18 @@ def run(
     if not settings:
         raise InputError("settings", allowed="a list of at least one", value=settings)
     keys = [setting.model_dump_json(serialize_as_any=True) for setting in settings]
-    fingerprint = _fingerprint(work) if path else ""
-    origin = (metadata.version(_ROOT.name), _revision())
+    given = dict(zip(keys, settings, strict=True))
     with _opened(path) as file:
-        query = f"SELECT {_COLUMNS} FROM runs WHERE fingerprint = ?"
-        rows = {row[0]: row for row in file.execute(query, [fingerprint])}
-        missing = {k: s for k, s in zip(keys, settings, strict=True) if k not in rows}
-        total, done = len({*keys}), len({*keys} - {*missing})
-        with tqdm(total=total, initial=done, unit="run", disable=not progress) as bar:
-            for batch, results in _finished(work, missing, size, executor):
-                _require_fit([missing[key] for key in batch], results)
-                texts = [result.model_dump_json() for result in results]
-                new = [(key, text, *origin) for key, text in zip(batch, texts, strict=True)]
-                with file:
-                    file.executemany(_INSERT, [(*row, fingerprint) for row in new])
-                rows |= {row[0]: row for row in new}
+        store = _Store(file, _fingerprint(work) if path else "")
+        kept = store.rows()
+        batches = _batches({key: given[key] for key in given if key not in kept}, size)
+        done = len(given) - sum(map(len, batches))
+        with tqdm(total=len(given), initial=done, unit="run", disable=not progress) as bar:
+            for batch, results in _finished(work, batches, store, executor):
+                _require_fit([*batch.values()], results)
+                store.put([*batch], [result.model_dump_json() for result in results])
                 bar.update(len(batch))
+        rows = store.rows()
     return _table([rows[key] for key in keys])
 
 
@@ -122,8 +122,8 @@ def read(path: Path | str) -> pd.DataFrame:
         raise ResultsError(Path(path), "is no file", remedy="name a file that a sweep has written")
     with _opened(path) as file:
         # With max(), SQLite takes the other columns from the row that has it.
-        query = f"SELECT {_COLUMNS}, max(id) FROM runs GROUP BY setting ORDER BY max(id)"
-        return _table([row[:-1] for row in file.execute(query)])
+        query = f"SELECT {_COLUMNS}, max(id) FROM runs WHERE results != '' GROUP BY setting"
+        return _table([row[:-1] for row in file.execute(f"{query} ORDER BY max(id)")])
 
 
 def columns(record: type[Record], name: str = "") -> list[str]:
@@ -140,19 +140,49 @@ def _nested(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Record)
 
 
-def _finished(
-    work: Callable[..., Any], settings: dict[str, Any], size: int, executor: Executor | None
-) -> Iterator[tuple[list[str], Any]]:
-    """Keys of batches, each of one problem, with their results, in the order of finishing."""
+class _Store:
+    """Has the runs of one code in a file."""
+
+    def __init__(self, file: sqlite3.Connection, fingerprint: str) -> None:
+        self._file, self._fingerprint = file, fingerprint
+
+    def rows(self, *, finished: bool = True) -> dict[str, tuple[str, ...]]:
+        """The rows of finished runs, or of those that are only begun, by the key of a setting."""
+        query = f"SELECT {_COLUMNS} FROM runs WHERE fingerprint = ? AND (results != '') = ?"
+        return {row[0]: row for row in self._file.execute(query, [self._fingerprint, finished])}
+
+    def put(self, keys: Sequence[str], results: Sequence[str]) -> None:
+        """Keep runs, all or none; without results, that they are begun."""
+        origin = (metadata.version(_ROOT.name), _revision(), self._fingerprint)
+        rows = [(*run, *origin) for run in zip(keys, results, strict=True)]
+        with self._file as file:
+            insert = f"INSERT OR REPLACE INTO runs ({_COLUMNS}, fingerprint) VALUES (?, ?, ?, ?, ?)"
+            file.executemany(insert, rows)
+
+
+def _batches(settings: dict[str, R], size: int) -> list[dict[str, R]]:
+    """At most ``size`` settings of one problem at a time."""
     groups = defaultdict(list)
     for key, setting in settings.items():
-        groups[getattr(setting, "problem", None)].append(key)
-    batches = [keys[i : i + size] for keys in groups.values() for i in range(0, len(keys), size)]
-    given = [[settings[key] for key in batch] for batch in batches]
+        groups[getattr(setting, "problem", None)].append((key, setting))
+    return [dict(g[i : i + size]) for g in groups.values() for i in range(0, len(g), size)]
+
+
+def _finished(
+    work: Callable[..., Any], batches: list[dict[str, R]], store: _Store, executor: Executor | None
+) -> Iterator[tuple[dict[str, R], Any]]:
+    """Batches with their results, in the order of finishing."""
     if executor is None:
-        yield from zip(batches, map(work, given), strict=True)
+        while batches:
+            begun = store.rows(finished=False)
+            free = (i for i, batch in enumerate(batches) if not begun.keys() & batch.keys())
+            batch = batches.pop(next(free, 0))
+            done = store.rows()
+            if left := {key: setting for key, setting in batch.items() if key not in done}:
+                store.put([*left], [""] * len(left))
+                yield left, work([*left.values()])
         return
-    futures = {executor.submit(work, one): keys for one, keys in zip(given, batches, strict=True)}
+    futures = {executor.submit(work, [*batch.values()]): batch for batch in batches}
     try:
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -168,26 +198,17 @@ def _require_fit(settings: list[Any], results: Any) -> None:
         allowed = f"a function that returns a list of sweeps.Results, here {len(settings)}"
         raise InputError("work", allowed=allowed, value=results)
     names = [*columns(type(settings[0])), *type(results[0]).model_fields, "version", "revision"]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    if twice := [*dict.fromkeys(name for name in names if names.count(name) > 1)]:
         raise InputError("columns", allowed="of different names", given=f"two {', '.join(twice)}")
 
 
-def _table(rows: list[Any]) -> pd.DataFrame:
-    settings, results = (pd.DataFrame([_cells(json.loads(row[i])) for row in rows]) for i in (0, 1))
+def _table(rows: Sequence[tuple[str, ...]]) -> pd.DataFrame:
+    parts = [pd.json_normalize([json.loads(row[i]) for row in rows]) for i in (0, 1)]
+    table = pd.concat(parts, axis=1).map(lambda cell: tuple(cell) if type(cell) is list else cell)
     origin = pd.DataFrame([row[2:] for row in rows], columns=["version", "revision"])
-    return pd.concat([settings, results, origin], axis=1)
-
-
-def _cells(values: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """The cells of a record by column; ``name`` is the field that holds it."""
-    cells: dict[str, Any] = {}
-    for field, value in values.items():
-        if isinstance(value, dict):
-            cells |= _cells(value, field)
-        else:
-            column = name if field == "kind" else field
-            cells[column] = tuple(value) if isinstance(value, list) else value
-    return cells
+    # A kind stands in the column of the record that has it.
+    names = (name.removesuffix(".kind").rpartition(".")[2] for name in table)
+    return pd.concat([table.set_axis([*names], axis=1), origin], axis=1)
 
 
 @contextmanager
@@ -210,17 +231,30 @@ def _fingerprint(work: Callable[..., Any]) -> str:
     """Digest the code that makes results, as `run` says."""
     if not inspect.isfunction(work) or work.__name__ == "<lambda>":
         raise InputError("work", allowed="a function that has a name", value=work)
-    home = getattr(sys.modules[work.__module__], "__file__", None)
-    files = {*_ROOT.rglob("*.py")} - {*_ROOT.glob("book/**/*.py")}
-    if work.__module__.startswith(f"{_ROOT.name}."):
-        files -= {*_ROOT.glob("checkpoints/**/*.py")}
-    elif home:
-        files |= {*Path(home).resolve().parent.glob("*.py")}
-    versions = {d.name: d.version for d in metadata.distributions() if d.name in _LIBRARIES}
-    about = f"{work.__module__}.{work.__qualname__} {sorted(versions.items())}"
-    own = "" if home else inspect.getsource(work)
-    contents = [about.encode(), own.encode(), *(file.read_bytes() for file in sorted(files))]
-    return hashlib.blake2b(b"".join(contents), digest_size=8).hexdigest()
+    module = sys.modules[work.__module__]
+    own = ""
+    if hasattr(module, "__file__"):
+        start = [module.__spec__.name if module.__spec__ else module.__name__]
+    else:
+        named = inspect.getclosurevars(work).globals.values()
+        start = [getattr(one, "__module__", getattr(one, "__name__", "")) or "" for one in named]
+        own = _code.digest(ast.parse(textwrap.dedent(inspect.getsource(work))))
+    reached = _code.reach(start, _places())
+    versions = [(d.name, d.version) for d in metadata.distributions() if d.name in _LIBRARIES]
+    code = own, sorted((name, module.digest) for name, module in reached.items())
+    return _code.digest(f"{start if not own else ''} {work.__qualname__} {code} {sorted(versions)}")
+
+
+def _places() -> dict[str, Path]:
+    """Top-level modules whose code counts: this package, and what is not installed."""
+    installed = {Path(folder).resolve() for folder in sysconfig.get_paths().values()}
+    places = {}
+    for name, module in [*sys.modules.items()]:
+        if "." not in name and (file := getattr(module, "__file__", None)):
+            path = Path(file).resolve()
+            if not installed & {*path.parents}:
+                places[name] = path.parent if path.name == "__init__.py" else path
+    return places | {_ROOT.name: _ROOT}
 
 
 @functools.cache

@@ -29,7 +29,7 @@ class All(book.Parameters):
     few: list[book.whole(1, 9)]  # type: ignore[valid-type]
     tasks: list[str]
     model: book.named("packaged")  # type: ignore[valid-type]
-    results: book.results("07-training")  # type: ignore[valid-type]
+    results: book.Folder
 
 
 RIGHT: dict[str, Any] = {
@@ -71,10 +71,10 @@ def test_lists_of_names_come_in_any_form_and_keep_their_order(value: object) -> 
     ("profile", "results", "kept", "folder"),
     [
         ("quick", "", "", None),
-        ("paper", "", "", Path("results", "07-training")),
-        ("quick", "~/runs", "", Path.home() / "runs" / "07-training"),
-        ("paper", "", "elsewhere", Path("elsewhere", "07-training")),
-        ("quick", "runs/mine", "elsewhere", Path("runs", "mine", "07-training")),
+        ("paper", "", "", Path("results")),
+        ("quick", "~/runs", "", Path.home() / "runs"),
+        ("paper", "", "elsewhere", Path("elsewhere")),
+        ("quick", "runs/mine", "elsewhere", Path("runs", "mine")),
     ],
 )
 def test_results_are_kept_where_they_are_wanted(
@@ -109,7 +109,7 @@ def test_wrong_parameters_are_named(name: str, value: object) -> None:
 class Small(book.Parameters):
     width: book.Width
     ranks: book.Ranks
-    results: book.results("07-training")  # type: ignore[valid-type]
+    results: book.Folder
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -
     notebook["results"] = "runs"
     for _ in range(2):
         book.setup(Small)
-        assert notebook["results"] == Path("runs", "07-training")
+        assert notebook["results"] == Path("runs")
     notebook["width"] = 2
     book.setup(Small)
     assert notebook["ranks"] == [0, 1, 2]
@@ -151,7 +151,7 @@ def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -
     notebook |= {"width": 3, "ranks": [], "results": "", "profile": "paper"}
     book.setup(Small)
     assert notebook["ranks"] == [0, 1, 2, 3]
-    assert notebook["results"] == Path("results", "07-training")
+    assert notebook["results"] == Path("results")
 
 
 def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import linecache
 import math
 import pickle
 import resource
@@ -11,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -29,9 +31,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
+from lorapower import _code
 from lorapower._records import Record, Results
 from lorapower.errors import InputError, LorapowerError, PrecisionError, ResultsError
-from lorapower.experiments import sweeps, synthetic
+from lorapower.experiments import digits, sweeps, synthetic
 from lorapower.experiments.sweeps import grid
 
 
@@ -136,7 +139,11 @@ def quiet(*arguments: Any, **options: Any) -> pd.DataFrame:
 def count(path: Path) -> int:
     """Finished runs in a file."""
     with closing(sqlite3.connect(path)) as connection:
-        return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
+        if not connection.execute("SELECT * FROM sqlite_master").fetchall():
+            return 0  # just begun
+        return int(
+            connection.execute("SELECT count(*) FROM runs WHERE results != ''").fetchone()[0]
+        )
 
 
 def same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
@@ -373,21 +380,85 @@ def test_runs_of_other_code_are_done_again(tmp_path: Path, monkeypatch: pytest.M
     assert sweeps.read(path).loss.tolist() == [2.0] * 4
 
 
-def test_the_fingerprint_is_of_the_files_that_compute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+CODE = {
+    "unit/__init__.py": "",
+    "unit/made.py": "from . import used\ndef work(batch):\n    return used.ours()\n",
+    "unit/used.py": '"""Text."""\nSIZE = 1\ndef ours():\n    """Text."""\n    return SIZE\n',
+    "unit/unused.py": "SIZE = 1\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "counts"),
+    [
+        ("unit/used.py", "SIZE = 1", "SIZE = 2", True),
+        ("unit/__init__.py", "", "import unit.unused\n", True),
+        ("unit/used.py", "Text", "Other text", False),
+        ("unit/used.py", "SIZE = 1\n", "SIZE = (  # of all\n    1\n)\n", False),
+        ("unit/unused.py", "SIZE = 1", "SIZE = 2", False),
+    ],
+)
+def test_only_code_that_a_run_reaches_counts(
+    file: str,
+    old: str,
+    new: str,
+    counts: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    root = tmp_path / "lorapower"
-    monkeypatch.setattr(sweeps, "_ROOT", root)
-    ours, others = [], []
-    for name in ("lowrank.py", "book/claims.py", "checkpoints/pair.py", "lowrank.py"):
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{file.read_text() if file.exists() else name}#\n")
-        ours.append(sweeps._fingerprint.__wrapped__(synthetic.measure))
-        others.append(sweeps._fingerprint.__wrapped__(work))
-    assert ours[0] == ours[1] == ours[2] != ours[3]
-    assert others[0] == others[1] != others[2] != others[3]
-    assert ours[0] != sweeps._fingerprint.__wrapped__(synthetic.Problem.networks)
+    (tmp_path / "unit").mkdir()
+    for name, code in CODE.items():
+        (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    work = importlib.import_module("unit.made").work
+    before = sweeps._fingerprint.__wrapped__(work)
+    (tmp_path / file).write_text(CODE[file].replace(old, new))
+    after = sweeps._fingerprint.__wrapped__(work)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "unit"]:
+        del sys.modules[name]
+    assert (before != after) is counts
+
+
+def test_runs_of_this_package_follow_its_imports() -> None:
+    found = _code.reach(["lorapower.experiments.synthetic"], sweeps._places())
+    assert {"lorapower", "lorapower.training.engine", "lorapower._records"} <= {*found}
+    assert not {"lorapower.book", "lorapower.checkpoints", "lorapower.experiments.digits"} & {
+        *found
+    }
+    assert len({sweeps._fingerprint(f) for f in (synthetic.measure, digits.measure, work)}) == 3
+
+
+def test_work_of_a_notebook_counts_with_the_modules_that_it_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A notebook's module has no file; its cells' sources are in the cache of lines."""
+    notebook = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+
+    def fingerprint(cell: str) -> str:
+        name = f"<cell {cell}>"
+        linecache.cache[name] = len(cell), None, cell.splitlines(keepends=True), name
+        exec(compile(cell, name, "exec"), vars(notebook))
+        return sweeps._fingerprint.__wrapped__(notebook.work)
+
+    head = "from lorapower.experiments import {0}\nfrom lorapower import errors\n"
+    code = head + "def work(batch):\n    return {0}.measure(batch)\n"
+    one = fingerprint(code.format("residual"))
+    assert one == fingerprint(code.format("residual") + "    # done\n")
+    assert one != fingerprint(code.format("digits"))
+    assert one != fingerprint(code.format("residual").replace("(batch)\n", "(batch[:])\n"))
+
+
+def test_two_sweeps_at_a_time_share_the_work(tmp_path: Path) -> None:
+    RUN.clear()
+    path = tmp_path / "runs"
+    with ThreadPoolExecutor() as threads:
+        both = [threads.submit(quiet, GRID[i:], slow, path, size=2) for i in (0, 4)]
+    tables = [one.result() for one in both]
+    same(tables[0], quiet(GRID, work))
+    same(tables[1], quiet(GRID[4:], work))
+    # Where one waits for the other, at the end, it runs what the other has begun.
+    assert len(GRID) <= len(RUN) <= len(GRID) + 4
 
 
 def dask() -> Any:
