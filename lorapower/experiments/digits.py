@@ -27,8 +27,8 @@ from ..networks.transformer import Transformer
 from ..randomness import generator
 from ..regions import Box
 from ..training.tuning import Fixed, Labelled, Tuning
-from ._training import Course, Gradient, construct, one_problem, train_each, train_fully
-from .study import Construction, Final, Fitted, Lora
+from . import study
+from .study import Construction, Course, Final, Fitted, Gradient, Lora
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
@@ -161,7 +161,7 @@ class Problem(Record):
         """Make a method's adapters, for ReLU networks over all possible images."""
         region = Box(0.0, 1.0)
         if not isinstance(method, Fitted):
-            return construct(frozen, target, method.ranks, region)
+            return study.construct(frozen, target, method.ranks, region)
         fused = fuse(frozen, target, method.ranks)
         adapters = nearest(fused, self.task.training[0])
         return fused.carry_back(adapters, region, throw=False).adapters
@@ -234,11 +234,11 @@ def _train(network: Network, task: _Split, seed: int, purpose: str) -> Network:
     """Train all weights of a network."""
     data = Fixed(*task[:2], samples=BATCH, seed=seed, purpose=(purpose,))
     options = {"steps": PRETRAINING_STEPS, "every": EVERY, "classes": range(CLASSES)}
-    trained: Network = train_fully(network, data, PRETRAINING, **options)
+    trained: Network = study.train_fully(network, data, PRETRAINING, **options)
     return trained
 
 
-class Found(Course):
+class Readings(Course):
     """Hold what a run reaches on the test images.
 
     ``accuracy`` is the share of images read rightly; for ``error`` see the function. ``bound`` is
@@ -252,14 +252,14 @@ class Found(Course):
     frozen_accuracy: float
 
 
-def measure(settings: Sequence[Setting]) -> list[Found]:
+def measure(settings: Sequence[Setting]) -> list[Readings]:
     """Measure what each setting reaches; raise `InputError` if they have several problems."""
-    problem: Problem = one_problem(settings)
+    problem: Problem = study.one_problem(settings)
     frozen, target = problem.networks()
     x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
     variance = variance_of(_votes(target, x))
     methods = [setting.fitting for setting in settings]
-    trained = train_each(
+    trained = study.train_each(
         (method for method in methods if isinstance(method, Gradient)),
         frozen,
         Fixed(*problem.task[:2], samples=BATCH, seed=problem.seed),
@@ -280,5 +280,5 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
             about["bound"] = float(norm.square() / CLASSES / variance)
         named = {"": network, "target_": target, "frozen_": frozen}
         about = about | {f"{name}accuracy": accuracy(each, (x, y)) for name, each in named.items()}
-        found.append(Found(error=error(network, target, x), **about))
+        found.append(Readings(error=error(network, target, x), **about))
     return found

@@ -18,7 +18,7 @@ from ..networks.transformer import Activation, Part, Transformer
 from ..training.descent import descend
 from ..training.fused import polish
 from ..training.tuning import Fresh, Tuning
-from ._training import one_problem, train_each
+from . import study
 
 # Vectors by what is tuned: those of the theorem on attention, all, or those that follow attention.
 VECTORS = {
@@ -109,7 +109,7 @@ class Setting(Record):
     method: Annotated[Trained | Fitted, Field(discriminator="kind")] = Trained()
 
 
-class Found(Results):
+class Remainder(Results):
     """Mean squared errors of a run over fresh inputs.
 
     ``relative`` is the error over the variance of what the target adds to its inputs, ``far_error``
@@ -128,9 +128,9 @@ class Found(Results):
     diverged: bool = False
 
 
-def measure(settings: Sequence[Setting]) -> list[Found]:
+def measure(settings: Sequence[Setting]) -> list[Remainder]:
     """Measure what each setting of one problem reaches; `InputError` for several problems."""
-    problem: Problem = one_problem(settings)
+    problem: Problem = study.one_problem(settings)
     frozen, target = problem.networks()
     methods = [setting.method for setting in settings]
 
@@ -149,7 +149,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         x = problem.data(target, purpose).test(count)[0].to(target.dtype)
         return x, target(x)
 
-    trained = train_each(
+    trained = study.train_each(
         (method for method in methods if isinstance(method, Trained)),
         frozen,
         problem.data(target),
@@ -187,7 +187,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         else:
             floor, floor_spread, *_ = attention_floor(frozen, target, far, _ranks(method, frozen))
         found.append(
-            Found(
+            Remainder(
                 error=error,
                 relative=error / variance,
                 far_error=float(out),

@@ -25,8 +25,7 @@ from ..training import fused
 from ..training.fused import polish, train_fused
 from ..training.tuning import Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
 from . import study
-from ._training import Course, Gradient, construct, one_problem, train_each, train_fully
-from .study import Final, Lora, Rank
+from .study import Course, Final, Gradient, Lora, Rank
 
 Network = LinearNetwork | FNN | Transformer
 # The parts of the initial loss at which pretraining stops: of none, and of the study's.
@@ -125,7 +124,7 @@ class Problem(Record):
             plain = self.replace(task="regression", fixed=False, samples=256)
             data, _ = plain.data(target, "pretraining")
             options = {"steps": PRETRAINING_STEPS, "until": self.pretraining, "seed": self.seed}
-            frozen = train_fully(frozen, data, PRETRAINING, **options)
+            frozen = study.train_fully(frozen, data, PRETRAINING, **options)
         return frozen, target
 
     def _near(self, frozen: LinearNetwork | FNN, target: Any) -> Any:
@@ -234,7 +233,7 @@ class Setting(Record):
         return self
 
 
-class Found(Course):
+class Errors(Course):
     """Hold what a run reaches on 5000 test inputs, on these times 5, and on a fixed training set.
 
     ``error`` is the mean squared error, ``accuracy`` the share of inputs put into the target's
@@ -254,12 +253,12 @@ class Found(Course):
     predicted: float = math.nan
 
 
-def measure(settings: Sequence[Setting]) -> list[Found]:
+def measure(settings: Sequence[Setting]) -> list[Errors]:
     """Measure what each setting reaches; raise `InputError` if they have several problems."""
-    problem: Problem = one_problem(settings)
+    problem: Problem = study.one_problem(settings)
     bench = _Bench(problem)
     methods = [setting.method for setting in settings]
-    trained = train_each(
+    trained = study.train_each(
         (method for method in methods if isinstance(method, Gradient)),
         bench.frozen,
         bench.data,
@@ -274,7 +273,7 @@ def measure(settings: Sequence[Setting]) -> list[Found]:
         else:
             adapters, about = bench.adapt(method)
             network = adapters.merge(bench.frozen)
-        found.append(Found(**bench.test(network) | about))
+        found.append(Errors(**bench.test(network) | about))
     return found
 
 
@@ -323,7 +322,7 @@ class _Bench:
         return Tuning(**options, start=start, blocks=blocks)
 
     def adapt(self, method: Any) -> tuple[Adapters, dict[str, float]]:
-        """Adapters of another method, and fields of `Found` that it knows."""
+        """Adapters of another method, and fields of `Errors` that it knows."""
         if isinstance(method, Fitted):
             fit = self.fit(method)
             return fit.adapters, {"predicted": float(fit.predicted)}
@@ -341,7 +340,7 @@ class _Bench:
             )
             return found.adapters, {"validation_loss": float(found.validation_loss.min())}
         region = Ball(method.region * self.radius)
-        return construct(self.frozen, self.target, method.ranks, region), {}
+        return study.construct(self.frozen, self.target, method.ranks, region), {}
 
     def fit(self, method: Fitted) -> FittedAdaptation:
         """Adapters fitted to inputs; those that are polished may have been fitted already."""

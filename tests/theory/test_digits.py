@@ -12,7 +12,7 @@ import torch
 from lorapower import bounds
 from lorapower.errors import InputError
 from lorapower.experiments import digits
-from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Found, Problem, Setting
+from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Problem, Readings, Setting
 from lorapower.experiments.study import Construction, Final, Fitted, Lora
 from lorapower.experiments.sweeps import grid
 
@@ -30,7 +30,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     digits._target.cache_clear()
 
 
-def measure(problem: Problem, *methods: Any) -> list[Found]:
+def measure(problem: Problem, *methods: Any) -> list[Readings]:
     return digits.measure([Setting(problem=problem, method=method) for method in methods])
 
 

@@ -17,7 +17,7 @@ from lorapower.experiments.synthetic import (
     PRETRAINED,
     SHIFT,
     Construction,
-    Found,
+    Errors,
     Problem,
     Setting,
 )
@@ -33,11 +33,11 @@ UNTUNED = Lora(biases=False)
 each_model = pytest.mark.parametrize("model", SMALL)
 
 
-def measure(problem: Problem, *methods: Any) -> list[Found]:
+def measure(problem: Problem, *methods: Any) -> list[Errors]:
     return synthetic.measure([Setting(problem=problem, method=method) for method in methods])
 
 
-def assert_same(found: Found, wanted: Found) -> None:
+def assert_same(found: Errors, wanted: Errors) -> None:
     """Bit by bit; NaN is NaN."""
     assert repr(found) == repr(wanted)
 
