@@ -66,7 +66,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
 export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
-.PHONY: help book test check nightly style chapter lab serve pdf tidy clean distclean
+.PHONY: help book test check nightly style chapter lab serve pdf words tidy clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -77,7 +77,7 @@ help: ## list these commands
 book: $(ready) ## execute the chapters and build the HTML
 	@$(MAKE) --silent --no-print-directory $(jobs) $(synchronized) $(out)/html/index.html
 	@ln -sfn $(PROFILE)/html _build/html
-	@$(bin)/python tools/build_html.py --where $(out)
+	@echo 'The book is up to date: open $(CURDIR)/$(out)/html/index.html in a browser.'
 
 test: book ## check style, types and behaviour of the package and the book
 	@$(MAKE) --no-print-directory $(jobs) $(synchronized) style $(small)/done
@@ -109,6 +109,9 @@ serve: book ## serve the built book on this machine, on port PORT
 
 pdf: book ## print the book as one PDF, and the note as another (needs Chromium)
 	@$(bin)/python tools/print_pdf.py $(out)/html $(out)/lorapower.pdf
+
+words: book ## count the words of the chapters, and the package's public names
+	@$(bin)/python tools/words.py $(out)/html
 
 tidy: $(ready) ## format the sources and strip the chapters of their outputs
 	$(bin)/nbstripout --keep-id chapters/*.ipynb \
@@ -167,4 +170,4 @@ $(small)/done: $(executed:$(out)/chapters/%=$(small)/%)
 	@touch $@
 
 $(out)/html/index.html: $(pages) $(package) $(executed) tools/build_html.py $(ready)
-	@$(bin)/python tools/build_html.py $(out)
+	@$(bin)/python tools/build_html.py $(out) --jobs $(JOBS)

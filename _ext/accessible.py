@@ -41,5 +41,6 @@ def _mend(
     context["generate_toctree_html"] = name_folds
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("html-page-context", _mend, priority=900)  # once the theme has added its functions
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -154,7 +154,7 @@ def _resolve(
     return contnode if node["reftype"] == "class" or library in sys.modules else None
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Sphinx) -> dict[str, bool]:
     app.setup_extension("sphinx.ext.autosummary")
     delattr(GenericAliasMixin, "update_content")  # it repeats values, comments say what they are
     variables = next(field for field in PyObject.doc_field_types if field.name == "variable")
@@ -166,3 +166,4 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-read", _show_sizes)
     app.connect("env-updated", _name_as_defined, priority=400)
     app.connect("missing-reference", _resolve)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -64,8 +64,9 @@ def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
             ]
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Sphinx) -> dict[str, bool]:
     app.setup_extension("sphinx_codeautolink")
     app.connect("source-read", _prepare)
     app.connect("doctree-read", _mark_columns)
     app.connect("env-updated", _leave_variables_plain, priority=600)  # once it knows what they are
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

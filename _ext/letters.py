@@ -17,6 +17,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.roles import XRefRole
+from sphinx_proof.domain import ProofDomain
 
 _APPENDIX = re.compile(r"chapters/([A-Z])-")
 
@@ -60,7 +61,13 @@ class Chapter(XRefRole):
         return target.rpartition("/")[2].partition("-")[0].lstrip("0"), target
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("chapter", Chapter(warn_dangling=True, innernodeclass=nodes.inline))
+    # Chapters are counted through all parts, and statements by page. Neither extension says that
+    # processes may share the reading: the one works once all is read, the other's domain is empty.
+    app.setup_extension("sphinx_multitoc_numbering")
+    app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
+    ProofDomain.merge_domaindata = lambda *_: None
     app.connect("env-check-consistency", _count_from_one)
     app.connect("env-check-consistency", _number_titles)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -80,14 +80,11 @@ def statements(env: BuildEnvironment) -> list[Statement]:
 
 def revision() -> str:
     """Describe the revision of the checkout, and whether files differ from it."""
-    git = ("git", "-C", str(_ROOT))
+    git = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty= and changes since"]
     try:
-        describe = [*git, "describe", "--always", "--dirty= and changes since"]
-        commit = check_output(describe, stderr=DEVNULL, text=True).strip()
-        date = check_output([*git, "log", "-1", "--format=%cs"], stderr=DEVNULL, text=True).strip()
+        return check_output(git, stderr=DEVNULL, text=True).strip()
     except (OSError, CalledProcessError):
         return "unknown, as this is no checkout"
-    return f"{commit}, of {date}"
 
 
 def libraries() -> dict[str, str]:
@@ -122,11 +119,21 @@ def _fill(app: Sphinx, docname: str, source: list[str]) -> None:
         )
 
 
-def _read_last(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
-    """Read these pages after the chapters, whatever their names are."""
-    docnames.sort(key=lambda docname: docname in _TEMPLATES)
+def _leave_out(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
+    """Leave these pages out among those that several processes read."""
+    docnames[:] = [docname for docname in docnames if docname not in _TEMPLATES]
 
 
-def setup(app: Sphinx) -> None:
-    app.connect("env-before-read-docs", _read_last)
+def _read_last(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Read these pages, once all others are read and before anything counts what they hold."""
+    present = [docname for docname in _TEMPLATES if docname in env.found_docs]
+    for docname in present:
+        app.builder.read_doc(docname)
+    return present
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("env-before-read-docs", _leave_out)
+    app.connect("env-updated", _read_last, priority=100)
     app.connect("source-read", _fill)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -4,11 +4,10 @@ In the chapter ``07-training``, ``{eval}`book.quoted["plain_4:.0f"]` `` is the n
 as ``plain_4``, in the format behind the colon; what was glued as Markdown has no format. JupyterLab
 asks the kernel for it. On any other page it is ``{quoted}`07-training::plain_4:.0f` ``.
 
-``{printed}`` shows what a command printed, a text that a chapter glued: of its lines those with
-one of the parts below or, with the option ``:without:``, the others. The command stands before::
+``{printed}`` shows what a command printed, a text that a chapter glued: all of it, or those of its
+lines that have one of the parts below::
 
     :::{printed} 15-planning::plan-output
-    :command: lorapower plan BASE TUNED --texts FILE --error 0.1
     Verdict
     Estimate
     :::
@@ -16,21 +15,19 @@ one of the parts below or, with the option ``:without:``, the others. The comman
 
 from __future__ import annotations
 
+import json
 import re
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import nbformat
 from docutils import nodes
 from docutils.nodes import Node, system_message
-from docutils.parsers.rst import directives
-from myst_nb.core.variables import format_plain_text
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from lorapower.book._executed import read_quotes
+from lorapower.book._executed import formatted, read_quotes
 
 _NAMED = r"(?P<name>\w+)(?::(?P<format>[^\"]+))?"
 _HERE = re.compile(rf'book\.quoted\["{_NAMED}"\]')
@@ -39,7 +36,7 @@ _ELSEWHERE = re.compile(rf"(?P<chapter>[\w-]+)::{_NAMED}")
 
 @lru_cache
 def _quotes(path: str) -> dict[str, dict[str, Any]]:
-    return read_quotes(nbformat.read(path, as_version=4))
+    return read_quotes(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 class Quoted(SphinxRole):
@@ -63,7 +60,7 @@ class Quoted(SphinxRole):
             raise ValueError('write book.quoted["name"], or chapter::name; then :format')
         forms = _quotes(self.env.doc2path(docname))[parts["name"]]
         if "text/markdown" not in forms:
-            text = format_plain_text(forms["text/plain"], parts["format"] or "s")
+            text = formatted(forms["text/plain"], parts["format"] or "")
             return [nodes.inline(text, text, classes=["pasted-text"])], []
         if parts["format"]:
             raise ValueError("it is Markdown, and takes no format")
@@ -81,43 +78,34 @@ class Printed(SphinxDirective):
 
     required_arguments = 1
     has_content = True
-    option_spec = {"command": directives.unchanged, "without": directives.flag}  # noqa: RUF012
 
     def run(self) -> list[Node]:
         chapter, _, name = self.arguments[0].partition("::")
         try:
-            text = read(self.env.doc2path(f"chapters/{chapter}"), name)
-            text = choose(text, list(self.content), without="without" in self.options)
+            quoted = _quotes(self.env.doc2path(f"chapters/{chapter}"))[name]["text/plain"]
+            text = choose(formatted(quoted, ""), list(self.content))
         except (OSError, LookupError) as error:
             message = f"{{{self.name}}} {self.arguments[0]} shows nothing: {error!r}"
             raise self.error(message) from error
-        if command := self.options.get("command"):
-            text = f"$ {command}\n{text}"
         # A terminal's output is no code to copy, and has the colours of none.
         block = nodes.literal_block(text, text, language="text", classes=["output", "terminal"])
         self.set_source_info(block)
         return [block]
 
 
-def read(path: Path | str, name: str) -> str:
-    """A text that an executed notebook glued."""
-    return format_plain_text(_quotes(str(path))[name]["text/plain"], "s")
+def choose(text: str, parts: list[str]) -> str:
+    """The lines of a text that hold one of some parts, each of which must be in one, or all lines.
 
-
-def choose(text: str, parts: list[str], *, without: bool = False) -> str:
-    """The lines of a text that hold one of some parts, or those without any.
-
-    Each part must be in some line. An indented line goes with the one above, which it continues. An
-    ellipsis stands for what is left out between two lines.
+    An indented line goes with the one above, which it continues. An ellipsis stands for what is
+    left out between two lines.
     """
-    lines = text.strip("\n").splitlines()
-    if missing := [part for part in parts if not any(part in line for line in lines)]:
+    if missing := [part for part in parts if part not in text]:
         raise LookupError(*missing)
     chosen: list[str] = []
-    kept = without
-    for line in lines:
-        if (found := any(part in line for part in parts)) or not line.startswith(" "):
-            kept = found != without
+    kept = not parts
+    for line in text.strip("\n").splitlines():
+        if parts and not line.startswith(" "):
+            kept = any(part in line for part in parts)
         if kept:
             chosen.append(line)
         elif chosen and chosen[-1] != "…":
@@ -125,7 +113,8 @@ def choose(text: str, parts: list[str], *, without: bool = False) -> str:
     return "\n".join(chosen).removesuffix("\n…")
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("eval", Quoted(), override=True)  # MyST-NB's own asks a kernel
     app.add_role("quoted", Quoted())
     app.add_directive("printed", Printed)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

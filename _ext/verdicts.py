@@ -114,7 +114,8 @@ def _set_badges(app: Sphinx, doctree: nodes.document) -> None:
             box[0] += [nodes.Text(" "), badge.node(app.env)]  # type: ignore[operator]
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("verdict", Verdict())
     app.connect("source-read", set_marks)
     app.connect("doctree-read", _set_badges)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

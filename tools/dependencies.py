@@ -38,13 +38,8 @@ def with_data(module: Path) -> set[str]:
     return {str(file.relative_to(ROOT)) for file in {module, *data}}
 
 
-def minutes(chapter: Path) -> float:
-    """Read how long a chapter takes about, if its metadata say so."""
-    metadata = json.loads(chapter.read_text(encoding="utf-8"))["metadata"]
-    return float(metadata.get("lorapower", {}).get("minutes", 0))
-
-
 def main() -> int:
+    # Appendices take longer than most: they go first.
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"), reverse=True)
     try:
         tool = needs(ROOT / "tools" / "execute.py")
@@ -52,11 +47,9 @@ def main() -> int:
     except SyntaxError as error:
         print(f"{Path(str(error.filename)).relative_to(ROOT)} is not Python", file=sys.stderr)
         return 1
-    # What takes minutes goes first.
-    ordered = sorted(needed, key=lambda path: -minutes(path))
-    print("executed :=", *(f"$(out)/chapters/{path.name}" for path in ordered))
-    for path in ordered:
-        print(f"$(out)/chapters/{path.name} $(small)/{path.name}:", *sorted(needed[path]))
+    print("executed :=", *(f"$(out)/chapters/{path.name}" for path in needed))
+    for path, files in needed.items():
+        print(f"$(out)/chapters/{path.name} $(small)/{path.name}:", *sorted(files))
     every = set().union(*needed.values())
     # A file that is gone counts as changed, and is not missed.
     print(*(f"{file}:" for file in sorted(every)), sep="\n")

@@ -1,6 +1,7 @@
 """What only the book's chapters need: their head, parameters, quotes, claims and figures.
 
-What is imported of notebooks themselves is installed with the extra ``book``.
+What is imported of notebooks themselves is installed with the extra ``book``. Programs that only
+read what a chapter recorded load no torch, nor what draws.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 
 from ..errors import InputError, needs
@@ -26,10 +26,10 @@ with needs("book"):
 
     from .._records import Record
     from . import claims
-    from .figures import _style
+    from ._executed import GLUE, formatted
 
-#: Threads that torch takes by itself; `setup` leaves it one.
-THREADS = torch.get_num_threads()
+#: Threads that a chapter may take; `setup` leaves torch one.
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 # The environment's variable for the folder of results.
 RESULTS = "LORAPOWER_RESULTS"
 #: The largest `Width`.
@@ -117,7 +117,10 @@ def setup(model: type[Parameters]) -> None:
     The notebook that declares ``model`` has them as variables, which get completed values, in later
     calls anew from what was given. Raises `InputError` for unknown names and unusable values.
     """
+    import torch
     from IPython import get_ipython
+
+    from .figures import _style
 
     notebook = vars(sys.modules[model.__module__])
     _refuse_unknown(notebook.get("In", ()), [*model.model_fields])
@@ -155,10 +158,9 @@ class _Quoted(dict[str, str]):
 
     def __getitem__(self, key: str) -> Any:
         from IPython.display import Latex
-        from myst_nb.core.variables import format_plain_text
 
         name, _, form = key.partition(":")
-        text = format_plain_text(super().__getitem__(name), form) if name in self else "…"
+        text = formatted(super().__getitem__(name), form) if name in self else "…"
         return Latex(text) if text.startswith("$") else text
 
 
@@ -171,15 +173,17 @@ def quote(name: str, value: Any, *, digits: int | None = None) -> None:
 
     With ``digits``, a number becomes Markdown of so many significant ones (`claims.number`).
     """
-    from IPython.display import Markdown
-    from myst_nb import glue
+    from IPython.core.formatters import format_display_data
+    from IPython.display import Markdown, display
 
     if hasattr(value, "item"):
         value = value.item()  # a plain number, whose format the text chooses
     quoted[name] = text = repr(value) if digits is None else claims.number(value, digits)
     shown = Markdown("")
     shown.data = text  # given at once, it would be read as a file where one has this name
-    glue(name, value if digits is None else shown, display=False)
+    forms, about = format_display_data(value if digits is None else shown)
+    about |= {"scrapbook": {"name": name, "mime_prefix": GLUE}}
+    display({f"{GLUE}{kind}": form for kind, form in forms.items()}, metadata=about, raw=True)
 
 
 def median(values: ArrayLike, axis: int | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from IPython.core.formatters import DisplayFormatter
 
 from lorapower import InputError, book
 from lorapower.book import RESULTS
@@ -171,20 +174,38 @@ def test_jupyterlab_and_the_page_are_told_what_the_text_quotes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     glued: dict[str, Any] = {}
+
+    def keep(forms: dict[str, Any], *, metadata: dict[str, Any], raw: bool) -> None:
+        about = metadata["scrapbook"]
+        start = len(about["mime_prefix"])
+        glued[about["name"]] = {kind[start:]: form for kind, form in forms.items()}
+
     monkeypatch.chdir(tmp_path)
     Path("26").mkdir()  # which a number must not be taken for
-    monkeypatch.setattr("myst_nb.glue", lambda name, value, display: glued.update({name: value}))
+    monkeypatch.setattr("IPython.display.display", keep)
+    monkeypatch.setattr("IPython.core.formatters.format_display_data", DisplayFormatter().format)
     book.quote("error", torch.tensor(0.0567, dtype=torch.float64))
     book.quote("count", np.int64(4))
     book.quote("names", "2, 4")
     book.quote("whole", 26, digits=2)
-    assert book.quoted["whole"] == glued["whole"].data == "26"
     book.quote("tiny", torch.tensor(2.34e-7, dtype=torch.float64), digits=2)
-    assert [glued[name] for name in ("error", "count", "names")] == [0.0567, 4, "2, 4"]
-    assert [type(glued[name]) for name in ("error", "count", "names")] == [float, int, str]
+    plain = [glued[name]["text/plain"] for name in ("error", "count", "names")]
+    assert plain == ["0.0567", "4", "'2, 4'"]
     assert [book.quoted[key] for key in ("error:.2f", "count:d", "names")] == ["0.06", "4", "2, 4"]
-    assert book.quoted["tiny"].data == glued["tiny"].data == r"$2.3\times10^{-7}$"
+    assert book.quoted["whole"] == glued["whole"]["text/markdown"] == "26"
+    tiny = r"$2.3\times10^{-7}$"
+    assert book.quoted["tiny"].data == glued["tiny"]["text/markdown"] == tiny
     assert book.quoted["yet_to_come:.2f"] == "…"
+
+
+def test_reading_what_a_chapter_recorded_loads_no_torch() -> None:
+    """Nor what draws: each chapter is executed by such a program."""
+    heavy = "[name for name in ('matplotlib', 'scipy', 'torch') if name in sys.modules]"
+    program = f"import sys\nimport execute\nprint({heavy})"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "tools", capture_output=True, text=True
+    )
+    assert run.stdout == "[]\n", run.stderr
 
 
 def test_what_a_notebook_quoted_is_read_in_all_its_forms() -> None:

@@ -17,41 +17,29 @@ from lorapower.checkpoints import pair
 
 FIRST = [ROOT / "README.md", ROOT / "index.md", ROOT / "chapters" / "quickstart.md"]
 TEXT = """
-┌──────┐
-│ rank │
-│ size │
-│ lost │
-│ more │
-└──────┘
+rank 4
+  of 8
+size 3
+lost 2
+more 1
 """
 
 
 @pytest.mark.parametrize(
-    ("parts", "without", "shown"),
+    ("parts", "shown"),
     [
-        (["rank", "more"], False, ["│ rank │", "…", "│ more │"]),
-        (["size", "lost"], True, ["┌──────┐", "│ rank │", "…", "│ more │", "└──────┘"]),
-        (["┌", "rank"], True, ["│ size │", "│ lost │", "│ more │", "└──────┘"]),
-        (["rank"], False, ["│ rank │"]),
-        (["│"], False, ["│ rank │", "│ size │", "│ lost │", "│ more │"]),
-        ([], True, TEXT.split()),
+        (["rank", "more"], ["rank 4", "  of 8", "…", "more 1"]),
+        (["size"], ["size 3"]),
+        ([], TEXT.strip().splitlines()),
     ],
 )
-def test_lines_are_chosen(parts: list[str], without: bool, shown: list[str]) -> None:
-    expected = shown if parts else TEXT.strip().splitlines()
-    assert quotes.choose(TEXT, parts, without=without).splitlines() == expected
+def test_lines_are_chosen_with_what_continues_them(parts: list[str], shown: list[str]) -> None:
+    assert quotes.choose(TEXT, parts).splitlines() == shown
 
 
-def test_indented_lines_go_with_what_they_continue() -> None:
-    text = "rank 1\n  of 2\nsize 3\n  of 4"
-    assert quotes.choose(text, ["size"]) == "size 3\n  of 4"
-    assert quotes.choose(text, ["size"], without=True) == "rank 1\n  of 2"
-
-
-@pytest.mark.parametrize("without", [False, True])
-def test_a_part_that_no_line_has_is_refused(without: bool) -> None:
+def test_a_part_that_no_line_has_is_refused() -> None:
     with pytest.raises(LookupError, match="cost"):
-        quotes.choose(TEXT, ["rank", "cost"], without=without)
+        quotes.choose(TEXT, ["rank", "cost"])
 
 
 @pytest.mark.parametrize("page", [FIRST[0], FIRST[2]], ids=lambda path: path.stem)
@@ -65,7 +53,7 @@ def test_architectures_that_are_read_are_named(page: Path) -> None:
 def test_commands_that_are_shown_are_understood(page: Path) -> None:
     commands = typer.main.get_command(_cli.app).commands  # type: ignore[attr-defined]
     text = page.read_text(encoding="utf-8")
-    lines = re.findall(r"^(?::command: )?lorapower (.*)$", text, re.MULTILINE)
+    lines = re.findall(r"^lorapower (.*)$", text, re.MULTILINE)
     assert lines
     for line in lines:
         name, *arguments = shlex.split(line, comments=True)
