@@ -1,32 +1,25 @@
-// A reference to a statement, an equation or a figure shows what it refers to: to a pointer that rests on it,
-// to a keyboard that reaches it, to a finger at the first tap; the second tap follows it. What can be
-// shown, by its anchor, is in preview-data.js, as pages from disk may not fetch. Without scripts a
-// reference is a link.
+// A reference to a statement, an equation or a figure shows what it refers to: to a pointer that
+// rests on it, to a keyboard that reaches it, to a finger at the first tap; the second tap follows
+// it. What can be shown, by its anchor, is in preview-data.js, as pages from disk may not fetch.
+// Without scripts a reference is a link.
 document.addEventListener("DOMContentLoaded", () => {
   const article = document.querySelector(".bd-article");
   if (!article) return;
   const REST = 250; // milliseconds for which a pointer has to rest, or may be away
   const MARGIN = 8;
-  const box = document.createElement("div");
-  box.className = "preview";
-  box.id = "preview";
-  box.role = "tooltip";
-  box.hidden = true;
-  document.body.append(box);
+  const root = document.documentElement.dataset.content_root;
+  const box = Object.assign(document.createElement("div"), {
+    className: "preview", id: "preview", role: "tooltip", hidden: true,
+  });
+  const data = Object.assign(document.createElement("script"), {
+    src: `${root}_static/preview-data.js`,
+  });
+  document.body.append(box, data);
   let shown = null; // the link whose preview is open
   let timer = 0;
   let touched = false; // whether the last pointer was a finger
 
-  const root = document.documentElement.dataset.content_root;
-  const data = document.createElement("script");
-  data.src = `${root}_static/preview-data.js`;
-  document.head.append(data);
-
-  const preview = (link) => {
-    const anchor = decodeURIComponent(link.getAttribute("href").split("#")[1]);
-    return window.previews && Object.hasOwn(window.previews, anchor) && window.previews[anchor];
-  };
-
+  const preview = (link) => window.previews?.[decodeURIComponent(link.hash.slice(1))];
   const linkAt = (target) => {
     const link = target.closest?.("a[href*='#']:not(.headerlink)");
     return link && article.contains(link) && preview(link) ? link : null;
@@ -47,11 +40,9 @@ document.addEventListener("DOMContentLoaded", () => {
 
   const hide = () => {
     clearTimeout(timer);
-    if (!shown) return;
-    shown.removeAttribute("aria-describedby");
+    shown?.removeAttribute("aria-describedby");
     shown = null;
     box.hidden = true;
-    window.MathJax?.typesetClear?.([box]);
   };
 
   const show = async (link) => {
@@ -79,24 +70,24 @@ document.addEventListener("DOMContentLoaded", () => {
     timer = setTimeout(action, REST);
   };
 
-  document.addEventListener("pointerdown", (event) => {
-    touched = event.pointerType === "touch";
+  document.addEventListener("pointerdown", ({ pointerType }) => {
+    touched = pointerType === "touch";
   }, true);
-  document.addEventListener("pointerover", (event) => {
-    if (event.pointerType === "touch") return;
-    const link = linkAt(event.target);
+  document.addEventListener("pointerover", ({ pointerType, target }) => {
+    if (pointerType === "touch") return;
+    const link = linkAt(target);
     if (link) soon(() => show(link));
-    else if (box.contains(event.target)) clearTimeout(timer);
+    else if (box.contains(target)) clearTimeout(timer);
     else soon(hide);
   });
-  document.addEventListener("focusin", (event) => {
-    const link = linkAt(event.target);
+  document.addEventListener("focusin", ({ target }) => {
+    const link = linkAt(target);
     if (link?.matches(":focus-visible") && !touched) show(link);
   });
   document.addEventListener("focusout", () => soon(hide));
-  document.addEventListener("keydown", (event) => {
+  document.addEventListener("keydown", ({ key }) => {
     touched = false;
-    if (event.key === "Escape") hide();
+    if (key === "Escape") hide();
   });
   document.addEventListener("click", (event) => {
     const link = linkAt(event.target);

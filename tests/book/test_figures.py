@@ -13,15 +13,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorapower import book
 from lorapower.book import figures
-from lorapower.book.figures._style import ROLES, looks, mark_rounding, use_style
+from lorapower.book.figures._style import looks, mark_rounding, use_style
 
 mpl.use("agg")
 
@@ -90,17 +88,6 @@ def test_error_against_rank_predicts_nothing_below_rounding(yscale: str) -> None
     assert "rounding" in [text.get_text() for text in ax.texts]
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8))
-def test_medians_in_text_and_figures_are_one(values: list[float]) -> None:
-    ordered = sorted(values)
-    middle = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
-    tensor = torch.tensor([values], dtype=torch.float64)
-    assert book.median(values) == book.median(tensor, 1)[0] == middle
-    drawn = figures.error_against_rank({"a": [0]}, {}, {"a": [values]}, rounding=-1e9, ylabel="e")
-    assert lines(drawn.axes[0])[0].tolist() == [middle]
-    plt.close("all")
-
-
 @given(
     st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9),
     st.lists(st.floats(0, 1e-12), min_size=1, max_size=9),
@@ -146,6 +133,13 @@ def test_curves_show_medians_ranges_and_guides(xscale: str, yscale: str) -> None
     assert (ax.get_xscale(), ax.get_yscale()) == (xscale, yscale)
 
 
+def test_medians_are_those_of_the_rows_at_each_x() -> None:
+    table = pd.concat([TABLE.assign(x=TABLE.x + 2 * i) for i in range(2)])
+    figure = figures.medians({"p": {"a": table}}, "x", "y", xlabel="", ylabel="", xscale="log")
+    (line,) = figure.axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), [[1, 2], [2, 7], [3, 2], [4, 7]])
+
+
 METHODS = ("construction", "fitted", "trained", "final layers", "all weights")
 
 
@@ -162,73 +156,6 @@ def test_a_role_looks_the_same_in_all_company() -> None:
         random, pretrained = (starts[f"{name}, {start}"] for start in ("random", "pretrained"))
         assert random.color == pretrained.color == alone[name].color
         assert (random.line, pretrained.line) == ("-", "--"), "the rest is the kind of line"
-
-
-def test_depths_have_one_colour_each_and_free_lines_none_that_means_something() -> None:
-    found = looks(["depth 3", "3 blocks", "bound, 3 blocks", "measured, 3 blocks"])
-    assert len({look.color for look in found.values()}) == 1
-    assert found["bound, 3 blocks"].marker == found["measured, 3 blocks"].line == ""
-    assert len({look.color for look in looks([f"depth {L}" for L in range(1, 15)]).values()}) == 14
-    free = looks([f"line {i}" for i in range(8)]).values()
-    assert len({(look.color, look.marker) for look in free}) == 8
-    fixed = {str(color).lower() for color, _ in ROLES.values()}
-    assert not fixed & {str(look.color).lower() for look in free}
-
-
-def test_medians_without_bands_show_the_range_at_the_end_beside_the_line() -> None:
-    table = pd.concat([TABLE.assign(x=TABLE.x + 2 * i) for i in range(2)])
-    axes: dict[str, Any] = {"xlabel": "", "ylabel": "", "xscale": "log"}
-    (ax,) = figures.medians({"p": {"a": table}}, "x", "y", bands=False, **axes).axes
-    line, bar, _ = ax.lines
-    np.testing.assert_array_equal(line.get_xydata(), [[1, 2], [2, 7], [3, 2], [4, 7]])
-    np.testing.assert_array_equal(bar.get_xydata(), [[4, 5], [4, 9]])
-
-
-def test_few_medians_are_not_joined_and_have_their_ranges() -> None:
-    (ax,) = figures.medians({"p": {"a": TABLE, "b": TABLE}}, "x", "y", xlabel="", ylabel="").axes
-    low, high, points, *_ = ax.lines
-    np.testing.assert_array_equal(low.get_xydata(), [[1, 1], [1, 3]])
-    np.testing.assert_array_equal(high.get_xydata(), [[2, 5], [2, 9]])
-    np.testing.assert_array_equal(points.get_xydata(), [[1, 2], [2, 7]])
-    assert points.get_linestyle() == "None"
-    level = pd.DataFrame({"x": [1, 9], "y": [2.0, 2.0]})
-    (ax,) = figures.medians({"p": {"a": level}}, "x", "y", xlabel="", ylabel="").axes
-    assert ax.lines[0].get_linestyle() == "-", "one number at several x is a level line"
-
-
-def test_published_values_are_stars_with_their_numbers() -> None:
-    published = {"p": {"trained": (1, 0.28), "both": (2, 3.0)}}
-    tables = {"p": {"trained": TABLE}}
-    figure = figures.medians(tables, "x", "y", published=published, xlabel="", ylabel="")
-    (ax,) = figure.axes
-    assert [text.get_text() for text in ax.texts] == ["0.28", "3"]
-    *_, points, own, other = ax.lines
-    assert points.get_color() == own.get_color() != other.get_color()
-    assert legend(figure) == {"trained", "published"}
-
-
-def test_points_are_joined_at_medians_above_zero() -> None:
-    figure = figures.scatter(
-        {"a": ([1, 10], [[1, 3], [0, 0]])},
-        levels={"f": 0.5},
-        joined=True,
-        xlabel="x",
-        ylabel="y",
-        yscale="linear",
-    )
-    (ax,) = figure.axes
-    np.testing.assert_array_equal(lines(ax), [[2, 0], [0.5, 0.5]])
-    assert legend(figure) == {"a", "f"}
-    assert ax.get_ylim()[0] < 0, "markers at 0 are seen whole"
-
-
-def test_intervals_stand_in_rows_from_above() -> None:
-    figure = figures.intervals({"a": (2, 1, 4), "b": (0, -1, 1)}, levels={"none": 0}, xlabel="x")
-    (ax,) = figure.axes
-    bars = [line for line in ax.lines if np.shape(line.get_xdata()) == (2,)]
-    assert [np.asarray(line.get_xdata()).tolist() for line in bars[:2]] == [[1, 4], [-1, 1]]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    assert ax.yaxis_inverted()
 
 
 def choices() -> figures.Choices:
