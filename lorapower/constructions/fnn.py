@@ -108,7 +108,7 @@ def adapt(
 
     Raises `InputError` for what does not fit, `SingularError` where a block cannot be adapted, and
     `PrecisionError` where biases should cost more than half of the type's digits. Source:
-    [thm-one-layer], [thm-partition], [prop-narrower]; for regions [prop-regions].
+    [thm-one-layer], [thm-partition]; for regions [prop-regions].
 
     Parameters
     ----------

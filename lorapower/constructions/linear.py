@@ -81,7 +81,7 @@ def adapt(
 
     Raises `InputError` for ranks out of range and networks that do not fit each other, and
     `SingularError`, which names layer and members, where no splitting meets ``rtol``. Source:
-    [thm-optimal-adaptation], [lem-splitting], [lem-any-change], [prop-splittings].
+    [thm-optimal-adaptation], [lem-splitting], [lem-any-change].
 
     Parameters
     ----------
