@@ -1,8 +1,8 @@
 """Long runs of language models, done once: `read` gives their tables.
 
-The commands ``tune``, ``recipes``, ``facts``, ``before``, ``plans``, ``sizes`` and ``parts`` of
-this folder make the files beside them; each keeps its runs by `lorapower.experiments.sweeps.run` in
-one file of a folder.
+The commands ``movies``, ``tune``, ``recipes``, ``facts``, ``before``, ``plans``, ``sizes`` and
+``parts`` of this folder make the files beside them; each keeps its runs by
+`lorapower.experiments.sweeps.run` in one file of a folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read(name: str) -> pd.DataFrame:
 
     ``"movies"``, ``"encoder"``, ``"decoder"`` have a row for each training, as `sweeps.run` gives
     it: the fields of `language.Setting` and `language.Found`, where ``answers`` is for `unpack`.
-    ``"movies"`` is the task of this name with profile paper and the packaged encoder; ``"encoder"``
+    ``"movies"`` is the task of this name with the packaged encoder; ``"encoder"``
     adapters on all layers, and all weights, on tweets and products with fewer texts; ``"decoder"``
     all tasks of the profile of this name. Rows with ``part`` ``"validation"`` are of
     `protocols.search`, the others of `protocols.compare`, all on one thread.

@@ -52,7 +52,7 @@ class Found(sweeps.Results):
 
 def problem(model: str, task: str) -> language.Problem:
     """State what a model is trained on, for each task."""
-    profile = "decoder" if model == models.LANGUAGE else "paper"
+    profile = "decoder" if model == models.LANGUAGE else "encoder"
     one, *_ = protocols.compare(profile, [task], TASKS[model][task], model, samples=SAMPLES)
     return one.problem.replace(samples=SHORT, part="validation")
 
@@ -156,7 +156,7 @@ def trainings() -> list[language.Setting]:
     """List trainings of the encoder on further tasks, with the rates of its first."""
     known = records.read("movies")
     rates = protocols.best_rates(known[known.part == "validation"])
-    about = "paper", [*TASKS[models.PACKAGED]][1:], texts.RATED, models.PACKAGED
+    about = "encoder", [*TASKS[models.PACKAGED]][1:], texts.RATED, models.PACKAGED
     compared = protocols.compare(*about, samples=SAMPLES, seeds=3, rates=rates)
     return [
         setting

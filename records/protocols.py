@@ -54,7 +54,7 @@ class Profile:
 #: Seeds of a search that is as large as the runs it is for.
 AGAIN = 3
 _FILE = Path(__file__).with_name("profiles.yaml")
-#: Profiles of the encoder's chapter, ``"quick"`` and ``"paper"``, and ``"decoder"``.
+#: The profiles ``"encoder"`` and ``"decoder"``.
 PROFILES = {
     name: Profile(**values)
     for name, values in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items()

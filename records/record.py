@@ -1,10 +1,4 @@
-"""Put a long run of language models beside this file, for `records.read`.
-
-Takes its name there, and the files that the encoders' chapter, with profile paper, leaves in the
-folder of results::
-
-    python -m records.record movies runs/encoder-rates.sqlite runs/encoder-texts.sqlite
-"""
+"""Put long runs of language models beside this file, for `records.read`."""
 
 from __future__ import annotations
 
@@ -48,7 +42,3 @@ def merge(
     table = pd.concat([sweeps.read(file) for file in files])
     settings = [name for name in sweeps.columns(kind) if name in table]
     return table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
-
-
-if __name__ == "__main__":
-    put(merge(sys.argv[2:]), sys.argv[1])

@@ -212,7 +212,7 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
 
     Layer ``i`` becomes ``P_i + U Uᵀ E_i``: ``U`` are the principal directions of ``E_i z̄_{i−1}``
     about its mean, at the target's activations; the bias adds the mean of the other directions.
-    With enough rank the network is the target on all inputs. Source: [prop-data-rank].
+    With enough rank the network is the target on all inputs. Source: [thm-reduced-rank].
     """
     network, target = fused.network, fused.fused_target
     assert isinstance(target, FNN)

@@ -182,22 +182,6 @@ def test_a_chapter_refuses_bad_values_in_its_first_line(head: Head) -> None:
             assert caught.value.name == name, f"{name} = {value!r}"
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"source": "nowhere"}, "source must be .* a folder that exists; got 'nowhere'"),
-        ({"tasks": "cola"}, "task must be one of movies, movies-rating,.*; got 'cola'"),
-        ({"model": "./nowhere"}, "model must be a folder that exists; got './nowhere'"),
-    ],
-)
-@pytest.mark.parametrize("chapter", [ROOT / "chapters" / "K-encoders.ipynb"], indirect=True)
-def test_texts_and_models_are_looked_for_in_the_first_line(
-    given: dict[str, str], message: str, head: Head
-) -> None:
-    with pytest.raises(InputError, match=message):
-        head.run(**given)
-
-
 COMMANDS = [
     (document, line)
     for document in (ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "chapters").iterdir())

@@ -29,10 +29,9 @@ def ways(settings: Iterable[Setting]) -> Counter[tuple[str, int]]:
     return Counter((s.method.way, s.method.rank) for s in settings)
 
 
-@pytest.mark.parametrize("profile", ["quick", "paper"])
-def test_the_protocol_compares_like_with_like(profile: str) -> None:
-    settings = protocols.compare(profile, ["movies", "tweets"], "rated", "packaged", seed=7)
-    about = PROFILES[profile]
+def test_the_protocol_compares_like_with_like() -> None:
+    settings = protocols.compare("encoder", ["movies", "tweets"], "rated", "packaged", seed=7)
+    about = PROFILES["encoder"]
     ranks, most = about.ranks, about.samples[-1]
     assert {s.problem.seed for s in settings} == {*range(7, 7 + about.seeds)}
     assert {s.problem.part for s in settings} == {"test"}
@@ -79,12 +78,12 @@ def test_a_decoder_is_compared_as_it_is_shipped_and_with_its_own_head(
 
 def test_the_protocol_takes_ranks_seeds_rates_and_samples() -> None:
     def sizes(samples: int) -> set[int]:
-        settings = protocols.compare("paper", ["tweets"], "rated", "packaged", samples=samples)
+        settings = protocols.compare("encoder", ["tweets"], "rated", "packaged", samples=samples)
         return {s.problem.samples for s in settings}
 
     rates = {("lora", True): {1: 0.5, 9: 0.125}, ("lora", False): {1: 0.25}}
     some = protocols.compare(
-        "paper", ["tweets"], "rated", "packaged", ranks=[3], seed=4, seeds=2, rates=rates
+        "encoder", ["tweets"], "rated", "packaged", ranks=[3], seed=4, seeds=2, rates=rates
     )
     assert {s.problem.seed for s in some} == {4, 5}
     everywhere = [s.method for s in some if s.method.way == "lora"]
@@ -96,7 +95,7 @@ def test_the_protocol_takes_ranks_seeds_rates_and_samples() -> None:
 
 
 def test_rates_are_chosen_on_texts_of_their_own() -> None:
-    settings = protocols.search("paper", ["movies"], "rated", "packaged")
+    settings = protocols.search("encoder", ["movies"], "rated", "packaged")
     assert {s.problem.part for s in settings} == {"validation"}
     tried = Counter((s.method.kind, s.method.rank, s.problem.pretrained) for s in settings)
     assert set(tried.values()) == {3}
@@ -189,9 +188,9 @@ def work(settings: list[Setting]) -> list[language.Found]:
 RECORDED = pytest.mark.parametrize(
     ("name", "task", "source", "profile", "model", "samples"),
     [
-        ("movies", "movies", "rated", "paper", "packaged", 4000),
-        ("encoder", "tweets", "rated", "paper", "packaged", 2000),
-        ("encoder", "products", "rated", "paper", "packaged", 2000),
+        ("movies", "movies", "rated", "encoder", "packaged", 4000),
+        ("encoder", "tweets", "rated", "encoder", "packaged", 2000),
+        ("encoder", "products", "rated", "encoder", "packaged", 2000),
         ("decoder", "movies", "rated", "decoder", models.LANGUAGE, 0),
         ("decoder", "movies-next", "rated", "decoder", models.LANGUAGE, 0),
         ("decoder", "functions-next", "code", "decoder", models.LANGUAGE, 0),
