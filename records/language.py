@@ -116,13 +116,12 @@ Method = Lora | Part | Whole
 class Problem(Record):
     """State a task, a model, and how long which texts are shown to it.
 
-    Texts are from ``source``: ``"rated"``, ``"code"``, ``"hub"`` or a folder; see `texts.read`.
-    ``model`` is ``"packaged"``, a folder or a name on the hub; without ``pretrained`` its weights
-    are random. Head ``"mean"`` is linear on the mean over the tokens, for which sentence encoders
-    are made (Reimers and Gurevych, 2019); ``"own"`` is the one in ``transformers``: as in GLUE's
-    scores, on the last token for a decoder, and the language model's own for next tokens. With
-    ``bfloat16`` texts are passed in this precision where the processor has it; what is tuned stays
-    in float32.
+    Texts are from ``source``, ``"rated"`` or ``"code"``; see `texts.read`. ``model`` is
+    ``"packaged"``, a folder or a name on the hub; without ``pretrained`` its weights are random.
+    Head ``"mean"`` is linear on the mean over the tokens, for which sentence encoders are made
+    (Reimers and Gurevych, 2019); ``"own"`` is the one in ``transformers``: on the last token for a
+    decoder, and the language model's own for next tokens. With ``bfloat16`` texts are passed in
+    this precision where the processor has it; what is tuned stays in float32.
 
     Texts are cut off to ``tokens``; fewer than 8 leave no place beside the marks of beginning and
     end. ``samples`` of the training set are used, 0 for all. Scores are taken on ``part``. The seed
@@ -145,10 +144,7 @@ class Problem(Record):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        texts.choose([self.task], self.source)
-        if self.part == "test" and self.source not in texts.SCORED:
-            raise InputError("part", allowed="validation, where tests lack labels", given=self.part)
-        if self.head != "own" and texts.find(self.task).next_tokens:
+        if texts.find(self.task, self.source).next_tokens and self.head != "own":
             raise InputError("head", allowed=f"'own' for task {self.task}", given=self.head)
         return self
 
@@ -163,21 +159,17 @@ class Setting(Record):
 class Found(Results):
     """What a run reaches on held-out texts after training.
 
-    ``accuracy`` to ``loss`` are `texts.METRICS`, NaN if not the task's; ``score`` is its first.
-    ``baseline`` is the score of the best constant in hindsight, NaN for next tokens,
-    ``training_loss`` the mean over steps, NaN without any, ``parameters`` the number tuned,
-    ``cut_off`` the share of texts longer than ``tokens``, ``seconds`` the training's. ``answers``
-    packs what `answer` gives. ``changes``, which full tuning gives, is a list in JSON with, for
-    each linear layer, its name as ``layer``, the ``norm`` of its change over that of its weights,
-    the least ranks with ``half`` and nine tenths (``most``) of the change's squared norm, and its
-    singular values number ``1``, ``2``, ``4``, … over the first.
+    ``accuracy``, ``loss`` and ``score`` are those of `texts.Task.scores`. ``baseline`` is the score
+    of the best constant in hindsight, NaN for next tokens, ``training_loss`` the mean over steps,
+    NaN without any, ``parameters`` the number tuned, ``cut_off`` the share of texts longer than
+    ``tokens``, ``seconds`` the training's. ``answers`` packs what `answer` gives. ``changes``,
+    which full tuning gives, is a list in JSON with, for each linear layer, its name as ``layer``,
+    the ``norm`` of its change over that of its weights, the least ranks with ``half`` and nine
+    tenths (``most``) of the change's squared norm, and its singular values number ``1``, ``2``,
+    ``4``, … over the first.
     """
 
     accuracy: float
-    f1: float
-    matthews: float
-    pearson: float
-    spearman: float
     loss: float
     score: float
     baseline: float
@@ -249,7 +241,7 @@ def tune(
 def answer(network: Any, problem: Problem, stride: int = 1) -> NDArray[np.float64]:
     """Ask a network for the answers to all held-out texts of a problem, or to every ``stride``-th.
 
-    An answer is the number of a class, a value or, for next tokens, the text's mean loss in nats.
+    An answer is the number of a class or, for next tokens, the text's mean loss in nats.
     The network has a head for the problem's task.
     """
     samples, task = tokenize(problem)[0][problem.part][::stride], texts.find(problem.task)
@@ -315,8 +307,6 @@ class _Mean(nn.Module):
         logits = self.classifier((hidden * present).sum(1) / present.sum(1))
         if labels is None:
             return {"logits": logits}
-        if self.config.problem_type == "regression":
-            return {"loss": nn.functional.mse_loss(logits[:, 0], labels), "logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -349,8 +339,7 @@ def _build(problem: Problem) -> Any:
     with randomness.seeded(problem.seed, "head"):
         if task.next_tokens:
             return _draw(model, "next")
-        kind = "regression" if task.regression else "single_label_classification"
-        whole = _draw(model, problem.head, num_labels=task.outputs, problem_type=kind)
+        whole = _draw(model, problem.head, num_labels=task.outputs)
     if whole.config.pad_token_id is None:  # by which a decoder finds the last token
         whole.config.pad_token_id = whole.config.eos_token_id
     if problem.pretrained:
@@ -438,9 +427,6 @@ def prepare(setting: Setting) -> Any:
     network = _build(problem)
     places = getattr(network.config, "max_position_embeddings", None)
     if places is not None:
-        # RoBERTa counts positions from behind the one for padding.
-        pad = network.config.pad_token_id if "roberta" in network.config.model_type else None
-        places -= 0 if pad is None else pad + 1
         _checks.integer("tokens", problem.tokens, 8, places, limit="what the model takes")
     half = problem.bfloat16 and problem.head == "own"
     return ready(network, setting.method, problem.seed, half=half)
@@ -540,15 +526,14 @@ def _tokenize(
     samples, lengths = {}, []
     for name in ("train", part):
         examples = texts.read(task, source, name)
-        columns = [[text + end for text in column] for column in zip(*examples.texts, strict=True)]
+        column = [text + end for text in examples.texts]
         with models.quiet():
-            encoded = tokenizer(*columns, truncation=True, max_length=tokens)
-            lengths += [len(ids) for ids in tokenizer(*columns)["input_ids"]]
+            encoded = tokenizer(column, truncation=True, max_length=tokens)
+            lengths += [len(ids) for ids in tokenizer(column)["input_ids"]]
         rows = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
-        kind = float if about.regression else int
         samples[name] = [
             # Labels of their own, since padding is told from the end by them alone.
-            row | ({"labels": row["input_ids"]} if about.next_tokens else {"label": kind(label)})
+            row | ({"labels": row["input_ids"]} if about.next_tokens else {"label": int(label)})
             for row, label in zip(rows, examples.labels, strict=True)
         ]
     return samples, float(np.mean(np.array(lengths) > tokens))

@@ -15,7 +15,7 @@ from records import texts as sources
 
 def texts(kind: str, part: str) -> list[str]:
     """Read the rated sentences of a kind in a part, without ratings, those near neutral too."""
-    return [text for (text,) in sources.read(f"{kind}-rating", sources.RATED, part).texts]
+    return [*sources.read(f"{kind}-next", sources.RATED, part).texts]
 
 
 def encoder(folder: Path | str, *, samples: int = 640, epochs: int = 2, seed: int = 0) -> None:

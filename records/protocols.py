@@ -137,7 +137,7 @@ def search(
 
     They have the first task, one seed and few samples, but about as many steps as most runs (half
     as many for a decoder); ``again``, as many samples as most runs and `AGAIN` seeds. Scores are on
-    the validation set, not used otherwise if the test set has labels.
+    the validation part, not used otherwise.
     """
     about = PROFILES[profile]
     problem = state_problem(about, tasks[0], source, model, seed)
@@ -244,12 +244,8 @@ def _number(problem: Problem) -> int:
 
 
 def state_problem(about: Profile, task: str, source: str, model: str, seed: int) -> Problem:
-    """State the problem of a profile, scored on the test part if that has labels."""
-    shared: dict[str, Any] = {
-        "part": "test" if source in texts.SCORED else "validation",
-        "head": "mean" if source == texts.RATED else "own",
-    }
-    shared |= about.problem
+    """State the problem of a profile, scored on the test part."""
+    shared: dict[str, Any] = {"part": "test", **about.problem}
     return Problem(task=task, source=source, model=model, seed=seed, **shared)
 
 

@@ -1,9 +1,9 @@
-"""Texts of GLUE's tasks, rated sentences and functions, and how answers are scored.
+"""Rated sentences and functions, tasks on them, and how answers are scored.
 
 Rated sentences (Hutto and Gilbert, 2014) are of four kinds, each with the mean of fifteen or more
 ratings from −4 to 4. They are read from a package's source archive, whose digest is checked.
 Functions are the short ones of SymPy (Meurer et al., 2017) as installed; its files are read, not
-imported, and of these texts too the digest is checked. GLUE is read by the library ``datasets``.
+imported, and of these texts too the digest is checked.
 """
 
 from __future__ import annotations
@@ -30,15 +30,9 @@ from numpy.typing import ArrayLike, NDArray
 from lorapower.errors import InputError
 from records import models
 
-#: Sources of texts: the archive of rated sentences, functions, and GLUE's data set on the hub. Any
-#: other source is a folder with a copy of that data set.
-RATED, CODE, HUB = "rated", "code", "hub"
-#: Sources whose test sets have labels, or need none.
-SCORED = (RATED, CODE)
-HUB_NAME = "nyu-mll/glue"
+#: Sources of texts: the archive of rated sentences, and functions.
+RATED, CODE = "rated", "code"
 PARTS = ("train", "validation", "test")
-#: Names of all scores.
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "loss")
 #: Mean ratings no farther from 0 than this count as neither positive nor negative.
 NEUTRAL = 0.5
 #: Shares of the distinct rated sentences, and of the files of functions, by part.
@@ -59,165 +53,91 @@ _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 class Task:
     """Describe what is asked of a model about texts, and score its answers.
 
-    ``title`` is GLUE's name of the task, or the file of rated sentences, or the package of
-    functions. ``columns`` of the data set hold one text or two; ``classes`` are as many, or 0 if
-    the label is a number. The first of ``metrics`` is the score, as in published tables of
-    adapters: Matthews correlation for CoLA, Pearson correlation for STS-B, accuracy for others, for
-    MNLI over both validation sets. (GLUE's leaderboard averages a task's two metrics.) Of a
-    ``loss`` the score is the negative; the task is then to predict each text's next tokens, and
-    there are no labels. ``validation`` names the splits that make up the validation set.
+    A text is of one of two classes, or its own next tokens are asked for. ``title`` is the file of
+    rated sentences, or the package of functions.
     """
 
     name: str
     title: str
-    columns: tuple[str, ...] = ("text",)
-    classes: int = 2
-    metrics: tuple[str, ...] = ("accuracy",)
-    validation: tuple[str, ...] = ("validation",)
-
-    @property
-    def regression(self) -> bool:
-        """Whether labels are numbers, and not classes."""
-        return not self.classes
-
-    @property
-    def next_tokens(self) -> bool:
-        """Whether a text's own next tokens are asked for."""
-        return self.metrics[0] == "loss"
+    next_tokens: bool = False
 
     @property
     def outputs(self) -> int:
         """Number of a model's outputs."""
-        return self.classes or 1
+        return 1 if self.next_tokens else 2
 
     def answers(self, outputs: ArrayLike) -> NDArray[np.float64]:
-        """Turn outputs ``[samples, outputs]`` into classes, or numbers.
+        """Turn outputs ``[samples, outputs]`` into classes.
 
         The number of a text whose next tokens are asked for is its loss, a mean over tokens in
         nats.
         """
         values = np.asarray(outputs, dtype=np.float64)
-        return values[:, 0] if self.regression else values.argmax(1).astype(np.float64)
+        return values[:, 0] if self.next_tokens else values.argmax(1).astype(np.float64)
 
     def scores(self, answers: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """Compute all `METRICS`, NaN if not the task's, and ``score``; constants correlate by 0."""
-        from scipy import stats
-        from sklearn import metrics
-
-        x, y = (np.asarray(values, dtype=np.float64) for values in (answers, labels))
-        constant = bool(np.ptp(x) == 0 or np.ptp(y) == 0)
-        functions = {
-            "accuracy": lambda: metrics.accuracy_score(y, x),
-            "f1": lambda: metrics.f1_score(y, x, zero_division=0.0),
-            "matthews": lambda: 0.0 if constant else metrics.matthews_corrcoef(y, x),
-            "pearson": lambda: 0.0 if constant else stats.pearsonr(x, y).statistic,
-            "spearman": lambda: 0.0 if constant else stats.spearmanr(x, y).statistic,
-            "loss": lambda: x.mean(),
-        }
-        found = dict.fromkeys(METRICS, math.nan)
-        found |= {name: float(functions[name]()) for name in self.metrics}
-        score = found[self.metrics[0]]
-        return found | {"score": -score if self.next_tokens else score}
+        """Compute ``accuracy`` or ``loss``, the other NaN, and the ``score``: accuracy or -loss."""
+        score = float(self.contributions(answers, labels).mean())
+        accuracy, loss = (math.nan, -score) if self.next_tokens else (score, math.nan)
+        return {"accuracy": accuracy, "loss": loss, "score": score}
 
     def contributions(self, answers: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
         """Compute a number for each text: their mean is the score, their spread gives its error.
 
-        For accuracy it is 1 where the answer is right, else 0; for a loss its negative. For a
-        correlation ``r`` of answers ``x`` and labels ``y``, scaled to mean 0 and variance 1, it is
-        ``r + xy - r(x² + y²)/2``: this influence function gives the standard error of ``r`` to
-        first order. Constants give 0.
+        It is 1 where the class is right, else 0; for a loss its negative.
         """
-        x, y = (np.asarray(values, dtype=np.float64) for values in (answers, labels))
-        if self.metrics[0] == "accuracy":
-            return (x == y).astype(np.float64)
-        if self.next_tokens:
-            return -x
-        if np.ptp(x) == 0 or np.ptp(y) == 0:
-            return np.zeros(len(x))
-        x, y = ((values - values.mean()) / values.std() for values in (x, y))
-        r = (x * y).mean()
-        return np.asarray(r + x * y - r * (x**2 + y**2) / 2)
+        given = np.asarray(answers, dtype=np.float64)
+        return -given if self.next_tokens else (given == np.asarray(labels)).astype(np.float64)
 
     def constant(self, labels: Sequence[float]) -> float:
-        """Find the best answer for all samples alike: the most frequent class, or the mean."""
+        """Find the best answer for all samples alike, the most frequent class; NaN for a loss."""
         if self.next_tokens:
             return math.nan
         values, counts = np.unique(np.asarray(labels), return_counts=True)
-        return float(np.mean(labels) if self.regression else values[counts.argmax()])
+        return float(values[counts.argmax()])
 
 
-_PAIR, _F1 = ("sentence1", "sentence2"), ("accuracy", "f1")
-_CORRELATIONS = ("pearson", "spearman")
-_MNLI = ("validation_matched", "validation_mismatched")
-#: GLUE's tasks, by their names on the hub.
-GLUE = {
-    task.name: task
-    for task in (
-        Task("cola", "CoLA", ("sentence",), metrics=("matthews", "accuracy")),
-        Task("sst2", "SST-2", ("sentence",)),
-        Task("mrpc", "MRPC", _PAIR, metrics=_F1),
-        Task("stsb", "STS-B", _PAIR, classes=0, metrics=_CORRELATIONS),
-        Task("qqp", "QQP", ("question1", "question2"), metrics=_F1),
-        Task("mnli", "MNLI", ("premise", "hypothesis"), classes=3, validation=_MNLI),
-        Task("qnli", "QNLI", ("question", "sentence")),
-        Task("rte", "RTE", _PAIR),
-        Task("wnli", "WNLI", _PAIR),
-    )
-}
 _KINDS = {
     "movies": "movieReviewSnippets",
     "tweets": "tweets",
     "products": "amazonReviewSnippets",
     "editorials": "nytEditorialSnippets",
 }
-#: Tasks on the rated sentences, by name: for each kind of text the sign of the mean rating, and,
-#: with ``-rating`` after its name, the mean rating itself, with ``-next`` the next tokens.
-SENTENCES = {
-    task.name: task
-    for kind, file in _KINDS.items()
-    for task in (
-        Task(kind, file, metrics=("accuracy", "matthews")),
-        Task(f"{kind}-rating", file, classes=0, metrics=_CORRELATIONS),
-        Task(f"{kind}-next", file, classes=0, metrics=("loss",)),
-    )
+#: Tasks by source and name. For each kind of rated sentences they are the sign of the mean rating
+#: and, with ``-next`` after its name, the next tokens; for functions their next tokens.
+TASKS = {
+    source: {task.name: task for task in tasks}
+    for source, tasks in {
+        RATED: [
+            task
+            for kind, file in _KINDS.items()
+            for task in (Task(kind, file), Task(f"{kind}-next", file, next_tokens=True))
+        ],
+        CODE: [Task("functions-next", "sympy", next_tokens=True)],
+    }.items()
 }
-#: The task on functions, by name: their next tokens.
-FUNCTIONS = {"functions-next": Task("functions-next", "sympy", classes=0, metrics=("loss",))}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Hold texts, single or in pairs, and their labels: numbers of classes or values, or NaN.
+    """Hold texts and their labels: numbers of classes, or ratings or NaN where no class is asked.
 
     ``left_out`` counts rows that are not used, by reason.
     """
 
-    texts: tuple[tuple[str, ...], ...]
+    texts: tuple[str, ...]
     labels: tuple[float, ...]
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def find(name: str, among: Mapping[str, Task] = GLUE | SENTENCES | FUNCTIONS) -> Task:
-    """Return the task of a name; raise `InputError` that lists all."""
+def find(name: str, source: str = "") -> Task:
+    """Return the task of a name, of one source or any; raise `InputError` that lists all."""
+    if source not in ("", *TASKS):
+        raise InputError("source", allowed=f"one of {', '.join(TASKS)}", given=repr(source))
+    among = TASKS[source] if source else TASKS[RATED] | TASKS[CODE]
     if name not in among:
         raise InputError("task", allowed=f"one of {', '.join(among)}", given=repr(name))
     return among[name]
-
-
-def choose(names: Sequence[str], source: str) -> list[str]:
-    """Put task names into a source's order; without names all, of rated sentences ``movies``.
-
-    Raises `InputError` for unknown names and for a source that is no folder.
-    """
-    if source not in (*SCORED, HUB) and not (source and Path(source).expanduser().is_dir()):
-        raise InputError(
-            "source", allowed=f"{RATED!r}, {CODE!r}, {HUB!r} or a folder that exists", value=source
-        )
-    tasks = {RATED: SENTENCES, CODE: FUNCTIONS}.get(source, GLUE)
-    chosen = {find(name, tasks).name for name in names}
-    if not chosen:
-        chosen = {"movies"} if source == RATED else {*tasks}
-    return [name for name in tasks if name in chosen]
 
 
 @functools.lru_cache(maxsize=16)
@@ -226,46 +146,17 @@ def read(task: str, source: str, part: str) -> Examples:
 
     The digest of a rated sentence's words alone decides its part; that of its file's path a
     function's. Left out and counted are repetitions, also of a function with other names and
-    constants, in the same part or one before; for the sign mean ratings within ±`NEUTRAL`; and in
-    GLUE rows that lack a text. GLUE's test sets have no labels, so they are not read. Raises
-    `InputError` for unknown tasks, sources and parts, and for texts that cannot be read.
+    constants, in the same part or one before, and for the sign mean ratings within ±`NEUTRAL`.
+    Raises `InputError` for unknown tasks, sources and parts, and for texts that cannot be read.
     """
-    choose([task], source)
-    allowed = PARTS if source in SCORED else PARTS[:2]
-    if part not in allowed:
-        raise InputError("part", allowed=f"one of {', '.join(allowed)}", given=repr(part))
-    if source == RATED:
-        return _rated(SENTENCES[task], part)
-    if source == CODE:
-        return _code(FUNCTIONS[task], part)
-    return _glue(GLUE[task], source, part)
-
-
-def _glue(task: Task, source: str, part: str) -> Examples:
-    import datasets
-
-    datasets.disable_progress_bars()
-    name = HUB_NAME if source == HUB else str(Path(source).expanduser())
-    splits = task.validation if part == "validation" else (part,)
-    try:
-        rows = [
-            row for split in splits for row in datasets.load_dataset(name, task.name, split=split)
-        ]
-    except Exception as error:  # whatever the network, the hub or the cache raise
-        raise InputError(
-            f"source for {task.name}",
-            allowed=f"the data set {HUB_NAME}, on the hub or in a folder, which `datasets` reads",
-            given=f"{name} ({str(error).strip().partition(chr(10))[0]})",
-            remedy="connect to the network, or leave the default, which needs none",
-        ) from error
-    kept = [row for row in rows if all(row[column].strip() for column in task.columns)]
-    texts = tuple(tuple(row[column].strip() for column in task.columns) for row in kept)
-    labels = tuple(float(row["label"]) for row in kept)
-    return Examples(texts, labels, +Counter(spoiled=len(rows) - len(kept)))
+    about = find(task, source)
+    if part not in PARTS:
+        raise InputError("part", allowed=f"one of {', '.join(PARTS)}", given=repr(part))
+    return (_rated if source == RATED else _code)(about, part)
 
 
 def _rated(task: Task, part: str) -> Examples:
-    """Read the rated sentences of a part, each once, with sign or mean of their ratings."""
+    """Read the rated sentences of a part, each once, with the sign or the mean of ratings."""
     content = io.BytesIO(_extract(f"{task.title}_GroundTruth.txt"))
     # Quotation marks and words for missing values are text.
     table = pd.read_csv(
@@ -283,12 +174,11 @@ def _rated(task: Task, part: str) -> Examples:
     table = table[[_part(words, SHARES) == part for words in table.words]]
     kept = table.drop_duplicates("words")
     left_out = {"repeated": len(table) - len(kept), "neutral": 0}
-    if not task.regression:
+    if not task.next_tokens:
         decided = kept[kept.rating.abs() > NEUTRAL]
         left_out["neutral"] = len(kept) - len(decided)
         kept = decided.assign(rating=(decided.rating > 0).astype(float))
-    texts = tuple((text,) for text in kept.text)
-    return Examples(texts, tuple(kept.rating.tolist()), +Counter(left_out))
+    return Examples(tuple(kept.text), tuple(kept.rating.tolist()), +Counter(left_out))
 
 
 def _code(task: Task, part: str) -> Examples:
@@ -296,7 +186,7 @@ def _code(task: Task, part: str) -> Examples:
     table = pd.DataFrame(_functions(task.title), columns=["file", "text", "form"])
     table["part"] = pd.Categorical([_part(file, FILES) for file in table.file], PARTS)
     once = table.sort_values("part", kind="stable").drop_duplicates("form")
-    texts = tuple((text,) for text in once.text[once.part == part])
+    texts = tuple(once.text[once.part == part])
     counts = {"repeated": int((table.part == part).sum()) - len(texts)}
     return Examples(texts, (math.nan,) * len(texts), counts)
 

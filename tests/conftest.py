@@ -125,17 +125,6 @@ def small_runs(book: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def glue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Write a small copy of GLUE; nothing that the library ``datasets`` reads is kept."""
-    import datasets
-    from text_files import write_copy
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield write_copy(tmp_path_factory.mktemp("glue"))
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     from browsing import OPTIONS, chromium

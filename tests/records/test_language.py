@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,25 @@ from lorapower import InputError, randomness
 from lorapower.experiments import sweeps
 from records import language, models, texts, unpack
 from records.language import TARGETS, Found, Lora, Method, Problem, Setting, Whole
-from records.texts import METRICS, find
-
-WAYS: list[Method] = [Lora(rank=2), *sweeps.grid(Whole, kind=["final", "full", "head", "linear"])]
+from records.texts import Examples
 
 
 @pytest.fixture(scope="module")
-def tiny(glue: str, tmp_path_factory: pytest.TempPathFactory) -> Problem:
-    """A task of GLUE for a tiny encoder."""
-    model = text_files.save_roberta(tmp_path_factory.mktemp("roberta"))
-    about: dict[str, Any] = {"task": "rte", "source": glue, "model": model, "head": "own"}
-    return Problem(epochs=1, batch=4, tokens=16, **about)
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny encoder in a folder."""
+    return text_files.save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def shown() -> Iterator[dict[str, Examples]]:
+    """All texts that there are, by part."""
+    with text_files.shown(text_files.LINES) as parts:
+        yield parts
+
+
+@pytest.fixture
+def tiny(bert: str, shown: dict[str, Examples]) -> Problem:
+    return Problem(model=bert, epochs=1, batch=4, tokens=16)
 
 
 def measure(*problems: Problem, method: Method | None = None) -> list[Found]:
@@ -42,16 +51,6 @@ def build(problem: Problem, method: Method | None = None) -> Any:
     """A network, adapted if there is a method."""
     network = language._build(problem)
     return network if method is None else language._adapt(network, method, problem.seed)
-
-
-def saved(folder: Path, kind: str) -> Problem:
-    """A problem with a tiny encoder of this kind, and any head."""
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=50, hidden_size=8, dim=8, num_hidden_layers=2, n_layers=2,
-        num_attention_heads=2, n_heads=2, intermediate_size=12, hidden_dim=12, embedding_size=8,
-    )  # fmt: skip
-    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
-    return Problem(task="mnli", source="hub", model=str(folder), head="own")
 
 
 def tuned(network: Any) -> set[str]:
@@ -75,7 +74,7 @@ def test_heads_and_pooling_layers_that_are_not_shipped_depend_on_the_seed_alone(
     sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1}
     config = transformers.BertConfig(num_attention_heads=2, intermediate_size=12, **sizes)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
-    problem = Problem(task="rte", source="hub", model=str(tmp_path), head="own")
+    problem = Problem(model=str(tmp_path), head="own")
 
     def drawn(state: int, **changes: Any) -> torch.Tensor:
         with randomness.seeded(state, "state before"):
@@ -98,7 +97,7 @@ def test_what_is_tuned(tiny: Problem) -> None:
     assert adapters["attention"] | adapters["feed-forward"] == adapters["all"]
     assert not adapters["attention"] & adapters["feed-forward"]
     for names in (of(Lora(rank=2)), of(Whole(kind="final"))):
-        assert len([n for n in names if "classifier" in n]) == 4
+        assert len([n for n in names if "classifier" in n]) == 2
     final = {n for n in of(Whole(kind="final")) if "classifier" not in n}
     assert final
     assert all("layer.1." in name for name in final)
@@ -110,43 +109,25 @@ def test_what_is_tuned(tiny: Problem) -> None:
     assert of(Whole(kind="linear")) == {n for n in every if n.rpartition(".")[0] in linear}
 
 
-@pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Electra"])
-def test_encoders_of_other_kinds_can_be_adapted(kind: str, tmp_path: Path) -> None:
-    problem = saved(tmp_path, kind)
-    methods: list[Method] = [Lora(targets=targets, rank=1) for targets in TARGETS]
-    for method in (*methods, *WAYS[1:]):
-        network = build(problem, method)
-        ids = torch.arange(6).reshape(2, 3)
-        network(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
-        got = {n for n, p in network.named_parameters() if p.grad is not None}
-        assert tuned(network) == got
-        assert any("classifier" in name for name in got)
-
-
-@pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta"])
-def test_the_mean_head_is_linear_on_the_tokens_that_are_there(kind: str, tmp_path: Path) -> None:
-    problem = saved(tmp_path, kind).replace(head="mean")
-    network = build(problem).eval()
+def test_the_mean_head_is_linear_on_the_tokens_that_are_there(tiny: Problem) -> None:
+    network = build(tiny).eval()
     ids = torch.arange(4, 10)
     with torch.no_grad():
-        encoder = models.encoder(problem.model)[0].eval()
+        encoder = models.encoder(tiny.model)[0].eval()
         hidden = encoder(input_ids=ids[None]).last_hidden_state[0]
         wanted = network.classifier.weight @ hidden.mean(0) + network.classifier.bias
         padded = torch.cat([ids, torch.ones(3, dtype=torch.long)])[None]
         mask = torch.tensor([[1] * 6 + [0] * 3])
-        found = network(input_ids=padded, attention_mask=mask, labels=torch.tensor([2]))
+        found = network(input_ids=padded, attention_mask=mask, labels=torch.tensor([1]))
     torch.testing.assert_close(found["logits"][0], wanted, rtol=1e-4, atol=1e-5)
-    wanted_loss = -torch.log_softmax(wanted, 0)[2]
+    wanted_loss = -torch.log_softmax(wanted, 0)[1]
     torch.testing.assert_close(found["loss"], wanted_loss, rtol=1e-4, atol=1e-5)
-    rating = build(problem.replace(task="stsb")).eval()
-    found = rating(input_ids=padded, attention_mask=mask, labels=torch.tensor([3.0]))
-    assert found["loss"].item() == pytest.approx((found["logits"].item() - 3) ** 2)
 
 
 def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = text_files.save_roberta(tmp_path)
+    folder = text_files.save_bert(tmp_path)
     path = Path(folder, "model.safetensors")
     weights = load_file(path)
     lacking = {name: w for name, w in weights.items() if "layer.1.output.dense" not in name}
@@ -162,31 +143,25 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_not_usable_is_found_before_the_first_run(tiny: Problem, tmp_path: Path) -> None:
-    tasks = [tiny.replace(task=task) for task in ("cola", "rte")]
+    tasks = [tiny.replace(task=task) for task in ("movies", "tweets")]
     good = sweeps.grid(Setting, problem=tasks, method=sweeps.grid(Lora, rank=[1, 16]))
     language.check(good)
-    bare = tiny.replace(source=text_files.write_glue(tmp_path, {"cola": []}).as_posix())
     for problem, rank, message in (
         (tiny, 17, r"rank must be .* from 1 to 16 \(the weight of .* 17"),
         (tiny.replace(tokens=33), 1, "tokens must be .* 8 to 32"),
         (tiny.replace(samples=9), 1, "samples must be .* from 0 to 8"),
         (tiny.replace(model=str(tmp_path)), 1, "model must be a folder with a configuration"),
-        (bare, 1, "source for rte must be the data set"),
     ):
         with pytest.raises(InputError, match=message):
             language.check([Setting(problem=problem, method=Lora(rank=rank)), *good])
 
 
-@pytest.mark.parametrize("task", ["cola", "mrpc", "stsb", "mnli"])
-def test_tasks_of_each_kind_run(task: str, tiny: Problem) -> None:
-    (found,) = measure(tiny.replace(task=task, tokens=28))
-    about = find(task)
-    assert {m for m in METRICS if not math.isnan(getattr(found, m))} == set(about.metrics)
-    assert found.score == getattr(found, about.metrics[0])
-    labels = texts.read(task, tiny.source, "validation").labels
-    answers = unpack(found.answers)
-    assert len(answers) == len(labels)
-    assert about.scores(answers, labels)["score"] == pytest.approx(found.score, abs=1e-6)
+def test_the_score_is_that_of_the_answers(tiny: Problem, shown: dict[str, Examples]) -> None:
+    (found,) = measure(tiny.replace(tokens=28))
+    right = unpack(found.answers) == shown["validation"].labels
+    assert found.score == found.accuracy == right.mean()
+    assert math.isnan(found.loss)
+    assert found.baseline == 0.5
     assert 0 <= found.cut_off < 1
 
 
@@ -200,11 +175,10 @@ def test_runs_repeat_bit_by_bit_and_print_nothing(
     assert one.training_loss != other.training_loss
 
 
-def test_training_learns_what_is_easy(tmp_path: Path, tiny: Problem) -> None:
-    lines = ["No.", "a gorgeous , witty , seductive movie ."]
-    rows = [{"sentence": line, "label": i} for i, line in enumerate(lines)] * 16
-    easy: dict[str, Any] = {"source": str(text_files.write_glue(tmp_path, {"sst2": rows}))}
-    problem = tiny.replace(task="sst2", head="mean", epochs=10, batch=8, tokens=24, **easy)
+def test_training_learns_what_is_easy(tiny: Problem, shown: dict[str, Examples]) -> None:
+    lines = ("No.", "a gorgeous , witty , seductive movie .")
+    shown.update(dict.fromkeys(texts.PARTS, Examples(16 * lines, 16 * (0.0, 1.0))))
+    problem = tiny.replace(epochs=10, batch=8, tokens=24)
     (found,) = measure(problem, method=Lora(rank=2, learning_rate=1e-2))
     assert found.baseline == 0.5
     assert found.score == 1
@@ -252,9 +226,8 @@ def test_batches_depend_on_the_seed_alone_and_have_texts_of_about_one_length() -
 
 def test_numbers_tuned_and_texts_cut_off_are_reported(tiny: Problem) -> None:
     tokenizer = models.tokenizer(tiny.model)
-    pairs = texts.read("rte", tiny.source, "train").texts
-    lengths = np.array([len(tokenizer(*pair)["input_ids"]) for pair in pairs])
-    head = 16 * 16 + 16 + 2 * 16 + 2
+    lengths = np.array([len(tokenizer(text)["input_ids"]) for text in text_files.LINES])
+    head = 2 * 16 + 2
     attention, perceptron = 2 * 4 * 2 * (16 + 16), 2 * 2 * 2 * (16 + 24)
     sizes = {"attention": attention, "feed-forward": perceptron, "all": attention + perceptron}
     for tokens, (targets, size) in zip((16, 24, 28), sizes.items(), strict=True):
