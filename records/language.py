@@ -181,26 +181,6 @@ class Found(Results):
     seconds: float
 
 
-def check(settings: Sequence[Setting]) -> None:
-    """Read the texts and adapt the models of all settings, to refuse what is not usable.
-
-    Each model is adapted once, at its highest rank, without its weights. Raises `InputError` as
-    `measure` would later.
-    """
-    highest: dict[Any, Setting] = {}
-    for setting in sorted(settings, key=lambda setting: setting.method.rank):
-        problem = setting.problem
-        texts.read(problem.task, problem.source, problem.part)
-        there = len(texts.read(problem.task, problem.source, "train").labels)
-        _checks.integer("samples", problem.samples, 0, there, limit="all there are to train on")
-        highest[problem.model, problem.tokens, setting.method.way] = setting
-    for setting in highest.values():
-        drawn = setting.problem.replace(pretrained=False)
-        models.place(drawn.model)  # is dequantized on a device with memory
-        with torch.device("meta"):
-            prepare(setting.replace(problem=drawn))
-
-
 def measure(settings: Sequence[Setting]) -> list[Found]:
     """Run each setting; raise `InputError` for unusable texts, models and ranks."""
     return [tune(setting) for setting in settings]

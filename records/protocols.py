@@ -67,7 +67,6 @@ def compare(
     source: str,
     model: str,
     *,
-    ranks: Sequence[int] = (),
     seed: int = 0,
     seeds: int = 0,
     samples: int = 0,
@@ -79,28 +78,28 @@ def compare(
     those that it names. With fewer samples: the lowest and the highest rank on all layers, and all
     weights. For next tokens ``head`` is the base itself.
 
-    ``ranks`` are others than the profile's, without its ``widest``; ``seeds`` counts seeds from
-    ``seed`` on; ``samples`` are the most. Defaults are the profile's; `best_rates` finds other
-    learning rates.
+    ``seeds`` counts seeds from ``seed`` on; ``samples`` are the most. Defaults are the profile's;
+    `best_rates` finds other learning rates.
     """
     about = PROFILES[profile]
-    chosen = sorted(ranks or about.ranks)
     problems = [
         state_problem(about, task, source, model, number)
         for task in tasks
         for number in range(seed, seed + (seeds or about.seeds))
     ]
-    equal = _equal(about, problems[0], chosen[-1])
-    everywhere: list[Method] = [Lora(rank=rank) for rank in chosen]
+    equal = _equal(about, problems[0], about.ranks[-1])
+    everywhere: list[Method] = [Lora(rank=rank) for rank in about.ranks]
     full = Whole(kind="full")
     fewer: list[Method] = [everywhere[0], everywhere[-1], full]
     pretrained: list[Method] = [*everywhere]
-    if not ranks and _has_widest(about, problems[0]):
+    if _has_widest(about, problems[0]):
         pretrained.append(Lora(rank=about.widest))
     pretrained += [Lora(targets=targets, rank=rank) for targets, rank in equal.items()]
     drawn: list[Method] = everywhere[-1:]
     if about.layers_at_each_rank:
-        pretrained += [Lora(targets=targets, rank=rank) for targets in equal for rank in chosen]
+        pretrained += [
+            Lora(targets=targets, rank=rank) for targets in equal for rank in about.ranks
+        ]
         drawn = [*everywhere]
     pretrained += [Whole(kind=kind) for kind in about.whole]
     drawn = [

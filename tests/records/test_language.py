@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import InputError, randomness
-from lorapower.experiments import sweeps
 from records import language, models, texts, unpack
 from records.language import TARGETS, Found, Lora, Method, Problem, Setting, Whole
 from records.texts import Examples
@@ -142,18 +141,14 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
 # Runs
 
 
-def test_what_is_not_usable_is_found_before_the_first_run(tiny: Problem, tmp_path: Path) -> None:
-    tasks = [tiny.replace(task=task) for task in ("movies", "tweets")]
-    good = sweeps.grid(Setting, problem=tasks, method=sweeps.grid(Lora, rank=[1, 16]))
-    language.check(good)
+def test_what_is_not_usable_is_refused(tiny: Problem, tmp_path: Path) -> None:
     for problem, rank, message in (
         (tiny, 17, r"rank must be .* from 1 to 16 \(the weight of .* 17"),
         (tiny.replace(tokens=33), 1, "tokens must be .* 8 to 32"),
-        (tiny.replace(samples=9), 1, "samples must be .* from 0 to 8"),
         (tiny.replace(model=str(tmp_path)), 1, "model must be a folder with a configuration"),
     ):
         with pytest.raises(InputError, match=message):
-            language.check([Setting(problem=problem, method=Lora(rank=rank)), *good])
+            language.prepare(Setting(problem=problem, method=Lora(rank=rank)))
 
 
 def test_the_score_is_that_of_the_answers(tiny: Problem, shown: dict[str, Examples]) -> None:
