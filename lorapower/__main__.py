@@ -6,14 +6,16 @@ import os
 import sys
 import traceback
 
-from .errors import MissingError, needs
+from .errors import InputError, LorapowerError, ResultsError, needs
 
+# Exit status, beside those of what is done: bad input; what should not happen; interrupted.
+BAD, FAILED, INTERRUPTED = 2, 3, 130
 # What torch says, for processors and for devices, in words of no class of their own.
 _NO_MEMORY = ("allocate memory", "not enough memory", "out of memory")
 
 
 def main() -> None:
-    """Run the command, or say which library it lacks, with exit status 2."""
+    """Run the command; errors are one line, or two and a traceback, with a status of their own."""
     # Before anything imports torch: its threads spin while they wait, and take the time of others.
     # A pass of 0.7 s with one thread takes 9.8 s with two beside two busy processes, and 0.6 s so.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,13 +23,15 @@ def main() -> None:
         with needs("checkpoints"):
             from .checkpoints import _command, _models
         _models.require_libraries()
-        _command.main()
-    except MissingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
+        _command.app()
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+            raise
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
+    except LorapowerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD if isinstance(error, InputError | ResultsError) else FAILED) from None
     except Exception as error:
         said = str(error)
         if isinstance(error, MemoryError) or any(words in said.lower() for words in _NO_MEMORY):
@@ -36,7 +40,7 @@ def main() -> None:
         else:
             traceback.print_exc()
             print("error: this is unexpected; please report all of the above", file=sys.stderr)
-        raise SystemExit(3) from None
+        raise SystemExit(FAILED) from None
 
 
 if __name__ == "__main__":

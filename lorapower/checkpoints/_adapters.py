@@ -38,7 +38,7 @@ _HEADS = (".classifier.weight", ".classifier.out_proj.weight", ".score.weight")
 _ROUNDING = 1e-6
 
 
-class _Adapter:
+class _PeftAdapter:
     """The configuration and the tensors of one adapter of peft."""
 
     def __init__(self, source: str, folder: Path) -> None:
@@ -153,7 +153,7 @@ class _Adapter:
         return factors
 
 
-class Adapted:
+class MergedCheckpoint:
     """A base with adapters on it, each with a weight, read like a `Checkpoint`.
 
     A parameter is the base's plus, for each adapter, its weight times what the adapter alone would
@@ -163,7 +163,7 @@ class Adapted:
 
     def __init__(self, base: Checkpoint, adapters: Mapping[str, tuple[Path, float]]) -> None:
         self.base = base
-        self.adapters = [(_Adapter(s, folder), w) for s, (folder, w) in adapters.items()]
+        self.adapters = [(_PeftAdapter(s, folder), w) for s, (folder, w) in adapters.items()]
         if [weight for _, weight in self.adapters] == [1]:
             self.source = self.adapters[0][0].source
         else:
@@ -301,7 +301,7 @@ class Adapted:
 
 def open_tuned(
     tuned: str | Path | Mapping[str, float], base: Checkpoint, *, any_base: bool = False
-) -> Checkpoint | Adapted:
+) -> Checkpoint | MergedCheckpoint:
     """Open a tuned checkpoint, or adapters of the base, or of ``any_base`` (`Pair.open`)."""
     if not isinstance(tuned, str | Path | Mapping) or not tuned:
         allowed = "a checkpoint, an adapter, or a mapping of adapters to their weights"
@@ -318,11 +318,11 @@ def open_tuned(
             given = f"{listed(others)} without {PEFT_CONFIG}"
             raise InputError("tuned", allowed=allowed, given=given, remedy=remedy)
         return Checkpoint("tuned", str(tuned), adapters[str(tuned)][0])
-    adapted = Adapted(base, adapters)
+    merged = MergedCheckpoint(base, adapters)
     if not any_base:
-        for adapter, _ in adapted.adapters:
+        for adapter, _ in merged.adapters:
             adapter.require_base(base)
-    return adapted
+    return merged
 
 
 def module_factors(module: Any) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:

@@ -9,15 +9,15 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,22 +26,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
-from ..errors import InputError, LorapowerError, ResultsError
+from ..errors import InputError
 from . import _example, workflow
 from ._export import least, measure_peft, megabytes, most, percent, without_nan
 from ._folders import require_apart
 from ._measuring import Measured
 from ._texts import read_texts
+from .planner import Report
 from .workflow import Plan
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Exit status: done; the error asked for is not reached; bad input; what should not happen.
-DONE, SHORT, BAD, FAILED = 0, 1, 2, 3
-INTERRUPTED = 130
+# Exit status: done; the error asked for is not reached.
+DONE, SHORT = 0, 1
 # Share of tokens unknown to the tokenizer above which it is said.
 UNKNOWN = 0.05
 # Seconds between lines of a long stage, where there is no terminal.
@@ -58,7 +57,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console, errors = Console(), Console(stderr=True)
+errors = Console(stderr=True)
 
 
 def _flag(help: str, default: Any = None, *names: str, **about: Any) -> Any:
@@ -239,25 +238,12 @@ def example(
     This takes under a minute. An encoder is tuned on rated snippets of film reviews, once in full
     and once by LoRA; README.md in DIR cites where they come from.
     """
-    with _Stages() as report:
+    with _stages() as report:
         _example.write(folder.expanduser(), seed=seed, report=report)
     files = "base, tuned, lora, movies.jsonl, others.jsonl; README.md cites their sources"
     _tell([("Written", f"to {folder}: {files}")])
     _tell([("Next", f"cd {folder}")], wrap=False)
     _tell([("", "lorapower plan base tuned --texts movies.jsonl --error 0.1")], wrap=False)
-
-
-def main() -> None:
-    """Run the command; errors of this package are one line, with an exit status of their own."""
-    try:
-        app()
-    except SystemExit as ended:
-        if ended.code == INTERRUPTED:
-            errors.print("interrupted")
-        raise
-    except LorapowerError as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise SystemExit(BAD if isinstance(error, InputError | ResultsError) else FAILED) from None
 
 
 def _call(function: Callable[..., Any], options: _Options) -> Any:
@@ -276,7 +262,7 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     given |= {name: read_texts(file) for name, file in files.items()}
     if options.quiet or options.as_json:
         return function(**given)
-    with _Stages() as report:
+    with _stages() as report:
         return function(**given, report=report)
 
 
@@ -293,68 +279,45 @@ def _tuned(tuned: str | None, weighted: Sequence[str] | None) -> str | dict[str,
     weights: dict[str, float] = {}
     for entry in weighted:
         folder, _, number = entry.rpartition("=")
-        weight = math.nan
-        with suppress(ValueError):
-            weight = float(number)
-        if not folder or not math.isfinite(weight):
-            allowed = "a folder, an equals sign and a number, such as movies=0.7"
+        try:
+            weights[folder] = float(number)
+        except ValueError:
+            weights[folder] = math.nan
+        if not Path(folder or entry).expanduser().is_dir() or not math.isfinite(weights[folder]):
+            allowed = "a folder that exists, an equals sign and a number, such as movies=0.7"
             raise InputError("--adapter", allowed=allowed, value=entry)
-        if not Path(folder).expanduser().is_dir():
-            raise InputError("--adapter", allowed="of a folder that exists", given=folder)
-        if folder in weights:
-            raise InputError("--adapter", allowed="given once for each folder", given=entry)
-        weights[folder] = weight
+    if len(weights) < len(weighted):
+        raise InputError("--adapter", allowed="given once for each folder", given=len(weighted))
     return weights
 
 
-class _Stages:
-    """Stages of work on the stream for errors: bars on a terminal, elsewhere plain lines."""
+@contextmanager
+def _stages() -> Iterator[Report]:
+    """Show stages of work on the stream for errors: bars on a terminal, elsewhere plain lines."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    bars = Progress(*columns, *times, console=errors, transient=True)
+    said = 0.0
 
-    def __init__(self) -> None:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        times = TimeElapsedColumn(), TimeRemainingColumn()
-        self._bars = Progress(*columns, *times, console=errors, transient=True)
-        self._under_way, self._said = False, 0.0
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """Show how far a stage is."""
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal said
+        begins = not bars.tasks or bars.tasks[-1].description != stage
+        if begins:
+            bars.add_task(stage, total=total)
+        task = bars.tasks[-1]
+        bars.update(task.id, completed=done, total=total)
         if errors.is_terminal:
             # Not before: what is refused before any work is one line.
-            self._bars.start()
-        if not self._under_way or self._bars.tasks[-1].description != stage:
-            self.end()
-            self._bars.add_task(stage, total=total)
-            self._under_way, self._said = True, 0.0
-            self._say("...")
-        task = self._bars.tasks[-1]
-        self._bars.update(task.id, completed=done, total=total)
-        elapsed = task.elapsed or 0.0
-        if done >= total:
-            self.end()
-        elif done and elapsed - self._said >= PAUSE:
-            self._said = elapsed
-            remains = elapsed * (total - done) / done
-            self._say(f"{done} of {total}, about {remains:.0f} s remain")
+            bars.start()
+        elif begins or monotonic() - said >= PAUSE:
+            said = monotonic()
+            typer.echo(f"{stage}: {done} of {total}", err=True)
 
-    def end(self) -> None:
-        """End the stage that is under way, if there is one."""
-        if self._under_way:
-            self._say(f"done in {self._bars.tasks[-1].elapsed:.1f} s")
-        self._under_way = False
-
-    def _say(self, what: str) -> None:
-        if not errors.is_terminal:
-            typer.echo(f"{self._bars.tasks[-1].description}: {what}", err=True)
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        return self.show
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            # Not if it failed: no stage is done then.
-            self.end()
+    try:
+        yield show
+    finally:
         if errors.is_terminal:
-            self._bars.stop()
+            bars.stop()
 
 
 def _show(plan: Plan, options: _PlanOptions, out: Path | None = None) -> NoReturn:
@@ -369,13 +332,8 @@ def _show(plan: Plan, options: _PlanOptions, out: Path | None = None) -> NoRetur
     if plan.reached and out is None:
         _tell([("Next", "the same with extract and --out FOLDER writes this adapter")])
     if options.details:
-        ranks = Table(title="Ranks, and the part of the effect that each module alone loses")
-        ranks.add_column("module", overflow="fold")
-        for name in ("size", "rank", "lost"):
-            ranks.add_column(name, justify="right")
-        for name, _, rows, columns, rank, lost in plan.table().itertuples(index=False):
-            ranks.add_row(name, f"{rows}×{columns}", str(rank), percent(lost))
-        console.print(ranks)
+        _tell([("Modules", "what each loses alone is a part of the effect")])
+        typer.echo(plan.table().to_string(index=False, formatters={"lost": percent}))
     raise typer.Exit(status)
 
 

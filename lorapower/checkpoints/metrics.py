@@ -52,7 +52,11 @@ class Moments(NamedTuple):
 
 def size(modules: Iterable[Module], batches: Sequence[Batch]) -> int:
     """Count the numbers that `moments` keeps at a time."""
-    return min(sum(m.cost for m in modules) * min(count_tokens(batches), TOKENS), _KEPT)
+    return min(_all(modules, batches), _KEPT)
+
+
+def _all(modules: Iterable[Module], batches: Sequence[Batch]) -> int:
+    return sum(module.cost for module in modules) * min(count_tokens(batches), TOKENS)
 
 
 def moments(
@@ -71,11 +75,9 @@ def moments(
     """
     if not (waiting := [*modules]):
         return
-    width = sum(module.cost for module in waiting)
-    tokens = count_tokens(batches)
-    step = max(1, round(tokens / TOKENS))
+    parts = max(1, math.ceil(_all(waiting, batches) / _KEPT))
+    step = max(1, round(count_tokens(batches) / TOKENS))
     batches = batches[step // 2 :: step]
-    parts = max(1, math.ceil(width * min(tokens, TOKENS) / _KEPT))
     for part in range(parts):
         some = waiting[part::parts]
         report(part, parts)

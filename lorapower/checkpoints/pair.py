@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..lowrank import LowRank
-from ._adapters import Adapted, open_tuned
+from ._adapters import MergedCheckpoint, open_tuned
 from ._models import (
     Checkpoint,
     listed,
@@ -130,7 +130,7 @@ class Pair:
     """
 
     base: Checkpoint
-    tuned: Checkpoint | Adapted
+    tuned: Checkpoint | MergedCheckpoint
     architecture: str
     task: Task
     prefix: str
@@ -184,7 +184,7 @@ class Pair:
             allowed = "with all weights of the blocks"
             raise InputError("base", allowed=allowed, given=f"no {listed(deep)}")
         _require_used(base_files, network, blocks.removeprefix(prefix))
-        if isinstance(tuned_files, Adapted):
+        if isinstance(tuned_files, MergedCheckpoint):
             with quiet():
                 tuned_files.fit(build(tuned_files.config, architecture, "cpu"))
         else:
@@ -246,7 +246,7 @@ class Pair:
 
         Factors of several adapters stand side by side, so the rank may exceed the sides.
         """
-        if isinstance(self.tuned, Adapted):
+        if isinstance(self.tuned, MergedCheckpoint):
             return self.tuned.update(f"{name}.weight", self.modules[name].shape)
         return None
 

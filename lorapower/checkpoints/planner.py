@@ -385,10 +385,11 @@ def _require_leave(pair: Pair, leave: Collection[str]) -> None:
     lacking = [o.name for o in pair.others if o.kind == "head" and not pair.base.has(o.name)]
     if lacking and "head" in leave:
         raise InputError(
-            "leave",
-            allowed="without head, as the base has none",
-            given=f"head, which is {listed(lacking)} of the tuned model",
-            remedy="name a base with this head, or ask for a format that has a place for it",
+            "base",
+            allowed="one with a head, where adapters leave it alone (leave, --format serving)",
+            given=f"one without {listed(lacking)}",
+            remedy="save it with the tuned model's head and name that, to plan with and to serve, "
+            "or write the head too (--format peft, no --leave head)",
         )
 
 

@@ -186,8 +186,6 @@ def plan(
     parameters: int | None = None,
     rank: int | None = None,
     estimate: bool = False,
-    serving: bool = False,
-    any_base: bool = False,
     **options: Any,
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
@@ -203,7 +201,7 @@ def plan(
 
     Parameters
     ----------
-    base, tuned, any_base
+    base, tuned
         See `Pair.open`.
     texts : sequence of str, or mapping
         At least 120 like those that the model is for; or their classes by text.
@@ -215,16 +213,15 @@ def plan(
     estimate : bool
         Whether the error over held-out texts alone is to be at most ``error``, without a
         certificate.
-    serving : bool
-        Whether the adapter is to have factors alone, all of one rank, ``max_rank``: at most 64, 8
-        unless given. The search then chooses which modules have them; what servers compute as one
-        has them together. All else that tuning changed stays the base's.
     **options
-        Options of `Planner`, among them ``report``, which receives progress.
+        Options of `Planner`, among them ``report``, which receives progress; ``any_base`` of
+        `Pair.open`; and ``serving``, for factors alone, all of one rank, ``max_rank``: at most 64,
+        8 unless given. The search then chooses which modules have them; what servers compute as one
+        has them together. All else that tuning changed stays the base's.
     """
     start = time.perf_counter()
     aim = _read_aim(error, parameters, rank, estimate)
-    planner = _prepare(base, tuned, texts, serving, any_base, **options)
+    planner = _prepare(base, tuned, texts, **options)
     if planner.equal:
         found = _state(planner, Adapter({}, {}), aim, estimate)
     elif aim is None:
@@ -248,9 +245,6 @@ def prices(
     base: str,
     tuned: str | Path | Mapping[str, float],
     texts: Sequence[str] | Mapping[str, Any],
-    *,
-    serving: bool = False,
-    any_base: bool = False,
     **options: Any,
 ) -> pd.DataFrame:
     """Estimate what adapters of several sizes lose, on the texts for choosing.
@@ -263,12 +257,12 @@ def prices(
 
     Parameters
     ----------
-    base, tuned, texts, serving, any_base, **options
+    base, tuned, texts, **options
         See `plan`.
     """
     import pandas as pd
 
-    planner = _prepare(base, tuned, texts, serving, any_base, **options)
+    planner = _prepare(base, tuned, texts, **options)
     numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in range(7)}
     adapters = {each.parameters: each for each in map(planner.candidate, sorted(numbers))}
     rows = []
@@ -446,8 +440,9 @@ def _prepare(
     base: str,
     tuned: str | Path | Mapping[str, float],
     texts: Sequence[str] | Mapping[str, Any],
-    serving: bool,
-    any_base: bool,
+    *,
+    serving: bool = False,
+    any_base: bool = False,
     **options: Any,
 ) -> Planner:
     """Open a pair and pass the texts, for factors that servers of many adapters read or others."""

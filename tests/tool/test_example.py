@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lorapower import InputError, randomness
-from lorapower.checkpoints import Pair, _command, _example, _models
+from lorapower import InputError, __main__, randomness
+from lorapower.checkpoints import Pair, _example, _models
 
 FOLDERS = ["base", "lora", "tuned"]
 FILES = {"movies.jsonl": 240, "others.jsonl": 120}
@@ -74,7 +74,7 @@ def test_only_new_and_empty_folders_are_filled(
     for place in (used, file, file / "below"):
         monkeypatch.setattr(sys, "argv", ["lorapower", "example", str(place)])
         with pytest.raises(SystemExit) as ended:
-            _command.main()
+            __main__.main()
         assert ended.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert (used / "own").read_text() == file.read_text() == "mine"
