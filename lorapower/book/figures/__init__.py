@@ -1,8 +1,11 @@
 """Draw figures: one function for each kind, all in one style."""
 
-from ._style import COLORS
-from .choices import Choices, show_at
-from .curves import curves, error_against_rank, intervals, medians, scatter
+from ...errors import needs
+
+with needs("book"):
+    from ._style import COLORS
+    from .choices import Choices, show_at
+    from .curves import curves, error_against_rank, intervals, medians, scatter
 
 __all__ = [
     "COLORS",
