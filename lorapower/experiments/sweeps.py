@@ -151,13 +151,14 @@ class _Store:
         query = f"SELECT {_COLUMNS} FROM runs WHERE fingerprint = ? AND (results != '') = ?"
         return {row[0]: row for row in self._file.execute(query, [self._fingerprint, finished])}
 
-    def put(self, keys: Sequence[str], results: Sequence[str]) -> None:
-        """Keep runs, all or none; without results, that they are begun."""
+    def put(self, keys: Sequence[str], results: Sequence[str] | None = None) -> None:
+        """Keep runs, all or none; without results, that they are begun if they were not."""
         origin = (metadata.version(_ROOT.name), _revision(), self._fingerprint)
-        rows = [(*run, *origin) for run in zip(keys, results, strict=True)]
+        texts = [""] * len(keys) if results is None else results
+        rows = [(*run, *origin) for run in zip(keys, texts, strict=True)]
+        insert = f"INSERT OR {'IGNORE' if results is None else 'REPLACE'} INTO runs"
         with self._file as file:
-            insert = f"INSERT OR REPLACE INTO runs ({_COLUMNS}, fingerprint) VALUES (?, ?, ?, ?, ?)"
-            file.executemany(insert, rows)
+            file.executemany(f"{insert} ({_COLUMNS}, fingerprint) VALUES (?, ?, ?, ?, ?)", rows)
 
 
 def _batches(settings: dict[str, R], size: int) -> list[dict[str, R]]:
@@ -179,7 +180,7 @@ def _finished(
             batch = batches.pop(next(free, 0))
             done = store.rows()
             if left := {key: setting for key, setting in batch.items() if key not in done}:
-                store.put([*left], [""] * len(left))
+                store.put([*left])
                 yield left, work([*left.values()])
         return
     futures = {executor.submit(work, [*batch.values()]): batch for batch in batches}

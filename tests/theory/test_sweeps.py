@@ -449,6 +449,17 @@ def test_work_of_a_notebook_counts_with_the_modules_that_it_names(
     assert one != fingerprint(code.format("residual").replace("(batch)\n", "(batch[:])\n"))
 
 
+def test_what_is_begun_again_stays_finished() -> None:
+    with sweeps._opened(None) as file:
+        store = sweeps._Store(file, "code")
+        store.put(["a", "b"])
+        assert [*store.rows()] == []
+        store.put(["a"], ["{}"])
+        store.put(["a", "b"])
+        assert [*store.rows()] == ["a"]
+        assert [*store.rows(finished=False)] == ["b"]
+
+
 def test_two_sweeps_at_a_time_share_the_work(tmp_path: Path) -> None:
     RUN.clear()
     path = tmp_path / "runs"
