@@ -194,3 +194,9 @@ def second_moment_root(
         return torch.linalg.cholesky(g @ g.mT / samples + added, upper=True)
     rows = torch.cat([g / samples**0.5, (ridge * level).sqrt() * identity], -1).mT
     return torch.where(level > 0, torch.linalg.qr(rows, mode="r").R, identity)
+
+
+def variance(outputs: Float[Tensor, "*samples out n"]) -> Float[Tensor, ""]:
+    """Average the variance over samples and tokens of all outputs; `InputError` if not finite."""
+    y = _checks.real_tensor("outputs", outputs, min_dims=2)
+    return y.movedim(-2, 0).flatten(1).var(-1, correction=0).mean()

@@ -29,6 +29,7 @@ from lorapower.constructions import transformer
 from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder, to_decoder
 from records import models, pairs, plans
+from records.floors import WholeFloor
 from records.record import begin, merge, put
 
 # Texts for planning and for measuring.
@@ -223,14 +224,15 @@ def whole(base: Transformer, tuned: Transformer, z: States) -> Iterator[Row]:
     k, n = (bounds.directions(base, tuned, draw.mT)[None] for draw in draws)
     each = range(tuned.depth)
     change = total(feed_forward(tuned, l, n) - feed_forward(base, l, n) for l in each)
+    floor_of = WholeFloor(base, tuned)
     for block, tokens in ((-1, None), *((depth, own[depth].mT) for depth in DEPTHS)):
         k = k if tokens is None else bounds.directions(base, tuned, tokens)[None]
         off = change + total(alone(tuned, l, k) - alone(base, l, k) for l in each)
         error = float(off.square().mean())
         for R in PACKED:
-            found = bounds.whole_floor(base, tuned, R, tokens)
+            found = floor_of.at(R, tokens)
             for part, floor in zip(("", "attention", "mlp"), found, strict=True):
-                yield block, part, f"whole floor {R}", float(floor) / error
+                yield block, part, f"whole floor {R}", floor / error
 
 
 def products(base: Any, tuned: Any, x: Float[Tensor, "texts tokens width"]) -> Iterator[Row]:

@@ -7,23 +7,17 @@ from . import samples
 from .final_layers import colliding_inputs, final_layers_floor
 from .floors import (
     attention_floor,
-    attention_only,
     directions,
     far_error,
     feed_forward_floor,
-    whole_floor,
 )
 from .layers import (
-    OptimalPartition,
     fnn_data_threshold,
     fnn_error,
     fnn_error_on,
     fnn_threshold,
-    least_error,
-    least_rank,
     linear_error,
     linear_threshold,
-    variance,
 )
 from .transformer import (
     necessary_ranks,
@@ -35,9 +29,7 @@ from .transformer import (
 )
 
 __all__ = [
-    "OptimalPartition",
     "attention_floor",
-    "attention_only",
     "colliding_inputs",
     "directions",
     "far_error",
@@ -47,8 +39,6 @@ __all__ = [
     "fnn_error",
     "fnn_error_on",
     "fnn_threshold",
-    "least_error",
-    "least_rank",
     "linear_error",
     "linear_threshold",
     "necessary_ranks",
@@ -58,6 +48,4 @@ __all__ = [
     "transformer_ranks",
     "transformer_threshold",
     "unit_rank",
-    "variance",
-    "whole_floor",
 ]

@@ -8,12 +8,11 @@ error. Block ``ℬ_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈ℬ_i} W_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _checks, lowrank
@@ -129,53 +128,6 @@ def fnn_error_on(
     return _accumulate(terms)
 
 
-@dataclass(frozen=True)
-class OptimalPartition:
-    """Hold each member's best partition, block ``sizes`` ``[..., L̄]``, and its rank or error."""
-
-    sizes: Int[Tensor, "*batch blocks"]
-    value: Num[Tensor, "*batch"]
-
-    def partition(self, *member: int) -> Partition:
-        """Pick the partition of one member of the batch, by its indices."""
-        return Partition(self.sizes[member].tolist())
-
-
-def least_rank(frozen: FNN, target: FNN) -> OptimalPartition:
-    """Find the partition of the least `fnn_threshold`, the rank at which it is exact.
-
-    Blocks with a hidden layer too narrow for their target layer are left out. Raises `InputError`
-    for a target deeper or wider than the frozen network. Source: [prop-optimal-partition].
-    """
-
-    def add_block(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
-        return torch.maximum(before, gap.threshold.to(before.dtype))
-
-    best = _search(frozen, target, add_block)
-    return replace(best, value=best.value.long())
-
-
-def least_error(frozen: FNN, target: FNN, ranks: _checks.Ranks, inputs: Inputs) -> OptimalPartition:
-    """Find the partition of the least `fnn_error` at given ranks [prop-optimal-partition].
-
-    Raises `InputError` for ranks out of range, and for a target deeper or wider than ``frozen``.
-    """
-    per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    sizes = _activation_sizes(target, inputs)
-
-    def add_block(i: int, layers: slice, gap: Gap, before: Tensor) -> Tensor:
-        error = gap.error(sum(gap.ranks(per_layer[layers])))
-        return (gap.target.norm + error) * before + error * sizes[i]
-
-    return _search(frozen, target, add_block)
-
-
-def variance(outputs: Float[Tensor, "*samples out n"]) -> Float[Tensor, ""]:
-    """Average the variance over samples and tokens of all outputs; `InputError` if not finite."""
-    y = _checks.real_tensor("outputs", outputs, min_dims=2)
-    return y.movedim(-2, 0).flatten(1).var(-1, correction=0).mean()
-
-
 def _activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch"]]:
     """Compute ``(E‖z̄_{i−1}‖²)^{1/2}`` per layer, or its bound in `fnn_error`."""
     _checks.kind(FNN, target=target)
@@ -217,51 +169,3 @@ def _accumulate(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 def _root_mean_square(z: Tensor) -> Tensor:
     """Compute ``(E‖z‖²)^{1/2}`` over samples in the last dimension."""
     return torch.linalg.vector_norm(z, dim=-2).square().mean(-1).sqrt()
-
-
-def _search(
-    frozen: FNN, target: FNN, add_block: Callable[[int, slice, Gap, Tensor], Tensor]
-) -> OptimalPartition:
-    """Find the partition of least value by dynamic programming.
-
-    ``add_block`` takes the value of the blocks before, in which it is monotone, to that with one
-    block more.
-    """
-
-    def fits(i: int, layers: slice) -> bool:
-        """Say whether no frozen layer's side is too narrow for the target layer."""
-        outputs, inputs = target.weights[i].shape[-2:]
-        first, *inner, last = frozen.widths[layers.start : layers.stop + 1]
-        return first >= inputs and last >= outputs and all(w >= max(inputs, outputs) for w in inner)
-
-    def value(i: int, layers: slice, before: Tensor) -> Tensor:
-        (gap,) = blocks(frozen.layers(layers), target.layers(slice(i, i + 1)))
-        return add_block(i, layers, gap, before)
-
-    # The least value of blocks 1 to i that end after a layer, and where the last of them starts.
-    least = {0: torch.zeros((), dtype=frozen.dtype, device=frozen.device)}
-    starts: list[dict[int, Tensor]] = []
-    for i in range(target.depth):
-        reached, chosen = {}, {}
-        # Each of the later blocks needs a layer, and the last takes all that are left.
-        later = target.depth - i - 1
-        for end in range(i + 1 if later else frozen.depth, frozen.depth - later + 1):
-            runs = [slice(start, end) for start in least if start < end]
-            runs = [run for run in runs if fits(i, run)]
-            if runs:
-                options = [value(i, run, least[run.start]) for run in runs]
-                reached[end], best = torch.stack(torch.broadcast_tensors(*options)).min(0)
-                chosen[end] = torch.tensor([run.start for run in runs], device=best.device)[best]
-        least = reached
-        starts.append(chosen)
-    if frozen.depth not in least:
-        allowed = f"no deeper and no wider than the frozen network of widths {frozen.widths}"
-        raise InputError("target", allowed=allowed, given=f"widths {target.widths}")
-
-    ends = [torch.full_like(least[frozen.depth], frozen.depth, dtype=torch.long)]
-    for chosen in reversed(starts):
-        table = ends[0].new_zeros(frozen.depth + 1, *ends[0].shape)
-        for end, start in chosen.items():
-            table[end] = start
-        ends.append(table.gather(0, ends[-1][None])[0])
-    return OptimalPartition(torch.stack(ends[::-1], dim=-1).diff(dim=-1), least[frozen.depth])

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
-from ..networks._segments import Segments, segments
-from ..networks._vectors import assemble
+from ..networks.completion import assemble
 from ..networks.gap import Gap
+from ..networks.segmentation import Segments, segments
 from ..networks.transformer import Norm, Transformer
-from ._narrow_heads import pair_ranks
+from .narrow_heads import pair_ranks
 
 Unit = Literal["W_1", "W_3", "W_2"]
 
@@ -70,7 +70,6 @@ def transformer_error(
             "target's width",
             allowed=f"{frozen.width}, as in the frozen network",
             given=target.width,
-            remedy="networks.rewriting.enlarge writes it so",
         )
     cut = segments(frozen, target)
     reached = cut.map(lambda name, gap: _reached(name, gap, rank))
@@ -162,7 +161,7 @@ def unit_rank(
     ``(F − r)(D − r) ≤ F``, or ``≤ 0`` in ungated layers without ReLUs. Tuned gains of the second
     norm add ``D − 1`` to the bounds of ``F`` and ``D`` to those of 0, but for ``W_2``. With enough
     hidden units it is ``m − 1`` or ``m``, and ``D − 1`` or ``D``; for ``W_1`` and ``W_3`` it is
-    attained (`networks.rewriting.align`).
+    attained (`networks.align`).
 
     Both networks have equal depth and equally many hidden units; for ``W_1`` with ReLUs the frozen
     one may be deeper if it makes each target unit in one block, and ``F`` is the target's

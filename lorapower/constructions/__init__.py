@@ -4,18 +4,18 @@ The others raise `InputError` for networks of another kind than theirs.
 """
 
 from . import fitted, fnn, fused, linear, transformer
-from ._blocks import nearest_scores
+from .attention import attention_only
 from .general import adapt, rank_for_error
 from .linear import Adaptation
 
 __all__ = [
     "Adaptation",
     "adapt",
+    "attention_only",
     "fitted",
     "fnn",
     "fused",
     "linear",
-    "nearest_scores",
     "rank_for_error",
     "transformer",
 ]

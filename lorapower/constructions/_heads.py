@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .. import _checks, lowrank, randomness
 from ..adapters import Adapters
-from ..bounds._narrow_heads import PairRanks, pair_ranks
+from ..bounds.narrow_heads import PairRanks, pair_ranks
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
-from ..networks._segments import Segments
 from ..networks.gap import Gap
+from ..networks.segmentation import Segments
 from ..networks.transformer import Transformer
 from . import linear
 from .linear import LinearAdaptation
@@ -64,8 +64,7 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
             "ranks of {} and {}".format(*ranks),
             allowed=f"at least {needed_inner} and {needed_outer}, together at least {together}",
             given=f"{inner} and {outer}",
-            remedy="heads narrower than the tokens are adapted exactly or not at all; "
-            "constructions.fitted.adapt fits less rank to inputs",
+            remedy="heads narrower than the tokens are adapted exactly or not at all",
         )
 
 

@@ -14,9 +14,9 @@ from .. import _checks, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks._segments import Segments, is_regular, missing_shift, segments
-from ..networks._vectors import shifts, times, vectors_of, widened
+from ..networks.completion import shifts, times, vectors_of, widened
 from ..networks.gap import Gap
+from ..networks.segmentation import Segments, is_regular, missing_shift, segments
 from ..networks.transformer import Transformer
 from . import _heads
 from .linear import Adaptation, LinearAdaptation
@@ -101,7 +101,7 @@ def adapt(
     ----------
     frozen, target : Transformer
         Of equal settings, sizes and type; batch shapes broadcast. Unless plain, the target may have
-        narrower tokens (`Transformer.fill`). For others see `networks.rewriting`.
+        narrower tokens (`Transformer.fill`).
     ranks : int, mapping or Segments
         One for all, cut to each weight's smaller side; one for each kind of weight,
         `Transformer.adapted_kinds`; or `bounds.transformer_ranks`, the largest of each kind.

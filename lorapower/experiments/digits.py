@@ -19,13 +19,13 @@ from torch import Tensor
 from .._records import Record
 from ..adapters import Adapters
 from ..bounds.layers import fnn_error_on
-from ..bounds.layers import variance as variance_of
 from ..constructions.fitted import nearest
 from ..constructions.fused import fuse
 from ..networks.layers import FNN
 from ..networks.transformer import Transformer
 from ..randomness import generator
 from ..regions import Box
+from ..regression import variance as variance_of
 from ..training.tuning import Fixed, Labelled, Tuning
 from . import study
 from .study import Construction, Course, Final, Fitted, Gradient, Lora

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,11 +12,9 @@ from torch import Tensor
 from .._records import Record, Results
 from ..adapters import Adapters, Tuned
 from ..bounds.floors import attention_floor, far_error, feed_forward_floor
-from ..bounds.layers import variance as variance_of
-from ..constructions import fitted
 from ..networks.transformer import Activation, Part, Transformer
+from ..regression import variance as variance_of
 from ..training.descent import descend
-from ..training.fused import polish
 from ..training.tuning import Fresh, Tuning
 from . import study
 
@@ -92,21 +90,11 @@ class Trained(Record):
     iterations: int = Field(0, ge=0)
 
 
-class Fitted(Record):
-    """Adapters of ranks as in `Trained`, fitted to inputs, then polished by ``iterations``."""
-
-    kind: Literal["fitted"] = "fitted"
-    part: Part = "all"
-    rank: int = Field(1, ge=0)
-    more: int = Field(0, ge=0)
-    iterations: int = Field(0, ge=0)
-
-
 class Setting(Record):
     """One run."""
 
     problem: Problem = Problem()
-    method: Annotated[Trained | Fitted, Field(discriminator="kind")] = Trained()
+    method: Trained = Trained()
 
 
 class Remainder(Results):
@@ -150,7 +138,7 @@ def measure(settings: Sequence[Setting]) -> list[Remainder]:
         return x, target(x)
 
     trained = study.train_each(
-        (method for method in methods if isinstance(method, Trained)),
+        methods,
         frozen,
         problem.data(target),
         tuning,
@@ -164,21 +152,11 @@ def measure(settings: Sequence[Setting]) -> list[Remainder]:
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
     found = []
     for method in methods:
-        diverged = False
-        if isinstance(method, Trained):
-            adapters = trained[method].adapters.to(frozen.dtype)
-            diverged = trained[method].course["diverged"]
-            if method.iterations:
-                tuned = Tuned(torch.tensor(adapters.ranks), torch.tensor(biases_of(method)))
-                start = Adapters(adapters.updates, adapters.bias_updates, tuned)
-                adapters = descend(frozen, start, fit, select, method.iterations)
-        else:
-            ranks = dict(zip(frozen.kind_of_weight, _ranks(method, frozen), strict=True))
-            inputs = fit[0], select[0]
-            fits = fitted.adapt(frozen, target, ranks, *inputs, throw=False)
-            if method.iterations:
-                fits = polish(fits, *inputs, iterations=method.iterations, throw=False)
-            adapters = fits.adapters
+        adapters = trained[method].adapters.to(frozen.dtype)
+        if method.iterations:
+            tuned = Tuned(torch.tensor(adapters.ranks), torch.tensor(biases_of(method)))
+            start = Adapters(adapters.updates, adapters.bias_updates, tuned)
+            adapters = descend(frozen, start, fit, select, method.iterations)
         network = adapters.merge(frozen)
         error = float((network(x) - y).square().mean())
         out, spread = far_error(network, target, far, FAR, problem.tokens)
@@ -195,13 +173,13 @@ def measure(settings: Sequence[Setting]) -> list[Remainder]:
                 floor=float(floor),
                 floor_standard_error=float(floor_spread),
                 factors=sum(u.parameter_count for u in adapters.updates),
-                diverged=diverged,
+                diverged=trained[method].course["diverged"],
             )
         )
     return found
 
 
-def _ranks(method: Trained | Fitted, network: Transformer) -> tuple[int, ...]:
+def _ranks(method: Trained, network: Transformer) -> tuple[int, ...]:
     """List the rank of each weight's adapter."""
     usual, more = (network.ranks(method.rank + add, method.part) for add in (0, method.more))
     each = zip(network.kind_of_weight, usual, more, strict=True)

@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import randomness
 from .._records import Record
 from ..adapters import Adapters
-from ..bounds.layers import variance as variance_of
 from ..constructions import fitted
 from ..constructions.fitted import FittedAdaptation
 from ..lowrank import LowRank
@@ -21,7 +20,7 @@ from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball
-from ..training import fused
+from ..regression import variance as variance_of
 from ..training.fused import polish, train_fused
 from ..training.tuning import Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
 from . import study
@@ -167,14 +166,13 @@ class Construction(study.Construction):
 
 
 class Fitted(study.Fitted):
-    """Adapt by a fit to inputs (`constructions.fitted.adapt`), and polish it from the ``starts``.
+    """Adapt by a fit to inputs (`constructions.fitted.adapt`), and perhaps polish it.
 
-    From each start, `training.polish` takes ``adam`` steps on fresh batches, then ``iterations`` of
-    L-BFGS. A transformer's inputs are sequences.
+    `training.polish` takes ``adam`` steps on fresh batches, then ``iterations`` of L-BFGS.
     """
 
     inputs: int = Field(4000, ge=2)
-    starts: tuple[fused.Start, ...] = ()
+    polished: bool = False
     adam: int = Field(0, ge=0)
     iterations: int = Field(400, ge=0)
 
@@ -228,6 +226,9 @@ class Setting(Record):
         if isinstance(method, Construction):
             fits = problem.model == "fnn" or method.region == 1
             method.require("region", fits, "1 but for model 'fnn'")
+        if isinstance(method, Fitted):
+            fits = problem.model != "transformer"
+            method.require("kind", fits, "'fitted' but for transformers")
         if isinstance(method, Recipe | Fused):
             problem.require("task", problem.task == "regression", "'regression'")
         return self
@@ -344,16 +345,15 @@ class _Bench:
 
     def fit(self, method: Fitted) -> FittedAdaptation:
         """Adapters fitted to inputs; those that are polished may have been fitted already."""
-        plain = method.replace(starts=(), adam=0, iterations=0)
-        method = method if method.starts else plain
+        plain = method.replace(polished=False, adam=0, iterations=0)
+        method = method if method.polished else plain
         if method in self.fits:
             return self.fits[method]
         x = self.sample("calibration", method.inputs), self.sample("choosing", 2 * CHOOSING)
-        if method.starts:
+        if method.polished:
             found = polish(
                 self.fit(plain),
                 *x,
-                starts=method.starts,
                 steps=method.adam,
                 iterations=method.iterations,
                 data=self.problem.data(self.target, "polishing")[1],

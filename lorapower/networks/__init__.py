@@ -1,12 +1,12 @@
 """Networks as tensors in the paper's notation: weights act on columns ``[..., in, samples]``."""
 
-from . import rewriting
-from ._segments import Segments, is_regular, missing_shift, segments
+from .alignment import align
 from .base import Network
 from .decoders import from_decoder, to_decoder
 from .gap import Gap
 from .layers import FNN, LinearNetwork, as_network, product
 from .partition import Partition, blocks
+from .segmentation import Segments, is_regular, missing_shift, segments
 from .transformer import Settings, Transformer
 
 __all__ = [
@@ -18,13 +18,13 @@ __all__ = [
     "Segments",
     "Settings",
     "Transformer",
+    "align",
     "as_network",
     "blocks",
     "from_decoder",
     "is_regular",
     "missing_shift",
     "product",
-    "rewriting",
     "segments",
     "to_decoder",
 ]

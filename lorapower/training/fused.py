@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..adapters import Adapters
-from ..constructions.fitted import Fit, FittedAdaptation, split
+from ..constructions.fitted import FittedAdaptation, split
 from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
 from ..errors import InputError
@@ -25,9 +24,8 @@ from .descent import descend
 from .engine import train
 from .tuning import MARGIN, Data, Fixed, Training, Tuning
 
-Start = Literal["fitted", "lora"]
-# Learning rates of a polish from a good start and from LoRA's; its batches.
-RATES, BATCH = {"fitted": 3e-3, "lora": 1e-2}, 256
+# Learning rate and batches of a polish.
+RATE, BATCH = 3e-3, 256
 
 
 class _FusedTraining(NamedTuple):
@@ -134,7 +132,6 @@ def polish(
     inputs: Tensor,
     held_out: Tensor,
     *,
-    starts: Sequence[Start] = ("fitted",),
     steps: int = 0,
     iterations: int = 300,
     data: Data | None = None,
@@ -143,58 +140,37 @@ def polish(
 ) -> FittedAdaptation:
     """Minimize the error of all segments of a fit together; return the best, or the fit itself.
 
-    From each start all factors and biases take ``steps`` steps of Adam with a falling rate, then at
-    most ``iterations`` of L-BFGS, none of which raises the error on ``inputs``. Adapters of least
-    error on the first half of ``held_out`` are kept; the other half gives the error that is
+    All factors and biases of the fused network take ``steps`` steps of Adam with a falling rate,
+    then at most ``iterations`` of L-BFGS, none of which raises the error on ``inputs``. Adapters of
+    least error on the first half of ``held_out`` are kept; the other half gives the error that is
     returned. ``fitted`` is what `constructions.fitted.adapt` returned for the same ``inputs`` and
-    ``held_out``. ``seed`` is of the factors of start ``"lora"`` and of the order of batches.
+    ``held_out``. ``seed`` is of the order of batches.
 
-    Raises `InputError` for unknown starts, unusable numbers, and a start that needs steps. Source:
-    the adapters are [def-adapter]'s; nothing is promised but what is measured.
+    Raises `InputError` for unusable numbers. Source: the adapters are [def-adapter]'s; nothing is
+    promised but what is measured.
 
     Parameters
     ----------
-    starts : sequence of Start
-        ``"fitted"``: the fit's factors, of the fused network. ``"lora"``: LoRA's usual ``A = 0``;
-        of a transformer in the fused network, which reaches the same, of a ReLU network in the
-        frozen network itself, which reaches more. This start needs steps.
     data : Data, optional
         Batches for Adam, which runs in single precision; by default 256 of ``inputs`` at a time.
         Where inputs can be drawn, fresh ones fit no noise.
     """
-    for start in starts:
-        _checks.choice("starts", start, get_args(Start))
-    if "lora" in starts and not steps:
-        allowed = 'at least 1 from start "lora"'
-        raise InputError("steps", allowed=allowed, given=0, remedy="such as 4000")
-    parts = split(fitted.fits[0].fused.target, inputs, held_out)
-    fits = []
-    for fit in fitted.fits:
-        target = fit.fused.target
-        seen, unseen = ((x, target(x)) for x in (parts.fit, parts.select))
-        samples = min(BATCH, parts.fit.shape[0 if target.sequences else -1])
+    iterations = _checks.integer("iterations", iterations, 0)
+    problem, adapters = fitted.fused, fitted.fused_adapters
+    parts = split(problem.target, inputs, held_out)
+    seen, unseen = ((x, problem.target(x)) for x in (parts.fit, parts.select))
+    if steps:
+        samples = min(BATCH, parts.fit.shape[-1])
         source = data or Fixed(seen, unseen, samples=samples, seed=seed, purpose=("polish",))
-        tried = [fit]
-        for start in starts:
-            begun = _begin(fit, start, source, steps, seed)
-            adapters = descend(begun.network, begun.adapters, seen, unseen, iterations)
-            tried.append(replace(begun, adapters=adapters))
-        fits.append(min(tried, key=lambda fit: fit.error(*unseen)))
-    return FittedAdaptation.measure(fits, parts, fitted.error.shape, throw=throw)
+        options: Any = {"learning_rate": RATE, "schedule": "cosine", "start": adapters}
+        tuning, every = Tuning(problem.fused_ranks, **options), max(1, steps // 100)
+        run = train(problem.network, [tuning], source, steps=steps, every=every, seed=seed)
+        adapters = run.adapters[0].to(problem.network.dtype)
+    adapters = descend(problem.network, adapters, seen, unseen, iterations)
 
+    def error(adapters: Adapters) -> float:
+        x, wanted = unseen
+        return float((adapters.merge(problem.network)(x) - wanted).square().mean())
 
-def _begin(fit: Fit, start: Start, data: Data, steps: int, seed: int) -> Fit:
-    """Return the fit, or LoRA's start in its place, after Adam's steps."""
-    if start == "lora":
-        fit = replace(fit, direct=isinstance(fit.fused.network, FNN))
-    if not steps:
-        return fit
-    tuning = Tuning(
-        np.asarray(fit.fused.ranks).tolist() if fit.direct else fit.fused.fused_ranks,
-        learning_rate=RATES[start],
-        schedule="cosine",
-        start=fit.adapters if start == "fitted" else "study",
-    )
-    every = max(1, steps // 100)
-    run = train(fit.network, [tuning], data, steps=steps, every=every, seed=seed)
-    return replace(fit, adapters=run.adapters[0].to(fit.network.dtype))
+    best = min(fitted.fused_adapters, adapters, key=error)
+    return FittedAdaptation.measure(problem, best, fitted.region, parts, throw=throw)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorapower import bounds, lowrank, randomness, regions
 from lorapower.adapters import Adapters
 from lorapower.bounds import samples
-from lorapower.constructions import adapt, fitted, fnn, linear, rank_for_error, transformer
+from lorapower.constructions import adapt, fnn, linear, transformer
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer, blocks
 from lorapower.regression import reduced_rank, second_moment_root, truncate
@@ -130,16 +130,6 @@ def of_split(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor]:
     return [found.condition_numbers, *(each.matrix() for each in found.adapters.updates)]
 
 
-def of_needed(frozen: Any, target: Any, x: Tensor) -> list[Tensor]:
-    found = rank_for_error(frozen, target, 0.3, x)
-    return [found.rank, found.error]
-
-
-def of_least(frozen: FNN, target: FNN, x: Tensor) -> list[Tensor]:
-    found = [bounds.least_rank(frozen, target), bounds.least_error(frozen, target, 1, x)]
-    return [part for each in found for part in (each.value, each.sizes)]
-
-
 X = randomness.normal(randomness.generator(0, "inputs of batches"), 4, 200)
 M, N, POINTS, ONE = matrix(4, 3), matrix(5, 4), matrix(3, 6), matrix(1, 1)
 INPUTS, TOKENS = matrix(4, 8), matrix(4, 3)
@@ -184,7 +174,6 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "fnn_data_threshold": (bounds.fnn_data_threshold, [relu(3), relu(2), matrix(4, 2)]),
     "fnn_error": (lambda f, t, x: bounds.fnn_error(f, t, 1, x), [relu(3), relu(2), INPUTS]),
     "fnn_error_on": (lambda f, t, x: bounds.fnn_error_on(f, t, 1, x), [relu(3), relu(2), INPUTS]),
-    "least_rank, least_error": (of_least, [relu(3), relu(2), INPUTS]),
     "transformer_threshold": (bounds.transformer_threshold, [heads(), heads()]),
     "transformer_threshold, norms": (
         bounds.transformer_threshold,
@@ -202,10 +191,6 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
         lambda f, t: bounds.feed_forward_floor(f, t, X, 3).value,
         [heads(**NORMED), heads(**NORMED)],
     ),
-    "whole_floor": (
-        lambda f, t: bounds.whole_floor(f, t, 1).value,
-        [heads(**NORMED), heads(**NORMED)],
-    ),
     "sure": (lambda A: DESIGN.sure(lowrank.spectrum(A)), [matrix(4, 6)]),
     "shrink_values": (lambda A: DESIGN.shrink_values(lowrank.spectrum(A)), [matrix(4, 6)]),
     "linear.adapt": (of_linear_adapt, [deep(2), deep(1)]),
@@ -220,32 +205,11 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
         [heads(**NORMED), heads(**NORMED)],
     ),
     "adapt": (partial(found_by, adapt, x=X), [deep(2), deep(1)]),
-    **{
-        f"fitted.adapt, {name}": (
-            lambda f, t: (
-                (found := fitted.adapt(f, t, 1, X, X.cos(), throw=False)).success,
-                found.error,
-                found.high,
-            ),
-            pair,
-        )
-        for name, pair in {
-            "linear": [deep(2), deep(1)],
-            "fnn": [open_ended(3), open_ended(2)],
-        }.items()
-    },
-    **{
-        f"rank_for_error, {name}": (plainly(of_needed), pair)
-        for name, pair in {
-            "linear": [deep(2), deep(1), INPUTS],
-            "fnn": [open_ended(3), open_ended(2), INPUTS],
-        }.items()
-    },
 }
 
 
 # These go through members one by one, and need one.
-BY_MEMBER = {"attention_floor", "feed_forward_floor", "fitted.adapt, linear", "fitted.adapt, fnn"}
+BY_MEMBER = {"attention_floor", "feed_forward_floor"}
 
 
 def batch_of(value: Any) -> tuple[int, ...]:

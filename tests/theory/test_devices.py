@@ -26,8 +26,7 @@ def test_adapted_and_trained_networks_stay_where_they_are(kind: Any) -> None:
     merged = found.adapters.merge(frozen)
     assert merged.device.type == merged(X).device.type == "cuda"
     if kind is not Transformer:
-        least: Any = bounds.least_rank if kind is FNN else bounds.linear_error
-        found = least(frozen, target, *([] if kind is FNN else [1]))
-        assert all(values.device.type == "cuda" for values in vars(found).values())
+        threshold = bounds.fnn_threshold if kind is FNN else bounds.linear_threshold
+        assert threshold(frozen, target).device.type == "cuda"
         runs = train(frozen, [Tuning(1)], Fresh(target, (4,)), steps=2)
         assert runs.network.device.type == "cuda"

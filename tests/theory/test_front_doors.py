@@ -143,8 +143,8 @@ DOORS = [
     ),
     Door(
         polish,
-        {"fitted": FITTED, "inputs": X, "held_out": 2 * X, "starts": ["fitted"], "steps": 0},
-        {"starts": [["other"]], "steps": [-1]},
+        {"fitted": FITTED, "inputs": X, "held_out": 2 * X, "iterations": 1},
+        {"inputs": [NAN], "steps": [-1], "iterations": [-1]},
     ),
     # Bounds
     Door(bounds.linear_error, LINEAR | {"total_rank": 1}, {"frozen": [RELU["frozen"]]}),

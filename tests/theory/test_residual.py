@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from copy import deepcopy
 from typing import Any
 
@@ -18,18 +17,18 @@ from torch import Tensor
 
 from lorapower import InputError, bounds, lowrank, randomness
 from lorapower.adapters import Adapters, Tuned
-from lorapower.constructions import fitted, transformer
+from lorapower.constructions import attention_only, transformer
 from lorapower.constructions._heads import adapt_narrow
 from lorapower.experiments import residual as trials
 from lorapower.networks import (
     Gap,
     Segments,
     Transformer,
+    align,
     from_decoder,
     segments,
     to_decoder,
 )
-from lorapower.networks.rewriting import align, enlarge, pack
 from lorapower.networks.transformer import ACTIVATIONS, PARTS
 from lorapower.training import Fixed, Tuning, begin, descend, train
 from lorapower.training._free import Free
@@ -251,28 +250,16 @@ def test_what_is_no_module_of_transformers_is_refused() -> None:
         from_decoder(torch.nn.Linear(2, 2))
 
 
-@given(st.integers(1, 2), st.integers(4, 7), st.integers(5, 14), kinds, decoders, seeds)
-def test_written_otherwise_it_is_the_same_function(
-    depth: int, width: int, hidden: int, kind: Any, decodes: Any, seed: int
+@given(st.integers(1, 2), st.integers(4, 7), st.integers(1, 7), kinds, decoders, seeds)
+def test_aligned_it_is_the_same_function(
+    depth: int, width: int, more: int, kind: Any, decodes: Any, seed: int
 ) -> None:
-    options = kind | decodes | {"final_norm": True}
+    options = kind | decodes | {"final_norm": True, "activation": "relu"}
+    hidden = width + more
     frozen, target = pair(seed, depth, width, 2, hidden=hidden, **options)
     x = inputs(seed, 3, width, 4)
-    wanted = target(x)
-    larger = Transformer.random(
-        depth + 1,
-        width,
-        4,
-        hidden=hidden + 3,
-        seed=seed,
-        purpose="large",
-        **PRENORM | options | {"groups": 2 * options["groups"]},
-    )
-    others = [enlarge(target, larger, range(2, depth + 2))]
-    if options["activation"] == "relu" and hidden > width:
-        others.append(align(target, frozen, seed=seed))
-    for other in others:
-        torch.testing.assert_close(other(x), wanted, rtol=1e-9, atol=1e-9)
+    other = align(target, frozen, seed=seed)
+    torch.testing.assert_close(other(x), target(x), rtol=1e-9, atol=1e-9)
 
 
 def adapted(
@@ -389,11 +376,9 @@ def test_narrower_tokens(norm: Any, final: bool, decodes: bool) -> None:
         options: Any = {"norm": norm, "final_norm": final, "head_size": head_size}
         options |= {"gated": True, "rotary": 100.0} if decodes else {}
         shared = {"groups": 1} if decodes else {}
-        _, target = pair(1, 2, 5, 2, **options, **shared)
-        shared = {"groups": 2} if decodes else {}
-        frozen, _ = pair(2, 3, 7, 3 + decodes, hidden=13, eps=5e-5 / 7, **options, **shared)
-        grown = enlarge(target, frozen, [1, 3])
-        found = adapted(frozen, grown)
+        _, target = pair(1, 2, 5, 2, hidden=13, **options, **shared)
+        frozen, _ = pair(2, 2, 7, 2, hidden=13, eps=5e-5 / 7, **options, **shared)
+        found = adapted(frozen, target)
         assert relative(found.adapters.merge(frozen), target, inputs(1, 6, 5, 4)) < 1e-20
     options = {"norm": norm, "final_norm": final, "head_size": 6, "hidden": 8}
     frozen, target = (
@@ -408,25 +393,6 @@ def test_narrower_tokens_need_a_smaller_epsilon() -> None:
     _, target = pair(1, 2, 5, 2, hidden=10, norm="rms", head_size=7)
     with pytest.raises(InputError, match="with eps"):
         segments(frozen, target)
-
-
-@pytest.mark.parametrize("head_size", [3, 6])
-def test_surplus_heads_cost_their_attention_and_surplus_blocks_nothing(head_size: int) -> None:
-    options = {"head_size": head_size, "activation": "relu"}
-    frozen, _ = pair(0, 3, 6, 3, hidden=15, **options)
-    _, target = pair(0, 1, 6, 1, hidden=9, **options)
-    least = -(-min(head_size, 5) // 2)
-    for place in (1, 2, 3):
-        grown = enlarge(target, frozen, [place])
-        needed = bounds.transformer_ranks(frozen, grown)
-        surplus = [l for l in range(3) if l + 1 != place]
-        for part in needed.values():
-            assert not part[surplus].any()
-        assert (needed.value_output[place - 1, 1:] == least).all()
-        assert not needed.query_key[place - 1, 1:].any()
-        assert int(needed.inner[place - 1]) == 5
-        found = adapted(frozen, grown)
-        assert relative(found.adapters.merge(frozen), target, inputs(0, 6, 6, 4)) < 1e-20
 
 
 @given(st.sampled_from([2, 6]), st.integers(0, 6), seeds)
@@ -455,18 +421,12 @@ def test_attention_that_cannot_reach_the_floor_is_refused() -> None:
         parts[name] = torch.zeros_like(parts[name])
         flat = Transformer(parts, frozen.settings)
         with pytest.raises(InputError, match="of full rank"):
-            bounds.attention_only(flat, target, tokens)
+            attention_only(flat, target, tokens)
 
 
 def test_a_head_of_nothing_is_silenced_with_just_enough_rank() -> None:
     frozen, _ = pair(0, 1, 6, 1, head_size=3)
-    grown = enlarge(pair(0, 1, 6, 1, head_size=3)[1], frozen)
-    silent = grown.with_parameters(
-        [
-            w * (not n.startswith(("W_V", "W_O")))
-            for n, w in zip(grown.weight_names, grown.weights, strict=True)
-        ]
-    )
+    silent = frozen.replace(W_V=0 * frozen.W_V, W_O=0 * frozen.W_O)
     gap = segments(frozen, silent).value_output
     for inner, outer in ((3, 0), (0, 3), (1, 2)):
         found = adapt_narrow(gap, inner, outer)
@@ -533,42 +493,6 @@ def test_alignment_attains_the_unit_rank(width: int, more: int, norm: Any, seed:
     # Units that are rescaled far lose digits.
     size = float(best.W_1.abs().max() * best.W_2.abs().max())
     assert relative(found.adapters.merge(frozen), target, x) < 1e-20 * max(1, size**2)
-
-
-@given(st.integers(2, 5), st.integers(1, 3), norms, seeds)
-def test_packed_weights_agree_on_directions_as_many_as_a_head_has(
-    heads: int, size: int, norm: Any, seed: int
-) -> None:
-    width = heads * size + (norm == "layer" and heads * size < 3)
-    frozen, target = pair(seed, 2, width, heads, head_size=size, norm=norm)
-    packed = pack(target, frozen, seed=seed)
-    numbers = [float(w.abs().max()) for w in packed.weights]
-    x = inputs(seed, 5, width, 3)
-    assert relative(packed, target, x) < 1e-20 * max(1, *numbers) ** 4
-    kept = size if heads > 2 else min(size, (width - (norm == "layer")) // 3)
-    for l in range(2):
-        read = target.g_1[l][:, None] * target.basis()
-        for pair_of in (("W_Q", "W_K"), ("W_V", "W_O")):
-            lacking = 0
-            for kind in pair_of:
-                apart = getattr(packed, kind)[l] - getattr(frozen, kind)[l]
-                out = kind == "W_O"
-                rows = apart.movedim(0, 1).flatten(1) if out else apart.flatten(0, 1) @ read
-                rank = int(lowrank.rank(rows, scale=1e4 * max(1, *numbers)))
-                assert rank <= width - kept
-                lacking += max(0, heads * size - rank) * ((width if out else read.shape[1]) - rank)
-            # No less than the theorem allows.
-            assert lacking <= heads * size**2
-
-
-@pytest.mark.parametrize("silent", [("W_Q",), ("W_V", "W_O"), ("W_Q", "W_K")])
-def test_heads_of_zeros_are_not_packed(silent: tuple[str, ...]) -> None:
-    frozen, target = pair(0, 1, 8, 4, head_size=2, norm="rms")
-    parts = {name: frozen.parameters[name].clone() for name in silent}
-    for name in silent:
-        parts[name][:, 1] = 0
-    with pytest.raises(InputError, match="heads"):
-        pack(target, frozen.replace(**parts))
 
 
 def test_the_counts_of_packed_weights() -> None:
@@ -715,19 +639,12 @@ def test_the_floor_is_what_outputs_far_out_leave(
     assert float(floor.value) == pytest.approx(left.mean(), rel=1e-5)
     spread = np.sqrt(np.square(left - left.mean()).sum() / 3999 / 4000)
     assert float(floor.standard_error) == pytest.approx(spread, rel=1e-5)
-    best = bounds.attention_only(frozen, target, v).merge(frozen)
+    best = attention_only(frozen, target, v).merge(frozen)
     errors = [float(bounds.far_error(best, target, v, c)[0]) for c in (1e2, 1e4, 1e6)]
     assert errors[0] > errors[1] > errors[2] * (1 - 1e-6)
     assert errors[2] == pytest.approx(float(floor.value), rel=1e-5)
     for name in {"W_1", "b_1", "W_3", "b_3", "W_2", "g_1", "s_1", "g_2", "s_2"} & {*frozen.kinds}:
         assert torch.equal(getattr(best, name), getattr(frozen, name))
-
-
-@pytest.mark.parametrize(("name", "value"), DECODES.items())
-def test_what_cannot_be_fused_is_refused(name: str, value: Any) -> None:
-    frozen, target = pair(0, 1, 4, 2, **{name: value})
-    with pytest.raises(InputError, match="without gated layers, grouped heads and rotary"):
-        fitted.adapt(frozen, target, 1, inputs(0, 8, 4, 3), inputs(1, 8, 4, 3))
 
 
 @pytest.mark.parametrize(
@@ -755,7 +672,7 @@ def test_attention_of_limited_rank_ends_where_singular_values_say(
         for ranks in (r, each):
             floor = bounds.attention_floor(frozen, target, v, ranks)
             assert float(floor.value) == pytest.approx(predicted, rel=1e-9)
-            adapters = bounds.attention_only(frozen, target, v, ranks)
+            adapters = attention_only(frozen, target, v, ranks)
             assert sum(adapters.ranks) == r
             error, _ = bounds.far_error(adapters.merge(frozen), target, v, 1e7)
             assert float(error) == pytest.approx(predicted, rel=1e-6)
@@ -768,7 +685,7 @@ def test_attention_is_taken_away_though_values_become_singular(norm: Any) -> Non
     target = frozen.with_parameters([0 * w if n[:3] == "W_V" else w for n, w in names])
     v = inputs(0, 6, 200)
     ranks = [3 * (name[:3] in ("W_V", "W_O")) for name in frozen.weight_names]
-    built = bounds.attention_only(frozen, target, v, ranks).merge(frozen)
+    built = attention_only(frozen, target, v, ranks).merge(frozen)
     assert bounds.far_error(built, target, v, 1e5)[0] < 1e-16
 
 
@@ -814,7 +731,7 @@ def test_no_change_of_attention_is_below_the_floor() -> None:
         draw = randomness.generator(seed, "any attention")
         free = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_O", "b_2", "g_1", "s_1")
         parts = dict(frozen.parameters)
-        start = bounds.attention_only(frozen, target, v).merge(frozen) if seed % 2 else frozen
+        start = attention_only(frozen, target, v).merge(frozen) if seed % 2 else frozen
         for name in free:
             own = getattr(start, name)
             parts[name] = own + 0.05 * randomness.normal(draw, *own.shape)
@@ -830,26 +747,6 @@ def test_the_floor_of_equal_feed_forward_layers_is_zero() -> None:
     assert bounds.attention_floor(frozen, target, inputs(0, 5, 99)).value < 1e-28
     with pytest.raises(InputError, match=r"no final norm; got .*: from_decoder can leave"):
         bounds.attention_floor(frozen.replace(final_norm=True), target, inputs(0, 5, 99))
-
-
-def test_fits_are_exact_at_the_threshold_and_never_worse_than_the_theorem() -> None:
-    for depth, head_size, norm in ((1, 6, "layer"), (2, 3, "rms"), (1, 8, "rms")):
-        options: Any = {"head_size": head_size, "norm": norm, "hidden": 10}
-        frozen, target = pair(5, depth, 6, 2, **options)
-        x, held_out = inputs(5, 300, 6, 4), inputs(6, 300, 6, 4)
-        assert fitted.adapt(frozen, target, 6, x, held_out).error < 1e-18
-        for rank in (1, 3):
-            found = fitted.adapt(frozen, target, rank, x, held_out, throw=False)
-            choosing = held_out[:150]
-            wanted = found.fits[0].fused.fused_target(choosing)
-            ranks = dict.fromkeys(frozen.weight_kinds, rank)
-            plain = transformer.adapt(frozen, target, ranks, throw=False).adapters.merge(frozen)
-            worst = float((plain(choosing) - wanted).square().mean())
-            assert found.fits[0].error(choosing, wanted) <= worst * (1 + 1e-9)
-            carried = found.adapters.merge(frozen)
-            fused = found.fits[0].adapters.merge(found.fits[0].network)
-            torch.testing.assert_close(carried(choosing), fused(choosing), rtol=1e-6, atol=1e-6)
-            assert all(u.rank <= rank for u in found.adapters.updates)
 
 
 @pytest.mark.parametrize("options", [{}, DECODES | {"activation": "silu"}])
@@ -907,14 +804,11 @@ def test_experiments_measure_every_way() -> None:
     ways: list[Any] = [
         trials.Trained(part="attention", vectors="free", rank=6, iterations=5),
         trials.Trained(part="all", rank=1),
-        trials.Fitted(part="mlp", rank=2),
-        trials.Fitted(part="mlp", rank=2, iterations=5),
+        trials.Trained(part="mlp", rank=2),
         trials.Trained(part="attention", rank=1, more=1),
-        trials.Fitted(part="attention", rank=1, more=1),
     ]
     found = trials.measure([trials.Setting(problem=problem, method=way) for way in ways])
-    assert [one.factors for one in found] == [4 * 12 * 6, 4 * 12 + 28, 56, 56, 72, 72]
-    assert found[3].error <= found[2].error * 1.2
+    assert [one.factors for one in found] == [4 * 12 * 6, 4 * 12 + 28, 56, 72]
     assert found[0].far_error > found[0].floor > 0 == found[2].floor
     assert not any(one.diverged for one in found)
 
@@ -934,254 +828,3 @@ def test_errors_are_known_for_targets_of_the_same_width() -> None:
     wide = pair(0, 1, 6, 2, hidden=8, eps=narrower.settings.eps * 4 / 6)[0]
     with pytest.raises(InputError, match="target's width must be 6"):
         bounds.transformer_error(wide, narrower, 1, inputs(0, 20, 4, 4))
-
-
-# All modules adapted: `whole_floor`.
-
-
-def bare(network: Transformer) -> Transformer:
-    """Take away hidden biases and second shifts."""
-    kinds = {"b_1", "b_3", "s_2"} & {*network.kinds}
-    return network.replace(**{kind: 0 * getattr(network, kind) for kind in kinds})
-
-
-def bare_pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, Transformer]:
-    frozen, target = (bare(network) for network in pair(seed, *sizes, **options))
-    return frozen, target
-
-
-def only(network: Transformer, **ranks: int) -> list[int]:
-    """A rank for each of the weights, by kind."""
-    return [ranks.get(kind, 0) for kind in network.kind_of_weight]
-
-
-def of_values(network: Transformer, k: Tensor) -> Tensor:
-    """What attention adds behind many equal far tokens ``k``."""
-    added = torch.zeros_like(k)
-    for l in range(network.depth):
-        for h in range(network.heads):
-            group = h * network.groups // network.heads
-            read = network.g_1[l][:, None] * k + network.s_1[l][:, None]
-            added = added + network.W_O[l, h] @ network.W_V[l, group] @ read
-    return added
-
-
-WHOLE: list[dict[str, Any]] = [
-    {"activation": "gelu", "causal": True},
-    {"norm": "rms", "activation": "gelu_tanh", "groups": 1, "rotary": 10.0},
-    {"gated": True, "activation": "silu", "groups": 1},
-    {"norm": "rms", "gated": True},
-]
-
-
-@pytest.mark.parametrize("options", WHOLE)
-def test_without_rank_the_floor_is_the_variance_of_what_it_counts(options: Any) -> None:
-    options = PRENORM | options
-    frozen, target = (
-        bare(Transformer.random(L, 5, 2, head_size=4, seed=L, **options)) for L in (1, 2)
-    )
-    floor, v = bounds.whole_floor(frozen, target, 0), inputs(0, 5, 40_000)
-    n = bounds.directions(frozen, target, v)
-    values = of_values(target, n) - of_values(frozen, n)
-    assert float(floor.values) == pytest.approx(float(values.var(-1).mean()), rel=0.03)
-    # Single tokens far out: what attention adds is affine.
-    x = 1e7 * torch.stack([n, -n]).permute(2, 0, 1)[..., None]
-    added = (target(x) - frozen(x))[..., 0]
-    odd, even = ((added[:, 0] + sign * added[:, 1]).mT / 2 for sign in (-1, 1))
-    part = even if options.get("gated") else odd - values + values.mean(-1, keepdim=True)
-    assert float(floor.feed_forward) == pytest.approx(float(part.var(-1).mean()), rel=0.03)
-    assert float(floor.value) == pytest.approx(float(floor.values + floor.feed_forward))
-    # Of given tokens the covariance counts: also of few that lie in a plane.
-    for k in (v[:, :50], v[:, :2] @ inputs(1, 2, 30)):
-        found = bounds.whole_floor(frozen, target, 0, k)
-        k = bounds.directions(frozen, target, k)
-        values = of_values(target, k) - of_values(frozen, k)
-        assert float(found.values) == pytest.approx(float(values.var(-1, correction=0).mean()))
-        assert found.feed_forward == floor.feed_forward
-
-
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_values_of_limited_rank_attain_the_floor_on_long_far_sequences(norm: Any) -> None:
-    frozen, target = pair(4, 1, 5, 1, norm=norm)
-    frozen, target = (n.replace(W_Q=0.1 * n.W_Q, b_Q=0.1 * n.b_Q) for n in (frozen, target))
-    v = inputs(4, 5, 12)
-    k, V = bounds.directions(frozen, target, v), frozen.basis()
-    read = k - k.mean(1, keepdim=True)
-    gap = of_values(target, k) - of_values(frozen, k)
-    gap = gap - gap.mean(1, keepdim=True)
-    for r in range(frozen.dimension):
-        U = lowrank.svd(gap).U[:, :r]
-        # Feed-forward layers, gains and scores are the target's, W_V and W_O differ by rank r.
-        change = U @ U.mT @ gap @ torch.linalg.pinv(frozen.g_1[0][:, None] * (V @ (V.mT @ read)))
-        W_O = frozen.W_O + change @ torch.linalg.inv(frozen.W_V[0, 0])
-        built = target.replace(W_V=frozen.W_V, W_O=W_O, g_1=frozen.g_1, s_1=frozen.s_1)
-        b_O = built.b_O + (of_values(target, k) - of_values(built, k)).mean(1)
-        built = built.replace(b_O=b_O)
-        each = []
-        for i in range(12):
-            x = 1e7 * torch.cat([k[:, [i]].expand(5, 999), k[:, [i - 5]]], 1)
-            each.append((built(x) - target(x))[:, -1].square().mean())
-        floor = bounds.whole_floor(frozen, target, only(frozen, W_V=r), v)
-        assert floor.feed_forward == 0
-        assert float(sum(each) / 12) == pytest.approx(float(floor.value), rel=0.01)
-        assert bounds.whole_floor(frozen, target, only(frozen, W_O=r), v).value == floor.value
-
-
-def orthogonal(frozen: Transformer, sizes: list[float]) -> tuple[Tensor, Tensor]:
-    """Rows that read orthogonal directions of norms, and orthogonal columns of these sizes."""
-    V, count = frozen.basis(), len(sizes)
-    rows = (V / frozen.g_2[0][:, None])[:, :count].mT
-    return rows, torch.linalg.qr(inputs(0, 8, 8)).Q[:, :count] * torch.tensor(sizes)
-
-
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_flipped_units_attain_the_floor_of_ungated_layers(norm: Any) -> None:
-    """A unit with the opposite sign differs by a linear map."""
-    frozen = bare(pair(0, 1, 8, 1, norm=norm)[0])
-    rows, columns = orthogonal(frozen, [4.0, 3.0, 2.0, 1.0])
-    W_1, W_2 = frozen.W_1.clone(), frozen.W_2.clone()
-    W_1[0, :4], W_2[0, :, :4] = rows, columns
-    frozen, V = frozen.replace(W_1=W_1, W_2=W_2), frozen.basis()
-
-    def flipped(count: int) -> Transformer:
-        other = W_1.clone()
-        other[0, :count] *= -1
-        return frozen.replace(W_1=other)
-
-    for r in range(5):
-        floor = bounds.whole_floor(frozen, flipped(4), only(frozen, W_1=r // 2, W_2=r - r // 2))
-        wanted = sum(s * s for s in [4, 3, 2, 1][r:]) / frozen.dimension
-        assert float(floor.value) == pytest.approx(wanted, abs=1e-12)
-        error, _ = bounds.far_error(flipped(r), flipped(4), torch.cat([V, -V], 1), 1e7)
-        assert float(error) == pytest.approx(wanted, abs=1e-5)
-
-
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("kind", ["W_2", "W_3"])
-def test_products_of_units_attain_the_floor_of_gated_layers(norm: Any, kind: str) -> None:
-    """Two units of opposite signs add up to a product of what they read."""
-    frozen = bare(pair(0, 1, 8, 1, norm=norm, gated=True, hidden=6)[0])
-    rows, columns = orthogonal(frozen, [3.0, 2.0, 1.0] * 2)
-    signs = torch.tensor([1.0, -1.0])[:, None, None]
-    parts = {
-        "W_1": (signs * rows[:3]).flatten(0, 1)[None],
-        "W_3": (signs * rows[3:]).flatten(0, 1)[None],
-        "W_2": torch.cat([columns[:, :3]] * 2, 1)[None],
-    }
-
-    def without(count: int) -> Transformer:
-        less = parts[kind].clone()
-        units = [j for j in range(6) if j % 3 < count]
-        (less.mT if kind == "W_2" else less)[0, units] = 0
-        return frozen.replace(**parts | {kind: less})
-
-    target, others = without(0), (0, 1, 2) if kind == "W_2" else (0, 1)
-    v = inputs(0, 8, 20_000)
-    for r in others:
-        given = only(frozen, **{kind: r})
-        floor = bounds.whole_floor(without(3), target, given)
-        # Adapted with rank r, all but r of the products are still missing.
-        adapted = target.replace(**{kind: without(3).parameters[kind]})
-        more = parts[kind] - without(r).parameters[kind]
-        adapted = adapted.replace(**{kind: getattr(adapted, kind) + more})
-        assert lowrank.rank(more[0]) == r
-        error, noise = bounds.far_error(adapted, target, v, 1e7)
-        assert abs(error - floor.value) < 3 * noise < 0.1 * floor.value
-
-
-@pytest.mark.parametrize("options", [*WHOLE, {"depth": 2, "heads": 2, "gated": True}])
-def test_no_adapters_are_below_the_floor_of_all_modules(options: Any) -> None:
-    sizes = {"depth": 1, "heads": 1} | options
-    frozen, target = bare_pair(7, sizes.pop("depth"), 8, sizes.pop("heads"), **sizes)
-    floor = bounds.whole_floor(frozen, target, 1)
-    assert floor.values > 0.02
-    draw = randomness.generator(7, "far pairs")
-    k, n = bounds.directions(frozen, target, randomness.normal(draw, 8, 80)).chunk(2, 1)
-    x = 1e6 * torch.cat([k.mT[..., None].expand(40, 8, 199), n.mT[..., None]], 2)
-    for seed in range(6):
-        draw, weights = randomness.generator(seed, "adapters"), []
-        for W, wanted in zip(frozen.weights, target.weights, strict=True):
-            best = lowrank.truncated_svd(wanted - W, 1)
-            out = best.left + 0.1 * seed * randomness.normal(draw, *best.left.shape)
-            weights.append(W + out @ best.right.mT)
-        b_O = frozen.b_O + seed * randomness.normal(draw, *frozen.b_O.shape) / 9
-        adapted = frozen.with_parameters(weights).replace(b_O=b_O)
-        assert (adapted(x) - target(x))[..., -1].square().mean() > floor.value
-
-
-@pytest.mark.parametrize("options", WHOLE)
-def test_the_floor_of_all_modules_falls_to_zero_with_rank(options: Any) -> None:
-    frozen, target = bare_pair(8, 1, 8, 1, **options)
-    found = [bounds.whole_floor(frozen, target, R) for R in range(10)]
-    for more, less in itertools.pairwise(found):
-        assert all(a >= b for a, b in zip(more, less, strict=True))
-    assert found[1].feed_forward > 0 or options.get("gated")
-    assert found[0].feed_forward > 0
-    assert found[3].values > 0 == found[4].value == found[9].value
-    for R, floor in enumerate(found[:9]):
-        assert all(map(torch.equal, bounds.whole_floor(frozen, target, frozen.ranks(R)), floor))
-    assert bounds.whole_floor(frozen, frozen, 0).value == 0
-    # A matrix of all heads has no more rank than they have together; blocks add up.
-    for L, heads, size, R in ((1, 2, 2, 5), (2, 1, 8, 1)):
-        one, other = bare_pair(8, L, 8, heads, head_size=size, **options)
-        found = [bounds.whole_floor(one, other, ranks) for ranks in (R, one.ranks(R))]
-        torch.testing.assert_close(found[0].values, found[1].values)
-        assert found[0].values > 0 or heads == 2
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_feed_forward_layers_count_only_where_their_parity_is_known(gated: bool) -> None:
-    frozen, target = bare_pair(9, 1, 6, 1, gated=gated)
-    whole = bounds.whole_floor(frozen, target, 0)
-    assert whole.feed_forward > 0
-    for kind in {"b_1", "b_3", "s_2"} & {*frozen.kinds}:
-        biased = target.replace(**{kind: getattr(target, kind) + 1})
-        for one, two in ((frozen, biased), (biased, frozen)):
-            floor = bounds.whole_floor(one, two, 0)
-            assert floor.feed_forward == 0 < floor.values == floor.value
-        batch = [torch.stack(both) for both in zip(target.weights, biased.weights, strict=True)]
-        biases = [torch.stack(both) for both in zip(target.biases, biased.biases, strict=True)]
-        floor = bounds.whole_floor(frozen, target.with_parameters(batch, biases), 0)
-        torch.testing.assert_close(floor.feed_forward, whole.feed_forward * torch.tensor([1, 0]))
-        torch.testing.assert_close(floor.values, whole.values.expand(2))
-    other = bare(pair(9, 1, 6, 1, gated=not gated)[0])
-    assert bounds.whole_floor(other, target, 0).feed_forward == 0
-
-
-def test_what_has_no_floor_of_all_modules_is_refused() -> None:
-    frozen, target = pair(0, 1, 5, 1)
-    plain, wider = Transformer.random(1, 5, 1), pair(0, 1, 6, 1)[0]
-    for one, two, words in (
-        (frozen.replace(final_norm=True), target, "no final norm"),
-        (plain, plain, "with residual connections and norms"),
-        (wider, target, "target's width must be 6"),
-        (frozen, target.replace(activation="gelu"), "activation 'relu'"),
-    ):
-        with pytest.raises(InputError, match=words):
-            bounds.whole_floor(one, two, 1)
-    wrong: Any = (([1], "one for each of the 6"), (-1, "ranks must be"), (0.5, "ranks"))
-    for ranks, words in wrong:
-        with pytest.raises(InputError, match=words):
-            bounds.whole_floor(frozen, target, ranks)
-    with pytest.raises(InputError, match="different coordinates"):
-        bounds.whole_floor(frozen, target, 1, torch.ones(5, 3).double())
-
-
-def test_forms_of_wide_networks_are_unfolded_both_ways() -> None:
-    frozen, target = bare_pair(3, 2, 70, 1, head_size=2, hidden=3, gated=True)
-    V, forms = frozen.basis(), torch.zeros(70, 69, 69).double()
-    for sign, network in ((-1, frozen), (1, target)):
-        for l in range(2):
-            gate, up = (W[l] * network.g_2[l] @ V for W in (network.W_1, network.W_3))
-            forms += sign * torch.einsum("of,fi,fj->oij", network.W_2[l], gate, up) / 2
-    forms = (forms + forms.mT) / 2
-    forms -= torch.eye(69) * forms.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    outer, inner = (lowrank.spectrum(x.flatten(1)).square() for x in (forms, forms.movedim(1, 0)))
-    for out, into in ((0, 0), (1, 0), (0, 1), (2, 1)):
-        left = outer[out:].sum() - 2 * inner[:into].sum()
-        given = only(frozen)
-        for kind, rank in (("W_2", out), ("W_3", into)):
-            given[frozen.kind_of_weight.index(kind)] = rank
-        floor = bounds.whole_floor(frozen, target, given)
-        assert left > 0
-        assert float(floor.feed_forward) == pytest.approx(2 * 70 / (69 * 71) * float(left))

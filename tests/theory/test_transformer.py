@@ -14,7 +14,7 @@ from scipy.optimize import least_squares
 from strategies import batch_shapes, dtypes, normal, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
-from lorapower.bounds._narrow_heads import pair_ranks
+from lorapower.bounds.narrow_heads import pair_ranks
 from lorapower.constructions import transformer
 from lorapower.constructions._heads import adapt_narrow
 from lorapower.networks import Gap, Transformer, segments

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._segments import Segments, missing_shift, reading
+from .segmentation import Segments, missing_shift, reading
 from .transformer import GAINS, SHIFTS, Transformer
 
 
@@ -117,4 +117,5 @@ def widened(vector: Tensor, adapted: Transformer) -> Tensor:
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Multiply vectors by matrices."""
     return (matrix @ vector[..., None])[..., 0]

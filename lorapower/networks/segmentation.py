@@ -101,9 +101,9 @@ def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) ->
     Unless plain, segments use the target's gains, which the adapted network takes on. Such a target
     may have narrower tokens, placed as by `Transformer.fill`.
 
-    Raises `InputError` for transformers of different sizes (see `rewriting.enlarge`), types or
-    settings; for plain ones also where the feed-forward layer is not as wide as the tokens and,
-    unless ``throw`` is false, where `is_regular` fails.
+    Raises `InputError` for transformers of different sizes, types or settings; for plain ones also
+    where the feed-forward layer is not as wide as the tokens and, unless ``throw`` is false, where
+    `is_regular` fails.
     """
     _checks.kind(Transformer, frozen=frozen, target=target)
     _require_alike(frozen, target)
@@ -225,14 +225,11 @@ def _require_alike(frozen: Transformer, target: Transformer) -> None:
     may_be_narrower = target.width < frozen.width and not frozen.is_plain
     for side, size in frozen.sizes.items():
         if target.sizes[side] != size and not (may_be_narrower and side == "width"):
-            remedy = "networks.rewriting.enlarge writes a smaller target as one of these sizes"
-            if frozen.is_plain:
-                remedy = "segments are matched one to one, and adapters leave all sizes as they are"
             raise InputError(
                 f"target's {side}",
                 allowed=f"{size}, as in the frozen network",
                 given=target.sizes[side],
-                remedy=remedy,
+                remedy="segments are matched one to one, and adapters leave all sizes as they are",
             )
     given, eps = frozen.settings.eps, target.settings.eps * target.width / frozen.width
     if frozen.settings.norm is not None and not isclose(given, eps, rel_tol=1e-9):
