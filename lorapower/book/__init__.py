@@ -48,11 +48,6 @@ def _folder(given: str, info: ValidationInfo) -> Path | None:
     return Path(base).expanduser() if base else None
 
 
-def named(default: str) -> Any:
-    """Declare a name; an empty one stands for ``default``."""
-    return Annotated[str, AfterValidator(lambda name: name or default)]
-
-
 def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
     """Refuse ranks above the width; where none is given, take all, or 17 where there are more."""
     width = info.data.get("width")
@@ -100,15 +95,13 @@ class Parameters(Record):
             return given
         if not isinstance(given, str):
             return list(given) if isinstance(given, Iterable) else [given]
-        parts = [part.strip(" '\"") for part in given.strip(" []").split(",")]
+        parts = [part.strip() for part in given.strip(" []").split(",")]
         return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts if part]
 
     @field_validator("*")
     @classmethod
     def _sort(cls, value: Any) -> Any:
-        if isinstance(value, list) and all(isinstance(entry, int) for entry in value):
-            return sorted(set(value))
-        return value
+        return sorted(set(value)) if isinstance(value, list) else value
 
 
 def setup(model: type[Parameters]) -> None:

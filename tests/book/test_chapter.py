@@ -30,14 +30,12 @@ class All(book.Parameters):
     seeds: book.Seeds
     ranks: book.Ranks
     few: list[book.whole(1, 9)]  # type: ignore[valid-type]
-    tasks: list[str]
-    model: book.named("packaged")  # type: ignore[valid-type]
     results: book.Folder
 
 
 RIGHT: dict[str, Any] = {
     **{"profile": "quick", "seed": 0, "width": 16, "depth": 6, "seeds": 0, "ranks": [4, 1]},
-    **{"few": [], "tasks": [], "model": "", "results": ""},
+    **{"few": [], "results": ""},
 }
 
 
@@ -62,12 +60,6 @@ def test_lists_of_numbers_come_in_any_form(value: object) -> None:
     parameters = completed(ranks=value, few=value)
     assert parameters.ranks == parameters.few == [1, 4]
     assert completed(ranks=4).ranks == completed(ranks="4").ranks == [4]
-
-
-@pytest.mark.parametrize("value", ["rte,cola", "[rte, cola]", "['rte', 'cola']"])
-def test_lists_of_names_come_in_any_form_and_keep_their_order(value: object) -> None:
-    assert completed(tasks=value).tasks == ["rte", "cola"]
-    assert completed(tasks="").tasks == completed(tasks=[]).tasks == []
 
 
 @pytest.mark.parametrize(
@@ -95,7 +87,6 @@ def test_results_are_kept_where_they_are_wanted(
         *(("width", value) for value in (0, 513, "16", 0.5)),
         *(("ranks", value) for value in (-1, "3,-1", "0.5", "all", 17, [0, 17])),
         ("few", [2, 0]),
-        ("tasks", 1),
         ("seeds", 101),
     ],
 )
