@@ -86,10 +86,9 @@ def read(name: str) -> pd.DataFrame:
     numbers that are not the base's; ``seconds`` were spent on choosing factors, by ``effect`` also
     on derivatives, once for each seed and source.
 
-    ``"parts"`` has what tunings of all weights change: those of ``"plans"``, and ``movies-next``,
-    seed 0 of ``"sizes"``. A row has a ``value`` for a ``tuning``, a ``block`` (-1 for all), a
-    ``part``, ``"attention"``, ``"mlp"`` or a weight (empty for all), and a ``quantity``. By
-    ``stage``:
+    ``"parts"`` has what the tunings of all weights of ``"plans"`` change. A row has a ``value`` for
+    a ``tuning``, a ``block`` (-1 for all), a ``part``, ``"attention"``, ``"mlp"`` or a weight
+    (empty for all), and a ``quantity``. By ``stage``:
 
     - ``weights``: how many singular values of changes ``half`` and ``nine`` tenths of the squared
       norm need, how many are above a thousandth of the largest (``numerical``), and how many
@@ -100,12 +99,11 @@ def read(name: str) -> pd.DataFrame:
       [prop-floor-feed-forward]; ``far floor`` that of all blocks' change, both parts, for far
       tokens with directions as behind this block. ``free`` is the share of a change's squared norm
       that other weights of the same function would save.
-    - ``effect``, on held-out sentences, not of ``movies-next``: the ``error`` if only a part is as
-      tuned; ``none`` and ``few`` with the names of `Measured` for no module's change, and for the
-      smallest adapter found that loses at most ``√.1`` on other sentences, with so many directions
-      ``taken``. Of the squared effect, what is one shift, ``alike`` at all tokens. And how many
-      singular directions have, ``alone``, nine tenths of what a weight's adds, squared, to first
-      order.
+    - ``effect``, on held-out sentences: the ``error`` if only a part is as tuned; ``none`` and
+      ``few`` with the names of `Measured` for no module's change, and for the smallest adapter
+      found that loses at most ``√.1`` on other sentences, with so many directions ``taken``. Of the
+      squared effect, what is one shift, ``alike`` at all tokens. And how many singular directions
+      have, ``alone``, nine tenths of what a weight's adds, squared, to first order.
 
     Raises `InputError` for other names.
     """

@@ -1,7 +1,7 @@
 """Measure what tuning changed of the packaged language model, part by part.
 
-The tunings are those of all weights that `plans` and `tune` keep in the same folder. What is
-measured is kept as it ends; when all is there, it is recorded::
+The tunings are those of all weights that `plans` keeps in the same folder. What is measured is kept
+as it ends; when all is there, it is recorded::
 
     python -m records.parts FOLDER
 """
@@ -15,7 +15,6 @@ import math
 import operator
 from collections.abc import Iterable, Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -44,8 +43,6 @@ PACKED = (1, 2, 4, 8, 16)
 COMPUTED, FEW, SHORT = (1, 4, 16, 64), 4, 16
 # A part of the effect of which nine tenths, as squares, are there.
 LEFT = math.sqrt(0.1)
-# The tuning that `tune` keeps, as seed 0 of the task of this name.
-NEXT = "movies-next"
 # Block, weight or part, quantity, value; -1 and "" stand for all.
 Row = tuple[int, str, str, float]
 # Tokens are columns, those of a text side by side.
@@ -342,9 +339,7 @@ def measured(name: str, found: Measured) -> Iterator[Row]:
 def work(settings: list[Setting]) -> list[Found]:
     """Measure one stage of a tuning."""
     (setting,) = settings
-    following = setting.tuning == NEXT
-    folder = Path("tuned", f"{NEXT}-0-full") if following else plans.tuned(setting.tuning)
-    kind = "movies" if following else plans.TUNINGS[setting.tuning].kind
+    folder, kind = plans.tuned(setting.tuning), plans.TUNINGS[setting.tuning].kind
     pair = Pair.open(models.LANGUAGE, str(folder))
     if setting.stage == "weights":
         found = [*weights(pair)]
@@ -380,8 +375,7 @@ def unfold(runs: pd.DataFrame) -> pd.DataFrame:
 if __name__ == "__main__":
     begin()
     tunings = [name for name, about in plans.TUNINGS.items() if not about.rank]
-    asked = sweeps.grid(Setting, tuning=[*tunings, NEXT], stage=["weights", "floors"])
-    asked += sweeps.grid(Setting, tuning=tunings, stage=["whole", "effect"])
+    asked = sweeps.grid(Setting, tuning=tunings, stage=["weights", "floors", "whole", "effect"])
     # An identity: one tuning is enough to see it.
     asked.append(Setting(tuning="tweets", stage="products"))
     sweeps.run(asked, work, "parts.sqlite", size=1)
