@@ -55,6 +55,9 @@ texts := vaderSentiment
 ready := $(VENV)/.ready
 
 package := $(shell find lorapower records -type f ! -name "*.pyc")
+# What `lorapower example` makes is made once, for all chapters that ask for it.
+pair    := _build/pair/0
+paired  := $(notdir $(shell grep -l 'pairs\.example' chapters/*.ipynb))
 pages   := index.md references.bib _config.yml _toc.yml \
 	$(shell find _ext _static api chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
 
@@ -160,6 +163,14 @@ _build/chapters.mk: tools/dependencies.py tools/execute.py $(package) \
 $(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 	+@echo 'Executing $< (profile $(PROFILE))'
 	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE) --jobs $(JOBS)
+
+$(pair): lorapower/checkpoints/_example.py lorapower/checkpoints/_models.py $(ready)
+	+@echo 'Making the example that chapters share'
+	@rm -rf $(@D)
+	@$(bin)/python -c 'from records import pairs; pairs.example()'
+	@touch $@
+
+$(paired:%=$(out)/chapters/%) $(paired:%=$(small)/%): $(pair)
 
 # What the book has trained already is taken from there.
 $(small)/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)

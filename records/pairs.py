@@ -9,8 +9,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import filelock
+
 from records import language, models
 from records import texts as sources
+
+# Where examples are kept, in a folder that `make` removes when what makes them has changed.
+_MADE = Path(__file__).resolve().parent.parent / "_build" / "pair"
 
 
 def texts(kind: str, part: str) -> list[str]:
@@ -31,6 +36,28 @@ def encoder(folder: Path | str, *, samples: int = 640, epochs: int = 2, seed: in
     network = language.prepare(setting)
     language.train(network, setting)
     models.save(network, models.PACKAGED, folder)
+
+
+def example(seed: int = 0) -> Path:
+    """Find the folder of `lorapower example`, which all pages share; it is made once for a seed.
+
+    A page that writes beside what is there works in a folder of its own (`linked`).
+    """
+    folder = _MADE / str(seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Another page may be at it; the command leaves nothing that looks finished.
+    with filelock.FileLock(folder.with_name(f".{seed}.lock")):
+        if not folder.is_dir():
+            run_command("example", str(folder), "--seed", str(seed))
+    return folder
+
+
+def linked(folder: Path) -> Path:
+    """Make a temporary folder with links to all that is in another."""
+    new = Path(tempfile.mkdtemp())
+    for path in folder.iterdir():
+        (new / path.name).symlink_to(path)
+    return new
 
 
 def run_command(*words: str, folder: Path | str | None = None) -> tuple[str, float, float]:

