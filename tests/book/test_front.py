@@ -69,6 +69,19 @@ def test_front_page_leads_everywhere(book: Path) -> None:
     assert len(page.select("article figure img")) == 2
 
 
+def test_the_picture_of_the_readme_is_the_chapters(book: Path) -> None:
+    """But for what rounding moves by less than half a point."""
+    made = book.parent / "source" / "chapters" / "front.svg"
+    shown = ROOT / "docs" / "front.svg"
+    remedy = f"copy {made.relative_to(ROOT)} to {shown.relative_to(ROOT)}"
+    (now, new), (then, old) = (
+        (re.sub(number := r"-?\d+\.\d+(?:e-?\d+)?", "#", text), re.findall(number, text))
+        for text in (path.read_text(encoding="utf-8") for path in (made, shown))
+    )
+    assert now == then, remedy
+    assert [*map(float, new)] == pytest.approx([*map(float, old)], abs=0.5), remedy
+
+
 def test_answers_are_one_line_and_say_what_they_rest_on(book: Path) -> None:
     """With numbers of the run, all of which are shown."""
     page = soup(book, "chapters/answers")
