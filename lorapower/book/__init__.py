@@ -45,11 +45,11 @@ def whole(low: int, high: int | None = None) -> Any:
     return Annotated[int, Field(ge=low, le=high)]
 
 
-def _folder(given: str, info: ValidationInfo) -> Path | None:
-    """Choose where runs are kept: as given, or as the environment says."""
+def _file(given: str, info: ValidationInfo) -> Path | None:
+    """Choose the file of runs, in the folder given or in the environment's."""
     paper = "results" if info.data.get("profile") == "paper" else ""
     base = given or os.environ.get(RESULTS) or paper
-    return Path(base).expanduser() if base else None
+    return Path(base).expanduser() / "runs.sqlite" if base else None
 
 
 def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
@@ -69,9 +69,9 @@ def _long_enough(steps: int) -> int:
     return steps
 
 
-#: The folder in which sweeps keep their runs, the same for all chapters. An empty text means the
-#: folder in the environment's ``LORAPOWER_RESULTS``, or else ``results`` in paper, none in quick.
-Folder = Annotated[str, AfterValidator(_folder)]
+#: A folder in which all chapters keep the runs of their sweeps, in one file. An empty text means
+#: the environment's ``LORAPOWER_RESULTS``, or else ``results`` in profile paper, and none in quick.
+Runs = Annotated[str, AfterValidator(_file)]
 #: Width of a layer, from 1 to `WIDEST`.
 Width = whole(1, WIDEST)
 #: How many seeds; 0 stands for as many as the profile has.

@@ -54,7 +54,7 @@ def attention_floor(
     """
     n = directions(frozen, target, tokens)
     m, V, samples = target.dimension, target.basis(), n.shape[-1]
-    rank, inner = sum(value_ranks(frozen, ranks).values()), V.mT @ n
+    rank, inner = sum(frozen.value_ranks(ranks).values()), V.mT @ n
     if samples <= m + 1:
         raise InputError("tokens", allowed=f"more than {m + 1}", given=samples)
     if lowrank.rank(inner - inner.mean(-1, keepdim=True)) < m:
@@ -66,16 +66,6 @@ def attention_floor(
     left = (gap - fit.update.matrix() @ inner - fit.intercept[..., None]).square().mean(-2)
     slope = fit.update.matrix() @ V.mT
     return _AttentionFloor(left.mean(-1), left.std(-1) / samples**0.5, slope, fit.intercept)
-
-
-def value_ranks(network: Transformer, ranks: int | Sequence[int] | None) -> dict[str, int]:
-    """Read the rank of each ``W_V`` and ``W_O`` by name; a total goes to one of them."""
-    if not isinstance(ranks, Sequence):
-        total = network.width if ranks is None else _checks.integer("ranks", ranks, 0)
-        return {"W_O of block 1, head 1": total}
-    each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in network.weights])
-    kinds = zip(network.weight_names, network.kind_of_weight, each, strict=True)
-    return {name: rank for name, kind, rank in kinds if kind in ("W_V", "W_O")}
 
 
 class _FeedForwardFloor(NamedTuple):

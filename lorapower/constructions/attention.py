@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..adapters import Adapters
-from ..bounds.floors import attention_floor, value_ranks
+from ..bounds.floors import attention_floor
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.transformer import Transformer
@@ -34,7 +34,7 @@ def attention_only(
     than the tokens, and for weights and gains that hide directions. Source: [prop-floor-attention],
     [thm-attention-rank].
     """
-    best, given = attention_floor(frozen, target, tokens, ranks), value_ranks(frozen, ranks)
+    best, given = attention_floor(frozen, target, tokens, ranks), frozen.value_ranks(ranks)
     _checks.single(frozen=frozen, target=target)
     if frozen.sizes["value size"] < frozen.width:
         raise InputError(

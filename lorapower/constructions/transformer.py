@@ -14,9 +14,9 @@ from .. import _checks, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks.completion import shifts, times, vectors_of, widened
+from ..networks.completion import times, vectors_of
 from ..networks.gap import Gap
-from ..networks.segmentation import Segments, is_regular, missing_shift, segments
+from ..networks.segmentation import Segments, is_regular, segments
 from ..networks.transformer import Transformer
 from . import _heads
 from .linear import Adaptation, LinearAdaptation
@@ -197,7 +197,7 @@ def _plain_vectors(
 ) -> tuple[dict[str, Tensor], Float[Tensor, "*batch _"]]:
     """Find biases of a plain transformer, and the condition numbers of their systems."""
     # Where a system is singular its member fails, and its solution is not finite.
-    shift = missing_shift(target).nan_to_num(0, 0, 0)
+    shift = target.missing_shift.nan_to_num(0, 0, 0)
     shift = shift.expand(*adapted.batch_shape, *shift.shape[-2:])
     wanted = target.W_out @ target.b_2[..., -1, :, None]
     last = lowrank.solve(adapted.W_out, wanted)[..., 0].nan_to_num(0, 0, 0)
@@ -239,7 +239,7 @@ def _query_bias(
     throw: bool,
 ) -> tuple[Tensor, LinearAdaptation]:
     """Find ``b̂_Q``, and add by how much it misses the target's scores to the rounding errors."""
-    s = shifts(target)[0].unsqueeze(-2)
+    s = target.shifts[0].unsqueeze(-2)
     # What all keys are multiplied by, whatever the token.
     keys = gap.frozen.weights[3] @ adapted.W_K.mT
     wanted = times(gap.target.weights[3] @ target.W_K.mT, times(target.W_Q, s) + target.b_Q)
@@ -259,4 +259,4 @@ def _query_bias(
         )
     rounding = solution.rounding_error + missed
     completed = replace(solution, rounding_error=rounding, success=solution.success & ~bad)
-    return queries - times(adapted.W_Q, widened(s, adapted)), completed
+    return queries - times(adapted.W_Q, adapted.widen(s)), completed

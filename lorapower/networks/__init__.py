@@ -6,7 +6,7 @@ from .decoders import from_decoder, to_decoder
 from .gap import Gap
 from .layers import FNN, LinearNetwork, as_network, product
 from .partition import Partition, blocks
-from .segmentation import Segments, is_regular, missing_shift, segments
+from .segmentation import Segments, is_regular, segments
 from .transformer import Settings, Transformer
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "blocks",
     "from_decoder",
     "is_regular",
-    "missing_shift",
     "product",
     "segments",
     "to_decoder",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .segmentation import Segments, missing_shift, reading
+from .segmentation import Segments
 from .transformer import GAINS, SHIFTS, Transformer
 
 
@@ -17,7 +17,7 @@ def assemble(target: Transformer, products: Segments[Tensor]) -> Transformer:
     """
     if target.is_plain:
         return _assemble_plain(target, products)
-    first, second = (torch.linalg.pinv(B) for B in reading(target))
+    first, second = (torch.linalg.pinv(B) for B in target.readings)
     ignores_means = target.settings.final_norm and target.settings.norm == "layer"
     back = target.basis() if ignores_means else torch.eye(target.width).to(first)
     weights = {"W_1": products.inner @ second, "W_2": back @ products.outer}
@@ -36,15 +36,15 @@ def assemble(target: Transformer, products: Segments[Tensor]) -> Transformer:
     network = Transformer(weights, target.settings)
     vectors = vectors_of(network, target, paired)
     if paired:
-        s = shifts(target)[0].unsqueeze(-2)
-        keys = (target.W_K @ reading(target)[0]).mT
+        s = target.shifts[0].unsqueeze(-2)
+        keys = (target.W_K @ target.readings[0]).mT
         wanted = times(keys, times(target.W_Q, s) + target.b_Q)
         vectors["b_Q"] = wanted - times(network.W_Q, s)
     return network.replace(**vectors)
 
 
 def _assemble_plain(target: Transformer, products: Segments[Tensor]) -> Transformer:
-    shift, outputs = missing_shift(target), target.W_out.shape[-2]
+    shift, outputs = target.missing_shift, target.W_out.shape[-2]
     identity = torch.eye(target.width).to(shift)
     of_heads = identity.expand(products.query_key.shape)
     of_blocks = of_heads[..., 0, :, :]
@@ -79,18 +79,18 @@ def vectors_of(adapted: Transformer, target: Transformer, paired: bool) -> dict[
     """
     # Norms divide by the root of the width.
     ratio = (target.width / adapted.width) ** 0.5
-    s_1, s_2 = shifts(target)
+    s_1, s_2 = target.shifts
     vectors = {}
     for kind in target.bias_kinds:
         if kind in GAINS:
-            vectors[kind] = ratio * widened(target.parameters[kind], adapted)
+            vectors[kind] = ratio * adapted.widen(target.parameters[kind])
         elif kind in SHIFTS:
-            vectors[kind] = widened(target.parameters[kind], adapted)
+            vectors[kind] = adapted.widen(target.parameters[kind])
         elif kind in (("b_1", "b_3") if paired else ("b_1", "b_3", "b_Q", "b_K")):
             weight = kind.replace("b", "W")
             s = s_2 if kind in ("b_1", "b_3") else s_1.unsqueeze(-2)
             wanted = target.parameters[kind] + times(target.parameters[weight], s)
-            reached = times(adapted.parameters[weight], widened(s, adapted))
+            reached = times(adapted.parameters[weight], adapted.widen(s))
             vectors[kind] = wanted - reached
 
     def written(vector: Tensor) -> Tensor:
@@ -99,21 +99,10 @@ def vectors_of(adapted: Transformer, target: Transformer, paired: bool) -> dict[
     vectors["b_2"] = written(target.b_2)
     s = s_1.unsqueeze(-2)
     wanted = times(target.W_O, target.each_head(times(target.W_V, s), -2))
-    values = adapted.each_head(times(adapted.W_V, widened(s, adapted)), -2)
+    values = adapted.each_head(times(adapted.W_V, adapted.widen(s)), -2)
     missing = written(wanted) - times(adapted.W_O, values)
     vectors["b_O"] = written(target.b_O) + missing.sum(-2)
     return vectors
-
-
-def shifts(target: Transformer) -> tuple[Tensor, Tensor]:
-    """Get ``s_1`` and ``s_2``, which are 0 without norms."""
-    none = torch.zeros_like(target.b_O)
-    return target.parameters.get("s_1", none), target.parameters.get("s_2", none)
-
-
-def widened(vector: Tensor, adapted: Transformer) -> Tensor:
-    """Append zeros to a vector of a narrower target's tokens."""
-    return pad(vector, (0, adapted.width - vector.shape[-1]))
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) ->
     if frozen.is_plain:
         sides = [_cut_plain(network, batch) for network in (frozen, target)]
     else:
-        first, second = reading(target)
+        first, second = target.readings
         identity = torch.eye(frozen.width).to(first)
         # A narrower target's tokens are the first coordinates of the frozen network's.
         into = identity[:, : target.width]
@@ -137,14 +137,6 @@ def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) ->
     return Segments({name: Gap(part, sides[1][name]) for name, part in sides[0].items()})
 
 
-def reading(network: Transformer) -> tuple[Tensor, Tensor]:
-    """Make ``B = diag(g) V`` of both norms, ``[..., L, 1, D, m]`` and ``[..., L, D, m]``."""
-    V = network.basis()
-    if network.settings.norm is None:
-        return V, V
-    return network.g_1[..., None, :, None] * V, network.g_2[..., None] * V
-
-
 def is_regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch"]:
     """Say whether the weights that the theorem inverts are non-singular [ass-regular].
 
@@ -155,12 +147,6 @@ def is_regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch
     for conditions in _inverted(frozen, target).values():
         good = good & (conditions <= limit).all(-1)
     return good
-
-
-def missing_shift(network: Transformer) -> Float[Tensor, "*batch _ width"]:
-    """Find ``c`` with ``W_{2,l} c = b_{2,l}`` for all blocks but the last; ``[..., L − 1, D]``."""
-    W_2, b_2 = network.W_2[..., :-1, :, :], network.b_2[..., :-1, :, None]
-    return lowrank.solve(W_2, b_2)[..., 0]
 
 
 def _largest_condition(network: Transformer) -> float:

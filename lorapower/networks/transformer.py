@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from .. import _checks, randomness
+from .. import _checks, lowrank, randomness
 from ..errors import InputError
 from .base import Network
 
@@ -442,6 +442,35 @@ class Transformer(Network):
         shapes = [tuple(network.batch_shape) for network in (frozen, self)]
         _checks.common_shape("frozen and target", shapes)
 
+    def value_ranks(self, ranks: int | Sequence[int] | None) -> dict[str, int]:
+        """Read the rank of each ``W_V`` and ``W_O`` by name; a total goes to one of them."""
+        if not isinstance(ranks, Sequence):
+            total = self.width if ranks is None else _checks.integer("ranks", ranks, 0)
+            return {"W_O of block 1, head 1": total}
+        each = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in self.weights])
+        kinds = zip(self.weight_names, self.kind_of_weight, each, strict=True)
+        return {name: rank for name, kind, rank in kinds if kind in ("W_V", "W_O")}
+
+    @property
+    def readings(self) -> tuple[Tensor, Tensor]:
+        """``B = diag(g) V`` of both norms, ``[..., L, 1, D, m]`` and ``[..., L, D, m]``."""
+        V = self.basis()
+        if self.settings.norm is None:
+            return V, V
+        return self.g_1[..., None, :, None] * V, self.g_2[..., None] * V
+
+    @property
+    def shifts(self) -> tuple[Tensor, Tensor]:
+        """``s_1`` and ``s_2``, which are 0 without norms."""
+        none = torch.zeros_like(self.b_O)
+        return self.parameters.get("s_1", none), self.parameters.get("s_2", none)
+
+    @property
+    def missing_shift(self) -> Float[Tensor, "*batch _ width"]:
+        """``c`` with ``W_{2,l} c = b_{2,l}`` for all blocks but the last; ``[..., L − 1, D]``."""
+        W_2, b_2 = self.W_2[..., :-1, :, :], self.b_2[..., :-1, :, None]
+        return lowrank.solve(W_2, b_2)[..., 0]
+
     # Evaluation.
 
     def as_inputs(self, x: Any, name: str = "x") -> Tokens:
@@ -575,6 +604,10 @@ class Transformer(Network):
         mean = z.mean(-2, keepdim=True)
         rows = mean if self.settings.norm == "layer" else torch.zeros_like(mean)
         return torch.cat([z, rows.expand(*z.shape[:-2], more, z.shape[-1])], -2)
+
+    def widen(self, vector: Float[Tensor, "*batch narrower"]) -> Float[Tensor, "*batch width"]:
+        """Append zeros to a vector of narrower tokens."""
+        return functional.pad(vector, (0, self.width - vector.shape[-1]))
 
     def basis(self) -> Float[Tensor, "width m"]:
         """Make an orthonormal basis of the space of normalized tokens, of dimension ``m``."""

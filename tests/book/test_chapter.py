@@ -21,6 +21,8 @@ from lorapower import InputError, book
 from lorapower.book import RESULTS
 from lorapower.book._executed import read_quotes
 
+FILE = "runs.sqlite"
+
 
 class All(book.Parameters):
     """Every type of parameter that there is."""
@@ -30,7 +32,7 @@ class All(book.Parameters):
     seeds: book.Seeds
     ranks: book.Ranks
     few: list[book.whole(1, 9)]  # type: ignore[valid-type]
-    results: book.Folder
+    results: book.Runs
 
 
 RIGHT: dict[str, Any] = {
@@ -66,10 +68,10 @@ def test_lists_of_numbers_come_in_any_form(value: object) -> None:
     ("profile", "results", "kept", "folder"),
     [
         ("quick", "", "", None),
-        ("paper", "", "", Path("results")),
-        ("quick", "~/runs", "", Path.home() / "runs"),
-        ("paper", "", "elsewhere", Path("elsewhere")),
-        ("quick", "runs/mine", "elsewhere", Path("runs", "mine")),
+        ("paper", "", "", Path("results", FILE)),
+        ("quick", "~/runs", "", Path.home() / "runs" / FILE),
+        ("paper", "", "elsewhere", Path("elsewhere", FILE)),
+        ("quick", "runs/mine", "elsewhere", Path("runs", "mine", FILE)),
     ],
 )
 def test_results_are_kept_where_they_are_wanted(
@@ -103,7 +105,7 @@ def test_wrong_parameters_are_named(name: str, value: object) -> None:
 class Small(book.Parameters):
     width: book.Width
     ranks: book.Ranks
-    results: book.Folder
+    results: book.Runs
 
 
 @pytest.fixture
@@ -135,7 +137,7 @@ def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -
     notebook["results"] = "runs"
     for _ in range(2):
         book.setup(Small)
-        assert notebook["results"] == Path("runs")
+        assert notebook["results"] == Path("runs", FILE)
     notebook["width"] = 2
     book.setup(Small)
     assert notebook["ranks"] == [0, 1, 2]
@@ -145,7 +147,7 @@ def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -
     notebook |= {"width": 3, "ranks": [], "results": "", "profile": "paper"}
     book.setup(Small)
     assert notebook["ranks"] == [0, 1, 2, 3]
-    assert notebook["results"] == Path("results")
+    assert notebook["results"] == Path("results", FILE)
 
 
 def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str, Any]) -> None:

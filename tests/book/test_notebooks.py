@@ -164,7 +164,8 @@ def test_the_model_has_the_parameters_of_the_cell(chapter: Path, head: Head) -> 
     completed = dict(model(**given))
     if "results" in completed:
         assert completed["results"] is None
-        assert dict(model(**given | {"results": "runs"}))["results"] == Path("runs")
+        chosen = dict(model(**given | {"results": "runs"}))
+        assert chosen["results"] == Path("runs", "runs.sqlite")
 
 
 def test_a_chapter_refuses_bad_values_in_its_first_line(head: Head) -> None:
