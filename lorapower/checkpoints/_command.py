@@ -124,7 +124,6 @@ class _PlanOptions(_Options):
     max_rank: int | None = _flag(
         "Highest rank of a module; 64. For serving the one rank, at most 64; 8."
     )
-    bucket: int | None = _flag("Ranks are multiples of this; 1. Not for serving.")
     form: Literal["peft", "serving"] = _flag(
         "serving: factors alone, all of one rank, which peft, vLLM, SGLang and llama.cpp read "
         "alike; biases, norms, embeddings and heads stay the base's, and the error says what that "
@@ -368,9 +367,7 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
         rows.append(("Verdict", f"{'' if plan.reached else 'NOT '}CERTIFIED ({texts})"))
     if not plan.reached:
         rows.append(("", _remedy(plan)))
-    worst = math.ceil(0.05 * measured.texts)
-    held = f"{worst} of {measured.texts} texts hold {plan.largest_share:.0%} of the squared loss"
-    rows += _measured(measured, held if plan.largest_share > 0 else "", limits=plan.aim is None)
+    rows += _measured(measured, limits=plan.aim is None)
     size = f"{megabytes(plan.size)}: {plan.adapter.parameters:,} numbers in factors, "
     size += f"{plan.carried:,} in all"
     rows.append(("Size", size if plan.reached and out is not None else f"about {size}"))
@@ -422,10 +419,9 @@ def _certificate(limit: float) -> tuple[str, str]:
     return "Certified", f"at least 90% of texts like these {lost} (95%, any distribution)"
 
 
-def _measured(measured: Measured, held: str = "", *, limits: bool = True) -> list[tuple[str, str]]:
+def _measured(measured: Measured, *, limits: bool = True) -> list[tuple[str, str]]:
     """What an adapter loses, for people; with limits where texts had no part in choosing it."""
-    estimate = f"{percent(measured.error)} lost over all {measured.texts} texts"
-    rows = [("Estimate", f"{estimate}; {held}" if held else estimate)]
+    rows = [("Estimate", f"{percent(measured.error)} lost over all {measured.texts} texts")]
     if math.isfinite(measured.agreement):
         equal = round(measured.agreement * measured.decisions)
         decisions = f"{equal:,} of {measured.decisions:,} as the tuned model"

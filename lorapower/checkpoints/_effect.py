@@ -35,31 +35,28 @@ class Pool:
     """Directions of modules to choose from, side by side in the order of the modules.
 
     A direction is a column of the factors of the module's change. ``bundles`` numbers those that
-    are taken together: ``bucket`` of a module or, for ``serving``, of all that are `Module.fused`,
-    where ranks below ``bucket`` cost as much.
+    are taken together: each alone or, where factors are ``served`` at one rank, which each module
+    pays for, all of the modules that are `Module.fused`.
     """
 
     def __init__(
         self,
         directions: Mapping[str, Directions],
         modules: Mapping[str, Module],
-        bucket: int,
-        *,
-        serving: bool = False,
+        served: int | None = None,
     ) -> None:
         self.directions, self.modules = directions, modules
         costs: list[int] = []
         bundles: list[int] = []
-        numbers: dict[tuple[str, int], int] = {}
+        numbers: dict[tuple[str, int] | str, int] = {}
         self.places: dict[str, slice] = {}
         for name, found in directions.items():
             module, number = modules[name], len(found.values)
             self.places[name] = slice(len(costs), len(costs) + number)
             costs += [module.cost] * number
-            if serving and number:
-                costs[-1] += module.cost * (bucket - number)
-            together = module.fused if serving else name
-            keys = ((together, i // bucket) for i in range(number))
+            if served and number:
+                costs[-1] += module.cost * (served - number)
+            keys = (module.fused if served else (name, i) for i in range(number))
             bundles += [numbers.setdefault(key, len(numbers)) for key in keys]
         self.costs = torch.tensor(costs, dtype=torch.float64)
         self.bundles = torch.tensor(bundles, dtype=torch.int64)

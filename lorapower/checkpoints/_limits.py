@@ -25,12 +25,6 @@ def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
     return float(math.sqrt(lost / whole))
 
 
-def largest_share(squares: NDArray[np.float64]) -> float:
-    """The share of a sum that the largest twentieth of its terms holds; NaN if the sum is 0."""
-    largest = np.sort(squares)[-math.ceil(0.05 * len(squares)) :]
-    return float(largest.sum() / squares.sum()) if squares.sum() else math.nan
-
-
 def quantile(losses: NDArray[np.float64]) -> float:
     """The least loss that nine of ten texts do not exceed."""
     return float(np.quantile(losses, SHARE, method="inverted_cdf"))

@@ -67,9 +67,8 @@ class Planner:
     thorough : bool
         Whether there is no budget by default, and twice as many random outputs are
         differentiated.
-    max_rank, bucket : int
-        Ranks are at most ``max_rank``, and multiples of ``bucket`` or the highest that a module can
-        have.
+    max_rank : int
+        The highest rank of a module.
     serving : bool
         Whether all factors of `candidate` have the rank ``max_rank``, where need be by zeros, and
         modules that servers compute as one (`Module.fused`) get them together.
@@ -97,7 +96,6 @@ class Planner:
         budget: int | None = None,
         thorough: bool = False,
         max_rank: int = 64,
-        bucket: int = 1,
         serving: bool = False,
         seed: int = 0,
         device: str = "cpu",
@@ -105,7 +103,6 @@ class Planner:
     ) -> None:
         """Pass texts through both networks."""
         _require_leave(pair, leave)
-        bucket = max_rank if serving else bucket
         self.options = {
             "modules": modules,
             "leave": sorted(leave),
@@ -113,12 +110,10 @@ class Planner:
             "budget": budget,
             "thorough": thorough,
             "max_rank": max_rank,
-            "bucket": bucket,
             "serving": serving,
             "seed": seed,
         }
         self.serving, self.max_rank = serving, _checks.integer("max_rank", max_rank, 1)
-        self.bucket = _checks.integer("bucket", bucket, 1, self.max_rank, limit="max_rank")
         self.device = require_device(device)
         self.seed, self.report = seed, report or (lambda *_: None)
         pair = replace(pair, leave=frozenset(leave))
@@ -323,7 +318,7 @@ class Planner:
 
     @functools.cached_property
     def _pool(self) -> Pool:
-        return Pool(self.weighted, self.modules, self.bucket, serving=self.serving)
+        return Pool(self.weighted, self.modules, self.max_rank if self.serving else None)
 
     @functools.cached_property
     def _sketches(self) -> tuple[Tensor, Tensor]:

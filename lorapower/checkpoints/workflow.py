@@ -95,11 +95,6 @@ class Plan:
         losses = self.planner.test.losses(self.squares)
         return _limits.texts_for(losses, math.inf if self.aim is None else self.aim)
 
-    @property
-    def largest_share(self) -> float:
-        """The part of the squared error in the worst twentieth of the texts."""
-        return _limits.largest_share(self.squares)
-
     def __repr__(self) -> str:
         return (
             f"Plan(error {self.measured.error:.3g}, certified {self.certified:.3g}; "
@@ -144,7 +139,6 @@ class Plan:
                 "ties_embeddings": tied and "embedding" in kinds,
                 **lost,
                 "certified": self.certified,
-                "largest_share": self.largest_share,
                 "asked_error": self.aim,
                 "estimate": self.estimate,
                 "stated": self.stated,
@@ -449,10 +443,9 @@ def _prepare(
     if serving:
         rank = options.setdefault("max_rank", _SERVED)
         _checks.integer("max_rank", rank, 1, _MOST_SERVED, limit="for serving")
-        for name in ("bucket", "leave"):
-            if name in options:
-                allowed = "left out for serving, where all factors have one rank and all else stays"
-                raise InputError(name, allowed=allowed, value=options[name])
+        if "leave" in options:
+            allowed = "left out for serving, where all but factors stays the base's"
+            raise InputError("leave", allowed=allowed, value=options["leave"])
         options |= {"serving": True, "leave": KINDS}
     return Planner(Pair.open(base, tuned, any_base=any_base), texts, **options)
 

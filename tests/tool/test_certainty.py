@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from lorapower.checkpoints import LEAST_TEXTS, Measured, mean_limit, quantile_limit, workflow
-from lorapower.checkpoints._limits import judge, largest_share, ratio, texts_for
+from lorapower.checkpoints._limits import judge, ratio, texts_for
 from lorapower.checkpoints._measuring import Compared
 
 
@@ -70,12 +70,6 @@ def test_bets_are_those_of_a_gambler() -> None:
 def test_errors_of_nothing() -> None:
     assert ratio(np.zeros(2), np.zeros(2)) == 0
     assert ratio(np.ones(2), np.zeros(2)) == math.inf
-
-
-def test_share_of_the_worst_texts() -> None:
-    assert largest_share(np.arange(101.0)) == sum(range(95, 101)) / sum(range(101))
-    assert largest_share(np.ones(60)) == 3 / 60
-    assert math.isnan(largest_share(np.zeros(60)))
 
 
 @pytest.mark.parametrize(("texts", "place"), [(60, 59), (120, 114), (180, 169), (300, 279)])

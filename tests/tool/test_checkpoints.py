@@ -300,7 +300,7 @@ def test_estimates_certify_nothing(places: tuple[str, str], tmp_path: Path) -> N
 
 
 def test_adapters_descend(places: tuple[str, str]) -> None:
-    served: dict[str, Any] = {"max_rank": 16, "bucket": 8}
+    served: dict[str, Any] = {"max_rank": 16, "serving": True, "leave": pair.KINDS}
     for options in ({}, served):
         planner = Planner(Pair.open(*places), TEXTS, **options)
         sizes = [adapter.parameters for adapter in planner.descend(0.05)]
@@ -316,7 +316,6 @@ def test_one_rank_everywhere_is_no_rank_0(places: tuple[str, str]) -> None:
     assert report["uniform_parameters"] == least
     error = plan.planner.measure(plan.planner.uniform(least)).error
     assert report["uniform_error"] == pytest.approx(error, rel=1e-4)
-    assert 0.05 <= report["largest_share"] <= 1
 
 
 @pytest.mark.parametrize("estimate", [False, True])
@@ -347,7 +346,6 @@ def test_equal_checkpoints_need_nothing(architecture: str, tmp_path: Path) -> No
         ({"error": 0.1, "rank": 2}, "error, parameters and rank"),
         *[({name: value}, name) for name in ("parameters", "rank") for value in (-1, 1.5)],
         ({"max_rank": 0}, "max_rank"),
-        ({"bucket": 9, "max_rank": 8}, "bucket"),
         ({"tokens": 3}, "tokens"),
         ({"held_out": TEXTS[:70]}, "held_out"),
         *[({"modules": value}, "modules") for value in ("nothing of this name", "(")],

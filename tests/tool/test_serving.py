@@ -220,7 +220,6 @@ def test_groups_are_chosen_whole(llama: tuple[str, str]) -> None:
     [
         ({"max_rank": 0}, r"max_rank must be an integer from 1 to 64 \(for serving\); got 0"),
         ({"max_rank": 128}, r"max_rank must be an integer from 1 to 64 \(for serving\); got 128"),
-        ({"bucket": 8}, "bucket must be left out for serving, where all factors have one rank"),
         ({"leave": ["norm"]}, "leave must be left out for serving"),
     ],
 )
