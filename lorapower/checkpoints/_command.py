@@ -18,14 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from ..errors import InputError
 from . import _example, workflow
@@ -293,9 +286,7 @@ def _tuned(tuned: str | None, weighted: Sequence[str] | None) -> str | dict[str,
 @contextmanager
 def _stages() -> Iterator[Report]:
     """Show stages of work on the stream for errors: bars on a terminal, elsewhere plain lines."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    times = TimeElapsedColumn(), TimeRemainingColumn()
-    bars = Progress(*columns, *times, console=errors, transient=True)
+    bars = Progress(console=errors, transient=True)
     said = 0.0
 
     def show(stage: str, done: int, total: int) -> None:

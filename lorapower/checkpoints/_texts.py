@@ -36,9 +36,9 @@ _BATCH = 32
 TOKENS = 128
 # What JSON may escape, but UTF-8 does not have.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-# About how many numbers a network may keep for one batch: half a gigabyte. Small batches take up to
-# three times as long, as all weights are read for each.
-_LOAD = 2**27
+#: About how many numbers a network may keep for one batch: half a gigabyte. Small batches take up
+#: to three times as long, as all weights are read for each.
+LOAD = 2**27
 
 
 class Batch(NamedTuple):
@@ -286,7 +286,7 @@ def _batches(
     ordered = sorted(texts, key=lambda text: len(text.ids))
     config, padding = pair.tuned.config, pair.tokenizer.pad_token_id
     # About 16 numbers of each unit are kept of a token while a network is differentiated.
-    most = _LOAD // (16 * config.hidden_size * config.num_hidden_layers)
+    most = LOAD // (16 * config.hidden_size * config.num_hidden_layers)
     while ordered:
         size = 1
         while size < min(_BATCH, len(ordered)) and (size + 1) * len(ordered[size].ids) <= most:

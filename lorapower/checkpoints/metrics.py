@@ -20,8 +20,8 @@ from .pair import Module
 RIDGE = 0.1
 #: Moments are taken over about so many tokens.
 TOKENS = 2048
-# They are taken for as many modules at a time as so many numbers of inputs and outputs allow.
-_KEPT = 2**28
+#: They are taken for as many modules at a time as so many numbers of inputs and outputs allow.
+KEPT = 2**28
 
 
 class Moments(NamedTuple):
@@ -51,11 +51,7 @@ class Moments(NamedTuple):
 
 
 def size(modules: Iterable[Module], batches: Sequence[Batch]) -> int:
-    """Count the numbers that `moments` keeps at a time."""
-    return min(_all(modules, batches), _KEPT)
-
-
-def _all(modules: Iterable[Module], batches: Sequence[Batch]) -> int:
+    """Count the numbers of inputs and outputs of modules that are in `moments`."""
     return sum(module.cost for module in modules) * min(count_tokens(batches), TOKENS)
 
 
@@ -75,7 +71,7 @@ def moments(
     """
     if not (waiting := [*modules]):
         return
-    parts = max(1, math.ceil(_all(waiting, batches) / _KEPT))
+    parts = max(1, math.ceil(size(waiting, batches) / KEPT))
     step = max(1, round(count_tokens(batches) / TOKENS))
     batches = batches[step // 2 :: step]
     for part in range(parts):

@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import MergedCheckpoint, open_tuned
-from ._models import (
-    Checkpoint,
-    listed,
-    quiet,
-    require_libraries,
-    require_memory,
-    tokenizer,
-)
+from ._models import Checkpoint, listed, quiet, require_libraries, require_memory, tokenizer
 
 Task = Literal["classification", "language", "encoder"]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.

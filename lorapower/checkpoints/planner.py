@@ -22,7 +22,7 @@ from ._effect import PROBES, Pool, choose, predict, predict_least, sketch
 from ._limits import quantile, ratio
 from ._measuring import Compared, Measured, Readout, Reference
 from ._models import listed, require_device, require_memory
-from ._texts import TOKENS, count_tokens, prepare
+from ._texts import LOAD, TOKENS, count_tokens, prepare
 from .metrics import Directions, Moments
 from .pair import KINDS, Adapter, Module, Pair
 
@@ -126,7 +126,8 @@ class Planner:
         self.texts = prepare(pair, texts, held_out, tokens=tokens, budget=most, seed=seed)
         self.probes = _THOROUGH if thorough else PROBES
         linear = [module for name, module in self.modules.items() if name not in pair.words]
-        said = require_memory(pair.memory + 4 * metrics.size(linear, self.texts.fit))
+        kept = LOAD + min(metrics.size(linear, self.texts.fit), metrics.KEPT)
+        said = require_memory(pair.memory + 4 * kept)
         self.network = pair.network().to(self.device)
         self.readout = Readout(self.network, pair.task)
         parts = self.texts[:3]

@@ -609,7 +609,7 @@ def test_memory_is_asked_for_before_any_work(
     planner = Planner(Pair.open(*places), TEXTS, report=lambda stage, *_: said.append(stage))
     numbers = sum(value.numel() for value in planner.network.parameters())
     assert planner.pair.memory == pytest.approx(0.4e9 + 4 * numbers)
-    assert re.fullmatch(r"passing texts \(about 0\.4 GB of memory, .* GB free\)", said[0])
+    assert re.fullmatch(r"passing texts \(about 0\.9 GB of memory, .* GB free\)", said[0])
     monkeypatch.setattr(pair, "build", lambda *_: pytest.fail("a network is built"))
     monkeypatch.setattr(_models, "free_memory", lambda: 1e8)
     monkeypatch.setattr(pair, "_LIBRARIES", 2e9)

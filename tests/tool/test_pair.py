@@ -411,7 +411,7 @@ class TestTexts:
     def test_large_networks_get_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
         config = self.config
         units = config.hidden_size * config.num_hidden_layers
-        monkeypatch.setattr(_texts, "_LOAD", 25 * 16 * units)
+        monkeypatch.setattr(_texts, "LOAD", 25 * 16 * units)
         for batch in self.prepared(files.texts(160)).fit:
             assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
 
