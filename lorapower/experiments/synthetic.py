@@ -21,8 +21,8 @@ from ..networks.partition import Partition
 from ..networks.transformer import Transformer
 from ..regions import Ball
 from ..regression import variance as variance_of
-from ..training.fused import polish, train_fused
-from ..training.tuning import Data, Fixed, Fresh, Loss, Schedule, Start, Tuning
+from ..training.fused import linearized, polish, train_fused
+from ..training.tuning import Data, Fixed, Fresh, Loss, Schedule, Tuning
 from . import study
 from .study import Course, Final, Gradient, Lora, Rank
 
@@ -188,10 +188,8 @@ class Recipe(Gradient):
     ranks: Rank = 0
     schedule: Schedule = "constant"
     loss: Loss = "squared"
-    ratio: float = Field(1.0, gt=0)
-    centred: bool = False
     final: int = Field(0, ge=0)
-    start: Start | Literal["construction", "fitted"] = "study"
+    start: Literal["study", "linearized", "construction", "fitted"] = "study"
     perturbation: float = Field(0.0, ge=0)
 
 
@@ -313,14 +311,16 @@ class _Bench:
         """Settings of a method by gradients, with its start."""
         if not isinstance(method, Recipe):
             return Gradient.tuning(method)
-        start: Any = method.start
-        blocks = self.problem.target_depth if start == "linearized" else 1
-        if start in ("construction", "fitted"):
-            source: Any = Construction if start == "construction" else Fitted
+        start: Adapters | None = None
+        if method.start == "linearized":
+            blocks = Partition.uniform(self.problem.depth, self.problem.target_depth)
+            start = linearized(self.frozen, self.data, blocks)
+        elif method.start != "study":
+            source: Any = Construction if method.start == "construction" else Fitted
             adapters, _ = self.adapt(source(ranks=method.ranks))
             start = _perturb(adapters.balanced(), method.perturbation, self.problem.seed)
         options = method.model_dump(exclude={"kind", "start", "perturbation"})
-        return Tuning(**options, start=start, blocks=blocks)
+        return Tuning(**options, start=start)
 
     def adapt(self, method: Any) -> tuple[Adapters, dict[str, float]]:
         """Adapters of another method, and fields of `Errors` that it knows."""

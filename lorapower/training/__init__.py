@@ -2,7 +2,7 @@
 
 from .descent import descend, minimize, newton, settle
 from .engine import begin, train
-from .fused import polish, train_fused
+from .fused import linearized, polish, train_fused
 from .tuning import Data, Fixed, Fresh, Training, Tuning
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Tuning",
     "begin",
     "descend",
+    "linearized",
     "minimize",
     "newton",
     "polish",

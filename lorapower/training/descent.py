@@ -21,7 +21,7 @@ from ..networks.base import Network
 from ..networks.gap import Gap
 from ..networks.layers import LinearNetwork, product
 from ._free import Free, Pair, Parts, labelled
-from ._state import require_relu_end
+from ._task import require_relu_end
 from .tuning import Loss
 
 # `minimize` starts from so many random factors and takes at most so many iterations.

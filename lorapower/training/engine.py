@@ -1,30 +1,27 @@
-"""Gradient training of many adapters at once."""
+"""Gradient training of many adapters at once, by batched torch on the frozen network's device."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from threading import Lock
-from typing import Any
+from collections.abc import Callable, Sequence
+from math import cos, pi
+from operator import gt
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, randomness
 from ..adapters import Adapters, N, Tuned
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
-from . import _reference, _steps
-from ._starts import put_starts
-from ._state import Batch, Stack, State, require_relu_end
+from ._task import Task
 from .tuning import Data, Training, Tuning
 
-# The first call of compiled code compiles it, which must not happen in several threads at once.
-_FIRST = Lock()
+# Standard deviation of B's entries at the start, where A is 0.
+FACTOR_SCALE = 0.25
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
 
 @torch.no_grad()
@@ -42,14 +39,11 @@ def train(
 ) -> Training[N]:
     """Tune adapters, final layers or whole networks by Adam, all runs at once, in single precision.
 
-    Each of ``tunings`` runs on each frozen network, and its result does not depend on the other
-    runs. All see the same inputs, and runs of one network share their first factors, of which a run
-    of rank ``R`` has the first ``R`` columns. ``seed`` draws the first factors: one seed for the
-    whole batch, or one for each member. The validation loss is taken every ``every`` steps. Results
-    lie on the frozen network's device.
-
-    Training runs on all processors and gives the same wherever it is repeated. Chains of layers and
-    plain transformers have gradients of their own in compiled code; other transformers are slower.
+    Each of ``tunings`` runs on each frozen network; but for rounding, its result does not depend on
+    the other runs. All see the same inputs, and runs of one network share their first factors, of
+    which a run of rank ``R`` has the first ``R`` columns. ``seed`` draws the first factors: one
+    seed for the whole batch, or one for each member. The validation loss is taken every ``every``
+    steps. All is computed on the frozen network's device.
 
     Raises `InputError` where there are no tunings, for ranks or layers out of range, for data that
     does not fit the network or the loss, and for a loss or start that the network does not have.
@@ -66,9 +60,9 @@ def train(
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")
-    stack, state = _prepare(frozen, tunings, data, classes, seed, steps, every, until)
-    _run(stack, state)
-    return _results(stack, state)
+    until = _checks.tolerance("until", until)
+    runs = _Runs(frozen, tunings, data, classes, seed)
+    return runs.results(runs.descend(steps, every, until))
 
 
 @torch.no_grad()
@@ -86,99 +80,297 @@ def begin(
     They have batch shape ``[tunings, *batch]`` and single precision; ``[0]``, of the first tuning,
     is a start for `newton` and `descend`. Raises what `train` raises.
     """
-    return _results(*_prepare(frozen, tunings, data, classes, seed)).adapters
+    runs = _Runs(frozen, tunings, data, classes, seed)
+    return runs.tuned(runs.values)[1]
 
 
-def _prepare(
-    frozen: Network,
-    tunings: Sequence[Tuning],
-    data: Data,
-    classes: Sequence[int],
-    seed: int | Sequence[int],
-    steps: int = 1,
-    every: int = 1,
-    until: float = 0.0,
-) -> tuple[Stack, State]:
-    """Make all runs at their starts."""
-    _checks.kind(Network, frozen=frozen)
-    until = _checks.tolerance("until", until)
-    if isinstance(tunings, Tuning) or not tunings:
-        allowed = "a list of Tuning, such as [Tuning(ranks=4)]"
-        raise InputError("tunings", allowed=allowed, value=tunings)
-    one_sided = any(tuning.loss == "one-sided" for tuning in tunings)
-    if one_sided:
-        require_relu_end(frozen, classes)
-    stack = Stack(frozen, data, classes, one_sided)
-    seeds = seed if isinstance(seed, Sequence) else [seed] * stack.members
-    if len(seeds) != stack.members:
-        allowed = f"one, or one for each of {stack.members} networks"
-        raise InputError("seed", allowed=allowed, given=len(seeds))
-    state = stack.state(tunings, [*map(_checks.seed, seeds)], steps, every, until)
-    put_starts(stack, state, tunings)
-    return stack, state
+class _Parts(NamedTuple):
+    """The numbers that training moves, or what belongs to each of them, in one buffer ``flat``.
+
+    ``W = base + A B`` with ``A`` ``[weights, runs, D, D]``, zeros past a run's rank, and ``B``
+    alike; ``b`` are biases ``[biases, runs, D]``. Smaller weights are padded with zeros to the
+    largest size ``D``. Where a weight is tuned in full, its base is 0 and ``B`` the identity.
+    """
+
+    flat: Tensor
+    A: Float[Tensor, "M runs D D"]
+    B: Float[Tensor, "M runs D D"]
+    b: Float[Tensor, "P runs D"]
+
+    @classmethod
+    def zeros(cls, like: Tensor, biases: int) -> _Parts:
+        """Make them for weights ``[M, runs, D, D]`` and so many biases."""
+        count, size = like.numel(), biases * like[0, ..., 0].numel()
+        flat = like.new_zeros(2 * count + size)
+        A, B, b = flat.split([count, count, size])
+        return cls(flat, A.view_as(like), B.view_as(like), b.view(biases, *like.shape[1:3]))
 
 
-def _run(stack: Stack, state: State) -> None:
-    """Take all steps, on all processors by a kernel or, where there is none, by torch."""
-    # Only some systems say which processors this process may use.
-    has_affinity = hasattr(os, "sched_getaffinity")
-    threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    runs = np.arange(len(state.frozen.network))
-    # More parts than threads: runs differ in cost.
-    parts = np.array_split(runs, min(4 * threads, len(runs)))
-    structure, network = state.structure, stack.network.to(device="cpu")
-    validation = Batch.of(*stack.validation, structure)
-    with ThreadPoolExecutor(threads, initializer=_checks.flush) as pool:
-        for start, x, y in stack.blocks(structure.steps):
-            if stack.has_kernel:
-                batches = Batch.of(x, y, structure)
-                advance = partial(_steps.advance, state, batches, validation, start)
-                if start == 0:
-                    with _FIRST:
-                        advance(runs[:0])
-                list(pool.map(advance, parts))
-            else:
-                _reference.advance(network, state, (x, y), stack.validation, start)
-            if state.course.stopped.all():
-                break
+class _Course(NamedTuple):
+    """What is recorded of each run."""
+
+    steps: Tensor
+    training: Float[Tensor, "runs points"]
+    validation: Float[Tensor, "runs points"]
+    best_loss: Float[Tensor, " runs"]
+    best_step: Tensor
+    best: _Parts
+    diverged: Bool[Tensor, " runs"]
 
 
-def _results(stack: Stack, state: State) -> Training[Any]:
-    """Return the runs' parameters and networks at the least validation loss of each."""
-    network = stack.network
+class _Runs:
+    """All runs, tuning by tuning and for each the members of the frozen batch."""
 
-    def shape(values: Any) -> Tensor:
-        values = torch.as_tensor(values, device=network.device)
-        return values.reshape(-1, *network.batch_shape, *values.shape[1:])
+    def __init__(
+        self,
+        frozen: Network,
+        tunings: Sequence[Tuning],
+        data: Data,
+        classes: Sequence[int],
+        seed: int | Sequence[int],
+    ) -> None:
+        _checks.kind(Network, frozen=frozen)
+        if isinstance(tunings, Tuning) or not tunings:
+            allowed = "a list of Tuning, such as [Tuning(ranks=4)]"
+            raise InputError("tunings", allowed=allowed, value=tunings)
+        members = frozen.batch_shape.numel()
+        if not members:
+            given = f"batch shape {tuple(frozen.batch_shape)}"
+            raise InputError("frozen", allowed="at least one network", given=given)
+        # The network's own checks refuse numbers too large for single precision.
+        self.network: Any = frozen.to(torch.float32)
+        self.tunings, self.members = tunings, members
+        self.shapes = [tuple(weight.shape[-2:]) for weight in frozen.weights]
+        one_sided = self._per_run(lambda tuning: tuning.loss == "one-sided")
+        self.task = Task(self.network, data, classes, one_sided)
+        seeds = seed if isinstance(seed, Sequence) else [seed] * members
+        if len(seeds) != members:
+            allowed = f"one, or one for each of {members} networks"
+            raise InputError("seed", allowed=allowed, given=len(seeds))
+        # [runs, weights] and [runs, biases].
+        self.ranks = self._per_run(self._ranks)
+        self.moves = self._per_run(self._moves).bool()
+        self._start([*map(_checks.seed, seeds)])
 
-    frozen, course = state.frozen, state.course
-    A, B, b = map(shape, state.best)
-    full = shape(frozen.ranks < 0)
-    updates, weights = [], []
-    for m, (outer, inner) in enumerate(stack.shapes):
-        rows = slice(0, min(outer, inner))
-        adapted = ~full[..., m, None, None]
-        # Rows past a run's rank hold zeros in A.
-        left, right = A[..., m, rows, :outer] * adapted, B[..., m, rows, :inner] * adapted
-        updates.append(LowRank(left.mT, right.mT))
-        sums = network.weights[m] + updates[m].matrix()
-        weights.append(torch.where(adapted, sums, A[..., m, :outer, :inner]))
-    biases = [b[..., l, : old.shape[-1]] for l, old in enumerate(stack.biases)]
-    if frozen.centre.any():
-        centres = shape(frozen.centre).double().unbind(-2)
-        for l, (W, centre) in enumerate(zip(weights, centres, strict=True)):
-            moved = W.double() @ centre[..., : W.shape[-1], None]
-            biases[l] = biases[l] - moved.squeeze(-1).to(b)
-    changes = tuple(new - old for new, old in zip(biases, stack.biases, strict=True))
-    tuned = Tuned(shape(frozen.ranks.clip(0)), shape(frozen.biases)[..., : len(biases)])
-    best = shape(course.best_loss)
-    return Training(
-        network.with_parameters(weights, biases),
-        Adapters.trimmed(updates, changes, tuned),
-        steps=torch.arange(course.training.shape[1], device=best.device) * state.structure.every,
-        training_loss=shape(course.training),
-        validation_loss=shape(course.validation),
-        best_loss=best,
-        best_step=shape(course.best_step),
-        diverged=shape(course.stopped) & ~(best <= shape(course.goal)),
-    )
+    def _per_run(self, value: Callable[[Tuning], Any]) -> Tensor:
+        values = torch.tensor([*map(value, self.tunings)], device=self.network.device)
+        return values.repeat_interleave(self.members, 0)
+
+    def _ranks(self, tuning: Tuning) -> list[int]:
+        """Return the rank of each weight's adapter; −1 where the weight is tuned in full."""
+        network, count = self.network, len(self.shapes)
+        if tuning.final:
+            last = _checks.integer("final", tuning.final, 0, count, limit="the number of weights")
+            return [0] * (count - last) + [-1] * last
+        ranks = _checks.ranks_per_layer(tuning.ranks, self.shapes)
+        if network.sequences and isinstance(tuning.ranks, int):
+            pairs = zip(ranks, network.adapted, strict=True)
+            return [rank if adapted else 0 for rank, adapted in pairs]
+        return list(ranks)
+
+    def _moves(self, tuning: Tuning) -> list[bool]:
+        """Say which biases are tuned."""
+        count, given = len(self.network.biases), tuning.biases
+        if isinstance(given, tuple):
+            if len(given) != count:
+                allowed = f"True, False, or one of them for each of {count}"
+                raise InputError("biases", allowed=allowed, given=f"{len(given)} of them")
+            return list(given)
+        if not tuning.final or tuning.final == len(self.shapes):
+            return [given] * count
+        # In a transformer the last weight is W_out, which has no bias beside it.
+        first = count if self.network.sequences else count - tuning.final
+        return [given and l >= first for l in range(count)]
+
+    def _start(self, seeds: Sequence[int]) -> None:
+        """Put all runs at their starts."""
+        network, tunings, width = self.network, len(self.tunings), max(map(max, self.shapes))
+        runs = tunings * self.members
+        self.base = network.weights[0].new_zeros(len(self.shapes), runs, width, width)
+        self.values = _Parts.zeros(self.base, len(network.biases))
+        for base, weight in zip(self.base, network.weights, strict=True):
+            out, into = weight.shape[-2:]
+            base[:, :out, :into] = weight.reshape(-1, out, into).repeat(tunings, 1, 1)
+        for b, bias in zip(self.values.b, network.biases, strict=True):
+            b[:, : bias.shape[-1]] = bias.reshape(self.members, -1).repeat(tunings, 1)
+        largest = self.ranks.amax(0).tolist()
+        for m, ((out, into), rank) in enumerate(zip(self.shapes, largest, strict=True)):
+            if rank > 0:
+                factors = [self._first_factors(seed, m, min(out, into), into) for seed in seeds]
+                B = torch.stack(factors).to(network.device).repeat(tunings, 1, 1)
+                self.values.B[m, :, : B.shape[1], :into] = B
+        places = torch.arange(width, device=network.device)
+        self.values.B.mul_((places < self.ranks.mT[..., None])[..., None])
+        full = self.ranks.mT < 0
+        self.values.A[full], self.base[full] = self.base[full], 0.0
+        self.values.B[full] = torch.eye(width, device=network.device)
+        for i, tuning in enumerate(self.tunings):
+            if tuning.start is not None:
+                self._put(slice(i * self.members, (i + 1) * self.members), tuning.start)
+
+    @staticmethod
+    def _first_factors(seed: int, m: int, rank: int, into: int) -> Tensor:
+        generator = randomness.generator(seed, "factors", m)
+        return FACTOR_SCALE * randomness.normal(generator, rank, into, dtype=torch.float32)
+
+    def _put(self, runs: slice, start: Adapters) -> None:
+        """Replace as many of the first factors as a start has, and add its changes of biases."""
+        caps, batch = self.ranks[runs.start].tolist(), self.network.batch_shape
+        if len(start.ranks) != len(caps) or any(map(gt, start.ranks, caps)):
+            raise InputError("start", allowed=f"adapters of ranks up to {caps}", given=start)
+        if torch.broadcast_shapes(start.batch_shape, batch) != batch:
+            raise InputError("start", allowed=f"of batch shape {tuple(batch)}", given=start)
+        start.merge(self.network)
+
+        def flat(values: Tensor, dims: int) -> Tensor:
+            rest = values.shape[values.ndim - dims :]
+            return values.expand(*batch, *rest).reshape(self.members, *rest).to(self.base)
+
+        for m, update in enumerate(start.updates):
+            (out, into), R = self.shapes[m], update.rank
+            self.values.A[m, runs, :out, :R] = flat(update.left, 2)
+            self.values.B[m, runs, :R, :into] = flat(update.right, 2).mT
+        for l, change in enumerate(start.bias_updates):
+            self.values.b[l, runs, : change.shape[-1]] += flat(change, 1)
+
+    # Steps.
+
+    def descend(self, steps: int, every: int, until: float) -> _Course:
+        """Take all steps of Adam, with its L2 penalty as `torch.optim.Adam` has it."""
+        now, biases = self.values, len(self.values.b)
+        slopes, first, second, rates, decay = (_Parts.zeros(self.base, biases) for _ in range(5))
+        self._spread(rates, lambda tuning: tuning.learning_rate)
+        self._spread(decay, lambda tuning: tuning.weight_decay)
+        falls = self._per_run(lambda tuning: tuning.schedule == "cosine")
+        falling = _Parts.zeros(self.base, biases)
+        for part, rate in zip(falling[1:], rates[1:], strict=True):
+            part.copy_(rate * falls.view(-1, *[1] * (rate.ndim - 2)))
+        has_decay, has_falling = bool(decay.flat.any()), bool(falls.any())
+        tuned = (self.ranks != 0).any(0)
+        if not self.network.sequences and biases:
+            tuned |= self.moves.any(0)
+        lowest = int(tuned.int().argmax()) if tuned.any() else len(tuned)
+        W, dW = torch.empty_like(self.base), torch.zeros_like(self.base)
+        base, A, B, all_W, all_dW = (
+            part.flatten(0, 1) for part in (self.base, now.A, now.B, W, dW)
+        )
+        dA, dB = (part.flatten(0, 1) for part in slopes[1:3])
+        course = _Recorder(now, steps, every, until)
+        torch.baddbmm(base, A, B, out=all_W)
+        course.record(0, self.task.losses(W, now.b, self.task.validation))
+        for step, batch in enumerate(self.task.batches(steps), 1):
+            loss = self.task.slopes(W, now.b, batch, lowest, dW, slopes.b)
+            torch.bmm(all_dW, B.mT, out=dA)
+            torch.bmm(A.mT, all_dW, out=dB)
+            if has_decay:
+                slopes.flat.addcmul_(decay.flat, now.flat)
+            first.flat.lerp_(slopes.flat, 1 - BETA_1)
+            second.flat.mul_(BETA_2).addcmul_(slopes.flat, slopes.flat, value=1 - BETA_2)
+            # The slopes are used, and their place is free. torch.sqrt is ten times slower on zeros.
+            length = torch.rsqrt(second.flat, out=slopes.flat).reciprocal_()
+            length.mul_((1 - BETA_2**step) ** -0.5).add_(EPSILON)
+            torch.div(first.flat, length, out=length)
+            rate = rates.flat
+            if has_falling:
+                rate = rate.add(falling.flat, alpha=(cos(pi * (step - 1) / steps) - 1) / 2)
+            now.flat.addcmul_(length, rate, value=-1 / (1 - BETA_1**step))
+            torch.baddbmm(base, A, B, out=all_W)
+            course.follow(step, loss)
+            if step % every == 0:
+                course.record(step, self.task.losses(W, now.b, self.task.validation))
+                if course.stopped.all():
+                    break
+        return course.course()
+
+    def _spread(self, parts: _Parts, value: Callable[[Tuning], float]) -> None:
+        """Set all that is tuned in a run to the value of its `Tuning`."""
+        values = self._per_run(value).float()
+        parts.A.copy_(values[:, None, None].expand_as(parts.A[0]))
+        parts.B.copy_((values * (self.ranks.mT > 0))[..., None, None].expand_as(parts.B))
+        parts.b.copy_((values * self.moves.mT)[..., None].expand_as(parts.b))
+
+    # Results.
+
+    def results(self, course: _Course) -> Training[Any]:
+        """Return the runs' parameters and networks at the least validation loss of each."""
+        network, adapters = self.tuned(course.best)
+        return Training(
+            network,
+            adapters,
+            steps=course.steps,
+            training_loss=self._shape(course.training),
+            validation_loss=self._shape(course.validation),
+            best_loss=self._shape(course.best_loss),
+            best_step=self._shape(course.best_step),
+            diverged=self._shape(course.diverged),
+        )
+
+    def _shape(self, values: Tensor) -> Tensor:
+        return values.reshape(len(self.tunings), *self.network.batch_shape, *values.shape[1:])
+
+    def tuned(self, values: _Parts) -> tuple[Any, Adapters]:
+        """Return the networks with these numbers, and their adapters."""
+        network, shape = self.network, self._shape
+        updates, weights, biases = [], [], []
+        for m, (out, into) in enumerate(self.shapes):
+            A, B = values.A[m], values.B[m]
+            is_full = self.ranks[:, m, None, None] < 0
+            R = min(out, into)
+            left, right = (
+                torch.where(is_full, 0, part) for part in (A[:, :out, :R], B[:, :R, :into])
+            )
+            updates.append(LowRank(shape(left), shape(right).mT))
+            sums = network.weights[m] + updates[m].matrix()
+            weights.append(torch.where(shape(is_full), shape(A[:, :out, :into]), sums))
+        biases = [
+            shape(b)[..., : old.shape[-1]] for b, old in zip(values.b, network.biases, strict=True)
+        ]
+        changes = tuple(new - old for new, old in zip(biases, network.biases, strict=True))
+        tuned = Tuned(shape(self.ranks.clamp(min=0)), shape(self.moves))
+        return network.with_parameters(weights, biases), Adapters.trimmed(updates, changes, tuned)
+
+
+class _Recorder:
+    """Keeps losses, and the parameters at the least validation loss."""
+
+    def __init__(self, now: _Parts, steps: int, every: int, until: float) -> None:
+        self.now, self.every, self.until = now, every, until
+        runs = now.A.shape[1]
+        self.best = _Parts.zeros(now.A, len(now.b))
+        self.best.flat.copy_(now.flat)
+        self.training, self.validation = now.flat.new_full((2, runs, steps // every + 1), torch.nan)
+        self.best_loss = now.flat.new_full((runs,), torch.inf)
+        self.best_step = torch.zeros_like(self.best_loss, dtype=torch.long)
+        self.goal = torch.zeros_like(self.best_loss)
+        # At a goal, or at a loss that is not finite.
+        self.stopped = torch.zeros_like(self.best_loss, dtype=torch.bool)
+
+    def follow(self, step: int, loss: Float[Tensor, " runs"]) -> None:
+        """Take note of the losses that a step was taken on."""
+        self.stopped |= ~loss.isfinite()
+        if step % self.every == 0:
+            point = step // self.every
+            self.training[:, point] = torch.where(self.stopped, torch.nan, loss)
+
+    def record(self, step: int, loss: Float[Tensor, " runs"]) -> None:
+        """Record validation losses, keep parameters where they are the least, stop at goals."""
+        if step == 0:
+            self.goal = self.until * loss
+        self.validation[:, step // self.every] = torch.where(self.stopped, torch.nan, loss)
+        better = ~self.stopped & (loss < self.best_loss)
+        self.best_loss = torch.where(better, loss, self.best_loss)
+        self.best_step[better] = step
+        for best, now in zip(self.best[1:], self.now[1:], strict=True):
+            torch.where(better.view(-1, *[1] * (now.ndim - 2)), now, best, out=best)
+        self.stopped |= ~loss.isfinite() | (better & (loss <= self.goal))
+
+    def course(self) -> _Course:
+        return _Course(
+            steps=torch.arange(self.training.shape[1], device=self.goal.device) * self.every,
+            training=self.training,
+            validation=self.validation,
+            best_loss=self.best_loss,
+            best_step=self.best_step,
+            best=self.best,
+            diverged=self.stopped & ~(self.best_loss <= self.goal),
+        )

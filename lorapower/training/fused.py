@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..adapters import Adapters
+from ..constructions import fnn
 from ..constructions.fitted import FittedAdaptation, split
 from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
@@ -22,8 +23,10 @@ from ..networks.partition import Partition
 from ..regions import Ball
 from .descent import descend
 from .engine import train
-from .tuning import MARGIN, Data, Fixed, Training, Tuning
+from .tuning import Data, Fixed, Training, Tuning
 
+# By how much balls in which inner ReLUs idle are larger than one around the inputs seen so far.
+MARGIN = 1.5
 # Learning rate and batches of a polish.
 RATE, BATCH = 3e-3, 256
 
@@ -37,6 +40,25 @@ class _FusedTraining(NamedTuple):
     adaptation: Adaptation
     fused: Fused
     training: Training[Any]
+
+
+@torch.no_grad()
+def linearized(frozen: Network, data: Data, partition: Partition | None = None) -> Adapters:
+    """Make a start for `train` at which inner ReLUs of a network's blocks idle [prop-linearized].
+
+    Only biases change, so that the network is one affine layer for each block of the partition (by
+    default one block) on a ball half as large again as one around the first batches and the
+    validation inputs. Raises `InputError` for other networks and partitions that do not fit.
+    """
+    _checks.kind(FNN, frozen=frozen)
+    network: Any = frozen.to(torch.float64)
+    return fnn.idle(network, _seen(data), partition or Partition([network.depth]))
+
+
+def _seen(data: Data) -> Ball:
+    """Return a ball that is larger than one around the validation inputs and the first batches."""
+    first = data.block(0)[0].movedim(0, -1).flatten(1)
+    return Ball.about(torch.cat([data.validation[0], first], -1).double(), MARGIN)
 
 
 @torch.no_grad()
@@ -99,8 +121,7 @@ def train_fused(
     if isinstance(frozen, FNN):
         partition = partition or Partition([frozen.depth])
         target = frozen.linearize(partition.slices)
-        first = data.block(0)[0].double().movedim(0, -1).flatten(1)
-        region = Ball.about(torch.cat([data.validation[0].double(), first], -1), MARGIN)
+        region = _seen(data)
         loss = "squared" if frozen.linear_last else "one-sided"
     elif partition is not None:
         given = f"one for {frozen}"

@@ -18,11 +18,8 @@ from ..errors import InputError
 from ..networks.base import Network
 
 LARGEST = torch.finfo(torch.float32).max
-# By how much balls in which inner ReLUs idle are larger than one around the inputs seen so far.
-MARGIN = 1.5
 Schedule = Literal["constant", "cosine"]
 Loss = Literal["squared", "one-sided"]
-Start = Literal["study", "linearized", "spectral"]
 # Inputs and labels as `Data` describes them.
 Labelled = tuple[Float[Tensor, "..."], Num[Tensor, "..."]]
 
@@ -33,9 +30,8 @@ class Tuning:
 
     The last ``final`` of the network's ``weights`` are tuned in full, with their biases, instead of
     adapters; ``biases`` says of all or of each whether they are tuned. Adam has the L2 penalty
-    ``weight_decay``. Its rate stays ``"constant"`` or falls to 0 as half a ``"cosine"``; ``A`` has
-    ``ratio`` times the rate of all else [prop-scaling], more than 1 in LoRA+. Raises `InputError`
-    for a value that has no meaning for any network.
+    ``weight_decay``. Its rate stays ``"constant"`` or falls to 0 as half a ``"cosine"``. Raises
+    `InputError` for a value that has no meaning for any network.
 
     Attributes
     ----------
@@ -46,19 +42,9 @@ class Tuning:
     loss : Loss
         ``"one-sided"`` [def-one-sided] is for networks that end with a ReLU and outputs of at least
         0. The best parameters are chosen by the squared error either way.
-    start : Start or Adapters
-        ``"study"``: ``A = 0`` and ``B ~ N(0, 0.25²)``. ``"linearized"`` [prop-linearized]: the same
-        factors, and biases that make a ReLU network ``blocks`` layers deep (for instance as many as
-        the target) on a ball half as large again as one around the first batches and the validation
-        inputs; blocks have equally many layers, but the last has the rest. ``"spectral"``: the
-        leading singular vectors of the gradient on the first batch. Adapters of at most the given
-        ranks: these; further columns start as in the study.
-    centred : bool
-        Weights multiply what differs from the mean ``m`` of their inputs at the start, on the first
-        batches: a layer is written ``W(z − m) + c`` and ``c`` is tuned in place of its bias, which
-        is ``c − W m``. The functions are the same, and so is the start; a large constant that
-        inputs share no longer makes every step of ``W`` a step of the bias. Of a ReLU network, all
-        of whose biases are tuned. After LeCun et al., Efficient BackProp (1998).
+    start : Adapters, optional
+        Where to start, such as `linearized`, of at most the given ranks. Further columns, and all
+        columns by default, start as in the study: ``A = 0`` and ``B ~ N(0, 0.25²)``.
     """
 
     ranks: int | tuple[int, ...] = 0
@@ -67,11 +53,8 @@ class Tuning:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
-    ratio: float = 1.0
     loss: Loss = "squared"
-    start: Start | Adapters = "study"
-    blocks: int = 1
-    centred: bool = False
+    start: Adapters | None = None
 
     def __post_init__(self) -> None:
         has_each = isinstance(self.ranks, tuple | list)
@@ -82,16 +65,11 @@ class Tuning:
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
         _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.choice("loss", self.loss, get_args(Loss))
-        if not isinstance(self.start, Adapters):
-            _checks.choice("start", self.start, get_args(Start), remedy="or give adapters")
-        if self.final and self.start != "study":
-            raise InputError("start", allowed="'study' for layers in full", value=self.start)
-        if _checks.integer("blocks", self.blocks, 1) > 1 and self.start != "linearized":
-            raise InputError("blocks", allowed="1, but for start 'linearized'", given=self.blocks)
-        if self.centred and self.biases is not True:
-            raise InputError("centred", allowed="False where biases are fixed", given=True)
+        if self.start is not None:
+            _checks.kind(Adapters, start=self.start)
+            if self.final:
+                raise InputError("start", allowed="None for layers in full", given=self.start)
         _checks.positive("learning_rate", self.learning_rate)
-        _checks.positive("ratio", self.ratio)
         _checks.finite("weight_decay", self.weight_decay, 0.0)
 
 

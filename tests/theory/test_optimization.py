@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,15 +27,16 @@ from lorapower.training import (
     Fixed,
     Fresh,
     Tuning,
-    _reference,
     begin,
     descend,
+    linearized,
     minimize,
     newton,
     train,
     train_fused,
 )
 from lorapower.training._free import Free
+from lorapower.training._task import Task
 from lorapower.training.descent import _model
 from lorapower.training.dynamics import course, learned, limit
 
@@ -75,15 +75,16 @@ def by_hand(p: Tensor, y: Tensor) -> Tensor:
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 5)), min_size=1, max_size=20))
 def test_it_is_at_least_the_squared_error_and_vanishes_with_it(cells: list[Any]) -> None:
     p, y = torch.tensor(cells, dtype=torch.float64).unbind(-1)
-    # A layer that returns its input, and parts of the structure that count for the loss.
-    frozen, one = FNN([[[1.0]]], [[0.0]]).to(torch.float64), torch.ones(2, 1, 1, 1).double()
-    structure: Any = SimpleNamespace(classes=0, outputs=1)
+    # A layer that returns its input.
+    frozen = FNN([[[1.0]]], [[0.0]]).to(torch.float64)
 
     def losses(p: Tensor) -> Tensor:
-        """One-sided and squared, by the reference."""
-        x, wanted = (part.expand(1, 1, -1) for part in (p, y))
-        given = frozen, structure, one, 0 * one[..., 0], x, wanted
-        return _reference.losses(*given, torch.tensor([True, False]))
+        """One-sided and squared, as training computes them."""
+        data = Fixed((p[None], y[None]), (p[None], y[None]))
+        task = Task(frozen, data, [], torch.tensor([True, False]))
+        W, b = torch.ones(1, 2, 1, 1).double(), torch.zeros(1, 2, 1).double()
+        batch = p[None], y[None]
+        return task.slopes(W, b, batch, 0, torch.zeros_like(W), torch.zeros_like(b))
 
     one_sided, squared = losses(p)
     torch.testing.assert_close(one_sided, by_hand(p, y))
@@ -111,53 +112,20 @@ def test_the_linearized_start_bends_nothing_inside_its_blocks(
     blocks = min(blocks, depth)
     frozen = relu(depth, width, seed, (2,))
     data = Fresh(relu(1, width, seed), (width,), validation_samples=50, seed=seed)
-    tuning = Tuning(1, start="linearized", blocks=blocks)
+    partition = Partition.uniform(depth, blocks)
+    tuning = Tuning(1, start=linearized(frozen, data, partition))
     start = begin(frozen, [tuning], data)[0].to(torch.float64)
     study = begin(frozen, [Tuning(1)], data)[0].to(torch.float64)
     for given_, usual in zip(start.updates, study.updates, strict=True):
         assert torch.equal(given_.left, usual.left)
         assert torch.equal(given_.right, usual.right)
     x = data.validation[0].double()
-    partition = Partition.uniform(depth, blocks)
     goal = frozen.linearize(partition.slices)
     merged = start.merge(frozen)
     torch.testing.assert_close(merged(x), goal(x), rtol=1e-4, atol=1e-4)
     reached = merged.preactivations(x)
     for layers in partition.slices:
         assert all((p > -1e-5).all() for p in reached[layers][:-1])
-
-
-@pytest.mark.parametrize("kind", ["fnn", "linear", "transformer"])
-def test_the_spectral_start_is_the_gradients_best_part(kind: str) -> None:
-    frozen: Any = {
-        "fnn": relu(2, 5),
-        "linear": LinearNetwork.random(2, 5),
-        "transformer": Transformer.random(1, 4, 1, scale=0.5),
-    }[kind]
-    target = type(frozen).random(*((1, 4, 1) if kind == "transformer" else (1, 5)), seed=9)
-    shape = (4, 3) if kind == "transformer" else (5,)
-    data = Fresh(target, shape, samples=50)
-    start = begin(frozen, [Tuning(2, start="spectral")], data)[0].to(torch.float64)
-    x, y = (part[0].double() for part in data.block(0))
-    weights = [w.clone().requires_grad_() for w in frozen.weights]
-    loss = (frozen.with_parameters(weights, checked=False)(x) - y).square().mean()
-    slopes = torch.autograd.grad(loss, weights)
-    parts = []
-    for update, slope in zip(start.updates, slopes, strict=True):
-        if update.rank:
-            U, S, Vh = torch.linalg.svd(-slope)
-            parts.append(((U[:, :2] * S[:2]) @ Vh[:2], update.matrix()))
-    wanted, found = (torch.stack(each) for each in zip(*parts, strict=True))
-    # One length for all weights, as of a step down the gradient.
-    length = (found * wanted).sum() / wanted.square().sum()
-    assert length > 0
-    torch.testing.assert_close(found, length * wanted, rtol=1e-3, atol=1e-3 * float(found.max()))
-    after = (start.merge(frozen)(x) - y).square().mean()
-    assert after < loss
-    runs = train(frozen, [Tuning(2, start="spectral")], data, steps=1)
-    x, y = (part.double() for part in data.validation)
-    first = float((start.merge(frozen)(x) - y).square().mean())
-    assert float(runs.validation_loss[0, 0]) == pytest.approx(first, rel=1e-4)
 
 
 def test_given_adapters_keep_the_other_columns() -> None:
@@ -173,7 +141,7 @@ def test_given_adapters_keep_the_other_columns() -> None:
 @pytest.mark.parametrize("start", ["linearized", "given"])
 def test_biases_of_a_start_stay_where_they_are_not_tuned(start: Any) -> None:
     frozen, data = relu(2, 5), Fresh(relu(1, 5), (5,))
-    begun = drawn(frozen, 1) if start == "given" else start
+    begun = drawn(frozen, 1) if start == "given" else linearized(frozen, data)
     tuning = Tuning(1, biases=False, start=begun, learning_rate=1e-2)
     runs = train(frozen, [tuning], data, steps=20)
     x = data.test(50)[0]
@@ -184,17 +152,6 @@ def test_biases_of_a_start_stay_where_they_are_not_tuned(start: Any) -> None:
         assert before.abs().max() > 0
         torch.testing.assert_close(before, after)
     assert runs.adapters[0].parameter_count == 2 * 10
-
-
-def test_a_spectral_start_of_nothing_is_the_studys() -> None:
-    """Where all outputs are dead no gradient shows a direction."""
-    frozen = relu(2, 4)
-    frozen = frozen.with_parameters(frozen.weights, [frozen.biases[0], frozen.biases[1] - 50])
-    data = Fresh(relu(1, 4, seed=1), (4,))
-    spectral, study = begin(frozen, [Tuning(2, start="spectral"), Tuning(2)], data)
-    for one, other in zip(spectral.updates, study.updates, strict=True):
-        assert torch.equal(one.right, other.right)
-        assert torch.equal(one.left, other.left)
 
 
 # --- Levenberg–Marquardt --------------------------------------------------------------------------
@@ -520,27 +477,7 @@ def test_what_is_learned_is_right_to_rounding(beta: float, rates: tuple[float, f
                 assert abs(found - expected) <= 1e-12 * expected
 
 
-# --- Large constants ------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 99))
-def test_centred_weights_start_from_the_same_function(depth: int, width: int, seed: int) -> None:
-    frozen = relu(depth, width, seed, (2,))
-    data = Fresh(relu(1, width, seed), (width,), seed=seed)
-    for start in ("study", "linearized"):
-        plain = Tuning(1, start=start)
-        ways = begin(frozen, [plain, replace(plain, centred=True)], data)
-        for changes in ways.bias_updates:
-            torch.testing.assert_close(changes[0], changes[1], rtol=1e-5, atol=1e-4)
-
-
-def test_a_large_constant_slows_training_unless_weights_are_centred() -> None:
-    """One layer from two, whose inner ReLUs idle: all that differs is how biases are written."""
-    frozen, target = relu(2, 6), relu(1, 6, seed=1)
-    plain = Tuning(3, learning_rate=1e-2, schedule="cosine", loss="one-sided", start="linearized")
-    ways = [plain, replace(plain, centred=True)]
-    slow, fast = train(frozen, ways, Fresh(target, (6,)), steps=3000, every=10).best_loss
-    assert fast < 1e-10 < 1e-3 * slow
+# --- Idle ReLUs ----------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 99))
@@ -563,7 +500,8 @@ def test_idle_relus_bend_nothing_in_the_region(blocks: list[int], width: int, se
 
 def test_newton_is_right_everywhere_once_its_relus_idle_everywhere() -> None:
     frozen, target = relu(2, 5), relu(1, 5, seed=1)
-    start = begin(frozen, [Tuning(3, start="linearized")], Fresh(target, (5,)))[0]
+    data = Fresh(target, (5,))
+    start = begin(frozen, [Tuning(3, start=linearized(frozen, data))], data)[0]
     x = normal(5, 2200)
     fit, new = (x[:, :200], target(x[:, :200])), x[:, 200:]
     found, losses = newton(frozen, start.to(torch.float64), fit, fit, 60, loss="one-sided")
@@ -583,7 +521,7 @@ def test_recipes_measure_what_training_gives() -> None:
         Recipe(ranks=3, start="construction", learning_rate=1e-5),
         Recipe(ranks=3, start="fitted", learning_rate=1e-5),
         Fused(ranks=3, starts=2),
-        Recipe(ranks=3, start="linearized", centred=True, learning_rate=1e-2),
+        Recipe(ranks=3, start="linearized", learning_rate=1e-2),
         Recipe(final=2, loss="one-sided", learning_rate=1e-2),
         Fused(ranks=3, starts=2, input_scale=0.5),
     ]
@@ -601,8 +539,9 @@ def test_recipes_measure_what_training_gives() -> None:
     assert (table.error[2:4] < 1e-9).all()
     deep = Problem(width=6, target_depth=2, depth=4, steps=20, every=10)
     frozen, target = deep.networks()
-    tuning = Tuning(3, start="linearized", blocks=2)
-    runs = train(frozen, [tuning], deep.data(target)[0], steps=20, every=10)
+    data = deep.data(target)[0]
+    tuning = Tuning(3, start=linearized(frozen, data, Partition([2, 2])))
+    runs = train(frozen, [tuning], data, steps=20, every=10)
     way = Setting(problem=deep, method=Recipe(ranks=3, start="linearized"))
     assert synthetic.measure([way])[0].validation_loss == float(runs.best_loss[0])
 
@@ -617,7 +556,7 @@ FROZEN, CHAIN, LINEAR_END = (
 NARROW = LinearNetwork([normal(2, 4), normal(4, 2)])
 Z, WIDE = normal(4, 6), normal(64, 3).abs()
 DATA, NEGATIVE = Fresh(FROZEN, (4,)), Fixed((Z, -Z.abs()), (Z, Z.abs()))
-ONE_SIDED, LINEARIZED = Tuning(1, loss="one-sided"), Tuning(1, start="linearized")
+ONE_SIDED = Tuning(1, loss="one-sided")
 
 
 def fit(network: Any = FROZEN, adapters: Any = None, y: Any = None, **options: Any) -> Any:
@@ -633,18 +572,15 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("loss", lambda: train(Transformer.random(1, 4, 1), [ONE_SIDED], DATA)),
     ("loss", lambda: train(FROZEN, [ONE_SIDED], DATA, classes=range(4))),
     ("data's labels", lambda: train(FROZEN, [ONE_SIDED], NEGATIVE)),
-    ("start", lambda: begin(CHAIN, [LINEARIZED], Fresh(CHAIN, (4,)))),
-    ("blocks", lambda: begin(FROZEN, [replace(LINEARIZED, blocks=3)], DATA)),
+    ("frozen", lambda: linearized(CHAIN, Fresh(CHAIN, (4,)))),
+    ("partition", lambda: linearized(FROZEN, DATA, Partition([3]))),
     ("start", lambda: begin(FROZEN, [Tuning(2, start=drawn(FROZEN, 3))], DATA)),
     ("start", lambda: begin(FROZEN, [Tuning(1, start=begin(FROZEN, [Tuning(1)] * 2, DATA))], DATA)),
     ("start", lambda: begin(FROZEN, [Tuning(2, start=drawn(relu(3, 4), 1))], DATA)),
     ("loss", lambda: Tuning(1, loss="absolute")),  # type: ignore[arg-type]
-    ("start", lambda: Tuning(1, start="zero")),  # type: ignore[arg-type]
-    ("start", lambda: Tuning(final=1, start="spectral")),
-    ("centred", lambda: Tuning(1, biases=False, centred=True)),
-    ("centred", lambda: begin(CHAIN, [Tuning(1, centred=True)], Fresh(CHAIN, (4,)))),
+    ("start", lambda: Tuning(1, start="study")),  # type: ignore[arg-type]
+    ("start", lambda: Tuning(final=1, start=drawn(FROZEN, 1))),
     ("partition", lambda: idle(FROZEN, Ball(1.0), Partition([3]))),
-    ("blocks", lambda: Tuning(1, blocks=2)),
     ("network", lambda: fit(relu(2, 3))),
     ("training", lambda: fit(y=Z[:2])),
     ("training", lambda: fit(y=-Z.abs(), loss="one-sided")),

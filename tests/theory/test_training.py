@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,19 +16,7 @@ from torch.nn import functional
 
 from lorapower import InputError, _checks, randomness
 from lorapower.networks import FNN, LinearNetwork, Transformer
-from lorapower.training import (
-    Data,
-    Fixed,
-    Fresh,
-    Training,
-    Tuning,
-    _reference,
-    _steps,
-    begin,
-    engine,
-    train,
-)
-from lorapower.training._state import Batch, Layers, Stack
+from lorapower.training import Data, Fixed, Fresh, Training, Tuning, begin, engine, train
 
 KINDS = ("linear", "fnn", "transformer")
 LINEAR_LAST = "fnn, linear last"
@@ -80,17 +64,15 @@ def assert_same(found: Sequence[Any], wanted: Sequence[Any]) -> None:
         np.testing.assert_array_equal(a, b, strict=True)
 
 
+def assert_close(found: Sequence[Any], wanted: Sequence[Any]) -> None:
+    """But for rounding, of which Adam makes more where a gradient is small."""
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def start_factors(frozen: Any, tuning: Tuning, data: Data, **options: Any) -> list[Tensor]:
     """Each weight's ``B`` before the first step."""
     return [u.right[0] for u in begin(frozen, [tuning], data, **options).updates]
-
-
-@pytest.fixture(params=["kernel", "reference"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to train: what trains networks without a kernel could train the others too."""
-    if request.param == "reference":
-        monkeypatch.setattr(Stack, "has_kernel", property(lambda _: False))
-    return str(request.param)
 
 
 # --- Against torch's own Adam ---------------------------------------------------------------------
@@ -126,13 +108,6 @@ def plain_loop(
         for m, rank in enumerate(ranks)
         if rank
     }
-    centres = [torch.zeros(w.shape[-1], dtype=torch.float64) for w in weights]
-    if tuning.centred:
-        z = data.block(0)[0].double().mT.flatten(0, 1)
-        for l, weight in enumerate(weights):
-            centres[l] = z.mean(0)
-            z = (z @ weight.T + biases[l]).relu()
-            biases[l] = biases[l] + weight @ centres[l]
     beside = range(len(biases))
     if tuning.final and first:
         beside = beside[:0] if isinstance(frozen, Transformer) else beside[first:]
@@ -142,12 +117,7 @@ def plain_loop(
     ]
     parameters = [*full.values(), *(f for pair in factors.values() for f in pair)]
     parameters += [b for b in biases if b.requires_grad]
-    fast = [id(A) for A, _ in factors.values()]
-    groups = [
-        {"params": [part], "lr": tuning.learning_rate * (tuning.ratio if id(part) in fast else 1)}
-        for part in parameters
-    ]
-    adam = torch.optim.Adam(groups, weight_decay=tuning.weight_decay)
+    adam = torch.optim.Adam(parameters, tuning.learning_rate, weight_decay=tuning.weight_decay)
     falls = tuning.schedule == "cosine"
     rates = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: (1 + math.cos(math.pi * step / steps)) / 2 if falls else 1.0
@@ -158,10 +128,7 @@ def plain_loop(
             full[m] if m in full else w + factors[m][0] @ factors[m][1].T if m in factors else w
             for m, w in enumerate(weights)
         ]
-        now = biases
-        if tuning.centred:
-            now = [c - W @ m for c, W, m in zip(biases, adapted, centres, strict=True)]
-        network = frozen.with_parameters(adapted, now, checked=False)
+        network = frozen.with_parameters(adapted, biases, checked=False)
         if one_sided:
             p = network.without_last_relu()(x.double())
             return torch.where(y > 0, p - y, p.clamp(min=0)).square().mean()
@@ -189,9 +156,8 @@ def plain_loop(
         ("fnn", Tuning(6, biases=False), (6, 6)),
         ("fnn", Tuning(0), (0, 0)),
         ("fnn", Tuning(2, learning_rate=1e-2, schedule="cosine"), (2, 2)),
-        ("fnn", Tuning(3, learning_rate=1e-2, centred=True), (3, 3)),
-        ("fnn", Tuning(2, learning_rate=1e-2, loss="one-sided", ratio=4.0), (2, 2)),
-        ("fnn", Tuning(final=2, learning_rate=1e-2, centred=True), (0, 0)),
+        ("fnn", Tuning(2, learning_rate=1e-2, loss="one-sided"), (2, 2)),
+        ("fnn", Tuning(final=2, learning_rate=1e-2), (0, 0)),
         ("fnn", Tuning((1, 4), learning_rate=1e-2, weight_decay=1e-2), (1, 4)),
         ("fnn", Tuning(final=1, weight_decay=1e-2), (0, 0)),
         ("fnn", Tuning(final=2, biases=False), (0, 0)),
@@ -206,7 +172,7 @@ def plain_loop(
     ids=str,
 )
 def test_losses_are_those_of_a_plain_loop_with_torchs_adam(
-    kind: str, tuning: Tuning, ranks: tuple[int, ...], way: str
+    kind: str, tuning: Tuning, ranks: tuple[int, ...]
 ) -> None:
     frozen, data = network(kind), fresh(kind)
     result = train(frozen, [tuning], data, steps=STEPS)
@@ -218,9 +184,7 @@ def test_losses_are_those_of_a_plain_loop_with_torchs_adam(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [(0, 1, 2, 3, 4, 5), (0, 0, 0, 1, 1, 1), (2, 0, 0, 1, 1, 2)])
-def test_classes_are_learnt_by_torchs_cross_entropy(
-    kind: str, classes: tuple[int, ...], way: str
-) -> None:
+def test_classes_are_learnt_by_torchs_cross_entropy(kind: str, classes: tuple[int, ...]) -> None:
     frozen, data = network(kind), fresh(kind)
 
     def label(x: Tensor) -> Tensor:
@@ -235,78 +199,6 @@ def test_classes_are_learnt_by_torchs_cross_entropy(
     training, validation = plain_loop(frozen, tuning, ranks, labelled, STEPS, classes)
     np.testing.assert_allclose(result.training_loss[0], training, rtol=1e-4)
     np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
-
-
-# --- Compiled steps against the reference ---------------------------------------------------------
-
-
-def losses_and_slopes(frozen: Any, tunings: list[Tuning], data: Data, classes: Any) -> Any:
-    """Of all runs, by the kernel and by the reference in double precision, where they are tuned."""
-    stack, state = engine._prepare(frozen, tunings, data, classes, 0)
-    structure, layers = state.structure, _reference.merged(state)
-    x, y = (part[0] for part in stack.first)
-    batch = Batch.of(x, y, structure)
-    W, b = (torch.from_numpy(part).double().requires_grad_() for part in layers)
-    given = (W, b, x.double(), y.double())
-    with torch.enable_grad():
-        wanted = _reference.losses(stack.network, structure, *given)
-        true = torch.autograd.grad(wanted.sum(), (W, b), materialize_grads=True, allow_unused=True)
-    for run, tuned in enumerate(state.frozen.ranks != 0):
-        for l, moves in enumerate(state.frozen.biases[run]):
-            tuned[min(l, len(tuned) - 1)] |= moves
-        own = Layers(*(part[run] for part in layers))
-        slopes = Layers(*(np.zeros_like(part) for part in own))
-        loss = _steps.differentiate(own, batch, structure, tuned, False, slopes)
-        picked = (tuned, state.frozen.biases[run])
-        found = [(slopes[i][which], true[i][run].numpy()[which]) for i, which in enumerate(picked)]
-        yield (loss, wanted[run].item()), found if tuned.any() else []
-
-
-@given(
-    st.sampled_from([*KINDS, LINEAR_LAST]),
-    st.integers(1, 3),
-    st.integers(1, 9),
-    st.integers(1, 5),
-    st.integers(1, 300),
-    st.integers(0, 3),
-    st.booleans(),
-    st.integers(0, 2**31),
-)
-def test_gradients_are_those_of_the_reference(
-    kind: str,
-    depth: int,
-    width: int,
-    tokens: int,
-    samples: int,
-    members: int,
-    classify: bool,
-    seed: int,
-) -> None:
-    batch = (members,) if members else ()
-    frozen = network(kind, depth, width, seed=seed, batch=batch)
-    count, draw = len(frozen.weights), np.random.default_rng(seed)
-    uneven = tuple(int(r) for r in draw.integers(0, width + 1, count))
-    tunings = [Tuning(uneven, weight_decay=0.1), Tuning(width, biases=False)]
-    tunings += [Tuning(final=f) for f in (1, count)]
-    classes = [int(c) // 2 for c in draw.permutation(width)] if classify else []
-    shape = (width, tokens) if kind == "transformer" else (width,)
-
-    def label(x: Tensor) -> Tensor:
-        y = 2 * x.roll(1, -2)
-        if not classify:
-            return y
-        y = y.sum(-1) if kind == "transformer" else y.movedim(-2, -1)
-        return y[..., : max(classes) + 1].argmax(-1)
-
-    data = Fresh(label, shape, samples=samples, validation_samples=samples + 3)
-    for (loss, wanted), slopes in losses_and_slopes(frozen, tunings, data, classes):
-        assert loss == pytest.approx(wanted, rel=2e-5)
-        # Sums of up to some thousand products in single precision, some of which cancel. So do
-        # probabilities near 1 and the 1 that they should be.
-        size = max((abs(other).max(initial=0) for _, other in slopes), default=0.0)
-        rounding = 1e-5 * size + classify * np.finfo(np.float32).eps
-        for mine, other in slopes:
-            np.testing.assert_allclose(mine, other, atol=float(rounding))
 
 
 @pytest.mark.parametrize("sizes", [(3, 7, 5), (9, 2, 2, 6), (1, 1), (5, 1)])
@@ -356,17 +248,11 @@ def test_transformers_need_not_be_square() -> None:
     np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
 
 
-def use_threads(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(count), raising=False)
-
-
 # --- What a run gives does not depend on its company ----------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_is_the_same_alone_in_any_order_and_on_any_threads(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_the_same_alone_and_in_any_order(kind: str) -> None:
     frozen, data = network(kind), fresh(kind, samples=70)
     tunings = [
         Tuning(2),
@@ -374,16 +260,15 @@ def test_a_run_is_the_same_alone_in_any_order_and_on_any_threads(
         Tuning(0),
         Tuning(final=1, weight_decay=1e-2),
         Tuning(2, biases=False),
-        Tuning(4, learning_rate=1e3),
+        Tuning(4, schedule="cosine"),
         Tuning(final=2),
     ]
     together = train(frozen, tunings, data, steps=STEPS)
-    use_threads(3, monkeypatch)
     backwards = train(frozen, tunings[::-1], data, steps=STEPS)
     for i, tuning in enumerate(tunings):
         wanted = parts(together, i)
-        assert_same(parts(backwards, len(tunings) - 1 - i), wanted)
-        assert_same(parts(train(frozen, [tuning], data, steps=STEPS), 0), wanted)
+        assert_close(parts(backwards, len(tunings) - 1 - i), wanted)
+        assert_close(parts(train(frozen, [tuning], data, steps=STEPS), 0), wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -396,7 +281,7 @@ def test_a_member_of_a_batch_is_the_same_alone(kind: str) -> None:
     for i, seed in enumerate(seeds):
         at = divmod(i, 2)
         alone = train(frozen[at], tunings, data, steps=STEPS, seed=seed)
-        assert_same(parts(alone), parts(together, slice(None), *at))
+        assert_close(parts(alone), parts(together, slice(None), *at))
 
 
 def test_first_factors_are_normal_and_shared_by_all_ranks() -> None:
@@ -453,7 +338,7 @@ def test_losses_may_be_taken_less_often() -> None:
     assert some.best_step.item() % 7 == 0
 
 
-def test_a_run_ends_at_its_goal_and_no_more_data_is_made_when_all_have(way: str) -> None:
+def test_a_run_ends_at_its_goal_and_no_more_data_is_made_when_all_have() -> None:
     asked = []
 
     class Counted(Fresh):
@@ -480,7 +365,7 @@ def test_a_run_ends_at_its_goal_and_no_more_data_is_made_when_all_have(way: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_divergence_is_marked_and_harms_nobody(kind: str, way: str) -> None:
+def test_divergence_is_marked_and_harms_nobody(kind: str) -> None:
     frozen, data = network(kind, 4), fresh(kind)
     good, bad = Tuning(2), Tuning(2, learning_rate=1e6)
     alone = train(frozen, [good], data, steps=STEPS)
@@ -489,13 +374,12 @@ def test_divergence_is_marked_and_harms_nobody(kind: str, way: str) -> None:
     assert result.validation_loss[1, -1].isnan()
     assert result.best_loss[1].isfinite()
     assert all(w.isfinite().all() for w in result.network.weights)
-    if way == "kernel":
-        assert_same(parts(result, 0), parts(alone, 0))
-        assert_same(parts(result, 2), parts(alone, 0))
+    assert_close(parts(result, 0), parts(alone, 0))
+    assert_close(parts(result, 2), parts(alone, 0))
 
 
 @pytest.mark.parametrize(("kind", "size"), [("fnn", 1e25), ("transformer", 1e30)])
-def test_what_overflows_from_the_start_diverges(kind: str, size: float, way: str) -> None:
+def test_what_overflows_from_the_start_diverges(kind: str, size: float) -> None:
     """Of a transformer scores alone, which its softmax does not hide."""
     frozen = network(kind)
     weights = [size * w if m < 8 else w for m, w in enumerate(frozen.weights)]
@@ -575,7 +459,6 @@ def run(kind: str = "fnn", tuning: Tuning = Tuning(1), data: Any = None, **optio
 
 
 HUGE = LinearNetwork(torch.full((1, 6, 6), 1e39, dtype=torch.float64))
-TOKENS = torch.ones(4, 6, 3)
 # The name in the error, and calls that are refused before any step.
 BAD: list[tuple[str, Callable[[], Any]]] = [
     ("tunings", lambda: train(network("fnn"), Tuning(1), fresh("fnn"))),  # type: ignore[arg-type]
@@ -607,7 +490,6 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("data's inputs", lambda: run(data=fresh("transformer"))),
     ("data's inputs", lambda: run("transformer", data=fresh("fnn"))),
     ("data's inputs", lambda: run(data=given_data(x_validation=X[:5]))),
-    ("data", lambda: run("transformer", data=Fixed((TOKENS,) * 2, (TOKENS[..., :2],) * 2))),
     ("training inputs", lambda: Fixed((X * math.nan, Y), (X, Y))),
     ("validation labels", lambda: Fixed((X, Y), (X, Y * math.inf))),
     ("samples", lambda: Fixed((X, Y), (X, Y), samples=9)),
@@ -620,80 +502,9 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
 def test_bad_input_is_refused_before_any_step(
     name: str, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (_steps, _reference):
-        monkeypatch.setattr(module, "advance", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(engine._Runs, "descend", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(InputError, match=f"^{name} must be"):
         call()
-
-
-def test_data_that_changes_later_is_refused() -> None:
-    class Shrinking(Data):
-        validation = (X, Y)
-
-        def block(self, index: int) -> tuple[Tensor, Tensor]:
-            x = X[:, : 8 - index].expand(self.BLOCK, -1, -1)
-            return x, x
-
-    with pytest.raises(InputError, match="alike in every block"):
-        run(data=Shrinking(), steps=STEPS)
-
-
-def test_code_that_cannot_be_kept_is_compiled_all_the_same() -> None:
-    script = """
-from numba.core import caching
-caching.CompileResultCacheImpl._locator_classes = []
-from lorapower.training import _steps
-assert not _steps.advance.stats.cache_path
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
-
-
-def test_types_are_looked_up_in_one_thread_before_others_start(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """numba's table of types may not grow in one thread while another goes through it."""
-    calls: list[tuple[int, bool]] = []
-
-    def recorded(*given: Any) -> None:
-        calls.append((len(given[-1]), threading.current_thread() is threading.main_thread()))
-        advance(*given)
-
-    advance = _steps.advance
-    monkeypatch.setattr(_steps, "advance", recorded)
-    use_threads(2, monkeypatch)
-    train(network("fnn", 1), [Tuning(1), Tuning(2)], fresh("fnn"), steps=STEPS)
-    assert calls[0] == (0, True)
-    assert all(runs and not main for runs, main in calls[1:])
-
-
-def test_subnormal_numbers_are_zeros_in_all_threads_of_training(
-    way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    products: dict[int, set[float]] = {}
-
-    def compute() -> None:
-        product = math.prod([1e-200, 1e-120])
-        products.setdefault(threading.get_ident(), set()).add(product)
-
-    def watched(*given: Any) -> None:
-        compute()
-        advance(*given)
-
-    def label(x: Tensor) -> Tensor:
-        if len(x) == Data.BLOCK:
-            compute()
-        return x
-
-    module: Any = _steps if way == "kernel" else _reference
-    use_threads(2, monkeypatch)
-    advance = module.advance
-    monkeypatch.setattr(module, "advance", watched)
-    data = Fresh(label, (6,), samples=20)
-    train(network("fnn"), [Tuning(1), Tuning(2)], data, steps=STEPS)
-    # The calling thread, one that makes inputs, and those that train.
-    assert len(products) >= 2 + (way == "kernel")
-    assert set().union(*products.values()) == {0.0}
-    assert math.prod([1e-200, 1e-120]) > 0
 
 
 def test_subnormal_numbers_are_what_the_caller_says_again_afterwards() -> None:
