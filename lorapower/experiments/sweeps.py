@@ -40,7 +40,7 @@ __all__ = ["Record", "Results", "columns", "grid", "read", "run"]
 R = TypeVar("R", bound=Record)
 _ROOT = Path(__file__).parent.parent
 # Distributions whose versions can change a result.
-_LIBRARIES = {"numba", "numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"}
+_LIBRARIES = {"numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"}
 _COLUMNS = "setting, results, version, revision"
 # A run that somebody has begun has no results yet.
 _SCHEMA = """CREATE TABLE IF NOT EXISTS runs (
