@@ -57,11 +57,12 @@ class Free:
         pairs = zip(self.start, self.moves, strict=True)
         return [next(each) if moves else part for part, moves in pairs]
 
-    def move(self, parts: Parts, step: Float[Tensor, " count"]) -> list[Tensor]:
-        """Return the parts after a step of all that is tuned."""
-        tuned = self.select(parts)
-        steps = step.split([part.numel() for part in tuned])
-        return self.insert([p + by.reshape(p.shape) for p, by in zip(tuned, steps, strict=True)])
+    def fill(self, flat: Float[Tensor, " count"]) -> list[Tensor]:
+        """Return all parts, with the tuned ones set to these numbers."""
+        tuned = self.select(self.start)
+        each = flat.split([part.numel() for part in tuned])
+        pairs = zip(each, tuned, strict=True)
+        return self.insert([new.reshape(old.shape) for new, old in pairs])
 
     def adapters_of(self, parts: Parts) -> Adapters:
         """Return adapters of these parts, which may have batch dimensions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
 from typing import Any, get_args
@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..networks.base import Network
 from ..networks.gap import Gap
 from ..networks.layers import LinearNetwork, product
-from ._free import Free, Pair, Parts, labelled
+from ._free import Free, Pair, labelled
 from ._task import require_relu_end
 from .tuning import Loss
 
@@ -31,8 +31,6 @@ STARTS, ITERATIONS = 16, 2000
 CHUNK, PATIENCE, PROGRESS = 25, 4, 1e-3
 # `newton` tunes at most so many numbers, since it solves a linear system in them.
 LARGEST_SYSTEM = 4096
-# Derivatives held at a time; first and last damping, in units of the largest second derivative.
-CHUNK_OF_DERIVATIVES, DAMPING, LARGEST_DAMPING = 2**22, 1e-3, 1e12
 
 
 @torch.enable_grad()
@@ -165,15 +163,13 @@ def newton(
     *,
     loss: Loss = "squared",
 ) -> tuple[Adapters, Float[Tensor, "points 2"]]:
-    """Adapt by Levenberg–Marquardt: each step solves ``(JᵀJ + λI) δ = −Jᵀ r``.
+    """Adapt by scipy's method of Levenberg–Marquardt's kind, with a trust region.
 
-    ``r`` are the errors of all outputs on ``training`` and ``J`` their derivatives in all tuned
-    numbers. The damping ``λ`` (Nielsen's) falls where a step does what its linear model predicts,
-    and rises where it does not; a step that raises the loss on ``training`` is not taken. Near an
-    exact fit it converges in few steps; it ends before ``iterations`` where no damping helps. All
-    is computed in the network's precision. Returns the adapters of least error on ``validation``,
-    and the mean squared errors, whatever the loss, on ``training`` (first column) and
-    ``validation``, before the first iteration and after each one.
+    It lowers the squared errors of all outputs on ``training`` by their derivatives in all tuned
+    numbers, in double precision, and converges in few steps near an exact fit; it ends before
+    ``iterations`` where nothing moves. Returns the adapters of least error on ``validation``, and
+    the mean squared errors, whatever the loss, on ``training`` (first column) and ``validation``,
+    before the first iteration and after each one.
 
     The start may be from `begin`; pairs are as in `descend`. The loss ``"one-sided"``
     [def-one-sided] takes errors before the last ReLU where an output should be positive. Raises
@@ -183,83 +179,58 @@ def newton(
     _checks.choice("loss", loss, get_args(Loss))
     free = Free.of(network, adapters.balanced())
     pairs = labelled(network, "training", training), labelled(network, "validation", validation)
-    one_sided = loss == "one-sided"
+    one_sided, (x, y) = loss == "one-sided", pairs[0]
     if one_sided:
         require_relu_end(network)
-        if pairs[0][1].min() < 0:
+        if y.min() < 0:
             allowed = "outputs of at least 0 for the one-sided loss"
-            raise InputError("training", allowed=allowed, given=float(pairs[0][1].min()))
+            raise InputError("training", allowed=allowed, given=float(y.min()))
     if free.count > LARGEST_SYSTEM:
         allowed = f"of at most {LARGEST_SYSTEM} numbers, as many as the linear systems have"
         given = f"{free.count} of them"
         raise InputError("adapters", allowed=allowed, given=given, remedy="use descend")
+
+    if not network.sequences:
+        # A sample for each member of a batch.
+        x, y = x.mT.unsqueeze(-1), y.mT.unsqueeze(-1)
+
+    def residuals(parts: Sequence[Tensor]) -> Tensor:
+        tuned = free.merge(parts)
+        if not one_sided:
+            return (tuned(x) - y).flatten(1)
+        before = tuned.without_last_relu()(x)
+        return (torch.where(y > 0, before, before.relu()) - y).flatten(1)
+
+    def derivatives(flat: Tensor) -> Tensor:
+        # Each sample has its own copies of all that is tuned, so that derivatives stay separate.
+        copies = [part.expand(len(x), *part.shape) for part in free.select(free.fill(flat))]
+        each = torch.func.jacrev(lambda copies: residuals(free.insert(copies)).sum(0))(copies)
+        return torch.cat([d.flatten(2) for d in each], 2).movedim(1, 0).flatten(0, 1)
+
+    def as_tensor(values: NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(values).to(y)
+
     errors, best, least = [], free.start, inf
-    for parts in _marquardt(free, pairs[0], iterations, one_sided):
+
+    def look(intermediate_result: scipy.optimize.OptimizeResult) -> None:
+        nonlocal best, least
+        parts = free.fill(as_tensor(intermediate_result.x))
         errors.append(torch.stack([free.error(parts, pair) for pair in pairs]))
         if errors[-1][1] < least:
             best, least = parts, float(errors[-1][1])
+        if len(errors) > iterations:
+            raise StopIteration
+
+    start = torch.cat([y.new_zeros(0), *(part.flatten() for part in free.select(free.start))])
+    look(scipy.optimize.OptimizeResult(x=start.double().numpy()))
+    if free.count and iterations:
+        scipy.optimize.least_squares(
+            lambda flat: residuals(free.fill(as_tensor(flat))).flatten().double().numpy(),
+            start.double().numpy(),
+            lambda flat: derivatives(as_tensor(flat)).double().numpy(),
+            xtol=1e-15,
+            ftol=None,
+            gtol=None,
+            callback=look,
+        )
     return free.adapters_of(best), torch.stack(errors)
-
-
-def _marquardt(free: Free, pair: Pair, iterations: int, one_sided: bool) -> Iterator[Parts]:
-    """Yield the parts on the course of Levenberg–Marquardt, from the start on."""
-
-    def objective(parts: Parts) -> Tensor:
-        return _residuals(free, parts, pair, one_sided).square().mean()
-
-    parts, value = free.start, objective(free.start)
-    yield parts
-    size, damping, growth = 0.0, 0.0, 2.0
-    for done in range(iterations if free.count else 0):
-        slope, curvature = _model(free, parts, pair, one_sided)
-        if not done:
-            size = float(curvature.diagonal().amax())
-            damping = DAMPING * size
-        # If no error depends on any parameter, there is nothing to do.
-        while size and damping <= LARGEST_DAMPING * size:
-            system = curvature + damping * torch.eye(len(slope)).to(slope)
-            factor, singular = torch.linalg.cholesky_ex(system)
-            if not singular:
-                step = -torch.cholesky_solve(slope[:, None], factor)[:, 0]
-                tried = free.move(parts, step)
-                new = objective(tried)
-                if new < value:
-                    gain = float(value - new) / float(step @ (damping * step - slope))
-                    damping, growth = damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), 2.0
-                    break
-            damping, growth = damping * growth, 2 * growth
-        else:
-            return
-        parts, value = tried, new
-        yield parts
-
-
-def _residuals(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> Tensor:
-    """Compute errors of all outputs, before the last ReLU where an output should be positive."""
-    network, (x, y) = free.merge(parts), pair
-    if not one_sided:
-        return network(x) - y
-    before = network.without_last_relu()(x)
-    return torch.where(y > 0, before, before.relu()) - y
-
-
-def _model(free: Free, parts: Parts, pair: Pair, one_sided: bool) -> tuple[Tensor, Tensor]:
-    """Compute ``Jᵀr`` and ``JᵀJ`` over the number of residuals."""
-    x, y = pair if free.network.sequences else tuple(part.mT.unsqueeze(-1) for part in pair)
-    size = max(1, CHUNK_OF_DERIVATIVES // (y[0].numel() * free.count))
-    slope = y.new_zeros(free.count)
-    curvature = y.new_zeros(free.count, free.count)
-    for samples in zip(x.split(size), y.split(size), strict=True):
-
-        def residuals(copies: Any, samples: Any = samples) -> tuple[Tensor, Tensor]:
-            each = _residuals(free, free.insert(copies), samples, one_sided).flatten(1)
-            return each.sum(0), each
-
-        # Each sample has its own copies of all that is tuned, so that derivatives stay separate.
-        count = len(samples[0])
-        copies = [part.expand(count, *part.shape) for part in free.select(parts)]
-        derivatives, values = torch.func.jacrev(residuals, has_aux=True)(copies)
-        J = torch.cat([d.flatten(2) for d in derivatives], 2).movedim(1, 0).flatten(0, 1)
-        slope += values.flatten() @ J
-        curvature += J.mT @ J
-    return slope / y.numel(), curvature / y.numel()
