@@ -48,7 +48,7 @@ def main() -> None:
         rank = max(1, width // 8)
         draw = randomness.generator(0, "inputs of a benchmark")
         inputs = [randomness.normal(draw, width, n) for n in (chosen.inputs, 2000)]
-        # What is compiled once is not counted.
+        # What is done once is not counted.
         data, tuning = Fresh(target, (width,)), Tuning(ranks=rank, learning_rate=1e-2)
         train(frozen, [tuning], data, steps=1)
 

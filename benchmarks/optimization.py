@@ -3,7 +3,7 @@
     python benchmarks/optimization.py [--problems 5] [--steps 5000] [--layers 2]
 
 The grid has twelve runs; its best is chosen by validation, and so are those of the others. Each way
-is timed by itself, once, after the code has been compiled. Errors are relative to the variance of
+is timed by itself, once. Errors are relative to the variance of
 the outputs, on new inputs; their median and the summed time of all problems are shown.
 """
 
@@ -39,7 +39,6 @@ def main() -> None:
         every=10,
         seed=range(chosen.problems),
     )
-    synthetic.measure([Setting(problem=problems[0].replace(steps=10), method=better)])
     base = 0.0
     for name, methods in ways.items():
         errors, start = [], perf_counter()

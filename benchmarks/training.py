@@ -5,10 +5,10 @@
 A training is 5000 steps of Adam on fresh batches of 256 inputs of width 16, of ten tokens for
 transformers, with the validation loss on 256 inputs after each step and the best parameters kept.
 Both sides run for `--steps` steps, the plain loop for a third of them, in turn; the least times of
-the repetitions are extrapolated. Compilation is paid before. The runs that are trained at once have
-ranks 1 to 16 in turn and see the same inputs; the plain loop trains one module at rank 8, with as
-many threads as make it fastest. Beside the ratio of the trainings a minute stands that of the work,
-the time that processors spend on a training, which depends less on what else they have to do.
+the repetitions are extrapolated. The runs that are trained at once have ranks 1 to 16 in turn and
+see the same inputs; the plain loop trains one module at rank 8, with as many threads as make it
+fastest. Beside the ratio of the trainings a minute stands that of the work, the time that
+processors spend on a training, which depends less on what else they have to do.
 
 The limit is the time that the matrix products of the steps take, without and with those of the
 validation, at the rate of a product of large matrices in single precision on all processors. They
@@ -196,9 +196,9 @@ def compare(model: str, numbers: Sequence[int], steps: int, repeat: int, process
         for threads in range(1, processors + 1)
     ]
     for runs in numbers:
-        # Compilation, and memory that is taken once.
+        # Memory that is taken once.
         stacked(model, runs, 1)
-        engine = Least(partial(on_threads, 1, partial(stacked, model, runs, steps)))
+        engine = Least(partial(on_threads, processors, partial(stacked, model, runs, steps)))
         for _ in range(repeat):
             for measured in (*loops, engine, product):
                 measured()
