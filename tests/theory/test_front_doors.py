@@ -124,8 +124,8 @@ DOORS = [
     # Training
     Door(
         Tuning,
-        {"learning_rate": 1.0, "weight_decay": 0.0, "start": "study"},
-        {"learning_rate": [0.0, np.nan], "weight_decay": [-1.0], "start": ["no such"]},
+        {"learning_rate": 1.0, "weight_decay": 0.0, "schedule": "cosine"},
+        {"learning_rate": [0.0, np.nan], "weight_decay": [-1.0], "schedule": ["no such"]},
     ),
     Door(Fresh, {"label": RELU["target"], "shape": (3,), "samples": 2}, {"samples": [0]}),
     Door(Fixed, {"training": (X, X), "validation": (X, X)}, {"training": [(X, X[:, :1])]}),
