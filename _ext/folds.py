@@ -8,6 +8,7 @@ JupyterLab shows neither comment, and what is between them open.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -15,8 +16,12 @@ from sphinx_design.shared import create_component
 
 _BEGINS = re.compile(r"<!-- fold: (.+) -->")
 _END = "<!-- /fold -->"
-_CLOSED = {"opened": False, "has_title": True, "icon": None, "chevron": None}
-_CLASSES = {"container_classes": ["fold"], "title_classes": [], "body_classes": []}
+_CLOSED: dict[str, Any] = {"opened": False, "has_title": True, "icon": None, "chevron": None}
+_CLASSES: dict[str, Any] = {
+    "container_classes": ["fold"],
+    "title_classes": [],
+    "body_classes": [],
+}
 
 
 def _fold(app: Sphinx, doctree: nodes.document) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from lorapower.book._executed import read_quotes
 
 ROOT = Path(__file__).resolve().parent.parent
-_SOURCES = ("_config.yml", "_ext", "_static", "_toc.yml", "api", "chapters", "index.md")
-_SOURCES += ("references.bib",)
+_FOLDERS = ("_ext", "_static", "api", "chapters")
+_SOURCES = (*_FOLDERS, "_config.yml", "_toc.yml", "index.md", "references.bib")
 
 
 def stage(executed: Path, target: Path) -> None:

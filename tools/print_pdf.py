@@ -111,9 +111,8 @@ def main() -> int:
         print(NO_CHROMIUM, file=sys.stderr)
         return 1
     site = parse_toc_yaml(ROOT / "_toc.yml")
-    notes = [
-        name for part in site.root.subtrees if part.caption == "Notes" for name in part.files()
-    ]
+    trees = [part for part in site.root.subtrees if part.caption == "Notes"]
+    notes = [html / f"{name}.html" for part in trees for name in part.files()]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
         pages = [html / f"{name}.html" for name in site if not name.startswith("api/")]

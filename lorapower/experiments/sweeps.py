@@ -208,7 +208,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> pd.DataFrame:
     table = pd.concat(parts, axis=1).map(lambda cell: tuple(cell) if type(cell) is list else cell)
     origin = pd.DataFrame([row[2:] for row in rows], columns=["version", "revision"])
     # A kind stands in the column of the record that has it.
-    names = (name.removesuffix(".kind").rpartition(".")[2] for name in table)
+    names = (str(name).removesuffix(".kind").rpartition(".")[2] for name in table)
     return pd.concat([table.set_axis([*names], axis=1), origin], axis=1)
 
 

@@ -78,7 +78,7 @@ def test_results_are_kept_where_they_are_wanted(
     profile: str, results: str, kept: str, folder: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RESULTS, kept)
-    assert completed(profile=profile, results=results).results == folder
+    assert vars(completed(profile=profile, results=results))["results"] == folder
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import ast
-import gzip
-import hashlib
 import html
-import json
 import math
 import re
 import subprocess
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +16,6 @@ import pytest
 from conftest import ROOT
 
 from lorapower import InputError
-from lorapower.checkpoints import _example
 from records import models, texts
 from records.texts import Examples
 
@@ -107,18 +102,6 @@ def test_parts_have_their_shares_and_share_no_words() -> None:
     assert len(rated_parts("movies")["test"].labels) >= 1500
     words = [{text.casefold() for text in part.texts} for part in parts.values()]
     assert not words[0] & words[1] | words[0] & words[2] | words[1] & words[2]
-
-
-def test_the_example_of_the_command_has_decided_movie_snippets() -> None:
-    def drawn(*parts: str) -> list[dict[str, Any]]:
-        found = [texts.read("movies", texts.RATED, part) for part in parts]
-        pairs = [pair for each in found for pair in zip(each.texts, each.labels, strict=True)]
-        rows = [{"text": text, "label": int(label)} for text, label in pairs]
-        return sorted(rows, key=lambda row: hashlib.sha256(row["text"].encode()).digest())
-
-    rows = [*drawn("train")[:640], *drawn("validation", "test")[:360]]
-    lines = gzip.decompress(_example._MOVIES.read_bytes()).decode().splitlines()
-    assert [json.loads(line) for line in lines] == rows
 
 
 def test_another_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
