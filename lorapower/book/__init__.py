@@ -25,8 +25,7 @@ with needs("book"):
     from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
     from .._records import Record
-    from . import claims
-    from ._executed import GLUE, formatted
+    from . import _executed, claims
 
 #: Threads that a chapter may take; `setup` leaves torch one.
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
@@ -157,7 +156,7 @@ class _Quoted(dict[str, str]):
         from IPython.display import Latex
 
         name, _, form = key.partition(":")
-        text = formatted(super().__getitem__(name), form) if name in self else "…"
+        text = _executed.formatted(super().__getitem__(name), form) if name in self else "…"
         return Latex(text) if text.startswith("$") else text
 
 
@@ -179,8 +178,9 @@ def quote(name: str, value: Any, *, digits: int | None = None) -> None:
     shown = Markdown("")
     shown.data = text  # given at once, it would be read as a file where one has this name
     forms, about = format_display_data(value if digits is None else shown)
-    about |= {"scrapbook": {"name": name, "mime_prefix": GLUE}}
-    display({f"{GLUE}{kind}": form for kind, form in forms.items()}, metadata=about, raw=True)
+    glue = _executed.GLUE
+    about |= {"scrapbook": {"name": name, "mime_prefix": glue}}
+    display({f"{glue}{kind}": form for kind, form in forms.items()}, metadata=about, raw=True)
 
 
 def median(values: ArrayLike, axis: int | None = None) -> Any:
