@@ -86,7 +86,7 @@ def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
                 folder.rename(old)
             try:
                 new.rename(folder)
-            except OSError:
+            except BaseException:  # an interrupt too
                 if old.exists():
                     old.rename(folder)
                 raise

@@ -397,7 +397,7 @@ def free_memory() -> float:
     import psutil  # type: ignore[import-untyped]
 
     free = float(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         limit, used = (int((_CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
         parts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
         # Copies of files are dropped when memory is needed.

@@ -47,7 +47,10 @@ _HARMLESS = re.compile(
     "|id2label|label2id|problem_type|finetuning_task|.*_token_id|vocab_size"
     "|.*(dropout|pdrop).*|initializer_.*|gradient_checkpointing|use_cache|chunk_size_feed_forward"
     "|return_dict|output_attentions|output_hidden_states|pretraining_tp|max_window_layers"
+    r"|transformers\.js_config|sentence_transformers"
 )
+# What networks take an entry for where a configuration lacks it, as those of other releases do.
+_IMPLIED = {"position_embedding_type": "absolute"}
 # Bytes of memory that a process takes with all libraries.
 _LIBRARIES = 0.4e9
 # Modules that servers compute as one, by the ends of their names.
@@ -362,7 +365,9 @@ def _require_one_function(base: Any, tuned: Any, task: Task) -> None:
 
     Adapters carry weights alone: they are served with the configuration of the base.
     """
-    own, other = ({n: v for n, v in c.to_dict().items() if v is not None} for c in (base, tuned))
+    own, other = (
+        _IMPLIED | {n: v for n, v in c.to_dict().items() if v is not None} for c in (base, tuned)
+    )
     counted = {name for name in own.keys() | other.keys() if not _HARMLESS.fullmatch(name)}
     rope = getattr(tuned, "rope_parameters", None) or {}
     if {each["rope_type"] for each in ([rope] if "rope_type" in rope else rope.values())} == {
@@ -370,6 +375,9 @@ def _require_one_function(base: Any, tuned: Any, task: Task) -> None:
     }:
         # Angles do not depend on it.
         counted -= {"max_position_embeddings"}
+    if task != "language":
+        # There is no head of tokens to tie.
+        counted -= {"tie_word_embeddings"}
     if task == "classification" or tuned.model_type in COUNTED_FROM_PADDING:
         # Classifiers of decoders look for the last token by it. Without one they take one text.
         counted |= own.keys() & other.keys() & {"pad_token_id"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,14 +61,31 @@ def test_seeded_leaves_the_global_numbers_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def calls(path: Path, names: set[str]) -> Iterator[ast.Call]:
+    """Find the calls of functions of these names, whatever they are an attribute of."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in names:
+            yield node
+
+
 def test_each_place_of_the_package_has_purposes_of_its_own() -> None:
-    named: Counter[str] = Counter()
-    for path in (ROOT / "lorapower").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call):
-                function = ast.unparse(node.func).rpartition(".")[2]
-                purpose = ", ".join(map(ast.unparse, node.args[1:]))
-                if function in {"generator", "seeded", "number"} and "'" in purpose:
-                    named[purpose] += 1
+    purposes = [
+        ", ".join(map(ast.unparse, call.args[1:]))
+        for path in (ROOT / "lorapower").rglob("*.py")
+        for call in calls(path, {"generator", "seeded", "number"})
+    ]
+    named = Counter(purpose for purpose in purposes if "'" in purpose)
     assert len(named) >= 15
     assert {purpose for purpose, count in named.items() if count > 1} == set()
+
+
+def test_nothing_is_drawn_without_a_stream() -> None:
+    draws = {"randn", "rand", "randint", "randperm", "default_rng", "Random"}
+    for path in [*(ROOT / "lorapower").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for call in calls(path, {*draws, "manual_seed", "manual_seed_all"}):
+            bare = ast.unparse(call.func).startswith("torch") and not any(
+                word.arg == "generator" for word in call.keywords
+            )
+            shown = lines[call.lineno - 1].endswith("# bare, to show it")
+            assert shown or (call.args and not bare), f"{path.name}, line {call.lineno}"

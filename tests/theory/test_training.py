@@ -67,7 +67,7 @@ def assert_same(found: Sequence[Any], wanted: Sequence[Any]) -> None:
 def assert_close(found: Sequence[Any], wanted: Sequence[Any]) -> None:
     """But for rounding, of which Adam makes more where a gradient is small."""
     for a, b in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def start_factors(frozen: Any, tuning: Tuning, data: Data, **options: Any) -> list[Tensor]:

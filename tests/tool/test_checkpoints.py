@@ -572,8 +572,15 @@ def test_nothing_half_written_looks_finished(
     assert (out / _export.REPORT).is_file() == (where == "save_merged")
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError(13, "Permission denied"), ResultsError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
 def test_what_was_there_comes_back_if_it_cannot_be_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    told: type[BaseException],
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -582,11 +589,11 @@ def test_what_was_there_comes_back_if_it_cannot_be_replaced(
 
     def refused(self: Path, target: Path) -> Path:
         if (self / "new").exists():
-            raise OSError(13, "Permission denied")
+            raise error
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(ResultsError, match="Permission denied"), write_folder(out) as partial:
+    with pytest.raises(told), write_folder(out) as partial:
         (partial / "new").write_text("new")
     assert (out / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
