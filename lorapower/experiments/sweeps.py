@@ -240,21 +240,29 @@ def _fingerprint(work: Callable[..., Any]) -> str:
         named = inspect.getclosurevars(work).globals.values()
         start = [getattr(one, "__module__", getattr(one, "__name__", "")) or "" for one in named]
         own = _code.digest(ast.parse(textwrap.dedent(inspect.getsource(work))))
-    reached = _code.reach(start, _places())
+    reached = _code.reach(start, _places(work.__module__))
     versions = [(d.name, d.version) for d in metadata.distributions() if d.name in _LIBRARIES]
     code = own, sorted((name, module.digest) for name, module in reached.items())
     return _code.digest(f"{start if not own else ''} {work.__qualname__} {code} {sorted(versions)}")
 
 
-def _places() -> dict[str, Path]:
-    """Top-level modules whose code counts: this package, and what is not installed."""
+def _places(module: str) -> dict[str, Path]:
+    """Top-level modules whose code counts: this package, ``module``'s, and what is not installed.
+
+    They are looked for, since which of them are loaded already is chance.
+    """
     installed = {Path(folder).resolve() for folder in sysconfig.get_paths().values()}
     places = {}
-    for name, module in [*sys.modules.items()]:
-        if "." not in name and (file := getattr(module, "__file__", None)):
-            path = Path(file).resolve()
-            if not installed & {*path.parents}:
-                places[name] = path.parent if path.name == "__init__.py" else path
+    for folder in (Path(folder).resolve() for folder in reversed(sys.path)):
+        if folder.is_dir() and not installed & {folder, *folder.parents}:
+            for path in folder.iterdir():
+                if path.suffix == ".py" or (path / "__init__.py").is_file():
+                    places[path.stem] = path
+    top = module.partition(".")[0]
+    if file := getattr(sys.modules.get(top), "__file__", None):  # a program is not found by name
+        path = Path(file).resolve()
+        if not installed & {*path.parents}:
+            places[top] = path.parent if path.name == "__init__.py" else path
     return places | {_ROOT.name: _ROOT}
 
 

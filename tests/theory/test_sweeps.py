@@ -419,8 +419,27 @@ def test_only_code_that_a_run_reaches_counts(
     assert (before != after) is counts
 
 
+def test_modules_count_whether_they_are_loaded_already_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def work(batch):\n    import only_later\n    return only_later.VALUE\n"
+    (tmp_path / "begins_first.py").write_text(code)
+    (tmp_path / "only_later.py").write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    fingerprint = functools.partial(
+        sweeps._fingerprint.__wrapped__, importlib.import_module("begins_first").work
+    )
+    before = fingerprint()
+    importlib.import_module("only_later")
+    assert fingerprint() == before
+    (tmp_path / "only_later.py").write_text("VALUE = 2\n")
+    assert fingerprint() != before
+    for name in ("begins_first", "only_later"):
+        del sys.modules[name]
+
+
 def test_runs_of_this_package_follow_its_imports() -> None:
-    found = _code.reach(["lorapower.experiments.synthetic"], sweeps._places())
+    found = _code.reach(["lorapower.experiments.synthetic"], sweeps._places("lorapower"))
     assert {"lorapower", "lorapower.training.engine", "lorapower._records"} <= {*found}
     assert not {"lorapower.book", "lorapower.checkpoints", "lorapower.experiments.digits"} & {
         *found
