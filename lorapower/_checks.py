@@ -181,15 +181,10 @@ def common_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.Size:
 
 @contextmanager
 def flushing() -> Iterator[None]:
-    """Treat subnormal numbers as zeros in this thread and those it starts (but not torch's)."""
+    """Treat subnormal numbers as zeros in this thread and those it starts, not in torch's own."""
     before = sys.float_info.min / 2 == 0
-    flush()
+    torch.set_flush_denormal(True)
     try:
         yield
     finally:
         torch.set_flush_denormal(before)
-
-
-def flush() -> None:
-    """Treat subnormal numbers as zeros from now on; an initializer for pools."""
-    torch.set_flush_denormal(True)

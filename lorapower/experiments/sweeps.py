@@ -89,7 +89,8 @@ def run(
         module of ``work`` or in one that it imports, at any remove, of this package or from outside
         the environment; comments and docstrings do not count. Of a ``work`` in a notebook its own
         code counts, and the modules that it names. What it reads from variables and files does not.
-        Several sweeps may use a file at a time: each leaves for last what another has begun.
+        Several sweeps may use a file at a time: without an executor each leaves for last what
+        another has begun.
     executor : concurrent.futures.Executor, optional
         Runs the batches; without one they run here, one after another. Dask's is
         ``Client(address).get_executor()``. Whether workers have the same code is not checked.
