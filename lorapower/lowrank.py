@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import _checks, randomness
+from . import _checks
 from .errors import InputError
 
 
@@ -140,29 +140,3 @@ def solve(
         raise InputError("matrix", allowed="at least as wide as high", given=f"{rows}×{cols}")
     Q, R = torch.linalg.qr(matrix.mT)
     return Q @ torch.linalg.solve_triangular(R.mT, right, upper=False)
-
-
-def random_matrix(
-    rows: int,
-    cols: int,
-    *,
-    condition_number: float,
-    batch_shape: tuple[int, ...] = (),
-    seed: int = 0,
-    purpose: str = "matrix",
-    dtype: torch.dtype = torch.float64,
-) -> Float[Tensor, "*batch rows cols"]:
-    """Draw ``Q_1 diag(σ) Q_2ᵀ`` of condition number ``κ ≥ 1``, by seed and purpose.
-
-    ``Q_1, Q_2`` are random and orthonormal, ``σ`` log-spaced from 1 to ``1/κ``.
-    """
-    rows, cols = _checks.integer("rows", rows, 1), _checks.integer("cols", cols, 1)
-    condition_number = _checks.finite("condition_number", condition_number, 1)
-    generator = randomness.generator(seed, "conditioned", purpose)
-    size = min(rows, cols)
-
-    def orthonormal(n: int) -> Tensor:
-        return torch.linalg.qr(randomness.normal(generator, *batch_shape, n, size))[0]
-
-    sigma = torch.logspace(0, -1, size, base=condition_number, dtype=torch.float64, device="cpu")
-    return ((orthonormal(rows) * sigma) @ orthonormal(cols).mT).to(dtype)

@@ -149,7 +149,6 @@ def unit_rank(
     activation: Literal["relu", "gelu", "silu"] = "relu",
     norm: Norm = "layer",
     gated: bool = False,
-    gains: bool = False,
 ) -> int:
     """Count a rank that each feed-forward weight needs, for almost all frozen ones [cor-whole].
 
@@ -158,10 +157,9 @@ def unit_rank(
     others; ``m = D − 1`` under a LayerNorm, ``D`` under an RMSNorm, with width ``D`` and ``F``
     hidden units [thm-inner-rank]. In gated layers ``W_1`` is the gate, and ``W_3`` needs what
     ``W_1`` needs with ReLUs [thm-gated-rank]. ``W_2`` needs the least ``r`` with
-    ``(F − r)(D − r) ≤ F``, or ``≤ 0`` in ungated layers without ReLUs. Tuned gains of the second
-    norm add ``D − 1`` to the bounds of ``F`` and ``D`` to those of 0, but for ``W_2``. With enough
-    hidden units it is ``m − 1`` or ``m``, and ``D − 1`` or ``D``; for ``W_1`` and ``W_3`` it is
-    attained (`networks.align`).
+    ``(F − r)(D − r) ≤ F``, or ``≤ 0`` in ungated layers without ReLUs. With enough hidden
+    units it is ``m − 1`` or ``m``, and ``D − 1`` or ``D``; for ``W_1`` and ``W_3`` it is attained
+    (`networks.align`). Gains are frozen.
 
     Both networks have equal depth and equally many hidden units; for ``W_1`` with ReLUs the frozen
     one may be deeper if it makes each target unit in one block, and ``F`` is the target's
@@ -179,8 +177,6 @@ def unit_rank(
     _checks.integer("dimension of normalized tokens", m, 3)
     rescaled = activation == "relu" or (gated and weight != "W_1")
     free = hidden if rescaled else 0
-    if gains and weight != "W_2":
-        free += width - 1 if rescaled else width
     side = width if weight == "W_2" else m
     return next(r for r in range(side + 1) if (hidden - r) * (side - r) <= free)
 
@@ -194,19 +190,18 @@ def packed_rank(
     groups: int | None = None,
     rotary: bool = False,
     norm: Norm = "rms",
-    zero_gains: int = 0,
 ) -> int:
     """Count a rank that two packed weights of attention need, both equally [thm-packed].
 
     ``W_Q`` and ``W_K`` (``"scores"``), or ``W_V`` and ``W_O`` (``"values"``), of all heads in one
     matrix, as PEFT adapts them: the least ``R`` with ``(p − R)(m − R) + (p' − R)(m' − R) ≤ γ``,
     where a factor below 0 counts as 0, and ``2 R ≥ min(2 d, m)``. ``W_Q`` and ``W_O`` have ``H d``
-    rows or columns, ``W_K`` and ``W_V`` ``d`` for each group. The other side is ``m``, the rank of
-    ``diag(g_1) V`` with the target's first gains, or the width for ``W_O``; ``m`` is the dimension
-    of normalized tokens unless ``zero_gains`` gains of the target are 0. ``γ`` is ``d²`` for each
-    group, and ``d`` for scores with rotary positions. It holds for almost all frozen weights; a
-    rank above a weight's side means that all of it changes. Raises `InputError` for numbers out of
-    range, and for values of heads larger than ``m``, of which the theorem does not speak.
+    rows or columns, ``W_K`` and ``W_V`` ``d`` for each group. The other side is the width for
+    ``W_O``, otherwise ``m``, the dimension of normalized tokens. ``γ`` is ``d²`` for each group,
+    and ``d`` for scores with rotary positions. It holds for almost all frozen weights and targets
+    whose first gains have no zero; a rank above a weight's side means that all of it changes.
+    Raises `InputError` for numbers out of range, and for values of heads larger than ``m``, of
+    which the theorem does not speak.
     """
     width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
     d = _checks.integer("head_size", head_size, 1)
@@ -215,9 +210,7 @@ def packed_rank(
         raise InputError("heads", allowed=f"a multiple of {groups}, the groups", given=heads)
     _checks.choice("part", part, ("scores", "values"))
     _checks.choice("norm", norm, get_args(Norm))
-    zero_gains = _checks.integer("zero_gains", zero_gains, 0, width, limit="the width")
-    # A single gain of 0 takes no dimension from tokens without mean: the others tell what it hides.
-    m = min(width - zero_gains, width - 1 if norm == "layer" else width)
+    m = width - 1 if norm == "layer" else width
     if part == "values" and d > m:
         # The rows of W_V are dependent on what is read, and W_O is not determined.
         raise InputError("head_size", allowed=f"at most {m} for values, what is read", given=d)

@@ -89,7 +89,6 @@ def adapt(
     region: Region,
     partition: Partition | None = None,
     *,
-    scalar_biases: bool = False,
     rtol: float | None = None,
     throw: bool = True,
 ) -> FNNAdaptation:
@@ -118,8 +117,6 @@ def adapt(
         The result holds everywhere in a `regions.Ball` or `regions.Box`; see `regions.Samples`.
     partition : Partition, optional
         Uniform by default.
-    scalar_biases : bool
-        One larger number for all units of an inner layer.
     ranks, rtol, throw
         See `linear.adapt`.
     """
@@ -146,7 +143,7 @@ def adapt(
         except SingularError as error:
             raise error.at_layer(layers.start + error.layer) from None
         own, biases, lost, image = _adapt_block(
-            block, layer, gap, solution.adapters, regions[-1], typical, scalar_biases
+            block, layer, gap, solution.adapters, regions[-1], typical
         )
         lost = lost.expand(batch)
         failed = lost > limit
@@ -205,7 +202,6 @@ def _adapt_block(
     adapters: Adapters,
     region: Region,
     typical: Tensor,
-    scalar_biases: bool,
 ) -> tuple[list[LowRank], list[Tensor], Float[Tensor, "*batch"], Region]:
     """Find the biases with which a block, its weights adapted, imitates a target layer.
 
@@ -218,7 +214,7 @@ def _adapt_block(
     weights = [w + update.matrix() for w, update in zip(block.weights, updates, strict=True)]
     reached = gap.reached(sum(adapters.ranks))
     at_centre = reached @ region.centre + layer.biases[0][..., None]
-    biases, values = _biases(weights, block, region, at_centre, scalar_biases)
+    biases, values = _biases(weights, block, region, at_centre)
     lost = _digits_lost(weights, biases, values, layer, typical)
     # Where all is lost nothing can be said of what comes after.
     sound = lost.isfinite()[..., None, None]
@@ -229,7 +225,7 @@ def _adapt_block(
 
 
 def _biases(
-    weights: Sequence[Tensor], block: FNN, region: Region, at_centre: Tensor, scalar: bool
+    weights: Sequence[Tensor], block: FNN, region: Region, at_centre: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Make a block's inner layers affine over the region, and its last one right.
 
@@ -246,8 +242,6 @@ def _biases(
         slack = (weight.shape[-1] + 4) * eps * (weight.abs() @ values[-1].abs() + bias.abs())
         if l < len(weights):
             shifted = slack - beyond * region.lowest(matrix) - before
-            if scalar:
-                shifted = shifted.amax(-2, keepdim=True).expand_as(shifted)
         else:
             # Outputs that the target does not have stay as they are, or are switched off.
             surplus = bias

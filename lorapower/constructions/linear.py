@@ -66,7 +66,6 @@ def adapt(
     target: LinearNetwork | Any,
     ranks: _checks.Ranks,
     *,
-    plain_only: bool = False,
     rtol: float | None = None,
     throw: bool = True,
 ) -> LinearAdaptation:
@@ -91,8 +90,6 @@ def adapt(
         these.
     ranks : Ranks
         One for all layers, cut to each weight's smaller side, or one per layer, at most that side.
-    plain_only : bool
-        Use the plain splitting, whatever its rounding error.
     rtol : float, optional
         Largest ``rounding_error`` over ``‖W̄‖_2`` (or over the predicted error, if that is larger,
         or over ``‖E‖_2`` if ``W̄ = 0``). By default ``eps^{1/2}``, half of the digits; ``inf``
@@ -102,7 +99,7 @@ def adapt(
     """
     gap = Gap(frozen, target)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in gap.frozen.weights])
-    return adapt_gap(gap, per_layer, plain_only=plain_only, rtol=rtol, throw=throw)
+    return adapt_gap(gap, per_layer, rtol=rtol, throw=throw)
 
 
 @torch.no_grad()
@@ -110,7 +107,6 @@ def adapt_gap(
     gap: Gap,
     ranks: Sequence[int],
     *,
-    plain_only: bool = False,
     rtol: float | None = None,
     throw: bool = True,
 ) -> LinearAdaptation:
@@ -141,7 +137,7 @@ def adapt_gap(
     splits = [_adapt_in_turn, _split_transposed]
     if total > gap.spectrum.shape[-1]:
         splits.insert(0, _split_lifted)
-    for split in () if plain_only else splits:
+    for split in splits:
         poor = best.rounding > 4 * last_place * scale
         if poor.any():
             best.improve(poor, split(problem.members(poor)))

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import benign, conditioned, moderate, seeds
+from strategies import benign, conditioned, moderate, plain_splitting, seeds
 from torch import Tensor
 
 from lorapower import bounds, lowrank, randomness, regions
@@ -95,13 +94,9 @@ def of_relu(network: FNN, x: Tensor) -> list[Tensor]:
 
 def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     """Pin the splitting; of two that are equally good, the last bits would choose one."""
-    adapt_gap = linear.adapt_gap
-
-    def pinned(*arguments: Any, **options: Any) -> Any:
-        return adapt_gap(*arguments, **{**options, "plain_only": True})
 
     def run(*arguments: Any) -> Any:
-        with mock.patch.object(linear, "adapt_gap", pinned):
+        with plain_splitting():
             return function(*arguments)
 
     return run
@@ -126,7 +121,8 @@ def of_linear_adapt(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor
 
 
 def of_split(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor]:
-    found = linear.adapt(frozen, target, 1, plain_only=True)
+    with plain_splitting():
+        found = linear.adapt(frozen, target, 1)
     return [found.condition_numbers, *(each.matrix() for each in found.adapters.updates)]
 
 

@@ -114,7 +114,6 @@ def test_adapters_tune_biases_too(depth: int, batch: tuple[int, ...], seed: int)
     batch_shapes,
     st.sampled_from(["ball", "box", "samples"]),
     st.booleans(),
-    st.booleans(),
     seeds,
 )
 def test_exact_from_the_threshold_on_all_over_the_region(
@@ -124,7 +123,6 @@ def test_exact_from_the_threshold_on_all_over_the_region(
     spare: int,
     batch: tuple[int, ...],
     kind: str,
-    scalar: bool,
     linear_last: bool,
     seed: int,
 ) -> None:
@@ -132,7 +130,7 @@ def test_exact_from_the_threshold_on_all_over_the_region(
     target = FNN.random(layers, width, linear_last=linear_last, seed=seed + 1)
     rank = min(int(bounds.fnn_threshold(frozen, target).max()) + spare, width)
     region = region_of(kind, width, seed)
-    found = fnn.adapt(frozen, target, rank, region, scalar_biases=scalar, throw=False)
+    found = fnn.adapt(frozen, target, rank, region, throw=False)
     adapted = found.adapters.merge(frozen)
     assert found.adapters.ranks == (rank,) * frozen.depth
     assert found.digits_lost.shape == (*batch, layers)
@@ -184,16 +182,6 @@ def test_far_outside_the_region_the_network_is_another_one() -> None:
     assert 0 < covered.sum() < 1000
     assert mse((3 * x)[:, covered]) < 1e-24
     assert mse((3 * x)[:, ~covered]) > 1e-6
-
-
-def test_scalar_biases_are_one_number_and_cost_more_digits() -> None:
-    frozen, target = FNN.random(3, 16, batch_shape=(50,)), FNN.random(1, 16, seed=1)
-    scalar = fnn.adapt(frozen, target, 6, Ball(6.0), scalar_biases=True)
-    single = fnn.adapt(frozen, target, 6, Ball(6.0))
-    for bias in scalar.adapters.merge(frozen).biases[:-1]:
-        torch.testing.assert_close(bias, bias[..., :1].expand_as(bias))
-    assert (single.digits_lost <= scalar.digits_lost).float().mean() > 0.9
-    assert single.digits_lost.median() < scalar.digits_lost.median() - 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

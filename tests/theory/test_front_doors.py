@@ -158,11 +158,6 @@ DOORS = [
         {"outputs": X, "inputs": X, "rank": 1, "shrinkage": 0.1},
         {"outputs": [X[:, :2], X.float()], "rank": [4], "shrinkage": [-1]},
     ),
-    Door(
-        lowrank.random_matrix,
-        {"rows": 1, "cols": 2, "condition_number": 2.0},
-        {"rows": [0], "condition_number": [0.5, np.inf]},
-    ),
     Door(lowrank.truncated_svd, {"matrix": X, "rank": 1}, {"matrix": [X[0], NAN], "rank": [4]}),
     Door(lowrank.solve, {"matrix": X, "right": X}, {"matrix": [X.T]}),
     Door(LowRank, {"left": X, "right": X}, {"right": [X[:, 1:]]}),

@@ -11,7 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, conditioned, dtypes, of_widths, seeds
+from strategies import (
+    batch_shapes,
+    conditioned,
+    dtypes,
+    of_widths,
+    plain_splitting,
+    random_matrix,
+    seeds,
+)
 
 from lorapower import InputError, SingularError, bounds, lowrank, randomness, training
 from lorapower.constructions import linear
@@ -88,7 +96,7 @@ def test_rectangular_networks(
 def test_one_rank_for_layers_of_any_sizes(widths: list[int], rank: int, seed: int) -> None:
     frozen = LinearNetwork(of_widths(widths, seed=seed).weights)
     rank = min(rank, widths[0], widths[-1])
-    change = lowrank.random_matrix(widths[-1], widths[0], condition_number=2, seed=seed)
+    change = random_matrix(widths[-1], widths[0], condition_number=2, seed=seed)
     target = LinearNetwork([frozen.product() + lowrank.truncated_svd(change, rank).matrix()])
     sides = [min(weight.shape) for weight in frozen.weights]
     try:
@@ -125,7 +133,8 @@ def test_no_optimizer_does_better_and_some_do_as_well(depth: int, rank: int) -> 
 
 def test_the_plain_splitting_hands_out_triplets_in_turn() -> None:
     frozen, target = conditioned(3, 8, seed=1), LinearNetwork.random(1, 8, seed=2)
-    solution = linear.adapt(frozen, target, [1, 3, 2], plain_only=True)
+    with plain_splitting():
+        solution = linear.adapt(frozen, target, [1, 3, 2])
     W1, W2, W3 = (weight.numpy() for weight in frozen.weights)
     U, S, Vh = np.linalg.svd((target.product() - frozen.product()).numpy())
     US, inverse = U * S, np.linalg.inv
@@ -139,7 +148,8 @@ def test_the_plain_splitting_hands_out_triplets_in_turn() -> None:
 def test_alternatives_rescue_what_the_plain_splitting_loses() -> None:
     frozen = LinearNetwork.random(6, 16, batch_shape=(20,), seed=0)
     target = LinearNetwork.random(1, 16, batch_shape=(20,), seed=1)
-    plain = linear.adapt(frozen, target, 3, plain_only=True, rtol=torch.inf)
+    with plain_splitting():
+        plain = linear.adapt(frozen, target, 3, rtol=torch.inf)
     best = linear.adapt(frozen, target, 3)
     assert (best.rounding_error <= plain.rounding_error).all()
     assert best.rounding_error.median() < 1e-3 * plain.rounding_error.median()
@@ -170,8 +180,8 @@ def test_where_all_rotated_triplets_make_singular_partial_targets(ranks: list[in
     turn = torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]])] * (width // 2)).double()
     frozen = LinearNetwork(torch.eye(width, dtype=torch.float64).expand(len(ranks), -1, -1))
     target = LinearNetwork([turn])
-    with pytest.raises(SingularError):
-        linear.adapt(frozen, target, ranks, plain_only=True)
+    with plain_splitting(), pytest.raises(SingularError):
+        linear.adapt(frozen, target, ranks)
     solution = linear.adapt(frozen, target, ranks)
     assert distance(solution.adapters.merge(frozen), target) < 1e-13
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
+from strategies import random_matrix, seeds
 from torch import Tensor
 
 from lorapower import lowrank, randomness
@@ -135,7 +135,7 @@ def test_triangular_metrics_and_singular_ones() -> None:
 
 
 def test_the_leading_subspace_of_a_large_matrix() -> None:
-    M = lowrank.random_matrix(90, 80, condition_number=1e6)
+    M = random_matrix(90, 80, condition_number=1e6)
     exact, approximate = (truncate(M, 5, approximate=which) for which in (False, True))
     assert approximate.values.allclose(exact.values, rtol=1e-6)
     assert approximate.update.matrix().allclose(exact.update.matrix(), atol=1e-5)
