@@ -16,6 +16,7 @@ from lorapower import randomness
 from lorapower.constructions import linear
 from lorapower.networks import FNN, LinearNetwork, Transformer
 
+PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from([torch.float32, torch.float64])
 batch_shapes = st.sampled_from([(), (1,), (3,), (2, 2)])
@@ -118,3 +119,12 @@ def moderate(depth: int, width: int, heads: int, batch: tuple[int, ...], seed: i
         for name in ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out")
     }
     return network.replace(**matrices)
+
+
+def residual_pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, Transformer]:
+    """A frozen and a target transformer, with LayerNorms unless the options say otherwise."""
+    frozen, target = (
+        Transformer.random(*sizes, seed=seed, purpose=purpose, **PRENORM | options)
+        for purpose in ("frozen", "target")
+    )
+    return frozen, target

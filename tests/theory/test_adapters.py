@@ -216,11 +216,3 @@ def test_numbers_are_kept_as_named_tensors(tmp_path: Path) -> None:
     lacking.pop("updates.1.right")
     with pytest.raises(InputError, match=r"^tensors must be those of Adapters.tensors"):
         Adapters.from_tensors(lacking)
-
-
-def test_networks_that_adapters_do_not_fit_are_refused() -> None:
-    adapters = random_adapters(FNN.random(2, 3), [1, 2], 0, biases=True)
-    wrong: list[Any] = [None, FNN.random(2, 4), FNN.random(3, 3), LinearNetwork.random(2, 3)]
-    for other in wrong:
-        with pytest.raises(InputError, match=r"^network must be"):
-            adapters.merge(other)

@@ -12,17 +12,40 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from decoder_modules import decoder
+from peft import LoraConfig, inject_adapter_in_model
+from strategies import normal, residual_pair
+from torch import nn
 
 from lorapower import InputError, bounds, lowrank, regression
 from lorapower.adapters import Adapters
-from lorapower.constructions import adapt, fitted, fnn, fused, linear, rank_for_error, transformer
+from lorapower.constructions import (
+    adapt,
+    attention_only,
+    fitted,
+    fnn,
+    fused,
+    linear,
+    rank_for_error,
+    transformer,
+)
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer, as_network
+from lorapower.networks import (
+    FNN,
+    Gap,
+    LinearNetwork,
+    Partition,
+    Transformer,
+    as_network,
+    from_decoder,
+    segments,
+    to_decoder,
+)
 from lorapower.regions import Ball, Box, Samples
 from lorapower.training import Fixed, Fresh, Tuning, polish, train, train_fused
 
 X = torch.ones(3, 4).double() + torch.eye(3, 4)
-NAN = X * torch.nan
+NAN, TOKENS = X * torch.nan, normal(6, 9)
 LINEAR: dict[str, Any] = {
     "frozen": LinearNetwork.random(2, 3),
     "target": LinearNetwork.random(1, 3, seed=1),
@@ -41,6 +64,27 @@ MIXED, BATCHES = [X[:, :3].float(), X[:, :3]], [torch.ones(2, 1, 1), torch.ones(
 UNUSABLE: list[Any] = [[], [X, X], [NAN], [X.half()], X, MIXED, BATCHES]
 # Above the width, below 0, no number, and one too many.
 RANKS: list[Any] = [4, -1, "all", [1, 2, 3]]
+MANY = Transformer.random(1, 3, 1, batch_shape=(2,))
+NARROW = dict(zip(("frozen", "target"), residual_pair(0, 1, 6, 2, head_size=3), strict=True))
+PRENORM = dict(zip(("frozen", "target"), residual_pair(0, 1, 6, 1, hidden=8), strict=True))
+FINAL_NORM = residual_pair(0, 1, 6, 1, hidden=8, final_norm=True)[1]
+# A target of narrower tokens, whose norms the wider network's can be.
+NARROWER = residual_pair(0, 1, 4, 1, head_size=6, hidden=8, eps=1.5e-5)[1]
+LLAMA = decoder("LlamaModel", 4, 4)
+READ = from_decoder(LLAMA)
+# Read as it is, the base would be taken for the tuned model.
+LORA = inject_adapter_in_model(
+    LoraConfig(r=1, target_modules=["q_proj"]), decoder("LlamaForCausalLM")
+)
+
+
+def changed(network: Transformer, *names: str) -> list[Transformer]:
+    """Add 1 to each of these parts in turn."""
+    return [network.replace(**{name: getattr(network, name) + 1}) for name in names]
+
+
+def with_biases(biases: dict[str, torch.Tensor]) -> Transformer:
+    return HEADS["frozen"].replace(**biases)
 
 
 def train_ranks(ranks: Any) -> Any:
@@ -79,7 +123,7 @@ DOORS = [
         Transformer.random,
         {"depth": 1, "width": 2, "heads": 2, "head_size": 2, "residual": True, "gated": True}
         | {"groups": 1, "rotary": 100.0},
-        {"heads": [0], "groups": [0, 3], "rotary": [0.0]},
+        {"heads": [0], "groups": [0, 3], "rotary": [0.0], "scale": [1.0]},
     ),
     Door(RELU["frozen"].__call__, {"x": X}, {"x": [X[:2], X[0], NAN]}),
     Door(as_network, {"value": [X], "name": "value"}, {"value": ["text", torch.nn.Linear(2, 2)]}),
@@ -87,6 +131,73 @@ DOORS = [
     Door(Partition, {"sizes": [1]}, {"sizes": [[], [2, 0], [1.5]]}),
     Door(Partition.uniform, {"depth": 2, "blocks": 2}, {"blocks": [0, 3]}),
     Door(Adapters, {"updates": (LowRank(X, X),)}, {"updates": [()]}),
+    Door(
+        HEADS["frozen"].replace,
+        {},
+        {"W_O": [HEADS["frozen"].W_O * torch.nan], "W_1": [HEADS["frozen"].W_1[..., :2]]}
+        | {"b_Q": [HEADS["frozen"].W_Q[..., 0]], "final_norm": [True]},
+    ),
+    Door(
+        with_biases,
+        {"biases": {}},
+        {
+            "biases": [
+                {"b_1": torch.ones(1, 3)},
+                {k: torch.ones(n, 1, 3).double() for k, n in (("b_1", 2), ("b_2", 3))},
+            ]
+        },
+    ),
+    Door(
+        Adapters((LowRank(X, X[:, :4]),) * 2, (X[:, 0],) * 2).merge,
+        {"network": RELU["frozen"]},
+        {"network": [None, FNN.random(2, 4), FNN.random(3, 3), LINEAR["frozen"]]},
+    ),
+    Door(
+        MANY.__call__,
+        {"x": torch.ones(3, 4)},
+        {"x": [torch.ones(3, 3, 4), torch.ones(4, 4), torch.ones(3, 0)]},
+    ),
+    Door(
+        segments,
+        {"frozen": MANY, "target": MANY},
+        {
+            "target": [
+                Transformer.random(1, 3, 1, batch_shape=(3,)),
+                HEADS["target"].to(SINGLE.dtype),
+            ]
+        },
+    ),
+    Door(
+        from_decoder,
+        {"module": LLAMA},
+        {
+            "module": [
+                nn.Linear(2, 2),
+                LORA,
+                LORA.model,
+                *map(decoder, ("BertModel", "GemmaModel", "PhiModel", "MixtralModel")),
+                decoder("GPT2Model", activation_function="tanh"),
+                decoder("GPT2Model", scale_attn_weights=False),
+                decoder("MistralModel", sliding_window=31),
+                decoder(
+                    "Qwen2Model", use_sliding_window=True, sliding_window=4, max_window_layers=0
+                ),
+                decoder(
+                    "LlamaModel",
+                    rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+                ),
+            ]
+        },
+    ),
+    # Vectors that a module lacks must be 0.
+    Door(
+        to_decoder,
+        {"network": READ, "module": LLAMA},
+        {
+            "network": changed(READ, "b_Q", "s_1", "b_O", "s_2", "b_1", "b_3", "b_2", "s_f"),
+            "module": [decoder("LlamaModel"), decoder("LlamaModel", 4, 4, rms_norm_eps=1.0)],
+        },
+    ),
     # Constructions
     Door(
         linear.adapt,
@@ -102,17 +213,44 @@ DOORS = [
     Door(
         transformer.adapt,
         HEADS | {"ranks": 3},
-        {"target": [Transformer.random(2, 3, 1)], "ranks": [{"W_Q": 1}, 4, "all"]},
+        {
+            "target": [
+                Transformer.random(2, 3, 1),
+                Transformer.random(1, 3, 2),
+                Transformer.random(1, 2, 1),
+                HEADS["target"].to(torch.float32),
+            ],
+            "ranks": [
+                {"W_Q": 1},
+                dict.fromkeys(HEADS["frozen"].adapted_kinds, 3) | {"W_V": 4},
+                4,
+                "all",
+            ],
+        },
+    ),
+    # Heads narrower than the tokens are adapted exactly or not at all.
+    Door(transformer.adapt, NARROW | {"ranks": 3}, {"ranks": [2]}),
+    Door(
+        attention_only,
+        PRENORM | {"tokens": TOKENS},
+        {
+            "frozen": [
+                PRENORM["frozen"].replace(**{k: 0 * getattr(PRENORM["frozen"], k)})
+                for k in ("W_V", "g_1")
+            ],
+        },
     ),
     Door(
         adapt,
         RELU | {"ranks": 1, "inputs": Ball(1.0), "throw": False},
         {"frozen": ["text"], "target": [LINEAR["target"]], "ranks": RANKS, "inputs": [None]},
     ),
+    Door(adapt, LINEAR | {"ranks": 1, "inputs": None}, {"inputs": [X]}),
+    Door(adapt, HEADS | {"ranks": 3, "inputs": None}, {"inputs": [X]}),
     Door(
         rank_for_error,
         LINEAR | {"error": 0.5, "inputs": X},
-        {"error": [-1.0, np.nan], "inputs": [NAN], "target": [RELU["target"]]},
+        {"error": [-1.0, np.nan], "inputs": [NAN], "target": [RELU["target"]], "ranks": [[5]]},
     ),
     Door(
         fitted.adapt,
@@ -152,6 +290,27 @@ DOORS = [
     Door(bounds.fnn_error, RELU | {"ranks": 1, "inputs": X}, {"ranks": [4], "inputs": [NAN]}),
     Door(bounds.fnn_data_threshold, RELU | {"inputs": X}, {"target": [WIDER]}),
     Door(bounds.transformer_threshold, HEADS, {"target": [RELU["target"]]}),
+    Door(
+        bounds.transformer_threshold,
+        PRENORM | {"target": NARROWER},
+        {"frozen": [PRENORM["frozen"].replace(eps=1.0)]},
+    ),
+    Door(
+        bounds.transformer_error,
+        PRENORM | {"rank": 1, "x": TOKENS},
+        {"target": [NARROWER], "rank": [7, -1], "x": [TOKENS * torch.nan, TOKENS[:5]]},
+    ),
+    Door(
+        bounds.packed_rank,
+        {"width": 2, "heads": 2, "head_size": 1, "part": "values", "norm": "layer"},
+        {"groups": [3], "head_size": [2]},
+    ),
+    Door(
+        bounds.necessary_ranks,
+        {"target": PRENORM["target"]},
+        {"target": [HEADS["target"], FINAL_NORM]},
+    ),
+    Door(bounds.attention_floor, PRENORM | {"tokens": TOKENS}, {"frozen": [FINAL_NORM]}),
     # Matrices and regions
     Door(
         regression.reduced_rank,

@@ -70,21 +70,6 @@ def test_modules_and_matrices_stand_for_networks() -> None:
     assert rank_for_error(*modules, 0.05, x.tolist()) == rank_for_error(frozen, target, 0.05, x)
 
 
-def test_what_is_missing_or_not_used_is_named() -> None:
-    frozen, target, x = problem("fnn")
-    linear_pair, heads = problem("linear")[:2], problem("transformer")[:2]
-    for name, call in (
-        ("inputs", lambda: adapt(frozen, target, 2)),
-        ("inputs", lambda: adapt(*linear_pair, 2, x)),
-        ("inputs", lambda: adapt(*heads, 2, x)),
-        ("target", lambda: rank_for_error(frozen, linear_pair[1], 0.1, x)),
-        ("target", lambda: rank_for_error(heads[0], target, 0.1, x)),
-        ("rank", lambda: rank_for_error(frozen, target, 0.1, x, ranks=[5])),
-    ):
-        with pytest.raises(InputError, match=f"^{name} must be"):
-            call()
-
-
 @pytest.mark.parametrize("kind", [*KINDS, "residual"])
 @pytest.mark.parametrize("error", [1e-15, 1e-3, 0.1, 0.5])
 @pytest.mark.parametrize("seed", range(3))

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from decoder_modules import draw_decoder
+from decoder_modules import decoder
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, inject_adapter_in_model
-from strategies import seeds
+from strategies import PRENORM, normal, residual_pair, seeds
 from torch import Tensor
 
 from lorapower import InputError, bounds, lowrank, randomness
 from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import attention_only, transformer
-from lorapower.constructions._heads import adapt_narrow
 from lorapower.experiments import residual as trials
 from lorapower.networks import (
-    Gap,
     Segments,
     Transformer,
     align,
     from_decoder,
-    segments,
     to_decoder,
 )
 from lorapower.networks.transformer import ACTIVATIONS, PARTS
@@ -34,7 +30,6 @@ from lorapower.training import Fixed, Tuning, begin, descend, train
 from lorapower.training._free import Free
 from records.models import DoublePrecision
 
-PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
 DECODES: dict[str, Any] = {"gated": True, "groups": 1, "rotary": 100.0}
 activations = st.sampled_from(sorted(ACTIVATIONS))
 norms = st.sampled_from(["layer", "rms"])
@@ -47,18 +42,6 @@ decoders = st.fixed_dictionaries(
         "head_size": st.sampled_from([2, 4, 6, 8]),
     }
 )
-
-
-def pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, Transformer]:
-    frozen, target = (
-        Transformer.random(*sizes, seed=seed, purpose=purpose, **PRENORM | options)
-        for purpose in ("frozen", "target")
-    )
-    return frozen, target
-
-
-def inputs(seed: int, *shape: int) -> Tensor:
-    return randomness.normal(randomness.generator(seed, "inputs in tests"), *shape)
 
 
 def relative(network: Transformer, target: Transformer, x: Tensor) -> float:
@@ -128,7 +111,7 @@ def test_it_computes_what_the_definition_says(
     if options["norm"] is not None:
         options["final_norm"] = data.draw(st.booleans(), "final norm")
     network = Transformer.random(depth, width, 2, hidden=width + 2, seed=seed, **options)
-    x = inputs(seed, width, 4)
+    x = normal(width, 4, seed=seed)
     expected, trace = by_hand(network, x.clone()), network.trace(x)
     torch.testing.assert_close(network(x), expected)
     torch.testing.assert_close(network.output(trace[-1].outputs), expected)
@@ -155,11 +138,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def decoder(name: str, heads: int = 2, groups: int = 2, seed: int = 0, **options: Any) -> Any:
-    sizes = {"hidden_size": 4 * heads, "num_attention_heads": heads, "num_key_value_heads": groups}
-    return draw_decoder(name, seed=seed, **sizes | FAMILIES.get(name, {}) | options)
-
-
 def computed(module: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """What enters the first block, and the last hidden state, as columns."""
     states = module.base_model(ids, output_hidden_states=True)
@@ -172,7 +150,9 @@ def computed(module: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 def test_modules_of_transformers_compute_the_same(name: str, heads: int, groups: int) -> None:
     ids = 2 + torch.arange(36).reshape(4, 9) * 7 % 28
     with DoublePrecision():
-        module, other = (decoder(name, heads, groups, seed) for seed in (0, 1))
+        module, other = (
+            decoder(name, heads, groups, seed=seed, **FAMILIES[name]) for seed in (0, 1)
+        )
         network, target = from_decoder(module), from_decoder(other)
         assert network.groups == (heads if name[0] == "G" else groups)
         for each, given in ((network, module), (target, to_decoder(target, module))):
@@ -185,79 +165,14 @@ def test_modules_of_transformers_compute_the_same(name: str, heads: int, groups:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_vectors_that_a_module_lacks_must_be_zero() -> None:
-    module = decoder("LlamaModel", 4)
-    network = from_decoder(module)
-    for name in network.bias_kinds:
-        if name[0] != "g":
-            moved = network.replace(**{name: getattr(network, name) + 1})
-            with pytest.raises(InputError, match=f"network's {name} must be 0"):
-                to_decoder(moved, module)
-    values = decoder("Qwen2Model", 4)
-    reached = from_decoder(values)
-    with pytest.raises(InputError, match="network's b_O must be 0"):
-        to_decoder(reached.replace(b_O=reached.b_O + 1), values)
-    with pytest.raises(InputError, match="module must be of sizes"):
-        to_decoder(from_decoder(decoder("LlamaModel")), module)
-    with pytest.raises(InputError, match=r"'rms'.*like the network"):
-        to_decoder(network.replace(eps=1.0), module)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("BertModel", {}, "post-norm"),
-        ("GemmaModel", {}, "scale gains otherwise"),
-        ("PhiModel", {}, "rotate a part of queries"),
-        ("MixtralModel", {}, "choose experts"),
-        ("GPT2Model", {"activation_function": "tanh"}, "with one of relu"),
-        ("GPT2Model", {"scale_attn_weights": False}, "scale_attn_weights = True"),
-        ("MistralModel", {"sliding_window": 31}, "sliding_window of None"),
-        (
-            "Qwen2Model",
-            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
-            "sliding_window of None",
-        ),
-        (
-            "LlamaModel",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_type = default",
-        ),
-    ],
-)
-def test_modules_that_compute_otherwise_are_refused(
-    name: str, options: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(InputError, match=words):
-        from_decoder(decoder(name, **options))
-
-
-def test_what_a_module_does_not_have_in_its_own_weights_is_refused() -> None:
-    """Read as it is, the base would be taken for the tuned model."""
-    module: Any = decoder("LlamaForCausalLM")
-    config = LoraConfig(r=1, target_modules=["q_proj"])
-    adapted: Any = inject_adapter_in_model(config, deepcopy(module))
-    for part in (adapted, adapted.model):
-        with pytest.raises(InputError, match="merge_and_unload"):
-            from_decoder(part)
-    assert from_decoder(module).sizes == from_decoder(module.model).sizes
-    with pytest.raises(InputError, match="bfloat16"):
-        from_decoder(module.bfloat16())
-
-
-def test_what_is_no_module_of_transformers_is_refused() -> None:
-    with pytest.raises(InputError, match="module must be GPT2Model, LlamaModel"):
-        from_decoder(torch.nn.Linear(2, 2))
-
-
 @given(st.integers(1, 2), st.integers(4, 7), st.integers(1, 7), kinds, decoders, seeds)
 def test_aligned_it_is_the_same_function(
     depth: int, width: int, more: int, kind: Any, decodes: Any, seed: int
 ) -> None:
     options = kind | decodes | {"final_norm": True, "activation": "relu"}
     hidden = width + more
-    frozen, target = pair(seed, depth, width, 2, hidden=hidden, **options)
-    x = inputs(seed, 3, width, 4)
+    frozen, target = residual_pair(seed, depth, width, 2, hidden=hidden, **options)
+    x = normal(3, width, 4, seed=seed)
     other = align(target, frozen, seed=seed)
     torch.testing.assert_close(other(x), target(x), rtol=1e-9, atol=1e-9)
 
@@ -298,13 +213,13 @@ def test_the_ranks_of_the_theorem_are_exact(
     options = kind | decodes | {"final_norm": final, "hidden": hidden}
     if options["rotary"] is None:
         options["head_size"] = head_size
-    frozen, target = pair(seed, depth, width, 2, **options)
+    frozen, target = residual_pair(seed, depth, width, 2, **options)
     if not gains:
         vectors = ("g_1", "s_1", "g_2", "s_2")
         target = target.replace(**{name: getattr(frozen, name) for name in vectors})
     found = adapted(frozen, target)
     assert found.success.all()
-    x = inputs(seed, 5, width, 4)
+    x = normal(5, width, 4, seed=seed)
     merged = found.adapters.merge(frozen)
     # Rounding grows with the condition of what is solved.
     worst = float(found.condition_number)
@@ -318,38 +233,19 @@ def test_the_ranks_of_the_theorem_are_exact(
 def test_one_rank_less_is_not_exact(
     depth: int, norm: Any, head_size: int, final: bool, seed: int
 ) -> None:
-    frozen, target = pair(seed, depth, 6, 1, head_size=head_size, norm=norm, final_norm=final)
-    x = inputs(seed, 5, 6, 4)
+    frozen, target = residual_pair(
+        seed, depth, 6, 1, head_size=head_size, norm=norm, final_norm=final
+    )
+    x = normal(5, 6, 4, seed=seed)
     for less in ({"W_1": 1}, {"W_2": 1}, {"W_Q": 1, "W_K": 1}, {"W_V": 1, "W_O": 1}):
         found = adapted(frozen, target, **less)
         assert relative(found.adapters.merge(frozen), target, x) > 1e-14
 
 
-@pytest.mark.parametrize(
-    ("name", "heads", "groups"),
-    [("LlamaModel", 4, 4), ("LlamaModel", 4, 2), ("MistralModel", 2, 1), ("Qwen2Model", 4, 2)],
-)
-@torch.no_grad()
-def test_a_module_is_made_equal_to_another(name: str, heads: int, groups: int) -> None:
-    """Through its own code, with no bias that it lacks."""
-    z = inputs(0, 5, 7, 4 * heads)
-    with DoublePrecision():
-        one, other = (decoder(name, heads, groups, seed) for seed in (0, 1))
-        frozen, target = from_decoder(one), from_decoder(other)
-        made = to_decoder(adapted(frozen, target).adapters.merge(frozen), one)
-        wanted = other(inputs_embeds=z).last_hidden_state
-        off = made(inputs_embeds=z).last_hidden_state - wanted
-    assert float(off.square().mean() / wanted.var()) <= 1e-20
-    for kind in frozen.weight_kinds:
-        if groups < heads or kind not in ("W_V", "W_O"):
-            merged = adapted(frozen, target, **{kind: 1}).adapters.merge(frozen)
-            assert relative(merged, target, z.mT) > 1e-8
-
-
 @pytest.mark.parametrize("decodes", [False, True])
 def test_a_target_of_low_rank_takes_low_rank(decodes: bool) -> None:
     options = DECODES | {"batch_shape": (2,)} if decodes else {}
-    frozen, _ = pair(0, 2, 8, 2, hidden=12, **options)
+    frozen, _ = residual_pair(0, 2, 8, 2, hidden=12, **options)
     draw = randomness.generator(0, "changes")
 
     def near(w: Tensor, rank: int) -> Tensor:
@@ -365,7 +261,7 @@ def test_a_target_of_low_rank_takes_low_rank(decodes: bool) -> None:
     assert [int(part.max()) for part in needed.values()] == expected
     found = adapted(frozen, target)
     assert found.success.all()
-    assert relative(found.adapters.merge(frozen), target, inputs(0, 9, 1, 8, 5)) < 1e-20
+    assert relative(found.adapters.merge(frozen), target, normal(9, 1, 8, 5)) < 1e-20
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -376,29 +272,16 @@ def test_narrower_tokens(norm: Any, final: bool, decodes: bool) -> None:
         options: Any = {"norm": norm, "final_norm": final, "head_size": head_size}
         options |= {"gated": True, "rotary": 100.0} if decodes else {}
         shared = {"groups": 1} if decodes else {}
-        _, target = pair(1, 2, 5, 2, hidden=13, **options, **shared)
-        frozen, _ = pair(2, 2, 7, 2, hidden=13, eps=5e-5 / 7, **options, **shared)
+        _, target = residual_pair(1, 2, 5, 2, hidden=13, **options, **shared)
+        frozen, _ = residual_pair(2, 2, 7, 2, hidden=13, eps=5e-5 / 7, **options, **shared)
         found = adapted(frozen, target)
-        assert relative(found.adapters.merge(frozen), target, inputs(1, 6, 5, 4)) < 1e-20
-    options = {"norm": norm, "final_norm": final, "head_size": 6, "hidden": 8}
-    frozen, target = (
-        Transformer.random(1, D, 1, eps=5e-5 / D, **PRENORM | options) for D in (7, 5)
-    )
-    with pytest.raises(InputError, match="query size must be at most"):
-        transformer.adapt(frozen, target, 5)
-
-
-def test_narrower_tokens_need_a_smaller_epsilon() -> None:
-    frozen, _ = pair(2, 2, 7, 2, hidden=10, norm="rms")
-    _, target = pair(1, 2, 5, 2, hidden=10, norm="rms", head_size=7)
-    with pytest.raises(InputError, match="with eps"):
-        segments(frozen, target)
+        assert relative(found.adapters.merge(frozen), target, normal(6, 5, 4, seed=1)) < 1e-20
 
 
 @given(st.sampled_from([2, 6]), st.integers(0, 6), seeds)
 def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -> None:
     """Of targets whose scores are singular: some query bias may complete them, or none."""
-    frozen, target = pair(seed, 1, 6, 1, head_size=head_size)
+    frozen, target = residual_pair(seed, 1, 6, 1, head_size=head_size)
     names = zip(target.weight_names, target.weights, strict=True)
     flat = target.with_parameters([0 * w if n[:3] == "W_Q" else w for n, w in names])
     ranks = dict.fromkeys(frozen.weight_kinds, 6)
@@ -406,37 +289,16 @@ def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -
     found = transformer.adapt(frozen, flat, ranks, throw=False)
     exact = all(float(part.spectral_error.max()) < 1e-9 for part in found.solutions.values())
     if exact and found.success:
-        assert relative(found.adapters.merge(frozen), flat, inputs(seed, 9, 6, 4)) < 1e-18
+        assert relative(found.adapters.merge(frozen), flat, normal(9, 6, 4, seed=seed)) < 1e-18
     elif not found.success:
         refused = "non-singular on what norms let through|exactly or not at all"
         with pytest.raises(InputError, match=refused):
             transformer.adapt(frozen, flat, ranks)
 
 
-def test_attention_that_cannot_reach_the_floor_is_refused() -> None:
-    frozen, target = pair(0, 1, 6, 1)
-    tokens = inputs(0, 6, 99)
-    for name in ("W_V", "g_1"):
-        parts = dict(frozen.parameters)
-        parts[name] = torch.zeros_like(parts[name])
-        flat = Transformer(parts, frozen.settings)
-        with pytest.raises(InputError, match="of full rank"):
-            attention_only(flat, target, tokens)
-
-
-def test_a_head_of_nothing_is_silenced_with_just_enough_rank() -> None:
-    frozen, _ = pair(0, 1, 6, 1, head_size=3)
-    silent = frozen.replace(W_V=0 * frozen.W_V, W_O=0 * frozen.W_O)
-    gap = segments(frozen, silent).value_output
-    for inner, outer in ((3, 0), (0, 3), (1, 2)):
-        found = adapt_narrow(gap, inner, outer)
-        assert found.rounding_error.max() < 1e-12
-    assert adapt_narrow(gap, 1, 1).rounding_error.max() > 1e-3
-
-
 def test_a_silent_head_takes_the_rank_of_its_product() -> None:
     """Of heads wider than the tokens that can be less than the rank of either factor."""
-    frozen, _ = pair(0, 1, 4, 1, head_size=9)
+    frozen, _ = residual_pair(0, 1, 4, 1, head_size=9)
     draw = randomness.generator(0, "basis")
     Q = torch.linalg.qr(randomness.normal(draw, 9, 9))[0]
     parts = dict(frozen.parameters)
@@ -448,7 +310,7 @@ def test_a_silent_head_takes_the_rank_of_its_product() -> None:
     for ranks in ({"W_V": 1, "W_O": 0}, {"W_V": 0, "W_O": 1}):
         each = dict.fromkeys(frozen.weight_kinds, 0) | ranks
         found = transformer.adapt(frozen, silent, each)
-        assert relative(found.adapters.merge(frozen), silent, inputs(0, 9, 4, 5)) < 1e-20
+        assert relative(found.adapters.merge(frozen), silent, normal(9, 4, 5)) < 1e-20
 
 
 @pytest.mark.parametrize(
@@ -476,19 +338,29 @@ def test_the_table_of_unit_ranks(activation: Any, norm: Any, ranks: int, least: 
     assert bounds.unit_rank(8, 20, weight="W_2", activation=activation, norm=norm) == alone
 
 
-@given(st.integers(4, 9), st.integers(0, 12), norms, seeds)
-def test_alignment_attains_the_unit_rank(width: int, more: int, norm: Any, seed: int) -> None:
+@given(
+    st.integers(4, 9),
+    st.integers(0, 12),
+    norms,
+    st.sampled_from([("relu", False), ("relu", True), ("silu", True)]),
+    seeds,
+)
+def test_alignment_leaves_what_is_necessary(
+    width: int, more: int, norm: Any, kind: tuple[Any, bool], seed: int
+) -> None:
+    activation, gated = kind
+    options: Any = {"norm": norm, "activation": activation, "gated": gated}
     hidden = 3 * width - 4 + more
-    frozen, target = pair(seed, 2, width, 1, hidden=hidden, norm=norm)
+    frozen, target = residual_pair(seed, 2, width, 1, hidden=hidden, **options)
     best = align(target, frozen, seed=seed)
-    least = bounds.unit_rank(width, hidden, norm=norm)
-    assert bounds.transformer_ranks(frozen, best).inner.tolist() == [least, least]
-    assert best.W_2.isfinite().all()
-    found = adapted(frozen, best)
-    x = inputs(seed, 5, width, 3)
+    ranks, least = bounds.transformer_ranks(frozen, best), bounds.necessary_ranks(target)
+    assert ranks.inner.tolist() == [least["W_1"]] * 2
+    assert not gated or ranks.up.tolist() == [least["W_3"]] * 2
+    found = adapted(frozen, best).adapters.merge(frozen)
     # Units that are rescaled far lose digits.
-    size = float(best.W_1.abs().max() * best.W_2.abs().max())
-    assert relative(found.adapters.merge(frozen), target, x) < 1e-20 * max(1, size**2)
+    far = [float(w.abs().amax()) for kind, w in best.parameters.items() if kind in PARTS["mlp"]]
+    limit = 1e-20 * max(1, math.prod(far) ** 2)
+    assert relative(found, target, normal(5, width, 3, seed=seed)) < limit
 
 
 def test_the_counts_of_packed_weights() -> None:
@@ -502,10 +374,6 @@ def test_the_counts_of_packed_weights() -> None:
     assert bounds.packed_rank(576, 9, 64, rotary=True, **grouped) == 576 - 13
     values = bounds.packed_rank(576, 9, 64, part="values", **grouped)
     assert (576 - values) ** 2 <= 3 * 64**2 < (577 - values) ** 2
-    with pytest.raises(InputError, match="heads"):
-        bounds.packed_rank(8, 4, 2, groups=3)
-    with pytest.raises(InputError, match="head_size must be at most 1 for values"):
-        bounds.packed_rank(2, 2, 2, part="values", norm="layer")
 
 
 @given(
@@ -529,7 +397,7 @@ def test_what_is_enough_is_at_most_one_rank_above_what_is_needed(
     seed: int,
 ) -> None:
     options = {"activation": activation, "gated": gated, "rotary": rotary, "head_size": size}
-    frozen, target = pair(seed, 2, width, heads, hidden=3 * width, norm=norm, **options)
+    frozen, target = residual_pair(seed, 2, width, heads, hidden=3 * width, norm=norm, **options)
     needed, enough = bounds.necessary_ranks(target), bounds.transformer_ranks(frozen, target)
     assert [*needed] == list(target.weight_kinds)
     for name, ranks in enough.items():
@@ -546,46 +414,10 @@ def test_what_is_enough_is_at_most_one_rank_above_what_is_needed(
 
 def test_packed_weights_need_no_more_rank_than_they_have() -> None:
     grouped: Any = {"groups": 3, "rotary": 1e4, "gated": True, "norm": "rms", "head_size": 64}
-    _, target = pair(0, 1, 576, 9, hidden=1536, activation="silu", **grouped)
+    _, target = residual_pair(0, 1, 576, 9, hidden=1536, activation="silu", **grouped)
     attention = {"W_Q": 563, "W_K": 192, "W_V": 192, "W_O": 466}
     layer = {"W_1": 576, "W_3": 575, "W_2": 575}
     assert bounds.necessary_ranks(target, packed=True) == attention | layer
-    norms_alone = Transformer.random(1, 6, 2, residual=False, norm="layer")
-    for other in (Transformer.random(1, 4, 1), norms_alone, target.replace(final_norm=True)):
-        with pytest.raises(InputError, match="residual connections and norms, but no final norm"):
-            bounds.necessary_ranks(other)
-
-
-@given(st.integers(4, 6), norms, seeds)
-def test_pairs_of_tokens_do_not_tell_a_head_from_its_opposite_and_a_mean(
-    width: int, norm: Any, seed: int
-) -> None:
-    head, _ = pair(seed, 1, width, 1, head_size=width, hidden=2 * width, norm=norm)
-    head = head.replace(**{name: 0 * head.parameters[name] for name in ("b_Q", "s_1")})
-    W_Q, W_K, W_V, W_O = (getattr(head, f"W_{name}").expand(1, 2, -1, -1) for name in "QKVO")
-    sign = torch.tensor([-1.0, 0.0]).double()[:, None, None]
-    parts = {"W_Q": sign * W_Q, "b_Q": head.b_Q.expand(1, 2, -1), "W_K": W_K, "W_V": W_V}
-    parts["W_O"] = torch.tensor([-1.0, 2.0]).double()[:, None, None] * W_O
-    others = {k: v for k, v in head.parameters.items() if k not in parts}
-    two = Transformer(parts | others, head.settings)
-    x = inputs(seed, 5, width, 3)
-    torch.testing.assert_close(two(x[..., :2]), head(x[..., :2]), rtol=1e-9, atol=1e-9)
-    assert relative(two, head, x) > 1e-8
-
-
-@given(st.integers(4, 9), norms, st.sampled_from(["relu", "silu"]), seeds)
-def test_alignment_of_gated_layers(width: int, norm: Any, activation: Any, seed: int) -> None:
-    kind: Any = {"norm": norm, "activation": activation}
-    frozen, target = pair(seed, 2, width, 1, hidden=3 * width, gated=True, **kind)
-    best = align(target, frozen, seed=seed)
-    ranks = bounds.transformer_ranks(frozen, best)
-    least = bounds.necessary_ranks(target)
-    assert ranks.inner.tolist() == [least["W_1"]] * 2
-    assert ranks.up.tolist() == [least["W_3"]] * 2
-    found = adapted(frozen, best).adapters.merge(frozen)
-    # Units that are rescaled far lose digits.
-    size = float(best.W_1.abs().max() * best.W_3.abs().max() * best.W_2.abs().max())
-    assert relative(found, target, inputs(seed, 5, width, 3)) < 1e-20 * max(1, size**2)
 
 
 @pytest.mark.parametrize(
@@ -599,7 +431,7 @@ def test_the_floor_is_what_outputs_far_out_leave(
         Transformer.random(L, 6, heads, hidden=9, purpose=purpose, **PRENORM | options)
         for L, purpose in zip(depths, ("frozen", "target"), strict=True)
     )
-    v = inputs(0, 6, 4000)
+    v = normal(6, 4000)
     floor = bounds.attention_floor(frozen, target, v)
     n = bounds.directions(frozen, target, v)
     x = 1e6 * n.mT[..., None]
@@ -630,8 +462,8 @@ def test_the_floor_is_what_outputs_far_out_leave(
 def test_attention_of_limited_rank_ends_where_singular_values_say(
     depth: int, heads: int, options: Any
 ) -> None:
-    frozen, target = pair(1, depth, 6, heads, **options)
-    v = inputs(1, 6, 500)
+    frozen, target = residual_pair(1, depth, 6, heads, **options)
+    v = normal(6, 500, seed=1)
     V, whole = frozen.basis(), bounds.attention_floor(frozen, target, v)
     C = torch.cov(V.mT @ bounds.directions(frozen, target, v), correction=0)
     values = lowrank.spectrum(whole.slope @ V @ torch.linalg.cholesky(C))
@@ -652,10 +484,10 @@ def test_attention_of_limited_rank_ends_where_singular_values_say(
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_attention_is_taken_away_though_values_become_singular(norm: Any) -> None:
-    frozen, _ = pair(0, 1, 6, 1, norm=norm)
+    frozen, _ = residual_pair(0, 1, 6, 1, norm=norm)
     names = zip(frozen.weight_names, frozen.weights, strict=True)
     target = frozen.with_parameters([0 * w if n[:3] == "W_V" else w for n, w in names])
-    v = inputs(0, 6, 200)
+    v = normal(6, 200)
     ranks = [3 * (name[:3] in ("W_V", "W_O")) for name in frozen.weight_names]
     built = attention_only(frozen, target, v, ranks).merge(frozen)
     assert bounds.far_error(built, target, v, 1e5)[0] < 1e-16
@@ -673,12 +505,12 @@ def test_the_floor_of_feed_forward_layers_is_what_other_tokens_decide(
     depth: int, heads: int, options: Any
 ) -> None:
     """Two sequences share a token: what adapted networks put out there differs by the floor."""
-    frozen, target = pair(2, depth, 6, heads, **options)
-    v = inputs(2, 6, 4000)
+    frozen, target = residual_pair(2, depth, 6, heads, **options)
+    v = normal(6, 4000, seed=2)
     floor = bounds.feed_forward_floor(frozen, target, v, 4)
     draw, n = randomness.generator(2, "others"), bounds.directions(frozen, target, v)
     names = zip(frozen.weight_names, frozen.weights, strict=True)
-    changed = [w + (name[:3] in ("W_1", "W_2")) * inputs(3, *w.shape) for name, w in names]
+    changed = [w + (name[:3] in ("W_1", "W_2")) * normal(*w.shape, seed=3) for name, w in names]
     adapted = frozen.with_parameters(changed)
     sides = []
     for _ in range(2):
@@ -695,38 +527,19 @@ def test_the_floor_of_feed_forward_layers_is_what_other_tokens_decide(
     assert bounds.feed_forward_floor(frozen, target, v, 1).value == 0
 
 
-def test_no_change_of_attention_is_below_the_floor() -> None:
-    frozen, target = pair(3, 1, 5, 1, hidden=8, activation="gelu")
-    v = inputs(3, 5, 6000)
-    floor = bounds.attention_floor(frozen, target, v)
-    for seed in range(8):
-        draw = randomness.generator(seed, "any attention")
-        free = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_O", "b_2", "g_1", "s_1")
-        parts = dict(frozen.parameters)
-        start = attention_only(frozen, target, v).merge(frozen) if seed % 2 else frozen
-        for name in free:
-            own = getattr(start, name)
-            parts[name] = own + 0.05 * randomness.normal(draw, *own.shape)
-        other = Transformer(parts, frozen.settings)
-        error, _ = bounds.far_error(other, target, v, 1e6)
-        assert error > floor.value * (1 - 1e-5)
-
-
 def test_the_floor_of_equal_feed_forward_layers_is_zero() -> None:
-    frozen, _ = pair(0, 2, 5, 1)
+    frozen, _ = residual_pair(0, 2, 5, 1)
     names = zip(frozen.weight_names, frozen.weights, strict=True)
     target = frozen.with_parameters([2 * w if n[:3] == "W_V" else w for n, w in names])
-    assert bounds.attention_floor(frozen, target, inputs(0, 5, 99)).value < 1e-28
-    with pytest.raises(InputError, match=r"no final norm; got .*: from_decoder can leave"):
-        bounds.attention_floor(frozen.replace(final_norm=True), target, inputs(0, 5, 99))
+    assert bounds.attention_floor(frozen, target, normal(5, 99)).value < 1e-28
 
 
 @pytest.mark.parametrize("options", [{}, DECODES | {"activation": "silu"}])
 def test_training_is_adam_on_what_may_move(options: dict[str, Any]) -> None:
     """Against torch's own optimizer, step by step."""
-    frozen, target = pair(0, 1, 4, 2, hidden=6, **options)
+    frozen, target = residual_pair(0, 1, 4, 2, hidden=6, **options)
     frozen, target = frozen.to(torch.float32), target.to(torch.float32)
-    x, held_out = (inputs(s, 8, 4, 3).float() for s in (0, 1))
+    x, held_out = (normal(8, 4, 3, seed=s).float() for s in (0, 1))
     moving = tuple(name[:3] in ("b_1", "g_2") for name in frozen.bias_names)
     tuning = Tuning(ranks=frozen.ranks(2, "mlp"), biases=moving, learning_rate=1e-2)
     data = Fixed((x, target(x)), (held_out, target(held_out)))
@@ -748,8 +561,8 @@ def test_training_is_adam_on_what_may_move(options: dict[str, Any]) -> None:
 
 
 def test_descent_lowers_the_error_and_moves_what_may_move() -> None:
-    frozen, target = pair(1, 1, 5, 1)
-    x, others = inputs(0, 60, 5, 3), inputs(1, 60, 5, 3)
+    frozen, target = residual_pair(1, 1, 5, 1)
+    x, others = normal(60, 5, 3), normal(60, 5, 3, seed=1)
     pairs = (x, target(x)), (others, target(others))
     moving = torch.tensor([name.startswith("b_2") for name in frozen.bias_names])
     ranks = frozen.ranks(1, "attention")
@@ -783,20 +596,3 @@ def test_experiments_measure_every_way() -> None:
     assert [one.factors for one in found] == [4 * 12 * 6, 4 * 12 + 28, 56, 72]
     assert found[0].far_error > found[0].floor > 0 == found[2].floor
     assert not any(one.diverged for one in found)
-
-
-def test_segments_read_what_norms_let_through() -> None:
-    _, target = pair(0, 1, 5, 1)
-    V = target.basis()
-    torch.testing.assert_close(V.mT @ V, torch.eye(4).double())
-    assert torch.linalg.vector_norm(V.sum(0)) < 1e-12
-    frozen, target = pair(0, 1, 5, 1)
-    gap: Gap = segments(frozen, target).inner
-    assert gap.frozen.widths == (4, 5, 10)
-
-
-def test_errors_are_known_for_targets_of_the_same_width() -> None:
-    narrower = pair(0, 1, 4, 2, head_size=6, hidden=8)[1]
-    wide = pair(0, 1, 6, 2, hidden=8, eps=narrower.settings.eps * 4 / 6)[0]
-    with pytest.raises(InputError, match="target's width must be 6"):
-        bounds.transformer_error(wide, narrower, 1, inputs(0, 20, 4, 4))
