@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,39 +45,6 @@ class Adapters:
     def __post_init__(self) -> None:
         if not self.updates:
             raise InputError("updates", allowed="one LowRank for each weight", given="none")
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Adapters:
-        """Make the adapters whose `tensors` these are, such as a file that was read."""
-        count = sum(name.endswith(".left") for name in tensors)
-        biases = sum(name.startswith("bias_updates.") for name in tensors)
-        names = [f"updates.{l}.{side}" for l in range(count) for side in ("left", "right")]
-        names += [f"bias_updates.{l}" for l in range(biases)]
-        names += ["tuned.ranks", "tuned.biases"] if "tuned.ranks" in tensors else []
-        if {*names} != {*tensors}:
-            raise InputError("tensors", allowed="those of Adapters.tensors", given=[*tensors])
-        factors = [tensors[name] for name in names[: 2 * count]]
-        updates = map(LowRank, factors[::2], factors[1::2])
-        bias_updates = (tensors[f"bias_updates.{l}"] for l in range(biases))
-        tuned = None
-        if "tuned.ranks" in tensors:
-            tuned = Tuned(tensors["tuned.ranks"], tensors["tuned.biases"])
-        return cls(tuple(updates), tuple(bias_updates), tuned)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Copy all numbers into named tensors, to be kept by safetensors or `torch.save`.
-
-        The names are ``updates.0.left``, ``updates.0.right`` and so on, ``bias_updates.0``, and
-        ``tuned.ranks`` and ``tuned.biases`` of trained adapters.
-        """
-        named: dict[str, Tensor] = {}
-        for l, update in enumerate(self.updates):
-            named |= {f"updates.{l}.left": update.left, f"updates.{l}.right": update.right}
-        named |= {f"bias_updates.{l}": update for l, update in enumerate(self.bias_updates)}
-        if self.tuned is not None:
-            named |= {"tuned.ranks": self.tuned.ranks, "tuned.biases": self.tuned.biases}
-        own = torch.contiguous_format
-        return {name: values.detach().clone(memory_format=own) for name, values in named.items()}
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -1,14 +1,11 @@
-"""Adapters: merging, counting, picking members, and numbers as named tensors."""
+"""Adapters: merging, counting and picking members."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +13,7 @@ from strategies import batch_shapes, seeds
 from torch import Tensor
 
 from lorapower import InputError, randomness
-from lorapower.adapters import Adapters, Tuned
+from lorapower.adapters import Adapters
 from lorapower.constructions import fnn, transformer
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Network, Transformer
@@ -195,24 +192,3 @@ def test_runs_of_training_have_ranks_and_counts_of_their_own(batch: tuple[int, .
     assert [both[0].ranks, both[1].ranks] == [(2, 2, 2), (0, 3, 1)]
     assert not both[1].bias_updates
     assert runs.adapters[[3, 3]].parameter_count == 13
-
-
-def test_numbers_are_kept_as_named_tensors(tmp_path: Path) -> None:
-    network = FNN.random(3, 4, batch_shape=(2,))
-    drawn = random_adapters(network, [0, 2, 4], 0, biases=True)
-    # Views into one memory, of single and of several networks, that files cannot hold as they are.
-    views = (drawn.updates[0], drawn.updates[2].leading(1), drawn.updates[2].leading(3))
-    shared = Adapters(views, tuple(b[:1].expand(2, -1) for b in drawn.bias_updates))
-    tuned = Tuned(torch.tensor([0, 1, 3]).expand(2, -1), torch.ones(2, 3, dtype=torch.bool))
-    for adapters in (drawn, drawn[0], shared, replace(shared, tuned=tuned), Adapters(views)):
-        safetensors.torch.save_file(adapters.tensors(), tmp_path / "adapters")
-        again = Adapters.from_tensors(safetensors.torch.load_file(tmp_path / "adapters"))
-        assert again.ranks == adapters.ranks
-        assert again.batch_shape == adapters.batch_shape
-        kept, sure = again.tensors(), adapters.tensors()
-        assert kept.keys() == sure.keys()
-        assert all(torch.equal(kept[name], sure[name]) for name in sure)
-    lacking = drawn.tensors()
-    lacking.pop("updates.1.right")
-    with pytest.raises(InputError, match=r"^tensors must be those of Adapters.tensors"):
-        Adapters.from_tensors(lacking)
