@@ -1,7 +1,7 @@
 """Gradient training: of many adapters at once by Adam, and of single ones to high precision."""
 
-from .descent import descend, minimize, newton, settle
-from .engine import begin, train
+from .descent import descend, minimize, settle
+from .engine import train
 from .fused import linearized, polish, train_fused
 from .tuning import Data, Fixed, Fresh, Training, Tuning
 
@@ -11,11 +11,9 @@ __all__ = [
     "Fresh",
     "Training",
     "Tuning",
-    "begin",
     "descend",
     "linearized",
     "minimize",
-    "newton",
     "polish",
     "settle",
     "train",

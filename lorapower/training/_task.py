@@ -18,17 +18,27 @@ from ..networks.layers import FNN
 from .tuning import Data, Labelled
 
 
-class _Room(NamedTuple):
-    """Memory for what leaves each layer, and for the slopes in it, ``[runs, out, samples]``."""
+class _Layer(NamedTuple):
+    """What one layer of all runs has, in buffers that are taken once."""
 
-    outputs: list[Tensor]
-    slopes: list[Tensor]
+    weight: Float[Tensor, "runs out in"]
+    bias: Float[Tensor, "runs out 1"]
+    slope: Float[Tensor, "runs out in"]
+    bias_slope: Float[Tensor, "runs out"]
+
+
+class _Room(NamedTuple):
+    """Memory for what leaves a layer, and for the slopes in it, ``[runs, out, samples]``."""
+
+    outputs: Tensor
+    slopes: Tensor
 
 
 class Task:
     """Batches of labelled inputs, and losses on them of runs with weights and biases of their own.
 
-    Weights ``W`` are ``[M, runs, D, D]`` and biases ``b`` ``[P, runs, D]``, padded with zeros.
+    Weights ``W`` are ``[M, runs, D, D]`` and biases ``b`` ``[P, runs, D]``, padded with zeros, and
+    so are the slopes in them, ``dW`` and ``db``. `bind` says in which buffers all these lie.
     """
 
     def __init__(
@@ -45,9 +55,20 @@ class Task:
         if self.has_one_sided:
             require_relu_end(network, classes)
         self.votes = self._votes(classes)
-        self.data, self.rooms = data, dict[int, _Room]()
+        self.data, self.rooms = data, dict[int, list[_Room]]()
         self.validation = self._arrange(*data.validation)
         self.first = self._arrange(*data.block(0), Data.BLOCK)
+
+    def bind(self, W: Tensor, b: Tensor, dW: Tensor, db: Tensor) -> Task:
+        """Say where weights and biases are, and where their slopes shall be; return the task."""
+        self.buffers, self.layers = (W, b, dW, db), list[_Layer]()
+        if not self.network.sequences:
+            for l, (out, into) in enumerate(self.shapes):
+                weight, slope = (buffer[l, :, :out, :into] for buffer in (W, dW))
+                none = W.new_zeros(W.shape[1], out)
+                bias, moved = (buffer[l, :, :out] if len(b) else none for buffer in (b, db))
+                self.layers.append(_Layer(weight, bias[..., None], slope, moved))
+        return self
 
     def batches(self, steps: int) -> Iterator[Labelled]:
         """Yield inputs and labels of each step."""
@@ -63,31 +84,29 @@ class Task:
 
     # Losses.
 
-    def losses(self, W: Tensor, b: Tensor, batch: Labelled) -> Float[Tensor, " runs"]:
+    def losses(self, batch: Labelled) -> Float[Tensor, " runs"]:
         """Compute each run's mean squared error, or cross-entropy of the classes' summed votes."""
         x, y = batch
         if self.network.sequences:
-            return self._loss(self._outputs(W, b, x), y)[0]
-        room = self._room(W, x.shape[-1])
-        return self._loss(self._layers(W, b, x, room.outputs), y, room.slopes[-1])[0]
+            return self._loss(self._outputs(*self.buffers[:2], x), y)[0]
+        rooms = self._rooms(x.shape[-1])
+        return self._loss(self._layers(x, rooms), y, rooms[-1].slopes)[0]
 
-    def slopes(
-        self, W: Tensor, b: Tensor, batch: Labelled, lowest: int, dW: Tensor, db: Tensor
-    ) -> Float[Tensor, " runs"]:
-        """Put the slopes of the losses into ``dW`` and ``db``; return the losses.
+    def slopes(self, batch: Labelled, lowest: int) -> Float[Tensor, " runs"]:
+        """Put the slopes of the losses into their buffers; return the losses.
 
         Of layers that chain, those below the ``lowest`` are left out.
         """
         x, y = batch
         if not self.network.sequences:
-            return self._layers_slopes(W, b, x, y, lowest, dW, db)
+            return self._layers_slopes(x, y, lowest)
+        W, b, *slopes = self.buffers
         with torch.enable_grad():
             leaves = W.detach().requires_grad_(), b.detach().requires_grad_()
             out = self._outputs(*leaves, x)
         loss, slope = self._loss(out.detach(), y)
-        options: Any = {"allow_unused": True, "materialize_grads": True}
-        found = torch.autograd.grad(out, leaves, slope, **options)
-        for into, each in zip((dW, db), found, strict=True):
+        found = torch.autograd.grad(out, leaves, slope, materialize_grads=True)
+        for into, each in zip(slopes, found, strict=True):
             into.copy_(each)
         return loss
 
@@ -100,56 +119,51 @@ class Task:
         tuned = self.network.with_parameters(weights, biases, checked=False)
         return tuned(x)
 
-    def _room(self, W: Tensor, samples: int) -> _Room:
-        """Return memory for so many samples, taken once."""
+    def _rooms(self, samples: int) -> list[_Room]:
+        """Return memory for so many samples in each layer, taken once."""
         if samples not in self.rooms:
-            outputs, slopes = (
-                [W.new_empty(W.shape[1], out, samples) for out, _ in self.shapes] for _ in range(2)
-            )
-            self.rooms[samples] = _Room(outputs, slopes)
+            W = self.buffers[0]
+            pairs = [W.new_empty(2, W.shape[1], out, samples) for out, _ in self.shapes]
+            self.rooms[samples] = [_Room(z, slope) for z, slope in pairs]
         return self.rooms[samples]
 
-    def _layers(
-        self, W: Tensor, b: Tensor, x: Tensor, outputs: list[Tensor], *, open_end: bool = False
-    ) -> Tensor:
+    def _layers(self, x: Tensor, rooms: list[_Room], *, open_end: bool = False) -> Tensor:
         """Compute what leaves each layer; return the last, without its ReLU if ``open_end``."""
-        for l, (out, into) in enumerate(self.shapes):
-            weight, z = W[l, :, :out, :into], outputs[l]
-            bias = b[l, :, :out, None] if len(b) else weight.new_zeros(len(weight), out, 1)
+        for l, (layer, room) in enumerate(zip(self.layers, rooms, strict=True)):
+            z = room.outputs
             if l:
-                torch.baddbmm(bias, weight, outputs[l - 1], out=z)
+                torch.baddbmm(layer.bias, layer.weight, rooms[l - 1].outputs, out=z)
             else:
                 # One product for all runs, since they share inputs.
-                torch.addmm(bias.reshape(-1, 1), weight.reshape(-1, into), x, out=z.flatten(0, 1))
+                bias, weight = layer.bias.flatten(0, 1), layer.weight.flatten(0, 1)
+                torch.addmm(bias, weight, x, out=z.flatten(0, 1))
             if l < self.network.relus - open_end:
                 z.relu_()
-        return outputs[-1]
+        return rooms[-1].outputs
 
-    def _layers_slopes(
-        self, W: Tensor, b: Tensor, x: Tensor, y: Tensor, lowest: int, dW: Tensor, db: Tensor
-    ) -> Float[Tensor, " runs"]:
-        outputs, slopes = self._room(W, x.shape[-1])
-        last = self._layers(W, b, x, outputs, open_end=self.has_one_sided)
+    def _layers_slopes(self, x: Tensor, y: Tensor, lowest: int) -> Float[Tensor, " runs"]:
+        rooms = self._rooms(x.shape[-1])
+        last = self._layers(x, rooms, open_end=self.has_one_sided)
         relus = self.network.relus - self.has_one_sided
         if self.has_one_sided:
             # The last ReLU acts only where an output should be 0 [def-one-sided].
             is_open = self.one_sided & (y > 0)
             last = torch.where(is_open, last, last.relu())
-        loss, slope = self._loss(last, y, slopes[-1])
+        loss, slope = self._loss(last, y, rooms[-1].slopes)
         if self.has_one_sided:
             slope.mul_(is_open | (last > 0))
         for l in range(len(self.shapes) - 1, lowest - 1, -1):
-            (out, into), slope = self.shapes[l], slopes[l]
+            layer, slope = self.layers[l], rooms[l].slopes
             if l < relus:
-                torch.ops.aten.threshold_backward(slope, outputs[l], 0.0, grad_input=slope)
-            if len(db):
-                torch.sum(slope, -1, out=db[l, :, :out])
+                torch.ops.aten.threshold_backward(slope, rooms[l].outputs, 0.0, grad_input=slope)
+            if len(self.network.biases):
+                torch.sum(slope, -1, out=layer.bias_slope)
             if l:
-                torch.bmm(slope, outputs[l - 1].mT, out=dW[l, :, :out, :into])
+                torch.bmm(slope, rooms[l - 1].outputs.mT, out=layer.slope)
             else:
-                dW[l, :, :out, :into] = (slope.flatten(0, 1) @ x.mT).view(-1, out, into)
+                layer.slope.copy_((slope.flatten(0, 1) @ x.mT).view_as(layer.slope))
             if l > lowest:
-                torch.bmm(W[l, :, :out, :into].mT, slope, out=slopes[l - 1])
+                torch.bmm(layer.weight.mT, slope, out=rooms[l - 1].slopes)
         return loss
 
     def _loss(

@@ -1,11 +1,11 @@
-"""Descent of one network's adapters on given samples: by L-BFGS, or by Levenberg–Marquardt."""
+"""Descent by L-BFGS: of any loss, of one network's adapters, and of errors of linear networks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import inf
-from typing import Any, get_args
+from itertools import compress
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -17,20 +17,19 @@ from torch import Tensor
 from .. import _checks, randomness
 from ..adapters import Adapters
 from ..errors import InputError
+from ..lowrank import LowRank
 from ..networks.base import Network
 from ..networks.gap import Gap
 from ..networks.layers import LinearNetwork, product
-from ._free import Free, Pair, labelled
-from ._task import require_relu_end
-from .tuning import Loss
 
 # `minimize` starts from so many random factors and takes at most so many iterations.
 STARTS, ITERATIONS = 16, 2000
 # `descend` looks at the validation error after so many iterations, and ends after so many looks
 # that did not lower it by this share.
 CHUNK, PATIENCE, PROGRESS = 25, 4, 1e-3
-# `newton` tunes at most so many numbers, since it solves a linear system in them.
-LARGEST_SYSTEM = 4096
+
+# Inputs and outputs.
+Pair = tuple[Tensor, Tensor]
 
 
 @torch.enable_grad()
@@ -43,11 +42,11 @@ def settle(
 ) -> scipy.optimize.OptimizeResult:
     """Descend by scipy's L-BFGS from given tensors, until nothing moves or for so many iterations.
 
-    ``loss`` takes as many tensors and is differentiable with torch. The method keeps ``history``
-    pairs of steps and changes of the slope. ``look`` is called with the tensors after each
-    iteration and may end the descent by raising `StopIteration`. What is returned has the last
-    tensors as ``parts``, the loss there as ``loss``, and the largest entry of its slope as
-    ``slope``.
+    ``loss`` takes as many tensors and is differentiable with torch; what it does not use stays. The
+    method keeps ``history`` pairs of steps and changes of the slope. ``look`` is called with the
+    tensors after each iteration and may end the descent by raising `StopIteration`. What is
+    returned has the last tensors as ``parts``, the loss there as ``loss``, and the largest entry of
+    its slope as ``slope``.
     """
     sizes = [start.numel() for start in starts]
 
@@ -59,7 +58,7 @@ def settle(
     def value_and_slope(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         parts = [part.requires_grad_() for part in shape(flat)]
         value = loss(*parts)
-        slopes = torch.autograd.grad(value, parts)
+        slopes = torch.autograd.grad(value, parts, materialize_grads=True)
         return value.item(), torch.cat([slope.flatten() for slope in slopes]).double().numpy()
 
     start = torch.cat([start.detach().flatten() for start in starts]).double().numpy()
@@ -85,34 +84,62 @@ def descend(
     ``iterations`` where the error on ``validation`` stops falling. Raises `InputError` for batches
     and for adapters that do not fit the network.
     """
+    adapters.merge(network)
+    if adapters.batch_shape or network.batch_shape:
+        raise InputError("adapters", allowed="of a single network", given=adapters)
+    fit = _labelled(network, "training", training)
+    select = _labelled(network, "validation", validation)
     # Balanced factors share a step alike.
-    free = Free.of(network, adapters.balanced())
-    fit = labelled(network, "training", training)
-    select = labelled(network, "validation", validation)
-    if not free.count or not iterations:
+    factors = [f for u in adapters.balanced().updates for f in (u.left, u.right)]
+    count, like = len(factors), network.weights[0]
+    start = [part.detach().to(like) for part in (*factors, *adapters.bias_updates)]
+    moves = [True] * len(start)
+    if adapters.tuned is not None and adapters.bias_updates:
+        moves[count:] = adapters.tuned.biases.tolist()
+    if not iterations or not any(part.numel() for part in compress(start, moves)):
         return adapters
-    best, least = free.start, float(free.error(free.start, select))
+
+    def error(pair: Pair, parts: Sequence[Tensor]) -> Tensor:
+        triples = zip(network.weights, parts[:count:2], parts[1:count:2], strict=True)
+        # There are no changes where no bias is tuned.
+        biases = [b + change for b, change in zip(network.biases, parts[count:], strict=False)]
+        weights = [W + A @ B.mT for W, A, B in triples]
+        tuned = network.with_parameters(weights, biases or None, checked=False)
+        return (tuned(pair[0]) - pair[1]).square().mean()
+
+    best, least = start, float(error(select, start))
     done = waited = 0
 
     @torch.no_grad()
-    def look(tuned: list[Tensor]) -> None:
+    def look(parts: list[Tensor]) -> None:
         nonlocal best, least, done, waited
         done += 1
         if done % CHUNK and done < iterations:
             return
-        parts = free.insert(tuned)
-        error = float(free.error(parts, select))
-        waited = 0 if error < least * (1 - PROGRESS) else waited + 1
-        if error < least:
-            best, least = parts, error
+        now = float(error(select, parts))
+        waited = 0 if now < least * (1 - PROGRESS) else waited + 1
+        if now < least:
+            best, least = parts, now
         if waited == PATIENCE:
             raise StopIteration
 
-    def loss(*tuned: Tensor) -> Tensor:
-        return free.error(free.insert(tuned), fit)
+    def loss(*parts: Tensor) -> Tensor:
+        pairs = zip(parts, start, moves, strict=True)
+        return error(fit, [part if moving else first for part, first, moving in pairs])
 
-    settle(loss, *free.select(free.start), iterations=iterations, history=30, look=look)
-    return free.adapters_of(best)
+    settle(loss, *start, iterations=iterations, history=30, look=look)
+    updates = map(LowRank, best[:count:2], best[1:count:2])
+    return Adapters(tuple(updates), tuple(best[count:]), adapters.tuned)
+
+
+def _labelled(network: Network, name: str, pair: Pair) -> Pair:
+    """Return inputs and outputs in the network's type; `InputError` where they do not fit."""
+    x = network.as_inputs(pair[0], name)
+    y = _checks.real_tensor(name, pair[1], min_dims=2).to(network.weights[0])
+    shape = tuple(network(x).shape)
+    if tuple(y.shape) != shape:
+        raise InputError(name, allowed=f"outputs of shape {shape}", given=tuple(y.shape))
+    return x, y
 
 
 @_checks.flushing()
@@ -150,87 +177,3 @@ def minimize(
         )
         factors = end.parts
     return squared_errors(*factors).sqrt()
-
-
-@torch.no_grad()
-@_checks.flushing()
-def newton(
-    network: Network,
-    adapters: Adapters,
-    training: Pair,
-    validation: Pair,
-    iterations: int = 50,
-    *,
-    loss: Loss = "squared",
-) -> tuple[Adapters, Float[Tensor, "points 2"]]:
-    """Adapt by scipy's method of Levenberg–Marquardt's kind, with a trust region.
-
-    It lowers the squared errors of all outputs on ``training`` by their derivatives in all tuned
-    numbers, in double precision, and converges in few steps near an exact fit; it ends before
-    ``iterations`` where nothing moves. Returns the adapters of least error on ``validation``, and
-    the mean squared errors, whatever the loss, on ``training`` (first column) and ``validation``,
-    before the first iteration and after each one.
-
-    The start may be from `begin`; pairs are as in `descend`. The loss ``"one-sided"``
-    [def-one-sided] takes errors before the last ReLU where an output should be positive. Raises
-    `InputError` for batches, for adapters that tune more than 4096 numbers, for a one-sided loss of
-    networks that do not end with a ReLU or of negative outputs, and for what does not fit.
-    """
-    _checks.choice("loss", loss, get_args(Loss))
-    free = Free.of(network, adapters.balanced())
-    pairs = labelled(network, "training", training), labelled(network, "validation", validation)
-    one_sided, (x, y) = loss == "one-sided", pairs[0]
-    if one_sided:
-        require_relu_end(network)
-        if y.min() < 0:
-            allowed = "outputs of at least 0 for the one-sided loss"
-            raise InputError("training", allowed=allowed, given=float(y.min()))
-    if free.count > LARGEST_SYSTEM:
-        allowed = f"of at most {LARGEST_SYSTEM} numbers, as many as the linear systems have"
-        given = f"{free.count} of them"
-        raise InputError("adapters", allowed=allowed, given=given, remedy="use descend")
-
-    if not network.sequences:
-        # A sample for each member of a batch.
-        x, y = x.mT.unsqueeze(-1), y.mT.unsqueeze(-1)
-
-    def residuals(parts: Sequence[Tensor]) -> Tensor:
-        tuned = free.merge(parts)
-        if not one_sided:
-            return (tuned(x) - y).flatten(1)
-        before = tuned.without_last_relu()(x)
-        return (torch.where(y > 0, before, before.relu()) - y).flatten(1)
-
-    def derivatives(flat: Tensor) -> Tensor:
-        # Each sample has its own copies of all that is tuned, so that derivatives stay separate.
-        copies = [part.expand(len(x), *part.shape) for part in free.select(free.fill(flat))]
-        each = torch.func.jacrev(lambda copies: residuals(free.insert(copies)).sum(0))(copies)
-        return torch.cat([d.flatten(2) for d in each], 2).movedim(1, 0).flatten(0, 1)
-
-    def as_tensor(values: NDArray[np.float64]) -> Tensor:
-        return torch.from_numpy(values).to(y)
-
-    errors, best, least = [], free.start, inf
-
-    def look(intermediate_result: scipy.optimize.OptimizeResult) -> None:
-        nonlocal best, least
-        parts = free.fill(as_tensor(intermediate_result.x))
-        errors.append(torch.stack([free.error(parts, pair) for pair in pairs]))
-        if errors[-1][1] < least:
-            best, least = parts, float(errors[-1][1])
-        if len(errors) > iterations:
-            raise StopIteration
-
-    start = torch.cat([y.new_zeros(0), *(part.flatten() for part in free.select(free.start))])
-    look(scipy.optimize.OptimizeResult(x=start.double().numpy()))
-    if free.count and iterations:
-        scipy.optimize.least_squares(
-            lambda flat: residuals(free.fill(as_tensor(flat))).flatten().double().numpy(),
-            start.double().numpy(),
-            lambda flat: derivatives(as_tensor(flat)).double().numpy(),
-            xtol=1e-15,
-            ftol=None,
-            gtol=None,
-            callback=look,
-        )
-    return free.adapters_of(best), torch.stack(errors)

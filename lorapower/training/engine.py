@@ -65,34 +65,17 @@ def train(
     return runs.results(runs.descend(steps, every, until))
 
 
-@torch.no_grad()
-@_checks.flushing()
-def begin(
-    frozen: Network,
-    tunings: Sequence[Tuning],
-    data: Data,
-    *,
-    classes: Sequence[int] = (),
-    seed: int | Sequence[int] = 0,
-) -> Adapters:
-    """Return the adapters that `train` starts from, given the same.
-
-    They have batch shape ``[tunings, *batch]`` and single precision; ``[0]``, of the first tuning,
-    is a start for `newton` and `descend`. Raises what `train` raises.
-    """
-    runs = _Runs(frozen, tunings, data, classes, seed)
-    return runs.tuned(runs.values)[1]
-
-
 class _Parts(NamedTuple):
     """The numbers that training moves, or what belongs to each of them, in one buffer ``flat``.
 
     ``W = base + A B`` with ``A`` ``[weights, runs, D, D]``, zeros past a run's rank, and ``B``
-    alike; ``b`` are biases ``[biases, runs, D]``. Smaller weights are padded with zeros to the
-    largest size ``D``. Where a weight is tuned in full, its base is 0 and ``B`` the identity.
+    alike, together ``factors``; ``b`` are biases ``[biases, runs, D]``. Smaller weights are padded
+    with zeros to the largest size ``D``. Where a weight is tuned in full, its base is 0 and ``B``
+    the identity.
     """
 
     flat: Tensor
+    factors: Float[Tensor, "2 M runs D D"]
     A: Float[Tensor, "M runs D D"]
     B: Float[Tensor, "M runs D D"]
     b: Float[Tensor, "P runs D"]
@@ -100,10 +83,11 @@ class _Parts(NamedTuple):
     @classmethod
     def zeros(cls, like: Tensor, biases: int) -> _Parts:
         """Make them for weights ``[M, runs, D, D]`` and so many biases."""
-        count, size = like.numel(), biases * like[0, ..., 0].numel()
-        flat = like.new_zeros(2 * count + size)
-        A, B, b = flat.split([count, count, size])
-        return cls(flat, A.view_as(like), B.view_as(like), b.view(biases, *like.shape[1:3]))
+        count, size = 2 * like.numel(), biases * like[0, ..., 0].numel()
+        flat = like.new_zeros(count + size)
+        factors, b = flat.split([count, size])
+        factors = factors.view(2, *like.shape)
+        return cls(flat, factors, factors[0], factors[1], b.view(biases, *like.shape[1:3]))
 
 
 class _Course(NamedTuple):
@@ -238,56 +222,56 @@ class _Runs:
     def descend(self, steps: int, every: int, until: float) -> _Course:
         """Take all steps of Adam, with its L2 penalty as `torch.optim.Adam` has it."""
         now, biases = self.values, len(self.values.b)
-        slopes, first, second, rates, decay = (_Parts.zeros(self.base, biases) for _ in range(5))
-        self._spread(rates, lambda tuning: tuning.learning_rate)
-        self._spread(decay, lambda tuning: tuning.weight_decay)
-        falls = self._per_run(lambda tuning: tuning.schedule == "cosine")
-        falling = _Parts.zeros(self.base, biases)
-        for part, rate in zip(falling[1:], rates[1:], strict=True):
-            part.copy_(rate * falls.view(-1, *[1] * (rate.ndim - 2)))
-        has_decay, has_falling = bool(decay.flat.any()), bool(falls.any())
+        slopes, first, second = (_Parts.zeros(self.base, biases) for _ in range(3))
+        rates = self._per_run(lambda tuning: tuning.learning_rate).float()
+        decay = self._per_run(lambda tuning: tuning.weight_decay).float()
+        falling = rates * self._per_run(lambda tuning: tuning.schedule == "cosine")
+        has_decay, has_falling = bool(decay.any()), bool(falling.any())
+        # Which slopes do not count: of B where it is the identity, and of biases that stay.
+        full, fixed = self.ranks.mT < 0, ~self.moves.mT
+        has_full, has_fixed = bool(full.any()), bool(fixed.any())
         tuned = (self.ranks != 0).any(0)
         if not self.network.sequences and biases:
             tuned |= self.moves.any(0)
         lowest = int(tuned.int().argmax()) if tuned.any() else len(tuned)
         W, dW = torch.empty_like(self.base), torch.zeros_like(self.base)
-        base, A, B, all_W, all_dW = (
-            part.flatten(0, 1) for part in (self.base, now.A, now.B, W, dW)
+        base, A, B, all_W, all_dW, dA, dB = (
+            part.flatten(0, 1) for part in (self.base, now.A, now.B, W, dW, slopes.A, slopes.B)
         )
-        dA, dB = (part.flatten(0, 1) for part in slopes[1:3])
+        task = self.task.bind(W, now.b, dW, slopes.b)
         course = _Recorder(now, steps, every, until)
         torch.baddbmm(base, A, B, out=all_W)
-        course.record(0, self.task.losses(W, now.b, self.task.validation))
-        for step, batch in enumerate(self.task.batches(steps), 1):
-            loss = self.task.slopes(W, now.b, batch, lowest, dW, slopes.b)
+        course.record(0, task.losses(task.validation))
+        for step, batch in enumerate(task.batches(steps), 1):
+            loss = task.slopes(batch, lowest)
             torch.bmm(all_dW, B.mT, out=dA)
             torch.bmm(A.mT, all_dW, out=dB)
             if has_decay:
-                slopes.flat.addcmul_(decay.flat, now.flat)
+                slopes.factors.addcmul_(decay[:, None, None], now.factors)
+                slopes.b.addcmul_(decay[:, None], now.b)
+            if has_full:
+                slopes.B.masked_fill_(full[..., None, None], 0.0)
+            if has_fixed:
+                slopes.b.masked_fill_(fixed[..., None], 0.0)
             first.flat.lerp_(slopes.flat, 1 - BETA_1)
             second.flat.mul_(BETA_2).addcmul_(slopes.flat, slopes.flat, value=1 - BETA_2)
             # The slopes are used, and their place is free. torch.sqrt is ten times slower on zeros.
-            length = torch.rsqrt(second.flat, out=slopes.flat).reciprocal_()
-            length.mul_((1 - BETA_2**step) ** -0.5).add_(EPSILON)
-            torch.div(first.flat, length, out=length)
-            rate = rates.flat
+            move = torch.rsqrt(second.flat, out=slopes.flat).reciprocal_()
+            move.mul_((1 - BETA_2**step) ** -0.5).add_(EPSILON)
+            torch.div(first.flat, move, out=move)
+            rate = rates
             if has_falling:
-                rate = rate.add(falling.flat, alpha=(cos(pi * (step - 1) / steps) - 1) / 2)
-            now.flat.addcmul_(length, rate, value=-1 / (1 - BETA_1**step))
+                rate = rates.add(falling, alpha=(cos(pi * (step - 1) / steps) - 1) / 2)
+            value = -1 / (1 - BETA_1**step)
+            now.factors.addcmul_(slopes.factors, rate[:, None, None], value=value)
+            now.b.addcmul_(slopes.b, rate[:, None], value=value)
             torch.baddbmm(base, A, B, out=all_W)
             course.follow(step, loss)
             if step % every == 0:
-                course.record(step, self.task.losses(W, now.b, self.task.validation))
-                if course.stopped.all():
+                course.record(step, task.losses(task.validation))
+                if not course.running.any():
                     break
         return course.course()
-
-    def _spread(self, parts: _Parts, value: Callable[[Tuning], float]) -> None:
-        """Set all that is tuned in a run to the value of its `Tuning`."""
-        values = self._per_run(value).float()
-        parts.A.copy_(values[:, None, None].expand_as(parts.A[0]))
-        parts.B.copy_((values * (self.ranks.mT > 0))[..., None, None].expand_as(parts.B))
-        parts.b.copy_((values * self.moves.mT)[..., None].expand_as(parts.b))
 
     # Results.
 
@@ -335,34 +319,35 @@ class _Recorder:
 
     def __init__(self, now: _Parts, steps: int, every: int, until: float) -> None:
         self.now, self.every, self.until = now, every, until
-        runs = now.A.shape[1]
+        runs = now.b.shape[1]
         self.best = _Parts.zeros(now.A, len(now.b))
         self.best.flat.copy_(now.flat)
         self.training, self.validation = now.flat.new_full((2, runs, steps // every + 1), torch.nan)
         self.best_loss = now.flat.new_full((runs,), torch.inf)
         self.best_step = torch.zeros_like(self.best_loss, dtype=torch.long)
         self.goal = torch.zeros_like(self.best_loss)
-        # At a goal, or at a loss that is not finite.
-        self.stopped = torch.zeros_like(self.best_loss, dtype=torch.bool)
+        # Until a run is at its goal, or a loss is no finite number.
+        self.running = torch.ones_like(self.best_loss, dtype=torch.bool)
 
     def follow(self, step: int, loss: Float[Tensor, " runs"]) -> None:
         """Take note of the losses that a step was taken on."""
-        self.stopped |= ~loss.isfinite()
+        self.running &= loss < torch.inf
         if step % self.every == 0:
             point = step // self.every
-            self.training[:, point] = torch.where(self.stopped, torch.nan, loss)
+            self.training[:, point] = torch.where(self.running, loss, torch.nan)
 
     def record(self, step: int, loss: Float[Tensor, " runs"]) -> None:
         """Record validation losses, keep parameters where they are the least, stop at goals."""
         if step == 0:
             self.goal = self.until * loss
-        self.validation[:, step // self.every] = torch.where(self.stopped, torch.nan, loss)
-        better = ~self.stopped & (loss < self.best_loss)
+        self.validation[:, step // self.every] = torch.where(self.running, loss, torch.nan)
+        better = self.running & (loss < self.best_loss)
         self.best_loss = torch.where(better, loss, self.best_loss)
-        self.best_step[better] = step
-        for best, now in zip(self.best[1:], self.now[1:], strict=True):
-            torch.where(better.view(-1, *[1] * (now.ndim - 2)), now, best, out=best)
-        self.stopped |= ~loss.isfinite() | (better & (loss <= self.goal))
+        self.best_step.masked_fill_(better, step)
+        best, now = self.best, self.now
+        torch.where(better[:, None, None], now.factors, best.factors, out=best.factors)
+        torch.where(better[:, None], now.b, best.b, out=best.b)
+        self.running &= (loss < torch.inf) & ~(better & (loss <= self.goal))
 
     def course(self) -> _Course:
         return _Course(
@@ -372,5 +357,5 @@ class _Recorder:
             best_loss=self.best_loss,
             best_step=self.best_step,
             best=self.best,
-            diverged=self.stopped & ~(self.best_loss <= self.goal),
+            diverged=~self.running & ~(self.best_loss <= self.goal),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from lorapower import InputError, _checks, randomness
 from lorapower.networks import FNN, LinearNetwork, Transformer
-from lorapower.training import Data, Fixed, Fresh, Training, Tuning, begin, engine, train
+from lorapower.training import Data, Fixed, Fresh, Training, Tuning, engine, train
 
 KINDS = ("linear", "fnn", "transformer")
 LINEAR_LAST = "fnn, linear last"
@@ -71,8 +72,9 @@ def assert_close(found: Sequence[Any], wanted: Sequence[Any]) -> None:
 
 
 def start_factors(frozen: Any, tuning: Tuning, data: Data, **options: Any) -> list[Tensor]:
-    """Each weight's ``B`` before the first step."""
-    return [u.right[0] for u in begin(frozen, [tuning], data, **options).updates]
+    """Each weight's ``B`` before the first step, from which so small a step does not move it."""
+    still = replace(tuning, learning_rate=1e-30, weight_decay=0.0)
+    return [u.right[0] for u in train(frozen, [still], data, steps=1, **options).adapters.updates]
 
 
 # --- Against torch's own Adam ---------------------------------------------------------------------
@@ -111,9 +113,9 @@ def plain_loop(
     beside = range(len(biases))
     if tuning.final and first:
         beside = beside[:0] if isinstance(frozen, Transformer) else beside[first:]
+    moves = [tuning.biases] * len(biases) if isinstance(tuning.biases, bool) else tuning.biases
     biases = [
-        b.clone().requires_grad_() if tuning.biases and l in beside else b
-        for l, b in enumerate(biases)
+        b.clone().requires_grad_() if moves[l] and l in beside else b for l, b in enumerate(biases)
     ]
     parameters = [*full.values(), *(f for pair in factors.values() for f in pair)]
     parameters += [b for b in biases if b.requires_grad]
@@ -246,6 +248,26 @@ def test_transformers_need_not_be_square() -> None:
     result = train(frozen, [Tuning(ranks)], data, steps=20)
     _, validation = plain_loop(frozen, Tuning(ranks), ranks, data, 20)
     np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gated": True, "groups": 1, "rotary": 100.0, "activation": "silu"}]
+)
+def test_residual_transformers_are_trained_alike(options: dict[str, Any]) -> None:
+    """Adapters of one part, and some of the biases and gains."""
+    frozen, target = (
+        Transformer.random(1, 4, 2, hidden=6, residual=True, norm="layer", seed=s, **options)
+        for s in (0, 1)
+    )
+    frozen, target = frozen.to(torch.float32), target.to(torch.float32)
+    moving = tuple(name[:3] in ("b_1", "g_2") for name in frozen.bias_names)
+    ranks, data = frozen.ranks(2, "mlp"), Fresh(target, (4, 3), samples=8, seed=2)
+    tuning = Tuning(ranks, biases=moving, learning_rate=1e-2)
+    result = train(frozen, [tuning], data, steps=20)
+    training, validation = plain_loop(frozen, tuning, ranks, data, 20)
+    np.testing.assert_allclose(result.training_loss[0], training, rtol=1e-4)
+    np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+    assert [bool(change.any()) for change in result.adapters[0].bias_updates] == [*moving]
 
 
 # --- What a run gives does not depend on its company ----------------------------------------------
