@@ -55,26 +55,10 @@ def random_matrix(
     return ((U * sigma) @ V.mT).to(dtype)
 
 
-def conditioned(
-    depth: int,
-    width: int,
-    *,
-    kappa: float = 3.0,
-    batch_shape: tuple[int, ...] = (),
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-) -> LinearNetwork:
+def conditioned(depth: int, width: int, *, kappa: float = 3.0, **options: Any) -> LinearNetwork:
     """A network whose layers all have the condition number `kappa`."""
-    return LinearNetwork(
-        random_matrix(
-            width,
-            width,
-            condition_number=kappa,
-            batch_shape=(*batch_shape, depth),
-            seed=seed,
-            dtype=dtype,
-        )
-    )
+    options["batch_shape"] = (*options.get("batch_shape", ()), depth)
+    return LinearNetwork(random_matrix(width, width, condition_number=kappa, **options))
 
 
 def of_widths(
@@ -91,12 +75,7 @@ def of_widths(
 
 
 def benign(
-    depth: int,
-    width: int,
-    batch: tuple[int, ...] = (),
-    seed: int = 0,
-    *,
-    linear_last: bool = False,
+    depth: int, width: int, batch: tuple[int, ...] = (), seed: int = 0, *, linear_last: bool = False
 ) -> FNN:
     """A ReLU network of layers of condition number 3."""
     weights = conditioned(depth, width, batch_shape=batch, seed=seed).weights
@@ -107,17 +86,10 @@ def benign(
 def moderate(depth: int, width: int, heads: int, batch: tuple[int, ...], seed: int) -> Transformer:
     """A transformer of well-conditioned matrices."""
     network = Transformer.random(depth, width, heads, batch_shape=batch, seed=seed)
-    matrices: Any = {
-        name: random_matrix(
-            width,
-            width,
-            condition_number=3,
-            batch_shape=getattr(network, name).shape[:-2],
-            seed=seed,
-            purpose=name,
-        )
-        for name in ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out")
-    }
+    matrices: Any = {}
+    for name in ("W_Q", "W_K", "W_V", "W_O", "W_1", "W_2", "W_out"):
+        options: Any = {"batch_shape": getattr(network, name).shape[:-2], "purpose": name}
+        matrices[name] = random_matrix(width, width, condition_number=3, seed=seed, **options)
     return network.replace(**matrices)
 
 

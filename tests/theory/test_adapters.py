@@ -24,17 +24,16 @@ from lorapower.training import Fresh, Tuning, train
 def random_adapters(
     network: Network, ranks: list[int], seed: int, *, biases: bool = False
 ) -> Adapters:
-    generator = randomness.generator(seed, "test")
+    draw = randomness.generator(seed, "test")
 
-    def normal(*shape: int) -> Tensor:
-        drawn = torch.randn(*network.batch_shape, *shape, generator=generator, dtype=torch.float64)
-        return drawn.to(network.dtype)
+    def drawn(*shape: int) -> Tensor:
+        return randomness.normal(draw, *network.batch_shape, *shape, dtype=network.dtype)
 
     updates = tuple(
-        LowRank(*(normal(n, R) for n in w.shape[-2:]))
+        LowRank(*(drawn(n, R) for n in w.shape[-2:]))
         for w, R in zip(network.weights, ranks, strict=True)
     )
-    return Adapters(updates, tuple(normal(b.shape[-1]) for b in network.biases) if biases else ())
+    return Adapters(updates, tuple(drawn(b.shape[-1]) for b in network.biases) if biases else ())
 
 
 def parameters(network: Network) -> tuple[Tensor, ...]:
@@ -45,8 +44,8 @@ def parameters(network: Network) -> tuple[Tensor, ...]:
 def test_merge_adds_the_products_of_the_factors(
     ranks: list[int], batch: tuple[int, ...], seed: int
 ) -> None:
-    network = LinearNetwork.random(len(ranks), 4, batch_shape=batch, seed=seed)
-    adapters = random_adapters(network, ranks, seed)
+    network = FNN.random(len(ranks), 4, batch_shape=batch, seed=seed)
+    adapters = random_adapters(network, ranks, seed, biases=True)
     before = [weight.clone() for weight in network.weights]
     merged = adapters.merge(network)
     for weight, update, old in zip(merged.weights, adapters.updates, before, strict=True):
@@ -60,7 +59,9 @@ def test_merge_adds_the_products_of_the_factors(
         torch.testing.assert_close(weight, old + change)
     assert all(torch.equal(w, old) for w, old in zip(network.weights, before, strict=True))
     assert adapters.ranks == tuple(ranks)
-    assert adapters.parameter_count == 8 * sum(ranks)
+    for bias, change, old in zip(merged.biases, adapters.bias_updates, network.biases, strict=True):
+        torch.testing.assert_close(bias, old + change)
+    assert adapters.parameter_count == 8 * sum(ranks) + 4 * len(ranks)
 
 
 def test_a_sum_that_is_not_finite_is_refused() -> None:
@@ -139,26 +140,14 @@ def test_an_index_that_the_batch_does_not_have_is_refused(index: Any) -> None:
             batch[index]
 
 
-TUNINGS = [
-    Tuning(2),
-    Tuning(5),
-    Tuning((0, 3, 1), biases=False),
-    Tuning(0),
-    Tuning(0, biases=False),
-    Tuning(final=1),
-    Tuning(final=2, biases=False),
-    Tuning(final=3),
-]
 # Widths 5 → 6 → 4 → 3: ranks of the adapters, and how many numbers they and the biases have.
-OWN: list[tuple[tuple[int, ...], int]] = [
-    ((2, 2, 2), 2 * (11 + 10 + 7) + 13),
-    ((5, 4, 3), 5 * 11 + 4 * 10 + 3 * 7 + 13),
-    ((0, 3, 1), 3 * 10 + 7),
-    ((0, 0, 0), 13),
-    ((0, 0, 0), 0),
-    ((0, 0, 0), 3),
-    ((0, 0, 0), 0),
-    ((0, 0, 0), 13),
+OWN: list[tuple[Tuning, tuple[int, ...], int]] = [
+    (Tuning(2), (2, 2, 2), 2 * (11 + 10 + 7) + 13),
+    (Tuning(5), (5, 4, 3), 5 * 11 + 4 * 10 + 3 * 7 + 13),
+    (Tuning((0, 3, 1), biases=False), (0, 3, 1), 3 * 10 + 7),
+    (Tuning(0), (0, 0, 0), 13),
+    (Tuning(final=1), (0, 0, 0), 3),
+    (Tuning(final=2, biases=False), (0, 0, 0), 0),
 ]
 
 
@@ -172,16 +161,16 @@ def test_runs_of_training_have_ranks_and_counts_of_their_own(batch: tuple[int, .
     def labelled(x: Tensor) -> Tensor:
         return x[..., :3, :]
 
-    runs = train(frozen, TUNINGS, Fresh(labelled, (5,)), steps=3)
+    runs = train(frozen, [tuning for tuning, _, _ in OWN], Fresh(labelled, (5,)), steps=3)
     assert runs.adapters.ranks == (5, 4, 3)
     with pytest.raises(InputError, match=r"tune equally many .*some that tune \[0, 3, .*pick one"):
         _ = runs.adapters.parameter_count
-    for i, (ranks, count) in enumerate(OWN):
+    for i, (tuning, ranks, count) in enumerate(OWN):
         own = runs.adapters[i]
         assert own.ranks == ranks
         assert own.parameter_count == count
-        assert bool(own.bias_updates) == (TUNINGS[i].biases)
-        if not TUNINGS[i].final:
+        assert bool(own.bias_updates) == tuning.biases
+        if not tuning.final:
             merged, sure = own.merge(frozen), runs.network[i]
             for one, other in zip(merged.weights, sure.weights, strict=True):
                 assert torch.equal(one, other)

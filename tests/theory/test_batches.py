@@ -120,12 +120,6 @@ def of_linear_adapt(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor
     return [*evidence, found.adapters.merge(frozen).product()]
 
 
-def of_split(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor]:
-    with plain_splitting():
-        found = linear.adapt(frozen, target, 1)
-    return [found.condition_numbers, *(each.matrix() for each in found.adapters.updates)]
-
-
 X = randomness.normal(randomness.generator(0, "inputs of batches"), 4, 200)
 M, N, POINTS, ONE = matrix(4, 3), matrix(5, 4), matrix(3, 6), matrix(1, 1)
 INPUTS, TOKENS = matrix(4, 8), matrix(4, 3)
@@ -190,7 +184,6 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "sure": (lambda A: DESIGN.sure(lowrank.spectrum(A)), [matrix(4, 6)]),
     "shrink_values": (lambda A: DESIGN.shrink_values(lowrank.spectrum(A)), [matrix(4, 6)]),
     "linear.adapt": (of_linear_adapt, [deep(2), deep(1)]),
-    "linear.adapt, plain": (of_split, [deep(2), deep(1)]),
     "fnn.adapt": (plainly(of_fnn), [relu(3), relu(2), ONE]),
     "transformer.adapt": (
         plainly(partial(found_by, transformer.adapt, x=X[:, :3])),

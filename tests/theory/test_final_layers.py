@@ -58,47 +58,16 @@ def test_all_units_of_a_linear_layer_are_seen(units: int, inputs: int, seed: int
     torch.testing.assert_close(distance, expected, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("linear_last", [False, True])
-def test_the_floor_behind_a_linear_layer_is_what_its_null_space_holds(linear_last: bool) -> None:
+def test_the_floor_behind_a_linear_layer_is_what_its_null_space_holds() -> None:
     frozen = of_widths([6, 4], linear_last=True, seed=1)
-    target = of_widths([6, 3], linear_last=linear_last, seed=2)
+    target = of_widths([6, 3], linear_last=True, seed=2)
     found = bounds.final_layers_floor(frozen, target, samples=20000, steps=32)
     # Given what the layer passes on, x is normal in its null space about the projection of x.
     null = torch.linalg.svd(frozen.weights[0])[2][4:]
-    if linear_last:
-        exact = float((target.weights[0] @ null.mT).square().sum() / 3)
-    else:
-        x, noise, other = (normal(n, 200000, seed=k) for k, n in enumerate((6, 2, 2)))
-        x = x - null.mT @ (null @ x)
-        exact = float((target(x + null.mT @ noise) - target(x + null.mT @ other)).square().mean())
-        exact /= 2
+    exact = float((target.weights[0] @ null.mT).square().sum() / 3)
     assert abs(found.mean_squared_error - exact) < 4 * found.standard_error + 0.01 * exact
     whole = of_widths([6, 6], linear_last=True, seed=1)
     assert bounds.final_layers_floor(whole, target, samples=50).mean_squared_error < 1e-24
-
-
-def test_the_floor_of_half_lines_is_the_variance_of_a_half_normal() -> None:
-    # h keeps the positive part of each coordinate, the target asks for the negative part.
-    for width in (1, 3):
-        frozen = single(torch.eye(width), torch.zeros(width))
-        target = single(-torch.eye(width), torch.zeros(width))
-        found = bounds.final_layers_floor(frozen, target, samples=20000, steps=100)
-        exact = (1 - 2 / np.pi) / 2
-        assert abs(float(found.mean_squared_error) - exact) < 4 * float(found.standard_error)
-        assert float(found.standard_error) < 0.02 * exact
-
-
-def test_fewer_steps_only_lower_the_estimate() -> None:
-    frozen, target = FNN.random(2, 16, seed=1), FNN.random(1, 16, seed=2)
-    estimates = [
-        bounds.final_layers_floor(frozen, target, samples=4000, steps=steps, seed=steps)
-        for steps in (1, 4, 16, 128, 256)
-    ]
-    means = [float(e.mean_squared_error) for e in estimates]
-    noise = 4 * max(float(e.standard_error) for e in estimates)
-    assert means[0] < means[1] < means[2]
-    assert means[2] < means[3] + noise
-    assert means[3] == pytest.approx(means[4], abs=noise)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.nightly) for k in (1, 2))])

@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import dtypes, of_widths, seeds
+from strategies import dtypes, seeds
 from torch import Tensor
 
 from lorapower import bounds, randomness
 from lorapower.adapters import Adapters
-from lorapower.constructions import fitted, fnn, fused
+from lorapower.constructions import fitted, fused
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition
 from lorapower.regions import Ball
-from lorapower.training import Fixed, Fresh, Tuning, polish, train
+from lorapower.training import Fresh, Tuning, polish, train
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -67,36 +67,6 @@ def test_what_fused_networks_reach_is_carried_back(
     assert made.allclose(wanted, rtol=1e-7, atol=1e-7)
 
 
-def test_fits_are_exact_from_the_threshold_on() -> None:
-    x, others = normal(6, 60), normal(6, 80, seed=1)
-    for layers in (1, 2):
-        frozen, target = relu(2 * layers, layers, 6)
-        for rank in (3, 4):
-            assert fitted.adapt(frozen, target, rank, x, others).error < 1e-20
-        assert fitted.adapt(frozen, target, 2, x, others).error > 1e-6
-    linear = LinearNetwork.random(2, 6), LinearNetwork.random(1, 6, seed=1)
-    assert fitted.adapt(*linear, 3, normal(6, 20), normal(6, 30, seed=1)).error < 1e-20
-
-
-def test_fits_lose_to_no_construction_and_polish_to_no_fit() -> None:
-    frozen, target = relu(4, 2, 8)
-    x, others = normal(8, 400), normal(8, 4000, seed=1)
-    first, test = halves(others)
-    for rank in (1, 2, 3):
-        found = fitted.adapt(frozen, target, rank, x, others)
-        better = polish(found, x, others, iterations=60)
-        plain = fnn.adapt(frozen, target, rank, Ball.about(torch.cat([x, others], 1), 1.25))
-
-        def error(adapted: Any, x: Tensor) -> float:
-            return float(fitted.relative_error(adapted.adapters.merge(frozen), target, x)[0])
-
-        assert error(found, first) <= error(plain, first) * (1 + 1e-9)
-        assert error(better, first) <= error(found, first) * (1 + 1e-9)
-        assert error(found, test) == pytest.approx(float(found.error))
-        assert found.low <= found.error <= found.high
-        assert max(better.adapters.ranks) <= rank
-
-
 def fused_error(found: fitted.FittedAdaptation, x: Tensor) -> float:
     """The mean squared error of the fit before it is carried back."""
     adapted = found.fused_adapters.merge(found.fused.network)
@@ -124,14 +94,6 @@ def test_partitions_unequal_ranks_and_linear_ends() -> None:
     assert fused_error(better, choosing) <= fused_error(found, choosing)
     error = fitted.relative_error(better.adapters.merge(frozen), target, test)[0]
     assert float(better.error) == pytest.approx(float(error))
-
-
-def test_a_narrower_target() -> None:
-    frozen, target = of_widths([8, 8, 8, 8, 8]), of_widths([5, 5, 5], seed=1)
-    x, others = normal(5, 200), normal(5, 400, seed=1)
-    exact = fitted.adapt(frozen, target, 3, x, others)
-    assert exact.error < 1e-18
-    assert fitted.adapt(frozen, target, 2, x, others).error > 1e-9
 
 
 @pytest.mark.parametrize("kind", ["few", "repeated", "zeros", "constant"])
@@ -186,15 +148,6 @@ def test_a_threshold_on_data() -> None:
     assert bounds.fnn_data_threshold(*shallow, x[:, :1]) == 0
 
 
-def test_adam_polishes_before_descent() -> None:
-    frozen, target = relu(2, 1, 8)
-    x, others = normal(8, 400), normal(8, 800, seed=1)
-    found = fitted.adapt(frozen, target, 1, x, others)
-    choosing, _ = halves(others)
-    better = polish(found, x, others, steps=200, iterations=0)
-    assert fused_error(better, choosing) < fused_error(found, choosing)
-
-
 def test_small_errors_are_predicted_and_those_of_linear_networks_exactly() -> None:
     x, others = normal(6, 40_000), normal(6, 80_000, seed=1)
     for linear_last in (False, True):
@@ -213,18 +166,3 @@ def test_small_errors_are_predicted_and_those_of_linear_networks_exactly() -> No
     found = fitted.adapt(linear, other, 1, x, others)
     error = fitted.relative_error(found.adapters.merge(linear), other, x)[0]
     assert float(found.predicted) == pytest.approx(float(error))
-
-
-def test_training_from_given_adapters() -> None:
-    frozen, target = relu(2, 1, 6)
-    x = normal(6, 300)
-    data = Fixed((x, target(x)), (x, target(x)))
-    first = train(frozen, [Tuning(2, learning_rate=1e-2)], data, steps=300)
-    tunings = [
-        Tuning(2, learning_rate=1e-3, schedule="cosine", start=first.adapters[0]),
-        Tuning(2, learning_rate=1e-2),
-    ]
-    again = train(frozen, tunings, data, steps=30)
-    assert float(again.validation_loss[0, 0]) == pytest.approx(float(first.best_loss[0]), rel=1e-4)
-    assert again.best_loss[0] <= first.best_loss[0] * 1.0001
-    assert again.validation_loss[1, 0] > again.validation_loss[0, 0]

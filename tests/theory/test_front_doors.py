@@ -46,27 +46,29 @@ from lorapower.training import Fixed, Fresh, Tuning, polish, train, train_fused
 
 X = torch.ones(3, 4).double() + torch.eye(3, 4)
 NAN, TOKENS = X * torch.nan, normal(6, 9)
-LINEAR: dict[str, Any] = {
-    "frozen": LinearNetwork.random(2, 3),
-    "target": LinearNetwork.random(1, 3, seed=1),
-}
-RELU: dict[str, Any] = {"frozen": FNN.random(2, 3), "target": FNN.random(1, 3, seed=1)}
-HEADS: dict[str, Any] = {
-    "frozen": Transformer.random(1, 3, 1),
-    "target": Transformer.random(1, 3, 1, seed=1),
-}
+
+
+def both(frozen: Any, target: Any) -> dict[str, Any]:
+    return {"frozen": frozen, "target": target}
+
+
+LINEAR = both(LinearNetwork.random(2, 3), LinearNetwork.random(1, 3, seed=1))
+RELU = both(FNN.random(2, 3), FNN.random(1, 3, seed=1))
+HEADS = both(Transformer.random(1, 3, 1), Transformer.random(1, 3, 1, seed=1))
 WIDER = FNN.random(1, 4)
 SINGLE = LINEAR["target"].to(torch.float32)
 DATA = Fresh(RELU["target"], (3,), samples=4)
 FITTED = fitted.adapt(**RELU, ranks=1, inputs=X, held_out=2 * X, throw=False)
-# Of two types, batches that do not broadcast, and others.
+# Of two types, batches that do not broadcast, no numbers or not of a usable type, and others.
 MIXED, BATCHES = [X[:, :3].float(), X[:, :3]], [torch.ones(2, 1, 1), torch.ones(3, 1, 1)]
-UNUSABLE: list[Any] = [[], [X, X], [NAN], [X.half()], X, MIXED, BATCHES]
+UNUSABLE: list[Any] = [[], [X, X], [NAN], [X.half()], X, MIXED, BATCHES, [None], [[["a"]]]]
+UNUSABLE += [[X + 1j], [[[1, 2], [3, 4]]], [[[1.0], [1.0, 2.0]]], [torch.ones(3, 2, 0)]]
+UNUSABLE += [[[torch.ones(2, requires_grad=True)]]]
 # Above the width, below 0, no number, and one too many.
 RANKS: list[Any] = [4, -1, "all", [1, 2, 3]]
 MANY = Transformer.random(1, 3, 1, batch_shape=(2,))
-NARROW = dict(zip(("frozen", "target"), residual_pair(0, 1, 6, 2, head_size=3), strict=True))
-PRENORM = dict(zip(("frozen", "target"), residual_pair(0, 1, 6, 1, hidden=8), strict=True))
+NARROW = both(*residual_pair(0, 1, 6, 2, head_size=3))
+PRENORM = both(*residual_pair(0, 1, 6, 1, hidden=8))
 FINAL_NORM = residual_pair(0, 1, 6, 1, hidden=8, final_norm=True)[1]
 # A target of narrower tokens, whose norms the wider network's can be.
 NARROWER = residual_pair(0, 1, 4, 1, head_size=6, hidden=8, eps=1.5e-5)[1]
@@ -78,9 +80,9 @@ LORA = inject_adapter_in_model(
 )
 
 
-def changed(network: Transformer, *names: str) -> list[Transformer]:
-    """Add 1 to each of these parts in turn."""
-    return [network.replace(**{name: getattr(network, name) + 1}) for name in names]
+def replaced(network: Transformer, change: Any, *names: str) -> list[Transformer]:
+    """Change each of these parts in turn."""
+    return [network.replace(**{name: change(getattr(network, name))}) for name in names]
 
 
 def with_biases(biases: dict[str, torch.Tensor]) -> Transformer:
@@ -111,13 +113,7 @@ DOORS = [
     Door(
         Transformer.random,
         {"depth": 1, "width": 2, "heads": 1, "scale": 1.0, "head_size": 2},
-        {
-            "heads": [0],
-            "scale": [-1.0, np.nan],
-            "head_size": [0],
-            "gated": [True],
-            "rotary": [100.0],
-        },
+        {"heads": [0], "scale": [-1.0, np.nan], "head_size": [0], "gated": [1], "rotary": [100.0]},
     ),
     Door(
         Transformer.random,
@@ -134,8 +130,12 @@ DOORS = [
     Door(
         HEADS["frozen"].replace,
         {},
-        {"W_O": [HEADS["frozen"].W_O * torch.nan], "W_1": [HEADS["frozen"].W_1[..., :2]]}
-        | {"b_Q": [HEADS["frozen"].W_Q[..., 0]], "final_norm": [True]},
+        {
+            "W_O": [HEADS["frozen"].W_O * torch.nan],
+            "W_1": [HEADS["frozen"].W_1[..., :2]],
+            "b_Q": [HEADS["frozen"].W_Q[..., 0]],
+            "final_norm": [True],
+        },
     ),
     Door(
         with_biases,
@@ -160,12 +160,7 @@ DOORS = [
     Door(
         segments,
         {"frozen": MANY, "target": MANY},
-        {
-            "target": [
-                Transformer.random(1, 3, 1, batch_shape=(3,)),
-                HEADS["target"].to(SINGLE.dtype),
-            ]
-        },
+        {"target": [Transformer.random(1, 3, 1, batch_shape=(3,)), MANY.to(torch.float32)]},
     ),
     Door(
         from_decoder,
@@ -194,7 +189,9 @@ DOORS = [
         to_decoder,
         {"network": READ, "module": LLAMA},
         {
-            "network": changed(READ, "b_Q", "s_1", "b_O", "s_2", "b_1", "b_3", "b_2", "s_f"),
+            "network": replaced(
+                READ, torch.ones_like, "b_Q", "s_1", "b_O", "s_2", "b_1", "b_3", "b_2", "s_f"
+            ),
             "module": [decoder("LlamaModel"), decoder("LlamaModel", 4, 4, rms_norm_eps=1.0)],
         },
     ),
@@ -215,17 +212,10 @@ DOORS = [
         HEADS | {"ranks": 3},
         {
             "target": [
-                Transformer.random(2, 3, 1),
-                Transformer.random(1, 3, 2),
-                Transformer.random(1, 2, 1),
                 HEADS["target"].to(torch.float32),
+                *(Transformer.random(*sizes) for sizes in ((2, 3, 1), (1, 3, 2), (1, 2, 1))),
             ],
-            "ranks": [
-                {"W_Q": 1},
-                dict.fromkeys(HEADS["frozen"].adapted_kinds, 3) | {"W_V": 4},
-                4,
-                "all",
-            ],
+            "ranks": [dict.fromkeys(HEADS["frozen"].adapted_kinds, 3) | {"W_V": 4}, {"W_Q": 1}, 4],
         },
     ),
     # Heads narrower than the tokens are adapted exactly or not at all.
@@ -233,12 +223,7 @@ DOORS = [
     Door(
         attention_only,
         PRENORM | {"tokens": TOKENS},
-        {
-            "frozen": [
-                PRENORM["frozen"].replace(**{k: 0 * getattr(PRENORM["frozen"], k)})
-                for k in ("W_V", "g_1")
-            ],
-        },
+        {"frozen": replaced(PRENORM["frozen"], torch.zeros_like, "W_V", "g_1")},
     ),
     Door(
         adapt,
@@ -263,7 +248,11 @@ DOORS = [
     Door(
         Tuning,
         {"learning_rate": 1.0, "weight_decay": 0.0, "schedule": "cosine"},
-        {"learning_rate": [0.0, np.nan], "weight_decay": [-1.0], "schedule": ["no such"]},
+        {
+            "learning_rate": [0.0, np.nan, True, "0"],
+            "weight_decay": [-1.0],
+            "schedule": ["no such"],
+        },
     ),
     Door(Fresh, {"label": RELU["target"], "shape": (3,), "samples": 2}, {"samples": [0]}),
     Door(Fixed, {"training": (X, X), "validation": (X, X)}, {"training": [(X, X[:, :1])]}),

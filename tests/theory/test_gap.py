@@ -11,23 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batch_shapes, benign, conditioned, dtypes, moderate, of_widths, seeds
 from torch import Tensor
 
-from lorapower import (
-    InputError,
-    PrecisionError,
-    SingularError,
-    bounds,
-    constructions,
-    randomness,
-)
-from lorapower.adapters import Adapters
-from lorapower.constructions import fnn, linear, transformer
+from lorapower import InputError, SingularError, constructions, randomness
 from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer
-from lorapower.regions import Ball, Samples
+from lorapower.regions import Ball
 
 
 @given(
@@ -157,70 +148,8 @@ def test_every_kind_is_a_network(
 # that networks are left alone where there is none.
 
 
-def shared(total: int, layers: int) -> list[int]:
-    """Ranks of layers, as equal as they can be, of this sum."""
-    return [total // layers + (l < total % layers) for l in range(layers)]
-
-
-def sizes(adapters: Adapters) -> Tensor:
-    return torch.stack([update.matrix().abs().amax((-2, -1)) for update in adapters.updates]).amax(
-        0
-    )
-
-
-@given(st.integers(1, 4), st.integers(1, 8), batch_shapes, seeds)
-def test_an_adapted_linear_network_is_left_alone(
-    depth: int, width: int, batch: tuple[int, ...], seed: int
-) -> None:
-    frozen = conditioned(depth, width, batch_shape=batch, seed=seed)
-    target = LinearNetwork.random(1, width, seed=seed, purpose="target")
-    ranks = shared(width, depth)
-    found = linear.adapt(frozen, target, ranks, throw=False)
-    adapted = found.adapters.merge(frozen)
-    again = linear.adapt(adapted, target, ranks, throw=False)
-    good = found.condition_numbers.amax(-1) < 1e4
-    assume(good.any())
-    assert (sizes(again.adapters)[good] < 1e-6).all()
-    if width > depth:
-        part = linear.adapt(frozen, target, [1] * depth, throw=False)
-        more = linear.adapt(part.adapters.merge(frozen), target, [1] * depth, throw=False)
-        expected = bounds.linear_error(frozen, target, 2 * depth).spectral
-        rounding = 1e-6 * (1 + part.condition_numbers.amax(-1) + more.condition_numbers.amax(-1))
-        assert ((more.spectral_error - expected).abs() < rounding).all()
-
-
 # Bounds fall with the rank. `bounds.fnn_error_on` need not for more than one layer: its gains are
 # the norms of the adapted maps, which may grow.
-
-
-def falls(values: list[Tensor]) -> bool:
-    stacked = torch.stack(torch.broadcast_tensors(*values))
-    return bool((stacked.diff(dim=0) <= 1e-12 * (1 + stacked[:-1].abs())).all())
-
-
-@given(
-    st.integers(1, 3),
-    st.integers(0, 2),
-    st.integers(1, 5),
-    batch_shapes,
-    st.booleans(),
-    seeds,
-)
-def test_bounds_of_relu_networks_fall_with_the_rank(
-    layers: int, more: int, width: int, batch: tuple[int, ...], samples: bool, seed: int
-) -> None:
-    frozen = FNN.random(layers + more, width, batch_shape=batch, seed=seed)
-    target = FNN.random(layers, width, seed=seed + 1)
-    x = torch.randn(width, 20, generator=randomness.generator(seed, "inputs")).double()
-    inputs: Any = x if samples else 3.0
-    ranks = range(width + 1)
-    assert falls([bounds.fnn_error(frozen, target, r, inputs) for r in ranks])
-    if layers == 1:
-        assert falls([bounds.fnn_error_on(frozen, target, r, x) for r in ranks])
-    region = Samples(x) if samples else Ball(2.0)
-    if layers == 1:
-        found = [fnn.adapt(frozen, target, r, region, throw=False) for r in ranks]
-        assert falls([one.error_bound for one in found])
 
 
 # Bad members of a batch.
@@ -257,25 +186,3 @@ def test_a_batch_goes_on_without_its_bad_members(kind: str, size: float) -> None
     assert ((merged(x) - target(x)).abs().amax((-2, -1))[[0, 3]] < 1e-9).all()
     with pytest.raises((InputError, SingularError), match="batch member 1"):
         constructions.adapt(scaled(1.0, 0.0, 1.0, 1.0), target, 2, *region)
-
-
-@pytest.mark.parametrize("batch", [(), (2, 2)])
-def test_heads_too_narrow_for_their_rank_fail_by_themselves(batch: tuple[int, ...]) -> None:
-    frozen, target = (
-        Transformer.random(1, 6, 2, head_size=2, scale=0.4, batch_shape=batch, seed=s)
-        for s in (1, 2)
-    )
-    found = transformer.adapt(frozen, target, 1, throw=False)
-    assert found.success.shape == batch
-    assert not found.success.any()
-    assert transformer.adapt(frozen, target, 3, throw=False).success.all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_biases_that_swallow_everything_are_no_success(dtype: torch.dtype) -> None:
-    frozen, target = (FNN.random(d, 6, seed=d, dtype=dtype) for d in (4, 1))
-    radius = torch.tensor([torch.finfo(dtype).max ** 0.6, 1.0], dtype=dtype)
-    found = fnn.adapt(frozen, target, 6, Ball(radius), throw=False)
-    assert found.success.tolist() == [False, True]
-    with pytest.raises(PrecisionError):
-        fnn.adapt(frozen, target, 6, Ball(radius))

@@ -81,15 +81,6 @@ def test_regions_of_images_hold_them(kind: str, width: int, seed: int) -> None:
                 assert (values.amax(-1) - values.amin(-1) >= 2 * holds.half[:, 0] - 1e-12).all()
 
 
-def test_the_image_of_samples_is_that_of_each() -> None:
-    x = normal(4, 10)
-    region = Samples(x)
-    image = region.image(torch.eye(4).double(), region.centre + 1)
-    torch.testing.assert_close(image.inputs, x + 1)
-    torch.testing.assert_close(image.relu().inputs, (x + 1).relu())
-    assert image.margin == image.relu().margin == region.margin
-
-
 @given(st.integers(1, 6), st.floats(0.1, 10), seeds)
 def test_typical_inputs_have_the_given_scale_and_are_in_the_region(
     width: int, scale: float, seed: int

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from lorapower.checkpoints import LEAST_TEXTS, Measured, mean_limit, quantile_limit, workflow
-from lorapower.checkpoints._limits import judge, ratio, texts_for
+from lorapower.checkpoints._limits import judge, quantile, ratio, texts_for
 from lorapower.checkpoints._measuring import Compared
 
 
@@ -114,6 +114,16 @@ def test_fresh_texts_confirm_what_is_true_and_contradict_what_is_not() -> None:
 def test_what_is_no_number_is_no_small_loss() -> None:
     assert judge(np.full(60, np.nan), 1.0) == ("failed", 60)
     assert not quantile_limit(np.full(60, np.nan)) <= 1
+
+
+def test_rounding_of_merged_adapters_contradicts_no_limit() -> None:
+    assert judge(np.full(60, 1.0005), 1.0) == ("confirmed", 0)
+    assert judge(np.full(60, 5e-6), 0.0) == ("confirmed", 0)
+    assert judge(np.full(60, 2e-5), 0.0) == ("failed", 60)
+
+
+def test_nine_of_ten_do_not_exceed_the_quantile() -> None:
+    assert quantile(np.arange(20.0)[::-1]) == 17
 
 
 def test_texts_that_would_certify() -> None:
