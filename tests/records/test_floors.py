@@ -7,25 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from strategies import PRENORM, normal, residual_pair
 from torch import Tensor
 
 from lorapower import bounds, lowrank, randomness
 from lorapower.networks import Transformer
 from records.floors import WholeFloor
-
-PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
-
-
-def pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, Transformer]:
-    frozen, target = (
-        Transformer.random(*sizes, seed=seed, purpose=purpose, **PRENORM | options)
-        for purpose in ("frozen", "target")
-    )
-    return frozen, target
-
-
-def inputs(seed: int, *shape: int) -> Tensor:
-    return randomness.normal(randomness.generator(seed, "inputs in tests"), *shape)
 
 
 def bare(network: Transformer) -> Transformer:
@@ -35,7 +22,7 @@ def bare(network: Transformer) -> Transformer:
 
 
 def bare_pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, Transformer]:
-    frozen, target = (bare(network) for network in pair(seed, *sizes, **options))
+    frozen, target = (bare(network) for network in residual_pair(seed, *sizes, **options))
     return frozen, target
 
 
@@ -64,7 +51,7 @@ def test_without_rank_the_floor_is_the_variance_of_what_it_counts(options: Any) 
     frozen, target = (
         bare(Transformer.random(L, 5, 2, head_size=4, seed=L, **options)) for L in (1, 2)
     )
-    floor, v = WholeFloor(frozen, target).at(0), inputs(0, 5, 40_000)
+    floor, v = WholeFloor(frozen, target).at(0), normal(5, 40_000)
     n = bounds.directions(frozen, target, v)
     values = of_values(target, n) - of_values(frozen, n)
     assert float(floor.values) == pytest.approx(float(values.var(-1).mean()), rel=0.03)
@@ -76,7 +63,7 @@ def test_without_rank_the_floor_is_the_variance_of_what_it_counts(options: Any) 
     assert float(floor.feed_forward) == pytest.approx(float(part.var(-1).mean()), rel=0.03)
     assert float(floor.value) == pytest.approx(float(floor.values + floor.feed_forward))
     # Of given tokens the covariance counts: also of few that lie in a plane.
-    for k in (v[:, :50], v[:, :2] @ inputs(1, 2, 30)):
+    for k in (v[:, :50], v[:, :2] @ normal(2, 30, seed=1)):
         found = WholeFloor(frozen, target).at(0, k)
         k = bounds.directions(frozen, target, k)
         values = of_values(target, k) - of_values(frozen, k)
@@ -86,9 +73,9 @@ def test_without_rank_the_floor_is_the_variance_of_what_it_counts(options: Any) 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_values_of_limited_rank_attain_the_floor_on_long_far_sequences(norm: Any) -> None:
-    frozen, target = pair(4, 1, 5, 1, norm=norm)
+    frozen, target = residual_pair(4, 1, 5, 1, norm=norm)
     frozen, target = (n.replace(W_Q=0.1 * n.W_Q, b_Q=0.1 * n.b_Q) for n in (frozen, target))
-    v = inputs(4, 5, 12)
+    v = normal(5, 12, seed=4)
     k, V = bounds.directions(frozen, target, v), frozen.basis()
     read = k - k.mean(1, keepdim=True)
     gap = of_values(target, k) - of_values(frozen, k)
@@ -115,13 +102,13 @@ def orthogonal(frozen: Transformer, sizes: list[float]) -> tuple[Tensor, Tensor]
     """Rows that read orthogonal directions of norms, and orthogonal columns of these sizes."""
     V, count = frozen.basis(), len(sizes)
     rows = (V / frozen.g_2[0][:, None])[:, :count].mT
-    return rows, torch.linalg.qr(inputs(0, 8, 8)).Q[:, :count] * torch.tensor(sizes)
+    return rows, torch.linalg.qr(normal(8, 8)).Q[:, :count] * torch.tensor(sizes)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_flipped_units_attain_the_floor_of_ungated_layers(norm: Any) -> None:
     """A unit with the opposite sign differs by a linear map."""
-    frozen = bare(pair(0, 1, 8, 1, norm=norm)[0])
+    frozen = bare(residual_pair(0, 1, 8, 1, norm=norm)[0])
     rows, columns = orthogonal(frozen, [4.0, 3.0, 2.0, 1.0])
     W_1, W_2 = frozen.W_1.clone(), frozen.W_2.clone()
     W_1[0, :4], W_2[0, :, :4] = rows, columns
@@ -144,7 +131,7 @@ def test_flipped_units_attain_the_floor_of_ungated_layers(norm: Any) -> None:
 @pytest.mark.parametrize("kind", ["W_2", "W_3"])
 def test_products_of_units_attain_the_floor_of_gated_layers(norm: Any, kind: str) -> None:
     """Two units of opposite signs add up to a product of what they read."""
-    frozen = bare(pair(0, 1, 8, 1, norm=norm, gated=True, hidden=6)[0])
+    frozen = bare(residual_pair(0, 1, 8, 1, norm=norm, gated=True, hidden=6)[0])
     rows, columns = orthogonal(frozen, [3.0, 2.0, 1.0] * 2)
     signs = torch.tensor([1.0, -1.0])[:, None, None]
     parts = {
@@ -160,7 +147,7 @@ def test_products_of_units_attain_the_floor_of_gated_layers(norm: Any, kind: str
         return frozen.replace(**parts | {kind: less})
 
     target, others = without(0), (0, 1, 2) if kind == "W_2" else (0, 1)
-    v = inputs(0, 8, 20_000)
+    v = normal(8, 20_000)
     for r in others:
         floor = WholeFloor(without(3), target).at({kind: r})
         # Adapted with rank r, all but r of the products are still missing.
@@ -214,7 +201,7 @@ def test_feed_forward_layers_count_only_where_their_parity_is_known(gated: bool)
         for one, two in ((frozen, biased), (biased, frozen)):
             floor = WholeFloor(one, two).at(0)
             assert floor.feed_forward == 0 < floor.values == floor.value
-    other = bare(pair(9, 1, 6, 1, gated=not gated)[0])
+    other = bare(residual_pair(9, 1, 6, 1, gated=not gated)[0])
     assert WholeFloor(other, target).at(0).feed_forward == 0
 
 
