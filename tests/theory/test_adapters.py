@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, seeds
+from strategies import batch_shapes, normal, seeds
 from torch import Tensor
 
 from lorapower import InputError, randomness
@@ -153,9 +153,9 @@ OWN: list[tuple[Tuning, tuple[int, ...], int]] = [
 
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_runs_of_training_have_ranks_and_counts_of_their_own(batch: tuple[int, ...]) -> None:
-    sides, generator = (5, 6, 4, 3), randomness.generator(0, "test of runs")
-    weights = [torch.randn(*batch, o, i, generator=generator) for i, o in pairwise(sides)]
-    biases = [torch.randn(*batch, o, generator=generator) for o in sides[1:]]
+    sides = 5, 6, 4, 3
+    weights = [normal(*batch, o, i).float() for i, o in pairwise(sides)]
+    biases = [normal(*batch, o).float() for o in sides[1:]]
     frozen = FNN(weights, biases)
 
     def labelled(x: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, benign, dtypes, of_widths, seeds
+from strategies import batch_shapes, benign, dtypes, normal, of_widths, seeds
 from torch import Tensor
 
-from lorapower import InputError, PrecisionError, SingularError, bounds, randomness
+from lorapower import InputError, PrecisionError, SingularError, bounds
 from lorapower.adapters import Adapters
 from lorapower.constructions import fnn
 from lorapower.lowrank import LowRank
@@ -30,7 +30,7 @@ def forward(network: FNN, x: Tensor) -> np.ndarray:
 
 
 def region_of(kind: str, width: int, seed: int) -> Region:
-    x = torch.randn(width, 40, generator=randomness.generator(seed, "inputs")).double()
+    x = normal(width, 40, seed=seed)
     return {"ball": Ball(4.0, x[:, 0]), "box": Box(-3.0, 2.0), "samples": Samples(x)}[kind]
 
 
@@ -63,7 +63,7 @@ def test_network_is_layer_after_layer(
     )
     assert network.relus == depth - linear_last
     assert (network.depth, network.batch_shape, network.dtype) == (depth, batch, dtype)
-    x = torch.randn(width, 7, dtype=dtype, generator=randomness.generator(seed, "inputs"))
+    x = normal(width, 7, seed=seed).to(dtype)
     atol = 100 * torch.finfo(dtype).eps
     np.testing.assert_allclose(network(x).numpy(), forward(network, x), atol=atol)
     before = network.preactivations(x)
@@ -162,7 +162,7 @@ def test_digits_are_lost_as_expected(dtype: torch.dtype, radius: float) -> None:
     frozen = FNN.random(4, 16, batch_shape=(40,), seed=3, dtype=dtype)
     target = FNN.random(2, 16, batch_shape=(40,), seed=4, dtype=dtype)
     found = fnn.adapt(frozen, target, 8, Ball(radius), throw=False)
-    x = torch.randn(16, 500, generator=randomness.generator(0, "inputs")).to(dtype)
+    x = normal(16, 500).to(dtype)
     x = x * (4.0 / x.norm(dim=0)).clamp(max=1)
     exact = target.to(torch.float64)(x.double())
     errors = (found.adapters.merge(frozen)(x).double() - exact).square().mean((-2, -1)).sqrt()
@@ -202,7 +202,7 @@ def test_a_last_block_of_one_linear_layer_needs_no_region(
     )
     found = fnn.adapt(frozen, target, [0] * before + [rank], Ball(0.1))
     adapted = found.adapters.merge(frozen)
-    x = 1e3 * torch.randn(width, 50, generator=randomness.generator(seed, "inputs")).double()
+    x = 1e3 * normal(width, 50, seed=seed)
     assert found.covers(frozen, x).all()
     inner = target.layers(slice(0, before))(x) if before else x
     off = (adapted(x) - target(x)).norm(dim=0)

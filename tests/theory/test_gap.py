@@ -1,7 +1,4 @@
-"""A gap against numpy, its decompositions counted, and what every construction shares.
-
-Adapted networks need no more, bounds fall with the rank, members of a batch fail alone.
-"""
+"""A gap against numpy, what is a network, and members of a batch that fail alone."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, benign, conditioned, dtypes, moderate, of_widths, seeds
-from torch import Tensor
+from strategies import batch_shapes, benign, conditioned, dtypes, moderate, normal, of_widths, seeds
 
-from lorapower import InputError, SingularError, constructions, randomness
+from lorapower import InputError, SingularError, constructions
 from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer
 from lorapower.regions import Ball
 
@@ -43,14 +39,10 @@ def test_a_gap_is_what_numpy_finds(
 ) -> None:
     other = other if other in (batch, ()) else ()
     width = max(inputs, outputs)
-    generator = randomness.generator(seed, "test")
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
     sizes = [inputs, *[width] * (depth - 1), outputs]
-    frozen = [normal(*batch, b, a) for a, b in pairwise(sizes)]
-    target = normal(*other, outputs, inputs)
+    sides = enumerate(pairwise(sizes), start=seed)
+    frozen = [normal(*batch, b, a, seed=s).to(dtype) for s, (a, b) in sides]
+    target = normal(*other, outputs, inputs, seed=seed + depth).to(dtype)
     gap = Gap(frozen, LinearNetwork([target]))
     P, terms = np.eye(inputs), np.eye(inputs)
     for weight in frozen:
@@ -82,9 +74,7 @@ def test_the_threshold_is_the_first_rank_for_all_layers_that_is_enough(
 ) -> None:
     network = of_widths(widths, seed=seed)
     rank = min(rank, widths[0], widths[-1])
-    generator = randomness.generator(seed, "test")
-    change = torch.randn(widths[-1], rank, generator=generator).double()
-    change = change @ torch.randn(rank, widths[0], generator=generator).double()
+    change = normal(widths[-1], rank, seed=seed) @ normal(rank, widths[0], seed=seed + 1)
     frozen = LinearNetwork(network.weights)
     gap = Gap(frozen, [frozen.product() + change])
     assert gap.rank == rank
@@ -143,18 +133,6 @@ def test_every_kind_is_a_network(
         network[(0,) * (len(batch) + 1)]
 
 
-# An adapted network is its target from the threshold on. Below it there is more to do: the next
-# adapters take the next singular values. Rank beyond what is needed may be spent on conditions, so
-# that networks are left alone where there is none.
-
-
-# Bounds fall with the rank. `bounds.fnn_error_on` need not for more than one layer: its gains are
-# the norms of the adapted maps, which may grow.
-
-
-# Bad members of a batch.
-
-
 @pytest.mark.parametrize("size", [1e120, 1e160, 1e200])
 @pytest.mark.parametrize("kind", ["linear", "fnn", "transformer"])
 def test_a_batch_goes_on_without_its_bad_members(kind: str, size: float) -> None:
@@ -181,7 +159,7 @@ def test_a_batch_goes_on_without_its_bad_members(kind: str, size: float) -> None
         assert found.rounding_error[1] > 0.01
     # The batch can be merged, bad members and all.
     merged = found.adapters.merge(broken)
-    x = torch.randn(4, 6, generator=randomness.generator(0, "inputs")).double()
+    x = normal(4, 6)
     x = x / torch.linalg.vector_norm(x, dim=0)
     assert ((merged(x) - target(x)).abs().amax((-2, -1))[[0, 3]] < 1e-9).all()
     with pytest.raises((InputError, SingularError), match="batch member 1"):

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from strategies import normal
 from torch import Tensor
 
-from lorapower import InputError, bounds, randomness
+from lorapower import InputError, bounds
 from lorapower.constructions import adapt, fnn, linear, rank_for_error, transformer
 from lorapower.networks import FNN, LinearNetwork, Transformer
 from lorapower.regions import Ball, Samples
@@ -21,8 +22,7 @@ def problem(
     kind: str, *, width: int = 4, batch: tuple[int, ...] = (), seed: int = 0
 ) -> tuple[Any, Any, Tensor]:
     """A frozen network, a target, and inputs, not one of which is like another in a batch."""
-    generator = randomness.generator(seed, "inputs of the front door")
-    x = torch.randn(5, width, 30, generator=generator, dtype=torch.float64)
+    x = normal(5, width, 30, seed=seed)
     target: dict[str, Any] = {"batch_shape": batch, "seed": seed, "purpose": "target"}
     if kind == "linear":
         frozen = LinearNetwork.random(2, width, seed=seed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, dtypes, seeds
+from strategies import batch_shapes, dtypes, normal, seeds
 from torch import Tensor, nn
 
 from lorapower import InputError, randomness
@@ -26,7 +26,7 @@ def test_network_is_its_product(
     assert network.widths == (width,) * (depth + 1)
     assert network.batch_shape == batch
     assert network.dtype == dtype
-    x = torch.randn(*batch, width, 5, dtype=dtype, generator=randomness.generator(seed, "inputs"))
+    x = normal(*batch, width, 5, seed=seed).to(dtype)
     stacked = np.stack([w.double().numpy() for w in network.weights])
     expected = x.double().numpy()
     for weight in stacked:
@@ -113,8 +113,7 @@ def test_a_module_and_its_network_compute_the_same(
     module, sizes = data.draw(modules(linear=kind is LinearNetwork))
     network = kind.from_sequential(module.eval())
     assert network.widths == tuple(sizes)
-    generator = randomness.generator(seed, "inputs")
-    x = torch.randn(3, sizes[0], dtype=network.dtype, generator=generator)
+    x = normal(3, sizes[0], seed=seed).to(network.dtype)
     atol = 200 * torch.finfo(network.dtype).eps
     torch.testing.assert_close(network(x.mT).mT, module(x), atol=atol, rtol=0)
     again = network.to_sequential()

@@ -23,11 +23,8 @@ ADAPTED = Transformer.random(1, 1, 1).adapted_kinds
 FULL = dict.fromkeys(ADAPTED, 4)
 
 
-def tokens(network: Transformer, length: int = 7, *, seed: int = 0, sequences: int = 5) -> Any:
-    shape = (sequences, *network.batch_shape, network.width, length)
-    return torch.randn(
-        shape, dtype=torch.float64, generator=randomness.generator(seed, "inputs")
-    ).to(network.dtype)
+def tokens(network: Transformer, length: int = 7, *, seed: int = 0) -> Any:
+    return normal(5, *network.batch_shape, network.width, length, seed=seed).to(network.dtype)
 
 
 def mean_square(values: torch.Tensor) -> torch.Tensor:
