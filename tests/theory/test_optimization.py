@@ -16,12 +16,10 @@ from torch import Tensor
 
 from lorapower import InputError, randomness
 from lorapower.adapters import Adapters
-from lorapower.constructions.fnn import idle
 from lorapower.experiments import sweeps, synthetic
 from lorapower.experiments.synthetic import Fused, Problem, Recipe, Setting
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
-from lorapower.regions import Ball
 from lorapower.training import (
     Fixed,
     Fresh,
@@ -364,27 +362,6 @@ def test_what_is_learned_is_right_to_rounding(beta: float, rates: tuple[float, f
                 assert abs(found - expected) <= 1e-12 * expected
 
 
-# --- Idle ReLUs ----------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 99))
-def test_idle_relus_bend_nothing_in_the_region(blocks: list[int], width: int, seed: int) -> None:
-    frozen = relu(sum(blocks), width, seed)
-    adapters, partition = drawn(frozen, 1), Partition(blocks)
-    region = Ball(3.0, normal(width, seed=seed))
-    x = region.centre + 3 * torch.nn.functional.normalize(normal(width, 40), dim=0)
-    linear = adapters.merge(frozen).linearize(partition.slices)
-    for lifted in (adapters, replace(adapters, bias_updates=())):
-        lifted = idle(frozen, region, partition, lifted)
-        network = lifted.merge(frozen)
-        assert lifted.updates == adapters.updates
-        inner = network.preactivations(x)
-        for layers in partition.slices:
-            assert all((p >= 0).all() for p in inner[layers][:-1])
-    whole = idle(frozen, region, partition, adapters).merge(frozen)
-    torch.testing.assert_close(whole(x), linear(x))
-
-
 # --- Recipes --------------------------------------------------------------------------------------
 
 
@@ -450,7 +427,6 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("loss", lambda: Tuning(1, loss="absolute")),  # type: ignore[arg-type]
     ("start", lambda: Tuning(1, start="study")),  # type: ignore[arg-type]
     ("start", lambda: Tuning(final=1, start=drawn(FROZEN, 1))),
-    ("partition", lambda: idle(FROZEN, Ball(1.0), Partition([3]))),
     ("network", lambda: descend(relu(2, 3), drawn(FROZEN, 1), (Z, Z), (Z, Z))),
     ("training", lambda: descend(FROZEN, drawn(FROZEN, 1), (Z, Z[:2]), (Z, Z))),
     ("adapters", lambda: descend(relu(2, 4, batch=(2,)), drawn(FROZEN, 1), (Z, Z), (Z, Z))),
