@@ -1,8 +1,8 @@
 """Long runs of language models, done once: `read` gives their tables.
 
-The commands ``movies``, ``tune``, ``recipes``, ``facts``, ``before``, ``plans``, ``sizes`` and
-``parts`` of this folder make the files beside them; each keeps its runs by
-`lorapower.experiments.sweeps.run` in one file of a folder.
+The commands ``movies``, ``tune``, ``recipes``, ``facts``, ``plans``, ``sizes`` and ``parts`` of
+this folder make the files beside them; each keeps its runs by `lorapower.experiments.sweeps.run` in
+one file of a folder.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ _ARRAYS += ["decisions", "variation", "losses"]
 def read(name: str) -> pd.DataFrame:
     """Read a recorded table.
 
-    ``"movies"``, ``"encoder"``, ``"decoder"`` have a row for each training, as `sweeps.run` gives
-    it: the fields of `language.Setting` and `language.Found`, where ``answers`` is for `unpack`.
-    ``"movies"`` is the task of this name with the packaged encoder; ``"encoder"``
-    adapters on all layers, and all weights, on tweets and products with fewer texts; ``"decoder"``
-    all tasks of the profile of this name. Rows with ``part`` ``"validation"`` are of
-    `protocols.search`, the others of `protocols.compare`, all on one thread.
+    ``"movies"`` and ``"decoder"`` have a row for each training, as `sweeps.run` gives it: the
+    fields of `language.TextRun` and `language.TextResults`, where ``answers`` is for `unpack`.
+    ``"movies"`` is the task of this name with the packaged encoder, ``"decoder"`` all tasks of the
+    profile of this name. Rows with ``part`` ``"validation"`` are of `protocols.search`, the others
+    of `protocols.compare`, all on one thread.
 
     ``"rates"`` has what chose rates of ``"decoder"`` again, as ``rates.md`` says: the runs at the
     rates used before, and a run of all weights repeated. Rows without a ``seed`` are means of runs
@@ -40,16 +39,10 @@ def read(name: str) -> pd.DataFrame:
     rates were chosen, and of seeds 0 to 7 at these rates on the test part.
 
     ``"recipes"`` has a row for each training by a recipe of peft on the task of sentences, as
-    ``recipes.md`` says: the fields of `language.Setting` and `recipes.Found`.
+    ``recipes.md`` says: the fields of `language.TextRun` and `recipes.RecipeResults`.
 
-    ``"facts"`` has a row for each training on random facts: the fields of `facts.Setting` and
-    `facts.Found`, where ``losses`` is for `unpack`. ``facts.md`` says which there are.
-
-    ``"before"`` has, for six tasks and models, what can be known of a ``rank`` without training at
-    it. With the mean gradients ``G`` and ``G'`` of two halves of 400 texts at the base, and the
-    best approximations ``G_R`` of rank R, ``share`` is ``⟨G_R, G'⟩ / ⟨G, G'⟩`` and ``gain``
-    ``(2⟨G_R, G'⟩ - ‖G_R‖²) / ⟨G, G'⟩``, summed over modules and both orders. ``error`` is what ten
-    steps at rank 64 lose of their effect on logits if each product of factors is cut to this rank.
+    ``"facts"`` has a row for each training on random facts: the fields of `facts.FactRun` and
+    `facts.FactResults`, where ``losses`` is for `unpack`. ``facts.md`` says which there are.
 
     ``"plans"`` has a row for each adapter of four ``tuning`` of the packaged language model: all
     weights tuned on one kind of sentences, or an adapter trained. ``method`` is ``mergekit``, one
@@ -90,15 +83,16 @@ def read(name: str) -> pd.DataFrame:
     a ``tuning``, a ``block`` (-1 for all), a ``part``, ``"attention"``, ``"mlp"`` or a weight
     (empty for all), and a ``quantity``. By ``stage``:
 
-    - ``weights``: how many singular values of changes ``half`` and ``nine`` tenths of the squared
-      norm need, how many are above a thousandth of the largest (``numerical``), and how many
-      ``directions`` there are.
-    - ``floors``, on tokens of sentences: the norm that a part has ``added``, over the token's own,
-      and the cosine by which a block, or all, ``turn`` tokens. ``floor`` is the share of the
-      variance of one block's change that the other part cannot make up [prop-floor-attention],
-      [prop-floor-feed-forward]; ``far floor`` that of all blocks' change, both parts, for far
-      tokens with directions as behind this block. ``free`` is the share of a change's squared norm
-      that other weights of the same function would save.
+    - ``weights``: how many singular values of changes ``nine`` tenths of the squared norm need,
+      how many are above a thousandth of the largest (``numerical``), and how many ``directions``
+      there are.
+    - ``floors``, on tokens of sentences: the cosine by which a block, or all, ``turn`` tokens.
+      ``floor`` is the share of the variance of one block's change that the other part cannot make
+      up [prop-floor-attention], [prop-floor-feed-forward]; ``far floor`` that of all blocks'
+      change, both parts, for far tokens with directions as behind this block.
+    - ``whole`` and ``products``: floors and errors of adapters of a rank on all modules, over the
+      base's error on the same far sequences [prop-whole-floor], and over the largest output of the
+      target, ``computed`` from products alone and ``measured`` [prop-residual-error].
     - ``effect``, on held-out sentences: the ``error`` if only a part is as tuned; ``none`` and
       ``few`` with the names of `Measured` for no module's change, and for the smallest adapter
       found that loses at most ``√.1`` on other sentences, with so many directions ``taken``. Of the

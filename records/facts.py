@@ -13,8 +13,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -28,7 +26,7 @@ from lorapower import randomness
 from lorapower.experiments import sweeps
 from records import language, models, pack, protocols
 from records.language import Lora, Method, Part, Whole
-from records.record import begin, merge, put
+from records.tables import begin, merge, put, workers
 
 KEY, VALUE, JOINT = 3, 2, " means"
 BATCH = 16
@@ -64,7 +62,7 @@ WAYS: list[tuple[Method, list[float]]] = [
 ]
 
 
-class Problem(sweeps.Record):
+class FactProblem(sweeps.Record):
     """State how many facts are shown to which model, and how often.
 
     The seed draws the facts, their order, and random factors.
@@ -77,14 +75,14 @@ class Problem(sweeps.Record):
     seed: int = Field(0, ge=0)
 
 
-class Setting(sweeps.Record):
+class FactRun(sweeps.Record):
     """State one run."""
 
-    problem: Problem = Problem()
+    problem: FactProblem = FactProblem()
     method: Annotated[Method, Field(discriminator="kind")] = Lora()
 
 
-class Found(sweeps.Results):
+class FactResults(sweeps.Results):
     """What a run learned.
 
     ``recall`` is the share of facts whose value greedy decoding says. ``bits`` are those learned
@@ -110,7 +108,7 @@ def words(model: str) -> NDArray[np.int64]:
     return np.flatnonzero([bool(re.fullmatch(" [a-z]{3,}", text)) for text in texts])
 
 
-def facts(problem: Problem) -> NDArray[np.int64]:
+def facts(problem: FactProblem) -> NDArray[np.int64]:
     """Draw facts of different keys: tokens of key, of what joins, and of value, ``[n, …]``."""
     draw = np.random.default_rng(randomness.number(problem.seed, "facts"))
     among = words(problem.model)
@@ -146,7 +144,7 @@ def collate(samples: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": labels}
 
 
-def work(settings: list[Setting]) -> list[Found]:
+def work(settings: list[FactRun]) -> list[FactResults]:
     """Train a model on the facts of a setting, then ask for them."""
     (setting,) = settings
     problem, method = setting.problem, setting.method
@@ -167,7 +165,7 @@ def work(settings: list[Setting]) -> list[Found]:
     losses, said = recite(network, rows)
     known = VALUE * len(rows) * math.log2(len(words(problem.model)))
     return [
-        Found(
+        FactResults(
             recall=float(said.mean()),
             bits=known - float(losses.sum()) / math.log(2),
             score=-float(losses.mean()),
@@ -181,32 +179,32 @@ def work(settings: list[Setting]) -> list[Found]:
 
 def run(file: str) -> None:
     """Choose rates at one number of facts, then learn more and more of them, kept in a file."""
-    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as executor:
+    with workers() as executor:
         learn = functools.partial(sweeps.run, work=work, path=file, size=1, executor=executor)
         tried = [
-            Setting(problem=Problem(number=SEARCHED), method=way.replace(learning_rate=rate))
+            FactRun(problem=FactProblem(number=SEARCHED), method=way.replace(learning_rate=rate))
             for way, rates in WAYS
             for rate in rates
         ]
         best = protocols.choose_rates(tried, lambda some: by_layers(learn(some)))
         ways = [way.replace(learning_rate=best[way.way, True][way.rank]) for way, _ in WAYS]
         recipes = [way for way in ways if isinstance(way, Part) and way.rank == RECIPE_RANK]
-        problems = sweeps.grid(Problem, number=[SEARCHED], seed=range(RECIPE_SEEDS))
-        learn(sweeps.grid(Setting, problem=problems, method=recipes))
+        problems = sweeps.grid(FactProblem, number=[SEARCHED], seed=range(RECIPE_SEEDS))
+        learn(sweeps.grid(FactRun, problem=problems, method=recipes))
         methods = [way for way in ways if way not in recipes or way.way == BLOCK]
         one_block = [method for method in methods if method.way == BLOCK]
         for number in NUMBERS:
-            problems = sweeps.grid(Problem, number=[number], seed=range(SEEDS))
-            found = learn(sweeps.grid(Setting, problem=problems, method=methods))
+            problems = sweeps.grid(FactProblem, number=[number], seed=range(SEEDS))
+            found = learn(sweeps.grid(FactRun, problem=problems, method=methods))
             shares = found.recall.to_numpy().reshape(SEEDS, -1).mean(0)
             methods = [methods[i] for i in np.flatnonzero(shares >= ENOUGH)]
         lowest = [method for method in one_block if method.rank <= 4]
         for number, some in ((SEARCHED, one_block), (MANY, lowest)):
-            patient = sweeps.grid(Problem, number=[number], passes=[LONG], seed=range(SEEDS))
-            learn(sweeps.grid(Setting, problem=patient, method=some))
+            patient = sweeps.grid(FactProblem, number=[number], passes=[LONG], seed=range(SEEDS))
+            learn(sweeps.grid(FactRun, problem=patient, method=some))
         slower = one_block[0].replace(learning_rate=one_block[0].learning_rate / 2)
         for passes, method in ((LONG, slower), (2 * LONG, one_block[0])):
-            learn([Setting(problem=Problem(number=MANY, passes=passes), method=method)])
+            learn([FactRun(problem=FactProblem(number=MANY, passes=passes), method=method)])
 
 
 def by_layers(table: pd.DataFrame) -> pd.DataFrame:
@@ -235,4 +233,4 @@ def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
 if __name__ == "__main__":
     begin()
     run("facts.sqlite")
-    put(merge(["facts.sqlite"], Setting), "facts")
+    put(merge(["facts.sqlite"], FactRun), "facts")

@@ -113,7 +113,7 @@ class Whole(Record):
 Method = Lora | Part | Whole
 
 
-class Problem(Record):
+class TextProblem(Record):
     """State a task, a model, and how long which texts are shown to it.
 
     Texts are from ``source``, ``"rated"`` or ``"code"``; see `texts.read`. ``model`` is
@@ -149,14 +149,14 @@ class Problem(Record):
         return self
 
 
-class Setting(Record):
+class TextRun(Record):
     """State one run; a classifier's head is tuned too, whatever the method."""
 
-    problem: Problem = Problem()
+    problem: TextProblem = TextProblem()
     method: Annotated[Method, Field(discriminator="kind")] = Lora()
 
 
-class Found(Results):
+class TextResults(Results):
     """What a run reaches on held-out texts after training.
 
     ``accuracy``, ``loss`` and ``score`` are those of `texts.Task.scores`. ``baseline`` is the score
@@ -181,17 +181,17 @@ class Found(Results):
     seconds: float
 
 
-def measure(settings: Sequence[Setting]) -> list[Found]:
+def measure(settings: Sequence[TextRun]) -> list[TextResults]:
     """Run each setting; raise `InputError` for unusable texts, models and ranks."""
     return [tune(setting) for setting in settings]
 
 
 def tune(
-    setting: Setting,
+    setting: TextRun,
     keep: Callable[[Any], object] = lambda network: None,
     *,
     stride: int = 1,
-) -> Found:
+) -> TextResults:
     """Run one setting; ``keep`` is called with its trained network.
 
     All held-out texts are scored, or every ``stride``-th, because answers can take most of the
@@ -206,7 +206,7 @@ def tune(
     keep(network)
     given = answer(network, problem, stride)
     baseline = np.full(len(given), task.constant(labels))
-    return Found(
+    return TextResults(
         **task.scores(given, labels),
         baseline=task.scores(baseline, labels)["score"],
         training_loss=loss,
@@ -218,7 +218,7 @@ def tune(
     )
 
 
-def answer(network: Any, problem: Problem, stride: int = 1) -> NDArray[np.float64]:
+def answer(network: Any, problem: TextProblem, stride: int = 1) -> NDArray[np.float64]:
     """Ask a network for the answers to all held-out texts of a problem, or to every ``stride``-th.
 
     An answer is the number of a class or, for next tokens, the text's mean loss in nats.
@@ -310,7 +310,7 @@ def _draw(model: str, head: Head | Literal["next"], **options: Any) -> Any:
             raise InputError("model", allowed=allowed, given=given) from error
 
 
-def _build(problem: Problem) -> Any:
+def _build(problem: TextProblem) -> Any:
     """Build the model with a head for the task, its weights as shipped or drawn."""
     task, model = texts.find(problem.task), problem.model
     if task.next_tokens and problem.pretrained:
@@ -401,7 +401,7 @@ def _last_layer(body: nn.Module) -> nn.Module:
     return max(stacks, key=len)[-1]
 
 
-def prepare(setting: Setting) -> Any:
+def prepare(setting: TextRun) -> Any:
     """Build the model with a head for the task, ready to be tuned."""
     problem = setting.problem
     network = _build(problem)
@@ -437,7 +437,7 @@ def optimizer_of(network: Any, method: Method) -> Any:
     return create_loraplus_optimizer(network, torch.optim.AdamW, **rate)
 
 
-def train(network: Any, setting: Setting) -> tuple[float, float]:
+def train(network: Any, setting: TextRun) -> tuple[float, float]:
     """Train a network that `prepare` built; return the mean loss, and seconds."""
     from transformers import Trainer
 
@@ -464,7 +464,7 @@ def train(network: Any, setting: Setting) -> tuple[float, float]:
     return float(result.training_loss), result.metrics["train_runtime"]
 
 
-def collator(problem: Problem) -> Any:
+def collator(problem: TextProblem) -> Any:
     """Make what turns samples of a problem into a batch."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
@@ -492,7 +492,7 @@ def _tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def tokenize(problem: Problem) -> tuple[dict[str, Any], float]:
+def tokenize(problem: TextProblem) -> tuple[dict[str, Any], float]:
     """Turn the training set and the problem's part into samples; also find the share cut off."""
     return _tokenize(problem.task, problem.source, problem.model, problem.tokens, problem.part)
 
@@ -519,7 +519,7 @@ def _tokenize(
     return samples, float(np.mean(np.array(lengths) > tokens))
 
 
-def _batches(problem: Problem, lengths: NDArray[np.int64]) -> list[list[int]]:
+def _batches(problem: TextProblem, lengths: NDArray[np.int64]) -> list[list[int]]:
     """Draw the training texts of each step, of all epochs."""
     # Padding costs as much as text. So texts of a few random batches are sorted by length, and the
     # batches of an epoch are then shuffled.
@@ -548,7 +548,7 @@ def _weights(network: Any) -> dict[str, Tensor]:
 
 
 def _changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
-    """Describe what tuning changed, for ``Found.changes``."""
+    """Describe what tuning changed, for ``TextResults.changes``."""
     rows = []
     for name, weight in before.items():
         change = after[name] - weight

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from lorapower.experiments import sweeps
 from records import language, models, protocols, texts
-from records.record import begin, merge, put
+from records.tables import begin, merge, put
 
 
 def run() -> list[str]:
     """Choose rates, then run everything; name the files."""
-    about = "encoder", ["movies"], texts.RATED, models.PACKAGED
+    about = "encoder", "movies", texts.RATED, models.PACKAGED
     files = ["rates.sqlite", "runs.sqlite"]
     trials = sweeps.run(protocols.search(*about), language.measure, files[0], size=1)
     settings = protocols.compare(*about, rates=protocols.best_rates(trials))
@@ -26,4 +26,4 @@ def run() -> list[str]:
 
 if __name__ == "__main__":
     begin()
-    put(merge(run()), "movies")
+    put(merge(run(), language.TextRun), "movies")

@@ -29,8 +29,8 @@ def encoder(folder: Path | str, *, samples: int = 640, epochs: int = 2, seed: in
     ``folder`` is a checkpoint like others, with the head of ``transformers``; its base is
     ``"packaged"``.
     """
-    setting = language.Setting(
-        problem=language.Problem(head="own", samples=samples, epochs=epochs, seed=seed),
+    setting = language.TextRun(
+        problem=language.TextProblem(head="own", samples=samples, epochs=epochs, seed=seed),
         method=language.Whole(kind="full", learning_rate=2e-4),
     )
     network = language.prepare(setting)

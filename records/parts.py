@@ -29,7 +29,7 @@ from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder, to_decoder
 from records import models, pairs, plans
 from records.floors import WholeFloor
-from records.record import begin, merge, put
+from records.tables import begin, merge, put
 
 # Texts for planning and for measuring.
 PLANNING, TEXTS = 120, 100
@@ -38,7 +38,7 @@ SENTENCES, LENGTH, MIXED = 192, 24, 64
 # Blocks whose states give the directions of far tokens: half way, and behind the last.
 DEPTHS = (15, 30)
 # Of adapters of all modules, in each of whose matrices all heads are.
-PACKED = (1, 2, 4, 8, 16)
+PACKED = (1, 4, 8)
 # Of adapters whose error is computed before there are any, and sentences and tokens for that.
 COMPUTED, FEW, SHORT = (1, 4, 16, 64), 4, 16
 # A part of the effect of which nine tenths, as squares, are there.
@@ -49,14 +49,14 @@ Row = tuple[int, str, str, float]
 States = Float[Tensor, "texts width tokens"]
 
 
-class Setting(sweeps.Record):
+class PartRun(sweeps.Record):
     """A tuning, and what is measured of it."""
 
     tuning: str
     stage: Literal["weights", "floors", "whole", "products", "effect"]
 
 
-class Found(sweeps.Results):
+class PartResults(sweeps.Results):
     """Rows of ``"parts"`` of `records.read`, in JSON, and versions."""
 
     rows: str
@@ -112,17 +112,16 @@ def weights(pair: Pair) -> Iterator[Row]:
         values = lowrank.spectrum(pair.change(name))
         every.append(values)
         yield *place(name), "numerical", int((values > 1e-3 * values[0]).sum())
-        for quantity, share in (("half", 0.5), ("nine", 0.9)):
-            yield *place(name), quantity, count(values, share)
+        yield *place(name), "nine", nine_tenths(values)
     values = torch.cat(every).sort(descending=True).values
     yield -1, "", "directions", len(values)
-    yield -1, "", "nine", count(values, 0.9)
+    yield -1, "", "nine", nine_tenths(values)
 
 
-def count(values: Tensor, share: float) -> int:
-    """Count the fewest leading singular values with a share of the squared norm."""
+def nine_tenths(values: Tensor) -> int:
+    """Count the fewest leading singular values with nine tenths of the squared norm."""
     squares = values.double().square().cumsum(0)
-    return int((squares < share * squares[-1]).sum()) + 1
+    return int((squares < 0.9 * squares[-1]).sum()) + 1
 
 
 def place(name: str) -> tuple[int, str]:
@@ -131,67 +130,14 @@ def place(name: str) -> tuple[int, str]:
     return int(parts[2]), parts[-1].removesuffix("_proj")
 
 
-def freedoms(base: Transformer, tuned: Transformer) -> Iterator[Row]:
-    """Compute the share of a change's squared norm that other weights of the function would save.
-
-    To first order, and for the best choice: a complex number for each frequency of a group's
-    queries and keys, a matrix for a group's values and outputs, a number for each hidden unit.
-    """
-    blocks = [freedom(base, tuned, l) for l in range(tuned.depth)]
-    for name in blocks[0]:
-        saved, whole = (sum(block[name][i] for block in blocks) for i in (0, 1))
-        yield -1, name, "free", saved / whole
-
-
-def freedom(base: Transformer, tuned: Transformer, l: int) -> dict[str, tuple[float, float]]:
-    """Compute the squares that a block's weights could save, and all of its change's."""
-    weights, changes = {}, {}
-    for name in ("W_Q", "W_K", "W_V", "W_O", "W_3", "W_2"):
-        before, after = (getattr(network, name)[l].double() for network in (base, tuned))
-        # Those of a group of heads are side by side; scores are scaled in W_Q.
-        parts = [after, after - before]
-        if name in ("W_Q", "W_O"):
-            parts = [part.unflatten(0, (base.groups, -1)) for part in parts]
-        if name == "W_Q":
-            parts = [part * part.shape[-2] ** 0.5 for part in parts]
-        weights[name], changes[name] = parts
-    # Rows i and i + d/2 turn together: 1 + e for queries, 1 / conj(1 + e) for keys.
-    q, dq = (torch.complex(*W["W_Q"].chunk(2, -2)) for W in (weights, changes))
-    k, dk = (torch.complex(*W["W_K"].chunk(2, -2)) for W in (weights, changes))
-    slope = (q.conj() * dq).sum((1, 3)) - (k.conj() * dk).sum(2).conj()
-    own = q.abs().square().sum((1, 3)) + k.abs().square().sum(2)
-    found = {"q k": slope.abs().square() / own}
-    # I + X for values, I - X for outputs: an equation of Sylvester's.
-    V, dV = weights["W_V"], changes["W_V"]
-    O, dO = (W["W_O"].flatten(1, 2) for W in (weights, changes))
-    left, lefts = torch.linalg.eigh(O.mT @ O)
-    right, rights = torch.linalg.eigh(V @ V.mT)
-    slope = lefts.mT @ (O.mT @ dO - dV @ V.mT) @ rights
-    found["v o"] = slope.square() / (left[..., None] + right[:, None, :])
-    up, down = weights["W_3"], weights["W_2"]
-    slope = (up * changes["W_3"]).sum(1) - (down * changes["W_2"]).sum(0)
-    found["up down"] = slope.square() / (up.square().sum(1) + down.square().sum(0))
-    pairs_of = {"q k": ("W_Q", "W_K"), "v o": ("W_V", "W_O"), "up down": ("W_3", "W_2")}
-    return {
-        name: (float(saved.sum()), sum(float(changes[W].square().sum()) for W in pairs_of[name]))
-        for name, saved in found.items()
-    }
-
-
 def floors(base: Transformer, tuned: Transformer, z: States) -> Iterator[Row]:
-    """Measure what each part adds to own tokens, and what one alone cannot do of its change.
+    """Measure how blocks turn own tokens, and what one part cannot do of the other's change.
 
     First tokens are left out: attention heaps on them. Floors are over the variance of the change.
-    What other weights of the function would save comes before.
     """
-    yield from freedoms(base, tuned)
     states = [*trace(tuned, z)]
-    yield -1, "", "tokens", len(rows(z))
     yield -1, "", "turn", cosine(states[0][0], states[-1][0])
     for l, ((z, u), (y, _)) in enumerate(itertools.pairwise(states)):
-        for part, before, after in (("attention", z, u), ("mlp", u, y)):
-            sizes = (after - before).norm(dim=1) / before.norm(dim=1)
-            yield l, part, "added", float(sizes[:, 1:].median())
         yield l, "", "turn", cosine(z, y)
         n = tuned.normalize(u)
         change = feed_forward(tuned, l, n) - feed_forward(base, l, n)
@@ -331,12 +277,12 @@ def effect(planner: Planner) -> Iterator[Row]:
 
 def measured(name: str, found: Measured) -> Iterator[Row]:
     """Give what a network loses."""
-    for quantity in ("error", "kl", "agreement"):
+    for quantity in ("error", "agreement"):
         yield -1, "", f"{name} {quantity}", getattr(found, quantity)
 
 
 @torch.no_grad()
-def work(settings: list[Setting]) -> list[Found]:
+def work(settings: list[PartRun]) -> list[PartResults]:
     """Measure one stage of a tuning."""
     (setting,) = settings
     folder, kind = plans.tuned(setting.tuning), plans.TUNINGS[setting.tuning].kind
@@ -360,7 +306,7 @@ def work(settings: list[Setting]) -> list[Found]:
         limits: Any = {"held_out": held_out[:TEXTS], "modules": plans.BLOCKS}
         found = [*effect(Planner(pair, planning[:PLANNING], **limits))]
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return [Found(rows=json.dumps(found), **versions)]
+    return [PartResults(rows=json.dumps(found), **versions)]
 
 
 def unfold(runs: pd.DataFrame) -> pd.DataFrame:
@@ -375,8 +321,8 @@ def unfold(runs: pd.DataFrame) -> pd.DataFrame:
 if __name__ == "__main__":
     begin()
     tunings = [name for name, about in plans.TUNINGS.items() if not about.rank]
-    asked = sweeps.grid(Setting, tuning=tunings, stage=["weights", "floors", "whole", "effect"])
+    asked = sweeps.grid(PartRun, tuning=tunings, stage=["weights", "floors", "whole", "effect"])
     # An identity: one tuning is enough to see it.
-    asked.append(Setting(tuning="tweets", stage="products"))
+    asked.append(PartRun(tuning="tweets", stage="products"))
     sweeps.run(asked, work, "parts.sqlite", size=1)
-    put(unfold(merge(["parts.sqlite"], Setting)), "parts")
+    put(unfold(merge(["parts.sqlite"], PartRun)), "parts")

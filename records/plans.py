@@ -20,7 +20,7 @@ from lorapower import lowrank, randomness
 from lorapower.checkpoints import Adapter, Pair, Planner, _export
 from lorapower.experiments import sweeps
 from records import models, neighbours, pack, pairs
-from records.record import begin, merge, put
+from records.tables import begin, merge, put
 
 BASE = models.LANGUAGE
 # Texts for planning, of which as many are used as a plan takes.
@@ -53,7 +53,7 @@ TUNINGS = {
 }
 
 
-class Setting(sweeps.Record):
+class AdapterRun(sweeps.Record):
     """An adapter for a tuning: a method, and the rank or the error that is ``asked``."""
 
     tuning: str
@@ -61,7 +61,7 @@ class Setting(sweeps.Record):
     asked: float
 
 
-class Found(sweeps.Results):
+class AdapterResults(sweeps.Results):
     """What ``"plans"`` of `records.read` says."""
 
     parameters: float
@@ -115,7 +115,7 @@ def tuned(tuning: str) -> Path:
     return folder
 
 
-def other(setting: Setting) -> Path:
+def other(setting: AdapterRun) -> Path:
     """Name the folder of another tool's adapter."""
     return Path("others", setting.tuning, f"{setting.method}-{setting.asked:g}")
 
@@ -144,7 +144,7 @@ def make(planner: Planner, method: str, parameters: int) -> Adapter:
     return neighbours.choose(method, changes, planner.modules, parameters)[1]
 
 
-def work(settings: list[Setting]) -> list[Found]:
+def work(settings: list[AdapterRun]) -> list[AdapterResults]:
     """Choose an adapter, or load it, and measure it."""
     (setting,) = settings
     blocks = plan(setting.tuning, BLOCKS)
@@ -170,7 +170,7 @@ def work(settings: list[Setting]) -> list[Found]:
     del arrays["right"]  # There are no labels.
     about |= {name: pack(values) for name, values in arrays.items()}
     about |= {name: metadata.version(name) for name in ("torch", "peft")}
-    return [Found(carried=carried, bytes=size, **about)]
+    return [AdapterResults(carried=carried, bytes=size, **about)]
 
 
 def least(planner: Planner, method: str, error: float) -> Adapter:
@@ -184,20 +184,20 @@ def least(planner: Planner, method: str, error: float) -> Adapter:
     return adapter
 
 
-def every(tuning: str) -> list[Setting]:
+def every(tuning: str) -> list[AdapterRun]:
     """List the adapters of a tuning; those of another tool as far as they are there."""
     about = TUNINGS[tuning]
     methods = ["mergekit", *neighbours.RULES, OF_BLOCKS, "effect"]
     if about.rank:
         methods = ["peft, energy", "uniform", "effect"]
-    settings = sweeps.grid(Setting, tuning=tuning, method=methods, asked=[*map(float, RANKS)])
+    settings = sweeps.grid(AdapterRun, tuning=tuning, method=methods, asked=[*map(float, RANKS)])
     settings = [s for s in settings if s.method != "mergekit" or other(s).exists()]
     methods = ["least effect", "least uniform"]
-    return settings + sweeps.grid(Setting, tuning=tuning, method=methods, asked=[*about.errors])
+    return settings + sweeps.grid(AdapterRun, tuning=tuning, method=methods, asked=[*about.errors])
 
 
 if __name__ == "__main__":
     begin()
     asked = [setting for tuning in TUNINGS for setting in every(tuning)]
     sweeps.run(asked, work, "plans.sqlite", size=1)
-    put(merge(["plans.sqlite"], Setting), "plans")
+    put(merge(["plans.sqlite"], AdapterRun), "plans")

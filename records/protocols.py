@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from lorapower.errors import InputError
 from lorapower.experiments import sweeps
 from records import language, texts, unpack
-from records.language import Kind, Lora, Method, Problem, Setting, Targets, Whole
+from records.language import Kind, Lora, Method, Targets, TextProblem, TextRun, Whole
 
 #: Learning rates by ``way`` of a method and whether weights are pretrained, then by rank (0 for
 #: all). `compare` interpolates between ranks.
@@ -28,12 +28,12 @@ class Profile:
     """State which ways to tune a model are compared.
 
     Runs share ``problem`` and differ in ``seeds``. Adapters on all linear layers have ``ranks``,
-    and ``widest``, if not 0, on models whose layers can have it. ``layers`` are compared at equal
-    numbers of parameters, those of ``equal_rank`` on all, or of the highest for 0; with
-    ``layers_at_each_rank`` at all ranks too. ``whole`` are kinds of `Whole`. From ``random``
-    weights these kinds of methods start too. ``samples`` are numbers to train on, 0 for all; all
-    ways are compared with the last. ``rates`` are tried by `search` for each ``way`` and rank (0
-    for all), the default first; ``search`` is what it has otherwise in its problem.
+    and ``widest`` if not 0. ``layers`` are compared at equal numbers of parameters, those of
+    ``equal_rank`` on all, or of the highest for 0; with ``layers_at_each_rank`` at all ranks too.
+    ``whole`` are kinds of `Whole`. From ``random`` weights these kinds of methods start too.
+    ``samples`` are numbers to train on; all ways are compared with the last. ``rates`` are tried by
+    `search` for each ``way`` and rank (0 for all), the default first; ``search`` is what it has
+    otherwise in its problem.
     """
 
     problem: Mapping[str, Any]
@@ -63,28 +63,26 @@ PROFILES = {
 
 def compare(
     profile: str,
-    tasks: Sequence[str],
+    task: str,
     source: str,
     model: str,
     *,
     seed: int = 0,
     seeds: int = 0,
-    samples: int = 0,
     rates: Rates | None = None,
-) -> list[Setting]:
+) -> list[TextRun]:
     """List settings that compare ranks, layers, weights and numbers of samples, seed by seed.
 
     From pretrained weights and the most samples: all ways of the `Profile`. From random weights:
     those that it names. With fewer samples: the lowest and the highest rank on all layers, and all
     weights. For next tokens ``head`` is the base itself.
 
-    ``seeds`` counts seeds from ``seed`` on; ``samples`` are the most. Defaults are the profile's;
-    `best_rates` finds other learning rates.
+    ``seeds`` counts seeds from ``seed`` on, by default the profile's; `best_rates` finds other
+    learning rates than its first.
     """
     about = PROFILES[profile]
     problems = [
         state_problem(about, task, source, model, number)
-        for task in tasks
         for number in range(seed, seed + (seeds or about.seeds))
     ]
     equal = _equal(about, problems[0], about.ranks[-1])
@@ -92,7 +90,7 @@ def compare(
     full = Whole(kind="full")
     fewer: list[Method] = [everywhere[0], everywhere[-1], full]
     pretrained: list[Method] = [*everywhere]
-    if _has_widest(about, problems[0]):
+    if about.widest:
         pretrained.append(Lora(rank=about.widest))
     pretrained += [Lora(targets=targets, rank=rank) for targets, rank in equal.items()]
     drawn: list[Method] = everywhere[-1:]
@@ -106,8 +104,8 @@ def compare(
         method for method in (*drawn, Whole(kind="final"), full) if method.kind in about.random
     ]
     settings = []
+    *few, most = about.samples
     for problem in problems:
-        *few, most = _samples(about.samples, problem, samples)
         runs = [
             *((True, most, method) for method in pretrained),
             *((False, most, method) for method in drawn),
@@ -119,31 +117,23 @@ def compare(
             by_rank = (rates or {}).get((way, shipped), default)
             tuned = method.replace(learning_rate=_rate(by_rank, method.rank))
             place = problem.replace(pretrained=shipped, samples=size)
-            settings.append(Setting(problem=place, method=tuned))
+            settings.append(TextRun(problem=place, method=tuned))
     return settings
 
 
 def search(
-    profile: str,
-    tasks: Sequence[str],
-    source: str,
-    model: str,
-    *,
-    seed: int = 0,
-    again: bool = False,
-) -> list[Setting]:
+    profile: str, task: str, source: str, model: str, *, again: bool = False
+) -> list[TextRun]:
     """List settings that try the profile's learning rates for each way of tuning.
 
-    They have the first task, one seed and few samples, but about as many steps as most runs (half
+    They have one seed and few samples, but about as many steps as most runs (half
     as many for a decoder); ``again``, as many samples as most runs and `AGAIN` seeds. Scores are on
     the validation part, not used otherwise.
     """
     about = PROFILES[profile]
-    problem = state_problem(about, tasks[0], source, model, seed)
+    problem = state_problem(about, task, source, model, 0)
     changes = {"samples": about.samples[-1]} if again else about.search
-    size = changes["samples"]
-    size = size if size < _number(problem) else 0
-    problem = problem.replace(**changes | {"samples": size}, part="validation")
+    problem = problem.replace(**changes, part="validation")
     equal = _equal(about, problem, about.ranks[-1])
     whole: dict[str, Method] = {kind: Whole(kind=kind) for kind in about.whole}
     methods: list[Method] = []
@@ -151,18 +141,16 @@ def search(
         if way == "head" and texts.find(problem.task).next_tokens:
             continue
         for rank, rates in by_rank.items():
-            if rank == about.widest > 0 and not _has_widest(about, problem):
-                continue
             one: Method = Lora(rank=max(rank, 1))
             if way in whole:
                 one = whole[way]
             elif way in equal:
                 one = Lora(targets=way, rank=equal[way])
             methods += [one.replace(learning_rate=tried) for tried in sorted(rates)]
-    problems = [problem.replace(seed=seed + more) for more in range(AGAIN if again else 1)]
+    problems = [problem.replace(seed=seed) for seed in range(AGAIN if again else 1)]
     if about.random:
         problems = [p.replace(pretrained=each) for p in problems for each in (True, False)]
-    return sweeps.grid(Setting, problem=problems, method=methods)
+    return sweeps.grid(TextRun, problem=problems, method=methods)
 
 
 def widen(settings: Sequence[Any], table: pd.DataFrame) -> list[Any]:
@@ -229,37 +217,16 @@ def _rate(by_rank: Mapping[int, float], rank: int) -> float:
     return by_rank[low] ** (1 - part) * by_rank[high] ** part
 
 
-def _samples(sizes: Sequence[int], problem: Problem, most: int) -> list[int]:
-    """List numbers of samples, from least to ``most`` or the last; 0 for more than there are."""
-    if most:
-        sizes = [*(size for size in sizes if 0 < size < most), most]
-    fewer = [size for size in sizes if 0 < size < _number(problem)]
-    return fewer if len(fewer) == len(sizes) else [*fewer, 0]
-
-
-def _number(problem: Problem) -> int:
-    """Count all training samples."""
-    return len(texts.read(problem.task, problem.source, "train").labels)
-
-
-def state_problem(about: Profile, task: str, source: str, model: str, seed: int) -> Problem:
+def state_problem(about: Profile, task: str, source: str, model: str, seed: int) -> TextProblem:
     """State the problem of a profile, scored on the test part."""
     shared: dict[str, Any] = {"part": "test", **about.problem}
-    return Problem(task=task, source=source, model=model, seed=seed, **shared)
+    return TextProblem(task=task, source=source, model=model, seed=seed, **shared)
 
 
-def _equal(about: Profile, problem: Problem, highest: int) -> dict[Targets, int]:
+def _equal(about: Profile, problem: TextProblem, highest: int) -> dict[Targets, int]:
     """Find the ranks of some layers with as many numbers as one on all."""
     rank = about.equal_rank or highest
     return language.equal_ranks(problem.model, rank, problem.head, about.layers)
-
-
-def _has_widest(about: Profile, problem: Problem) -> bool:
-    """Whether there is a rank beyond the others that all layers can have."""
-    if not about.widest:
-        return False
-    found = language.equal_ranks(problem.model, about.widest, problem.head, ["all"])
-    return found["all"] == about.widest
 
 
 def name_ways(runs: pd.DataFrame) -> pd.Series[str]:

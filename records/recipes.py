@@ -10,18 +10,15 @@ Each run is kept in a folder as it ends, so that the same command goes on after 
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 
 from lorapower.experiments import sweeps
 from records import language, models, protocols, texts
-from records.language import Part, Setting
-from records.record import begin, merge, put
+from records.language import Part, TextRun
+from records.tables import begin, merge, put, workers
 
 TASK, RANK, SAMPLES = "movies-next", 4, 2000
 # Rates a factor of two apart; the rate of LoRA+ is for the factor next to the inputs.
@@ -33,19 +30,19 @@ RATES: dict[Literal["pissa", "lora+"], list[float]] = {
 SEARCHED, SEEDS = 1, 3
 
 
-class Found(language.Found):
+class RecipeResults(language.TextResults):
     """What a run reaches on the test part, and its score on the ``validation`` part."""
 
     validation: float
 
 
-def work(settings: list[Setting]) -> list[Found]:
+def work(settings: list[TextRun]) -> list[RecipeResults]:
     """Tune once, and score on the part for choosing and on the part for testing."""
     (setting,) = settings
     kept: list[Any] = []
     found = language.tune(setting, kept.append)
     losses = language.answer(kept[0], setting.problem.replace(part="validation"))
-    return [Found(**dict(found), validation=-float(np.mean(losses)))]
+    return [RecipeResults(**dict(found), validation=-float(np.mean(losses)))]
 
 
 def run(file: str) -> None:
@@ -55,17 +52,17 @@ def run(file: str) -> None:
         protocols.state_problem(*about, seed).replace(samples=SAMPLES) for seed in range(SEEDS)
     ]
     ways = {recipe: Part(pattern="", rank=RANK, recipe=recipe) for recipe in RATES}
-    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as executor:
+    with workers() as executor:
         tune = functools.partial(sweeps.run, work=work, path=file, size=1, executor=executor)
         tried = [
-            Setting(problem=problem, method=ways[recipe].replace(learning_rate=rate))
+            TextRun(problem=problem, method=ways[recipe].replace(learning_rate=rate))
             for problem in problems[:SEARCHED]
             for recipe, rates in RATES.items()
             for rate in rates
         ]
         best = protocols.choose_rates(tried, lambda some: by_recipe(tune(some)))
         chosen = [way.replace(learning_rate=best[way.way, True][RANK]) for way in ways.values()]
-        tune(sweeps.grid(Setting, problem=problems, method=chosen))
+        tune(sweeps.grid(TextRun, problem=problems, method=chosen))
 
 
 def by_recipe(table: pd.DataFrame) -> pd.DataFrame:
@@ -83,4 +80,4 @@ def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
 if __name__ == "__main__":
     begin()
     run("recipes.sqlite")
-    put(merge(["recipes.sqlite"]), "recipes")
+    put(merge(["recipes.sqlite"], TextRun), "recipes")

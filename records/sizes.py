@@ -23,7 +23,7 @@ from lorapower.checkpoints import Pair, Planner, _export
 from lorapower.checkpoints.pair import KINDS
 from lorapower.experiments import sweeps
 from records import language, models, pack, pairs, plans, protocols, texts
-from records.record import begin, merge, put
+from records.tables import begin, merge, put
 from records.tune import KEPT, SEEDS, choose, place
 
 BASE = models.LANGUAGE
@@ -43,7 +43,7 @@ MADE = {
 }
 
 
-class Setting(sweeps.Record):
+class SizedRun(sweeps.Record):
     """A network: a way to make it, and the uniform rank whose number of parameters is its limit."""
 
     seed: int = Field(0, ge=0)
@@ -51,7 +51,7 @@ class Setting(sweeps.Record):
     rank: int = Field(0, ge=0)
 
 
-class Found(sweeps.Results):
+class SizedResults(sweeps.Results):
     """What ``"sizes"`` of `records.read` says."""
 
     parameters: int
@@ -67,30 +67,30 @@ class Found(sweeps.Results):
 
 
 @functools.cache
-def trained(seed: int) -> dict[Setting, language.Setting]:
+def trained(seed: int) -> dict[SizedRun, language.TextRun]:
     """Map settings here to those of `tune` for a seed."""
-    compared = choose(protocols.compare("decoder", [KEPT], texts.RATED, BASE, seed=seed, seeds=1))
+    compared = choose(protocols.compare("decoder", KEPT, texts.RATED, BASE, seed=seed, seeds=1))
     most = max(setting.problem.samples for setting in compared)
     names = {"head": "base", "lora": "trained"}
     found = {}
     for setting in compared:
         if setting.problem.samples == most:
             way = names.get(setting.method.way, setting.method.way)
-            found[Setting(seed=seed, way=way, rank=setting.method.rank)] = setting
+            found[SizedRun(seed=seed, way=way, rank=setting.method.rank)] = setting
     return found
 
 
-def every(seed: int) -> list[Setting]:
+def every(seed: int) -> list[SizedRun]:
     """List all networks of a seed, those first that need no plan."""
     ranks = (*plans.RANKS, HIGHEST)
     given = (s for s in trained(seed) if s.way != "trained" or s.rank in ranks)
-    made = (Setting(seed=seed, way=way, rank=rank) for way in MADE for rank in plans.RANKS)
-    return [*given, Setting(seed=seed, way="blocks"), Setting(seed=seed, way="full again"), *made]
+    made = (SizedRun(seed=seed, way=way, rank=rank) for way in MADE for rank in plans.RANKS)
+    return [*given, SizedRun(seed=seed, way="blocks"), SizedRun(seed=seed, way="full again"), *made]
 
 
 def folder_of(seed: int, way: str, rank: int = 0) -> Path:
     """Name the folder of a trained network."""
-    return place(trained(seed)[Setting(seed=seed, way=way, rank=rank)])
+    return place(trained(seed)[SizedRun(seed=seed, way=way, rank=rank)])
 
 
 @functools.lru_cache(maxsize=2)
@@ -107,7 +107,7 @@ def plan(seed: int, source: str) -> Planner:
     )
 
 
-def make(setting: Setting, folder: Path) -> tuple[Any, int, float]:
+def make(setting: SizedRun, folder: Path) -> tuple[Any, int, float]:
     """Make a network; also count numbers that are not the base's, and seconds that it took."""
     seed, way = setting.seed, setting.way
     blocks = plan(seed, "full")
@@ -137,7 +137,7 @@ def make(setting: Setting, folder: Path) -> tuple[Any, int, float]:
     return network, sum(network.get_parameter(key).numel() for key in names), 0.0
 
 
-def work(settings: list[Setting]) -> list[Found]:
+def work(settings: list[SizedRun]) -> list[SizedResults]:
     """Measure a network against full tuning, and that of the highest rank, and its losses."""
     (setting,) = settings
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def work(settings: list[Setting]) -> list[Found]:
     problem = next(iter(trained(setting.seed).values())).problem
     numbers["losses"] = language.answer(network, problem)
     packed = {key: pack(values) for key, values in numbers.items()}
-    return [Found(parameters=parameters, seconds=seconds, **packed)]
+    return [SizedResults(parameters=parameters, seconds=seconds, **packed)]
 
 
 if __name__ == "__main__":
@@ -158,4 +158,4 @@ if __name__ == "__main__":
     asked = [setting for seed in chosen or RECORDED for setting in every(seed)]
     sweeps.run(asked, work, "sizes.sqlite", size=1)
     if not chosen:
-        put(merge(["sizes.sqlite"], Setting), "sizes")
+        put(merge(["sizes.sqlite"], SizedRun), "sizes")

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from lorapower.experiments import sweeps
 from records import language, models, protocols, texts
-from records.language import Found, Setting
-from records.record import begin, merge, put
+from records.language import TextResults, TextRun
+from records.tables import begin, merge, put, workers
 
 PROFILE = protocols.PROFILES["decoder"]
 # Each task's source.
@@ -40,7 +37,7 @@ AGAIN = ("movies-next",)
 SEEDS = {"movies": 5, "movies-next": 8, "functions-next": 4}
 
 
-def work(settings: list[Setting]) -> list[Found]:
+def work(settings: list[TextRun]) -> list[TextResults]:
     """Measure, and keep networks."""
     (setting,) = settings
     if setting.problem.task != KEPT or setting.method.kind not in ("lora", "full"):
@@ -51,14 +48,14 @@ def work(settings: list[Setting]) -> list[Found]:
     return [language.tune(setting, save)]
 
 
-def place(setting: Setting) -> Path:
+def place(setting: TextRun) -> Path:
     """Name a network's folder: task, seed, and layers with rank, or all weights."""
     method, problem = setting.method, setting.problem
     way = f"{method.targets}-{method.rank}" if method.kind == "lora" else method.kind
     return Path("tuned", f"{problem.task}-{problem.seed}-{way.replace(' ', '-')}")
 
 
-def is_needed(setting: Setting) -> bool:
+def is_needed(setting: TextRun) -> bool:
     """Whether a setting is run: not all ways are for each task and seed."""
     problem, method = setting.problem, setting.method
     first = problem.seed < PROFILE.seeds
@@ -72,7 +69,7 @@ def is_needed(setting: Setting) -> bool:
     return on_all and method.rank not in LAST and problem.samples == PROFILE.samples[-1]
 
 
-def choose(settings: Sequence[Setting]) -> list[Setting]:
+def choose(settings: Sequence[TextRun]) -> list[TextRun]:
     """Choose those that are run of a task's settings."""
     return [setting for setting in settings if is_needed(setting)]
 
@@ -80,17 +77,15 @@ def choose(settings: Sequence[Setting]) -> list[Setting]:
 def run(tasks: Sequence[str]) -> list[str]:
     """Choose rates for each task, then run everything, seed by seed; name the files."""
     files = ["rates.sqlite", "runs.sqlite"]
-    with ProcessPoolExecutor(
-        2, get_context("spawn"), torch.set_num_threads, (1,)
-    ) as executor:  # two workers do more than two threads
+    with workers() as executor:
         options: dict[str, Any] = {"size": 1, "executor": executor}
 
-        def measure(some: Sequence[Setting]) -> pd.DataFrame:
+        def measure(some: Sequence[TextRun]) -> pd.DataFrame:
             return sweeps.run(some, language.measure, files[0], **options)
 
         settings = []
         for task in tasks:
-            about = "decoder", [task], TASKS[task], models.LANGUAGE
+            about = "decoder", task, TASKS[task], models.LANGUAGE
             again = task in AGAIN
             tried = choose(protocols.search(*about, again=again))
             if again:
@@ -107,4 +102,4 @@ if __name__ == "__main__":
     chosen = begin()
     done = run(chosen or [*TASKS])
     if not chosen:
-        put(merge(done), "decoder")
+        put(merge(done, TextRun), "decoder")

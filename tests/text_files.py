@@ -1,15 +1,18 @@
-"""Short texts that stand for those of every task, and a tiny encoder."""
+"""Short texts that stand for those of every task, and tiny models to tune on them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import checkpoint_files as files
 import pytest
-from checkpoint_files import pair
+import transformers
 
+from lorapower import randomness
 from records import language, texts
 from records.texts import Examples
 
@@ -24,6 +27,7 @@ LINES = [
     "The \u00f6re is a coin.",
     "  It hurts.  ",
 ]
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24}
 
 
 @contextmanager
@@ -40,6 +44,17 @@ def shown(lines: Sequence[str]) -> Iterator[dict[str, Examples]]:
 
 def save_bert(folder: Path) -> str:
     """Write a tiny random BERT with a tokenizer; return its folder."""
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
-    sizes |= {"max_position_embeddings": 32, "type_vocab_size": 2}
-    return pair(folder, "bert", "BertModel", **sizes)[0]
+    sizes = SIZES | {"max_position_embeddings": 32, "type_vocab_size": 2}
+    return files.pair(folder, "bert", "BertModel", num_attention_heads=2, **sizes)[0]
+
+
+def save_llama(folder: Path) -> str:
+    """Write a tiny random Llama with a tokenizer that has no token for padding."""
+    tokenizer = copy.deepcopy(files.byte_words())
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    sizes: dict[str, Any] = files.SIZES | files.DECODER | SIZES | {"pad_token_id": None}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)
+    with randomness.seeded(0, "Llama"):
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)

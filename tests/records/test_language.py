@@ -1,4 +1,4 @@
-"""Encoders, what of them is tuned, and what runs find."""
+"""Encoders and decoders: what of them is tuned, on which texts, and what runs find."""
 
 from __future__ import annotations
 
@@ -6,113 +6,109 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import checkpoint_files as files
 import numpy as np
 import pandas as pd
 import pytest
 import text_files
 import torch
-import transformers
-from hypothesis import given
-from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from lorapower import InputError, randomness
-from records import language, models, texts, unpack
-from records.language import TARGETS, Found, Lora, Method, Problem, Setting, Whole
+from lorapower import InputError
+from records import language, models, unpack
+from records.language import Lora, Method, Targets, TextProblem, TextRun, Whole
 from records.texts import Examples
+
+LINES = [*files.texts()[:30], *(text[:9] for text in files.texts()[:10])]
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny encoder in a folder."""
     return text_files.save_bert(tmp_path_factory.mktemp("bert"))
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return text_files.save_llama(tmp_path_factory.mktemp("llama"))
+
+
 @pytest.fixture
-def shown() -> Iterator[dict[str, Examples]]:
-    """All texts that there are, by part."""
-    with text_files.shown(text_files.LINES) as parts:
+def shown(request: pytest.FixtureRequest) -> Iterator[dict[str, Examples]]:
+    """All texts that there are, by part: for the decoder more, of its words."""
+    lines = LINES if "following" in request.fixturenames else text_files.LINES
+    with text_files.shown(lines) as parts:
         yield parts
 
 
 @pytest.fixture
-def tiny(bert: str, shown: dict[str, Examples]) -> Problem:
-    return Problem(model=bert, epochs=1, batch=4, tokens=16)
+def sign(bert: str, shown: dict[str, Examples]) -> TextProblem:
+    """For the encoder: the class of a text."""
+    return TextProblem(model=bert, epochs=1, batch=4, tokens=16)
 
 
-def measure(*problems: Problem, method: Method | None = None) -> list[Found]:
-    method = method or Lora(rank=2)
-    return language.measure([Setting(problem=problem, method=method) for problem in problems])
+@pytest.fixture
+def following(llama: str, shown: dict[str, Examples]) -> TextProblem:
+    """For the decoder: the next tokens."""
+    shared: dict[str, Any] = {"epochs": 1, "batch": 4, "tokens": 24}
+    return TextProblem(task="movies-next", model=llama, head="own", **shared)
 
 
-def build(problem: Problem, method: Method | None = None) -> Any:
-    """A network, adapted if there is a method."""
-    network = language._build(problem)
-    return network if method is None else language._adapt(network, method, problem.seed)
+def tune(problem: TextProblem, method: Method | None = None) -> language.TextResults:
+    (found,) = language.measure([TextRun(problem=problem, method=method or Lora(rank=2))])
+    return found
 
 
-def tuned(network: Any) -> set[str]:
-    return {name for name, p in network.named_parameters() if p.requires_grad}
+def build(problem: TextProblem, method: Method | None = None) -> Any:
+    return language.prepare(TextRun(problem=problem, method=method or Whole(kind="head")))
 
 
-# Encoders
+def tuned(network: Any) -> dict[str, int]:
+    return {name: p.numel() for name, p in network.named_parameters() if p.requires_grad}
 
 
-def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(tiny: Problem) -> None:
-    shipped = models.encoder(tiny.model)[0].state_dict()
+# Networks
+
+
+def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(sign: TextProblem) -> None:
+    shipped = models.encoder(sign.model)[0].state_dict()
     for pretrained in (True, False):
-        own = build(tiny.replace(pretrained=pretrained)).base_model.state_dict()
+        own = build(sign.replace(pretrained=pretrained)).base_model.state_dict()
         same = [torch.equal(own[k], shipped[k]) for k in own if "dense.weight" in k]
         assert all(same) if pretrained else not any(same)
 
 
-def test_heads_and_pooling_layers_that_are_not_shipped_depend_on_the_seed_alone(
-    tmp_path: Path,
-) -> None:
-    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1}
-    config = transformers.BertConfig(num_attention_heads=2, intermediate_size=12, **sizes)
-    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
-    problem = Problem(model=str(tmp_path), head="own")
-
-    def drawn(state: int, **changes: Any) -> torch.Tensor:
-        with randomness.seeded(state, "state before"):
-            network = build(problem.replace(**changes))
-        return torch.cat([network.bert.pooler.dense.weight, network.classifier.weight])
-
-    one = drawn(0, seed=1)
-    assert torch.equal(one, drawn(1, seed=1))
-    assert torch.equal(one, drawn(2, pretrained=False, seed=1))
-    assert (one != drawn(0, seed=2)).all()
-
-
-def test_what_is_tuned(tiny: Problem) -> None:
+def test_what_is_tuned(sign: TextProblem) -> None:
     def of(method: Method) -> set[str]:
-        return tuned(build(tiny, method))
+        return {*tuned(build(sign, method))}
 
-    adapters = {t: {n for n in of(Lora(targets=t, rank=2)) if "lora_" in n} for t in TARGETS}
+    kinds = get_args(Targets)
+    adapters = {t: {n for n in of(Lora(targets=t, rank=2)) if "lora_" in n} for t in kinds}
     # Query, key, value and output of two layers; with the two of each perceptron.
     assert (len(adapters["attention"]), len(adapters["all"])) == (2 * 2 * 4, 2 * 2 * 6)
     assert adapters["attention"] | adapters["feed-forward"] == adapters["all"]
     assert not adapters["attention"] & adapters["feed-forward"]
+    some = {name for name in adapters["all"] if ".query." in name or ".key." in name}
+    assert adapters["queries and keys"] == some
     for names in (of(Lora(rank=2)), of(Whole(kind="final"))):
         assert len([n for n in names if "classifier" in n]) == 2
     final = {n for n in of(Whole(kind="final")) if "classifier" not in n}
     assert final
     assert all("layer.1." in name for name in final)
-    network = build(tiny)
-    assert {name.split(".")[0] for name in of(Whole(kind="head"))} == {"classifier"}
+    network = build(sign)
+    assert {name.split(".")[0] for name in tuned(network)} == {"classifier"}
     every = {name for name, _ in network.named_parameters()}
     assert of(Whole()) == every
     linear = {n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
     assert of(Whole(kind="linear")) == {n for n in every if n.rpartition(".")[0] in linear}
 
 
-def test_the_mean_head_is_linear_on_the_tokens_that_are_there(tiny: Problem) -> None:
-    network = build(tiny).eval()
+def test_the_mean_head_is_linear_on_the_tokens_that_are_there(sign: TextProblem) -> None:
+    network = build(sign).eval()
     ids = torch.arange(4, 10)
     with torch.no_grad():
-        encoder = models.encoder(tiny.model)[0].eval()
+        encoder = models.encoder(sign.model)[0].eval()
         hidden = encoder(input_ids=ids[None]).last_hidden_state[0]
         wanted = network.classifier.weight @ hidden.mean(0) + network.classifier.bias
         padded = torch.cat([ids, torch.ones(3, dtype=torch.long)])[None]
@@ -123,9 +119,14 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(tiny: Problem) -> 
     torch.testing.assert_close(found["loss"], wanted_loss, rtol=1e-4, atol=1e-5)
 
 
-def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+def test_what_is_not_usable_is_refused(sign: TextProblem, tmp_path: Path) -> None:
+    for problem, rank, message in (
+        (sign, 17, r"rank must be .* from 1 to 16 \(the weight of .* 17"),
+        (sign.replace(tokens=33), 1, "tokens must be .* 8 to 32"),
+        (sign.replace(model=str(tmp_path)), 1, "model must be a folder with a configuration"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build(problem, Lora(rank=rank))
     folder = text_files.save_bert(tmp_path)
     path = Path(folder, "model.safetensors")
     weights = load_file(path)
@@ -133,121 +134,78 @@ def test_lacking_and_torn_weights_are_refused(tmp_path: Path) -> None:
     save_file(lacking, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"whose weights are all there; got .* lacks .*layer\.1\."):
         models.encoder(folder)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="model must be a folder with a configuration, weights"):
-        models.encoder(folder)
+
+
+# Answers
+
+
+def tokens(model: str, *, end: str) -> list[torch.Tensor]:
+    tokenizer = models.tokenizer(model)
+    return [torch.tensor(tokenizer(line + end)["input_ids"][:24]) for line in LINES]
+
+
+def test_next_tokens_are_answered_as_for_each_text_alone(
+    following: TextProblem, shown: dict[str, Examples]
+) -> None:
+    network = models.decoder(following.model).eval()
+    every, losses = tokens(following.model, end="</s>"), []
+    for ids in every:
+        with torch.no_grad():
+            logits = network(input_ids=ids[None]).logits[0, :-1].double()
+        losses.append(-torch.log_softmax(logits, 1).gather(1, ids[1:, None]).mean().item())
+    lengths = {len(ids) for ids in every}
+    assert max(lengths) == 24 > 2 * min(lengths)  # some are cut off, some padded
+    found = language.answer(network, following)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    # Without training the base is measured.
+    untrained = tune(following, Whole(kind="head"))
+    np.testing.assert_allclose(unpack(untrained.answers), losses, rtol=1e-5)
+    assert (untrained.parameters, untrained.score) == (0, -untrained.loss)
+    assert untrained.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_a_decoder_tells_classes_from_the_last_token(following: TextProblem) -> None:
+    problem = following.replace(task="movies")
+    network = build(problem).eval()
+    classes = []
+    for ids in tokens(problem.model, end=""):
+        with torch.no_grad():
+            hidden = network.model(input_ids=ids[None]).last_hidden_state[0, -1]
+        classes.append((network.score.weight @ hidden).argmax().item())
+    assert {*classes} == {0, 1}
+    np.testing.assert_array_equal(language.answer(network, problem), classes)
 
 
 # Runs
 
 
-def test_what_is_not_usable_is_refused(tiny: Problem, tmp_path: Path) -> None:
-    for problem, rank, message in (
-        (tiny, 17, r"rank must be .* from 1 to 16 \(the weight of .* 17"),
-        (tiny.replace(tokens=33), 1, "tokens must be .* 8 to 32"),
-        (tiny.replace(model=str(tmp_path)), 1, "model must be a folder with a configuration"),
-    ):
-        with pytest.raises(InputError, match=message):
-            language.prepare(Setting(problem=problem, method=Lora(rank=rank)))
-
-
-def test_the_score_is_that_of_the_answers(tiny: Problem, shown: dict[str, Examples]) -> None:
-    (found,) = measure(tiny.replace(tokens=28))
-    right = unpack(found.answers) == shown["validation"].labels
-    assert found.score == found.accuracy == right.mean()
-    assert math.isnan(found.loss)
-    assert found.baseline == 0.5
-    assert 0 <= found.cut_off < 1
-
-
 def test_runs_repeat_bit_by_bit_and_print_nothing(
-    tiny: Problem, capfd: pytest.CaptureFixture[str]
+    sign: TextProblem, shown: dict[str, Examples], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = tiny.replace(tokens=32)  # all that the model takes
-    one, again, other = measure(tiny, tiny, tiny.replace(seed=1))
+    sign = sign.replace(tokens=28)
+    one, again, other = (tune(sign.replace(seed=seed)) for seed in (0, 0, 1))
     assert capfd.readouterr() == ("", "")
-    assert one.training_loss == again.training_loss
-    assert one.training_loss != other.training_loss
+    assert one.training_loss == again.training_loss != other.training_loss
+    right = unpack(one.answers) == shown["validation"].labels
+    assert one.score == one.accuracy == right.mean()
+    assert one.baseline == 0.5
+    lengths = [len(models.tokenizer(sign.model)(text)["input_ids"]) for text in text_files.LINES]
+    assert one.cut_off == np.mean(np.array(lengths) > 28)
 
 
-def test_training_learns_what_is_easy(tiny: Problem, shown: dict[str, Examples]) -> None:
-    lines = ("No.", "a gorgeous , witty , seductive movie .")
-    shown.update(dict.fromkeys(texts.PARTS, Examples(16 * lines, 16 * (0.0, 1.0))))
-    problem = tiny.replace(epochs=10, batch=8, tokens=24)
-    (found,) = measure(problem, method=Lora(rank=2, learning_rate=1e-2))
-    assert found.baseline == 0.5
-    assert found.score == 1
-
-
-@given(
-    st.integers(1, 40), st.integers(1, 9), st.integers(1, 3), st.integers(0, 40), st.integers(0, 5)
-)
-def test_each_epoch_shows_the_same_samples_once(
-    number: int, batch: int, epochs: int, samples: int, seed: int
-) -> None:
-    problem = Problem(batch=batch, epochs=epochs, samples=samples, seed=seed)
-    lengths = np.random.default_rng(seed).integers(3, 40, number)
-    steps = language._batches(problem, lengths)
-    size = min(samples or number, number)
-    each = len(steps) // epochs
-    assert each == sum(
-        -(-part // batch) for part in np.diff([*range(0, size, language.POOL * batch), size])
-    )
-    shown = [
-        sorted(text for step in steps[i * each : (i + 1) * each] for text in step)
-        for i in range(epochs)
-    ]
-    assert shown == [sorted({*shown[0]})] * epochs
-    assert len(shown[0]) == size
-    assert max(map(len, steps)) <= batch
-
-
-def test_batches_depend_on_the_seed_alone_and_have_texts_of_about_one_length() -> None:
-    lengths = np.full(100, 20)
-    one, again, other = (
-        language._batches(Problem(samples=50, seed=seed, pretrained=pretrained), lengths)
-        for seed, pretrained in ((0, True), (0, False), (1, True))
-    )
-    assert one == again != other
-    fewer = language._batches(Problem(samples=10), lengths)
-    assert {i for step in fewer for i in step} < {i for step in one for i in step}
-    lengths = np.random.default_rng(0).integers(5, 60, 4000)
-    steps = language._batches(Problem(batch=32, epochs=1), lengths)
-    assert sum(len(step) * lengths[step].max() for step in steps) < 1.15 * lengths.sum()
-    # Short and long ones come in turn.
-    means = np.array([lengths[step].mean() for step in steps])
-    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
-
-
-def test_numbers_tuned_and_texts_cut_off_are_reported(tiny: Problem) -> None:
-    tokenizer = models.tokenizer(tiny.model)
-    lengths = np.array([len(tokenizer(text)["input_ids"]) for text in text_files.LINES])
-    head = 2 * 16 + 2
-    attention, perceptron = 2 * 4 * 2 * (16 + 16), 2 * 2 * 2 * (16 + 24)
-    sizes = {"attention": attention, "feed-forward": perceptron, "all": attention + perceptron}
-    for tokens, (targets, size) in zip((16, 24, 28), sizes.items(), strict=True):
-        method = Lora(targets=targets, rank=2)  # type: ignore[arg-type]
-        (found,) = measure(tiny.replace(tokens=tokens), method=method)
-        assert found.parameters == head + size
-        assert found.cut_off == np.mean(lengths > tokens)
-
-
-def test_what_full_tuning_changed_is_described(tiny: Problem) -> None:
+def test_what_full_tuning_changed_is_described(sign: TextProblem) -> None:
     before = {name: torch.arange(384.0).reshape(16, 24) for name in ("one", "two")}
     change = torch.zeros(16, 24)
     # 9, 4, 1, 1 of 15: one direction has more than half, three have more than nine tenths.
     change[range(4), range(4)] = torch.tensor([3.0, 2.0, 1.0, 1.0])
     after = {"one": before["one"] + change, "two": before["two"] + 2 * change}
     table = pd.DataFrame(json.loads(language._changes(before, after)))
-    assert [*table["layer"]] == ["one", "two"]
-    assert table[["half", "most"]].to_numpy().tolist() == [[1, 3]] * 2
+    assert table[["layer", "half", "most"]].to_numpy().tolist() == [["one", 1, 3], ["two", 1, 3]]
     np.testing.assert_allclose(table[["1", "2", "4"]], [[1, 2 / 3, 1 / 3]] * 2, rtol=1e-5)
-    assert table[["8", "16"]].abs().to_numpy().max() < 1e-5
-    for norm, scale, weight in zip(table["norm"], (1, 2), before.values(), strict=True):
-        assert norm == pytest.approx(scale * math.sqrt(15) / float(weight.norm()), rel=1e-5)
+    size = math.sqrt(15) / float(before["one"].norm())
+    np.testing.assert_allclose(table.norm, [size, 2 * size], rtol=1e-5)
     (unchanged, _) = json.loads(language._changes(before, before))
     assert (unchanged["norm"], unchanged["1"]) == (0, 0)
-    (found,) = measure(tiny, method=Whole())
-    table = pd.DataFrame(json.loads(found.changes))
-    assert len(table) == 12
-    assert (table["norm"] > 0).all()
+    changes = json.loads(tune(sign, Whole()).changes)
+    assert len(changes) == 12
+    assert all(row["norm"] > 0 for row in changes)

@@ -44,6 +44,10 @@ def decompositions() -> tuple[dict[str, SVD], dict[str, Module]]:
     return changes, modules
 
 
+def cost(ranks: dict[str, int], modules: dict[str, Module]) -> int:
+    return sum(modules[name].cost * rank for name, rank in ranks.items())
+
+
 @pytest.mark.parametrize("rule", neighbours.RULES)
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_the_threshold_is_the_largest_that_parameters_pay_for(rule: str, rank: int) -> None:
@@ -56,26 +60,16 @@ def test_the_threshold_is_the_largest_that_parameters_pay_for(rule: str, rank: i
     def ranks(number: float) -> dict[str, int]:
         return {n: DEFINITIONS[rule](c.S.double().numpy(), number) for n, c in changes.items()}
 
-    def cost(ranks: dict[str, int]) -> int:
-        return sum(modules[name].cost * rank for name, rank in ranks.items())
-
     chosen = ranks((threshold + above) / 2)
     assert {name: rank for name, rank in chosen.items() if rank} == adapter.ranks
-    assert cost(chosen) == adapter.parameters <= parameters
-    assert cost(ranks(above * (1 + 1e-9))) > parameters
+    # At rank 1 all rules but one keep a direction of each module.
+    assert rank > 1 or (adapter.ranks == dict.fromkeys(modules, 1)) == (rule != "PARA")
+    assert cost(chosen, modules) == adapter.parameters <= parameters
+    assert cost(ranks(above * (1 + 1e-9)), modules) > parameters
     for name, factors in adapter.factors.items():
         U, S, V = changes[name]
         cut = (U * S * (torch.arange(len(S)) < factors.rank)) @ V.mT
         torch.testing.assert_close(factors.matrix(), cut)
-
-
-def test_all_rules_but_one_leave_no_choice_at_rank_one() -> None:
-    """They keep a direction of each module."""
-    changes, modules = decompositions()
-    parameters = sum(module.cost for module in modules.values())
-    for rule in neighbours.RULES:
-        _, adapter = neighbours.choose(rule, changes, modules, parameters)
-        assert (adapter.ranks == dict.fromkeys(modules, 1)) == (rule != "PARA")
 
 
 def test_factors_are_those_that_peft_converts_to(tmp_path: Path) -> None:
@@ -101,16 +95,6 @@ def test_factors_are_those_that_peft_converts_to(tmp_path: Path) -> None:
         torch.testing.assert_close(B @ A, factors.matrix(), rtol=1e-4, atol=1e-5)
 
 
-def cost(ranks: dict[str, int], modules: dict[str, Module]) -> int:
-    return sum(modules[name].cost * rank for name, rank in ranks.items())
-
-
-def modules(costs: list[int]) -> dict[str, Module]:
-    return {
-        f"m{i}": Module(f"m{i}", "mlp", (cost - 1, 1), True, False) for i, cost in enumerate(costs)
-    }
-
-
 @given(
     st.lists(
         st.tuples(st.integers(2, 5), st.lists(st.integers(1, 30), max_size=3)),
@@ -120,42 +104,26 @@ def modules(costs: list[int]) -> dict[str, Module]:
     st.integers(0, 30),
 )
 def test_allocation_is_optimal_up_to_one_item(
-    given_modules: list[tuple[int, list[int]]], budget: int
+    drawn: list[tuple[int, list[int]]], budget: int
 ) -> None:
-    known = modules([cost for cost, _ in given_modules])
+    modules = {
+        f"m{i}": Module(f"m{i}", "mlp", (c - 1, 1), True, False) for i, (c, _) in enumerate(drawn)
+    }
     values = {
         name: torch.tensor(sorted(found, reverse=True), dtype=torch.float64).sqrt()
-        for name, (_, found) in zip(known, given_modules, strict=True)
+        for name, (_, found) in zip(modules, drawn, strict=True)
     }
-    path = neighbours.allocate(values, known)
-    ranks = path.ranks(budget)
-    assert cost(ranks, known) <= budget
 
     def gain(chosen: dict[str, int]) -> float:
         return sum(float(values[name][:r].square().sum()) for name, r in chosen.items())
 
-    best = 0.0
-    for choice in itertools.product(*(range(len(found) + 1) for found in values.values())):
-        trial = dict(zip(known, choice, strict=True))
-        if cost(trial, known) <= budget:
-            best = max(best, gain(trial))
-    taken = sum(ranks.values())
-    following = path.after(taken + 1)
+    path = neighbours.allocate(values, modules)
+    ranks = path.ranks(budget)
+    following = path.after(sum(ranks.values()) + 1)
+    choices = itertools.product(*(range(len(found) + 1) for found in values.values()))
+    trials = [dict(zip(modules, choice, strict=True)) for choice in choices]
+    best = max(gain(trial) for trial in trials if cost(trial, modules) <= budget)
+    assert cost(ranks, modules) <= budget
     assert best < gain(following) + 1e-9 or best == pytest.approx(gain(ranks))
-    if cost(ranks, known) == budget:
+    if cost(ranks, modules) == budget:
         assert gain(ranks) == pytest.approx(best)
-
-
-@given(st.integers(1, 4), st.integers(0, 200))
-def test_ranks_in_buckets_are_multiples_or_the_most(step: int, budget: int) -> None:
-    known = modules([3, 5])
-    values = {
-        name: randomness.normal(randomness.generator(i, "drawn"), 7)
-        .abs()
-        .sort(descending=True)
-        .values
-        for i, name in enumerate(known)
-    }
-    ranks = neighbours.allocate(values, known, step).ranks(budget)
-    assert cost(ranks, known) <= budget
-    assert all(r % step == 0 or r == 7 for r in ranks.values())

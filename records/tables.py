@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from lorapower.experiments import sweeps
-from records import language
 
 HERE = Path(__file__).resolve().parent
 
@@ -29,15 +30,18 @@ def begin() -> list[str]:
     return others
 
 
+def workers() -> ProcessPoolExecutor:
+    """Start two workers of one thread each, which do more than two threads."""
+    return ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,))
+
+
 def put(table: pd.DataFrame, name: str, folder: Path = HERE) -> None:
     """Write a table, compressed; its bytes do not depend on the moment."""
     table.to_csv(folder / f"{name}.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
     print(f"{name}: {len(table)} rows")
 
 
-def merge(
-    files: Sequence[Path | str], kind: type[sweeps.Record] = language.Setting
-) -> pd.DataFrame:
+def merge(files: Sequence[Path | str], kind: type[sweeps.Record]) -> pd.DataFrame:
     """Read the runs of all files as one table, in an order that does not depend on theirs."""
     table = pd.concat([sweeps.read(file) for file in files])
     settings = [name for name in sweeps.columns(kind) if name in table]
