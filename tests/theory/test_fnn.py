@@ -267,7 +267,10 @@ def test_idle_relus_bend_nothing_in_the_region(
     region = region_of("ball", width, seed)
     for tuned in (None, Adapters(updates, () if bare else drawn.biases)):
         found = fnn.idle(frozen, region, partition, tuned)
-        assert tuned is None or found.updates == tuned.updates
+        if tuned is None:
+            assert set(found.ranks) == {0}
+        else:
+            assert found.updates == tuned.updates
         network, before = found.merge(frozen), tuned.merge(frozen) if tuned else frozen
         x = region.sample(50, edge=True, seed=seed)
         inner = network.preactivations(x)
