@@ -1,4 +1,4 @@
-"""Values that are read: tensors, arrays, lists and numbers; errors that say what was wrong."""
+"""Arrays that are read and copied, and errors that say what was wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tuning the final layers cannot reach, against exact values and against attempts."""
+"""What tuning the final layers cannot reach, against exact values and rejection sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimal adaptation of a deep linear network against its theorem and against optimizers."""
+"""The optimal adaptation of a deep linear network against its theorem."""
 
 from __future__ import annotations
 

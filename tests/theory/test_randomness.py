@@ -39,7 +39,7 @@ def test_all_bits_of_seeds_count() -> None:
 def test_seeded_leaves_the_global_numbers_as_they_were() -> None:
     before = torch.get_rng_state()
     with randomness.seeded(1, "module"):
-        inside = torch.rand(4)  # bare, to show it
+        inside = torch.rand(4)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(inside, torch.rand(4, generator=randomness.generator(1, "module")))
     with pytest.raises(ZeroDivisionError), randomness.seeded(1, "module"):
