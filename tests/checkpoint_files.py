@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -17,7 +20,9 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorapower import randomness
+from lorapower.checkpoints import Pair
 from lorapower.checkpoints._models import quiet
+from lorapower.errors import InputError
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -61,6 +66,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": SIZES | DECODER | {"use_qkv_bias": True, "qk_layernorm": True},
     "starcoder2": SIZES | DECODER | {"sliding_window": 5},
 }
+# Classes of transformers by the ends of their names.
+STARTS = {
+    "ForSequenceClassification": "Bert Camembert Roberta XLMRoberta DistilBert GPT2 Llama Qwen3 "
+    "Gemma2 Gemma3Text ModernBert",
+    "ForCausalLM": "Llama Mistral Phi3 Qwen2 Qwen3 Gemma Gemma2 Gemma3 Olmo2 Olmo3 SmolLM3 "
+    "StableLm Starcoder2",
+    "LMHeadModel": "GPT2",
+    "Model": "Bert Roberta DistilBert GPT2 Gemma3Text ModernBert",
+}
+ARCHITECTURES = [start + end for end, starts in STARTS.items() for start in starts.split()]
+# One of each type.
+SOME = [*{getattr(transformers, a).config_class: a for a in reversed(ARCHITECTURES)}.values()]
 CONFIG_FILES = "adapter_config.json", "config.json"
 Change = Callable[[str, torch.Tensor], torch.Tensor | None]
 
@@ -107,6 +124,18 @@ def configure(folder: Path, **values: Any) -> None:
     file.write_text(json.dumps({name: v for name, v in about.items() if v is not None}))
 
 
+def require_refused(
+    base: str, tuned: str, changes: Sequence[tuple[str, Callable[[Path], Any]]]
+) -> None:
+    """Each change of the tuned folder is refused in words that match."""
+    for match, change in changes:
+        with TemporaryDirectory() as scratch:
+            place = Path(shutil.copytree(tuned, Path(scratch) / "altered"))
+            change(place)
+            with pytest.raises(InputError, match=f"tuned must be .*{match}"):
+                Pair.open(base, place).network()
+
+
 def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0, *, words: bool = False) -> Change:
     """Matrices of blocks change by ones of this rank, with a decaying spectrum; biases a little.
 
@@ -133,7 +162,6 @@ def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0, *, words: bool = F
 
 def pair(
     folder: Path,
-    kind: str = "bert",
     architecture: str = "BertForSequenceClassification",
     *,
     change: Change | None = None,
@@ -143,10 +171,11 @@ def pair(
 ) -> tuple[str, str]:
     """Write a base and a tuned checkpoint; returns their folders."""
     made = byte_words()
-    described: Any = transformers.CONFIG_MAPPING[kind]
-    config = described(vocab_size=len(made), **CONFIGS[kind] | options)
+    kind: Any = getattr(transformers, architecture)
+    described: Any = kind.config_class
+    config = described(vocab_size=len(made), **CONFIGS[described.model_type] | options)
     with randomness.seeded(seed, "checkpoints"), quiet():
-        network = getattr(transformers, architecture)(config).to(dtype)
+        network = kind(config).to(dtype)
         with torch.no_grad():
             # Drawn so small that attention would not see what tuning changes.
             for name, value in network.named_parameters():

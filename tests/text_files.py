@@ -45,7 +45,7 @@ def shown(lines: Sequence[str]) -> Iterator[dict[str, Examples]]:
 def save_bert(folder: Path) -> str:
     """Write a tiny random BERT with a tokenizer; return its folder."""
     sizes = SIZES | {"max_position_embeddings": 32, "type_vocab_size": 2}
-    return files.pair(folder, "bert", "BertModel", num_attention_heads=2, **sizes)[0]
+    return files.pair(folder, "BertModel", num_attention_heads=2, **sizes)[0]
 
 
 def save_llama(folder: Path) -> str:

@@ -20,7 +20,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from ..errors import InputError
 from . import _example, workflow
 from ._export import least, measure_peft, megabytes, most, percent, without_nan
 from ._folders import require_apart
@@ -81,12 +80,8 @@ class _Options:
 class _PlanOptions(_Options):
     """What `plan` takes."""
 
-    tuned: str | None = typer.Argument(
-        None, help="What was tuned from it: a checkpoint, or an adapter of peft.", metavar="TUNED"
-    )
-    adapter: list[str] | None = _flag(
-        "Instead of TUNED: an adapter and its weight, such as movies=0.7. May be repeated.",
-        metavar="DIR=WEIGHT",
+    tuned: str = typer.Argument(
+        help="What was tuned from it: a checkpoint, or an adapter of peft.", metavar="TUNED"
     )
     held_out: Path | None = _flag("Other texts, to certify with. Without: half of the texts.")
     error: float | None = _flag(
@@ -102,9 +97,6 @@ class _PlanOptions(_Options):
         "--estimate",
     )
     details: bool = _flag("Print the size, rank and loss of each module.", False)
-    budget: int | None = _flag(
-        "About so many tokens to plan with, and as many texts to measure with; 3072, or 60 texts."
-    )
     thorough: bool = _flag(
         "Take up to 256 texts of any length, and differentiate twice as much.",
         False,
@@ -246,7 +238,6 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     if function is workflow.prices:
         del given["estimate"]
     if isinstance(options, _PlanOptions):
-        given["tuned"] = _tuned(options.tuned, given.pop("adapter", None))
         given["serving"] = given.pop("form") == "serving"
     files = {name: given[name] for name in ("texts", "held_out") if name in given}
     for name in given.keys() & {"out", "merged"}:
@@ -256,31 +247,6 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
         return function(**given)
     with _stages() as report:
         return function(**given, report=report)
-
-
-def _tuned(tuned: str | None, weighted: Sequence[str] | None) -> str | dict[str, float]:
-    """What was tuned from the base: a name, or adapters with their weights."""
-    if not weighted:
-        if tuned is None:
-            allowed = "given, or adapters with their weights (--adapter DIR=WEIGHT)"
-            raise InputError("TUNED", allowed=allowed, given="neither")
-        return tuned
-    if tuned is not None:
-        allowed = "left out where adapters have weights (--adapter)"
-        raise InputError("TUNED", allowed=allowed, given=f"{tuned} and {len(weighted)} of these")
-    weights: dict[str, float] = {}
-    for entry in weighted:
-        folder, _, number = entry.rpartition("=")
-        try:
-            weights[folder] = float(number)
-        except ValueError:
-            weights[folder] = math.nan
-        if not Path(folder or entry).expanduser().is_dir() or not math.isfinite(weights[folder]):
-            allowed = "a folder that exists, an equals sign and a number, such as movies=0.7"
-            raise InputError("--adapter", allowed=allowed, value=entry)
-    if len(weights) < len(weighted):
-        raise InputError("--adapter", allowed="given once for each folder", given=len(weighted))
-    return weights
 
 
 @contextmanager
@@ -396,8 +362,6 @@ def _remedy(plan: Plan) -> str:
     nearest = f"The best adapter that was tried loses {most(plan.stated)}"
     if plan.estimate:
         return f"{nearest}. {more}"
-    if math.isfinite(plan.texts_needed):
-        more = f"{plan.texts_needed:.0f} held-out texts like these might be enough. {more}"
     again = "Certify another plan with fresh texts (--held-out)."
     return f"{nearest}, by its certificate or over all texts. {more} {again}"
 

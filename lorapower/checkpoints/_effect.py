@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .. import randomness
 from ._measuring import Readout, Reference, fast, sum_by_text, watch
+from ._metrics import Directions
 from ._texts import Batch
-from .metrics import Directions
 from .pair import Module
 
 #: Random combinations of a text's outputs that are differentiated.

@@ -18,9 +18,9 @@ from torch import nn
 from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import module_factors
-from ._models import PEFT_CONFIG, public_name, quiet, require_libraries, tokenizer
+from ._models import PEFT_CONFIG, build, public_name, quiet, require_libraries, tokenizer
 from ._texts import TOKENS
-from .pair import Adapter, Pair, build
+from .pair import Adapter, Pair
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -305,7 +305,7 @@ base_model: {public_name(report["base"])}
 tags: [lora, lorapower]
 ---
 
-# A low-rank adapter of {_short(report["tuned"])} for {_short(report["base"])}
+# A low-rank adapter of {Path(report["tuned"]).name} for {Path(report["base"]).name}
 
 It replaces the fine-tuned model. {promise} Over {report["held_out_texts"]} held-out texts \
 {report["error"]:.1%} of the effect of tuning is lost (root mean square, an estimate).
@@ -325,12 +325,6 @@ The part lost is what the missing directions of a module alone would cost, predi
 {by_module}
 """
     (folder / CARD).write_text(card, encoding="utf-8")
-
-
-def _short(source: str) -> str:
-    """The last part of a checkpoint's name, or of adapters' with their weights."""
-    parts = [part.rpartition(" × ") for part in source.split(" + ")]
-    return " + ".join(weight + times + Path(place).name for weight, times, place in parts)
 
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:

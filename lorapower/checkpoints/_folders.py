@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
 import shutil
 import tempfile
@@ -13,8 +15,20 @@ from safetensors import SafetensorError
 
 from ..errors import InputError, ResultsError
 
-#: A file with the names of those that were written to its folder with it, one a line.
+#: A file with the digests and the names of those that were written to its folder with it.
 WRITTEN = ".lorapower"
+
+
+def digest(file: Path) -> str:
+    """Compute the SHA-256 digest of a file, again only if its size or time has changed."""
+    about = file.stat()
+    return _digest(file, about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def nearest(folder: Path) -> Path:
@@ -46,6 +60,10 @@ def require_free(name: str, place: Path | str, *, overwrite: bool) -> Path:
         allowed = "a new folder, or one that this command has written"
         remedy = "name another" + ", or replace it with --overwrite (overwrite=True)" * written
         raise InputError(name, allowed=allowed, given=str(folder), remedy=remedy)
+    if changed := [file for file, unchanged in _written(folder).items() if not unchanged]:
+        given, remedy = f"{folder}, where {changed[0]} is another", "move that, or name another"
+        allowed = "a folder whose files are as this command wrote them"
+        raise InputError(name, allowed=allowed, given=given, remedy=remedy)
     return folder
 
 
@@ -79,8 +97,9 @@ def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
             for file in new.rglob("*"):
                 file.chmod(0o755 if file.is_dir() else 0o644)
             if listed:
-                names = sorted([WRITTEN, *(file.name for file in new.iterdir())])
-                (new / WRITTEN).write_text("".join(f"{name}\n" for name in names))
+                files = sorted(file for file in new.rglob("*") if file.is_file())
+                lines = (f"{digest(file)}  {file.relative_to(new).as_posix()}\n" for file in files)
+                (new / WRITTEN).write_text("".join(lines), encoding="utf-8")
             if folder.exists():
                 _keep_others(folder, new)
                 folder.rename(old)
@@ -92,17 +111,23 @@ def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
                 raise
 
 
+def _written(folder: Path) -> dict[str, bool]:
+    """Which files of a folder were written with its list, and whether they are as they were."""
+    listing = folder / WRITTEN
+    lines = listing.read_text("utf-8", "replace").splitlines() if listing.is_file() else []
+    known = {name: kept for kept, _, name in (line.partition("  ") for line in lines)}
+    return {n: digest(folder / n) == kept for n, kept in known.items() if (folder / n).is_file()}
+
+
 def _keep_others(old: Path, new: Path) -> None:
     """Copy to a new folder what others have put in the old one."""
-    listing = old / WRITTEN
-    written = listing.read_text().splitlines() if listing.is_file() else []
-    for file in old.iterdir():
-        if file.name in written:
-            continue
-        if (new / file.name).exists():
-            problem = f"has {file.name}, which this command has not written"
-            raise ResultsError(old, problem, remedy="move it, or name another folder")
+    own = {WRITTEN, *(name for name, unchanged in _written(old).items() if unchanged)}
+    for file in sorted(old.rglob("*")):
+        place = new / file.relative_to(old)
         if file.is_dir() and not file.is_symlink():
-            shutil.copytree(file, new / file.name, symlinks=True)
-        else:
-            shutil.copy2(file, new / file.name, follow_symlinks=False)
+            place.mkdir(exist_ok=True)
+        elif file.relative_to(old).as_posix() not in own:
+            if place.exists():
+                problem = f"has {file.name}, which this command has not written"
+                raise ResultsError(old, problem, remedy="move it, or name another folder")
+            shutil.copy2(file, place, follow_symlinks=False)

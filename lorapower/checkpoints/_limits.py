@@ -8,8 +8,6 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from ._texts import LEAST_TEXTS, MOST_TEXTS
-
 _CONFIDENCE = 0.95
 #: The share of texts that a certificate speaks of.
 SHARE = 0.9
@@ -61,14 +59,6 @@ def judge(losses: NDArray[np.float64], limit: float) -> tuple[str, int]:
         return "confirmed", exceeding
     chance = scipy.stats.binom.cdf(len(losses) - exceeding, len(losses), SHARE)
     return "failed" if chance <= 1 - _CONFIDENCE else "consistent", exceeding
-
-
-def texts_for(losses: NDArray[np.float64], limit: float) -> float:
-    """How many texts like these would certify a limit; infinite if no number that is used does."""
-    within = float((losses <= limit).mean())
-    numbers = np.arange(LEAST_TEXTS, MOST_TEXTS + 1)
-    enough = scipy.stats.binom.ppf(_CONFIDENCE, numbers, SHARE) + 1 <= within * numbers
-    return float(numbers[enough][0]) if enough.any() else math.inf
 
 
 def mean_limit(values: NDArray[np.float64], *, binary: bool = False) -> float:

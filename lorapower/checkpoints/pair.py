@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import MergedCheckpoint, open_tuned
-from ._models import Checkpoint, listed, quiet, require_libraries, require_memory, tokenizer
+from ._models import (
+    Checkpoint,
+    build,
+    listed,
+    quiet,
+    require_libraries,
+    require_memory,
+    tokenizer,
+)
 
 Task = Literal["classification", "language", "encoder"]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
@@ -138,25 +146,15 @@ class Pair:
     memory: float = 0.0
 
     @classmethod
-    def open(
-        cls, base: str, tuned: str | Path | Mapping[str, float], *, any_base: bool = False
-    ) -> Pair:
-        """Open a base and what was tuned from it: a checkpoint, or adapters that peft trained.
+    def open(cls, base: str, tuned: str | Path, *, any_base: bool = False) -> Pair:
+        """Open a base and what was tuned from it: a checkpoint, or an adapter by LoRA.
 
         Each is a folder, a name on the hub, or ``"packaged"``, this book's encoder. The
-        architecture, and a head that the base lacks, are from ``tuned``. Weights are read later,
-        one at a time. Raises `InputError` for checkpoints that are missing, quantized, incomplete,
-        not supported, or of different architecture, size or configuration, and for adapters that
-        are no LoRA, do not fit, or change nothing.
-
-        Parameters
-        ----------
-        tuned : str, Path or mapping
-            A checkpoint, the folder of an adapter by LoRA, or several such adapters with weights,
-            ``{folder: weight}``: ``W + Σ_i w_i s_i B_i A_i``, where ``s_i`` is the scale of the
-            adapter, and alike for biases, embeddings and heads that adapters save.
-        any_base : bool
-            Whether an adapter may name another base than ``base``.
+        architecture, and a head that the base lacks, are from ``tuned``. With ``any_base`` an
+        adapter may name another base. Weights are read later, one at a time. Raises `InputError`
+        for checkpoints that are missing, quantized, incomplete, not supported, or of different
+        architecture, size or configuration, and for adapters that are no LoRA, do not fit, or
+        change nothing.
         """
         require_libraries()
         base_files = Checkpoint("base", base)
@@ -238,10 +236,7 @@ class Pair:
         return self.weight("tuned", module) - self.weight("base", module)
 
     def update(self, name: str) -> LowRank | None:
-        """Return ``ΔW`` of a module as the adapters' factors, or ``None`` if no factors give it.
-
-        Factors of several adapters stand side by side, so the rank may exceed the sides.
-        """
+        """Return ``ΔW`` of a module as an adapter's factors, or ``None`` if no factors give it."""
         if isinstance(self.tuned, MergedCheckpoint):
             return self.tuned.update(f"{name}.weight", self.modules[name].shape)
         return None
@@ -403,18 +398,6 @@ def _require_used(checkpoint: Checkpoint, network: Any, blocks: str) -> None:
             allowed = f"with one weight for {name} and {same}, as tie_word_embeddings says"
             remedy = "set it to false in config.json, or save the model with one weight"
             raise InputError(checkpoint.name, allowed=allowed, given="two", remedy=remedy)
-
-
-def build(config: Any, architecture: str, device: str) -> Any:
-    """A network of transformers with any weights, or without on the device ``"meta"``."""
-    import transformers
-
-    kind = getattr(transformers, architecture)
-    with torch.device(device):
-        # Attention written out gives the same gradients and tuned outputs on every machine.
-        network = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
-        network.tie_weights()
-    return network
 
 
 def _linear_modules(body: nn.Module, prefix: str, blocks: str, task: Task) -> Iterable[Module]:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from .. import _checks, randomness
 from ..errors import InputError
 from ..lowrank import LowRank
-from . import metrics
+from . import _metrics
 from ._effect import PROBES, Pool, choose, predict, predict_least, sketch
 from ._limits import quantile, ratio
 from ._measuring import Compared, Measured, Readout, Reference
+from ._metrics import Directions, Moments
 from ._models import listed, require_device, require_memory
 from ._texts import LOAD, TOKENS, count_tokens, prepare
-from .metrics import Directions, Moments
 from .pair import KINDS, Adapter, Module, Pair
 
 #: Receives progress: the stage in words, the steps done, and their number.
@@ -60,13 +60,11 @@ class Planner:
         pair are carried row by row.
     leave : collection of str
         Kinds of other parameters (``others`` of a `Pair`) that stay the base's.
-    tokens, budget, seed : int
-        Texts are cut off after so many tokens. At most 256 texts are planned with and as many held
-        out, and so many that either have about a budget of tokens: by default 3,072, or as many as
-        60 texts have. The seed draws texts and probes.
+    tokens, seed : int
+        Texts are cut off after so many tokens. The seed draws texts and probes.
     thorough : bool
-        Whether there is no budget by default, and twice as many random outputs are
-        differentiated.
+        Whether 256 texts are planned with and as many held out, and twice as many random outputs
+        differentiated; otherwise either have about 3,072 tokens, or as many as 60 texts have.
     max_rank : int
         The highest rank of a module.
     serving : bool
@@ -93,7 +91,6 @@ class Planner:
         modules: str = "all",
         leave: Collection[str] = (),
         tokens: int = TOKENS,
-        budget: int | None = None,
         thorough: bool = False,
         max_rank: int = 64,
         serving: bool = False,
@@ -107,7 +104,6 @@ class Planner:
             "modules": modules,
             "leave": sorted(leave),
             "tokens": tokens,
-            "budget": budget,
             "thorough": thorough,
             "max_rank": max_rank,
             "serving": serving,
@@ -122,11 +118,9 @@ class Planner:
             together = {module.fused for module in self.modules.values()}
             self.modules = {n: m for n, m in pair.modules.items() if m.fused in together}
         self.pair = pair = pair.with_words(self.modules)
-        most = math.inf if thorough and budget is None else budget
-        self.texts = prepare(pair, texts, held_out, tokens=tokens, budget=most, seed=seed)
+        self.texts = prepare(pair, texts, held_out, tokens=tokens, thorough=thorough, seed=seed)
         self.probes = _THOROUGH if thorough else PROBES
-        linear = [module for name, module in self.modules.items() if name not in pair.words]
-        kept = LOAD + min(metrics.size(linear, self.texts.fit), metrics.KEPT)
+        kept = LOAD + min(_metrics.size(self._linear, self.texts.fit), _metrics.KEPT)
         said = require_memory(pair.memory + 4 * kept)
         self.network = pair.network().to(self.device)
         self.readout = Readout(self.network, pair.task)
@@ -150,16 +144,25 @@ class Planner:
         """Count the numbers that one rank for all modules, at most their smaller side, takes."""
         return sum(module.cost * min(rank, *module.shape) for module in self.modules.values())
 
+    def moments(self) -> Iterator[tuple[str, Moments]]:
+        """Take `Moments` of inputs and outputs at the tuned network, of one module after another.
+
+        Embeddings and heads have none.
+        """
+        self.pair.fill(self.network, "tuned")
+        return _metrics.collect_moments(
+            self.network,
+            self._linear,
+            self.fit.batches,
+            self.readout,
+            seed=self.seed,
+            report=functools.partial(self.report, "directions of changes"),
+        )
+
     @functools.cached_property
     def weighted(self) -> dict[str, Directions]:
         """The leading directions of all changes, in the metrics of inputs and outputs."""
-        self.pair.fill(self.network, "tuned")
-        linear = [module for name, module in self.modules.items() if name not in self.pair.words]
-        tell = functools.partial(self.report, "directions of changes")
-        about = metrics.moments(
-            self.network, linear, self.fit.batches, self.readout, seed=self.seed, report=tell
-        )
-        found = {name: self._decompose(name, known) for name, known in about}
+        found = {name: self._decompose(name, known) for name, known in self.moments()}
         return {name: found.get(name) or self._decompose(name) for name in self.modules}
 
     def candidate(self, parameters: int) -> Adapter:
@@ -289,6 +292,10 @@ class Planner:
         self.pair.fill(self.network, "adapted", updates=updates)
         return self.test.error(self.network)
 
+    @property
+    def _linear(self) -> list[Module]:
+        return [module for name, module in self.modules.items() if name not in self.pair.words]
+
     def _lost(self, adapter: Adapter) -> float:
         """The error on texts for selection, or what nine of ten of them lose at most if more."""
         self.put(adapter)
@@ -305,7 +312,7 @@ class Planner:
         passes = (
             _SELECTED * select
             + _STATED * stated
-            + _MOMENTS * min(fit, metrics.TOKENS)
+            + _MOMENTS * min(fit, _metrics.TOKENS)
             + _BACK * self.probes * (fit + select)
         )
         stage = f"passing texts, of about {passes * seconds / select:.0f} s in all"
@@ -343,7 +350,7 @@ class Planner:
             # Others of an adapter's change are rounding.
             most = min(most, update.rank)
         bias = self.pair.frees_bias(self.modules[name])
-        return metrics.directions(self.pair.change(name), about, most, bias=bias)
+        return _metrics.find_directions(self.pair.change(name), about, most, bias=bias)
 
     def _with_gains(self, gains: Tensor) -> Adapter:
         """The adapter that takes directions of all changes with these gains."""

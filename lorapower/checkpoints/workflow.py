@@ -45,8 +45,6 @@ class Plan:
     adapter: Adapter
     #: What the adapter loses on held-out texts.
     measured: Measured
-    #: The adapter's squared error on each held-out text.
-    squares: NDArray[np.float64]
     #: The error that was asked for.
     aim: float | None
     #: Whether the estimate, rather than the certificate, must be at most ``aim``.
@@ -88,12 +86,6 @@ class Plan:
     def reached(self) -> bool:
         """Whether the ``stated`` error is at most what was asked for."""
         return self.aim is None or self.stated <= self.aim
-
-    @property
-    def texts_needed(self) -> float:
-        """How many held-out texts like these would certify the aim for this adapter."""
-        losses = self.planner.test.losses(self.squares)
-        return _limits.texts_for(losses, math.inf if self.aim is None else self.aim)
 
     def __repr__(self) -> str:
         return (
@@ -173,7 +165,7 @@ class Plan:
 @_checks.flushing()
 def plan(
     base: str,
-    tuned: str | Path | Mapping[str, float],
+    tuned: str | Path,
     texts: Sequence[str] | Mapping[str, Any],
     *,
     error: float | None = None,
@@ -185,13 +177,11 @@ def plan(
     """Find which rank each module needs, for a stated error or for a number of parameters.
 
     A plan for an error is certified: at least 90% of different texts like those held out lose at
-    most this part of the tuning's typical effect (`Measured`), at a confidence of 95%. Adapters are
-    tried from large to small, and the last before the first that fails is taken, which keeps the
-    confidence [prop-certificate]. The error over all held-out texts is at most this too. If none is
-    certified, ``reached`` is false and the plan is the first that was tried. The confidence is that
-    of the first plan with these texts, on which the model must not have been tuned.
-
-    Raises `InputError` for unusable arguments, before any text is passed through a network.
+    most this part of the tuning's typical effect (`Measured`), at a confidence of 95%
+    [prop-certificate]. The error over all held-out texts is at most this too. If no adapter is
+    certified, ``reached`` is false and the plan is the largest that was tried. The confidence is
+    that of the first plan with these texts, on which the model must not have been tuned. Raises
+    `InputError` for unusable arguments, before any text is passed through a network.
 
     Parameters
     ----------
@@ -208,10 +198,9 @@ def plan(
         Whether the error over held-out texts alone is to be at most ``error``, without a
         certificate.
     **options
-        Options of `Planner`, among them ``report``, which receives progress; ``any_base`` of
-        `Pair.open`; and ``serving``, for factors alone, all of one rank, ``max_rank``: at most 64,
-        8 unless given. The search then chooses which modules have them; what servers compute as one
-        has them together. All else that tuning changed stays the base's.
+        Options of `Planner`; ``any_base`` of `Pair.open`; and ``serving``, for factors alone, all
+        of one rank, ``max_rank``: at most 64, 8 unless given. The search then chooses which modules
+        have them, and all else that tuning changed stays the base's.
     """
     start = time.perf_counter()
     aim = _read_aim(error, parameters, rank, estimate)
@@ -237,7 +226,7 @@ def plan(
 @_checks.flushing()
 def prices(
     base: str,
-    tuned: str | Path | Mapping[str, float],
+    tuned: str | Path,
     texts: Sequence[str] | Mapping[str, Any],
     **options: Any,
 ) -> pd.DataFrame:
@@ -279,7 +268,7 @@ def prices(
 @_checks.flushing()
 def extract(
     base: str,
-    tuned: str | Path | Mapping[str, float],
+    tuned: str | Path,
     texts: Sequence[str] | Mapping[str, Any],
     out: Path | str,
     *,
@@ -304,11 +293,10 @@ def extract(
     overwrite : bool
         Whether what an earlier call has written to these folders is replaced.
     """
-    inputs = [base, *tuned] if isinstance(tuned, Mapping) else [base, str(tuned)]
-    require_apart("out", out, inputs)
+    require_apart("out", out, [base, tuned])
     folder, whole = require_free("out", out, overwrite=overwrite), None
     if merged is not None:
-        require_apart("merged", merged, [*inputs, folder])
+        require_apart("merged", merged, [base, tuned, folder])
         whole = require_free("merged", merged, overwrite=overwrite)
     start = time.perf_counter()
     result = plan(base, tuned, texts, **options)
@@ -353,7 +341,7 @@ def extract(
 def check(
     base: str,
     adapter: str,
-    tuned: str | Path | Mapping[str, float],
+    tuned: str | Path,
     texts: Sequence[str] | Mapping[str, Any],
     *,
     tokens: int | None = None,
@@ -364,19 +352,12 @@ def check(
 ) -> Measured:
     """Measure what anybody's adapter of peft, in a folder, loses against the tuned model.
 
-    Raises `InputError` for unusable arguments, and for an adapter that peft does not read into the
-    base.
-
-    Parameters
-    ----------
-    base, adapter, tuned, any_base, report
-        The adapter's folder, and what `plan` and `Planner` take.
-    texts : sequence of str, or mapping
-        At least 60 that the adapter's plan has not used, as its ``report.json`` knows, or their
-        classes by text; at most 256 are taken, drawn by ``seed``.
-    tokens : int, optional
-        Texts are cut off after so many tokens; by default as in the adapter's ``report.json``, with
-        whose certificate the texts are then compared, or else 128.
+    Of the texts, or their classes by text, those that the plan has used are left out, as the
+    adapter's ``report.json`` knows them; 60 others are needed, and at most 256 taken, drawn by
+    ``seed``. They are cut off after ``tokens``: by default as in ``report.json``, with whose
+    certificate they are then compared, or else after 128. Other arguments are those of `plan` and
+    `Planner`. Raises `InputError` for unusable arguments, and for an adapter that peft does not
+    read into the base.
     """
     where = require_device(device)
     pair = Pair.open(base, tuned, any_base=any_base)
@@ -432,7 +413,7 @@ def _read_aim(
 
 def _prepare(
     base: str,
-    tuned: str | Path | Mapping[str, float],
+    tuned: str | Path,
     texts: Sequence[str] | Mapping[str, Any],
     *,
     serving: bool = False,
@@ -451,10 +432,9 @@ def _prepare(
 
 
 def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
-    """The last adapter from large to small before the first that does not reach the aim.
+    """The last adapter from large to small before the first that misses the aim [prop-certificate].
 
-    Each is certified at the full confidence: a false certificate is given only if the first adapter
-    that does not deserve one gets one [prop-certificate].
+    Each is certified at the full confidence.
     """
     found: tuple[Adapter, NDArray[np.float64]] | None = None
     for done, adapter in enumerate(planner.descend(aim, estimate=estimate)):
@@ -484,5 +464,4 @@ def _state(
     compared = planner.compare(adapter)
     if squares is not None:
         compared = compared._replace(squares=squares)
-    measured = planner.test.summarize(compared)
-    return Plan(planner, adapter, measured, compared.squares, aim, estimate)
+    return Plan(planner, adapter, planner.test.summarize(compared), aim, estimate)

@@ -76,7 +76,7 @@ def test_factors_are_those_that_peft_converts_to(tmp_path: Path) -> None:
     """Of an adapter with changes of full rank, by the same share."""
     from peft import convert_to_lora
 
-    base, tuned = files.pair(tmp_path, "llama", "LlamaForCausalLM", change=files.low_rank(12))
+    base, tuned = files.pair(tmp_path, "LlamaForCausalLM", change=files.low_rank(12))
     pair = Pair.open(base, tuned)
     whole = {name: pair.change(name) for name in pair.modules}
     updates = {name: LowRank(E, torch.eye(E.shape[1])) for name, E in whole.items()}

@@ -22,7 +22,7 @@ from records.sizes import SizedRun
 
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    return files.pair(tmp_path_factory.mktemp("llamas"), "llama", "LlamaForCausalLM")
+    return files.pair(tmp_path_factory.mktemp("llamas"), "LlamaForCausalLM")
 
 
 def test_adapters_for_tunings_are_measured(
@@ -95,7 +95,7 @@ def test_ways_of_one_size_are_measured(tmp_path: Path, monkeypatch: pytest.Monke
     """Each number from networks that are put together here, without embeddings and norms."""
     wide: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
     change = files.low_rank(8, words=True)
-    start, end = files.pair(tmp_path, "llama", "LlamaForCausalLM", change=change, **wide)
+    start, end = files.pair(tmp_path, "LlamaForCausalLM", change=change, **wide)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sizes, "BASE", start)
     large = language.prepare(sizes.trained(0)[SizedRun(way="trained", rank=sizes.HIGHEST)])

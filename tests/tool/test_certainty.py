@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorapower.checkpoints import LEAST_TEXTS, Measured, mean_limit, quantile_limit, workflow
-from lorapower.checkpoints._limits import judge, quantile, ratio, texts_for
+from lorapower.checkpoints import Measured, mean_limit, quantile_limit, workflow
+from lorapower.checkpoints._limits import judge, quantile, ratio
 from lorapower.checkpoints._measuring import Compared
 
 
@@ -124,17 +124,6 @@ def test_rounding_of_merged_adapters_contradicts_no_limit() -> None:
 
 def test_nine_of_ten_do_not_exceed_the_quantile() -> None:
     assert quantile(np.arange(20.0)[::-1]) == 17
-
-
-def test_texts_that_would_certify() -> None:
-    losses = np.array([0.05] * 96 + [0.2] * 4)
-    needed = texts_for(losses, 0.1)
-    assert LEAST_TEXTS < needed <= 256
-    many = np.where(np.arange(needed) < 0.96 * needed, 0.05, 0.2)
-    assert quantile_limit(many) == 0.05
-    assert texts_for(losses, 0.04) == math.inf
-    assert texts_for(np.array([0.05] * 91 + [0.2] * 9), 0.1) == math.inf
-    assert texts_for(np.zeros(100), 0.1) == LEAST_TEXTS
 
 
 class Drawn:

@@ -1,4 +1,4 @@
-"""Directions chosen in function space, against differences of outputs and dense algebra."""
+"""Directions, in metrics and in function space, against differences of outputs and algebra."""
 
 from __future__ import annotations
 
@@ -15,32 +15,74 @@ from hypothesis import strategies as st
 from lorapower import checkpoints, randomness
 from lorapower.checkpoints import Pair, Planner, _effect
 from lorapower.checkpoints._measuring import outputs
+from lorapower.checkpoints._metrics import Moments, find_directions
 
 TEXTS = files.texts()
-KINDS = [
-    ("bert", "BertForSequenceClassification"),
-    ("distilbert", "DistilBertModel"),
-    ("gpt2", "GPT2LMHeadModel"),
-    ("llama", "LlamaForCausalLM"),
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
+PARTS: list[tuple[str, dict[str, Any]]] = [
+    ("BertForSequenceClassification", {}),
+    ("DistilBertModel", {}),
+    ("GPT2LMHeadModel", {}),
+    ("LlamaForCausalLM", {}),
+    ("LlamaForCausalLM", TIED),
+    ("Qwen3ForCausalLM", TIED | {"num_key_value_heads": 1}),
+    ("GemmaForCausalLM", {"hidden_size": 20}),
+    ("Gemma2ForCausalLM", {}),
+    ("Gemma2ForCausalLM", {"tie_word_embeddings": False, "hidden_size": 28}),
+    ("Gemma3ForCausalLM", {}),
+    ("Gemma3TextForSequenceClassification", {"hidden_size": 32}),
+    ("Gemma3TextModel", {"use_bidirectional_attention": True}),
+    ("ModernBertForSequenceClassification", {}),
+    ("ModernBertModel", {"hidden_size": 32}),
+    ("Olmo2ForCausalLM", {}),
+    ("Olmo3ForCausalLM", TIED),
+    ("SmolLM3ForCausalLM", {}),
+    ("StableLmForCausalLM", {}),
+    ("Starcoder2ForCausalLM", {}),
 ]
-PARTS = [
-    *((*kind, {}) for kind in KINDS),
-    ("llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
-    ("qwen3", "Qwen3ForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
-    ("gemma", "GemmaForCausalLM", {"hidden_size": 20}),
-    ("gemma2", "Gemma2ForCausalLM", {}),
-    ("gemma2", "Gemma2ForCausalLM", {"tie_word_embeddings": False, "hidden_size": 28}),
-    ("gemma3_text", "Gemma3ForCausalLM", {}),
-    ("gemma3_text", "Gemma3TextForSequenceClassification", {"hidden_size": 32}),
-    ("gemma3_text", "Gemma3TextModel", {"use_bidirectional_attention": True}),
-    ("modernbert", "ModernBertForSequenceClassification", {}),
-    ("modernbert", "ModernBertModel", {"hidden_size": 32}),
-    ("olmo2", "Olmo2ForCausalLM", {}),
-    ("olmo3", "Olmo3ForCausalLM", {"tie_word_embeddings": True}),
-    ("smollm3", "SmolLM3ForCausalLM", {}),
-    ("stablelm", "StableLmForCausalLM", {}),
-    ("starcoder2", "Starcoder2ForCausalLM", {}),
-]
+
+
+# In two metrics
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return randomness.normal(randomness.generator(seed, "drawn"), *shape)
+
+
+SIZES, SEEDS = st.integers(1, 9), st.integers(0, 2**32 - 1)
+
+
+@given(SEEDS, SIZES, SIZES, st.integers(1, 12), st.integers(1, 12), st.integers(0, 9))
+def test_predicted_error_of_directions_is_the_error(
+    seed: int, out: int, into: int, samples: int, gradients: int, rank: int
+) -> None:
+    E = normal(seed, out, into)
+    about = Moments(normal(seed + 1, samples, into), normal(seed + 3, gradients, out))
+    R = about.root()
+    assert R is not None
+    nowhere = torch.eye(into, dtype=torch.float64), torch.eye(out, dtype=torch.float64)
+    for known, bias in ((None, False), (about, False), (about, True)):
+        one = find_directions(E, known, 9, bias=bias)
+        Z, left = nowhere if known is None else (about.columns(one.mean).mT, R)
+        r = min(rank, len(one.values))
+        K = one.update.leading(r).matrix()
+        error = (left @ (E - K) @ Z.mT).square().sum()
+        predicted = one.total - one.values[:r].square().sum()
+        assert error == pytest.approx(float(predicted), abs=1e-9 * (1 + one.total))
+        # No other matrix of this rank does better: the singular values say so.
+        tail = torch.linalg.svdvals(left @ E @ Z.mT)[r:].square().sum()
+        assert error == pytest.approx(float(tail), abs=1e-9 * (1 + one.total))
+        assert torch.allclose(one.bias(r), (E - K) @ one.mean)
+
+
+def test_what_no_output_depends_on_gets_no_rank() -> None:
+    about, E = Moments(normal(1, 5, 3), torch.zeros(5, 4)), normal(0, 4, 3)
+    one = find_directions(E, about, 3, bias=True)
+    assert one.values.numel() == one.total == 0
+    assert torch.allclose(one.bias(0), E @ about.inputs.mean(0))
+
+
+# In function space
 
 
 def squares(planner: Planner, targets: list[torch.Tensor]) -> float:
@@ -53,18 +95,13 @@ def squares(planner: Planner, targets: list[torch.Tensor]) -> float:
     return total / 2 / sum(len(batch.input_ids) for batch in planner.fit.batches)
 
 
-def tuned(folder: Path, kind: str, architecture: str, max_rank: int, **options: Any) -> Planner:
+def tuned(folder: Path, architecture: str, max_rank: int, **options: Any) -> Planner:
     """A planner of a small pair, of which all matrices changed, and whose network is the tuned."""
     change = files.low_rank(words=True)
-    pair = Pair.open(*files.pair(folder, kind, architecture, change=change, **options))
+    pair = Pair.open(*files.pair(folder, architecture, change=change, **options))
     planner = Planner(pair, TEXTS, max_rank=max_rank)
     planner.pair.fill(planner.network, "tuned")
     return planner
-
-
-def derive(planner: Planner) -> _effect.Derivatives:
-    """Derivatives at the tuned network, along the planner's directions."""
-    return _effect.Derivatives(planner.network, planner._pool, planner.readout)
 
 
 def put(planner: Planner, gains: torch.Tensor) -> None:
@@ -84,19 +121,27 @@ def in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_effect, "fast", lambda *_: torch.autocast("cpu", enabled=False))
 
 
-@pytest.mark.parametrize(("kind", "architecture", "options"), PARTS)
+@pytest.mark.parametrize(("architecture", "options"), PARTS)
 def test_slopes_are_differences_of_what_is_lost(
-    kind: str, architecture: str, options: dict[str, Any], tmp_path: Path
+    architecture: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Also of embeddings, of heads, and of what both share."""
-    planner = tuned(tmp_path, kind, architecture, max_rank=2, **options)
-    readout, derivatives = planner.readout, derive(planner)
+    planner = tuned(tmp_path, architecture, max_rank=3, **options)
+    readout = planner.readout
+    for batch in planner.fit.batches:
+        with torch.no_grad():
+            found = readout.states(planner.network, batch)
+            given = outputs(planner.network, batch, planner.pair.task)
+        torch.testing.assert_close(readout.outputs(found), given, rtol=1e-4, atol=1e-4)
+        near, far = (torch.pdist(rows) for rows in (readout.rows(found), given))
+        torch.testing.assert_close(near, far, rtol=1e-3, atol=1e-4)
     # Any outputs that the tuned head can give are as good to keep a distance from.
     planner.pair.fill(planner.network, "base")
     with torch.no_grad():
         states = [readout.states(planner.network, batch) for batch in planner.fit.batches]
         targets = [readout.outputs(each) for each in states]
     planner.pair.fill(planner.network, "tuned")
+    derivatives = _effect.Derivatives(planner.network, planner._pool, readout)
     gains = torch.ones(len(planner._pool.costs), dtype=torch.float64)
     slopes = torch.zeros_like(gains)
     for batch, far in zip(planner.fit.batches, states, strict=True):
@@ -119,27 +164,12 @@ def test_slopes_are_differences_of_what_is_lost(
         assert slope == pytest.approx(float(slopes[d]), rel=0.03, abs=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "architecture", "options"), PARTS)
-def test_all_directions_give_the_outputs_that_readouts_know(
-    kind: str, architecture: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    planner = tuned(tmp_path, kind, architecture, max_rank=3, **options)
-    for batch in planner.fit.batches:
-        with torch.no_grad():
-            states = planner.readout.states(planner.network, batch)
-            given = outputs(planner.network, batch, planner.pair.task)
-        torch.testing.assert_close(planner.readout.outputs(states), given, rtol=1e-4, atol=1e-4)
-        near, far = (torch.pdist(rows) for rows in (planner.readout.rows(states), given))
-        torch.testing.assert_close(near, far, rtol=1e-3, atol=1e-4)
-    assert planner.error(planner.uniform(planner.most)) < 1e-5
-
-
-@pytest.mark.parametrize(("kind", "architecture"), KINDS[1:3])
-def test_sketches_have_the_second_moments(kind: str, architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["DistilBertModel", "GPT2LMHeadModel"])
+def test_sketches_have_the_second_moments(architecture: str, tmp_path: Path) -> None:
     """Those of the derivatives of all outputs, one after the other."""
-    planner = tuned(tmp_path, kind, architecture, max_rank=1)
+    planner = tuned(tmp_path, architecture, max_rank=1)
     exact = torch.zeros(2 * [len(planner._pool.costs)], dtype=torch.float64)
-    derivatives = derive(planner)
+    derivatives = _effect.Derivatives(planner.network, planner._pool, planner.readout)
     for batch in planner.fit.batches:
         values = derivatives.rows(batch)
         # The place of each row in its text: one output of every text at a time.
@@ -155,23 +185,12 @@ def test_sketches_have_the_second_moments(kind: str, architecture: str, tmp_path
     assert torch.dist(rows.mT @ rows / len(rows), exact) < 0.05 * exact.norm()
 
 
-def test_few_outputs_are_differentiated_exactly(tmp_path: Path) -> None:
-    planner = tuned(tmp_path, *KINDS[0], max_rank=1)
-    one, other = (
-        _effect.sketch(planner.network, planner._pool, planner.fit, seed=s) for s in (0, 1)
-    )
-    assert torch.equal(one, other)
-
-
 def drawn(seed: int, rows: int, modules: int, ranks: int) -> tuple[Any, torch.Tensor]:
     """A pool of modules of different cost, and a sketch whose directions add up coherently."""
-    draw = randomness.generator(seed, "effect")
     pool: Any = object.__new__(_effect.Pool)
     pool.costs = torch.arange(1.0, modules + 1, dtype=torch.float64).repeat_interleave(ranks)
     pool.bundles = torch.arange(modules * ranks)
-    common = randomness.normal(draw, rows, 1)
-    features = common + randomness.normal(draw, rows, modules * ranks)
-    return pool, features
+    return pool, normal(seed, rows, 1) + normal(seed + 1, rows, modules * ranks)
 
 
 def objective(features: torch.Tensor, alpha: float, gains: torch.Tensor) -> float:
@@ -189,6 +208,9 @@ def test_gains_are_the_best(seed: int, rows: int, modules: int, ranks: int) -> N
     alpha = (0.03, 0.3, 0.9)[seed % 3]
     most = float(pool.costs.sum())
     choice = _effect.Choice(pool, sketch, alpha, most)
+    whole = choice.gains(1e9)
+    assert torch.allclose(whole, torch.ones_like(whole))
+    assert _effect.predict(sketch, whole) < 1e-20
     for budget in (most, most / 2):
         gains = choice.gains(budget)
         taken = gains != 0
@@ -198,34 +220,6 @@ def test_gains_are_the_best(seed: int, rows: int, modules: int, ranks: int) -> N
         for _ in range(5):
             moved = gains + 0.1 * taken * randomness.normal(draw, len(gains))
             assert objective(sketch, alpha, moved) >= best - 1e-9
-
-
-@given(st.integers(0, 10**6))
-def test_the_first_direction_is_the_best_for_its_cost(seed: int) -> None:
-    pool, sketch = drawn(seed, 9, 4, 2)
-    choice = _effect.Choice(pool, sketch, 0.3, float(pool.costs.sum()))
-    nothing = objective(sketch, 0.3, torch.zeros(8, dtype=torch.float64))
-
-    def fall(d: int) -> float:
-        gains = torch.zeros(8, dtype=torch.float64)
-
-        def at(gain: float) -> float:
-            gains[d] = gain
-            return objective(sketch, 0.3, gains)
-
-        # A parabola, by three of its points.
-        low, middle, high = at(-1.0), at(1e-9), at(1.0)
-        bend, slope = (low + high) / 2 - middle, (high - low) / 2
-        return (nothing - at(-slope / 2 / bend)) / float(pool.costs[d])
-
-    assert int(choice.order[0]) == max(range(8), key=fall)
-
-
-def test_all_directions_are_taken_as_they_are() -> None:
-    pool, sketch = drawn(0, 40, 5, 2)
-    gains = _effect.Choice(pool, sketch, 0.3, 1e9).gains(1e9)
-    assert torch.allclose(gains, torch.ones_like(gains))
-    assert _effect.predict(sketch, gains) < 1e-20
 
 
 def test_bundles_are_taken_whole() -> None:
@@ -250,23 +244,6 @@ def test_candidates_lose_less_where_losses_add_up(tmp_path: Path) -> None:
     least = [planner.smallest(error).parameters for error in (0.5, 0.3, 0.1)]
     assert all(a <= b for a, b in itertools.pairwise(least))
     assert planner.error(planner.smallest(0.1)) <= 0.1
-
-
-def test_directions_of_an_adapter_are_those_of_its_factors(tmp_path: Path) -> None:
-    """And the adapter of the same function that is written is no larger than its rank."""
-    base, tuned = files.pair(tmp_path / "pair", *KINDS[3])
-    out = tmp_path / "adapter"
-    checkpoints.extract(base, tuned, TEXTS, out, rank=3, max_rank=3, leave=["bias", "norm"])
-    planner = Planner(Pair.open(base, str(out)), TEXTS, max_rank=8)
-    for name in planner.modules:
-        change = planner.pair.change(name)
-        found = planner._decompose(name)
-        values = torch.linalg.svdvals(change.double())[: len(found.values)]
-        assert torch.allclose(found.values.double(), values, atol=1e-6)
-        assert torch.allclose(found.update.matrix(), change, atol=1e-5)
-    whole = planner.candidate(planner.most)
-    assert planner.error(whole) < 1e-4
-    assert whole.parameters <= planner.parameters(3)
 
 
 def test_tunings_of_biases_alone_need_no_factors(tmp_path: Path) -> None:

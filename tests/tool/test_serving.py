@@ -1,4 +1,4 @@
-"""Adapters for servers: what peft, vLLM, SGLang and llama.cpp make of the same files.
+"""Files of adapters: what peft, vLLM, SGLang and llama.cpp make of the same ones.
 
 Of servers only the rules are here, from the sources of vLLM 0.33.0, SGLang 0.5.23 and
 llama-cpp-python 0.3.36, which has llama.cpp 0.5.0.
@@ -6,6 +6,7 @@ llama-cpp-python 0.3.36, which has llama.cpp 0.5.0.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Collection
@@ -18,7 +19,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorapower import checkpoints, randomness
 from lorapower.checkpoints import save_peft
@@ -36,7 +37,7 @@ LLAMA = {*PACKED[0], *PACKED[1], "o_proj", "down_proj"}
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Keys and values have 12 rows, fewer than ranks of 16."""
-    return files.pair(tmp_path_factory.mktemp("llama"), "llama", "LlamaForCausalLM")
+    return files.pair(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -163,40 +164,13 @@ def test_ranks_that_differ_are_read_differently(llama: tuple[str, str], tmp_path
     assert "--format serving" not in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("ranks", [(4, 4), (4, 2)], ids=str)
-def test_peft_reloads_combinations_of_one_rank(ranks: tuple[int, int], tmp_path: Path) -> None:
-    """Of more it does not, as model cards say (issue 3737 of peft)."""
-
-    def network() -> Any:
-        return torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
-
-    draw = randomness.generator(0, "combined")
-    for part in "ab":
-        sides = [(randomness.normal(draw, 6, r), randomness.normal(draw, 6, r)) for r in ranks]
-        updates = {str(k): LowRank(*both) for k, both in enumerate(sides)}
-        save_peft(tmp_path / part, network().double(), updates)
-    both = peft.PeftModel.from_pretrained(network(), str(tmp_path / "a"), adapter_name="a")
-    both.load_adapter(str(tmp_path / "b"), adapter_name="b")
-    both.add_weighted_adapter(["a", "b"], [0.7, 0.3], "c", combination_type="linear")
-    both.save_pretrained(str(tmp_path), selected_adapters=["c"])
-    if len({*ranks}) == 1:
-        peft.PeftModel.from_pretrained(network(), str(tmp_path / "c"))
-    else:
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            peft.PeftModel.from_pretrained(network(), str(tmp_path / "c"))
-
-
 @pytest.mark.parametrize(
-    ("kind", "architecture"),
-    [
-        ("llama", "LlamaForSequenceClassification"),
-        ("bert", "BertForSequenceClassification"),
-        ("gpt2", "GPT2LMHeadModel"),
-        ("phi3", "Phi3ForCausalLM"),
-    ],
+    "architecture",
+    [f"{kind}ForSequenceClassification" for kind in ("Llama", "Bert")]
+    + ["GPT2LMHeadModel", "Phi3ForCausalLM"],
 )
-def test_heads_stay_the_base_s(kind: str, architecture: str, tmp_path: Path) -> None:
-    pair = files.pair(tmp_path, kind, architecture)
+def test_heads_stay_the_base_s(architecture: str, tmp_path: Path) -> None:
+    pair = files.pair(tmp_path, architecture)
     plan = checkpoints.extract(*pair, TEXTS, tmp_path / "out", serving=True, rank=3)
     config, factors = read(tmp_path / "out")
     assert config["task_type"] == ("CAUSAL_LM" if plan.planner.pair.task == "language" else None)
@@ -215,14 +189,85 @@ def test_groups_are_chosen_whole(llama: tuple[str, str]) -> None:
     assert plan.carried == plan.adapter.parameters
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"max_rank": 0}, r"max_rank must be an integer from 1 to 64 \(for serving\); got 0"),
-        ({"max_rank": 128}, r"max_rank must be an integer from 1 to 64 \(for serving\); got 128"),
-        ({"leave": ["norm"]}, "leave must be left out for serving"),
-    ],
-)
-def test_other_ranks_are_refused(options: Any, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        checkpoints.plan("no base", "no tuned", [], serving=True, **options)
+# Adapters of any network, read by peft
+
+NAMES = "0", "2.0", "3", "10.1"
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return randomness.normal(randomness.generator(seed, "adapters for peft"), *shape)
+
+
+def stack() -> nn.Sequential:
+    """Nested, and with names that are ends of others: 0 of 2.0, and 0 and 2.0 of 10.0."""
+    module = nn.Sequential(
+        nn.Linear(5, 7),
+        nn.ReLU(),
+        nn.Sequential(nn.Linear(7, 4), nn.Dropout(0.5), nn.ReLU()),
+        nn.Linear(4, 6),
+        *[nn.Dropout(0.3)] * 6,
+        nn.Sequential(nn.ReLU(), nn.Linear(6, 3)),
+    )
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.copy_(normal(seed, *parameter.shape))
+    return module.eval()
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("ranks", [[2, 1, 3, 2], [0, 1, 0, 2], [3, 0, 2, 0], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_peft_computes_what_the_merged_network_does(
+    tmp_path: Path, dtype: torch.dtype, ranks: list[int], biases: bool
+) -> None:
+    module, tuned = stack().to(dtype), stack().to(dtype)
+    if biases:
+        with torch.no_grad():
+            for name in NAMES:
+                tuned.get_parameter(f"{name}.bias").add_(1)
+    # Numbers take the type of the module.
+    updates = {}
+    for name, rank in zip(NAMES, ranks, strict=True):
+        sides = module.get_parameter(f"{name}.weight").shape
+        updates[name] = LowRank(*(normal(k, side, rank) for k, side in enumerate(sides)))
+    merged = copy.deepcopy(tuned)
+    with torch.no_grad():
+        for name, update in updates.items():
+            merged.get_parameter(f"{name}.weight").add_(update.matrix().to(dtype))
+    save_peft(tmp_path / "new" / "folder", tuned, updates, biases=biases, base="org/base")
+    x = normal(0, 20, 5).to(dtype)
+    before, wanted = module(x), merged(x)
+    loaded: Any = peft.PeftModel.from_pretrained(module, str(tmp_path / "new" / "folder"))
+    assert loaded.peft_config["default"].base_model_name_or_path == "org/base"
+    rtol = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(loaded(x), wanted, rtol=rtol, atol=rtol)
+    assert (biases or any(ranks)) == (not torch.allclose(loaded(x), before))
+    kind = peft.tuners.lora.LoraLayer
+    adapted = {n for n, layer in loaded.base_model.model.named_modules() if isinstance(layer, kind)}
+    assert adapted == {name for name, update in updates.items() if update.rank}
+    if any(ranks):
+        alone = loaded.merge_and_unload()
+        torch.testing.assert_close(alone(x), wanted, rtol=rtol, atol=rtol)
+
+
+def test_embeddings_have_updates_too(tmp_path: Path) -> None:
+    words = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    update = LowRank(normal(0, 4, 2).float(), normal(1, 9, 2).float())
+    wanted = words.get_parameter("0.weight").detach() + update.matrix().mT
+    save_peft(tmp_path, copy.deepcopy(words), {"0": update})
+    found = peft.PeftModel.from_pretrained(words, str(tmp_path)).merge_and_unload()
+    torch.testing.assert_close(found.get_parameter("0.weight").detach(), wanted)
+
+
+def test_updates_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    thin = LowRank(torch.zeros(7, 1), torch.zeros(4, 1))
+    batch = LowRank(torch.zeros(2, 7, 1), torch.zeros(2, 5, 1))
+    for updates, said in (
+        ({"5.0": thin}, r"updates must be of linear modules and embeddings .* one of '5.0'"),
+        ({"1": thin}, r"one of '1'"),
+        ({"0": thin}, r"updates must be of the size of their modules, \(7, 5\) for '0'"),
+        ({"0": batch}, r"got \[2, 7, 5\]"),
+    ):
+        with pytest.raises(InputError, match=said):
+            save_peft(tmp_path, stack(), updates)
+    assert not any(tmp_path.iterdir())

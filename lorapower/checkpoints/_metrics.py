@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,68 +17,71 @@ from ._measuring import Readout, fast, watch
 from ._texts import Batch, count_tokens
 from .pair import Module
 
-#: As few texts determine metrics, this part of their mean is added in every direction.
-RIDGE = 0.1
 #: Moments are taken over about so many tokens.
 TOKENS = 2048
 #: They are taken for as many modules at a time as so many numbers of inputs and outputs allow.
 KEPT = 2**28
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Moments:
     """Rows whose second moments are metrics of a module's inputs and outputs.
 
     A row of ``inputs`` is what the module takes in at one token. A row of ``outputs`` is the
-    derivative, by what it gives at this token, of a random combination of the network's outputs
-    with independent standard normal weights. Its second moment ``G`` says to first order what a
-    change ``v`` of the module's output at one token does: ``vᵀGv`` is the mean squared change of
-    the network's outputs.
+    derivative, by what it gives there, of a random combination of the network's outputs with
+    independent standard normal weights: to first order a change ``v`` at this token changes them by
+    ``vᵀGv`` in the mean square, where ``G`` is the second moment.
     """
 
     inputs: Float[Tensor, "rows in"]
     outputs: Float[Tensor, "rows out"]
+    #: As few texts determine metrics, this part ``ρ`` of their mean is added in every direction.
+    ridge: ClassVar[float] = 0.1
+
+    def to(self, other: Tensor | torch.dtype) -> Moments:
+        """Convert both to the type of another tensor, or to a type."""
+        return Moments(self.inputs.to(other), self.outputs.to(other))
 
     def columns(self, mean: Float[Tensor, " in"]) -> Float[Tensor, "in in"]:
         """Find ``Z`` with ``Z Zᵀ = C + ρ c I``, for the inputs' covariance ``C`` about a mean.
 
-        ``c`` is the mean diagonal entry of ``C``, and ``ρ`` is ``RIDGE``.
+        ``c`` is the mean diagonal entry of ``C``.
         """
-        return regression.second_moment_root((self.inputs - mean).mT, RIDGE).mT
+        return regression.second_moment_root((self.inputs - mean).mT, self.ridge).mT
 
     def root(self) -> Float[Tensor, "out out"] | None:
         """Find ``R`` with ``RᵀR = G + ρ c I``; ``None`` for ``G = 0``."""
-        found = regression.second_moment_root(self.outputs.mT, RIDGE)
+        found = regression.second_moment_root(self.outputs.mT, self.ridge)
         return found if self.outputs.any() else None
 
 
 def size(modules: Iterable[Module], batches: Sequence[Batch]) -> int:
-    """Count the numbers of inputs and outputs of modules that are in `moments`."""
+    """Count the numbers of inputs and outputs of modules that `collect_moments` takes."""
     return sum(module.cost for module in modules) * min(count_tokens(batches), TOKENS)
 
 
-def moments(
+def collect_moments(
     network: Any,
-    modules: Iterable[Module],
+    modules: Sequence[Module],
     batches: Sequence[Batch],
     readout: Readout,
     *,
-    seed: int = 0,
-    report: Callable[[int, int], None] = lambda *_: None,
+    seed: int,
+    report: Callable[[int, int], None],
 ) -> Iterator[tuple[str, Moments]]:
     """Take `Moments` of a network's modules on some texts, forwards and backwards.
 
     Outputs are as the ``readout`` of the tuned network gives them. Texts of all lengths are taken,
     of about 2,048 tokens, and passed for some modules at a time, so that memory is bounded.
     """
-    if not (waiting := [*modules]):
+    if not modules:
         return
-    parts = max(1, math.ceil(size(waiting, batches) / KEPT))
+    parts = max(1, math.ceil(size(modules, batches) / KEPT))
     step = max(1, round(count_tokens(batches) / TOKENS))
     batches = batches[step // 2 :: step]
     for part in range(parts):
-        some = waiting[part::parts]
         report(part, parts)
-        yield from _take(network, some, batches, readout, seed)
+        yield from _take(network, modules[part::parts], batches, readout, seed)
     report(parts, parts)
 
 
@@ -108,8 +112,7 @@ class Directions(NamedTuple):
 
     The ``leading`` ``r`` columns of ``update`` are the best ``K_r`` of rank ``r``. Direction ``d``
     takes ``σ_d²`` off the squared error, where ``values`` are ``σ_1 ≥ σ_2 ≥ …``; ``total`` is
-    ``Σσ_d²`` over all directions, also those past the last column. ``mean`` is the mean input
-    ``μ``, and ``shift`` is ``Eμ``, which the bias takes over at rank 0.
+    ``Σσ_d²`` over all. ``mean`` is the mean input ``μ``, and ``shift`` is ``Eμ``.
     """
 
     update: LowRank
@@ -124,7 +127,7 @@ class Directions(NamedTuple):
         return self.shift - best.left @ (best.right.mT @ self.mean)
 
 
-def directions(
+def find_directions(
     change: Float[Tensor, "out in"], about: Moments | None, most: int, *, bias: bool = False
 ) -> Directions:
     """Find at most ``most`` leading directions of a change ``E`` [prop-two-metrics].
@@ -137,7 +140,7 @@ def directions(
     Z = R = None
     mean = torch.zeros_like(change[0])
     if about is not None:
-        about = Moments(*(rows.to(change) for rows in about))
+        about = about.to(change)
         mean = about.inputs.mean(0) if bias else mean
         Z, R = about.columns(mean), about.root()
         if R is None:
