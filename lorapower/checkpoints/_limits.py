@@ -31,19 +31,9 @@ def quantile(losses: NDArray[np.float64]) -> float:
 def quantile_limit(losses: NDArray[np.float64]) -> float:
     """Compute an upper limit at 95% of what 90% of texts lose at most [prop-certificate].
 
-    It holds for any distribution.
-
-    Parameters
-    ----------
-    losses : array, ``[n]``
-        What texts lose that were drawn independently from one distribution.
-
-    Returns
-    -------
-    float
-        The k-th smallest of the losses, with the least k such that a binomial number of ``n`` draws
-        with probability 0.9 is at least k in at most 5% of cases (Wilks, 1941); infinite where
-        there is no such k up to ``n``.
+    It holds for any distribution from which the ``losses``, ``[n]``, were drawn independently.
+    Returns the k-th smallest, with the least k such that a binomial number of ``n`` draws with
+    probability 0.9 is at least k in at most 5% of cases (Wilks, 1941); infinite if there is none.
     """
     found = scipy.stats.quantile_test(losses, p=SHARE, alternative="less")
     limit = float(found.confidence_interval(_CONFIDENCE).high)
@@ -64,19 +54,11 @@ def judge(losses: NDArray[np.float64], limit: float) -> tuple[str, int]:
 def mean_limit(values: NDArray[np.float64], *, binary: bool = False) -> float:
     """Compute an upper limit of a mean at 95%, for any distribution on [0, 1] [prop-mean-limit].
 
-    Parameters
-    ----------
-    values : array, ``[n]``
-        Numbers from 0 to 1, drawn independently from one distribution, in the order of the draws.
-    binary : bool
-        Whether the distribution has no values but 0 and 1.
-
-    Returns
-    -------
-    float
-        The least multiple ``m`` of 0.001 at which a gambler who bets that values are below ``m`` on
-        average would have had 20 times the capital that he began with (Waudby-Smith and Ramdas,
-        2024), or 1; for ``binary`` ones the limit of Clopper and Pearson. NaN for values that are.
+    The ``values``, ``[n]``, were drawn independently from it, in this order; ``binary`` ones are 0
+    or 1. Returns the least multiple ``m`` of 0.001 at which a gambler who bets that values are
+    below ``m`` on average would have had 20 times the capital that he began with (Waudby-Smith and
+    Ramdas, 2024), or 1; for ``binary`` ones the limit of Clopper and Pearson. NaN for values that
+    are.
     """
     n, total = len(values), float(values.sum())
     if math.isnan(total):

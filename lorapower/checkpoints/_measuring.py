@@ -150,7 +150,8 @@ class Readout:
         """Outputs of this head."""
         if self.root is None:
             return states
-        return self._capped(torch.nn.functional.linear(states, self._weight, self._bias))
+        logits = torch.nn.functional.linear(states.to(self._weight), self._weight, self._bias)
+        return self._capped(logits)
 
     def _capped(self, logits: Float[Tensor, "rows words"]) -> Float[Tensor, "rows words"]:
         return _centre(self._cap * (logits / self._cap).tanh() if self._cap else logits)
@@ -208,6 +209,13 @@ class Reference:
         some = Reference(self.batches[::-step], self.readout)
         some._states = self._states[::-step]
         return some
+
+    @torch.no_grad()
+    def rounding(self) -> float:
+        """How far outputs of all texts are off together, when each is rounded once."""
+        values = (self.readout.outputs(states).cpu().double() for states in self._states)
+        squares = sum(float(each.square().sum()) for each in values)
+        return torch.finfo(torch.float32).eps * math.sqrt(squares)
 
     def error(self, network: Any) -> float:
         """Measure ``η`` of a network of transformers."""
