@@ -223,8 +223,8 @@ DOORS = [
             "ranks": [dict.fromkeys(HEADS["frozen"].adapted_kinds, 3) | {"W_V": 4}, {"W_Q": 1}, 4],
         },
     ),
-    # Heads narrower than the tokens are adapted exactly or not at all.
-    Door(transformer.adapt, NARROW | {"ranks": 3}, {"ranks": [2]}),
+    # Heads narrower than the tokens, of 3 rows, are adapted exactly or not at all.
+    Door(transformer.adapt, NARROW | {"ranks": 4}, {"ranks": [2]}),
     Door(
         attention_only,
         PRENORM | {"tokens": TOKENS},
