@@ -104,12 +104,11 @@ def adapt(
 ) -> FittedAdaptation:
     """Find the adapters and biases of the least error that closed forms reach on given inputs.
 
-    Each segment ``P`` of the fused network (`fused.fuse`) becomes ``P + K``: ``K`` of the segment's
-    rank and a bias bring it as near as possible, on the adapted network's own activations ``ẑ`` and
-    in the metric of the outputs, to the target's segment (`regression.reduced_rank`). Half of the
-    held-out inputs select, for each segment, among the theorem's splitting, a fit to the target's
-    matrix alone and several shrinkages towards it, and keep the theorem's adapters where all fits
-    are worse. The other half gives the error.
+    Each segment ``P`` of the fused network (`fused.fuse`) becomes ``P + K``, with the ``K`` of the
+    segment's rank and the bias of `regression.reduced_rank` on the adapted network's own
+    activations, in the metric of the outputs. Half of the held-out inputs select, for each segment,
+    among the theorem's splitting and several shrinkages of the fit, and keep the theorem's adapters
+    where all fits are worse. The other half gives the error.
 
     Raises `InputError` for networks, ranks and partitions that do not fit, for inputs that are too
     few, of another width, not finite, or in both sets; with ``throw``, `PrecisionError` or

@@ -96,14 +96,10 @@ def adapt(
 
     Block ``ℬ_i`` of the frozen layers imitates target layer ``i``; its weights are adapted as a
     deep linear network (`linear.adapt`). The least biases that keep its inner units active over the
-    region make its layers affine: ``b̂_l = c_l − (W_l + ΔW_l) c_{l−1}``, where ``c_0 = x_0`` is the
-    region's centre and ``c_l`` how far ``∏_{j≤l} (W_j + ΔW_j) (x − x_0)`` goes below 0 in each
-    coordinate. The last bias takes these back: the same with ``c_M = M_i x_0 + b̄_i``. The next
-    block's region holds the image of this one.
-
-    The first units at the end of every block imitate a narrower target: fill inputs up with zeros
-    (`Network.fill`) and read the first outputs. Biases switch the others off, so the rank needed
-    does not depend on the frozen width; after a linear last layer they keep their biases.
+    region make its layers affine, the last one takes them back, and the next block's region holds
+    the image of this one. Only the first units at the end of a block imitate a narrower target, to
+    which inputs are filled up with zeros (`Network.fill`); biases switch the others off, except
+    after a linear last layer.
 
     Raises `InputError` for what does not fit, `SingularError` where a block cannot be adapted, and
     `PrecisionError` where biases should cost more than half of the type's digits. Source:
@@ -126,11 +122,6 @@ def adapt(
     region = region.fit(target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
     batch = _checks.common_shape("frozen, target and region", batches)
-    finite = torch.stack([gap.finite.expand(batch) for gap in gaps]).all(0)
-    if not throw and not finite.all():
-        frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
-        gaps = blocks(frozen, target, partition)
-
     partition = Partition([gap.frozen.depth for gap in gaps])
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
     regions, typical = [region], region.typical(1.0)
@@ -165,7 +156,7 @@ def adapt(
     accepted = stack(solution.success for solution in solutions) & (stack(digits_lost) <= limit)
     return FNNAdaptation(
         Adapters(tuple(updates), tuple(bias_updates)),
-        success=accepted.all(-1) & finite,
+        success=accepted.all(-1),
         partition=partition,
         regions=tuple(regions),
         block_errors=stack(solution.spectral_error for solution in solutions),

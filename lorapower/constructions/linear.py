@@ -39,8 +39,7 @@ class Adaptation:
 class LinearAdaptation(Adaptation):
     """Hold adapters of a deep linear network, and the evidence for them.
 
-    Errors hold for every input. ``success`` says whether the rounding error is acceptable. Where a
-    product overflows, adapters are 0 and errors NaN.
+    Errors hold for every input. ``success`` says whether the rounding error is acceptable.
 
     Attributes
     ----------
@@ -71,16 +70,14 @@ def adapt(
 ) -> LinearAdaptation:
     """Bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as the ranks of the adapters allow.
 
-    The plain splitting cuts the singular triplets of ``E = W̄ − ∏ W_l`` into slices
-    ``U_l S_l V_lᵀ`` of ``R_l``: ``A_l = (∏_{j>l} W_j)^{-1} U_l S_l``,
-    ``B_lᵀ = V_lᵀ (∏_{j<l} (W_j + ΔW_j))^{-1}``. Where it rounds by more than a few units of the
-    last place, as where partial targets are singular, the proof's splitting is tried, which
-    succeeds for non-singular layers, and then the same for the transposed network. Each member of
-    the batch keeps its splitting of least rounding error.
+    The plain splitting hands out the singular triplets of ``E = W̄ − ∏ W_l`` to the layers in turn.
+    Where it rounds by more than a few units of the last place, the proof's splitting is tried, and
+    then the same for the transposed network. Each member of the batch keeps its splitting of least
+    rounding error.
 
-    Raises `InputError` for ranks out of range and networks that do not fit each other, and
-    `SingularError`, which names layer and members, where no splitting meets ``rtol``. Source:
-    [thm-optimal-adaptation], [lem-splitting], [lem-any-change].
+    Raises `InputError` for ranks out of range, networks that do not fit each other and products
+    that overflow, and `SingularError`, which names layer and members, where no splitting meets
+    ``rtol``. Source: [thm-optimal-adaptation], [lem-splitting], [lem-any-change].
 
     Parameters
     ----------
@@ -118,11 +115,7 @@ def adapt_gap(
     """
     eps = torch.finfo(gap.frozen.dtype).eps
     rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
-    finite = gap.finite
-    if not throw and not finite.all():
-        gap = gap.zeroed(~finite)
     ranks = gap.ranks(ranks)
-
     batch, total = gap.batch_shape, sum(ranks)
     spectral, frobenius = gap.error(total), gap.error(total, "fro")
     last_place = max(gap.frozen.widths[0], gap.frozen.widths[-1]) * eps
@@ -143,7 +136,7 @@ def adapt_gap(
             best.improve(poor, split(problem.members(poor)))
 
     relative = best.rounding / scale.clamp(min=torch.finfo(scale.dtype).tiny)
-    success = (relative <= rtol).reshape(batch) & finite
+    success = (relative <= rtol).reshape(batch)
     if throw and not success.all():
         member = int(relative.argmax())
         layer = int(best.conditions[member].argmax())
@@ -161,13 +154,9 @@ def adapt_gap(
         for pair in best.factors
     ]
     conditions = best.conditions.reshape((*batch, len(ranks)))
+    rounding = best.rounding.reshape(batch)
     return LinearAdaptation(
-        Adapters(tuple(updates)),
-        success,
-        torch.where(finite, spectral, torch.nan),
-        torch.where(finite, frobenius, torch.nan),
-        torch.where(finite, best.rounding.reshape(batch), torch.nan),
-        torch.where(finite[..., None], conditions, torch.nan),
+        Adapters(tuple(updates)), success, spectral, frobenius, rounding, conditions
     )
 
 

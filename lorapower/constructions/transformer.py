@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -76,26 +76,18 @@ def adapt(
 ) -> TransformerAdaptation:
     """Make a transformer imitate another, segment by segment, by adapters and vectors.
 
-    Segments between non-linearities are deep linear networks (`networks.segments`). Two adapted
-    neighbours come as near to the target's as their ranks allow by `linear.adapt`, or exactly in
-    narrow heads: ``W_Q`` and ``W_K``, ``W_V`` and ``W_O``, and ``W_2`` and ``W_out`` at the end of
-    a plain transformer. Weights with a segment of their own get ``ΔW_1 = LR_R(E) B⁺`` if they read
-    tokens and ``ΔW_2 = Sᵀ LR_R(E)`` if they write; with rotary positions or grouped heads those are
-    also ``W_Q`` and ``W_K``, and with grouped heads ``W_V`` and ``W_O`` [def-decoder].
-
-    If plain, ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last, where
-    ``Ŵ_out b̂_2 = W̄_out b̄_2``; ``b̂_1 = b̄_1 + Σ_h (M̄ − M̂) c`` with the value–output segments
-    ``M`` and the ``c`` before the block. Otherwise gains and shifts become the target's,
-    ``b̂_1 = b̄_1 + (W̄_1 − Ŵ_1) s̄_2``, ``b̂_3`` likewise, ``b̂_O = b̄_O + Σ_h (M̄ − M̂) s̄_1``,
-    and ``b̂_Q`` makes ``(Ŵ_K B)ᵀ (Ŵ_Q s̄_1 + b̂_Q)`` the target's; with segments of their own
-    ``b̂_Q`` and ``b̂_K`` are made as ``b̂_1`` is. Vectors that the target lacks stay 0.
+    Segments (`networks.segments`) are deep linear networks. Two adapted neighbours come as near to
+    the target's as their ranks allow by `linear.adapt`, or exactly in narrow heads. A weight with a
+    segment of its own gets ``LR_R(E) B⁺`` if it reads tokens, ``Sᵀ LR_R(E)`` if it writes them. If
+    plain, biases are ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last; otherwise
+    gains and shifts become the target's, and biases complete what segments leave.
 
     Raises `SingularError` where a segment is not reached within ``rtol``, and `InputError` for
     ranks out of range, for transformers that do not fit, for a singular ``W_1`` or ``W_2`` if
     plain, for heads narrower than the tokens with less rank than they need
-    (`bounds.transformer_ranks`) or wider than a narrower target's, and for a target whose
-    ``Bᵀ W_Kᵀ W_Q B`` is so singular that no query bias completes its scores. Source:
-    [thm-transformer], [thm-residual]; for narrow heads [prop-narrow-heads].
+    (`bounds.transformer_ranks`) or wider than a narrower target's, and for a target whose scores no
+    query bias completes. Source: [thm-transformer], [thm-residual]; for narrow heads
+    [prop-narrow-heads].
 
     Parameters
     ----------
@@ -114,10 +106,6 @@ def adapt(
     _checks.kind(Transformer, frozen=frozen, target=target)
     _require_heads(frozen, target)
     cut = segments(frozen, target, throw=throw)
-    finite = _all(cut.map(lambda _, gap: gap.finite))
-    if not throw and not finite.all():
-        frozen, target = frozen.zeroed(~finite), target.zeroed(~finite)
-        cut = segments(frozen, target, throw=False)
     each = _heads.ranks_by_kind(ranks, frozen)
     solutions, by_kind, errors = {}, {}, {}
     for name, gap in cut.items():
@@ -152,7 +140,8 @@ def adapt(
     ]
     sums = [w + update.matrix() for w, update in zip(frozen.weights, updates, strict=True)]
     adapted = frozen.with_parameters(sums, checked=False)
-    conditions = finite.new_zeros(*finite.shape, 0, dtype=frozen.dtype)
+    success = is_regular(frozen, target)
+    conditions = frozen.weights[0].new_zeros(*success.shape, 0)
     if frozen.is_plain:
         vectors, conditions = _plain_vectors(adapted, target, cut, solutions["value_output"])
     else:
@@ -163,9 +152,8 @@ def adapt(
         )
     reached = frozen.one_by_one(frozen.bias_kinds, vectors)
     changes = tuple(new - old for new, old in zip(reached, frozen.biases, strict=True))
-    success = finite & is_regular(frozen, target)
     for name, solution in solutions.items():
-        success &= _all(Segments({name: solution.success}))
+        success &= ~Segments({name: ~solution.success}).largest()
         errors[name] = solution.spectral_error + solution.rounding_error
     return TransformerAdaptation(
         Adapters(tuple(updates), changes),
@@ -174,11 +162,6 @@ def adapt(
         Segments({name: errors[name] for name in cut}),
         conditions,
     )
-
-
-def _all(verdicts: Segments[Tensor]) -> Bool[Tensor, "*batch"]:
-    """Say whether all of a network's verdicts are positive."""
-    return ~verdicts.map(lambda _, good: ~good).largest()
 
 
 def _of_one(name: str, gap: Gap, rank: int) -> LowRank:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,13 +52,6 @@ class Network(ABC):
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply ``change`` to each weight and bias."""
         return self.with_parameters([*map(change, self.weights)], [*map(change, self.biases)])
-
-    def zeroed(self, which: Bool[Tensor, "*batch"]) -> Self:
-        """Set all numbers to 0 in the members that a mask selects."""
-        return self.with_parameters(
-            [torch.where(which[..., None, None], 0, weight) for weight in self.weights],
-            [torch.where(which[..., None], 0, bias) for bias in self.biases],
-        )
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import _checks, lowrank
@@ -49,25 +49,18 @@ class Gap:
         return torch.broadcast_shapes(self.frozen.batch_shape, self.target.batch_shape)
 
     @cached_property
-    def _difference(self) -> Float[Tensor, "*batch out in"]:
-        return self.target.product() - self.frozen.product()
-
-    @cached_property
-    def finite(self) -> Bool[Tensor, "*batch"]:
-        """Whether no product overflows."""
-        return self._difference.isfinite().all((-2, -1))
-
-    @property
     def matrix(self) -> Float[Tensor, "*batch out in"]:
         """``E`` itself."""
-        if not self.finite.all():
+        difference = self.target.product() - self.frozen.product()
+        overflows = ~difference.isfinite().all((-2, -1))
+        if overflows.any():
             raise InputError(
-                "frozen and target",
+                f"frozen and target{_checks.failed_members(overflows)}",
                 allowed="of finite products",
                 given="a product that overflows",
                 remedy="scale the weights down",
             )
-        return self._difference
+        return difference
 
     @cached_property
     def svd(self) -> SVD:
@@ -169,7 +162,3 @@ class Gap:
         svd = SVD(*(flatten(part, dims) for part, dims in zip(self.svd, (2, 1, 2), strict=True)))
         vars(gap).update(svd=svd, rounding_scale=flatten(self.rounding_scale, 0))
         return gap
-
-    def zeroed(self, which: Bool[Tensor, "*batch"]) -> Gap:
-        """Set all weights to 0 where a mask says so."""
-        return Gap(self.frozen.zeroed(which), self.target.zeroed(which))

@@ -82,12 +82,10 @@ def test_network_is_layer_after_layer(
 @given(st.integers(1, 3), st.booleans(), seeds)
 def test_a_linear_last_layer_stays_one(depth: int, linear_last: bool, seed: int) -> None:
     network = FNN.random(depth, 3, linear_last=linear_last, batch_shape=(2,), seed=seed)
-    none = torch.zeros(2, dtype=torch.bool)
     for copy in (
         network.with_parameters(network.weights),
         network.to(torch.float32),
         network.map(lambda values: -values),
-        network.zeroed(none),
         network[1],
         network.layers(slice(depth - 1, depth)),
         FNN.from_sequential(network[0].to_sequential()),

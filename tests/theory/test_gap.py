@@ -104,7 +104,6 @@ def test_the_threshold_is_the_first_rank_for_all_layers_that_is_enough(
 def test_a_product_that_overflows_is_refused() -> None:
     huge = LinearNetwork(torch.full((2, 2, 2), 1e200, dtype=torch.float64))
     gap = Gap(huge, LinearNetwork.random(1, 2))
-    assert not gap.finite
     with pytest.raises(InputError, match="a product that overflows"):
         print(gap.rank)
 
@@ -133,9 +132,8 @@ def test_every_kind_is_a_network(
         network[(0,) * (len(batch) + 1)]
 
 
-@pytest.mark.parametrize("size", [1e120, 1e160, 1e200])
 @pytest.mark.parametrize("kind", ["linear", "fnn", "transformer"])
-def test_a_batch_goes_on_without_its_bad_members(kind: str, size: float) -> None:
+def test_a_batch_goes_on_without_its_bad_members(kind: str) -> None:
     frozen: Any = {
         "linear": conditioned(2, 4, batch_shape=(4,)),
         "fnn": benign(2, 4, (4,), 1),
@@ -151,11 +149,12 @@ def test_a_batch_goes_on_without_its_bad_members(kind: str, size: float) -> None
         by = torch.tensor(factors, dtype=torch.float64)[:, None, None]
         return frozen.with_parameters([by * weight for weight in frozen.weights], frozen.biases)
 
-    broken, region = scaled(1.0, 0.0, size, 1.0), [Ball(4.0)] * (kind == "fnn")
+    # Errors of a transformer's segments are relative to their factors.
+    bad = 0.0 if kind == "transformer" else 1e120
+    broken, region = scaled(1.0, 0.0, bad, 1.0), [Ball(4.0)] * (kind == "fnn")
     found: Any = constructions.adapt(broken, target, 2, *region, throw=False)
     assert found.success.tolist() == [True, False, False, True]
     if kind == "linear":
-        assert found.spectral_error.isnan().tolist() == [False, False, size > 1e150, False]
         assert found.rounding_error[1] > 0.01
     # The batch can be merged, bad members and all.
     merged = found.adapters.merge(broken)
@@ -164,3 +163,5 @@ def test_a_batch_goes_on_without_its_bad_members(kind: str, size: float) -> None
     assert ((merged(x) - target(x)).abs().amax((-2, -1))[[0, 3]] < 1e-9).all()
     with pytest.raises((InputError, SingularError), match="batch member 1"):
         constructions.adapt(scaled(1.0, 0.0, 1.0, 1.0), target, 2, *region)
+    with pytest.raises(InputError, match=r"batch member .*2.* must be of finite products"):
+        constructions.adapt(scaled(1.0, 0.0, 1e160, 1.0), target, 2, *region, throw=False)
