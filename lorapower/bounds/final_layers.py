@@ -50,15 +50,11 @@ def final_layers_floor(
 ) -> _Floor:
     """Estimate the mean squared error that no tuning above the frozen first layer gets below.
 
-    For ``x ~ N(0, I)`` and every function ``g``, ``E‖g(h(x)) − f̄(x)‖² ≥ E tr Cov(f̄(x) | h(x)) =
-    E‖f̄(x) − f̄(x')‖² / 2``, with ``x'`` drawn like ``x`` given ``h(x') = h(x)``: normal on a
-    polytope in an affine subspace. ``x'`` comes from ``x`` by steps of hit-and-run, each along a
-    random line. After any number of steps the mean estimate is **at most** the floor, to which it
-    rises with more steps. Source: [prop-floor].
-
-    Returns ``mean_squared_error`` over samples and coordinates and its ``standard_error``, each
-    ``[...]``. The networks have equal inputs and one type; batch shapes broadcast. Only the first
-    frozen layer counts: keeping more layers can only raise the floor.
+    It is ``E‖f̄(x) − f̄(x')‖² / 2`` for ``x ~ N(0, I)``, with ``x'`` drawn like ``x`` given the
+    first layer's outputs, by steps of hit-and-run: after any number of steps the mean estimate is
+    **at most** the floor. Returns ``mean_squared_error`` over samples and coordinates and its
+    ``standard_error``, each ``[...]``. The networks have equal inputs and one type; batch shapes
+    broadcast. Source: [prop-floor].
     """
     samples, steps = _checks.integer("samples", samples, 2), _checks.integer("steps", steps, 1)
     _checks.like_frozen(target, frozen)

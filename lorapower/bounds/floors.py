@@ -34,18 +34,16 @@ def attention_floor(
 ) -> _AttentionFloor:
     """Estimate ``min E‖Y(n) − K n − k‖² / D`` with ``Y(n) = lim_{c→∞} f̄(c n) − f(c n)``.
 
-    The minimum is over matrices ``K`` of the given rank and vectors ``k``. It is exact for the mean
-    over these directions; for others of their kind it is too low, by about one part in
-    ``samples / (r (D + m − r) / D + 1)`` at rank ``r``.
-
-    Returns the ``value`` and its ``standard_error``, the spread over tokens, each ``[...]``, and
-    the best ``K`` and ``k`` as ``slope``, ``[..., D, D]``, and ``offset``, ``[..., D]``. The
-    networks have equal width, norm and activation, any depth and no final norm. Raises `InputError`
-    for networks and ranks that do not fit, too few tokens, and constant ones. Source:
-    [prop-floor-attention], [thm-attention-rank].
+    The minimum is over matrices ``K`` of the given rank and vectors ``k``, for the mean over these
+    directions. Returns the ``value`` and its ``standard_error``, the spread over tokens, each
+    ``[...]``, and the best ``K`` and ``k`` as ``slope``, ``[..., D, D]``, and ``offset``,
+    ``[..., D]``. Raises `InputError` for networks and ranks that do not fit, too few tokens, and
+    constant ones. Source: [prop-floor-attention], [thm-attention-rank].
 
     Parameters
     ----------
+    frozen, target : Transformer
+        Of equal width, norm and activation, any depth and no final norm.
     tokens : Tensor
         Directions as columns, more than ``m + 1``, which span the space of normalized tokens.
     ranks : int or sequence of int, optional
@@ -83,21 +81,11 @@ def feed_forward_floor(
 ) -> _FeedForwardFloor:
     """Estimate ``E tr Cov(Δ_j | n_j) / D``, which no feed-forward layers get below far out.
 
-    ``Δ_j`` is what the target's attention adds to token ``j`` minus what the frozen one adds. The
-    estimate is unbiased for sequences whose tokens are drawn independently from ``tokens``: half
-    the mean squared difference of ``Δ`` for one token in two sequences, at random places. Source:
+    ``Δ_j`` is what the target's attention adds to token ``j`` minus what the frozen one adds: half
+    the mean squared difference of ``Δ`` for one token in two sequences of ``length`` independent
+    tokens. Returns its ``value`` and ``standard_error``, each ``[...]``. Raises `InputError` for
+    networks as `attention_floor` does, fewer than two tokens, and constant ones. Source:
     [prop-floor-feed-forward].
-
-    Returns its ``value`` and ``standard_error``, each ``[...]``. The networks have equal width,
-    norm and activation, any depth and no final norm. Raises `InputError` for networks that do not
-    fit, fewer than two tokens, and constant ones.
-
-    Parameters
-    ----------
-    tokens : Tensor
-        Directions as columns; each is put into two sequences.
-    length : int
-        The number of tokens of a sequence; with one the floor is 0.
     """
     n = directions(frozen, target, tokens)
     samples = _checks.integer("number of tokens", n.shape[-1], 2)

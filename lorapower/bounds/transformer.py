@@ -22,12 +22,9 @@ Unit = Literal["W_1", "W_3", "W_2"]
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
     """Find the least ranks that make segments exact [thm-transformer], [thm-residual].
 
-    With ``E`` the difference of the segments it is ``⌈rank(E)/2⌉`` for two weights, both equally,
-    more only for heads narrower than the tokens [prop-narrow-heads] (others count as non-singular);
-    and ``rank E`` for one, such as ``inner`` and ``outer``: for the difference that other kinds of
-    heads make see `Segments`. ``[..., L, H]`` for heads, each by itself (for all in one matrix see
-    `packed_rank`), ``[..., L]`` for blocks, as `constructions.transformer.adapt` takes them.
-    Raises what `networks.segments` raises.
+    Where a segment differs by ``E``: ``⌈rank(E)/2⌉`` for two weights, more for heads narrower than
+    the tokens [prop-narrow-heads], and ``rank E`` for one. ``[..., L, H]`` for heads, each by
+    itself, and ``[..., L]`` for blocks. Raises what `networks.segments` raises.
     """
 
     def least(name: str, gap: Gap) -> Tensor:
@@ -54,15 +51,11 @@ def transformer_error(
 ) -> Float[Tensor, "*batch"]:
     """Compute the largest error ``max_j ‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
 
-    ``f`` has the best adapters of this rank on all weights that `constructions.transformer.adapt`
-    adapts, so the products of its segments are ``M̂ = M − (E − LR_r(E))``. A network reads its
-    weights only through these: one run with ``M̂`` gives ``f(x)`` before any adapter exists, up to
-    rounding in the adapters. This supposes that the target's and the reached ``M_QK`` are not
-    singular [ass-heads]. The error is infinite where nothing is known: where narrow heads get less
-    rank than they need, or a frozen product that has to change is singular [ass-regular].
-
-    Raises what `networks.segments` raises, and `InputError` for a rank outside 0 to the width and
-    for a narrower target. Source: [prop-transformer-error], [prop-residual-error].
+    ``f`` has the segments that adapters of this rank make, ``M̂ = M − (E − LR_r(E))``; it is run
+    without any adapter [ass-heads]. The error is infinite where nothing is known: where narrow
+    heads get less rank than they need, or a frozen product that has to change is singular
+    [ass-regular]. Raises what `networks.segments` raises, and `InputError` for a rank outside 0 to
+    the width and for a narrower target. Source: [prop-transformer-error], [prop-residual-error].
     """
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
     if isinstance(target, Transformer) and target.width < frozen.width:
@@ -98,17 +91,11 @@ def _reached(name: str, gap: Gap, rank: int) -> tuple[int, Bool[Tensor, "*batch"
 def necessary_ranks(target: Transformer, *, packed: bool = False) -> dict[str, int]:
     """Count the ranks below which no adapters make a whole network equal to the target [cor-whole].
 
-    For almost all frozen networks of the target's shape, whatever else is adapted: equal networks
-    have equal heads [thm-heads] and equal hidden units [thm-inner-rank], [thm-gated-rank]. Returns
-    a rank for each kind of weight, by which two weights of attention count equally;
-    `transformer_ranks` says what is enough. A tuned target is no such case, since the frozen
-    network was its start: it needs at most the ranks of what tuning changed.
-
-    First gains are frozen and have no zeros. The target's heads differ and have products of full
-    rank ``min(d, m)``, and all its hidden units are visible [ass-visible]; with rotary positions it
-    is one of almost all [prop-rotary-heads]. Raises `InputError` for networks other than pre-norm
-    ones without a final norm, for ``"gelu_tanh"``, of which nothing is proved, for packed heads
-    that are larger than what they read, and for normalized tokens of fewer than three dimensions.
+    Returns a rank for each kind of weight, by which two weights of attention count equally, for
+    almost all frozen networks; [cor-whole] has the conditions on the target, which a tuned one does
+    not meet. `transformer_ranks` says what is enough. Raises `InputError` for networks other than
+    pre-norm ones without a final norm, for ``"gelu_tanh"``, for packed heads that are larger than
+    what they read, and for normalized tokens of fewer than three dimensions.
 
     Parameters
     ----------
@@ -152,21 +139,12 @@ def unit_rank(
 ) -> int:
     """Count a rank that each feed-forward weight needs, for almost all frozen ones [cor-whole].
 
-    Equal networks have equal hidden units, up to their order and up to factors that cancel between
-    their weights. ``W_1`` needs the least ``r`` with ``(F − r)(m − r) ≤ F`` for ReLUs, ``≤ 0`` for
-    others; ``m = D − 1`` under a LayerNorm, ``D`` under an RMSNorm, with width ``D`` and ``F``
-    hidden units [thm-inner-rank]. In gated layers ``W_1`` is the gate, and ``W_3`` needs what
-    ``W_1`` needs with ReLUs [thm-gated-rank]. ``W_2`` needs the least ``r`` with
-    ``(F − r)(D − r) ≤ F``, or ``≤ 0`` in ungated layers without ReLUs. With enough hidden
-    units it is ``m − 1`` or ``m``, and ``D − 1`` or ``D``; for ``W_1`` and ``W_3`` it is attained
-    (`networks.align`). Gains are frozen.
-
-    Both networks have equal depth and equally many hidden units; for ``W_1`` with ReLUs the frozen
-    one may be deeper if it makes each target unit in one block, and ``F`` is the target's
-    [thm-depth]. All of the target's units are visible [ass-visible]. Nothing is proved of
-    ``"gelu_tanh"``.
-
-    Raises `InputError` where normalized tokens have fewer than three dimensions.
+    With ``F`` hidden units, width ``D``, and ``m = D − 1`` under a LayerNorm or ``D`` under an
+    RMSNorm, it is the least ``r`` with ``(F − r)(m − r) ≤ F``, or ``≤ 0`` for ``W_1`` without ReLUs
+    [thm-inner-rank]; ``W_1`` is the gate of gated layers, and ``W_3`` counts as with ReLUs
+    [thm-gated-rank]. ``W_2`` has ``D`` for ``m``, and ``≤ 0`` in ungated layers without ReLUs.
+    Gains are frozen. Raises `InputError` where normalized tokens have fewer than three dimensions,
+    and for ``"gelu_tanh"``, of which nothing is proved.
     """
     width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
     _checks.choice("activation", activation, ("relu", "gelu", "silu"))
@@ -194,14 +172,11 @@ def packed_rank(
     """Count a rank that two packed weights of attention need, both equally [thm-packed].
 
     ``W_Q`` and ``W_K`` (``"scores"``), or ``W_V`` and ``W_O`` (``"values"``), of all heads in one
-    matrix, as PEFT adapts them: the least ``R`` with ``(p − R)(m − R) + (p' − R)(m' − R) ≤ γ``,
-    where a factor below 0 counts as 0, and ``2 R ≥ min(2 d, m)``. ``W_Q`` and ``W_O`` have ``H d``
-    rows or columns, ``W_K`` and ``W_V`` ``d`` for each group. The other side is the width for
-    ``W_O``, otherwise ``m``, the dimension of normalized tokens. ``γ`` is ``d²`` for each group,
-    and ``d`` for scores with rotary positions. It holds for almost all frozen weights and targets
-    whose first gains have no zero; a rank above a weight's side means that all of it changes.
-    Raises `InputError` for numbers out of range, and for values of heads larger than ``m``, of
-    which the theorem does not speak.
+    matrix: the least ``R`` with ``(p − R)(q − R) + (p' − R)(q' − R) ≤ γ``, where a factor below 0
+    counts as 0, and ``2 R ≥ min(2 d, m)``. The sides ``p`` are ``H d`` of ``W_Q`` and ``W_O`` and
+    ``d`` for each group of ``W_K`` and ``W_V``; ``q`` is the width for ``W_O``, otherwise the
+    dimension ``m`` of normalized tokens; ``γ`` is ``d²`` for each group, ``d`` for rotary scores.
+    Raises `InputError` for numbers out of range, and for values of heads larger than ``m``.
     """
     width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
     d = _checks.integer("head_size", head_size, 1)

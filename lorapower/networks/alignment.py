@@ -16,11 +16,9 @@ _SETTINGS = ("residual", "norm", "activation", "gated", "rotary")
 def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transformer:
     """Order and rescale the target's units, which saves one rank on every ``W_1`` and ``W_3``.
 
-    On the sphere of normalized tokens ReLU units have normals ``a_k`` (frozen) and ``b_k``
-    (target). Some ``x`` has as many positive ``a_k·x`` as ``b_k·x``. Paired by sign and rescaled by
-    ``λ_k = a_k·x / b_k·x > 0``, all differences vanish on ``x``: ``W_1`` needs one rank less than
-    normalized tokens have dimensions [thm-inner-rank]. In gated layers, with any activation,
-    ``W_3`` is rescaled against ``W_2`` in the same way, with factors of either sign
+    ReLU units with normals ``b_k`` are paired with frozen ones ``a_k`` and rescaled so that all
+    differences vanish on one ``x`` of normalized tokens [thm-inner-rank]. In gated layers, with any
+    activation, ``W_3`` is rescaled against ``W_2`` in the same way, with factors of either sign
     [thm-gated-rank]. The target's gains count. Raises `InputError` for networks that do not fit,
     for other activations unless gated, and where no ``x`` is found, as may be where normals of the
     target are parallel.
