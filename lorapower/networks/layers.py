@@ -159,17 +159,6 @@ class LinearNetwork(_Layers):
         entrywise = sizes.sum(-1).amax(-1).sqrt() * sizes.sum(-2).amax(-1).sqrt()
         return torch.minimum(layerwise, entrywise)
 
-    @classmethod
-    def from_sequential(cls, module: nn.Sequential, *, name: str = "module") -> LinearNetwork:
-        """Read a `torch.nn.Sequential` as `FNN.from_sequential` does; refuses ReLU and bias too."""
-        layers = _dense_layers(module, name)
-        if any(layer.relu or layer.bias is not None for layer in layers):
-            remedy = "FNN.from_sequential takes both"
-            raise InputError(
-                name, allowed="without ReLU and biases", given="some of them", remedy=remedy
-            )
-        return cls([layer.weight for layer in layers])
-
 
 class FNN(_Layers):
     """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``.
@@ -243,45 +232,21 @@ class FNN(_Layers):
         last = self.preactivations(x)[-1]
         return last if self.linear_last else last.relu()
 
-    @classmethod
-    def from_sequential(cls, module: nn.Sequential, *, name: str = "module") -> FNN:
-        """Read a `torch.nn.Sequential` of ``Linear`` layers with a ReLU between any two.
-
-        It may end with a ReLU, or with ``Linear``: then the last layer is linear. Missing biases
-        are zeros. Sequentials may be nested; ``Identity``, ``Dropout`` and a leading ``Flatten``
-        are left out, as in evaluation. The module takes rows: ``network(x.mT).mT`` equals
-        ``module(x)``. Raises `InputError`, which calls the module ``name``, for other modules.
-        """
-        layers = _dense_layers(module, name)
-        for l, (inner, _) in enumerate(pairwise(layers), start=1):
-            if not inner.relu:
-                raise InputError(
-                    name,
-                    allowed="a Sequential with a ReLU between any two Linear layers",
-                    given=f"none between its layers {l} and {l + 1}",
-                    remedy="multiply the two into one",
-                )
-        weights = [layer.weight for layer in layers]
-        biases = [
-            layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
-            for layer in layers
-        ]
-        return cls(weights, biases, linear_last=bool(layers) and not layers[-1].relu)
-
 
 def as_network(value: Any, name: str = "network") -> Network:
-    """Return a network as it is, or make one from modules or matrices.
+    """Return a network as it is, or make one from a module or from matrices.
 
-    A `torch.nn.Sequential` with a ReLU or bias makes an `FNN`; another one, a matrix, or several
-    make a `LinearNetwork`. Raises `InputError`, which calls the value ``name``, for anything else.
+    A `torch.nn.Sequential` has ``Linear`` layers with a ReLU between any two, or neither ReLUs nor
+    biases. These make a `LinearNetwork`, as do a matrix or several; the others make an `FNN`, whose
+    last layer is linear where no ReLU follows it, with zeros for missing biases. Sequentials may be
+    nested; ``Identity``, ``Dropout`` and a leading ``Flatten`` are left out, as in evaluation. The
+    module takes rows: ``network(x.mT).mT`` equals ``module(x)``. Raises `InputError`, which calls
+    the value ``name``, for anything else.
     """
     if isinstance(value, Network):
         return value
     if isinstance(value, nn.Sequential):
-        layers = _dense_layers(value, name)
-        is_linear = not any(layer.relu or layer.bias is not None for layer in layers)
-        kind: type[FNN] | type[LinearNetwork] = LinearNetwork if is_linear else FNN
-        return kind.from_sequential(value, name=name)
+        return _from_sequential(value, name)
     if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
         raise InputError(
             name,
@@ -291,6 +256,26 @@ def as_network(value: Any, name: str = "network") -> Network:
         )
     is_matrix = isinstance(value, Tensor | np.ndarray) and value.ndim == 2
     return LinearNetwork([value] if is_matrix else value)
+
+
+def _from_sequential(module: nn.Sequential, name: str) -> Network:
+    layers = _dense_layers(module, name)
+    weights = [layer.weight for layer in layers]
+    if not any(layer.relu or layer.bias is not None for layer in layers):
+        return LinearNetwork(weights)
+    for l, inner in enumerate(layers[:-1], start=1):
+        if not inner.relu:
+            raise InputError(
+                name,
+                allowed="a Sequential with a ReLU between any two Linear layers",
+                given=f"none between its layers {l} and {l + 1}",
+                remedy="multiply the two into one",
+            )
+    biases = [
+        layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        for layer in layers
+    ]
+    return FNN(weights, biases, linear_last=not layers[-1].relu)
 
 
 def _usable_layers(weights: Any, biases: Any = None) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,7 +16,7 @@ from lorapower import InputError, PrecisionError, SingularError, bounds
 from lorapower.adapters import Adapters
 from lorapower.constructions import fnn
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, LinearNetwork, Partition, blocks
+from lorapower.networks import FNN, LinearNetwork, Partition, as_network, blocks
 from lorapower.regions import Ball, Box, Region, Samples
 
 
@@ -88,9 +88,11 @@ def test_a_linear_last_layer_stays_one(depth: int, linear_last: bool, seed: int)
         network.map(lambda values: -values),
         network[1],
         network.layers(slice(depth - 1, depth)),
-        FNN.from_sequential(network[0].to_sequential()),
     ):
         assert copy.linear_last == linear_last
+    again = as_network(network[0].to_sequential())
+    assert isinstance(again, FNN)
+    assert again.linear_last == linear_last
 
 
 @given(

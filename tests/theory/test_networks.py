@@ -111,14 +111,15 @@ def test_a_module_and_its_network_compute_the_same(
     kind: type[FNN] | type[LinearNetwork], data: st.DataObject, seed: int
 ) -> None:
     module, sizes = data.draw(modules(linear=kind is LinearNetwork))
-    network = kind.from_sequential(module.eval())
+    network = as_network(module.eval())
+    assert isinstance(network, FNN | LinearNetwork)
     assert network.widths == tuple(sizes)
     x = normal(3, sizes[0], seed=seed).to(network.dtype)
     atol = 200 * torch.finfo(network.dtype).eps
     torch.testing.assert_close(network(x.mT).mT, module(x), atol=atol, rtol=0)
     again = network.to_sequential()
     torch.testing.assert_close(again(x), module(x), atol=atol, rtol=0)
-    there = kind.from_sequential(again)
+    there = as_network(again)
     for mine, theirs in zip(
         (*there.weights, *there.biases), (*network.weights, *network.biases), strict=True
     ):
@@ -143,17 +144,13 @@ WRONG: dict[str, tuple[nn.Sequential, str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_other_modules_are_refused_by_the_layer(case: str) -> None:
     module, named = WRONG[case]
-    for read in (FNN.from_sequential, LinearNetwork.from_sequential, as_network):
-        with pytest.raises(InputError, match=rf"^mine must be .*; got {named}\("):
-            read(module, name="mine")
+    with pytest.raises(InputError, match=rf"^mine must be .*; got {named}\("):
+        as_network(module, name="mine")
 
 
-def test_relu_and_biases_make_no_linear_network() -> None:
-    for module in (nn.Sequential(nn.Linear(2, 2)), nn.Sequential(FIRST, nn.ReLU())):
-        with pytest.raises(InputError, match=r"^module must be without ReLU and biases"):
-            LinearNetwork.from_sequential(module)
+def test_layers_without_a_relu_between_them_have_no_biases() -> None:
     with pytest.raises(InputError, match="none between its layers 1 and 2"):
-        FNN.from_sequential(nn.Sequential(FIRST, FIRST))
+        as_network(nn.Sequential(nn.Linear(2, 2), FIRST))
 
 
 def test_a_batch_is_no_module() -> None:
