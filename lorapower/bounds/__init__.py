@@ -1,6 +1,7 @@
 """Rank thresholds and error bounds, each with the statement of the book that proves it.
 
-All raise `InputError` for networks of another kind than theirs.
+All raise `InputError` for networks of another kind than theirs. A `networks.Gap` has the threshold
+and the errors of deep linear networks.
 """
 
 from . import samples
@@ -12,12 +13,9 @@ from .floors import (
     feed_forward_floor,
 )
 from .layers import (
-    fnn_data_threshold,
     fnn_error,
     fnn_error_on,
     fnn_threshold,
-    linear_error,
-    linear_threshold,
 )
 from .transformer import (
     necessary_ranks,
@@ -35,12 +33,9 @@ __all__ = [
     "far_error",
     "feed_forward_floor",
     "final_layers_floor",
-    "fnn_data_threshold",
     "fnn_error",
     "fnn_error_on",
     "fnn_threshold",
-    "linear_error",
-    "linear_threshold",
     "necessary_ranks",
     "packed_rank",
     "samples",

@@ -1,6 +1,6 @@
-"""Rank thresholds and error bounds of linear and ReLU networks.
+"""Rank thresholds and error bounds of ReLU networks.
 
-Errors of ReLU networks are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's
+Errors are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's
 inner layers are linear; squared and divided by the number of outputs they bound the mean squared
 error. Block ``ℬ_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈ℬ_i} W_l``, of which adapters leave
 ``ε_i = σ_{r_i+1}(E_i)``, ``r_i = Σ_{l∈ℬ_i} R_l``.
@@ -9,7 +9,6 @@ error. Block ``ℬ_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈ℬ_i} W_
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,36 +17,11 @@ from torch import Tensor
 from .. import _checks, lowrank
 from ..errors import InputError
 from ..networks.gap import Gap
-from ..networks.layers import FNN, LinearNetwork
+from ..networks.layers import FNN
 from ..networks.partition import Partition, blocks
 
 # Samples, or the trace of their second moment.
 Inputs = Float[Tensor, "*#batch in samples"] | Float[Tensor, ""] | float
-
-
-def linear_threshold(frozen: LinearNetwork, target: LinearNetwork) -> Int[Tensor, "*batch"]:
-    """Compute ``⌈rank(E) / L⌉``, ``E = W̄ − ∏_l W_l``: the least exact rank [cor-threshold].
-
-    Raises `InputError` where a hidden layer is narrower than inputs or outputs.
-    """
-    return Gap(frozen, target).threshold
-
-
-class _Norms(NamedTuple):
-    """Spectral and Frobenius norm of a matrix."""
-
-    spectral: Float[Tensor, "*batch"]
-    frobenius: Float[Tensor, "*batch"]
-
-
-def linear_error(frozen: LinearNetwork, target: LinearNetwork, total_rank: int) -> _Norms:
-    """Compute the least ``spectral`` and ``frobenius`` error at total rank ``r = Σ_l R_l``.
-
-    They are ``σ_{r+1}(E)`` and ``(Σ_{d>r} σ_d(E)²)^{1/2}``; as lower bounds they need no
-    assumption. Source: [thm-optimal-adaptation].
-    """
-    gap = Gap(frozen, target)
-    return _Norms(gap.error(total_rank), gap.error(total_rank, "fro"))
 
 
 def fnn_threshold(
@@ -60,27 +34,6 @@ def fnn_threshold(
     `InputError` where a block's hidden layer is narrower than its inputs or outputs.
     """
     needed = [gap.threshold for gap in blocks(frozen, target, partition)]
-    return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
-
-
-def fnn_data_threshold(
-    frozen: FNN,
-    target: FNN,
-    inputs: Float[Tensor, "*#batch in samples"],
-    partition: Partition | None = None,
-) -> Int[Tensor, "*batch"]:
-    """Compute ``max_i ⌈rank(E_i C_{i−1}^{1/2}) / M_i⌉``: a rank that is enough on inputs.
-
-    ``C_{i−1}`` is the covariance over the inputs of the target's activations before layer ``i``. At
-    this rank, and none below, each block alone can reach the target's pre-activations on the
-    inputs. It is never above `fnn_threshold`, and far below where activations span little. Source:
-    [cor-data-threshold].
-    """
-    needed = []
-    for gap, z in _with_activations(blocks(frozen, target, partition), target, inputs):
-        missing = gap.matrix @ (z - z.mean(-1, keepdim=True))
-        size = gap.rounding_scale * torch.linalg.matrix_norm(z, ord=2)
-        needed.append(-(-lowrank.rank(missing, scale=size) // gap.frozen.depth))
     return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
 
 

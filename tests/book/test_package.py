@@ -40,7 +40,7 @@ def test_code_in_the_text_runs(
         "from lorapower.experiments import synthetic\n"
         "from lorapower.experiments.synthetic import Setting\n"
         "from lorapower.lowrank import LowRank\n"
-        "from lorapower.networks import FNN, LinearNetwork, Partition, Transformer\n"
+        "from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer\n"
         "from lorapower.regions import Ball, Box, Samples\n",
         names,
     )

@@ -25,8 +25,8 @@ def test_adapted_and_trained_networks_stay_where_they_are(kind: Any) -> None:
     found: Any = adapt(frozen, target, 2, *region, throw=False)
     merged = found.adapters.merge(frozen)
     assert merged.device.type == merged(X).device.type == "cuda"
+    if kind is FNN:
+        assert bounds.fnn_threshold(frozen, target).device.type == "cuda"
     if kind is not Transformer:
-        threshold = bounds.fnn_threshold if kind is FNN else bounds.linear_threshold
-        assert threshold(frozen, target).device.type == "cuda"
         runs = train(frozen, [Tuning(1)], Fresh(target, (4,)), steps=2)
         assert runs.network.device.type == "cuda"

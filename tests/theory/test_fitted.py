@@ -141,13 +141,8 @@ def test_a_threshold_on_data() -> None:
     span = normal(8, 2)
     x, others = span @ normal(2, 100, seed=1), span @ normal(2, 100, seed=2)
     assert bounds.fnn_threshold(frozen, target) == 4
-    # The second layer's inputs span more: they come from a ReLU.
-    assert bounds.fnn_data_threshold(frozen, target, x) <= 4
     shallow = relu(2, 1, 8)
-    assert bounds.fnn_data_threshold(*shallow, x) == 1
     assert fitted.adapt(*shallow, 1, x, others).error < 1e-20
-    # Fewer inputs than that have no more directions.
-    assert bounds.fnn_data_threshold(*shallow, x[:, :1]) == 0
 
 
 def test_small_errors_are_predicted_and_those_of_linear_networks_exactly() -> None:

@@ -279,10 +279,7 @@ DOORS = [
         {"inputs": [NAN], "steps": [-1], "iterations": [-1]},
     ),
     # Bounds
-    Door(bounds.linear_error, LINEAR | {"total_rank": 1}, {"frozen": [RELU["frozen"]]}),
-    Door(bounds.linear_threshold, LINEAR, {"target": [LinearNetwork.random(1, 2)]}),
     Door(bounds.fnn_error, RELU | {"ranks": 1, "inputs": X}, {"ranks": [4], "inputs": [NAN]}),
-    Door(bounds.fnn_data_threshold, RELU | {"inputs": X}, {"target": [WIDER]}),
     Door(bounds.transformer_threshold, HEADS, {"target": [RELU["target"]]}),
     Door(
         bounds.transformer_threshold,

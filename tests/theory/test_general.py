@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorapower import InputError, bounds
 from lorapower.constructions import adapt, fnn, linear, rank_for_error, transformer
-from lorapower.networks import FNN, LinearNetwork, Transformer
+from lorapower.networks import FNN, Gap, LinearNetwork, Transformer
 from lorapower.regions import Ball, Samples
 
 KINDS = ["linear", "fnn", "transformer"]
@@ -70,9 +70,10 @@ def test_the_rank_is_the_first_that_an_exhaustive_search_finds(
     least = next(rank for rank, value in enumerate(left) if value <= error)
     assert rank_for_error(frozen, target, error, x) == least
     if error == 1e-15:
-        threshold: Any = {"linear": bounds.linear_threshold, "fnn": bounds.fnn_threshold}.get(
-            kind, bounds.transformer_threshold
-        )
+        threshold: Any = {
+            "linear": lambda *pair: Gap(*pair).threshold,
+            "fnn": bounds.fnn_threshold,
+        }.get(kind, bounds.transformer_threshold)
         assert least == int(threshold(frozen, target))
 
 

@@ -21,9 +21,9 @@ from strategies import (
     seeds,
 )
 
-from lorapower import InputError, SingularError, bounds, lowrank
+from lorapower import InputError, SingularError, lowrank
 from lorapower.constructions import linear
-from lorapower.networks import LinearNetwork
+from lorapower.networks import Gap, LinearNetwork
 
 Norm = Literal["fro"] | float
 
@@ -100,7 +100,7 @@ def test_one_rank_for_layers_of_any_sizes(widths: list[int], rank: int, seed: in
     target = LinearNetwork([frozen.product() + lowrank.truncated_svd(change, rank).matrix()])
     sides = [min(weight.shape) for weight in frozen.weights]
     try:
-        threshold = int(bounds.linear_threshold(frozen, target))
+        threshold = int(Gap(frozen, target).threshold)
     except InputError as refused:
         for R in range(1, max(sides) + 1):
             with pytest.raises(InputError, match=f"^{re.escape(str(refused))}$"):
@@ -211,7 +211,7 @@ def test_a_target_that_is_reached_already_needs_nothing(
         target = LinearNetwork([frozen.product()])
         solution = linear.adapt(frozen, target, rank)
         assert all(not update.matrix().any() for update in solution.adapters.updates)
-        assert bounds.linear_threshold(frozen, target) == 0
+        assert Gap(frozen, target).threshold == 0
 
 
 def test_rounding_is_not_mistaken_for_a_small_error() -> None:
@@ -219,7 +219,7 @@ def test_rounding_is_not_mistaken_for_a_small_error() -> None:
     diagonal = np.diag([1e8, 1e-8])
     frozen = LinearNetwork([diagonal, np.linalg.inv(diagonal)])
     target = LinearNetwork([2 * np.eye(2)])
-    assert bounds.linear_threshold(frozen, target) == 1
+    assert Gap(frozen, target).threshold == 1
     solution = linear.adapt(frozen, target, 1)
     assert distance(solution.adapters.merge(frozen), target) < 1e-12
 

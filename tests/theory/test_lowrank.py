@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, normal, random_matrix, seeds
 
-from lorapower import bounds, lowrank
-from lorapower.networks import LinearNetwork
+from lorapower import lowrank
+from lorapower.networks import Gap, LinearNetwork
 
 sides = st.integers(1, 12)
 
@@ -29,13 +29,13 @@ def test_truncated_svd_is_the_best_approximation(
     difference = (matrix - approximation.matrix()).double().numpy()
     tolerance = 20 * torch.finfo(dtype).eps * max(rows, cols) * sigma.max()
     zero = LinearNetwork([torch.zeros_like(matrix)])
-    predicted = bounds.linear_error(zero, LinearNetwork([matrix]), rank)
+    predicted = Gap(zero, LinearNetwork([matrix]))
     for norm, expected, least in (
-        (np.linalg.norm(difference, 2, (-2, -1)), left_out.max(-1), predicted.spectral),
+        (np.linalg.norm(difference, 2, (-2, -1)), left_out.max(-1), predicted.error(rank)),
         (
             np.linalg.norm(difference, "fro", (-2, -1)),
             np.sqrt((left_out**2).sum(-1)),
-            predicted.frobenius,
+            predicted.error(rank, "fro"),
         ),
     ):
         np.testing.assert_allclose(norm, expected, rtol=0, atol=tolerance)
