@@ -55,15 +55,9 @@ def transformer_error(
     without any adapter [ass-heads]. The error is infinite where nothing is known: where narrow
     heads get less rank than they need, or a frozen product that has to change is singular
     [ass-regular]. Raises what `networks.segments` raises, and `InputError` for a rank outside 0 to
-    the width and for a narrower target. Source: [prop-transformer-error], [prop-residual-error].
+    the width. Source: [prop-transformer-error], [prop-residual-error].
     """
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
-    if isinstance(target, Transformer) and target.width < frozen.width:
-        raise InputError(
-            "target's width",
-            allowed=f"{frozen.width}, as in the frozen network",
-            given=target.width,
-        )
     cut = segments(frozen, target)
     reached = cut.map(lambda name, gap: _reached(name, gap, rank))
     network = assemble(target, cut.map(lambda name, gap: gap.reached(reached[name][0])))

@@ -85,15 +85,13 @@ def adapt(
     Raises `SingularError` where a segment is not reached within ``rtol``, and `InputError` for
     ranks out of range, for transformers that do not fit, for a singular ``W_1`` or ``W_2`` if
     plain, for heads narrower than the tokens with less rank than they need
-    (`bounds.transformer_ranks`) or wider than a narrower target's, and for a target whose scores no
-    query bias completes. Source: [thm-transformer], [thm-residual]; for narrow heads
-    [prop-narrow-heads].
+    (`bounds.transformer_ranks`), and for a target whose scores no query bias completes. Source:
+    [thm-transformer], [thm-residual]; for narrow heads [prop-narrow-heads].
 
     Parameters
     ----------
     frozen, target : Transformer
-        Of equal settings, sizes and type; batch shapes broadcast. Unless plain, the target may have
-        narrower tokens (`Transformer.fill`).
+        Of equal settings, sizes and type; batch shapes broadcast.
     ranks : int, mapping or Segments
         One for all, cut to each weight's smaller side; one for each kind of weight,
         `Transformer.adapted_kinds`; or `bounds.transformer_ranks`, the largest of each kind.
@@ -104,7 +102,6 @@ def adapt(
         See `linear.adapt`.
     """
     _checks.kind(Transformer, frozen=frozen, target=target)
-    _require_heads(frozen, target)
     cut = segments(frozen, target, throw=throw)
     each = _heads.ranks_by_kind(ranks, frozen)
     solutions, by_kind, errors = {}, {}, {}
@@ -195,24 +192,6 @@ def _plain_vectors(
     return vectors, torch.cat([conditions, of_out], -1)
 
 
-def _require_heads(frozen: Transformer, target: Transformer) -> None:
-    """Refuse heads that are neither narrower than a narrower target nor as wide as the tokens."""
-    if frozen.groups < frozen.heads:
-        return
-    for side in ("query size", "value size"):
-        size = frozen.sizes[side]
-        if side == "query size" and frozen.settings.rotary is not None:
-            continue
-        if target.dimension < size < frozen.width and target.width < frozen.width:
-            raise InputError(
-                f"frozen's {side}",
-                allowed=f"at most {target.dimension}, as a narrower target reads, or at least "
-                f"{frozen.width}",
-                given=size,
-                remedy="no construction covers heads in between",
-            )
-
-
 def _query_bias(
     adapted: Transformer,
     target: Transformer,
@@ -242,4 +221,4 @@ def _query_bias(
         )
     rounding = solution.rounding_error + missed
     completed = replace(solution, rounding_error=rounding, success=solution.success & ~bad)
-    return queries - times(adapted.W_Q, adapted.widen(s)), completed
+    return queries - times(adapted.W_Q, s), completed

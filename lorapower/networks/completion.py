@@ -77,31 +77,22 @@ def vectors_of(adapted: Transformer, target: Transformer, paired: bool) -> dict[
 
     Where queries and keys are ``paired`` in one segment, the bias of queries is left out.
     """
-    # Norms divide by the root of the width.
-    ratio = (target.width / adapted.width) ** 0.5
     s_1, s_2 = target.shifts
     vectors = {}
     for kind in target.bias_kinds:
-        if kind in GAINS:
-            vectors[kind] = ratio * adapted.widen(target.parameters[kind])
-        elif kind in SHIFTS:
-            vectors[kind] = adapted.widen(target.parameters[kind])
+        if kind in (*GAINS, *SHIFTS, "b_2"):
+            vectors[kind] = target.parameters[kind]
         elif kind in (("b_1", "b_3") if paired else ("b_1", "b_3", "b_Q", "b_K")):
             weight = kind.replace("b", "W")
             s = s_2 if kind in ("b_1", "b_3") else s_1.unsqueeze(-2)
             wanted = target.parameters[kind] + times(target.parameters[weight], s)
-            reached = times(adapted.parameters[weight], adapted.widen(s))
-            vectors[kind] = wanted - reached
-
-    def written(vector: Tensor) -> Tensor:
-        return adapted.fill(vector[..., None])[..., 0]
-
-    vectors["b_2"] = written(target.b_2)
+            vectors[kind] = wanted - times(adapted.parameters[weight], s)
     s = s_1.unsqueeze(-2)
-    wanted = times(target.W_O, target.each_head(times(target.W_V, s), -2))
-    values = adapted.each_head(times(adapted.W_V, adapted.widen(s)), -2)
-    missing = written(wanted) - times(adapted.W_O, values)
-    vectors["b_O"] = written(target.b_O) + missing.sum(-2)
+    wanted, reached = (
+        times(network.W_O, network.each_head(times(network.W_V, s), -2))
+        for network in (target, adapted)
+    )
+    vectors["b_O"] = target.b_O + (wanted - reached).sum(-2)
     return vectors
 
 

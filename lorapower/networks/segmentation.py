@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isclose
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -98,8 +97,7 @@ class Segments(dict[str, T]):
 def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) -> Segments[Gap]:
     """Cut two transformers into the linear maps between non-linearities [lem-segments].
 
-    Unless plain, segments use the target's gains, which the adapted network takes on. Such a target
-    may have narrower tokens, placed as by `Transformer.fill`.
+    Unless plain, segments use the target's gains, which the adapted network takes on.
 
     Raises `InputError` for transformers of different sizes, types or settings; for plain ones also
     where the feed-forward layer is not as wide as the tokens and, unless ``throw`` is false, where
@@ -123,17 +121,9 @@ def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) ->
         sides = [_cut_plain(network, batch) for network in (frozen, target)]
     else:
         first, second = target.readings
-        identity = torch.eye(frozen.width).to(first)
-        # A narrower target's tokens are the first coordinates of the frozen network's.
-        into = identity[:, : target.width]
-        written = frozen.fill(identity[: target.width, : target.width])
         ignores_means = target.settings.final_norm and target.settings.norm == "layer"
-        if ignores_means and target.width == frozen.width:
-            identity = written = target.basis().mT
-        sides = [
-            _cut(frozen, into @ first, into @ second, identity, batch),
-            _cut(target, first, second, written, batch),
-        ]
+        written = target.basis().mT if ignores_means else torch.eye(target.width).to(first)
+        sides = [_cut(network, first, second, written, batch) for network in (frozen, target)]
     return Segments({name: Gap(part, sides[1][name]) for name, part in sides[0].items()})
 
 
@@ -207,19 +197,15 @@ def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
 
 def _require_alike(frozen: Transformer, target: Transformer) -> None:
     """Refuse two networks whose segments do not correspond."""
-    target.require_like(frozen, _SETTINGS)
-    may_be_narrower = target.width < frozen.width and not frozen.is_plain
+    target.require_like(frozen, _SETTINGS if frozen.settings.norm is None else (*_SETTINGS, "eps"))
     for side, size in frozen.sizes.items():
-        if target.sizes[side] != size and not (may_be_narrower and side == "width"):
+        if target.sizes[side] != size:
             raise InputError(
                 f"target's {side}",
                 allowed=f"{size}, as in the frozen network",
                 given=target.sizes[side],
                 remedy="segments are matched one to one, and adapters leave all sizes as they are",
             )
-    given, eps = frozen.settings.eps, target.settings.eps * target.width / frozen.width
-    if frozen.settings.norm is not None and not isclose(given, eps, rel_tol=1e-9):
-        raise InputError("frozen", allowed=f"with eps {eps:.3g}, the target's", given=given)
     if frozen.is_plain and frozen.sizes["hidden"] != frozen.width:
         raise InputError(
             "W_1",

@@ -594,21 +594,6 @@ class Transformer(Network):
             return z
         return self.g_f[..., None] * self.normalize(z) + self.s_f[..., None]
 
-    def fill(self, z: Float[Tensor, "*batch narrower n"]) -> Float[Tensor, "*batch width n"]:
-        """Widen tokens of a narrower network with zeros, or with their mean under a LayerNorm.
-
-        Raises `InputError` for tokens that are wider. Source: [prop-sizes].
-        """
-        z = _checks.real_tensor("z", z, min_dims=2)
-        more = self.width - _checks.integer("width of z", z.shape[-2], 1, self.width)
-        mean = z.mean(-2, keepdim=True)
-        rows = mean if self.settings.norm == "layer" else torch.zeros_like(mean)
-        return torch.cat([z, rows.expand(*z.shape[:-2], more, z.shape[-1])], -2)
-
-    def widen(self, vector: Float[Tensor, "*batch narrower"]) -> Float[Tensor, "*batch width"]:
-        """Append zeros to a vector of narrower tokens."""
-        return functional.pad(vector, (0, self.width - vector.shape[-1]))
-
     def basis(self) -> Float[Tensor, "width m"]:
         """Make an orthonormal basis of the space of normalized tokens, of dimension ``m``."""
         identity = torch.eye(self.width).to(self.W_Q)

@@ -70,8 +70,7 @@ MANY = Transformer.random(1, 3, 1, batch_shape=(2,))
 NARROW = both(*residual_pair(0, 1, 6, 2, head_size=3))
 PRENORM = both(*residual_pair(0, 1, 6, 1, hidden=8))
 FINAL_NORM = residual_pair(0, 1, 6, 1, hidden=8, final_norm=True)[1]
-# A target of narrower tokens, whose norms the wider network's can be.
-NARROWER = residual_pair(0, 1, 4, 1, head_size=6, hidden=8, eps=1.5e-5)[1]
+NARROWER = residual_pair(0, 1, 4, 1, head_size=6, hidden=8)[1]
 LLAMA = decoder("LlamaModel", 4, 4)
 READ = from_decoder(LLAMA)
 # Read as it is, the base would be taken for the tuned model.
@@ -283,8 +282,8 @@ DOORS = [
     Door(bounds.transformer_threshold, HEADS, {"target": [RELU["target"]]}),
     Door(
         bounds.transformer_threshold,
-        PRENORM | {"target": NARROWER},
-        {"frozen": [PRENORM["frozen"].replace(eps=1.0)]},
+        PRENORM,
+        {"target": [NARROWER, PRENORM["target"].replace(eps=1.0)]},
     ),
     Door(
         bounds.transformer_error,
