@@ -29,8 +29,6 @@ _SHRINKAGES = (0.0, 0.01, 0.1, 1.0, inf)
 _RIDGE = 1e-3
 # The region of a ReLU network: a ball as large as all inputs, times this.
 _REACH = 1.25
-# Half width of a 95% interval, in standard errors.
-_NORMAL = 1.96
 
 
 class _Split(NamedTuple):
@@ -53,8 +51,6 @@ class FittedAdaptation(Adaptation):
     ----------
     error : Tensor
         On the test inputs, by which nothing was chosen.
-    low, high : Tensor
-        Its 95% interval, normal, from the spread over inputs.
     predicted : Tensor
         By [prop-first-order], on the inputs of the fit.
     fused : Fused
@@ -64,8 +60,6 @@ class FittedAdaptation(Adaptation):
     """
 
     error: Float[Tensor, ""]
-    low: Float[Tensor, ""]
-    high: Float[Tensor, ""]
     predicted: Float[Tensor, ""]
     fused: Fused
     fused_adapters: Adapters
@@ -85,8 +79,8 @@ class FittedAdaptation(Adaptation):
         carried = fused.carry_back(adapters, region, throw=throw)
         predicted = _first_order(adapters.merge(fused.network), fused.fused_target, data.fit)
         merged = carried.adapters.merge(fused.frozen)
-        errors = relative_error(merged, fused.target, data.test)
-        return cls(carried.adapters, carried.success, *errors, predicted, fused, adapters, region)
+        error = relative_error(merged, fused.target, data.test)
+        return cls(carried.adapters, carried.success, error, predicted, fused, adapters, region)
 
 
 @torch.no_grad()
@@ -178,11 +172,10 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
 
 def relative_error(
     network: Network, target: Network, x: Float[Tensor, "width n"]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Divide the mean squared difference of outputs by the target's variance; add a 95% interval.
+) -> Float[Tensor, ""]:
+    """Divide the mean squared difference of outputs by the target's variance.
 
-    The interval treats each sample as one draw and the variance as fixed. Only the target's
-    coordinates count. Raises `InputError` for a constant target.
+    Only the target's coordinates count. Raises `InputError` for a constant target.
     """
     wanted = target(x)
     outputs = network(network.fill(x))[..., : wanted.shape[-2], :]
@@ -194,9 +187,7 @@ def relative_error(
             given="equal outputs for all",
             remedy="an error relative to their variance has no meaning then",
         )
-    each = (outputs - wanted).square().mean(-2) / size
-    error, half = each.mean(), _NORMAL * each.std() / each.numel() ** 0.5
-    return error, (error - half).clamp(min=0), error + half
+    return (outputs - wanted).square().mean() / size
 
 
 def split(target: Network, inputs: Any, held_out: Any) -> _Split:

@@ -75,7 +75,7 @@ def test_fits_lose_to_no_construction_and_no_iteration_makes_them_worse() -> Non
     found = fitted.adapt(frozen, target, 2, x, others)
     built = fnn.adapt(frozen, target, 2, Ball.about(torch.cat([x, others], 1), 1.25))
     left = [
-        fitted.relative_error(each.adapters.merge(frozen), target, halves(others)[0])[0]
+        fitted.relative_error(each.adapters.merge(frozen), target, halves(others)[0])
         for each in (found, built)
     ]
     assert left[0] <= left[1] * (1 + 1e-9)
@@ -94,7 +94,7 @@ def test_partitions_unequal_ranks_and_linear_ends() -> None:
     better = polish(found, x, others, iterations=20)
     choosing, test = halves(others)
     assert fused_error(better, choosing) <= fused_error(found, choosing)
-    error = fitted.relative_error(better.adapters.merge(frozen), target, test)[0]
+    error = fitted.relative_error(better.adapters.merge(frozen), target, test)
     assert float(better.error) == pytest.approx(float(error))
 
 
@@ -151,17 +151,19 @@ def test_small_errors_are_predicted_and_those_of_linear_networks_exactly() -> No
         frozen, _ = relu(3, 3, 6, linear_last=linear_last)
         near = [w + 1e-5 * normal(6, 6, seed=i) for i, w in enumerate(frozen.weights)]
         goal = frozen.with_parameters(near)
+        data = fitted.split(goal, x, others)
         found = fitted.FittedAdaptation.measure(
             fused.fuse(frozen, goal, 0),
             Adapters(tuple(LowRank(w[:, :0], w[:0].mT) for w in near)),
             Ball(30.0),
-            fitted.split(goal, x, others),
+            data,
             throw=False,
         )
         # Both are means over as many inputs, not over the same.
-        noise = 2**0.5 * float(found.high - found.low) / (2 * 1.96)
+        each = (found.adapters.merge(frozen)(data.test) - goal(data.test)).square().mean(0)
+        noise = float(found.error * each.std() / each.mean()) * (2 / len(each)) ** 0.5
         assert abs(float(found.predicted - found.error)) < 4 * noise < 0.05 * float(found.error)
     linear, other = LinearNetwork.random(1, 6), LinearNetwork.random(1, 6, seed=1)
     found = fitted.adapt(linear, other, 1, x, others)
-    error = fitted.relative_error(found.adapters.merge(linear), other, x)[0]
+    error = fitted.relative_error(found.adapters.merge(linear), other, x)
     assert float(found.predicted) == pytest.approx(float(error))
