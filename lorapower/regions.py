@@ -67,10 +67,6 @@ class Region(ABC):
     def lowest(self, matrix: Float[Tensor, "*#batch out width"]) -> Float[Tensor, "*batch out 1"]:
         """Minimize ``M (x − centre)`` over the region, row by row; never above 0."""
 
-    @abstractmethod
-    def largest_norm(self) -> Float[Tensor, "*batch"]:
-        """Maximize ``‖x‖_2`` over the region."""
-
     def sample(
         self, samples: int, *, edge: bool = False, seed: int = 0
     ) -> Float[Tensor, "*batch width samples"]:
@@ -139,9 +135,6 @@ class Ball(Region):
         rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
         return -self.radius[..., None, None] * rows
 
-    def largest_norm(self) -> Float[Tensor, "*batch"]:
-        return self.radius + torch.linalg.vector_norm(self.centre, dim=(-2, -1))
-
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         shape = (*self.batch_shape, self.width, samples)
         dtype, device = self.centre.dtype, self.centre.device
@@ -182,9 +175,6 @@ class Box(Region):
     def lowest(self, matrix: Tensor) -> Tensor:
         return -(matrix.abs() * self.half.mT).sum(-1, keepdim=True)
 
-    def largest_norm(self) -> Float[Tensor, "*batch"]:
-        return torch.linalg.vector_norm(self.centre.abs() + self.half, dim=(-2, -1))
-
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         shape = (*self.batch_shape, self.width, samples)
         drawn = randomness.uniform(generator, *shape, dtype=self.centre.dtype)
@@ -211,10 +201,6 @@ class Samples(Region):
 
     def lowest(self, matrix: Tensor) -> Tensor:
         return (1 + self.margin) * (matrix @ (self.inputs - self.centre)).amin(-1, keepdim=True)
-
-    def largest_norm(self) -> Float[Tensor, "*batch"]:
-        # A convex function is largest at a corner.
-        return torch.linalg.vector_norm(self._corners(), dim=-2).amax(-1)
 
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
         count = self.inputs.shape[-1]

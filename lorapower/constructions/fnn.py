@@ -34,9 +34,6 @@ class FNNAdaptation(Adaptation):
     ----------
     block_errors : Tensor
         Predicted ``ε_i = ‖∏_{l∈ℬ_i}(W_l + ΔW_l) − W̄_i‖_2``; ``[..., L̄]``.
-    error_bound : Tensor
-        ``Σ_i [∏_{j>i} ‖W̄_j‖_2] ε_i max‖z_{i−1}‖ ≥ ‖f(x) − f̄(x)‖_2`` in the first region, in exact
-        arithmetic; ``[...]``.
     rounding_errors : Tensor
         Measured deviation of each block's product from the predicted one; ``[..., L̄]``.
     digits_lost : Tensor
@@ -48,7 +45,6 @@ class FNNAdaptation(Adaptation):
     partition: Partition
     regions: tuple[Region, ...]
     block_errors: Float[Tensor, "*batch blocks"]
-    error_bound: Float[Tensor, "*batch"]
     rounding_errors: Float[Tensor, "*batch blocks"]
     digits_lost: Float[Tensor, "*batch blocks"]
 
@@ -126,7 +122,6 @@ def adapt(
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
     regions, typical = [region], region.typical(1.0)
     updates, bias_updates, solutions, digits_lost = [], [], [], []
-    error_bound = torch.zeros((), device=frozen.device)
     for i, (gap, layers) in enumerate(zip(gaps, partition.slices, strict=True)):
         block, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
         try:
@@ -141,8 +136,6 @@ def adapt(
         if throw and failed.any():
             worst, member = float(lost[failed][0]), _checks.failed_members(failed)
             raise PrecisionError(i + 1, worst, limit=limit, dtype=frozen.dtype, member=member)
-        error_bound = gap.target.norm * error_bound
-        error_bound = error_bound + solution.spectral_error * regions[-1].largest_norm()
         updates += own
         bias_updates += biases
         solutions.append(solution)
@@ -160,7 +153,6 @@ def adapt(
         partition=partition,
         regions=tuple(regions),
         block_errors=stack(solution.spectral_error for solution in solutions),
-        error_bound=error_bound.expand(batch),
         rounding_errors=stack(solution.rounding_error for solution in solutions),
         digits_lost=stack(digits_lost),
     )

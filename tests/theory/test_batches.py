@@ -67,8 +67,8 @@ def region(kind: str, points: Tensor, size: Tensor) -> regions.Region:
 def of_region(kind: str, points: Tensor, size: Tensor, M: Tensor) -> list[Tensor]:
     held = region(kind, points, size)
     image, positive = held.image(M, M @ held.centre), held.relu()
-    found = [held.lowest(M), held.typical(1.0), image.centre, positive.centre]
-    return [*found, *(each.largest_norm() for each in (held, image, positive))]
+    ends = [each.lowest(torch.eye(each.width).double()) for each in (image, positive)]
+    return [held.lowest(M), held.typical(1.0), image.centre, positive.centre, *ends]
 
 
 def of_gap(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor]:
@@ -110,8 +110,8 @@ def found_by(construct: Any, frozen: Any, target: Any, *inputs: Any, x: Tensor) 
 def of_fnn(frozen: FNN, target: FNN, radius: Tensor) -> list[Tensor]:
     ball = regions.Ball(1 + radius[..., 0, 0].abs())
     found = fnn.adapt(frozen, target, 2, ball, throw=False)
-    evidence = [found.success, found.block_errors, found.error_bound]
-    return [*evidence, found.digits_lost, found.adapters.merge(frozen)(X)]
+    evidence = [found.success, found.block_errors, found.digits_lost]
+    return [*evidence, found.adapters.merge(frozen)(X)]
 
 
 def of_linear_adapt(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor]:

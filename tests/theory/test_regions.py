@@ -45,21 +45,6 @@ def test_no_member_goes_below_the_lowest_value_and_one_reaches_it(
     torch.testing.assert_close((matrix @ extreme).diagonal()[:, None], lowest)
 
 
-@given(kinds, st.integers(1, 6), seeds)
-def test_the_largest_norm_is_reached_by_no_member_but_at_the_edge(
-    kind: str, width: int, seed: int
-) -> None:
-    region = some_region(kind, width, seed)
-    largest = region.largest_norm()
-    for edge in (False, True):
-        norms = region.sample(500, edge=edge, seed=seed).norm(dim=0)
-        assert (norms <= largest * (1 + 1e-12)).all()
-    if not isinstance(region, Ball):
-        assert region.sample(20000, edge=True).norm(dim=0).max() >= largest * (1 - 1e-12)
-    else:
-        torch.testing.assert_close(largest, region.radius + region.centre.norm())
-
-
 @given(st.sampled_from(["ball", "box"]), st.integers(1, 6), seeds)
 def test_regions_of_images_hold_them(kind: str, width: int, seed: int) -> None:
     region = some_region(kind, width, seed)
@@ -104,7 +89,6 @@ def test_single_numbers_need_a_width_first(region: Region) -> None:
         lambda: region.centre,
         lambda: region.sample(5),
         lambda: region.typical(1.0),
-        region.largest_norm,
     ]
     for use in needs_width:
         with pytest.raises(InputError, match=r"region must be of a known width.*fit it to a width"):
