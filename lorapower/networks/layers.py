@@ -195,10 +195,6 @@ class FNN(_Layers):
         biases = self.biases if biases is None else biases
         return FNN(weights, biases, linear_last=self.linear_last, checked=checked)
 
-    def without_last_relu(self) -> FNN:
-        """Drop the last ReLU."""
-        return FNN(self.weights, self.biases, linear_last=True, checked=False)
-
     def layers(self, which: slice) -> FNN:
         """Cut out consecutive layers; only the last of all layers can be linear."""
         last = self.linear_last and self.depth - 1 in range(self.depth)[which]

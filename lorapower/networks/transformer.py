@@ -164,12 +164,10 @@ class Transformer(Network):
     for an RMSNorm; ``n = 0`` where ``z̃ = 0``. Without norms ``N(z) = z``.
 
     A *plain* transformer, without residual connections, norms, ``b_Q`` and ``b_O``, returns
-    ``W_out Y`` of the last block [def-transformer]; others return ``Y``, or a norm of it. They have
-    three more options [def-decoder]. *Gated* layers multiply ``σ(…)`` by ``W_3 N_2(U) + b_3``.
-    *Grouped* heads share keys and values: ``W_K`` and ``W_V`` have one matrix for each group of
-    neighbouring heads. *Rotary* positions rotate queries and keys, which then have biases ``b_K``:
-    coordinates ``i`` and ``i + d/2`` of the token at position ``j``, from 0, by the angle
-    ``j · base^{−2i/d}``.
+    ``W_out Y`` of the last block [def-transformer]; others return ``Y``, or a norm of it. *Gated*
+    layers multiply ``σ(…)`` by ``W_3 N_2(U) + b_3``, *grouped* heads share ``W_K`` and ``W_V`` with
+    their neighbours, and *rotary* positions rotate queries and keys, with biases ``b_K``
+    [def-decoder].
 
     Each parameter is also an attribute, such as ``network.W_Q``. Raises `InputError` for sizes that
     do not fit, other or mixed types, non-finite entries, and parameters that the settings exclude
@@ -334,10 +332,6 @@ class Transformer(Network):
     def dimension(self) -> int:
         """``m`` of the space of normalized tokens: ``D − 1`` under a LayerNorm, otherwise ``D``."""
         return self.width - (1 if self.settings.norm == "layer" else 0)
-
-    def is_narrow(self, side: str) -> bool:
-        """Say whether heads are narrower than tokens in ``"query size"`` or ``"value size"``."""
-        return self.sizes[side] < self.width
 
     @property
     def _sides(self) -> str:
@@ -506,18 +500,11 @@ class Transformer(Network):
         square = z.square().mean(-2, keepdim=True) + self.settings.eps
         return z * torch.where(square > 0, square, 1).rsqrt()
 
-    def norm_1(self, l: int, z: Tokens) -> Tokens:
-        """Compute ``N_1(z)`` of block ``l``, counted from 0: what attention reads."""
-        return self._norm(z, "g_1", "s_1", l)
-
-    def norm_2(self, l: int, u: Tokens) -> Tokens:
-        """Compute ``N_2(u)`` of block ``l``: what the feed-forward layer reads."""
-        return self._norm(u, "g_2", "s_2", l)
-
-    def _norm(self, z: Tensor, gain: str, shift: str, l: int) -> Tensor:
+    def _norm(self, place: Literal[1, 2], l: int, z: Tensor) -> Tensor:
+        """Compute ``N_1(z)`` or ``N_2(z)`` of block ``l``, counted from 0."""
         if self.settings.norm is None:
             return z
-        g, s = (self.parameters[kind][..., l, :, None] for kind in (gain, shift))
+        g, s = (self.parameters[f"{kind}_{place}"][..., l, :, None] for kind in "gs")
         return g * self.normalize(z) + s
 
     def scores(self, l: int, z: Tokens) -> Scores:
@@ -526,7 +513,7 @@ class Transformer(Network):
         There is a row per key, a column per query. With rotary positions keys get ``b_K``, and both
         are rotated before they are multiplied.
         """
-        tokens = self.norm_1(l, z)
+        tokens = self._norm(1, l, z)
         queries, keys = (_by_heads(w[..., l, :, :, :], tokens) for w in (self.W_Q, self.W_K))
         if not self.is_plain:
             queries = queries + self.b_Q[..., l, :, :, None]
@@ -558,7 +545,7 @@ class Transformer(Network):
 
     def attend(self, l: int, z: Tokens, patterns: Scores) -> Tokens:
         """Compute ``U`` of block ``l`` from tokens and attention patterns."""
-        values = _by_heads(self.W_V[..., l, :, :, :], self.norm_1(l, z))
+        values = _by_heads(self.W_V[..., l, :, :, :], self._norm(1, l, z))
         mixed = (self.each_head(values) @ patterns).flatten(-3, -2)
         attention = _times(self.W_O[..., l, :, :, :].transpose(-3, -2).flatten(-2), mixed)
         if self.is_plain:
@@ -568,7 +555,7 @@ class Transformer(Network):
 
     def hidden(self, l: int, u: Tokens) -> Hidden:
         """Compute the argument of block ``l``'s activation from ``U``."""
-        return _times(self.W_1[..., l, :, :], self.norm_2(l, u)) + self.b_1[..., l, :, None]
+        return _times(self.W_1[..., l, :, :], self._norm(2, l, u)) + self.b_1[..., l, :, None]
 
     def activate(self, p: Hidden) -> Hidden:
         """Compute ``σ(p)``."""
@@ -576,7 +563,7 @@ class Transformer(Network):
 
     def up(self, l: int, u: Tokens) -> Hidden:
         """Compute ``W_3 N_2(U) + b_3``, by which a gated block multiplies activations."""
-        return _times(self.W_3[..., l, :, :], self.norm_2(l, u)) + self.b_3[..., l, :, None]
+        return _times(self.W_3[..., l, :, :], self._norm(2, l, u)) + self.b_3[..., l, :, None]
 
     def feed_forward(self, l: int, u: Tokens, hidden: Hidden) -> Tokens:
         """Compute ``Y`` of block ``l``, which the next block reads, from ``U`` and `hidden`."""

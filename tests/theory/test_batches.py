@@ -42,7 +42,7 @@ def relu(depth: int) -> Maker:
 
 def open_ended(depth: int) -> Maker:
     """Make ReLU networks with a linear end, whose outputs are never constant."""
-    return lambda batch, seed: benign(depth, 4, batch, seed).without_last_relu()
+    return lambda batch, seed: benign(depth, 4, batch, seed, linear_last=True)
 
 
 def heads(**options: Any) -> Maker:
