@@ -14,7 +14,6 @@ from ..networks.completion import assemble
 from ..networks.gap import Gap
 from ..networks.segmentation import Segments, segments
 from ..networks.transformer import Norm, Transformer
-from .narrow_heads import pair_ranks
 
 Unit = Literal["W_1", "W_3", "W_2"]
 
@@ -32,7 +31,7 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
             return gap.rank
         if gap.frozen.depth == 2:
             return gap.threshold
-        pair = pair_ranks(gap)
+        pair = gap.pair_ranks
         return torch.stack([pair.inner, pair.outer, -(-pair.together // 2)]).amax(0)
 
     return segments(frozen, target).map(least)
@@ -77,7 +76,7 @@ def _reached(name: str, gap: Gap, rank: int) -> tuple[int, Bool[Tensor, "*batch"
         singular = lowrank.condition_number(gap.frozen.product()) > limit
         total = [rank, rank] if gap.frozen.depth == 2 else [0, rank, rank, 0]
         return sum(gap.ranks(total)), singular & (gap.rank > 0)
-    own, pair = min(rank, size), pair_ranks(gap)
+    own, pair = min(rank, size), gap.pair_ranks
     too_low = torch.maximum(pair.inner, pair.outer) > own
     return width, too_low | (pair.together > 2 * own)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .. import _checks, lowrank, randomness
 from ..adapters import Adapters
-from ..bounds.narrow_heads import PairRanks, pair_ranks
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
 from ..networks.gap import Gap
@@ -52,11 +51,11 @@ def is_narrow(gap: Gap) -> bool:
 
 
 def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
-    """Refuse ranks of two weights, by name, below those of `pair_ranks`."""
+    """Refuse ranks of two weights, by name, below those of `Gap.pair_ranks`."""
     if not is_narrow(gap):
         return
     needed_inner, needed_outer, together = (
-        max(each.flatten().tolist(), default=0) for each in pair_ranks(gap)[:3]
+        max(each.flatten().tolist(), default=0) for each in gap.pair_ranks[:3]
     )
     inner, outer = ranks.values()
     if inner < needed_inner or outer < needed_outer or inner + outer < together:
@@ -109,13 +108,13 @@ def adapt(
 def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int) -> LinearAdaptation:
     """Adapt the middle two of four layers; rounding errors show where ranks are too low."""
     (Y, X), (Y_target, X_target) = gap.frozen.halves(), gap.target.halves()
-    batch, needed = gap.batch_shape, pair_ranks(gap)
+    batch, needed = gap.batch_shape, gap.pair_ranks
     of_Y, of_X = (torch.zeros_like(m).expand(*batch, *m.shape[-2:]).clone() for m in (Y, X))
     conditions = Y.new_ones(batch)
     scale = (lowrank.norm(X_target) * lowrank.norm(Y_target)).expand(batch)
     Y, X, M = (m.expand(*batch, *m.shape[-2:]) for m in (Y, X, X_target @ Y_target))
     for place in product(*map(range, batch)):
-        counts = PairRanks(*(count[place] for count in needed))
+        counts = type(needed)(*(count[place] for count in needed))
         head = _Head(Y[place], X[place], M[place], counts, inner_rank, outer_rank)
         of_Y[place], of_X[place], conditions[place] = _exchange(head, scale[place])
     before, _, _, after = gap.frozen.weights
@@ -143,12 +142,12 @@ def adapt_narrow(gap: Gap, inner_rank: int, outer_rank: int) -> LinearAdaptation
 
 
 class _Head(NamedTuple):
-    """A single head: the frozen ``X Y``, the target's product ``M``, and ranks of changes."""
+    """A single head: the frozen ``X Y``, the target's ``M``, `Gap.pair_ranks`, and those given."""
 
     Y: Float[Tensor, "size into"]
     X: Float[Tensor, "out size"]
     M: Float[Tensor, "out into"]
-    needed: PairRanks
+    needed: Any
     inner_rank: int
     outer_rank: int
 

@@ -14,7 +14,6 @@ from scipy.optimize import least_squares
 from strategies import batch_shapes, dtypes, normal, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
-from lorapower.bounds.narrow_heads import pair_ranks
 from lorapower.constructions import transformer
 from lorapower.constructions._heads import adapt_narrow
 from lorapower.networks import Gap, Transformer, segments
@@ -159,7 +158,7 @@ def searched(gap: Gap, inner: int, outer: int) -> float:
 @pytest.mark.parametrize(("rows", "columns"), [(False, False), (True, False), (True, True)])
 def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, columns: bool) -> None:
     gap = of_rank(k, rows, columns)
-    needed = pair_ranks(gap)
+    needed = gap.pair_ranks
     for inner, outer in product(range(4), repeat=2):
         enough = inner >= needed.inner and outer >= needed.outer
         enough = enough and inner + outer >= needed.together
@@ -179,7 +178,7 @@ def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
     silent = Gap([eye, Y, zero, eye], [eye, torch.stack([y, b]), A, eye])
     empty = Gap([eye, zero.mT, zero, eye], [eye, torch.stack([y, b]), A, eye])
     for gap, ranks in ((hidden, [1, 1, 3]), (silent, [1, 2, 3]), (empty, [2, 2, 2])):
-        needed = pair_ranks(gap)
+        needed = gap.pair_ranks
         assert torch.stack(needed[:3]).tolist() == ranks
         for inner, outer in product(range(3), repeat=2):
             missed = float(adapt_narrow(gap, inner, outer).rounding_error)
@@ -212,7 +211,7 @@ def test_narrow_heads_of_two_ranks_are_adapted_in_one_batch() -> None:
             for side in ("frozen", "target")
         )
     )
-    assert pair_ranks(both).inner.tolist() == [int(pair_ranks(gap).inner) for gap in gaps]
+    assert both.pair_ranks.inner.tolist() == [int(gap.pair_ranks.inner) for gap in gaps]
     assert (adapt_narrow(both, 3, 3).rounding_error < 1e-10).all()
 
 
