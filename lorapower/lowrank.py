@@ -127,6 +127,13 @@ def _condition(singular_values: Tensor) -> Tensor:
     return torch.where(smallest > 0, largest / smallest, torch.inf)
 
 
+def times(
+    matrix: Float[Tensor, "*#batch out in"], vector: Float[Tensor, "*#batch in"]
+) -> Float[Tensor, "*batch out"]:
+    """Multiply vectors by matrices."""
+    return (matrix @ vector[..., None])[..., 0]
+
+
 def solve(
     matrix: Float[Tensor, "*#batch rows cols"], right: Float[Tensor, "*#batch rows k"]
 ) -> Float[Tensor, "*batch cols k"]:

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import _checks, lowrank
 from ..errors import InputError
-from ..networks.completion import assemble
 from ..networks.gap import Gap
 from ..networks.segmentation import Segments, segments
 from ..networks.transformer import Norm, Transformer
@@ -59,10 +59,69 @@ def transformer_error(
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
     cut = segments(frozen, target)
     reached = cut.map(lambda name, gap: _reached(name, gap, rank))
-    network = assemble(target, cut.map(lambda name, gap: gap.reached(reached[name][0])))
+    network = _assemble(target, cut.map(lambda name, gap: gap.reached(reached[name][0])))
     unknown = reached.map(lambda _, part: part[1]).largest()
     largest = torch.linalg.vector_norm(network(x) - target(x), dim=-2).amax(-1)
     return torch.where(unknown, torch.inf, largest)
+
+
+def _assemble(target: Transformer, products: Segments[Tensor]) -> Transformer:
+    """Make a transformer with these products of its segments, and all else the target's."""
+    if target.is_plain:
+        return _assemble_plain(target, products)
+    first, second = (torch.linalg.pinv(B) for B in target.readings)
+    ignores_means = target.settings.final_norm and target.settings.norm == "layer"
+    back = target.basis() if ignores_means else torch.eye(target.width).to(first)
+    weights = {"W_1": products.inner @ second, "W_2": back @ products.outer}
+    if target.settings.gated:
+        weights["W_3"] = products.up @ second
+    if paired := "query_key" in products:
+        weights["W_Q"] = products.query_key @ first
+        weights["W_K"] = first.expand(*products.query_key.shape[:-2], -1, -1)
+    else:
+        weights |= {"W_Q": products.query @ first, "W_K": products.key @ first}
+    if "value_output" in products:
+        weights["W_V"] = first.expand(*products.value_output.shape[:-2], -1, -1)
+        weights["W_O"] = back @ products.value_output
+    else:
+        weights |= {"W_V": products.value @ first, "W_O": back @ products.sent}
+    network = Transformer(weights, target.settings)
+    vectors = network.vectors_like(target, paired=paired)
+    if paired:
+        s = target.shifts[0].unsqueeze(-2)
+        keys = (target.W_K @ target.readings[0]).mT
+        wanted = lowrank.times(keys, lowrank.times(target.W_Q, s) + target.b_Q)
+        vectors["b_Q"] = wanted - lowrank.times(network.W_Q, s)
+    return network.replace(**vectors)
+
+
+def _assemble_plain(target: Transformer, products: Segments[Tensor]) -> Transformer:
+    shift, outputs = target.missing_shift, target.W_out.shape[-2]
+    identity = torch.eye(target.width).to(shift)
+    of_heads = identity.expand(products.query_key.shape)
+    of_blocks = of_heads[..., 0, :, :]
+    end = pad(products.output, (0, 0, 0, target.width - outputs))
+    constant = pad(lowrank.times(target.W_out, target.b_2[..., -1, :]), (0, target.width - outputs))
+    # The first bias has what the target's heads make of the shift and this network's do not.
+    sent = target.b_2[..., :-1, None, :]
+    for W in (target.W_V, target.W_O):
+        sent = lowrank.times(W[..., 1:, :, :, :], sent)
+    wanted = lowrank.times(target.W_1[..., 1:, :, :], sent.sum(-2))
+    missing = wanted - lowrank.times(products.value_output.sum(-3)[..., 1:, :, :], shift)
+    return Transformer(
+        {
+            "W_Q": products.query_key,
+            "W_K": of_heads,
+            "W_V": of_heads,
+            "W_O": products.value_output,
+            "W_1": of_blocks,
+            "b_1": target.b_1 + pad(missing, (0, 0, 1, 0)),
+            "W_2": torch.cat([of_blocks[..., 1:, :, :], end[..., None, :, :]], -3),
+            "b_2": torch.cat([shift, constant[..., None, :]], -2),
+            "W_out": identity[:outputs],
+        },
+        target.settings,
+    )
 
 
 def _reached(name: str, gap: Gap, rank: int) -> tuple[int, Bool[Tensor, "*batch"]]:

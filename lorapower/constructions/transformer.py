@@ -14,7 +14,6 @@ from .. import _checks, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks.completion import times, vectors_of
 from ..networks.gap import Gap
 from ..networks.segmentation import Segments, is_regular, segments
 from ..networks.transformer import Transformer
@@ -142,7 +141,7 @@ def adapt(
     if frozen.is_plain:
         vectors, conditions = _plain_vectors(adapted, target, cut, solutions["value_output"])
     else:
-        vectors = vectors_of(adapted, target, "query_key" in cut)
+        vectors = adapted.vectors_like(target, paired="query_key" in cut)
     if "query_key" in cut and not frozen.is_plain:
         vectors["b_Q"], solutions["query_key"] = _query_bias(
             adapted, target, cut.query_key, solutions["query_key"], rtol, throw
@@ -181,11 +180,11 @@ def _plain_vectors(
     shift = shift.expand(*adapted.batch_shape, *shift.shape[-2:])
     wanted = target.W_out @ target.b_2[..., -1, :, None]
     last = lowrank.solve(adapted.W_out, wanted)[..., 0].nan_to_num(0, 0, 0)
-    between = times(adapted.W_2[..., :-1, :, :], shift)
+    between = lowrank.times(adapted.W_2[..., :-1, :, :], shift)
     # Columns of a softmax sum to 1: what inexact segments make of the shift is constant.
     reached = values.adapters.merge(cut.value_output.frozen).product()
     missed = (cut.value_output.target.product() - reached).sum(-3)[..., 1:, :, :]
-    b_1 = target.b_1 + pad(times(missed, shift), (0, 0, 1, 0))
+    b_1 = target.b_1 + pad(lowrank.times(missed, shift), (0, 0, 1, 0))
     conditions = lowrank.condition_number(target.W_2)[..., :-1].expand(shift.shape[:-1])
     of_out = lowrank.condition_number(adapted.W_out)[..., None]
     vectors = {"b_1": b_1, "b_2": torch.cat([between, last[..., None, :]], -2)}
@@ -204,9 +203,11 @@ def _query_bias(
     s = target.shifts[0].unsqueeze(-2)
     # What all keys are multiplied by, whatever the token.
     keys = gap.frozen.weights[3] @ adapted.W_K.mT
-    wanted = times(gap.target.weights[3] @ target.W_K.mT, times(target.W_Q, s) + target.b_Q)
-    queries = times(torch.linalg.pinv(keys), wanted)
-    missed = torch.linalg.vector_norm(times(keys, queries) - wanted, dim=-1)
+    wanted = lowrank.times(
+        gap.target.weights[3] @ target.W_K.mT, lowrank.times(target.W_Q, s) + target.b_Q
+    )
+    queries = lowrank.times(torch.linalg.pinv(keys), wanted)
+    missed = torch.linalg.vector_norm(lowrank.times(keys, queries) - wanted, dim=-1)
     size = gap.rounding_scale + torch.linalg.vector_norm(wanted, dim=-1)
     limit = torch.finfo(missed.dtype).eps ** 0.5 if rtol is None else rtol
     # Below the threshold the biases make up for the nearest that is reached.
@@ -221,4 +222,4 @@ def _query_bias(
         )
     rounding = solution.rounding_error + missed
     completed = replace(solution, rounding_error=rounding, success=solution.success & ~bad)
-    return queries - times(adapted.W_Q, s), completed
+    return queries - lowrank.times(adapted.W_Q, s), completed

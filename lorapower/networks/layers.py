@@ -206,7 +206,7 @@ class FNN(_Layers):
         for layers in blocks:
             bias, *others = self.biases[layers]
             for W, b in zip(self.weights[layers][1:], others, strict=True):
-                bias = (W @ bias[..., None])[..., 0] + b
+                bias = lowrank.times(W, bias) + b
             weights.append(product(self.weights[layers]))
             biases.append(bias)
         return FNN(weights, biases, linear_last=self.linear_last)

@@ -465,6 +465,29 @@ class Transformer(Network):
         W_2, b_2 = self.W_2[..., :-1, :, :], self.b_2[..., :-1, :, None]
         return lowrank.solve(W_2, b_2)[..., 0]
 
+    def vectors_like(self, target: Transformer, *, paired: bool) -> dict[str, Tensor]:
+        """Find the vectors that complete adapted weights to the target, unless plain.
+
+        Where queries and keys are ``paired`` in one segment, the bias of queries is left out.
+        """
+        s_1, s_2 = target.shifts
+        vectors = {}
+        for kind in target.bias_kinds:
+            if kind in (*GAINS, *SHIFTS, "b_2"):
+                vectors[kind] = target.parameters[kind]
+            elif kind in (("b_1", "b_3") if paired else ("b_1", "b_3", "b_Q", "b_K")):
+                weight = kind.replace("b", "W")
+                s = s_2 if kind in ("b_1", "b_3") else s_1.unsqueeze(-2)
+                wanted = target.parameters[kind] + lowrank.times(target.parameters[weight], s)
+                vectors[kind] = wanted - lowrank.times(self.parameters[weight], s)
+        s = s_1.unsqueeze(-2)
+        wanted, reached = (
+            lowrank.times(network.W_O, network.each_head(lowrank.times(network.W_V, s), -2))
+            for network in (target, self)
+        )
+        vectors["b_O"] = target.b_O + (wanted - reached).sum(-2)
+        return vectors
+
     # Evaluation.
 
     def as_inputs(self, x: Any, name: str = "x") -> Tokens:
