@@ -58,7 +58,7 @@ def main() -> None:
         adam = {"steps": chosen.steps, "every": 10}
         runs, training = timed(train, frozen, [tuning], data, **adam)
         trained = runs.network[0].to(torch.float64)
-        error = fitted.relative_error(trained, target, fitted.split(target, *inputs).test)
+        error = fitted.relative_error(trained, target, fit.fused.split(*inputs).test)
         print(
             f"width {width}, rank {rank}: fitted {fitting:.2f} s, error {fit.error:.3g}; "
             f"polished {polishing:.2f} s, {better.error:.3g}; Adam {training:.2f} s, {error:.3g}; "

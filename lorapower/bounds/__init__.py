@@ -22,7 +22,6 @@ from .transformer import (
     packed_rank,
     transformer_error,
     transformer_ranks,
-    transformer_threshold,
     unit_rank,
 )
 
@@ -41,6 +40,5 @@ __all__ = [
     "samples",
     "transformer_error",
     "transformer_ranks",
-    "transformer_threshold",
     "unit_rank",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -23,7 +23,8 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
 
     Where a segment differs by ``E``: ``⌈rank(E)/2⌉`` for two weights, more for heads narrower than
     the tokens [prop-narrow-heads], and ``rank E`` for one. ``[..., L, H]`` for heads, each by
-    itself, and ``[..., L]`` for blocks. Raises what `networks.segments` raises.
+    itself, and ``[..., L]`` for blocks; `Segments.largest` is enough for all. Raises what
+    `networks.segments` raises.
     """
 
     def least(name: str, gap: Gap) -> Tensor:
@@ -35,14 +36,6 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
         return torch.stack([pair.inner, pair.outer, -(-pair.together // 2)]).amax(0)
 
     return segments(frozen, target).map(least)
-
-
-def transformer_threshold(frozen: Transformer, target: Transformer) -> Int[Tensor, "*batch"]:
-    """Find the rank that is enough for all segments, the largest of `transformer_ranks`.
-
-    If plain, ``⌈r/2⌉`` with ``r`` the largest rank of a difference, unless heads are narrow.
-    """
-    return transformer_ranks(frozen, target).largest()
 
 
 def transformer_error(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from ..networks.layers import FNN, as_network
 from ..networks.partition import Partition
 from ..regions import Ball, Region
 from ..regression import Regression, reduced_rank, second_moment_root, variance
-from .fused import Fused, fuse
+from .fused import Fused, _Split, fuse
 from .linear import Adaptation
 
 # Shrinkages towards the error matrix, in mean variances of an input.
@@ -29,14 +29,6 @@ _SHRINKAGES = (0.0, 0.01, 0.1, 1.0, inf)
 _RIDGE = 1e-3
 # The region of a ReLU network: a ball as large as all inputs, times this.
 _REACH = 1.25
-
-
-class _Split(NamedTuple):
-    """Inputs to ``fit``; of those held out, one half to ``select`` a fit and one to ``test`` it."""
-
-    fit: Tensor
-    select: Tensor
-    test: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,7 +116,8 @@ def adapt(
         inputs but those that test, 1.25 times as large as they need.
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
-    fused, data = fuse(frozen, target, ranks, partition), split(target, inputs, held_out)
+    fused = fuse(frozen, target, ranks, partition)
+    data = fused.split(inputs, held_out)
     if isinstance(frozen, FNN):
         if region is None:
             region = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
@@ -188,31 +181,6 @@ def relative_error(
             remedy="an error relative to their variance has no meaning then",
         )
     return (outputs - wanted).square().mean() / size
-
-
-def split(target: Network, inputs: Any, held_out: Any) -> _Split:
-    """Return inputs to fit, to select by and to test on, as the target takes them.
-
-    Raises `InputError` for inputs that are too few, of another width, not finite, or in both sets.
-    """
-    parts = []
-    for name, given, least in (("inputs", inputs, 2), ("held_out", held_out, 4)):
-        x = target.as_inputs(given, name)
-        if x.ndim != 2 or x.shape[-1] < least:
-            allowed = f"of shape [width, samples], at least {least} samples"
-            raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}")
-        parts.append(x)
-    columns = [{column.numpy().tobytes() for column in x.cpu().mT} for x in parts]
-    # A few inputs may well be drawn twice.
-    shared = len(columns[0] & columns[1])
-    if 10 * shared > len(columns[1]):
-        raise InputError(
-            "held_out",
-            allowed="other inputs than those of the fit",
-            given=f"{shared} that are among them",
-            remedy="the inputs of a fit cannot judge it; split the inputs first",
-        )
-    return _Split(parts[0], *parts[1].tensor_split(2, -1))
 
 
 def _fit_in_turn(

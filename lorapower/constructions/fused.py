@@ -8,10 +8,13 @@ each segment, and what is found for it is carried back.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters
+from ..errors import InputError
 from ..networks.base import Network
 from ..networks.gap import Gap
 from ..networks.layers import FNN, LinearNetwork
@@ -19,6 +22,14 @@ from ..networks.partition import Partition, blocks
 from ..regions import Region
 from . import general
 from .linear import Adaptation
+
+
+class _Split(NamedTuple):
+    """Inputs to ``fit``; of those held out, one half to ``select`` a fit and one to ``test`` it."""
+
+    fit: Tensor
+    select: Tensor
+    test: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,31 @@ class Fused:
         reached = adapters.merge(self.network)
         options = {"partition": self.partition} if self.partition else {}
         return general.adapt(self.frozen, reached, self.ranks, region, throw=throw, **options)
+
+    def split(self, inputs: Any, held_out: Any) -> _Split:
+        """Return inputs to fit, to select by and to test on, as the target takes them.
+
+        Raises `InputError` for inputs that are too few, of another width, not finite, or in both
+        sets.
+        """
+        parts = []
+        for name, given, least in (("inputs", inputs, 2), ("held_out", held_out, 4)):
+            x = self.target.as_inputs(given, name)
+            if x.ndim != 2 or x.shape[-1] < least:
+                allowed = f"of shape [width, samples], at least {least} samples"
+                raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}")
+            parts.append(x)
+        columns = [{column.numpy().tobytes() for column in x.cpu().mT} for x in parts]
+        # A few inputs may well be drawn twice.
+        shared = len(columns[0] & columns[1])
+        if 10 * shared > len(columns[1]):
+            raise InputError(
+                "held_out",
+                allowed="other inputs than those of the fit",
+                given=f"{shared} that are among them",
+                remedy="the inputs of a fit cannot judge it; split the inputs first",
+            )
+        return _Split(parts[0], *parts[1].tensor_split(2, -1))
 
 
 def fuse(frozen: Network, target: Network, ranks: Any, partition: Partition | None = None) -> Fused:

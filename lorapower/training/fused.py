@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks, randomness
 from ..adapters import Adapters
 from ..constructions import fnn
-from ..constructions.fitted import FittedAdaptation, split
+from ..constructions.fitted import FittedAdaptation
 from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
 from ..errors import InputError
@@ -178,7 +178,7 @@ def polish(
     """
     iterations = _checks.integer("iterations", iterations, 0)
     problem, adapters = fitted.fused, fitted.fused_adapters
-    parts = split(problem.target, inputs, held_out)
+    parts = problem.split(inputs, held_out)
     seen, unseen = ((x, problem.target(x)) for x in (parts.fit, parts.select))
     if steps:
         samples = min(BATCH, parts.fit.shape[-1])

@@ -114,6 +114,10 @@ def of_fnn(frozen: FNN, target: FNN, radius: Tensor) -> list[Tensor]:
     return [*evidence, found.adapters.merge(frozen)(X)]
 
 
+def least_rank(frozen: Transformer, target: Transformer) -> Tensor:
+    return bounds.transformer_ranks(frozen, target).largest()
+
+
 def of_linear_adapt(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor]:
     found = linear.adapt(frozen, target, 1, throw=False)
     evidence = [found.success, found.spectral_error, found.frobenius_error]
@@ -161,9 +165,9 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "fnn_threshold": (bounds.fnn_threshold, [relu(3), relu(2)]),
     "fnn_error": (lambda f, t, x: bounds.fnn_error(f, t, 1, x), [relu(3), relu(2), INPUTS]),
     "fnn_error_on": (lambda f, t, x: bounds.fnn_error_on(f, t, 1, x), [relu(3), relu(2), INPUTS]),
-    "transformer_threshold": (bounds.transformer_threshold, [heads(), heads()]),
-    "transformer_threshold, norms": (
-        bounds.transformer_threshold,
+    "transformer_ranks": (least_rank, [heads(), heads()]),
+    "transformer_ranks, norms": (
+        least_rank,
         [heads(**NORMED), heads(**NORMED)],
     ),
     "transformer_error": (

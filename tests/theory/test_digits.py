@@ -134,9 +134,11 @@ def test_constructions_equal_the_target_from_the_threshold(
 ) -> None:
     depth = 2 * digits.DEPTHS[model] if model == "fnn" else 1
     problem = Problem(model=model, depth=depth, start=start, steps=20)
-    of_kind = bounds.fnn_threshold if model == "fnn" else bounds.transformer_threshold
-    threshold = int(of_kind(*problem.networks()))
-    assert threshold == {"fnn": 32, "transformer": 8}[model]
+    pair, threshold = problem.networks(), {"fnn": 32, "transformer": 8}[model]
+    if model == "fnn":
+        assert bounds.fnn_threshold(*pair) == threshold
+    else:
+        assert bounds.transformer_ranks(*pair).largest() == threshold
     few, below, at = measure(problem, *grid(Construction, ranks=[1, threshold - 1, threshold]))
     assert at.error < 1e-20 < below.error < few.error
     assert at.accuracy == at.target_accuracy > few.accuracy

@@ -151,9 +151,10 @@ def test_small_errors_are_predicted_and_those_of_linear_networks_exactly() -> No
         frozen, _ = relu(3, 3, 6, linear_last=linear_last)
         near = [w + 1e-5 * normal(6, 6, seed=i) for i, w in enumerate(frozen.weights)]
         goal = frozen.with_parameters(near)
-        data = fitted.split(goal, x, others)
+        pair = fused.fuse(frozen, goal, 0)
+        data = pair.split(x, others)
         found = fitted.FittedAdaptation.measure(
-            fused.fuse(frozen, goal, 0),
+            pair,
             Adapters(tuple(LowRank(w[:, :0], w[:0].mT) for w in near)),
             Ball(30.0),
             data,

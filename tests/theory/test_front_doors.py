@@ -279,9 +279,9 @@ DOORS = [
     ),
     # Bounds
     Door(bounds.fnn_error, RELU | {"ranks": 1, "inputs": X}, {"ranks": [4], "inputs": [NAN]}),
-    Door(bounds.transformer_threshold, HEADS, {"target": [RELU["target"]]}),
+    Door(bounds.transformer_ranks, HEADS, {"target": [RELU["target"]]}),
     Door(
-        bounds.transformer_threshold,
+        bounds.transformer_ranks,
         PRENORM,
         {"target": [NARROWER, PRENORM["target"].replace(eps=1.0)]},
     ),

@@ -73,7 +73,7 @@ def test_the_rank_is_the_first_that_an_exhaustive_search_finds(
         threshold: Any = {
             "linear": lambda *pair: Gap(*pair).threshold,
             "fnn": bounds.fnn_threshold,
-        }.get(kind, bounds.transformer_threshold)
+        }.get(kind, lambda *pair: bounds.transformer_ranks(*pair).largest())
         assert least == int(threshold(frozen, target))
 
 

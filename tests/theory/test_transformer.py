@@ -76,7 +76,7 @@ def test_exact_at_the_threshold_segment_by_segment(
         Transformer.random(depth, width, heads, scale=scale, batch_shape=shape, seed=s, dtype=dtype)
         for shape, s in ((batch, seed), (other, seed + 1))
     )
-    rank = int(bounds.transformer_threshold(frozen, target).max())
+    rank = int(bounds.transformer_ranks(frozen, target).largest().max())
     assert rank == -(-width // 2)
     solution = transformer.adapt(frozen, target, rank, rtol=torch.inf)
     adapted = solution.adapters.merge(frozen)
