@@ -186,7 +186,7 @@ def run(file: str) -> None:
             for way, rates in WAYS
             for rate in rates
         ]
-        best = protocols.choose_rates(tried, lambda some: by_layers(learn(some)))
+        best = protocols.choose_rates(tried, learn)
         ways = [way.replace(learning_rate=best[way.way, True][way.rank]) for way, _ in WAYS]
         recipes = [way for way in ways if isinstance(way, Part) and way.rank == RECIPE_RANK]
         problems = sweeps.grid(FactProblem, number=[SEARCHED], seed=range(RECIPE_SEEDS))
@@ -207,27 +207,15 @@ def run(file: str) -> None:
             learn([FactRun(problem=FactProblem(number=MANY, passes=passes), method=method)])
 
 
-def by_layers(table: pd.DataFrame) -> pd.DataFrame:
-    """Name each run's way in the column of layers, for `protocols.best_rates`."""
-    other = table.recipe.notna() & table.recipe.ne("plain")
-    parts = table.pattern.mask(other, table.pattern + " " + table.recipe)
-    return table.assign(targets=table.targets.fillna(parts))
-
-
 def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
     """Keep each way's runs at the rate that was best in the search, and name their ``place``.
 
     Runs without a ``recipe`` are ``"plain"`` too.
     """
-    named = by_layers(table)
-    searched = named.number.eq(SEARCHED) & named.seed.eq(0) & named.passes.eq(PASSES)
-    best = protocols.best_rates(named[searched])
-    way = named.targets.mask(named.targets.eq("all"), "lora").fillna("full")
-    of_way = zip(way, named["rank"].fillna(0).astype(int), strict=True)
-    rates = [best[name, True][rank] for name, rank in of_way]
-    place = table.pattern.fillna(table.targets).fillna("full").replace(PLACES)
-    named = table.assign(place=place, recipe=table.recipe.fillna("plain"))
-    return named[table.learning_rate.to_numpy() == rates]
+    searched = table.number.eq(SEARCHED) & table.seed.eq(0) & table.passes.eq(PASSES)
+    found = protocols.at_best_rates(table, table[searched])
+    place = found.pattern.fillna(found.targets).fillna("full").replace(PLACES)
+    return found.assign(place=place, recipe=found.recipe.fillna("plain"))
 
 
 if __name__ == "__main__":

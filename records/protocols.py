@@ -189,13 +189,9 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
     Scores are means over seeds. Of rates that are at most one standard error worse than the best,
     seed by seed, the lowest is taken.
     """
-    everywhere = table.targets.isna() | (table.targets == "all")
-    ranked = table.assign(
-        rank=table["rank"].fillna(0).astype(int),
-        method=table.method.where(everywhere, table.targets),
-    )
+    ranked = table.assign(way=_ways(table), rank=_ranks(table))
     rates: dict[tuple[str, bool], dict[int, float]] = {}
-    for key, rows in ranked.groupby(["method", "pretrained", "rank"]):
+    for key, rows in ranked.groupby(["way", "pretrained", "rank"]):
         kind, shipped, rank = cast("tuple[str, bool, int]", key)
         scores = rows.pivot(index="seed", columns="learning_rate", values="score")
         worse = scores.sub(scores[scores.mean().idxmax()], axis=0)
@@ -204,6 +200,26 @@ def best_rates(table: pd.DataFrame) -> dict[tuple[str, bool], dict[int, float]]:
         best = cast("float", ties.idxmax())
         rates.setdefault((kind, bool(shipped)), {})[int(rank)] = best
     return rates
+
+
+def at_best_rates(table: pd.DataFrame, search: pd.DataFrame) -> pd.DataFrame:
+    """Keep each way's runs, from pretrained weights, at the rate that is best in a search."""
+    best = best_rates(search)
+    rates = [best[way, True][rank] for way, rank in zip(_ways(table), _ranks(table), strict=True)]
+    return table[table.learning_rate.to_numpy() == rates]
+
+
+def _ways(table: pd.DataFrame) -> pd.Series[str]:
+    """Write what each run tunes as ``way`` of its method does."""
+    about = table.reindex(columns=["method", "targets", "pattern", "recipe"]).astype(object)
+    plain = about.recipe.isna() | (about.recipe == "plain")
+    of_part = about.pattern.fillna("") + (" " + about.recipe.astype(str)).mask(plain, "")
+    layers = about.targets.where(about.targets != "all").fillna(about.method)
+    return layers.mask(about.method == "part", of_part)
+
+
+def _ranks(table: pd.DataFrame) -> pd.Series[int]:
+    return table["rank"].fillna(0).astype(int)
 
 
 def _rate(by_rank: Mapping[int, float], rank: int) -> float:

@@ -60,21 +60,19 @@ def run(file: str) -> None:
             for recipe, rates in RATES.items()
             for rate in rates
         ]
-        best = protocols.choose_rates(tried, lambda some: by_recipe(tune(some)))
+        best = protocols.choose_rates(tried, lambda some: by_validation(tune(some)))
         chosen = [way.replace(learning_rate=best[way.way, True][RANK]) for way in ways.values()]
         tune(sweeps.grid(TextRun, problem=problems, method=chosen))
 
 
-def by_recipe(table: pd.DataFrame) -> pd.DataFrame:
-    """Write recipes as `Part.way` does, and validation scores, where rates are chosen."""
-    return table.assign(targets=" " + table.recipe, score=table.validation)
+def by_validation(table: pd.DataFrame) -> pd.DataFrame:
+    """Score runs as rates are chosen."""
+    return table.assign(score=table.validation)
 
 
 def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
     """Keep each recipe's runs at the rate that was best in the search."""
-    best = protocols.best_rates(by_recipe(table[table.seed < SEARCHED]))
-    rates = [best[f" {recipe}", True][RANK] for recipe in table.recipe]
-    return table[table.learning_rate.to_numpy() == rates]
+    return protocols.at_best_rates(table, by_validation(table[table.seed < SEARCHED]))
 
 
 if __name__ == "__main__":
