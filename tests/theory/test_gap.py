@@ -101,6 +101,14 @@ def test_the_threshold_is_the_first_rank_for_all_layers_that_is_enough(
             assert gap.ranks(ranks) == [0] * len(sides)
 
 
+def test_rounding_of_large_products_counts_as_nothing() -> None:
+    frozen = conditioned(3, 6).map(lambda weight: 100 * weight)
+    first, second, third = frozen.weights
+    gap = Gap(frozen, [(third @ second) @ first])
+    assert gap.matrix.any()
+    assert gap.rank == 0
+
+
 def test_a_product_that_overflows_is_refused() -> None:
     huge = LinearNetwork(torch.full((2, 2, 2), 1e200, dtype=torch.float64))
     gap = Gap(huge, LinearNetwork.random(1, 2))
