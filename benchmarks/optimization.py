@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 from lorapower.experiments import sweeps, synthetic
-from lorapower.experiments.synthetic import Fused, Problem, Recipe, Setting
+from lorapower.experiments.study import Setting, Trained, TrainedFused, measure
+from lorapower.experiments.synthetic import Synthetic
 
 
 def main() -> None:
@@ -25,14 +27,14 @@ def main() -> None:
     chosen = parser.parse_args()
 
     _, grid = synthetic.GRIDS["paper"]
-    better = Recipe(ranks=8, learning_rate=1e-2, schedule="cosine", loss="one-sided")
-    ways: dict[str, list[Recipe] | list[Fused]] = {
-        "study's grid": sweeps.grid(Recipe, ranks=8, **grid),
-        "one-sided, linearized": [better.replace(start="linearized")],
-        "fused, 8 runs": [Fused(ranks=8, learning_rates=(1e-2, 3e-2))],
+    better = Trained(ranks=8, learning_rate=1e-2, schedule="cosine", loss="one-sided")
+    ways: dict[str, list[Trained] | list[TrainedFused]] = {
+        "study's grid": sweeps.grid(Trained, ranks=8, **grid),
+        "one-sided, linearized": [better.replace(initial="linearized")],
+        "fused, 8 runs": [TrainedFused(ranks=8, learning_rates=(1e-2, 3e-2))],
     }
     problems = sweeps.grid(
-        Problem,
+        Synthetic,
         target_depth=chosen.layers,
         depth=2 * chosen.layers,
         steps=chosen.steps,
@@ -43,7 +45,7 @@ def main() -> None:
     for name, methods in ways.items():
         errors, start = [], perf_counter()
         for problem in problems:
-            found = synthetic.measure([Setting(problem=problem, method=m) for m in methods])
+            found: list[Any] = measure([Setting(problem=problem, method=m) for m in methods])
             best = min(found, key=lambda one: one.validation_loss)
             errors.append(best.error / best.variance)
         taken = perf_counter() - start

@@ -79,9 +79,7 @@ class Design:
     def edge(self) -> float:
         """The ``f²`` from which a direction by itself pays, large sides [prop-edge].
 
-        ``(D_out + q + (D_out² + 14 D_out q + q²)^{1/2}) σ²/2n``: below it noise has turned the
-        singular vectors so far that the direction is better left out. `simple_risk` says
-        ``(D_out + q) σ²/n``.
+        ``(D_out + q + (D_out² + 14 D_out q + q²)^{1/2}) σ²/2n``.
         """
         a, b = self.outputs, self.span
         return (a + b + math.sqrt(a**2 + 14 * a * b + b**2)) * self.variance / 2
@@ -89,19 +87,18 @@ class Design:
     def observe(self, change: Float[Tensor, "out span"], draws: int, seed: int) -> _Observed:
         """See a change ``F = E X / n^{1/2}``, in the rows of ``X``, with draws of the noise.
 
-        ``seen`` decomposes each ``F + Ξ``, where entries of ``Ξ`` have the variance ``σ²/n``;
-        ``noise`` is ``‖Ξ‖``, ``risks`` are those of least squares of each rank, and ``risk`` is of
-        other singular values. Source: [thm-risk].
+        ``seen`` decomposes each ``F + Ξ``, ``noise`` is ``‖Ξ‖``, ``risks`` are those of least
+        squares of each rank, and ``risk`` is of other singular values. Source: [thm-risk].
         """
         draw = randomness.generator(seed, f"noise {self.noise}", self.samples)
         noise = self.variance**0.5 * randomness.normal(draw, draws, *change.shape)
         return _Observed(self, change, lowrank.svd(change + noise), lowrank.norm(noise))
 
     def divergence(self, f: Spectrum) -> Risks:
-        """Compute the degrees of freedom of least squares of each rank.
+        """Compute the degrees of freedom of least squares of each rank [thm-risk].
 
-        ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² − f_j²)``, the divergence of the
-        best approximation of rank ``r``; infinite where ``f_r = f_{r+1}``. Source: [thm-risk].
+        ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² − f_j²)``; infinite where ``f_r =
+        f_{r+1}``.
         """
         f = self._read(f)
         squares, r = f.square(), _ranks(f)
@@ -113,38 +110,25 @@ class Design:
         return r * (r + abs(self.outputs - self.span)) + torch.stack(shared, -1)
 
     def expected_risk(self, f: Spectrum) -> Risks:
-        """Compute mean risks to order ``σ²``: ``τ_r² + (σ²/n) div_r``, ``τ_r² = Σ_{d>r} f_d²``.
-
-        Accurate where ``f_r² ≫ (D_out + q) σ²/n`` and later values are far below ``f_r``
-        [thm-risk].
-        """
+        """Compute ``τ_r² + (σ²/n) div_r``, ``τ_r² = Σ_{d>r} f_d²``, to order ``σ²`` [thm-risk]."""
         return _missed(self._read(f)) + self._freedom(f)
 
     def simple_risk(self, f: Spectrum) -> Risks:
-        """Compute ``τ_r² + σ² r (D_out + q − r)/n``, the least that `expected_risk` can be.
-
-        That is the number of parameters of a matrix of rank ``r``. A direction then pays where
-        ``f_r² > (D_out + q − 2r + 1) σ²/n``, a rule that needs what `expected_risk` needs: near its
-        limit, which is below `edge`, the rank can have well above the least risk [thm-risk].
-        """
+        """Compute ``τ_r² + σ² r (D_out + q − r)/n``, by the number of parameters [thm-risk]."""
         f = self._read(f)
         r = _ranks(f)
         return _missed(f) + self.variance * r * (self.outputs + self.span - r)
 
     def sure(self, y: Spectrum) -> Risks:
-        """Estimate each rank's risk from observed singular values, without bias (Stein).
+        """Estimate each rank's risk from observed singular values, without bias [thm-risk].
 
-        ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)``, where ``y`` are the singular values of
-        ``(Y − P X) Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``. The least of the
-        estimates is biased downwards. Source: [thm-risk].
+        ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)`` (Stein), where ``y`` are of ``(Y − P X)
+        Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``.
         """
         return _missed(self._read(y)) - self._noise + 2 * self._freedom(y)
 
     def oracle_bound(self, f: Spectrum) -> Risks:
-        """Bound mean risks by ``2 τ_r² + 16 r σ² [(D_out^{1/2} + q^{1/2})² + 1]/n``.
-
-        Source: [thm-oracle].
-        """
+        """Bound mean risks: ``2 τ_r² + 16 r σ² [(D_out^{1/2} + q^{1/2})² + 1]/n`` [thm-oracle]."""
         f = self._read(f)
         size = (math.sqrt(self.outputs) + math.sqrt(self.span)) ** 2 + 1
         return 2 * _missed(f) + 16 * _ranks(f) * self.variance * size
@@ -152,10 +136,10 @@ class Design:
     def shrunk_risk(
         self, y: Spectrum, limit: Float[Tensor, "*#batch"], exponent: float
     ) -> Float[Tensor, "*batch"]:
-        """Estimate the risk of ``φ(y) = y max(0, 1 − (λ/y)^g)`` without bias, given ``λ``, ``g``.
+        """Estimate the risk of ``φ(y) = y max(0, 1 − (λ/y)^g)`` without bias [thm-shrink].
 
         ``Σ_d (φ(y_d) − y_d)² − D_out q σ²/n + 2 (σ²/n) div φ`` with ``div φ = Σ_d [φ'(y_d) +
-        |D_out − q| φ(y_d)/y_d] + 2 Σ_{i≠j} y_i φ(y_i)/(y_i² − y_j²)``. Source: [thm-shrink].
+        |D_out − q| φ(y_d)/y_d] + 2 Σ_{i≠j} y_i φ(y_i)/(y_i² − y_j²)``.
         """
         y = self._read(y)
         phi, slope = _shrunk(y, limit[..., None], exponent)
@@ -214,12 +198,10 @@ def paid_rank(
 ) -> _PaidRank:
     """Find the total rank of adapters of least estimated risk, from data [thm-risk].
 
-    Returns the ``rank`` that has the least of ``risks``, `Design.sure` of each rank from 0 (of
-    ranks that differ only by rounding the lowest), the ``observed`` singular values of
-    ``(Y − P X) Π_X / n^{1/2}``, and the ``design`` with the noise given or estimated. Estimates
-    scatter, so another rank may have the least risk; no statement bounds the difference. The frozen
-    layers must be square and non-singular for adapters to reach it. ``inputs`` are ``X``, whose
-    rank is taken in the coarser of both types, and ``outputs`` ``Y``. By default
+    Returns the ``rank`` of the least of ``risks``, `Design.sure` of each rank from 0 (of ranks that
+    differ only by rounding the lowest), the ``observed`` singular values, and the ``design`` with
+    the noise given or estimated. No statement bounds how far this rank is from the best. ``inputs``
+    are ``X``, whose rank is taken in the coarser of both types, and ``outputs`` ``Y``. By default
     ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``, the part that no linear map explains.
 
     Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
@@ -249,11 +231,9 @@ def shrink(
 ) -> _Shrunk:
     """Find the update of least estimated risk with directions shrunk, weak ones more [thm-shrink].
 
-    Each singular value ``y_d`` of least squares becomes ``y max(0, 1 − (λ/y)^g)``, with the
-    ``λ ≥ 0`` and ``g`` in 1, 2, 4, 8 that have the least `Design.shrunk_risk`. Directions with
-    ``y_d ≤ λ`` are left out, so that the update has a rank. Returns the ``update`` ``K`` of the
-    frozen network's product, its estimated ``risk``, what is ``kept`` of each singular value, and
-    the ``design``. Parameters and errors are those of `paid_rank`.
+    ``λ ≥ 0`` and ``g`` in 1, 2, 4, 8 have the least `Design.shrunk_risk`. Returns the ``update``
+    ``K`` of the frozen network's product, its estimated ``risk``, what is ``kept`` of each observed
+    singular value, and the ``design``. Parameters and errors are those of `paid_rank`.
     """
     found, whitened, design = _observe(frozen, inputs, outputs, noise)
     kept, risk = design.shrink_values(found.S)

@@ -1,17 +1,12 @@
 """Run experiments: from settings to measured runs to one table.
 
-Each kind of experiment is a module: `synthetic` (random networks), `residual` (transformers with
-normalization), `digits` (networks on images). It has
+`study` has the frame: a `Setting` is a problem and a method, and `measure` takes settings of one
+problem and returns what each reaches. `sweeps` runs and keeps them:
+``sweeps.run(sweeps.grid(Setting, problem=..., method=...), measure, file)``.
 
-- ``Problem``, a record that makes the frozen network, the target and the data, by its ``seed``;
-- methods, records whose ``kind`` names them: those of `study`, or the module's own;
-- ``Setting``, a record of a ``problem`` and a ``method``, which refuses pairs that do not fit;
-- a record of results, what a run reaches: `synthetic.Errors`, `residual.Remainder`,
-  `digits.Readings`;
-- ``measure``, which takes settings of one problem and returns such a record for each.
-
-`sweeps` runs any of them, ``sweeps.run(sweeps.grid(Setting, ...), measure, file)``, and keeps what
-is finished. A new kind is a new module with these five.
+Each kind of problem is a module: `synthetic` (random networks), `residual` (transformers with
+normalization), `digits` (networks on images). A new kind is a module with a `study.Problem`, its
+`study.Bench` and the record of its results.
 """
 
 from ..errors import needs

@@ -1,4 +1,4 @@
-"""Adapt networks that read handwritten digits to turned digits.
+"""Networks that read handwritten digits, adapted to turned digits.
 
 The images are scikit-learn's, 1797 of 8 × 8 grey values. Networks are pretrained on upright images;
 a target is then trained in full on images that are turned by an angle.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .._records import Record
 from ..adapters import Adapters
 from ..bounds.layers import fnn_error_on
 from ..constructions.fitted import nearest
@@ -26,9 +24,9 @@ from ..networks.transformer import Transformer
 from ..randomness import generator
 from ..regions import Box
 from ..regression import variance as variance_of
+from ..training.engine import train
 from ..training.tuning import Fixed, Labelled, Tuning
-from . import study
-from .study import Construction, Course, Final, Fitted, Gradient, Lora
+from .study import Bench, Course, Fitted, Problem
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
@@ -42,7 +40,6 @@ DEPTHS = {"fnn": 2, "transformer": 1}
 HEADS = 2
 # Added to a ReLU network's votes at the start: a vote that is 0 for all images gets no gradient.
 LIFT = 10.0
-PRETRAINING = Tuning(learning_rate=3e-3)
 PRETRAINING_STEPS = 1500
 # Images in a batch; steps between validations.
 BATCH, EVERY = 100, 20
@@ -109,28 +106,14 @@ def _votes(network: Network, x: Tensor) -> Float[Tensor, "classes samples"]:
     return network(x).sum(-1).mT if network.sequences else network(x)
 
 
-def accuracy(network: Network, labelled: Labelled) -> float:
-    """Count the share of the images whose digit gets the most votes."""
-    x, y = labelled
-    return float((_votes(network, x).argmax(-2) == y).double().mean())
-
-
-def error(network: Network, target: Network, x: Tensor) -> float:
-    """Measure the mean squared difference of the votes from the target's, over their variance.
-
-    Means are over classes and samples; the variance is about each class's mean.
-    """
-    votes, reference = _votes(network, x), _votes(target, x)
-    return float((votes - reference).square().mean() / variance_of(reference))
-
-
-class Problem(Record):
+class Digits(Problem):
     """Make a frozen network and a target, trained on digits or drawn, and data to adapt it with.
 
     ReLU networks (``"fnn"``) have width 64 and ten outputs; transformers have one block, two heads
     and width 16, over the rows of an image. The frozen network has ``depth`` layers and is
     ``"random"`` or ``"pretrained"`` on upright digits. The target has depth 2 (a transformer 1) and
-    is pretrained, then trained in full on digits turned by ``angle`` degrees.
+    is pretrained, then trained in full on digits turned by ``angle`` degrees. Fits are to
+    the training images.
     """
 
     model: Model = "fnn"
@@ -147,6 +130,13 @@ class Problem(Record):
         self.require("depth", DEPTHS[self.model] <= self.depth <= 16, "from 2 to 16")
         return self
 
+    def require_fit(self, method: Any) -> None:
+        super().require_fit(method)
+        if isinstance(method, Fitted):
+            method.require("kind", self.model == "fnn", "'fitted' for model 'fnn'")
+            usual = method == Fitted(ranks=method.ranks)
+            method.require("inputs", usual, "left out, as all options of a fit to images")
+
     @property
     def width(self) -> int:
         """Width of the layers, or of a token, which no rank exceeds."""
@@ -157,51 +147,15 @@ class Problem(Record):
         """The images, turned, split at random."""
         return _task(self.model, self.angle, self.seed)
 
-    def adapters(self, frozen: Any, target: Any, method: Construction | Fitted) -> Adapters:
-        """Make a method's adapters, for ReLU networks over all possible images."""
-        region = Box(0.0, 1.0)
-        if not isinstance(method, Fitted):
-            return study.construct(frozen, target, method.ranks, region)
-        fused = fuse(frozen, target, method.ranks)
-        adapters = nearest(fused, self.task.training[0])
-        return fused.carry_back(adapters, region, throw=False).adapters
-
-    def frozen(self) -> Any:
-        """Make the frozen network, in double precision."""
-        if self.start == "pretrained":
-            return _pretrained(self.model, self.depth, self.seed)
-        return _drawn(self.model, self.depth, self.seed, "random")
-
     def networks(self) -> tuple[Any, Any]:
         """Make the frozen network and the target, in double precision."""
-        return self.frozen(), _target(self.model, self.angle, self.seed)
+        about = self.model, self.depth, self.seed
+        frozen = _pretrained(*about) if self.start == "pretrained" else _drawn(*about, "random")
+        return frozen, _target(self.model, self.angle, self.seed)
 
-
-class Setting(Record):
-    """Say which method, of one rank, solves which problem; raise `InputError` if it cannot."""
-
-    problem: Problem = Problem()
-    method: Annotated[Construction | Fitted | Lora | Final, Field(discriminator="kind")] = Lora()
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        problem, method = self.problem, self.method
-        if isinstance(method, Final):
-            return self
-        fits = isinstance(method.ranks, int) and method.ranks <= problem.width
-        method.require("ranks", fits, f"one, at most {problem.width}")
-        fits = problem.model == "fnn" or not isinstance(method, Fitted)
-        method.require("kind", fits, "'fitted' for model 'fnn'")
-        return self
-
-    @property
-    def fitting(self) -> Construction | Fitted | Lora | Final:
-        """Give each weight of a ReLU network a rank, the last at most ten."""
-        method, problem = self.method, self.problem
-        if isinstance(method, Final) or problem.model == "transformer":
-            return method
-        last = min(method.ranks, CLASSES)
-        return method.replace(ranks=(method.ranks,) * (problem.depth - 1) + (last,))
+    def bench(self) -> Bench:
+        """Make the networks and the data."""
+        return _Bench(self)
 
 
 @functools.cache
@@ -230,19 +184,21 @@ def _drawn(model: str, depth: int, seed: int, purpose: str) -> Network:
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
 
 
-def _train(network: Network, task: _Split, seed: int, purpose: str) -> Network:
+def _train(network: Any, task: _Split, seed: int, purpose: str) -> Network:
     """Train all weights of a network."""
     data = Fixed(*task[:2], samples=BATCH, seed=seed, purpose=(purpose,))
-    options = {"steps": PRETRAINING_STEPS, "every": EVERY, "classes": range(CLASSES)}
-    trained: Network = study.train_fully(network, data, PRETRAINING, **options)
+    tuning = Tuning(final=len(network.weights), learning_rate=3e-3)
+    options: Any = {"steps": PRETRAINING_STEPS, "every": EVERY, "classes": range(CLASSES)}
+    trained: Network = train(network, [tuning], data, **options).network[0].to(torch.float64)
     return trained
 
 
 class Readings(Course):
     """Hold what a run reaches on the test images.
 
-    ``accuracy`` is the share of images read rightly; for ``error`` see the function. ``bound`` is
-    `bounds.fnn_error_on` of a ReLU network's plain construction, otherwise NaN.
+    ``accuracy`` is the share of images whose digit gets the most votes, ``error`` the mean squared
+    difference of the votes from the target's over their variance about each class's mean. ``bound``
+    is `bounds.fnn_error_on` of a ReLU network's plain construction, otherwise NaN.
     """
 
     accuracy: float
@@ -252,33 +208,35 @@ class Readings(Course):
     frozen_accuracy: float
 
 
-def measure(settings: Sequence[Setting]) -> list[Readings]:
-    """Measure what each setting reaches; raise `InputError` if they have several problems."""
-    problem: Problem = study.one_problem(settings)
-    frozen, target = problem.networks()
-    x, y = problem.task.test[0].to(torch.float64), problem.task.test[1]
-    variance = variance_of(_votes(target, x))
-    methods = [setting.fitting for setting in settings]
-    trained = study.train_each(
-        (method for method in methods if isinstance(method, Gradient)),
-        frozen,
-        Fixed(*problem.task[:2], samples=BATCH, seed=problem.seed),
-        steps=problem.steps,
-        every=EVERY,
-        classes=range(CLASSES),
-        seed=problem.seed,
-    )
-    found = []
-    for method in methods:
-        about: dict[str, Any] = {}
-        if isinstance(method, Gradient):
-            network, about = trained[method].network.to(torch.float64), trained[method].course
-        else:
-            network = problem.adapters(frozen, target, method).merge(frozen)
-        if problem.model == "fnn" and isinstance(method, Construction):
-            norm = fnn_error_on(frozen, target, method.ranks, x)
-            about["bound"] = float(norm.square() / CLASSES / variance)
-        named = {"": network, "target_": target, "frozen_": frozen}
-        about = about | {f"{name}accuracy": accuracy(each, (x, y)) for name, each in named.items()}
-        found.append(Readings(error=error(network, target, x), **about))
-    return found
+class _Bench(Bench):
+    region = Box(0.0, 1.0)  # of all possible images
+
+    def __init__(self, problem: Digits) -> None:
+        self.frozen, self.target = problem.networks()
+        self.task = problem.task
+        self.data = Fixed(*self.task[:2], samples=BATCH, seed=problem.seed)
+        self.course = {"steps": problem.steps, "every": EVERY, "classes": range(CLASSES)}
+        self.course["seed"] = problem.seed
+        self.x, self.y = self.task.test[0].to(torch.float64), self.task.test[1]
+        self.wanted = _votes(self.target, self.x)
+        self.variance = variance_of(self.wanted)
+
+    def adapt(self, method: Any) -> tuple[Adapters, dict[str, Any]]:
+        """Make adapters by a method without gradients, and the bound of a construction's."""
+        if isinstance(method, Fitted):
+            fused = fuse(self.frozen, self.target, method.ranks)
+            adapters = nearest(fused, self.task.training[0])
+            return fused.carry_back(adapters, self.region, throw=False).adapters, {}
+        adapters, known = super().adapt(method)
+        if isinstance(self.frozen, FNN):
+            norm = fnn_error_on(self.frozen, self.target, method.ranks, self.x)
+            known["bound"] = float(norm.square() / CLASSES / self.variance)
+        return adapters, known
+
+    def test(self, network: Any, **known: Any) -> Readings:
+        votes = {"": _votes(network, self.x), "target_": self.wanted}
+        votes["frozen_"] = _votes(self.frozen, self.x)
+        for name, each in votes.items():
+            known[f"{name}accuracy"] = float((each.argmax(-2) == self.y).double().mean())
+        error = float((votes[""] - self.wanted).square().mean() / self.variance)
+        return Readings(error=error, **known)

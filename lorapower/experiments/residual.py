@@ -1,22 +1,21 @@
-"""Experiments on residual transformers: what adapters of one part of the blocks leave."""
+"""Residual transformers, of which one part of the blocks is adapted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from .._records import Record, Results
+from .._records import Record
 from ..adapters import Adapters, Tuned
 from ..bounds.floors import attention_floor, far_error, feed_forward_floor
 from ..networks.transformer import Activation, Part, Transformer
 from ..regression import variance as variance_of
 from ..training.descent import descend
 from ..training.tuning import Fresh, Tuning
-from . import study
+from .study import Bench, Course, Problem, Rank
 
 # Vectors by what is tuned: those of the theorem on attention, all, or those that follow attention.
 VECTORS = {
@@ -29,12 +28,31 @@ FIT, SELECT, TEST, DIRECTIONS = 1000, 500, 5000, 5000
 FAR = 1e4
 
 
-class Problem(Record):
-    """A frozen network and a target of one kind, with LayerNorms, and inputs ``N(0, c² I)``.
+class TrainedPart(Record):
+    """Train adapters of one rank on a part of the blocks, by Adam at a falling rate, then L-BFGS.
+
+    ``W_V`` and ``W_O`` have ``more`` rank than the rest. Of the vectors ``"free"`` tunes
+    ``b_Q, b_O, b_2``, ``"all"`` also ``b_1``, gains and shifts; ``"mlp"`` those that follow
+    attention. L-BFGS takes ``iterations`` on fixed inputs.
+    """
+
+    kind: Literal["part"] = "part"
+    part: Part = "attention"
+    ranks: Rank = 8
+    more: int = Field(0, ge=0)
+    vectors: Literal["free", "all", "mlp"] = "all"
+    learning_rate: float = Field(1e-2, gt=0)
+    iterations: int = Field(0, ge=0)
+
+
+class Residual(Problem):
+    """Draw a frozen network and a target of one kind, with LayerNorms, and inputs ``N(0, c² I)``.
 
     ``width, hidden, heads, head_size, depth, tokens, size`` are ``D, F, H, d, L, N, c``; a head
     size of 0 is the width. Adam takes ``steps`` of ``samples`` sequences.
     """
+
+    methods: ClassVar[tuple[type[Record], ...]] = (TrainedPart,)
 
     width: int = Field(8, ge=2)
     hidden: int = Field(16, ge=1)
@@ -50,19 +68,11 @@ class Problem(Record):
 
     def networks(self) -> tuple[Transformer, Transformer]:
         """Draw the frozen network and the target."""
+        options: Any = self.model_dump(include={"hidden", "activation", "seed"})
+        options |= {"head_size": self.head_size or self.width, "norm": "layer", "residual": True}
+        sizes = self.depth, self.width, self.heads
         frozen, target = (
-            Transformer.random(
-                self.depth,
-                self.width,
-                self.heads,
-                head_size=self.head_size or self.width,
-                hidden=self.hidden,
-                activation=self.activation,
-                norm="layer",
-                residual=True,
-                seed=self.seed,
-                purpose=purpose,
-            )
+            Transformer.random(*sizes, purpose=purpose, **options)
             for purpose in ("frozen", "target")
         )
         return frozen, target
@@ -72,33 +82,13 @@ class Problem(Record):
         options: Any = {"samples": self.samples, "scale": self.size, "seed": self.seed}
         return Fresh(target, (self.width, self.tokens), purpose=purpose, **options)
 
-
-class Trained(Record):
-    """Adapters of one rank on a part of the blocks, by Adam at a falling rate, then L-BFGS.
-
-    ``W_V`` and ``W_O`` have ``more`` rank than the rest. Of the vectors ``"free"`` tunes
-    ``b_Q, b_O, b_2``, ``"all"`` also ``b_1``, gains and shifts; ``"mlp"`` those that follow
-    attention. L-BFGS takes ``iterations`` on fixed inputs.
-    """
-
-    kind: Literal["trained"] = "trained"
-    part: Part = "attention"
-    rank: int = Field(8, ge=0)
-    more: int = Field(0, ge=0)
-    vectors: Literal["free", "all", "mlp"] = "all"
-    learning_rate: float = Field(1e-2, gt=0)
-    iterations: int = Field(0, ge=0)
+    def bench(self) -> Bench:
+        """Make the networks and the data."""
+        return _Bench(self)
 
 
-class Setting(Record):
-    """One run."""
-
-    problem: Problem = Problem()
-    method: Trained = Trained()
-
-
-class Remainder(Results):
-    """Mean squared errors of a run over fresh inputs.
+class Remainder(Course):
+    """Hold mean squared errors of a run over fresh inputs.
 
     ``relative`` is the error over the variance of what the target adds to its inputs, ``far_error``
     the error at sequences far out. ``floor`` is the `bounds.attention_floor` of the adapters' ranks
@@ -113,74 +103,63 @@ class Remainder(Results):
     floor: float
     floor_standard_error: float
     factors: int
-    diverged: bool = False
 
 
-def measure(settings: Sequence[Setting]) -> list[Remainder]:
-    """Measure what each setting of one problem reaches; `InputError` for several problems."""
-    problem: Problem = study.one_problem(settings)
-    frozen, target = problem.networks()
-    methods = [setting.method for setting in settings]
+class _Bench(Bench):
+    def __init__(self, problem: Residual) -> None:
+        self.frozen, self.target = problem.networks()
+        self.data = problem.data(self.target)
+        self.course = {"steps": problem.steps, "every": max(1, problem.steps // 40)}
+        self.course["seed"] = problem.seed
+        self.tokens = problem.tokens
 
-    def biases_of(method: Trained) -> tuple[bool, ...]:
-        return tuple(name.split()[0] in VECTORS[method.vectors] for name in frozen.bias_names)
+        def pair(purpose: str, count: int) -> tuple[Tensor, Tensor]:
+            x = problem.data(self.target, purpose).test(count)[0].to(self.target.dtype)
+            return x, self.target(x)
 
-    def tuning(method: Trained) -> Tuning:
+        self.fit, self.select = pair("fitting", FIT), pair("choosing", SELECT)
+        self.pair = tuple(part.to(self.frozen.dtype) for part in self.data.test(TEST))
+        far = problem.data(self.target, "directions").test(DIRECTIONS)[0][..., 0]
+        self.far = far.mT.to(self.frozen.dtype)
+
+    def tuning(self, method: Any) -> Tuning:
+        """Make the settings of a training."""
+        names = (name.split()[0] for name in self.frozen.bias_names)
+        tuned = VECTORS[method.vectors]
         return Tuning(
-            ranks=_ranks(method, frozen),
-            biases=biases_of(method),
+            ranks=self._ranks(method),
+            biases=tuple(name in tuned for name in names),
             learning_rate=method.learning_rate,
             schedule="cosine",
         )
 
-    def pair(purpose: str, count: int) -> tuple[Tensor, Tensor]:
-        x = problem.data(target, purpose).test(count)[0].to(target.dtype)
-        return x, target(x)
+    def _ranks(self, method: TrainedPart) -> tuple[int, ...]:
+        """The rank of each weight's adapter."""
+        each = method.ranks, method.ranks + method.more
+        usual, more = (self.frozen.ranks(rank, method.part) for rank in each)
+        pairs = zip(self.frozen.kind_of_weight, usual, more, strict=True)
+        return tuple(b if kind in ("W_V", "W_O") else a for kind, a, b in pairs)
 
-    trained = study.train_each(
-        methods,
-        frozen,
-        problem.data(target),
-        tuning,
-        steps=problem.steps,
-        every=max(1, problem.steps // 40),
-        seed=problem.seed,
-    )
-    fit, select = pair("fitting", FIT), pair("choosing", SELECT)
-    x, y = (part.to(frozen.dtype) for part in problem.data(target).test(TEST))
-    variance = float(variance_of(y - x))
-    far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0].mT.to(frozen.dtype)
-    found = []
-    for method in methods:
-        adapters = trained[method].adapters.to(frozen.dtype)
+    def finish(self, method: Any, network: Any, adapters: Adapters) -> tuple[Any, dict[str, Any]]:
+        """Descend further by L-BFGS, and compute the floor."""
+        adapters = adapters.to(self.frozen.dtype)
         if method.iterations:
-            tuned = Tuned(torch.tensor(adapters.ranks), torch.tensor(biases_of(method)))
+            biases = torch.tensor(self.tuning(method).biases)
+            tuned = Tuned(torch.tensor(adapters.ranks), biases)
             start = Adapters(adapters.updates, adapters.bias_updates, tuned)
-            adapters = descend(frozen, start, fit, select, method.iterations)
-        network = adapters.merge(frozen)
-        error = float((network(x) - y).square().mean())
-        out, spread = far_error(network, target, far, FAR, problem.tokens)
+            adapters = descend(self.frozen, start, self.fit, self.select, method.iterations)
+        pair = self.frozen, self.target
         if method.part == "mlp":
-            floor, floor_spread = feed_forward_floor(frozen, target, far, problem.tokens)
+            floor, spread = feed_forward_floor(*pair, self.far, self.tokens)
         else:
-            floor, floor_spread, *_ = attention_floor(frozen, target, far, _ranks(method, frozen))
-        found.append(
-            Remainder(
-                error=error,
-                relative=error / variance,
-                far_error=float(out),
-                far_standard_error=float(spread),
-                floor=float(floor),
-                floor_standard_error=float(floor_spread),
-                factors=sum(u.parameter_count for u in adapters.updates),
-                diverged=trained[method].course["diverged"],
-            )
-        )
-    return found
+            floor, spread, *_ = attention_floor(*pair, self.far, self._ranks(method))
+        known = {"floor": float(floor), "floor_standard_error": float(spread)}
+        known["factors"] = sum(u.parameter_count for u in adapters.updates)
+        return adapters.merge(self.frozen), known
 
-
-def _ranks(method: Trained, network: Transformer) -> tuple[int, ...]:
-    """List the rank of each weight's adapter."""
-    usual, more = (network.ranks(method.rank + add, method.part) for add in (0, method.more))
-    each = zip(network.kind_of_weight, usual, more, strict=True)
-    return tuple(b if kind in ("W_V", "W_O") else a for kind, a, b in each)
+    def test(self, network: Any, **known: Any) -> Remainder:
+        x, y = self.pair
+        error = float((network(x) - y).square().mean())
+        far, spread = far_error(network, self.target, self.far, FAR, self.tokens)
+        known |= {"far_error": float(far), "far_standard_error": float(spread)}
+        return Remainder(error=error, relative=error / float(variance_of(y - x)), **known)

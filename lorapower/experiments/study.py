@@ -1,25 +1,29 @@
-"""The methods that kinds of experiments share, how these train, and the best run of a grid."""
+"""The frame of all experiments: problems, methods, their measurement, and the best run of a grid.
+
+A kind of problem is a module with a `Problem`, its `Bench`, and what a run reaches, a `Course`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Annotated, Any, Literal, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .._records import Record, Results
 from ..adapters import Adapters
 from ..constructions.general import adapt
 from ..errors import InputError
 from ..networks.layers import FNN
+from ..networks.partition import Partition
 from ..regions import Region
 from ..training.engine import train
-from ..training.tuning import LARGEST, Data, Tuning
-from . import sweeps
+from ..training.fused import linearized, train_fused
+from ..training.tuning import LARGEST, Data, Loss, Schedule, Tuning
 
 Rank = Annotated[int, Field(ge=0)]
 # One for all weights, or one for each.
@@ -27,107 +31,190 @@ Ranks = Rank | tuple[Rank, ...]
 
 
 class Construction(Record):
-    """Adapt by the theorems' construction."""
+    """Adapt by the theorems' construction, ReLU networks on the problem's region."""
 
     kind: Literal["construction"] = "construction"
     ranks: Ranks = 0
 
 
 class Fitted(Record):
-    """Adapt by the construction for the target nearest on inputs (`constructions.fitted`)."""
+    """Adapt by a fit to ``inputs`` of them, perhaps polished by ``iterations`` of L-BFGS.
+
+    Source: `constructions.fitted` and `training.polish`.
+    """
 
     kind: Literal["fitted"] = "fitted"
     ranks: Ranks = 0
+    inputs: int = Field(4000, ge=2)
+    polished: bool = False
+    iterations: int = Field(400, ge=0)
 
 
-class Gradient(Record):
-    """Tune by Adam, biases or not, with weight decay as an L2 penalty."""
+class Trained(Record):
+    """Train adapters, or the ``final`` weights in full, by Adam; see `training.Tuning`.
 
+    ``initial`` adapters are the study's, `training.linearized`, or balanced `Fitted` ones of these
+    ranks. Raises `InputError` as `training.Tuning` does.
+    """
+
+    kind: Literal["trained"] = "trained"
+    ranks: Ranks = 0
+    final: int = Field(0, ge=0)
     biases: bool = True
     learning_rate: float = Field(1e-3, gt=0, le=LARGEST)
     weight_decay: float = Field(0.0, ge=0, le=LARGEST)
+    schedule: Schedule = "constant"
+    loss: Loss = "squared"
+    initial: Literal["study", "linearized", "fitted"] = "study"
 
-    def tuning(self) -> Tuning:
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self.require(
+            "initial", self.initial == "study" or not self.final, "'study' for final layers"
+        )
+        self.tuning()
+        return self
+
+    def tuning(self, start: Adapters | None = None) -> Tuning:
         """Make the settings that `training.train` takes."""
-        return Tuning(**self.model_dump(exclude={"kind"}))
+        return Tuning(**self.model_dump(exclude={"kind", "initial"}), start=start)
 
 
-class Lora(Gradient):
-    """Train adapters, and ``biases`` or not, by Adam with weight decay as an L2 penalty."""
+class TrainedFused(Record):
+    """Train the fused network and carry it back (`training.train_fused`), for regressions."""
 
-    kind: Literal["lora"] = "lora"
-    ranks: Ranks = 0
+    kind: Literal["fused"] = "fused"
+    ranks: Rank = 1
+    starts: int = Field(4, ge=1)
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1e-2,)
 
 
-class Final(Gradient):
-    """Train the last weights, ``final`` of them, in full by Adam."""
+class Problem(Record, ABC):
+    """Describe a frozen network, a target, and what there is to adapt with.
 
-    kind: Literal["final"] = "final"
-    final: int = Field(1, ge=1)
+    ``methods`` are the classes of methods that take such a problem; no rank exceeds ``width``.
+    """
+
+    methods: ClassVar[tuple[type[Record], ...]] = Construction, Fitted, Trained
+
+    @abstractmethod
+    def bench(self) -> Bench:
+        """Make the networks and the data."""
+
+    def require_fit(self: Any, method: Any) -> None:
+        """Raise `InputError` unless the method can solve the problem."""
+        if not isinstance(method, self.methods):
+            kinds = " or ".join(kind.__name__ for kind in self.methods)
+            raise InputError("method", allowed=f"a {kinds}", value=method)
+        most = max(method.ranks) if isinstance(method.ranks, tuple) else method.ranks
+        method.require("ranks", most <= self.width, f"at most {self.width} (the width)")
+
+
+class Setting(Record):
+    """Say which method is to solve which problem; raise `InputError` if they do not fit."""
+
+    problem: Problem
+    method: Record
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self.problem.require_fit(self.method)
+        return self
 
 
 class Course(Results):
-    """The least validation loss of a training, at ``best_step``; NaN and −1 without one."""
+    """Hold the least validation loss of a training, at ``best_step``; NaN and −1 without one."""
 
     validation_loss: float = math.nan
     best_step: int = -1
     diverged: bool = False
 
 
-class Trained(NamedTuple):
-    """A network that was trained, its adapters, and the fields of its `Course`."""
+class Bench(ABC):
+    """Hold the networks and data of a problem, adapt by its methods, and test the outcome.
 
-    network: Any
-    adapters: Adapters
+    ``course`` are further arguments of `training.train`. ReLU networks are adapted on the
+    ``region``. Methods return results that they know beside what they make.
+    """
+
+    frozen: Any
+    target: Any
+    data: Data
     course: dict[str, Any]
+    region: Region
+
+    def tuning(self, method: Any) -> Tuning | None:
+        """Make the settings of a training; None for methods without gradients."""
+        if not isinstance(method, Trained):
+            return None
+        start: Adapters | None = None
+        if method.initial == "linearized":
+            start = linearized(self.frozen, self.data, self._blocks())
+        elif method.initial == "fitted":
+            start = self.adapt(Fitted(ranks=method.ranks))[0].balanced()
+        return method.tuning(start)
+
+    def adapt(self, method: Any) -> tuple[Adapters, dict[str, Any]]:
+        """Make adapters by a method without gradients."""
+        relu = isinstance(self.frozen, FNN)
+        if isinstance(method, TrainedFused):
+            options = method.model_dump(exclude={"kind", "ranks"}) | self.course
+            options["partition"] = self._blocks() if relu else None
+            found = train_fused(self.frozen, method.ranks, self.data, throw=False, **options)
+            return found.adapters, {"validation_loss": float(found.validation_loss.min())}
+        region = self.region if relu else None
+        return adapt(self.frozen, self.target, method.ranks, region, throw=False).adapters, {}
+
+    def finish(self, method: Any, network: Any, adapters: Adapters) -> tuple[Any, dict[str, Any]]:
+        """Make the outcome of a training, in double precision."""
+        return network.to(torch.float64), {}
+
+    @abstractmethod
+    def test(self, network: Any, **known: Any) -> Course:
+        """Measure what a network reaches on new inputs, and add what is known."""
+
+    def _blocks(self) -> Partition:
+        return Partition.uniform(self.frozen.depth, self.target.depth)
 
 
-def one_problem(settings: Sequence[Any]) -> Any:
-    """Return the problem that all settings have; raise `InputError` for none or several."""
+def measure(settings: Sequence[Setting]) -> list[Course]:
+    """Measure what each setting reaches; raise `InputError` if they have several problems."""
     problems = {setting.problem for setting in settings}
     if len(problems) != 1:
         raise InputError("settings", allowed="of one problem", given=f"{len(problems)} problems")
-    return problems.pop()
+    bench = problems.pop().bench()
+    methods = [setting.method for setting in settings]
+    found = dict(_measured(bench, dict.fromkeys(methods)))
+    return [found[method] for method in methods]
 
 
-def construct(frozen: Any, target: Any, ranks: Any, region: Region) -> Adapters:
-    """Make the theorems' adapters, whatever rounding costs; a ReLU network's over a region."""
-    inputs = region if isinstance(frozen, FNN) else None
-    return adapt(frozen, target, ranks, inputs, throw=False).adapters
+def _measured(bench: Bench, methods: Iterable[Any]) -> Iterator[tuple[Any, Course]]:
+    """Methods with their results; all trainings are one."""
+    tunings = {method: bench.tuning(method) for method in methods}
+    trained = {method: tuning for method, tuning in tunings.items() if tuning}
+    for method, tuning in tunings.items():
+        if tuning is None:
+            adapters, known = bench.adapt(method)
+            yield method, bench.test(adapters.merge(bench.frozen), **known)
+    if trained:
+        runs = train(bench.frozen, [*trained.values()], bench.data, **bench.course)
+        courses = runs.best_loss, runs.best_step, runs.diverged
+        columns = (course.tolist() for course in courses)
+        for method, network, adapters, *course in zip(
+            trained, runs.network, runs.adapters, *columns, strict=True
+        ):
+            outcome, known = bench.finish(method, network, adapters)
+            known |= dict(zip(Course.model_fields, course, strict=True))
+            yield method, bench.test(outcome, **known)
 
 
-def train_fully(network: Any, data: Data, tuning: Tuning, **options: Any) -> Any:
-    """Train all weights of a network; return it in double precision."""
-    full = replace(tuning, final=len(network.weights))
-    return train(network, [full], data, **options).network[0].to(torch.float64)
-
-
-def train_each(
-    methods: Iterable[Any],
-    frozen: Any,
-    data: Data,
-    tuning: Callable[[Any], Tuning] = Gradient.tuning,
-    **options: Any,
-) -> dict[Any, Trained]:
-    """Train a frozen network by all methods at once; `training.train` gets the ``options``."""
-    distinct = [*dict.fromkeys(methods)]
-    if not distinct:
-        return {}
-    runs = train(frozen, [tuning(method) for method in distinct], data, **options)
-    columns = runs.best_loss.tolist(), runs.best_step.tolist(), runs.diverged.tolist()
-    courses = [
-        dict(zip(Course.model_fields, row, strict=True)) for row in zip(*columns, strict=True)
-    ]
-    each = zip(runs.network, runs.adapters, courses, strict=True)
-    return {method: Trained(*run) for method, run in zip(distinct, each, strict=True)}
-
-
-def keep_best(table: pd.DataFrame, record: type[Record]) -> pd.DataFrame:
+def keep_best(table: pd.DataFrame) -> pd.DataFrame:
     """Keep the row of least validation loss of each setting, rate and weight decay aside.
 
-    ``table`` has settings of class ``record``. A run that diverged counts by its loss before that.
+    Columns before ``validation_loss`` are of settings, as `sweeps.run` writes them. A run that
+    diverged counts by its loss before that.
     """
-    of_grid = ("learning_rate", "weight_decay")
-    same = [name for name in sweeps.columns(record) if name in table and name not in of_grid]
+    of_settings = table.columns[: table.columns.get_loc("validation_loss")]
+    same = [*of_settings.difference(["learning_rate", "weight_decay"], sort=False)]
     ordered = table.sort_values("validation_loss", kind="stable", na_position="last")
     return ordered.groupby(same, sort=False, dropna=False).head(1).sort_index()

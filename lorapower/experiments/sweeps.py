@@ -2,9 +2,9 @@
 
 A setting is a `Record`, often with a ``problem`` and a ``method``; a run gives `Results`. Fields of
 both, and of records in them, are columns. The ``kind`` of a nested record is the column of the
-field that holds it: ``method=Lora(ranks=2)`` gives ``method`` ``"lora"`` and ``ranks`` 2. Fields
-that the method of a row lacks are missing values. The ``version`` and git ``revision`` of the
-package that made a row end it.
+field that holds it: ``method=Trained(ranks=2)`` gives ``method`` ``"trained"`` and ``ranks`` 2.
+Fields that the method of a row lacks are missing values. Columns of settings come first, then those
+of results, the ``version`` and the git ``revision`` of the package that made the row.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import sys
 import sysconfig
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from contextlib import closing, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -43,23 +42,24 @@ _ROOT = Path(__file__).parent.parent
 _LIBRARIES = {"numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"}
 _COLUMNS = "setting, results, version, revision"
 # A run that somebody has begun has no results yet.
-_SCHEMA = """CREATE TABLE IF NOT EXISTS runs (
+_SCHEMA = """runs (
     id INTEGER PRIMARY KEY, setting TEXT NOT NULL, results TEXT NOT NULL, version TEXT NOT NULL,
     revision TEXT NOT NULL, fingerprint TEXT NOT NULL, UNIQUE (setting, fingerprint)
 )"""
+_INSERT = f"INSERT OR {{}} INTO runs ({_COLUMNS}, fingerprint) VALUES (?, ?, ?, ?, ?)"
+_TABLES = "SELECT sql FROM sqlite_master WHERE type = 'table'"
 
 
 def grid(record: type[R], /, **values: Any) -> list[R]:
     """Make the records of the Cartesian product of ``values``, the last keyword varying fastest.
 
-    A list, a range or an array is an axis. Any other value, such as a tuple or a record, is the
-    same for all: ``grid(Setting, problem=grid(Problem, seed=range(3)), method=Lora(ranks=2))``.
-    Raises `InputError` for an empty axis and as ``record`` does.
+    A list or a range is an axis. Any other value, such as a tuple or a record, is the same for all:
+    ``grid(Setting, problem=grid(Digits, seed=range(3)), method=Trained(ranks=2))``. Raises
+    `InputError` for an empty axis and as ``record`` does.
     """
     axes = []
     for name, value in values.items():
-        axis = value.tolist() if isinstance(value, np.ndarray) else value
-        axes.append(axis if isinstance(axis, list | range) else [axis])
+        axes.append(value if isinstance(value, list | range) else [value])
         if not axes[-1]:
             raise InputError(name, allowed="a value or a list of at least one", value=value)
     return [record(**dict(zip(values, point, strict=True))) for point in itertools.product(*axes)]
@@ -86,11 +86,11 @@ def run(
     path : path, optional
         A file that keeps each batch when it is finished, whole or not at all. Runs in it are not
         repeated unless a library that computes has another version, or code has changed in the
-        module of ``work`` or in one that it imports, at any remove, of this package or from outside
-        the environment; comments and docstrings do not count. Of a ``work`` in a notebook its own
-        code counts, and the modules that it names. What it reads from variables and files does not.
-        Several sweeps may use a file at a time: without an executor each leaves for last what
-        another has begun.
+        modules of ``work`` and of the settings' records or in one that they import, at any remove,
+        of this package or from outside the environment; comments and docstrings do not count. Of a
+        ``work`` in a notebook its own code counts, and the modules that it names. What it reads
+        from variables and files does not.
+        Several sweeps may use a file at a time: each leaves for last what another has begun.
     executor : concurrent.futures.Executor, optional
         Runs the batches; without one they run here, one after another. Dask's is
         ``Client(address).get_executor()``. Whether workers have the same code is not checked.
@@ -100,14 +100,15 @@ def run(
     keys = [setting.model_dump_json(serialize_as_any=True) for setting in settings]
     given = dict(zip(keys, settings, strict=True))
     with _opened(path) as file:
-        store = _Store(file, _fingerprint(work) if path else "")
+        parts = (one for setting in settings for one in (setting, *dict(setting).values()))
+        modules = frozenset(type(one).__module__ for one in parts if isinstance(one, Record))
+        store = _Store(file, _fingerprint(work, modules) if path else "")
         kept = store.rows()
         batches = _batches({key: given[key] for key in given if key not in kept}, size)
         done = len(given) - sum(map(len, batches))
         with tqdm(total=len(given), initial=done, unit="run", disable=not progress) as bar:
             for batch, results in _finished(work, batches, store, executor):
-                _require_fit([*batch.values()], results)
-                store.put([*batch], [result.model_dump_json() for result in results])
+                store.put(batch, _texts([*batch], results))
                 bar.update(len(batch))
         rows = store.rows()
     return _table([rows[key] for key in keys])
@@ -128,7 +129,7 @@ def read(path: Path | str) -> pd.DataFrame:
 
 
 def columns(record: type[Record], name: str = "") -> list[str]:
-    """List the columns that settings of a class have in a table, of all kinds of its fields."""
+    """List the columns of a class's settings in a table, of all kinds that its fields name."""
     names = []
     for field, about in record.model_fields.items():
         kinds = [kind for kind in (about.annotation, *get_args(about.annotation)) if _nested(kind)]
@@ -146,20 +147,24 @@ class _Store:
 
     def __init__(self, file: sqlite3.Connection, fingerprint: str) -> None:
         self._file, self._fingerprint = file, fingerprint
+        self._origin = metadata.version(_ROOT.name), _revision(), fingerprint
 
     def rows(self, *, finished: bool = True) -> dict[str, tuple[str, ...]]:
         """The rows of finished runs, or of those that are only begun, by the key of a setting."""
         query = f"SELECT {_COLUMNS} FROM runs WHERE fingerprint = ? AND (results != '') = ?"
         return {row[0]: row for row in self._file.execute(query, [self._fingerprint, finished])}
 
-    def put(self, keys: Sequence[str], results: Sequence[str] | None = None) -> None:
-        """Keep runs, all or none; without results, that they are begun if they were not."""
-        origin = (metadata.version(_ROOT.name), _revision(), self._fingerprint)
-        texts = [""] * len(keys) if results is None else results
-        rows = [(*run, *origin) for run in zip(keys, texts, strict=True)]
-        insert = f"INSERT OR {'IGNORE' if results is None else 'REPLACE'} INTO runs"
+    def begin(self, keys: Iterable[str]) -> set[str]:
+        """Keep that runs are begun; give those that nobody has begun before."""
+        rows = [(key, "", *self._origin) for key in keys]
         with self._file as file:
-            file.executemany(f"{insert} ({_COLUMNS}, fingerprint) VALUES (?, ?, ?, ?, ?)", rows)
+            return {row[0] for row in rows if file.execute(_INSERT.format("IGNORE"), row).rowcount}
+
+    def put(self, keys: Iterable[str], results: Iterable[str]) -> None:
+        """Keep finished runs, all or none."""
+        rows = [(*run, *self._origin) for run in zip(keys, results, strict=True)]
+        with self._file as file:
+            file.executemany(_INSERT.format("REPLACE"), rows)
 
 
 def _batches(settings: dict[str, R], size: int) -> list[dict[str, R]]:
@@ -173,35 +178,44 @@ def _batches(settings: dict[str, R], size: int) -> list[dict[str, R]]:
 def _finished(
     work: Callable[..., Any], batches: list[dict[str, R]], store: _Store, executor: Executor | None
 ) -> Iterator[tuple[dict[str, R], Any]]:
-    """Batches with their results, in the order of finishing."""
+    """Batches with their results, in the order of finishing; last what another sweep has begun."""
     if executor is None:
         while batches:
-            begun = store.rows(finished=False)
-            free = (i for i, batch in enumerate(batches) if not begun.keys() & batch.keys())
-            batch = batches.pop(next(free, 0))
+            begun = store.rows(finished=False).keys()
+            free = (i for i, batch in enumerate(batches) if not begun & batch.keys())
+            batch = batches.pop(next(free, -1))
             done = store.rows()
             if left := {key: setting for key, setting in batch.items() if key not in done}:
-                store.put([*left])
+                store.begin(left)
                 yield left, work([*left.values()])
         return
-    futures = {executor.submit(work, [*batch.values()]): batch for batch in batches}
+    own = store.begin(key for batch in batches for key in batch)
+    ordered = [batch for batch in batches if batch.keys() <= own]
+    # The rest backwards, so that two sweeps meet in the middle.
+    ordered += [batch for batch in reversed(batches) if not batch.keys() <= own]
+    waiting = {executor.submit(work, [*batch.values()]): batch for batch in ordered}
     try:
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+            kept = store.rows().keys()
+            waiting = {f: b for f, b in waiting.items() if not (b.keys() <= kept and f.cancel())}
     finally:
-        for future in futures:
+        for future in waiting:
             future.cancel()
 
 
-def _require_fit(settings: list[Any], results: Any) -> None:
-    """Refuse results that make no table with the settings."""
+def _texts(keys: list[str], results: Any) -> list[str]:
+    """Results as they are kept; refuse what makes no table with the settings."""
     fits = isinstance(results, Sequence) and all(_nested(type(one)) for one in results)
-    if not fits or len(results) != len(settings):
-        allowed = f"a function that returns a list of sweeps.Results, here {len(settings)}"
+    if not fits or len(results) != len(keys):
+        allowed = f"a function that returns a list of sweeps.Results, here {len(keys)}"
         raise InputError("work", allowed=allowed, value=results)
-    names = [*columns(type(settings[0])), *type(results[0]).model_fields, "version", "revision"]
-    if twice := [*dict.fromkeys(name for name in names if names.count(name) > 1)]:
+    texts = [result.model_dump_json() for result in results]
+    names = _table([(*run, "", "") for run in zip(keys, texts, strict=True)]).columns
+    if twice := [*names[names.duplicated()].unique()]:
         raise InputError("columns", allowed="of different names", given=f"two {', '.join(twice)}")
+    return texts
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> pd.DataFrame:
@@ -221,7 +235,10 @@ def _opened(path: Path | str | None) -> Iterator[sqlite3.Connection]:
     try:
         # Readers and writers wait for each other, a minute at most.
         with closing(sqlite3.connect(path or ":memory:", timeout=60)) as file:
-            file.execute(_SCHEMA)
+            if not (tables := file.execute(_TABLES).fetchall()):
+                file.execute(f"CREATE TABLE IF NOT EXISTS {_SCHEMA}")
+            elif tables != [(f"CREATE TABLE {_SCHEMA}",)]:
+                raise ResultsError(Path(path or ""), "is no file of runs", remedy="name another")
             yield file
     except sqlite3.Error as error:
         remedy = "make room or name another file; what was finished is kept"
@@ -229,17 +246,18 @@ def _opened(path: Path | str | None) -> Iterator[sqlite3.Connection]:
 
 
 @functools.cache
-def _fingerprint(work: Callable[..., Any]) -> str:
-    """Digest the code that makes results, as `run` says."""
+def _fingerprint(work: Callable[..., Any], modules: frozenset[str] = frozenset()) -> str:
+    """Digest the code that makes results, as `run` says; modules are those of the records."""
     if not inspect.isfunction(work) or work.__name__ == "<lambda>":
         raise InputError("work", allowed="a function that has a name", value=work)
     module = sys.modules[work.__module__]
+    start = sorted(modules - {module.__name__, "__main__"})
     own = ""
     if hasattr(module, "__file__"):
-        start = [module.__spec__.name if module.__spec__ else module.__name__]
+        start.append(module.__spec__.name if module.__spec__ else module.__name__)
     else:
         named = inspect.getclosurevars(work).globals.values()
-        start = [getattr(one, "__module__", getattr(one, "__name__", "")) or "" for one in named]
+        start += [getattr(one, "__module__", getattr(one, "__name__", "")) or "" for one in named]
         own = _code.digest(ast.parse(textwrap.dedent(inspect.getsource(work))))
     reached = _code.reach(start, _places(work.__module__))
     versions = [(d.name, d.version) for d in metadata.distributions() if d.name in _LIBRARIES]

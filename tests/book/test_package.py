@@ -37,8 +37,6 @@ def test_code_in_the_text_runs(
         "from lorapower import adapters, bounds, lowrank, networks, randomness, regions\n"
         "from lorapower.adapters import Adapters\n"
         "from lorapower.constructions import fitted, fnn, linear, transformer\n"
-        "from lorapower.experiments import synthetic\n"
-        "from lorapower.experiments.synthetic import Setting\n"
         "from lorapower.lowrank import LowRank\n"
         "from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer\n"
         "from lorapower.regions import Ball, Box, Samples\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapower import InputError, _checks
-from lorapower.errors import LONGEST, LorapowerError, PrecisionError, SingularError
+from lorapower.errors import (
+    LONGEST,
+    LorapowerError,
+    PrecisionError,
+    ResultsError,
+    SingularError,
+)
 from lorapower.networks import FNN, LinearNetwork, Transformer
 from lorapower.regions import Ball, Box, Samples
 from lorapower.training import Fixed
@@ -45,6 +52,7 @@ def test_messages_are_single_lines_of_bounded_length(length: int, lines: int) ->
         InputError("it", allowed="short", value=[1], remedy="shorten it"),
         SingularError(2, 1e9, 0.1, 1e-6, 1e8, " of batch member 1"),
         PrecisionError(1, 12.0, limit=8.0, dtype=torch.float64),
+        ResultsError(Path("runs"), "is torn", remedy="mend it"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorapower import bounds
-from lorapower.errors import InputError
 from lorapower.experiments import digits
-from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Problem, Readings, Setting
-from lorapower.experiments.study import Construction, Final, Fitted, Lora
-from lorapower.experiments.sweeps import grid
+from lorapower.experiments.digits import CLASSES, LIFT, SIZES, Digits
+from lorapower.experiments.study import Construction, Fitted, Setting, Trained, measure
 
 each_model = pytest.mark.parametrize("model", ["fnn", "transformer"])
 
@@ -30,28 +27,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     digits._target.cache_clear()
 
 
-def measure(problem: Problem, *methods: Any) -> list[Readings]:
-    return digits.measure([Setting(problem=problem, method=method) for method in methods])
+def reached(problem: Digits, *methods: Any) -> list[Any]:
+    return measure([Setting(problem=problem, method=method) for method in methods])
 
 
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("model", {"problem": {"model": "cnn"}}),
-        ("depth", {"problem": {"depth": 1}}),
-        ("depth", {"problem": {"model": "transformer"}}),
-        ("angle", {"problem": {"angle": 361.0}}),
-        ("method", {"method": {"kind": "adam"}}),
-        ("ranks", {"method": Lora(ranks=65)}),
-        ("ranks", {"method": Lora(ranks=(1, 1))}),
-        ("ranks", {"problem": {"model": "transformer", "depth": 1}, "method": Lora(ranks=17)}),
-        ("kind", {"problem": {"model": "transformer", "depth": 1}, "method": Fitted()}),
-    ],
-    ids=str,
-)
-def test_settings_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"^{field} must be "):
-        Setting(**values)
+def accuracy(network: Any, labelled: Any) -> float:
+    x, y = labelled
+    return float((digits._votes(network, x).argmax(0) == y).double().mean())
 
 
 def test_images_are_grey_values_with_their_digits() -> None:
@@ -120,36 +102,16 @@ def test_trained_networks_read_their_digits(model: str) -> None:
         assert one.shape == other.shape
     for network, angle in ((frozen, 0.0), (target, 90.0)):
         own, others = (digits._task(model, a, 0).test for a in (angle, 90.0 - angle))
-        assert digits.accuracy(network, own) > 0.7
+        assert accuracy(network, own) > 0.7
         if network is frozen:
-            assert digits.accuracy(network, others) < 0.4
-        assert digits.accuracy(random, own) < 0.3
+            assert accuracy(network, others) < 0.4
+        assert accuracy(random, own) < 0.3
     assert digits._pretrained(model, depth, 0) is frozen
 
 
-@each_model
-@pytest.mark.parametrize("start", ["pretrained", "random"])
-def test_constructions_equal_the_target_from_the_threshold(
-    model: digits.Model, start: digits.Start
-) -> None:
-    depth = 2 * digits.DEPTHS[model] if model == "fnn" else 1
-    problem = Problem(model=model, depth=depth, start=start, steps=20)
-    pair, threshold = problem.networks(), {"fnn": 32, "transformer": 8}[model]
-    if model == "fnn":
-        assert bounds.fnn_threshold(*pair) == threshold
-    else:
-        assert bounds.transformer_ranks(*pair).largest() == threshold
-    few, below, at = measure(problem, *grid(Construction, ranks=[1, threshold - 1, threshold]))
-    assert at.error < 1e-20 < below.error < few.error
-    assert at.accuracy == at.target_accuracy > few.accuracy
-    if model == "fnn":
-        assert few.error <= few.bound
-        assert at.bound < 1e-20
-
-
 def test_fitted_adapters_are_nearer_with_the_same_rank() -> None:
-    plain, fitted, exact = measure(
-        Problem(steps=20), Construction(ranks=4), Fitted(ranks=4), Fitted(ranks=64)
+    plain, fitted, exact = reached(
+        Digits(steps=20), Construction(ranks=4), Fitted(ranks=4), Fitted(ranks=64)
     )
     assert fitted.error < plain.error / 2
     assert fitted.accuracy > plain.accuracy
@@ -159,11 +121,11 @@ def test_fitted_adapters_are_nearer_with_the_same_rank() -> None:
 
 @each_model
 def test_rows_say_what_a_network_does_on_the_test_images(model: digits.Model) -> None:
-    problem = Problem(model=model, depth=digits.DEPTHS[model], steps=20)
+    problem = Digits(model=model, depth=digits.DEPTHS[model], steps=20)
     frozen, target = problem.networks()
     # No adapters; the biases alone are those of the construction.
-    adapted = problem.adapters(frozen, target, Construction()).merge(frozen)
-    (row,) = measure(problem, Construction())
+    adapted = problem.bench().adapt(Construction())[0].merge(frozen)
+    (row,) = reached(problem, Construction())
     x, y = problem.task.test
     got, wanted = (digits._votes(network, x) for network in (adapted, target))
     assert row.accuracy == (got.argmax(0) == y).double().mean()
@@ -171,18 +133,18 @@ def test_rows_say_what_a_network_does_on_the_test_images(model: digits.Model) ->
     error = (got - wanted).square().sum() / (wanted - means).square().sum()
     assert row.error == pytest.approx(float(error), rel=1e-9)
     assert row.target_accuracy == (wanted.argmax(0) == y).double().mean()
-    assert row.frozen_accuracy == digits.accuracy(frozen, (x, y))
+    assert row.frozen_accuracy == accuracy(frozen, (x, y))
     assert row.best_step == -1
 
 
 @each_model
 def test_training_adapts_to_the_task(model: digits.Model) -> None:
-    problem = Problem(model=model, depth=digits.DEPTHS[model], steps=150)
-    adapters = Lora(ranks=4, learning_rate=1e-2)
-    final = Final(final=len(problem.frozen().weights), learning_rate=1e-2)
-    together = measure(problem, adapters, final)
+    problem = Digits(model=model, depth=digits.DEPTHS[model], steps=150)
+    adapters = Trained(ranks=4, learning_rate=1e-2)
+    final = Trained(final=len(problem.networks()[0].weights), learning_rate=1e-2)
+    together = reached(problem, adapters, final)
     for row in together:
         assert row.accuracy > row.frozen_accuracy + 0.3
         assert 0 < row.best_step <= 150
         assert math.isfinite(row.validation_loss)
-    assert repr(measure(problem, adapters)) == repr(together[:1])
+    assert repr(reached(problem, adapters)) == repr(together[:1])

@@ -17,7 +17,8 @@ from torch import Tensor
 from lorapower import InputError, randomness
 from lorapower.adapters import Adapters
 from lorapower.experiments import sweeps, synthetic
-from lorapower.experiments.synthetic import Fused, Problem, Recipe, Setting
+from lorapower.experiments.study import Setting, Trained, TrainedFused, measure
+from lorapower.experiments.synthetic import Synthetic
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
 from lorapower.training import (
@@ -366,21 +367,17 @@ def test_what_is_learned_is_right_to_rounding(beta: float, rates: tuple[float, f
 
 
 def test_recipes_measure_what_training_gives() -> None:
-    problem = Problem(width=6, steps=200, every=10, seed=3)
+    problem = Synthetic(width=6, steps=200, every=10, seed=3)
     ways = [
-        Recipe(ranks=3, learning_rate=1e-2),
-        Recipe(ranks=3, learning_rate=1e-2, loss="one-sided", schedule="cosine"),
-        Recipe(ranks=3, start="construction", learning_rate=1e-5),
-        Recipe(ranks=3, start="fitted", learning_rate=1e-5),
-        Fused(ranks=3, starts=2),
-        Recipe(ranks=3, start="linearized", learning_rate=1e-2),
-        Recipe(final=2, loss="one-sided", learning_rate=1e-2),
-        Fused(ranks=3, starts=2, input_scale=0.5),
+        Trained(ranks=3, learning_rate=1e-2),
+        Trained(ranks=3, learning_rate=1e-2, loss="one-sided", schedule="cosine"),
+        Trained(ranks=3, initial="fitted", learning_rate=1e-5),
+        TrainedFused(ranks=3, starts=2),
+        Trained(ranks=3, initial="linearized", learning_rate=1e-2),
+        Trained(final=2, loss="one-sided", learning_rate=1e-2),
     ]
-    table = sweeps.run(
-        sweeps.grid(Setting, problem=problem, method=ways), synthetic.measure, progress=False
-    )
-    assert list(table.method) == ["recipe"] * 4 + ["fused"] + ["recipe"] * 2 + ["fused"]
+    table = sweeps.run(sweeps.grid(Setting, problem=problem, method=ways), measure, progress=False)
+    assert list(table.method) == ["trained"] * 3 + ["fused"] + ["trained"] * 2
     frozen, target = problem.networks()
     data, fresh = problem.data(target)
     runs = train(frozen, [Tuning(3, learning_rate=1e-2)], data, steps=200, every=10, seed=3)
@@ -388,14 +385,14 @@ def test_recipes_measure_what_training_gives() -> None:
     error = (runs.network[0](x) - y).square().mean()
     assert table.error[0] == pytest.approx(float(error), rel=1e-3)
     # From exact adapters there is nothing to gain; rounding to single precision is left.
-    assert (table.error[2:4] < 1e-9).all()
-    deep = Problem(width=6, target_depth=2, depth=4, steps=20, every=10)
+    assert table.error[2] < 1e-9
+    deep = Synthetic(width=6, target_depth=2, depth=4, steps=20, every=10)
     frozen, target = deep.networks()
     data = deep.data(target)[0]
     tuning = Tuning(3, start=linearized(frozen, data, Partition([2, 2])))
     runs = train(frozen, [tuning], data, steps=20, every=10)
-    way = Setting(problem=deep, method=Recipe(ranks=3, start="linearized"))
-    assert synthetic.measure([way])[0].validation_loss == float(runs.best_loss[0])
+    way = Setting(problem=deep, method=Trained(ranks=3, initial="linearized"))
+    assert measure([way])[0].validation_loss == float(runs.best_loss[0])
 
 
 # --- Bad input ------------------------------------------------------------------------------------
@@ -436,7 +433,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("sigma", lambda: learned(-1.0, 1.0, 1.0)),
     ("right", lambda: course(torch.eye(2), torch.ones(2, 2), torch.ones(1))),
     ("right", lambda: limit(torch.eye(2), torch.ones(3, 1))),
-    ("ranks", lambda: Setting(method=Recipe(ranks=17))),
+    ("ranks", lambda: Setting(problem=Synthetic(), method=Trained(ranks=17))),
 ]
 
 

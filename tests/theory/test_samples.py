@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -43,21 +42,6 @@ def test_divergence_is_that_of_the_best_approximation(out: int, span: int, seed:
     assert (found >= least - 1e-9).all()
 
 
-def draws(
-    E: Tensor, x: Tensor, noise: float, count: int, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular values of observations, risks of all ranks, and norms of projected noise."""
-    rows = lowrank.svd(x).V[:, : int(lowrank.rank(x))]
-    F = E @ x @ rows / x.shape[1] ** 0.5
-    xi = noise / x.shape[1] ** 0.5 * normal(count, *F.shape, seed=seed)
-    U, S, V = lowrank.svd(F + xi)
-    risks = [
-        ((U[..., :r] * S[..., None, :r]) @ V[..., :r].mT - F).square().sum((-2, -1))
-        for r in range(min(F.shape) + 1)
-    ]
-    return S, torch.stack(risks, -1), lowrank.norm(xi)
-
-
 @pytest.mark.parametrize(("out", "span"), [(4, 4), (3, 6), (5, 2)])
 def test_a_change_is_observed_with_noise_of_the_right_size(out: int, span: int) -> None:
     design = samples.Design(50, out, span, 0.7)
@@ -82,44 +66,6 @@ def test_risks_are_those_of_reduced_rank_regression() -> None:
     rows = lowrank.svd(x).V[:, :4]
     best = lowrank.truncated_svd(y @ rows, rank).matrix() @ rows.mT
     torch.testing.assert_close(K @ x, best, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("span", [3, 6])
-def test_the_expansion_is_the_mean_risk_for_small_noise(span: int) -> None:
-    E = normal(5, 6) * torch.tensor([2.0, 1.0, 0.5, 0.25, 0.1, 0.05])
-    x = normal(6, span, seed=1) @ normal(span, 40, seed=2)
-    design = samples.Design(40, 5, span, 0.02)
-    f = lowrank.spectrum(E @ x)[: min(5, span)] / 40**0.5
-    S, risks, _ = draws(E, x, design.noise, 4000)
-    predicted = design.expected_risk(f)
-    spread = risks.std(0) / len(risks) ** 0.5
-    excess = predicted - replace(design, noise=0.0).expected_risk(f)
-    assert (
-        (risks.mean(0) - predicted).abs() <= 5 * spread + 0.05 * excess + 1e-12 * predicted
-    ).all()
-    estimates = torch.stack([design.sure(values) for values in S[:1500]])
-    spread = (estimates - risks[:1500]).std(0) / 1500**0.5
-    assert ((estimates - risks[:1500]).mean(0).abs() <= 5 * spread + 1e-10).all()
-
-
-@given(
-    st.integers(1, 8), st.integers(1, 8), st.integers(1, 60), st.floats(0, 3), st.integers(0, 99)
-)
-def test_the_oracle_inequality_is_never_violated(
-    out: int, into: int, count: int, noise: float, seed: int
-) -> None:
-    E, x = normal(out, into, seed=seed), normal(into, count, seed=seed + 1)
-    span = int(lowrank.rank(x))
-    design = samples.Design(count, out, span, noise)
-    f = lowrank.spectrum(E @ x)[: min(out, span)] / count**0.5
-    _, risks, size = draws(E, x, noise, 50, seed)
-    tau = replace(design, noise=0.0).expected_risk(f).sqrt()
-    r = torch.arange(len(tau))
-    bound = tau + 2 * (2 * r).sqrt() * size[:, None]
-    assert (risks.sqrt() <= bound * (1 + 1e-9) + 1e-9).all()
-    spread = risks.std(0) / len(risks) ** 0.5
-    assert (risks.mean(0) - 4 * spread <= design.oracle_bound(f) + 1e-9).all()
-    assert (risks >= tau.square() * (1 - 1e-9) - 1e-9).all()
 
 
 def test_simple_risks_are_below_and_equal_for_one_strong_spectrum() -> None:
@@ -249,29 +195,3 @@ def test_shrinking_without_noise_is_least_squares_and_with_much_nothing() -> Non
     torch.testing.assert_close(found.update.matrix(), change)
     assert found.risk == pytest.approx(0, abs=1e-9)
     assert samples.shrink(frozen, x, y, noise=1e4).update.rank == 0
-
-
-@pytest.mark.parametrize(("out", "span"), [(60, 60), (30, 90)])
-def test_at_the_edge_a_direction_is_worth_as_much_as_nothing(out: int, span: int) -> None:
-    design = samples.Design(1000, out, span, 2.0)
-
-    def prices(strength: float, draws: int) -> tuple[float, float]:
-        """Mean risks of keeping a direction of this strength and of shrinking it, over this."""
-        F = torch.zeros(out, span, dtype=torch.float64)
-        F[0, 0] = strength**0.5
-        noise = design.variance**0.5 * normal(draws, out, span)
-        seen = lowrank.svd(F + noise)
-        risks = []
-        for values in (seen.S * (torch.arange(out) < 1), design.shrink_values(seen.S)[0]):
-            found = (seen.U * values[:, None, :]) @ seen.V.mT
-            risks.append(float((found - F).square().sum((-2, -1)).mean()) / strength)
-        return risks[0], risks[1]
-
-    keep, shrunk = prices(design.edge, 150)
-    assert keep == pytest.approx(1, abs=0.07)
-    assert shrunk < 0.95
-    below, _ = prices(0.7 * design.edge, 50)
-    above, _ = prices(1.5 * design.edge, 50)
-    assert above < 0.8 < 1.2 < below
-    square = samples.Design(100, 16, 16, 1.0)
-    assert square.edge == pytest.approx(3 * 16 * square.variance)

@@ -1,4 +1,4 @@
-"""Sweeps: the table is the same however often the sweep was interrupted, and nothing is lost."""
+"""Records and sweeps: the table is the same however often a sweep stopped; nothing is lost."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT
 from distributed import Client
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lorapower import _code
 from lorapower._records import Record, Results
-from lorapower.errors import InputError, LorapowerError, PrecisionError, ResultsError
+from lorapower.errors import InputError, ResultsError
 from lorapower.experiments import digits, sweeps, synthetic
+from lorapower.experiments.study import measure
 from lorapower.experiments.sweeps import grid
 
 
@@ -62,6 +62,11 @@ class Setting(Record):
 
 class Other(Record):
     width: int
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self.require("width", self.width != 5, "other than 5")
+        return self
 
 
 class Found(Results):
@@ -150,10 +155,59 @@ def same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(found, wanted, check_exact=True)
 
 
+# --- Records --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "values", "name"),
+    [
+        (Plain, {"ranks": True}, "ranks"),
+        (Plain, {"ranks": [1]}, "ranks"),
+        (Plain, {"ranks": "x\n" * 1000}, "ranks"),
+        (Fast, {"rate": "1"}, "rate"),
+        (Fast, {"rate": np.nan}, "rate"),
+        (Fast, {"rat": 1.0}, "names"),
+        (Problem, {"width": -1}, "width"),
+        (Other, {}, "width"),
+        (Other, {"width": 5}, "width"),
+        (Setting, {"method": {"kind": "plain", "biases": "x"}}, "biases"),
+        (Setting, {"method": {"kind": "third"}}, "method"),
+    ],
+)
+def test_what_a_record_refuses_is_named_in_one_line(
+    record: type[Record], values: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{name} must be ") as caught:
+        record(**values)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_numpy_s_scalars_are_python_s() -> None:
+    ranks: Any = (np.int64(1), np.int32(2))
+    found: Any = Plain(ranks=ranks, biases=np.bool_(True))  # type: ignore[arg-type]
+    assert found == Plain(ranks=(1, 2))
+    assert [type(rank) for rank in found.ranks] == [int, int]
+    assert found.biases is True
+    assert type(Fast(rate=1).rate) is float
+
+
+def test_records_are_values() -> None:
+    one = Setting(method=Plain(ranks=(1, 2)))
+    assert len({one, Setting(method=Plain(ranks=(1, 2))), one.replace(method=Fast())}) == 2
+    assert pickle.loads(pickle.dumps(one)) == one
+    with pytest.raises(InputError, match="width must be other than 5"):
+        Other(width=4).replace(width=5)
+    with pytest.raises(ValueError, match="frozen"):
+        one.method = Fast()  # type: ignore[misc]
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
 def test_a_grid_is_the_product_with_the_last_axis_fastest() -> None:
-    found = grid(Plain, ranks=np.array([3, 1]), biases=[True, False])
+    found = grid(Plain, ranks=range(3, 0, -2), biases=[True, False])
     assert found == [Plain(ranks=r, biases=b) for r in (3, 1) for b in (True, False)]
-    assert type(found[0].ranks) is int
     assert grid(Plain, ranks=(1, 2)) == [Plain(ranks=(1, 2))]
     assert [s.problem.width for s in GRID] == [width for width in range(6) for _ in range(4)]
 
@@ -168,8 +222,6 @@ def test_a_table_has_a_row_for_each_setting_in_their_order() -> None:
     assert table.method.tolist() == [s.method.kind for s in GRID]
     assert table.ranks.tolist()[:2] == [2, (2, 4, 8)]
     assert table.rate.isna().tolist() == [True, True, False, False] * 6
-    assert table.loss.isna().tolist() == (table.width == 3).tolist()
-    assert table.exact.dtype == bool
     if (ROOT / ".git").exists():
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
         assert {*table.revision} <= {head, f"{head}-dirty"}
@@ -255,7 +307,7 @@ def test_a_file_keeps_what_is_not_asked_for(
     assert sweeps.read(path).width.tolist() == [s.problem.width for s in GRID] + [100]
 
 
-def test_a_killed_sweep_resumes(tmp_path: Path) -> None:
+def test_a_killed_sweep_that_others_read_resumes(tmp_path: Path) -> None:
     path = tmp_path / "runs"
     finished = 0
     for _ in range(2):
@@ -263,7 +315,7 @@ def test_a_killed_sweep_resumes(tmp_path: Path) -> None:
             target=quiet, args=(GRID, slow, path), kwargs={"size": 2}
         )
         process.start()
-        while process.is_alive() and (not path.exists() or count(path) <= finished):
+        while process.is_alive() and (not path.exists() or len(sweeps.read(path)) <= finished):
             time.sleep(0.01)
         process.kill()
         process.join()
@@ -302,31 +354,33 @@ def test_what_makes_no_table_is_refused(
         grid(Problem, width=[])
 
 
+def foreign(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as file:
+        file.execute("CREATE TABLE runs (id INTEGER PRIMARY KEY)")
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("make", "problem"),
     [
-        InputError("rank", allowed="small", given=torch.float32, remedy="try"),
-        PrecisionError(1, 9.0, limit=6.0, dtype=torch.float32),
-        ResultsError(Path("here"), "is torn", remedy="mend it"),
+        (lambda path: path.write_bytes(b"mine" * 1000), "cannot be used"),
+        (lambda path: path.write_bytes(path.read_bytes()[:9000]), "cannot be used"),
+        (foreign, "is no file of runs"),
     ],
 )
-def test_errors_survive_the_way_between_processes(error: LorapowerError) -> None:
-    found = pickle.loads(pickle.dumps(error))
-    assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
-
-
-@pytest.mark.parametrize("content", [b"mine" * 1000, None])
-def test_a_file_of_another_kind_or_damaged_is_refused(
-    content: bytes | None, tmp_path: Path
+def test_a_file_of_another_kind_or_damaged_is_refused_and_stays(
+    make: Callable[[Path], Any], problem: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "runs"
     quiet(GRID, work, path)
-    before = content or path.read_bytes()[:9000]
-    path.write_bytes(before)
-    with pytest.raises(ResultsError, match="cannot be used") as caught:
-        quiet(GRID, work, path)
-    assert caught.value.path == path
-    assert path.read_bytes() == before
+    if make is foreign:
+        path.unlink()
+    make(path)
+    before = path.read_bytes()
+    for call in (functools.partial(quiet, GRID, work), sweeps.read):
+        with pytest.raises(ResultsError, match=problem) as caught:
+            call(path)
+        assert caught.value.path == path
+        assert path.read_bytes() == before
     with pytest.raises(ResultsError, match="is no file"):
         sweeps.read(tmp_path / "nowhere")
 
@@ -346,21 +400,9 @@ def test_what_was_kept_survives_a_full_disc(tmp_path: Path) -> None:
     assert len(quiet(more, work, path)) == len(more)
 
 
-def test_one_may_read_while_another_writes(tmp_path: Path) -> None:
-    lengths = []
-
-    def reading(batch: list[Setting]) -> list[Found]:
-        lengths.append(len(sweeps.read(tmp_path / "runs")))
-        return work(batch)
-
-    quiet(GRID, reading, tmp_path / "runs")
-    assert lengths == [*range(0, 24, 4)]
-
-
 def test_runs_of_other_code_are_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    (tmp_path / "scale.py").write_text("SCALE = 1.0\n")
     (tmp_path / "own_study.py").write_text(
         "from lorapower.experiments.sweeps import Results\n"
         "from scale import SCALE\n"
@@ -375,33 +417,35 @@ def test_runs_of_other_code_are_done_again(tmp_path: Path, monkeypatch: pytest.M
         importlib.invalidate_caches()
         losses.append(quiet(GRID[:4], importlib.import_module("own_study").work, path).loss[0])
     assert losses == [1.0, 2.0, 1.0]
-    assert count(path) == 8
     # Runs of the first code were kept, and are not done again.
+    assert count(path) == 8
     assert sweeps.read(path).loss.tolist() == [2.0] * 4
 
 
 CODE = {
     "unit/__init__.py": "",
-    "unit/made.py": "from . import used\ndef work(batch):\n    return used.ours()\n",
+    "unit/made.py": "def work(batch):\n    from . import used\n    return used.ours()\n",
     "unit/used.py": '"""Text."""\nSIZE = 1\ndef ours():\n    """Text."""\n    return SIZE\n',
     "unit/unused.py": "SIZE = 1\n",
 }
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "counts"),
+    ("file", "old", "new", "records", "counts"),
     [
-        ("unit/used.py", "SIZE = 1", "SIZE = 2", True),
-        ("unit/__init__.py", "", "import unit.unused\n", True),
-        ("unit/used.py", "Text", "Other text", False),
-        ("unit/used.py", "SIZE = 1\n", "SIZE = (  # of all\n    1\n)\n", False),
-        ("unit/unused.py", "SIZE = 1", "SIZE = 2", False),
+        ("unit/used.py", "SIZE = 1", "SIZE = 2", "", True),
+        ("unit/__init__.py", "", "import unit.unused\n", "", True),
+        ("unit/used.py", "Text", "Other text", "", False),
+        ("unit/used.py", "SIZE = 1\n", "SIZE = (  # of all\n    1\n)\n", "", False),
+        ("unit/unused.py", "SIZE = 1", "SIZE = 2", "", False),
+        ("unit/unused.py", "SIZE = 1", "SIZE = 2", "unit.unused", True),
     ],
 )
-def test_only_code_that_a_run_reaches_counts(
+def test_only_code_that_a_run_reaches_counts_loaded_already_or_not(
     file: str,
     old: str,
     new: str,
+    records: str,
     counts: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -410,41 +454,24 @@ def test_only_code_that_a_run_reaches_counts(
     for name, code in CODE.items():
         (tmp_path / name).write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    work = importlib.import_module("unit.made").work
-    before = sweeps._fingerprint.__wrapped__(work)
+    given = importlib.import_module("unit.made").work, frozenset({records} - {""})
+    fingerprint = functools.partial(sweeps._fingerprint.__wrapped__, *given)
+    before = fingerprint()
+    importlib.import_module("unit.used")
+    assert fingerprint() == before
     (tmp_path / file).write_text(CODE[file].replace(old, new))
-    after = sweeps._fingerprint.__wrapped__(work)
+    after = fingerprint()
     for name in [name for name in sys.modules if name.partition(".")[0] == "unit"]:
         del sys.modules[name]
     assert (before != after) is counts
 
 
-def test_modules_count_whether_they_are_loaded_already_or_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = "def work(batch):\n    import only_later\n    return only_later.VALUE\n"
-    (tmp_path / "begins_first.py").write_text(code)
-    (tmp_path / "only_later.py").write_text("VALUE = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    fingerprint = functools.partial(
-        sweeps._fingerprint.__wrapped__, importlib.import_module("begins_first").work
-    )
-    before = fingerprint()
-    importlib.import_module("only_later")
-    assert fingerprint() == before
-    (tmp_path / "only_later.py").write_text("VALUE = 2\n")
-    assert fingerprint() != before
-    for name in ("begins_first", "only_later"):
-        del sys.modules[name]
-
-
 def test_runs_of_this_package_follow_its_imports() -> None:
-    found = _code.reach(["lorapower.experiments.synthetic"], sweeps._places("lorapower"))
-    assert {"lorapower", "lorapower.training.engine", "lorapower._records"} <= {*found}
-    assert not {"lorapower.book", "lorapower.checkpoints", "lorapower.experiments.digits"} & {
-        *found
-    }
-    assert len({sweeps._fingerprint(f) for f in (synthetic.measure, digits.measure, work)}) == 3
+    found = {*_code.reach(["lorapower.experiments.synthetic"], sweeps._places("lorapower"))}
+    assert {"lorapower", "lorapower.training.engine", "lorapower._records"} <= found
+    assert not {"lorapower.book", "lorapower.checkpoints", "lorapower.experiments.digits"} & found
+    kinds = [frozenset({module.__name__}) for module in (synthetic, digits)]
+    assert len({sweeps._fingerprint(measure, kind) for kind in kinds}) == 2
 
 
 def test_work_of_a_notebook_counts_with_the_modules_that_it_names(
@@ -461,34 +488,39 @@ def test_work_of_a_notebook_counts_with_the_modules_that_it_names(
         return sweeps._fingerprint.__wrapped__(notebook.work)
 
     head = "from lorapower.experiments import {0}\nfrom lorapower import errors\n"
-    code = head + "def work(batch):\n    return {0}.measure(batch)\n"
+    code = head + "def work(batch):\n    return {0}.VECTORS, batch\n"
     one = fingerprint(code.format("residual"))
     assert one == fingerprint(code.format("residual") + "    # done\n")
     assert one != fingerprint(code.format("digits"))
-    assert one != fingerprint(code.format("residual").replace("(batch)\n", "(batch[:])\n"))
+    assert one != fingerprint(code.format("residual").replace("batch\n", "batch[:]\n"))
 
 
 def test_what_is_begun_again_stays_finished() -> None:
     with sweeps._opened(None) as file:
         store = sweeps._Store(file, "code")
-        store.put(["a", "b"])
+        assert store.begin(["a", "b"]) == {"a", "b"}
         assert [*store.rows()] == []
         store.put(["a"], ["{}"])
-        store.put(["a", "b"])
+        assert store.begin(["a", "b", "c"]) == {"c"}
         assert [*store.rows()] == ["a"]
-        assert [*store.rows(finished=False)] == ["b"]
+        assert [*store.rows(finished=False)] == ["b", "c"]
 
 
-def test_two_sweeps_at_a_time_share_the_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("executors", [0, 1, 2])
+def test_two_sweeps_at_a_time_share_the_work(executors: int, tmp_path: Path) -> None:
     RUN.clear()
     path = tmp_path / "runs"
-    with ThreadPoolExecutor() as threads:
-        both = [threads.submit(quiet, GRID[i:], slow, path, size=2) for i in (0, 4)]
-    tables = [one.result() for one in both]
+    with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(1) as a, ThreadPoolExecutor(1) as b:
+        each = [*(a, b)[:executors], None, None][:2]
+        both = [
+            threads.submit(quiet, GRID[i:], slow, path, size=2, executor=executor)
+            for i, executor in zip((0, 4), each, strict=True)
+        ]
+        tables = [one.result() for one in both]
     same(tables[0], quiet(GRID, work))
     same(tables[1], quiet(GRID[4:], work))
-    # Where one waits for the other, at the end, it runs what the other has begun.
-    assert len(GRID) <= len(RUN) <= len(GRID) + 4
+    # Where they meet each may run what the other has begun; executors begin one ahead.
+    assert len(GRID) <= len(RUN) <= len(GRID) + 4 * (1 + executors)
 
 
 def dask() -> Any:

@@ -1,4 +1,4 @@
-"""The study's experiments: what settings mean, and what is measured for them."""
+"""The frame of experiments, and random networks in it: what settings mean and what is measured."""
 
 from __future__ import annotations
 
@@ -10,63 +10,157 @@ import pytest
 import torch
 
 from lorapower.errors import InputError
-from lorapower.experiments import synthetic
-from lorapower.experiments.study import Final, Lora, keep_best
-from lorapower.experiments.sweeps import grid
-from lorapower.experiments.synthetic import (
-    PRETRAINED,
-    SHIFT,
+from lorapower.experiments.digits import Digits, Readings
+from lorapower.experiments.residual import Remainder, Residual, TrainedPart
+from lorapower.experiments.study import (
     Construction,
-    Errors,
+    Course,
+    Fitted,
     Problem,
     Setting,
+    Trained,
+    TrainedFused,
+    keep_best,
+    measure,
 )
+from lorapower.experiments.sweeps import grid
+from lorapower.experiments.synthetic import PRETRAINED, SHIFT, TEST_SAMPLES, Errors, Synthetic
 
-SMALL: dict[str, Problem] = {
-    "linear": Problem(model="linear", width=6, steps=20, samples=30),
-    "fnn": Problem(model="fnn", width=6, steps=20, samples=30),
-    "transformer": Problem(
-        model="transformer", width=6, depth=1, tokens=4, scale=6**-0.5, steps=20, samples=10
-    ),
+SMALL = {
+    "linear": Synthetic(model="linear", width=6, steps=20, samples=30),
+    "fnn": Synthetic(width=6, steps=20, samples=30),
 }
-UNTUNED = Lora(biases=False)
+UNTUNED = Trained(biases=False)
 each_model = pytest.mark.parametrize("model", SMALL)
 
 
-def measure(problem: Problem, *methods: Any) -> list[Errors]:
-    return synthetic.measure([Setting(problem=problem, method=method) for method in methods])
+def reached(problem: Any, *methods: Any) -> list[Any]:
+    return measure([Setting(problem=problem, method=method) for method in methods])
 
 
-def assert_same(found: Errors, wanted: Errors) -> None:
-    """Bit by bit; NaN is NaN."""
-    assert repr(found) == repr(wanted)
-
-
-def transformer(**values: Any) -> dict[str, Any]:
-    return {"problem": {"model": "transformer", "depth": 1} | values}
+# --- The frame ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("field", "values"),
+    ("field", "make"),
     [
-        ("model", {"problem": {"model": "cnn"}}),
-        ("depth", {"problem": {"depth": 1, "target_depth": 2}}),
-        ("task", {"problem": {"model": "linear", "task": "binary"}}),
-        ("depth", transformer(depth=2)),
-        ("fixed", transformer(fixed=True)),
-        ("gain", transformer(gain=2.0)),
-        ("distance_rank", transformer(distance_rank=1)),
-        ("method", {"method": {"kind": "adam"}}),
-        ("ranks", {"method": {"kind": "lora", "ranks": (1, 17)}}),
-        ("ranks", {"method": {"kind": "fused", "ranks": 17}}),
-        ("learning_rate", {"method": {"kind": "lora", "learning_rate": 1e39}}),
-        ("region", {"problem": {"model": "linear"}, "method": Construction(region=2.0)}),
+        ("model", lambda: Synthetic(model="cnn")),  # type: ignore[arg-type]
+        ("depth", lambda: Synthetic(depth=1, target_depth=2)),
+        ("task", lambda: Synthetic(model="linear", task="binary")),
+        ("depth", lambda: Digits(depth=1)),
+        ("depth", lambda: Digits(model="transformer")),
+        ("angle", lambda: Digits(angle=361.0)),
+        ("learning_rate", lambda: Trained(learning_rate=1e39)),
+        ("final", lambda: Trained(ranks=1, final=1)),
+        ("initial", lambda: Trained(final=1, initial="fitted")),
+        ("initial", lambda: Trained(initial="construction")),  # type: ignore[arg-type]
+        ("problem", lambda: Setting(problem=UNTUNED, method=UNTUNED)),  # type: ignore[arg-type]
+        ("method", lambda: Setting(problem=Residual(), method=UNTUNED)),
+        ("method", lambda: Setting(problem=Synthetic(), method=TrainedPart())),
+        ("method", lambda: Setting(problem=Digits(), method=TrainedFused())),
+        ("ranks", lambda: Setting(problem=Synthetic(), method=Trained(ranks=(1, 17)))),
+        ("ranks", lambda: Setting(problem=Synthetic(), method=TrainedFused(ranks=17))),
+        ("ranks", lambda: Setting(problem=Residual(), method=TrainedPart(ranks=9))),
+        ("task", lambda: Setting(problem=Synthetic(task="binary"), method=TrainedFused())),
+        ("inputs", lambda: Setting(problem=Digits(), method=Fitted(inputs=9))),
+        ("kind", lambda: Setting(problem=Digits(model="transformer", depth=1), method=Fitted())),
+        ("settings", lambda: measure([])),
+        ("settings", lambda: measure([Setting(problem=p, method=UNTUNED) for p in SMALL.values()])),
     ],
-    ids=str,
 )
-def test_settings_without_meaning_are_refused(field: str, values: dict[str, Any]) -> None:
+def test_what_has_no_meaning_is_refused(field: str, make: Any) -> None:
     with pytest.raises(InputError, match=f"^{field} must be "):
-        Setting(**values)
+        make()
+
+
+@pytest.mark.parametrize(
+    ("problem", "results"), [(Synthetic, Errors), (Digits, Readings), (Residual, Remainder)]
+)
+def test_columns_have_one_meaning(problem: type[Problem], results: type[Course]) -> None:
+    for method in problem.methods:
+        names = [*problem.model_fields, *method.model_fields, *results.model_fields]
+        assert len({*names}) == len(names)
+
+
+@each_model
+def test_a_row_does_not_depend_on_the_others(model: str) -> None:
+    methods: list[Any] = grid(Trained, ranks=[0, 3], learning_rate=[1e-2, 1e-3])
+    methods += [Construction(ranks=2), Trained(final=1), Fitted(ranks=1, inputs=50)]
+    together = reached(SMALL[model], *methods)
+    for method, row in zip(methods, together, strict=True):
+        # Bit by bit; NaN is NaN.
+        assert repr(reached(SMALL[model], method)[0]) == repr(row)
+    twice = reached(SMALL[model], *reversed(methods), methods[0])
+    assert repr(twice[::-1]) == repr([together[0], *together])
+
+
+def test_the_best_grid_point_has_the_least_validation_loss() -> None:
+    adam = grid(Trained, ranks=[1, 2], learning_rate=[1e-2, 1e-3, 1e-4], weight_decay=[0.0, 0.1])
+    methods = [*adam, Construction(ranks=1)]
+    losses = [5, 2, math.nan, 3, 2.5, 9, math.inf, math.nan, 1, 1, 4, 7, math.nan]
+    rows = [
+        {**dict(method), "validation_loss": loss, "error": loss}
+        for method, loss in zip(methods, losses, strict=True)
+    ]
+    # Of two that are equal, the first.
+    assert keep_best(pd.DataFrame(rows)).index.tolist() == [1, 8, 12]
+
+
+def test_runs_that_diverge_are_rows_like_others() -> None:
+    problem = SMALL["fnn"].replace(depth=4)
+    good, bad = reached(problem, *grid(Trained, ranks=2, learning_rate=[1e-3, 1e6]))
+    assert repr(reached(problem, Trained(ranks=2))) == repr([good])
+    assert bad.diverged
+    assert math.isfinite(bad.error)
+    assert math.isfinite(bad.validation_loss)
+
+
+FEW: dict[str, Any] = {"width": 6, "steps": 30, "every": 10, "samples": 30}
+SPLIT = Synthetic(depth=4, target_depth=2, **FEW)
+NORMED = Residual(width=6, hidden=8, steps=40, samples=16, size=10.0)
+
+
+@pytest.mark.parametrize(
+    ("problem", "method", "wanted"),
+    [
+        (Synthetic(**FEW), Construction(ranks=2), {"error": 4.4790029681e-05}),
+        (
+            Synthetic(**FEW),
+            Fitted(ranks=2, inputs=300, polished=True, iterations=20),
+            {"error": 3.0541459418e-05, "predicted": 2.4452502175e-04},
+        ),
+        (
+            Synthetic(model="linear", **FEW),
+            Trained(ranks=3, learning_rate=1e-2),
+            {"error": 0.13456870671, "validation_loss": 0.13824887574},
+        ),
+        (
+            Synthetic(fixed=True, **FEW),
+            Trained(ranks=3, learning_rate=1e-2),
+            {"error": 0.08817589271, "training_error": 0.05202595041},
+        ),
+        (SPLIT, Trained(ranks=3, initial="linearized"), {"error": 0.02215219838}),
+        (
+            SPLIT,
+            TrainedFused(ranks=3, starts=2, learning_rates=(1e-2, 3e-2)),
+            {"error": 0.00745742896, "validation_loss": 0.00731972419},
+        ),
+        (
+            NORMED,
+            TrainedPart(vectors="free", ranks=6, iterations=5),
+            {"error": 0.02602731048, "far_error": 0.025726091, "floor": 0.0161495472},
+        ),
+    ],
+)
+def test_numbers_of_short_runs_do_not_drift(
+    problem: Any, method: Any, wanted: dict[str, float]
+) -> None:
+    (row,) = reached(problem, method)
+    for name, value in wanted.items():
+        assert getattr(row, name) == pytest.approx(value, rel=1e-3), name
+
+
+# --- Random networks ------------------------------------------------------------------------------
 
 
 @each_model
@@ -81,48 +175,24 @@ def test_problems_of_one_seed_have_the_same_networks_and_data(model: str) -> Non
     assert not torch.equal(found[0], again.data(again.networks()[1])[0].block(1)[0])
 
 
-@pytest.mark.parametrize("settings", [[], grid(Setting, problem=grid(Problem, seed=[0, 1]))])
-def test_several_problems_are_refused_together(settings: Any) -> None:
-    with pytest.raises(InputError, match="settings must be of one problem"):
-        synthetic.measure(settings)
-
-
-@each_model
-def test_a_row_does_not_depend_on_the_others(model: str) -> None:
-    methods: list[Any] = grid(Lora, ranks=[0, 3], learning_rate=[1e-2, 1e-3])
-    methods.append(Construction(ranks=2))
-    if model != "transformer":
-        methods.append(Final())
-    together = measure(SMALL[model], *methods)
-    for method, row in zip(methods, together, strict=True):
-        assert_same(measure(SMALL[model], method)[0], row)
-    twice = [*reversed(methods), methods[0]]
-    for row, backwards in zip(
-        [together[0], *together], measure(SMALL[model], *twice)[::-1], strict=True
-    ):
-        assert_same(backwards, row)
-
-
 @each_model
 def test_errors_are_mean_squares_over_fresh_inputs(model: str) -> None:
     problem = SMALL[model].replace(every=10)
     frozen, target = problem.networks()
-    (row,) = measure(problem, UNTUNED)
+    (row,) = reached(problem, UNTUNED)
     fresh = problem.data(target)[1]
-    x = fresh.test(synthetic.TEST_SAMPLES)[0].double()
+    x = fresh.test(TEST_SAMPLES)[0].double()
     # The network went through training, in single precision, and nothing of it was tuned.
-    for name, inputs in (("error", x), ("shifted_error", synthetic.SHIFT * x)):
+    for name, inputs in (("error", x), ("shifted_error", SHIFT * x)):
         wanted = (frozen(inputs) - target(inputs)).square().mean().item()
         assert getattr(row, name) == pytest.approx(wanted, rel=1e-5)
     assert row.signal == pytest.approx(target(x).square().mean().item(), rel=1e-12)
-    best_constant = target(x).transpose(0, -2).flatten(1).mean(1, keepdim=True)
-    left = target(x) - best_constant
+    left = target(x) - target(x).mean(1, keepdim=True)
     assert row.variance == pytest.approx(left.square().mean().item(), rel=1e-9)
     x, y = (part.double() for part in fresh.validation)
     wanted = (frozen(x) - y).square().mean().item()
     assert row.validation_loss == pytest.approx(wanted, rel=1e-5)
-    assert row.best_step == 0
-    assert not row.diverged
+    assert (row.best_step, row.diverged) == (0, False)
     assert math.isnan(row.accuracy)
     assert math.isnan(row.training_error)
 
@@ -132,7 +202,7 @@ def test_errors_are_mean_squares_over_fresh_inputs(model: str) -> None:
 def test_constructions_are_exact_from_the_threshold(model: str, pretraining: float) -> None:
     # Half the width: two layers for each of the target's.
     problem = SMALL[model].replace(pretraining=pretraining)
-    below, at, above = measure(problem, *grid(Construction, ranks=[2, 3, 6]))
+    below, at, above = reached(problem, *grid(Construction, ranks=[2, 3, 6]))
     assert below.error > 1e-4 * below.signal
     for row in (at, above):
         # Double precision, of which condition numbers and biases cost some digits.
@@ -142,32 +212,20 @@ def test_constructions_are_exact_from_the_threshold(model: str, pretraining: flo
 
 
 @each_model
-def test_training_reduces_the_error(model: str) -> None:
-    problem = SMALL[model].replace(steps=300)
-    untuned, tuned = measure(problem, UNTUNED, Lora(ranks=3, learning_rate=1e-2))
-    assert tuned.error < 0.7 * untuned.error
-    assert tuned.validation_loss < 0.7 * untuned.validation_loss
-
-
-def mean_square(problem: Problem) -> float:
-    """Of the error at the start, on the inputs by which pretraining goes."""
-    frozen, target = problem.start()
-    data, _ = problem.data(target, "pretraining")
-    x, y = (part.double() for part in data.validation)
-    return float((frozen(x) - y).square().mean())
+@pytest.mark.parametrize("part", [PRETRAINED, 0.25])
+def test_pretrained_networks_have_this_part_of_the_loss(model: str, part: float) -> None:
+    losses = []
+    for pretraining in (1.0, part):
+        problem = SMALL[model].replace(samples=256, pretraining=pretraining)
+        frozen, target = problem.start()
+        # The inputs by which pretraining goes.
+        x, y = (part.double() for part in problem.data(target, "pretraining")[0].validation)
+        losses.append(float((frozen(x) - y).square().mean()))
+    # Pretraining stops at the first step that reaches it, within what that many steps can do.
+    assert 0.9 * part < losses[1] / losses[0] <= part * (1 + 1e-5)
 
 
 @each_model
-@pytest.mark.parametrize("part", [PRETRAINED, 0.25])
-def test_pretrained_networks_have_this_part_of_the_loss(model: str, part: float) -> None:
-    random, pretrained = (
-        mean_square(SMALL[model].replace(samples=256, pretraining=p)) for p in (1.0, part)
-    )
-    # Pretraining stops at the first step that reaches it, within what that many steps can do.
-    assert 0.9 * part < pretrained / random <= part * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("model", ["linear", "fnn"])
 def test_near_targets_have_the_distance_asked_for(model: str) -> None:
     problem = SMALL[model].replace(depth=4, target_depth=2, distance=0.3, distance_rank=2)
     frozen, target = problem.networks()
@@ -179,67 +237,34 @@ def test_near_targets_have_the_distance_asked_for(model: str) -> None:
         assert size.item() == pytest.approx(0.3, rel=1e-12)
 
 
+def test_gain_scales_the_frozen_weights_alone() -> None:
+    plain, target = Synthetic(depth=3, width=5).networks()
+    scaled, same = Synthetic(depth=3, width=5, gain=2.0).networks()
+    changed = [2 * weight for weight in plain.weights], scaled.weights
+    others = [*plain.biases, *target.weights], [*scaled.biases, *same.weights]
+    for pair in (changed, others):
+        assert all(torch.equal(*each) for each in zip(*pair, strict=True))
+
+
 @pytest.mark.parametrize("task", ["multiclass", "binary"])
 def test_accuracy_is_the_part_in_the_targets_class(task: str) -> None:
     problem = SMALL["fnn"].replace(task=task)
-    untuned, constructed = measure(problem, UNTUNED, Construction(ranks=3))
+    untuned, constructed = reached(problem, UNTUNED, Construction(ranks=3))
     assert constructed.accuracy == 1
     frozen, target = problem.networks()
-    x = problem.data(target)[1].test(synthetic.TEST_SAMPLES)[0].double()
+    x = problem.data(target)[1].test(TEST_SAMPLES)[0].double()
 
     def classes(out: torch.Tensor) -> torch.Tensor:
         return out.argmax(0) if task == "multiclass" else (out[3:].sum(0) > out[:3].sum(0)).long()
 
     wanted = (classes(frozen(x)) == classes(target(x))).double().mean().item()
     # Some inputs may be so near a boundary that rounding to single precision decides.
-    assert untuned.accuracy == pytest.approx(wanted, abs=2 / synthetic.TEST_SAMPLES)
-    (tuned,) = measure(problem.replace(steps=300), Lora(ranks=6, learning_rate=1e-2))
+    assert untuned.accuracy == pytest.approx(wanted, abs=2 / TEST_SAMPLES)
+    (tuned,) = reached(problem.replace(steps=300), Trained(ranks=6, learning_rate=1e-2))
     assert tuned.accuracy > untuned.accuracy
 
 
 def test_a_fixed_training_set_is_learnt_better_than_fresh_inputs() -> None:
     problem = SMALL["fnn"].replace(fixed=True, samples=8, steps=500, every=10)
-    (row,) = measure(problem, Lora(ranks=6, learning_rate=1e-2))
+    (row,) = reached(problem, Trained(ranks=6, learning_rate=1e-2))
     assert row.training_error < 0.5 * row.error
-
-
-def test_runs_that_diverge_are_rows_like_others() -> None:
-    problem = SMALL["fnn"].replace(depth=4)
-    good, bad = measure(problem, *grid(Lora, ranks=2, learning_rate=[1e-3, 1e6]))
-    assert_same(measure(problem, Lora(ranks=2))[0], good)
-    assert bad.diverged
-    assert math.isfinite(bad.error)
-    assert math.isfinite(bad.validation_loss)
-
-
-def test_the_best_grid_point_has_the_least_validation_loss() -> None:
-    adam = grid(Lora, ranks=[1, 2], learning_rate=[1e-2, 1e-3, 1e-4], weight_decay=[0.0, 0.1])
-    losses = [5, 2, math.nan, 3, 2.5, 9, math.inf, math.nan, 1, 1, 4, 7, math.nan]
-    rows = [
-        {"seed": 0, "method": type(method).__name__, **dict(method), "validation_loss": loss}
-        for method, loss in zip([*adam, Construction(ranks=1)], losses, strict=True)
-    ]
-    # Of two that are equal, the first.
-    assert keep_best(pd.DataFrame(rows), Setting).index.tolist() == [1, 8, 12]
-
-
-def test_gain_scales_the_frozen_weights_alone() -> None:
-    problems = Problem(depth=3, width=5), Problem(depth=3, width=5, gain=2.0)
-    networks: Any = [problem.networks() for problem in problems]
-    (plain, target), (scaled, same) = networks
-    for one, other in zip(plain.weights, scaled.weights, strict=True):
-        torch.testing.assert_close(2 * one, other, rtol=0, atol=0)
-    for one, other in zip(
-        [*plain.biases, *target.weights, *target.biases],
-        [*scaled.biases, *same.weights, *same.biases],
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def test_region_decides_where_a_construction_is_exact() -> None:
-    near, far = measure(Problem(width=6), *grid(Construction, ranks=3, region=[1.0, SHIFT]))
-    for found in (near, far):
-        assert found.error < 1e-20 * found.signal
-    assert far.shifted_error < 1e-18 * SHIFT**2 * far.signal
-    assert near.shifted_error > 1e-4 * SHIFT**2 * near.signal
