@@ -67,7 +67,7 @@ def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
         )
 
 
-def adapt(
+def adapt_pair(
     gap: Gap,
     ranks: Mapping[str, int],
     words: str,

@@ -27,23 +27,19 @@ class TransformerAdaptation(Adaptation):
 
     Adapters are in the order of `Transformer.weights`, of rank 0 for weights that stay. ``success``
     says whether every segment is adapted acceptably: it concerns rounding, narrow heads and query
-    biases, not other ranks that are too low. Errors that are 0 up to rounding mean equal networks.
+    biases, not other ranks that are too low.
 
     Attributes
     ----------
     solutions : Segments
         A `linear.LinearAdaptation` for each segment with two adapted weights: of four layers,
         ``[..., L, H]``; ``output`` of two, ``[...]``. There may be none.
-    errors : Segments
-        Upper bounds of ``‖M̂ − M̄‖_2``: predicted errors, 0 where the rank suffices, plus measured
-        rounding, which is not measured for segments of one weight.
     shift_condition_numbers : Tensor
         If plain, of the systems for ``b̂_2``: the target's ``W_2`` of all blocks but the last, and
         ``Ŵ_out``; ``[..., L]``. Otherwise ``[..., 0]``.
     """
 
     solutions: Segments[LinearAdaptation]
-    errors: Segments[Tensor]
     shift_condition_numbers: Float[Tensor, "*batch _"]
 
     @property
@@ -103,14 +99,14 @@ def adapt(
     _checks.kind(Transformer, frozen=frozen, target=target)
     cut = segments(frozen, target, throw=throw)
     each = _heads.ranks_by_kind(ranks, frozen)
-    solutions, by_kind, errors = {}, {}, {}
+    solutions, by_kind = {}, {}
     for name, gap in cut.items():
         given = {kind: each[kind] for kind in Segments.WEIGHTS[name]}
         if len(given) == 2:
             if throw:
                 _heads.require_ranks(gap, given)
             words = f"{name.replace('_', '–')} segment"
-            solution = _heads.adapt(gap, given, words, rtol=rtol, throw=throw)
+            solution = _heads.adapt_pair(gap, given, words, rtol=rtol, throw=throw)
             found, solutions[name] = solution.adapters.updates, solution
             if len(found) == 4:
                 found = found[1:3]
@@ -119,7 +115,7 @@ def adapt(
                 found = (found[0], LowRank(found[1].right, found[1].left))
         else:
             (rank,) = given.values()
-            found, errors[name] = (_of_one(name, gap, rank),), gap.error(rank)
+            found = (_of_one(name, gap, rank),)
         dims = Segments.DIMENSIONS[name]
         for kind, update in zip(given, found, strict=True):
             # One by one, over blocks and heads.
@@ -142,21 +138,16 @@ def adapt(
         vectors, conditions = _plain_vectors(adapted, target, cut, solutions["value_output"])
     else:
         vectors = adapted.vectors_like(target, paired="query_key" in cut)
-    if "query_key" in cut and not frozen.is_plain:
-        vectors["b_Q"], solutions["query_key"] = _query_bias(
-            adapted, target, cut.query_key, solutions["query_key"], rtol, throw
-        )
+        if "query_key" in cut:
+            vectors["b_Q"], solutions["query_key"] = _query_bias(
+                adapted, target, cut.query_key, solutions["query_key"], rtol, throw
+            )
     reached = frozen.one_by_one(frozen.bias_kinds, vectors)
     changes = tuple(new - old for new, old in zip(reached, frozen.biases, strict=True))
     for name, solution in solutions.items():
         success &= ~Segments({name: ~solution.success}).largest()
-        errors[name] = solution.spectral_error + solution.rounding_error
     return TransformerAdaptation(
-        Adapters(tuple(updates), changes),
-        success,
-        Segments(solutions),
-        Segments({name: errors[name] for name in cut}),
-        conditions,
+        Adapters(tuple(updates), changes), success, Segments(solutions), conditions
     )
 
 
