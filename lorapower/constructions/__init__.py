@@ -1,6 +1,7 @@
-"""For each theorem of the book, the adapters that its proof builds; `adapt` takes every network.
+"""For each theorem of the book, the adapters that its proof builds.
 
-The others raise `InputError` for networks of another kind than theirs.
+Each module's ``adapt`` is the construction of its theorem and raises `InputError` for networks of
+another kind; `adapt` here takes every network to the one for its kind.
 """
 
 from . import fitted, fnn, fused, linear, transformer
