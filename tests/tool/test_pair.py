@@ -269,12 +269,8 @@ def test_checkpoints_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     assert asked.keys() == {"somebody/tuned"}
     assert {"*.safetensors", "*.bin"} & {*asked["somebody/tuned"]} == {"*.safetensors"}
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name, said in {
-        "somebody/other": "'somebody/other': no such folder, and the hub did not give it",
-        str(tmp_path / "nowhere"): "base must be a folder that exists",
-    }.items():
-        with pytest.raises(InputError, match=said):
-            Pair.open(name, tuned)
+    with pytest.raises(InputError, match="'somebody/other': no such folder, and the hub did not"):
+        Pair.open("somebody/other", tuned)
 
 
 # Texts
