@@ -125,7 +125,9 @@ class _ExtractOptions(_PlanOptions):
     out: Path = _flag("Folder for the adapter.", ...)
     merged: Path | None = _flag("Folder for the adapted model in full, in float32, too.")
     overwrite: bool = _flag(
-        "Replace what an earlier run has written to these folders.", False, "--overwrite"
+        "Replace what an earlier run has written to these folders, unless it was changed since.",
+        False,
+        "--overwrite",
     )
 
 

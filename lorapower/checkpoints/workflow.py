@@ -291,7 +291,8 @@ def extract(
         Folders for the adapter, ``report.json`` and a model card, and, if wanted, for the base with
         the adapter merged into it, in float32, and its tokenizer.
     overwrite : bool
-        Whether what an earlier call has written to these folders is replaced.
+        Whether what an earlier call has written to these folders is replaced; what was changed
+        since is refused.
     """
     require_apart("out", out, [base, tuned])
     folder, whole = require_free("out", out, overwrite=overwrite), None

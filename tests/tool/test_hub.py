@@ -21,8 +21,6 @@ from lorapower import randomness
 from lorapower.checkpoints import Pair, _models
 from lorapower.errors import InputError
 
-SIZES: dict[str, Any] = files.SIZES | files.DECODER | {"hidden_size": 32, "intermediate_size": 64}
-
 PLACES = _models._places
 
 
@@ -34,16 +32,6 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return places[0]
 
 
-def load_language(model: str) -> Any:
-    return _models.load(transformers.AutoModelForCausalLM, model, dtype=torch.float32)
-
-
-def llama(**changes: Any) -> Any:
-    config = transformers.LlamaConfig(**SIZES | {"vocab_size": len(files.byte_words())} | changes)
-    with randomness.seeded(0, "Llama"):
-        return transformers.LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of files that were read in place of GGUF, each as a small network."""
@@ -51,7 +39,10 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def reader(file: Path) -> tuple[Any, Any]:
         names.append(file.name)
-        return llama(), files.byte_words()
+        sizes: dict[str, Any] = {"vocab_size": len(files.byte_words())}
+        config = transformers.LlamaConfig(**files.SIZES | files.DECODER | sizes)
+        with randomness.seeded(0, "Llama"):
+            return transformers.LlamaForCausalLM(config), files.byte_words()
 
     monkeypatch.setattr(_models, "_read_gguf", reader)
     monkeypatch.setattr(_models, "require_libraries", lambda: None)
@@ -185,6 +176,7 @@ def test_the_packaged_language_model_is_trained(monkeypatch: pytest.MonkeyPatch)
     assert _models.public_name(_models.LANGUAGE) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     tokens = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
-        logits = load_language(_models.LANGUAGE)(**tokens).logits
+        network = _models.load(transformers.AutoModelForCausalLM, _models.LANGUAGE)
+        logits = network(**tokens).logits
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
     assert Pair.open(_models.LANGUAGE, _models.LANGUAGE).task == "language"
