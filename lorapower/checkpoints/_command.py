@@ -96,7 +96,7 @@ class _PlanOptions(_Options):
         False,
         "--estimate",
     )
-    details: bool = _flag("Print the size, rank and loss of each module.", False)
+    details: bool = _flag("Print the size, rank and loss of each module.", False, "--details")
     thorough: bool = _flag(
         "Take up to 256 texts of any length, and differentiate twice as much.",
         False,

@@ -235,7 +235,9 @@ def test_bundles_are_taken_whole() -> None:
             assert torch.equal(taken[:, 0], taken[:, 1])
 
 
-def test_candidates_lose_less_where_losses_add_up(tmp_path: Path) -> None:
+def test_candidates_lose_less_where_losses_add_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At one rank everywhere, for a tuning that all modules share."""
     places = files.pair(tmp_path, change=files.low_rank(rank=6, size=0.2))
     planner = Planner(Pair.open(*places), TEXTS, max_rank=8)
@@ -243,6 +245,9 @@ def test_candidates_lose_less_where_losses_add_up(tmp_path: Path) -> None:
     assert planner.error(planner.candidate(number)) < 0.8 * planner.error(planner.uniform(number))
     least = [planner.smallest(error).parameters for error in (0.5, 0.3, 0.1)]
     assert all(a <= b for a, b in itertools.pairwise(least))
+    assert planner.error(planner.smallest(0.1)) <= 0.1
+    # Also where the size that is predicted is much too small.
+    monkeypatch.setattr(f"{Planner.__module__}.predict_least", lambda *_: 20)
     assert planner.error(planner.smallest(0.1)) <= 0.1
 
 
