@@ -122,10 +122,12 @@ def complete(table: pd.DataFrame) -> pd.DataFrame:
         if f"effect{end}" not in table:
             bases = table[table.way == "base"].set_index("seed")[f"squares{end}"]
             table[f"effect{end}"] = table.seed.map(bases)
-        rows = table[table[f"squares{end}"].notna()]
-        arrays = rows[[*(name + end for name in _COMPARED), "decisions"]]
-        found = [_summarize(*each) for each in arrays.itertuples(index=False)]
-        table = table.join(pd.DataFrame(found, rows.index).add_suffix(end))
+        columns = [*(name + end for name in _COMPARED), "decisions"]
+        sums = table[columns].map(np.sum, na_action="ignore").astype(float)
+        squares, effect, equal, divergence, decisions = (sums[name] for name in columns)
+        table[f"error{end}"] = np.sqrt(squares / effect)
+        table[f"agreement{end}"] = equal / decisions
+        table[f"kl{end}"] = divergence / decisions
     return table
 
 
@@ -137,20 +139,3 @@ def pack(values: ArrayLike) -> str:
 def unpack(text: str) -> NDArray[np.float64]:
     """Read the numbers that `pack` was given."""
     return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
-
-
-def _summarize(
-    squares: NDArray[np.float64],
-    effect: NDArray[np.float64],
-    equal: NDArray[np.float64],
-    divergence: NDArray[np.float64],
-    decisions: NDArray[np.float64],
-) -> dict[str, float]:
-    from lorapower.checkpoints._limits import ratio
-
-    number = decisions.sum()
-    return {
-        "error": ratio(squares, effect),
-        "agreement": float(equal.sum() / number),
-        "kl": float(divergence.sum() / number),
-    }

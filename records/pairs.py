@@ -11,7 +11,6 @@ from pathlib import Path
 
 import filelock
 
-from records import language, models
 from records import texts as sources
 
 # Where examples are kept, in a folder that `make` removes when what makes them has changed.
@@ -21,21 +20,6 @@ _MADE = Path(__file__).resolve().parent.parent / "_build" / "pair"
 def texts(kind: str, part: str) -> list[str]:
     """Read the rated sentences of a kind in a part, without ratings, those near neutral too."""
     return [*sources.read(f"{kind}-next", sources.RATED, part).texts]
-
-
-def encoder(folder: Path | str, *, samples: int = 640, epochs: int = 2, seed: int = 0) -> None:
-    """Tune all weights of the packaged encoder to tell the sign of movie snippets, and save it.
-
-    ``folder`` is a checkpoint like others, with the head of ``transformers``; its base is
-    ``"packaged"``.
-    """
-    setting = language.TextRun(
-        problem=language.TextProblem(head="own", samples=samples, epochs=epochs, seed=seed),
-        method=language.Whole(kind="full", learning_rate=2e-4),
-    )
-    network = language.prepare(setting)
-    language.train(network, setting)
-    models.save(network, models.PACKAGED, folder)
 
 
 def example(seed: int = 0) -> Path:
