@@ -69,12 +69,3 @@ def test_without_extras_each_module_is_imported_or_says_what_to_install() -> Non
     told = re.compile(r"MissingError: the extra `\w+` must be installed; got no \w+: ")
     assert all(told.match(said) for said in raised.values()), raised
     assert {about.split(" without ")[0] for about in raised} == {*NEEDY}
-
-
-def test_each_library_of_chapters_and_experiments_is_named_where_it_is_missing() -> None:
-    used = ["matplotlib", "pandas", "pydantic", "seaborn", "tqdm"]
-    raised = failures(NEEDY, [[library] for library in used])
-    for about, said in raised.items():
-        missing = about.split(" without ")[1]
-        assert f"MissingError: the extra `book` must be installed; got no {missing}: " in said
-    assert {about.split(" without ")[1] for about in raised} == {*used}
