@@ -110,8 +110,8 @@ lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)
 serve: book ## serve the built book on this machine, on port PORT
 	$(bin)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-pdf: book ## print the book as one PDF, and the note as another (needs Chromium)
-	@$(bin)/python tools/print_pdf.py $(out)/html $(out)/lorapower.pdf
+pdf: book ## print the note as a PDF, or other pages: NAME=07 (needs Chromium)
+	@$(bin)/python tools/print_pdf.py $(out)/html/chapters/$(or $(NAME),whole-transformers)*.html --to $(out)
 
 words: book ## count the words of the chapters, and the package's public names
 	@$(bin)/python tools/words.py $(out)/html

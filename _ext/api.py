@@ -14,7 +14,7 @@ from pkgutil import walk_packages
 from typing import Any, cast
 
 from docutils import nodes
-from sphinx.addnodes import desc_sig_literal_string, pending_xref
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PythonDomain
 from sphinx.domains.python._object import PyObject
@@ -128,17 +128,6 @@ def _name_as_defined(app: Sphinx, env: BuildEnvironment) -> None:
             objects.setdefault(place, entry._replace(aliased=True))
 
 
-def _show_sizes(app: Sphinx, doctree: nodes.document) -> None:
-    """In signatures, let ``Float[Tensor, '*batch out in']`` be ``Float[..., out, in]``."""
-    for literal in [*doctree.findall(desc_sig_literal_string)]:
-        parent, place = literal.parent, literal.parent.index(literal)
-        if "".join(node.astext() for node in parent[place - 4 : place]) == "[Tensor, ":
-            sizes = literal.astext().strip("'").split()
-            shown = ", ".join("..." if size.startswith("*") else size for size in sizes)
-            literal[0] = nodes.Text(shown)
-            del parent[place - 3 : place]
-
-
 def _resolve(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element
 ) -> nodes.Element | None:
@@ -163,7 +152,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
     app.connect("autodoc-skip-member", _skip_member)
-    app.connect("doctree-read", _show_sizes)
     app.connect("env-updated", _name_as_defined, priority=400)
     app.connect("missing-reference", _resolve)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

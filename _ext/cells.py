@@ -1,12 +1,10 @@
-"""What pages get from chapters' cells: captions of figures, links in code, and printed tables.
+"""What pages get from chapters' cells: captions of figures, and links in code.
 
 JupyterLab shows a caption, and numbers its figure, where a Markdown cell holds the directive
 ``figure`` without a picture, below the cell that draws; MyST-NB wants it in that cell's metadata.
 
 ``sphinx-codeautolink`` reads the cells as one program. Here it is told of those that the page
 leaves out, which import its names; and variables, which it would link to their types, stay plain.
-
-What a cell prints in columns has the class ``columns``: its lines are never wrapped.
 """
 
 from __future__ import annotations
@@ -15,13 +13,11 @@ import re
 from pathlib import Path
 
 import nbformat
-from docutils import nodes
 from nbformat import NotebookNode
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
 CAPTION = re.compile(r":::\{figure\}\n:name: (?P<name>\S+)\n\n(?P<caption>.+)\n:::", re.DOTALL)
-_COLUMNS = re.compile(r"\S {2,}\S|[─-╿]")
 
 
 def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -43,17 +39,6 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = nbformat.writes(notebook)
 
 
-def in_columns(text: str) -> bool:
-    """Tell a printed table from messages: two lines or more have gaps, or lines drawn."""
-    return sum(bool(_COLUMNS.search(line)) for line in text.splitlines()) > 1
-
-
-def _mark_columns(app: Sphinx, doctree: nodes.document) -> None:
-    for block in doctree.findall(nodes.literal_block):
-        if "stream" in block["classes"] and in_columns(block.astext()):
-            block["classes"].append("columns")
-
-
 def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
     for transforms in env.sphinx_codeautolink_transforms.values():  # type: ignore[attr-defined]
         for transform in transforms:
@@ -67,6 +52,5 @@ def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.setup_extension("sphinx_codeautolink")
     app.connect("source-read", _prepare)
-    app.connect("doctree-read", _mark_columns)
     app.connect("env-updated", _leave_variables_plain, priority=600)  # once it knows what they are
     return {"parallel_read_safe": True, "parallel_write_safe": True}

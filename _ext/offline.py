@@ -1,11 +1,8 @@
-"""What pages read from disk could not fetch or save: MathJax, previews and downloads.
+"""What pages read from disk could not fetch: MathJax and previews.
 
 Previews are what ``_static/previews.js`` shows: statements, numbered equations, figures and claims,
 by anchor, from the written pages, in which numbers and references are resolved. Links are left out:
 a preview is no place to go on from. Pictures are named from the book's root.
-
-The download button saves a page's source. Its text lies in a script beside it, which
-``_static/download.js`` loads.
 """
 
 from __future__ import annotations
@@ -20,22 +17,9 @@ from bs4 import BeautifulSoup
 from bs4.filter import SoupStrainer
 from overviews import chapters
 from sphinx.application import Sphinx
-from sphinx.util.fileutil import copy_asset
 from verdicts import SCORECARD
 
-# What browsers ask for: the bundle, its fonts, and the TeX extensions.
-_BUNDLE = "tex-chtml.js"
-_PARTS = (_BUNDLE, "output/chtml/fonts/woff-v2", "input/tex/extensions")
 _SHOWN = "div.proof[id]:not(#proof), div.math[id^='equation-'], figure[id], div.claims[id]"
-
-
-def _copy_mathjax(folder: Path) -> None:
-    package = import_module("sphinx-mathjax-offline")  # no name that `import` would take
-    source = Path(package.__path__[0]) / "static" / "mathjax"
-    target = folder / "_static" / "mathjax"
-    for part in _PARTS:
-        # copy_asset puts a file into the folder that it is given, and a folder's content into it.
-        copy_asset(source / part, target if part == _BUNDLE else target / part)
 
 
 def _previews(html: str, docname: str) -> Iterator[tuple[str, str]]:
@@ -61,16 +45,14 @@ def _complete(app: Sphinx, error: Exception | None) -> None:
     if error is not None or app.builder.format != "html":
         return
     folder, previews = Path(app.outdir), dict[str, str]()
-    _copy_mathjax(folder)
     for docname in (*chapters(app.env), SCORECARD):
         previews.update(_previews((folder / f"{docname}.html").read_text("utf-8"), docname))
     text = f"window.previews = {json.dumps(previews, ensure_ascii=False)};\n"
     (folder / "_static" / "preview-data.js").write_text(text, encoding="utf-8")
-    for path in [path for path in (folder / "_sources").rglob("*") if path.is_file()]:
-        name, text = (json.dumps(each) for each in (path.name, path.read_text(encoding="utf-8")))
-        path.with_name(f"{path.name}.js").write_text(f"save({name}, {text});\n", encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    # An extension by a name that `import` would not take, which does not say what it is safe for.
+    app.connect("build-finished", import_module("sphinx-mathjax-offline").copy_mathjax_files)
     app.connect("build-finished", _complete)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -79,12 +79,14 @@ def statements(env: BuildEnvironment) -> list[Statement]:
 
 
 def revision() -> str:
-    """Describe the revision of the checkout, and whether files differ from it."""
-    git = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty= and changes since"]
+    """Describe the revision of the checkout, its date, and whether files differ from it."""
+    git = ["git", "-C", str(_ROOT)]
     try:
-        return check_output(git, stderr=DEVNULL, text=True).strip()
+        at = check_output([*git, "log", "-1", "--format=%h of %cs"], stderr=DEVNULL, text=True)
+        changes = check_output([*git, "status", "-s", "-uno"], stderr=DEVNULL)
     except (OSError, CalledProcessError):
         return "unknown, as this is no checkout"
+    return at.strip() + (" and changes since" if changes else "")
 
 
 def libraries() -> dict[str, str]:

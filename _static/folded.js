@@ -1,10 +1,9 @@
 // One switch in the header shows the folded code of all pages; closed, code takes no room
-// (folded.css). A browser opens by itself what an address leads into. Without this script each cell
-// has a mark.
+// (folded.css). A browser opens by itself what an address leads into, and keeps in its place what
+// is read. Without this script each cell has a mark.
 document.documentElement.dataset.code = "switched";
 document.addEventListener("DOMContentLoaded", () => {
-  const article = document.querySelector(".bd-article");
-  const cells = article?.querySelectorAll("div.cell > details.hide") ?? [];
+  const cells = document.querySelectorAll(".bd-article div.cell > details.hide");
   if (!cells.length) return;
   const KEY = "show-code";
   const button = document.createElement("button");
@@ -19,21 +18,10 @@ document.addEventListener("DOMContentLoaded", () => {
     for (const cell of cells) cell.open = on;
   };
 
-  // What stands at the top of the screen stays there.
-  const inPlace = (action) => {
-    const top = (part) => part.getBoundingClientRect().top;
-    const shown = [...article.querySelectorAll("h1, h2, h3, p, li, figure, div.math")].find(
-      (part) => top(part) > top(button) && part.checkVisibility() && !part.closest("details.hide"),
-    );
-    const before = shown && top(shown);
-    action();
-    if (shown) scrollBy({ top: top(shown) - before, behavior: "instant" });
-  };
-
   // A browser may refuse its storage: so this comes last.
   button.addEventListener("click", () => {
     const on = button.ariaPressed !== "true";
-    inPlace(() => show(on));
+    show(on);
     localStorage.setItem(KEY, on);
   });
   show(false);

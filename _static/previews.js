@@ -1,12 +1,11 @@
 // A reference to a statement, an equation or a figure shows what it refers to: to a pointer that
 // rests on it, to a keyboard that reaches it, to a finger at the first tap; the second tap follows
-// it. What can be shown, by its anchor, is in preview-data.js, as pages from disk may not fetch.
-// Without scripts a reference is a link.
+// it. What can be shown, by its anchor, is in preview-data.js, as pages from disk may not fetch;
+// where it is shown, in finding.css. Without scripts a reference is a link.
 document.addEventListener("DOMContentLoaded", () => {
   const article = document.querySelector(".bd-article");
   if (!article) return;
   const REST = 250; // milliseconds for which a pointer has to rest, or may be away
-  const MARGIN = 8;
   const root = document.documentElement.dataset.content_root;
   const box = Object.assign(document.createElement("div"), {
     className: "preview", id: "preview", role: "tooltip", hidden: true,
@@ -25,27 +24,15 @@ document.addEventListener("DOMContentLoaded", () => {
     return link && article.contains(link) && preview(link) ? link : null;
   };
 
-  // Below the link or above it, where there is more room.
-  const place = () => {
-    const at = shown.getBoundingClientRect();
-    const below = innerHeight - at.bottom - 2 * MARGIN;
-    const above = at.top - 2 * MARGIN;
-    box.style.maxHeight = `${Math.max(below, above)}px`;
-    const { width, height } = box.getBoundingClientRect();
-    const right = document.documentElement.clientWidth - width - MARGIN;
-    const top = height <= below || below > above ? at.bottom + MARGIN : at.top - MARGIN - height;
-    box.style.left = `${scrollX + Math.max(MARGIN, Math.min(at.left, right))}px`;
-    box.style.top = `${scrollY + top}px`;
-  };
-
   const hide = () => {
     clearTimeout(timer);
     shown?.removeAttribute("aria-describedby");
+    shown?.style.removeProperty("anchor-name");
     shown = null;
     box.hidden = true;
   };
 
-  const show = async (link) => {
+  const show = (link) => {
     clearTimeout(timer);
     if (shown === link) return;
     hide();
@@ -53,16 +40,12 @@ document.addEventListener("DOMContentLoaded", () => {
     box.innerHTML = preview(link);
     for (const picture of box.querySelectorAll("img[data-src]")) {
       picture.src = root + picture.dataset.src;
-      picture.onload = () => shown === link && place();
     }
     box.hidden = false;
     box.scrollTop = 0;
     link.setAttribute("aria-describedby", box.id);
-    place();
-    await window.MathJax?.startup?.promise;
-    if (shown !== link) return;
-    await window.MathJax?.typesetPromise?.([box]);
-    if (shown === link) place();
+    link.style.setProperty("anchor-name", "--previewed");
+    window.MathJax?.startup?.promise.then(() => window.MathJax.typesetPromise([box]));
   };
 
   const soon = (action) => {
@@ -70,12 +53,10 @@ document.addEventListener("DOMContentLoaded", () => {
     timer = setTimeout(action, REST);
   };
 
-  document.addEventListener("pointerdown", ({ pointerType }) => {
-    touched = pointerType === "touch";
-  }, true);
   document.addEventListener("pointerover", ({ pointerType, target }) => {
-    if (pointerType === "touch") return;
+    touched = pointerType === "touch";
     const link = linkAt(target);
+    if (touched) return;
     if (link) soon(() => show(link));
     else if (box.contains(target)) clearTimeout(timer);
     else soon(hide);

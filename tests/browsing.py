@@ -17,11 +17,10 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route
 from print_pdf import MATHJAX_IS_DONE, NO_CHROMIUM, OPTIONS
 from sphinx_external_toc.parsing import parse_toc_yaml
 
-__all__ = ["OPTIONS", "OTHERS", "PAGES", "STANDS_STILL", "Reader", "chromium", "reading", "soup"]
+__all__ = ["OPTIONS", "PAGES", "STANDS_STILL", "Reader", "chromium", "reading", "soup"]
 
-# Pages of the book: those of the table of contents, and those that Sphinx adds.
+# Pages of the book, but for that of the search, which Sphinx adds.
 PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
-OTHERS = ["genindex", "py-modindex", "search"]
 
 # Colours of buttons go over into those of the dark when a page's script has found that it is dark.
 STANDS_STILL = "document.getAnimations().every(({playState}) => playState !== 'running')"

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import time
 import warnings
 from pathlib import Path
 
-from lorapower.book._executed import read_quotes
+from lorapower.book._executed import formatted, read_quotes
 
 ROOT = Path(__file__).resolve().parent.parent
 _FOLDERS = ("_ext", "_static", "api", "chapters")
@@ -28,8 +29,8 @@ _SOURCES = (*_FOLDERS, "_config.yml", "_toc.yml", "index.md", "references.bib")
 def stage(executed: Path, target: Path) -> None:
     """Fill the folder `target` with the sources, each notebook replaced by its executed form.
 
-    With it come the record of its run and, as ``NAME.svg``, each figure that it quotes: MyST-NB
-    would show that on another page without caption and alternative text.
+    With it come the record of its run and, in files of their own, the figures that it quotes and
+    what it quotes of the command's output: other pages show them as they show any file.
     """
     target.mkdir()
     ignore = shutil.ignore_patterns("*.ipynb", ".*", "__pycache__")
@@ -45,6 +46,15 @@ def stage(executed: Path, target: Path) -> None:
         for name, forms in read_quotes(json.loads(chapter.read_text(encoding="utf-8"))).items():
             if svg := forms.get("image/svg+xml"):
                 (chapters / f"{name}.svg").write_text(svg, encoding="utf-8")
+            elif name.endswith("-output"):
+                printed = formatted(forms["text/plain"], "")
+                (chapters / f"{name}.txt").write_text(printed, encoding="utf-8")
+
+
+def show_in_readme(picture: Path) -> None:
+    """Copy a figure to where the README shows it, in digits that machines share."""
+    svg = re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.3f}", picture.read_text("utf-8"))
+    (ROOT / "docs" / picture.name).write_text(svg, encoding="utf-8")
 
 
 def build(out: Path, jobs: int) -> bool:
@@ -79,6 +89,8 @@ def build(out: Path, jobs: int) -> bool:
     shutil.rmtree(final, ignore_errors=True)
     (fresh / "html").replace(final)
     shutil.rmtree(fresh)
+    if out.name == "quick" and (picture := source / "chapters" / "front.svg").exists():
+        show_in_readme(picture)
     return True
 
 

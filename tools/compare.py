@@ -11,49 +11,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from textwrap import shorten
 
 from lorapower.book._executed import read_claims, read_quotes
 
-# What is said, by chapter and by what names it there.
-Said = dict[tuple[str, ...], str]
 
-
-def read(build: Path) -> tuple[Said, Said]:
-    """Read the claims and the quotes of a build; a claim that fails says so."""
-    claims, quotes = Said(), Said()
+def read(build: Path) -> dict[str, str]:
+    """Read what a build claims and quotes, by chapter and by what names it there."""
+    said: dict[str, str] = {}
     paths = sorted(build.glob("*.ipynb")) if build.is_dir() else [build]
     for path in (path for path in paths if "." not in path.stem):  # others did not finish
-        times = Counter[tuple[str, str]]()
         for claim in read_claims(path):
-            times[claim.label, claim.statement] += 1
-            again = f" [{times[claim.label, claim.statement]}]"
-            name = claim.statement + again.replace(" [1]", "")
-            verdict = "" if claim.holds else ", fails"
-            numbers = f"measured {claim.measured}; {claim.expected} {claim.predicted}{verdict}"
-            claims[path.stem, claim.label, name] = numbers
+            name = f"{path.stem}: {claim.label}: {claim.statement}"
+            while name in said:
+                name += " (again)"
+            verdict = "" if claim.holds else "FAILS: "
+            said[name] = f"{verdict}{claim.measured}; {claim.expected} {claim.predicted}"
         for name, forms in read_quotes(json.loads(path.read_text(encoding="utf-8"))).items():
-            quotes[path.stem, name] = forms.get("text/markdown") or forms["text/plain"]
-    return claims, quotes
-
-
-def show(title: str, lines: dict[tuple[str, ...], str]) -> None:
-    """Print a title with a number, and so many lines."""
-    print(f"{title}: {len(lines)}")
-    for key, text in lines.items():
-        print(f"  {': '.join(key)}: {shorten(text, 200)}")
-
-
-def compare(what: str, old: Said, new: Said) -> None:
-    """Print what became of everything of one kind."""
-    both = old.keys() & new.keys()
-    changed = [key for key in old if key in both and old[key] != new[key]]
-    print(f"{what} equal: {len(both) - len(changed)}")
-    show(f"{what} changed", {key: f"{old[key]} -> {new[key]}" for key in changed})
-    show(f"{what} gone", {key: text for key, text in old.items() if key not in new})
-    show(f"{what} new", {key: text for key, text in new.items() if key not in old})
+            text = forms.get("text/markdown") or forms["text/plain"]
+            said[f"{path.stem}: quote {name}"] = text
+    return said
 
 
 def main() -> int:
@@ -61,12 +39,19 @@ def main() -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     arguments = parser.parse_args()
-    old_claims, old_quotes = read(arguments.old)
-    new_claims, new_quotes = read(arguments.new)
-    compare("Claims", old_claims, new_claims)
-    compare("Quotes", old_quotes, new_quotes)
-    failing = {key: text for key, text in new_claims.items() if text.endswith(", fails")}
-    show("Claims failing", failing)
+    old, new = read(arguments.old), read(arguments.new)
+    both = [name for name in old if name in new]
+    failing = {name: text for name, text in new.items() if text.startswith("FAILS")}
+    print("Equal:", sum(old[name] == new[name] for name in both))
+    for title, lines in {
+        "Changed": {n: f"{old[n]} -> {new[n]}" for n in both if old[n] != new[n]},
+        "Gone": {name: text for name, text in old.items() if name not in new},
+        "New": {name: text for name, text in new.items() if name not in old},
+        "Failing": failing,
+    }.items():
+        print(f"{title}: {len(lines)}")
+        for name, text in lines.items():
+            print(f"  {name}: {shorten(text, 200)}")
     return bool(failing)
 
 

@@ -13,11 +13,9 @@ A failed run is kept beside the target as ``NN-name.failed.ipynb``.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import platform
-import re
 import sys
 import time
 from pathlib import Path
@@ -27,17 +25,14 @@ sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 import nbformat
 import papermill
-from IPython.core.formatters import DisplayFormatter
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from lorapower.book import quoted
-from lorapower.book._executed import read_claims, read_quotes
+from lorapower.book._executed import read_claims
 
 ROOT = Path(__file__).resolve().parent.parent
-_ASKED = re.compile(r'\{eval\}`book\.quoted\["([^"]+)"\]`')
 
 
 class ChapterError(Exception):
@@ -54,14 +49,10 @@ def parameters(source: Path, profile: str) -> dict[str, object]:
     return dict(given)
 
 
-def run(source: Path, target: Path, given: dict[str, object]) -> str:
-    """Execute a notebook with parameters; return what it wrote to stderr."""
-    place = Path(os.environ.setdefault("IPYTHONDIR", str(ROOT / "_build" / "ipython")))
-    place.mkdir(parents=True, exist_ok=True)
+def run(source: Path, target: Path, given: dict[str, object]) -> None:
+    """Execute a notebook with parameters, and leave in `target` what is its result."""
     # Figures carry the time at which they were drawn: one and the same in each run.
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
-    # Threads that spin while they wait for one another take the time of those that they wait for.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # tqdm, imported by transformers, misses widgets that no chapter shows.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,38 +63,22 @@ def run(source: Path, target: Path, given: dict[str, object]) -> str:
         kernel_name="python3",
         cwd=target.parent,
         progress_bar=False,
-        # Kernels are reached over loopback: the notice that this is not encrypted is noise.
+        stderr_file=sys.stderr,
+        # Kernels are reached over loopback: the notice that this is not encrypted is noise. So is
+        # that of the interrupt which jupyter_client sends to a kernel that it is about to stop.
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+        extra_arguments=["--log-level=CRITICAL"],
     )
-    declared = papermill.inspect_notebook(source)
-    answer(notebook)
-    messages = clean(notebook, {n: ast.literal_eval(p["default"]) for n, p in declared.items()})
+    clean(notebook)
     nbformat.write(notebook, target)
-    return messages
 
 
-def answer(notebook: NotebookNode) -> None:
-    """Put what the text asks of the run beside it, in place: JupyterLab needs no kernel then."""
-    quoted.clear()
-    for name, forms in read_quotes(notebook).items():
-        quoted[name] = forms.get("text/markdown", forms["text/plain"])
-    show = DisplayFormatter().format
-    for cell in notebook.cells:
-        if keys := _ASKED.findall(cell.source) if cell.cell_type == "markdown" else ():
-            results = [{"status": "ok", "data": show(quoted[k])[0], "metadata": {}} for k in keys]
-            cell.metadata["user_expressions"] = [
-                {"expression": f'book.quoted["{key}"]', "result": result}
-                for key, result in zip(keys, results, strict=True)
-            ]
+def clean(notebook: NotebookNode) -> None:
+    """Strip `notebook` of all that is not its result, in place.
 
-
-def clean(notebook: NotebookNode, defaults: dict[str, object]) -> str:
-    """Strip `notebook` of all that is not its result, in place; return what it wrote to stderr.
-
-    The cell of injected parameters is hidden unless it differs from `defaults`, so that the page
-    always shows the parameters with which it was made.
+    The cell of injected parameters is hidden if it says what each notebook does by default, so that
+    the page always shows the parameters with which it was made.
     """
-    messages = []
     for key in ("papermill", "lorapower"):
         notebook.metadata.pop(key, None)
     for cell in notebook.cells:
@@ -116,15 +91,11 @@ def clean(notebook: NotebookNode, defaults: dict[str, object]) -> str:
         tags = cell.metadata.get("tags", [])
         if "injected-parameters" in tags:
             cell.id = "injected-parameters"  # papermill draws one at random
-            lines = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
-            values = {ast.unparse(n.targets[0]): ast.literal_eval(n.value) for n in lines}
-            if values.items() <= defaults.items():
+            if cell.source == '# Parameters\nprofile = "quick"\n':
                 tags.append("remove-cell")
         if not tags:
             cell.metadata.pop("tags", None)
-        messages += [o.text for o in cell.outputs if o.get("name") == "stderr"]
-        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-    return "".join(messages)
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
 
 
 def check(executed: Path, observations: bool = True) -> None:
@@ -170,7 +141,7 @@ def main() -> int:
     # The file carries the time at which its inputs were read: what changes during the run is newer.
     started = time.time_ns()
     try:
-        messages = run(source, partial, parameters(source, profile))
+        run(source, partial, parameters(source, profile))
         check(partial, observations=profile != "small")
     except (ChapterError, DeadKernelError, PapermillExecutionError) as error:
         print(f"{source} failed: {error}", file=sys.stderr)
@@ -178,8 +149,6 @@ def main() -> int:
             partial.replace(failed)
             print(f"The failed run is kept in {failed.resolve()}", file=sys.stderr)
         return 1
-    if messages:
-        print(f"{source} wrote to stderr:\n{messages}", file=sys.stderr)
     seconds = (time.time_ns() - started) / 1e9
     about = {"profile": profile, "machine": machine(), "seconds": seconds}
     target.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")

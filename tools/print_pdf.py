@@ -1,10 +1,8 @@
-"""Print the built book as one PDF, and each note as another, with headless Chromium.
+"""Print pages of the built book, each as a PDF of its own, with headless Chromium.
 
-usage: python tools/print_pdf.py _build/quick/html _build/quick/lorapower.pdf
+usage: python tools/print_pdf.py _build/quick/html/chapters/whole-transformers.html ... --to _build
 
-All pages of the table of contents but those on the package become one document, so that
-references, page numbers and bookmarks go through all of it. How they look is in
-``_static/print.css`` and ``_static/note.css``.
+How they look is in ``_static/print.css`` and ``_static/note.css``.
 """
 
 from __future__ import annotations
@@ -13,15 +11,10 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urldefrag, urljoin
 
-from bs4 import BeautifulSoup
 from playwright.sync_api import Browser, sync_playwright
-from sphinx_external_toc.parsing import parse_toc_yaml
 
-ROOT = Path(__file__).resolve().parent.parent
 NO_CHROMIUM = "no Chromium: install it (on Debian: apt-get install chromium) or name it in CHROMIUM"
 OPTIONS = (
     "--no-sandbox",
@@ -33,8 +26,12 @@ OPTIONS = (
     "--disable-sync",
 )
 MATHJAX_IS_DONE = "() => window.MathJax?.startup?.promise.then(() => null)"
+# On paper the other pages of the book are nowhere.
+_LEAVE_BOOK = """() => document.querySelectorAll("a[href]").forEach((link) => {
+    if (link.protocol === "file:" && link.pathname !== location.pathname)
+        link.removeAttribute("href");
+})"""
 _NUMBER = '<p style="font: 8pt sans-serif; margin: auto"><span class="pageNumber"></span></p>'
-_PATIENCE = 300_000  # milliseconds: all of a book's mathematics is typeset at once
 
 
 def chromium() -> str | None:
@@ -43,49 +40,12 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def document(pages: Sequence[Path]) -> tuple[Path, str]:
-    """The articles of all `pages` in one page, and the page at whose address it is to be read.
-
-    Anchors get the number of their page, and links lead to them; what leads to other files of the
-    book is no link any more.
-    """
-    numbers = {page.as_uri(): f"page-{number}" for number, page in enumerate(pages)}
-    soups = [BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser") for page in pages]
-    # Sphinx gives MathJax to pages with mathematics alone.
-    found = (number for number, soup in enumerate(soups) if "mathjax" in str(soup.head))
-    base = next(found, 0)
-    whole = soups[base]
-    content = whole.new_tag("main", attrs={"class": "bd-content"})
-    for (address, number), soup in zip(numbers.items(), soups, strict=True):
-        article = soup.select_one("article.bd-article")
-        assert article is not None, address
-        for part in article.select("[id]"):
-            part["id"] = f"{number}-{part['id']}"
-        for picture in article.select("img[src]"):
-            picture["src"] = urljoin(address, str(picture["src"]))
-        for link in article.select("a[href]"):
-            page, anchor = urldefrag(urljoin(address, str(link["href"])))
-            if page in numbers:
-                link["href"] = f"#{numbers[page]}" + (f"-{anchor}" if anchor else "")
-            elif page.startswith("file:"):
-                del link["href"]
-        article["id"] = number
-        content.append(article)
-    assert whole.body is not None
-    whole.body.clear()
-    whole.body.append(content)
-    return pages[base], str(whole)
-
-
-def print_pages(browser: Browser, pages: Sequence[Path], target: Path) -> None:
-    """Write `pages` of the built book to the file `target`."""
+def print_page(browser: Browser, source: Path, target: Path) -> None:
+    """Write the page of a book to the file `target`."""
     page = browser.new_page(color_scheme="light")
-    page.set_default_timeout(_PATIENCE)
-    page.emulate_media(media="print", color_scheme="light")
-    base, text = document(pages)
-    page.goto(base.as_uri())
-    page.set_content(text, wait_until="load")
+    page.goto(source.resolve().as_uri())
     page.evaluate(MATHJAX_IS_DONE)
+    page.evaluate(_LEAVE_BOOK)
     page.pdf(
         path=target,
         format="A4",
@@ -103,22 +63,16 @@ def print_pages(browser: Browser, pages: Sequence[Path], target: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("html", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("pages", nargs="+", type=Path)
+    parser.add_argument("--to", required=True, type=Path)
     arguments = parser.parse_args()
-    html, target = arguments.html.resolve(), arguments.target.resolve()
     if (program := chromium()) is None:
         print(NO_CHROMIUM, file=sys.stderr)
         return 1
-    site = parse_toc_yaml(ROOT / "_toc.yml")
-    trees = [part for part in site.root.subtrees if part.caption == "Notes"]
-    notes = [html / f"{name}.html" for part in trees for name in part.files()]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
-        pages = [html / f"{name}.html" for name in site if not name.startswith("api/")]
-        print_pages(browser, pages, target)
-        for note in notes:
-            print_pages(browser, [note], target.with_name(f"{note.stem}.pdf"))
+        for page in arguments.pages:
+            print_page(browser, page, arguments.to / f"{page.stem}.pdf")
         browser.close()
     return 0
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,21 +165,6 @@ def real(small: Book) -> Book:
     return small
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.05)
-
-
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 FIRST, SECOND = "01-sum quick", "02-other quick"
 
 
@@ -204,12 +186,6 @@ def test_only_chapters_that_depend_on_what_changed_are_executed(small: Book) -> 
         (small.folder / changed).touch()
         small.make("book")
         assert small.executed() == executed, f"after a change of {changed}"
-    small.make("PROFILE=paper", "_build/paper/chapters/01-sum.ipynb")
-    assert small.executed() == ["01-sum paper"]
-
-
-def test_dependencies_follow_the_imports(small: Book) -> None:
-    small.make("book")
     common = small.folder / "lorapower" / "wing" / "common.py"
     common.write_text("from .. import unused")
     small.make("book")
@@ -219,17 +195,10 @@ def test_dependencies_follow_the_imports(small: Book) -> None:
     common.unlink()
     small.make("book")
     assert small.executed() == [SECOND], "a module that is gone has changed"
-    write_chapter(small.folder, "02-other", "# Another", "import (")
-    assert "chapters/02-other.ipynb is not Python" in small.make("book", status=2)
-
-
-def test_failing_chapter_stops_the_build(small: Book) -> None:
-    output = small.make("book", status=2, FAILING="02-other")
-    assert "chapters/02-other.ipynb does not hold" in output
-    assert not small.page.exists()
+    (small.folder / "chapters" / "02-other.ipynb").touch()
+    assert "02-other.ipynb does not hold" in small.make("book", status=2, FAILING="02-other")
     small.make("book")
-    assert SECOND in small.executed()
-    assert small.page.exists()
+    assert small.executed() == [SECOND]
 
 
 @pytest.fixture
@@ -257,16 +226,16 @@ def test_executed_chapter_holds_only_its_results(
         "Path('..', 'module.py').touch()"
     )
     source = write_chapter(tmp_path, "01-sum", THEOREM, FIGURE, noise)
-    failed = tmp_path / "executed" / "01-sum.failed.ipynb"
-    failed.parent.mkdir()
-    failed.touch()
     texts = {}
     for run, profile in enumerate(["quick", "quick", "paper"]):
         status, target = run_tool(source, profile)
         assert status == 0
-        assert not failed.exists(), "a chapter that was mended has not failed"
+        assert sorted(path.name for path in target.parent.iterdir()) == [
+            "01-sum.ipynb",
+            "01-sum.json",
+        ]
         assert target.stat().st_mtime < (tmp_path / "module.py").stat().st_mtime
-        assert "noise" in capsys.readouterr().err
+        assert capsys.readouterr().err == "noise\n"
         texts[run] = target.read_text()
         assert "<svg" in texts[run]
         assert str(tmp_path) not in texts[run]
@@ -278,10 +247,7 @@ def test_executed_chapter_holds_only_its_results(
         assert f'profile = "{profile}"' in injected.source
         hidden = "remove-cell" in injected.metadata.tags
         assert hidden is (profile == "quick"), "hidden if it is the default"
-        record = json.loads(target.with_suffix(".json").read_text())
-        assert record["profile"] == profile
-        assert record["seconds"] > 0
-        assert f"{os.cpu_count()} processors" in record["machine"]
+        assert json.loads(target.with_suffix(".json").read_text())["profile"] == profile
     assert texts[0] == texts[1]
 
 
@@ -289,12 +255,11 @@ def test_executed_chapter_holds_only_its_results(
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ('raise ValueError("no such thing")', "no such thing"),
         (CLAIM.replace("HOLDS", "False"), "claim fails: One and one make $2$"),
         ("import os\n\nos.getcwd()", "machine"),
         ("import os\n\nos._exit(1)", "died"),
     ],
-    ids=["raises", "claims-falsely", "shows-a-path", "dies"],
+    ids=["claims-falsely", "shows-a-path", "dies"],
 )
 def test_failing_chapter_leaves_no_finished_file(
     run_tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str, reason: str
@@ -308,36 +273,13 @@ def test_failing_chapter_leaves_no_finished_file(
     assert list(target.parent.iterdir()) == [failed]
 
 
-def test_interrupted_run_leaves_no_finished_file(real: Book) -> None:
-    patient = (
-        "import os, time\n\n"
-        'with open(os.environ["RUNS"], "w") as runs:\n    print(os.getpid(), file=runs, flush=True)'
-        "\n    time.sleep(300)"
-    )
-    write_chapter(real.folder, "01-sum", THEOREM, patient)
-    executed = "_build/quick/chapters/01-sum.ipynb"
-    process = real.start(executed)
-    log = real.folder.parent / "runs"
-    wait_for(lambda: log.exists() and log.read_text(), "the chapter's first cell")
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode != 0
-    assert not (real.folder / executed).exists()
-    wait_for(lambda: not alive(int(log.read_text())), "the end of the kernel")
-
-
 def test_book_is_built_and_a_warning_fails_every_build(real: Book) -> None:
     first = real.make("book")
     assert str(real.page.resolve()) in first
-    assert "claim" not in real.page.read_text()
-    assert (
-        "One and one make" in real.page.with_name("chapters").joinpath("scorecard.html").read_text()
-    )
+    assert "One and one make" in (real.page.parent / "chapters" / "scorecard.html").read_text()
     built = real.page.stat().st_mtime_ns
 
-    second = real.make("book")
-    assert "up to date" in second
-    assert "Executing" not in second
+    assert "Executing" not in real.make("book")
     assert real.page.stat().st_mtime_ns == built
 
     index = real.folder / "index.md"

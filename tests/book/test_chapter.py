@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import matplotlib as mpl
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,6 @@ from IPython.core.formatters import DisplayFormatter
 
 from lorapower import InputError, book
 from lorapower.book import RESULTS
-from lorapower.book._executed import read_quotes
 
 FILE = "runs.sqlite"
 
@@ -102,20 +100,14 @@ def test_wrong_parameters_are_named(name: str, value: object) -> None:
 # What a chapter does at its head
 
 
-class Small(book.Parameters):
-    width: book.Width
-    ranks: book.Ranks
-    results: book.Runs
-
-
 @pytest.fixture
 def notebook(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The variables of a notebook that declares `Small` and has run its cell of parameters."""
+    """The variables of a notebook that declares `All` and has run its cell of parameters."""
     module = ModuleType("a_notebook")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(Small, "__module__", module.__name__)
+    monkeypatch.setattr(All, "__module__", module.__name__)
     threads = torch.get_num_threads()
-    vars(module).update({"profile": "quick", "seed": 0, "width": 4, "ranks": [], "results": ""})
+    vars(module).update(RIGHT | {"width": 4, "ranks": []})
     with mpl.rc_context():
         yield vars(module)
     torch.set_num_threads(threads)
@@ -126,7 +118,7 @@ def test_setup_completes_the_variables_and_sets_up_figures_and_threads(
 ) -> None:
     torch.set_num_threads(2)
     mpl.rcParams["svg.hashsalt"] = None
-    book.setup(Small)
+    book.setup(All)
     assert notebook["ranks"] == [0, 1, 2, 3, 4]
     assert notebook["results"] is None
     assert torch.get_num_threads() == 1
@@ -136,28 +128,28 @@ def test_setup_completes_the_variables_and_sets_up_figures_and_threads(
 def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -> None:
     notebook["results"] = "runs"
     for _ in range(2):
-        book.setup(Small)
+        book.setup(All)
         assert notebook["results"] == Path("runs", FILE)
     notebook["width"] = 2
-    book.setup(Small)
+    book.setup(All)
     assert notebook["ranks"] == [0, 1, 2]
     notebook["ranks"] = "1"
-    book.setup(Small)
+    book.setup(All)
     assert notebook["ranks"] == [1]
     notebook |= {"width": 3, "ranks": [], "results": "", "profile": "paper"}
-    book.setup(Small)
+    book.setup(All)
     assert notebook["ranks"] == [0, 1, 2, 3]
     assert notebook["results"] == Path("results", FILE)
 
 
 def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str, Any]) -> None:
     notebook["In"] = ["", "width = 4", "# Parameters\nwdith = 24\nranks = [1]\n", "setup()"]
-    complaint = "among profile, seed, width, ranks, results; got wdith: did you mean width?"
+    complaint = "among profile, seed, width, .*, results; got wdith: did you mean width?"
     with pytest.raises(InputError, match=complaint):
-        book.setup(Small)
+        book.setup(All)
     # As in JupyterLab, after the cell was mended and run again.
     notebook["In"] += ["# Parameters\nwidth = 24\n", "setup()"]
-    book.setup(Small)
+    book.setup(All)
 
 
 # What the text quotes
@@ -199,17 +191,3 @@ def test_reading_what_a_chapter_recorded_loads_no_torch() -> None:
         [sys.executable, "-c", program], cwd=ROOT / "tools", capture_output=True, text=True
     )
     assert run.stdout == "[]\n", run.stderr
-
-
-def test_what_a_notebook_quoted_is_read_in_all_its_forms() -> None:
-    outputs = [
-        nbformat.v4.new_output("display_data", {f"{prefix}text/plain": text}, metadata=about)
-        for prefix, text, about in [
-            ("a/", "2", {"scrapbook": {"name": "first", "mime_prefix": "a/"}}),
-            ("", "shown", {}),
-            ("", "3", {"scrapbook": {"name": "second", "mime_prefix": ""}}),
-        ]
-    ]
-    cells = [nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell(outputs=outputs)]
-    quotes = read_quotes(nbformat.v4.new_notebook(cells=cells))
-    assert quotes == {"first": {"text/plain": "2"}, "second": {"text/plain": "3"}}

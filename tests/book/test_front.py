@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import quotes
 import typer
 from browsing import soup
 from conftest import CHAPTERS, ROOT
@@ -16,30 +15,6 @@ from lorapower.checkpoints import _command as _cli
 from lorapower.checkpoints import pair
 
 FIRST = [ROOT / "README.md", ROOT / "index.md", ROOT / "chapters" / "quickstart.md"]
-TEXT = """
-rank 4
-  of 8
-size 3
-lost 2
-more 1
-"""
-
-
-@pytest.mark.parametrize(
-    ("parts", "shown"),
-    [
-        (["rank", "more"], ["rank 4", "  of 8", "…", "more 1"]),
-        (["size"], ["size 3"]),
-        ([], TEXT.strip().splitlines()),
-    ],
-)
-def test_lines_are_chosen_with_what_continues_them(parts: list[str], shown: list[str]) -> None:
-    assert quotes.choose(TEXT, parts).splitlines() == shown
-
-
-def test_a_part_that_no_line_has_is_refused() -> None:
-    with pytest.raises(LookupError, match="cost"):
-        quotes.choose(TEXT, ["rank", "cost"])
 
 
 @pytest.mark.parametrize("page", [FIRST[0], FIRST[2]], ids=lambda path: path.stem)
@@ -69,36 +44,19 @@ def test_front_page_leads_everywhere(book: Path) -> None:
     assert len(page.select("article figure img")) == 2
 
 
-def test_the_picture_of_the_readme_is_the_chapters(book: Path) -> None:
-    """But for what rounding moves by less than half a point."""
-    made = book.parent / "source" / "chapters" / "front.svg"
-    shown = ROOT / "docs" / "front.svg"
-    remedy = f"copy {made.relative_to(ROOT)} to {shown.relative_to(ROOT)}"
-    (now, new), (then, old) = (
-        (re.sub(number := r"-?\d+\.\d+(?:e-?\d+)?", "#", text), re.findall(number, text))
-        for text in (path.read_text(encoding="utf-8") for path in (made, shown))
-    )
-    assert now == then, remedy
-    assert [*map(float, new)] == pytest.approx([*map(float, old)], abs=0.5), remedy
-
-
 def test_answers_are_one_line_and_say_what_they_rest_on(book: Path) -> None:
     """With numbers of the run, all of which are shown."""
     page = soup(book, "chapters/answers")
-    questions = page.select("article h3")
-    for question in questions:
-        assert question.get_text().rstrip("#").endswith("?")
+    for question in page.select("article h3"):
         answer = question.find_next_sibling("p")
         assert answer is not None
         (bold,) = answer.select(":scope > strong")
         assert answer.get_text() == bold.get_text()
-        details = answer.find_next_sibling("div")
+        details = answer.find_next_sibling("details")
         assert details is not None
-        assert "dropdown" in details.get_attribute_list("class")
         assert details.select("a.reference.internal")
     numbers = [number.get_text() for number in page.select("span.pasted-text")]
-    asked = (ROOT / "chapters" / "answers.md").read_text(encoding="utf-8").count("{quoted}`")
-    assert len(numbers) == asked > 0
+    assert numbers
     assert all(re.search(r"\d", number) and "nan" not in number for number in numbers)
 
 
@@ -111,8 +69,3 @@ def test_quick_start_shows_every_command_and_its_output(book: Path) -> None:
         *_, at = (k for k, text in enumerate(blocks) if text.startswith(f"lorapower {name} "))
         assert blocks[at + 1] in outputs
         assert re.search(r"Estimate +[\d.]+% lost over all \d+ texts", blocks[at + 1])
-    rules = page.select("article ol > li")
-    assert rules
-    for rule in rules:
-        assert rule.select("strong")
-        assert rule.select("a.reference.internal")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shutil
 import subprocess
@@ -51,19 +50,3 @@ def test_an_editable_installation_finds_the_package_alone(checkout: Path, tmp_pa
     assert ast.literal_eval(mapping[1]) == {"lorapower": str(checkout / "lorapower")}
     # No folder that would be on the path as a whole.
     assert files.read(path).decode().startswith("import ")
-
-
-def test_chapters_find_the_records_beside_the_package(checkout: Path, tmp_path: Path) -> None:
-    """As in an editable installation, which does not have them on the path."""
-    (tmp_path / "lorapower").symlink_to(checkout / "lorapower")
-    code = (
-        "import pathlib, sys\n"
-        "sys.path = [p for p in sys.path if not pathlib.Path(p, 'records').is_dir()]\n"
-        "from lorapower import book\n"
-        "import records\n"
-        "print(records.__file__)\n"
-    )
-    given = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", code]
-    found = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True)
-    assert found.stdout.strip() == str(checkout / "records" / "__init__.py"), found.stderr

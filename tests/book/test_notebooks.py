@@ -47,10 +47,6 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def is_parameters(cell: NotebookNode) -> bool:
-    return "parameters" in cell.metadata.get("tags", [])
-
-
 def test_source_holds_nothing_of_a_run_or_a_machine(notebook: NotebookNode) -> None:
     nbformat.validate(notebook)
     tidy = "run `make tidy`"
@@ -65,7 +61,7 @@ def test_source_holds_nothing_of_a_run_or_a_machine(notebook: NotebookNode) -> N
 
 
 def test_one_cell_declares_the_parameters(chapter: Path, notebook: NotebookNode) -> None:
-    (cell,) = filter(is_parameters, code_cells(notebook))
+    (cell,) = (c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", []))
     for line in cell.source.splitlines():
         assert PARAMETER_LINE.fullmatch(line), f"not `name: type = value  # comment`: {line}"
     alone: dict[str, object] = {}
@@ -76,17 +72,6 @@ def test_one_cell_declares_the_parameters(chapter: Path, notebook: NotebookNode)
     for about in described.values():
         assert about["inferred_type_name"] != "None", about
         assert about["help"], about
-
-
-def test_figures_that_the_source_declares_are_complete(notebook: NotebookNode) -> None:
-    for cell, after in pairwise(notebook.cells):
-        if "mystnb" in cell.metadata or "{figure}" in after.source:
-            assert_described(cell, after)
-
-
-def test_jupyterlab_can_show_what_the_text_quotes(notebook: NotebookNode) -> None:
-    for cell in notebook.cells:
-        assert "{glue:" not in cell.source, 'write {eval}`book.quoted["name:.2f"]`'
 
 
 def test_claims_and_figures_are_folded(notebook: NotebookNode) -> None:
@@ -115,9 +100,6 @@ def test_chapter_runs_at_a_small_size_in_another_folder(small_runs: Path, chapte
     for cell, after in pairwise(notebook.cells):
         if any(IMAGES & set(output.get("data", {})) for output in cell.get("outputs", ())):
             assert_described(cell, after)
-    for cell in notebook.cells:
-        for asked in cell.metadata.get("user_expressions", ()):
-            assert "…" not in str(asked["result"]), f"{asked['expression']} is quoted nowhere"
 
 
 @dataclass
