@@ -1,4 +1,4 @@
-"""Gradient flow of one layer in closed form: its course, where it ends, and how long it takes."""
+"""Gradient flow of one layer in closed form: its course, and where it ends."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks
 from ..errors import InputError
 from ..lowrank import LowRank
 
 Rates = tuple[float, float]
-# Of the exponential, in double precision.
-LARGEST_EXPONENT = 709.0
 # What is so much smaller than the start counts as 0.
 NEGLIGIBLE = 1e-12
 
@@ -147,28 +144,3 @@ def _echelon(rows: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     for column, pivot in enumerate(pivots):
         found[:pivot, column] = 0
     return found, tuple(pivots)
-
-
-def learned(sigma: float, beta: float, time: float, *, rates: Rates = (1.0, 1.0)) -> float:
-    """Compute what gradient flow has learned of a direction: ``a b`` at a time, from ``0 · β``.
-
-    For one layer, inputs of covariance ``I``, and a ``B`` that starts aligned with the singular
-    vectors of the error, each singular value ``σ`` is learned on its own:
-    ``ab = (η_A/η_B)^{1/2} β² ρ/(1 − ρ²)`` with ``ρ = ρ_∞ (e^{μt} − 1)/(e^{μt} + ρ_∞²)``,
-    ``μ² = 4 η_A η_B σ² + η_A² β⁴`` and ``ρ_∞ = (μ − η_A β²)/(2σ (η_A η_B)^{1/2})``. For inputs with
-    ``C v = c v`` replace ``t`` by ``c t``.
-
-    Raises `InputError` for ``σ`` and ``β`` that are not positive. Source: [prop-times].
-    """
-    sigma, beta = _checks.positive("sigma", sigma), _checks.positive("beta", beta)
-    eta_A, eta_B = rates
-    both = 2 * sigma * math.sqrt(eta_A * eta_B)
-    speed = math.hypot(both, eta_A * beta**2)
-    last = both / (speed + eta_A * beta**2)
-    # 1 − ρ_∞² rounds to 0 for small β, but cancels with β². Of β only e^{−μt}/β² is left, taken by
-    # logarithms, since both may vanish.
-    decay = math.exp(-speed * time)
-    missing = math.log(4 * last * sigma * math.sqrt(eta_B / eta_A)) - speed * time
-    still = math.exp(min(missing - 2 * math.log(beta), LARGEST_EXPONENT))
-    grown = -math.expm1(-speed * time) * (1 + last**2 * decay)
-    return sigma * grown / (1 - (last * decay) ** 2 + still)

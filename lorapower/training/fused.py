@@ -23,12 +23,10 @@ from ..networks.partition import Partition
 from ..regions import Ball
 from .descent import descend
 from .engine import train
-from .tuning import Data, Fixed, Training, Tuning
+from .tuning import Data, Training, Tuning
 
 # By how much balls in which inner ReLUs idle are larger than one around the inputs seen so far.
 MARGIN = 1.5
-# Learning rate and batches of a polish.
-RATE, BATCH = 3e-3, 256
 
 
 class _FusedTraining(NamedTuple):
@@ -153,45 +151,22 @@ def polish(
     inputs: Tensor,
     held_out: Tensor,
     *,
-    steps: int = 0,
     iterations: int = 300,
-    data: Data | None = None,
-    seed: int = 0,
     throw: bool = True,
 ) -> FittedAdaptation:
     """Minimize the error of all segments of a fit together; return the best, or the fit itself.
 
-    All factors and biases of the fused network take ``steps`` steps of Adam with a falling rate,
-    then at most ``iterations`` of L-BFGS, none of which raises the error on ``inputs``. Adapters of
-    least error on the first half of ``held_out`` are kept; the other half gives the error that is
-    returned. ``fitted`` is what `constructions.fitted.adapt` returned for the same ``inputs`` and
-    ``held_out``. ``seed`` is of the order of batches.
+    All factors and biases of the fused network take at most ``iterations`` of L-BFGS, none of which
+    raises the error on ``inputs``. Adapters of least error on the first half of ``held_out`` are
+    kept; the other half gives the error that is returned. ``fitted`` is what
+    `constructions.fitted.adapt` returned for the same ``inputs`` and ``held_out``.
 
     Raises `InputError` for unusable numbers. Source: the adapters are [def-adapter]'s; nothing is
     promised but what is measured.
-
-    Parameters
-    ----------
-    data : Data, optional
-        Batches for Adam, which runs in single precision; by default 256 of ``inputs`` at a time.
-        Where inputs can be drawn, fresh ones fit no noise.
     """
     iterations = _checks.integer("iterations", iterations, 0)
-    problem, adapters = fitted.fused, fitted.fused_adapters
+    problem = fitted.fused
     parts = problem.split(inputs, held_out)
     seen, unseen = ((x, problem.target(x)) for x in (parts.fit, parts.select))
-    if steps:
-        samples = min(BATCH, parts.fit.shape[-1])
-        source = data or Fixed(seen, unseen, samples=samples, seed=seed, purpose=("polish",))
-        options: Any = {"learning_rate": RATE, "schedule": "cosine", "start": adapters}
-        tuning, every = Tuning(problem.fused_ranks, **options), max(1, steps // 100)
-        run = train(problem.network, [tuning], source, steps=steps, every=every, seed=seed)
-        adapters = run.adapters[0].to(problem.network.dtype)
-    adapters = descend(problem.network, adapters, seen, unseen, iterations)
-
-    def error(adapters: Adapters) -> float:
-        x, wanted = unseen
-        return float((adapters.merge(problem.network)(x) - wanted).square().mean())
-
-    best = min(fitted.fused_adapters, adapters, key=error)
-    return FittedAdaptation.measure(problem, best, fitted.region, parts, throw=throw)
+    adapters = descend(problem.network, fitted.fused_adapters, seen, unseen, iterations)
+    return FittedAdaptation.measure(problem, adapters, fitted.region, parts, throw=throw)
