@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -44,5 +45,21 @@ def put(table: pd.DataFrame, name: str, folder: Path = HERE) -> None:
 def merge(files: Sequence[Path | str], kind: type[sweeps.Record]) -> pd.DataFrame:
     """Read the runs of all files as one table, in an order that does not depend on theirs."""
     table = pd.concat([sweeps.read(file) for file in files])
-    settings = [name for name in sweeps.columns(kind) if name in table]
+    settings = [name for name in columns(kind) if name in table]
     return table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
+
+
+def columns(record: type[sweeps.Record], name: str = "") -> list[str]:
+    """List the columns of a class's settings in a table, of all kinds that its fields name."""
+    names = []
+    for field, about in record.model_fields.items():
+        kinds = [
+            kind for kind in (about.annotation, *get_args(about.annotation)) if _is_record(kind)
+        ]
+        inner = [column for kind in kinds for column in columns(kind, field)]
+        names += [*dict.fromkeys(inner)] or [name if field == "kind" else field]
+    return names
+
+
+def _is_record(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, sweeps.Record)

@@ -25,7 +25,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from contextlib import closing, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import pandas as pd
 from tqdm import tqdm
@@ -34,7 +34,7 @@ from .. import _code
 from .._records import Record, Results
 from ..errors import InputError, ResultsError
 
-__all__ = ["Record", "Results", "columns", "grid", "read", "run"]
+__all__ = ["Record", "Results", "grid", "read", "run"]
 
 R = TypeVar("R", bound=Record)
 _ROOT = Path(__file__).parent.parent
@@ -128,20 +128,6 @@ def read(path: Path | str) -> pd.DataFrame:
         return _table([row[:-1] for row in file.execute(f"{query} ORDER BY max(id)")])
 
 
-def columns(record: type[Record], name: str = "") -> list[str]:
-    """List the columns of a class's settings in a table, of all kinds that its fields name."""
-    names = []
-    for field, about in record.model_fields.items():
-        kinds = [kind for kind in (about.annotation, *get_args(about.annotation)) if _nested(kind)]
-        inner = [column for kind in kinds for column in columns(kind, field)]
-        names += [*dict.fromkeys(inner)] or [name if field == "kind" else field]
-    return names
-
-
-def _nested(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Record)
-
-
 class _Store:
     """Has the runs of one code in a file."""
 
@@ -207,7 +193,7 @@ def _finished(
 
 def _texts(keys: list[str], results: Any) -> list[str]:
     """Results as they are kept; refuse what makes no table with the settings."""
-    fits = isinstance(results, Sequence) and all(_nested(type(one)) for one in results)
+    fits = isinstance(results, Sequence) and all(isinstance(one, Record) for one in results)
     if not fits or len(results) != len(keys):
         allowed = f"a function that returns a list of sweeps.Results, here {len(keys)}"
         raise InputError("work", allowed=allowed, value=results)

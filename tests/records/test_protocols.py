@@ -19,7 +19,7 @@ from records import language, models, protocols, tables, texts, tune
 from records.language import Lora, TextRun
 
 # What runs of these tables have; the other columns are of `language.Part`.
-COLUMNS = [name for name in sweeps.columns(TextRun) if name not in ("pattern", "recipe")]
+COLUMNS = [name for name in tables.columns(TextRun) if name not in ("pattern", "recipe")]
 
 
 def work(runs: list[TextRun]) -> list[language.TextResults]:
