@@ -208,9 +208,6 @@ def test_gains_are_the_best(seed: int, rows: int, modules: int, ranks: int) -> N
     alpha = (0.03, 0.3, 0.9)[seed % 3]
     most = float(pool.costs.sum())
     choice = _effect.Choice(pool, sketch, alpha, most)
-    whole = choice.gains(1e9)
-    assert torch.allclose(whole, torch.ones_like(whole))
-    assert _effect.predict(sketch, whole) < 1e-20
     for budget in (most, most / 2):
         gains = choice.gains(budget)
         taken = gains != 0
@@ -220,6 +217,13 @@ def test_gains_are_the_best(seed: int, rows: int, modules: int, ranks: int) -> N
         for _ in range(5):
             moved = gains + 0.1 * taken * randomness.normal(draw, len(gains))
             assert objective(sketch, alpha, moved) >= best - 1e-9
+
+
+def test_all_directions_are_taken_as_they_are() -> None:
+    pool, sketch = drawn(0, 40, 5, 2)
+    gains = _effect.Choice(pool, sketch, 0.3, 1e9).gains(1e9)
+    assert torch.allclose(gains, torch.ones_like(gains))
+    assert _effect.predict(sketch, gains) < 1e-20
 
 
 def test_bundles_are_taken_whole() -> None:
