@@ -1,4 +1,4 @@
-"""Long runs of language models, done once: `read` gives their tables.
+"""Long runs, done once: `read` gives tables of language models, `sweep` those of chapters.
 
 The commands ``movies``, ``tune``, ``recipes``, ``facts``, ``plans``, ``sizes`` and ``parts`` of
 this folder make the files beside them; each keeps its runs by `lorapower.experiments.sweeps.run` in
@@ -8,13 +8,20 @@ one file of a folder.
 from __future__ import annotations
 
 import base64
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from lorapower import book
 from lorapower.errors import InputError
+from lorapower.experiments import sweeps
 
 _HERE = Path(__file__).parent
 TABLES = sorted(file.name.removesuffix(".csv.gz") for file in _HERE.glob("*.csv.gz"))
@@ -105,6 +112,45 @@ def read(name: str) -> pd.DataFrame:
         raise InputError("name", allowed=f"one of {', '.join(TABLES)}", given=repr(name))
     texts: dict[str, type] = {"changes": str, "revision": str}  # also where all are empty
     return complete(pd.read_csv(_HERE / f"{name}.csv.gz", dtype=texts))
+
+
+def sweep(
+    name: str,
+    settings: Sequence[Any],
+    work: Callable[[list[Any]], Sequence[Any]],
+    results: Path | None,
+    profile: str,
+    *,
+    protocol: str,
+    repeat: int = 0,
+) -> pd.DataFrame:
+    """Give the runs of a chapter's sweep from ``sweeps/NAME.jsonl.gz``, as `sweeps.recorded` does.
+
+    In profile paper they are made again, on as many processors as the chapter may take, or on the
+    dask cluster at the address in the environment's ``DASK_SCHEDULER_ADDRESS``.
+    """
+    with _processors():
+        return sweeps.recorded(
+            _HERE / "sweeps" / f"{name}.jsonl.gz",
+            settings,
+            work,
+            results,
+            protocol=protocol,
+            again=profile == "paper",
+            repeat=repeat,
+        )
+
+
+@contextmanager
+def _processors() -> Iterator[None]:
+    if "DASK_SCHEDULER_ADDRESS" in os.environ:
+        from distributed import Client
+
+        with Client(), joblib.parallel_config("dask"):
+            yield
+    else:
+        with joblib.parallel_config("loky", n_jobs=book.THREADS, inner_max_num_threads=1):
+            yield
 
 
 def complete(table: pd.DataFrame) -> pd.DataFrame:

@@ -179,8 +179,8 @@ def work(settings: list[FactRun]) -> list[FactResults]:
 
 def run(file: str) -> None:
     """Choose rates at one number of facts, then learn more and more of them, kept in a file."""
-    with workers() as executor:
-        learn = functools.partial(sweeps.run, work=work, path=file, size=1, executor=executor)
+    with workers():
+        learn = functools.partial(sweeps.run, work=work, path=file, size=1)
         tried = [
             FactRun(problem=FactProblem(number=SEARCHED), method=way.replace(learning_rate=rate))
             for way, rates in WAYS

@@ -52,8 +52,8 @@ def run(file: str) -> None:
         protocols.state_problem(*about, seed).replace(samples=SAMPLES) for seed in range(SEEDS)
     ]
     ways = {recipe: Part(pattern="", rank=RANK, recipe=recipe) for recipe in RATES}
-    with workers() as executor:
-        tune = functools.partial(sweeps.run, work=work, path=file, size=1, executor=executor)
+    with workers():
+        tune = functools.partial(sweeps.run, work=work, path=file, size=1)
         tried = [
             TextRun(problem=problem, method=ways[recipe].replace(learning_rate=rate))
             for problem in problems[:SEARCHED]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
 
+import joblib
 import pandas as pd
 import torch
 
@@ -31,9 +30,9 @@ def begin() -> list[str]:
     return others
 
 
-def workers() -> ProcessPoolExecutor:
-    """Start two workers of one thread each, which do more than two threads."""
-    return ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,))
+def workers() -> joblib.parallel_config:
+    """Run batches in two processes of one thread each, which do more than two threads."""
+    return joblib.parallel_config("loky", n_jobs=2, inner_max_num_threads=1)
 
 
 def put(table: pd.DataFrame, name: str, folder: Path = HERE) -> None:

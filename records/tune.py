@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -77,11 +76,10 @@ def choose(settings: Sequence[TextRun]) -> list[TextRun]:
 def run(tasks: Sequence[str]) -> list[str]:
     """Choose rates for each task, then run everything, seed by seed; name the files."""
     files = ["rates.sqlite", "runs.sqlite"]
-    with workers() as executor:
-        options: dict[str, Any] = {"size": 1, "executor": executor}
+    with workers():
 
         def measure(some: Sequence[TextRun]) -> pd.DataFrame:
-            return sweeps.run(some, language.measure, files[0], **options)
+            return sweeps.run(some, language.measure, files[0], size=1)
 
         settings = []
         for task in tasks:
@@ -94,7 +92,7 @@ def run(tasks: Sequence[str]) -> list[str]:
                 rates = protocols.best_rates(measure(tried))
             settings += choose(protocols.compare(*about, seeds=SEEDS[task], rates=rates))
         settings.sort(key=lambda setting: (setting.method.rank in LAST, setting.problem.seed))
-        sweeps.run(settings, work, files[1], **options)
+        sweeps.run(settings, work, files[1], size=1)
     return files
 
 

@@ -48,7 +48,7 @@ def _file(given: str, info: ValidationInfo) -> Path | None:
     """Choose the file of runs, in the folder given or in the environment's."""
     paper = "results" if info.data.get("profile") == "paper" else ""
     base = given or os.environ.get(RESULTS) or paper
-    return Path(base).expanduser() / "runs.sqlite" if base else None
+    return Path(base).expanduser() / "sweeps.sqlite" if base else None
 
 
 def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:

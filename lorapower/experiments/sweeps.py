@@ -5,28 +5,35 @@ both, and of records in them, are columns. The ``kind`` of a nested record is th
 field that holds it: ``method=Trained(ranks=2)`` gives ``method`` ``"trained"`` and ``ranks`` 2.
 Fields that the method of a row lacks are missing values. Columns of settings come first, then those
 of results, the ``version`` and the git ``revision`` of the package that made the row.
+
+Batches run through joblib: side by side in ``with joblib.parallel_config(n_jobs=2):``, on a cluster
+in ``with joblib.parallel_config("dask"):`` beside its ``distributed.Client(address)``.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import gzip
 import inspect
 import itertools
 import json
+import math
+import platform
 import sqlite3
 import subprocess
 import sys
 import sysconfig
 import textwrap
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, wait
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+import joblib
 import pandas as pd
 from tqdm import tqdm
 
@@ -34,19 +41,19 @@ from .. import _code
 from .._records import Record, Results
 from ..errors import InputError, ResultsError
 
-__all__ = ["Record", "Results", "grid", "read", "run"]
+__all__ = ["Record", "Results", "grid", "read", "recorded", "run"]
 
 R = TypeVar("R", bound=Record)
 _ROOT = Path(__file__).parent.parent
 # Distributions whose versions can change a result.
 _LIBRARIES = {"numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"}
 _COLUMNS = "setting, results, version, revision"
-# A run that somebody has begun has no results yet.
 _SCHEMA = """runs (
     id INTEGER PRIMARY KEY, setting TEXT NOT NULL, results TEXT NOT NULL, version TEXT NOT NULL,
-    revision TEXT NOT NULL, fingerprint TEXT NOT NULL, UNIQUE (setting, fingerprint)
+    revision TEXT NOT NULL, seconds REAL NOT NULL, fingerprint TEXT NOT NULL,
+    UNIQUE (setting, fingerprint)
 )"""
-_INSERT = f"INSERT OR {{}} INTO runs ({_COLUMNS}, fingerprint) VALUES (?, ?, ?, ?, ?)"
+_INSERT = f"INSERT OR REPLACE INTO runs ({_COLUMNS}, seconds, fingerprint) VALUES (?,?,?,?,?,?)"
 _TABLES = "SELECT sql FROM sqlite_master WHERE type = 'table'"
 
 
@@ -71,7 +78,6 @@ def run(
     path: Path | str | None = None,
     *,
     size: int = 256,
-    executor: Executor | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Run ``work`` on all settings and return a table with a row for each, in their order.
@@ -90,14 +96,22 @@ def run(
         of this package or from outside the environment; comments and docstrings do not count. Of a
         ``work`` in a notebook its own code counts, and the modules that it names. What it reads
         from variables and files does not.
-        Several sweeps may use a file at a time: each leaves for last what another has begun.
-    executor : concurrent.futures.Executor, optional
-        Runs the batches; without one they run here, one after another. Dask's is
-        ``Client(address).get_executor()``. Whether workers have the same code is not checked.
+        Several sweeps may use a file at a time.
     """
+    return _table([row[:4] for row in _run(settings, work, path, size, progress)])
+
+
+def _run(
+    settings: Sequence[R],
+    work: Callable[[list[R]], Sequence[Record]],
+    path: Path | str | None,
+    size: int = 256,
+    progress: bool = True,
+) -> list[tuple[Any, ...]]:
+    """Run as `run` does; give rows of texts and the seconds of a processor that each took."""
     if not settings:
         raise InputError("settings", allowed="a list of at least one", value=settings)
-    keys = [setting.model_dump_json(serialize_as_any=True) for setting in settings]
+    keys = [_write(setting) for setting in settings]
     given = dict(zip(keys, settings, strict=True))
     with _opened(path) as file:
         parts = (one for setting in settings for one in (setting, *dict(setting).values()))
@@ -106,12 +120,64 @@ def run(
         kept = store.rows()
         batches = _batches({key: given[key] for key in given if key not in kept}, size)
         done = len(given) - sum(map(len, batches))
+        runs = joblib.Parallel(return_as="generator_unordered", pre_dispatch="2 * n_jobs")
+        finished = runs(joblib.delayed(_time)(work, batch) for batch in batches)
         with tqdm(total=len(given), initial=done, unit="run", disable=not progress) as bar:
-            for batch, results in _finished(work, batches, store, executor):
-                store.put(batch, _texts([*batch], results))
+            for batch, results, seconds in finished:
+                store.put([*batch], _texts([*batch], results), seconds / len(batch))
                 bar.update(len(batch))
         rows = store.rows()
-    return _table([rows[key] for key in keys])
+    return [rows[key] for key in keys]
+
+
+def _write(record: Record) -> str:
+    """Write a record, with all records in it, as the text under which its run is kept."""
+    return record.model_dump_json(serialize_as_any=True)
+
+
+def recorded(
+    file: Path | str,
+    settings: Sequence[R],
+    work: Callable[[list[R]], Sequence[Record]],
+    path: Path | str | None = None,
+    *,
+    protocol: str,
+    again: bool = False,
+    repeat: int = 0,
+) -> pd.DataFrame:
+    """Give the table of `run` from a record of the runs, of which one is repeated.
+
+    ``file``, compressed lines of JSON, has what made the runs and then one run a line. Settings
+    that it lacks, one or more, are all run at once, kept in ``path``, without a record. A line of
+    text says which it was. Raises as `run` does, and `ResultsError` if a repeated run differs.
+
+    Parameters
+    ----------
+    protocol : str
+        What was run, in a sentence or two, which is kept and said.
+    again : bool
+        Run everything, and write the record.
+    repeat : int
+        The index of the setting that is run once more, alone, and nowhere kept. Its results equal
+        the recorded ones but for rounding: numbers to a millionth, or 10⁻¹² absolute.
+    """
+    place = Path(file)
+    if again:
+        rows = _run(settings, work, path)
+        _write_record(place, rows, protocol)
+    else:
+        kept = _read_record(place)
+        keys = [json.dumps(json.loads(_write(setting)), sort_keys=True) for setting in settings]
+        if missing := sum(key not in kept for key in keys):
+            print(f"{missing} of {len(keys)} runs are in no record: all of them run live.")
+            return run(settings, work, path)
+        rows = [kept[key] for key in keys]
+        _repeat(place, rows[repeat], settings[repeat], work)
+    seconds = sum(row[-1] for row in rows)
+    took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    end = "were made now" if again else "read from a record; one of them, repeated now, is equal"
+    print(f"{protocol} {len(rows)} runs, {took} of a processor, {end}.")
+    return _table([row[:4] for row in rows])
 
 
 def read(path: Path | str) -> pd.DataFrame:
@@ -124,8 +190,57 @@ def read(path: Path | str) -> pd.DataFrame:
         raise ResultsError(Path(path), "is no file", remedy="name a file that a sweep has written")
     with _opened(path) as file:
         # With max(), SQLite takes the other columns from the row that has it.
-        query = f"SELECT {_COLUMNS}, max(id) FROM runs WHERE results != '' GROUP BY setting"
+        query = f"SELECT {_COLUMNS}, max(id) FROM runs GROUP BY setting"
         return _table([row[:-1] for row in file.execute(f"{query} ORDER BY max(id)")])
+
+
+def _write_record(file: Path, rows: Sequence[tuple[Any, ...]], protocol: str) -> None:
+    """Write what made runs and the runs, whole or not at all."""
+    libraries = {d.name: d.version for d in metadata.distributions() if d.name in _LIBRARIES}
+    about = {"protocol": protocol, "processor": platform.machine(), "libraries": libraries}
+    lines = [json.dumps(about, sort_keys=True)]
+    for setting, results, version, revision, seconds in rows:
+        origin = f'"version": "{version}", "revision": "{revision}", "seconds": {seconds:.2g}'
+        lines.append(f'{{"setting": {setting}, "results": {results}, {origin}}}')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
+    partial.replace(file)
+
+
+def _read_record(file: Path) -> dict[str, tuple[Any, ...]]:
+    """The runs of a record by setting; none of a file that is not there."""
+    if not file.is_file():
+        return {}
+    lines = gzip.decompress(file.read_bytes()).decode().splitlines()[1:]
+    runs = {}
+    for run in map(json.loads, lines):
+        texts = json.dumps(run["setting"]), json.dumps(run["results"])
+        row = *texts, run["version"], run["revision"], run["seconds"]
+        runs[json.dumps(run["setting"], sort_keys=True)] = row
+    return runs
+
+
+def _repeat(file: Path, row: tuple[Any, ...], setting: R, work: Callable[..., Any]) -> None:
+    """Run a setting once more; refuse results other than the recorded ones."""
+    found = json.loads(_texts([_write(setting)], work([setting]))[0])
+    wanted = json.loads(row[1])
+    if differ := [name for name in wanted | found if not _equal(wanted.get(name), found.get(name))]:
+        name, *_ = differ
+        raise ResultsError(
+            file,
+            f"holds {name} = {wanted.get(name)} of a run that now gives {found.get(name)}",
+            remedy="if the new code is right, make the record again: make book PROFILE=paper",
+        )
+
+
+def _equal(wanted: Any, found: Any) -> bool:
+    if isinstance(wanted, list) and isinstance(found, list):
+        return len(wanted) == len(found) and all(map(_equal, wanted, found))
+    if isinstance(wanted, float) and isinstance(found, float):
+        near = math.isclose(wanted, found, rel_tol=1e-6, abs_tol=1e-12)
+        return near or (math.isnan(wanted) and math.isnan(found))
+    return type(wanted) is type(found) and bool(wanted == found)
 
 
 class _Store:
@@ -133,24 +248,19 @@ class _Store:
 
     def __init__(self, file: sqlite3.Connection, fingerprint: str) -> None:
         self._file, self._fingerprint = file, fingerprint
-        self._origin = metadata.version(_ROOT.name), _revision(), fingerprint
+        self._origin = metadata.version(_ROOT.name), _revision()
 
-    def rows(self, *, finished: bool = True) -> dict[str, tuple[str, ...]]:
-        """The rows of finished runs, or of those that are only begun, by the key of a setting."""
-        query = f"SELECT {_COLUMNS} FROM runs WHERE fingerprint = ? AND (results != '') = ?"
-        return {row[0]: row for row in self._file.execute(query, [self._fingerprint, finished])}
+    def rows(self) -> dict[str, tuple[Any, ...]]:
+        """The rows of finished runs, by the key of a setting."""
+        query = f"SELECT {_COLUMNS}, seconds FROM runs WHERE fingerprint = ?"
+        return {row[0]: row for row in self._file.execute(query, [self._fingerprint])}
 
-    def begin(self, keys: Iterable[str]) -> set[str]:
-        """Keep that runs are begun; give those that nobody has begun before."""
-        rows = [(key, "", *self._origin) for key in keys]
-        with self._file as file:
-            return {row[0] for row in rows if file.execute(_INSERT.format("IGNORE"), row).rowcount}
-
-    def put(self, keys: Iterable[str], results: Iterable[str]) -> None:
+    def put(self, keys: Sequence[str], results: Sequence[str], seconds: float) -> None:
         """Keep finished runs, all or none."""
-        rows = [(*run, *self._origin) for run in zip(keys, results, strict=True)]
+        runs = zip(keys, results, strict=True)
+        rows = [(*run, *self._origin, seconds, self._fingerprint) for run in runs]
         with self._file as file:
-            file.executemany(_INSERT.format("REPLACE"), rows)
+            file.executemany(_INSERT, rows)
 
 
 def _batches(settings: dict[str, R], size: int) -> list[dict[str, R]]:
@@ -161,34 +271,10 @@ def _batches(settings: dict[str, R], size: int) -> list[dict[str, R]]:
     return [dict(g[i : i + size]) for g in groups.values() for i in range(0, len(g), size)]
 
 
-def _finished(
-    work: Callable[..., Any], batches: list[dict[str, R]], store: _Store, executor: Executor | None
-) -> Iterator[tuple[dict[str, R], Any]]:
-    """Batches with their results, in the order of finishing; last what another sweep has begun."""
-    if executor is None:
-        while batches:
-            begun = store.rows(finished=False).keys()
-            free = (i for i, batch in enumerate(batches) if not begun & batch.keys())
-            batch = batches.pop(next(free, -1))
-            done = store.rows()
-            if left := {key: setting for key, setting in batch.items() if key not in done}:
-                store.begin(left)
-                yield left, work([*left.values()])
-        return
-    own = store.begin(key for batch in batches for key in batch)
-    ordered = [batch for batch in batches if batch.keys() <= own]
-    # The rest backwards, so that two sweeps meet in the middle.
-    ordered += [batch for batch in reversed(batches) if not batch.keys() <= own]
-    waiting = {executor.submit(work, [*batch.values()]): batch for batch in ordered}
-    try:
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(future), future.result()
-            kept = store.rows().keys()
-            waiting = {f: b for f, b in waiting.items() if not (b.keys() <= kept and f.cancel())}
-    finally:
-        for future in waiting:
-            future.cancel()
+def _time(work: Callable[..., Any], batch: dict[str, R]) -> tuple[dict[str, R], Any, float]:
+    """A batch with its results and the seconds of a processor that they took."""
+    start = time.process_time()
+    return batch, work([*batch.values()]), time.process_time() - start
 
 
 def _texts(keys: list[str], results: Any) -> list[str]:

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, Self
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -33,9 +33,10 @@ from pydantic import Field, model_validator
 from lorapower import _code
 from lorapower._records import Record, Results
 from lorapower.errors import InputError, ResultsError
-from lorapower.experiments import digits, sweeps, synthetic
+from lorapower.experiments import digits, study, sweeps, synthetic
 from lorapower.experiments.study import measure
 from lorapower.experiments.sweeps import grid
+from lorapower.training import engine
 
 
 class Problem(Record):
@@ -144,11 +145,7 @@ def quiet(*arguments: Any, **options: Any) -> pd.DataFrame:
 def count(path: Path) -> int:
     """Finished runs in a file."""
     with closing(sqlite3.connect(path)) as connection:
-        if not connection.execute("SELECT * FROM sqlite_master").fetchall():
-            return 0  # just begun
-        return int(
-            connection.execute("SELECT count(*) FROM runs WHERE results != ''").fetchone()[0]
-        )
+        return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
 
 
 def same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
@@ -494,47 +491,103 @@ def test_work_of_a_notebook_counts_with_the_modules_that_it_names(
     assert one != fingerprint(code.format("residual").replace("batch\n", "batch[:]\n"))
 
 
-def test_what_is_begun_again_stays_finished() -> None:
-    with sweeps._opened(None) as file:
-        store = sweeps._Store(file, "code")
-        assert store.begin(["a", "b"]) == {"a", "b"}
-        assert [*store.rows()] == []
-        store.put(["a"], ["{}"])
-        assert store.begin(["a", "b", "c"]) == {"c"}
-        assert [*store.rows()] == ["a"]
-        assert [*store.rows(finished=False)] == ["b", "c"]
+@contextmanager
+def dask() -> Iterator[None]:
+    one = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": None}
+    with Client(**one), joblib.parallel_config("dask"):
+        yield
 
 
-@pytest.mark.parametrize("executors", [0, 1, 2])
-def test_two_sweeps_at_a_time_share_the_work(executors: int, tmp_path: Path) -> None:
+def threads() -> Any:
+    return joblib.parallel_config("threading", n_jobs=2)
+
+
+@pytest.mark.parametrize("side_by_side", [threads, dask])
+def test_side_by_side_or_on_a_cluster_the_table_is_the_same(
+    side_by_side: Callable[[], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "runs"
+    with side_by_side():
+        same(quiet(GRID, work, path, size=3), quiet(GRID, work))
+        assert count(path) == len(GRID)
+        with pytest.raises(InputError, match="width must be less than 4; got 4"):
+            quiet(GRID, failing, path, size=2)
+
+
+# --- Records of runs ------------------------------------------------------------------------------
+
+SCALE = [1.0]
+
+
+def scaled(batch: list[Setting]) -> list[Found]:
+    RUN.extend(batch)
+    return [found.replace(loss=found.loss * SCALE[0]) for found in work(batch)]
+
+
+def recorded(file: Path, settings: list[Setting] = GRID, **options: Any) -> pd.DataFrame:
+    return sweeps.recorded(file, settings, scaled, protocol="All widths.", **options)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """A record of all runs, the only file in its folder."""
+    file = tmp_path / "new" / "widths.jsonl.gz"
+    same(recorded(file, again=True), quiet(GRID, work))
     RUN.clear()
-    path = tmp_path / "runs"
-    with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(1) as a, ThreadPoolExecutor(1) as b:
-        each = [*(a, b)[:executors], None, None][:2]
-        both = [
-            threads.submit(quiet, GRID[i:], slow, path, size=2, executor=executor)
-            for i, executor in zip((0, 4), each, strict=True)
-        ]
-        tables = [one.result() for one in both]
-    same(tables[0], quiet(GRID, work))
-    same(tables[1], quiet(GRID[4:], work))
-    # Where they meet each may run what the other has begun; executors begin one ahead.
-    assert len(GRID) <= len(RUN) <= len(GRID) + 4 * (1 + executors)
+    return file
 
 
-def dask() -> Any:
-    client = Client(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None)
-    return client.get_executor()
+def test_of_a_record_one_run_is_repeated(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    same(recorded(record, repeat=5), quiet(GRID, work))
+    assert RUN == [GRID[5]]
+    same(recorded(record, GRID[7:2:-2]), quiet(GRID[7:2:-2], work))
+    assert RUN == [GRID[5], GRID[7]]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("All widths. 24 runs, 0 s of a processor, read from a record")
+    assert second.startswith("All widths. 3 runs")
+    assert [*record.parent.iterdir()] == [record]
 
 
-@pytest.mark.parametrize("make", [ThreadPoolExecutor, dask])
-def test_executors_give_the_same_table(make: Callable[[], Any], tmp_path: Path) -> None:
-    executor = make()
-    path = tmp_path / "runs"
-    same(quiet(GRID, work, path, size=3, executor=executor), quiet(GRID, work))
-    assert count(path) == len(GRID)
-    with pytest.raises(InputError, match="width must be less than 4; got 4"):
-        quiet(GRID, failing, path, size=2, executor=executor)
-    executor.shutdown()
-    if make is dask:
-        Client.current().close()
+@pytest.mark.parametrize(
+    ("scale", "stands"), [(1 + 1e-9, True), (1 + 1e-5, False), (math.nan, False), (1.0, True)]
+)
+def test_a_record_falls_with_the_code_that_made_it(
+    scale: float, stands: bool, record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.SCALE", [scale])
+    if stands:
+        recorded(record, repeat=5)
+        return
+    with pytest.raises(ResultsError, match=r"holds loss = 0\.14\d* .* make book PROFILE=paper"):
+        recorded(record, repeat=5)
+
+
+def test_settings_without_a_record_all_run(
+    record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [Setting(problem=Problem(width=7)), *GRID]
+    path = record.parent / "runs"
+    same(recorded(record, more, path=path), quiet(more, work))
+    assert len(RUN) == len(more)
+    assert count(path) == len(more)
+    shown = capsys.readouterr()
+    assert shown.out.endswith("1 of 25 runs are in no record: all of them run live.\n")
+    assert "25/25" in shown.err
+
+
+def test_a_change_in_how_networks_are_trained_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all recorded sweeps on synthetic problems the training is one code."""
+    problem = synthetic.Synthetic(width=4, target_depth=1, depth=2, steps=20, every=10)
+    methods = grid(study.Trained, ranks=[0, 1], learning_rate=1e-2)
+    settings = grid(study.Setting, problem=problem, method=methods)
+    call = functools.partial(
+        sweeps.recorded, tmp_path / "trained.jsonl.gz", settings, measure, protocol="Two ranks."
+    )
+    table = call(again=True)
+    same(call(repeat=1), table)
+    monkeypatch.setattr(engine, "BETA_2", 0.998)
+    with pytest.raises(ResultsError, match="make the record again"):
+        call(repeat=1)
