@@ -2,8 +2,9 @@
 
 usage: python tools/execute.py chapters/NN-name.ipynb _build/quick/chapters/NN-name.ipynb
 
-Beside it ``NN-name.json`` says in which profile, on which machine and in what time it ran. In
-profile ``small`` the parameters are those of the notebook's metadata, for a run of seconds.
+Beside it ``NN-name.json`` says in which profile, on which machine and in what time it ran. A line
+says how many chapters are done and how long the rest may take. In profile ``small`` the parameters
+are those of the notebook's metadata, for a run of seconds.
 
 A chapter fails if a cell raises, if a claim that it records does not hold, or if its outputs hold
 a path of this machine. In profile ``small`` observations may fail: they were made at other sizes.
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import sys
 import time
 from pathlib import Path
@@ -126,6 +128,32 @@ def machine() -> str:
     return f"{processors}, {memory:.0f} GiB of memory, {platform.system()}"
 
 
+def progress(folder: Path, jobs: int) -> str:
+    """Say how many chapters in a folder are done, and how long the others may take.
+
+    Each is expected to take as long as last time, or else as the others do on average. Says nothing
+    where make has not listed them.
+    """
+    rules = ROOT / "_build" / "chapters.mk"
+    lines = rules.read_text(encoding="utf-8").splitlines() if rules.exists() else []
+    pages = [line.partition(":") for line in lines if line.startswith("$(out)")]
+    seconds, left = {}, []
+    for targets, _, files in pages:
+        executed = folder / Path(targets.split()[0]).name
+        sources = [ROOT / file for file in (f"chapters/{executed.name}", *files.split())]
+        newest = max(source.stat().st_mtime for source in sources if source.exists())
+        if not executed.exists() or executed.stat().st_mtime < newest:
+            left.append(executed)
+        if (about := executed.with_suffix(".json")).exists():
+            seconds[executed] = json.loads(about.read_text(encoding="utf-8"))["seconds"]
+    if not seconds:
+        return ""
+    usual = sum(seconds.values()) / len(seconds)
+    expected = sum(seconds.get(executed, usual) for executed in left) / jobs
+    done = len(pages) - len(left)
+    return f": {done} of {len(pages)} done, about {expected / 60:.1f} minutes to go"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("source", type=Path)
@@ -150,12 +178,14 @@ def main() -> int:
             print(f"The failed run is kept in {failed.resolve()}", file=sys.stderr)
         return 1
     seconds = (time.time_ns() - started) / 1e9
-    about = {"profile": profile, "machine": machine(), "seconds": seconds}
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    processor = sum(use.ru_utime + use.ru_stime for use in usage)
+    about = {"profile": profile, "machine": machine(), "seconds": seconds, "processor": processor}
     target.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
     os.utime(partial, ns=(started, started))
     partial.replace(target)
     failed.unlink(missing_ok=True)
-    print(f"Executed {source} in {seconds:.0f} s")
+    print(f"Executed {source} in {seconds:.0f} s{progress(target.parent, arguments.jobs)}")
     return 0
 
 

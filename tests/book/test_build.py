@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -271,6 +272,27 @@ def test_failing_chapter_leaves_no_finished_file(
     assert reason in said
     assert str(failed) in said
     assert list(target.parent.iterdir()) == [failed]
+
+
+def test_progress_counts_what_is_older_than_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "ROOT", tmp_path)
+    done = tmp_path / "_build" / "quick"
+    assert execute.progress(done, 2) == ""
+    done.mkdir(parents=True)
+    names = ("01-new", "02-old", "03-missing")
+    rules = [f"$(out)/chapters/{name}.ipynb $(small)/{name}.ipynb: module.py" for name in names]
+    rules += ["executed := $(out)/chapters/01-new.ipynb", "module.py:"]
+    (tmp_path / "_build" / "chapters.mk").write_text("\n".join(rules))
+    for moment, name in enumerate(("02-old.ipynb", "module.py", "01-new.ipynb")):
+        path = tmp_path / name if name == "module.py" else done / name
+        path.touch()
+        os.utime(path, (moment, moment))
+    for name, seconds in (("01-new", 60), ("02-old", 120)):
+        (done / f"{name}.json").write_text(json.dumps({"seconds": seconds}))
+    # 120 s for the old one, 90 for the missing one, in two processes.
+    assert execute.progress(done, 2) == ": 1 of 3 done, about 1.8 minutes to go"
 
 
 def test_book_is_built_and_a_warning_fails_every_build(real: Book) -> None:
