@@ -19,7 +19,7 @@ from IPython.core.formatters import DisplayFormatter
 from lorapower import InputError, book
 from lorapower.book import RESULTS
 
-FILE = "runs.sqlite"
+FILE = "sweeps.sqlite"
 
 
 class All(book.Parameters):

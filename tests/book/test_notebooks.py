@@ -147,7 +147,7 @@ def test_the_model_has_the_parameters_of_the_cell(chapter: Path, head: Head) -> 
     if "results" in completed:
         assert completed["results"] is None
         chosen = dict(model(**given | {"results": "runs"}))
-        assert chosen["results"] == Path("runs", "runs.sqlite")
+        assert chosen["results"] == Path("runs", "sweeps.sqlite")
 
 
 def test_a_chapter_refuses_bad_values_in_its_first_line(head: Head) -> None:
