@@ -26,15 +26,13 @@ from ..training.fused import linearized, train_fused
 from ..training.tuning import LARGEST, Data, Loss, Schedule, Tuning
 
 Rank = Annotated[int, Field(ge=0)]
-# One for all weights, or one for each.
-Ranks = Rank | tuple[Rank, ...]
 
 
 class Construction(Record):
     """Adapt by the theorems' construction, ReLU networks on the problem's region."""
 
     kind: Literal["construction"] = "construction"
-    ranks: Ranks = 0
+    ranks: Rank = 0
 
 
 class Fitted(Record):
@@ -44,7 +42,7 @@ class Fitted(Record):
     """
 
     kind: Literal["fitted"] = "fitted"
-    ranks: Ranks = 0
+    ranks: Rank = 0
     inputs: int = Field(4000, ge=2)
     polished: bool = False
     iterations: int = Field(400, ge=0)
@@ -58,7 +56,7 @@ class Trained(Record):
     """
 
     kind: Literal["trained"] = "trained"
-    ranks: Ranks = 0
+    ranks: Rank = 0
     final: int = Field(0, ge=0)
     biases: bool = True
     learning_rate: float = Field(1e-3, gt=0, le=LARGEST)
@@ -106,8 +104,7 @@ class Problem(Record, ABC):
         if not isinstance(method, self.methods):
             kinds = " or ".join(kind.__name__ for kind in self.methods)
             raise InputError("method", allowed=f"a {kinds}", value=method)
-        most = max(method.ranks) if isinstance(method.ranks, tuple) else method.ranks
-        method.require("ranks", most <= self.width, f"at most {self.width} (the width)")
+        method.require("ranks", method.ranks <= self.width, f"at most {self.width} (the width)")
 
 
 class Setting(Record):

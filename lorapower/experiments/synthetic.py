@@ -9,13 +9,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .. import randomness
 from .._records import Record
 from ..adapters import Adapters
 from ..constructions import fitted
 from ..constructions.fitted import FittedAdaptation
 from ..networks.layers import FNN, LinearNetwork
-from ..networks.partition import Partition
 from ..regions import Ball
 from ..regression import variance as variance_of
 from ..training.engine import train
@@ -47,13 +45,11 @@ GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 class Synthetic(Problem):
     """Draw a frozen network, a target, and what there is to train on.
 
-    ``width``, ``target_depth`` and ``depth`` are ``D``, ``L̄`` and ``L``, ``gain`` a factor of the
-    frozen weights. ``pretraining`` trains the frozen network in full on the target, until its loss
-    is this part of the first or for 1000 steps. If ``distance_rank`` is not 0, the target is the
-    product of each frozen block plus a random matrix of this rank, of ``distance`` times the
-    product's Frobenius norm. In a classification, by cross-entropy, the class is the target's
-    largest output, or the larger sum of its two halves. ``samples`` are in each fresh batch, or in
-    the ``fixed`` training set. Raises `InputError` for values that do not fit each other.
+    ``width``, ``target_depth`` and ``depth`` are ``D``, ``L̄`` and ``L``. ``pretraining`` trains the
+    frozen network in full on the target, until its loss is this part of the first or for 1000
+    steps. In a classification, by cross-entropy, the class is the target's largest output, or the
+    larger sum of its two halves. ``samples`` are in each fresh batch, or in the ``fixed`` training
+    set. Raises `InputError` for values that do not fit each other.
     """
 
     methods: ClassVar[tuple[type[Record], ...]] = Construction, Fitted, Trained, TrainedFused
@@ -62,10 +58,7 @@ class Synthetic(Problem):
     width: int = Field(16, ge=1)
     target_depth: int = Field(1, ge=1)
     depth: int = Field(2, ge=1)
-    gain: float = Field(1.0, gt=0)
     pretraining: float = Field(RANDOM, gt=0)
-    distance: float = Field(0.0, ge=0)
-    distance_rank: int = Field(0, ge=0)
     task: Literal["regression", "multiclass", "binary"] = "regression"
     samples: int = Field(256, ge=1)
     fixed: bool = False
@@ -105,21 +98,7 @@ class Synthetic(Problem):
             kind.random(depth, self.width, seed=self.seed, purpose=purpose)
             for depth, purpose in ((self.depth, "frozen"), (self.target_depth, "target"))
         )
-        frozen = frozen.with_parameters([self.gain * weight for weight in frozen.weights])
-        return frozen, self._near(frozen, target) if self.distance_rank else target
-
-    def _near(self, frozen: Any, target: Any) -> Any:
-        """Put the target's weights at the given distance from the frozen blocks."""
-        generator = randomness.generator(self.seed, "perturbation")
-        shape = (self.width, self.distance_rank)
-        weights = []
-        for layers in Partition.uniform(self.depth, self.target_depth).slices:
-            block = LinearNetwork(frozen.weights[layers]).product()
-            left, right = (randomness.normal(generator, *shape) for _ in range(2))
-            change = left @ right.mT
-            size = self.distance * torch.linalg.matrix_norm(block)
-            weights.append(block + size / torch.linalg.matrix_norm(change) * change)
-        return target.with_parameters(weights)
+        return frozen, target
 
     def start(self) -> tuple[Any, Any]:
         """Draw the frozen network, pretrained if the problem says so, and the target."""
