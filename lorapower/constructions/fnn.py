@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from operator import add
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -156,26 +155,6 @@ def adapt(
         rounding_errors=stack(solution.rounding_error for solution in solutions),
         digits_lost=stack(digits_lost),
     )
-
-
-def idle(
-    network: FNN, region: Region, partition: Partition, adapters: Adapters | None = None
-) -> Adapters:
-    """Find biases that keep the inner ReLUs of blocks idle, of a network or an adapted one.
-
-    Over the ``region`` block ``i`` computes ``z ↦ ReLU(P_i z + c_i)``, with ``P_i`` the product of
-    its layers and ``c_i`` what their biases come to. Where inner ReLUs were idle before, the
-    function stays; the region can be larger than that. ``adapters`` are returned with their biases
-    changed; without any, adapters of rank 0. Raises `InputError` for what does not fit. Source:
-    [prop-linearized].
-    """
-    adapted = network if adapters is None else adapters.merge(network)
-    target = adapted.linearize(partition.slices)
-    lifted = adapt(adapted, target, 0, region, partition, throw=False).adapters
-    if adapters is None:
-        return lifted
-    before = adapters.bias_updates or [0.0] * len(lifted.bias_updates)
-    return replace(adapters, bias_updates=tuple(map(add, before, lifted.bias_updates)))
 
 
 def _adapt_block(

@@ -22,7 +22,7 @@ from ..networks.layers import FNN
 from ..networks.partition import Partition
 from ..regions import Region
 from ..training.engine import train
-from ..training.fused import linearized, train_fused
+from ..training.fused import train_fused
 from ..training.tuning import LARGEST, Data, Loss, Schedule, Tuning
 
 Rank = Annotated[int, Field(ge=0)]
@@ -49,10 +49,9 @@ class Fitted(Record):
 
 
 class Trained(Record):
-    """Train adapters, or the ``final`` weights in full, by Adam; see `training.Tuning`.
+    """Train adapters, or the ``final`` weights in full, by Adam.
 
-    ``initial`` adapters are the study's, `training.linearized`, or balanced `Fitted` ones of these
-    ranks. Raises `InputError` as `training.Tuning` does.
+    The fields are those of `training.Tuning`. Raises `InputError` as it does.
     """
 
     kind: Literal["trained"] = "trained"
@@ -63,19 +62,15 @@ class Trained(Record):
     weight_decay: float = Field(0.0, ge=0, le=LARGEST)
     schedule: Schedule = "constant"
     loss: Loss = "squared"
-    initial: Literal["study", "linearized", "fitted"] = "study"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        self.require(
-            "initial", self.initial == "study" or not self.final, "'study' for final layers"
-        )
         self.tuning()
         return self
 
-    def tuning(self, start: Adapters | None = None) -> Tuning:
+    def tuning(self) -> Tuning:
         """Make the settings that `training.train` takes."""
-        return Tuning(**self.model_dump(exclude={"kind", "initial"}), start=start)
+        return Tuning(**self.model_dump(exclude={"kind"}))
 
 
 class TrainedFused(Record):
@@ -142,21 +137,15 @@ class Bench(ABC):
 
     def tuning(self, method: Any) -> Tuning | None:
         """Make the settings of a training; None for methods without gradients."""
-        if not isinstance(method, Trained):
-            return None
-        start: Adapters | None = None
-        if method.initial == "linearized":
-            start = linearized(self.frozen, self.data, self._blocks())
-        elif method.initial == "fitted":
-            start = self.adapt(Fitted(ranks=method.ranks))[0].balanced()
-        return method.tuning(start)
+        return method.tuning() if isinstance(method, Trained) else None
 
     def adapt(self, method: Any) -> tuple[Adapters, dict[str, Any]]:
         """Make adapters by a method without gradients."""
         relu = isinstance(self.frozen, FNN)
         if isinstance(method, TrainedFused):
             options = method.model_dump(exclude={"kind", "ranks"}) | self.course
-            options["partition"] = self._blocks() if relu else None
+            blocks = self.frozen.depth, self.target.depth
+            options["partition"] = Partition.uniform(*blocks) if relu else None
             found = train_fused(self.frozen, method.ranks, self.data, throw=False, **options)
             return found.adapters, {"validation_loss": float(found.validation_loss.min())}
         region = self.region if relu else None
@@ -169,9 +158,6 @@ class Bench(ABC):
     @abstractmethod
     def test(self, network: Any, **known: Any) -> Course:
         """Measure what a network reaches on new inputs, and add what is known."""
-
-    def _blocks(self) -> Partition:
-        return Partition.uniform(self.frozen.depth, self.target.depth)
 
 
 def measure(settings: Sequence[Setting]) -> list[Course]:

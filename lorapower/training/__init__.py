@@ -2,7 +2,7 @@
 
 from .descent import descend, minimize, settle
 from .engine import train
-from .fused import linearized, polish, train_fused
+from .fused import polish, train_fused
 from .tuning import Data, Fixed, Fresh, Training, Tuning
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Training",
     "Tuning",
     "descend",
-    "linearized",
     "minimize",
     "polish",
     "settle",

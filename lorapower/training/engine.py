@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import cos, pi
-from operator import gt
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +45,7 @@ def train(
     steps. All is computed on the frozen network's device.
 
     Raises `InputError` where there are no tunings, for ranks or layers out of range, for data that
-    does not fit the network or the loss, and for a loss or start that the network does not have.
+    does not fit the network or the loss, and for a loss that the network does not have.
     Source: the protocol of the study's experiments.
 
     Parameters
@@ -188,34 +187,11 @@ class _Runs:
         full = self.ranks.mT < 0
         self.values.A[full], self.base[full] = self.base[full], 0.0
         self.values.B[full] = torch.eye(width, device=network.device)
-        for i, tuning in enumerate(self.tunings):
-            if tuning.start is not None:
-                self._put(slice(i * self.members, (i + 1) * self.members), tuning.start)
 
     @staticmethod
     def _first_factors(seed: int, m: int, rank: int, into: int) -> Tensor:
         generator = randomness.generator(seed, "factors", m)
         return FACTOR_SCALE * randomness.normal(generator, rank, into, dtype=torch.float32)
-
-    def _put(self, runs: slice, start: Adapters) -> None:
-        """Replace as many of the first factors as a start has, and add its changes of biases."""
-        caps, batch = self.ranks[runs.start].tolist(), self.network.batch_shape
-        if len(start.ranks) != len(caps) or any(map(gt, start.ranks, caps)):
-            raise InputError("start", allowed=f"adapters of ranks up to {caps}", given=start)
-        if torch.broadcast_shapes(start.batch_shape, batch) != batch:
-            raise InputError("start", allowed=f"of batch shape {tuple(batch)}", given=start)
-        start.merge(self.network)
-
-        def flat(values: Tensor, dims: int) -> Tensor:
-            rest = values.shape[values.ndim - dims :]
-            return values.expand(*batch, *rest).reshape(self.members, *rest).to(self.base)
-
-        for m, update in enumerate(start.updates):
-            (out, into), R = self.shapes[m], update.rank
-            self.values.A[m, runs, :out, :R] = flat(update.left, 2)
-            self.values.B[m, runs, :R, :into] = flat(update.right, 2).mT
-        for l, change in enumerate(start.bias_updates):
-            self.values.b[l, runs, : change.shape[-1]] += flat(change, 1)
 
     # Steps.
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import _checks, randomness
 from ..adapters import Adapters
-from ..constructions import fnn
 from ..constructions.fitted import FittedAdaptation
 from ..constructions.fused import Fused, fuse
 from ..constructions.linear import Adaptation
@@ -38,19 +37,6 @@ class _FusedTraining(NamedTuple):
     adaptation: Adaptation
     fused: Fused
     training: Training[Any]
-
-
-@torch.no_grad()
-def linearized(frozen: Network, data: Data, partition: Partition | None = None) -> Adapters:
-    """Make a start for `train` at which inner ReLUs of a network's blocks idle [prop-linearized].
-
-    Only biases change, so that the network is one affine layer for each block of the partition (by
-    default one block) on a ball half as large again as one around the first batches and the
-    validation inputs. Raises `InputError` for other networks and partitions that do not fit.
-    """
-    _checks.kind(FNN, frozen=frozen)
-    network: Any = frozen.to(torch.float64)
-    return fnn.idle(network, _seen(data), partition or Partition([network.depth]))
 
 
 def _seen(data: Data) -> Ball:

@@ -42,9 +42,6 @@ class Tuning:
     loss : Loss
         ``"one-sided"`` [def-one-sided] is for networks that end with a ReLU and outputs of at least
         0. The best parameters are chosen by the squared error either way.
-    start : Adapters, optional
-        Where to start, such as `linearized`, of at most the given ranks. Further columns, and all
-        columns by default, start as in the study: ``A = 0`` and ``B ~ N(0, 0.25²)``.
     """
 
     ranks: int | tuple[int, ...] = 0
@@ -54,7 +51,6 @@ class Tuning:
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
     loss: Loss = "squared"
-    start: Adapters | None = None
 
     def __post_init__(self) -> None:
         has_each = isinstance(self.ranks, tuple | list)
@@ -65,10 +61,6 @@ class Tuning:
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
         _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.choice("loss", self.loss, get_args(Loss))
-        if self.start is not None:
-            _checks.kind(Adapters, start=self.start)
-            if self.final:
-                raise InputError("start", allowed="None for layers in full", given=self.start)
         _checks.positive("learning_rate", self.learning_rate)
         _checks.finite("weight_decay", self.weight_decay, 0.0)
 

@@ -13,9 +13,7 @@ from strategies import batch_shapes, benign, dtypes, normal, of_widths, seeds
 from torch import Tensor
 
 from lorapower import InputError, PrecisionError, SingularError, bounds
-from lorapower.adapters import Adapters
 from lorapower.constructions import fnn
-from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition, as_network, blocks
 from lorapower.regions import Ball, Box, Region, Samples
 
@@ -255,29 +253,6 @@ def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
         off = found.adapters.merge(frozen)(frozen.fill(x))[: outline[-1]] - target(x)
         bound = bounds.fnn_error_on(frozen, target, R, x)
         assert off.square().sum(0).mean().sqrt() <= bound + 1e3 * tolerance(found, x)
-
-
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, 5), st.booleans(), seeds)
-def test_idle_relus_bend_nothing_in_the_region(
-    sizes: list[int], width: int, bare: bool, seed: int
-) -> None:
-    """Of a network or an adapted one, with biases tuned or not."""
-    frozen, partition = benign(sum(sizes), width, seed=seed), Partition(sizes)
-    drawn = FNN.random(frozen.depth, width, seed=seed + 1)
-    updates = tuple(LowRank(0.1 * w[:, :1], w[:, :1]) for w in drawn.weights)
-    region = region_of("ball", width, seed)
-    for tuned in (None, Adapters(updates, () if bare else drawn.biases)):
-        found = fnn.idle(frozen, region, partition, tuned)
-        if tuned is None:
-            assert set(found.ranks) == {0}
-        else:
-            assert found.updates == tuned.updates
-        network, before = found.merge(frozen), tuned.merge(frozen) if tuned else frozen
-        x = region.sample(50, edge=True, seed=seed)
-        inner = network.preactivations(x)
-        assert all((p >= 0).all() for part in partition.slices for p in inner[part][:-1])
-        expected = before.linearize(partition.slices)(x)
-        torch.testing.assert_close(network(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_extremes_of_size() -> None:

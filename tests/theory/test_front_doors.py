@@ -207,11 +207,6 @@ DOORS = [
         | {"partition": [Partition([1]), Partition([1, 1])]},
     ),
     Door(
-        fnn.idle,
-        {"network": RELU["frozen"], "region": Ball(1.0), "partition": Partition([2])},
-        {"partition": [Partition([3])], "region": [2.0]},
-    ),
-    Door(
         transformer.adapt,
         HEADS | {"ranks": 3},
         {

@@ -1,4 +1,4 @@
-"""Losses, starts, training in the fused network, descent and flows: each against another way."""
+"""Losses, training in the fused network, descent and flows: each against another way."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from lorapower.training import (
     Fresh,
     Tuning,
     descend,
-    linearized,
     minimize,
     train,
     train_fused,
@@ -55,12 +54,6 @@ def drawn(network: Any, rank: int, size: float = 0.5) -> Adapters:
         for w in network.weights
     )
     return Adapters(updates, tuple(size * normal(len(b), seed=next(each)) for b in network.biases))
-
-
-def begun(frozen: Any, tuning: Tuning, data: Any) -> Adapters:
-    """Adapters before the first step, since so small a one lowers no loss."""
-    still = replace(tuning, learning_rate=1e-30)
-    return train(frozen, [still], data, steps=1).adapters[0].to(torch.float64)
 
 
 # --- The one-sided loss ---------------------------------------------------------------------------
@@ -100,56 +93,6 @@ def test_dead_outputs_come_back_by_the_one_sided_loss_alone() -> None:
     runs = train(low, [squared, replace(squared, loss="one-sided")], data, steps=1500)
     assert runs.best_loss[0] == runs.validation_loss[0, 0]
     assert runs.best_loss[1] < 0.1 * runs.validation_loss[1, 0]
-
-
-# --- Starts ---------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.integers(0, 99))
-def test_the_linearized_start_bends_nothing_inside_its_blocks(
-    depth: int, width: int, blocks: int, seed: int
-) -> None:
-    blocks = min(blocks, depth)
-    frozen = relu(depth, width, seed, (2,))
-    data = Fresh(relu(1, width, seed), (width,), validation_samples=50, seed=seed)
-    partition = Partition.uniform(depth, blocks)
-    tuning = Tuning(1, start=linearized(frozen, data, partition))
-    start, study = begun(frozen, tuning, data), begun(frozen, Tuning(1), data)
-    for given_, usual in zip(start.updates, study.updates, strict=True):
-        assert torch.equal(given_.left, usual.left)
-        assert torch.equal(given_.right, usual.right)
-    x = data.validation[0].double()
-    goal = frozen.linearize(partition.slices)
-    merged = start.merge(frozen)
-    torch.testing.assert_close(merged(x), goal(x), rtol=1e-4, atol=1e-4)
-    reached = merged.preactivations(x)
-    for layers in partition.slices:
-        assert all((p > -1e-5).all() for p in reached[layers][:-1])
-
-
-def test_given_adapters_keep_the_other_columns() -> None:
-    frozen, data = relu(2, 5), Fresh(relu(1, 5), (5,))
-    few = drawn(frozen, 1)
-    start, usual = begun(frozen, Tuning(3, start=few), data), begun(frozen, Tuning(3), data)
-    for got, given_, other in zip(start.updates, few.updates, usual.updates, strict=True):
-        torch.testing.assert_close(got.matrix(), given_.matrix(), rtol=1e-5, atol=1e-6)
-        assert torch.equal(got.right[:, 1:], other.right[:, 1:])
-
-
-@pytest.mark.parametrize("start", ["linearized", "given"])
-def test_biases_of_a_start_stay_where_they_are_not_tuned(start: Any) -> None:
-    frozen, data = relu(2, 5), Fresh(relu(1, 5), (5,))
-    moved = drawn(frozen, 1) if start == "given" else linearized(frozen, data)
-    tuning = Tuning(1, biases=False, start=moved, learning_rate=1e-2)
-    runs = train(frozen, [tuning], data, steps=20)
-    x = data.test(50)[0]
-    merged = runs.adapters[0].merge(frozen.to(torch.float32))
-    torch.testing.assert_close(runs.network[0](x), merged(x), rtol=1e-3, atol=1e-4)
-    first = begun(frozen, tuning, data).to(torch.float32)
-    for before, after in zip(first.bias_updates, runs.adapters[0].bias_updates, strict=True):
-        assert before.abs().max() > 0
-        torch.testing.assert_close(before, after)
-    assert runs.adapters[0].parameter_count == 2 * 10
 
 
 # --- Without detours ------------------------------------------------------------------------------
@@ -340,28 +283,17 @@ def test_recipes_measure_what_training_gives() -> None:
     ways = [
         Trained(ranks=3, learning_rate=1e-2),
         Trained(ranks=3, learning_rate=1e-2, loss="one-sided", schedule="cosine"),
-        Trained(ranks=3, initial="fitted", learning_rate=1e-5),
         TrainedFused(ranks=3, starts=2),
-        Trained(ranks=3, initial="linearized", learning_rate=1e-2),
         Trained(final=2, loss="one-sided", learning_rate=1e-2),
     ]
     table = sweeps.run(sweeps.grid(Setting, problem=problem, method=ways), measure, progress=False)
-    assert list(table.method) == ["trained"] * 3 + ["fused"] + ["trained"] * 2
+    assert list(table.method) == ["trained"] * 2 + ["fused", "trained"]
     frozen, target = problem.networks()
     data, fresh = problem.data(target)
     runs = train(frozen, [Tuning(3, learning_rate=1e-2)], data, steps=200, every=10, seed=3)
     x, y = fresh.test(synthetic.TEST_SAMPLES)
     error = (runs.network[0](x) - y).square().mean()
     assert table.error[0] == pytest.approx(float(error), rel=1e-3)
-    # From exact adapters there is nothing to gain; rounding to single precision is left.
-    assert table.error[2] < 1e-9
-    deep = Synthetic(width=6, target_depth=2, depth=4, steps=20, every=10)
-    frozen, target = deep.networks()
-    data = deep.data(target)[0]
-    tuning = Tuning(3, start=linearized(frozen, data, Partition([2, 2])))
-    runs = train(frozen, [tuning], data, steps=20, every=10)
-    way = Setting(problem=deep, method=Trained(ranks=3, initial="linearized"))
-    assert measure([way])[0].validation_loss == float(runs.best_loss[0])
 
 
 # --- Bad input ------------------------------------------------------------------------------------
@@ -375,7 +307,6 @@ NARROW = LinearNetwork([normal(2, 4), normal(4, 2)])
 Z = normal(4, 6)
 DATA, NEGATIVE = Fresh(FROZEN, (4,)), Fixed((Z, -Z.abs()), (Z, Z.abs()))
 ONE_SIDED = Tuning(1, loss="one-sided")
-TWO = train(FROZEN, [Tuning(1)] * 2, DATA, steps=1).adapters
 
 
 # The name in the error, and calls that are refused.
@@ -385,14 +316,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("loss", lambda: train(Transformer.random(1, 4, 1), [ONE_SIDED], DATA)),
     ("loss", lambda: train(FROZEN, [ONE_SIDED], DATA, classes=range(4))),
     ("data's labels", lambda: train(FROZEN, [ONE_SIDED], NEGATIVE)),
-    ("frozen", lambda: linearized(CHAIN, Fresh(CHAIN, (4,)))),
-    ("partition", lambda: linearized(FROZEN, DATA, Partition([3]))),
-    ("start", lambda: begun(FROZEN, Tuning(2, start=drawn(FROZEN, 3)), DATA)),
-    ("start", lambda: begun(FROZEN, Tuning(1, start=TWO), DATA)),
-    ("start", lambda: begun(FROZEN, Tuning(2, start=drawn(relu(3, 4), 1)), DATA)),
     ("loss", lambda: Tuning(1, loss="absolute")),  # type: ignore[arg-type]
-    ("start", lambda: Tuning(1, start="study")),  # type: ignore[arg-type]
-    ("start", lambda: Tuning(final=1, start=drawn(FROZEN, 1))),
     ("network", lambda: descend(relu(2, 3), drawn(FROZEN, 1), (Z, Z), (Z, Z))),
     ("training", lambda: descend(FROZEN, drawn(FROZEN, 1), (Z, Z[:2]), (Z, Z))),
     ("adapters", lambda: descend(relu(2, 4, batch=(2,)), drawn(FROZEN, 1), (Z, Z), (Z, Z))),

@@ -52,8 +52,6 @@ def reached(problem: Any, *methods: Any) -> list[Any]:
         ("angle", lambda: Digits(angle=361.0)),
         ("learning_rate", lambda: Trained(learning_rate=1e39)),
         ("final", lambda: Trained(ranks=1, final=1)),
-        ("initial", lambda: Trained(final=1, initial="fitted")),
-        ("initial", lambda: Trained(initial="construction")),  # type: ignore[arg-type]
         ("problem", lambda: Setting(problem=UNTUNED, method=UNTUNED)),  # type: ignore[arg-type]
         ("method", lambda: Setting(problem=Residual(), method=UNTUNED)),
         ("method", lambda: Setting(problem=Synthetic(), method=TrainedPart())),
@@ -138,7 +136,6 @@ NORMED = Residual(width=6, hidden=8, steps=40, samples=16, size=10.0)
             Trained(ranks=3, learning_rate=1e-2),
             {"error": 0.08817589271, "training_error": 0.05202595041},
         ),
-        (SPLIT, Trained(ranks=3, initial="linearized"), {"error": 0.02215219838}),
         (
             SPLIT,
             TrainedFused(ranks=3, starts=2, learning_rates=(1e-2, 3e-2)),
