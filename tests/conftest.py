@@ -116,15 +116,6 @@ def book() -> Path:
     return html.resolve()
 
 
-@pytest.fixture(scope="session")
-def small_runs(book: Path) -> Path:
-    """Find the folder of the chapters as they were executed at a small size."""
-    folder = ROOT / "_build" / "small"
-    if not (folder / "done").is_file():
-        pytest.fail("no chapter is executed at a small size: run `make test`")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     from browsing import OPTIONS, chromium

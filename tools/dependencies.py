@@ -9,33 +9,58 @@ of data beside such a module.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import sys
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
 
-from lorapower._code import imported, reach
+from lorapower._code import Module, digest, imported, reach
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {name: ROOT / name for name in ("lorapower", "records")}
 
 
-def needs(path: Path) -> set[Path]:
-    """List the files that a program or a notebook runs by its imports."""
+def code(path: Path) -> ast.AST:
+    """Parse a program, or the code of a notebook."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         cells = (cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
         translate = TransformerManager().transform_cell  # magics become calls
         text = "\n".join(translate("".join(cell["source"])) for cell in cells)
-    reached = reach(imported(ast.parse(text, path)), PLACES)
-    return {module.path for module in reached.values()}
+    return ast.parse(text, path)
 
 
-def with_data(module: Path) -> set[str]:
-    """List the file of a module, and the data beside it."""
-    data = {file for file in module.parent.iterdir() if file.is_file() and file.suffix != ".py"}
-    return {str(file.relative_to(ROOT)) for file in {module, *data}}
+def needs(path: Path) -> list[Module]:
+    """List the modules that a program or a notebook runs by its imports."""
+    return [*reach(imported(code(path)), PLACES).values()]
+
+
+def beside(module: Module) -> set[Path]:
+    """List the data beside a module."""
+    return {
+        file for file in module.path.parent.iterdir() if file.is_file() and file.suffix != ".py"
+    }
+
+
+def files(modules: list[Module]) -> set[str]:
+    """List the files of modules, and the data beside them."""
+    paths = {module.path for module in modules}.union(*map(beside, modules))
+    return {str(path.relative_to(ROOT)) for path in paths}
+
+
+def digested(chapter: Path) -> str:
+    """Digest what a chapter computes with: its metadata, its code, modules, and their data."""
+    modules = needs(chapter)
+    data = sorted(set().union(*map(beside, modules)))
+    parts = [
+        json.loads(chapter.read_text(encoding="utf-8"))["metadata"],
+        digest(code(chapter)),
+        sorted(module.digest for module in modules),
+        [hashlib.blake2b(file.read_bytes()).hexdigest() for file in data],
+    ]
+    return digest(json.dumps(parts))
 
 
 def main() -> int:
@@ -43,13 +68,13 @@ def main() -> int:
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"), reverse=True)
     try:
         tool = needs(ROOT / "tools" / "execute.py")
-        needed = {path: set().union(*map(with_data, tool | needs(path))) for path in chapters}
+        needed = {path: files([*tool, *needs(path)]) for path in chapters}
     except SyntaxError as error:
         print(f"{Path(str(error.filename)).relative_to(ROOT)} is not Python", file=sys.stderr)
         return 1
     print("executed :=", *(f"$(out)/chapters/{path.name}" for path in needed))
-    for path, files in needed.items():
-        print(f"$(out)/chapters/{path.name} $(small)/{path.name}:", *sorted(files))
+    for path, names in needed.items():
+        print(f"$(out)/chapters/{path.name}:", *sorted(names))
     every = set().union(*needed.values())
     # A file that is gone counts as changed, and is not missed.
     print(*(f"{file}:" for file in sorted(every)), sep="\n")

@@ -1,7 +1,7 @@
 """The pages of the book in a browser: for who sees, hears or types them, on a desk or a phone.
 
-Each page is opened once, for its mathematics, pictures and width. What all pages are made of is
-looked at with axe on some.
+One page of each kind is opened, once: for its mathematics, pictures and width, and with axe. The
+others are opened in nightly runs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pypdf import PdfReader
 
 DESK, PHONE = 1280, 390
 # Of these each has parts that no other has; the rest are made of the same parts and colours.
-SAMPLES = [
-    *("index", "chapters/answers", "chapters/03-partitions", "chapters/15-planning"),
+KINDS = [
+    *("index", "search", "chapters/answers", "chapters/03-partitions", "chapters/15-planning"),
     *("chapters/scorecard", "chapters/statements", "chapters/whole-transformers", "api/networks"),
 ]
+OTHERS = [name for name in PAGES if name not in KINDS]
 # MathJax shows what it cannot read in red: text for an unknown macro, a box for an error.
 UNREAD_MATHEMATICS = """() => [...document.querySelectorAll("span.math, div.math")]
     .filter((element) => !element.querySelector("mjx-container")
@@ -73,14 +74,9 @@ def reader(browser: Browser, book: Path) -> Iterator[Reader]:
         yield reader
 
 
-def expect_no(faults: dict[str, Any], reader: Reader) -> None:
-    left = {what: fault for what, fault in faults.items() if fault}
-    left |= {"requests and errors": reader.faults.copy()} if reader.faults else {}
-    reader.faults.clear()
-    assert not left
-
-
-@pytest.mark.parametrize("docname", [*PAGES, "search"])
+@pytest.mark.parametrize(
+    "docname", [*KINDS, *(pytest.param(name, marks=pytest.mark.nightly) for name in OTHERS)]
+)
 def test_page_shows_what_it_has_to_everybody(reader: Reader, docname: str) -> None:
     page = reader.page
     page.emulate_media(color_scheme="light")
@@ -90,20 +86,19 @@ def test_page_shows_what_it_has_to_everybody(reader: Reader, docname: str) -> No
         "mathematics": page.evaluate(UNREAD_MATHEMATICS),
         "images": page.evaluate(FAULTY_IMAGES),
         "wider than the screen": page.evaluate(TOO_WIDE),
-        "bars": docname in SAMPLES and bars(page),
+        "bars": bars(page),
     }
     page.set_viewport_size({"width": PHONE, "height": 844})
     page.evaluate(OPEN_FOLDS)
     faults["wider than a phone"] = page.evaluate(TOO_WIDE)
     faults["silent boxes"] = page.evaluate(SILENT_BOXES)
-    expect_no(faults, reader)
-
-
-def test_a_page_is_for_everybody_on_a_phone_in_the_dark(reader: Reader) -> None:
-    reader.page.set_viewport_size({"width": PHONE, "height": 844})
-    reader.open("chapters/03-partitions")
-    reader.darken()
-    expect_no({"bars": bars(reader.page)}, reader)
+    if docname == "chapters/03-partitions":
+        reader.darken()
+        faults["bars on a phone in the dark"] = bars(page)
+    found = {what: fault for what, fault in faults.items() if fault}
+    found |= {"requests and errors": reader.faults.copy()} if reader.faults else {}
+    reader.faults.clear()
+    assert not found
 
 
 def test_search_finds_a_word(reader: Reader) -> None:

@@ -1,0 +1,75 @@
+"""Each page runs at the small size of its metadata, in the process of the tests.
+
+What it proves must hold there; what it observes may fail, since it was observed at another size. A
+page that has passed runs again once its code has changed, a module that it imports at any remove,
+or the data beside one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import torch
+from conftest import CHAPTERS, ROOT
+from dependencies import digested
+from IPython.core.displaypub import CapturingDisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import display
+from nbformat import NotebookNode
+from traitlets.config import Config
+
+from lorapower.book.claims import MIME, Claim
+
+PASSED = ROOT / "_build" / "small"
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
+    """An IPython with a clean namespace, in another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    threads = torch.get_num_threads()
+    with mpl.rc_context({"backend": "agg"}):
+        shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+        shell.display_trap.hook = display
+        yield shell
+        shell.reset()
+        InteractiveShell.clear_instance()
+        plt.close("all")
+    torch.set_num_threads(threads)
+
+
+def cells(notebook: NotebookNode) -> Iterator[str]:
+    """Yield the code as papermill would run it, at the small size."""
+    given = notebook.metadata.lorapower.small
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            yield cell.source
+            if "parameters" in cell.metadata.get("tags", []):
+                assigned = [f"{name} = {value!r}" for name, value in given.items()]
+                yield "\n".join(["# Parameters", *assigned, ""])
+
+
+@pytest.mark.book
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_page_runs_at_a_small_size(chapter: Path, shell: InteractiveShell) -> None:
+    passed, digest = PASSED / chapter.stem, digested(chapter)
+    if passed.is_file() and passed.read_text() == digest:
+        pytest.skip("passed as it is")
+    shell.display_pub = published = CapturingDisplayPublisher()
+    for cell in cells(nbformat.read(chapter, as_version=4)):
+        shell.run_cell(cell, store_history=True).raise_error()
+        plt.close("all")
+    shown = [output["data"] for output in published.outputs]
+    claims = [Claim(**data[MIME]) for data in shown if MIME in data]
+    assert claims
+    assert not [claim.line for claim in claims if not (claim.holds or claim.observed)]
+    passed.parent.mkdir(parents=True, exist_ok=True)
+    passed.write_text(digest)
