@@ -35,7 +35,6 @@ class _Observed:
     design: Design
     change: Float[Tensor, "out span"]
     seen: SVD
-    noise: Float[Tensor, " draws"]
 
     @cached_property
     def risks(self) -> Float[Tensor, "draws ranks"]:
@@ -87,12 +86,12 @@ class Design:
     def observe(self, change: Float[Tensor, "out span"], draws: int, seed: int) -> _Observed:
         """See a change ``F = E X / n^{1/2}``, in the rows of ``X``, with draws of the noise.
 
-        ``seen`` decomposes each ``F + Ξ``, ``noise`` is ``‖Ξ‖``, ``risks`` are those of least
-        squares of each rank, and ``risk`` is of other singular values. Source: [thm-risk].
+        ``seen`` decomposes each ``F + Ξ``, ``risks`` are those of least squares of each rank, and
+        ``risk`` is of other singular values. Source: [thm-risk].
         """
         draw = randomness.generator(seed, f"noise {self.noise}", self.samples)
         noise = self.variance**0.5 * randomness.normal(draw, draws, *change.shape)
-        return _Observed(self, change, lowrank.svd(change + noise), lowrank.norm(noise))
+        return _Observed(self, change, lowrank.svd(change + noise))
 
     def divergence(self, f: Spectrum) -> Risks:
         """Compute the degrees of freedom of least squares of each rank [thm-risk].
@@ -126,12 +125,6 @@ class Design:
         Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``.
         """
         return _missed(self._read(y)) - self._noise + 2 * self._freedom(y)
-
-    def oracle_bound(self, f: Spectrum) -> Risks:
-        """Bound mean risks: ``2 τ_r² + 16 r σ² [(D_out^{1/2} + q^{1/2})² + 1]/n`` [thm-oracle]."""
-        f = self._read(f)
-        size = (math.sqrt(self.outputs) + math.sqrt(self.span)) ** 2 + 1
-        return 2 * _missed(f) + 16 * _ranks(f) * self.variance * size
 
     def shrunk_risk(
         self, y: Spectrum, limit: Float[Tensor, "*#batch"], exponent: float

@@ -18,7 +18,7 @@ from ..regions import Ball
 from ..regression import variance as variance_of
 from ..training.engine import train
 from ..training.fused import polish
-from ..training.tuning import Data, Fixed, Fresh, Tuning
+from ..training.tuning import Data, Fresh, Tuning
 from .study import Bench, Construction, Course, Fitted, Problem, Trained, TrainedFused
 
 # The parts of the initial loss at which pretraining stops: of none, and of the study's.
@@ -26,7 +26,6 @@ RANDOM, PRETRAINED = 1.0, 1 / 3
 TEST_SAMPLES = 5000
 # Inputs by which candidates of a fit are compared.
 CHOOSING = 1000
-SHIFT = 5.0
 
 
 # The study's settings, and fewer of them: axes of a `Synthetic`, and of a `Trained`.
@@ -47,9 +46,8 @@ class Synthetic(Problem):
 
     ``width``, ``target_depth`` and ``depth`` are ``D``, ``L̄`` and ``L``. ``pretraining`` trains the
     frozen network in full on the target, until its loss is this part of the first or for 1000
-    steps. In a classification, by cross-entropy, the class is the target's largest output, or the
-    larger sum of its two halves. ``samples`` are in each fresh batch, or in the ``fixed`` training
-    set. Raises `InputError` for values that do not fit each other.
+    steps. ``samples`` are in each fresh batch. Raises `InputError` for values that do not fit each
+    other.
     """
 
     methods: ClassVar[tuple[type[Record], ...]] = Construction, Fitted, Trained, TrainedFused
@@ -59,9 +57,7 @@ class Synthetic(Problem):
     target_depth: int = Field(1, ge=1)
     depth: int = Field(2, ge=1)
     pretraining: float = Field(RANDOM, gt=0)
-    task: Literal["regression", "multiclass", "binary"] = "regression"
     samples: int = Field(256, ge=1)
-    fixed: bool = False
     steps: int = Field(5000, ge=1)
     every: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
@@ -69,27 +65,7 @@ class Synthetic(Problem):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         self.require("depth", self.depth >= self.target_depth, "at least target_depth")
-        fits = self.task == "regression" or self.model == "fnn"
-        self.require("task", fits, "regression but for fnn")
         return self
-
-    def require_fit(self, method: Any) -> None:
-        super().require_fit(method)
-        fits = self.task == "regression" or not isinstance(method, TrainedFused)
-        self.require("task", fits, "'regression'")
-
-    @property
-    def classes(self) -> list[int]:
-        """List the class to which each output votes; none for a regression."""
-        if self.task == "regression":
-            return []
-        outputs = range(self.width)
-        return [i if self.task == "multiclass" else int(2 * i >= self.width) for i in outputs]
-
-    def votes(self, outputs: Tensor) -> Tensor:
-        """Sum the outputs that vote for each class; ``[..., classes, samples]``."""
-        votes = outputs.new_zeros(*outputs.shape[:-2], max(self.classes) + 1, outputs.shape[-1])
-        return votes.index_add(-2, torch.tensor(self.classes), outputs)
 
     def networks(self) -> tuple[Any, Any]:
         """Draw the frozen network and the target, in double precision."""
@@ -104,7 +80,7 @@ class Synthetic(Problem):
         """Draw the frozen network, pretrained if the problem says so, and the target."""
         frozen, target = self.networks()
         if self.pretraining < 1:
-            plain = self.replace(task="regression", fixed=False, samples=256)
+            plain = self.replace(samples=256)
             data, _ = plain.data(target, "pretraining")
             tuning = Tuning(final=self.depth, learning_rate=1e-3)
             options: Any = {"until": self.pretraining, "seed": self.seed}
@@ -114,13 +90,9 @@ class Synthetic(Problem):
 
     def data(self, target: Any, *purpose: str) -> tuple[Data, Fresh]:
         """Draw data to train on and fresh inputs to test on, others for each purpose."""
-        label: Any = (lambda x: self.votes(target(x)).argmax(-2)) if self.classes else target
         options: Any = {"samples": self.samples, "seed": self.seed, "purpose": purpose}
-        fresh = Fresh(label, (self.width,), **options)
-        if not self.fixed:
-            return fresh, fresh
-        x, y = (part[0] for part in fresh.block(0))
-        return Fixed((x, y), fresh.validation, seed=self.seed), fresh
+        fresh = Fresh(target, (self.width,), **options)
+        return fresh, fresh
 
     def bench(self) -> Bench:
         """Make the networks and the data."""
@@ -128,21 +100,13 @@ class Synthetic(Problem):
 
 
 class Errors(Course):
-    """Hold what a run reaches on 5000 test inputs, on these times 5, and on a fixed training set.
+    """Hold what a run reaches on 5000 test inputs.
 
-    ``error`` is the mean squared error, ``accuracy`` the share of inputs put into the target's
-    class. ``signal`` is the mean square of the target's outputs, ``variance`` the same about the
-    mean of each. ``predicted`` is the error of a fit to first order over that variance. What does
-    not apply is NaN.
+    ``error`` is the mean squared error, ``variance`` that of the target's outputs about the mean of
+    each. ``predicted`` is the error of a fit to first order over that variance, NaN for others.
     """
 
     error: float
-    shifted_error: float
-    training_error: float = math.nan
-    accuracy: float = math.nan
-    shifted_accuracy: float = math.nan
-    training_accuracy: float = math.nan
-    signal: float
     variance: float
     predicted: float = math.nan
 
@@ -153,17 +117,11 @@ class _Bench(Bench):
         self.frozen, self.target = problem.start()
         self.data, fresh = problem.data(self.target)
         self.course = problem.model_dump(include={"steps", "every", "seed"})
-        if problem.classes:
-            self.course["classes"] = problem.classes
         # Nearly all of the normal inputs are inside.
         self.region = Ball(problem.width**0.5 + 4)
         self.fits: dict[Fitted, FittedAdaptation] = {}
-        x, _ = fresh.test(TEST_SAMPLES)
-        inputs = {"": x, "shifted_": SHIFT * x}
-        if isinstance(self.data, Fixed):
-            inputs["training_"] = self.data.training[0]
-        self.inputs = {name: x.to(torch.float64) for name, x in inputs.items()}
-        self.outputs = {name: self.target(x) for name, x in self.inputs.items()}
+        self.x = fresh.test(TEST_SAMPLES)[0].to(torch.float64)
+        self.y = self.target(self.x)
 
     def adapt(self, method: Any) -> tuple[Adapters, dict[str, Any]]:
         """Make adapters by a method without gradients; polished ones start at a fit."""
@@ -186,12 +144,5 @@ class _Bench(Bench):
         return self.problem.data(self.target, purpose)[1].test(count)[0].to(torch.float64)
 
     def test(self, network: Any, **known: Any) -> Errors:
-        y = self.outputs[""]
-        known |= {"signal": float(y.square().mean()), "variance": float(variance_of(y))}
-        for kind, x in self.inputs.items():
-            out, target = network(x), self.outputs[kind]
-            known[f"{kind}error"] = float((out - target).square().mean())
-            if self.problem.classes:
-                chosen, right = (self.problem.votes(each).argmax(-2) for each in (out, target))
-                known[f"{kind}accuracy"] = float((chosen == right).double().mean())
-        return Errors(**known)
+        error = (network(self.x) - self.y).square().mean()
+        return Errors(error=float(error), variance=float(variance_of(self.y)), **known)
