@@ -10,13 +10,19 @@ leaves out, which import its names; and variables, which it would link to their 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.parallel import ParallelTasks
+from sphinx_codeautolink import extension
+from sphinx_codeautolink.extension.block import link_html
 
+OWN = {"lorapower", "records"}
 CAPTION = re.compile(r":::\{figure\}\n:name: (?P<name>\S+)\n\n(?P<caption>.+)\n:::", re.DOTALL)
 
 
@@ -39,6 +45,14 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = nbformat.writes(notebook)
 
 
+def _keep_own_names(app: Sphinx, env: BuildEnvironment) -> None:
+    """Forget names of other packages, which the book does not document: to look is to import."""
+    for transforms in env.sphinx_codeautolink_transforms.values():  # type: ignore[attr-defined]
+        for transform in transforms:
+            names = transform.names
+            transform.names = [name for name in names if name.import_components[0] in OWN]
+
+
 def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
     for transforms in env.sphinx_codeautolink_transforms.values():  # type: ignore[attr-defined]
         for transform in transforms:
@@ -49,8 +63,21 @@ def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
             ]
 
 
+def _link_side_by_side(app: Sphinx) -> None:
+    """Put links into written pages, one after another by default, in several processes."""
+    tasks = ParallelTasks(app.parallel)
+
+    def add(*page: Any, **options: Any) -> None:
+        tasks.add_task(partial(link_html, *page, **options))
+
+    extension.link_html = add
+    app.connect("build-finished", lambda *_: tasks.join(), priority=600)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.setup_extension("sphinx_codeautolink")
+    _link_side_by_side(app)
     app.connect("source-read", _prepare)
+    app.connect("env-updated", _keep_own_names, priority=400)
     app.connect("env-updated", _leave_variables_plain, priority=600)  # once it knows what they are
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -54,5 +54,5 @@ def _complete(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     # An extension by a name that `import` would not take, which does not say what it is safe for.
     app.connect("build-finished", import_module("sphinx-mathjax-offline").copy_mathjax_files)
-    app.connect("build-finished", _complete)
+    app.connect("build-finished", _complete, priority=700)  # once pages have all their links
     return {"parallel_read_safe": True, "parallel_write_safe": True}
