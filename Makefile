@@ -163,7 +163,8 @@ _build/chapters.mk: tools/dependencies.py tools/execute.py $(package) \
 
 $(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 	+@echo 'Executing $< (profile $(PROFILE))'
-	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE) --jobs $(JOBS)
+	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE) --jobs $(JOBS) \
+		$(if $(filter-out $<,$?),,--reworded)
 
 $(pair): lorapower/checkpoints/_example.py lorapower/checkpoints/_models.py $(ready)
 	+@echo 'Making the example that chapters share'

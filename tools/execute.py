@@ -8,7 +8,8 @@ are those of the notebook's metadata, for a run of seconds.
 
 A chapter fails if a cell raises, if a claim that it records does not hold, or if its outputs hold
 a path of this machine. In profile ``small`` observations may fail: they were made at other sizes.
-A failed run is kept beside the target as ``NN-name.failed.ipynb``.
+A failed run is kept beside the target as ``NN-name.failed.ipynb``. With ``--reworded`` a chapter
+whose code is the same as when the target was executed keeps its outputs, below the new text.
 """
 
 from __future__ import annotations
@@ -100,6 +101,23 @@ def clean(notebook: NotebookNode) -> None:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
 
 
+def reword(source: Path, executed: Path, target: Path) -> bool:
+    """Write an executed notebook with the source's text; say whether the code is the same."""
+    new, old = (nbformat.read(path, as_version=4) for path in (source, executed))
+    done = [cell for cell in old.cells if cell.cell_type == "code"]
+    kept = [cell for cell in done if cell.id != "injected-parameters"]
+    code = [cell for cell in new.cells if cell.cell_type == "code"]
+    if [(cell.id, cell.source) for cell in code] != [(cell.id, cell.source) for cell in kept]:
+        return False
+    for cell, run in zip(code, kept, strict=True):
+        cell.outputs, cell.execution_count = run.outputs, run.execution_count
+        if run is not done[-1] and (after := done[done.index(run) + 1]) not in kept:
+            new.cells.insert(new.cells.index(cell) + 1, after)
+    new.metadata = old.metadata
+    nbformat.write(new, target)
+    return True
+
+
 def check(executed: Path, observations: bool = True) -> None:
     """Raise ChapterError if the file `executed` holds a failing claim or a path of this machine.
 
@@ -160,6 +178,7 @@ def main() -> int:
     parser.add_argument("target", type=Path)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--jobs", type=int, default=1, help="chapters executed at a time")
+    parser.add_argument("--reworded", action="store_true", help="nothing else has changed")
     arguments = parser.parse_args()
     # Each has its part of the processors: threads of one would take the time of another.
     share = max(1, (os.cpu_count() or 1) // max(1, arguments.jobs))
@@ -168,6 +187,11 @@ def main() -> int:
     partial, failed = (target.with_suffix(f".{end}.ipynb") for end in ("partial", "failed"))
     # The file carries the time at which its inputs were read: what changes during the run is newer.
     started = time.time_ns()
+    if arguments.reworded and reword(source, target, partial):
+        os.utime(partial, ns=(started, started))
+        partial.replace(target)
+        print(f"The code of {source} is as it was: outputs stay")
+        return 0
     try:
         run(source, partial, parameters(source, profile))
         check(partial, observations=profile != "small")

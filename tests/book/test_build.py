@@ -199,9 +199,10 @@ def run_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
     monkeypatch.setattr(execute, "ROOT", tmp_path)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
-    def run(source: Path, profile: str = "quick") -> tuple[int, Path]:
+    def run(source: Path, profile: str = "quick", *options: str) -> tuple[int, Path]:
         target = tmp_path / "executed" / source.name
-        monkeypatch.setattr(sys, "argv", ["", str(source), str(target), "--profile", profile])
+        given = ["", str(source), str(target), "--profile", profile, *options]
+        monkeypatch.setattr(sys, "argv", given)
         return execute.main(), target
 
     return run
@@ -269,6 +270,26 @@ def test_failing_chapter_leaves_no_finished_file(
     assert status == 1
     assert all(reason in said for reason in [*reasons, str(failed)])
     assert list(target.parent.iterdir()) == [failed]
+
+
+@pytest.mark.programs
+def test_new_words_repeat_no_run(run_tool: Tool, tmp_path: Path) -> None:
+    source = write_chapter(tmp_path, "01-sum", THEOREM, "1 + 1")
+    status, target = run_tool(source, "paper")
+    before = nbformat.read(target, as_version=4)
+    notebook = nbformat.read(source, as_version=4)
+    notebook.cells[0].source += "\n\nThat is all."
+    nbformat.write(notebook, source)
+    status, target = run_tool(source, "paper", "--reworded")
+    after = nbformat.read(target, as_version=4)
+    assert status == 0
+    assert after.cells[0].source == notebook.cells[0].source
+    assert after.cells[1:] == before.cells[1:]
+    assert after.cells[2].id == "injected-parameters"
+    notebook.cells[2].source = "1 + 2"
+    nbformat.write(notebook, source)
+    _, target = run_tool(source, "paper", "--reworded")
+    assert nbformat.read(target, as_version=4).cells[-1].outputs[0].data["text/plain"] == "3"
 
 
 def test_progress_counts_what_is_older_than_its_sources(
