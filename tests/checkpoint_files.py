@@ -78,8 +78,20 @@ STARTS = {
 ARCHITECTURES = [start + end for end, starts in STARTS.items() for start in starts.split()]
 # One of each type.
 SOME = [*{getattr(transformers, a).config_class: a for a in reversed(ARCHITECTURES)}.values()]
+# Of these types each is read in a way of its own; the others are like them.
+USUAL = re.compile("(Bert|GPT2|Llama|Gemma2|ModernBert)(For|LM|Model)")
 CONFIG_FILES = "adapter_config.json", "config.json"
 Change = Callable[[str, torch.Tensor], torch.Tensor | None]
+
+
+def usually(cases: Sequence[Any]) -> list[Any]:
+    """Leave cases of other than the usual architectures to nightly runs."""
+
+    def marked(case: Any) -> Any:
+        values = (case,) if isinstance(case, str) else case
+        return pytest.param(*values, marks=() if USUAL.match(values[0]) else pytest.mark.nightly)
+
+    return [marked(case) for case in cases]
 
 
 def texts(number: int = 140, seed: int = 0) -> list[str]:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorapower.book import figures
-from lorapower.book.figures._style import looks, mark_rounding, use_style
+from lorapower.book.figures._style import mark_rounding, use_style
 
 mpl.use("agg")
 
@@ -114,21 +114,6 @@ def test_rounding_takes_one_strip_at_the_foot(
     strip = ax.patches[0].get_extents().get_points()[:, 1]
     ends = ax.transData.transform([(0, low[0]), (0, min(above))])[:, 1]
     assert strip[0] < ends[0] < strip[1] < ends[1] + 1
-
-
-METHODS = ("construction", "fitted", "trained", "final layers", "all weights")
-
-
-def test_a_role_looks_the_same_in_all_company() -> None:
-    alone = {name: looks([name])[name] for name in METHODS}
-    starts = looks([f"{name}, {start}" for start in ("pretrained", "random") for name in METHODS])
-    together = looks(["something else", *reversed(METHODS), "bound from norms"])
-    assert {name: together[name] for name in METHODS} == alone
-    assert len({(look.color, look.marker) for look in alone.values()}) == len(METHODS)
-    for name in METHODS:
-        random, pretrained = (starts[f"{name}, {start}"] for start in ("random", "pretrained"))
-        assert random.color == pretrained.color == alone[name].color
-        assert (random.line, pretrained.line) == ("-", "--"), "the rest is the kind of line"
 
 
 def choices() -> figures.Choices:

@@ -28,19 +28,6 @@ def rms(difference: Tensor) -> Tensor:
     return difference.square().sum(-2).mean(-1).sqrt()
 
 
-@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 3), seeds)
-def test_threshold_is_the_formula(width: int, layers: int, more: int, seed: int) -> None:
-    frozen = FNN.random(layers + more, width, seed=seed)
-    target = FNN.random(layers, width, seed=seed + 1)
-    size = frozen.depth // layers
-    expected = 0
-    for i, weight in enumerate(target.weights):
-        end = frozen.depth if i == layers - 1 else (i + 1) * size
-        rank = np.linalg.matrix_rank(weight.numpy() - product(frozen, slice(i * size, end)))
-        expected = max(expected, -(-rank // (end - i * size)))
-    assert int(bounds.fnn_threshold(frozen, target)) == expected
-
-
 @given(
     st.integers(1, 6),
     st.integers(1, 3),
@@ -93,27 +80,3 @@ def test_the_bound_takes_the_trace_of_the_second_moment() -> None:
     assert squared > 0.9 * sigma**2 * D
     assert squared <= bounds.fnn_error(frozen, target, 0, x.square().sum(0).mean()) ** 2 * 1.001
     assert bounds.fnn_error(frozen, target, 0, float(D)) ** 2 == pytest.approx(sigma**2 * D)
-
-
-def test_nothing_hides_the_error_of_a_linear_layer() -> None:
-    frozen, target = (
-        FNN.random(depth, 8, linear_last=True, seed=seed) for depth, seed in ((3, 1), (1, 2))
-    )
-    x = normal(8, 500)
-    for rank in range(3):
-        found = fnn.adapt(frozen, target, rank, Samples(x))
-        measured = rms(found.adapters.merge(frozen)(x) - target(x))
-        on = bounds.fnn_error_on(frozen, target, rank, x)
-        torch.testing.assert_close(measured, on, rtol=1e-9, atol=1e-10)
-
-
-def test_a_narrower_target_is_bounded_by_the_part_that_it_has() -> None:
-    frozen, target = FNN.random(4, 12, seed=1), FNN.random(2, 5, seed=2)
-    x = normal(5, 500)
-    assert int(bounds.fnn_threshold(frozen, target)) == 3
-    for rank in range(4):
-        found = fnn.adapt(frozen, target, rank, Samples(x))
-        padded = torch.cat([x, torch.zeros(7, 500).double()])
-        measured = rms(found.adapters.merge(frozen)(padded)[:5] - target(x))
-        assert measured <= bounds.fnn_error_on(frozen, target, rank, x) + 1e-9
-        assert measured <= bounds.fnn_error(frozen, target, rank, x) + 1e-9

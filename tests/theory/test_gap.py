@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, benign, conditioned, dtypes, moderate, normal, of_widths, seeds
 
 from lorapower import InputError, SingularError, constructions
-from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer
+from lorapower.networks import FNN, Gap, LinearNetwork
 from lorapower.regions import Ball
 
 
@@ -114,30 +114,6 @@ def test_a_product_that_overflows_is_refused() -> None:
     gap = Gap(huge, LinearNetwork.random(1, 2))
     with pytest.raises(InputError, match="a product that overflows"):
         print(gap.rank)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (LinearNetwork, {}),
-        (FNN, {}),
-        (Transformer, {"heads": 2}),
-        (Transformer, {"heads": 2, "residual": True, "norm": "layer", "final_norm": True}),
-    ],
-)
-@given(batch_shapes, seeds)
-def test_every_kind_is_a_network(
-    kind: Any, options: dict[str, Any], batch: tuple[int, ...], seed: int
-) -> None:
-    network: Network = kind.random(2, 3, batch_shape=batch, seed=seed, **options)
-    assert isinstance(network, Network)
-    again = network.with_parameters(network.weights, network.biases)
-    doubled = network.map(lambda values: 2 * values)
-    for changed, factor in ((again, 1), (doubled, 2), (network.to(torch.float64), 1)):
-        ours, mine = ((*each.weights, *each.biases) for each in (network, changed))
-        assert all(torch.equal(b, factor * a) for a, b in zip(ours, mine, strict=True))
-    with pytest.raises(IndexError):
-        network[(0,) * (len(batch) + 1)]
 
 
 @pytest.mark.parametrize("kind", ["linear", "fnn", "transformer"])

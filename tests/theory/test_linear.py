@@ -77,21 +77,6 @@ def test_measured_error_is_the_predicted_one(
         np.testing.assert_allclose(measured, expected, rtol=0, atol=tolerance * factor)
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), seeds, st.data())
-def test_rectangular_networks(
-    inputs: int, outputs: int, more: int, seed: int, data: st.DataObject
-) -> None:
-    width = max(inputs, outputs) + more - 1
-    hidden = data.draw(st.lists(st.integers(width, width + 3), max_size=3))
-    sizes = [inputs, *hidden, outputs]
-    frozen = LinearNetwork(of_widths(sizes, seed=seed).weights)
-    target = LinearNetwork(of_widths([inputs, outputs], seed=seed, purpose="target").weights)
-    ranks = [data.draw(st.integers(0, min(a, b))) for a, b in itertools.pairwise(sizes)]
-    solution = linear.adapt(frozen, target, ranks)
-    predicted, _ = tails(frozen, target, sum(ranks))
-    assert distance(solution.adapters.merge(frozen), target) == pytest.approx(predicted, abs=1e-10)
-
-
 @given(st.lists(st.integers(1, 7), min_size=2, max_size=5), st.integers(0, 7), seeds)
 def test_one_rank_for_layers_of_any_sizes(widths: list[int], rank: int, seed: int) -> None:
     frozen = LinearNetwork(of_widths(widths, seed=seed).weights)

@@ -25,26 +25,6 @@ def some_region(kind: str, width: int, seed: int) -> Region:
 kinds = st.sampled_from(["ball", "box", "samples"])
 
 
-@given(kinds, st.integers(1, 6), seeds)
-def test_no_member_goes_below_the_lowest_value_and_one_reaches_it(
-    kind: str, width: int, seed: int
-) -> None:
-    region = some_region(kind, width, seed)
-    matrix = normal(4, width, seed=seed + 1)
-    lowest = region.lowest(matrix)
-    for edge in (False, True):
-        values = matrix @ (region.sample(500, edge=edge, seed=seed) - region.centre)
-        assert (values >= lowest - 1e-12).all()
-    if isinstance(region, Ball):
-        extreme = -region.radius * (matrix / matrix.norm(dim=1, keepdim=True)).mT
-    elif isinstance(region, Box):
-        extreme = -region.half * matrix.mT.sign()
-    else:
-        corners = 1.3 * (region.inputs - region.centre)  # type: ignore[attr-defined]
-        extreme = corners[:, (matrix @ corners).argmin(1)]
-    torch.testing.assert_close((matrix @ extreme).diagonal()[:, None], lowest)
-
-
 @given(st.sampled_from(["ball", "box"]), st.integers(1, 6), seeds)
 def test_regions_of_images_hold_them(kind: str, width: int, seed: int) -> None:
     region = some_region(kind, width, seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from decoder_modules import decoder
@@ -17,12 +16,11 @@ from torch import Tensor
 from lorapower import InputError, bounds, lowrank, randomness
 from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import attention_only, transformer
-from lorapower.networks import Segments, Transformer, align, from_decoder, to_decoder
+from lorapower.networks import Transformer, align, from_decoder, to_decoder
 from lorapower.networks.transformer import ACTIVATIONS, PARTS
 from lorapower.training import descend
 from records.models import DoublePrecision
 
-DECODES: dict[str, Any] = {"gated": True, "groups": 1, "rotary": 100.0}
 activations = st.sampled_from(sorted(ACTIVATIONS))
 norms = st.sampled_from(["layer", "rms"])
 kinds = st.fixed_dictionaries({"activation": activations, "norm": norms, "causal": st.booleans()})
@@ -279,79 +277,12 @@ def test_the_counts_of_packed_weights() -> None:
     assert (576 - values) ** 2 <= 3 * 64**2 < (577 - values) ** 2
 
 
-@given(
-    st.integers(4, 8),
-    st.integers(1, 3),
-    st.sampled_from([2, 4, 8]),
-    st.sampled_from(["relu", "gelu", "silu"]),
-    norms,
-    st.booleans(),
-    st.none() | st.just(1e4),
-    seeds,
-)
-def test_what_is_enough_is_at_most_one_rank_above_what_is_needed(
-    width: int,
-    heads: int,
-    size: int,
-    activation: Any,
-    norm: Any,
-    gated: bool,
-    rotary: float | None,
-    seed: int,
-) -> None:
-    options = {"activation": activation, "gated": gated, "rotary": rotary, "head_size": size}
-    frozen, target = residual_pair(seed, 2, width, heads, hidden=3 * width, norm=norm, **options)
-    needed, enough = bounds.necessary_ranks(target), bounds.transformer_ranks(frozen, target)
-    assert [*needed] == list(target.weight_kinds)
-    for name, ranks in enough.items():
-        for kind in Segments.WEIGHTS[name]:
-            apart = ranks - needed[kind]
-            if kind in ("W_1", "W_3", "W_2"):
-                assert 0 <= int(apart.min()) <= int(apart.max()) <= 1
-            elif size >= target.dimension and rotary is None:
-                assert not apart.any()
-            else:
-                # Narrow heads may need more, each by itself [prop-narrow-heads].
-                assert int(apart.min()) >= 0
-
-
 def test_packed_weights_need_no_more_rank_than_they_have() -> None:
     grouped: Any = {"groups": 3, "rotary": 1e4, "gated": True, "norm": "rms", "head_size": 64}
     _, target = residual_pair(0, 1, 576, 9, hidden=1536, activation="silu", **grouped)
     attention = {"W_Q": 563, "W_K": 192, "W_V": 192, "W_O": 466}
     layer = {"W_1": 576, "W_3": 575, "W_2": 575}
     assert bounds.necessary_ranks(target, packed=True) == attention | layer
-
-
-@pytest.mark.parametrize(
-    ("depths", "heads", "options"),
-    [((1, 1), 1, {}), ((2, 1), 1, {}), ((1, 3), 1, {}), ((2, 2), 2, DECODES)],
-)
-def test_the_floor_is_what_outputs_far_out_leave(
-    depths: tuple[int, int], heads: int, options: dict[str, Any]
-) -> None:
-    frozen, target = (
-        Transformer.random(L, 6, heads, hidden=9, purpose=purpose, **PRENORM | options)
-        for L, purpose in zip(depths, ("frozen", "target"), strict=True)
-    )
-    v = normal(6, 4000)
-    floor = bounds.attention_floor(frozen, target, v)
-    n = bounds.directions(frozen, target, v)
-    x = 1e6 * n.mT[..., None]
-    gap = (target(x) - frozen(x))[..., 0].numpy()
-    # Least squares on what the networks put out themselves.
-    rows = np.column_stack([n.mT.numpy(), np.ones(len(x))])
-    solution, *_ = np.linalg.lstsq(rows, gap, rcond=None)
-    left = np.square(gap - rows @ solution).mean(1)
-    assert float(floor.value) == pytest.approx(left.mean(), rel=1e-5)
-    spread = np.sqrt(np.square(left - left.mean()).sum() / 3999 / 4000)
-    assert float(floor.standard_error) == pytest.approx(spread, rel=1e-5)
-    best = attention_only(frozen, target, v).merge(frozen)
-    errors = [float(bounds.far_error(best, target, v, c)[0]) for c in (1e2, 1e4, 1e6)]
-    assert errors[0] > errors[1] > errors[2] * (1 - 1e-6)
-    assert errors[2] == pytest.approx(float(floor.value), rel=1e-5)
-    for name in {"W_1", "b_1", "W_3", "b_3", "W_2", "g_1", "s_1", "g_2", "s_2"} & {*frozen.kinds}:
-        assert torch.equal(getattr(best, name), getattr(frozen, name))
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

@@ -110,45 +110,6 @@ def test_runs_that_diverge_are_rows_like_others() -> None:
     assert math.isfinite(bad.validation_loss)
 
 
-FEW: dict[str, Any] = {"width": 6, "steps": 30, "every": 10, "samples": 30}
-SPLIT = Synthetic(depth=4, target_depth=2, **FEW)
-NORMED = Residual(width=6, hidden=8, steps=40, samples=16, size=10.0)
-
-
-@pytest.mark.parametrize(
-    ("problem", "method", "wanted"),
-    [
-        (Synthetic(**FEW), Construction(ranks=2), {"error": 4.4790029681e-05}),
-        (
-            Synthetic(**FEW),
-            Fitted(ranks=2, inputs=300, polished=True, iterations=20),
-            {"error": 3.0541459418e-05, "predicted": 2.4452502175e-04},
-        ),
-        (
-            Synthetic(model="linear", **FEW),
-            Trained(ranks=3, learning_rate=1e-2),
-            {"error": 0.13456870671, "validation_loss": 0.13824887574},
-        ),
-        (
-            SPLIT,
-            TrainedFused(ranks=3, starts=2, learning_rates=(1e-2, 3e-2)),
-            {"error": 0.00745742896, "validation_loss": 0.00731972419},
-        ),
-        (
-            NORMED,
-            TrainedPart(vectors="free", ranks=6, iterations=5),
-            {"error": 0.02602731048, "far_error": 0.025726091, "floor": 0.0161495472},
-        ),
-    ],
-)
-def test_numbers_of_short_runs_do_not_drift(
-    problem: Any, method: Any, wanted: dict[str, float]
-) -> None:
-    (row,) = reached(problem, method)
-    for name, value in wanted.items():
-        assert getattr(row, name) == pytest.approx(value, rel=1e-3), name
-
-
 # --- Random networks ------------------------------------------------------------------------------
 
 

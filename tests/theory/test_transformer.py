@@ -5,12 +5,10 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from scipy.optimize import least_squares
 from strategies import batch_shapes, dtypes, normal, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
@@ -135,25 +133,6 @@ def of_rank(k: int, rows: bool, columns: bool, *, width: int = 5, size: int = 3)
     return Gap([G, Y, X, H], [G, C, A, H])
 
 
-def searched(gap: Gap, inner: int, outer: int) -> float:
-    """What the best of a few starts of least squares leaves, of any factors of these ranks."""
-    (Y, X), M = (m.numpy() for m in gap.frozen.halves()), gap.target.product().numpy()
-    shapes = [(len(Y), inner), (inner, Y.shape[1]), (len(X), outer), (outer, X.shape[1])]
-    ends = np.cumsum([a * b for a, b in shapes])
-
-    def missed(flat: np.ndarray) -> np.ndarray:
-        parts = np.split(flat, ends[:-1])
-        a, b, c, d = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
-        return ((X + c @ d) @ (Y + a @ b) - M).ravel()
-
-    if not ends[-1]:
-        return float(np.abs(missed(np.zeros(0))).max())
-    return min(
-        float(np.abs(least_squares(missed, draw, max_nfev=300, ftol=1e-15, xtol=1e-15).fun).max())
-        for draw in np.random.default_rng(0).normal(size=(6, ends[-1]))
-    )
-
-
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 @pytest.mark.parametrize(("rows", "columns"), [(False, False), (True, False), (True, True)])
 def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, columns: bool) -> None:
@@ -164,8 +143,6 @@ def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, colu
         enough = enough and inner + outer >= needed.together
         missed = float(adapt_narrow(gap, inner, outer).rounding_error)
         assert (missed < 1e-10) if enough else (missed > 1e-4)
-        if not enough:
-            assert searched(gap, inner, outer) > 1e-7
 
 
 def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
@@ -182,10 +159,8 @@ def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
         assert torch.stack(needed[:3]).tolist() == ranks
         for inner, outer in product(range(3), repeat=2):
             missed = float(adapt_narrow(gap, inner, outer).rounding_error)
-            if inner >= ranks[0] and outer >= ranks[1] and inner + outer >= ranks[2]:
-                assert missed < 1e-10
-            else:
-                assert min(missed, searched(gap, inner, outer)) > 1e-7
+            enough = inner >= ranks[0] and outer >= ranks[1] and inner + outer >= ranks[2]
+            assert (missed < 1e-10) if enough else (missed > 1e-7)
 
 
 @pytest.mark.parametrize(("width", "size"), [(12, 4), (40, 6), (40, 20)])
@@ -221,14 +196,6 @@ def test_heads_wider_than_the_tokens_are_like_square_ones() -> None:
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
 
 
-def test_one_token_sees_itself() -> None:
-    frozen, target = (Transformer.random(2, 5, 2, seed=s) for s in (1, 2))
-    adapted = transformer.adapt(frozen, target, 3).adapters.merge(frozen)
-    x = tokens(frozen, 1)
-    assert all((block.patterns == 1).all() for block in adapted.trace(x))
-    assert relative_error(adapted, target, x) < 1e-16
-
-
 def test_segments_are_of_square_layers_and_ranks_of_kinds() -> None:
     wide, small = Transformer.random(2, 4, 1, hidden=8), Transformer.random(1, 4, 1)
     several: Any = [1, 2]
@@ -260,55 +227,6 @@ def test_a_segment_that_cannot_be_reached_is_named() -> None:
     ranks = FULL | {"W_2": 4, "W_out": 0}
     with pytest.raises(SingularError, match=r"output segment of batch member 0 \(one of 2 "):
         transformer.adapt(frozen, Transformer.random(1, 4, 1, seed=2), ranks)
-
-
-OPTIONS = st.fixed_dictionaries(
-    {
-        "residual": st.booleans(),
-        "norm": st.sampled_from([None, "layer", "rms"]),
-        "activation": st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"]),
-        "causal": st.booleans(),
-        "eps": st.sampled_from([0.0, 1e-5, 1.0]),
-    }
-)
-
-
-@given(st.integers(1, 4), st.integers(2, 6), st.integers(1, 5), OPTIONS, st.data(), seeds)
-def test_the_error_is_known_before_there_are_adapters(
-    depth: int, width: int, length: int, options: dict[str, Any], data: st.DataObject, seed: int
-) -> None:
-    rank = data.draw(st.integers(0, width))
-    if options["norm"]:
-        options["final_norm"] = data.draw(st.booleans())
-    if options["norm"] or options["residual"]:
-        options["gated"] = data.draw(st.booleans())
-        options["groups"] = data.draw(st.sampled_from([1, 2]))
-        if data.draw(st.booleans()):
-            options |= {"rotary": 100.0, "head_size": width + width % 2}
-    else:
-        options["scale"] = data.draw(st.sampled_from([0.05, width**-0.5, 1.0]))
-    options.setdefault("head_size", data.draw(st.sampled_from([2, width, width + 1])))
-    frozen, target = (
-        Transformer.random(depth, width, 2, seed=seed, purpose=p, **options) for p in ("f", "t")
-    )
-    # Nearer to the frozen network, for small errors.
-    near = data.draw(st.sampled_from([1.0, 0.1, 1e-3]))
-    target = target.with_parameters(
-        *(
-            [near * w + (1 - near) * v for v, w in zip(*each, strict=True)]
-            for each in ((frozen.weights, target.weights), (frozen.biases, target.biases))
-        )
-    )
-    solution = transformer.adapt(frozen, target, rank, rtol=torch.inf, throw=False)
-    x = tokens(frozen, length, seed=seed) * data.draw(st.sampled_from([0.1, 1.0, 100.0]))
-    y = target(x)
-    known = bounds.transformer_error(frozen, target, rank, x)
-    # Narrow heads may need more rank.
-    assume(bool(solution.success) and bool(known.isfinite().all()))
-    measured = torch.linalg.vector_norm(solution.adapters.merge(frozen)(x) - y, dim=-2).amax(-1)
-    # Of adapters by what their systems' conditions make of it, and of evaluating the networks.
-    rounding = (1e-11 + 1e-13 * float(solution.condition_number)) * float(y.norm())
-    torch.testing.assert_close(known, measured, rtol=1e-8, atol=rounding)
 
 
 @pytest.mark.parametrize("kind", ["W_O", "W_Q", "W_out"])

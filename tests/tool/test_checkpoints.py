@@ -135,19 +135,6 @@ def test_candidates_cost_no_more_than_asked(planner: Planner) -> None:
         assert planner.error(adapter) < 1e-5
 
 
-def test_one_rank_everywhere_is_the_nearest(places: tuple[str, str]) -> None:
-    planner = Planner(Pair.open(*places), TEXTS, max_rank=30)
-    for rank in (2, 30):
-        adapter = planner.uniform(planner.parameters(rank))
-        # It stops at the smaller side.
-        assert adapter.ranks == dict.fromkeys(planner.modules, min(rank, 24))
-        for name, factors in adapter.factors.items():
-            change = planner.pair.change(name).double()
-            tail = torch.linalg.svdvals(change)[rank:].norm()
-            missed = (change - factors.matrix().double()).norm()
-            assert float(missed) == pytest.approx(float(tail), abs=1e-5)
-
-
 def test_each_module_alone(planner: Planner) -> None:
     """A little of its change is lost as predicted, where biases make up for what they can."""
     names, gains = [*planner.modules], torch.ones(len(planner._pool.costs), dtype=torch.float64)
@@ -223,16 +210,6 @@ def test_plans_are_certified(places: tuple[str, str], tmp_path: Path) -> None:
     assert check().verdict == ""
 
 
-def test_adapters_descend(places: tuple[str, str]) -> None:
-    served: dict[str, Any] = {"max_rank": 16, "serving": True, "leave": pair.KINDS}
-    for options in ({}, served):
-        planner = Planner(Pair.open(*places), TEXTS, **options)
-        sizes = [adapter.parameters for adapter in planner.descend(0.05)]
-        assert sizes == sorted({*sizes}, reverse=True)
-        assert sizes[0] <= planner.most
-        assert sizes[-1] == 0
-
-
 @pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "BertModel"])
 def test_equal_checkpoints_need_nothing(architecture: str, tmp_path: Path) -> None:
     places = files.pair(tmp_path, architecture, change=lambda name, value: None)
@@ -283,7 +260,7 @@ def test_heads_that_the_base_lacks_are_not_left_out(
 # Adapters in files
 
 
-@pytest.mark.parametrize("architecture", files.SOME)
+@pytest.mark.parametrize("architecture", files.usually(files.SOME))
 def test_written_adapters_have_the_stated_error(architecture: str, tmp_path: Path) -> None:
     def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
         if "wte" in name or "embed" in name:

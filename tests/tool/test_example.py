@@ -20,7 +20,7 @@ FILES = {"texts.jsonl": 240, "fresh.jsonl": 240}
 
 
 def make(folder: Path, seed: int = 0) -> Path:
-    """The example, with models that are tuned on few texts."""
+    """Fill a folder with the example, its models tuned on few texts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_example, "_EACH", 170)
         _example.write(folder, seed=seed, report=lambda *_: None)
@@ -29,7 +29,7 @@ def make(folder: Path, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("examples") / "example")
+    return make(tmp_path_factory.mktemp("example"))
 
 
 def test_has_a_base_tuned_models_and_texts_with_their_source(example: Path) -> None:
@@ -75,6 +75,7 @@ def test_a_library_without_sources_is_refused_in_one_line(
     assert not (tmp_path / "example").exists()
 
 
+@pytest.mark.nightly
 def test_the_seed_decides_everything(example: Path, tmp_path: Path) -> None:
     with randomness.seeded(1, "of no account"):
         again, other = make(tmp_path / "again"), make(tmp_path / "other", seed=1)
@@ -99,5 +100,3 @@ def test_only_new_and_empty_folders_are_filled(
         assert ended.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert (used / "own").read_text() == file.read_text() == "mine"
-    (tmp_path / "empty").mkdir()
-    assert (make(tmp_path / "empty") / "tuned").is_dir()

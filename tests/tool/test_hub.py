@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -14,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint_files as files
-import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from lorapower import randomness
 from lorapower.checkpoints import Pair, _models
@@ -71,65 +68,6 @@ def know(monkeypatch: pytest.MonkeyPatch, weights: bytes) -> None:
     model = _models.MODELS[_models.LANGUAGE]
     known = model._replace(digest=hashlib.sha256(weights).hexdigest())
     monkeypatch.setitem(_models.MODELS, _models.LANGUAGE, known)
-
-
-def write(file: Path, network: Any) -> None:
-    """Write a Llama as llama.cpp does, its matrices in blocks of 8 bits."""
-    gguf = pytest.importorskip("gguf")
-    config, words = network.config, files.byte_words()
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words.convert_ids_to_tokens(range(len(words))))
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
-    merges = json.loads(words.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, value in network.named_parameters():
-        array = value.detach().numpy()
-        for part, heads in (
-            ("q_proj", config.num_attention_heads),
-            ("k_proj", config.num_key_value_heads),
-        ):
-            if part in name:
-                # Pairs of coordinates that turn together lie side by side there.
-                split = array.reshape(heads, 2, -1, array.shape[1])
-                array = split.swapaxes(1, 2).reshape(array.shape)
-        kind = gguf.GGMLQuantizationType.F32
-        if array.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            array = gguf.quants.quantize(array, kind)
-        new = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(new, np.ascontiguousarray(array), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_file_in_gguf_is_the_network_that_was_written(tmp_path: Path) -> None:
-    network = llama(hidden_size=32, intermediate_size=64)
-    write(tmp_path / "Tiny.gguf", network)
-    read = load_file(_models.place(str(tmp_path / "Tiny.gguf")) / "model.safetensors")
-    for name, value in network.named_parameters():
-        # A block of 32 numbers has one scale, 1/127 of the largest, to 11 bits.
-        size = value.detach().abs().amax() / 127 if value.ndim == 2 else 0.0
-        assert (read.pop(name) - value).abs().max() <= 0.51 * size
-    assert not read
-    words = _models.tokenizer(str(tmp_path / "Tiny.gguf"))
-    assert words("w1 w2")["input_ids"] == files.byte_words()("w1 w2")["input_ids"]
 
 
 def test_a_pair_can_have_files_in_gguf(tmp_path: Path, read: list[str]) -> None:

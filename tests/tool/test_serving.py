@@ -148,22 +148,6 @@ def test_all_readers_read_the_same(
         assert plan.measured.error < 1e-4
 
 
-def test_ranks_that_differ_are_read_differently(llama: tuple[str, str], tmp_path: Path) -> None:
-    plan = checkpoints.extract(*llama, TEXTS, tmp_path / "out", rank=2, leave=["norm"])
-    assert len({*plan.ranks.values()}) > 2
-    config, factors = read(tmp_path / "out")
-    wanted = by_peft(llama[0], tmp_path / "out")
-    torch.testing.assert_close(by_vllm(config | {"r": 8, "lora_alpha": 8}, factors), wanted)
-    largest, found = max(plan.ranks.values()), by_llama_cpp(config, factors)
-    for name, (A, _) in factors.items():
-        torch.testing.assert_close(found[name], largest / len(A) * wanted[name])
-    with pytest.raises(AssertionError):
-        by_sglang(config, factors)
-    assert "--format serving" in (tmp_path / "out" / "README.md").read_text()
-    checkpoints.extract(*llama, TEXTS, tmp_path / "out", overwrite=True, rank=8, serving=True)
-    assert "--format serving" not in (tmp_path / "out" / "README.md").read_text()
-
-
 @pytest.mark.parametrize(
     "architecture",
     [f"{kind}ForSequenceClassification" for kind in ("Llama", "Bert")]
@@ -178,15 +162,6 @@ def test_heads_stay_the_base_s(architecture: str, tmp_path: Path) -> None:
     assert all(A.shape[0] == B.shape[1] == 8 for A, B in factors.values())
     assert 0 < len(factors) < len(plan.planner.modules)
     require_groups(factors)
-
-
-def test_groups_are_chosen_whole(llama: tuple[str, str]) -> None:
-    plan = checkpoints.plan(*llama, TEXTS, serving=True, modules="v_proj", parameters=3000)
-    assert {QUERY, KEY, VALUE} < plan.ranks.keys()
-    assert all(name.endswith(PACKED[0]) for name in plan.ranks)
-    # For each block 8 (3 · 24 + 24 + 12 + 12).
-    assert plan.carried == 2 * 8 * 120
-    assert plan.carried == plan.adapter.parameters
 
 
 # Adapters of any network, read by peft
