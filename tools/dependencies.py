@@ -2,8 +2,8 @@
 
 usage: python tools/dependencies.py
 
-A chapter has to be executed again once a module changed that it imports, at any remove, or a file
-of data beside such a module.
+A chapter has to be executed again once a module changed that it imports, at any remove, a file of
+data beside such a module, or a record of runs that it names; in profile paper it writes these.
 """
 
 from __future__ import annotations
@@ -44,6 +44,14 @@ def beside(module: Module) -> set[Path]:
     }
 
 
+def recorded(chapter: Path) -> set[Path]:
+    """List the records of runs that a chapter names."""
+    constants = [node for node in ast.walk(code(chapter)) if isinstance(node, ast.Constant)]
+    named = {constant.value for constant in constants}
+    files = (ROOT / "records" / "sweeps").glob("*.jsonl.gz")
+    return {file for file in files if file.name.partition(".")[0] in named}
+
+
 def files(modules: list[Module]) -> set[str]:
     """List the files of modules, and the data beside them."""
     paths = {module.path for module in modules}.union(*map(beside, modules))
@@ -51,9 +59,9 @@ def files(modules: list[Module]) -> set[str]:
 
 
 def digested(chapter: Path) -> str:
-    """Digest what a chapter computes with: its metadata, its code, modules, and their data."""
+    """Digest what a chapter computes with: metadata, code, modules and their data, and records."""
     modules = needs(chapter)
-    data = sorted(set().union(*map(beside, modules)))
+    data = sorted(recorded(chapter).union(*map(beside, modules)))
     parts = [
         json.loads(chapter.read_text(encoding="utf-8"))["metadata"],
         digest(code(chapter)),
@@ -69,13 +77,18 @@ def main() -> int:
     try:
         tool = needs(ROOT / "tools" / "execute.py")
         needed = {path: files([*tool, *needs(path)]) for path in chapters}
+        records = {
+            path: {str(file.relative_to(ROOT)) for file in recorded(path)} for path in chapters
+        }
     except SyntaxError as error:
         print(f"{Path(str(error.filename)).relative_to(ROOT)} is not Python", file=sys.stderr)
         return 1
     print("executed :=", *(f"$(out)/chapters/{path.name}" for path in needed))
     for path, names in needed.items():
         print(f"$(out)/chapters/{path.name}:", *sorted(names))
-    every = set().union(*needed.values())
+        if records[path]:
+            print(f"_build/quick/chapters/{path.name}:", *sorted(records[path]))
+    every = set().union(*needed.values(), *records.values())
     # A file that is gone counts as changed, and is not missed.
     print(*(f"{file}:" for file in sorted(every)), sep="\n")
     return 0

@@ -143,8 +143,8 @@ def small(tmp_path: Path, run_make: Make) -> Book:
         shutil.copy(ROOT / name, folder / name)
     for module, text in PACKAGE.items():
         (folder / "lorapower" / f"{module}.py").write_text(text)
-    (folder / "records").mkdir()
-    for name in ("__init__.py", "table.csv.gz"):
+    (folder / "records" / "sweeps").mkdir(parents=True)
+    for name in ("__init__.py", "table.csv.gz", "sweeps/other-runs.jsonl.gz"):
         (folder / "records" / name).touch()
     (folder / "tools" / "execute.py").write_text(EXECUTE)
     (folder / "tools" / "build_html.py").write_text(BUILD)
@@ -152,7 +152,12 @@ def small(tmp_path: Path, run_make: Make) -> Book:
     (folder / "index.md").write_text("# A book\n\nSee {prf:ref}`thm-sum`.\n")
     shutil.copy(ROOT / "chapters" / "scorecard.md", folder / "chapters")
     write_chapter(folder, "01-sum", THEOREM, "import lorapower.wing")
-    write_chapter(folder, "02-other", "# Another", "%time\nfrom lorapower.wing import images, os")
+    write_chapter(
+        folder,
+        "02-other",
+        "# Another",
+        "%time\nfrom lorapower.wing import images, os\nimages.read('other-runs')",
+    )
     return Book(folder, run_make)
 
 
@@ -172,6 +177,7 @@ def test_only_chapters_that_depend_on_what_changed_are_executed(small: Book) -> 
         "chapters/02-other.ipynb": [SECOND],
         "lorapower/errors.py": [FIRST, SECOND],
         "records/table.csv.gz": [SECOND],
+        "records/sweeps/other-runs.jsonl.gz": [SECOND],
         "tools/execute.py": [FIRST, SECOND],
     }.items():
         (small.folder / changed).touch()
