@@ -52,7 +52,7 @@ def judge(losses: NDArray[np.float64], limit: float) -> tuple[str, int]:
 
 
 def mean_limit(values: NDArray[np.float64], *, binary: bool = False) -> float:
-    """Compute an upper limit of a mean at 95%, for any distribution on [0, 1] [prop-mean-limit].
+    """Compute an upper limit of a mean at 95%, for any distribution on [0, 1].
 
     The ``values``, ``[n]``, were drawn independently from it, in this order; ``binary`` ones are 0
     or 1. Returns the least multiple ``m`` of 0.001 at which a gambler who bets that values are

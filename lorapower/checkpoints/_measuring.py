@@ -29,8 +29,8 @@ class Measured(NamedTuple):
     """What an adapted network loses on some texts, and how sure that is.
 
     Limits hold at a confidence of 95% for any distribution of texts, if the adapter was chosen
-    without these [prop-certificate, prop-mean-limit]. Decisions are classes or next tokens; without
-    a head what is said of them is NaN.
+    without these [prop-certificate]. Decisions are classes or next tokens; without a head what is
+    said of them is NaN.
 
     Attributes
     ----------
@@ -204,10 +204,12 @@ class Reference:
         self.effect = compared.squares
         self._accuracies = float(compared.right.mean()), float(decided.double().mean())
 
-    def every(self, step: int) -> Reference:
-        """Take one in so many batches, from the longest texts on."""
-        some = Reference(self.batches[::-step], self.readout)
-        some._states = self._states[::-step]
+    def longest(self, part: float) -> Reference:
+        """Take the batches of the longest texts that are at least this part of all."""
+        sizes = np.cumsum([len(batch.input_ids) for batch in reversed(self.batches)])
+        number = 1 + int(np.searchsorted(sizes, part * sizes[-1]))
+        some = Reference(self.batches[-number:], self.readout)
+        some._states = self._states[-number:]
         return some
 
     @torch.no_grad()

@@ -31,6 +31,8 @@ _TOKENS_OF_PART = 3072
 # The part of the texts for planning by which candidates are selected.
 _SELECTING = 0.25
 _BATCH = 32
+# The largest part of a tight batch that is padding.
+_PADDING = 0.2
 #: Texts are cut off after so many tokens.
 TOKENS = 128
 # What JSON may escape, but UTF-8 does not have.
@@ -174,8 +176,9 @@ def prepare(
     first = round(_SELECTING * len(plan))
     return Texts(
         [*_batches(pair, plan[first:])],
-        [*_batches(pair, plan[:first])],
-        [*_batches(pair, test, classes)],
+        # Of other outputs than those of classes some are drawn, batch by batch.
+        [*_batches(pair, plan[:first], tight=pair.task == "classification")],
+        [*_batches(pair, test, classes, tight=True)],
         sum(text.length > limit for text in whole),
         unknown / sum(len(text.ids) for text in whole),
         sorted(_digest(text.text) for text in whole),
@@ -193,7 +196,8 @@ def prepare_all(
     """Make batches of all texts but those of the digests ``used``, or of 256 of them."""
     order = np.random.default_rng(randomness.number(seed, "checked texts"))
     fresh = _shuffle("texts", texts, order, LEAST_TEXTS, used)
-    return [*_batches(pair, _encode(pair, fresh, _limit(pair, tokens)), _classes(pair, texts))]
+    encoded = _encode(pair, fresh, _limit(pair, tokens))
+    return [*_batches(pair, encoded, _classes(pair, texts), tight=True)]
 
 
 def _digest(text: str) -> str:
@@ -269,16 +273,27 @@ def _limit(pair: Pair, tokens: int) -> int:
 
 
 def _batches(
-    pair: Pair, texts: Iterable[_Text], classes: Mapping[str, int] | None = None
+    pair: Pair,
+    texts: Iterable[_Text],
+    classes: Mapping[str, int] | None = None,
+    *,
+    tight: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of texts of similar length, as padding costs as much as text."""
+    """Batches of texts of similar length, as padding costs as much as text.
+
+    In ``tight`` ones it is at most a fifth.
+    """
     ordered = sorted(texts, key=lambda text: len(text.ids))
     config, padding = pair.tuned.config, pair.tokenizer.pad_token_id
     # About 16 numbers of each unit are kept of a token while a network is differentiated.
     most = LOAD // (16 * config.hidden_size * config.num_hidden_layers)
     while ordered:
-        size = 1
-        while size < min(_BATCH, len(ordered)) and (size + 1) * len(ordered[size].ids) <= most:
+        size, filled = 1, len(ordered[0].ids)
+        for text in ordered[1:_BATCH]:
+            filled += len(text.ids)
+            padded = (size + 1) * len(text.ids)
+            if padded > most or (tight and padded - filled > _PADDING * padded):
+                break
             size += 1
         part, ordered = ordered[:size], ordered[size:]
         ids = [torch.tensor(text.ids) for text in part]

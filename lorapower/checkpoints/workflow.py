@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _ERROR = 0.1
 # The rank of adapters for serving, by default and at most.
 _SERVED, _MOST_SERVED = 8, 64
-# An adapter is read back with one in so many batches of texts, to this relative tolerance.
-_EVERY, _RELOADED = 4, 1e-5
+# An adapter is read back with this part of the texts, the longest, to this relative tolerance.
+_SOME, _RELOADED = 0.25, 1e-5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -304,7 +304,7 @@ def extract(
     if not result.reached:
         return result
     planner = result.planner
-    some = planner.test.every(_EVERY)
+    some = planner.test.longest(_SOME)
     planner.put(result.adapter)
     stated = math.sqrt(some.compare(planner.network).squares.sum())
     tell = functools.partial(planner.report, "writing")

@@ -283,7 +283,8 @@ SHORT = SimpleNamespace(
 
 def prepared(given: Any, held_out: Any = None, **options: Any) -> _texts.Texts:
     """Texts of words for a model that takes ten tokens."""
-    pair: Any = SimpleNamespace(tokenizer=files.words(), tuned=SimpleNamespace(config=SHORT))
+    tuned = SimpleNamespace(config=SHORT)
+    pair: Any = SimpleNamespace(tokenizer=files.words(), tuned=tuned, task="classification")
     return _texts.prepare(pair, given, held_out, **{"tokens": 128, "seed": 0} | options)
 
 
@@ -339,6 +340,13 @@ def test_large_networks_get_small_batches(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(_texts, "LOAD", 25 * 16 * units)
     for batch in prepared(files.texts(160)).fit:
         assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
+
+
+def test_batches_that_errors_are_measured_on_have_little_padding() -> None:
+    found = prepared(files.texts(160))
+    for batch in [*found.select, *found.test]:
+        assert batch.attention_mask.sum() >= 0.8 * batch.input_ids.numel()
+    assert len(found.test) > len(found.fit)
 
 
 @pytest.mark.parametrize(
