@@ -56,7 +56,7 @@ ready := $(VENV)/.ready
 package := $(shell find lorapower records -type f ! -name "*.pyc")
 # What `lorapower example` makes is made once, for all chapters that ask for it.
 pair    := _build/pair/0
-paired  := $(notdir $(shell grep -l 'pairs\.example' chapters/*.ipynb))
+paired  := $(notdir $(shell grep -lE 'records import .*(pairs|examples)' chapters/*.ipynb))
 pages   := index.md references.bib _config.yml _toc.yml \
 	$(shell find _ext _static api chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
 

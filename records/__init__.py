@@ -2,7 +2,7 @@
 
 The commands ``movies``, ``tune``, ``recipes``, ``facts``, ``plans``, ``sizes`` and ``parts`` of
 this folder make the files beside them; each keeps its runs by `lorapower.experiments.sweeps.run` in
-one file of a folder.
+one file of a folder. ``pairs`` has what the command prints.
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ def read(name: str) -> pd.DataFrame:
       squared effect, what is one shift, ``alike`` at all tokens. And how many singular directions
       have, ``alone``, nine tenths of what a weight's adds, squared, to first order.
 
+    ``"commands"`` has a row for each command of the quick start on the example of seed 0: its
+    ``name`` and what it ``printed``, its ``seconds`` beside another process, its ``memory`` in
+    gigabytes, and the megabytes of weights ``read``, of the tuned model or adapter, and
+    ``written``. ``python -m records.pairs`` makes it.
+
     Raises `InputError` for other names.
     """
     if name not in TABLES:
@@ -122,7 +127,7 @@ def sweep(
     profile: str,
     *,
     protocol: str,
-    repeat: int = 0,
+    repeat: int | None = 0,
 ) -> pd.DataFrame:
     """Give the runs of a chapter's sweep from ``sweeps/NAME.jsonl.gz``, as `sweeps.recorded` does.
 

@@ -61,7 +61,7 @@ def choose(
     return found, Adapter(factors, {})
 
 
-class _Allocation(NamedTuple):
+class Allocation(NamedTuple):
     """The module of each step in which more parameters are spent, and the costs after it."""
 
     modules: list[str]
@@ -78,7 +78,7 @@ class _Allocation(NamedTuple):
 
 def allocate(
     values: Mapping[str, Float[Tensor, " k"]], modules: Mapping[str, Module], step: int = 1
-) -> _Allocation:
+) -> Allocation:
     """Order directions by ``σ²/cost``, the largest first, ``step`` of a module at once.
 
     Among all ranks that are multiples of ``step`` and cost as much, those after each step have the
@@ -97,4 +97,4 @@ def allocate(
     costs = np.cumsum([modules[name].cost for name in names], dtype=np.int64)
     # A step is bought as a whole.
     ends = np.cumsum([size for *_, size in items], dtype=np.int64) - 1
-    return _Allocation(names, np.repeat(costs[ends], np.diff(ends, prepend=-1)))
+    return Allocation(names, np.repeat(costs[ends], np.diff(ends, prepend=-1)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -10,8 +13,21 @@ import time
 from pathlib import Path
 
 import filelock
+import pandas as pd
 
+from records import tables
 from records import texts as sources
+
+#: The Python whose docstrings are in recorded examples; those of another are other texts.
+PYTHON = "3.11.7"
+#: What the quick start runs, in this order, in the folder of an example.
+COMMANDS = {
+    "prices": "plan base tuned --texts texts.jsonl",
+    "plan": "plan base tuned --texts texts.jsonl --error 0.1",
+    "extract": "extract base tuned --texts texts.jsonl --error 0.1 --out adapter",
+    "check": "check base adapter tuned --texts fresh.jsonl",
+    "shrink": "shrink base lora --texts texts.jsonl --error 0.1 --out small",
+}
 
 # Where examples are kept, in a folder that `make` removes when what makes them has changed.
 _MADE = Path(__file__).resolve().parent.parent / "_build" / "pair"
@@ -36,12 +52,39 @@ def example(seed: int = 0) -> Path:
     return folder
 
 
+def is_recorded(seed: int) -> bool:
+    """Say whether ``"commands"`` of `records.read` has what the commands do with an example."""
+    return seed == 0 and platform.python_version() == PYTHON
+
+
+def transcripts(seed: int = 0) -> pd.DataFrame:
+    """Run the quick start's commands on an example: ``"commands"`` of `records.read`."""
+    folder, rows = linked(example(seed)), []
+    for name, words in COMMANDS.items():
+        printed, seconds, memory = run_command(*words.split(), "--quiet", folder=folder)
+        rows.append({"name": name, "printed": printed, "seconds": seconds, "memory": memory})
+        for column, option in (("read", 2), ("written", -1)):
+            if name in ("extract", "shrink"):
+                (file,) = (folder / words.split()[option]).glob("*.safetensors")
+                rows[-1][column] = file.stat().st_size / 1e6
+    return pd.DataFrame(rows)
+
+
 def linked(folder: Path) -> Path:
     """Make a temporary folder with links to all that is in another."""
     new = Path(tempfile.mkdtemp())
     for path in folder.iterdir():
         (new / path.name).symlink_to(path)
     return new
+
+
+def run_here(*words: str) -> str:
+    """Run ``lorapower`` in this process, which spares its imports; return what it prints."""
+    from lorapower.checkpoints import _command
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        _command.app([*words, "--quiet"], standalone_mode=False)
+    return printed.getvalue()
 
 
 def run_command(*words: str, folder: Path | str | None = None) -> tuple[str, float, float]:
@@ -66,3 +109,7 @@ def run_command(*words: str, folder: Path | str | None = None) -> tuple[str, flo
         if process.returncode and not (process.returncode == 1 and "Verdict" in printed):
             raise RuntimeError(printed + trouble.read())
     return printed, seconds, used.ru_maxrss / 1e6
+
+
+if __name__ == "__main__":
+    tables.put(transcripts(), "commands")

@@ -143,7 +143,7 @@ def recorded(
     *,
     protocol: str,
     again: bool = False,
-    repeat: int = 0,
+    repeat: int | None = 0,
 ) -> pd.DataFrame:
     """Give the table of `run` from a record of the runs, of which one is repeated.
 
@@ -157,9 +157,10 @@ def recorded(
         What was run, in a sentence or two, which is kept and said.
     again : bool
         Run everything, and write the record.
-    repeat : int
+    repeat : int or None
         The index of the setting that is run once more, alone, and nowhere kept. Its results equal
-        the recorded ones but for rounding: numbers to a millionth, or 10⁻¹² absolute.
+        the recorded ones but for rounding: numbers to a millionth, or 10⁻¹² absolute. ``None``
+        where this machine lacks what the runs were made of.
     """
     place = Path(file)
     if again:
@@ -172,10 +173,12 @@ def recorded(
             print(f"{missing} of {len(keys)} runs are in no record: all of them run live.")
             return run(settings, work, path)
         rows = [kept[key] for key in keys]
-        _repeat(place, rows[repeat], settings[repeat], work)
+        if repeat is not None:
+            _repeat(place, rows[repeat], settings[repeat], work)
     seconds = sum(row[-1] for row in rows)
     took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-    end = "were made now" if again else "read from a record; one of them, repeated now, is equal"
+    said = "none can be repeated here" if repeat is None else "one of them, repeated now, is equal"
+    end = "were made now" if again else f"read from a record; {said}"
     print(f"{protocol} {len(rows)} runs, {took} of a processor, {end}.")
     return _table([row[:4] for row in rows])
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import checkpoint_files as files
+import pandas as pd
 import pytest
 
+import records
+from lorapower import InputError
 from records import pairs
 
 
@@ -23,6 +29,35 @@ def test_what_a_refused_command_says_is_raised_and_a_crash_is_no_verdict(
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RuntimeError):
         pairs.run_command("plan")
+
+
+def test_in_this_process_a_command_prints_the_same(tmp_path: Path) -> None:
+    base, tuned = files.pair(tmp_path, "BertForSequenceClassification", change=files.low_rank())
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(dict.fromkeys(files.texts(140))), encoding="utf-8")
+    words = "plan", base, tuned, "--texts", str(texts), "--estimate"
+    printed = pairs.run_here(*words)
+    assert "Estimate" in printed
+    assert printed == pairs.run_command(*words, "--quiet")[0]
+    with pytest.raises(InputError, match="nowhere"):
+        pairs.run_here("plan", base, "nowhere", "--texts", str(texts))
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not pairs.is_recorded(0), reason="this Python has other docstrings")
+def test_the_commands_of_the_quick_start_print_what_is_recorded() -> None:
+    found, recorded = pairs.transcripts(), records.read("commands")
+    assert found.printed.tolist() == recorded.printed.tolist()
+    sizes = ["read", "written"]
+    pd.testing.assert_frame_equal(found[sizes], recorded[sizes], rtol=1e-3)
+
+
+def test_another_python_or_seed_has_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"3\.\d+\.\d+", pairs.PYTHON)
+    monkeypatch.setattr(platform, "python_version", lambda: pairs.PYTHON)
+    assert [pairs.is_recorded(seed) for seed in (0, 1)] == [True, False]
+    monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
+    assert not pairs.is_recorded(0)
 
 
 def test_an_example_is_made_once_for_all_that_ask_at_a_time(

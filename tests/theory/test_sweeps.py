@@ -542,10 +542,12 @@ def test_of_a_record_one_run_is_repeated(record: Path, capsys: pytest.CaptureFix
     same(recorded(record, repeat=5), quiet(GRID, work))
     assert RUN == [GRID[5]]
     same(recorded(record, GRID[7:2:-2]), quiet(GRID[7:2:-2], work))
+    same(recorded(record, repeat=None), quiet(GRID, work))
     assert RUN == [GRID[5], GRID[7]]
-    first, second = capsys.readouterr().out.splitlines()
+    first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("All widths. 24 runs, 0 s of a processor, read from a record")
     assert second.startswith("All widths. 3 runs")
+    assert third.endswith("read from a record; none can be repeated here.")
     assert [*record.parent.iterdir()] == [record]
 
 
