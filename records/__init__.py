@@ -1,8 +1,8 @@
 """Long runs, done once: `read` gives tables of language models, `sweep` those of chapters.
 
-The commands ``movies``, ``tune``, ``recipes``, ``facts``, ``plans``, ``sizes`` and ``parts`` of
-this folder make the files beside them; each keeps its runs by `lorapower.experiments.sweeps.run` in
-one file of a folder. ``pairs`` has what the command prints.
+The commands ``again``, ``plans`` and ``parts`` of this folder make the tables beside them; each
+keeps its runs by `lorapower.experiments.sweeps.run` in one file of a folder. ``pairs`` has what the
+command prints.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def read(name: str) -> pd.DataFrame:
 
     ``"movies"`` and ``"decoder"`` have a row for each training, as `sweeps.run` gives it: the
     fields of `language.TextRun` and `language.TextResults`, where ``answers`` is for `unpack`.
-    ``"movies"`` is the task of this name with the packaged encoder, ``"decoder"`` all tasks of the
-    profile of this name. Rows with ``part`` ``"validation"`` are of `protocols.search`, the others
-    of `protocols.compare`, all on one thread.
+    ``"movies"`` is the task of this name with the packaged encoder, ``"decoder"`` has all tasks of
+    the packaged language model. Rows with ``part`` ``"validation"`` are of the search for rates,
+    with one seed and fewer samples, the others of the comparison, all on one thread.
 
     ``"rates"`` has what chose rates of ``"decoder"`` again, as ``rates.md`` says: the runs at the
     rates used before, and a run of all weights repeated. Rows without a ``seed`` are means of runs
@@ -46,7 +46,7 @@ def read(name: str) -> pd.DataFrame:
     rates were chosen, and of seeds 0 to 7 at these rates on the test part.
 
     ``"recipes"`` has a row for each training by a recipe of peft on the task of sentences, as
-    ``recipes.md`` says: the fields of `language.TextRun` and `recipes.RecipeResults`.
+    ``recipes.md`` says: the fields of `language.TextRun` and `again.RecipeResults`.
 
     ``"facts"`` has a row for each training on random facts: the fields of `facts.FactRun` and
     `facts.FactResults`, where ``losses`` is for `unpack`. ``facts.md`` says which there are.

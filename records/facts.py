@@ -1,11 +1,8 @@
 """Let the packaged language model learn random facts, with adapters of many sizes.
 
 A fact is a key of three random words and a value of two; a model that has learned it says the value
-after the key. There is as much to learn as there are facts, and nothing else helps. Each run is
-kept in a folder as it ends, so that the same command goes on after an interruption; ``facts.md``
-says which runs there are and how rates are chosen::
-
-    python -m records.facts FOLDER
+after the key. There is as much to learn as there are facts, and nothing else helps. ``facts.md``
+says which runs there are and how rates were chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -25,41 +22,17 @@ from torch import Tensor
 from lorapower import randomness
 from lorapower.experiments import sweeps
 from records import language, models, pack, protocols
-from records.language import Lora, Method, Part, Whole
-from records.tables import begin, merge, put, workers
+from records.language import Lora, Method
 
 KEY, VALUE, JOINT = 3, 2, " means"
 BATCH = 16
-# Numbers of facts: in short runs, where rates are chosen, and in the longest runs.
-NUMBERS, SEARCHED, MANY = (16, 64), 64, 256
-SEEDS = 2
-PASSES = 20
-# The rank at which recipes are compared on one block, and with how many seeds.
-RECIPE_RANK, RECIPE_SEEDS = 16, 3
-# A way that recalls a smaller share is shown no more facts.
-ENOUGH = 0.5
-# Passes of the runs that ask whether a way that falls short needs only more of them.
-LONG = 100
-BLOCK, TEN = r"layers\.14\.", r"layers\.1[0-9]\."
+# Numbers of facts, where rates were chosen and in the longest runs; and of passes over them.
+SEARCHED, MANY = 64, 256
+PASSES, LONG = 20, 100
+# The rank at which recipes are compared on one block.
+RECIPE_RANK = 16
 #: What the layers of a way are called on pages.
-PLACES = {BLOCK: "one block", TEN: "ten blocks", "all": "all blocks", "full": "full tuning"}
-# Adapters from a single block to all linear layers, and all weights; rates a factor of two apart.
-WAYS: list[tuple[Method, list[float]]] = [
-    (Part(pattern=BLOCK, rank=1), [0.008, 0.016, 0.032]),
-    (Part(pattern=BLOCK, rank=4), [0.004, 0.008, 0.016]),
-    (Part(pattern=BLOCK, rank=16), [0.002, 0.004, 0.008]),
-    (Part(pattern=BLOCK, rank=64), [0.002, 0.004, 0.008]),
-    (Part(pattern=BLOCK, rank=16, recipe="dora"), [0.004, 0.008, 0.016]),
-    (Part(pattern=BLOCK, rank=16, recipe="pissa"), [0.0005, 0.001, 0.002]),
-    (Part(pattern=BLOCK, rank=16, recipe="lora+"), [0.0005, 0.001, 0.002]),
-    (Part(pattern=TEN, rank=1), [0.004, 0.008, 0.016]),
-    (Lora(rank=1), [0.004, 0.008, 0.016]),
-    (Lora(rank=4), [0.002, 0.004, 0.008]),
-    (Lora(targets="attention", rank=1), [0.004, 0.008, 0.016]),
-    (Lora(targets="feed-forward", rank=1), [0.004, 0.008, 0.016]),
-    (Lora(targets="queries and keys", rank=1), [0.008, 0.016, 0.032]),
-    (Whole(kind="full"), [0.0001, 0.0002, 0.0004]),
-]
+PLACES = {r"layers\.14\.": "one block", r"layers\.1[0-9]\.": "ten blocks", "all": "all blocks"}
 
 
 class FactProblem(sweeps.Record):
@@ -71,7 +44,6 @@ class FactProblem(sweeps.Record):
     number: int = Field(16, ge=1)
     passes: int = Field(PASSES, ge=1)
     model: str = models.LANGUAGE
-    pretrained: Literal[True] = True  # by which `protocols.best_rates` groups runs
     seed: int = Field(0, ge=0)
 
 
@@ -177,48 +149,12 @@ def work(settings: list[FactRun]) -> list[FactResults]:
     ]
 
 
-def run(file: str) -> None:
-    """Choose rates at one number of facts, then learn more and more of them, kept in a file."""
-    with workers():
-        learn = functools.partial(sweeps.run, work=work, path=file, size=1)
-        tried = [
-            FactRun(problem=FactProblem(number=SEARCHED), method=way.replace(learning_rate=rate))
-            for way, rates in WAYS
-            for rate in rates
-        ]
-        best = protocols.choose_rates(tried, learn)
-        ways = [way.replace(learning_rate=best[way.way, True][way.rank]) for way, _ in WAYS]
-        recipes = [way for way in ways if isinstance(way, Part) and way.rank == RECIPE_RANK]
-        problems = sweeps.grid(FactProblem, number=[SEARCHED], seed=range(RECIPE_SEEDS))
-        learn(sweeps.grid(FactRun, problem=problems, method=recipes))
-        methods = [way for way in ways if way not in recipes or way.way == BLOCK]
-        one_block = [method for method in methods if method.way == BLOCK]
-        for number in NUMBERS:
-            problems = sweeps.grid(FactProblem, number=[number], seed=range(SEEDS))
-            found = learn(sweeps.grid(FactRun, problem=problems, method=methods))
-            shares = found.recall.to_numpy().reshape(SEEDS, -1).mean(0)
-            methods = [methods[i] for i in np.flatnonzero(shares >= ENOUGH)]
-        lowest = [method for method in one_block if method.rank <= 4]
-        for number, some in ((SEARCHED, one_block), (MANY, lowest)):
-            patient = sweeps.grid(FactProblem, number=[number], passes=[LONG], seed=range(SEEDS))
-            learn(sweeps.grid(FactRun, problem=patient, method=some))
-        slower = one_block[0].replace(learning_rate=one_block[0].learning_rate / 2)
-        for passes, method in ((LONG, slower), (2 * LONG, one_block[0])):
-            learn([FactRun(problem=FactProblem(number=MANY, passes=passes), method=method)])
-
-
 def at_best_rates(table: pd.DataFrame) -> pd.DataFrame:
     """Keep each way's runs at the rate that was best in the search, and name their ``place``.
 
-    Runs without a ``recipe`` are ``"plain"`` too.
+    All weights are tuned by the recipe ``"plain"``.
     """
     searched = table.number.eq(SEARCHED) & table.seed.eq(0) & table.passes.eq(PASSES)
     found = protocols.at_best_rates(table, table[searched])
-    place = found.pattern.fillna(found.targets).fillna("full").replace(PLACES)
+    place = found.targets.fillna("full tuning").replace(PLACES)
     return found.assign(place=place, recipe=found.recipe.fillna("plain"))
-
-
-if __name__ == "__main__":
-    begin()
-    run("facts.sqlite")
-    put(merge(["facts.sqlite"], FactRun), "facts")

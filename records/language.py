@@ -7,26 +7,26 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lorapower import _checks, randomness
-from lorapower.errors import InputError
+from lorapower import randomness
 from lorapower.experiments.sweeps import Record, Results
 from records import models, pack, texts
 
-Targets = Literal["attention", "feed-forward", "all", "queries and keys"]
-#: The targets that every model has.
-TARGETS: tuple[Targets, ...] = get_args(Targets)[:3]
-Head = Literal["own", "mean"]
-#: What is tuned in full.
-Kind = Literal["full", "linear", "final", "head"]
+#: Names of choices of linear layers, with regular expressions for the names of the layers.
+TARGETS = {
+    "all": "",
+    "attention": "attention|attn",
+    "feed-forward": r"^(?!.*(attention|attn)).*\.\d+\.",
+    "queries and keys": r"\b(query|key|q_proj|k_proj)$",
+}
 # Adapters are multiplied by SCALE/√R: Adam's first step then changes a weight about equally at each
 # rank (Kalajdzievski, 2023).
 SCALE = 4
@@ -36,117 +36,66 @@ RATIO = 16
 POOL = 8
 # Texts that are answered at once, and those whose next tokens are, with a number for each word.
 ANSWERED = (64, 16)
-_QUERIES_KEYS = re.compile(r"\b(q|k|query|key)(_?(proj|lin))?$")
 
 
 class Lora(Record):
     """Tune adapters of one rank, through ``peft``, on linear layers of the model.
 
-    ``"feed-forward"`` are those of its equal layers that are not ``"attention"``, of which
-    ``"queries and keys"`` are a part; ``"all"`` has those outside too. The rate of AdamW, without
-    weight decay, rises to ``learning_rate`` over the first tenth of the steps, then falls linearly
-    to 0.
+    ``targets`` are one of `TARGETS` or, by a regular expression for their names, others;
+    ``"feed-forward"`` are those of its equal layers that are not ``"attention"``; ``"all"`` has
+    those outside too. The rate of AdamW, without weight decay, rises to ``learning_rate`` over the
+    first tenth of the steps, then falls linearly to 0; for ``"lora+"`` it is that of the factor
+    next to the inputs. The ``recipe`` is peft's.
     """
 
     kind: Literal["lora"] = "lora"
-    targets: Targets = "all"
-    rank: int = Field(4, ge=1)
-    learning_rate: float = Field(5e-3, gt=0)
-
-    @property
-    def way(self) -> str:
-        """What is tuned: ``"lora"`` on all layers, otherwise the targets."""
-        return "lora" if self.targets == "all" else self.targets
-
-    def layers(self, body: nn.Module) -> dict[str, nn.Linear]:
-        """Find the layers of a model that are adapted, by name."""
-        return linear_layers(body, self.targets)
-
-
-class Part(Record):
-    """Tune adapters on the linear layers whose names a regular expression finds, as `Lora` does.
-
-    The ``recipe`` is peft's: ``"plain"``, ``"dora"``, ``"pissa"``, or ``"lora+"``, for which
-    ``learning_rate`` is that of the factor next to the inputs.
-    """
-
-    kind: Literal["part"] = "part"
-    pattern: str
+    targets: str = "all"
     rank: int = Field(4, ge=1)
     learning_rate: float = Field(5e-3, gt=0)
     recipe: Literal["plain", "dora", "pissa", "lora+"] = "plain"
-
-    @property
-    def way(self) -> str:
-        """What is tuned, and how if not plainly."""
-        return self.pattern if self.recipe == "plain" else f"{self.pattern} {self.recipe}"
-
-    def layers(self, body: nn.Module) -> dict[str, nn.Linear]:
-        """Find the layers of a model that are adapted, by name."""
-        every = linear_layers(body)
-        return {name: layer for name, layer in every.items() if re.search(self.pattern, name)}
 
 
 class Whole(Record):
     """Tune weights in full, by ``kind``.
 
     ``"full"`` are all, ``"linear"`` those of the layers that `Lora` adapts by default, ``"final"``
-    those of the last layer and a pooling layer after it, ``"head"`` the head's. The head of a
-    classifier is tuned in any case; that of a language model only with all weights. Learning rates
-    are as in `Lora`.
+    those of an encoder's last layer, ``"head"`` the head's. The head of a classifier is tuned in
+    any case; that of a language model only with all weights. Learning rates are as in `Lora`.
     """
 
-    kind: Kind = "full"
+    kind: Literal["full", "linear", "final", "head"] = "full"
     learning_rate: float = Field(1e-4, gt=0)
 
-    @property
-    def rank(self) -> int:
-        """0, as there are no adapters."""
-        return 0
 
-    @property
-    def way(self) -> str:
-        """What is tuned: the kind."""
-        return self.kind
-
-
-Method = Lora | Part | Whole
+Method = Lora | Whole
 
 
 class TextProblem(Record):
     """State a task, a model, and how long which texts are shown to it.
 
-    Texts are from ``source``, ``"rated"`` or ``"code"``; see `texts.read`. ``model`` is
-    ``"packaged"``, a folder or a name on the hub; without ``pretrained`` its weights are random.
-    Head ``"mean"`` is linear on the mean over the tokens, for which sentence encoders are made
-    (Reimers and Gurevych, 2019); ``"own"`` is the one in ``transformers``: on the last token for a
-    decoder, and the language model's own for next tokens. With ``bfloat16`` texts are passed in
-    this precision where the processor has it; what is tuned stays in float32.
+    ``task`` is one of `texts.read`. ``model`` is a packaged one's name or a folder; without
+    ``pretrained`` an encoder's weights are random. Head ``"mean"`` is linear on the mean over the
+    tokens, for which sentence encoders are made (Reimers and Gurevych, 2019); ``"own"`` is the one
+    in ``transformers``: on the last token for a decoder, and the language model's own for next
+    tokens. With ``bfloat16`` texts are passed in this precision where the processor has it; what is
+    tuned stays in float32.
 
-    Texts are cut off to ``tokens``; fewer than 8 leave no place beside the marks of beginning and
-    end. ``samples`` of the training set are used, 0 for all. Scores are taken on ``part``. The seed
-    draws head, random weights and factors, samples, their order, and dropout; head, samples and
-    order depend on nothing else.
+    Texts are cut off to ``tokens``. ``samples`` of the training set are used, 0 for all. Scores are
+    taken on ``part``. The seed draws head, random weights and factors, samples, their order, and
+    dropout; head, samples and order depend on nothing else.
     """
 
     task: str = "movies"
-    source: str = texts.RATED
-    model: str = Field(models.PACKAGED, min_length=1)
+    model: str = models.PACKAGED
     pretrained: bool = True
-    head: Head = "mean"
+    head: Literal["own", "mean"] = "mean"
     epochs: int = Field(3, ge=1)
     batch: int = Field(16, ge=1)
-    tokens: int = Field(48, ge=8)
+    tokens: int = Field(48, ge=1)
     samples: int = Field(0, ge=0)
     part: Literal["validation", "test"] = "validation"
     bfloat16: bool = False
     seed: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if texts.find(self.task, self.source).next_tokens and self.head != "own":
-            raise InputError("head", allowed=f"'own' for task {self.task}", given=self.head)
-        return self
 
 
 class TextRun(Record):
@@ -159,18 +108,16 @@ class TextRun(Record):
 class TextResults(Results):
     """What a run reaches on held-out texts after training.
 
-    ``accuracy``, ``loss`` and ``score`` are those of `texts.Task.scores`. ``baseline`` is the score
-    of the best constant in hindsight, NaN for next tokens, ``training_loss`` the mean over steps,
-    NaN without any, ``parameters`` the number tuned, ``cut_off`` the share of texts longer than
-    ``tokens``, ``seconds`` the training's. ``answers`` packs what `answer` gives. ``changes``,
-    which full tuning gives, is a list in JSON with, for each linear layer, its name as ``layer``,
-    the ``norm`` of its change over that of its weights, the least ranks with ``half`` and nine
-    tenths (``most``) of the change's squared norm, and its singular values number ``1``, ``2``,
-    ``4``, … over the first.
+    The ``score`` is the mean of `texts.contributions`, the ``baseline`` that of the best constant
+    in hindsight, NaN for next tokens. ``training_loss`` is the mean over steps, NaN without any,
+    ``parameters`` the number tuned, ``cut_off`` the share of texts longer than ``tokens``,
+    ``seconds`` the training's. ``answers`` packs what `answer` gives. ``changes``, which full
+    tuning gives, is a list in JSON with, for each linear layer, its name as ``layer``, the ``norm``
+    of its change over that of its weights, the least ranks with ``half`` and nine tenths
+    (``most``) of the change's squared norm, and its singular values number ``1``, ``2``, ``4``, …
+    over the first.
     """
 
-    accuracy: float
-    loss: float
     score: float
     baseline: float
     training_loss: float
@@ -182,7 +129,7 @@ class TextResults(Results):
 
 
 def measure(settings: Sequence[TextRun]) -> list[TextResults]:
-    """Run each setting; raise `InputError` for unusable texts, models and ranks."""
+    """Run each setting."""
     return [tune(setting) for setting in settings]
 
 
@@ -195,20 +142,20 @@ def tune(
     """Run one setting; ``keep`` is called with its trained network.
 
     All held-out texts are scored, or every ``stride``-th, because answers can take most of the
-    time. Raises what `measure` raises.
+    time.
     """
-    problem, task = setting.problem, texts.find(setting.problem.task)
-    labels = texts.read(problem.task, problem.source, problem.part).labels[::stride]
+    problem = setting.problem
     network = prepare(setting)
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     before = _weights(network) if setting.method.kind == "full" else {}
     loss, seconds = train(network, setting) if parameters else (math.nan, 0.0)
     keep(network)
     given = answer(network, problem, stride)
-    baseline = np.full(len(given), task.constant(labels))
+    labels = texts.read(problem.task, problem.part).labels[::stride]
+    positive = float(np.mean(labels)) if texts.has_classes(problem.task) else math.nan
     return TextResults(
-        **task.scores(given, labels),
-        baseline=task.scores(baseline, labels)["score"],
+        score=float(texts.contributions(problem.task, given, labels).mean()),
+        baseline=max(positive, 1 - positive),
         training_loss=loss,
         parameters=parameters,
         cut_off=tokenize(problem)[1],
@@ -224,44 +171,21 @@ def answer(network: Any, problem: TextProblem, stride: int = 1) -> NDArray[np.fl
     An answer is the number of a class or, for next tokens, the text's mean loss in nats.
     The network has a head for the problem's task.
     """
-    samples, task = tokenize(problem)[0][problem.part][::stride], texts.find(problem.task)
+    samples = tokenize(problem)[0][problem.part][::stride]
     collate, device = collator(problem), next(network.parameters()).device
     order = np.argsort(_lengths(samples), kind="stable")
-    outputs = np.empty((len(samples), task.outputs))
+    answers = np.empty(len(samples))
+    classes = texts.has_classes(problem.task)
     half = problem.bfloat16 and models.has_bfloat16(device.type)
     network.eval()
     with models.quiet(), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
-        for rows in _cut(order, ANSWERED[task.next_tokens]):
+        for rows in _cut(order, ANSWERED[not classes]):
             batch = {key: x.to(device) for key, x in collate([samples[i] for i in rows]).items()}
             labels = batch.pop("labels")
             logits = network(**batch)["logits"].float()
-            outputs[rows] = _losses(logits, labels) if task.next_tokens else logits.cpu().numpy()
-    return task.answers(outputs)
-
-
-def equal_ranks(
-    model: str, rank: int, head: Head = "own", every: Sequence[Targets] = TARGETS
-) -> dict[Targets, int]:
-    """Find, for each choice of targets, the rank with about as many numbers as ``rank`` on all.
-
-    No rank is above the least size of a weight.
-    """
-    sizes = {targets: sum(map(sum, _shapes(model, head, targets))) for targets in (*every, "all")}
-    return {
-        targets: min(
-            max(1, round(rank * sizes["all"] / sizes[targets])),
-            *map(min, _shapes(model, head, targets)),
-        )
-        for targets in every
-    }
-
-
-@functools.lru_cache(maxsize=16)
-def _shapes(model: str, head: Head, targets: Targets) -> list[torch.Size]:
-    models.place(model)  # is dequantized on a device with memory
-    with torch.device("meta"):
-        body = _draw(model, head).base_model
-    return [layer.weight.shape for layer in linear_layers(body, targets).values()]
+            found = logits.argmax(1) if classes else _losses(logits, labels)
+            answers[rows] = found.cpu().numpy()
+    return answers
 
 
 class _Mean(nn.Module):
@@ -290,43 +214,27 @@ class _Mean(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def _draw(model: str, head: Head | Literal["next"], **options: Any) -> Any:
-    """Draw the configured model with random weights and a head."""
-    import transformers
-
-    config = models.load(transformers.AutoConfig, model, **options)
-    with models.quiet():
-        if head == "mean":
-            encoder = transformers.AutoModel.from_config(config)
-            encoder.pooler = None  # its outputs are not used
-            return _Mean(encoder, config.num_labels)
-        try:
-            if head == "next":
-                return transformers.AutoModelForCausalLM.from_config(config)
-            return transformers.AutoModelForSequenceClassification.from_config(config)
-        except ValueError as error:
-            given = f"{model!r} ({type(config).__name__})"
-            allowed = "one that transformers can give a head for the task"
-            raise InputError("model", allowed=allowed, given=given) from error
-
-
 def _build(problem: TextProblem) -> Any:
     """Build the model with a head for the task, its weights as shipped or drawn."""
-    task, model = texts.find(problem.task), problem.model
-    if task.next_tokens and problem.pretrained:
-        return models.decoder(model)
-    # The seed alone draws the head, and a pooling layer that is not shipped.
-    with randomness.seeded(problem.seed, "head"):
-        if task.next_tokens:
-            return _draw(model, "next")
-        whole = _draw(model, problem.head, num_labels=task.outputs)
+    import transformers
+
+    if not texts.has_classes(problem.task):
+        return models.decoder(problem.model)
+    config = models.load(transformers.AutoConfig, problem.model, num_labels=2)
+    # The seed alone draws the head.
+    with randomness.seeded(problem.seed, "head"), models.quiet():
+        if problem.head == "mean":
+            encoder = transformers.AutoModel.from_config(config)
+            encoder.pooler = None  # its outputs are not used
+            whole: Any = _Mean(encoder, config.num_labels)
+        else:
+            whole = transformers.AutoModelForSequenceClassification.from_config(config)
     if whole.config.pad_token_id is None:  # by which a decoder finds the last token
         whole.config.pad_token_id = whole.config.eos_token_id
     if problem.pretrained:
-        shipped, lacking = models.encoder(model)
-        weights, drawn = shipped.state_dict(), whole.base_model.state_dict()
-        known = {key: weights[key] for key in drawn.keys() - lacking}
-        whole.base_model.load_state_dict(drawn | known)
+        weights = models.load(transformers.AutoModel, problem.model).state_dict()
+        used = {name: weights[name] for name in whole.base_model.state_dict()}
+        whole.base_model.load_state_dict(used)
     return whole
 
 
@@ -335,79 +243,45 @@ def _adapt(network: Any, method: Method, seed: int) -> Any:
     if method.kind == "full":
         return network.requires_grad_(True)
     body, prefix = network.base_model, network.base_model_prefix
-    heads = {name: module for name, module in network.named_children() if name != prefix}
-    heads = {name: module for name, module in heads.items() if [*module.parameters()]}
-    outputs = getattr(network, "get_output_embeddings", lambda: None)()
-    if outputs is not None:  # of a language model, which has no head of a task's own
-        heads = {}
+    # Of a language model it is no task's own, and the embeddings besides.
+    heads = [name for name in ("classifier", "score") if hasattr(network, name)]
     if isinstance(method, Whole):
-        tuned: list[Any] = [*heads.values()]
+        tuned = [network.get_submodule(name) for name in heads]
         if method.kind == "linear":
-            tuned += linear_layers(body, "all").values()
+            tuned += linear_layers(body).values()
         elif method.kind == "final":
-            tuned += [_last_layer(body), getattr(body, "pooler", None)]
+            tuned.append(body.encoder.layer[-1])
         network.requires_grad_(False)
-        for module in filter(None, tuned):
+        for module in tuned:
             module.requires_grad_(True)
         return network
     from peft import LoraConfig, TaskType, get_peft_model
 
-    layers = method.layers(body)
-    recipe = method.recipe if isinstance(method, Part) else "plain"
-    for name, layer in layers.items():
-        rows, columns = layer.weight.shape
-        limit = f"the weight of {name} is {rows}×{columns}"
-        _checks.integer("rank", method.rank, 1, min(rows, columns), limit=limit)
+    layers = linear_layers(body, TARGETS.get(method.targets, method.targets))
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS if outputs is None else TaskType.CAUSAL_LM,
+        task_type=TaskType.SEQ_CLS if heads else TaskType.CAUSAL_LM,
         r=method.rank,
         lora_alpha=SCALE,
         use_rslora=True,
         target_modules=[f"{prefix}.{name}" for name in layers],
-        modules_to_save=[*heads],
-        use_dora=recipe == "dora",
-        init_lora_weights="pissa" if recipe == "pissa" else True,
+        modules_to_save=heads,
+        use_dora=method.recipe == "dora",
+        init_lora_weights="pissa" if method.recipe == "pissa" else True,
     )
     with randomness.seeded(seed, "factors"), models.quiet():
         return get_peft_model(network, config)
 
 
-def linear_layers(body: nn.Module, targets: Targets = "all") -> dict[str, nn.Linear]:
-    """Find the linear layers of a model, by name, that `Lora` adapts for these targets."""
+def linear_layers(body: nn.Module, pattern: str = "") -> dict[str, nn.Linear]:
+    """Find the linear layers of a model whose names a regular expression finds, by name."""
     layers = {name: m for name, m in body.named_modules() if isinstance(m, nn.Linear)}
-    chosen = {name: m for name, m in layers.items() if targets in ("all", *_purposes(name))}
-    if not chosen:
-        given = f"a {type(body).__name__} without any"
-        allowed = f"one with linear layers for targets {targets!r}"
-        raise InputError("model", allowed=allowed, given=given)
-    return chosen
-
-
-def _purposes(name: str) -> tuple[str, ...]:
-    """Tell what a linear layer is for: attention, feed-forward, or neither, outside the blocks."""
-    parts = name.split(".")
-    if any("attention" in part or "attn" in part for part in parts):
-        if _QUERIES_KEYS.search(parts[-1]):
-            return "attention", "queries and keys"
-        return ("attention",)
-    return ("feed-forward",) if any(part.isdigit() for part in parts) else ()
-
-
-def _last_layer(body: nn.Module) -> nn.Module:
-    stacks = [module for module in body.modules() if isinstance(module, nn.ModuleList) and module]
-    if not stacks:
-        allowed = "a stack of layers, to tune the last one"
-        raise InputError("model", allowed=allowed, given=type(body).__name__)
-    return max(stacks, key=len)[-1]
+    return {name: layer for name, layer in layers.items() if re.search(pattern, name)}
 
 
 def prepare(setting: TextRun) -> Any:
     """Build the model with a head for the task, ready to be tuned."""
     problem = setting.problem
     network = _build(problem)
-    places = getattr(network.config, "max_position_embeddings", None)
-    if places is not None:
-        _checks.integer("tokens", problem.tokens, 8, places, limit="what the model takes")
     half = problem.bfloat16 and problem.head == "own"
     return ready(network, setting.method, problem.seed, half=half)
 
@@ -429,7 +303,7 @@ def ready(network: Any, method: Method, seed: int, *, half: bool) -> Any:
 
 def optimizer_of(network: Any, method: Method) -> Any:
     """Make the optimizer of LoRA+, if asked for; otherwise none, and training makes its own."""
-    if not (isinstance(method, Part) and method.recipe == "lora+"):
+    if not (isinstance(method, Lora) and method.recipe == "lora+"):
         return None
     from peft.optimizers import create_loraplus_optimizer
 
@@ -468,19 +342,17 @@ def collator(problem: TextProblem) -> Any:
     """Make what turns samples of a problem into a batch."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-    kind: Any = DataCollatorWithPadding
-    if texts.find(problem.task).next_tokens:
-        kind = DataCollatorForSeq2Seq
+    classes = texts.has_classes(problem.task)
+    kind: Any = DataCollatorWithPadding if classes else DataCollatorForSeq2Seq
     return kind(_tokenizer(problem.model))
 
 
-def _losses(logits: Tensor, labels: Tensor) -> NDArray[np.float64]:
-    """Compute the mean loss of each text's next tokens, ``[texts, 1]``."""
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the mean loss of each text's next tokens."""
     following = labels[:, 1:]
     losses = nn.functional.cross_entropy(logits[:, :-1].mT, following, reduction="none")
     there = following != -100  # padding, for the collator and the loss
-    means = losses.sum(1, keepdim=True) / there.sum(1, keepdim=True)
-    return means.cpu().double().numpy()
+    return losses.sum(1) / there.sum(1)
 
 
 @functools.lru_cache(maxsize=4)
@@ -494,18 +366,16 @@ def _tokenizer(model: str) -> Any:
 
 def tokenize(problem: TextProblem) -> tuple[dict[str, Any], float]:
     """Turn the training set and the problem's part into samples; also find the share cut off."""
-    return _tokenize(problem.task, problem.source, problem.model, problem.tokens, problem.part)
+    return _tokenize(problem.task, problem.model, problem.tokens, problem.part)
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenize(
-    task: str, source: str, model: str, tokens: int, part: str
-) -> tuple[dict[str, Any], float]:
-    tokenizer, about = _tokenizer(model), texts.find(task)
-    end = tokenizer.eos_token or "" if about.next_tokens else ""
+def _tokenize(task: str, model: str, tokens: int, part: str) -> tuple[dict[str, Any], float]:
+    tokenizer, classes = _tokenizer(model), texts.has_classes(task)
+    end = "" if classes else tokenizer.eos_token or ""
     samples, lengths = {}, []
     for name in ("train", part):
-        examples = texts.read(task, source, name)
+        examples = texts.read(task, name)
         column = [text + end for text in examples.texts]
         with models.quiet():
             encoded = tokenizer(column, truncation=True, max_length=tokens)
@@ -513,7 +383,7 @@ def _tokenize(
         rows = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
         samples[name] = [
             # Labels of their own, since padding is told from the end by them alone.
-            row | ({"labels": row["input_ids"]} if about.next_tokens else {"label": int(label)})
+            row | ({"label": int(label)} if classes else {"labels": row["input_ids"]})
             for row, label in zip(rows, examples.labels, strict=True)
         ]
     return samples, float(np.mean(np.array(lengths) > tokens))

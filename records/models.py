@@ -15,11 +15,9 @@ from lorapower.checkpoints._models import PACKAGED as PACKAGED
 from lorapower.checkpoints._models import folder as folder
 from lorapower.checkpoints._models import has_bfloat16 as has_bfloat16
 from lorapower.checkpoints._models import load as load
-from lorapower.checkpoints._models import place as place
 from lorapower.checkpoints._models import public_name as public_name
 from lorapower.checkpoints._models import quiet as quiet
 from lorapower.checkpoints._models import tokenizer as tokenizer
-from lorapower.errors import InputError
 
 with warnings.catch_warnings():
     # Libraries import it, and without widgets in a notebook it warns of plain bars.
@@ -39,31 +37,11 @@ class DoublePrecision(TorchFunctionMode):
         return func(*map(widened, args), **named)
 
 
-def encoder(model: str) -> tuple[Any, set[str]]:
-    """Load an encoder with its weights as shipped.
-
-    Returns it and the names of its weights that are not shipped and drawn anew each time: those of
-    a pooling layer, which nothing here uses. Raises `InputError` if it lacks others.
-    """
-    from transformers import AutoModel
-
-    return _load_whole(AutoModel, model)
-
-
 def decoder(model: str) -> Any:
-    """Load a language model in float32; raise `InputError` if it lacks weights."""
+    """Load a language model in float32."""
     from transformers import AutoModelForCausalLM
 
-    return _load_whole(AutoModelForCausalLM, model, dtype=torch.float32)[0]
-
-
-def _load_whole(kind: Any, model: str, **options: Any) -> tuple[Any, set[str]]:
-    network, about = load(kind, model, output_loading_info=True, **options)
-    missing = set(about["missing_keys"])
-    if needed := sorted(key for key in missing if not key.startswith("pooler.")):
-        given = f"{model!r}, which lacks {len(needed)}, among them {needed[0]}"
-        raise InputError("model", allowed="one whose weights are all there", given=given)
-    return network, missing
+    return load(AutoModelForCausalLM, model, dtype=torch.float32)
 
 
 def save(network: Any, model: str, folder: Any) -> None:

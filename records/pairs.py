@@ -35,7 +35,7 @@ _MADE = Path(__file__).resolve().parent.parent / "_build" / "pair"
 
 def texts(kind: str, part: str) -> list[str]:
     """Read the rated sentences of a kind in a part, without ratings, those near neutral too."""
-    return [*sources.read(f"{kind}-next", sources.RATED, part).texts]
+    return [*sources.read(f"{kind}-next", part).texts]
 
 
 def example(seed: int = 0) -> Path:

@@ -29,7 +29,7 @@ from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder, to_decoder
 from records import models, pairs, plans
 from records.floors import WholeFloor
-from records.tables import begin, merge, put
+from records.tables import begin, put
 
 # Texts for planning and for measuring.
 PLANNING, TEXTS = 120, 100
@@ -324,5 +324,4 @@ if __name__ == "__main__":
     asked = sweeps.grid(PartRun, tuning=tunings, stage=["weights", "floors", "whole", "effect"])
     # An identity: one tuning is enough to see it.
     asked.append(PartRun(tuning="tweets", stage="products"))
-    sweeps.run(asked, work, "parts.sqlite", size=1)
-    put(unfold(merge(["parts.sqlite"], PartRun)), "parts")
+    put(unfold(sweeps.run(asked, work, "parts.sqlite", size=1)), "parts")

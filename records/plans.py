@@ -20,7 +20,7 @@ from lorapower import lowrank, randomness
 from lorapower.checkpoints import Adapter, Pair, Planner, _export
 from lorapower.experiments import sweeps
 from records import models, neighbours, pack, pairs
-from records.tables import begin, merge, put
+from records.tables import begin, put
 
 BASE = models.LANGUAGE
 # Texts for planning, of which as many are used as a plan takes.
@@ -199,5 +199,4 @@ def every(tuning: str) -> list[AdapterRun]:
 if __name__ == "__main__":
     begin()
     asked = [setting for tuning in TUNINGS for setting in every(tuning)]
-    sweeps.run(asked, work, "plans.sqlite", size=1)
-    put(merge(["plans.sqlite"], AdapterRun), "plans")
+    put(sweeps.run(asked, work, "plans.sqlite", size=1), "plans")

@@ -1,11 +1,8 @@
 """Compare adapters of equal size that were trained, extracted, shrunk, and cut.
 
-All are of the networks that `tune` keeps in a folder; all but one way are nothing but factors of
-the blocks' linear layers: embeddings and norms stay the base's. Each one that is measured is kept
-at once, so that the same command goes on after an interruption. Without seeds, all that are
-recorded are measured, and put into the record::
-
-    python -m records.sizes FOLDER [SEED ...]
+All but one way are nothing but factors of the blocks' linear layers: embeddings and norms stay the
+base's. The trained networks are those of ``"decoder"``, at the rates that were chosen first; they
+are made if they are missing, and kept in the folder ``tuned``.
 """
 
 from __future__ import annotations
@@ -16,19 +13,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+import records
 from lorapower.checkpoints import Pair, Planner, _export
 from lorapower.checkpoints.pair import KINDS
 from lorapower.experiments import sweeps
-from records import language, models, pack, pairs, plans, protocols, texts
-from records.tables import begin, merge, put
-from records.tune import KEPT, SEEDS, choose, place
+from records import language, models, pack, pairs, plans, tables
 
 BASE = models.LANGUAGE
 HIGHEST = 64
-RECORDED = [0, 3, 4]
 # What is kept of a comparison of networks.
 SUMS = ("squares", "equal", "divergence", "decisions")
 # What an adapter is made from: full tuning, of blocks or of all, or the adapter of the highest
@@ -67,30 +63,27 @@ class SizedResults(sweeps.Results):
 
 
 @functools.cache
-def trained(seed: int) -> dict[SizedRun, language.TextRun]:
-    """Map settings here to those of `tune` for a seed."""
-    compared = choose(protocols.compare("decoder", KEPT, texts.RATED, BASE, seed=seed, seeds=1))
-    most = max(setting.problem.samples for setting in compared)
-    names = {"head": "base", "lora": "trained"}
-    found = {}
-    for setting in compared:
-        if setting.problem.samples == most:
-            way = names.get(setting.method.way, setting.method.way)
-            found[SizedRun(seed=seed, way=way, rank=setting.method.rank)] = setting
-    return found
+def trained(seed: int, way: str, rank: int = 0) -> language.TextRun:
+    """Find the training of a network among those recorded, at the rate that was used first."""
+    runs = pd.concat([records.read("rates"), records.read("decoder")])
+    runs = runs.query("task == 'movies-next' and part == 'test' and samples == 2000")
+    targets = "all" if way == "trained" else way
+    of_way = runs.targets.eq(targets) & runs["rank"].eq(rank) if rank else runs.method.eq(way)
+    setting = tables.settings(runs[of_way & runs.seed.eq(seed)][:1], language.TextRun)[0]
+    return setting.replace(problem=setting.problem.replace(model=BASE))
 
 
-def every(seed: int) -> list[SizedRun]:
-    """List all networks of a seed, those first that need no plan."""
-    ranks = (*plans.RANKS, HIGHEST)
-    given = (s for s in trained(seed) if s.way != "trained" or s.rank in ranks)
-    made = (SizedRun(seed=seed, way=way, rank=rank) for way in MADE for rank in plans.RANKS)
-    return [*given, SizedRun(seed=seed, way="blocks"), SizedRun(seed=seed, way="full again"), *made]
+def place(seed: int, way: str, rank: int = 0) -> Path:
+    """Name the folder of a trained network."""
+    return Path("tuned", f"{seed}-{way.replace(' ', '-')}-{rank}")
 
 
 def folder_of(seed: int, way: str, rank: int = 0) -> Path:
-    """Name the folder of a trained network."""
-    return place(trained(seed)[SizedRun(seed=seed, way=way, rank=rank)])
+    """Find the folder of a trained network, which is made if it is missing."""
+    folder = place(seed, way, rank)
+    if not folder.exists():
+        language.tune(trained(seed, way, rank), lambda network: models.save(network, BASE, folder))
+    return folder
 
 
 @functools.lru_cache(maxsize=2)
@@ -98,11 +91,10 @@ def plan(seed: int, source: str) -> Planner:
     """Plan for full tuning, or the adapter of the highest rank, on the same texts for all."""
     way, rank = ("trained", HIGHEST) if source == "trained" else ("full", 0)
     limits: dict[str, Any] = {"modules": plans.BLOCKS, "leave": KINDS} if source != "whole" else {}
-    kind = KEPT.removesuffix("-next")
     return Planner(
         Pair.open(BASE, str(folder_of(seed, way, rank))),
-        pairs.texts(kind, "validation")[: plans.PLANNING],
-        held_out=pairs.texts(kind, "test"),
+        pairs.texts("movies", "validation")[: plans.PLANNING],
+        held_out=pairs.texts("movies", "test"),
         **limits,
     )
 
@@ -125,7 +117,7 @@ def make(setting: SizedRun, folder: Path) -> tuple[Any, int, float]:
         folder = folder_of(seed, way, setting.rank)
         return _export.load(folder, blocks.pair), _export.measure_peft(folder)[0], 0.0
     if way == "full again":
-        another = folder_of((seed + 1) % SEEDS[KEPT], "full")
+        another = folder_of((seed + 1) % 8, "full")  # of eight seeds
         network = Pair.open(BASE, str(another)).network()
     else:
         network = blocks.pair.network()
@@ -147,15 +139,6 @@ def work(settings: list[SizedRun]) -> list[SizedResults]:
     if setting.way == "base" or MADE.get(setting.way, ("",))[0] == "trained":
         others = plan(setting.seed, "trained").test.compare(network)
         numbers |= {f"{name}_64": getattr(others, name) for name in SUMS[:-1]}
-    problem = next(iter(trained(setting.seed).values())).problem
-    numbers["losses"] = language.answer(network, problem)
+    numbers["losses"] = language.answer(network, trained(setting.seed, "full").problem)
     packed = {key: pack(values) for key, values in numbers.items()}
     return [SizedResults(parameters=parameters, seconds=seconds, **packed)]
-
-
-if __name__ == "__main__":
-    chosen = [*map(int, begin())]
-    asked = [setting for seed in chosen or RECORDED for setting in every(seed)]
-    sweeps.run(asked, work, "sizes.sqlite", size=1)
-    if not chosen:
-        put(merge(["sizes.sqlite"], SizedRun), "sizes")

@@ -1,14 +1,12 @@
-"""Put long runs of language models beside this file, for `records.read`."""
+"""Put long runs of language models beside this file, and read settings back from them."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-import joblib
 import pandas as pd
 import torch
 
@@ -16,12 +14,14 @@ from lorapower.experiments import sweeps
 
 HERE = Path(__file__).resolve().parent
 
+R = TypeVar("R", bound=sweeps.Record)
+
 
 def begin() -> list[str]:
     """Enter the folder that the command line names first; return what it says after that.
 
-    Files of runs, and folders of networks, are in the working directory of these commands, also of
-    their workers. They compute on one thread, as recorded runs do.
+    Files of runs, and folders of networks, are in the working directory of these commands. They
+    compute on one thread, as recorded runs do.
     """
     folder, *others = sys.argv[1:]
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -30,34 +30,34 @@ def begin() -> list[str]:
     return others
 
 
-def workers() -> joblib.parallel_config:
-    """Run batches in two processes of one thread each, which do more than two threads."""
-    return joblib.parallel_config("loky", n_jobs=2, inner_max_num_threads=1)
-
-
 def put(table: pd.DataFrame, name: str, folder: Path = HERE) -> None:
     """Write a table, compressed; its bytes do not depend on the moment."""
     table.to_csv(folder / f"{name}.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
     print(f"{name}: {len(table)} rows")
 
 
-def merge(files: Sequence[Path | str], kind: type[sweeps.Record]) -> pd.DataFrame:
-    """Read the runs of all files as one table, in an order that does not depend on theirs."""
-    table = pd.concat([sweeps.read(file) for file in files])
-    settings = [name for name in columns(kind) if name in table]
-    return table.drop_duplicates(settings).sort_values(settings, ignore_index=True)
+def settings(table: pd.DataFrame, kind: type[R]) -> list[R]:
+    """Read the setting of each row of a table back, as a record of a kind."""
+    return [_setting(kind, row.dropna()) for _, row in table.convert_dtypes().iterrows()]
 
 
-def columns(record: type[sweeps.Record], name: str = "") -> list[str]:
-    """List the columns of a class's settings in a table, of all kinds that its fields name."""
-    names = []
-    for field, about in record.model_fields.items():
+def _setting(kind: type[R], row: pd.Series[Any]) -> R:
+    values = {}
+    for name, field in kind.model_fields.items():
+        # A record within a record is of one kind, or of several that have their column.
         kinds = [
-            kind for kind in (about.annotation, *get_args(about.annotation)) if _is_record(kind)
+            each for each in (field.annotation, *get_args(field.annotation)) if _is_record(each)
         ]
-        inner = [column for kind in kinds for column in columns(kind, field)]
-        names += [*dict.fromkeys(inner)] or [name if field == "kind" else field]
-    return names
+        if kinds:
+            inner = next((k for k in kinds if row.get(name) in _names(k)), kinds[0])
+            values[name] = _setting(inner, row.rename({name: "kind"}))
+        elif name in row:
+            values[name] = row[name]
+    return kind(**values)
+
+
+def _names(kind: type[sweeps.Record]) -> tuple[Any, ...]:
+    return get_args(kind.model_fields["kind"].annotation) if "kind" in kind.model_fields else ()
 
 
 def _is_record(kind: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Rated sentences and functions, tasks on them, and how answers are scored.
+"""Rated sentences and functions, by task, and how answers are scored.
 
 Rated sentences (Hutto and Gilbert, 2014) are of four kinds, each with the mean of fifteen or more
 ratings from −4 to 4. They are read from a package's source archive, whose digest is checked.
@@ -30,8 +30,6 @@ from numpy.typing import ArrayLike, NDArray
 from lorapower.errors import InputError
 from records import models
 
-#: Sources of texts: the archive of rated sentences, and functions.
-RATED, CODE = "rated", "code"
 PARTS = ("train", "validation", "test")
 #: Mean ratings no farther from 0 than this count as neither positive nor negative.
 NEUTRAL = 0.5
@@ -47,75 +45,16 @@ _ARCHIVE = Path(sys.prefix, "share", "lorapower", f"{REQUIREMENT.replace('==', '
 _SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _FUNCTIONS = "6b7165e91b2970ace78b6ea023efeeb3d2ba6781cd4e0f3a15e8db1584b2f8c2"
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
-
-
-@dataclass(frozen=True)
-class Task:
-    """Describe what is asked of a model about texts, and score its answers.
-
-    A text is of one of two classes, or its own next tokens are asked for. ``title`` is the file of
-    rated sentences, or the package of functions.
-    """
-
-    name: str
-    title: str
-    next_tokens: bool = False
-
-    @property
-    def outputs(self) -> int:
-        """Number of a model's outputs."""
-        return 1 if self.next_tokens else 2
-
-    def answers(self, outputs: ArrayLike) -> NDArray[np.float64]:
-        """Turn outputs ``[samples, outputs]`` into classes.
-
-        The number of a text whose next tokens are asked for is its loss, a mean over tokens in
-        nats.
-        """
-        values = np.asarray(outputs, dtype=np.float64)
-        return values[:, 0] if self.next_tokens else values.argmax(1).astype(np.float64)
-
-    def scores(self, answers: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-        """Compute ``accuracy`` or ``loss``, the other NaN, and the ``score``: accuracy or -loss."""
-        score = float(self.contributions(answers, labels).mean())
-        accuracy, loss = (math.nan, -score) if self.next_tokens else (score, math.nan)
-        return {"accuracy": accuracy, "loss": loss, "score": score}
-
-    def contributions(self, answers: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
-        """Compute a number for each text: their mean is the score, their spread gives its error.
-
-        It is 1 where the class is right, else 0; for a loss its negative.
-        """
-        given = np.asarray(answers, dtype=np.float64)
-        return -given if self.next_tokens else (given == np.asarray(labels)).astype(np.float64)
-
-    def constant(self, labels: Sequence[float]) -> float:
-        """Find the best answer for all samples alike, the most frequent class; NaN for a loss."""
-        if self.next_tokens:
-            return math.nan
-        values, counts = np.unique(np.asarray(labels), return_counts=True)
-        return float(values[counts.argmax()])
-
-
-_KINDS = {
+#: Files of the rated sentences by kind. For each kind there are two tasks: the sign of the mean
+#: rating and, with ``-next`` after the name, the next tokens.
+KINDS = {
     "movies": "movieReviewSnippets",
     "tweets": "tweets",
     "products": "amazonReviewSnippets",
     "editorials": "nytEditorialSnippets",
 }
-#: Tasks by source and name. For each kind of rated sentences they are the sign of the mean rating
-#: and, with ``-next`` after its name, the next tokens; for functions their next tokens.
-TASKS = {
-    source: {task.name: task for task in tasks}
-    for source, tasks in {
-        RATED: [
-            task
-            for kind, file in _KINDS.items()
-            for task in (Task(kind, file), Task(f"{kind}-next", file, next_tokens=True))
-        ],
-        CODE: [Task("functions-next", "sympy", next_tokens=True)],
-    }.items()
-}
+#: The task of the next tokens of functions.
+FUNCTIONS = "functions-next"
 
 
 @dataclass(frozen=True)
@@ -130,34 +69,38 @@ class Examples:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def find(name: str, source: str = "") -> Task:
-    """Return the task of a name, of one source or any; raise `InputError` that lists all."""
-    if source not in ("", *TASKS):
-        raise InputError("source", allowed=f"one of {', '.join(TASKS)}", given=repr(source))
-    among = TASKS[source] if source else TASKS[RATED] | TASKS[CODE]
-    if name not in among:
-        raise InputError("task", allowed=f"one of {', '.join(among)}", given=repr(name))
-    return among[name]
+def has_classes(task: str) -> bool:
+    """Whether a task asks for one of two classes, not for the next tokens of a text."""
+    return not task.endswith("-next")
+
+
+def contributions(
+    task: str, answers: ArrayLike, labels: Sequence[float] = ()
+) -> NDArray[np.float64]:
+    """Compute a number for each text: their mean is the score, their spread gives its error.
+
+    It is 1 where the class is right, else 0. The answer for next tokens is the text's loss, a mean
+    over tokens in nats, and the number its negative.
+    """
+    given = np.asarray(answers, dtype=np.float64)
+    return (given == np.asarray(labels)).astype(np.float64) if has_classes(task) else -given
 
 
 @functools.lru_cache(maxsize=16)
-def read(task: str, source: str, part: str) -> Examples:
+def read(task: str, part: str) -> Examples:
     """Read a task's training, validation or test set.
 
     The digest of a rated sentence's words alone decides its part; that of its file's path a
     function's. Left out and counted are repetitions, also of a function with other names and
     constants, in the same part or one before, and for the sign mean ratings within ±`NEUTRAL`.
-    Raises `InputError` for unknown tasks, sources and parts, and for texts that cannot be read.
+    Raises `InputError` for texts that are not those published.
     """
-    about = find(task, source)
-    if part not in PARTS:
-        raise InputError("part", allowed=f"one of {', '.join(PARTS)}", given=repr(part))
-    return (_rated if source == RATED else _code)(about, part)
+    return _code(part) if task == FUNCTIONS else _rated(task, part)
 
 
-def _rated(task: Task, part: str) -> Examples:
+def _rated(task: str, part: str) -> Examples:
     """Read the rated sentences of a part, each once, with the sign or the mean of ratings."""
-    content = io.BytesIO(_extract(f"{task.title}_GroundTruth.txt"))
+    content = io.BytesIO(_extract(f"{KINDS[task.removesuffix('-next')]}_GroundTruth.txt"))
     # Quotation marks and words for missing values are text.
     table = pd.read_csv(
         content,
@@ -174,16 +117,16 @@ def _rated(task: Task, part: str) -> Examples:
     table = table[[_part(words, SHARES) == part for words in table.words]]
     kept = table.drop_duplicates("words")
     left_out = {"repeated": len(table) - len(kept), "neutral": 0}
-    if not task.next_tokens:
+    if has_classes(task):
         decided = kept[kept.rating.abs() > NEUTRAL]
         left_out["neutral"] = len(kept) - len(decided)
         kept = decided.assign(rating=(decided.rating > 0).astype(float))
     return Examples(tuple(kept.text), tuple(kept.rating.tolist()), +Counter(left_out))
 
 
-def _code(task: Task, part: str) -> Examples:
+def _code(part: str) -> Examples:
     """Read the functions of a part, each form once; training texts are left out of other parts."""
-    table = pd.DataFrame(_functions(task.title), columns=["file", "text", "form"])
+    table = pd.DataFrame(_functions(), columns=["file", "text", "form"])
     table["part"] = pd.Categorical([_part(file, FILES) for file in table.file], PARTS)
     once = table.sort_values("part", kind="stable").drop_duplicates("form")
     texts = tuple(once.text[once.part == part])
@@ -192,9 +135,9 @@ def _code(task: Task, part: str) -> Examples:
 
 
 @functools.cache
-def _functions(package: str) -> list[tuple[str, str, str]]:
-    """List file, text and form of each short function outside a package's tests, file by file."""
-    folder, functions = models.folder(package), []
+def _functions() -> list[tuple[str, str, str]]:
+    """List file, text and form of each short function outside SymPy's tests, file by file."""
+    folder, functions = models.folder("sympy"), []
     for name, path in sorted((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*.py")):
         if {"tests", "benchmarks"} & {*name.split("/")}:
             continue
@@ -210,10 +153,10 @@ def _functions(package: str) -> list[tuple[str, str, str]]:
     content = "\0".join(f"{name}\0{text}" for name, text, _ in functions)
     if hashlib.sha256(content.encode()).hexdigest() != _FUNCTIONS:
         raise InputError(
-            f"package {package}",
+            "package sympy",
             allowed=f"{SYMPY} as it is published, for its functions",
             given=f"{len(functions)} functions of other content",
-            remedy=f"`pip install {SYMPY}`, or name another source",
+            remedy=f"`pip install {SYMPY}`",
         )
     return functions
 

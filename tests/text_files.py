@@ -36,7 +36,7 @@ def shown(lines: Sequence[str]) -> Iterator[dict[str, Examples]]:
     labels = tuple(float(i % 2) for i in range(len(lines)))
     parts = dict.fromkeys(texts.PARTS, Examples(tuple(lines), labels))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "read", lambda task, source, part: parts[part])
+        patch.setattr(texts, "read", lambda task, part: parts[part])
         language._tokenize.cache_clear()
         yield parts
     language._tokenize.cache_clear()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import checkpoint_files as files
 import numpy as np
@@ -14,11 +13,10 @@ import pandas as pd
 import pytest
 import text_files
 import torch
-from safetensors.torch import load_file, save_file
+import transformers
 
-from lorapower import InputError
 from records import language, models, unpack
-from records.language import Lora, Method, Targets, TextProblem, TextRun, Whole
+from records.language import TARGETS, Lora, Method, TextProblem, TextRun, Whole
 from records.texts import Examples
 
 LINES = [*files.texts()[:30], *(text[:9] for text in files.texts()[:10])]
@@ -72,7 +70,7 @@ def tuned(network: Any) -> dict[str, int]:
 
 
 def test_pretrained_weights_are_those_shipped_and_random_ones_are_not(sign: TextProblem) -> None:
-    shipped = models.encoder(sign.model)[0].state_dict()
+    shipped = models.load(transformers.AutoModel, sign.model).state_dict()
     for pretrained in (True, False):
         own = build(sign.replace(pretrained=pretrained)).base_model.state_dict()
         same = [torch.equal(own[k], shipped[k]) for k in own if "dense.weight" in k]
@@ -83,8 +81,7 @@ def test_what_is_tuned(sign: TextProblem) -> None:
     def of(method: Method) -> set[str]:
         return {*tuned(build(sign, method))}
 
-    kinds = get_args(Targets)
-    adapters = {t: {n for n in of(Lora(targets=t, rank=2)) if "lora_" in n} for t in kinds}
+    adapters = {t: {n for n in of(Lora(targets=t, rank=2)) if "lora_" in n} for t in TARGETS}
     # Query, key, value and output of two layers; with the two of each perceptron.
     assert (len(adapters["attention"]), len(adapters["all"])) == (2 * 2 * 4, 2 * 2 * 6)
     assert adapters["attention"] | adapters["feed-forward"] == adapters["all"]
@@ -108,7 +105,7 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(sign: TextProblem)
     network = build(sign).eval()
     ids = torch.arange(4, 10)
     with torch.no_grad():
-        encoder = models.encoder(sign.model)[0].eval()
+        encoder = models.load(transformers.AutoModel, sign.model).eval()
         hidden = encoder(input_ids=ids[None]).last_hidden_state[0]
         wanted = network.classifier.weight @ hidden.mean(0) + network.classifier.bias
         padded = torch.cat([ids, torch.ones(3, dtype=torch.long)])[None]
@@ -117,23 +114,6 @@ def test_the_mean_head_is_linear_on_the_tokens_that_are_there(sign: TextProblem)
     torch.testing.assert_close(found["logits"][0], wanted, rtol=1e-4, atol=1e-5)
     wanted_loss = -torch.log_softmax(wanted, 0)[1]
     torch.testing.assert_close(found["loss"], wanted_loss, rtol=1e-4, atol=1e-5)
-
-
-def test_what_is_not_usable_is_refused(sign: TextProblem, tmp_path: Path) -> None:
-    for problem, rank, message in (
-        (sign, 17, r"rank must be .* from 1 to 16 \(the weight of .* 17"),
-        (sign.replace(tokens=33), 1, "tokens must be .* 8 to 32"),
-        (sign.replace(model=str(tmp_path)), 1, "model must be a folder with a configuration"),
-    ):
-        with pytest.raises(InputError, match=message):
-            build(problem, Lora(rank=rank))
-    folder = text_files.save_bert(tmp_path)
-    path = Path(folder, "model.safetensors")
-    weights = load_file(path)
-    lacking = {name: w for name, w in weights.items() if "layer.1.output.dense" not in name}
-    save_file(lacking, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"whose weights are all there; got .* lacks .*layer\.1\."):
-        models.encoder(folder)
 
 
 # Answers
@@ -160,8 +140,8 @@ def test_next_tokens_are_answered_as_for_each_text_alone(
     # Without training the base is measured.
     untrained = tune(following, Whole(kind="head"))
     np.testing.assert_allclose(unpack(untrained.answers), losses, rtol=1e-5)
-    assert (untrained.parameters, untrained.score) == (0, -untrained.loss)
-    assert untrained.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert untrained.parameters == 0
+    assert untrained.score == pytest.approx(-np.mean(losses), rel=1e-5)
 
 
 def test_a_decoder_tells_classes_from_the_last_token(following: TextProblem) -> None:
@@ -187,7 +167,7 @@ def test_runs_repeat_bit_by_bit_and_print_nothing(
     assert capfd.readouterr() == ("", "")
     assert one.training_loss == again.training_loss != other.training_loss
     right = unpack(one.answers) == shown["validation"].labels
-    assert one.score == one.accuracy == right.mean()
+    assert one.score == right.mean()
     assert one.baseline == 0.5
     lengths = [len(models.tokenizer(sign.model)(text)["input_ids"]) for text in text_files.LINES]
     assert one.cut_off == np.mean(np.array(lengths) > 28)

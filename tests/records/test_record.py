@@ -15,7 +15,7 @@ from lorapower import bounds, lowrank, randomness
 from lorapower.checkpoints import Pair
 from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder
-from records import language, models, neighbours, pairs, parts, plans, sizes, tables
+from records import language, models, neighbours, pairs, parts, plans, sizes
 from records.plans import AdapterRun
 from records.sizes import SizedRun
 
@@ -37,8 +37,8 @@ def test_adapters_for_tunings_are_measured(
     assert all(pair.change(name).any() for name in pair.modules)
     plans.tune("movies", 3, plans.other(AdapterRun(tuning="a", method="mergekit", asked=1)))
     chosen = [s for s in plans.every("a") if s.asked <= 1 and s.method != "least uniform"]
-    sweeps.run(chosen, plans.work, "plans.sqlite", size=1, progress=False)
-    table = records.complete(tables.merge(["plans.sqlite"], AdapterRun)).set_index("method")
+    table = sweeps.run(chosen, plans.work, size=1, progress=False)
+    table = records.complete(table).set_index("method")
     others = ["mergekit", *neighbours.RULES]
     assert {*table.index} == {*others, "effect of blocks", "effect", "least effect"}
     assert table.error["effect of blocks"] < table.error[[*neighbours.RULES]].min()
@@ -98,17 +98,17 @@ def test_ways_of_one_size_are_measured(tmp_path: Path, monkeypatch: pytest.Monke
     start, end = files.pair(tmp_path, "LlamaForCausalLM", change=change, **wide)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sizes, "BASE", start)
-    large = language.prepare(sizes.trained(0)[SizedRun(way="trained", rank=sizes.HIGHEST)])
+    large = language.prepare(sizes.trained(0, "trained", sizes.HIGHEST))
     for name, value in large.named_parameters():
         if "lora_B" in name:
             draw = randomness.generator(0, name)
             value.data = 0.02 * randomness.normal(draw, *value.shape).float()
-    large.save_pretrained(sizes.folder_of(0, "trained", sizes.HIGHEST))
-    sizes.folder_of(0, "full").symlink_to(end)
+    large.save_pretrained(sizes.place(0, "trained", sizes.HIGHEST))
+    sizes.place(0, "full").symlink_to(end)
     ways = "full", "base", "blocks", "svd", "extracted", "shrunk", "extracted whole"
-    chosen = [s for s in sizes.every(0) if s.way in ways and s.rank < 2]
-    sweeps.run(chosen, sizes.work, "sizes.sqlite", size=1, progress=False)
-    table = records.complete(tables.merge(["sizes.sqlite"], SizedRun)).set_index("way")
+    chosen = [SizedRun(way=way, rank=int(way in sizes.MADE)) for way in ways]
+    table = sweeps.run(chosen, sizes.work, size=1, progress=False)
+    table = records.complete(table).set_index("way")
     planner = sizes.plan(0, "full")
     sides = sum(sum(module.shape) for module in planner.modules.values())
     assert table.parameters["svd"] == sides
@@ -144,7 +144,7 @@ def test_ways_of_one_size_are_measured(tmp_path: Path, monkeypatch: pytest.Monke
         np.testing.assert_allclose(row.divergence, divergence, rtol=2e-3)
         assert row.error == pytest.approx(np.sqrt(sum(squares) / sum(effect)), rel=1e-3)
         assert row.kl == pytest.approx(sum(divergence) / row.decisions.sum(), rel=1e-3)
-        problem = sizes.trained(0)[SizedRun(way="full")].problem
+        problem = sizes.trained(0, "full").problem
         losses = language.answer(network, problem)
         # In bfloat16 where the processor has it.
         np.testing.assert_allclose(row.losses, losses, atol=0.1)

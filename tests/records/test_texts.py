@@ -15,17 +15,6 @@ from lorapower import InputError
 from records import models, texts
 from records.texts import Examples
 
-
-def test_unknown_tasks_sources_and_parts_are_refused() -> None:
-    for *wrong, message in (
-        ("movies", "code", "train", "task must be one of functions-next"),
-        ("movies", "hub", "train", "source must be one of rated, code"),
-        ("movies", "rated", "dev", "part must be one of train, validation, test"),
-    ):
-        with pytest.raises(InputError, match=message):
-            texts.read(*wrong)
-
-
 # Rated sentences, with each file's number of distinct ones.
 KINDS = {"movies": 10603, "tweets": 4140, "products": 3697, "editorials": 5118}
 
@@ -40,12 +29,12 @@ def archived(file: str) -> str:
 
 
 def rated_parts(task: str) -> dict[str, Examples]:
-    return {part: texts.read(task, "rated", part) for part in texts.PARTS}
+    return {part: texts.read(task, part) for part in texts.PARTS}
 
 
 @pytest.mark.parametrize(("kind", "distinct"), KINDS.items())
 def test_each_rated_sentence_is_in_one_part(kind: str, distinct: int) -> None:
-    lines = [line.split("\t") for line in archived(texts.find(kind).title).splitlines()]
+    lines = [line.split("\t") for line in archived(texts.KINDS[kind]).splitlines()]
     table = pd.DataFrame(lines, columns=["id", "rating", "text"]).astype({"rating": float})
     table["text"] = [html.unescape(html.unescape(text)).strip() for text in table["text"]]
     table["words"] = table["text"].str.casefold().str.split().str.join(" ")
@@ -73,28 +62,28 @@ def test_other_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     texts.read.cache_clear()
     command = "`pip download --no-deps --no-binary :all: --dest .* vaderSentiment==3.3.2`"
     with pytest.raises(InputError, match=f"archive of rated sentences must be at .*: {command}"):
-        texts.read("movies", "rated", "train")
+        texts.read("movies", "train")
     path.write_bytes(whole[:-1000])
     with pytest.raises(InputError, match=f"got {len(whole) - 1000} bytes of other .*{command}"):
-        texts.read("movies", "rated", "train")
+        texts.read("movies", "train")
     text = "def double(values):\n    return [2 * value for value in values if value is not None]\n"
     (tmp_path / "one.py").write_text(text)
     monkeypatch.setattr(models, "folder", lambda package: tmp_path)
     with pytest.raises(InputError, match=r"must be sympy==1\.14\.0 .*got 1 .*`pip install sympy="):
-        texts._functions("another")
+        texts._functions.__wrapped__()
 
 
 # Functions
 
 
 def functions(part: str) -> list[str]:
-    return [*texts.read("functions-next", "code", part).texts]
+    return [*texts.read("functions-next", part).texts]
 
 
 def test_functions_of_a_file_are_in_one_part_and_those_of_a_form_there_once() -> None:
     parts = {part: functions(part) for part in texts.PARTS}
     assert [*map(len, parts.values())] == [2722, 374, 1276]
-    left_out = [texts.read("functions-next", "code", part).left_out for part in texts.PARTS]
+    left_out = [texts.read("functions-next", part).left_out for part in texts.PARTS]
     assert left_out == [{"repeated": number} for number in (2429, 304, 1135)]
     every = [text for found in parts.values() for text in found]
     assert all(60 <= len(text) <= 200 for text in every)

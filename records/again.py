@@ -1,0 +1,51 @@
+"""Make a recorded table of trainings again, by the settings in its rows.
+
+Each run is kept in a folder as it ends, so that the same command goes on after an interruption; the
+networks that `sizes` needs are kept there too::
+
+    python -m records.again FOLDER TABLE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import records
+from lorapower.experiments import sweeps
+from records import facts, language, sizes
+from records.tables import begin, put, settings
+
+
+class RecipeResults(language.TextResults):
+    """What a run reaches on the test part, and its score on the ``validation`` part."""
+
+    validation: float
+
+
+def with_validation(runs: list[language.TextRun]) -> list[RecipeResults]:
+    """Tune once, and score on the part for choosing and on the part for testing."""
+    (setting,) = runs
+    kept: list[Any] = []
+    found = language.tune(setting, kept.append)
+    losses = language.answer(kept[0], setting.problem.replace(part="validation"))
+    return [RecipeResults(**dict(found), validation=-float(np.mean(losses)))]
+
+
+#: What states a row's setting, and what runs it.
+MADE: dict[str, tuple[type[sweeps.Record], Callable[..., Any]]] = {
+    "movies": (language.TextRun, language.measure),
+    "decoder": (language.TextRun, language.measure),
+    "recipes": (language.TextRun, with_validation),
+    "facts": (facts.FactRun, facts.work),
+    "sizes": (sizes.SizedRun, sizes.work),
+}
+
+
+if __name__ == "__main__":
+    (name,) = begin()
+    kind, work = MADE[name]
+    asked = settings(records.read(name), kind)
+    put(sweeps.run(asked, work, f"{name}.sqlite", size=1), name)
