@@ -229,6 +229,28 @@ def test_a_segment_that_cannot_be_reached_is_named() -> None:
         transformer.adapt(frozen, Transformer.random(1, 4, 1, seed=2), ranks)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"residual": True},
+        {"residual": True, "norm": "rms", "gated": True},
+        {"residual": True, "norm": "layer", "rotary": 100.0, "head_size": 4},
+    ],
+    ids=str,
+)
+def test_the_error_is_known_before_there_are_adapters(options: dict[str, Any]) -> None:
+    frozen, target = (Transformer.random(2, 4, 2, seed=s, **options) for s in (1, 2))
+    x = tokens(frozen)
+    y = target(x)
+    for rank in range(4):
+        found = transformer.adapt(frozen, target, rank, rtol=torch.inf, throw=False)
+        off = torch.linalg.vector_norm(found.adapters.merge(frozen)(x) - y, dim=-2).amax(-1)
+        known = bounds.transformer_error(frozen, target, rank, x)
+        rounding = (1e-11 + 1e-13 * float(found.condition_number)) * float(y.norm())
+        torch.testing.assert_close(known, off, rtol=1e-8, atol=rounding)
+
+
 @pytest.mark.parametrize("kind", ["W_O", "W_Q", "W_out"])
 def test_the_error_is_infinite_where_products_are_out_of_reach(kind: str) -> None:
     frozen, target = (Transformer.random(2, 4, 2, seed=s) for s in (1, 2))
