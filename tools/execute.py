@@ -3,13 +3,12 @@
 usage: python tools/execute.py chapters/NN-name.ipynb _build/quick/chapters/NN-name.ipynb
 
 Beside it ``NN-name.json`` says in which profile, on which machine and in what time it ran. A line
-says how many chapters are done and how long the rest may take. In profile ``small`` the parameters
-are those of the notebook's metadata, for a run of seconds.
+says how many chapters are done and how long the rest may take.
 
 A chapter fails if a cell raises, if a claim that it records does not hold, or if its outputs hold
-a path of this machine. In profile ``small`` observations may fail: they were made at other sizes.
-A failed run is kept beside the target as ``NN-name.failed.ipynb``. With ``--reworded`` a chapter
-whose code is the same as when the target was executed keeps its outputs, below the new text.
+a path of this machine. A failed run is kept beside the target as ``NN-name.failed.ipynb``. With
+``--reworded`` a chapter whose code is the same as when the target was executed keeps its outputs,
+below the new text.
 """
 
 from __future__ import annotations
@@ -40,16 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class ChapterError(Exception):
     """A chapter that must not enter the book; the message says why."""
-
-
-def parameters(source: Path, profile: str) -> dict[str, object]:
-    """Choose the parameters of a profile: at those of ``small`` a chapter runs in seconds."""
-    if profile != "small":
-        return {"profile": profile}
-    metadata = nbformat.read(source, as_version=4).metadata
-    if not (given := metadata.get("lorapower", {}).get("small")):
-        raise ChapterError("add `lorapower: {small: {name: value, …}}` to the metadata")
-    return dict(given)
 
 
 def run(source: Path, target: Path, given: dict[str, object]) -> None:
@@ -118,16 +107,13 @@ def reword(source: Path, executed: Path, target: Path) -> bool:
     return True
 
 
-def check(executed: Path, observations: bool = True) -> None:
-    """Raise ChapterError if the file `executed` holds a failing claim or a path of this machine.
-
-    Claims on observations count only with `observations`.
-    """
+def check(executed: Path) -> None:
+    """Raise ChapterError if the file `executed` holds a failing claim or a path of this machine."""
     failing = [
         f"claim fails: {claim.statement} ({claim.label})\n"
         f"  {claim.expected:9} {claim.predicted}\n  measured  {claim.measured}"
         for claim in read_claims(executed)
-        if not claim.holds and (observations or not claim.observed)
+        if not claim.holds
     ]
     text = executed.read_text(encoding="utf-8")
     failing += [
@@ -193,8 +179,8 @@ def main() -> int:
         print(f"The code of {source} is as it was: outputs stay")
         return 0
     try:
-        run(source, partial, parameters(source, profile))
-        check(partial, observations=profile != "small")
+        run(source, partial, {"profile": profile})
+        check(partial)
     except (ChapterError, DeadKernelError, PapermillExecutionError) as error:
         print(f"{source} failed: {error}", file=sys.stderr)
         if partial.exists():
